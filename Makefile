@@ -1,0 +1,65 @@
+# Everything lives in one virtual environment, .venv. The files core, test and dev in it are stamps:
+# nothing is installed twice until setup.cfg, pyproject.toml or constraints.txt changes.
+
+PYTHON ?= python3
+VENV := .venv
+INSTALL := $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable
+REQUIREMENTS := setup.cfg pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help quickstart test check format lint types clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-12s%s\n", $$1, $$2 }'
+
+quickstart: $(VENV)/core ## install, then train on the embedded digits (about two minutes)
+	$(VENV)/bin/nm fit --config configs/quickstart.yaml
+
+test: $(VENV)/test ## install with the test extra, then run all tests
+	$(VENV)/bin/python -m pytest
+
+check: format lint types test ## format, lint, types and tests: run it before a pull request
+
+format: $(VENV)/dev ## rewrite the code in the house format
+	$(VENV)/bin/ruff check --fix-only --quiet .
+	$(VENV)/bin/ruff format .
+
+lint: $(VENV)/dev ## look for mistakes and for code that is not formatted
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/dev ## mypy --strict
+	$(VENV)/bin/mypy
+
+clean: ## remove what make and the tools have made; runs/ and data/ stay
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+
+# Debian's python3 comes without ensurepip; then the pip beside it equips the environment.
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "nmlightning needs Python 3.10 or newer, and '$(PYTHON)' is not. Choose another:" \
+	         "make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Making the virtual environment $(VENV) with $$($(PYTHON) --version)"
+	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then $(PYTHON) -m venv $(VENV); \
+	else $(PYTHON) -m venv --without-pip $(VENV) \
+	    && $(PYTHON) -m pip --python $(VENV)/bin/python install --quiet pip; fi || { \
+	    rm -rf $(VENV); \
+	    echo "'$(PYTHON) -m venv' could not make an environment with pip. On Debian or Ubuntu:" \
+	         "apt install python3-venv. Elsewhere: make PYTHON=another-python $(MAKECMDGOALS)" >&2; \
+	    exit 1; }
+
+$(VENV)/core: $(REQUIREMENTS) | $(VENV)/bin/pip
+	@echo "Installing nmlightning and what it needs (a few minutes the first time)"
+	$(INSTALL) .
+	@touch $@
+
+$(VENV)/test: $(REQUIREMENTS) | $(VENV)/bin/pip
+	@echo "Installing nmlightning with its tests (a few minutes the first time)"
+	$(INSTALL) '.[test]'
+	@touch $(VENV)/core $@
+
+$(VENV)/dev: $(REQUIREMENTS) | $(VENV)/bin/pip
+	@echo "Installing nmlightning with its tests and tools (a few minutes the first time)"
+	$(INSTALL) '.[dev]'
+	@touch $(VENV)/core $(VENV)/test $@

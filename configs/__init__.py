@@ -1,0 +1,1 @@
+"""The shipped experiments, one whole run per file; installed as `nmlightning.configs`."""
