@@ -1,0 +1,107 @@
+"""Builds the wheel, leaves the source behind, and tries what a user would have installed."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHORT = [
+    "--trainer.max_epochs=1",
+    "--trainer.limit_train_batches=2",
+    "--trainer.limit_val_batches=1",
+    "--trainer.enable_progress_bar=false",
+]
+
+
+def run(*command: object, cwd: Path, **env: str) -> str:
+    result = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**os.environ, **env},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def pip_install(*arguments: object, target: Path) -> None:
+    pip = (sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation")
+    run(*pip, "--target", target, *arguments, cwd=target.parent)
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is built from, so that no build folder is left in the checkout."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("nmlightning", "configs", "tests"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
+
+
+@pytest.fixture(scope="session")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation")
+    run(*pip, "--wheel-dir", folder, source, cwd=folder)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="session")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("installed") / "site"
+    pip_install(wheel, target=target)
+    return target
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    package = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "nmlightning").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    configs = {f"nmlightning/{path.relative_to(ROOT)}" for path in ROOT.glob("configs/*.*")}
+    shipped = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert shipped == package | configs
+    assert {"nmlightning/py.typed", "nmlightning/configs/quickstart.yaml"} <= shipped
+
+
+@pytest.mark.parametrize("command", ["nm", "nmlightning"])
+def test_wheel_has_both_commands(installed: Path, tmp_path: Path, command: str) -> None:
+    help_text = run(installed / "bin" / command, "--help", cwd=tmp_path, PYTHONPATH=str(installed))
+    assert "fit" in help_text
+
+
+@pytest.mark.slow
+def test_quickstart_runs_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
+    environment = {"PYTHONPATH": str(installed), "CUDA_VISIBLE_DEVICES": ""}
+    where = "import nmlightning; print(nmlightning.__file__)"
+    assert str(installed) in run(sys.executable, "-c", where, cwd=tmp_path, **environment)
+
+    nm = (installed / "bin" / "nm", "fit", "--config", "configs/quickstart.yaml")
+    run(*nm, *SHORT, cwd=tmp_path, **environment)
+
+    run_folder = tmp_path / "runs" / "quickstart" / "version_0"
+    assert (run_folder / "config.yaml").is_file()
+    assert (run_folder / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_editable_install_finds_the_configs(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    pip_install("--editable", source, target=target)
+    code = (
+        f"import site; site.addsitedir({str(target)!r}); from importlib.resources import files;"
+        "print(files('nmlightning.configs') / 'quickstart.yaml')"
+    )
+    # -S: without the environment's own packages, among which an nmlightning may be installed.
+    found = run(sys.executable, "-S", "-c", code, cwd=tmp_path, PYTHONPATH="").strip()
+    assert Path(found) == source / "configs" / "quickstart.yaml"
