@@ -1,0 +1,1 @@
+"""Data for the experiments: small sets held in memory, augmented on the training device."""

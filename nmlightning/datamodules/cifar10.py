@@ -1,0 +1,137 @@
+"""CIFAR-10 (Krizhevsky, 2009; https://www.cs.toronto.edu/~kriz/cifar.html), held in memory."""
+
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torchvision.datasets import CIFAR10 as Files
+from torchvision.datasets.utils import check_integrity
+
+from nmlightning.datamodules.batch_transform import BatchTransform
+from nmlightning.datamodules.in_memory import (
+    Augmentation,
+    EvaluationBatches,
+    LabelledImages,
+    RawBatch,
+    TrainingBatches,
+    evaluation_batches,
+    training_batches,
+)
+from nmlightning.datamodules.precision import input_dtype
+from nmlightning.errors import InputError
+
+# Over all pixels of the 50,000 training images, scaled to 0 … 1; computed from them in the tests.
+MEAN = (0.4914, 0.4822, 0.4465)
+STD = (0.2470, 0.2435, 0.2616)
+AUGMENTATION = Augmentation(pad=4, flip=True)  # He et al. (2016), section 4.2
+
+
+class CIFAR10(pl.LightningDataModule):
+    """CIFAR-10: 50,000 training images of 32×32, shifted by up to 4 pixels and mirrored.
+
+    Validation and test are both the 10,000 test images, without augmentation: the protocol of the
+    paper, which reports the test error after the last epoch and selects nothing by it.
+
+    The order and the augmentation follow from `seed_everything` and the epoch, also after a resume
+    and with several processes (see `AugmentedShuffle`).
+
+    Args:
+        root: folder that holds `cifar-10-batches-py`, or into which it is downloaded (170 MB).
+        batch_size: images a batch, on each process.
+        download: whether to download what is absent.
+
+    Raises:
+        InputError: if the files are absent and cannot be had, or are not what was published.
+    """
+
+    num_classes = 10
+
+    def __init__(self, root: str = "data", batch_size: int = 128, download: bool = True) -> None:
+        super().__init__()
+        self.root = Path(root).expanduser().absolute()
+        self.batch_size = batch_size
+        self.download = download
+        self.transform = BatchTransform(MEAN, STD, AUGMENTATION.pad)
+        self._train: LabelledImages | None = None
+        self._test: LabelledImages | None = None
+
+    def prepare_data(self) -> None:
+        """Download what is absent; Lightning calls this in one process."""
+        _refuse_altered_files(self.root)
+        if self.download and _absent_files(self.root):
+            _download(self.root)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Check the files and load what the stage needs."""
+        _refuse_altered_files(self.root)
+        _refuse_absent_files(self.root)
+        if self._train is None and stage in (None, "fit"):
+            self._train = _load(self.root, train=True)
+        if self._test is None:
+            self._test = _load(self.root, train=False)
+
+    def train_dataloader(self) -> TrainingBatches:
+        assert self._train is not None, "setup('fit') comes first"
+        return training_batches(self._train, self.batch_size, AUGMENTATION, self.trainer)
+
+    def val_dataloader(self) -> EvaluationBatches:
+        assert self._test is not None, "setup() comes first"
+        return evaluation_batches(self._test, self.batch_size, self.trainer)
+
+    def test_dataloader(self) -> EvaluationBatches:
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> EvaluationBatches:
+        return self.val_dataloader()
+
+    def on_after_batch_transfer(
+        self, batch: RawBatch, dataloader_idx: int
+    ) -> tuple[Tensor, Tensor]:
+        return self.transform(batch, input_dtype(self.trainer))
+
+
+def _load(root: Path, train: bool) -> LabelledImages:
+    files = Files(root, train=train)
+    images = torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous()
+    return LabelledImages(images, torch.tensor(files.targets))
+
+
+def _published_files(root: Path) -> dict[Path, str]:
+    """Return every file that the data set consists of, with its published MD5 sum."""
+    meta = (Files.meta["filename"], Files.meta["md5"])
+    entries = [*Files.train_list, *Files.test_list, meta]
+    return {root / Files.base_folder / name: md5 for name, md5 in entries}
+
+
+def _absent_files(root: Path) -> list[Path]:
+    return [path for path in _published_files(root) if not path.is_file()]
+
+
+def _refuse_absent_files(root: Path) -> None:
+    if absent := _absent_files(root):
+        raise InputError(
+            f"CIFAR-10 is not in {root / Files.base_folder} ({absent[0].name} is absent): name "
+            "the folder above it with --data.root, download it with --data.download true, or "
+            "train on --data Digits, which needs no download."
+        )
+
+
+def _refuse_altered_files(root: Path) -> None:
+    for path, md5 in _published_files(root).items():
+        if path.is_file() and not check_integrity(path, md5):
+            raise InputError(
+                f"{path} is truncated or altered (its MD5 sum is not the published {md5}), so "
+                "nothing was loaded: delete that file and run again with --data.download true."
+            )
+
+
+def _download(root: Path) -> None:
+    try:
+        Files(root, download=True)
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"CIFAR-10 is not in {root / Files.base_folder} and could not be downloaded from "
+            f"{Files.url} ({error}): name the folder above it with --data.root, or train on "
+            "--data Digits, which needs no download."
+        ) from error

@@ -1,0 +1,114 @@
+"""The 1,797 handwritten digits that come with scikit-learn: real images without a download."""
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nmlightning.datamodules.batch_transform import BatchTransform
+from nmlightning.datamodules.in_memory import (
+    Augmentation,
+    EvaluationBatches,
+    LabelledImages,
+    RawBatch,
+    TrainingBatches,
+    evaluation_batches,
+    training_batches,
+)
+from nmlightning.datamodules.precision import input_dtype
+from nmlightning.errors import InputError
+
+ORIGINAL_SIZE = 8
+BRIGHTEST = 16  # scikit-learn's digits count the dark pixels of 4×4 blocks
+VALIDATION_FRACTION = 0.2
+SPLIT_SEED = 0
+
+
+class Digits(pl.LightningDataModule):
+    """Scikit-learn's digits, enlarged to the size that a model expects: 1,437 train, 360 validate.
+
+    https://archive.ics.uci.edu/dataset/80: 8×8 pixels of 0 … 16, rescaled to 0 … 255, enlarged
+    bilinearly and repeated over the channels. The split is stratified and always the same, test is
+    validation. Training images are shifted by up to 1/16 of their size and never mirrored, since
+    the mirror image of a 3 is not a 3.
+
+    Args:
+        batch_size: images a batch, on each process.
+        image_size: height and width in pixels, 8 or more.
+        channels: how often the grey image is repeated.
+
+    Raises:
+        InputError: for an image_size below 8 or fewer than one channel.
+    """
+
+    num_classes = 10
+
+    def __init__(self, batch_size: int = 128, image_size: int = 32, channels: int = 3) -> None:
+        super().__init__()
+        if image_size < ORIGINAL_SIZE:
+            raise InputError(f"image_size is {image_size}; it must be {ORIGINAL_SIZE} or more.")
+        if channels < 1:
+            raise InputError(f"channels is {channels}; it must be 1 or more.")
+        self.batch_size = batch_size
+        self.image_size = image_size
+        self.channels = channels
+        self.augmentation = Augmentation(pad=image_size // 16, flip=False)
+        self._train: LabelledImages | None = None
+        self._validation: LabelledImages | None = None
+        self._transform: BatchTransform | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load, enlarge and split the images; they are few, so every stage gets both parts."""
+        if self._train is None:
+            self._train, self._validation = _split(_load(self.image_size, self.channels))
+            pixels = self._train.images.double() / 255
+            mean, std = pixels.mean().item(), pixels.std().item()
+            self._transform = BatchTransform(
+                (mean,) * self.channels, (std,) * self.channels, self.augmentation.pad
+            )
+
+    def train_dataloader(self) -> TrainingBatches:
+        assert self._train is not None, "setup() comes first"
+        return training_batches(self._train, self.batch_size, self.augmentation, self.trainer)
+
+    def val_dataloader(self) -> EvaluationBatches:
+        assert self._validation is not None, "setup() comes first"
+        return evaluation_batches(self._validation, self.batch_size, self.trainer)
+
+    def test_dataloader(self) -> EvaluationBatches:
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> EvaluationBatches:
+        return self.val_dataloader()
+
+    def on_after_batch_transfer(
+        self, batch: RawBatch, dataloader_idx: int
+    ) -> tuple[Tensor, Tensor]:
+        assert self._transform is not None, "setup() comes first"
+        return self._transform(batch, input_dtype(self.trainer))
+
+
+def _load(image_size: int, channels: int) -> LabelledImages:
+    from sklearn.datasets import load_digits  # 1 s to import: only where it is used
+
+    digits = load_digits()
+    grey = torch.from_numpy(digits.images).float().unsqueeze(1) * (255 / BRIGHTEST)
+    enlarged = F.interpolate(grey, size=(image_size, image_size), mode="bilinear")
+    images = enlarged.round().to(torch.uint8).repeat(1, channels, 1, 1)
+    return LabelledImages(images, torch.from_numpy(digits.target).long())
+
+
+def _split(digits: LabelledImages) -> tuple[LabelledImages, LabelledImages]:
+    from sklearn.model_selection import train_test_split
+
+    rows = torch.arange(len(digits.labels)).numpy()
+    parts = train_test_split(
+        rows,
+        test_size=VALIDATION_FRACTION,
+        stratify=digits.labels.numpy(),
+        random_state=SPLIT_SEED,
+    )
+    train, validation = (
+        LabelledImages(digits.images[part], digits.labels[part]) for part in parts
+    )
+    return train, validation

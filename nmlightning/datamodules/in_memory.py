@@ -1,0 +1,231 @@
+"""Images held in memory as one uint8 tensor, handed out in whole batches.
+
+The host only picks rows and draws random numbers; `BatchTransform` does the arithmetic on the
+training device. The loaders are plain iterables and shard themselves, so Lightning neither
+replaces their sampler nor asks for workers.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from nmlightning.errors import InputError
+
+
+class LabelledImages(NamedTuple):
+    """Images (N, C, H, W) uint8 and their labels (N,) int64."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class Augmentation(NamedTuple):
+    """What is drawn for each training image: a shift by up to ±`pad` pixels, and a mirroring."""
+
+    pad: int
+    flip: bool
+
+
+class Draw(NamedTuple):
+    """What was drawn for a batch: rows (B,), crop corners (B, 2) in 0 … 2·pad, mirrored (B,)."""
+
+    rows: Tensor
+    corners: Tensor
+    flips: Tensor
+
+
+class RawBatch(NamedTuple):
+    """A batch before the arithmetic; `corners` and `flips` are None in evaluation."""
+
+    images: Tensor
+    labels: Tensor
+    corners: Tensor | None = None
+    flips: Tensor | None = None
+
+
+class Shard(NamedTuple):
+    """Which part of every epoch this process reads."""
+
+    rank: int = 0
+    world_size: int = 1
+
+
+class AugmentedShuffle:
+    """The order, crops and mirrorings of one epoch, drawn from (seed, epoch) and nothing else.
+
+    All ranks draw the same numbers for the whole epoch and each takes its own part of every batch:
+    W ranks with batch size B see what one process with batch size W·B sees, in rank order. The
+    last, incomplete batch is dropped, as in the paper's code; a set that is smaller than one batch
+    is a single batch.
+
+    Args:
+        length: number of images.
+        batch_size: images a batch on each rank.
+        augmentation: what to draw besides the order.
+        seed: 0 or more; the same on every rank.
+        shard: this process's part.
+        shuffle: False keeps the images in order (Lightning's `overfit_batches`).
+
+    Raises:
+        InputError: if there are fewer images than ranks.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        augmentation: Augmentation,
+        *,
+        seed: int,
+        shard: Shard = Shard(),
+        shuffle: bool = True,
+    ) -> None:
+        if length < shard.world_size:
+            raise InputError(f"{length} images cannot be shared by {shard.world_size} processes.")
+        self.length = length
+        self.batch_size = min(batch_size, length // shard.world_size)
+        self.augmentation = augmentation
+        self.seed = seed
+        self.shard = shard
+        self.shuffle = shuffle
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch comes next; Lightning does so before each."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length // (self.batch_size * self.shard.world_size)
+
+    def __iter__(self) -> Iterator[Draw]:
+        epoch = self._draw_epoch()
+        world_batch = self.batch_size * self.shard.world_size
+        first = self.shard.rank * self.batch_size
+        for start in range(first, first + len(self) * world_batch, world_batch):
+            part = slice(start, start + self.batch_size)
+            yield Draw(*(drawn[part] for drawn in epoch))
+
+    def _draw_epoch(self) -> Draw:
+        generator = _generator(self.seed, self.epoch)
+        rows = torch.randperm(self.length, generator=generator)
+        if not self.shuffle:
+            rows = torch.arange(self.length)
+        positions = 2 * self.augmentation.pad + 1
+        corners = torch.randint(positions, (self.length, 2), generator=generator)
+        flips = torch.randint(2, (self.length,), generator=generator).bool()
+        return Draw(rows, corners, flips & self.augmentation.flip)
+
+
+class TrainingBatches:
+    """Iterates over raw training batches; resumable within an epoch.
+
+    A checkpoint written in mid-epoch holds the number of batches read, and a resumed run goes on
+    with the next batch of that same epoch (Lightning calls `state_dict` and `load_state_dict`).
+    """
+
+    def __init__(self, data: LabelledImages, sampler: AugmentedShuffle) -> None:
+        self.data = data
+        self.sampler = sampler
+        self._read = 0
+        self._skip = 0
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[RawBatch]:
+        self._read, skip, self._skip = 0, self._skip, 0
+        for draw in self.sampler:
+            self._read += 1
+            if self._read > skip:
+                yield RawBatch(*_select(self.data, draw.rows), draw.corners, draw.flips)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches_read": self._read}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._skip = state_dict["batches_read"]
+
+
+class EvaluationBatches:
+    """Iterates over raw batches in order, every image once, also with several processes.
+
+    Nothing is padded or repeated. Rank r of W reads images r, r + W, r + 2W, …, split into as many
+    batches as the largest shard needs: all ranks do the same number of steps, which collective
+    operations rely on, and batch sizes differ by at most one.
+
+    Raises:
+        InputError: if there are too few images to give every rank something in every batch.
+    """
+
+    def __init__(self, data: LabelledImages, batch_size: int, shard: Shard = Shard()) -> None:
+        length = len(data.labels)
+        largest = -(-length // shard.world_size)
+        self.data = data
+        self.shard = shard
+        self.batches = -(-largest // batch_size)
+        if length // shard.world_size < self.batches:
+            raise InputError(
+                f"{length} images cannot be shared by {shard.world_size} processes in batches of "
+                f"{batch_size}: use fewer processes or a larger batch."
+            )
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[RawBatch]:
+        rows = torch.arange(self.shard.rank, len(self.data.labels), self.shard.world_size)
+        for part in rows.tensor_split(self.batches):
+            yield RawBatch(*_select(self.data, part))
+
+
+def training_batches(
+    data: LabelledImages, batch_size: int, augmentation: Augmentation, trainer: pl.Trainer | None
+) -> TrainingBatches:
+    """Return the training loader of a data module, sharded for `trainer` and seeded by torch's seed.
+
+    The seed is the one last given to `seed_everything` or `torch.manual_seed`, rank 0's on every
+    rank. Without a trainer there is one shard, and the caller calls `sampler.set_epoch`.
+    """
+    _check_batch_size(batch_size)
+    seed = torch.initial_seed()
+    sampler = AugmentedShuffle(
+        len(data.labels),
+        batch_size,
+        augmentation,
+        seed=trainer.strategy.broadcast(seed) if trainer else seed,
+        shard=_shard(trainer),
+        shuffle=not (trainer and trainer.overfit_batches),
+    )
+    return TrainingBatches(data, sampler)
+
+
+def evaluation_batches(
+    data: LabelledImages, batch_size: int, trainer: pl.Trainer | None
+) -> EvaluationBatches:
+    """Return the validation, test or prediction loader of a data module, sharded for `trainer`."""
+    _check_batch_size(batch_size)
+    return EvaluationBatches(data, batch_size, _shard(trainer))
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; it must be 1 or more.")
+
+
+def _shard(trainer: pl.Trainer | None) -> Shard:
+    ranks = trainer.distributed_sampler_kwargs if trainer else None
+    return Shard(ranks["rank"], ranks["num_replicas"]) if ranks else Shard()
+
+
+def _generator(seed: int, epoch: int) -> torch.Generator:
+    """Mix seed and epoch, so that (1, 0) and (0, 1) have nothing in common."""
+    (mixed,) = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(mixed))
+
+
+def _select(data: LabelledImages, rows: Tensor) -> LabelledImages:
+    return LabelledImages(data.images[rows], data.labels[rows])

@@ -1,0 +1,1 @@
+"""Networks in plain torch with plain norms; `swap_norms` or `NormSwap` exchanges the norms."""

@@ -1,0 +1,114 @@
+"""The CIFAR residual networks of He et al. (2016), section 4.2: https://arxiv.org/abs/1512.03385."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nmlightning.errors import InputError
+
+WIDTHS = (16, 32, 64)
+
+
+class ZeroPadShortcut(nn.Module):
+    """The paper's option A: every `stride`-th pixel, and zeros for the channels that are new.
+
+    (N, C, H, W) → (N, out_channels, ⌈H/stride⌉, ⌈W/stride⌉), without a parameter.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.new_channels = out_channels - in_channels
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.new_channels // 2
+        after = self.new_channels - before
+        strided = x[:, :, :: self.stride, :: self.stride]
+        return F.pad(strided, (0, 0, 0, 0, before, after))
+
+    def extra_repr(self) -> str:
+        return f"new_channels={self.new_channels}, stride={self.stride}"
+
+
+class BasicBlock(nn.Module):
+    """`relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))`, two 3×3 convolutions."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.relu2 = nn.ReLU(inplace=True)
+        same_shape = stride == 1 and in_channels == out_channels
+        self.shortcut = (
+            nn.Identity() if same_shape else ZeroPadShortcut(in_channels, out_channels, stride)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.relu1(self.bn1(self.conv1(x)))
+        residual = self.bn2(self.conv2(residual))
+        activated: Tensor = self.relu2(residual + self.shortcut(x))
+        return activated
+
+
+class CifarResNet(nn.Module):
+    """A residual network for small images, 6n + 2 layers deep: three stages of n basic blocks.
+
+    (N, in_channels, H, W) → (N, num_classes). Depths in the paper: 20, 32, 44, 56, 110.
+
+    Args:
+        depth: number of weighted layers; 6n + 2.
+        num_classes: number of outputs.
+        in_channels: channels of the images.
+
+    Raises:
+        InputError: if the depth is not 6n + 2.
+
+    Example:
+        >>> import torch
+        >>> CifarResNet(depth=20)(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self, depth: int = 56, num_classes: int = 10, in_channels: int = 3) -> None:
+        super().__init__()
+        blocks = _blocks_per_stage(depth)
+        narrow, middle, wide = WIDTHS
+        self.conv1 = nn.Conv2d(in_channels, narrow, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(narrow)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.layer1 = _stage(blocks, narrow, narrow, stride=1)
+        self.layer2 = _stage(blocks, narrow, middle, stride=2)
+        self.layer3 = _stage(blocks, middle, wide, stride=2)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(wide, num_classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the convolutions as He et al. (2015) do, N(0, 2 / fan_out); the rest as torch."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, (nn.BatchNorm2d, nn.Linear)):
+                module.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu1(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        logits: Tensor = self.fc(self.pool(x).flatten(1))
+        return logits
+
+
+def _blocks_per_stage(depth: int) -> int:
+    blocks, remainder = divmod(depth - 2, 6)
+    if blocks < 1 or remainder:
+        raise InputError(
+            f"CifarResNet depth {depth} is not 6n + 2: choose 20, 32, 44, 56, 110 or another 6n + 2."
+        )
+    return blocks
+
+
+def _stage(blocks: int, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+    first = BasicBlock(in_channels, out_channels, stride)
+    return nn.Sequential(first, *(BasicBlock(out_channels, out_channels) for _ in range(blocks - 1)))

@@ -1,0 +1,69 @@
+"""VGG with batch norm for small images (Simonyan & Zisserman, https://arxiv.org/abs/1409.1556)."""
+
+from torch import Tensor, nn
+
+from nmlightning.errors import InputError
+
+STAGE_WIDTHS = (64, 128, 256, 512, 512)
+CONVS_PER_STAGE = {
+    11: (1, 1, 2, 2, 2),
+    13: (2, 2, 2, 2, 2),
+    16: (2, 2, 3, 3, 3),
+    19: (2, 2, 4, 4, 4),
+}
+
+
+class VGG(nn.Module):
+    """VGG-11, 13, 16 or 19 with batch norm and a single linear classifier.
+
+    Five stages of 3×3 convolutions, each ended by a 2×2 max-pooling, so images of 32×32 or more.
+    (N, in_channels, H, W) → (N, num_classes).
+
+    Args:
+        depth: 11, 13, 16 or 19 (the count of the original, which has two more linear layers).
+        num_classes: number of outputs.
+        in_channels: channels of the images.
+
+    Raises:
+        InputError: if there is no VGG of that depth.
+
+    Example:
+        >>> import torch
+        >>> VGG(depth=11)(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self, depth: int = 11, num_classes: int = 10, in_channels: int = 3) -> None:
+        super().__init__()
+        if depth not in CONVS_PER_STAGE:
+            raise InputError(f"There is no VGG of depth {depth}: choose 11, 13, 16 or 19.")
+        self.features = nn.Sequential(*_layers(CONVS_PER_STAGE[depth], in_channels))
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(STAGE_WIDTHS[-1], num_classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the convolutions as He et al. (2015) do, N(0, 2 / fan_out); the rest as torch."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, (nn.BatchNorm2d, nn.Linear)):
+                module.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.pool(self.features(x)).flatten(1))
+        return logits
+
+
+def _layers(convs_per_stage: tuple[int, ...], in_channels: int) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for convs, width in zip(convs_per_stage, STAGE_WIDTHS, strict=True):
+        for _ in range(convs):
+            layers += [
+                nn.Conv2d(in_channels, width, 3, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(inplace=True),
+            ]
+            in_channels = width
+        layers.append(nn.MaxPool2d(2))
+    return layers

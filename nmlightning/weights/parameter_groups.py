@@ -1,0 +1,97 @@
+"""Which parameters decay: an optimizer's parameter groups by scope."""
+
+import re
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from nmlightning.errors import InputError, nearest
+
+WeightDecayScope = Literal["all", "no_norm", "last_layer"]
+
+NORMS = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+THIRD_PARTY_NORM = re.compile(r"norm(act)?(\dd)?$", re.IGNORECASE)  # RmsNorm2d, LlamaRMSNorm, …
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float | None, scope: WeightDecayScope = "all"
+) -> list[dict[str, Any]]:
+    """Return the groups to hand to an optimizer, so that only the parameters in `scope` decay.
+
+    Args:
+        model: holds the parameters. Every trainable one is in exactly one group, also when modules
+            share it (it decays if one of its uses does); frozen ones are left out.
+        weight_decay: λ ≥ 0 of the decaying group; None leaves it to the optimizer's own setting.
+        scope: `all`; `no_norm`, all but the parameters of normalization layers and biases; or
+            `last_layer`, only the last `nn.Linear` (the "weight decay off" of the paper's study:
+            https://arxiv.org/abs/1803.01814, figure 1).
+
+    Returns:
+        At most two dictionaries with `params`, and `weight_decay`: λ, then 0; none is empty.
+
+    Raises:
+        InputError: for another scope, a negative λ, a model in which nothing can be trained, or
+            `last_layer` where the model has no `nn.Linear`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 10))
+        >>> [len(group["params"]) for group in parameter_groups(model, 5e-4, "no_norm")]
+        [2, 4]
+    """
+    _check(model, weight_decay, scope)
+    decaying = set(_decaying(model, scope))
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed: dict[str, Any] = {"params": [p for p in trainable if p in decaying]}
+    if weight_decay is not None:
+        decayed["weight_decay"] = weight_decay
+    exempt = {"params": [p for p in trainable if p not in decaying], "weight_decay": 0.0}
+    return [group for group in (decayed, exempt) if group["params"]]
+
+
+def _check(model: nn.Module, weight_decay: float | None, scope: str) -> None:
+    allowed = get_args(WeightDecayScope)
+    if scope not in allowed:
+        raise InputError(
+            f"weight-decay scope {scope!r} is not one of {', '.join(allowed)}."
+            f"{nearest(str(scope), allowed)}"
+        )
+    if weight_decay is not None and not weight_decay >= 0:
+        raise InputError(f"weight_decay is {weight_decay}; it must be 0 or more.")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError(f"{type(model).__name__} has no trainable parameter to optimize.")
+
+
+def _decaying(model: nn.Module, scope: WeightDecayScope) -> Iterator[nn.Parameter]:
+    if scope == "all":
+        yield from model.parameters()
+    elif scope == "last_layer":
+        yield from _last_linear(model).parameters()
+    else:
+        for module in model.modules():
+            if not _is_norm(module):
+                yield from _without_biases(module)
+
+
+def _last_linear(model: nn.Module) -> nn.Linear:
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not linears:
+        raise InputError(
+            f"weight-decay scope 'last_layer' needs an nn.Linear, and {type(model).__name__} "
+            "has none: choose 'all' or 'no_norm'."
+        )
+    return linears[-1]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether the module normalises: torch's norms by class, third-party ones by their name."""
+    return isinstance(module, NORMS) or THIRD_PARTY_NORM.search(type(module).__name__) is not None
+
+
+def _without_biases(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the module's own parameters; `bias`, `in_proj_bias`, `bias_hh_l0`, … are left out."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if "bias" not in name.split("_"):
+            yield parameter
