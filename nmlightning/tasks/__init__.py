@@ -1,0 +1,1 @@
+"""The LightningModules: what is trained, and what is logged about it."""

@@ -1,0 +1,76 @@
+"""Does a checkpoint belong to this network? One line that names the difference, before torch's list."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+
+from nmlightning.errors import InputError
+
+# Absent from old checkpoints; torch loads those all the same.
+OPTIONAL_BUFFER = "num_batches_tracked"
+
+
+def check_same_network(module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    """Compare the network that a checkpoint holds with `module.net`, by arguments and by shapes.
+
+    Args:
+        module: what the checkpoint is about to be loaded into.
+        checkpoint: as `on_load_checkpoint` gets it.
+
+    Raises:
+        InputError: naming the first difference and both values.
+    """
+    stored = checkpoint.get(module.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("net")
+    _check_arguments(stored, module.hparams.get("net"))
+    _check_tensors(checkpoint.get("state_dict", {}), module)
+
+
+def _check_arguments(stored: Any, current: Any) -> None:
+    """Compare two `{class_path, init_args}`; there is none where the network was made in Python."""
+    if not (isinstance(stored, Mapping) and isinstance(current, Mapping)):
+        return
+    ours = dict(_flatten("net", current))
+    for key, value in _flatten("net", stored):
+        if key in ours and ours[key] != value:
+            raise _difference(key, value, ours[key])
+
+
+def _check_tensors(stored: Mapping[str, Any], module: pl.LightningModule) -> None:
+    if not stored:  # sharded checkpoints bring their tensors later
+        return
+    ours = module.state_dict()
+    for key in stored.keys() & ours.keys():
+        if stored[key].shape != ours[key].shape:
+            raise _difference(key, tuple(stored[key].shape), tuple(ours[key].shape))
+    if module.strict_loading:
+        _check_names(stored, ours)
+
+
+def _check_names(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    missing = [key for key in ours if key not in stored and not key.endswith(OPTIONAL_BUFFER)]
+    surplus = [key for key in stored if key not in ours]
+    if missing or surplus:
+        raise InputError(
+            f"The checkpoint is of another network: it lacks {_count(missing)} of this run's and "
+            f"has {_count(surplus)} that this run has not. Resume with the model it was made with."
+        )
+
+
+def _flatten(prefix: str, tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(f"{prefix}.{name}", value)
+        else:
+            yield f"{prefix}.{name}", value
+
+
+def _count(names: list[str]) -> str:
+    return f"{len(names)} tensors ({names[0]}, …)" if names else "no tensor"
+
+
+def _difference(key: str, checkpoint: Any, this_run: Any) -> InputError:
+    return InputError(
+        f"{key}: checkpoint {checkpoint}, this run {this_run}. "
+        "Resume with the model that the checkpoint was made with, or start without it."
+    )

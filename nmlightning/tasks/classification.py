@@ -1,0 +1,165 @@
+"""Image classification with any network that maps images to logits."""
+
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from nmlightning.errors import InputError
+from nmlightning.tasks.checkpoint_match import check_same_network
+from nmlightning.weights.parameter_groups import WeightDecayScope, parameter_groups
+
+Stage = Literal["train", "val", "test"]
+Batch = tuple[Tensor, Tensor]  # images (N, C, H, W) and labels (N,)
+
+
+class ImageClassifier(pl.LightningModule):
+    """Trains `net` with cross-entropy; logs `{train,val,test}/loss`, `…/top1` and, in evaluation, `…/top5`.
+
+    Curves are means over the epoch and over all processes. The number of classes is the data
+    module's `num_classes`, or the network's number of outputs where the data does not say.
+    The learning rate changes after epochs, so milestones are epochs.
+
+    Args:
+        net: maps images (N, C, H, W) to logits (N, classes).
+        optimizer: called with the parameter groups; its own `weight_decay` is that of the group
+            that decays.
+        lr_scheduler: called with the optimizer; stepped once an epoch. `ReduceLROnPlateau`
+            watches its `monitor`, or `val/loss`.
+        label_smoothing: 0 … 1, in training only.
+        weight_decay_scope: `all`, `no_norm` (norms and biases exempt) or `last_layer`.
+        compile: compile the network, after the callbacks have swapped its norms.
+
+    Raises:
+        InputError: for a label_smoothing outside 0 … 1; in training for labels outside the classes
+            or a network with another number of outputs; on loading a checkpoint of another network.
+
+    Example:
+        >>> from torch.optim import SGD
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+        >>> task = ImageClassifier(net, optimizer=lambda groups: SGD(groups, lr=0.1))
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        label_smoothing: float = 0.0,
+        weight_decay_scope: WeightDecayScope = "all",
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing <= 1:
+            raise InputError(f"label_smoothing is {label_smoothing}; it must be between 0 and 1.")
+        try:  # LightningCLI describes the arguments as plain data, from which they can be rebuilt
+            self.save_hyperparameters("_instantiator")
+            self.save_hyperparameters()
+        except KeyError:  # Python passes objects, which do not belong into a checkpoint
+            self.save_hyperparameters("label_smoothing", "weight_decay_scope", "compile")
+        self.net = net
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.label_smoothing = label_smoothing
+        self.weight_decay_scope = weight_decay_scope
+        self.waits_for_compilation = compile
+        self.accuracies = nn.ModuleDict()
+
+    def setup(self, stage: str) -> None:
+        """Compile once; Lightning sets callbacks up first, so the norms are swapped by now."""
+        if self.waits_for_compilation:
+            self.net.compile()
+            self.waits_for_compilation = False
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.net(images)
+        return logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self._step("train", batch, batch_idx, self.label_smoothing)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._step("val", batch, batch_idx)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._step("test", batch, batch_idx)
+
+    def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
+        """Return the class probabilities (N, classes) of the images, with or without labels."""
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        return self(images).float().softmax(dim=1)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(parameter_groups(self.net, None, self.weight_decay_scope))
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        monitor = getattr(scheduler, "monitor", "val/loss")
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "epoch", "monitor": monitor},
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_same_network(self, checkpoint)
+
+    def _check_classes(self, logits: Tensor, labels: Tensor, batch_idx: int) -> None:
+        """Compare labels, outputs and data; on a GPU the labels of an epoch's first batch only."""
+        outputs = logits.shape[1]
+        data = self.trainer.datamodule if hasattr(self.trainer, "datamodule") else None
+        classes = getattr(data, "num_classes", outputs)
+        if outputs != classes:
+            raise InputError(
+                f"{type(self.net).__name__} has {outputs} outputs, but {type(data).__name__} has "
+                f"{classes} classes: set the network's num_classes to {classes}."
+            )
+        if labels.device.type != "cpu" and batch_idx > 0:
+            return
+        lowest, highest = (int(label) for label in labels.aminmax())
+        if lowest < 0 or highest >= classes:
+            raise InputError(
+                f"The labels go from {lowest} to {highest}, but {type(self.net).__name__} tells "
+                f"the classes 0 to {classes - 1}: check the labels or the network's num_classes."
+            )
+
+    def _step(
+        self, stage: Stage, batch: Batch, batch_idx: int, label_smoothing: float = 0.0
+    ) -> Tensor:
+        images, labels = batch
+        logits = self(images)
+        self._check_classes(logits, labels, batch_idx)
+        loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        self._log_step(stage, loss, logits, labels)
+        return loss
+
+    def _log_step(self, stage: Stage, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        logged: dict[str, Any] = {f"{stage}/loss": loss}
+        for name, accuracy in self._accuracies(stage, logits).items():
+            accuracy.update(logits.detach(), labels)
+            logged[f"{stage}/{name}"] = accuracy
+        self.log_dict(
+            logged,
+            on_step=False,
+            on_epoch=True,
+            prog_bar=True,
+            sync_dist=True,
+            batch_size=len(labels),
+        )
+
+    def _accuracies(self, stage: Stage, logits: Tensor) -> dict[str, Metric]:
+        """Return the stage's metrics, made with the first logits, which tell the classes."""
+        if f"{stage}_top1" not in self.accuracies:
+            for each in ("train", "val", "test"):
+                for k in (1,) if each == "train" else (1, 5):
+                    self.accuracies[f"{each}_top{k}"] = MulticlassAccuracy(
+                        logits.shape[1],
+                        top_k=min(k, logits.shape[1]),
+                        average="micro",
+                        validate_args=False,  # it would wait for the device; _check_classes checks
+                    ).to(logits.device)
+        names = ("top1",) if stage == "train" else ("top1", "top5")
+        return {name: self.accuracies[f"{stage}_{name}"] for name in names}
