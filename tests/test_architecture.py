@@ -21,7 +21,7 @@ LAYERS = [
     ["nmlightning.surgery", "nmlightning.weights.weight_norm", "nmlightning.weights.steering"],
     ["nmlightning.norms.registry"],
     ["nmlightning.norms.batch_norm", "nmlightning.norms.layer_norm"],
-    ["nmlightning.norms.functions"],
+    ["nmlightning.norms.batch_norm_function", "nmlightning.norms.layer_norm_function"],
     ["nmlightning.norms.kernels"],
     ["nmlightning.norms.statistics"],
     ["nmlightning.norms.gaussian", "nmlightning.weights.channel_norms", "nmlightning.reports"],

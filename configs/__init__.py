@@ -1,1 +1,0 @@
-"""The shipped experiments, one whole run per file; installed as `nmlightning.configs`."""
