@@ -93,8 +93,8 @@ def test_a_file_holds_one_idea(module: str) -> None:
 
 
 def test_import_is_free() -> None:
-    code = "import sys, nmlightning; print({'torch', 'lightning', 'pytorch_lightning'} & {*sys.modules})"
+    code = "import sys, nmlightning, nmlightning.cli; print(*sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
     )
-    assert result.stdout.strip() == "set()"
+    assert {"torch", "lightning", "pytorch_lightning"}.isdisjoint(result.stdout.split())

@@ -99,6 +99,6 @@ def test_editable_install_finds_the_configs(source: Path, tmp_path: Path) -> Non
     target = tmp_path / "site"
     pip_install("--editable", source, target=target)
     # -S: without the environment's packages; the help needs none, and one may be an nmlightning.
-    code = f"import site; site.addsitedir({str(target)!r}); from nmlightning.cli import main; main()"
+    code = f"import site; site.addsitedir({str(target)!r}); import nmlightning.cli as c; c.main()"
     help_text = run(sys.executable, "-S", "-c", code, cwd=tmp_path, PYTHONPATH="")
     assert "quickstart" in help_text
