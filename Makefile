@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 VENV := .venv
-INSTALL := $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable
+INSTALL := $(VENV)/bin/python -m pip install --constraint constraints.txt --editable
 REQUIREMENTS := setup.cfg pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
