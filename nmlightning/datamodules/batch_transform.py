@@ -22,7 +22,9 @@ class BatchTransform:
         self.pad = pad
         self._constants: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, batch: RawBatch, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, batch: RawBatch, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
         images = batch.images
         if batch.corners is not None:
             images = crop(images, batch.corners, self.pad)
@@ -56,5 +58,5 @@ def crop(images: Tensor, corners: Tensor, pad: int) -> Tensor:
 
 
 def mirror(images: Tensor, flips: Tensor) -> Tensor:
-    """Return the images (N, C, H, W) with those where `flips` (N,) is True mirrored left to right."""
+    """Return the images (N, C, H, W) mirrored left to right where `flips` (N,) is True."""
     return torch.where(flips.view(-1, 1, 1, 1), images.flip(-1), images)

@@ -108,7 +108,5 @@ def _split(digits: LabelledImages) -> tuple[LabelledImages, LabelledImages]:
         stratify=digits.labels.numpy(),
         random_state=SPLIT_SEED,
     )
-    train, validation = (
-        LabelledImages(digits.images[part], digits.labels[part]) for part in parts
-    )
+    train, validation = (LabelledImages(digits.images[part], digits.labels[part]) for part in parts)
     return train, validation

@@ -54,6 +54,9 @@ class Shard(NamedTuple):
     world_size: int = 1
 
 
+WHOLE_SET = Shard()
+
+
 class AugmentedShuffle:
     """The order, crops and mirrorings of one epoch, drawn from (seed, epoch) and nothing else.
 
@@ -81,7 +84,7 @@ class AugmentedShuffle:
         augmentation: Augmentation,
         *,
         seed: int,
-        shard: Shard = Shard(),
+        shard: Shard = WHOLE_SET,
         shuffle: bool = True,
     ) -> None:
         if length < shard.world_size:
@@ -161,7 +164,7 @@ class EvaluationBatches:
         InputError: if there are too few images to give every rank something in every batch.
     """
 
-    def __init__(self, data: LabelledImages, batch_size: int, shard: Shard = Shard()) -> None:
+    def __init__(self, data: LabelledImages, batch_size: int, shard: Shard = WHOLE_SET) -> None:
         length = len(data.labels)
         largest = -(-length // shard.world_size)
         self.data = data
@@ -185,7 +188,7 @@ class EvaluationBatches:
 def training_batches(
     data: LabelledImages, batch_size: int, augmentation: Augmentation, trainer: pl.Trainer | None
 ) -> TrainingBatches:
-    """Return the training loader of a data module, sharded for `trainer` and seeded by torch's seed.
+    """Return a data module's training loader, sharded for `trainer` and seeded by torch's seed.
 
     The seed is the one last given to `seed_everything` or `torch.manual_seed`, rank 0's on every
     rank. Without a trainer there is one shard, and the caller calls `sampler.set_epoch`.
@@ -198,7 +201,7 @@ def training_batches(
         augmentation,
         seed=trainer.strategy.broadcast(seed) if trainer else seed,
         shard=_shard(trainer),
-        shuffle=not (trainer and trainer.overfit_batches),
+        shuffle=not getattr(trainer, "overfit_batches", 0),
     )
     return TrainingBatches(data, sampler)
 

@@ -104,11 +104,12 @@ def _blocks_per_stage(depth: int) -> int:
     blocks, remainder = divmod(depth - 2, 6)
     if blocks < 1 or remainder:
         raise InputError(
-            f"CifarResNet depth {depth} is not 6n + 2: choose 20, 32, 44, 56, 110 or another 6n + 2."
+            f"CifarResNet depth {depth} is not 6n + 2: choose 20, 32, 44, 56, 110 or another such."
         )
     return blocks
 
 
 def _stage(blocks: int, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
     first = BasicBlock(in_channels, out_channels, stride)
-    return nn.Sequential(first, *(BasicBlock(out_channels, out_channels) for _ in range(blocks - 1)))
+    others = (BasicBlock(out_channels, out_channels) for _ in range(blocks - 1))
+    return nn.Sequential(first, *others)

@@ -1,4 +1,4 @@
-"""Does a checkpoint belong to this network? One line that names the difference, before torch's list."""
+"""Whether a checkpoint belongs to this network; the difference in one line, not torch's list."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

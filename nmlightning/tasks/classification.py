@@ -1,12 +1,13 @@
 """Image classification with any network that maps images to logits."""
 
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import Metric
+from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from nmlightning.errors import InputError
@@ -18,11 +19,12 @@ Batch = tuple[Tensor, Tensor]  # images (N, C, H, W) and labels (N,)
 
 
 class ImageClassifier(pl.LightningModule):
-    """Trains `net` with cross-entropy; logs `{train,val,test}/loss`, `…/top1` and, in evaluation, `…/top5`.
+    """Trains `net` with cross-entropy and logs loss, top-1 and, in evaluation, top-5 accuracy.
 
-    Curves are means over the epoch and over all processes. The number of classes is the data
-    module's `num_classes`, or the network's number of outputs where the data does not say.
-    The learning rate changes after epochs, so milestones are epochs.
+    Logged are `train/loss` and `train/top1`, and `loss`, `top1`, `top5` under `val/` and `test/`:
+    means over the epoch and over all processes. Top-5 is top-all where there are fewer classes.
+    The number of classes is the data module's `num_classes`, or the network's number of outputs
+    where the data does not say. The learning rate changes after epochs, so milestones are epochs.
 
     Args:
         net: maps images (N, C, H, W) to logits (N, classes).
@@ -91,7 +93,8 @@ class ImageClassifier(pl.LightningModule):
     def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
         """Return the class probabilities (N, classes) of the images, with or without labels."""
         images = batch if isinstance(batch, Tensor) else batch[0]
-        return self(images).float().softmax(dim=1)
+        logits: Tensor = self(images)
+        return logits.float().softmax(dim=1)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(parameter_groups(self.net, None, self.weight_decay_scope))
@@ -137,29 +140,39 @@ class ImageClassifier(pl.LightningModule):
         return loss
 
     def _log_step(self, stage: Stage, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        logged: dict[str, Any] = {f"{stage}/loss": loss}
-        for name, accuracy in self._accuracies(stage, logits).items():
-            accuracy.update(logits.detach(), labels)
-            logged[f"{stage}/{name}"] = accuracy
-        self.log_dict(
-            logged,
-            on_step=False,
-            on_epoch=True,
-            prog_bar=True,
-            sync_dist=True,
-            batch_size=len(labels),
-        )
+        if not self.accuracies:
+            self._make_accuracies(logits)
+        accuracies = cast(MetricCollection, self.accuracies[f"of_{stage}"])
+        accuracies.update(logits.detach(), labels)
+        for logged in ({f"{stage}/loss": loss}, accuracies):
+            self.log_dict(
+                logged,
+                on_step=False,
+                on_epoch=True,
+                prog_bar=True,
+                sync_dist=True,
+                batch_size=len(labels),
+            )
 
-    def _accuracies(self, stage: Stage, logits: Tensor) -> dict[str, Metric]:
-        """Return the stage's metrics, made with the first logits, which tell the classes."""
-        if f"{stage}_top1" not in self.accuracies:
-            for each in ("train", "val", "test"):
-                for k in (1,) if each == "train" else (1, 5):
-                    self.accuracies[f"{each}_top{k}"] = MulticlassAccuracy(
-                        logits.shape[1],
-                        top_k=min(k, logits.shape[1]),
-                        average="micro",
-                        validate_args=False,  # it would wait for the device; _check_classes checks
-                    ).to(logits.device)
-        names = ("top1",) if stage == "train" else ("top1", "top5")
-        return {name: self.accuracies[f"{stage}_{name}"] for name in names}
+    @torch.inference_mode(False)  # the first logits come from a validation, the last from training
+    def _make_accuracies(self, logits: Tensor) -> None:
+        for stage in get_args(Stage):
+            accuracies = make_accuracies(stage, classes=logits.shape[1])
+            self.accuracies[f"of_{stage}"] = accuracies.to(logits.device)
+
+
+def make_accuracies(stage: Stage, classes: int) -> MetricCollection:
+    """Return `top1`, and in evaluation `top5`, under the stage's name."""
+    return MetricCollection(
+        {
+            f"top{k}": MulticlassAccuracy(
+                classes,
+                top_k=min(k, classes),
+                average="micro",
+                validate_args=False,  # it would wait for the device every step
+            )
+            for k in ((1,) if stage == "train" else (1, 5))
+        },
+        prefix=f"{stage}/",
+        compute_groups=False,  # they would be merged where the first batch gives equal counts
+    )

@@ -1,0 +1,225 @@
+"""The order and the draws: reproducible, different each epoch, and shared out among ranks."""
+
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from nmlightning.datamodules.digits import Digits
+from nmlightning.datamodules.in_memory import (
+    WHOLE_SET,
+    Augmentation,
+    AugmentedShuffle,
+    EvaluationBatches,
+    LabelledImages,
+    RawBatch,
+    Shard,
+    TrainingBatches,
+    evaluation_batches,
+    training_batches,
+)
+from nmlightning.errors import InputError
+from nmlightning.tasks.classification import ImageClassifier
+
+AUGMENTATION = Augmentation(pad=4, flip=True)
+
+
+def make_data(length: int) -> LabelledImages:
+    """Return images whose label is their row, so that a batch tells what it holds."""
+    return LabelledImages(torch.zeros(length, 1, 2, 2, dtype=torch.uint8), torch.arange(length))
+
+
+def make_batches(
+    length: int = 50,
+    batch_size: int = 8,
+    *,
+    seed: int = 0,
+    epoch: int = 0,
+    shard: Shard = WHOLE_SET,
+) -> list[RawBatch]:
+    sampler = AugmentedShuffle(length, batch_size, AUGMENTATION, seed=seed, shard=shard)
+    sampler.set_epoch(epoch)
+    batches = TrainingBatches(make_data(length), sampler)
+    read = list(batches)
+    assert len(read) == len(batches)
+    return read
+
+
+def join(batches: list[RawBatch]) -> Tensor:
+    """Return one row per image: its label, its corner and whether it is mirrored."""
+    columns = [
+        torch.column_stack([batch.labels, batch.corners, batch.flips])  # type: ignore[list-item]
+        for batch in batches
+    ]
+    return torch.cat(columns)
+
+
+def test_the_same_seed_and_epoch_draw_the_same() -> None:
+    assert torch.equal(join(make_batches(seed=3, epoch=2)), join(make_batches(seed=3, epoch=2)))
+
+
+def test_another_seed_or_epoch_draws_something_else() -> None:
+    drawn = [join(make_batches(seed=s, epoch=e)) for s, e in [(0, 0), (0, 1), (1, 0), (2**63, 0)]]
+    for first in range(len(drawn)):
+        for second in range(first):
+            for column in (0, slice(1, 3), 3):
+                assert not torch.equal(drawn[first][:, column], drawn[second][:, column])
+
+
+def test_an_epoch_reads_no_image_twice_and_drops_the_incomplete_batch() -> None:
+    batches = make_batches(length=50, batch_size=8)
+    assert [len(batch.labels) for batch in batches] == [8] * 6
+    assert len(join(batches)[:, 0].unique()) == 48
+
+
+def test_draws_cover_their_range_evenly() -> None:
+    drawn = join(make_batches(length=20_000, batch_size=100)).double()
+    corners, flips = drawn[:, 1:3], drawn[:, 3]
+    counts = torch.stack([torch.bincount(column.long(), minlength=9) for column in corners.T])
+    # Binomial: 20,000/9 ± 44 and 0.5 ± 0.0035; five deviations.
+    assert counts.shape == (2, 9)
+    assert (counts - 20_000 / 9).abs().max() < 5 * 44
+    assert flips.mean().item() == pytest.approx(0.5, abs=5 * 0.0035)
+
+
+def test_without_flip_nothing_is_mirrored() -> None:
+    sampler = AugmentedShuffle(50, 8, Augmentation(pad=2, flip=False), seed=0)
+    assert not any(draw.flips.any() for draw in sampler)
+
+
+def test_two_ranks_together_are_one_process_with_twice_the_batch() -> None:
+    one = make_batches(length=50, batch_size=8)
+    ranks = [make_batches(length=50, batch_size=4, shard=Shard(rank, 2)) for rank in range(2)]
+    for whole, first, second in zip(one, *ranks, strict=True):
+        assert torch.equal(join([whole]), join([first, second]))
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_set_smaller_than_a_batch_is_one_batch(world_size: int) -> None:
+    for rank in range(world_size):
+        batches = make_batches(length=7, batch_size=128, shard=Shard(rank, world_size))
+        assert [len(batch.labels) for batch in batches] == [7 // world_size]
+
+
+def test_batches_resume_within_an_epoch() -> None:
+    whole = make_batches()
+    first = TrainingBatches(make_data(50), AugmentedShuffle(50, 8, AUGMENTATION, seed=0))
+    iterator = iter(first)
+    for _ in range(2):
+        next(iterator)
+    second = TrainingBatches(make_data(50), AugmentedShuffle(50, 8, AUGMENTATION, seed=0))
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(join(list(second)), join(whole[2:]))
+    assert torch.equal(join(list(second)), join(whole)), "only the first epoch is shorter"
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 33, 100])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 4, 128])
+def test_evaluation_reads_every_image_once(length: int, world_size: int, batch_size: int) -> None:
+    data = make_data(length)
+    shards = [Shard(rank, world_size) for rank in range(world_size)]
+    try:
+        ranks = [list(EvaluationBatches(data, batch_size, shard)) for shard in shards]
+    except InputError:
+        assert length // world_size < -(-length // world_size) / batch_size + 1
+        return
+    assert len({len(batches) for batches in ranks}) == 1, "ranks must do the same number of steps"
+    assert all(1 <= len(batch.labels) <= batch_size for batches in ranks for batch in batches)
+    read = torch.cat([batch.labels for batches in ranks for batch in batches])
+    assert torch.equal(read.sort().values, data.labels)
+    if world_size == 1:
+        assert torch.equal(read, data.labels), "in order"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: training_batches(make_data(4), 0, AUGMENTATION, None), "batch_size is 0; it must"),
+        (lambda: evaluation_batches(make_data(4), -1, None), "batch_size is -1; it must be 1"),
+        (lambda: make_batches(2, shard=Shard(0, 3)), "2 images cannot be shared by 3 processes"),
+        (lambda: EvaluationBatches(make_data(3), 1, Shard(0, 2)), "3 images cannot be shared by 2"),
+    ],
+)
+def test_bad_input(make: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make()  # type: ignore[operator]
+
+
+class Recorder(pl.Callback):
+    """Keeps a fingerprint of every training batch, by epoch; stops after a number of batches."""
+
+    def __init__(self) -> None:
+        self.epochs: dict[int, list[float]] = {}
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: list[Tensor], *_: object
+    ) -> None:
+        seen = self.epochs.setdefault(trainer.current_epoch, [])
+        seen.append(batch[0].double().pow(2).sum().item())
+
+
+def fit(
+    epochs: int, *, seed: int = 5, ckpt_path: str | None = None, **options: object
+) -> tuple[Recorder, pl.Trainer]:
+    """Train a linear model on the digits; return what it saw."""
+    pl.seed_everything(seed, verbose=False)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    task = ImageClassifier(net, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1))
+    recorder = Recorder()
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"enable_checkpointing": False, "callbacks": [recorder], **options},  # type: ignore[arg-type]
+    )
+    torch.rand(seed)  # what else draws numbers must not matter
+    trainer.fit(task, Digits(batch_size=300, image_size=8, channels=1), ckpt_path=ckpt_path)
+    return recorder, trainer
+
+
+def test_a_run_is_reproducible_and_its_epochs_differ() -> None:
+    first, _ = fit(2)
+    again, _ = fit(2)
+    assert first.epochs == again.epochs
+    assert len(first.epochs[0]) == 4
+    assert set(first.epochs[0]).isdisjoint(first.epochs[1])
+    assert set(first.epochs[0]).isdisjoint(fit(1, seed=6)[0].epochs[0])
+
+
+def test_a_resumed_run_sees_what_the_uninterrupted_run_saw(tmp_path: Path) -> None:
+    whole, _ = fit(3)
+    _, trainer = fit(1)
+    trainer.save_checkpoint(f"{tmp_path}/last.ckpt")
+    resumed, _ = fit(3, ckpt_path=f"{tmp_path}/last.ckpt")
+    assert resumed.epochs == {1: whole.epochs[1], 2: whole.epochs[2]}
+
+
+class SaveInMidEpoch(pl.Callback):
+    """Writes a checkpoint after six batches, the second of the second epoch."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+        if trainer.global_step == 6:
+            trainer.save_checkpoint(self.path)
+
+
+def test_a_run_resumed_within_an_epoch_goes_on_with_the_next_batch(tmp_path: Path) -> None:
+    whole, _ = fit(3)
+    fit(2, callbacks=[SaveInMidEpoch(f"{tmp_path}/mid.ckpt")])
+    resumed, trainer = fit(3, ckpt_path=f"{tmp_path}/mid.ckpt")
+    assert resumed.epochs == {1: whole.epochs[1][2:], 2: whole.epochs[2]}
+    assert trainer.global_step == 12
+
+
+def test_overfitting_repeats_the_same_batches_in_order() -> None:
+    with pytest.warns(UserWarning, match="turning off the train dataloader shuffling"):
+        recorder, trainer = fit(2, overfit_batches=1)
+    assert [len(batches) for batches in recorder.epochs.values()] == [1, 1]
+    assert not trainer.train_dataloader.sampler.shuffle  # type: ignore[union-attr]

@@ -1,0 +1,30 @@
+"""VGG against torchvision's, whose features have the same convolutions and norms."""
+
+import pytest
+import torch
+from torch import nn
+from torchvision import models
+
+from nmlightning.errors import InputError
+from nmlightning.models.vgg import VGG
+
+
+@pytest.mark.parametrize("depth", [11, 13, 16, 19])
+def test_features_are_those_of_torchvision(depth: int) -> None:
+    with torch.device("meta"):
+        theirs = getattr(models, f"vgg{depth}_bn")(init_weights=False).features
+        ours = VGG(depth).features
+    assert [type(layer) for layer in ours] == [type(layer) for layer in theirs]
+    shapes = [m.weight.shape for m in theirs if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
+    assert [m.weight.shape for m in ours if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))] == shapes
+
+
+def test_one_linear_layer_classifies() -> None:
+    net = VGG(11, num_classes=7, in_channels=1)
+    assert sum(isinstance(module, nn.Linear) for module in net.modules()) == 1
+    assert net(torch.randn(2, 1, 32, 32)).shape == (2, 7)
+
+
+def test_another_depth_is_refused() -> None:
+    with pytest.raises(InputError, match="no VGG of depth 12: choose 11, 13, 16 or 19"):
+        VGG(12)
