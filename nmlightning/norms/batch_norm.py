@@ -1,0 +1,314 @@
+"""Batch norms by any statistic: one class that is told which, and the names people know them by."""
+
+from typing import ClassVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from nmlightning.errors import InputError
+from nmlightning.norms.batch_norm_function import BatchNormFunction
+from nmlightning.norms.cross_rank import count_over_ranks
+from nmlightning.norms.gaussian import Constant, check_constant, check_count, check_power
+from nmlightning.norms.settings import (
+    accumulation_dtype,
+    check_eps,
+    check_momentum,
+    check_stats_dtype,
+    describe_settings,
+)
+from nmlightning.norms.statistics import LargestMean, PowerMean, Statistic
+
+
+class StatisticBatchNorm(_BatchNorm):
+    """Batch norm that divides by a scale estimate ŝ = c · statistic(x − μ).
+
+        y = (x − μ) / √(ŝ² + eps) · weight + bias
+
+    μ and ŝ are taken over all elements of a channel, in `stats_dtype`; (N, C, *) in, the same out.
+    In evaluation it is exactly torch's batch norm: `running_mean` holds μ and `running_var` holds
+    ŝ² with Bessel's factor n/(n−1), both averaged with torch's momentum convention, and the five
+    state keys are those of `torch.nn.BatchNorm2d`, into which a checkpoint loads. A channel whose
+    batch statistics are not finite leaves its running statistics as they were. It can be
+    differentiated once. Use a subclass: this one has no statistic.
+
+    Args:
+        num_features: C.
+        eps: added to the variance ŝ², so its square root is added to ŝ where ŝ is 0.
+        momentum: weight of the newest batch in the running statistics; None averages all equally.
+        affine: learn a weight and a bias for each channel.
+        track_running_stats: keep running statistics; else evaluation uses the batch's own.
+        constant: c. "exact" makes ŝ an unbiased estimate of a Gaussian's standard deviation,
+            "paper" is the constant as published, "none" is 1, and a number is taken as it is.
+        stats_dtype: dtype of accumulation, `torch.float32` or `torch.float64`; by default float32
+            for half, bfloat16 and float32 inputs and float64 for float64.
+        sync: in training, share the statistics among all ranks, as one process would compute them
+            on the ranks' batches concatenated in rank order. Has no effect without distribution.
+
+    Raises:
+        InputError: a setting outside what is allowed; another number of channels than C; k > n.
+        ValueError: one value per channel in training, as torch does.
+
+    Source: Hoffer et al. 2018, §4 (arXiv 1803.01814).
+    """
+
+    statistic: Statistic
+    input_dims: ClassVar[tuple[int, ...]] = ()
+    process_group: ProcessGroup | None = None
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        constant: Constant | float = "exact",
+        stats_dtype: torch.dtype | str | None = None,
+        sync: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features,
+            check_eps(eps),
+            check_momentum(momentum),
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+        )
+        self.constant = check_constant(constant)
+        self.stats_dtype = check_stats_dtype(stats_dtype)
+        self.sync = sync
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the normalised (N, C, *) input, in its dtype and memory format."""
+        self._check_input_dim(input)
+        self._check_channels(input)
+        tracks = self.training and self.track_running_stats and self.running_mean is not None
+        if not self.training and self.running_mean is not None:
+            return F.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        if tracks and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        group = self._group()
+        if group is None and input.numel() <= input.shape[1]:
+            # Torch's own answers for an empty batch and for one value per channel.
+            return F.batch_norm(input, None, None, self.weight, self.bias, training=True)
+        count = count_over_ranks(input.numel() // input.shape[1], input, group)
+        output, mean, variance = BatchNormFunction.apply(
+            input,
+            self.weight,
+            self.bias,
+            self.statistic,
+            count,
+            self.statistic.constant(count, self.constant),
+            self.eps,
+            accumulation_dtype(input.dtype, self.stats_dtype),
+            group,
+        )
+        if tracks:
+            self._track(mean, variance)
+        return output  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        """Return the arguments that differ from the defaults, so that the repr evaluates."""
+        return describe_settings(self, str(self.num_features))
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        """Move the running statistics towards the batch's, in channels where both are finite."""
+        newest: float | Tensor = 0.0 if self.momentum is None else self.momentum
+        if self.momentum is None and self.num_batches_tracked is not None:
+            newest = 1.0 / self.num_batches_tracked
+        finite = mean.isfinite() & variance.isfinite()
+        for running, value in ((self.running_mean, mean), (self.running_var, variance)):
+            assert running is not None, "the caller tracks"
+            moved = running + newest * (value - running)
+            running.copy_(torch.where(finite, moved, running))
+
+    def _group(self) -> ProcessGroup | None:
+        """Return the ranks to share statistics with, or None."""
+        if not (self.sync and self.training and dist.is_available() and dist.is_initialized()):
+            return None
+        group = self.process_group or dist.group.WORLD
+        return group if dist.get_world_size(group) > 1 else None
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if self.input_dims and input.dim() not in self.input_dims:
+            expected = " or ".join(f"{dims}D" for dims in self.input_dims)
+            raise InputError(f"expected {expected} input (got {input.dim()}D input)")
+        if input.dim() < 2:
+            raise InputError(f"expected at least 2D input (got {input.dim()}D input)")
+
+    def _check_channels(self, input: Tensor) -> None:
+        if input.shape[1] != self.num_features:
+            raise InputError(
+                f"{type(self).__name__} has {self.num_features} features, "
+                f"got {input.shape[1]} channels in an input of shape {tuple(input.shape)}."
+            )
+
+
+class L1BatchNorm(StatisticBatchNorm):
+    """Batch norm by ŝ = √(π/2) · mean |x − μ|; see `StatisticBatchNorm`."""
+
+    statistic = PowerMean(1.0)
+
+
+class LInfBatchNorm(StatisticBatchNorm):
+    """Batch norm by ŝ = c(n) · max |x − μ|; see `StatisticBatchNorm`."""
+
+    statistic = LargestMean(1)
+
+
+class LpBatchNorm(StatisticBatchNorm):
+    """Batch norm by ŝ = c(p) · (mean |x − μ|^p)^(1/p), p ≥ 1; p = 2 is torch's own batch norm.
+
+    See `StatisticBatchNorm` for the other arguments.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        p: float = 1.0,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        constant: Constant | float = "exact",
+        stats_dtype: torch.dtype | str | None = None,
+        sync: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            track_running_stats=track_running_stats,
+            constant=constant,
+            stats_dtype=stats_dtype,
+            sync=sync,
+            device=device,
+            dtype=dtype,
+        )
+        self.p = check_power(p)
+        self.statistic = PowerMean(self.p)
+
+
+class TopKBatchNorm(StatisticBatchNorm):
+    """Batch norm by ŝ = c(n, k) · mean of the k largest |x − μ|; see `StatisticBatchNorm`."""
+
+    def __init__(
+        self,
+        num_features: int,
+        k: int = 10,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        constant: Constant | float = "exact",
+        stats_dtype: torch.dtype | str | None = None,
+        sync: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            track_running_stats=track_running_stats,
+            constant=constant,
+            stats_dtype=stats_dtype,
+            sync=sync,
+            device=device,
+            dtype=dtype,
+        )
+        self.k = check_count(k)
+        self.statistic = LargestMean(self.k)
+
+
+class L1BatchNorm1d(L1BatchNorm):
+    """`L1BatchNorm` of (N, C) or (N, C, L) inputs."""
+
+    input_dims = (2, 3)
+
+
+class L1BatchNorm2d(L1BatchNorm):
+    """`L1BatchNorm` of (N, C, H, W) inputs.
+
+    >>> L1BatchNorm2d(16)(torch.randn(8, 16, 4, 4)).shape
+    torch.Size([8, 16, 4, 4])
+    """
+
+    input_dims = (4,)
+
+
+class L1BatchNorm3d(L1BatchNorm):
+    """`L1BatchNorm` of (N, C, D, H, W) inputs."""
+
+    input_dims = (5,)
+
+
+class LInfBatchNorm1d(LInfBatchNorm):
+    """`LInfBatchNorm` of (N, C) or (N, C, L) inputs."""
+
+    input_dims = (2, 3)
+
+
+class LInfBatchNorm2d(LInfBatchNorm):
+    """`LInfBatchNorm` of (N, C, H, W) inputs."""
+
+    input_dims = (4,)
+
+
+class LInfBatchNorm3d(LInfBatchNorm):
+    """`LInfBatchNorm` of (N, C, D, H, W) inputs."""
+
+    input_dims = (5,)
+
+
+class LpBatchNorm1d(LpBatchNorm):
+    """`LpBatchNorm` of (N, C) or (N, C, L) inputs."""
+
+    input_dims = (2, 3)
+
+
+class LpBatchNorm2d(LpBatchNorm):
+    """`LpBatchNorm` of (N, C, H, W) inputs."""
+
+    input_dims = (4,)
+
+
+class LpBatchNorm3d(LpBatchNorm):
+    """`LpBatchNorm` of (N, C, D, H, W) inputs."""
+
+    input_dims = (5,)
+
+
+class TopKBatchNorm1d(TopKBatchNorm):
+    """`TopKBatchNorm` of (N, C) or (N, C, L) inputs."""
+
+    input_dims = (2, 3)
+
+
+class TopKBatchNorm2d(TopKBatchNorm):
+    """`TopKBatchNorm` of (N, C, H, W) inputs."""
+
+    input_dims = (4,)
+
+
+class TopKBatchNorm3d(TopKBatchNorm):
+    """`TopKBatchNorm` of (N, C, D, H, W) inputs."""
+
+    input_dims = (5,)

@@ -1,0 +1,73 @@
+"""Layer normalisation by a power mean: analytic forward and backward, differentiable once.
+
+The same formula as in `batch_norm_function`, with one μ and ŝ for each token (the features of
+`normalized_shape`) and a weight and bias for each feature:
+
+    ∂L/∂x = (1/σ) · [h − mean h − c · (ŝ/σ) · mean(h x̂) · (s − mean s)],   h = weight · g
+
+where s = count · ∂m/∂d is the slope of the power mean.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nmlightning.norms.statistics import power_mean, power_mean_slope
+
+
+class LayerNormFunction(torch.autograd.Function):
+    """Normalise (*, *normalized_shape) over the last `rank` dimensions, in `dtype`; y is like x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        rank: int,
+        p: float,
+        constant: float,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        dims = tuple(range(-rank, 0))
+        wide = x.to(dtype)
+        mean = wide.mean(dims, keepdim=True)
+        deviations = wide - mean
+        count = x.shape[-rank:].numel()
+        magnitude = power_mean(deviations, p, dims, count, None)
+        y = deviations / ((magnitude * constant).square() + eps).sqrt()
+        ctx.save_for_backward(x, weight, mean, magnitude)
+        ctx.dims, ctx.p, ctx.constant, ctx.eps = dims, p, constant, eps
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        if weight is not None:
+            y = y * weight.to(dtype)
+        return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, magnitude = ctx.saved_tensors
+        dims, lead = ctx.dims, tuple(range(x.dim() - len(ctx.dims)))
+        wide_grad = grad.to(mean.dtype)
+        deviations = x.to(mean.dtype) - mean
+        scale = magnitude * ctx.constant
+        total = (scale.square() + ctx.eps).sqrt()
+        normalised = deviations / total
+        inner = wide_grad if weight is None else wide_grad * weight.to(mean.dtype)
+        slope = power_mean_slope(deviations, magnitude, ctx.p)
+        pull = ctx.constant * (scale / total) * (inner * normalised).mean(dims, keepdim=True)
+        centred = slope - slope.mean(dims, keepdim=True)
+        grad_x = (inner - inner.mean(dims, keepdim=True) - pull * centred) / total
+        grad_weight = grad_bias = None
+        if weight is not None:
+            grad_weight = _sum_leading(wide_grad * normalised, lead).to(weight.dtype)
+        if ctx.bias_dtype is not None:
+            grad_bias = _sum_leading(wide_grad, lead).to(ctx.bias_dtype)
+        return grad_x.to(x.dtype), grad_weight, grad_bias, *(None,) * 5
+
+
+def _sum_leading(values: Tensor, lead: tuple[int, ...]) -> Tensor:
+    return values.sum(lead) if lead else values
