@@ -1,0 +1,107 @@
+"""The norms by name: which layer class each one is, for batch and for layer normalisation."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+from torch import nn
+
+from nmlightning.errors import InputError, nearest
+from nmlightning.norms import batch_norm as batch
+from nmlightning.norms.layer_norm import L1LayerNorm, LpLayerNorm
+
+Kind = Literal["batch", "layer"]
+KINDS: tuple[Kind, ...] = ("batch", "layer")
+
+# What a swapped layer takes from the layer that it replaces, and so is no option of a swap.
+_INHERITED = {"num_features", "normalized_shape", "affine", "elementwise_affine", "bias"} | {
+    "track_running_stats",
+    "device",
+    "dtype",
+    "process_group",
+}
+
+
+@dataclass(frozen=True)
+class Norm:
+    """One name: its batch norms by dimensions (None: any number), its layer norm, fixed options."""
+
+    batch: Mapping[int | None, type[nn.Module]]
+    layer: type[nn.Module] | None = None
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _batch_norms(name: str) -> dict[int | None, type[nn.Module]]:
+    return {
+        None: getattr(batch, f"{name}BatchNorm"),
+        **{dims: getattr(batch, f"{name}BatchNorm{dims}d") for dims in (1, 2, 3)},
+    }
+
+
+_TOP_K = _batch_norms("TopK")
+
+NORMS: Mapping[str, Norm] = MappingProxyType(
+    {
+        "l2": Norm(
+            {None: nn.SyncBatchNorm, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d},
+            nn.LayerNorm,
+        ),
+        "l1": Norm(_batch_norms("L1"), L1LayerNorm),
+        "lp": Norm(_batch_norms("Lp"), LpLayerNorm),
+        "linf": Norm(_batch_norms("LInf")),
+        "topk": Norm(_TOP_K),
+        "top10": Norm(_TOP_K, fixed={"k": 10}),
+    }
+)
+
+
+def find_norm(name: str) -> Norm:
+    """Return the norm called `name`, or raise InputError with the names there are."""
+    if name not in NORMS:
+        raise InputError(
+            f"There is no norm {name!r}; there are {', '.join(NORMS)}.{nearest(name, NORMS)}"
+        )
+    return NORMS[name]
+
+
+def layer_class(name: str, kind: Kind, dims: int | None = None) -> type[nn.Module]:
+    """Return the class of norm `name` for a kind; for `batch` by its spatial dimensions or None."""
+    norm = find_norm(name)
+    if kind == "batch":
+        return norm.batch[dims]
+    if norm.layer is None:
+        defined = [other for other, spec in NORMS.items() if spec.layer is not None]
+        raise InputError(
+            f"The norm {name!r} is not defined for layer norms; {', '.join(defined)} are."
+        )
+    return norm.layer
+
+
+def check_kinds(kinds: tuple[str, ...]) -> tuple[Kind, ...]:
+    """Return the kinds if all of them exist, or raise InputError."""
+    for kind in kinds:
+        if kind not in KINDS:
+            raise InputError(
+                f"kinds are {' and '.join(KINDS)}, got {kind!r}.{nearest(kind, KINDS)}"
+            )
+    if not kinds:
+        raise InputError(f"kinds is empty: name {' or '.join(KINDS)}, or both.")
+    return kinds  # type: ignore[return-value]
+
+
+def check_options(name: str, kind: Kind, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of norm `name` with its fixed ones, or raise InputError."""
+    norm = find_norm(name)
+    allowed = set(inspect.signature(layer_class(name, kind, None)).parameters) - _INHERITED
+    for option in options:
+        if option in norm.fixed:
+            raise InputError(f"The norm {name!r} has {option} = {norm.fixed[option]} by its name.")
+        if option not in allowed:
+            known = ", ".join(sorted(allowed - set(norm.fixed)))
+            raise InputError(
+                f"The norm {name!r} has no option {option!r} for {kind} norms; it has {known}."
+                f"{nearest(option, allowed)}"
+            )
+    return {**norm.fixed, **options}

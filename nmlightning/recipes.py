@@ -1,0 +1,106 @@
+"""What was done to a model, as plain data: noted on the module, kept in its checkpoints, compared.
+
+A checkpoint holds, under the key `nmlightning`, `{"version": 1, "norm_swaps": [recipe, …]}` in the
+order of the swaps. A recipe is the keywords of `swap_norms`, and the `modules` that it swapped.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from nmlightning.errors import InputError
+
+KEY = "nmlightning"
+VERSION = 1
+_NOTES = "_nmlightning_norm_swaps"
+
+Recipe = dict[str, Any]
+
+
+def make_recipe(
+    norm: str,
+    options: Mapping[str, Any],
+    kinds: tuple[str, ...],
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+) -> Recipe:
+    """Return the keywords of a swap as plain data, which a checkpoint may hold."""
+    return {
+        "norm": norm,
+        "options": {name: _plain(value) for name, value in options.items()},
+        "kinds": list(kinds),
+        "include": list(include),
+        "exclude": list(exclude),
+    }
+
+
+def note_recipe(module: nn.Module, recipe: Recipe, swapped: list[str]) -> None:
+    """Remember on `module` that `recipe` swapped the modules named in `swapped`; once for each."""
+    notes: list[Recipe] = module.__dict__.setdefault(_NOTES, [])
+    for note in notes:
+        if _keywords(note) == recipe:
+            note["modules"] = sorted({*note["modules"], *swapped})
+            return
+    notes.append({**recipe, "modules": sorted(set(swapped))})
+
+
+def recipes_of(module: nn.Module) -> list[Recipe]:
+    """Return what was noted on `module`, in order."""
+    return module.__dict__.get(_NOTES, [])
+
+
+def recipes_in(checkpoint: Mapping[str, Any]) -> list[Recipe]:
+    """Return the recipes that a checkpoint holds, or raise InputError for another format."""
+    entry = checkpoint.get(KEY)
+    if entry is None:
+        return []
+    if entry.get("version") != VERSION:
+        raise InputError(
+            f"The checkpoint's {KEY!r} entry has version {entry.get('version')}, this release reads "
+            f"{VERSION}: install the release that wrote it."
+        )
+    return list(entry["norm_swaps"])
+
+
+def write_recipes(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Put what was noted on `module` into `checkpoint`."""
+    if recipes_of(module):
+        checkpoint[KEY] = {"version": VERSION, "norm_swaps": recipes_of(module)}
+
+
+def check_recipes(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Raise InputError, naming the first difference, if `module` was swapped in another way."""
+    here = [_keywords(recipe) for recipe in recipes_of(module)]
+    there = [_keywords(recipe) for recipe in recipes_in(checkpoint)]
+    if here == there:
+        return
+    raise InputError(
+        f"The checkpoint was trained with {_first_difference(there, here)}. Resume with the same "
+        "NormSwap, or start from its weights with load_from_checkpoint."
+    )
+
+
+def _first_difference(there: list[Recipe], here: list[Recipe]) -> str:
+    if len(there) != len(here):
+        return f"NormSwap {_names(there)}, this run has {_names(here)}"
+    old, new, key = next(
+        (old, new, key)
+        for old, new in zip(there, here, strict=True)
+        for key in old
+        if old[key] != new[key]
+    )
+    return f"NormSwap {key} = {old[key]!r}, this run has {key} = {new[key]!r}"
+
+
+def _names(recipes: list[Recipe]) -> str:
+    return ", ".join(repr(recipe["norm"]) for recipe in recipes) or "nothing (no NormSwap)"
+
+
+def _keywords(recipe: Recipe) -> Recipe:
+    return {key: value for key, value in recipe.items() if key != "modules"}
+
+
+def _plain(value: Any) -> Any:
+    plain = value is None or isinstance(value, bool | int | float | str)
+    return value if plain else str(value).removeprefix("torch.")

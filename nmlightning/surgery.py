@@ -1,0 +1,206 @@
+"""Swap the norm layers of a model that exists already: plan, replace, report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from nmlightning.errors import InputError
+from nmlightning.norms.registry import Kind, check_kinds, check_options, find_norm, layer_class
+from nmlightning.swappable import (
+    NormLayer,
+    become,
+    class_to_take,
+    find_norm_layers,
+    guard_fast_paths,
+    is_like,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One line of a report: the module's name, what it was, what it is, and why if it was left."""
+
+    name: str
+    before: str
+    after: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What `swap_norms` did, or would do: the swapped modules, and the norms it left alone.
+
+    It prints as a table under rich, and as one line otherwise.
+    """
+
+    swapped: tuple[Swap, ...]
+    left: tuple[Swap, ...]
+    dry_run: bool = False
+
+    def __len__(self) -> int:
+        return len(self.swapped)
+
+    def __str__(self) -> str:
+        kinds: dict[tuple[str, str], int] = {}
+        for swap in self.swapped:
+            kinds[swap.before, swap.after] = kinds.get((swap.before, swap.after), 0) + 1
+        counts = [f"{count} {before} → {after}" for (before, after), count in kinds.items()]
+        left = f"; {len(self.left)} left as they are" if self.left else ""
+        return ("would swap " if self.dry_run else "swapped ") + (", ".join(counts) or "0") + left
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        table = Table("module", "from", "to", title=str(self))
+        for swap in (*self.swapped, *self.left):
+            table.add_row(swap.name, swap.before, swap.after or f"[dim]left: {swap.reason}[/dim]")
+        return table
+
+
+def swap_norms(
+    model: nn.Module,
+    norm: str = "l1",
+    options: Mapping[str, Any] | None = None,
+    *,
+    kinds: Sequence[str] = ("batch",),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    dry_run: bool = False,
+) -> SwapReport:
+    """Turn the norm layers of `model` into the norm called `norm`, in place, and report it.
+
+    A swapped layer stays the same module object and takes another class, as
+    `torch.nn.utils.parametrize` does it. So its parameters, buffers and hooks, the optimizers that
+    hold them, and every place that shares the module stay valid. A layer is swapped if its class is
+    exactly torch's `BatchNorm1d/2d/3d`, `SyncBatchNorm` (which becomes a synchronised norm) or
+    `LayerNorm`, one of ours, or timm's `BatchNormAct2d` (which keeps its drop and activation).
+    Calling it twice changes nothing the second time. `norm="l2"` undoes a swap.
+
+    Args:
+        model: any module, also one that `torch.compile` wraps.
+        norm: `l1`, `linf`, `top10`, `topk`, `lp`, or `l2` for torch's own.
+        options: the norm's constructor options: `k`, `p`, `constant`, `eps`, `momentum`,
+            `stats_dtype`, `sync`. By default eps and momentum stay those of the layer.
+        kinds: `batch`, `layer` or both.
+        include: glob patterns on module names, such as `layer1.*`; empty means all.
+        exclude: glob patterns on module names that are left alone.
+        dry_run: report only.
+
+    Returns:
+        What was swapped, and which norm layers were left alone, with the reason.
+
+    Raises:
+        InputError: an unknown norm, kind or option; a pattern that matches nothing; nothing to
+            swap in the model; a norm that `include` names but that cannot be swapped (group,
+            instance and RMS norms, subclasses of torch's); parameters that are sharded already.
+            The model is then unchanged.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> print(swap_norms(net, "top10", {"constant": "paper"}))
+        swapped 1 BatchNorm2d → TopKBatchNorm2d
+    """
+    find_norm(norm)
+    chosen = check_kinds(tuple(kinds))
+    settings = {kind: check_options(norm, kind, options or {}) for kind in chosen}
+    layers = find_norm_layers(model)
+    _check_patterns(model, layers, chosen, include, exclude)
+    picked = [layer for layer in layers if _is_picked(layer.name, include, exclude)]
+    _check_swappable(picked, include)
+    plan = _make_plan(norm, settings, picked)
+    swapped = tuple(
+        Swap(x.name, x.type_name, class_to_take(x.module, template).__name__)
+        for x, template in plan
+    )
+    left = tuple(Swap(x.name, x.type_name, "", x.refusal) for x in picked if x.refusal)
+    if not dry_run:
+        for module, template in {id(x.module): (x.module, t) for x, t in plan}.values():
+            become(module, template)
+        guard_fast_paths(model.modules())
+    return SwapReport(swapped, left, dry_run)
+
+
+def _make_plan(
+    norm: str, settings: Mapping[Kind, Mapping[str, Any]], layers: Iterable[NormLayer]
+) -> list[tuple[NormLayer, nn.Module]]:
+    """Return the layers that are not yet what they shall become, each with a template of that."""
+    plan = []
+    for layer in layers:
+        if layer.kind is not None and layer.kind in settings:
+            template = _template(layer, norm, settings[layer.kind])
+            if not is_like(layer.module, template):
+                plan.append((layer, template))
+    return plan
+
+
+def _template(layer: NormLayer, norm: str, options: Mapping[str, Any]) -> nn.Module:
+    """Return a new layer, without storage, that is what `layer` shall become."""
+    assert layer.kind is not None, "only swappable layers are planned"
+    settings = {**layer.inherited(), **options}
+    dims = layer.dims
+    if layer.synchronised and norm == "l2":
+        dims = None
+    elif layer.synchronised:
+        settings.setdefault("sync", True)
+    return layer_class(norm, layer.kind, dims)(**settings, device="meta")
+
+
+def _is_picked(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    if any(fnmatchcase(name, pattern) for pattern in exclude):
+        return False
+    return not include or any(fnmatchcase(name, pattern) for pattern in include)
+
+
+def _check_patterns(
+    model: nn.Module,
+    layers: list[NormLayer],
+    kinds: tuple[Kind, ...],
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> None:
+    if isinstance(include, str) or isinstance(exclude, str):
+        raise InputError(
+            "include and exclude are lists of patterns, got one string: put it in a list."
+        )
+    names = [layer.name for layer in layers]
+    for argument, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise InputError(
+                    f"The pattern {pattern!r} in {argument} matches no norm layer of "
+                    f"{type(model).__name__}. {_list_norms(layers)}"
+                )
+    if not any(layer.kind in kinds for layer in layers):
+        raise InputError(
+            f"There is no {' or '.join(kinds)} norm to swap in {type(model).__name__}. "
+            f"{_list_norms(layers)}"
+        )
+
+
+def _list_norms(layers: list[NormLayer]) -> str:
+    if not layers:
+        return "It has no norm layers; is the net built in configure_model?"
+    shown = [f"{layer.name} ({layer.type_name})" for layer in layers[:12]]
+    more = f" and {len(layers) - len(shown)} more" if len(layers) > len(shown) else ""
+    return f"Its norm layers are {', '.join(shown)}{more}."
+
+
+def _check_swappable(picked: Iterable[NormLayer], include: Sequence[str]) -> None:
+    refused = [layer for layer in picked if layer.refusal]
+    if include and refused:
+        named = ", ".join(f"{layer.name} ({layer.type_name}: {layer.refusal})" for layer in refused)
+        raise InputError(f"include names norms that cannot be swapped: {named}; exclude them.")
+    for layer in picked:
+        if any(type(q).__name__ == "DTensor" for q in layer.module.parameters(recurse=False)):
+            raise InputError(
+                f"{layer.name} is sharded already: call swap_norms in configure_model, before "
+                "fully_shard."
+            )
