@@ -1,0 +1,100 @@
+"""`nm`: a thin dispatcher that imports a command only when it is asked for.
+
+`nm --help` and `nm --version` import neither torch nor Lightning. Whatever goes wrong with what the
+user gave ends here as one line on stderr and exit code 2; any other exception keeps its traceback.
+"""
+
+import sys
+import textwrap
+
+from nmlightning.cli.config_files import shipped_configs
+from nmlightning.cli.given_files import GivenFiles
+from nmlightning.errors import InputError, nearest
+
+BAD_INPUT = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells report a program that Ctrl-C ended
+
+COMMANDS = {
+    "fit": "train, and validate after every epoch",
+    "validate": "measure a checkpoint on the validation images",
+    "test": "measure a checkpoint on the test images",
+    "predict": "run a checkpoint on images, for a BasePredictionWriter callback to keep",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one `nm` command and return its exit code.
+
+    Args:
+        argv: the words after `nm`; by default those the program was started with.
+
+    Returns:
+        0, or 2 for bad input, or 130 after Ctrl-C.
+
+    Example:
+        >>> main(["--version"])
+        nmlightning 0.1.0
+        0
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        print("nm: interrupted; no checkpoint exists yet.", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        bad_input = _input_error_in(error)
+        if bad_input is None:
+            raise
+        print(f"nm: {' '.join(str(bad_input).split())}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def _run(arguments: list[str]) -> int:
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if command in ("-V", "--version"):
+        print(f"nmlightning {_version()}")
+        return 0
+    if command not in COMMANDS:
+        allowed = ", ".join(COMMANDS)
+        hint = nearest(command, COMMANDS)
+        raise InputError(f"there is no command {command!r}; the commands are {allowed}.{hint}")
+    given = GivenFiles(arguments)
+    from nmlightning.cli.training import run
+
+    return run(arguments, given)
+
+
+def _version() -> str:
+    import nmlightning
+
+    return str(nmlightning.__version__)
+
+
+def _help() -> str:
+    commands = "\n".join(f"  {name:<10}{purpose}" for name, purpose in COMMANDS.items())
+    configs = textwrap.fill(
+        "  ".join(shipped_configs()), 78, initial_indent="  ", subsequent_indent="  "
+    )
+    return f"""\
+nm {_version()}: normalisation in other norms than L2, for PyTorch Lightning
+
+  nm fit --config configs/quickstart.yaml             train on the digits in scikit-learn
+  nm fit --config configs/cifar_l1.yaml               the main experiment, on CIFAR-10
+  nm fit --config configs/cifar_l1.yaml --data Digits the same network, on the digits
+
+commands (nm <command> --help lists its options)
+{commands}
+
+shipped configs
+{configs}"""
+
+
+def _input_error_in(error: BaseException | None) -> InputError | None:
+    """Return the InputError that `error` is or was raised from; parsers wrap what they catch."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__
+    return error

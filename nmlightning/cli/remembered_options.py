@@ -1,0 +1,39 @@
+"""The options of the model that a checkpoint remembers, below those that are given."""
+
+import json
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nmlightning.errors import InputError
+
+
+def remembered_options(checkpoint: str | None) -> list[str]:
+    """Return the model's options in `checkpoint` as one more `--config`, to be placed first.
+
+    Whatever comes after it on the command line, in configs or as options, wins.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    if not checkpoint or "://" in checkpoint or Path(checkpoint).is_dir():
+        return []
+    model = _read_hyper_parameters(Path(checkpoint))
+    class_path = model.pop("_class_path", None)
+    if class_path is None:
+        return []  # not trained by a command line: nothing that it could parse
+    model.pop("_instantiator", None)
+    return ["--config", json.dumps({"model": {"class_path": class_path, "init_args": model}})]
+
+
+def _read_hyper_parameters(path: Path) -> dict[str, Any]:
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"--ckpt_path: {str(path)!r} is no checkpoint, or a truncated one.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        return {}  # objects of the user's own, which the Trainer judges when it loads them
+    return dict(checkpoint.get("hyper_parameters", {}))

@@ -1,0 +1,20 @@
+"""Where a run is kept: `runs/<config name>/version_N`, never one that exists already."""
+
+from pathlib import Path
+from typing import Any
+
+RUNS = Path("runs")
+
+
+def default_logger(run_name: str) -> dict[str, Any]:
+    """Return TensorBoard's logger as a config, which a later option may give another class."""
+    # hp_metric would be a meaningless scalar of -1 in every run.
+    arguments = {"save_dir": str(RUNS), "name": run_name, "default_hp_metric": False}
+    return {"class_path": "pytorch_lightning.loggers.TensorBoardLogger", "init_args": arguments}
+
+
+def new_version(run_name: str) -> Path:
+    """Return `runs/<run_name>/version_N` after all that exist, as the loggers count them."""
+    taken = [path.name.removeprefix("version_") for path in (RUNS / run_name).glob("version_*")]
+    number = max((int(version) for version in taken if version.isdigit()), default=-1) + 1
+    return RUNS / run_name / f"version_{number}"

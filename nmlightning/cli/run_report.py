@@ -1,0 +1,131 @@
+"""What `nm` tells a person: where a run is kept, how it went, and how to go on."""
+
+import shlex
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+
+STAGES = ("train", "val", "test")
+
+
+class Stopwatch(Callback):
+    """Count the images and the seconds of training, without its validation."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.training_seconds = 0.0
+        self.total_seconds = 0.0
+        self._fit_started = self._resumed = 0.0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._fit_started = time.monotonic()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._resumed = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if isinstance(batch, (tuple, list)):
+            self.images += len(batch[0]) * trainer.world_size
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._pause()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._resumed = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pause()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.total_seconds = time.monotonic() - self._fit_started
+
+    def _pause(self) -> None:
+        now = time.monotonic()
+        self.training_seconds += now - self._resumed
+        self._resumed = now
+
+
+def print_start(trainer: Trainer, run: Path | None) -> None:
+    """Print what runs on what, and where it is kept."""
+    kept = f" → {run}" if run else ""
+    device = trainer.strategy.root_device
+    copies = f" × {trainer.world_size}" if trainer.world_size > 1 else ""
+    _print(f"[bold]nm[/bold]: {device.type}{copies}, precision {trainer.precision}{kept}")
+
+
+def print_fit(
+    trainer: Trainer, watch: Stopwatch, run: Path | None, checkpoint: Path | None
+) -> None:
+    """Print the table of results, the cost, and the paths of the run and its last checkpoint."""
+    _print()
+    print_metrics(trainer.callback_metrics)
+    epochs = trainer.current_epoch
+    speed = f" · {watch.images / watch.training_seconds:,.0f} images/s" if watch.images else ""
+    took = _duration(watch.total_seconds)
+    _print(f" {epochs} epoch{'s' * (epochs != 1)} in {took}{speed} in training")
+    if run:
+        _print(f" run         {run}")
+    if checkpoint:
+        _print(f" checkpoint  {checkpoint}")
+
+
+def print_interruption(run: Path | None, checkpoint: Path | None) -> None:
+    """Say which checkpoint an interrupted run leaves, and the command that goes on from it."""
+    console = Console(stderr=True)
+    config = run / "config.yaml" if run else None
+    if checkpoint is None:
+        text = "interrupted; no checkpoint exists yet."
+    elif config is None or not config.is_file():
+        text = f"interrupted; the last checkpoint is {checkpoint}"
+    else:
+        words = ["nm", "fit", "--config", str(config), "--ckpt_path", str(checkpoint)]
+        text = f"interrupted; the last checkpoint is kept. To resume:\n{shlex.join(words)}"
+    console.print(f"nm: {text}", soft_wrap=True, highlight=False, markup=False)
+
+
+def print_notice(text: str) -> None:
+    """Print one line to stderr about something that runs otherwise than asked."""
+    Console(stderr=True).print(f"nm: {text}", soft_wrap=True, highlight=False, markup=False)
+
+
+def print_metrics(metrics: Mapping[str, Any]) -> None:
+    """Print the metrics called `<stage>/<name>`: a row a stage, a column a name."""
+    values = {name: float(value) for name, value in metrics.items() if name.count("/") == 1}
+    names = list(dict.fromkeys(name.split("/")[1] for name in values))
+    rows = [stage for stage in STAGES if any(name.startswith(f"{stage}/") for name in values)]
+    if not rows:
+        return
+    table = Table()
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right")
+    for stage in rows:
+        table.add_row(stage, *(_cell(name, values.get(f"{stage}/{name}")) for name in names))
+    Console().print(table)
+
+
+def _cell(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{100 * value:.2f} %" if name.startswith("top") else f"{value:.4f}"
+
+
+def _duration(seconds: float) -> str:
+    """Return `3 h 2 min`, `1 min 5 s` or `7.2 s`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _print(text: str = "") -> None:
+    # Paths are to be copied: never wrapped.
+    Console().print(text, soft_wrap=True, highlight=False)

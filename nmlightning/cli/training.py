@@ -1,0 +1,154 @@
+"""`nm fit`, `validate`, `test` and `predict`: LightningCLI with a named folder for every run."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import dict_to_namespace
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+# Class names alone resolve only if their modules are imported.
+import nmlightning.callbacks.norm_swap
+import nmlightning.datamodules.cifar10
+import nmlightning.datamodules.digits
+import nmlightning.models.resnet
+import nmlightning.models.vgg
+import nmlightning.tasks.classification  # noqa: F401
+from nmlightning.cli import run_report
+from nmlightning.cli.compat import ExplicitOptionsWin
+from nmlightning.cli.given_files import GivenFiles
+from nmlightning.cli.parser import Parser
+from nmlightning.cli.quiet import quiet
+from nmlightning.cli.remembered_options import remembered_options
+from nmlightning.cli.run_callbacks import standard_callbacks
+from nmlightning.cli.run_folder import default_logger, new_version
+from nmlightning.errors import InputError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report a program that Ctrl-C ended
+
+
+def run(arguments: list[str], given: GivenFiles) -> int:
+    """Run `nm fit`, `validate`, `test` or `predict` and return its exit code.
+
+    Args:
+        arguments: the command and its options.
+        given: the files that these name.
+
+    Raises:
+        InputError: an option, a config or a checkpoint cannot be right.
+    """
+    command, *options = arguments
+    with quiet():
+        try:
+            remembered = remembered_options(given.checkpoint)
+            TrainingCLI([command, *remembered, *options], given.run_name)
+        except SystemExit as stop:
+            return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return 0
+
+
+class TrainingCLI(ExplicitOptionsWin):
+    """LightningCLI for any model and data; its constructor runs the command.
+
+    Args:
+        arguments: the command and its options.
+        run_name: the name of the folder in `runs` that holds the run.
+    """
+
+    def __init__(self, arguments: list[str], run_name: str) -> None:
+        self._run_name = run_name
+        self._logger_is_given = any(word.startswith("--trainer.logger") for word in arguments)
+        self._watch = run_report.Stopwatch()
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            parser_class=Parser,
+            parser_kwargs={"prog": "nm", "allow_abbrev": False},
+            trainer_defaults={"logger": default_logger(run_name)},
+            args=arguments,
+        )
+
+    def init_parser(self, **kwargs: Any) -> Parser:
+        """Return a parser whose `--config` knows the shipped configs."""
+        return Parser.with_config_option(**kwargs)
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Parse `args` without LightningCLI's warning that the program has arguments, too."""
+        self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        """Decide where the run is kept: only a fit makes a folder, and always a new one."""
+        trainer = self.config[self.subcommand].trainer
+        if self.subcommand != "fit":
+            self.save_config_callback = None
+            if not self._logger_is_given:
+                trainer.logger = False
+        elif trainer.logger is False:
+            trainer.default_root_dir = trainer.default_root_dir or str(new_version(self._run_name))
+        elif trainer.logger in (True, None):
+            trainer.logger = dict_to_namespace(default_logger(self._run_name))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Return the Trainer, with the last checkpoint kept and the time measured."""
+        options = self.config_init[self.subcommand].trainer
+        self.trainer_defaults["callbacks"] = [self._watch, *standard_callbacks(options)]
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            raise InputError(f"trainer: {error}") from error
+        if options.precision in ("16-mixed", "16", 16) and trainer.precision == "bf16-mixed":
+            run_report.print_notice(
+                "there is no GPU for 16-mixed; bf16-mixed runs instead (--trainer.precision 32-true"
+                " for full precision)."
+            )
+        return trainer
+
+    def fit(self, model: LightningModule, **kwargs: Any) -> None:
+        """Train, and report; after Ctrl-C say how to resume."""
+        folder = self._folder()
+        if folder and (folder / "config.yaml").exists():
+            raise InputError(f"{folder} holds another run; leave trainer.logger.version out.")
+        run_report.print_start(self.trainer, folder)
+        try:
+            self.trainer.fit(model, **kwargs)
+        except InputError:
+            if folder and not any(folder.rglob("*.ckpt")):
+                shutil.rmtree(folder, ignore_errors=True)  # nothing was learned
+            raise
+        except (KeyboardInterrupt, SystemExit) as stop:
+            # Lightning 2.6 answers KeyboardInterrupt with exit(1).
+            if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+                raise
+            checkpoint = self._last_checkpoint() or kwargs.get("ckpt_path")
+            run_report.print_interruption(folder, checkpoint)
+            raise SystemExit(INTERRUPTED) from None
+        run_report.print_fit(self.trainer, self._watch, folder, self._last_checkpoint())
+
+    def validate(self, model: LightningModule, **kwargs: Any) -> None:
+        """Measure on the validation data."""
+        self._evaluate(self.trainer.validate, model, kwargs)
+
+    def test(self, model: LightningModule, **kwargs: Any) -> None:
+        """Measure on the test data."""
+        self._evaluate(self.trainer.test, model, kwargs)
+
+    def _evaluate(self, measure: Any, model: LightningModule, kwargs: dict[str, Any]) -> None:
+        if not kwargs.get("ckpt_path"):
+            run_report.print_notice("no --ckpt_path is given; these weights are untrained.")
+        measure(model, **{**kwargs, "verbose": False})
+        run_report.print_metrics(self.trainer.callback_metrics)
+
+    def _folder(self) -> Path | None:
+        options = self.config_init[self.subcommand].trainer
+        folder = None if options.fast_dev_run else self.trainer.log_dir
+        return Path(folder) if folder else None
+
+    def _last_checkpoint(self) -> Path | None:
+        callbacks = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        paths = [Path(path) for c in callbacks for path in (c.last_model_path, c.best_model_path)]
+        return max((p for p in paths if p.is_file()), key=lambda p: p.stat().st_mtime, default=None)
