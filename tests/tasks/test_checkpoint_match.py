@@ -12,20 +12,26 @@ from nmlightning.errors import InputError
 from nmlightning.models.resnet import CifarResNet
 from nmlightning.tasks.classification import ImageClassifier
 
+# Lightning 2.6 calls jsonargparse by names that have been renamed since.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"
+)
+
 
 def make_cli(folder: Path, **net: object) -> LightningCLI:
     """Build, but do not run, what `nm fit` would."""
     arguments = [
         "--seed_everything=0",
-        "--data=Digits",
+        "--data=nmlightning.datamodules.digits.Digits",
         "--data.image_size=8",
-        "--model=ImageClassifier",
-        "--model.net=CifarResNet",
+        "--model=nmlightning.tasks.classification.ImageClassifier",
+        "--model.net=nmlightning.models.resnet.CifarResNet",
         *(f"--model.net.{name}={value}" for name, value in {"depth": 20, **net}.items()),
         "--model.optimizer=torch.optim.SGD",
         "--model.optimizer.lr=0.1",
         "--trainer.accelerator=cpu",
         "--trainer.logger=false",
+        "--trainer.enable_checkpointing=false",
         "--trainer.enable_progress_bar=false",
         "--trainer.enable_model_summary=false",
         "--trainer.limit_train_batches=1",
