@@ -1,7 +1,8 @@
 """What was done to a model, as plain data: noted on the module, kept in its checkpoints, compared.
 
 A checkpoint holds, under the key `nmlightning`, `{"version": 1, "norm_swaps": [recipe, …]}` in the
-order of the swaps. A recipe is the keywords of `swap_norms`, and the `modules` that it swapped.
+order of the swaps. A recipe is the keywords of `swap_norms`, and under `modules` the class that it
+gave to each module.
 """
 
 from collections.abc import Mapping
@@ -35,19 +36,26 @@ def make_recipe(
     }
 
 
-def note_recipe(module: nn.Module, recipe: Recipe, swapped: list[str]) -> None:
-    """Remember on `module` that `recipe` swapped the modules named in `swapped`; once for each."""
+def note_recipe(module: nn.Module, recipe: Recipe, modules: Mapping[str, str]) -> None:
+    """Remember on `module` which class `recipe` gave to which of its modules; once for each."""
     notes: list[Recipe] = module.__dict__.setdefault(_NOTES, [])
     for note in notes:
         if _keywords(note) == recipe:
-            note["modules"] = sorted({*note["modules"], *swapped})
+            note["modules"].update(modules)
             return
-    notes.append({**recipe, "modules": sorted(set(swapped))})
+    notes.append({**recipe, "modules": dict(modules)})
 
 
 def recipes_of(module: nn.Module) -> list[Recipe]:
     """Return what was noted on `module`, in order."""
-    return module.__dict__.get(_NOTES, [])
+    return list(module.__dict__.get(_NOTES, ()))
+
+
+def swapped_modules(module: nn.Module) -> dict[str, str]:
+    """Return the class that each swapped module was given last, by name."""
+    return {
+        name: given for recipe in recipes_of(module) for name, given in recipe["modules"].items()
+    }
 
 
 def recipes_in(checkpoint: Mapping[str, Any]) -> list[Recipe]:
@@ -57,8 +65,8 @@ def recipes_in(checkpoint: Mapping[str, Any]) -> list[Recipe]:
         return []
     if entry.get("version") != VERSION:
         raise InputError(
-            f"The checkpoint's {KEY!r} entry has version {entry.get('version')}, this release reads "
-            f"{VERSION}: install the release that wrote it."
+            f"The checkpoint's {KEY!r} entry has version {entry.get('version')}, and this release "
+            f"reads {VERSION}: install the release that wrote it."
         )
     return list(entry["norm_swaps"])
 

@@ -1,0 +1,60 @@
+"""Norms of activations and of weights, after *Norm matters* (arXiv 1803.01814).
+
+Names are imported when they are first used, so that `import nmlightning` alone loads no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nmlightning.callbacks import NormSwap as NormSwap
+    from nmlightning.checkpoints import load_from_checkpoint as load_from_checkpoint
+    from nmlightning.datamodules import CIFAR10 as CIFAR10
+    from nmlightning.datamodules import Digits as Digits
+    from nmlightning.errors import InputError as InputError
+    from nmlightning.norms import L1BatchNorm1d as L1BatchNorm1d
+    from nmlightning.norms import L1BatchNorm2d as L1BatchNorm2d
+    from nmlightning.norms import L1BatchNorm3d as L1BatchNorm3d
+    from nmlightning.norms import L1LayerNorm as L1LayerNorm
+    from nmlightning.norms import LInfBatchNorm1d as LInfBatchNorm1d
+    from nmlightning.norms import LInfBatchNorm2d as LInfBatchNorm2d
+    from nmlightning.norms import LInfBatchNorm3d as LInfBatchNorm3d
+    from nmlightning.norms import LpBatchNorm1d as LpBatchNorm1d
+    from nmlightning.norms import LpBatchNorm2d as LpBatchNorm2d
+    from nmlightning.norms import LpBatchNorm3d as LpBatchNorm3d
+    from nmlightning.norms import LpLayerNorm as LpLayerNorm
+    from nmlightning.norms import TopKBatchNorm1d as TopKBatchNorm1d
+    from nmlightning.norms import TopKBatchNorm2d as TopKBatchNorm2d
+    from nmlightning.norms import TopKBatchNorm3d as TopKBatchNorm3d
+    from nmlightning.norms import gaussian_constant as gaussian_constant
+    from nmlightning.surgery import SwapReport as SwapReport
+    from nmlightning.surgery import swap_norms as swap_norms
+    from nmlightning.tasks import ImageClassifier as ImageClassifier
+    from nmlightning.weights.parameter_groups import parameter_groups as parameter_groups
+
+__version__ = "0.1.0"
+
+_BATCH_NORMS = [f"{norm}BatchNorm{n}d" for norm in ("L1", "LInf", "Lp", "TopK") for n in (1, 2, 3)]
+_HOMES = {
+    "callbacks": ["NormSwap"],
+    "checkpoints": ["load_from_checkpoint"],
+    "datamodules": ["CIFAR10", "Digits"],
+    "errors": ["InputError"],
+    "norms": [*_BATCH_NORMS, "L1LayerNorm", "LpLayerNorm", "gaussian_constant"],
+    "surgery": ["SwapReport", "swap_norms"],
+    "tasks": ["ImageClassifier"],
+    "weights.parameter_groups": ["parameter_groups"],
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = ["__version__", *sorted(_HOME_OF)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,3 @@
+"""Callbacks for any Lightning project, each the timing of a function that works without it."""
+
+from nmlightning.callbacks.norm_swap import NormSwap as NormSwap

@@ -1,0 +1,102 @@
+"""Every touch of what Lightning does not document, for `pytorch_lightning` and `lightning.pytorch`.
+
+Both packages hold the same code in two class trees, and a project uses one of them. Our callbacks
+belong to both, so nothing here asks for a class of either by import, except their common bases.
+"""
+
+import functools
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as pl
+from torch import nn
+
+from nmlightning.norms.batch_norm import StatisticBatchNorm
+
+_LIGHTNING = ("pytorch_lightning.", "lightning.pytorch.")
+# Callbacks whose setup copies the module, so that it has to see the swapped one.
+_COPIES_IN_SETUP = ("WeightAveraging", "StochasticWeightAveraging")
+
+
+def _callback_bases() -> tuple[type, ...]:
+    if find_spec("lightning") is None:
+        return (pl.Callback,)
+    import lightning.pytorch
+
+    return (pl.Callback, lightning.pytorch.Callback)
+
+
+if TYPE_CHECKING:
+    CallbackBase = pl.Callback
+else:
+    CallbackBase = type("CallbackBase", _callback_bases(), {"__module__": __name__})
+    """A callback for the Trainer of either package."""
+
+
+def builds_in_configure_model(module: nn.Module) -> bool:
+    """Return whether a LightningModule, of either package, overrides `configure_model`."""
+    owner = next(cls for cls in type(module).__mro__ if "configure_model" in vars(cls))
+    return not owner.__module__.startswith(_LIGHTNING)
+
+
+def run_after(module: nn.Module, method: str, action: Callable[..., Any], key: str) -> None:
+    """Make this instance call `action`, with the same arguments, after its `method`; once a key.
+
+    Callbacks have no hook there: they are not asked about a checkpoint with `save_weights_only`,
+    nor about what `configure_model` built. Partials of bound methods pickle and copy with the
+    module; closures would not.
+    """
+    known: set[tuple[str, str]] = module.__dict__.setdefault("_nmlightning_actions", set())
+    if (method, key) not in known:
+        known.add((method, key))
+        original = getattr(module, method)
+        setattr(module, method, functools.partial(_call_both, original, action))
+
+
+def rebuild_copies(trainer: Any, module: nn.Module, before: Any, stage: str) -> None:
+    """Let the callbacks that stand before `before` and copied `module` already copy it again."""
+    for callback in trainer.callbacks[: trainer.callbacks.index(before)]:
+        if any(cls.__name__ in _COPIES_IN_SETUP for cls in type(callback).__mro__):
+            callback.setup(trainer, module, stage=stage)
+
+
+def keep_through_sync(trainer: Any) -> None:
+    """Let `Trainer(sync_batchnorm=True)` synchronise our norms instead of replacing them.
+
+    It turns every subclass of `_BatchNorm` into torch's SyncBatchNorm, which is L2.
+    """
+    layer_sync = getattr(trainer.strategy, "_layer_sync", None)
+    if layer_sync is not None and not isinstance(layer_sync, _SyncKeepingOurs):
+        trainer.strategy._layer_sync = _SyncKeepingOurs(layer_sync)
+
+
+class _SyncKeepingOurs:
+    """Lightning's LayerSync, with our norms put back and told to synchronise themselves."""
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        ours = {
+            name: layer
+            for name, layer in model.named_modules(remove_duplicate=False)
+            if isinstance(layer, StatisticBatchNorm)
+        }
+        model = self.original.apply(model)
+        for name, layer in ours.items():
+            layer.sync = True
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layer)
+        return model
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        return self.original.revert(model)  # type: ignore[no-any-return]
+
+
+def _call_both(
+    original: Callable[..., Any], action: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    result = original(*args, **kwargs)
+    action(*args, **kwargs)
+    return result
