@@ -18,25 +18,32 @@ LAYERS = [
     ["nmlightning.cli"],
     ["nmlightning"],
     ["nmlightning.callbacks", "nmlightning.tasks", "nmlightning.datamodules"],
-    ["nmlightning.surgery", "nmlightning.weights.weight_norm", "nmlightning.weights.steering"],
+    ["nmlightning.compat", "nmlightning.checkpoints"],
+    ["nmlightning.surgery"],
+    ["nmlightning.swappable"],
+    ["nmlightning.norms", "nmlightning.weights"],
     ["nmlightning.norms.registry"],
     ["nmlightning.norms.batch_norm", "nmlightning.norms.layer_norm"],
     ["nmlightning.norms.batch_norm_function", "nmlightning.norms.layer_norm_function"],
-    ["nmlightning.norms.kernels"],
     ["nmlightning.norms.statistics"],
-    ["nmlightning.norms.gaussian", "nmlightning.weights.channel_norms", "nmlightning.reports"],
-    ["nmlightning.models", "nmlightning.norms", "nmlightning.weights"],
+    [
+        "nmlightning.models",
+        "nmlightning.norms.cross_rank",
+        "nmlightning.norms.gaussian",
+        "nmlightning.norms.settings",
+        "nmlightning.recipes",
+        "nmlightning.weights.parameter_groups",
+    ],
     ["nmlightning.errors"],
 ]
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names}
-
 USE_LIGHTNING = {
     "nmlightning.cli",
     "nmlightning.callbacks",
     "nmlightning.tasks",
     "nmlightning.datamodules",
+    "nmlightning.compat",
 }
-WITHOUT_TORCH = {"nmlightning.errors", "nmlightning.reports"}
 
 
 def find_modules() -> dict[str, Path]:
@@ -81,10 +88,8 @@ def test_arrows_point_down(module: str) -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_only_the_upper_layers_import_lightning(module: str) -> None:
     tops = {name.split(".")[0] for name in find_imports(module)}
-    if find_place(module) not in USE_LIGHTNING:
-        assert tops.isdisjoint({"lightning", "pytorch_lightning"})
-    if find_place(module) in WITHOUT_TORCH:
-        assert "torch" not in tops
+    uses_lightning = not tops.isdisjoint({"lightning", "pytorch_lightning"})
+    assert find_place(module) in USE_LIGHTNING or not uses_lightning
 
 
 @pytest.mark.parametrize("module", MODULES)

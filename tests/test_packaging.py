@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -98,7 +99,8 @@ def test_quickstart_runs_in_an_empty_folder(installed: Path, tmp_path: Path) -> 
 def test_editable_install_finds_the_configs(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "site"
     pip_install("--editable", source, target=target)
-    # -S: without the environment's packages; the help needs none, and one may be an nmlightning.
+    # -S: the environment's packages without its .pth files, one of which may be an nmlightning.
     code = f"import site; site.addsitedir({str(target)!r}); import nmlightning.cli as c; c.main()"
-    help_text = run(sys.executable, "-S", "-c", code, cwd=tmp_path, PYTHONPATH="")
+    packages = sysconfig.get_path("purelib")
+    help_text = run(sys.executable, "-S", "-c", code, cwd=tmp_path, PYTHONPATH=packages)
     assert "quickstart" in help_text
