@@ -5,7 +5,9 @@ training device. The loaders are plain iterables and shard themselves, so Lightn
 replaces their sampler nor asks for workers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -124,33 +126,38 @@ class AugmentedShuffle:
 
 
 class TrainingBatches:
-    """Iterates over raw training batches; resumable within an epoch.
+    """Iterates over raw training batches; a run resumed within an epoch goes on in that epoch.
 
-    A checkpoint written in mid-epoch holds the number of batches read, and a resumed run goes on
-    with the next batch of that same epoch (Lightning calls `state_dict` and `load_state_dict`).
+    Lightning calls `load_state_dict` where a checkpoint was written in mid-epoch. The next epoch
+    then starts behind the `batches_done` that Lightning has counted, not behind those that were
+    read: the batch during which a run was interrupted was read but not trained on.
     """
 
-    def __init__(self, data: LabelledImages, sampler: AugmentedShuffle) -> None:
+    def __init__(
+        self,
+        data: LabelledImages,
+        sampler: AugmentedShuffle,
+        batches_done: Callable[[], int] = int,
+    ) -> None:
         self.data = data
         self.sampler = sampler
-        self._read = 0
-        self._skip = 0
+        self.batches_done = batches_done
+        self._resumes = False
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[RawBatch]:
-        self._read, skip, self._skip = 0, self._skip, 0
-        for draw in self.sampler:
-            self._read += 1
-            if self._read > skip:
-                yield RawBatch(*_select(self.data, draw.rows), draw.corners, draw.flips)
+        skip = self.batches_done() if self._resumes else 0
+        self._resumes = False
+        for draw in islice(self.sampler, skip, None):
+            yield RawBatch(*_select(self.data, draw.rows), draw.corners, draw.flips)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"batches_read": self._read}
+        return {}  # its place in the epoch is in the checkpoint already
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._skip = state_dict["batches_read"]
+        self._resumes = True
 
 
 class EvaluationBatches:
@@ -203,7 +210,7 @@ def training_batches(
         shard=_shard(trainer),
         shuffle=not getattr(trainer, "overfit_batches", 0),
     )
-    return TrainingBatches(data, sampler)
+    return TrainingBatches(data, sampler, partial(_batches_done, trainer) if trainer else int)
 
 
 def evaluation_batches(
@@ -217,6 +224,10 @@ def evaluation_batches(
 def _check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; it must be 1 or more.")
+
+
+def _batches_done(trainer: pl.Trainer) -> int:
+    return trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
 
 def _shard(trainer: pl.Trainer | None) -> Shard:

@@ -108,6 +108,7 @@ class ImageClassifier(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another network, before torch lists its tensors."""
         check_same_network(self, checkpoint)
 
     def _check_classes(self, logits: Tensor, labels: Tensor, batch_idx: int) -> None:

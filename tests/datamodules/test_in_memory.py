@@ -103,16 +103,14 @@ def test_a_set_smaller_than_a_batch_is_one_batch(world_size: int) -> None:
         assert [len(batch.labels) for batch in batches] == [7 // world_size]
 
 
-def test_batches_resume_within_an_epoch() -> None:
+def test_a_resumed_epoch_starts_behind_the_batches_done() -> None:
     whole = make_batches()
-    first = TrainingBatches(make_data(50), AugmentedShuffle(50, 8, AUGMENTATION, seed=0))
-    iterator = iter(first)
-    for _ in range(2):
-        next(iterator)
-    second = TrainingBatches(make_data(50), AugmentedShuffle(50, 8, AUGMENTATION, seed=0))
-    second.load_state_dict(first.state_dict())
-    assert torch.equal(join(list(second)), join(whole[2:]))
-    assert torch.equal(join(list(second)), join(whole)), "only the first epoch is shorter"
+    sampler = AugmentedShuffle(50, 8, AUGMENTATION, seed=0)
+    batches = TrainingBatches(make_data(50), sampler, batches_done=lambda: 2)
+    assert torch.equal(join(list(batches)), join(whole)), "nothing was resumed"
+    batches.load_state_dict(batches.state_dict())
+    assert torch.equal(join(list(batches)), join(whole[2:]))
+    assert torch.equal(join(list(batches)), join(whole)), "only the first epoch is shorter"
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 33, 100])
@@ -200,19 +198,23 @@ def test_a_resumed_run_sees_what_the_uninterrupted_run_saw(tmp_path: Path) -> No
 
 
 class SaveInMidEpoch(pl.Callback):
-    """Writes a checkpoint after six batches, the second of the second epoch."""
+    """Writes a checkpoint after six batches, the second of the second epoch, in the hook `when`."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, when: str) -> None:
         self.path = path
+        setattr(self, when, self.save)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+    def save(self, trainer: pl.Trainer, *_: object) -> None:
         if trainer.global_step == 6:
             trainer.save_checkpoint(self.path)
 
 
-def test_a_run_resumed_within_an_epoch_goes_on_with_the_next_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["on_train_batch_end", "on_train_batch_start"])
+def test_a_run_resumed_within_an_epoch_goes_on_with_the_next_batch(
+    tmp_path: Path, when: str
+) -> None:
     whole, _ = fit(3)
-    fit(2, callbacks=[SaveInMidEpoch(f"{tmp_path}/mid.ckpt")])
+    fit(2, callbacks=[SaveInMidEpoch(f"{tmp_path}/mid.ckpt", when)])
     resumed, trainer = fit(3, ckpt_path=f"{tmp_path}/mid.ckpt")
     assert resumed.epochs == {1: whole.epochs[1][2:], 2: whole.epochs[2]}
     assert trainer.global_step == 12
