@@ -11,6 +11,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from nmlightning.errors import InputError
+from nmlightning.recipes import check_recipes
 from nmlightning.tasks.checkpoint_match import check_same_network
 from nmlightning.weights.parameter_groups import WeightDecayScope, parameter_groups
 
@@ -38,7 +39,8 @@ class ImageClassifier(pl.LightningModule):
 
     Raises:
         InputError: for a label_smoothing outside 0 … 1; in training for labels outside the classes
-            or a network with another number of outputs; on loading a checkpoint of another network.
+            or a network with another number of outputs; on loading a checkpoint of another
+            network or, in a Trainer, of another recipe of norms.
 
     Example:
         >>> from torch.optim import SGD
@@ -108,8 +110,13 @@ class ImageClassifier(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another network, before torch lists its tensors."""
+        """Refuse the checkpoint of another network or, in a Trainer, of another recipe.
+
+        Outside a Trainer, `nmlightning.load_from_checkpoint` swaps after this.
+        """
         check_same_network(self, checkpoint)
+        if self._trainer is not None:
+            check_recipes(self, checkpoint)
 
     def _check_classes(self, logits: Tensor, labels: Tensor, batch_idx: int) -> None:
         """Compare labels, outputs and data; on a GPU the labels of an epoch's first batch only."""

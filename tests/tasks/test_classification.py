@@ -180,6 +180,20 @@ def test_a_smoothing_out_of_range_is_refused(smoothing: float) -> None:
         make_task(label_smoothing=smoothing)
 
 
+def test_a_resume_without_the_swap_is_refused(digits: Digits, tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    trainer = make_trainer()
+    trainer.fit(make_task(), digits)
+    trainer.save_checkpoint(path)
+    checkpoint = torch.load(path)
+    checkpoint["nmlightning"] = {"version": 1, "norm_swaps": [{"norm": "l1", "modules": {}}]}
+    torch.save(checkpoint, path)
+    with pytest.raises(InputError, match=r"trained with NormSwap 'l1', this run has nothing"):
+        make_trainer().fit(make_task(), digits, ckpt_path=path)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    ImageClassifier.load_from_checkpoint(path, net=net, optimizer=sgd)
+
+
 def test_a_checkpoint_made_in_python_restores(digits: Digits, tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     task, trainer = make_task(label_smoothing=0.1), make_trainer()
