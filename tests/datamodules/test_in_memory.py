@@ -1,5 +1,6 @@
 """The order and the draws: reproducible, different each epoch, and shared out among ranks."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -160,7 +161,12 @@ class Recorder(pl.Callback):
 
 
 def fit(
-    epochs: int, *, seed: int = 5, ckpt_path: str | None = None, **options: object
+    epochs: int,
+    *,
+    seed: int = 5,
+    ckpt_path: str | None = None,
+    batch_size: int = 300,
+    **options: object,
 ) -> tuple[Recorder, pl.Trainer]:
     """Train a linear model on the digits; return what it saw."""
     pl.seed_everything(seed, verbose=False)
@@ -176,7 +182,7 @@ def fit(
         **{"enable_checkpointing": False, "callbacks": [recorder], **options},  # type: ignore[arg-type]
     )
     torch.rand(seed)  # what else draws numbers must not matter
-    trainer.fit(task, Digits(batch_size=300, image_size=8, channels=1), ckpt_path=ckpt_path)
+    trainer.fit(task, Digits(batch_size=batch_size, image_size=8, channels=1), ckpt_path=ckpt_path)
     return recorder, trainer
 
 
@@ -225,3 +231,15 @@ def test_overfitting_repeats_the_same_batches_in_order() -> None:
         recorder, trainer = fit(2, overfit_batches=1)
     assert [len(batches) for batches in recorder.epochs.values()] == [1, 1]
     assert not trainer.train_dataloader.sampler.shuffle  # type: ignore[union-attr]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked, and this system cannot")
+def test_two_processes_train_as_one_with_twice_the_batch() -> None:
+    if torch.cuda.is_initialized():
+        pytest.skip("a process that uses CUDA cannot be forked")
+    _, one = fit(2, batch_size=128)
+    _, two = fit(2, batch_size=64, strategy="ddp_fork", devices=2)
+    assert set(two.callback_metrics) == set(one.callback_metrics)
+    for name, value in one.callback_metrics.items():
+        # Sums of gradients and losses in another order, in float32, over 22 steps.
+        torch.testing.assert_close(two.callback_metrics[name], value, rtol=1e-4, atol=1e-5)
