@@ -15,6 +15,7 @@ from nmlightning.recipes import check_recipes
 from nmlightning.tasks.checkpoint_match import check_same_network
 from nmlightning.weights.parameter_groups import WeightDecayScope, parameter_groups
 
+CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 Stage = Literal["train", "val", "test"]
 Batch = tuple[Tensor, Tensor]  # images (N, C, H, W) and labels (N,)
 
@@ -35,7 +36,9 @@ class ImageClassifier(pl.LightningModule):
             watches its `monitor`, or `val/loss`.
         label_smoothing: 0 … 1, in training only.
         weight_decay_scope: `all`, `no_norm` (norms and biases exempt) or `last_layer`.
-        compile: compile the network, after the callbacks have swapped its norms.
+        compile: the mode that `torch.compile` compiles the network with, after the callbacks have
+            swapped its norms; None leaves it eager. "reduce-overhead" replays CUDA graphs, several
+            times faster for a network of many small layers; the first steps then take a minute.
 
     Raises:
         InputError: for a label_smoothing outside 0 … 1; in training for labels outside the classes
@@ -55,7 +58,7 @@ class ImageClassifier(pl.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         label_smoothing: float = 0.0,
         weight_decay_scope: WeightDecayScope = "all",
-        compile: bool = False,
+        compile: CompileMode | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= label_smoothing <= 1:
@@ -70,14 +73,14 @@ class ImageClassifier(pl.LightningModule):
         self.lr_scheduler = lr_scheduler
         self.label_smoothing = label_smoothing
         self.weight_decay_scope = weight_decay_scope
-        self.waits_for_compilation = compile
+        self.mode_to_compile = compile
         self.accuracies = nn.ModuleDict()
 
     def setup(self, stage: str) -> None:
         """Compile once; Lightning sets callbacks up first, so the norms are swapped by now."""
-        if self.waits_for_compilation:
-            self.net.compile()
-            self.waits_for_compilation = False
+        if self.mode_to_compile is not None:
+            self.net.compile(mode=self.mode_to_compile)
+            self.mode_to_compile = None
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.net(images)
