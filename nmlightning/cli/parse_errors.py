@@ -33,7 +33,7 @@ OURS = {
     "model": ["ImageClassifier"],
     "data": ["CIFAR10", "Digits"],
     "callbacks": ["NormSwap"],
-    "net": ["CifarResNet", "nmlightning.models.vgg.VGG"],
+    "net": ["CifarResNet", "nmlightning.models.VGG"],
 }
 GIVEN_BY_THE_TASK = ("params", "optimizer")  # as the first argument, of optimizer and scheduler
 
@@ -169,11 +169,13 @@ def _candidates(name: str, options: list[str]) -> list[str]:
 
 
 def _explain_value(key: str, message: str) -> str:
-    """Return the line for a value of no allowed type; else the whole message on one line."""
-    value = re.search(r"Given value: (.+)", message)
-    tried = re.findall(r"Expected an? (.+)", message)
+    """Return the line for a value of no allowed type; else what the first attempt ended with."""
+    value = re.search(r"Given value: (?!NestedArg)(.+)", message)
+    tried = re.findall(r"Expected an? (?!path)(.+)", message)
     if not (key and value and tried):
-        return " ".join(message.split())
+        first_attempt = message.partition("- Expected a <class 'NoneType'>")[0].strip()
+        reason = first_attempt.splitlines()[-1].strip(" -") if key else message
+        return " ".join([f"{key}:" if key else "", *reason.split()]).strip()
     types = [
         name for name in dict.fromkeys(map(_type_name, tried)) if not name.startswith("one of")
     ]

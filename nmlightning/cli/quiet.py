@@ -23,22 +23,33 @@ SILENCED = [
     # A run resumed after its last epoch has nothing left to do, which the table shows.
     r"You're resuming from a checkpoint that ended before the epoch ended",
 ]
-# Advertisements, one line per kind of device, and what the report says again: below WARNING.
-CHATTY = ["pytorch_lightning", "lightning_fabric", "lightning_utilities"]
+# Advertisements, a line for each kind of device, and what the report says again: all below WARNING.
+CHATTY = [
+    *("pytorch_lightning", "lightning_fabric"),
+    *("lightning", "lightning.pytorch", "lightning.fabric"),
+]
+OURS = "NormSwap"  # says through Lightning's loggers what it swapped
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence what is listed above, and nothing else, while the body runs."""
-    loggers = [logging.getLogger(name) for name in CHATTY]
-    levels = [logger.level for logger in loggers]
+    handlers = [handler for name in CHATTY for handler in logging.getLogger(name).handlers]
     with warnings.catch_warnings():
         for message in SILENCED:
             warnings.filterwarnings("ignore", message)
-        for logger in loggers:
-            logger.setLevel(logging.WARNING)
+        # LightningCLI calls jsonargparse by names that jsonargparse will drop in version 5.
+        warnings.filterwarnings(
+            "ignore", category=DeprecationWarning, module="pytorch_lightning.cli"
+        )
+        for handler in handlers:
+            handler.addFilter(_is_of_use)
         try:
             yield
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+            for handler in handlers:
+                handler.removeFilter(_is_of_use)
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or record.getMessage().startswith(OURS)

@@ -17,6 +17,7 @@ class Stopwatch(Callback):
     """Count the images and the seconds of training, without its validation."""
 
     def __init__(self) -> None:
+        self.epochs = 0
         self.images = 0
         self.training_seconds = 0.0
         self.total_seconds = 0.0
@@ -43,6 +44,7 @@ class Stopwatch(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pause()
+        self.epochs += 1
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.total_seconds = time.monotonic() - self._fit_started
@@ -67,14 +69,19 @@ def print_fit(
     """Print the table of results, the cost, and the paths of the run and its last checkpoint."""
     _print()
     print_metrics(trainer.callback_metrics)
-    epochs = trainer.current_epoch
+    earlier = trainer.current_epoch - watch.epochs
+    after = f" after {earlier} of an earlier run" if earlier > 0 else ""
     speed = f" · {watch.images / watch.training_seconds:,.0f} images/s" if watch.images else ""
     took = _duration(watch.total_seconds)
-    _print(f" {epochs} epoch{'s' * (epochs != 1)} in {took}{speed} in training")
-    if run:
-        _print(f" run         {run}")
-    if checkpoint:
-        _print(f" checkpoint  {checkpoint}")
+    _print(f" {watch.epochs} epoch{'s' * (watch.epochs != 1)}{after} in {took}{speed} in training")
+    print_paths(run=run, checkpoint=checkpoint)
+
+
+def print_paths(**paths: Path | str | None) -> None:
+    """Print one line for each path that there is."""
+    for name, path in paths.items():
+        if path:
+            _print(f" {name:<11} {path}")
 
 
 def print_interruption(run: Path | None, checkpoint: Path | None) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from jsonargparse import dict_to_namespace
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import BasePredictionWriter, ModelCheckpoint
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 # Class names alone resolve only if their modules are imported.
@@ -137,11 +137,20 @@ class TrainingCLI(ExplicitOptionsWin):
         """Measure on the test data."""
         self._evaluate(self.trainer.test, model, kwargs)
 
+    def predict(self, model: LightningModule, **kwargs: Any) -> None:
+        """Hand the predictions to the writers among the callbacks."""
+        self._evaluate(self.trainer.predict, model, kwargs)
+        if not any(isinstance(c, BasePredictionWriter) for c in self.trainer.callbacks):
+            run_report.print_notice("no BasePredictionWriter is among the callbacks; nothing kept.")
+
     def _evaluate(self, measure: Any, model: LightningModule, kwargs: dict[str, Any]) -> None:
         if not kwargs.get("ckpt_path"):
             run_report.print_notice("no --ckpt_path is given; these weights are untrained.")
-        measure(model, **{**kwargs, "verbose": False})
+        if "verbose" in kwargs:
+            kwargs["verbose"] = False  # our table says the same
+        measure(model, **kwargs)
         run_report.print_metrics(self.trainer.callback_metrics)
+        run_report.print_paths(checkpoint=kwargs.get("ckpt_path"))
 
     def _folder(self) -> Path | None:
         options = self.config_init[self.subcommand].trainer

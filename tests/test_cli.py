@@ -1,0 +1,380 @@
+"""Test what a user of `nm` sees: the runs it keeps, the lines it prints, the exit codes."""
+
+import logging
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import yaml
+from pytorch_lightning.cli import LightningCLI
+
+from nmlightning.cli import main
+from nmlightning.cli.compat import ExplicitOptionsWin
+from nmlightning.cli.config_files import shipped_configs
+from nmlightning.cli.quiet import CHATTY
+from nmlightning.cli.training import TrainingCLI
+from nmlightning.tasks.classification import ImageClassifier
+
+SHORT = shlex.split(
+    "--data.image_size 8 --data.batch_size 16 --trainer.accelerator cpu --trainer.max_epochs 1 "
+    "--trainer.limit_train_batches 2 --trainer.limit_val_batches 1 --trainer.limit_test_batches 1 "
+    "--trainer.enable_model_summary false --trainer.enable_progress_bar false"
+)
+FIT = ["fit", "--config", "quickstart", *SHORT]
+LAST = Path("checkpoints/last.ckpt")
+
+
+class Answer(NamedTuple):
+    code: int
+    out: list[str]
+    err: list[str]
+
+
+Nm = Callable[..., Answer]
+
+
+@pytest.fixture
+def nm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Nm:
+    """Run `nm` in an empty folder and return what it answers."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*words: str) -> Answer:
+        for handler in (handler for name in CHATTY for handler in logging.getLogger(name).handlers):
+            monkeypatch.setattr(handler, "stream", sys.stderr)  # not that of another test
+        code = main(list(words))
+        out, err = capfd.readouterr()
+        # Under pytest, Lightning's loggers end elsewhere; the test with a real Ctrl-C sees all.
+        lines = [line for line in err.splitlines() if "NormSwap: swapped" not in line]
+        return Answer(code, out.splitlines(), lines)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short run, with options that the config does not have."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main([*FIT, "--model.label_smoothing", "0.25"]) == 0
+    return folder / "runs" / "quickstart" / "version_0"
+
+
+def has(pattern: str, lines: list[str]) -> bool:
+    return any(re.search(pattern, line) for line in lines)
+
+
+# ---- before anything is imported ----
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--help"], []])
+def test_answers_without_importing_torch(words: list[str]) -> None:
+    code = f"import sys, nmlightning.cli as c; c.main({words}); print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"torch", "pytorch_lightning", "jsonargparse"}.isdisjoint(out.stdout.split())
+
+
+def test_help_names_commands_and_configs(nm: Nm) -> None:
+    help_text = " ".join(nm("--help").out)
+    assert all(name in help_text for name in ("fit", "validate", "test", "predict"))
+    assert all(name in help_text for name in shipped_configs())
+
+
+# ---- bad input: one line on stderr, exit code 2 ----
+
+BAD_INPUT = {
+    "fitt": "no command 'fitt'; the commands are fit, validate, test, predict. Did you mean 'fit'?",
+    "fit": "required: --data, --model; or give a config that has them, such as --config quickstart",
+    "fit --config nope.yaml": "no file 'nope.yaml' in .*; the shipped configs are quickstart",
+    "fit --config configs/cifar_l3.yaml": "Did you mean 'cifar_l2'?",
+    "fit --config elsewhere/cifar_l1.yaml": "no file 'elsewhere/cifar_l1.yaml'",
+    "fit --config 'trainer: [\n'": "is no YAML: .* in line 2",
+    "fit --config '{}' --ckpt_path nope.ckpt": "--ckpt_path: there is no file 'nope.ckpt' in ",
+    "fit --config": "argument -c/--config: expected one argument",
+    # Keys
+    "--trainer.max_epoch 3": "'--trainer.max_epoch'. Did you mean '--trainer.max_epochs'?",
+    "--modle.net VGG": "no option '--modle.net'. Did you mean '--model.net'?",
+    "--config '{trainer: {max_epoch: 3}}'": "'trainer.max_epoch'. .* 'trainer.max_epochs'?",
+    "--config '{trianer: {max_epochs: 3}}'": "Did you mean 'trainer.max_epochs'?",
+    "--model.nett VGG": "model has no option 'nett'; ImageClassifier takes net, opt.*'net'?",
+    "--model.net.dpeth 20": "model.net has no option 'dpeth'; CifarResNet takes depth, .*'depth'?",
+    "--config '{model: {init_args: {net: {init_args: {dpeth: 2}}}}}'": "Did you mean 'depth'?",
+    "--model.optimizer.lrr 1": "model.optimizer has no option 'lrr'; SGD takes lr, .* mean 'lr'?",
+    "--model.lr_scheduler.gama 1": "MultiStepLR takes milestones, gamma, .* Did you mean 'gamma'?",
+    "--data.rot x": "data has no option 'rot'; Digits takes batch_size, image_size, channels.",
+    "--trainer.callbacks.nrm l1": "callbacks has no option 'nrm'; NormSwap takes norm, .*'norm'?",
+    "stray": "unexpected argument 'stray'",
+    # Class names
+    "--data Digit": "data: there is no class 'Digit'; give CIFAR10, Digits .*'Digits'?",
+    "--config '{data: {class_path: CIFAR_10}}'": "Did you mean 'CIFAR10'?",
+    "--model ImageClasifier": "Did you mean 'ImageClassifier'?",
+    "--model.net CifarResNt": "model.net: there is no class 'CifarResNt'; .*'CifarResNet'?",
+    "--model.net VGG": "several classes 'VGG'; give one of .*nmlightning.models.VGG",
+    "--model.net foo.Bar": "model.net: cannot import 'foo.Bar' .No module named 'foo'.; give Cifar",
+    "--model.net nmlightning.models.CifarResNt": "cannot import .* Did you mean 'CifarResNet'?",
+    "--model.net torch.nn.functional.relu": "model.net: '.*relu' is no subclass of Module.",
+    "--model.net torch.relu": "model.net: no signature found for builtin",
+    "--model.optimizer Sdg": "no class 'Sdg'; give ASGD, .*Did you mean 'SGD'?",
+    "--trainer.callbacks+ NormSwp": "no class 'NormSwp'; give NormSwap .*Did you mean 'NormSwap'?",
+    "--trainer.logger CSVLoggr": "Did you mean 'CSVLogger'?",
+    # Values
+    "--model.net.depth twenty": "model.net.depth: expected int, received 'twenty'.",
+    "--model.net.depth 21": "depth 21 is not 6n . 2",
+    "--model.net null": "model: ImageClassifier needs net.",
+    "--model.optimizer.lr high": "model.optimizer.lr: expected float, received 'high'.",
+    "--model.lr_scheduler.milestones x": "milestones: expected a list, received 'x'.",
+    "--model.weight_decay_scope nonorm": "one of 'all', 'no_norm', .* Did you mean 'no_norm'?",
+    "--model.label_smoothing 2": "label_smoothing is 2.0; it must be between 0 and 1.",
+    "--trainer.max_epochs three": "trainer.max_epochs: expected int or null, received 'three'.",
+    "--trainer.precision 16-mixd": "received '16-mixd'. Did you mean '16-mixed'?",
+    "--trainer.strategy dpp": "trainer: You selected an invalid strategy name",
+    "--seed_everything x": "seed_everything: expected bool or int, received 'x'.",
+    # Norms
+    "--trainer.callbacks.norm l_1": "'l_1'.*Did you mean 'l1'?",
+    "--trainer.callbacks.norm lp --trainer.callbacks.options '{p: 0.5}'": "p.*0.5",
+    "--trainer.callbacks.norm topk --trainer.callbacks.options '{k: 0}'": "k.*0",
+    "--trainer.callbacks.options '{eps: -1}'": "eps.*-1",
+    "--trainer.callbacks.options '{constnt: exact}'": "'constnt'.*Did you mean 'constant'?",
+    "--trainer.callbacks.options '{constant: exactt}'": "'exactt'.*Did you mean 'exact'?",
+    "--trainer.callbacks.norm topk --trainer.callbacks.options '{k: 9999999}'": "9999999.* n ",
+    # Data
+    "--data CIFAR10 --data.download false": "CIFAR-10 is not in .*--data.root.*--data Digits",
+    "--data.batch_size 0": "batch_size is 0; it must be 1 or more.",
+}
+
+
+@pytest.mark.parametrize(("words", "expected"), BAD_INPUT.items(), ids=str)
+def test_bad_input_is_one_line(nm: Nm, words: str, expected: str) -> None:
+    given = shlex.split(words)
+    answer = nm(*given) if given[0].startswith("fit") else nm(*FIT, *given)
+    assert answer.code == 2
+    (line,) = answer.err
+    assert line.startswith("nm: ")
+    assert re.search(expected.replace("?", r"\?"), line), line
+    assert not Path("runs").exists() or not any(Path("runs").glob("*/*")), "a refused run is kept"
+
+
+def test_anything_unexpected_keeps_its_traceback(nm: Nm, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(ImageClassifier, "training_step", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        nm(*FIT)
+
+
+# ---- configs by name ----
+
+
+def test_a_file_on_disk_wins_over_a_shipped_config(nm: Nm) -> None:
+    Path("quickstart.yaml").write_text("trainer: {max_epoch: 1}\n")
+    (line,) = nm("fit", "--config", "quickstart.yaml").err
+    assert "trainer.max_epoch" in line
+    assert nm("fit", "--config", "configs/quickstart.yaml", *SHORT).code == 0
+
+
+def test_any_experiment_runs_on_other_data(nm: Nm) -> None:
+    answer = nm("fit", "--config", "cifar_l2.yaml", "--data", "Digits", *SHORT, *SMALL_NET)
+    assert answer.code == 0
+    assert " run         runs/cifar_l2/version_0" in answer.out
+
+
+SMALL_NET = ["--model.net.depth", "20"]
+
+
+def test_16_mixed_without_a_gpu_gives_one_notice(nm: Nm) -> None:
+    answer = nm("fit", "--config", "cifar_l2", "--data", "Digits", *SHORT, *SMALL_NET)
+    (line,) = answer.err
+    assert line.startswith("nm: there is no GPU for 16-mixed; bf16-mixed runs instead")
+    assert answer.out[0] == "nm: cpu, precision bf16-mixed → runs/cifar_l2/version_0"
+
+
+# ---- what a run keeps ----
+
+
+def test_fit_reports_and_keeps_a_run(nm: Nm) -> None:
+    answer = nm(*FIT)
+    assert answer.code == 0
+    assert has(r"│ val +│ \d+\.\d+ │ +\d+\.\d\d % │ +\d+\.\d\d %", answer.out)
+    assert has(r" 1 epoch in .* s · [\d,]+ images/s in training", answer.out)
+    run = Path("runs/quickstart/version_0")
+    assert answer.out[-2:] == [f" run         {run}", f" checkpoint  {run / LAST}"]
+    assert answer.err == []
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["last.ckpt"]
+    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_epochs"] == 1
+    (events,) = run.glob("events.out.tfevents.*")
+    assert b"val/top1" in events.read_bytes()
+    assert b"hp_metric" not in events.read_bytes()
+
+
+@pytest.mark.parametrize("logger", [[], ["--trainer.logger=false"], ["--trainer.logger=CSVLogger"]])
+def test_a_second_fit_overwrites_nothing(nm: Nm, logger: list[str]) -> None:
+    for _ in range(2):
+        assert nm(*FIT, *logger).code == 0
+        first = {path: path.stat().st_mtime_ns for path in Path("runs").glob("*/version_0/**/*")}
+    versions = sorted(Path("runs/quickstart").iterdir())
+    assert [path.name for path in versions] == ["version_0", "version_1"]
+    assert all((path / LAST).is_file() and (path / "config.yaml").is_file() for path in versions)
+    assert max(first.values()) < (versions[1] / "config.yaml").stat().st_mtime_ns
+    assert [*versions[1].glob("metrics.csv")] == [versions[1] / "metrics.csv"] * (
+        "CSV" in str(logger)
+    )
+    assert bool([*versions[1].glob("events*")]) == (not logger)
+
+
+def test_a_folder_that_holds_a_run_is_refused(nm: Nm) -> None:
+    again = [*FIT, "--trainer.logger.version", "7"]
+    assert nm(*again).code == 0
+    before = (Path("runs/quickstart/version_7") / LAST).stat().st_mtime_ns
+    answer = nm(*again)
+    assert answer.code == 2
+    (line,) = answer.err
+    assert line.startswith("nm: runs/quickstart/version_7 holds another run")
+    assert (Path("runs/quickstart/version_7") / LAST).stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(("command", "row"), [("validate", "val"), ("test", "test")])
+def test_evaluation_prints_a_table_and_keeps_nothing(
+    nm: Nm, trained: Path, command: str, row: str
+) -> None:
+    config, last = str(trained / "config.yaml"), str(trained / LAST)
+    answer = nm(command, "--config", config, "--ckpt_path", last)
+    assert answer.code == 0
+    assert has(rf"│ {row} +│ \d+\.\d+ │ +\d+\.\d\d %", answer.out)
+    assert answer.out[-1] == f" checkpoint  {last}"
+    assert not Path("runs").exists()
+
+
+def test_predictions_that_nobody_keeps_are_noticed(nm: Nm, trained: Path) -> None:
+    config, last = str(trained / "config.yaml"), str(trained / LAST)
+    answer = nm("predict", "--config", config, "--ckpt_path", last)
+    assert answer.code == 0
+    assert has("nm: no BasePredictionWriter is among the callbacks", answer.err)
+
+
+def test_untrained_weights_are_noticed(nm: Nm) -> None:
+    (line,) = nm("validate", "--config", "quickstart", *SHORT).err
+    assert line == "nm: no --ckpt_path is given; these weights are untrained."
+
+
+# ---- resuming ----
+
+
+def saved_config(run: str) -> Any:
+    return yaml.safe_load((Path(run) / "config.yaml").read_text())
+
+
+def test_a_checkpoint_remembers_what_is_not_given(nm: Nm, trained: Path) -> None:
+    answer = nm(*FIT, "--trainer.max_epochs=2", "--ckpt_path", str(trained / LAST))
+    assert answer.code == 0
+    assert has(" 1 epoch after 1 of an earlier run in ", answer.out)
+    model = saved_config("runs/quickstart/version_0")["model"]
+    assert model["init_args"]["label_smoothing"] == 0.25
+
+
+def test_an_explicit_option_wins_over_the_checkpoint(nm: Nm, trained: Path) -> None:
+    resume = ["--trainer.max_epochs=2", "--ckpt_path", str(trained / LAST)]
+    assert nm(*FIT, *resume, "--model.label_smoothing=0.5").code == 0
+    model = saved_config("runs/quickstart/version_0")["model"]
+    assert model["init_args"]["label_smoothing"] == 0.5
+
+
+def test_lightning_still_has_what_we_replace() -> None:
+    assert "_parse_ckpt_path" in vars(LightningCLI)
+    assert "_parse_ckpt_path" in vars(ExplicitOptionsWin)
+    assert issubclass(TrainingCLI, ExplicitOptionsWin)
+
+
+REFUSED = {
+    "--model.net.depth=32": r"depth.* 20, .* 32",
+    "--model.net.num_classes=12": r"num_classes.* 10, .* 12",
+    "--trainer.callbacks.norm=linf": r"norm.* 'l1', .* 'linf'",
+    "--trainer.callbacks.options={constant: none}": r"constant.*'none'",
+    "--trainer.callbacks=null": r"'l1', this run has nothing",
+}
+
+
+@pytest.mark.parametrize(("change", "expected"), REFUSED.items(), ids=str)
+def test_a_resume_that_changes_the_model_is_refused(
+    nm: Nm, trained: Path, change: str, expected: str
+) -> None:
+    answer = nm(*FIT, "--ckpt_path", str(trained / LAST), change)
+    assert answer.code == 2
+    (line,) = answer.err
+    assert line.startswith("nm: ")
+    assert re.search(expected, line), line
+    assert not any(Path("runs").glob("*/*")), "a refused run is kept"
+
+
+def test_what_is_no_checkpoint_is_refused(nm: Nm, trained: Path) -> None:
+    Path("half.ckpt").write_bytes((trained / LAST).read_bytes()[:1000])
+    answer = nm(*FIT, "--ckpt_path", "half.ckpt")
+    assert answer == (2, [], ["nm: --ckpt_path: 'half.ckpt' is no checkpoint, or a truncated one."])
+
+
+# ---- Ctrl-C ----
+
+
+@pytest.fixture
+def _keep_sigint() -> Iterator[None]:
+    """Lightning ignores SIGINT once it has seen one."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("_keep_sigint")
+def test_ctrl_c_before_the_first_checkpoint(nm: Nm, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ImageClassifier, "training_step", interrupt)
+    answer = nm(*FIT)
+    assert answer.code == 130
+    assert answer.err == ["nm: interrupted; no checkpoint exists yet."]
+    monkeypatch.setattr("nmlightning.cli.GivenFiles", interrupt)
+    assert nm(*FIT) == (130, [], ["nm: interrupted; no checkpoint exists yet."])
+
+
+def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_resume(tmp_path: Path, nm: Nm) -> None:
+    config = tmp_path / "my run.yaml"  # the space must be quoted
+    config.write_text(shipped_configs()["quickstart"].read_text())
+    endless = [*SHORT, "--trainer.max_epochs", "10000"]
+    words = ["fit", "--config", str(config), *endless]
+    run = tmp_path / "runs" / "my run" / "version_0"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nmlightning", *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    for _ in range(1200):
+        if (run / LAST).is_file() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    swapped, before, command = err.splitlines()  # and no other line
+    assert swapped == "NormSwap: swapped 19 BatchNorm2d → L1BatchNorm2d"
+    assert before == "nm: interrupted; the last checkpoint is kept. To resume:"
+    run = run.relative_to(tmp_path)
+    assert command == (
+        f"nm fit --config '{run}/config.yaml' --ckpt_path '{run}/checkpoints/last.ckpt'"
+    )
+    epochs = torch.load(run / LAST, weights_only=True)["epoch"] + 1
+    answer = nm(*shlex.split(command)[1:], f"--trainer.max_epochs={epochs + 1}")
+    assert has(f" 1 epoch after {epochs} of an earlier run in ", answer.out)
+    assert (run.with_name("version_1") / LAST).is_file()

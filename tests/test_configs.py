@@ -1,0 +1,101 @@
+"""Every shipped config runs, shortened, and says what the experiment of its name is."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from nmlightning.cli import main
+from nmlightning.cli.config_files import find_config, shipped_configs
+from nmlightning.errors import InputError
+
+CONFIGS = shipped_configs()
+CIFAR = {
+    "cifar_l2": None,
+    "cifar_l1": ("l1", "exact"),
+    "cifar_linf": ("linf", "exact"),
+    "cifar_top10": ("top10", "exact"),
+    "cifar_linf_paper": ("linf", "paper"),
+    "cifar_top10_paper": ("top10", "paper"),
+    "cifar_l1_unscaled": ("l1", "none"),
+}
+SHORT = shlex.split(
+    "--data Digits --data.image_size 8 --data.batch_size 8 --trainer.accelerator cpu "
+    "--trainer.max_epochs 1 --trainer.limit_train_batches 2 --trainer.limit_val_batches 1 "
+    "--trainer.enable_model_summary false --trainer.enable_progress_bar false"
+)
+ONE_PAGE = 50  # lines
+
+
+def read(name: str) -> dict[str, Any]:
+    config = yaml.safe_load(CONFIGS[name].read_text("utf-8"))
+    assert isinstance(config, dict)
+    return config
+
+
+def test_shipped_are_the_quickstart_and_the_cifar_experiments() -> None:
+    assert list(CONFIGS) == ["quickstart", *sorted(CIFAR)]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "--config", f"configs/{name}.yaml", *SHORT]) == 0
+    last = tmp_path / "runs" / name / "version_0" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    swaps = checkpoint.get("nmlightning", {"norm_swaps": []})["norm_swaps"]
+    expected = CIFAR.get(name, ("l1", "exact"))
+    constants = [(swap["norm"], swap["options"].get("constant", "exact")) for swap in swaps]
+    assert constants == ([expected] if expected else [])
+    assert all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values())
+
+
+@pytest.mark.parametrize("name", CIFAR)
+def test_cifar_configs_are_the_papers_experiment(name: str) -> None:
+    config = read(name)
+    model, trainer = config["model"]["init_args"], config["trainer"]
+    assert model["net"] == {"class_path": "CifarResNet", "init_args": {"depth": 56}}
+    assert model["optimizer"]["init_args"] == {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
+    assert model["lr_scheduler"]["init_args"] == {"milestones": [81, 122, 164], "gamma": 0.1}
+    assert config["data"] == {
+        "class_path": "CIFAR10",
+        "init_args": {"root": "data", "batch_size": 128},
+    }
+    assert (trainer["max_epochs"], trainer["precision"]) == (200, "16-mixed")
+
+
+def test_cifar_configs_differ_in_the_norm_alone() -> None:
+    configs = [read(name) for name in CIFAR]
+    for config in configs:
+        config["trainer"].pop("callbacks", None)
+    assert all(config == configs[0] for config in configs)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_is_one_page_and_says_what_it_is(name: str) -> None:
+    lines = CONFIGS[name].read_text("utf-8").splitlines()
+    assert len(lines) <= ONE_PAGE
+    assert [line.startswith("# ") for line in lines[:3]] == [True, True, False]
+
+
+@pytest.mark.parametrize("given", ["configs/{}.yaml", "{}.yaml", "{}"])
+def test_a_name_means_the_shipped_config(given: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_config(given.format("cifar_l1")) == CONFIGS["cifar_l1"]
+    (tmp_path / "configs").mkdir()
+    for own in (
+        tmp_path / "configs" / "cifar_l1.yaml",
+        tmp_path / "cifar_l1.yaml",
+        Path("cifar_l1"),
+    ):
+        own.touch()
+    assert find_config(given.format("cifar_l1")) == Path(given.format("cifar_l1"))
+
+
+def test_an_unknown_name_lists_the_shipped_configs() -> None:
+    shipped = ", ".join(CONFIGS)
+    with pytest.raises(InputError, match=f"are {shipped}. Did you mean 'cifar_l1'?"):
+        find_config("configs/cifar_1.yml")
