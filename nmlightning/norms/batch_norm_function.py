@@ -69,12 +69,12 @@ class BatchNormFunction(torch.autograd.Function):
         dims, shape = _reduced_dims(x), _channel_shape(x)
         count = x.numel() // x.shape[1] if shared_count is None else shared_count
         wide_grad = grad.to(mean.dtype)
-        deviations = x.to(mean.dtype) - mean.view(shape)
+        reflected = mean.view(shape) - x.to(mean.dtype)
         scale = magnitude * ctx.constant
         total = _total_scale(scale, ctx.eps)
         grad_bias = wide_grad.sum(dims)
-        grad_weight = (wide_grad * deviations).sum(dims) / total
-        slope = _Slope(deviations, magnitude, ctx.statistic, count, selected)
+        grad_weight = -(wide_grad * reflected).sum(dims) / total
+        slope = _Slope(reflected, magnitude, ctx.statistic, count, selected)
         sums = sum_over_ranks(torch.stack([grad_bias, grad_weight, slope.sum()]), ctx.group)
         gain = 1 / total if weight is None else weight.to(mean.dtype) / total
         pull = gain * ctx.constant * (scale / total) * sums[1]
@@ -93,7 +93,7 @@ class _Slope:
 
     def __init__(
         self,
-        deviations: Tensor,
+        reflected: Tensor,
         magnitude: Tensor,
         statistic: Statistic,
         count: Count,
@@ -101,24 +101,22 @@ class _Slope:
     ) -> None:
         self.selection = Selection(*selected) if selected else None
         self.count = count
-        self.dims, self.shape = _reduced_dims(deviations), _channel_shape(deviations)
+        self.dims, self.shape = _reduced_dims(reflected), _channel_shape(reflected)
         if isinstance(statistic, PowerMean):
-            self.dense = power_mean_slope(deviations, magnitude.view(self.shape), statistic.p)
+            self.reflected = power_mean_slope(reflected, magnitude.view(self.shape), statistic.p)
 
     def sum(self) -> Tensor:
         """Return Σt of this rank's elements, (C,)."""
         if self.selection is not None:
             return self.selection.signs.mean(1)
-        return self.dense.sum(self.dims) / self.count
+        return -self.reflected.sum(self.dims) / self.count
 
     def add_to(self, tensor: Tensor, factor: Tensor) -> Tensor:
-        """Return tensor + factor · t, with a factor for each channel."""
+        """Add factor · t to `tensor`, in place, with a factor for each channel."""
         if self.selection is None:
-            return torch.addcmul(tensor, self.dense, (factor / self.count).view(self.shape))
-        signs = self.selection.signs
-        return add_at_selection(
-            tensor, self.selection, factor.unsqueeze(1) * signs / signs.shape[1]
-        )
+            return tensor.addcmul_(self.reflected, (-factor / self.count).view(self.shape))
+        weights = self.selection.signs / self.selection.signs.shape[1]
+        return add_at_selection(tensor, self.selection, factor.unsqueeze(1) * weights)
 
 
 def _measure(

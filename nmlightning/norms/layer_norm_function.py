@@ -5,7 +5,7 @@ The same formula as in `batch_norm_function`, with one μ and ŝ for each token 
 
     ∂L/∂x = (1/σ) · [h − mean h − c · (ŝ/σ) · mean(h x̂) · (s − mean s)],   h = weight · g
 
-where s = count · ∂m/∂d is the slope of the power mean.
+where s = count · ∂m/∂d is the slope of the power mean, of which the code has the reflection −s.
 """
 
 from typing import Any
@@ -52,15 +52,15 @@ class LayerNormFunction(torch.autograd.Function):
         x, weight, mean, magnitude = ctx.saved_tensors
         dims, lead = ctx.dims, tuple(range(x.dim() - len(ctx.dims)))
         wide_grad = grad.to(mean.dtype)
-        deviations = x.to(mean.dtype) - mean
+        reflected = mean - x.to(mean.dtype)
         scale = magnitude * ctx.constant
         total = (scale.square() + ctx.eps).sqrt()
-        normalised = deviations / total
+        normalised = -reflected / total
         inner = wide_grad if weight is None else wide_grad * weight.to(mean.dtype)
-        slope = power_mean_slope(deviations, magnitude, ctx.p)
+        slope = power_mean_slope(reflected, magnitude, ctx.p)
         pull = ctx.constant * (scale / total) * (inner * normalised).mean(dims, keepdim=True)
         centred = slope - slope.mean(dims, keepdim=True)
-        grad_x = (inner - inner.mean(dims, keepdim=True) - pull * centred) / total
+        grad_x = (inner - inner.mean(dims, keepdim=True) + pull * centred) / total
         grad_weight = grad_bias = None
         if weight is not None:
             grad_weight = _sum_leading(wide_grad * normalised, lead).to(weight.dtype)

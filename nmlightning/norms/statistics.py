@@ -84,12 +84,16 @@ def power_mean(
     return scale * (sum_over_ranks(total, group) / count).pow(1 / p)
 
 
-def power_mean_slope(deviations: Tensor, magnitude: Tensor, p: float) -> Tensor:
-    """Return count · ∂m/∂d = s · (|d| / m)^(p−1), elementwise; 0 where m is 0 and p > 1."""
+def power_mean_slope(reflected: Tensor, magnitude: Tensor, p: float) -> Tensor:
+    """Return count · ∂m/∂e, elementwise, for e = −d = μ − x: ±(|e| / m)^(p−1), with + where e = 0.
+
+    So ∂m/∂d = −∂m/∂e is negative where x = μ, as the convention has it. It is 0 where m is 0, for
+    p > 1. Taking −d makes one pass of the sign: x − x is +0, and copysign keeps it.
+    """
     if p == 1.0:
-        return torch.where(deviations > 0, 1.0, -1.0).to(deviations.dtype)
-    ratio = deviations / torch.where(magnitude > 0, magnitude, 1.0)
-    return ratio if p == 2.0 else ratio.sign() * ratio.abs().pow(p - 1)
+        return torch.copysign(reflected.new_ones(()), reflected)
+    ratio = reflected / torch.where(magnitude > 0, magnitude, 1.0)
+    return ratio if p == 2.0 else torch.copysign(ratio.abs().pow(p - 1), ratio)
 
 
 def select_largest(
