@@ -31,6 +31,7 @@ SHORT = shlex.split(
 )
 FIT = ["fit", "--config", "quickstart", *SHORT]
 LAST = Path("checkpoints/last.ckpt")
+UNTRAINED = "nm: no --ckpt_path is given; these weights are untrained."
 
 
 class Answer(NamedTuple):
@@ -264,7 +265,7 @@ def test_predictions_that_nobody_keeps_are_noticed(nm: Nm, trained: Path) -> Non
 
 def test_untrained_weights_are_noticed(nm: Nm) -> None:
     (line,) = nm("validate", "--config", "quickstart", *SHORT).err
-    assert line == "nm: no --ckpt_path is given; these weights are untrained."
+    assert line == UNTRAINED
 
 
 # ---- resuming ----
@@ -342,6 +343,8 @@ def test_ctrl_c_before_the_first_checkpoint(nm: Nm, monkeypatch: pytest.MonkeyPa
     answer = nm(*FIT)
     assert answer.code == 130
     assert answer.err == ["nm: interrupted; no checkpoint exists yet."]
+    monkeypatch.setattr(ImageClassifier, "validation_step", interrupt)
+    assert nm("validate", *FIT[1:])[::2] == (130, [UNTRAINED, "nm: interrupted."])
     monkeypatch.setattr("nmlightning.cli.GivenFiles", interrupt)
     assert nm(*FIT) == (130, [], ["nm: interrupted; no checkpoint exists yet."])
 

@@ -40,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(arguments)
     except KeyboardInterrupt:
-        print("nm: interrupted; no checkpoint exists yet.", file=sys.stderr)
+        fate = "; no checkpoint exists yet" if arguments[0] == "fit" else ""
+        print(f"nm: interrupted{fate}.", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         bad_input = _input_error_in(error)

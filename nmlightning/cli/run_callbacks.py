@@ -10,8 +10,7 @@ from pytorch_lightning.callbacks.progress import ProgressBar
 
 def standard_callbacks(options: Namespace) -> list[Callback]:
     """Return what the Trainer's `options` leave open: the progress bar and the last checkpoint."""
-    given = options.callbacks or []
-    given = given if isinstance(given, list) else [given]
+    given = given_callbacks(options)
     added: list[Callback] = []
     if not (any(isinstance(c, ProgressBar) for c in given) or _off(options, "progress_bar")):
         added.append(MetricsBar())
@@ -23,6 +22,12 @@ def standard_callbacks(options: Namespace) -> list[Callback]:
             )
         )
     return added
+
+
+def given_callbacks(options: Namespace) -> list[Callback]:
+    """Return the callbacks in the Trainer's `options`, where one need not be in a list."""
+    callbacks = options.callbacks or []
+    return callbacks if isinstance(callbacks, list) else [callbacks]
 
 
 class MetricsBar(RichProgressBar):

@@ -1,4 +1,7 @@
-"""What `nm` tells a person: where a run is kept, how it went, and how to go on."""
+"""What `nm` tells a person: where a run is kept, how it went, and how to go on.
+
+Only the first of several processes prints.
+"""
 
 import shlex
 import time
@@ -7,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
@@ -55,6 +59,7 @@ class Stopwatch(Callback):
         self._resumed = now
 
 
+@rank_zero_only
 def print_start(trainer: Trainer, run: Path | None) -> None:
     """Print what runs on what, and where it is kept."""
     kept = f" → {run}" if run else ""
@@ -63,6 +68,7 @@ def print_start(trainer: Trainer, run: Path | None) -> None:
     _print(f"[bold]nm[/bold]: {device.type}{copies}, precision {trainer.precision}{kept}")
 
 
+@rank_zero_only
 def print_fit(
     trainer: Trainer, watch: Stopwatch, run: Path | None, checkpoint: Path | None
 ) -> None:
@@ -77,6 +83,7 @@ def print_fit(
     print_paths(run=run, checkpoint=checkpoint)
 
 
+@rank_zero_only
 def print_paths(**paths: Path | str | None) -> None:
     """Print one line for each path that there is."""
     for name, path in paths.items():
@@ -84,6 +91,7 @@ def print_paths(**paths: Path | str | None) -> None:
             _print(f" {name:<11} {path}")
 
 
+@rank_zero_only
 def print_interruption(run: Path | None, checkpoint: Path | None) -> None:
     """Say which checkpoint an interrupted run leaves, and the command that goes on from it."""
     console = Console(stderr=True)
@@ -98,11 +106,13 @@ def print_interruption(run: Path | None, checkpoint: Path | None) -> None:
     console.print(f"nm: {text}", soft_wrap=True, highlight=False, markup=False)
 
 
+@rank_zero_only
 def print_notice(text: str) -> None:
     """Print one line to stderr about something that runs otherwise than asked."""
     Console(stderr=True).print(f"nm: {text}", soft_wrap=True, highlight=False, markup=False)
 
 
+@rank_zero_only
 def print_metrics(metrics: Mapping[str, Any]) -> None:
     """Print the metrics called `<stage>/<name>`: a row a stage, a column a name."""
     values = {name: float(value) for name, value in metrics.items() if name.count("/") == 1}

@@ -16,17 +16,15 @@ import nmlightning.datamodules.digits
 import nmlightning.models.resnet
 import nmlightning.models.vgg
 import nmlightning.tasks.classification  # noqa: F401
-from nmlightning.cli import run_report
+from nmlightning.cli import INTERRUPTED, run_report
 from nmlightning.cli.compat import ExplicitOptionsWin
 from nmlightning.cli.given_files import GivenFiles
 from nmlightning.cli.parser import Parser
 from nmlightning.cli.quiet import quiet
 from nmlightning.cli.remembered_options import remembered_options
-from nmlightning.cli.run_callbacks import standard_callbacks
+from nmlightning.cli.run_callbacks import given_callbacks, standard_callbacks
 from nmlightning.cli.run_folder import default_logger, new_version
 from nmlightning.errors import InputError
-
-INTERRUPTED = 130  # 128 + SIGINT, as shells report a program that Ctrl-C ended
 
 
 def run(arguments: list[str], given: GivenFiles) -> int:
@@ -45,6 +43,8 @@ def run(arguments: list[str], given: GivenFiles) -> int:
             remembered = remembered_options(given.checkpoint)
             TrainingCLI([command, *remembered, *options], given.run_name)
         except SystemExit as stop:
+            if _is_ctrl_c(stop):
+                raise KeyboardInterrupt from None
             return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0
 
@@ -58,6 +58,7 @@ class TrainingCLI(ExplicitOptionsWin):
     """
 
     def __init__(self, arguments: list[str], run_name: str) -> None:
+        command = arguments[0]
         self._run_name = run_name
         self._logger_is_given = any(word.startswith("--trainer.logger") for word in arguments)
         self._watch = run_report.Stopwatch()
@@ -68,7 +69,12 @@ class TrainingCLI(ExplicitOptionsWin):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             parser_class=Parser,
-            parser_kwargs={"prog": "nm", "allow_abbrev": False},
+            parser_kwargs={
+                "prog": "nm",
+                "allow_abbrev": False,
+                # The whole list of options follows, each with its meaning.
+                command: {"usage": f"nm {command} --config CONFIG [--KEY VALUE ...]"},
+            },
             trainer_defaults={"logger": default_logger(run_name)},
             args=arguments,
         )
@@ -120,9 +126,8 @@ class TrainingCLI(ExplicitOptionsWin):
             if folder and not any(folder.rglob("*.ckpt")):
                 shutil.rmtree(folder, ignore_errors=True)  # nothing was learned
             raise
-        except (KeyboardInterrupt, SystemExit) as stop:
-            # Lightning 2.6 answers KeyboardInterrupt with exit(1).
-            if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+        except SystemExit as stop:
+            if not _is_ctrl_c(stop):
                 raise
             checkpoint = self._last_checkpoint() or kwargs.get("ckpt_path")
             run_report.print_interruption(folder, checkpoint)
@@ -140,7 +145,8 @@ class TrainingCLI(ExplicitOptionsWin):
     def predict(self, model: LightningModule, **kwargs: Any) -> None:
         """Hand the predictions to the writers among the callbacks."""
         self._evaluate(self.trainer.predict, model, kwargs)
-        if not any(isinstance(c, BasePredictionWriter) for c in self.trainer.callbacks):
+        callbacks = given_callbacks(self.config_init[self.subcommand].trainer)
+        if not any(isinstance(callback, BasePredictionWriter) for callback in callbacks):
             run_report.print_notice("no BasePredictionWriter is among the callbacks; nothing kept.")
 
     def _evaluate(self, measure: Any, model: LightningModule, kwargs: dict[str, Any]) -> None:
@@ -161,3 +167,8 @@ class TrainingCLI(ExplicitOptionsWin):
         callbacks = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         paths = [Path(path) for c in callbacks for path in (c.last_model_path, c.best_model_path)]
         return max((p for p in paths if p.is_file()), key=lambda p: p.stat().st_mtime, default=None)
+
+
+def _is_ctrl_c(stop: SystemExit) -> bool:
+    """Whether `stop` is what Lightning 2.6 makes of KeyboardInterrupt: exit(1)."""
+    return isinstance(stop.__context__, KeyboardInterrupt)
