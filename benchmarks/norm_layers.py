@@ -1,0 +1,84 @@
+"""Time of each norm's forward and backward, as a ratio to torch's batch norm, eager.
+
+    python benchmarks/norm_layers.py [--device cuda] [--dtype bfloat16] [--rounds 30]
+
+The norms take turns in random order in every round; a ratio is the median over rounds of the time
+against batch norm's in the same round, with its quartiles, so that a noisy machine disturbs both.
+"""
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from nmlightning.norms import L1BatchNorm2d, LInfBatchNorm2d, TopKBatchNorm2d
+
+SHAPES = ((128, 16, 32, 32), (128, 64, 8, 8), (32, 64, 56, 56))
+LAYERS = {
+    "l2": nn.BatchNorm2d,
+    "l1": L1BatchNorm2d,
+    "linf": LInfBatchNorm2d,
+    "top10": TopKBatchNorm2d,
+}
+LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+WARM_UP_ROUNDS = 3
+
+
+def main() -> None:
+    """Print a line for each shape and layout."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--rounds", type=int, default=30)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    print(
+        f"torch {torch.__version__}, {device}, {options.dtype}, {torch.get_num_threads()} threads"
+    )
+    for shape in SHAPES:
+        for layout, memory_format in LAYOUTS.items():
+            x = torch.randn(shape, device=device, dtype=getattr(torch, options.dtype))
+            x = x.contiguous(memory_format=memory_format).requires_grad_()
+            times = measure(x, options.rounds)
+            ratios = "  ".join(
+                f"{name} {_describe(times, name)}" for name in LAYERS if name != "l2"
+            )
+            print(f"{shape!s:18} {layout}  {ratios}", flush=True)
+
+
+def measure(x: Tensor, rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of each norm in each round after the warm-up."""
+    grad = torch.randn_like(x)
+    steps = {name: _step(make(x.shape[1]).to(x.device), x, grad) for name, make in LAYERS.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for current in range(rounds + WARM_UP_ROUNDS):
+        for name in random.sample(list(steps), len(steps)):
+            seconds = steps[name]()
+            if current >= WARM_UP_ROUNDS:
+                times[name].append(seconds)
+    return times
+
+
+def _step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], float]:
+    def step() -> float:
+        started = time.perf_counter()
+        torch.autograd.grad(layer(x), (x, *layer.parameters()), grad)
+        if x.device.type == "cuda":
+            torch.cuda.synchronize(x.device)
+        return time.perf_counter() - started
+
+    return step
+
+
+def _describe(times: dict[str, list[float]], name: str) -> str:
+    ratios = [own / reference for own, reference in zip(times[name], times["l2"], strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+if __name__ == "__main__":
+    main()
