@@ -1,6 +1,6 @@
-"""Time of each norm's forward and backward, as a ratio to torch's batch norm, eager.
+"""Time of each norm's forward and backward, as a ratio to torch's batch norm.
 
-    python benchmarks/norm_layers.py [--device cuda] [--dtype bfloat16] [--rounds 30]
+    python benchmarks/norm_layers.py [--compile] [--device cuda] [--dtype bfloat16] [--rounds 30]
 
 The norms take turns in random order in every round; a ratio is the median over rounds of the time
 against batch norm's in the same round, with its quartiles, so that a noisy machine disturbs both.
@@ -34,6 +34,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument(
+        "--compile", action="store_true", help="compile all of them, batch norm too"
+    )
     options = parser.parse_args()
     device = torch.device(options.device)
     print(
@@ -43,17 +46,22 @@ def main() -> None:
         for layout, memory_format in LAYOUTS.items():
             x = torch.randn(shape, device=device, dtype=getattr(torch, options.dtype))
             x = x.contiguous(memory_format=memory_format).requires_grad_()
-            times = measure(x, options.rounds)
+            times = measure(x, options.rounds, options.compile)
             ratios = "  ".join(
                 f"{name} {_describe(times, name)}" for name in LAYERS if name != "l2"
             )
             print(f"{shape!s:18} {layout}  {ratios}", flush=True)
 
 
-def measure(x: Tensor, rounds: int) -> dict[str, list[float]]:
+def measure(x: Tensor, rounds: int, compiled: bool) -> dict[str, list[float]]:
     """Return the seconds of each norm in each round after the warm-up."""
+    torch.compiler.reset()
     grad = torch.randn_like(x)
-    steps = {name: _step(make(x.shape[1]).to(x.device), x, grad) for name, make in LAYERS.items()}
+    layers = {name: make(x.shape[1]).to(x.device) for name, make in LAYERS.items()}
+    if compiled:
+        for layer in layers.values():
+            layer.compile(dynamic=False)
+    steps = {name: _step(layer, x, grad) for name, layer in layers.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for current in range(rounds + WARM_UP_ROUNDS):
         for name in random.sample(list(steps), len(steps)):
