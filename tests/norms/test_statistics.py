@@ -1,0 +1,131 @@
+"""The pure statistics against sorted lists and autograd, ties and extremes included."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from nmlightning.errors import InputError
+from nmlightning.norms.statistics import (
+    LargestMean,
+    PowerMean,
+    add_at_selection,
+    power_mean,
+    power_mean_slope,
+    select_largest,
+)
+
+# One to three spatial dimensions and none; the last is long rows, where few rows hold the largest.
+SHAPES = [(12, 3), (4, 3, 5), (3, 2, 2, 4), (2, 2, 3, 2, 2), (2, 3, 40), (5, 1, 1, 7), (30, 2, 1, 1)]
+POWERS = [1.0, 1.5, 2.0, 3.7]
+
+
+def by_channel(x: Tensor) -> Tensor:
+    """Return (N, C, *) as (C, n), in the order that positions count in."""
+    return x.transpose(0, 1).flatten(1)
+
+
+def integers(shape: tuple[int, ...]) -> Tensor:
+    """Return values −2 … 2: nearly all of them are ties, of both signs."""
+    return torch.randint(-2, 3, shape).double()
+
+
+def layouts(x: Tensor) -> list[Tensor]:
+    """Return x in its memory formats, and as every second element of something larger."""
+    every_second = torch.stack([x, x + 1], -1)[..., 0]
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = [x.contiguous(memory_format=formats[x.dim()])] if x.dim() in formats else []
+    return [x, every_second, *last]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("k", [1, 2, 3, 10])
+def test_select_largest_takes_the_first_among_equals(shape: tuple[int, ...], k: int) -> None:
+    for _ in range(5):
+        d = integers(shape)
+        flat = by_channel(d)
+        # The definition: order by |d| descending, then by position ascending.
+        order = [
+            sorted(range(len(row)), key=lambda i, row=row: (-abs(row[i]), i))[:k]  # type: ignore[misc]
+            for row in flat.tolist()
+        ]
+        for layout in layouts(d):
+            mean, selection = select_largest(layout, k, flat.shape[1], None)
+            assert selection.positions.sort(1).values.tolist() == [sorted(row) for row in order]
+            chosen = flat.gather(1, selection.positions)
+            torch.testing.assert_close(mean, chosen.abs().mean(1))
+            assert torch.equal(selection.signs, torch.where(chosen > 0, 1.0, -1.0).double())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_select_all(shape: tuple[int, ...]) -> None:
+    d = torch.randn(shape, dtype=torch.float64)
+    n = by_channel(d).shape[1]
+    mean, selection = select_largest(d, n, n, None)
+    torch.testing.assert_close(mean, by_channel(d).abs().mean(1))
+    assert all(sorted(row) == list(range(n)) for row in selection.positions.tolist())
+
+
+def test_select_more_than_there_are() -> None:
+    with pytest.raises(InputError, match="The k = 11 largest of n = 10 values a channel .* lower k"):
+        select_largest(torch.randn(5, 3, 2), 11, 10, None)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_add_at_selection_is_the_transpose_of_selecting(shape: tuple[int, ...]) -> None:
+    d = torch.randn(shape, dtype=torch.float64)
+    n = by_channel(d).shape[1]
+    values = torch.randn(shape[1], 3, dtype=torch.float64)
+    for layout in layouts(d):
+        _, selection = select_largest(layout, 3, n, None)
+        expected = by_channel(d).clone().scatter_add_(1, selection.positions, values)
+        torch.testing.assert_close(by_channel(add_at_selection(layout, selection, values)), expected)
+
+
+@pytest.mark.parametrize("p", POWERS)
+def test_power_mean_and_its_slope(p: float) -> None:
+    d = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
+    expected = by_channel(d).abs().pow(p).mean(1).pow(1 / p)
+    (slope,) = torch.autograd.grad(expected.sum(), d)
+    found = power_mean(d.detach(), p, (0, 2), 20, None)
+    torch.testing.assert_close(found.flatten(), expected.detach())
+    reflected = power_mean_slope(-d.detach(), found, p)
+    torch.testing.assert_close(-reflected / 20, slope)
+
+
+@pytest.mark.parametrize("p", POWERS)
+def test_slope_is_negative_where_the_deviation_is_zero(p: float) -> None:
+    """The convention s = −1 at d = 0, whichever zero it is that x − x gives."""
+    x = torch.tensor([[1.0], [3.0], [2.0], [2.0]])
+    reflected = x.mean(0) - x
+    slope = power_mean_slope(reflected, power_mean(-reflected, p, (0,), 4, None), p)
+    expected = -1.0 if p == 1 else 0.0
+    assert (-slope[2:]).flatten().tolist() == [expected, expected]
+
+
+@pytest.mark.parametrize("p", POWERS)
+def test_zero_deviations(p: float) -> None:
+    zero = torch.zeros(4, 3, 5)
+    magnitude = power_mean(zero, p, (0, 2), 20, None)
+    assert torch.equal(magnitude, torch.zeros(1, 3, 1))
+    slope = power_mean_slope(zero, magnitude, p)
+    assert torch.equal(slope, torch.full_like(zero, 1.0 if p == 1 else 0.0))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+@pytest.mark.parametrize("p", [1.0, 1.5, 3.7, 60.0])
+def test_powers_neither_overflow_nor_underflow(p: float, size: float) -> None:
+    d = torch.randn(1000, 2)
+    expected = power_mean(d.double(), p, (0,), 1000, None) * size
+    found = power_mean(d * size, p, (0,), 1000, None)
+    # float32 powers near 60 cost about 60 roundings.
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=0)
+
+
+def test_constants_of_the_statistics() -> None:
+    assert PowerMean(1.0).constant(9, "exact") == pytest.approx(math.sqrt(math.pi / 2))
+    assert PowerMean(1.0).constant(9, "none") == LargestMean(2).constant(9, "none") == 1
+    assert PowerMean(1.0).constant(9, 0.5) == LargestMean(2).constant(9, 0.5) == 0.5
+    # One that the ranks counted together is a tensor.
+    assert LargestMean(2).constant(torch.tensor(9), "exact") == LargestMean(2).constant(9, "exact")
