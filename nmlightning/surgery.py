@@ -109,12 +109,13 @@ def swap_norms(
         swapped 1 BatchNorm2d → TopKBatchNorm2d
     """
     find_norm(norm)
+    check_lists(kinds=kinds, include=include, exclude=exclude)
     chosen = check_kinds(tuple(kinds))
     settings = {kind: check_options(norm, kind, options or {}) for kind in chosen}
     layers = find_norm_layers(model)
     _check_patterns(model, layers, chosen, include, exclude)
-    picked = [layer for layer in layers if _is_picked(layer.name, include, exclude)]
-    _check_swappable(picked, include)
+    picked = _pick(layers, include, exclude)
+    _check_picked(model, layers, picked, chosen, include)
     plan = _make_plan(norm, settings, picked)
     swapped = tuple(
         Swap(x.name, x.type_name, class_to_take(x.module, template).__name__)
@@ -137,8 +138,17 @@ def _make_plan(
         if layer.kind is not None and layer.kind in settings:
             template = _template(layer, norm, settings[layer.kind])
             if not is_like(layer.module, template):
+                _check_whole(layer)
                 plan.append((layer, template))
     return plan
+
+
+def _check_whole(layer: NormLayer) -> None:
+    if any(type(q).__name__ == "DTensor" for q in layer.module.parameters(recurse=False)):
+        raise InputError(
+            f"{layer.name} is sharded already: call swap_norms in configure_model, before "
+            "fully_shard."
+        )
 
 
 def _template(layer: NormLayer, norm: str, options: Mapping[str, Any]) -> nn.Module:
@@ -153,10 +163,24 @@ def _template(layer: NormLayer, norm: str, options: Mapping[str, Any]) -> nn.Mod
     return layer_class(norm, layer.kind, dims)(**settings, device="meta")
 
 
-def _is_picked(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    if any(fnmatchcase(name, pattern) for pattern in exclude):
-        return False
-    return not include or any(fnmatchcase(name, pattern) for pattern in include)
+def check_lists(**arguments: object) -> None:
+    """Raise InputError for a string where a list of strings belongs."""
+    for name, value in arguments.items():
+        if isinstance(value, str):
+            raise InputError(f"{name} is a list, got the string {value!r}: write [{value!r}].")
+
+
+def _pick(
+    layers: list[NormLayer], include: Sequence[str], exclude: Sequence[str]
+) -> list[NormLayer]:
+    """Return the layers to swap; a shared one is left alone if `exclude` names it anywhere."""
+    excluded = {id(layer.module) for layer in layers if _matches(layer.name, exclude)}
+    included = [layer for layer in layers if not include or _matches(layer.name, include)]
+    return [layer for layer in included if id(layer.module) not in excluded]
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _check_patterns(
@@ -166,41 +190,49 @@ def _check_patterns(
     include: Sequence[str],
     exclude: Sequence[str],
 ) -> None:
-    if isinstance(include, str) or isinstance(exclude, str):
-        raise InputError(
-            "include and exclude are lists of patterns, got one string: put it in a list."
-        )
-    names = [layer.name for layer in layers]
-    for argument, patterns in (("include", include), ("exclude", exclude)):
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise InputError(
-                    f"The pattern {pattern!r} in {argument} matches no norm layer of "
-                    f"{type(model).__name__}. {_list_norms(layers)}"
-                )
+    wanted = f"{' or '.join(kinds)} norm"
     if not any(layer.kind in kinds for layer in layers):
         raise InputError(
-            f"There is no {' or '.join(kinds)} norm to swap in {type(model).__name__}. "
-            f"{_list_norms(layers)}"
+            f"There is no {wanted} to swap in {type(model).__name__}. {_list_norms(layers)}"
         )
+    # To exclude a norm that is not swapped anyway is right, if needless.
+    names = [layer.name for layer in layers]
+    swappable = [layer.name for layer in layers if layer.kind in kinds or layer.refusal]
+    for argument, patterns, known in (("include", include, swappable), ("exclude", exclude, names)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in known):
+                raise InputError(
+                    f"The pattern {pattern!r} in {argument} matches no {wanted} of "
+                    f"{type(model).__name__}. {_list_norms(layers)}"
+                )
+
+
+def _describe(layer: NormLayer) -> str:
+    why = f": {layer.refusal}" if layer.refusal else ""
+    return f"{layer.name} ({layer.type_name}{why})"
 
 
 def _list_norms(layers: list[NormLayer]) -> str:
     if not layers:
         return "It has no norm layers; is the net built in configure_model?"
-    shown = [f"{layer.name} ({layer.type_name})" for layer in layers[:12]]
+    shown = [_describe(layer) for layer in layers[:12]]
     more = f" and {len(layers) - len(shown)} more" if len(layers) > len(shown) else ""
     return f"Its norm layers are {', '.join(shown)}{more}."
 
 
-def _check_swappable(picked: Iterable[NormLayer], include: Sequence[str]) -> None:
+def _check_picked(
+    model: nn.Module,
+    layers: list[NormLayer],
+    picked: list[NormLayer],
+    kinds: tuple[Kind, ...],
+    include: Sequence[str],
+) -> None:
     refused = [layer for layer in picked if layer.refusal]
     if include and refused:
-        named = ", ".join(f"{layer.name} ({layer.type_name}: {layer.refusal})" for layer in refused)
+        named = ", ".join(_describe(layer) for layer in refused)
         raise InputError(f"include names norms that cannot be swapped: {named}; exclude them.")
-    for layer in picked:
-        if any(type(q).__name__ == "DTensor" for q in layer.module.parameters(recurse=False)):
-            raise InputError(
-                f"{layer.name} is sharded already: call swap_norms in configure_model, before "
-                "fully_shard."
-            )
+    if not any(layer.kind in kinds for layer in picked):
+        raise InputError(
+            f"include and exclude leave no {' or '.join(kinds)} norm to swap in "
+            f"{type(model).__name__}. {_list_norms(layers)}"
+        )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase, _NormBase
 
 from nmlightning.norms.layer_norm import LpLayerNorm
 from nmlightning.norms.registry import NORMS, Kind
@@ -62,7 +62,7 @@ class NormLayer:
 def find_norm_layers(model: nn.Module) -> list[NormLayer]:
     """Return every norm layer of `model`, a shared one under each of its names."""
     return [
-        _describe(name.replace("_orig_mod.", ""), module)
+        _describe(_without_wrappers(name), module)
         for name, module in model.named_modules(remove_duplicate=False)
         if _is_norm(module)
     ]
@@ -113,8 +113,13 @@ def guard_fast_paths(modules: Iterable[nn.Module]) -> None:
             module.activation_relu_or_gelu = module.__dict__.pop(_FAST_PATH)
 
 
+def _without_wrappers(name: str) -> str:
+    """Return the name that a module has in the model before `torch.compile` wrapped parts of it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
 def _is_norm(module: nn.Module) -> bool:
-    if isinstance(module, (_BatchNorm, nn.LayerNorm)):
+    if isinstance(module, (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
         return True
     named_like_one = _NAMED_LIKE_A_NORM.search(type(module).__name__) is not None
     return named_like_one and not any(module.children())

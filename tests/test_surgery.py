@@ -1,0 +1,453 @@
+"""Test that a swap changes the norms it was asked to change, keeps everything else, and undoes."""
+
+import copy
+import io
+import math
+import pickle
+import re
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from rich.console import Console
+from torch import Tensor, nn
+
+from nmlightning import swap_norms
+from nmlightning.errors import InputError
+from nmlightning.norms import batch_norm as ours
+from nmlightning.norms.layer_norm import L1LayerNorm, LpLayerNorm
+
+# The norm of each is a batch norm, as plain nn layers, timm's BatchNormAct2d, or both.
+ARCHITECTURES = [
+    ("torchvision", "resnet18", "l1"),
+    ("torchvision", "densenet121", "l1"),
+    ("torchvision", "mobilenet_v3_small", "linf"),
+    ("torchvision", "regnet_y_400mf", "l1"),
+    ("torchvision", "googlenet", "top10"),
+    ("torchvision", "shufflenet_v2_x0_5", "l1"),
+    ("torchvision", "mnasnet0_5", "linf"),
+    ("timm", "efficientnet_b0", "l1"),
+    ("timm", "convnext_atto", "l1"),
+    ("timm", "mobilenetv4_conv_small_035", "top10"),
+    ("timm", "regnetx_002", "l1"),
+    ("timm", "ghostnet_050", "linf"),
+    ("timm", "cspresnet50", "l1"),
+    ("timm", "tinynet_e", "top10"),
+]
+MORE_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "convnext_atto": {"norm_layer": "batchnorm"},
+    "googlenet": {"init_weights": False, "aux_logits": False},
+}
+
+
+def small_net() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8, eps=1e-3, momentum=0.2),
+        nn.ReLU(),
+        nn.Sequential(nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4)),
+    )
+
+
+def images(channels: int = 3, size: int = 8) -> Tensor:
+    return torch.randn(4, channels, size, size)
+
+
+def classes(model: nn.Module) -> list[type[nn.Module]]:
+    return [type(module) for module in model.modules()]
+
+
+def refusal(model: nn.Module, *arguments: Any, **keywords: Any) -> str:
+    """Return what `swap_norms` says no with, after checking that it changed nothing."""
+    before = classes(model)
+    with pytest.raises(InputError) as error:
+        swap_norms(model, *arguments, **keywords)
+    assert classes(model) == before
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+class TestReport:
+    def test_it_counts_and_prints(self) -> None:
+        net = nn.Sequential(*small_net(), nn.GroupNorm(2, 4))
+        report = swap_norms(net, "top10")
+        assert len(report) == 2
+        assert str(report) == ("swapped 2 BatchNorm2d → TopKBatchNorm2d; 1 left as they are")
+        console = Console(width=120, record=True, file=io.StringIO())
+        console.print(report)
+        table = console.export_text()
+        assert all(word in table for word in ("module", "from", "to", "3.1", "TopKBatchNorm2d"))
+        assert "left: no swap is defined for this norm" in table
+
+    def test_a_dry_run_changes_nothing(self) -> None:
+        net = small_net()
+        before = classes(net)
+        report = swap_norms(net, "l1", dry_run=True)
+        assert str(report) == "would swap 2 BatchNorm2d → L1BatchNorm2d"
+        assert [swap.name for swap in report.swapped] == ["1", "3.1"]
+        assert classes(net) == before
+
+    def test_the_second_swap_does_nothing(self) -> None:
+        net = small_net()
+        swap_norms(net, "top10", {"constant": "paper"})
+        report = swap_norms(net, "top10", {"constant": "paper"})
+        assert (len(report), str(report)) == (0, "swapped 0")
+        assert len(swap_norms(net, "top10", {"constant": "exact"})) == 2
+
+
+class TestWhatIsKept:
+    def test_parameters_and_buffers_are_the_same_objects(self) -> None:
+        net = small_net()
+        before = {name: id(q) for name, q in (*net.named_parameters(), *net.named_buffers())}
+        state = list(net.state_dict())
+        swap_norms(net, "l1")
+        after = {name: id(q) for name, q in (*net.named_parameters(), *net.named_buffers())}
+        assert after == before
+        assert list(net.state_dict()) == state
+
+    def test_eps_and_momentum_are_those_of_the_layer_unless_given(self) -> None:
+        net = small_net()
+        swap_norms(net, "l1", {"momentum": 0.5})
+        assert repr(net[1]) == "L1BatchNorm2d(8, eps=0.001, momentum=0.5)"
+
+    def test_an_optimizer_made_before_trains_the_swapped_layers(self) -> None:
+        net = small_net()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        swap_norms(net, "l1")
+        before = net[1].weight.detach().clone()
+        net(images()).square().sum().backward()
+        optimizer.step()
+        assert not torch.equal(net[1].weight, before)
+
+    def test_hooks_still_run(self) -> None:
+        net, seen = small_net(), []
+        net[1].register_forward_hook(lambda *_: seen.append("forward"))
+        net[1].register_forward_pre_hook(lambda *_: seen.append("before"))
+        swap_norms(net, "l1")
+        net(images())
+        assert seen == ["before", "forward"]
+
+    def test_evaluation_of_a_swapped_layer_is_torchs(self) -> None:
+        net, x = small_net().eval(), images()
+        expected = net(x)
+        swap_norms(net, "linf")
+        torch.testing.assert_close(net(x), expected, rtol=0, atol=0)
+
+    def test_training_mode_and_frozen_parameters_stay(self) -> None:
+        net = small_net()
+        net[1].eval().weight.requires_grad_(False)
+        swap_norms(net, "l1")
+        assert not net[1].training
+        assert not net[1].weight.requires_grad
+        assert net[3][1].training
+
+
+class TestWhichLayers:
+    @pytest.mark.parametrize(
+        ("layer", "expected"),
+        [
+            (nn.BatchNorm1d(4), ours.L1BatchNorm1d),
+            (nn.BatchNorm2d(4), ours.L1BatchNorm2d),
+            (nn.BatchNorm3d(4), ours.L1BatchNorm3d),
+            (nn.BatchNorm2d(4, affine=False, track_running_stats=False), ours.L1BatchNorm2d),
+        ],
+    )
+    def test_batch_norms_of_any_dimension(self, layer: nn.Module, expected: type) -> None:
+        original = type(layer)
+        net = nn.Sequential(layer)
+        swap_norms(net, "l1")
+        assert type(net[0]) is expected
+        swap_norms(net, "l2")
+        assert type(net[0]) is original
+
+    def test_a_root_that_is_itself_a_norm(self) -> None:
+        norm = nn.BatchNorm2d(3)
+        assert len(swap_norms(norm, "l1")) == 1
+        assert type(norm) is ours.L1BatchNorm2d
+
+    def test_a_shared_module_stays_shared_and_is_named_at_every_place(self) -> None:
+        norm = nn.BatchNorm2d(3)
+        net = nn.Sequential(norm, nn.ReLU(), norm)
+        report = swap_norms(net, "l1")
+        assert [swap.name for swap in report.swapped] == ["0", "2"]
+        assert net[0] is net[2] is norm
+
+    def test_a_shared_module_is_left_alone_if_exclude_names_it_once(self) -> None:
+        norm = nn.BatchNorm2d(3)
+        net = nn.Sequential(norm, nn.ReLU(), norm, nn.BatchNorm2d(3))
+        report = swap_norms(net, "l1", exclude=["2"])
+        assert [swap.name for swap in report.swapped] == ["3"]
+        assert type(norm) is nn.BatchNorm2d
+
+    def test_include_and_exclude(self) -> None:
+        net = torchvision.models.resnet18(num_classes=3)
+        report = swap_norms(net, "l1", include=["layer1.*", "layer2.*"], exclude=["*.bn2"])
+        assert {swap.name for swap in report.swapped} == {
+            *(f"layer{i}.{j}.bn1" for i in (1, 2) for j in (0, 1)),
+            "layer2.0.downsample.1",
+        }
+        assert type(net.bn1) is nn.BatchNorm2d
+
+    def test_a_subclass_is_left_or_refused_if_named(self) -> None:
+        class Mine(nn.BatchNorm2d):
+            pass
+
+        net = nn.Sequential(nn.BatchNorm2d(3), Mine(3))
+        report = swap_norms(net, "l1")
+        assert [(left.name, left.before, left.reason) for left in report.left] == [
+            ("1", "Mine", "a subclass, and only exact types are swapped")
+        ]
+        assert type(net[1]) is Mine
+        assert "1 (Mine: a subclass" in refusal(net, "linf", include=["*"])
+
+    @pytest.mark.parametrize(
+        "layer",
+        [
+            nn.GroupNorm(2, 4),
+            nn.InstanceNorm2d(4),
+            nn.RMSNorm(4),
+            timm.layers.GroupNormAct(4, 2),
+            timm.layers.RmsNorm(4),
+            torchvision.ops.FrozenBatchNorm2d(4),
+            nn.LazyBatchNorm2d(),
+        ],
+        ids=lambda layer: type(layer).__name__,
+    )
+    @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+    def test_other_norms_are_refused_by_name(self, layer: nn.Module) -> None:
+        net = nn.Sequential(nn.BatchNorm2d(4), layer)
+        assert f"1 ({type(layer).__name__}: " in refusal(net, include=["0", "1"])
+        assert [left.name for left in swap_norms(net).left] == ["1"]
+
+    def test_a_lazy_norm_becomes_swappable_with_its_first_batch(self) -> None:
+        net = nn.Sequential(nn.LazyBatchNorm2d())
+        assert "not initialised, run one batch" in refusal(net, include=["0"])
+        net(images())
+        assert len(swap_norms(net)) == 1
+
+
+class TestInput:
+    @pytest.mark.parametrize(
+        ("arguments", "answer"),
+        [
+            ({"norm": "l_1"}, "There is no norm 'l_1'; .* Did you mean 'l1'\\?"),
+            ({"options": {"epsilon": 1}}, "no option 'epsilon' .* Did you mean 'eps'\\?"),
+            ({"options": {"eps": -1.0}}, "eps must be .* got -1.0"),
+            ({"options": {"k": 3}}, "'l1' has no option 'k'"),
+            ({"norm": "top10", "options": {"k": 3}}, "'top10' has k = 10 by its name"),
+            ({"norm": "topk", "options": {"k": 0}}, "k must be .* got 0"),
+            ({"norm": "lp", "options": {"p": 0.5}}, "p must be .* got 0.5"),
+            ({"options": {"constant": "exakt"}}, "'exakt'.* Did you mean 'exact'\\?"),
+            ({"kinds": ["bach"]}, "got 'bach'. Did you mean 'batch'\\?"),
+            ({"kinds": []}, "kinds is empty"),
+            ({"kinds": "batch"}, "kinds is a list, got the string 'batch'"),
+            ({"kinds": ["layer"], "norm": "linf"}, "'linf' is not defined for layer norms"),
+            ({"include": "layer1.*"}, "include is a list, got the string 'layer1\\.\\*'"),
+            ({"exclude": "layer1.*"}, "exclude is a list, got the string 'layer1\\.\\*'"),
+        ],
+    )
+    def test_what_cannot_be_is_named(self, arguments: dict[str, Any], answer: str) -> None:
+        assert re.search(answer, refusal(small_net(), **arguments))
+
+    def test_a_pattern_that_matches_nothing_lists_the_norms(self) -> None:
+        for argument in ("include", "exclude"):
+            message = refusal(small_net(), **{argument: ["layer1.*"]})
+            assert (
+                f"The pattern 'layer1.*' in {argument} matches no batch norm of Sequential"
+                in message
+            )
+            assert "Its norm layers are 1 (BatchNorm2d), 3.1 (BatchNorm2d)." in message
+
+    def test_a_long_list_of_norms_is_cut(self) -> None:
+        message = refusal(torchvision.models.resnet18(), include=["x"])
+        assert message.endswith("and 8 more.")
+
+    def test_a_pattern_that_matches_only_the_other_kind(self) -> None:
+        net = nn.Sequential(nn.BatchNorm2d(3), nn.LayerNorm(3))
+        message = refusal(net, include=["0", "1"])
+        assert "The pattern '1' in include matches no batch norm" in message
+
+    def test_exclude_that_leaves_nothing(self) -> None:
+        assert "leave no batch norm" in refusal(small_net(), exclude=["*"])
+
+    def test_a_model_without_norms(self) -> None:
+        message = refusal(nn.Sequential(nn.Linear(2, 2)))
+        assert message == (
+            "There is no batch norm to swap in Sequential. It has no norm layers; "
+            "is the net built in configure_model?"
+        )
+
+    def test_a_sharded_layer_is_refused_but_one_swapped_before_is_fine(self) -> None:
+        class DTensor(nn.Parameter):
+            pass
+
+        net = small_net()
+        net[1].weight = DTensor(torch.ones(8))
+        assert "1 is sharded already: call swap_norms in configure_model" in refusal(net)
+        plain = net[1].weight
+        net[1].weight = nn.Parameter(torch.ones(8))
+        swap_norms(net)
+        net[1].weight = plain
+        assert len(swap_norms(net)) == 0
+
+
+class TestUndo:
+    @pytest.mark.parametrize("norms", [["l1"], ["linf"], ["l1", "linf", "top10"], ["lp", "topk"]])
+    def test_l2_undoes(self, norms: list[str]) -> None:
+        net, x = small_net(), images()
+        original = copy.deepcopy(net)
+        for norm in norms:
+            swap_norms(net, norm)
+            assert len(net[1].__dict__.keys() - original[1].__dict__.keys()) >= 3
+        swap_norms(net, "l2")
+        assert classes(net) == classes(original)
+        assert net[1].__dict__.keys() == original[1].__dict__.keys()
+        torch.testing.assert_close(net(x), original(x), rtol=0, atol=0)
+
+    def test_settings_of_the_last_norm_do_not_linger(self) -> None:
+        net = small_net()
+        swap_norms(net, "topk", {"k": 3, "constant": "paper"})
+        swap_norms(net, "l1")
+        assert not hasattr(net[1], "k")
+        assert net[1].constant == "exact"
+        assert repr(net[1]) == "L1BatchNorm2d(8, eps=0.001, momentum=0.2)"
+
+
+class TestTimm:
+    def net(self) -> nn.Sequential:
+        norm = timm.layers.BatchNormAct2d(3, act_layer=nn.SiLU, drop_layer=nn.Dropout)
+        norm.drop.p = 0.5
+        return nn.Sequential(nn.Conv2d(3, 3, 1), norm)
+
+    @pytest.mark.parametrize("norms", [["l1"], ["l1", "linf"], ["top10", "l2", "l1"]])
+    def test_drop_and_activation_run_once_and_l2_undoes(self, norms: list[str]) -> None:
+        net, x = self.net(), images()
+        original = copy.deepcopy(net)
+        for norm in norms:
+            swap_norms(net, norm)
+        bare = {"l1": ours.L1BatchNorm2d, "linf": ours.LInfBatchNorm2d}[norms[-1]](3)
+        torch.manual_seed(1)
+        expected = nn.functional.silu(nn.functional.dropout(bare(net[0](x))))
+        torch.manual_seed(1)
+        torch.testing.assert_close(net(x), expected)
+        swap_norms(net, "l2")
+        assert type(net[1]) is timm.layers.BatchNormAct2d
+        assert net[1].__dict__.keys() == original[1].__dict__.keys()
+        assert not net[1]._forward_hooks
+        assert len(swap_norms(net, "l2")) == 0
+
+    def test_a_copy_is_undone_on_its_own(self) -> None:
+        net, x = self.net().eval(), images()
+        expected = net(x)
+        swap_norms(net, "l1")
+        for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+            torch.testing.assert_close(twin(x), expected)
+            swap_norms(twin, "l2")
+            assert type(twin[1]) is timm.layers.BatchNormAct2d
+            torch.testing.assert_close(twin(x), expected)
+        assert type(net[1]) is ours.L1BatchNorm2d
+        torch.testing.assert_close(net(x), expected)
+
+
+class TestSynchronised:
+    def test_sync_batch_norm_becomes_a_synchronised_norm_and_comes_back(self) -> None:
+        group = object()
+        net = nn.Sequential(nn.SyncBatchNorm(3))
+        net[0].process_group = group
+        swap_norms(net, "l1")
+        assert type(net[0]) is ours.L1BatchNorm
+        assert net[0].sync
+        assert net[0].process_group is group
+        assert len(swap_norms(net, "l1")) == 0
+        swap_norms(net, "top10")
+        assert net[0].sync
+        swap_norms(net, "l2")
+        assert type(net[0]) is nn.SyncBatchNorm
+        assert net[0].process_group is group
+
+    def test_ours_that_synchronises_becomes_torchs_that_does(self) -> None:
+        net = nn.Sequential(nn.BatchNorm2d(3))
+        swap_norms(net, "l1", {"sync": True})
+        swap_norms(net, "l2")
+        assert type(net[0]) is nn.SyncBatchNorm
+        assert net[0].eval()(images()).shape == (4, 3, 8, 8)
+
+
+class TestLayerNorm:
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_by_kinds(self, bias: bool) -> None:
+        net = nn.Sequential(nn.LayerNorm(8, bias=bias), nn.BatchNorm1d(8))
+        swap_norms(net, "l1", kinds=["layer"])
+        assert classes(net)[1:] == [L1LayerNorm, nn.BatchNorm1d]
+        x = torch.randn(4, 8)
+        torch.testing.assert_close(net[0](x), L1LayerNorm(8)(x))
+        swap_norms(net, "lp", {"p": 3}, kinds=["batch", "layer"])
+        assert classes(net)[1:] == [LpLayerNorm, ours.LpBatchNorm1d]
+        assert (net[0].p, net[1].p) == (3, 3)
+        swap_norms(net, "l2", kinds=["layer"])
+        assert classes(net)[1:] == [nn.LayerNorm, ours.LpBatchNorm1d]
+
+    def test_evaluation_of_torchs_encoder_computes_the_swapped_norm(self) -> None:
+        """Its fused kernel computes L2 by the norms' weights, whatever class they have."""
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        x = torch.randn(2, 5, 8)
+        with torch.no_grad():
+            fused_l2 = layer.eval()(x)
+            swap_norms(layer, "l1", kinds=["layer"])
+            swapped = layer(x)
+            torch.testing.assert_close(swapped, layer.train()(x))
+            assert (swapped - fused_l2).abs().max() > 1e-2
+            swap_norms(layer, "l2", kinds=["layer"])
+            torch.testing.assert_close(layer.eval()(x), fused_l2)
+        assert layer.activation_relu_or_gelu == 1
+
+
+class TestCompiled:
+    def test_names_are_without_its_prefix(self) -> None:
+        net = nn.Sequential(torch.compile(small_net(), backend="eager"))
+        norm = torch.compile(nn.BatchNorm2d(3), backend="eager")
+        assert [s.name for s in swap_norms(net, include=["0.1", "0.3.*"]).swapped] == [
+            "0.1",
+            "0.3.1",
+        ]
+        assert [s.name for s in swap_norms(nn.Sequential(norm), include=["0"]).swapped] == ["0"]
+
+    # What torch 2.11's compiler does with an autograd function, and warns of itself.
+    @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated")
+    def test_a_net_that_was_compiled_and_ran_computes_the_swapped_norm(self) -> None:
+        net, x = small_net(), images()
+        compiled = torch.compile(net, backend="eager")
+        compiled(x)
+        swap_norms(compiled, "linf")
+        torch.testing.assert_close(compiled(x), net(x))
+
+
+def build(library: str, name: str) -> nn.Module:
+    more = MORE_ARGUMENTS.get(name, {})
+    if library == "timm":
+        return timm.create_model(name, num_classes=3, **more)
+    return torchvision.models.get_model(name, weights=None, num_classes=3, **more)
+
+
+@pytest.mark.parametrize(("library", "name", "norm"), ARCHITECTURES)
+def test_every_batch_norm_swaps_and_trains_a_step(library: str, name: str, norm: str) -> None:
+    net = build(library, name)
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    report = swap_norms(net, norm)
+    assert len(norms) > 10
+    assert len(report) == len(norms)
+    assert not report.left
+    assert all(isinstance(m, ours.StatisticBatchNorm) for m in norms)
+    before = [m.weight.detach().clone() for m in norms]
+    # Twelve images: the last norms see one pixel of each, and top10 needs ten values.
+    loss = net(torch.randn(12, 3, 32, 32)).square().mean()
+    loss.backward()
+    optimizer.step()
+    assert math.isfinite(loss.item())
+    assert all(q.isfinite().all() for q in net.state_dict().values())
+    # Not all of them: behind a residual branch that starts at zero there is no gradient yet.
+    assert any(not torch.equal(m.weight, w) for m, w in zip(norms, before, strict=True))
