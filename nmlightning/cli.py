@@ -7,12 +7,10 @@ user gave ends here as one line on stderr and exit code 2; any other exception k
 import sys
 import textwrap
 
-from nmlightning.cli.config_files import shipped_configs
-from nmlightning.cli.given_files import GivenFiles
+from nmlightning.commands.config_files import shipped_configs
+from nmlightning.commands.exit_codes import BAD_INPUT, INTERRUPTED
+from nmlightning.commands.given_files import GivenFiles
 from nmlightning.errors import InputError, nearest
-
-BAD_INPUT = 2
-INTERRUPTED = 130  # 128 + SIGINT, as shells report a program that Ctrl-C ended
 
 COMMANDS = {
     "fit": "train, and validate after every epoch",
@@ -64,7 +62,9 @@ def _run(arguments: list[str]) -> int:
         hint = nearest(command, COMMANDS)
         raise InputError(f"there is no command {command!r}; the commands are {allowed}.{hint}")
     given = GivenFiles(arguments)
-    from nmlightning.cli.training import run
+    if "" not in sys.path:  # as for `python -m`: a class of the user's own, in the current folder
+        sys.path.insert(0, "")
+    from nmlightning.commands.training import run
 
     return run(arguments, given)
 

@@ -16,6 +16,7 @@ MAX_LINES = 400
 LAYERS = [
     ["nmlightning.__main__"],
     ["nmlightning.cli"],
+    ["nmlightning.commands"],
     ["nmlightning"],
     ["nmlightning.callbacks", "nmlightning.tasks", "nmlightning.datamodules"],
     ["nmlightning.compat", "nmlightning.checkpoints"],
@@ -29,6 +30,7 @@ LAYERS = [
     [
         "nmlightning.models",
         "nmlightning.norms.cross_rank",
+        "nmlightning.norms.first_derivative",
         "nmlightning.norms.gaussian",
         "nmlightning.norms.settings",
         "nmlightning.recipes",
@@ -38,7 +40,7 @@ LAYERS = [
 ]
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 USE_LIGHTNING = {
-    "nmlightning.cli",
+    "nmlightning.commands",
     "nmlightning.callbacks",
     "nmlightning.tasks",
     "nmlightning.datamodules",

@@ -18,10 +18,10 @@ import yaml
 from pytorch_lightning.cli import LightningCLI
 
 from nmlightning.cli import main
-from nmlightning.cli.compat import ExplicitOptionsWin
-from nmlightning.cli.config_files import shipped_configs
-from nmlightning.cli.quiet import CHATTY
-from nmlightning.cli.training import TrainingCLI
+from nmlightning.commands.compat import ExplicitOptionsWin
+from nmlightning.commands.config_files import shipped_configs
+from nmlightning.commands.quiet import CHATTY
+from nmlightning.commands.training import TrainingCLI
 from nmlightning.tasks.classification import ImageClassifier
 
 SHORT = shlex.split(

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from nmlightning.cli import main
-from nmlightning.cli.config_files import find_config, shipped_configs
+from nmlightning.commands.config_files import find_config, shipped_configs
 from nmlightning.errors import InputError
 
 CONFIGS = shipped_configs()

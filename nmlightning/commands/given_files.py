@@ -7,7 +7,7 @@ a misspelt file is reported at once, without waiting for torch.
 import argparse
 from pathlib import Path
 
-from nmlightning.cli.config_files import is_config_text, read_config
+from nmlightning.commands.config_files import is_config_text, read_config
 from nmlightning.errors import InputError
 
 

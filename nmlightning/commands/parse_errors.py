@@ -15,7 +15,7 @@ from pytorch_lightning import Callback, LightningDataModule, LightningModule
 from pytorch_lightning.loggers import Logger
 from torch.optim.lr_scheduler import LRScheduler
 
-from nmlightning.cli.config_files import shipped_configs
+from nmlightning.commands.config_files import shipped_configs
 from nmlightning.errors import nearest
 
 # What a key holds, by its last word: any class of this kind may be meant by a misspelt name.

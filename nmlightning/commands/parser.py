@@ -5,8 +5,8 @@ from typing import Any, NoReturn
 from jsonargparse import ActionConfigFile
 from pytorch_lightning.cli import LightningArgumentParser
 
-from nmlightning.cli.config_files import find_config, is_config_text
-from nmlightning.cli.parse_errors import explain_parse_error
+from nmlightning.commands.config_files import find_config, is_config_text
+from nmlightning.commands.parse_errors import explain_parse_error
 from nmlightning.errors import InputError
 
 

@@ -16,14 +16,15 @@ import nmlightning.datamodules.digits
 import nmlightning.models.resnet
 import nmlightning.models.vgg
 import nmlightning.tasks.classification  # noqa: F401
-from nmlightning.cli import INTERRUPTED, run_report
-from nmlightning.cli.compat import ExplicitOptionsWin
-from nmlightning.cli.given_files import GivenFiles
-from nmlightning.cli.parser import Parser
-from nmlightning.cli.quiet import quiet
-from nmlightning.cli.remembered_options import remembered_options
-from nmlightning.cli.run_callbacks import given_callbacks, standard_callbacks
-from nmlightning.cli.run_folder import default_logger, new_version
+from nmlightning.commands import run_report
+from nmlightning.commands.compat import ExplicitOptionsWin
+from nmlightning.commands.exit_codes import INTERRUPTED
+from nmlightning.commands.given_files import GivenFiles
+from nmlightning.commands.parser import Parser
+from nmlightning.commands.quiet import quiet
+from nmlightning.commands.remembered_options import remembered_options
+from nmlightning.commands.run_callbacks import given_callbacks, standard_callbacks
+from nmlightning.commands.run_folder import default_logger, new_version
 from nmlightning.errors import InputError
 
 

@@ -1,6 +1,7 @@
 """Whether a checkpoint belongs to this network; the difference in one line, not torch's list."""
 
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from typing import Any
 
 import pytorch_lightning as pl
@@ -32,8 +33,21 @@ def _check_arguments(stored: Any, current: Any) -> None:
         return
     ours = dict(_flatten("net", current))
     for key, value in _flatten("net", stored):
-        if key in ours and ours[key] != value:
+        if key in ours and ours[key] != value and not _is_same_class(key, ours[key], value):
             raise _difference(key, value, ours[key])
+
+
+def _is_same_class(key: str, first: Any, second: Any) -> bool:
+    """Whether two class paths name one class, which a package may export under several."""
+    return key.endswith(".class_path") and _resolve(first) is _resolve(second) is not None
+
+
+def _resolve(class_path: str) -> Any:
+    module, _, name = class_path.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError):  # the checkpoint's may be gone
+        return None
 
 
 def _check_tensors(stored: Mapping[str, Any], module: pl.LightningModule) -> None:

@@ -7,7 +7,7 @@ import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from nmlightning.errors import InputError
@@ -155,12 +155,15 @@ class ImageClassifier(pl.LightningModule):
             self._make_accuracies(logits)
         accuracies = cast(MetricCollection, self.accuracies[f"of_{stage}"])
         accuracies.update(logits.detach(), labels)
-        for logged in ({f"{stage}/loss": loss}, accuracies):
-            self.log_dict(
-                logged,
+        means: dict[str, Tensor | Metric] = {f"{stage}/loss": loss}
+        means.update(accuracies.items(copy_state=False))
+        for name, value in means.items():
+            self.log(
+                name,
+                value,
                 on_step=False,
                 on_epoch=True,
-                prog_bar=True,
+                prog_bar=not name.endswith("top5"),  # the bar has room for the other four
                 sync_dist=True,
                 batch_size=len(labels),
             )

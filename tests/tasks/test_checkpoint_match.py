@@ -10,6 +10,7 @@ from pytorch_lightning.cli import LightningCLI
 
 from nmlightning.errors import InputError
 from nmlightning.models.resnet import CifarResNet
+from nmlightning.tasks.checkpoint_match import _check_arguments
 from nmlightning.tasks.classification import ImageClassifier
 
 # Lightning 2.6 calls jsonargparse by names that have been renamed since.
@@ -126,3 +127,13 @@ def test_what_torch_would_load_is_not_refused(checkpoint: Path) -> None:
     lenient = make_task(CifarResNet(26))
     lenient.strict_loading = False
     lenient.on_load_checkpoint({"state_dict": state})
+
+
+def test_takes_two_paths_of_one_class_for_the_same() -> None:
+    stored = {"class_path": "nmlightning.models.CifarResNet", "init_args": {"depth": 20}}
+    ours = {**stored, "class_path": "nmlightning.models.resnet.CifarResNet"}
+    _check_arguments(stored, ours)
+    with pytest.raises(
+        InputError, match=r"net\.class_path: checkpoint nmlightning\.models\.CifarR"
+    ):
+        _check_arguments(stored, {**stored, "class_path": "nmlightning.models.vgg.VGG"})

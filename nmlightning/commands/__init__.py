@@ -1,0 +1,1 @@
+"""What `nm` runs: options, run folders, reports and the training commands themselves."""

@@ -1,0 +1,4 @@
+"""What `nm` exits with when it did not do what it was asked."""
+
+BAD_INPUT = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells report a program that Ctrl-C ended
