@@ -60,6 +60,7 @@ class BatchNormFunction(torch.autograd.Function):
         shared_count = count if isinstance(count, Tensor) else None
         ctx.save_for_backward(x, weight, mean, magnitude, shared_count, *selection)
         ctx.statistic, ctx.constant, ctx.eps, ctx.group = statistic, constant, eps, group
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return y.to(x.dtype), mean, variance
 
     @staticmethod
@@ -83,7 +84,7 @@ class BatchNormFunction(torch.autograd.Function):
         return (
             slope.add_to(grad_x, -pull).to(x.dtype),
             None if weight is None else grad_weight.to(weight.dtype),
-            None if weight is None else grad_bias.to(weight.dtype),
+            None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype),
             *(None,) * 6,
         )
 
@@ -139,10 +140,13 @@ def _total_scale(scale: Tensor, eps: float) -> Tensor:
 def _apply_affine(
     deviations: Tensor, total: Tensor, weight: Tensor | None, bias: Tensor | None, shape: list[int]
 ) -> Tensor:
-    if weight is None or bias is None:
-        return deviations / total.view(shape)
-    gain = weight.to(total.dtype) / total
-    return torch.addcmul(bias.to(total.dtype).view(shape), deviations, gain.view(shape))
+    if weight is None:
+        y = deviations / total.view(shape)
+        return y if bias is None else y + bias.to(total.dtype).view(shape)
+    gain = (weight.to(total.dtype) / total).view(shape)
+    if bias is None:
+        return deviations * gain
+    return torch.addcmul(bias.to(total.dtype).view(shape), deviations, gain)
 
 
 def _reduced_dims(x: Tensor) -> tuple[int, ...]:
