@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from nmlightning.norms.cross_rank import sum_over_ranks
+from nmlightning.norms.first_derivative import first_derivative_only
 from nmlightning.norms.statistics import (
     Count,
     PowerMean,
@@ -64,7 +64,7 @@ class BatchNormFunction(torch.autograd.Function):
         return y.to(x.dtype), mean, variance
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, magnitude, shared_count, *selected = ctx.saved_tensors
         dims, shape = _reduced_dims(x), _channel_shape(x)

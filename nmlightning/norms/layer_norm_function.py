@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from nmlightning.norms.first_derivative import first_derivative_only
 from nmlightning.norms.statistics import power_mean, power_mean_slope
 
 
@@ -47,7 +47,7 @@ class LayerNormFunction(torch.autograd.Function):
         return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, magnitude = ctx.saved_tensors
         dims, lead = ctx.dims, tuple(range(x.dim() - len(ctx.dims)))
