@@ -126,7 +126,7 @@ class StatisticBatchNorm(_BatchNorm):
         """Move the running statistics towards the batch's, in channels where both are finite."""
         newest: float | Tensor = 0.0 if self.momentum is None else self.momentum
         if self.momentum is None and self.num_batches_tracked is not None:
-            newest = 1.0 / self.num_batches_tracked
+            newest = 1.0 / self.num_batches_tracked.to(mean.dtype)
         finite = mean.isfinite() & variance.isfinite()
         for running, value in ((self.running_mean, mean), (self.running_var, variance)):
             assert running is not None, "the caller tracks"

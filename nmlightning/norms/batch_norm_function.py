@@ -55,7 +55,7 @@ class BatchNormFunction(torch.autograd.Function):
         magnitude, selection = _measure(deviations, statistic, dims, count, group)
         scale = magnitude * constant
         y = _apply_affine(deviations, _total_scale(scale, eps), weight, bias, shape)
-        variance = scale.square() * (count / (count - 1))
+        variance = scale.square() * count / (count - 1)
         ctx.mark_non_differentiable(mean, variance)
         shared_count = count if isinstance(count, Tensor) else None
         ctx.save_for_backward(x, weight, mean, magnitude, shared_count, *selection)
