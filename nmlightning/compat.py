@@ -41,17 +41,18 @@ def builds_in_configure_model(module: nn.Module) -> bool:
 
 
 def run_after(module: nn.Module, method: str, action: Callable[..., Any], key: str) -> None:
-    """Make this instance call `action`, with the same arguments, after its `method`; once a key.
+    """Make this instance call `action`, with the same arguments, after its `method`.
 
-    Callbacks have no hook there: they are not asked about a checkpoint with `save_weights_only`,
-    nor about what `configure_model` built. Partials of bound methods pickle and copy with the
-    module; closures would not.
+    Of the actions with one `key` only the latest is called. Callbacks have no hook there: they are
+    not asked about a checkpoint with `save_weights_only`, nor about what `configure_model` built.
+    Partials of bound methods pickle and copy with the module; closures would not.
     """
-    known: set[tuple[str, str]] = module.__dict__.setdefault("_nmlightning_actions", set())
-    if (method, key) not in known:
-        known.add((method, key))
-        original = getattr(module, method)
-        setattr(module, method, functools.partial(_call_both, original, action))
+    of_methods = module.__dict__.setdefault("_nmlightning_actions", {})
+    if method not in of_methods:
+        of_methods[method] = {}
+        call_all = functools.partial(_call_all, getattr(module, method), of_methods[method])
+        setattr(module, method, call_all)
+    of_methods[method][key] = action
 
 
 def rebuild_copies(trainer: Any, module: nn.Module, before: Any, stage: str) -> None:
@@ -94,9 +95,10 @@ class _SyncKeepingOurs:
         return self.original.revert(model)  # type: ignore[no-any-return]
 
 
-def _call_both(
-    original: Callable[..., Any], action: Callable[..., Any], *args: Any, **kwargs: Any
+def _call_all(
+    original: Callable[..., Any], actions: dict[str, Callable[..., Any]], *args: Any, **kwargs: Any
 ) -> Any:
     result = original(*args, **kwargs)
-    action(*args, **kwargs)
+    for action in actions.values():
+        action(*args, **kwargs)
     return result

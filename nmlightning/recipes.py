@@ -37,13 +37,18 @@ def make_recipe(
 
 
 def note_recipe(module: nn.Module, recipe: Recipe, modules: Mapping[str, str]) -> None:
-    """Remember on `module` which class `recipe` gave to which of its modules; once for each."""
+    """Remember on `module` which class `recipe` gave to which of its modules; once for each.
+
+    The notes are in the order of the swaps: a recipe that is followed again, and does something,
+    becomes the last.
+    """
     notes: list[Recipe] = module.__dict__.setdefault(_NOTES, [])
-    for note in notes:
-        if _keywords(note) == recipe:
-            note["modules"].update(modules)
-            return
-    notes.append({**recipe, "modules": dict(modules)})
+    known = next((note for note in notes if _keywords(note) == recipe), None)
+    if known is None:
+        notes.append({**recipe, "modules": dict(modules)})
+    elif modules:
+        notes.remove(known)
+        notes.append({**recipe, "modules": {**known["modules"], **modules}})
 
 
 def recipes_of(module: nn.Module) -> list[Recipe]:
@@ -85,13 +90,14 @@ def check_recipes(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         return
     raise InputError(
         f"The checkpoint was trained with {_first_difference(there, here)}. Resume with the same "
-        "NormSwap, or start from its weights with load_from_checkpoint."
+        "norms, or start from its weights with load_from_checkpoint."
     )
 
 
 def _first_difference(there: list[Recipe], here: list[Recipe]) -> str:
     if len(there) != len(here):
-        return f"NormSwap {_names(there)}, this run has {_names(here)}"
+        then = f"NormSwap {_names(there)}" if there else "no NormSwap"
+        return f"{then}, this run has {_names(here) or 'nothing (no NormSwap)'}"
     old, new, key = next(
         (old, new, key)
         for old, new in zip(there, here, strict=True)
@@ -102,7 +108,7 @@ def _first_difference(there: list[Recipe], here: list[Recipe]) -> str:
 
 
 def _names(recipes: list[Recipe]) -> str:
-    return ", ".join(repr(recipe["norm"]) for recipe in recipes) or "nothing (no NormSwap)"
+    return ", ".join(repr(recipe["norm"]) for recipe in recipes)
 
 
 def _keywords(recipe: Recipe) -> Recipe:

@@ -25,7 +25,7 @@ from nmlightning.recipes import (
     swapped_modules,
     write_recipes,
 )
-from nmlightning.surgery import swap_norms
+from nmlightning.surgery import check_lists, swap_norms
 from nmlightning.swappable import NormLayer, find_norm_layers
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class NormSwap(CallbackBase):
         exclude: Sequence[str] = (),
     ) -> None:
         super().__init__()
+        check_lists(kinds=kinds, include=include, exclude=exclude)
         for kind in check_kinds(tuple(kinds)):
             check_options(norm, kind, options or {})
         self.norm = norm
@@ -81,14 +82,21 @@ class NormSwap(CallbackBase):
         """Swap before the optimizer exists and before any weights are loaded."""
         late = builds_in_configure_model(pl_module)
         if late:
-            swap = functools.partial(self.swap, pl_module)
-            run_after(pl_module, "configure_model", swap, key=repr(self.recipe()))
+            callbacks = trainer.callbacks  # type: ignore[attr-defined]  # A connector sets them.
+            swaps = [callback for callback in callbacks if isinstance(callback, NormSwap)]
+            swap_all = functools.partial(_swap_all, swaps, pl_module)
+            run_after(pl_module, "configure_model", swap_all, key="swap")
         write, check = (functools.partial(f, pl_module) for f in (write_recipes, check_recipes))
         run_after(pl_module, "on_save_checkpoint", write, key="recipes")
         run_after(pl_module, "on_load_checkpoint", check, key="recipes")
         keep_through_sync(trainer)
-        not_built_yet = late and not find_norm_layers(pl_module)
-        if not not_built_yet and self.swap(pl_module):
+        try:
+            swapped = self.swap(pl_module)
+        except InputError:
+            if not late:
+                raise
+            swapped = False  # It may fit what configure_model is yet to build, or raise there.
+        if swapped:
             rebuild_copies(trainer, pl_module, before=self, stage=stage)
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -123,6 +131,11 @@ class NormSwap(CallbackBase):
     def recipe(self) -> Recipe:
         """Return the keywords as plain data."""
         return make_recipe(self.norm, self.options, self.kinds, self.include, self.exclude)
+
+
+def _swap_all(swaps: Sequence[NormSwap], module: nn.Module) -> None:
+    for swap in swaps:
+        swap.swap(module)
 
 
 def _warn_of_forgotten(optimizers: list[Optimizer], layers: list[NormLayer]) -> None:
