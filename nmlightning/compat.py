@@ -4,8 +4,6 @@ Both packages hold the same code in two class trees, and a project uses one of t
 belong to both, so nothing here asks for a class of either by import, except their common bases.
 """
 
-import functools
-from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -38,21 +36,6 @@ def builds_in_configure_model(module: nn.Module) -> bool:
     """Return whether a LightningModule, of either package, overrides `configure_model`."""
     owner = next(cls for cls in type(module).__mro__ if "configure_model" in vars(cls))
     return not owner.__module__.startswith(_LIGHTNING)
-
-
-def run_after(module: nn.Module, method: str, action: Callable[..., Any], key: str) -> None:
-    """Make this instance call `action`, with the same arguments, after its `method`.
-
-    Of the actions with one `key` only the latest is called. Callbacks have no hook there: they are
-    not asked about a checkpoint with `save_weights_only`, nor about what `configure_model` built.
-    Partials of bound methods pickle and copy with the module; closures would not.
-    """
-    of_methods = module.__dict__.setdefault("_nmlightning_actions", {})
-    if method not in of_methods:
-        of_methods[method] = {}
-        call_all = functools.partial(_call_all, getattr(module, method), of_methods[method])
-        setattr(module, method, call_all)
-    of_methods[method][key] = action
 
 
 def rebuild_copies(trainer: Any, module: nn.Module, before: Any, stage: str) -> None:
@@ -93,12 +76,3 @@ class _SyncKeepingOurs:
 
     def revert(self, model: nn.Module) -> nn.Module:
         return self.original.revert(model)  # type: ignore[no-any-return]
-
-
-def _call_all(
-    original: Callable[..., Any], actions: dict[str, Callable[..., Any]], *args: Any, **kwargs: Any
-) -> Any:
-    result = original(*args, **kwargs)
-    for action in actions.values():
-        action(*args, **kwargs)
-    return result

@@ -5,11 +5,13 @@ order of the swaps. A recipe is the keywords of `swap_norms`, and under `modules
 gave to each module.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
+from nmlightning.after_method import run_after
 from nmlightning.errors import InputError
 
 KEY = "nmlightning"
@@ -74,6 +76,16 @@ def recipes_in(checkpoint: Mapping[str, Any]) -> list[Recipe]:
             f"reads {VERSION}: install the release that wrote it."
         )
     return list(entry["norm_swaps"])
+
+
+def keep_in_checkpoints(module: nn.Module) -> None:
+    """Let a LightningModule put its recipes into its checkpoints, and refuse those of another.
+
+    A callback cannot: it is not asked about a checkpoint with `save_weights_only`.
+    """
+    write, check = (functools.partial(f, module) for f in (write_recipes, check_recipes))
+    run_after(module, "on_save_checkpoint", write, key="recipes")
+    run_after(module, "on_load_checkpoint", check, key="recipes")
 
 
 def write_recipes(module: nn.Module, checkpoint: dict[str, Any]) -> None:

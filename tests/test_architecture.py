@@ -36,7 +36,7 @@ LAYERS = [
         "nmlightning.recipes",
         "nmlightning.weights.parameter_groups",
     ],
-    ["nmlightning.errors"],
+    ["nmlightning.after_method", "nmlightning.errors"],
 ]
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 USE_LIGHTNING = {

@@ -8,22 +8,21 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
+from nmlightning.after_method import run_after
 from nmlightning.compat import (
     CallbackBase,
     builds_in_configure_model,
     keep_through_sync,
     rebuild_copies,
-    run_after,
 )
 from nmlightning.errors import InputError
 from nmlightning.norms.registry import check_kinds, check_options
 from nmlightning.recipes import (
     Recipe,
-    check_recipes,
+    keep_in_checkpoints,
     make_recipe,
     note_recipe,
     swapped_modules,
-    write_recipes,
 )
 from nmlightning.surgery import check_lists, swap_norms
 from nmlightning.swappable import NormLayer, find_norm_layers
@@ -86,9 +85,7 @@ class NormSwap(CallbackBase):
             swaps = [callback for callback in callbacks if isinstance(callback, NormSwap)]
             swap_all = functools.partial(_swap_all, swaps, pl_module)
             run_after(pl_module, "configure_model", swap_all, key="swap")
-        write, check = (functools.partial(f, pl_module) for f in (write_recipes, check_recipes))
-        run_after(pl_module, "on_save_checkpoint", write, key="recipes")
-        run_after(pl_module, "on_load_checkpoint", check, key="recipes")
+        keep_in_checkpoints(pl_module)
         keep_through_sync(trainer)
         try:
             swapped = self.swap(pl_module)

@@ -1,0 +1,171 @@
+"""Test that a checkpoint of a swapped model loads without a Trainer, for both packages."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch
+import pytest
+import pytorch_lightning
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from nmlightning import load_from_checkpoint, swap_norms
+from nmlightning.callbacks import NormSwap
+from nmlightning.errors import InputError
+
+
+class Classifies:
+    """What a user writes, for either package."""
+
+    net: Any
+
+    def __init__(self, width: int = 4, where: Any = None) -> None:
+        super().__init__()
+        self.save_hyperparameters()  # type: ignore[attr-defined]
+        self.width = width
+        self.build()
+
+    def build(self) -> None:
+        # The last has an activation inside.
+        norms = [nn.BatchNorm2d(self.width), timm.layers.BatchNormAct2d(3)]
+        convs = [nn.Conv2d(2, self.width, 3), nn.Conv2d(self.width, 3, 3)]
+        self.net = nn.Sequential(convs[0], norms[0], nn.Tanh(), convs[1], norms[1])
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images).mean((2, 3))
+
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)  # type: ignore[attr-defined]
+
+
+class BuildsLate(Classifies):
+    """Has no net before `configure_model`."""
+
+    def build(self) -> None:
+        self.net = None
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            super().build()
+
+
+class PlModule(Classifies, pytorch_lightning.LightningModule):
+    pass
+
+
+class UnifiedModule(Classifies, lightning.pytorch.LightningModule):
+    pass
+
+
+class PlLate(BuildsLate, pytorch_lightning.LightningModule):
+    pass
+
+
+def images() -> Tensor:
+    return torch.randn(8, 2, 6, 6, generator=torch.Generator().manual_seed(2))
+
+
+def save(module: Any, path: Path, *swaps: NormSwap, weights_only: bool = False) -> None:
+    """Train `module` for two steps, and save it."""
+    unified = isinstance(module, lightning.pytorch.LightningModule)
+    package = importlib.import_module("lightning.pytorch" if unified else "pytorch_lightning")
+    trainer = package.Trainer(
+        callbacks=list(swaps),
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(TensorDataset(images(), torch.arange(8) % 3), batch_size=4))
+    trainer.save_checkpoint(path, weights_only=weights_only)
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Compare classes, settings, and outputs in training and in evaluation."""
+    assert repr(one) == repr(other)
+    for mode in (False, True):
+        torch.testing.assert_close(
+            one.train(mode)(images()), other.train(mode)(images()), rtol=0, atol=0
+        )
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize("module_class", [PlModule, UnifiedModule, PlLate])
+def test_it_is_what_was_trained(module_class: type, weights_only: bool, tmp_path: Path) -> None:
+    module = module_class()
+    swap = NormSwap("topk", {"k": 3, "constant": "paper", "stats_dtype": "float64"})
+    save(module, tmp_path / "a.ckpt", swap, weights_only=weights_only)
+    loaded = load_from_checkpoint(module_class, tmp_path / "a.ckpt", map_location="cpu")
+    assert type(loaded) is module_class
+    assert "TopKBatchNorm2d(\n      3, k=3" in repr(loaded)
+    assert_same(loaded, module)
+
+
+def test_two_swaps_are_made_in_their_order(tmp_path: Path) -> None:
+    module = PlModule()
+    save(module, tmp_path / "a.ckpt", NormSwap("l1", {"eps": 0.1}), NormSwap("linf"))
+    loaded = load_from_checkpoint(PlModule, tmp_path / "a.ckpt")
+    assert loaded.net[1].eps == 0.1
+    assert_same(loaded, module)
+
+
+def test_it_may_be_loaded_saved_and_loaded_again(tmp_path: Path) -> None:
+    module = PlModule()
+    save(module, tmp_path / "a.ckpt", NormSwap("l1"))
+    loaded = load_from_checkpoint(PlModule, tmp_path / "a.ckpt")
+    save(loaded, tmp_path / "b.ckpt", NormSwap("l1"))
+    assert_same(load_from_checkpoint(PlModule, tmp_path / "b.ckpt"), loaded)
+
+
+def test_a_module_that_is_loaded_keeps_its_recipe_without_a_callback(tmp_path: Path) -> None:
+    save(PlModule(), tmp_path / "a.ckpt", NormSwap("l1"))
+    loaded = load_from_checkpoint(PlModule, tmp_path / "a.ckpt")
+    save(loaded, tmp_path / "b.ckpt")
+    assert_same(load_from_checkpoint(PlModule, tmp_path / "b.ckpt"), loaded)
+
+
+def test_arguments_reach_the_module(tmp_path: Path) -> None:
+    save(PlModule(width=5), tmp_path / "a.ckpt", NormSwap("l1"))
+    assert load_from_checkpoint(PlModule, str(tmp_path / "a.ckpt")).width == 5
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        load_from_checkpoint(PlModule, tmp_path / "a.ckpt", width=6)
+
+
+def test_hyper_parameters_that_are_objects(tmp_path: Path) -> None:
+    save(PlModule(where=Path("data")), tmp_path / "a.ckpt", NormSwap("l1"))
+    loaded = load_from_checkpoint(PlModule, tmp_path / "a.ckpt", weights_only=False)
+    assert "L1BatchNorm2d" in repr(loaded)
+
+
+def test_a_checkpoint_without_a_recipe_is_loaded_as_it_is(tmp_path: Path) -> None:
+    module = PlModule()
+    save(module, tmp_path / "a.ckpt")
+    assert_same(load_from_checkpoint(PlModule, tmp_path / "a.ckpt"), module)
+
+
+def test_a_swapped_checkpoint_loads_into_the_plain_model(tmp_path: Path) -> None:
+    module = PlModule()
+    save(module, tmp_path / "a.ckpt", NormSwap("l1"))
+    plain = PlModule.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert type(plain.net[1]) is nn.BatchNorm2d
+    torch.testing.assert_close(plain.eval()(images()), module.eval()(images()))
+    swap_norms(module, "l2")
+    assert_same(plain, module)
+
+
+def test_another_version_of_the_recipe_is_refused(tmp_path: Path) -> None:
+    save(PlModule(), tmp_path / "a.ckpt", NormSwap("l1"))
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    checkpoint["nmlightning"]["version"] = 2
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    with pytest.raises(InputError, match="version 2, and this release reads 1"):
+        load_from_checkpoint(PlModule, tmp_path / "a.ckpt")

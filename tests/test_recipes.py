@@ -1,0 +1,121 @@
+"""Test that recipes are plain data, in the order of the swaps, and that a difference is named."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from nmlightning.errors import InputError
+from nmlightning.recipes import (
+    Recipe,
+    check_recipes,
+    make_recipe,
+    note_recipe,
+    recipes_in,
+    recipes_of,
+    swapped_modules,
+    write_recipes,
+)
+
+
+def recipe(norm: str = "l1", **options: Any) -> Recipe:
+    return make_recipe(norm, options, ("batch",), (), ())
+
+
+def checkpoint(*recipes: Recipe) -> dict[str, Any]:
+    return {"nmlightning": {"version": 1, "norm_swaps": [{**r, "modules": {}} for r in recipes]}}
+
+
+def module_with(*recipes: Recipe) -> nn.Module:
+    module = nn.Module()
+    for each in recipes:
+        note_recipe(module, each, {"a": each["norm"]})
+    return module
+
+
+def test_a_recipe_is_what_json_can_hold() -> None:
+    made = make_recipe(
+        "topk",
+        {"k": 3, "constant": "paper", "stats_dtype": torch.float64, "momentum": None},
+        ("batch", "layer"),
+        ("a.*",),
+        (),
+    )
+    assert json.loads(json.dumps(made)) == made
+    assert made["options"] == {
+        "k": 3,
+        "constant": "paper",
+        "stats_dtype": "float64",
+        "momentum": None,
+    }
+
+
+def test_a_recipe_is_noted_once_and_remembers_all_its_modules() -> None:
+    module = nn.Module()
+    for modules in ({"a": "L1"}, {}, {"b": "L1"}):
+        note_recipe(module, recipe(), modules)
+    assert recipes_of(module) == [{**recipe(), "modules": {"a": "L1", "b": "L1"}}]
+
+
+def test_a_recipe_that_is_followed_again_is_the_last() -> None:
+    module = module_with(recipe("l1"), recipe("linf"))
+    note_recipe(module, recipe("l1"), {})
+    assert swapped_modules(module) == {"a": "linf"}
+    note_recipe(module, recipe("l1"), {"a": "l1"})
+    assert [r["norm"] for r in recipes_of(module)] == ["linf", "l1"]
+    assert swapped_modules(module) == {"a": "l1"}
+
+
+def test_what_is_written_is_read() -> None:
+    module, written = module_with(recipe("l1"), recipe("lp", p=3)), {"state_dict": {}}
+    write_recipes(module, written)
+    assert recipes_in(written) == recipes_of(module)
+    check_recipes(module, written)
+
+
+def test_a_module_that_was_not_swapped_writes_nothing_and_fits_a_plain_checkpoint() -> None:
+    written: dict[str, Any] = {}
+    write_recipes(nn.Module(), written)
+    assert written == {}
+    check_recipes(nn.Module(), written)
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "answer"),
+    [
+        ([recipe("l1")], [recipe("linf")], "NormSwap norm = 'l1', this run has norm = 'linf'"),
+        (
+            [recipe("topk", k=3)],
+            [recipe("topk", k=4)],
+            "NormSwap options = {'k': 3}, this run has options = {'k': 4}",
+        ),
+        (
+            [make_recipe("l1", {}, ("batch",), ("a",), ())],
+            [make_recipe("l1", {}, ("batch", "layer"), ("a",), ())],
+            "kinds = ['batch'], this run has kinds = ['batch', 'layer']",
+        ),
+        (
+            [make_recipe("l1", {}, ("batch",), ("a",), ("b",))],
+            [make_recipe("l1", {}, ("batch",), ("a",), ())],
+            "exclude = ['b'], this run has exclude = []",
+        ),
+        ([recipe("l1"), recipe("linf")], [recipe("l1")], "'l1', 'linf', this run has 'l1'."),
+        ([recipe("l1"), recipe("linf")], [recipe("linf"), recipe("l1")], "norm = 'l1', this run"),
+        ([], [recipe("l1")], "trained with no NormSwap, this run has 'l1'."),
+        ([recipe("l1")], [], "NormSwap 'l1', this run has nothing (no NormSwap)."),
+    ],
+)
+def test_another_recipe_is_refused(there: list[Recipe], here: list[Recipe], answer: str) -> None:
+    with pytest.raises(InputError) as error:
+        check_recipes(module_with(*here), checkpoint(*there))
+    assert answer in str(error.value)
+    assert "Resume with the same norms, or start from its weights" in str(error.value)
+
+
+@pytest.mark.parametrize("version", [2, None])
+def test_another_version_is_refused(version: int | None) -> None:
+    entry = {"nmlightning": {"version": version, "norm_swaps": []}}
+    with pytest.raises(InputError, match=f"version {version}, and this release reads 1: install"):
+        recipes_in(entry)
