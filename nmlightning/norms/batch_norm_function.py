@@ -61,7 +61,8 @@ class BatchNormFunction(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, magnitude, shared_count, *selection)
         ctx.statistic, ctx.constant, ctx.eps, ctx.group = statistic, constant, eps, group
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y.to(x.dtype), mean, variance
+        # Dynamo of torch 2.11 loses the gradients of a result that a cast returned as it was.
+        return y if y.dtype == x.dtype else y.to(x.dtype), mean, variance
 
     @staticmethod
     @first_derivative_only

@@ -44,7 +44,10 @@ class LayerNormFunction(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         if weight is not None:
             y = y * weight.to(dtype)
-        return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
+        if bias is not None:
+            y = y + bias.to(dtype)
+        # Dynamo of torch 2.11 loses the gradients of a result that a cast returned as it was.
+        return y if dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod
     @first_derivative_only
