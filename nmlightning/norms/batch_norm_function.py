@@ -131,7 +131,7 @@ def _measure(
     """Return the statistic of each channel, (C,), and what its slope needs besides x."""
     if isinstance(statistic, PowerMean):
         return power_mean(deviations, statistic.p, dims, count, group).flatten(), ()
-    return select_largest(deviations, statistic.k, count, group)
+    return select_largest(deviations, statistic.k, group)
 
 
 def _total_scale(scale: Tensor, eps: float) -> Tensor:

@@ -43,12 +43,16 @@ class LargestMean:
     k: int
 
     def constant(self, count: Count, convention: Constant | float) -> float:
-        """Return c of ŝ = c · m for `count` elements."""
+        """Return c of ŝ = c · m for `count` elements, or raise InputError if those are fewer than k."""
+        n = int(count.item()) if isinstance(count, Tensor) else count
+        if self.k > n:
+            raise InputError(
+                f"The k = {self.k} largest of n = {n} values a channel do not exist; lower k."
+            )
         if isinstance(convention, float):
             return convention
         # torch.compile specialises on an index, where it would trace into an integral otherwise.
-        n = int(count.item()) if isinstance(count, Tensor) else operator.index(count)
-        return float(_largest_mean_constant(n, self.k, convention))
+        return float(_largest_mean_constant(operator.index(n), self.k, convention))
 
 
 Statistic = PowerMean | LargestMean
@@ -78,9 +82,12 @@ def power_mean(
     if p == 2.0:
         total = deviations.square().sum(dims, keepdim=True)
         return (sum_over_ranks(total, group) / count).sqrt()
-    largest = max_over_ranks(deviations.abs().amax(dims, keepdim=True), group)
+    # The sum is that of no elements, with their dimensions: a rank may have none of the batch.
+    sizes = deviations.abs()
+    mine = sizes.amax(dims, keepdim=True) if sizes.numel() else sizes.sum(dims, keepdim=True)
+    largest = max_over_ranks(mine, group)
     scale = torch.where(largest > 0, largest, 1.0)
-    total = (deviations.abs() / scale).pow(p).sum(dims, keepdim=True)
+    total = (sizes / scale).pow(p).sum(dims, keepdim=True)
     return scale * (sum_over_ranks(total, group) / count).pow(1 / p)
 
 
@@ -97,18 +104,15 @@ def power_mean_slope(reflected: Tensor, magnitude: Tensor, p: float) -> Tensor:
 
 
 def select_largest(
-    deviations: Tensor, k: int, count: Count, group: ProcessGroup | None
+    deviations: Tensor, k: int, group: ProcessGroup | None
 ) -> tuple[Tensor, Selection]:
     """Return the mean of the k largest |d| of each channel, (C,), and which elements they are.
 
     Args:
         deviations: (N, C, *spatial).
-        k: how many; InputError if a channel has fewer (`count`).
+        k: how many, at most what the ranks have in a channel together.
+        group: the ranks, if there are several.
     """
-    if not isinstance(count, Tensor) and k > count:
-        raise InputError(
-            f"The k = {k} largest of n = {count} values a channel do not exist; lower k."
-        )
     positions, signed = _largest_deviations(deviations, k)
     values, mine = keep_largest_of_ranks(signed.abs(), group)
     signs = torch.where(signed > 0, 1.0, -1.0).to(signed.dtype)
@@ -119,6 +123,8 @@ def select_largest(
 
 def add_at_selection(tensor: Tensor, selection: Selection, values: Tensor) -> Tensor:
     """Return (N, C, *spatial) `tensor` with (C, k) `values` added at the selected elements."""
+    if not tensor.numel():
+        return tensor
     sizes = (tensor.shape[0], *tensor.shape[2:])
     batch, *spatial = torch.unravel_index(selection.positions, sizes)
     channel = torch.arange(tensor.shape[1], device=tensor.device).unsqueeze(1)
@@ -134,6 +140,9 @@ def _largest_deviations(deviations: Tensor, k: int) -> tuple[Tensor, Tensor]:
     with fewer than k elements fills up with zeros at position 0, which rank behind its own.
     """
     n, channels = deviations.shape[:2]
+    if not deviations.numel():
+        nothing = deviations.new_zeros(channels, k)
+        return nothing.long(), nothing
     rows = deviations.reshape(n, channels, -1, deviations.shape[-1] if deviations.dim() > 2 else 1)
     height, width = rows.shape[2:]
     maxima = rows.abs().amax(3).transpose(0, 1).flatten(1)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nmlightning.errors import InputError
+from nmlightning.norms.gaussian import Constant
 from nmlightning.norms.statistics import (
     LargestMean,
     PowerMean,
@@ -51,7 +52,7 @@ def test_select_largest_takes_the_first_among_equals(shape: tuple[int, ...], k: 
             for row in flat.tolist()
         ]
         for layout in layouts(d):
-            mean, selection = select_largest(layout, k, flat.shape[1], None)
+            mean, selection = select_largest(layout, k, None)
             assert selection.positions.sort(1).values.tolist() == [sorted(row) for row in order]
             chosen = flat.gather(1, selection.positions)
             torch.testing.assert_close(mean, chosen.abs().mean(1))
@@ -62,23 +63,24 @@ def test_select_largest_takes_the_first_among_equals(shape: tuple[int, ...], k: 
 def test_select_all(shape: tuple[int, ...]) -> None:
     d = torch.randn(shape, dtype=torch.float64)
     n = by_channel(d).shape[1]
-    mean, selection = select_largest(d, n, n, None)
+    mean, selection = select_largest(d, n, None)
     torch.testing.assert_close(mean, by_channel(d).abs().mean(1))
     assert all(sorted(row) == list(range(n)) for row in selection.positions.tolist())
 
 
-def test_select_more_than_there_are() -> None:
+@pytest.mark.parametrize("convention", ["exact", "paper", "none", 0.5])
+@pytest.mark.parametrize("count", [10, torch.tensor(10)], ids=["alone", "ranks"])
+def test_the_largest_of_fewer(convention: Constant | float, count: int | Tensor) -> None:
     with pytest.raises(InputError, match="The k = 11 largest of n = 10 values a channel .* lower k"):
-        select_largest(torch.randn(5, 3, 2), 11, 10, None)
+        LargestMean(11).constant(count, convention)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_add_at_selection_is_the_transpose_of_selecting(shape: tuple[int, ...]) -> None:
     d = torch.randn(shape, dtype=torch.float64)
-    n = by_channel(d).shape[1]
     values = torch.randn(shape[1], 3, dtype=torch.float64)
     for layout in layouts(d):
-        _, selection = select_largest(layout, 3, n, None)
+        _, selection = select_largest(layout, 3, None)
         expected = by_channel(d).clone().scatter_add_(1, selection.positions, values)
         torch.testing.assert_close(by_channel(add_at_selection(layout, selection, values)), expected)
 

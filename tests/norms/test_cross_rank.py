@@ -1,0 +1,238 @@
+"""Two processes equal one on their batches concatenated in rank order, for every norm.
+
+Run as a script, this file is one rank of the two that the tests compare with a single process.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nmlightning import norms
+from nmlightning.errors import InputError
+from nmlightning.norms.cross_rank import (
+    count_over_ranks,
+    keep_largest_of_ranks,
+    max_over_ranks,
+    sum_over_ranks,
+)
+
+WORLD = 2
+NORMS: dict[str, dict[str, Any]] = {
+    "L1": {},
+    "LInf": {},
+    "TopK-3": {"k": 3},
+    "TopK-10": {"k": 10},
+    "Lp-1.5": {"p": 1.5},
+    "Lp-2": {"p": 2},
+    "Lp-3.7": {"p": 3.7},
+}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of (N, 3, *spatial) whose samples the ranks divide."""
+
+    samples: tuple[int, int]
+    spatial: tuple[int, ...] = (2, 3)
+    dtype: torch.dtype = torch.float64
+    whole_numbers: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def whole(self) -> Tensor:
+        generator = torch.Generator().manual_seed(5)
+        shape = (sum(self.samples), 3, *self.spatial)
+        if not self.whole_numbers:
+            return (2 * torch.randn(shape, generator=generator, dtype=torch.float64) + 1).to(self.dtype)
+        # Symmetrical, so that the mean is 0 without rounding and nearly all maxima are ties.
+        half = torch.randint(-2, 3, (shape[0] // 2, *shape[1:]), generator=generator)
+        return torch.cat([half, -half]).to(self.dtype)
+
+    def gradient(self) -> Tensor:
+        generator = torch.Generator().manual_seed(6)
+        shape = (sum(self.samples), 3, *self.spatial)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(self.dtype)
+
+
+BATCHES = {
+    "even": Batch((4, 4)),
+    "uneven": Batch((5, 2)),
+    "without-space": Batch((9, 6), spatial=()),
+    "fewer-than-k-on-rank-0": Batch((1, 20), spatial=(1,)),
+    "fewer-than-k-on-rank-1": Batch((20, 1), spatial=(1,)),
+    "empty-on-rank-0": Batch((0, 6)),
+    "empty-on-rank-1": Batch((6, 0)),
+    "ties": Batch((4, 4), whole_numbers=True),
+    "ties-uneven": Batch((2, 8), spatial=(5,), whole_numbers=True),
+    "float32": Batch((4, 3), dtype=torch.float32),
+    "bfloat16": Batch((4, 4), dtype=torch.bfloat16),
+    "without-affine": Batch((4, 3), settings={"affine": False}),
+    "cumulative": Batch((4, 3), settings={"momentum": None}),
+    "constant": Batch((4, 3), settings={"constant": 0.5}),
+    "papers-constant": Batch((4, 3), settings={"constant": "paper"}),
+    "stats-in-float64": Batch((4, 3), dtype=torch.float32, settings={"stats_dtype": "float64"}),
+}
+
+
+def make(norm: str, batch: Batch) -> nn.Module:
+    """Return a synchronised layer, whose parameters are the same on every rank."""
+    wide = torch.float64 if batch.dtype == torch.float64 else torch.float32
+    cls = getattr(norms, norm.split("-")[0] + "BatchNorm")
+    layer = cls(3, **NORMS[norm], **batch.settings, sync=True, dtype=wide)
+    for offset, parameter in enumerate(layer.parameters()):
+        parameter.data = torch.linspace(0.5, 2, 3, dtype=wide) + offset
+    return layer  # type: ignore[no-any-return]
+
+
+def train(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Any]:
+    """Return everything that one training step on x leaves."""
+    leaf = x.clone().requires_grad_()
+    y = layer(leaf)
+    y.backward(grad)
+    return {
+        "output": y.detach(),
+        "input gradient": leaf.grad,
+        "gradients": {name: p.grad for name, p in layer.named_parameters()},
+        "statistics": dict(layer.named_buffers()),
+    }
+
+
+def answer(rank: int) -> dict[str, Any]:
+    """Return what this rank gets for every norm and batch, and for the calls that fail."""
+    results: dict[str, Any] = {}
+    for norm in NORMS:
+        for name, batch in BATCHES.items():
+            x, grad = (t.split(batch.samples)[rank] for t in (batch.whole(), batch.gradient()))
+            results[f"{norm} {name}"] = train(make(norm, batch), x, grad)
+    for constant in ("exact", "none", 0.5):
+        layer = make("TopK-10", Batch((1, 2), settings={"constant": constant}))
+        try:
+            layer(torch.randn(rank + 1, 3, 3, dtype=torch.float64))
+        except InputError as error:
+            results[f"too few {constant}"] = str(error)
+    poisoned = BATCHES["uneven"].whole()
+    poisoned[0, 1] = torch.inf
+    for norm in NORMS:
+        layer = make(norm, BATCHES["uneven"])
+        layer(poisoned.split((5, 2))[rank])
+        results[f"{norm} poisoned"] = dict(layer.named_buffers())
+        # No rank waits for another: only rank 0 evaluates.
+        if rank == 0:
+            layer.eval()(BATCHES["uneven"].whole())
+    results["sum"] = sum_over_ranks(torch.tensor([1.0, rank]), dist.group.WORLD)
+    results["max"] = max_over_ranks(torch.tensor([1.0, rank]), dist.group.WORLD)
+    results["count"] = count_over_ranks(3 + rank, torch.zeros(1), dist.group.WORLD)
+    largest = torch.tensor([[5.0, 3.0, 3.0], [2.0, 1.0, 0.0]]) if rank == 0 else torch.tensor(
+        [[5.0, 4.0, 3.0], [9.0, 8.0, 7.0]]
+    )
+    results["largest"] = keep_largest_of_ranks(largest, dist.group.WORLD)
+    return results
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each rank got: one pair of processes for all tests."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, __file__, str(folder)]
+    with contextlib.ExitStack() as stack:
+        logs = [stack.enter_context(open(folder / f"{rank}.log", "w")) for rank in range(WORLD)]
+        ranks = [
+            stack.enter_context(
+                subprocess.Popen([*command, str(rank)], env=environment, stderr=logs[rank])
+            )
+            for rank in range(WORLD)
+        ]
+        try:
+            codes = [process.wait(timeout=120) for process in ranks]
+        finally:
+            for process in ranks:
+                process.kill()
+    assert codes == [0, 0], "".join((folder / f"{rank}.log").read_text() for rank in range(WORLD))
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", BATCHES)
+def test_two_processes_equal_one(answers: list[dict[str, Any]], norm: str, name: str) -> None:
+    batch = BATCHES[name]
+    alone = train(make(norm, batch), batch.whole(), batch.gradient())
+    ranks = [answer[f"{norm} {name}"] for answer in answers]
+    # Sums in another order; for bfloat16 one rounding more where they straddle two of its values.
+    close = {
+        torch.float64: {"rtol": 1e-11, "atol": 1e-11},
+        torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+        torch.bfloat16: {"rtol": 2**-7, "atol": 2**-7},
+    }[batch.dtype]
+    for key in ("output", "input gradient"):
+        torch.testing.assert_close(torch.cat([rank[key] for rank in ranks]), alone[key], **close)
+    summed = {
+        parameter: sum(rank["gradients"][parameter] for rank in ranks)
+        for parameter in alone["gradients"]
+    }
+    torch.testing.assert_close(summed, alone["gradients"], **close)
+    for rank in ranks:
+        torch.testing.assert_close(rank["statistics"], alone["statistics"], **close)
+    torch.testing.assert_close(ranks[0]["statistics"], ranks[1]["statistics"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("constant", ["exact", "none", "0.5"])
+def test_more_of_the_largest_than_all_ranks_have(
+    answers: list[dict[str, Any]], constant: str
+) -> None:
+    for answer in answers:
+        assert "k = 10 largest of n = 9 values a channel" in answer[f"too few {constant}"]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_one_ranks_infinity_enters_no_statistics(
+    answers: list[dict[str, Any]], norm: str
+) -> None:
+    fresh = make(norm, BATCHES["uneven"])
+    clean = train(fresh, BATCHES["uneven"].whole(), BATCHES["uneven"].gradient())["statistics"]
+    for answer in answers:
+        buffers = answer[f"{norm} poisoned"]
+        assert (buffers["running_mean"][1], buffers["running_var"][1]) == (0, 1)
+        for name in ("running_mean", "running_var"):
+            torch.testing.assert_close(buffers[name][[0, 2]], clean[name][[0, 2]])
+
+
+def test_the_reductions(answers: list[dict[str, Any]]) -> None:
+    for answer in answers:
+        assert answer["sum"].tolist() == [2, 1]
+        assert answer["max"].tolist() == [1, 1]
+        assert answer["count"] == 7 and answer["count"].dim() == 0
+        assert answer["largest"][0].tolist() == [[5, 5, 4], [9, 8, 7]]
+    # Of the two 5s rank 0's comes first, though both are among the three largest.
+    assert answers[0]["largest"][1].tolist() == [[True, False, False], [False] * 3]
+    assert answers[1]["largest"][1].tolist() == [[True, True, False], [True] * 3]
+
+
+def test_without_a_group_the_reductions_return_what_they_are_given() -> None:
+    values = torch.randn(2, 3)
+    assert sum_over_ranks(values, None) is values and max_over_ranks(values, None) is values
+    assert count_over_ranks(3, values, None) == 3
+    assert keep_largest_of_ranks(values, None) == (values, None)
+
+
+def main(folder: Path, rank: int) -> None:
+    """Be one of the ranks, and leave its answers in the folder."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder / 'meeting'}", rank=rank, world_size=WORLD)
+    torch.save(answer(rank), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,112 @@
+"""The norms by name: each name's classes, and what a misspelt one is told."""
+
+import re
+
+import pytest
+from torch import nn
+
+from nmlightning import norms
+from nmlightning.errors import InputError
+from nmlightning.norms.registry import (
+    KINDS,
+    NORMS,
+    check_kinds,
+    check_options,
+    find_norm,
+    layer_class,
+)
+
+CLASSES = {"l1": "L1", "lp": "Lp", "linf": "LInf", "topk": "TopK", "top10": "TopK"}
+
+
+def test_the_names() -> None:
+    assert set(NORMS) == {"l2", *CLASSES}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(("dims", "suffix"), [(None, ""), (1, "1d"), (2, "2d"), (3, "3d")])
+def test_batch_norm_classes(name: str, dims: int | None, suffix: str) -> None:
+    cls = layer_class(name, "batch", dims)
+    assert cls is getattr(norms, f"{CLASSES[name]}BatchNorm{suffix}")
+    layer = cls(3, **check_options(name, "batch", {}))
+    assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
+
+
+def test_l2_is_torchs_own() -> None:
+    assert layer_class("l2", "batch", 1) is nn.BatchNorm1d
+    assert layer_class("l2", "batch", 2) is nn.BatchNorm2d
+    assert layer_class("l2", "batch", 3) is nn.BatchNorm3d
+    assert layer_class("l2", "batch") is nn.SyncBatchNorm
+    assert layer_class("l2", "layer") is nn.LayerNorm
+
+
+def test_layer_norm_classes() -> None:
+    assert layer_class("l1", "layer") is norms.L1LayerNorm
+    assert layer_class("lp", "layer") is norms.LpLayerNorm
+
+
+@pytest.mark.parametrize("name", ["linf", "topk", "top10"])
+def test_norms_that_layer_norms_cannot_have(name: str) -> None:
+    message = f"The norm '{name}' is not defined for layer norms; l2, l1, lp are."
+    with pytest.raises(InputError, match=message):
+        layer_class(name, "layer")
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("l_1", "l1"), ("L1", "l1"), ("top_10", "top10"), ("topK", "topk"), ("l-inf", "linf")],
+)
+def test_an_unknown_norm_hears_the_nearest(name: str, nearest: str) -> None:
+    message = rf"no norm '{name}'; there are l2, l1, lp, linf, topk, top10\. Did you mean '{nearest}'"
+    with pytest.raises(InputError, match=message):
+        find_norm(name)
+
+
+def test_an_unknown_norm_with_no_near_one() -> None:
+    with pytest.raises(InputError, match=r"no norm 'group'; there are .*top10\.$"):
+        find_norm("group")
+
+
+def test_options_come_with_the_fixed_ones() -> None:
+    assert check_options("top10", "batch", {}) == {"k": 10}
+    assert check_options("top10", "batch", {"eps": 1e-3}) == {"k": 10, "eps": 1e-3}
+    given = {"p": 1.5, "constant": "none", "stats_dtype": "float64"}
+    assert check_options("lp", "layer", given) == given
+    assert given == {"p": 1.5, "constant": "none", "stats_dtype": "float64"}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_batch_norm_takes_the_common_options(name: str) -> None:
+    options = {"constant": "none", "eps": 1e-3, "momentum": 0.2, "stats_dtype": None, "sync": True}
+    assert check_options(name, "batch", options).items() >= options.items()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "option", "message"),
+    [
+        ("l1", "batch", "constnat", "no option 'constnat' for batch norms; it has constant, eps, "),
+        ("l1", "batch", "constnat", "Did you mean 'constant'?"),
+        ("l1", "batch", "p", "The norm 'l1' has no option 'p' for batch norms"),
+        ("l1", "batch", "k", "The norm 'l1' has no option 'k' for batch norms"),
+        ("l1", "layer", "sync", "no option 'sync' for layer norms; it has constant, eps, stats_dtype."),
+        ("l1", "layer", "momentum", "The norm 'l1' has no option 'momentum' for layer norms"),
+        ("top10", "batch", "k", "The norm 'top10' has k = 10 by its name."),
+        # What a layer takes from the one that it replaces is no option.
+        ("l1", "batch", "affine", "no option 'affine'"),
+        ("l1", "batch", "num_features", "no option 'num_features'"),
+        ("lp", "layer", "bias", "no option 'bias'"),
+        ("l2", "batch", "process_group", "no option 'process_group'"),
+    ],
+)
+def test_options_that_there_are_not(name: str, kind: str, option: str, message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        check_options(name, kind, {option: 1})  # type: ignore[arg-type]
+
+
+def test_kinds() -> None:
+    assert check_kinds(("batch",)) == ("batch",)
+    assert check_kinds(KINDS) == ("batch", "layer")
+    with pytest.raises(InputError, match=r"batch and layer, got 'bach'\. Did you mean 'batch'\?"):
+        check_kinds(("batch", "bach"))
+    with pytest.raises(InputError, match="kinds is empty: name batch or layer, or both"):
+        check_kinds(())
