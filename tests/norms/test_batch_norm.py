@@ -230,7 +230,9 @@ def test_evaluation_differentiates_as_batch_norm_does(norm: Norm) -> None:
 @every_norm
 def test_momentum_none_averages_all_batches_equally(norm: Norm) -> None:
     layer = norm.layer(momentum=None, dtype=torch.float64)
-    x = torch.randn(3, 8, 3, 2, 2, dtype=torch.float64) * torch.tensor([1.0, 2, 5]).view(-1, *[1] * 4)
+    x = torch.randn(3, 8, 3, 2, 2, dtype=torch.float64) * torch.tensor([1.0, 2, 5]).view(
+        -1, *[1] * 4
+    )
     means, variances = [], []
     for part in x:
         layer(part)
@@ -331,7 +333,12 @@ def test_many_gaussians_too(norm: Norm, many_gaussians: tuple[Tensor, float]) ->
 
 @pytest.mark.parametrize(
     ("norm", "n", "std"),
-    [("linf", 100, 0.72), ("linf", 100_000, 0.686), ("top10", 100, 0.963), ("top10", 10_000, 0.785)],
+    [
+        ("linf", 100, 0.72),
+        ("linf", 100_000, 0.686),
+        ("top10", 100, 0.963),
+        ("top10", 10_000, 0.785),
+    ],
 )
 def test_the_papers_constant_leaves_too_little(norm: str, n: int, std: float) -> None:
     """C(ideal)/C(paper), from the published table; 400 channels leave 0.3 … 0.8 % of noise."""

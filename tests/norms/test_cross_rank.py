@@ -51,7 +51,9 @@ class Batch:
         generator = torch.Generator().manual_seed(5)
         shape = (sum(self.samples), 3, *self.spatial)
         if not self.whole_numbers:
-            return (2 * torch.randn(shape, generator=generator, dtype=torch.float64) + 1).to(self.dtype)
+            return (2 * torch.randn(shape, generator=generator, dtype=torch.float64) + 1).to(
+                self.dtype
+            )
         # Symmetrical, so that the mean is 0 without rounding and nearly all maxima are ties.
         half = torch.randint(-2, 3, (shape[0] // 2, *shape[1:]), generator=generator)
         return torch.cat([half, -half]).to(self.dtype)
@@ -130,8 +132,10 @@ def answer(rank: int) -> dict[str, Any]:
     results["sum"] = sum_over_ranks(torch.tensor([1.0, rank]), dist.group.WORLD)
     results["max"] = max_over_ranks(torch.tensor([1.0, rank]), dist.group.WORLD)
     results["count"] = count_over_ranks(3 + rank, torch.zeros(1), dist.group.WORLD)
-    largest = torch.tensor([[5.0, 3.0, 3.0], [2.0, 1.0, 0.0]]) if rank == 0 else torch.tensor(
-        [[5.0, 4.0, 3.0], [9.0, 8.0, 7.0]]
+    largest = (
+        torch.tensor([[5.0, 3.0, 3.0], [2.0, 1.0, 0.0]])
+        if rank == 0
+        else torch.tensor([[5.0, 4.0, 3.0], [9.0, 8.0, 7.0]])
     )
     results["largest"] = keep_largest_of_ranks(largest, dist.group.WORLD)
     return results
@@ -196,9 +200,7 @@ def test_more_of_the_largest_than_all_ranks_have(
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_one_ranks_infinity_enters_no_statistics(
-    answers: list[dict[str, Any]], norm: str
-) -> None:
+def test_one_ranks_infinity_enters_no_statistics(answers: list[dict[str, Any]], norm: str) -> None:
     fresh = make(norm, BATCHES["uneven"])
     clean = train(fresh, BATCHES["uneven"].whole(), BATCHES["uneven"].gradient())["statistics"]
     for answer in answers:

@@ -72,8 +72,12 @@ def test_the_published_table(n: int) -> None:
     # The table's own "ideal" columns are good to the 0.45 % of the approximation behind them.
     assert gaussian_constant("linf", n) == pytest.approx(LINF[n], rel=PROMISED)
     assert gaussian_constant("topk", n) == pytest.approx(TOP10[n], rel=PROMISED)
-    assert gaussian_constant("linf", n, constant="paper") == pytest.approx(PAPER[n], abs=five_digits)
-    assert gaussian_constant("topk", n, constant="paper") == pytest.approx(PAPER[n], abs=five_digits)
+    assert gaussian_constant("linf", n, constant="paper") == pytest.approx(
+        PAPER[n], abs=five_digits
+    )
+    assert gaussian_constant("topk", n, constant="paper") == pytest.approx(
+        PAPER[n], abs=five_digits
+    )
 
 
 @pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 3.7, 8.0, 60.0])

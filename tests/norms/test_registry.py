@@ -57,7 +57,9 @@ def test_norms_that_layer_norms_cannot_have(name: str) -> None:
     [("l_1", "l1"), ("L1", "l1"), ("top_10", "top10"), ("topK", "topk"), ("l-inf", "linf")],
 )
 def test_an_unknown_norm_hears_the_nearest(name: str, nearest: str) -> None:
-    message = rf"no norm '{name}'; there are l2, l1, lp, linf, topk, top10\. Did you mean '{nearest}'"
+    message = (
+        rf"no norm '{name}'; there are l2, l1, lp, linf, topk, top10\. Did you mean '{nearest}'"
+    )
     with pytest.raises(InputError, match=message):
         find_norm(name)
 
@@ -88,7 +90,12 @@ def test_every_batch_norm_takes_the_common_options(name: str) -> None:
         ("l1", "batch", "constnat", "Did you mean 'constant'?"),
         ("l1", "batch", "p", "The norm 'l1' has no option 'p' for batch norms"),
         ("l1", "batch", "k", "The norm 'l1' has no option 'k' for batch norms"),
-        ("l1", "layer", "sync", "no option 'sync' for layer norms; it has constant, eps, stats_dtype."),
+        (
+            "l1",
+            "layer",
+            "sync",
+            "no option 'sync' for layer norms; it has constant, eps, stats_dtype.",
+        ),
         ("l1", "layer", "momentum", "The norm 'l1' has no option 'momentum' for layer norms"),
         ("top10", "batch", "k", "The norm 'top10' has k = 10 by its name."),
         # What a layer takes from the one that it replaces is no option.

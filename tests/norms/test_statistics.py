@@ -18,7 +18,15 @@ from nmlightning.norms.statistics import (
 )
 
 # One to three spatial dimensions and none; the last is long rows, where few rows hold the largest.
-SHAPES = [(12, 3), (4, 3, 5), (3, 2, 2, 4), (2, 2, 3, 2, 2), (2, 3, 40), (5, 1, 1, 7), (30, 2, 1, 1)]
+SHAPES = [
+    (12, 3),
+    (4, 3, 5),
+    (3, 2, 2, 4),
+    (2, 2, 3, 2, 2),
+    (2, 3, 40),
+    (5, 1, 1, 7),
+    (30, 2, 1, 1),
+]
 POWERS = [1.0, 1.5, 2.0, 3.7]
 
 
@@ -71,7 +79,9 @@ def test_select_all(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("convention", ["exact", "paper", "none", 0.5])
 @pytest.mark.parametrize("count", [10, torch.tensor(10)], ids=["alone", "ranks"])
 def test_the_largest_of_fewer(convention: Constant | float, count: int | Tensor) -> None:
-    with pytest.raises(InputError, match="The k = 11 largest of n = 10 values a channel .* lower k"):
+    with pytest.raises(
+        InputError, match="The k = 11 largest of n = 10 values a channel .* lower k"
+    ):
         LargestMean(11).constant(count, convention)
 
 
@@ -82,7 +92,9 @@ def test_add_at_selection_is_the_transpose_of_selecting(shape: tuple[int, ...]) 
     for layout in layouts(d):
         _, selection = select_largest(layout, 3, None)
         expected = by_channel(d).clone().scatter_add_(1, selection.positions, values)
-        torch.testing.assert_close(by_channel(add_at_selection(layout, selection, values)), expected)
+        torch.testing.assert_close(
+            by_channel(add_at_selection(layout, selection, values)), expected
+        )
 
 
 @pytest.mark.parametrize("p", POWERS)

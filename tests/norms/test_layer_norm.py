@@ -1,0 +1,310 @@
+"""The contract of the layer norms, against a naive definition and torch's own."""
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nmlightning import norms
+from nmlightning.errors import InputError
+
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+POWERS = {"l1": 1.0, "lp1": 1.0, "lp1.5": 1.5, "lp2": 2.0, "lp3.7": 3.7}
+every_norm = pytest.mark.parametrize("norm", POWERS)
+SHAPES: list[tuple[tuple[int, ...], int | tuple[int, ...]]] = [
+    ((4, 6), 6),
+    ((2, 3, 6), (6,)),
+    ((2, 3, 2, 5), (2, 5)),
+    ((6,), 6),
+    ((2, 3, 4), (2, 3, 4)),
+]
+every_shape = pytest.mark.parametrize(("shape", "normalized"), SHAPES, ids=str)
+
+
+def make(norm: str, normalized: int | tuple[int, ...], **settings: Any) -> nn.Module:
+    """Return the layer with a random weight and bias."""
+    powers = {} if norm == "l1" else {"p": POWERS[norm]}
+    layer = (norms.L1LayerNorm if norm == "l1" else norms.LpLayerNorm)(
+        normalized, **powers, **settings
+    )
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, mean=1.0)
+    return layer
+
+
+def define(layer: nn.Module, p: float, x: Tensor) -> Tensor:
+    """Return the definition's output, by autograd's own rules; the slope at d = 0 is −1."""
+    dims = tuple(range(-len(layer.normalized_shape), 0))  # type: ignore[arg-type]
+    d = x - x.mean(dims, keepdim=True)
+    size = torch.where(d > 0, d, -d)
+    scale = size.pow(p).mean(dims, keepdim=True).pow(1 / p) if p > 1 else size.mean(dims, True)
+    y = d / ((norms.gaussian_constant("lp", 2, p=p) * scale).square() + layer.eps).sqrt()
+    y = y if layer.weight is None else y * layer.weight.to(y.dtype)
+    return y if layer.bias is None else y + layer.bias.to(y.dtype)
+
+
+def gradients(y: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    """Return the leaves' gradients for one fixed, random gradient of y."""
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
+    return torch.autograd.grad(y, leaves, grad)
+
+
+@every_norm
+@every_shape
+@pytest.mark.parametrize("parameters", ["both", "weight", "none"])
+def test_equals_the_definition(norm: str, shape: Any, normalized: Any, parameters: str) -> None:
+    settings = {"elementwise_affine": parameters != "none", "bias": parameters == "both"}
+    layer = make(norm, normalized, dtype=torch.float64, **settings)
+    x = (2 * torch.randn(shape, dtype=torch.float64) + 1).requires_grad_()
+    leaves = [x, *layer.parameters()]
+    expected = define(layer, POWERS[norm], x)
+    torch.testing.assert_close(layer(x), expected, **EXACT)
+    torch.testing.assert_close(gradients(layer(x), leaves), gradients(expected, leaves), **EXACT)
+
+
+@every_norm
+@every_shape
+def test_gradcheck(norm: str, shape: Any, normalized: Any) -> None:
+    layer = make(norm, normalized, dtype=torch.float64)
+    leaves = (torch.randn(shape, dtype=torch.float64, requires_grad=True), *layer.parameters())
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x), leaves)
+
+
+@every_norm
+def test_a_second_derivative_is_refused(norm: str) -> None:
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    layer = make(norm, 6, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="can be differentiated once, and a second"):
+        torch.autograd.gradgradcheck(layer, x)
+
+
+@every_norm
+def test_ties(norm: str) -> None:
+    half = torch.randint(-2, 3, (5, 6), dtype=torch.float64)
+    x = torch.cat([half, -half], 1).requires_grad_()
+    layer = make(norm, 12, dtype=torch.float64)
+    expected = gradients(define(layer, POWERS[norm], x), [x])
+    torch.testing.assert_close(gradients(layer(x), [x]), expected, **EXACT)
+
+
+@every_shape
+def test_p_2_is_layer_norm(shape: Any, normalized: Any) -> None:
+    ours = make("lp2", normalized, dtype=torch.float64)
+    theirs = nn.LayerNorm(normalized, dtype=torch.float64)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(ours(x), theirs(x), **EXACT)
+    found = gradients(ours(x), [x, *ours.parameters()])
+    torch.testing.assert_close(found, gradients(theirs(x), [x, *theirs.parameters()]), **EXACT)
+
+
+@every_norm
+def test_state_is_layer_norms(norm: str) -> None:
+    ours, theirs = make(norm, (2, 5)), nn.LayerNorm((2, 5))
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    assert isinstance(ours, nn.LayerNorm)
+    assert list(make(norm, 5, bias=False).state_dict()) == ["weight"]
+    assert list(make(norm, 5, elementwise_affine=False).state_dict()) == []
+
+
+@every_norm
+def test_gaussians_leave_with_unit_std(norm: str) -> None:
+    """A token of 1,024 has an ŝ within a few per cent; over 4,000 of them the mean is good to 1 %."""
+    layer = make(norm, 1024, elementwise_affine=False)
+    with torch.no_grad():
+        std = layer(5 * torch.randn(4000, 1024) + 3).std(1).mean().item()
+    assert std == pytest.approx(1, abs=0.01)
+
+
+@every_norm
+def test_other_constants(norm: str) -> None:
+    x = torch.randn(4, 12, dtype=torch.float64)
+    settings: dict[str, Any] = {"eps": 0.0, "elementwise_affine": False}
+    exact, c = make(norm, 12, **settings), norms.gaussian_constant("lp", 12, p=POWERS[norm])
+    torch.testing.assert_close(make(norm, 12, constant="none", **settings)(x), exact(x) * c)
+    torch.testing.assert_close(make(norm, 12, constant=4, **settings)(x), exact(x) * c / 4)
+    torch.testing.assert_close(make(norm, 12, constant="paper", **settings)(x), exact(x))
+
+
+@every_norm
+@pytest.mark.parametrize("value", [0.0, 3.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_constant_token(norm: str, value: float, dtype: torch.dtype) -> None:
+    x = torch.randn(3, 16).to(dtype)
+    x[1] = value
+    leaf, layer = x.requires_grad_(), make(norm, 16)
+    y = layer(leaf)
+    assert y.isfinite().all()
+    assert all(grad.isfinite().all() for grad in gradients(y, [leaf, *layer.parameters()]))
+    torch.testing.assert_close(y[1], layer.bias.to(dtype), rtol=0, atol=1e-2)
+
+
+@every_norm
+def test_one_feature_is_a_constant_token(norm: str) -> None:
+    x = torch.randn(3, 1, requires_grad=True)
+    layer = make(norm, 1)
+    torch.testing.assert_close(layer(x), nn.Parameter(layer.bias.expand(3, 1)))
+    assert torch.equal(gradients(layer(x), [x])[0], torch.zeros(3, 1))
+
+
+@every_norm
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_inputs_accumulate_in_float32(norm: str, dtype: torch.dtype) -> None:
+    """Equal to the float64 formula on the same values up to one rounding of what is returned."""
+    low = (torch.randn(8, 8192) + 10).to(dtype).requires_grad_()
+    high = low.detach().double().requires_grad_()
+    layer = make(norm, 8192)
+    y, exact = layer(low), define(layer, POWERS[norm], high)
+    # Half of a last place of the output; 1e-5 for float32's x − μ, of 10 with 24 bits.
+    close = {"rtol": {torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype], "atol": 1e-5}
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), exact, **close)
+    grad = torch.randn_like(y)
+    (found,) = torch.autograd.grad(y, low, grad)
+    (expected,) = torch.autograd.grad(exact, high, grad.double())
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, **close)
+
+
+@every_norm
+def test_stats_in_float64(norm: str) -> None:
+    x = torch.randn(4, 64) + 1000
+    layer = make(norm, 64, stats_dtype="float64")
+    exact = define(layer, POWERS[norm], x.double())
+    # One rounding to float32; in float32 throughout, x − μ alone would cost 1000 · 2⁻²⁴ = 6e-5.
+    torch.testing.assert_close(layer(x), exact.float(), rtol=2e-7, atol=1e-7)
+
+
+@every_norm
+def test_layouts_and_empty_batches(norm: str) -> None:
+    layer = make(norm, 6)
+    x = torch.randn(4, 3, 6)
+    for arranged in (
+        x.transpose(0, 1),
+        torch.stack([x, x], -1)[..., 0],
+        x[:, :2],
+        x.expand(4, 3, 6),
+    ):
+        torch.testing.assert_close(layer(arranged), layer(arranged.contiguous()))
+    empty = torch.randn(0, 3, 6, requires_grad=True)
+    found = gradients(layer(empty), [empty, *layer.parameters()])
+    expected = nn.LayerNorm(6)
+    torch.testing.assert_close(found, gradients(expected(empty), [empty, *expected.parameters()]))
+
+
+@every_norm
+def test_saves_no_more_than_layer_norm(norm: str) -> None:
+    def saved_bytes(layer: nn.Module) -> int:
+        sizes: dict[int, int] = {}
+
+        def record(tensor: Tensor) -> Tensor:
+            sizes[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+            x = torch.randn(32, 64, requires_grad=True)
+            layer(x)
+        return sum(sizes.values())
+
+    assert saved_bytes(make(norm, 64)) <= saved_bytes(nn.LayerNorm(64))
+
+
+# Dynamo of torch 2.11 instantiates any autograd function that it traces.
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("norm", ["l1", "lp3.7"])
+def test_compiles_whole(norm: str) -> None:
+    torch._dynamo.reset()
+    layer = make(norm, 6)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for size in (4, 7):
+        x = torch.randn(size, 6, requires_grad=True)
+        leaves = [x, *layer.parameters()]
+        y, expected = compiled(x), layer(x)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(gradients(y, leaves), gradients(expected, leaves))
+    torch._dynamo.reset()
+
+
+@every_norm
+def test_meta_device(norm: str) -> None:
+    layer = make(norm, 6, device="meta")
+    x = torch.randn(4, 6, device="meta", requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+    ready = layer.to_empty(device="cpu")
+    ready.reset_parameters()
+    torch.testing.assert_close(ready.state_dict(), nn.LayerNorm(6).state_dict())
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"eps": 1e-3},
+    {"elementwise_affine": False},
+    {"bias": False},
+    {"constant": "none"},
+    {"constant": 0.75},
+    {"stats_dtype": "float64"},
+    {"stats_dtype": torch.float64},
+    {"eps": 0.0, "bias": False, "constant": "paper", "stats_dtype": "float32"},
+]
+
+
+@every_norm
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("normalized", [6, (6,), (2, 6)], ids=str)
+def test_repr_evaluates(norm: str, settings: dict[str, Any], normalized: Any) -> None:
+    layer = make(norm, normalized, **settings)
+    x = torch.randn(3, 2, 6)
+    for again in (
+        eval(repr(layer), {**vars(norms), "torch": torch}),
+        copy.deepcopy(layer),
+        pickle.loads(pickle.dumps(layer)),
+    ):
+        assert type(again) is type(layer) and repr(again) == repr(layer)
+        for name in (
+            "normalized_shape",
+            "p",
+            "eps",
+            "elementwise_affine",
+            "constant",
+            "stats_dtype",
+        ):
+            assert getattr(again, name) == getattr(layer, name)
+        again.load_state_dict(layer.state_dict(), strict=True)
+        torch.testing.assert_close(again(x), layer(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eps": -1e-5}, "eps must be finite and at least 0, got -1e-05"),
+        ({"constant": "exakt"}, r"got 'exakt'\. Did you mean 'exact'\?"),
+        ({"constant": -1.0}, "constant must be a finite number above 0, got -1.0"),
+        ({"stats_dtype": "half"}, "stats_dtype is None or one of float32, float64, got 'half'"),
+        ({"p": 0.5}, "p must be finite and at least 1, got 0.5"),
+        ({"p": math.inf}, "p must be finite and at least 1, got inf"),
+    ],
+    ids=str,
+)
+def test_bad_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        norms.LpLayerNorm(6, **settings)
+
+
+@pytest.mark.parametrize("normalized", [0, (), (3, 0), -1])
+def test_no_features(normalized: Any) -> None:
+    with pytest.raises(InputError, match="normalized_shape must have sizes of at least 1, got"):
+        norms.L1LayerNorm(normalized)
+
+
+@every_norm
+@pytest.mark.parametrize("shape", [(4, 5), (6, 4), (), (5,)], ids=str)
+def test_wrong_shapes(norm: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=r"normalises the last dimensions \(6,\), got an input of"):
+        make(norm, 6)(torch.randn(shape))
