@@ -1,0 +1,257 @@
+"""Test what hangs on undocumented ways of Lightning: copies of the module, ranks, class trees."""
+
+import importlib
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch
+import pytest
+import pytorch_lightning
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from nmlightning.callbacks import NormSwap
+from nmlightning.compat import CallbackBase, builds_in_configure_model
+from nmlightning.norms.batch_norm import L1BatchNorm2d, TopKBatchNorm2d
+
+
+class Classifies:
+    """What a user writes, for either package."""
+
+    net: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.build()
+
+    def build(self) -> None:
+        layers = [nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Conv2d(4, 3, 3)]
+        self.net = nn.Sequential(*layers, nn.BatchNorm2d(3))
+
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]).mean((2, 3)), batch[1])
+
+    def validation_step(self, batch: list[Tensor], _: int) -> None:
+        self.net(batch[0])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)  # type: ignore[attr-defined]
+
+
+class BuildsLate(Classifies):
+    """Has no net before `configure_model`."""
+
+    def build(self) -> None:
+        self.net = None
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            super().build()
+
+
+class PlModule(Classifies, pytorch_lightning.LightningModule):
+    pass
+
+
+class UnifiedModule(Classifies, lightning.pytorch.LightningModule):
+    pass
+
+
+class PlLate(BuildsLate, pytorch_lightning.LightningModule):
+    pass
+
+
+class UnifiedLate(BuildsLate, lightning.pytorch.LightningModule):
+    pass
+
+
+def package_of(module: Any) -> Any:
+    unified = isinstance(module, lightning.pytorch.LightningModule)
+    return importlib.import_module("lightning.pytorch" if unified else "pytorch_lightning")
+
+
+def make(module_class: type) -> Any:
+    torch.manual_seed(1)
+    return module_class()
+
+
+def images() -> TensorDataset:
+    draw = torch.Generator().manual_seed(3)
+    return TensorDataset(torch.randn(16, 2, 6, 6, generator=draw), torch.arange(16) % 3)
+
+
+def make_trainer(module: Any, *callbacks: Any, **options: Any) -> Any:
+    """Return a Trainer of the package that `module` is made with."""
+    return package_of(module).Trainer(
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"accelerator": "cpu", "devices": 1, "max_epochs": 1, **options},
+    )
+
+
+def fit(module: Any, *callbacks: Any, ckpt_path: Path | None = None, **options: Any) -> None:
+    """Train `module` on four batches an epoch, with validation."""
+    loader = DataLoader(images(), batch_size=4)
+    trainer = make_trainer(module, *callbacks, **options)
+    trainer.fit(module, loader, loader, ckpt_path=ckpt_path)
+
+
+def norm_types(module: Any) -> list[type]:
+    return [type(m) for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+@pytest.mark.parametrize(
+    ("module_class", "late"),
+    [(PlModule, False), (UnifiedModule, False), (PlLate, True), (UnifiedLate, True)],
+)
+def test_which_modules_are_built_in_configure_model(module_class: type, late: bool) -> None:
+    module = module_class()
+    assert builds_in_configure_model(module) is late
+    fit(module, NormSwap("l1"))
+    assert builds_in_configure_model(module) is late
+
+
+def test_our_callbacks_belong_to_both_packages() -> None:
+    for callback in (CallbackBase(), pickle.loads(pickle.dumps(NormSwap("l1")))):
+        assert isinstance(callback, pytorch_lightning.Callback)
+        assert isinstance(callback, lightning.pytorch.Callback)
+
+
+@pytest.mark.parametrize("ema_first", [True, False])
+@pytest.mark.parametrize("module_class", [PlModule, UnifiedModule, PlLate])
+# It says so whenever it averages a module that has configure_model.
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that")
+class TestWeightAveraging:
+    def callbacks(self, module_class: type, ema_first: bool) -> list[Any]:
+        ema = package_of(module_class()).callbacks.EMAWeightAveraging(decay=0.5)
+        return [ema, NormSwap("l1")] if ema_first else [NormSwap("l1"), ema]
+
+    def test_the_average_has_the_swapped_norms(self, module_class: type, ema_first: bool) -> None:
+        module = make(module_class)
+        callbacks = self.callbacks(module_class, ema_first)
+        fit(module, *callbacks)
+        average = next(c for c in callbacks if not isinstance(c, NormSwap))._average_model
+        assert average.module is not module
+        assert norm_types(average) == norm_types(module) == [L1BatchNorm2d] * 2
+        # When training ends, it becomes the model.
+        torch.testing.assert_close(average.module.state_dict(), module.state_dict())
+
+    def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
+        self, module_class: type, ema_first: bool, tmp_path: Path
+    ) -> None:
+        whole, resumed = make(module_class), make(module_class)
+        save = SaveAfterTheFirstEpoch(tmp_path / "a.ckpt")
+        fit(whole, *self.callbacks(module_class, ema_first), save, max_epochs=2)
+        callbacks = self.callbacks(module_class, ema_first)
+        fit(resumed, *callbacks, max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
+        assert norm_types(resumed) == [L1BatchNorm2d] * 2
+        torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+class SaveAfterTheFirstEpoch(CallbackBase):  # type: ignore[misc]
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("swa_first", [True, False])
+@pytest.mark.parametrize("module_class", [PlModule, UnifiedModule])
+def test_stochastic_weight_averaging(module_class: type, swa_first: bool) -> None:
+    module = make(module_class)
+    averaging = package_of(module).callbacks.StochasticWeightAveraging
+    swa, swap = averaging(swa_lrs=0.05, swa_epoch_start=1), NormSwap("top10")
+    fit(module, *([swa, swap] if swa_first else [swap, swa]), max_epochs=3)
+    assert norm_types(swa._average_model) == norm_types(module) == [TopKBatchNorm2d] * 2
+    averaged, trained = swa._average_model.parameters(), module.parameters()
+    assert all(torch.equal(a, q) for a, q in zip(averaged, trained, strict=True))
+    # Afterwards it takes the running statistics anew, over one epoch, and puts momentum back.
+    assert module.net[1].num_batches_tracked == 4
+    assert module.net[1].momentum == 0.1
+    assert module.net[1].running_var.isfinite().all()
+
+
+class Ranked(PlModule):
+    """Trains on batches of eight images, shared among the ranks.
+
+    Each rank reports what it holds after each batch, before DDP copies rank 0's buffers to all.
+    """
+
+    folder: Path
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        ranks = self.trainer.world_size
+        mine = Subset(images(), range(self.trainer.global_rank, 16, ranks))
+        return DataLoader(mine, batch_size=8 // ranks)
+
+    val_dataloader = train_dataloader
+
+    def on_train_batch_end(self, *_: object) -> None:
+        norms = [(type(self.net[i]), self.net[i].sync) for i in (1, 4)]
+        report = {"norms": norms, "state": self.state_dict()}
+        torch.save(report, self.folder / f"{self.trainer.global_rank}.pt")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked, and this system cannot")
+class TestTwoRanks:
+    def fit(self, folder: Path, norm: str, sync: bool, ranks: int = 2) -> list[Any]:
+        """Return what each rank reports at the end of training."""
+        if torch.cuda.is_initialized():
+            pytest.skip("a process that uses CUDA cannot be forked")
+        module = make(Ranked)
+        module.folder = folder
+        options = {"devices": 2, "strategy": "ddp_fork"} if ranks == 2 else {}
+        trainer = make_trainer(
+            module,
+            NormSwap(norm),
+            max_epochs=2,
+            sync_batchnorm=sync,
+            use_distributed_sampler=False,
+            **options,
+        )
+        trainer.fit(module)
+        return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+    @pytest.mark.parametrize("norm", ["l1", "top10"])
+    def test_synchronised_norms_train_as_one_process(self, norm: str, tmp_path: Path) -> None:
+        reports = self.fit(tmp_path, norm, sync=True)
+        (one,) = self.fit(tmp_path, norm, sync=True, ranks=1)
+        for report in reports:
+            assert report["norms"] == [(cls, True) for cls, _ in one["norms"]]
+            # Sums over two ranks round differently from one sum, in float32, over four steps.
+            torch.testing.assert_close(report["state"], one["state"], rtol=1e-4, atol=1e-6)
+
+    def test_without_synchronisation_each_rank_has_its_own_statistics(self, tmp_path: Path) -> None:
+        first, second = self.fit(tmp_path, "l1", sync=False)
+        (one,) = self.fit(tmp_path, "l1", sync=False, ranks=1)
+        assert first["norms"] == second["norms"] == [(L1BatchNorm2d, False)] * 2
+        for name in dict(make(Ranked).named_parameters()):
+            torch.testing.assert_close(first["state"][name], second["state"][name], rtol=0, atol=0)
+        statistics = [each["state"]["net.4.running_var"] for each in (first, second, one)]
+        for i, j in ((0, 1), (0, 2), (1, 2)):
+            assert not torch.allclose(statistics[i], statistics[j], rtol=1e-4)
+
+
+def test_what_is_not_swapped_becomes_torchs_synchronised_norm() -> None:
+    """Torch trains its SyncBatchNorm, and wraps it in DDP, on GPUs only; so this does not run."""
+    module, swap = make(PlModule), NormSwap("l1", exclude=["net.4"])
+    trainer = make_trainer(module, swap, strategy="ddp", devices=2, sync_batchnorm=True)
+    weight = module.net[1].weight
+    for _ in range(2):
+        swap.setup(trainer, module, "fit")
+    synchronised = trainer.strategy._layer_sync.apply(module)
+    assert norm_types(synchronised) == [L1BatchNorm2d, nn.SyncBatchNorm]
+    assert synchronised.net[1].sync
+    assert synchronised.net[1].weight is weight
+    reverted = trainer.strategy._layer_sync.revert(synchronised)
+    assert reverted.net[1].weight is weight
+    assert not isinstance(reverted.net[4], nn.SyncBatchNorm)
