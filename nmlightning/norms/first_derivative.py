@@ -1,4 +1,4 @@
-"""A backward that refuses to be differentiated again, whichever way a second derivative is asked."""
+"""A backward that refuses to be differentiated, on every road to a second derivative."""
 
 import functools
 from collections.abc import Callable

@@ -43,7 +43,7 @@ class LargestMean:
     k: int
 
     def constant(self, count: Count, convention: Constant | float) -> float:
-        """Return c of ŝ = c · m for `count` elements, or raise InputError if those are fewer than k."""
+        """Return c of ŝ = c · m for `count` elements; InputError if those are fewer than k."""
         n = int(count.item()) if isinstance(count, Tensor) else count
         if self.k > n:
             raise InputError(

@@ -214,7 +214,8 @@ def test_the_reductions(answers: list[dict[str, Any]]) -> None:
     for answer in answers:
         assert answer["sum"].tolist() == [2, 1]
         assert answer["max"].tolist() == [1, 1]
-        assert answer["count"] == 7 and answer["count"].dim() == 0
+        assert answer["count"] == 7
+        assert answer["count"].dim() == 0
         assert answer["largest"][0].tolist() == [[5, 5, 4], [9, 8, 7]]
     # Of the two 5s rank 0's comes first, though both are among the three largest.
     assert answers[0]["largest"][1].tolist() == [[True, False, False], [False] * 3]
@@ -223,7 +224,8 @@ def test_the_reductions(answers: list[dict[str, Any]]) -> None:
 
 def test_without_a_group_the_reductions_return_what_they_are_given() -> None:
     values = torch.randn(2, 3)
-    assert sum_over_ranks(values, None) is values and max_over_ranks(values, None) is values
+    assert sum_over_ranks(values, None) is values
+    assert max_over_ranks(values, None) is values
     assert count_over_ranks(3, values, None) == 3
     assert keep_largest_of_ranks(values, None) == (values, None)
 

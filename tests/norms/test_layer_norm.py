@@ -115,7 +115,7 @@ def test_state_is_layer_norms(norm: str) -> None:
 
 @every_norm
 def test_gaussians_leave_with_unit_std(norm: str) -> None:
-    """A token of 1,024 has an ŝ within a few per cent; over 4,000 of them the mean is good to 1 %."""
+    """ŝ of 1,024 features varies by a few per cent; the mean over 4,000 tokens by 0.1 %."""
     layer = make(norm, 1024, elementwise_affine=False)
     with torch.no_grad():
         std = layer(5 * torch.randn(4000, 1024) + 3).std(1).mean().item()
@@ -236,7 +236,8 @@ def test_meta_device(norm: str) -> None:
     layer = make(norm, 6, device="meta")
     x = torch.randn(4, 6, device="meta", requires_grad=True)
     layer(x).sum().backward()
-    assert x.grad is not None and x.grad.shape == x.shape
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
     ready = layer.to_empty(device="cpu")
     ready.reset_parameters()
     torch.testing.assert_close(ready.state_dict(), nn.LayerNorm(6).state_dict())
@@ -266,7 +267,8 @@ def test_repr_evaluates(norm: str, settings: dict[str, Any], normalized: Any) ->
         copy.deepcopy(layer),
         pickle.loads(pickle.dumps(layer)),
     ):
-        assert type(again) is type(layer) and repr(again) == repr(layer)
+        assert type(again) is type(layer)
+        assert repr(again) == repr(layer)
         for name in (
             "normalized_shape",
             "p",

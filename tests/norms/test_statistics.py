@@ -80,7 +80,7 @@ def test_select_all(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("count", [10, torch.tensor(10)], ids=["alone", "ranks"])
 def test_the_largest_of_fewer(convention: Constant | float, count: int | Tensor) -> None:
     with pytest.raises(
-        InputError, match="The k = 11 largest of n = 10 values a channel .* lower k"
+        InputError, match=r"The k = 11 largest of n = 10 values a channel .* lower k"
     ):
         LargestMean(11).constant(count, convention)
 
