@@ -130,7 +130,9 @@ def test_equals_the_definition(norm: Norm, layout: str) -> None:
 
 
 @every_norm
-@every_layout
+@pytest.mark.parametrize(
+    "layout", ["1d", "1d-length", "2d", "2d-channels-last", "3d", "3d-channels-last"]
+)
 def test_gradcheck(norm: Norm, layout: str) -> None:
     x, dims = batch(layout)
     layer = norm.layer(dims=dims, dtype=torch.float64, track_running_stats=False)
@@ -492,7 +494,7 @@ def test_saves_no_more_than_batch_norm(norm: Norm) -> None:
 
 # Dynamo of torch 2.11 instantiates any autograd function that it traces.
 @pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("norm", [NORMS[n] for n in ("l1", "linf", "top10", "lp3.7")], ids=str)
+@pytest.mark.parametrize("norm", [NORMS[n] for n in ("l1", "top10", "lp3.7")], ids=str)
 def test_compiles_whole(norm: Norm) -> None:
     torch._dynamo.reset()
     layer, plain = norm.layer(), norm.layer()
