@@ -3,7 +3,6 @@
 import copy
 import io
 import math
-import pickle
 import re
 from typing import Any
 
@@ -316,42 +315,6 @@ class TestUndo:
         assert repr(net[1]) == "L1BatchNorm2d(8, eps=0.001, momentum=0.2)"
 
 
-class TestTimm:
-    def net(self) -> nn.Sequential:
-        norm = timm.layers.BatchNormAct2d(3, act_layer=nn.SiLU, drop_layer=nn.Dropout)
-        norm.drop.p = 0.5
-        return nn.Sequential(nn.Conv2d(3, 3, 1), norm)
-
-    @pytest.mark.parametrize("norms", [["l1"], ["l1", "linf"], ["top10", "l2", "l1"]])
-    def test_drop_and_activation_run_once_and_l2_undoes(self, norms: list[str]) -> None:
-        net, x = self.net(), images()
-        original = copy.deepcopy(net)
-        for norm in norms:
-            swap_norms(net, norm)
-        bare = {"l1": ours.L1BatchNorm2d, "linf": ours.LInfBatchNorm2d}[norms[-1]](3)
-        torch.manual_seed(1)
-        expected = nn.functional.silu(nn.functional.dropout(bare(net[0](x))))
-        torch.manual_seed(1)
-        torch.testing.assert_close(net(x), expected)
-        swap_norms(net, "l2")
-        assert type(net[1]) is timm.layers.BatchNormAct2d
-        assert net[1].__dict__.keys() == original[1].__dict__.keys()
-        assert not net[1]._forward_hooks
-        assert len(swap_norms(net, "l2")) == 0
-
-    def test_a_copy_is_undone_on_its_own(self) -> None:
-        net, x = self.net().eval(), images()
-        expected = net(x)
-        swap_norms(net, "l1")
-        for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
-            torch.testing.assert_close(twin(x), expected)
-            swap_norms(twin, "l2")
-            assert type(twin[1]) is timm.layers.BatchNormAct2d
-            torch.testing.assert_close(twin(x), expected)
-        assert type(net[1]) is ours.L1BatchNorm2d
-        torch.testing.assert_close(net(x), expected)
-
-
 class TestSynchronised:
     def test_sync_batch_norm_becomes_a_synchronised_norm_and_comes_back(self) -> None:
         group = object()
@@ -389,40 +352,6 @@ class TestLayerNorm:
         assert (net[0].p, net[1].p) == (3, 3)
         swap_norms(net, "l2", kinds=["layer"])
         assert classes(net)[1:] == [nn.LayerNorm, ours.LpBatchNorm1d]
-
-    def test_evaluation_of_torchs_encoder_computes_the_swapped_norm(self) -> None:
-        """Its fused kernel computes L2 by the norms' weights, whatever class they have."""
-        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-        x = torch.randn(2, 5, 8)
-        with torch.no_grad():
-            fused_l2 = layer.eval()(x)
-            swap_norms(layer, "l1", kinds=["layer"])
-            swapped = layer(x)
-            torch.testing.assert_close(swapped, layer.train()(x))
-            assert (swapped - fused_l2).abs().max() > 1e-2
-            swap_norms(layer, "l2", kinds=["layer"])
-            torch.testing.assert_close(layer.eval()(x), fused_l2)
-        assert layer.activation_relu_or_gelu == 1
-
-
-class TestCompiled:
-    def test_names_are_without_its_prefix(self) -> None:
-        net = nn.Sequential(torch.compile(small_net(), backend="eager"))
-        norm = torch.compile(nn.BatchNorm2d(3), backend="eager")
-        assert [s.name for s in swap_norms(net, include=["0.1", "0.3.*"]).swapped] == [
-            "0.1",
-            "0.3.1",
-        ]
-        assert [s.name for s in swap_norms(nn.Sequential(norm), include=["0"]).swapped] == ["0"]
-
-    # What torch 2.11's compiler does with an autograd function, and warns of itself.
-    @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated")
-    def test_a_net_that_was_compiled_and_ran_computes_the_swapped_norm(self) -> None:
-        net, x = small_net(), images()
-        compiled = torch.compile(net, backend="eager")
-        compiled(x)
-        swap_norms(compiled, "linf")
-        torch.testing.assert_close(compiled(x), net(x))
 
 
 def build(library: str, name: str) -> nn.Module:

@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import itertools
 import pickle
 from pathlib import Path
 from typing import Any
@@ -59,32 +58,6 @@ class BuildsLate(Classifies):
             self.net = small_net()
 
 
-class BuildsItsHeadLate(Classifies):
-    """Has another norm after `configure_model`."""
-
-    head: Any = None
-
-    def configure_model(self) -> None:
-        if self.head is None:
-            self.head = self.net[0] = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4))
-
-
-class HasItsOptimizer(Classifies):
-    """Made its optimizer before any hook, as LightningCLI's automatic optimizers are."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.optimizer = torch.optim.SGD(self.parameters(), lr=0.1)  # type: ignore[attr-defined]
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.optimizer
-
-
-class ForgetsTheNorms(Classifies):
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.net[0].parameters(), lr=0.1)
-
-
 class PlModule(Classifies, pytorch_lightning.LightningModule):
     pass
 
@@ -101,16 +74,28 @@ class UnifiedLate(BuildsLate, lightning.pytorch.LightningModule):
     pass
 
 
-class HeadLate(BuildsItsHeadLate, pytorch_lightning.LightningModule):
-    pass
+class HeadLate(PlModule):
+    """Has another norm after `configure_model`."""
+
+    def configure_model(self) -> None:
+        if isinstance(self.net[0], nn.Conv2d):
+            self.net[0] = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4))
 
 
-class OwnOptimizer(HasItsOptimizer, pytorch_lightning.LightningModule):
-    pass
+class OwnOptimizer(PlModule):
+    """Made its optimizer before any hook, as LightningCLI's automatic optimizers are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer
 
 
-class Forgetful(ForgetsTheNorms, pytorch_lightning.LightningModule):
-    pass
+class Forgetful(PlModule):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.net[0].parameters(), lr=0.1)
 
 
 BOTH = pytest.mark.parametrize("module_class", [PlModule, UnifiedModule])
@@ -130,7 +115,7 @@ def trainer(module_class: type, *callbacks: Any, **options: Any) -> Any:
     package = importlib.import_module("lightning.pytorch" if unified else "pytorch_lightning")
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     plain = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "enable_checkpointing": False}
-    return package.Trainer(callbacks=list(callbacks), **{**quiet, **plain, **options})
+    return package.Trainer(**{"callbacks": list(callbacks), **quiet, **plain, **options})
 
 
 def make(module_class: type) -> Any:
@@ -206,14 +191,10 @@ class TestARun:
     def test_a_compiled_module_trains_as_the_plain_one(self, module_class: type) -> None:
         plain, module = make(module_class), make(module_class)
         fit(plain, NormSwap("l1"))
-        fit_compiled(module, NormSwap("l1"))
+        compiled = torch.compile(module, backend="eager")
+        trainer(module_class, NormSwap("l1")).fit(compiled, batches(), batches())
         assert norm_types(module) == [L1BatchNorm2d] * 2
         torch.testing.assert_close(module.state_dict(), plain.state_dict())
-
-
-def fit_compiled(module: Any, *callbacks: Any) -> None:
-    fitted = trainer(type(module), *callbacks)
-    fitted.fit(torch.compile(module, backend="eager"), batches(), batches())
 
 
 @COMPILES
@@ -236,14 +217,7 @@ def test_any_logger(logger: str, tmp_path: Path) -> None:
 
 def test_it_may_stand_alone_instead_of_in_a_list() -> None:
     module = make(PlModule)
-    alone = pytorch_lightning.Trainer(
-        callbacks=NormSwap("linf"),
-        accelerator="cpu",
-        fast_dev_run=True,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    alone.fit(module, batches(), batches())
+    fit(module, callbacks=NormSwap("linf"))
     assert norm_types(module) == [LInfBatchNorm2d] * 2
 
 
@@ -369,8 +343,7 @@ class TestAudit:
         with pytest.warns(UserWarning, match=r"trains 4 parameters .* such as net\.1\.weight"):
             fit(make(Forgetful), NormSwap("l1"))
         frozen = make(Forgetful)
-        for parameter in itertools.chain(frozen.net[1].parameters(), frozen.net[4].parameters()):
-            parameter.requires_grad_(False)
+        frozen.net[1:].requires_grad_(False)
         fit(frozen, NormSwap("l1"))
 
 
