@@ -11,6 +11,7 @@ import pytest
 import pytorch_lightning
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.plugins import TorchSyncBatchNorm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
@@ -248,6 +249,7 @@ def test_what_is_not_swapped_becomes_torchs_synchronised_norm() -> None:
     weight = module.net[1].weight
     for _ in range(2):
         swap.setup(trainer, module, "fit")
+    assert type(trainer.strategy._layer_sync.original) is TorchSyncBatchNorm  # wrapped once
     synchronised = trainer.strategy._layer_sync.apply(module)
     assert norm_types(synchronised) == [L1BatchNorm2d, nn.SyncBatchNorm]
     assert synchronised.net[1].sync
