@@ -3,6 +3,8 @@
 import importlib
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -197,49 +199,74 @@ class Ranked(PlModule):
     val_dataloader = train_dataloader
 
     def on_train_batch_end(self, *_: object) -> None:
-        norms = [(type(self.net[i]), self.net[i].sync) for i in (1, 4)]
+        norms = [(type(self.net[i]).__name__, self.net[i].sync) for i in (1, 4)]
         report = {"norms": norms, "state": self.state_dict()}
         torch.save(report, self.folder / f"{self.trainer.global_rank}.pt")
 
 
+RUNS = {"l1 synchronised": ("l1", True), "top10 synchronised": ("top10", True), "l1": ("l1", False)}
+
+
+def train(folder: Path, run: str, **options: Any) -> None:
+    """Train on one rank or more; each leaves its report in a folder of the run's name."""
+    norm, sync = RUNS[run]
+    module = make(Ranked)
+    module.folder = folder / run
+    module.folder.mkdir(parents=True)
+    options = {"max_epochs": 2, "sync_batchnorm": sync, "use_distributed_sampler": False, **options}
+    make_trainer(module, NormSwap(norm), **options).fit(module)
+
+
+def train_on_two_ranks(folder: Path) -> None:
+    for run in RUNS:
+        train(folder, run, strategy="ddp_fork", devices=2)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked, and this system cannot")
 class TestTwoRanks:
-    def fit(self, folder: Path, norm: str, sync: bool, ranks: int = 2) -> list[Any]:
-        """Return what each rank reports at the end of training."""
-        if torch.cuda.is_initialized():
-            pytest.skip("a process that uses CUDA cannot be forked")
-        module = make(Ranked)
-        module.folder = folder
-        options = {"devices": 2, "strategy": "ddp_fork"} if ranks == 2 else {}
-        trainer = make_trainer(
-            module,
-            NormSwap(norm),
-            max_epochs=2,
-            sync_batchnorm=sync,
-            use_distributed_sampler=False,
-            **options,
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """The folder of all runs' reports; a new process forks the ranks, before it trains."""
+        folder = tmp_path_factory.mktemp("ranks")
+        answer = subprocess.run(
+            [sys.executable, __file__, str(folder)],
+            cwd=Path(__file__).parents[1],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            capture_output=True,
+            text=True,
         )
-        trainer.fit(module)
-        return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+        assert answer.returncode == 0, answer.stderr
+        return folder
 
-    @pytest.mark.parametrize("norm", ["l1", "top10"])
-    def test_synchronised_norms_train_as_one_process(self, norm: str, tmp_path: Path) -> None:
-        reports = self.fit(tmp_path, norm, sync=True)
-        (one,) = self.fit(tmp_path, norm, sync=True, ranks=1)
-        for report in reports:
+    @pytest.mark.parametrize("run", ["l1 synchronised", "top10 synchronised"])
+    def test_synchronised_norms_train_as_one_process(
+        self, run: str, reports: Path, tmp_path: Path
+    ) -> None:
+        train(tmp_path, run)
+        one = load_report(tmp_path, run, 0)
+        for rank in (0, 1):
+            report = load_report(reports, run, rank)
             assert report["norms"] == [(cls, True) for cls, _ in one["norms"]]
             # Sums over two ranks round differently from one sum, in float32, over four steps.
             torch.testing.assert_close(report["state"], one["state"], rtol=1e-4, atol=1e-6)
 
-    def test_without_synchronisation_each_rank_has_its_own_statistics(self, tmp_path: Path) -> None:
-        first, second = self.fit(tmp_path, "l1", sync=False)
-        (one,) = self.fit(tmp_path, "l1", sync=False, ranks=1)
-        assert first["norms"] == second["norms"] == [(L1BatchNorm2d, False)] * 2
+    def test_without_synchronisation_each_rank_has_its_own_statistics(
+        self, reports: Path, tmp_path: Path
+    ) -> None:
+        train(tmp_path, "l1")
+        first, second = (load_report(reports, "l1", rank) for rank in (0, 1))
+        one = load_report(tmp_path, "l1", 0)
+        assert first["norms"] == second["norms"] == [("L1BatchNorm2d", False)] * 2
         for name in dict(make(Ranked).named_parameters()):
             torch.testing.assert_close(first["state"][name], second["state"][name], rtol=0, atol=0)
         statistics = [each["state"]["net.4.running_var"] for each in (first, second, one)]
         for i, j in ((0, 1), (0, 2), (1, 2)):
             assert not torch.allclose(statistics[i], statistics[j], rtol=1e-4)
+
+
+def load_report(folder: Path, run: str, rank: int) -> dict[str, Any]:
+    return torch.load(folder / run / f"{rank}.pt", weights_only=True)
 
 
 def test_what_is_not_swapped_becomes_torchs_synchronised_norm() -> None:
@@ -257,3 +284,7 @@ def test_what_is_not_swapped_becomes_torchs_synchronised_norm() -> None:
     reverted = trainer.strategy._layer_sync.revert(synchronised)
     assert reverted.net[1].weight is weight
     assert not isinstance(reverted.net[4], nn.SyncBatchNorm)
+
+
+if __name__ == "__main__":
+    train_on_two_ranks(Path(sys.argv[1]))

@@ -130,8 +130,8 @@ class StatisticBatchNorm(_BatchNorm):
         finite = mean.isfinite() & variance.isfinite()
         for running, value in ((self.running_mean, mean), (self.running_var, variance)):
             assert running is not None, "the caller tracks"
-            moved = running + newest * (value - running)
-            running.copy_(torch.where(finite, moved, running))
+            moved = (running + newest * (value - running)).to(running.dtype)
+            running.copy_(torch.where(finite & moved.isfinite(), moved, running))
 
     def _group(self) -> ProcessGroup | None:
         """Return the ranks to share statistics with, or None."""

@@ -132,16 +132,17 @@ def check_constant(constant: Constant | float) -> Constant | float:
                 f"got {constant!r}.{nearest(constant, CONSTANTS)}"
             )
         return constant
-    if not (math.isfinite(constant) and constant > 0):
-        raise InputError(f"constant must be a finite number above 0, got {constant}.")
+    if not (isinstance(constant, int | float) and 0 < constant < math.inf):
+        raise InputError(f"constant must be a finite number above 0, got {constant!r}.")
     return float(constant)
 
 
 def check_power(p: float) -> float:
     """Return p as a float if it is finite and at least 1, or raise InputError."""
-    if not 1 <= p < math.inf:
+    if not (isinstance(p, int | float) and 1 <= p < math.inf):
         raise InputError(
-            f"p must be finite and at least 1, got {p}; for the maximum use 'linf' (LInfBatchNorm)."
+            f"p must be finite and at least 1, got {p!r}; for the maximum use 'linf' "
+            "(LInfBatchNorm)."
         )
     return float(p)
 
@@ -149,7 +150,7 @@ def check_power(p: float) -> float:
 def check_count(k: int) -> int:
     """Return k if it is a whole number of at least 1, or raise InputError."""
     if not (isinstance(k, int) and k >= 1):
-        raise InputError(f"k must be a whole number of at least 1, got {k}.")
+        raise InputError(f"k must be a whole number of at least 1, got {k!r}.")
     return k
 
 

@@ -13,16 +13,16 @@ STATS_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 def check_eps(eps: float) -> float:
     """Return eps if it is finite and at least 0, or raise InputError."""
-    if not (math.isfinite(eps) and eps >= 0):
-        raise InputError(f"eps must be finite and at least 0, got {eps}.")
+    if not (isinstance(eps, int | float) and 0 <= eps < math.inf):
+        raise InputError(f"eps must be finite and at least 0, got {eps!r}.")
     return float(eps)
 
 
 def check_momentum(momentum: float | None) -> float | None:
     """Return the momentum if it is None or within 0 … 1, or raise InputError."""
-    if momentum is not None and not 0 <= momentum <= 1:
-        raise InputError(f"momentum must be between 0 and 1, or None, got {momentum}.")
-    return momentum
+    if momentum is None or (isinstance(momentum, int | float) and 0 <= momentum <= 1):
+        return momentum
+    raise InputError(f"momentum must be between 0 and 1, or None, got {momentum!r}.")
 
 
 def check_stats_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -39,7 +39,12 @@ def check_stats_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def accumulation_dtype(input_dtype: torch.dtype, stats_dtype: torch.dtype | None) -> torch.dtype:
-    """Return the dtype that statistics accumulate in: at least float32, at least the input's."""
+    """Return the dtype that statistics accumulate in: at least float32, at least the input's.
+
+    InputError for an input of whole or complex numbers, which no norm here is defined for.
+    """
+    if not input_dtype.is_floating_point:
+        raise InputError(f"expected an input of real floating-point numbers, got {input_dtype}.")
     return torch.promote_types(input_dtype, stats_dtype or torch.float32)
 
 

@@ -573,6 +573,9 @@ def test_repr_evaluates(norm: Norm, settings: dict[str, Any]) -> None:
         ({"eps": math.nan}, "eps must be finite and at least 0, got nan"),
         ({"eps": math.inf}, "eps must be finite and at least 0, got inf"),
         ({"momentum": 1.5}, "momentum must be between 0 and 1, or None, got 1.5"),
+        ({"momentum": "fast"}, "momentum must be between 0 and 1, or None, got 'fast'"),
+        ({"eps": "small"}, "eps must be finite and at least 0, got 'small'"),
+        ({"constant": [1]}, r"constant must be a finite number above 0, got \[1\]"),
         ({"momentum": -0.1}, "momentum must be between 0 and 1, or None, got -0.1"),
         ({"momentum": math.nan}, "momentum must be between 0 and 1, or None, got nan"),
         ({"constant": "exakt"}, r"got 'exakt'\. Did you mean 'exact'\?"),
@@ -589,10 +592,22 @@ def test_bad_settings(norm: Norm, settings: dict[str, Any], message: str) -> Non
         norm.layer(**settings)
 
 
-@pytest.mark.parametrize("p", [0.99, 0, -1, math.inf, math.nan])
-def test_bad_powers(p: float) -> None:
-    with pytest.raises(InputError, match=f"p must be finite and at least 1, got {p}"):
+@pytest.mark.parametrize("p", [0.99, 0, -1, math.inf, math.nan, "2"])
+def test_bad_powers(p: Any) -> None:
+    with pytest.raises(InputError, match=f"p must be finite and at least 1, got {p!r}"):
         norms.LpBatchNorm2d(3, p)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
+def test_inputs_that_are_no_reals(dtype: torch.dtype) -> None:
+    with pytest.raises(InputError, match=f"real floating-point numbers, got {dtype}"):
+        norms.L1BatchNorm2d(3)(torch.ones(4, 3, 2, 2).to(dtype))
+
+
+def test_running_statistics_that_half_cannot_hold_stay_as_they_were() -> None:
+    layer = norms.L1BatchNorm2d(1).half()
+    layer(torch.randn(8, 1, 8, 8).half() * 4000)
+    assert layer.running_var.item() == 1.0  # 0.1 · 4000² is beyond 65504
 
 
 @pytest.mark.parametrize("k", [0, -1, 2.5, 10.0, "10"])
