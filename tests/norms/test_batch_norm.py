@@ -612,7 +612,7 @@ def test_running_statistics_that_half_cannot_hold_stay_as_they_were() -> None:
 
 @pytest.mark.parametrize("k", [0, -1, 2.5, 10.0, "10"])
 def test_bad_counts(k: Any) -> None:
-    with pytest.raises(InputError, match=f"k must be a whole number of at least 1, got {k}"):
+    with pytest.raises(InputError, match=f"k must be a whole number of at least 1, got {k!r}"):
         norms.TopKBatchNorm2d(3, k)
 
 
