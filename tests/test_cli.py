@@ -355,8 +355,10 @@ def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_resume(tmp_path: Path,
     endless = [*SHORT, "--trainer.max_epochs", "10000"]
     words = ["fit", "--config", str(config), *endless]
     run = tmp_path / "runs" / "my run" / "version_0"
+    # Whoever runs the tests in the background hands down a SIGINT that is ignored.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     process = subprocess.Popen(
-        [sys.executable, "-m", "nmlightning", *words],
+        [sys.executable, "-c", f"{heed}; from nmlightning.cli import main; exit(main())", *words],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         stderr=subprocess.PIPE,
