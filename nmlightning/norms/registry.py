@@ -94,6 +94,8 @@ def check_kinds(kinds: tuple[str, ...]) -> tuple[Kind, ...]:
 def check_options(name: str, kind: Kind, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of norm `name` with its fixed ones, or raise InputError."""
     norm = find_norm(name)
+    if not isinstance(options, Mapping):
+        raise InputError(f"options map names to values, such as {{'eps': 1e-5}}, got {options!r}.")
     allowed = set(inspect.signature(layer_class(name, kind, None)).parameters) - _INHERITED
     for option in options:
         if option in norm.fixed:

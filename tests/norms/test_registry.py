@@ -110,6 +110,15 @@ def test_options_that_there_are_not(name: str, kind: str, option: str, message: 
         check_options(name, kind, {option: 1})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("options", [3, "k", [["k", 5]]])
+def test_options_that_are_no_mapping(options: object) -> None:
+    with pytest.raises(
+        InputError,
+        match=re.escape(f"options map names to values, such as {{'eps': 1e-5}}, got {options!r}."),
+    ):
+        check_options("topk", "batch", options)  # type: ignore[arg-type]
+
+
 def test_kinds() -> None:
     assert check_kinds(("batch",)) == ("batch",)
     assert check_kinds(KINDS) == ("batch", "layer")
