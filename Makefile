@@ -13,7 +13,7 @@ REQUIREMENTS := setup.cfg pyproject.toml constraints.txt
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-12s%s\n", $$1, $$2 }'
 
-quickstart: $(VENV)/core ## install, then train on the embedded digits (about two minutes)
+quickstart: $(VENV)/core ## install, then train on the embedded digits (half a minute)
 	$(VENV)/bin/nm fit --config configs/quickstart.yaml
 
 test: $(VENV)/test ## install with the test extra, then run all tests
