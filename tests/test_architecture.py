@@ -34,6 +34,7 @@ LAYERS = [
         "nmlightning.norms.gaussian",
         "nmlightning.norms.settings",
         "nmlightning.recipes",
+        "nmlightning.weights.channel_norms",
         "nmlightning.weights.parameter_groups",
     ],
     ["nmlightning.after_method", "nmlightning.errors"],

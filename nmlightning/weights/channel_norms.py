@@ -1,0 +1,172 @@
+"""Norms of weights per output channel, and what they say of the speed of learning."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nmlightning.errors import InputError
+
+
+@dataclass(frozen=True)
+class ChannelLayout:
+    """Where the output channels of a weight are.
+
+    Args:
+        transposed_groups: None for a convolution or a linear layer, (C, …); the number of groups
+            for a transposed convolution, whose weight is (C_in, C / groups, …).
+    """
+
+    transposed_groups: int | None = None
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """Return the weight as (C, …), one entry of dimension 0 for each output channel."""
+        if self.transposed_groups is None:
+            return weight
+        groups = self.transposed_groups
+        by_group = weight.reshape(groups, -1, *weight.shape[1:])
+        return by_group.transpose(1, 2).flatten(0, 1)
+
+    def spread(self, values: Tensor, weight: Tensor) -> Tensor:
+        """Return the (C,) values in a shape that broadcasts against `weight`."""
+        if self.transposed_groups is None:
+            return values.view(-1, *[1] * (weight.dim() - 1))
+        by_group = values.view(self.transposed_groups, 1, -1)
+        by_input = by_group.expand(-1, weight.shape[0] // self.transposed_groups, -1)
+        return by_input.reshape(*weight.shape[:2], *[1] * (weight.dim() - 2))
+
+
+ROWS = ChannelLayout()
+
+
+def channel_norms(weight: Tensor, p: float = 2.0, layout: ChannelLayout = ROWS) -> Tensor:
+    """Return ‖w_i‖_p of every output channel i.
+
+        ‖w_i‖_p = (Σ |w_ij|^p)^(1/p),        ‖w_i‖_∞ = max |w_ij|
+
+    Args:
+        weight: (C, …), or as `layout` says. A `DTensor` may be sharded along dimension 0 or
+            replicated; the norms are then a `DTensor` of the same placement.
+        p: 1 or more, or `math.inf`.
+        layout: where the output channels are.
+
+    Returns:
+        (C,), accumulated and returned in float32, in float64 for a float64 weight; not part of
+        the autograd graph.
+
+    Raises:
+        InputError: p below 1; a weight that is no floating-point matrix or higher; channels that
+            are split over ranks.
+
+    Example:
+        >>> channel_norms(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
+        tensor([5., 2.])
+    """
+    if not p >= 1:
+        raise InputError(f"p must be at least 1, got {p!r}.")
+    if weight.dim() < 2 or not weight.is_floating_point():
+        raise InputError(
+            f"expected a floating-point weight of two or more dimensions, got {weight.dtype} of "
+            f"shape {tuple(weight.shape)}."
+        )
+    if type(weight).__name__ == "DTensor":
+        return _of_shards(weight, p, layout)
+    rows = layout.rows(weight.detach())
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(rows, p, dim=tuple(range(1, rows.dim())), dtype=dtype)
+    return norms
+
+
+def _of_shards(weight: Tensor, p: float, layout: ChannelLayout) -> Tensor:
+    from torch.distributed.tensor import DTensor, Shard
+
+    assert isinstance(weight, DTensor)
+    split = [place for place in weight.placements if not place.is_replicate()]
+    if any(place != Shard(0) for place in split) or (split and layout != ROWS):
+        raise InputError(
+            f"the output channels of a weight are split over ranks ({weight.placements}); shard "
+            "it along its output channels."
+        )
+    local = channel_norms(weight.to_local(), p, layout)
+    channels = torch.Size([weight.shape[0]]) if layout == ROWS else local.shape
+    return DTensor.from_local(
+        local, weight.device_mesh, weight.placements, shape=channels, stride=(1,)
+    )
+
+
+def effective_learning_rates(
+    norms: Tensor, learning_rate: float, *, power: int = 2, momentum: float = 0.0
+) -> Tensor:
+    """Return η / ((1 − m) ‖w_i‖^power): how fast the direction of a channel learns.
+
+    Args:
+        norms: (C,) ‖w_i‖₂ of weights that the loss does not feel the norm of.
+        learning_rate: η.
+        power: 2 for SGD, 1 for optimizers of the Adam kind.
+        momentum: m of SGD; 0 for optimizers of the Adam kind, whose average does not add up.
+
+    Returns:
+        (C,), in the dtype of the norms.
+
+    Source: Hoffer et al. 2018, §3 (arXiv 1803.01814).
+    """
+    return learning_rate / ((1.0 - momentum) * norms**power)
+
+
+def rotations(before: Tensor, after: Tensor, layout: ChannelLayout = ROWS) -> Tensor:
+    """Return the angle in radians between each channel's weight before and after.
+
+    With unit vectors a and b it is 2 atan2(‖a − b‖, ‖a + b‖), exact for small angles, where the
+    arc cosine of ⟨a, b⟩ in float32 is lost below 3e-4. NaN where a weight is zero.
+
+    Args:
+        before: (C, …), or as `layout` says.
+        after: the same.
+        layout: where the output channels are.
+
+    Returns:
+        (C,), accumulated and returned in float32, in float64 for a float64 weight.
+    """
+    a, b = (_unit_rows(weight, layout) for weight in (before, after))
+    dims = tuple(range(1, a.dim()))
+    distances = [torch.linalg.vector_norm(x, dim=dims) for x in (a - b, a + b)]
+    return 2.0 * torch.atan2(*distances)
+
+
+def _unit_rows(weight: Tensor, layout: ChannelLayout) -> Tensor:
+    norms = channel_norms(weight, layout=layout)
+    rows = layout.rows(weight.detach()).to(norms.dtype)
+    return rows / ROWS.spread(norms, rows)
+
+
+def equilibrium_rotation(
+    learning_rate: float, weight_decay: float, *, momentum: float = 0.0, beta1: float | None = None
+) -> float:
+    """Return the rotation per step, in radians, at which weight decay and learning balance.
+
+        SGD: √(2ηλ / (1 + m)),        AdamW: √(2ηλ (1 − β₁) / (1 + β₁))
+
+    It is that of a scale-invariant weight whose gradients are uncorrelated over time.
+
+    Args:
+        learning_rate: η.
+        weight_decay: λ.
+        momentum: m of SGD.
+        beta1: β₁ of AdamW, which decays the weights beside the step; None for SGD.
+
+    Source: Wan et al. 2021 (arXiv 2006.08419); Kosson et al. 2023 (arXiv 2305.17212).
+    """
+    share = 1 / (1 + momentum) if beta1 is None else (1 - beta1) / (1 + beta1)
+    return math.sqrt(2 * learning_rate * weight_decay * share)
+
+
+def norm_ratios(norms: Tensor, reference: Tensor) -> Tensor:
+    """Return ‖w_i‖ / ‖reference_i‖ in float64; NaN where the reference is not positive and finite.
+
+    Args:
+        norms: (C,).
+        reference: (C,), or a scalar.
+    """
+    usable = (reference > 0) & reference.isfinite()
+    return torch.where(usable, norms.double() / reference.double(), math.nan)

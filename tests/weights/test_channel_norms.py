@@ -1,0 +1,213 @@
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from nmlightning.errors import InputError
+from nmlightning.weights.channel_norms import (
+    ROWS,
+    ChannelLayout,
+    channel_norms,
+    effective_learning_rates,
+    equilibrium_rotation,
+    norm_ratios,
+    rotations,
+)
+
+POWERS = [1, 1.5, 2, 3, math.inf]
+
+
+def norm_by_definition(row: Tensor, p: float) -> float:
+    values = [abs(value) for value in row.flatten().tolist()]
+    return max(values) if p == math.inf else sum(value**p for value in values) ** (1 / p)
+
+
+@pytest.mark.parametrize("p", POWERS)
+@pytest.mark.parametrize("shape", [(5, 3), (1, 7), (4, 3, 5), (4, 2, 3, 3), (3, 2, 1, 2, 2)])
+def test_definition(shape: tuple[int, ...], p: float) -> None:
+    weight = torch.randn(shape)
+    expected = torch.tensor([norm_by_definition(row, p) for row in weight])
+    torch.testing.assert_close(channel_norms(weight, p), expected)
+
+
+@pytest.mark.parametrize("p", POWERS)
+def test_channels_last(p: float) -> None:
+    weight = torch.randn(4, 6, 3, 3)
+    last = weight.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(channel_norms(last, p), channel_norms(weight, p))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("p", POWERS)
+def test_half_accumulates_in_float32(dtype: torch.dtype, p: float) -> None:
+    weight = (100 * torch.randn(2, 4096)).to(dtype)  # its squares overflow half
+    norms = channel_norms(weight, p)
+    assert norms.dtype == torch.float32
+    torch.testing.assert_close(norms, channel_norms(weight.double(), p).float())
+
+
+def test_float64_stays() -> None:
+    weight = nn.Parameter(torch.randn(3, 9, dtype=torch.float64))
+    norms = channel_norms(weight)
+    assert norms.dtype == torch.float64
+    assert not norms.requires_grad
+    torch.testing.assert_close(norms, weight.detach().norm(dim=1), rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_transposed_convolution(dims: int, groups: int) -> None:
+    """The norm of a channel is that of all weights which its output depends on."""
+    make = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
+    layer = make(6, 12, 2, groups=groups, bias=False)
+    layout = ChannelLayout(groups)
+    norms = channel_norms(layer.weight, layout=layout)
+    x = torch.randn(1, 6, *[1] * dims)
+    for channel in range(12):
+        (grad,) = torch.autograd.grad(layer(x)[0, channel].sum(), layer.weight)
+        expected = layer.weight.detach()[grad != 0].norm()
+        torch.testing.assert_close(norms[channel], expected)
+    spread = layout.spread(norms, layer.weight)
+    unit = channel_norms(layer.weight.detach() / spread, layout=layout)
+    torch.testing.assert_close(unit, torch.ones(12))
+
+
+def test_rows_spread() -> None:
+    values, weight = torch.rand(4), torch.randn(4, 3, 2, 2)
+    torch.testing.assert_close(
+        channel_norms(weight * ROWS.spread(values, weight)), values * channel_norms(weight)
+    )
+
+
+@pytest.mark.parametrize("p", [0, 0.5, -1, math.nan])
+def test_powers_that_are_no_norm(p: float) -> None:
+    with pytest.raises(InputError, match=f"p must be at least 1, got {p}"):
+        channel_norms(torch.ones(2, 2), p)
+
+
+@pytest.mark.parametrize(
+    "weight", [torch.ones(3), torch.ones(3, 2, dtype=torch.int64), torch.ones(2, 2) * 1j]
+)
+def test_what_has_no_channel_norms(weight: Tensor) -> None:
+    with pytest.raises(InputError, match="expected a floating-point weight of two or more dim"):
+        channel_norms(weight)
+
+
+@pytest.mark.usefixtures("_one_process")
+def test_shards_of_whole_channels() -> None:
+    mesh = init_device_mesh("cpu", (1,))
+    weight = torch.randn(4, 3)
+    for place in (Shard(0), Replicate()):
+        norms = channel_norms(distribute_tensor(weight, mesh, [place]))
+        assert isinstance(norms, DTensor)
+        assert norms.placements == (place,)
+        torch.testing.assert_close(norms.full_tensor(), channel_norms(weight))
+    transposed = distribute_tensor(torch.randn(4, 3, 2), mesh, [Replicate()])
+    norms = channel_norms(transposed, layout=ChannelLayout(2))
+    assert norms.shape == (6,)
+
+
+@pytest.mark.usefixtures("_one_process")
+def test_shards_that_split_a_channel() -> None:
+    mesh = init_device_mesh("cpu", (1,))
+    weight = distribute_tensor(torch.randn(4, 4), mesh, [Shard(1)])
+    with pytest.raises(InputError, match="channels of a weight are split over ranks"):
+        channel_norms(weight)
+    weight = distribute_tensor(torch.randn(4, 4), mesh, [Shard(0)])
+    with pytest.raises(InputError, match="channels of a weight are split over ranks"):
+        channel_norms(weight, layout=ChannelLayout(1))
+
+
+def test_effective_learning_rates() -> None:
+    norms = torch.tensor([1.0, 2.0, 0.5])
+    sgd = effective_learning_rates(norms, 0.1, momentum=0.9)
+    torch.testing.assert_close(sgd, torch.tensor([1.0, 0.25, 4.0]))
+    adam = effective_learning_rates(norms, 0.1, power=1)
+    torch.testing.assert_close(adam, torch.tensor([0.1, 0.05, 0.2]))
+
+
+def test_a_scale_invariant_weight_learns_at_its_effective_rate() -> None:
+    """Of c·w at rate c²·η the direction moves as that of w at rate η."""
+    torch.manual_seed(0)
+    x, target = torch.randn(8, 5), torch.randn(8, 1)
+    directions, rates = [], []
+    for scale in (1.0, 3.0):
+        weight = torch.full((1, 5), 0.7).add_(torch.arange(5.0)).mul_(scale).requires_grad_()
+        loss = (x @ (weight / weight.norm()).T - target).square().sum()
+        (grad,) = torch.autograd.grad(loss, weight)
+        rate = 0.01 * scale**2
+        after = (weight - rate * grad).detach()
+        directions.append(after / after.norm())
+        rates.append(effective_learning_rates(channel_norms(weight), rate))
+    torch.testing.assert_close(*directions)
+    torch.testing.assert_close(*rates)
+
+
+@pytest.mark.parametrize("angle", [0.0, 1e-6, 1e-3, 1.0, math.pi / 2, 3.0])
+def test_rotations(angle: float) -> None:
+    before = torch.tensor([[1.0, 0.0], [5.0, 0.0]], dtype=torch.float64)
+    turned = torch.tensor([math.cos(angle), math.sin(angle)], dtype=torch.float64)
+    found = rotations(before.float(), torch.stack([turned, 2 * turned]).float())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, torch.full((2,), angle), rtol=1e-5, atol=1e-12)
+
+
+def test_rotations_of_a_zero_weight_and_of_a_transposed_one() -> None:
+    assert rotations(torch.zeros(1, 3), torch.ones(1, 3)).isnan().all()
+    weight = torch.randn(2, 3, 4)
+    after = weight.clone()
+    after[:, 1] = -after[:, 1]
+    found = rotations(weight, after, ChannelLayout(1))
+    torch.testing.assert_close(found, torch.tensor([0.0, math.pi, 0.0]))
+
+
+Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (
+            lambda w: torch.optim.SGD(w, 0.05, momentum=0.0, weight_decay=0.02),
+            equilibrium_rotation(0.05, 0.02),
+        ),
+        (
+            lambda w: torch.optim.SGD(w, 0.05, momentum=0.9, weight_decay=0.02),
+            equilibrium_rotation(0.05, 0.02, momentum=0.9),
+        ),
+        (
+            lambda w: torch.optim.AdamW(w, 0.05, betas=(0.9, 0.99), weight_decay=0.1),
+            equilibrium_rotation(0.05, 0.1, beta1=0.9),
+        ),
+    ],
+    ids=["sgd", "momentum", "adamw"],
+)
+def test_equilibrium_rotation(make: Optimizer, expected: float) -> None:
+    """A scale-invariant weight with random gradients settles at the formula's rotation."""
+    torch.manual_seed(0)
+    weight = torch.randn(16, 256, dtype=torch.float64)
+    optimizer = make([weight])
+    squares = []
+    for step in range(3000):
+        norms = weight.norm(dim=1, keepdim=True)
+        unit = weight / norms
+        grad = torch.randn_like(weight)
+        weight.grad = (grad - (grad * unit).sum(1, keepdim=True) * unit) / norms
+        before = weight.clone()
+        optimizer.step()
+        if step >= 2000:
+            squares.append(rotations(before, weight).square().mean())
+    found = torch.stack(squares).mean().sqrt().item()
+    assert found == pytest.approx(expected, rel=0.01)  # correlations of order 1 / 256 remain
+
+
+def test_norm_ratios() -> None:
+    reference = torch.tensor([2.0, 0.0, -1.0, math.inf, math.nan, 1e-30])
+    ratios = norm_ratios(torch.full((6,), 1.0), reference)
+    assert ratios.dtype == torch.float64
+    torch.testing.assert_close(ratios[[0, 5]], torch.tensor([0.5, 1e30], dtype=torch.float64))
+    assert ratios[1:5].isnan().all()
