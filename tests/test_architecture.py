@@ -35,9 +35,14 @@ LAYERS = [
         "nmlightning.norms.settings",
         "nmlightning.recipes",
         "nmlightning.weights.channel_norms",
+        "nmlightning.weights.history",
         "nmlightning.weights.parameter_groups",
     ],
-    ["nmlightning.after_method", "nmlightning.errors"],
+    [
+        "nmlightning.after_method",
+        "nmlightning.weights.recording_file",
+    ],
+    ["nmlightning.errors"],
 ]
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 USE_LIGHTNING = {
