@@ -19,3 +19,13 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     """
     matches = get_close_matches(name, list(allowed), n=1, cutoff=0.5)
     return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def check_choice(what: str, value: object, allowed: Iterable[str]) -> None:
+    """Raise InputError unless `value`, the setting called `what`, is one of `allowed`."""
+    choices = list(allowed)
+    if value not in choices:
+        raise InputError(
+            f"{what} is {' or '.join(map(repr, choices))}, got {value!r}."
+            f"{nearest(str(value), choices)}"
+        )

@@ -23,6 +23,7 @@ LAYERS = [
     ["nmlightning.surgery"],
     ["nmlightning.swappable"],
     ["nmlightning.norms", "nmlightning.weights"],
+    ["nmlightning.weights.steering"],
     ["nmlightning.norms.registry"],
     ["nmlightning.norms.batch_norm", "nmlightning.norms.layer_norm"],
     ["nmlightning.norms.batch_norm_function", "nmlightning.norms.layer_norm_function"],

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nmlightning.errors import InputError, nearest
+from nmlightning.errors import InputError, check_choice, nearest
 from nmlightning.weights.recording_file import FILE_NAME, read_recording, write_recording
 
 Alignment = Literal["official", "interpolate"]
@@ -141,11 +141,7 @@ class NormHistory:
         Raises:
             InputError: neither or both moments, or one that the recording does not reach.
         """
-        if align not in get_args(Alignment):
-            known = get_args(Alignment)
-            raise InputError(
-                f"align is {' or '.join(known)}, got {align!r}.{nearest(align, known)}"
-            )
+        check_choice("align", align, get_args(Alignment))
         if (step is None) == (epoch is None):
             raise InputError("give either a step or an epoch.")
         if align == "official":

@@ -1,0 +1,122 @@
+"""The hooks around an optimizer's step, and the count of what they could not steer."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from nmlightning.errors import InputError
+from nmlightning.weights.steering.reference import Moment
+from nmlightning.weights.steering.scale_invariance import Scope
+from nmlightning.weights.steering.steered_weight import SteeredWeight
+
+MAX_STEPS_UNDONE = 100
+"""A run stops when some channel's step had to be undone in this many steps in a row."""
+_LOOK_EVERY = 25  # Looking at the count waits for the device.
+
+
+class StepRule(Protocol):
+    """What is done to one weight after each step of its optimizer."""
+
+    weight: SteeredWeight
+
+    def after_step(self, before: Tensor, moment: Moment) -> Tensor:
+        """Change the weight's step from `before`; return (C,) bool, the channels left unmoved."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+
+
+class Attachment:
+    """A rule at work on an optimizer; `remove` undoes it.
+
+    Args:
+        optimizer: its step hooks are used; nothing else of it changes.
+        rules: one for each weight.
+        scope: which of them are steered at all; it may drop weights after the first step.
+        name: of the rule, for its messages.
+
+    Attributes:
+        steps: optimizer steps seen so far. A GradScaler that skips a step of an optimizer which is
+            not fused hides it; whoever steps under one sets `clock`.
+        clock: returns the moment that a reference is looked up at; by default `{"step": steps}`.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, rules: Sequence[StepRule], scope: Scope, name: str
+    ) -> None:
+        self.rules = list(rules)
+        self.scope = scope
+        self.steps = 0
+        self.clock: Callable[[], Moment] = lambda: {"step": self.steps}
+        self._name = name
+        self._before: list[Tensor] = []
+        device = self.rules[0].weight.values.device
+        self._undone = torch.zeros((), dtype=torch.int64, device=device)
+        self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._keep),
+            optimizer.register_step_post_hook(self._steer),
+        ]
+
+    @property
+    def undone(self) -> int:
+        """How many steps of channels were undone since they, or their factor, were not finite."""
+        return int(self._undone)
+
+    def remove(self) -> None:
+        """Let the optimizer step as it did before."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a resumed run needs to go on bit for bit."""
+        return {
+            "steps": self.steps,
+            "undone": self._undone.clone(),
+            "in_a_row": self._in_a_row.clone(),
+            "scope": self.scope.state_dict(),
+            "weights": {rule.weight.name: rule.state_dict() for rule in self.rules},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`, or raise InputError if it is of other weights."""
+        names = [rule.weight.name for rule in self.rules]
+        if set(state["weights"]) != set(names):
+            other = sorted(set(state["weights"]) ^ set(names))
+            raise InputError(f"The state of {self._name} is of other weights; {other[0]} differs.")
+        self.steps = state["steps"]
+        self._undone.copy_(state["undone"])
+        self._in_a_row.copy_(state["in_a_row"])
+        self.scope.load_state_dict(state["scope"])
+        for rule in self.rules:
+            rule.load_state_dict(state["weights"][rule.weight.name])
+
+    def _keep(self, *_: Any) -> None:
+        self._before = [rule.weight.values.clone() for rule in self.rules]
+
+    @torch.no_grad()
+    def _steer(self, *_: Any) -> None:
+        moment = self.clock()
+        undone = torch.zeros_like(self._undone)
+        for rule, before in zip(self.rules, self._before, strict=True):
+            if self.scope.holds(rule.weight, before):
+                undone += rule.after_step(before, moment).sum().to(undone.device)
+        self._before = []
+        self.steps += 1
+        self._count(undone)
+
+    def _count(self, undone: Tensor) -> None:
+        self._undone += undone
+        self._in_a_row = (self._in_a_row + 1) * (undone > 0)
+        if self.steps % _LOOK_EVERY == 0 and int(self._in_a_row) >= MAX_STEPS_UNDONE:
+            raise InputError(
+                f"{self._name} had to undo steps of some channels {int(self._in_a_row)} times in a "
+                f"row (now {int(undone)} channels), since they, or the factors of the rule, were "
+                'not finite: the run has diverged. Lower max_factor, or use mode "stable".'
+            )

@@ -1,0 +1,100 @@
+"""Which parameters of an optimizer a rule steers, and which it must not."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from nmlightning.errors import InputError, nearest
+from nmlightning.weights.channel_norms import ROWS, ChannelLayout, channel_norms
+from nmlightning.weights.steering.steered_weight import SteeredWeight
+
+
+def choose_weights(
+    optimizer: Optimizer,
+    named_parameters: Iterable[tuple[str, Tensor]],
+    include: Sequence[str],
+    exclude: Sequence[str],
+    layouts: Mapping[str, ChannelLayout],
+) -> list[SteeredWeight]:
+    """Return the weights of `optimizer` to steer, under their plain names.
+
+    Args:
+        optimizer: parameters that it does not have are left out.
+        named_parameters: of the model.
+        include: glob patterns on plain names; empty means every convolution (three or more
+            dimensions).
+        exclude: glob patterns on names that are left alone.
+        layouts: the layouts of weights whose output channels are not along dimension 0.
+
+    Raises:
+        InputError: nothing to steer; a pattern that matches nothing; a parameter that FSDP1
+            flattened, that is split within channels, or that decays inside the optimizer's step.
+    """
+    groups = {q: group for group in optimizer.param_groups for q in group["params"]}
+    named = {plain_name(name): parameter for name, parameter in named_parameters}
+    _check_patterns(named, (*include, *exclude))
+    chosen = [
+        SteeredWeight(name, parameter, optimizer, groups[parameter], layouts.get(name, ROWS))
+        for name, parameter in named.items()
+        if parameter in groups
+        and parameter.requires_grad
+        and (_matches(name, include) if include else parameter.dim() >= 3)
+        and not _matches(name, exclude)
+    ]
+    if not chosen:
+        raise InputError(
+            "There is no weight to steer: by default these are the convolutions in the optimizer; "
+            f"name others by include. It has {_some([n for n, q in named.items() if q in groups])}."
+        )
+    for weight in chosen:
+        _check(weight)
+    return chosen
+
+
+def plain_name(name: str) -> str:
+    """Return a parameter's name without what `torch.compile` or a parametrization add to it.
+
+    >>> plain_name("_orig_mod.conv.parametrizations.weight.original1")
+    'conv.weight'
+    """
+    name = re.sub(r"(^|\.)parametrizations\.(\w+)\.original\d*$", r"\1\2", name)
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _check_patterns(named: Mapping[str, Any], patterns: Iterable[str]) -> None:
+    for name, parameter in named.items():
+        if getattr(parameter, "_is_flat_param", False):
+            raise InputError(
+                f"{name} is a flat shard of FSDP1, which has no channels: use FSDP2 "
+                "(ModelParallelStrategy) or DDP."
+            )
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in named):
+            raise InputError(
+                f"The pattern {pattern!r} matches no parameter.{nearest(pattern, named)} There is "
+                f"{_some(list(named))}."
+            )
+
+
+def _check(weight: SteeredWeight) -> None:
+    decay = weight.group.get("weight_decay")
+    if decay:
+        raise InputError(
+            f"{weight.name} has weight decay {float(decay):g} in its optimizer, which would be "
+            "steered with the step: put it into a parameter group without, for instance by "
+            'parameter_groups with scope "last_layer".'
+        )
+    channel_norms(weight.parameter, layout=weight.layout)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:5]) or "nothing"
+    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")

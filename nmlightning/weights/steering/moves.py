@@ -1,0 +1,49 @@
+"""What a rule does to a step that the optimizer has taken: scale it, bound it, or undo it."""
+
+import torch
+from torch import Tensor
+
+from nmlightning.weights.channel_norms import channel_norms
+from nmlightning.weights.steering.steered_weight import SteeredWeight
+
+
+@torch.no_grad()
+def scale_step(
+    weight: SteeredWeight, before: Tensor, factors: Tensor, max_rotation: float | None = None
+) -> Tensor:
+    """Turn the step Δw_i that led from `before` to the weight into f_i · Δw_i.
+
+    A channel whose step or factor is not finite goes back to where it was.
+
+    Args:
+        weight: the weight after the optimizer's step; it is changed in place.
+        before: its values before.
+        factors: (C,) f_i.
+        max_rotation: f_i is lowered until ‖f_i Δw_i‖ ≤ max_rotation · ‖w_i‖, in radians for small
+            angles; None for no bound.
+
+    Returns:
+        (C,) bool: the channels whose step was undone.
+    """
+    after = weight.values
+    lengths = channel_norms(after - before, layout=weight.layout)
+    undone = ~(lengths.isfinite() & factors.isfinite())
+    if max_rotation is not None:
+        bounds = max_rotation * channel_norms(before, layout=weight.layout) / lengths
+        factors = torch.minimum(factors, bounds.where(lengths > 0, torch.inf))
+    scaled = torch.lerp(before, after, weight.spread(factors.where(~undone, 0.0)))
+    after.copy_(scaled.where(weight.spread(undone) == 0, before))
+    return undone
+
+
+@torch.no_grad()
+def project(weight: SteeredWeight, norms: Tensor) -> None:
+    """Scale each channel to the norm that is asked of it, and the optimizer's averages inversely.
+
+    Args:
+        weight: it is changed in place.
+        norms: (C,) ‖w_i‖₂ to have. A channel stays as it is where that or its own norm is zero or
+            not finite.
+    """
+    factors = norms / weight.norms()
+    weight.scale(factors.where(factors.isfinite() & (factors > 0), 1.0))

@@ -1,0 +1,70 @@
+"""Which weights the loss does not feel the norm of: measured, on the first gradient."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from nmlightning.weights.channel_norms import channel_norms
+from nmlightning.weights.steering.steered_weight import SteeredWeight
+
+TOLERANCE = 0.1
+"""Of random directions in D dimensions the cosine is about 1/√D: a tenth of it passes for zero."""
+
+
+def radial_share(weight: SteeredWeight, values: Tensor, grad: Tensor) -> Tensor:
+    """Return the root mean square over channels of cos(w_i, g_i) · √D.
+
+    It is 0 where the loss does not depend on ‖w_i‖, since then <g_i, w_i> = 0, and about 1 for a
+    gradient of random direction. NaN for a gradient that is zero or not finite.
+
+    Args:
+        weight: whose channels these are.
+        values: w, as of when the gradient was taken.
+        grad: g, of the same shape, at any scale.
+    """
+    dtype = weight.norms_dtype
+    rows, grads = (weight.layout.rows(x).flatten(1).to(dtype) for x in (values, grad))
+    norms, sizes = (channel_norms(x, layout=weight.layout) for x in (values, grad.to(dtype)))
+    cosines = (rows * (grads / sizes[:, None])).sum(1) / norms
+    used = (sizes > 0) & (norms > 0)
+    squares = weight.all_channels(cosines.square().where(used, 0.0))
+    count = weight.all_channels(used.to(dtype)).sum()
+    share: Tensor = (squares.sum() / count).sqrt() * math.sqrt(rows.shape[1])
+    return share
+
+
+class Scope:
+    """Which weights are steered: those whose first gradient does not point along them.
+
+    Args:
+        insists: steer the others too, for they were named; a warning is due.
+
+    Attributes:
+        shares: `radial_share` of each weight, once it is known.
+    """
+
+    def __init__(self, *, insists: bool) -> None:
+        self.insists = insists
+        self.shares: dict[str, float] = {}
+
+    def holds(self, weight: SteeredWeight, before: Tensor) -> bool:
+        """Return whether the weight is steered, measuring it at its first usable gradient."""
+        if weight.name not in self.shares and weight.gradient is not None:
+            share = float(radial_share(weight, before, weight.gradient))
+            if math.isfinite(share):
+                self.shares[weight.name] = share
+        return self.insists or self.shares.get(weight.name, 0.0) <= TOLERANCE
+
+    def dropped(self) -> dict[str, float]:
+        """Return the shares of the weights whose norm the loss feels."""
+        return {name: share for name, share in self.shares.items() if share > TOLERANCE}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was measured."""
+        return {"shares": dict(self.shares)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take it for measured."""
+        self.shares = dict(state["shares"])

@@ -1,0 +1,104 @@
+"""The weights that a rule steers: where they are in an optimizer, and their channels."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from nmlightning.weights.channel_norms import ROWS, ChannelLayout, channel_norms
+
+# What a scale of the weight by c does to what the optimizer keeps: it grows by c to this power.
+# Gradients of a scale-invariant weight grow by 1/c, and so do averages of them.
+_BUFFER_POWERS = {
+    "momentum_buffer": -1,
+    "exp_avg": -1,
+    "exp_avg_sq": -2,
+    "max_exp_avg_sq": -2,
+    "exp_inf": -1,
+    "square_avg": -2,
+    "grad_avg": -1,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class SteeredWeight:
+    """One weight, and the optimizer that moves it.
+
+    Of a sharded weight, everything here is about the channels that this rank holds.
+    """
+
+    name: str
+    parameter: Tensor
+    optimizer: Optimizer
+    group: Mapping[str, Any]
+    layout: ChannelLayout = ROWS
+
+    @property
+    def values(self) -> Tensor:
+        """The weight itself, which may be changed in place."""
+        return _local(self.parameter.detach())
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """The gradient, of the weight's shape."""
+        return None if self.parameter.grad is None else _local(self.parameter.grad)
+
+    @property
+    def learning_rate(self) -> float:
+        """η of the next or of the last step."""
+        return float(self.group["lr"])
+
+    @property
+    def channels(self) -> int:
+        """C, over all ranks."""
+        return int(self.parameter.shape[0]) if self.layout == ROWS else len(self.norms())
+
+    @property
+    def norms_dtype(self) -> torch.dtype:
+        """The dtype that norms accumulate in."""
+        return torch.promote_types(self.parameter.dtype, torch.float32)
+
+    def norms(self) -> Tensor:
+        """Return ‖w_i‖₂, (C,)."""
+        return channel_norms(self.values, layout=self.layout)
+
+    def all_channels(self, values: Tensor) -> Tensor:
+        """Return the (C,) values of all ranks' channels, given those of this rank's."""
+        if type(self.parameter).__name__ != "DTensor":
+            return values
+        from torch.distributed.tensor import DTensor
+
+        mesh, placements = self.parameter.device_mesh, self.parameter.placements  # type: ignore[attr-defined]
+        shape = torch.Size([self.channels])
+        return DTensor.from_local(values, mesh, placements, shape=shape, stride=(1,)).full_tensor()
+
+    def local_channels(self, values: Tensor) -> Tensor:
+        """Return this rank's part of the (C,) values of all channels, on its device."""
+        values = values.to(self.values.device)
+        if type(self.parameter).__name__ != "DTensor":
+            return values
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh, placements = self.parameter.device_mesh, self.parameter.placements  # type: ignore[attr-defined]
+        return _local(distribute_tensor(values, mesh, placements))
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Return (C,) values in a shape and dtype that scales the weight's channels."""
+        return self.layout.spread(values, self.values).to(self.values.dtype)
+
+    @torch.no_grad()
+    def scale(self, factors: Tensor) -> None:
+        """Multiply channel i by factor i, and the optimizer's averages as its gradients change."""
+        self.values.mul_(self.spread(factors))
+        state = self.optimizer.state.get(self.parameter, {})
+        for name, power in _BUFFER_POWERS.items():
+            if isinstance(state.get(name), Tensor):
+                buffer = _local(state[name])
+                buffer.mul_(self.layout.spread(factors**power, buffer).to(buffer.dtype))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if type(tensor).__name__ == "DTensor" else tensor  # type: ignore[attr-defined]
