@@ -10,7 +10,7 @@ from nmlightning.weights.history import NormHistory
 
 
 class InvariantNet(nn.Module):
-    """Two convolutions under batch norms with next to no eps, in float64: exactly scale-invariant."""
+    """Two convolutions under batch norms with next to no eps: scale-invariant in float64."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nmlightning.errors import InputError
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.steering.lr_correction import LRCorrection
@@ -25,14 +26,14 @@ def groups(net: nn.Module) -> list[dict[str, Any]]:
 
 
 def sgd(net: nn.Module, **options: Any) -> torch.optim.SGD:
-    return torch.optim.SGD(groups(net), lr=0.1, momentum=0.9, **options)
+    return torch.optim.SGD(groups(net), lr=0.02, momentum=0.9, **options)
 
 
 class PaperSGD(torch.optim.Optimizer):
     """The rule of the paper, written into SGD's step: Δw = −η · buffer · ‖w‖² / ‖r‖²."""
 
     def __init__(self, params: Any, references: dict[Tensor, np.ndarray], nesterov: bool) -> None:
-        super().__init__(params, {"lr": 0.1, "weight_decay": 0.0})
+        super().__init__(params, {"lr": 0.02, "weight_decay": 0.0})
         self.references, self.nesterov, self.epoch = references, nesterov, 0
 
     @torch.no_grad()
@@ -42,7 +43,7 @@ class PaperSGD(torch.optim.Optimizer):
                 direction = weight.grad + group["weight_decay"] * weight
                 buffer = self.state[weight].get("buffer", torch.zeros_like(weight))
                 self.state[weight]["buffer"] = buffer = 0.9 * buffer + direction
-                update = direction + 0.9 * buffer if self.nesterov else buffer
+                update = direction + 0.9 * buffer if self.nesterov else buffer.clone()
                 if weight in self.references:
                     for channel in range(len(weight)):
                         reference = float(self.references[weight][self.epoch][channel])
@@ -123,7 +124,7 @@ def test_stable_mode_by_definition(
 def test_a_corrected_run_follows_the_one_with_decay(make_net: MakeNet, train: Train) -> None:
     """With a record at each step and no momentum the directions agree as far as the rule can."""
     decayed, corrected, free = make_net(), make_net(), make_net()
-    steps = 60
+    steps = 100
     rows: dict[str, list[Tensor]] = {"conv1.weight": [], "conv2.weight": []}
 
     def record(_: int = 0) -> None:
@@ -135,17 +136,17 @@ def test_a_corrected_run_follows_the_one_with_decay(make_net: MakeNet, train: Tr
     record()
     train(
         decayed,
-        torch.optim.SGD([{"params": convolutions, "weight_decay": 0.05}, {"params": head}], lr=0.3),
+        torch.optim.SGD([{"params": convolutions, "weight_decay": 1.0}, {"params": head}], lr=0.01),
         steps,
         each=record,
     )
     arrays = {name: torch.stack(values).numpy() for name, values in rows.items()}
     history = NormHistory.from_arrays(arrays, range(steps + 1), [0] * (steps + 1))
-    optimizer = torch.optim.SGD(corrected.parameters(), lr=0.3)
+    optimizer = torch.optim.SGD(corrected.parameters(), lr=0.01)
     correction = LRCorrection(history, align="interpolate", max_rotation=None)
     correction.attach(optimizer, corrected.named_parameters())
     train(corrected, optimizer, steps)
-    train(free, torch.optim.SGD(free.parameters(), lr=0.3), steps)
+    train(free, torch.optim.SGD(free.parameters(), lr=0.01), steps)
 
     def distance(net: nn.Module) -> float:
         pairs = [(net.get_parameter(n), decayed.get_parameter(n)) for n in rows]
@@ -157,3 +158,67 @@ def test_a_corrected_run_follows_the_one_with_decay(make_net: MakeNet, train: Tr
         torch.testing.assert_close(
             channel_norms(corrected.get_parameter(name)).float(), torch.from_numpy(values[0])
         )
+
+
+@LITERAL
+def test_the_literal_rule_diverges_where_the_stable_one_does_not(
+    make_net: MakeNet, train: Train, random_history: MakeHistory
+) -> None:
+    """Norms that only ever shrink, as of channels that weight decay kills."""
+    for mode, stays in (("paper", False), ("stable", True)):
+        net = make_net()
+        initial = {n: channel_norms(net.get_parameter(n)) for n in ("conv1.weight", "conv2.weight")}
+        decay = torch.logspace(-1, -4, 10)[:, None]
+        history = NormHistory.from_arrays(
+            {name: (norms * decay).numpy() for name, norms in initial.items()},
+            range(10, 101, 10),
+            range(10),
+        )
+        optimizer = sgd(net)
+        LRCorrection(history, mode=mode).attach(optimizer, net.named_parameters())  # type: ignore[arg-type]
+        train(net, optimizer, 100)
+        growth = max(
+            (channel_norms(net.get_parameter(name)) / norms).max().item()
+            for name, norms in initial.items()
+        )
+        # 1e19 is where float32 can no longer form the square of a norm.
+        assert growth == pytest.approx(1.0) if stays else growth > 1e19
+
+
+def test_dead_reference_channels_are_left_and_named(
+    make_net: MakeNet, train: Train, random_history: MakeHistory
+) -> None:
+    net = make_net()
+    history = random_history(net)
+    history.norms["conv1.weight"][:, 1] = 0.0
+    optimizer = sgd(net)
+    LRCorrection(history).attach(optimizer, net.named_parameters())
+    with pytest.warns(UserWarning, match=r"1 of 4 channels of conv1.weight have a recorded norm"):
+        train(net, optimizer, 3)
+    assert all(bool(q.isfinite().all()) for q in net.parameters())
+
+
+@pytest.mark.parametrize("mode", ["paper", "stable"])
+@LITERAL
+def test_a_step_that_is_not_finite_is_undone(
+    make_net: MakeNet, train: Train, random_history: MakeHistory, mode: Any
+) -> None:
+    net = make_net()
+    optimizer = sgd(net)
+    attachment = LRCorrection(random_history(net), mode=mode).attach(
+        optimizer, net.named_parameters()
+    )
+    train(net, optimizer, 1)
+    before = net.conv1.weight.detach().clone()
+    for q in net.parameters():
+        q.grad = torch.zeros_like(q)
+    net.conv1.weight.grad[2, 0, 1, 1] = torch.nan
+    optimizer.step()
+    torch.testing.assert_close(net.conv1.weight[2], before[2])
+    assert bool(net.conv1.weight.isfinite().all())
+    assert attachment.undone == 1
+    attachment.clock = lambda: {"epoch": 0}
+    while attachment.steps < 124:
+        optimizer.step()  # The momentum buffer is not finite any more.
+    with pytest.raises(InputError, match="LRCorrection had to undo steps of some channels 124 tim"):
+        optimizer.step()
