@@ -44,7 +44,8 @@ class Attachment:
     Attributes:
         steps: optimizer steps seen so far. A GradScaler that skips a step of an optimizer which is
             not fused hides it; whoever steps under one sets `clock`.
-        clock: returns the moment that a reference is looked up at; by default `{"step": steps}`.
+        clock: returns the moment that a reference is looked up at; by default the number
+            of steps before this one.
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class Attachment:
         self.rules = list(rules)
         self.scope = scope
         self.steps = 0
-        self.clock: Callable[[], Moment] = lambda: {"step": self.steps}
+        self.clock: Callable[[], Moment] = lambda: {"step": self.steps - 1}
         self._name = name
+        self._optimizer = optimizer
         self._before: list[Tensor] = []
         device = self.rules[0].weight.values.device
         self._undone = torch.zeros((), dtype=torch.int64, device=device)
@@ -102,14 +104,21 @@ class Attachment:
 
     @torch.no_grad()
     def _steer(self, *_: Any) -> None:
+        self.steps += 1
+        if self._skipped():
+            return
         moment = self.clock()
         undone = torch.zeros_like(self._undone)
         for rule, before in zip(self.rules, self._before, strict=True):
             if self.scope.holds(rule.weight, before):
                 undone += rule.after_step(before, moment).sum().to(undone.device)
         self._before = []
-        self.steps += 1
         self._count(undone)
+
+    def _skipped(self) -> bool:
+        """Whether a fused optimizer under a GradScaler has left this step out: it overflowed."""
+        found = getattr(self._optimizer, "found_inf", None)
+        return found is not None and bool(found)
 
     def _count(self, undone: Tensor) -> None:
         self._undone += undone

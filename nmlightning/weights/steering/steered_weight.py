@@ -46,6 +46,11 @@ class SteeredWeight:
         """The gradient, of the weight's shape."""
         return None if self.parameter.grad is None else _local(self.parameter.grad)
 
+    def buffer(self, name: str) -> Tensor | None:
+        """Return what the optimizer keeps for the weight under a name, such as `exp_avg`."""
+        kept = self.optimizer.state.get(self.parameter, {}).get(name)
+        return _local(kept) if isinstance(kept, Tensor) else None
+
     @property
     def learning_rate(self) -> float:
         """η of the next or of the last step."""
@@ -93,10 +98,9 @@ class SteeredWeight:
     def scale(self, factors: Tensor) -> None:
         """Multiply channel i by factor i, and the optimizer's averages as its gradients change."""
         self.values.mul_(self.spread(factors))
-        state = self.optimizer.state.get(self.parameter, {})
         for name, power in _BUFFER_POWERS.items():
-            if isinstance(state.get(name), Tensor):
-                buffer = _local(state[name])
+            buffer = self.buffer(name)
+            if buffer is not None:
                 buffer.mul_(self.layout.spread(factors**power, buffer).to(buffer.dtype))
 
 
