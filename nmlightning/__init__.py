@@ -30,7 +30,12 @@ if TYPE_CHECKING:
     from nmlightning.surgery import SwapReport as SwapReport
     from nmlightning.surgery import swap_norms as swap_norms
     from nmlightning.tasks import ImageClassifier as ImageClassifier
+    from nmlightning.weights.channel_norms import channel_norms as channel_norms
+    from nmlightning.weights.history import NormHistory as NormHistory
     from nmlightning.weights.parameter_groups import parameter_groups as parameter_groups
+    from nmlightning.weights.steering import DecayEquivalentLR as DecayEquivalentLR
+    from nmlightning.weights.steering import LRCorrection as LRCorrection
+    from nmlightning.weights.steering import NormSchedule as NormSchedule
 
 __version__ = "0.1.0"
 
@@ -43,7 +48,10 @@ _HOMES = {
     "norms": [*_BATCH_NORMS, "L1LayerNorm", "LpLayerNorm", "gaussian_constant"],
     "surgery": ["SwapReport", "swap_norms"],
     "tasks": ["ImageClassifier"],
+    "weights.channel_norms": ["channel_norms"],
+    "weights.history": ["NormHistory"],
     "weights.parameter_groups": ["parameter_groups"],
+    "weights.steering": ["DecayEquivalentLR", "LRCorrection", "NormSchedule"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

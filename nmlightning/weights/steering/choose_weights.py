@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nmlightning.errors import InputError, nearest
+from nmlightning.errors import InputError
 from nmlightning.weights.channel_norms import ROWS, ChannelLayout, channel_norms
 from nmlightning.weights.steering.steered_weight import SteeredWeight
 
@@ -75,8 +75,7 @@ def _check_patterns(named: Mapping[str, Any], patterns: Iterable[str]) -> None:
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in named):
             raise InputError(
-                f"The pattern {pattern!r} matches no parameter.{nearest(pattern, named)} There is "
-                f"{_some(list(named))}."
+                f"The pattern {pattern!r} matches no parameter. There is {_some(list(named))}."
             )
 
 

@@ -1,6 +1,7 @@
 """Which weights the loss does not feel the norm of: measured, on the first gradient."""
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,12 +55,24 @@ class Scope:
         if weight.name not in self.shares and weight.gradient is not None:
             share = float(radial_share(weight, before, weight.gradient))
             if math.isfinite(share):
-                self.shares[weight.name] = share
+                self._note(weight.name, share)
         return self.insists or self.shares.get(weight.name, 0.0) <= TOLERANCE
 
     def dropped(self) -> dict[str, float]:
-        """Return the shares of the weights whose norm the loss feels."""
+        """Return the shares of the weights that are not steered, for the loss feels their norm."""
+        if self.insists:
+            return {}
         return {name: share for name, share in self.shares.items() if share > TOLERANCE}
+
+    def _note(self, name: str, share: float) -> None:
+        self.shares[name] = share
+        if share > TOLERANCE and self.insists:
+            warnings.warn(
+                f"{name} is steered, but the loss feels its norm (is there no norm layer after "
+                "it?), so its learning rate does not depend on the norm alone; take it out of "
+                "include.",
+                stacklevel=2,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was measured."""

@@ -1,0 +1,337 @@
+"""What every rule keeps: scope, patterns, removal, resuming, skipped steps, clear refusals."""
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from nmlightning.errors import InputError
+from nmlightning.weights.channel_norms import ChannelLayout, channel_norms
+from nmlightning.weights.history import NormHistory
+from nmlightning.weights.steering.decay_equivalent_lr import DecayEquivalentLR
+from nmlightning.weights.steering.lr_correction import LRCorrection
+from nmlightning.weights.steering.norm_schedule import NormSchedule
+
+Train = Callable[..., None]
+MakeNet = Callable[[], nn.Module]
+MakeHistory = Callable[[nn.Module], NormHistory]
+MakeRule = Callable[..., Any]
+RULES: dict[str, MakeRule] = {
+    "stable": lambda history, **options: LRCorrection(history, **options),
+    "paper": lambda history, **options: LRCorrection(history, mode="paper", **options),
+    "layer": lambda history, **options: LRCorrection(history, granularity="layer", **options),
+    "schedule": lambda history, **options: NormSchedule(history, **options),
+    "decay": lambda _, **options: DecayEquivalentLR(0.01, **options),
+}
+REFERENCED = {name: make for name, make in RULES.items() if name != "decay"}
+pytestmark = pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. has no brake")
+
+
+def sgd(net: nn.Module, **options: Any) -> torch.optim.SGD:
+    return torch.optim.SGD(net.parameters(), **{"lr": 0.02, "momentum": 0.9, **options})
+
+
+def assert_equal(one: nn.Module, other: nn.Module) -> None:
+    for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.fixture(params=RULES)
+def make_rule(request: pytest.FixtureRequest) -> MakeRule:
+    return RULES[request.param]
+
+
+def test_it_moves_convolutions_only(
+    make_net: MakeNet, train: Train, random_history: MakeHistory, make_rule: MakeRule
+) -> None:
+    net, plain = make_net(), make_net()
+    optimizer = sgd(net)
+    attachment = make_rule(random_history(net)).attach(optimizer, net.named_parameters())
+    assert [rule.weight.name for rule in attachment.rules] == ["conv1.weight", "conv2.weight"]
+    train(net, optimizer, 1)
+    train(plain, sgd(plain), 1)
+    for name, parameter in net.named_parameters():
+        same = torch.equal(parameter, plain.get_parameter(name))
+        assert same is not name.startswith("conv"), name
+
+
+def test_remove(
+    make_net: MakeNet, train: Train, random_history: MakeHistory, make_rule: MakeRule
+) -> None:
+    net, plain = make_net(), make_net()
+    optimizer = sgd(net)
+    make_rule(random_history(net)).attach(optimizer, net.named_parameters()).remove()
+    train(net, optimizer, 2)
+    train(plain, sgd(plain), 2)
+    assert_equal(net, plain)
+
+
+@pytest.mark.parametrize("interrupted_after", [1, 13])
+def test_a_resumed_run_is_the_same_bit_for_bit(
+    make_net: MakeNet,
+    train: Train,
+    random_history: MakeHistory,
+    make_rule: MakeRule,
+    interrupted_after: int,
+) -> None:
+    whole = make_net()
+    history = random_history(whole)
+    optimizer = sgd(whole)
+    make_rule(history).attach(optimizer, whole.named_parameters())
+    train(whole, optimizer, 25)
+
+    first = make_net()
+    optimizer = sgd(first)
+    attachment = make_rule(history).attach(optimizer, first.named_parameters())
+    train(first, optimizer, interrupted_after)
+    state = [first.state_dict(), optimizer.state_dict(), attachment.state_dict()]
+    file = io.BytesIO()
+    torch.save(state, file)
+    train(first, optimizer, 3, first=interrupted_after)  # what is kept must not change any more
+
+    second = make_net()
+    optimizer = sgd(second)
+    attachment = make_rule(history).attach(optimizer, second.named_parameters())
+    file.seek(0)
+    weights, steps, steering = torch.load(file, weights_only=True)
+    second.load_state_dict(weights)
+    optimizer.load_state_dict(steps)
+    attachment.load_state_dict(steering)
+    assert attachment.steps == interrupted_after
+    train(second, optimizer, 25 - interrupted_after, first=interrupted_after)
+    assert_equal(second, whole)
+
+
+def test_a_state_of_other_weights(
+    make_net: MakeNet, random_history: MakeHistory, make_rule: MakeRule
+) -> None:
+    net = make_net()
+    history = random_history(net)
+    one = make_rule(history).attach(sgd(net), net.named_parameters())
+    other = make_rule(history, exclude=["conv2*"]).attach(sgd(net), net.named_parameters())
+    with pytest.raises(InputError, match=r"is of other weights; conv2.weight differs"):
+        other.load_state_dict(one.state_dict())
+
+
+@pytest.mark.parametrize("flags", [{"foreach": True}, {"fused": True}, {"foreach": False}])
+def test_every_implementation_of_the_optimizer(
+    make_net: MakeNet,
+    train: Train,
+    random_history: MakeHistory,
+    make_rule: MakeRule,
+    flags: dict[str, bool],
+) -> None:
+    net, plain = make_net(), make_net()
+    for each, options in ((net, flags), (plain, {})):
+        optimizer = sgd(each, **options)
+        make_rule(random_history(each)).attach(optimizer, each.named_parameters())
+        train(each, optimizer, 5)
+    for a, b in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_step_that_a_fused_optimizer_skips(
+    make_net: MakeNet, train: Train, random_history: MakeHistory, make_rule: MakeRule
+) -> None:
+    """What GradScaler does on an overflow: it leaves `found_inf` on the optimizer and steps."""
+    net = make_net()
+    optimizer = sgd(net, fused=True)
+    attachment = make_rule(random_history(net)).attach(optimizer, net.named_parameters())
+    train(net, optimizer, 3)
+    before = copy.deepcopy(net.state_dict())
+    buffers = [optimizer.state[q]["momentum_buffer"].clone() for q in net.parameters()]
+    optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.ones(())  # type: ignore[attr-defined]
+    for q in net.parameters():
+        assert q.grad is not None
+        q.grad.fill_(torch.inf)
+    optimizer.step()
+    for name, values in net.state_dict().items():
+        assert torch.equal(values, before[name]), name
+    for q, buffer in zip(net.parameters(), buffers, strict=True):
+        assert torch.equal(optimizer.state[q]["momentum_buffer"], buffer)
+    assert attachment.undone == 0
+    assert attachment.steps == 4
+    del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+
+
+def test_a_weight_whose_norm_matters_is_dropped(
+    make_net: MakeNet, train: Train, random_history: MakeHistory, make_rule: MakeRule
+) -> None:
+    net, plain = make_net(), make_net()
+    net.norm2, plain.norm2 = nn.Identity(), nn.Identity()
+    optimizer = sgd(net)
+    attachment = make_rule(random_history(net)).attach(optimizer, net.named_parameters())
+    train(net, optimizer, 1)
+    train(plain, sgd(plain), 1)
+    assert list(attachment.scope.dropped()) == ["conv2.weight"]
+    assert torch.equal(net.conv2.weight, plain.conv2.weight)
+    assert not torch.equal(net.conv1.weight, plain.conv1.weight)
+
+
+def test_a_weight_that_is_named_is_steered_all_the_same(
+    make_net: MakeNet, train: Train, random_history: MakeHistory, make_rule: MakeRule
+) -> None:
+    net, plain = make_net(), make_net()
+    net.norm2, plain.norm2 = nn.Identity(), nn.Identity()
+    optimizer = sgd(net)
+    rule = make_rule(random_history(net), include=["conv2*"])
+    attachment = rule.attach(optimizer, net.named_parameters())
+    with pytest.warns(UserWarning, match=r"conv2.weight is steered, but the loss feels its norm"):
+        train(net, optimizer, 1)
+    train(plain, sgd(plain), 1)
+    assert list(attachment.scope.dropped()) == []
+    assert not torch.equal(net.conv2.weight, plain.conv2.weight)
+    assert torch.equal(net.conv1.weight, plain.conv1.weight)
+
+
+def test_patterns(make_net: MakeNet, random_history: MakeHistory, make_rule: MakeRule) -> None:
+    net = make_net()
+    history = random_history(net)
+
+    def steered(**patterns: list[str]) -> list[str]:
+        attachment = make_rule(history, **patterns).attach(sgd(net), net.named_parameters())
+        return [rule.weight.name for rule in attachment.rules]
+
+    assert steered(exclude=["conv1.*"]) == ["conv2.weight"]
+    assert steered(include=["conv1.weight"]) == ["conv1.weight"]
+    with pytest.raises(InputError, match=r"'covn1\*' matches no parameter. There is conv1.we"):
+        steered(exclude=["covn1*"])
+    with pytest.raises(InputError, match="There is no weight to steer"):
+        steered(exclude=["conv*"])
+
+
+def test_weight_decay_inside_the_step(
+    make_net: MakeNet, random_history: MakeHistory, make_rule: MakeRule
+) -> None:
+    net = make_net()
+    with pytest.raises(InputError, match=r"conv1.weight has weight decay 0.0005 in its optimizer"):
+        make_rule(random_history(net)).attach(sgd(net, weight_decay=5e-4), net.named_parameters())
+
+
+def test_flat_shards_of_fsdp1(
+    make_net: MakeNet, random_history: MakeHistory, make_rule: MakeRule
+) -> None:
+    net = make_net()
+    net.head.weight._is_flat_param = True
+    with pytest.raises(InputError, match=r"head.weight is a flat shard of FSDP1, which has no ch"):
+        make_rule(random_history(net)).attach(sgd(net), net.named_parameters())
+
+
+def test_several_optimizers(
+    make_net: MakeNet, train: Train, random_history: MakeHistory, make_rule: MakeRule
+) -> None:
+    """Each attachment takes what its optimizer has."""
+    net = make_net()
+    rule = make_rule(random_history(net))
+    optimizers = [
+        torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.5) for m in (net.conv1, net.conv2)
+    ]
+    for optimizer, name in zip(optimizers, ("conv1.weight", "conv2.weight"), strict=True):
+        attachment = rule.attach(optimizer, net.named_parameters())
+        assert [each.weight.name for each in attachment.rules] == [name]
+    with pytest.raises(InputError, match="There is no weight to steer"):
+        rule.attach(torch.optim.SGD(net.head.parameters(), momentum=0.1), net.named_parameters())
+
+
+def test_compiled_and_parametrized_modules_keep_their_names(
+    make_net: MakeNet, random_history: MakeHistory, make_rule: MakeRule
+) -> None:
+    net = make_net()
+    history = random_history(net)
+    torch.nn.utils.parametrizations.weight_norm(net.conv2)
+    compiled = torch.compile(net)
+    attachment = make_rule(history, include=["conv*.weight"], exclude=["conv2.weight"]).attach(
+        sgd(net), compiled.named_parameters()
+    )
+    assert [rule.weight.name for rule in attachment.rules] == ["conv1.weight"]
+
+
+@pytest.mark.usefixtures("_one_process")
+def test_shards(
+    make_net: MakeNet, train: Train, random_history: MakeHistory, make_rule: MakeRule
+) -> None:
+    """Weights that are DTensors, sharded by their channels, are steered as plain ones are."""
+    plain = make_net()
+    history = random_history(plain)
+    weights = {name: q.detach().clone() for name, q in plain.named_parameters()}
+    mesh = init_device_mesh("cpu", (1,))
+    sharded = {
+        name: nn.Parameter(distribute_tensor(weights[name], mesh, [Shard(0)]))
+        for name in ("conv1.weight", "conv2.weight")
+    }
+    optimizer = torch.optim.SGD(sharded.values(), lr=0.02, momentum=0.9, foreach=False)
+    make_rule(history).attach(optimizer, sharded.items())
+    own = torch.optim.SGD([plain.conv1.weight, plain.conv2.weight], lr=0.02, momentum=0.9)
+    make_rule(history).attach(own, plain.named_parameters())
+
+    def copy_gradients(step: int) -> None:
+        for name, q in sharded.items():
+            grad = plain.get_parameter(name).grad
+            assert grad is not None
+            q.grad = distribute_tensor(grad, mesh, [Shard(0)])
+        optimizer.step()
+
+    train(plain, own, 4, each=copy_gradients)
+    for name, q in sharded.items():
+        torch.testing.assert_close(q.full_tensor(), plain.get_parameter(name))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("make_rule", REFERENCED.values(), ids=REFERENCED)
+def test_transposed_convolutions(make_rule: MakeRule) -> None:
+    """The channels of a transposed convolution lie across its weight."""
+    torch.manual_seed(0)
+    layer = nn.ConvTranspose2d(4, 6, 3, groups=2, bias=False).double()
+    layout = ChannelLayout(2)
+    norms = channel_norms(layer.weight, layout=layout).float()
+    history = NormHistory.from_arrays({"weight": norms[None].numpy() * 0.5}, [10], [0])
+    net = nn.Sequential(layer, nn.BatchNorm2d(6, eps=1e-30).double())
+    named: list[tuple[str, Tensor]] = [("weight", layer.weight)]
+    optimizer = torch.optim.SGD([layer.weight], lr=0.01)
+    attachment = make_rule(history).attach(optimizer, named, {"weight": layout})
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    target = torch.randn(2, 6, 7, 7, dtype=torch.float64)
+    (net(x) * target).sum().backward()
+    optimizer.step()
+    assert attachment.scope.shares["weight"] < 1e-10
+    with pytest.raises(InputError, match="6 output channels there and 4 here"):
+        make_rule(history).attach(optimizer, named)
+
+
+@pytest.mark.parametrize("make_rule", REFERENCED.values(), ids=REFERENCED)
+def test_references_that_do_not_fit(
+    make_net: MakeNet, train: Train, random_history: MakeHistory, make_rule: MakeRule
+) -> None:
+    net = make_net()
+    history = random_history(net)
+    with pytest.raises(InputError, match="no recording of weight norms at nowhere"):
+        make_rule("nowhere").attach(sgd(net), net.named_parameters())
+    with pytest.raises(InputError, match="The recording is empty"):
+        make_rule(history.until(0)).attach(sgd(net), net.named_parameters())
+    other = {"conv1.weight": history.norms["conv1.weight"]}
+    partial = NormHistory.from_arrays(other, history.steps, history.epochs)
+    with pytest.raises(InputError, match=r"of another model: it has no 'conv2.weight'"):
+        make_rule(partial).attach(sgd(net), net.named_parameters())
+    optimizer = sgd(net)
+    make_rule(history.until(10)).attach(optimizer, net.named_parameters())
+    with pytest.raises(InputError, match="does not reach step 10"):
+        train(net, optimizer, 11)
+
+
+@pytest.mark.parametrize("make_rule", REFERENCED.values(), ids=REFERENCED)
+def test_an_optimizer_of_no_known_family(
+    make_net: MakeNet, random_history: MakeHistory, make_rule: MakeRule
+) -> None:
+    net = make_net()
+    history = random_history(net)
+    optimizer = torch.optim.Adagrad(net.parameters())
+    with pytest.raises(InputError, match="The power for Adagrad is not known: give power=2 if"):
+        make_rule(history).attach(optimizer, net.named_parameters())
+    make_rule(history, power=1).attach(optimizer, net.named_parameters())
+    with pytest.raises(InputError, match="power is 'auto', 1 or 2, got 3"):
+        make_rule(history, power=3).attach(optimizer, net.named_parameters())
