@@ -245,7 +245,7 @@ def test_compiled_and_parametrized_modules_keep_their_names(
     net = make_net()
     history = random_history(net)
     torch.nn.utils.parametrizations.weight_norm(net.conv2)
-    compiled = torch.compile(net)
+    compiled = torch.compile(net, backend="eager")
     attachment = make_rule(history, include=["conv*.weight"], exclude=["conv2.weight"]).attach(
         sgd(net), compiled.named_parameters()
     )

@@ -32,7 +32,7 @@ def groups(net: nn.Module, decay: float) -> list[dict[str, Any]]:
     return [{"params": steered, "weight_decay": decay}, {"params": rest, "weight_decay": 1e-3}]
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_directions_are_those_of_weight_decay(
     make_net: MakeNet, train: Train, schedule: str, momentum: float
