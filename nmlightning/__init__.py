@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nmlightning.callbacks import NormSwap as NormSwap
+    from nmlightning.callbacks import WeightNormTracker as WeightNormTracker
     from nmlightning.checkpoints import load_from_checkpoint as load_from_checkpoint
     from nmlightning.datamodules import CIFAR10 as CIFAR10
     from nmlightning.datamodules import Digits as Digits
@@ -41,7 +42,7 @@ __version__ = "0.1.0"
 
 _BATCH_NORMS = [f"{norm}BatchNorm{n}d" for norm in ("L1", "LInf", "Lp", "TopK") for n in (1, 2, 3)]
 _HOMES = {
-    "callbacks": ["NormSwap"],
+    "callbacks": ["NormSwap", "WeightNormTracker"],
     "checkpoints": ["load_from_checkpoint"],
     "datamodules": ["CIFAR10", "Digits"],
     "errors": ["InputError"],

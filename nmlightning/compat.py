@@ -4,6 +4,7 @@ Both packages hold the same code in two class trees, and a project uses one of t
 belong to both, so nothing here asks for a class of either by import, except their common bases.
 """
 
+import os
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,12 @@ def rebuild_copies(trainer: Any, module: nn.Module, before: Any, stage: str) -> 
     for callback in trainer.callbacks[: trainer.callbacks.index(before)]:
         if any(cls.__name__ in _COPIES_IN_SETUP for cls in type(callback).__mro__):
             callback.setup(trainer, module, stage=stage)
+
+
+def global_seed() -> int | None:
+    """Return the seed of `seed_everything`, which Lightning hands to its processes."""
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    return None if seed is None else int(seed)
 
 
 def keep_through_sync(trainer: Any) -> None:

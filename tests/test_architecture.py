@@ -23,7 +23,8 @@ LAYERS = [
     ["nmlightning.surgery"],
     ["nmlightning.swappable"],
     ["nmlightning.norms", "nmlightning.weights"],
-    ["nmlightning.weights.steering"],
+    ["nmlightning.weights.recorder", "nmlightning.weights.steering"],
+    ["nmlightning.weights.layer_weights"],
     ["nmlightning.norms.registry"],
     ["nmlightning.norms.batch_norm", "nmlightning.norms.layer_norm"],
     ["nmlightning.norms.batch_norm_function", "nmlightning.norms.layer_norm_function"],
@@ -41,6 +42,7 @@ LAYERS = [
     ],
     [
         "nmlightning.after_method",
+        "nmlightning.weights.plain_name",
         "nmlightning.weights.recording_file",
     ],
     ["nmlightning.errors"],

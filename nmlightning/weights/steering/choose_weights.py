@@ -1,6 +1,5 @@
 """Which parameters of an optimizer a rule steers, and which it must not."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -10,6 +9,7 @@ from torch.optim import Optimizer
 
 from nmlightning.errors import InputError
 from nmlightning.weights.channel_norms import ROWS, ChannelLayout, channel_norms
+from nmlightning.weights.plain_name import plain_name
 from nmlightning.weights.steering.steered_weight import SteeredWeight
 
 
@@ -53,16 +53,6 @@ def choose_weights(
     for weight in chosen:
         _check(weight)
     return chosen
-
-
-def plain_name(name: str) -> str:
-    """Return a parameter's name without what `torch.compile` or a parametrization add to it.
-
-    >>> plain_name("_orig_mod.conv.parametrizations.weight.original1")
-    'conv.weight'
-    """
-    name = re.sub(r"(^|\.)parametrizations\.(\w+)\.original\d*$", r"\1\2", name)
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _check_patterns(named: Mapping[str, Any], patterns: Iterable[str]) -> None:

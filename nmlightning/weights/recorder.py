@@ -1,0 +1,101 @@
+"""Records norms while a run goes on, on its device, and keeps them in a file."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nmlightning.weights.channel_norms import channel_norms
+from nmlightning.weights.history import NormHistory
+from nmlightning.weights.layer_weights import LayerWeight
+
+Rates = Mapping[int, tuple[float, float]]
+"""Learning rate and weight decay by the id of a parameter."""
+
+
+class Recorder:
+    """Takes records of the norms of some weights, and brings them to the CPU when they are saved.
+
+    Args:
+        weights: what is recorded.
+        provenance: what the recording is of; plain data.
+        earlier: the records of the run that this one goes on with.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[LayerWeight],
+        provenance: Mapping[str, Any],
+        earlier: NormHistory | None = None,
+    ) -> None:
+        self._weights = list(weights)
+        self._provenance = provenance
+        self._clock: list[tuple[int, int]] = []
+        self._rates: list[NDArray[np.float64]] = []
+        self._pending: list[Tensor] = []
+        self._norms: list[NDArray[np.float32]] = []
+        if earlier is not None:
+            self._take_over(earlier)
+
+    @property
+    def last_step(self) -> int:
+        """The step of the latest record, or -1."""
+        return self._clock[-1][0] if self._clock else -1
+
+    def record(self, step: int, epoch: int, rates: Rates) -> None:
+        """Record the norms as they are now, after `step` attempted steps, within `epoch`.
+
+        Nothing waits for the device. A second record at one step is not taken.
+        """
+        if step == self.last_step:
+            return
+        norms = [_whole(channel_norms(w.parameter, layout=w.layout)) for w in self._weights]
+        self._pending.append(torch.cat([n.float() for n in norms]))
+        self._clock.append((step, epoch))
+        unknown = (np.nan, np.nan)
+        self._rates.append(np.array([rates.get(id(w.parameter), unknown) for w in self._weights]))
+
+    def history(self) -> NormHistory:
+        """Return all records so far."""
+        if self._pending:
+            self._norms.append(torch.stack(self._pending).cpu().numpy())
+            self._pending = []
+        counts = [_channels(weight) for weight in self._weights]
+        rows = np.concatenate([np.zeros((0, sum(counts)), np.float32), *self._norms])
+        self._norms = [rows]
+        columns = np.split(rows, np.cumsum(counts)[:-1], axis=1)
+        rates = np.array(self._rates).reshape(len(self._rates), len(self._weights), 2)
+        return NormHistory.from_arrays(
+            {w.name: values for w, values in zip(self._weights, columns, strict=True)},
+            [step for step, _ in self._clock],
+            [epoch for _, epoch in self._clock],
+            learning_rates=rates[:, :, 0],
+            weight_decays=rates[:, :, 1],
+            provenance=self._provenance,
+        )
+
+    def save(self, file: Path) -> None:
+        """Write all records so far."""
+        self.history().save(file)
+
+    def _take_over(self, earlier: NormHistory) -> None:
+        earlier.check_weights({weight.name: _channels(weight) for weight in self._weights})
+        names = list(earlier.norms)
+        order = [names.index(weight.name) for weight in self._weights]
+        self._norms = [np.concatenate([earlier.norms[w.name] for w in self._weights], axis=1)]
+        self._clock = list(zip(earlier.steps.tolist(), earlier.epochs.tolist(), strict=True))
+        both = np.stack([earlier.learning_rates, earlier.weight_decays], axis=2)
+        self._rates = list(both[:, order])
+
+
+def _channels(weight: LayerWeight) -> int:
+    groups = weight.layout.transposed_groups
+    return int(weight.parameter.shape[0] if groups is None else weight.parameter.shape[1] * groups)
+
+
+def _whole(norms: Tensor) -> Tensor:
+    return norms.full_tensor() if type(norms).__name__ == "DTensor" else norms  # type: ignore[attr-defined]

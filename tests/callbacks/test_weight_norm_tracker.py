@@ -1,0 +1,335 @@
+"""Test WeightNormTracker on LightningModules of both Lightning packages."""
+
+import importlib
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch
+import numpy as np
+import pytest
+import pytorch_lightning
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from nmlightning.callbacks import WeightNormTracker
+from nmlightning.errors import InputError
+from nmlightning.weights.channel_norms import channel_norms
+from nmlightning.weights.history import NormHistory
+from nmlightning.weights.recording_file import FILE_NAME
+from nmlightning.weights.steering import DecayEquivalentLR, LRCorrection, NormSchedule
+
+PACKAGES = ("pytorch_lightning", "lightning.pytorch")
+NAMES = ["net.0.weight", "net.3.weight", "net.7.weight"]
+EPOCHS, BATCHES = 3, 4
+
+
+class Classifies:
+    """What a user writes, for either package."""
+
+    def __init__(self, weight_decay: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        convolutions = [
+            *(nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU()),
+            *(nn.Conv2d(4, 5, 3, bias=False), nn.BatchNorm2d(5)),
+        ]
+        self.net = nn.Sequential(
+            *convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3)
+        )
+        self.weight_decay = weight_decay
+        self.seen: list[dict[str, Tensor]] = []
+
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(
+            self.parameters(),  # type: ignore[attr-defined]
+            lr=0.1,
+            momentum=0.9,
+            weight_decay=self.weight_decay,
+        )
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        parameters = self.named_parameters()  # type: ignore[attr-defined]
+        self.seen.append({n: channel_norms(q) for n, q in parameters if q.dim() > 1})
+
+
+class PlModule(Classifies, pytorch_lightning.LightningModule):
+    pass
+
+
+class UnifiedModule(Classifies, lightning.pytorch.LightningModule):
+    pass
+
+
+def make_module(package: str, **options: Any) -> Any:
+    return {"pytorch_lightning": PlModule, "lightning.pytorch": UnifiedModule}[package](**options)
+
+
+def make_data() -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(16, 2, 8, 8, generator=generator)
+    return DataLoader(TensorDataset(images, torch.arange(16) % 3), batch_size=4)
+
+
+def make_trainer(package: str, folder: Path, tracker: WeightNormTracker, **options: Any) -> Any:
+    settings: dict[str, Any] = {
+        "max_epochs": EPOCHS,
+        "default_root_dir": folder,
+        "logger": False,
+        "callbacks": [tracker],
+        "accelerator": "cpu",
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    return importlib.import_module(package).Trainer(**settings | options)
+
+
+def record(
+    folder: Path, package: str = "pytorch_lightning", every: Any = "epoch", **options: Any
+) -> NormHistory:
+    """Return the recording of a run."""
+    module = make_module(package, **options)
+    make_trainer(package, folder, WeightNormTracker(every)).fit(module, make_data())
+    return NormHistory.load(folder)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_records_are_the_norms_at_each_epoch(package: str, tmp_path: Path) -> None:
+    module = make_module(package, weight_decay=1e-3)
+    initial = {n: channel_norms(q) for n, q in module.named_parameters() if q.dim() > 1}
+    tracker = WeightNormTracker()
+    make_trainer(package, tmp_path, tracker).fit(module, make_data())
+    assert tracker.path == tmp_path / FILE_NAME
+    history = NormHistory.load(tmp_path)
+    assert list(history.norms) == NAMES
+    assert history.steps.tolist() == [0, 4, 8, 12]
+    assert history.epochs.tolist() == [0, 0, 1, 2]
+    for name in NAMES:
+        expected = torch.stack([initial[name], *(module.seen[s][name] for s in (3, 7, 11))])
+        np.testing.assert_array_equal(history.norms[name], expected.numpy())
+    np.testing.assert_allclose(history.learning_rates[:, 0], [0.1, 0.1, 0.05, 0.025])
+    np.testing.assert_allclose(history.weight_decays, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"), [(1, range(13)), (3, [0, 3, 4, 6, 8, 9, 12]), (99, [0, 4, 8, 12])]
+)
+def test_every_n_steps(every: int, steps: list[int], tmp_path: Path) -> None:
+    history = record(tmp_path, every=every)
+    assert history.steps.tolist() == list(steps)
+    assert history.epochs.tolist() == [max(0, math.ceil(step / BATCHES) - 1) for step in steps]
+
+
+def test_accumulation_counts_optimizer_steps(tmp_path: Path) -> None:
+    tracker = WeightNormTracker(1)
+    trainer = make_trainer("pytorch_lightning", tmp_path, tracker, accumulate_grad_batches=2)
+    trainer.fit(PlModule(), make_data())
+    assert NormHistory.load(tmp_path).steps.tolist() == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_provenance(tmp_path: Path) -> None:
+    pytorch_lightning.seed_everything(7)
+    provenance = record(tmp_path).provenance
+    assert provenance["seed"] == 7
+    assert provenance["world_size"] == 1
+    assert provenance["optimizers"][0]["name"] == "SGD"
+    assert provenance["optimizers"][0]["momentum"] == 0.9
+    assert provenance["versions"]["torch"]
+
+
+def test_two_runs_into_one_folder(tmp_path: Path) -> None:
+    first = record(tmp_path)
+    record(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "weight_norms-v1.safetensors",
+        FILE_NAME,
+    ]
+    assert len(NormHistory.load(tmp_path / "weight_norms-v1.safetensors")) == len(first)
+
+
+def test_patterns(tmp_path: Path) -> None:
+    tracker = WeightNormTracker(include=["net.?.weight"], exclude=["net.7.*"])
+    make_trainer("pytorch_lightning", tmp_path, tracker).fit(PlModule(), make_data())
+    assert list(NormHistory.load(tmp_path).norms) == NAMES[:2]
+    tracker = WeightNormTracker(include=["conv*"])
+    with pytest.raises(
+        InputError,
+        match=re.escape(
+            "'conv*' matches no weight of a convolution or linear layer of PlModule; there is net."
+        ),
+    ):
+        make_trainer("pytorch_lightning", tmp_path, tracker).fit(PlModule(), make_data())
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, True, "step", None])
+def test_intervals_that_there_are_not(every: Any) -> None:
+    with pytest.raises(
+        InputError, match=f"every is 'epoch' or a number of steps from 1 on, got {every!r}"
+    ):
+        WeightNormTracker(every)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("every", ["epoch", 1, 3])
+def test_a_resumed_run_goes_on_with_the_records(package: str, every: Any, tmp_path: Path) -> None:
+    whole = record(tmp_path / "whole", package, every)
+    trainer = make_trainer(package, tmp_path / "first", WeightNormTracker(every), max_epochs=2)
+    trainer.fit(make_module(package), make_data())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    trainer = make_trainer(package, tmp_path / "second", WeightNormTracker(every))
+    trainer.fit(make_module(package), make_data(), ckpt_path=tmp_path / "last.ckpt")
+    resumed = NormHistory.load(tmp_path / "second")
+    assert resumed.steps.tolist() == whole.steps.tolist()
+    assert resumed.epochs.tolist() == whole.epochs.tolist()
+    for name in NAMES:
+        np.testing.assert_array_equal(resumed.norms[name], whole.norms[name])
+    np.testing.assert_array_equal(resumed.learning_rates, whole.learning_rates)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_run_that_resumes_within_an_epoch(tmp_path: Path) -> None:
+    def make_callbacks() -> list[Any]:
+        checkpoints = pytorch_lightning.callbacks.ModelCheckpoint(
+            tmp_path, "{step}", save_top_k=-1, every_n_train_steps=3
+        )
+        return [WeightNormTracker(1), checkpoints]
+
+    options = {"enable_checkpointing": True, "default_root_dir": tmp_path}
+    tracker = WeightNormTracker(1)
+    callbacks = make_callbacks()
+    trainer = make_trainer("pytorch_lightning", tmp_path, tracker, callbacks=callbacks, **options)
+    trainer.fit(PlModule(), make_data())
+    first = NormHistory.load(callbacks[0].path)
+    callbacks = make_callbacks()
+    trainer = make_trainer("pytorch_lightning", tmp_path, tracker, callbacks=callbacks, **options)
+    trainer.fit(PlModule(), make_data(), ckpt_path=tmp_path / "step=6.ckpt")
+    resumed = NormHistory.load(callbacks[0].path)
+    assert resumed.steps.tolist() == list(range(13))
+    np.testing.assert_array_equal(resumed.norms[NAMES[0]][:7], first.norms[NAMES[0]][:7])
+
+
+def test_a_resumed_run_whose_records_are_gone(tmp_path: Path) -> None:
+    trainer = make_trainer("pytorch_lightning", tmp_path, WeightNormTracker(), max_epochs=1)
+    trainer.fit(PlModule(), make_data())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    (tmp_path / FILE_NAME).unlink()
+    trainer = make_trainer("pytorch_lightning", tmp_path, WeightNormTracker())
+    with pytest.warns(
+        UserWarning, match="is gone: .*weight_norms.safetensors. The new one starts at step 4"
+    ):
+        trainer.fit(PlModule(), make_data(), ckpt_path=tmp_path / "last.ckpt")
+    assert NormHistory.load(tmp_path).steps.tolist() == [4, 8, 12]
+
+
+def test_a_killed_run_keeps_all_but_its_last_epoch(tmp_path: Path) -> None:
+    class Dies(PlModule):
+        def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+            if self.trainer.global_step == 10:
+                raise RuntimeError("out of memory")
+            return super().training_step(batch, index)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        make_trainer("pytorch_lightning", tmp_path, WeightNormTracker(1)).fit(Dies(), make_data())
+    assert NormHistory.load(tmp_path).steps.tolist() == list(range(9))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("steering", ["correction", "schedule", "decay"])
+def test_steering(package: str, steering: str, tmp_path: Path) -> None:
+    reference = record(tmp_path / "reference", package, weight_decay=0.05)
+    rule: Any = {
+        "correction": LRCorrection(reference),
+        "schedule": NormSchedule(tmp_path / "reference"),
+        "decay": DecayEquivalentLR(0.01),
+    }[steering]
+    module = make_module(package)
+    make_trainer(package, tmp_path / "steered", WeightNormTracker(steering=rule)).fit(
+        module, make_data()
+    )
+    history = NormHistory.load(tmp_path / "steered")
+    if steering == "correction":
+        for name in NAMES[:2]:
+            np.testing.assert_allclose(history.norms[name], history.norms[name][[0] * 4], rtol=1e-5)
+    if steering == "schedule":
+        for name in NAMES[:2]:
+            growth = np.sqrt([1, 2, 4])[:, None]
+            np.testing.assert_allclose(
+                history.norms[name][1:], reference.norms[name][1:] * growth, rtol=1e-5
+            )
+    free = record(tmp_path / "free", package)
+    assert not np.allclose(free.norms[NAMES[1]][-1], history.norms[NAMES[1]][-1])
+
+
+@pytest.mark.parametrize("rule", ["correction", "schedule", "decay"])
+def test_a_steered_run_resumes_bit_for_bit(rule: str, tmp_path: Path) -> None:
+    record(tmp_path / "reference", weight_decay=0.05)
+
+    def make_tracker() -> WeightNormTracker:
+        steering: Any = {
+            "correction": LRCorrection(tmp_path / "reference", align="interpolate"),
+            "schedule": NormSchedule(tmp_path / "reference"),
+            "decay": DecayEquivalentLR(0.01),
+        }[rule]
+        return WeightNormTracker(steering=steering)
+
+    whole = PlModule()
+    make_trainer("pytorch_lightning", tmp_path / "whole", make_tracker()).fit(whole, make_data())
+    half = make_trainer("pytorch_lightning", tmp_path / "half", make_tracker(), max_epochs=2)
+    half.fit(PlModule(), make_data())
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = PlModule()
+    trainer = make_trainer("pytorch_lightning", tmp_path / "resumed", make_tracker())
+    trainer.fit(resumed, make_data(), ckpt_path=tmp_path / "half.ckpt")
+    for (name, one), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_steering_ends_with_the_fit(tmp_path: Path) -> None:
+    tracker = WeightNormTracker(steering=DecayEquivalentLR(0.01))
+    trainer = make_trainer("pytorch_lightning", tmp_path, tracker)
+    trainer.fit(PlModule(), make_data())
+    assert not trainer.optimizers[0]._optimizer_step_post_hooks
+
+
+def test_references_of_another_run(tmp_path: Path) -> None:
+    pytorch_lightning.seed_everything(1)
+    record(tmp_path / "reference", weight_decay=0.05)
+
+    def steer(folder: str, other_run: bool = False, **options: Any) -> None:
+        rule = LRCorrection(tmp_path / "reference")
+        tracker = WeightNormTracker(steering=rule, other_run=other_run)
+        trainer = make_trainer("pytorch_lightning", tmp_path / folder, tracker, **options)
+        trainer.fit(PlModule(), make_data())
+
+    steer("same")
+    with pytest.raises(InputError, match=r"The recording covers 3 epochs, and the run has 4: rec"):
+        steer("longer", max_epochs=4)
+    pytorch_lightning.seed_everything(2)
+    with pytest.raises(InputError, match=r"a run with seed 1, and this one has 2; set other_run"):
+        steer("seed")
+    steer("seed", other_run=True)
+
+
+def test_a_reference_that_decays_in_the_optimizer(tmp_path: Path) -> None:
+    record(tmp_path)
+    tracker = WeightNormTracker(steering=LRCorrection(tmp_path))
+    trainer = make_trainer("pytorch_lightning", tmp_path, tracker)
+    with pytest.raises(InputError, match=r"net.0.weight has weight decay 0.1 in its optimizer"):
+        trainer.fit(PlModule(weight_decay=0.1), make_data())
+
+
+def test_a_logger_and_its_folder(tmp_path: Path) -> None:
+    logger = pytorch_lightning.loggers.CSVLogger(tmp_path, "run")
+    tracker = WeightNormTracker()
+    make_trainer("pytorch_lightning", tmp_path, tracker, logger=logger).fit(PlModule(), make_data())
+    assert tracker.path == Path(logger.log_dir) / FILE_NAME
+    assert tracker.path.is_file()
