@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from nmlightning.errors import InputError
 
-STAGE_WIDTHS = (64, 128, 256, 512, 512)
+STAGE_WIDTHS = (1, 2, 4, 8, 8)  # in units of `width`
 CONVS_PER_STAGE = {
     11: (1, 1, 2, 2, 2),
     13: (2, 2, 2, 2, 2),
@@ -23,9 +23,10 @@ class VGG(nn.Module):
         depth: 11, 13, 16 or 19 (the count of the original, which has two more linear layers).
         num_classes: number of outputs.
         in_channels: channels of the images.
+        width: channels of the first stage; the others have 2, 4, 8 and 8 times as many.
 
     Raises:
-        InputError: if there is no VGG of that depth.
+        InputError: if there is no VGG of that depth, or for a width below 1.
 
     Example:
         >>> import torch
@@ -33,13 +34,17 @@ class VGG(nn.Module):
         torch.Size([2, 10])
     """
 
-    def __init__(self, depth: int = 11, num_classes: int = 10, in_channels: int = 3) -> None:
+    def __init__(
+        self, depth: int = 11, num_classes: int = 10, in_channels: int = 3, width: int = 64
+    ) -> None:
         super().__init__()
         if depth not in CONVS_PER_STAGE:
             raise InputError(f"There is no VGG of depth {depth}: choose 11, 13, 16 or 19.")
-        self.features = nn.Sequential(*_layers(CONVS_PER_STAGE[depth], in_channels))
+        if width < 1:
+            raise InputError(f"width must be at least 1, got {width}.")
+        self.features = nn.Sequential(*_layers(CONVS_PER_STAGE[depth], in_channels, width))
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(STAGE_WIDTHS[-1], num_classes)
+        self.classifier = nn.Linear(STAGE_WIDTHS[-1] * width, num_classes)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -55,15 +60,16 @@ class VGG(nn.Module):
         return logits
 
 
-def _layers(convs_per_stage: tuple[int, ...], in_channels: int) -> list[nn.Module]:
+def _layers(convs_per_stage: tuple[int, ...], in_channels: int, width: int) -> list[nn.Module]:
     layers: list[nn.Module] = []
-    for convs, width in zip(convs_per_stage, STAGE_WIDTHS, strict=True):
+    for convs, relative_width in zip(convs_per_stage, STAGE_WIDTHS, strict=True):
+        channels = relative_width * width
         for _ in range(convs):
             layers += [
-                nn.Conv2d(in_channels, width, 3, padding=1, bias=False),
-                nn.BatchNorm2d(width),
+                nn.Conv2d(in_channels, channels, 3, padding=1, bias=False),
+                nn.BatchNorm2d(channels),
                 nn.ReLU(inplace=True),
             ]
-            in_channels = width
+            in_channels = channels
         layers.append(nn.MaxPool2d(2))
     return layers

@@ -35,7 +35,8 @@ class ImageClassifier(pl.LightningModule):
         lr_scheduler: called with the optimizer; stepped once an epoch. `ReduceLROnPlateau`
             watches its `monitor`, or `val/loss`.
         label_smoothing: 0 … 1, in training only.
-        weight_decay_scope: `all`, `no_norm` (norms and biases exempt) or `last_layer`.
+        weight_decay_scope: `all`, `no_norm` (norms and biases exempt), `no_conv` (the weights of
+            convolutions exempt) or `last_layer`.
         compile: the mode that `torch.compile` compiles the network with, after the callbacks have
             swapped its norms; None leaves it eager. "reduce-overhead" replays CUDA graphs, several
             times faster for a network of many small layers; the first steps then take a minute.

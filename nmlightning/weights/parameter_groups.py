@@ -6,11 +6,12 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from nmlightning.errors import InputError, nearest
 
-WeightDecayScope = Literal["all", "no_norm", "last_layer"]
+WeightDecayScope = Literal["all", "no_norm", "no_conv", "last_layer"]
 
 NORMS = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 THIRD_PARTY_NORM = re.compile(r"norm(act)?(\dd)?$", re.IGNORECASE)  # RmsNorm2d, LlamaRMSNorm, …
@@ -25,7 +26,8 @@ def parameter_groups(
         model: holds the parameters. Every trainable one is in exactly one group, also when modules
             share it (it decays if one of its uses does); frozen ones are left out.
         weight_decay: λ ≥ 0 of the decaying group; None leaves it to the optimizer's own setting.
-        scope: `all`; `no_norm`, all but the parameters of normalization layers and biases; or
+        scope: `all`; `no_norm`, all but the parameters of normalization layers and biases;
+            `no_conv`, all but the weights of convolutions, for a rule that decays them itself; or
             `last_layer`, only the last `nn.Linear` (the "weight decay off" of the paper's study:
             https://arxiv.org/abs/1803.01814, figure 1).
 
@@ -69,6 +71,9 @@ def _decaying(model: nn.Module, scope: WeightDecayScope) -> Iterator[nn.Paramete
         yield from model.parameters()
     elif scope == "last_layer":
         yield from _last_linear(model).parameters()
+    elif scope == "no_conv":
+        convolved = {id(m.weight) for m in model.modules() if isinstance(m, _ConvNd)}
+        yield from (q for q in model.parameters() if id(q) not in convolved)
     else:
         for module in model.modules():
             if not _is_norm(module):
