@@ -11,6 +11,7 @@ import yaml
 from nmlightning.cli import main
 from nmlightning.commands.config_files import find_config, shipped_configs
 from nmlightning.errors import InputError
+from nmlightning.weights.history import NormHistory
 
 CONFIGS = shipped_configs()
 CIFAR = {
@@ -28,6 +29,14 @@ SHORT = shlex.split(
     "--trainer.enable_model_summary false --trainer.enable_progress_bar false"
 )
 ONE_PAGE = 50  # lines
+STUDY = {
+    "wd_on": ("all", None),
+    "wd_off": ("last_layer", None),
+    "lr_correction": ("last_layer", "LRCorrection"),
+    "norm_schedule": ("last_layer", "NormSchedule"),
+    "exponential_lr": ("no_conv", "DecayEquivalentLR"),
+}
+FAMILIES = ("study", "study_short")
 
 
 def read(name: str) -> dict[str, Any]:
@@ -36,11 +45,12 @@ def read(name: str) -> dict[str, Any]:
     return config
 
 
-def test_shipped_are_the_quickstart_and_the_cifar_experiments() -> None:
-    assert list(CONFIGS) == ["quickstart", *sorted(CIFAR)]
+def test_shipped_are_the_quickstart_and_the_papers_experiments() -> None:
+    studies = [f"{family}_{name}" for family in FAMILIES for name in STUDY]
+    assert list(CONFIGS) == ["quickstart", *sorted([*CIFAR, *studies])]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["quickstart", *CIFAR])
 def test_config_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["fit", "--config", f"configs/{name}.yaml", *SHORT]) == 0
@@ -72,6 +82,45 @@ def test_cifar_configs_differ_in_the_norm_alone() -> None:
     for config in configs:
         config["trainer"].pop("callbacks", None)
     assert all(config == configs[0] for config in configs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_study_runs(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, since two of the runs follow the recording of the first."""
+    monkeypatch.chdir(tmp_path)
+    for name in STUDY:
+        config = f"configs/{family}_{name}.yaml"
+        words = [*SHORT, "--data.image_size", "32", "--trainer.precision", "32-true"]
+        assert main(["fit", "--config", config, *words]) == 0
+        folder = tmp_path / "runs" / f"{family}_{name}" / "version_0"
+        assert NormHistory.load(folder).steps.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_study_configs_differ_in_what_they_compare_alone(family: str) -> None:
+    configs = [read(f"{family}_{name}") for name in STUDY]
+    for config, (scope, rule) in zip(configs, STUDY.values(), strict=True):
+        assert config["model"]["init_args"].pop("weight_decay_scope", "all") == scope
+        (tracker,) = config["trainer"].pop("callbacks")
+        steering = tracker.get("init_args", {}).get("steering", {})
+        assert steering.get("class_path") == rule
+        decay = config["model"]["init_args"]["optimizer"]["init_args"]["weight_decay"]
+        assert steering.get("init_args", {}).get("weight_decay", decay) == decay
+    assert all(config == configs[0] for config in configs)
+
+
+def test_the_short_study_has_the_decay_of_the_whole_one() -> None:
+    """η · λ · T is the same: the learning rates are, and so is their share of the steps."""
+    products = []
+    for family, batches in (("study", 391), ("study_short", 80)):
+        config = read(f"{family}_wd_on")
+        model, trainer = config["model"]["init_args"], config["trainer"]
+        assert trainer.get("limit_train_batches", 391) == batches
+        assert trainer["max_epochs"] == 4 * model["lr_scheduler"]["init_args"]["step_size"]
+        optimizer = model["optimizer"]["init_args"]
+        assert (optimizer["lr"], optimizer["momentum"]) == (0.1, 0.9)
+        products.append(optimizer["weight_decay"] * trainer["max_epochs"] * batches)
+    assert products[1] == pytest.approx(products[0], rel=0.01)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -28,3 +28,12 @@ def test_one_linear_layer_classifies() -> None:
 def test_another_depth_is_refused() -> None:
     with pytest.raises(InputError, match="no VGG of depth 12: choose 11, 13, 16 or 19"):
         VGG(12)
+
+
+def test_width() -> None:
+    net = VGG(11, width=16)
+    widths = [m.out_channels for m in net.modules() if isinstance(m, nn.Conv2d)]
+    assert widths == [16, 32, 64, 64, 128, 128, 128, 128]
+    assert net(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    with pytest.raises(InputError, match="width must be at least 1, got 0"):
+        VGG(11, width=0)

@@ -36,6 +36,7 @@ def decay_of(model: nn.Module, scope: str, decay: float = DECAY) -> dict[str, fl
         ("all", lambda name: True),
         ("no_norm", lambda name: ("conv" in name or "fc" in name) and "weight" in name),
         ("last_layer", lambda name: name.startswith("fc")),
+        ("no_conv", lambda name: "conv" not in name and "shortcut.0" not in name),
     ],
 )
 def test_scope_on_a_real_network(scope: str, decaying: object) -> None:
@@ -76,7 +77,7 @@ def test_a_layer_that_only_sounds_like_a_norm_decays() -> None:
     assert decay_of(layer, "no_norm") == {"weight": DECAY}
 
 
-@pytest.mark.parametrize("scope", ["all", "no_norm", "last_layer"])
+@pytest.mark.parametrize("scope", ["all", "no_norm", "no_conv", "last_layer"])
 def test_tied_and_frozen_parameters(scope: str) -> None:
     embedding, middle, head = nn.Embedding(4, 4), nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
     head.weight = embedding.weight
@@ -94,7 +95,7 @@ def test_without_a_value_the_optimizer_decides() -> None:
 @pytest.mark.parametrize(
     ("model", "decay", "scope", "message"),
     [
-        (nn.Linear(2, 2), DECAY, "nonorm", r"one of all, no_norm, last_layer\. Did you"),
+        (nn.Linear(2, 2), DECAY, "nonorm", r"one of all, no_norm, no_conv, last_layer\. Did you"),
         (nn.Linear(2, 2), -1.0, "all", r"weight_decay is -1\.0; it must be 0 or more"),
         (nn.Linear(2, 2), float("nan"), "all", "weight_decay is nan"),
         (nn.Conv2d(2, 2, 1), DECAY, "last_layer", r"needs an nn\.Linear, and Conv2d has none"),
