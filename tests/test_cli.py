@@ -93,6 +93,11 @@ def test_help_names_commands_and_configs(nm: Nm) -> None:
 
 # ---- bad input: one line on stderr, exit code 2 ----
 
+TRACK = "--trainer.callbacks+ WeightNormTracker"
+CORRECT = (
+    f"{TRACK} --model.weight_decay_scope last_layer --trainer.callbacks.steering LRCorrection "
+    "--trainer.callbacks.steering.reference"
+)
 BAD_INPUT = {
     "fitt": "no command 'fitt'; the commands are fit, validate, test, predict. Did you mean 'fit'?",
     "fit": "required: --data, --model; or give a config that has them, such as --config quickstart",
@@ -113,6 +118,7 @@ BAD_INPUT = {
     "--model.optimizer.lrr 1": "model.optimizer has no option 'lrr'; SGD takes lr, .* mean 'lr'?",
     "--model.lr_scheduler.gama 1": "MultiStepLR takes milestones, gamma, .* Did you mean 'gamma'?",
     "--data.rot x": "data has no option 'rot'; Digits takes batch_size, image_size, channels.",
+    "fit --data.rot x --config quickstart": "data has no option 'rot' before its class is known",
     "--trainer.callbacks.nrm l1": "callbacks has no option 'nrm'; NormSwap takes norm, .*'norm'?",
     "stray": "unexpected argument 'stray'",
     # Class names
@@ -126,7 +132,7 @@ BAD_INPUT = {
     "--model.net torch.nn.functional.relu": "model.net: '.*relu' is no subclass of Module.",
     "--model.net torch.relu": "model.net: no signature found for builtin",
     "--model.optimizer Sdg": "no class 'Sdg'; give ASGD, .*Did you mean 'SGD'?",
-    "--trainer.callbacks+ NormSwp": "no class 'NormSwp'; give NormSwap .*Did you mean 'NormSwap'?",
+    "--trainer.callbacks+ NormSwp": "no class 'NormSwp'; give NormSwap, .*Did you mean 'NormSwap'?",
     "--trainer.logger CSVLoggr": "Did you mean 'CSVLogger'?",
     # Values
     "--model.net.depth twenty": "model.net.depth: expected int, received 'twenty'.",
@@ -148,6 +154,12 @@ BAD_INPUT = {
     "--trainer.callbacks.options '{constnt: exact}'": "'constnt'.*Did you mean 'constant'?",
     "--trainer.callbacks.options '{constant: exactt}'": "'exactt'.*Did you mean 'exact'?",
     "--trainer.callbacks.norm topk --trainer.callbacks.options '{k: 9999999}'": "9999999.* n ",
+    # Weight norms
+    f"{TRACK} --trainer.callbacks.every 0": "every is 'epoch' or a number of steps .*, got 0",
+    f"{TRACK} --trainer.callbacks.include '[conv]'": "'conv' matches no weight of a convolution",
+    f"{TRACK} --trainer.callbacks.steering.class_path LRCorection": "Did you mean 'LRCorrection'?",
+    f"{CORRECT} nowhere": "no recording of weight norms at nowhere",
+    f"{CORRECT} x --trainer.callbacks.steering.mode stabel": "received 'stabel'. .*'stable'?",
     # Data
     "--data CIFAR10 --data.download false": "CIFAR-10 is not in .*--data.root.*--data Digits",
     "--data.batch_size 0": "batch_size is 0; it must be 1 or more.",

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
@@ -52,7 +52,7 @@ class WeightNormTracker(CallbackBase):
 
     def __init__(
         self,
-        every: str | int = "epoch",
+        every: Literal["epoch"] | int = "epoch",
         steering: Steering | None = None,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),

@@ -32,8 +32,9 @@ KINDS: dict[str, type] = {
 OURS = {
     "model": ["ImageClassifier"],
     "data": ["CIFAR10", "Digits"],
-    "callbacks": ["NormSwap"],
+    "callbacks": ["NormSwap", "WeightNormTracker"],
     "net": ["CifarResNet", "nmlightning.models.VGG"],
+    "steering": ["DecayEquivalentLR", "LRCorrection", "NormSchedule"],
 }
 GIVEN_BY_THE_TASK = ("params", "optimizer")  # as the first argument, of optimizer and scheduler
 
@@ -76,6 +77,11 @@ def explain_parse_error(message: str, options: Iterable[str]) -> str:
 def _unknown_argument(place: Place, argument: str) -> str:
     allowed = _arguments_of(place.class_path)
     name = place.class_path.rpartition(".")[2]
+    if not allowed:  # The base class is all that is known so far.
+        return (
+            f"{place.key} has no option {argument!r} before its class is known; put --config, or "
+            f"--{place.key} with a class, in front of it."
+        )
     takes = f"{name} takes {', '.join(allowed)}"
     return f"{place.key} has no option {argument!r}; {takes}.{nearest(argument, allowed)}"
 
@@ -107,9 +113,10 @@ def _not_importable(place: Place, reason: str) -> str:
 def _classes_instead(key: str, name: str) -> str:
     """Return which classes the key takes, and the one that a misspelt name is nearest to."""
     word = key.rpartition(".")[2]
-    if word not in KINDS:
+    names = _subclasses(KINDS[word]) if word in KINDS else OURS.get(word, [])
+    if not names:
         return "; give a class path."
-    known = {found.lower(): found for found in _subclasses(KINDS[word])}
+    known = {found.lower(): found for found in names}
     offered = ", ".join(OURS.get(word) or sorted(known.values()))
     hint = re.sub(r"'(\w+)'", lambda found: repr(known[found[1]]), nearest(name.lower(), known))
     return f"; give {offered} or a class path.{hint}"
