@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
+from nmlightning.callbacks.print_scope import print_scope
 from nmlightning.callbacks.provenance import check_same_run, describe_run
 from nmlightning.compat import CallbackBase
 from nmlightning.errors import InputError
@@ -74,6 +74,7 @@ class WeightNormTracker(CallbackBase):
         self._resumed: Mapping[str, Any] = {}
         self._batch = 0
         self._writes = False
+        self._told = False
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Take the first record, and steer from the first step on."""
@@ -110,7 +111,10 @@ class WeightNormTracker(CallbackBase):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Record at every N-th step."""
+        """Record at every N-th step, and say once what is steered."""
+        if not self._told and self.attachments and all(a.measured for a in self.attachments):
+            self._told = True
+            print_scope(type(self.steering).__name__, self.attachments)
         if self.every != "epoch" and trainer.global_step % int(self.every) == 0:
             self._record(trainer)
 
@@ -163,8 +167,6 @@ class WeightNormTracker(CallbackBase):
             attachment.load_state_dict(state)
         for attachment in self.attachments:
             attachment.clock = lambda: {"epoch": self._moment(trainer)}
-        names = [rule.weight.name for a in self.attachments for rule in a.rules]
-        rank_zero_info(f"{type(steering).__name__} steers {len(names)} weights.")
 
     def _moment(self, trainer: "pl.Trainer") -> float:
         batches = trainer.num_training_batches

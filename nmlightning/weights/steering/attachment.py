@@ -62,14 +62,23 @@ class Attachment:
         self._undone = torch.zeros((), dtype=torch.int64, device=device)
         self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         self._hooks = [
-            optimizer.register_step_pre_hook(self._keep),
-            optimizer.register_step_post_hook(self._steer),
+            optimizer.register_step_pre_hook(lambda *_: self.before_step()),
+            optimizer.register_step_post_hook(lambda *_: self.after_step()),
         ]
 
     @property
     def undone(self) -> int:
         """How many steps of channels were undone since they, or their factor, were not finite."""
         return int(self._undone)
+
+    @property
+    def measured(self) -> bool:
+        """Whether the scope knows all of its weights, which takes a gradient of each."""
+        return len(self.scope.shares) == len(self.rules)
+
+    def reasons(self) -> dict[str, str]:
+        """Return for each weight why it is steered, or why it is not."""
+        return {rule.weight.name: self.scope.reason(rule.weight.name) for rule in self.rules}
 
     def remove(self) -> None:
         """Let the optimizer step as it did before."""
@@ -99,11 +108,13 @@ class Attachment:
         for rule in self.rules:
             rule.load_state_dict(state["weights"][rule.weight.name])
 
-    def _keep(self, *_: Any) -> None:
+    def before_step(self) -> None:
+        """Keep the weights; the optimizer calls it."""
         self._before = [rule.weight.values.clone() for rule in self.rules]
 
     @torch.no_grad()
-    def _steer(self, *_: Any) -> None:
+    def after_step(self) -> None:
+        """Steer the step that led away from them; the optimizer calls it."""
         self.steps += 1
         if self._skipped():
             return
@@ -126,6 +137,7 @@ class Attachment:
         if self.steps % _LOOK_EVERY == 0 and int(self._in_a_row) >= MAX_STEPS_UNDONE:
             raise InputError(
                 f"{self._name} had to undo steps of some channels {int(self._in_a_row)} times in a "
-                f"row (now {int(undone)} channels), since they, or the factors of the rule, were "
-                'not finite: the run has diverged. Lower max_factor, or use mode "stable".'
+                f"row (now {int(undone)} channels), since they or their factors were not finite: "
+                "the run has diverged. Lower the learning rate, or follow a finer recording "
+                '(every few steps, align="interpolate").'
             )

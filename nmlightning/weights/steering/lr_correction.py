@@ -46,7 +46,8 @@ class LRCorrection:
             its norms.
         max_factor: the largest factor of mode "stable".
         max_rotation: the largest rotation per step of mode "stable", in radians.
-        align: which record a moment has; see `NormHistory.place`.
+        align: which record a moment has; see `NormHistory.place`. By default "official" in mode
+            "paper", and "interpolate" in mode "stable".
         include: glob patterns on weight names; empty means every convolution that is
             scale-invariant in fact.
         exclude: glob patterns on weight names that are left alone.
@@ -66,12 +67,13 @@ class LRCorrection:
         max_factor: float | None = None,
         max_rotation: float | None = 0.2,
         *,
-        align: Alignment = "official",
+        align: Alignment | None = None,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
     ) -> None:
         check_choice("mode", mode, get_args(Mode))
         check_choice("granularity", granularity, get_args(Granularity))
+        align = align or ("official" if mode == "paper" else "interpolate")
         check_choice("align", align, get_args(Alignment))
         for name, bound in (("max_factor", max_factor), ("max_rotation", max_rotation)):
             if bound is not None and not bound > 0:
@@ -88,7 +90,7 @@ class LRCorrection:
         self.granularity = granularity
         self.max_factor = max_factor
         self.max_rotation = max_rotation
-        self.align = align
+        self.align: Alignment = align
         self.include = tuple(include)
         self.exclude = tuple(exclude)
 

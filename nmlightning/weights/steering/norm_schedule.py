@@ -54,7 +54,7 @@ class NormSchedule:
         base_lr: float | None = None,
         *,
         power: Power = "auto",
-        align: Alignment = "official",
+        align: Alignment = "interpolate",
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
     ) -> None:

@@ -64,6 +64,16 @@ class Scope:
             return {}
         return {name: share for name, share in self.shares.items() if share > TOLERANCE}
 
+    def reason(self, name: str) -> str:
+        """Return in words what was decided about a weight."""
+        if name not in self.shares:
+            return "steered; it has had no gradient yet"
+        share = self.shares[name]
+        if share <= TOLERANCE:
+            return f"steered: scale-invariant (radial share {share:.1e})"
+        verdict = "steered, as include asks for" if self.insists else "left"
+        return f"{verdict}: the loss feels its norm (radial share {share:.1e})"
+
     def _note(self, name: str, share: float) -> None:
         self.shares[name] = share
         if share > TOLERANCE and self.insists:

@@ -89,7 +89,9 @@ def test_stable_mode_by_definition(
     else:
         optimizer = torch.optim.Adam(groups(net), lr=0.02)
         power, buffers = 1, ["exp_avg", "exp_avg_sq"]
-    correction = LRCorrection(history, granularity=granularity, max_factor=1.5, max_rotation=0.05)
+    correction = LRCorrection(
+        history, granularity=granularity, max_factor=1.5, max_rotation=0.05, align="official"
+    )
     initial = channel_norms(net.conv1.weight)
     before, plain = net.conv1.weight.detach().clone(), {}
     hook = optimizer.register_step_post_hook(
