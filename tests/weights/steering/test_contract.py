@@ -319,8 +319,8 @@ def test_references_that_do_not_fit(
         make_rule(partial).attach(sgd(net), net.named_parameters())
     optimizer = sgd(net)
     make_rule(history.until(10)).attach(optimizer, net.named_parameters())
-    with pytest.raises(InputError, match="does not reach step 10"):
-        train(net, optimizer, 11)
+    with pytest.raises(InputError, match="does not reach step 1[01]"):
+        train(net, optimizer, 12)
 
 
 @pytest.mark.parametrize("make_rule", REFERENCED.values(), ids=REFERENCED)
