@@ -1,0 +1,97 @@
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+from nmlightning.errors import InputError
+from nmlightning.weights.channel_norms import ROWS, ChannelLayout, channel_norms
+from nmlightning.weights.layer_weights import find_layer_weights
+
+
+def make_model() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, groups=1),
+        nn.BatchNorm2d(4),
+        nn.ConvTranspose2d(4, 6, 3, groups=2),
+        nn.Sequential(nn.Conv1d(6, 2, 1), nn.LayerNorm(2)),
+        nn.Embedding(5, 2),
+        nn.Linear(2, 7),
+    )
+
+
+def test_every_convolution_and_linear_layer() -> None:
+    model = make_model()
+    weights = find_layer_weights(model)
+    assert [weight.name for weight in weights] == ["0.weight", "2.weight", "3.0.weight", "5.weight"]
+    assert [weight.layout for weight in weights] == [ROWS, ChannelLayout(2), ROWS, ROWS]
+    assert all(weight.parameter is model.get_parameter(weight.name) for weight in weights)
+    channels = [len(channel_norms(weight.parameter, layout=weight.layout)) for weight in weights]
+    assert channels == [4, 6, 2, 7]
+
+
+def test_a_layer_alone() -> None:
+    (weight,) = find_layer_weights(nn.Linear(2, 3))
+    assert weight.name == "weight"
+
+
+def test_patterns() -> None:
+    model = make_model()
+    names = [w.name for w in find_layer_weights(model, ["?.weight", "3.*"], ["2*"])]
+    assert names == ["0.weight", "3.0.weight", "5.weight"]
+    expected = (
+        "'1.*' matches no weight of a convolution or linear layer of Sequential; there is 0.w"
+    )
+    with pytest.raises(InputError, match=re.escape(expected)):
+        find_layer_weights(model, exclude=["1.*"])
+    with pytest.raises(InputError, match="Sequential has no convolution or linear layer to watch"):
+        find_layer_weights(model, exclude=["*"])
+    with pytest.raises(InputError, match="ReLU has no convolution or linear layer to watch"):
+        find_layer_weights(nn.ReLU())
+
+
+def test_a_shared_weight_appears_once() -> None:
+    layer = nn.Linear(2, 2)
+    tied = nn.Linear(2, 2)
+    tied.weight = layer.weight
+    names = [weight.name for weight in find_layer_weights(nn.Sequential(layer, layer, tied))]
+    assert names == ["0.weight"]
+
+
+class Halved(nn.Module):
+    calls = 0
+
+    def forward(self, original: torch.Tensor) -> torch.Tensor:
+        Halved.calls += 1
+        return original / 2
+
+    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * 2
+
+
+def test_of_a_parametrized_weight_the_original_without_computing_it() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Linear(3, 4), nn.ConvTranspose2d(4, 6, 2))
+    parametrizations.weight_norm(model[0])
+    parametrize.register_parametrization(model[1], "weight", Halved())
+    parametrizations.weight_norm(model[2])
+    Halved.calls = 0
+    weights = find_layer_weights(model)
+    assert Halved.calls == 0
+    assert [weight.name for weight in weights] == ["0.weight", "1.weight", "2.weight"]
+    originals = [
+        model[0].parametrizations.weight.original1,
+        model[1].parametrizations.weight.original,
+        model[2].parametrizations.weight.original1,
+    ]
+    assert all(w.parameter is original for w, original in zip(weights, originals, strict=True))
+
+
+def test_what_torch_compile_adds_to_names() -> None:
+    model = nn.Sequential(torch.compile(nn.Linear(2, 2), backend="eager"))
+    assert [weight.name for weight in find_layer_weights(model)] == ["0.weight"]
+
+
+def test_a_lazy_layer_is_left_out() -> None:
+    model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 3))
+    assert [weight.name for weight in find_layer_weights(model)] == ["1.weight"]
