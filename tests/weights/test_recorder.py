@@ -66,7 +66,7 @@ def test_it_goes_on_with_earlier_records(tmp_path: Path) -> None:
     assert history.epochs.tolist() == [0, 0, 1]
     np.testing.assert_array_equal(history.norms["1.weight"][:2], earlier.norms["1.weight"])
     other = find_layer_weights(nn.Sequential(nn.Conv2d(2, 9, 3)))
-    with pytest.raises(InputError, match="0.weight has 3 output channels there and 9 here"):
+    with pytest.raises(InputError, match=r"0.weight has 3 output channels there and 9 here"):
         Recorder(other, {}, earlier)
 
 

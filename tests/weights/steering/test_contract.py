@@ -319,7 +319,7 @@ def test_references_that_do_not_fit(
         make_rule(partial).attach(sgd(net), net.named_parameters())
     optimizer = sgd(net)
     make_rule(history.until(10)).attach(optimizer, net.named_parameters())
-    with pytest.raises(InputError, match="does not reach step 1[01]"):
+    with pytest.raises(InputError, match=r"does not reach step 1[01]"):
         train(net, optimizer, 12)
 
 
