@@ -36,6 +36,9 @@ class NormSchedule:
         reference: the recording of a run with weight decay: a `NormHistory`, its file, or the
             folder of the run.
         base_lr: η₀; by default the rate of the weight's parameter group before any schedule.
+        max_rotation: the largest rotation per step, in radians, by a shorter Δw_i. Without it (None,
+            the paper's rule) a channel that its recording let shrink to almost nothing turns
+            further at every step, and its momentum, which the projection scales up, overflows.
         power: q, 1 or 2; "auto" takes that of the optimizer's family.
         align: which record a moment has; see `NormHistory.place`.
         include: glob patterns on weight names; empty means every convolution that is
@@ -53,6 +56,7 @@ class NormSchedule:
         reference: NormHistory | str | Path,
         base_lr: float | None = None,
         *,
+        max_rotation: float | None = 0.2,
         power: Power = "auto",
         align: Alignment = "interpolate",
         include: Sequence[str] = (),
@@ -61,8 +65,11 @@ class NormSchedule:
         check_choice("align", align, get_args(Alignment))
         if base_lr is not None and not base_lr > 0:
             raise InputError(f"base_lr must be positive, got {base_lr!r}.")
+        if max_rotation is not None and not max_rotation > 0:
+            raise InputError(f"max_rotation must be positive, or None, got {max_rotation!r}.")
         self.reference = reference
         self.base_lr = base_lr
+        self.max_rotation = max_rotation
         self.power = power
         self.align = align
         self.include = tuple(include)
@@ -80,7 +87,7 @@ class NormSchedule:
             optimizer, named_parameters, self.include, self.exclude, layouts or {}
         )
         reference = Reference(self.reference, weights, self.align)
-        rules = [_ScheduledWeight(weight, reference, self.base_lr, power) for weight in weights]
+        rules = [_ScheduledWeight(weight, reference, self, power) for weight in weights]
         return Attachment(optimizer, rules, Scope(insists=bool(self.include)), type(self).__name__)
 
 
@@ -88,12 +95,14 @@ class _ScheduledWeight:
     """The rule for one weight."""
 
     def __init__(
-        self, weight: SteeredWeight, reference: Reference, base_lr: float | None, power: int
+        self, weight: SteeredWeight, reference: Reference, settings: NormSchedule, power: int
     ) -> None:
         self.weight = weight
         self._reference = reference
         self._power = power
-        self._base_lr = base_lr or float(weight.group.get("initial_lr", weight.group["lr"]))
+        self._max_rotation = settings.max_rotation
+        initial = float(weight.group.get("initial_lr", weight.group["lr"]))
+        self._base_lr = settings.base_lr or initial
 
     def after_step(self, before: Tensor, moment: Moment) -> Tensor:
         norms = self._reference.norms(self.weight, moment)
@@ -101,7 +110,8 @@ class _ScheduledWeight:
         if rate == 0:
             return torch.zeros_like(norms, dtype=torch.bool)
         share = self._base_lr / rate
-        undone = scale_step(self.weight, before, norms.new_full(norms.shape, share))
+        factors = norms.new_full(norms.shape, share)
+        undone = scale_step(self.weight, before, factors, self._max_rotation)
         project(self.weight, norms * share ** (1 / self._power))
         return undone
 
