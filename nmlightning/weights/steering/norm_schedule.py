@@ -36,9 +36,9 @@ class NormSchedule:
         reference: the recording of a run with weight decay: a `NormHistory`, its file, or the
             folder of the run.
         base_lr: η₀; by default the rate of the weight's parameter group before any schedule.
-        max_rotation: the largest rotation per step, in radians, by a shorter Δw_i. Without it (None,
-            the paper's rule) a channel that its recording let shrink to almost nothing turns
-            further at every step, and its momentum, which the projection scales up, overflows.
+        max_rotation: the largest rotation per step, in radians; None for no bound, as in the paper.
+            A channel that its recording let shrink to almost nothing then turns further at every
+            step, and its momentum, which the projection scales up, overflows.
         power: q, 1 or 2; "auto" takes that of the optimizer's family.
         align: which record a moment has; see `NormHistory.place`.
         include: glob patterns on weight names; empty means every convolution that is

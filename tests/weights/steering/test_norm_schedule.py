@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -106,3 +107,25 @@ def test_it_replaces_a_learning_rate_schedule(make_net: MakeNet, train: Train) -
 def test_rates_that_are_none(rate: float) -> None:
     with pytest.raises(InputError, match=f"base_lr must be positive, got {rate}"):
         NormSchedule("somewhere", rate)
+
+
+@pytest.mark.parametrize("max_rotation", [0.2, None])
+def test_norms_that_shrink_to_almost_nothing(
+    make_net: MakeNet, train: Train, random_history: MakeHistory, max_rotation: float | None
+) -> None:
+    net = make_net()
+    history = random_history(net)
+    for values in history.norms.values():
+        values *= np.logspace(0, -4, 10)[:, None]
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    schedule = NormSchedule(history, max_rotation=max_rotation)
+    attachment = schedule.attach(optimizer, net.named_parameters())
+    train(net, optimizer, 99)
+    assert (attachment.undone == 0) is (max_rotation is not None)
+    assert all(bool(net.get_parameter(name).isfinite().all()) for name in CONVOLUTIONS)
+
+
+@pytest.mark.parametrize("bound", [0.0, -1.0])
+def test_rotations_that_are_no_bound(bound: float) -> None:
+    with pytest.raises(InputError, match=f"max_rotation must be positive, or None, got {bound}"):
+        NormSchedule("somewhere", max_rotation=bound)
