@@ -145,6 +145,8 @@ BAD_INPUT = {
     "--trainer.max_epochs three": "trainer.max_epochs: expected int or null, received 'three'.",
     "--trainer.precision 16-mixd": "received '16-mixd'. Did you mean '16-mixed'?",
     "--trainer.strategy dpp": "trainer: You selected an invalid strategy name",
+    "--model.optimizer.lr -1": "optimizer or lr_scheduler: Invalid learning rate: -1.0.",
+    "--seed_everything -5": "seed_everything must be between 0 and 4294967295, got -5.",
     "--seed_everything x": "seed_everything: expected bool or int, received 'x'.",
     # Norms
     "--trainer.callbacks.norm l_1": "'l_1'.*Did you mean 'l1'?",
@@ -395,3 +397,19 @@ def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_resume(tmp_path: Path,
     answer = nm(*shlex.split(command)[1:], f"--trainer.max_epochs={epochs + 1}")
     assert has(f" 1 epoch after {epochs} of an earlier run in ", answer.out)
     assert (run.with_name("version_1") / LAST).is_file()
+
+
+def test_a_folder_that_cannot_be_made(nm: Nm, tmp_path: Path) -> None:
+    Path("runs").touch()
+    code, _, err = nm(*FIT)
+    assert (code, len(err)) == (2, 1)
+    assert err[0].startswith("nm: the run's folder cannot be made: ")
+
+
+def test_a_config_that_is_no_text(nm: Nm) -> None:
+    Path("last.ckpt").write_bytes(b"PK\x03\x04\xfc\xdf")
+    Path("control.yaml").write_text("a: \x07", encoding="utf-8")
+    for name in ("last.ckpt", "control.yaml"):
+        code, _, err = nm("fit", "--config", name)
+        assert (code, len(err)) == (2, 1)
+        assert err[0].startswith(f"nm: --config: '{name}' is no YAML")

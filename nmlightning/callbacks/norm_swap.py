@@ -110,6 +110,15 @@ class NormSwap(CallbackBase):
             trainer.optimizers, [layers[name] for name in swapped_modules(pl_module)]
         )
 
+    @property
+    def state_key(self) -> str:
+        """The name of its state in a checkpoint, one for each recipe."""
+        return self._generate_state_key(**self.recipe())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the recipe, so that Lightning warns of a resume without this callback."""
+        return self.recipe()
+
     def swap(self, module: nn.Module) -> bool:
         """Swap the norms of `module`, note it there, and return whether that did anything."""
         report = swap_norms(

@@ -41,12 +41,16 @@ def read_config(name: str) -> dict[str, Any]:
     Raises:
         InputError: there is no such config, or it is no YAML.
     """
-    text = name if is_config_text(name) else find_config(name).read_text("utf-8")
     try:
+        text = name if is_config_text(name) else find_config(name).read_text("utf-8")
         content = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise InputError(f"--config: {name!r} is no YAML: {error.problem}{line}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--config: {name!r} is no YAML text: {error}.") from None
+    except OSError as error:
+        raise InputError(f"--config: {name!r} cannot be read: {error.strerror}.") from None
     if not isinstance(content, dict):
         raise InputError(f"--config: {name!r} holds no options, but {content!r}.")
     return content

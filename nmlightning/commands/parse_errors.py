@@ -172,7 +172,8 @@ def _candidates(name: str, options: list[str]) -> list[str]:
     """Return what `name` may have meant; of keys under `model.` the first word alone is known."""
     head, dot, rest = name.partition(".")
     heads = {option.partition(".")[0] for option in options}
-    return options if head in heads else [*options, *(f"{other}{dot}{rest}" for other in heads)]
+    groups = {option.partition(".")[0] for option in options if "." in option} | {"model", "data"}
+    return options if head in heads else [*options, *(f"{other}{dot}{rest}" for other in groups)]
 
 
 def _explain_value(key: str, message: str) -> str:

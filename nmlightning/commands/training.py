@@ -88,6 +88,9 @@ class TrainingCLI(ExplicitOptionsWin):
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse `args` without LightningCLI's warning that the program has arguments, too."""
         self.config = parser.parse_args(args)
+        seed = self.config[self.config.subcommand].get("seed_everything")
+        if type(seed) is int and not 0 <= seed < 2**32:
+            raise InputError(f"seed_everything must be between 0 and {2**32 - 1}, got {seed}.")
 
     def before_instantiate_classes(self) -> None:
         """Decide where the run is kept: only a fit makes a folder, and always a new one."""
@@ -121,6 +124,7 @@ class TrainingCLI(ExplicitOptionsWin):
         folder = self._folder()
         if folder and (folder / "config.yaml").exists():
             raise InputError(f"{folder} holds another run; leave trainer.logger.version out.")
+        _make_folder(folder)
         run_report.print_start(self.trainer, folder)
         try:
             self.trainer.fit(model, **kwargs)
@@ -169,6 +173,15 @@ class TrainingCLI(ExplicitOptionsWin):
         callbacks = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         paths = [Path(path) for c in callbacks for path in (c.last_model_path, c.best_model_path)]
         return max((p for p in paths if p.is_file()), key=lambda p: p.stat().st_mtime, default=None)
+
+
+def _make_folder(folder: Path | None) -> None:
+    """Make the run's folder, or raise InputError before anything is computed for it."""
+    try:
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the run's folder cannot be made: {error}.") from error
 
 
 def _is_ctrl_c(stop: SystemExit) -> bool:

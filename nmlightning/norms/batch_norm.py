@@ -41,8 +41,9 @@ class StatisticBatchNorm(_BatchNorm):
         momentum: weight of the newest batch in the running statistics; None averages all equally.
         affine: learn a weight and a bias for each channel.
         track_running_stats: keep running statistics; else evaluation uses the batch's own.
-        constant: c. "exact" makes ŝ an unbiased estimate of a Gaussian's standard deviation,
-            "paper" is the constant as published, "none" is 1, and a number is taken as it is.
+        constant: c. "exact" makes ŝ estimate a Gaussian's standard deviation without bias (for Lp
+            as n → ∞; see `gaussian_constant`), "paper" is the constant as published, "none" is 1,
+            and a number is taken as it is.
         stats_dtype: dtype of accumulation, `torch.float32` or `torch.float64`; by default float32
             for half, bfloat16 and float32 inputs and float64 for float64.
         sync: in training, share the statistics among all ranks, as one process would compute them

@@ -35,7 +35,9 @@ def gaussian_constant(
 
     z are n independent standard normals. `"paper"` gives the closed form of the paper for `linf`
     and for every k of `topk`, ½ (1 + √(π ln 4)) / √(2 ln n), which overestimates σ by up to 47 %;
-    `"none"` gives 1; a number is returned as it is. "exact" is within 0.1 % for 2 ≤ n ≤ 10⁷.
+    `"none"` gives 1; a number is returned as it is. "exact" is that of n independent
+    values for L∞ and Top(k), within 0.1 % for 2 ≤ n ≤ 10⁷, and that of n → ∞ for Lp, as √(mean d²)
+    is for L2: at p = 4 the output's deviation is 1.2 % above 1 at n = 64, at p = 10 it is 10 %.
 
     Args:
         statistic: one of `l1`, `l2`, `lp`, `linf`, `topk`.

@@ -103,10 +103,14 @@ class ImageClassifier(pl.LightningModule):
         return logits.float().softmax(dim=1)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(parameter_groups(self.net, None, self.weight_decay_scope))
-        if self.lr_scheduler is None:
+        groups = parameter_groups(self.net, None, self.weight_decay_scope)
+        try:
+            optimizer = self.optimizer(groups)
+            scheduler = self.lr_scheduler and self.lr_scheduler(optimizer)
+        except ValueError as error:  # such as a negative learning rate
+            raise InputError(f"optimizer or lr_scheduler: {error}.") from error
+        if scheduler is None:
             return optimizer
-        scheduler = self.lr_scheduler(optimizer)
         monitor = getattr(scheduler, "monitor", "val/loss")
         return {
             "optimizer": optimizer,

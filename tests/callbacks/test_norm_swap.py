@@ -398,3 +398,25 @@ class TestTheModuleAfterwards:
         assert [r["norm"] for r in checkpoint["nmlightning"]["norm_swaps"]] == ["l1", "linf"]
         assert norm_types(module) == [L1BatchNorm2d] * 2
         assert [recipe["norm"] for recipe in recipes_of(module)] == ["l1"]
+
+
+@pytest.mark.parametrize("package", ["pytorch_lightning", "lightning.pytorch"])
+def test_a_resume_without_it_is_warned_of(package: str, tmp_path: Path) -> None:
+    module_class = PlModule if package == "pytorch_lightning" else UnifiedModule
+    trainer_class = importlib.import_module(package).Trainer
+    options: dict[str, Any] = {
+        "max_steps": 1,
+        "logger": False,
+        "accelerator": "cpu",
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    data = DataLoader(TensorDataset(torch.randn(4, 2, 8, 8), torch.arange(4) % 3), batch_size=4)
+    trainer = trainer_class(
+        callbacks=[NormSwap("l1"), NormSwap("l1", include=["net.1"])], **options
+    )
+    trainer.fit(module_class(), data, data)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    with pytest.warns(UserWarning, match=r"Please add the following callbacks: .*NormSwap"):
+        trainer_class(**options).fit(module_class(), data, data, ckpt_path=tmp_path / "last.ckpt")
