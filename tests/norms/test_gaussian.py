@@ -10,7 +10,7 @@ from scipy import special
 from nmlightning.errors import InputError
 from nmlightning.norms import gaussian_constant
 
-# What issue and documentation promise, and what the docstring claims beyond it.
+# What is asked of the constants, and what the docstring claims beyond it.
 PROMISED, CLAIMED = 5e-3, 1e-3
 SIZES = (2, 3, 5, 10, 64, 100, 1_000, 100_000, 1_000_000, 10_000_000)
 # Beyond 512 the code takes a limit.
