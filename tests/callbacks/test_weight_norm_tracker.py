@@ -248,7 +248,7 @@ def test_steering(package: str, steering: str, tmp_path: Path) -> None:
     reference = record(tmp_path / "reference", package, weight_decay=0.05)
     rule: Any = {
         "correction": LRCorrection(reference),
-        "schedule": NormSchedule(tmp_path / "reference"),
+        "schedule": NormSchedule(tmp_path / "reference", align="official"),
         "decay": DecayEquivalentLR(0.01),
     }[steering]
     module = make_module(package)
