@@ -141,23 +141,34 @@ def _unit_rows(weight: Tensor, layout: ChannelLayout) -> Tensor:
 
 
 def equilibrium_rotation(
-    learning_rate: float, weight_decay: float, *, momentum: float = 0.0, beta1: float | None = None
+    learning_rate: float,
+    weight_decay: float,
+    *,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    beta1: float | None = None,
 ) -> float:
     """Return the rotation per step, in radians, at which weight decay and learning balance.
 
         SGD: √(2ηλ / (1 + m)),        AdamW: √(2ηλ (1 − β₁) / (1 + β₁))
 
-    It is that of a scale-invariant weight whose gradients are uncorrelated over time.
+    It is the root mean square over steps, of a scale-invariant weight whose gradients are
+    uncorrelated over time. Nesterov's momentum takes the same way in less even steps: its rotation
+    is √((1 + m)² (1 − m²) + m⁴) times that of SGD.
 
     Args:
         learning_rate: η.
         weight_decay: λ.
         momentum: m of SGD.
+        nesterov: whether that is Nesterov's.
         beta1: β₁ of AdamW, which decays the weights beside the step; None for SGD.
 
-    Source: Wan et al. 2021 (arXiv 2006.08419); Kosson et al. 2023 (arXiv 2305.17212).
+    Source: Wan et al. 2021 (arXiv 2006.08419); Kosson et al. 2023 (arXiv 2305.17212). Nesterov's
+    factor: its step is (1 + m) g_t + m² g_(t−1) + m³ g_(t−2) + …, the other g_t + m g_(t−1) + ….
     """
     share = 1 / (1 + momentum) if beta1 is None else (1 - beta1) / (1 + beta1)
+    if nesterov:
+        share *= (1 + momentum) ** 2 * (1 - momentum**2) + momentum**4
     return math.sqrt(2 * learning_rate * weight_decay * share)
 
 

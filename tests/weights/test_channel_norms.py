@@ -180,11 +180,15 @@ Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
             equilibrium_rotation(0.05, 0.02, momentum=0.9),
         ),
         (
+            lambda w: torch.optim.SGD(w, 0.05, momentum=0.9, nesterov=True, weight_decay=0.02),
+            equilibrium_rotation(0.05, 0.02, momentum=0.9, nesterov=True),
+        ),
+        (
             lambda w: torch.optim.AdamW(w, 0.05, betas=(0.9, 0.99), weight_decay=0.1),
             equilibrium_rotation(0.05, 0.1, beta1=0.9),
         ),
     ],
-    ids=["sgd", "momentum", "adamw"],
+    ids=["sgd", "momentum", "nesterov", "adamw"],
 )
 def test_equilibrium_rotation(make: Optimizer, expected: float) -> None:
     """A scale-invariant weight with random gradients settles at the formula's rotation."""

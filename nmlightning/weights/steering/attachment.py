@@ -18,9 +18,14 @@ _LOOK_EVERY = 25  # Looking at the count waits for the device.
 
 
 class StepRule(Protocol):
-    """What is done to one weight after each step of its optimizer."""
+    """What is done to one weight after each step of its optimizer.
+
+    Attributes:
+        factors: (C,) what the last step of each channel was multiplied by; None before it.
+    """
 
     weight: SteeredWeight
+    factors: Tensor | None
 
     def after_step(self, before: Tensor, moment: Moment) -> Tensor:
         """Change the weight's step from `before`; return (C,) bool, the channels left unmoved."""
@@ -79,6 +84,17 @@ class Attachment:
     def reasons(self) -> dict[str, str]:
         """Return for each weight why it is steered, or why it is not."""
         return {rule.weight.name: self.scope.reason(rule.weight.name) for rule in self.rules}
+
+    def factors(self) -> dict[str, Tensor]:
+        """Return for each weight that is steered the (C,) factors of its last step, on all ranks.
+
+        Every rank has to call it.
+        """
+        return {
+            rule.weight.name: rule.weight.all_channels(rule.factors)
+            for rule in self.rules
+            if rule.factors is not None
+        }
 
     def remove(self) -> None:
         """Let the optimizer step as it did before."""

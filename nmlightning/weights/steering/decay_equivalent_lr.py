@@ -111,6 +111,7 @@ class _DecayedWeight:
         self._weight_decay = weight_decay
         self._scale = 1.0  # a
         self._pull = 0.0  # κ of the last step; 0 before the first, when the buffer is empty
+        self.factors: Tensor | None = None
 
     def after_step(self, before: Tensor, moment: Moment) -> Tensor:
         del moment
@@ -119,7 +120,7 @@ class _DecayedWeight:
         self._correct_buffer(before, momentum * self._scale**2 * (self._pull - now.pull), rate)
         factor = 1 / (now.alpha * self._scale**2)
         factors = torch.full_like(self.weight.norms(), factor)
-        undone = scale_step(self.weight, before, factors)
+        undone, self.factors = scale_step(self.weight, before, factors)
         self._scale *= now.alpha
         self._pull = now.pull
         if self._scale < _RESCALE:

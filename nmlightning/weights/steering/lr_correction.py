@@ -15,7 +15,7 @@ from nmlightning.weights.history import Alignment, NormHistory
 from nmlightning.weights.steering.attachment import Attachment
 from nmlightning.weights.steering.choose_weights import choose_weights
 from nmlightning.weights.steering.moves import project, scale_step
-from nmlightning.weights.steering.power import Power, choose_power
+from nmlightning.weights.optimizer_family import Power, choose_power
 from nmlightning.weights.steering.reference import Moment, Reference
 from nmlightning.weights.steering.scale_invariance import Scope
 from nmlightning.weights.steering.steered_weight import SteeredWeight
@@ -134,17 +134,19 @@ class _CorrectedWeight:
         self._settings = settings
         self._power = power
         self._initial = weight.norms()
+        self.factors: Tensor | None = None
 
     def after_step(self, before: Tensor, moment: Moment) -> Tensor:
         settings = self._settings
         recorded = self._reference.norms(self.weight, moment)
         if settings.mode == "paper":
             current = channel_norms(before, layout=self.weight.layout)
-            return scale_step(self.weight, before, self._factors(current, recorded))
+            undone, self.factors = scale_step(self.weight, before, self._factors(current, recorded))
+            return undone
         factors = self._factors(self._initial, recorded)
         if settings.max_factor is not None:
             factors = factors.clamp(max=settings.max_factor)
-        undone = scale_step(self.weight, before, factors, settings.max_rotation)
+        undone, self.factors = scale_step(self.weight, before, factors, settings.max_rotation)
         project(self.weight, self._initial)
         return undone
 

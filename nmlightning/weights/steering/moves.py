@@ -10,7 +10,7 @@ from nmlightning.weights.steering.steered_weight import SteeredWeight
 @torch.no_grad()
 def scale_step(
     weight: SteeredWeight, before: Tensor, factors: Tensor, max_rotation: float | None = None
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Turn the step Δw_i that led from `before` to the weight into f_i · Δw_i.
 
     A channel whose step or factor is not finite goes back to where it was.
@@ -23,7 +23,8 @@ def scale_step(
             angles; None for no bound.
 
     Returns:
-        (C,) bool: the channels whose step was undone.
+        (C,) bool, the channels whose step was undone; and (C,) the factors as they were applied,
+        with the bound, 0 where the step was undone.
     """
     after = weight.values
     lengths = channel_norms(after - before, layout=weight.layout)
@@ -31,9 +32,10 @@ def scale_step(
     if max_rotation is not None:
         bounds = max_rotation * channel_norms(before, layout=weight.layout) / lengths
         factors = torch.minimum(factors, bounds.where(lengths > 0, torch.inf))
-    scaled = torch.lerp(before, after, weight.spread(factors.where(~undone, 0.0)))
+    factors = factors.where(~undone, 0.0)
+    scaled = torch.lerp(before, after, weight.spread(factors))
     after.copy_(scaled.where(weight.spread(undone) == 0, before))
-    return undone
+    return undone, factors
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from nmlightning.weights.history import Alignment, NormHistory
 from nmlightning.weights.steering.attachment import Attachment
 from nmlightning.weights.steering.choose_weights import choose_weights
 from nmlightning.weights.steering.moves import project, scale_step
-from nmlightning.weights.steering.power import Power, choose_power
+from nmlightning.weights.optimizer_family import Power, choose_power
 from nmlightning.weights.steering.reference import Moment, Reference
 from nmlightning.weights.steering.scale_invariance import Scope
 from nmlightning.weights.steering.steered_weight import SteeredWeight
@@ -103,6 +103,7 @@ class _ScheduledWeight:
         self._max_rotation = settings.max_rotation
         initial = float(weight.group.get("initial_lr", weight.group["lr"]))
         self._base_lr = settings.base_lr or initial
+        self.factors: Tensor | None = None
 
     def after_step(self, before: Tensor, moment: Moment) -> Tensor:
         norms = self._reference.norms(self.weight, moment)
@@ -111,7 +112,7 @@ class _ScheduledWeight:
             return torch.zeros_like(norms, dtype=torch.bool)
         share = self._base_lr / rate
         factors = norms.new_full(norms.shape, share)
-        undone = scale_step(self.weight, before, factors, self._max_rotation)
+        undone, self.factors = scale_step(self.weight, before, factors, self._max_rotation)
         project(self.weight, norms * share ** (1 / self._power))
         return undone
 

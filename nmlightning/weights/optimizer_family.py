@@ -1,10 +1,12 @@
-"""By which power of a weight's norm its learning rate falls, for each family of optimizers."""
+"""What weight norms and weight decay do under each family of optimizers."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from torch import optim
 
 from nmlightning.errors import InputError
+from nmlightning.weights.channel_norms import equilibrium_rotation
 
 Power = Literal["auto", 1, 2]
 
@@ -43,3 +45,21 @@ def choose_power(optimizer: optim.Optimizer, power: Power | int | str) -> int:
         "proportional to the gradient, as that of SGD, or power=1 if it does not depend on the "
         "gradient's size, as that of Adam."
     )
+
+
+def expected_rotation(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> float | None:
+    """Return the `equilibrium_rotation` of weights in a parameter group of `optimizer`.
+
+    None without weight decay, where there is no equilibrium, and for optimizers of which no formula
+    is known: all but SGD without dampening, and AdamW.
+    """
+    rate, decay = float(group["lr"]), float(group.get("weight_decay", 0.0))
+    if not decay:
+        return None
+    if isinstance(optimizer, optim.SGD) and not group["dampening"]:
+        return equilibrium_rotation(
+            rate, decay, momentum=group["momentum"], nesterov=group["nesterov"]
+        )
+    if isinstance(optimizer, optim.AdamW):
+        return equilibrium_rotation(rate, decay, beta1=group["betas"][0])
+    return None
