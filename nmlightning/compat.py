@@ -52,6 +52,16 @@ def global_seed() -> int | None:
     return None if seed is None else int(seed)
 
 
+def logging_is_due(trainer: Any) -> bool:
+    """Return whether the Trainer logs what this batch gives: every `log_every_n_steps` batches."""
+    return bool(trainer._logger_connector.should_update_logs or trainer.fast_dev_run)
+
+
+def logged_step(trainer: Any) -> int:
+    """Return the step under which the Trainer's loggers keep what is logged now."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
 def keep_through_sync(trainer: Any) -> None:
     """Let `Trainer(sync_batchnorm=True)` synchronise our norms instead of replacing them.
 

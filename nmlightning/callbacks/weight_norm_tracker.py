@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch.optim import Optimizer
 
+from nmlightning.callbacks.norm_dashboard import NormDashboard
 from nmlightning.callbacks.print_scope import print_scope
 from nmlightning.callbacks.provenance import check_same_run, describe_run
 from nmlightning.compat import CallbackBase
@@ -39,11 +40,14 @@ class WeightNormTracker(CallbackBase):
         exclude: glob patterns on names that are not recorded.
         other_run: steer also by the recording of a run with another seed or another number of
             processes, whose moments then are epochs of other batches.
+        log_norms: show the norms, effective learning rates, rotations and factors in the Trainer's
+            loggers at the steps it logs at, and in TensorBoard as histograms and pictures too;
+            None does so if there is a logger, True insists on one.
 
     Raises:
         InputError: on construction for another `every`; at the start of a fit for a pattern that
-            matches nothing, and for a reference that does not fit the model or is shorter than the
-            run.
+            matches nothing, for `log_norms` without a logger, and for a reference that does not fit
+            the model or is shorter than the run.
 
     Example:
         >>> from pytorch_lightning import Trainer
@@ -57,6 +61,7 @@ class WeightNormTracker(CallbackBase):
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         other_run: bool = False,
+        log_norms: bool | None = None,
     ) -> None:
         super().__init__()
         steps = isinstance(every, int) and not isinstance(every, bool) and every >= 1
@@ -67,9 +72,11 @@ class WeightNormTracker(CallbackBase):
         self.include = tuple(include)
         self.exclude = tuple(exclude)
         self.other_run = other_run
+        self.log_norms = log_norms
         self.path: Path | None = None
         self.attachments: list[Attachment] = []
         self._recorder: Recorder | None = None
+        self._dashboard: NormDashboard | None = None
         self._rates: dict[int, tuple[float, float]] = {}
         self._resumed: Mapping[str, Any] = {}
         self._batch = 0
@@ -89,6 +96,8 @@ class WeightNormTracker(CallbackBase):
         self._record(trainer)
         if self.steering is not None:
             self._attach(trainer, pl_module, self.steering)
+        if self._logs(trainer):
+            self._dashboard = NormDashboard(trainer, weights)
         self._resumed = {}
 
     def on_train_batch_start(
@@ -102,6 +111,8 @@ class WeightNormTracker(CallbackBase):
     ) -> None:
         """Note the rates of this step; a scheduler may change them before it is recorded."""
         self._note_rates(optimizer)
+        if self._dashboard is not None:
+            self._dashboard.before_step(optimizer)
 
     def on_train_batch_end(
         self,
@@ -117,11 +128,15 @@ class WeightNormTracker(CallbackBase):
             print_scope(type(self.steering).__name__, self.attachments)
         if self.every != "epoch" and trainer.global_step % int(self.every) == 0:
             self._record(trainer)
+        if self._dashboard is not None:
+            self._dashboard.after_batch(self.attachments)
 
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Record and write."""
+        """Record, write and show."""
         self._record(trainer)
         self._save()
+        if self._dashboard is not None and self._recorder is not None:
+            self._dashboard.end_epoch(self._recorder.history())
 
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Let the optimizers step freely again."""
@@ -198,7 +213,17 @@ class WeightNormTracker(CallbackBase):
         if self._writes and self._recorder is not None and self.path is not None:
             self._recorder.save(self.path)
 
+    def _logs(self, trainer: "pl.Trainer") -> bool:
+        if self.log_norms and not trainer.loggers:
+            raise InputError(
+                "WeightNormTracker(log_norms=True) finds no logger to log to: give the Trainer "
+                "one, for instance logger=True, or leave log_norms out."
+            )
+        return bool(trainer.loggers) if self.log_norms is None else self.log_norms
+
     def _detach(self) -> None:
+        if self._dashboard is not None:
+            self._dashboard.remove()
         for attachment in self.attachments:
             attachment.remove()
 

@@ -95,6 +95,14 @@ def _of_shards(weight: Tensor, p: float, layout: ChannelLayout) -> Tensor:
     )
 
 
+def gather_channels(values: Tensor) -> Tensor:
+    """Return the (C,) values of all ranks where `values` is a `DTensor`, as every rank has to ask.
+
+    Any other tensor is returned as it is.
+    """
+    return values.full_tensor() if type(values).__name__ == "DTensor" else values  # type: ignore[attr-defined]
+
+
 def effective_learning_rates(
     norms: Tensor, learning_rate: float, *, power: int = 2, momentum: float = 0.0
 ) -> Tensor:

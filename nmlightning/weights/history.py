@@ -158,15 +158,12 @@ class NormHistory:
 
     def until(self, step: int) -> "NormHistory":
         """Return the records that were made after at most `step` optimizer steps."""
-        kept = slice(0, int(np.searchsorted(self.steps, step, side="right")))
-        return NormHistory(
-            {name: values[kept] for name, values in self.norms.items()},
-            self.steps[kept],
-            self.epochs[kept],
-            self.learning_rates[kept],
-            self.weight_decays[kept],
-            self.provenance,
-        )
+        return self._records(self.steps <= step)
+
+    def epoch_ends(self) -> "NormHistory":
+        """Return the last record of each epoch."""
+        last = np.append(np.diff(self.epochs) > 0, True)[: len(self)]
+        return self._records(last)
 
     def check_weights(self, channels: Mapping[str, int]) -> None:
         """Raise InputError, naming the first difference, unless it holds all these weights.
@@ -186,6 +183,16 @@ class NormHistory:
                     f"The recording is of another model: {name} has {recorded} output channels "
                     f"there and {count} here."
                 )
+
+    def _records(self, kept: NDArray[np.bool_]) -> "NormHistory":
+        return NormHistory(
+            {name: values[kept] for name, values in self.norms.items()},
+            self.steps[kept],
+            self.epochs[kept],
+            self.learning_rates[kept],
+            self.weight_decays[kept],
+            self.provenance,
+        )
 
     def _epoch_of(self, step: int) -> int:
         """Return the epoch that the step after `step` others belongs to."""

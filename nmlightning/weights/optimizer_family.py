@@ -36,15 +36,21 @@ def choose_power(optimizer: optim.Optimizer, power: Power | int | str) -> int:
         return int(power)
     if power != "auto":
         raise InputError(f"power is 'auto', 1 or 2, got {power!r}.")
-    if isinstance(optimizer, _GRADIENT):
-        return 2
-    if isinstance(optimizer, _NORMALISED):
-        return 1
+    known = known_power(optimizer)
+    if known is not None:
+        return known
     raise InputError(
         f"The power for {type(optimizer).__name__} is not known: give power=2 if its step is "
         "proportional to the gradient, as that of SGD, or power=1 if it does not depend on the "
         "gradient's size, as that of Adam."
     )
+
+
+def known_power(optimizer: optim.Optimizer) -> int | None:
+    """Return the power of the optimizer's family, or None where it is of none that is known."""
+    if isinstance(optimizer, _GRADIENT):
+        return 2
+    return 1 if isinstance(optimizer, _NORMALISED) else None
 
 
 def expected_rotation(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> float | None:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nmlightning.weights.channel_norms import channel_norms
+from nmlightning.weights.channel_norms import channel_norms, gather_channels
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.layer_weights import LayerWeight
 
@@ -53,7 +53,9 @@ class Recorder:
         """
         if step == self.last_step:
             return
-        norms = [_whole(channel_norms(w.parameter, layout=w.layout)) for w in self._weights]
+        norms = [
+            gather_channels(channel_norms(w.parameter, layout=w.layout)) for w in self._weights
+        ]
         self._pending.append(torch.cat([n.float() for n in norms]))
         self._clock.append((step, epoch))
         unknown = (np.nan, np.nan)
@@ -95,7 +97,3 @@ class Recorder:
 def _channels(weight: LayerWeight) -> int:
     groups = weight.layout.transposed_groups
     return int(weight.parameter.shape[0] if groups is None else weight.parameter.shape[1] * groups)
-
-
-def _whole(norms: Tensor) -> Tensor:
-    return norms.full_tensor() if type(norms).__name__ == "DTensor" else norms  # type: ignore[attr-defined]

@@ -49,6 +49,7 @@ class Attachment:
     Attributes:
         steps: optimizer steps seen so far. A GradScaler that skips a step of an optimizer which is
             not fused hides it; whoever steps under one sets `clock`.
+        undone_on_device: the count behind `undone`, which can be read without waiting for it.
         clock: returns the moment that a reference is looked up at; by default the number
             of steps before this one.
     """
@@ -64,7 +65,7 @@ class Attachment:
         self._optimizer = optimizer
         self._before: list[Tensor] = []
         device = self.rules[0].weight.values.device
-        self._undone = torch.zeros((), dtype=torch.int64, device=device)
+        self.undone_on_device = torch.zeros((), dtype=torch.int64, device=device)
         self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         self._hooks = [
             optimizer.register_step_pre_hook(lambda *_: self.before_step()),
@@ -74,7 +75,7 @@ class Attachment:
     @property
     def undone(self) -> int:
         """How many steps of channels were undone since they, or their factor, were not finite."""
-        return int(self._undone)
+        return int(self.undone_on_device)
 
     @property
     def measured(self) -> bool:
@@ -105,7 +106,7 @@ class Attachment:
         """Return all that a resumed run needs to go on bit for bit."""
         return {
             "steps": self.steps,
-            "undone": self._undone.clone(),
+            "undone": self.undone_on_device.clone(),
             "in_a_row": self._in_a_row.clone(),
             "scope": self.scope.state_dict(),
             "weights": {rule.weight.name: rule.state_dict() for rule in self.rules},
@@ -118,7 +119,7 @@ class Attachment:
             other = sorted(set(state["weights"]) ^ set(names))
             raise InputError(f"The state of {self._name} is of other weights; {other[0]} differs.")
         self.steps = state["steps"]
-        self._undone.copy_(state["undone"])
+        self.undone_on_device.copy_(state["undone"])
         self._in_a_row.copy_(state["in_a_row"])
         self.scope.load_state_dict(state["scope"])
         for rule in self.rules:
@@ -135,7 +136,7 @@ class Attachment:
         if self._skipped():
             return
         moment = self.clock()
-        undone = torch.zeros_like(self._undone)
+        undone = torch.zeros_like(self.undone_on_device)
         for rule, before in zip(self.rules, self._before, strict=True):
             if self.scope.holds(rule.weight, before):
                 undone += rule.after_step(before, moment).sum().to(undone.device)
@@ -148,7 +149,7 @@ class Attachment:
         return found is not None and bool(found)
 
     def _count(self, undone: Tensor) -> None:
-        self._undone += undone
+        self.undone_on_device += undone
         self._in_a_row = (self._in_a_row + 1) * (undone > 0)
         if self.steps % _LOOK_EVERY == 0 and int(self._in_a_row) >= MAX_STEPS_UNDONE:
             raise InputError(

@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from nmlightning.errors import InputError, check_choice
 from nmlightning.weights.channel_norms import ChannelLayout, channel_norms
 from nmlightning.weights.history import Alignment, NormHistory
+from nmlightning.weights.optimizer_family import Power, choose_power
 from nmlightning.weights.steering.attachment import Attachment
 from nmlightning.weights.steering.choose_weights import choose_weights
 from nmlightning.weights.steering.moves import project, scale_step
-from nmlightning.weights.optimizer_family import Power, choose_power
 from nmlightning.weights.steering.reference import Moment, Reference
 from nmlightning.weights.steering.scale_invariance import Scope
 from nmlightning.weights.steering.steered_weight import SteeredWeight

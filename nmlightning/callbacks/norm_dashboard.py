@@ -1,0 +1,173 @@
+"""Weight norms and what they do to learning, in the logs of a run while it goes on."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from nmlightning.callbacks.device_reading import DeviceReading
+from nmlightning.callbacks.loggers import log_scalars, tensorboard_writers
+from nmlightning.callbacks.skipped_steps import SkippedSteps
+from nmlightning.compat import logged_step, logging_is_due
+from nmlightning.reports import tags
+from nmlightning.reports.heatmap import draw_heatmap
+from nmlightning.weights.channel_norms import (
+    channel_norms,
+    effective_learning_rates,
+    gather_channels,
+    rotations,
+)
+from nmlightning.weights.channel_summaries import STATISTICS, summarise_channels
+from nmlightning.weights.history import NormHistory
+from nmlightning.weights.layer_weights import LayerWeight
+from nmlightning.weights.optimizer_family import expected_rotation, known_power
+from nmlightning.weights.steering.attachment import Attachment
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+_HEATMAPS = 10  # in a run
+_HISTOGRAM_BINS = 30
+
+
+class NormDashboard:
+    """Logs a run's weight norms; every rank calls it, and the first one writes.
+
+    At the steps at which the Trainer logs, for each layer: the smallest, mean and largest norm of
+    its channels, their median effective learning rate, the root mean square rotation of this step
+    beside the one at equilibrium, and the factors of steering; all of them wait for the device
+    once. At the end of an epoch, in TensorBoard: a histogram of each layer's norms, and ten times a
+    run a picture of them over the epochs.
+
+    Args:
+        trainer: whose loggers are used.
+        weights: what is shown.
+    """
+
+    def __init__(self, trainer: "pl.Trainer", weights: Sequence[LayerWeight]) -> None:
+        self._trainer = trainer
+        self._weights = {tags.layer_of(weight.name): weight for weight in weights}
+        self._skipped = SkippedSteps(trainer)
+        self._steps: dict[str, _Step] = {}
+        for writer in self._writers():
+            writer.add_custom_scalars(tags.dashboard_layout(list(self._weights)))
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Keep the weights that this step may turn, if it is one to be logged."""
+        self._skipped.attempt()
+        if not logging_is_due(self._trainer):
+            return
+        groups = {id(q): group for group in optimizer.param_groups for q in group["params"]}
+        for layer, weight in self._weights.items():
+            group = groups.get(id(weight.parameter))
+            if group is not None:
+                self._steps[layer] = _Step.before(weight, optimizer, group)
+
+    @torch.no_grad()
+    def after_batch(self, attachments: Sequence[Attachment]) -> None:
+        """Log the steps that were kept, and the weights they led to."""
+        if not self._steps:
+            return
+        reading = DeviceReading()
+        self._add_weights(reading)
+        _add_steering(reading, attachments)
+        if self._skipped.watches:
+            reading.add([tags.SKIPPED_STEPS], self._skipped.count())
+        values = reading.read()
+        for layer, step in self._steps.items():
+            values |= step.rates(layer, values[tags.norm_tag(layer, "median")])
+        self._steps = {}
+        if self._trainer.is_global_zero:
+            log_scalars(self._trainer, values, logged_step(self._trainer))
+
+    def end_epoch(self, history: NormHistory) -> None:
+        """Show the recorded norms in TensorBoard."""
+        step, ends = logged_step(self._trainer), history.epoch_ends()
+        pictures_are_due = self._pictures_are_due(len(ends))
+        for writer in self._writers():
+            for layer, weight in self._weights.items():
+                norms, tag = ends.norms[weight.name], tags.norm_tag(layer)
+                if np.isfinite(norms[-1]).all():  # others have no histogram
+                    writer.add_histogram(tag, norms[-1], step, bins=_HISTOGRAM_BINS)
+                if pictures_are_due:
+                    writer.add_image(tag, draw_heatmap(norms, layer), step, dataformats="HWC")
+
+    def remove(self) -> None:
+        """Stop watching the optimizers."""
+        self._skipped.remove()
+
+    def _add_weights(self, reading: DeviceReading) -> None:
+        norms = [
+            gather_channels(channel_norms(weight.parameter, layout=weight.layout)).float()
+            for weight in self._weights.values()
+        ]
+        names = [tags.norm_tag(layer, name) for layer in self._weights for name in STATISTICS]
+        reading.add(names, summarise_channels(norms))
+        turned = [step.rotation() for step in self._steps.values()]
+        reading.add([tags.rotation_tag(layer) for layer in self._steps], torch.stack(turned))
+
+    def _pictures_are_due(self, epochs: int) -> bool:
+        expected = max(self._trainer.max_epochs or 0, 1)
+        return epochs % -(-expected // _HEATMAPS) == 0 or epochs == expected
+
+    def _writers(self) -> list[Any]:
+        return tensorboard_writers(self._trainer) if self._trainer.is_global_zero else []
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A weight before a step, and the rates of that step."""
+
+    weight: LayerWeight
+    values: Tensor
+    learning_rate: float
+    momentum: float
+    power: int | None
+    equilibrium: float | None
+
+    @classmethod
+    def before(cls, weight: LayerWeight, optimizer: Optimizer, group: Mapping[str, Any]) -> "_Step":
+        return cls(
+            weight,
+            weight.parameter.detach().clone(),
+            float(group["lr"]),
+            float(group.get("momentum", 0.0)),
+            known_power(optimizer),
+            expected_rotation(optimizer, group),
+        )
+
+    def rotation(self) -> Tensor:
+        """Return the root mean square angle, over channels that have one, to the weight now."""
+        angles = rotations(self.values, self.weight.parameter, self.weight.layout)
+        return gather_channels(angles).float().square().nanmean().sqrt()
+
+    def rates(self, layer: str, norm: float) -> dict[str, float]:
+        """Return, by tag, the effective learning rate at a norm, and the rotation to expect."""
+        rates = {}
+        if self.power is not None:
+            rates[tags.effective_lr_tag(layer)] = float(
+                effective_learning_rates(
+                    torch.tensor(norm),
+                    self.learning_rate,
+                    power=self.power,
+                    momentum=self.momentum,
+                )
+            )
+        if self.equilibrium is not None:
+            rates[tags.equilibrium_tag(layer)] = self.equilibrium
+        return rates
+
+
+def _add_steering(reading: DeviceReading, attachments: Sequence[Attachment]) -> None:
+    factors = {name: f for each in attachments for name, f in each.factors().items()}
+    if factors:
+        layers = [tags.layer_of(name) for name in factors]
+        names = [tags.factor_tag(layer, name) for layer in layers for name in STATISTICS]
+        reading.add(names, summarise_channels([f.float() for f in factors.values()]))
+    if attachments:
+        counts = [attachment.undone_on_device for attachment in attachments]
+        reading.add([tags.UNDONE_STEPS], torch.stack(counts).sum())

@@ -1,0 +1,1 @@
+"""What a run left behind, to look at: pictures, tables and pages. Nothing here needs torch."""

@@ -1,0 +1,256 @@
+"""Test what a run's logs show of its weight norms."""
+
+import csv
+import importlib
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch
+import numpy as np
+import pytest
+import pytorch_lightning
+import torch
+import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from nmlightning.callbacks import WeightNormTracker
+from nmlightning.callbacks.device_reading import DeviceReading
+from nmlightning.errors import InputError
+from nmlightning.weights.channel_norms import channel_norms, equilibrium_rotation, rotations
+from nmlightning.weights.history import NormHistory
+from nmlightning.weights.steering import LRCorrection
+
+LAYERS = ["net.0", "net.3", "net.7"]
+PACKAGES = ("pytorch_lightning", "lightning.pytorch")
+EPOCHS, BATCHES, EVERY = 3, 6, 2
+RATE, MOMENTUM, DECAY = 0.1, 0.5, 0.01
+
+
+class Classifies:
+    """A net whose weights are noted before and after each step."""
+
+    def __init__(self, overflow_at: int = -1, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(
+            *(nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU()),
+            *(nn.Conv2d(4, 5, 3, bias=False), nn.BatchNorm2d(5)),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3)),
+        )
+        self.options = {"lr": RATE, "momentum": MOMENTUM, "weight_decay": DECAY} | options
+        self.overflow_at = overflow_at
+        self.weights = [self.copies()]
+
+    def copies(self) -> dict[str, Tensor]:
+        return {layer: self.net[int(layer[4:])].weight.detach().clone() for layer in LAYERS}  # type: ignore[union-attr, operator]
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        loss = F.cross_entropy(self.net(batch[0]).float(), batch[1])
+        return loss * math.inf if index == self.overflow_at else loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), **self.options)  # type: ignore[attr-defined]
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.weights.append(self.copies())
+
+
+class PlModule(Classifies, pytorch_lightning.LightningModule):
+    pass
+
+
+class UnifiedModule(Classifies, lightning.pytorch.LightningModule):
+    pass
+
+
+def fit(
+    folder: Path, tracker: WeightNormTracker, package: str = PACKAGES[0], **options: Any
+) -> Any:
+    """Return the module after a run with a logger, `logger` if that is given, in `folder`."""
+    lightning_package = importlib.import_module(package)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(4 * BATCHES, 2, 8, 8, generator=generator)
+    data = DataLoader(TensorDataset(images, torch.arange(4 * BATCHES) % 3), batch_size=4)
+    module = {PACKAGES[0]: PlModule, PACKAGES[1]: UnifiedModule}[package](
+        **options.pop("module", {})
+    )
+    tensorboard = importlib.import_module(f"{package}.loggers").TensorBoardLogger
+    settings: dict[str, Any] = {
+        "max_epochs": EPOCHS,
+        "default_root_dir": folder,
+        "logger": tensorboard(folder, "", ""),
+        "log_every_n_steps": EVERY,
+        "callbacks": [tracker],
+        "accelerator": "cpu",
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    lightning_package.Trainer(**settings | options).fit(module, data)
+    return module
+
+
+def read_events(folder: Path) -> EventAccumulator:
+    """Return what is in the one event file of a folder."""
+    (file,) = folder.glob("events.out.tfevents.*")
+    events = EventAccumulator(str(file), size_guidance={"images": 0, "histograms": 0})
+    return events.Reload()
+
+
+def read_scalars(folder: Path) -> dict[str, dict[int, float]]:
+    events = read_events(folder)
+    return {
+        tag: {point.step: point.value for point in events.Scalars(tag)}
+        for tag in events.Tags()["scalars"]
+    }
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_scalars(package: str, tmp_path: Path) -> None:
+    module = fit(tmp_path, WeightNormTracker(), package)
+    scalars = read_scalars(tmp_path)
+    logged = range(EVERY - 1, EPOCHS * BATCHES, EVERY)
+    equilibrium = equilibrium_rotation(RATE, DECAY, momentum=MOMENTUM)
+    for layer in LAYERS:
+        for step in logged:
+            before, after = (module.weights[step + late][layer] for late in (0, 1))
+            norms = channel_norms(after)
+            expected = {
+                f"weight_norm/{layer}/min": norms.min(),
+                f"weight_norm/{layer}/mean": norms.mean(),
+                f"weight_norm/{layer}/max": norms.max(),
+                f"effective_lr/{layer}": RATE / (1 - MOMENTUM) / norms.median() ** 2,
+                f"rotation/{layer}": rotations(before, after).square().mean().sqrt(),
+                f"rotation_equilibrium/{layer}": equilibrium,
+            }
+            for tag, value in expected.items():
+                assert list(scalars[tag]) == list(logged)
+                assert scalars[tag][step] == pytest.approx(float(value), rel=1e-5), tag
+    kinds = {tag.split("/")[0] for tag in scalars}
+    assert kinds == {"weight_norm", "effective_lr", "rotation", "rotation_equilibrium"}
+
+
+def test_other_optimizers_show_what_is_known(tmp_path: Path) -> None:
+    module = fit(tmp_path, WeightNormTracker(), module={"dampening": 0.1})
+    assert not any(tag.startswith("rotation_equilibrium") for tag in read_scalars(tmp_path))
+    module.configure_optimizers = lambda: torch.optim.Adagrad(module.parameters())
+    pytorch_lightning.Trainer(
+        max_epochs=1,
+        callbacks=[WeightNormTracker()],
+        logger=pytorch_lightning.loggers.TensorBoardLogger(tmp_path / "adagrad", "", ""),
+        log_every_n_steps=1,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    ).fit(module, DataLoader(TensorDataset(torch.randn(4, 2, 8, 8), torch.arange(4) % 3), 4))
+    names = {tag.split("/")[0] for tag in read_scalars(tmp_path / "adagrad")}
+    assert names == {"weight_norm", "rotation"}
+
+
+def test_factors_of_steering(tmp_path: Path) -> None:
+    fit(tmp_path / "recorded", WeightNormTracker())
+    history = NormHistory.load(tmp_path / "recorded")
+    rule = LRCorrection(history, max_rotation=None)
+    module = fit(tmp_path / "steered", WeightNormTracker(steering=rule), module={"weight_decay": 0})
+    scalars = read_scalars(tmp_path / "steered")
+    step = EPOCHS * BATCHES - 1
+    initial = channel_norms(module.weights[0]["net.3"])
+    reference = history.at(epoch=EPOCHS - 1 / BATCHES, align="interpolate")["net.3.weight"]
+    factors = (initial / torch.from_numpy(reference)) ** 2
+    for name in ("min", "mean", "max"):
+        found = scalars[f"correction_factor/net.3/{name}"][step]
+        assert found == pytest.approx(float(getattr(factors, name)()), rel=1e-5)
+    assert "correction_factor/net.7/mean" not in scalars
+    assert set(scalars["steering/undone_steps"].values()) == {0.0}
+
+
+def test_pictures_histograms_and_layout(tmp_path: Path) -> None:
+    fit(tmp_path, WeightNormTracker())
+    events = read_events(tmp_path)
+    history = NormHistory.load(tmp_path)
+    for layer in LAYERS:
+        assert len(events.Images(f"weight_norm/{layer}")) == EPOCHS
+        histograms = events.Histograms(f"weight_norm/{layer}")
+        for histogram, norms in zip(histograms, history.norms[f"{layer}.weight"][1:], strict=True):
+            assert histogram.histogram_value.num == len(norms)
+            assert histogram.histogram_value.max == pytest.approx(norms.max())
+    (layout,) = events.Tensors("custom_scalars__config__")
+    categories = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0]).category
+    titles = [chart.title for category in categories for chart in category.chart]
+    assert set(LAYERS) < set(titles)
+    assert "effective learning rate, median over channels" in titles
+
+
+def test_a_long_run_has_ten_pictures_and_its_last(tmp_path: Path) -> None:
+    fit(tmp_path, WeightNormTracker(), max_epochs=23)
+    images = read_events(tmp_path).Images("weight_norm/net.0")
+    epochs = [(image.step - 1) // BATCHES + 1 for image in images]
+    assert epochs == [3, 6, 9, 12, 15, 18, 21, 23]
+
+
+def test_csv(tmp_path: Path) -> None:
+    module = fit(
+        tmp_path, WeightNormTracker(), logger=pytorch_lightning.loggers.CSVLogger(tmp_path, "", "")
+    )
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["weight_norm/net.0/max"]]
+    assert [int(row["step"]) for row in rows] == list(range(1, EPOCHS * BATCHES, EVERY))
+    expected = channel_norms(module.weights[-1]["net.0"]).max()
+    assert float(rows[-1]["weight_norm/net.0/max"]) == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_skipped_steps(fused: bool, tmp_path: Path) -> None:
+    precision = pytorch_lightning.plugins.MixedPrecision(
+        "16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0)
+    )
+    fit(
+        tmp_path,
+        WeightNormTracker(),
+        plugins=[precision],
+        module={"overflow_at": 2, "fused": fused},
+    )
+    skipped = read_scalars(tmp_path)["optimizer/skipped_steps"]
+    assert list(skipped.values()) == [0, 1, 1, 1, 2, 2, 2, 3, 3]
+
+
+def test_accumulation(tmp_path: Path) -> None:
+    module = fit(tmp_path, WeightNormTracker(), accumulate_grad_batches=2, log_every_n_steps=1)
+    scalars = read_scalars(tmp_path)
+    assert list(scalars["rotation/net.0"]) == list(range(EPOCHS * BATCHES // 2))
+    before, after = (module.weights[batch]["net.0"] for batch in (3, 4))
+    expected = rotations(before, after).square().mean().sqrt()
+    assert scalars["rotation/net.0"][1] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_the_device_is_waited_for_once_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = []
+    read = DeviceReading.read
+    monkeypatch.setattr(DeviceReading, "read", lambda self: reads.append(1) or read(self))
+    fit(tmp_path, WeightNormTracker())
+    assert len(reads) == EPOCHS * BATCHES // EVERY
+
+
+def test_without_a_logger(tmp_path: Path) -> None:
+    fit(tmp_path, WeightNormTracker(), logger=False)
+    assert not list(tmp_path.glob("events*"))
+    with pytest.raises(InputError, match="finds no logger to log to: give the Trainer one"):
+        fit(tmp_path, WeightNormTracker(log_norms=True), logger=False)
+
+
+def test_not_asked_for(tmp_path: Path) -> None:
+    fit(tmp_path, WeightNormTracker(log_norms=False))
+    assert not list(tmp_path.glob("events*")) or not read_scalars(tmp_path)
+
+
+def test_a_diverged_run_is_shown(tmp_path: Path) -> None:
+    fit(tmp_path, WeightNormTracker(), module={"lr": 1e30})
+    scalars = read_scalars(tmp_path)
+    assert not np.isfinite(list(scalars["weight_norm/net.7/mean"].values())[-1])
