@@ -6,6 +6,7 @@ user gave ends here as one line on stderr and exit code 2; any other exception k
 
 import sys
 import textwrap
+from importlib import import_module
 
 from nmlightning.commands.config_files import shipped_configs
 from nmlightning.commands.exit_codes import BAD_INPUT, INTERRUPTED
@@ -17,7 +18,11 @@ COMMANDS = {
     "validate": "measure a checkpoint on the validation images",
     "test": "measure a checkpoint on the test images",
     "predict": "run a checkpoint on images, for a BasePredictionWriter callback to keep",
+    "compare": "print a table of runs, and write a page with their curves and norms",
+    "dashboard": "start TensorBoard on runs",
 }
+# They need neither torch nor Lightning.
+_READING_COMMANDS = ("compare", "dashboard")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,6 +66,9 @@ def _run(arguments: list[str]) -> int:
         allowed = ", ".join(COMMANDS)
         hint = nearest(command, COMMANDS)
         raise InputError(f"there is no command {command!r}; the commands are {allowed}.{hint}")
+    if command in _READING_COMMANDS:
+        module = import_module(f"nmlightning.commands.{command}")
+        return int(module.run(arguments[1:]))
     given = GivenFiles(arguments)
     if "" not in sys.path:  # as for `python -m`: a class of the user's own, in the current folder
         sys.path.insert(0, "")
@@ -86,6 +94,7 @@ nm {_version()}: normalisation in other norms than L2, for PyTorch Lightning
   nm fit --config configs/quickstart.yaml             train on the digits in scikit-learn
   nm fit --config configs/cifar_l1.yaml               the main experiment, on CIFAR-10
   nm fit --config configs/cifar_l1.yaml --data Digits the same network, on the digits
+  nm compare runs                                     what differed, and how it went
 
 commands (nm <command> --help lists its options)
 {commands}

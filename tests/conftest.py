@@ -1,9 +1,17 @@
 """What every test may rely on: a fixed seed, and the real data where it is at hand."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+
+from nmlightning.weights.history import NormHistory
+from nmlightning.weights.recording_file import FILE_NAME
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,3 +37,36 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Path]:
+    """Write a run's folder: its accuracy after each epoch of ten steps, its config, its norms."""
+
+    def make(
+        name: str = "experiment/version_0",
+        accuracy: list[float] = [0.5, 0.75],  # noqa: B006
+        config: Mapping[str, Any] | None = None,
+        norms: Mapping[str, Any] | None = None,
+        scalars: Mapping[str, list[float]] | None = None,
+    ) -> Path:
+        folder = tmp_path / name
+        with SummaryWriter(str(folder)) as writer:
+            for epoch, value in enumerate(accuracy):
+                step = 10 * epoch + 9
+                writer.add_scalar("val/top1", value, step, walltime=1000.0 + 30 * epoch)
+                writer.add_scalar("epoch", epoch, step, walltime=1000.0 + 30 * epoch)
+            for tag, values in (scalars or {}).items():
+                for step, value in enumerate(values):
+                    writer.add_scalar(tag, value, step, walltime=1000.0)
+        if config is not None:
+            (folder / "config.yaml").write_text(yaml.safe_dump(dict(config)))
+        if norms is not None:
+            records = len(next(iter(norms.values())))
+            history = NormHistory.from_arrays(
+                norms, 10 * np.arange(records), np.arange(records).clip(1) - 1
+            )
+            history.save(folder / FILE_NAME)
+        return folder
+
+    return make

@@ -14,6 +14,8 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
+from nmlightning.reports.words import format_seconds, format_value
+
 STAGES = ("train", "val", "test")
 
 
@@ -78,7 +80,7 @@ def print_fit(
     earlier = trainer.current_epoch - watch.epochs
     after = f" after {earlier} of an earlier run" if earlier > 0 else ""
     speed = f" · {watch.images / watch.training_seconds:,.0f} images/s" if watch.images else ""
-    took = _duration(watch.total_seconds)
+    took = format_seconds(watch.total_seconds)
     _print(f" {watch.epochs} epoch{'s' * (watch.epochs != 1)}{after} in {took}{speed} in training")
     print_paths(run=run, checkpoint=checkpoint)
 
@@ -125,22 +127,12 @@ def print_metrics(metrics: Mapping[str, Any]) -> None:
     for name in names:
         table.add_column(name, justify="right")
     for stage in rows:
-        table.add_row(stage, *(_cell(name, values.get(f"{stage}/{name}")) for name in names))
+        table.add_row(stage, *(_cell(f"{stage}/{name}", values) for name in names))
     Console().print(table)
 
 
-def _cell(name: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{100 * value:.2f} %" if name.startswith("top") else f"{value:.4f}"
-
-
-def _duration(seconds: float) -> str:
-    """Return `3 h 2 min`, `1 min 5 s` or `7.2 s`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+def _cell(metric: str, values: Mapping[str, float]) -> str:
+    return format_value(values[metric], metric) if metric in values else ""
 
 
 def _print(text: str = "") -> None:

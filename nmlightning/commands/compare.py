@@ -1,0 +1,86 @@
+"""`nm compare`: how runs differ in their settings, and how well each setting did."""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from nmlightning.commands.argument_parser import ArgumentParser
+from nmlightning.errors import InputError
+from nmlightning.reports.comparison import Group, choose_metric, group_runs
+from nmlightning.reports.page import GENERATOR, write_page
+from nmlightning.reports.run import find_runs, read_run
+from nmlightning.reports.table import (
+    RESULT_HEADINGS,
+    SETTING_HEADINGS,
+    result_rows,
+    setting_rows,
+)
+
+_DEFAULT_PAGE = Path("comparison.html")
+
+
+def run(arguments: list[str]) -> int:
+    """Run `nm compare` and return its exit code.
+
+    Raises:
+        InputError: no runs, runs that cannot be compared, or a page that would replace other work.
+    """
+    given = _parse(arguments)
+    _check_page(given.report)
+    runs = [read_run(folder) for folder in find_runs(given.run)]
+    metric = choose_metric(runs, given.metric)
+    groups = group_runs(runs, metric)
+    _print_tables(groups)
+    _write(given.report, write_page(groups))
+    Console().print(f" page        {given.report}", soft_wrap=True, highlight=False, markup=False)
+    return 0
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog="nm compare",
+        allow_abbrev=False,
+        description="Print a table of runs, grouped by their settings, with mean and deviation "
+        "over seeds, and write a page with their curves, norms and correction factors.",
+    )
+    parser.add_argument(
+        "run", nargs="+", help="a run's folder, or one with runs below it, such as runs"
+    )
+    parser.add_argument("--metric", help="a logged number (default: an accuracy in validation)")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        default=_DEFAULT_PAGE,
+        help="the page to write (default: %(default)s)",
+    )
+    return parser.parse_args(arguments)
+
+
+def _print_tables(groups: list[Group]) -> None:
+    name = Column(SETTING_HEADINGS[0], overflow="fold")
+    settings = Table(name, *SETTING_HEADINGS[1:], title="Settings", show_lines=True)
+    for cells in setting_rows(groups):
+        settings.add_row(*map(escape, cells))
+    results = Table(name.copy(), title=f"{escape(groups[0].metric)}: mean ± deviation over seeds")
+    for heading in RESULT_HEADINGS:
+        results.add_column(heading, justify="right", no_wrap=True)
+    for group, cells in zip(groups, result_rows(groups), strict=True):
+        results.add_row(escape(group.name), *cells)
+    Console().print(settings, results)
+
+
+def _check_page(file: Path) -> None:
+    if file.is_dir():
+        raise InputError(f"--report: {file} is a folder; name a file in it.")
+    if file.exists() and GENERATOR not in file.read_text(encoding="utf-8", errors="replace"):
+        raise InputError(f"--report: {file} is no page of nm compare; give another name.")
+
+
+def _write(file: Path, page: str) -> None:
+    try:
+        file.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--report: {file} cannot be written: {error.strerror}.") from error

@@ -1,0 +1,53 @@
+"""`nm dashboard`: TensorBoard on some runs."""
+
+import argparse
+import subprocess
+import sys
+
+from nmlightning.commands.argument_parser import ArgumentParser
+from nmlightning.commands.exit_codes import INTERRUPTED
+from nmlightning.errors import InputError
+from nmlightning.reports.run import find_runs
+
+
+def run(arguments: list[str]) -> int:
+    """Run `nm dashboard` until Ctrl-C, and return its exit code.
+
+    Raises:
+        InputError: there are no runs to show, or a name that TensorBoard cannot be given.
+    """
+    given = _parse(arguments)
+    command = [sys.executable, "-m", "tensorboard.main", *_logdir(given.run)]
+    command += ["--port", str(given.port), "--host", given.host]
+    try:
+        return subprocess.run(command, check=False).returncode
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog="nm dashboard",
+        allow_abbrev=False,
+        description="Start TensorBoard on runs. Custom Scalars holds the page of weight norms.",
+    )
+    parser.add_argument(
+        "run",
+        nargs="*",
+        default=["runs"],
+        help="a run's folder, or one with runs below it (default: runs)",
+    )
+    parser.add_argument("--port", type=int, default=6006, help="default: %(default)s")
+    parser.add_argument("--host", default="localhost", help="default: %(default)s")
+    return parser.parse_args(arguments)
+
+
+def _logdir(paths: list[str]) -> list[str]:
+    """Return TensorBoard's option for what to show: one folder, or several with their names."""
+    find_runs(paths)
+    if len(paths) == 1:
+        return ["--logdir", paths[0]]
+    for path in paths:
+        if "," in path or ":" in path:
+            raise InputError(f"TensorBoard cannot be given {path!r}: a comma or colon is in it.")
+    return ["--logdir_spec", ",".join(f"{path.rstrip('/')}:{path}" for path in paths)]

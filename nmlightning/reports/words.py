@@ -1,0 +1,33 @@
+"""Numbers as people read them."""
+
+import math
+
+from nmlightning.reports.spread import Spread
+
+
+def is_share(metric: str) -> bool:
+    """Return whether a metric is a share of 1, which is shown in percent."""
+    return any(word in metric.lower() for word in ("top1", "top5", "acc"))
+
+
+def format_value(value: float, metric: str) -> str:
+    """Return `93.07 %` or `0.2713`."""
+    return f"{100 * value:.2f} %" if is_share(metric) else f"{value:.4f}"
+
+
+def format_spread(spread: Spread, metric: str) -> str:
+    """Return `93.07 ± 0.11 %` or `0.2713 ± 0.0021`, without the deviation where there is none."""
+    mean = format_value(spread.mean, metric)
+    if math.isnan(spread.deviation):
+        return mean
+    return f"{mean.removesuffix(' %')} ± {format_value(spread.deviation, metric)}"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return `3 h 2 min`, `1 min 5 s` or `7.2 s`."""
+    if math.isnan(seconds):
+        return "—"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
