@@ -8,13 +8,23 @@ REQUIREMENTS := setup.cfg pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart test check format lint types clean
+.PHONY: help quickstart study test check format lint types clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-12s%s\n", $$1, $$2 }'
 
 quickstart: $(VENV)/core ## install, then train on the embedded digits (half a minute)
 	$(VENV)/bin/nm fit --config configs/quickstart.yaml
+
+STUDY := study_short
+SEEDS := 1 2 3
+RULES := wd_on wd_off lr_correction norm_schedule exponential_lr
+
+study: $(VENV)/core ## the weight-decay study on SEEDS='1 2 3', short; whole with STUDY=study
+	for seed in $(SEEDS); do for rule in $(RULES); do \
+	    $(VENV)/bin/nm fit --config configs/$(STUDY)_$$rule.yaml --seed_everything $$seed \
+	        $(OPTIONS) || exit 1; done; done
+	$(VENV)/bin/nm compare $(foreach rule,$(RULES),runs/$(STUDY)_$(rule))
 
 test: $(VENV)/test ## install with the test extra, then run all tests
 	$(VENV)/bin/python -m pytest

@@ -88,12 +88,14 @@ def test_cifar_configs_differ_in_the_norm_alone() -> None:
 def test_the_study_runs(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, since two of the runs follow the recording of the first."""
     monkeypatch.chdir(tmp_path)
-    for name in STUDY:
+    for seed, name in [("1", "wd_on"), *(("2", name) for name in STUDY)]:
         config = f"configs/{family}_{name}.yaml"
         words = [*SHORT, "--data.image_size", "32", "--trainer.precision", "32-true"]
-        assert main(["fit", "--config", config, *words]) == 0
-        folder = tmp_path / "runs" / f"{family}_{name}" / "version_0"
+        assert main(["fit", "--config", config, *words, "--seed_everything", seed]) == 0
+        folder = max((tmp_path / "runs" / f"{family}_{name}").glob("version_*"))
         assert NormHistory.load(folder).steps.tolist() == [0, 2]
+        assert NormHistory.load(folder).provenance["seed"] == int(seed)
+    assert main(["compare", "runs"]) == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,5 +1,6 @@
 """WeightNormTracker: record the norms of the weights, and let a recording steer a run."""
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,12 +11,12 @@ from torch.optim import Optimizer
 from nmlightning.callbacks.norm_dashboard import NormDashboard
 from nmlightning.callbacks.print_scope import print_scope
 from nmlightning.callbacks.provenance import check_same_run, describe_run
-from nmlightning.compat import CallbackBase
+from nmlightning.compat import CallbackBase, global_seed
 from nmlightning.errors import InputError
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.layer_weights import find_layer_weights
 from nmlightning.weights.recorder import Recorder
-from nmlightning.weights.recording_file import FILE_NAME
+from nmlightning.weights.recording_file import FILE_NAME, find_recording
 from nmlightning.weights.steering import DecayEquivalentLR, LRCorrection, NormSchedule
 from nmlightning.weights.steering.attachment import Attachment
 
@@ -35,7 +36,8 @@ class WeightNormTracker(CallbackBase):
     Args:
         every: record at the start and the end of each "epoch", or at every N-th optimizer step too.
         steering: what moves the weights by a recording, or by a rule: `LRCorrection`,
-            `NormSchedule` or `DecayEquivalentLR`; None only records.
+            `NormSchedule` or `DecayEquivalentLR`; None only records. A reference may be the folder
+            of an experiment, `runs/wd_on`; it then is its latest run with the seed of this one.
         include: glob patterns on weight names to record, such as `net.layer1.*`; empty means all.
         exclude: glob patterns on names that are not recorded.
         other_run: steer also by the recording of a run with another seed or another number of
@@ -166,12 +168,10 @@ class WeightNormTracker(CallbackBase):
     def _attach(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", steering: Steering
     ) -> None:
-        reference = getattr(steering, "reference", None)
-        if reference is not None:
-            history = (
-                reference if isinstance(reference, NormHistory) else NormHistory.load(reference)
-            )
-            check_same_run(history, trainer, other_run=self.other_run)
+        if not isinstance(steering, DecayEquivalentLR):
+            steering = copy.copy(steering)
+            steering.reference = _load(steering.reference)
+            check_same_run(steering.reference, trainer, other_run=self.other_run)
         layouts = {w.name: w.layout for w in find_layer_weights(pl_module)}
         self.attachments = [
             steering.attach(optimizer, pl_module.named_parameters(), layouts)
@@ -226,6 +226,12 @@ class WeightNormTracker(CallbackBase):
             self._dashboard.remove()
         for attachment in self.attachments:
             attachment.remove()
+
+
+def _load(reference: NormHistory | str | Path) -> NormHistory:
+    if isinstance(reference, NormHistory):
+        return reference
+    return NormHistory.load(find_recording(Path(reference), global_seed()))
 
 
 def _free_file(folder: Path) -> Path:

@@ -49,6 +49,36 @@ def write_recording(
         unfinished.unlink(missing_ok=True)
 
 
+def find_recording(path: Path, seed: int | None) -> Path:
+    """Return the recording that a path means to a run with this seed.
+
+    That is the path itself if it is a file, the file in a run's folder, or that of the latest run
+    with the seed in the folder of an experiment, which has a folder `version_N` for each run.
+
+    Raises:
+        InputError: there is no recording, or none with this seed.
+    """
+    if path.is_file():
+        return path
+    if (path / FILE_NAME).is_file():
+        return path / FILE_NAME
+    found = sorted(path.glob(f"version_*/{FILE_NAME}"), key=lambda file: file.stat().st_mtime)
+    seeds = [read_recording(file)["provenance"].get("seed") for file in found]
+    fitting = [file for file, recorded in zip(found, seeds, strict=True) if recorded == seed]
+    if fitting:
+        return fitting[-1]
+    if found:
+        raise InputError(
+            f"{path} has no recording of a run with seed {seed}, only with {_listed(seeds)}: run "
+            f"it with that seed, or name the folder of one run, such as {found[-1].parent}, and "
+            "set other_run."
+        )
+    raise InputError(
+        f"There is no recording of weight norms at {path}: run the experiment that makes it first, "
+        "with WeightNormTracker among its callbacks."
+    )
+
+
 def read_recording(file: Path) -> dict[str, Any]:
     """Return `norms` by name, `provenance` and the other arrays, or raise InputError."""
     arrays, metadata = _read(file)
@@ -66,6 +96,10 @@ def read_recording(file: Path) -> dict[str, Any]:
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(f"{file} is damaged: {error} is missing or unreadable.") from error
     return {**recording, "norms": norms, "provenance": provenance}
+
+
+def _listed(seeds: list[Any]) -> str:
+    return ", ".join(dict.fromkeys(map(str, seeds)))
 
 
 def _read(file: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:

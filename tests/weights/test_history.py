@@ -8,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 from nmlightning.errors import InputError
 from nmlightning.weights.history import NormHistory
-from nmlightning.weights.recording_file import FILE_NAME
+from nmlightning.weights.recording_file import FILE_NAME, find_recording
 
 STEPS = [0, 5, 10, 15, 20]
 EPOCHS = [0, 0, 0, 1, 1]
@@ -154,6 +154,22 @@ def test_a_truncated_file(tmp_path: Path, share: float) -> None:
     file.write_bytes(content[: int(share * len(content))])
     with pytest.raises(InputError, match=f"{FILE_NAME} is truncated or no safetensors file"):
         NormHistory.load(file)
+
+
+def test_find_a_recording_by_its_seed(tmp_path: Path) -> None:
+    for version, seed in enumerate((1, 2, 1)):
+        history = NormHistory.from_arrays({"w": [[1.0]]}, [1], [0], provenance={"seed": seed})
+        history.save(tmp_path / f"version_{version}" / FILE_NAME)
+        os.utime(tmp_path / f"version_{version}" / FILE_NAME, (version, version))
+    second = tmp_path / "version_1" / FILE_NAME
+    assert find_recording(second, 3) == second
+    assert find_recording(second.parent, 3) == second
+    assert find_recording(tmp_path, 2) == second
+    assert find_recording(tmp_path, 1) == tmp_path / "version_2" / FILE_NAME
+    with pytest.raises(InputError, match=r"seed 3, only with 1, 2: run it with that seed, or name"):
+        find_recording(tmp_path, 3)
+    with pytest.raises(InputError, match=r"version_7: run the experiment that makes it first"):
+        find_recording(tmp_path / "version_7", 1)
 
 
 def test_files_that_are_no_recording(tmp_path: Path) -> None:
