@@ -1,23 +1,29 @@
-"""Time of recording and of steering, as shares of a training step of the same network.
+"""Time of recording, logging and steering, as shares of a training step of the same network.
 
     python benchmarks/weight_norms.py [--net resnet56] [--batch 128] [--device cuda] [--rounds 10]
 
 Each round times a step, and in random order what a callback adds to it; a share is the median over
-rounds of its time against that of the step in the same round, with its quartiles.
+rounds of its time against that of the step in the same round, with its quartiles. What is logged is
+written for TensorBoard; by default that happens at every 50th step.
 """
 
 import argparse
 import random
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torchvision
+from pytorch_lightning.loggers import TensorBoardLogger
 from torch import nn
 
+from nmlightning.callbacks.norm_dashboard import NormDashboard
 from nmlightning.models import VGG, CifarResNet
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
@@ -65,7 +71,11 @@ def measure(net_name: str, batch: int, device: str, rounds: int) -> dict[str, li
         optimizer.step()
 
     step()
-    additions = {"record": make_record(net), **make_steering(net, optimizer)}
+    additions = {
+        "record": make_record(net),
+        "log": make_log(net, optimizer),
+        **make_steering(net, optimizer),
+    }
     shares: dict[str, list[float]] = {name: [] for name in additions}
     for current in range(rounds + WARM_UP_ROUNDS):
         whole = seconds_of(step, device)
@@ -80,6 +90,26 @@ def make_record(net: nn.Module) -> Callable[[], None]:
     """Return what takes one record of all weights, at the next step."""
     recorder = Recorder(find_layer_weights(net), {})
     return lambda: recorder.record(recorder.last_step + 1, 0, {})
+
+
+def make_log(net: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """Return what a logged step takes: weights are kept before it, read and written after it."""
+    trainer: Any = SimpleNamespace(
+        loggers=[TensorBoardLogger(tempfile.mkdtemp())],
+        optimizers=[optimizer],
+        precision_plugin=None,
+        is_global_zero=True,
+        fast_dev_run=True,
+        _logger_connector=SimpleNamespace(should_update_logs=True),
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=0)),
+    )
+    dashboard = NormDashboard(trainer, find_layer_weights(net))
+
+    def run() -> None:
+        dashboard.before_step(optimizer)
+        dashboard.after_batch([])
+
+    return run
 
 
 def make_steering(
