@@ -13,13 +13,10 @@ from nmlightning.errors import InputError
 from nmlightning.weights.channel_norms import ChannelLayout
 from nmlightning.weights.steering.attachment import Attachment
 from nmlightning.weights.steering.choose_weights import choose_weights
-from nmlightning.weights.steering.moves import scale_step
+from nmlightning.weights.steering.moves import project, scale_step
 from nmlightning.weights.steering.reference import Moment
 from nmlightning.weights.steering.scale_invariance import Scope
 from nmlightning.weights.steering.steered_weight import SteeredWeight
-
-_RESCALE = 2.0**-4
-"""Weights are scaled by this once they have outgrown it: a power of two, so nothing is rounded."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,12 @@ class DecayEquivalentLR:
     SGD with momentum m, decay λ and rate η turns the directions of scale-invariant weights exactly
     as SGD without decay does whose rate at step t is η · α^(−2t−1), if its first momentum buffer is
     −(1 − α) w / (ηα) and each change of η corrects the buffer; α is that of `DecayRate`. The
-    weights grow like α^(−t), and are scaled down by a power of two when they have grown 16-fold.
+    weights would grow like α^(−t), faster than running statistics of a batch norm follow. So each
+    channel is scaled back to the norm it had at first after every step, and the rate follows it:
+
+        Δw_i ← Δw_i / (α a_i²),        then   w_i ← w_i · ‖w_i(0)‖ / ‖w_i‖
+
+    where a_i ‖w_i(0)‖ is the norm that the channel would have with weight decay.
 
     Args:
         weight_decay: λ of what is steered. The optimizer must not decay these weights; the other
@@ -104,12 +106,13 @@ class DecayEquivalentLR:
 
 
 class _DecayedWeight:
-    """The rule for one weight u, which is 1/a of the decayed weight that it stands for."""
+    """The rule for one weight u; channel i of the decayed weight that it stands for is a_i u_i."""
 
     def __init__(self, weight: SteeredWeight, weight_decay: float) -> None:
         self.weight = weight
         self._weight_decay = weight_decay
-        self._scale = 1.0  # a
+        self._initial = weight.norms()
+        self._scales = torch.ones_like(self._initial, dtype=torch.float64)  # a
         self._pull = 0.0  # κ of the last step; 0 before the first, when the buffer is empty
         self.factors: Tensor | None = None
 
@@ -117,29 +120,34 @@ class _DecayedWeight:
         del moment
         rate, momentum = self.weight.learning_rate, float(self.weight.group["momentum"])
         now = DecayRate.of(rate, self._weight_decay, momentum)
-        self._correct_buffer(before, momentum * self._scale**2 * (self._pull - now.pull), rate)
-        factor = 1 / (now.alpha * self._scale**2)
-        factors = torch.full_like(self.weight.norms(), factor)
+        squares = self._scales.square()
+        if self._pull != now.pull:
+            self._correct_buffer(before, momentum * (self._pull - now.pull) * squares, rate)
+        factors = (1 / (now.alpha * squares)).to(self._initial.dtype)
         undone, self.factors = scale_step(self.weight, before, factors)
-        self._scale *= now.alpha
+        self._scales *= now.alpha / project(self.weight, self._initial)
         self._pull = now.pull
-        if self._scale < _RESCALE:
-            self.weight.scale(torch.full_like(factors, _RESCALE))
-            self._scale /= _RESCALE
         return undone
 
-    def _correct_buffer(self, before: Tensor, share: float, rate: float) -> None:
-        """Let the step have been taken with `share` of the weight added to its momentum."""
+    def _correct_buffer(self, before: Tensor, shares: Tensor, rate: float) -> None:
+        """Let the step have been taken with shares of the channels added to their momentum."""
         buffer = self.weight.buffer("momentum_buffer")
-        if buffer is not None and share:
-            buffer.add_(before, alpha=share)
-            self.weight.values.sub_(before, alpha=rate * share)
+        if buffer is not None:
+            added = before * self.weight.spread(shares)
+            buffer.add_(added)
+            self.weight.values.sub_(added, alpha=rate)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"scale": self._scale, "pull": self._pull}
+        return {
+            "initial": self._initial.clone(),
+            "scales": self._scales.clone(),
+            "pull": self._pull,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._scale, self._pull = state["scale"], state["pull"]
+        self._initial.copy_(state["initial"])
+        self._scales.copy_(state["scales"])
+        self._pull = state["pull"]
 
 
 def _check_heavy_ball(weight: SteeredWeight) -> None:

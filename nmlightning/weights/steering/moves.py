@@ -13,7 +13,8 @@ def scale_step(
 ) -> tuple[Tensor, Tensor]:
     """Turn the step Δw_i that led from `before` to the weight into f_i · Δw_i.
 
-    A channel whose step or factor is not finite goes back to where it was.
+    A channel whose step or factor is not finite goes back to where it was; one that did not move
+    may have any factor.
 
     Args:
         weight: the weight after the optimizer's step; it is changed in place.
@@ -28,24 +29,29 @@ def scale_step(
     """
     after = weight.values
     lengths = channel_norms(after - before, layout=weight.layout)
-    undone = ~(lengths.isfinite() & factors.isfinite())
+    undone = ~(lengths.isfinite() & (factors.isfinite() | (lengths == 0)))
     if max_rotation is not None:
         bounds = max_rotation * channel_norms(before, layout=weight.layout) / lengths
         factors = torch.minimum(factors, bounds.where(lengths > 0, torch.inf))
-    factors = factors.where(~undone, 0.0)
+    factors = factors.where(~undone & factors.isfinite(), 0.0)
     scaled = torch.lerp(before, after, weight.spread(factors))
     after.copy_(scaled.where(weight.spread(undone) == 0, before))
     return undone, factors
 
 
 @torch.no_grad()
-def project(weight: SteeredWeight, norms: Tensor) -> None:
+def project(weight: SteeredWeight, norms: Tensor) -> Tensor:
     """Scale each channel to the norm that is asked of it, and the optimizer's averages inversely.
 
     Args:
         weight: it is changed in place.
         norms: (C,) ‖w_i‖₂ to have. A channel stays as it is where that or its own norm is zero or
             not finite.
+
+    Returns:
+        (C,) what each channel was multiplied by.
     """
     factors = norms / weight.norms()
-    weight.scale(factors.where(factors.isfinite() & (factors > 0), 1.0))
+    factors = factors.where(factors.isfinite() & (factors > 0), 1.0)
+    weight.scale(factors)
+    return factors

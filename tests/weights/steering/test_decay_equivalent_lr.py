@@ -57,13 +57,44 @@ def test_directions_are_those_of_weight_decay(
     torch.testing.assert_close(decayed.head.weight, equivalent.head.weight, rtol=1e-8, atol=1e-8)
 
 
-def test_weights_that_grow_are_scaled_down(make_net: MakeNet, train: Train) -> None:
+def test_norms_stay_what_they_were(make_net: MakeNet, train: Train) -> None:
     net = make_net()
     optimizer = torch.optim.SGD(groups(net, 0.0), lr=0.05, momentum=0.5)
     initial = channel_norms(net.conv1.weight)
     DecayEquivalentLR(1.0).attach(optimizer, net.named_parameters())
-    train(net, optimizer, 300)  # α^(−300) is about 1e13
-    assert (channel_norms(net.conv1.weight) < 64 * initial).all()
+
+    def check(_: int) -> None:
+        torch.testing.assert_close(channel_norms(net.conv1.weight), initial, rtol=1e-12, atol=0)
+
+    train(net, optimizer, 300, each=check)  # α^(−300) is about 1e13
+
+
+def test_evaluation_is_that_of_weight_decay(make_net: MakeNet, train: Train) -> None:
+    """Running statistics follow, since norms stay where they would grow by a tenth a step."""
+    losses = []
+    for decay, rule in ((1.0, None), (0.0, DecayEquivalentLR(1.0))):
+        net = make_net()
+        optimizer = torch.optim.SGD(groups(net, decay), lr=0.02, momentum=0.0)
+        if rule is not None:
+            rule.attach(optimizer, net.named_parameters())
+        train(net, optimizer, 40)
+        generator = torch.Generator().manual_seed(9)
+        x = torch.randn(64, 2, 8, 8, dtype=torch.float64, generator=generator)
+        trained, evaluated = net.train()(x), net.eval()(x)
+        losses.append((trained - evaluated).square().mean().item())
+    assert losses[1] < 2 * losses[0]
+
+
+def test_a_channel_without_gradient_stays_and_is_not_undone(make_net: MakeNet) -> None:
+    net = make_net()
+    optimizer = torch.optim.SGD(groups(net, 0.0), lr=0.05, momentum=0.5)
+    attachment = DecayEquivalentLR(1.0).attach(optimizer, net.named_parameters())
+    before = net.conv1.weight.detach().clone()
+    for _ in range(3000):  # a² is below the smallest float64
+        net.conv1.weight.grad = torch.zeros_like(net.conv1.weight)
+        optimizer.step()
+    assert attachment.undone == 0
+    torch.testing.assert_close(net.conv1.weight.detach(), before, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 0.9])
