@@ -77,7 +77,7 @@ def test_running_statistics_can_follow(make_net: MakeNet, train: Train) -> None:
     train(net, optimizer, 40)
     x = torch.randn(64, 2, 8, 8, dtype=torch.float64)
     ratios = net.norm1.running_var / net.conv1(x).var((0, 2, 3))
-    assert ratios.mean() == pytest.approx(1, abs=0.2)
+    assert ratios.mean().item() == pytest.approx(1, abs=0.2)
 
 
 def test_a_channel_without_gradient_stays_and_is_not_undone(make_net: MakeNet) -> None:
