@@ -90,11 +90,13 @@ class NormDashboard:
         pictures_are_due = self._pictures_are_due(len(ends))
         for writer in self._writers():
             for layer, weight in self._weights.items():
-                norms, tag = ends.norms[weight.name], tags.norm_tag(layer)
+                norms = ends.norms[weight.name]
                 if np.isfinite(norms[-1]).all():  # others have no histogram
+                    tag = tags.norm_tag(layer)
                     writer.add_histogram(tag, norms[-1], step, bins=_HISTOGRAM_BINS)
                 if pictures_are_due:
-                    writer.add_image(tag, draw_heatmap(norms, layer), step, dataformats="HWC")
+                    picture = draw_heatmap(norms, layer)
+                    writer.add_image(tags.norm_map_tag(layer), picture, step, dataformats="HWC")
 
     def remove(self) -> None:
         """Stop watching the optimizers."""

@@ -15,6 +15,14 @@ def norm_tag(layer: str, statistic: str = "") -> str:
     return "/".join(filter(None, ("weight_norm", layer, statistic)))
 
 
+def norm_map_tag(layer: str) -> str:
+    """Return the tag of the picture of a layer's norms over the epochs.
+
+    TensorBoard shows nothing under a tag that another kind of thing has, as the histograms do.
+    """
+    return f"weight_norm_map/{layer}"
+
+
 def effective_lr_tag(layer: str) -> str:
     """Return the tag of the median effective learning rate of a layer's channels."""
     return f"effective_lr/{layer}"

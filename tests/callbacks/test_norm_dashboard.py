@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -174,11 +175,14 @@ def test_pictures_histograms_and_layout(tmp_path: Path) -> None:
     events = read_events(tmp_path)
     history = NormHistory.load(tmp_path)
     for layer in LAYERS:
-        assert len(events.Images(f"weight_norm/{layer}")) == EPOCHS
+        assert len(events.Images(f"weight_norm_map/{layer}")) == EPOCHS
         histograms = events.Histograms(f"weight_norm/{layer}")
         for histogram, norms in zip(histograms, history.norms[f"{layer}.weight"][1:], strict=True):
             assert histogram.histogram_value.num == len(norms)
             assert histogram.histogram_value.max == pytest.approx(norms.max())
+    names = events.Tags()
+    for kind, other in itertools.combinations(("scalars", "histograms", "images"), 2):
+        assert set(names[kind]).isdisjoint(names[other])  # TensorBoard shows one kind alone
     (layout,) = events.Tensors("custom_scalars__config__")
     categories = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0]).category
     titles = [chart.title for category in categories for chart in category.chart]
@@ -188,7 +192,7 @@ def test_pictures_histograms_and_layout(tmp_path: Path) -> None:
 
 def test_a_long_run_has_ten_pictures_and_its_last(tmp_path: Path) -> None:
     fit(tmp_path, WeightNormTracker(), max_epochs=23)
-    images = read_events(tmp_path).Images("weight_norm/net.0")
+    images = read_events(tmp_path).Images("weight_norm_map/net.0")
     epochs = [(image.step - 1) // BATCHES + 1 for image in images]
     assert epochs == [3, 6, 9, 12, 15, 18, 21, 23]
 
