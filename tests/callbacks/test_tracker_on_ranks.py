@@ -15,6 +15,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from nmlightning.callbacks import WeightNormTracker
 from nmlightning.norms.batch_norm import LpBatchNorm2d
+from nmlightning.reports.run import read_run
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.recording_file import FILE_NAME
 from nmlightning.weights.steering import DecayEquivalentLR, LRCorrection, NormSchedule
@@ -87,7 +89,8 @@ def train(folder: Path, strategy: Any, rule: str, devices: int) -> None:
         max_epochs=EPOCHS,
         default_root_dir=folder / rule,
         callbacks=[tracker],
-        logger=False,
+        logger=TensorBoardLogger(folder / rule, "", ""),
+        log_every_n_steps=1,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -146,6 +149,19 @@ def test_two_ranks_are_one_process(rule: str, two_ranks: Path, one_process: Path
     for name, values in one.norms.items():
         # Sums over two ranks round differently from one sum, in float32, over six steps.
         np.testing.assert_allclose(two.norms[name], values, rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. has no brake")
+@pytest.mark.parametrize("rule", RULES)
+def test_two_ranks_log_what_one_process_does(rule: str, two_ranks: Path, one_process: Path) -> None:
+    if not (one_process / rule).exists():
+        train(one_process, "auto", rule, 1)
+    one, two = (read_run(folder / rule).scalars for folder in (one_process, two_ranks))
+    assert list(two) == list(one)
+    assert any(tag.startswith("correction_factor") for tag in one) == (rule != "none")
+    for tag, series in one.items():
+        assert two[tag].steps.tolist() == series.steps.tolist()
+        np.testing.assert_allclose(two[tag].values, series.values, rtol=1e-3, err_msg=tag)
 
 
 def train_by_all_rules(folder: Path, kind: str) -> None:
