@@ -1,17 +1,17 @@
 """`nm dashboard`: TensorBoard on some runs."""
 
 import argparse
-import subprocess
+import os
 import sys
+from typing import NoReturn
 
 from nmlightning.commands.argument_parser import ArgumentParser
-from nmlightning.commands.exit_codes import INTERRUPTED
 from nmlightning.errors import InputError
 from nmlightning.reports.run import find_runs
 
 
-def run(arguments: list[str]) -> int:
-    """Run `nm dashboard` until Ctrl-C, and return its exit code.
+def run(arguments: list[str]) -> NoReturn:
+    """Let TensorBoard take the place of this process.
 
     Raises:
         InputError: there are no runs to show, or a name that TensorBoard cannot be given.
@@ -19,10 +19,10 @@ def run(arguments: list[str]) -> int:
     given = _parse(arguments)
     command = [sys.executable, "-m", "tensorboard.main", *_logdir(given.run)]
     command += ["--port", str(given.port), "--host", given.host]
-    try:
-        return subprocess.run(command, check=False).returncode
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    if given.port:  # 0 lets TensorBoard choose
+        page = f"http://{given.host}:{given.port}/#custom_scalars"
+        print(f"nm: weight norms are at {page}", flush=True)
+    os.execv(sys.executable, command)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

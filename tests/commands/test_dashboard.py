@@ -1,8 +1,7 @@
-import subprocess
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -11,15 +10,21 @@ from nmlightning.cli import main
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The commands that were started, none of which runs."""
+    """The commands that took the place of this process, none of which runs."""
     commands: list[list[str]] = []
 
-    def start(command: list[str], **_: Any) -> Any:
+    def replace_process(program: str, command: list[str]) -> None:
+        assert program == command[0]
         commands.append(command)
-        return subprocess.CompletedProcess(command, 0)
+        raise SystemExit(0)
 
-    monkeypatch.setattr(subprocess, "run", start)
+    monkeypatch.setattr(os, "execv", replace_process)
     return commands
+
+
+def start(*words: str) -> None:
+    with pytest.raises(SystemExit):
+        main(["dashboard", *words])
 
 
 def test_one_folder(
@@ -27,14 +32,14 @@ def test_one_folder(
     started: list[list[str]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     make_run("runs/a/version_0")
     monkeypatch.chdir(tmp_path)
-    assert main(["dashboard"]) == 0
+    start()
     program = [sys.executable, "-m", "tensorboard.main"]
-    assert started == [
-        [*program, "--logdir", "runs", "--port", "6006", "--host", "localhost"],
-    ]
+    assert started == [[*program, "--logdir", "runs", "--port", "6006", "--host", "localhost"]]
+    assert "http://localhost:6006/#custom_scalars" in capsys.readouterr().out
 
 
 def test_several_folders(
@@ -46,7 +51,7 @@ def test_several_folders(
     make_run("runs/a/version_0")
     make_run("runs/b/version_0")
     monkeypatch.chdir(tmp_path)
-    assert main(["dashboard", "runs/a/", "runs/b", "--port", "0"]) == 0
+    start("runs/a/", "runs/b", "--port", "0")
     assert started[0][3:5] == ["--logdir_spec", "runs/a:runs/a/,runs/b:runs/b"]
 
 
@@ -73,13 +78,3 @@ def test_bad_input(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
-
-
-def test_ctrl_c(
-    make_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(subprocess, "run", interrupt)
-    assert main(["dashboard", str(make_run())]) == 130
