@@ -46,6 +46,7 @@ LAYERS = [
         "nmlightning.weights.plain_name",
         "nmlightning.weights.recording_file",
     ],
+    ["nmlightning.weights.inert_unpickler"],
     ["nmlightning.errors"],
 ]
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names}
