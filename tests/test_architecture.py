@@ -43,6 +43,7 @@ LAYERS = [
     ],
     [
         "nmlightning.after_method",
+        "nmlightning.weights.official_pickle",
         "nmlightning.weights.plain_name",
         "nmlightning.weights.recording_file",
     ],

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nmlightning.errors import InputError, check_choice, nearest
+from nmlightning.weights.official_pickle import read_official_pickle
 from nmlightning.weights.recording_file import FILE_NAME, read_recording, write_recording
 
 Alignment = Literal["official", "interpolate"]
@@ -88,11 +89,43 @@ class NormHistory:
         file = Path(path)
         file = file / FILE_NAME if file.is_dir() else file
         history = cls(**read_recording(file))
-        problem = next(_problems(history), None) or (
-            next(_not_finite(history), None) if finite else None
-        )
-        if problem:
-            raise InputError(f"{file} cannot be used: {problem}.")
+        _check_usable(history, file, finite=finite)
+        return history
+
+    @classmethod
+    def from_official_pickle(
+        cls, path: str | Path, names: Mapping[int, str], *, steps_per_epoch: int
+    ) -> "NormHistory":
+        """Return the history in a `*.conv_norms.pkl` that the authors' own code has written.
+
+        Its records are those of the ends of epochs; learning rates and decays are unknown. The
+        pickle is read as data: nothing that it names is imported or run, and pandas is not needed.
+
+        Args:
+            path: the file.
+            names: the names of the recorded weights in this model, by the index that each has in
+                the authors' `list(net.parameters())`; names of other indices are not used.
+            steps_per_epoch: the optimizer steps in an epoch of that run: 391 for CIFAR-10 in
+                batches of 128, the authors' default.
+
+        Raises:
+            InputError: no such file; one that is truncated, names what is not part of such a
+                recording, or has another structure; an index without a name; norms that are
+                negative or not finite.
+
+        Example:
+            Each convolution of the authors' VGG-11 has a bias and a batch norm after it, so that
+            the weights' indices are 0, 4, 8 and so on, in the order of our convolutions:
+
+            >>> from nmlightning.models.vgg import VGG
+            >>> weights = [name for name, w in VGG(11).named_parameters() if w.ndim == 4]
+            >>> names = {4 * i: name for i, name in enumerate(weights)}
+            >>> NormHistory.from_official_pickle(path, names, steps_per_epoch=391)  # doctest: +SKIP
+            NormHistory(80 records of 8 weights, steps 391 to 31280)
+        """
+        file = Path(path)
+        history = cls(**read_official_pickle(file, names, steps_per_epoch))
+        _check_usable(history, file, finite=True)
         return history
 
     def save(self, path: str | Path) -> None:
@@ -224,6 +257,15 @@ class NormHistory:
             f"The recording does not reach {moment}: it covers steps {self.steps[0]} to "
             f"{self.steps[-1]}, epochs {self.epochs[0]} to {self.epochs[-1]}."
         )
+
+
+def _check_usable(history: NormHistory, file: Path, *, finite: bool) -> None:
+    """Raise InputError for what is wrong with the history of a file."""
+    problem = next(_problems(history), None) or (
+        next(_not_finite(history), None) if finite else None
+    )
+    if problem:
+        raise InputError(f"{file} cannot be used: {problem}.")
 
 
 def _problems(history: NormHistory) -> Iterator[str]:
