@@ -1,5 +1,6 @@
 """What a recording says about the run that made it, and whether another run may follow it."""
 
+import math
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,8 +37,8 @@ def check_same_run(history: NormHistory, trainer: "pl.Trainer", *, other_run: bo
         other_run: let another seed and another number of processes pass.
     """
     recorded = int(history.epochs[-1]) + 1 if len(history) else 0
-    epochs = trainer.max_epochs or 0
-    if epochs > recorded:
+    epochs = _epochs_of(trainer)
+    if epochs is not None and epochs > recorded:
         raise InputError(
             f"The recording covers {recorded} epochs, and the run has {epochs}: record a longer "
             f"run, or set max_epochs to {recorded}."
@@ -50,6 +51,17 @@ def check_same_run(history: NormHistory, trainer: "pl.Trainer", *, other_run: bo
                 f"The recording is of a run with {key} {there}, and this one has {value}; set "
                 "other_run to follow it all the same."
             )
+
+
+def _epochs_of(trainer: "pl.Trainer") -> int | None:
+    """Return how many epochs the run will begin, or None if that is not known."""
+    limits = [] if trainer.max_epochs in (None, -1) else [trainer.max_epochs]
+    batches = trainer.num_training_batches
+    counts_steps = trainer.lightning_module.automatic_optimization and math.isfinite(batches)
+    if trainer.max_steps >= 0 and counts_steps:
+        steps = math.ceil(batches / trainer.accumulate_grad_batches)
+        limits.append(math.ceil(trainer.max_steps / steps))
+    return min(limits, default=None)
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
