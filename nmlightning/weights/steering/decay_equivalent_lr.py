@@ -118,6 +118,8 @@ class _DecayedWeight:
 
     def after_step(self, before: Tensor, moment: Moment) -> Tensor:
         del moment
+        if self.weight.gradient is None:  # SGD leaves the weight and its decay out
+            return torch.zeros_like(self.weight.norms(), dtype=torch.bool)
         rate, momentum = self.weight.learning_rate, float(self.weight.group["momentum"])
         now = DecayRate.of(rate, self._weight_decay, momentum)
         squares = self._scales.square()

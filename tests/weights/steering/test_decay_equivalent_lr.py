@@ -57,6 +57,29 @@ def test_directions_are_those_of_weight_decay(
     torch.testing.assert_close(decayed.head.weight, equivalent.head.weight, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("without", [range(3), range(20, 30), range(0, 60, 2)])
+def test_steps_without_a_gradient(make_net: MakeNet, without: range) -> None:
+    """SGD leaves a weight without a gradient alone, and does not decay it either."""
+    nets = [make_net(), make_net()]
+    optimizers = [
+        torch.optim.SGD(groups(net, decay), lr=0.02, momentum=0.9)
+        for net, decay in zip(nets, (DECAY, 0.0), strict=True)
+    ]
+    DecayEquivalentLR(DECAY).attach(optimizers[1], nets[1].named_parameters())
+    for step in range(60):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(8, 2, 8, 8, dtype=torch.float64, generator=generator)
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            optimizer.zero_grad()
+            net(x).logsumexp(1).mean().backward()
+            if step in without:
+                net.conv1.weight.grad = None
+            optimizer.step()
+    one, other = (net.conv1.weight.detach().flatten(1) for net in nets)
+    directions = [w / w.norm(dim=1, keepdim=True) for w in (one, other)]
+    torch.testing.assert_close(*directions, rtol=0, atol=1e-8)
+
+
 def test_norms_stay_what_they_were(make_net: MakeNet, train: Train) -> None:
     net = make_net()
     optimizer = torch.optim.SGD(groups(net, 0.0), lr=0.05, momentum=0.5)
