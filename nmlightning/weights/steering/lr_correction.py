@@ -16,7 +16,7 @@ from nmlightning.weights.optimizer_family import Power, choose_power
 from nmlightning.weights.steering.attachment import Attachment
 from nmlightning.weights.steering.choose_weights import choose_weights
 from nmlightning.weights.steering.moves import project, scale_step
-from nmlightning.weights.steering.reference import Moment, Reference
+from nmlightning.weights.steering.reference import Moment, Reference, usable
 from nmlightning.weights.steering.scale_invariance import Scope
 from nmlightning.weights.steering.steered_weight import SteeredWeight
 
@@ -147,14 +147,15 @@ class _CorrectedWeight:
         if settings.max_factor is not None:
             factors = factors.clamp(max=settings.max_factor)
         undone, self.factors = scale_step(self.weight, before, factors, settings.max_rotation)
-        project(self.weight, self._initial)
+        project(self.weight, self._initial.where(usable(recorded), 0.0))
         return undone
 
     def _factors(self, norms: Tensor, recorded: Tensor) -> Tensor:
         """Return (‖w_i‖ / ‖r_i‖)^q; 1 where the reference is dead: zero or not finite."""
+        alive = usable(recorded)
         if self._settings.granularity == "layer":
-            norms, recorded = (self._root_mean_square(x) for x in (norms, recorded))
-        alive = (recorded > 0) & recorded.isfinite()
+            known = recorded.where(alive, 0.0)
+            norms, recorded = (self._root_mean_square(x) for x in (norms, known))
         return torch.where(alive, (norms / recorded) ** self._power, 1.0)
 
     def _root_mean_square(self, norms: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from nmlightning.weights.optimizer_family import Power, choose_power
 from nmlightning.weights.steering.attachment import Attachment
 from nmlightning.weights.steering.choose_weights import choose_weights
 from nmlightning.weights.steering.moves import project, scale_step
-from nmlightning.weights.steering.reference import Moment, Reference
+from nmlightning.weights.steering.reference import Moment, Reference, usable
 from nmlightning.weights.steering.scale_invariance import Scope
 from nmlightning.weights.steering.steered_weight import SteeredWeight
 
@@ -111,7 +111,7 @@ class _ScheduledWeight:
         if rate == 0:
             return torch.zeros_like(norms, dtype=torch.bool)
         share = self._base_lr / rate
-        factors = norms.new_full(norms.shape, share)
+        factors = torch.where(usable(norms), share, 1.0).to(norms.dtype)
         undone, self.factors = scale_step(self.weight, before, factors, self._max_rotation)
         project(self.weight, norms * share ** (1 / self._power))
         return undone

@@ -59,7 +59,7 @@ class Reference:
         return known[1]
 
     def _note_dead(self, name: str, norms: Tensor) -> None:
-        dead = int((~(norms > 0) | ~norms.isfinite()).sum())
+        dead = int((~usable(norms)).sum())
         if dead > self.dead.get(name, 0):
             warnings.warn(
                 f"{dead} of {len(norms)} channels of {name} have a recorded norm that is zero or "
@@ -67,3 +67,8 @@ class Reference:
                 stacklevel=2,
             )
         self.dead[name] = dead
+
+
+def usable(norms: Tensor) -> Tensor:
+    """Return (C,) bool: where a recorded norm can be followed."""
+    return (norms > 0) & norms.isfinite()
