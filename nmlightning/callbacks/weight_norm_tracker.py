@@ -111,8 +111,13 @@ class WeightNormTracker(CallbackBase):
     def on_before_optimizer_step(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
     ) -> None:
-        """Note the rates of this step; a scheduler may change them before it is recorded."""
+        """Note the rates of this step, which a scheduler may change before it is recorded.
+
+        And measure the gradients before they are clipped.
+        """
         self._note_rates(optimizer)
+        for attachment in self.attachments:
+            attachment.measure()
         if self._dashboard is not None:
             self._dashboard.before_step(optimizer)
 

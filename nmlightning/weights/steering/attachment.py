@@ -82,6 +82,15 @@ class Attachment:
         """Whether the scope knows all of its weights, which takes a gradient of each."""
         return len(self.scope.shares) == len(self.rules)
 
+    def measure(self) -> None:
+        """Measure on the gradients as they are now which weights the loss feels the norm of.
+
+        Otherwise the first step does. Call it before gradients are clipped by value: what is left
+        of them points along the weights, too.
+        """
+        for rule in self.rules:
+            self.scope.measure(rule.weight, rule.weight.values)
+
     def reasons(self) -> dict[str, str]:
         """Return for each weight why it is steered, or why it is not."""
         return {rule.weight.name: self.scope.reason(rule.weight.name) for rule in self.rules}
@@ -138,7 +147,8 @@ class Attachment:
         moment = self.clock()
         undone = torch.zeros_like(self.undone_on_device)
         for rule, before in zip(self.rules, self._before, strict=True):
-            if self.scope.holds(rule.weight, before):
+            self.scope.measure(rule.weight, before)
+            if self.scope.holds(rule.weight):
                 undone += rule.after_step(before, moment).sum().to(undone.device)
         self._before = []
         self._count(undone)

@@ -50,12 +50,15 @@ class Scope:
         self.insists = insists
         self.shares: dict[str, float] = {}
 
-    def holds(self, weight: SteeredWeight, before: Tensor) -> bool:
-        """Return whether the weight is steered, measuring it at its first usable gradient."""
+    def measure(self, weight: SteeredWeight, values: Tensor) -> None:
+        """Take the share of a weight at its first usable gradient, which was taken at `values`."""
         if weight.name not in self.shares and weight.gradient is not None:
-            share = float(radial_share(weight, before, weight.gradient))
+            share = float(radial_share(weight, values, weight.gradient))
             if math.isfinite(share):
                 self._note(weight.name, share)
+
+    def holds(self, weight: SteeredWeight) -> bool:
+        """Return whether the weight is steered."""
         return self.insists or self.shares.get(weight.name, 0.0) <= TOLERANCE
 
     def dropped(self) -> dict[str, float]:
