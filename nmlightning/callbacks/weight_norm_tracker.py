@@ -105,8 +105,8 @@ class WeightNormTracker(CallbackBase):
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        """Note how far the epoch is."""
-        self._batch = batch_idx
+        """Note how far the epoch is; the batches of one step have the place of the first."""
+        self._batch = batch_idx - batch_idx % trainer.accumulate_grad_batches
 
     def on_before_optimizer_step(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
