@@ -34,7 +34,7 @@ def choose_weights(
         InputError: nothing to steer; a pattern that matches nothing; a parameter that FSDP1
             flattened, that is split within channels, or that decays inside the optimizer's step.
     """
-    groups = {q: group for group in optimizer.param_groups for q in group["params"]}
+    groups = {q: n for n, group in enumerate(optimizer.param_groups) for q in group["params"]}
     named = {plain_name(name): parameter for name, parameter in named_parameters}
     _check_patterns(named, (*include, *exclude))
     chosen = [

@@ -33,8 +33,14 @@ class SteeredWeight:
     name: str
     parameter: Tensor
     optimizer: Optimizer
-    group: Mapping[str, Any]
+    group_number: int
     layout: ChannelLayout = ROWS
+
+    @property
+    def group(self) -> Mapping[str, Any]:
+        """The optimizer's options for it; `load_state_dict` replaces them by others."""
+        group: Mapping[str, Any] = self.optimizer.param_groups[self.group_number]
+        return group
 
     @property
     def values(self) -> Tensor:
