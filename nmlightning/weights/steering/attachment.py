@@ -64,6 +64,7 @@ class Attachment:
         self._name = name
         self._optimizer = optimizer
         self._before: list[Tensor] = []
+        self._is_first = True
         device = self.rules[0].weight.values.device
         self.undone_on_device = torch.zeros((), dtype=torch.int64, device=device)
         self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
@@ -137,12 +138,15 @@ class Attachment:
     def before_step(self) -> None:
         """Keep the weights; the optimizer calls it."""
         self._before = [rule.weight.values.clone() for rule in self.rules]
+        self._is_first = not self._optimizer.state
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Steer the step that led away from them; the optimizer calls it."""
         self.steps += 1
         if self._skipped():
+            if self._is_first:  # torch's fused SGD leaves uninitialised momentum behind
+                self._optimizer.state.clear()
             return
         moment = self.clock()
         undone = torch.zeros_like(self.undone_on_device)
