@@ -1,5 +1,6 @@
 """The hooks around an optimizer's step, and the count of what they could not steer."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -62,6 +63,7 @@ class Attachment:
         self.steps = 0
         self.clock: Callable[[], Moment] = lambda: {"step": self.steps - 1}
         self._name = name
+        self._warned_of = 0
         self._optimizer = optimizer
         self._before: list[Tensor] = []
         self._is_first = True
@@ -130,6 +132,7 @@ class Attachment:
             raise InputError(f"The state of {self._name} is of other weights; {other[0]} differs.")
         self.steps = state["steps"]
         self.undone_on_device.copy_(state["undone"])
+        self._warned_of = self.undone
         self._in_a_row.copy_(state["in_a_row"])
         self.scope.load_state_dict(state["scope"])
         for rule in self.rules:
@@ -165,10 +168,22 @@ class Attachment:
     def _count(self, undone: Tensor) -> None:
         self.undone_on_device += undone
         self._in_a_row = (self._in_a_row + 1) * (undone > 0)
-        if self.steps % _LOOK_EVERY == 0 and int(self._in_a_row) >= MAX_STEPS_UNDONE:
+        if self.steps % _LOOK_EVERY == 0:
+            self._look(int(undone))
+
+    def _look(self, now: int) -> None:
+        if int(self._in_a_row) >= MAX_STEPS_UNDONE:
             raise InputError(
                 f"{self._name} had to undo steps of some channels {int(self._in_a_row)} times in a "
-                f"row (now {int(undone)} channels), since they or their factors were not finite: "
+                f"row (now {now} channels), since they or their factors were not finite: "
                 "the run has diverged. Lower the learning rate, or follow a finer recording "
                 '(every few steps, align="interpolate").'
             )
+        if self.undone > self._warned_of:
+            warnings.warn(
+                f"{self._name} undid {self.undone - self._warned_of} steps of channels by step "
+                f"{self.steps}, since they or their factors were not finite; after "
+                f"{MAX_STEPS_UNDONE} such steps in a row the run stops.",
+                stacklevel=2,
+            )
+            self._warned_of = self.undone
