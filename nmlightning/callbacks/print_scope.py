@@ -5,16 +5,47 @@ from collections.abc import Sequence
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
+from torch import nn
+from torch.optim import Optimizer
 
+from nmlightning.weights.layer_weights import find_layer_weights
+from nmlightning.weights.steering import DecayEquivalentLR, LRCorrection, NormSchedule
 from nmlightning.weights.steering.attachment import Attachment
+from nmlightning.weights.steering.choose_weights import why_left
+
+Steering = LRCorrection | NormSchedule | DecayEquivalentLR
+
+
+def explain_scope(
+    steering: Steering,
+    attachments: Sequence[Attachment],
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+) -> dict[str, str]:
+    """Return for each weight of a convolution or linear layer why it is steered, or is left."""
+    optimized = {q for each in optimizers for group in each.param_groups for q in group["params"]}
+    patterns = steering.include, steering.exclude
+    reasons = {
+        weight.name: f"left: {why_left(weight.name, weight.parameter, optimized, *patterns)}"
+        for weight in find_layer_weights(model)
+    }
+    for attachment in attachments:
+        reasons |= attachment.reasons()
+    return reasons
 
 
 @rank_zero_only
-def print_scope(rule: str, attachments: Sequence[Attachment]) -> None:
+def print_scope(
+    steering: Steering,
+    attachments: Sequence[Attachment],
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+) -> None:
     """Print to stderr which weights are steered and which are left, with the reason."""
-    reasons = {name: why for each in attachments for name, why in each.reasons().items()}
+    reasons = explain_scope(steering, attachments, model, optimizers)
     steered = sum(why.startswith("steered") for why in reasons.values())
-    table = Table("weight", "steering", title=f"{rule} steers {steered} of {len(reasons)} weights")
+    title = f"{type(steering).__name__} steers {steered} of {len(reasons)} weights"
+    table = Table("weight", "steering", title=title)
     for name, why in reasons.items():
         table.add_row(name, why)
     Console(stderr=True).print(table)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch.optim import Optimizer
 
 from nmlightning.callbacks.norm_dashboard import NormDashboard
-from nmlightning.callbacks.print_scope import print_scope
+from nmlightning.callbacks.print_scope import Steering, print_scope
 from nmlightning.callbacks.provenance import check_same_run, describe_run
 from nmlightning.compat import CallbackBase, global_seed
 from nmlightning.errors import InputError
@@ -17,13 +17,10 @@ from nmlightning.weights.history import NormHistory
 from nmlightning.weights.layer_weights import find_layer_weights
 from nmlightning.weights.recorder import Recorder
 from nmlightning.weights.recording_file import FILE_NAME, find_recording
-from nmlightning.weights.steering import DecayEquivalentLR, LRCorrection, NormSchedule
 from nmlightning.weights.steering.attachment import Attachment
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
-
-Steering = LRCorrection | NormSchedule | DecayEquivalentLR
 
 
 class WeightNormTracker(CallbackBase):
@@ -130,9 +127,8 @@ class WeightNormTracker(CallbackBase):
         batch_idx: int,
     ) -> None:
         """Record at every N-th step, and say once what is steered."""
-        if not self._told and self.attachments and all(a.measured for a in self.attachments):
-            self._told = True
-            print_scope(type(self.steering).__name__, self.attachments)
+        if all(attachment.measured for attachment in self.attachments):
+            self._print_scope(trainer, pl_module)
         if self.every != "epoch" and trainer.global_step % int(self.every) == 0:
             self._record(trainer)
         if self._dashboard is not None:
@@ -140,6 +136,7 @@ class WeightNormTracker(CallbackBase):
 
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Record, write and show."""
+        self._print_scope(trainer, pl_module)  # a weight without gradients is never measured
         self._record(trainer)
         self._save()
         if self._dashboard is not None and self._recorder is not None:
@@ -187,6 +184,11 @@ class WeightNormTracker(CallbackBase):
             attachment.load_state_dict(state)
         for attachment in self.attachments:
             attachment.clock = lambda: {"epoch": self._moment(trainer)}
+
+    def _print_scope(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        if self.steering is not None and not self._told:
+            self._told = True
+            print_scope(self.steering, self.attachments, pl_module, trainer.optimizers)
 
     def _moment(self, trainer: "pl.Trainer") -> float:
         batches = trainer.num_training_batches

@@ -1,6 +1,6 @@
 """Which parameters of an optimizer a rule steers, and which it must not."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -40,10 +40,7 @@ def choose_weights(
     chosen = [
         SteeredWeight(name, parameter, optimizer, groups[parameter], layouts.get(name, ROWS))
         for name, parameter in named.items()
-        if parameter in groups
-        and parameter.requires_grad
-        and (_matches(name, include) if include else parameter.dim() >= 3)
-        and not _matches(name, exclude)
+        if why_left(name, parameter, groups, include, exclude) is None
     ]
     if not chosen:
         raise InputError(
@@ -53,6 +50,47 @@ def choose_weights(
     for weight in chosen:
         _check(weight)
     return chosen
+
+
+def has_weights(
+    optimizer: Optimizer,
+    named_parameters: Iterable[tuple[str, Tensor]],
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> bool:
+    """Return whether `choose_weights` finds any weight to steer."""
+    optimized = {q for group in optimizer.param_groups for q in group["params"]}
+    return any(
+        why_left(plain_name(name), parameter, optimized, include, exclude) is None
+        for name, parameter in named_parameters
+    )
+
+
+def why_left(
+    name: str,
+    parameter: Tensor,
+    optimized: Container[Tensor],
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> str | None:
+    """Return in words why a parameter is not to be steered, or None if it is.
+
+    Args:
+        name: its plain name.
+        parameter: it.
+        optimized: the parameters that an optimizer has.
+        include: as for `choose_weights`.
+        exclude: as for `choose_weights`.
+    """
+    if not parameter.requires_grad:
+        return "it is frozen"
+    if parameter not in optimized:
+        return "no optimizer has it"
+    if _matches(name, exclude):
+        return "exclude names it"
+    if include:
+        return None if _matches(name, include) else "include does not name it"
+    return None if parameter.dim() >= 3 else "not a convolution; name it by include"
 
 
 def _check_patterns(named: Mapping[str, Any], patterns: Iterable[str]) -> None:
