@@ -18,6 +18,7 @@ from nmlightning.weights.layer_weights import find_layer_weights
 from nmlightning.weights.recorder import Recorder
 from nmlightning.weights.recording_file import FILE_NAME, find_recording
 from nmlightning.weights.steering.attachment import Attachment
+from nmlightning.weights.steering.choose_weights import has_weights
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -175,9 +176,15 @@ class WeightNormTracker(CallbackBase):
             steering.reference = _load(steering.reference)
             check_same_run(steering.reference, trainer, other_run=self.other_run)
         layouts = {w.name: w.layout for w in find_layer_weights(pl_module)}
-        self.attachments = [
-            steering.attach(optimizer, pl_module.named_parameters(), layouts)
+        named = list(pl_module.named_parameters())
+        steered = [
+            optimizer
             for optimizer in trainer.optimizers
+            if has_weights(optimizer, named, steering.include, steering.exclude)
+        ]
+        self.attachments = [
+            steering.attach(optimizer, named, layouts)
+            for optimizer in steered or trainer.optimizers
         ]
         states = self._resumed.get("steering", [])
         for attachment, state in zip(self.attachments, states, strict=False):
