@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -7,6 +8,27 @@ from torch import Tensor, nn
 
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
+from nmlightning.weights.steering import DecayEquivalentLR, LRCorrection, NormSchedule
+
+MakeRule = Callable[..., Any]
+RULES: dict[str, MakeRule] = {
+    "stable": lambda history, **options: LRCorrection(history, **options),
+    "paper": lambda history, **options: LRCorrection(history, mode="paper", **options),
+    "layer": lambda history, **options: LRCorrection(history, granularity="layer", **options),
+    "schedule": lambda history, **options: NormSchedule(history, **options),
+    "decay": lambda _, **options: DecayEquivalentLR(0.01, **options),
+}
+
+
+@pytest.fixture(params=RULES)
+def rule_name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def make_rule(rule_name: str) -> MakeRule:
+    """Each rule, from the history of norms that it follows, if it follows one."""
+    return RULES[rule_name]
 
 
 class InvariantNet(nn.Module):

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nmlightning.errors import InputError
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.steering.lr_correction import LRCorrection
@@ -185,42 +184,3 @@ def test_the_literal_rule_diverges_where_the_stable_one_does_not(
         )
         # 1e19 is where float32 can no longer form the square of a norm.
         assert growth == pytest.approx(1.0) if stays else growth > 1e19
-
-
-def test_dead_reference_channels_are_left_and_named(
-    make_net: MakeNet, train: Train, random_history: MakeHistory
-) -> None:
-    net = make_net()
-    history = random_history(net)
-    history.norms["conv1.weight"][:, 1] = 0.0
-    optimizer = sgd(net)
-    LRCorrection(history).attach(optimizer, net.named_parameters())
-    with pytest.warns(UserWarning, match=r"1 of 4 channels of conv1.weight have a recorded norm"):
-        train(net, optimizer, 3)
-    assert all(bool(q.isfinite().all()) for q in net.parameters())
-
-
-@pytest.mark.parametrize("mode", ["paper", "stable"])
-@LITERAL
-def test_a_step_that_is_not_finite_is_undone(
-    make_net: MakeNet, train: Train, random_history: MakeHistory, mode: Any
-) -> None:
-    net = make_net()
-    optimizer = sgd(net)
-    attachment = LRCorrection(random_history(net), mode=mode).attach(
-        optimizer, net.named_parameters()
-    )
-    train(net, optimizer, 1)
-    before = net.conv1.weight.detach().clone()
-    for q in net.parameters():
-        q.grad = torch.zeros_like(q)
-    net.conv1.weight.grad[2, 0, 1, 1] = torch.nan
-    optimizer.step()
-    torch.testing.assert_close(net.conv1.weight[2], before[2])
-    assert bool(net.conv1.weight.isfinite().all())
-    assert attachment.undone == 1
-    attachment.clock = lambda: {"epoch": 0}
-    while attachment.steps < 124:
-        optimizer.step()  # The momentum buffer is not finite any more.
-    with pytest.raises(InputError, match="LRCorrection had to undo steps of some channels 124 tim"):
-        optimizer.step()

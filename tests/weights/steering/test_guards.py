@@ -1,0 +1,114 @@
+"""What every rule does with norms, steps and gradients that it cannot use."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from nmlightning.errors import InputError
+from nmlightning.weights.history import NormHistory
+from nmlightning.weights.steering.attachment import MAX_STEPS_UNDONE
+
+Train = Callable[..., None]
+MakeNet = Callable[[], nn.Module]
+MakeHistory = Callable[[nn.Module], NormHistory]
+MakeRule = Callable[..., Any]
+REFERENCED = ("stable", "paper", "layer", "schedule")
+pytestmark = pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. has no brake")
+
+
+def sgd(net: nn.Module, **options: Any) -> torch.optim.SGD:
+    return torch.optim.SGD(net.parameters(), **{"lr": 0.02, "momentum": 0.9, **options})
+
+
+def step_on(optimizer: torch.optim.Optimizer, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.step()
+
+
+def spoil(net: nn.Module, channel: int) -> None:
+    """Leave gradients of zero, but NaN in one channel."""
+    for q in net.parameters():
+        q.grad = torch.zeros_like(q)
+    net.conv1.weight.grad[channel, 0, 1, 1] = torch.nan
+
+
+@pytest.mark.parametrize("rule_name", REFERENCED)
+@pytest.mark.parametrize("dead", [0.0, torch.nan, torch.inf])
+def test_dead_channels_of_a_reference_move_as_without_it(
+    make_net: MakeNet, train: Train, random_history: MakeHistory, make_rule: MakeRule, dead: float
+) -> None:
+    net, plain = make_net(), make_net()
+    history = random_history(net)
+    history.norms["conv1.weight"][:, 1] = dead
+    optimizer, other = sgd(net), sgd(plain)
+    optimizer.param_groups[0]["initial_lr"] = 0.1  # a schedule is on its way
+    attachment = make_rule(history).attach(optimizer, net.named_parameters())
+    with pytest.warns(UserWarning, match=r"1 of 4 channels of conv1.weight have a recorded norm"):
+        train(net, optimizer, 1)
+    train(plain, other, 1)
+    moved = torch.isclose(net.conv1.weight, plain.conv1.weight, rtol=1e-12).flatten(1).all(1)
+    assert moved.tolist() == [False, True, False, False]
+    ours, theirs = optimizer.state[net.conv1.weight], other.state[plain.conv1.weight]
+    torch.testing.assert_close(ours["momentum_buffer"][1], theirs["momentum_buffer"][1])
+    train(net, optimizer, 9, first=1)
+    assert all(bool(q.isfinite().all()) for q in net.parameters())
+    assert attachment.undone == 0
+
+
+def test_a_step_that_is_not_finite_is_undone_and_told(
+    make_net: MakeNet, train: Train, random_history: MakeHistory, make_rule: MakeRule
+) -> None:
+    net = make_net()
+    optimizer = sgd(net)
+    attachment = make_rule(random_history(net)).attach(optimizer, net.named_parameters())
+    train(net, optimizer, 1)
+    before = net.conv1.weight.detach().clone()
+    spoil(net, channel=2)
+    optimizer.step()
+    torch.testing.assert_close(net.conv1.weight[2], before[2])
+    assert bool(net.conv1.weight.isfinite().all())
+    assert attachment.undone == 1
+    attachment.clock = lambda: {"epoch": 0}
+    with pytest.warns(
+        UserWarning, match="undid 24 steps of channels by step 25, since they or the"
+    ):
+        step_on(optimizer, 23)  # The momentum buffer is not finite any more.
+
+
+@pytest.mark.filterwarnings("ignore:.* undid .* steps of channels by step")
+def test_a_run_of_such_steps_ends(
+    make_net: MakeNet, train: Train, random_history: MakeHistory, make_rule: MakeRule
+) -> None:
+    net = make_net()
+    optimizer = sgd(net)
+    attachment = make_rule(random_history(net)).attach(optimizer, net.named_parameters())
+    attachment.clock = lambda: {"epoch": 0}
+    train(net, optimizer, 1)
+    spoil(net, channel=2)
+    step_on(optimizer, 123)
+    message = "had to undo steps of some channels 124 times in a row (now 1 channels)"
+    assert 100 <= MAX_STEPS_UNDONE <= 124  # it looks at every 25th
+    with pytest.raises(InputError, match=re.escape(message)):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("rule_name", ["stable", "paper", "layer"])
+def test_a_factor_that_is_not_finite(
+    make_net: MakeNet, random_history: MakeHistory, make_rule: MakeRule
+) -> None:
+    """A recorded norm so small that nothing in float32 can be divided by it."""
+    net = make_net().float()
+    history = random_history(net)
+    history.norms["conv1.weight"][:] = 1e-44
+    optimizer = sgd(net)
+    attachment = make_rule(history).attach(optimizer, net.named_parameters())
+    before = net.conv1.weight.detach().clone()
+    for q in net.parameters():
+        q.grad = torch.zeros_like(q)
+    optimizer.step()
+    assert attachment.undone == len(before)
+    torch.testing.assert_close(net.conv1.weight.detach(), before)
