@@ -17,6 +17,7 @@ from nmlightning.weights.history import NormHistory
 from nmlightning.weights.layer_weights import find_layer_weights
 from nmlightning.weights.recorder import Recorder
 from nmlightning.weights.recording_file import FILE_NAME, find_recording
+from nmlightning.weights.steering import DecayEquivalentLR
 from nmlightning.weights.steering.attachment import Attachment
 from nmlightning.weights.steering.choose_weights import has_weights
 

@@ -59,7 +59,7 @@ class Port:
     """SGD with momentum under a rule, channel by channel, from the formulas in the papers."""
 
     def __init__(self, rule: str, net: nn.Module, history: NormHistory) -> None:
-        self.rule, self.history, self.taken = rule, history, 0
+        self.rule, self.history = rule, history
         self.weights = {n: q.detach().numpy() for n, q in net.named_parameters()}
         self.velocities = {n: np.zeros_like(w) for n, w in self.weights.items()}
         middle = 1 + MOMENTUM - RATE * DECAY
@@ -68,6 +68,7 @@ class Port:
             for name in CONVOLUTIONS:
                 pull = (1 - self.alpha) / (RATE * self.alpha)
                 self.velocities[name] = -pull * self.weights[name]
+        self.shrunk = {n: np.ones(len(self.weights[n])) for n in CONVOLUTIONS}
         self.initial = {n: [np.linalg.norm(w) for w in self.weights[n]] for n in CONVOLUTIONS}
 
     def step(self, gradients: Mapping[str, Array], step: int) -> None:
@@ -79,10 +80,18 @@ class Port:
             if name not in CONVOLUTIONS:
                 weight -= rate * velocity
             elif self.rule == "decay":
-                weight -= rate * self.alpha ** (-2 * self.taken - 1) * velocity
+                self.decay(name, weight, velocity, rate)
             else:
                 self.steer(name, weight, velocity, rate, self.find_recorded(name, step))
-        self.taken += 1
+
+    def decay(self, name: str, weight: Array, velocity: Array, rate: float) -> None:
+        shrunk = self.shrunk[name]
+        for i, (w, v, initial) in enumerate(zip(weight, velocity, self.initial[name], strict=True)):
+            w -= rate / (self.alpha * shrunk[i] ** 2) * v
+            back = initial / np.linalg.norm(w)
+            w *= back
+            v /= back
+            shrunk[i] *= self.alpha / back
 
     def steer(self, name: str, weight: Array, velocity: Array, rate: float, norms: Array) -> None:
         ratio = math.sqrt((np.square(self.initial[name]).sum()) / np.square(norms).sum())
