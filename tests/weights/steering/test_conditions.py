@@ -51,8 +51,8 @@ def find_loss(net: nn.Module, seed: int) -> Tensor:
     return F.cross_entropy(net(x), torch.randint(3, (8,), generator=generator))
 
 
-def find_rate(rule: str, step: int) -> float:
-    return RATE if rule == "decay" or step < STEPS // 2 else RATE / 4
+def find_rate(step: int) -> float:
+    return RATE if step < STEPS // 2 else RATE / 4
 
 
 class Port:
@@ -62,36 +62,31 @@ class Port:
         self.rule, self.history = rule, history
         self.weights = {n: q.detach().numpy() for n, q in net.named_parameters()}
         self.velocities = {n: np.zeros_like(w) for n, w in self.weights.items()}
-        middle = 1 + MOMENTUM - RATE * DECAY
-        self.alpha = (middle + math.sqrt(middle**2 - 4 * MOMENTUM)) / 2
-        if rule == "decay":
-            for name in CONVOLUTIONS:
-                pull = (1 - self.alpha) / (RATE * self.alpha)
-                self.velocities[name] = -pull * self.weights[name]
-        self.shrunk = {n: np.ones(len(self.weights[n])) for n in CONVOLUTIONS}
         self.initial = {n: [np.linalg.norm(w) for w in self.weights[n]] for n in CONVOLUTIONS}
+        self.decayed = {n: self.weights[n].copy() for n in CONVOLUTIONS}
 
     def step(self, gradients: Mapping[str, Array], step: int) -> None:
-        rate = find_rate(self.rule, step)
+        rate = find_rate(step)
         for name, weight in self.weights.items():
             velocity = self.velocities[name]
+            if name in CONVOLUTIONS and self.rule == "decay":
+                self.decay(name, weight, velocity, rate, gradients[name])
+                continue
             velocity *= MOMENTUM
             velocity += gradients[name]
-            if name not in CONVOLUTIONS:
-                weight -= rate * velocity
-            elif self.rule == "decay":
-                self.decay(name, weight, velocity, rate)
-            else:
+            if name in CONVOLUTIONS:
                 self.steer(name, weight, velocity, rate, self.find_recorded(name, step))
+            else:
+                weight -= rate * velocity
 
-    def decay(self, name: str, weight: Array, velocity: Array, rate: float) -> None:
-        shrunk = self.shrunk[name]
-        for i, (w, v, initial) in enumerate(zip(weight, velocity, self.initial[name], strict=True)):
-            w -= rate / (self.alpha * shrunk[i] ** 2) * v
-            back = initial / np.linalg.norm(w)
-            w *= back
-            v /= back
-            shrunk[i] *= self.alpha / back
+    def decay(self, name: str, weight: Array, velocity: Array, rate: float, grad: Array) -> None:
+        """SGD with weight decay, of which the net sees the directions at their first norms."""
+        channels = (self.decayed[name], weight, velocity, grad, self.initial[name])
+        for full, w, v, g, initial in zip(*channels, strict=True):
+            v *= MOMENTUM
+            v += g * (initial / np.linalg.norm(full)) + DECAY * full
+            full -= rate * v
+            w[:] = full * (initial / np.linalg.norm(full))
 
     def steer(self, name: str, weight: Array, velocity: Array, rate: float, norms: Array) -> None:
         ratio = math.sqrt((np.square(self.initial[name]).sum()) / np.square(norms).sum())
@@ -138,7 +133,6 @@ def train(
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
     attachment: Attachment,
-    rule: str,
     condition: str,
 ) -> None:
     """What a user writes."""
@@ -146,7 +140,7 @@ def train(
     scaler = torch.amp.GradScaler("cpu", enabled=condition == "skipped")
     for step in range(STEPS):
         for group in optimizer.param_groups:
-            group["lr"] = find_rate(rule, step)
+            group["lr"] = find_rate(step)
         attachment.clock = lambda step=step: {"step": step}
         optimizer.zero_grad()
         for part in range(parts):
@@ -175,7 +169,7 @@ def test_a_port_of_the_rule(
     net, other = make_net(), make_net()
     optimizer = sgd(net)
     attachment = make_rule(history).attach(optimizer, net.named_parameters())
-    train(net, optimizer, attachment, rule_name, condition)
+    train(net, optimizer, attachment, condition)
     train_port(Port(rule_name, other, history), other, condition)
     assert not attachment.scope.dropped()
     for (name, one), two in zip(net.named_parameters(), other.parameters(), strict=True):
@@ -208,7 +202,7 @@ def test_skipped_steps_might_as_well_not_have_been(
             net.parameters(), lr=RATE, **options, **IMPLEMENTATIONS[implementation]
         )
         attachment = make_rule(history).attach(optimizer, net.named_parameters())
-        train(net, optimizer, attachment, rule_name, condition)
+        train(net, optimizer, attachment, condition)
         called = condition == "skipped" and implementation == "fused"
         assert attachment.steps == (STEPS if called else STEPS - len(OVERFLOWS))
         assert attachment.undone == 0
