@@ -32,7 +32,8 @@ class StatisticBatchNorm(_BatchNorm):
     In evaluation it is exactly torch's batch norm: `running_mean` holds μ and `running_var` holds
     ŝ² with Bessel's factor n/(n−1), both averaged with torch's momentum convention, and the five
     state keys are those of `torch.nn.BatchNorm2d`, into which a checkpoint loads. A channel whose
-    batch statistics are not finite leaves its running statistics as they were. It can be
+    batch statistics are not finite leaves its running statistics as they were; where all batches
+    are averaged equally, such a batch is left out of the average in every channel. It can be
     differentiated once. Use a subclass: this one has no statistic.
 
     Args:
@@ -91,13 +92,10 @@ class StatisticBatchNorm(_BatchNorm):
         """Return the normalised (N, C, *) input, in its dtype and memory format."""
         self._check_input_dim(input)
         self._check_channels(input)
-        tracks = self.training and self.track_running_stats and self.running_mean is not None
         if not self.training and self.running_mean is not None:
             return F.batch_norm(
                 input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
-        if tracks and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
         group = self._group()
         if group is None and input.numel() <= input.shape[1]:
             # Torch's own answers for an empty batch and for one value per channel.
@@ -114,7 +112,7 @@ class StatisticBatchNorm(_BatchNorm):
             accumulation_dtype(input.dtype, self.stats_dtype),
             group,
         )
-        if tracks:
+        if self.training and self.track_running_stats and self.running_mean is not None:
             self._track(mean, variance)
         return output  # type: ignore[no-any-return]
 
@@ -125,14 +123,23 @@ class StatisticBatchNorm(_BatchNorm):
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor) -> None:
         """Move the running statistics towards the batch's, in channels where both are finite."""
-        newest: float | Tensor = 0.0 if self.momentum is None else self.momentum
-        if self.momentum is None and self.num_batches_tracked is not None:
-            newest = 1.0 / self.num_batches_tracked.to(mean.dtype)
         finite = mean.isfinite() & variance.isfinite()
+        if self.momentum is None:
+            finite = finite.all()  # The channels have one count, so a batch counts for all or none.
+        newest = self._count_batch(finite, mean.dtype)
         for running, value in ((self.running_mean, mean), (self.running_var, variance)):
             assert running is not None, "the caller tracks"
             moved = (running + newest * (value - running)).to(running.dtype)
             running.copy_(torch.where(finite & moved.isfinite(), moved, running))
+
+    def _count_batch(self, finite: Tensor, dtype: torch.dtype) -> float | Tensor:
+        """Count a batch, and return its weight in the running statistics."""
+        if self.num_batches_tracked is None:
+            return self.momentum or 0.0
+        if self.momentum is not None:
+            self.num_batches_tracked.add_(1)
+            return self.momentum
+        return 1.0 / self.num_batches_tracked.add_(finite).to(dtype)
 
     def _group(self) -> ProcessGroup | None:
         """Return the ranks to share statistics with, or None."""

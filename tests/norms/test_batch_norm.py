@@ -380,21 +380,41 @@ def test_a_constant_channel(norm: Norm, value: float, dtype: torch.dtype) -> Non
     assert layer.running_var[1].item() == pytest.approx(0.9)
 
 
+every_bad_value = pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+
+
+def poison(x: Tensor, bad: float) -> Tensor:
+    """Return `x` with one bad value, in channel 1."""
+    poisoned = x.clone()
+    poisoned[2, 1, 0, 3] = bad
+    return poisoned
+
+
 @every_norm
-@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("momentum", [0.1, None])
-def test_non_finite_batches_leave_no_trace(norm: Norm, bad: float, momentum: float | None) -> None:
-    layer, clean = norm.layer(momentum=momentum), norm.layer(momentum=momentum)
+@every_bad_value
+def test_non_finite_channels_leave_no_trace(norm: Norm, bad: float) -> None:
+    layer, clean = norm.layer(), norm.layer()
     first, second = torch.randn(2, 4, 3, 2, 5)
     layer(first), clean(first)
     before = copy.deepcopy(layer.state_dict())
-    poisoned = second.clone()
-    poisoned[2, 1, 0, 3] = bad
-    layer(poisoned), clean(second)
+    layer(poison(second, bad)), clean(second)
     for name in ("running_mean", "running_var"):
         after, expected = getattr(layer, name), getattr(clean, name)
         assert after[1] == before[name][1]
         assert torch.equal(after[[0, 2]], expected[[0, 2]])
+
+
+@every_norm
+@every_bad_value
+def test_an_equal_average_is_that_of_the_finite_batches(norm: Norm, bad: float) -> None:
+    layer, clean = norm.layer(momentum=None), norm.layer(momentum=None)
+    first, second, third = torch.randn(3, 4, 3, 2, 5)
+    for x in (poison(first, bad), first, poison(second, bad), third):
+        layer(x)
+    clean(first), clean(third)
+    torch.testing.assert_close(
+        layer.state_dict(), {**clean.state_dict(), **dict(layer.named_parameters())}
+    )
 
 
 @every_norm
@@ -407,9 +427,10 @@ def test_an_overflowing_variance_leaves_no_trace(norm: Norm) -> None:
 @every_norm
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_one_value_a_channel(norm: Norm, dims: int) -> None:
-    x = torch.randn(1, 3, *[1] * dims)
+    x, layer = torch.randn(1, 3, *[1] * dims), norm.layer(dims=dims)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
-        norm.layer(dims=dims)(x)
+        layer(x)
+    assert layer.num_batches_tracked == 0
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         norm.layer(dims=dims, track_running_stats=False).eval()(x)
     assert norm.layer(dims=dims).eval()(x).isfinite().all()
@@ -424,6 +445,7 @@ def test_an_empty_batch(norm: Norm, shape: tuple[int, ...]) -> None:
     assert ours(x).shape == theirs(x).shape == shape
     found, expected = (gradients(layer(x), [x, layer.weight]) for layer in (ours, theirs))
     torch.testing.assert_close(found, expected)
+    theirs.num_batches_tracked.zero_()  # Torch counts a batch that moves nothing.
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
 
 
@@ -621,6 +643,7 @@ def test_more_of_the_largest_than_values(constant: Any) -> None:
     layer = norms.TopKBatchNorm2d(3, 10, constant=constant)
     with pytest.raises(InputError, match="k = 10 largest of n = 8 values a channel"):
         layer(torch.randn(2, 3, 2, 2))
+    assert layer.num_batches_tracked == 0
 
 
 def test_all_values_are_the_largest() -> None:
