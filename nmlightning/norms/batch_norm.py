@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -41,6 +41,7 @@ class StatisticBatchNorm(_BatchNorm):
         eps: added to the variance ŝ², so its square root is added to ŝ where ŝ is 0.
         momentum: weight of the newest batch in the running statistics; None averages all equally.
         affine: learn a weight and a bias for each channel.
+        bias: learn that bias too; without effect where `affine` is False.
         track_running_stats: keep running statistics; else evaluation uses the batch's own.
         constant: c. "exact" makes ŝ estimate a Gaussian's standard deviation without bias (for Lp
             as n → ∞; see `gaussian_constant`), "paper" is the constant as published, "none" is 1,
@@ -68,6 +69,7 @@ class StatisticBatchNorm(_BatchNorm):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
+        bias: bool = True,
         track_running_stats: bool = True,
         constant: Constant | float = "exact",
         stats_dtype: torch.dtype | str | None = None,
@@ -84,6 +86,8 @@ class StatisticBatchNorm(_BatchNorm):
             device,
             dtype,
         )
+        if not bias:  # Torch 2.11 has no such argument.
+            self.register_parameter("bias", None)
         self.constant = check_constant(constant)
         self.stats_dtype = check_stats_dtype(stats_dtype)
         self.sync = sync
@@ -115,6 +119,14 @@ class StatisticBatchNorm(_BatchNorm):
         if self.training and self.track_running_stats and self.running_mean is not None:
             self._track(mean, variance)
         return output  # type: ignore[no-any-return]
+
+    def reset_parameters(self) -> None:
+        """Make the layer what it was when it was new; torch 2.11's own asks for a bias."""
+        self.reset_running_stats()
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def extra_repr(self) -> str:
         """Return the arguments that differ from the defaults, so that the repr evaluates."""
@@ -189,6 +201,7 @@ class LpBatchNorm(StatisticBatchNorm):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
+        bias: bool = True,
         track_running_stats: bool = True,
         constant: Constant | float = "exact",
         stats_dtype: torch.dtype | str | None = None,
@@ -201,6 +214,7 @@ class LpBatchNorm(StatisticBatchNorm):
             eps=eps,
             momentum=momentum,
             affine=affine,
+            bias=bias,
             track_running_stats=track_running_stats,
             constant=constant,
             stats_dtype=stats_dtype,
@@ -223,6 +237,7 @@ class TopKBatchNorm(StatisticBatchNorm):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
+        bias: bool = True,
         track_running_stats: bool = True,
         constant: Constant | float = "exact",
         stats_dtype: torch.dtype | str | None = None,
@@ -235,6 +250,7 @@ class TopKBatchNorm(StatisticBatchNorm):
             eps=eps,
             momentum=momentum,
             affine=affine,
+            bias=bias,
             track_running_stats=track_running_stats,
             constant=constant,
             stats_dtype=stats_dtype,

@@ -260,7 +260,7 @@ def test_without_affine(norm: Norm) -> None:
 @every_norm
 @pytest.mark.parametrize("missing", ["bias", "weight"])
 def test_with_a_weight_or_a_bias_alone(norm: Norm, missing: str) -> None:
-    """Torch's layers can have bias=False, and a swap takes their parameters over."""
+    """A swap takes over the parameters of whatever layer it finds."""
     x = torch.randn(4, 3, 2, 5, dtype=torch.float64, requires_grad=True)
     layer = norm.layer(dtype=torch.float64)
     setattr(layer, missing, None)
@@ -268,6 +268,20 @@ def test_with_a_weight_or_a_bias_alone(norm: Norm, missing: str) -> None:
     expected = define(norm, x, layer.weight, layer.bias)[0]
     torch.testing.assert_close(layer(x), expected, **EXACT)
     torch.testing.assert_close(gradients(layer(x), leaves), gradients(expected, leaves), **EXACT)
+
+
+@every_norm
+def test_without_a_bias(norm: Norm) -> None:
+    """As torch 2.15's layers; those of torch 2.11 have a bias with every weight."""
+    layer = norm.layer(bias=False)
+    keys = list(nn.BatchNorm2d(3).state_dict())
+    assert list(layer.state_dict()) == [key for key in keys if key != "bias"]
+    assert "bias=False" in repr(layer)
+    assert repr(eval(repr(layer), vars(norms))) == repr(layer)
+    layer.reset_parameters()
+    torch.testing.assert_close(layer.weight.detach(), torch.ones(3))
+    assert layer.eval()(torch.randn(4, 3, 2, 5)).shape == (4, 3, 2, 5)
+    assert repr(norm.layer(affine=False, bias=False)) == repr(norm.layer(affine=False))
 
 
 @every_norm
