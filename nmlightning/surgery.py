@@ -100,8 +100,8 @@ def swap_norms(
     Raises:
         InputError: an unknown norm, kind or option; a pattern that matches nothing; nothing to
             swap in the model; a norm that `include` names but that cannot be swapped (group,
-            instance and RMS norms, subclasses of torch's); parameters that are sharded already.
-            The model is then unchanged.
+            instance and RMS norms, subclasses of torch's, objects with a forward of their own);
+            parameters that are sharded already. The model is then unchanged.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())

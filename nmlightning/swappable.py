@@ -127,6 +127,9 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _describe(name: str, module: nn.Module) -> NormLayer:
     cls = type(module)
+    if "forward" in vars(module):
+        reason = "its forward was replaced on the object, where no class counts"
+        return NormLayer(name, module, None, refusal=reason)
     if cls in _DIMS:
         return NormLayer(name, module, "batch", _DIMS[cls])
     if _is_norm_with_activation(cls):

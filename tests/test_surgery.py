@@ -221,6 +221,17 @@ class TestWhichLayers:
         assert f"1 ({type(layer).__name__}: " in refusal(net, include=["0", "1"])
         assert [left.name for left in swap_norms(net).left] == ["1"]
 
+    def test_a_norm_whose_forward_was_replaced_is_left_or_refused_if_named(self) -> None:
+        """Its class is no longer what runs, so a swap would change nothing but the report."""
+        net = small_net()
+        net[1].forward = net[1].forward
+        report = swap_norms(net)
+        assert [swap.name for swap in report.swapped] == ["3.1"]
+        assert [(left.name, left.reason) for left in report.left] == [
+            ("1", "its forward was replaced on the object, where no class counts")
+        ]
+        assert "1 (BatchNorm2d: its forward was replaced" in refusal(net, include=["1"])
+
     def test_a_lazy_norm_becomes_swappable_with_its_first_batch(self) -> None:
         net = nn.Sequential(nn.LazyBatchNorm2d())
         assert "not initialised, run one batch" in refusal(net, include=["0"])
