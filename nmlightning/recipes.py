@@ -1,18 +1,19 @@
 """What was done to a model, as plain data: noted on the module, kept in its checkpoints, compared.
 
 A checkpoint holds, under the key `nmlightning`, `{"version": 1, "norm_swaps": [recipe, …]}` in the
-order of the swaps. A recipe is the keywords of `swap_norms`, and under `modules` the class that it
-gave to each module.
+order of the swaps. A recipe is the keywords of `swap_norms`, in one spelling of those that come to
+the same, and under `modules` the class that it gave to each module.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from nmlightning.after_method import run_after
 from nmlightning.errors import InputError
+from nmlightning.norms.registry import drop_defaults
 
 KEY = "nmlightning"
 VERSION = 1
@@ -24,17 +25,21 @@ Recipe = dict[str, Any]
 def make_recipe(
     norm: str,
     options: Mapping[str, Any],
-    kinds: tuple[str, ...],
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
+    kinds: Iterable[str],
+    include: Iterable[str],
+    exclude: Iterable[str],
 ) -> Recipe:
-    """Return the keywords of a swap as plain data, which a checkpoint may hold."""
+    """Return the keywords of a swap as plain data, which a checkpoint may hold.
+
+    What comes to the same is equal: options at their default are left out, lists are sorted.
+    """
+    plain = {option: _plain(value) for option, value in options.items()}
     return {
         "norm": norm,
-        "options": {name: _plain(value) for name, value in options.items()},
-        "kinds": list(kinds),
-        "include": list(include),
-        "exclude": list(exclude),
+        "options": drop_defaults(norm, plain),
+        "kinds": sorted(set(kinds)),
+        "include": sorted(set(include)),
+        "exclude": sorted(set(exclude)),
     }
 
 
@@ -75,7 +80,10 @@ def recipes_in(checkpoint: Mapping[str, Any]) -> list[Recipe]:
             f"The checkpoint's {KEY!r} entry has version {entry.get('version')}, and this release "
             f"reads {VERSION}: install the release that wrote it."
         )
-    return list(entry["norm_swaps"])
+    return [
+        {**make_recipe(**_keywords(recipe)), "modules": recipe["modules"]}
+        for recipe in entry["norm_swaps"]
+    ]
 
 
 def keep_in_checkpoints(module: nn.Module) -> None:
@@ -128,5 +136,5 @@ def _keywords(recipe: Recipe) -> Recipe:
 
 
 def _plain(value: Any) -> Any:
-    plain = value is None or isinstance(value, bool | int | float | str)
+    plain = value is None or isinstance(value, bool | int | float)
     return value if plain else str(value).removeprefix("torch.")

@@ -52,6 +52,33 @@ def test_a_recipe_is_what_json_can_hold() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("given", "same"),
+    [
+        (recipe("l1", constant="exact", stats_dtype=None), recipe("l1")),
+        (recipe("topk", k=10), recipe("topk")),
+        (recipe("lp", p=1), recipe("lp")),
+        (recipe("lp", p=1, stats_dtype="torch.float64"), recipe("lp", stats_dtype=torch.float64)),
+        (
+            make_recipe("l1", {}, ("layer", "batch"), ("b", "a"), ("d", "c")),
+            make_recipe("l1", {}, ("batch", "layer"), ("a", "b", "a"), ("c", "d")),
+        ),
+    ],
+)
+def test_what_comes_to_the_same_is_the_same_recipe(given: Recipe, same: Recipe) -> None:
+    assert given == same
+
+
+@pytest.mark.parametrize("option", [{"eps": 1e-5}, {"momentum": 0.1}, {"sync": False}])
+def test_what_is_otherwise_taken_from_the_layer_has_no_default(option: dict[str, Any]) -> None:
+    assert recipe("l1", **option) != recipe("l1")
+
+
+def test_a_checkpoint_whose_recipe_names_a_default_is_that_of_the_short_one() -> None:
+    spelt_out = {**recipe("l1"), "options": {"constant": "exact"}}
+    check_recipes(module_with(recipe("l1")), checkpoint(spelt_out))
+
+
 def test_a_recipe_is_noted_once_and_remembers_all_its_modules() -> None:
     module = nn.Module()
     for modules in ({"a": "L1"}, {}, {"b": "L1"}):

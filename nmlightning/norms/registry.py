@@ -22,6 +22,8 @@ _INHERITED = {"num_features", "normalized_shape", "affine", "elementwise_affine"
     "dtype",
     "process_group",
 }
+# Options that a swapped layer takes from the layer that it replaces unless they are given.
+_INHERITED_UNLESS_GIVEN = {"eps", "momentum", "sync"}
 
 
 @dataclass(frozen=True)
@@ -107,3 +109,13 @@ def check_options(name: str, kind: Kind, options: Mapping[str, Any]) -> dict[str
                 f"{nearest(option, allowed)}"
             )
     return {**norm.fixed, **options}
+
+
+def drop_defaults(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options without those that give what norm `name` has by default."""
+    arguments = inspect.signature(layer_class(name, "batch", None)).parameters
+    return {
+        option: value
+        for option, value in options.items()
+        if option in _INHERITED_UNLESS_GIVEN or value != arguments[option].default
+    }

@@ -306,6 +306,11 @@ class TestResumeWithAnother:
         with pytest.raises(InputError, match=answer):
             fit(make(PlModule), *swaps, max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
 
+    def test_a_default_that_is_spelt_out_is_no_difference(self, tmp_path: Path) -> None:
+        fit(make(PlModule), NormSwap("topk")).save_checkpoint(tmp_path / "a.ckpt")
+        same = NormSwap("topk", {"k": 10, "constant": "exact"})
+        fit(make(PlModule), same, max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
+
     def test_a_checkpoint_without_a_recipe(self, tmp_path: Path) -> None:
         fit(make(PlModule)).save_checkpoint(tmp_path / "a.ckpt")
         with pytest.raises(InputError, match="trained with no NormSwap, this run has 'l1'"):
