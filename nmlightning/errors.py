@@ -1,7 +1,8 @@
-"""The one error for bad input, and the nearest name for a misspelt one."""
+"""The one error for bad input, and the checks that many settings share."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from numbers import Integral
 
 
 class InputError(ValueError):
@@ -29,3 +30,26 @@ def check_choice(what: str, value: object, allowed: Iterable[str]) -> None:
             f"{what} is {' or '.join(map(repr, choices))}, got {value!r}."
             f"{nearest(str(value), choices)}"
         )
+
+
+def check_flag(what: str, value: bool) -> bool:
+    """Return `value`, the setting called `what`, if it is True or False, or raise InputError.
+
+    Python takes any text for true, "no" and "false" as well.
+    """
+    if value not in (True, False):
+        raise InputError(f"{what} is True or False, got {value!r}.")
+    return bool(value)
+
+
+def check_whole_number(what: str, value: int, least: int = 1) -> int:
+    """Return `value`, the setting called `what`, if it is whole and at least `least`."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not (whole and value >= least):
+        raise InputError(f"{what} must be a whole number of at least {least}, got {value!r}.")
+    return int(value)
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a real number; True and False, which Python counts as 1 and 0, are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from nmlightning.errors import InputError
+from nmlightning.errors import InputError, check_flag
 from nmlightning.norms.registry import Kind, check_kinds, check_options, find_norm, layer_class
 from nmlightning.swappable import (
     NormLayer,
@@ -109,6 +109,7 @@ def swap_norms(
         swapped 1 BatchNorm2d → TopKBatchNorm2d
     """
     find_norm(norm)
+    check_flag("dry_run", dry_run)
     check_lists(kinds=kinds, include=include, exclude=exclude)
     chosen = check_kinds(tuple(kinds))
     settings = {kind: check_options(norm, kind, options or {}) for kind in chosen}
@@ -164,10 +165,12 @@ def _template(layer: NormLayer, norm: str, options: Mapping[str, Any]) -> nn.Mod
 
 
 def check_lists(**arguments: object) -> None:
-    """Raise InputError for a string where a list of strings belongs."""
+    """Raise InputError for anything but a list of strings."""
     for name, value in arguments.items():
         if isinstance(value, str):
             raise InputError(f"{name} is a list, got the string {value!r}: write [{value!r}].")
+        if not (isinstance(value, Collection) and all(isinstance(item, str) for item in value)):
+            raise InputError(f"{name} is a list of strings, got {value!r}.")
 
 
 def _pick(

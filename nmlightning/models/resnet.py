@@ -101,12 +101,12 @@ class CifarResNet(nn.Module):
 
 
 def _blocks_per_stage(depth: int) -> int:
-    blocks, remainder = divmod(depth - 2, 6)
-    if blocks < 1 or remainder:
+    if not isinstance(depth, int) or depth < 8 or (depth - 2) % 6:
         raise InputError(
-            f"CifarResNet depth {depth} is not 6n + 2: choose 20, 32, 44, 56, 110 or another such."
+            f"CifarResNet depth {depth!r} is not 6n + 2: choose 20, 32, 44, 56, 110 or another "
+            "such."
         )
-    return blocks
+    return (depth - 2) // 6
 
 
 def _stage(blocks: int, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:

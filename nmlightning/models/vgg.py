@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from nmlightning.errors import InputError
+from nmlightning.errors import InputError, check_whole_number
 
 STAGE_WIDTHS = (1, 2, 4, 8, 8)  # in units of `width`
 CONVS_PER_STAGE = {
@@ -40,8 +40,7 @@ class VGG(nn.Module):
         super().__init__()
         if depth not in CONVS_PER_STAGE:
             raise InputError(f"There is no VGG of depth {depth}: choose 11, 13, 16 or 19.")
-        if width < 1:
-            raise InputError(f"width must be at least 1, got {width}.")
+        check_whole_number("width", width)
         self.features = nn.Sequential(*_layers(CONVS_PER_STAGE[depth], in_channels, width))
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(STAGE_WIDTHS[-1] * width, num_classes)

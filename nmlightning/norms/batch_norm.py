@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nmlightning.errors import InputError
+from nmlightning.errors import InputError, check_flag, check_whole_number
 from nmlightning.norms.batch_norm_function import BatchNormFunction
 from nmlightning.norms.cross_rank import count_over_ranks
-from nmlightning.norms.gaussian import Constant, check_constant, check_count, check_power
+from nmlightning.norms.gaussian import Constant, check_constant, check_power
 from nmlightning.norms.settings import (
     accumulation_dtype,
     check_eps,
@@ -81,16 +81,16 @@ class StatisticBatchNorm(_BatchNorm):
             num_features,
             check_eps(eps),
             check_momentum(momentum),
-            affine,
-            track_running_stats,
+            check_flag("affine", affine),
+            check_flag("track_running_stats", track_running_stats),
             device,
             dtype,
         )
-        if not bias:  # Torch 2.11 has no such argument.
+        if not check_flag("bias", bias):  # Torch 2.11 has no such argument.
             self.register_parameter("bias", None)
         self.constant = check_constant(constant)
         self.stats_dtype = check_stats_dtype(stats_dtype)
-        self.sync = sync
+        self.sync = check_flag("sync", sync)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the normalised (N, C, *) input, in its dtype and memory format."""
@@ -258,7 +258,7 @@ class TopKBatchNorm(StatisticBatchNorm):
             device=device,
             dtype=dtype,
         )
-        self.k = check_count(k)
+        self.k = check_whole_number("k", k)
         self.statistic = LargestMean(self.k)
 
 

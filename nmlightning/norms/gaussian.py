@@ -8,7 +8,7 @@ import math
 from functools import lru_cache
 from typing import Literal
 
-from nmlightning.errors import InputError, nearest
+from nmlightning.errors import InputError, check_whole_number, is_number, nearest
 
 Constant = Literal["exact", "paper", "none"]
 CONSTANTS: tuple[Constant, ...] = ("exact", "paper", "none")
@@ -134,26 +134,19 @@ def check_constant(constant: Constant | float) -> Constant | float:
                 f"got {constant!r}.{nearest(constant, CONSTANTS)}"
             )
         return constant
-    if not (isinstance(constant, int | float) and 0 < constant < math.inf):
+    if not (is_number(constant) and 0 < constant < math.inf):
         raise InputError(f"constant must be a finite number above 0, got {constant!r}.")
     return float(constant)
 
 
 def check_power(p: float) -> float:
     """Return p as a float if it is finite and at least 1, or raise InputError."""
-    if not (isinstance(p, int | float) and 1 <= p < math.inf):
+    if not (is_number(p) and 1 <= p < math.inf):
         raise InputError(
             f"p must be finite and at least 1, got {p!r}; for the maximum use 'linf' "
             "(LInfBatchNorm)."
         )
     return float(p)
-
-
-def check_count(k: int) -> int:
-    """Return k if it is a whole number of at least 1, or raise InputError."""
-    if not (isinstance(k, int) and k >= 1):
-        raise InputError(f"k must be a whole number of at least 1, got {k!r}.")
-    return k
 
 
 def _check_arguments(statistic: str, n: int, p: float, k: int) -> None:
@@ -162,9 +155,8 @@ def _check_arguments(statistic: str, n: int, p: float, k: int) -> None:
             f"statistic is one of {', '.join(STATISTICS)}, got {statistic!r}."
             f"{nearest(statistic, STATISTICS)}"
         )
-    if n < 1:
-        raise InputError(f"n must be at least 1, got {n}.")
+    check_whole_number("n", n)
     check_power(p)
-    check_count(k)
+    check_whole_number("k", k)
     if statistic == "topk" and k > n:
         raise InputError(f"The {k} largest of n = {n} values do not exist: k must be at most n.")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from nmlightning.errors import InputError
+from nmlightning.errors import InputError, check_flag
 from nmlightning.norms.gaussian import Constant, check_constant, check_power
 from nmlightning.norms.layer_norm_function import LayerNormFunction
 from nmlightning.norms.settings import (
@@ -64,7 +64,12 @@ class LpLayerNorm(nn.LayerNorm):
         if not sizes or math.prod(sizes) < 1:
             raise InputError(f"normalized_shape must have sizes of at least 1, got {sizes}.")
         super().__init__(
-            sizes, check_eps(eps), elementwise_affine, bias=bias, device=device, dtype=dtype
+            sizes,
+            check_eps(eps),
+            check_flag("elementwise_affine", elementwise_affine),
+            bias=check_flag("bias", bias),
+            device=device,
+            dtype=dtype,
         )
         self.p = check_power(p)
         self.constant = check_constant(constant)

@@ -61,9 +61,9 @@ NORMS: Mapping[str, Norm] = MappingProxyType(
 
 def find_norm(name: str) -> Norm:
     """Return the norm called `name`, or raise InputError with the names there are."""
-    if name not in NORMS:
+    if not isinstance(name, str) or name not in NORMS:
         raise InputError(
-            f"There is no norm {name!r}; there are {', '.join(NORMS)}.{nearest(name, NORMS)}"
+            f"There is no norm {name!r}; there are {', '.join(NORMS)}.{nearest(str(name), NORMS)}"
         )
     return NORMS[name]
 
@@ -106,7 +106,7 @@ def check_options(name: str, kind: Kind, options: Mapping[str, Any]) -> dict[str
             known = ", ".join(sorted(allowed - set(norm.fixed)))
             raise InputError(
                 f"The norm {name!r} has no option {option!r} for {kind} norms; it has {known}."
-                f"{nearest(option, allowed)}"
+                f"{nearest(str(option), allowed)}"
             )
     return {**norm.fixed, **options}
 

@@ -6,21 +6,21 @@ import math
 import torch
 from torch import nn
 
-from nmlightning.errors import InputError, nearest
+from nmlightning.errors import InputError, is_number, nearest
 
 STATS_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 def check_eps(eps: float) -> float:
     """Return eps if it is finite and at least 0, or raise InputError."""
-    if not (isinstance(eps, int | float) and 0 <= eps < math.inf):
+    if not (is_number(eps) and 0 <= eps < math.inf):
         raise InputError(f"eps must be finite and at least 0, got {eps!r}.")
     return float(eps)
 
 
 def check_momentum(momentum: float | None) -> float | None:
     """Return the momentum if it is None or within 0 … 1, or raise InputError."""
-    if momentum is None or (isinstance(momentum, int | float) and 0 <= momentum <= 1):
+    if momentum is None or (is_number(momentum) and 0 <= momentum <= 1):
         return momentum
     raise InputError(f"momentum must be between 0 and 1, or None, got {momentum!r}.")
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from nmlightning.errors import InputError
+from nmlightning.errors import InputError, is_number
 from nmlightning.recipes import check_recipes
 from nmlightning.tasks.checkpoint_match import check_same_network
 from nmlightning.weights.parameter_groups import WeightDecayScope, parameter_groups
@@ -62,8 +62,8 @@ class ImageClassifier(pl.LightningModule):
         compile: CompileMode | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= label_smoothing <= 1:
-            raise InputError(f"label_smoothing is {label_smoothing}; it must be between 0 and 1.")
+        if not (is_number(label_smoothing) and 0 <= label_smoothing <= 1):
+            raise InputError(f"label_smoothing is {label_smoothing!r}; it must be between 0 and 1.")
         try:  # LightningCLI describes the arguments as plain data, from which they can be rebuilt
             self.save_hyperparameters("_instantiator")
             self.save_hyperparameters()

@@ -358,6 +358,9 @@ class TestInput:
         [
             (("l11",), "no norm 'l11'.* Did you mean 'l1'"),
             (("l1", {"konstant": "paper"}), "no option 'konstant'.* Did you mean 'constant'"),
+            ((None,), "There is no norm None; there are l2, l1"),
+            (("l1", None, None), "kinds is a list of strings, got None"),
+            (("l1", None, ["batch"], [1]), r"include is a list of strings, got \[1\]"),
             (("linf", None, ["layer"]), "'linf' is not defined for layer norms"),
             (("l1", None, "batch"), "kinds is a list, got the string 'batch'"),
             (("l1", None, ["batch"], "net.1"), "include is a list, got the string 'net.1'"),

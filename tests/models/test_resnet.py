@@ -1,5 +1,7 @@
 """CifarResNet against the published sizes and the paper's definition of its shortcut."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -39,9 +41,9 @@ def test_classes_and_channels_are_free() -> None:
     assert net(torch.randn(2, 1, 16, 16)).shape == (2, 7)
 
 
-@pytest.mark.parametrize("depth", [21, 2, 0, -4])
-def test_another_depth_is_refused(depth: int) -> None:
-    with pytest.raises(InputError, match=rf"depth {depth} is not 6n \+ 2: choose 20, 32, 44, 56"):
+@pytest.mark.parametrize("depth", [21, 2, 0, -4, 20.0, "20", None])
+def test_another_depth_is_refused(depth: Any) -> None:
+    with pytest.raises(InputError, match=rf"depth {depth!r} is not 6n \+ 2: choose 20, 32, 44, 56"):
         CifarResNet(depth)
 
 

@@ -35,5 +35,5 @@ def test_width() -> None:
     widths = [m.out_channels for m in net.modules() if isinstance(m, nn.Conv2d)]
     assert widths == [16, 32, 64, 64, 128, 128, 128, 128]
     assert net(torch.randn(2, 3, 32, 32)).shape == (2, 10)
-    with pytest.raises(InputError, match="width must be at least 1, got 0"):
+    with pytest.raises(InputError, match="width must be a whole number of at least 1, got 0"):
         VGG(11, width=0)

@@ -619,6 +619,13 @@ def test_repr_evaluates(norm: Norm, settings: dict[str, Any]) -> None:
         ({"stats_dtype": "float46"}, r"got 'float46'\. Did you mean 'float64'\?"),
         ({"stats_dtype": torch.float16}, "one of float32, float64, got 'float16'"),
         ({"stats_dtype": torch.int32}, "one of float32, float64, got 'int32'"),
+        ({"constant": True}, "constant must be a finite number above 0, got True"),
+        ({"eps": False}, "eps must be finite and at least 0, got False"),
+        ({"momentum": True}, "momentum must be between 0 and 1, or None, got True"),
+        ({"sync": "no"}, "sync is True or False, got 'no'"),
+        ({"affine": "no"}, "affine is True or False, got 'no'"),
+        ({"bias": "no"}, "bias is True or False, got 'no'"),
+        ({"track_running_stats": 2}, "track_running_stats is True or False, got 2"),
     ],
     ids=str,
 )
@@ -628,7 +635,7 @@ def test_bad_settings(norm: Norm, settings: dict[str, Any], message: str) -> Non
         norm.layer(**settings)
 
 
-@pytest.mark.parametrize("p", [0.99, 0, -1, math.inf, math.nan, "2"])
+@pytest.mark.parametrize("p", [0.99, 0, -1, math.inf, math.nan, "2", True])
 def test_bad_powers(p: Any) -> None:
     with pytest.raises(InputError, match=f"p must be finite and at least 1, got {p!r}"):
         norms.LpBatchNorm2d(3, p)
@@ -646,7 +653,7 @@ def test_running_statistics_that_half_cannot_hold_stay_as_they_were() -> None:
     assert layer.running_var.item() == 1.0  # 0.1 · 4000² is beyond 65504
 
 
-@pytest.mark.parametrize("k", [0, -1, 2.5, 10.0, "10"])
+@pytest.mark.parametrize("k", [0, -1, 2.5, 10.0, "10", True, None])
 def test_bad_counts(k: Any) -> None:
     with pytest.raises(InputError, match=f"k must be a whole number of at least 1, got {k!r}"):
         norms.TopKBatchNorm2d(3, k)

@@ -291,6 +291,8 @@ def test_repr_evaluates(norm: str, settings: dict[str, Any], normalized: Any) ->
         ({"stats_dtype": "half"}, "stats_dtype is None or one of float32, float64, got 'half'"),
         ({"p": 0.5}, "p must be finite and at least 1, got 0.5"),
         ({"p": math.inf}, "p must be finite and at least 1, got inf"),
+        ({"elementwise_affine": "no"}, "elementwise_affine is True or False, got 'no'"),
+        ({"bias": "no"}, "bias is True or False, got 'no'"),
     ],
     ids=str,
 )

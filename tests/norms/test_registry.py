@@ -64,6 +64,12 @@ def test_an_unknown_norm_hears_the_nearest(name: str, nearest: str) -> None:
         find_norm(name)
 
 
+@pytest.mark.parametrize("name", [None, 1, ["l1"]])
+def test_a_norm_that_is_no_name(name: object) -> None:
+    with pytest.raises(InputError, match=re.escape(f"There is no norm {name!r}; there are l2,")):
+        find_norm(name)  # type: ignore[arg-type]
+
+
 def test_an_unknown_norm_with_no_near_one() -> None:
     with pytest.raises(InputError, match=r"no norm 'group'; there are .*top10\.$"):
         find_norm("group")
@@ -117,6 +123,11 @@ def test_options_that_are_no_mapping(options: object) -> None:
         match=re.escape(f"options map names to values, such as {{'eps': 1e-5}}, got {options!r}."),
     ):
         check_options("topk", "batch", options)  # type: ignore[arg-type]
+
+
+def test_an_option_that_is_no_name() -> None:
+    with pytest.raises(InputError, match="no option 1 for batch norms"):
+        check_options("l1", "batch", {1: 2})  # type: ignore[dict-item]
 
 
 def test_kinds() -> None:

@@ -174,9 +174,9 @@ def test_a_label_out_of_range_is_refused(label: int) -> None:
         make_trainer().validate(make_task(Fixed()), DataLoader(pairs, batch_size=2), verbose=False)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("smoothing", [-0.1, 1.1, float("nan")])
-def test_a_smoothing_out_of_range_is_refused(smoothing: float) -> None:
-    with pytest.raises(InputError, match=f"label_smoothing is {smoothing}; it must be between 0"):
+@pytest.mark.parametrize("smoothing", [-0.1, 1.1, float("nan"), "0.1", None])
+def test_a_smoothing_out_of_range_is_refused(smoothing: Any) -> None:
+    with pytest.raises(InputError, match=f"label_smoothing is {smoothing!r}; it must be between 0"):
         make_task(label_smoothing=smoothing)
 
 
