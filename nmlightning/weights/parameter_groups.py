@@ -9,12 +9,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from nmlightning.errors import InputError, nearest
+from nmlightning.errors import InputError, is_number, nearest
 
 WeightDecayScope = Literal["all", "no_norm", "no_conv", "last_layer"]
 
 NORMS = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 THIRD_PARTY_NORM = re.compile(r"norm(act)?(\dd)?$", re.IGNORECASE)  # RmsNorm2d, LlamaRMSNorm, …
+PARAMETRIZED = re.compile(r"(^|\.)parametrizations\.(\w+)\..*$")  # bn.….weight.original
 
 
 def parameter_groups(
@@ -60,8 +61,8 @@ def _check(model: nn.Module, weight_decay: float | None, scope: str) -> None:
             f"weight-decay scope {scope!r} is not one of {', '.join(allowed)}."
             f"{nearest(str(scope), allowed)}"
         )
-    if weight_decay is not None and not weight_decay >= 0:
-        raise InputError(f"weight_decay is {weight_decay}; it must be 0 or more.")
+    if weight_decay is not None and not (is_number(weight_decay) and weight_decay >= 0):
+        raise InputError(f"weight_decay is {weight_decay!r}; it must be 0 or more.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError(f"{type(model).__name__} has no trainable parameter to optimize.")
 
@@ -72,12 +73,26 @@ def _decaying(model: nn.Module, scope: WeightDecayScope) -> Iterator[nn.Paramete
     elif scope == "last_layer":
         yield from _last_linear(model).parameters()
     elif scope == "no_conv":
-        convolved = {id(m.weight) for m in model.modules() if isinstance(m, _ConvNd)}
+        convolved = {
+            id(parameter)
+            for layer, name, parameter in _uses(model)
+            if isinstance(layer, _ConvNd) and name == "weight"
+        }
         yield from (q for q in model.parameters() if id(q) not in convolved)
     else:
-        for module in model.modules():
-            if not _is_norm(module):
-                yield from _without_biases(module)
+        for layer, name, parameter in _uses(model):
+            if not (_is_norm(layer) or _is_bias(name)):
+                yield parameter
+
+
+def _uses(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    """Yield each use of a parameter: the layer that has it, its name there, and itself.
+
+    Whatever a parametrization computes a tensor from has the name of that tensor.
+    """
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        layer, _, name = PARAMETRIZED.sub(r"\1\2", path).rpartition(".")
+        yield model.get_submodule(layer), name, parameter
 
 
 def _last_linear(model: nn.Module) -> nn.Linear:
@@ -95,8 +110,6 @@ def _is_norm(module: nn.Module) -> bool:
     return isinstance(module, NORMS) or THIRD_PARTY_NORM.search(type(module).__name__) is not None
 
 
-def _without_biases(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the module's own parameters; `bias`, `in_proj_bias`, `bias_hh_l0`, … are left out."""
-    for name, parameter in module.named_parameters(recurse=False):
-        if "bias" not in name.split("_"):
-            yield parameter
+def _is_bias(name: str) -> bool:
+    """Whether a parameter is a bias by its name: `bias`, `in_proj_bias`, `bias_hh_l0`, …"""
+    return "bias" in name.split("_")

@@ -1,8 +1,11 @@
 """Every trainable parameter in one group, and the right ones exempt."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from nmlightning.errors import InputError
 from nmlightning.models.resnet import CifarResNet
@@ -72,6 +75,49 @@ def test_no_norm_exempts_biases_by_any_name() -> None:
     }
 
 
+class Scaled(nn.Module):
+    """A parametrization with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+
+def parametrized_net() -> nn.Module:
+    net = nn.ModuleDict({"conv": nn.Conv2d(2, 4, 1), "bn": nn.BatchNorm2d(4)})
+    for layer in net.values():
+        for name in ("weight", "bias"):
+            register_parametrization(layer, name, Scaled())
+    return net
+
+
+@pytest.mark.parametrize(
+    ("scope", "decaying"),
+    [
+        ("no_norm", lambda name: name.startswith("conv.parametrizations.weight")),
+        ("no_conv", lambda name: not name.startswith("conv.parametrizations.weight")),
+    ],
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_a_parametrization_keeps_goes_with_its_tensor(
+    scope: str, decaying: Callable[[str], bool], compiled: bool
+) -> None:
+    net = parametrized_net()
+    decays = decay_of(torch.compile(net, backend="eager") if compiled else net, scope)
+    assert len(decays) == 8
+    for name, decay in decays.items():
+        assert decay == (DECAY if decaying(name.removeprefix("_orig_mod.")) else 0.0), name
+
+
+def test_a_norm_that_is_itself_parametrized() -> None:
+    norm = nn.LayerNorm(4)
+    register_parametrization(norm, "weight", Scaled())
+    assert set(decay_of(norm, "no_norm").values()) == {0.0}
+
+
 def test_a_layer_that_only_sounds_like_a_norm_decays() -> None:
     layer = type("NormalizedLinear", (nn.Linear,), {})(4, 4, bias=False)
     assert decay_of(layer, "no_norm") == {"weight": DECAY}
@@ -98,6 +144,7 @@ def test_without_a_value_the_optimizer_decides() -> None:
         (nn.Linear(2, 2), DECAY, "nonorm", r"one of all, no_norm, no_conv, last_layer\. Did you"),
         (nn.Linear(2, 2), -1.0, "all", r"weight_decay is -1\.0; it must be 0 or more"),
         (nn.Linear(2, 2), float("nan"), "all", "weight_decay is nan"),
+        (nn.Linear(2, 2), "0.1", "all", "weight_decay is '0.1'; it must be 0 or more"),
         (nn.Conv2d(2, 2, 1), DECAY, "last_layer", r"needs an nn\.Linear, and Conv2d has none"),
         (nn.ReLU(), DECAY, "all", "ReLU has no trainable parameter"),
     ],
