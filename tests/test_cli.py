@@ -165,7 +165,7 @@ BAD_INPUT = {
     f"{CORRECT} x --trainer.callbacks.steering.mode stabel": "received 'stabel'. .*'stable'?",
     # Data
     "--data CIFAR10 --data.download false": "CIFAR-10 is not in .*--data.root.*--data Digits",
-    "--data.batch_size 0": "batch_size is 0; it must be 1 or more.",
+    "--data.batch_size 0": "batch_size must be a whole number of at least 1, got 0.",
 }
 
 

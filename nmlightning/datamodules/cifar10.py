@@ -6,7 +6,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10 as Files
-from torchvision.datasets.utils import check_integrity
+from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
 from nmlightning.datamodules.batch_transform import BatchTransform
 from nmlightning.datamodules.in_memory import (
@@ -19,7 +19,7 @@ from nmlightning.datamodules.in_memory import (
     training_batches,
 )
 from nmlightning.datamodules.precision import input_dtype
-from nmlightning.errors import InputError
+from nmlightning.errors import InputError, check_flag, check_whole_number
 
 # Over all pixels of the 50,000 training images, scaled to 0 … 1; computed from them in the tests.
 MEAN = (0.4914, 0.4822, 0.4465)
@@ -42,7 +42,8 @@ class CIFAR10(pl.LightningDataModule):
         download: whether to download what is absent.
 
     Raises:
-        InputError: if the files are absent and cannot be had, or are not what was published.
+        InputError: if the files are absent and cannot be had, or are not what was published; for
+            less than one image a batch.
     """
 
     num_classes = 10
@@ -50,8 +51,8 @@ class CIFAR10(pl.LightningDataModule):
     def __init__(self, root: str = "data", batch_size: int = 128, download: bool = True) -> None:
         super().__init__()
         self.root = Path(root).expanduser().absolute()
-        self.batch_size = batch_size
-        self.download = download
+        self.batch_size = check_whole_number("batch_size", batch_size)
+        self.download = check_flag("download", download)
         self.transform = BatchTransform(MEAN, STD, AUGMENTATION.pad)
         self._train: LabelledImages | None = None
         self._test: LabelledImages | None = None
@@ -109,12 +110,18 @@ def _absent_files(root: Path) -> list[Path]:
 
 
 def _refuse_absent_files(root: Path) -> None:
-    if absent := _absent_files(root):
+    if _absent_files(root):
         raise InputError(
-            f"CIFAR-10 is not in {root / Files.base_folder} ({absent[0].name} is absent): name "
-            "the folder above it with --data.root, download it with --data.download true, or "
-            "train on --data Digits, which needs no download."
+            f"{_describe_absence(root)}: name the folder above it with --data.root, download it "
+            "with --data.download true, or train on --data Digits, which needs no download."
         )
+
+
+def _describe_absence(root: Path) -> str:
+    absent, folder = _absent_files(root), root / Files.base_folder
+    if len(absent) == len(_published_files(root)):
+        return f"CIFAR-10 is not in {folder}"
+    return f"CIFAR-10 in {folder} lacks {', '.join(path.name for path in absent)}"
 
 
 def _refuse_altered_files(root: Path) -> None:
@@ -127,11 +134,15 @@ def _refuse_altered_files(root: Path) -> None:
 
 
 def _download(root: Path) -> None:
+    new_folders = [folder for folder in (root, *root.parents) if not folder.exists()]
     try:
-        Files(root, download=True)
+        download_and_extract_archive(Files.url, root, filename=Files.filename, md5=Files.tgz_md5)
     except (OSError, RuntimeError) as error:
+        for folder in new_folders:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
         raise InputError(
-            f"CIFAR-10 is not in {root / Files.base_folder} and could not be downloaded from "
-            f"{Files.url} ({error}): name the folder above it with --data.root, or train on "
-            "--data Digits, which needs no download."
+            f"{_describe_absence(root)} and could not be downloaded from {Files.url} ({error}): "
+            "name the folder above it with --data.root, or train on --data Digits, which needs no "
+            "download."
         ) from error

@@ -16,7 +16,7 @@ from nmlightning.datamodules.in_memory import (
     training_batches,
 )
 from nmlightning.datamodules.precision import input_dtype
-from nmlightning.errors import InputError
+from nmlightning.errors import check_whole_number
 
 ORIGINAL_SIZE = 8
 BRIGHTEST = 16  # scikit-learn's digits count the dark pixels of 4×4 blocks
@@ -38,20 +38,16 @@ class Digits(pl.LightningDataModule):
         channels: how often the grey image is repeated.
 
     Raises:
-        InputError: for an image_size below 8 or fewer than one channel.
+        InputError: for an image_size below 8, or less than one channel or one image a batch.
     """
 
     num_classes = 10
 
     def __init__(self, batch_size: int = 128, image_size: int = 32, channels: int = 3) -> None:
         super().__init__()
-        if image_size < ORIGINAL_SIZE:
-            raise InputError(f"image_size is {image_size}; it must be {ORIGINAL_SIZE} or more.")
-        if channels < 1:
-            raise InputError(f"channels is {channels}; it must be 1 or more.")
-        self.batch_size = batch_size
-        self.image_size = image_size
-        self.channels = channels
+        self.batch_size = check_whole_number("batch_size", batch_size)
+        self.image_size = check_whole_number("image_size", image_size, ORIGINAL_SIZE)
+        self.channels = check_whole_number("channels", channels)
         self.augmentation = Augmentation(pad=image_size // 16, flip=False)
         self._train: LabelledImages | None = None
         self._validation: LabelledImages | None = None

@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from nmlightning.errors import InputError
+from nmlightning.errors import InputError, check_whole_number
 
 
 class LabelledImages(NamedTuple):
@@ -200,7 +200,7 @@ def training_batches(
     The seed is the one last given to `seed_everything` or `torch.manual_seed`, rank 0's on every
     rank. Without a trainer there is one shard, and the caller calls `sampler.set_epoch`.
     """
-    _check_batch_size(batch_size)
+    check_whole_number("batch_size", batch_size)
     seed = torch.initial_seed()
     sampler = AugmentedShuffle(
         len(data.labels),
@@ -217,13 +217,8 @@ def evaluation_batches(
     data: LabelledImages, batch_size: int, trainer: pl.Trainer | None
 ) -> EvaluationBatches:
     """Return the validation, test or prediction loader of a data module, sharded for `trainer`."""
-    _check_batch_size(batch_size)
+    check_whole_number("batch_size", batch_size)
     return EvaluationBatches(data, batch_size, _shard(trainer))
-
-
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; it must be 1 or more.")
 
 
 def _batches_done(trainer: pl.Trainer) -> int:

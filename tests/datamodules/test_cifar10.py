@@ -4,6 +4,7 @@ import hashlib
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import numpy as np
@@ -43,10 +44,11 @@ def write(path: Path, content: object) -> str:
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
+    def fail(_: str, root: str, **__: object) -> None:
+        Path(root).mkdir(parents=True, exist_ok=True)  # as torchvision does first
         raise URLError("Name or service not known")
 
-    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", fail)
+    monkeypatch.setattr(cifar10, "download_and_extract_archive", fail)
 
 
 def make_data(root: Path, **options: int) -> CIFAR10:
@@ -107,13 +109,32 @@ def test_absent_and_no_network(tmp_path: Path) -> None:
     assert "\n" not in message
 
 
+@pytest.mark.usefixtures("offline")
+def test_a_download_that_fails_leaves_no_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for root in (tmp_path / "mine", tmp_path / "new" / "data"):
+        with pytest.raises(InputError, match="could not be downloaded"):
+            CIFAR10(str(root)).prepare_data()
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
+
+
 def test_absent_and_not_to_be_downloaded(tmp_path: Path) -> None:
     data = CIFAR10(str(tmp_path), download=False)
     data.prepare_data()
-    message = r"not in .*cifar-10-batches-py \(data_batch_1 is absent\).*--data\.download true"
+    message = r"not in .*cifar-10-batches-py: .*--data\.download true"
     with pytest.raises(InputError, match=message):
         data.setup("fit")
     assert list(tmp_path.iterdir()) == [], "nothing was made"
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("download", [True, False])
+def test_files_that_are_absent_are_named(tiny: Path, download: bool) -> None:
+    (tiny / "cifar-10-batches-py" / "data_batch_2").unlink()
+    data = CIFAR10(str(tiny), download=download)
+    look = data.prepare_data if download else data.setup
+    with pytest.raises(InputError, match=r"CIFAR-10 in .*cifar-10-batches-py lacks data_batch_2"):
+        look()
 
 
 @pytest.mark.usefixtures("offline")
@@ -137,16 +158,32 @@ def test_an_altered_file_is_named_and_kept(tiny: Path, name: str, download: bool
     assert path.exists()
 
 
-def test_a_deleted_file_is_downloaded_again(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["data_batch_2", "batches.meta"])
+def test_a_deleted_file_is_downloaded_again(
+    tiny: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tiny / "cifar-10-batches-py"
     backup = shutil.copytree(folder, tiny / "server")
-    (folder / "data_batch_2").unlink()
+    (folder / name).unlink()
 
     def download(url: str, root: str, **_: object) -> None:
         shutil.copytree(backup, folder, dirs_exist_ok=True)
 
-    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", download)
+    monkeypatch.setattr(cifar10, "download_and_extract_archive", download)
     assert len(make_data(tiny).train_dataloader().data.labels) == 20
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
+        ({"batch_size": "64"}, "batch_size must be a whole number of at least 1, got '64'"),
+        ({"download": "no"}, "download is True or False, got 'no'"),
+    ],
+)
+def test_bad_input(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        CIFAR10(**options)
 
 
 @pytest.mark.real_data

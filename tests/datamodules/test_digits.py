@@ -1,5 +1,7 @@
 """Digits against scikit-learn's own arrays."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -73,10 +75,12 @@ def test_every_stage_reads_the_same_validation_images() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_size": 7}, "image_size is 7; it must be 8 or more"),
-        ({"channels": 0}, "channels is 0; it must be 1 or more"),
+        ({"image_size": 7}, "image_size must be a whole number of at least 8, got 7"),
+        ({"channels": 0}, "channels must be a whole number of at least 1, got 0"),
+        ({"channels": 1.5}, "channels must be a whole number of at least 1, got 1.5"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
     ],
 )
-def test_bad_input(options: dict[str, int], message: str) -> None:
+def test_bad_input(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Digits(**options)
