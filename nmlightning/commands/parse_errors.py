@@ -36,6 +36,7 @@ OURS = {
     "net": ["CifarResNet", "nmlightning.models.VGG"],
     "steering": ["DecayEquivalentLR", "LRCorrection", "NormSchedule"],
 }
+EXPLAINED = 'Parser key "config": '
 GIVEN_BY_THE_TASK = ("params", "optimizer")  # as the first argument, of optimizer and scheduler
 
 
@@ -65,6 +66,8 @@ def explain_parse_error(message: str, options: Iterable[str]) -> str:
         message: what jsonargparse passed to `ArgumentParser.error`.
         options: every key of the command, without dashes, such as `trainer.max_epochs`.
     """
+    if message.startswith(EXPLAINED):  # by the call for what is inside the config
+        return message.removeprefix(EXPLAINED)
     place = Place()
     for line in message.splitlines():
         place = place.after(line)
@@ -99,7 +102,7 @@ def _missing_argument(place: Place, arguments: str) -> str:
 
 
 def _unknown_class(place: Place, name: str) -> str:
-    if place.types:
+    if place.types and _last_word(place.key) not in KINDS:
         return f"{place.key}: expected {' or '.join(place.types)}, received {name!r}."
     return f"{place.key}: there is no class {name!r}{_classes_instead(place.key, name)}"
 
@@ -112,7 +115,7 @@ def _not_importable(place: Place, reason: str) -> str:
 
 def _classes_instead(key: str, name: str) -> str:
     """Return which classes the key takes, and the one that a misspelt name is nearest to."""
-    word = key.rpartition(".")[2]
+    word = _last_word(key)
     names = _subclasses(KINDS[word]) if word in KINDS else OURS.get(word, [])
     if not names:
         return "; give a class path."
@@ -120,6 +123,10 @@ def _classes_instead(key: str, name: str) -> str:
     offered = ", ".join(OURS.get(word) or sorted(known.values()))
     hint = re.sub(r"'(\w+)'", lambda found: repr(known[found[1]]), nearest(name.lower(), known))
     return f"; give {offered} or a class path.{hint}"
+
+
+def _last_word(key: str) -> str:
+    return key.rpartition(".")[2]
 
 
 def _subclasses(base: type) -> set[str]:
@@ -144,6 +151,7 @@ _COMPLAINTS: dict[str, Callable[..., str]] = {
     r"Option '([^']+)' is not accepted": _unknown_argument,
     r"arguments are required: (.+)": _missing_argument,
     r"Expected a dot import path string: (\S+)": _unknown_class,
+    r"(?:Not a valid subclass of \w+|import path or .*)\. Got value: (.+)": _unknown_class,
     r"(No module named '.+'|module '.+' has no attribute '.+')": _not_importable,
     r"Multiple subclasses with name (\w+)\..*: (.+)\.$": _ambiguous_class,
     r"Import path (\S+) does not correspond to a subclass of (\w+)": _wrong_class,
@@ -184,6 +192,8 @@ def _explain_value(key: str, message: str) -> str:
         first_attempt = message.partition("- Expected a <class 'NoneType'>")[0].strip()
         reason = first_attempt.splitlines()[-1].strip(" -") if key else message
         return " ".join([f"{key}:" if key else "", *reason.split()]).strip()
+    if "Not a valid subclass of" in message:
+        return _unknown_class(Place(key), value[1])
     types = [
         name for name in dict.fromkeys(map(_type_name, tried)) if not name.startswith("one of")
     ]

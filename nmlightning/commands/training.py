@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import dict_to_namespace
+from jsonargparse import Namespace, dict_to_namespace
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import BasePredictionWriter, ModelCheckpoint
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -88,7 +88,11 @@ class TrainingCLI(ExplicitOptionsWin):
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse `args` without LightningCLI's warning that the program has arguments, too."""
         self.config = parser.parse_args(args)
-        seed = self.config[self.config.subcommand].get("seed_everything")
+        options = self.config[self.config.subcommand]
+        if not isinstance(options.trainer, Namespace):
+            received = f"received {options.trainer!r}"
+            raise InputError(f"trainer holds options, such as {{max_epochs: 3}}, {received}.")
+        seed = options.get("seed_everything")
         if type(seed) is int and not 0 <= seed < 2**32:
             raise InputError(f"seed_everything must be between 0 and {2**32 - 1}, got {seed}.")
 
