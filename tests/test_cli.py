@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,6 +108,9 @@ BAD_INPUT = {
     "fit --config elsewhere/cifar_l1.yaml": "no file 'elsewhere/cifar_l1.yaml'",
     "fit --config 'trainer: [\n'": "is no YAML: .* in line 2",
     "fit --config '{}' --ckpt_path nope.ckpt": "--ckpt_path: there is no file 'nope.ckpt' in ",
+    "fit --config '{}' --ckpt_path best": "'best' .* give the path of a checkpoint, or 'last' for",
+    "fit --config '{}' --ckpt_path hpc": "'hpc' .* give the path of a checkpoint, or 'last' for",
+    "fit --config 'ckpt_path: best\n'": "--ckpt_path: 'best' .* give the path of a checkpoint",
     "fit --config": "argument -c/--config: expected one argument",
     # Keys
     "--trainer.max_epoch 3": "'--trainer.max_epoch'. Did you mean '--trainer.max_epochs'?",
@@ -312,6 +316,36 @@ def test_an_explicit_option_wins_over_the_checkpoint(nm: Nm, trained: Path) -> N
     assert nm(*FIT, *resume, "--model.label_smoothing=0.5").code == 0
     model = saved_config("runs/quickstart/version_0")["model"]
     assert model["init_args"]["label_smoothing"] == 0.5
+
+
+def test_the_last_checkpoint_is_that_of_the_newest_run(nm: Nm, trained: Path) -> None:
+    newest = nm(*FIT, "--ckpt_path", "last")
+    assert newest.code == 0
+    assert newest.err == ["nm: runs/quickstart has no checkpoint yet, so training starts anew."]
+    shutil.copytree("runs/quickstart/version_0", "runs/quickstart/version_1")
+    os.utime(Path("runs/quickstart/version_0") / LAST)
+    resumed = nm(*FIT, "--trainer.max_epochs=2", "--ckpt_path", "last")
+    assert resumed.code == 0
+    assert has(" 1 epoch after 1 of an earlier run in ", resumed.out)
+    assert resumed.err == [f"nm: --ckpt_path last is runs/quickstart/version_0/{LAST}"]
+    assert saved_config("runs/quickstart/version_2")["ckpt_path"].endswith(f"version_0/{LAST}")
+
+
+def test_the_last_checkpoint_of_a_run_named_by_its_config(nm: Nm, trained: Path) -> None:
+    config = ["--config", str(trained / "config.yaml"), "--config", "ckpt_path: last\n"]
+    answer = nm("validate", *config)
+    assert answer.code == 0
+    assert answer.out[-1] == f" checkpoint  {trained / LAST}"
+    assert answer.err == [f"nm: --ckpt_path last is {trained / LAST}"]
+
+
+def test_there_is_no_last_checkpoint_to_evaluate(nm: Nm) -> None:
+    answer = nm("test", "--config", "quickstart", "--ckpt_path", "last")
+    assert answer == (
+        2,
+        [],
+        ["nm: --ckpt_path: runs/quickstart has no checkpoint yet; give the path of one."],
+    )
 
 
 def test_lightning_still_has_what_we_replace() -> None:

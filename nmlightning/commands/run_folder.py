@@ -4,6 +4,23 @@ from pathlib import Path
 from typing import Any
 
 RUNS = Path("runs")
+CHECKPOINTS = "checkpoints"  # Lightning's name
+
+
+def folder_of_runs(config: Path | None, run_name: str) -> Path:
+    """Return where earlier runs of an experiment are, of which `config` may be what one saved."""
+    if config and config.name == "config.yaml" and (config.parent / CHECKPOINTS).is_dir():
+        return config.parent.parent
+    return RUNS / run_name
+
+
+def last_checkpoint(runs: Path) -> Path | None:
+    """Return the newest checkpoint in `runs` that is called last, as Lightning's keyword has it.
+
+    Lightning looks in the folder of the new run, which with `nm` is always a new one.
+    """
+    found = runs.glob(f"version_*/{CHECKPOINTS}/*last*.ckpt")
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def default_logger(run_name: str) -> dict[str, Any]:

@@ -43,12 +43,22 @@ def run(arguments: list[str], given: GivenFiles) -> int:
     with quiet():
         try:
             remembered = remembered_options(given.checkpoint)
-            TrainingCLI([command, *remembered, *options], given.run_name)
+            resolved = _resolve_last(given) if given.wants_last else []
+            TrainingCLI([command, *remembered, *options, *resolved], given.run_name)
         except SystemExit as stop:
             if _is_ctrl_c(stop):
                 raise KeyboardInterrupt from None
             return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0
+
+
+def _resolve_last(given: GivenFiles) -> list[str]:
+    """Return the option that takes the place of `--ckpt_path last`, and say what that is."""
+    if given.checkpoint is None:
+        run_report.print_notice(f"{given.runs} has no checkpoint yet, so training starts anew.")
+        return ["--ckpt_path", "null"]
+    run_report.print_notice(f"--ckpt_path last is {given.checkpoint}")
+    return ["--ckpt_path", given.checkpoint]
 
 
 class TrainingCLI(ExplicitOptionsWin):
