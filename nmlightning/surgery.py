@@ -57,11 +57,13 @@ class SwapReport:
         return ("would swap " if self.dry_run else "swapped ") + (", ".join(counts) or "0") + left
 
     def __rich__(self) -> Table:
+        from rich.markup import escape
         from rich.table import Table
 
-        table = Table("module", "from", "to", title=str(self))
+        table = Table("module", "from", "to", title=escape(str(self)))
         for swap in (*self.swapped, *self.left):
-            table.add_row(swap.name, swap.before, swap.after or f"[dim]left: {swap.reason}[/dim]")
+            fate = escape(swap.after) or f"[dim]left: {escape(swap.reason)}[/dim]"
+            table.add_row(escape(swap.name), escape(swap.before), fate)
         return table
 
 

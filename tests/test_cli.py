@@ -212,6 +212,14 @@ def test_a_file_on_disk_wins_over_a_shipped_config(nm: Nm) -> None:
     assert nm("fit", "--config", "configs/quickstart.yaml", *SHORT).code == 0
 
 
+def test_a_name_in_brackets_is_printed_as_it_is(nm: Nm) -> None:
+    Path("a[red]b.yaml").write_text(shipped_configs()["quickstart"].read_text())
+    answer = nm("fit", "--config", "a[red]b.yaml", *SHORT)
+    run = "runs/a[red]b/version_0"
+    assert answer.out[0].endswith(f"→ {run}")
+    assert answer.out[-2:] == [f" run         {run}", f" checkpoint  {run}/{LAST}"]
+
+
 def test_any_experiment_runs_on_other_data(nm: Nm) -> None:
     answer = nm("fit", "--config", "cifar_l2.yaml", "--data", "Digits", *SHORT, *SMALL_NET)
     assert answer.code == 0

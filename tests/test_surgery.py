@@ -81,6 +81,15 @@ class TestReport:
         assert all(word in table for word in ("module", "from", "to", "3.1", "TopKBatchNorm2d"))
         assert "left: no swap is defined for this norm" in table
 
+    def test_names_are_printed_as_they_are(self) -> None:
+        """Rich would take what stands in brackets for a style."""
+        norm = type("Group[bold]Norm", (nn.GroupNorm,), {})
+        net = nn.ModuleDict({"[red]x": nn.BatchNorm2d(4), "[/]y": norm(2, 4)})
+        console = Console(width=120, record=True, file=io.StringIO())
+        console.print(swap_norms(net))
+        table = console.export_text()
+        assert all(name in table for name in ("[red]x", "[/]y", "Group[bold]Norm"))
+
     def test_a_dry_run_changes_nothing(self) -> None:
         net = small_net()
         before = classes(net)

@@ -12,6 +12,7 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from nmlightning.reports.words import format_seconds, format_value
@@ -64,7 +65,7 @@ class Stopwatch(Callback):
 @rank_zero_only
 def print_start(trainer: Trainer, run: Path | None) -> None:
     """Print what runs on what, and where it is kept."""
-    kept = f" → {run}" if run else ""
+    kept = f" → {escape(str(run))}" if run else ""
     device = trainer.strategy.root_device
     copies = f" × {trainer.world_size}" if trainer.world_size > 1 else ""
     _print(f"[bold]nm[/bold]: {device.type}{copies}, precision {trainer.precision}{kept}")
@@ -90,7 +91,7 @@ def print_paths(**paths: Path | str | None) -> None:
     """Print one line for each path that there is."""
     for name, path in paths.items():
         if path:
-            _print(f" {name:<11} {path}")
+            _print(f" {name:<11} {escape(str(path))}")
 
 
 @rank_zero_only
@@ -125,7 +126,7 @@ def print_metrics(metrics: Mapping[str, Any]) -> None:
     table = Table()
     table.add_column("")
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(escape(name), justify="right")
     for stage in rows:
         table.add_row(stage, *(_cell(f"{stage}/{name}", values) for name in names))
     Console().print(table)
