@@ -2,7 +2,8 @@
 
 A checkpoint holds, under the key `nmlightning`, `{"version": 1, "norm_swaps": [recipe, …]}` in the
 order of the swaps. A recipe is the keywords of `swap_norms`, in one spelling of those that come to
-the same, and under `modules` the class that it gave to each module.
+the same, and under `modules` the class that it gave to each module. A recipe of which later ones
+left nothing is not kept.
 """
 
 import functools
@@ -13,7 +14,7 @@ from torch import nn
 
 from nmlightning.after_method import run_after
 from nmlightning.errors import InputError
-from nmlightning.norms.registry import drop_defaults
+from nmlightning.norms.registry import INHERITED_UNLESS_GIVEN, drop_defaults
 
 KEY = "nmlightning"
 VERSION = 1
@@ -49,13 +50,14 @@ def note_recipe(module: nn.Module, recipe: Recipe, modules: Mapping[str, str]) -
     The notes are in the order of the swaps: a recipe that is followed again, and does something,
     becomes the last.
     """
-    notes: list[Recipe] = module.__dict__.setdefault(_NOTES, [])
+    notes = recipes_of(module)
     known = next((note for note in notes if _keywords(note) == recipe), None)
     if known is None:
         notes.append({**recipe, "modules": dict(modules)})
     elif modules:
         notes.remove(known)
         notes.append({**recipe, "modules": {**known["modules"], **modules}})
+    module.__dict__[_NOTES] = _drop_undone(notes)
 
 
 def recipes_of(module: nn.Module) -> list[Recipe]:
@@ -80,10 +82,10 @@ def recipes_in(checkpoint: Mapping[str, Any]) -> list[Recipe]:
             f"The checkpoint's {KEY!r} entry has version {entry.get('version')}, and this release "
             f"reads {VERSION}: install the release that wrote it."
         )
-    return [
-        {**make_recipe(**_keywords(recipe)), "modules": recipe["modules"]}
-        for recipe in entry["norm_swaps"]
-    ]
+    recipes = entry["norm_swaps"]
+    return _drop_undone(
+        [{**make_recipe(**_keywords(recipe)), "modules": recipe["modules"]} for recipe in recipes]
+    )
 
 
 def keep_in_checkpoints(module: nn.Module) -> None:
@@ -133,6 +135,22 @@ def _names(recipes: list[Recipe]) -> str:
 
 def _keywords(recipe: Recipe) -> Recipe:
     return {key: value for key, value in recipe.items() if key != "modules"}
+
+
+def _drop_undone(recipes: list[Recipe]) -> list[Recipe]:
+    """Return the recipes without those whose every module a later one changed.
+
+    One that set what a swap takes over from the layer, such as eps, still shows then.
+    """
+    kept: list[Recipe] = []
+    changed: set[str] = set()
+    for recipe in reversed(recipes):
+        modules = set(recipe["modules"])
+        lasts = INHERITED_UNLESS_GIVEN & recipe["options"].keys()
+        if lasts or not modules or modules - changed:
+            kept.insert(0, recipe)
+        changed |= modules
+    return kept
 
 
 def _plain(value: Any) -> Any:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from nmlightning import load_from_checkpoint, swap_norms
 from nmlightning.callbacks import NormSwap
 from nmlightning.errors import InputError
+from nmlightning.recipes import recipes_in
 
 
 class Classifies:
@@ -130,6 +131,14 @@ def test_a_module_that_is_loaded_keeps_its_recipe_without_a_callback(tmp_path: P
     save(PlModule(), tmp_path / "a.ckpt", NormSwap("l1"))
     loaded = load_from_checkpoint(PlModule, tmp_path / "a.ckpt")
     save(loaded, tmp_path / "b.ckpt")
+    assert_same(load_from_checkpoint(PlModule, tmp_path / "b.ckpt"), loaded)
+
+
+def test_a_norm_that_was_exchanged_after_loading_is_forgotten(tmp_path: Path) -> None:
+    save(PlModule(), tmp_path / "a.ckpt", NormSwap("l1"))
+    loaded = load_from_checkpoint(PlModule, tmp_path / "a.ckpt")
+    save(loaded, tmp_path / "b.ckpt", NormSwap("linf"))
+    assert [r["norm"] for r in recipes_in(torch.load(tmp_path / "b.ckpt"))] == ["linf"]
     assert_same(load_from_checkpoint(PlModule, tmp_path / "b.ckpt"), loaded)
 
 

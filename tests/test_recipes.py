@@ -91,12 +91,36 @@ def test_a_recipe_that_is_followed_again_is_the_last() -> None:
     note_recipe(module, recipe("l1"), {})
     assert swapped_modules(module) == {"a": "linf"}
     note_recipe(module, recipe("l1"), {"a": "l1"})
-    assert [r["norm"] for r in recipes_of(module)] == ["linf", "l1"]
+    assert [r["norm"] for r in recipes_of(module)] == ["l1"]
     assert swapped_modules(module) == {"a": "l1"}
 
 
+@pytest.mark.parametrize(
+    ("swaps", "shown"),
+    [
+        ([(recipe("l1"), "ab"), (recipe("linf"), "ab")], ["linf"]),
+        ([(recipe("l1"), "ab"), (recipe("linf"), "a")], ["l1", "linf"]),
+        ([(recipe("l1"), "ab"), (recipe("linf"), "a"), (recipe("topk"), "b")], ["linf", "topk"]),
+        # The next norm takes over what the last one set of these.
+        ([(recipe("l1", eps=0.1), "a"), (recipe("linf"), "a")], ["l1", "linf"]),
+        # It found what it was to make, which is no reason to forget it.
+        ([(recipe("l1"), ""), (recipe("linf"), "a")], ["l1", "linf"]),
+    ],
+)
+def test_a_recipe_that_later_ones_undid_altogether_is_forgotten(
+    swaps: list[tuple[Recipe, str]], shown: list[str]
+) -> None:
+    module = nn.Module()
+    for each, modules in swaps:
+        note_recipe(module, each, dict.fromkeys(modules, each["norm"]))
+    assert [r["norm"] for r in recipes_of(module)] == shown
+    entries = [{**each, "modules": dict.fromkeys(names, "")} for each, names in swaps]
+    older = {"nmlightning": {"version": 1, "norm_swaps": entries}}
+    assert [r["norm"] for r in recipes_in(older)] == shown
+
+
 def test_what_is_written_is_read() -> None:
-    module, written = module_with(recipe("l1"), recipe("lp", p=3)), {"state_dict": {}}
+    module, written = module_with(recipe("l1", eps=0.1), recipe("lp", p=3)), {"state_dict": {}}
     write_recipes(module, written)
     assert recipes_in(written) == recipes_of(module)
     check_recipes(module, written)
@@ -129,7 +153,11 @@ def test_a_module_that_was_not_swapped_writes_nothing_and_fits_a_plain_checkpoin
             "exclude = ['b'], this run has exclude = []",
         ),
         ([recipe("l1"), recipe("linf")], [recipe("l1")], "'l1', 'linf', this run has 'l1'."),
-        ([recipe("l1"), recipe("linf")], [recipe("linf"), recipe("l1")], "norm = 'l1', this run"),
+        (
+            [recipe("l1", eps=0.1), recipe("linf", eps=0.1)],
+            [recipe("linf", eps=0.1), recipe("l1", eps=0.1)],
+            "norm = 'l1', this run",
+        ),
         ([], [recipe("l1")], "trained with no NormSwap, this run has 'l1'."),
         ([recipe("l1")], [], "NormSwap 'l1', this run has nothing (no NormSwap)."),
     ],

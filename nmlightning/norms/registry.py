@@ -23,7 +23,7 @@ _INHERITED = {"num_features", "normalized_shape", "affine", "elementwise_affine"
     "process_group",
 }
 # Options that a swapped layer takes from the layer that it replaces unless they are given.
-_INHERITED_UNLESS_GIVEN = {"eps", "momentum", "sync"}
+INHERITED_UNLESS_GIVEN = {"eps", "momentum", "sync"}
 
 
 @dataclass(frozen=True)
@@ -117,5 +117,5 @@ def drop_defaults(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {
         option: value
         for option, value in options.items()
-        if option in _INHERITED_UNLESS_GIVEN or value != arguments[option].default
+        if option in INHERITED_UNLESS_GIVEN or value != arguments[option].default
     }
