@@ -1,0 +1,105 @@
+"""The batch norms that the tests are about, and their naive definition."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nmlightning import norms
+
+TORCH = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+# One bit of rounding in float64, times the length of the sums.
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A row of the contract: the class, and the power or the count of its statistic."""
+
+    name: str
+    p: float | None = None
+    k: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def layer(self, channels: int = 3, dims: int | str = 2, **settings: Any) -> nn.Module:
+        """Return the layer with a random weight and bias, in the dtype asked for."""
+        made = getattr(norms, f"{self.name}BatchNorm{dims}d")(channels, **self.options, **settings)
+        for parameter in made.parameters():
+            nn.init.normal_(parameter, mean=1.0)
+        return made  # type: ignore[no-any-return]
+
+    def scale(self, d: Tensor) -> Tensor:
+        """Return ŝ of (C, n) deviations, by autograd's own rules and the library's conventions."""
+        size = torch.where(d > 0, d, -d)
+        if self.k is None:
+            bare = size if self.p == 1 else size.pow(self.p or 0)
+            mean = bare.mean(1) if self.p == 1 else bare.mean(1).pow(1 / (self.p or 0))
+            return mean * norms.gaussian_constant("lp", d.shape[1], p=self.p or 0)
+        first = torch.sort(size.detach(), dim=1, descending=True, stable=True).indices[:, : self.k]
+        constant = norms.gaussian_constant("topk", d.shape[1], k=self.k)
+        return size.gather(1, first).mean(1) * constant
+
+
+NORMS = {
+    "l1": Norm("L1", p=1.0),
+    "linf": Norm("LInf", k=1),
+    "top1": Norm("TopK", k=1, options={"k": 1}),
+    "top3": Norm("TopK", k=3, options={"k": 3}),
+    "top10": Norm("TopK", k=10),
+    "lp1": Norm("Lp", p=1.0),
+    "lp1.5": Norm("Lp", p=1.5, options={"p": 1.5}),
+    "lp2": Norm("Lp", p=2.0, options={"p": 2}),
+    "lp3.7": Norm("Lp", p=3.7, options={"p": 3.7}),
+}
+# One of each statistic that is computed in another way.
+DISTINCT = ["l1", "linf", "top10", "lp2", "lp3.7"]
+LAYOUTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
+    "1d": ((12, 3), lambda x: x),
+    "1d-length": ((3, 3, 4), lambda x: x),
+    "1d-strided": ((3, 3, 4), lambda x: torch.stack([x, x], -1)[..., 0]),
+    "2d": ((2, 3, 2, 3), lambda x: x),
+    "2d-channels-last": ((2, 3, 2, 3), lambda x: x.contiguous(memory_format=torch.channels_last)),
+    "2d-transposed": ((2, 3, 2, 3), lambda x: x.transpose(2, 3).contiguous().transpose(2, 3)),
+    "2d-sliced": ((2, 3, 2, 3), lambda x: torch.cat([x, x], 1)[:, :3]),
+    "3d": ((2, 3, 2, 3, 1), lambda x: x),
+    "3d-channels-last": (
+        (2, 3, 2, 3, 1),
+        lambda x: x.contiguous(memory_format=torch.channels_last_3d),
+    ),
+}
+every_norm = pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+each_kind = pytest.mark.parametrize("norm", [NORMS[n] for n in DISTINCT], ids=DISTINCT)
+every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def batch(layout: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, int]:
+    """Return an off-centre batch of that layout, and the layer's dimensions."""
+    shape, arrange = LAYOUTS[layout]
+    return arrange(2 * torch.randn(shape, dtype=dtype) + 1), int(layout[0])
+
+
+def spread(channels: Tensor, like: Tensor) -> Tensor:
+    """Return (C,) values in a shape that broadcasts over (N, C, *)."""
+    return channels.view(1, -1, *[1] * (like.dim() - 2))
+
+
+def define(
+    norm: Norm, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the definition's output, μ and ŝ, differentiable by x, weight and bias."""
+    flat = x.transpose(0, 1).flatten(1)
+    mean = flat.mean(1)
+    scale = norm.scale(flat - mean[:, None])
+    y = (x - spread(mean, x)) / spread((scale.square() + eps).sqrt(), x)
+    y = y if weight is None else y * spread(weight, x)
+    return y if bias is None else y + spread(bias, x), mean, scale
+
+
+def gradients(y: Tensor, leaves: list[Tensor], seed: int = 1) -> tuple[Tensor, ...]:
+    """Return the leaves' gradients for one fixed, random gradient of y."""
+    generator = torch.Generator().manual_seed(seed)
+    grad = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
+    return torch.autograd.grad(y, leaves, grad)

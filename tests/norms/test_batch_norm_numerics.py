@@ -1,0 +1,137 @@
+"""Batch norms at zero, overflow and NaN, and in every dtype."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from batch_norm_contract import (
+    Norm,
+    define,
+    every_norm,
+    gradients,
+)
+from nmlightning import norms
+from nmlightning.errors import InputError
+
+
+@every_norm
+@pytest.mark.parametrize("value", [0.0, 3.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_constant_channel(norm: Norm, value: float, dtype: torch.dtype) -> None:
+    x = torch.randn(4, 3, 2, 5).to(dtype)
+    x[:, 1] = value
+    leaf = x.requires_grad_()
+    layer = norm.layer()
+    y = layer(leaf)
+    found = gradients(y, [leaf, layer.weight, layer.bias])
+    assert y.isfinite().all()
+    assert all(grad.isfinite().all() for grad in found)
+    torch.testing.assert_close(y[:, 1], layer.bias[1].to(dtype).expand(4, 2, 5), rtol=0, atol=1e-2)
+    assert layer.running_var[1].item() == pytest.approx(0.9)
+
+
+every_bad_value = pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+
+
+def poison(x: Tensor, bad: float) -> Tensor:
+    """Return `x` with one bad value, in channel 1."""
+    poisoned = x.clone()
+    poisoned[2, 1, 0, 3] = bad
+    return poisoned
+
+
+@every_norm
+@every_bad_value
+def test_non_finite_channels_leave_no_trace(norm: Norm, bad: float) -> None:
+    layer, clean = norm.layer(), norm.layer()
+    first, second = torch.randn(2, 4, 3, 2, 5)
+    layer(first), clean(first)
+    before = copy.deepcopy(layer.state_dict())
+    layer(poison(second, bad)), clean(second)
+    for name in ("running_mean", "running_var"):
+        after, expected = getattr(layer, name), getattr(clean, name)
+        assert after[1] == before[name][1]
+        assert torch.equal(after[[0, 2]], expected[[0, 2]])
+
+
+@every_norm
+@every_bad_value
+def test_an_equal_average_is_that_of_the_finite_batches(norm: Norm, bad: float) -> None:
+    layer, clean = norm.layer(momentum=None), norm.layer(momentum=None)
+    first, second, third = torch.randn(3, 4, 3, 2, 5)
+    for x in (poison(first, bad), first, poison(second, bad), third):
+        layer(x)
+    clean(first), clean(third)
+    torch.testing.assert_close(
+        layer.state_dict(), {**clean.state_dict(), **dict(layer.named_parameters())}
+    )
+
+
+@every_norm
+def test_an_overflowing_variance_leaves_no_trace(norm: Norm) -> None:
+    layer = norm.layer()
+    layer(1e30 * torch.randn(4, 3, 2, 5))
+    assert torch.equal(layer.running_var, torch.ones(3))
+
+
+@every_norm
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_inputs_accumulate_in_float32(norm: Norm, dtype: torch.dtype) -> None:
+    """Equal to the float64 formula on the same values up to one rounding of what is returned.
+
+    32,768 values around 10 would overflow fp16's sum five times, and bf16's would stop at 2,560.
+    """
+    x = (torch.randn(32, 3, 32, 32) + 10).to(dtype)
+    low = x.requires_grad_()
+    high = x.detach().double().requires_grad_()
+    layer = norm.layer()
+    y = layer(low)
+    exact = define(norm, high, layer.weight.double(), layer.bias.double())[0]
+    assert y.dtype == dtype
+    # Half of a last place of the output; 1e-5 for float32's x − μ, of 10 with 24 bits.
+    rounding = {torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
+    torch.testing.assert_close(y.double(), exact, rtol=rounding, atol=1e-5)
+    grad = torch.randn_like(y)
+    (found,) = torch.autograd.grad(y, low, grad)
+    (expected,) = torch.autograd.grad(exact, high, grad.double())
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, rtol=rounding, atol=1e-5)
+    torch.testing.assert_close(layer.running_mean.double(), 0.1 * high.mean((0, 2, 3)))
+
+
+@every_norm
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_output_keeps_dtype_and_memory_format(norm: Norm, dtype: torch.dtype) -> None:
+    x = torch.randn(4, 3, 2, 5).to(dtype)
+    for arranged in (x, x.contiguous(memory_format=torch.channels_last)):
+        leaf = arranged.requires_grad_()
+        y = norm.layer()(leaf)
+        (grad,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
+        assert (y.dtype, y.stride()) == (leaf.dtype, leaf.stride())
+        assert (grad.dtype, grad.stride()) == (leaf.dtype, leaf.stride())
+
+
+@every_norm
+@pytest.mark.parametrize("stats_dtype", ["float64", torch.float64])
+def test_stats_in_float64(norm: Norm, stats_dtype: Any) -> None:
+    x = torch.randn(8, 3, 4, 4) + 1000
+    layer = norm.layer(stats_dtype=stats_dtype)
+    exact = define(norm, x.double(), layer.weight.double(), layer.bias.double())[0]
+    # One rounding to float32; in float32 throughout, x − μ alone would cost 1000 · 2⁻²⁴ = 6e-5.
+    torch.testing.assert_close(layer(x), exact.float(), rtol=2e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
+def test_inputs_that_are_no_reals(dtype: torch.dtype) -> None:
+    with pytest.raises(InputError, match=f"real floating-point numbers, got {dtype}"):
+        norms.L1BatchNorm2d(3)(torch.ones(4, 3, 2, 2).to(dtype))
+
+
+def test_running_statistics_that_half_cannot_hold_stay_as_they_were() -> None:
+    layer = norms.L1BatchNorm2d(1).half()
+    layer(torch.randn(8, 1, 8, 8).half() * 4000)
+    assert layer.running_var.item() == 1.0  # 0.1 · 4000² is beyond 65504
