@@ -1,6 +1,5 @@
 """Test that a checkpoint of a swapped model loads without a Trainer, for both packages."""
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -9,63 +8,43 @@ import pytest
 import pytorch_lightning
 import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_modules import BuildsLate, Classifies, make_trainer
 from nmlightning import load_from_checkpoint, swap_norms
 from nmlightning.callbacks import NormSwap
 from nmlightning.errors import InputError
 from nmlightning.recipes import recipes_in
 
 
-class Classifies:
-    """What a user writes, for either package."""
-
-    net: Any
+class Remembers(Classifies):
+    """Has hyper-parameters, and a norm with an activation inside."""
 
     def __init__(self, width: int = 4, where: Any = None) -> None:
+        self.width = width
         super().__init__()
         self.save_hyperparameters()  # type: ignore[attr-defined]
-        self.width = width
-        self.build()
 
     def build(self) -> None:
-        # The last has an activation inside.
         norms = [nn.BatchNorm2d(self.width), timm.layers.BatchNormAct2d(3)]
         convs = [nn.Conv2d(2, self.width, 3), nn.Conv2d(self.width, 3, 3)]
-        self.net = nn.Sequential(convs[0], norms[0], nn.Tanh(), convs[1], norms[1])
+        features = [convs[0], norms[0], nn.Tanh(), convs[1], norms[1]]
+        self.net = nn.Sequential(*features, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.net(images).mean((2, 3))
-
-    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
-        return F.cross_entropy(self(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)  # type: ignore[attr-defined]
+        return self.net(images)  # type: ignore[no-any-return]
 
 
-class BuildsLate(Classifies):
-    """Has no net before `configure_model`."""
-
-    def build(self) -> None:
-        self.net = None
-
-    def configure_model(self) -> None:
-        if self.net is None:
-            super().build()
-
-
-class PlModule(Classifies, pytorch_lightning.LightningModule):
+class PlModule(Remembers, pytorch_lightning.LightningModule):
     pass
 
 
-class UnifiedModule(Classifies, lightning.pytorch.LightningModule):
+class UnifiedModule(Remembers, lightning.pytorch.LightningModule):
     pass
 
 
-class PlLate(BuildsLate, pytorch_lightning.LightningModule):
+class PlLate(BuildsLate, PlModule):
     pass
 
 
@@ -75,18 +54,9 @@ def images() -> Tensor:
 
 def save(module: Any, path: Path, *swaps: NormSwap, weights_only: bool = False) -> None:
     """Train `module` for two steps, and save it."""
-    unified = isinstance(module, lightning.pytorch.LightningModule)
-    package = importlib.import_module("lightning.pytorch" if unified else "pytorch_lightning")
-    trainer = package.Trainer(
-        callbacks=list(swaps),
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, DataLoader(TensorDataset(images(), torch.arange(8) % 3), batch_size=4))
+    trainer = make_trainer(type(module), *swaps)
+    loader = DataLoader(TensorDataset(images(), torch.arange(8) % 3), batch_size=4)
+    trainer.fit(module, loader, loader)
     trainer.save_checkpoint(path, weights_only=weights_only)
 
 

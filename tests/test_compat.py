@@ -1,6 +1,5 @@
 """Test what hangs on undocumented ways of Lightning: copies of the module, ranks, class trees."""
 
-import importlib
 import os
 import pickle
 import subprocess
@@ -12,74 +11,23 @@ import lightning.pytorch
 import pytest
 import pytorch_lightning
 import torch
-import torch.nn.functional as F
 from pytorch_lightning.plugins import TorchSyncBatchNorm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
+from lightning_modules import (
+    PlLate,
+    PlModule,
+    UnifiedLate,
+    UnifiedModule,
+    make,
+    make_trainer,
+    norm_types,
+    package_of,
+)
 from nmlightning.callbacks import NormSwap
 from nmlightning.compat import CallbackBase, builds_in_configure_model
 from nmlightning.norms.batch_norm import L1BatchNorm2d, TopKBatchNorm2d
-
-
-class Classifies:
-    """What a user writes, for either package."""
-
-    net: Any
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.build()
-
-    def build(self) -> None:
-        layers = [nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Conv2d(4, 3, 3)]
-        self.net = nn.Sequential(*layers, nn.BatchNorm2d(3))
-
-    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
-        return F.cross_entropy(self.net(batch[0]).mean((2, 3)), batch[1])
-
-    def validation_step(self, batch: list[Tensor], _: int) -> None:
-        self.net(batch[0])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)  # type: ignore[attr-defined]
-
-
-class BuildsLate(Classifies):
-    """Has no net before `configure_model`."""
-
-    def build(self) -> None:
-        self.net = None
-
-    def configure_model(self) -> None:
-        if self.net is None:
-            super().build()
-
-
-class PlModule(Classifies, pytorch_lightning.LightningModule):
-    pass
-
-
-class UnifiedModule(Classifies, lightning.pytorch.LightningModule):
-    pass
-
-
-class PlLate(BuildsLate, pytorch_lightning.LightningModule):
-    pass
-
-
-class UnifiedLate(BuildsLate, lightning.pytorch.LightningModule):
-    pass
-
-
-def package_of(module: Any) -> Any:
-    unified = isinstance(module, lightning.pytorch.LightningModule)
-    return importlib.import_module("lightning.pytorch" if unified else "pytorch_lightning")
-
-
-def make(module_class: type) -> Any:
-    torch.manual_seed(1)
-    return module_class()
 
 
 def images() -> TensorDataset:
@@ -87,27 +35,11 @@ def images() -> TensorDataset:
     return TensorDataset(torch.randn(16, 2, 6, 6, generator=draw), torch.arange(16) % 3)
 
 
-def make_trainer(module: Any, *callbacks: Any, **options: Any) -> Any:
-    """Return a Trainer of the package that `module` is made with."""
-    return package_of(module).Trainer(
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **{"accelerator": "cpu", "devices": 1, "max_epochs": 1, **options},
-    )
-
-
 def fit(module: Any, *callbacks: Any, ckpt_path: Path | None = None, **options: Any) -> None:
     """Train `module` on four batches an epoch, with validation."""
     loader = DataLoader(images(), batch_size=4)
-    trainer = make_trainer(module, *callbacks, **options)
+    trainer = make_trainer(type(module), *callbacks, **options)
     trainer.fit(module, loader, loader, ckpt_path=ckpt_path)
-
-
-def norm_types(module: Any) -> list[type]:
-    return [type(m) for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +65,7 @@ def test_our_callbacks_belong_to_both_packages() -> None:
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that")
 class TestWeightAveraging:
     def callbacks(self, module_class: type, ema_first: bool) -> list[Any]:
-        ema = package_of(module_class()).callbacks.EMAWeightAveraging(decay=0.5)
+        ema = package_of(module_class).callbacks.EMAWeightAveraging(decay=0.5)
         return [ema, NormSwap("l1")] if ema_first else [NormSwap("l1"), ema]
 
     def test_the_average_has_the_swapped_norms(self, module_class: type, ema_first: bool) -> None:
@@ -171,7 +103,7 @@ class SaveAfterTheFirstEpoch(CallbackBase):  # type: ignore[misc]
 @pytest.mark.parametrize("module_class", [PlModule, UnifiedModule])
 def test_stochastic_weight_averaging(module_class: type, swa_first: bool) -> None:
     module = make(module_class)
-    averaging = package_of(module).callbacks.StochasticWeightAveraging
+    averaging = package_of(type(module)).callbacks.StochasticWeightAveraging
     swa, swap = averaging(swa_lrs=0.05, swa_epoch_start=1), NormSwap("top10")
     fit(module, *([swa, swap] if swa_first else [swap, swa]), max_epochs=3)
     assert norm_types(swa._average_model) == norm_types(module) == [TopKBatchNorm2d] * 2
@@ -214,7 +146,7 @@ def train(folder: Path, run: str, **options: Any) -> None:
     module.folder = folder / run
     module.folder.mkdir(parents=True)
     options = {"max_epochs": 2, "sync_batchnorm": sync, "use_distributed_sampler": False, **options}
-    make_trainer(module, NormSwap(norm), **options).fit(module)
+    make_trainer(type(module), NormSwap(norm), **options).fit(module)
 
 
 def train_on_two_ranks(folder: Path) -> None:
@@ -272,7 +204,7 @@ def load_report(folder: Path, run: str, rank: int) -> dict[str, Any]:
 def test_what_is_not_swapped_becomes_torchs_synchronised_norm() -> None:
     """Torch trains its SyncBatchNorm, and wraps it in DDP, on GPUs only; so this does not run."""
     module, swap = make(PlModule), NormSwap("l1", exclude=["net.4"])
-    trainer = make_trainer(module, swap, strategy="ddp", devices=2, sync_batchnorm=True)
+    trainer = make_trainer(type(module), swap, strategy="ddp", devices=2, sync_batchnorm=True)
     weight = module.net[1].weight
     for _ in range(2):
         swap.setup(trainer, module, "fit")

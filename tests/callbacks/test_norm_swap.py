@@ -6,72 +6,25 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch
 import pytest
 import pytorch_lightning
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_modules import (
+    PlLate,
+    PlModule,
+    UnifiedLate,
+    UnifiedModule,
+    make,
+    make_trainer,
+    norm_types,
+)
 from nmlightning.callbacks import NormSwap
 from nmlightning.errors import InputError
 from nmlightning.norms.batch_norm import L1BatchNorm2d, LInfBatchNorm2d, TopKBatchNorm2d
 from nmlightning.recipes import recipes_of
-
-
-def small_net() -> nn.Sequential:
-    conv = [nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)]
-    return nn.Sequential(*conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
-
-
-class Classifies:
-    """What a user writes, for either package."""
-
-    net: Any
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = small_net()
-
-    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
-        return F.cross_entropy(self.net(batch[0]), batch[1])
-
-    def validation_step(self, batch: list[Tensor], _: int) -> None:
-        self.log("loss", F.cross_entropy(self.net(batch[0]), batch[1]))  # type: ignore[attr-defined]
-
-    test_step = validation_step
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)  # type: ignore[attr-defined]
-
-
-class BuildsLate(Classifies):
-    """Has no net before `configure_model`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = None
-
-    def configure_model(self) -> None:
-        if self.net is None:
-            self.net = small_net()
-
-
-class PlModule(Classifies, pytorch_lightning.LightningModule):
-    pass
-
-
-class UnifiedModule(Classifies, lightning.pytorch.LightningModule):
-    pass
-
-
-class PlLate(BuildsLate, pytorch_lightning.LightningModule):
-    pass
-
-
-class UnifiedLate(BuildsLate, lightning.pytorch.LightningModule):
-    pass
 
 
 class HeadLate(PlModule):
@@ -109,29 +62,11 @@ def batches() -> DataLoader[tuple[Tensor, ...]]:
     return DataLoader(TensorDataset(images, labels), batch_size=4)
 
 
-def trainer(module_class: type, *callbacks: Any, **options: Any) -> Any:
-    """Return a Trainer of the package that `module_class` is made with."""
-    unified = issubclass(module_class, lightning.pytorch.LightningModule)
-    package = importlib.import_module("lightning.pytorch" if unified else "pytorch_lightning")
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    plain = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "enable_checkpointing": False}
-    return package.Trainer(**{"callbacks": list(callbacks), **quiet, **plain, **options})
-
-
-def make(module_class: type) -> Any:
-    torch.manual_seed(1)
-    return module_class()
-
-
 def fit(module: Any, *callbacks: Any, ckpt_path: Any = None, **options: Any) -> Any:
     """Train `module` on four batches an epoch, with validation, and return its Trainer."""
-    fitted = trainer(type(module), *callbacks, **options)
+    fitted = make_trainer(type(module), *callbacks, **options)
     fitted.fit(module, batches(), batches(), ckpt_path=ckpt_path)
     return fitted
-
-
-def norm_types(module: Any) -> list[type]:
-    return [type(m) for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
 def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
@@ -166,7 +101,7 @@ class TestARun:
         fitted = fit(make(module_class), NormSwap("linf"))
         fitted.save_checkpoint(tmp_path / "a.ckpt")
         module = make(module_class)
-        evaluate = getattr(trainer(module_class, NormSwap("linf")), verb)
+        evaluate = getattr(make_trainer(module_class, NormSwap("linf")), verb)
         metrics = evaluate(module, batches(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
         assert norm_types(module) == [LInfBatchNorm2d] * 2
         assert metrics[0]["loss"] == pytest.approx(fitted.callback_metrics["loss"].item())
@@ -192,7 +127,7 @@ class TestARun:
         plain, module = make(module_class), make(module_class)
         fit(plain, NormSwap("l1"))
         compiled = torch.compile(module, backend="eager")
-        trainer(module_class, NormSwap("l1")).fit(compiled, batches(), batches())
+        make_trainer(module_class, NormSwap("l1")).fit(compiled, batches(), batches())
         assert norm_types(module) == [L1BatchNorm2d] * 2
         torch.testing.assert_close(module.state_dict(), plain.state_dict())
 

@@ -1,0 +1,88 @@
+"""LightningModules that have never heard of this package, for both Lightning packages."""
+
+from typing import Any
+
+import lightning.pytorch
+import pytorch_lightning
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def small_net() -> nn.Sequential:
+    conv = [nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)]
+    return nn.Sequential(*conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+
+class Classifies:
+    """What a user writes, for either package; images (N, 2, H, W) are of three classes."""
+
+    net: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.build()
+
+    def build(self) -> None:
+        self.net = small_net()
+
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[Tensor], _: int) -> None:
+        self.log("loss", F.cross_entropy(self.net(batch[0]), batch[1]))  # type: ignore[attr-defined]
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)  # type: ignore[attr-defined]
+
+
+class BuildsLate(Classifies):
+    """Has no net before `configure_model`."""
+
+    def build(self) -> None:
+        self.net = None
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            super().build()
+
+
+class PlModule(Classifies, pytorch_lightning.LightningModule):
+    pass
+
+
+class UnifiedModule(Classifies, lightning.pytorch.LightningModule):
+    pass
+
+
+class PlLate(BuildsLate, pytorch_lightning.LightningModule):
+    pass
+
+
+class UnifiedLate(BuildsLate, lightning.pytorch.LightningModule):
+    pass
+
+
+def package_of(module_class: type) -> Any:
+    """Return the Lightning package that `module_class` is made with."""
+    unified = issubclass(module_class, lightning.pytorch.LightningModule)
+    return lightning.pytorch if unified else pytorch_lightning
+
+
+def make(module_class: type) -> Any:
+    torch.manual_seed(1)
+    return module_class()
+
+
+def make_trainer(module_class: type, *callbacks: Any, **options: Any) -> Any:
+    """Return a quiet Trainer for one epoch, of the package that `module_class` is made with."""
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    plain = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "enable_checkpointing": False}
+    settings = {"callbacks": list(callbacks), **quiet, **plain, **options}
+    return package_of(module_class).Trainer(**settings)
+
+
+def norm_types(module: nn.Module) -> list[type]:
+    return [type(m) for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
