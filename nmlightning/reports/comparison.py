@@ -46,8 +46,10 @@ class Group:
         return Spread.of([float(best(curve.values)) for curve in self.curves])
 
     @property
-    def late(self) -> Spread:
-        """The mean of the last ten values of each run."""
+    def late(self) -> Spread | None:
+        """The mean of the last ten values of each run, None where one has fewer."""
+        if any(len(curve.values) < LAST_EPOCHS for curve in self.curves):
+            return None
         return Spread.of([float(curve.values[-LAST_EPOCHS:].mean()) for curve in self.curves])
 
     @property

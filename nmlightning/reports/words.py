@@ -15,8 +15,10 @@ def format_value(value: float, metric: str) -> str:
     return f"{100 * value:.2f} %" if is_share(metric) else f"{value:.4f}"
 
 
-def format_spread(spread: Spread, metric: str) -> str:
+def format_spread(spread: Spread | None, metric: str) -> str:
     """Return `93.07 ± 0.11 %` or `0.2713 ± 0.0021`, without the deviation where there is none."""
+    if spread is None:
+        return "—"
     mean = format_value(spread.mean, metric)
     if math.isnan(spread.deviation):
         return mean

@@ -14,6 +14,7 @@ from nmlightning.reports.comparison import (
     is_loss,
 )
 from nmlightning.reports.run import read_run
+from nmlightning.reports.spread import Spread
 from nmlightning.reports.table import result_rows, setting_rows
 
 MakeRun = Callable[..., Path]
@@ -64,6 +65,13 @@ def test_the_best_loss_is_the_smallest(make_run: MakeRun) -> None:
     assert group.best.mean == 1.0
     assert math.isnan(group.best.deviation)
     assert result_rows([group])[0][:2] == ["1.5000", "1.0000"]
+
+
+def test_fewer_than_ten_epochs_have_no_mean_of_the_last_ten(make_run: MakeRun) -> None:
+    short, long = (read_run(make_run(str(n), [0.5] * n)) for n in (9, 10))
+    assert Group("a", [short, long], "val/top1").late is None
+    assert Group("a", [long], "val/top1").late == Spread(0.5, pytest.approx(math.nan, nan_ok=True))
+    assert result_rows([Group("a", [short], "val/top1")])[0][2] == "—"
 
 
 @pytest.mark.parametrize(

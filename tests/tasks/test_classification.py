@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import MultiStepLR
 from torch.utils.data import DataLoader
 
+from nmlightning.callbacks.norm_swap import NormSwap
 from nmlightning.datamodules.digits import Digits
 from nmlightning.errors import InputError
 from nmlightning.tasks.classification import ImageClassifier
@@ -181,17 +182,16 @@ def test_a_smoothing_out_of_range_is_refused(smoothing: Any) -> None:
 
 
 def test_a_resume_without_the_swap_is_refused(digits: Digits, tmp_path: Path) -> None:
+    def plain() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10))
+
     path = tmp_path / "last.ckpt"
-    trainer = make_trainer()
-    trainer.fit(make_task(), digits)
+    trainer = make_trainer(callbacks=[NormSwap("l1")])
+    trainer.fit(make_task(plain()), digits)
     trainer.save_checkpoint(path)
-    checkpoint = torch.load(path)
-    checkpoint["nmlightning"] = {"version": 1, "norm_swaps": [{"norm": "l1", "modules": {}}]}
-    torch.save(checkpoint, path)
     with pytest.raises(InputError, match=r"trained with NormSwap 'l1', this run has nothing"):
-        make_trainer().fit(make_task(), digits, ckpt_path=path)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    ImageClassifier.load_from_checkpoint(path, net=net, optimizer=sgd)
+        make_trainer().fit(make_task(plain()), digits, ckpt_path=path)
+    ImageClassifier.load_from_checkpoint(path, net=plain(), optimizer=sgd)
 
 
 def test_a_checkpoint_made_in_python_restores(digits: Digits, tmp_path: Path) -> None:
