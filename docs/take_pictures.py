@@ -15,6 +15,7 @@ from pathlib import Path
 
 PICTURES = Path(__file__).parent / "pictures"
 PORT = 6543
+READING_TIME = 30  # s; TensorBoard does not say when it has read all of a run
 BROWSER = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
 SIZES = {
     "custom_scalars": (1300, 1400),
@@ -38,6 +39,7 @@ def main() -> None:
     dashboard = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         wait_for(f"http://localhost:{PORT}/data/plugin/scalars/tags")
+        time.sleep(READING_TIME)
         for tab in ("custom_scalars", "images", "histograms"):
             take(tab, f"http://localhost:{PORT}/#{tab}")
     finally:

@@ -13,9 +13,8 @@ from nmlightning.reports.comparison import Group, choose_metric, group_runs
 from nmlightning.reports.page import GENERATOR, write_page
 from nmlightning.reports.run import find_runs, read_run
 from nmlightning.reports.table import (
-    RESULT_HEADINGS,
     SETTING_HEADINGS,
-    result_rows,
+    result_columns,
     setting_rows,
 )
 
@@ -65,10 +64,11 @@ def _print_tables(groups: list[Group]) -> None:
     for cells in setting_rows(groups):
         settings.add_row(*map(escape, cells))
     results = Table(name.copy(), title=f"{escape(groups[0].metric)}: mean ± deviation over seeds")
-    for heading in RESULT_HEADINGS:
+    columns = result_columns(groups)
+    for heading in columns:
         results.add_column(heading, justify="right", no_wrap=True)
-    for group, cells in zip(groups, result_rows(groups), strict=True):
-        results.add_row(escape(group.name), *cells)
+    for group, *row in zip(groups, *columns.values(), strict=True):
+        results.add_row(escape(group.name), *row)
     Console().print(settings, results)
 
 

@@ -50,4 +50,4 @@ def _logdir(paths: list[str]) -> list[str]:
     for path in paths:
         if "," in path or ":" in path:
             raise InputError(f"TensorBoard cannot be given {path!r}: a comma or colon is in it.")
-    return ["--logdir_spec", ",".join(f"{path.rstrip('/')}:{path}" for path in paths)]
+    return ["--logdir_spec", ",".join(f"{path.strip('/')}:{path}" for path in paths)]

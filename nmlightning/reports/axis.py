@@ -38,12 +38,17 @@ class Axis:
 
     def ticks(self) -> list[float]:
         """Return two to seven round numbers on the axis."""
-        if self.logarithmic:
-            first, last = math.ceil(math.log10(self.low)), math.floor(math.log10(self.high))
-            if last > first:
-                stride = -(-(last - first + 1) // 6)
-                return [10.0**power for power in range(first, last + 1, stride)]
-        return self._linear_ticks()
+        return (self._log_ticks() if self.logarithmic else None) or self._linear_ticks()
+
+    def _log_ticks(self) -> list[float] | None:
+        """Return powers of ten, with others between where they are few; None if all are few."""
+        first, last = math.floor(math.log10(self.low)), math.floor(math.log10(self.high))
+        for steps in ([1], [1, 3], [1, 2, 5]):
+            ticks = [step * 10.0**power for power in range(first, last + 1) for step in steps]
+            within = [tick for tick in ticks if self.low <= tick <= self.high]
+            if len(within) >= 3:
+                return within[:: -(-len(within) // 6)]
+        return None
 
     def _linear_ticks(self) -> list[float]:
         rough = (self.high - self.low) / 5

@@ -10,12 +10,7 @@ from nmlightning.reports import tags
 from nmlightning.reports.comparison import Group
 from nmlightning.reports.line_chart import COLOURS, Line, draw_lines
 from nmlightning.reports.run import Run
-from nmlightning.reports.table import (
-    RESULT_HEADINGS,
-    SETTING_HEADINGS,
-    result_rows,
-    setting_rows,
-)
+from nmlightning.reports.table import SETTING_HEADINGS, result_columns, setting_rows
 from nmlightning.reports.words import is_share
 
 GENERATOR = '<meta name="generator" content="nmlightning">'
@@ -47,9 +42,11 @@ LinesOf = Callable[[Run], Mapping[str, tuple[NDArray[np.float64], NDArray[np.flo
 def write_page(groups: Sequence[Group]) -> str:
     """Return the page: the table, the curves of the metric, the norms and the factors."""
     title = f"Comparison of {sum(len(group.runs) for group in groups)} runs"
+    alone = all(len(group.runs) == 1 for group in groups)
+    several = "" if alone else "Faint: each run. Strong: their mean."
     first_runs = "Of the first run of each setting."
     sections = [
-        _section("Metric", "Faint: each run. Strong: their mean.", [_draw_metric(groups)]),
+        _section("Metric", several, [_draw_metric(groups)]),
         _section(
             "Norms of weights",
             f"The mean over the channels of a layer. {first_runs}",
@@ -71,16 +68,17 @@ def write_page(groups: Sequence[Group]) -> str:
 
 
 def _table(groups: Sequence[Group]) -> str:
-    headings = [*SETTING_HEADINGS, *(f"{groups[0].metric}, {h}" for h in RESULT_HEADINGS[:-1])]
-    head = "".join(f"<th>{escape(heading)}</th>" for heading in (*headings, RESULT_HEADINGS[-1]))
+    *results_of, time = columns = result_columns(groups)
+    headings = [*SETTING_HEADINGS, *(f"{groups[0].metric}, {h}" for h in results_of), time]
+    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
     rows = []
-    cells_of = zip(setting_rows(groups), result_rows(groups), strict=True)
-    for number, (settings, results) in enumerate(cells_of):
+    cells_of = zip(setting_rows(groups), *columns.values(), strict=True)
+    for number, (settings, *results) in enumerate(cells_of):
         key = f'<span class="key" style="background:{_colour(number)}"></span>'
-        columns = "</td><td>".join(
-            escape(cell).replace("\n", "<br>") for cell in settings + results
+        cells = "</td><td>".join(
+            escape(cell).replace("\n", "<br>") for cell in (*settings, *results)
         )
-        rows.append(f"<tr><td>{key}{columns}</td></tr>")
+        rows.append(f"<tr><td>{key}{cells}</td></tr>")
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 

@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Iterator, Sequence
 
 from nmlightning.reports.comparison import LAST_EPOCHS, Group, differing_settings
+from nmlightning.reports.spread import Spread
 from nmlightning.reports.words import format_seconds, format_spread
 
 SETTING_HEADINGS = ["run", "seeds", "epochs", "what differs"]
-RESULT_HEADINGS = ["final", "best", f"mean of last {LAST_EPOCHS}", "time"]
 
 
 def setting_rows(groups: Sequence[Group]) -> list[list[str]]:
@@ -18,15 +18,22 @@ def setting_rows(groups: Sequence[Group]) -> list[list[str]]:
     ]
 
 
-def result_rows(groups: Sequence[Group]) -> list[list[str]]:
-    """Return for each group how well and how fast it did."""
-    return [
-        [
-            *(format_spread(s, group.metric) for s in (group.final, group.best, group.late)),
-            format_seconds(group.seconds.mean),
-        ]
-        for group in groups
-    ]
+def result_columns(groups: Sequence[Group]) -> dict[str, list[str]]:
+    """Return how well and how fast each group did: the cells under each heading.
+
+    There is no column of means of the last epochs where no run has so many.
+    """
+    spreads: dict[str, list[Spread | None]] = {
+        "final": [group.final for group in groups],
+        "best": [group.best for group in groups],
+        f"mean of last {LAST_EPOCHS}": [group.late for group in groups],
+    }
+    cells = {
+        heading: [format_spread(s, g.metric) for s, g in zip(column, groups, strict=True)]
+        for heading, column in spreads.items()
+        if any(column)
+    }
+    return {**cells, "time": [format_seconds(group.seconds.mean) for group in groups]}
 
 
 def _differences(group: Group, names: Iterable[tuple[str, str]]) -> Iterator[str]:

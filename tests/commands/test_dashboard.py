@@ -53,6 +53,8 @@ def test_several_folders(
     monkeypatch.chdir(tmp_path)
     start("runs/a/", "runs/b", "--port", "0")
     assert started[0][3:5] == ["--logdir_spec", "runs/a:runs/a/,runs/b:runs/b"]
+    start(f"{tmp_path}/runs/a", "runs/b")  # TensorBoard takes /a:b for one path
+    assert started[1][4] == f"{str(tmp_path)[1:]}/runs/a:{tmp_path}/runs/a,runs/b:runs/b"
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,11 @@ def test_linear_ticks(values: list[float], ticks: list[float]) -> None:
     [
         ([0.5, 2e4], [1, 10, 100, 1000, 1e4]),
         ([1e-3, 1e9, 0.0, -1.0], [1e-3, 1, 1e3, 1e6, 1e9]),
+        ([1e-9, 1e9], [1e-9, 1e-5, 1e-1, 1e3, 1e7]),
+        ([0.02, 6.0], [0.03, 0.1, 0.3, 1, 3]),
+        ([0.4, 6.0], [0.5, 1, 2, 5]),
         ([2.0, 3.0], [2.0, 2.2, 2.4, 2.6, 2.8, 3.0]),
-        ([0.0], [1, 10]),
+        ([0.0], [1, 3, 10]),
     ],
 )
 def test_logarithmic_ticks(values: list[float], ticks: list[float]) -> None:

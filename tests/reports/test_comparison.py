@@ -14,8 +14,7 @@ from nmlightning.reports.comparison import (
     is_loss,
 )
 from nmlightning.reports.run import read_run
-from nmlightning.reports.spread import Spread
-from nmlightning.reports.table import result_rows, setting_rows
+from nmlightning.reports.table import result_columns, setting_rows
 
 MakeRun = Callable[..., Path]
 
@@ -54,9 +53,12 @@ def test_figures(make_run: MakeRun) -> None:
     assert group.best.mean == pytest.approx(0.55)
     assert group.late.mean == pytest.approx((0.49 + 0.6) / 2)
     assert group.epochs == "15"
-    assert result_rows([group]) == [
-        ["50.00 ± 14.14 %", "55.00 ± 7.07 %", "54.50 ± 7.78 %", "7 min 0 s"]
-    ]
+    assert result_columns([group]) == {
+        "final": ["50.00 ± 14.14 %"],
+        "best": ["55.00 ± 7.07 %"],
+        "mean of last 10": ["54.50 ± 7.78 %"],
+        "time": ["7 min 0 s"],
+    }
 
 
 def test_the_best_loss_is_the_smallest(make_run: MakeRun) -> None:
@@ -64,14 +66,15 @@ def test_the_best_loss_is_the_smallest(make_run: MakeRun) -> None:
     group = Group("a", [read_run(folder)], "val/loss")
     assert group.best.mean == 1.0
     assert math.isnan(group.best.deviation)
-    assert result_rows([group])[0][:2] == ["1.5000", "1.0000"]
+    columns = result_columns([group])
+    assert (columns["final"], columns["best"]) == (["1.5000"], ["1.0000"])
 
 
 def test_fewer_than_ten_epochs_have_no_mean_of_the_last_ten(make_run: MakeRun) -> None:
-    short, long = (read_run(make_run(str(n), [0.5] * n)) for n in (9, 10))
-    assert Group("a", [short, long], "val/top1").late is None
-    assert Group("a", [long], "val/top1").late == Spread(0.5, pytest.approx(math.nan, nan_ok=True))
-    assert result_rows([Group("a", [short], "val/top1")])[0][2] == "—"
+    short, long = (Group("a", [read_run(make_run(str(n), [0.5] * n))], "val/top1") for n in (9, 10))
+    assert short.late is None
+    assert result_columns([short, long])["mean of last 10"] == ["—", "50.00 %"]
+    assert list(result_columns([short])) == ["final", "best", "time"]
 
 
 @pytest.mark.parametrize(
