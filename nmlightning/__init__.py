@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from nmlightning.weights.steering import DecayEquivalentLR as DecayEquivalentLR
     from nmlightning.weights.steering import LRCorrection as LRCorrection
     from nmlightning.weights.steering import NormSchedule as NormSchedule
+    from nmlightning.weights.weight_norm import apply_weight_norm as apply_weight_norm
+    from nmlightning.weights.weight_norm import remove_weight_norm as remove_weight_norm
 
 __version__ = "0.1.0"
 
@@ -53,6 +55,7 @@ _HOMES = {
     "weights.history": ["NormHistory"],
     "weights.parameter_groups": ["parameter_groups"],
     "weights.steering": ["DecayEquivalentLR", "LRCorrection", "NormSchedule"],
+    "weights.weight_norm": ["apply_weight_norm", "remove_weight_norm"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -23,7 +23,12 @@ LAYERS = [
     ["nmlightning.surgery"],
     ["nmlightning.swappable", "nmlightning.recipes"],
     ["nmlightning.norms", "nmlightning.weights"],
-    ["nmlightning.weights.recorder", "nmlightning.weights.steering", "nmlightning.reports"],
+    [
+        "nmlightning.weights.recorder",
+        "nmlightning.weights.steering",
+        "nmlightning.weights.weight_norm",
+        "nmlightning.reports",
+    ],
     ["nmlightning.weights.layer_weights", "nmlightning.weights.optimizer_family"],
     ["nmlightning.weights.channel_norms"],
     ["nmlightning.norms.registry"],

@@ -1,0 +1,187 @@
+"""apply_weight_norm and remove_weight_norm: normalise the weights of a model, and undo it."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.optim import Optimizer
+
+from nmlightning.errors import check_flag
+from nmlightning.weights.weight_norm.gains import homes_of_gains, listed, take_out
+from nmlightning.weights.weight_norm.parametrization import WeightNorm
+from nmlightning.weights.weight_norm.settings import NAMES, Gain, Kind, Settings
+from nmlightning.weights.weight_norm.sites import (
+    Site,
+    check_site,
+    find_normalised_sites,
+    find_sites,
+)
+
+
+@dataclass(frozen=True)
+class WeightNormReport:
+    """What `apply_weight_norm` did.
+
+    Attributes:
+        settings: of the norm.
+        weights: the name of each weight that it normalised, and its ρ.
+    """
+
+    settings: Settings
+    weights: dict[str, float]
+
+    def __str__(self) -> str:
+        bounded = "bounded " if self.settings.kind == "bounded" else ""
+        count = len(self.weights)
+        name = f"{bounded}weight norm ({NAMES[self.settings.p]})"
+        return f"{name} on {count} weight{'s' * (count != 1)}"
+
+
+def apply_weight_norm(
+    model: nn.Module,
+    kind: Kind = "bounded",
+    p: float | str = 2,
+    *,
+    rho: str | float = "init",
+    gain: Gain | None = None,
+    project: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    cache: bool = False,
+    optimizers: Optimizer | Iterable[Optimizer] = (),
+) -> WeightNormReport:
+    """Normalise weights of a model: weight norm or bounded weight norm, by L1, L2 or L∞.
+
+        bounded:  w_i = ρ v_i / ‖v_i‖_p,     with gains  w_i = g_i ‖g⁰‖₂ / ‖g‖₂ · v_i / ‖v_i‖_p
+        weight:   w_i = g_i v_i / ‖v_i‖_p
+
+    w_i is the weight of output channel i; v_i and g_i are learned; ρ is one number for each weight,
+    which stays. The weights are parametrized (`torch.nn.utils.parametrize`): v is the `Parameter`
+    that the weight was before, so that optimizers made before move it. Norms accumulate in float32,
+    in float64 for float64.
+
+    Args:
+        model: initialised before; it is changed in place.
+        kind: "bounded" or "weight".
+        p: 1, 2, or `math.inf`, also as "inf".
+        rho: "init" for ρ = ‖V‖_p / N^(1/p) of the N channels that the weight V has now, and
+            g_i = ‖v_i‖_p, which lets the net compute what it did; or a number for ρ and each g_i.
+        gain: "none", one for each "channel", or, for kind "weight", one for each "layer". None
+            means "none" for "bounded", which may have one for each channel whose common norm
+            stays, and "channel" for "weight".
+        project: bring ‖v_i‖_p back to ρ after each step of any optimizer. That changes no output;
+            without it ‖v‖ grows, and the effective learning rate falls.
+        include: glob patterns on the names of parameters; empty means every convolution. A tied
+            weight is normalised once and stays tied.
+        exclude: glob patterns on names that are left alone.
+        cache: in training compute w once for all that happens between two optimizer steps, such
+            as the batches of an accumulation. What changes v unseen by torch, in place through
+            `.data` outside of an optimizer, is then not seen either.
+        optimizers: those made before, which then move the gains too, in the group of v.
+
+    Returns:
+        What was done.
+
+    Raises:
+        InputError: a setting that is not allowed; a pattern that matches nothing; a weight that is
+            zero in some channel, not finite, complex or integer, sharded, without values, or
+            normalised already; gains that an optimizer made before would not move. Nothing was
+            changed then.
+
+    Source: Hoffer et al. 2018, §5 (arXiv 1803.01814); Salimans & Kingma 2016 (arXiv 1602.07868).
+
+    Example:
+        >>> print(apply_weight_norm(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())))
+        bounded weight norm (L2) on 1 weight
+    """
+    settings = Settings.of(kind, p, rho, gain, project)
+    check_flag("cache", cache)
+    sites = find_sites(model, include, exclude)
+    for site in sites:
+        check_site(site)
+    homes = {} if settings.gain == "none" else homes_of_gains(sites, listed(optimizers))
+    norms = [WeightNorm(site.parameter, settings, site.layout, cache=cache) for site in sites]
+    for norm, site in zip(norms, sites, strict=True):
+        norm.positions = tuple(list(m._parameters).index(name) for m, name in site.places)
+    for norm, site in zip(norms, sites, strict=True):
+        _register(norm, site)
+        for group in homes.get(site.name, ()):
+            group["params"].append(norm.gain)
+    rhos = {site.name: float(norm.rho) for site, norm in zip(sites, norms, strict=True)}
+    return WeightNormReport(settings, rhos)
+
+
+def remove_weight_norm(
+    model: nn.Module,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    optimizers: Optimizer | Iterable[Optimizer] = (),
+) -> list[str]:
+    """Make plain parameters of normalised weights again, with exactly the values they have.
+
+    Each is the `Parameter` that it was.
+
+    Args:
+        model: it is changed in place.
+        include: glob patterns on names of weights; empty means all that are normalised.
+        exclude: glob patterns on names that stay normalised.
+        optimizers: they forget the gains.
+
+    Returns:
+        The names of the weights.
+
+    Raises:
+        InputError: a pattern that matches nothing; no normalised weight; a weight that has other
+            parametrizations, too. Nothing was changed then.
+    """
+    sites = find_normalised_sites(model, include, exclude)
+    for site in sites:
+        _unregister(site, listed(optimizers))
+    return [site.name for site in sites]
+
+
+def _register(norm: WeightNorm, site: Site) -> None:
+    gains = None if norm.gain is None else norm.gain.detach().clone()
+    for module, attribute in site.places:
+        unshare_class(module)
+        parametrize.register_parametrization(module, attribute, norm)
+    if norm.gain is not None and gains is not None:
+        norm.gain.detach().copy_(gains)  # registering assigned the weight, and so its norms
+    norm.keep(site.parametrizations)
+
+
+@torch.no_grad()
+def _unregister(site: Site, optimizers: Sequence[Optimizer]) -> None:
+    norm: WeightNorm = site.parametrizations[0]  # type: ignore[assignment]
+    value = site.parametrizations().clone()
+    for (module, attribute), position in zip(site.places, norm.positions, strict=True):
+        unshare_class(module)
+        parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
+        _move(module._parameters, attribute, position)
+    site.parameter.copy_(value)
+    if norm.gain is not None:
+        take_out(norm.gain, optimizers)
+
+
+def unshare_class(module: nn.Module) -> None:
+    """Give a parametrized module a class of its own.
+
+    Torch makes one when it parametrizes, and changes that class afterwards; but copies of the
+    module have the same one.
+    """
+    if parametrize.is_parametrized(module):
+        cls = type(module)
+        kept = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+        module.__class__ = type(cls.__name__, cls.__bases__, kept)
+
+
+def _move(parameters: dict[str, Any], name: str, position: int) -> None:
+    """Give an entry the position that it had."""
+    names = [other for other in parameters if other != name]
+    names.insert(position, name)
+    for each in names:
+        parameters[each] = parameters.pop(each)

@@ -1,0 +1,330 @@
+"""Test what is normalised, what stays the same, and what is refused."""
+
+import copy
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from nmlightning import InputError, apply_weight_norm, channel_norms, remove_weight_norm
+from nmlightning.weights.channel_norms import ROWS, ChannelLayout
+
+NORMS = [1.0, 2.0, math.inf]
+FORMS: dict[str, dict[str, Any]] = {
+    "bounded": {"kind": "bounded"},
+    "bounded, gains": {"kind": "bounded", "gain": "channel"},
+    "weight": {"kind": "weight"},
+    "weight, a gain a layer": {"kind": "weight", "gain": "layer"},
+}
+LAYOUTS = {0: ROWS, 2: ChannelLayout(2)}
+
+
+def norms_of(net: nn.Sequential, layer: int, p: float) -> Tensor:
+    return channel_norms(net[layer].weight, p, LAYOUTS[layer])  # type: ignore[arg-type]
+
+
+def train(net: nn.Module, images: Tensor, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        net(images).square().mean().backward()
+        optimizer.step()
+
+
+def power_mean(norms: Tensor, p: float) -> Tensor:
+    return norms.max() if p == math.inf else norms.pow(p).mean().pow(1 / p)
+
+
+@pytest.mark.parametrize("p", NORMS)
+@pytest.mark.parametrize("form", FORMS)
+def test_definition(net: nn.Sequential, images: Tensor, form: str, p: float) -> None:
+    before, output = copy.deepcopy(net), net(images)
+    report = apply_weight_norm(net, p=p, **FORMS[form])
+    assert list(report.weights) == ["0.weight", "2.weight"]
+    for layer, rho in zip((0, 2), report.weights.values(), strict=True):
+        old, new = norms_of(before, layer, p), norms_of(net, layer, p)
+        torch.testing.assert_close(torch.tensor(rho), power_mean(old, p))
+        by_channel = FORMS[form].get("gain", "channel" if form == "weight" else None) == "channel"
+        torch.testing.assert_close(new, old if by_channel else torch.full_like(new, rho))
+    if form in ("weight", "bounded, gains"):
+        torch.testing.assert_close(net(images), output)
+
+
+@pytest.mark.parametrize("p", NORMS)
+@pytest.mark.parametrize("project", [False, True])
+def test_bounded_norms_stay_exact(
+    net: nn.Sequential, images: Tensor, p: float, project: bool
+) -> None:
+    rho = apply_weight_norm(net, p=p, project=project).weights["0.weight"]
+    untrained = copy.deepcopy(net)
+
+    def error(net: nn.Sequential) -> float:
+        return float((norms_of(net, 0, p) / rho - 1).abs().max())
+
+    assert error(net) < 1e-6
+    train(net, images, torch.optim.SGD(net.parameters(), 0.1, momentum=0.9), 10)
+    assert error(net) < 1e-6
+    untrained.load_state_dict(copy.deepcopy(net.state_dict()))
+    assert error(untrained) < 1e-6
+    assert torch.equal(untrained(images), net(images))
+
+
+def test_the_gains_of_a_bounded_layer_keep_their_norm(net: nn.Sequential, images: Tensor) -> None:
+    apply_weight_norm(net, gain="channel")
+    before = norms_of(net, 0, 2).norm()
+    train(net, images, torch.optim.SGD(net.parameters(), 0.1), 10)
+    now = norms_of(net, 0, 2)
+    assert now.norm() == pytest.approx(float(before), rel=1e-6)
+    assert now.std() > 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_gradient_is_that_of_the_formula(form: str) -> None:
+    net, image = nn.Conv2d(2, 3, 2).double(), torch.randn(1, 2, 2, 2).double()
+    apply_weight_norm(net, **FORMS[form])
+    parameters = dict(net.named_parameters())
+
+    def loss(*values: Tensor) -> Tensor:
+        given = dict(zip(parameters, values, strict=True))
+        return torch.func.functional_call(net, given, image).square().mean()
+
+    assert torch.autograd.gradcheck(loss, tuple(parameters.values()))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_removal_leaves_exactly_the_weight(net: nn.Sequential, images: Tensor, form: str) -> None:
+    names, parameters = zip(*net.named_parameters(), strict=True)
+    apply_weight_norm(net, **FORMS[form])
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    train(net, images, optimizer, 3)
+    copied = copy.deepcopy(net)
+    output = net(images)
+    assert remove_weight_norm(net, optimizers=optimizer) == ["0.weight", "2.weight"]
+    assert torch.equal(net(images), output)
+    assert [name for name, _ in net.named_parameters()] == list(names)
+    assert all(a is b for a, b in zip(net.parameters(), parameters, strict=True))
+    assert {q for g in optimizer.param_groups for q in g["params"]} == set(parameters)
+    assert type(net[0]) is nn.Conv2d
+    assert torch.equal(copied(images), output)  # a copy is none the worse for it
+
+
+def test_an_optimizer_made_before_moves_the_hidden_weight(
+    net: nn.Sequential, images: Tensor
+) -> None:
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    weight = net[0].weight
+    apply_weight_norm(net)
+    assert net[0].parametrizations.weight.original is weight  # type: ignore[union-attr]
+    before = net[0].weight.detach().clone()  # type: ignore[operator, union-attr]
+    train(net, images, optimizer, 1)
+    assert not torch.equal(net[0].weight, before)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", ["weight", "bounded, gains"])
+def test_gains_join_the_optimizers_that_are_handed_over(
+    net: nn.Sequential, images: Tensor, form: str
+) -> None:
+    convs = [net[0].weight, net[2].weight]
+    rest = [q for q in net.parameters() if not any(q is w for w in convs)]
+    optimizer = torch.optim.SGD([{"params": rest}, {"params": convs, "lr": 0.5}], 0.1)
+    with pytest.raises(InputError, match=r"moves 0\.weight, and it would not move the gain"):
+        apply_weight_norm(net, **FORMS[form])
+    assert type(net[0]) is nn.Conv2d
+    apply_weight_norm(net, optimizers=optimizer, **FORMS[form])
+    gains = [q for name, q in net.named_parameters() if name.endswith(".gain")]
+    assert [id(q) for q in optimizer.param_groups[1]["params"]] == [
+        *map(id, convs),
+        *map(id, gains),
+    ]
+    before = [gain.detach().clone() for gain in gains]
+    train(net, images, optimizer, 1)
+    assert not any(torch.equal(a, b) for a, b in zip(before, gains, strict=True))
+
+
+def test_rho_may_be_given(net: nn.Sequential) -> None:
+    apply_weight_norm(net, rho=0.5)
+    torch.testing.assert_close(norms_of(net, 0, 2), torch.full((8,), 0.5))
+    remove_weight_norm(net)
+    apply_weight_norm(net, "weight", rho=2)
+    torch.testing.assert_close(norms_of(net, 0, 2), torch.full((8,), 2.0))
+
+
+def test_an_assigned_weight_gives_the_gains_its_norms(net: nn.Sequential) -> None:
+    apply_weight_norm(net, "weight")
+    new = torch.randn(8, 3, 3, 3)
+    net[0].weight = new  # type: ignore[assignment]
+    torch.testing.assert_close(net[0].weight, new)
+
+
+def test_globs(net: nn.Sequential) -> None:
+    report = apply_weight_norm(net, include=["*.weight"], exclude=["2.*"])
+    assert list(report.weights) == ["0.weight", "5.weight"]
+    assert str(report) == "bounded weight norm (L2) on 2 weights"
+    assert remove_weight_norm(net, include=["5.*"]) == ["5.weight"]
+    assert type(net[5]) is nn.Linear
+    assert type(net[0]) is not nn.Conv2d
+
+
+def test_a_tied_weight_is_normalised_once_and_stays_tied() -> None:
+    net = nn.ModuleDict({"embed": nn.Embedding(10, 6, padding_idx=0), "out": nn.Linear(6, 10)})
+    net["out"].weight = net["embed"].weight
+    assert list(apply_weight_norm(net, "weight", include=["out.weight"]).weights) == [
+        "embed.weight"
+    ]
+    assert torch.equal(net["embed"].weight, net["out"].weight)  # type: ignore[arg-type]
+    assert sum(q.numel() for q in net.parameters()) == 60 + 10 + 10
+    assert (net["embed"].weight[0] == 0).all()  # type: ignore[index]
+    remove_weight_norm(net)
+    assert net["embed"].weight is net["out"].weight
+
+
+@pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers(cls: type[nn.Module]) -> None:
+    layer, x = cls(5, 7, 2), torch.randn(3, 2, 5)
+    output = layer(x)[0]
+    apply_weight_norm(layer, "weight", include=["weight_*"])
+    torch.testing.assert_close(layer(x)[0], output)
+    train(nn.Sequential(layer, _First()), x, torch.optim.SGD(layer.parameters(), 0.5), 1)
+    assert (layer(x)[0] - output).abs().max() > 1e-3
+    assert channel_norms(layer.weight_ih_l0).shape == (len(layer.weight_ih_l0),)  # type: ignore[arg-type]
+
+
+class _First(nn.Module):
+    def forward(self, outputs: tuple[Tensor, Tensor]) -> Tensor:
+        return outputs[0]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_attention_projections(training: bool) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).train(training)
+    x = torch.randn(2, 3, 8)
+    output = layer(x)
+    apply_weight_norm(layer, "weight", include=["*proj*weight", "linear*.weight"])
+    torch.testing.assert_close(layer(x), output)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), output)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_compiles_without_graph_breaks(
+    net: nn.Sequential, images: Tensor, form: str, cache: bool
+) -> None:
+    apply_weight_norm(net, cache=cache, **FORMS[form])
+    torch._dynamo.reset()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    grads = []
+    for model in (net, compiled):
+        net.zero_grad()
+        model(images).square().mean().backward()
+        grads.append([q.grad for q in net.parameters()])
+    torch.testing.assert_close(*grads)
+    torch.testing.assert_close(compiled(images), net(images))
+
+
+def test_exports(net: nn.Sequential, images: Tensor) -> None:
+    apply_weight_norm(net, "weight")
+    exported = torch.export.export(net.eval(), (images,))
+    torch.testing.assert_close(exported.module()(images), net(images))
+
+
+def test_torch_refuses_to_pickle_what_is_parametrized(net: nn.Sequential) -> None:
+    apply_weight_norm(net)
+    with pytest.raises(RuntimeError, match="only supported through state_dict"):
+        pickle.dumps(net)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes(net: nn.Sequential, dtype: torch.dtype) -> None:
+    rho = apply_weight_norm(net).weights["0.weight"]
+    net.to(dtype)
+    assert net[0].weight.dtype == dtype
+    torch.testing.assert_close(
+        norms_of(net, 0, 2).float(),
+        torch.full((8,), rho),
+        rtol=2 * torch.finfo(dtype).eps + 1e-6,
+        atol=0,
+    )
+
+
+def test_a_strict_load_into_a_plain_model_fails(net: nn.Sequential) -> None:
+    plain = copy.deepcopy(net)
+    apply_weight_norm(net)
+    with pytest.raises(RuntimeError, match=r"Missing key.*0\.weight"):
+        plain.load_state_dict(net.state_dict())
+
+
+def zero_channel() -> nn.Module:
+    conv = nn.Conv2d(2, 4, 1)
+    nn.init.zeros_(conv.weight[1])
+    return conv
+
+
+def not_finite() -> nn.Module:
+    conv = nn.Conv2d(2, 4, 1)
+    nn.init.constant_(conv.weight[1], math.nan)
+    return conv
+
+
+def wrapped() -> nn.Module:
+    conv = nn.Conv2d(2, 4, 1)
+    apply_weight_norm(conv)
+    return conv
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (zero_channel, r"weight has 1 of 4 channels that are zero \(1\)"),
+        (not_finite, "values that are not finite"),
+        (wrapped, "normalised already; remove_weight_norm undoes that"),
+        (lambda: parametrizations.weight_norm(nn.Conv2d(2, 4, 1)), "has a parametrization already"),
+        (lambda: nn.Conv2d(2, 4, 1, dtype=torch.complex64), "torch.complex64"),
+        (lambda: nn.Conv2d(2, 4, 1, device="meta"), "no values yet"),
+        (lambda: nn.LazyConv2d(4, 1), "no values yet"),
+        (lambda: nn.Linear(2, 4), "no weight to normalise: by default .* It has weight"),
+        (nn.ReLU, "no weight to normalise"),
+    ],
+)
+def test_refuses_models(make: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        apply_weight_norm(make())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"p": 3}, "p is 1, 2 or inf, got 3"),
+        ({"p": "two"}, "p is 1, 2 or inf, got 'two'"),
+        ({"p": True}, "p is 1, 2 or inf, got True"),
+        ({"kind": "bound"}, "kind is 'bounded' or 'weight', got 'bound'. Did you mean 'bounded'?"),
+        ({"rho": 0}, "rho is 'init' or a positive number, got 0"),
+        ({"rho": "first"}, "rho is 'init' or a positive number, got 'first'"),
+        ({"gain": "layer"}, "gain of 'bounded' is 'none' or 'channel', got 'layer'"),
+        (
+            {"kind": "weight", "gain": "none"},
+            "gain of 'weight' is 'channel' or 'layer', got 'none'",
+        ),
+        ({"project": "no"}, "project is True or False, got 'no'"),
+        ({"cache": 2}, "cache is True or False, got 2"),
+        (
+            {"include": ["7.*"]},
+            r"'7.\*' matches no weight .* there is 0.weight, 2.weight, 5.weight",
+        ),
+        ({"exclude": ["*"]}, "no weight to normalise"),
+    ],
+)
+def test_refuses_settings(net: nn.Sequential, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        apply_weight_norm(net, **options)
+    assert not any("parametrizations" in name for name in net.state_dict())
+
+
+def test_nothing_to_remove(net: nn.Sequential) -> None:
+    with pytest.raises(InputError, match="Sequential has no normalised weight"):
+        remove_weight_norm(net)

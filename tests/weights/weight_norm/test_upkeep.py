@@ -1,0 +1,192 @@
+"""Test what happens between optimizer steps: one computation, and at each step a projection."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nmlightning import apply_weight_norm, channel_norms, remove_weight_norm
+from nmlightning.weights.weight_norm.normalised_weight import NormalisedWeight
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What was computed for training, since it was cleared."""
+    calls: list[Any] = []
+    original = NormalisedWeight.apply
+
+    def count(*args: Any) -> Any:
+        calls.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(NormalisedWeight, "apply", count)
+    return calls
+
+
+def step(net: nn.Module, images: Tensor, optimizer: torch.optim.Optimizer, batches: int) -> None:
+    optimizer.zero_grad()
+    for _ in range(batches):
+        net(images).square().mean().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "form", [{"kind": "bounded"}, {"kind": "weight"}, {"kind": "bounded", "gain": "channel"}]
+)
+def test_a_cached_weight_changes_nothing(
+    net: nn.Sequential, images: Tensor, form: dict[str, Any]
+) -> None:
+    twin = copy.deepcopy(net)
+    apply_weight_norm(net, cache=True, **form)
+    apply_weight_norm(twin, **form)
+    optimizers = [torch.optim.SGD(x.parameters(), 0.1, momentum=0.9) for x in (net, twin)]
+    for _ in range(5):
+        step(net, images, optimizers[0], 3)
+        step(twin, images, optimizers[1], 3)
+        assert torch.equal(net(images), twin(images))
+
+
+def test_it_is_computed_once_a_step(
+    net: nn.Sequential, images: Tensor, computed: list[Any]
+) -> None:
+    apply_weight_norm(net, cache=True)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    step(net, images, optimizer, 1)
+    for _ in range(2):
+        computed.clear()
+        step(net, images, optimizer, 4)
+        assert len(computed) == 2  # one for each convolution
+
+
+class DataOptimizer(torch.optim.Optimizer):
+    """Moves parameters as torch does not see: through `.data`."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for q in self.param_groups[0]["params"]:
+            q.data.sub_(q.grad.data)
+
+
+def change_with_no_grad(net: nn.Sequential) -> None:
+    with torch.no_grad():
+        net[0].parametrizations.weight.original.add_(1)  # type: ignore[union-attr]
+
+
+def change_gain(net: nn.Sequential) -> None:
+    with torch.no_grad():
+        net[0].parametrizations.weight[0].gain.mul_(2)  # type: ignore[index, union-attr]
+
+
+def change_by_loading(net: nn.Sequential) -> None:
+    net.load_state_dict({k: v + 1 for k, v in net.state_dict().items()})
+
+
+def change_by_an_optimizer(net: nn.Sequential) -> None:
+    DataOptimizer(net.parameters()).step()
+
+
+def change_in_evaluation(net: nn.Sequential) -> None:
+    net.eval()
+    net[0].parametrizations.weight.original.data.add_(1)  # type: ignore[union-attr]
+    net.train()
+
+
+def change_dtype(net: nn.Sequential) -> None:
+    net.to(torch.float64)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_with_no_grad,
+        change_gain,
+        change_by_loading,
+        change_by_an_optimizer,
+        change_in_evaluation,
+        change_dtype,
+    ],
+)
+def test_a_change_is_seen(net: nn.Sequential, images: Tensor, change: Any) -> None:
+    apply_weight_norm(net, "weight", cache=True)
+    net(images).square().mean().backward()
+    before = net[0].weight
+    change(net)
+    assert not torch.equal(net[0].weight.double(), before.double()) or change is change_dtype  # type: ignore[operator, union-attr]
+    fresh = copy.deepcopy(net)
+    assert torch.equal(net[0].weight, fresh[0].weight)  # type: ignore[arg-type]
+
+
+def test_evaluation_computes_no_graph(net: nn.Sequential, images: Tensor) -> None:
+    apply_weight_norm(net, cache=True)
+    with torch.no_grad():
+        assert not net(images).requires_grad
+    with torch.inference_mode():
+        net(images)
+    net(images).sum().backward()
+    assert net[0].parametrizations.weight.original.grad is not None  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("p", [1, 2, float("inf")])
+@pytest.mark.parametrize("made", ["before", "after"])
+def test_projection_keeps_the_hidden_norm(
+    net: nn.Sequential, images: Tensor, p: float, made: str
+) -> None:
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9) if made == "before" else None
+    rho = apply_weight_norm(net, p=p, project=True).weights["0.weight"]
+    optimizer = optimizer or torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    for _ in range(5):
+        step(net, images, optimizer, 1)
+        hidden = net[0].parametrizations.weight.original  # type: ignore[union-attr]
+        torch.testing.assert_close(
+            channel_norms(hidden, p),
+            torch.full((8,), rho),
+            rtol=1e-6,
+            atol=0,  # type: ignore[arg-type]
+        )
+
+
+def test_without_it_the_hidden_norm_grows(net: nn.Sequential, images: Tensor) -> None:
+    apply_weight_norm(net)
+    hidden = net[0].parametrizations.weight.original  # type: ignore[union-attr]
+    before = channel_norms(hidden)  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD(net.parameters(), 10.0)
+    for _ in range(5):
+        step(net, images, optimizer, 1)
+    assert (channel_norms(hidden) > before).all()  # type: ignore[arg-type]
+
+
+def test_projection_changes_no_output(net: nn.Sequential, images: Tensor) -> None:
+    twin = copy.deepcopy(net)
+    apply_weight_norm(net, project=True)
+    apply_weight_norm(twin)
+    torch.testing.assert_close(net(images), twin(images))
+    for x in (net, twin):
+        step(x, images, torch.optim.SGD(x.parameters(), 0.0), 1)
+    torch.testing.assert_close(net(images), twin(images))
+
+
+def test_only_a_step_of_its_own_optimizer_projects(net: nn.Sequential, images: Tensor) -> None:
+    apply_weight_norm(net, project=True)
+    hidden = net[0].parametrizations.weight.original  # type: ignore[union-attr]
+    with torch.no_grad():
+        hidden.mul_(3)  # type: ignore[operator]
+    before = channel_norms(hidden)  # type: ignore[arg-type]
+    step(net, images, torch.optim.SGD(net[5].parameters(), 0.1), 1)
+    assert torch.equal(channel_norms(hidden), before)  # type: ignore[arg-type]
+
+
+def test_a_copy_is_projected_too_and_a_removed_one_is_not(
+    net: nn.Sequential, images: Tensor
+) -> None:
+    rho = apply_weight_norm(net, project=True).weights["0.weight"]
+    copied = copy.deepcopy(net)
+    step(copied, images, torch.optim.SGD(copied.parameters(), 0.5), 1)
+    norms = channel_norms(copied[0].parametrizations.weight.original)  # type: ignore[arg-type, union-attr]
+    torch.testing.assert_close(norms, torch.full((8,), rho))
+    remove_weight_norm(net)
+    step(net, images, torch.optim.SGD(net.parameters(), 0.5), 1)
+    assert (channel_norms(net[0].weight) - rho).abs().max() > 1e-4  # type: ignore[arg-type]
