@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from nmlightning.datamodules import CIFAR10 as CIFAR10
     from nmlightning.datamodules import Digits as Digits
     from nmlightning.errors import InputError as InputError
+    from nmlightning.models import TReLU as TReLU
     from nmlightning.norms import L1BatchNorm1d as L1BatchNorm1d
     from nmlightning.norms import L1BatchNorm2d as L1BatchNorm2d
     from nmlightning.norms import L1BatchNorm3d as L1BatchNorm3d
@@ -50,6 +51,7 @@ _HOMES = {
     "checkpoints": ["load_from_checkpoint"],
     "datamodules": ["CIFAR10", "Digits"],
     "errors": ["InputError"],
+    "models": ["TReLU"],
     "norms": [*_BATCH_NORMS, "L1LayerNorm", "LpLayerNorm", "gaussian_constant"],
     "surgery": ["SwapReport", "swap_norms"],
     "tasks": ["ImageClassifier"],
