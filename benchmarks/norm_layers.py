@@ -15,7 +15,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from nmlightning.norms import L1BatchNorm2d, LInfBatchNorm2d, TopKBatchNorm2d
+from nmlightning.norms import (
+    L1BatchNorm2d,
+    LInfBatchNorm2d,
+    MeanOnlyBatchNorm2d,
+    TopKBatchNorm2d,
+)
 
 SHAPES = ((128, 16, 32, 32), (128, 64, 8, 8), (32, 64, 56, 56))
 LAYERS = {
@@ -23,6 +28,7 @@ LAYERS = {
     "l1": L1BatchNorm2d,
     "linf": LInfBatchNorm2d,
     "top10": TopKBatchNorm2d,
+    "mean": MeanOnlyBatchNorm2d,
 }
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 WARM_UP_ROUNDS = 3
@@ -72,9 +78,11 @@ def measure(x: Tensor, rounds: int, compiled: bool) -> dict[str, list[float]]:
 
 
 def _step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], float]:
+    learned = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+
     def step() -> float:
         started = time.perf_counter()
-        torch.autograd.grad(layer(x), (x, *layer.parameters()), grad)
+        torch.autograd.grad(layer(x), (x, *learned), grad)
         if x.device.type == "cuda":
             torch.cuda.synchronize(x.device)
         return time.perf_counter() - started

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from nmlightning.datamodules import CIFAR10 as CIFAR10
     from nmlightning.datamodules import Digits as Digits
     from nmlightning.errors import InputError as InputError
+    from nmlightning.models import TReLU as TReLU
     from nmlightning.norms import L1BatchNorm1d as L1BatchNorm1d
     from nmlightning.norms import L1BatchNorm2d as L1BatchNorm2d
     from nmlightning.norms import L1BatchNorm3d as L1BatchNorm3d
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from nmlightning.norms import LpBatchNorm2d as LpBatchNorm2d
     from nmlightning.norms import LpBatchNorm3d as LpBatchNorm3d
     from nmlightning.norms import LpLayerNorm as LpLayerNorm
+    from nmlightning.norms import MeanOnlyBatchNorm1d as MeanOnlyBatchNorm1d
+    from nmlightning.norms import MeanOnlyBatchNorm2d as MeanOnlyBatchNorm2d
+    from nmlightning.norms import MeanOnlyBatchNorm3d as MeanOnlyBatchNorm3d
     from nmlightning.norms import TopKBatchNorm1d as TopKBatchNorm1d
     from nmlightning.norms import TopKBatchNorm2d as TopKBatchNorm2d
     from nmlightning.norms import TopKBatchNorm3d as TopKBatchNorm3d
@@ -42,12 +46,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_BATCH_NORMS = [f"{norm}BatchNorm{n}d" for norm in ("L1", "LInf", "Lp", "TopK") for n in (1, 2, 3)]
+_STATISTICS = ("L1", "LInf", "Lp", "MeanOnly", "TopK")
+_BATCH_NORMS = [f"{statistic}BatchNorm{n}d" for statistic in _STATISTICS for n in (1, 2, 3)]
 _HOMES = {
     "callbacks": ["NormSwap", "WeightNormTracker"],
     "checkpoints": ["load_from_checkpoint"],
     "datamodules": ["CIFAR10", "Digits"],
     "errors": ["InputError"],
+    "models": ["TReLU"],
     "norms": [*_BATCH_NORMS, "L1LayerNorm", "LpLayerNorm", "gaussian_constant"],
     "surgery": ["SwapReport", "swap_norms"],
     "tasks": ["ImageClassifier"],

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 from torch import nn
 
-from nmlightning.norms.batch_norm import StatisticBatchNorm
+from nmlightning.norms.batch_norm_base import BatchNormBase
 
 _LIGHTNING = ("pytorch_lightning.", "lightning.pytorch.")
 # Callbacks whose setup copies the module, so that it has to see the swapped one.
@@ -82,7 +82,7 @@ class _SyncKeepingOurs:
         ours = {
             name: layer
             for name, layer in model.named_modules(remove_duplicate=False)
-            if isinstance(layer, StatisticBatchNorm)
+            if isinstance(layer, BatchNormBase)
         }
         model = self.original.apply(model)
         for name, layer in ours.items():

@@ -84,11 +84,12 @@ def swap_norms(
     hold them, and every place that shares the module stay valid. A layer is swapped if its class is
     exactly torch's `BatchNorm1d/2d/3d`, `SyncBatchNorm` (which becomes a synchronised norm) or
     `LayerNorm`, one of ours, or timm's `BatchNormAct2d` (which keeps its drop and activation).
-    Calling it twice changes nothing the second time. `norm="l2"` undoes a swap.
+    Calling it twice changes nothing the second time. `norm="l2"` undoes a swap. A swap to `mean`,
+    which has no scale, makes the weights 1 and freezes them until the next swap.
 
     Args:
         model: any module, also one that `torch.compile` wraps.
-        norm: `l1`, `linf`, `top10`, `topk`, `lp`, or `l2` for torch's own.
+        norm: `l1`, `linf`, `top10`, `topk`, `lp`, `mean`, or `l2` for torch's own.
         options: the norm's constructor options: `k`, `p`, `constant`, `eps`, `momentum`,
             `stats_dtype`, `sync`. By default eps and momentum stay those of the layer.
         kinds: `batch`, `layer` or both.

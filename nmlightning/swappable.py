@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase, _NormBase
 
 from nmlightning.norms.layer_norm import LpLayerNorm
+from nmlightning.norms.mean_only import MeanOnlyBatchNorm
 from nmlightning.norms.registry import NORMS, Kind
 
 _NAMED_LIKE_A_NORM = re.compile(r"(Batch|Layer|Group|Instance|RMS|Response)_?Norm", re.IGNORECASE)
@@ -22,6 +23,7 @@ _COMMON_SETTINGS = ("eps", "momentum")
 _ORIGINAL_CLASS = "_class_before_swap"
 _ACTIVATION_HOOK = "_drop_and_act_hook"
 _FAST_PATH = "_activation_relu_or_gelu_before_swap"
+_FROZEN_WEIGHT = "_weight_was_frozen_before_swap"
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,19 @@ def is_like(module: nn.Module, template: nn.Module) -> bool:
 
 
 def become(module: nn.Module, template: nn.Module) -> None:
-    """Give `module` the class and the settings of `template`; all else stays what it was."""
+    """Give `module` the class and the settings of `template`; all else stays what it was.
+
+    Except where the norm has no scale: see `MeanOnlyBatchNorm.drop_scale`.
+    """
     before, after = type(module), class_to_take(module, template)
+    if isinstance(module, MeanOnlyBatchNorm):
+        _give_scale_back(module)
     for name in _OWN_SETTINGS:
         module.__dict__.pop(name, None)
     module.__dict__.update(_settings(template))
     module.__class__ = after
+    if isinstance(module, MeanOnlyBatchNorm):
+        _take_scale(module)
     if after is nn.SyncBatchNorm:
         module.__dict__.setdefault("process_group", None)
     if _is_norm_with_activation(before):
@@ -89,6 +98,19 @@ def become(module: nn.Module, template: nn.Module) -> None:
     elif _is_norm_with_activation(after):
         module.__dict__.pop(_ACTIVATION_HOOK).remove()
         del module.__dict__[_ORIGINAL_CLASS]
+
+
+def _take_scale(module: MeanOnlyBatchNorm) -> None:
+    if module.weight is not None and not module.weight.requires_grad:
+        module.__dict__[_FROZEN_WEIGHT] = True
+    module.drop_scale()
+
+
+def _give_scale_back(module: MeanOnlyBatchNorm) -> None:
+    """Let the weight, which is 1, learn again, unless it did not before."""
+    frozen = module.__dict__.pop(_FROZEN_WEIGHT, False)
+    if module.weight is not None:
+        module.weight.requires_grad_(not frozen)
 
 
 def drop_and_act(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -32,8 +32,12 @@ LAYERS = [
     ["nmlightning.weights.layer_weights", "nmlightning.weights.optimizer_family"],
     ["nmlightning.weights.channel_norms"],
     ["nmlightning.norms.registry"],
-    ["nmlightning.norms.batch_norm", "nmlightning.norms.layer_norm"],
-    ["nmlightning.norms.batch_norm_function", "nmlightning.norms.layer_norm_function"],
+    ["nmlightning.norms.batch_norm", "nmlightning.norms.layer_norm", "nmlightning.norms.mean_only"],
+    [
+        "nmlightning.norms.batch_norm_base",
+        "nmlightning.norms.batch_norm_function",
+        "nmlightning.norms.layer_norm_function",
+    ],
     ["nmlightning.norms.statistics"],
     [
         "nmlightning.models",

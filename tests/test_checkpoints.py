@@ -15,6 +15,7 @@ from lightning_modules import BuildsLate, Classifies, make_trainer
 from nmlightning import load_from_checkpoint, swap_norms
 from nmlightning.callbacks import NormSwap
 from nmlightning.errors import InputError
+from nmlightning.norms.mean_only import MeanOnlyBatchNorm2d
 from nmlightning.recipes import recipes_in
 
 
@@ -81,6 +82,15 @@ def test_it_is_what_was_trained(module_class: type, weights_only: bool, tmp_path
     assert_same(loaded, module)
 
 
+def test_a_norm_without_a_scale(tmp_path: Path) -> None:
+    module = PlModule()
+    save(module, tmp_path / "a.ckpt", NormSwap("mean"))
+    loaded = load_from_checkpoint(PlModule, tmp_path / "a.ckpt")
+    assert type(loaded.net[1]) is MeanOnlyBatchNorm2d
+    assert not loaded.net[1].weight.requires_grad
+    assert_same(loaded, module)
+
+
 def test_two_swaps_are_made_in_their_order(tmp_path: Path) -> None:
     module = PlModule()
     save(module, tmp_path / "a.ckpt", NormSwap("l1", {"eps": 0.1}), NormSwap("linf"))
@@ -131,9 +141,10 @@ def test_a_checkpoint_without_a_recipe_is_loaded_as_it_is(tmp_path: Path) -> Non
     assert_same(load_from_checkpoint(PlModule, tmp_path / "a.ckpt"), module)
 
 
-def test_a_swapped_checkpoint_loads_into_the_plain_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("norm", ["l1", "mean"])
+def test_a_swapped_checkpoint_loads_into_the_plain_model(norm: str, tmp_path: Path) -> None:
     module = PlModule()
-    save(module, tmp_path / "a.ckpt", NormSwap("l1"))
+    save(module, tmp_path / "a.ckpt", NormSwap(norm))
     plain = PlModule.load_from_checkpoint(tmp_path / "a.ckpt")
     assert type(plain.net[1]) is nn.BatchNorm2d
     torch.testing.assert_close(plain.eval()(images()), module.eval()(images()))

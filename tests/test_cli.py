@@ -149,6 +149,7 @@ BAD_INPUT = {
     # Values
     "--model.net.depth twenty": "model.net.depth: expected int, received 'twenty'.",
     "--model.net.depth 21": "depth 21 is not 6n . 2",
+    "--model.net.activation tanh": "expected one of 'relu', 'trelu', received 'tanh'.",
     "--model.net null": "model: ImageClassifier needs net.",
     "--model.optimizer.lr high": "model.optimizer.lr: expected float, received 'high'.",
     "--model.lr_scheduler.milestones x": "milestones: expected a list, received 'x'.",

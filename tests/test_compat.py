@@ -136,7 +136,8 @@ class Ranked(PlModule):
         torch.save(report, self.folder / f"{self.trainer.global_rank}.pt")
 
 
-RUNS = {"l1 synchronised": ("l1", True), "top10 synchronised": ("top10", True), "l1": ("l1", False)}
+SYNCHRONISED = {f"{norm} synchronised": (norm, True) for norm in ("l1", "top10", "mean")}
+RUNS = {**SYNCHRONISED, "l1": ("l1", False)}
 
 
 def train(folder: Path, run: str, **options: Any) -> None:
@@ -171,7 +172,7 @@ class TestTwoRanks:
         assert answer.returncode == 0, answer.stderr
         return folder
 
-    @pytest.mark.parametrize("run", ["l1 synchronised", "top10 synchronised"])
+    @pytest.mark.parametrize("run", SYNCHRONISED)
     def test_synchronised_norms_train_as_one_process(
         self, run: str, reports: Path, tmp_path: Path
     ) -> None:

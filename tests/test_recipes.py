@@ -58,6 +58,7 @@ def test_a_recipe_is_what_json_can_hold() -> None:
         (recipe("l1", constant="exact", stats_dtype=None), recipe("l1")),
         (recipe("topk", k=10), recipe("topk")),
         (recipe("lp", p=1), recipe("lp")),
+        (recipe("mean", stats_dtype=None), recipe("mean")),
         (recipe("lp", p=1, stats_dtype="torch.float64"), recipe("lp", stats_dtype=torch.float64)),
         (
             make_recipe("l1", {}, ("layer", "batch"), ("b", "a"), ("d", "c")),

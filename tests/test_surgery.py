@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from nmlightning import swap_norms
 from nmlightning.errors import InputError
 from nmlightning.norms import batch_norm as ours
+from nmlightning.norms.batch_norm_base import BatchNormBase
 from nmlightning.norms.layer_norm import L1LayerNorm, LpLayerNorm
+from nmlightning.norms.mean_only import MeanOnlyBatchNorm, MeanOnlyBatchNorm2d
 
 # The norm of each is a batch norm, as plain nn layers, timm's BatchNormAct2d, or both.
 ARCHITECTURES = [
     ("torchvision", "resnet18", "l1"),
     ("torchvision", "densenet121", "l1"),
+    ("torchvision", "mobilenet_v2", "mean"),
     ("torchvision", "mobilenet_v3_small", "linf"),
     ("torchvision", "regnet_y_400mf", "l1"),
     ("torchvision", "googlenet", "top10"),
@@ -321,13 +324,17 @@ class TestInput:
 
 
 class TestUndo:
-    @pytest.mark.parametrize("norms", [["l1"], ["linf"], ["l1", "linf", "top10"], ["lp", "topk"]])
+    @pytest.mark.parametrize(
+        "norms", [["l1"], ["linf"], ["l1", "linf", "top10"], ["lp", "topk"], ["mean"]]
+    )
     def test_l2_undoes(self, norms: list[str]) -> None:
         net, x = small_net(), images()
         original = copy.deepcopy(net)
         for norm in norms:
             swap_norms(net, norm)
-            assert len(net[1].__dict__.keys() - original[1].__dict__.keys()) >= 3
+            assert len(net[1].__dict__.keys() - original[1].__dict__.keys()) >= (
+                2 if norm == "mean" else 3
+            )
         swap_norms(net, "l2")
         assert classes(net) == classes(original)
         assert net[1].__dict__.keys() == original[1].__dict__.keys()
@@ -340,6 +347,96 @@ class TestUndo:
         assert not hasattr(net[1], "k")
         assert net[1].constant == "exact"
         assert repr(net[1]) == "L1BatchNorm2d(8, eps=0.001, momentum=0.2)"
+
+
+class TestMeanOnly:
+    """The one norm without a scale: its layers have the weight, which is 1 and learns nothing."""
+
+    def net(self) -> nn.Sequential:
+        """Return a net in which no scale is 1, and one is 0 at first, as in residual branches."""
+        net = small_net()
+        nn.init.normal_(net[1].weight, mean=3.0)
+        nn.init.zeros_(net[3][1].weight)
+        net(5 * images())
+        return net
+
+    def test_the_scale_goes_and_the_mean_and_the_bias_stay(self) -> None:
+        net = self.net()
+        norm, x = net[1], torch.randn(4, 8, 2, 2)
+        shift = (norm.bias - norm.running_mean).view(-1, 1, 1)
+        swap_norms(net, "mean")
+        torch.testing.assert_close(norm.eval()(x), x + shift)
+        assert net(images()).std() > 0.1
+
+    def test_an_optimizer_made_before_trains_the_biases_and_leaves_the_weights(self) -> None:
+        net = self.net()
+        norms = (net[1], net[3][1])
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.5)
+        net(images()).square().sum().backward()
+        ids = [id(q) for q in net.parameters()]
+        swap_norms(net, "mean")
+        before = [norm.bias.detach().clone() for norm in norms]
+        for _ in range(2):  # The gradients of the first step are from before the swap.
+            optimizer.step()
+            net(images()).square().sum().backward()
+        assert [id(q) for q in net.parameters()] == ids
+        for norm, bias in zip(norms, before, strict=True):
+            assert torch.equal(norm.weight, torch.ones_like(norm.weight))
+            assert not torch.equal(norm.bias, bias)
+
+    @pytest.mark.parametrize("norm", ["l2", "l1"])
+    def test_the_next_norm_evaluates_alike_and_its_weight_learns(self, norm: str) -> None:
+        net, x = self.net(), images()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        swap_norms(net, "mean")
+        net(x)
+        expected = net.eval()(x)
+        swap_norms(net, norm)
+        torch.testing.assert_close(net(x), expected, rtol=0, atol=0)
+        net.train()(x).pow(3).sum().backward()
+        optimizer.step()
+        assert not torch.equal(net[1].weight, torch.ones(8))
+
+    def test_a_frozen_weight_is_frozen_afterwards(self) -> None:
+        net = self.net()
+        net[1].weight.requires_grad_(False)
+        for norm, options in (("mean", {}), ("mean", {"eps": 0.1}), ("l2", {})):
+            swap_norms(net, norm, options)
+            weights = (net[1].weight.requires_grad, net[3][1].weight.requires_grad)
+            assert weights == (False, norm == "l2")
+            variance = {"mean": 1 - net[1].eps, "l2": 0.9}[norm]
+            torch.testing.assert_close(net[1].running_var, torch.full((8,), variance))
+
+    def test_a_weight_that_was_frozen_once_may_learn_after_the_next_swap(self) -> None:
+        net = self.net()
+        for frozen in (True, False):
+            net[1].weight.requires_grad_(not frozen)
+            swap_norms(net, "mean")
+            swap_norms(net, "l2")
+            assert net[1].weight.requires_grad is not frozen
+
+    def test_a_copy_is_undone_on_its_own(self) -> None:
+        net = self.net()
+        swap_norms(net, "mean")
+        twin = copy.deepcopy(net)
+        swap_norms(twin, "l2")
+        assert (type(net[1]), net[1].weight.requires_grad) == (MeanOnlyBatchNorm2d, False)
+        assert (type(twin[1]), twin[1].weight.requires_grad) == (nn.BatchNorm2d, True)
+
+    @pytest.mark.parametrize("settings", [{"affine": False}, {"track_running_stats": False}])
+    def test_layers_that_lack_what_it_drops(self, settings: dict[str, Any]) -> None:
+        net, x = nn.Sequential(nn.BatchNorm2d(3, **settings)), images()
+        swap_norms(net, "mean")
+        torch.testing.assert_close(net(x), x - x.mean((0, 2, 3), keepdim=True))
+        swap_norms(net, "l2")
+        torch.testing.assert_close(net(x), nn.BatchNorm2d(3, **settings)(x))
+
+    def test_synchronised_torchs_comes_back(self) -> None:
+        net = nn.Sequential(nn.SyncBatchNorm(3))
+        swap_norms(net, "mean")
+        assert (type(net[0]), net[0].sync) == (MeanOnlyBatchNorm, True)
+        swap_norms(net, "l2")
+        assert type(net[0]) is nn.SyncBatchNorm
 
 
 class TestSynchronised:
@@ -397,8 +494,8 @@ def test_every_batch_norm_swaps_and_trains_a_step(library: str, name: str, norm:
     assert len(norms) > 10
     assert len(report) == len(norms)
     assert not report.left
-    assert all(isinstance(m, ours.StatisticBatchNorm) for m in norms)
-    before = [m.weight.detach().clone() for m in norms]
+    assert all(isinstance(m, BatchNormBase) for m in norms)
+    before = [m.bias.detach().clone() for m in norms]
     # Twelve images: the last norms see one pixel of each, and top10 needs ten values.
     loss = net(torch.randn(12, 3, 32, 32)).square().mean()
     loss.backward()
@@ -406,4 +503,4 @@ def test_every_batch_norm_swaps_and_trains_a_step(library: str, name: str, norm:
     assert math.isfinite(loss.item())
     assert all(q.isfinite().all() for q in net.state_dict().values())
     # Not all of them: behind a residual branch that starts at zero there is no gradient yet.
-    assert any(not torch.equal(m.weight, w) for m, w in zip(norms, before, strict=True))
+    assert any(not torch.equal(m.bias, b) for m, b in zip(norms, before, strict=True))

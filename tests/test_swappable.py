@@ -84,9 +84,10 @@ class TestCompiled:
 
     # What torch 2.11's compiler does with an autograd function, and warns of itself.
     @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated")
-    def test_a_net_that_was_compiled_and_ran_computes_the_swapped_norm(self) -> None:
+    @pytest.mark.parametrize("norm", ["linf", "mean"])
+    def test_a_net_that_was_compiled_and_ran_computes_the_swapped_norm(self, norm: str) -> None:
         net, x = small_net(), images()
         compiled = torch.compile(net, backend="eager")
         compiled(x)
-        swap_norms(compiled, "linf")
+        swap_norms(compiled, norm)
         torch.testing.assert_close(compiled(x), net(x))

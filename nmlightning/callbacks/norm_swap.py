@@ -43,7 +43,7 @@ class NormSwap(CallbackBase):
     The keywords are those of `nmlightning.swap_norms`.
 
     Args:
-        norm: `l1`, `linf`, `top10`, `topk`, `lp`, or `l2` for torch's own.
+        norm: `l1`, `linf`, `top10`, `topk`, `lp`, `mean`, or `l2` for torch's own.
         options: the norm's constructor options, such as `constant` or `k`.
         kinds: `batch`, `layer` or both.
         include: glob patterns on the names of modules in the LightningModule; empty means all.

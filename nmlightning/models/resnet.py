@@ -4,6 +4,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nmlightning.errors import InputError
+from nmlightning.models.activation import Activation, initialise, make_activation
 
 WIDTHS = (16, 32, 64)
 
@@ -30,16 +31,18 @@ class ZeroPadShortcut(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """`relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))`, two 3×3 convolutions."""
+    """`act(bn2(conv2(act(bn1(conv1(x))))) + shortcut(x))`, two 3×3 convolutions."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int, activation: Activation
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(out_channels)
-        self.relu1 = nn.ReLU(inplace=True)
+        self.relu1 = make_activation(activation)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        self.relu2 = nn.ReLU(inplace=True)
+        self.relu2 = make_activation(activation)
         same_shape = stride == 1 and in_channels == out_channels
         self.shortcut = (
             nn.Identity() if same_shape else ZeroPadShortcut(in_channels, out_channels, stride)
@@ -61,9 +64,10 @@ class CifarResNet(nn.Module):
         depth: number of weighted layers; 6n + 2.
         num_classes: number of outputs.
         in_channels: channels of the images.
+        activation: "relu", or "trelu" for `TReLU`, with the initialisation that fits.
 
     Raises:
-        InputError: if the depth is not 6n + 2.
+        InputError: if the depth is not 6n + 2, or there is no such activation.
 
     Example:
         >>> import torch
@@ -71,27 +75,30 @@ class CifarResNet(nn.Module):
         torch.Size([2, 10])
     """
 
-    def __init__(self, depth: int = 56, num_classes: int = 10, in_channels: int = 3) -> None:
+    def __init__(
+        self,
+        depth: int = 56,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        activation: Activation = "relu",
+    ) -> None:
         super().__init__()
         blocks = _blocks_per_stage(depth)
+        self.activation = activation
         narrow, middle, wide = WIDTHS
         self.conv1 = nn.Conv2d(in_channels, narrow, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(narrow)
-        self.relu1 = nn.ReLU(inplace=True)
-        self.layer1 = _stage(blocks, narrow, narrow, stride=1)
-        self.layer2 = _stage(blocks, narrow, middle, stride=2)
-        self.layer3 = _stage(blocks, middle, wide, stride=2)
+        self.relu1 = make_activation(activation)
+        self.layer1 = _stage(blocks, narrow, narrow, stride=1, activation=activation)
+        self.layer2 = _stage(blocks, narrow, middle, stride=2, activation=activation)
+        self.layer3 = _stage(blocks, middle, wide, stride=2, activation=activation)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(wide, num_classes)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the convolutions as He et al. (2015) do, N(0, 2 / fan_out); the rest as torch."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, (nn.BatchNorm2d, nn.Linear)):
-                module.reset_parameters()
+        """Draw the convolutions as He et al. (2015) do for the activation; the rest as torch."""
+        initialise(self, self.activation)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu1(self.bn1(self.conv1(x)))
@@ -109,7 +116,9 @@ def _blocks_per_stage(depth: int) -> int:
     return (depth - 2) // 6
 
 
-def _stage(blocks: int, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
-    first = BasicBlock(in_channels, out_channels, stride)
-    others = (BasicBlock(out_channels, out_channels) for _ in range(blocks - 1))
+def _stage(
+    blocks: int, in_channels: int, out_channels: int, stride: int, activation: Activation
+) -> nn.Sequential:
+    first = BasicBlock(in_channels, out_channels, stride, activation)
+    others = (BasicBlock(out_channels, out_channels, 1, activation) for _ in range(blocks - 1))
     return nn.Sequential(first, *others)

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from nmlightning.errors import InputError, check_whole_number
+from nmlightning.models.activation import Activation, initialise, make_activation
 
 STAGE_WIDTHS = (1, 2, 4, 8, 8)  # in units of `width`
 CONVS_PER_STAGE = {
@@ -24,9 +25,10 @@ class VGG(nn.Module):
         num_classes: number of outputs.
         in_channels: channels of the images.
         width: channels of the first stage; the others have 2, 4, 8 and 8 times as many.
+        activation: "relu", or "trelu" for `TReLU`, with the initialisation that fits.
 
     Raises:
-        InputError: if there is no VGG of that depth, or for a width below 1.
+        InputError: if there is no VGG of that depth or no such activation, or for a width below 1.
 
     Example:
         >>> import torch
@@ -35,31 +37,36 @@ class VGG(nn.Module):
     """
 
     def __init__(
-        self, depth: int = 11, num_classes: int = 10, in_channels: int = 3, width: int = 64
+        self,
+        depth: int = 11,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        width: int = 64,
+        activation: Activation = "relu",
     ) -> None:
         super().__init__()
         if depth not in CONVS_PER_STAGE:
             raise InputError(f"There is no VGG of depth {depth}: choose 11, 13, 16 or 19.")
         check_whole_number("width", width)
-        self.features = nn.Sequential(*_layers(CONVS_PER_STAGE[depth], in_channels, width))
+        self.activation = activation
+        layers = _layers(CONVS_PER_STAGE[depth], in_channels, width, activation)
+        self.features = nn.Sequential(*layers)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(STAGE_WIDTHS[-1] * width, num_classes)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the convolutions as He et al. (2015) do, N(0, 2 / fan_out); the rest as torch."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, (nn.BatchNorm2d, nn.Linear)):
-                module.reset_parameters()
+        """Draw the convolutions as He et al. (2015) do for the activation; the rest as torch."""
+        initialise(self, self.activation)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.classifier(self.pool(self.features(x)).flatten(1))
         return logits
 
 
-def _layers(convs_per_stage: tuple[int, ...], in_channels: int, width: int) -> list[nn.Module]:
+def _layers(
+    convs_per_stage: tuple[int, ...], in_channels: int, width: int, activation: Activation
+) -> list[nn.Module]:
     layers: list[nn.Module] = []
     for convs, relative_width in zip(convs_per_stage, STAGE_WIDTHS, strict=True):
         channels = relative_width * width
@@ -67,7 +74,7 @@ def _layers(convs_per_stage: tuple[int, ...], in_channels: int, width: int) -> l
             layers += [
                 nn.Conv2d(in_channels, channels, 3, padding=1, bias=False),
                 nn.BatchNorm2d(channels),
-                nn.ReLU(inplace=True),
+                make_activation(activation),
             ]
             in_channels = channels
         layers.append(nn.MaxPool2d(2))

@@ -19,3 +19,7 @@ from nmlightning.norms.batch_norm import TopKBatchNorm3d as TopKBatchNorm3d
 from nmlightning.norms.gaussian import gaussian_constant as gaussian_constant
 from nmlightning.norms.layer_norm import L1LayerNorm as L1LayerNorm
 from nmlightning.norms.layer_norm import LpLayerNorm as LpLayerNorm
+from nmlightning.norms.mean_only import MeanOnlyBatchNorm as MeanOnlyBatchNorm
+from nmlightning.norms.mean_only import MeanOnlyBatchNorm1d as MeanOnlyBatchNorm1d
+from nmlightning.norms.mean_only import MeanOnlyBatchNorm2d as MeanOnlyBatchNorm2d
+from nmlightning.norms.mean_only import MeanOnlyBatchNorm3d as MeanOnlyBatchNorm3d

@@ -3,13 +3,13 @@
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Any, Literal
 
 from torch import nn
 
 from nmlightning.errors import InputError, nearest
-from nmlightning.norms import batch_norm as batch
+from nmlightning.norms import batch_norm, mean_only
 from nmlightning.norms.layer_norm import L1LayerNorm, LpLayerNorm
 
 Kind = Literal["batch", "layer"]
@@ -35,10 +35,10 @@ class Norm:
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _batch_norms(name: str) -> dict[int | None, type[nn.Module]]:
+def _batch_norms(name: str, home: ModuleType = batch_norm) -> dict[int | None, type[nn.Module]]:
     return {
-        None: getattr(batch, f"{name}BatchNorm"),
-        **{dims: getattr(batch, f"{name}BatchNorm{dims}d") for dims in (1, 2, 3)},
+        None: getattr(home, f"{name}BatchNorm"),
+        **{dims: getattr(home, f"{name}BatchNorm{dims}d") for dims in (1, 2, 3)},
     }
 
 
@@ -55,6 +55,7 @@ NORMS: Mapping[str, Norm] = MappingProxyType(
         "linf": Norm(_batch_norms("LInf")),
         "topk": Norm(_TOP_K),
         "top10": Norm(_TOP_K, fixed={"k": 10}),
+        "mean": Norm(_batch_norms("MeanOnly", mean_only)),
     }
 )
 

@@ -24,6 +24,7 @@ from lightning_modules import (
 from nmlightning.callbacks import NormSwap
 from nmlightning.errors import InputError
 from nmlightning.norms.batch_norm import L1BatchNorm2d, LInfBatchNorm2d, TopKBatchNorm2d
+from nmlightning.norms.mean_only import MeanOnlyBatchNorm2d
 from nmlightning.recipes import recipes_of
 
 
@@ -84,14 +85,17 @@ class TestARun:
         tested = fitted.test(module, batches(), verbose=False)
         assert tested[0]["loss"] == pytest.approx(fitted.callback_metrics["loss"].item())
 
+    @pytest.mark.parametrize(
+        ("norm", "expected"), [("top10", TopKBatchNorm2d), ("mean", MeanOnlyBatchNorm2d)]
+    )
     def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
-        self, module_class: type, tmp_path: Path
+        self, module_class: type, norm: str, expected: type, tmp_path: Path
     ) -> None:
         whole, first, second = (make(module_class) for _ in range(3))
-        fit(whole, NormSwap("top10"), max_epochs=2)
-        fit(first, NormSwap("top10")).save_checkpoint(tmp_path / "a.ckpt")
-        fit(second, NormSwap("top10"), max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
-        assert norm_types(second) == [TopKBatchNorm2d] * 2
+        fit(whole, NormSwap(norm), max_epochs=2)
+        fit(first, NormSwap(norm)).save_checkpoint(tmp_path / "a.ckpt")
+        fit(second, NormSwap(norm), max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
+        assert norm_types(second) == [expected] * 2
         assert_same_weights(second, whole)
 
     @pytest.mark.parametrize("verb", ["validate", "test"])

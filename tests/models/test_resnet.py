@@ -1,5 +1,6 @@
 """CifarResNet against the published sizes and the paper's definition of its shortcut."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 
 from nmlightning.errors import InputError
 from nmlightning.models.resnet import CifarResNet, ZeroPadShortcut
+from nmlightning.models.translated_relu import TReLU
 
 
 def count_by_hand(depth: int, num_classes: int = 10) -> int:
@@ -56,13 +58,26 @@ def test_shortcut_strides_and_pads_with_zeros() -> None:
     assert not y[:, 6:].any()
 
 
-def test_convolutions_start_as_he_et_al_draw_them() -> None:
-    weight = CifarResNet(20).layer3[1].conv1.weight
+@pytest.mark.parametrize(("activation", "second_moment"), [("relu", 0.5), ("trelu", 1.0)])
+def test_convolutions_start_as_he_et_al_draw_them(activation: Any, second_moment: float) -> None:
+    weight = CifarResNet(20, activation=activation).layer3[1].conv1.weight
     # 36,864 samples: the estimate of a standard deviation has a relative error of 0.4 %.
-    assert weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.02)
+    expected = (1 / (second_moment * 64 * 9)) ** 0.5
+    assert weight.std().item() == pytest.approx(expected, rel=0.02)
 
 
-def test_every_parameter_learns() -> None:
-    net = CifarResNet(20)
+def test_the_activation_is_an_option_that_leaves_the_keys_as_they_are() -> None:
+    plain, translated = CifarResNet(20), CifarResNet(20, activation="trelu")
+    types = [Counter(map(type, net.modules())) for net in (plain, translated)]
+    assert types[0][nn.ReLU] == types[1][TReLU] == 19
+    assert types[0][TReLU] == types[1][nn.ReLU] == 0
+    assert list(plain.state_dict()) == list(translated.state_dict())
+    with pytest.raises(InputError, match=r"activation is 'relu' or 'trelu', got 'trulu'\. Did you"):
+        CifarResNet(20, activation="trulu")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("activation", ["relu", "trelu"])
+def test_every_parameter_learns(activation: Any) -> None:
+    net = CifarResNet(20, activation=activation)
     net(torch.randn(4, 3, 32, 32)).logsumexp(1).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())

@@ -6,6 +6,7 @@ from torch import nn
 from torchvision import models
 
 from nmlightning.errors import InputError
+from nmlightning.models.translated_relu import TReLU
 from nmlightning.models.vgg import VGG
 
 
@@ -28,6 +29,15 @@ def test_one_linear_layer_classifies() -> None:
 def test_another_depth_is_refused() -> None:
     with pytest.raises(InputError, match="no VGG of depth 12: choose 11, 13, 16 or 19"):
         VGG(12)
+
+
+def test_the_activation_is_an_option_that_leaves_the_keys_as_they_are() -> None:
+    plain, translated = VGG(11, width=16), VGG(11, width=16, activation="trelu")
+    activations = [type(m) for m in translated.features if isinstance(m, (nn.ReLU, TReLU))]
+    assert activations == [TReLU] * 8
+    assert list(plain.state_dict()) == list(translated.state_dict())
+    with pytest.raises(InputError, match="activation is 'relu' or 'trelu', got None"):
+        VGG(11, activation=None)  # type: ignore[arg-type]
 
 
 def test_width() -> None:

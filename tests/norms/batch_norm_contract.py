@@ -17,7 +17,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 @dataclass(frozen=True)
 class Norm:
-    """A row of the contract: the class, and the power or the count of its statistic."""
+    """A row of the contract: the class, and the power or the count of its statistic, if any."""
 
     name: str
     p: float | None = None
@@ -25,14 +25,21 @@ class Norm:
     options: dict[str, Any] = field(default_factory=dict)
 
     def layer(self, channels: int = 3, dims: int | str = 2, **settings: Any) -> nn.Module:
-        """Return the layer with a random weight and bias, in the dtype asked for."""
+        """Return the layer with random values of what it learns, in the dtype asked for."""
         made = getattr(norms, f"{self.name}BatchNorm{dims}d")(channels, **self.options, **settings)
-        for parameter in made.parameters():
+        for parameter in learned(made):
             nn.init.normal_(parameter, mean=1.0)
         return made  # type: ignore[no-any-return]
 
-    def scale(self, d: Tensor) -> Tensor:
+    @property
+    def has_statistic(self) -> bool:
+        """Whether it divides by anything."""
+        return self.p is not None or self.k is not None
+
+    def scale(self, d: Tensor, eps: float) -> Tensor:
         """Return ŝ of (C, n) deviations, by autograd's own rules and the library's conventions."""
+        if not self.has_statistic:
+            return d.new_full(d.shape[:1], 1 - eps).sqrt()
         size = torch.where(d > 0, d, -d)
         if self.k is None:
             bare = size if self.p == 1 else size.pow(self.p or 0)
@@ -42,8 +49,12 @@ class Norm:
         constant = norms.gaussian_constant("topk", d.shape[1], k=self.k)
         return size.gather(1, first).mean(1) * constant
 
+    def variance(self, scale: Tensor, n: int) -> Tensor:
+        """Return what `running_var` averages."""
+        return scale.square() * n / (n - 1) if self.has_statistic else scale.square()
 
-NORMS = {
+
+STATISTICS = {
     "l1": Norm("L1", p=1.0),
     "linf": Norm("LInf", k=1),
     "top1": Norm("TopK", k=1, options={"k": 1}),
@@ -54,6 +65,7 @@ NORMS = {
     "lp2": Norm("Lp", p=2.0, options={"p": 2}),
     "lp3.7": Norm("Lp", p=3.7, options={"p": 3.7}),
 }
+NORMS = {**STATISTICS, "mean": Norm("MeanOnly")}
 # One of each statistic that is computed in another way.
 DISTINCT = ["l1", "linf", "top10", "lp2", "lp3.7"]
 LAYOUTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
@@ -70,9 +82,15 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
         lambda x: x.contiguous(memory_format=torch.channels_last_3d),
     ),
 }
+every_statistic = pytest.mark.parametrize("norm", STATISTICS.values(), ids=STATISTICS)
 every_norm = pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
 each_kind = pytest.mark.parametrize("norm", [NORMS[n] for n in DISTINCT], ids=DISTINCT)
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def learned(layer: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that have a gradient."""
+    return [parameter for parameter in layer.parameters() if parameter.requires_grad]
 
 
 def batch(layout: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, int]:
@@ -92,7 +110,7 @@ def define(
     """Return the definition's output, μ and ŝ, differentiable by x, weight and bias."""
     flat = x.transpose(0, 1).flatten(1)
     mean = flat.mean(1)
-    scale = norm.scale(flat - mean[:, None])
+    scale = norm.scale(flat - mean[:, None], eps)
     y = (x - spread(mean, x)) / spread((scale.square() + eps).sqrt(), x)
     y = y if weight is None else y * spread(weight, x)
     return y if bias is None else y + spread(bias, x), mean, scale

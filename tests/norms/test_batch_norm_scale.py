@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from batch_norm_contract import EXACT, NORMS, Norm, each_kind, every_norm
+from batch_norm_contract import EXACT, NORMS, Norm, each_kind, every_statistic
 from nmlightning import norms
 
 
@@ -32,7 +32,7 @@ def mean_std(layer: nn.Module, x: Tensor) -> float:
         return layer(x).transpose(0, 1).flatten(1).std(1).mean().item()
 
 
-@every_norm
+@every_statistic
 def test_gaussians_leave_with_unit_std(norm: Norm, gaussians: tuple[Tensor, float]) -> None:
     x, tolerance = gaussians
     layer = norm.layer(x.shape[1], dims=1, affine=False)
@@ -62,7 +62,7 @@ def test_the_papers_constant_leaves_too_little(norm: str, n: int, std: float) ->
     assert mean_std(layer, x) == pytest.approx(std, rel=0.02)
 
 
-@every_norm
+@every_statistic
 @pytest.mark.parametrize("constant", ["none", 0.25, 4])
 def test_other_constants(norm: Norm, constant: str | float) -> None:
     x = torch.randn(8, 3, 2, 2, dtype=torch.float64)

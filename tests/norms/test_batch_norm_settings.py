@@ -11,7 +11,7 @@ import torch
 from batch_norm_contract import (
     Norm,
     each_kind,
-    every_norm,
+    every_statistic,
 )
 from nmlightning import norms
 from nmlightning.errors import InputError
@@ -33,7 +33,7 @@ SETTINGS: list[dict[str, Any]] = [
 ATTRIBUTES = "num_features eps momentum affine track_running_stats constant stats_dtype sync"
 
 
-@every_norm
+@every_statistic
 def test_copies_behave_alike(norm: Norm) -> None:
     layer = norm.layer(constant=0.5, stats_dtype="float64", sync=True)
     x = torch.randn(4, 3, 2, 5)
@@ -43,7 +43,7 @@ def test_copies_behave_alike(norm: Norm) -> None:
         torch.testing.assert_close(other(x), copy.deepcopy(layer)(x), rtol=0, atol=0)
 
 
-@every_norm
+@every_statistic
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_repr_evaluates(norm: Norm, settings: dict[str, Any]) -> None:
     layer = norm.layer(**settings)

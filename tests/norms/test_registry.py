@@ -16,7 +16,14 @@ from nmlightning.norms.registry import (
     layer_class,
 )
 
-CLASSES = {"l1": "L1", "lp": "Lp", "linf": "LInf", "topk": "TopK", "top10": "TopK"}
+CLASSES = {
+    "l1": "L1",
+    "lp": "Lp",
+    "linf": "LInf",
+    "topk": "TopK",
+    "top10": "TopK",
+    "mean": "MeanOnly",
+}
 
 
 def test_the_names() -> None:
@@ -45,7 +52,7 @@ def test_layer_norm_classes() -> None:
     assert layer_class("lp", "layer") is norms.LpLayerNorm
 
 
-@pytest.mark.parametrize("name", ["linf", "topk", "top10"])
+@pytest.mark.parametrize("name", ["linf", "topk", "top10", "mean"])
 def test_norms_that_layer_norms_cannot_have(name: str) -> None:
     message = f"The norm '{name}' is not defined for layer norms; l2, l1, lp are."
     with pytest.raises(InputError, match=message):
@@ -54,13 +61,20 @@ def test_norms_that_layer_norms_cannot_have(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
-    [("l_1", "l1"), ("L1", "l1"), ("top_10", "top10"), ("topK", "topk"), ("l-inf", "linf")],
+    [
+        ("l_1", "l1"),
+        ("L1", "l1"),
+        ("top_10", "top10"),
+        ("topK", "topk"),
+        ("l-inf", "linf"),
+        ("means", "mean"),
+    ],
 )
 def test_an_unknown_norm_hears_the_nearest(name: str, nearest: str) -> None:
-    message = (
-        rf"no norm '{name}'; there are l2, l1, lp, linf, topk, top10\. Did you mean '{nearest}'"
-    )
-    with pytest.raises(InputError, match=message):
+    known = r"l2, l1, lp, linf, topk, top10, mean\."
+    with pytest.raises(
+        InputError, match=rf"no norm '{name}'; there are {known} Did you mean '{nearest}'"
+    ):
         find_norm(name)
 
 
@@ -71,7 +85,7 @@ def test_a_norm_that_is_no_name(name: object) -> None:
 
 
 def test_an_unknown_norm_with_no_near_one() -> None:
-    with pytest.raises(InputError, match=r"no norm 'group'; there are .*top10\.$"):
+    with pytest.raises(InputError, match=r"no norm 'group'; there are .*mean\.$"):
         find_norm("group")
 
 
@@ -85,7 +99,9 @@ def test_options_come_with_the_fixed_ones() -> None:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_batch_norm_takes_the_common_options(name: str) -> None:
-    options = {"constant": "none", "eps": 1e-3, "momentum": 0.2, "stats_dtype": None, "sync": True}
+    options = {"eps": 1e-3, "momentum": 0.2, "stats_dtype": None, "sync": True}
+    if name != "mean":
+        options["constant"] = "none"
     assert check_options(name, "batch", options).items() >= options.items()
 
 
@@ -103,6 +119,12 @@ def test_every_batch_norm_takes_the_common_options(name: str) -> None:
             "no option 'sync' for layer norms; it has constant, eps, stats_dtype.",
         ),
         ("l1", "layer", "momentum", "The norm 'l1' has no option 'momentum' for layer norms"),
+        (
+            "mean",
+            "batch",
+            "constant",
+            "no option 'constant' for batch norms; it has eps, momentum, ",
+        ),
         ("top10", "batch", "k", "The norm 'top10' has k = 10 by its name."),
         # What a layer takes from the one that it replaces is no option.
         ("l1", "batch", "affine", "no option 'affine'"),

@@ -7,15 +7,17 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import update_bn
 
 from nmlightning.norms.batch_norm import L1BatchNorm2d, LInfBatchNorm2d, TopKBatchNorm2d
+from nmlightning.norms.mean_only import MeanOnlyBatchNorm2d
 from nmlightning.surgery import swap_norms
 
-CLASSES = [L1BatchNorm2d, LInfBatchNorm2d, TopKBatchNorm2d]
+CLASSES = [L1BatchNorm2d, LInfBatchNorm2d, TopKBatchNorm2d, MeanOnlyBatchNorm2d]
 
 
 def trained_net(norm_class: type[nn.Module]) -> nn.Sequential:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), norm_class(8)).double()
-    nn.init.uniform_(net[1].weight, -2, 2)
+    if net[1].weight.requires_grad:
+        nn.init.uniform_(net[1].weight, -2, 2)
     nn.init.normal_(net[1].bias)
     for _ in range(3):
         net(1 + 2 * images())

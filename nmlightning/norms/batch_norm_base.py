@@ -1,0 +1,159 @@
+"""What all batch norms here share: settings, checks, ranks, and running statistics."""
+
+from typing import ClassVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from nmlightning.errors import InputError, check_flag
+from nmlightning.norms.cross_rank import count_over_ranks
+from nmlightning.norms.settings import (
+    check_eps,
+    check_momentum,
+    check_stats_dtype,
+    describe_settings,
+)
+
+
+class BatchNormBase(_BatchNorm):
+    """A batch norm with torch's state, whose evaluation is torch's; a subclass says how it trains.
+
+    A channel whose batch statistics are not finite leaves its running statistics as they were;
+    where all batches are averaged equally, such a batch is left out of the average in every
+    channel.
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        momentum: weight of the newest batch in the running statistics; None averages all equally.
+        affine: learn a weight and a bias for each channel.
+        bias: learn that bias too; without effect where `affine` is False.
+        track_running_stats: keep running statistics; else evaluation uses the batch's own.
+        stats_dtype: dtype of accumulation, `torch.float32` or `torch.float64`; by default float32
+            for half, bfloat16 and float32 inputs and float64 for float64.
+        sync: in training, share the statistics among all ranks, as one process would compute them
+            on the ranks' batches concatenated in rank order. Has no effect without distribution.
+
+    Raises:
+        InputError: a setting outside what is allowed; another number of channels than C.
+        ValueError: one value per channel in training, as torch does.
+    """
+
+    input_dims: ClassVar[tuple[int, ...]] = ()
+    process_group: ProcessGroup | None = None
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        bias: bool = True,
+        track_running_stats: bool = True,
+        stats_dtype: torch.dtype | str | None = None,
+        sync: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features,
+            check_eps(eps),
+            check_momentum(momentum),
+            check_flag("affine", affine),
+            check_flag("track_running_stats", track_running_stats),
+            device,
+            dtype,
+        )
+        if not check_flag("bias", bias):  # Torch 2.11 has no such argument.
+            self.register_parameter("bias", None)
+        self.stats_dtype = check_stats_dtype(stats_dtype)
+        self.sync = check_flag("sync", sync)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the normalised (N, C, *) input, in its dtype and memory format."""
+        self._check_input_dim(input)
+        self._check_channels(input)
+        if not self.training and self.running_mean is not None:
+            return F.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        group = self._group()
+        if group is None and input.numel() <= input.shape[1]:
+            # Torch's own answers for an empty batch and for one value per channel.
+            return F.batch_norm(input, None, None, self.weight, self.bias, training=True)
+        count = count_over_ranks(input.numel() // input.shape[1], input, group)
+        output, mean, variance = self._normalise(input, count, group)
+        if self.training and self.track_running_stats and self.running_mean is not None:
+            self._track(mean, variance)
+        return output
+
+    def reset_parameters(self) -> None:
+        """Make the layer what it was when it was new; torch 2.11's own asks for a bias."""
+        self.reset_running_stats()
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        """Return the arguments that differ from the defaults, so that the repr evaluates."""
+        return describe_settings(self, str(self.num_features))
+
+    def _normalise(
+        self, input: Tensor, count: int | Tensor, group: ProcessGroup | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the output, and the mean and the variance (C,) that it is to be tracked with.
+
+        Args:
+            input: (N, C, *).
+            count: values of a channel, on all ranks of the group.
+            group: the ranks that share their statistics, or None.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        """Move the running statistics towards the batch's, in channels where both are finite."""
+        finite = mean.isfinite() & variance.isfinite()
+        if self.momentum is None:
+            finite = finite.all()  # The channels have one count, so a batch counts for all or none.
+        newest = self._count_batch(finite, mean.dtype)
+        for running, value in ((self.running_mean, mean), (self.running_var, variance)):
+            assert running is not None, "the caller tracks"
+            moved = (running + newest * (value - running)).to(running.dtype)
+            running.copy_(torch.where(finite & moved.isfinite(), moved, running))
+
+    def _count_batch(self, finite: Tensor, dtype: torch.dtype) -> float | Tensor:
+        """Count a batch, and return its weight in the running statistics."""
+        if self.num_batches_tracked is None:
+            return self.momentum or 0.0
+        if self.momentum is not None:
+            self.num_batches_tracked.add_(1)
+            return self.momentum
+        return 1.0 / self.num_batches_tracked.add_(finite).to(dtype)
+
+    def _group(self) -> ProcessGroup | None:
+        """Return the ranks to share statistics with, or None."""
+        if not (self.sync and self.training and dist.is_available() and dist.is_initialized()):
+            return None
+        group = self.process_group or dist.group.WORLD
+        return group if dist.get_world_size(group) > 1 else None
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if self.input_dims and input.dim() not in self.input_dims:
+            expected = " or ".join(f"{dims}D" for dims in self.input_dims)
+            raise InputError(f"expected {expected} input (got {input.dim()}D input)")
+        if input.dim() < 2:
+            raise InputError(f"expected at least 2D input (got {input.dim()}D input)")
+
+    def _check_channels(self, input: Tensor) -> None:
+        if input.shape[1] != self.num_features:
+            raise InputError(
+                f"{type(self).__name__} has {self.num_features} features, "
+                f"got {input.shape[1]} channels in an input of shape {tuple(input.shape)}."
+            )

@@ -1,0 +1,133 @@
+"""Mean-only batch norm: the norm between layers whose weights are normalised already."""
+
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from nmlightning.norms.batch_norm_base import BatchNormBase
+from nmlightning.norms.cross_rank import sum_over_ranks
+from nmlightning.norms.settings import accumulation_dtype
+
+
+class MeanOnlyBatchNorm(BatchNormBase):
+    """Batch norm that subtracts the mean and leaves the scale as it is.
+
+        y = x − μ + bias
+
+    μ is taken over all elements of a channel, in `stats_dtype`; (N, C, *) in, the same out. The
+    gradient is g − mean g, also of a second derivative, and nothing is kept for it.
+
+    The state has torch's five keys, and its scale is that of no scale: `weight` is 1 and
+    `requires_grad` False (the norm learns no scale, and a weight that is trained but never used
+    would stop DistributedDataParallel), and `running_var` is 1 − eps. So evaluation is torch's
+    batch norm, into which a checkpoint loads and computes the same. The other way, from the
+    checkpoint of another norm, the layer takes the mean, the bias and the count, not the scale.
+
+    One value per channel is an error in training, as in torch, though the formula allows it: the
+    output would be the bias, whatever the input. Use a subclass for a fixed number of dimensions.
+
+    Args:
+        num_features: C.
+        eps: no part of the formula; `running_var` is 1 − eps, so that torch divides by 1.
+        momentum: weight of the newest batch in the running mean; None averages all equally.
+        affine: learn a bias for each channel, and have the weight.
+        bias: learn that bias; without effect where `affine` is False.
+        track_running_stats: keep a running mean; else evaluation uses the batch's own.
+        stats_dtype: dtype of accumulation, `torch.float32` or `torch.float64`; by default float32
+            for half, bfloat16 and float32 inputs and float64 for float64.
+        sync: in training, take the mean over all ranks' elements, however many each has. Has no
+            effect without distribution.
+
+    Raises:
+        InputError: a setting outside what is allowed; another number of channels than C.
+        ValueError: one value per channel in training.
+
+    Source: Salimans and Kingma 2016, §4 (arXiv 1602.07868).
+    """
+
+    def reset_parameters(self) -> None:
+        """Make the layer what it was when it was new."""
+        super().reset_parameters()
+        self.drop_scale()
+
+    def reset_running_stats(self) -> None:
+        """Set the running mean and the count to 0."""
+        super().reset_running_stats()
+        if self.running_var is not None:
+            self.running_var.fill_(1 - self.eps)
+
+    @torch.no_grad()
+    def drop_scale(self) -> None:
+        """Make `weight` and `running_var` those of a batch norm that divides by 1."""
+        if self.weight is not None:
+            self.weight.requires_grad_(False).fill_(1)
+            self.weight.grad = None
+        if self.running_var is not None:
+            self.running_var.fill_(1 - self.eps)
+
+    def _normalise(
+        self, input: Tensor, count: int | Tensor, group: ProcessGroup | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide = input.to(accumulation_dtype(input.dtype, self.stats_dtype))
+        mean = _mean(wide, count, group)
+        shift = -mean if self.bias is None else self.bias.to(wide.dtype) - mean
+        output = wide + shift.view(-1, *[1] * (input.dim() - 2))
+        tracked = mean.detach()
+        return output.to(input.dtype), tracked, torch.full_like(tracked, 1 - self.eps)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: MutableMapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        *arguments: Any,
+    ) -> None:
+        """Load the state but for the scale, which another norm's checkpoint may have."""
+        for name, value in (("weight", 1.0), ("running_var", 1 - self.eps)):
+            if prefix + name in state_dict:
+                state_dict[prefix + name] = torch.full_like(state_dict[prefix + name], value)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
+
+
+class MeanOnlyBatchNorm1d(MeanOnlyBatchNorm):
+    """`MeanOnlyBatchNorm` of (N, C) or (N, C, L) inputs."""
+
+    input_dims = (2, 3)
+
+
+class MeanOnlyBatchNorm2d(MeanOnlyBatchNorm):
+    """`MeanOnlyBatchNorm` of (N, C, H, W) inputs.
+
+    >>> MeanOnlyBatchNorm2d(16)(torch.randn(8, 16, 4, 4)).shape
+    torch.Size([8, 16, 4, 4])
+    """
+
+    input_dims = (4,)
+
+
+class MeanOnlyBatchNorm3d(MeanOnlyBatchNorm):
+    """`MeanOnlyBatchNorm` of (N, C, D, H, W) inputs."""
+
+    input_dims = (5,)
+
+
+def _mean(wide: Tensor, count: int | Tensor, group: ProcessGroup | None) -> Tensor:
+    """Return the mean of each channel, (C,), differentiable any number of times."""
+    total = wide.sum((0, *range(2, wide.dim())))
+    return (total if group is None else _RankSum.apply(total, group)) / count
+
+
+class _RankSum(torch.autograd.Function):
+    """The sum of all ranks' values; its gradient is the sum of all ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return sum_over_ranks(values, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _RankSum.apply(grad, ctx.group), None

@@ -1,0 +1,208 @@
+"""Mean-only batch norm: what it keeps of the scale, and what torch's norms read in its state."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from batch_norm_contract import EXACT, TORCH, gradients, learned
+from nmlightning import norms
+from nmlightning.errors import InputError
+from nmlightning.norms import MeanOnlyBatchNorm2d
+
+
+def images(**settings: Any) -> Tensor:
+    return 2 * torch.randn(4, 3, 2, 5, **settings) + 1
+
+
+def trained_batch_norm() -> nn.BatchNorm2d:
+    """A norm of torch's whose scale is nowhere 1."""
+    norm = nn.BatchNorm2d(3)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter, mean=3.0)
+    for _ in range(3):
+        norm(5 * images())
+    return norm
+
+
+def test_the_scale_of_the_input_stays() -> None:
+    layer = MeanOnlyBatchNorm2d(3, affine=False, dtype=torch.float64)
+    x = images(dtype=torch.float64)
+    y = layer(7 * x + 2)
+    torch.testing.assert_close(y, 7 * (x - x.mean((0, 2, 3), keepdim=True)), **EXACT)
+
+
+def test_any_derivative() -> None:
+    layer = MeanOnlyBatchNorm2d(3, dtype=torch.float64)
+    x = images(dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x, bias: layer(x).pow(3), (x, layer.bias))
+
+
+def test_keeps_nothing_for_backward() -> None:
+    saved: list[Tensor] = []
+    x = images(requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda nothing: nothing):
+        MeanOnlyBatchNorm2d(3)(x)
+    assert all(tensor.numel() <= 1 for tensor in saved)
+
+
+class TestTheWeight:
+    def test_is_one_and_learns_nothing(self) -> None:
+        layer = MeanOnlyBatchNorm2d(3)
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.5)
+        for _ in range(3):
+            optimizer.zero_grad(set_to_none=False)
+            layer(images()).pow(3).sum().backward()
+            optimizer.step()
+        assert [p is layer.bias for p in learned(layer)] == [True]
+        assert torch.equal(layer.weight, torch.ones(3))
+        assert not torch.equal(layer.bias, torch.zeros(3))
+
+    def test_is_no_part_of_training(self) -> None:
+        layer = MeanOnlyBatchNorm2d(3)
+        x = images()
+        expected = layer(x)
+        layer.weight.fill_(5)
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
+
+
+class TestState:
+    @pytest.mark.parametrize("eps", [1e-12, 1e-5, 0.1])
+    def test_a_batch_norm_that_loads_it_divides_by_one(self, eps: float) -> None:
+        layer, theirs = MeanOnlyBatchNorm2d(3, eps=eps), nn.BatchNorm2d(3, eps=eps)
+        nn.init.normal_(layer.bias)
+        for _ in range(3):
+            layer(5 * images())
+        theirs.load_state_dict(layer.state_dict())
+        x = images()
+        shift = layer.bias - layer.running_mean
+        for norm in (layer, theirs):
+            # Two roundings of numbers up to 10.
+            torch.testing.assert_close(norm.eval()(x), x + shift.view(-1, 1, 1), rtol=0, atol=2e-6)
+
+    @pytest.mark.parametrize("assign", [False, True])
+    def test_takes_the_mean_and_the_bias_of_a_batch_norm_and_not_its_scale(
+        self, assign: bool
+    ) -> None:
+        state = trained_batch_norm().state_dict()
+        given = copy.deepcopy(state)
+        net = nn.Sequential(MeanOnlyBatchNorm2d(3))
+        net.load_state_dict({f"0.{name}": value for name, value in state.items()}, assign=assign)
+        torch.testing.assert_close(state, given, rtol=0, atol=0)
+        x, shift = images(), given["bias"] - given["running_mean"]
+        torch.testing.assert_close(net.eval()(x), x + shift.view(-1, 1, 1))
+        assert net[0].num_batches_tracked == 3
+        assert not net[0].weight.requires_grad
+        assert torch.equal(net[0].weight, torch.ones(3))
+        torch.testing.assert_close(net[0].running_var, torch.full((3,), 1 - 1e-5))
+
+    @pytest.mark.parametrize("key", ["weight", "bias", "running_mean", "running_var"])
+    def test_a_missing_key_is_an_error_either_way(self, key: str) -> None:
+        for source, target in ((MeanOnlyBatchNorm2d, nn.BatchNorm2d), (nn.BatchNorm2d,) * 2):
+            state = source(3).state_dict()
+            del state[key]
+            for layer in (target(3), MeanOnlyBatchNorm2d(3)):
+                with pytest.raises(RuntimeError, match=f'Missing key.* "{key}"'):
+                    layer.load_state_dict(state)
+
+    def test_another_number_of_channels_is_an_error(self) -> None:
+        with pytest.raises(RuntimeError, match="size mismatch for weight"):
+            MeanOnlyBatchNorm2d(3).load_state_dict(nn.BatchNorm2d(4).state_dict())
+
+    def test_reset(self) -> None:
+        layer = MeanOnlyBatchNorm2d(3)
+        new = copy.deepcopy(layer.state_dict())
+        layer(images())
+        layer.load_state_dict({**layer.state_dict(), "bias": torch.ones(3)})
+        layer.weight.fill_(5)
+        layer.running_var.fill_(5)
+        layer.reset_running_stats()
+        torch.testing.assert_close(layer.running_var, new["running_var"], rtol=0, atol=0)
+        layer.reset_parameters()
+        torch.testing.assert_close(layer.state_dict(), new, rtol=0, atol=0)
+        assert not layer.weight.requires_grad
+
+
+def test_on_the_meta_device_the_weight_stays_frozen() -> None:
+    layer = MeanOnlyBatchNorm2d(3, device="meta").to_empty(device="cpu")
+    layer.load_state_dict(trained_batch_norm().state_dict())
+    assert torch.equal(layer.weight, torch.ones(3))
+    assert not layer.weight.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_layer_of_another_dtype_trains_and_evaluates(dtype: torch.dtype) -> None:
+    layer, x = MeanOnlyBatchNorm2d(3).to(dtype), images().to(dtype)
+    (grad,) = gradients(layer(x), [layer.bias])
+    assert grad.dtype == dtype
+    layer.momentum = 1.0
+    trained = layer(x)
+    torch.testing.assert_close(layer.eval()(x), trained, rtol=2e-2, atol=2e-2)
+
+
+def test_a_batch_that_overflows_leaves_no_trace() -> None:
+    layer = MeanOnlyBatchNorm2d(3)
+    layer(torch.full((4, 3, 2, 5), 1e38))
+    assert torch.equal(layer.running_mean, torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"eps": 1e-3, "momentum": None},
+        {"affine": False, "track_running_stats": False},
+        {"bias": False, "stats_dtype": "float64", "sync": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_copies_and_the_repr_make_the_same_layer(dims: int, settings: dict[str, Any]) -> None:
+    layer = getattr(norms, f"MeanOnlyBatchNorm{dims}d")(3, **settings)
+    x = torch.randn(4, 3, *[2] * dims)
+    layer(x)
+    names = {**vars(norms), "torch": torch}
+    for other in (
+        copy.deepcopy(layer),
+        pickle.loads(pickle.dumps(layer)),
+        eval(repr(layer), names),
+    ):
+        assert repr(other) == repr(layer)
+        assert [p.requires_grad for p in other.parameters()] == [
+            p.requires_grad for p in layer.parameters()
+        ]
+        torch.testing.assert_close(other(x), layer(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eps": -1.0}, "eps must be finite and at least 0, got -1.0"),
+        ({"momentum": 2}, "momentum must be between 0 and 1, or None, got 2"),
+        ({"stats_dtype": "half"}, "one of float32, float64, got 'half'"),
+        ({"sync": "no"}, "sync is True or False, got 'no'"),
+        ({"affine": "no"}, "affine is True or False, got 'no'"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        MeanOnlyBatchNorm2d(3, **settings)
+
+
+def test_whole_numbers_are_refused() -> None:
+    with pytest.raises(InputError, match=r"floating-point numbers, got torch\.int64"):
+        MeanOnlyBatchNorm2d(3)(torch.ones(4, 3, 2, 2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_the_name_says_how_many_dimensions(dims: int) -> None:
+    layer = getattr(norms, f"MeanOnlyBatchNorm{dims}d")(3)
+    assert layer.input_dims == getattr(norms, f"L1BatchNorm{dims}d").input_dims
+    x = torch.randn(4, 3, *[2] * dims)
+    torch.testing.assert_close(
+        layer(x) / x.transpose(0, 1).flatten(1).std(1, correction=0).view(-1, *[1] * dims),
+        TORCH[dims](3, eps=1e-12)(x),
+    )
