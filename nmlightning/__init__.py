@@ -35,8 +35,10 @@ if TYPE_CHECKING:
     from nmlightning.weights.history import NormHistory as NormHistory
     from nmlightning.weights.parameter_groups import parameter_groups as parameter_groups
     from nmlightning.weights.steering import DecayEquivalentLR as DecayEquivalentLR
+    from nmlightning.weights.steering import Hyperball as Hyperball
     from nmlightning.weights.steering import LRCorrection as LRCorrection
     from nmlightning.weights.steering import NormSchedule as NormSchedule
+    from nmlightning.weights.steering import RadialProjection as RadialProjection
 
 __version__ = "0.1.0"
 
@@ -52,7 +54,13 @@ _HOMES = {
     "weights.channel_norms": ["channel_norms"],
     "weights.history": ["NormHistory"],
     "weights.parameter_groups": ["parameter_groups"],
-    "weights.steering": ["DecayEquivalentLR", "LRCorrection", "NormSchedule"],
+    "weights.steering": [
+        "DecayEquivalentLR",
+        "Hyperball",
+        "LRCorrection",
+        "NormSchedule",
+        "RadialProjection",
+    ],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
