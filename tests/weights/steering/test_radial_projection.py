@@ -228,3 +228,17 @@ def test_without_a_gradient_nothing_happens() -> None:
 def test_deltas_that_are_none(delta: float) -> None:
     with pytest.raises(InputError, match=f"delta must be positive, got {delta}"):
         RadialProjection(delta=delta)
+
+
+def test_sparse_gradients() -> None:
+    """As those of an embedding may be."""
+    results = []
+    for sparse in (False, True):
+        embedding = nn.Embedding.from_pretrained(torch.tensor(WEIGHT), False, sparse=sparse)
+        optimizer = torch.optim.SGD(embedding.parameters(), lr=1.0)
+        RadialProjection().attach(optimizer, embedding.named_parameters())
+        (embedding(torch.tensor([1])) * torch.tensor([2.0, 0.06])).sum().backward()
+        optimizer.step()
+        results.append(embedding.weight.detach())
+    assert torch.equal(*results)
+    torch.testing.assert_close(results[0], torch.tensor([[2.0, 0.0], [-2.0, 1.0]]).double())
