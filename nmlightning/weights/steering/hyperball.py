@@ -16,7 +16,7 @@ from nmlightning.weights.steering.steered_weight import SteeredWeight
 
 
 class Hyperball(MatrixRule):
-    """Hold each weight at the norm it starts with, and let each step turn it by the same amount.
+    """Hold each weight at the norm it starts with, and let the learning rate alone turn it.
 
     With R = ‖W(0)‖ at attach, u the direction that the optimizer steps in and η its learning rate,
 
