@@ -169,11 +169,15 @@ def test_a_gradient_of_zero_lies_across() -> None:
 
 
 def test_a_weight_of_zero() -> None:
-    """It has no direction to take anything from; another channel has."""
+    """It has no direction to take anything from; other channels, and the whole, have."""
     step, _ = step_once(np.zeros((2, 2)), np.ones((2, 2)))
     assert torch.equal(step, -torch.ones(2, 2).double())
     step, _ = step_once(np.array([[0.0, 0.0], [0.0, 1.0]]), np.array([[1.0, 1.0], [1.0, 0.01]]))
     torch.testing.assert_close(step, torch.tensor([[-1.0, -1.0], [-1.0, 0.0]]).double())
+    weight = np.array([[0.0, 0.0], *WEIGHT])
+    grad = np.array([[1.0, 1.0], [1.0, 1.0], [0.0, -1.99]])
+    step, _ = step_once(weight, grad)
+    torch.testing.assert_close(step, torch.tensor(0.01 / 5 * weight - grad))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
