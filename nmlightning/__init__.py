@@ -39,8 +39,10 @@ if TYPE_CHECKING:
     from nmlightning.weights.history import NormHistory as NormHistory
     from nmlightning.weights.parameter_groups import parameter_groups as parameter_groups
     from nmlightning.weights.steering import DecayEquivalentLR as DecayEquivalentLR
+    from nmlightning.weights.steering import Hyperball as Hyperball
     from nmlightning.weights.steering import LRCorrection as LRCorrection
     from nmlightning.weights.steering import NormSchedule as NormSchedule
+    from nmlightning.weights.steering import RadialProjection as RadialProjection
     from nmlightning.weights.weight_norm import apply_weight_norm as apply_weight_norm
     from nmlightning.weights.weight_norm import remove_weight_norm as remove_weight_norm
 
@@ -60,7 +62,13 @@ _HOMES = {
     "weights.channel_norms": ["channel_norms"],
     "weights.history": ["NormHistory"],
     "weights.parameter_groups": ["parameter_groups"],
-    "weights.steering": ["DecayEquivalentLR", "LRCorrection", "NormSchedule"],
+    "weights.steering": [
+        "DecayEquivalentLR",
+        "Hyperball",
+        "LRCorrection",
+        "NormSchedule",
+        "RadialProjection",
+    ],
     "weights.weight_norm": ["apply_weight_norm", "remove_weight_norm"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

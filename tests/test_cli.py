@@ -175,6 +175,10 @@ BAD_INPUT = {
     f"{TRACK} --trainer.callbacks.every 0": "every is 'epoch' or a number of steps .*, got 0",
     f"{TRACK} --trainer.callbacks.include '[conv]'": "'conv' matches no weight of a convolution",
     f"{TRACK} --trainer.callbacks.steering.class_path LRCorection": "Did you mean 'LRCorrection'?",
+    f"{TRACK} --trainer.callbacks.steering Hyperbal": "Did you mean 'Hyperball'?",
+    f"{TRACK} --model.optimizer.weight_decay 0.1 --trainer.callbacks.steering Hyperball": (
+        "has weight decay 0.1 in its optimizer"
+    ),
     f"{CORRECT} nowhere": "no recording of weight norms at nowhere",
     f"{CORRECT} x --trainer.callbacks.steering.mode stabel": "received 'stabel'. .*'stable'?",
     # Data
@@ -219,6 +223,17 @@ def test_a_name_in_brackets_is_printed_as_it_is(nm: Nm) -> None:
     run = "runs/a[red]b/version_0"
     assert answer.out[0].endswith(f"→ {run}")
     assert answer.out[-2:] == [f" run         {run}", f" checkpoint  {run}/{LAST}"]
+
+
+@pytest.mark.parametrize("steering", ["Hyperball", "RadialProjection"])
+def test_rules_by_name(nm: Nm, steering: str) -> None:
+    Path("steered.yaml").write_text(
+        "trainer: {callbacks: [{class_path: WeightNormTracker, init_args: {steering: "
+        f"{{class_path: {steering}, init_args: {{exclude: ['net.conv1*']}}}}}}}}]}}"
+    )
+    answer = nm(*FIT, "--config", "steered.yaml", "--model.optimizer.weight_decay", "0")
+    assert answer.code == 0
+    assert has(rf"{steering} steers \d+ of \d+ weights", answer.err)
 
 
 def test_any_experiment_runs_on_other_data(nm: Nm) -> None:

@@ -9,11 +9,18 @@ from torch import nn
 from torch.optim import Optimizer
 
 from nmlightning.weights.layer_weights import find_layer_weights
-from nmlightning.weights.steering import DecayEquivalentLR, LRCorrection, NormSchedule
+from nmlightning.weights.steering import (
+    DecayEquivalentLR,
+    Hyperball,
+    LRCorrection,
+    NormSchedule,
+    RadialProjection,
+)
 from nmlightning.weights.steering.attachment import Attachment
 from nmlightning.weights.steering.choose_weights import why_left
 
-Steering = LRCorrection | NormSchedule | DecayEquivalentLR
+Referenced = LRCorrection | NormSchedule
+Steering = Referenced | DecayEquivalentLR | Hyperball | RadialProjection
 
 
 def explain_scope(
@@ -24,9 +31,9 @@ def explain_scope(
 ) -> dict[str, str]:
     """Return for each weight of a convolution or linear layer why it is steered, or is left."""
     optimized = {q for each in optimizers for group in each.param_groups for q in group["params"]}
-    patterns = steering.include, steering.exclude
+    choice = steering.include, steering.exclude, steering.least_dims
     reasons = {
-        weight.name: f"left: {why_left(weight.name, weight.parameter, optimized, *patterns)}"
+        weight.name: f"left: {why_left(weight.name, weight.parameter, optimized, *choice)}"
         for weight in find_layer_weights(model)
     }
     for attachment in attachments:

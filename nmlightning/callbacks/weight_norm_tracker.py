@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch.optim import Optimizer
 
 from nmlightning.callbacks.norm_dashboard import NormDashboard
-from nmlightning.callbacks.print_scope import Steering, print_scope
+from nmlightning.callbacks.print_scope import Referenced, Steering, print_scope
 from nmlightning.callbacks.provenance import check_same_run, describe_run
 from nmlightning.compat import CallbackBase, global_seed
 from nmlightning.errors import InputError
@@ -17,7 +17,6 @@ from nmlightning.weights.history import NormHistory
 from nmlightning.weights.layer_weights import find_layer_weights
 from nmlightning.weights.recorder import Recorder
 from nmlightning.weights.recording_file import FILE_NAME, find_recording
-from nmlightning.weights.steering import DecayEquivalentLR
 from nmlightning.weights.steering.attachment import Attachment
 from nmlightning.weights.steering.choose_weights import has_weights
 
@@ -35,8 +34,9 @@ class WeightNormTracker(CallbackBase):
     Args:
         every: record at the start and the end of each "epoch", or at every N-th optimizer step too.
         steering: what moves the weights by a recording, or by a rule: `LRCorrection`,
-            `NormSchedule` or `DecayEquivalentLR`; None only records. A reference may be the folder
-            of an experiment, `runs/wd_on`; it then is its latest run with the seed of this one.
+            `NormSchedule`, `DecayEquivalentLR`, `Hyperball` or `RadialProjection`; None only
+            records. A reference may be the folder of an experiment, `runs/wd_on`; it then is its
+            latest run with the seed of this one.
         include: glob patterns on weight names to record, such as `net.layer1.*`; empty means all.
         exclude: glob patterns on names that are not recorded.
         other_run: steer also by the recording of a run with another seed or another number of
@@ -172,7 +172,7 @@ class WeightNormTracker(CallbackBase):
     def _attach(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", steering: Steering
     ) -> None:
-        if not isinstance(steering, DecayEquivalentLR):
+        if isinstance(steering, Referenced):
             steering = copy.copy(steering)
             steering.reference = _load(steering.reference)
             check_same_run(steering.reference, trainer, other_run=self.other_run)
@@ -181,7 +181,9 @@ class WeightNormTracker(CallbackBase):
         steered = [
             optimizer
             for optimizer in trainer.optimizers
-            if has_weights(optimizer, named, steering.include, steering.exclude)
+            if has_weights(
+                optimizer, named, steering.include, steering.exclude, steering.least_dims
+            )
         ]
         self.attachments = [
             steering.attach(optimizer, named, layouts)

@@ -34,7 +34,13 @@ OURS = {
     "data": ["CIFAR10", "Digits"],
     "callbacks": ["NormSwap", "WeightNormTracker"],
     "net": ["CifarResNet", "nmlightning.models.VGG"],
-    "steering": ["DecayEquivalentLR", "LRCorrection", "NormSchedule"],
+    "steering": [
+        "DecayEquivalentLR",
+        "Hyperball",
+        "LRCorrection",
+        "NormSchedule",
+        "RadialProjection",
+    ],
 }
 EXPLAINED = 'Parser key "config": '
 GIVEN_BY_THE_TASK = ("params", "optimizer")  # as the first argument, of optimizer and scheduler

@@ -154,13 +154,14 @@ def rotations(before: Tensor, after: Tensor, layout: ChannelLayout = ROWS) -> Te
     Returns:
         (C,), accumulated and returned in float32, in float64 for a float64 weight.
     """
-    a, b = (_unit_rows(weight, layout) for weight in (before, after))
+    a, b = (unit_rows(weight, layout) for weight in (before, after))
     dims = tuple(range(1, a.dim()))
     distances = [torch.linalg.vector_norm(x, dim=dims) for x in (a - b, a + b)]
     return 2.0 * torch.atan2(*distances)
 
 
-def _unit_rows(weight: Tensor, layout: ChannelLayout) -> Tensor:
+def unit_rows(weight: Tensor, layout: ChannelLayout = ROWS) -> Tensor:
+    """Return w_i / ‖w_i‖₂ as (C, …), in the dtype of the norms; NaN where a channel is zero."""
     norms = channel_norms(weight, layout=layout)
     rows = layout.rows(weight.detach()).to(norms.dtype)
     return rows / ROWS.spread(norms, rows)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from nmlightning.callbacks import WeightNormTracker
-from nmlightning.weights.steering import DecayEquivalentLR
+from nmlightning.weights.steering import DecayEquivalentLR, Hyperball, RadialProjection
 
 
 class Mixed(pl.LightningModule):
@@ -48,11 +48,11 @@ def read_table(printed: str) -> list[tuple[str, str]]:
     return [(name, re.sub(r"share [^)]*", "share", why)) for name, why in rows]
 
 
-def fit(tmp_path: Path, **patterns: Any) -> None:
+def fit(tmp_path: Path, steering: Any) -> None:
     trainer = pl.Trainer(
         max_epochs=2,
         default_root_dir=tmp_path,
-        callbacks=[WeightNormTracker(steering=DecayEquivalentLR(0.01, **patterns))],
+        callbacks=[WeightNormTracker(steering=steering)],
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
@@ -66,7 +66,7 @@ def test_every_layer_is_there_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "120")
-    fit(tmp_path, exclude=["kept*"])
+    fit(tmp_path, DecayEquivalentLR(0.01, exclude=["kept*"]))
     printed = capsys.readouterr().err
     assert "DecayEquivalentLR steers 2 of 7 weights" in printed
     assert read_table(printed) == [
@@ -85,7 +85,7 @@ def test_layers_that_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "120")
-    fit(tmp_path, include=["head.weight", "plain.*"])
+    fit(tmp_path, DecayEquivalentLR(0.01, include=["head.weight", "plain.*"]))
     assert read_table(capsys.readouterr().err) == [
         ("plain.weight", "steered: scale-invariant (radial share)"),
         ("kept.weight", "left: include does not name it"),
@@ -94,4 +94,26 @@ def test_layers_that_are_named(
         ("free.weight", "left: include does not name it"),
         ("unused.weight", "left: include does not name it"),
         ("head.weight", "steered, as include asks for: the loss feels its norm (radial share)"),
+    ]
+
+
+@pytest.mark.parametrize("rule", [Hyperball, RadialProjection])
+def test_rules_that_steer_any_matrix(
+    rule: type[Hyperball | RadialProjection],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    fit(tmp_path, rule(exclude=["kept*"]))
+    printed = capsys.readouterr().err
+    assert f"{rule.__name__} steers 4 of 7 weights" in printed
+    assert read_table(printed) == [
+        ("plain.weight", "steered"),
+        ("kept.weight", "left: exclude names it"),
+        ("frozen.weight", "left: it is frozen"),
+        ("other.weight", "left: no optimizer has it"),
+        ("free.weight", "steered"),
+        ("unused.weight", "steered"),
+        ("head.weight", "steered"),
     ]

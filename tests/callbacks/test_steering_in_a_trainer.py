@@ -19,13 +19,21 @@ from nmlightning.errors import InputError
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.recording_file import FILE_NAME
-from nmlightning.weights.steering import DecayEquivalentLR, LRCorrection, NormSchedule
+from nmlightning.weights.steering import (
+    DecayEquivalentLR,
+    Hyperball,
+    LRCorrection,
+    NormSchedule,
+    RadialProjection,
+)
 
 RULES: dict[str, Callable[..., Any]] = {
     "stable": LRCorrection,
     "paper": lambda history: LRCorrection(history, mode="paper"),
     "schedule": NormSchedule,
     "decay": lambda _: DecayEquivalentLR(0.05),
+    "hyperball": lambda _: Hyperball(),
+    "projection": lambda _: RadialProjection(),
 }
 REFERENCED = ("stable", "paper", "schedule")
 CONVOLUTIONS = ("net.0.weight", "net.3.weight")
@@ -222,12 +230,13 @@ class TwoOptimizers(Classifies):
 
 @pytest.mark.parametrize("second", ["net.3", "net.7"])
 def test_two_optimizers(rule_name: str, second: str, tmp_path: Path) -> None:
-    """Each is steered where it has a convolution."""
+    """Each is steered where it has a convolution, or for some rules any matrix."""
     rule = RULES[rule_name](make_history())
     module = TwoOptimizers(lambda name: name.startswith(second))
     trainer = make_trainer(tmp_path, rule)
     trainer.fit(module, make_data())
-    assert len(trainer.callbacks[0].attachments) == (2 if second == "net.3" else 1)  # type: ignore[attr-defined]
+    both = second == "net.3" or rule_name in ("hyperball", "projection")
+    assert len(trainer.callbacks[0].attachments) == 1 + both  # type: ignore[attr-defined]
     assert_close(module, train_by_hand(rule))
 
 
@@ -289,8 +298,12 @@ def test_an_optimizer_that_asks_its_closure_often(rule_name: str, tmp_path: Path
         def configure_optimizers(self) -> Any:
             return torch.optim.LBFGS(self.parameters())
 
-    message = "SGD only, got LBFGS" if rule_name == "decay" else "power for LBFGS is not known"
-    with pytest.raises(InputError, match=message):
+    messages = {
+        "decay": "SGD only, got LBFGS",
+        "hyperball": "and LBFGS takes several in one",
+        "projection": "and LBFGS takes several in one",
+    }
+    with pytest.raises(InputError, match=messages.get(rule_name, "power for LBFGS is not known")):
         make_trainer(tmp_path, RULES[rule_name](make_history())).fit(ByLBFGS(), make_data())
 
 

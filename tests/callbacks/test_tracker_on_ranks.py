@@ -26,10 +26,16 @@ from nmlightning.norms.batch_norm import LpBatchNorm2d
 from nmlightning.reports.run import read_run
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.recording_file import FILE_NAME
-from nmlightning.weights.steering import DecayEquivalentLR, LRCorrection, NormSchedule
+from nmlightning.weights.steering import (
+    DecayEquivalentLR,
+    Hyperball,
+    LRCorrection,
+    NormSchedule,
+    RadialProjection,
+)
 
 EPOCHS = 3
-RULES = ("none", "channel", "layer", "paper", "schedule", "decay")
+RULES = ("none", "channel", "layer", "paper", "schedule", "decay", "hyperball", "projection")
 
 
 class Ranked(pl.LightningModule):
@@ -75,6 +81,8 @@ def make_rule(name: str, reference: Path) -> Any:
         "paper": lambda: LRCorrection(reference, mode="paper"),
         "schedule": lambda: NormSchedule(reference),
         "decay": lambda: DecayEquivalentLR(0.01),
+        "hyperball": Hyperball,
+        "projection": RadialProjection,
     }[name]()
 
 

@@ -20,11 +20,18 @@ from nmlightning.errors import InputError
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.recording_file import FILE_NAME
-from nmlightning.weights.steering import DecayEquivalentLR, LRCorrection, NormSchedule
+from nmlightning.weights.steering import (
+    DecayEquivalentLR,
+    Hyperball,
+    LRCorrection,
+    NormSchedule,
+    RadialProjection,
+)
 
 PACKAGES = ("pytorch_lightning", "lightning.pytorch")
 NAMES = ["net.0.weight", "net.3.weight", "net.7.weight"]
 EPOCHS, BATCHES = 3, 4
+STEERING = ("correction", "schedule", "decay", "hyperball", "projection")
 
 
 class Classifies:
@@ -243,13 +250,15 @@ def test_a_killed_run_keeps_all_but_its_last_epoch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-@pytest.mark.parametrize("steering", ["correction", "schedule", "decay"])
+@pytest.mark.parametrize("steering", STEERING)
 def test_steering(package: str, steering: str, tmp_path: Path) -> None:
     reference = record(tmp_path / "reference", package, weight_decay=0.05)
     rule: Any = {
         "correction": LRCorrection(reference),
         "schedule": NormSchedule(tmp_path / "reference", align="official"),
         "decay": DecayEquivalentLR(0.01),
+        "hyperball": Hyperball(),
+        "projection": RadialProjection(),
     }[steering]
     module = make_module(package)
     make_trainer(package, tmp_path / "steered", WeightNormTracker(steering=rule)).fit(
@@ -265,11 +274,15 @@ def test_steering(package: str, steering: str, tmp_path: Path) -> None:
             np.testing.assert_allclose(
                 history.norms[name][1:], reference.norms[name][1:] * growth, rtol=1e-5
             )
+    if steering == "hyperball":
+        for name in NAMES:
+            sums = np.square(history.norms[name].astype(np.float64)).sum(1)
+            np.testing.assert_allclose(sums, sums[0], rtol=1e-5)
     free = record(tmp_path / "free", package)
     assert not np.allclose(free.norms[NAMES[1]][-1], history.norms[NAMES[1]][-1])
 
 
-@pytest.mark.parametrize("rule", ["correction", "schedule", "decay"])
+@pytest.mark.parametrize("rule", STEERING)
 def test_a_steered_run_resumes_bit_for_bit(rule: str, tmp_path: Path) -> None:
     record(tmp_path / "reference", weight_decay=0.05)
 
@@ -278,6 +291,8 @@ def test_a_steered_run_resumes_bit_for_bit(rule: str, tmp_path: Path) -> None:
             "correction": LRCorrection(tmp_path / "reference", align="interpolate"),
             "schedule": NormSchedule(tmp_path / "reference"),
             "decay": DecayEquivalentLR(0.01),
+            "hyperball": Hyperball(),
+            "projection": RadialProjection(),
         }[rule]
         return WeightNormTracker(steering=steering)
 

@@ -83,7 +83,7 @@ class Attachment:
     @property
     def measured(self) -> bool:
         """Whether the scope knows all of its weights, which takes a gradient of each."""
-        return len(self.scope.shares) == len(self.rules)
+        return all(self.scope.knows(rule.weight) for rule in self.rules)
 
     def measure(self) -> None:
         """Measure on the gradients as they are now which weights the loss feels the norm of.

@@ -12,6 +12,13 @@ from nmlightning.weights.channel_norms import ROWS, ChannelLayout, channel_norms
 from nmlightning.weights.plain_name import plain_name
 from nmlightning.weights.steering.steered_weight import SteeredWeight
 
+CONVOLUTIONS, MATRICES = 3, 2
+"""What a rule steers where nothing is included by name: the fewest dimensions of a weight."""
+_DEFAULTS = {
+    CONVOLUTIONS: ("convolutions", "not a convolution; name it by include"),
+    MATRICES: ("weights of two or more dimensions", "it has fewer than two dimensions"),
+}
+
 
 def choose_weights(
     optimizer: Optimizer,
@@ -19,16 +26,17 @@ def choose_weights(
     include: Sequence[str],
     exclude: Sequence[str],
     layouts: Mapping[str, ChannelLayout],
+    least_dims: int = CONVOLUTIONS,
 ) -> list[SteeredWeight]:
     """Return the weights of `optimizer` to steer, under their plain names.
 
     Args:
         optimizer: parameters that it does not have are left out.
         named_parameters: of the model.
-        include: glob patterns on plain names; empty means every convolution (three or more
-            dimensions).
+        include: glob patterns on plain names; empty means every weight of `least_dims` or more.
         exclude: glob patterns on names that are left alone.
         layouts: the layouts of weights whose output channels are not along dimension 0.
+        least_dims: CONVOLUTIONS or MATRICES.
 
     Raises:
         InputError: nothing to steer; a pattern that matches nothing; a parameter that FSDP1
@@ -40,12 +48,13 @@ def choose_weights(
     chosen = [
         SteeredWeight(name, parameter, optimizer, groups[parameter], layouts.get(name, ROWS))
         for name, parameter in named.items()
-        if why_left(name, parameter, groups, include, exclude) is None
+        if why_left(name, parameter, groups, include, exclude, least_dims) is None
     ]
     if not chosen:
         raise InputError(
-            "There is no weight to steer: by default these are the convolutions in the optimizer; "
-            f"name others by include. It has {_some([n for n, q in named.items() if q in groups])}."
+            f"There is no weight to steer: by default these are the {_DEFAULTS[least_dims][0]} "
+            "in the optimizer; name others by include. "
+            f"It has {_some([n for n, q in named.items() if q in groups])}."
         )
     for weight in chosen:
         _check(weight)
@@ -57,11 +66,12 @@ def has_weights(
     named_parameters: Iterable[tuple[str, Tensor]],
     include: Sequence[str],
     exclude: Sequence[str],
+    least_dims: int = CONVOLUTIONS,
 ) -> bool:
     """Return whether `choose_weights` finds any weight to steer."""
     optimized = {q for group in optimizer.param_groups for q in group["params"]}
     return any(
-        why_left(plain_name(name), parameter, optimized, include, exclude) is None
+        why_left(plain_name(name), parameter, optimized, include, exclude, least_dims) is None
         for name, parameter in named_parameters
     )
 
@@ -72,6 +82,7 @@ def why_left(
     optimized: Container[Tensor],
     include: Sequence[str],
     exclude: Sequence[str],
+    least_dims: int = CONVOLUTIONS,
 ) -> str | None:
     """Return in words why a parameter is not to be steered, or None if it is.
 
@@ -81,6 +92,7 @@ def why_left(
         optimized: the parameters that an optimizer has.
         include: as for `choose_weights`.
         exclude: as for `choose_weights`.
+        least_dims: as for `choose_weights`.
     """
     if not parameter.requires_grad:
         return "it is frozen"
@@ -90,7 +102,7 @@ def why_left(
         return "exclude names it"
     if include:
         return None if _matches(name, include) else "include does not name it"
-    return None if parameter.dim() >= 3 else "not a convolution; name it by include"
+    return None if parameter.dim() >= least_dims else _DEFAULTS[least_dims][1]
 
 
 def _check_patterns(named: Mapping[str, Any], patterns: Iterable[str]) -> None:

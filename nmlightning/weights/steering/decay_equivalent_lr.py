@@ -12,7 +12,7 @@ from torch.optim import SGD, Optimizer
 from nmlightning.errors import InputError
 from nmlightning.weights.channel_norms import ChannelLayout
 from nmlightning.weights.steering.attachment import Attachment
-from nmlightning.weights.steering.choose_weights import choose_weights
+from nmlightning.weights.steering.choose_weights import CONVOLUTIONS, choose_weights
 from nmlightning.weights.steering.moves import project, scale_step
 from nmlightning.weights.steering.reference import Moment
 from nmlightning.weights.steering.scale_invariance import Scope
@@ -78,6 +78,8 @@ class DecayEquivalentLR:
 
     Source: Li & Arora 2020 (arXiv 1910.07454), theorem 2.
     """
+
+    least_dims = CONVOLUTIONS
 
     def __init__(
         self, weight_decay: float, *, include: Sequence[str] = (), exclude: Sequence[str] = ()

@@ -14,7 +14,7 @@ from nmlightning.weights.channel_norms import ChannelLayout, channel_norms
 from nmlightning.weights.history import Alignment, NormHistory
 from nmlightning.weights.optimizer_family import Power, choose_power
 from nmlightning.weights.steering.attachment import Attachment
-from nmlightning.weights.steering.choose_weights import choose_weights
+from nmlightning.weights.steering.choose_weights import CONVOLUTIONS, choose_weights
 from nmlightning.weights.steering.moves import project, scale_step
 from nmlightning.weights.steering.reference import Moment, Reference, usable
 from nmlightning.weights.steering.scale_invariance import Scope
@@ -57,6 +57,8 @@ class LRCorrection:
 
     Source: Hoffer et al. 2018, §3 (arXiv 1803.01814).
     """
+
+    least_dims = CONVOLUTIONS
 
     def __init__(
         self,

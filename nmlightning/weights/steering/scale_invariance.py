@@ -57,6 +57,10 @@ class Scope:
             if math.isfinite(share):
                 self._note(weight.name, share)
 
+    def knows(self, weight: SteeredWeight) -> bool:
+        """Return whether the share of a weight is known."""
+        return weight.name in self.shares
+
     def holds(self, weight: SteeredWeight) -> bool:
         """Return whether the weight is steered."""
         return self.insists or self.shares.get(weight.name, 0.0) <= TOLERANCE
@@ -94,3 +98,21 @@ class Scope:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take it for measured."""
         self.shares = dict(state["shares"])
+
+
+class WholeScope(Scope):
+    """Every weight is steered, whether or not the loss feels its norm; nothing is measured."""
+
+    def __init__(self) -> None:
+        super().__init__(insists=True)
+
+    def measure(self, weight: SteeredWeight, values: Tensor) -> None:
+        """Do nothing."""
+
+    def knows(self, weight: SteeredWeight) -> bool:
+        """Return True."""
+        return True
+
+    def reason(self, name: str) -> str:
+        """Return in words that it is steered."""
+        return "steered"

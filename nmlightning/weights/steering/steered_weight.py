@@ -49,8 +49,8 @@ class SteeredWeight:
 
     @property
     def gradient(self) -> Tensor | None:
-        """The gradient, of the weight's shape."""
-        return None if self.parameter.grad is None else _local(self.parameter.grad)
+        """The gradient, of the weight's shape; dense also where that of an embedding is not."""
+        return None if self.parameter.grad is None else _local(self.parameter.grad).to_dense()
 
     def buffer(self, name: str) -> Tensor | None:
         """Return what the optimizer keeps for the weight under a name, such as `exp_avg`."""

@@ -8,7 +8,13 @@ from torch import Tensor, nn
 
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
-from nmlightning.weights.steering import DecayEquivalentLR, LRCorrection, NormSchedule
+from nmlightning.weights.steering import (
+    DecayEquivalentLR,
+    Hyperball,
+    LRCorrection,
+    NormSchedule,
+    RadialProjection,
+)
 
 MakeRule = Callable[..., Any]
 RULES: dict[str, MakeRule] = {
@@ -17,6 +23,8 @@ RULES: dict[str, MakeRule] = {
     "layer": lambda history, **options: LRCorrection(history, granularity="layer", **options),
     "schedule": lambda history, **options: NormSchedule(history, **options),
     "decay": lambda _, **options: DecayEquivalentLR(0.01, **options),
+    "hyperball": lambda _, **options: Hyperball(**options),
+    "projection": lambda _, **options: RadialProjection(**options),
 }
 
 

@@ -20,6 +20,8 @@ MakeNet = Callable[[], nn.Module]
 MakeHistory = Callable[[nn.Module], NormHistory]
 MakeRule = Callable[..., Any]
 REFERENCED = ("stable", "paper", "layer", "schedule")
+SCALE_INVARIANT = (*REFERENCED, "decay")
+ANY_MATRIX = ("hyperball", "projection")
 pytestmark = pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. has no brake")
 
 
@@ -32,6 +34,7 @@ def assert_equal(one: nn.Module, other: nn.Module) -> None:
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("rule_name", SCALE_INVARIANT)
 def test_it_moves_convolutions_only(
     make_net: MakeNet, train: Train, random_history: MakeHistory, make_rule: MakeRule
 ) -> None:
@@ -44,6 +47,27 @@ def test_it_moves_convolutions_only(
     for name, parameter in net.named_parameters():
         same = torch.equal(parameter, plain.get_parameter(name))
         assert same is not name.startswith("conv"), name
+
+
+@pytest.mark.parametrize("rule_name", ANY_MATRIX)
+def test_it_steers_any_matrix(
+    make_net: MakeNet, train: Train, random_history: MakeHistory, make_rule: MakeRule
+) -> None:
+    """Whether or not the loss feels its norm, without a word; vectors are left."""
+    net = make_net()
+    net.norm2 = nn.Identity()
+    optimizer = sgd(net)
+    attachment = make_rule(random_history(net)).attach(optimizer, net.named_parameters())
+    names = ["conv1.weight", "conv2.weight", "head.weight"]
+    assert attachment.reasons() == dict.fromkeys(names, "steered")
+    assert attachment.measured
+    train(net, optimizer, 1)
+    assert list(attachment.factors()) == names
+    assert attachment.scope.dropped() == {}
+    named = make_rule(None, include=["head.weight"]).attach(optimizer, net.named_parameters())
+    assert list(named.reasons()) == ["head.weight"]
+    with pytest.raises(InputError, match=r"expected a floating-point weight of two or more dim"):
+        make_rule(None, include=["*.bias"]).attach(optimizer, net.named_parameters())
 
 
 def test_remove(
@@ -148,6 +172,7 @@ def test_a_step_that_a_fused_optimizer_skips(
     del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("rule_name", SCALE_INVARIANT)
 def test_a_weight_whose_norm_matters_is_dropped(
     make_net: MakeNet, train: Train, random_history: MakeHistory, make_rule: MakeRule
 ) -> None:
@@ -162,6 +187,7 @@ def test_a_weight_whose_norm_matters_is_dropped(
     assert not torch.equal(net.conv1.weight, plain.conv1.weight)
 
 
+@pytest.mark.parametrize("rule_name", SCALE_INVARIANT)
 def test_a_weight_that_is_named_is_steered_all_the_same(
     make_net: MakeNet, train: Train, random_history: MakeHistory, make_rule: MakeRule
 ) -> None:
@@ -178,7 +204,9 @@ def test_a_weight_that_is_named_is_steered_all_the_same(
     assert torch.equal(net.conv1.weight, plain.conv1.weight)
 
 
-def test_patterns(make_net: MakeNet, random_history: MakeHistory, make_rule: MakeRule) -> None:
+def test_patterns(
+    make_net: MakeNet, random_history: MakeHistory, make_rule: MakeRule, rule_name: str
+) -> None:
     net = make_net()
     history = random_history(net)
 
@@ -186,12 +214,13 @@ def test_patterns(make_net: MakeNet, random_history: MakeHistory, make_rule: Mak
         attachment = make_rule(history, **patterns).attach(sgd(net), net.named_parameters())
         return [rule.weight.name for rule in attachment.rules]
 
-    assert steered(exclude=["conv1.*"]) == ["conv2.weight"]
+    left = ["conv2.weight", "head.weight"] if rule_name in ANY_MATRIX else ["conv2.weight"]
+    assert steered(exclude=["conv1.*"]) == left
     assert steered(include=["conv1.weight"]) == ["conv1.weight"]
     with pytest.raises(InputError, match=r"'covn1\*' matches no parameter. There is conv1.we"):
         steered(exclude=["covn1*"])
     with pytest.raises(InputError, match="There is no weight to steer"):
-        steered(exclude=["conv*"])
+        steered(exclude=["conv*", "head*"])
 
 
 def test_weight_decay_inside_the_step(
@@ -224,7 +253,7 @@ def test_several_optimizers(
         attachment = rule.attach(optimizer, net.named_parameters())
         assert [each.weight.name for each in attachment.rules] == [name]
     with pytest.raises(InputError, match="There is no weight to steer"):
-        rule.attach(torch.optim.SGD(net.head.parameters(), momentum=0.1), net.named_parameters())
+        rule.attach(torch.optim.SGD([net.head.bias], momentum=0.1), net.named_parameters())
 
 
 def test_compiled_and_parametrized_modules_keep_their_names(

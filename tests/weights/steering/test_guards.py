@@ -60,7 +60,11 @@ def test_dead_channels_of_a_reference_move_as_without_it(
 
 
 def test_a_step_that_is_not_finite_is_undone_and_told(
-    make_net: MakeNet, train: Train, random_history: MakeHistory, make_rule: MakeRule
+    make_net: MakeNet,
+    train: Train,
+    random_history: MakeHistory,
+    make_rule: MakeRule,
+    rule_name: str,
 ) -> None:
     net = make_net()
     optimizer = sgd(net)
@@ -71,17 +75,22 @@ def test_a_step_that_is_not_finite_is_undone_and_told(
     optimizer.step()
     torch.testing.assert_close(net.conv1.weight[2], before[2])
     assert bool(net.conv1.weight.isfinite().all())
-    assert attachment.undone == 1
+    channels = 4 if rule_name == "hyperball" else 1  # that undoes the step of a whole weight
+    assert attachment.undone == channels
     attachment.clock = lambda: {"epoch": 0}
     with pytest.warns(
-        UserWarning, match="undid 24 steps of channels by step 25, since they or the"
+        UserWarning, match=f"undid {24 * channels} steps of channels by step 25, since they or the"
     ):
         step_on(optimizer, 23)  # The momentum buffer is not finite any more.
 
 
 @pytest.mark.filterwarnings("ignore:.* undid .* steps of channels by step")
 def test_a_run_of_such_steps_ends(
-    make_net: MakeNet, train: Train, random_history: MakeHistory, make_rule: MakeRule
+    make_net: MakeNet,
+    train: Train,
+    random_history: MakeHistory,
+    make_rule: MakeRule,
+    rule_name: str,
 ) -> None:
     net = make_net()
     optimizer = sgd(net)
@@ -90,7 +99,8 @@ def test_a_run_of_such_steps_ends(
     train(net, optimizer, 1)
     spoil(net, channel=2)
     step_on(optimizer, 123)
-    message = "had to undo steps of some channels 124 times in a row (now 1 channels)"
+    channels = 4 if rule_name == "hyperball" else 1
+    message = f"had to undo steps of some channels 124 times in a row (now {channels} channels)"
     assert 100 <= MAX_STEPS_UNDONE <= 124  # it looks at every 25th
     with pytest.raises(InputError, match=re.escape(message)):
         optimizer.step()
