@@ -1,13 +1,14 @@
 """What was done to a model, as plain data: noted on the module, kept in its checkpoints, compared.
 
-A checkpoint holds, under the key `nmlightning`, `{"version": 1, "norm_swaps": [recipe, …]}` in the
-order of the swaps. A recipe is the keywords of `swap_norms`, in one spelling of those that come to
-the same, and under `modules` the class that it gave to each module. A recipe of which later ones
-left nothing is not kept.
+A checkpoint holds, under the key `nmlightning`,
+`{"version": 1, "norm_swaps": [recipe, …], "weight_norms": [recipe, …]}`, each in order. A recipe is
+the keywords of `swap_norms` or `apply_weight_norm`, in one spelling of those that come to the same,
+and under `modules` what became of each module. A swap of which later ones left nothing is not kept.
 """
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
@@ -15,10 +16,11 @@ from torch import nn
 from nmlightning.after_method import run_after
 from nmlightning.errors import InputError
 from nmlightning.norms.registry import INHERITED_UNLESS_GIVEN, drop_defaults
+from nmlightning.weights.weight_norm.settings import Settings
 
 KEY = "nmlightning"
 VERSION = 1
-_NOTES = "_nmlightning_norm_swaps"
+_NOTES = "_nmlightning_recipes"
 
 Recipe = dict[str, Any]
 
@@ -44,35 +46,97 @@ def make_recipe(
     }
 
 
-def note_recipe(module: nn.Module, recipe: Recipe, modules: Mapping[str, str]) -> None:
-    """Remember on `module` which class `recipe` gave to which of its modules; once for each.
+def make_weight_norm_recipe(
+    *, include: Iterable[str], exclude: Iterable[str], rho: float | str | None, **settings: Any
+) -> Recipe:
+    """Return the keywords of `apply_weight_norm` as plain data, those that come to the same equal.
 
-    The notes are in the order of the swaps: a recipe that is followed again, and does something,
+    What does not change the weights is left out.
+    """
+    checked = Settings.of(**settings, rho="init" if rho is None else rho)
+    return {**asdict(checked), "include": sorted(set(include)), "exclude": sorted(set(exclude))}
+
+
+def _drop_undone(recipes: list[Recipe]) -> list[Recipe]:
+    """Return the swaps without those whose every module a later one changed.
+
+    One that set what a swap takes over from the layer, such as eps, still shows then.
+    """
+    kept: list[Recipe] = []
+    changed: set[str] = set()
+    for recipe in reversed(recipes):
+        modules = set(recipe["modules"])
+        lasts = INHERITED_UNLESS_GIVEN & recipe["options"].keys()
+        if lasts or not modules or modules - changed:
+            kept.insert(0, recipe)
+        changed |= modules
+    return kept
+
+
+@dataclass(frozen=True)
+class Change:
+    """One of the things that are done to a model.
+
+    Attributes:
+        key: what its recipes are under in a checkpoint.
+        callback: the name of what does it in a Trainer.
+        noun: what it changes.
+        title: the keyword that tells its recipes apart at first sight.
+        make: returns a recipe in its one spelling.
+        tidy: drops the recipes that came to nothing.
+    """
+
+    key: str
+    callback: str
+    noun: str
+    title: str
+    make: Callable[..., Recipe]
+    tidy: Callable[[list[Recipe]], list[Recipe]]
+
+
+NORM_SWAP = Change("norm_swaps", "NormSwap", "norms", "norm", make_recipe, _drop_undone)
+WEIGHT_NORM = Change(
+    "weight_norms", "WeightNormSwap", "weight norm", "kind", make_weight_norm_recipe, list
+)
+CHANGES = (NORM_SWAP, WEIGHT_NORM)
+
+
+def note_recipe(
+    module: nn.Module, recipe: Recipe, modules: Mapping[str, Any], change: Change = NORM_SWAP
+) -> None:
+    """Remember on `module` what `recipe` made of which of its modules; once for each.
+
+    The notes are in the order of the changes: a recipe that is followed again, and does something,
     becomes the last.
     """
-    notes = recipes_of(module)
+    notes = recipes_of(module, change)
     known = next((note for note in notes if _keywords(note) == recipe), None)
     if known is None:
         notes.append({**recipe, "modules": dict(modules)})
     elif modules:
         notes.remove(known)
         notes.append({**recipe, "modules": {**known["modules"], **modules}})
-    module.__dict__[_NOTES] = _drop_undone(notes)
-
-
-def recipes_of(module: nn.Module) -> list[Recipe]:
-    """Return what was noted on `module`, in order."""
-    return list(module.__dict__.get(_NOTES, ()))
-
-
-def swapped_modules(module: nn.Module) -> dict[str, str]:
-    """Return the class that each swapped module was given last, by name."""
-    return {
-        name: given for recipe in recipes_of(module) for name, given in recipe["modules"].items()
+    module.__dict__[_NOTES] = {
+        **module.__dict__.get(_NOTES, {}),
+        change.key: change.tidy(notes),
     }
 
 
-def recipes_in(checkpoint: Mapping[str, Any]) -> list[Recipe]:
+def recipes_of(module: nn.Module, change: Change = NORM_SWAP) -> list[Recipe]:
+    """Return what was noted on `module`, in order."""
+    return list(module.__dict__.get(_NOTES, {}).get(change.key, ()))
+
+
+def changed_modules(module: nn.Module, change: Change = NORM_SWAP) -> dict[str, Any]:
+    """Return what each changed module, by name, was made last."""
+    return {
+        name: made
+        for recipe in recipes_of(module, change)
+        for name, made in recipe["modules"].items()
+    }
+
+
+def recipes_in(checkpoint: Mapping[str, Any], change: Change = NORM_SWAP) -> list[Recipe]:
     """Return the recipes that a checkpoint holds, or raise InputError for another format."""
     entry = checkpoint.get(KEY)
     if entry is None:
@@ -82,9 +146,9 @@ def recipes_in(checkpoint: Mapping[str, Any]) -> list[Recipe]:
             f"The checkpoint's {KEY!r} entry has version {entry.get('version')}, and this release "
             f"reads {VERSION}: install the release that wrote it."
         )
-    recipes = entry["norm_swaps"]
-    return _drop_undone(
-        [{**make_recipe(**_keywords(recipe)), "modules": recipe["modules"]} for recipe in recipes]
+    recipes = entry.get(change.key, ())
+    return change.tidy(
+        [{**change.make(**_keywords(recipe)), "modules": recipe["modules"]} for recipe in recipes]
     )
 
 
@@ -100,57 +164,43 @@ def keep_in_checkpoints(module: nn.Module) -> None:
 
 def write_recipes(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     """Put what was noted on `module` into `checkpoint`."""
-    if recipes_of(module):
-        checkpoint[KEY] = {"version": VERSION, "norm_swaps": recipes_of(module)}
+    noted = {change.key: recipes_of(module, change) for change in CHANGES}
+    if any(noted.values()):
+        checkpoint[KEY] = {"version": VERSION, **noted}
 
 
 def check_recipes(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Raise InputError, naming the first difference, if `module` was swapped in another way."""
-    here = [_keywords(recipe) for recipe in recipes_of(module)]
-    there = [_keywords(recipe) for recipe in recipes_in(checkpoint)]
-    if here == there:
-        return
-    raise InputError(
-        f"The checkpoint was trained with {_first_difference(there, here)}. Resume with the same "
-        "norms, or start from its weights with load_from_checkpoint."
-    )
+    """Raise InputError, naming the first difference, if `module` was changed in another way."""
+    for change in CHANGES:
+        here = [_keywords(recipe) for recipe in recipes_of(module, change)]
+        there = [_keywords(recipe) for recipe in recipes_in(checkpoint, change)]
+        if here != there:
+            raise InputError(
+                f"The checkpoint was trained with {_first_difference(there, here, change)}. Resume "
+                f"with the same {change.noun}, or start from its weights with load_from_checkpoint."
+            )
 
 
-def _first_difference(there: list[Recipe], here: list[Recipe]) -> str:
+def _first_difference(there: list[Recipe], here: list[Recipe], change: Change) -> str:
+    name = change.callback
     if len(there) != len(here):
-        then = f"NormSwap {_names(there)}" if there else "no NormSwap"
-        return f"{then}, this run has {_names(here) or 'nothing (no NormSwap)'}"
+        then = f"{name} {_titles(there, change)}" if there else f"no {name}"
+        return f"{then}, this run has {_titles(here, change) or f'nothing (no {name})'}"
     old, new, key = next(
         (old, new, key)
         for old, new in zip(there, here, strict=True)
         for key in old
         if old[key] != new[key]
     )
-    return f"NormSwap {key} = {old[key]!r}, this run has {key} = {new[key]!r}"
+    return f"{name} {key} = {old[key]!r}, this run has {key} = {new[key]!r}"
 
 
-def _names(recipes: list[Recipe]) -> str:
-    return ", ".join(repr(recipe["norm"]) for recipe in recipes)
+def _titles(recipes: list[Recipe], change: Change) -> str:
+    return ", ".join(repr(recipe[change.title]) for recipe in recipes)
 
 
 def _keywords(recipe: Recipe) -> Recipe:
     return {key: value for key, value in recipe.items() if key != "modules"}
-
-
-def _drop_undone(recipes: list[Recipe]) -> list[Recipe]:
-    """Return the recipes without those whose every module a later one changed.
-
-    One that set what a swap takes over from the layer, such as eps, still shows then.
-    """
-    kept: list[Recipe] = []
-    changed: set[str] = set()
-    for recipe in reversed(recipes):
-        modules = set(recipe["modules"])
-        lasts = INHERITED_UNLESS_GIVEN & recipe["options"].keys()
-        if lasts or not modules or modules - changed:
-            kept.insert(0, recipe)
-        changed |= modules
-    return kept
 
 
 def _plain(value: Any) -> Any:

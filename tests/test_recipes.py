@@ -10,12 +10,12 @@ from torch import nn
 from nmlightning.errors import InputError
 from nmlightning.recipes import (
     Recipe,
+    changed_modules,
     check_recipes,
     make_recipe,
     note_recipe,
     recipes_in,
     recipes_of,
-    swapped_modules,
     write_recipes,
 )
 
@@ -90,10 +90,10 @@ def test_a_recipe_is_noted_once_and_remembers_all_its_modules() -> None:
 def test_a_recipe_that_is_followed_again_is_the_last() -> None:
     module = module_with(recipe("l1"), recipe("linf"))
     note_recipe(module, recipe("l1"), {})
-    assert swapped_modules(module) == {"a": "linf"}
+    assert changed_modules(module) == {"a": "linf"}
     note_recipe(module, recipe("l1"), {"a": "l1"})
     assert [r["norm"] for r in recipes_of(module)] == ["l1"]
-    assert swapped_modules(module) == {"a": "l1"}
+    assert changed_modules(module) == {"a": "l1"}
 
 
 @pytest.mark.parametrize(

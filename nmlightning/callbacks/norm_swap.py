@@ -19,10 +19,10 @@ from nmlightning.errors import InputError
 from nmlightning.norms.registry import check_kinds, check_options
 from nmlightning.recipes import (
     Recipe,
+    changed_modules,
     keep_in_checkpoints,
     make_recipe,
     note_recipe,
-    swapped_modules,
 )
 from nmlightning.surgery import check_lists, swap_norms
 from nmlightning.swappable import NormLayer, find_norm_layers
@@ -99,7 +99,7 @@ class NormSwap(CallbackBase):
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Check that nothing replaced a swapped layer, and that an optimizer trains it."""
         layers = {layer.name: layer for layer in find_norm_layers(pl_module)}
-        for name, expected in swapped_modules(pl_module).items():
+        for name, expected in changed_modules(pl_module).items():
             if name not in layers or layers[name].type_name != expected:
                 now = layers[name].type_name if name in layers else "gone"
                 raise InputError(
@@ -107,7 +107,7 @@ class NormSwap(CallbackBase):
                     "after the swap; let that run before NormSwap."
                 )
         _warn_of_forgotten(
-            trainer.optimizers, [layers[name] for name in swapped_modules(pl_module)]
+            trainer.optimizers, [layers[name] for name in changed_modules(pl_module)]
         )
 
     @property
