@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nmlightning.callbacks import NormSwap as NormSwap
+    from nmlightning.callbacks import WeightNormSwap as WeightNormSwap
     from nmlightning.callbacks import WeightNormTracker as WeightNormTracker
     from nmlightning.checkpoints import load_from_checkpoint as load_from_checkpoint
     from nmlightning.datamodules import CIFAR10 as CIFAR10
@@ -51,7 +52,7 @@ __version__ = "0.1.0"
 _STATISTICS = ("L1", "LInf", "Lp", "MeanOnly", "TopK")
 _BATCH_NORMS = [f"{statistic}BatchNorm{n}d" for statistic in _STATISTICS for n in (1, 2, 3)]
 _HOMES = {
-    "callbacks": ["NormSwap", "WeightNormTracker"],
+    "callbacks": ["NormSwap", "WeightNormSwap", "WeightNormTracker"],
     "checkpoints": ["load_from_checkpoint"],
     "datamodules": ["CIFAR10", "Digits"],
     "errors": ["InputError"],

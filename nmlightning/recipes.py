@@ -166,7 +166,7 @@ def write_recipes(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     """Put what was noted on `module` into `checkpoint`."""
     noted = {change.key: recipes_of(module, change) for change in CHANGES}
     if any(noted.values()):
-        checkpoint[KEY] = {"version": VERSION, **noted}
+        checkpoint[KEY] = {"version": VERSION, **{key: r for key, r in noted.items() if r}}
 
 
 def check_recipes(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:

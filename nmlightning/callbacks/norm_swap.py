@@ -1,37 +1,29 @@
 """NormSwap: train a model that exists already with another norm."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import nn
-from torch.optim import Optimizer
 
-from nmlightning.after_method import run_after
-from nmlightning.compat import (
-    CallbackBase,
-    builds_in_configure_model,
-    keep_through_sync,
-    rebuild_copies,
-)
-from nmlightning.errors import InputError
+from nmlightning.callbacks.model_change import ModelChange, warn_of_forgotten
+from nmlightning.compat import keep_through_sync
+from nmlightning.errors import InputError, check_lists
 from nmlightning.norms.registry import check_kinds, check_options
 from nmlightning.recipes import (
     Recipe,
     changed_modules,
-    keep_in_checkpoints,
     make_recipe,
     note_recipe,
 )
-from nmlightning.surgery import check_lists, swap_norms
-from nmlightning.swappable import NormLayer, find_norm_layers
+from nmlightning.surgery import swap_norms
+from nmlightning.swappable import find_norm_layers
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 
-class NormSwap(CallbackBase):
+class NormSwap(ModelChange):
     """Swaps the norm layers of the LightningModule when the Trainer sets it up.
 
     It works for every LightningModule, of `pytorch_lightning` and of `lightning.pytorch`, whether
@@ -78,23 +70,9 @@ class NormSwap(CallbackBase):
         self.exclude = tuple(exclude)
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        """Swap before the optimizer exists and before any weights are loaded."""
-        late = builds_in_configure_model(pl_module)
-        if late:
-            callbacks = trainer.callbacks  # type: ignore[attr-defined]  # A connector sets them.
-            swaps = [callback for callback in callbacks if isinstance(callback, NormSwap)]
-            swap_all = functools.partial(_swap_all, swaps, pl_module)
-            run_after(pl_module, "configure_model", swap_all, key="swap")
-        keep_in_checkpoints(pl_module)
+        """Swap, and let `sync_batchnorm` keep what it gets."""
         keep_through_sync(trainer)
-        try:
-            swapped = self.swap(pl_module)
-        except InputError:
-            if not late:
-                raise
-            swapped = False  # It may fit what configure_model is yet to build, or raise there.
-        if swapped:
-            rebuild_copies(trainer, pl_module, before=self, stage=stage)
+        super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Check that nothing replaced a swapped layer, and that an optimizer trains it."""
@@ -106,20 +84,10 @@ class NormSwap(CallbackBase):
                     f"NormSwap made {name} a {expected}, but it is {now}: something replaced it "
                     "after the swap; let that run before NormSwap."
                 )
-        _warn_of_forgotten(
-            trainer.optimizers, [layers[name] for name in changed_modules(pl_module)]
-        )
+        swapped = {name: layers[name].module for name in changed_modules(pl_module)}
+        warn_of_forgotten("swapped norms", trainer.optimizers, swapped)
 
-    @property
-    def state_key(self) -> str:
-        """The name of its state in a checkpoint, one for each recipe."""
-        return self._generate_state_key(**self.recipe())
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the recipe, so that Lightning warns of a resume without this callback."""
-        return self.recipe()
-
-    def swap(self, module: nn.Module) -> bool:
+    def change(self, module: nn.Module) -> bool:
         """Swap the norms of `module`, note it there, and return whether that did anything."""
         report = swap_norms(
             module,
@@ -137,24 +105,3 @@ class NormSwap(CallbackBase):
     def recipe(self) -> Recipe:
         """Return the keywords as plain data."""
         return make_recipe(self.norm, self.options, self.kinds, self.include, self.exclude)
-
-
-def _swap_all(swaps: Sequence[NormSwap], module: nn.Module) -> None:
-    for swap in swaps:
-        swap.swap(module)
-
-
-def _warn_of_forgotten(optimizers: list[Optimizer], layers: list[NormLayer]) -> None:
-    """Warn of trainable parameters of `layers` that no optimizer has."""
-    optimized = {id(q) for o in optimizers for g in o.param_groups for q in g["params"]}
-    forgotten = [
-        f"{layer.name}.{name}"
-        for layer in layers
-        for name, parameter in layer.module.named_parameters(recurse=False)
-        if parameter.requires_grad and id(parameter) not in optimized
-    ]
-    if optimized and forgotten:
-        rank_zero_warn(
-            f"No optimizer trains {len(forgotten)} parameters of swapped norms, such as "
-            f"{forgotten[0]}; if that is meant, set their requires_grad to False."
-        )

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from nmlightning.errors import check_flag
+from nmlightning.errors import check_flag, check_lists
 from nmlightning.weights.weight_norm.gains import homes_of_gains, listed, take_out
 from nmlightning.weights.weight_norm.parametrization import WeightNorm
 from nmlightning.weights.weight_norm.settings import NAMES, Gain, Kind, Settings
@@ -99,6 +99,7 @@ def apply_weight_norm(
     """
     settings = Settings.of(kind, p, rho, gain, project)
     check_flag("cache", cache)
+    check_lists(include=include, exclude=exclude)
     sites = find_sites(model, include, exclude)
     for site in sites:
         check_site(site)

@@ -4,7 +4,7 @@ import gc
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nmlightning.errors import InputError
@@ -38,6 +38,16 @@ def homes_of_gains(
                 "gain: hand it over as optimizers=…, or make it afterwards."
             )
     return homes
+
+
+def live_optimizers(model: nn.Module) -> list[Optimizer]:
+    """Return the optimizers that exist and move a parameter of the model."""
+    own = set(model.parameters())
+    return [
+        optimizer
+        for optimizer in _all_optimizers()
+        if any(q in own for group in optimizer.param_groups for q in group["params"])
+    ]
 
 
 def take_out(gain: Tensor, optimizers: Iterable[Optimizer]) -> None:

@@ -122,6 +122,11 @@ class WeightNorm(nn.Module):
         factors = self.rho / channel_norms(local, self.p, self.layout)
         local.mul_(self.layout.spread(factors.where(factors.isfinite(), 1.0), local))
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether v is split over ranks."""
+        return type(self._hidden()).__name__ == "DTensor"
+
     def _hidden(self) -> Tensor | None:
         holder = None if self._holder is None else self._holder()
         return None if holder is None else holder.original

@@ -94,6 +94,11 @@ def find_normalised_sites(
     return chosen
 
 
+def normalised_names(model: nn.Module) -> set[str]:
+    """Return the names of the weights that are normalised, one for each."""
+    return {site.name for site in _all_sites(model) if "WeightNorm" in _parametrizations(site)}
+
+
 def _choose(
     model: nn.Module,
     sites: Sequence[Site],

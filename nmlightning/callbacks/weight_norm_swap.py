@@ -1,0 +1,115 @@
+"""WeightNormSwap: train a model that exists already with weights that are normalised."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from torch import nn
+
+from nmlightning.callbacks.model_change import ModelChange, warn_of_forgotten
+from nmlightning.errors import InputError, check_flag, check_lists
+from nmlightning.recipes import (
+    WEIGHT_NORM,
+    Recipe,
+    changed_modules,
+    make_weight_norm_recipe,
+    note_recipe,
+    recipes_of,
+)
+from nmlightning.weights.weight_norm import WeightNorm, apply_weight_norm
+from nmlightning.weights.weight_norm.gains import live_optimizers
+from nmlightning.weights.weight_norm.settings import Gain, Kind
+from nmlightning.weights.weight_norm.sites import normalised_names
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+
+class WeightNormSwap(ModelChange):
+    """Normalises weights of the LightningModule when the Trainer sets it up.
+
+    It works for every LightningModule as `NormSwap` does, beside which it may stand. What it did
+    travels in every checkpoint under the key `nmlightning`: a resume with another recipe is
+    refused, and `nmlightning.load_from_checkpoint` restores the model without a Trainer.
+
+    The keywords are those of `nmlightning.apply_weight_norm`; optimizers that exist already move
+    the gains, too.
+
+    Args:
+        kind: "bounded" or "weight".
+        p: 1, 2 or "inf".
+        rho: "init", or the norm that each channel has at first.
+        gain: "none", "channel" or "layer"; None means what the kind has by default.
+        project: bring the hidden weights back to their first norm after each step.
+        include: glob patterns on names of parameters; empty means every convolution.
+        exclude: glob patterns on names that are left alone.
+        cache: compute each weight once for all batches between two optimizer steps. It is not
+            done where FSDP shards weights, to save their memory.
+
+    Raises:
+        InputError: on construction for a setting that is not allowed; in setup for a pattern that
+            matches nothing or a weight that cannot be normalised; on resuming with another recipe;
+            when training starts, if something replaced a normalised weight since.
+
+    Example:
+        >>> from pytorch_lightning import Trainer
+        >>> trainer = Trainer(callbacks=[WeightNormSwap("bounded", p=1)], logger=False)
+    """
+
+    def __init__(
+        self,
+        kind: Kind = "bounded",
+        p: float | str = 2,
+        rho: float | str = "init",
+        gain: Gain | None = None,
+        project: bool = False,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        cache: bool = True,
+    ) -> None:
+        super().__init__()
+        check_lists(include=include, exclude=exclude)
+        self._settings: dict[str, Any] = {
+            "kind": kind,
+            "p": p,
+            "rho": rho,
+            "gain": gain,
+            "project": project,
+            "include": tuple(include),
+            "exclude": tuple(exclude),
+        }
+        self.recipe()  # raises where a setting is not allowed
+        self.cache = check_flag("cache", cache)
+
+    def change(self, module: nn.Module) -> bool:
+        """Normalise weights of `module`, note it there, and return whether that did anything."""
+        recipe = self.recipe()
+        for note in recipes_of(module, WEIGHT_NORM):
+            if recipe.items() <= note.items() and note["modules"].keys() <= normalised_names(
+                module
+            ):
+                return False
+        report = apply_weight_norm(
+            module, **self._settings, cache=self.cache, optimizers=live_optimizers(module)
+        )
+        note_recipe(module, recipe, report.weights, WEIGHT_NORM)
+        rank_zero_info(f"WeightNormSwap: {report}")
+        return True
+
+    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Check that nothing replaced a normalised weight, and that an optimizer trains it."""
+        names = normalised_names(pl_module)
+        for name in changed_modules(pl_module, WEIGHT_NORM):
+            if name not in names:
+                raise InputError(
+                    f"WeightNormSwap normalised {name}, and now it is not: something replaced it "
+                    "since; let that run before WeightNormSwap."
+                )
+        norms = {n: m for n, m in pl_module.named_modules() if isinstance(m, WeightNorm)}
+        for norm in norms.values():
+            norm.cache = norm.cache and not norm.is_sharded
+        warn_of_forgotten("weight norms", trainer.optimizers, norms)
+
+    def recipe(self) -> Recipe:
+        """Return the keywords as plain data."""
+        return make_weight_norm_recipe(**self._settings)

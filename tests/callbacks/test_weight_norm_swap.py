@@ -1,0 +1,227 @@
+"""Test WeightNormSwap on LightningModules that have never heard of it, under both packages."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning
+import torch
+from pytorch_lightning.callbacks import StochasticWeightAveraging
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_modules import (
+    PlLate,
+    PlModule,
+    UnifiedLate,
+    UnifiedModule,
+    make,
+    make_trainer,
+    package_of,
+)
+from nmlightning import NormSwap, WeightNormSwap, channel_norms, load_from_checkpoint
+from nmlightning.errors import InputError
+from nmlightning.weights.weight_norm import WeightNorm
+
+ALL = pytest.mark.parametrize("module_class", [PlModule, UnifiedModule, PlLate, UnifiedLate])
+
+
+class Forgetful(PlModule):
+    """Its optimizer has the weights, and no gains."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        named = self.named_parameters()
+        return torch.optim.SGD([q for name, q in named if not name.endswith("gain")], lr=0.1)
+
+
+class OwnOptimizer(PlModule):
+    """Made its optimizer before any hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer
+
+
+def batches() -> DataLoader[tuple[Tensor, ...]]:
+    images = torch.randn(12, 2, 8, 8, generator=torch.Generator().manual_seed(3))
+    return DataLoader(TensorDataset(images, torch.arange(12) % 3), batch_size=4)
+
+
+def fit(module: Any, *callbacks: Any, ckpt_path: Any = None, **options: Any) -> Any:
+    trainer = make_trainer(type(module), *callbacks, **options)
+    trainer.fit(module, batches(), batches(), ckpt_path=ckpt_path)
+    return trainer
+
+
+def norms_of(module: Any, p: float = 2) -> Tensor:
+    return channel_norms(module.net[0].weight, p)
+
+
+@ALL
+@pytest.mark.parametrize("options", [{}, {"p": 1, "project": True}, {"kind": "weight"}])
+def test_it_trains_with_the_norms_it_says(module_class: type, options: dict[str, Any]) -> None:
+    module = make(module_class)
+    trainer = fit(module, WeightNormSwap(**options))
+    trainer.test(module, batches(), verbose=False)
+    (rho,) = {
+        float(m.rho)
+        for n, m in module.named_modules()
+        if n.endswith("net.0.parametrizations.weight.0")
+    }
+    norms = norms_of(module, options.get("p", 2))
+    if options.get("kind") == "weight":
+        assert norms.std() > 0
+    else:
+        torch.testing.assert_close(norms, torch.full((4,), rho), rtol=1e-6, atol=0)
+
+
+def test_it_stands_beside_a_norm_swap_in_any_order() -> None:
+    outputs = []
+    for callbacks in ((NormSwap("mean"), WeightNormSwap()), (WeightNormSwap(), NormSwap("mean"))):
+        module = make(PlModule)
+        fit(module, *callbacks)
+        outputs.append(module.net(batches().dataset[0][0][None]))
+    torch.testing.assert_close(*outputs)
+
+
+@ALL
+def test_a_resume_goes_on_as_if_nothing_had_happened(module_class: type, tmp_path: Path) -> None:
+    whole = make(module_class)
+    fit(whole, WeightNormSwap("weight", project=True), max_epochs=2)
+    first = make(module_class)
+    fit(first, WeightNormSwap("weight", project=True)).save_checkpoint(tmp_path / "a.ckpt")
+    second = make(module_class)
+    fit(second, WeightNormSwap("weight", project=True), max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
+    for (name, a), b in zip(whole.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "message"),
+    [
+        ([WeightNormSwap()], [WeightNormSwap(p=1)], "WeightNormSwap p = 2.0, this run has p = 1.0"),
+        ([WeightNormSwap()], [], "WeightNormSwap 'bounded', this run has nothing"),
+        ([], [WeightNormSwap()], "no WeightNormSwap, this run has 'bounded'"),
+        (
+            [WeightNormSwap()],
+            [WeightNormSwap(project=True)],
+            "WeightNormSwap project = False, this run has project = True",
+        ),
+    ],
+)
+def test_a_resume_with_another_recipe_is_refused(
+    then: list[Any], now: list[Any], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.ckpt"
+    fit(make(PlModule), *then, NormSwap("l1")).save_checkpoint(path)
+    module = make(PlModule)
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(InputError, match="was trained with " + message):
+        fit(module, *now, NormSwap("l1"), ckpt_path=path)
+    assert torch.equal(before["net.7.weight"], module.state_dict()["net.7.weight"])
+
+
+def test_a_plain_module_does_not_load_it_wrongly(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    fit(make(PlModule), WeightNormSwap()).save_checkpoint(path)
+    with pytest.raises(RuntimeError, match=r"Missing key.*net\.0\.weight"):
+        PlModule.load_from_checkpoint(path)
+
+
+@ALL
+@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize("options", [{}, {"kind": "weight", "p": "inf", "rho": 2.0}])
+def test_a_checkpoint_restores_without_a_trainer(
+    module_class: Any, weights_only: bool, options: dict[str, Any], tmp_path: Path
+) -> None:
+    path, again = tmp_path / "a.ckpt", tmp_path / "b.ckpt"
+    module = make(module_class)
+    callbacks = [NormSwap("mean"), WeightNormSwap(**options)]
+    fit(module, *callbacks).save_checkpoint(path, weights_only=weights_only)
+    load = module_class.load_state_dict
+    restored = load_from_checkpoint(module_class, path)
+    images = torch.randn(4, 2, 8, 8)
+    assert torch.equal(restored.eval().net(images), module.eval().net(images))
+    assert module_class.load_state_dict is load
+    assert "load_state_dict" not in vars(module_class)
+    fit(restored.train(), *callbacks).save_checkpoint(again)  # which it has already
+    saved = torch.load(again)["nmlightning"]["weight_norms"]
+    assert saved == torch.load(path)["nmlightning"]["weight_norms"]
+
+
+@pytest.mark.parametrize("module_class", [PlModule, UnifiedModule])
+@pytest.mark.parametrize("first", [True, False])
+def test_averages_of_weights(module_class: type, first: bool) -> None:
+    package = package_of(module_class)
+    averaging = package.callbacks.EMAWeightAveraging(decay=0.5)
+    callbacks = [averaging, WeightNormSwap(p=1)] if first else [WeightNormSwap(p=1), averaging]
+    module = make(module_class)
+    fit(module, *callbacks)
+    norms = norms_of(module, 1)
+    torch.testing.assert_close(norms, norms[:1].expand(4), rtol=1e-6, atol=0)
+
+
+def test_stochastic_weight_averaging() -> None:
+    module = make(PlModule)
+    fit(module, StochasticWeightAveraging(0.1, swa_epoch_start=1), WeightNormSwap(), max_epochs=3)
+    norms = norms_of(module)
+    torch.testing.assert_close(norms, norms[:1].expand(4), rtol=1e-6, atol=0)
+
+
+def test_weights_are_computed_once_for_an_accumulation(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, calls = make(PlModule), []
+    compute = WeightNorm.scales
+    monkeypatch.setattr(WeightNorm, "scales", lambda norm: calls.append(1) or compute(norm))
+    twin = copy.deepcopy(module)
+    fit(module, WeightNormSwap(), accumulate_grad_batches=3, limit_val_batches=0)
+    cached = len(calls)
+    calls.clear()
+    fit(twin, WeightNormSwap(cache=False), accumulate_grad_batches=3, limit_val_batches=0)
+    assert len(calls) - cached == 2 * 2  # two convolutions, two more batches
+    for a, b in zip(module.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_optimizer_made_before_moves_the_gains() -> None:
+    module = make(OwnOptimizer)
+    fit(module, WeightNormSwap("weight", rho=1.0, include=["net.7.weight"]))
+    gain = module.net[7].parametrizations.weight[0].gain
+    assert (gain != 1).all()
+
+
+def test_gains_that_no_optimizer_moves_are_warned_of() -> None:
+    with pytest.warns(UserWarning, match="No optimizer trains 2 parameters of weight norms"):
+        fit(make(Forgetful), WeightNormSwap("weight"))
+
+
+class Replaces(pytorch_lightning.Callback):
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.net[0] = nn.Conv2d(2, 4, 3)
+
+
+def test_a_weight_that_was_replaced_since_is_refused() -> None:
+    with pytest.raises(InputError, match=r"normalised net\.0\.weight, and now it is not"):
+        fit(make(PlModule), Replaces(), WeightNormSwap())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "bound"}, "kind is 'bounded' or 'weight'"),
+        ({"p": 3}, "p is 1, 2 or inf, got 3"),
+        ({"include": "net.*"}, "include is a list"),
+        ({"cache": "no"}, "cache is True or False"),
+    ],
+)
+def test_refuses_settings_at_once(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        WeightNormSwap(**options)
+
+
+def test_a_pattern_that_matches_nothing_is_refused() -> None:
+    with pytest.raises(InputError, match=r"'head\.\*' matches no weight"):
+        fit(make(PlModule), WeightNormSwap(include=["head.*"]))
