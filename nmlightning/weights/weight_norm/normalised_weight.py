@@ -35,12 +35,13 @@ def normalise_channels(v: Tensor, scales: Tensor, p: float, layout: ChannelLayou
 
 
 class NormalisedWeight(torch.autograd.Function):
-    """`normalise_channels`, with the closed form of its derivative.
+    """`normalise_channels` of a weight without channels that are zero, with its own derivative.
 
         dv_i = s_i/n_i (dw_i − ⟨dw_i, v_i⟩/n_i · ∂n_i/∂v_i),        ds_i = ⟨dw_i, v_i⟩/n_i
 
     where n_i = ‖v_i‖_p, and ∂n/∂v is sign(v) for p = 1, v/n for p = 2, and for p = ∞ the sign of
-    the largest element (of the first, where several are), 0 elsewhere.
+    the largest element (of the first, where several are), 0 elsewhere. For p = 2 torch has a kernel
+    for each direction, which its own weight norm uses, too.
 
     One graph may serve several backward passes, so that a weight can be computed once for many
     batches. For that it holds v itself; as torch does, it checks that v was not changed since.
@@ -48,12 +49,15 @@ class NormalisedWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, v: Tensor, scales: Tensor, p: float, layout: ChannelLayout) -> Tensor:
-        norms = row_norms(layout.rows(v), p)
-        factors = torch.where(norms > 0, scales / norms, 0.0)
         ctx.v, ctx.scales, ctx.p, ctx.layout = v, scales, p, layout
-        ctx.norms, ctx.factors = norms, factors
         ctx.versions = v._version, scales._version
-        return _multiply(v, factors, layout)
+        if has_kernels(v, p, layout):
+            ctx.column = as_column(scales, v)
+            w, ctx.norms = torch._weight_norm_interface(v, ctx.column, 0)
+            return w
+        ctx.column = None
+        ctx.norms = row_norms(layout.rows(v), p)
+        return _multiply(v, scales / ctx.norms, layout)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -63,12 +67,26 @@ class NormalisedWeight(torch.autograd.Function):
                 "A weight that is normalised was changed in place since the forward pass, so the "
                 "gradient of that pass cannot be computed any more."
             )
-        rows = None if torch.is_grad_enabled() else _rows_in_memory(ctx.v, ctx.layout)
-        if rows is None:
+        if torch.is_grad_enabled():
             return *_gradients_of_formula(ctx, dw), None, None
-        row_grads = dw.permute(_memory_order(ctx.v)).flatten(1)
-        dv, dots = _gradients(row_grads, rows, ctx.norms, ctx.factors, ctx.p)
-        return _as_in_memory(dv, ctx.v), _gradient_of_scales(ctx, dots), None, None
+        if ctx.column is None:
+            return *_gradients_by_rows(ctx, dw), None, None
+        dv, dots = torch.ops.aten._weight_norm_interface_backward(
+            dw.contiguous(), ctx.v, ctx.column, ctx.norms, 0
+        )
+        return dv, _gradient_of_scales(ctx, dots.view(-1)), None, None
+
+
+def has_kernels(v: Tensor, p: float, layout: ChannelLayout) -> bool:
+    """Return whether torch's kernels normalise such a weight."""
+    plain = layout.transposed_groups is None and v.is_contiguous()
+    return plain and p == 2 and v.dtype in (torch.float32, torch.float64)
+
+
+def as_column(scales: Tensor, v: Tensor) -> Tensor:
+    """Return s as (C, 1, …), as the kernels take it."""
+    columns = scales if scales.numel() == len(v) else scales.expand(len(v)).contiguous()
+    return columns.view(-1, *[1] * (v.dim() - 1))
 
 
 def _multiply(v: Tensor, factors: Tensor, layout: ChannelLayout) -> Tensor:
@@ -112,32 +130,28 @@ def _gradients_of_formula(ctx: Any, dw: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(next(grads) if is_needed else None for is_needed in needed)
 
 
+def _gradients_by_rows(ctx: Any, dw: Tensor) -> tuple[Tensor | None, ...]:
+    """Return dv and ds, in the memory format of v."""
+    rows = _rows_in_memory(ctx.v, ctx.layout)
+    if rows is None:
+        return _gradients_of_formula(ctx, dw)
+    row_grads = dw.permute(_memory_order(ctx.v)).flatten(1)
+    dv, dots = _gradients(row_grads, rows, ctx.norms, ctx.scales / ctx.norms, ctx.p)
+    return _as_in_memory(dv, ctx.v), _gradient_of_scales(ctx, dots)
+
+
 def _gradients(
     dw: Tensor, v: Tensor, norms: Tensor, factors: Tensor, p: float
 ) -> tuple[Tensor, Tensor]:
     """Return dv and ⟨dw_i, v_i⟩ / n_i of (C, D) rows, given n and s/n, in their dtype."""
-    if p == 2 and dw.dtype == norms.dtype:
-        return _gradients_by_torch(dw, v, norms, factors)
     dw, v = dw.to(norms.dtype), v.to(norms.dtype)
-    reciprocals = torch.where(norms > 0, 1 / norms, 0.0)
-    dots = (dw * v).sum(1) * reciprocals
+    dots = (dw * v).sum(1) / norms
     dv, along = dw * factors[:, None], -(factors * dots)[:, None]
     if p == 2:
-        dv.addcmul_(v, along * reciprocals[:, None])
+        dv.addcmul_(v, along / norms[:, None])
     elif p == 1:
         dv.addcmul_(v.sign(), along)
     else:
         largest = v.abs().argmax(1, keepdim=True)
         dv.scatter_add_(1, largest, along * v.gather(1, largest).sign())
     return dv, dots
-
-
-def _gradients_by_torch(
-    dw: Tensor, v: Tensor, norms: Tensor, factors: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the same for p = 2, in two passes: torch has a kernel for its own weight norm."""
-    safe = norms.masked_fill(norms == 0, 1.0)
-    dv, dots = torch.ops.aten._weight_norm_interface_backward(
-        dw.contiguous(), v, (factors * safe)[:, None], safe[:, None], 0
-    )
-    return dv, dots[:, 0]

@@ -10,7 +10,12 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from nmlightning.weights.channel_norms import ROWS, ChannelLayout, channel_norms
-from nmlightning.weights.weight_norm.normalised_weight import NormalisedWeight, normalise_channels
+from nmlightning.weights.weight_norm.normalised_weight import (
+    NormalisedWeight,
+    as_column,
+    has_kernels,
+    normalise_channels,
+)
 from nmlightning.weights.weight_norm.settings import Settings
 from nmlightning.weights.weight_norm.upkeep import keep_up
 
@@ -34,6 +39,8 @@ class WeightNorm(nn.Module):
         cache: compute w once for all that happens between two optimizer steps in training.
 
     Attributes:
+        rho: ρ.
+        gain: g, (C, 1, …) with as many dimensions as v, or (1, 1, …).
         positions: which of its module's parameters the weight was, in each place that it is in.
     """
 
@@ -45,48 +52,64 @@ class WeightNorm(nn.Module):
         self, v: Tensor, settings: Settings, layout: ChannelLayout = ROWS, *, cache: bool = False
     ) -> None:
         super().__init__()
-        self.settings, self.layout, self.cache = settings, layout, cache
+        self.settings, self.layout, self.cache, self.p = settings, layout, cache, settings.p
         norms = channel_norms(v, self.p, layout)
+        self._has_zeros = not bool(norms.all())
         if settings.rho is not None:
             norms = torch.full_like(norms, settings.rho)
         self.register_buffer("rho", _power_mean(norms, self.p))
-        self.register_parameter("gain", self._first_gain(norms))
+        self.register_parameter("gain", self._first_gain(norms, v.dim()))
         bounded = self.gain is not None and settings.kind == "bounded"
         whole = torch.linalg.vector_norm(norms) if bounded else None
         self.register_buffer("initial_gain_norm", whole)
         self.positions: tuple[int, ...] = ()
         self._cached: tuple[tuple[Any, ...], Tensor] | None = None
+        self._rho_column: tuple[Tensor, int, Tensor] | None = None
         self._holder: weakref.ref[ParametrizationList] | None = None
 
-    def _first_gain(self, norms: Tensor) -> nn.Parameter | None:
+    def _first_gain(self, norms: Tensor, dims: int) -> nn.Parameter | None:
         if self.settings.gain == "none":
             return None
-        by_channel = self.settings.gain == "channel"
-        return nn.Parameter((norms if by_channel else self.rho.reshape(1)).clone())
-
-    @property
-    def p(self) -> float:
-        """1, 2 or ∞."""
-        return self.settings.p
+        gains = norms if self.settings.gain == "channel" else self.rho
+        return nn.Parameter(gains.view(-1, *[1] * (dims - 1)).clone())
 
     def scales(self) -> Tensor:
         """Return s, (C,) or one element: the norms of w but for their sign."""
         if self.gain is None:
             return self.rho
+        gain = self.gain.flatten()
         if self.initial_gain_norm is None:
-            return self.gain
+            return gain
         # The gains of a bounded layer are one vector, whose norm stays.
-        return _normalise(self.gain[None], self.initial_gain_norm, 2, ROWS)[0]
+        normalise = normalise_channels if _is_traced() else NormalisedWeight.apply
+        scales: Tensor = normalise(gain[None], self.initial_gain_norm, 2, ROWS)[0]
+        return scales
 
     def forward(self, v: Tensor) -> Tensor:
         """Return w."""
-        cached = self.cache and self.training and torch.is_grad_enabled() and not _is_traced()
-        if not cached:
-            return _normalise(v, self.scales(), self.p, self.layout)
+        if _is_traced() or self._has_zeros:
+            return normalise_channels(v, self.scales(), self.p, self.layout)
+        if not (self.cache and self.training and torch.is_grad_enabled()):
+            if has_kernels(v, self.p, self.layout):
+                return torch._weight_norm(v, self._column(v), 0)
+            return self._compute(v)
         key = (v, v.data_ptr(), v._version, None if self.gain is None else self.gain._version)
         if self._cached is None or not _same(self._cached[0], key):
-            self._cached = key, _normalise(v, self.scales(), self.p, self.layout)
+            self._cached = key, self._compute(v)
         return self._cached[1]
+
+    def _compute(self, v: Tensor) -> Tensor:
+        return NormalisedWeight.apply(v, self.scales(), self.p, self.layout)  # type: ignore[no-any-return]
+
+    def _column(self, v: Tensor) -> Tensor:
+        """Return s as torch's kernels take it; that of ρ is kept, since ρ stays."""
+        if self.gain is not None:
+            is_column = self.initial_gain_norm is None and len(self.gain) == len(v)
+            return self.gain if is_column else as_column(self.scales(), v)
+        rho = self.rho
+        if self._rho_column is None or not _same(self._rho_column[:2], (rho, rho._version)):
+            self._rho_column = rho, rho._version, as_column(rho, v)
+        return self._rho_column[2]
 
     @torch.no_grad()
     def right_inverse(self, w: Tensor) -> Tensor:
@@ -94,7 +117,8 @@ class WeightNorm(nn.Module):
         if self.gain is not None:
             norms = channel_norms(w, self.p, self.layout)
             by_channel = self.settings.gain == "channel"
-            self.gain.copy_(norms if by_channel else _power_mean(norms, self.p))
+            gains = norms if by_channel else _power_mean(norms, self.p)
+            self.gain.copy_(gains.view_as(self.gain))
         return w
 
     def keep(self, holder: ParametrizationList) -> None:
@@ -137,11 +161,11 @@ class WeightNorm(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "WeightNorm":
-        self._cached = None
+        self._cached = self._rho_column = None
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None, "_holder": None}
+        return {**self.__dict__, "_cached": None, "_rho_column": None, "_holder": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "WeightNorm":
         copied = type(self).__new__(type(self))
@@ -159,12 +183,6 @@ class WeightNorm(nn.Module):
         return (
             f"p={self.p:g}, rho={float(self.rho):.4g}{by_channel}, project={self.settings.project}"
         )
-
-
-def _normalise(v: Tensor, scales: Tensor, p: float, layout: ChannelLayout) -> Tensor:
-    if _is_traced() or not torch.is_grad_enabled():
-        return normalise_channels(v, scales, p, layout)
-    return NormalisedWeight.apply(v, scales, p, layout)  # type: ignore[no-any-return]
 
 
 def _is_traced() -> bool:

@@ -116,11 +116,10 @@ def test_a_zero_channel_stays_zero_and_has_no_gradient(p: float) -> None:
     with torch.no_grad():
         v[1] = 0
     scales = make_scales(v, layout, "channels")
-    for function in (apply, normalise_channels):
-        w = function(v, scales, p, layout)
-        dv, ds = torch.autograd.grad(w, (v, scales), torch.ones_like(w))
-        assert not any(x[1].any() for x in (w, dv, ds))
-        assert all(x.isfinite().all() for x in (dv, ds))
+    w = normalise_channels(v, scales, p, layout)
+    dv, ds = torch.autograd.grad(w, (v, scales), torch.ones_like(w))
+    assert not any(x[1].any() for x in (w, dv, ds))
+    assert all(x.isfinite().all() for x in (dv, ds))
 
 
 def test_of_several_largest_the_first_has_the_gradient() -> None:
@@ -132,7 +131,7 @@ def test_of_several_largest_the_first_has_the_gradient() -> None:
 
 def test_a_weight_changed_since_the_forward_pass_has_no_gradient() -> None:
     v, layout = make("linear")
-    w = apply(v, torch.tensor(1.0), 2, layout)
+    w = apply(v, torch.tensor(1.0, dtype=torch.float64), 2, layout)
     with torch.no_grad():
         v.mul_(2)
     with pytest.raises(RuntimeError, match="changed in place"):
