@@ -1,13 +1,13 @@
 """WeightNormTracker: record the norms of the weights, and let a recording steer a run."""
 
 import copy
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch.optim import Optimizer
 
+from nmlightning.callbacks.kept_recording import KeptRecording, keep_recording
 from nmlightning.callbacks.norm_dashboard import NormDashboard
 from nmlightning.callbacks.print_scope import Steering, print_scope
 from nmlightning.callbacks.provenance import check_same_run, describe_run
@@ -16,7 +16,7 @@ from nmlightning.errors import InputError
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.layer_weights import find_layer_weights
 from nmlightning.weights.recorder import Recorder
-from nmlightning.weights.recording_file import FILE_NAME, find_recording
+from nmlightning.weights.recording_file import find_recording
 from nmlightning.weights.steering import DecayEquivalentLR
 from nmlightning.weights.steering.attachment import Attachment
 from nmlightning.weights.steering.choose_weights import has_weights
@@ -74,8 +74,8 @@ class WeightNormTracker(CallbackBase):
         self.exclude = tuple(exclude)
         self.other_run = other_run
         self.log_norms = log_norms
-        self.path: Path | None = None
         self.attachments: list[Attachment] = []
+        self._kept: KeptRecording | None = None
         self._recorder: Recorder | None = None
         self._dashboard: NormDashboard | None = None
         self._rates: dict[int, tuple[float, float]] = {}
@@ -84,14 +84,21 @@ class WeightNormTracker(CallbackBase):
         self._writes = False
         self._told = False
 
+    @property
+    def path(self) -> Path | None:
+        """The file of the records, once the fit has started."""
+        return None if self._kept is None else self._kept.file
+
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Take the first record, and steer from the first step on."""
         weights = find_layer_weights(pl_module, self.include, self.exclude)
         folder = Path(trainer.log_dir or trainer.default_root_dir)
-        earlier = self._earlier_records()
-        self._writes = trainer.is_global_zero
-        self.path = trainer.strategy.broadcast(_free_file(folder))
-        self._recorder = Recorder(weights, describe_run(trainer, folder), earlier)
+        kept, earlier = keep_recording(folder, self._resumed.get("recording", {}))
+        self._kept = trainer.strategy.broadcast(kept)
+        provenance = {**describe_run(trainer, folder), "run": self._kept.run}
+        self._recorder = Recorder(weights, provenance, earlier)
+        # Lightning promises of a trial run that nothing is written.
+        self._writes = trainer.is_global_zero and not trainer.fast_dev_run
         for optimizer in trainer.optimizers:
             self._note_rates(optimizer)
         self._record(trainer)
@@ -156,12 +163,11 @@ class WeightNormTracker(CallbackBase):
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the records are and what steers, for the run that goes on from here."""
-        if self._recorder is None:
+        if self._recorder is None or self._kept is None:
             return dict(self._resumed)
         self._save()
         return {
-            "file": str(self.path),
-            "step": self._recorder.last_step,
+            "recording": self._kept.state_dict(self._recorder.last_step),
             "steering": [attachment.state_dict() for attachment in self.attachments],
         }
 
@@ -202,19 +208,6 @@ class WeightNormTracker(CallbackBase):
         batches = trainer.num_training_batches
         return trainer.current_epoch + min(self._batch / batches, 1 - 1e-9)
 
-    def _earlier_records(self) -> NormHistory | None:
-        if "file" not in self._resumed:
-            return None
-        file = Path(self._resumed["file"])
-        if not file.is_file():
-            warnings.warn(
-                f"The recording that the checkpoint goes on with is gone: {file}. The new one "
-                f"starts at step {self._resumed['step']}.",
-                stacklevel=2,
-            )
-            return None
-        return NormHistory.load(file, finite=False).until(int(self._resumed["step"]))
-
     def _note_rates(self, optimizer: Optimizer) -> None:
         for group in optimizer.param_groups:
             rates = float(group["lr"]), float(group.get("weight_decay", 0.0))
@@ -225,8 +218,8 @@ class WeightNormTracker(CallbackBase):
         self._recorder.record(trainer.global_step, trainer.current_epoch, self._rates)
 
     def _save(self) -> None:
-        if self._writes and self._recorder is not None and self.path is not None:
-            self._recorder.save(self.path)
+        if self._writes and self._recorder is not None and self._kept is not None:
+            self._recorder.save(self._kept.file)
 
     def _logs(self, trainer: "pl.Trainer") -> bool:
         if self.log_norms and not trainer.loggers:
@@ -247,10 +240,3 @@ def _load(reference: NormHistory | str | Path) -> NormHistory:
     if isinstance(reference, NormHistory):
         return reference
     return NormHistory.load(find_recording(Path(reference), global_seed()))
-
-
-def _free_file(folder: Path) -> Path:
-    """Return a file name in `folder` that nothing has yet."""
-    stem, suffix = FILE_NAME.split(".")
-    names = (FILE_NAME, *(f"{stem}-v{version}.{suffix}" for version in range(1, 10_000)))
-    return next(folder / name for name in names if not (folder / name).exists())
