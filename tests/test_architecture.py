@@ -44,6 +44,7 @@ LAYERS = [
         "nmlightning.after_method",
         "nmlightning.weights.official_pickle",
         "nmlightning.weights.plain_name",
+        "nmlightning.weights.recorded_clock",
         "nmlightning.weights.recording_file",
     ],
     ["nmlightning.weights.inert_unpickler"],

@@ -1,6 +1,5 @@
 """WeightNormTracker: record the norms of the weights, and let a recording steer a run."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -9,17 +8,14 @@ from torch.optim import Optimizer
 
 from nmlightning.callbacks.kept_recording import KeptRecording, keep_recording
 from nmlightning.callbacks.norm_dashboard import NormDashboard
-from nmlightning.callbacks.print_scope import Steering, print_scope
-from nmlightning.callbacks.provenance import check_same_run, describe_run
-from nmlightning.compat import CallbackBase, global_seed
+from nmlightning.callbacks.print_scope import Steering
+from nmlightning.callbacks.provenance import describe_run
+from nmlightning.callbacks.steered_run import SteeredRun
+from nmlightning.compat import CallbackBase, in_added_epoch
 from nmlightning.errors import InputError
-from nmlightning.weights.history import NormHistory
 from nmlightning.weights.layer_weights import find_layer_weights
 from nmlightning.weights.recorder import Recorder
-from nmlightning.weights.recording_file import find_recording
-from nmlightning.weights.steering import DecayEquivalentLR
 from nmlightning.weights.steering.attachment import Attachment
-from nmlightning.weights.steering.choose_weights import has_weights
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -74,20 +70,23 @@ class WeightNormTracker(CallbackBase):
         self.exclude = tuple(exclude)
         self.other_run = other_run
         self.log_norms = log_norms
-        self.attachments: list[Attachment] = []
         self._kept: KeptRecording | None = None
         self._recorder: Recorder | None = None
+        self._steered: SteeredRun | None = None
         self._dashboard: NormDashboard | None = None
         self._rates: dict[int, tuple[float, float]] = {}
         self._resumed: Mapping[str, Any] = {}
-        self._batch = 0
         self._writes = False
-        self._told = False
 
     @property
     def path(self) -> Path | None:
         """The file of the records, once the fit has started."""
         return None if self._kept is None else self._kept.file
+
+    @property
+    def attachments(self) -> list[Attachment]:
+        """The rule at work on each optimizer that it steers."""
+        return [] if self._steered is None else self._steered.attachments
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Take the first record, and steer from the first step on."""
@@ -102,28 +101,24 @@ class WeightNormTracker(CallbackBase):
         for optimizer in trainer.optimizers:
             self._note_rates(optimizer)
         self._record(trainer)
-        if self.steering is not None:
-            self._attach(trainer, pl_module, self.steering)
-        if self._logs(trainer):
-            self._dashboard = NormDashboard(trainer, weights)
+        self._steered = self._steer(trainer, pl_module)
+        self._dashboard = NormDashboard(trainer, weights) if self._logs(trainer) else None
         self._resumed = {}
 
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        """Note how far the epoch is; the batches of one step have the place of the first."""
-        self._batch = batch_idx - batch_idx % trainer.accumulate_grad_batches
+        """Note how far the epoch is."""
+        if self._steered is not None:
+            self._steered.begin_batch(batch_idx)
 
     def on_before_optimizer_step(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
     ) -> None:
-        """Note the rates of this step, which a scheduler may change before it is recorded.
-
-        And measure the gradients before they are clipped.
-        """
+        """Note the rates of this step, which a scheduler may change before it is recorded."""
         self._note_rates(optimizer)
-        for attachment in self.attachments:
-            attachment.measure()
+        if self._steered is not None:
+            self._steered.before_step(optimizer)
         if self._dashboard is not None:
             self._dashboard.before_step(optimizer)
 
@@ -136,8 +131,8 @@ class WeightNormTracker(CallbackBase):
         batch_idx: int,
     ) -> None:
         """Record at every N-th step, and say once what is steered."""
-        if all(attachment.measured for attachment in self.attachments):
-            self._print_scope(trainer, pl_module)
+        if self._steered is not None:
+            self._steered.tell_scope()
         if self.every != "epoch" and trainer.global_step % int(self.every) == 0:
             self._record(trainer)
         if self._dashboard is not None:
@@ -145,8 +140,11 @@ class WeightNormTracker(CallbackBase):
 
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Record, write and show."""
-        self._print_scope(trainer, pl_module)  # a weight without gradients is never measured
+        if self._steered is not None:
+            self._steered.tell_scope(at_last=True)  # a weight without gradients is never measured
         self._record(trainer)
+        if self._recorder is not None and trainer.is_last_batch:
+            self._recorder.end_epoch()
         self._save()
         if self._dashboard is not None and self._recorder is not None:
             self._dashboard.end_epoch(self._recorder.history())
@@ -168,45 +166,21 @@ class WeightNormTracker(CallbackBase):
         self._save()
         return {
             "recording": self._kept.state_dict(self._recorder.last_step),
-            "steering": [attachment.state_dict() for attachment in self.attachments],
+            "steering": None if self._steered is None else self._steered.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the records and the steering of a checkpoint."""
         self._resumed = state_dict
 
-    def _attach(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", steering: Steering
-    ) -> None:
-        if not isinstance(steering, DecayEquivalentLR):
-            steering = copy.copy(steering)
-            steering.reference = _load(steering.reference)
-            check_same_run(steering.reference, trainer, other_run=self.other_run)
-        layouts = {w.name: w.layout for w in find_layer_weights(pl_module)}
-        named = list(pl_module.named_parameters())
-        steered = [
-            optimizer
-            for optimizer in trainer.optimizers
-            if has_weights(optimizer, named, steering.include, steering.exclude)
-        ]
-        self.attachments = [
-            steering.attach(optimizer, named, layouts)
-            for optimizer in steered or trainer.optimizers
-        ]
-        states = self._resumed.get("steering", [])
-        for attachment, state in zip(self.attachments, states, strict=False):
-            attachment.load_state_dict(state)
-        for attachment in self.attachments:
-            attachment.clock = lambda: {"epoch": self._moment(trainer)}
-
-    def _print_scope(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if self.steering is not None and not self._told:
-            self._told = True
-            print_scope(self.steering, self.attachments, pl_module, trainer.optimizers)
-
-    def _moment(self, trainer: "pl.Trainer") -> float:
-        batches = trainer.num_training_batches
-        return trainer.current_epoch + min(self._batch / batches, 1 - 1e-9)
+    def _steer(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> SteeredRun | None:
+        if self.steering is None:
+            return None
+        steered = SteeredRun(self.steering, trainer, pl_module, other_run=self.other_run)
+        state = self._resumed.get("steering")
+        if state is not None:
+            steered.load_state_dict(state)
+        return steered
 
     def _note_rates(self, optimizer: Optimizer) -> None:
         for group in optimizer.param_groups:
@@ -215,7 +189,8 @@ class WeightNormTracker(CallbackBase):
 
     def _record(self, trainer: "pl.Trainer") -> None:
         assert self._recorder is not None, "the fit has started"
-        self._recorder.record(trainer.global_step, trainer.current_epoch, self._rates)
+        if not in_added_epoch(trainer):
+            self._recorder.record(trainer.global_step, trainer.current_epoch, self._rates)
 
     def _save(self) -> None:
         if self._writes and self._recorder is not None and self._kept is not None:
@@ -232,11 +207,5 @@ class WeightNormTracker(CallbackBase):
     def _detach(self) -> None:
         if self._dashboard is not None:
             self._dashboard.remove()
-        for attachment in self.attachments:
-            attachment.remove()
-
-
-def _load(reference: NormHistory | str | Path) -> NormHistory:
-    if isinstance(reference, NormHistory):
-        return reference
-    return NormHistory.load(find_recording(Path(reference), global_seed()))
+        if self._steered is not None:
+            self._steered.remove()

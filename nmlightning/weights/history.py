@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from nmlightning.errors import InputError, check_choice, nearest
 from nmlightning.weights.official_pickle import read_official_pickle
+from nmlightning.weights.recorded_clock import RecordedClock
 from nmlightning.weights.recording_file import FILE_NAME, read_recording, write_recording
 
 Alignment = Literal["official", "interpolate"]
@@ -28,7 +29,8 @@ class NormHistory:
         epochs: (T,) int64, never decreasing.
         learning_rates: (T, L) float64, weights in the order of `norms`; NaN where unknown.
         weight_decays: (T, L) float64, the same.
-        provenance: what made it: seed, world size, optimizer, config, versions; plain data.
+        provenance: what made it: seed, world size, optimizer, config, versions, steps per epoch;
+            plain data.
 
     Example:
         >>> history = NormHistory.from_arrays({"conv.weight": [[3.0], [1.0]]}, [10, 20], [0, 1])
@@ -128,6 +130,12 @@ class NormHistory:
         _check_usable(history, file, finite=True)
         return history
 
+    @property
+    def clock(self) -> RecordedClock:
+        """When its records were made."""
+        known = self.provenance.get("steps_per_epoch")
+        return RecordedClock(self.steps, self.epochs, known if type(known) is int else None)
+
     def save(self, path: str | Path) -> None:
         """Write the file at once or not at all, so that a reader never finds half of it."""
         write_recording(Path(path), **vars(self))
@@ -177,17 +185,11 @@ class NormHistory:
         check_choice("align", align, get_args(Alignment))
         if (step is None) == (epoch is None):
             raise InputError("give either a step or an epoch.")
+        clock = self.clock
         if align == "official":
-            record = self._end_of(self._epoch_of(step) if step is not None else int(epoch or 0))
+            record = clock.end_of(clock.epoch_of(step) if step is not None else int(epoch or 0))
             return record, record, 0.0
-        moment = float(step) if step is not None else self._step_at(epoch or 0.0)
-        above = int(np.searchsorted(self.steps, moment))
-        if above == len(self):
-            raise InputError(self._does_not_reach(f"step {moment:g}"))
-        if above == 0 or self.steps[above] == moment:
-            return above, above, 0.0
-        before, after = self.steps[above - 1], self.steps[above]
-        return above - 1, above, float((moment - before) / (after - before))
+        return clock.around(float(step) if step is not None else clock.step_at(epoch or 0.0))
 
     def until(self, step: int) -> "NormHistory":
         """Return the records that were made after at most `step` optimizer steps."""
@@ -225,37 +227,6 @@ class NormHistory:
             self.learning_rates[kept],
             self.weight_decays[kept],
             self.provenance,
-        )
-
-    def _epoch_of(self, step: int) -> int:
-        """Return the epoch that the step after `step` others belongs to."""
-        after = int(np.searchsorted(self.steps, step, side="right"))
-        if after == len(self):
-            raise InputError(self._does_not_reach(f"step {step}"))
-        return int(self.epochs[after])
-
-    def _end_of(self, epoch: int) -> int:
-        """Return the last record of an epoch."""
-        record = int(np.searchsorted(self.epochs, epoch, side="right")) - 1
-        if record < 0 or self.epochs[record] != epoch:
-            raise InputError(self._does_not_reach(f"epoch {epoch}"))
-        return record
-
-    def _step_at(self, epoch: float) -> float:
-        """Return how many steps had been attempted at an epoch and a fraction of the next."""
-        whole = int(epoch)
-        if len(self) and epoch == self.epochs[-1] + 1:
-            return float(self.steps[-1])
-        end = float(self.steps[self._end_of(whole)])
-        begin = float(self.steps[self._end_of(whole - 1)]) if whole > self.epochs[0] else 0.0
-        return begin + (epoch - whole) * (end - begin)
-
-    def _does_not_reach(self, moment: str) -> str:
-        if not len(self):
-            return f"The recording is empty, so it does not reach {moment}."
-        return (
-            f"The recording does not reach {moment}: it covers steps {self.steps[0]} to "
-            f"{self.steps[-1]}, epochs {self.epochs[0]} to {self.epochs[-1]}."
         )
 
 

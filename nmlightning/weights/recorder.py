@@ -33,7 +33,7 @@ class Recorder:
         earlier: NormHistory | None = None,
     ) -> None:
         self._weights = list(weights)
-        self._provenance = provenance
+        self._provenance = dict(provenance)
         self._clock: list[tuple[int, int]] = []
         self._rates: list[NDArray[np.float64]] = []
         self._pending: list[Tensor] = []
@@ -60,6 +60,12 @@ class Recorder:
         self._clock.append((step, epoch))
         unknown = (np.nan, np.nan)
         self._rates.append(np.array([rates.get(id(w.parameter), unknown) for w in self._weights]))
+
+    def end_epoch(self) -> None:
+        """Note how many steps the epoch had that is over, unlike one that a run stops inside."""
+        last_step, epoch = self._clock[-1]
+        begin = max((step for step, other in self._clock if other < epoch), default=0)
+        self._provenance["steps_per_epoch"] = last_step - begin
 
     def history(self) -> NormHistory:
         """Return all records so far."""
