@@ -64,7 +64,12 @@ def epochs_to_train(trainer: Any) -> int | None:
     if trainer.max_epochs in (None, -1):
         return None
     averaging = (c for c in trainer.callbacks if _is_a(c, "StochasticWeightAveraging"))
-    return min([trainer.max_epochs, *(c._max_epochs for c in averaging)])
+    return int(min([trainer.max_epochs, *(c._max_epochs for c in averaging)]))
+
+
+def is_trial_run(trainer: Any) -> bool:
+    """Return whether this is `fast_dev_run`, of which Lightning promises that it writes nothing."""
+    return bool(trainer.fast_dev_run)
 
 
 def in_added_epoch(trainer: Any) -> bool:

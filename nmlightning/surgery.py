@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from nmlightning.errors import InputError, check_flag
+from nmlightning.errors import InputError, check_flag, check_lists
 from nmlightning.norms.registry import Kind, check_kinds, check_options, find_norm, layer_class
 from nmlightning.swappable import (
     NormLayer,
@@ -164,15 +164,6 @@ def _template(layer: NormLayer, norm: str, options: Mapping[str, Any]) -> nn.Mod
     elif layer.synchronised:
         settings.setdefault("sync", True)
     return layer_class(norm, layer.kind, dims)(**settings, device="meta")
-
-
-def check_lists(**arguments: object) -> None:
-    """Raise InputError for anything but a list of strings."""
-    for name, value in arguments.items():
-        if isinstance(value, str):
-            raise InputError(f"{name} is a list, got the string {value!r}: write [{value!r}].")
-        if not (isinstance(value, Collection) and all(isinstance(item, str) for item in value)):
-            raise InputError(f"{name} is a list of strings, got {value!r}.")
 
 
 def _pick(

@@ -53,6 +53,10 @@ class SteeredRun:
             check_same_run(followed, trainer, other_run=other_run)
         self._rule = rule
         self._clock = EpochClock(trainer, followed)
+        weights = find_layer_weights(module)
+        self._layouts = {weight.name: weight.layout for weight in weights}
+        known = {id(weight.parameter): weight.name for weight in weights}
+        self._named = [(known.get(id(q), name), q) for name, q in module.named_parameters()]
         self.attachments = [self._attach(optimizer) for optimizer in self._steered_optimizers()]
 
     def begin_batch(self, batch: int) -> None:
@@ -91,14 +95,12 @@ class SteeredRun:
             attachment.load_state_dict(kept)
 
     def _steered_optimizers(self) -> list[Optimizer]:
-        named = list(self._module.named_parameters())
         patterns = self._rule.include, self._rule.exclude
         optimizers = self._trainer.optimizers
-        return [o for o in optimizers if has_weights(o, named, *patterns)] or optimizers
+        return [o for o in optimizers if has_weights(o, self._named, *patterns)] or optimizers
 
     def _attach(self, optimizer: Optimizer) -> Attachment:
-        layouts = {w.name: w.layout for w in find_layer_weights(self._module)}
-        attachment = self._rule.attach(optimizer, self._module.named_parameters(), layouts)
+        attachment = self._rule.attach(optimizer, self._named, self._layouts)
         attachment.clock = lambda: {"epoch": self._clock.moment(optimizer)}
         return attachment
 
