@@ -1,9 +1,11 @@
 """WeightNormTracker: record the norms of the weights, and let a recording steer a run."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch.optim import Optimizer
 
 from nmlightning.callbacks.kept_recording import KeptRecording, keep_recording
@@ -11,9 +13,9 @@ from nmlightning.callbacks.norm_dashboard import NormDashboard
 from nmlightning.callbacks.print_scope import Steering
 from nmlightning.callbacks.provenance import describe_run
 from nmlightning.callbacks.steered_run import SteeredRun
-from nmlightning.compat import CallbackBase, in_added_epoch
-from nmlightning.errors import InputError
-from nmlightning.weights.layer_weights import find_layer_weights
+from nmlightning.compat import CallbackBase, in_added_epoch, is_trial_run
+from nmlightning.errors import InputError, check_lists
+from nmlightning.weights.layer_weights import LAZY_WAY_OUT, find_layer_weights, find_lazy_weights
 from nmlightning.weights.recorder import Recorder
 from nmlightning.weights.steering.attachment import Attachment
 
@@ -64,6 +66,7 @@ class WeightNormTracker(CallbackBase):
         steps = isinstance(every, int) and not isinstance(every, bool) and every >= 1
         if every != "epoch" and not steps:
             raise InputError(f"every is 'epoch' or a number of steps from 1 on, got {every!r}.")
+        check_lists(include=include, exclude=exclude)
         self.every = every
         self.steering = steering
         self.include = tuple(include)
@@ -91,19 +94,19 @@ class WeightNormTracker(CallbackBase):
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Take the first record, and steer from the first step on."""
         weights = find_layer_weights(pl_module, self.include, self.exclude)
+        _warn_of_lazy(find_lazy_weights(pl_module, self.include, self.exclude))
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         kept, earlier = keep_recording(folder, self._resumed.get("recording", {}))
         self._kept = trainer.strategy.broadcast(kept)
         provenance = {**describe_run(trainer, folder), "run": self._kept.run}
         self._recorder = Recorder(weights, provenance, earlier)
-        # Lightning promises of a trial run that nothing is written.
-        self._writes = trainer.is_global_zero and not trainer.fast_dev_run
+        self._writes = trainer.is_global_zero and not is_trial_run(trainer)
         for optimizer in trainer.optimizers:
             self._note_rates(optimizer)
         self._record(trainer)
         self._steered = self._steer(trainer, pl_module)
         self._dashboard = NormDashboard(trainer, weights) if self._logs(trainer) else None
-        self._resumed = {}
+        self._go_on()
 
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
@@ -133,7 +136,7 @@ class WeightNormTracker(CallbackBase):
         """Record at every N-th step, and say once what is steered."""
         if self._steered is not None:
             self._steered.tell_scope()
-        if self.every != "epoch" and trainer.global_step % int(self.every) == 0:
+        if self._is_due(trainer):
             self._record(trainer)
         if self._dashboard is not None:
             self._dashboard.after_batch(self.attachments)
@@ -167,6 +170,7 @@ class WeightNormTracker(CallbackBase):
         return {
             "recording": self._kept.state_dict(self._recorder.last_step),
             "steering": None if self._steered is None else self._steered.state_dict(),
+            "dashboard": None if self._dashboard is None else self._dashboard.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -176,16 +180,26 @@ class WeightNormTracker(CallbackBase):
     def _steer(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> SteeredRun | None:
         if self.steering is None:
             return None
-        steered = SteeredRun(self.steering, trainer, pl_module, other_run=self.other_run)
-        state = self._resumed.get("steering")
-        if state is not None:
-            steered.load_state_dict(state)
-        return steered
+        return SteeredRun(self.steering, trainer, pl_module, other_run=self.other_run)
+
+    def _go_on(self) -> None:
+        for name, part in (("steering", self._steered), ("dashboard", self._dashboard)):
+            state = self._resumed.get(name)
+            if part is not None and state is not None:
+                part.load_state_dict(state)
+        self._resumed = {}
 
     def _note_rates(self, optimizer: Optimizer) -> None:
         for group in optimizer.param_groups:
             rates = float(group["lr"]), float(group.get("weight_decay", 0.0))
             self._rates.update((id(parameter), rates) for parameter in group["params"])
+
+    def _is_due(self, trainer: "pl.Trainer") -> bool:
+        """Return whether a multiple of `every` was passed; several optimizers step more at once."""
+        if self.every == "epoch" or self._recorder is None:
+            return False
+        every = int(self.every)
+        return trainer.global_step // every > self._recorder.last_step // every
 
     def _record(self, trainer: "pl.Trainer") -> None:
         assert self._recorder is not None, "the fit has started"
@@ -209,3 +223,11 @@ class WeightNormTracker(CallbackBase):
             self._dashboard.remove()
         if self._steered is not None:
             self._steered.remove()
+
+
+@rank_zero_only
+def _warn_of_lazy(names: Sequence[str]) -> None:
+    if names:
+        each = f"{' and '.join(names)} {'have' if len(names) > 1 else 'has'} no shape yet and"
+        fate = f"{'are' if len(names) > 1 else 'is'} not recorded: {LAZY_WAY_OUT}."
+        warnings.warn(f"{each} {fate}", stacklevel=2)

@@ -366,7 +366,7 @@ def test_runs_that_are_as_long_as_their_steps(rule_name: str, tmp_path: Path) ->
         assert trainer.global_step == 2 * BATCHES
         trainer = make_trainer(tmp_path, rule, max_epochs=epochs, max_steps=2 * BATCHES + 1)
         with pytest.raises(
-            InputError, match="covers 2 epochs, and the run has 2.167: record a longer"
+            InputError, match=r"covers 2 epochs, and the run has 2.167: record a longer"
         ):
             trainer.fit(Classifies(), make_data())
 
