@@ -42,6 +42,7 @@ LAYERS = [
     ],
     [
         "nmlightning.after_method",
+        "nmlightning.weights.history_arrays",
         "nmlightning.weights.official_pickle",
         "nmlightning.weights.plain_name",
         "nmlightning.weights.recorded_clock",

@@ -100,6 +100,7 @@ class WeightNormTracker(CallbackBase):
         self._kept = trainer.strategy.broadcast(kept)
         provenance = {**describe_run(trainer, folder), "run": self._kept.run}
         self._recorder = Recorder(weights, provenance, earlier)
+        self._rates = {}
         self._writes = trainer.is_global_zero and not is_trial_run(trainer)
         for optimizer in trainer.optimizers:
             self._note_rates(optimizer)
@@ -153,7 +154,10 @@ class WeightNormTracker(CallbackBase):
             self._dashboard.end_epoch(self._recorder.history())
 
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Let the optimizers step freely again."""
+        """Write, and let the optimizers step freely again."""
+        if self._recorder is not None:
+            self._recorder.finish()
+        self._save()
         self._detach()
 
     def on_exception(

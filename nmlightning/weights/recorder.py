@@ -33,7 +33,7 @@ class Recorder:
         earlier: NormHistory | None = None,
     ) -> None:
         self._weights = list(weights)
-        self._provenance = dict(provenance)
+        self._provenance = {**provenance, "finished": False}
         self._clock: list[tuple[int, int]] = []
         self._rates: list[NDArray[np.float64]] = []
         self._pending: list[Tensor] = []
@@ -85,6 +85,10 @@ class Recorder:
             weight_decays=rates[:, :, 1],
             provenance=self._provenance,
         )
+
+    def finish(self) -> None:
+        """Note that these are all records of the run, unlike those of one that was stopped."""
+        self._provenance["finished"] = True
 
     def save(self, file: Path) -> None:
         """Write all records so far."""

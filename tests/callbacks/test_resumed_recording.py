@@ -50,6 +50,7 @@ def test_a_run_that_goes_on_in_its_folder_goes_on_in_its_file(tmp_path: Path) ->
     assert recordings(folder) == [FILE_NAME]
     one, other = NormHistory.load(whole), NormHistory.load(folder)
     assert other.steps.tolist() == one.steps.tolist()
+    assert other.provenance["finished"] is True  # also after a checkpoint of its end
     for name, norms in one.norms.items():
         np.testing.assert_array_equal(other.norms[name], norms)
 

@@ -150,6 +150,8 @@ def test_provenance(tmp_path: Path) -> None:
     provenance = record(tmp_path).provenance
     assert provenance["seed"] == 7
     assert provenance["world_size"] == 1
+    assert provenance["steps_per_epoch"] == BATCHES
+    assert provenance["finished"] is True
     assert provenance["optimizers"][0]["name"] == "SGD"
     assert provenance["optimizers"][0]["momentum"] == 0.9
     assert provenance["versions"]["torch"]
@@ -263,7 +265,9 @@ def test_a_killed_run_keeps_all_but_its_last_epoch(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="out of memory"):
         make_trainer("pytorch_lightning", tmp_path, WeightNormTracker(1)).fit(Dies(), make_data())
-    assert NormHistory.load(tmp_path).steps.tolist() == list(range(9))
+    history = NormHistory.load(tmp_path)
+    assert history.steps.tolist() == list(range(9))
+    assert history.provenance["finished"] is False
 
 
 @pytest.mark.parametrize("package", PACKAGES)

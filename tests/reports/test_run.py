@@ -50,6 +50,14 @@ def test_a_csv_that_is_none(text: str, tmp_path: Path) -> None:
         read_run(tmp_path)
 
 
+def test_a_csv_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_bytes(b"step,val/top1\n1,\xff\n")
+    with pytest.raises(
+        InputError, match=r"metrics.csv is damaged, or not of Lightning's CSVLogger"
+    ):
+        read_run(tmp_path)
+
+
 def test_without_epochs_steps_are_shown(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("step,val/top1\n3,0.5\n")
     run = read_run(tmp_path)

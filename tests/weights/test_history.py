@@ -1,9 +1,11 @@
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from nmlightning.errors import InputError
@@ -81,6 +83,15 @@ def test_before_the_first_record_it_is_the_first() -> None:
         ({"epoch": 2}, "does not reach epoch 2"),
         ({"step": 21, "align": "interpolate"}, "does not reach step 21"),
         ({"epoch": 2.1, "align": "interpolate"}, "does not reach epoch 2"),
+        ({"epoch": math.nan}, "epoch is a finite number of at least 0, got nan"),
+        (
+            {"epoch": math.inf, "align": "interpolate"},
+            "epoch is a finite number of at least 0, got",
+        ),
+        ({"epoch": -0.5}, "epoch is a finite number of at least 0, got -0.5"),
+        ({"epoch": "1"}, "epoch is a finite number of at least 0, got '1'"),
+        ({"step": -1}, "step must be a whole number of at least 0, got -1"),
+        ({"step": 1.5, "align": "interpolate"}, "step must be a whole number of at least 0, got 1"),
         ({}, "give either a step or an epoch"),
         ({"step": 1, "epoch": 1}, "give either a step or an epoch"),
         ({"step": 1, "align": "interpolat"}, "Did you mean 'interpolate'?"),
@@ -172,6 +183,38 @@ def test_find_a_recording_by_its_seed(tmp_path: Path) -> None:
         find_recording(tmp_path / "version_7", 1)
 
 
+def write_runs(folder: Path, *provenances: dict[str, Any]) -> list[Path]:
+    """Write the recordings of an experiment's runs, each later than the one before it."""
+    files = [folder / f"version_{number}" / FILE_NAME for number in range(len(provenances))]
+    for time, (file, provenance) in enumerate(zip(files, provenances, strict=True)):
+        NormHistory.from_arrays({"w": [[1.0]]}, [1], [0], provenance=provenance).save(file)
+        os.utime(file, (time, time))
+    return files
+
+
+def test_of_several_runs_the_latest_that_finished_is_found(tmp_path: Path) -> None:
+    done, killed = {"seed": 1, "finished": True}, {"seed": 1, "finished": False}
+    files = write_runs(tmp_path, done, done, killed, {"seed": 2}, killed)
+    assert find_recording(tmp_path, 1) == files[1]
+    for file in files[:2]:
+        file.unlink()
+    assert find_recording(tmp_path, 1) == files[4]
+    assert find_recording(tmp_path, 2) == files[3]
+
+
+def test_damaged_runs_are_passed_over(tmp_path: Path) -> None:
+    files = write_runs(tmp_path, {"seed": 1}, {"seed": 1})
+    files[1].write_bytes(files[1].read_bytes()[:-1])
+    with pytest.warns(UserWarning, match=r"version_1.* is truncated or .*; it is passed over"):
+        assert find_recording(tmp_path, 1) == files[0]
+    files[0].unlink()
+    with (
+        pytest.warns(UserWarning, match="is passed over"),
+        pytest.raises(InputError, match=r"There is no recording of weight norms at .* that can be"),
+    ):
+        find_recording(tmp_path, 1)
+
+
 def test_files_that_are_no_recording(tmp_path: Path) -> None:
     file = tmp_path / FILE_NAME
     with pytest.raises(InputError, match=f"no recording of weight norms at .*{FILE_NAME}"):
@@ -188,6 +231,10 @@ def test_files_that_are_no_recording(tmp_path: Path) -> None:
         ({"names": "[]]"}, "is damaged"),
         ({"names": '["a.weight", "c.weight"]'}, "is damaged: 'norms/c.weight' is missing"),
         ({"provenance": "{"}, "is damaged"),
+        ({"provenance": "[]"}, r"cannot be used: provenance is a mapping of plain data, got \[\]"),
+        ({"provenance": "null"}, "cannot be used: provenance is a mapping of plain data, got None"),
+        ({"names": "5"}, "is damaged"),
+        ({"names": "[5]"}, "is damaged"),
     ],
 )
 def test_damaged_metadata(tmp_path: Path, metadata: dict[str, str], message: str) -> None:
@@ -222,6 +269,56 @@ def test_damaged_metadata(tmp_path: Path, metadata: dict[str, str], message: str
 def test_arrays_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         make_history(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norms": {"a": [[1.0, 2.0], [3.0]]}}, "a holds no array of numbers"),
+        ({"norms": {"a": [["x"]]}}, "a holds no array of numbers"),
+        ({"norms": {"a": [[1j]]}}, "a holds no array of numbers"),
+        ({"norms": {"a": None}}, "a holds no array of numbers"),
+        ({"norms": [[1.0]]}, "norms is a mapping from names of weights to arrays, got a list"),
+        ({"norms": {3: np.ones((5, 1))}}, "norms has the name 3, which is no string"),
+        ({"steps": [0.0, 5.0, 10.5, 15.0, 20.0]}, "steps are whole numbers, got 10.5"),
+        ({"epochs": [0.2, 0.2, 0.2, 1.7, 1.7]}, "epochs are whole numbers, got 0.2"),
+        ({"steps": [0.0, 5.0, np.nan, 15.0, 20.0]}, "steps are whole numbers, got nan"),
+        ({"steps": [0.0, 5.0, 10.0, 15.0, np.inf]}, "steps are whole numbers, got inf"),
+        ({"steps": ["0", "5", "10", "15", "20"]}, "steps holds no array of numbers"),
+        ({"steps": 5}, r"steps has shape \(\), expected \(records,\)"),
+        ({"steps": [[0, 5, 10, 15, 20]]}, r"steps has shape \(1, 5\), expected \(records,\)"),
+        ({"learning_rates": [["x"]]}, "learning_rates holds no array of numbers"),
+        ({"provenance": {"seed": {1, 2}}}, "provenance is a mapping of plain data, got {'seed"),
+        ({"provenance": [1]}, r"provenance is a mapping of plain data, got \[1\]"),
+    ],
+)
+def test_what_is_no_array(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        make_history(**changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_whole_numbers_in_floats() -> None:
+    history = make_history(steps=[0.0, 5.0, 10.0, 15.0, 20.0])
+    assert history.steps.dtype == np.int64
+    assert_same(history, make_history())
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.int64(3), r"steps has shape \(\), expected \(records,\)"),
+        (np.array([0.2, 5, 10, 15, 20]), "steps are whole numbers, got 0.2"),
+    ],
+)
+def test_files_with_another_clock(array: Any, message: str, tmp_path: Path) -> None:
+    file = tmp_path / FILE_NAME
+    make_history().save(file)
+    with safe_open(file, framework="np") as content:
+        metadata = content.metadata()
+    save_file({**load_file(file), "steps": np.asarray(array)}, file, metadata)
+    with pytest.raises(InputError, match=f"{FILE_NAME} cannot be used: {message}"):
+        NormHistory.load(file)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
