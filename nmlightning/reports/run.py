@@ -13,7 +13,7 @@ from nmlightning.errors import InputError
 from nmlightning.reports.csv_file import read_csv_file
 from nmlightning.reports.event_file import read_event_file
 from nmlightning.reports.series import Point, Series, make_series
-from nmlightning.reports.settings import flatten_settings, read_config
+from nmlightning.reports.settings import flatten_settings, read_saved_config
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.recording_file import FILE_NAME
 
@@ -76,7 +76,7 @@ def find_runs(paths: Sequence[str | Path]) -> list[Path]:
 
 def read_run(folder: Path) -> Run:
     """Return what is in a run's folder, or raise InputError where a file is damaged."""
-    config = read_config(folder)
+    config = read_saved_config(folder)
     points = list(_points(folder))
     times = [point.time for point in points]
     recording = folder / FILE_NAME

@@ -30,6 +30,11 @@ class LayerWeight:
     parameter: Tensor
     layout: ChannelLayout = ROWS
 
+    @property
+    def channels(self) -> int:
+        """How many output channels it has."""
+        return self.layout.channels(self.parameter.shape)
+
 
 def find_layer_weights(
     model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()

@@ -72,7 +72,7 @@ class Recorder:
         if self._pending:
             self._norms.append(torch.stack(self._pending).cpu().numpy())
             self._pending = []
-        counts = [_channels(weight) for weight in self._weights]
+        counts = [weight.channels for weight in self._weights]
         rows = np.concatenate([np.zeros((0, sum(counts)), np.float32), *self._norms])
         self._norms = [rows]
         columns = np.split(rows, np.cumsum(counts)[:-1], axis=1)
@@ -95,15 +95,10 @@ class Recorder:
         self.history().save(file)
 
     def _take_over(self, earlier: NormHistory) -> None:
-        earlier.check_weights({weight.name: _channels(weight) for weight in self._weights})
+        earlier.check_weights({weight.name: weight.channels for weight in self._weights})
         names = list(earlier.norms)
         order = [names.index(weight.name) for weight in self._weights]
         self._norms = [np.concatenate([earlier.norms[w.name] for w in self._weights], axis=1)]
         self._clock = list(zip(earlier.steps.tolist(), earlier.epochs.tolist(), strict=True))
         both = np.stack([earlier.learning_rates, earlier.weight_decays], axis=2)
         self._rates = list(both[:, order])
-
-
-def _channels(weight: LayerWeight) -> int:
-    groups = weight.layout.transposed_groups
-    return int(weight.parameter.shape[0] if groups is None else weight.parameter.shape[1] * groups)

@@ -7,7 +7,7 @@ import pytest
 
 from nmlightning.errors import InputError
 from nmlightning.reports.run import find_runs, read_run
-from nmlightning.reports.settings import flatten_settings, read_config
+from nmlightning.reports.settings import flatten_settings, read_saved_config
 
 CSV = """epoch,step,train/loss,val/top1
 0,4,1.5,
@@ -113,11 +113,11 @@ def test_flatten_settings() -> None:
 def test_hyperparameters_of_any_project(tmp_path: Path) -> None:
     text = "lr: 0.1\nmodel: !!python/object:a.Net\n  depth: 3\nkind: !!python/name:os.system ''\n"
     (tmp_path / "hparams.yaml").write_text(text)
-    assert read_config(tmp_path)["lr"] == 0.1
-    assert read_config(tmp_path)["kind"] == "tag:yaml.org,2002:python/name:os.system"
+    assert read_saved_config(tmp_path)["lr"] == 0.1
+    assert read_saved_config(tmp_path)["kind"] == "tag:yaml.org,2002:python/name:os.system"
 
 
 def test_a_config_that_is_no_yaml(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("a: [1\n")
     with pytest.raises(InputError, match=r"config.yaml is no YAML: "):
-        read_config(tmp_path)
+        read_saved_config(tmp_path)

@@ -29,7 +29,7 @@ def test_every_convolution_and_linear_layer() -> None:
     assert [weight.layout for weight in weights] == [ROWS, ChannelLayout(2), ROWS, ROWS]
     assert all(weight.parameter is model.get_parameter(weight.name) for weight in weights)
     channels = [len(channel_norms(weight.parameter, layout=weight.layout)) for weight in weights]
-    assert channels == [4, 6, 2, 7]
+    assert [weight.channels for weight in weights] == channels == [4, 6, 2, 7]
 
 
 def test_a_layer_alone() -> None:
