@@ -28,13 +28,15 @@ class WeightNormTracker(CallbackBase):
 
     The recording is `weight_norms.safetensors` in the run's folder, with or without a logger. It is
     written at the end of every epoch and with every checkpoint, at once or not at all; a resumed
-    run goes on with the records of the one before it. Read it with `nmlightning.NormHistory`.
+    run goes on with the records of the one before it, and in its file where the folder is the same.
+    Read it with `nmlightning.NormHistory`.
 
     Args:
         every: record at the start and the end of each "epoch", or at every N-th optimizer step too.
         steering: what moves the weights by a recording, or by a rule: `LRCorrection`,
             `NormSchedule` or `DecayEquivalentLR`; None only records. A reference may be the folder
-            of an experiment, `runs/wd_on`; it then is its latest run with the seed of this one.
+            of an experiment, `runs/wd_on`; it then is its latest run with the seed of this one,
+            one that finished if there is any.
         include: glob patterns on weight names to record, such as `net.layer1.*`; empty means all.
         exclude: glob patterns on names that are not recorded.
         other_run: steer also by the recording of a run with another seed or another number of
