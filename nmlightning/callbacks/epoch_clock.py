@@ -98,7 +98,7 @@ class EpochClock:
 
     def _recorded_steps(self, attempts: int) -> int:
         epoch = self._trainer.current_epoch
-        steps = attempts if self._followed is None else self._followed.clock.steps_in(epoch)
+        steps = attempts if self._followed is None else self._followed.clock.length_of(epoch)
         if attempts > steps:
             raise InputError(
                 f"The recording has {steps} steps in epoch {epoch}, and this run, whose data has "
