@@ -57,9 +57,8 @@ class EpochClock:
         if self._trainer.current_epoch != self._epoch:
             self._epoch = self._trainer.current_epoch
             self._last_epoch = self._attempts
-            self._attempts, self._next_batch, self._begins = (
-                [0] * len(self._attempts) for _ in range(3)
-            )
+            self._attempts = [0] * len(self._attempts)
+            self._next_batch = list(self._attempts)
 
     def attempt(self, optimizer: Optimizer) -> None:
         """Count a step that is about to be taken."""
@@ -78,12 +77,19 @@ class EpochClock:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the steps that a resumed run does not see."""
-        return {name: vars(self)[name] for name in _STATE}
+        return {
+            "epoch": self._epoch,
+            "attempts": list(self._attempts),
+            "last_epoch": list(self._last_epoch),
+            "next_batch": list(self._next_batch),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
-        if len(state["_attempts"]) == len(self._attempts):
-            vars(self).update({name: state[name] for name in _STATE})
+        self._epoch = state["epoch"]
+        self._attempts = list(state["attempts"])
+        self._last_epoch = list(state["last_epoch"])
+        self._next_batch = list(state["next_batch"])
 
     def _progress(self, number: int) -> tuple[int, int]:
         """Return how many steps of the epoch are over, of how many."""
@@ -105,6 +111,3 @@ class EpochClock:
                 "no length, goes on: record a longer run, or set limit_train_batches."
             )
         return steps
-
-
-_STATE = ("_epoch", "_attempts", "_last_epoch", "_next_batch")
