@@ -42,14 +42,40 @@ def builds_in_configure_model(module: nn.Module) -> bool:
 def rebuild_copies(trainer: Any, module: nn.Module, before: Any, stage: str) -> None:
     """Let the callbacks that stand before `before` and copied `module` already copy it again."""
     for callback in trainer.callbacks[: trainer.callbacks.index(before)]:
-        if any(cls.__name__ in _COPIES_IN_SETUP for cls in type(callback).__mro__):
+        if _is_a(callback, *_COPIES_IN_SETUP):
             callback.setup(trainer, module, stage=stage)
+
+
+def _is_a(callback: Any, *names: str) -> bool:
+    return any(cls.__name__ in names for cls in type(callback).__mro__)
 
 
 def global_seed() -> int | None:
     """Return the seed of `seed_everything`, which Lightning hands to its processes."""
     seed = os.environ.get("PL_GLOBAL_SEED")
     return None if seed is None else int(seed)
+
+
+def epochs_to_train(trainer: Any) -> int | None:
+    """Return the `max_epochs` that the user set, None if there is no such limit.
+
+    StochasticWeightAveraging adds an epoch that takes no step, for the statistics of batch norms.
+    """
+    if trainer.max_epochs in (None, -1):
+        return None
+    averaging = (c for c in trainer.callbacks if _is_a(c, "StochasticWeightAveraging"))
+    return int(min([trainer.max_epochs, *(c._max_epochs for c in averaging)]))
+
+
+def is_trial_run(trainer: Any) -> bool:
+    """Return whether this is `fast_dev_run`, of which Lightning promises that it writes nothing."""
+    return bool(trainer.fast_dev_run)
+
+
+def in_added_epoch(trainer: Any) -> bool:
+    """Return whether this is the epoch that StochasticWeightAveraging adds."""
+    epochs = epochs_to_train(trainer)
+    return epochs is not None and trainer.current_epoch >= epochs
 
 
 def logging_is_due(trainer: Any) -> bool:

@@ -49,10 +49,11 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         config: Mapping[str, Any] | None = None,
         norms: Mapping[str, Any] | None = None,
         scalars: Mapping[str, list[float]] | None = None,
+        first_epoch: int = 0,
     ) -> Path:
         folder = tmp_path / name
         with SummaryWriter(str(folder)) as writer:
-            for epoch, value in enumerate(accuracy):
+            for epoch, value in enumerate(accuracy, first_epoch):
                 step = 10 * epoch + 9
                 writer.add_scalar("val/top1", value, step, walltime=1000.0 + 30 * epoch)
                 writer.add_scalar("epoch", epoch, step, walltime=1000.0 + 30 * epoch)

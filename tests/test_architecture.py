@@ -51,8 +51,10 @@ LAYERS = [
     ],
     [
         "nmlightning.after_method",
+        "nmlightning.weights.history_arrays",
         "nmlightning.weights.official_pickle",
         "nmlightning.weights.plain_name",
+        "nmlightning.weights.recorded_clock",
         "nmlightning.weights.recording_file",
     ],
     ["nmlightning.weights.inert_unpickler"],

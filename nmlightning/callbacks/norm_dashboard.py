@@ -98,6 +98,14 @@ class NormDashboard:
                     picture = draw_heatmap(norms, layer)
                     writer.add_image(tags.norm_map_tag(layer), picture, step, dataformats="HWC")
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts that a resumed run goes on with."""
+        return {"skipped_steps": int(self._skipped.count())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self._skipped.go_on_from(state["skipped_steps"])
+
     def remove(self) -> None:
         """Stop watching the optimizers."""
         self._skipped.remove()

@@ -1,24 +1,27 @@
 """What a recording says about the run that made it, and whether another run may follow it."""
 
-import math
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nmlightning.compat import global_seed
+from nmlightning.callbacks.epoch_clock import steps_per_epoch
+from nmlightning.compat import epochs_to_train, global_seed
 from nmlightning.errors import InputError
 from nmlightning.weights.history import NormHistory
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
+_ROUNDING = 1e-9  # of a number of epochs that is no whole one
+
 
 def describe_run(trainer: "pl.Trainer", folder: Path) -> dict[str, Any]:
-    """Return seed, world size, optimizers, versions and, where there is one, the config."""
+    """Return seed, world size, steps per epoch, optimizers, versions and, if it has one, config."""
     config = folder / "config.yaml"
     return {
         "seed": global_seed(),
         "world_size": trainer.world_size,
+        "steps_per_epoch": steps_per_epoch(trainer),
         "optimizers": [
             {"name": type(optimizer).__name__, **_plain(optimizer.defaults)}
             for optimizer in trainer.optimizers
@@ -36,12 +39,12 @@ def check_same_run(history: NormHistory, trainer: "pl.Trainer", *, other_run: bo
         trainer: of the run.
         other_run: let another seed and another number of processes pass.
     """
-    recorded = int(history.epochs[-1]) + 1 if len(history) else 0
-    epochs = _epochs_of(trainer)
-    if epochs is not None and epochs > recorded:
+    recorded, epochs = history.clock.covered, _epochs_of(trainer, history)
+    if epochs is not None and epochs > recorded + _ROUNDING:
+        shorter = f", or set max_epochs to {int(recorded)}" if recorded >= 1 else ""
         raise InputError(
-            f"The recording covers {recorded} epochs, and the run has {epochs}: record a longer "
-            f"run, or set max_epochs to {recorded}."
+            f"The recording covers {recorded:.4g} epochs, and the run has {epochs:.4g}: record a "
+            f"longer run{shorter}."
         )
     here = {"seed": global_seed(), "world_size": trainer.world_size}
     for key, value in here.items():
@@ -53,14 +56,16 @@ def check_same_run(history: NormHistory, trainer: "pl.Trainer", *, other_run: bo
             )
 
 
-def _epochs_of(trainer: "pl.Trainer") -> int | None:
-    """Return how many epochs the run will begin, or None if that is not known."""
-    limits = [] if trainer.max_epochs in (None, -1) else [trainer.max_epochs]
-    batches = trainer.num_training_batches
-    counts_steps = trainer.lightning_module.automatic_optimization and math.isfinite(batches)
-    if trainer.max_steps >= 0 and counts_steps:
-        steps = math.ceil(batches / trainer.accumulate_grad_batches)
-        limits.append(math.ceil(trainer.max_steps / steps))
+def _epochs_of(trainer: "pl.Trainer", history: NormHistory) -> float | None:
+    """Return how many epochs the run will have, or None if it has no limit.
+
+    Epochs of unknown length are taken to be as long as those of the recording.
+    """
+    most = epochs_to_train(trainer)
+    limits = [] if most is None else [float(most)]
+    if trainer.max_steps >= 0 and len(history):
+        recorded = history.clock.length_of(int(history.epochs[-1]))
+        limits.append(trainer.max_steps / (steps_per_epoch(trainer) or max(recorded, 1)))
     return min(limits, default=None)
 
 

@@ -25,21 +25,24 @@ class SkippedSteps:
 
     def __init__(self, trainer: "pl.Trainer") -> None:
         self.watches = getattr(trainer.precision_plugin, "scaler", None) is not None
-        self._attempted = 0
-        self._called = 0
+        self._missed = 0  # attempts that the optimizer never saw
         self._found_on_device: Tensor | None = None
         optimizers = trainer.optimizers if self.watches else []
         self._hooks = [o.register_step_post_hook(self._note) for o in optimizers]
 
     def attempt(self) -> None:
         """Count a step that is about to be taken."""
-        self._attempted += 1
+        self._missed += 1
 
     def count(self) -> Tensor:
         """Return how many of the attempted steps were skipped, on the device."""
-        called = torch.tensor(float(self._attempted - self._called))
+        missed = torch.tensor(float(self._missed))
         found = self._found_on_device
-        return called if found is None else called.to(found.device) + found
+        return missed if found is None else missed.to(found.device) + found
+
+    def go_on_from(self, count: int) -> None:
+        """Begin with the steps that were skipped before a resume."""
+        self._missed += count
 
     def remove(self) -> None:
         """Stop watching."""
@@ -47,7 +50,7 @@ class SkippedSteps:
             hook.remove()
 
     def _note(self, optimizer: Optimizer, *_: Any) -> None:
-        self._called += 1
+        self._missed -= 1
         found = getattr(optimizer, "found_inf", None)
         if found is not None:
             skipped = found.detach().clone().reshape(())

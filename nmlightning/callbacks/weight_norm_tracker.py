@@ -1,24 +1,23 @@
 """WeightNormTracker: record the norms of the weights, and let a recording steer a run."""
 
-import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch.optim import Optimizer
 
+from nmlightning.callbacks.kept_recording import KeptRecording, keep_recording
 from nmlightning.callbacks.norm_dashboard import NormDashboard
-from nmlightning.callbacks.print_scope import Referenced, Steering, print_scope
-from nmlightning.callbacks.provenance import check_same_run, describe_run
-from nmlightning.compat import CallbackBase, global_seed
-from nmlightning.errors import InputError
-from nmlightning.weights.history import NormHistory
-from nmlightning.weights.layer_weights import find_layer_weights
+from nmlightning.callbacks.print_scope import Steering
+from nmlightning.callbacks.provenance import describe_run
+from nmlightning.callbacks.steered_run import SteeredRun
+from nmlightning.compat import CallbackBase, in_added_epoch, is_trial_run
+from nmlightning.errors import InputError, check_lists
+from nmlightning.weights.layer_weights import LAZY_WAY_OUT, find_layer_weights, find_lazy_weights
 from nmlightning.weights.recorder import Recorder
-from nmlightning.weights.recording_file import FILE_NAME, find_recording
 from nmlightning.weights.steering.attachment import Attachment
-from nmlightning.weights.steering.choose_weights import has_weights
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -29,14 +28,15 @@ class WeightNormTracker(CallbackBase):
 
     The recording is `weight_norms.safetensors` in the run's folder, with or without a logger. It is
     written at the end of every epoch and with every checkpoint, at once or not at all; a resumed
-    run goes on with the records of the one before it. Read it with `nmlightning.NormHistory`.
+    run goes on with the records of the one before it, and in its file where the folder is the same.
+    Read it with `nmlightning.NormHistory`.
 
     Args:
         every: record at the start and the end of each "epoch", or at every N-th optimizer step too.
         steering: what moves the weights by a recording, or by a rule: `LRCorrection`,
             `NormSchedule`, `DecayEquivalentLR`, `Hyperball` or `RadialProjection`; None only
             records. A reference may be the folder of an experiment, `runs/wd_on`; it then is its
-            latest run with the seed of this one.
+            latest run with the seed of this one, one that finished if there is any.
         include: glob patterns on weight names to record, such as `net.layer1.*`; empty means all.
         exclude: glob patterns on names that are not recorded.
         other_run: steer also by the recording of a run with another seed or another number of
@@ -68,55 +68,63 @@ class WeightNormTracker(CallbackBase):
         steps = isinstance(every, int) and not isinstance(every, bool) and every >= 1
         if every != "epoch" and not steps:
             raise InputError(f"every is 'epoch' or a number of steps from 1 on, got {every!r}.")
+        check_lists(include=include, exclude=exclude)
         self.every = every
         self.steering = steering
         self.include = tuple(include)
         self.exclude = tuple(exclude)
         self.other_run = other_run
         self.log_norms = log_norms
-        self.path: Path | None = None
-        self.attachments: list[Attachment] = []
+        self._kept: KeptRecording | None = None
         self._recorder: Recorder | None = None
+        self._steered: SteeredRun | None = None
         self._dashboard: NormDashboard | None = None
         self._rates: dict[int, tuple[float, float]] = {}
         self._resumed: Mapping[str, Any] = {}
-        self._batch = 0
         self._writes = False
-        self._told = False
+
+    @property
+    def path(self) -> Path | None:
+        """The file of the records, once the fit has started."""
+        return None if self._kept is None else self._kept.file
+
+    @property
+    def attachments(self) -> list[Attachment]:
+        """The rule at work on each optimizer that it steers."""
+        return [] if self._steered is None else self._steered.attachments
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Take the first record, and steer from the first step on."""
         weights = find_layer_weights(pl_module, self.include, self.exclude)
+        _warn_of_lazy(find_lazy_weights(pl_module, self.include, self.exclude))
         folder = Path(trainer.log_dir or trainer.default_root_dir)
-        earlier = self._earlier_records()
-        self._writes = trainer.is_global_zero
-        self.path = trainer.strategy.broadcast(_free_file(folder))
-        self._recorder = Recorder(weights, describe_run(trainer, folder), earlier)
+        kept, earlier = keep_recording(folder, self._resumed.get("recording", {}))
+        self._kept = trainer.strategy.broadcast(kept)
+        provenance = {**describe_run(trainer, folder), "run": self._kept.run}
+        self._recorder = Recorder(weights, provenance, earlier)
+        self._rates = {}
+        self._writes = trainer.is_global_zero and not is_trial_run(trainer)
         for optimizer in trainer.optimizers:
             self._note_rates(optimizer)
         self._record(trainer)
-        if self.steering is not None:
-            self._attach(trainer, pl_module, self.steering)
-        if self._logs(trainer):
-            self._dashboard = NormDashboard(trainer, weights)
-        self._resumed = {}
+        self._steered = self._steer(trainer, pl_module)
+        self._dashboard = NormDashboard(trainer, weights) if self._logs(trainer) else None
+        self._go_on()
 
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        """Note how far the epoch is; the batches of one step have the place of the first."""
-        self._batch = batch_idx - batch_idx % trainer.accumulate_grad_batches
+        """Note how far the epoch is."""
+        if self._steered is not None:
+            self._steered.begin_batch(batch_idx)
 
     def on_before_optimizer_step(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
     ) -> None:
-        """Note the rates of this step, which a scheduler may change before it is recorded.
-
-        And measure the gradients before they are clipped.
-        """
+        """Note the rates of this step, which a scheduler may change before it is recorded."""
         self._note_rates(optimizer)
-        for attachment in self.attachments:
-            attachment.measure()
+        if self._steered is not None:
+            self._steered.before_step(optimizer)
         if self._dashboard is not None:
             self._dashboard.before_step(optimizer)
 
@@ -129,23 +137,29 @@ class WeightNormTracker(CallbackBase):
         batch_idx: int,
     ) -> None:
         """Record at every N-th step, and say once what is steered."""
-        if all(attachment.measured for attachment in self.attachments):
-            self._print_scope(trainer, pl_module)
-        if self.every != "epoch" and trainer.global_step % int(self.every) == 0:
+        if self._steered is not None:
+            self._steered.tell_scope()
+        if self._is_due(trainer):
             self._record(trainer)
         if self._dashboard is not None:
             self._dashboard.after_batch(self.attachments)
 
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Record, write and show."""
-        self._print_scope(trainer, pl_module)  # a weight without gradients is never measured
+        if self._steered is not None:
+            self._steered.tell_scope(at_last=True)  # a weight without gradients is never measured
         self._record(trainer)
+        if self._recorder is not None and trainer.is_last_batch:
+            self._recorder.end_epoch()
         self._save()
         if self._dashboard is not None and self._recorder is not None:
             self._dashboard.end_epoch(self._recorder.history())
 
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Let the optimizers step freely again."""
+        """Write, and let the optimizers step freely again."""
+        if self._recorder is not None:
+            self._recorder.finish()
+        self._save()
         self._detach()
 
     def on_exception(
@@ -156,79 +170,51 @@ class WeightNormTracker(CallbackBase):
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the records are and what steers, for the run that goes on from here."""
-        if self._recorder is None:
+        if self._recorder is None or self._kept is None:
             return dict(self._resumed)
         self._save()
         return {
-            "file": str(self.path),
-            "step": self._recorder.last_step,
-            "steering": [attachment.state_dict() for attachment in self.attachments],
+            "recording": self._kept.state_dict(self._recorder.last_step),
+            "steering": None if self._steered is None else self._steered.state_dict(),
+            "dashboard": None if self._dashboard is None else self._dashboard.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the records and the steering of a checkpoint."""
         self._resumed = state_dict
 
-    def _attach(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", steering: Steering
-    ) -> None:
-        if isinstance(steering, Referenced):
-            steering = copy.copy(steering)
-            steering.reference = _load(steering.reference)
-            check_same_run(steering.reference, trainer, other_run=self.other_run)
-        layouts = {w.name: w.layout for w in find_layer_weights(pl_module)}
-        named = list(pl_module.named_parameters())
-        steered = [
-            optimizer
-            for optimizer in trainer.optimizers
-            if has_weights(
-                optimizer, named, steering.include, steering.exclude, steering.least_dims
-            )
-        ]
-        self.attachments = [
-            steering.attach(optimizer, named, layouts)
-            for optimizer in steered or trainer.optimizers
-        ]
-        states = self._resumed.get("steering", [])
-        for attachment, state in zip(self.attachments, states, strict=False):
-            attachment.load_state_dict(state)
-        for attachment in self.attachments:
-            attachment.clock = lambda: {"epoch": self._moment(trainer)}
-
-    def _print_scope(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if self.steering is not None and not self._told:
-            self._told = True
-            print_scope(self.steering, self.attachments, pl_module, trainer.optimizers)
-
-    def _moment(self, trainer: "pl.Trainer") -> float:
-        batches = trainer.num_training_batches
-        return trainer.current_epoch + min(self._batch / batches, 1 - 1e-9)
-
-    def _earlier_records(self) -> NormHistory | None:
-        if "file" not in self._resumed:
+    def _steer(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> SteeredRun | None:
+        if self.steering is None:
             return None
-        file = Path(self._resumed["file"])
-        if not file.is_file():
-            warnings.warn(
-                f"The recording that the checkpoint goes on with is gone: {file}. The new one "
-                f"starts at step {self._resumed['step']}.",
-                stacklevel=2,
-            )
-            return None
-        return NormHistory.load(file, finite=False).until(int(self._resumed["step"]))
+        return SteeredRun(self.steering, trainer, pl_module, other_run=self.other_run)
+
+    def _go_on(self) -> None:
+        for name, part in (("steering", self._steered), ("dashboard", self._dashboard)):
+            state = self._resumed.get(name)
+            if part is not None and state is not None:
+                part.load_state_dict(state)
+        self._resumed = {}
 
     def _note_rates(self, optimizer: Optimizer) -> None:
         for group in optimizer.param_groups:
             rates = float(group["lr"]), float(group.get("weight_decay", 0.0))
             self._rates.update((id(parameter), rates) for parameter in group["params"])
 
+    def _is_due(self, trainer: "pl.Trainer") -> bool:
+        """Return whether a multiple of `every` was passed; several optimizers step more at once."""
+        if self.every == "epoch" or self._recorder is None:
+            return False
+        every = int(self.every)
+        return trainer.global_step // every > self._recorder.last_step // every
+
     def _record(self, trainer: "pl.Trainer") -> None:
         assert self._recorder is not None, "the fit has started"
-        self._recorder.record(trainer.global_step, trainer.current_epoch, self._rates)
+        if not in_added_epoch(trainer):
+            self._recorder.record(trainer.global_step, trainer.current_epoch, self._rates)
 
     def _save(self) -> None:
-        if self._writes and self._recorder is not None and self.path is not None:
-            self._recorder.save(self.path)
+        if self._writes and self._recorder is not None and self._kept is not None:
+            self._recorder.save(self._kept.file)
 
     def _logs(self, trainer: "pl.Trainer") -> bool:
         if self.log_norms and not trainer.loggers:
@@ -241,18 +227,13 @@ class WeightNormTracker(CallbackBase):
     def _detach(self) -> None:
         if self._dashboard is not None:
             self._dashboard.remove()
-        for attachment in self.attachments:
-            attachment.remove()
+        if self._steered is not None:
+            self._steered.remove()
 
 
-def _load(reference: NormHistory | str | Path) -> NormHistory:
-    if isinstance(reference, NormHistory):
-        return reference
-    return NormHistory.load(find_recording(Path(reference), global_seed()))
-
-
-def _free_file(folder: Path) -> Path:
-    """Return a file name in `folder` that nothing has yet."""
-    stem, suffix = FILE_NAME.split(".")
-    names = (FILE_NAME, *(f"{stem}-v{version}.{suffix}" for version in range(1, 10_000)))
-    return next(folder / name for name in names if not (folder / name).exists())
+@rank_zero_only
+def _warn_of_lazy(names: Sequence[str]) -> None:
+    if names:
+        each = f"{' and '.join(names)} {'have' if len(names) > 1 else 'has'} no shape yet and"
+        fate = f"{'are' if len(names) > 1 else 'is'} not recorded: {LAZY_WAY_OUT}."
+        warnings.warn(f"{each} {fate}", stacklevel=2)

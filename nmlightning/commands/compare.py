@@ -1,6 +1,7 @@
 """`nm compare`: how runs differ in their settings, and how well each setting did."""
 
 import argparse
+from itertools import pairwise
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from nmlightning.commands.argument_parser import ArgumentParser
 from nmlightning.errors import InputError
 from nmlightning.reports.comparison import Group, choose_metric, group_runs
 from nmlightning.reports.page import GENERATOR, write_page
+from nmlightning.reports.resumed_runs import join_resumed
 from nmlightning.reports.run import find_runs, read_run
 from nmlightning.reports.table import (
     SETTING_HEADINGS,
@@ -29,12 +31,15 @@ def run(arguments: list[str]) -> int:
     """
     given = _parse(arguments)
     _check_page(given.report)
-    runs = [read_run(folder) for folder in find_runs(given.run)]
+    runs = join_resumed([read_run(folder) for folder in find_runs(given.run)])
     metric = choose_metric(runs, given.metric)
     groups = group_runs(runs, metric)
     _print_tables(groups)
+    for joined in runs:
+        for earlier, later in pairwise(joined.parts):
+            _print_line("resumed", f"{later} goes on with {earlier}; they are one run")
     _write(given.report, write_page(groups))
-    Console().print(f" page        {given.report}", soft_wrap=True, highlight=False, markup=False)
+    _print_line("page", given.report)
     return 0
 
 
@@ -63,13 +68,18 @@ def _print_tables(groups: list[Group]) -> None:
     settings = Table(name, *SETTING_HEADINGS[1:], title="Settings", show_lines=True)
     for cells in setting_rows(groups):
         settings.add_row(*map(escape, cells))
-    results = Table(name.copy(), title=f"{escape(groups[0].metric)}: mean ± deviation over seeds")
+    over = "runs" if any(group.repeats_seeds for group in groups) else "seeds"
+    results = Table(name.copy(), title=f"{escape(groups[0].metric)}: mean ± deviation over {over}")
     columns = result_columns(groups)
     for heading in columns:
         results.add_column(heading, justify="right", no_wrap=True)
     for group, *row in zip(groups, *columns.values(), strict=True):
         results.add_row(escape(group.name), *row)
     Console().print(settings, results)
+
+
+def _print_line(heading: str, text: object) -> None:
+    Console().print(f" {heading:<11} {text}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _check_page(file: Path) -> None:

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from nmlightning.commands.argument_parser import ArgumentParser
 from nmlightning.errors import InputError
-from nmlightning.reports.run import find_runs
+from nmlightning.reports.run import find_runs, has_events
 
 
 def run(arguments: list[str]) -> NoReturn:
@@ -44,7 +44,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def _logdir(paths: list[str]) -> list[str]:
     """Return TensorBoard's option for what to show: one folder, or several with their names."""
-    find_runs(paths)
+    if not any(has_events(folder) for folder in find_runs(paths)):
+        raise InputError(
+            f"TensorBoard has nothing to show of {', '.join(paths)}: it holds metrics.csv only; "
+            "nm compare reads that, and a TensorBoardLogger writes for TensorBoard."
+        )
     if len(paths) == 1:
         return ["--logdir", paths[0]]
     for path in paths:

@@ -1,5 +1,6 @@
 """How runs compare: what differs between them, and how well each setting did over its seeds."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,11 +60,19 @@ class Group:
 
     @property
     def seeds(self) -> str:
-        """The seeds, in order; how many runs there are where they are not known."""
-        seeds = [run.seed for run in self.runs if run.seed is not None]
-        if len(seeds) == len(self.runs):
-            return ", ".join(map(str, sorted(seeds)))
-        return f"{len(self.runs)} run{'s' * (len(self.runs) > 1)}"
+        """The seeds, in order; how many runs there are where they repeat or are not known."""
+        counts = Counter(run.seed for run in self.runs)
+        if None in counts:
+            return f"{len(self.runs)} run{'s' * (len(self.runs) > 1)}"
+        seeds = sorted((seed, count) for seed, count in counts.items() if seed is not None)
+        return ", ".join(
+            f"{seed} ({count} runs)" if count > 1 else f"{seed}" for seed, count in seeds
+        )
+
+    @property
+    def repeats_seeds(self) -> bool:
+        """Whether runs have one seed, so that deviations are not those over seeds alone."""
+        return len({run.seed for run in self.runs}) < len(self.runs)
 
     @property
     def epochs(self) -> str:
@@ -96,7 +105,10 @@ def choose_metric(runs: Sequence[Run], wanted: str | None = None) -> str:
     losses = [tag for tag in validation if is_loss(tag)]
     for tag in (*accuracies, *losses, *validation):
         return tag
-    raise InputError(f"the runs have no validation metric in common. {_in_common(common)}")
+    raise InputError(
+        f"the runs have no validation metric in common; choose another by --metric. "
+        f"{_in_common(common)}"
+    )
 
 
 def group_runs(runs: Iterable[Run], metric: str) -> list[Group]:

@@ -15,12 +15,12 @@ def read_csv_file(file: Path) -> Iterator[Point]:
     Raises:
         InputError: there is no column `step`, or something that is no number.
     """
-    with file.open(encoding="utf-8", newline="") as lines:
-        for row in csv.DictReader(lines):
-            try:
+    try:
+        with file.open(encoding="utf-8", newline="") as lines:
+            for row in csv.DictReader(lines):
                 step = int(row.pop("step"))
                 for tag, text in row.items():
                     if text:
                         yield Point(tag, step, float(text), math.nan)
-            except (KeyError, TypeError, ValueError) as error:
-                raise InputError(f"{file} is damaged, or not of Lightning's CSVLogger.") from error
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise InputError(f"{file} is damaged, or not of Lightning's CSVLogger.") from error

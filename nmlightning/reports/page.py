@@ -41,7 +41,8 @@ LinesOf = Callable[[Run], Mapping[str, tuple[NDArray[np.float64], NDArray[np.flo
 
 def write_page(groups: Sequence[Group]) -> str:
     """Return the page: the table, the curves of the metric, the norms and the factors."""
-    title = f"Comparison of {sum(len(group.runs) for group in groups)} runs"
+    count = sum(len(group.runs) for group in groups)
+    title = f"Comparison of {count} run{'s' * (count > 1)}"
     alone = all(len(group.runs) == 1 for group in groups)
     several = "" if alone else "Faint: each run. Strong: their mean."
     first_runs = "Of the first run of each setting."

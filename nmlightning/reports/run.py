@@ -13,7 +13,7 @@ from nmlightning.errors import InputError
 from nmlightning.reports.csv_file import read_csv_file
 from nmlightning.reports.event_file import read_event_file
 from nmlightning.reports.series import Point, Series, make_series
-from nmlightning.reports.settings import flatten_settings, read_config
+from nmlightning.reports.settings import flatten_settings, read_saved_config
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.recording_file import FILE_NAME
 
@@ -31,6 +31,8 @@ class Run:
         scalars: what it logged, by tag.
         seconds: from the first to the last number it logged, NaN if that was not noted.
         norms: its recording of weight norms, if it has one.
+        checkpoint: what it went on from, if its config says it.
+        parts: the folders of this run, and before it of those that it went on with.
     """
 
     folder: Path
@@ -39,6 +41,8 @@ class Run:
     scalars: Mapping[str, Series]
     seconds: float
     norms: NormHistory | None
+    checkpoint: Path | None
+    parts: tuple[Path, ...]
 
     @property
     def name(self) -> str:
@@ -74,13 +78,18 @@ def find_runs(paths: Sequence[str | Path]) -> list[Path]:
     return list(folders)
 
 
+def has_events(folder: Path) -> bool:
+    """Return whether a run left anything for TensorBoard."""
+    return any(folder.glob(_EVENTS))
+
+
 def read_run(folder: Path) -> Run:
     """Return what is in a run's folder, or raise InputError where a file is damaged."""
-    config = read_config(folder)
+    config = read_saved_config(folder)
     points = list(_points(folder))
     times = [point.time for point in points]
     recording = folder / FILE_NAME
-    seed = config.get("seed_everything")
+    seed, checkpoint = config.get("seed_everything"), config.get("ckpt_path")
     return Run(
         folder=folder,
         settings=flatten_settings(config),
@@ -88,6 +97,8 @@ def read_run(folder: Path) -> Run:
         scalars=make_series(points),
         seconds=float(np.max(times) - np.min(times)) if times else float("nan"),
         norms=NormHistory.load(recording, finite=False) if recording.is_file() else None,
+        checkpoint=Path(checkpoint) if isinstance(checkpoint, str) else None,
+        parts=(folder,),
     )
 
 

@@ -24,7 +24,7 @@ _NO_SETTINGS = (
 _NO_SETTINGS_ANYWHERE = ("reference", "_instantiator")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_saved_config(folder: Path) -> dict[str, Any]:
     """Return what `config.yaml`, or else `hparams.yaml`, in a run's folder says; {} without them.
 
     Raises:

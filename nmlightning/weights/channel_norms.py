@@ -1,6 +1,7 @@
 """Norms of weights per output channel, and what they say of the speed of learning."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,11 @@ class ChannelLayout:
     """
 
     transposed_groups: int | None = None
+
+    def channels(self, shape: Sequence[int]) -> int:
+        """Return C of a weight of this shape."""
+        groups = self.transposed_groups
+        return int(shape[0] if groups is None else shape[1] * groups)
 
     def rows(self, weight: Tensor) -> Tensor:
         """Return the weight as (C, …), one entry of dimension 0 for each output channel."""

@@ -1,15 +1,19 @@
 """NormHistory: the weight norms that a run recorded, in memory and on disk. It needs no torch."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nmlightning.errors import InputError, check_choice, nearest
+from nmlightning.errors import InputError, check_choice, check_whole_number, nearest
+from nmlightning.weights.history_arrays import check_finite, make_arrays
 from nmlightning.weights.official_pickle import read_official_pickle
+from nmlightning.weights.recorded_clock import RecordedClock
 from nmlightning.weights.recording_file import FILE_NAME, read_recording, write_recording
 
 Alignment = Literal["official", "interpolate"]
@@ -28,7 +32,8 @@ class NormHistory:
         epochs: (T,) int64, never decreasing.
         learning_rates: (T, L) float64, weights in the order of `norms`; NaN where unknown.
         weight_decays: (T, L) float64, the same.
-        provenance: what made it: seed, world size, optimizer, config, versions; plain data.
+        provenance: what made it: seed, world size, optimizer, config, versions, steps per epoch;
+            plain data.
 
     Example:
         >>> history = NormHistory.from_arrays({"conv.weight": [[3.0], [1.0]]}, [10, 20], [0, 1])
@@ -57,22 +62,23 @@ class NormHistory:
         """Return the history of these arrays; their shapes and meaning are those of the attributes.
 
         Raises:
-            InputError: shapes that do not fit together, a clock that runs backwards, a norm that
-                is negative.
+            InputError: what is no array of numbers; shapes that do not fit together, a clock that
+                runs backwards or has parts of steps, a norm that is negative; provenance that is
+                no plain data.
         """
-        unknown = np.full((len(steps), len(norms)), np.nan)
-        history = cls(
-            {name: np.asarray(values, dtype=np.float32) for name, values in norms.items()},
-            np.asarray(steps, dtype=np.int64),
-            np.asarray(epochs, dtype=np.int64),
-            unknown if learning_rates is None else np.asarray(learning_rates, dtype=np.float64),
-            unknown if weight_decays is None else np.asarray(weight_decays, dtype=np.float64),
-            dict(provenance or {}),
-        )
-        problem = next(_problems(history), None)
-        if problem:
-            raise InputError(f"This is no history of weight norms: {problem}.")
-        return history
+        try:
+            return cls(
+                **make_arrays(
+                    norms,
+                    steps,
+                    epochs,
+                    learning_rates,
+                    weight_decays,
+                    provenance={} if provenance is None else provenance,
+                )
+            )
+        except InputError as error:
+            raise InputError(f"This is no history of weight norms: {error}.") from None
 
     @classmethod
     def load(cls, path: str | Path, *, finite: bool = True) -> "NormHistory":
@@ -88,9 +94,7 @@ class NormHistory:
         """
         file = Path(path)
         file = file / FILE_NAME if file.is_dir() else file
-        history = cls(**read_recording(file))
-        _check_usable(history, file, finite=finite)
-        return history
+        return cls._of_file(file, read_recording(file), finite=finite)
 
     @classmethod
     def from_official_pickle(
@@ -124,9 +128,13 @@ class NormHistory:
             NormHistory(80 records of 8 weights, steps 391 to 31280)
         """
         file = Path(path)
-        history = cls(**read_official_pickle(file, names, steps_per_epoch))
-        _check_usable(history, file, finite=True)
-        return history
+        return cls._of_file(file, read_official_pickle(file, names, steps_per_epoch), finite=True)
+
+    @property
+    def clock(self) -> RecordedClock:
+        """When its records were made."""
+        known = self.provenance.get("steps_per_epoch")
+        return RecordedClock(self.steps, self.epochs, known if type(known) is int else None)
 
     def save(self, path: str | Path) -> None:
         """Write the file at once or not at all, so that a reader never finds half of it."""
@@ -172,22 +180,21 @@ class NormHistory:
                 in steps between the records before and after, and the first record before it.
 
         Raises:
-            InputError: neither or both moments, or one that the recording does not reach.
+            InputError: neither or both moments, one that is negative or no number, or one that
+                the recording does not reach.
         """
         check_choice("align", align, get_args(Alignment))
         if (step is None) == (epoch is None):
             raise InputError("give either a step or an epoch.")
+        if step is not None:
+            check_whole_number("step", step, least=0)
+        elif not (isinstance(epoch, Real) and 0 <= epoch < math.inf):
+            raise InputError(f"epoch is a finite number of at least 0, got {epoch!r}.")
+        clock = self.clock
         if align == "official":
-            record = self._end_of(self._epoch_of(step) if step is not None else int(epoch or 0))
+            record = clock.end_of(clock.epoch_of(step) if step is not None else int(epoch or 0))
             return record, record, 0.0
-        moment = float(step) if step is not None else self._step_at(epoch or 0.0)
-        above = int(np.searchsorted(self.steps, moment))
-        if above == len(self):
-            raise InputError(self._does_not_reach(f"step {moment:g}"))
-        if above == 0 or self.steps[above] == moment:
-            return above, above, 0.0
-        before, after = self.steps[above - 1], self.steps[above]
-        return above - 1, above, float((moment - before) / (after - before))
+        return clock.around(float(step) if step is not None else clock.step_at(epoch or 0.0))
 
     def until(self, step: int) -> "NormHistory":
         """Return the records that were made after at most `step` optimizer steps."""
@@ -217,6 +224,16 @@ class NormHistory:
                     f"there and {count} here."
                 )
 
+    @classmethod
+    def _of_file(cls, file: Path, content: Mapping[str, Any], *, finite: bool) -> "NormHistory":
+        try:
+            arrays = make_arrays(**content)
+            if finite:
+                check_finite(arrays["norms"], arrays["epochs"])
+        except InputError as error:
+            raise InputError(f"{file} cannot be used: {error}.") from None
+        return cls(**arrays)
+
     def _records(self, kept: NDArray[np.bool_]) -> "NormHistory":
         return NormHistory(
             {name: values[kept] for name, values in self.norms.items()},
@@ -226,78 +243,6 @@ class NormHistory:
             self.weight_decays[kept],
             self.provenance,
         )
-
-    def _epoch_of(self, step: int) -> int:
-        """Return the epoch that the step after `step` others belongs to."""
-        after = int(np.searchsorted(self.steps, step, side="right"))
-        if after == len(self):
-            raise InputError(self._does_not_reach(f"step {step}"))
-        return int(self.epochs[after])
-
-    def _end_of(self, epoch: int) -> int:
-        """Return the last record of an epoch."""
-        record = int(np.searchsorted(self.epochs, epoch, side="right")) - 1
-        if record < 0 or self.epochs[record] != epoch:
-            raise InputError(self._does_not_reach(f"epoch {epoch}"))
-        return record
-
-    def _step_at(self, epoch: float) -> float:
-        """Return how many steps had been attempted at an epoch and a fraction of the next."""
-        whole = int(epoch)
-        if len(self) and epoch == self.epochs[-1] + 1:
-            return float(self.steps[-1])
-        end = float(self.steps[self._end_of(whole)])
-        begin = float(self.steps[self._end_of(whole - 1)]) if whole > self.epochs[0] else 0.0
-        return begin + (epoch - whole) * (end - begin)
-
-    def _does_not_reach(self, moment: str) -> str:
-        if not len(self):
-            return f"The recording is empty, so it does not reach {moment}."
-        return (
-            f"The recording does not reach {moment}: it covers steps {self.steps[0]} to "
-            f"{self.steps[-1]}, epochs {self.epochs[0]} to {self.epochs[-1]}."
-        )
-
-
-def _check_usable(history: NormHistory, file: Path, *, finite: bool) -> None:
-    """Raise InputError for what is wrong with the history of a file."""
-    problem = next(_problems(history), None) or (
-        next(_not_finite(history), None) if finite else None
-    )
-    if problem:
-        raise InputError(f"{file} cannot be used: {problem}.")
-
-
-def _problems(history: NormHistory) -> Iterator[str]:
-    """Yield what is wrong with the shapes and the clock."""
-    records, weights = len(history.steps), len(history.norms)
-    if history.steps.shape != (records,) or history.epochs.shape != (records,):
-        yield f"{records} steps, but epochs of shape {history.epochs.shape}"
-        return
-    for name in ("learning_rates", "weight_decays"):
-        shape = getattr(history, name).shape
-        if shape != (records, weights):
-            yield f"{name} has shape {shape}, expected {(records, weights)}"
-    for name, values in history.norms.items():
-        if values.ndim != 2 or values.shape[0] != records:
-            yield f"{name} has shape {values.shape}, expected ({records}, channels)"
-        elif (values < 0).any():
-            yield f"{name} has a negative norm in record {int((values < 0).any(1).argmax())}"
-    if (np.diff(history.steps) <= 0).any() or (history.steps < 0).any():
-        yield "its steps do not increase"
-    if (np.diff(history.epochs) < 0).any() or (history.epochs < 0).any():
-        yield "its epochs run backwards"
-
-
-def _not_finite(history: NormHistory) -> Iterator[str]:
-    for name, values in history.norms.items():
-        bad = ~np.isfinite(values)
-        if bad.any():
-            record = int(bad.any(1).argmax())
-            yield (
-                f"the norms of {name} are not finite from record {record} (epoch "
-                f"{history.epochs[record]}) on, so the run it is of diverged"
-            )
 
 
 def _some(names: Mapping[str, object]) -> str:

@@ -9,9 +9,11 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from nmlightning.errors import InputError
+from nmlightning.errors import InputError, check_lists
 from nmlightning.weights.channel_norms import ROWS, ChannelLayout
 from nmlightning.weights.plain_name import plain_name
+
+LAZY_WAY_OUT = "run a batch through the model before the fit"
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +22,7 @@ class LayerWeight:
 
     Attributes:
         name: as in `model.named_parameters()`, without what wrappers and parametrizations add.
-        parameter: what an optimizer moves; of a parametrized weight its original.
+        parameter: what an optimizer moves; of a parametrized or pruned weight its original.
         layout: where its output channels are.
     """
 
@@ -28,13 +30,19 @@ class LayerWeight:
     parameter: Tensor
     layout: ChannelLayout = ROWS
 
+    @property
+    def channels(self) -> int:
+        """How many output channels it has."""
+        return self.layout.channels(self.parameter.shape)
+
 
 def find_layer_weights(
     model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> list[LayerWeight]:
     """Return the weights of all convolutions, transposed ones too, and linear layers.
 
-    A weight that layers share appears once, under its first name.
+    A weight that layers share appears once, under its first name. A lazy layer has none before its
+    first batch.
 
     Args:
         model: any module.
@@ -44,8 +52,10 @@ def find_layer_weights(
     Raises:
         InputError: a pattern that matches no such weight; none left.
     """
+    check_lists(include=include, exclude=exclude)
     weights = list(_all_layer_weights(model))
-    names = [weight.name for weight in weights]
+    lazy = find_lazy_weights(model)
+    names = [*(weight.name for weight in weights), *lazy]
     for pattern in (*include, *exclude):
         if not any(fnmatchcase(name, pattern) for name in names):
             raise InputError(
@@ -53,36 +63,65 @@ def find_layer_weights(
                 f"{type(model).__name__}; there is {', '.join(names[:8]) or 'none'}"
                 f"{f' and {len(names) - 8} more' if len(names) > 8 else ''}."
             )
-    chosen = [
-        weight
-        for weight in weights
-        if (not include or any(fnmatchcase(weight.name, pattern) for pattern in include))
-        and not any(fnmatchcase(weight.name, pattern) for pattern in exclude)
-    ]
+    chosen = [weight for weight in weights if _is_chosen(weight.name, include, exclude)]
     if not chosen:
-        raise InputError(f"{type(model).__name__} has no convolution or linear layer to watch.")
+        but = f" but {lazy[0]}, which has no shape yet; {LAZY_WAY_OUT}" if lazy else ""
+        raise InputError(
+            f"{type(model).__name__} has no convolution or linear layer to watch{but}."
+        )
     return chosen
+
+
+def find_lazy_weights(
+    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> list[str]:
+    """Return the names of the weights, chosen so, that have no shape before their first batch."""
+    names = [_name_of(name) for name, layer in _layers(model) if _is_lazy(layer)]
+    return [name for name in names if _is_chosen(name, include, exclude)]
+
+
+def _is_chosen(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    included = not include or any(fnmatchcase(name, pattern) for pattern in include)
+    return included and not any(fnmatchcase(name, pattern) for pattern in exclude)
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear | _ConvNd]]:
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, _ConvNd)):
+            yield name, module
+
+
+def _name_of(layer: str) -> str:
+    return plain_name(f"{layer}.weight" if layer else "weight")
+
+
+def _is_lazy(layer: nn.Linear | _ConvNd) -> bool:
+    weight = layer._parameters.get("weight")
+    return weight is not None and is_lazy(weight)
 
 
 def _all_layer_weights(model: nn.Module) -> Iterator[LayerWeight]:
     seen = set()
-    for name, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, _ConvNd)):
-            continue
+    for name, module in _layers(model):
         parameter = _original(module)
         if parameter is not None and id(parameter) not in seen:
             seen.add(id(parameter))
             layout = ROWS
             if isinstance(module, _ConvTransposeNd):
                 layout = ChannelLayout(module.groups)
-            full_name = f"{name}.weight" if name else "weight"
-            yield LayerWeight(plain_name(full_name), parameter, layout)
+            yield LayerWeight(_name_of(name), parameter, layout)
 
 
 def _original(module: nn.Linear | _ConvNd) -> Tensor | None:
-    """Return the tensor behind `weight` that has its shape, without computing the weight anew."""
+    """Return the parameter behind `weight` that has its shape, without computing it anew.
+
+    It is `weight_v` under the old `torch.nn.utils.weight_norm`, `weight_orig` where it is pruned.
+    """
+    if _is_lazy(module):
+        return None
     if not parametrize.is_parametrized(module, "weight"):
-        return None if is_lazy(module.weight) else module.weight
+        held = (module._parameters.get(name) for name in ("weight", "weight_v", "weight_orig"))
+        return next((parameter for parameter in held if parameter is not None), None)
     shape = _weight_shape(module)
     originals = module.parametrizations["weight"].parameters(recurse=False)  # type: ignore[index, union-attr]
     return next((original for original in originals if original.shape == shape), None)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nmlightning.errors import InputError
+from nmlightning.errors import InputError, check_whole_number
 from nmlightning.weights.inert_unpickler import StandIn, load_inert
 
 _KEY = re.compile(r"channels_norm_conv_w_norm_per_channel_layer([0-9]{1,9})")
@@ -90,8 +90,7 @@ def read_official_pickle(
         names: the names of its parameters here, by their index there.
         steps_per_epoch: optimizer steps in an epoch of that run, at least 1.
     """
-    if steps_per_epoch < 1:
-        raise InputError(f"steps_per_epoch must be at least 1, got {steps_per_epoch}.")
+    check_whole_number("steps_per_epoch", steps_per_epoch)
     if not file.is_file():
         raise InputError(f"There is no pickle of the norms of convolutions at {file}.")
     try:

@@ -33,7 +33,7 @@ class Recorder:
         earlier: NormHistory | None = None,
     ) -> None:
         self._weights = list(weights)
-        self._provenance = provenance
+        self._provenance = {**provenance, "finished": False}
         self._clock: list[tuple[int, int]] = []
         self._rates: list[NDArray[np.float64]] = []
         self._pending: list[Tensor] = []
@@ -61,12 +61,18 @@ class Recorder:
         unknown = (np.nan, np.nan)
         self._rates.append(np.array([rates.get(id(w.parameter), unknown) for w in self._weights]))
 
+    def end_epoch(self) -> None:
+        """Note how many steps the epoch had that is over, unlike one that a run stops inside."""
+        last_step, epoch = self._clock[-1]
+        begin = max((step for step, other in self._clock if other < epoch), default=0)
+        self._provenance["steps_per_epoch"] = last_step - begin
+
     def history(self) -> NormHistory:
         """Return all records so far."""
         if self._pending:
             self._norms.append(torch.stack(self._pending).cpu().numpy())
             self._pending = []
-        counts = [_channels(weight) for weight in self._weights]
+        counts = [weight.channels for weight in self._weights]
         rows = np.concatenate([np.zeros((0, sum(counts)), np.float32), *self._norms])
         self._norms = [rows]
         columns = np.split(rows, np.cumsum(counts)[:-1], axis=1)
@@ -80,20 +86,19 @@ class Recorder:
             provenance=self._provenance,
         )
 
+    def finish(self) -> None:
+        """Note that these are all records of the run, unlike those of one that was stopped."""
+        self._provenance["finished"] = True
+
     def save(self, file: Path) -> None:
         """Write all records so far."""
         self.history().save(file)
 
     def _take_over(self, earlier: NormHistory) -> None:
-        earlier.check_weights({weight.name: _channels(weight) for weight in self._weights})
+        earlier.check_weights({weight.name: weight.channels for weight in self._weights})
         names = list(earlier.norms)
         order = [names.index(weight.name) for weight in self._weights]
         self._norms = [np.concatenate([earlier.norms[w.name] for w in self._weights], axis=1)]
         self._clock = list(zip(earlier.steps.tolist(), earlier.epochs.tolist(), strict=True))
         both = np.stack([earlier.learning_rates, earlier.weight_decays], axis=2)
         self._rates = list(both[:, order])
-
-
-def _channels(weight: LayerWeight) -> int:
-    groups = weight.layout.transposed_groups
-    return int(weight.parameter.shape[0] if groups is None else weight.parameter.shape[1] * groups)

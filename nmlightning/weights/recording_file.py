@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,7 @@ from nmlightning.errors import InputError
 FILE_NAME = "weight_norms.safetensors"
 FORMAT = "nmlightning weight norms"
 VERSION = 1
-_DTYPES = {
-    "steps": np.int64,
-    "epochs": np.int64,
-    "learning_rates": np.float64,
-    "weight_decays": np.float64,
-}
+_ARRAYS = ("steps", "epochs", "learning_rates", "weight_decays")
 _NORMS = "norms/"
 
 
@@ -53,7 +49,8 @@ def find_recording(path: Path, seed: int | None) -> Path:
     """Return the recording that a path means to a run with this seed.
 
     That is the path itself if it is a file, the file in a run's folder, or that of the latest run
-    with the seed in the folder of an experiment, which has a folder `version_N` for each run.
+    with the seed in the folder of an experiment, which has a folder `version_N` for each run. A run
+    that finished goes before one that was stopped; a damaged file is passed over with a warning.
 
     Raises:
         InputError: there is no recording, or none with this seed.
@@ -62,20 +59,21 @@ def find_recording(path: Path, seed: int | None) -> Path:
         return path
     if (path / FILE_NAME).is_file():
         return path / FILE_NAME
-    found = sorted(path.glob(f"version_*/{FILE_NAME}"), key=lambda file: file.stat().st_mtime)
-    seeds = [read_recording(file)["provenance"].get("seed") for file in found]
-    fitting = [file for file, recorded in zip(found, seeds, strict=True) if recorded == seed]
+    files = sorted(path.glob(f"version_*/{FILE_NAME}"), key=lambda file: file.stat().st_mtime)
+    found = {file: origin for file in files if (origin := _read_origin(file)) is not None}
+    fitting = [file for file, origin in found.items() if origin.get("seed") == seed]
     if fitting:
-        return fitting[-1]
+        return max(reversed(fitting), key=lambda file: found[file].get("finished") is not False)
     if found:
+        seeds = [origin.get("seed") for origin in found.values()]
         raise InputError(
             f"{path} has no recording of a run with seed {seed}, only with {_listed(seeds)}: run "
-            f"it with that seed, or name the folder of one run, such as {found[-1].parent}, and "
-            "set other_run."
+            f"it with that seed, or name the folder of one run, such as {list(found)[-1].parent}, "
+            "and set other_run."
         )
     raise InputError(
-        f"There is no recording of weight norms at {path}: run the experiment that makes it first, "
-        "with WeightNormTracker among its callbacks."
+        f"There is no recording of weight norms at {path}{' that can be read' if files else ''}: "
+        "run the experiment that makes it first, with WeightNormTracker among its callbacks."
     )
 
 
@@ -91,11 +89,24 @@ def read_recording(file: Path) -> dict[str, Any]:
         )
     try:
         names, provenance = (json.loads(metadata[key]) for key in ("names", "provenance"))
-        recording = {name: arrays[name].astype(dtype) for name, dtype in _DTYPES.items()}
-        norms = {name: arrays[_NORMS + name].astype(np.float32) for name in names}
+        recording = {name: arrays[name] for name in _ARRAYS}
+        norms = {name: arrays[_NORMS + name] for name in names}
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(f"{file} is damaged: {error} is missing or unreadable.") from error
     return {**recording, "norms": norms, "provenance": provenance}
+
+
+def _read_origin(file: Path) -> Mapping[str, Any] | None:
+    """Return the provenance, or None and a warning for a file that is damaged."""
+    try:
+        origin = read_recording(file)["provenance"]
+        if isinstance(origin, Mapping):
+            return origin
+        reason = f"{file} is damaged"
+    except InputError as error:
+        reason = str(error).rstrip(".")
+    warnings.warn(f"{reason}; it is passed over.", stacklevel=3)
+    return None
 
 
 def _listed(seeds: list[Any]) -> str:

@@ -91,7 +91,8 @@ def fit(
         "enable_model_summary": False,
         "enable_checkpointing": False,
     }
-    lightning_package.Trainer(**settings | options).fit(module, data)
+    start = options.pop("start", None)
+    lightning_package.Trainer(**settings | options).fit(module, data, ckpt_path=start)
     return module
 
 
@@ -208,19 +209,47 @@ def test_csv(tmp_path: Path) -> None:
     assert float(rows[-1]["weight_norm/net.0/max"]) == pytest.approx(float(expected))
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_skipped_steps(fused: bool, tmp_path: Path) -> None:
-    precision = pytorch_lightning.plugins.MixedPrecision(
+def make_scaler() -> Any:
+    """Return the precision of a run whose gradients a GradScaler scales."""
+    return pytorch_lightning.plugins.MixedPrecision(
         "16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0)
     )
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_skipped_steps(fused: bool, tmp_path: Path) -> None:
     fit(
         tmp_path,
         WeightNormTracker(),
-        plugins=[precision],
+        plugins=[make_scaler()],
         module={"overflow_at": 2, "fused": fused},
     )
     skipped = read_scalars(tmp_path)["optimizer/skipped_steps"]
     assert list(skipped.values()) == [0, 1, 1, 1, 2, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_resumed_run_goes_on_counting_skipped_steps(fused: bool, tmp_path: Path) -> None:
+    class Saves(pytorch_lightning.Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "last.ckpt")
+
+    module = {"overflow_at": 2, "fused": fused}
+    callbacks = [WeightNormTracker(), Saves()]
+    for epochs, start in ((2, None), (3, tmp_path / "last.ckpt")):
+        options = {"callbacks": callbacks, "plugins": [make_scaler()], "max_epochs": epochs}
+        fit(tmp_path / str(epochs), callbacks[0], module=module, start=start, **options)  # type: ignore[arg-type]
+    skipped = read_scalars(tmp_path / "3")["optimizer/skipped_steps"]
+    assert list(skipped.values()) == [2, 3, 3]
+
+
+def test_each_fit_of_a_tracker_has_its_own_page(tmp_path: Path) -> None:
+    tracker = WeightNormTracker()
+    fit(tmp_path / "0", tracker)
+    fit(tmp_path / "1", tracker, logger=False)
+    fit(tmp_path / "2", tracker)
+    assert list(read_scalars(tmp_path / "0")) == list(read_scalars(tmp_path / "2"))
+    assert [p.name for p in (tmp_path / "1").iterdir()] == ["weight_norms.safetensors"]
 
 
 def test_accumulation(tmp_path: Path) -> None:

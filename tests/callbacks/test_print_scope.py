@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from nmlightning.callbacks import WeightNormTracker
 from nmlightning.weights.steering import DecayEquivalentLR, Hyperball, RadialProjection
+from recorded_runs import Trains, make_data, make_trainer
 
 
 class Mixed(pl.LightningModule):
@@ -117,3 +118,10 @@ def test_rules_that_steer_any_matrix(
         ("unused.weight", "steered"),
         ("head.weight", "steered"),
     ]
+
+
+def test_each_fit_has_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tracker = WeightNormTracker(steering=DecayEquivalentLR(0.01))
+    for number in range(2):
+        make_trainer(tmp_path / str(number), tracker).fit(Trains(), make_data())
+        assert "DecayEquivalentLR steers 2 of 3 weights" in capsys.readouterr().err

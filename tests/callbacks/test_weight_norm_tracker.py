@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import recorded_runs
 from nmlightning.callbacks import WeightNormTracker
 from nmlightning.errors import InputError
 from nmlightning.weights.channel_norms import channel_norms
@@ -142,11 +143,22 @@ def test_accumulation_counts_optimizer_steps(tmp_path: Path) -> None:
     assert NormHistory.load(tmp_path).steps.tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 
+def test_every_n_steps_of_several_optimizers(tmp_path: Path) -> None:
+    """Two steps a batch pass a multiple of three in the second, third, fifth and sixth batch."""
+    tracker = WeightNormTracker(3)
+    recorded_runs.make_trainer(tmp_path, tracker, max_epochs=2).fit(
+        recorded_runs.StepsByHand(), recorded_runs.make_data(6)
+    )
+    assert NormHistory.load(tmp_path).steps.tolist() == [0, 4, 6, 10, 12, 16, 18, 22, 24]
+
+
 def test_provenance(tmp_path: Path) -> None:
     pytorch_lightning.seed_everything(7)
     provenance = record(tmp_path).provenance
     assert provenance["seed"] == 7
     assert provenance["world_size"] == 1
+    assert provenance["steps_per_epoch"] == BATCHES
+    assert provenance["finished"] is True
     assert provenance["optimizers"][0]["name"] == "SGD"
     assert provenance["optimizers"][0]["momentum"] == 0.9
     assert provenance["versions"]["torch"]
@@ -174,6 +186,20 @@ def test_patterns(tmp_path: Path) -> None:
         ),
     ):
         make_trainer("pytorch_lightning", tmp_path, tracker).fit(PlModule(), make_data())
+
+
+def test_a_lazy_layer_is_named_once(tmp_path: Path) -> None:
+    class Lazy(PlModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net[7] = nn.LazyLinear(3)
+
+    trainer = make_trainer("pytorch_lightning", tmp_path, WeightNormTracker())
+    message = "net.7.weight has no shape yet and is not recorded: run a batch through the model bef"
+    with pytest.warns(UserWarning, match=message) as caught:
+        trainer.fit(Lazy(), make_data())
+    assert sum("no shape yet" in str(warning.message) for warning in caught) == 1
+    assert list(NormHistory.load(tmp_path).norms) == NAMES[:2]
 
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, True, "step", None])
@@ -246,7 +272,9 @@ def test_a_killed_run_keeps_all_but_its_last_epoch(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="out of memory"):
         make_trainer("pytorch_lightning", tmp_path, WeightNormTracker(1)).fit(Dies(), make_data())
-    assert NormHistory.load(tmp_path).steps.tolist() == list(range(9))
+    history = NormHistory.load(tmp_path)
+    assert history.steps.tolist() == list(range(9))
+    assert history.provenance["finished"] is False
 
 
 @pytest.mark.parametrize("package", PACKAGES)

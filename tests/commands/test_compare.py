@@ -48,6 +48,39 @@ def test_tables(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "comparison.html" in text
 
 
+def test_a_resumed_run_is_one(
+    make_run: MakeRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = {"seed_everything": 1}
+    make_run("runs/a/version_0", [0.1, 0.2], config)
+    going_on = {**config, "ckpt_path": "runs/a/version_0/checkpoints/last.ckpt"}
+    make_run("runs/a/version_1", [0.3, 0.4], going_on, first_epoch=1)
+    assert main(["compare", "runs"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"a +│ 1 +│ 3 ", text)
+    assert "resumed     runs/a/version_1 goes on with runs/a/version_0" in text
+    assert "<title>Comparison of 1 run</title>" in Path("comparison.html").read_text()
+
+
+def test_seeds_that_repeat_are_not_called_seeds(
+    make_run: MakeRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in range(2):
+        make_run(f"runs/a/version_{number}", config={"seed_everything": 1, "lr": 1})
+    assert main(["compare", "runs"]) == 0
+    text = capsys.readouterr().out
+    assert "1 (2 runs)" in text
+    assert "deviation over runs" in text
+
+
 def test_page(runs: Path) -> None:
     assert main(["compare", str(runs), "--report", "page.html"]) == 0
     page = Path("page.html").read_text(encoding="utf-8")

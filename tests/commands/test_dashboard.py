@@ -57,6 +57,21 @@ def test_several_folders(
     assert started[1][4] == f"{str(tmp_path)[1:]}/runs/a:{tmp_path}/runs/a,runs/b:runs/b"
 
 
+def test_runs_without_event_files(
+    started: list[list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "runs" / "version_0").mkdir(parents=True)
+    (tmp_path / "runs" / "version_0" / "metrics.csv").write_text("step,val/top1\n1,0.5\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["dashboard"]) == 2
+    message = "TensorBoard has nothing to show of runs: it holds metrics.csv only; nm compare reads"
+    assert message in capsys.readouterr().err
+    assert not started
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -110,7 +110,8 @@ def test_a_metric_that_is_not_there(make_run: MakeRun) -> None:
     ):
         choose_metric(runs, "val/top1")
     other = read_run(make_run("c", accuracy=[], scalars={"x": [1.0]}))
-    with pytest.raises(InputError, match=r"no validation metric in common. They have nothing in"):
+    message = r"no validation metric in common; choose another by --metric. They have nothing in"
+    with pytest.raises(InputError, match=message):
         choose_metric([*runs, other])
 
 

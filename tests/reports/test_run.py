@@ -7,7 +7,7 @@ import pytest
 
 from nmlightning.errors import InputError
 from nmlightning.reports.run import find_runs, read_run
-from nmlightning.reports.settings import flatten_settings, read_config
+from nmlightning.reports.settings import flatten_settings, read_saved_config
 
 CSV = """epoch,step,train/loss,val/top1
 0,4,1.5,
@@ -44,6 +44,14 @@ def test_a_csv_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["a,b\n1,2\n", "step,loss\n1,x\n", "step,loss\n,1\n"])
 def test_a_csv_that_is_none(text: str, tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text(text)
+    with pytest.raises(
+        InputError, match=r"metrics.csv is damaged, or not of Lightning's CSVLogger"
+    ):
+        read_run(tmp_path)
+
+
+def test_a_csv_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_bytes(b"step,val/top1\n1,\xff\n")
     with pytest.raises(
         InputError, match=r"metrics.csv is damaged, or not of Lightning's CSVLogger"
     ):
@@ -105,11 +113,11 @@ def test_flatten_settings() -> None:
 def test_hyperparameters_of_any_project(tmp_path: Path) -> None:
     text = "lr: 0.1\nmodel: !!python/object:a.Net\n  depth: 3\nkind: !!python/name:os.system ''\n"
     (tmp_path / "hparams.yaml").write_text(text)
-    assert read_config(tmp_path)["lr"] == 0.1
-    assert read_config(tmp_path)["kind"] == "tag:yaml.org,2002:python/name:os.system"
+    assert read_saved_config(tmp_path)["lr"] == 0.1
+    assert read_saved_config(tmp_path)["kind"] == "tag:yaml.org,2002:python/name:os.system"
 
 
 def test_a_config_that_is_no_yaml(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("a: [1\n")
     with pytest.raises(InputError, match=r"config.yaml is no YAML: "):
-        read_config(tmp_path)
+        read_saved_config(tmp_path)

@@ -1,45 +1,14 @@
-import os
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from nmlightning.errors import InputError
 from nmlightning.weights.history import NormHistory
-from nmlightning.weights.recording_file import FILE_NAME, find_recording
-
-STEPS = [0, 5, 10, 15, 20]
-EPOCHS = [0, 0, 0, 1, 1]
-
-
-def make_history(**changes: Any) -> NormHistory:
-    """Two epochs of ten steps, recorded at the start and every five steps."""
-    arguments: dict[str, Any] = {
-        "norms": {
-            "a.weight": np.outer(STEPS, [1.0, 2.0]) + 1,
-            "b.weight": np.outer(STEPS, [0.5, 0.0, 1.0]) + 2,
-        },
-        "steps": STEPS,
-        "epochs": EPOCHS,
-        "learning_rates": np.linspace(0.1, 0.01, 10).reshape(5, 2),
-        "weight_decays": np.full((5, 2), 5e-4),
-        "provenance": {"seed": 1, "versions": {"torch": "2.11.0"}},
-    }
-    return NormHistory.from_arrays(**arguments | changes)
-
-
-def assert_same(one: NormHistory, other: NormHistory) -> None:
-    assert list(one.norms) == list(other.norms)
-    assert one.provenance == other.provenance
-    for name in ("steps", "epochs", "learning_rates", "weight_decays"):
-        first, second = getattr(one, name), getattr(other, name)
-        np.testing.assert_array_equal(first, second)
-        assert first.dtype == second.dtype
-    for name, values in one.norms.items():
-        np.testing.assert_array_equal(values, other.norms[name])
-        assert values.dtype == other.norms[name].dtype == np.float32
+from nmlightning.weights.recording_file import FILE_NAME
+from two_epochs import STEPS, assert_same, make_history
 
 
 @pytest.mark.parametrize(("epoch", "record"), [(0, 2), (0.9, 2), (1, 4), (1.5, 4)])
@@ -81,6 +50,15 @@ def test_before_the_first_record_it_is_the_first() -> None:
         ({"epoch": 2}, "does not reach epoch 2"),
         ({"step": 21, "align": "interpolate"}, "does not reach step 21"),
         ({"epoch": 2.1, "align": "interpolate"}, "does not reach epoch 2"),
+        ({"epoch": math.nan}, "epoch is a finite number of at least 0, got nan"),
+        (
+            {"epoch": math.inf, "align": "interpolate"},
+            "epoch is a finite number of at least 0, got",
+        ),
+        ({"epoch": -0.5}, "epoch is a finite number of at least 0, got -0.5"),
+        ({"epoch": "1"}, "epoch is a finite number of at least 0, got '1'"),
+        ({"step": -1}, "step must be a whole number of at least 0, got -1"),
+        ({"step": 1.5, "align": "interpolate"}, "step must be a whole number of at least 0, got 1"),
         ({}, "give either a step or an epoch"),
         ({"step": 1, "epoch": 1}, "give either a step or an epoch"),
         ({"step": 1, "align": "interpolat"}, "Did you mean 'interpolate'?"),
@@ -120,22 +98,6 @@ def test_rates_that_are_unknown(tmp_path: Path) -> None:
     assert_same(NormHistory.load(tmp_path), history)
 
 
-def test_a_failed_save_keeps_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    history = make_history()
-    history.save(tmp_path / FILE_NAME)
-
-    def fail(*_: object) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="no space left"):
-        history.until(5).save(tmp_path / FILE_NAME)
-    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
-    assert_same(NormHistory.load(tmp_path), history)
-
-
 @pytest.mark.parametrize(("step", "kept"), [(0, 1), (7, 2), (10, 3), (99, 5)])
 def test_until(step: int, kept: int) -> None:
     history, whole = make_history().until(step), make_history()
@@ -144,84 +106,6 @@ def test_until(step: int, kept: int) -> None:
     np.testing.assert_array_equal(history.norms["b.weight"], whole.norms["b.weight"][:kept])
     np.testing.assert_array_equal(history.learning_rates, whole.learning_rates[:kept])
     assert history.provenance == whole.provenance
-
-
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
-def test_a_truncated_file(tmp_path: Path, share: float) -> None:
-    file = tmp_path / FILE_NAME
-    make_history().save(file)
-    content = file.read_bytes()
-    file.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(InputError, match=f"{FILE_NAME} is truncated or no safetensors file"):
-        NormHistory.load(file)
-
-
-def test_find_a_recording_by_its_seed(tmp_path: Path) -> None:
-    for version, seed in enumerate((1, 2, 1)):
-        history = NormHistory.from_arrays({"w": [[1.0]]}, [1], [0], provenance={"seed": seed})
-        history.save(tmp_path / f"version_{version}" / FILE_NAME)
-        os.utime(tmp_path / f"version_{version}" / FILE_NAME, (version, version))
-    second = tmp_path / "version_1" / FILE_NAME
-    assert find_recording(second, 3) == second
-    assert find_recording(second.parent, 3) == second
-    assert find_recording(tmp_path, 2) == second
-    assert find_recording(tmp_path, 1) == tmp_path / "version_2" / FILE_NAME
-    with pytest.raises(InputError, match=r"seed 3, only with 1, 2: run it with that seed, or name"):
-        find_recording(tmp_path, 3)
-    with pytest.raises(InputError, match=r"version_7: run the experiment that makes it first"):
-        find_recording(tmp_path / "version_7", 1)
-
-
-def test_files_that_are_no_recording(tmp_path: Path) -> None:
-    file = tmp_path / FILE_NAME
-    with pytest.raises(InputError, match=f"no recording of weight norms at .*{FILE_NAME}"):
-        NormHistory.load(tmp_path)
-    save_file({"w": np.ones(3)}, file)
-    with pytest.raises(InputError, match="a safetensors file, but no recording"):
-        NormHistory.load(file)
-
-
-@pytest.mark.parametrize(
-    ("metadata", "message"),
-    [
-        ({"version": "2"}, "has version 2 of the format, and this release reads 1"),
-        ({"names": "[]]"}, "is damaged"),
-        ({"names": '["a.weight", "c.weight"]'}, "is damaged: 'norms/c.weight' is missing"),
-        ({"provenance": "{"}, "is damaged"),
-    ],
-)
-def test_damaged_metadata(tmp_path: Path, metadata: dict[str, str], message: str) -> None:
-    file = tmp_path / FILE_NAME
-    make_history().save(file)
-    good = {"format": "nmlightning weight norms", "version": "1", "names": "[]", "provenance": "{}"}
-    save_file(load_file(file), file, good | metadata)
-    with pytest.raises(InputError, match=message):
-        NormHistory.load(file)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"epochs": [0, 0, 0, 1]}, r"5 steps, but epochs of shape \(4,\)"),
-        ({"steps": [0, 5, 5, 15, 20]}, "steps do not increase"),
-        ({"steps": [-1, 5, 10, 15, 20]}, "steps do not increase"),
-        ({"epochs": [0, 0, 1, 0, 1]}, "epochs run backwards"),
-        ({"norms": {"a": np.ones((4, 2)), "b": np.ones((5, 1))}}, r"a has shape \(4, 2\), exp"),
-        (
-            {"norms": {"a": np.ones(5), "b": np.ones((5, 1))}},
-            r"a has shape \(5,\), expected \(5, c",
-        ),
-        ({"norms": {"a": np.ones((5, 1)), "b": -np.ones((5, 1))}}, "b has a negative norm in rec"),
-        (
-            {"learning_rates": np.ones((5, 3))},
-            r"learning_rates has shape \(5, 3\), expected \(5, 2",
-        ),
-        ({"weight_decays": np.ones(5)}, r"weight_decays has shape \(5,\), expected \(5, 2\)"),
-    ],
-)
-def test_arrays_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        make_history(**changes)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

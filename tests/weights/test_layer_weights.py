@@ -3,11 +3,12 @@ import re
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
+from nmlightning.callbacks import WeightNormTracker
 from nmlightning.errors import InputError
 from nmlightning.weights.channel_norms import ROWS, ChannelLayout, channel_norms
-from nmlightning.weights.layer_weights import find_layer_weights
+from nmlightning.weights.layer_weights import find_layer_weights, find_lazy_weights
 
 
 def make_model() -> nn.Sequential:
@@ -28,7 +29,7 @@ def test_every_convolution_and_linear_layer() -> None:
     assert [weight.layout for weight in weights] == [ROWS, ChannelLayout(2), ROWS, ROWS]
     assert all(weight.parameter is model.get_parameter(weight.name) for weight in weights)
     channels = [len(channel_norms(weight.parameter, layout=weight.layout)) for weight in weights]
-    assert channels == [4, 6, 2, 7]
+    assert [weight.channels for weight in weights] == channels == [4, 6, 2, 7]
 
 
 def test_a_layer_alone() -> None:
@@ -92,6 +93,50 @@ def test_what_torch_compile_adds_to_names() -> None:
     assert [weight.name for weight in find_layer_weights(model)] == ["0.weight"]
 
 
-def test_a_lazy_layer_is_left_out() -> None:
-    model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 3))
+def test_a_lazy_layer_is_left_out_and_named() -> None:
+    model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 3), nn.LazyConv2d(3, 1))
+    assert [weight.name for weight in find_layer_weights(model)] == ["1.weight"]
+    assert find_lazy_weights(model) == ["0.weight", "2.weight"]
+    assert find_lazy_weights(model, ["0.*", "1.*"]) == ["0.weight"]
+    assert find_lazy_weights(model, exclude=["0.*"]) == ["2.weight"]
+    assert len(find_layer_weights(model, exclude=["0.*", "2.*"])) == 1
+    for include in ([], ["0.weight"]):
+        with pytest.raises(
+            InputError, match=r"weight, which has no shape yet; run a batch through"
+        ):
+            find_layer_weights(model, include, exclude=["1.*"])
+
+
+def test_lists_that_are_none() -> None:
+    for patterns in ({"include": "0.weight"}, {"exclude": "0.weight"}):
+        message = f"{next(iter(patterns))} is a list, got the string '0.weight': write"
+        with pytest.raises(InputError, match=message):
+            find_layer_weights(make_model(), **patterns)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match=message):
+            WeightNormTracker(**patterns)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"include is a list of strings, got \[1\]"):
+        find_layer_weights(make_model(), [1])  # type: ignore[list-item]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning")
+def test_of_old_weight_norm_and_of_pruning_the_original() -> None:
+    model = nn.Sequential(
+        nn.utils.weight_norm(nn.Conv2d(2, 3, 3)),
+        prune.l1_unstructured(nn.Linear(3, 4), "weight", amount=0.5),
+        nn.utils.weight_norm(nn.ConvTranspose2d(4, 6, 2), dim=1),
+        nn.utils.weight_norm(nn.Linear(3, 4), dim=None),
+        nn.utils.spectral_norm(nn.Linear(3, 4)),
+    )
+    weights = find_layer_weights(model)
+    assert [weight.name for weight in weights] == [f"{number}.weight" for number in range(5)]
+    parameters = dict(model.named_parameters())
+    expected = ["0.weight_v", "1.weight_orig", "2.weight_v", "3.weight_v", "4.weight_orig"]
+    assert all(w.parameter is parameters[n] for w, n in zip(weights, expected, strict=True))
+
+
+def test_a_weight_that_is_no_parameter_is_left_out() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    made = model[0].weight * 2
+    del model[0].weight
+    model[0].weight = made
     assert [weight.name for weight in find_layer_weights(model)] == ["1.weight"]

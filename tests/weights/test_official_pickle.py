@@ -196,7 +196,8 @@ def test_neither_torch_nor_pandas_is_imported(authors: Libraries, file: Path) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps_per_epoch": 0}, "steps_per_epoch must be at least 1, got 0."),
+        ({"steps_per_epoch": 0}, "steps_per_epoch must be a whole number of at least 1, got 0."),
+        ({"steps_per_epoch": "1"}, "steps_per_epoch must be a whole number of at least 1, got '1'"),
         ({"names": {0: "a"}}, "the norms of the parameters 0, 4, and names has no 4."),
         ({"names": {0: "a", 4: "a"}}, "0, 4, and names gives two of them the same name."),
     ],

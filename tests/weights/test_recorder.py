@@ -40,7 +40,10 @@ def test_records_are_taken_when_they_are_asked_for() -> None:
     assert recorder.last_step == 8
     assert history.steps.tolist() == [0, 4, 8]
     assert history.epochs.tolist() == [0, 0, 1]
-    assert history.provenance == {"seed": 3}
+    assert history.provenance == {"seed": 3, "finished": False}
+    recorder.end_epoch()
+    recorder.finish()
+    assert recorder.history().provenance == {"seed": 3, "finished": True, "steps_per_epoch": 4}
     for column, (name, values) in enumerate(history.norms.items()):
         assert name == weights[column].name
         np.testing.assert_array_equal(values, torch.stack([row[column] for row in expected]))

@@ -65,7 +65,7 @@ class SteeredWeight:
     @property
     def channels(self) -> int:
         """C, over all ranks."""
-        return int(self.parameter.shape[0]) if self.layout == ROWS else len(self.norms())
+        return self.layout.channels(self.parameter.shape)
 
     @property
     def norms_dtype(self) -> torch.dtype:

@@ -1,0 +1,155 @@
+"""Test which moment of a recording the steps of a run look up."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import StochasticWeightAveraging
+
+from nmlightning.callbacks import WeightNormTracker
+from nmlightning.errors import InputError
+from nmlightning.weights.history import NormHistory
+from nmlightning.weights.steering import LRCorrection
+from recorded_runs import StepsByHand, Trains, make_data, make_trainer
+
+
+class Moments(pl.Callback):
+    """Notes the epoch of each step, as steering sees it after the step."""
+
+    def __init__(self) -> None:
+        self.of: list[list[float]] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        tracker: Any = trainer.callbacks[0]  # type: ignore[attr-defined]
+        self.of = [[] for _ in tracker.attachments]
+        for moments, attachment in zip(self.of, tracker.attachments, strict=True):
+            optimizer = attachment._optimizer
+            optimizer.register_step_post_hook(
+                lambda *_, seen=moments, clock=attachment.clock: seen.append(clock()["epoch"])
+            )
+
+
+def follow(
+    folder: Path, history: NormHistory, module: Any = None, data: Any = None, **options: Any
+) -> list[float]:
+    """Return the moments of the convolutions' steps."""
+    tracker, moments = WeightNormTracker(steering=LRCorrection(history)), Moments()
+    others = options.pop("others", [])
+    start = options.pop("start", None)
+    trainer = make_trainer(folder, tracker, moments, *others, **options)
+    trainer.fit(module or Trains(), make_data() if data is None else data, ckpt_path=start)
+    trainer.save_checkpoint(folder / "last.ckpt")
+    return moments.of[0]
+
+
+def record(folder: Path, module: Any = None, data: Any = None, **options: Any) -> NormHistory:
+    trainer = make_trainer(folder, WeightNormTracker(), **options)
+    trainer.fit(module or Trains(), make_data() if data is None else data)
+    return NormHistory.load(folder)
+
+
+def make_history(steps: list[int], epochs: list[int], **provenance: Any) -> NormHistory:
+    """Return norms that grow by 1 % a step."""
+    norms = {
+        name: (1 + 0.01 * np.array(steps))[:, None] * np.ones(4)
+        for name in ("net.0.weight", "net.3.weight")
+    }
+    return NormHistory.from_arrays(norms, steps, epochs, provenance=provenance)
+
+
+TWO_EPOCHS = make_history([0, 4, 8], [0, 0, 1])
+STEPS = [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75]
+
+
+def test_steps_are_parts_of_an_epoch(tmp_path: Path) -> None:
+    assert follow(tmp_path, TWO_EPOCHS, max_epochs=2) == STEPS
+
+
+def test_other_batch_sizes_are_mapped_by_epochs(tmp_path: Path) -> None:
+    assert follow(tmp_path, TWO_EPOCHS, data=make_data(2), max_epochs=2) == STEPS[::2]
+
+
+@pytest.mark.parametrize("batches", [5, 6])
+def test_accumulated_batches_are_one_step(batches: int, tmp_path: Path) -> None:
+    moments = follow(tmp_path, TWO_EPOCHS, data=make_data(batches), accumulate_grad_batches=2)
+    assert moments == pytest.approx([0, 1 / 3, 2 / 3])
+
+
+@pytest.mark.parametrize("optimizers", [1, 2])
+@pytest.mark.parametrize("every", [1, 2])
+def test_steps_by_hand(optimizers: int, every: int, tmp_path: Path) -> None:
+    module = StepsByHand(every, optimizers)
+    moments = follow(tmp_path, TWO_EPOCHS, module, make_data(4 * every), max_epochs=2)
+    assert moments == STEPS
+
+
+def test_data_without_a_length_is_mapped_by_steps_and_then_by_epochs(tmp_path: Path) -> None:
+    history = make_history([0, 8, 16, 24], [0, 0, 1, 2])
+    moments = follow(tmp_path, history, data=make_data(sized=False), max_epochs=3)
+    eighths = [0, 1 / 8, 2 / 8, 3 / 8]
+    assert moments == [*eighths, *(1 + x for x in STEPS[:4]), *(2 + x for x in STEPS[:4])]
+
+
+def test_data_without_a_length_that_goes_on_after_the_recording(tmp_path: Path) -> None:
+    message = "recording has 4 steps in epoch 0, and this run, whose data has no length, goes on"
+    with pytest.raises(InputError, match=message):
+        follow(tmp_path, TWO_EPOCHS, data=make_data(5, sized=False))
+
+
+def test_a_resumed_run_knows_the_epoch_before(tmp_path: Path) -> None:
+    history = make_history([0, 8, 16], [0, 0, 1])
+    data = make_data(sized=False)
+    follow(tmp_path / "first", history, data=data)
+    start = tmp_path / "first" / "last.ckpt"
+    moments = follow(tmp_path / "second", history, data=data, max_epochs=2, start=start)
+    assert moments == STEPS[4:]
+
+
+@pytest.mark.parametrize("sized", [True, False])
+def test_recordings_that_stop_inside_an_epoch(sized: bool, tmp_path: Path) -> None:
+    data = make_data(5, sized=sized)
+    history = record(tmp_path / "recorded", data=data, max_epochs=3, max_steps=7)
+    assert history.steps.tolist() == [0, 5, 7]
+    same = {"max_epochs": 3, "max_steps": 7}
+    moments = follow(tmp_path / "same", history, data=data, **same)
+    assert moments == [0, 0.2, 0.4, 0.6, 0.8, 1, 1.2]
+    places = [history.place(epoch=epoch, align="interpolate") for epoch in (0.8, 1, 1.2)]
+    assert places == [(0, 1, 0.8), (1, 1, 0), (1, 2, 0.5)]
+    message = r"covers 1.4 epochs, and the run has 2: record a longer run, or set max_epochs to 1"
+    with pytest.raises(InputError, match=message):
+        follow(tmp_path / "longer", history, data=data, max_epochs=2)
+    with pytest.raises(InputError, match=r"covers 1.4 epochs, and the run has 1.6: record a"):
+        follow(tmp_path / "longer", history, data=data, max_epochs=2, max_steps=8)
+
+
+def test_a_recording_that_stops_inside_its_first_epoch(tmp_path: Path) -> None:
+    history = record(tmp_path / "recorded", max_steps=3)
+    assert follow(tmp_path / "same", history, max_steps=3) == STEPS[:3]
+    with pytest.raises(InputError, match=r"covers 0.75 epochs, and the run has 1: record a longer"):
+        follow(tmp_path / "longer", history)
+
+
+def test_epochs_of_data_without_a_length_may_differ(tmp_path: Path) -> None:
+    class Shrinks:
+        batches = 6
+
+        def __iter__(self) -> Any:
+            self.batches -= 1  # Lightning looks whether it can iterate before it does
+            return iter(make_data(self.batches))
+
+    history = record(tmp_path / "recorded", data=Shrinks(), max_epochs=2)
+    assert history.steps.tolist() == [0, 4, 7]
+    assert follow(tmp_path / "same", history, data=make_data(), max_epochs=2) == STEPS
+
+
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*")
+@pytest.mark.filterwarnings("ignore:Swapping scheduler")
+def test_an_epoch_that_weight_averaging_adds(tmp_path: Path) -> None:
+    averaging = StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)
+    moments = follow(tmp_path, TWO_EPOCHS, others=[averaging], max_epochs=2)
+    assert moments == [*STEPS, pytest.approx(2)]
+    assert NormHistory.load(tmp_path).epochs.tolist() == [0, 0, 1]
+    with pytest.raises(InputError, match=r"covers 2 epochs, and the run has 3: record a longer"):
+        follow(tmp_path, TWO_EPOCHS, others=[averaging], max_epochs=3)

@@ -1,0 +1,123 @@
+"""Test which file a run records into, and which records it goes on with."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning
+
+from nmlightning.callbacks import WeightNormTracker
+from nmlightning.weights.history import NormHistory
+from nmlightning.weights.recording_file import FILE_NAME
+from recorded_runs import BATCHES, Trains, make_data, make_trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists")
+
+
+def fit(
+    folder: Path,
+    epochs: int,
+    start: Path | None = None,
+    others: tuple[Any, ...] = (),
+    **options: Any,
+) -> Path:
+    """Return the checkpoint at the end of a run in a folder."""
+    trainer = make_trainer(folder, WeightNormTracker(1), *others, max_epochs=epochs, **options)
+    trainer.fit(Trains(), make_data(), ckpt_path=start)
+    checkpoint = folder / f"{epochs}.ckpt"
+    trainer.save_checkpoint(checkpoint)
+    return checkpoint
+
+
+def recordings(folder: Path) -> list[str]:
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*.safetensors"))
+
+
+def steps_of(folder: Path) -> list[int]:
+    steps: list[int] = NormHistory.load(folder).steps.tolist()
+    return steps
+
+
+def test_a_run_that_goes_on_in_its_folder_goes_on_in_its_file(tmp_path: Path) -> None:
+    whole = fit(tmp_path / "whole", 3).parent
+    folder = tmp_path / "run"
+    fit(folder, 3, start=fit(folder, 1))
+    assert recordings(folder) == [FILE_NAME]
+    one, other = NormHistory.load(whole), NormHistory.load(folder)
+    assert other.steps.tolist() == one.steps.tolist()
+    assert other.provenance["finished"] is True  # also after a checkpoint of its end
+    for name, norms in one.norms.items():
+        np.testing.assert_array_equal(other.norms[name], norms)
+
+
+def test_a_logger_with_a_version(tmp_path: Path) -> None:
+    def logger() -> Any:
+        return pytorch_lightning.loggers.CSVLogger(tmp_path, "run", version=0)
+
+    start = fit(tmp_path, 1, logger=logger())
+    fit(tmp_path, 3, start, logger=logger())
+    assert recordings(tmp_path) == [f"run/version_0/{FILE_NAME}"]
+    assert steps_of(tmp_path / "run" / "version_0") == list(range(3 * BATCHES + 1))
+
+
+def test_the_file_of_another_run_stays(tmp_path: Path) -> None:
+    start = fit(tmp_path, 1)
+    (tmp_path / FILE_NAME).unlink()
+    fit(tmp_path, 2)
+    with pytest.warns(UserWarning, match="is gone: .*weight_norms.safetensors. The new one starts"):
+        fit(tmp_path, 3, start)
+    assert steps_of(tmp_path) == list(range(2 * BATCHES + 1))
+    assert steps_of(tmp_path / "weight_norms-v1.safetensors") == list(
+        range(BATCHES, 3 * BATCHES + 1)
+    )
+
+
+def test_in_another_folder_the_first_file_stays(tmp_path: Path) -> None:
+    start = fit(tmp_path / "first", 1)
+    fit(tmp_path / "second", 3, start)
+    assert steps_of(tmp_path / "first") == list(range(BATCHES + 1))
+    assert steps_of(tmp_path / "second") == list(range(3 * BATCHES + 1))
+
+
+def test_a_folder_that_was_moved(tmp_path: Path) -> None:
+    fit(tmp_path / "first", 1)
+    (tmp_path / "first").rename(tmp_path / "moved")
+    fit(tmp_path / "moved", 3, tmp_path / "moved" / "1.ckpt")
+    assert recordings(tmp_path) == [f"moved/{FILE_NAME}"]
+    assert steps_of(tmp_path / "moved") == list(range(3 * BATCHES + 1))
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_a_killed_run(tmp_path: Path) -> None:
+    code = (
+        "import os, signal\n"
+        "from pathlib import Path\n"
+        "import pytorch_lightning as pl\n"
+        "from test_resumed_recording import fit\n"
+        "class Kill(pl.Callback):\n"
+        "    def on_train_batch_end(self, trainer, *_):\n"
+        "        if trainer.global_step == 6:\n"
+        "            trainer.save_checkpoint('killed.ckpt')\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "fit(Path.cwd(), 3, others=(Kill(),))\n"
+    )
+    path = os.pathsep.join((str(Path(__file__).parent), *filter(None, sys.path)))
+    killed = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert steps_of(tmp_path) == list(range(7))
+    fit(tmp_path, 3, tmp_path / "killed.ckpt")
+    assert recordings(tmp_path) == [FILE_NAME]
+    assert steps_of(tmp_path) == list(range(3 * BATCHES + 1))
+
+
+def test_a_trial_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_trainer(tmp_path, WeightNormTracker(1), fast_dev_run=True).fit(Trains(), make_data())
+    assert not recordings(tmp_path)

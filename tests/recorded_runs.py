@@ -1,0 +1,84 @@
+"""Short runs of a small net that is recorded or steered, for tests of their clock and files."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from lightning_modules import small_net
+
+BATCHES = 4
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+class Trains(pl.LightningModule):
+    """Learns three classes of images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.net = small_net()
+
+    def training_step(self, batch: list[Tensor], index: int) -> Any:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+class StepsByHand(Trains):
+    """Steps its optimizers, one for convolutions and one for the rest, at every N-th batch."""
+
+    def __init__(self, every: int = 1, optimizers: int = 2) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.every, self.number = every, optimizers
+
+    def configure_optimizers(self) -> Any:
+        parts: list[list[Tensor]] = [[] for _ in range(self.number)]
+        for parameter in self.parameters():
+            parts[0 if parameter.dim() == 4 else -1].append(parameter)
+        return [torch.optim.SGD(part, lr=0.05, momentum=0.9) for part in parts]
+
+    def training_step(self, batch: list[Tensor], index: int) -> None:
+        self.manual_backward(super().training_step(batch, index))
+        if index % self.every == self.every - 1:
+            optimizers: Any = self.optimizers()
+            for optimizer in optimizers if self.number > 1 else [optimizers]:
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+class Unsized(IterableDataset[Any]):
+    """Images without a number of them."""
+
+    def __init__(self, data: TensorDataset) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.data)
+
+
+def make_data(batches: int = BATCHES, *, sized: bool = True) -> DataLoader[Any]:
+    """Return batches of four images."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(4 * batches, 2, 8, 8, generator=generator)
+    data = TensorDataset(images, torch.arange(4 * batches) % 3)
+    return DataLoader(data if sized else Unsized(data), batch_size=4)
+
+
+def make_trainer(folder: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
+    """Return a quiet Trainer for one epoch."""
+    settings = {"max_epochs": 1, "default_root_dir": folder, **QUIET, **options}
+    return pl.Trainer(callbacks=list(callbacks), **settings)

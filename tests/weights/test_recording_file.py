@@ -1,0 +1,135 @@
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from nmlightning.errors import InputError
+from nmlightning.weights.history import NormHistory
+from nmlightning.weights.recording_file import FILE_NAME, find_recording
+from two_epochs import assert_same, make_history
+
+
+def test_a_failed_save_keeps_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history = make_history()
+    history.save(tmp_path / FILE_NAME)
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no space left"):
+        history.until(5).save(tmp_path / FILE_NAME)
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+    assert_same(NormHistory.load(tmp_path), history)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_file(tmp_path: Path, share: float) -> None:
+    file = tmp_path / FILE_NAME
+    make_history().save(file)
+    content = file.read_bytes()
+    file.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(InputError, match=f"{FILE_NAME} is truncated or no safetensors file"):
+        NormHistory.load(file)
+
+
+def test_find_a_recording_by_its_seed(tmp_path: Path) -> None:
+    for version, seed in enumerate((1, 2, 1)):
+        history = NormHistory.from_arrays({"w": [[1.0]]}, [1], [0], provenance={"seed": seed})
+        history.save(tmp_path / f"version_{version}" / FILE_NAME)
+        os.utime(tmp_path / f"version_{version}" / FILE_NAME, (version, version))
+    second = tmp_path / "version_1" / FILE_NAME
+    assert find_recording(second, 3) == second
+    assert find_recording(second.parent, 3) == second
+    assert find_recording(tmp_path, 2) == second
+    assert find_recording(tmp_path, 1) == tmp_path / "version_2" / FILE_NAME
+    with pytest.raises(InputError, match=r"seed 3, only with 1, 2: run it with that seed, or name"):
+        find_recording(tmp_path, 3)
+    with pytest.raises(InputError, match=r"version_7: run the experiment that makes it first"):
+        find_recording(tmp_path / "version_7", 1)
+
+
+def write_runs(folder: Path, *provenances: dict[str, Any]) -> list[Path]:
+    """Write the recordings of an experiment's runs, each later than the one before it."""
+    files = [folder / f"version_{number}" / FILE_NAME for number in range(len(provenances))]
+    for time, (file, provenance) in enumerate(zip(files, provenances, strict=True)):
+        NormHistory.from_arrays({"w": [[1.0]]}, [1], [0], provenance=provenance).save(file)
+        os.utime(file, (time, time))
+    return files
+
+
+def test_of_several_runs_the_latest_that_finished_is_found(tmp_path: Path) -> None:
+    done, killed = {"seed": 1, "finished": True}, {"seed": 1, "finished": False}
+    files = write_runs(tmp_path, done, done, killed, {"seed": 2}, killed)
+    assert find_recording(tmp_path, 1) == files[1]
+    for file in files[:2]:
+        file.unlink()
+    assert find_recording(tmp_path, 1) == files[4]
+    assert find_recording(tmp_path, 2) == files[3]
+
+
+def test_damaged_runs_are_passed_over(tmp_path: Path) -> None:
+    files = write_runs(tmp_path, {"seed": 1}, {"seed": 1})
+    files[1].write_bytes(files[1].read_bytes()[:-1])
+    with pytest.warns(UserWarning, match=r"version_1.* is truncated or .*; it is passed over"):
+        assert find_recording(tmp_path, 1) == files[0]
+    files[0].unlink()
+    with (
+        pytest.warns(UserWarning, match="is passed over"),
+        pytest.raises(InputError, match=r"There is no recording of weight norms at .* that can be"),
+    ):
+        find_recording(tmp_path, 1)
+
+
+def test_files_that_are_no_recording(tmp_path: Path) -> None:
+    file = tmp_path / FILE_NAME
+    with pytest.raises(InputError, match=f"no recording of weight norms at .*{FILE_NAME}"):
+        NormHistory.load(tmp_path)
+    save_file({"w": np.ones(3)}, file)
+    with pytest.raises(InputError, match="a safetensors file, but no recording"):
+        NormHistory.load(file)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"version": "2"}, "has version 2 of the format, and this release reads 1"),
+        ({"names": "[]]"}, "is damaged"),
+        ({"names": '["a.weight", "c.weight"]'}, "is damaged: 'norms/c.weight' is missing"),
+        ({"provenance": "{"}, "is damaged"),
+        ({"provenance": "[]"}, r"cannot be used: provenance is a mapping of plain data, got \[\]"),
+        ({"provenance": "null"}, "cannot be used: provenance is a mapping of plain data, got None"),
+        ({"names": "5"}, "is damaged"),
+        ({"names": "[5]"}, "is damaged"),
+    ],
+)
+def test_damaged_metadata(tmp_path: Path, metadata: dict[str, str], message: str) -> None:
+    file = tmp_path / FILE_NAME
+    make_history().save(file)
+    good = {"format": "nmlightning weight norms", "version": "1", "names": "[]", "provenance": "{}"}
+    save_file(load_file(file), file, good | metadata)
+    with pytest.raises(InputError, match=message):
+        NormHistory.load(file)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.int64(3), r"steps has shape \(\), expected \(records,\)"),
+        (np.array([0.2, 5, 10, 15, 20]), "steps are whole numbers, got 0.2"),
+    ],
+)
+def test_files_with_another_clock(array: Any, message: str, tmp_path: Path) -> None:
+    file = tmp_path / FILE_NAME
+    make_history().save(file)
+    with safe_open(file, framework="np") as content:
+        metadata = content.metadata()
+    save_file({**load_file(file), "steps": np.asarray(array)}, file, metadata)
+    with pytest.raises(InputError, match=f"{FILE_NAME} cannot be used: {message}"):
+        NormHistory.load(file)
