@@ -16,7 +16,6 @@ from nmlightning.compat import logged_step, logging_is_due
 from nmlightning.reports import tags
 from nmlightning.reports.heatmap import draw_heatmap
 from nmlightning.weights.channel_norms import (
-    channel_norms,
     effective_learning_rates,
     gather_channels,
     rotations,
@@ -64,7 +63,7 @@ class NormDashboard:
         groups = {id(q): group for group in optimizer.param_groups for q in group["params"]}
         for layer, weight in self._weights.items():
             group = groups.get(id(weight.parameter))
-            if group is not None:
+            if group is not None and weight.computed is None:
                 self._steps[layer] = _Step.before(weight, optimizer, group)
 
     @torch.no_grad()
@@ -111,10 +110,7 @@ class NormDashboard:
         self._skipped.remove()
 
     def _add_weights(self, reading: DeviceReading) -> None:
-        norms = [
-            gather_channels(channel_norms(weight.parameter, layout=weight.layout)).float()
-            for weight in self._weights.values()
-        ]
+        norms = [weight.norms().float() for weight in self._weights.values()]
         names = [tags.norm_tag(layer, name) for layer in self._weights for name in STATISTICS]
         reading.add(names, summarise_channels(norms))
         turned = [step.rotation() for step in self._steps.values()]

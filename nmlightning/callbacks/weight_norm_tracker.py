@@ -15,7 +15,11 @@ from nmlightning.callbacks.provenance import describe_run
 from nmlightning.callbacks.steered_run import SteeredRun
 from nmlightning.compat import CallbackBase, in_added_epoch, is_trial_run
 from nmlightning.errors import InputError, check_lists
-from nmlightning.weights.layer_weights import LAZY_WAY_OUT, find_layer_weights, find_lazy_weights
+from nmlightning.weights.layer_weights import (
+    LAZY_WAY_OUT,
+    find_lazy_weights,
+    find_recorded_weights,
+)
 from nmlightning.weights.recorder import Recorder
 from nmlightning.weights.steering.attachment import Attachment
 
@@ -95,7 +99,7 @@ class WeightNormTracker(CallbackBase):
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Take the first record, and steer from the first step on."""
-        weights = find_layer_weights(pl_module, self.include, self.exclude)
+        weights = find_recorded_weights(pl_module, self.include, self.exclude)
         _warn_of_lazy(find_lazy_weights(pl_module, self.include, self.exclude))
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         kept, earlier = keep_recording(folder, self._resumed.get("recording", {}))

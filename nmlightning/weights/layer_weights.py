@@ -1,8 +1,9 @@
 """The weights of a model's layers: their names, the tensors that hold them, their channels."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -10,9 +11,10 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from nmlightning.errors import InputError, check_lists
-from nmlightning.weights.channel_norms import ROWS, ChannelLayout
+from nmlightning.weights.channel_norms import ROWS, ChannelLayout, channel_norms, gather_channels
 from nmlightning.weights.plain_name import plain_name
 
+_HIDDEN = "_v"
 LAZY_WAY_OUT = "run a batch through the model before the fit"
 
 
@@ -21,14 +23,23 @@ class LayerWeight:
     """The weight of one convolution or linear layer.
 
     Attributes:
-        name: as in `model.named_parameters()`, without what wrappers and parametrizations add.
+        name: as in `model.named_parameters()`, without what wrappers and parametrizations add; that
+            of the hidden weight v behind one that is normalised ends in `weight_v`.
         parameter: what an optimizer moves; of a parametrized or pruned weight its original.
         layout: where its output channels are.
+        computed: for the normalised weight itself, what computes its norms from `parameter`.
     """
 
     name: str
     parameter: Tensor
     layout: ChannelLayout = ROWS
+    computed: Callable[[Tensor], Tensor] | None = None
+
+    def norms(self) -> Tensor:
+        """Return ‖w_i‖₂, (C,), of all ranks' channels; every rank has to ask."""
+        if self.computed is not None:
+            return self.computed(self.parameter)
+        return gather_channels(channel_norms(self.parameter, layout=self.layout))
 
     @property
     def channels(self) -> int:
@@ -55,7 +66,7 @@ def find_layer_weights(
     check_lists(include=include, exclude=exclude)
     weights = list(_all_layer_weights(model))
     lazy = find_lazy_weights(model)
-    names = [*(weight.name for weight in weights), *lazy]
+    names = [*map(_base_name, weights), *lazy]
     for pattern in (*include, *exclude):
         if not any(fnmatchcase(name, pattern) for name in names):
             raise InputError(
@@ -63,13 +74,32 @@ def find_layer_weights(
                 f"{type(model).__name__}; there is {', '.join(names[:8]) or 'none'}"
                 f"{f' and {len(names) - 8} more' if len(names) > 8 else ''}."
             )
-    chosen = [weight for weight in weights if _is_chosen(weight.name, include, exclude)]
+    chosen = [weight for weight in weights if _is_chosen(_base_name(weight), include, exclude)]
     if not chosen:
         but = f" but {lazy[0]}, which has no shape yet; {LAZY_WAY_OUT}" if lazy else ""
         raise InputError(
             f"{type(model).__name__} has no convolution or linear layer to watch{but}."
         )
     return chosen
+
+
+def find_recorded_weights(
+    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> list[LayerWeight]:
+    """Return the same, and for each that is normalised both the weight w and the hidden v.
+
+    See `find_layer_weights`.
+    """
+    norms = {id(q): norm.channel_norms for q, norm in _weight_norms(model)}
+    weights = find_layer_weights(model, include, exclude)
+    return [
+        *(
+            replace(weight, name=_base_name(weight), computed=norms[id(weight.parameter)])
+            for weight in weights
+            if id(weight.parameter) in norms
+        ),
+        *weights,
+    ]
 
 
 def find_lazy_weights(
@@ -109,7 +139,28 @@ def _all_layer_weights(model: nn.Module) -> Iterator[LayerWeight]:
             layout = ROWS
             if isinstance(module, _ConvTransposeNd):
                 layout = ChannelLayout(module.groups)
-            yield LayerWeight(_name_of(name), parameter, layout)
+            suffix = _HIDDEN if _weight_norm(module) is not None else ""
+            yield LayerWeight(_name_of(name) + suffix, parameter, layout)
+
+
+def _weight_norms(model: nn.Module) -> Iterator[tuple[Tensor, Any]]:
+    for _, module in _layers(model):
+        norm = _weight_norm(module)
+        if norm is not None:
+            yield module.parametrizations["weight"].original, norm  # type: ignore[index, union-attr]
+
+
+def _weight_norm(module: nn.Module) -> Any:
+    """Return the one parametrization of a weight that knows the norms of what it computes."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return None
+    norms = list(module.parametrizations["weight"])  # type: ignore[index]
+    return norms[0] if len(norms) == 1 and hasattr(norms[0], "channel_norms") else None
+
+
+def _base_name(weight: LayerWeight) -> str:
+    """Return the name of the weight that the model computes with."""
+    return weight.name.removesuffix(_HIDDEN)
 
 
 def _original(module: nn.Linear | _ConvNd) -> Tensor | None:

@@ -9,7 +9,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nmlightning.weights.channel_norms import channel_norms, gather_channels
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.layer_weights import LayerWeight
 
@@ -53,10 +52,7 @@ class Recorder:
         """
         if step == self.last_step:
             return
-        norms = [
-            gather_channels(channel_norms(w.parameter, layout=w.layout)) for w in self._weights
-        ]
-        self._pending.append(torch.cat([n.float() for n in norms]))
+        self._pending.append(torch.cat([weight.norms().float() for weight in self._weights]))
         self._clock.append((step, epoch))
         unknown = (np.nan, np.nan)
         self._rates.append(np.array([rates.get(id(w.parameter), unknown) for w in self._weights]))

@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning
 import torch
@@ -20,8 +21,17 @@ from lightning_modules import (
     make_trainer,
     package_of,
 )
-from nmlightning import NormSwap, WeightNormSwap, channel_norms, load_from_checkpoint
+from nmlightning import (
+    LRCorrection,
+    NormHistory,
+    NormSwap,
+    WeightNormSwap,
+    WeightNormTracker,
+    channel_norms,
+    load_from_checkpoint,
+)
 from nmlightning.errors import InputError
+from nmlightning.weights.recording_file import FILE_NAME
 from nmlightning.weights.weight_norm import WeightNorm
 
 ALL = pytest.mark.parametrize("module_class", [PlModule, UnifiedModule, PlLate, UnifiedLate])
@@ -177,10 +187,10 @@ def test_weights_are_computed_once_for_an_accumulation(monkeypatch: pytest.Monke
     compute = WeightNorm.scales
     monkeypatch.setattr(WeightNorm, "scales", lambda norm: calls.append(1) or compute(norm))
     twin = copy.deepcopy(module)
-    fit(module, WeightNormSwap(), accumulate_grad_batches=3, limit_val_batches=0)
+    fit(module, WeightNormSwap(p=1), accumulate_grad_batches=3, limit_val_batches=0)
     cached = len(calls)
     calls.clear()
-    fit(twin, WeightNormSwap(cache=False), accumulate_grad_batches=3, limit_val_batches=0)
+    fit(twin, WeightNormSwap(p=1, cache=False), accumulate_grad_batches=3, limit_val_batches=0)
     assert len(calls) - cached == 2 * 2  # two convolutions, two more batches
     for a, b in zip(module.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -225,3 +235,22 @@ def test_refuses_settings_at_once(options: dict[str, Any], message: str) -> None
 def test_a_pattern_that_matches_nothing_is_refused() -> None:
     with pytest.raises(InputError, match=r"'head\.\*' matches no weight"):
         fit(make(PlModule), WeightNormSwap(include=["head.*"]))
+
+
+def test_both_norms_are_recorded_and_the_hidden_one_is_followed(tmp_path: Path) -> None:
+    runs = [tmp_path / "wd_on", tmp_path / "follows"]
+    fit(make(PlModule), WeightNormSwap(), WeightNormTracker(), default_root_dir=runs[0])
+    history = NormHistory.load(runs[0])
+    assert {"net.0.weight", "net.0.weight_v"} <= history.norms.keys()
+    assert np.ptp(history.norms["net.0.weight"]) < 1e-6
+    shrunk = {
+        name: values * np.linspace(1, 0.5, len(values))[:, None] if name.endswith("_v") else values
+        for name, values in history.norms.items()
+    }
+    NormHistory.from_arrays(shrunk, history.steps, history.epochs).save(runs[0] / FILE_NAME)
+    tracker = WeightNormTracker(steering=LRCorrection(runs[0]), other_run=True)
+    fit(make(PlModule), WeightNormSwap(), tracker, default_root_dir=runs[1])
+    (attachment,) = tracker.attachments
+    factors = attachment.factors()
+    assert len(factors) == 2
+    assert all((factor > 1).all() for factor in factors.values())

@@ -1,4 +1,5 @@
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,12 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from nmlightning.callbacks import WeightNormTracker
 from nmlightning.errors import InputError
 from nmlightning.weights.channel_norms import ROWS, ChannelLayout, channel_norms
-from nmlightning.weights.layer_weights import find_layer_weights, find_lazy_weights
+from nmlightning.weights.layer_weights import (
+    find_layer_weights,
+    find_lazy_weights,
+    find_recorded_weights,
+)
+from nmlightning.weights.weight_norm import WeightNorm, apply_weight_norm
 
 
 def make_model() -> nn.Sequential:
@@ -140,3 +146,23 @@ def test_a_weight_that_is_no_parameter_is_left_out() -> None:
     del model[0].weight
     model[0].weight = made
     assert [weight.name for weight in find_layer_weights(model)] == ["1.weight"]
+
+
+@pytest.mark.parametrize("p", [1, 2, float("inf")])
+@pytest.mark.parametrize("form", [{}, {"kind": "weight"}, {"gain": "channel"}])
+def test_a_normalised_weight_and_what_is_hidden_behind_it(p: float, form: dict[str, Any]) -> None:
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ConvTranspose2d(4, 6, 3, groups=2), nn.Linear(3, 2))
+    apply_weight_norm(net, p=p, **form)
+    with torch.no_grad():
+        for norm in net.modules():
+            if isinstance(norm, WeightNorm) and norm.gain is not None:
+                norm.gain.mul_(torch.linspace(-2, -1, norm.gain.numel()).view_as(norm.gain))
+        hidden = net[0].parametrizations.weight.original.mul_(3)  # type: ignore[union-attr, operator]
+    recorded = {weight.name: weight for weight in find_recorded_weights(net)}
+    assert sorted(recorded) == ["0.weight", "0.weight_v", "1.weight", "1.weight_v", "2.weight"]
+    torch.testing.assert_close(recorded["0.weight_v"].norms(), channel_norms(hidden))
+    for layer in (0, 1):
+        weight = recorded[f"{layer}.weight"]
+        exact = channel_norms(net[layer].weight, layout=weight.layout)  # type: ignore[arg-type]
+        torch.testing.assert_close(weight.norms(), exact)
+    assert {w.name for w in find_recorded_weights(net, ["0.weight"])} == {"0.weight", "0.weight_v"}

@@ -35,8 +35,7 @@ class Reference:
     ) -> None:
         self.history = source if isinstance(source, NormHistory) else NormHistory.load(source)
         self.align = align
-        channels = {weight.name: weight.channels for weight in weights}
-        self.history.check_weights(channels)
+        self.history.check_weights({self._recorded(w): w.channels for w in weights})
         if not len(self.history):
             raise InputError("The recording is empty.")
         self.dead: dict[str, int] = {}
@@ -51,12 +50,17 @@ class Reference:
         known = self._latest.get(weight.name)
         if known is None or known[0] != place:
             below, above, share = place
-            records = torch.from_numpy(self.history.norms[weight.name][[below, above]])
+            records = torch.from_numpy(self.history.norms[self._recorded(weight)][[below, above]])
             first, second = records.to(weight.norms_dtype)
             norms = torch.lerp(first, second, share)
             self._note_dead(weight.name, norms)
             known = self._latest[weight.name] = place, weight.local_channels(norms)
         return known[1]
+
+    def _recorded(self, weight: SteeredWeight) -> str:
+        """Return the name of its norms: those of what is hidden behind a normalised weight."""
+        hidden = f"{weight.name}_v"
+        return hidden if hidden in self.history.norms else weight.name
 
     def _note_dead(self, name: str, norms: Tensor) -> None:
         dead = int((~usable(norms)).sum())

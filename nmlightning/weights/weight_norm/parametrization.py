@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from nmlightning.weights.channel_norms import ROWS, ChannelLayout, channel_norms
+from nmlightning.weights.channel_norms import (
+    ROWS,
+    ChannelLayout,
+    channel_norms,
+    gather_channels,
+)
 from nmlightning.weights.weight_norm.normalised_weight import (
     NormalisedWeight,
     as_column,
@@ -110,6 +115,16 @@ class WeightNorm(nn.Module):
         if self._rho_column is None or not _same(self._rho_column[:2], (rho, rho._version)):
             self._rho_column = rho, rho._version, as_column(rho, v)
         return self._rho_column[2]
+
+    @torch.no_grad()
+    def channel_norms(self, v: Tensor) -> Tensor:
+        """Return ‖w_i‖₂, (C,), of all ranks' channels; every rank has to ask."""
+        norms, own = (gather_channels(channel_norms(v, p, self.layout)) for p in (2, self.p))
+        gain = None if self.gain is None else gather_channels(self.gain).flatten()
+        if gain is not None and self.initial_gain_norm is not None:
+            gain = gain * self.initial_gain_norm / torch.linalg.vector_norm(gain)
+        scales = self.rho if gain is None else gain.abs()
+        return torch.where(norms > 0, scales * (norms / own), 0.0)
 
     @torch.no_grad()
     def right_inverse(self, w: Tensor) -> Tensor:
