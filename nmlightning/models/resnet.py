@@ -1,5 +1,6 @@
 """The CIFAR residual networks of He et al. (2016), section 4.2: https://arxiv.org/abs/1512.03385."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -65,12 +66,14 @@ class CifarResNet(nn.Module):
         num_classes: number of outputs.
         in_channels: channels of the images.
         activation: "relu", or "trelu" for `TReLU`, with the initialisation that fits.
+        scale_branches: draw the last convolution of each of the n blocks 1/√n times as large, so
+            that the sum of all branches has the variance of one. A deep network needs it where no
+            norm divides by a scale, with `mean` norms and normalised weights; else it does nothing.
 
     Raises:
         InputError: if the depth is not 6n + 2, or there is no such activation.
 
     Example:
-        >>> import torch
         >>> CifarResNet(depth=20)(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """
@@ -81,10 +84,12 @@ class CifarResNet(nn.Module):
         num_classes: int = 10,
         in_channels: int = 3,
         activation: Activation = "relu",
+        scale_branches: bool = False,
     ) -> None:
         super().__init__()
         blocks = _blocks_per_stage(depth)
         self.activation = activation
+        self.scale_branches = scale_branches
         narrow, middle, wide = WIDTHS
         self.conv1 = nn.Conv2d(in_channels, narrow, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(narrow)
@@ -99,6 +104,11 @@ class CifarResNet(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the convolutions as He et al. (2015) do for the activation; the rest as torch."""
         initialise(self, self.activation)
+        if self.scale_branches:
+            blocks = [module for module in self.modules() if isinstance(module, BasicBlock)]
+            with torch.no_grad():
+                for block in blocks:
+                    block.conv2.weight.div_(len(blocks) ** 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu1(self.bn1(self.conv1(x)))

@@ -81,3 +81,14 @@ def test_every_parameter_learns(activation: Any) -> None:
     net = CifarResNet(20, activation=activation)
     net(torch.randn(4, 3, 32, 32)).logsumexp(1).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
+
+
+def test_scaled_branches_add_up_to_one() -> None:
+    nets = []
+    for scale_branches in (False, True):
+        torch.manual_seed(0)
+        nets.append(CifarResNet(20, scale_branches=scale_branches).state_dict())
+    plain, scaled = nets
+    for name, weight in plain.items():
+        factor = 9**-0.5 if name.endswith("conv2.weight") else 1
+        torch.testing.assert_close(scaled[name], weight * factor, msg=name)
