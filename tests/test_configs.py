@@ -23,6 +23,12 @@ CIFAR = {
     "cifar_top10_paper": ("top10", "paper"),
     "cifar_l1_unscaled": ("l1", "none"),
 }
+NORMALISED = {
+    "cifar_wn": ("weight", 2),
+    "cifar_bwn": ("bounded", 2),
+    "cifar_bwn_l1": ("bounded", 1),
+    "cifar_bwn_linf": ("bounded", float("inf")),
+}
 SHORT = shlex.split(
     "--data Digits --data.image_size 8 --data.batch_size 8 --trainer.accelerator cpu "
     "--trainer.max_epochs 1 --trainer.limit_train_batches 2 --trainer.limit_val_batches 1 "
@@ -47,7 +53,7 @@ def read(name: str) -> dict[str, Any]:
 
 def test_shipped_are_the_quickstart_and_the_papers_experiments() -> None:
     studies = [f"{family}_{name}" for family in FAMILIES for name in STUDY]
-    assert list(CONFIGS) == ["quickstart", *sorted([*CIFAR, *studies])]
+    assert list(CONFIGS) == ["quickstart", *sorted([*CIFAR, *NORMALISED, *studies])]
 
 
 @pytest.mark.parametrize("name", ["quickstart", *CIFAR])
@@ -61,6 +67,21 @@ def test_config_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     constants = [(swap["norm"], swap["options"].get("constant", "exact")) for swap in swaps]
     assert constants == ([expected] if expected else [])
     assert all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values())
+
+
+@pytest.mark.parametrize("name", NORMALISED)
+def test_config_with_normalised_weights_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [*SHORT, "--trainer.precision", "32-true"]
+    assert main(["fit", "--config", f"configs/{name}.yaml", *words]) == 0
+    last = tmp_path / "runs" / name / "version_0" / "checkpoints" / "last.ckpt"
+    recipes = torch.load(last, weights_only=True)["nmlightning"]
+    assert [swap["norm"] for swap in recipes["norm_swaps"]] == ["mean"]
+    (recipe,) = recipes["weight_norms"]
+    assert (recipe["kind"], recipe["p"]) == NORMALISED[name]
+    assert len(recipe["modules"]) == 55
 
 
 @pytest.mark.parametrize("name", CIFAR)
@@ -82,6 +103,20 @@ def test_cifar_configs_differ_in_the_norm_alone() -> None:
     for config in configs:
         config["trainer"].pop("callbacks", None)
     assert all(config == configs[0] for config in configs)
+
+
+def test_configs_with_normalised_weights_differ_in_the_norm_alone() -> None:
+    plain, *configs = [read(name) for name in ("cifar_l2", *NORMALISED)]
+    for config, (kind, p) in zip(configs, NORMALISED.values(), strict=True):
+        mean, weights = config["trainer"].pop("callbacks")
+        assert mean == {"class_path": "NormSwap", "init_args": {"norm": "mean"}}
+        assert weights["class_path"] == "WeightNormSwap"
+        assert weights["init_args"] == {"kind": kind, "p": "inf" if p == float("inf") else p}
+        model = config["model"]["init_args"]
+        assert model["net"]["init_args"].pop("scale_branches")
+        assert model["optimizer"]["init_args"].pop("weight_decay") == 0
+    plain["model"]["init_args"]["optimizer"]["init_args"].pop("weight_decay")
+    assert all(config == plain for config in configs)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
