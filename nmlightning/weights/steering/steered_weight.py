@@ -97,8 +97,8 @@ class SteeredWeight:
         return _local(distribute_tensor(values, mesh, placements))
 
     def spread(self, values: Tensor) -> Tensor:
-        """Return (C,) values in a shape and dtype that scales the weight's channels."""
-        return self.layout.spread(values, self.values).to(self.values.dtype)
+        """Return (C,) values in a shape that scales the weight's channels, in the norms' dtype."""
+        return self.layout.spread(values, self.values).to(self.norms_dtype)
 
     @torch.no_grad()
     def scale(self, factors: Tensor) -> None:
@@ -107,7 +107,7 @@ class SteeredWeight:
         for name, power in _BUFFER_POWERS.items():
             buffer = self.buffer(name)
             if buffer is not None:
-                buffer.mul_(self.layout.spread(factors**power, buffer).to(buffer.dtype))
+                buffer.mul_(self.layout.spread(factors**power, buffer))
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nmlightning.errors import InputError
+from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
+from nmlightning.weights.steering import LRCorrection, NormSchedule
 from nmlightning.weights.steering.attachment import MAX_STEPS_UNDONE
 
 Train = Callable[..., None]
@@ -34,6 +36,14 @@ def spoil(net: nn.Module, channel: int) -> None:
     for q in net.parameters():
         q.grad = torch.zeros_like(q)
     net.conv1.weight.grad[channel, 0, 1, 1] = torch.nan
+
+
+def across(weight: Tensor) -> Tensor:
+    """Return a gradient across the weight, as where the loss feels no norm."""
+    grad = torch.zeros_like(weight)
+    grad[:, 0, 0, 0] = weight[:, 0, 0, 1].detach()
+    grad[:, 0, 0, 1] = -weight[:, 0, 0, 0].detach()
+    return grad
 
 
 @pytest.mark.parametrize("rule_name", REFERENCED)
@@ -109,9 +119,65 @@ def test_a_factor_that_is_not_finite(
     before = net.conv1.weight.detach().clone()
     for name, q in net.named_parameters():
         q.grad = torch.zeros_like(q)
-        if name.startswith("conv"):  # across the weight, as where the loss feels no norm
-            q.grad[:, 0, 0, 0] = q[:, 0, 0, 1].detach()
-            q.grad[:, 0, 0, 1] = -q[:, 0, 0, 0].detach()
+        if name.startswith("conv"):
+            q.grad = across(q)
     optimizer.step()
     assert attachment.undone == len(before)
     torch.testing.assert_close(net.conv1.weight.detach(), before)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shrink", "gradient"),
+    [
+        # A factor of 1e36, which float32 holds, on steps of a thousand, whose product it does not.
+        (torch.float32, 1e-18, 1e6),
+        # A factor of 1e6, which half precision holds no more than its product with a step of one.
+        (torch.float16, 1e-3, 1e3),
+    ],
+)
+def test_a_product_that_the_weights_cannot_hold(
+    dtype: torch.dtype, shrink: float, gradient: float
+) -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(4, 3, 3, 3).to(dtype))
+    before = weight.detach().clone()
+    norms = channel_norms(weight)[None] * shrink
+    history = NormHistory.from_arrays({"c": norms.numpy()}, [10], [0])
+    optimizer = torch.optim.SGD([weight], lr=1e-3)
+    rule = LRCorrection(history, mode="paper", include=["c*"])
+    attachment = rule.attach(optimizer, [("c", weight)])
+    weight.grad = across(weight) * gradient
+    optimizer.step()
+    assert attachment.undone == 4
+    assert torch.equal(weight, before)
+
+
+def test_a_factor_that_half_precision_does_not_hold() -> None:
+    """Its product with a small step is an ordinary number."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(4, 3, 3, 3).half())
+    with torch.no_grad():
+        weight[:, 0, 0, 0] = 0.0  # next to which half precision has small numbers
+    norms = channel_norms(weight)
+    history = NormHistory.from_arrays({"c": norms[None].numpy() * 1e-3}, [10], [0])
+    optimizer = torch.optim.SGD([weight], lr=0.125)
+    rule = LRCorrection(history, mode="paper", include=["c*"])
+    attachment = rule.attach(optimizer, [("c", weight)])
+    weight.grad = torch.zeros_like(weight)
+    weight.grad[:, 0, 0, 0] = 2.0**-17
+    optimizer.step()
+    assert attachment.undone == 0
+    moved = weight[:, 0, 0, 0].detach().float()
+    torch.testing.assert_close(moved, torch.full((4,), -1e6 * 2.0**-20), rtol=1e-3, atol=0)
+
+
+def test_a_norm_that_half_precision_does_not_reach() -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(4, 1, 1, 1).half())
+    before = weight.detach().clone()
+    history = NormHistory.from_arrays({"c": [[1e6] * 4]}, [10], [0])
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    NormSchedule(history, include=["c"]).attach(optimizer, [("c", weight)])
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert torch.equal(weight, before)
