@@ -42,9 +42,11 @@ LAYERS = [
     ],
     [
         "nmlightning.after_method",
+        "nmlightning.name_patterns",
         "nmlightning.weights.official_pickle",
         "nmlightning.weights.plain_name",
         "nmlightning.weights.recording_file",
+        "nmlightning.weights.shards",
     ],
     ["nmlightning.weights.inert_unpickler"],
     ["nmlightning.errors"],

@@ -1,6 +1,5 @@
-"""The hooks around an optimizer's step, and the count of what they could not steer."""
+"""The hooks around an optimizer's step, by which a rule is at work on it."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -12,10 +11,7 @@ from nmlightning.errors import InputError
 from nmlightning.weights.steering.reference import Moment
 from nmlightning.weights.steering.scale_invariance import Scope
 from nmlightning.weights.steering.steered_weight import SteeredWeight
-
-MAX_STEPS_UNDONE = 100
-"""A run stops when some channel's step had to be undone in this many steps in a row."""
-_LOOK_EVERY = 25  # Looking at the count waits for the device.
+from nmlightning.weights.steering.undone_steps import UndoneSteps
 
 
 class StepRule(Protocol):
@@ -50,7 +46,6 @@ class Attachment:
     Attributes:
         steps: optimizer steps seen so far. A GradScaler that skips a step of an optimizer which is
             not fused hides it; whoever steps under one sets `clock`.
-        undone_on_device: the count behind `undone`, which can be read without waiting for it.
         clock: returns the moment that a reference is looked up at; by default the number
             of steps before this one.
     """
@@ -63,13 +58,10 @@ class Attachment:
         self.steps = 0
         self.clock: Callable[[], Moment] = lambda: {"step": self.steps - 1}
         self._name = name
-        self._warned_of = 0
         self._optimizer = optimizer
         self._before: list[Tensor] = []
         self._is_first = True
-        device = self.rules[0].weight.values.device
-        self.undone_on_device = torch.zeros((), dtype=torch.int64, device=device)
-        self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        self._undone = UndoneSteps([rule.weight for rule in self.rules], name)
         self._hooks = [
             optimizer.register_step_pre_hook(lambda *_: self.before_step()),
             optimizer.register_step_post_hook(lambda *_: self.after_step()),
@@ -77,8 +69,16 @@ class Attachment:
 
     @property
     def undone(self) -> int:
-        """How many steps of channels were undone since they, or their factor, were not finite."""
+        """How many steps of channels were undone since they, or their factor, were not finite.
+
+        It is that of all ranks, and every rank has to ask for it.
+        """
         return int(self.undone_on_device)
+
+    @property
+    def undone_on_device(self) -> Tensor:
+        """The count behind `undone`, without waiting for the device."""
+        return self._undone.totals().sum()
 
     @property
     def measured(self) -> bool:
@@ -109,17 +109,27 @@ class Attachment:
             if rule.factors is not None
         }
 
+    def look(self) -> None:
+        """Warn of steps that were undone now, not at the next 25th step.
+
+        Every rank has to call it.
+
+        Raises:
+            InputError: steps were undone for too many steps in a row.
+        """
+        self._undone.look(self.steps)
+
     def remove(self) -> None:
         """Let the optimizer step as it did before."""
         for hook in self._hooks:
             hook.remove()
+        self._undone.look_here(self.steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs to go on bit for bit."""
         return {
             "steps": self.steps,
-            "undone": self.undone_on_device.clone(),
-            "in_a_row": self._in_a_row.clone(),
+            "undone": self._undone.state_dict(),
             "scope": self.scope.state_dict(),
             "weights": {rule.weight.name: rule.state_dict() for rule in self.rules},
         }
@@ -131,9 +141,7 @@ class Attachment:
             other = sorted(set(state["weights"]) ^ set(names))
             raise InputError(f"The state of {self._name} is of other weights; {other[0]} differs.")
         self.steps = state["steps"]
-        self.undone_on_device.copy_(state["undone"])
-        self._warned_of = self.undone
-        self._in_a_row.copy_(state["in_a_row"])
+        self._undone.load_state_dict(state["undone"])
         self.scope.load_state_dict(state["scope"])
         for rule in self.rules:
             rule.load_state_dict(state["weights"][rule.weight.name])
@@ -152,38 +160,23 @@ class Attachment:
                 self._optimizer.state.clear()
             return
         moment = self.clock()
-        undone = torch.zeros_like(self.undone_on_device)
-        for rule, before in zip(self.rules, self._before, strict=True):
-            self.scope.measure(rule.weight, before)
-            if self.scope.holds(rule.weight):
-                undone += rule.after_step(before, moment).sum().to(undone.device)
+        undone = [
+            self._steer(rule, before, moment)
+            for rule, before in zip(self.rules, self._before, strict=True)
+        ]
         self._before = []
-        self._count(undone)
+        self._undone.note(undone, self.steps)
+
+    def _steer(self, rule: StepRule, before: Tensor, moment: Moment) -> Tensor | None:
+        """Return (C,) bool, the channels whose step was undone; None for a weight that is left."""
+        self.scope.measure(rule.weight, before)
+        if not self.scope.holds(rule.weight):
+            return None
+        undone = rule.after_step(before, moment)
+        rule.weight.forget(undone)
+        return undone
 
     def _skipped(self) -> bool:
         """Whether a fused optimizer under a GradScaler has left this step out: it overflowed."""
         found = getattr(self._optimizer, "found_inf", None)
         return found is not None and bool(found)
-
-    def _count(self, undone: Tensor) -> None:
-        self.undone_on_device += undone
-        self._in_a_row = (self._in_a_row + 1) * (undone > 0)
-        if self.steps % _LOOK_EVERY == 0:
-            self._look(int(undone))
-
-    def _look(self, now: int) -> None:
-        if int(self._in_a_row) >= MAX_STEPS_UNDONE:
-            raise InputError(
-                f"{self._name} had to undo steps of some channels {int(self._in_a_row)} times in a "
-                f"row (now {now} channels), since they or their factors were not finite: "
-                "the run has diverged. Lower the learning rate, or follow a finer recording "
-                '(every few steps, align="interpolate").'
-            )
-        if self.undone > self._warned_of:
-            warnings.warn(
-                f"{self._name} undid {self.undone - self._warned_of} steps of channels by step "
-                f"{self.steps}, since they or their factors were not finite; after "
-                f"{MAX_STEPS_UNDONE} such steps in a row the run stops.",
-                stacklevel=2,
-            )
-            self._warned_of = self.undone

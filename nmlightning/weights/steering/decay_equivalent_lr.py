@@ -127,9 +127,18 @@ class _DecayedWeight:
             self._correct_buffer(before, momentum * (self._pull - now.pull) * squares, rate)
         factors = (1 / (now.alpha * squares)).to(self._initial.dtype)
         undone, self.factors = scale_step(self.weight, before, factors)
-        self._scales *= now.alpha / project(self.weight, self._initial)
+        shrunk = now.alpha / project(self.weight, self._initial)
+        self._forget(undone, before, now.pull * squares)
+        self._scales *= shrunk.where(~undone, 1.0)
         self._pull = now.pull
         return undone
+
+    def _forget(self, undone: Tensor, before: Tensor, shares: Tensor) -> None:
+        """Leave the momentum that stands for none in the decayed run where it is not finite."""
+        buffer = self.weight.buffer("momentum_buffer")
+        if buffer is not None:
+            lost = (self.weight.spread(undone) != 0) & ~buffer.isfinite()
+            buffer.copy_(buffer.where(~lost, -before * self.weight.spread(shares)))
 
     def _correct_buffer(self, before: Tensor, shares: Tensor, rate: float) -> None:
         """Let the step have been taken with shares of the channels added to their momentum."""

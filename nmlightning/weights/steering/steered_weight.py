@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nmlightning.weights.channel_norms import ROWS, ChannelLayout, channel_norms
+from nmlightning.weights.shards import is_sharded, local_part
 
 # What a scale of the weight by c does to what the optimizer keeps: it grows by c to this power.
 # Gradients of a scale-invariant weight grow by 1/c, and so do averages of them.
@@ -45,17 +47,17 @@ class SteeredWeight:
     @property
     def values(self) -> Tensor:
         """The weight itself, which may be changed in place."""
-        return _local(self.parameter.detach())
+        return local_part(self.parameter.detach())
 
     @property
     def gradient(self) -> Tensor | None:
         """The gradient, of the weight's shape."""
-        return None if self.parameter.grad is None else _local(self.parameter.grad)
+        return None if self.parameter.grad is None else local_part(self.parameter.grad)
 
     def buffer(self, name: str) -> Tensor | None:
         """Return what the optimizer keeps for the weight under a name, such as `exp_avg`."""
         kept = self.optimizer.state.get(self.parameter, {}).get(name)
-        return _local(kept) if isinstance(kept, Tensor) else None
+        return local_part(kept) if isinstance(kept, Tensor) else None
 
     @property
     def learning_rate(self) -> float:
@@ -78,7 +80,7 @@ class SteeredWeight:
 
     def all_channels(self, values: Tensor) -> Tensor:
         """Return the (C,) values of all ranks' channels, given those of this rank's."""
-        if type(self.parameter).__name__ != "DTensor":
+        if not is_sharded(self.parameter):
             return values
         from torch.distributed.tensor import DTensor
 
@@ -89,12 +91,12 @@ class SteeredWeight:
     def local_channels(self, values: Tensor) -> Tensor:
         """Return this rank's part of the (C,) values of all channels, on its device."""
         values = values.to(self.values.device)
-        if type(self.parameter).__name__ != "DTensor":
+        if not is_sharded(self.parameter):
             return values
         from torch.distributed.tensor import distribute_tensor
 
         mesh, placements = self.parameter.device_mesh, self.parameter.placements  # type: ignore[attr-defined]
-        return _local(distribute_tensor(values, mesh, placements))
+        return local_part(distribute_tensor(values, mesh, placements))
 
     def spread(self, values: Tensor) -> Tensor:
         """Return (C,) values in a shape that scales the weight's channels, in the norms' dtype."""
@@ -109,6 +111,24 @@ class SteeredWeight:
             if buffer is not None:
                 buffer.mul_(self.layout.spread(factors**power, buffer))
 
+    @torch.no_grad()
+    def forget(self, undone: Tensor) -> None:
+        """Set to 0 what is not finite in the optimizer's averages of channels that were undone.
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if type(tensor).__name__ == "DTensor" else tensor  # type: ignore[attr-defined]
+        Otherwise no later step would be finite. Each entry of the averages is kept or lost in all
+        of them alike, since they belong together.
+
+        Args:
+            undone: (C,) bool.
+        """
+        state = self.optimizer.state.get(self.parameter, {}).values()
+        averages = [
+            local_part(kept)
+            for kept in state
+            if isinstance(kept, Tensor) and kept.shape == self.parameter.shape
+        ]
+        lost = self.layout.spread(undone, self.values)
+        if averages:
+            lost = lost & reduce(torch.logical_or, (~average.isfinite() for average in averages))
+        for average in averages:
+            average.masked_fill_(lost, 0.0)

@@ -12,7 +12,7 @@ from nmlightning.errors import InputError
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.steering import LRCorrection, NormSchedule
-from nmlightning.weights.steering.attachment import MAX_STEPS_UNDONE
+from nmlightning.weights.steering.undone_steps import MAX_STEPS_UNDONE
 
 Train = Callable[..., None]
 MakeNet = Callable[[], nn.Module]
@@ -83,13 +83,12 @@ def test_a_step_that_is_not_finite_is_undone_and_told(
     assert bool(net.conv1.weight.isfinite().all())
     assert attachment.undone == 1
     attachment.clock = lambda: {"epoch": 0}
-    with pytest.warns(
-        UserWarning, match="undid 24 steps of channels by step 25, since they or the"
-    ):
-        step_on(optimizer, 23)  # The momentum buffer is not finite any more.
+    message = "undid 24 steps of channels of conv1.weight by step 25, since they, their gradients"
+    with pytest.warns(UserWarning, match=message):
+        step_on(optimizer, 23)
 
 
-@pytest.mark.filterwarnings("ignore:.* undid .* steps of channels by step")
+@pytest.mark.filterwarnings("ignore:.* undid .* steps of channels of")
 def test_a_run_of_such_steps_ends(
     make_net: MakeNet, train: Train, random_history: MakeHistory, make_rule: MakeRule
 ) -> None:
@@ -100,10 +99,28 @@ def test_a_run_of_such_steps_ends(
     train(net, optimizer, 1)
     spoil(net, channel=2)
     step_on(optimizer, 123)
-    message = "had to undo steps of some channels 124 times in a row (now 1 channels)"
+    message = (
+        "had to undo the steps of conv1.weight 124 times in a row (now of 1 channels): their "
+        "gradients are not finite. Find the operation that makes them so"
+    )
     assert 100 <= MAX_STEPS_UNDONE <= 124  # it looks at every 25th
     with pytest.raises(InputError, match=re.escape(message)):
         optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:.* undid .* steps of channels of")
+def test_a_run_whose_steps_are_what_is_not_finite_ends(
+    make_net: MakeNet, random_history: MakeHistory
+) -> None:
+    net = make_net().float()
+    history = random_history(net)
+    history.norms["conv1.weight"][:] = 1e-44
+    optimizer = torch.optim.SGD([net.conv1.weight], lr=0.02)
+    attachment = LRCorrection(history).attach(optimizer, net.named_parameters())
+    attachment.clock = lambda: {"epoch": 0}
+    net.conv1.weight.grad = across(net.conv1.weight)
+    with pytest.raises(InputError, match="steps or factors are not finite, so the run has diverg"):
+        step_on(optimizer, 125)
 
 
 @pytest.mark.parametrize("rule_name", ["stable", "paper", "layer"])

@@ -109,7 +109,7 @@ def test_rates_that_are_none(rate: float) -> None:
         NormSchedule("somewhere", rate)
 
 
-@pytest.mark.filterwarnings("ignore:NormSchedule undid .* steps of channels by step")
+@pytest.mark.filterwarnings("ignore:NormSchedule undid .* steps of channels of")
 @pytest.mark.parametrize("max_rotation", [0.2, None])
 def test_norms_that_shrink_to_almost_nothing(
     make_net: MakeNet, train: Train, random_history: MakeHistory, max_rotation: float | None
