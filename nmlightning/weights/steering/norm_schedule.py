@@ -111,7 +111,7 @@ class _ScheduledWeight:
         if rate == 0:
             return torch.zeros_like(norms, dtype=torch.bool)
         share = self._base_lr / rate
-        factors = torch.where(usable(norms), share, 1.0).to(norms.dtype)
+        factors = torch.full_like(norms, share).where(usable(norms), 1.0)
         undone, self.factors = scale_step(self.weight, before, factors, self._max_rotation)
         project(self.weight, norms * share ** (1 / self._power))
         return undone
