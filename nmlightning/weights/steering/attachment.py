@@ -40,7 +40,7 @@ class Attachment:
     Args:
         optimizer: its step hooks are used; nothing else of it changes.
         rules: one for each weight.
-        scope: which of them are steered at all; it may drop weights after the first step.
+        scope: which of them are steered at all; it may drop weights after the first steps.
         name: of the rule, for its messages.
 
     Attributes:
@@ -82,13 +82,13 @@ class Attachment:
 
     @property
     def measured(self) -> bool:
-        """Whether the scope knows all of its weights, which takes a gradient of each."""
-        return len(self.scope.shares) == len(self.rules)
+        """Whether the scope knows all of its weights, which takes gradients of each."""
+        return all(self.scope.decided(rule.weight.name) for rule in self.rules)
 
     def measure(self) -> None:
         """Measure on the gradients as they are now which weights the loss feels the norm of.
 
-        Otherwise the first step does. Call it before gradients are clipped by value: what is left
+        Otherwise the step does. Call it before gradients are clipped by value: what is left
         of them points along the weights, too.
         """
         for rule in self.rules:
@@ -169,7 +169,7 @@ class Attachment:
 
     def _steer(self, rule: StepRule, before: Tensor, moment: Moment) -> Tensor | None:
         """Return (C,) bool, the channels whose step was undone; None for a weight that is left."""
-        self.scope.measure(rule.weight, before)
+        self.scope.take(rule.weight, before)
         if not self.scope.holds(rule.weight):
             return None
         undone = rule.after_step(before, moment)
