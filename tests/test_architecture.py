@@ -42,13 +42,12 @@ LAYERS = [
     ],
     [
         "nmlightning.after_method",
-        "nmlightning.name_patterns",
         "nmlightning.weights.official_pickle",
         "nmlightning.weights.plain_name",
         "nmlightning.weights.recording_file",
         "nmlightning.weights.shards",
     ],
-    ["nmlightning.weights.inert_unpickler"],
+    ["nmlightning.weights.inert_unpickler", "nmlightning.name_patterns"],
     ["nmlightning.errors"],
 ]
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names}

@@ -16,6 +16,7 @@ from nmlightning.compat import (
     rebuild_copies,
 )
 from nmlightning.errors import InputError
+from nmlightning.name_patterns import check_lists
 from nmlightning.norms.registry import check_kinds, check_options
 from nmlightning.recipes import (
     Recipe,
@@ -24,7 +25,7 @@ from nmlightning.recipes import (
     note_recipe,
     swapped_modules,
 )
-from nmlightning.surgery import check_lists, swap_norms
+from nmlightning.surgery import swap_norms
 from nmlightning.swappable import NormLayer, find_norm_layers
 
 if TYPE_CHECKING:
