@@ -8,12 +8,10 @@ from rich.table import Table
 from torch import nn
 from torch.optim import Optimizer
 
-from nmlightning.weights.layer_weights import find_layer_weights
-from nmlightning.weights.steering import DecayEquivalentLR, LRCorrection, NormSchedule
+from nmlightning.weights.steering import Steering
 from nmlightning.weights.steering.attachment import Attachment
-from nmlightning.weights.steering.choose_weights import why_left
-
-Steering = LRCorrection | NormSchedule | DecayEquivalentLR
+from nmlightning.weights.steering.choose_weights import group_numbers, why_left
+from nmlightning.weights.steering.named_weights import NamedWeights
 
 
 def explain_scope(
@@ -23,11 +21,13 @@ def explain_scope(
     optimizers: Sequence[Optimizer],
 ) -> dict[str, str]:
     """Return for each weight of a convolution or linear layer why it is steered, or is left."""
-    optimized = {q for each in optimizers for group in each.param_groups for q in group["params"]}
+    optimized = {q for optimizer in optimizers for q in group_numbers(optimizer)}
     patterns = steering.include, steering.exclude
+    weights = NamedWeights.of(model)
     reasons = {
-        weight.name: f"left: {why_left(weight.name, weight.parameter, optimized, *patterns)}"
-        for weight in find_layer_weights(model)
+        name: f"left: {why_left(weights, name, optimized, *patterns)}"
+        for name in weights.parameters
+        if name in (weights.layers or ())
     }
     for attachment in attachments:
         reasons |= attachment.reasons()
@@ -43,7 +43,7 @@ def print_scope(
 ) -> None:
     """Print to stderr which weights are steered and which are left, with the reason."""
     reasons = explain_scope(steering, attachments, model, optimizers)
-    steered = sum(why.startswith("steered") for why in reasons.values())
+    steered = sum(len(attachment.steered) for attachment in attachments)
     title = f"{type(steering).__name__} steers {steered} of {len(reasons)} weights"
     table = Table("weight", "steering", title=title)
     for name, why in reasons.items():

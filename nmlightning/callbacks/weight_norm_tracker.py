@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch.optim import Optimizer
 
 from nmlightning.callbacks.norm_dashboard import NormDashboard
-from nmlightning.callbacks.print_scope import Steering, print_scope
+from nmlightning.callbacks.print_scope import print_scope
 from nmlightning.callbacks.provenance import check_same_run, describe_run
 from nmlightning.compat import CallbackBase, global_seed
 from nmlightning.errors import InputError
@@ -17,7 +17,7 @@ from nmlightning.weights.history import NormHistory
 from nmlightning.weights.layer_weights import find_layer_weights
 from nmlightning.weights.recorder import Recorder
 from nmlightning.weights.recording_file import FILE_NAME, find_recording
-from nmlightning.weights.steering import DecayEquivalentLR
+from nmlightning.weights.steering import DecayEquivalentLR, Steering
 from nmlightning.weights.steering.attachment import Attachment
 from nmlightning.weights.steering.choose_weights import has_weights
 
@@ -176,16 +176,13 @@ class WeightNormTracker(CallbackBase):
             steering = copy.copy(steering)
             steering.reference = _load(steering.reference)
             check_same_run(steering.reference, trainer, other_run=self.other_run)
-        layouts = {w.name: w.layout for w in find_layer_weights(pl_module)}
-        named = list(pl_module.named_parameters())
         steered = [
             optimizer
             for optimizer in trainer.optimizers
-            if has_weights(optimizer, named, steering.include, steering.exclude)
+            if has_weights(optimizer, pl_module, steering.include, steering.exclude)
         ]
         self.attachments = [
-            steering.attach(optimizer, named, layouts)
-            for optimizer in steered or trainer.optimizers
+            steering.attach(optimizer, pl_module) for optimizer in steered or trainer.optimizers
         ]
         states = self._resumed.get("steering", [])
         for attachment, state in zip(self.attachments, states, strict=False):

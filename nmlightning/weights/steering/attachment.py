@@ -42,6 +42,10 @@ class Attachment:
         rules: one for each weight.
         scope: which of them are steered at all; it may drop weights after the first steps.
         name: of the rule, for its messages.
+        settings: what of the rule must stay as it is in a run that goes on from this one.
+
+    Raises:
+        InputError: the optimizer's steps of one of the weights are steered by a rule already.
 
     Attributes:
         steps: optimizer steps seen so far. A GradScaler that skips a step of an optimizer which is
@@ -51,13 +55,20 @@ class Attachment:
     """
 
     def __init__(
-        self, optimizer: Optimizer, rules: Sequence[StepRule], scope: Scope, name: str
+        self,
+        optimizer: Optimizer,
+        rules: Sequence[StepRule],
+        scope: Scope,
+        name: str,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
+        _take(optimizer, rules, name)
         self.rules = list(rules)
         self.scope = scope
         self.steps = 0
         self.clock: Callable[[], Moment] = lambda: {"step": self.steps - 1}
         self._name = name
+        self._settings = dict(settings or {})
         self._optimizer = optimizer
         self._before: list[Tensor] = []
         self._is_first = True
@@ -98,6 +109,11 @@ class Attachment:
         """Return for each weight why it is steered, or why it is not."""
         return {rule.weight.name: self.scope.reason(rule.weight.name) for rule in self.rules}
 
+    @property
+    def steered(self) -> list[str]:
+        """The names of the weights that are steered now."""
+        return [rule.weight.name for rule in self.rules if self.scope.holds(rule.weight)]
+
     def factors(self) -> dict[str, Tensor]:
         """Return for each weight that is steered the (C,) factors of its last step, on all ranks.
 
@@ -123,11 +139,15 @@ class Attachment:
         """Let the optimizer step as it did before."""
         for hook in self._hooks:
             hook.remove()
+        for rule in self.rules:
+            _steered(self._optimizer).pop(rule.weight.parameter, None)
         self._undone.look_here(self.steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs to go on bit for bit."""
         return {
+            "rule": self._name,
+            "settings": self._settings,
             "steps": self.steps,
             "undone": self._undone.state_dict(),
             "scope": self.scope.state_dict(),
@@ -135,7 +155,12 @@ class Attachment:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`, or raise InputError if it is of other weights."""
+        """Go on from a `state_dict`.
+
+        Raises:
+            InputError: it is of another rule, of other settings, or of other weights.
+        """
+        self._check_rule(state)
         names = [rule.weight.name for rule in self.rules]
         if set(state["weights"]) != set(names):
             other = sorted(set(state["weights"]) ^ set(names))
@@ -145,6 +170,17 @@ class Attachment:
         self.scope.load_state_dict(state["scope"])
         for rule in self.rules:
             rule.load_state_dict(state["weights"][rule.weight.name])
+
+    def _check_rule(self, state: Mapping[str, Any]) -> None:
+        here = {"rule": self._name, **self._settings}
+        there = {"rule": state["rule"], **state["settings"]}
+        for key in {**here, **there}:
+            if here.get(key) != there.get(key):
+                raise InputError(
+                    f"The checkpoint was steered by {there['rule']} with {key} {there.get(key)!r}, "
+                    f"and this run is by {here['rule']} with {key} {here.get(key)!r}: go on with "
+                    "the same, or start from the weights alone."
+                )
 
     def before_step(self) -> None:
         """Keep the weights; the optimizer calls it."""
@@ -180,3 +216,21 @@ class Attachment:
         """Whether a fused optimizer under a GradScaler has left this step out: it overflowed."""
         found = getattr(self._optimizer, "found_inf", None)
         return found is not None and bool(found)
+
+
+def _take(optimizer: Optimizer, rules: Sequence[StepRule], name: str) -> None:
+    """Note on the optimizer whose steps are steered, and by what."""
+    steered = _steered(optimizer)
+    for rule in rules:
+        if rule.weight.parameter in steered:
+            raise InputError(
+                f"{rule.weight.name} is steered by {steered[rule.weight.parameter]} already: "
+                f"remove that, or exclude the weight from it or from {name}."
+            )
+    steered.update((rule.weight.parameter, name) for rule in rules)
+
+
+def _steered(optimizer: Optimizer) -> dict[Tensor, str]:
+    """Return the names of the rules that steer an optimizer's parameters."""
+    notes: dict[Tensor, str] = optimizer.__dict__.setdefault("_nmlightning_steered", {})
+    return notes
