@@ -1,6 +1,5 @@
 """WeightNormTracker: record the norms of the weights, and let a recording steer a run."""
 
-import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,18 +7,22 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch.optim import Optimizer
 
+from nmlightning.callbacks.attach_steering import (
+    attach_steering,
+    check_steering,
+    resume_steering,
+)
 from nmlightning.callbacks.norm_dashboard import NormDashboard
 from nmlightning.callbacks.print_scope import print_scope
-from nmlightning.callbacks.provenance import check_same_run, describe_run
-from nmlightning.compat import CallbackBase, global_seed
+from nmlightning.callbacks.provenance import describe_run
+from nmlightning.compat import CallbackBase
 from nmlightning.errors import InputError
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.layer_weights import find_layer_weights
 from nmlightning.weights.recorder import Recorder
-from nmlightning.weights.recording_file import FILE_NAME, find_recording
-from nmlightning.weights.steering import DecayEquivalentLR, Steering
+from nmlightning.weights.recording_file import FILE_NAME
+from nmlightning.weights.steering import Steering
 from nmlightning.weights.steering.attachment import Attachment
-from nmlightning.weights.steering.choose_weights import has_weights
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -68,6 +71,7 @@ class WeightNormTracker(CallbackBase):
         steps = isinstance(every, int) and not isinstance(every, bool) and every >= 1
         if every != "epoch" and not steps:
             raise InputError(f"every is 'epoch' or a number of steps from 1 on, got {every!r}.")
+        check_steering(steering)
         self.every = every
         self.steering = steering
         self.include = tuple(include)
@@ -95,8 +99,7 @@ class WeightNormTracker(CallbackBase):
         for optimizer in trainer.optimizers:
             self._note_rates(optimizer)
         self._record(trainer)
-        if self.steering is not None:
-            self._attach(trainer, pl_module, self.steering)
+        self._steer(trainer, pl_module)
         if self._logs(trainer):
             self._dashboard = NormDashboard(trainer, weights)
         self._resumed = {}
@@ -139,6 +142,8 @@ class WeightNormTracker(CallbackBase):
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Record, write and show."""
         self._print_scope(trainer, pl_module)  # a weight without gradients is never measured
+        for attachment in self.attachments:
+            attachment.look()
         self._record(trainer)
         self._save()
         if self._dashboard is not None and self._recorder is not None:
@@ -169,24 +174,15 @@ class WeightNormTracker(CallbackBase):
         """Go on with the records and the steering of a checkpoint."""
         self._resumed = state_dict
 
-    def _attach(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", steering: Steering
-    ) -> None:
-        if not isinstance(steering, DecayEquivalentLR):
-            steering = copy.copy(steering)
-            steering.reference = _load(steering.reference)
-            check_same_run(steering.reference, trainer, other_run=self.other_run)
-        steered = [
-            optimizer
-            for optimizer in trainer.optimizers
-            if has_weights(optimizer, pl_module, steering.include, steering.exclude)
-        ]
-        self.attachments = [
-            steering.attach(optimizer, pl_module) for optimizer in steered or trainer.optimizers
-        ]
+    def _steer(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         states = self._resumed.get("steering", [])
-        for attachment, state in zip(self.attachments, states, strict=False):
-            attachment.load_state_dict(state)
+        goes_on = trainer.global_step > 0 and not self.attachments
+        if self.steering is not None:
+            self.attachments = attach_steering(
+                trainer, pl_module, self.steering, other_run=self.other_run
+            )
+        if states or goes_on:
+            resume_steering(self.attachments, states, trainer.global_step)
         for attachment in self.attachments:
             attachment.clock = lambda: {"epoch": self._moment(trainer)}
 
@@ -238,12 +234,6 @@ class WeightNormTracker(CallbackBase):
             self._dashboard.remove()
         for attachment in self.attachments:
             attachment.remove()
-
-
-def _load(reference: NormHistory | str | Path) -> NormHistory:
-    if isinstance(reference, NormHistory):
-        return reference
-    return NormHistory.load(find_recording(Path(reference), global_seed()))
 
 
 def _free_file(folder: Path) -> Path:

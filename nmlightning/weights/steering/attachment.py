@@ -48,6 +48,7 @@ class Attachment:
         InputError: the optimizer's steps of one of the weights are steered by a rule already.
 
     Attributes:
+        name: of the rule.
         steps: optimizer steps seen so far. A GradScaler that skips a step of an optimizer which is
             not fused hides it; whoever steps under one sets `clock`.
         clock: returns the moment that a reference is looked up at; by default the number
@@ -67,7 +68,7 @@ class Attachment:
         self.scope = scope
         self.steps = 0
         self.clock: Callable[[], Moment] = lambda: {"step": self.steps - 1}
-        self._name = name
+        self.name = name
         self._settings = dict(settings or {})
         self._optimizer = optimizer
         self._before: list[Tensor] = []
@@ -146,7 +147,7 @@ class Attachment:
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs to go on bit for bit."""
         return {
-            "rule": self._name,
+            "rule": self.name,
             "settings": self._settings,
             "steps": self.steps,
             "undone": self._undone.state_dict(),
@@ -164,7 +165,7 @@ class Attachment:
         names = [rule.weight.name for rule in self.rules]
         if set(state["weights"]) != set(names):
             other = sorted(set(state["weights"]) ^ set(names))
-            raise InputError(f"The state of {self._name} is of other weights; {other[0]} differs.")
+            raise InputError(f"The state of {self.name} is of other weights; {other[0]} differs.")
         self.steps = state["steps"]
         self._undone.load_state_dict(state["undone"])
         self.scope.load_state_dict(state["scope"])
@@ -172,15 +173,19 @@ class Attachment:
             rule.load_state_dict(state["weights"][rule.weight.name])
 
     def _check_rule(self, state: Mapping[str, Any]) -> None:
-        here = {"rule": self._name, **self._settings}
-        there = {"rule": state["rule"], **state["settings"]}
-        for key in {**here, **there}:
-            if here.get(key) != there.get(key):
-                raise InputError(
-                    f"The checkpoint was steered by {there['rule']} with {key} {there.get(key)!r}, "
-                    f"and this run is by {here['rule']} with {key} {here.get(key)!r}: go on with "
-                    "the same, or start from the weights alone."
-                )
+        there, here = f"by {state['rule']}", f"by {self.name}"
+        if there == here:
+            others = [
+                key for key, value in self._settings.items() if state["settings"][key] != value
+            ]
+            if not others:
+                return
+            there += f" with {others[0]}={state['settings'][others[0]]!r}"
+            here = f"with {others[0]}={self._settings[others[0]]!r}"
+        raise InputError(
+            f"The checkpoint was steered {there}, and this run is {here}: go on with the same, or "
+            "start from the weights alone."
+        )
 
     def before_step(self) -> None:
         """Keep the weights; the optimizer calls it."""
