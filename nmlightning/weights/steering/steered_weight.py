@@ -11,18 +11,7 @@ from torch.optim import Optimizer
 
 from nmlightning.weights.channel_norms import ROWS, ChannelLayout, channel_norms
 from nmlightning.weights.shards import is_sharded, local_part
-
-# What a scale of the weight by c does to what the optimizer keeps: it grows by c to this power.
-# Gradients of a scale-invariant weight grow by 1/c, and so do averages of them.
-_BUFFER_POWERS = {
-    "momentum_buffer": -1,
-    "exp_avg": -1,
-    "exp_avg_sq": -2,
-    "max_exp_avg_sq": -2,
-    "exp_inf": -1,
-    "square_avg": -2,
-    "grad_avg": -1,
-}
+from nmlightning.weights.steering.buffer_powers import buffer_power
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,9 +95,9 @@ class SteeredWeight:
     def scale(self, factors: Tensor) -> None:
         """Multiply channel i by factor i, and the optimizer's averages as its gradients change."""
         self.values.mul_(self.spread(factors))
-        for name, power in _BUFFER_POWERS.items():
-            buffer = self.buffer(name)
-            if buffer is not None:
+        for name in self.optimizer.state.get(self.parameter, {}):
+            buffer, power = self.buffer(name), buffer_power(self.optimizer, name)
+            if buffer is not None and power:
                 buffer.mul_(self.layout.spread(factors**power, buffer))
 
     @torch.no_grad()
