@@ -8,9 +8,10 @@ from rich.table import Table
 from torch import nn
 from torch.optim import Optimizer
 
+from nmlightning.weights.optimizer_family import group_numbers
 from nmlightning.weights.steering import Steering
 from nmlightning.weights.steering.attachment import Attachment
-from nmlightning.weights.steering.choose_weights import group_numbers, why_left
+from nmlightning.weights.steering.choose_weights import why_left
 from nmlightning.weights.steering.named_weights import NamedWeights
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nmlightning.errors import InputError, check_choice, nearest
+from nmlightning.name_patterns import some
 from nmlightning.weights.official_pickle import read_official_pickle
 from nmlightning.weights.recording_file import FILE_NAME, read_recording, write_recording
 
@@ -208,7 +209,7 @@ class NormHistory:
             if name not in self.norms:
                 raise InputError(
                     f"The recording is of another model: it has no {name!r}."
-                    f"{nearest(name, self.norms)} It holds {_some(self.norms)}."
+                    f"{nearest(name, self.norms)} It holds {some(self.norms, 3)}."
                 )
             recorded = self.norms[name].shape[1]
             if recorded != count:
@@ -298,8 +299,3 @@ def _not_finite(history: NormHistory) -> Iterator[str]:
                 f"the norms of {name} are not finite from record {record} (epoch "
                 f"{history.epochs[record]}) on, so the run it is of diverged"
             )
-
-
-def _some(names: Mapping[str, object]) -> str:
-    shown = list(names)[:3]
-    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -10,6 +9,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from nmlightning.errors import InputError
+from nmlightning.name_patterns import matches, some, unmatched
 from nmlightning.weights.channel_norms import ROWS, ChannelLayout
 from nmlightning.weights.plain_name import plain_name
 
@@ -46,18 +46,16 @@ def find_layer_weights(
     """
     weights = list(_all_layer_weights(model))
     names = [weight.name for weight in weights]
-    for pattern in (*include, *exclude):
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise InputError(
-                f"The pattern {pattern!r} matches no weight of a convolution or linear layer of "
-                f"{type(model).__name__}; there is {', '.join(names[:8]) or 'none'}"
-                f"{f' and {len(names) - 8} more' if len(names) > 8 else ''}."
-            )
+    wrong = unmatched((*include, *exclude), names)
+    if wrong is not None:
+        raise InputError(
+            f"The pattern {wrong!r} matches no weight of a convolution or linear layer of "
+            f"{type(model).__name__}; there is {some(names, 8)}."
+        )
     chosen = [
         weight
         for weight in weights
-        if (not include or any(fnmatchcase(weight.name, pattern) for pattern in include))
-        and not any(fnmatchcase(weight.name, pattern) for pattern in exclude)
+        if (not include or matches(weight.name, include)) and not matches(weight.name, exclude)
     ]
     if not chosen:
         raise InputError(f"{type(model).__name__} has no convolution or linear layer to watch.")

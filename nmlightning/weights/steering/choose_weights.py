@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from nmlightning.errors import InputError
 from nmlightning.name_patterns import matches, some, unmatched
 from nmlightning.weights.channel_norms import ChannelLayout, channel_norms
+from nmlightning.weights.optimizer_family import group_numbers
 from nmlightning.weights.steering.named_weights import Model, NamedWeights
 from nmlightning.weights.steering.steered_weight import SteeredWeight
 
@@ -72,11 +73,6 @@ def has_weights(
     weights, groups = NamedWeights.of(model), group_numbers(optimizer)
     names = weights.parameters
     return any(why_left(weights, name, groups, include, exclude) is None for name in names)
-
-
-def group_numbers(optimizer: Optimizer) -> dict[Tensor, int]:
-    """Return the parameters that an optimizer has, and the parameter group of each."""
-    return {q: n for n, group in enumerate(optimizer.param_groups) for q in group["params"]}
 
 
 def why_left(
