@@ -28,7 +28,7 @@ class StepRule(Protocol):
         """Change the weight's step from `before`; return (C,) bool, the channels left unmoved."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs."""
+        """Return what a resumed run needs, of all ranks' channels; every rank has to call it."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
@@ -145,7 +145,7 @@ class Attachment:
         self._undone.look_here(self.steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs to go on bit for bit."""
+        """Return all that a resumed run needs to go on bit for bit; every rank has to call it."""
         return {
             "rule": self.name,
             "settings": self._settings,

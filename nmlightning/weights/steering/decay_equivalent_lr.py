@@ -152,14 +152,14 @@ class _DecayedWeight:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "initial": self._initial.clone(),
-            "scales": self._scales.clone(),
+            "initial": self.weight.all_channels(self._initial).clone(),
+            "scales": self.weight.all_channels(self._scales).clone(),
             "pull": self._pull,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._initial.copy_(state["initial"])
-        self._scales.copy_(state["scales"])
+        self._initial.copy_(self.weight.local_channels(state["initial"]))
+        self._scales.copy_(self.weight.local_channels(state["scales"]))
         self._pull = state["pull"]
 
 

@@ -181,7 +181,7 @@ class _CorrectedWeight:
         return mean.sqrt().expand_as(norms)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"initial": self._initial.clone()}
+        return {"initial": self.weight.all_channels(self._initial).clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._initial.copy_(state["initial"])
+        self._initial.copy_(self.weight.local_channels(state["initial"]))

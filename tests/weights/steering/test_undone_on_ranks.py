@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from nmlightning.errors import InputError
+from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.steering import DecayEquivalentLR
 from nmlightning.weights.steering.undone_steps import MAX_STEPS_UNDONE
 
@@ -44,14 +45,16 @@ def step_until_it_stops(rank: int) -> dict[str, Any]:
                 optimizer.step()
                 counts.append(attachment.undone)
                 if step == 30:
-                    state = attachment.state_dict()["undone"]
+                    state = attachment.state_dict()
         except InputError as error:
             message = str(error)
     resumed = DecayEquivalentLR(0.01, exclude=["1.*"]).attach(
         torch.optim.SGD(net.parameters(), lr=0.01), net.named_parameters()
     )
-    resumed._undone.load_state_dict(state)
+    resumed.load_state_dict(state)
     return {
+        "initial": state["weights"]["0.weight"]["initial"].tolist(),
+        "initial here": resumed.rules[0].state_dict()["initial"].tolist(),
         "message": message,
         "steps": attachment.steps,
         "counts": counts,
@@ -87,6 +90,15 @@ def test_both_stop_with_one_message(told: list[dict[str, Any]]) -> None:
         "DecayEquivalentLR had to undo the steps of 0.weight 123 times in a row (now of 3 "
         "channels): their gradients are not finite."
     )
+
+
+def test_a_resume_keeps_the_channels_of_both(told: list[dict[str, Any]]) -> None:
+    """One of the ranks writes the checkpoint, and both read it."""
+    torch.manual_seed(0)
+    norms = channel_norms(nn.Conv2d(2, 6, 3, bias=False).weight)
+    for rank in told:
+        torch.testing.assert_close(torch.tensor(rank["initial"]), norms)
+        assert rank["initial here"] == rank["initial"]
 
 
 def test_both_count_what_either_undid(told: list[dict[str, Any]]) -> None:
