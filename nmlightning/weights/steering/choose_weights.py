@@ -93,7 +93,7 @@ def why_left(
     """
     parameter = weights.parameters[name]
     if not parameter.requires_grad:
-        return "it is frozen"
+        return "it is frozen, and stays unsteered if it is trained later"
     if parameter not in optimized:
         return "no optimizer has it"
     if matches(name, exclude):
