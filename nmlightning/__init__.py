@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from nmlightning.surgery import SwapReport as SwapReport
     from nmlightning.surgery import swap_norms as swap_norms
     from nmlightning.tasks import ImageClassifier as ImageClassifier
+    from nmlightning.weights.channel_norms import ChannelLayout as ChannelLayout
     from nmlightning.weights.channel_norms import channel_norms as channel_norms
     from nmlightning.weights.history import NormHistory as NormHistory
     from nmlightning.weights.parameter_groups import parameter_groups as parameter_groups
@@ -60,7 +61,7 @@ _HOMES = {
     "norms": [*_BATCH_NORMS, "L1LayerNorm", "LpLayerNorm", "gaussian_constant"],
     "surgery": ["SwapReport", "swap_norms"],
     "tasks": ["ImageClassifier"],
-    "weights.channel_norms": ["channel_norms"],
+    "weights.channel_norms": ["ChannelLayout", "channel_norms"],
     "weights.history": ["NormHistory"],
     "weights.parameter_groups": ["parameter_groups"],
     "weights.steering": [

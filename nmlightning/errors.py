@@ -1,6 +1,6 @@
 """The one error for bad input, and the checks that many settings share."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from difflib import get_close_matches
 from numbers import Integral
 
@@ -40,15 +40,6 @@ def check_flag(what: str, value: bool) -> bool:
     if value not in (True, False):
         raise InputError(f"{what} is True or False, got {value!r}.")
     return bool(value)
-
-
-def check_lists(**arguments: object) -> None:
-    """Raise InputError for anything but a list of strings."""
-    for name, value in arguments.items():
-        if isinstance(value, str):
-            raise InputError(f"{name} is a list, got the string {value!r}: write [{value!r}].")
-        if not (isinstance(value, Collection) and all(isinstance(item, str) for item in value)):
-            raise InputError(f"{name} is a list of strings, got {value!r}.")
 
 
 def check_whole_number(what: str, value: int, least: int = 1) -> int:

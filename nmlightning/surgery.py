@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from nmlightning.errors import InputError, check_flag, check_lists
+from nmlightning.errors import InputError, check_flag
+from nmlightning.name_patterns import check_lists, matches, unmatched
 from nmlightning.norms.registry import Kind, check_kinds, check_options, find_norm, layer_class
 from nmlightning.swappable import (
     NormLayer,
@@ -19,6 +19,7 @@ from nmlightning.swappable import (
     guard_fast_paths,
     is_like,
 )
+from nmlightning.weights.shards import is_sharded
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -148,7 +149,7 @@ def _make_plan(
 
 
 def _check_whole(layer: NormLayer) -> None:
-    if any(type(q).__name__ == "DTensor" for q in layer.module.parameters(recurse=False)):
+    if any(is_sharded(q) for q in layer.module.parameters(recurse=False)):
         raise InputError(
             f"{layer.name} is sharded already: call swap_norms in configure_model, before "
             "fully_shard."
@@ -171,13 +172,9 @@ def _pick(
     layers: list[NormLayer], include: Sequence[str], exclude: Sequence[str]
 ) -> list[NormLayer]:
     """Return the layers to swap; a shared one is left alone if `exclude` names it anywhere."""
-    excluded = {id(layer.module) for layer in layers if _matches(layer.name, exclude)}
-    included = [layer for layer in layers if not include or _matches(layer.name, include)]
+    excluded = {id(layer.module) for layer in layers if matches(layer.name, exclude)}
+    included = [layer for layer in layers if not include or matches(layer.name, include)]
     return [layer for layer in included if id(layer.module) not in excluded]
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _check_patterns(
@@ -196,12 +193,12 @@ def _check_patterns(
     names = [layer.name for layer in layers]
     swappable = [layer.name for layer in layers if layer.kind in kinds or layer.refusal]
     for argument, patterns, known in (("include", include, swappable), ("exclude", exclude, names)):
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in known):
-                raise InputError(
-                    f"The pattern {pattern!r} in {argument} matches no {wanted} of "
-                    f"{type(model).__name__}. {_list_norms(layers)}"
-                )
+        wrong = unmatched(patterns, known)
+        if wrong is not None:
+            raise InputError(
+                f"The pattern {wrong!r} in {argument} matches no {wanted} of "
+                f"{type(model).__name__}. {_list_norms(layers)}"
+            )
 
 
 def _describe(layer: NormLayer) -> str:

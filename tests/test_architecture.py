@@ -56,8 +56,9 @@ LAYERS = [
         "nmlightning.weights.plain_name",
         "nmlightning.weights.recorded_clock",
         "nmlightning.weights.recording_file",
+        "nmlightning.weights.shards",
     ],
-    ["nmlightning.weights.inert_unpickler"],
+    ["nmlightning.weights.inert_unpickler", "nmlightning.name_patterns"],
     ["nmlightning.errors"],
 ]
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names}

@@ -23,7 +23,7 @@ from nmlightning.weights.channel_norms import (
 from nmlightning.weights.channel_summaries import STATISTICS, summarise_channels
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.layer_weights import LayerWeight
-from nmlightning.weights.optimizer_family import expected_rotation, known_power
+from nmlightning.weights.optimizer_family import expected_rotation, group_numbers, known_power
 from nmlightning.weights.steering.attachment import Attachment
 
 if TYPE_CHECKING:
@@ -60,10 +60,10 @@ class NormDashboard:
         self._skipped.attempt()
         if not logging_is_due(self._trainer):
             return
-        groups = {id(q): group for group in optimizer.param_groups for q in group["params"]}
+        numbers = group_numbers(optimizer)
         for layer, weight in self._weights.items():
-            group = groups.get(id(weight.parameter))
-            if group is not None and weight.computed is None:
+            if weight.parameter in numbers and weight.computed is None:
+                group = optimizer.param_groups[numbers[weight.parameter]]
                 self._steps[layer] = _Step.before(weight, optimizer, group)
 
     @torch.no_grad()

@@ -8,7 +8,8 @@ from torch import nn
 
 from nmlightning.callbacks.model_change import ModelChange, warn_of_forgotten
 from nmlightning.compat import keep_through_sync
-from nmlightning.errors import InputError, check_lists
+from nmlightning.errors import InputError
+from nmlightning.name_patterns import check_lists
 from nmlightning.norms.registry import check_kinds, check_options
 from nmlightning.recipes import (
     Recipe,

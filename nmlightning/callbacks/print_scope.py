@@ -8,19 +8,11 @@ from rich.table import Table
 from torch import nn
 from torch.optim import Optimizer
 
-from nmlightning.weights.layer_weights import find_layer_weights
-from nmlightning.weights.steering import (
-    DecayEquivalentLR,
-    Hyperball,
-    LRCorrection,
-    NormSchedule,
-    RadialProjection,
-)
+from nmlightning.weights.optimizer_family import group_numbers
+from nmlightning.weights.steering import Steering
 from nmlightning.weights.steering.attachment import Attachment
 from nmlightning.weights.steering.choose_weights import why_left
-
-Referenced = LRCorrection | NormSchedule
-Steering = Referenced | DecayEquivalentLR | Hyperball | RadialProjection
+from nmlightning.weights.steering.named_weights import NamedWeights
 
 
 def explain_scope(
@@ -30,11 +22,13 @@ def explain_scope(
     optimizers: Sequence[Optimizer],
 ) -> dict[str, str]:
     """Return for each weight of a convolution or linear layer why it is steered, or is left."""
-    optimized = {q for each in optimizers for group in each.param_groups for q in group["params"]}
+    optimized = {q for optimizer in optimizers for q in group_numbers(optimizer)}
     choice = steering.include, steering.exclude, steering.least_dims
+    weights = NamedWeights.of(model)
     reasons = {
-        weight.name: f"left: {why_left(weight.name, weight.parameter, optimized, *choice)}"
-        for weight in find_layer_weights(model)
+        name: f"left: {why_left(weights, name, optimized, *choice)}"
+        for name in weights.parameters
+        if name in (weights.layers or ())
     }
     for attachment in attachments:
         reasons |= attachment.reasons()
@@ -50,7 +44,7 @@ def print_scope(
 ) -> None:
     """Print to stderr which weights are steered and which are left, with the reason."""
     reasons = explain_scope(steering, attachments, model, optimizers)
-    steered = sum(why.startswith("steered") for why in reasons.values())
+    steered = sum(len(attachment.steered) for attachment in attachments)
     title = f"{type(steering).__name__} steers {steered} of {len(reasons)} weights"
     table = Table("weight", "steering", title=title)
     for name, why in reasons.items():

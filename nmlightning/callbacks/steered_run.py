@@ -1,6 +1,7 @@
 """A rule at work on the optimizers of a Trainer, for one fit."""
 
 import copy
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 
 from nmlightning.callbacks.epoch_clock import EpochClock
-from nmlightning.callbacks.print_scope import Referenced, Steering, print_scope
+from nmlightning.callbacks.followed_optimizer import check_same_optimizer
+from nmlightning.callbacks.print_scope import print_scope
 from nmlightning.callbacks.provenance import check_same_run
 from nmlightning.compat import global_seed
+from nmlightning.errors import InputError
 from nmlightning.weights.history import NormHistory
-from nmlightning.weights.layer_weights import find_layer_weights
 from nmlightning.weights.recording_file import find_recording
+from nmlightning.weights.steering import Referenced, Steering
 from nmlightning.weights.steering.attachment import Attachment
 from nmlightning.weights.steering.choose_weights import has_weights
 
@@ -52,11 +55,10 @@ class SteeredRun:
             check_same_run(followed, trainer, other_run=other_run)
         self._rule = rule
         self._clock = EpochClock(trainer, followed)
-        weights = find_layer_weights(module)
-        self._layouts = {weight.name: weight.layout for weight in weights}
-        known = {id(weight.parameter): weight.name for weight in weights}
-        self._named = [(known.get(id(q), name), q) for name, q in module.named_parameters()]
         self.attachments = [self._attach(optimizer) for optimizer in self._steered_optimizers()]
+        if followed is not None and not other_run:
+            names = [rule.weight.name for each in self.attachments for rule in each.rules]
+            check_same_optimizer(followed, names, self._steered_optimizers())
 
     def begin_batch(self, batch: int) -> None:
         """Note how far the epoch is."""
@@ -75,6 +77,11 @@ class SteeredRun:
             self._told = True
             print_scope(self._rule, self.attachments, self._module, self._trainer.optimizers)
 
+    def look(self) -> None:
+        """Warn of steps that were undone."""
+        for attachment in self.attachments:
+            attachment.look()
+
     def remove(self) -> None:
         """Let the optimizers step freely again."""
         for attachment in self.attachments:
@@ -89,19 +96,54 @@ class SteeredRun:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
+        kept = state["attachments"]
+        if len(self.attachments) != len(kept):
+            raise InputError(
+                f"The checkpoint was steered in {len(kept)} optimizers, and this run is in "
+                f"{len(self.attachments)}: go on with the same, or start from the weights alone."
+            )
         self._clock.load_state_dict(state["clock"])
-        for attachment, kept in zip(self.attachments, state["attachments"], strict=False):
-            attachment.load_state_dict(kept)
+        for attachment, each in zip(self.attachments, kept, strict=True):
+            attachment.load_state_dict(each)
 
     def _steered_optimizers(self) -> list[Optimizer]:
         choice = self._rule.include, self._rule.exclude, self._rule.least_dims
         optimizers = self._trainer.optimizers
-        return [o for o in optimizers if has_weights(o, self._named, *choice)] or optimizers
+        return [o for o in optimizers if has_weights(o, self._module, *choice)] or optimizers
 
     def _attach(self, optimizer: Optimizer) -> Attachment:
-        attachment = self._rule.attach(optimizer, self._named, self._layouts)
+        attachment = self._rule.attach(optimizer, self._module)
         attachment.clock = lambda: {"epoch": self._clock.moment(optimizer)}
         return attachment
+
+
+def check_steering(steering: object) -> None:
+    """Raise InputError for anything but a rule, or None."""
+    if steering is not None and not callable(getattr(steering, "attach", None)):
+        raise InputError(f"steering is a rule, such as LRCorrection(…), or None, got {steering!r}.")
+
+
+def resume_steering(steered: SteeredRun | None, state: Mapping[str, Any] | None, step: int) -> None:
+    """Go on with the steering of a checkpoint, of `step` optimizer steps.
+
+    Where one of both runs is not steered, a warning says so.
+
+    Raises:
+        InputError: the checkpoint was steered otherwise.
+    """
+    if steered is not None and state is not None:
+        steered.load_state_dict(state)
+    elif state is not None:
+        rule = state["attachments"][0]["rule"]
+        warnings.warn(
+            f"The checkpoint was steered by {rule}, and this run is not steered.", stacklevel=2
+        )
+    elif steered is not None and step > 0:
+        warnings.warn(
+            f"The checkpoint was not steered; {steered.attachments[0].name} steers this run from "
+            f"step {step} on.",
+            stacklevel=2,
+        )
 
 
 def _load(reference: NormHistory | str | Path) -> NormHistory:

@@ -7,7 +7,8 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from nmlightning.callbacks.model_change import ModelChange, warn_of_forgotten
-from nmlightning.errors import InputError, check_flag, check_lists
+from nmlightning.errors import InputError, check_flag
+from nmlightning.name_patterns import check_lists
 from nmlightning.recipes import (
     WEIGHT_NORM,
     Recipe,

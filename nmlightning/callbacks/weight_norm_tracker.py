@@ -10,17 +10,18 @@ from torch.optim import Optimizer
 
 from nmlightning.callbacks.kept_recording import KeptRecording, keep_recording
 from nmlightning.callbacks.norm_dashboard import NormDashboard
-from nmlightning.callbacks.print_scope import Steering
 from nmlightning.callbacks.provenance import describe_run
-from nmlightning.callbacks.steered_run import SteeredRun
+from nmlightning.callbacks.steered_run import SteeredRun, check_steering, resume_steering
 from nmlightning.compat import CallbackBase, in_added_epoch, is_trial_run
-from nmlightning.errors import InputError, check_lists
+from nmlightning.errors import InputError
+from nmlightning.name_patterns import check_lists
 from nmlightning.weights.layer_weights import (
     LAZY_WAY_OUT,
     find_lazy_weights,
     find_recorded_weights,
 )
 from nmlightning.weights.recorder import Recorder
+from nmlightning.weights.steering import Steering
 from nmlightning.weights.steering.attachment import Attachment
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class WeightNormTracker(CallbackBase):
         if every != "epoch" and not steps:
             raise InputError(f"every is 'epoch' or a number of steps from 1 on, got {every!r}.")
         check_lists(include=include, exclude=exclude)
+        check_steering(steering)
         self.every = every
         self.steering = steering
         self.include = tuple(include)
@@ -113,7 +115,7 @@ class WeightNormTracker(CallbackBase):
         self._record(trainer)
         self._steered = self._steer(trainer, pl_module)
         self._dashboard = NormDashboard(trainer, weights) if self._logs(trainer) else None
-        self._go_on()
+        self._go_on(trainer.global_step)
 
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
@@ -152,6 +154,7 @@ class WeightNormTracker(CallbackBase):
         """Record, write and show."""
         if self._steered is not None:
             self._steered.tell_scope(at_last=True)  # a weight without gradients is never measured
+            self._steered.look()
         self._record(trainer)
         if self._recorder is not None and trainer.is_last_batch:
             self._recorder.end_epoch()
@@ -192,11 +195,11 @@ class WeightNormTracker(CallbackBase):
             return None
         return SteeredRun(self.steering, trainer, pl_module, other_run=self.other_run)
 
-    def _go_on(self) -> None:
-        for name, part in (("steering", self._steered), ("dashboard", self._dashboard)):
-            state = self._resumed.get(name)
-            if part is not None and state is not None:
-                part.load_state_dict(state)
+    def _go_on(self, step: int) -> None:
+        resume_steering(self._steered, self._resumed.get("steering"), step)
+        shown = self._resumed.get("dashboard")
+        if self._dashboard is not None and shown is not None:
+            self._dashboard.load_state_dict(shown)
         self._resumed = {}
 
     def _note_rates(self, optimizer: Optimizer) -> None:

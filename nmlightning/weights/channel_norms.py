@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nmlightning.errors import InputError
+from nmlightning.weights.shards import is_sharded
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def channel_norms(weight: Tensor, p: float = 2.0, layout: ChannelLayout = ROWS) 
             f"expected a floating-point weight of two or more dimensions, got {weight.dtype} of "
             f"shape {tuple(weight.shape)}."
         )
-    if type(weight).__name__ == "DTensor":
+    if is_sharded(weight):
         return _of_shards(weight, p, layout)
     return row_norms(layout.rows(weight.detach()), p)
 
@@ -124,7 +125,7 @@ def gather_channels(values: Tensor) -> Tensor:
 
     Any other tensor is returned as it is.
     """
-    return values.full_tensor() if type(values).__name__ == "DTensor" else values  # type: ignore[attr-defined]
+    return values.full_tensor() if is_sharded(values) else values  # type: ignore[attr-defined]
 
 
 def effective_learning_rates(

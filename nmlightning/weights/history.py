@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nmlightning.errors import InputError, check_choice, check_whole_number, nearest
+from nmlightning.name_patterns import some
 from nmlightning.weights.history_arrays import check_finite, make_arrays
 from nmlightning.weights.official_pickle import read_official_pickle
 from nmlightning.weights.recorded_clock import RecordedClock
@@ -215,7 +216,7 @@ class NormHistory:
             if name not in self.norms:
                 raise InputError(
                     f"The recording is of another model: it has no {name!r}."
-                    f"{nearest(name, self.norms)} It holds {_some(self.norms)}."
+                    f"{nearest(name, self.norms)} It holds {some(self.norms, 3)}."
                 )
             recorded = self.norms[name].shape[1]
             if recorded != count:
@@ -243,8 +244,3 @@ class NormHistory:
             self.weight_decays[kept],
             self.provenance,
         )
-
-
-def _some(names: Mapping[str, object]) -> str:
-    shown = list(names)[:3]
-    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +9,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from nmlightning.errors import InputError, check_lists
+from nmlightning.errors import InputError
+from nmlightning.name_patterns import check_lists, matches, some, unmatched
 from nmlightning.weights.channel_norms import ROWS, ChannelLayout, channel_norms, gather_channels
 from nmlightning.weights.plain_name import plain_name
 
@@ -67,13 +67,12 @@ def find_layer_weights(
     weights = list(_all_layer_weights(model))
     lazy = find_lazy_weights(model)
     names = [*map(_base_name, weights), *lazy]
-    for pattern in (*include, *exclude):
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise InputError(
-                f"The pattern {pattern!r} matches no weight of a convolution or linear layer of "
-                f"{type(model).__name__}; there is {', '.join(names[:8]) or 'none'}"
-                f"{f' and {len(names) - 8} more' if len(names) > 8 else ''}."
-            )
+    wrong = unmatched((*include, *exclude), names)
+    if wrong is not None:
+        raise InputError(
+            f"The pattern {wrong!r} matches no weight of a convolution or linear layer of "
+            f"{type(model).__name__}; there is {some(names, 8)}."
+        )
     chosen = [weight for weight in weights if _is_chosen(_base_name(weight), include, exclude)]
     if not chosen:
         but = f" but {lazy[0]}, which has no shape yet; {LAZY_WAY_OUT}" if lazy else ""
@@ -111,8 +110,7 @@ def find_lazy_weights(
 
 
 def _is_chosen(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    included = not include or any(fnmatchcase(name, pattern) for pattern in include)
-    return included and not any(fnmatchcase(name, pattern) for pattern in exclude)
+    return (not include or matches(name, include)) and not matches(name, exclude)
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear | _ConvNd]]:

@@ -1,9 +1,9 @@
-"""What weight norms and weight decay do under each family of optimizers."""
+"""What weight norms and weight decay do under each family of optimizers, and what one moves."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from torch import optim
+from torch import Tensor, optim
 
 from nmlightning.errors import InputError
 from nmlightning.weights.channel_norms import equilibrium_rotation
@@ -69,3 +69,8 @@ def expected_rotation(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> f
     if isinstance(optimizer, optim.AdamW):
         return equilibrium_rotation(rate, decay, beta1=group["betas"][0])
     return None
+
+
+def group_numbers(optimizer: optim.Optimizer) -> dict[Tensor, int]:
+    """Return the parameters that an optimizer has, and the parameter group of each."""
+    return {q: n for n, group in enumerate(optimizer.param_groups) for q in group["params"]}

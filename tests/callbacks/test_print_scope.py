@@ -73,7 +73,7 @@ def test_every_layer_is_there_once(
     assert read_table(printed) == [
         ("plain.weight", "steered: scale-invariant (radial share)"),
         ("kept.weight", "left: exclude names it"),
-        ("frozen.weight", "left: it is frozen"),
+        ("frozen.weight", "left: it is frozen, and stays unsteered if it is trained later"),
         ("other.weight", "left: no optimizer has it"),
         ("free.weight", "left: the loss feels its norm (radial share)"),
         ("unused.weight", "steered; it has had no gradient yet"),
@@ -90,7 +90,7 @@ def test_layers_that_are_named(
     assert read_table(capsys.readouterr().err) == [
         ("plain.weight", "steered: scale-invariant (radial share)"),
         ("kept.weight", "left: include does not name it"),
-        ("frozen.weight", "left: it is frozen"),
+        ("frozen.weight", "left: it is frozen, and stays unsteered if it is trained later"),
         ("other.weight", "left: no optimizer has it"),
         ("free.weight", "left: include does not name it"),
         ("unused.weight", "left: include does not name it"),

@@ -338,6 +338,10 @@ BAD_REFERENCES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda _: make_history(seed=-1),
         "with seed -1, .* set other_run to follow",
     ),
+    "of another optimizer": (
+        lambda _: make_history(optimizers=[{"name": "AdamW", "lr": 0.05}]),
+        "a run with AdamW, and this one has SGD, .* set other_run to follow it all the same",
+    ),
     "of more processes": (
         lambda _: make_history(world_size=8),
         "a run with world_size 8, and this one has 1; set other_run to follow it all the same",
@@ -358,9 +362,11 @@ def test_references_that_do_not_fit(rule_name: str, reference: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("rule_name", REFERENCED)
-@pytest.mark.parametrize("provenance", [{"seed": -1}, {"world_size": 8}])
+@pytest.mark.parametrize(
+    "provenance", [{"seed": -1}, {"world_size": 8}, {"optimizers": [{"name": "AdamW"}]}]
+)
 def test_another_run_may_be_followed(
-    rule_name: str, provenance: dict[str, int], tmp_path: Path
+    rule_name: str, provenance: dict[str, Any], tmp_path: Path
 ) -> None:
     trainer = make_trainer(tmp_path, None)
     rule = RULES[rule_name](make_history(**provenance))
@@ -395,3 +401,21 @@ def test_norms_that_are_zero(rule_name: str, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=message):
         make_trainer(tmp_path, RULES[rule_name](history)).fit(module, make_data())
     assert all(bool(q.isfinite().all()) for q in module.parameters())
+
+
+def test_steering_that_is_none() -> None:
+    with pytest.raises(InputError, match=r"steering is a rule, such as .*, got 'LRCorrection'"):
+        WeightNormTracker(steering="LRCorrection")  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:DecayEquivalentLR undid 6 steps .* by step 12")
+def test_what_was_undone_is_told_at_the_end_of_an_epoch(tmp_path: Path) -> None:
+    """Sooner than at the 25th step."""
+
+    class Spoiled(Classifies):
+        def on_after_backward(self) -> None:
+            self.net[0].weight.grad[1] = torch.nan
+
+    trainer = make_trainer(tmp_path, DecayEquivalentLR(0.05))
+    with pytest.warns(UserWarning, match="undid 6 steps of channels of net.0.weight by step 6"):
+        trainer.fit(Spoiled(), make_data())

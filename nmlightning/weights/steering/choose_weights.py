@@ -1,15 +1,16 @@
 """Which parameters of an optimizer a rule steers, and which it must not."""
 
-from collections.abc import Container, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
-from typing import Any
+import warnings
+from collections.abc import Container, Mapping, Sequence
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from nmlightning.errors import InputError
-from nmlightning.weights.channel_norms import ROWS, ChannelLayout, channel_norms
-from nmlightning.weights.plain_name import plain_name
+from nmlightning.name_patterns import matches, some, unmatched
+from nmlightning.weights.channel_norms import ChannelLayout, channel_norms
+from nmlightning.weights.optimizer_family import group_numbers
+from nmlightning.weights.steering.named_weights import Model, NamedWeights
 from nmlightning.weights.steering.steered_weight import SteeredWeight
 
 CONVOLUTIONS, MATRICES = 3, 2
@@ -22,63 +23,75 @@ _DEFAULTS = {
 
 def choose_weights(
     optimizer: Optimizer,
-    named_parameters: Iterable[tuple[str, Tensor]],
+    model: Model,
     include: Sequence[str],
     exclude: Sequence[str],
-    layouts: Mapping[str, ChannelLayout],
+    layouts: Mapping[str, ChannelLayout] | None = None,
+    recorded: Container[str] | None = None,
     least_dims: int = CONVOLUTIONS,
 ) -> list[SteeredWeight]:
     """Return the weights of `optimizer` to steer, under their plain names.
 
     Args:
         optimizer: parameters that it does not have are left out.
-        named_parameters: of the model.
-        include: glob patterns on plain names; empty means every weight of `least_dims` or more.
+        model: the model, or its named parameters.
+        include: glob patterns on plain names; empty means every weight of `least_dims` or more. A
+            convolution is a layer's weight of three; where only names and shapes are known every
+            parameter of so many.
         exclude: glob patterns on names that are left alone.
-        layouts: the layouts of weights whose output channels are not along dimension 0.
+        layouts: the layouts of weights whose output channels are not along dimension 0, where the
+            model does not tell.
+        recorded: the names that a recording has; parameters that only look like convolutions are
+            left if it has others, with a warning.
         least_dims: CONVOLUTIONS or MATRICES.
 
     Raises:
         InputError: nothing to steer; a pattern that matches nothing; a parameter that FSDP1
-            flattened, that is split within channels, or that decays inside the optimizer's step.
+            flattened, that has no channels, that is split within channels, or that decays inside
+            the optimizer's step.
     """
-    groups = {q: n for n, group in enumerate(optimizer.param_groups) for q in group["params"]}
-    named = {plain_name(name): parameter for name, parameter in named_parameters}
-    _check_patterns(named, (*include, *exclude))
-    chosen = [
-        SteeredWeight(name, parameter, optimizer, groups[parameter], layouts.get(name, ROWS))
-        for name, parameter in named.items()
-        if why_left(name, parameter, groups, include, exclude, least_dims) is None
+    weights = NamedWeights.of(model, layouts)
+    groups = group_numbers(optimizer)
+    _check_names(weights, (*include, *exclude))
+    names = [
+        name
+        for name in weights.parameters
+        if why_left(weights, name, groups, include, exclude, least_dims) is None
     ]
-    if not chosen:
+    if recorded is not None and weights.layers is None and not include:
+        names = _leave_unrecorded(names, recorded)
+    if not names:
+        held = some(name for name, q in weights.parameters.items() if q in groups)
         raise InputError(
             f"There is no weight to steer: by default these are the {_DEFAULTS[least_dims][0]} "
-            "in the optimizer; name others by include. "
-            f"It has {_some([n for n, q in named.items() if q in groups])}."
+            f"in the optimizer; name others by include. It has {held}."
         )
-    for weight in chosen:
-        _check(weight)
+    chosen = []
+    for name in names:
+        parameter = weights.parameters[name]
+        chosen.append(
+            SteeredWeight(name, parameter, optimizer, groups[parameter], weights.layout(name))
+        )
+        _check(chosen[-1])
     return chosen
 
 
 def has_weights(
     optimizer: Optimizer,
-    named_parameters: Iterable[tuple[str, Tensor]],
+    model: Model,
     include: Sequence[str],
     exclude: Sequence[str],
     least_dims: int = CONVOLUTIONS,
 ) -> bool:
     """Return whether `choose_weights` finds any weight to steer."""
-    optimized = {q for group in optimizer.param_groups for q in group["params"]}
-    return any(
-        why_left(plain_name(name), parameter, optimized, include, exclude, least_dims) is None
-        for name, parameter in named_parameters
-    )
+    weights, groups = NamedWeights.of(model), group_numbers(optimizer)
+    choice = include, exclude, least_dims
+    return any(why_left(weights, name, groups, *choice) is None for name in weights.parameters)
 
 
 def why_left(
+    weights: NamedWeights,
     name: str,
-    parameter: Tensor,
     optimized: Container[Tensor],
     include: Sequence[str],
     exclude: Sequence[str],
@@ -87,36 +100,51 @@ def why_left(
     """Return in words why a parameter is not to be steered, or None if it is.
 
     Args:
-        name: its plain name.
-        parameter: it.
+        weights: of the model.
+        name: of one of them.
         optimized: the parameters that an optimizer has.
         include: as for `choose_weights`.
         exclude: as for `choose_weights`.
         least_dims: as for `choose_weights`.
     """
+    parameter = weights.parameters[name]
     if not parameter.requires_grad:
-        return "it is frozen"
+        return "it is frozen, and stays unsteered if it is trained later"
     if parameter not in optimized:
         return "no optimizer has it"
-    if _matches(name, exclude):
+    if matches(name, exclude):
         return "exclude names it"
     if include:
-        return None if _matches(name, include) else "include does not name it"
-    return None if parameter.dim() >= least_dims else _DEFAULTS[least_dims][1]
+        return None if matches(name, include) else "include does not name it"
+    fits = weights.is_convolution(name) if least_dims == CONVOLUTIONS else parameter.dim() > 1
+    return None if fits else _DEFAULTS[least_dims][1]
 
 
-def _check_patterns(named: Mapping[str, Any], patterns: Iterable[str]) -> None:
-    for name, parameter in named.items():
+def _check_names(weights: NamedWeights, patterns: Sequence[str]) -> None:
+    for name, parameter in weights.parameters.items():
         if getattr(parameter, "_is_flat_param", False):
             raise InputError(
                 f"{name} is a flat shard of FSDP1, which has no channels: use FSDP2 "
                 "(ModelParallelStrategy) or DDP."
             )
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in named):
-            raise InputError(
-                f"The pattern {pattern!r} matches no parameter. There is {_some(list(named))}."
-            )
+    wrong = unmatched(patterns, weights.parameters)
+    if wrong is not None:
+        raise InputError(
+            f"The pattern {wrong!r} matches no parameter. There is {some(weights.parameters)}."
+        )
+
+
+def _leave_unrecorded(names: list[str], recorded: Container[str]) -> list[str]:
+    """Return those of the names that are recorded, or all of them if none is."""
+    left = [name for name in names if name not in recorded]
+    if not left or len(left) == len(names):
+        return names
+    warnings.warn(
+        f"The recording has no {some(left)}, by its shape a convolution; it is left alone: "
+        "exclude it, or give attach the model itself, which tells what is one.",
+        stacklevel=4,
+    )
+    return [name for name in names if name in recorded]
 
 
 def _check(weight: SteeredWeight) -> None:
@@ -127,13 +155,7 @@ def _check(weight: SteeredWeight) -> None:
             "steered with the step: put it into a parameter group without, for instance by "
             'parameter_groups with scope "last_layer".'
         )
-    channel_norms(weight.parameter, layout=weight.layout)
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:5]) or "nothing"
-    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    try:
+        channel_norms(weight.parameter, layout=weight.layout)
+    except InputError as error:
+        raise InputError(f"{weight.name} cannot be steered: {error} Take it out.") from error

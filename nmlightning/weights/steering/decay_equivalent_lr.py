@@ -1,7 +1,7 @@
 """DecayEquivalentLR: weight decay as a learning rate that grows exponentially."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from nmlightning.errors import InputError
+from nmlightning.errors import InputError, is_number
+from nmlightning.name_patterns import check_lists
 from nmlightning.weights.channel_norms import ChannelLayout
 from nmlightning.weights.steering.attachment import Attachment
 from nmlightning.weights.steering.choose_weights import CONVOLUTIONS, choose_weights
 from nmlightning.weights.steering.moves import project, scale_step
+from nmlightning.weights.steering.named_weights import Model
 from nmlightning.weights.steering.reference import Moment
 from nmlightning.weights.steering.scale_invariance import Scope
 from nmlightning.weights.steering.steered_weight import SteeredWeight
@@ -84,8 +86,9 @@ class DecayEquivalentLR:
     def __init__(
         self, weight_decay: float, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
     ) -> None:
-        if not 0 <= weight_decay < math.inf:
+        if not (is_number(weight_decay) and 0 <= weight_decay < math.inf):
             raise InputError(f"weight_decay must be 0 or more, got {weight_decay!r}.")
+        check_lists(include=include, exclude=exclude)
         self.weight_decay = weight_decay
         self.include = tuple(include)
         self.exclude = tuple(exclude)
@@ -93,18 +96,17 @@ class DecayEquivalentLR:
     def attach(
         self,
         optimizer: Optimizer,
-        named_parameters: Iterable[tuple[str, Tensor]],
+        named_parameters: Model,
         layouts: Mapping[str, ChannelLayout] | None = None,
     ) -> Attachment:
         """Steer every step of `optimizer` from now on; see `LRCorrection.attach`."""
-        weights = choose_weights(
-            optimizer, named_parameters, self.include, self.exclude, layouts or {}
-        )
+        weights = choose_weights(optimizer, named_parameters, self.include, self.exclude, layouts)
         for weight in weights:
             _check_heavy_ball(weight)
             DecayRate.of(weight.learning_rate, self.weight_decay, weight.group["momentum"])
         rules = [_DecayedWeight(weight, self.weight_decay) for weight in weights]
-        return Attachment(optimizer, rules, Scope(insists=bool(self.include)), type(self).__name__)
+        scope, settings = Scope(insists=bool(self.include)), {"weight_decay": self.weight_decay}
+        return Attachment(optimizer, rules, scope, type(self).__name__, settings)
 
 
 class _DecayedWeight:
@@ -129,9 +131,18 @@ class _DecayedWeight:
             self._correct_buffer(before, momentum * (self._pull - now.pull) * squares, rate)
         factors = (1 / (now.alpha * squares)).to(self._initial.dtype)
         undone, self.factors = scale_step(self.weight, before, factors)
-        self._scales *= now.alpha / project(self.weight, self._initial)
+        shrunk = now.alpha / project(self.weight, self._initial)
+        self._forget(undone, before, now.pull * squares)
+        self._scales *= shrunk.where(~undone, 1.0)
         self._pull = now.pull
         return undone
+
+    def _forget(self, undone: Tensor, before: Tensor, shares: Tensor) -> None:
+        """Leave the momentum that stands for none in the decayed run where it is not finite."""
+        buffer = self.weight.buffer("momentum_buffer")
+        if buffer is not None:
+            lost = (self.weight.spread(undone) != 0) & ~buffer.isfinite()
+            buffer.copy_(buffer.where(~lost, -before * self.weight.spread(shares)))
 
     def _correct_buffer(self, before: Tensor, shares: Tensor, rate: float) -> None:
         """Let the step have been taken with shares of the channels added to their momentum."""
@@ -143,14 +154,14 @@ class _DecayedWeight:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "initial": self._initial.clone(),
-            "scales": self._scales.clone(),
+            "initial": self.weight.all_channels(self._initial).clone(),
+            "scales": self.weight.all_channels(self._scales).clone(),
             "pull": self._pull,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._initial.copy_(state["initial"])
-        self._scales.copy_(state["scales"])
+        self._initial.copy_(self.weight.local_channels(state["initial"]))
+        self._scales.copy_(self.weight.local_channels(state["scales"]))
         self._pull = state["pull"]
 
 

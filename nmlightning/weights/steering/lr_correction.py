@@ -1,7 +1,7 @@
 """LRCorrection: train without weight decay at the effective learning rates of a run with it."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nmlightning.errors import InputError, check_choice
+from nmlightning.errors import check_choice
+from nmlightning.name_patterns import check_lists
 from nmlightning.weights.channel_norms import ChannelLayout, channel_norms
 from nmlightning.weights.history import Alignment, NormHistory
 from nmlightning.weights.optimizer_family import Power, choose_power
 from nmlightning.weights.steering.attachment import Attachment
 from nmlightning.weights.steering.choose_weights import CONVOLUTIONS, choose_weights
 from nmlightning.weights.steering.moves import project, scale_step
-from nmlightning.weights.steering.reference import Moment, Reference, usable
+from nmlightning.weights.steering.named_weights import Model
+from nmlightning.weights.steering.reference import Moment, Reference, open_history, usable
+from nmlightning.weights.steering.rule_settings import check_positive, check_reference
 from nmlightning.weights.steering.scale_invariance import Scope
 from nmlightning.weights.steering.steered_weight import SteeredWeight
 
@@ -77,9 +80,9 @@ class LRCorrection:
         check_choice("granularity", granularity, get_args(Granularity))
         align = align or ("official" if mode == "paper" else "interpolate")
         check_choice("align", align, get_args(Alignment))
-        for name, bound in (("max_factor", max_factor), ("max_rotation", max_rotation)):
-            if bound is not None and not bound > 0:
-                raise InputError(f"{name} must be positive, or None for no bound, got {bound!r}.")
+        check_reference(reference)
+        check_positive(max_factor=max_factor, max_rotation=max_rotation)
+        check_lists(include=include, exclude=exclude)
         if mode == "paper":
             warnings.warn(
                 'LRCorrection(mode="paper") has no brake: where a reference norm decays to almost '
@@ -99,30 +102,45 @@ class LRCorrection:
     def attach(
         self,
         optimizer: Optimizer,
-        named_parameters: Iterable[tuple[str, Tensor]],
+        named_parameters: Model,
         layouts: Mapping[str, ChannelLayout] | None = None,
     ) -> Attachment:
         """Steer every step of `optimizer` from now on.
 
         Args:
             optimizer: any; its weight decay must be 0 for what is steered.
-            named_parameters: of the model, as `model.named_parameters()` gives them.
-            layouts: the layouts of weights whose output channels are not along dimension 0.
+            named_parameters: of the model, as `model.named_parameters()` gives them, or the model
+                itself. Names alone do not tell a convolution from another parameter of three or
+                more dimensions, nor a transposed one.
+            layouts: the layouts of weights whose output channels are not along dimension 0; only
+                names alone need them.
 
         Returns:
             The attachment, whose `remove` undoes it.
 
         Raises:
-            InputError: an optimizer whose power is not known; no weight to steer; one that decays;
-                a recording that cannot be read, or of another model.
+            InputError: an optimizer whose power is not known; no weight to steer; one that decays,
+                or that is steered already; a recording that cannot be read, or of another model.
         """
         power = choose_power(optimizer, self.power)
+        history = open_history(self.reference)
         weights = choose_weights(
-            optimizer, named_parameters, self.include, self.exclude, layouts or {}
+            optimizer, named_parameters, self.include, self.exclude, layouts, recorded=history.norms
         )
-        reference = Reference(self.reference, weights, self.align)
+        reference = Reference(history, weights, self.align)
         rules = [_CorrectedWeight(weight, reference, self, power) for weight in weights]
-        return Attachment(optimizer, rules, Scope(insists=bool(self.include)), type(self).__name__)
+        scope = Scope(insists=bool(self.include))
+        return Attachment(optimizer, rules, scope, type(self).__name__, self._settings(power))
+
+    def _settings(self, power: int) -> dict[str, Any]:
+        return {
+            "mode": self.mode,
+            "power": power,
+            "granularity": self.granularity,
+            "max_factor": self.max_factor,
+            "max_rotation": self.max_rotation,
+            "align": self.align,
+        }
 
 
 class _CorrectedWeight:
@@ -165,7 +183,7 @@ class _CorrectedWeight:
         return mean.sqrt().expand_as(norms)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"initial": self._initial.clone()}
+        return {"initial": self.weight.all_channels(self._initial).clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._initial.copy_(state["initial"])
+        self._initial.copy_(self.weight.local_channels(state["initial"]))

@@ -1,15 +1,16 @@
 """What rules share that steer any matrix, whether or not the loss feels its norm."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from nmlightning.errors import InputError
+from nmlightning.name_patterns import check_lists
 from nmlightning.weights.channel_norms import ChannelLayout
 from nmlightning.weights.steering.attachment import Attachment, StepRule
 from nmlightning.weights.steering.choose_weights import MATRICES, choose_weights
+from nmlightning.weights.steering.named_weights import Model
 from nmlightning.weights.steering.scale_invariance import WholeScope
 from nmlightning.weights.steering.steered_weight import SteeredWeight
 
@@ -25,13 +26,14 @@ class MatrixRule(ABC):
     least_dims = MATRICES
 
     def __init__(self, *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> None:
+        check_lists(include=include, exclude=exclude)
         self.include = tuple(include)
         self.exclude = tuple(exclude)
 
     def attach(
         self,
         optimizer: Optimizer,
-        named_parameters: Iterable[tuple[str, Tensor]],
+        named_parameters: Model,
         layouts: Mapping[str, ChannelLayout] | None = None,
     ) -> Attachment:
         """Steer every step of `optimizer` from now on; see `LRCorrection.attach`."""
@@ -41,7 +43,7 @@ class MatrixRule(ABC):
             )
         patterns = self.include, self.exclude
         weights = choose_weights(
-            optimizer, named_parameters, *patterns, layouts or {}, self.least_dims
+            optimizer, named_parameters, *patterns, layouts, least_dims=self.least_dims
         )
         rules = [self._steer(weight) for weight in weights]
         return Attachment(optimizer, rules, WholeScope(), type(self).__name__)

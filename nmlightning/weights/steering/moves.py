@@ -13,8 +13,8 @@ def scale_step(
 ) -> tuple[Tensor, Tensor]:
     """Turn the step Δw_i that led from `before` to the weight into f_i · Δw_i.
 
-    A channel whose step or factor is not finite goes back to where it was; one that did not move
-    may have any factor.
+    A channel whose step, factor or scaled weight is not finite, in float32 or in the dtype of the
+    weight, goes back to where it was; one that did not move may have any factor.
 
     Args:
         weight: the weight after the optimizer's step; it is changed in place.
@@ -34,9 +34,11 @@ def scale_step(
         bounds = max_rotation * channel_norms(before, layout=weight.layout) / lengths
         factors = torch.minimum(factors, bounds.where(lengths > 0, torch.inf))
     factors = factors.where(~undone & factors.isfinite(), 0.0)
-    scaled = torch.lerp(before, after, weight.spread(factors))
+    dtype = weight.norms_dtype
+    scaled = torch.lerp(before.to(dtype), after.to(dtype), weight.spread(factors)).to(after.dtype)
+    undone |= ~channel_norms(scaled, layout=weight.layout).isfinite()
     after.copy_(scaled.where(weight.spread(undone) == 0, before))
-    return undone, factors
+    return undone, factors.where(~undone, 0.0)
 
 
 @torch.no_grad()
@@ -46,12 +48,13 @@ def project(weight: SteeredWeight, norms: Tensor) -> Tensor:
     Args:
         weight: it is changed in place.
         norms: (C,) ‖w_i‖₂ to have. A channel stays as it is where that or its own norm is zero or
-            not finite.
+            not finite, or where the weight's dtype does not reach that far.
 
     Returns:
         (C,) what each channel was multiplied by.
     """
     factors = norms / weight.norms()
-    factors = factors.where(factors.isfinite() & (factors > 0), 1.0)
+    reached = factors.isfinite() & (factors > 0) & (norms < torch.finfo(weight.values.dtype).max)
+    factors = factors.where(reached, 1.0)
     weight.scale(factors)
     return factors

@@ -1,6 +1,6 @@
 """NormSchedule: let the norms of the weights do what the learning-rate schedule would."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nmlightning.errors import InputError, check_choice
+from nmlightning.errors import check_choice
+from nmlightning.name_patterns import check_lists
 from nmlightning.weights.channel_norms import ChannelLayout
 from nmlightning.weights.history import Alignment, NormHistory
 from nmlightning.weights.optimizer_family import Power, choose_power
 from nmlightning.weights.steering.attachment import Attachment
 from nmlightning.weights.steering.choose_weights import CONVOLUTIONS, choose_weights
 from nmlightning.weights.steering.moves import project, scale_step
-from nmlightning.weights.steering.reference import Moment, Reference, usable
+from nmlightning.weights.steering.named_weights import Model
+from nmlightning.weights.steering.reference import Moment, Reference, open_history, usable
+from nmlightning.weights.steering.rule_settings import check_positive, check_reference
 from nmlightning.weights.steering.scale_invariance import Scope
 from nmlightning.weights.steering.steered_weight import SteeredWeight
 
@@ -65,10 +68,9 @@ class NormSchedule:
         exclude: Sequence[str] = (),
     ) -> None:
         check_choice("align", align, get_args(Alignment))
-        if base_lr is not None and not base_lr > 0:
-            raise InputError(f"base_lr must be positive, got {base_lr!r}.")
-        if max_rotation is not None and not max_rotation > 0:
-            raise InputError(f"max_rotation must be positive, or None, got {max_rotation!r}.")
+        check_reference(reference)
+        check_positive(base_lr=base_lr, max_rotation=max_rotation)
+        check_lists(include=include, exclude=exclude)
         self.reference = reference
         self.base_lr = base_lr
         self.max_rotation = max_rotation
@@ -80,17 +82,27 @@ class NormSchedule:
     def attach(
         self,
         optimizer: Optimizer,
-        named_parameters: Iterable[tuple[str, Tensor]],
+        named_parameters: Model,
         layouts: Mapping[str, ChannelLayout] | None = None,
     ) -> Attachment:
         """Steer every step of `optimizer` from now on; see `LRCorrection.attach`."""
         power = choose_power(optimizer, self.power)
+        history = open_history(self.reference)
         weights = choose_weights(
-            optimizer, named_parameters, self.include, self.exclude, layouts or {}
+            optimizer, named_parameters, self.include, self.exclude, layouts, recorded=history.norms
         )
-        reference = Reference(self.reference, weights, self.align)
+        reference = Reference(history, weights, self.align)
         rules = [_ScheduledWeight(weight, reference, self, power) for weight in weights]
-        return Attachment(optimizer, rules, Scope(insists=bool(self.include)), type(self).__name__)
+        scope = Scope(insists=bool(self.include))
+        return Attachment(optimizer, rules, scope, type(self).__name__, self._settings(power))
+
+    def _settings(self, power: int) -> dict[str, Any]:
+        return {
+            "base_lr": self.base_lr,
+            "power": power,
+            "max_rotation": self.max_rotation,
+            "align": self.align,
+        }
 
 
 class _ScheduledWeight:
@@ -113,7 +125,7 @@ class _ScheduledWeight:
         if rate == 0:
             return torch.zeros_like(norms, dtype=torch.bool)
         share = self._base_lr / rate
-        factors = torch.where(usable(norms), share, 1.0).to(norms.dtype)
+        factors = torch.full_like(norms, share).where(usable(norms), 1.0)
         undone, self.factors = scale_step(self.weight, before, factors, self._max_rotation)
         project(self.weight, norms * share ** (1 / self._power))
         return undone

@@ -1,13 +1,14 @@
 """The recorded norms that a rule follows, on the weight's device and at the run's moment."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from nmlightning.errors import InputError
+from nmlightning.weights.channel_norms import ROWS
 from nmlightning.weights.history import Alignment, NormHistory
 from nmlightning.weights.steering.steered_weight import SteeredWeight
 
@@ -19,7 +20,7 @@ class Reference:
     """The norms of one recording, for the weights that are steered by it.
 
     Args:
-        source: a recording, its file, or the folder of the run that made it.
+        history: the recording.
         weights: what is steered.
         align: how a moment finds its record; see `NormHistory.place`.
 
@@ -27,15 +28,15 @@ class Reference:
         dead: how many channels of each weight have no usable norm at the last moment asked for.
 
     Raises:
-        InputError: a recording that cannot be read, or of another model.
+        InputError: a recording of another model, or an empty one.
     """
 
     def __init__(
-        self, source: NormHistory | str | Path, weights: Iterable[SteeredWeight], align: Alignment
+        self, history: NormHistory, weights: Sequence[SteeredWeight], align: Alignment
     ) -> None:
-        self.history = source if isinstance(source, NormHistory) else NormHistory.load(source)
+        self.history = history
         self.align = align
-        self.history.check_weights({self._recorded(w): w.channels for w in weights})
+        _check_weights(history, weights)
         if not len(self.history):
             raise InputError("The recording is empty.")
         self.dead: dict[str, int] = {}
@@ -50,17 +51,14 @@ class Reference:
         known = self._latest.get(weight.name)
         if known is None or known[0] != place:
             below, above, share = place
-            records = torch.from_numpy(self.history.norms[self._recorded(weight)][[below, above]])
+            records = torch.from_numpy(
+                self.history.norms[_recorded(weight, self.history)][[below, above]]
+            )
             first, second = records.to(weight.norms_dtype)
             norms = torch.lerp(first, second, share)
             self._note_dead(weight.name, norms)
             known = self._latest[weight.name] = place, weight.local_channels(norms)
         return known[1]
-
-    def _recorded(self, weight: SteeredWeight) -> str:
-        """Return the name of its norms: those of what is hidden behind a normalised weight."""
-        hidden = f"{weight.name}_v"
-        return hidden if hidden in self.history.norms else weight.name
 
     def _note_dead(self, name: str, norms: Tensor) -> None:
         dead = int((~usable(norms)).sum())
@@ -71,6 +69,40 @@ class Reference:
                 stacklevel=2,
             )
         self.dead[name] = dead
+
+
+def open_history(source: NormHistory | str | Path) -> NormHistory:
+    """Return a recording, given as itself, as its file, or as the folder of the run that made it.
+
+    Raises:
+        InputError: a recording that cannot be read.
+    """
+    return source if isinstance(source, NormHistory) else NormHistory.load(source)
+
+
+def _check_weights(history: NormHistory, weights: Sequence[SteeredWeight]) -> None:
+    try:
+        history.check_weights({_recorded(w, history): w.channels for w in weights})
+    except InputError as error:
+        shaped = [w for w in weights if w.name in history.norms and w.layout == ROWS]
+        if not any(_may_be_transposed(w, history.norms[w.name].shape[1]) for w in shaped):
+            raise
+        raise InputError(
+            f"{error} If it is a transposed convolution, give attach the model itself, which tells "
+            "where its channels are."
+        ) from error
+
+
+def _may_be_transposed(weight: SteeredWeight, recorded: int) -> bool:
+    """Whether it has another number of channels, yet could have that in so many groups."""
+    shape = weight.parameter.shape
+    return len(shape) >= 3 and recorded != shape[0] and recorded % shape[1] == 0
+
+
+def _recorded(weight: SteeredWeight, history: NormHistory) -> str:
+    """Return the name of its norms: those of what is hidden behind a normalised weight."""
+    hidden = f"{weight.name}_v"
+    return hidden if hidden in history.norms else weight.name
 
 
 def usable(norms: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -9,18 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nmlightning.weights.channel_norms import ROWS, ChannelLayout, channel_norms
-
-# What a scale of the weight by c does to what the optimizer keeps: it grows by c to this power.
-# Gradients of a scale-invariant weight grow by 1/c, and so do averages of them.
-_BUFFER_POWERS = {
-    "momentum_buffer": -1,
-    "exp_avg": -1,
-    "exp_avg_sq": -2,
-    "max_exp_avg_sq": -2,
-    "exp_inf": -1,
-    "square_avg": -2,
-    "grad_avg": -1,
-}
+from nmlightning.weights.shards import is_sharded, local_part
+from nmlightning.weights.steering.buffer_powers import buffer_power
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,17 +36,17 @@ class SteeredWeight:
     @property
     def values(self) -> Tensor:
         """The weight itself, which may be changed in place."""
-        return _local(self.parameter.detach())
+        return local_part(self.parameter.detach())
 
     @property
     def gradient(self) -> Tensor | None:
         """The gradient, of the weight's shape; dense also where that of an embedding is not."""
-        return None if self.parameter.grad is None else _local(self.parameter.grad).to_dense()
+        return None if self.parameter.grad is None else local_part(self.parameter.grad).to_dense()
 
     def buffer(self, name: str) -> Tensor | None:
         """Return what the optimizer keeps for the weight under a name, such as `exp_avg`."""
         kept = self.optimizer.state.get(self.parameter, {}).get(name)
-        return _local(kept) if isinstance(kept, Tensor) else None
+        return local_part(kept) if isinstance(kept, Tensor) else None
 
     @property
     def learning_rate(self) -> float:
@@ -78,7 +69,7 @@ class SteeredWeight:
 
     def all_channels(self, values: Tensor) -> Tensor:
         """Return the (C,) values of all ranks' channels, given those of this rank's."""
-        if type(self.parameter).__name__ != "DTensor":
+        if not is_sharded(self.parameter):
             return values
         from torch.distributed.tensor import DTensor
 
@@ -89,26 +80,44 @@ class SteeredWeight:
     def local_channels(self, values: Tensor) -> Tensor:
         """Return this rank's part of the (C,) values of all channels, on its device."""
         values = values.to(self.values.device)
-        if type(self.parameter).__name__ != "DTensor":
+        if not is_sharded(self.parameter):
             return values
         from torch.distributed.tensor import distribute_tensor
 
         mesh, placements = self.parameter.device_mesh, self.parameter.placements  # type: ignore[attr-defined]
-        return _local(distribute_tensor(values, mesh, placements))
+        return local_part(distribute_tensor(values, mesh, placements))
 
     def spread(self, values: Tensor) -> Tensor:
-        """Return (C,) values in a shape and dtype that scales the weight's channels."""
-        return self.layout.spread(values, self.values).to(self.values.dtype)
+        """Return (C,) values in a shape that scales the weight's channels, in the norms' dtype."""
+        return self.layout.spread(values, self.values).to(self.norms_dtype)
 
     @torch.no_grad()
     def scale(self, factors: Tensor) -> None:
         """Multiply channel i by factor i, and the optimizer's averages as its gradients change."""
         self.values.mul_(self.spread(factors))
-        for name, power in _BUFFER_POWERS.items():
-            buffer = self.buffer(name)
-            if buffer is not None:
-                buffer.mul_(self.layout.spread(factors**power, buffer).to(buffer.dtype))
+        for name in self.optimizer.state.get(self.parameter, {}):
+            buffer, power = self.buffer(name), buffer_power(self.optimizer, name)
+            if buffer is not None and power:
+                buffer.mul_(self.layout.spread(factors**power, buffer))
 
+    @torch.no_grad()
+    def forget(self, undone: Tensor) -> None:
+        """Set to 0 what is not finite in the optimizer's averages of channels that were undone.
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if type(tensor).__name__ == "DTensor" else tensor  # type: ignore[attr-defined]
+        Otherwise no later step would be finite. Each entry of the averages is kept or lost in all
+        of them alike, since they belong together.
+
+        Args:
+            undone: (C,) bool.
+        """
+        state = self.optimizer.state.get(self.parameter, {}).values()
+        averages = [
+            local_part(kept)
+            for kept in state
+            if isinstance(kept, Tensor) and kept.shape == self.parameter.shape
+        ]
+        lost = self.layout.spread(undone, self.values)
+        if averages:
+            lost = lost & reduce(torch.logical_or, (~average.isfinite() for average in averages))
+        for average in averages:
+            average.masked_fill_(lost, 0.0)

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from nmlightning.errors import check_flag, check_lists
+from nmlightning.errors import check_flag
+from nmlightning.name_patterns import check_lists
 from nmlightning.weights.weight_norm.gains import homes_of_gains, listed, take_out
 from nmlightning.weights.weight_norm.parametrization import WeightNorm
 from nmlightning.weights.weight_norm.settings import NAMES, Gain, Kind, Settings

@@ -333,7 +333,7 @@ def test_references_that_do_not_fit(
     other = {"conv1.weight": history.norms["conv1.weight"]}
     partial = NormHistory.from_arrays(other, history.steps, history.epochs)
     with pytest.raises(InputError, match=r"of another model: it has no 'conv2.weight'"):
-        make_rule(partial).attach(sgd(net), net.named_parameters())
+        make_rule(partial).attach(sgd(net), net)
     optimizer = sgd(net)
     make_rule(history.until(10)).attach(optimizer, net.named_parameters())
     with pytest.raises(InputError, match=r"does not reach step 1[01]"):

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nmlightning.errors import InputError
+from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
-from nmlightning.weights.steering.attachment import MAX_STEPS_UNDONE
+from nmlightning.weights.steering import LRCorrection, NormSchedule
+from nmlightning.weights.steering.undone_steps import MAX_STEPS_UNDONE
 
 Train = Callable[..., None]
 MakeNet = Callable[[], nn.Module]
@@ -34,6 +36,14 @@ def spoil(net: nn.Module, channel: int) -> None:
     for q in net.parameters():
         q.grad = torch.zeros_like(q)
     net.conv1.weight.grad[channel, 0, 1, 1] = torch.nan
+
+
+def across(weight: Tensor) -> Tensor:
+    """Return a gradient across the weight, as where the loss feels no norm."""
+    grad = torch.zeros_like(weight)
+    grad[:, 0, 0, 0] = weight[:, 0, 0, 1].detach()
+    grad[:, 0, 0, 1] = -weight[:, 0, 0, 0].detach()
+    return grad
 
 
 @pytest.mark.parametrize("rule_name", REFERENCED)
@@ -78,13 +88,12 @@ def test_a_step_that_is_not_finite_is_undone_and_told(
     channels = 4 if rule_name == "hyperball" else 1  # that undoes the step of a whole weight
     assert attachment.undone == channels
     attachment.clock = lambda: {"epoch": 0}
-    with pytest.warns(
-        UserWarning, match=f"undid {24 * channels} steps of channels by step 25, since they or the"
-    ):
-        step_on(optimizer, 23)  # The momentum buffer is not finite any more.
+    message = f"undid {24 * channels} steps of channels of conv1.weight by step 25, since they, their gradients"
+    with pytest.warns(UserWarning, match=message):
+        step_on(optimizer, 23)
 
 
-@pytest.mark.filterwarnings("ignore:.* undid .* steps of channels by step")
+@pytest.mark.filterwarnings("ignore:.* undid .* steps of channels of")
 def test_a_run_of_such_steps_ends(
     make_net: MakeNet,
     train: Train,
@@ -100,10 +109,28 @@ def test_a_run_of_such_steps_ends(
     spoil(net, channel=2)
     step_on(optimizer, 123)
     channels = 4 if rule_name == "hyperball" else 1
-    message = f"had to undo steps of some channels 124 times in a row (now {channels} channels)"
+    message = (
+        f"had to undo the steps of conv1.weight 124 times in a row (now of {channels} channels): their "
+        "gradients are not finite. Find the operation that makes them so"
+    )
     assert 100 <= MAX_STEPS_UNDONE <= 124  # it looks at every 25th
     with pytest.raises(InputError, match=re.escape(message)):
         optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:.* undid .* steps of channels of")
+def test_a_run_whose_steps_are_what_is_not_finite_ends(
+    make_net: MakeNet, random_history: MakeHistory
+) -> None:
+    net = make_net().float()
+    history = random_history(net)
+    history.norms["conv1.weight"][:] = 1e-44
+    optimizer = torch.optim.SGD([net.conv1.weight], lr=0.02)
+    attachment = LRCorrection(history).attach(optimizer, net.named_parameters())
+    attachment.clock = lambda: {"epoch": 0}
+    net.conv1.weight.grad = across(net.conv1.weight)
+    with pytest.raises(InputError, match="steps or factors are not finite, so the run has diverg"):
+        step_on(optimizer, 125)
 
 
 @pytest.mark.parametrize("rule_name", ["stable", "paper", "layer"])
@@ -119,9 +146,65 @@ def test_a_factor_that_is_not_finite(
     before = net.conv1.weight.detach().clone()
     for name, q in net.named_parameters():
         q.grad = torch.zeros_like(q)
-        if name.startswith("conv"):  # across the weight, as where the loss feels no norm
-            q.grad[:, 0, 0, 0] = q[:, 0, 0, 1].detach()
-            q.grad[:, 0, 0, 1] = -q[:, 0, 0, 0].detach()
+        if name.startswith("conv"):
+            q.grad = across(q)
     optimizer.step()
     assert attachment.undone == len(before)
     torch.testing.assert_close(net.conv1.weight.detach(), before)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shrink", "gradient"),
+    [
+        # A factor of 1e36, which float32 holds, on steps of a thousand, whose product it does not.
+        (torch.float32, 1e-18, 1e6),
+        # A factor of 1e6, which half precision holds no more than its product with a step of one.
+        (torch.float16, 1e-3, 1e3),
+    ],
+)
+def test_a_product_that_the_weights_cannot_hold(
+    dtype: torch.dtype, shrink: float, gradient: float
+) -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(4, 3, 3, 3).to(dtype))
+    before = weight.detach().clone()
+    norms = channel_norms(weight)[None] * shrink
+    history = NormHistory.from_arrays({"c": norms.numpy()}, [10], [0])
+    optimizer = torch.optim.SGD([weight], lr=1e-3)
+    rule = LRCorrection(history, mode="paper", include=["c*"])
+    attachment = rule.attach(optimizer, [("c", weight)])
+    weight.grad = across(weight) * gradient
+    optimizer.step()
+    assert attachment.undone == 4
+    assert torch.equal(weight, before)
+
+
+def test_a_factor_that_half_precision_does_not_hold() -> None:
+    """Its product with a small step is an ordinary number."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(4, 3, 3, 3).half())
+    with torch.no_grad():
+        weight[:, 0, 0, 0] = 0.0  # next to which half precision has small numbers
+    norms = channel_norms(weight)
+    history = NormHistory.from_arrays({"c": norms[None].numpy() * 1e-3}, [10], [0])
+    optimizer = torch.optim.SGD([weight], lr=0.125)
+    rule = LRCorrection(history, mode="paper", include=["c*"])
+    attachment = rule.attach(optimizer, [("c", weight)])
+    weight.grad = torch.zeros_like(weight)
+    weight.grad[:, 0, 0, 0] = 2.0**-17
+    optimizer.step()
+    assert attachment.undone == 0
+    moved = weight[:, 0, 0, 0].detach().float()
+    torch.testing.assert_close(moved, torch.full((4,), -1e6 * 2.0**-20), rtol=1e-3, atol=0)
+
+
+def test_a_norm_that_half_precision_does_not_reach() -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(4, 1, 1, 1).half())
+    before = weight.detach().clone()
+    history = NormHistory.from_arrays({"c": [[1e6] * 4]}, [10], [0])
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    NormSchedule(history, include=["c"]).attach(optimizer, [("c", weight)])
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert torch.equal(weight, before)

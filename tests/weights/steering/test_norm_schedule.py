@@ -105,11 +105,11 @@ def test_it_replaces_a_learning_rate_schedule(make_net: MakeNet, train: Train) -
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, math.nan])
 def test_rates_that_are_none(rate: float) -> None:
-    with pytest.raises(InputError, match=f"base_lr must be positive, got {rate}"):
+    with pytest.raises(InputError, match=f"base_lr is a positive number, or None, got {rate}"):
         NormSchedule("somewhere", rate)
 
 
-@pytest.mark.filterwarnings("ignore:NormSchedule undid .* steps of channels by step")
+@pytest.mark.filterwarnings("ignore:NormSchedule undid .* steps of channels of")
 @pytest.mark.parametrize("max_rotation", [0.2, None])
 def test_norms_that_shrink_to_almost_nothing(
     make_net: MakeNet, train: Train, random_history: MakeHistory, max_rotation: float | None
@@ -128,5 +128,7 @@ def test_norms_that_shrink_to_almost_nothing(
 
 @pytest.mark.parametrize("bound", [0.0, -1.0])
 def test_rotations_that_are_no_bound(bound: float) -> None:
-    with pytest.raises(InputError, match=f"max_rotation must be positive, or None, got {bound}"):
+    with pytest.raises(
+        InputError, match=f"max_rotation is a positive number, or None, got {bound}"
+    ):
         NormSchedule("somewhere", max_rotation=bound)

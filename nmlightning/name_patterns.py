@@ -1,0 +1,41 @@
+"""Glob patterns on names, and short lists of names for messages."""
+
+from collections.abc import Collection, Iterable
+from fnmatch import fnmatchcase
+
+from nmlightning.errors import InputError
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Return whether any of the glob patterns matches the whole name.
+
+    >>> matches("layer1.conv.weight", ["layer1.*"])
+    True
+    """
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def unmatched(patterns: Iterable[str], names: Collection[str]) -> str | None:
+    """Return the first pattern that matches none of the names, or None if each matches one."""
+    fruitless = (p for p in patterns if not any(fnmatchcase(name, p) for name in names))
+    return next(fruitless, None)
+
+
+def some(names: Iterable[str], shown: int = 5) -> str:
+    """Return the first names and how many more there are, or "nothing".
+
+    >>> some(["a", "b", "c"], 2)
+    'a, b and 1 more'
+    """
+    listed = list(names)
+    more = f" and {len(listed) - shown} more" if len(listed) > shown else ""
+    return (", ".join(listed[:shown]) or "nothing") + more
+
+
+def check_lists(**arguments: object) -> None:
+    """Raise InputError for anything but a list of strings."""
+    for name, value in arguments.items():
+        if isinstance(value, str):
+            raise InputError(f"{name} is a list, got the string {value!r}: write [{value!r}].")
+        if not (isinstance(value, Collection) and all(isinstance(item, str) for item in value)):
+            raise InputError(f"{name} is a list of strings, got {value!r}.")
