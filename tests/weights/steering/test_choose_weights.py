@@ -15,6 +15,7 @@ from nmlightning.weights.steering import DecayEquivalentLR, LRCorrection, NormSc
 
 MakeRule = Callable[..., Any]
 REFERENCED = ("stable", "paper", "layer", "schedule")
+OF_CONVOLUTIONS = (*REFERENCED, "decay")
 pytestmark = pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. has no brake")
 
 
@@ -44,6 +45,7 @@ def steered(attachment: Any) -> dict[str, ChannelLayout]:
     return {rule.weight.name: rule.weight.layout for rule in attachment.rules}
 
 
+@pytest.mark.parametrize("rule_name", OF_CONVOLUTIONS)
 def test_a_model_tells_its_convolutions_and_their_channels(make_rule: MakeRule) -> None:
     net = Mixed()
     for model in (net, torch.compile(net, backend="eager")):

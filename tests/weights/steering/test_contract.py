@@ -64,9 +64,10 @@ def test_it_steers_any_matrix(
     train(net, optimizer, 1)
     assert list(attachment.factors()) == names
     assert attachment.scope.dropped() == {}
+    attachment.remove()
     named = make_rule(None, include=["head.weight"]).attach(optimizer, net.named_parameters())
     assert list(named.reasons()) == ["head.weight"]
-    with pytest.raises(InputError, match=r"expected a floating-point weight of two or more dim"):
+    with pytest.raises(InputError, match=r"expected a .*two or more dim"):
         make_rule(None, include=["*.bias"]).attach(optimizer, net.named_parameters())
 
 

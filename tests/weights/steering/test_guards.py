@@ -88,7 +88,8 @@ def test_a_step_that_is_not_finite_is_undone_and_told(
     channels = 4 if rule_name == "hyperball" else 1  # that undoes the step of a whole weight
     assert attachment.undone == channels
     attachment.clock = lambda: {"epoch": 0}
-    message = f"undid {24 * channels} steps of channels of conv1.weight by step 25, since they, their gradients"
+    undone = f"undid {24 * channels} steps of channels of conv1.weight"
+    message = f"{undone} by step 25, since they, their gradients"
     with pytest.warns(UserWarning, match=message):
         step_on(optimizer, 23)
 
@@ -110,8 +111,9 @@ def test_a_run_of_such_steps_ends(
     step_on(optimizer, 123)
     channels = 4 if rule_name == "hyperball" else 1
     message = (
-        f"had to undo the steps of conv1.weight 124 times in a row (now of {channels} channels): their "
-        "gradients are not finite. Find the operation that makes them so"
+        "had to undo the steps of conv1.weight 124 times in a row "
+        f"(now of {channels} channels): their gradients are not finite. Find the operation that "
+        "makes them so"
     )
     assert 100 <= MAX_STEPS_UNDONE <= 124  # it looks at every 25th
     with pytest.raises(InputError, match=re.escape(message)):

@@ -61,7 +61,8 @@ def test_one_gradient_that_is_not_finite_costs_one_step(
     train(net, optimizer, 1, first=3)
     handle.remove()
     torch.testing.assert_close(weight[2].detach(), before[2], rtol=1e-14, atol=0)
-    assert not torch.equal(weight[1], before[1])
+    whole = rule_name == "hyperball"  # it undoes the step of a whole weight
+    assert torch.equal(weight[1], before[1]) == whole
     kept = averages(optimizer, weight)
     assert kept
     for buffer in kept.values():
@@ -70,7 +71,7 @@ def test_one_gradient_that_is_not_finite_costs_one_step(
     others = torch.arange(4) != 2
     assert all(bool((buffer[others] != 0).any()) for buffer in kept.values())
     train(net, optimizer, 40, first=4)
-    assert attachment.undone == 1
+    assert attachment.undone == (4 if whole else 1)
     assert not torch.isclose(weight[2], before[2], rtol=1e-6).all()
 
 
