@@ -27,16 +27,16 @@ def scale_step(
         (C,) bool, the channels whose step was undone; and (C,) the factors as they were applied,
         with the bound, 0 where the step was undone.
     """
-    after = weight.values
+    after, dtype = weight.values, weight.norms_dtype
     lengths = channel_norms(after - before, layout=weight.layout)
+    norms = channel_norms(before, layout=weight.layout)
     undone = ~(lengths.isfinite() & (factors.isfinite() | (lengths == 0)))
     if max_rotation is not None:
-        bounds = max_rotation * channel_norms(before, layout=weight.layout) / lengths
+        bounds = max_rotation * norms / lengths
         factors = torch.minimum(factors, bounds.where(lengths > 0, torch.inf))
     factors = factors.where(~undone & factors.isfinite(), 0.0)
-    dtype = weight.norms_dtype
+    undone |= ~(norms + factors * lengths < torch.finfo(after.dtype).max)
     scaled = torch.lerp(before.to(dtype), after.to(dtype), weight.spread(factors)).to(after.dtype)
-    undone |= ~channel_norms(scaled, layout=weight.layout).isfinite()
     after.copy_(scaled.where(weight.spread(undone) == 0, before))
     return undone, factors.where(~undone, 0.0)
 

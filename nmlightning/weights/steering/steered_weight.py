@@ -110,6 +110,8 @@ class SteeredWeight:
         Args:
             undone: (C,) bool.
         """
+        if undone.is_cpu and not undone.any():
+            return  # another device would have to be waited for, which costs more
         state = self.optimizer.state.get(self.parameter, {}).values()
         averages = [
             local_part(kept)
