@@ -14,6 +14,8 @@ from nmlightning.weights.history import NormHistory
 from nmlightning.weights.steering import LRCorrection
 from recorded_runs import StepsByHand, Trains, make_data, make_trainer
 
+pytestmark = pytest.mark.filterwarnings("ignore:The recording is of a run without weight decay")
+
 
 class Moments(pl.Callback):
     """Notes the epoch of each step, as steering sees it after the step."""

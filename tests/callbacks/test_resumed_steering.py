@@ -99,7 +99,7 @@ def test_steering_that_is_new(tracker: WeightNormTracker | None, tmp_path: Path)
 def test_steering_of_more_optimizers(tmp_path: Path) -> None:
     start = fit(tmp_path / "first", steer(DecayEquivalentLR(0.01)))
     checkpoint = torch.load(start, weights_only=True)
-    states = checkpoint["callbacks"]["WeightNormTracker"]["steering"]
+    states = checkpoint["callbacks"]["WeightNormTracker"]["steering"]["attachments"]
     states.append(states[0])
     torch.save(checkpoint, start)
     message = "The checkpoint was steered in 2 optimizers, and this run is in 1"
