@@ -112,7 +112,7 @@ def test_rules_that_steer_any_matrix(
     assert read_table(printed) == [
         ("plain.weight", "steered"),
         ("kept.weight", "left: exclude names it"),
-        ("frozen.weight", "left: it is frozen"),
+        ("frozen.weight", "left: it is frozen, and stays unsteered if it is trained later"),
         ("other.weight", "left: no optimizer has it"),
         ("free.weight", "steered"),
         ("unused.weight", "steered"),
