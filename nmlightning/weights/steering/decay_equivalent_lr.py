@@ -18,7 +18,7 @@ from nmlightning.weights.steering.moves import project, scale_step
 from nmlightning.weights.steering.named_weights import Model
 from nmlightning.weights.steering.reference import Moment
 from nmlightning.weights.steering.scale_invariance import Scope
-from nmlightning.weights.steering.steered_weight import SteeredWeight
+from nmlightning.weights.steering.steered_weight import SteeredWeight, may_hold
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class _DecayedWeight:
     def _forget(self, undone: Tensor, before: Tensor, shares: Tensor) -> None:
         """Leave the momentum that stands for none in the decayed run where it is not finite."""
         buffer = self.weight.buffer("momentum_buffer")
-        if buffer is not None:
+        if buffer is not None and may_hold(undone):
             lost = (self.weight.spread(undone) != 0) & ~buffer.isfinite()
             buffer.copy_(buffer.where(~lost, -before * self.weight.spread(shares)))
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nmlightning.weights.channel_norms import channel_norms
-from nmlightning.weights.steering.steered_weight import SteeredWeight
+from nmlightning.weights.steering.steered_weight import SteeredWeight, may_hold
 
 
 @torch.no_grad()
@@ -30,15 +30,16 @@ def scale_step(
     after, dtype = weight.values, weight.norms_dtype
     lengths = channel_norms(after - before, layout=weight.layout)
     norms = channel_norms(before, layout=weight.layout)
-    undone = ~(lengths.isfinite() & (factors.isfinite() | (lengths == 0)))
+    moved = lengths > 0
+    reached = factors.isfinite() | ~moved
     if max_rotation is not None:
-        bounds = max_rotation * norms / lengths
-        factors = torch.minimum(factors, bounds.where(lengths > 0, torch.inf))
-    factors = factors.where(~undone & factors.isfinite(), 0.0)
-    undone |= ~(norms + factors * lengths < torch.finfo(after.dtype).max)
+        factors = torch.minimum(factors, max_rotation * norms / lengths)
+    factors = factors.where(moved, 0.0)
+    undone = ~(reached & (norms + factors * lengths < torch.finfo(after.dtype).max))
+    factors = factors.where(~undone, 0.0)
     scaled = torch.lerp(before.to(dtype), after.to(dtype), weight.spread(factors)).to(after.dtype)
-    after.copy_(scaled.where(weight.spread(undone) == 0, before))
-    return undone, factors.where(~undone, 0.0)
+    after.copy_(scaled.where(weight.spread(undone) == 0, before) if may_hold(undone) else scaled)
+    return undone, factors
 
 
 @torch.no_grad()

@@ -110,8 +110,8 @@ class SteeredWeight:
         Args:
             undone: (C,) bool.
         """
-        if undone.is_cpu and not undone.any():
-            return  # another device would have to be waited for, which costs more
+        if not may_hold(undone):
+            return
         state = self.optimizer.state.get(self.parameter, {}).values()
         averages = [
             local_part(kept)
@@ -123,3 +123,11 @@ class SteeredWeight:
             lost = lost & reduce(torch.logical_or, (~average.isfinite() for average in averages))
         for average in averages:
             average.masked_fill_(lost, 0.0)
+
+
+def may_hold(flags: Tensor) -> bool:
+    """Return whether any of the flags may be set: on the CPU it is looked up.
+
+    Another device would have to be waited for, which costs more than what it would spare.
+    """
+    return not flags.is_cpu or bool(flags.any())
