@@ -24,6 +24,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from nmlightning import apply_weight_norm
 from nmlightning.models import CifarResNet
+from nmlightning.weights.weight_norm import WeightNorm
 from nmlightning.weights.weight_norm.normalised_weight import normalise_channels
 
 NETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
@@ -62,6 +63,8 @@ WAYS: dict[str, Callable[[nn.Module], object]] = {
     "formula": by_formula,
     "weight": lambda net: apply_weight_norm(net, "weight"),
     "bounded": apply_weight_norm,
+    "weight, cached": lambda net: apply_weight_norm(net, "weight", cache=True),
+    "bounded, cached": lambda net: apply_weight_norm(net, cache=True),
     "bounded, L1": lambda net: apply_weight_norm(net, p=1),
     "bounded, L∞": lambda net: apply_weight_norm(net, p=math.inf),
     "bounded, gains": lambda net: apply_weight_norm(net, gain="channel"),
@@ -121,13 +124,14 @@ def make_addition(net: nn.Module, normalise: Callable[[nn.Module], object]) -> C
     """Return what computes all weights and the gradients behind them."""
     normalise(net)
     layers = convs(net)
-    hidden = [list(layer.parametrizations.parameters()) for layer in layers]  # type: ignore[union-attr]
+    hidden = [q for layer in layers for q in layer.parametrizations.parameters()]  # type: ignore[union-attr]
     grads = [torch.randn_like(layer.weight) for layer in layers]
+    norms = [module for module in net.modules() if isinstance(module, WeightNorm)]
 
     def run() -> None:
-        weights = [layer.weight for layer in layers]
-        for weight, sources, grad in zip(weights, hidden, grads, strict=True):
-            torch.autograd.grad(weight, sources, grad)
+        torch.autograd.grad([layer.weight for layer in layers], hidden, grads)
+        for norm in norms:
+            norm.after_step(())
 
     return run
 
