@@ -180,6 +180,10 @@ BAD_INPUT = {
         "has weight decay 0.1 in its optimizer"
     ),
     f"{CORRECT} nowhere": "no recording of weight norms at nowhere",
+    f"{TRACK} --trainer.callbacks.steering DecayEquivalentLR "
+    "--trainer.callbacks.steering.weight_decay -1": "^nm: weight_decay must be 0 or more, got -1",
+    f"{TRACK} --trainer.callbacks.steering RadialProjection "
+    "--trainer.callbacks.steering.delta 0": "^nm: delta must be positive, got 0",
     f"{CORRECT} x --trainer.callbacks.steering.mode stabel": "received 'stabel'. .*'stable'?",
     # Data
     "--data CIFAR10 --data.download false": "CIFAR-10 is not in .*--data.root.*--data Digits",

@@ -119,7 +119,7 @@ class SteeredRun:
 
 def check_steering(steering: object) -> None:
     """Raise InputError for anything but a rule, or None."""
-    if steering is not None and not callable(getattr(steering, "attach", None)):
+    if not isinstance(steering, Steering | None):
         raise InputError(f"steering is a rule, such as LRCorrection(…), or None, got {steering!r}.")
 
 

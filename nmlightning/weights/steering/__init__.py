@@ -5,9 +5,7 @@ from nmlightning.weights.steering.hyperball import Hyperball as Hyperball
 from nmlightning.weights.steering.lr_correction import LRCorrection as LRCorrection
 from nmlightning.weights.steering.norm_schedule import NormSchedule as NormSchedule
 from nmlightning.weights.steering.radial_projection import RadialProjection as RadialProjection
+from nmlightning.weights.steering.steering import Steering as Steering
 
 Referenced = LRCorrection | NormSchedule
 """The rules that follow a recording."""
-
-Steering = Referenced | DecayEquivalentLR | Hyperball | RadialProjection
-"""Any of the rules."""

@@ -13,12 +13,13 @@ from nmlightning.errors import InputError, is_number
 from nmlightning.name_patterns import check_lists
 from nmlightning.weights.channel_norms import ChannelLayout
 from nmlightning.weights.steering.attachment import Attachment
-from nmlightning.weights.steering.choose_weights import CONVOLUTIONS, choose_weights
+from nmlightning.weights.steering.choose_weights import choose_weights
 from nmlightning.weights.steering.moves import project, scale_step
 from nmlightning.weights.steering.named_weights import Model
 from nmlightning.weights.steering.reference import Moment
 from nmlightning.weights.steering.scale_invariance import Scope
 from nmlightning.weights.steering.steered_weight import SteeredWeight, may_hold
+from nmlightning.weights.steering.steering import Steering
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class DecayRate:
         return cls(alpha, 2 * decay / (divisor * alpha))
 
 
-class DecayEquivalentLR:
+class DecayEquivalentLR(Steering):
     """Move scale-invariant weights without weight decay as SGD with weight decay λ moves them.
 
     SGD with momentum m, decay λ and rate η turns the directions of scale-invariant weights exactly
@@ -80,8 +81,6 @@ class DecayEquivalentLR:
 
     Source: Li & Arora 2020 (arXiv 1910.07454), theorem 2.
     """
-
-    least_dims = CONVOLUTIONS
 
     def __init__(
         self, weight_decay: float, *, include: Sequence[str] = (), exclude: Sequence[str] = ()

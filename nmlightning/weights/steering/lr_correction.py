@@ -15,19 +15,20 @@ from nmlightning.weights.channel_norms import ChannelLayout, channel_norms
 from nmlightning.weights.history import Alignment, NormHistory
 from nmlightning.weights.optimizer_family import Power, choose_power
 from nmlightning.weights.steering.attachment import Attachment
-from nmlightning.weights.steering.choose_weights import CONVOLUTIONS, choose_weights
+from nmlightning.weights.steering.choose_weights import choose_weights
 from nmlightning.weights.steering.moves import project, scale_step
 from nmlightning.weights.steering.named_weights import Model
 from nmlightning.weights.steering.reference import Moment, Reference, open_history, usable
 from nmlightning.weights.steering.rule_settings import check_positive, check_reference
 from nmlightning.weights.steering.scale_invariance import Scope
 from nmlightning.weights.steering.steered_weight import SteeredWeight
+from nmlightning.weights.steering.steering import Steering
 
 Mode = Literal["paper", "stable"]
 Granularity = Literal["channel", "layer"]
 
 
-class LRCorrection:
+class LRCorrection(Steering):
     """Scale each channel's step so that its direction moves as in a recorded run.
 
     With ‖r_i‖ the recorded norm at the same moment and q the optimizer's power (2 for SGD):
@@ -60,8 +61,6 @@ class LRCorrection:
 
     Source: Hoffer et al. 2018, §3 (arXiv 1803.01814).
     """
-
-    least_dims = CONVOLUTIONS
 
     def __init__(
         self,

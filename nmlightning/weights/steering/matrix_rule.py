@@ -1,6 +1,6 @@
 """What rules share that steer any matrix, whether or not the loss feels its norm."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
 from torch.optim import LBFGS, Optimizer
@@ -13,9 +13,10 @@ from nmlightning.weights.steering.choose_weights import MATRICES, choose_weights
 from nmlightning.weights.steering.named_weights import Model
 from nmlightning.weights.steering.scale_invariance import WholeScope
 from nmlightning.weights.steering.steered_weight import SteeredWeight
+from nmlightning.weights.steering.steering import Steering
 
 
-class MatrixRule(ABC):
+class MatrixRule(Steering):
     """A rule for the weights of two or more dimensions.
 
     Args:
