@@ -140,9 +140,9 @@ def remove_weight_norm(
         InputError: a pattern that matches nothing; no normalised weight; a weight that has other
             parametrizations, too. Nothing was changed then.
     """
-    sites = find_normalised_sites(model, include, exclude)
+    sites, forgetful = find_normalised_sites(model, include, exclude), listed(optimizers)
     for site in sites:
-        _unregister(site, listed(optimizers))
+        _unregister(site, forgetful)
     return [site.name for site in sites]
 
 

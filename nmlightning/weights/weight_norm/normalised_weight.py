@@ -77,6 +77,13 @@ class NormalisedWeight(torch.autograd.Function):
         return dv, _gradient_of_scales(ctx, dots.view(-1)), None, None
 
 
+def normalise_values(v: Tensor, scales: Tensor, p: float, layout: ChannelLayout) -> Tensor:
+    """Return what `NormalisedWeight` does, to the bit, where no gradient is wanted."""
+    if has_kernels(v, p, layout):
+        return torch._weight_norm_interface(v, as_column(scales, v), 0)[0]
+    return normalise_channels(v, scales, p, layout)
+
+
 def has_kernels(v: Tensor, p: float, layout: ChannelLayout) -> bool:
     """Return whether torch's kernels normalise such a weight."""
     plain = layout.transposed_groups is None and v.is_contiguous()

@@ -17,9 +17,8 @@ from nmlightning.weights.channel_norms import (
 )
 from nmlightning.weights.weight_norm.normalised_weight import (
     NormalisedWeight,
-    as_column,
-    has_kernels,
     normalise_channels,
+    normalise_values,
 )
 from nmlightning.weights.weight_norm.settings import Settings
 from nmlightning.weights.weight_norm.upkeep import keep_up
@@ -45,7 +44,7 @@ class WeightNorm(nn.Module):
 
     Attributes:
         rho: ρ.
-        gain: g, (C, 1, …) with as many dimensions as v, or (1, 1, …).
+        gain: g, (C,) or (1,), in the dtype of v, and trained where v is.
         positions: which of its module's parameters the weight was, in each place that it is in.
     """
 
@@ -63,64 +62,47 @@ class WeightNorm(nn.Module):
         if settings.rho is not None:
             norms = torch.full_like(norms, settings.rho)
         self.register_buffer("rho", _power_mean(norms, self.p))
-        self.register_parameter("gain", self._first_gain(norms, v.dim()))
+        self.register_parameter("gain", self._first_gain(norms, v))
         bounded = self.gain is not None and settings.kind == "bounded"
         whole = torch.linalg.vector_norm(norms) if bounded else None
         self.register_buffer("initial_gain_norm", whole)
         self.positions: tuple[int, ...] = ()
         self._cached: tuple[tuple[Any, ...], Tensor] | None = None
-        self._rho_column: tuple[Tensor, int, Tensor] | None = None
         self._holder: weakref.ref[ParametrizationList] | None = None
 
-    def _first_gain(self, norms: Tensor, dims: int) -> nn.Parameter | None:
+    def _first_gain(self, norms: Tensor, v: Tensor) -> nn.Parameter | None:
         if self.settings.gain == "none":
             return None
-        gains = norms if self.settings.gain == "channel" else self.rho
-        return nn.Parameter(gains.view(-1, *[1] * (dims - 1)).clone())
+        gains = norms if self.settings.gain == "channel" else self.rho.reshape(1)
+        return nn.Parameter(gains.to(v.dtype, copy=True), requires_grad=v.requires_grad)
 
     def scales(self) -> Tensor:
         """Return s, (C,) or one element: the norms of w but for their sign."""
         if self.gain is None:
             return self.rho
-        gain = self.gain.flatten()
         if self.initial_gain_norm is None:
-            return gain
+            return self.gain
         # The gains of a bounded layer are one vector, whose norm stays.
-        normalise = normalise_channels if _is_traced() else NormalisedWeight.apply
-        scales: Tensor = normalise(gain[None], self.initial_gain_norm, 2, ROWS)[0]
-        return scales
+        return _normalise(self.gain[None], self.initial_gain_norm, 2, ROWS)[0]
 
     def forward(self, v: Tensor) -> Tensor:
         """Return w."""
-        if _is_traced() or self._has_zeros:
+        if self._has_zeros:
             return normalise_channels(v, self.scales(), self.p, self.layout)
-        if not (self.cache and self.training and torch.is_grad_enabled()):
-            if has_kernels(v, self.p, self.layout):
-                return torch._weight_norm(v, self._column(v), 0)
-            return self._compute(v)
-        key = (v, v.data_ptr(), v._version, None if self.gain is None else self.gain._version)
+        if not (self.cache and self.training and torch.is_grad_enabled()) or _is_traced():
+            return _normalise(v, self.scales(), self.p, self.layout)
+        trained = None if self.gain is None else self.gain.requires_grad
+        versions = v._version, None if self.gain is None else self.gain._version
+        key = (v, v.data_ptr(), v.requires_grad, trained, *versions)
         if self._cached is None or not _same(self._cached[0], key):
-            self._cached = key, self._compute(v)
+            self._cached = key, _normalise(v, self.scales(), self.p, self.layout)
         return self._cached[1]
-
-    def _compute(self, v: Tensor) -> Tensor:
-        return NormalisedWeight.apply(v, self.scales(), self.p, self.layout)  # type: ignore[no-any-return]
-
-    def _column(self, v: Tensor) -> Tensor:
-        """Return s as torch's kernels take it; that of ρ is kept, since ρ stays."""
-        if self.gain is not None:
-            is_column = self.initial_gain_norm is None and len(self.gain) == len(v)
-            return self.gain if is_column else as_column(self.scales(), v)
-        rho = self.rho
-        if self._rho_column is None or not _same(self._rho_column[:2], (rho, rho._version)):
-            self._rho_column = rho, rho._version, as_column(rho, v)
-        return self._rho_column[2]
 
     @torch.no_grad()
     def channel_norms(self, v: Tensor) -> Tensor:
         """Return ‖w_i‖₂, (C,), of all ranks' channels; every rank has to ask."""
         norms, own = (gather_channels(channel_norms(v, p, self.layout)) for p in (2, self.p))
-        gain = None if self.gain is None else gather_channels(self.gain).flatten()
+        gain = None if self.gain is None else gather_channels(self.gain)
         if gain is not None and self.initial_gain_norm is not None:
             gain = gain * self.initial_gain_norm / torch.linalg.vector_norm(gain)
         scales = self.rho if gain is None else gain.abs()
@@ -133,7 +115,7 @@ class WeightNorm(nn.Module):
             norms = channel_norms(w, self.p, self.layout)
             by_channel = self.settings.gain == "channel"
             gains = norms if by_channel else _power_mean(norms, self.p)
-            self.gain.copy_(gains.view_as(self.gain))
+            self.gain.copy_(gains)
         return w
 
     def keep(self, holder: ParametrizationList) -> None:
@@ -176,11 +158,11 @@ class WeightNorm(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "WeightNorm":
-        self._cached = self._rho_column = None
+        self._cached = None
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None, "_rho_column": None, "_holder": None}
+        return {**self.__dict__, "_cached": None, "_holder": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "WeightNorm":
         copied = type(self).__new__(type(self))
@@ -198,6 +180,14 @@ class WeightNorm(nn.Module):
         return (
             f"p={self.p:g}, rho={float(self.rho):.4g}{by_channel}, project={self.settings.project}"
         )
+
+
+def _normalise(v: Tensor, scales: Tensor, p: float, layout: ChannelLayout) -> Tensor:
+    if _is_traced():
+        return normalise_channels(v, scales, p, layout)
+    if not torch.is_grad_enabled():
+        return normalise_values(v, scales, p, layout)
+    return NormalisedWeight.apply(v, scales, p, layout)  # type: ignore[no-any-return]
 
 
 def _is_traced() -> bool:

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from nmlightning import InputError, apply_weight_norm, channel_norms, remove_weight_norm
+from nmlightning import (
+    Hyperball,
+    InputError,
+    RadialProjection,
+    apply_weight_norm,
+    channel_norms,
+    remove_weight_norm,
+)
 from nmlightning.weights.channel_norms import ROWS, ChannelLayout
 
 NORMS = [1.0, 2.0, math.inf]
@@ -93,6 +100,36 @@ def test_every_gradient_is_that_of_the_formula(form: str) -> None:
         return torch.func.functional_call(net, given, image).square().mean()
 
     assert torch.autograd.gradcheck(loss, tuple(parameters.values()))
+    assert torch.autograd.gradgradcheck(loss, tuple(parameters.values()))
+
+
+@pytest.mark.parametrize("p", NORMS)
+@pytest.mark.parametrize("form", FORMS)
+def test_evaluation_in_inference_mode(net: nn.Sequential, form: str, p: float) -> None:
+    apply_weight_norm(net, p=p, **FORMS[form])
+    with torch.inference_mode():
+        weight = net.eval()[0].weight
+    torch.testing.assert_close(weight, net.train()[0].weight)
+
+
+def test_gains_of_frozen_weights_are_frozen(net: nn.Sequential) -> None:
+    net[0].requires_grad_(False)
+    apply_weight_norm(net, "weight")
+    gains = {name: q for name, q in net.named_parameters() if name.endswith("gain")}
+    assert [gain.requires_grad for gain in gains.values()] == [False, True]
+
+
+@pytest.mark.parametrize("rule", [Hyperball, RadialProjection])
+@pytest.mark.parametrize("form", ["weight", "weight, a gain a layer", "bounded, gains"])
+def test_gains_are_no_weights_to_a_rule(
+    net: nn.Sequential, images: Tensor, form: str, rule: type[Hyperball | RadialProjection]
+) -> None:
+    apply_weight_norm(net, **FORMS[form])
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    for model in (net, net.named_parameters()):
+        attachment = rule().attach(optimizer, model)
+        assert len(attachment.reasons()) == 3
+        attachment.remove()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -103,7 +140,7 @@ def test_removal_leaves_exactly_the_weight(net: nn.Sequential, images: Tensor, f
     train(net, images, optimizer, 3)
     copied = copy.deepcopy(net)
     output = net(images)
-    assert remove_weight_norm(net, optimizers=optimizer) == ["0.weight", "2.weight"]
+    assert remove_weight_norm(net, optimizers=iter([optimizer])) == ["0.weight", "2.weight"]
     assert torch.equal(net(images), output)
     assert [name for name, _ in net.named_parameters()] == list(names)
     assert all(a is b for a, b in zip(net.parameters(), parameters, strict=True))

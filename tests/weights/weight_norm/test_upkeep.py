@@ -95,6 +95,18 @@ def change_in_evaluation(net: nn.Sequential) -> None:
     net.train()
 
 
+def change_by_training_what_was_frozen(net: nn.Sequential) -> None:
+    hidden = net[0].parametrizations.weight.original  # type: ignore[union-attr]
+    hidden.requires_grad_(False)
+    assert net[0].weight.requires_grad  # type: ignore[union-attr]  # its gains are trained
+    hidden.requires_grad_(True)
+    net.zero_grad()
+    net[0].weight.square().sum().backward()  # type: ignore[operator, union-attr]
+    assert hidden.grad is not None  # type: ignore[union-attr]
+    with torch.no_grad():
+        hidden.add_(1)  # type: ignore[operator]
+
+
 def change_dtype(net: nn.Sequential) -> None:
     net.to(torch.float64)
 
@@ -107,6 +119,7 @@ def change_dtype(net: nn.Sequential) -> None:
         change_by_loading,
         change_by_an_optimizer,
         change_in_evaluation,
+        change_by_training_what_was_frozen,
         change_dtype,
     ],
 )
