@@ -3,7 +3,8 @@
 A checkpoint holds, under the key `nmlightning`,
 `{"version": 1, "norm_swaps": [recipe, …], "weight_norms": [recipe, …]}`, each in order. A recipe is
 the keywords of `swap_norms` or `apply_weight_norm`, in one spelling of those that come to the same,
-and under `modules` what became of each module. A swap of which later ones left nothing is not kept.
+and under `modules` what became of each module. A swap of which later ones left nothing is not kept,
+nor a weight norm that was removed; weight norms, each of other weights, are in the order of those.
 """
 
 import functools
@@ -17,6 +18,7 @@ from nmlightning.after_method import run_after
 from nmlightning.errors import InputError
 from nmlightning.norms.registry import INHERITED_UNLESS_GIVEN, drop_defaults
 from nmlightning.weights.weight_norm.settings import Settings
+from nmlightning.weights.weight_norm.sites import normalised_weights
 
 KEY = "nmlightning"
 VERSION = 1
@@ -73,6 +75,12 @@ def _drop_undone(recipes: list[Recipe]) -> list[Recipe]:
     return kept
 
 
+def _is_normalised_so(module: nn.Module, recipe: Recipe) -> bool:
+    settings = Settings(**{field: recipe[field] for field in Settings.__dataclass_fields__})
+    weights = normalised_weights(module)
+    return all(weights.get(name) == settings for name in recipe["modules"])
+
+
 @dataclass(frozen=True)
 class Change:
     """One of the things that are done to a model.
@@ -84,6 +92,7 @@ class Change:
         title: the keyword that tells its recipes apart at first sight.
         make: returns a recipe in its one spelling.
         tidy: drops the recipes that came to nothing.
+        holds: whether a recipe that was followed still is true of a module.
     """
 
     key: str
@@ -92,11 +101,26 @@ class Change:
     title: str
     make: Callable[..., Recipe]
     tidy: Callable[[list[Recipe]], list[Recipe]]
+    holds: Callable[[nn.Module, Recipe], bool]
 
 
-NORM_SWAP = Change("norm_swaps", "NormSwap", "norms", "norm", make_recipe, _drop_undone)
+NORM_SWAP = Change(
+    key="norm_swaps",
+    callback="NormSwap",
+    noun="norms",
+    title="norm",
+    make=make_recipe,
+    tidy=_drop_undone,
+    holds=lambda module, recipe: True,
+)
 WEIGHT_NORM = Change(
-    "weight_norms", "WeightNormSwap", "weight norm", "kind", make_weight_norm_recipe, list
+    key="weight_norms",
+    callback="WeightNormSwap",
+    noun="weight norm",
+    title="kind",
+    make=make_weight_norm_recipe,
+    tidy=lambda recipes: sorted(recipes, key=lambda recipe: sorted(recipe["modules"])),
+    holds=_is_normalised_so,
 )
 CHANGES = (NORM_SWAP, WEIGHT_NORM)
 
@@ -123,16 +147,18 @@ def note_recipe(
 
 
 def recipes_of(module: nn.Module, change: Change = NORM_SWAP) -> list[Recipe]:
-    """Return what was noted on `module`, in order."""
+    """Return what was noted on `module` and is still true, in order."""
+    return [recipe for recipe in _notes(module, change) if change.holds(module, recipe)]
+
+
+def _notes(module: nn.Module, change: Change) -> list[Recipe]:
     return list(module.__dict__.get(_NOTES, {}).get(change.key, ()))
 
 
 def changed_modules(module: nn.Module, change: Change = NORM_SWAP) -> dict[str, Any]:
     """Return what each changed module, by name, was made last."""
     return {
-        name: made
-        for recipe in recipes_of(module, change)
-        for name, made in recipe["modules"].items()
+        name: made for recipe in _notes(module, change) for name, made in recipe["modules"].items()
     }
 
 

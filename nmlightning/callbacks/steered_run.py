@@ -16,9 +16,10 @@ from nmlightning.compat import global_seed
 from nmlightning.errors import InputError
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.recording_file import find_recording
-from nmlightning.weights.steering import Referenced, Steering
+from nmlightning.weights.steering import NormSchedule, Referenced, Steering
 from nmlightning.weights.steering.attachment import Attachment
 from nmlightning.weights.steering.choose_weights import has_weights
+from nmlightning.weights.weight_norm import WeightNorm
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -49,6 +50,7 @@ class SteeredRun:
         self._module = module
         self._told = False
         followed = None
+        _check_projection(rule, module)
         if isinstance(rule, Referenced):
             rule = copy.copy(rule)
             rule.reference = followed = _load(rule.reference)
@@ -115,6 +117,15 @@ class SteeredRun:
         attachment = self._rule.attach(optimizer, self._module)
         attachment.clock = lambda: {"epoch": self._clock.moment(optimizer)}
         return attachment
+
+
+def _check_projection(rule: Steering, module: "pl.LightningModule") -> None:
+    projected = any(isinstance(m, WeightNorm) and m.settings.project for m in module.modules())
+    if projected and isinstance(rule, NormSchedule):
+        raise InputError(
+            "NormSchedule sets the norms that project=True sets, too: normalise the weights "
+            "without it."
+        )
 
 
 def check_steering(steering: object) -> None:

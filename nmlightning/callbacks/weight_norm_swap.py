@@ -20,7 +20,7 @@ from nmlightning.recipes import (
 from nmlightning.weights.weight_norm import WeightNorm, apply_weight_norm
 from nmlightning.weights.weight_norm.gains import live_optimizers
 from nmlightning.weights.weight_norm.settings import Gain, Kind
-from nmlightning.weights.weight_norm.sites import normalised_names
+from nmlightning.weights.weight_norm.sites import normalised_weights
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -85,11 +85,8 @@ class WeightNormSwap(ModelChange):
     def change(self, module: nn.Module) -> bool:
         """Normalise weights of `module`, note it there, and return whether that did anything."""
         recipe = self.recipe()
-        for note in recipes_of(module, WEIGHT_NORM):
-            if recipe.items() <= note.items() and note["modules"].keys() <= normalised_names(
-                module
-            ):
-                return False
+        if any(recipe.items() <= note.items() for note in recipes_of(module, WEIGHT_NORM)):
+            return False
         report = apply_weight_norm(
             module, **self._settings, cache=self.cache, optimizers=live_optimizers(module)
         )
@@ -99,7 +96,7 @@ class WeightNormSwap(ModelChange):
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Check that nothing replaced a normalised weight, and that an optimizer trains it."""
-        names = normalised_names(pl_module)
+        names = normalised_weights(pl_module)
         for name in changed_modules(pl_module, WEIGHT_NORM):
             if name not in names:
                 raise InputError(

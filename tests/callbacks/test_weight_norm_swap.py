@@ -24,11 +24,13 @@ from lightning_modules import (
 from nmlightning import (
     LRCorrection,
     NormHistory,
+    NormSchedule,
     NormSwap,
     WeightNormSwap,
     WeightNormTracker,
     channel_norms,
     load_from_checkpoint,
+    remove_weight_norm,
 )
 from nmlightning.errors import InputError
 from nmlightning.weights.recording_file import FILE_NAME
@@ -254,3 +256,30 @@ def test_both_norms_are_recorded_and_the_hidden_one_is_followed(tmp_path: Path) 
     factors = attachment.factors()
     assert len(factors) == 2
     assert all((factor > 1).all() for factor in factors.values())
+
+
+def test_what_was_removed_is_no_longer_in_checkpoints(tmp_path: Path) -> None:
+    path, module = tmp_path / "a.ckpt", make(PlModule)
+    trainer = fit(module, WeightNormSwap())
+    remove_weight_norm(module)
+    trainer.save_checkpoint(path)
+    assert "nmlightning" not in torch.load(path)
+    load_from_checkpoint(PlModule, path)
+    fit(module, WeightNormSwap(p=1)).save_checkpoint(path)
+    restored = load_from_checkpoint(PlModule, path)
+    assert torch.equal(restored.net[0].weight, module.net[0].weight)
+
+
+def test_several_of_different_weights_in_any_order(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    swaps = [WeightNormSwap(include=["net.0.*"]), WeightNormSwap("weight", include=["net.3.*"])]
+    fit(make(PlModule), *swaps).save_checkpoint(path)
+    fit(make(PlModule), *reversed(swaps), ckpt_path=path, max_epochs=2)
+    load_from_checkpoint(PlModule, path)
+
+
+def test_a_schedule_of_norms_that_are_projected_is_refused() -> None:
+    history = NormHistory.from_arrays({"net.0.weight_v": [[1.0] * 4]}, [3], [0])
+    tracker = WeightNormTracker(steering=NormSchedule(history), other_run=True)
+    with pytest.raises(InputError, match="NormSchedule sets the norms that project=True sets"):
+        fit(make(PlModule), WeightNormSwap(project=True), tracker)

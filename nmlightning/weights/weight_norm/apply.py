@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from nmlightning.errors import check_flag
 from nmlightning.name_patterns import check_lists
-from nmlightning.weights.weight_norm.gains import homes_of_gains, listed, take_out
+from nmlightning.weights.weight_norm.gains import homes_of_gains, listed, put_in, take_out
 from nmlightning.weights.weight_norm.parametrization import WeightNorm
 from nmlightning.weights.weight_norm.settings import NAMES, Gain, Kind, Settings
 from nmlightning.weights.weight_norm.sites import (
@@ -110,8 +110,8 @@ def apply_weight_norm(
         norm.positions = tuple(list(m._parameters).index(name) for m, name in site.places)
     for norm, site in zip(norms, sites, strict=True):
         _register(norm, site)
-        for group in homes.get(site.name, ()):
-            group["params"].append(norm.gain)
+        if norm.gain is not None:
+            put_in(norm.gain, f"{site.name} gain", homes[site.name])
     rhos = {site.name: float(norm.rho) for site, norm in zip(sites, norms, strict=True)}
     return WeightNormReport(settings, rhos)
 

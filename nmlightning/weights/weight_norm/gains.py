@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from nmlightning.errors import InputError
 from nmlightning.weights.weight_norm.sites import Site
@@ -31,6 +31,13 @@ def homes_of_gains(
     homes = {site.name: [g for g in groups if _has(g, site.parameter)] for site in sites}
     given = {id(group) for group in groups}
     strangers = [g for o in _all_optimizers() for g in o.param_groups if id(g) not in given]
+    for optimizer in optimizers:
+        if isinstance(optimizer, LBFGS) and any(
+            _has(g, s.parameter) for g in optimizer.param_groups for s in sites
+        ):
+            raise InputError(
+                "LBFGS cannot take gains in that it was not made with: make it afterwards."
+            )
     for site in sites:
         if any(_has(group, site.parameter) for group in strangers):
             raise InputError(
@@ -55,7 +62,18 @@ def take_out(gain: Tensor, optimizers: Iterable[Optimizer]) -> None:
     for optimizer in optimizers:
         optimizer.state.pop(gain, None)
         for group in optimizer.param_groups:
-            group["params"] = [q for q in group["params"] if q is not gain]
+            kept = [q is not gain for q in group["params"]]
+            for key in ("params", "param_names"):
+                if key in group:
+                    group[key] = [x for x, is_kept in zip(group[key], kept, strict=True) if is_kept]
+
+
+def put_in(gain: Tensor, name: str, groups: Iterable[Group]) -> None:
+    """Let the parameter groups have a gain, under its name where they have names."""
+    for group in groups:
+        group["params"].append(gain)
+        if "param_names" in group:
+            group["param_names"].append(name)
 
 
 def _has(group: Group, parameter: Tensor) -> bool:

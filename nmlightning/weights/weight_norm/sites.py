@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -94,9 +95,13 @@ def find_normalised_sites(
     return chosen
 
 
-def normalised_names(model: nn.Module) -> set[str]:
-    """Return the names of the weights that are normalised, one for each."""
-    return {site.name for site in _all_sites(model) if "WeightNorm" in _parametrizations(site)}
+def normalised_weights(model: nn.Module) -> dict[str, Any]:
+    """Return the settings of each weight that is normalised, by its name."""
+    sites = [site for site in _all_sites(model) if "WeightNorm" in _parametrizations(site)]
+    return {
+        site.name: next(x.settings for x in site.parametrizations if hasattr(x, "settings"))
+        for site in sites
+    }
 
 
 def _choose(

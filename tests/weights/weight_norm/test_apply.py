@@ -182,6 +182,24 @@ def test_gains_join_the_optimizers_that_are_handed_over(
     assert not any(torch.equal(a, b) for a, b in zip(before, gains, strict=True))
 
 
+def test_names_in_an_optimizer_stay_beside_its_parameters(net: nn.Sequential) -> None:
+    optimizer = torch.optim.AdamW(net.named_parameters())
+    names = list(optimizer.param_groups[0]["param_names"])
+    apply_weight_norm(net, "weight", optimizers=optimizer)
+    (group,) = optimizer.state_dict()["param_groups"]
+    assert group["param_names"] == [*names, "0.weight gain", "2.weight gain"]
+    assert len(group["params"]) == len(group["param_names"])
+    remove_weight_norm(net, optimizers=optimizer)
+    assert optimizer.param_groups[0]["param_names"] == names
+
+
+def test_an_optimizer_that_cannot_grow_is_refused(net: nn.Sequential) -> None:
+    optimizer = torch.optim.LBFGS(net.parameters())
+    with pytest.raises(InputError, match="LBFGS cannot take gains"):
+        apply_weight_norm(net, "weight", optimizers=optimizer)
+    apply_weight_norm(net, optimizers=optimizer)
+
+
 def test_rho_may_be_given(net: nn.Sequential) -> None:
     apply_weight_norm(net, rho=0.5)
     torch.testing.assert_close(norms_of(net, 0, 2), torch.full((8,), 0.5))
