@@ -16,7 +16,7 @@ from nmlightning.compat import global_seed
 from nmlightning.errors import InputError
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.recording_file import find_recording
-from nmlightning.weights.steering import NormSchedule, Referenced, Steering
+from nmlightning.weights.steering import FollowingRule, NormSchedule, Steering
 from nmlightning.weights.steering.attachment import Attachment
 from nmlightning.weights.steering.choose_weights import has_weights
 from nmlightning.weights.weight_norm import WeightNorm
@@ -51,7 +51,7 @@ class SteeredRun:
         self._told = False
         followed = None
         _check_projection(rule, module)
-        if isinstance(rule, Referenced):
+        if isinstance(rule, FollowingRule):
             rule = copy.copy(rule)
             rule.reference = followed = _load(rule.reference)
             check_same_run(followed, trainer, other_run=other_run)

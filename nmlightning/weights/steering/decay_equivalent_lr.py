@@ -10,16 +10,12 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from nmlightning.errors import InputError, is_number
-from nmlightning.name_patterns import check_lists
-from nmlightning.weights.channel_norms import ChannelLayout
-from nmlightning.weights.steering.attachment import Attachment
-from nmlightning.weights.steering.choose_weights import choose_weights
+from nmlightning.weights.history import NormHistory
+from nmlightning.weights.steering.attachment import StepRule
 from nmlightning.weights.steering.moves import project, scale_step
-from nmlightning.weights.steering.named_weights import Model
 from nmlightning.weights.steering.reference import Moment
-from nmlightning.weights.steering.scale_invariance import Scope
+from nmlightning.weights.steering.rule import Steering
 from nmlightning.weights.steering.steered_weight import SteeredWeight, may_hold
-from nmlightning.weights.steering.steering import Steering
 
 
 @dataclass(frozen=True)
@@ -87,25 +83,19 @@ class DecayEquivalentLR(Steering):
     ) -> None:
         if not (is_number(weight_decay) and 0 <= weight_decay < math.inf):
             raise InputError(f"weight_decay must be 0 or more, got {weight_decay!r}.")
-        check_lists(include=include, exclude=exclude)
+        super().__init__(include=include, exclude=exclude)
         self.weight_decay = weight_decay
-        self.include = tuple(include)
-        self.exclude = tuple(exclude)
 
-    def attach(
-        self,
-        optimizer: Optimizer,
-        named_parameters: Model,
-        layouts: Mapping[str, ChannelLayout] | None = None,
-    ) -> Attachment:
-        """Steer every step of `optimizer` from now on; see `LRCorrection.attach`."""
-        weights = choose_weights(optimizer, named_parameters, self.include, self.exclude, layouts)
+    def _make_rules(
+        self, optimizer: Optimizer, weights: Sequence[SteeredWeight], history: NormHistory | None
+    ) -> Sequence[StepRule]:
         for weight in weights:
             _check_heavy_ball(weight)
             DecayRate.of(weight.learning_rate, self.weight_decay, weight.group["momentum"])
-        rules = [_DecayedWeight(weight, self.weight_decay) for weight in weights]
-        scope, settings = Scope(insists=bool(self.include)), {"weight_decay": self.weight_decay}
-        return Attachment(optimizer, rules, scope, type(self).__name__, settings)
+        return [_DecayedWeight(weight, self.weight_decay) for weight in weights]
+
+    def _settings(self, optimizer: Optimizer) -> dict[str, Any]:
+        return {"weight_decay": self.weight_decay}
 
 
 class _DecayedWeight:

@@ -10,25 +10,20 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nmlightning.errors import check_choice
-from nmlightning.name_patterns import check_lists
-from nmlightning.weights.channel_norms import ChannelLayout, channel_norms
+from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import Alignment, NormHistory
-from nmlightning.weights.optimizer_family import Power, choose_power
-from nmlightning.weights.steering.attachment import Attachment
-from nmlightning.weights.steering.choose_weights import choose_weights
+from nmlightning.weights.optimizer_family import Power
+from nmlightning.weights.steering.attachment import StepRule
+from nmlightning.weights.steering.following_rule import FollowingRule, check_positive
 from nmlightning.weights.steering.moves import project, scale_step
-from nmlightning.weights.steering.named_weights import Model
-from nmlightning.weights.steering.reference import Moment, Reference, open_history, usable
-from nmlightning.weights.steering.rule_settings import check_positive, check_reference
-from nmlightning.weights.steering.scale_invariance import Scope
+from nmlightning.weights.steering.reference import Moment, Reference, usable
 from nmlightning.weights.steering.steered_weight import SteeredWeight
-from nmlightning.weights.steering.steering import Steering
 
 Mode = Literal["paper", "stable"]
 Granularity = Literal["channel", "layer"]
 
 
-class LRCorrection(Steering):
+class LRCorrection(FollowingRule):
     """Scale each channel's step so that its direction moves as in a recorded run.
 
     With ‖r_i‖ the recorded norm at the same moment and q the optimizer's power (2 for SGD):
@@ -57,7 +52,7 @@ class LRCorrection(Steering):
         exclude: glob patterns on weight names that are left alone.
 
     Raises:
-        InputError: a setting outside what is allowed. In `attach`: see there.
+        InputError: a setting outside what is allowed. In `attach`: as `Steering.attach` says.
 
     Source: Hoffer et al. 2018, §3 (arXiv 1803.01814).
     """
@@ -77,68 +72,34 @@ class LRCorrection(Steering):
     ) -> None:
         check_choice("mode", mode, get_args(Mode))
         check_choice("granularity", granularity, get_args(Granularity))
-        align = align or ("official" if mode == "paper" else "interpolate")
-        check_choice("align", align, get_args(Alignment))
-        check_reference(reference)
-        check_positive(max_factor=max_factor, max_rotation=max_rotation)
-        check_lists(include=include, exclude=exclude)
+        check_positive(max_factor=max_factor)
+        super().__init__(
+            reference,
+            power=power,
+            align=align or ("official" if mode == "paper" else "interpolate"),
+            max_rotation=max_rotation,
+            include=include,
+            exclude=exclude,
+        )
         if mode == "paper":
             warnings.warn(
                 'LRCorrection(mode="paper") has no brake: where a reference norm decays to almost '
                 'nothing the weights grow without bound. Use mode="stable" unless you study that.',
                 stacklevel=2,
             )
-        self.reference = reference
         self.mode = mode
-        self.power = power
         self.granularity = granularity
         self.max_factor = max_factor
-        self.max_rotation = max_rotation
-        self.align: Alignment = align
-        self.include = tuple(include)
-        self.exclude = tuple(exclude)
 
-    def attach(
-        self,
-        optimizer: Optimizer,
-        named_parameters: Model,
-        layouts: Mapping[str, ChannelLayout] | None = None,
-    ) -> Attachment:
-        """Steer every step of `optimizer` from now on.
+    def _follow(self, weight: SteeredWeight, reference: Reference, power: int) -> StepRule:
+        return _CorrectedWeight(weight, reference, self, power)
 
-        Args:
-            optimizer: any; its weight decay must be 0 for what is steered.
-            named_parameters: of the model, as `model.named_parameters()` gives them, or the model
-                itself. Names alone do not tell a convolution from another parameter of three or
-                more dimensions, nor a transposed one.
-            layouts: the layouts of weights whose output channels are not along dimension 0; only
-                names alone need them.
-
-        Returns:
-            The attachment, whose `remove` undoes it.
-
-        Raises:
-            InputError: an optimizer whose power is not known; no weight to steer; one that decays,
-                or that is steered already; a recording that cannot be read, or of another model.
-        """
-        power = choose_power(optimizer, self.power)
-        history = open_history(self.reference)
-        weights = choose_weights(
-            optimizer, named_parameters, self.include, self.exclude, layouts, recorded=history.norms
-        )
-        reference = Reference(history, weights, self.align)
-        rules = [_CorrectedWeight(weight, reference, self, power) for weight in weights]
-        scope = Scope(insists=bool(self.include))
-        return Attachment(optimizer, rules, scope, type(self).__name__, self._settings(power))
-
-    def _settings(self, power: int) -> dict[str, Any]:
+    def _settings(self, optimizer: Optimizer) -> dict[str, Any]:
         return {
             "mode": self.mode,
-            "power": power,
             "granularity": self.granularity,
             "max_factor": self.max_factor,
-            "max_rotation": self.max_rotation,
-            "align": self.align,
+            **super()._settings(optimizer),
         }
 
 

@@ -1,19 +1,18 @@
 """What rules share that steer any matrix, whether or not the loss feels its norm."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from torch.optim import LBFGS, Optimizer
 
 from nmlightning.errors import InputError
-from nmlightning.name_patterns import check_lists
-from nmlightning.weights.channel_norms import ChannelLayout
-from nmlightning.weights.steering.attachment import Attachment, StepRule
-from nmlightning.weights.steering.choose_weights import MATRICES, choose_weights
-from nmlightning.weights.steering.named_weights import Model
-from nmlightning.weights.steering.scale_invariance import WholeScope
+from nmlightning.weights.history import NormHistory
+from nmlightning.weights.steering.attachment import StepRule
+from nmlightning.weights.steering.choose_weights import MATRICES
+from nmlightning.weights.steering.rule import Steering
+from nmlightning.weights.steering.scale_invariance import Scope, WholeScope
 from nmlightning.weights.steering.steered_weight import SteeredWeight
-from nmlightning.weights.steering.steering import Steering
 
 
 class MatrixRule(Steering):
@@ -26,28 +25,20 @@ class MatrixRule(Steering):
 
     least_dims = MATRICES
 
-    def __init__(self, *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> None:
-        check_lists(include=include, exclude=exclude)
-        self.include = tuple(include)
-        self.exclude = tuple(exclude)
-
-    def attach(
-        self,
-        optimizer: Optimizer,
-        named_parameters: Model,
-        layouts: Mapping[str, ChannelLayout] | None = None,
-    ) -> Attachment:
-        """Steer every step of `optimizer` from now on; see `LRCorrection.attach`."""
+    def _make_rules(
+        self, optimizer: Optimizer, weights: Sequence[SteeredWeight], history: NormHistory | None
+    ) -> Sequence[StepRule]:
         if isinstance(optimizer, LBFGS):
             raise InputError(
                 f"{type(self).__name__} works on single steps, and LBFGS takes several in one."
             )
-        patterns = self.include, self.exclude
-        weights = choose_weights(
-            optimizer, named_parameters, *patterns, layouts, least_dims=self.least_dims
-        )
-        rules = [self._steer(weight) for weight in weights]
-        return Attachment(optimizer, rules, WholeScope(), type(self).__name__)
+        return [self._steer(weight) for weight in weights]
+
+    def _make_scope(self) -> Scope:
+        return WholeScope()
+
+    def _settings(self, optimizer: Optimizer) -> dict[str, Any]:
+        return {}
 
     @abstractmethod
     def _steer(self, weight: SteeredWeight) -> StepRule:

@@ -2,29 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nmlightning.errors import check_choice
-from nmlightning.name_patterns import check_lists
-from nmlightning.weights.channel_norms import ChannelLayout
 from nmlightning.weights.history import Alignment, NormHistory
-from nmlightning.weights.optimizer_family import Power, choose_power
-from nmlightning.weights.steering.attachment import Attachment
-from nmlightning.weights.steering.choose_weights import choose_weights
+from nmlightning.weights.optimizer_family import Power
+from nmlightning.weights.steering.attachment import StepRule
+from nmlightning.weights.steering.following_rule import FollowingRule, check_positive
 from nmlightning.weights.steering.moves import project, scale_step
-from nmlightning.weights.steering.named_weights import Model
-from nmlightning.weights.steering.reference import Moment, Reference, open_history, usable
-from nmlightning.weights.steering.rule_settings import check_positive, check_reference
-from nmlightning.weights.steering.scale_invariance import Scope
+from nmlightning.weights.steering.reference import Moment, Reference, usable
 from nmlightning.weights.steering.steered_weight import SteeredWeight
-from nmlightning.weights.steering.steering import Steering
 
 
-class NormSchedule(Steering):
+class NormSchedule(FollowingRule):
     """Hold the learning rate of the weights constant, and schedule their norms instead.
 
     With ‖r_i‖ the recorded norm at the same moment, η₀ the constant rate, η_t that of the scheduler
@@ -50,7 +43,7 @@ class NormSchedule(Steering):
         exclude: glob patterns on weight names that are left alone.
 
     Raises:
-        InputError: a setting outside what is allowed. In `attach`: see there.
+        InputError: a setting outside what is allowed. In `attach`: as `Steering.attach` says.
 
     Source: Hoffer et al. 2018, §3 (arXiv 1803.01814).
     """
@@ -66,42 +59,22 @@ class NormSchedule(Steering):
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
     ) -> None:
-        check_choice("align", align, get_args(Alignment))
-        check_reference(reference)
-        check_positive(base_lr=base_lr, max_rotation=max_rotation)
-        check_lists(include=include, exclude=exclude)
-        self.reference = reference
-        self.base_lr = base_lr
-        self.max_rotation = max_rotation
-        self.power = power
-        self.align = align
-        self.include = tuple(include)
-        self.exclude = tuple(exclude)
-
-    def attach(
-        self,
-        optimizer: Optimizer,
-        named_parameters: Model,
-        layouts: Mapping[str, ChannelLayout] | None = None,
-    ) -> Attachment:
-        """Steer every step of `optimizer` from now on; see `LRCorrection.attach`."""
-        power = choose_power(optimizer, self.power)
-        history = open_history(self.reference)
-        weights = choose_weights(
-            optimizer, named_parameters, self.include, self.exclude, layouts, recorded=history.norms
+        check_positive(base_lr=base_lr)
+        super().__init__(
+            reference,
+            power=power,
+            align=align,
+            max_rotation=max_rotation,
+            include=include,
+            exclude=exclude,
         )
-        reference = Reference(history, weights, self.align)
-        rules = [_ScheduledWeight(weight, reference, self, power) for weight in weights]
-        scope = Scope(insists=bool(self.include))
-        return Attachment(optimizer, rules, scope, type(self).__name__, self._settings(power))
+        self.base_lr = base_lr
 
-    def _settings(self, power: int) -> dict[str, Any]:
-        return {
-            "base_lr": self.base_lr,
-            "power": power,
-            "max_rotation": self.max_rotation,
-            "align": self.align,
-        }
+    def _follow(self, weight: SteeredWeight, reference: Reference, power: int) -> StepRule:
+        return _ScheduledWeight(weight, reference, self, power)
+
+    def _settings(self, optimizer: Optimizer) -> dict[str, Any]:
+        return {"base_lr": self.base_lr, **super()._settings(optimizer)}
 
 
 class _ScheduledWeight:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from nmlightning.errors import InputError
 from nmlightning.weights.channel_norms import channel_norms, unit_rows
@@ -62,6 +63,9 @@ class RadialProjection(MatrixRule):
             raise InputError(f"delta must be positive, got {delta!r}.")
         super().__init__(include=include, exclude=exclude)
         self.delta = delta
+
+    def _settings(self, optimizer: Optimizer) -> dict[str, Any]:
+        return {"delta": self.delta}
 
     def _steer(self, weight: SteeredWeight) -> StepRule:
         return _ProjectedWeight(weight, self.delta)

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -69,15 +68,6 @@ class Reference:
                 stacklevel=2,
             )
         self.dead[name] = dead
-
-
-def open_history(source: NormHistory | str | Path) -> NormHistory:
-    """Return a recording, given as itself, as its file, or as the folder of the run that made it.
-
-    Raises:
-        InputError: a recording that cannot be read.
-    """
-    return source if isinstance(source, NormHistory) else NormHistory.load(source)
 
 
 def _check_weights(history: NormHistory, weights: Sequence[SteeredWeight]) -> None:
