@@ -25,7 +25,7 @@ from torch.nn.utils import parametrizations, parametrize
 from nmlightning import apply_weight_norm
 from nmlightning.models import CifarResNet
 from nmlightning.weights.weight_norm import WeightNorm
-from nmlightning.weights.weight_norm.normalised_weight import normalise_channels
+from nmlightning.weights.weight_norm.normalised_weights import normalise_channels
 
 NETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "resnet20": (lambda: CifarResNet(20), 32),

@@ -1,6 +1,6 @@
 """Load a checkpoint of a changed model without a Trainer."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,9 +14,12 @@ from nmlightning.recipes import (
     keep_in_checkpoints,
     note_recipe,
     recipes_in,
+    recipes_of,
 )
 from nmlightning.surgery import swap_norms
-from nmlightning.weights.weight_norm import apply_weight_norm
+from nmlightning.weights.plain_name import plain_name
+from nmlightning.weights.weight_norm.apply import prepare_for_weights
+from nmlightning.weights.weight_norm.settings import Settings
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
@@ -39,8 +42,7 @@ def load_from_checkpoint(module_class: type[Module], path: str | Path, **argumen
     """
     only_weights = arguments.get("weights_only") is not False
     checkpoint = torch.load(path, map_location="cpu", weights_only=only_weights, mmap=True)
-    weight_norms = recipes_in(checkpoint, WEIGHT_NORM)
-    with _before_weights_are_loaded(module_class, lambda m: _normalise(m, weight_norms)):
+    with _normalising_first(module_class, recipes_in(checkpoint, WEIGHT_NORM)):
         module: Module = module_class.load_from_checkpoint(path, **arguments)  # type: ignore[attr-defined]
     for recipe in recipes_in(checkpoint):
         modules = recipe.pop("modules")
@@ -51,18 +53,22 @@ def load_from_checkpoint(module_class: type[Module], path: str | Path, **argumen
 
 
 @contextmanager
-def _before_weights_are_loaded(
-    module_class: type[nn.Module], action: Callable[[nn.Module], None]
-) -> Iterator[None]:
-    """Call `action` with each object of the class, and of those below it, that loads weights."""
+def _normalising_first(module_class: type[nn.Module], recipes: Sequence[Recipe]) -> Iterator[None]:
+    """Let objects of the class follow the recipes before they load weights that are normalised so.
+
+    They cannot when they are built: what they build from other checkpoints is not meant.
+    """
     own = vars(module_class).get("load_state_dict")
     load = module_class.load_state_dict
 
-    def act_and_load(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        action(self)
-        return load(self, *args, **kwargs)
+    def normalise_and_load(self: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        hidden = {plain_name(key) for key in state_dict if key.endswith(".original")}
+        due = [recipe for recipe in recipes if recipe["modules"].keys() <= hidden]
+        for recipe in () if recipes_of(self, WEIGHT_NORM) else due:
+            _normalise(self, recipe)
+        return load(self, state_dict, *args, **kwargs)
 
-    module_class.load_state_dict = act_and_load  # type: ignore[method-assign]
+    module_class.load_state_dict = normalise_and_load  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -72,10 +78,9 @@ def _before_weights_are_loaded(
             setattr(module_class, "load_state_dict", own)  # noqa: B010
 
 
-def _normalise(module: nn.Module, recipes: Sequence[Recipe]) -> None:
-    for recipe in recipes:
-        keywords = {key: value for key, value in recipe.items() if key != "modules"}
-        rho = "init" if recipe["rho"] is None else recipe["rho"]
-        apply_weight_norm(module, **{**keywords, "rho": rho})
-        note_recipe(module, keywords, recipe["modules"], WEIGHT_NORM)
-        keep_in_checkpoints(module)
+def _normalise(module: nn.Module, recipe: Recipe) -> None:
+    settings = {field: recipe[field] for field in Settings.__dataclass_fields__}
+    prepare_for_weights(module, Settings(**settings), recipe["include"], recipe["exclude"])
+    keywords = {key: value for key, value in recipe.items() if key != "modules"}
+    note_recipe(module, keywords, recipe["modules"], WEIGHT_NORM)
+    keep_in_checkpoints(module)

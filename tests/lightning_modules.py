@@ -65,6 +65,17 @@ class UnifiedLate(BuildsLate, lightning.pytorch.LightningModule):
     pass
 
 
+class OwnOptimizer(PlModule):
+    """Made its optimizer before any hook, as LightningCLI's automatic optimizers are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer
+
+
 def package_of(module_class: type) -> Any:
     """Return the Lightning package that `module_class` is made with."""
     unified = issubclass(module_class, lightning.pytorch.LightningModule)

@@ -104,8 +104,6 @@ class WeightNormSwap(ModelChange):
                     "since; let that run before WeightNormSwap."
                 )
         norms = {n: m for n, m in pl_module.named_modules() if isinstance(m, WeightNorm)}
-        for norm in norms.values():
-            norm.cache = norm.cache and not norm.is_sharded
         warn_of_forgotten("weight norms", trainer.optimizers, norms)
 
     def recipe(self) -> Recipe:

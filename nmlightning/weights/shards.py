@@ -11,6 +11,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return type(tensor).__name__ == "DTensor"
 
 
+def is_flat(tensor: Tensor) -> bool:
+    """Return whether FSDP1 put several parameters, flattened, into it."""
+    return bool(getattr(tensor, "_is_flat_param", False))
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """Return what this rank holds of it, sharing its memory."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]

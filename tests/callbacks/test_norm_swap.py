@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_modules import (
+    OwnOptimizer,
     PlLate,
     PlModule,
     UnifiedLate,
@@ -34,17 +35,6 @@ class HeadLate(PlModule):
     def configure_model(self) -> None:
         if isinstance(self.net[0], nn.Conv2d):
             self.net[0] = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4))
-
-
-class OwnOptimizer(PlModule):
-    """Made its optimizer before any hook, as LightningCLI's automatic optimizers are."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.optimizer
 
 
 class Forgetful(PlModule):

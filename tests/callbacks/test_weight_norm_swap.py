@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_modules import (
+    OwnOptimizer,
     PlLate,
     PlModule,
     UnifiedLate,
@@ -34,7 +35,7 @@ from nmlightning import (
 )
 from nmlightning.errors import InputError
 from nmlightning.weights.recording_file import FILE_NAME
-from nmlightning.weights.weight_norm import WeightNorm
+from nmlightning.weights.weight_norm import weight_pass
 
 ALL = pytest.mark.parametrize("module_class", [PlModule, UnifiedModule, PlLate, UnifiedLate])
 
@@ -45,17 +46,6 @@ class Forgetful(PlModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         named = self.named_parameters()
         return torch.optim.SGD([q for name, q in named if not name.endswith("gain")], lr=0.1)
-
-
-class OwnOptimizer(PlModule):
-    """Made its optimizer before any hook."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.optimizer
 
 
 def batches() -> DataLoader[tuple[Tensor, ...]]:
@@ -165,6 +155,37 @@ def test_a_checkpoint_restores_without_a_trainer(
     assert saved == torch.load(path)["nmlightning"]["weight_norms"]
 
 
+class FromOthers(PlModule):
+    """Begins with weights of its own class, has a teacher of it, and a convolution of zeros."""
+
+    plain: Any = None
+    normalised: Any = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        if self.plain is not None:
+            self.load_state_dict(torch.load(self.plain)["state_dict"])
+            teacher = load_from_checkpoint(PlModule, self.normalised)
+            self.__dict__["teacher"] = teacher
+        nn.init.zeros_(self.net[3].weight)
+
+
+def test_other_loads_of_the_class_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, taught, path = (tmp_path / f"{name}.ckpt" for name in ("plain", "taught", "a"))
+    fit(make(PlModule)).save_checkpoint(plain)
+    teacher, module = make(PlModule), make(FromOthers)
+    fit(teacher, WeightNormSwap("weight", p=1)).save_checkpoint(taught)
+    nn.init.normal_(module.net[3].weight)
+    fit(module, WeightNormSwap()).save_checkpoint(path)
+    monkeypatch.setattr(FromOthers, "plain", plain)
+    monkeypatch.setattr(FromOthers, "normalised", taught)
+    restored = load_from_checkpoint(FromOthers, path)
+    for one, other in ((restored, module), (restored.teacher, teacher)):
+        assert torch.equal(one.net[3].weight, other.net[3].weight)
+
+
 @pytest.mark.parametrize("module_class", [PlModule, UnifiedModule])
 @pytest.mark.parametrize("first", [True, False])
 def test_averages_of_weights(module_class: type, first: bool) -> None:
@@ -186,14 +207,14 @@ def test_stochastic_weight_averaging() -> None:
 
 def test_weights_are_computed_once_for_an_accumulation(monkeypatch: pytest.MonkeyPatch) -> None:
     module, calls = make(PlModule), []
-    compute = WeightNorm.scales
-    monkeypatch.setattr(WeightNorm, "scales", lambda norm: calls.append(1) or compute(norm))
+    compute = weight_pass.compute_weights
+    monkeypatch.setattr(
+        weight_pass, "compute_weights", lambda *args: calls.append(1) or compute(*args)
+    )
     twin = copy.deepcopy(module)
-    fit(module, WeightNormSwap(p=1), accumulate_grad_batches=3, limit_val_batches=0)
-    cached = len(calls)
-    calls.clear()
-    fit(twin, WeightNormSwap(p=1, cache=False), accumulate_grad_batches=3, limit_val_batches=0)
-    assert len(calls) - cached == 2 * 2  # two convolutions, two more batches
+    fit(module, WeightNormSwap(p=1), accumulate_grad_batches=3, limit_val_batches=0, max_epochs=3)
+    assert len(calls) == 2  # one for each step after the first
+    fit(twin, WeightNormSwap(p=1, cache=False), accumulate_grad_batches=3, max_epochs=3)
     for a, b in zip(module.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a, b)
 

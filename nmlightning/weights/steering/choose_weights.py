@@ -10,6 +10,7 @@ from nmlightning.errors import InputError
 from nmlightning.name_patterns import matches, some, unmatched
 from nmlightning.weights.channel_norms import ChannelLayout, channel_norms
 from nmlightning.weights.optimizer_family import group_numbers
+from nmlightning.weights.shards import is_flat
 from nmlightning.weights.steering.named_weights import Model, NamedWeights
 from nmlightning.weights.steering.steered_weight import SteeredWeight
 
@@ -122,7 +123,7 @@ def why_left(
 
 def _check_names(weights: NamedWeights, patterns: Sequence[str]) -> None:
     for name, parameter in weights.parameters.items():
-        if getattr(parameter, "_is_flat_param", False):
+        if is_flat(parameter):
             raise InputError(
                 f"{name} is a flat shard of FSDP1, which has no channels: use FSDP2 "
                 "(ModelParallelStrategy) or DDP."

@@ -2,4 +2,4 @@
 
 from nmlightning.weights.weight_norm.apply import apply_weight_norm as apply_weight_norm
 from nmlightning.weights.weight_norm.apply import remove_weight_norm as remove_weight_norm
-from nmlightning.weights.weight_norm.parametrization import WeightNorm as WeightNorm
+from nmlightning.weights.weight_norm.weight_norm import WeightNorm as WeightNorm

@@ -9,17 +9,14 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from nmlightning.errors import check_flag
+from nmlightning.errors import InputError, check_flag
 from nmlightning.name_patterns import check_lists
 from nmlightning.weights.weight_norm.gains import homes_of_gains, listed, put_in, take_out
-from nmlightning.weights.weight_norm.parametrization import WeightNorm
+from nmlightning.weights.weight_norm.refusals import check_site
 from nmlightning.weights.weight_norm.settings import NAMES, Gain, Kind, Settings
-from nmlightning.weights.weight_norm.sites import (
-    Site,
-    check_site,
-    find_normalised_sites,
-    find_sites,
-)
+from nmlightning.weights.weight_norm.sites import Site, find_normalised_sites, find_sites
+from nmlightning.weights.weight_norm.weight_norm import WeightNorm
+from nmlightning.weights.weight_norm.weight_pass import WeightPass
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ def apply_weight_norm(
     project: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    cache: bool = False,
+    cache: bool = True,
     optimizers: Optimizer | Iterable[Optimizer] = (),
 ) -> WeightNormReport:
     """Normalise weights of a model: weight norm or bounded weight norm, by L1, L2 or L∞.
@@ -78,9 +75,9 @@ def apply_weight_norm(
         include: glob patterns on the names of parameters; empty means every convolution. A tied
             weight is normalised once and stays tied.
         exclude: glob patterns on names that are left alone.
-        cache: in training compute w once for all that happens between two optimizer steps, such
-            as the batches of an accumulation. What changes v unseen by torch, in place through
-            `.data` outside of an optimizer, is then not seen either.
+        cache: in training compute all w together, once for all that happens between two optimizer
+            steps, such as the batches of an accumulation. What changes v unseen by torch, in place
+            through `.data` between a forward pass and that step, is then not seen either.
         optimizers: those made before, which then move the gains too, in the group of v.
 
     Returns:
@@ -101,37 +98,54 @@ def apply_weight_norm(
     settings = Settings.of(kind, p, rho, gain, project)
     check_flag("cache", cache)
     check_lists(include=include, exclude=exclude)
+    _check_model(model)
     sites = find_sites(model, include, exclude)
     for site in sites:
         check_site(site)
     homes = {} if settings.gain == "none" else homes_of_gains(sites, listed(optimizers))
-    norms = [WeightNorm(site.parameter, settings, site.layout, cache=cache) for site in sites]
-    for norm, site in zip(norms, sites, strict=True):
-        norm.positions = tuple(list(m._parameters).index(name) for m, name in site.places)
-    for norm, site in zip(norms, sites, strict=True):
-        _register(norm, site)
-        if norm.gain is not None:
-            put_in(norm.gain, f"{site.name} gain", homes[site.name])
-    rhos = {site.name: float(norm.rho) for site, norm in zip(sites, norms, strict=True)}
-    return WeightNormReport(settings, rhos)
+    norms = _normalise(sites, settings, cache=cache)
+    for site in sites:
+        gain_parameter = norms[site.name].gain
+        if gain_parameter is not None:
+            put_in(gain_parameter, f"{site.name} gain", homes[site.name])
+    return WeightNormReport(settings, {name: float(norm.rho) for name, norm in norms.items()})
+
+
+def prepare_for_weights(
+    model: nn.Module, settings: Settings, include: Sequence[str], exclude: Sequence[str]
+) -> None:
+    """Normalise weights that are about to be loaded, whatever values they have yet."""
+    sites = find_sites(model, include, exclude)
+    for site in sites:
+        check_site(site, spare_zeros=True)
+    _normalise(sites, settings, cache=True)
+
+
+def _normalise(sites: Sequence[Site], settings: Settings, *, cache: bool) -> dict[str, WeightNorm]:
+    together, norms = WeightPass(), {}
+    positions = {site.name: site.positions for site in sites}
+    for site in sites:
+        norm = WeightNorm(site.parameter, settings, site.layout, cache=cache, weight_pass=together)
+        for module, attribute in site.places:
+            unshare_class(module)
+            parametrize.register_parametrization(module, attribute, norm)
+        module, attribute = site.places[0]
+        norm.keep(module.parametrizations[attribute], positions[site.name])  # type: ignore[index, arg-type]
+        norms[site.name] = norm
+    return norms
 
 
 def remove_weight_norm(
-    model: nn.Module,
-    *,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    optimizers: Optimizer | Iterable[Optimizer] = (),
+    model: nn.Module, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> list[str]:
     """Make plain parameters of normalised weights again, with exactly the values they have.
 
-    Each is the `Parameter` that it was.
+    Each is the `Parameter` that it was, and optimizers forget the gains.
 
     Args:
         model: it is changed in place.
         include: glob patterns on names of weights; empty means all that are normalised.
         exclude: glob patterns on names that stay normalised.
-        optimizers: they forget the gains.
 
     Returns:
         The names of the weights.
@@ -140,33 +154,31 @@ def remove_weight_norm(
         InputError: a pattern that matches nothing; no normalised weight; a weight that has other
             parametrizations, too. Nothing was changed then.
     """
-    sites, forgetful = find_normalised_sites(model, include, exclude), listed(optimizers)
+    check_lists(include=include, exclude=exclude)
+    _check_model(model)
+    sites = find_normalised_sites(model, include, exclude)
+    norms = [site.norm for site in sites]
     for site in sites:
-        _unregister(site, forgetful)
+        _make_plain(site)
+    take_out([norm.gain for norm in norms if norm is not None and norm.gain is not None])
     return [site.name for site in sites]
 
 
-def _register(norm: WeightNorm, site: Site) -> None:
-    gains = None if norm.gain is None else norm.gain.detach().clone()
-    for module, attribute in site.places:
-        unshare_class(module)
-        parametrize.register_parametrization(module, attribute, norm)
-    if norm.gain is not None and gains is not None:
-        norm.gain.detach().copy_(gains)  # registering assigned the weight, and so its norms
-    norm.keep(site.parametrizations)
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a torch.nn.Module, got {model!r}.")
 
 
 @torch.no_grad()
-def _unregister(site: Site, optimizers: Sequence[Optimizer]) -> None:
-    norm: WeightNorm = site.parametrizations[0]  # type: ignore[assignment]
-    value = site.parametrizations().clone()
+def _make_plain(site: Site) -> None:
+    norm = site.norm
+    assert norm is not None
+    value = norm(site.parameter).clone()
     for (module, attribute), position in zip(site.places, norm.positions, strict=True):
         unshare_class(module)
         parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
         _move(module._parameters, attribute, position)
     site.parameter.copy_(value)
-    if norm.gain is not None:
-        take_out(norm.gain, optimizers)
 
 
 def unshare_class(module: nn.Module) -> None:

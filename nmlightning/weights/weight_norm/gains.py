@@ -14,8 +14,13 @@ Group = dict[str, Any]
 
 
 def listed(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
-    """Return one or several optimizers as a list."""
-    return [optimizers] if hasattr(optimizers, "param_groups") else list(optimizers)  # type: ignore[list-item]
+    """Return one or several optimizers as a list, or raise InputError for anything else."""
+    several = [optimizers] if hasattr(optimizers, "param_groups") else optimizers
+    found: list[Any] = list(several) if isinstance(several, Iterable) else [several]
+    for each in found:
+        if not hasattr(each, "param_groups"):
+            raise InputError(f"optimizers is an optimizer or a list of them, got {each!r}.")
+    return found
 
 
 def homes_of_gains(
@@ -24,48 +29,24 @@ def homes_of_gains(
     """Return by the name of each weight the parameter groups that its gains belong to.
 
     Raises:
-        InputError: an optimizer that exists, but is not among `optimizers`, moves the weight; it
-            would not move the gains.
+        InputError: an optimizer that exists, but is not among `optimizers`, moves the weight, and
+            would not move the gains; or one that cannot take any.
     """
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    homes = {site.name: [g for g in groups if _has(g, site.parameter)] for site in sites}
-    given = {id(group) for group in groups}
-    strangers = [g for o in _all_optimizers() for g in o.param_groups if id(g) not in given]
-    for optimizer in optimizers:
-        if isinstance(optimizer, LBFGS) and any(
-            _has(g, s.parameter) for g in optimizer.param_groups for s in sites
-        ):
+    given = {id(optimizer) for optimizer in optimizers}
+    strangers = [x for x in _all_optimizers() if id(x) not in given]
+    homes = {}
+    for site in sites:
+        if any(_groups_with(site.parameter, [x]) for x in optimizers if isinstance(x, LBFGS)):
             raise InputError(
                 "LBFGS cannot take gains in that it was not made with: make it afterwards."
             )
-    for site in sites:
-        if any(_has(group, site.parameter) for group in strangers):
+        if _groups_with(site.parameter, strangers):
             raise InputError(
                 f"An optimizer that exists already moves {site.name}, and it would not move the "
                 "gain: hand it over as optimizers=…, or make it afterwards."
             )
+        homes[site.name] = _groups_with(site.parameter, optimizers)
     return homes
-
-
-def live_optimizers(model: nn.Module) -> list[Optimizer]:
-    """Return the optimizers that exist and move a parameter of the model."""
-    own = set(model.parameters())
-    return [
-        optimizer
-        for optimizer in _all_optimizers()
-        if any(q in own for group in optimizer.param_groups for q in group["params"])
-    ]
-
-
-def take_out(gain: Tensor, optimizers: Iterable[Optimizer]) -> None:
-    """Let the optimizers forget a gain."""
-    for optimizer in optimizers:
-        optimizer.state.pop(gain, None)
-        for group in optimizer.param_groups:
-            kept = [q is not gain for q in group["params"]]
-            for key in ("params", "param_names"):
-                if key in group:
-                    group[key] = [x for x, is_kept in zip(group[key], kept, strict=True) if is_kept]
 
 
 def put_in(gain: Tensor, name: str, groups: Iterable[Group]) -> None:
@@ -76,9 +57,32 @@ def put_in(gain: Tensor, name: str, groups: Iterable[Group]) -> None:
             group["param_names"].append(name)
 
 
-def _has(group: Group, parameter: Tensor) -> bool:
-    return any(q is parameter for q in group["params"])
+def take_out(gains: Sequence[Tensor]) -> None:
+    """Let every optimizer forget the gains."""
+    for optimizer in _all_optimizers() if gains else ():
+        for gain in gains:
+            optimizer.state.pop(gain, None)
+            for group in _groups_with(gain, [optimizer]):
+                _take_out_of_group(gain, group)
+
+
+def live_optimizers(model: nn.Module) -> list[Optimizer]:
+    """Return the optimizers that exist and move a parameter of the model."""
+    return [x for x in _all_optimizers() if any(_groups_with(q, [x]) for q in model.parameters())]
+
+
+def _take_out_of_group(gain: Tensor, group: Group) -> None:
+    kept = [q is not gain for q in group["params"]]
+    for key in ("params", "param_names"):
+        if key in group:
+            group[key] = [x for x, is_kept in zip(group[key], kept, strict=True) if is_kept]
+
+
+def _groups_with(parameter: Tensor, optimizers: Iterable[Optimizer]) -> list[Group]:
+    groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+    return [group for group in groups if any(q is parameter for q in group["params"])]
 
 
 def _all_optimizers() -> list[Optimizer]:
+    """Return every optimizer that is alive; only the garbage collector knows all of them."""
     return [x for x in gc.get_objects() if issubclass(type(x), Optimizer)]

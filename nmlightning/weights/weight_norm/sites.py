@@ -1,20 +1,21 @@
 """The weights of a model that can be normalised, and where in it each one is."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
 from nmlightning.errors import InputError
-from nmlightning.weights.channel_norms import ROWS, ChannelLayout, channel_norms
+from nmlightning.name_patterns import matches, some
+from nmlightning.weights.channel_norms import ROWS, ChannelLayout
 from nmlightning.weights.plain_name import plain_name
+from nmlightning.weights.shards import is_flat
+from nmlightning.weights.weight_norm.settings import Settings
+from nmlightning.weights.weight_norm.weight_norm import WeightNorm
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,14 +42,25 @@ class Site:
         return self.names[0]
 
     @property
-    def parametrizations(self) -> ParametrizationList:
-        """What computes the weight, if it is parametrized."""
+    def parametrizations(self) -> list[nn.Module]:
+        """What computes the weight from its parameter, in order."""
         module, attribute = self.places[0]
-        return module.parametrizations[attribute]  # type: ignore[index, return-value]
+        is_parametrized = parametrize.is_parametrized(module, attribute)
+        return list(module.parametrizations[attribute]) if is_parametrized else []  # type: ignore[index]
+
+    @property
+    def norm(self) -> WeightNorm | None:
+        """Its weight norm, if it has one."""
+        return next((x for x in self.parametrizations if isinstance(x, WeightNorm)), None)
+
+    @property
+    def positions(self) -> list[int]:
+        """Which of its module's parameters it is, in each place."""
+        return [list(module._parameters).index(name) for module, name in self.places]
 
     def matches(self, patterns: Sequence[str]) -> bool:
         """Return whether a glob pattern is true of one of its names."""
-        return any(fnmatchcase(name, pattern) for name in self.names for pattern in patterns)
+        return any(matches(name, patterns) for name in self.names)
 
 
 def find_sites(
@@ -63,14 +75,17 @@ def find_sites(
         exclude: glob patterns on names that are left alone.
 
     Raises:
-        InputError: a pattern that matches no weight, or none left.
+        InputError: a pattern that matches no weight, or none left; a convolution whose weight is
+            no parameter, as pruning leaves it.
     """
     sites = _all_sites(model)
     chosen = _choose(model, sites, [s for s in sites if include or s.is_conv], include, exclude)
+    if not include:
+        _check_no_computed_weight(model, exclude)
     if not chosen:
         raise InputError(
             f"{type(model).__name__} has no weight to normalise: by default these are the "
-            f"convolutions; name others by include. It has {_some([s.name for s in sites])}."
+            f"convolutions; name others by include. It has {some([s.name for s in sites])}."
         )
     return chosen
 
@@ -84,24 +99,21 @@ def find_normalised_sites(
         InputError: a pattern that matches none of them, none left, or one with other
             parametrizations, too.
     """
-    sites = [site for site in _all_sites(model) if "WeightNorm" in _parametrizations(site)]
-    chosen = _choose(model, sites, sites, include, exclude)
+    sites = _all_sites(model)
+    chosen = _choose(model, sites, [s for s in sites if s.norm], include, exclude)
+    chosen = [site for site in chosen if site.norm]
     if not chosen:
         raise InputError(f"{type(model).__name__} has no normalised weight.")
     for site in chosen:
-        if len(_parametrizations(site)) > 1:
-            kinds = ", ".join(_parametrizations(site))
+        if len(site.parametrizations) > 1:
+            kinds = ", ".join(type(x).__name__ for x in site.parametrizations)
             raise InputError(f"{site.name} has several parametrizations ({kinds}).")
     return chosen
 
 
-def normalised_weights(model: nn.Module) -> dict[str, Any]:
+def normalised_weights(model: nn.Module) -> dict[str, Settings]:
     """Return the settings of each weight that is normalised, by its name."""
-    sites = [site for site in _all_sites(model) if "WeightNorm" in _parametrizations(site)]
-    return {
-        site.name: next(x.settings for x in site.parametrizations if hasattr(x, "settings"))
-        for site in sites
-    }
+    return {site.name: site.norm.settings for site in _all_sites(model) if site.norm}
 
 
 def _choose(
@@ -115,10 +127,23 @@ def _choose(
         if not any(site.matches([pattern]) for site in sites):
             raise InputError(
                 f"The pattern {pattern!r} matches no weight of two or more dimensions in "
-                f"{type(model).__name__}; there is {_some([site.name for site in sites])}."
+                f"{type(model).__name__}; there is {some([site.name for site in sites])}."
             )
     chosen = [site for site in sites if site.matches(include)] if include else by_default
     return [site for site in chosen if not site.matches(exclude)]
+
+
+def _check_no_computed_weight(model: nn.Module, exclude: Sequence[str]) -> None:
+    for path, module in model.named_modules():
+        is_plain = "weight" in module._parameters or parametrize.is_parametrized(module, "weight")
+        if isinstance(module, _ConvNd) and not is_plain:
+            name = f"{path}.weight".lstrip(".")
+            parts = [f"{path}.{own}".lstrip(".") for own in module._parameters if "weight" in own]
+            if not matches(name, exclude) and not any(matches(part, exclude) for part in parts):
+                raise InputError(
+                    f"{name} is computed from {some(parts)}, as pruning and torch's old "
+                    f"weight_norm do it: make it plain first, or exclude {some(parts, 1)!r}."
+                )
 
 
 def _all_sites(model: nn.Module) -> list[Site]:
@@ -143,67 +168,5 @@ def _all_weights(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Par
             yield owner, owner_path, path.rpartition(".")[2], next(module.parameters(recurse=False))
         elif "parametrizations" not in path.split("."):
             for attribute, parameter in module.named_parameters(recurse=False):
-                if is_lazy(parameter) or parameter.dim() >= 2 or _is_flat(parameter):
+                if is_lazy(parameter) or parameter.dim() >= 2 or is_flat(parameter):
                     yield module, path, attribute, parameter
-
-
-def _is_flat(parameter: Tensor) -> bool:
-    return bool(getattr(parameter, "_is_flat_param", False))
-
-
-def check_site(site: Site) -> None:
-    """Raise InputError, naming the reason, if a weight cannot be normalised."""
-    reason = _refusal(site)
-    if reason:
-        raise InputError(f"{site.name} {reason}")
-
-
-def _refusal(site: Site) -> str | None:
-    parameter = site.parameter
-    if _parametrizations(site):
-        return _of_parametrized(site)
-    if is_lazy(parameter) or parameter.is_meta:
-        return "has no values yet: initialise the model first (with a batch, if it is lazy)."
-    if _is_flat(parameter) or type(parameter).__name__ == "DTensor":
-        return (
-            "is sharded already: call apply_weight_norm, or let WeightNormSwap, before FSDP "
-            "wraps the model (in configure_model before fully_shard)."
-        )
-    if not parameter.is_floating_point():
-        return f"is of {parameter.dtype}, and only real floating-point weights have a norm here."
-    return _of_norms(site)
-
-
-def _parametrizations(site: Site) -> list[str]:
-    """Return the class names of what computes the weight."""
-    if not parametrize.is_parametrized(*site.places[0]):
-        return []
-    return [type(x).__name__ for x in site.parametrizations]
-
-
-def _of_parametrized(site: Site) -> str:
-    kinds = _parametrizations(site)
-    if "WeightNorm" in kinds:
-        return "is normalised already; remove_weight_norm undoes that."
-    return f"has a parametrization already ({', '.join(kinds)}); remove it first."
-
-
-def _of_norms(site: Site) -> str | None:
-    norms = channel_norms(site.parameter, math.inf, site.layout)
-    if not norms.isfinite().all():
-        return "has values that are not finite."
-    zero = (norms == 0).nonzero().flatten().tolist()
-    spared = {getattr(module, "padding_idx", None) for module, _ in site.places}
-    zero = [channel for channel in zero if channel not in spared]
-    if not zero:
-        return None
-    shown = ", ".join(map(str, zero[:5])) + (", …" if len(zero) > 5 else "")
-    return (
-        f"has {len(zero)} of {len(norms)} channels that are zero ({shown}), which have no "
-        "direction: initialise the model first, and normalise its weights then."
-    )
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:8]) or "none"
-    return shown + (f" and {len(names) - 8} more" if len(names) > 8 else "")

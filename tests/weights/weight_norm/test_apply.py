@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 from nmlightning import (
     Hyperball,
@@ -140,7 +140,7 @@ def test_removal_leaves_exactly_the_weight(net: nn.Sequential, images: Tensor, f
     train(net, images, optimizer, 3)
     copied = copy.deepcopy(net)
     output = net(images)
-    assert remove_weight_norm(net, optimizers=iter([optimizer])) == ["0.weight", "2.weight"]
+    assert remove_weight_norm(net) == ["0.weight", "2.weight"]
     assert torch.equal(net(images), output)
     assert [name for name, _ in net.named_parameters()] == list(names)
     assert all(a is b for a, b in zip(net.parameters(), parameters, strict=True))
@@ -189,7 +189,7 @@ def test_names_in_an_optimizer_stay_beside_its_parameters(net: nn.Sequential) ->
     (group,) = optimizer.state_dict()["param_groups"]
     assert group["param_names"] == [*names, "0.weight gain", "2.weight gain"]
     assert len(group["params"]) == len(group["param_names"])
-    remove_weight_norm(net, optimizers=optimizer)
+    remove_weight_norm(net)
     assert optimizer.param_groups[0]["param_names"] == names
 
 
@@ -306,6 +306,42 @@ def test_other_dtypes(net: nn.Sequential, dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_cast_to_half_leaves_rho_exact(net: nn.Sequential, form: str, dtype: torch.dtype) -> None:
+    apply_weight_norm(net, p=1, **FORMS[form])
+    buffers = {name: b.clone() for name, b in net.named_buffers()}
+    net.to(dtype).float()
+    for name, buffer in net.named_buffers():
+        assert torch.equal(buffer, buffers[name])
+    assert net.double()[0].parametrizations.weight[0].rho.dtype == torch.float64  # type: ignore[index, union-attr]
+
+
+def test_a_load_with_another_p_fails(net: nn.Sequential) -> None:
+    twin = copy.deepcopy(net)
+    apply_weight_norm(net, p="inf")
+    apply_weight_norm(twin)
+    message = r"0\.parametrizations\.weight\.0 was normalised by L∞ there, here it is by L2"
+    with pytest.raises(RuntimeError, match=message):
+        twin.load_state_dict(net.state_dict())
+
+
+@pytest.mark.parametrize("p", NORMS)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_channel_that_becomes_zero_later_stays_finite(
+    net: nn.Sequential, images: Tensor, form: str, p: float
+) -> None:
+    apply_weight_norm(net, p=p, project=True, **FORMS[form])
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    train(net, images, optimizer, 1)
+    with torch.no_grad():
+        net[0].parametrizations.weight.original[1] = 0  # type: ignore[index, union-attr]
+    train(net, images, optimizer, 3)
+    assert all(q.isfinite().all() for q in net.parameters())
+    with torch.no_grad():
+        assert net.eval()(images).isfinite().all()
+
+
 def test_a_strict_load_into_a_plain_model_fails(net: nn.Sequential) -> None:
     plain = copy.deepcopy(net)
     apply_weight_norm(net)
@@ -325,6 +361,18 @@ def not_finite() -> nn.Module:
     return conv
 
 
+def pruned() -> nn.Module:
+    conv = nn.Conv2d(2, 4, 1)
+    prune.random_unstructured(conv, "weight", 0.5)  # type: ignore[no-untyped-call]
+    return nn.Sequential(nn.Conv2d(3, 2, 1), conv)
+
+
+def float8() -> nn.Module:
+    conv = nn.Conv2d(2, 4, 1).requires_grad_(False)
+    conv.weight.data = conv.weight.data.to(torch.float8_e4m3fn)
+    return conv
+
+
 def wrapped() -> nn.Module:
     conv = nn.Conv2d(2, 4, 1)
     apply_weight_norm(conv)
@@ -334,6 +382,9 @@ def wrapped() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (pruned, r"1\.weight is computed from 1\.weight_orig, .* exclude '1\.weight_orig'"),
+        (float8, "weight is of torch.float8_e4m3fn, and only real floating-point"),
+        (lambda: "x", "model is a torch.nn.Module, got 'x'"),
         (zero_channel, r"weight has 1 of 4 channels that are zero \(1\)"),
         (not_finite, "values that are not finite"),
         (wrapped, "normalised already; remove_weight_norm undoes that"),
@@ -378,6 +429,26 @@ def test_refuses_settings(net: nn.Sequential, options: dict[str, Any], message: 
     with pytest.raises(InputError, match=message):
         apply_weight_norm(net, **options)
     assert not any("parametrizations" in name for name in net.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"max_norm": 1.0}, "is renormalised in place by max_norm=1"), ({"sparse": True}, "sparse")],
+)
+def test_refuses_embeddings_that_do_more(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        apply_weight_norm(nn.Embedding(5, 3, **options), include=["weight"])
+
+
+@pytest.mark.parametrize("optimizers", [[None], None, 3])
+def test_refuses_what_is_no_optimizer(net: nn.Sequential, optimizers: Any) -> None:
+    with pytest.raises(InputError, match="optimizers is an optimizer or a list of them, got"):
+        apply_weight_norm(net, "weight", optimizers=optimizers)
+
+
+def test_a_pruned_weight_may_be_left() -> None:
+    net = pruned()
+    assert list(apply_weight_norm(net, exclude=["1.weight_orig"]).weights) == ["0.weight"]
 
 
 def test_nothing_to_remove(net: nn.Sequential) -> None:

@@ -6,22 +6,23 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nmlightning import apply_weight_norm, channel_norms, remove_weight_norm
-from nmlightning.weights.weight_norm.normalised_weight import NormalisedWeight
+from nmlightning.weights.weight_norm.normalised_weights import NormalisedWeights
 
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What was computed for training, since it was cleared."""
     calls: list[Any] = []
-    original = NormalisedWeight.apply
+    original = NormalisedWeights.apply
 
     def count(*args: Any) -> Any:
         calls.append(args)
         return original(*args)
 
-    monkeypatch.setattr(NormalisedWeight, "apply", count)
+    monkeypatch.setattr(NormalisedWeights, "apply", count)
     return calls
 
 
@@ -39,8 +40,8 @@ def test_a_cached_weight_changes_nothing(
     net: nn.Sequential, images: Tensor, form: dict[str, Any]
 ) -> None:
     twin = copy.deepcopy(net)
-    apply_weight_norm(net, cache=True, **form)
-    apply_weight_norm(twin, **form)
+    apply_weight_norm(net, **form)
+    apply_weight_norm(twin, cache=False, **form)
     optimizers = [torch.optim.SGD(x.parameters(), 0.1, momentum=0.9) for x in (net, twin)]
     for _ in range(5):
         step(net, images, optimizers[0], 3)
@@ -51,13 +52,13 @@ def test_a_cached_weight_changes_nothing(
 def test_it_is_computed_once_a_step(
     net: nn.Sequential, images: Tensor, computed: list[Any]
 ) -> None:
-    apply_weight_norm(net, cache=True)
+    apply_weight_norm(net)
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     step(net, images, optimizer, 1)
     for _ in range(2):
         computed.clear()
         step(net, images, optimizer, 4)
-        assert len(computed) == 2  # one for each convolution
+        assert len(computed) == 1  # for all convolutions together
 
 
 class DataOptimizer(torch.optim.Optimizer):
@@ -82,7 +83,8 @@ def change_gain(net: nn.Sequential) -> None:
 
 
 def change_by_loading(net: nn.Sequential) -> None:
-    net.load_state_dict({k: v + 1 for k, v in net.state_dict().items()})
+    state = net.state_dict()
+    net.load_state_dict({k: v if k.endswith("order") else v + 1 for k, v in state.items()})
 
 
 def change_by_an_optimizer(net: nn.Sequential) -> None:
@@ -111,6 +113,18 @@ def change_dtype(net: nn.Sequential) -> None:
     net.to(torch.float64)
 
 
+def exchange_data(net: nn.Sequential) -> None:
+    hidden = net[0].parametrizations.weight.original  # type: ignore[union-attr]
+    for _ in range(3):  # the first of these would otherwise be free for the last
+        hidden.data = hidden.data.clone() + 1  # type: ignore[operator, union-attr]
+
+
+def make_zero(net: nn.Sequential) -> None:
+    with torch.no_grad():
+        net[0].parametrizations.weight.original[0] = 0  # type: ignore[index, union-attr]
+    assert not net[0].weight[0].any()  # type: ignore[index]
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -121,12 +135,16 @@ def change_dtype(net: nn.Sequential) -> None:
         change_in_evaluation,
         change_by_training_what_was_frozen,
         change_dtype,
+        exchange_data,
+        make_zero,
     ],
 )
 def test_a_change_is_seen(net: nn.Sequential, images: Tensor, change: Any) -> None:
-    apply_weight_norm(net, "weight", cache=True)
+    apply_weight_norm(net, "weight")
+    step(net, images, torch.optim.SGD(net.parameters(), 0.1), 1)
     net(images).square().mean().backward()
     before = net[0].weight
+    assert net[0].weight is before
     change(net)
     assert not torch.equal(net[0].weight.double(), before.double()) or change is change_dtype  # type: ignore[operator, union-attr]
     fresh = copy.deepcopy(net)
@@ -134,13 +152,96 @@ def test_a_change_is_seen(net: nn.Sequential, images: Tensor, change: Any) -> No
 
 
 def test_evaluation_computes_no_graph(net: nn.Sequential, images: Tensor) -> None:
-    apply_weight_norm(net, cache=True)
+    apply_weight_norm(net)
+    step(net, images, torch.optim.SGD(net.parameters(), 0.1), 1)
     with torch.no_grad():
         assert not net(images).requires_grad
     with torch.inference_mode():
         net(images)
+    net.zero_grad()
     net(images).sum().backward()
     assert net[0].parametrizations.weight.original.grad is not None  # type: ignore[union-attr]
+
+
+def test_before_an_optimizer_moved_it_nothing_is_kept(net: nn.Sequential, images: Tensor) -> None:
+    apply_weight_norm(net)
+    net(images).square().mean().backward()
+    before = net[0].weight.detach().clone()  # type: ignore[operator, union-attr]
+    for q in net.parameters():
+        assert q.grad is not None
+        q.data -= 0.1 * q.grad
+    assert not torch.equal(net[0].weight, before)  # type: ignore[arg-type]
+
+
+def test_what_is_frozen_gets_no_gradient_from_the_others(
+    net: nn.Sequential, images: Tensor
+) -> None:
+    apply_weight_norm(net)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    step(net, images, optimizer, 1)
+    optimizer.zero_grad()
+    net[0].requires_grad_(False)
+    assert not net[0].weight.requires_grad  # type: ignore[union-attr]
+    net(images).sum().backward()
+    hidden = [net[i].parametrizations.weight.original for i in (0, 2)]  # type: ignore[union-attr]
+    assert [v.grad is None for v in hidden] == [True, False]  # type: ignore[union-attr]
+
+
+def test_each_part_may_have_its_own_backward_pass(net: nn.Sequential) -> None:
+    twin = copy.deepcopy(net)
+    apply_weight_norm(net, "weight", gain="channel")
+    apply_weight_norm(twin, "weight", gain="channel", cache=False)
+    for x in (net, twin):
+        optimizer = torch.optim.SGD(x.parameters(), 0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            x[0].weight.square().sum().backward()  # type: ignore[operator, union-attr]
+            x[2].weight.exp().sum().backward()  # type: ignore[operator, union-attr]
+            x[0].weight.exp().sum().backward()  # type: ignore[operator, union-attr]
+            optimizer.step()
+    for a, b in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_checkpointed_activations(net: nn.Sequential, images: Tensor) -> None:
+    apply_weight_norm(net, "weight")
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    step(net, images, optimizer, 1)
+    grads = []
+    for reentrant in (None, False, True):
+        optimizer.zero_grad()
+        x = images.clone().requires_grad_()
+        for part in (net[:2], net[2:]):
+            x = part(x) if reentrant is None else checkpoint(part, x, use_reentrant=reentrant)  # type: ignore[no-untyped-call]
+        x.square().mean().backward()
+        grads.append([q.grad for q in net.parameters()])
+    torch.testing.assert_close(grads[1], grads[0])
+    torch.testing.assert_close(grads[2], grads[0])
+
+
+def test_a_part_of_a_model_is_copied_alone(net: nn.Sequential, images: Tensor) -> None:
+    apply_weight_norm(net, project=True)
+    step(net, images, torch.optim.SGD(net.parameters(), 0.1), 1)
+    part = copy.deepcopy(net[0])
+    optimizer = torch.optim.SGD(part.parameters(), 0.1)
+    for _ in range(2):
+        step(part, images, optimizer, 1)
+    assert torch.equal(part.weight, copy.deepcopy(part).weight)
+
+
+def test_functional_transforms(net: nn.Sequential, images: Tensor) -> None:
+    apply_weight_norm(net, "weight")
+    step(net, images, torch.optim.SGD(net.parameters(), 0.1), 1)
+    parameters = dict(net.named_parameters())
+
+    def loss(values: dict[str, Tensor], image: Tensor) -> Tensor:
+        return torch.func.functional_call(net, values, image[None]).square().mean()
+
+    per_image = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, images)
+    net.zero_grad()
+    (net(images).square().mean(1).mean()).backward()
+    for name, q in parameters.items():
+        torch.testing.assert_close(per_image[name].mean(0), q.grad)
 
 
 @pytest.mark.parametrize("p", [1, 2, float("inf")])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nmlightning.weights.channel_norms import ROWS, ChannelLayout, channel_norms
-from nmlightning.weights.weight_norm.normalised_weight import NormalisedWeight, normalise_channels
+from nmlightning.weights.weight_norm.normalised_weights import NormalisedWeights, normalise_channels
 
 NORMS = [1.0, 2.0, math.inf]
 SHAPES: dict[str, tuple[tuple[int, ...], ChannelLayout, Any]] = {
@@ -32,7 +32,8 @@ def make_scales(v: Tensor, layout: ChannelLayout, kind: str) -> Tensor:
 
 
 def apply(v: Tensor, scales: Tensor, p: float, layout: ChannelLayout) -> Tensor:
-    return NormalisedWeight.apply(v, scales, p, layout)  # type: ignore[no-any-return]
+    (w,) = NormalisedWeights.apply(((p, layout),), v, scales)
+    return w  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("p", NORMS)
