@@ -2,97 +2,44 @@
 
     python benchmarks/weight_norms.py [--net resnet56] [--batch 128] [--device cuda] [--rounds 10]
 
-Each round times a step, and in random order what a callback adds to it; a share is the median over
-rounds of its time against that of the step in the same round, with its quartiles. What is logged is
-written for TensorBoard; by default that happens at every 50th step.
+`share_of_step` says how it is measured. What is logged is written for TensorBoard; by default that
+happens at every 50th step.
 """
 
-import argparse
-import random
-import statistics
 import tempfile
-import time
 import warnings
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-import torchvision
 from pytorch_lightning.loggers import TensorBoardLogger
+from share_of_step import Call, Step, main
 from torch import nn
 
 from nmlightning.callbacks.norm_dashboard import NormDashboard
-from nmlightning.models import VGG, CifarResNet
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.layer_weights import find_layer_weights
 from nmlightning.weights.recorder import Recorder
 from nmlightning.weights.steering import DecayEquivalentLR, LRCorrection, NormSchedule
 
-NETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    "resnet56": (lambda: CifarResNet(56), 32),
-    "vgg11": (lambda: VGG(11), 32),
-    "resnet50": (torchvision.models.resnet50, 224),
-}
-WARM_UP_ROUNDS = 2
 
-
-def main() -> None:
-    """Print a line for each addition to the step."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--net", choices=NETS, default="resnet56")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=10)
-    options = parser.parse_args()
-    threads = torch.get_num_threads()
-    print(
-        f"torch {torch.__version__}, {options.device}, {options.net}, batch {options.batch}, "
-        f"{threads} threads"
-    )
-    for name, shares in measure(options.net, options.batch, options.device, options.rounds).items():
-        low, middle, high = statistics.quantiles(shares, n=4)
-        print(f"{name:24} {100 * middle:6.2f} % of a step ({100 * low:.2f} to {100 * high:.2f})")
-
-
-def measure(net_name: str, batch: int, device: str, rounds: int) -> dict[str, list[float]]:
-    """Return the share of a step that each addition takes, in each round after the warm-up."""
-    make_net, size = NETS[net_name]
-    net = make_net().to(device)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
-    x = torch.randn(batch, 3, size, size, device=device)
-    target = torch.randint(10, (batch,), device=device)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(net(x), target).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-
-    step()
-    additions = {
-        "record": make_record(net),
-        "log": make_log(net, optimizer),
-        **make_steering(net, optimizer),
+def make_additions(step: Step) -> dict[str, Call]:
+    """Return what the callbacks add to a step."""
+    return {
+        "record": make_record(step.net),
+        "log": make_log(step.net, step.optimizer),
+        **make_steering(step.net, step.optimizer),
     }
-    shares: dict[str, list[float]] = {name: [] for name in additions}
-    for current in range(rounds + WARM_UP_ROUNDS):
-        whole = seconds_of(step, device)
-        for name in random.sample(list(additions), len(additions)):
-            share = seconds_of(additions[name], device) / whole
-            if current >= WARM_UP_ROUNDS:
-                shares[name].append(share)
-    return shares
 
 
-def make_record(net: nn.Module) -> Callable[[], None]:
+def make_record(net: nn.Module) -> Call:
     """Return what takes one record of all weights, at the next step."""
     recorder = Recorder(find_layer_weights(net), {})
     return lambda: recorder.record(recorder.last_step + 1, 0, {})
 
 
-def make_log(net: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+def make_log(net: nn.Module, optimizer: torch.optim.Optimizer) -> Call:
     """Return what a logged step takes: weights are kept before it, read and written after it."""
     trainer: Any = SimpleNamespace(
         loggers=[TensorBoardLogger(tempfile.mkdtemp())],
@@ -112,9 +59,7 @@ def make_log(net: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], N
     return run
 
 
-def make_steering(
-    net: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, Callable[[], None]]:
+def make_steering(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Call]:
     """Return what each rule does around a step of the optimizer, without the step."""
     norms = {
         name: channel_norms(weight).cpu()[None].numpy()
@@ -137,7 +82,7 @@ def make_hooks(
     rule: LRCorrection | NormSchedule | DecayEquivalentLR,
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
-) -> Callable[[], None]:
+) -> Call:
     """Return a call of the rule's two hooks."""
     attachment = rule.attach(optimizer, net.named_parameters())
     attachment.remove()
@@ -149,14 +94,5 @@ def make_hooks(
     return run
 
 
-def seconds_of(call: Callable[[], None], device: str) -> float:
-    """Return how long the call takes, on the device too."""
-    started = time.perf_counter()
-    call()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, make_additions)

@@ -1,7 +1,6 @@
 """WeightNorm: what turns the hidden weight v of a layer into the weight w that it computes with."""
 
 import copy
-import weakref
 from collections.abc import Container, Sequence
 from typing import Any
 
@@ -16,14 +15,11 @@ from nmlightning.weights.channel_norms import (
     gather_channels,
 )
 from nmlightning.weights.shards import is_sharded, local_part
-from nmlightning.weights.weight_norm.normalised_weights import normalise_channels
+from nmlightning.weights.weight_norm.hidden_weight import HiddenWeight
 from nmlightning.weights.weight_norm.settings import NAMES, Settings
 from nmlightning.weights.weight_norm.upkeep import keep_up
-from nmlightning.weights.weight_norm.weight_pass import (
-    Kept,
-    WeightPass,
-    compute_weights,
-)
+from nmlightning.weights.weight_norm.ways import normalise_channels
+from nmlightning.weights.weight_norm.weight_pass import WeightPass, compute_weights
 
 
 class WeightNorm(nn.Module):
@@ -78,7 +74,6 @@ class WeightNorm(nn.Module):
         whole = torch.linalg.vector_norm(norms) if bounded else None
         self.register_buffer("initial_gain_norm", whole)
         self.positions: tuple[int, ...] = ()
-        self._holder: weakref.ref[ParametrizationList] | None = None
         self._join(WeightPass() if weight_pass is None else weight_pass)
 
     def _first_gain(self, norms: Tensor, v: Tensor) -> nn.Parameter | None:
@@ -87,12 +82,9 @@ class WeightNorm(nn.Module):
         gains = norms if self.settings.gain == "channel" else self.rho.reshape(1)
         return nn.Parameter(gains.to(v.dtype, copy=True), requires_grad=v.requires_grad)
 
-    def _join(self, weight_pass: WeightPass) -> None:
-        """Begin, with nothing computed yet."""
-        self.kept: Kept | None = None
-        self._is_stepped = False
-        self._has_zeros, self._looked_at = False, (0, -1)
-        self._pass = weight_pass
+    def _join(self, weight_pass: WeightPass, holder: ParametrizationList | None = None) -> None:
+        """Begin, with nothing known yet."""
+        self.hidden, self._pass = HiddenWeight(holder), weight_pass
         weight_pass.members.add(self)
         keep_up(self)
 
@@ -103,17 +95,21 @@ class WeightNorm(nn.Module):
             holder: it was registered with.
             positions: which of its module's parameters the weight was, in each place it is in.
         """
-        self._holder, self.positions = weakref.ref(holder), tuple(positions)
+        self.hidden, self.positions = HiddenWeight(holder), tuple(positions)
         if self.settings.project:
             self._project(holder.original)
 
     def forward(self, v: Tensor) -> Tensor:
         """Return w."""
-        if _is_recorded() or v.is_inference() or self._is_zero_somewhere(v):
+        if _is_recorded():
             return self._by_formula(v)
-        if self._may_keep() and torch.is_grad_enabled() and not _is_captured(v):
-            return self._pass.weight(self, v)
-        return compute_weights([self], [v])[0]
+        may_keep = torch.is_grad_enabled() and self._may_keep() and not _is_captured(v)
+        kept = self.hidden.weight(v, self.gain) if may_keep else None
+        if kept is not None:
+            return kept
+        if v.is_inference() or self.hidden.is_zero_somewhere(v, self.form):
+            return self._by_formula(v)
+        return self._pass.compute(self, v) if may_keep else compute_weights([self], [v])[0]
 
     def _by_formula(self, v: Tensor) -> Tensor:
         scales = self.rho if self.gain is None else self.gain
@@ -122,29 +118,15 @@ class WeightNorm(nn.Module):
         return normalise_channels(v, scales, *self.form)
 
     def _may_keep(self) -> bool:
-        """Return whether w may be kept until the next optimizer step.
-
-        Not before the first: it may be no optimizer that changes v, and unseen by torch.
-        """
-        return self.cache and self.training and self._is_stepped
+        """Return whether w may be kept until the next optimizer step."""
+        return self.cache and self.training and self.hidden.is_stepped
 
     def waiting(self, device: torch.device) -> Tensor | None:
         """Return v, if w may be kept and is on the device."""
-        v = self._hidden()
-        if v is None or not self._may_keep() or v.device != device:
+        v = self.hidden.value if self._may_keep() else None
+        if v is None or v.device != device or is_sharded(v) or v.is_inference():
             return None
-        return None if is_sharded(v) or v.is_inference() or self._is_zero_somewhere(v) else v
-
-    @torch.no_grad()
-    def _is_zero_somewhere(self, v: Tensor) -> bool:
-        """Return whether v has a channel of zeros, by which the fast ways would divide.
-
-        An optimizer step makes none; after any other change that torch sees, it is looked for.
-        """
-        if self._looked_at != (id(v), v._version):
-            norms = channel_norms(local_part(v), *self.form)
-            self._has_zeros, self._looked_at = not bool(norms.all()), (id(v), v._version)
-        return self._has_zeros
+        return None if self.hidden.is_zero_somewhere(v, self.form) else v
 
     @torch.no_grad()
     def channel_norms(self, v: Tensor) -> Tensor:
@@ -163,7 +145,7 @@ class WeightNorm(nn.Module):
 
         While it is being registered g stays, too: `rho` may have set it.
         """
-        if self.gain is not None and self._holder is not None:
+        if self.gain is not None and self.hidden.holder is not None:
             norms = channel_norms(w, *self.form)
             by_channel = self.settings.gain == "channel"
             self.gain.copy_(norms if by_channel else _power_mean(norms, self.settings.p))
@@ -171,12 +153,15 @@ class WeightNorm(nn.Module):
 
     def after_step(self, moved: Container[Tensor]) -> None:
         """Forget w, and project v if the step moved it."""
-        self.kept = None
-        v = self._hidden()
+        hidden = self.hidden
+        hidden.forget()
+        v = hidden.value
         if v is None or not (v in moved or self.gain in moved):
             return
-        self._is_stepped, self._looked_at = True, (id(v), v._version)
-        self.cache = self.cache and not is_sharded(v)  # A w would hold what FSDP lets go of.
+        hidden.note_change(v)
+        if not hidden.is_stepped:
+            hidden.is_stepped = True
+            self.cache = self.cache and not is_sharded(v)  # It would hold what FSDP lets go of.
         if self.settings.project and v in moved:
             self._project(v)
 
@@ -189,20 +174,16 @@ class WeightNorm(nn.Module):
         local, layout = local_part(v), self.form[1]
         factors = self.rho / channel_norms(local, *self.form)
         local.mul_(layout.spread(factors.where(factors.isfinite(), 1.0), local))
-        self._looked_at = (id(v), v._version)
-
-    def _hidden(self) -> Tensor | None:
-        holder = None if self._holder is None else self._holder()
-        return None if holder is None else holder.original
+        self.hidden.note_change(v)
 
     def train(self, mode: bool = True) -> "WeightNorm":
         """Forget w, too: weights may have been exchanged, for averages of them say."""
-        self.kept = None
+        self.hidden.forget()
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "WeightNorm":
         """Leave ρ and ‖g⁰‖ exact where the module is cast to half."""
-        self.kept = None
+        self.hidden.forget()
         exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in exact.items():
@@ -223,11 +204,10 @@ class WeightNorm(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> "WeightNorm":
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        own = {"_holder": None, "_pass": None, "kept": None}
+        own = {"hidden": None, "_pass": None}
         copied.__dict__.update(copy.deepcopy({**self.__dict__, **own}, memo))
-        holder = None if self._holder is None else memo.get(id(self._holder()))
-        copied._holder = None if holder is None else weakref.ref(holder)
-        copied._join(memo.setdefault(id(self._pass), WeightPass()))
+        together = memo.setdefault(id(self._pass), WeightPass())
+        copied._join(together, memo.get(id(self.hidden.holder)))
         return copied
 
     def extra_repr(self) -> str:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from nmlightning.weights.channel_norms import ROWS, ChannelLayout, channel_norms
-from nmlightning.weights.weight_norm.normalised_weights import NormalisedWeights, normalise_channels
+from nmlightning.weights.weight_norm.normalised_weights import NormalisedWeights
+from nmlightning.weights.weight_norm.ways import normalise_channels
 
 NORMS = [1.0, 2.0, math.inf]
 SHAPES: dict[str, tuple[tuple[int, ...], ChannelLayout, Any]] = {

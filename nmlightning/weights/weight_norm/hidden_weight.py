@@ -1,0 +1,73 @@
+"""What is known of the hidden weight v of a weight norm from one optimizer step to the next."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.parametrize import ParametrizationList
+
+from nmlightning.weights.channel_norms import channel_norms
+from nmlightning.weights.shards import local_part
+from nmlightning.weights.weight_norm.ways import Form
+
+
+class HiddenWeight:
+    """v, where it is, and w as long as nothing changed.
+
+    Attributes:
+        is_stepped: whether an optimizer moved v or g before. Until then it may be something else
+            that changes them, unseen by torch, and w is not kept.
+    """
+
+    __slots__ = ("_has_zeros", "_holder", "_kept", "_looked_at", "is_stepped")
+
+    def __init__(self, holder: ParametrizationList | None = None) -> None:
+        self._holder = None if holder is None else weakref.ref(holder)
+        self._kept: tuple[Tensor, Tensor, Any, tuple[Any, ...]] | None = None
+        self._has_zeros, self._looked_at = False, (0, -1)
+        self.is_stepped = False
+
+    @property
+    def holder(self) -> ParametrizationList | None:
+        """What has v."""
+        return None if self._holder is None else self._holder()
+
+    @property
+    def value(self) -> Tensor | None:
+        """V."""
+        holder = self.holder
+        return None if holder is None else holder.original
+
+    def weight(self, v: Tensor, gain: Tensor | None) -> Tensor | None:
+        """Return the w that was kept, if nothing changed that torch sees."""
+        kept = self._kept
+        return kept[0] if kept and kept[1] is v and kept[3] == _state(v, gain) else None
+
+    def keep(self, w: Tensor, v: Tensor, gain: Tensor | None) -> None:
+        """Keep w, and the storage of v, so that another cannot have its address."""
+        self._kept = w, v, v.untyped_storage(), _state(v, gain)
+
+    def forget(self) -> None:
+        """Keep w no longer."""
+        self._kept = None
+
+    @torch.no_grad()
+    def is_zero_somewhere(self, v: Tensor, form: Form) -> bool:
+        """Return whether v has a channel of zeros, by which the fast ways would divide.
+
+        An optimizer step makes none; after any other change that torch sees, it is looked for.
+        """
+        if self._looked_at != (id(v), v._version):
+            self._has_zeros = not bool(channel_norms(local_part(v), *form).all())
+            self.note_change(v)
+        return self._has_zeros
+
+    def note_change(self, v: Tensor) -> None:
+        """Note that v was changed by what makes no channel zero."""
+        self._looked_at = id(v), v._version
+
+
+def _state(v: Tensor, gain: Tensor | None) -> tuple[Any, ...]:
+    own = v._version, v.data_ptr(), v.requires_grad
+    return own if gain is None else (*own, gain._version, gain.data_ptr(), gain.requires_grad)
