@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from nmlightning.errors import InputError, check_flag
 from nmlightning.name_patterns import check_lists
 from nmlightning.weights.weight_norm.gains import homes_of_gains, listed, put_in, take_out
+from nmlightning.weights.weight_norm.hidden_weight import Holder
 from nmlightning.weights.weight_norm.refusals import check_site
 from nmlightning.weights.weight_norm.settings import NAMES, Gain, Kind, Settings
 from nmlightning.weights.weight_norm.sites import Site, find_normalised_sites, find_sites
@@ -129,6 +130,7 @@ def _normalise(sites: Sequence[Site], settings: Settings, *, cache: bool) -> dic
         for module, attribute in site.places:
             unshare_class(module)
             parametrize.register_parametrization(module, attribute, norm)
+            module.parametrizations[attribute].__class__ = Holder  # type: ignore[index]
         module, attribute = site.places[0]
         norm.keep(module.parametrizations[attribute], positions[site.name])  # type: ignore[index, arg-type]
         norms[site.name] = norm

@@ -7,9 +7,19 @@ import torch
 from torch import Tensor
 from torch.nn.utils.parametrize import ParametrizationList
 
-from nmlightning.weights.channel_norms import channel_norms
+from nmlightning.weights.channel_norms import ChannelLayout, channel_norms
 from nmlightning.weights.shards import local_part
-from nmlightning.weights.weight_norm.ways import Form
+from nmlightning.weights.weight_norm.ways import Form, as_column
+
+
+class Holder(ParametrizationList):
+    """What has v, and returns w with less ado than a list of several parametrizations."""
+
+    def forward(self) -> Tensor:
+        """Return w."""
+        if len(self._modules) > 1:
+            return super().forward()
+        return self._modules["0"](self._parameters["original"])  # type: ignore[no-any-return]
 
 
 class HiddenWeight:
@@ -20,12 +30,13 @@ class HiddenWeight:
             that changes them, unseen by torch, and w is not kept.
     """
 
-    __slots__ = ("_has_zeros", "_holder", "_kept", "_looked_at", "is_stepped")
+    __slots__ = ("_column", "_has_zeros", "_holder", "_kept", "_looked_at", "is_stepped")
 
     def __init__(self, holder: ParametrizationList | None = None) -> None:
         self._holder = None if holder is None else weakref.ref(holder)
         self._kept: tuple[Tensor, Tensor, Any, tuple[Any, ...]] | None = None
         self._has_zeros, self._looked_at = False, (0, -1)
+        self._column: tuple[Any, Tensor] | None = None
         self.is_stepped = False
 
     @property
@@ -36,8 +47,16 @@ class HiddenWeight:
     @property
     def value(self) -> Tensor | None:
         """V."""
-        holder = self.holder
-        return None if holder is None else holder.original
+        holder = None if self._holder is None else self._holder()
+        return None if holder is None else holder._parameters["original"]
+
+    def column(self, rho: Tensor, v: Tensor, layout: ChannelLayout) -> Tensor:
+        """Return `as_column` of ρ, made once."""
+        made, key = self._column, (id(rho), rho._version, rho.data_ptr())
+        if made is None or made[0] != key:
+            with torch.inference_mode(mode=False):
+                self._column = made = key, as_column(rho, v, layout)
+        return made[1]
 
     def weight(self, v: Tensor, gain: Tensor | None) -> Tensor | None:
         """Return the w that was kept, if nothing changed that torch sees."""

@@ -19,7 +19,7 @@ def normalise_together(
 
     Args:
         vs: as for `normalise_channels`.
-        scales: of each.
+        scales: of each; `as_column` of them, once made, spares time.
         forms: p and the layout of each.
     """
     if torch.is_grad_enabled():
@@ -45,8 +45,9 @@ class NormalisedWeights(torch.autograd.Function):
             weights.append(w)
             ctx.done.append((v, s, form, way, saved, v._version, s._version))
         ctx.set_materialize_grads(False)
-        frozen = (not (v.requires_grad or s.requires_grad) for v, s in zip(vs, scales, strict=True))
-        ctx.mark_non_differentiable(*(w for w, is_so in zip(weights, frozen, strict=True) if is_so))
+        sources = zip(weights, vs, scales, strict=True)
+        frozen = [w for w, v, s in sources if not (v.requires_grad or s.requires_grad)]
+        ctx.mark_non_differentiable(*frozen)
         return tuple(weights)
 
     @staticmethod
@@ -80,8 +81,10 @@ def _gradients(
     if torch.is_grad_enabled():
         return _differentiable_gradients(dw, v_needs, scales_need, v, scales, form)
     dv, ds = way.gradients(dw, v, scales, form, saved)
-    of_scales = ds.sum_to_size(scales.shape).to(scales.dtype) if scales_need else None
-    return dv if v_needs else None, of_scales
+    if not scales_need:
+        return dv, None
+    ds = ds if scales.numel() == ds.numel() else ds.sum()
+    return dv if v_needs else None, ds.view(scales.shape).to(scales.dtype)
 
 
 def _differentiable_gradients(
@@ -89,6 +92,6 @@ def _differentiable_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return dv and ds as part of a graph, for second derivatives."""
     inputs = [x for x, is_needed in ((v, v_needs), (scales, scales_need)) if is_needed]
-    w = normalise_channels(v, scales, *form)
+    w = normalise_channels(v, scales.flatten(), *form)
     grads = iter(torch.autograd.grad(w, inputs, dw, create_graph=True))
     return next(grads) if v_needs else None, next(grads) if scales_need else None

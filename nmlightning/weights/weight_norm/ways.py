@@ -21,7 +21,10 @@ _ELEMENTS_IN_CACHE = 2**16
 
 
 class Way(Protocol):
-    """One way. `saved` is what its derivative needs; s has one element, or one for each channel."""
+    """One way. `saved` is what its derivative needs.
+
+    s has one element, or one for each channel, also as `as_column` gives it.
+    """
 
     def normalise(self, v: Tensor, scales: Tensor, form: Form) -> tuple[Tensor, Any]:
         """Return w and `saved`."""
@@ -29,28 +32,26 @@ class Way(Protocol):
     def gradients(
         self, dw: Tensor, v: Tensor, scales: Tensor, form: Form, saved: Any
     ) -> tuple[Tensor, Tensor]:
-        """Return dv and ds, the latter for each channel even where s is one element."""
+        """Return dv, and ds of each channel, even where s is one element."""
 
 
 def choose_way(v: Tensor, scales: Tensor, form: Form) -> Way:
     """Return the fastest way for a weight; a vector is one channel."""
     p, layout = form
-    if layout.transposed_groups is None:
-        if v.is_contiguous():
-            in_float = v.dtype in (torch.float32, torch.float64) and v.dtype == scales.dtype
-            return BY_KERNEL if p == 2 and in_float and v.dim() > 1 else BY_ROWS
-        if v.permute(_memory_order(v)).is_contiguous():
-            return BY_ROWS
-    return BY_FORMULA
+    if layout.transposed_groups is not None:
+        return BY_FORMULA
+    if not v.is_contiguous():
+        return BY_ROWS if v.permute(_memory_order(v)).is_contiguous() else BY_FORMULA
+    dtype = v.dtype
+    has_kernel = p == 2 and (dtype == torch.float32 or dtype == torch.float64) and v.dim() > 1
+    return BY_KERNEL if has_kernel and scales.dtype == dtype else BY_ROWS
 
 
 class _ByKernel:
     """Torch's kernels of weight norm, one for each direction: contiguous weights, p = 2."""
 
     def normalise(self, v: Tensor, scales: Tensor, form: Form) -> tuple[Tensor, Any]:
-        channels, ones = v.shape[0], (1,) * (v.dim() - 1)
-        by_channel = scales if scales.numel() == channels else scales.expand(channels).contiguous()
-        columns = by_channel.view(channels, *ones)
+        columns = scales if scales.dim() == v.dim() else as_column(scales, v)
         w, norms = torch._weight_norm_interface(v, columns, 0)
         return w, (columns, norms)
 
@@ -58,7 +59,7 @@ class _ByKernel:
         self, dw: Tensor, v: Tensor, scales: Tensor, form: Form, saved: Any
     ) -> tuple[Tensor, Tensor]:
         dv, ds = torch.ops.aten._weight_norm_interface_backward(dw.contiguous(), v, *saved, 0)
-        return dv, ds.view(-1)
+        return dv, ds
 
 
 class _ByRows:
@@ -66,7 +67,7 @@ class _ByRows:
 
     def normalise(self, v: Tensor, scales: Tensor, form: Form) -> tuple[Tensor, Any]:
         rows = _rows_in_memory(v)
-        w, norms, scales = torch.empty_like(rows), [], scales.expand(rows.shape[0])
+        w, norms, scales = torch.empty_like(rows), [], scales.flatten().expand(rows.shape[0])
         for part in _parts(rows):
             norms.append(row_norms(rows[part], form[0]))
             torch.mul(rows[part], (scales[part] / norms[-1]).unsqueeze(1), out=w[part])
@@ -76,7 +77,8 @@ class _ByRows:
         self, dw: Tensor, v: Tensor, scales: Tensor, form: Form, saved: Any
     ) -> tuple[Tensor, Tensor]:
         rows, row_grads = _rows_in_memory(v), _rows_in_memory(dw, like=v)
-        dv, ds, factors = torch.empty_like(rows), torch.empty_like(saved), scales / saved
+        dv, ds = torch.empty_like(rows), torch.empty_like(saved)
+        factors = scales.flatten() / saved
         for part in _parts(rows):
             x, grad = (y[part].to(saved.dtype) for y in (rows, row_grads))
             torch.div(torch.linalg.vecdot(grad, x), saved[part], out=ds[part])
@@ -92,14 +94,14 @@ class _ByFormula:
     """Autograd of plain operations: any other layout."""
 
     def normalise(self, v: Tensor, scales: Tensor, form: Form) -> tuple[Tensor, Any]:
-        return normalise_channels(v, scales, *form), None
+        return normalise_channels(v, scales.flatten(), *form), None
 
     def gradients(
         self, dw: Tensor, v: Tensor, scales: Tensor, form: Form, saved: Any
     ) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             v, scales = (x.detach().requires_grad_() for x in (v, scales))
-            w = normalise_channels(v, scales, *form)
+            w = normalise_channels(v, scales.flatten(), *form)
             dv, ds = torch.autograd.grad(w, (v, scales), dw)
         return dv, ds
 
@@ -134,6 +136,14 @@ def normalise_channels(v: Tensor, scales: Tensor, p: float, layout: ChannelLayou
     is_zero = norms == 0
     factors = scales / norms.masked_fill(is_zero, 1.0) * ~is_zero
     return (v * layout.spread(factors, v)).to(v.dtype)
+
+
+def as_column(scales: Tensor, v: Tensor, layout: ChannelLayout = ROWS) -> Tensor:
+    """Return s as (C, 1, …), one element for each channel, as the kernels take it."""
+    channels = layout.channels(v.shape)
+    if scales.numel() != channels:
+        scales = scales.expand(channels).contiguous()
+    return scales.view(channels, *[1] * (v.dim() - 1))
 
 
 def _subtract_along_norm(x: Tensor, v: Tensor, norms: Tensor, factors: Tensor, p: float) -> None:

@@ -16,6 +16,7 @@ from nmlightning.weights.channel_norms import (
 )
 from nmlightning.weights.shards import is_sharded, local_part
 from nmlightning.weights.weight_norm.hidden_weight import HiddenWeight
+from nmlightning.weights.weight_norm.normalised_weights import normalise_together
 from nmlightning.weights.weight_norm.settings import NAMES, Settings
 from nmlightning.weights.weight_norm.upkeep import keep_up
 from nmlightning.weights.weight_norm.ways import normalise_channels
@@ -103,11 +104,13 @@ class WeightNorm(nn.Module):
         """Return w."""
         if _is_recorded():
             return self._by_formula(v)
-        may_keep = torch.is_grad_enabled() and self._may_keep() and not _is_captured(v)
-        kept = self.hidden.weight(v, self.gain) if may_keep else None
-        if kept is not None:
-            return kept
-        if v.is_inference() or self.hidden.is_zero_somewhere(v, self.form):
+        hidden = self.hidden
+        may_keep = self._may_keep() and torch.is_grad_enabled() and not _is_captured(v)
+        if may_keep:
+            kept = hidden.weight(v, self.gain)
+            if kept is not None:
+                return kept
+        if v.is_inference() or hidden.is_zero_somewhere(v, self.form):
             return self._by_formula(v)
         return self._pass.compute(self, v) if may_keep else compute_weights([self], [v])[0]
 
@@ -167,13 +170,17 @@ class WeightNorm(nn.Module):
 
     @torch.no_grad()
     def _project(self, v: Tensor) -> None:
-        """Bring ‖v_i‖_p to ρ, where it is neither 0 nor infinite.
+        """Bring ‖v_i‖_p to ρ, where it is not 0.
 
         What the optimizer keeps stays: its gradients were all taken at this norm.
         """
         local, layout = local_part(v), self.form[1]
-        factors = self.rho / channel_norms(local, *self.form)
-        local.mul_(layout.spread(factors.where(factors.isfinite(), 1.0), local))
+        if self.hidden.is_zero_somewhere(v, self.form):
+            projected = normalise_channels(local, self.rho, *self.form)
+        else:
+            column = self.hidden.column(self.rho, local, layout)
+            (projected,) = normalise_together([local], [column], [self.form])
+        local.copy_(projected)
         self.hidden.note_change(v)
 
     def train(self, mode: bool = True) -> "WeightNorm":
@@ -223,7 +230,7 @@ def _is_recorded() -> bool:
     """Return whether operations are being recorded or transformed: compiled, exported, vmapped."""
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
     )
 

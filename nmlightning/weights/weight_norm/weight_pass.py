@@ -1,7 +1,7 @@
 """All normalised weights of a model, computed together and kept until the next optimizer step."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -57,25 +57,38 @@ class WeightPass:
 
 def compute_weights(members: Sequence[Member], vs: Sequence[Tensor]) -> Sequence[Tensor]:
     """Return w of each member from its v."""
-    return normalise_together(vs, _compute_scales(members), [member.form for member in members])
+    scales = _compute_scales(members, vs)
+    return normalise_together(vs, scales, [member.form for member in members])
 
 
-def _compute_scales(members: Sequence[Member]) -> list[Tensor]:
-    """Return s of each, (C,) or one element: the norms of w but for their sign."""
+def _compute_scales(members: Sequence[Member], vs: Sequence[Tensor]) -> list[Tensor]:
+    """Return s of each: the norms of w but for their sign."""
     gains = [member.gain for member in members]
-    scales = [m.rho if g is None else g for m, g in zip(members, gains, strict=True)]
-    # The gains of a bounded layer are one vector, whose norm stays.
-    bounded = [
-        i for i, g in enumerate(gains) if g is not None and members[i].initial_gain_norm is not None
+    scales = [
+        member.hidden.column(member.rho, v, member.form[1]) if gain is None else gain
+        for member, v, gain in zip(members, vs, gains, strict=True)
     ]
-    if bounded:
-        totals = [members[i].initial_gain_norm for i in bounded]
-        normalised = normalise_together(
-            [scales[i] for i in bounded], totals, [(2.0, ROWS)] * len(bounded)
-        )
-        for i, gain in zip(bounded, normalised, strict=True):
+    totals = [member.initial_gain_norm for member in members]
+    for indices in _by_length(scales, totals):
+        bounded = _keep_norms([scales[i] for i in indices], [totals[i] for i in indices])
+        for i, gain in zip(indices, bounded, strict=True):
             scales[i] = gain
     return scales
+
+
+def _by_length(gains: Sequence[Tensor], totals: Sequence[Tensor | None]) -> Iterable[list[int]]:
+    """Return the numbers of the gains that have a norm to keep, those of one kind together."""
+    kinds: dict[Any, list[int]] = {}
+    for i, (gain, total) in enumerate(zip(gains, totals, strict=True)):
+        if total is not None:
+            kinds.setdefault((gain.shape, gain.dtype, gain.requires_grad), []).append(i)
+    return kinds.values()
+
+
+def _keep_norms(gains: Sequence[Tensor], totals: Sequence[Any]) -> Sequence[Tensor]:
+    """Return g ‖g⁰‖₂ / ‖g‖₂ of gains of one length: those of a bounded layer are one vector."""
+    together, norms = torch.stack(list(gains)), torch.stack(list(totals))
+    return normalise_together([together], [norms], [(2.0, ROWS)])[0].unbind()
 
 
 def _has_ranks() -> bool:
