@@ -15,16 +15,17 @@ from nmlightning.weights.channel_norms import ROWS, ChannelLayout, channel_norms
 from nmlightning.weights.plain_name import plain_name
 
 _HIDDEN = "_v"
+_BEHIND = ("weight_v", "weight_orig")
 LAZY_WAY_OUT = "run a batch through the model before the fit"
 
 
 @dataclass(frozen=True, eq=False)
 class LayerWeight:
-    """The weight of one convolution or linear layer.
+    """The weight of one layer.
 
     Attributes:
         name: as in `model.named_parameters()`, without what wrappers and parametrizations add; that
-            of the hidden weight v behind one that is normalised ends in `weight_v`.
+            of the hidden weight v behind one that is normalised ends in `_v`.
         parameter: what an optimizer moves; of a parametrized or pruned weight its original.
         layout: where its output channels are.
         computed: for the normalised weight itself, what computes its norms from `parameter`.
@@ -50,36 +51,41 @@ class LayerWeight:
 def find_layer_weights(
     model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> list[LayerWeight]:
-    """Return the weights of all convolutions, transposed ones too, and linear layers.
+    """Return the weights of all convolutions and linear layers, and all that are normalised.
 
     A weight that layers share appears once, under its first name. A lazy layer has none before its
     first batch.
 
     Args:
         model: any module.
-        include: glob patterns on names such as `layer1.*.weight`; empty means all.
+        include: glob patterns on names of parameters of two or more dimensions, such as
+            `layer1.*.weight`, also those of an embedding or an LSTM; empty means those above.
         exclude: glob patterns on names that are left out.
 
     Raises:
         InputError: a pattern that matches no such weight; none left.
     """
     check_lists(include=include, exclude=exclude)
-    weights = list(_all_layer_weights(model))
-    lazy = find_lazy_weights(model)
-    names = [*map(_base_name, weights), *lazy]
-    wrong = unmatched((*include, *exclude), names)
+    places = list(_places(model))
+    wrong = unmatched((*include, *exclude), [place.name for place in places])
     if wrong is not None:
         raise InputError(
-            f"The pattern {wrong!r} matches no weight of a convolution or linear layer of "
-            f"{type(model).__name__}; there is {some(names, 8)}."
+            f"The pattern {wrong!r} matches no weight of two or more dimensions in "
+            f"{type(model).__name__}; there is {some([place.name for place in places], 8)}."
         )
-    chosen = [weight for weight in weights if _is_chosen(_base_name(weight), include, exclude)]
-    if not chosen:
+    chosen = [place for place in places if place.is_chosen(include, exclude)]
+    weights = {
+        id(place.original): place.weight()
+        for place in reversed(chosen)
+        if place.original is not None
+    }
+    if not weights:
+        lazy = find_lazy_weights(model)
         but = f" but {lazy[0]}, which has no shape yet; {LAZY_WAY_OUT}" if lazy else ""
         raise InputError(
             f"{type(model).__name__} has no convolution or linear layer to watch{but}."
         )
-    return chosen
+    return list(reversed(weights.values()))
 
 
 def find_recorded_weights(
@@ -89,13 +95,15 @@ def find_recorded_weights(
 
     See `find_layer_weights`.
     """
-    norms = {id(q): norm.channel_norms for q, norm in _weight_norms(model)}
+    norms = {id(p.original): p.norm for p in _places(model) if p.norm is not None}
     weights = find_layer_weights(model, include, exclude)
+    normalised = [weight for weight in weights if id(weight.parameter) in norms]
     return [
         *(
-            replace(weight, name=_base_name(weight), computed=norms[id(weight.parameter)])
-            for weight in weights
-            if id(weight.parameter) in norms
+            replace(
+                w, name=w.name.removesuffix(_HIDDEN), computed=norms[id(w.parameter)].channel_norms
+            )
+            for w in normalised
         ),
         *weights,
     ]
@@ -105,75 +113,92 @@ def find_lazy_weights(
     model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> list[str]:
     """Return the names of the weights, chosen so, that have no shape before their first batch."""
-    names = [_name_of(name) for name, layer in _layers(model) if _is_lazy(layer)]
-    return [name for name in names if _is_chosen(name, include, exclude)]
+    return [p.name for p in _places(model) if p.is_lazy and p.is_chosen(include, exclude)]
 
 
-def _is_chosen(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    return (not include or matches(name, include)) and not matches(name, exclude)
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """An attribute of a module that is a weight."""
+
+    module: nn.Module
+    path: str
+    attribute: str
+
+    @property
+    def name(self) -> str:
+        """The name of the weight that the model computes with."""
+        return plain_name(f"{self.path}.{self.attribute}".lstrip("."))
+
+    @property
+    def is_of_layer(self) -> bool:
+        return isinstance(self.module, nn.Linear | _ConvNd) and self.attribute == "weight"
+
+    @property
+    def is_lazy(self) -> bool:
+        parameter = self.module._parameters.get(self.attribute)
+        return parameter is not None and is_lazy(parameter)
+
+    @property
+    def norm(self) -> Any:
+        """Its one parametrization, if that knows the norms of what it computes."""
+        parametrizations = self._parametrizations
+        norm = parametrizations[0] if parametrizations and len(parametrizations) == 1 else None
+        return norm if hasattr(norm, "channel_norms") else None
+
+    @property
+    def _parametrizations(self) -> Any:
+        if not parametrize.is_parametrized(self.module, self.attribute):
+            return None
+        return self.module.parametrizations[self.attribute]  # type: ignore[index]
+
+    @property
+    def original(self) -> Tensor | None:
+        """The parameter behind it that has its shape, without computing it anew.
+
+        It is `weight_v` under the old `torch.nn.utils.weight_norm`, `weight_orig` if it is pruned.
+        """
+        if self.is_lazy:
+            return None
+        parametrizations = self._parametrizations
+        if parametrizations is None:
+            names = [self.attribute, *(_BEHIND if self.is_of_layer else ())]
+            held = (self.module._parameters.get(name) for name in names)
+            return next((parameter for parameter in held if parameter is not None), None)
+        originals = list(parametrizations.parameters(recurse=False))
+        if isinstance(self.module, nn.Linear | _ConvNd):
+            shape = _weight_shape(self.module)
+            return next((original for original in originals if original.shape == shape), None)
+        return originals[0] if len(originals) == 1 else None
+
+    def is_chosen(self, include: Sequence[str], exclude: Sequence[str]) -> bool:
+        by_default = self.is_of_layer or self.norm is not None
+        is_included = matches(self.name, include) if include else by_default
+        return is_included and not matches(self.name, exclude)
+
+    def weight(self) -> LayerWeight:
+        """Return it, as the hidden weight if it is normalised."""
+        module, parameter = self.module, self.original
+        assert parameter is not None
+        transposed = isinstance(module, _ConvTransposeNd) and self.is_of_layer
+        layout = ChannelLayout(module.groups) if transposed else ROWS  # type: ignore[arg-type]
+        return LayerWeight(self.name + _HIDDEN * (self.norm is not None), parameter, layout)
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear | _ConvNd]]:
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, _ConvNd)):
-            yield name, module
+def _places(model: nn.Module) -> Iterator[_Place]:
+    for path, module in model.named_modules():
+        if "parametrizations" not in path.split("."):
+            for attribute in _matrices(module):
+                yield _Place(module, path, attribute)
 
 
-def _name_of(layer: str) -> str:
-    return plain_name(f"{layer}.weight" if layer else "weight")
-
-
-def _is_lazy(layer: nn.Linear | _ConvNd) -> bool:
-    weight = layer._parameters.get("weight")
-    return weight is not None and is_lazy(weight)
-
-
-def _all_layer_weights(model: nn.Module) -> Iterator[LayerWeight]:
-    seen = set()
-    for name, module in _layers(model):
-        parameter = _original(module)
-        if parameter is not None and id(parameter) not in seen:
-            seen.add(id(parameter))
-            layout = ROWS
-            if isinstance(module, _ConvTransposeNd):
-                layout = ChannelLayout(module.groups)
-            suffix = _HIDDEN if _weight_norm(module) is not None else ""
-            yield LayerWeight(_name_of(name) + suffix, parameter, layout)
-
-
-def _weight_norms(model: nn.Module) -> Iterator[tuple[Tensor, Any]]:
-    for _, module in _layers(model):
-        norm = _weight_norm(module)
-        if norm is not None:
-            yield module.parametrizations["weight"].original, norm  # type: ignore[index, union-attr]
-
-
-def _weight_norm(module: nn.Module) -> Any:
-    """Return the one parametrization of a weight that knows the norms of what it computes."""
-    if not parametrize.is_parametrized(module, "weight"):
-        return None
-    norms = list(module.parametrizations["weight"])  # type: ignore[index]
-    return norms[0] if len(norms) == 1 and hasattr(norms[0], "channel_norms") else None
-
-
-def _base_name(weight: LayerWeight) -> str:
-    """Return the name of the weight that the model computes with."""
-    return weight.name.removesuffix(_HIDDEN)
-
-
-def _original(module: nn.Linear | _ConvNd) -> Tensor | None:
-    """Return the parameter behind `weight` that has its shape, without computing it anew.
-
-    It is `weight_v` under the old `torch.nn.utils.weight_norm`, `weight_orig` where it is pruned.
-    """
-    if _is_lazy(module):
-        return None
-    if not parametrize.is_parametrized(module, "weight"):
-        held = (module._parameters.get(name) for name in ("weight", "weight_v", "weight_orig"))
-        return next((parameter for parameter in held if parameter is not None), None)
-    shape = _weight_shape(module)
-    originals = module.parametrizations["weight"].parameters(recurse=False)  # type: ignore[index, union-attr]
-    return next((original for original in originals if original.shape == shape), None)
+def _matrices(module: nn.Module) -> list[str]:
+    """Return the attributes that are parameters of two or more dimensions, or computed from one."""
+    own = module._parameters.items()
+    plain = [name for name, q in own if q is not None and (is_lazy(q) or q.dim() >= 2)]
+    computed = [*module.parametrizations] if parametrize.is_parametrized(module) else []  # type: ignore[misc]
+    if isinstance(module, nn.Linear | _ConvNd):
+        return ["weight"]
+    return [*plain, *computed]
 
 
 def _weight_shape(module: nn.Linear | _ConvNd) -> tuple[int, ...]:

@@ -46,10 +46,8 @@ def test_a_layer_alone() -> None:
 def test_patterns() -> None:
     model = make_model()
     names = [w.name for w in find_layer_weights(model, ["?.weight", "3.*"], ["2*"])]
-    assert names == ["0.weight", "3.0.weight", "5.weight"]
-    expected = (
-        "'1.*' matches no weight of a convolution or linear layer of Sequential; there is 0.w"
-    )
+    assert names == ["0.weight", "3.0.weight", "4.weight", "5.weight"]
+    expected = "'1.*' matches no weight of two or more dimensions in Sequential; there is 0.w"
     with pytest.raises(InputError, match=re.escape(expected)):
         find_layer_weights(model, exclude=["1.*"])
     with pytest.raises(InputError, match="Sequential has no convolution or linear layer to watch"):
@@ -166,3 +164,29 @@ def test_a_normalised_weight_and_what_is_hidden_behind_it(p: float, form: dict[s
         exact = channel_norms(net[layer].weight, layout=weight.layout)  # type: ignore[arg-type]
         torch.testing.assert_close(weight.norms(), exact)
     assert {w.name for w in find_recorded_weights(net, ["0.weight"])} == {"0.weight", "0.weight_v"}
+
+
+def test_embeddings_recurrent_and_attention_weights_by_name_or_once_normalised() -> None:
+    net = nn.ModuleDict(
+        {
+            "embed": nn.Embedding(7, 4),
+            "lstm": nn.LSTM(4, 3),
+            "attention": nn.MultiheadAttention(4, 2),
+            "out": nn.Linear(4, 7),
+        }
+    )
+    net["out"].weight = net["embed"].weight
+    names = ["lstm.weight_hh_l0", "attention.in_proj_weight"]
+    weights = find_layer_weights(net, names)
+    assert [weight.name for weight in weights] == names
+    assert [weight.channels for weight in weights] == [12, 12]
+    assert [w.name for w in find_layer_weights(net)] == ["attention.out_proj.weight", "out.weight"]
+    apply_weight_norm(net, include=["lstm.weight_*", "embed.weight", "attention.in_proj_weight"])
+    recorded = {weight.name: weight for weight in find_recorded_weights(net)}
+    normalised = ["embed.weight", "lstm.weight_ih_l0", "lstm.weight_hh_l0"]
+    normalised.append("attention.in_proj_weight")
+    assert sorted(recorded) == sorted(
+        [*normalised, *(f"{n}_v" for n in normalised), "attention.out_proj.weight"]
+    )
+    exact = channel_norms(net["lstm"].weight_hh_l0)  # type: ignore[arg-type]
+    torch.testing.assert_close(recorded["lstm.weight_hh_l0"].norms(), exact)

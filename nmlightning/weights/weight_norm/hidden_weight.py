@@ -52,7 +52,7 @@ class HiddenWeight:
 
     def column(self, rho: Tensor, v: Tensor, layout: ChannelLayout) -> Tensor:
         """Return `as_column` of ρ, made once."""
-        made, key = self._column, (id(rho), rho._version, rho.data_ptr())
+        made, key = self._column, (id(rho), rho._version, rho.data_ptr(), v.shape)
         if made is None or made[0] != key:
             with torch.inference_mode(mode=False):
                 self._column = made = key, as_column(rho, v, layout)

@@ -161,7 +161,7 @@ def _parts(rows: Tensor) -> Iterator[slice]:
     """Yield spans of rows, on a CPU so short that all passes but the first read the cache."""
     fit = _ELEMENTS_IN_CACHE // rows.shape[1] if rows.device.type == "cpu" else rows.shape[0]
     count = max(1, fit)
-    for start in range(0, rows.shape[0], count):
+    for start in range(0, max(1, rows.shape[0]), count):
         yield slice(start, start + count)
 
 

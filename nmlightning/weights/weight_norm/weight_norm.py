@@ -174,12 +174,11 @@ class WeightNorm(nn.Module):
 
         What the optimizer keeps stays: its gradients were all taken at this norm.
         """
-        local, layout = local_part(v), self.form[1]
+        local = local_part(v)
         if self.hidden.is_zero_somewhere(v, self.form):
             projected = normalise_channels(local, self.rho, *self.form)
         else:
-            column = self.hidden.column(self.rho, local, layout)
-            (projected,) = normalise_together([local], [column], [self.form])
+            (projected,) = normalise_together([local], [self.rho], [self.form])
         local.copy_(projected)
         self.hidden.note_change(v)
 

@@ -138,3 +138,24 @@ def test_a_weight_changed_since_the_forward_pass_has_no_gradient() -> None:
         v.mul_(2)
     with pytest.raises(RuntimeError, match="changed in place"):
         w.sum().backward()  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("p", NORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rank_may_have_no_channel(p: float, dtype: torch.dtype) -> None:
+    v = torch.empty(0, 3, 2, dtype=dtype, requires_grad=True)
+    w = apply(v, torch.tensor(1.0), p, ROWS)
+    assert w.shape == v.shape
+    (dv,) = torch.autograd.grad(w, v, torch.empty_like(w))
+    assert dv.shape == v.shape
+
+
+@pytest.mark.parametrize("p", NORMS)
+def test_a_weight_larger_than_the_cache(p: float) -> None:
+    v = torch.randn(300, 1000, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    scales = (torch.arange(300) + 1.0).requires_grad_()
+    dw = torch.randn(v.shape, generator=torch.Generator().manual_seed(1))
+    ours, theirs = (f(v, scales, p, ROWS) for f in (apply, normalise_channels))
+    torch.testing.assert_close(ours, theirs)
+    gradients = [torch.autograd.grad(w, (v, scales), dw) for w in (ours, theirs)]
+    torch.testing.assert_close(*gradients)
