@@ -127,14 +127,18 @@ def _normalise(sites: Sequence[Site], settings: Settings, *, cache: bool) -> dic
     positions = {site.name: site.positions for site in sites}
     for site in sites:
         norm = WeightNorm(site.parameter, settings, site.layout, cache=cache, weight_pass=together)
-        for module, attribute in site.places:
-            unshare_class(module)
-            parametrize.register_parametrization(module, attribute, norm)
-            module.parametrizations[attribute].__class__ = Holder  # type: ignore[index]
-        module, attribute = site.places[0]
-        norm.keep(module.parametrizations[attribute], positions[site.name])  # type: ignore[index, arg-type]
+        holders = [_register(module, attribute, norm) for module, attribute in site.places]
+        norm.keep(holders, positions[site.name])
         norms[site.name] = norm
     return norms
+
+
+def _register(module: nn.Module, attribute: str, norm: WeightNorm) -> Holder:
+    unshare_class(module)
+    parametrize.register_parametrization(module, attribute, norm)
+    holder = module.parametrizations[attribute]  # type: ignore[index]
+    holder.__class__ = Holder
+    return holder  # type: ignore[return-value]
 
 
 def remove_weight_norm(

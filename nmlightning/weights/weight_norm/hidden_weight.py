@@ -1,6 +1,7 @@
 """What is known of the hidden weight v of a weight norm from one optimizer step to the next."""
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -30,25 +31,28 @@ class HiddenWeight:
             that changes them, unseen by torch, and w is not kept.
     """
 
-    __slots__ = ("_column", "_has_zeros", "_holder", "_kept", "_looked_at", "is_stepped")
+    __slots__ = ("_column", "_has_zeros", "_holders", "_kept", "_looked_at", "is_stepped")
 
-    def __init__(self, holder: ParametrizationList | None = None) -> None:
-        self._holder = None if holder is None else weakref.ref(holder)
+    def __init__(self, holders: Iterable[ParametrizationList] = ()) -> None:
+        self._holders = [weakref.ref(holder) for holder in holders]
         self._kept: tuple[Tensor, Tensor, Any, tuple[Any, ...]] | None = None
         self._has_zeros, self._looked_at = False, (0, -1)
         self._column: tuple[Any, Tensor] | None = None
         self.is_stepped = False
 
     @property
-    def holder(self) -> ParametrizationList | None:
-        """What has v."""
-        return None if self._holder is None else self._holder()
+    def holders(self) -> list[ParametrizationList]:
+        """What has v; several where it is tied."""
+        return [holder for holder in (ref() for ref in self._holders) if holder is not None]
 
     @property
     def value(self) -> Tensor | None:
-        """V."""
-        holder = None if self._holder is None else self._holder()
-        return None if holder is None else holder._parameters["original"]
+        """V, or None if nothing has it any more."""
+        for ref in self._holders:
+            holder = ref()
+            if holder is not None:
+                return holder._parameters["original"]
+        return None
 
     def column(self, rho: Tensor, v: Tensor, layout: ChannelLayout) -> Tensor:
         """Return `as_column` of ρ, made once."""

@@ -1,7 +1,7 @@
 """WeightNorm: what turns the hidden weight v of a layer into the weight w that it computes with."""
 
 import copy
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -83,22 +83,22 @@ class WeightNorm(nn.Module):
         gains = norms if self.settings.gain == "channel" else self.rho.reshape(1)
         return nn.Parameter(gains.to(v.dtype, copy=True), requires_grad=v.requires_grad)
 
-    def _join(self, weight_pass: WeightPass, holder: ParametrizationList | None = None) -> None:
+    def _join(self, weight_pass: WeightPass, holders: Iterable[ParametrizationList] = ()) -> None:
         """Begin, with nothing known yet."""
-        self.hidden, self._pass = HiddenWeight(holder), weight_pass
+        self.hidden, self._pass = HiddenWeight(holders), weight_pass
         weight_pass.members.add(self)
         keep_up(self)
 
-    def keep(self, holder: ParametrizationList, positions: Sequence[int]) -> None:
-        """Do from now on what is due after each optimizer step, to the v that `holder` has.
+    def keep(self, holders: Sequence[ParametrizationList], positions: Sequence[int]) -> None:
+        """Do from now on what is due after each optimizer step, to the v that `holders` have.
 
         Args:
-            holder: it was registered with.
-            positions: which of its module's parameters the weight was, in each place it is in.
+            holders: it was registered with, in each place that the weight is in.
+            positions: which of its module's parameters the weight was, in each place.
         """
-        self.hidden, self.positions = HiddenWeight(holder), tuple(positions)
+        self.hidden, self.positions = HiddenWeight(holders), tuple(positions)
         if self.settings.project:
-            self._project(holder.original)
+            self._project(holders[0].original)
 
     def forward(self, v: Tensor) -> Tensor:
         """Return w."""
@@ -148,7 +148,7 @@ class WeightNorm(nn.Module):
 
         While it is being registered g stays, too: `rho` may have set it.
         """
-        if self.gain is not None and self.hidden.holder is not None:
+        if self.gain is not None and self.hidden.holders:
             norms = channel_norms(w, *self.form)
             by_channel = self.settings.gain == "channel"
             self.gain.copy_(norms if by_channel else _power_mean(norms, self.settings.p))
@@ -213,7 +213,7 @@ class WeightNorm(nn.Module):
         own = {"hidden": None, "_pass": None}
         copied.__dict__.update(copy.deepcopy({**self.__dict__, **own}, memo))
         together = memo.setdefault(id(self._pass), WeightPass())
-        copied._join(together, memo.get(id(self.hidden.holder)))
+        copied._join(together, [memo[id(h)] for h in self.hidden.holders if id(h) in memo])
         return copied
 
     def extra_repr(self) -> str:

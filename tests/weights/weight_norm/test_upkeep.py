@@ -304,3 +304,16 @@ def test_a_copy_is_projected_too_and_a_removed_one_is_not(
     remove_weight_norm(net)
     step(net, images, torch.optim.SGD(net.parameters(), 0.5), 1)
     assert (channel_norms(net[0].weight) - rho).abs().max() > 1e-4  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("place", ["first", "second"])
+def test_a_copy_of_one_place_of_a_tied_weight_is_projected(place: str) -> None:
+    net = nn.ModuleDict({"first": nn.Linear(3, 4), "second": nn.Linear(3, 4)})
+    net["second"].weight = net["first"].weight
+    rho = apply_weight_norm(net, project=True, include=["*.weight"]).weights["first.weight"]
+    copied = copy.deepcopy(net[place])
+    optimizer = torch.optim.SGD(copied.parameters(), 0.5)
+    copied(torch.randn(2, 3)).square().sum().backward()
+    optimizer.step()
+    norms = channel_norms(copied.parametrizations.weight.original)  # type: ignore[arg-type, union-attr]
+    torch.testing.assert_close(norms, torch.full((4,), rho))
