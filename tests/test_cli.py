@@ -173,7 +173,7 @@ BAD_INPUT = {
     "--trainer.callbacks.norm topk --trainer.callbacks.options '{k: 9999999}'": "9999999.* n ",
     # Weight norms
     f"{TRACK} --trainer.callbacks.every 0": "every is 'epoch' or a number of steps .*, got 0",
-    f"{TRACK} --trainer.callbacks.include '[conv]'": "'conv' matches no weight of a convolution",
+    f"{TRACK} --trainer.callbacks.include '[conv]'": "'conv' matches no weight of two or more dim",
     f"{TRACK} --trainer.callbacks.steering.class_path LRCorection": "Did you mean 'LRCorrection'?",
     f"{TRACK} --trainer.callbacks.steering Hyperbal": "Did you mean 'Hyperball'?",
     f"{TRACK} --model.optimizer.weight_decay 0.1 --trainer.callbacks.steering Hyperball": (

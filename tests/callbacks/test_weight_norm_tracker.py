@@ -182,7 +182,7 @@ def test_patterns(tmp_path: Path) -> None:
     with pytest.raises(
         InputError,
         match=re.escape(
-            "'conv*' matches no weight of a convolution or linear layer of PlModule; there is net."
+            "'conv*' matches no weight of two or more dimensions in PlModule; there is net."
         ),
     ):
         make_trainer("pytorch_lightning", tmp_path, tracker).fit(PlModule(), make_data())

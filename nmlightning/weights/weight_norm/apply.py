@@ -67,7 +67,8 @@ def apply_weight_norm(
         kind: "bounded" or "weight".
         p: 1, 2, or `math.inf`, also as "inf".
         rho: "init" for ρ = ‖V‖_p / N^(1/p) of the N channels that the weight V has now, and
-            g_i = ‖v_i‖_p, which lets the net compute what it did; or a number for ρ and each g_i.
+            g_i = ‖v_i‖_p, so that with gains a channel the net computes what it did; or a number
+            for ρ and each g_i.
         gain: "none", one for each "channel", or, for kind "weight", one for each "layer". None
             means "none" for "bounded", which may have one for each channel whose common norm
             stays, and "channel" for "weight".
