@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from nmlightning.recipes import (
+    NORM_SWAP,
     WEIGHT_NORM,
     Recipe,
     keep_in_checkpoints,
@@ -44,10 +45,10 @@ def load_from_checkpoint(module_class: type[Module], path: str | Path, **argumen
     checkpoint = torch.load(path, map_location="cpu", weights_only=only_weights, mmap=True)
     with _normalising_first(module_class, recipes_in(checkpoint, WEIGHT_NORM)):
         module: Module = module_class.load_from_checkpoint(path, **arguments)  # type: ignore[attr-defined]
-    for recipe in recipes_in(checkpoint):
+    for recipe in recipes_in(checkpoint, NORM_SWAP):
         modules = recipe.pop("modules")
         swap_norms(module, **recipe)
-        note_recipe(module, recipe, modules)
+        note_recipe(module, recipe, modules, NORM_SWAP)
         keep_in_checkpoints(module)
     return module
 

@@ -126,7 +126,7 @@ CHANGES = (NORM_SWAP, WEIGHT_NORM)
 
 
 def note_recipe(
-    module: nn.Module, recipe: Recipe, modules: Mapping[str, Any], change: Change = NORM_SWAP
+    module: nn.Module, recipe: Recipe, modules: Mapping[str, Any], change: Change
 ) -> None:
     """Remember on `module` what `recipe` made of which of its modules; once for each.
 
@@ -146,7 +146,7 @@ def note_recipe(
     }
 
 
-def recipes_of(module: nn.Module, change: Change = NORM_SWAP) -> list[Recipe]:
+def recipes_of(module: nn.Module, change: Change) -> list[Recipe]:
     """Return what was noted on `module` and is still true, in order."""
     return [recipe for recipe in _notes(module, change) if change.holds(module, recipe)]
 
@@ -155,14 +155,14 @@ def _notes(module: nn.Module, change: Change) -> list[Recipe]:
     return list(module.__dict__.get(_NOTES, {}).get(change.key, ()))
 
 
-def changed_modules(module: nn.Module, change: Change = NORM_SWAP) -> dict[str, Any]:
+def changed_modules(module: nn.Module, change: Change) -> dict[str, Any]:
     """Return what each changed module, by name, was made last."""
     return {
         name: made for recipe in _notes(module, change) for name, made in recipe["modules"].items()
     }
 
 
-def recipes_in(checkpoint: Mapping[str, Any], change: Change = NORM_SWAP) -> list[Recipe]:
+def recipes_in(checkpoint: Mapping[str, Any], change: Change) -> list[Recipe]:
     """Return the recipes that a checkpoint holds, or raise InputError for another format."""
     entry = checkpoint.get(KEY)
     if entry is None:

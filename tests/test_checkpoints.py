@@ -16,7 +16,7 @@ from nmlightning import load_from_checkpoint, swap_norms
 from nmlightning.callbacks import NormSwap
 from nmlightning.errors import InputError
 from nmlightning.norms.mean_only import MeanOnlyBatchNorm2d
-from nmlightning.recipes import recipes_in
+from nmlightning.recipes import NORM_SWAP, recipes_in
 
 
 class Remembers(Classifies):
@@ -118,7 +118,7 @@ def test_a_norm_that_was_exchanged_after_loading_is_forgotten(tmp_path: Path) ->
     save(PlModule(), tmp_path / "a.ckpt", NormSwap("l1"))
     loaded = load_from_checkpoint(PlModule, tmp_path / "a.ckpt")
     save(loaded, tmp_path / "b.ckpt", NormSwap("linf"))
-    assert [r["norm"] for r in recipes_in(torch.load(tmp_path / "b.ckpt"))] == ["linf"]
+    assert [r["norm"] for r in recipes_in(torch.load(tmp_path / "b.ckpt"), NORM_SWAP)] == ["linf"]
     assert_same(load_from_checkpoint(PlModule, tmp_path / "b.ckpt"), loaded)
 
 

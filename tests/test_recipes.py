@@ -9,6 +9,7 @@ from torch import nn
 
 from nmlightning.errors import InputError
 from nmlightning.recipes import (
+    NORM_SWAP,
     Recipe,
     changed_modules,
     check_recipes,
@@ -31,7 +32,7 @@ def checkpoint(*recipes: Recipe) -> dict[str, Any]:
 def module_with(*recipes: Recipe) -> nn.Module:
     module = nn.Module()
     for each in recipes:
-        note_recipe(module, each, {"a": each["norm"]})
+        note_recipe(module, each, {"a": each["norm"]}, NORM_SWAP)
     return module
 
 
@@ -83,17 +84,17 @@ def test_a_checkpoint_whose_recipe_names_a_default_is_that_of_the_short_one() ->
 def test_a_recipe_is_noted_once_and_remembers_all_its_modules() -> None:
     module = nn.Module()
     for modules in ({"a": "L1"}, {}, {"b": "L1"}):
-        note_recipe(module, recipe(), modules)
-    assert recipes_of(module) == [{**recipe(), "modules": {"a": "L1", "b": "L1"}}]
+        note_recipe(module, recipe(), modules, NORM_SWAP)
+    assert recipes_of(module, NORM_SWAP) == [{**recipe(), "modules": {"a": "L1", "b": "L1"}}]
 
 
 def test_a_recipe_that_is_followed_again_is_the_last() -> None:
     module = module_with(recipe("l1"), recipe("linf"))
-    note_recipe(module, recipe("l1"), {})
-    assert changed_modules(module) == {"a": "linf"}
-    note_recipe(module, recipe("l1"), {"a": "l1"})
-    assert [r["norm"] for r in recipes_of(module)] == ["l1"]
-    assert changed_modules(module) == {"a": "l1"}
+    note_recipe(module, recipe("l1"), {}, NORM_SWAP)
+    assert changed_modules(module, NORM_SWAP) == {"a": "linf"}
+    note_recipe(module, recipe("l1"), {"a": "l1"}, NORM_SWAP)
+    assert [r["norm"] for r in recipes_of(module, NORM_SWAP)] == ["l1"]
+    assert changed_modules(module, NORM_SWAP) == {"a": "l1"}
 
 
 @pytest.mark.parametrize(
@@ -113,17 +114,17 @@ def test_a_recipe_that_later_ones_undid_altogether_is_forgotten(
 ) -> None:
     module = nn.Module()
     for each, modules in swaps:
-        note_recipe(module, each, dict.fromkeys(modules, each["norm"]))
-    assert [r["norm"] for r in recipes_of(module)] == shown
+        note_recipe(module, each, dict.fromkeys(modules, each["norm"]), NORM_SWAP)
+    assert [r["norm"] for r in recipes_of(module, NORM_SWAP)] == shown
     entries = [{**each, "modules": dict.fromkeys(names, "")} for each, names in swaps]
     older = {"nmlightning": {"version": 1, "norm_swaps": entries}}
-    assert [r["norm"] for r in recipes_in(older)] == shown
+    assert [r["norm"] for r in recipes_in(older, NORM_SWAP)] == shown
 
 
 def test_what_is_written_is_read() -> None:
     module, written = module_with(recipe("l1", eps=0.1), recipe("lp", p=3)), {"state_dict": {}}
     write_recipes(module, written)
-    assert recipes_in(written) == recipes_of(module)
+    assert recipes_in(written, NORM_SWAP) == recipes_of(module, NORM_SWAP)
     check_recipes(module, written)
 
 
@@ -174,4 +175,4 @@ def test_another_recipe_is_refused(there: list[Recipe], here: list[Recipe], answ
 def test_another_version_is_refused(version: int | None) -> None:
     entry = {"nmlightning": {"version": version, "norm_swaps": []}}
     with pytest.raises(InputError, match=f"version {version}, and this release reads 1: install"):
-        recipes_in(entry)
+        recipes_in(entry, NORM_SWAP)

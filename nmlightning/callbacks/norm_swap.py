@@ -12,6 +12,7 @@ from nmlightning.errors import InputError
 from nmlightning.name_patterns import check_lists
 from nmlightning.norms.registry import check_kinds, check_options
 from nmlightning.recipes import (
+    NORM_SWAP,
     Recipe,
     changed_modules,
     make_recipe,
@@ -78,14 +79,14 @@ class NormSwap(ModelChange):
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Check that nothing replaced a swapped layer, and that an optimizer trains it."""
         layers = {layer.name: layer for layer in find_norm_layers(pl_module)}
-        for name, expected in changed_modules(pl_module).items():
+        for name, expected in changed_modules(pl_module, NORM_SWAP).items():
             if name not in layers or layers[name].type_name != expected:
                 now = layers[name].type_name if name in layers else "gone"
                 raise InputError(
                     f"NormSwap made {name} a {expected}, but it is {now}: something replaced it "
                     "after the swap; let that run before NormSwap."
                 )
-        swapped = {name: layers[name].module for name in changed_modules(pl_module)}
+        swapped = {name: layers[name].module for name in changed_modules(pl_module, NORM_SWAP)}
         warn_of_forgotten("swapped norms", trainer.optimizers, swapped)
 
     def change(self, module: nn.Module) -> bool:
@@ -98,7 +99,9 @@ class NormSwap(ModelChange):
             include=self.include,
             exclude=self.exclude,
         )
-        note_recipe(module, self.recipe(), {swap.name: swap.after for swap in report.swapped})
+        note_recipe(
+            module, self.recipe(), {swap.name: swap.after for swap in report.swapped}, NORM_SWAP
+        )
         if report.swapped:
             rank_zero_info(f"NormSwap: {report}")
         return bool(report.swapped)

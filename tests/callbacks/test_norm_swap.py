@@ -26,7 +26,7 @@ from nmlightning.callbacks import NormSwap
 from nmlightning.errors import InputError
 from nmlightning.norms.batch_norm import L1BatchNorm2d, LInfBatchNorm2d, TopKBatchNorm2d
 from nmlightning.norms.mean_only import MeanOnlyBatchNorm2d
-from nmlightning.recipes import recipes_of
+from nmlightning.recipes import NORM_SWAP, recipes_of
 
 
 class HeadLate(PlModule):
@@ -187,7 +187,7 @@ class TestConfigureModel:
         for norm, expected in (("l1", L1BatchNorm2d), ("linf", LInfBatchNorm2d)) * 2:
             fit(module, NormSwap(norm))
             assert norm_types(module) == [expected] * 2
-            assert [recipe["norm"] for recipe in recipes_of(module)] == [norm]
+            assert [recipe["norm"] for recipe in recipes_of(module, NORM_SWAP)] == [norm]
 
 
 class TestTwoSwaps:
@@ -207,7 +207,7 @@ class TestTwoSwaps:
         assert norm_types(module) == [L1BatchNorm2d, TopKBatchNorm2d]
         again = [NormSwap("l1", include=["net.1"]), NormSwap("top10", include=["net.4"])]
         fit(module, *again)
-        assert [recipe["norm"] for recipe in recipes_of(module)] == ["l1", "top10"]
+        assert [recipe["norm"] for recipe in recipes_of(module, NORM_SWAP)] == ["l1", "top10"]
 
 
 class TestResumeWithAnother:
@@ -316,8 +316,8 @@ class TestTheModuleAfterwards:
         module = make(PlModule)
         for _ in range(2):
             fit(module, NormSwap("l1"))
-            assert len(recipes_of(module)) == 1
-            assert recipes_of(module)[0]["modules"] == dict.fromkeys(
+            assert len(recipes_of(module, NORM_SWAP)) == 1
+            assert recipes_of(module, NORM_SWAP)[0]["modules"] == dict.fromkeys(
                 ("net.1", "net.4"), "L1BatchNorm2d"
             )
 
@@ -336,7 +336,7 @@ class TestTheModuleAfterwards:
         assert norm_types(twin) == [LInfBatchNorm2d] * 2
         assert [r["norm"] for r in checkpoint["nmlightning"]["norm_swaps"]] == ["linf"]
         assert norm_types(module) == [L1BatchNorm2d] * 2
-        assert [recipe["norm"] for recipe in recipes_of(module)] == ["l1"]
+        assert [recipe["norm"] for recipe in recipes_of(module, NORM_SWAP)] == ["l1"]
 
 
 @pytest.mark.parametrize("package", ["pytorch_lightning", "lightning.pytorch"])
