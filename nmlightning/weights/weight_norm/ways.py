@@ -43,8 +43,9 @@ def choose_way(v: Tensor, scales: Tensor, form: Form) -> Way:
     if not v.is_contiguous():
         return BY_ROWS if v.permute(_memory_order(v)).is_contiguous() else BY_FORMULA
     dtype = v.dtype
-    has_kernel = p == 2 and (dtype == torch.float32 or dtype == torch.float64) and v.dim() > 1
-    return BY_KERNEL if has_kernel and scales.dtype == dtype else BY_ROWS
+    in_float = (dtype == torch.float32 or dtype == torch.float64) and scales.dtype == dtype
+    has_kernel = p == 2 and in_float and v.dim() > 1 and (v.is_cpu or v.is_cuda)
+    return BY_KERNEL if has_kernel else BY_ROWS
 
 
 class _ByKernel:
