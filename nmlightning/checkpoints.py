@@ -13,14 +13,15 @@ from nmlightning.recipes import (
     WEIGHT_NORM,
     Recipe,
     keep_in_checkpoints,
+    keywords_of,
     note_recipe,
     recipes_in,
     recipes_of,
+    settings_of,
 )
 from nmlightning.surgery import swap_norms
 from nmlightning.weights.plain_name import plain_name
 from nmlightning.weights.weight_norm.apply import prepare_for_weights
-from nmlightning.weights.weight_norm.settings import Settings
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
@@ -80,8 +81,6 @@ def _normalising_first(module_class: type[nn.Module], recipes: Sequence[Recipe])
 
 
 def _normalise(module: nn.Module, recipe: Recipe) -> None:
-    settings = {field: recipe[field] for field in Settings.__dataclass_fields__}
-    prepare_for_weights(module, Settings(**settings), recipe["include"], recipe["exclude"])
-    keywords = {key: value for key, value in recipe.items() if key != "modules"}
-    note_recipe(module, keywords, recipe["modules"], WEIGHT_NORM)
+    prepare_for_weights(module, settings_of(recipe), recipe["include"], recipe["exclude"])
+    note_recipe(module, keywords_of(recipe), recipe["modules"], WEIGHT_NORM)
     keep_in_checkpoints(module)

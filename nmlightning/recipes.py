@@ -49,14 +49,20 @@ def make_recipe(
 
 
 def make_weight_norm_recipe(
-    *, include: Iterable[str], exclude: Iterable[str], rho: float | str | None, **settings: Any
+    *, include: Iterable[str], exclude: Iterable[str], **settings: Any
 ) -> Recipe:
     """Return the keywords of `apply_weight_norm` as plain data, those that come to the same equal.
 
     What does not change the weights is left out.
     """
-    checked = Settings.of(**settings, rho="init" if rho is None else rho)
-    return {**asdict(checked), "include": sorted(set(include)), "exclude": sorted(set(exclude))}
+    plain = asdict(Settings.of(**settings))
+    plain["rho"] = "init" if plain["rho"] is None else plain["rho"]
+    return {**plain, "include": sorted(set(include)), "exclude": sorted(set(exclude))}
+
+
+def settings_of(recipe: Recipe) -> Settings:
+    """Return the settings of a recipe for weight norm."""
+    return Settings.of(**{name: recipe[name] for name in Settings.__dataclass_fields__})
 
 
 def _drop_undone(recipes: list[Recipe]) -> list[Recipe]:
@@ -76,8 +82,7 @@ def _drop_undone(recipes: list[Recipe]) -> list[Recipe]:
 
 
 def _is_normalised_so(module: nn.Module, recipe: Recipe) -> bool:
-    settings = Settings(**{field: recipe[field] for field in Settings.__dataclass_fields__})
-    weights = normalised_weights(module)
+    weights, settings = normalised_weights(module), settings_of(recipe)
     return all(weights.get(name) == settings for name in recipe["modules"])
 
 
@@ -134,7 +139,7 @@ def note_recipe(
     becomes the last.
     """
     notes = recipes_of(module, change)
-    known = next((note for note in notes if _keywords(note) == recipe), None)
+    known = next((note for note in notes if keywords_of(note) == recipe), None)
     if known is None:
         notes.append({**recipe, "modules": dict(modules)})
     elif modules:
@@ -174,7 +179,7 @@ def recipes_in(checkpoint: Mapping[str, Any], change: Change) -> list[Recipe]:
         )
     recipes = entry.get(change.key, ())
     return change.tidy(
-        [{**change.make(**_keywords(recipe)), "modules": recipe["modules"]} for recipe in recipes]
+        [{**change.make(**keywords_of(recipe)), "modules": recipe["modules"]} for recipe in recipes]
     )
 
 
@@ -198,8 +203,8 @@ def write_recipes(module: nn.Module, checkpoint: dict[str, Any]) -> None:
 def check_recipes(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Raise InputError, naming the first difference, if `module` was changed in another way."""
     for change in CHANGES:
-        here = [_keywords(recipe) for recipe in recipes_of(module, change)]
-        there = [_keywords(recipe) for recipe in recipes_in(checkpoint, change)]
+        here = [keywords_of(recipe) for recipe in recipes_of(module, change)]
+        there = [keywords_of(recipe) for recipe in recipes_in(checkpoint, change)]
         if here != there:
             raise InputError(
                 f"The checkpoint was trained with {_first_difference(there, here, change)}. Resume "
@@ -225,7 +230,8 @@ def _titles(recipes: list[Recipe], change: Change) -> str:
     return ", ".join(repr(recipe[change.title]) for recipe in recipes)
 
 
-def _keywords(recipe: Recipe) -> Recipe:
+def keywords_of(recipe: Recipe) -> Recipe:
+    """Return it without what it did to which modules."""
     return {key: value for key, value in recipe.items() if key != "modules"}
 
 

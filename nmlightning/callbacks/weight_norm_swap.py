@@ -39,9 +39,9 @@ class WeightNormSwap(ModelChange):
     Args:
         kind: "bounded" or "weight".
         p: 1, 2 or "inf".
-        rho: "init", or the norm that each channel has at first.
+        rho: "init", or a number: ρ, and the norm that gains begin with.
         gain: "none", "channel" or "layer"; None means what the kind has by default.
-        project: bring the hidden weights back to their first norm after each step.
+        project: bring the hidden weights of each channel to ρ now and after each step.
         include: glob patterns on names of parameters; empty means every convolution.
         exclude: glob patterns on names that are left alone.
         cache: compute each weight once for all batches between two optimizer steps. It is not

@@ -9,14 +9,13 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from nmlightning.errors import InputError, check_flag
+from nmlightning.errors import check_flag
 from nmlightning.name_patterns import check_lists
 from nmlightning.weights.weight_norm.gains import homes_of_gains, listed, put_in, take_out
-from nmlightning.weights.weight_norm.hidden_weight import Holder
-from nmlightning.weights.weight_norm.refusals import check_site
+from nmlightning.weights.weight_norm.refusals import check_model, check_site
 from nmlightning.weights.weight_norm.settings import NAMES, Gain, Kind, Settings
 from nmlightning.weights.weight_norm.sites import Site, find_normalised_sites, find_sites
-from nmlightning.weights.weight_norm.weight_norm import WeightNorm
+from nmlightning.weights.weight_norm.weight_norm import Holder, WeightNorm
 from nmlightning.weights.weight_norm.weight_pass import WeightPass
 
 
@@ -100,10 +99,10 @@ def apply_weight_norm(
     settings = Settings.of(kind, p, rho, gain, project)
     check_flag("cache", cache)
     check_lists(include=include, exclude=exclude)
-    _check_model(model)
+    check_model(model)
     sites = find_sites(model, include, exclude)
     for site in sites:
-        check_site(site)
+        check_site(site, settings)
     homes = {} if settings.gain == "none" else homes_of_gains(sites, listed(optimizers))
     norms = _normalise(sites, settings, cache=cache)
     for site in sites:
@@ -119,7 +118,7 @@ def prepare_for_weights(
     """Normalise weights that are about to be loaded, whatever values they have yet."""
     sites = find_sites(model, include, exclude)
     for site in sites:
-        check_site(site, spare_zeros=True)
+        check_site(site, settings, spare_zeros=True)
     _normalise(sites, settings, cache=True)
 
 
@@ -128,17 +127,20 @@ def _normalise(sites: Sequence[Site], settings: Settings, *, cache: bool) -> dic
     positions = {site.name: site.positions for site in sites}
     for site in sites:
         norm = WeightNorm(site.parameter, settings, site.layout, cache=cache, weight_pass=together)
-        holders = [_register(module, attribute, norm) for module, attribute in site.places]
-        norm.keep(holders, positions[site.name])
+        norm.positions = positions[site.name]
+        for holder in [_register(module, attribute, norm) for module, attribute in site.places]:
+            norm.hidden.add_holder(holder)
+        if settings.project:
+            norm.project()
         norms[site.name] = norm
     return norms
 
 
 def _register(module: nn.Module, attribute: str, norm: WeightNorm) -> Holder:
-    unshare_class(module)
+    _unshare_class(module)
     parametrize.register_parametrization(module, attribute, norm)
     holder = module.parametrizations[attribute]  # type: ignore[index]
-    holder.__class__ = Holder
+    holder.__class__ = Holder  # Torch takes no other class than its own.
     return holder  # type: ignore[return-value]
 
 
@@ -162,7 +164,7 @@ def remove_weight_norm(
             parametrizations, too. Nothing was changed then.
     """
     check_lists(include=include, exclude=exclude)
-    _check_model(model)
+    check_model(model)
     sites = find_normalised_sites(model, include, exclude)
     norms = [site.norm for site in sites]
     for site in sites:
@@ -171,24 +173,19 @@ def remove_weight_norm(
     return [site.name for site in sites]
 
 
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise InputError(f"model is a torch.nn.Module, got {model!r}.")
-
-
 @torch.no_grad()
 def _make_plain(site: Site) -> None:
     norm = site.norm
     assert norm is not None
     value = norm(site.parameter).clone()
     for (module, attribute), position in zip(site.places, norm.positions, strict=True):
-        unshare_class(module)
+        _unshare_class(module)
         parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
         _move(module._parameters, attribute, position)
     site.parameter.copy_(value)
 
 
-def unshare_class(module: nn.Module) -> None:
+def _unshare_class(module: nn.Module) -> None:
     """Give a parametrized module a class of its own.
 
     Torch makes one when it parametrizes, and changes that class afterwards; but copies of the

@@ -14,8 +14,8 @@ def normalise_together(
 ) -> Sequence[Tensor]:
     """Return `normalise_channels` of each v, by one node of the autograd graph.
 
-    No channel may be zero. The node waits for the gradients of all weights before it gives any
-    back, and gives none to a weight that has none.
+    The node waits for the gradients of all weights before it gives any back, and gives none to a
+    weight that has none.
 
     Args:
         vs: as for `normalise_channels`.

@@ -49,6 +49,11 @@ class Site:
         return list(module.parametrizations[attribute]) if is_parametrized else []  # type: ignore[index]
 
     @property
+    def kinds(self) -> str:
+        """The class names of those, for messages."""
+        return ", ".join(type(x).__name__ for x in self.parametrizations)
+
+    @property
     def norm(self) -> WeightNorm | None:
         """Its weight norm, if it has one."""
         return next((x for x in self.parametrizations if isinstance(x, WeightNorm)), None)
@@ -100,14 +105,12 @@ def find_normalised_sites(
             parametrizations, too.
     """
     sites = _all_sites(model)
-    chosen = _choose(model, sites, [s for s in sites if s.norm], include, exclude)
-    chosen = [site for site in chosen if site.norm]
+    chosen = [site for site in _choose(model, sites, sites, include, exclude) if site.norm]
     if not chosen:
         raise InputError(f"{type(model).__name__} has no normalised weight.")
     for site in chosen:
         if len(site.parametrizations) > 1:
-            kinds = ", ".join(type(x).__name__ for x in site.parametrizations)
-            raise InputError(f"{site.name} has several parametrizations ({kinds}).")
+            raise InputError(f"{site.name} has several parametrizations ({site.kinds}).")
     return chosen
 
 

@@ -4,10 +4,11 @@
                                 ds_i = ⟨dw_i, v_i⟩/n_i
 
 where n_i = ‖v_i‖_p, and ∂n/∂v is sign(v) for p = 1, v/n for p = 2, and for p = ∞ the sign of the
-largest element (of the first, where several are), 0 elsewhere. No channel is zero. Sums and
-products are in the dtype of the norms: float32, float64 for float64.
+largest element (of the first, where several are), 0 elsewhere. A channel of norm 0 has 0s.
+Sums and products are in the dtype of the norms: float32, float64 for float64.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -15,6 +16,10 @@ import torch
 from torch import Tensor
 
 from nmlightning.weights.channel_norms import ROWS, ChannelLayout, row_norms
+from nmlightning.weights.weight_norm.torch_internals import (
+    differentiate_by_kernel,
+    normalise_by_kernel,
+)
 
 Form = tuple[float, ChannelLayout]
 _ELEMENTS_IN_CACHE = 2**16
@@ -44,51 +49,56 @@ def choose_way(v: Tensor, scales: Tensor, form: Form) -> Way:
         return BY_ROWS if v.permute(_memory_order(v)).is_contiguous() else BY_FORMULA
     dtype = v.dtype
     in_float = (dtype == torch.float32 or dtype == torch.float64) and scales.dtype == dtype
-    has_kernel = p == 2 and in_float and v.dim() > 1 and (v.is_cpu or v.is_cuda)
-    return BY_KERNEL if has_kernel else BY_ROWS
+    return BY_KERNEL if p == 2 and in_float and v.dim() > 1 and v.is_cpu else BY_ROWS
 
 
 class _ByKernel:
-    """Torch's kernels of weight norm, one for each direction: contiguous weights, p = 2."""
+    """Torch's kernels of weight norm, one for each direction: contiguous weights, p = 2.
+
+    On a CPU only: whether a channel is zero has to be asked, and elsewhere that waits.
+    """
 
     def normalise(self, v: Tensor, scales: Tensor, form: Form) -> tuple[Tensor, Any]:
         columns = scales if scales.dim() == v.dim() else as_column(scales, v)
-        w, norms = torch._weight_norm_interface(v, columns, 0)
+        w, norms = normalise_by_kernel(v, columns)
+        if v.shape[0] and norms.amin() == 0:
+            columns, norms = _spare_zeros(columns, norms)
+            w = v * (columns / norms)
         return w, (columns, norms)
 
     def gradients(
         self, dw: Tensor, v: Tensor, scales: Tensor, form: Form, saved: Any
     ) -> tuple[Tensor, Tensor]:
-        dv, ds = torch.ops.aten._weight_norm_interface_backward(dw.contiguous(), v, *saved, 0)
-        return dv, ds
+        return differentiate_by_kernel(dw.contiguous(), v, *saved)
 
 
 class _ByRows:
     """Plain operations on channels that lie one after the other, a cache full at a time."""
 
     def normalise(self, v: Tensor, scales: Tensor, form: Form) -> tuple[Tensor, Any]:
-        rows = _rows_in_memory(v)
-        w, norms, scales = torch.empty_like(rows), [], scales.flatten().expand(rows.shape[0])
+        rows, p = _rows_in_memory(v), form[0]
+        w, saved, scales = torch.empty_like(rows), [], scales.flatten().expand(rows.shape[0])
         for part in _parts(rows):
-            norms.append(row_norms(rows[part], form[0]))
-            torch.mul(rows[part], (scales[part] / norms[-1]).unsqueeze(1), out=w[part])
-        return _as_in_memory(w, v), norms[0] if len(norms) == 1 else torch.cat(norms)
+            factors, norms = _spare_zeros(scales[part], row_norms(rows[part], p))
+            factors = factors / norms
+            saved.append((factors, norms))
+            torch.mul(rows[part], factors.unsqueeze(1), out=w[part])
+        return _as_in_memory(w, v), saved
 
     def gradients(
         self, dw: Tensor, v: Tensor, scales: Tensor, form: Form, saved: Any
     ) -> tuple[Tensor, Tensor]:
         rows, row_grads = _rows_in_memory(v), _rows_in_memory(dw, like=v)
-        dv, ds = torch.empty_like(rows), torch.empty_like(saved)
-        factors = scales.flatten() / saved
-        for part in _parts(rows):
-            x, grad = (y[part].to(saved.dtype) for y in (rows, row_grads))
-            torch.div(torch.linalg.vecdot(grad, x), saved[part], out=ds[part])
-            f = factors[part].unsqueeze(1)
-            direct = torch.mul(grad, f, out=dv[part]) if dv.dtype == saved.dtype else grad * f
-            _subtract_along_norm(direct, x, saved[part], f * ds[part].unsqueeze(1), form[0])
-            if dv.dtype != saved.dtype:
+        dv, dots = torch.empty_like(rows), []
+        for part, (factors, norms) in zip(_parts(rows), saved, strict=True):
+            x, grad = (y[part].to(norms.dtype) for y in (rows, row_grads))
+            dots.append((grad * x).sum(1).div_(norms))
+            f = factors.unsqueeze(1)
+            direct = torch.mul(grad, f, out=dv[part]) if dv.dtype == norms.dtype else grad * f
+            _subtract_along_norm(direct, x, norms, f * dots[-1].unsqueeze(1), form[0])
+            if dv.dtype != norms.dtype:
                 dv[part] = direct
-        return _as_in_memory(dv, v), ds
+        return _as_in_memory(dv, v), dots[0] if len(dots) == 1 else torch.cat(dots)
 
 
 class _ByFormula:
@@ -133,10 +143,25 @@ def normalise_channels(v: Tensor, scales: Tensor, p: float, layout: ChannelLayou
     """
     if v.dim() == 1:
         return normalise_channels(v[None], scales, p, layout)[0]
-    norms = row_norms(layout.rows(v), p)
+    factors, norms = _spare_zeros(scales, _norms_by_first(layout.rows(v), p))
+    return (v * layout.spread(factors / norms, v)).to(v.dtype)
+
+
+def _norms_by_first(rows: Tensor, p: float) -> Tensor:
+    """Return ‖row‖_p, whose derivative for p = ∞ is that of the first of several largest."""
+    if p != math.inf:
+        return row_norms(rows, p)
+    flat = rows.flatten(1)
+    largest = flat.detach().abs().argmax(1, keepdim=True)
+    return (
+        flat.gather(1, largest).abs().squeeze(1).to(torch.promote_types(rows.dtype, torch.float32))
+    )
+
+
+def _spare_zeros(scales: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scales that are 0 where the norm is, and norms that are 1 there."""
     is_zero = norms == 0
-    factors = scales / norms.masked_fill(is_zero, 1.0) * ~is_zero
-    return (v * layout.spread(factors, v)).to(v.dtype)
+    return scales * ~is_zero, norms.masked_fill(is_zero, 1.0)
 
 
 def as_column(scales: Tensor, v: Tensor, layout: ChannelLayout = ROWS) -> Tensor:

@@ -1,7 +1,7 @@
 """WeightNorm: what turns the hidden weight v of a layer into the weight w that it computes with."""
 
 import copy
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -18,9 +18,25 @@ from nmlightning.weights.shards import is_sharded, local_part
 from nmlightning.weights.weight_norm.hidden_weight import HiddenWeight
 from nmlightning.weights.weight_norm.normalised_weights import normalise_together
 from nmlightning.weights.weight_norm.settings import NAMES, Settings
-from nmlightning.weights.weight_norm.upkeep import keep_up
-from nmlightning.weights.weight_norm.ways import normalise_channels
+from nmlightning.weights.weight_norm.torch_internals import is_captured, is_recorded
+from nmlightning.weights.weight_norm.ways import as_column, normalise_channels
 from nmlightning.weights.weight_norm.weight_pass import WeightPass, compute_weights
+
+
+class Holder(ParametrizationList):
+    """What has v. Of one parametrization it returns w with less ado; a copy says that it is one."""
+
+    def forward(self) -> Tensor:
+        """Return w."""
+        if len(self._modules) > 1:
+            return super().forward()
+        return self._modules["0"](self._parameters["original"])  # type: ignore[no-any-return]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for norm in self.children():
+            if isinstance(norm, WeightNorm):
+                norm.hidden.add_holder(self)
 
 
 class WeightNorm(nn.Module):
@@ -74,7 +90,7 @@ class WeightNorm(nn.Module):
         bounded = self.gain is not None and settings.kind == "bounded"
         whole = torch.linalg.vector_norm(norms) if bounded else None
         self.register_buffer("initial_gain_norm", whole)
-        self.positions: tuple[int, ...] = ()
+        self.positions: list[int] = []
         self._join(WeightPass() if weight_pass is None else weight_pass)
 
     def _first_gain(self, norms: Tensor, v: Tensor) -> nn.Parameter | None:
@@ -83,42 +99,42 @@ class WeightNorm(nn.Module):
         gains = norms if self.settings.gain == "channel" else self.rho.reshape(1)
         return nn.Parameter(gains.to(v.dtype, copy=True), requires_grad=v.requires_grad)
 
-    def _join(self, weight_pass: WeightPass, holders: Iterable[ParametrizationList] = ()) -> None:
+    def _join(self, weight_pass: WeightPass) -> None:
         """Begin, with nothing known yet."""
-        self.hidden, self._pass = HiddenWeight(holders), weight_pass
-        weight_pass.members.add(self)
-        keep_up(self)
-
-    def keep(self, holders: Sequence[ParametrizationList], positions: Sequence[int]) -> None:
-        """Do from now on what is due after each optimizer step, to the v that `holders` have.
-
-        Args:
-            holders: it was registered with, in each place that the weight is in.
-            positions: which of its module's parameters the weight was, in each place.
-        """
-        self.hidden, self.positions = HiddenWeight(holders), tuple(positions)
-        if self.settings.project:
-            self._project(holders[0].original)
+        self.hidden, self._pass = HiddenWeight(), weight_pass
+        self._fixed_scales: tuple[Any, ...] | None = None
+        weight_pass.add(self)
 
     def forward(self, v: Tensor) -> Tensor:
         """Return w."""
-        if _is_recorded():
+        if is_recorded() or v.is_inference():
             return self._by_formula(v)
-        hidden = self.hidden
-        may_keep = self._may_keep() and torch.is_grad_enabled() and not _is_captured(v)
-        if may_keep:
-            kept = hidden.weight(v, self.gain)
-            if kept is not None:
-                return kept
-        if v.is_inference() or hidden.is_zero_somewhere(v, self.form):
-            return self._by_formula(v)
-        return self._pass.compute(self, v) if may_keep else compute_weights([self], [v])[0]
+        if not (self._may_keep() and torch.is_grad_enabled()) or is_captured(v):
+            return compute_weights([self], [v])[0]
+        kept = self.hidden.weight(*self.sources(v))
+        return self._pass.compute(self, v) if kept is None else kept
 
     def _by_formula(self, v: Tensor) -> Tensor:
         scales = self.rho if self.gain is None else self.gain
         if self.initial_gain_norm is not None:
             scales = normalise_channels(scales, self.initial_gain_norm, 2)
         return normalise_channels(v, scales, *self.form)
+
+    def sources(self, v: Tensor) -> tuple[Tensor, ...]:
+        """Return v and what else w is computed from."""
+        gain, total = self.gain, self.initial_gain_norm
+        if gain is None:
+            return v, self.rho
+        return (v, gain) if total is None else (v, gain, total)
+
+    def fixed_scales(self, v: Tensor) -> Tensor:
+        """Return ρ for each channel, as the ways to normalise take it; made once."""
+        rho, made = self.rho, self._fixed_scales
+        key = rho._version, rho.data_ptr(), v.shape
+        if made is None or made[0] is not rho or made[1] != key:
+            with torch.inference_mode(mode=False):
+                self._fixed_scales = made = rho, key, as_column(rho, v, self.form[1])
+        return made[2]  # type: ignore[no-any-return]
 
     def _may_keep(self) -> bool:
         """Return whether w may be kept until the next optimizer step."""
@@ -129,7 +145,7 @@ class WeightNorm(nn.Module):
         v = self.hidden.value if self._may_keep() else None
         if v is None or v.device != device or is_sharded(v) or v.is_inference():
             return None
-        return None if self.hidden.is_zero_somewhere(v, self.form) else v
+        return v
 
     @torch.no_grad()
     def channel_norms(self, v: Tensor) -> Tensor:
@@ -148,39 +164,36 @@ class WeightNorm(nn.Module):
 
         While it is being registered g stays, too: `rho` may have set it.
         """
-        if self.gain is not None and self.hidden.holders:
+        if self.gain is not None and self.hidden.value is not None:
             norms = channel_norms(w, *self.form)
             by_channel = self.settings.gain == "channel"
             self.gain.copy_(norms if by_channel else _power_mean(norms, self.settings.p))
         return w
 
-    def after_step(self, moved: Container[Tensor]) -> None:
-        """Forget w, and project v if the step moved it."""
-        hidden = self.hidden
-        hidden.forget()
-        v = hidden.value
-        if v is None or not (v in moved or self.gain in moved):
-            return
-        hidden.note_change(v)
-        if not hidden.is_stepped:
-            hidden.is_stepped = True
-            self.cache = self.cache and not is_sharded(v)  # It would hold what FSDP lets go of.
+    def after_own_step(self, moved: Container[Tensor]) -> None:
+        """Project v, if it is among what an optimizer has moved."""
+        v = self.hidden.value
+        assert v is not None
+        self.hidden.is_stepped = True
+        self.cache = self.cache and not is_sharded(v)  # It would hold what FSDP lets go of.
         if self.settings.project and v in moved:
-            self._project(v)
+            self.project()
 
     @torch.no_grad()
-    def _project(self, v: Tensor) -> None:
+    def project(self) -> None:
         """Bring ‖v_i‖_p to ρ, where it is not 0.
 
         What the optimizer keeps stays: its gradients were all taken at this norm.
+
+        Raises:
+            InputError: channels are split over ranks, as those of a transposed convolution are.
         """
+        v = self.hidden.value
+        assert v is not None
+        if is_sharded(v):
+            channel_norms(v, *self.form)  # raises where they are split
         local = local_part(v)
-        if self.hidden.is_zero_somewhere(v, self.form):
-            projected = normalise_channels(local, self.rho, *self.form)
-        else:
-            (projected,) = normalise_together([local], [self.rho], [self.form])
-        local.copy_(projected)
-        self.hidden.note_change(v)
+        local.copy_(normalise_together([local], [self.rho], [self.form])[0])
 
     def train(self, mode: bool = True) -> "WeightNorm":
         """Forget w, too: weights may have been exchanged, for averages of them say."""
@@ -210,10 +223,9 @@ class WeightNorm(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> "WeightNorm":
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        own = {"hidden": None, "_pass": None}
+        own = {"hidden": None, "_pass": None, "_fixed_scales": None}
         copied.__dict__.update(copy.deepcopy({**self.__dict__, **own}, memo))
-        together = memo.setdefault(id(self._pass), WeightPass())
-        copied._join(together, [memo[id(h)] for h in self.hidden.holders if id(h) in memo])
+        copied._join(memo.setdefault(id(self._pass), WeightPass()))
         return copied
 
     def extra_repr(self) -> str:
@@ -223,20 +235,6 @@ class WeightNorm(nn.Module):
         return (
             f"p={settings.p:g}, rho={float(self.rho):.4g}{by_channel}, project={settings.project}"
         )
-
-
-def _is_recorded() -> bool:
-    """Return whether operations are being recorded or transformed: compiled, exported, vmapped."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._are_functorch_transforms_active()
-    )
-
-
-def _is_captured(v: Tensor) -> bool:
-    """Return whether a CUDA graph is being made, which has to hold the computation of w."""
-    return v.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _power_mean(norms: Tensor, p: float) -> Tensor:

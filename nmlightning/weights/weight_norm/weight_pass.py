@@ -1,7 +1,7 @@
 """All normalised weights of a model, computed together and kept until the next optimizer step."""
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from nmlightning.weights.channel_norms import ROWS
 from nmlightning.weights.weight_norm.hidden_weight import HiddenWeight
 from nmlightning.weights.weight_norm.normalised_weights import normalise_together
+from nmlightning.weights.weight_norm.upkeep import serve_after_steps
 from nmlightning.weights.weight_norm.ways import Form
 
 
@@ -17,20 +18,33 @@ class Member(Protocol):
     """What takes part in a pass: a `WeightNorm`."""
 
     gain: Any
-    rho: Any
     initial_gain_norm: Any
     form: Form
     hidden: HiddenWeight
 
+    def sources(self, v: Tensor) -> tuple[Tensor, ...]:
+        """Return v and what else w is computed from."""
+
+    def fixed_scales(self, v: Tensor) -> Tensor:
+        """Return ρ for each channel."""
+
     def waiting(self, device: torch.device) -> Tensor | None:
         """Return v, if w may be kept and is on the device."""
+
+    def after_own_step(self, moved: Container[Tensor]) -> None:
+        """Do what is due after an optimizer moved v or g."""
 
 
 class WeightPass:
     """Computes the weights of all members at the first read of any, which keep them."""
 
     def __init__(self) -> None:
-        self.members: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._members: weakref.WeakSet[Any] = weakref.WeakSet()
+        serve_after_steps(self)
+
+    def add(self, member: Member) -> None:
+        """Let a weight norm take part, for as long as it lives."""
+        self._members.add(member)
 
     def compute(self, member: Member, v: Tensor) -> Tensor:
         """Return w of a member whose hidden weight is v, and compute those of others that wait.
@@ -41,18 +55,26 @@ class WeightPass:
         due = [(member, v)] if alone else self._due(v.device)
         members, vs = zip(*due, strict=True)
         for other, hidden, w in zip(members, vs, compute_weights(members, vs), strict=True):
-            other.hidden.keep(w, hidden, other.gain)
+            other.hidden.keep(w, *other.sources(hidden))
             if other is member:
                 own = w
         return own
 
     def _due(self, device: torch.device) -> list[tuple[Member, Tensor]]:
-        waiting = ((member, member.waiting(device)) for member in self.members)
+        waiting = ((member, member.waiting(device)) for member in self._members)
         return [
             (member, v)
             for member, v in waiting
-            if v is not None and member.hidden.weight(v, member.gain) is None
+            if v is not None and member.hidden.weight(*member.sources(v)) is None
         ]
+
+    def after_step(self, moved: Container[Tensor]) -> None:
+        """Forget the weights, if one of them was moved."""
+        stepped = [m for m in self._members if m.hidden.is_moved(m.gain, moved)]
+        for member in self._members if stepped else ():
+            member.hidden.forget()
+        for member in stepped:
+            member.after_own_step(moved)
 
 
 def compute_weights(members: Sequence[Member], vs: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -63,14 +85,13 @@ def compute_weights(members: Sequence[Member], vs: Sequence[Tensor]) -> Sequence
 
 def _compute_scales(members: Sequence[Member], vs: Sequence[Tensor]) -> list[Tensor]:
     """Return s of each: the norms of w but for their sign."""
-    gains = [member.gain for member in members]
     scales = [
-        member.hidden.column(member.rho, v, member.form[1]) if gain is None else gain
-        for member, v, gain in zip(members, vs, gains, strict=True)
+        member.fixed_scales(v) if member.gain is None else member.gain
+        for member, v in zip(members, vs, strict=True)
     ]
     totals = [member.initial_gain_norm for member in members]
     for indices in _by_length(scales, totals):
-        bounded = _keep_norms([scales[i] for i in indices], [totals[i] for i in indices])
+        bounded = _bound_gains([scales[i] for i in indices], [totals[i] for i in indices])
         for i, gain in zip(indices, bounded, strict=True):
             scales[i] = gain
     return scales
@@ -85,7 +106,7 @@ def _by_length(gains: Sequence[Tensor], totals: Sequence[Tensor | None]) -> Iter
     return kinds.values()
 
 
-def _keep_norms(gains: Sequence[Tensor], totals: Sequence[Any]) -> Sequence[Tensor]:
+def _bound_gains(gains: Sequence[Tensor], totals: Sequence[Any]) -> Sequence[Tensor]:
     """Return g ‖g⁰‖₂ / ‖g‖₂ of gains of one length: those of a bounded layer are one vector."""
     together, norms = torch.stack(list(gains)), torch.stack(list(totals))
     return normalise_together([together], [norms], [(2.0, ROWS)])[0].unbind()

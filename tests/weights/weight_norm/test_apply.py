@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -373,6 +374,18 @@ def float8() -> nn.Module:
     return conv
 
 
+def scripted() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that scripting is deprecated
+        return nn.Sequential(torch.jit.script(nn.Conv2d(2, 4, 1)))
+
+
+def empty() -> nn.Module:
+    conv = nn.Conv2d(2, 4, 1)
+    conv.weight = nn.Parameter(torch.empty(4, 0, 1, 1))
+    return conv
+
+
 def wrapped() -> nn.Module:
     conv = nn.Conv2d(2, 4, 1)
     apply_weight_norm(conv)
@@ -384,6 +397,8 @@ def wrapped() -> nn.Module:
     [
         (pruned, r"1\.weight is computed from 1\.weight_orig, .* exclude '1\.weight_orig'"),
         (float8, "weight is of torch.float8_e4m3fn, and only real floating-point"),
+        (scripted, "0.weight is in a module that is scripted"),
+        (empty, "weight has no elements"),
         (lambda: "x", "model is a torch.nn.Module, got 'x'"),
         (zero_channel, r"weight has 1 of 4 channels that are zero \(1\)"),
         (not_finite, "values that are not finite"),
@@ -398,7 +413,7 @@ def wrapped() -> nn.Module:
 )
 def test_refuses_models(make: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
-        apply_weight_norm(make())
+        apply_weight_norm(make(), include=["*weight"] if make is scripted else [])
     assert "\n" not in str(caught.value)
 
 
@@ -438,6 +453,30 @@ def test_refuses_settings(net: nn.Sequential, options: dict[str, Any], message: 
 def test_refuses_embeddings_that_do_more(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         apply_weight_norm(nn.Embedding(5, 3, **options), include=["weight"])
+
+
+@pytest.mark.parametrize(("rho", "dtype"), [(1e-60, torch.float32), (1e6, torch.float16)])
+def test_refuses_a_rho_that_is_no_number_there(
+    net: nn.Sequential, rho: float, dtype: torch.dtype
+) -> None:
+    with pytest.raises(InputError, match=f"of {dtype}, in which rho = .* is no number"):
+        apply_weight_norm(net.to(dtype), rho=rho)
+
+
+def test_refuses_inference_mode(net: nn.Sequential) -> None:
+    with torch.inference_mode(), pytest.raises(InputError, match="inside torch"):
+        apply_weight_norm(net)
+
+
+def test_refuses_what_ddp_wraps_already(net: nn.Sequential) -> None:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(net)
+        with pytest.raises(InputError, match="wrapped by DistributedDataParallel already"):
+            apply_weight_norm(wrapped)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("optimizers", [[None], None, 3])

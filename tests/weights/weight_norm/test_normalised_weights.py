@@ -131,6 +131,28 @@ def test_of_several_largest_the_first_has_the_gradient() -> None:
     torch.testing.assert_close(v.grad, torch.tensor([[1.0, 1 / 3, 0.0]]))
 
 
+def test_the_formula_gives_the_first_the_gradient_too() -> None:
+    v = torch.tensor([[1.0, -1.0, 0.5], [2.0, 2.0, 2.0]], requires_grad=True)
+    dw = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
+    both = [
+        torch.autograd.grad(f(v, torch.tensor(1.0), math.inf, ROWS), v, dw)
+        for f in (apply, normalise_channels)
+    ]
+    torch.testing.assert_close(*both, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("p", NORMS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_backward_pass_inside_autocast_is_the_same(name: str, p: float) -> None:
+    v, layout = make(name, torch.float32)
+    scales = make_scales(v, layout, "channels")
+    dw = torch.randn(v.shape, generator=torch.Generator().manual_seed(0))
+    exact = torch.autograd.grad(apply(v, scales, p, layout), (v, scales), dw)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = torch.autograd.grad(apply(v, scales, p, layout), (v, scales), dw)
+    torch.testing.assert_close(ours, exact, rtol=0, atol=0)
+
+
 def test_a_weight_changed_since_the_forward_pass_has_no_gradient() -> None:
     v, layout = make("linear")
     w = apply(v, torch.tensor(1.0, dtype=torch.float64), 2, layout)

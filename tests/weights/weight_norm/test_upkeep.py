@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from nmlightning import apply_weight_norm, channel_norms, remove_weight_norm
+from nmlightning import InputError, apply_weight_norm, channel_norms, remove_weight_norm
 from nmlightning.weights.weight_norm.normalised_weights import NormalisedWeights
 
 
@@ -123,6 +125,32 @@ def make_zero(net: nn.Sequential) -> None:
     with torch.no_grad():
         net[0].parametrizations.weight.original[0] = 0  # type: ignore[index, union-attr]
     assert not net[0].weight[0].any()  # type: ignore[index]
+
+
+def change_rho(net: nn.Sequential) -> None:
+    net[0].parametrizations.weight[0].rho.mul_(2)  # type: ignore[index, union-attr]
+
+
+def change_what_was_computed(net: nn.Sequential) -> None:
+    with torch.no_grad():
+        net[0].weight.mul_(2)  # type: ignore[operator, union-attr]
+
+
+def test_what_is_computed_is_no_place_to_change_it(net: nn.Sequential, images: Tensor) -> None:
+    apply_weight_norm(net)
+    step(net, images, torch.optim.SGD(net.parameters(), 0.1), 1)
+    before = net[0].weight.detach().clone()  # type: ignore[operator, union-attr]
+    change_what_was_computed(net)
+    assert torch.equal(net[0].weight, before)  # type: ignore[arg-type]
+
+
+def test_rho_may_be_changed(net: nn.Sequential, images: Tensor) -> None:
+    rho = apply_weight_norm(net).weights["0.weight"]
+    step(net, images, torch.optim.SGD(net.parameters(), 0.1), 1)
+    net(images)
+    change_rho(net)
+    norms = channel_norms(net[0].weight)  # type: ignore[arg-type]
+    torch.testing.assert_close(norms, torch.full_like(norms, 2 * rho))
 
 
 @pytest.mark.parametrize(
@@ -307,6 +335,72 @@ def test_a_copy_is_projected_too_and_a_removed_one_is_not(
 
 
 @pytest.mark.parametrize("place", ["first", "second"])
+class Prunes(torch.optim.SGD):
+    """Makes a channel zero in its step."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        with torch.no_grad():
+            self.param_groups[0]["params"][0][1] = 0
+
+
+@pytest.mark.parametrize("p", [1, 2, float("inf")])
+@pytest.mark.parametrize("form", [{}, {"gain": "channel"}, {"kind": "weight"}])
+def test_a_step_may_make_a_channel_zero(
+    net: nn.Sequential, images: Tensor, p: float, form: dict[str, Any]
+) -> None:
+    apply_weight_norm(net, p=p, **form)
+    optimizer = Prunes([net[0].parametrizations.weight.original, *net[2].parameters()], 0.1)  # type: ignore[list-item, union-attr]
+    for _ in range(3):
+        step(net, images, optimizer, 2)
+        assert not net[0].weight[1].any()  # type: ignore[index]
+        assert net(images).isfinite().all()
+        assert all(q.grad is None or q.grad.isfinite().all() for q in net.parameters())
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30])
+def test_what_is_too_small_for_its_square_is_zero(net: nn.Sequential, size: float) -> None:
+    apply_weight_norm(net)
+    net[0].parametrizations.weight.original.data[1] = size  # type: ignore[index, union-attr]
+    with torch.no_grad():
+        assert not net.eval()[0].weight[1].any()  # type: ignore[index]
+    assert not net.train()[0].weight[1].any()  # type: ignore[index]
+
+
+def test_gains_of_zero(net: nn.Sequential) -> None:
+    apply_weight_norm(net, gain="channel")
+    with torch.no_grad():
+        net[0].parametrizations.weight[0].gain.zero_()  # type: ignore[index, union-attr]
+    assert not net[0].weight.any()  # type: ignore[operator, union-attr]
+
+
+def test_shards_of_a_transposed_convolution_cannot_be_projected(images: Tensor) -> None:
+    net = nn.Sequential(nn.ConvTranspose2d(3, 4, 2))
+    apply_weight_norm(net, project=True)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        fully_shard(net, mesh=init_device_mesh("cpu", (1,)))
+        optimizer = torch.optim.SGD(net.parameters(), 0.1, foreach=False)
+        with pytest.raises(InputError, match="are split over ranks"):
+            step(net, images, optimizer, 1)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_copy_is_projected_after_its_first_place_is_replaced() -> None:
+    net = nn.ModuleDict({"first": nn.Linear(3, 4), "second": nn.Linear(3, 4)})
+    net["second"].weight = net["first"].weight
+    rho = apply_weight_norm(net, project=True, include=["*.weight"]).weights["first.weight"]
+    copied = copy.deepcopy(net)
+    copied["first"] = nn.Linear(3, 4)
+    optimizer = torch.optim.SGD(copied.parameters(), 0.5)
+    copied["second"](torch.randn(2, 3)).square().sum().backward()
+    optimizer.step()
+    norms = channel_norms(copied["second"].parametrizations.weight.original)  # type: ignore[arg-type, union-attr]
+    torch.testing.assert_close(norms, torch.full((4,), rho))
+
+
 def test_a_copy_of_one_place_of_a_tied_weight_is_projected(place: str) -> None:
     net = nn.ModuleDict({"first": nn.Linear(3, 4), "second": nn.Linear(3, 4)})
     net["second"].weight = net["first"].weight
