@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from nmlightning.checkpoints import load_from_checkpoint as load_from_checkpoint
     from nmlightning.datamodules import CIFAR10 as CIFAR10
     from nmlightning.datamodules import Digits as Digits
+    from nmlightning.datamodules import ImageNet as ImageNet
     from nmlightning.errors import InputError as InputError
     from nmlightning.models import TReLU as TReLU
     from nmlightning.norms import L1BatchNorm1d as L1BatchNorm1d
@@ -55,7 +56,7 @@ _BATCH_NORMS = [f"{statistic}BatchNorm{n}d" for statistic in _STATISTICS for n i
 _HOMES = {
     "callbacks": ["NormSwap", "WeightNormSwap", "WeightNormTracker"],
     "checkpoints": ["load_from_checkpoint"],
-    "datamodules": ["CIFAR10", "Digits"],
+    "datamodules": ["CIFAR10", "Digits", "ImageNet"],
     "errors": ["InputError"],
     "models": ["TReLU"],
     "norms": [*_BATCH_NORMS, "L1LayerNorm", "LpLayerNorm", "gaussian_constant"],

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from nmlightning.weights.history import NormHistory
@@ -69,5 +70,23 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
             )
             history.save(folder / FILE_NAME)
         return folder
+
+    return make
+
+
+@pytest.fixture
+def make_image_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Write train and val with JPEGs of three classes, as ImageNet is laid out: 50 by 40 pixels."""
+
+    def make(images: int = 4, validation_images: int = 2) -> Path:
+        draw = np.random.default_rng(0)
+        for part, length in (("train", images), ("val", validation_images)):
+            for name in "abc":
+                folder = tmp_path / "images" / part / name
+                folder.mkdir(parents=True)
+                for number in range(length):
+                    pixels = draw.integers(256, size=(40, 50, 3), dtype=np.uint8)
+                    Image.fromarray(pixels).save(folder / f"{number}.JPEG")
+        return tmp_path / "images"
 
     return make

@@ -127,7 +127,7 @@ BAD_INPUT = {
     "--trainer.callbacks.nrm l1": "callbacks has no option 'nrm'; NormSwap takes norm, .*'norm'?",
     "stray": "unexpected argument 'stray'",
     # Class names
-    "--data Digit": "data: there is no class 'Digit'; give CIFAR10, Digits .*'Digits'?",
+    "--data Digit": "data: there is no class 'Digit'; give CIFAR10, Digits, ImageNet .*'Digits'?",
     "--config '{data: {class_path: CIFAR_10}}'": "Did you mean 'CIFAR10'?",
     "--model ImageClasifier": "Did you mean 'ImageClassifier'?",
     "--model.net CifarResNt": "model.net: there is no class 'CifarResNt'; .*'CifarResNet'?",

@@ -1,6 +1,7 @@
 """Every shipped config runs, shortened, and says what the experiment of its name is."""
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,14 @@ NORMALISED = {
     "cifar_bwn_l1": ("bounded", 1),
     "cifar_bwn_linf": ("bounded", float("inf")),
 }
-SHORT = shlex.split(
-    "--data Digits --data.image_size 8 --data.batch_size 8 --trainer.accelerator cpu "
-    "--trainer.max_epochs 1 --trainer.limit_train_batches 2 --trainer.limit_val_batches 1 "
-    "--trainer.enable_model_summary false --trainer.enable_progress_bar false"
+# The weight norm and the learning rate; the one of BWN is the paper's.
+IMAGENET = {"imagenet_resnet50_wn": ("weight", 0.1), "imagenet_resnet50_bwn": ("bounded", 0.2)}
+SHORT_RUN = shlex.split(
+    "--trainer.accelerator cpu --trainer.max_epochs 1 --trainer.limit_train_batches 2 "
+    "--trainer.limit_val_batches 1 --trainer.enable_model_summary false "
+    "--trainer.enable_progress_bar false"
 )
+SHORT = [*shlex.split("--data Digits --data.image_size 8 --data.batch_size 8"), *SHORT_RUN]
 ONE_PAGE = 50  # lines
 STUDY = {
     "wd_on": ("all", None),
@@ -53,7 +57,7 @@ def read(name: str) -> dict[str, Any]:
 
 def test_shipped_are_the_quickstart_and_the_papers_experiments() -> None:
     studies = [f"{family}_{name}" for family in FAMILIES for name in STUDY]
-    assert list(CONFIGS) == ["quickstart", *sorted([*CIFAR, *NORMALISED, *studies])]
+    assert list(CONFIGS) == ["quickstart", *sorted([*CIFAR, *NORMALISED, *IMAGENET, *studies])]
 
 
 @pytest.mark.parametrize("name", ["quickstart", *CIFAR])
@@ -82,6 +86,44 @@ def test_config_with_normalised_weights_runs(
     (recipe,) = recipes["weight_norms"]
     assert (recipe["kind"], recipe["p"]) == NORMALISED[name]
     assert len(recipe["modules"]) == 55
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_imagenet_config_runs(
+    name: str,
+    make_image_folder: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root = make_image_folder()
+    monkeypatch.chdir(tmp_path)
+    words = [*SHORT_RUN, "--trainer.precision", "32-true", "--model.net.num_classes", "3"]
+    words += ["--data.root", str(root), "--data.image_size", "32", "--data.batch_size", "4"]
+    assert main(["fit", "--config", name, *words, "--data.num_workers", "0"]) == 0
+    last = tmp_path / "runs" / name / "version_0" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    recipes = checkpoint["nmlightning"]
+    assert [swap["norm"] for swap in recipes["norm_swaps"]] == ["mean"]
+    (recipe,) = recipes["weight_norms"]
+    assert (recipe["kind"], recipe["p"], len(recipe["modules"])) == (IMAGENET[name][0], 2, 53)
+    assert all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values())
+
+
+def test_imagenet_configs_are_the_papers_experiment() -> None:
+    configs = [read(name) for name in IMAGENET]
+    for config, (kind, lr) in zip(configs, IMAGENET.values(), strict=True):
+        model, trainer = config["model"]["init_args"], config["trainer"]
+        assert model["net"] == {"class_path": "ResNet50", "init_args": {"scale_branches": True}}
+        assert model["optimizer"]["init_args"].pop("lr") == lr
+        assert model["optimizer"]["init_args"] == {"momentum": 0.9, "weight_decay": 0}
+        assert model["lr_scheduler"]["init_args"] == {"milestones": [30, 60], "gamma": 0.1}
+        assert config["data"]["class_path"] == "ImageNet"
+        assert config["data"]["init_args"]["batch_size"] == 256
+        assert (trainer["max_epochs"], trainer["precision"]) == (90, "16-mixed")
+        mean, weights = trainer.pop("callbacks")
+        assert mean == {"class_path": "NormSwap", "init_args": {"norm": "mean"}}
+        assert weights == {"class_path": "WeightNormSwap", "init_args": {"kind": kind, "p": 2}}
+    assert configs[0] == configs[1], "but for the weight norm and the learning rate"
 
 
 @pytest.mark.parametrize("name", CIFAR)

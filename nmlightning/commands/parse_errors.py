@@ -31,9 +31,9 @@ KINDS: dict[str, type] = {
 # What is offered first; of the other kinds all classes are.
 OURS = {
     "model": ["ImageClassifier"],
-    "data": ["CIFAR10", "Digits"],
+    "data": ["CIFAR10", "Digits", "ImageNet"],
     "callbacks": ["NormSwap", "WeightNormTracker"],
-    "net": ["CifarResNet", "nmlightning.models.VGG"],
+    "net": ["CifarResNet", "ResNet50", "nmlightning.models.VGG"],
     "steering": [
         "DecayEquivalentLR",
         "Hyperball",

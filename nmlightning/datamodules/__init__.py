@@ -1,4 +1,5 @@
-"""Data for the experiments: small sets held in memory, augmented on the training device."""
+"""Data for the experiments: small sets held in memory, and ImageNet decoded by workers."""
 
 from nmlightning.datamodules.cifar10 import CIFAR10 as CIFAR10
 from nmlightning.datamodules.digits import Digits as Digits
+from nmlightning.datamodules.imagenet import ImageNet as ImageNet

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nmlightning.datamodules.in_memory import RawBatch
+from nmlightning.datamodules.batches import RawBatch
 
 
 class BatchTransform:

@@ -9,15 +9,15 @@ from torchvision.datasets import CIFAR10 as Files
 from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
 from nmlightning.datamodules.batch_transform import BatchTransform
-from nmlightning.datamodules.in_memory import (
+from nmlightning.datamodules.batches import (
     Augmentation,
     EvaluationBatches,
-    LabelledImages,
     RawBatch,
     TrainingBatches,
     evaluation_batches,
     training_batches,
 )
+from nmlightning.datamodules.in_memory import LabelledImages
 from nmlightning.datamodules.precision import input_dtype
 from nmlightning.errors import InputError, check_flag, check_whole_number
 

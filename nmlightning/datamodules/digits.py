@@ -6,15 +6,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nmlightning.datamodules.batch_transform import BatchTransform
-from nmlightning.datamodules.in_memory import (
+from nmlightning.datamodules.batches import (
     Augmentation,
     EvaluationBatches,
-    LabelledImages,
     RawBatch,
     TrainingBatches,
     evaluation_batches,
     training_batches,
 )
+from nmlightning.datamodules.in_memory import LabelledImages
 from nmlightning.datamodules.precision import input_dtype
 from nmlightning.errors import check_whole_number
 

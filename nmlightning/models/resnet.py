@@ -1,11 +1,11 @@
 """The CIFAR residual networks of He et al. (2016), section 4.2: https://arxiv.org/abs/1512.03385."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nmlightning.errors import InputError
 from nmlightning.models.activation import Activation, initialise, make_activation
+from nmlightning.models.branch_scale import scale_down
 
 WIDTHS = (16, 32, 64)
 
@@ -74,6 +74,7 @@ class CifarResNet(nn.Module):
         InputError: if the depth is not 6n + 2, or there is no such activation.
 
     Example:
+        >>> import torch
         >>> CifarResNet(depth=20)(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """
@@ -105,10 +106,7 @@ class CifarResNet(nn.Module):
         """Draw the convolutions as He et al. (2015) do for the activation; the rest as torch."""
         initialise(self, self.activation)
         if self.scale_branches:
-            blocks = [module for module in self.modules() if isinstance(module, BasicBlock)]
-            with torch.no_grad():
-                for block in blocks:
-                    block.conv2.weight.div_(len(blocks) ** 0.5)
+            scale_down([block.conv2 for block in self.modules() if isinstance(block, BasicBlock)])
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu1(self.bn1(self.conv1(x)))

@@ -5,7 +5,7 @@ import torch
 from torchvision.transforms import functional as F
 
 from nmlightning.datamodules.batch_transform import BatchTransform, crop, mirror
-from nmlightning.datamodules.in_memory import RawBatch
+from nmlightning.datamodules.batches import RawBatch
 
 MEAN, STD, PAD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), 4
 

@@ -8,19 +8,19 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from nmlightning.datamodules.digits import Digits
-from nmlightning.datamodules.in_memory import (
+from nmlightning.datamodules.batches import (
     WHOLE_SET,
     Augmentation,
     AugmentedShuffle,
     EvaluationBatches,
-    LabelledImages,
     RawBatch,
     Shard,
     TrainingBatches,
     evaluation_batches,
     training_batches,
 )
+from nmlightning.datamodules.digits import Digits
+from nmlightning.datamodules.in_memory import LabelledImages
 from nmlightning.errors import InputError
 from nmlightning.tasks.classification import ImageClassifier
 

@@ -1,0 +1,244 @@
+"""Which images make each batch: shuffled anew each epoch, resumable, shared out among processes.
+
+How the images of a batch are read is up to the data. The loaders are plain iterables and shard
+themselves, so Lightning neither replaces their sampler nor asks for workers.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from nmlightning.errors import InputError, check_whole_number
+
+
+class Augmentation(NamedTuple):
+    """What is drawn for each training image: a shift by up to ±`pad` pixels, and a mirroring."""
+
+    pad: int
+    flip: bool
+
+
+class Draw(NamedTuple):
+    """What was drawn for a batch; in evaluation, where nothing is random, `rows` alone.
+
+    rows (B,), crop corners (B, 2) in 0 … 2·pad, mirrored (B,), and a seed for each image (B,), for
+    data that draw their augmentation themselves.
+    """
+
+    rows: Tensor
+    corners: Tensor | None = None
+    flips: Tensor | None = None
+    seeds: Tensor | None = None
+
+
+class RawBatch(NamedTuple):
+    """A batch before the arithmetic; `corners` and `flips` are None in evaluation."""
+
+    images: Tensor
+    labels: Tensor
+    corners: Tensor | None = None
+    flips: Tensor | None = None
+
+
+class ImageSource(Protocol):
+    """Labelled images, and how batches of them are read."""
+
+    @property
+    def labels(self) -> Tensor:
+        """The label of every image, (N,) int64."""
+
+    def batches(self, draws: Iterable[Draw]) -> Iterator[RawBatch]:
+        """Yield the batch of each draw, in their order."""
+
+
+class Shard(NamedTuple):
+    """Which part of every epoch this process reads."""
+
+    rank: int = 0
+    world_size: int = 1
+
+
+WHOLE_SET = Shard()
+LARGEST_SEED = 2**63 - 1  # of an int64
+
+
+class AugmentedShuffle:
+    """The order and the augmentation of one epoch, drawn from (seed, epoch) and nothing else.
+
+    All ranks draw the same numbers for the whole epoch and each takes its own part of every batch:
+    W ranks with batch size B see what one process with batch size W·B sees, in rank order. The
+    last, incomplete batch is dropped, as in the paper's code; a set that is smaller than one batch
+    is a single batch.
+
+    Args:
+        length: number of images.
+        batch_size: images a batch on each rank.
+        augmentation: what to draw besides the order.
+        seed: 0 or more; the same on every rank.
+        shard: this process's part.
+        shuffle: False keeps the images in order (Lightning's `overfit_batches`).
+
+    Raises:
+        InputError: if there are fewer images than ranks.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        augmentation: Augmentation,
+        *,
+        seed: int,
+        shard: Shard = WHOLE_SET,
+        shuffle: bool = True,
+    ) -> None:
+        if length < shard.world_size:
+            raise InputError(f"{length} images cannot be shared by {shard.world_size} processes.")
+        self.length = length
+        self.batch_size = min(batch_size, length // shard.world_size)
+        self.augmentation = augmentation
+        self.seed = seed
+        self.shard = shard
+        self.shuffle = shuffle
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch comes next; Lightning does so before each."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length // (self.batch_size * self.shard.world_size)
+
+    def __iter__(self) -> Iterator[Draw]:
+        epoch = self._draw_epoch()
+        world_batch = self.batch_size * self.shard.world_size
+        first = self.shard.rank * self.batch_size
+        for start in range(first, first + len(self) * world_batch, world_batch):
+            part = slice(start, start + self.batch_size)
+            yield Draw(*(drawn[part] for drawn in epoch))
+
+    def _draw_epoch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        generator = _generator(self.seed, self.epoch)
+        rows = torch.randperm(self.length, generator=generator)
+        if not self.shuffle:
+            rows = torch.arange(self.length)
+        positions = 2 * self.augmentation.pad + 1
+        corners = torch.randint(positions, (self.length, 2), generator=generator)
+        flips = torch.randint(2, (self.length,), generator=generator).bool()
+        seeds = torch.randint(LARGEST_SEED, (self.length,), generator=generator)
+        return rows, corners, flips & self.augmentation.flip, seeds
+
+
+class TrainingBatches:
+    """Iterates over raw training batches; a run resumed within an epoch goes on in that epoch.
+
+    Lightning calls `load_state_dict` where a checkpoint was written in mid-epoch. The next epoch
+    then starts behind the `batches_done` that Lightning has counted, not behind those that were
+    read: the batch during which a run was interrupted was read but not trained on.
+    """
+
+    def __init__(
+        self,
+        data: ImageSource,
+        sampler: AugmentedShuffle,
+        batches_done: Callable[[], int] = int,
+    ) -> None:
+        self.data = data
+        self.sampler = sampler
+        self.batches_done = batches_done
+        self._resumes = False
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[RawBatch]:
+        skip = self.batches_done() if self._resumes else 0
+        self._resumes = False
+        yield from self.data.batches(islice(self.sampler, skip, None))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}  # its place in the epoch is in the checkpoint already
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumes = True
+
+
+class EvaluationBatches:
+    """Iterates over raw batches in order, every image once, also with several processes.
+
+    Nothing is padded or repeated. Rank r of W reads images r, r + W, r + 2W, …, split into as many
+    batches as the largest shard needs: all ranks do the same number of steps, which collective
+    operations rely on, and batch sizes differ by at most one.
+
+    Raises:
+        InputError: if there are too few images to give every rank something in every batch.
+    """
+
+    def __init__(self, data: ImageSource, batch_size: int, shard: Shard = WHOLE_SET) -> None:
+        length = len(data.labels)
+        largest = -(-length // shard.world_size)
+        self.data = data
+        self.shard = shard
+        self.batches = -(-largest // batch_size)
+        if length // shard.world_size < self.batches:
+            raise InputError(
+                f"{length} images cannot be shared by {shard.world_size} processes in batches of "
+                f"{batch_size}: use fewer processes or a larger batch."
+            )
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[RawBatch]:
+        rows = torch.arange(self.shard.rank, len(self.data.labels), self.shard.world_size)
+        yield from self.data.batches(Draw(part) for part in rows.tensor_split(self.batches))
+
+
+def training_batches(
+    data: ImageSource, batch_size: int, augmentation: Augmentation, trainer: pl.Trainer | None
+) -> TrainingBatches:
+    """Return a data module's training loader, sharded for `trainer` and seeded by torch's seed.
+
+    The seed is the one last given to `seed_everything` or `torch.manual_seed`, rank 0's on every
+    rank. Without a trainer there is one shard, and the caller calls `sampler.set_epoch`.
+    """
+    check_whole_number("batch_size", batch_size)
+    seed = torch.initial_seed()
+    sampler = AugmentedShuffle(
+        len(data.labels),
+        batch_size,
+        augmentation,
+        seed=trainer.strategy.broadcast(seed) if trainer else seed,
+        shard=_shard(trainer),
+        shuffle=not getattr(trainer, "overfit_batches", 0),
+    )
+    return TrainingBatches(data, sampler, partial(_batches_done, trainer) if trainer else int)
+
+
+def evaluation_batches(
+    data: ImageSource, batch_size: int, trainer: pl.Trainer | None
+) -> EvaluationBatches:
+    """Return the validation, test or prediction loader of a data module, sharded for `trainer`."""
+    check_whole_number("batch_size", batch_size)
+    return EvaluationBatches(data, batch_size, _shard(trainer))
+
+
+def _batches_done(trainer: pl.Trainer) -> int:
+    return trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+
+def _shard(trainer: pl.Trainer | None) -> Shard:
+    ranks = trainer.distributed_sampler_kwargs if trainer else None
+    return Shard(ranks["rank"], ranks["num_replicas"]) if ranks else Shard()
+
+
+def _generator(seed: int, epoch: int) -> torch.Generator:
+    """Mix seed and epoch, so that (1, 0) and (0, 1) have nothing in common."""
+    (mixed,) = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(mixed))

@@ -1,0 +1,263 @@
+"""ImageNet on a tiny folder of generated JPEGs, and on real images where they are at hand."""
+
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from nmlightning.datamodules.imagenet import ImageNet
+from nmlightning.errors import InputError
+from nmlightning.tasks.classification import ImageClassifier
+
+SIZE = 32
+MEAN = np.array([0.485, 0.456, 0.406])
+STD = np.array([0.229, 0.224, 0.225])
+
+
+@pytest.fixture
+def root(make_image_folder: Callable[..., Path]) -> Path:
+    return make_image_folder()
+
+
+def make_data(root: Path, **options: Any) -> ImageNet:
+    settings = {"batch_size": 4, "num_workers": 0, "image_size": SIZE, **options}
+    data = ImageNet(str(root), **settings)
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def read_epoch(data: ImageNet, epoch: int = 0) -> tuple[Tensor, Tensor]:
+    """Return the raw images and labels of a training epoch."""
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(epoch)
+    batches = list(loader)
+    assert len(batches) == len(loader)
+    images, labels = zip(*((batch.images, batch.labels) for batch in batches), strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def test_batches_are_uint8_until_they_are_on_the_device(root: Path) -> None:
+    data = make_data(root)
+    for loader, lengths in ((data.train_dataloader(), [4, 4, 4]), (data.val_dataloader(), [3, 3])):
+        batches = list(loader)
+        assert [len(batch.labels) for batch in batches] == lengths
+        for batch in batches:
+            assert (batch.images.shape[1:], batch.images.dtype) == ((3, SIZE, SIZE), torch.uint8)
+            x, y = data.on_after_batch_transfer(batch, 0)
+            assert (x.shape, x.dtype) == (batch.images.shape, torch.float32)
+            assert torch.equal(y, batch.labels)
+    assert data.num_classes == 3
+
+
+def test_labels_count_the_classes_in_alphabetical_order(root: Path) -> None:
+    data = make_data(root)
+    assert [batch.labels.tolist() for batch in data.val_dataloader()] == [[0, 0, 1], [1, 2, 2]]
+    assert read_epoch(data)[1].bincount().tolist() == [4, 4, 4]
+
+
+def test_evaluation_is_the_normalised_centre_of_the_resized_image(root: Path) -> None:
+    """Against Pillow and numpy: short side 32 · 256/224 = 37 pixels, then the middle 32."""
+    data = make_data(root)
+    batch = next(iter(data.val_dataloader()))
+    x, _ = data.on_after_batch_transfer(batch, 0)
+    image = Image.open(sorted((root / "val").glob("*/*"))[0])  # 50 wide, 40 high
+    resized = image.resize((37 * 50 // 40, 37), Image.Resampling.BILINEAR)
+    left, top = round((46 - 32) / 2), round((37 - 32) / 2)
+    pixels = np.asarray(resized.crop((left, top, left + 32, top + 32))) / 255
+    expected = torch.from_numpy((pixels - MEAN) / STD).permute(2, 0, 1)
+    # float32 against float64
+    torch.testing.assert_close(x[0].double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_training_crops_and_mirrors(make_image_folder: Callable[..., Path]) -> None:
+    """The red of the image grows to the right, so that mirrored it grows to the left."""
+    root = make_image_folder(images=32)
+    ramp = np.zeros((40, 50, 3), dtype=np.uint8)
+    ramp[..., 0] = np.arange(0, 250, 5)
+    for path in (root / "train").glob("*/*"):
+        Image.fromarray(ramp).save(path, quality=95)
+    red = read_epoch(make_data(root))[0][:, 0].double().mean(1)
+    span = red[:, -1] - red[:, 0]
+    assert 0.3 < (span < 0).double().mean() < 0.7  # of 96; 0.2 is four deviations
+    # Widths: a square or 4:3 of 8 to 100 % of the area.
+    assert span.abs().min() < 100
+    assert span.abs().max() > 150
+
+
+def test_order_and_augmentation_follow_the_seed_and_the_epoch(root: Path) -> None:
+    drawn = []
+    for seed, epoch in [(1, 0), (1, 1), (2, 0), (1, 0)]:
+        pl.seed_everything(seed, workers=True, verbose=False)
+        data = make_data(root)
+        torch.rand(seed)  # what else draws numbers must not matter
+        drawn.append(read_epoch(data, epoch))
+    *different, again = drawn
+    for first in range(3):
+        for second in range(first):
+            assert not torch.equal(different[first][1], different[second][1])
+    for before, after in zip(different[0], again, strict=True):
+        assert torch.equal(before, after)
+
+
+def test_an_image_is_cropped_otherwise_in_the_next_epoch(root: Path) -> None:
+    data = make_data(root)
+    loader = data.train_dataloader()
+    loader.sampler.shuffle = False
+    epochs = []
+    for epoch in range(2):
+        loader.sampler.set_epoch(epoch)
+        epochs.append(torch.cat([batch.images for batch in loader]))
+    assert all(not torch.equal(first, second) for first, second in zip(*epochs, strict=True))
+
+
+def test_reading_leaves_the_models_random_numbers_alone(root: Path) -> None:
+    loader = make_data(root).train_dataloader()
+    states = []
+    for _ in zip(range(3), loader, strict=False):
+        states.append(torch.get_rng_state())
+    assert torch.equal(states[0], states[2])
+
+
+# From 3.12 on Python warns of forking where threads run, as torch's do; workers use none of them.
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_workers_read_what_one_process_reads(root: Path) -> None:
+    data = make_data(root)
+    read = [read_epoch(make_data(root, num_workers=workers))[0] for workers in (0, 1)]
+    assert torch.equal(*read)
+    (damaged := next((root / "train").glob("*/*"))).write_bytes(b"")
+    data = make_data(root, num_workers=1)
+    with pytest.raises(InputError, match=f"^{damaged} cannot be read as an image .*$"):
+        read_epoch(data)
+
+
+def test_without_a_number_the_cores_are_counted(root: Path) -> None:
+    with warnings.catch_warnings():  # torch's, of more workers than cores
+        warnings.simplefilter("error")
+        loader = make_data(root, num_workers=None).train_dataloader()
+    assert loader.data.num_workers >= 1  # type: ignore[attr-defined]
+
+
+class KeepInput(pl.Callback):
+    """Keeps the type of what the model gets."""
+
+    def on_train_batch_start(self, *hook: Any) -> None:
+        self.dtype = hook[2][0].dtype
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("32-true", "float32"), ("64-true", "float64")])
+def test_the_model_gets_its_own_type(root: Path, precision: Any, dtype: str) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE**2, 3))
+    task = ImageClassifier(net, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.01))
+    kept = KeepInput()
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        precision=precision,
+        callbacks=[kept],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(task, ImageNet(str(root), 4, num_workers=0, image_size=SIZE))
+    assert kept.dtype == getattr(torch, dtype)
+    assert trainer.callback_metrics["val/loss"].isfinite()
+
+
+def remove(path: str) -> Callable[[Path], None]:
+    return lambda root: shutil.rmtree(root / path)
+
+
+def empty(path: str) -> Callable[[Path], None]:
+    def damage(root: Path) -> None:
+        shutil.rmtree(root / path)
+        (root / path).mkdir()
+
+    return damage
+
+
+def link_val_to_train(root: Path) -> None:
+    shutil.rmtree(root / "val")
+    (root / "val").symlink_to(root / "train")
+
+
+def add_classes(root: Path) -> None:
+    for name in "defg":
+        (root / "val" / name).mkdir()
+
+
+def write_text(root: Path) -> None:
+    (root / "val" / "b").joinpath("0.JPEG").write_text("not an image")
+
+
+def cut_off(root: Path) -> None:
+    path = root / "val" / "c" / "1.JPEG"
+    path.write_bytes(path.read_bytes()[:300])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove(""), "there is no folder {root}/train: name .* with --data.root"),
+        (remove("train"), "there is no folder {root}/train: name .* with --data.root"),
+        (remove("val"), "there is no folder {root}/val: name .* with --data.root"),
+        (empty("val"), "{root}/val holds no folders: put .* or name .* with --data.root"),
+        (empty("train/b"), "{root}/train lacks images, see --data.root. .* for the classes b"),
+        (empty("val/b"), "{root}/val lacks images, see --data.root. .* for the classes b"),
+        (remove("val/b"), "train has 3 classes and .*val 2, and they differ in b: make"),
+        (add_classes, "train has 3 classes and .*val 7, and they differ in d, e, f and 1 more: "),
+        (link_val_to_train, "{root}/train and {root}/val are the same folder"),
+        (write_text, "{root}/val/b/0.JPEG cannot be read as an image .*: replace or delete it"),
+        (cut_off, "{root}/val/c/1.JPEG cannot be read as an image .*: replace or delete it"),
+    ],
+)
+def test_bad_folders(root: Path, damage: Callable[[Path], None], message: str) -> None:
+    damage(root)
+    with pytest.raises(InputError, match=message.format(root=root)) as error:
+        list(make_data(root).val_dataloader())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
+        ({"image_size": 0}, "image_size must be a whole number of at least 1, got 0"),
+        ({"num_workers": -1}, "num_workers must be a whole number of at least 0, got -1"),
+    ],
+)
+def test_bad_input(options: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ImageNet(**options)  # type: ignore[arg-type]
+
+
+def test_training_images_are_listed_only_to_train(root: Path) -> None:
+    data = ImageNet(str(root))
+    data.setup("validate")
+    with pytest.raises(AssertionError):
+        data.train_dataloader()
+    assert len(data.test_dataloader().data.labels) == 6
+    assert data.test_dataloader().data is data.predict_dataloader().data
+
+
+@pytest.mark.real_data
+def test_real_images_are_about_standardised(data_root: Path) -> None:
+    root = data_root / "imagenet-mini"
+    if not root.is_dir():
+        pytest.skip(f"{root} is not there")
+    data = make_data(root, batch_size=200, image_size=64)
+    (batch,) = data.val_dataloader()
+    x, y = data.on_after_batch_transfer(batch, 0)
+    assert y.bincount().tolist() == [20] * 10
+    # Ten classes of 1,000, so about. The published deviation is the mean of those within an image.
+    assert x.mean((0, 2, 3)).abs().max() < 0.2
+    assert (x.std((2, 3)).mean(0) - 1).abs().max() < 0.1
