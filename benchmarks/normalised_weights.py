@@ -3,7 +3,7 @@
     python benchmarks/normalised_weights.py [--net resnet56] [--batch 128] [--device cuda]
 
 `share_of_step` says how it is measured. Each way computes all weights, and the gradients of what
-they are computed from, once; ours then do what is due after a step. `torch` is
+they are computed from, once, and what ours do after a step. `torch` is
 `torch.nn.utils.parametrizations.weight_norm`, `formula` plain operations under autograd.
 """
 
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from nmlightning import apply_weight_norm
-from nmlightning.weights.weight_norm import WeightNorm
 from nmlightning.weights.weight_norm.ways import normalise_channels
 
 
@@ -69,13 +68,11 @@ def make_addition(net: nn.Module, normalise: Callable[[nn.Module], object]) -> C
     layers = convs(net)
     hidden = [q for layer in layers for q in layer.parametrizations.parameters()]  # type: ignore[union-attr]
     grads = [torch.randn_like(layer.weight) for layer in layers]
-    norms = [module for module in net.modules() if isinstance(module, WeightNorm)]
-    moved = set(hidden)
+    idle = torch.optim.SGD(hidden, 0.0)  # It has no gradients: its step calls the hooks alone.
 
     def run() -> None:
         torch.autograd.grad([layer.weight for layer in layers], hidden, grads)
-        for norm in norms:
-            norm.after_step(moved)
+        idle.step()
 
     return run
 
