@@ -30,6 +30,7 @@ LAYERS = [
         "nmlightning.reports",
     ],
     ["nmlightning.weights.layer_weights", "nmlightning.weights.optimizer_family"],
+    ["nmlightning.weights.weight_place"],
     ["nmlightning.weights.channel_norms"],
     ["nmlightning.norms.registry"],
     ["nmlightning.norms.batch_norm", "nmlightning.norms.layer_norm", "nmlightning.norms.mean_only"],

@@ -7,12 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
 
 from nmlightning.errors import InputError
 from nmlightning.name_patterns import check_lists, matches, some, unmatched
 from nmlightning.weights.channel_norms import ROWS, ChannelLayout, channel_norms, gather_channels
-from nmlightning.weights.plain_name import plain_name
+from nmlightning.weights.weight_place import WeightPlace, matrices, plain_modules
 
 _HIDDEN = "_v"
 _BEHIND = ("weight_v", "weight_orig")
@@ -116,22 +115,12 @@ def find_lazy_weights(
     return [p.name for p in _places(model) if p.is_lazy and p.is_chosen(include, exclude)]
 
 
-@dataclass(frozen=True, eq=False)
-class _Place:
-    """An attribute of a module that is a weight."""
-
-    module: nn.Module
-    path: str
-    attribute: str
-
-    @property
-    def name(self) -> str:
-        """The name of the weight that the model computes with."""
-        return plain_name(f"{self.path}.{self.attribute}".lstrip("."))
+class _Place(WeightPlace):
+    """One, as a recording sees it."""
 
     @property
     def is_of_layer(self) -> bool:
-        return isinstance(self.module, nn.Linear | _ConvNd) and self.attribute == "weight"
+        return isinstance(self.module, nn.Linear | _ConvNd)
 
     @property
     def is_lazy(self) -> bool:
@@ -141,15 +130,9 @@ class _Place:
     @property
     def norm(self) -> Any:
         """Its one parametrization, if that knows the norms of what it computes."""
-        parametrizations = self._parametrizations
-        norm = parametrizations[0] if parametrizations and len(parametrizations) == 1 else None
+        computed = self.parametrizations
+        norm = computed[0] if computed is not None and len(computed) == 1 else None
         return norm if hasattr(norm, "channel_norms") else None
-
-    @property
-    def _parametrizations(self) -> Any:
-        if not parametrize.is_parametrized(self.module, self.attribute):
-            return None
-        return self.module.parametrizations[self.attribute]  # type: ignore[index]
 
     @property
     def original(self) -> Tensor | None:
@@ -159,12 +142,12 @@ class _Place:
         """
         if self.is_lazy:
             return None
-        parametrizations = self._parametrizations
-        if parametrizations is None:
+        computed = self.parametrizations
+        if computed is None:
             names = [self.attribute, *(_BEHIND if self.is_of_layer else ())]
             held = (self.module._parameters.get(name) for name in names)
             return next((parameter for parameter in held if parameter is not None), None)
-        originals = list(parametrizations.parameters(recurse=False))
+        originals = list(computed.parameters(recurse=False))
         if isinstance(self.module, nn.Linear | _ConvNd):
             shape = _weight_shape(self.module)
             return next((original for original in originals if original.shape == shape), None)
@@ -177,28 +160,17 @@ class _Place:
 
     def weight(self) -> LayerWeight:
         """Return it, as the hidden weight if it is normalised."""
-        module, parameter = self.module, self.original
+        parameter = self.original
         assert parameter is not None
-        transposed = isinstance(module, _ConvTransposeNd) and self.is_of_layer
-        layout = ChannelLayout(module.groups) if transposed else ROWS  # type: ignore[arg-type]
-        return LayerWeight(self.name + _HIDDEN * (self.norm is not None), parameter, layout)
+        return LayerWeight(self.name + _HIDDEN * (self.norm is not None), parameter, self.layout)
 
 
 def _places(model: nn.Module) -> Iterator[_Place]:
-    for path, module in model.named_modules():
-        if "parametrizations" not in path.split("."):
-            for attribute in _matrices(module):
-                yield _Place(module, path, attribute)
-
-
-def _matrices(module: nn.Module) -> list[str]:
-    """Return the attributes that are parameters of two or more dimensions, or computed from one."""
-    own = module._parameters.items()
-    plain = [name for name, q in own if q is not None and (is_lazy(q) or q.dim() >= 2)]
-    computed = [*module.parametrizations] if parametrize.is_parametrized(module) else []  # type: ignore[misc]
-    if isinstance(module, nn.Linear | _ConvNd):
-        return ["weight"]
-    return [*plain, *computed]
+    """Yield the weight of each layer, also where it is no parameter, and all others."""
+    for path, module in plain_modules(model):
+        is_layer = isinstance(module, nn.Linear | _ConvNd)
+        for attribute in ["weight"] if is_layer else matrices(module):
+            yield _Place(module, path, attribute)
 
 
 def _weight_shape(module: nn.Linear | _ConvNd) -> tuple[int, ...]:

@@ -1,21 +1,18 @@
 """The weights of a model that can be normalised, and where in it each one is."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.parameter import is_lazy
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrize import ParametrizationList
 
 from nmlightning.errors import InputError
 from nmlightning.name_patterns import matches, some
-from nmlightning.weights.channel_norms import ROWS, ChannelLayout
-from nmlightning.weights.plain_name import plain_name
-from nmlightning.weights.shards import is_flat
+from nmlightning.weights.channel_norms import ChannelLayout
 from nmlightning.weights.weight_norm.settings import Settings
 from nmlightning.weights.weight_norm.weight_norm import WeightNorm
+from nmlightning.weights.weight_place import WeightPlace, find_places, plain_modules
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +134,7 @@ def _choose(
 
 
 def _check_no_computed_weight(model: nn.Module, exclude: Sequence[str]) -> None:
-    for path, module in model.named_modules():
+    for path, module in plain_modules(model):
         is_plain = "weight" in module._parameters or parametrize.is_parametrized(module, "weight")
         if isinstance(module, _ConvNd) and not is_plain:
             name = f"{path}.weight".lstrip(".")
@@ -151,25 +148,18 @@ def _check_no_computed_weight(model: nn.Module, exclude: Sequence[str]) -> None:
 
 def _all_sites(model: nn.Module) -> list[Site]:
     sites: dict[int, Site] = {}
-    for owner, path, attribute, parameter in _all_weights(model):
-        is_conv = isinstance(owner, _ConvNd) and attribute == "weight"
-        transposed = is_conv and isinstance(owner, _ConvTransposeNd)
-        layout = ChannelLayout(owner.groups) if transposed else ROWS  # type: ignore[arg-type]
-        site = sites.setdefault(id(parameter), Site(parameter, layout, is_conv))
-        site.places.append((owner, attribute))
-        site.names.append(plain_name(f"{path}.{attribute}".lstrip(".")))
+    for place in find_places(model):
+        parameter = _parameter(place)
+        site = sites.setdefault(
+            id(parameter), Site(parameter, place.layout, place.is_of_convolution)
+        )
+        site.places.append((place.module, place.attribute))
+        site.names.append(place.name)
     return list(sites.values())
 
 
-def _all_weights(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Parameter]]:
-    """Yield the module, its path, the attribute and the parameter of each that may be a weight."""
-    for path, module in model.named_modules():
-        if isinstance(module, ParametrizationList):
-            owner_path, _, attribute = path.rpartition(".parametrizations.")
-            owner_path = owner_path if attribute else ""
-            owner = model.get_submodule(owner_path)
-            yield owner, owner_path, path.rpartition(".")[2], next(module.parameters(recurse=False))
-        elif "parametrizations" not in path.split("."):
-            for attribute, parameter in module.named_parameters(recurse=False):
-                if is_lazy(parameter) or parameter.dim() >= 2 or is_flat(parameter):
-                    yield module, path, attribute, parameter
+def _parameter(place: WeightPlace) -> nn.Parameter:
+    computed = place.parametrizations
+    if computed is not None:
+        return next(computed.parameters(recurse=False))
+    return place.module._parameters[place.attribute]  # type: ignore[return-value]
