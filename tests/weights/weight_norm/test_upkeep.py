@@ -334,7 +334,6 @@ def test_a_copy_is_projected_too_and_a_removed_one_is_not(
     assert (channel_norms(net[0].weight) - rho).abs().max() > 1e-4  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("place", ["first", "second"])
 class Prunes(torch.optim.SGD):
     """Makes a channel zero in its step."""
 
@@ -401,6 +400,7 @@ def test_a_copy_is_projected_after_its_first_place_is_replaced() -> None:
     torch.testing.assert_close(norms, torch.full((4,), rho))
 
 
+@pytest.mark.parametrize("place", ["first", "second"])
 def test_a_copy_of_one_place_of_a_tied_weight_is_projected(place: str) -> None:
     net = nn.ModuleDict({"first": nn.Linear(3, 4), "second": nn.Linear(3, 4)})
     net["second"].weight = net["first"].weight
