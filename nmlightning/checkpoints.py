@@ -1,6 +1,6 @@
 """Load a checkpoint of a changed model without a Trainer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,26 +58,44 @@ def load_from_checkpoint(module_class: type[Module], path: str | Path, **argumen
 def _normalising_first(module_class: type[nn.Module], recipes: Sequence[Recipe]) -> Iterator[None]:
     """Let objects of the class follow the recipes before they load weights that are normalised so.
 
-    They cannot when they are built: what they build from other checkpoints is not meant.
+    They cannot when they are built: what they build from other checkpoints is not meant. A module
+    may compare itself with the checkpoint in `on_load_checkpoint`, and another may not have that.
     """
-    own = vars(module_class).get("load_state_dict")
-    load = module_class.load_state_dict
 
-    def normalise_and_load(self: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+    def normalise(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
         hidden = {plain_name(key) for key in state_dict if key.endswith(".original")}
         due = [recipe for recipe in recipes if recipe["modules"].keys() <= hidden]
-        for recipe in () if recipes_of(self, WEIGHT_NORM) else due:
-            _normalise(self, recipe)
-        return load(self, state_dict, *args, **kwargs)
+        for recipe in () if recipes_of(module, WEIGHT_NORM) else due:
+            _normalise(module, recipe)
 
-    module_class.load_state_dict = normalise_and_load  # type: ignore[method-assign]
+    with (
+        _before(
+            module_class, "on_load_checkpoint", lambda m, c: normalise(m, c.get("state_dict", {}))
+        ),
+        _before(module_class, "load_state_dict", normalise),
+    ):
+        yield
+
+
+@contextmanager
+def _before(
+    module_class: type[nn.Module], method: str, action: Callable[[nn.Module, Any], None]
+) -> Iterator[None]:
+    """Call `action` with the object and the first argument before each call of a method."""
+    own, call = vars(module_class).get(method), getattr(module_class, method)
+
+    def act_and_call(self: nn.Module, first: Any, *args: Any, **kwargs: Any) -> Any:
+        action(self, first)
+        return call(self, first, *args, **kwargs)
+
+    setattr(module_class, method, act_and_call)
     try:
         yield
     finally:
         if own is None:
-            del module_class.load_state_dict
+            delattr(module_class, method)
         else:
-            setattr(module_class, "load_state_dict", own)  # noqa: B010
+            setattr(module_class, method, own)
 
 
 def _normalise(module: nn.Module, recipe: Recipe) -> None:

@@ -34,6 +34,8 @@ from nmlightning import (
     remove_weight_norm,
 )
 from nmlightning.errors import InputError
+from nmlightning.models import CifarResNet
+from nmlightning.tasks import ImageClassifier
 from nmlightning.weights.recording_file import FILE_NAME
 from nmlightning.weights.weight_norm import weight_pass
 
@@ -149,10 +151,23 @@ def test_a_checkpoint_restores_without_a_trainer(
     images = torch.randn(4, 2, 8, 8)
     assert torch.equal(restored.eval().net(images), module.eval().net(images))
     assert module_class.load_state_dict is load
-    assert "load_state_dict" not in vars(module_class)
+    assert not {"load_state_dict", "on_load_checkpoint"} & vars(module_class).keys()
     fit(restored.train(), *callbacks).save_checkpoint(again)  # which it has already
     saved = torch.load(again)["nmlightning"]["weight_norms"]
     assert saved == torch.load(path)["nmlightning"]["weight_norms"]
+
+
+def test_our_own_task_restores_too(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    options: dict[str, Any] = {"optimizer": lambda q: torch.optim.SGD(q, 0.1)}
+    module = ImageClassifier(CifarResNet(8), **options)
+    trainer = make_trainer(PlModule, NormSwap("mean"), WeightNormSwap(p=1))
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    data = DataLoader(TensorDataset(images, torch.arange(8)), batch_size=4)
+    trainer.fit(module, data, data)
+    trainer.save_checkpoint(path)
+    restored = load_from_checkpoint(ImageClassifier, path, net=CifarResNet(8), **options)
+    assert torch.equal(restored.eval()(images), module.eval()(images))
 
 
 class FromOthers(PlModule):
