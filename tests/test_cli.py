@@ -140,7 +140,7 @@ BAD_INPUT = {
     "--trainer.callbacks+ NormSwp": "no class 'NormSwp'; give NormSwap, .*Did you mean 'NormSwap'?",
     "--trainer.logger CSVLoggr": "Did you mean 'CSVLogger'?",
     "--trainer.callbacks NormSwapp": "no class 'NormSwapp'; give NormSwap, .*mean 'NormSwap'?",
-    "--trainer.callbacks 3": "callbacks: there is no class '3'; give NormSwap, WeightNormTracker",
+    "--trainer.callbacks 3": "callbacks: there is no class '3'; give NormSwap, WeightNormSwap",
     "--config '{trainer: {callbacks: NormSwapp}}'": "Did you mean 'NormSwap'?",
     "--config '{trainer: {callbacks: [3]}}'": "trainer.callbacks: there is no class '3'; give Norm",
     "--config '{model: 3}'": "nm: model: there is no class '3'; give ImageClassifier or a class pa",

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 
 class WeightNormTracker(CallbackBase):
-    """Records the norm of every output channel of every convolution and linear layer.
+    """Records the norm of every output channel of all convolutions and linear layers.
+
+    Also, twice, that of each weight that is normalised: of w, and as `…_v` of the hidden v.
 
     The recording is `weight_norms.safetensors` in the run's folder, with or without a logger. It is
     written at the end of every epoch and with every checkpoint, at once or not at all; a resumed
@@ -42,7 +44,8 @@ class WeightNormTracker(CallbackBase):
             `NormSchedule`, `DecayEquivalentLR`, `Hyperball` or `RadialProjection`; None only
             records. A reference may be the folder of an experiment, `runs/wd_on`; it then is its
             latest run with the seed of this one, one that finished if there is any.
-        include: glob patterns on weight names to record, such as `net.layer1.*`; empty means all.
+        include: glob patterns on weight names to record, such as `net.layer1.*`, also those of an
+            embedding or an LSTM; empty means those above.
         exclude: glob patterns on names that are not recorded.
         other_run: steer also by the recording of a run with another seed or another number of
             processes, whose moments then are epochs of other batches.

@@ -32,7 +32,7 @@ KINDS: dict[str, type] = {
 OURS = {
     "model": ["ImageClassifier"],
     "data": ["CIFAR10", "Digits", "ImageNet"],
-    "callbacks": ["NormSwap", "WeightNormTracker"],
+    "callbacks": ["NormSwap", "WeightNormSwap", "WeightNormTracker"],
     "net": ["CifarResNet", "ResNet50", "nmlightning.models.VGG"],
     "steering": [
         "DecayEquivalentLR",

@@ -11,6 +11,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 # Class names alone resolve only if their modules are imported.
 import nmlightning.callbacks.norm_swap
+import nmlightning.callbacks.weight_norm_swap
 import nmlightning.callbacks.weight_norm_tracker
 import nmlightning.datamodules.cifar10
 import nmlightning.datamodules.digits

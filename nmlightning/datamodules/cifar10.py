@@ -2,24 +2,15 @@
 
 from pathlib import Path
 
-import pytorch_lightning as pl
 import torch
-from torch import Tensor
 from torchvision.datasets import CIFAR10 as Files
 from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
 from nmlightning.datamodules.batch_transform import BatchTransform
-from nmlightning.datamodules.batches import (
-    Augmentation,
-    EvaluationBatches,
-    RawBatch,
-    TrainingBatches,
-    evaluation_batches,
-    training_batches,
-)
+from nmlightning.datamodules.batches import Augmentation
+from nmlightning.datamodules.image_data import ImageData
 from nmlightning.datamodules.in_memory import LabelledImages
-from nmlightning.datamodules.precision import input_dtype
-from nmlightning.errors import InputError, check_flag, check_whole_number
+from nmlightning.errors import InputError, check_flag
 
 # Over all pixels of the 50,000 training images, scaled to 0 … 1; computed from them in the tests.
 MEAN = (0.4914, 0.4822, 0.4465)
@@ -27,7 +18,7 @@ STD = (0.2470, 0.2435, 0.2616)
 AUGMENTATION = Augmentation(pad=4, flip=True)  # He et al. (2016), section 4.2
 
 
-class CIFAR10(pl.LightningDataModule):
+class CIFAR10(ImageData):
     """CIFAR-10: 50,000 training images of 32×32, shifted by up to 4 pixels and mirrored.
 
     Validation and test are both the 10,000 test images, without augmentation: the protocol of the
@@ -49,13 +40,10 @@ class CIFAR10(pl.LightningDataModule):
     num_classes = 10
 
     def __init__(self, root: str = "data", batch_size: int = 128, download: bool = True) -> None:
-        super().__init__()
+        super().__init__(batch_size, AUGMENTATION)
         self.root = Path(root).expanduser().absolute()
-        self.batch_size = check_whole_number("batch_size", batch_size)
         self.download = check_flag("download", download)
         self.transform = BatchTransform(MEAN, STD, AUGMENTATION.pad)
-        self._train: LabelledImages | None = None
-        self._test: LabelledImages | None = None
 
     def prepare_data(self) -> None:
         """Download what is absent; Lightning calls this in one process."""
@@ -67,29 +55,10 @@ class CIFAR10(pl.LightningDataModule):
         """Check the files and load what the stage needs."""
         _refuse_altered_files(self.root)
         _refuse_absent_files(self.root)
-        if self._train is None and stage in (None, "fit"):
-            self._train = _load(self.root, train=True)
-        if self._test is None:
-            self._test = _load(self.root, train=False)
-
-    def train_dataloader(self) -> TrainingBatches:
-        assert self._train is not None, "setup('fit') comes first"
-        return training_batches(self._train, self.batch_size, AUGMENTATION, self.trainer)
-
-    def val_dataloader(self) -> EvaluationBatches:
-        assert self._test is not None, "setup() comes first"
-        return evaluation_batches(self._test, self.batch_size, self.trainer)
-
-    def test_dataloader(self) -> EvaluationBatches:
-        return self.val_dataloader()
-
-    def predict_dataloader(self) -> EvaluationBatches:
-        return self.val_dataloader()
-
-    def on_after_batch_transfer(
-        self, batch: RawBatch, dataloader_idx: int
-    ) -> tuple[Tensor, Tensor]:
-        return self.transform(batch, input_dtype(self.trainer))
+        if self.train is None and stage in (None, "fit"):
+            self.train = _load(self.root, train=True)
+        if self.validation is None:
+            self.validation = _load(self.root, train=False)
 
 
 def _load(root: Path, train: bool) -> LabelledImages:

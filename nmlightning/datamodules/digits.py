@@ -1,21 +1,12 @@
 """The 1,797 handwritten digits that come with scikit-learn: real images without a download."""
 
-import pytorch_lightning as pl
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from nmlightning.datamodules.batch_transform import BatchTransform
-from nmlightning.datamodules.batches import (
-    Augmentation,
-    EvaluationBatches,
-    RawBatch,
-    TrainingBatches,
-    evaluation_batches,
-    training_batches,
-)
+from nmlightning.datamodules.batches import Augmentation
+from nmlightning.datamodules.image_data import ImageData
 from nmlightning.datamodules.in_memory import LabelledImages
-from nmlightning.datamodules.precision import input_dtype
 from nmlightning.errors import check_whole_number
 
 ORIGINAL_SIZE = 8
@@ -24,7 +15,7 @@ VALIDATION_FRACTION = 0.2
 SPLIT_SEED = 0
 
 
-class Digits(pl.LightningDataModule):
+class Digits(ImageData):
     """Scikit-learn's digits, enlarged to the size that a model expects: 1,437 train, 360 validate.
 
     https://archive.ics.uci.edu/dataset/80: 8×8 pixels of 0 … 16, rescaled to 0 … 255, enlarged
@@ -44,44 +35,20 @@ class Digits(pl.LightningDataModule):
     num_classes = 10
 
     def __init__(self, batch_size: int = 128, image_size: int = 32, channels: int = 3) -> None:
-        super().__init__()
-        self.batch_size = check_whole_number("batch_size", batch_size)
-        self.image_size = check_whole_number("image_size", image_size, ORIGINAL_SIZE)
+        check_whole_number("image_size", image_size, ORIGINAL_SIZE)
+        super().__init__(batch_size, Augmentation(pad=image_size // 16, flip=False))
+        self.image_size = image_size
         self.channels = check_whole_number("channels", channels)
-        self.augmentation = Augmentation(pad=image_size // 16, flip=False)
-        self._train: LabelledImages | None = None
-        self._validation: LabelledImages | None = None
-        self._transform: BatchTransform | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Load, enlarge and split the images; they are few, so every stage gets both parts."""
-        if self._train is None:
-            self._train, self._validation = _split(_load(self.image_size, self.channels))
-            pixels = self._train.images.double() / 255
+        if self.train is None:
+            self.train, self.validation = _split(_load(self.image_size, self.channels))
+            pixels = self.train.images.double() / 255
             mean, std = pixels.mean().item(), pixels.std().item()
-            self._transform = BatchTransform(
+            self.transform = BatchTransform(
                 (mean,) * self.channels, (std,) * self.channels, self.augmentation.pad
             )
-
-    def train_dataloader(self) -> TrainingBatches:
-        assert self._train is not None, "setup() comes first"
-        return training_batches(self._train, self.batch_size, self.augmentation, self.trainer)
-
-    def val_dataloader(self) -> EvaluationBatches:
-        assert self._validation is not None, "setup() comes first"
-        return evaluation_batches(self._validation, self.batch_size, self.trainer)
-
-    def test_dataloader(self) -> EvaluationBatches:
-        return self.val_dataloader()
-
-    def predict_dataloader(self) -> EvaluationBatches:
-        return self.val_dataloader()
-
-    def on_after_batch_transfer(
-        self, batch: RawBatch, dataloader_idx: int
-    ) -> tuple[Tensor, Tensor]:
-        assert self._transform is not None, "setup() comes first"
-        return self._transform(batch, input_dtype(self.trainer))
 
 
 def _load(image_size: int, channels: int) -> LabelledImages:

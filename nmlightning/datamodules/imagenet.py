@@ -2,23 +2,15 @@
 
 from pathlib import Path
 
-import pytorch_lightning as pl
 from lightning_fabric.utilities.data import suggested_max_num_workers
-from torch import Tensor, nn
+from torch import nn
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from nmlightning.datamodules.batch_transform import BatchTransform
-from nmlightning.datamodules.batches import (
-    Augmentation,
-    EvaluationBatches,
-    RawBatch,
-    TrainingBatches,
-    evaluation_batches,
-    training_batches,
-)
+from nmlightning.datamodules.batches import Augmentation
+from nmlightning.datamodules.image_data import ImageData
 from nmlightning.datamodules.image_files import ImageFiles, read_image
-from nmlightning.datamodules.precision import input_dtype
 from nmlightning.errors import InputError, check_whole_number
 
 # Of the training images, scaled to 0 … 1: https://docs.pytorch.org/vision/stable/models.html.
@@ -29,7 +21,7 @@ IN_THE_WORKERS = Augmentation(pad=0, flip=False)  # nothing is left for the devi
 MENTIONED = 3  # classes in an error
 
 
-class ImageNet(pl.LightningDataModule):
+class ImageNet(ImageData):
     """ImageNet, or any images laid out like it: `root/train/<class>/*` and `root/val/<class>/*`.
 
     Training images are cropped at random (8 to 100 % of the area, sides 3:4 to 4:3), resized to
@@ -63,44 +55,22 @@ class ImageNet(pl.LightningDataModule):
         num_workers: int | None = None,
         image_size: int = 224,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, IN_THE_WORKERS)
         self.root = Path(root).expanduser().absolute()
-        self.batch_size = check_whole_number("batch_size", batch_size)
         if num_workers is not None:
             check_whole_number("num_workers", num_workers, least=0)
         self.num_workers = num_workers
         self.image_size = check_whole_number("image_size", image_size)
         self.transform = BatchTransform(MEAN, STD, IN_THE_WORKERS.pad)
-        self._train: ImageFiles | None = None
-        self._validation: ImageFiles | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Check the folders and list the files that the stage needs."""
         train, validation = self.root / "train", self.root / "val"
         self.num_classes = len(_common_classes(train, validation))
-        if self._train is None and stage in (None, "fit"):
-            self._train = self._list_files(train, _training_steps(self.image_size))
-        if self._validation is None:
-            self._validation = self._list_files(validation, _evaluation_steps(self.image_size))
-
-    def train_dataloader(self) -> TrainingBatches:
-        assert self._train is not None, "setup('fit') comes first"
-        return training_batches(self._train, self.batch_size, IN_THE_WORKERS, self.trainer)
-
-    def val_dataloader(self) -> EvaluationBatches:
-        assert self._validation is not None, "setup() comes first"
-        return evaluation_batches(self._validation, self.batch_size, self.trainer)
-
-    def test_dataloader(self) -> EvaluationBatches:
-        return self.val_dataloader()
-
-    def predict_dataloader(self) -> EvaluationBatches:
-        return self.val_dataloader()
-
-    def on_after_batch_transfer(
-        self, batch: RawBatch, dataloader_idx: int
-    ) -> tuple[Tensor, Tensor]:
-        return self.transform(batch, input_dtype(self.trainer))
+        if self.train is None and stage in (None, "fit"):
+            self.train = self._list_files(train, _training_steps(self.image_size))
+        if self.validation is None:
+            self.validation = self._list_files(validation, _evaluation_steps(self.image_size))
 
     def _list_files(self, folder: Path, steps: list[nn.Module]) -> ImageFiles:
         transform = v2.Compose([*steps, v2.PILToTensor()])

@@ -17,6 +17,7 @@ from nmlightning.weights.weight_norm.settings import NAMES, Gain, Kind, Settings
 from nmlightning.weights.weight_norm.sites import Site, find_normalised_sites, find_sites
 from nmlightning.weights.weight_norm.weight_norm import Holder, WeightNorm
 from nmlightning.weights.weight_norm.weight_pass import WeightPass
+from nmlightning.weights.weight_place import WeightPlace
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def _normalise(sites: Sequence[Site], settings: Settings, *, cache: bool) -> dic
     for site in sites:
         norm = WeightNorm(site.parameter, settings, site.layout, cache=cache, weight_pass=together)
         norm.positions = positions[site.name]
-        for holder in [_register(module, attribute, norm) for module, attribute in site.places]:
+        for holder in [_register(place, norm) for place in site.places]:
             norm.hidden.add_holder(holder)
         if settings.project:
             norm.project()
@@ -136,10 +137,10 @@ def _normalise(sites: Sequence[Site], settings: Settings, *, cache: bool) -> dic
     return norms
 
 
-def _register(module: nn.Module, attribute: str, norm: WeightNorm) -> Holder:
-    _unshare_class(module)
-    parametrize.register_parametrization(module, attribute, norm)
-    holder = module.parametrizations[attribute]  # type: ignore[index]
+def _register(place: WeightPlace, norm: WeightNorm) -> Holder:
+    _unshare_class(place.module)
+    parametrize.register_parametrization(place.module, place.attribute, norm)
+    holder = place.parametrizations
     holder.__class__ = Holder  # Torch takes no other class than its own.
     return holder  # type: ignore[return-value]
 
@@ -178,10 +179,10 @@ def _make_plain(site: Site) -> None:
     norm = site.norm
     assert norm is not None
     value = norm(site.parameter).clone()
-    for (module, attribute), position in zip(site.places, norm.positions, strict=True):
-        _unshare_class(module)
-        parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
-        _move(module._parameters, attribute, position)
+    for place, position in zip(site.places, norm.positions, strict=True):
+        _unshare_class(place.module)
+        parametrize.remove_parametrizations(place.module, place.attribute, leave_parametrized=False)
+        _move(place.module._parameters, place.attribute, position)
     site.parameter.copy_(value)
 
 

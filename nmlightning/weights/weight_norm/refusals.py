@@ -21,7 +21,9 @@ def check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a torch.nn.Module, got {model!r}.")
     if torch.is_inference_mode_enabled():
-        raise InputError("Weights cannot be normalised inside torch.inference_mode.")
+        raise InputError(
+            "Weights cannot be normalised, or made plain, inside torch.inference_mode."
+        )
     if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         raise InputError(
             "The model is wrapped by DistributedDataParallel already, which holds on to the "
@@ -70,7 +72,7 @@ def _of_parameter(parameter: Tensor) -> str | None:
 
 
 def _of_places(site: Site) -> str | None:
-    for module, _ in site.places:
+    for module in (place.module for place in site.places):
         if isinstance(module, torch.jit.ScriptModule):
             return "is in a module that is scripted: normalise it first."
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
@@ -93,7 +95,7 @@ def _of_values(site: Site, spare_zeros: bool) -> str | None:
     if not norms.isfinite().all():
         return "has values that are not finite."
     zero = (norms == 0).nonzero().flatten().tolist()
-    spared = {getattr(module, "padding_idx", None) for module, _ in site.places}
+    spared = {getattr(place.module, "padding_idx", None) for place in site.places}
     zero = [channel for channel in zero if channel not in spared]
     if not zero or spare_zeros:
         return None

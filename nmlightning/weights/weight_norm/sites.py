@@ -12,38 +12,30 @@ from nmlightning.name_patterns import matches, some
 from nmlightning.weights.channel_norms import ChannelLayout
 from nmlightning.weights.weight_norm.settings import Settings
 from nmlightning.weights.weight_norm.weight_norm import WeightNorm
-from nmlightning.weights.weight_place import WeightPlace, find_places, plain_modules
+from nmlightning.weights.weight_place import WeightPlace, find_places, matrices, plain_modules
 
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One weight, and all modules that have it.
-
-    Attributes:
-        parameter: the weight.
-        places: the modules, with the attribute that it is there; several where it is tied.
-        names: its name under each of them, as in `model.named_parameters()`.
-        layout: where its output channels are.
-        is_conv: whether it is the weight of a convolution.
-    """
+    """One weight, and all places that it is in: several where it is tied."""
 
     parameter: nn.Parameter
-    layout: ChannelLayout
-    is_conv: bool
-    places: list[tuple[nn.Module, str]] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
+    places: list[WeightPlace] = field(default_factory=list)
 
     @property
     def name(self) -> str:
-        """Its first name."""
-        return self.names[0]
+        """Its first name, as in `model.named_parameters()`."""
+        return self.places[0].name
+
+    @property
+    def layout(self) -> ChannelLayout:
+        """Where its output channels are."""
+        return self.places[0].layout
 
     @property
     def parametrizations(self) -> list[nn.Module]:
         """What computes the weight from its parameter, in order."""
-        module, attribute = self.places[0]
-        is_parametrized = parametrize.is_parametrized(module, attribute)
-        return list(module.parametrizations[attribute]) if is_parametrized else []  # type: ignore[index]
+        return list(self.places[0].parametrizations or ())
 
     @property
     def kinds(self) -> str:
@@ -58,11 +50,11 @@ class Site:
     @property
     def positions(self) -> list[int]:
         """Which of its module's parameters it is, in each place."""
-        return [list(module._parameters).index(name) for module, name in self.places]
+        return [list(p.module._parameters).index(p.attribute) for p in self.places]
 
     def matches(self, patterns: Sequence[str]) -> bool:
         """Return whether a glob pattern is true of one of its names."""
-        return any(matches(name, patterns) for name in self.names)
+        return any(matches(place.name, patterns) for place in self.places)
 
 
 def find_sites(
@@ -81,7 +73,9 @@ def find_sites(
             no parameter, as pruning leaves it.
     """
     sites = _all_sites(model)
-    chosen = _choose(model, sites, [s for s in sites if include or s.is_conv], include, exclude)
+    chosen = _choose(
+        model, sites, [s for s in sites if s.places[0].is_of_convolution], include, exclude
+    )
     if not include:
         _check_no_computed_weight(model, exclude)
     if not chosen:
@@ -137,12 +131,12 @@ def _check_no_computed_weight(model: nn.Module, exclude: Sequence[str]) -> None:
     for path, module in plain_modules(model):
         is_plain = "weight" in module._parameters or parametrize.is_parametrized(module, "weight")
         if isinstance(module, _ConvNd) and not is_plain:
-            name = f"{path}.weight".lstrip(".")
-            parts = [f"{path}.{own}".lstrip(".") for own in module._parameters if "weight" in own]
-            if not matches(name, exclude) and not any(matches(part, exclude) for part in parts):
+            parts = [WeightPlace(module, path, own).name for own in matrices(module)]
+            if not any(matches(part, exclude) for part in parts):
+                name = WeightPlace(module, path, "weight").name
                 raise InputError(
                     f"{name} is computed from {some(parts)}, as pruning and torch's old "
-                    f"weight_norm do it: make it plain first, or exclude {some(parts, 1)!r}."
+                    f"weight_norm do it: make it plain first, or exclude {parts[0]!r}."
                 )
 
 
@@ -150,11 +144,7 @@ def _all_sites(model: nn.Module) -> list[Site]:
     sites: dict[int, Site] = {}
     for place in find_places(model):
         parameter = _parameter(place)
-        site = sites.setdefault(
-            id(parameter), Site(parameter, place.layout, place.is_of_convolution)
-        )
-        site.places.append((place.module, place.attribute))
-        site.names.append(place.name)
+        sites.setdefault(id(parameter), Site(parameter)).places.append(place)
     return list(sites.values())
 
 
