@@ -131,16 +131,13 @@ def change_rho(net: nn.Sequential) -> None:
     net[0].parametrizations.weight[0].rho.mul_(2)  # type: ignore[index, union-attr]
 
 
-def change_what_was_computed(net: nn.Sequential) -> None:
-    with torch.no_grad():
-        net[0].weight.mul_(2)  # type: ignore[operator, union-attr]
-
-
 def test_what_is_computed_is_no_place_to_change_it(net: nn.Sequential, images: Tensor) -> None:
     apply_weight_norm(net)
     step(net, images, torch.optim.SGD(net.parameters(), 0.1), 1)
-    before = net[0].weight.detach().clone()  # type: ignore[operator, union-attr]
-    change_what_was_computed(net)
+    computed = net[0].weight
+    before = computed.detach().clone()  # type: ignore[operator, union-attr]
+    with torch.no_grad():
+        computed.mul_(2)  # type: ignore[operator]
     assert torch.equal(net[0].weight, before)  # type: ignore[arg-type]
 
 
