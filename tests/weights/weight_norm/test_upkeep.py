@@ -102,6 +102,7 @@ def change_in_evaluation(net: nn.Sequential) -> None:
 def change_by_training_what_was_frozen(net: nn.Sequential) -> None:
     hidden = net[0].parametrizations.weight.original  # type: ignore[union-attr]
     hidden.requires_grad_(False)
+    net.train()  # forgets what was computed with its gradient
     assert net[0].weight.requires_grad  # type: ignore[union-attr]  # its gains are trained
     hidden.requires_grad_(True)
     net.zero_grad()
