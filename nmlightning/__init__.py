@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from nmlightning.datamodules import ImageNet as ImageNet
     from nmlightning.errors import InputError as InputError
     from nmlightning.models import TReLU as TReLU
+    from nmlightning.norms import HalfL2BatchNorm1d as HalfL2BatchNorm1d
+    from nmlightning.norms import HalfL2BatchNorm2d as HalfL2BatchNorm2d
+    from nmlightning.norms import HalfL2BatchNorm3d as HalfL2BatchNorm3d
     from nmlightning.norms import L1BatchNorm1d as L1BatchNorm1d
     from nmlightning.norms import L1BatchNorm2d as L1BatchNorm2d
     from nmlightning.norms import L1BatchNorm3d as L1BatchNorm3d
@@ -30,6 +33,9 @@ if TYPE_CHECKING:
     from nmlightning.norms import MeanOnlyBatchNorm1d as MeanOnlyBatchNorm1d
     from nmlightning.norms import MeanOnlyBatchNorm2d as MeanOnlyBatchNorm2d
     from nmlightning.norms import MeanOnlyBatchNorm3d as MeanOnlyBatchNorm3d
+    from nmlightning.norms import RangeBatchNorm1d as RangeBatchNorm1d
+    from nmlightning.norms import RangeBatchNorm2d as RangeBatchNorm2d
+    from nmlightning.norms import RangeBatchNorm3d as RangeBatchNorm3d
     from nmlightning.norms import TopKBatchNorm1d as TopKBatchNorm1d
     from nmlightning.norms import TopKBatchNorm2d as TopKBatchNorm2d
     from nmlightning.norms import TopKBatchNorm3d as TopKBatchNorm3d
@@ -51,7 +57,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_STATISTICS = ("L1", "LInf", "Lp", "MeanOnly", "TopK")
+_STATISTICS = ("HalfL2", "L1", "LInf", "Lp", "MeanOnly", "Range", "TopK")
 _BATCH_NORMS = [f"{statistic}BatchNorm{n}d" for statistic in _STATISTICS for n in (1, 2, 3)]
 _HOMES = {
     "callbacks": ["NormSwap", "WeightNormSwap", "WeightNormTracker"],

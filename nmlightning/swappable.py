@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase, _NormBase
 
+from nmlightning.norms.batch_norm_base import BatchNormBase
 from nmlightning.norms.layer_norm import LpLayerNorm
 from nmlightning.norms.mean_only import MeanOnlyBatchNorm
 from nmlightning.norms.registry import NORMS, Kind
@@ -18,7 +19,7 @@ _DIMS: dict[type, int | None] = {
 }
 _LAYER_NORMS = {norm.layer for norm in NORMS.values() if norm.layer is not None}
 # Instance attributes that only our layers have; what a layer no longer needs is deleted.
-_OWN_SETTINGS = ("p", "k", "statistic", "constant", "stats_dtype", "sync")
+_OWN_SETTINGS = ("p", "k", "chunks", "statistic", "constant", "stats_dtype", "sync")
 _COMMON_SETTINGS = ("eps", "momentum")
 _ORIGINAL_CLASS = "_class_before_swap"
 _ACTIVATION_HOOK = "_drop_and_act_hook"
@@ -88,6 +89,8 @@ def become(module: nn.Module, template: nn.Module) -> None:
         module.__dict__.pop(name, None)
     module.__dict__.update(_settings(template))
     module.__class__ = after
+    if isinstance(module, BatchNormBase):
+        module.keep_statistics_wide()
     if isinstance(module, MeanOnlyBatchNorm):
         _take_scale(module)
     if after is nn.SyncBatchNorm:

@@ -1,6 +1,6 @@
 """What all batch norms here share: settings, checks, ranks, and running statistics."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nmlightning.errors import InputError, check_flag
-from nmlightning.norms.cross_rank import count_over_ranks
+from nmlightning.norms.accumulation import is_half
 from nmlightning.norms.settings import (
     check_eps,
     check_momentum,
@@ -18,13 +18,15 @@ from nmlightning.norms.settings import (
     describe_settings,
 )
 
+RUNNING = ("running_mean", "running_var")
+
 
 class BatchNormBase(_BatchNorm):
     """A batch norm with torch's state, whose evaluation is torch's; a subclass says how it trains.
 
     A channel whose batch statistics are not finite leaves its running statistics as they were;
     where all batches are averaged equally, such a batch is left out of the average in every
-    channel.
+    channel. Running statistics stay float32 where the layer is made half.
 
     Args:
         num_features: C.
@@ -34,7 +36,8 @@ class BatchNormBase(_BatchNorm):
         bias: learn that bias too; without effect where `affine` is False.
         track_running_stats: keep running statistics; else evaluation uses the batch's own.
         stats_dtype: dtype of accumulation, `torch.float32` or `torch.float64`; by default float32
-            for half, bfloat16 and float32 inputs and float64 for float64.
+            for half, bfloat16 and float32 inputs and float64 for float64. `torch.float16` and
+            `torch.bfloat16` compute everything in that dtype, whatever the input: pure half.
         sync: in training, share the statistics among all ranks, as one process would compute them
             on the ranks' batches concatenated in rank order. Has no effect without distribution.
 
@@ -73,24 +76,29 @@ class BatchNormBase(_BatchNorm):
             self.register_parameter("bias", None)
         self.stats_dtype = check_stats_dtype(stats_dtype)
         self.sync = check_flag("sync", sync)
+        self.keep_statistics_wide()
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the normalised (N, C, *) input, in its dtype and memory format."""
         self._check_input_dim(input)
         self._check_channels(input)
         if not self.training and self.running_mean is not None:
-            return F.batch_norm(
-                input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-            )
+            return self._evaluate(input)
         group = self._group()
         if group is None and input.numel() <= input.shape[1]:
             # Torch's own answers for an empty batch and for one value per channel.
             return F.batch_norm(input, None, None, self.weight, self.bias, training=True)
-        count = count_over_ranks(input.numel() // input.shape[1], input, group)
-        output, mean, variance = self._normalise(input, count, group)
+        output, mean, variance = self._normalise(input, group)
         if self.training and self.track_running_stats and self.running_mean is not None:
             self._track(mean, variance)
         return output
+
+    def keep_statistics_wide(self) -> None:
+        """Make running statistics that are half float32, as casting the layer leaves them."""
+        for name in RUNNING:
+            running = getattr(self, name)
+            if running is not None and is_half(running.dtype):
+                setattr(self, name, running.float())
 
     def reset_parameters(self) -> None:
         """Make the layer what it was when it was new; torch 2.11's own asks for a bias."""
@@ -104,14 +112,32 @@ class BatchNormBase(_BatchNorm):
         """Return the arguments that differ from the defaults, so that the repr evaluates."""
         return describe_settings(self, str(self.num_features))
 
+    def _evaluate(self, input: Tensor) -> Tensor:
+        mean, variance = self.running_mean, self.running_var
+        weight: Tensor | None = self.weight
+        bias: Tensor | None = self.bias
+        if is_half(input.dtype) and mean is not None:
+            # Torch takes half inputs with parameters and statistics of one dtype.
+            weight, bias = (q if q is None else q.to(mean.dtype) for q in (weight, bias))
+        return F.batch_norm(input, mean, variance, weight, bias, eps=self.eps)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "BatchNormBase":
+        """Move and cast the layer, but keep running statistics at float32 or wider."""
+        wide = {name: getattr(self, name) for name in RUNNING}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in wide.items():
+            after = getattr(self, name)
+            if after is not None and is_half(after.dtype) and not is_half(before.dtype):
+                setattr(self, name, before.to(after.device))
+        return self
+
     def _normalise(
-        self, input: Tensor, count: int | Tensor, group: ProcessGroup | None
+        self, input: Tensor, group: ProcessGroup | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the output, and the mean and the variance (C,) that it is to be tracked with.
 
         Args:
             input: (N, C, *).
-            count: values of a channel, on all ranks of the group.
             group: the ranks that share their statistics, or None.
         """
         raise NotImplementedError

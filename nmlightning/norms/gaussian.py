@@ -5,6 +5,7 @@ A norm layer divides by ŝ = c · statistic(x − μ). With c = 1 / E[statistic 
 """
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Literal
 
@@ -12,7 +13,7 @@ from nmlightning.errors import InputError, check_whole_number, is_number, neares
 
 Constant = Literal["exact", "paper", "none"]
 CONSTANTS: tuple[Constant, ...] = ("exact", "paper", "none")
-STATISTICS = ("l1", "l2", "lp", "linf", "topk")
+STATISTICS = ("l1", "l2", "lp", "linf", "topk", "range")
 
 # The integrands below fall from 1 to 0 over a width of about 1/sqrt(2 ln n) ≥ 0.17 and are zero to
 # rounding at 9 standard deviations for n ≤ 10⁷, so 450 Simpson panels leave an error below 1e-6.
@@ -32,17 +33,19 @@ def gaussian_constant(
     | `l2`, `l1`, `lp` | (mean |d|^p)^(1/p) | (√π / (2^(p/2) Γ((p+1)/2)))^(1/p), whatever n |
     | `linf` | max |d| | 1 / E[max of n |z|] |
     | `topk` | mean of the k largest |d| | 1 / E[mean of the k largest of n |z|] |
+    | `range` | max d − min d | 1 / E[max − min of n z] |
 
     z are n independent standard normals. `"paper"` gives the closed form of the paper for `linf`
-    and for every k of `topk`, ½ (1 + √(π ln 4)) / √(2 ln n), which overestimates σ by up to 47 %;
-    `"none"` gives 1; a number is returned as it is. "exact" is that of n independent
-    values for L∞ and Top(k), within 0.1 % for 2 ≤ n ≤ 10⁷, and that of n → ∞ for Lp, as √(mean d²)
-    is for L2: at p = 4 the output's deviation is 1.2 % above 1 at n = 64, at p = 10 it is 10 %.
+    and for every k of `topk`, ½ (1 + √(π ln 4)) / √(2 ln n), which overestimates σ by up to 47 %,
+    and for `range` the 1 / √(2 ln n) of Banner et al., which overestimates it by about 80 %;
+    `"none"` gives 1; a number is returned as it is. "exact" is that of n independent values for L∞,
+    Top(k) and the range, within 0.1 % for 2 ≤ n ≤ 10⁷, and that of n → ∞ for Lp, as √(mean d²) is
+    for L2: at p = 4 the output's deviation is 1.2 % above 1 at n = 64, at p = 10 it is 10 %.
 
     Args:
-        statistic: one of `l1`, `l2`, `lp`, `linf`, `topk`.
-        n: number of samples that the statistic is taken over, at least 2 for `linf` and `topk`
-            unless the constant is "exact" or "none", which start at 1.
+        statistic: one of `l1`, `l2`, `lp`, `linf`, `topk`, `range`.
+        n: number of samples that the statistic is taken over, for `range` those of one chunk; at
+            least 2 for `range`, and for `linf` and `topk` with the paper's constant.
         p: the power, for `lp` only.
         k: how many of the largest, for `topk` only; at most n.
         constant: the convention, or the constant itself.
@@ -56,7 +59,8 @@ def gaussian_constant(
         >>> round(gaussian_constant("topk", 1000, k=10), 3)
         0.348
 
-    Source: Hoffer et al. 2018, §4 (arXiv 1803.01814); order statistics by quadrature.
+    Source: Hoffer et al. 2018, §4 (arXiv 1803.01814), and Banner et al. 2018, §3 (arXiv
+    1805.11046) for the range; order statistics by quadrature.
     """
     _check_arguments(statistic, n, p, k)
     constant = check_constant(constant)
@@ -66,6 +70,8 @@ def gaussian_constant(
         return 1.0
     if statistic in ("l1", "l2", "lp"):
         return power_mean_constant({"l1": 1.0, "l2": 2.0}.get(statistic, p))
+    if statistic == "range":
+        return range_constant(n, constant)
     return top_k_constant(n, 1 if statistic == "linf" else k, constant)
 
 
@@ -93,10 +99,34 @@ def expected_top_k(n: int, k: int) -> float:
     """
     if k > _LARGE_K:
         return _truncated_mean(k / n)
+    return _integrate(lambda t: _mean_of_capped_count(n, k, t)) / k
+
+
+def range_constant(n: int, constant: Constant) -> float:
+    """Return the constant of the range of n values, exact or as Banner et al. have it."""
+    if constant == "none":
+        return 1.0
+    if n < 2:
+        raise InputError(f"The range of n = {n} value is 0: n must be at least 2.")
+    return 1.0 / expected_range(n) if constant == "exact" else 1 / math.sqrt(2 * math.log(n))
+
+
+@lru_cache(maxsize=4096)
+def expected_range(n: int) -> float:
+    """Return E[max − min] of n independent standard normals: 2 ∫₀^∞ (1 − Φ(t)ⁿ − Φ(−t)ⁿ) dt."""
+
+    def outside(t: float) -> float:
+        above = math.erfc(t / math.sqrt(2)) / 2
+        return -math.expm1(n * math.log1p(-above)) - above**n
+
+    return 2 * _integrate(outside)
+
+
+def _integrate(function: Callable[[float], float]) -> float:
+    """Return the integral from 0 to ∞ by Simpson's rule."""
     h = _TAIL / _PANELS
     weights = (1.0 if i in (0, _PANELS) else 4.0 if i % 2 else 2.0 for i in range(_PANELS + 1))
-    area = math.fsum(w * _mean_of_capped_count(n, k, i * h) for i, w in enumerate(weights))
-    return area * h / 3 / k
+    return math.fsum(w * function(i * h) for i, w in enumerate(weights)) * h / 3
 
 
 def _mean_of_capped_count(n: int, k: int, t: float) -> float:

@@ -35,7 +35,8 @@ class LpLayerNorm(nn.LayerNorm):
         constant: c. "exact" and "paper" are the Gaussian's, √(π/2) for p = 1; "none" is 1; a
             number is taken as it is.
         stats_dtype: dtype of accumulation, `torch.float32` or `torch.float64`; by default float32
-            for half, bfloat16 and float32 inputs and float64 for float64.
+            for half, bfloat16 and float32 inputs and float64 for float64. `torch.float16` and
+            `torch.bfloat16` compute everything in that dtype, whatever the input: pure half.
 
     Raises:
         InputError: a setting outside what is allowed; an input that ends in other sizes.

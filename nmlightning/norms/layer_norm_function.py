@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nmlightning.norms.accumulation import mean_of, sum_of
+from nmlightning.norms.cross_rank import Share
 from nmlightning.norms.first_derivative import first_derivative_only
-from nmlightning.norms.statistics import power_mean, power_mean_slope
+from nmlightning.norms.power_mean import power_mean, power_mean_slope
+from nmlightning.norms.statistics import total_scale
 
 
 class LayerNormFunction(torch.autograd.Function):
@@ -34,11 +37,11 @@ class LayerNormFunction(torch.autograd.Function):
     ) -> Tensor:
         dims = tuple(range(-rank, 0))
         wide = x.to(dtype)
-        mean = wide.mean(dims, keepdim=True)
+        share = Share(x.shape[-rank:].numel())
+        mean = _mean(wide, dims, share)
         deviations = wide - mean
-        count = x.shape[-rank:].numel()
-        magnitude = power_mean(deviations, p, dims, count, None)
-        y = deviations / ((magnitude * constant).square() + eps).sqrt()
+        magnitude = power_mean(deviations, p, dims, share).view_as(mean)
+        y = deviations / total_scale(magnitude * constant, eps)
         ctx.save_for_backward(x, weight, mean, magnitude)
         ctx.dims, ctx.p, ctx.constant, ctx.eps = dims, p, constant, eps
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -54,16 +57,17 @@ class LayerNormFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, magnitude = ctx.saved_tensors
         dims, lead = ctx.dims, tuple(range(x.dim() - len(ctx.dims)))
+        share = Share(x.shape[-len(dims) :].numel())
         wide_grad = grad.to(mean.dtype)
         reflected = mean - x.to(mean.dtype)
         scale = magnitude * ctx.constant
-        total = (scale.square() + ctx.eps).sqrt()
+        total = total_scale(scale, ctx.eps)
         normalised = -reflected / total
         inner = wide_grad if weight is None else wide_grad * weight.to(mean.dtype)
         slope = power_mean_slope(reflected, magnitude, ctx.p)
-        pull = ctx.constant * (scale / total) * (inner * normalised).mean(dims, keepdim=True)
-        centred = slope - slope.mean(dims, keepdim=True)
-        grad_x = (inner - inner.mean(dims, keepdim=True) + pull * centred) / total
+        pull = ctx.constant * (scale / total) * _mean(inner * normalised, dims, share)
+        centred = slope - _mean(slope, dims, share)
+        grad_x = (inner - _mean(inner, dims, share) + pull * centred) / total
         grad_weight = grad_bias = None
         if weight is not None:
             grad_weight = _sum_leading(wide_grad * normalised, lead).to(weight.dtype)
@@ -72,5 +76,10 @@ class LayerNormFunction(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight, grad_bias, *(None,) * 5
 
 
+def _mean(values: Tensor, dims: tuple[int, ...], share: Share) -> Tensor:
+    mean = mean_of(values, dims, share)
+    return mean.view(*mean.shape, *[1] * len(dims))
+
+
 def _sum_leading(values: Tensor, lead: tuple[int, ...]) -> Tensor:
-    return values.sum(lead) if lead else values
+    return sum_of(values, lead) if lead else values

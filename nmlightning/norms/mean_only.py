@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from nmlightning.norms.batch_norm_base import BatchNormBase
-from nmlightning.norms.cross_rank import sum_over_ranks
+from nmlightning.norms.cross_rank import share_sums, sum_over_ranks
 from nmlightning.norms.settings import accumulation_dtype
+from nmlightning.norms.slope import reduced_dims
 
 
 class MeanOnlyBatchNorm(BatchNormBase):
@@ -37,7 +38,8 @@ class MeanOnlyBatchNorm(BatchNormBase):
         bias: learn that bias; without effect where `affine` is False.
         track_running_stats: keep a running mean; else evaluation uses the batch's own.
         stats_dtype: dtype of accumulation, `torch.float32` or `torch.float64`; by default float32
-            for half, bfloat16 and float32 inputs and float64 for float64.
+            for half, bfloat16 and float32 inputs and float64 for float64. `torch.float16` and
+            `torch.bfloat16` compute everything in that dtype, whatever the input: pure half.
         sync: in training, take the mean over all ranks' elements, however many each has. Has no
             effect without distribution.
 
@@ -69,10 +71,10 @@ class MeanOnlyBatchNorm(BatchNormBase):
             self.running_var.fill_(1 - self.eps)
 
     def _normalise(
-        self, input: Tensor, count: int | Tensor, group: ProcessGroup | None
+        self, input: Tensor, group: ProcessGroup | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = input.to(accumulation_dtype(input.dtype, self.stats_dtype))
-        mean = _mean(wide, count, group)
+        mean = _mean(wide, group)
         shift = -mean if self.bias is None else self.bias.to(wide.dtype) - mean
         output = wide + shift.view(-1, *[1] * (input.dim() - 2))
         tracked = mean.detach()
@@ -114,10 +116,28 @@ class MeanOnlyBatchNorm3d(MeanOnlyBatchNorm):
     input_dims = (5,)
 
 
-def _mean(wide: Tensor, count: int | Tensor, group: ProcessGroup | None) -> Tensor:
+def _mean(wide: Tensor, group: ProcessGroup | None) -> Tensor:
     """Return the mean of each channel, (C,), differentiable any number of times."""
-    total = wide.sum((0, *range(2, wide.dim())))
-    return (total if group is None else _RankSum.apply(total, group)) / count
+    dims = reduced_dims(wide)
+    if group is None:
+        return wide.mean(dims)
+    mean: Tensor = _RankMean.apply(wide.sum(dims), wide.numel() // wide.shape[1], group)
+    return mean
+
+
+class _RankMean(torch.autograd.Function):
+    """The mean over all ranks, of a rank's sums and count; so the gradients' sum over the count."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, own: int, group: ProcessGroup) -> Tensor:
+        totals, ctx.share = share_sums(sums, own, group)
+        mean: Tensor = totals / ctx.share.total
+        return mean
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        total: Tensor = _RankSum.apply(grad, ctx.share.group)
+        return total / ctx.share.total, None, None
 
 
 class _RankSum(torch.autograd.Function):

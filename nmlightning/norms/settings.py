@@ -7,8 +7,14 @@ import torch
 from torch import nn
 
 from nmlightning.errors import InputError, is_number, nearest
+from nmlightning.norms.accumulation import is_half
 
-STATS_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+STATS_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
 
 
 def check_eps(eps: float) -> float:
@@ -41,10 +47,13 @@ def check_stats_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 def accumulation_dtype(input_dtype: torch.dtype, stats_dtype: torch.dtype | None) -> torch.dtype:
     """Return the dtype that statistics accumulate in: at least float32, at least the input's.
 
-    InputError for an input of whole or complex numbers, which no norm here is defined for.
+    Unless a half one is asked for, in which all is then computed. InputError for an input of whole
+    or complex numbers, which no norm here is defined for.
     """
     if not input_dtype.is_floating_point:
         raise InputError(f"expected an input of real floating-point numbers, got {input_dtype}.")
+    if stats_dtype is not None and is_half(stats_dtype):
+        return stats_dtype
     return torch.promote_types(input_dtype, stats_dtype or torch.float32)
 
 

@@ -1,26 +1,29 @@
-"""The statistics that can stand for the standard deviation, each with its derivative.
+"""The statistics that can stand for the standard deviation: what they are, and their constants.
 
-A statistic m(d) of the deviations d = x − μ is positive and scales with them, m(a·d) = a·m(d).
-Everything here is a pure function of tensors in the dtype of accumulation (float32, or float64 for
-float64 input). The gradient conventions hold for every path: s = +1 where d > 0 and −1 elsewhere, a
-valid subgradient; among equal maxima the first position counts (lowest rank, then lowest position).
+A statistic m(d) of the deviations d = x − μ is positive and scales with them, m(a·d) = a·m(d). All
+is computed in the dtype of accumulation. The gradient conventions hold for every path: s = +1 where
+d > 0 and −1 elsewhere, a valid subgradient; among equal extremes the first position counts (lowest
+rank, then lowest position).
 """
 
 import operator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from nmlightning.errors import InputError
-from nmlightning.norms.cross_rank import keep_largest_of_ranks, max_over_ranks, sum_over_ranks
-from nmlightning.norms.gaussian import Constant, power_mean_constant, top_k_constant
-
-Count = int | Tensor
-"""Elements that a statistic is taken over; a 0-dimensional tensor where ranks share the batch."""
+from nmlightning.norms.accumulation import is_half
+from nmlightning.norms.chunk_range import chunk_lengths, select_extremes
+from nmlightning.norms.cross_rank import Count, Share
+from nmlightning.norms.gaussian import (
+    Constant,
+    power_mean_constant,
+    range_constant,
+    top_k_constant,
+)
+from nmlightning.norms.power_mean import power_mean
+from nmlightning.norms.selection import Selection, select_largest
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,10 @@ class PowerMean:
             return convention
         return 1.0 if convention == "none" else power_mean_constant(self.p)
 
+    def measure(self, deviations: Tensor, share: Share) -> tuple[Tensor, Selection | None]:
+        """Return m of each channel of (N, C, *), (C,); it depends on all elements."""
+        return power_mean(deviations, self.p, (0, *range(2, deviations.dim())), share), None
+
 
 @dataclass(frozen=True)
 class LargestMean:
@@ -44,7 +51,7 @@ class LargestMean:
 
     def constant(self, count: Count, convention: Constant | float) -> float:
         """Return c of ŝ = c · m for `count` elements; InputError if those are fewer than k."""
-        n = int(count.item()) if isinstance(count, Tensor) else count
+        n = _as_int(count)
         if self.k > n:
             raise InputError(
                 f"The k = {self.k} largest of n = {n} values a channel do not exist; lower k."
@@ -54,110 +61,52 @@ class LargestMean:
         # torch.compile specialises on an index, where it would trace into an integral otherwise.
         return float(_largest_mean_constant(operator.index(n), self.k, convention))
 
+    def measure(self, deviations: Tensor, share: Share) -> tuple[Tensor, Selection]:
+        """Return m of each channel of (N, C, *), (C,), and the elements that it depends on."""
+        return select_largest(deviations, self.k, share)
 
-Statistic = PowerMean | LargestMean
+
+@dataclass(frozen=True)
+class RangeMean:
+    """Mean of max d − min d over equal chunks of a channel."""
+
+    chunks: int
+
+    def constant(self, count: Count, convention: Constant | float) -> float:
+        """Return c of ŝ = c · m for `count` elements; InputError for chunks of less than two."""
+        n = _as_int(count)
+        if n < 2 * self.chunks:
+            raise InputError(
+                f"The {self.chunks} chunks of n = {n} values a channel have fewer than two each; "
+                "lower chunks."
+            )
+        if isinstance(convention, float):
+            return convention
+        return float(_range_mean_constant(operator.index(n), self.chunks, convention))
+
+    def measure(self, deviations: Tensor, share: Share) -> tuple[Tensor, Selection]:
+        """Return m of each channel of (N, C, *), (C,), and the elements that it depends on."""
+        return select_extremes(deviations, self.chunks, share)
 
 
-class Selection(NamedTuple):
-    """The elements that a `LargestMean` was taken over: (C, k) positions and signs.
+Statistic = PowerMean | LargestMean | RangeMean
 
-    A position counts along (N, *spatial) of its channel; a sign is ±1, or 0 where another rank
-    holds the element.
+
+def total_scale(scale: Tensor, eps: float) -> Tensor:
+    """Return √(ŝ² + eps); in half without squares, which half cannot hold.
+
+    That is m · √(1 + (l/m)²) with the larger m and the lesser l of ŝ and √eps.
     """
-
-    positions: Tensor
-    signs: Tensor
-
-
-def power_mean(
-    deviations: Tensor, p: float, dims: tuple[int, ...], count: Count, group: ProcessGroup | None
-) -> Tensor:
-    """Return (Σ|d|^p / count)^(1/p) over `dims`, kept as dimensions of size 1.
-
-    Other powers than 1 and 2 are taken of |d| / max|d|, which neither overflow nor underflow.
-    """
-    if p == 1.0:
-        total = torch.linalg.vector_norm(deviations, 1, dims, keepdim=True)
-        return sum_over_ranks(total, group) / count
-    if p == 2.0:
-        total = deviations.square().sum(dims, keepdim=True)
-        return (sum_over_ranks(total, group) / count).sqrt()
-    # The sum is that of no elements, with their dimensions: a rank may have none of the batch.
-    sizes = deviations.abs()
-    mine = sizes.amax(dims, keepdim=True) if sizes.numel() else sizes.sum(dims, keepdim=True)
-    largest = max_over_ranks(mine, group)
-    scale = torch.where(largest > 0, largest, 1.0)
-    total = (sizes / scale).pow(p).sum(dims, keepdim=True)
-    return scale * (sum_over_ranks(total, group) / count).pow(1 / p)
+    if not is_half(scale.dtype):
+        return (scale.square() + eps).sqrt()
+    root = torch.full_like(scale, eps**0.5)
+    larger, lesser = torch.maximum(scale, root), torch.minimum(scale, root)
+    ratio = lesser / torch.where(larger > 0, larger, 1.0)
+    return larger * (1 + ratio * ratio).sqrt()
 
 
-def power_mean_slope(reflected: Tensor, magnitude: Tensor, p: float) -> Tensor:
-    """Return count · ∂m/∂e, elementwise, for e = −d = μ − x: ±(|e| / m)^(p−1), with + where e = 0.
-
-    So ∂m/∂d = −∂m/∂e is negative where x = μ, as the convention has it. It is 0 where m is 0, for
-    p > 1. Taking −d makes one pass of the sign: x − x is +0, and copysign keeps it.
-    """
-    if p == 1.0:
-        return torch.copysign(reflected.new_ones(()), reflected)
-    ratio = reflected / torch.where(magnitude > 0, magnitude, 1.0)
-    return ratio if p == 2.0 else torch.copysign(ratio.abs().pow(p - 1), ratio)
-
-
-def select_largest(
-    deviations: Tensor, k: int, group: ProcessGroup | None
-) -> tuple[Tensor, Selection]:
-    """Return the mean of the k largest |d| of each channel, (C,), and which elements they are.
-
-    Args:
-        deviations: (N, C, *spatial).
-        k: how many, at most what the ranks have in a channel together.
-        group: the ranks, if there are several.
-    """
-    positions, signed = _largest_deviations(deviations, k)
-    values, mine = keep_largest_of_ranks(signed.abs(), group)
-    signs = torch.where(signed > 0, 1.0, -1.0).to(signed.dtype)
-    if mine is not None:
-        signs = signs * mine
-    return values.mean(1), Selection(positions, signs)
-
-
-def add_at_selection(tensor: Tensor, selection: Selection, values: Tensor) -> Tensor:
-    """Return (N, C, *spatial) `tensor` with (C, k) `values` added at the selected elements."""
-    if not tensor.numel():
-        return tensor
-    sizes = (tensor.shape[0], *tensor.shape[2:])
-    batch, *spatial = torch.unravel_index(selection.positions, sizes)
-    channel = torch.arange(tensor.shape[1], device=tensor.device).unsqueeze(1)
-    index = (batch, channel.expand_as(batch), *spatial)
-    return tensor.index_put(index, values.to(tensor.dtype), accumulate=True)
-
-
-def _largest_deviations(deviations: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return (C, k) positions and deviations of the k largest |d|, the first among equals.
-
-    The k largest lie in the k rows (of the last dimension) with the largest row maxima; with ties
-    broken by position in both steps, this holds for the order (value, then position) too. A rank
-    with fewer than k elements fills up with zeros at position 0, which rank behind its own.
-    """
-    n, channels = deviations.shape[:2]
-    if not deviations.numel():
-        nothing = deviations.new_zeros(channels, k)
-        return nothing.long(), nothing
-    rows = deviations.reshape(n, channels, -1, deviations.shape[-1] if deviations.dim() > 2 else 1)
-    height, width = rows.shape[2:]
-    maxima = rows.abs().amax(3).transpose(0, 1).flatten(1)
-    chosen = _first_largest(maxima, k).sort(1).values
-    channel = torch.arange(channels, device=deviations.device).unsqueeze(1)
-    candidates = rows[chosen // height, channel, chosen % height].flatten(1)
-    best = _first_largest(candidates.abs(), k)
-    positions = chosen.gather(1, best // width) * width + best % width
-    missing = k - best.shape[1]
-    return F.pad(positions, (0, missing)), F.pad(candidates.gather(1, best), (0, missing))
-
-
-def _first_largest(values: Tensor, k: int) -> Tensor:
-    """Return the indices of each row's k largest, the lowest index first among equals."""
-    return torch.sort(values, dim=1, descending=True, stable=True).indices[:, :k]
+def _as_int(count: Count) -> int:
+    return int(count.item()) if isinstance(count, Tensor) else count
 
 
 # torch.compile takes what these two return as constants, instead of tracing how it is found. Their
@@ -167,3 +116,11 @@ def _first_largest(values: Tensor, k: int) -> Tensor:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def _largest_mean_constant(n: int, k: int, convention: Constant) -> float:
     return top_k_constant(n, k, convention)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def _range_mean_constant(n: int, chunks: int, convention: Constant) -> float:
+    if convention == "none":
+        return 1.0
+    expected = [1 / range_constant(length, convention) for length in chunk_lengths(n, chunks)]
+    return chunks / sum(expected)

@@ -17,11 +17,12 @@ EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 @dataclass(frozen=True)
 class Norm:
-    """A row of the contract: the class, and the power or the count of its statistic, if any."""
+    """A row of the contract: the class, and the power or the counts of its statistic, if any."""
 
     name: str
     p: float | None = None
     k: int | None = None
+    chunks: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def layer(self, channels: int = 3, dims: int | str = 2, **settings: Any) -> nn.Module:
@@ -34,20 +35,32 @@ class Norm:
     @property
     def has_statistic(self) -> bool:
         """Whether it divides by anything."""
-        return self.p is not None or self.k is not None
+        return not (self.p is None and self.k is None and self.chunks is None)
 
     def scale(self, d: Tensor, eps: float) -> Tensor:
         """Return ŝ of (C, n) deviations, by autograd's own rules and the library's conventions."""
         if not self.has_statistic:
             return d.new_full(d.shape[:1], 1 - eps).sqrt()
+        if self.chunks is not None:
+            parts = d.tensor_split(self.chunks, 1)
+            ranges = [first_highest(part) + first_highest(-part) for part in parts]
+            return torch.stack(ranges).mean(0) * self.constant(d.shape[1])
         size = torch.where(d > 0, d, -d)
         if self.k is None:
             bare = size if self.p == 1 else size.pow(self.p or 0)
             mean = bare.mean(1) if self.p == 1 else bare.mean(1).pow(1 / (self.p or 0))
-            return mean * norms.gaussian_constant("lp", d.shape[1], p=self.p or 0)
+            return mean * self.constant(d.shape[1])
         first = torch.sort(size.detach(), dim=1, descending=True, stable=True).indices[:, : self.k]
-        constant = norms.gaussian_constant("topk", d.shape[1], k=self.k)
-        return size.gather(1, first).mean(1) * constant
+        return size.gather(1, first).mean(1) * self.constant(d.shape[1])
+
+    def constant(self, n: int) -> float:
+        """Return c for n elements of a channel."""
+        if self.chunks is not None:
+            lengths = [len(part) for part in torch.arange(n).tensor_split(self.chunks)]
+            return len(lengths) / sum(1 / norms.gaussian_constant("range", m) for m in lengths)
+        if self.k is not None:
+            return norms.gaussian_constant("topk", n, k=self.k)
+        return norms.gaussian_constant("lp", n, p=self.p or 0)
 
     def variance(self, scale: Tensor, n: int) -> Tensor:
         """Return what `running_var` averages."""
@@ -64,10 +77,12 @@ STATISTICS = {
     "lp1.5": Norm("Lp", p=1.5, options={"p": 1.5}),
     "lp2": Norm("Lp", p=2.0, options={"p": 2}),
     "lp3.7": Norm("Lp", p=3.7, options={"p": 3.7}),
+    "range1": Norm("Range", chunks=1, options={"chunks": 1}),
+    "range5": Norm("Range", chunks=5, options={"chunks": 5}),
 }
 NORMS = {**STATISTICS, "mean": Norm("MeanOnly")}
 # One of each statistic that is computed in another way.
-DISTINCT = ["l1", "linf", "top10", "lp2", "lp3.7"]
+DISTINCT = ["l1", "linf", "top10", "lp2", "lp3.7", "range5"]
 LAYOUTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
     "1d": ((12, 3), lambda x: x),
     "1d-length": ((3, 3, 4), lambda x: x),
@@ -86,6 +101,12 @@ every_statistic = pytest.mark.parametrize("norm", STATISTICS.values(), ids=STATI
 every_norm = pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
 each_kind = pytest.mark.parametrize("norm", [NORMS[n] for n in DISTINCT], ids=DISTINCT)
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def first_highest(d: Tensor) -> Tensor:
+    """Return the highest of each row, whose gradient goes to the first of equals."""
+    first = torch.sort(d.detach(), dim=1, descending=True, stable=True).indices[:, :1]
+    return d.gather(1, first).squeeze(1)
 
 
 def learned(layer: nn.Module) -> list[nn.Parameter]:

@@ -166,13 +166,16 @@ def test_saves_no_more_than_batch_norm(norm: Norm) -> None:
             layer(x)
         return sum(sizes.values())
 
-    indices = 64 * (norm.k or 0) * (8 + 4)  # An int64 position and a float32 sign each.
+    selected = norm.k or 2 * (norm.chunks or 0)
+    indices = 64 * selected * (8 + 4)  # An int64 position and a float32 slope each.
     assert saved_bytes(norm.layer(64)) <= saved_bytes(nn.BatchNorm2d(64)) + indices
 
 
 # Dynamo of torch 2.11 instantiates any autograd function that it traces.
 @pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("norm", [NORMS[n] for n in ("l1", "top10", "lp3.7", "mean")], ids=str)
+@pytest.mark.parametrize(
+    "norm", [NORMS[n] for n in ("l1", "top10", "lp3.7", "range5", "mean")], ids=str
+)
 def test_compiles_whole(norm: Norm) -> None:
     torch._dynamo.reset()
     layer, plain = norm.layer(), norm.layer()

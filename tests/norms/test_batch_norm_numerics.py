@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from batch_norm_contract import (
     Norm,
@@ -18,6 +18,7 @@ from batch_norm_contract import (
 )
 from nmlightning import norms
 from nmlightning.errors import InputError
+from nmlightning.surgery import swap_norms
 
 
 @every_norm
@@ -134,6 +135,36 @@ def test_inputs_that_are_no_reals(dtype: torch.dtype) -> None:
 
 
 def test_running_statistics_that_half_cannot_hold_stay_as_they_were() -> None:
-    layer = norms.L1BatchNorm2d(1).half()
+    """A batch norm that was half before it was swapped, and of which nothing was cast since."""
+    layer = nn.BatchNorm2d(1).half()
+    swap_norms(nn.Sequential(layer), "l1")
+    layer.running_var = layer.running_var.half()
     layer(torch.randn(8, 1, 8, 8).half() * 4000)
     assert layer.running_var.item() == 1.0  # 0.1 · 4000² is beyond 65504
+
+
+@every_norm
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_running_statistics_stay_float32_in_a_half_model(norm: Norm, dtype: torch.dtype) -> None:
+    layer, wide = norm.layer(), norm.layer()
+    layer.load_state_dict(wide.state_dict())
+    layer.to(dtype)
+    assert layer.running_mean.dtype == layer.running_var.dtype == torch.float32
+    assert layer.bias.dtype == dtype
+    x = (3 * torch.randn(8, 3, 8, 8) + 1).to(dtype)
+    layer(x), wide(x.float())
+    assert torch.equal(layer.running_mean, wide.running_mean)
+    assert torch.equal(layer.running_var, wide.running_var)
+    y = layer.eval()(x)
+    rounding = torch.finfo(dtype).eps  # of weight, bias and output
+    torch.testing.assert_close(y.float(), wide.eval()(x.float()), rtol=2 * rounding, atol=rounding)
+    assert y.dtype == dtype
+
+
+@every_norm
+def test_a_layer_that_is_made_half_has_wide_running_statistics(norm: Norm) -> None:
+    layer = norm.layer(dtype=torch.float16)
+    assert layer.running_mean.dtype == layer.running_var.dtype == torch.float32
+    doubled = norm.layer().double()
+    assert doubled.running_var.dtype == torch.float64
+    assert norm.layer(track_running_stats=False).half().running_var is None

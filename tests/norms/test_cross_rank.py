@@ -1,6 +1,6 @@
-"""Two processes equal one on their batches concatenated in rank order, for every norm.
+"""Two and four processes equal one on their batches concatenated in rank order, for every norm.
 
-Run as a script, this file is one rank of the two that the tests compare with a single process.
+Run as a script, this file is one rank of those that the tests compare with a single process.
 """
 
 import contextlib
@@ -22,20 +22,21 @@ from batch_norm_contract import learned
 from nmlightning import norms
 from nmlightning.errors import InputError
 from nmlightning.norms.cross_rank import (
-    count_over_ranks,
+    Share,
+    keep_first_largest,
     keep_largest_of_ranks,
-    max_over_ranks,
+    share_sums,
     sum_over_ranks,
 )
 from nmlightning.surgery import swap_norms
 
-WORLD = 2
 NORMS: dict[str, dict[str, Any]] = {
     "L1": {},
     "LInf": {},
     "TopK-10": {"k": 10},
     "Lp-2": {"p": 2},
     "Lp-3.7": {"p": 3.7},
+    "Range-3": {"chunks": 3},
     "MeanOnly": {},
 }
 
@@ -44,7 +45,7 @@ NORMS: dict[str, dict[str, Any]] = {
 class Batch:
     """A batch of (N, 3, *spatial) whose samples the ranks divide."""
 
-    samples: tuple[int, int]
+    samples: tuple[int, ...]
     spatial: tuple[int, ...] = (2, 3)
     dtype: torch.dtype = torch.float64
     whole_numbers: bool = False
@@ -67,6 +68,7 @@ class Batch:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(self.dtype)
 
 
+FLOAT32 = torch.float32
 BATCHES = {
     "uneven": Batch((5, 2)),
     "fewer-than-k-on-rank-0": Batch((1, 20), spatial=(1,)),
@@ -74,14 +76,22 @@ BATCHES = {
     "empty-on-rank-0": Batch((0, 6)),
     "empty-on-rank-1": Batch((6, 0)),
     "ties-uneven": Batch((2, 8), spatial=(5,), whole_numbers=True),
+    "float32": Batch((4, 3), dtype=FLOAT32),
+    "float32-ties": Batch((2, 8), spatial=(5,), dtype=FLOAT32, whole_numbers=True),
     "bfloat16": Batch((4, 4), dtype=torch.bfloat16),
     "bare": Batch((9, 6), spatial=(), settings={"affine": False, "momentum": None}),
     "papers-constant": Batch((4, 3), settings={"constant": "paper"}),
-    "stats-in-float64": Batch((4, 3), dtype=torch.float32, settings={"stats_dtype": "float64"}),
+    "stats-in-float64": Batch((4, 3), dtype=FLOAT32, settings={"stats_dtype": "float64"}),
+    "pure-half": Batch((4, 3), dtype=torch.float16, settings={"stats_dtype": "float16"}),
+    "four-uneven": Batch((5, 1, 2, 4)),
+    "four-with-an-empty-one": Batch((3, 0, 2, 1)),
+    "four-with-ties": Batch((1, 4, 2, 3), spatial=(5,), dtype=FLOAT32, whole_numbers=True),
 }
+WORLDS = sorted({len(batch.samples) for batch in BATCHES.values()})
 
 
 NETS = [(norm, wrapper) for norm in ("l1", "mean") for wrapper in ("ddp", "fsdp2")]
+NET_SAMPLES = {2: (5, 2), 4: (3, 1, 2, 1)}
 
 
 def make(norm: str, batch: Batch) -> nn.Module:
@@ -112,7 +122,7 @@ def train(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Any]:
     }
 
 
-def train_net(norm: str, samples: tuple[int, int], rank: int | None, wrapper: str) -> Any:
+def train_net(norm: str, samples: tuple[int, ...], rank: int | None, wrapper: str) -> Any:
     """Return the state of a swapped net after three steps on this rank's share, or on all."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Tanh(), nn.Conv2d(4, 3, 1)]
@@ -122,14 +132,14 @@ def train_net(norm: str, samples: tuple[int, int], rank: int | None, wrapper: st
     if wrapper == "ddp":
         wrapped = nn.parallel.DistributedDataParallel(net)
     elif wrapper == "fsdp2":
-        fully_shard(net, mesh=init_device_mesh("cpu", (WORLD,)))
+        fully_shard(net, mesh=init_device_mesh("cpu", (len(samples),)))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=0.1)
     x = Batch(samples).whole()
     share = x if rank is None else x.split(samples)[rank]
     for _ in range(3):
         optimizer.zero_grad()
         # The wrappers average the ranks' gradients; one process has the mean over all samples.
-        loss = wrapped(share).pow(3).sum() / len(x) * (1 if rank is None else WORLD)
+        loss = wrapped(share).pow(3).sum() / len(x) * (1 if rank is None else len(samples))
         loss.backward()
         optimizer.step()
     return {
@@ -137,21 +147,51 @@ def train_net(norm: str, samples: tuple[int, int], rank: int | None, wrapper: st
     }
 
 
-def answer(rank: int) -> dict[str, Any]:
+def count_collectives(norm: str) -> tuple[int, int]:
+    """Return how often a layer's forward and its backward make the ranks wait for each other."""
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_reduce", "all_gather"):
+            original = getattr(dist, name)
+
+            def counted(*args: Any, original: Any = original, **kwargs: Any) -> Any:
+                calls.append(1)
+                return original(*args, **kwargs)
+
+            patch.setattr(dist, name, counted)
+        y = make(norm, BATCHES["uneven"])(
+            torch.randn(20, 3, 2, dtype=torch.float64).requires_grad_()
+        )
+        forward = len(calls)
+        y.sum().backward()
+    return forward, len(calls) - forward
+
+
+def answer(rank: int, world: int) -> dict[str, Any]:
     """Return what this rank gets for every norm and batch, and for the calls that fail."""
     results: dict[str, Any] = {}
     for norm in NORMS:
+        results[f"{norm} collectives"] = count_collectives(norm)
         for name, batch in BATCHES.items():
-            x, grad = (t.split(batch.samples)[rank] for t in (batch.whole(), batch.gradient()))
-            results[f"{norm} {name}"] = train(make(norm, batch), x, grad)
-    for constant in ("exact", "none", 0.5):
-        layer = make("TopK-10", Batch((1, 2), settings={"constant": constant}))
-        try:
-            layer(torch.randn(rank + 1, 3, 3, dtype=torch.float64))
-        except InputError as error:
-            results[f"too few {constant}"] = str(error)
+            if len(batch.samples) == world:
+                x, grad = (t.split(batch.samples)[rank] for t in (batch.whole(), batch.gradient()))
+                results[f"{norm} {name}"] = train(make(norm, batch), x, grad)
     for norm, wrapper in NETS:
-        results[f"{norm} in {wrapper}"] = train_net(norm, (5, 2), rank, wrapper)
+        results[f"{norm} in {wrapper}"] = train_net(norm, NET_SAMPLES[world], rank, wrapper)
+    return results | (answer_of_two(rank) if world == 2 else {})
+
+
+def answer_of_two(rank: int) -> dict[str, Any]:
+    """Return what one of two ranks gets besides."""
+    results: dict[str, Any] = {}
+    for norm in ("TopK-10", "Range-3"):
+        for constant in ("exact", "none", 0.5):
+            layer = make(norm, Batch((1, 2), settings={"constant": constant}))
+            length = 3 if norm == "TopK-10" else 1
+            try:
+                layer(torch.randn(rank + 1, 3, length, dtype=torch.float64))
+            except InputError as error:
+                results[f"{norm} too few {constant}"] = str(error)
     poisoned = BATCHES["uneven"].whole()
     poisoned[0, 1] = torch.inf
     for norm in NORMS:
@@ -161,55 +201,68 @@ def answer(rank: int) -> dict[str, Any]:
         # No rank waits for another: only rank 0 evaluates.
         if rank == 0:
             layer.eval()(BATCHES["uneven"].whole())
-    results["sum"] = sum_over_ranks(torch.tensor([1.0, rank]), dist.group.WORLD)
-    results["max"] = max_over_ranks(torch.tensor([1.0, rank]), dist.group.WORLD)
-    results["count"] = count_over_ranks(3 + rank, torch.zeros(1), dist.group.WORLD)
+    group = dist.group.WORLD
+    results["sum"] = sum_over_ranks(torch.tensor([1.0, rank]), group)
+    sums, share = share_sums(torch.tensor([1.0, rank]), 3 + rank, group)
+    results["share"] = (sums, (share.total, share.before))
+    results["first"] = keep_first_largest(torch.tensor([2.0, rank, -rank]), group)
     largest = (
         torch.tensor([[5.0, 3.0, 3.0], [2.0, 1.0, 0.0]])
         if rank == 0
         else torch.tensor([[5.0, 4.0, 3.0], [9.0, 8.0, 7.0]])
     )
-    results["largest"] = keep_largest_of_ranks(largest, dist.group.WORLD)
+    results["largest"] = keep_largest_of_ranks(largest, group)
+    try:
+        norms.HalfL2BatchNorm2d(3, sync=True)(torch.randn(2, 3, 4, 4))
+    except InputError as error:
+        results["half_l2"] = str(error)
     return results
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank got: one pair of processes for all tests."""
-    folder = tmp_path_factory.mktemp("ranks")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """What each rank got, by how many there were: one group of processes for all tests."""
+    return {world: run_ranks(world, tmp_path_factory.mktemp("ranks")) for world in WORLDS}
+
+
+def run_ranks(world: int, folder: Path) -> list[dict[str, Any]]:
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, __file__, str(folder)]
+    command = [sys.executable, __file__, str(folder), str(world)]
     with contextlib.ExitStack() as stack:
-        logs = [stack.enter_context(open(folder / f"{rank}.log", "w")) for rank in range(WORLD)]
+        logs = [stack.enter_context(open(folder / f"{rank}.log", "w")) for rank in range(world)]
         ranks = [
             stack.enter_context(
                 subprocess.Popen([*command, str(rank)], env=environment, stderr=logs[rank])
             )
-            for rank in range(WORLD)
+            for rank in range(world)
         ]
         try:
             codes = [process.wait(timeout=300) for process in ranks]
         finally:
             for process in ranks:
                 process.kill()
-    assert codes == [0, 0], "".join((folder / f"{rank}.log").read_text() for rank in range(WORLD))
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    assert not any(codes), "".join((folder / f"{rank}.log").read_text() for rank in range(world))
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", BATCHES)
-def test_two_processes_equal_one(answers: list[dict[str, Any]], norm: str, name: str) -> None:
+def test_many_processes_equal_one(
+    answers: dict[int, list[dict[str, Any]]], norm: str, name: str
+) -> None:
     batch = BATCHES[name]
     alone = train(make(norm, batch), batch.whole(), batch.gradient())
-    ranks = [answer[f"{norm} {name}"] for answer in answers]
-    # Sums in another order; for bfloat16 one rounding more where they straddle two of its values.
+    ranks = [answer[f"{norm} {name}"] for answer in answers[len(batch.samples)]]
+    # Sums in another order; for bfloat16 one rounding more where they straddle two of its values,
+    # and in pure half the few roundings of trees that differ.
     close = {
         torch.float64: {"rtol": 1e-11, "atol": 1e-11},
-        torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+        torch.float32: {"rtol": 1e-6, "atol": 1e-6},
         torch.bfloat16: {"rtol": 2**-7, "atol": 2**-7},
+        torch.float16: {"rtol": 2**-6, "atol": 2**-6},
     }[batch.dtype]
     for key in ("output", "input gradient"):
         torch.testing.assert_close(torch.cat([rank[key] for rank in ranks]), alone[key], **close)
@@ -220,32 +273,45 @@ def test_two_processes_equal_one(answers: list[dict[str, Any]], norm: str, name:
     torch.testing.assert_close(summed, alone["gradients"], **close)
     for rank in ranks:
         torch.testing.assert_close(rank["statistics"], alone["statistics"], **close)
-    torch.testing.assert_close(ranks[0]["statistics"], ranks[1]["statistics"], rtol=0, atol=0)
+        torch.testing.assert_close(rank["statistics"], ranks[0]["statistics"], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_ranks_wait_at_most_twice_and_once(
+    answers: dict[int, list[dict[str, Any]]], norm: str, world: int
+) -> None:
+    for answer in answers[world]:
+        assert answer[f"{norm} collectives"] == (1 if norm == "MeanOnly" else 2, 1)
+
+
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize(("norm", "wrapper"), NETS)
 def test_a_swapped_net_trains_on_uneven_ranks_as_in_one_process(
-    answers: list[dict[str, Any]], norm: str, wrapper: str
+    answers: dict[int, list[dict[str, Any]]], norm: str, wrapper: str, world: int
 ) -> None:
-    alone = train_net(norm, (5, 2), None, "")
-    for answer in answers:
+    alone = train_net(norm, NET_SAMPLES[world], None, "")
+    for answer in answers[world]:
         # Sums in another order, over three steps.
         torch.testing.assert_close(answer[f"{norm} in {wrapper}"], alone, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("constant", ["exact", "none", "0.5"])
-def test_more_of_the_largest_than_all_ranks_have(
-    answers: list[dict[str, Any]], constant: str
+def test_fewer_elements_than_the_statistic_needs_on_all_ranks(
+    answers: dict[int, list[dict[str, Any]]], constant: str
 ) -> None:
-    for answer in answers:
-        assert "k = 10 largest of n = 9 values a channel" in answer[f"too few {constant}"]
+    for answer in answers[2]:
+        assert "k = 10 largest of n = 9 values a channel" in answer[f"TopK-10 too few {constant}"]
+        assert "3 chunks of n = 3 values a channel" in answer[f"Range-3 too few {constant}"]
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_one_ranks_infinity_enters_no_statistics(answers: list[dict[str, Any]], norm: str) -> None:
+def test_one_ranks_infinity_enters_no_statistics(
+    answers: dict[int, list[dict[str, Any]]], norm: str
+) -> None:
     fresh = make(norm, BATCHES["uneven"])
     clean = train(fresh, BATCHES["uneven"].whole(), BATCHES["uneven"].gradient())["statistics"]
-    for answer in answers:
+    for answer in answers[2]:
         buffers = answer[f"{norm} poisoned"]
         assert buffers["running_mean"][1] == 0
         assert buffers["running_var"][1] == make(norm, BATCHES["uneven"]).running_var[1]
@@ -253,33 +319,42 @@ def test_one_ranks_infinity_enters_no_statistics(answers: list[dict[str, Any]], 
             torch.testing.assert_close(buffers[name][[0, 2]], clean[name][[0, 2]])
 
 
-def test_the_reductions(answers: list[dict[str, Any]]) -> None:
-    for answer in answers:
+def test_half_l2_refuses(answers: dict[int, list[dict[str, Any]]]) -> None:
+    for answer in answers[2]:
+        assert "HalfL2BatchNorm2d cannot share its statistics among ranks" in answer["half_l2"]
+
+
+def test_the_reductions(answers: dict[int, list[dict[str, Any]]]) -> None:
+    for rank, answer in enumerate(answers[2]):
         assert answer["sum"].tolist() == [2, 1]
-        assert answer["max"].tolist() == [1, 1]
-        assert answer["count"] == 7
-        assert answer["count"].dim() == 0
+        sums, (total, before) = answer["share"]
+        assert sums.tolist() == [2, 1]
+        assert (total.item(), before.item()) == (7, 3 * rank)
+        assert total.dim() == 0
+        largest, mine = answer["first"]
+        assert largest.tolist() == [2, 1, 0]
+        assert mine.tolist() == [[True, False, True], [False, True, False]][rank]
         assert answer["largest"][0].tolist() == [[5, 5, 4], [9, 8, 7]]
     # Of the two 5s rank 0's comes first, though both are among the three largest.
-    assert answers[0]["largest"][1].tolist() == [[True, False, False], [False] * 3]
-    assert answers[1]["largest"][1].tolist() == [[True, True, False], [True] * 3]
+    assert answers[2][0]["largest"][1].tolist() == [[True, False, False], [False] * 3]
+    assert answers[2][1]["largest"][1].tolist() == [[True, True, False], [True] * 3]
 
 
 def test_without_a_group_the_reductions_return_what_they_are_given() -> None:
     values = torch.randn(2, 3)
     assert sum_over_ranks(values, None) is values
-    assert max_over_ranks(values, None) is values
-    assert count_over_ranks(3, values, None) == 3
+    assert share_sums(values, 3, None) == (values, Share(3))
     assert keep_largest_of_ranks(values, None) == (values, None)
+    assert keep_first_largest(values, None) == (values, None)
 
 
-def main(folder: Path, rank: int) -> None:
+def main(folder: Path, world: int, rank: int) -> None:
     """Be one of the ranks, and leave its answers in the folder."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder / 'meeting'}", rank=rank, world_size=WORLD)
-    torch.save(answer(rank), folder / f"{rank}.pt")
+    dist.init_process_group("gloo", f"file://{folder / 'meeting'}", rank=rank, world_size=world)
+    torch.save(answer(rank, world), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

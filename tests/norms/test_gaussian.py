@@ -106,7 +106,12 @@ def test_none_and_numbers(statistic: str) -> None:
 @pytest.mark.parametrize(
     ("statistic", "n", "options", "message"),
     [
-        ("linff", 9, {}, r"one of l1, l2, lp, linf, topk, got 'linff'\. Did you mean 'linf'\?"),
+        (
+            "linff",
+            9,
+            {},
+            r"one of l1, l2, lp, linf, topk, range, got 'linff'\. Did you mean 'linf'\?",
+        ),
         ("l1", 0, {}, "n must be a whole number of at least 1, got 0"),
         ("l1", "9", {}, "n must be a whole number of at least 1, got '9'"),
         ("lp", 9, {"p": 0.5}, "p must be finite and at least 1, got 0.5"),

@@ -288,7 +288,10 @@ def test_repr_evaluates(norm: str, settings: dict[str, Any], normalized: Any) ->
         ({"eps": -1e-5}, "eps must be finite and at least 0, got -1e-05"),
         ({"constant": "exakt"}, r"got 'exakt'\. Did you mean 'exact'\?"),
         ({"constant": -1.0}, "constant must be a finite number above 0, got -1.0"),
-        ({"stats_dtype": "half"}, "stats_dtype is None or one of float32, float64, got 'half'"),
+        (
+            {"stats_dtype": "half"},
+            "stats_dtype is None or one of float16, bfloat16, float32, float64, got 'half'",
+        ),
         ({"p": 0.5}, "p must be finite and at least 1, got 0.5"),
         ({"p": math.inf}, "p must be finite and at least 1, got inf"),
         ({"elementwise_affine": "no"}, "elementwise_affine is True or False, got 'no'"),

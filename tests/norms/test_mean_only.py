@@ -182,7 +182,7 @@ def test_copies_and_the_repr_make_the_same_layer(dims: int, settings: dict[str, 
     [
         ({"eps": -1.0}, "eps must be finite and at least 0, got -1.0"),
         ({"momentum": 2}, "momentum must be between 0 and 1, or None, got 2"),
-        ({"stats_dtype": "half"}, "one of float32, float64, got 'half'"),
+        ({"stats_dtype": "half"}, "one of float16, bfloat16, float32, float64, got 'half'"),
         ({"sync": "no"}, "sync is True or False, got 'no'"),
         ({"affine": "no"}, "affine is True or False, got 'no'"),
     ],

@@ -22,7 +22,9 @@ CLASSES = {
     "linf": "LInf",
     "topk": "TopK",
     "top10": "TopK",
+    "range": "Range",
     "mean": "MeanOnly",
+    "half_l2": "HalfL2",
 }
 
 
@@ -52,7 +54,7 @@ def test_layer_norm_classes() -> None:
     assert layer_class("lp", "layer") is norms.LpLayerNorm
 
 
-@pytest.mark.parametrize("name", ["linf", "topk", "top10", "mean"])
+@pytest.mark.parametrize("name", ["linf", "topk", "top10", "range", "mean", "half_l2"])
 def test_norms_that_layer_norms_cannot_have(name: str) -> None:
     message = f"The norm '{name}' is not defined for layer norms; l2, l1, lp are."
     with pytest.raises(InputError, match=message):
@@ -71,7 +73,7 @@ def test_norms_that_layer_norms_cannot_have(name: str) -> None:
     ],
 )
 def test_an_unknown_norm_hears_the_nearest(name: str, nearest: str) -> None:
-    known = r"l2, l1, lp, linf, topk, top10, mean\."
+    known = r"l2, l1, lp, linf, topk, top10, range, mean, half_l2\."
     with pytest.raises(
         InputError, match=rf"no norm '{name}'; there are {known} Did you mean '{nearest}'"
     ):
@@ -85,7 +87,7 @@ def test_a_norm_that_is_no_name(name: object) -> None:
 
 
 def test_an_unknown_norm_with_no_near_one() -> None:
-    with pytest.raises(InputError, match=r"no norm 'group'; there are .*mean\.$"):
+    with pytest.raises(InputError, match=r"no norm 'group'; there are .*half_l2\.$"):
         find_norm("group")
 
 
@@ -99,8 +101,10 @@ def test_options_come_with_the_fixed_ones() -> None:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_batch_norm_takes_the_common_options(name: str) -> None:
-    options = {"eps": 1e-3, "momentum": 0.2, "stats_dtype": None, "sync": True}
-    if name != "mean":
+    options = {"eps": 1e-3, "momentum": 0.2, "sync": True}
+    if name != "half_l2":
+        options["stats_dtype"] = None
+    if name not in ("mean", "half_l2"):
         options["constant"] = "none"
     assert check_options(name, "batch", options).items() >= options.items()
 

@@ -1,0 +1,114 @@
+"""Batch norm as the textbook has it, in half throughout: the one that fails, to compare with."""
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from nmlightning.errors import InputError
+from nmlightning.norms.batch_norm_base import BatchNormBase
+from nmlightning.norms.slope import channel_shape, reduced_dims
+
+
+class HalfL2BatchNorm(BatchNormBase):
+    """Batch norm by the standard deviation, op by op in float16, differentiated by autograd.
+
+        y = (x − μ) · (var + eps)^(−½) · weight + bias,   var = mean (x − μ)²
+
+    Each result is rounded to float16, whatever the input's dtype; only the means accumulate in
+    float32. It is meant to show what `LpBatchNorm(p=2, stats_dtype=torch.float16)`, which divides
+    and has an analytic gradient, and torch's own batch norm, which computes in float32, are spared:
+
+    - (x − μ)² overflows where |x − μ| > 255.9, and makes the channel's output 0, without a NaN:
+      from σ = 60 on, for some channels of 4096 values;
+    - ½ (var + eps)^(−3/2), a part of the gradient, overflows where σ < 0.0197, and makes it
+      infinite or NaN.
+
+    (N, C, *) in, the same out. Evaluation is torch's batch norm. Use a subclass for a fixed number
+    of dimensions.
+
+    Args:
+        num_features: C.
+        eps: added to the variance; below 3e-8 it is 0 in float16.
+        momentum: weight of the newest batch in the running statistics; None averages all equally.
+        affine: learn a weight and a bias for each channel.
+        bias: learn that bias too; without effect where `affine` is False.
+        track_running_stats: keep running statistics; else evaluation uses the batch's own.
+        sync: must be False where several ranks train; it does not share its statistics.
+
+    Raises:
+        InputError: a setting outside what is allowed; another number of channels than C; in
+            training on several ranks with `sync`.
+        ValueError: one value per channel in training, as torch does.
+
+    Source: Hoffer et al. 2018, §4.1 and figure 4 (arXiv 1803.01814), "L2 BN (FP16)".
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        bias: bool = True,
+        track_running_stats: bool = True,
+        sync: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            bias=bias,
+            track_running_stats=track_running_stats,
+            stats_dtype=torch.float16,
+            sync=sync,
+            device=device,
+            dtype=dtype,
+        )
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]  # it would not round
+    def _normalise(
+        self, input: Tensor, group: ProcessGroup | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if group is not None:
+            raise InputError(
+                f"{type(self).__name__} cannot share its statistics among ranks: set its sync, "
+                "and the Trainer's sync_batchnorm, to False."
+            )
+        dims, shape = reduced_dims(input), channel_shape(input)
+        with torch.autocast(input.device.type, enabled=False):
+            half = input.half()
+            mean = half.mean(dims)
+            deviations = half - mean.view(shape)
+            variance = deviations.square().mean(dims)
+            y = deviations * (variance + self.eps).pow(-0.5).view(shape)
+            y = y if self.weight is None else y * self.weight.half().view(shape)
+            y = y if self.bias is None else y + self.bias.half().view(shape)
+        count = input.numel() // input.shape[1]
+        unbiased = variance.detach().float() * count / (count - 1)
+        return y.to(input.dtype), mean.detach().float(), unbiased
+
+
+class HalfL2BatchNorm1d(HalfL2BatchNorm):
+    """`HalfL2BatchNorm` of (N, C) or (N, C, L) inputs."""
+
+    input_dims = (2, 3)
+
+
+class HalfL2BatchNorm2d(HalfL2BatchNorm):
+    """`HalfL2BatchNorm` of (N, C, H, W) inputs.
+
+    >>> HalfL2BatchNorm2d(16)(torch.randn(8, 16, 4, 4)).shape
+    torch.Size([8, 16, 4, 4])
+    """
+
+    input_dims = (4,)
+
+
+class HalfL2BatchNorm3d(HalfL2BatchNorm):
+    """`HalfL2BatchNorm` of (N, C, D, H, W) inputs."""
+
+    input_dims = (5,)

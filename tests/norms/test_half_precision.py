@@ -1,0 +1,161 @@
+"""The range of pure half: which norm is right at which σ, against float64 with the same eps.
+
+The rows are those of the table in docs/half_precision.md. An eps of 1e-10, so that small σ test
+half's range and not eps.
+"""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nmlightning import norms
+
+N = 4096  # values a channel
+CHANNELS = 32
+EPS = 1e-10
+SIGMAS = [1e-4, 1e-3, 2e-2, 0.1, 1.0, 10.0, 60.0, 80.0, 1e3, 1e4]
+HALF = {"stats_dtype": torch.float16}
+LAYERS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "op-by-op L2": (norms.HalfL2BatchNorm2d, {}),
+    "compact L2": (norms.LpBatchNorm2d, {"p": 2, **HALF}),
+    "L1": (norms.L1BatchNorm2d, HALF),
+    "L∞": (norms.LInfBatchNorm2d, HALF),
+    "Top(10)": (norms.TopKBatchNorm2d, HALF),
+    "L1.5": (norms.LpBatchNorm2d, {"p": 1.5, **HALF}),
+    "range": (norms.RangeBatchNorm2d, HALF),
+    "L1, bfloat16": (norms.L1BatchNorm2d, {"stats_dtype": torch.bfloat16}),
+    "compact L2, bfloat16": (norms.LpBatchNorm2d, {"p": 2, "stats_dtype": torch.bfloat16}),
+    "L1, float32": (norms.L1BatchNorm2d, {}),
+    "L2, float32": (norms.LpBatchNorm2d, {"p": 2}),
+}
+ALL = set(SIGMAS)
+# Where forward and backward are right in all channels; L2's are what the paper's figure is about.
+RIGHT_FORWARD = dict.fromkeys(LAYERS, ALL)
+RIGHT_BACKWARD = dict(RIGHT_FORWARD)
+# At 1e-4 the gradient at the maxima, of 4096 unit gradients, is itself beyond 65504; and so is at
+# 1e4 the range, of 8 σ.
+RIGHT_BACKWARD["L∞"] = RIGHT_BACKWARD["Top(10)"] = ALL - {1e-4}
+RIGHT_FORWARD["range"] = RIGHT_BACKWARD["range"] = ALL - {1e4}
+RIGHT_FORWARD["op-by-op L2"] = {2e-2, 0.1, 1.0, 10.0}
+RIGHT_BACKWARD["op-by-op L2"] = {0.1, 1.0, 10.0}
+RIGHT_FORWARD["compact L2"] = RIGHT_BACKWARD["compact L2"] = {2e-2, 0.1, 1.0, 10.0}
+
+
+def batch(sigma: float) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = sigma * torch.randn(16, CHANNELS, 16, 16, generator=generator)
+    return x.half(), torch.randn(x.shape, generator=generator)
+
+
+def train(name: str, x: Tensor, grad: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
+    cls, options = LAYERS[name]
+    leaf = x.clone().requires_grad_()
+    y = cls(CHANNELS, **{**options, "eps": EPS, **settings})(leaf)
+    y.backward(grad.to(y.dtype))
+    assert leaf.grad is not None
+    return y.detach().double(), leaf.grad.double()
+
+
+def share_right(found: Tensor, expected: Tensor, tolerance: float) -> float:
+    """Return the share of channels whose root mean squared error is below it, relatively."""
+    error = (found - expected).square().mean((0, 2, 3)).sqrt()
+    return (error <= tolerance * expected.square().mean((0, 2, 3)).sqrt()).double().mean().item()
+
+
+@pytest.mark.parametrize("sigma", SIGMAS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_which_norm_is_right_at_which_scale(name: str, sigma: float) -> None:
+    x, grad = batch(sigma)
+    reference = "compact L2" if "L2" in name else name
+    expected = train(reference, x.double(), grad, stats_dtype=torch.float64)
+    found = train(name, x, grad)
+    # 1 % is about ten roundings of half, and four of bfloat16 in the square.
+    tolerance = 0.05 if "bfloat16" in name else 0.01
+    right = [share_right(f, e, tolerance) for f, e in zip(found, expected, strict=True)]
+    for share, where in zip(right, (RIGHT_FORWARD[name], RIGHT_BACKWARD[name]), strict=True):
+        assert share == 1.0 if sigma in where else share < 1.0
+
+
+def test_what_becomes_of_op_by_op_l2() -> None:
+    """Small σ give no finite gradient; from 60 on channels die, and at 80 all have, with no NaN."""
+    y, grad = train("op-by-op L2", *batch(2e-2))
+    assert y.isfinite().all()
+    assert not grad.isfinite().any()
+    y, grad = train("op-by-op L2", *batch(60.0))
+    dead = (y == 0).all(3).all(2).all(0)
+    assert 0 < dead.sum() < CHANNELS
+    y, grad = train("op-by-op L2", *batch(80.0))
+    assert torch.equal(y, torch.zeros_like(y))
+    assert torch.equal(grad, torch.zeros_like(grad))
+
+
+def test_the_compact_gradient_of_l2_is_finite_where_the_op_by_op_one_is_not() -> None:
+    for sigma in (1e-3, 2e-2):
+        _, grad = train("compact L2", *batch(sigma))
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-10])
+def test_a_small_sigma_is_a_question_of_eps(eps: float) -> None:
+    """At σ = 1e-3 every norm gives 0.30 with torch's eps, in float64 too."""
+    x, grad = batch(1e-3)
+    expected = 1e-3 / math.sqrt(1e-6 + eps)
+    for name in ("L1", "L1, float32", "L2, float32"):
+        y, _ = train(name, x, grad, eps=eps)
+        assert y.std().item() == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("name", [n for n in LAYERS if "float" not in n])
+def test_pure_half_gives_the_inputs_dtype_and_rounds_all_the_same(name: str) -> None:
+    x, grad = batch(1.0)
+    narrow = train(name, x, grad)
+    wide = train(name, x.float(), grad.half().float())
+    assert torch.equal(narrow[0], wide[0])
+    assert torch.equal(wide[0], wide[0].half().double())
+    assert torch.equal(narrow[1], wide[1])
+
+
+@pytest.mark.parametrize("name", ["L1", "compact L2", "op-by-op L2"])
+def test_autocast_leaves_pure_half_alone(name: str) -> None:
+    x, grad = batch(1.0)
+    plain = train(name, x, grad)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(map(torch.equal, train(name, x, grad), plain))
+
+
+# Dynamo of torch 2.15 looks at every tensor's grad where a graph breaks.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_pure_half_is_the_same_in_a_compiled_model() -> None:
+    torch._dynamo.reset()
+    x = batch(1.0)[0]
+    for cls, options in (LAYERS["L1"], LAYERS["op-by-op L2"]):
+        net = nn.Sequential(nn.ReLU(), cls(CHANNELS, **options), nn.ReLU())
+        compiled = torch.compile(net, backend="aot_eager")
+        assert torch.equal(compiled(x), net(x))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("sigma", [1e-4, 1e-2, 1.0, 1e2, 1e4])
+@pytest.mark.parametrize("cls", [norms.L1LayerNorm, norms.LpLayerNorm])
+def test_layer_norms(cls: type[nn.Module], sigma: float) -> None:
+    x = (sigma * torch.randn(32, 512)).half()
+    grad = torch.randn(32, 512)
+    found = []
+    for dtype in (torch.float16, torch.float64):
+        leaf = x.detach().to(dtype, copy=True).requires_grad_()
+        layer = cls(512, eps=EPS, stats_dtype=dtype)
+        nn.init.constant_(layer.weight, 0.5)
+        y = layer.to(dtype)(leaf)
+        leaves = [leaf, layer.weight, layer.bias]
+        found.append([y, *torch.autograd.grad(y, leaves, grad.to(dtype))])
+    for half, exact in zip(*found, strict=True):
+        error = (half - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+        assert error < 0.01
+
+
+def test_half_l2_shares_nothing_among_ranks() -> None:
+    layer = norms.HalfL2BatchNorm2d(3, sync=True)
+    assert layer(torch.randn(2, 3, 4, 4)).isfinite().all()  # one process has nobody to share with
