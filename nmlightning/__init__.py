@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from nmlightning.norms import MeanOnlyBatchNorm1d as MeanOnlyBatchNorm1d
     from nmlightning.norms import MeanOnlyBatchNorm2d as MeanOnlyBatchNorm2d
     from nmlightning.norms import MeanOnlyBatchNorm3d as MeanOnlyBatchNorm3d
+    from nmlightning.norms import QuantizationNoise as QuantizationNoise
     from nmlightning.norms import RangeBatchNorm1d as RangeBatchNorm1d
     from nmlightning.norms import RangeBatchNorm2d as RangeBatchNorm2d
     from nmlightning.norms import RangeBatchNorm3d as RangeBatchNorm3d
@@ -65,7 +66,13 @@ _HOMES = {
     "datamodules": ["CIFAR10", "Digits", "ImageNet"],
     "errors": ["InputError"],
     "models": ["TReLU"],
-    "norms": [*_BATCH_NORMS, "L1LayerNorm", "LpLayerNorm", "gaussian_constant"],
+    "norms": [
+        *_BATCH_NORMS,
+        "L1LayerNorm",
+        "LpLayerNorm",
+        "QuantizationNoise",
+        "gaussian_constant",
+    ],
     "surgery": ["SwapReport", "swap_norms"],
     "tasks": ["ImageClassifier"],
     "weights.channel_norms": ["ChannelLayout", "channel_norms"],

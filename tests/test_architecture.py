@@ -44,6 +44,7 @@ LAYERS = [
         "nmlightning.norms.batch_norm_function",
         "nmlightning.norms.half_batch_norm_function",
         "nmlightning.norms.layer_norm_function",
+        "nmlightning.norms.quantization_noise",
     ],
     ["nmlightning.norms.slope"],
     ["nmlightning.norms.statistics"],

@@ -7,11 +7,15 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
 from pytorch_lightning.callbacks.progress import ProgressBar
 
+from nmlightning.callbacks.skipped_step_count import SkippedStepCount
+
 
 def standard_callbacks(options: Namespace) -> list[Callback]:
     """Return what the Trainer's `options` leave open: the progress bar and the last checkpoint."""
     given = given_callbacks(options)
     added: list[Callback] = []
+    if not options.barebones:
+        added.append(SkippedStepCount())
     if not (any(isinstance(c, ProgressBar) for c in given) or _off(options, "progress_bar")):
         added.append(MetricsBar())
     if not (any(_keeps_last(c) for c in given) or _off(options, "checkpointing")):

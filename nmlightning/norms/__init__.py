@@ -31,3 +31,4 @@ from nmlightning.norms.mean_only import MeanOnlyBatchNorm as MeanOnlyBatchNorm
 from nmlightning.norms.mean_only import MeanOnlyBatchNorm1d as MeanOnlyBatchNorm1d
 from nmlightning.norms.mean_only import MeanOnlyBatchNorm2d as MeanOnlyBatchNorm2d
 from nmlightning.norms.mean_only import MeanOnlyBatchNorm3d as MeanOnlyBatchNorm3d
+from nmlightning.norms.quantization_noise import QuantizationNoise as QuantizationNoise
