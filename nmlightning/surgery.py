@@ -90,8 +90,8 @@ def swap_norms(
 
     Args:
         model: any module, also one that `torch.compile` wraps.
-        norm: `l1`, `linf`, `top10`, `topk`, `lp`, `mean`, or `l2` for torch's own.
-        options: the norm's constructor options: `k`, `p`, `constant`, `eps`, `momentum`,
+        norm: `l1`, `linf`, `top10`, `topk`, `lp`, `range`, `mean`, `half_l2`, or `l2`, torch's own.
+        options: the norm's constructor options: `k`, `p`, `chunks`, `constant`, `eps`, `momentum`,
             `stats_dtype`, `sync`. By default eps and momentum stay those of the layer.
         kinds: `batch`, `layer` or both.
         include: glob patterns on module names, such as `layer1.*`; empty means all.

@@ -37,7 +37,7 @@ class NormSwap(ModelChange):
     The keywords are those of `nmlightning.swap_norms`.
 
     Args:
-        norm: `l1`, `linf`, `top10`, `topk`, `lp`, `mean`, or `l2` for torch's own.
+        norm: `l1`, `linf`, `top10`, `topk`, `lp`, `range`, `mean`, `half_l2`, or `l2`, torch's own.
         options: the norm's constructor options, such as `constant` or `k`.
         kinds: `batch`, `layer` or both.
         include: glob patterns on the names of modules in the LightningModule; empty means all.
