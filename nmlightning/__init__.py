@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from nmlightning.norms import TopKBatchNorm2d as TopKBatchNorm2d
     from nmlightning.norms import TopKBatchNorm3d as TopKBatchNorm3d
     from nmlightning.norms import gaussian_constant as gaussian_constant
+    from nmlightning.probe import probe_norms as probe_norms
     from nmlightning.surgery import SwapReport as SwapReport
     from nmlightning.surgery import swap_norms as swap_norms
     from nmlightning.tasks import ImageClassifier as ImageClassifier
@@ -73,6 +74,7 @@ _HOMES = {
         "QuantizationNoise",
         "gaussian_constant",
     ],
+    "probe": ["probe_norms"],
     "surgery": ["SwapReport", "swap_norms"],
     "tasks": ["ImageClassifier"],
     "weights.channel_norms": ["ChannelLayout", "channel_norms"],

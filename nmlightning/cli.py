@@ -18,6 +18,7 @@ COMMANDS = {
     "validate": "measure a checkpoint on the validation images",
     "test": "measure a checkpoint on the test images",
     "predict": "run a checkpoint on images, for a BasePredictionWriter callback to keep",
+    "probe": "say what the norms of a network would do in half precision",
     "compare": "print a table of runs, and write a page with their curves and norms",
     "dashboard": "start TensorBoard on runs",
 }
@@ -69,9 +70,13 @@ def _run(arguments: list[str]) -> int:
     if command in _READING_COMMANDS:
         module = import_module(f"nmlightning.commands.{command}")
         return int(module.run(arguments[1:]))
-    given = GivenFiles(arguments)
     if "" not in sys.path:  # as for `python -m`: a class of the user's own, in the current folder
         sys.path.insert(0, "")
+    if command == "probe":
+        from nmlightning.commands.probe import run as probe
+
+        return probe(arguments[1:])
+    given = GivenFiles(arguments)
     from nmlightning.commands.training import run
 
     return run(arguments, given)
@@ -94,6 +99,7 @@ nm {_version()}: normalisation in other norms than L2, for PyTorch Lightning
   nm fit --config configs/quickstart.yaml             train on the digits in scikit-learn
   nm fit --config configs/cifar_l1.yaml               the main experiment, on CIFAR-10
   nm fit --config configs/cifar_l1.yaml --data Digits the same network, on the digits
+  nm probe configs/cifar_l2.yaml                      would its norms survive half precision?
   nm compare runs                                     what differed, and how it went
 
 commands (nm <command> --help lists its options)

@@ -20,7 +20,7 @@ LAYERS = [
     ["nmlightning"],
     ["nmlightning.callbacks", "nmlightning.tasks", "nmlightning.datamodules"],
     ["nmlightning.compat", "nmlightning.checkpoints"],
-    ["nmlightning.surgery"],
+    ["nmlightning.surgery", "nmlightning.probe"],
     ["nmlightning.swappable", "nmlightning.recipes"],
     ["nmlightning.norms", "nmlightning.weights"],
     [
@@ -32,6 +32,7 @@ LAYERS = [
     ["nmlightning.weights.layer_weights", "nmlightning.weights.optimizer_family"],
     ["nmlightning.weights.weight_place"],
     ["nmlightning.weights.channel_norms"],
+    ["nmlightning.norms.half_trial"],
     ["nmlightning.norms.registry"],
     [
         "nmlightning.norms.batch_norm",
@@ -56,6 +57,7 @@ LAYERS = [
         "nmlightning.norms.cross_rank",
         "nmlightning.norms.first_derivative",
         "nmlightning.norms.gaussian",
+        "nmlightning.norms.half_range",
         "nmlightning.weights.channel_summaries",
         "nmlightning.weights.history",
         "nmlightning.weights.parameter_groups",

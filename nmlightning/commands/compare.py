@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from nmlightning.commands.argument_parser import ArgumentParser
-from nmlightning.errors import InputError
+from nmlightning.commands.written_file import check_replaceable, write_file
 from nmlightning.reports.comparison import Group, choose_metric, group_runs
 from nmlightning.reports.page import GENERATOR, write_page
 from nmlightning.reports.resumed_runs import join_resumed
@@ -30,7 +30,7 @@ def run(arguments: list[str]) -> int:
         InputError: no runs, runs that cannot be compared, or a page that would replace other work.
     """
     given = _parse(arguments)
-    _check_page(given.report)
+    check_replaceable("--report", given.report, GENERATOR, "page of nm compare")
     runs = join_resumed([read_run(folder) for folder in find_runs(given.run)])
     metric = choose_metric(runs, given.metric)
     groups = group_runs(runs, metric)
@@ -38,7 +38,7 @@ def run(arguments: list[str]) -> int:
     for joined in runs:
         for earlier, later in pairwise(joined.parts):
             _print_line("resumed", f"{later} goes on with {earlier}; they are one run")
-    _write(given.report, write_page(groups))
+    write_file("--report", given.report, write_page(groups))
     _print_line("page", given.report)
     return 0
 
@@ -80,17 +80,3 @@ def _print_tables(groups: list[Group]) -> None:
 
 def _print_line(heading: str, text: object) -> None:
     Console().print(f" {heading:<11} {text}", soft_wrap=True, highlight=False, markup=False)
-
-
-def _check_page(file: Path) -> None:
-    if file.is_dir():
-        raise InputError(f"--report: {file} is a folder; name a file in it.")
-    if file.exists() and GENERATOR not in file.read_text(encoding="utf-8", errors="replace"):
-        raise InputError(f"--report: {file} is no page of nm compare; give another name.")
-
-
-def _write(file: Path, page: str) -> None:
-    try:
-        file.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--report: {file} cannot be written: {error.strerror}.") from error

@@ -49,7 +49,7 @@ def run(arguments: list[str], given: GivenFiles) -> int:
             resolved = _resolve_last(given) if given.wants_last else []
             TrainingCLI([command, *remembered, *options, *resolved], given.run_name)
         except SystemExit as stop:
-            if _is_ctrl_c(stop):
+            if is_ctrl_c(stop):
                 raise KeyboardInterrupt from None
             return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0
@@ -150,7 +150,7 @@ class TrainingCLI(ExplicitOptionsWin):
                 shutil.rmtree(folder, ignore_errors=True)  # nothing was learned
             raise
         except SystemExit as stop:
-            if not _is_ctrl_c(stop):
+            if not is_ctrl_c(stop):
                 raise
             checkpoint = self._last_checkpoint() or kwargs.get("ckpt_path")
             run_report.print_interruption(folder, checkpoint)
@@ -201,6 +201,6 @@ def _make_folder(folder: Path | None) -> None:
         raise InputError(f"the run's folder cannot be made: {error}.") from error
 
 
-def _is_ctrl_c(stop: SystemExit) -> bool:
+def is_ctrl_c(stop: SystemExit) -> bool:
     """Whether `stop` is what Lightning 2.6 makes of KeyboardInterrupt: exit(1)."""
     return isinstance(stop.__context__, KeyboardInterrupt)

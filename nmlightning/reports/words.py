@@ -33,3 +33,15 @@ def format_seconds(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def format_loss(share: float | None) -> str:
+    """Return `37 %`; `<1 %` and `>99 %` for what rounding would hide; `—` for None."""
+    if share is None:
+        return "—"
+    percent = 100 * share
+    if 0 < percent < 1:
+        return "<1 %"
+    if 99 < percent < 100:
+        return ">99 %"
+    return f"{percent:.0f} %"

@@ -1,0 +1,161 @@
+"""`nm probe`: what the norms of a network get, and what they would make of it in half precision."""
+
+import argparse
+import json
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+
+from nmlightning.commands.argument_parser import ArgumentParser
+from nmlightning.commands.given_files import GivenFiles
+from nmlightning.commands.run_folder import CHECKPOINTS
+from nmlightning.commands.written_file import check_replaceable, write_file
+from nmlightning.errors import InputError
+from nmlightning.reports.half_verdict import FAILING, NAMES, REMEDY, WAYS, verdict
+from nmlightning.reports.norm_ranges import LayerRanges, NormRanges
+from nmlightning.reports.range_chart import GENERATOR, Band, draw_ranges
+from nmlightning.reports.words import format_loss
+
+_DEFAULT_PICTURE = Path("norm_ranges.svg")
+_DEFAULT_BATCHES = 2
+_JSON_MARK = '"generator": "nm probe"'
+
+
+def run(arguments: list[str]) -> int:
+    """Run `nm probe` and return its exit code: 0, whatever the norms would do.
+
+    Raises:
+        InputError: a config or checkpoint that does not exist, a network without norms, no data,
+            or a file that would replace other work.
+    """
+    given, options = _parse(arguments)
+    check_replaceable("--picture", given.picture, GENERATOR, "picture of nm probe")
+    if given.json:
+        check_replaceable("--json", given.json, _JSON_MARK, "answer of nm probe")
+    words = ["probe", *_experiment(given.experiment, options), *options]
+    files = GivenFiles(words)  # a misspelt file is reported before torch is imported
+    from nmlightning.commands.probe_run import run_batches
+
+    ranges = run_batches(words[1:], files, given.batches)
+    _print_table(ranges)
+    for sentence in verdict(ranges):
+        Console().print(Padding(escape(sentence), (0, 0, 0, 1), expand=False), highlight=False)
+    _write(given, ranges)
+    return 0
+
+
+def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return what is given, and the options that are those of `nm fit`."""
+    parser = ArgumentParser(
+        prog="nm probe",
+        allow_abbrev=False,
+        usage="nm probe CONFIG|CHECKPOINT [--batches N] [--picture FILE] [--json FILE] "
+        "[--KEY VALUE ...]",
+        description="Run some training batches through a network, change nothing, and report for "
+        "each norm layer the range of its inputs and what L2, L1, L∞ and Top(10) would make of "
+        "them with every value in float16.",
+        epilog="Every other option is one of nm fit, such as --data Digits.",
+    )
+    parser.add_argument(
+        "experiment",
+        metavar="CONFIG|CHECKPOINT",
+        help="a config, or a checkpoint of a run, whose config.yaml is found beside it or given "
+        "by --config",
+    )
+    parser.add_argument(
+        "--batches", type=int, default=_DEFAULT_BATCHES, help="how many (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        default=_DEFAULT_PICTURE,
+        help="the SVG to write (default: %(default)s)",
+    )
+    parser.add_argument("--json", type=Path, help="where to write the numbers, if they are wanted")
+    if arguments and arguments[0].startswith("-") and arguments[0] not in ("-h", "--help"):
+        parser.error(f"the config or checkpoint comes first, got {arguments[0]!r}")
+    given, options = parser.parse_known_args(arguments)
+    if given.batches < 1:
+        parser.error(f"argument --batches: at least 1, got {given.batches}")
+    return given, options
+
+
+def _experiment(name: str, options: Sequence[str]) -> list[str]:
+    """Return the options of `nm fit` that name the config and, if it is one, the checkpoint."""
+    if not _is_checkpoint(name):
+        return ["--config", name]
+    if any(word.split("=")[0] in ("-c", "--config") for word in options):
+        return ["--ckpt_path", name]
+    config = Path(name).parent.parent / "config.yaml"
+    if Path(name).exists() and not (config.is_file() and Path(name).parent.name == CHECKPOINTS):
+        raise InputError(f"{name} is in no folder of a run with a config.yaml; give --config.")
+    return [*(["--config", str(config)] if config.is_file() else []), "--ckpt_path", name]
+
+
+def _is_checkpoint(name: str) -> bool:
+    return name.endswith(".ckpt") or zipfile.is_zipfile(name)
+
+
+def _print_table(ranges: NormRanges) -> None:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("norm layer", overflow="fold", ratio=1)
+    losses = [NAMES[norm] for norm in ranges.norms]
+    lost_in_input = ranges.input_share() > 0
+    for heading in ("σ min", "σ max", "max |x − μ|", *losses, *["input"] * lost_in_input):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for layer in ranges.layers:
+        cells = [_norm_cell(layer, norm, how=norm == FAILING) for norm in ranges.norms]
+        if lost_in_input:
+            cells.append(_coloured(layer.input_share(), format_loss(layer.input_share())))
+        table.add_row(escape(layer.name), *_size_cells(layer), *cells)
+    Console().print(table)
+    for name, reason in ranges.left_out.items():
+        Console().print(f" left out    {name}: {reason}", highlight=False, markup=False)
+
+
+def _size_cells(layer: LayerRanges) -> list[str]:
+    scales = layer.finite_scales
+    sizes = [scales.min(), scales.max()] if len(scales) else [float("nan")] * 2
+    return [f"{size:.3g}" for size in (*sizes, layer.deviations.max())]
+
+
+def _norm_cell(layer: LayerRanges, norm: str, *, how: bool) -> str:
+    share, lost = layer.lost_share(norm), layer.lost(norm)
+    way = f" {WAYS[max(lost, key=lambda way: lost[way])]}" if how and lost else ""
+    return _coloured(share, format_loss(share) + way)
+
+
+def _coloured(share: float | None, text: str) -> str:
+    return f"[red]{text}[/red]" if share else text
+
+
+def _write(given: argparse.Namespace, ranges: NormRanges) -> None:
+    write_file("--picture", given.picture, draw_ranges(ranges.layers, *_bands(ranges)))
+    _print_line("picture", given.picture)
+    if given.json:
+        content = {"generator": "nm probe", **ranges.as_plain()}
+        write_file("--json", given.json, json.dumps(content, indent=1, allow_nan=False) + "\n")
+        _print_line("numbers", given.json)
+
+
+def _bands(ranges: NormRanges) -> list[Band]:
+    """Return what the norms can take, at the smallest eps of the layers."""
+    from nmlightning.norms.half_range import half_range
+
+    eps = min(layer.eps for layer in ranges.layers)
+    limits = {norm: half_range(norm, eps) for norm in (REMEDY, FAILING)}
+    names = {REMEDY: "L1 in half", FAILING: "L2 in half, op by op"}
+    return [
+        Band(norm, names[norm], limit.smallest_scale, limit.largest_deviation)
+        for norm, limit in limits.items()
+    ]
+
+
+def _print_line(heading: str, text: object) -> None:
+    Console().print(f" {heading:<11} {text}", soft_wrap=True, highlight=False, markup=False)

@@ -1,0 +1,132 @@
+"""What was measured of the norm layers of a network: how large their inputs are, and what becomes
+of them where every value of a norm is held in float16."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+RIGHT, INPUT = "right", "input"
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRanges:
+    """One norm layer, over all batches.
+
+    A channel of a batch norm, or a token of a layer norm, is one entry for each batch.
+
+    Attributes:
+        name: of the layer in the model.
+        type_name: its class.
+        kind: `batch` or `layer`.
+        values: how many values share a mean and a scale.
+        eps: its own.
+        scales: (K,) the standard deviation σ of each entry, in float32.
+        deviations: (K,) max |x − μ| of each entry.
+        offset: the largest |μ|/σ.
+        outcomes: for each norm how many entries came out how; "right" and "input" among them.
+    """
+
+    name: str
+    type_name: str
+    kind: str
+    values: int
+    eps: float
+    scales: NDArray[np.float32]
+    deviations: NDArray[np.float32]
+    offset: float
+    outcomes: Mapping[str, Mapping[str, int]]
+
+    @property
+    def finite_scales(self) -> NDArray[np.float32]:
+        """The σ that are finite; all are, unless the network itself gives inf or NaN."""
+        return self.scales[np.isfinite(self.scales)]
+
+    def count(self, norm: str, outcome: str) -> int:
+        """Return how many entries came out so; 0 if the norm was not tried on this layer."""
+        return self.outcomes.get(norm, {}).get(outcome, 0)
+
+    def lost(self, norm: str) -> dict[str, int]:
+        """Return how many entries the norm itself loses, for each way in which it does."""
+        counts = self.outcomes.get(norm, {})
+        return {how: n for how, n in counts.items() if n and how not in (RIGHT, INPUT)}
+
+    def lost_share(self, norm: str) -> float | None:
+        """Return the share of entries that the norm loses, None if it was not tried here."""
+        if norm not in self.outcomes:
+            return None
+        return sum(self.lost(norm).values()) / len(self.scales)
+
+    def input_share(self) -> float:
+        """Return the share of entries that are lost when x is rounded to float16."""
+        return max(counts.get(INPUT, 0) for counts in self.outcomes.values()) / len(self.scales)
+
+    def as_plain(self) -> dict[str, Any]:
+        """Return the layer as JSON holds it."""
+        finite = self.finite_scales
+        low, middle, high = np.quantile(finite, [0, 0.5, 1]) if len(finite) else (np.nan,) * 3
+        return {
+            "name": self.name,
+            "class": self.type_name,
+            "kind": self.kind,
+            "values": self.values,
+            "eps": self.eps,
+            "entries": len(self.scales),
+            "sigma": {"min": _plain(low), "median": _plain(middle), "max": _plain(high)},
+            "largest_deviation": _plain(self.deviations.max()),
+            "largest_mean_over_sigma": _plain(self.offset),
+            "lost_in_input": self.input_share(),
+            "lost": {
+                norm: {how: n / len(self.scales) for how, n in self.lost(norm).items()}
+                for norm in self.outcomes
+            },
+        }
+
+
+@dataclass(frozen=True)
+class NormRanges:
+    """All norm layers of a network; the answer of `nmlightning.probe_norms`.
+
+    Attributes:
+        layers: in the order in which the network calls them first.
+        norms: what was tried in half precision, the first of them the one to be replaced.
+        batches: how many were run.
+        left_out: norm layers that were not measured, with the reason.
+    """
+
+    layers: Sequence[LayerRanges]
+    norms: Sequence[str]
+    batches: int
+    left_out: Mapping[str, str]
+
+    def lost_share(self, norm: str) -> float:
+        """Return the share of entries that a norm loses, of the layers that it was tried on."""
+        layers = [layer for layer in self.layers if norm in layer.outcomes]
+        total = sum(len(layer.scales) for layer in layers)
+        return sum(sum(layer.lost(norm).values()) for layer in layers) / total if total else 0.0
+
+    def losing_layers(self, norm: str) -> list[LayerRanges]:
+        """Return the layers in which the norm loses anything."""
+        return [layer for layer in self.layers if layer.lost(norm)]
+
+    def input_share(self) -> float:
+        """Return the share of entries that no norm brings back."""
+        total = sum(len(layer.scales) for layer in self.layers)
+        return sum(layer.input_share() * len(layer.scales) for layer in self.layers) / total
+
+    def as_plain(self) -> dict[str, Any]:
+        """Return all of it as JSON holds it."""
+        return {
+            "batches": self.batches,
+            "lost": {norm: self.lost_share(norm) for norm in self.norms},
+            "lost_in_input": self.input_share(),
+            "left_out": dict(self.left_out),
+            "layers": [layer.as_plain() for layer in self.layers],
+        }
+
+
+def _plain(value: Any) -> float | None:
+    """Return a float, or None for what JSON has no word for."""
+    return float(value) if np.isfinite(value) else None
