@@ -52,7 +52,9 @@ def probe_norms(
     with _as_it_was(model), NormWatch(model) as watch:
         model.train()
         for batch in batches:
-            torch.autograd.backward(loss(model, batch))
+            value = loss(model, batch)
+            if value.requires_grad:
+                torch.autograd.backward(value)
             watch.end_batch()
     return watch.ranges()
 

@@ -33,14 +33,6 @@ class HalfRange:
     smallest_scale: float
     largest_deviation: float
 
-    def underflows(self, scale: float) -> bool:
-        """Return whether a channel of deviation σ is too small."""
-        return scale < self.smallest_scale
-
-    def overflows(self, deviation: float) -> bool:
-        """Return whether a channel with this max |x − μ| is too large."""
-        return deviation > self.largest_deviation
-
 
 def half_range(norm: str, eps: float) -> HalfRange:
     """Return the limits of a norm, called as in a swap, whose statistics are in float16.

@@ -1,0 +1,106 @@
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from nmlightning.norms.half_range import half_range
+from nmlightning.norms.half_trial import HALF_NORMS, OUTCOMES, try_norms
+
+N = 4096
+OTHERS = ("l1", "linf", "top10")
+
+
+def gaussian(sigmas: Sequence[float], mean: float = 0.0) -> Tensor:
+    """Return a row of N Gaussian values for each σ."""
+    return torch.randn(len(sigmas), N) * torch.tensor(sigmas).unsqueeze(1) + mean
+
+
+def judge(rows: Tensor, gradients: Tensor | None, eps: float = 1e-5) -> dict[str, list[str]]:
+    """Return what becomes of each row, by the name of the norm."""
+    tried = try_norms(rows, gradients, eps, tuple(HALF_NORMS))
+    return {norm: [OUTCOMES[i] for i in outcome.tolist()] for norm, outcome in tried.items()}
+
+
+def test_each_channel_is_judged_for_itself() -> None:
+    sigmas = [300.0, 1.0, 0.01, 1e-3, 10.0, 80.0, 0.02, 0.05, 1e4, 1e5]
+    expected = {300.0: "dead", 80.0: "dead", 1e4: "dead", 1e5: "input"} | dict.fromkeys(
+        (0.01, 1e-3, 0.02), "gradient not finite"
+    )
+    found = judge(gaussian(sigmas), torch.randn(len(sigmas), N) * 1e-4)
+    assert found["half_l2"] == [expected.get(sigma, "right") for sigma in sigmas]
+    for norm in OTHERS:
+        assert found[norm] == ["right"] * 9 + ["input"], norm
+
+
+@pytest.mark.parametrize("sigma", [1e-4, 1e-3, 0.02, 0.1, 1, 10, 60, 80, 1e3, 1e4])
+def test_small_eps_shows_the_range(sigma: float) -> None:
+    """With eps = 1e-10 nothing hides small σ, and L1 is right from 1e-4 to 1e4."""
+    found = judge(gaussian([sigma] * 8), torch.randn(8, N), eps=1e-10)
+    l2_is_right = {outcome == "right" for outcome in found["half_l2"]}
+    assert l2_is_right == ({True} if 0.1 <= sigma <= 10 else {False, True} if sigma == 60 else {False})
+    for norm in OTHERS:
+        assert set(found[norm]) == {"right"}, norm
+
+
+def test_the_limits_foretell_the_trial() -> None:
+    """Apart from σ at the very limit, where rounding and the gradient decide."""
+    sigmas = torch.logspace(-4, 4, 200)
+    rows = gaussian(sigmas.tolist())
+    limits = half_range("half_l2", 1e-5)
+    deviations = rows.half() - rows.half().mean(1, keepdim=True)
+    too_large = deviations.abs().amax(1) > limits.largest_deviation
+    scales = rows.std(1)
+    too_small = scales < limits.smallest_scale
+    clear = (scales / limits.smallest_scale).log().abs() > 0.2
+    lost = torch.tensor([o != "right" for o in judge(rows, torch.randn_like(rows))["half_l2"]])
+    assert torch.equal(lost[clear], (too_large | too_small)[clear])
+    assert clear.sum() > 190
+    assert too_large.any() and too_small.any()
+
+
+def test_a_loss_scale_is_no_matter() -> None:
+    rows = gaussian([1e-3, 0.1, 1.0, 100.0])
+    gradients = torch.randn_like(rows)
+    assert judge(rows, gradients * 1e-12) == judge(rows, gradients) == judge(rows, gradients * 1e9)
+
+
+def test_without_a_gradient_the_forward_alone_counts() -> None:
+    assert judge(gaussian([0.01, 1.0, 300.0]), None)["half_l2"] == ["right", "right", "dead"]
+
+
+def test_a_constant_channel_has_an_infinite_inverse_root() -> None:
+    found = judge(torch.full((1, N), 3.0), torch.randn(1, N))
+    assert found == {"half_l2": ["gradient not finite"], **dict.fromkeys(OTHERS, ["right"])}
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        gaussian([0.1], mean=1000.0),  # float16 has steps of 0.5 there
+        gaussian([1.0], mean=1e5),
+        gaussian([1e5]),
+        torch.full((1, N), float("nan")),
+        torch.full((1, N), float("inf")),
+    ],
+    ids=["mean", "offset", "large", "nan", "inf"],
+)
+def test_what_float16_does_not_hold_is_lost_before_any_norm(rows: Tensor) -> None:
+    found = judge(rows, torch.randn_like(rows))
+    assert found == dict.fromkeys(HALF_NORMS, ["input"])
+
+
+def test_a_gradient_that_is_not_finite_says_nothing_of_the_norm() -> None:
+    found = judge(gaussian([1.0]), torch.full((1, N), float("inf")))
+    assert found == dict.fromkeys(HALF_NORMS, ["right"])
+
+
+def test_a_norm_of_more_values_than_there_are_is_left_out() -> None:
+    assert set(judge(torch.randn(2, 9), torch.randn(2, 9))) == {"half_l2", "l1", "linf"}
+
+
+def test_parts_of_a_large_input_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = gaussian([1.0, 300.0] * 5)
+    whole = judge(rows, rows)
+    monkeypatch.setattr("nmlightning.norms.half_trial._ELEMENTS_AT_ONCE", 3 * N)
+    assert judge(rows, rows) == whole
