@@ -122,7 +122,7 @@ def test_layer_norms_count_tokens(cls: Any) -> None:
 
 
 def test_the_weight_is_part_of_the_gradient() -> None:
-    """A weight of 0 in float32 leaves L2 no gradient to lose, but what it makes is NaN all the same."""
+    """A weight of 0 leaves L2 no gradient to lose, but 0 times infinity is NaN all the same."""
     norm = nn.BatchNorm2d(8)
     nn.init.zeros_(norm.weight)
     (layer,) = probe_norms(norm, [images()], steep).layers

@@ -122,7 +122,7 @@ def _print_table(ranges: NormRanges) -> None:
 def _size_cells(layer: LayerRanges) -> list[str]:
     scales = layer.finite_scales
     sizes = [scales.min(), scales.max()] if len(scales) else [float("nan")] * 2
-    return [f"{size:.3g}" for size in (*sizes, layer.deviations.max())]
+    return [f"{size:.3g}" for size in (*sizes, layer.largest_deviation)]
 
 
 def _norm_cell(layer: LayerRanges, norm: str, *, how: bool) -> str:

@@ -31,6 +31,7 @@ TOLERANCE = 0.1
 and what float32 makes of these sums does not count."""
 _FLOOR = 0.1  # outputs smaller than this, which eps has shrunk, are judged as if they had this size
 _ELEMENTS_AT_ONCE = 2**21
+_WIDEST_LINE = 64
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ def _judge_gradients(
     finite = got.isfinite().all(1)
     errors = (got - right * scale).nan_to_num().square()
     if ties:
-        errors = errors.sort(1).values[:, : max(1, errors.shape[1] - ties)]
+        largest = errors.topk(min(ties, errors.shape[1] - 1), dim=1).indices
+        errors.scatter_(1, largest, 0.0)
     size = _rms(exact.output) / _rms(exact.input - exact.input.mean(1, keepdim=True))
     size = size.nan_to_num(nan=0.0, posinf=0.0)  # a constant channel's output is its gradient's
     off = errors.mean(1).sqrt() > TOLERANCE * torch.maximum(
@@ -139,9 +141,8 @@ def _judge_gradients(
 
 def _loss_scale(gradients: Tensor, results: Tensor) -> Tensor:
     """Return (C, 1) powers of two that bring the largest of both to equal distances from 1."""
-    product = gradients.abs().amax(1, keepdim=True) * results.abs().amax(1, keepdim=True)
-    exponent = torch.where(product > 0, -0.5 * product.log2(), 0.0)
-    return torch.exp2(exponent.round())
+    sizes = [tensor.abs().amax(1, keepdim=True).log2() for tensor in (gradients, results)]
+    return torch.exp2((-0.5 * (sizes[0] + sizes[1])).nan_to_num(0.0, 0.0, 0.0).round())
 
 
 def _rms(rows: Tensor) -> Tensor:
@@ -169,11 +170,17 @@ class _Run:
             device=self.input.device,
         )
         with torch.enable_grad():
-            self.leaf = self.input.unsqueeze(0).requires_grad_()
+            self.leaf = self._as_image(self.input).requires_grad_()
             self.graph = layer(self.leaf)
-        self.output = self.graph.detach()[0]
+        self.output = self.graph.detach().reshape(self.input.shape)
 
     def gradient(self, of_output: Tensor) -> Tensor:
         """Return (C, n) the gradient by the input."""
-        (result,) = torch.autograd.grad(self.graph, self.leaf, of_output.unsqueeze(0))
-        return result[0]
+        (result,) = torch.autograd.grad(self.graph, self.leaf, self._as_image(of_output))
+        return result.reshape(self.input.shape)
+
+    def _as_image(self, rows: Tensor) -> Tensor:
+        """Return (C, n) rows as (1, C, n / w, w): the largest are found line by line."""
+        n = rows.shape[1]
+        width = min(n & -n, _WIDEST_LINE)  # a power of two that divides n
+        return rows.reshape(1, len(rows), n // width, width)

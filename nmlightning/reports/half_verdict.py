@@ -38,8 +38,8 @@ def _say_what_is_broken(ranges: NormRanges) -> Iterator[str]:
     broken = [layer.name for layer in ranges.layers if not np.isfinite(layer.scales).all()]
     if broken:
         yield (
-            f"The network itself gives inf or NaN in float32: {_count(broken)} of norms get it, "
-            f"{broken[0]} first."
+            f"The network itself gives inf or NaN in float32, to {_count(broken)} of norms: first "
+            f"to {broken[0]}."
         )
 
 
@@ -80,8 +80,8 @@ def _say_what_no_norm_mends(ranges: NormRanges) -> Iterator[str]:
         worst = max(lost, key=LayerRanges.input_share)
         yield (
             f"{format_loss(ranges.input_share())} are lost before any norm, since float16 does not "
-            f"hold x: most in {worst.name}, where |x − μ| reaches {worst.deviations.max():.3g} and "
-            f"|μ| {worst.offset:.3g} σ. No swap helps there."
+            f"hold x: most in {worst.name}, where |x − μ| is up to {worst.largest_deviation:.3g} "
+            f"and |μ| up to {worst.offset:.3g} σ. No swap helps there."
         )
 
 

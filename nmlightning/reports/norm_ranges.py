@@ -44,6 +44,12 @@ class LayerRanges:
         """The σ that are finite; all are, unless the network itself gives inf or NaN."""
         return self.scales[np.isfinite(self.scales)]
 
+    @property
+    def largest_deviation(self) -> float:
+        """The largest finite |x − μ|; NaN if there is none."""
+        finite = self.deviations[np.isfinite(self.deviations)]
+        return float(finite.max()) if len(finite) else float("nan")
+
     def count(self, norm: str, outcome: str) -> int:
         """Return how many entries came out so; 0 if the norm was not tried on this layer."""
         return self.outcomes.get(norm, {}).get(outcome, 0)
@@ -75,7 +81,7 @@ class LayerRanges:
             "eps": self.eps,
             "entries": len(self.scales),
             "sigma": {"min": _plain(low), "median": _plain(middle), "max": _plain(high)},
-            "largest_deviation": _plain(self.deviations.max()),
+            "largest_deviation": _plain(self.largest_deviation),
             "largest_mean_over_sigma": _plain(self.offset),
             "lost_in_input": self.input_share(),
             "lost": {

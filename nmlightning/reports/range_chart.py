@@ -70,13 +70,9 @@ def draw_ranges(layers: Sequence[LayerRanges], wide: Band, narrow: Band) -> str:
 
 
 def _axis_of(layers: Sequence[LayerRanges]) -> Axis:
-    values = np.concatenate([_WHOLE, *(x.finite_scales for x in layers), *map(_largest, layers)])
-    shown = values[values > np.finfo(np.float32).tiny]
-    return Axis.over(shown.astype(np.float64), logarithmic=True)
-
-
-def _largest(layer: LayerRanges) -> list[float]:
-    return [float(x) for x in (layer.deviations.max(),) if np.isfinite(x)]
+    ends = [*_WHOLE, *(x.largest_deviation for x in layers)]
+    values = np.concatenate([ends, *(x.finite_scales for x in layers)])
+    return Axis.over(values.astype(np.float64), logarithmic=True)
 
 
 def _across(axis: Axis, value: float) -> float:
@@ -126,13 +122,13 @@ def _draw_bar(layer: LayerRanges, axis: Axis, top: int, colour: str) -> Iterator
     if not len(scales):
         return
     low, middle, high = (_across(axis, float(s)) for s in np.quantile(scales, [0, 0.5, 1]))
-    end = max((_across(axis, x) for x in _largest(layer)), default=high)
+    end = _across(axis, layer.largest_deviation)
     y, within = top + _ROW // 2, f'y="{top + 4}" height="{_ROW - 8}"'
     yield f'<line x1="{high:.1f}" x2="{end:.1f}" y1="{y}" y2="{y}" stroke="{colour}"/>'
     yield f'<line x1="{end:.1f}" x2="{end:.1f}" y1="{y - 4}" y2="{y + 4}" stroke="{colour}"/>'
     yield (
         f'<rect x="{low:.1f}" width="{max(high - low, 3):.1f}" {within} fill="{colour}">'
         f"<title>{escape(layer.name)}: σ {scales.min():.3g} to {scales.max():.3g}, "
-        f"max |x − μ| {layer.deviations.max():.3g}</title></rect>"
+        f"max |x − μ| {layer.largest_deviation:.3g}</title></rect>"
     )
     yield f'<rect x="{middle - 1:.1f}" width="2" {within} fill="#fff"/>'

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from nmlightning.norms.half_range import half_range
 from nmlightning.norms.half_trial import HALF_NORMS, OUTCOMES, try_norms
+from nmlightning.norms.registry import layer_class
 
 N = 4096
 OTHERS = ("l1", "linf", "top10")
@@ -38,7 +39,9 @@ def test_small_eps_shows_the_range(sigma: float) -> None:
     """With eps = 1e-10 nothing hides small σ, and L1 is right from 1e-4 to 1e4."""
     found = judge(gaussian([sigma] * 8), torch.randn(8, N), eps=1e-10)
     l2_is_right = {outcome == "right" for outcome in found["half_l2"]}
-    assert l2_is_right == ({True} if 0.1 <= sigma <= 10 else {False, True} if sigma == 60 else {False})
+    assert l2_is_right == (
+        {True} if 0.1 <= sigma <= 10 else {False, True} if sigma == 60 else {False}
+    )
     for norm in OTHERS:
         assert set(found[norm]) == {"right"}, norm
 
@@ -56,13 +59,14 @@ def test_the_limits_foretell_the_trial() -> None:
     lost = torch.tensor([o != "right" for o in judge(rows, torch.randn_like(rows))["half_l2"]])
     assert torch.equal(lost[clear], (too_large | too_small)[clear])
     assert clear.sum() > 190
-    assert too_large.any() and too_small.any()
+    assert too_large.any()
+    assert too_small.any()
 
 
 def test_a_loss_scale_is_no_matter() -> None:
     rows = gaussian([1e-3, 0.1, 1.0, 100.0])
     gradients = torch.randn_like(rows)
-    assert judge(rows, gradients * 1e-12) == judge(rows, gradients) == judge(rows, gradients * 1e9)
+    assert judge(rows, gradients * 1e-30) == judge(rows, gradients) == judge(rows, gradients * 1e9)
 
 
 def test_without_a_gradient_the_forward_alone_counts() -> None:
@@ -71,7 +75,7 @@ def test_without_a_gradient_the_forward_alone_counts() -> None:
 
 def test_a_constant_channel_has_an_infinite_inverse_root() -> None:
     found = judge(torch.full((1, N), 3.0), torch.randn(1, N))
-    assert found == {"half_l2": ["gradient not finite"], **dict.fromkeys(OTHERS, ["right"])}
+    assert found == {"half_l2": ["gradient not finite"], **{key: ["right"] for key in OTHERS}}
 
 
 @pytest.mark.parametrize(
@@ -87,12 +91,12 @@ def test_a_constant_channel_has_an_infinite_inverse_root() -> None:
 )
 def test_what_float16_does_not_hold_is_lost_before_any_norm(rows: Tensor) -> None:
     found = judge(rows, torch.randn_like(rows))
-    assert found == dict.fromkeys(HALF_NORMS, ["input"])
+    assert found == {key: ["input"] for key in HALF_NORMS}
 
 
 def test_a_gradient_that_is_not_finite_says_nothing_of_the_norm() -> None:
     found = judge(gaussian([1.0]), torch.full((1, N), float("inf")))
-    assert found == dict.fromkeys(HALF_NORMS, ["right"])
+    assert found == {key: ["right"] for key in HALF_NORMS}
 
 
 def test_a_norm_of_more_values_than_there_are_is_left_out() -> None:
@@ -104,3 +108,21 @@ def test_parts_of_a_large_input_are_joined(monkeypatch: pytest.MonkeyPatch) -> N
     whole = judge(rows, rows)
     monkeypatch.setattr("nmlightning.norms.half_trial._ELEMENTS_AT_ONCE", 3 * N)
     assert judge(rows, rows) == whole
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_the_layers_do_what_is_foretold(dims: int) -> None:
+    """The layers in half, on a whole batch with its own gradient, fail in the same channels."""
+    sigmas = torch.logspace(-3, 4, 24)
+    shape = {1: (64, 24, 64), 2: (16, 24, 16, 16), 3: (8, 24, 8, 8, 8)}[dims]
+    x = torch.randn(shape) * sigmas.view(1, -1, *(1,) * dims)
+    gradient = torch.randn(shape) * 1e-2
+    rows, slopes = (tensor.transpose(0, 1).flatten(1) for tensor in (x, gradient))
+    found = judge(rows, slopes)
+    for name, options in (("half_l2", {}), ("l1", {"stats_dtype": torch.float16})):
+        leaf = x.half().requires_grad_()
+        output = layer_class(name, "batch", dims)(24, **options)(leaf)
+        (got,) = torch.autograd.grad(output, leaf, gradient.half())
+        over = (0, *range(2, dims + 2))
+        failed = (output == 0).all(dim=over) | ~got.isfinite().all(dim=over)  # type: ignore[call-overload]
+        assert failed.tolist() == [outcome != "right" for outcome in found[name]], name

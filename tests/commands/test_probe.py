@@ -1,0 +1,158 @@
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning  # noqa: F401  # its loggers keep the stream of their import
+import torch
+
+from nmlightning.cli import main
+from nmlightning.reports.half_verdict import HONESTLY
+
+SMALL = shlex.split(
+    "--data.image_size 8 --data.batch_size 16 --model.net.depth 8 --trainer.accelerator cpu"
+)
+FIT = shlex.split(
+    "--trainer.max_epochs 1 --trainer.limit_train_batches 2 --trainer.limit_val_batches 1 "
+    "--trainer.enable_model_summary false --trainer.enable_progress_bar false"
+)
+UNTRAINED = "nm: no checkpoint is given; these weights are untrained.\n"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short run of a small ResNet."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["fit", "--config", "quickstart", *SMALL, *FIT]) == 0
+    return folder / "runs" / "quickstart" / "version_0"
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+def answer(capfd: pytest.CaptureFixture[str]) -> tuple[str, str]:
+    """Return what was printed, without the line of a swap."""
+    out, err = capfd.readouterr()
+    return " ".join(out.split()), re.sub(r".*NormSwap: swapped.*\n", "", err)
+
+
+def numbers(file: str = "n.json") -> Any:
+    return json.loads(Path(file).read_text())
+
+
+def test_a_config(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["probe", "quickstart", *SMALL, "--batches", "3", "--json", "n.json"]) == 0
+    out, err = answer(capfd)
+    assert err == UNTRAINED
+    assert "L2 op by op in half would lose no channel: σ is between" in out
+    assert HONESTLY in out
+    assert out.endswith("picture norm_ranges.svg numbers n.json")
+    found = numbers()
+    assert found["batches"] == 3
+    assert [layer["name"] for layer in found["layers"]][:2] == ["net.bn1", "net.layer1.0.bn1"]
+    assert {layer["class"] for layer in found["layers"]} == {"L1BatchNorm2d"}
+    assert found["layers"][0]["entries"] == 3 * 16
+    assert sorted(path.name for path in Path().iterdir()) == ["n.json", "norm_ranges.svg"]
+
+
+def test_a_checkpoint_that_is_built_to_fail(
+    trained: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Scaled convolutions change nothing of the function, and everything of σ."""
+    run = Path("runs/x/version_0")
+    shutil.copytree(trained, run)
+    last = run / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=False)
+    for name, power in (("layer1.0.conv1", -3), ("layer3.0.conv1", 4)):
+        checkpoint["state_dict"][f"net.{name}.weight"] *= 10.0**power
+    torch.save(checkpoint, last)
+    assert main(["probe", str(last), "--json", "n.json", "--picture", "p.svg"]) == 0
+    out, err = answer(capfd)
+    assert err == ""
+    lost = {layer["name"]: layer["lost"] for layer in numbers()["layers"]}
+    failing = {name: ways["half_l2"] for name, ways in lost.items() if ways["half_l2"]}
+    assert failing == {
+        "net.layer1.0.bn1": {"gradient not finite": 1.0},
+        "net.layer3.0.bn1": {"dead": 1.0},
+    }
+    assert all(ways[norm] == {} for ways in lost.values() for norm in ("l1", "linf", "top10"))
+    share = (16 + 64) / (3 * 16 + 2 * 32 + 2 * 64)
+    assert f"L2 op by op in half would lose {100 * share:.0f} % of the channels, in 2 of 7" in out
+    assert "Swapping to l1 brings that to 0 % (L∞ 0 %, Top(10) 0 %)." in out
+    assert Path("p.svg").read_text().count("100 %") == 2
+
+
+def test_the_weights_are_those_of_the_checkpoint(trained: Path) -> None:
+    last = str(trained / "checkpoints" / "last.ckpt")
+    before = (trained / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+    sizes = []
+    for words in ([last], [str(trained / "config.yaml"), "--ckpt_path", last], ["quickstart"]):
+        options = SMALL if words == ["quickstart"] else []
+        assert main(["probe", *words, *options, "--batches", "1", "--json", "n.json"]) == 0
+        sizes.append([layer["sigma"] for layer in numbers()["layers"]])
+    assert sizes[0] == sizes[1] != sizes[2]
+    assert (trained / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
+
+
+def test_no_weight_moves_between_batches(capfd: pytest.CaptureFixture[str]) -> None:
+    """The first batch of two is the only one of one; a step between would move the second's σ."""
+    words = ["probe", "quickstart", *SMALL, "--json", "n.json", "--batches"]
+    found = []
+    for rate in ("1e-9", "1e9"):
+        assert main([*words, "3", "--model.optimizer.lr", rate]) == 0
+        found.append(numbers()["layers"])
+    assert found[0] == found[1]
+
+
+BAD_INPUT = {
+    "": "the following arguments are required: CONFIG.CHECKPOINT; nm probe --help",
+    "--data Digits": "the config or checkpoint comes first, got '--data'",
+    "quickstar": "--config: there is no file 'quickstar' in .* Did you mean 'quickstart'.",
+    "nope.ckpt": "--ckpt_path: there is no file 'nope.ckpt'",
+    "lonely.ckpt": "lonely.ckpt is in no folder of a run with a config.yaml; give --config.",
+    "quickstart --batches 0": "argument --batches: at least 1, got 0",
+    "quickstart --bathces 3": "there is no option '--bathces'",
+    "quickstart --model.net.depth 7": "CifarResNet depth 7 is not 6n",
+    "quickstart --picture notes.txt": "--picture: notes.txt is no picture of nm probe; give another",
+    "quickstart --json notes.txt": "--json: notes.txt is no answer of nm probe; give another name.",
+    "bare.yaml": "There is no batch or layer norm to measure in ImageClassifier",
+}
+
+
+@pytest.mark.parametrize(("words", "message"), BAD_INPUT.items())
+def test_bad_input(words: str, message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    Path("notes.txt").write_text("mine")
+    Path("lonely.ckpt").touch()
+    Path("bare.yaml").write_text(BARE)
+    assert main(["probe", *shlex.split(words)]) == 2
+    out, err = answer(capfd)
+    assert re.fullmatch(rf"nm: {message}.*\n", err.removeprefix(UNTRAINED)), err
+    assert out == ""
+    assert len(list(Path().iterdir())) == 3
+
+
+BARE = """
+model:
+  class_path: ImageClassifier
+  init_args:
+    net: {class_path: torch.nn.Linear, init_args: {in_features: 4, out_features: 10}}
+    optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1}}
+data: Digits
+trainer: {accelerator: cpu}
+"""
+
+
+def test_a_misspelt_file_is_reported_without_torch() -> None:
+    code = "import sys, nmlightning.cli as c; c.main(['probe', 'nope']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"torch", "pytorch_lightning", "jsonargparse"}.isdisjoint(done.stdout.split())
