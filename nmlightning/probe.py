@@ -78,9 +78,10 @@ class NormWatch:
             elif id(found.module) not in self._layers:
                 self._layers[id(found.module)] = _WatchedLayer(found.name, found.module)
         if not self._layers:
-            others = "".join(f"; {name} is left out: {why}" for name, why in self.left_out.items())
+            others = "; ".join(dict.fromkeys(self.left_out.values()))
             raise InputError(
-                f"There is no batch or layer norm to measure in {type(model).__name__}{others}."
+                f"There is no batch or layer norm to measure in {type(model).__name__}"
+                f"{others and f': {others}'}."
             )
         self._hooks = ExitStack()
         self._batches = 0

@@ -100,8 +100,8 @@ CORRECT = (
     "--trainer.callbacks.steering.reference"
 )
 BAD_INPUT = {
-    "fitt": "no command 'fitt'; the commands are fit, validate, test, predict, compare, dashboard"
-    ". Did you mean 'fit'?",
+    "fitt": "no command 'fitt'; the commands are fit, validate, test, predict, probe, compare, "
+    "dashboard. Did you mean 'fit'?",
     "fit": "required: --data, --model; or give a config that has them, such as --config quickstart",
     "fit --config nope.yaml": "no file 'nope.yaml' in .*; the shipped configs are quickstart",
     "fit --config configs/cifar_l3.yaml": "Did you mean 'cifar_l2'?",

@@ -190,7 +190,11 @@ def test_what_is_not_finite_is_no_norms_fault() -> None:
     ("net", "batches", "message"),
     [
         (nn.Conv2d(8, 4, 1), 1, "There is no batch or layer norm to measure in Conv2d."),
-        (nn.GroupNorm(2, 8), 1, "GroupNorm;  is left out: GroupNorm is neither"),
+        (
+            nn.GroupNorm(2, 8),
+            1,
+            "measure in GroupNorm: GroupNorm is neither a batch norm nor a layer",
+        ),
         (nn.BatchNorm2d(8), 0, "No batch was run: the data are empty."),
     ],
 )

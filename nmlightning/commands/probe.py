@@ -3,6 +3,7 @@
 import argparse
 import json
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -115,8 +116,9 @@ def _print_table(ranges: NormRanges) -> None:
             cells.append(_coloured(layer.input_share(), format_loss(layer.input_share())))
         table.add_row(escape(layer.name), *_size_cells(layer), *cells)
     Console().print(table)
-    for name, reason in ranges.left_out.items():
-        Console().print(f" left out    {name}: {reason}", highlight=False, markup=False)
+    for reason, count in Counter(ranges.left_out.values()).items():
+        first = next(name for name, why in ranges.left_out.items() if why == reason)
+        _print_line("left out", f"{first}{f' and {count - 1} more' * (count > 1)}: {reason}")
 
 
 def _size_cells(layer: LayerRanges) -> list[str]:

@@ -64,7 +64,7 @@ def draw_ranges(layers: Sequence[LayerRanges], wide: Band, narrow: Band) -> str:
         f'<text class="title" x="16" y="24">{title}</text>'
         '<text class="quiet" x="16" y="43">bar: σ from its smallest to its largest, median marked; '
         "line: on to max |x − μ|; shaded: from the least σ to the most |x − μ| that a norm takes; "
-        "right: what it loses</text>"
+        "right: losses</text>"
         f"{''.join(parts)}</svg>\n"
     )
 

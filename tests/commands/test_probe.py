@@ -1,4 +1,5 @@
 import json
+import logging
 import re
 import shlex
 import shutil
@@ -8,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import pytorch_lightning  # noqa: F401  # its loggers keep the stream of their import
 import torch
 
 from nmlightning.cli import main
+from nmlightning.commands.quiet import CHATTY
 from nmlightning.reports.half_verdict import HONESTLY
 
 SMALL = shlex.split(
@@ -24,12 +25,19 @@ FIT = shlex.split(
 UNTRAINED = "nm: no checkpoint is given; these weights are untrained.\n"
 
 
+def log_here(patch: pytest.MonkeyPatch) -> None:
+    """Let Lightning's loggers write to this test's stderr, not to that of the one they began in."""
+    for handler in (handler for name in CHATTY for handler in logging.getLogger(name).handlers):
+        patch.setattr(handler, "stream", sys.stderr)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a short run of a small ResNet."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        log_here(patch)
         assert main(["fit", "--config", "quickstart", *SMALL, *FIT]) == 0
     return folder / "runs" / "quickstart" / "version_0"
 
@@ -38,6 +46,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
+    log_here(monkeypatch)
 
 
 def answer(capfd: pytest.CaptureFixture[str]) -> tuple[str, str]:
@@ -123,7 +132,7 @@ BAD_INPUT = {
     "quickstart --batches 0": "argument --batches: at least 1, got 0",
     "quickstart --bathces 3": "there is no option '--bathces'",
     "quickstart --model.net.depth 7": "CifarResNet depth 7 is not 6n",
-    "quickstart --picture notes.txt": "--picture: notes.txt is no picture of nm probe; give another",
+    "quickstart --picture notes.txt": "--picture: notes.txt is no picture of nm probe; give",
     "quickstart --json notes.txt": "--json: notes.txt is no answer of nm probe; give another name.",
     "bare.yaml": "There is no batch or layer norm to measure in ImageClassifier",
 }
