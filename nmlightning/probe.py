@@ -213,13 +213,9 @@ class _WatchedLayer:
             self.outcomes.setdefault(norm, Counter()).update(names)
 
     def _before_affine(self, gradient: Tensor) -> Tensor:
-        """Return the gradient by what the weight multiplies."""
+        """Return the gradient by what a weight multiplies, but for a factor that a row shares."""
         weight: Tensor | None = self.module.weight  # type: ignore[assignment]
-        if weight is None:
-            return gradient
-        if self.kind == "layer":
-            return gradient * weight
-        return gradient * weight.view(1, -1, *(1,) * (gradient.dim() - 2))
+        return gradient if weight is None or self.kind == "batch" else gradient * weight
 
 
 def _why_not(module: nn.Module) -> str:

@@ -121,13 +121,20 @@ def test_layer_norms_count_tokens(cls: Any) -> None:
     assert set(layer.outcomes) == {"half_l2", "l1"}  # the others are not defined for tokens
 
 
-def test_the_weight_is_part_of_the_gradient() -> None:
-    """A weight of 0 leaves L2 no gradient to lose, but 0 times infinity is NaN all the same."""
-    norm = nn.BatchNorm2d(8)
-    nn.init.zeros_(norm.weight)
-    (layer,) = probe_norms(norm, [images()], steep).layers
-    assert layer.lost("half_l2") == {"gradient not finite": 2, "dead": 3}
-    assert layer.lost("l1") == {}
+def test_gradients_are_those_before_the_weights_of_features(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Tensor] = []
+
+    def note(rows: Tensor, gradients: Tensor, *_: Any) -> dict[str, Tensor]:
+        seen.append(gradients)
+        return {}
+
+    monkeypatch.setattr("nmlightning.probe.try_norms", note)
+    norm, factors = nn.LayerNorm(8), torch.randn(8)
+    nn.init.uniform_(norm.weight)
+    probe_norms(norm, [torch.randn(2, 3, 8)], lambda net, x: (net(x) * factors).sum())
+    torch.testing.assert_close(seen, [(norm.weight * factors).detach().expand(6, 8)])
 
 
 def test_nothing_changes() -> None:
