@@ -1,4 +1,6 @@
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -134,3 +136,17 @@ def test_a_tie_that_rounding_makes_is_no_error() -> None:
     row[0, :2] = torch.tensor([4.0, -4.0])
     row[0, 2:] -= row[0, 2:].mean() - 0.0003
     assert judge(row, row)["linf"] == ["right"]
+
+
+@pytest.mark.parametrize(
+    ("options", "outcome"), [({}, "gradient wrong"), ({"constant": 1.2}, "wrong")]
+)
+def test_what_is_finite_and_off_is_wrong(
+    options: dict[str, Any], outcome: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Judged by L2, L1 has the right output and another gradient."""
+    taken_for_l2 = replace(HALF_NORMS["l1"], exact=("lp", {"p": 2.0, **options}))
+    monkeypatch.setattr("nmlightning.norms.half_trial.HALF_NORMS", {"l1": taken_for_l2})
+    row = gaussian([1.0])
+    (outcomes,) = try_norms(row, row, 1e-5, ["l1"]).values()
+    assert OUTCOMES[int(outcomes[0])] == outcome
