@@ -25,6 +25,7 @@ from nmlightning.reports.words import format_loss
 
 _DEFAULT_PICTURE = Path("norm_ranges.svg")
 _DEFAULT_BATCHES = 2
+_NARROWEST_NAME = 16  # characters
 _JSON_MARK = '"generator": "nm probe"'
 
 
@@ -105,11 +106,11 @@ def _is_checkpoint(name: str) -> bool:
 
 def _print_table(ranges: NormRanges) -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("norm layer", overflow="fold", ratio=1)
+    table.add_column("norm layer", overflow="fold", min_width=_NARROWEST_NAME)
     losses = [NAMES[norm] for norm in ranges.norms]
     lost_in_input = ranges.input_share() > 0
     for heading in ("σ min", "σ max", "max |x − μ|", *losses, *["input"] * lost_in_input):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", no_wrap=heading != NAMES[FAILING])
     for layer in ranges.layers:
         cells = [_norm_cell(layer, norm, how=norm == FAILING) for norm in ranges.norms]
         if lost_in_input:

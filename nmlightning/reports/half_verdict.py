@@ -38,8 +38,8 @@ def _say_what_is_broken(ranges: NormRanges) -> Iterator[str]:
     broken = [layer.name for layer in ranges.layers if not np.isfinite(layer.scales).all()]
     if broken:
         yield (
-            f"The network itself gives inf or NaN in float32, to {_count(broken)} of norms: first "
-            f"to {broken[0]}."
+            f"The network itself gives inf or NaN in float32, to {_count(broken)}: first to "
+            f"{broken[0]}."
         )
 
 

@@ -138,6 +138,14 @@ BAD_INPUT = {
 }
 
 
+def test_names_are_whole_on_a_narrow_terminal(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "72")
+    assert main(["probe", "quickstart", *SMALL, "--batches", "1"]) == 0
+    assert re.search(r"^ net\.layer3\.0\.bn2 .* 0 %", capfd.readouterr().out, re.MULTILINE)
+
+
 @pytest.mark.parametrize(("words", "message"), BAD_INPUT.items())
 def test_bad_input(words: str, message: str, capfd: pytest.CaptureFixture[str]) -> None:
     Path("notes.txt").write_text("mine")

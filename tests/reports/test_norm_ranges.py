@@ -100,9 +100,7 @@ def test_verdict_of_what_no_swap_mends() -> None:
     scales = [math.nan, 1.0, 1.0, 1.0]
     broken = layer("a", scales=scales, lost={key: {"input": 1} for key in NORMS})
     first, _, _, lost, _ = verdict(of(layer("b"), broken))
-    assert (
-        first == "The network itself gives inf or NaN in float32, to 1 layer of norms: first to a."
-    )
+    assert first == "The network itself gives inf or NaN in float32, to 1 layer: first to a."
     assert lost == (
         "12 % are lost before any norm, since float16 does not hold x: most in a, where |x − μ| is "
         "up to 4 and |μ| up to 0.5 σ. No swap helps there."
