@@ -20,7 +20,7 @@ class HalfL2BatchNorm(BatchNormBase):
 
     - (x − μ)² overflows where |x − μ| > 255.9, and makes the channel's output 0, without a NaN:
       from σ = 60 on, for some channels of 4096 values;
-    - ½ (var + eps)^(−3/2), a part of the gradient, overflows where σ < 0.0197, and makes it
+    - ½ (var + eps)^(−3/2), a part of the gradient, overflows where σ < 0.0246, and makes it
       infinite or NaN.
 
     (N, C, *) in, the same out. Evaluation is torch's batch norm. Use a subclass for a fixed number
