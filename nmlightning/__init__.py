@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from nmlightning.datamodules import Digits as Digits
     from nmlightning.datamodules import ImageNet as ImageNet
     from nmlightning.errors import InputError as InputError
+    from nmlightning.export.folding import FoldReport as FoldReport
+    from nmlightning.export.folding import fold_norms as fold_norms
+    from nmlightning.export.network import ExportReport as ExportReport
+    from nmlightning.export.network import export_network as export_network
     from nmlightning.models import TReLU as TReLU
     from nmlightning.norms import HalfL2BatchNorm1d as HalfL2BatchNorm1d
     from nmlightning.norms import HalfL2BatchNorm2d as HalfL2BatchNorm2d
@@ -66,6 +70,8 @@ _HOMES = {
     "checkpoints": ["load_from_checkpoint"],
     "datamodules": ["CIFAR10", "Digits", "ImageNet"],
     "errors": ["InputError"],
+    "export.folding": ["FoldReport", "fold_norms"],
+    "export.network": ["ExportReport", "export_network"],
     "models": ["TReLU"],
     "norms": [
         *_BATCH_NORMS,

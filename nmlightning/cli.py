@@ -21,9 +21,10 @@ COMMANDS = {
     "probe": "say what the norms of a network would do in half precision",
     "compare": "print a table of runs, and write a page with their curves and norms",
     "dashboard": "start TensorBoard on runs",
+    "export": "write a checkpoint's network for plain torch, ONNX or torch.export",
 }
-# They need neither torch nor Lightning.
-_READING_COMMANDS = ("compare", "dashboard")
+# Commands with a parser of their own; the first two need neither torch nor Lightning.
+_OWN_PARSERS = ("compare", "dashboard", "export", "probe")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,15 +68,11 @@ def _run(arguments: list[str]) -> int:
         allowed = ", ".join(COMMANDS)
         hint = nearest(command, COMMANDS)
         raise InputError(f"there is no command {command!r}; the commands are {allowed}.{hint}")
-    if command in _READING_COMMANDS:
-        module = import_module(f"nmlightning.commands.{command}")
-        return int(module.run(arguments[1:]))
     if "" not in sys.path:  # as for `python -m`: a class of the user's own, in the current folder
         sys.path.insert(0, "")
-    if command == "probe":
-        from nmlightning.commands.probe import run as probe
-
-        return probe(arguments[1:])
+    if command in _OWN_PARSERS:
+        module = import_module(f"nmlightning.commands.{command}")
+        return int(module.run(arguments[1:]))
     given = GivenFiles(arguments)
     from nmlightning.commands.training import run
 

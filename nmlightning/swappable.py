@@ -95,10 +95,10 @@ def become(module: nn.Module, template: nn.Module) -> None:
         _take_scale(module)
     if after is nn.SyncBatchNorm:
         module.__dict__.setdefault("process_group", None)
-    if _is_norm_with_activation(before):
+    if is_norm_with_activation(before):
         setattr(module, _ORIGINAL_CLASS, before)
         setattr(module, _ACTIVATION_HOOK, module.register_forward_hook(drop_and_act, prepend=True))
-    elif _is_norm_with_activation(after):
+    elif is_norm_with_activation(after):
         module.__dict__.pop(_ACTIVATION_HOOK).remove()
         del module.__dict__[_ORIGINAL_CLASS]
 
@@ -157,7 +157,7 @@ def _describe(name: str, module: nn.Module) -> NormLayer:
         return NormLayer(name, module, None, refusal=reason)
     if cls in _DIMS:
         return NormLayer(name, module, "batch", _DIMS[cls])
-    if _is_norm_with_activation(cls):
+    if is_norm_with_activation(cls):
         return NormLayer(name, module, "batch", 2)
     if cls in _LAYER_NORMS:
         return NormLayer(name, module, "layer")
@@ -168,13 +168,14 @@ def _describe(name: str, module: nn.Module) -> NormLayer:
     return NormLayer(name, module, None, refusal="no swap is defined for this norm")
 
 
-def _is_norm_with_activation(cls: type) -> bool:
+def is_norm_with_activation(cls: type) -> bool:
+    """Whether a class is timm's batch norm that drops and activates, too."""
     return cls.__name__ == "BatchNormAct2d" and cls.__module__.startswith("timm.")
 
 
 def class_to_take(module: nn.Module, template: nn.Module) -> type[nn.Module]:
     """Return the template's class; a layer that goes back to L2 takes the class it came from."""
-    if type(template) is nn.BatchNorm2d and _is_norm_with_activation(type(module)):
+    if type(template) is nn.BatchNorm2d and is_norm_with_activation(type(module)):
         return type(module)
     if type(template) is nn.BatchNorm2d:
         return module.__dict__.get(_ORIGINAL_CLASS, nn.BatchNorm2d)  # type: ignore[no-any-return]

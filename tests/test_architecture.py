@@ -19,7 +19,7 @@ LAYERS = [
     ["nmlightning.commands"],
     ["nmlightning"],
     ["nmlightning.callbacks", "nmlightning.tasks", "nmlightning.datamodules"],
-    ["nmlightning.compat", "nmlightning.checkpoints"],
+    ["nmlightning.compat", "nmlightning.checkpoints", "nmlightning.export"],
     ["nmlightning.surgery", "nmlightning.probe"],
     ["nmlightning.swappable", "nmlightning.recipes"],
     ["nmlightning.norms", "nmlightning.weights"],

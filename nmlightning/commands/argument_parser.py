@@ -1,4 +1,4 @@
-"""The parser of the commands that only read: its errors are one line."""
+"""The parser of the commands that train nothing: its errors are one line."""
 
 import argparse
 from typing import NoReturn

@@ -3,6 +3,7 @@
 import json
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,18 @@ def remembered_options(checkpoint: str | None) -> list[str]:
     """
     if not checkpoint or "://" in checkpoint or Path(checkpoint).is_dir():
         return []
-    model = _read_hyper_parameters(Path(checkpoint))
-    class_path = model.pop("_class_path", None)
-    if class_path is None:
+    model = model_in(_read_hyper_parameters(Path(checkpoint)))
+    if model is None:
         return []  # not trained by a command line: nothing that it could parse
-    model.pop("_instantiator", None)
-    return ["--config", json.dumps({"model": {"class_path": class_path, "init_args": model}})]
+    return ["--config", json.dumps({"model": model})]
+
+
+def model_in(hyper_parameters: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the model's class and arguments, if a command line has made it."""
+    arguments = dict(hyper_parameters)
+    class_path = arguments.pop("_class_path", None)
+    arguments.pop("_instantiator", None)
+    return None if class_path is None else {"class_path": class_path, "init_args": arguments}
 
 
 def _read_hyper_parameters(path: Path) -> dict[str, Any]:

@@ -23,6 +23,12 @@ def last_checkpoint(runs: Path) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
+def config_of(checkpoint: Path) -> Path | None:
+    """Return the config that the run of a checkpoint has saved, if it is where fit put both."""
+    config = checkpoint.parent.parent / "config.yaml"
+    return config if checkpoint.parent.name == CHECKPOINTS and config.is_file() else None
+
+
 def default_logger(run_name: str) -> dict[str, Any]:
     """Return TensorBoard's logger as a config, which a later option may give another class."""
     # hp_metric would be a meaningless scalar of -1 in every run.

@@ -38,6 +38,7 @@ class CIFAR10(ImageData):
     """
 
     num_classes = 10
+    image_shape = (3, 32, 32)
 
     def __init__(self, root: str = "data", batch_size: int = 128, download: bool = True) -> None:
         super().__init__(batch_size, AUGMENTATION)

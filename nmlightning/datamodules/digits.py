@@ -40,6 +40,11 @@ class Digits(ImageData):
         self.image_size = image_size
         self.channels = check_whole_number("channels", channels)
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images that the model gets."""
+        return self.channels, self.image_size, self.image_size
+
     def setup(self, stage: str | None = None) -> None:
         """Load, enlarge and split the images; they are few, so every stage gets both parts."""
         if self.train is None:

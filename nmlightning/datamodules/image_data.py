@@ -40,6 +40,11 @@ class ImageData(pl.LightningDataModule, ABC):
         self.batch_size = check_whole_number("batch_size", batch_size)
         self.augmentation = augmentation
 
+    @property
+    @abstractmethod
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images that the model gets."""
+
     @abstractmethod
     def setup(self, stage: str | None = None) -> None:
         """Find the images that the stage needs."""

@@ -63,6 +63,11 @@ class ImageNet(ImageData):
         self.image_size = check_whole_number("image_size", image_size)
         self.transform = BatchTransform(MEAN, STD, IN_THE_WORKERS.pad)
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images that the model gets."""
+        return len(MEAN), self.image_size, self.image_size
+
     def setup(self, stage: str | None = None) -> None:
         """Check the folders and list the files that the stage needs."""
         train, validation = self.root / "train", self.root / "val"

@@ -1,0 +1,58 @@
+"""The formats that a network can be written in, known without importing torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from types import MappingProxyType
+
+from nmlightning.errors import InputError, check_choice, check_flag
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format.
+
+    Attributes:
+        suffix: of its files.
+        use: the line of Python that uses the file called {file}.
+        keeps_code: whether its reader has the network's class, so that keys and classes count.
+        needs: packages that no other format needs.
+    """
+
+    suffix: str
+    use: str
+    keeps_code: bool = False
+    needs: tuple[str, ...] = ()
+
+
+FORMATS: Mapping[str, Format] = MappingProxyType(
+    {
+        "state_dict": Format(
+            ".pt", "net.load_state_dict(torch.load({file!r}, weights_only=True))", keeps_code=True
+        ),
+        "onnx": Format(
+            ".onnx",
+            "onnxruntime.InferenceSession({file!r}).run(None, {{'input': x.numpy()}})",
+            needs=("onnx", "onnxscript"),
+        ),
+        "torch_export": Format(".pt2", "torch.export.load({file!r}).module()(x)"),
+    }
+)
+
+
+def check_target(file: Path, format: str, overwrite: bool) -> None:
+    """Raise InputError if there is no such format, it needs more, or the file cannot be written."""
+    check_choice("format", format, FORMATS)
+    absent = [package for package in FORMATS[format].needs if find_spec(package) is None]
+    if absent:
+        raise InputError(
+            f"the format {format} needs {' and '.join(absent)}: pip install 'nmlightning[export]'."
+        )
+    check_flag("overwrite", overwrite)
+    if not file.parent.is_dir():
+        raise InputError(f"there is no folder {str(file.parent)!r} to write {file.name!r} into.")
+    if file.is_dir():
+        raise InputError(f"{str(file)!r} is a folder; name a file in it.")
+    if file.exists() and not overwrite:
+        raise InputError(f"{str(file)!r} exists already; name another file, or set overwrite.")

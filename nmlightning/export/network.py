@@ -1,0 +1,141 @@
+"""export_network: write a network that other programs run, checked before it is kept."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from nmlightning.errors import InputError, check_flag, check_whole_number
+from nmlightning.export.agreement import (
+    TOLERANCE,
+    compute_outputs,
+    draw_inputs,
+    largest_difference,
+)
+from nmlightning.export.files import READERS, WRITERS
+from nmlightning.export.folding import FoldReport, fold_norms
+from nmlightning.export.formats import FORMATS, check_target
+from nmlightning.export.plain_network import copy_to_evaluate, remove_parametrizations, swap_back
+from nmlightning.name_patterns import some
+
+_BATCH_OF_EXAMPLE = 2  # torch.export takes a batch of 1 for one that is always 1
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written.
+
+    Attributes:
+        file: where.
+        format: its name.
+        size: in bytes.
+        fold: which batch norms were folded, None if none was to be.
+        made_plain: the names of the weights that parametrizations computed.
+        difference: the largest of outputs from the trained network's, over the largest of these.
+    """
+
+    file: Path
+    format: str
+    size: int
+    fold: FoldReport | None
+    made_plain: tuple[str, ...]
+    difference: float
+
+
+def export_network(
+    net: nn.Module,
+    file: str | Path,
+    format: str,
+    input_shape: Sequence[int],
+    *,
+    fold: bool = True,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Write a network without its parametrizations and this package's norms, its norms folded.
+
+    What is written was read back and compared with the network, in float32 on the CPU, on standard
+    normal inputs x of several batch sizes: max |written(x) − net(x)| ≤ 1e-5 · max |net(x)|. Where
+    that does not hold no file is written, and one that is there stays.
+
+    Args:
+        net: maps (N, *input_shape) to one tensor; it is not changed.
+        file: where; its folder exists.
+        format: "state_dict", for the network's own class in plain torch, in which the scale alone
+            of a norm is folded, so that all keys stay (see `fold_norms`); "onnx" or "torch_export",
+            which hold the whole computation, for any N.
+        input_shape: the shape of one input, such as (3, 32, 32).
+        fold: fold batch norms; else they are kept as torch's.
+        overwrite: replace a file that is there.
+
+    Returns:
+        What was written.
+
+    Raises:
+        InputError: a setting that is not allowed; a file that cannot be written; a network that
+            does not take such inputs, returns no tensor, or cannot be exported; norms that need
+            this package to evaluate, for a state dict; a difference beyond 1e-5.
+
+    Example:
+        >>> export_network(net, "net.onnx", "onnx", (3, 32, 32)).file
+        PosixPath('net.onnx')
+    """
+    file = Path(file)
+    check_target(file, format, overwrite)
+    check_flag("fold", fold)
+    shape = [check_whole_number("a size of input_shape", size) for size in input_shape]
+    keeps_code = FORMATS[format].keeps_code
+    trained = copy_to_evaluate(net)
+    expected = compute_outputs(trained, shape)
+    plain = copy_to_evaluate(net)
+    made_plain = remove_parametrizations(plain)
+    remaining = swap_back(plain)
+    if keeps_code and remaining:
+        raise InputError(
+            f"no state dict says how {some(remaining)} evaluates: torch's norm of the same keys "
+            "computes something else. Export to onnx or torch_export."
+        )
+    report = fold_norms(plain, keep_norms=keeps_code) if fold else None
+    difference, size = _write(plain, file, format, shape, expected)
+    return ExportReport(file, format, size, report, tuple(made_plain), difference)
+
+
+def _write(
+    plain: nn.Module, file: Path, format: str, shape: list[int], expected: dict[int, Tensor]
+) -> tuple[float, int]:
+    """Write, compare, and only then give the file its name; return difference and size."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".export", dir=file.parent) as folder:
+            draft = Path(folder) / f"network{FORMATS[format].suffix}"
+            _draw_up(plain, format, shape, draft)
+            difference = largest_difference(READERS[format](draft, plain), expected, shape)
+            if difference > TOLERANCE:
+                raise InputError(
+                    f"the {format} differs from the trained network by {difference:.1e} of its "
+                    f"largest output, more than {TOLERANCE:.0e}; nothing was written."
+                )
+            size = draft.stat().st_size
+            os.replace(draft, file)
+    except OSError as error:
+        raise InputError(f"{str(file)!r} cannot be written: {error.strerror}.") from error
+    return difference, size
+
+
+def _draw_up(plain: nn.Module, format: str, shape: list[int], draft: Path) -> None:
+    try:
+        WRITERS[format](plain, draw_inputs(shape, _BATCH_OF_EXAMPLE), draft)
+    except OSError:
+        raise
+    except Exception as error:  # torch's exporters raise classes of many kinds
+        raise InputError(
+            f"torch cannot export this network to {format}: {_first_cause(error)}"
+        ) from error
+
+
+def _first_cause(error: BaseException) -> str:
+    """Return the first line of what an exporter stumbled on, which it wraps in advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).splitlines() or [type(error).__name__])[0]
