@@ -15,6 +15,7 @@ class Format:
 
     Attributes:
         suffix: of its files.
+        needs_suffix: whether a file of another is not read.
         use: the line of Python that uses the file called {file}.
         keeps_code: whether its reader has the network's class, so that keys and classes count.
         needs: packages that no other format needs.
@@ -22,6 +23,7 @@ class Format:
 
     suffix: str
     use: str
+    needs_suffix: bool = False
     keeps_code: bool = False
     needs: tuple[str, ...] = ()
 
@@ -36,7 +38,9 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
             "onnxruntime.InferenceSession({file!r}).run(None, {{'input': x.numpy()}})",
             needs=("onnx", "onnxscript"),
         ),
-        "torch_export": Format(".pt2", "torch.export.load({file!r}).module()(x)"),
+        "torch_export": Format(
+            ".pt2", "torch.export.load({file!r}).module()(x)", needs_suffix=True
+        ),
     }
 )
 
@@ -50,6 +54,9 @@ def check_target(file: Path, format: str, overwrite: bool) -> None:
             f"the format {format} needs {' and '.join(absent)}: pip install 'nmlightning[export]'."
         )
     check_flag("overwrite", overwrite)
+    suffix = FORMATS[format].suffix
+    if FORMATS[format].needs_suffix and file.suffix != suffix:
+        raise InputError(f"a file of {format} must end in {suffix}, got {str(file)!r}.")
     if not file.parent.is_dir():
         raise InputError(f"there is no folder {str(file.parent)!r} to write {file.name!r} into.")
     if file.is_dir():

@@ -98,6 +98,7 @@ def export_network(
             "computes something else. Export to onnx or torch_export."
         )
     report = fold_norms(plain, keep_norms=keeps_code) if fold else None
+    plain.requires_grad_(False)
     difference, size = _write(plain, file, format, shape, expected)
     return ExportReport(file, format, size, report, tuple(made_plain), difference)
 

@@ -1,0 +1,339 @@
+"""Test fold_norms against the formula in float64, and that it leaves what it cannot fold."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import fuse_conv_bn_eval, parametrizations
+
+from nmlightning import InputError, apply_weight_norm, fold_norms, swap_norms
+from nmlightning.norms import L1BatchNorm2d, LInfBatchNorm1d, MeanOnlyBatchNorm2d
+
+# Of the outputs, which are of order 1: float32 rounds each of some hundred terms to 6e-8.
+CLOSE = {"rtol": 0.0, "atol": 1e-5}
+
+
+def stir(net: nn.Module) -> nn.Module:
+    """Give every norm statistics and weights that no mistake leaves alone; in evaluation."""
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if module.running_mean is not None and module.running_var is not None:
+                module.running_mean.normal_()
+                if not isinstance(module, MeanOnlyBatchNorm2d):
+                    module.running_var.uniform_(0.2, 2)
+            if module.affine and not isinstance(module, MeanOnlyBatchNorm2d):
+                nn.init.uniform_(module.weight, -2, 2)
+            if module.affine:
+                nn.init.normal_(module.bias)
+    return net.eval()
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "Conv1d": (lambda: nn.Conv1d(4, 6, 3, bias=False), (4, 9)),
+    "Conv2d": (lambda: nn.Conv2d(4, 6, 3, bias=False), (4, 8, 8)),
+    "Conv2d with bias": (lambda: nn.Conv2d(4, 6, 3), (4, 8, 8)),
+    "Conv2d, reflecting": (
+        lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
+        (4, 8, 8),
+    ),
+    "Conv2d, groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), (4, 8, 8)),
+    "Conv3d": (lambda: nn.Conv3d(4, 6, 2, bias=False), (4, 4, 4, 4)),
+    "ConvTranspose1d": (lambda: nn.ConvTranspose1d(4, 6, 3), (4, 9)),
+    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(4, 6, 3, bias=False), (4, 8, 8)),
+    "ConvTranspose2d, groups": (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), (4, 8, 8)),
+    "ConvTranspose3d, groups": (lambda: nn.ConvTranspose3d(4, 6, 2, groups=2), (4, 4, 4, 4)),
+    "Linear": (lambda: nn.Linear(4, 6), (4,)),
+    "Linear without bias": (lambda: nn.Linear(4, 6, bias=False), (4,)),
+}
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def norm_for(shape: tuple[int, ...], **options: Any) -> nn.Module:
+    return NORMS[max(len(shape) - 2, 0)](6, **options)
+
+
+@pytest.mark.parametrize("keep_norms", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_it_is_the_formula(name: str, affine: bool, keep_norms: bool) -> None:
+    make, shape = LAYERS[name]
+    net = stir(nn.Sequential(make(), norm_for(shape, affine=affine, eps=1e-3)))
+    x = torch.randn(3, *shape)
+    layer, norm = (copy.deepcopy(part).double() for part in net)
+    y = layer(x.double())
+    column = (-1, *[1] * (len(shape) - 1))
+    y = (y - norm.running_mean.view(column)) / (norm.running_var.view(column) + 1e-3).sqrt()
+    if affine:
+        y = y * norm.weight.view(column) + norm.bias.view(column)
+    keys = {key: value.shape for key, value in net.state_dict().items()}
+    parameter = net[0].weight
+    assert str(fold_norms(net, keep_norms=keep_norms)) == "folded 1 batch norm"
+    torch.testing.assert_close(net(x), y.float(), **CLOSE)
+    assert net[0].weight is parameter
+    if keep_norms:
+        assert {key: value.shape for key, value in net.state_dict().items()} == keys
+        assert type(net[1]) is type(norm)
+        torch.testing.assert_close(net[1].running_var, torch.full((6,), 1 - 1e-3))
+    else:
+        assert type(net[1]) is nn.Identity
+        torch.testing.assert_close(net[0](x), y.float(), **CLOSE)
+
+
+@pytest.mark.parametrize("norm", ["l1", "linf", "top10", "lp", "mean", "l2"])
+def test_every_statistic_folds_as_torch_folds_its_own(norm: str) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU())
+    if norm != "l2":
+        swap_norms(net, norm)
+    for _ in range(3):
+        net(torch.randn(4, 3, 6, 6))
+    net.eval()
+    expected = fuse_conv_bn_eval(net[0], net[1])
+    fold_norms(net)
+    torch.testing.assert_close(net[0].weight, expected.weight)
+    torch.testing.assert_close(net[0].bias, expected.bias)
+
+
+@torch.no_grad()
+def test_a_channel_without_variance() -> None:
+    net = stir(nn.Sequential(nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5)))
+    net[1].running_var[2] = 0  # so s is 316 times the weight
+    x = torch.randn(2, 3, 6, 6)
+    expected = net(x)
+    fold_norms(net)
+    torch.testing.assert_close(net(x), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_half_stays_half() -> None:
+    net = stir(nn.Sequential(nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5)).bfloat16())
+    expected = copy.deepcopy(net).float()
+    fold_norms(net)
+    assert net[0].weight.dtype == net[0].bias.dtype == torch.bfloat16
+    x = torch.randn(2, 3, 6, 6)
+    torch.testing.assert_close(net.float()(x), expected(x), rtol=0, atol=0.05)  # 2⁻⁸ of each weight
+
+
+@pytest.mark.parametrize("keep_norms", [False, True])
+def test_timms_norm_keeps_its_activation(keep_norms: bool) -> None:
+    net = stir(nn.Sequential(nn.Conv2d(3, 5, 3), timm.layers.BatchNormAct2d(5)))
+    x = torch.randn(2, 3, 6, 6)
+    expected = net(x)
+    assert expected.min() == 0
+    assert len(fold_norms(net, keep_norms=keep_norms)) == 1
+    torch.testing.assert_close(net(x), expected, **CLOSE)
+
+
+@torch.no_grad()
+def test_torchvisions_resnet_folds_whole() -> None:
+    net = torchvision.models.resnet18(num_classes=7).eval()
+    for module in net.modules():  # weights near 1, or 18 layers grow beyond what float32 compares
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    x = torch.randn(2, 3, 32, 32)
+    expected = net(x)
+    assert str(fold_norms(net)) == "folded 20 batch norms"
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+    torch.testing.assert_close(net(x), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+# ---- what is left, and why ----
+
+
+class Net(nn.Module):
+    """A convolution and a norm that each test calls in a way of its own."""
+
+    def __init__(self, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.norm = norm or nn.BatchNorm2d(4)
+
+
+class Residual(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x) + x)  # type: ignore[no-any-return]
+
+
+class BeforeTheConvolution(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.relu(self.norm(x)))  # type: ignore[no-any-return]
+
+
+class AfterConcat(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(torch.cat([self.conv(x)[:, :2], x[:, :2]], 1))  # type: ignore[no-any-return]
+
+
+class OutputUsedTwice(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.norm(y) + y  # type: ignore[no-any-return]
+
+
+class SharedConvolution(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(self.conv(x)))  # type: ignore[no-any-return]
+
+
+class SharedNorm(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(self.norm(x)))  # type: ignore[no-any-return]
+
+
+class WeightReadElsewhere(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)) * self.conv.weight.mean()  # type: ignore[no-any-return]
+
+
+class BiasReadElsewhere(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)) * self.norm.bias.mean()  # type: ignore[no-any-return]
+
+
+class ByValue(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)) if x.sum() > 0 else x  # type: ignore[no-any-return]
+
+
+class Unused(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)  # type: ignore[no-any-return]
+
+
+class StandardisedConv(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+class OwnNorm(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+class Straight(Net):
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        y = self.norm(self.conv(x))
+        return y if scale is None else y * scale  # type: ignore[no-any-return]
+
+
+def straight(*, conv: nn.Module | None = None, norm: nn.Module | None = None) -> nn.Module:
+    net = Straight(norm)
+    net.conv = conv or net.conv  # type: ignore[assignment]
+    return net
+
+
+def tied() -> nn.Module:
+    first, second = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+    second.weight = first.weight
+    return nn.Sequential(first, nn.BatchNorm2d(4), nn.ReLU(), second)
+
+
+def hooked(part: str) -> nn.Module:
+    net = straight()
+    net.get_submodule(part).register_forward_hook(lambda module, given, output: output * 2)
+    return net
+
+
+LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "after add": (Residual, "it follows add"),
+    "after concat": (AfterConcat, "it follows cat"),
+    "pre-activation": (BeforeTheConvolution, "it follows an input of the network"),
+    "output used twice": (OutputUsedTwice, "the output of conv also goes elsewhere"),
+    "shared convolution": (SharedConvolution, "the network calls conv 2 times"),
+    "shared norm": (SharedNorm, "the network calls it 2 times"),
+    "weight read": (WeightReadElsewhere, "the weight of conv is used elsewhere, too"),
+    "norm read": (BiasReadElsewhere, "its state is used elsewhere, too"),
+    "tied": (tied, "the weight of 0 is used elsewhere, too"),
+    "by value": (ByValue, "the network cannot be traced by torch.fx: symbolically traced"),
+    "unused": (Unused, "the traced network has no call"),
+    "no statistics": (
+        lambda: straight(norm=L1BatchNorm2d(4, track_running_stats=False)),
+        "it keeps no running statistics",
+    ),
+    "subclass of conv": (lambda: straight(conv=StandardisedConv(4, 4, 3)), "it follows Standardis"),
+    "subclass of norm": (lambda: straight(norm=OwnNorm(4)), "OwnNorm is none of torch's own"),
+    "frozen": (
+        lambda: straight(norm=torchvision.ops.FrozenBatchNorm2d(4)),
+        "FrozenBatchNorm2d is none of torch's own batch norms",
+    ),
+    "hooked norm": (lambda: hooked("norm"), "it has hooks"),
+    "hooked conv": (lambda: hooked("conv"), "conv has hooks"),
+    "torch's weight norm": (
+        lambda: straight(conv=parametrizations.weight_norm(nn.Conv2d(4, 4, 3))),
+        "it follows ParametrizedConv2d with a parametrized weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_cannot_be_folded_is_left_with_its_reason(name: str) -> None:
+    make, reason = LEFT[name]
+    net = stir(make())
+    x = torch.randn(2, 4, 6, 6)
+    expected = net(x)
+    report = fold_norms(net)
+    assert report.folded == ()
+    assert [left.reason.startswith(reason) for left in report.left] == [True], report.left
+    assert torch.equal(net(x), expected)
+
+
+def test_an_optional_argument_stays_at_its_default() -> None:
+    net = stir(straight())
+    x = torch.randn(2, 4, 6, 6)
+    expected = net(x), net(x, torch.full((1,), 2.0))
+    assert len(fold_norms(net)) == 1
+    torch.testing.assert_close((net(x), net(x, torch.full((1,), 2.0))), expected, **CLOSE)
+
+
+def test_a_convolution_of_two_names() -> None:
+    net = straight()
+    net.alias, net.other = net.conv, net.norm
+    report = fold_norms(stir(net))
+    assert [(fold.norm, fold.into) for fold in report.folded] == [("norm", "conv")]
+    assert type(net.norm) is type(net.other) is nn.Identity
+    assert net.alias is net.conv
+
+
+def test_others_are_folded_where_one_is_left() -> None:
+    net = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3), nn.Flatten())
+    net = stir(nn.Sequential(net, nn.Linear(48, 5), LInfBatchNorm1d(5)))  # type: ignore[assignment]
+    x = torch.randn(2, 4, 6, 6)
+    expected = net(x)
+    report = fold_norms(net)
+    torch.testing.assert_close(net(x), expected, **CLOSE)
+    assert str(report) == "folded 2 batch norms; 1 left as they are"
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(report)
+    lines = captured.get().splitlines()
+    assert lines[0].strip() == str(report)
+    assert any("│ 0.2 " in line and "│ 0.1 " in line for line in lines)
+    assert any(
+        "│ 0.0 " in line and "left: it follows an input of the net" in line for line in lines
+    )
+
+
+def test_our_weight_norm_is_refused_and_folds_once_it_is_removed() -> None:
+    net = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    apply_weight_norm(net)
+    (left,) = fold_norms(stir(net)).left
+    assert left.reason == "it follows ParametrizedConv2d with a parametrized weight"
+
+
+@pytest.mark.parametrize("part", ["", "1"])
+def test_training_is_refused(part: str) -> None:
+    net = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)).eval()
+    net.get_submodule(part).train()
+    with pytest.raises(InputError, match=r"it is in training: call eval\(\) first"):
+        fold_norms(net)
+
+
+def test_a_flag_is_no_text() -> None:
+    with pytest.raises(InputError, match="keep_norms is True or False, got 'no'"):
+        fold_norms(nn.Sequential().eval(), keep_norms="no")  # type: ignore[arg-type]
