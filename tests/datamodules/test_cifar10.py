@@ -77,6 +77,7 @@ def test_training_is_augmented_and_evaluation_is_not(tiny: Path) -> None:
     assert (test.corners, test.flips) == (None, None)
     x, y = data.on_after_batch_transfer(test, 0)
     assert (x.shape, x.dtype, y.tolist()) == ((10, 3, 32, 32), torch.float32, list(range(10)))
+    assert x.shape[1:] == data.image_shape
 
 
 def test_training_images_are_loaded_only_to_train(tiny: Path) -> None:

@@ -53,7 +53,7 @@ def test_batches_fit_the_model(image_size: int, channels: int, shift: int) -> No
     assert batch.flips is not None
     assert not batch.flips.any(), "a mirrored 3 is not a 3"
     x, y = digits.on_after_batch_transfer(batch, 0)
-    assert x.shape == (64, channels, image_size, image_size)
+    assert x.shape == (64, channels, image_size, image_size) == (64, *digits.image_shape)
     assert x.dtype == torch.float32
     assert y.dtype == torch.int64
 

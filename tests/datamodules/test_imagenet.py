@@ -56,6 +56,7 @@ def test_batches_are_uint8_until_they_are_on_the_device(root: Path) -> None:
             assert (x.shape, x.dtype) == (batch.images.shape, torch.float32)
             assert torch.equal(y, batch.labels)
     assert data.num_classes == 3
+    assert data.image_shape == (3, SIZE, SIZE)
 
 
 def test_labels_count_the_classes_in_alphabetical_order(root: Path) -> None:

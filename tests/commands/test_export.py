@@ -1,0 +1,260 @@
+"""Test `nm export` on a run of `nm fit`: the file, the lines, and one line for bad input."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import yaml
+
+from nmlightning import ImageClassifier, load_from_checkpoint
+from nmlightning.cli import main
+from nmlightning.models import CifarResNet
+
+FIT = shlex.split(
+    "fit --config quickstart --model.net.depth 8 --data.image_size 8 "
+    "--data.batch_size 16 --trainer.accelerator cpu --trainer.max_epochs 1 "
+    "--trainer.limit_train_batches 4 --trainer.limit_val_batches 0 "
+    "--trainer.enable_model_summary false --trainer.enable_progress_bar false "
+    "--trainer.callbacks+ WeightNormSwap --trainer.callbacks.p 1"
+)
+LAST = Path("checkpoints/last.ckpt")
+
+
+class Answer(NamedTuple):
+    code: int
+    out: list[str]
+    err: list[str]
+
+
+Nm = Callable[..., Answer]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a short run, with L1 norms and bounded weights."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(FIT) == 0
+    return folder / "runs/quickstart/version_0" / LAST
+
+
+@pytest.fixture
+def nm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Nm:
+    """Run `nm export` in an empty folder and return what it answers."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object) -> Answer:
+        code = main(["export", *map(str, words)])
+        out, err = capfd.readouterr()
+        return Answer(code, out.splitlines(), err.splitlines())
+
+    return run
+
+
+@torch.no_grad()
+def assert_same(net: Any, checkpoint: Path, size: int = 8) -> None:
+    trained = load_from_checkpoint(ImageClassifier, checkpoint).eval()
+    x = torch.randn(3, 3, size, size)
+    y = trained(x)
+    assert float((net(x) - y).abs().max() / y.abs().max()) <= 1e-5
+
+
+def plain_net(file: str | Path) -> CifarResNet:
+    net = CifarResNet(8).eval()
+    net.load_state_dict(torch.load(file, weights_only=True))
+    return net
+
+
+def test_a_state_dict_beside_the_checkpoint(nm: Nm, trained: Path) -> None:
+    answer = nm(trained, "--format", "state_dict")
+    file = trained.with_suffix(".pt")
+    assert answer.code == 0
+    assert answer.err == []
+    assert answer.out[:-2] == [
+        " network     CifarResNet, inputs N × 3 × 8 × 8",
+        f" file        {file} (state_dict, 0.3 MB)",
+        " batch norms 7 folded into the layers before them; each stays as a shift, so that the "
+        "keys do (--no_fold to train further)",
+        " weights     7 no longer parametrized",
+    ]
+    difference = r" difference  \d\.\de-\d\d of the largest output, at most 1e-05 \(random inputs, "
+    assert re.match(difference, answer.out[-2])
+    use = answer.out[-1].removeprefix(" use         ")
+    net = CifarResNet(8).eval()
+    exec(use, {"torch": torch, "net": net})
+    assert_same(net, trained)
+    file.unlink()
+
+
+def test_a_program_of_torch_export(nm: Nm, trained: Path) -> None:
+    answer = nm(trained, "--format", "torch_export", "--output", "net.pt2")
+    assert answer.code == 0
+    assert answer.out[2] == " batch norms 7 folded into the layers before them"
+    program = torch.export.load("net.pt2").module()
+    assert_same(program, trained)
+    assert answer.out[-1] == " use         torch.export.load('net.pt2').module()(x)"
+
+
+def test_norms_that_are_kept(nm: Nm, trained: Path) -> None:
+    answer = nm(trained, "--format", "state_dict", "--output", "a.pt", "--no_fold")
+    assert answer.out[2] == " batch norms none folded, as asked"
+    saved = torch.load("a.pt", weights_only=True)
+    module = load_from_checkpoint(ImageClassifier, trained)
+    assert torch.equal(saved["bn1.running_var"], module.net.bn1.running_var)
+
+
+def test_a_file_is_replaced_only_if_asked(nm: Nm, trained: Path) -> None:
+    Path("a.pt").write_text("mine")
+    words = (trained, "--format", "state_dict", "--output", "a.pt")
+    code, _, (line,) = nm(*words)
+    assert (code, line) == (2, "nm: 'a.pt' exists already; name another file, or set overwrite.")
+    assert nm(*words, "--overwrite").code == 0
+    assert_same(plain_net("a.pt"), trained)
+
+
+def test_a_checkpoint_in_half(nm: Nm, trained: Path) -> None:
+    checkpoint = torch.load(trained, weights_only=True)
+    weights = checkpoint["state_dict"]
+    checkpoint["state_dict"] = {
+        key: value.half() if value.is_floating_point() else value for key, value in weights.items()
+    }
+    torch.save(checkpoint, "half.ckpt")
+    words = ("--format", "state_dict", "--input_shape", "3,16,16")
+    assert nm("half.ckpt", *words).code == 0
+    assert_same(plain_net("half.pt"), Path("half.ckpt"), size=16)
+
+
+# ---- where the model and the shape are from ----
+
+
+def test_a_lone_checkpoint_needs_the_shape(nm: Nm, trained: Path) -> None:
+    shutil.copy(trained, "a.ckpt")
+    words = ("a.ckpt", "--format", "state_dict")
+    code, _, (line,) = nm(*words)
+    assert code == 2
+    assert line == (
+        "nm: the shape of an input is not known: no config.yaml of its run is beside it. Say it "
+        "by --input_shape, such as 3,32,32."
+    )
+    Path("data.yaml").write_text("data: {class_path: Digits, init_args: {image_size: 9}}")
+    assert " inputs N × 3 × 9 × 9" in nm(*words, "--config", "data.yaml").out[0]
+    given = nm(*words, "--input_shape", "3,12,12", "--overwrite")
+    assert " inputs N × 3 × 12 × 12" in given.out[0]
+    Path("data.yaml").write_text("data: LightningDataModule")
+    (line,) = nm(*words, "--config", "data.yaml", "--overwrite").err
+    assert "is not known: LightningDataModule has none. Say it by --input_shape" in line
+
+
+OWN = """
+import torch
+from pytorch_lightning import LightningModule
+class Own(LightningModule):  # remembers nothing in its checkpoints
+    def __init__(self, width: int = 4):
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Linear(width, 3), torch.nn.BatchNorm1d(3))
+"""
+
+
+def test_a_module_of_the_users_own(nm: Nm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(".")
+    Path("own_module.py").write_text(OWN)
+    state = {"body.0.weight": torch.ones(3, 5), "body.0.bias": torch.ones(3)}
+    norm = {f"body.1.{key}": value for key, value in torch.nn.BatchNorm1d(3).state_dict().items()}
+    folder = Path("version_3/checkpoints")
+    folder.mkdir(parents=True)
+    checkpoint = folder / "last.ckpt"
+    torch.save({"state_dict": {**state, **norm}, "pytorch-lightning_version": "2.6.0"}, checkpoint)
+    words = (checkpoint, "--format", "state_dict", "--input_shape", "5", "--output", "own.pt")
+    (line,) = nm(*words).err
+    assert "last.ckpt' does not say of what class its model is, and no config.yaml of its" in line
+    config = {"model": {"class_path": "own_module.Own", "init_args": {"width": 5}}}
+    Path("version_3/config.yaml").write_text(yaml.safe_dump(config))
+    (line,) = nm(*words).err
+    assert line == "nm: --module: Own has no module 'net'; it has body."
+    answer = nm(*words, "--module", "body")
+    assert answer.out[2].startswith(" batch norms 1 folded")
+    other = {"model": {"class_path": "own_module.Own", "init_args": {"width": 6}}}
+    Path("other.yaml").write_text(yaml.safe_dump(other))
+    (line,) = nm(*words, "--module", "body", "--config", "other.yaml", "--overwrite").err
+    assert re.search("last.ckpt' does not fit: Error.* size mismatch for body.0.weight", line)
+    assert len(line) < 400
+
+
+# ---- bad input: one line on stderr, exit code 2 ----
+
+BAD_INPUT = {
+    "": "required: CHECKPOINT, --format; nm export --help lists what there is",
+    "nope.ckpt --format onnx": "there is no file 'nope.ckpt' in /",
+    ". --format onnx": r"'\.' is a folder; of a sharded checkpoint make a file by python -m",
+    "LAST": "required: --format",
+    "LAST --format onxx": "--format is 'state_dict' or 'onnx' or .*, got 'onxx'. .* 'onnx'",
+    "LAST --format onnx --input_shape 3x8": "--input_shape: give sizes such as 3,32,32, got '3x8'",
+    "LAST --format onnx --input_shape 3,0": "--input_shape: give sizes such as 3,32,32, got '3,0'",
+    "LAST --format onnx --output no/x.onnx": "there is no folder 'no' to write 'x.onnx' into",
+    "LAST --format torch_export --output x.pt": "must end in .pt2, got 'x.pt'",
+    "LAST --format onnx --fold": "unrecognized arguments: --fold",
+    "LAST --format onnx --module nte": "ImageClassifier has no module 'nte'; it has net.*'net'",
+    "LAST --format onnx --input_shape 5": "does not take inputs of shape 5: ",
+    "LAST --format onnx --config nope": "--config: there is no file 'nope'",
+    "LAST --format onnx --config 'model: {class_path: gone.Net}\n'": "cannot import 'gone.Net'",
+    "LAST --format onnx --config cifar_l1": "The checkpoint is of another network",
+    "text.ckpt --format onnx": "'text.ckpt' is no checkpoint, or a truncated one",
+    "zip.ckpt --format onnx": "'zip.ckpt' is no checkpoint, or a truncated one",
+    "empty.ckpt --format onnx": "'empty.ckpt' holds no weights",
+    "tensor.ckpt --format onnx": "'tensor.ckpt' holds no weights",
+    "objects.ckpt --format onnx": "'objects.ckpt' holds objects, and to load these may run code",
+    "gone.ckpt --format onnx --input_shape 3,8,8": "model.net: cannot import 'gone.Net' .No module",
+    "python.ckpt --format onnx --input_shape 3,8,8": "does not say of what class its model is",
+}
+
+
+@pytest.fixture
+def _files(tmp_path: Path, trained: Path) -> None:
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    with zipfile.ZipFile(tmp_path / "zip.ckpt", "w") as file:
+        file.writestr("a", "b")
+    checkpoint = torch.load(trained, weights_only=True)
+    for name, content in {
+        "empty": {"state_dict": {}},
+        "tensor": torch.ones(2),
+        "objects": {**checkpoint, "where": Path()},
+        "gone": {
+            **checkpoint,
+            "hyper_parameters": {
+                **checkpoint["hyper_parameters"],
+                "net": {"class_path": "gone.Net"},
+            },
+        },
+        "python": {**checkpoint, "hyper_parameters": {"label_smoothing": 0.0}},
+    }.items():
+        torch.save(content, tmp_path / f"{name}.ckpt")
+
+
+@pytest.mark.usefixtures("_files")
+@pytest.mark.parametrize(("words", "expected"), BAD_INPUT.items(), ids=str)
+def test_bad_input_is_one_line(nm: Nm, trained: Path, words: str, expected: str) -> None:
+    code, out, (line,) = nm(*shlex.split(words.replace("LAST", shlex.quote(str(trained)))))
+    assert (code, out) == (2, [])
+    assert line.startswith("nm: ")
+    assert re.search(expected, line), line
+    assert not trained.with_suffix(".onnx").exists()
+
+
+def test_what_is_misspelt_is_said_without_importing_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys, nmlightning.cli as c; open('a.ckpt', 'w');"
+        "c.main(['export', 'a.ckpt', '--format', 'onxx']); print(*sys.modules)"
+    )
+    command = [sys.executable, "-c", code]
+    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "Did you mean 'onnx'?" in answer.stderr
+    assert {"torch", "pytorch_lightning", "onnx"}.isdisjoint(answer.stdout.split())
