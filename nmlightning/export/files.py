@@ -21,13 +21,8 @@ def _write_state_dict(net: nn.Module, example: Tensor, file: Path) -> None:
     torch.save(dict(net.state_dict()), file)
 
 
-@torch.no_grad()
 def _read_state_dict(file: Path, net: nn.Module) -> Network:
-    """Return a network whose whole state is that of the file."""
     loaded = copy.deepcopy(net)
-    for tensor in loaded.state_dict().values():
-        if tensor.is_floating_point():
-            tensor.fill_(torch.nan)  # so that what the file does not bring shows
     loaded.load_state_dict(torch.load(file, weights_only=True))
     return loaded
 

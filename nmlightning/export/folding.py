@@ -66,7 +66,7 @@ def fold_norms(model: nn.Module, *, keep_norms: bool = False) -> FoldReport:
     norm becomes `nn.Identity`. The arithmetic is float64, and the result has the dtype of W. The
     pairs are found by torch.fx: the layer's output must go to the norm and nowhere else, and
     neither may be called twice, share its weight, or have hooks. A norm behind a linear layer is
-    taken to get (N, C).
+    taken to get (N, C), and optional arguments of `forward` to stay at their defaults.
 
     Args:
         model: in evaluation; afterwards it computes there what it did, and training differs.

@@ -73,8 +73,6 @@ def swap_back(net: nn.Module) -> list[str]:
         for name, module in ours.items()
         if isinstance(module, BatchNormBase) and module.running_mean is not None
     }
-    for module in replaceable.values():
-        module.sync = False  # else it became torch's SyncBatchNorm
     swappable = [x.name for x in find_norm_layers(net) if x.name in replaceable and not x.refusal]
     if swappable:
         swap_norms(net, "l2", include=swappable)
