@@ -22,9 +22,10 @@ COMMANDS = {
     "compare": "print a table of runs, and write a page with their curves and norms",
     "dashboard": "start TensorBoard on runs",
     "export": "write a checkpoint's network for plain torch, ONNX or torch.export",
+    "shard": "write a folder of images as shards, to copy and to stream",
 }
-# Commands with a parser of their own; the first two need neither torch nor Lightning.
-_OWN_PARSERS = ("compare", "dashboard", "export", "probe")
+# Each is a module of its own, with a parser of its own; the others are Lightning's.
+_OWN_COMMANDS = ("compare", "dashboard", "export", "probe", "shard")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,7 +71,7 @@ def _run(arguments: list[str]) -> int:
         raise InputError(f"there is no command {command!r}; the commands are {allowed}.{hint}")
     if "" not in sys.path:  # as for `python -m`: a class of the user's own, in the current folder
         sys.path.insert(0, "")
-    if command in _OWN_PARSERS:
+    if command in _OWN_COMMANDS:
         module = import_module(f"nmlightning.commands.{command}")
         return int(module.run(arguments[1:]))
     given = GivenFiles(arguments)

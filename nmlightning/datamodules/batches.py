@@ -4,7 +4,7 @@ How the images of a batch are read is up to the data. The loaders are plain iter
 themselves, so Lightning neither replaces their sampler nor asks for workers.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from nmlightning.datamodules.shuffled_rows import shuffle_rows
 from nmlightning.errors import InputError, check_whole_number
 
 
@@ -50,8 +51,12 @@ class ImageSource(Protocol):
     """Labelled images, and how batches of them are read."""
 
     @property
-    def labels(self) -> Tensor:
-        """The label of every image, (N,) int64."""
+    def length(self) -> int:
+        """The number of images."""
+
+    @property
+    def shard_size(self) -> int:
+        """How many rows lie together and are best read together; 1 where it does not matter."""
 
     def batches(self, draws: Iterable[Draw]) -> Iterator[RawBatch]:
         """Yield the batch of each draw, in their order."""
@@ -66,6 +71,11 @@ class Shard(NamedTuple):
 
 WHOLE_SET = Shard()
 LARGEST_SEED = 2**63 - 1  # of an int64
+ORDER = {  # what the batches of an epoch follow from, in words; the seed is taken over
+    "images": "images",
+    "shard_size": "images a shard",
+    "world_batch": "images a batch on all processes",
+}
 
 
 class AugmentedShuffle:
@@ -83,6 +93,7 @@ class AugmentedShuffle:
         seed: 0 or more; the same on every rank.
         shard: this process's part.
         shuffle: False keeps the images in order (Lightning's `overfit_batches`).
+        shard_size: rows that lie together, see `shuffle_rows`.
 
     Raises:
         InputError: if there are fewer images than ranks.
@@ -97,6 +108,7 @@ class AugmentedShuffle:
         seed: int,
         shard: Shard = WHOLE_SET,
         shuffle: bool = True,
+        shard_size: int = 1,
     ) -> None:
         if length < shard.world_size:
             raise InputError(f"{length} images cannot be shared by {shard.world_size} processes.")
@@ -106,6 +118,7 @@ class AugmentedShuffle:
         self.seed = seed
         self.shard = shard
         self.shuffle = shuffle
+        self.shard_size = shard_size
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -113,11 +126,25 @@ class AugmentedShuffle:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.length // (self.batch_size * self.shard.world_size)
+        return self.length // self.world_batch
+
+    @property
+    def world_batch(self) -> int:
+        """Images a batch on all ranks together."""
+        return self.batch_size * self.shard.world_size
+
+    def state_dict(self) -> dict[str, int]:
+        """Return what the order follows from, besides the epoch."""
+        return {
+            "seed": self.seed,
+            "images": self.length,
+            "shard_size": self.shard_size,
+            "world_batch": self.world_batch,
+        }
 
     def __iter__(self) -> Iterator[Draw]:
         epoch = self._draw_epoch()
-        world_batch = self.batch_size * self.shard.world_size
+        world_batch = self.world_batch
         first = self.shard.rank * self.batch_size
         for start in range(first, first + len(self) * world_batch, world_batch):
             part = slice(start, start + self.batch_size)
@@ -125,7 +152,7 @@ class AugmentedShuffle:
 
     def _draw_epoch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         generator = _generator(self.seed, self.epoch)
-        rows = torch.randperm(self.length, generator=generator)
+        rows = shuffle_rows(self.length, self.shard_size, generator)
         if not self.shuffle:
             rows = torch.arange(self.length)
         positions = 2 * self.augmentation.pad + 1
@@ -141,6 +168,16 @@ class TrainingBatches:
     Lightning calls `load_state_dict` where a checkpoint was written in mid-epoch. The next epoch
     then starts behind the `batches_done` that Lightning has counted, not behind those that were
     read: the batch during which a run was interrupted was read but not trained on.
+
+    Args:
+        data: what the batches are of.
+        sampler: which images make each batch.
+        batches_done: how many batches of the current epoch were trained on.
+        interrupted: the `state_dict` of the sampler of the run that is resumed, if any.
+
+    Raises:
+        InputError: in iterating, if a run is resumed within an epoch and the rest of that epoch
+            cannot be the rest: with other images, or with another number of them in a batch.
     """
 
     def __init__(
@@ -148,10 +185,12 @@ class TrainingBatches:
         data: ImageSource,
         sampler: AugmentedShuffle,
         batches_done: Callable[[], int] = int,
+        interrupted: Mapping[str, int] | None = None,
     ) -> None:
         self.data = data
         self.sampler = sampler
         self.batches_done = batches_done
+        self.interrupted = interrupted
         self._resumes = False
 
     def __len__(self) -> int:
@@ -160,6 +199,8 @@ class TrainingBatches:
     def __iter__(self) -> Iterator[RawBatch]:
         skip = self.batches_done() if self._resumes else 0
         self._resumes = False
+        if skip:
+            self._refuse_another_order()
         yield from self.data.batches(islice(self.sampler, skip, None))
 
     def state_dict(self) -> dict[str, Any]:
@@ -167,6 +208,16 @@ class TrainingBatches:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resumes = True
+
+    def _refuse_another_order(self) -> None:
+        ours, theirs = self.sampler.state_dict(), self.interrupted or {}
+        for key, what in ORDER.items():
+            if theirs.get(key, ours[key]) != ours[key]:
+                raise InputError(
+                    f"The checkpoint was written within an epoch with {theirs[key]} {what}, and "
+                    f"this run has {ours[key]}, so the rest of that epoch is not known: resume "
+                    "with the same data and batch, or from a checkpoint at the end of an epoch."
+                )
 
 
 class EvaluationBatches:
@@ -181,7 +232,7 @@ class EvaluationBatches:
     """
 
     def __init__(self, data: ImageSource, batch_size: int, shard: Shard = WHOLE_SET) -> None:
-        length = len(data.labels)
+        length = data.length
         largest = -(-length // shard.world_size)
         self.data = data
         self.shard = shard
@@ -196,29 +247,36 @@ class EvaluationBatches:
         return self.batches
 
     def __iter__(self) -> Iterator[RawBatch]:
-        rows = torch.arange(self.shard.rank, len(self.data.labels), self.shard.world_size)
+        rows = torch.arange(self.shard.rank, self.data.length, self.shard.world_size)
         yield from self.data.batches(Draw(part) for part in rows.tensor_split(self.batches))
 
 
 def training_batches(
-    data: ImageSource, batch_size: int, augmentation: Augmentation, trainer: pl.Trainer | None
+    data: ImageSource,
+    batch_size: int,
+    augmentation: Augmentation,
+    trainer: pl.Trainer | None,
+    interrupted: Mapping[str, int] | None = None,
 ) -> TrainingBatches:
     """Return a data module's training loader, sharded for `trainer` and seeded by torch's seed.
 
     The seed is the one last given to `seed_everything` or `torch.manual_seed`, rank 0's on every
-    rank. Without a trainer there is one shard, and the caller calls `sampler.set_epoch`.
+    rank, or that of the run that was `interrupted`, whose sampler's state is given. Without a
+    trainer there is one shard, and the caller calls `sampler.set_epoch`.
     """
     check_whole_number("batch_size", batch_size)
-    seed = torch.initial_seed()
+    seed = (interrupted or {}).get("seed", torch.initial_seed())
     sampler = AugmentedShuffle(
-        len(data.labels),
+        data.length,
         batch_size,
         augmentation,
         seed=trainer.strategy.broadcast(seed) if trainer else seed,
         shard=_shard(trainer),
         shuffle=not getattr(trainer, "overfit_batches", 0),
+        shard_size=data.shard_size,
     )
-    return TrainingBatches(data, sampler, partial(_batches_done, trainer) if trainer else int)
+    batches_done = partial(_batches_done, trainer) if trainer else int
+    return TrainingBatches(data, sampler, batches_done, interrupted)
 
 
 def evaluation_batches(

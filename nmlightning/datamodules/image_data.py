@@ -8,6 +8,7 @@ from torch import Tensor
 from nmlightning.datamodules.batch_transform import BatchTransform
 from nmlightning.datamodules.batches import (
     Augmentation,
+    AugmentedShuffle,
     EvaluationBatches,
     ImageSource,
     RawBatch,
@@ -21,6 +22,10 @@ from nmlightning.errors import check_whole_number
 
 class ImageData(pl.LightningDataModule, ABC):
     """Images to train with and images to validate with, which test and prediction read, too.
+
+    A resumed run goes on with the order that it began, within an epoch with the very next batch.
+    Lightning's checkpoint holds how many batches of the epoch are done, and the state of this
+    module what their order follows from.
 
     Args:
         batch_size: images a batch, on each process.
@@ -39,6 +44,8 @@ class ImageData(pl.LightningDataModule, ABC):
         super().__init__()
         self.batch_size = check_whole_number("batch_size", batch_size)
         self.augmentation = augmentation
+        self._interrupted: dict[str, int] | None = None
+        self._sampler: AugmentedShuffle | None = None
 
     @property
     @abstractmethod
@@ -51,7 +58,19 @@ class ImageData(pl.LightningDataModule, ABC):
 
     def train_dataloader(self) -> TrainingBatches:
         assert self.train is not None, "setup('fit') comes first"
-        return training_batches(self.train, self.batch_size, self.augmentation, self.trainer)
+        batches = training_batches(
+            self.train, self.batch_size, self.augmentation, self.trainer, self._interrupted
+        )
+        self._sampler = batches.sampler
+        return batches
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the seed of the order, the number of images and how they are batched."""
+        return self._sampler.state_dict() if self._sampler else {}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Let the next training loader go on with the order of the run that was interrupted."""
+        self._interrupted = dict(state_dict)
 
     def val_dataloader(self) -> EvaluationBatches:
         assert self.validation is not None, "setup() comes first"

@@ -1,28 +1,40 @@
-"""ImageNet (Russakovsky et al., 2015; https://www.image-net.org), read from its files."""
+"""ImageNet (Russakovsky et al., 2015; https://www.image-net.org), read from its files or shards."""
 
 from pathlib import Path
+from typing import get_args
 
 from lightning_fabric.utilities.data import suggested_max_num_workers
 from torch import nn
-from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from nmlightning.datamodules.batch_transform import BatchTransform
 from nmlightning.datamodules.batches import Augmentation
+from nmlightning.datamodules.decoded_images import Damaged, DecodedImages
+from nmlightning.datamodules.encoded_image import EncodedImages
 from nmlightning.datamodules.image_data import ImageData
-from nmlightning.datamodules.image_files import ImageFiles, read_image
-from nmlightning.errors import InputError, check_whole_number
+from nmlightning.datamodules.image_folder import FolderImages, common_classes
+from nmlightning.datamodules.image_shards import (
+    REMOTE,
+    ShardedImages,
+    ShardIndex,
+    holds_shards,
+    is_remote,
+    read_index,
+)
+from nmlightning.errors import InputError, check_choice, check_whole_number
 
 # Of the training images, scaled to 0 … 1: https://docs.pytorch.org/vision/stable/models.html.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 SHORT_SIDE = 256 / 224  # of an image before its centre is cropped, over the size of the crop
 IN_THE_WORKERS = Augmentation(pad=0, flip=False)  # nothing is left for the device to augment
-MENTIONED = 3  # classes in an error
 
 
 class ImageNet(ImageData):
     """ImageNet, or any images laid out like it: `root/train/<class>/*` and `root/val/<class>/*`.
+
+    The root may also hold the shards that `nm shard` makes of such folders, here or behind an
+    address such as s3://bucket/imagenet; those need `pip install 'nmlightning[stream]'`.
 
     Training images are cropped at random (8 to 100 % of the area, sides 3:4 to 4:3), resized to
     `image_size` and mirrored at random (Szegedy et al. 2015, https://arxiv.org/abs/1409.4842). The
@@ -31,14 +43,18 @@ class ImageNet(ImageData):
 
     Workers decode and crop, uint8 travels, and the device normalises. The order and the
     augmentation follow from `seed_everything` and the epoch, also after a resume, with several
-    processes and with any number of workers (see `AugmentedShuffle`).
+    processes and with any number of workers (see `AugmentedShuffle`); of shards few at a time are
+    mixed (see `shuffled_rows`).
 
     Args:
-        root: folder that holds the folders train and val.
+        root: folder that holds the folders train and val, or what `nm shard` wrote, or the address
+            of the latter.
         batch_size: images a batch, on each process.
         num_workers: processes that decode, for each process that trains; 0 decodes in the latter,
             None takes the cores that it has, but one.
         image_size: height and width in pixels of what the model gets.
+        damaged: `error`, or `skip` to leave out files that are no images or damaged, with a warning
+            that counts and names them (see `DecodedImages`).
 
     Raises:
         InputError: if train or val is absent, both are one folder or their classes differ; for a
@@ -54,13 +70,19 @@ class ImageNet(ImageData):
         batch_size: int = 256,
         num_workers: int | None = None,
         image_size: int = 224,
+        damaged: Damaged = "error",
     ) -> None:
         super().__init__(batch_size, IN_THE_WORKERS)
-        self.root = Path(root).expanduser().absolute()
+        if "://" in root and not is_remote(root):
+            known = ", ".join(REMOTE)
+            raise InputError(f"shards are streamed from addresses in {known}; got {root!r}.")
+        self.root = root if is_remote(root) else str(Path(root).expanduser().absolute())
         if num_workers is not None:
             check_whole_number("num_workers", num_workers, least=0)
         self.num_workers = num_workers
         self.image_size = check_whole_number("image_size", image_size)
+        check_choice("damaged", damaged, get_args(Damaged))
+        self.damaged = damaged
         self.transform = BatchTransform(MEAN, STD, IN_THE_WORKERS.pad)
 
     @property
@@ -69,26 +91,34 @@ class ImageNet(ImageData):
         return len(MEAN), self.image_size, self.image_size
 
     def setup(self, stage: str | None = None) -> None:
-        """Check the folders and list the files that the stage needs."""
-        train, validation = self.root / "train", self.root / "val"
-        self.num_classes = len(_common_classes(train, validation))
+        """Check the folders or shards and list the images that the stage needs."""
+        shards = read_index(self.root) if holds_shards(self.root) else None
+        classes = shards.classes if shards else self._common_classes()
+        self.num_classes = len(classes)
         if self.train is None and stage in (None, "fit"):
-            self.train = self._list_files(train, _training_steps(self.image_size))
+            images = self._open_part("train", shards)
+            self.train = self._decode(images, _training_steps(self.image_size))
         if self.validation is None:
-            self.validation = self._list_files(validation, _evaluation_steps(self.image_size))
+            images = self._open_part("val", shards)
+            self.validation = self._decode(images, _evaluation_steps(self.image_size))
 
-    def _list_files(self, folder: Path, steps: list[nn.Module]) -> ImageFiles:
-        transform = v2.Compose([*steps, v2.PILToTensor()])
-        try:
-            files = ImageFolder(folder, transform, loader=read_image)
-        except FileNotFoundError as error:  # it names the classes that are empty
-            raise InputError(f"{folder} lacks images, see --data.root. {error}") from error
+    def _common_classes(self) -> set[str]:
+        return common_classes(Path(self.root, "train"), Path(self.root, "val"))
+
+    def _open_part(self, part: str, shards: ShardIndex | None) -> EncodedImages:
+        if shards:
+            return ShardedImages(self.root, part, shards)
+        return FolderImages(Path(self.root, part), self.damaged)
+
+    def _decode(self, images: EncodedImages, steps: list[nn.Module]) -> DecodedImages:
         processes = self.trainer.num_devices if self.trainer else 1
         workers = self.num_workers
-        return ImageFiles(
-            files,
+        return DecodedImages(
+            images,
+            v2.Compose([*steps, v2.PILToTensor()]),
             num_workers=suggested_max_num_workers(processes) if workers is None else workers,
             pin_memory=bool(self.trainer and self.trainer.strategy.root_device.type == "cuda"),
+            damaged=self.damaged,
         )
 
 
@@ -98,37 +128,3 @@ def _training_steps(image_size: int) -> list[nn.Module]:
 
 def _evaluation_steps(image_size: int) -> list[nn.Module]:
     return [v2.Resize(round(image_size * SHORT_SIDE)), v2.CenterCrop(image_size)]
-
-
-def _common_classes(train: Path, validation: Path) -> set[str]:
-    """Return the names of the classes, which both folders must have."""
-    classes, others = _classes(train), _classes(validation)
-    if train.samefile(validation):
-        raise InputError(
-            f"{train} and {validation} are the same folder, so validation would measure the "
-            "training images: give --data.root a folder where they are not."
-        )
-    differing = sorted(classes ^ others)
-    if differing:
-        more = f" and {len(differing) - MENTIONED} more" if len(differing) > MENTIONED else ""
-        raise InputError(
-            f"{train} has {len(classes)} classes and {validation} {len(others)}, and they differ "
-            f"in {', '.join(differing[:MENTIONED])}{more}: make them the same, or give another "
-            "folder with --data.root."
-        )
-    return classes
-
-
-def _classes(folder: Path) -> set[str]:
-    if not folder.is_dir():
-        raise InputError(
-            f"there is no folder {folder}: name the folder that holds train and val with "
-            "--data.root."
-        )
-    classes = {path.name for path in folder.iterdir() if path.is_dir()}
-    if not classes:
-        raise InputError(
-            f"{folder} holds no folders: put the images of each class into a folder of its own, or "
-            "name another folder with --data.root."
-        )
-    return classes

@@ -17,6 +17,14 @@ class LabelledImages(NamedTuple):
     images: Tensor
     labels: Tensor
 
+    @property
+    def length(self) -> int:
+        return len(self.labels)
+
+    @property
+    def shard_size(self) -> int:
+        return 1
+
     def batches(self, draws: Iterable[Draw]) -> Iterator[RawBatch]:
         """Yield the batch of each draw, in their order."""
         for draw in draws:

@@ -208,12 +208,12 @@ def cut_off(root: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (remove(""), "there is no folder {root}/train: name .* with --data.root"),
-        (remove("train"), "there is no folder {root}/train: name .* with --data.root"),
-        (remove("val"), "there is no folder {root}/val: name .* with --data.root"),
-        (empty("val"), "{root}/val holds no folders: put .* or name .* with --data.root"),
-        (empty("train/b"), "{root}/train lacks images, see --data.root. .* for the classes b"),
-        (empty("val/b"), "{root}/val lacks images, see --data.root. .* for the classes b"),
+        (remove(""), "there is no folder {root}/train: give the folder that holds"),
+        (remove("train"), "there is no folder {root}/train: give the folder that holds"),
+        (remove("val"), "there is no folder {root}/val: give the folder that holds"),
+        (empty("val"), "{root}/val holds no folders: put .* or give another folder"),
+        (empty("train/b"), "{root}/train lacks images. .* for the classes b"),
+        (empty("val/b"), "{root}/val lacks images. .* for the classes b"),
         (remove("val/b"), "train has 3 classes and .*val 2, and they differ in b: make"),
         (add_classes, "train has 3 classes and .*val 7, and they differ in d, e, f and 1 more: "),
         (link_val_to_train, "{root}/train and {root}/val are the same folder"),
@@ -234,11 +234,13 @@ def test_bad_folders(root: Path, damage: Callable[[Path], None], message: str) -
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
         ({"image_size": 0}, "image_size must be a whole number of at least 1, got 0"),
         ({"num_workers": -1}, "num_workers must be a whole number of at least 0, got -1"),
+        ({"damaged": "ignore"}, "damaged is 'error' or 'skip', got 'ignore'"),
+        ({"root": "hf://datasets/imagenet"}, "from addresses in s3://, .*local:; got 'hf://data"),
     ],
 )
-def test_bad_input(options: dict[str, int], message: str) -> None:
+def test_bad_input(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        ImageNet(**options)  # type: ignore[arg-type]
+        ImageNet(**options)
 
 
 def test_training_images_are_listed_only_to_train(root: Path) -> None:
@@ -246,7 +248,7 @@ def test_training_images_are_listed_only_to_train(root: Path) -> None:
     data.setup("validate")
     with pytest.raises(AssertionError):
         data.train_dataloader()
-    assert len(data.test_dataloader().data.labels) == 6
+    assert data.test_dataloader().data.length == 6
     assert data.test_dataloader().data is data.predict_dataloader().data
 
 

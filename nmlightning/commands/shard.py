@@ -1,0 +1,103 @@
+"""`nm shard`: writes a folder of images as shards, which ImageNet reads and streams."""
+
+import argparse
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import get_args
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from nmlightning.commands.argument_parser import ArgumentParser
+from nmlightning.datamodules.decoded_images import Damaged
+from nmlightning.datamodules.image_folder import FolderImages, common_classes
+from nmlightning.datamodules.shard_writer import ShardWriter
+from nmlightning.errors import InputError, check_whole_number
+
+PARTS = ("train", "val")
+
+
+def run(arguments: list[str]) -> int:
+    """Run `nm shard` and return its exit code.
+
+    Raises:
+        InputError: without litdata; if OUT holds something already; for folders that are not laid
+            out as ImageNet's; for a file that is no image, unless these are left out.
+    """
+    given = _parse(arguments)
+    check_whole_number("--shard_size", given.shard_size)
+    common_classes(*(given.imagefolder / part for part in PARTS))
+    parts = {part: FolderImages(given.imagefolder / part, given.damaged) for part in PARTS}
+    with _new_folder(given.out.absolute()) as unfinished, _progress() as progress:
+        writer = ShardWriter(unfinished, given.shard_size, given.damaged)
+        for part, images in parts.items():
+            task = progress.add_task(part, total=images.length)
+            writer.write(images, part, partial(progress.advance, task))
+        writer.write_index(parts["train"].classes)
+    _print_result(writer, given.out)
+    return 0
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog="nm shard",
+        allow_abbrev=False,
+        description="Write train and val, a folder of images for each class, as shards that "
+        "--data.root of ImageNet reads: the files as they are, many in one, to copy and to stream.",
+    )
+    parser.add_argument("imagefolder", type=Path, help="the folder that holds train and val")
+    parser.add_argument("out", type=Path, help="the folder to write, which does not exist yet")
+    parser.add_argument(
+        "--damaged",
+        choices=get_args(Damaged),
+        default="error",
+        help="what to do about files that are no images or damaged (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shard_size", type=int, default=64, help="images a shard (default: %(default)s)"
+    )
+    return parser.parse_args(arguments)
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """Give a folder that becomes `out` at the end, and is deleted if that is not reached."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} holds something already: name a folder that does not exist yet.")
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    try:
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{unfinished} cannot be made: {error.strerror}.") from error
+    try:
+        yield unfinished
+        if out.exists():
+            out.rmdir()
+        unfinished.rename(out)
+    except BaseException:
+        shutil.rmtree(unfinished)
+        raise
+
+
+def _progress() -> Progress:
+    return Progress(
+        "{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
+def _print_result(writer: ShardWriter, out: Path) -> None:
+    say = Console(soft_wrap=True, highlight=False, markup=False).print
+    for part, images in writer.images.items():
+        say(f" {part:<11} {images} images in {-(-images // writer.shard_size)} shards")
+    if writer.skipped:
+        say(f" skipped     {len(writer.skipped)} damaged images:")
+        for name, reason in writer.skipped.items():
+            say(f"             {name} ({reason})")
+    say(f" shards      {out}: give it to ImageNet as --data.root")

@@ -1,0 +1,161 @@
+"""Images that are stored as files and decoded by worker processes."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from nmlightning.datamodules.batches import Draw, RawBatch
+from nmlightning.datamodules.encoded_image import DamagedImage, EncodedImages, decode
+from nmlightning.errors import InputError
+
+Damaged = Literal["error", "skip"]
+Transform = Callable[[Image.Image], Tensor]
+
+
+class DecodedImages:
+    """Stored images, decoded and transformed by workers while the device trains.
+
+    What is random in the transform of an image is drawn from the seed that the image has in its
+    `Draw` and from nothing else, whichever worker decodes it.
+
+    Of `damaged` images each is named in one warning where they are skipped. In training the next
+    readable row takes its place, under its seed: every batch keeps its size and every process its
+    number of steps, whoever reads it. In evaluation it is left out of its batch, so that no image
+    counts twice.
+
+    Args:
+        images: the images as they are stored.
+        transform: returns (C, H, W) uint8.
+        num_workers: processes that decode; 0 decodes in this one.
+        pin_memory: whether to hand out page-locked memory, which a CUDA device copies faster.
+        damaged: what to do about an image that cannot be decoded.
+
+    Raises:
+        InputError: in iterating, if an image is damaged and that is an error, or if there is no
+            other; it names the image.
+    """
+
+    def __init__(
+        self,
+        images: EncodedImages,
+        transform: Transform,
+        num_workers: int,
+        pin_memory: bool,
+        damaged: Damaged = "error",
+    ) -> None:
+        self.reader = _Reader(images, transform, skips_damaged=damaged == "skip")
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self.skipped: set[str] = set()
+
+    @property
+    def length(self) -> int:
+        return self.reader.images.length
+
+    @property
+    def shard_size(self) -> int:
+        return self.reader.images.shard_size
+
+    def batches(self, draws: Iterable[Draw]) -> Iterator[RawBatch]:
+        """Yield the batch of each draw, in their order; images (B, C, H, W) uint8."""
+        loader = DataLoader(
+            self.reader,
+            batch_size=None,  # a draw is a batch already
+            sampler=map(_PlainDraw.of, draws),
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+        )
+        for batch in loader:
+            if isinstance(batch, InputError):
+                raise batch
+            for name, reason in batch.damaged.items():
+                self._name_skipped(name, reason)
+            yield RawBatch(batch.images, batch.labels)
+
+    def _name_skipped(self, name: str, reason: str) -> None:
+        """Warn once of each image."""
+        if name not in self.skipped:
+            self.skipped.add(name)
+            count = f"{len(self.skipped)} of {self.length} so far"
+            warnings.warn(f"Skipped a damaged image, {count}: {name} ({reason}).", stacklevel=2)
+
+
+class _PlainDraw(NamedTuple):
+    """A `Draw` as numbers, which cross processes without shared memory."""
+
+    rows: list[int]
+    seeds: list[int] | None  # None where nothing is random: in evaluation
+
+    @classmethod
+    def of(cls, draw: Draw) -> "_PlainDraw":
+        return cls(draw.rows.tolist(), None if draw.seeds is None else draw.seeds.tolist())
+
+
+class _DecodedBatch(NamedTuple):
+    images: Tensor
+    labels: Tensor
+    damaged: dict[str, str]  # why, by name
+
+
+class _Reader(Dataset[_DecodedBatch | InputError]):
+    """Reads a batch at once; returns an InputError, which thus crosses processes."""
+
+    def __init__(self, images: EncodedImages, transform: Transform, skips_damaged: bool) -> None:
+        self.images = images
+        self.transform = transform
+        self.skips_damaged = skips_damaged
+
+    def __getitem__(self, draw: _PlainDraw) -> _DecodedBatch | InputError:
+        try:
+            return self._read(draw)
+        except InputError as error:
+            return error
+
+    def _read(self, draw: _PlainDraw) -> _DecodedBatch:
+        seeds = draw.seeds or [0] * len(draw.rows)
+        damaged: dict[str, str] = {}
+        read: dict[int, tuple[Tensor, int]] = {}
+        # In the order of the rows, in which the rows of a shard come together.
+        for place in sorted(range(len(draw.rows)), key=draw.rows.__getitem__):
+            rows = self._candidates(draw.rows[place], replace=draw.seeds is not None)
+            image = self._read_first(rows, seeds[place], damaged)
+            if image is not None:
+                read[place] = image
+        if not read:
+            raise InputError(
+                f"no image of a batch can be read, such as {next(iter(damaged))}: replace or "
+                "delete them, or use a larger batch."
+            )
+        images, labels = zip(*(read[place] for place in sorted(read)), strict=True)
+        return _DecodedBatch(torch.stack(images), torch.tensor(labels), damaged)
+
+    def _candidates(self, row: int, replace: bool) -> Iterable[int]:
+        """Return the row and, if it may be replaced, those after it and from the beginning."""
+        length = self.images.length
+        return (other % length for other in range(row, row + length)) if replace else (row,)
+
+    def _read_first(
+        self, rows: Iterable[int], seed: int, damaged: dict[str, str]
+    ) -> tuple[Tensor, int] | None:
+        """Return the first readable image and its label, and note what is damaged."""
+        for row in rows:
+            encoded = self.images.fetch(row)
+            try:
+                image = decode(encoded)
+            except DamagedImage as error:
+                if not self.skips_damaged:
+                    raise
+                damaged[encoded.name] = error.reason
+            else:
+                return self._transform(image, seed), encoded.label
+        return None
+
+    def _transform(self, image: Image.Image, seed: int) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return self.transform(image)

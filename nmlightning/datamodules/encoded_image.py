@@ -1,0 +1,65 @@
+"""An image as it is stored, and how it is decoded."""
+
+import struct
+from io import BytesIO
+from typing import NamedTuple, Protocol
+
+from PIL import Image, UnidentifiedImageError
+
+from nmlightning.errors import InputError
+
+# What Pillow raises for damaged files.
+DAMAGED = (
+    *(OSError, SyntaxError, ValueError, EOFError, struct.error),
+    Image.DecompressionBombError,
+)
+
+
+class EncodedImage(NamedTuple):
+    """A path or bytes, by the name that an error calls it, and its class."""
+
+    name: str
+    file: str | BytesIO
+    label: int
+
+
+class EncodedImages(Protocol):
+    """A number of stored images."""
+
+    @property
+    def length(self) -> int:
+        """The number of images."""
+
+    @property
+    def shard_size(self) -> int:
+        """How many rows lie in one file; 1 where each has its own."""
+
+    def fetch(self, row: int) -> EncodedImage:
+        """Return the image of a row, 0 … length − 1."""
+
+
+class DamagedImage(InputError):
+    """A stored image cannot be decoded: which, and why."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(
+            f"{name} cannot be read as an image ({reason}): replace or delete it, or leave such "
+            "images out with damaged: skip."
+        )
+        self.name = name
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type["DamagedImage"], tuple[str, str]]:
+        return DamagedImage, (self.name, self.reason)  # an exception is pickled by its message
+
+
+def decode(image: EncodedImage) -> Image.Image:
+    """Return the image as RGB; `DamagedImage` if it cannot be decoded."""
+    try:
+        with Image.open(image.file) as opened:
+            decoded: Image.Image = opened.convert("RGB")
+            return decoded
+    except UnidentifiedImageError as error:  # its message may hold an address in memory
+        raise DamagedImage(image.name, "of no known format") from error
+    except DAMAGED as error:
+        raise DamagedImage(image.name, str(error)) from error

@@ -1,0 +1,130 @@
+"""Images in shards of litdata's, in a folder or behind an address; `nm shard` writes them."""
+
+import json
+import os
+from importlib.util import find_spec
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nmlightning.datamodules.encoded_image import EncodedImage
+from nmlightning.errors import InputError
+
+REMOTE = ("s3://", "gs://", "r2://", "azure://", "local:")  # what litdata streams shards from
+INDEX = "classes"  # the folder, beside those of the images, of the one item that describes them
+LITDATA_INDEX = "index.json"
+FORMAT = 1
+Item = tuple[int, str, bytes]  # label, <class>/<file>, the file's content
+
+
+class ShardIndex(NamedTuple):
+    """What the shards below a root hold: the classes, and the number of images of each part."""
+
+    classes: list[str]
+    shard_size: int
+    images: dict[str, int]
+
+
+class ShardedImages:
+    """The images of one part below a root of shards.
+
+    Where the root is remote, litdata keeps what it has fetched in its cache, shard by shard.
+
+    Args:
+        root: a folder, or an address that begins with one of `REMOTE`.
+        part: train or val.
+        index: what `read_index` returned for the root.
+
+    Raises:
+        InputError: if shards of a local root are absent or cut off.
+    """
+
+    def __init__(self, root: str, part: str, index: ShardIndex) -> None:
+        self.place = join_root(root, part)
+        self.length = index.images[part]
+        self.shard_size = index.shard_size
+        self._shards: Any = None  # opened in the process that reads
+        if not is_remote(root):
+            _check_files(Path(self.place))
+
+    def fetch(self, row: int) -> EncodedImage:
+        if self._shards is None:
+            self._shards = open_shards(self.place)
+        label, name, content = self._shards[row]
+        return EncodedImage(join_root(self.place, name), BytesIO(content), label)
+
+
+def is_remote(root: str) -> bool:
+    """Whether the root is an address from which litdata streams."""
+    return root.startswith(REMOTE)
+
+
+def holds_shards(root: str) -> bool:
+    """Whether shards, and not images in files, lie below the root."""
+    parts = (INDEX, "train", "val")
+    return is_remote(root) or any(Path(root, part, LITDATA_INDEX).is_file() for part in parts)
+
+
+def join_root(root: str, name: str) -> str:
+    """Return the name below a root, which is a folder or an address."""
+    return f"{root.rstrip('/')}/{name}"
+
+
+def read_index(root: str) -> ShardIndex:
+    """Return what the shards below a root hold.
+
+    Raises:
+        InputError: without litdata, or if the root lacks the index, or has another kind.
+    """
+    place = join_root(root, INDEX)
+    if not is_remote(root):
+        _check_files(Path(place))
+    try:
+        (content,) = open_shards(place)[0]
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"there are no shards of nm shard at {root} ({error}): give what it wrote."
+        ) from error
+    index = json.loads(bytes(content))
+    if index.pop("format", None) != FORMAT:
+        raise InputError(f"the shards at {root} are of another version: write them anew.")
+    return ShardIndex(**index)
+
+
+def open_shards(place: str) -> Any:
+    """Return litdata's reader of a folder or address, whose items are fetched by shards."""
+    require_litdata()
+    from litdata import StreamingDataset
+
+    # Otherwise it reads the whole shard again for every item.
+    shards = StreamingDataset(place, batch_decode="all")
+    shards[0]  # opens it
+    shards.on_demand_bytes = False  # a shard at a time, not two requests an image
+    return shards
+
+
+def require_litdata() -> None:
+    """Raise InputError unless litdata is installed."""
+    if find_spec("litdata") is None:
+        raise InputError("shards need litdata: pip install 'nmlightning[stream]'.")
+
+
+def _check_files(folder: Path) -> None:
+    """Compare the files of a local folder with litdata's index of them."""
+    try:
+        shards = json.loads((folder / LITDATA_INDEX).read_text(encoding="utf-8"))["chunks"]
+        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{folder} holds no shards: write them again with nm shard, or give another folder."
+        ) from error
+    damaged = [
+        shard["filename"]
+        for shard in shards
+        if sizes.get(shard["filename"]) != shard["chunk_bytes"]
+    ]
+    if damaged:
+        raise InputError(
+            f"{len(damaged)} of {len(shards)} shards in {folder} are absent or cut off, such as "
+            f"{damaged[0]}: copy them again."
+        )

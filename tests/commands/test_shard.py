@@ -1,0 +1,109 @@
+"""`nm shard`: what it writes and says, and what it refuses."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nmlightning.cli import main
+from nmlightning.commands.shard import run
+from nmlightning.errors import InputError
+
+pytest.importorskip("litdata")
+
+
+@pytest.fixture
+def folder(
+    make_image_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    return make_image_folder()
+
+
+def test_it_says_what_it_wrote(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("out").mkdir()
+    assert main(["shard", "images", "out", "--shard_size", "5"]) == 0
+    out, err = capsys.readouterr()
+    assert [line.split() for line in out.splitlines()] == [
+        ["train", "12", "images", "in", "3", "shards"],
+        ["val", "6", "images", "in", "2", "shards"],
+        ["shards", "out:", "give", "it", "to", "ImageNet", "as", "--data.root"],
+    ]
+    assert re.search(r"train .*12/12", err), "progress"
+    assert sorted(path.name for path in Path("out").iterdir()) == ["classes", "train", "val"]
+    assert not list(Path().glob("*.unfinished"))
+
+
+def test_damaged_images_are_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "train/b/2.JPEG").write_bytes(b"")
+    (folder / "val/c/1.JPEG").write_bytes(b"no image")
+    (folder / "val/c/notes.txt").touch()
+    with pytest.warns(UserWarning, match="Skipped 1 files below .*/val .*: c/notes.txt"):
+        assert main(["shard", str(folder), "out", "--damaged", "skip"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[:2]] == [["train", "11"], ["val", "5"]]
+    assert lines[2:5] == [
+        " skipped     2 damaged images:",
+        f"             {folder}/train/b/2.JPEG (of no known format)",
+        f"             {folder}/val/c/1.JPEG (of no known format)",
+    ]
+
+
+def empty_train(folder: Path) -> None:
+    for path in (folder / "train").glob("*/*"):
+        path.write_bytes(b"")
+
+
+def hold_something(folder: Path) -> None:
+    Path("out").mkdir()
+    Path("out/mine.txt").touch()
+
+
+def leave_unfinished(folder: Path) -> None:
+    Path("out.unfinished").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "options", "message"),
+    [
+        (lambda folder: (folder / "train/a/0.JPEG").write_bytes(b""), [], "train/a/0.JPEG cannot"),
+        (lambda folder: (folder / "val/a/.DS_Store").touch(), [], "1 files .*: a/.DS_Store. Del"),
+        (lambda folder: (folder / "val").rename("gone"), [], "there is no folder .*images/val: "),
+        (
+            lambda folder: (folder / "val/c").rename("c"),
+            [],
+            "3 classes and .*val 2, .* differ in c",
+        ),
+        (empty_train, ["--damaged", "skip"], "none of the 12 images in .*/train can be read"),
+        (hold_something, [], "out holds something already: name a folder that does not exist yet"),
+        (lambda folder: Path("out").touch(), [], "out holds something already"),
+        (leave_unfinished, [], "out.unfinished cannot be made: File exists"),
+        (lambda folder: None, ["--shard_size", "0"], "--shard_size must be a whole number of at"),
+        (lambda folder: None, ["--damaged", "ignore"], "argument --damaged: invalid choice"),
+    ],
+)
+def test_bad_input(
+    folder: Path, damage: Callable[[Path], object], options: list[str], message: str
+) -> None:
+    damage(folder)
+    before = sorted(Path().glob("out*"))
+    with pytest.raises(InputError, match=message):
+        run([str(folder), "out", *options])
+    assert sorted(Path().glob("out*")) == before, "nothing is left of what was not finished"
+
+
+def test_without_litdata(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nmlightning.datamodules.image_shards.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'nmlightning\[stream\]'"):
+        run([str(folder), "out"])
+
+
+def test_an_interrupted_run_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nmlightning.datamodules.shard_writer.decode", interrupt)
+    assert main(["shard", str(folder), "out"]) == 130
+    assert not list(Path().glob("out*"))

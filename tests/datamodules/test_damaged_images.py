@@ -1,0 +1,161 @@
+"""Damaged images, and files that are none: an error or skipped, never a crash in mid-training."""
+
+import os
+import pickle
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from torch import nn
+
+from nmlightning.datamodules.batches import RawBatch
+from nmlightning.datamodules.encoded_image import DamagedImage, EncodedImage, decode
+from nmlightning.datamodules.imagenet import ImageNet
+from nmlightning.errors import InputError
+from nmlightning.tasks.classification import ImageClassifier
+
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
+
+
+def open_images(root: Path, num_workers: int = 0, batch_size: int = 4) -> ImageNet:
+    data = ImageNet(str(root), batch_size, num_workers, image_size=32, damaged="skip")
+    data.setup("fit")
+    return data
+
+
+def read_training(data: ImageNet, epoch: int = 0) -> list[RawBatch]:
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(epoch)
+    return list(loader)
+
+
+def same(first: list[RawBatch], second: list[RawBatch]) -> bool:
+    return all(
+        torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+@pytest.fixture
+def root(make_image_folder: Callable[..., Path]) -> Path:
+    return make_image_folder()
+
+
+# From 3.12 on Python warns of forking where threads run, as torch's do; workers use none of them.
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_in_training_the_next_readable_image_takes_the_place(root: Path, num_workers: int) -> None:
+    """As if the file of the next were there twice: same batches, same augmentation."""
+    damaged = [root / "train" / "b" / f"{number}.JPEG" for number in (1, 2)]
+    for path in damaged:
+        path.write_bytes((root / "train/b/3.JPEG").read_bytes())
+    expected = read_training(open_images(root))
+    damaged[0].write_bytes(b"")
+    damaged[1].write_bytes(damaged[1].read_bytes()[:400])
+    data = open_images(root, num_workers)
+    with pytest.warns(UserWarning, match="Skipped a damaged image") as warned:
+        batches = read_training(data)
+    assert [len(batch.labels) for batch in batches] == [4, 4, 4]
+    assert same(batches, expected)
+    text = sorted(str(warning.message) for warning in warned)
+    assert [any(str(path) in line for line in text) for path in damaged] == [True, True]
+    assert "1 of 12 so far" in text[0]
+    assert "2 of 12 so far" in text[1]
+
+
+def test_each_is_named_once(root: Path) -> None:
+    (root / "train/a/0.JPEG").write_text("not an image")
+    data = open_images(root)
+    with pytest.warns(UserWarning, match=r"train/a/0.JPEG \(of no known format\)\.$"):
+        read_training(data)
+    loader = data.train_dataloader()
+    assert len(list(loader)) == 3, "and no second warning, which would be an error"
+
+
+def test_after_the_last_image_comes_the_first(root: Path) -> None:
+    (root / "train/c/3.JPEG").write_bytes(b"")
+    with pytest.warns(UserWarning, match="c/3.JPEG"):
+        labels = torch.cat([batch.labels for batch in read_training(open_images(root))])
+    assert labels.bincount().tolist() == [5, 4, 3]
+
+
+def test_in_evaluation_it_is_left_out(root: Path) -> None:
+    (root / "val/b/0.JPEG").write_bytes(b"")
+    with pytest.warns(UserWarning, match="1 of 6 so far: .*val/b/0.JPEG"):
+        batches = list(open_images(root).val_dataloader())
+    assert [batch.labels.tolist() for batch in batches] == [[0, 0], [1, 2, 2]]
+    (root / "val/b/1.JPEG").write_bytes(b"")
+    with pytest.raises(InputError, match=r"no image of a batch can be read, such as .*/val/b/"):
+        list(open_images(root, batch_size=1).val_dataloader())
+
+
+def test_a_set_without_a_readable_image_is_an_error(root: Path) -> None:
+    for path in (root / "train").glob("*/*"):
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match="no image of a batch can be read"):
+        read_training(open_images(root))
+
+
+def test_files_that_are_no_images_by_their_names(root: Path) -> None:
+    for name in ("train/a/notes.txt", "train/c/.DS_Store", "train/readme.md"):
+        (root / name).touch()
+    message = r"there are 2 files below {}/train that are no images by their names: a/notes.txt, c/"
+    with pytest.raises(InputError, match=message.format(root)):
+        ImageNet(str(root)).setup("fit")
+    with pytest.warns(UserWarning, match="Skipped 2 files .* names: a/notes.txt, c/.DS_Store$"):
+        data = open_images(root)
+    assert data.train is not None
+    assert data.train.length == 12
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked, and this system cannot")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Skipped a damaged image")
+def test_two_processes_stay_in_step(root: Path) -> None:
+    """Rank 0 alone meets the damaged images, in training and in validation."""
+    if torch.cuda.is_initialized():
+        pytest.skip("a process that uses CUDA cannot be forked")
+    for name in ("train/a/1.JPEG", "train/c/0.JPEG", "val/a/0.JPEG"):
+        (root / name).write_bytes(b"")
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32**2, 3))
+    task = ImageClassifier(net, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.01))
+    trainer = pl.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        strategy="ddp_fork",
+        devices=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(task, ImageNet(str(root), 2, num_workers=0, image_size=32, damaged="skip"))
+    for name in ("train/loss", "val/loss"):
+        assert trainer.callback_metrics[name].isfinite()
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+# Pillow's, of images that are said to be huge, and of entries that are cut off.
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning", "ignore::UserWarning")
+def test_whatever_is_damaged_the_error_is_the_same(image_format: str) -> None:
+    draw = np.random.default_rng(0)
+    file = BytesIO()
+    Image.fromarray(draw.integers(256, size=(20, 20, 3), dtype=np.uint8)).save(file, image_format)
+    whole = np.frombuffer(file.getvalue(), dtype=np.uint8)
+    errors = []
+    for _ in range(200):
+        content = whole.copy()
+        content[draw.integers(60, size=3)] = draw.integers(256, size=3)
+        try:
+            decode(EncodedImage("it", BytesIO(content[: draw.integers(len(whole))].tobytes()), 0))
+        except DamagedImage as error:
+            errors.append(error)
+    assert len(errors) > 100
+    text = [str(error) for error in errors]
+    assert "BytesIO" not in "".join(text), "an address in memory, which is another each time"
+    assert [str(pickle.loads(pickle.dumps(error))) for error in errors] == text

@@ -1,0 +1,187 @@
+"""Shards hold what the folder holds, and are read alike by any number of workers."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nmlightning.cli import main
+from nmlightning.datamodules.image_shards import ShardedImages, read_index
+from nmlightning.datamodules.imagenet import ImageNet
+from nmlightning.datamodules.shuffled_rows import SHARDS_MIXED, shuffle_rows
+from nmlightning.errors import InputError
+
+pytest.importorskip("litdata")
+SHARD = 3  # images
+
+
+@pytest.fixture
+def folder(make_image_folder: Callable[..., Path]) -> Path:
+    return make_image_folder()
+
+
+@pytest.fixture
+def shards(folder: Path, tmp_path: Path) -> Path:
+    out = tmp_path / "shards"
+    assert main(["shard", str(folder), str(out), "--shard_size", str(SHARD)]) == 0
+    return out
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where litdata keeps what it has fetched, which is the home folder."""
+    folder = tmp_path / "cache"
+    monkeypatch.setattr("litdata.utilities.dataset_utilities._LITDATA_CACHE_DIR", str(folder))
+    return folder
+
+
+def open_images(root: object, **options: Any) -> ImageNet:
+    settings = {"batch_size": 4, "num_workers": 0, "image_size": 32, **options}
+    data = ImageNet(str(root), **settings)
+    data.setup("fit")
+    return data
+
+
+def read_all(loader: Any) -> tuple[Tensor, Tensor]:
+    batches = list(loader)
+    assert len(batches) == len(loader)
+    images, labels = zip(*((batch.images, batch.labels) for batch in batches), strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def test_shards_hold_the_files_as_they_are(folder: Path, shards: Path) -> None:
+    index = read_index(str(shards))
+    assert index == (["a", "b", "c"], SHARD, {"train": 12, "val": 6})
+    for part, count in index.images.items():
+        images = ShardedImages(str(shards), part, index)
+        fetched = [images.fetch(row) for row in range(images.length)]
+        content = {image.name: image.file.read() for image in fetched}  # type: ignore[union-attr]
+        for name, read in content.items():
+            assert read == (folder / Path(name).relative_to(shards)).read_bytes()
+        assert len(content) == images.length == count
+        assert {(Path(image.name).parent.name, image.label) for image in fetched} == {
+            ("a", 0),
+            ("b", 1),
+            ("c", 2),
+        }
+
+
+def test_training_images_are_mixed_before_they_are_written(shards: Path) -> None:
+    images = ShardedImages(str(shards), "train", read_index(str(shards)))
+    assert [images.fetch(row).label for row in range(12)] != [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_validation_is_that_of_the_folder(folder: Path, shards: Path) -> None:
+    read = [read_all(open_images(root).val_dataloader()) for root in (folder, shards)]
+    for ours, theirs in zip(*read, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_an_epoch_reads_every_image_once_in_another_order(shards: Path) -> None:
+    data = open_images(shards)
+    loader = data.train_dataloader()
+    epochs = []
+    for epoch in range(2):
+        loader.sampler.set_epoch(epoch)
+        epochs.append(read_all(loader))
+        assert epochs[-1][1].bincount().tolist() == [4, 4, 4]
+    assert not torch.equal(epochs[0][0], epochs[1][0])
+    assert data.num_classes == 3
+
+
+# From 3.12 on Python warns of forking where threads run, as torch's do; workers use none of them.
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_workers_and_a_remote_root_change_nothing(shards: Path, cache: Path) -> None:
+    roots = [(str(shards), 0), (str(shards), 2), (f"local:{shards}", 0), (f"local:{shards}", 2)]
+    first, *others = [
+        read_all(open_images(root, num_workers=workers).train_dataloader())
+        for root, workers in roots
+    ]
+    for other in others:
+        assert torch.equal(first[0], other[0])
+        assert torch.equal(first[1], other[1])
+    fetched = {path.relative_to(cache).name for path in cache.rglob("*.bin")}
+    assert fetched == {f"chunk-0-{number}.bin" for number in range(4)}, "whole shards are kept"
+
+
+def test_a_damaged_image_within_a_shard(shards: Path) -> None:
+    """Bits that have changed since it was written, which the size of the file does not tell."""
+    (file,) = shards.glob("val/chunk-0-0.bin")
+    content = bytearray(file.read_bytes())
+    start = content.index(b"\xff\xd8\xff")  # of the first JPEG
+    content[start : start + 2] = b"  "
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"shards/val/a/0.JPEG cannot be read .*\(of no known"):
+        list(open_images(shards).val_dataloader())
+    with pytest.warns(UserWarning, match=r"1 of 6 so far: .*shards/val/a/0.JPEG"):
+        list(open_images(shards, damaged="skip").val_dataloader())
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda root: (shutil.rmtree if (root / name).is_dir() else Path.unlink)(root / name)
+
+
+def cut_off(root: Path) -> None:
+    path = root / "train" / "chunk-0-2.bin"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def age(root: Path) -> None:
+    """Change the version, in the only item of the index."""
+    path = root / "classes" / "chunk-0-0.bin"
+    path.write_bytes(path.read_bytes().replace(b'"format": 1', b'"format": 0'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove("classes"), "{root}/classes holds no shards: write them again with nm shard"),
+        (remove("train"), "{root}/train holds no shards: write them again"),
+        (remove("val"), "{root}/val holds no shards: write them again"),
+        (remove("train/index.json"), "{root}/train holds no shards: write them again"),
+        (
+            remove("train/chunk-0-1.bin"),
+            "1 of 4 shards in {root}/train are absent or cut off, such as chunk-0-1.bin: copy",
+        ),
+        (cut_off, "1 of 4 shards in {root}/train are absent or cut off, such as chunk-0-2.bin"),
+        (age, "the shards at {root} are of another version: write them anew"),
+    ],
+)
+def test_bad_shards(shards: Path, damage: Callable[[Path], None], message: str) -> None:
+    damage(shards)
+    with pytest.raises(InputError, match=message.format(root=shards)):
+        open_images(shards)
+
+
+def test_a_remote_root_without_shards(tmp_path: Path, cache: Path) -> None:
+    with pytest.raises(InputError, match=r"there are no shards of nm shard at local:.*/nowhere"):
+        open_images(f"local:{tmp_path}/nowhere")
+
+
+def test_without_litdata(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nmlightning.datamodules.image_shards.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'nmlightning\[stream\]'"):
+        open_images(shards)
+
+
+def test_litdatas_index_is_as_we_read_it(shards: Path) -> None:
+    """Full shards but for the last, since a row's shard is its number divided by their size."""
+    chunks = json.loads((shards / "val" / "index.json").read_text())["chunks"]
+    assert [chunk["chunk_size"] for chunk in chunks] == [SHARD, SHARD]
+
+
+@pytest.mark.parametrize(("length", "shard_size"), [(1, 4), (7, 4), (200, 4), (1000, 10)])
+def test_shuffled_rows_are_few_shards_at_a_time(length: int, shard_size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = shuffle_rows(length, shard_size, generator)
+    assert torch.equal(rows.sort().values, torch.arange(length))
+    for few in rows.split(SHARDS_MIXED * shard_size):  # type: ignore[no-untyped-call]
+        # The last shard is shorter, so that what follows it is shifted.
+        assert len((few // shard_size).unique()) <= SHARDS_MIXED + 1
+    if length > 100:
+        assert (rows[1:] // shard_size == rows[:-1] // shard_size).double().mean() < 0.3

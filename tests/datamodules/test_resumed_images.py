@@ -1,0 +1,164 @@
+"""A run that is resumed within an epoch goes on with the very next batch, pixel by pixel."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from nmlightning.cli import main
+from nmlightning.datamodules.imagenet import ImageNet
+from nmlightning.errors import InputError
+from nmlightning.tasks.classification import ImageClassifier
+
+pytestmark = [
+    # From 3.12 on Python warns of forking where threads run, as torch's do; workers use none.
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Skipped a damaged image"),
+]
+SAVED_AT = 4  # batches: the second of three of the second epoch
+WHOLE = 9
+
+
+class Recorder(pl.Callback):
+    """Keeps every training batch, by global step, and saves a checkpoint in mid-epoch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any) -> None:
+        torch.save(batch, self.folder / f"{trainer.global_step}.{trainer.global_rank}.pt")
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == SAVED_AT and trainer.ckpt_path is None:
+            trainer.save_checkpoint(self.folder / "mid.ckpt")
+
+
+def fit(root: Path, seen: Path, seed: int = 1, devices: int = 1, **options: Any) -> None:
+    """Train for three epochs and leave every batch in `seen`."""
+    seen.mkdir()
+    pl.seed_everything(seed, verbose=False)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16**2, 3))
+    task = ImageClassifier(net, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.01))
+    ckpt_path = options.pop("ckpt_path", None)
+    trainer = pl.Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        strategy="auto" if devices == 1 else "ddp_fork",
+        devices=devices,
+        callbacks=[Recorder(seen)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    settings = {"batch_size": 4 // devices, "num_workers": 0, "image_size": 16, **options}
+    trainer.fit(task, ImageNet(str(root), **settings), ckpt_path=ckpt_path)
+
+
+def read(seen: Path, devices: int = 1) -> dict[int, tuple[Tensor, Tensor]]:
+    """Return the images and labels of all ranks together, by global step."""
+    steps = sorted({int(path.name.split(".")[0]) for path in seen.glob("*.pt")})
+    batches = {
+        step: [torch.load(seen / f"{step}.{rank}.pt") for rank in range(devices)] for step in steps
+    }
+    return {
+        step: (torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts]))
+        for step, parts in batches.items()
+    }
+
+
+def assert_same(first: dict[int, Any], second: dict[int, Any]) -> None:
+    assert list(first) == list(second)
+    for step, (images, labels) in first.items():
+        assert torch.equal(images, second[step][0]), step
+        assert torch.equal(labels, second[step][1]), step
+
+
+@pytest.fixture(params=["folder", "shards"])
+def root(
+    request: pytest.FixtureRequest, make_image_folder: Callable[..., Path], tmp_path: Path
+) -> Path:
+    folder = make_image_folder()
+    if request.param == "folder":
+        return folder
+    pytest.importorskip("litdata")
+    assert main(["shard", str(folder), f"{tmp_path}/shards", "--shard_size", "2"]) == 0
+    return tmp_path / "shards"
+
+
+@pytest.mark.parametrize(("workers", "later_workers"), [(0, 0), (2, 2)])
+def test_the_rest_of_an_epoch_is_the_rest(
+    root: Path, tmp_path: Path, workers: int, later_workers: int
+) -> None:
+    """Whatever the number of workers, and the seed that the resumed run is given."""
+    fit(root, tmp_path / "whole", num_workers=workers)
+    whole = read(tmp_path / "whole")
+    assert list(whole) == list(range(WHOLE))
+    ckpt = tmp_path / "whole" / "mid.ckpt"
+    fit(root, tmp_path / "resumed", 2, ckpt_path=ckpt, num_workers=later_workers)
+    rest = {step: batch for step, batch in whole.items() if step >= SAVED_AT}
+    assert_same(read(tmp_path / "resumed"), rest)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked, and this system cannot")
+def test_two_processes_go_on_where_one_stopped(root: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_initialized():
+        pytest.skip("a process that uses CUDA cannot be forked")
+    fit(root, tmp_path / "one")
+    fit(root, tmp_path / "two", devices=2, num_workers=1)
+    whole = read(tmp_path / "one")
+    assert_same(read(tmp_path / "two", devices=2), whole)
+    ckpt = tmp_path / "one" / "mid.ckpt"
+    fit(root, tmp_path / "resumed", devices=2, num_workers=1, ckpt_path=ckpt)
+    rest = {step: batch for step, batch in whole.items() if step >= SAVED_AT}
+    assert_same(read(tmp_path / "resumed", devices=2), rest)
+
+
+def test_damaged_images_change_nothing_of_it(
+    make_image_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    root = make_image_folder()
+    for name in ("a/1", "b/0", "b/1", "c/3"):
+        (root / "train" / f"{name}.JPEG").write_bytes(b"")
+    fit(root, tmp_path / "whole", damaged="skip")
+    ckpt = tmp_path / "whole" / "mid.ckpt"
+    fit(root, tmp_path / "resumed", damaged="skip", num_workers=2, ckpt_path=ckpt)
+    whole = read(tmp_path / "whole")
+    assert {len(labels) for _, labels in whole.values()} == {4}
+    rest = {step: batch for step, batch in whole.items() if step >= SAVED_AT}
+    assert_same(read(tmp_path / "resumed"), rest)
+
+
+def test_what_cannot_be_the_rest_is_refused(
+    make_image_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    root = make_image_folder()
+    fit(root, tmp_path / "whole")
+    ckpt = tmp_path / "whole" / "mid.ckpt"
+    message = "within an epoch with 4 images a batch on all processes, and this run has 3, so the"
+    with pytest.raises(InputError, match=message):
+        fit(root, tmp_path / "batch", ckpt_path=ckpt, batch_size=3)
+    (root / "train/b/0.JPEG").unlink()
+    with pytest.raises(InputError, match="an epoch with 12 images, and this run has 11, so the"):
+        fit(root, tmp_path / "fewer", ckpt_path=ckpt)
+
+
+def test_the_state_says_what_the_order_follows_from(
+    make_image_folder: Callable[..., Path],
+) -> None:
+    data = ImageNet(str(make_image_folder()), batch_size=4, num_workers=0)
+    data.setup("fit")
+    assert data.state_dict() == {}, "of a module that has not been trained with"
+    torch.manual_seed(3)
+    data.train_dataloader()
+    state = {"seed": 3, "images": 12, "shard_size": 1, "world_batch": 4}
+    assert data.state_dict() == state
+    torch.manual_seed(4)
+    data.load_state_dict(state)
+    data.train_dataloader()
+    assert data.state_dict() == state
