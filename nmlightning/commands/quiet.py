@@ -30,7 +30,8 @@ CHATTY = [
     *("pytorch_lightning", "lightning_fabric"),
     *("lightning", "lightning.pytorch", "lightning.fabric"),
 ]
-OURS = "NormSwap"  # says through Lightning's loggers what it swapped
+# They say through Lightning's loggers what was swapped, and how the learning rate was scaled.
+OURS = ("NormSwap", "ImageClassifier")
 
 
 @contextmanager

@@ -10,9 +10,15 @@ from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from nmlightning.errors import InputError, is_number
+from nmlightning.errors import InputError, check_whole_number, is_number
 from nmlightning.recipes import check_recipes
 from nmlightning.tasks.checkpoint_match import check_same_network
+from nmlightning.tasks.learning_rate import (
+    KEY,
+    check_same_batch,
+    global_batch_size,
+    scale_learning_rates,
+)
 from nmlightning.weights.parameter_groups import WeightDecayScope, parameter_groups
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
@@ -37,14 +43,19 @@ class ImageClassifier(pl.LightningModule):
         label_smoothing: 0 … 1, in training only.
         weight_decay_scope: `all`, `no_norm` (norms and biases exempt), `no_conv` (the weights of
             convolutions exempt) or `last_layer`.
+        lr_batch_size: the images a step that the optimizer's learning rate is meant for. It is
+            multiplied by (batch size × processes × accumulated batches) / lr_batch_size; None
+            leaves it as it is.
         compile: the mode that `torch.compile` compiles the network with, after the callbacks have
             swapped its norms; None leaves it eager. "reduce-overhead" replays CUDA graphs, several
             times faster for a network of many small layers; the first steps then take a minute.
 
     Raises:
-        InputError: for a label_smoothing outside 0 … 1; in training for labels outside the classes
-            or a network with another number of outputs; on loading a checkpoint of another
-            network or, in a Trainer, of another recipe of norms.
+        InputError: for a label_smoothing outside 0 … 1 or an lr_batch_size below 1; in training
+            for labels outside the classes or a network with another number of outputs, or if the
+            rate is to be scaled by a batch size that the data module does not tell; on loading a
+            checkpoint of another network or, in a Trainer, of another recipe of norms or, to
+            resume with scaled rates, of another number of images a step.
 
     Example:
         >>> from torch.optim import SGD
@@ -59,21 +70,27 @@ class ImageClassifier(pl.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         label_smoothing: float = 0.0,
         weight_decay_scope: WeightDecayScope = "all",
+        lr_batch_size: int | None = None,
         compile: CompileMode | None = None,
     ) -> None:
         super().__init__()
         if not (is_number(label_smoothing) and 0 <= label_smoothing <= 1):
             raise InputError(f"label_smoothing is {label_smoothing!r}; it must be between 0 and 1.")
+        if lr_batch_size is not None:
+            check_whole_number("lr_batch_size", lr_batch_size)
         try:  # LightningCLI describes the arguments as plain data, from which they can be rebuilt
             self.save_hyperparameters("_instantiator")
             self.save_hyperparameters()
         except KeyError:  # Python passes objects, which do not belong into a checkpoint
-            self.save_hyperparameters("label_smoothing", "weight_decay_scope", "compile")
+            self.save_hyperparameters(
+                "label_smoothing", "weight_decay_scope", "lr_batch_size", "compile"
+            )
         self.net = net
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.label_smoothing = label_smoothing
         self.weight_decay_scope = weight_decay_scope
+        self.lr_batch_size = lr_batch_size
         self.mode_to_compile = compile
         self.accuracies = nn.ModuleDict()
 
@@ -104,8 +121,11 @@ class ImageClassifier(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(self.net, None, self.weight_decay_scope)
+        images = global_batch_size(self._trainer) if self.lr_batch_size else None
         try:
             optimizer = self.optimizer(groups)
+            if self.lr_batch_size and images:
+                scale_learning_rates(optimizer, self.lr_batch_size, images)
             scheduler = self.lr_scheduler and self.lr_scheduler(optimizer)
         except ValueError as error:  # such as a negative learning rate
             raise InputError(f"optimizer or lr_scheduler: {error}.") from error
@@ -123,8 +143,16 @@ class ImageClassifier(pl.LightningModule):
         Outside a Trainer, `nmlightning.load_from_checkpoint` swaps after this.
         """
         check_same_network(self, checkpoint)
-        if self._trainer is not None:
-            check_recipes(self, checkpoint)
+        if self._trainer is None:
+            return
+        check_recipes(self, checkpoint)
+        if self.lr_batch_size is not None and self.trainer.training:
+            check_same_batch(checkpoint, global_batch_size(self.trainer))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep how many images a step the learning rates are for, where they were scaled."""
+        if self.lr_batch_size is not None:
+            checkpoint[KEY] = global_batch_size(self._trainer)
 
     def _check_classes(self, logits: Tensor, labels: Tensor, batch_idx: int) -> None:
         """Compare labels, outputs and data; on a GPU the labels of an epoch's first batch only."""

@@ -1,0 +1,121 @@
+"""The learning rate grows with the batch, before the scheduler sees it, and only where asked."""
+
+import logging
+import os
+from ast import literal_eval
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import MultiStepLR
+from torch.utils.data import DataLoader
+
+from nmlightning.datamodules.digits import Digits
+from nmlightning.errors import InputError
+from nmlightning.tasks.classification import ImageClassifier
+
+
+def sgd(groups: Any) -> torch.optim.Optimizer:
+    """A rate of 0.1, and of 0.3 for what does not decay."""
+    for group, lr in zip(groups, (0.1, 0.3), strict=False):
+        group["lr"] = lr
+    return torch.optim.SGD(groups, lr=1.0, weight_decay=1e-4)
+
+
+def make_task(lr_batch_size: Any = None) -> ImageClassifier:
+    return ImageClassifier(
+        nn.Sequential(nn.Flatten(), nn.Linear(64, 10)),
+        optimizer=sgd,
+        lr_scheduler=lambda optimizer: MultiStepLR(optimizer, [1]),
+        weight_decay_scope="no_norm",
+        lr_batch_size=lr_batch_size,
+    )
+
+
+class Rates(pl.Callback):
+    """Keeps the learning rates of each epoch, in the process that started the others, too."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *_: object) -> None:
+        rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
+        with self.file.open("a") as lines:
+            lines.write(f"{rates}\n")
+
+    def read(self) -> list[Any]:
+        return [literal_eval(line) for line in self.file.read_text().splitlines()]
+
+
+def fit(tmp_path: Path, lr_batch_size: Any, **options: Any) -> tuple[list[Any], pl.Trainer]:
+    rates = Rates(tmp_path / "rates")
+    ckpt_path = options.pop("ckpt_path", None)
+    settings = {"max_epochs": 2, "limit_train_batches": 2, "limit_val_batches": 1, **options}
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        callbacks=[rates],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **settings,
+    )
+    data = Digits(batch_size=64, image_size=8, channels=1)
+    trainer.fit(make_task(lr_batch_size), data, ckpt_path=ckpt_path)
+    return rates.read(), trainer
+
+
+@pytest.mark.parametrize(
+    ("lr_batch_size", "accumulate", "factor"),
+    [(None, 1, 1), (None, 2, 1), (64, 1, 1), (256, 1, 1 / 4), (256, 2, 1 / 2), (16, 2, 8)],
+)
+def test_every_group_is_scaled_before_the_scheduler(
+    tmp_path: Path, caplog: Any, lr_batch_size: Any, accumulate: int, factor: float
+) -> None:
+    with caplog.at_level(logging.INFO):
+        rates, trainer = fit(tmp_path, lr_batch_size, accumulate_grad_batches=accumulate)
+    expected = [[0.1 * factor, 0.3 * factor], [0.01 * factor, 0.03 * factor]]
+    for first, second in zip(rates, expected, strict=True):
+        assert first == pytest.approx(second)
+    groups = trainer.optimizers[0].param_groups
+    assert [group["initial_lr"] for group in groups] == pytest.approx(expected[0])
+    said = [text for text in caplog.messages if text.startswith("ImageClassifier: learning rate")]
+    assert len(said) == (factor != 1)
+    if factor == 1 / 2:
+        assert "learning rate 0.1, 0.3 × 128/256 = 0.05, 0.15, for 128 images a step" in said[0]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked, and this system cannot")
+def test_processes_count(tmp_path: Path) -> None:
+    if torch.cuda.is_initialized():
+        pytest.skip("a process that uses CUDA cannot be forked")
+    rates, _ = fit(tmp_path, 256, strategy="ddp_fork", devices=2, max_epochs=1)
+    assert rates == [pytest.approx([0.05, 0.15])] * 2
+
+
+def test_a_resume_with_another_batch_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    _, trainer = fit(tmp_path, 256, max_epochs=1)
+    trainer.save_checkpoint(path)
+    message = "has learning rates for 64 images a step, and this run has 128: choose data.batch_s"
+    with pytest.raises(InputError, match=message):
+        fit(tmp_path, 256, accumulate_grad_batches=2, ckpt_path=path)
+    trainer.test(make_task(256), Digits(32, image_size=8, channels=1), path, verbose=False)
+    fit(tmp_path, 256, ckpt_path=path)
+    rates, _ = fit(tmp_path, None, accumulate_grad_batches=2, ckpt_path=path)
+    assert rates[-1] == pytest.approx([0.0025, 0.0075]), "the checkpoint's, at the milestone"
+
+
+def test_bad_input() -> None:
+    with pytest.raises(InputError, match="lr_batch_size must be a whole number of at least 1, got"):
+        make_task(0)
+    message = "lr_batch_size scales .* not known: fit with a data module that has a batch_size"
+    with pytest.raises(InputError, match=message):
+        make_task(256).configure_optimizers()
+    options = {"max_epochs": 1, "logger": False, "enable_checkpointing": False}
+    loader = DataLoader([(torch.zeros(64), torch.tensor(0))], batch_size=1)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=message):
+        pl.Trainer(accelerator="cpu", **options).fit(make_task(256), loader, loader)  # type: ignore[arg-type]
