@@ -31,7 +31,24 @@ NORMALISED = {
     "cifar_bwn_linf": ("bounded", float("inf")),
 }
 # The weight norm and the learning rate; the one of BWN is the paper's.
-IMAGENET = {"imagenet_resnet50_wn": ("weight", 0.1), "imagenet_resnet50_bwn": ("bounded", 0.2)}
+NORMALISED_IMAGENET = {
+    "imagenet_resnet50_wn": ("weight", 0.1),
+    "imagenet_resnet50_bwn": ("bounded", 0.2),
+}
+EXACT = {"constant": "exact"}  # which is the default, so that a checkpoint does not mention it
+HALF = {**EXACT, "stats_dtype": "float16"}
+# The norm and its options.
+IMAGENET: dict[str, tuple[str, dict[str, str]] | None] = {
+    "imagenet_resnet18_l2": None,
+    "imagenet_resnet18_l1": ("l1", EXACT),
+    "imagenet_resnet18_linf": ("linf", EXACT),
+    "imagenet_resnet18_top10": ("top10", EXACT),
+    "imagenet_resnet18_l2_fp16": ("half_l2", {}),
+    "imagenet_resnet18_l1_fp16": ("l1", HALF),
+    "imagenet_resnet50_l2": None,
+    "imagenet_resnet50_l1": ("l1", EXACT),
+    "imagenet_resnet50_l1_fp16": ("l1", HALF),
+}
 SHORT_RUN = shlex.split(
     "--trainer.accelerator cpu --trainer.max_epochs 1 --trainer.limit_train_batches 2 "
     "--trainer.limit_val_batches 1 --trainer.enable_model_summary false "
@@ -57,7 +74,8 @@ def read(name: str) -> dict[str, Any]:
 
 def test_shipped_are_the_quickstart_and_the_papers_experiments() -> None:
     studies = [f"{family}_{name}" for family in FAMILIES for name in STUDY]
-    assert list(CONFIGS) == ["quickstart", *sorted([*CIFAR, *NORMALISED, *IMAGENET, *studies])]
+    names = [*CIFAR, *NORMALISED, *IMAGENET, *NORMALISED_IMAGENET, *studies]
+    assert list(CONFIGS) == ["quickstart", *sorted(names)]
 
 
 @pytest.mark.parametrize("name", ["quickstart", *CIFAR])
@@ -88,42 +106,89 @@ def test_config_with_normalised_weights_runs(
     assert len(recipe["modules"]) == 55
 
 
-@pytest.mark.parametrize("name", IMAGENET)
-def test_imagenet_config_runs(
-    name: str,
-    make_image_folder: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def fit_imagenet(
+    make_image_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., dict[str, Any]]:
+    """Run a config, shortened, on a generated folder; return its last checkpoint."""
     root = make_image_folder()
     monkeypatch.chdir(tmp_path)
-    words = [*SHORT_RUN, "--trainer.precision", "32-true", "--model.net.num_classes", "3"]
+    words = [*SHORT_RUN, "--model.net.num_classes", "3", "--data.num_workers", "0"]
     words += ["--data.root", str(root), "--data.image_size", "32", "--data.batch_size", "4"]
-    assert main(["fit", "--config", name, *words, "--data.num_workers", "0"]) == 0
-    last = tmp_path / "runs" / name / "version_0" / "checkpoints" / "last.ckpt"
-    checkpoint = torch.load(last, weights_only=True)
-    recipes = checkpoint["nmlightning"]
+
+    def fit(name: str, *more: str) -> dict[str, Any]:
+        assert main(["fit", "--config", name, *words, *more]) == 0
+        last = tmp_path / "runs" / name / "version_0" / "checkpoints" / "last.ckpt"
+        checkpoint: dict[str, Any] = torch.load(last, weights_only=True)
+        assert all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values())
+        return checkpoint
+
+    return fit
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_imagenet_config_runs(fit_imagenet: Callable[..., dict[str, Any]], name: str) -> None:
+    norm, options = IMAGENET[name] or (None, {})
+    # The ten largest of 4 images need 2×2 places each, which are what is left of 64×64.
+    more = ["--data.image_size", "64"] if norm == "top10" else []
+    checkpoint = fit_imagenet(name, *more)
+    swaps = checkpoint.get("nmlightning", {"norm_swaps": []})["norm_swaps"]
+    found = [(swap["norm"], {**EXACT, **swap["options"]}) for swap in swaps]
+    assert found == ([(norm, {**EXACT, **options})] if norm else [])
+    (optimizer,) = checkpoint["optimizer_states"]
+    assert [group["lr"] for group in optimizer["param_groups"]] == [0.1 * 4 / 256]
+
+
+@pytest.mark.parametrize("name", NORMALISED_IMAGENET)
+def test_imagenet_config_with_normalised_weights_runs(
+    fit_imagenet: Callable[..., dict[str, Any]], name: str
+) -> None:
+    recipes = fit_imagenet(name, "--trainer.precision", "32-true")["nmlightning"]
     assert [swap["norm"] for swap in recipes["norm_swaps"]] == ["mean"]
     (recipe,) = recipes["weight_norms"]
-    assert (recipe["kind"], recipe["p"], len(recipe["modules"])) == (IMAGENET[name][0], 2, 53)
-    assert all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values())
+    kind, _ = NORMALISED_IMAGENET[name]
+    assert (recipe["kind"], recipe["p"], len(recipe["modules"])) == (kind, 2, 53)
 
 
-def test_imagenet_configs_are_the_papers_experiment() -> None:
-    configs = [read(name) for name in IMAGENET]
-    for config, (kind, lr) in zip(configs, IMAGENET.values(), strict=True):
+def test_imagenet_configs_with_normalised_weights_are_the_papers_experiment() -> None:
+    configs = [read(name) for name in NORMALISED_IMAGENET]
+    for config, (kind, lr) in zip(configs, NORMALISED_IMAGENET.values(), strict=True):
         model, trainer = config["model"]["init_args"], config["trainer"]
         assert model["net"] == {"class_path": "ResNet50", "init_args": {"scale_branches": True}}
         assert model["optimizer"]["init_args"].pop("lr") == lr
         assert model["optimizer"]["init_args"] == {"momentum": 0.9, "weight_decay": 0}
         assert model["lr_scheduler"]["init_args"] == {"milestones": [30, 60], "gamma": 0.1}
-        assert config["data"]["class_path"] == "ImageNet"
-        assert config["data"]["init_args"]["batch_size"] == 256
-        assert (trainer["max_epochs"], trainer["precision"]) == (90, "16-mixed")
         mean, weights = trainer.pop("callbacks")
         assert mean == {"class_path": "NormSwap", "init_args": {"norm": "mean"}}
         assert weights == {"class_path": "WeightNormSwap", "init_args": {"kind": kind, "p": 2}}
     assert configs[0] == configs[1], "but for the weight norm and the learning rate"
+
+
+def test_imagenet_configs_are_the_papers_experiment() -> None:
+    configs = [read(name) for name in IMAGENET]
+    for config, (name, swap) in zip(configs, IMAGENET.items(), strict=True):
+        model = config["model"]["init_args"]
+        depth = name.removeprefix("imagenet_resnet")[:2]
+        assert model.pop("net") == {"class_path": f"ResNet{depth}"}
+        assert model["optimizer"]["init_args"] == {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
+        assert model["lr_scheduler"]["init_args"] == {"milestones": [30, 60, 80], "gamma": 0.1}
+        (callback,) = config["trainer"].pop("callbacks", [None])
+        init_args = callback and callback["init_args"]
+        norm, options = swap or (None, {})
+        assert init_args == (norm and {"norm": norm, **({"options": options} if options else {})})
+    assert all(config == configs[0] for config in configs), "but for the network and its norm"
+
+
+@pytest.mark.parametrize("name", [*IMAGENET, *NORMALISED_IMAGENET])
+def test_imagenet_configs_have_one_batch_and_schedule(name: str) -> None:
+    config = read(name)
+    assert config["data"] == {
+        "class_path": "ImageNet",
+        "init_args": {"root": "data/imagenet", "batch_size": 256},
+    }
+    assert config["model"]["init_args"]["lr_batch_size"] == 256
+    trainer = config["trainer"]
+    assert (trainer["max_epochs"], trainer["precision"]) == (90, "16-mixed")
 
 
 @pytest.mark.parametrize("name", CIFAR)

@@ -16,8 +16,8 @@ import nmlightning.callbacks.weight_norm_tracker
 import nmlightning.datamodules.cifar10
 import nmlightning.datamodules.digits
 import nmlightning.datamodules.imagenet
+import nmlightning.models.imagenet_resnet
 import nmlightning.models.resnet
-import nmlightning.models.resnet50
 import nmlightning.models.vgg
 import nmlightning.tasks.classification  # noqa: F401
 from nmlightning.commands import run_report

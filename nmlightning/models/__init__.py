@@ -1,6 +1,7 @@
 """Networks in plain torch with plain norms; `swap_norms` or `NormSwap` exchanges the norms."""
 
+from nmlightning.models.imagenet_resnet import ResNet18 as ResNet18
+from nmlightning.models.imagenet_resnet import ResNet50 as ResNet50
 from nmlightning.models.resnet import CifarResNet as CifarResNet
-from nmlightning.models.resnet50 import ResNet50 as ResNet50
 from nmlightning.models.translated_relu import TReLU as TReLU
 from nmlightning.models.vgg import VGG as VGG

@@ -1,10 +1,14 @@
-"""ResNet50 against torchvision's."""
+"""ResNet18 and ResNet50 against torchvision's."""
 
+import pytest
 import torch
 import torchvision
 from torch import nn
 
-from nmlightning.models.resnet50 import ResNet50
+from nmlightning.models.imagenet_resnet import ResNet18, ResNet50
+
+THEIRS = {ResNet18: torchvision.models.resnet18, ResNet50: torchvision.models.resnet50}
+PARAMETERS = {ResNet18: 11_689_512, ResNet50: 25_557_032}  # published
 
 
 def draw(scale_branches: bool) -> ResNet50:
@@ -12,21 +16,24 @@ def draw(scale_branches: bool) -> ResNet50:
     return ResNet50(num_classes=7, scale_branches=scale_branches)
 
 
-def test_it_is_torchvisions_network() -> None:
+@pytest.mark.parametrize("ours", THEIRS)
+def test_it_is_torchvisions_network(ours: type[nn.Module]) -> None:
     torch.manual_seed(0)
-    theirs = torchvision.models.resnet50(num_classes=7)
-    ours = draw(scale_branches=False)
-    assert str(ours).removeprefix("ResNet50") == str(theirs).removeprefix("ResNet")
-    assert list(ours.state_dict()) == list(theirs.state_dict())
+    theirs = THEIRS[ours](num_classes=7)  # type: ignore[index]
+    torch.manual_seed(0)
+    net = ours(num_classes=7)
+    assert str(net).removeprefix(ours.__name__) == str(theirs).removeprefix("ResNet")
+    assert list(net.state_dict()) == list(theirs.state_dict())
     for name, tensor in theirs.state_dict().items():
-        torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
+        torch.testing.assert_close(net.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
 
 
-def test_it_has_imagenets_classes_unless_told_otherwise() -> None:
+@pytest.mark.parametrize("ours", THEIRS)
+def test_it_has_imagenets_classes_unless_told_otherwise(ours: type[nn.Module]) -> None:
     with torch.device("meta"):
-        net = ResNet50()
-        assert sum(parameter.numel() for parameter in net.parameters()) == 25_557_032  # published
-    assert draw(scale_branches=True)(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+        net = ours()
+        assert sum(q.numel() for q in net.parameters()) == PARAMETERS[ours]  # type: ignore[index]
+    assert ours(num_classes=7)(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
     assert {type(m) for m in net.modules() if "Norm" in type(m).__name__} == {nn.BatchNorm2d}
 
 
