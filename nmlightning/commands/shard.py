@@ -97,7 +97,7 @@ def _print_result(writer: ShardWriter, out: Path) -> None:
     for part, images in writer.images.items():
         say(f" {part:<11} {images} images in {-(-images // writer.shard_size)} shards")
     if writer.skipped:
-        say(f" skipped     {len(writer.skipped)} damaged images:")
+        say(f" skipped     damaged images, {len(writer.skipped)} in all:")
         for name, reason in writer.skipped.items():
             say(f"             {name} ({reason})")
     say(f" shards      {out}: give it to ImageNet as --data.root")

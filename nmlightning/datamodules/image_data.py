@@ -72,6 +72,10 @@ class ImageData(pl.LightningDataModule, ABC):
         """Let the next training loader go on with the order of the run that was interrupted."""
         self._interrupted = dict(state_dict)
 
+    def teardown(self, stage: str) -> None:
+        """Forget the interrupted run: the next one may be another."""
+        self._interrupted = None
+
     def val_dataloader(self) -> EvaluationBatches:
         assert self.validation is not None, "setup() comes first"
         return evaluation_batches(self.validation, self.batch_size, self.trainer)

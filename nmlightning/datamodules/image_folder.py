@@ -91,14 +91,13 @@ def _classes(folder: Path) -> set[str]:
 def _report_strangers(folder: Path, strangers: list[str], damaged: Damaged) -> None:
     if not strangers:
         return
-    below = f"{len(strangers)} files below {folder} that are no images by their names"
+    what = f"{folder} holds files that are no images by their names, {len(strangers)} in all"
     names = [str(Path(path).relative_to(folder)) for path in strangers]
     if damaged == "error":
         raise InputError(
-            f"there are {below}: {_name_some(names)}. Delete them, or leave them out with damaged: "
-            "skip."
+            f"{what}: {_name_some(names)}. Delete them, or leave them out with damaged: skip."
         )
-    rank_zero_warn(f"Skipped {below}: {', '.join(names)}")
+    rank_zero_warn(f"Skipped: {what}: {', '.join(names)}")
 
 
 def _name_some(names: list[str]) -> str:

@@ -36,7 +36,7 @@ class ShardedImages:
         index: what `read_index` returned for the root.
 
     Raises:
-        InputError: if shards of a local root are absent or cut off.
+        InputError: if shards of a local root are absent, cut off or of another part.
     """
 
     def __init__(self, root: str, part: str, index: ShardIndex) -> None:
@@ -45,7 +45,7 @@ class ShardedImages:
         self.shard_size = index.shard_size
         self._shards: Any = None  # opened in the process that reads
         if not is_remote(root):
-            _check_files(Path(self.place))
+            _check_files(Path(self.place), self.length)
 
     def fetch(self, row: int) -> EncodedImage:
         if self._shards is None:
@@ -78,7 +78,7 @@ def read_index(root: str) -> ShardIndex:
     """
     place = join_root(root, INDEX)
     if not is_remote(root):
-        _check_files(Path(place))
+        _check_files(Path(place), images=1)
     try:
         (content,) = open_shards(place)[0]
     except (OSError, ValueError) as error:
@@ -109,8 +109,8 @@ def require_litdata() -> None:
         raise InputError("shards need litdata: pip install 'nmlightning[stream]'.")
 
 
-def _check_files(folder: Path) -> None:
-    """Compare the files of a local folder with litdata's index of them."""
+def _check_files(folder: Path, images: int) -> None:
+    """Compare a local folder with litdata's index of it, and its images with how many they are."""
     try:
         shards = json.loads((folder / LITDATA_INDEX).read_text(encoding="utf-8"))["chunks"]
         sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
@@ -118,6 +118,11 @@ def _check_files(folder: Path) -> None:
         raise InputError(
             f"{folder} holds no shards: write them again with nm shard, or give another folder."
         ) from error
+    found = sum(shard["chunk_size"] for shard in shards)
+    if found != images:
+        raise InputError(
+            f"{folder} holds {found} images where {images} were written: it is of other shards."
+        )
     damaged = [
         shard["filename"]
         for shard in shards

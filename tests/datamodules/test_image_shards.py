@@ -109,6 +109,14 @@ def test_workers_and_a_remote_root_change_nothing(shards: Path, cache: Path) -> 
     assert fetched == {f"chunk-0-{number}.bin" for number in range(4)}, "whole shards are kept"
 
 
+def test_whole_shards_are_fetched(shards: Path, cache: Path) -> None:
+    """Instead of two requests an image, which `local:`, alone among remotes, would hide."""
+    root = f"local:{shards}"
+    images = ShardedImages(root, "train", read_index(root))
+    images.fetch(0)
+    assert images._shards.on_demand_bytes is False
+
+
 def test_a_damaged_image_within_a_shard(shards: Path) -> None:
     """Bits that have changed since it was written, which the size of the file does not tell."""
     (file,) = shards.glob("val/chunk-0-0.bin")
@@ -131,6 +139,11 @@ def cut_off(root: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def link_val_to_train(root: Path) -> None:
+    shutil.rmtree(root / "val")
+    (root / "val").symlink_to(root / "train")
+
+
 def age(root: Path) -> None:
     """Change the version, in the only item of the index."""
     path = root / "classes" / "chunk-0-0.bin"
@@ -149,6 +162,7 @@ def age(root: Path) -> None:
             "1 of 4 shards in {root}/train are absent or cut off, such as chunk-0-1.bin: copy",
         ),
         (cut_off, "1 of 4 shards in {root}/train are absent or cut off, such as chunk-0-2.bin"),
+        (link_val_to_train, "{root}/val holds 12 images where 6 were written: it is of other"),
         (age, "the shards at {root} are of another version: write them anew"),
     ],
 )

@@ -120,6 +120,13 @@ def test_an_image_is_cropped_otherwise_in_the_next_epoch(root: Path) -> None:
     assert all(not torch.equal(first, second) for first, second in zip(*epochs, strict=True))
 
 
+def test_a_batch_is_in_the_order_that_was_drawn(root: Path) -> None:
+    data = make_data(root)
+    loader = data.train_dataloader()
+    for draw, batch in zip(loader.sampler, loader, strict=True):
+        assert torch.equal(batch.labels, draw.rows // 4), "of four images a class"
+
+
 def test_reading_leaves_the_models_random_numbers_alone(root: Path) -> None:
     loader = make_data(root).train_dataloader()
     states = []

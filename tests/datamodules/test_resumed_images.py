@@ -162,3 +162,6 @@ def test_the_state_says_what_the_order_follows_from(
     data.load_state_dict(state)
     data.train_dataloader()
     assert data.state_dict() == state
+    data.teardown("fit")
+    data.train_dataloader()
+    assert data.state_dict() == {**state, "seed": 4}, "the next run has its own seed"
