@@ -1,7 +1,8 @@
-"""Test that the benchmarks of a training step run, and print a line for each addition."""
+"""Test that the benchmarks run, and print a line for each thing that they measure."""
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,3 +20,12 @@ def test_it_runs(name: str) -> None:
     assert answer.returncode == 0, answer.stderr
     assert f"{LINES[name]} " in answer.stdout
     assert answer.stdout.count("% of a step") > 4
+
+
+def test_reading_images_runs(make_image_folder: Callable[..., Path]) -> None:
+    words = [str(make_image_folder()), "--rounds", "2", "--batch", "4", "--image_size", "32"]
+    answer = subprocess.run(
+        [sys.executable, str(FOLDER / "image_reading.py"), *words], capture_output=True, text=True
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.count(" images/s (") == 1
