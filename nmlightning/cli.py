@@ -4,6 +4,7 @@
 user gave ends here as one line on stderr and exit code 2; any other exception keeps its traceback.
 """
 
+import os
 import sys
 import textwrap
 from importlib import import_module
@@ -26,6 +27,8 @@ COMMANDS = {
 }
 # Each is a module of its own, with a parser of its own; the others are Lightning's.
 _OWN_COMMANDS = ("compare", "dashboard", "export", "probe", "shard")
+# Where torchrun, SLURM and Lightning, in this order, say which of several processes this one is.
+_RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: the words after `nm`; by default those the program was started with.
 
     Returns:
-        0, or 2 for bad input, or 130 after Ctrl-C.
+        0, or 2 for bad input, 75 if another process of the run was lost, 130 after Ctrl-C.
 
     Example:
         >>> main(["--version"])
@@ -47,13 +50,13 @@ def main(argv: list[str] | None = None) -> int:
         return _run(arguments)
     except KeyboardInterrupt:
         fate = "; no checkpoint exists yet" if arguments[0] == "fit" else ""
-        print(f"nm: interrupted{fate}.", file=sys.stderr)
+        print(f"{_name()}: interrupted{fate}.", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         bad_input = _input_error_in(error)
         if bad_input is None:
             raise
-        print(f"nm: {' '.join(str(bad_input).split())}", file=sys.stderr)
+        print(f"{_name()}: {' '.join(str(bad_input).split())}", file=sys.stderr)
         return BAD_INPUT
 
 
@@ -78,6 +81,12 @@ def _run(arguments: list[str]) -> int:
     from nmlightning.commands.training import run
 
     return run(arguments, given)
+
+
+def _name() -> str:
+    """Return what a line of an error begins with: which process it is, but for the first."""
+    rank = next((os.environ[name] for name in _RANKS if name in os.environ), "0")
+    return "nm" if rank == "0" else f"nm (rank {rank})"
 
 
 def _version() -> str:

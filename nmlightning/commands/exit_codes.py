@@ -1,4 +1,5 @@
 """What `nm` exits with when it did not do what it was asked."""
 
 BAD_INPUT = 2
+LOST_PROCESS = 75  # EX_TEMPFAIL of sysexits.h: the same command may well succeed
 INTERRUPTED = 130  # 128 + SIGINT, as shells report a program that Ctrl-C ended

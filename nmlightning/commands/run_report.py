@@ -109,6 +109,17 @@ def print_interruption(run: Path | None, checkpoint: Path | None) -> None:
     console.print(f"nm: {text}", soft_wrap=True, highlight=False, markup=False)
 
 
+def print_loss(rank: int, error: str, checkpoint: Path | str | None) -> None:
+    """Say, in the process of that rank, that another one is lost, and what there is to go on from.
+
+    Every process that is left says it: rank 0 may be the one that is lost.
+    """
+    name = f"nm (rank {rank})"
+    kept = f"the last checkpoint is {checkpoint}" if checkpoint else "no checkpoint exists yet"
+    text = f"{name}: lost another process, which may have said why. Here: {error}\n{name}: {kept}."
+    Console(stderr=True).print(text, soft_wrap=True, highlight=False, markup=False)
+
+
 @rank_zero_only
 def print_notice(text: str) -> None:
     """Print one line to stderr about something that runs otherwise than asked."""

@@ -25,6 +25,7 @@ from nmlightning.commands.compat import ExplicitOptionsWin
 from nmlightning.commands.exit_codes import INTERRUPTED
 from nmlightning.commands.given_files import GivenFiles
 from nmlightning.commands.parser import Parser
+from nmlightning.commands.processes import SameStart, check_restarts, failing_together
 from nmlightning.commands.quiet import quiet
 from nmlightning.commands.remembered_options import remembered_options
 from nmlightning.commands.run_callbacks import given_callbacks, standard_callbacks
@@ -138,13 +139,17 @@ class TrainingCLI(ExplicitOptionsWin):
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
         """Train, and report; after Ctrl-C say how to resume."""
-        folder = self._folder()
+        folder = self._folder() if self.trainer.is_global_zero else None
         if folder and (folder / "config.yaml").exists():
             raise InputError(f"{folder} holds another run; leave trainer.logger.version out.")
         _make_folder(folder)
         run_report.print_start(self.trainer, folder)
+        check_restarts()
+        earlier = kwargs.get("ckpt_path")
+        self.trainer.callbacks.insert(0, SameStart(earlier))  # type: ignore[attr-defined]
         try:
-            self.trainer.fit(model, **kwargs)
+            with failing_together(self.trainer, lambda: self._last_checkpoint() or earlier):
+                self.trainer.fit(model, **kwargs)
         except InputError:
             if folder and not any(folder.rglob("*.ckpt")):
                 shutil.rmtree(folder, ignore_errors=True)  # nothing was learned
@@ -152,8 +157,7 @@ class TrainingCLI(ExplicitOptionsWin):
         except SystemExit as stop:
             if not is_ctrl_c(stop):
                 raise
-            checkpoint = self._last_checkpoint() or kwargs.get("ckpt_path")
-            run_report.print_interruption(folder, checkpoint)
+            run_report.print_interruption(folder, self._last_checkpoint() or earlier)
             raise SystemExit(INTERRUPTED) from None
         run_report.print_fit(self.trainer, self._watch, folder, self._last_checkpoint())
 
@@ -177,7 +181,8 @@ class TrainingCLI(ExplicitOptionsWin):
             run_report.print_notice("no --ckpt_path is given; these weights are untrained.")
         if "verbose" in kwargs:
             kwargs["verbose"] = False  # our table says the same
-        measure(model, **kwargs)
+        with failing_together(self.trainer, lambda: kwargs.get("ckpt_path")):
+            measure(model, **kwargs)
         run_report.print_metrics(self.trainer.callback_metrics)
         run_report.print_paths(checkpoint=kwargs.get("ckpt_path"))
 
