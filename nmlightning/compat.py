@@ -98,6 +98,17 @@ def keep_through_sync(trainer: Any) -> None:
         trainer.strategy._layer_sync = _SyncKeepingOurs(layer_sync)
 
 
+def synchronise_norms(trainer: Any, module: nn.Module) -> None:
+    """Do for our norms what `Trainer(sync_batchnorm=True)` asks for, under every strategy.
+
+    Lightning 2.6 does nothing about it under ModelParallelStrategy.
+    """
+    if getattr(trainer.strategy, "_layer_sync", None) is not None:
+        for layer in module.modules():
+            if isinstance(layer, BatchNormBase):
+                layer.sync = True
+
+
 class _SyncKeepingOurs:
     """Lightning's LayerSync, with our norms put back and told to synchronise themselves."""
 

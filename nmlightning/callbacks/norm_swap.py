@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 
 from nmlightning.callbacks.model_change import ModelChange, warn_of_forgotten
-from nmlightning.compat import keep_through_sync
+from nmlightning.compat import keep_through_sync, synchronise_norms
 from nmlightning.errors import InputError
 from nmlightning.name_patterns import check_lists
 from nmlightning.norms.registry import check_kinds, check_options
@@ -23,6 +23,10 @@ from nmlightning.swappable import find_norm_layers
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
+
+_WAY_OUT = {
+    "SyncBatchNorm": "Trainer(sync_batchnorm=True) synchronises swapped norms and keeps them."
+}
 
 
 class NormSwap(ModelChange):
@@ -46,7 +50,8 @@ class NormSwap(ModelChange):
     Raises:
         InputError: on construction for an unknown norm, kind or option; in setup for a pattern
             that matches nothing or a model without such norms; on resuming with another recipe;
-            when training starts, if something replaced a swapped layer since.
+            in training, if something replaced a swapped layer since, such as a call of
+            `SyncBatchNorm.convert_sync_batchnorm`.
 
     Example:
         >>> from pytorch_lightning import Trainer
@@ -70,6 +75,7 @@ class NormSwap(ModelChange):
         self.kinds = tuple(kinds)
         self.include = tuple(include)
         self.exclude = tuple(exclude)
+        self._unchecked = False
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Swap, and let `sync_batchnorm` keep what it gets."""
@@ -78,16 +84,25 @@ class NormSwap(ModelChange):
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Check that nothing replaced a swapped layer, and that an optimizer trains it."""
-        layers = {layer.name: layer for layer in find_norm_layers(pl_module)}
-        for name, expected in changed_modules(pl_module, NORM_SWAP).items():
-            if name not in layers or layers[name].type_name != expected:
-                now = layers[name].type_name if name in layers else "gone"
-                raise InputError(
-                    f"NormSwap made {name} a {expected}, but it is {now}: something replaced it "
-                    "after the swap; let that run before NormSwap."
-                )
-        swapped = {name: layers[name].module for name in changed_modules(pl_module, NORM_SWAP)}
+        synchronise_norms(trainer, pl_module)
+        swapped = _find_swapped(pl_module)
         warn_of_forgotten("swapped norms", trainer.optimizers, swapped)
+
+    def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Have the layers checked once more when this epoch's first forward is over."""
+        self._unchecked = True
+
+    def on_before_backward(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor
+    ) -> None:
+        """Check, before a step is taken with it, that no other hook replaced a swapped layer."""
+        if self._unchecked:
+            self._unchecked = False
+            _find_swapped(pl_module)
+
+    def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Check for what happened since the first step."""
+        _find_swapped(pl_module)
 
     def change(self, module: nn.Module) -> bool:
         """Swap the norms of `module`, note it there, and return whether that did anything."""
@@ -109,3 +124,17 @@ class NormSwap(ModelChange):
     def recipe(self) -> Recipe:
         """Return the keywords as plain data."""
         return make_recipe(self.norm, self.options, self.kinds, self.include, self.exclude)
+
+
+def _find_swapped(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that were swapped, by name, or raise InputError if one was replaced."""
+    layers = {layer.name: layer for layer in find_norm_layers(module)}
+    swapped = changed_modules(module, NORM_SWAP)
+    for name, expected in swapped.items():
+        if name not in layers or layers[name].type_name != expected:
+            now = layers[name].type_name if name in layers else "gone"
+            raise InputError(
+                f"NormSwap made {name} a {expected}, but it is {now}: something replaced it "
+                f"after the swap; {_WAY_OUT.get(now, 'let that run before NormSwap.')}"
+            )
+    return {name: layers[name].module for name in swapped}

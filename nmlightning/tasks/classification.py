@@ -19,7 +19,9 @@ from nmlightning.tasks.learning_rate import (
     global_batch_size,
     scale_learning_rates,
 )
+from nmlightning.tasks.sharding import shard_blocks
 from nmlightning.weights.parameter_groups import WeightDecayScope, parameter_groups
+from nmlightning.weights.shards import is_sharded
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 Stage = Literal["train", "val", "test"]
@@ -99,6 +101,12 @@ class ImageClassifier(pl.LightningModule):
         if self.mode_to_compile is not None:
             self.net.compile(mode=self.mode_to_compile)
             self.mode_to_compile = None
+
+    def configure_model(self) -> None:
+        """Shard the network once, under Lightning's `ModelParallelStrategy`."""
+        mesh = self.device_mesh
+        if mesh is not None and not any(is_sharded(q) for q in self.net.parameters()):
+            shard_blocks(self.net, mesh)
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.net(images)
