@@ -17,7 +17,7 @@ from nmlightning.commands.compat import stop_launched_processes
 from nmlightning.commands.exit_codes import LOST_PROCESS
 from nmlightning.errors import InputError
 
-# What gloo says of a process that is gone or silent; NCCL has an exception of its own.
+# What gloo says of a process that is gone or silent; NCCL and the store have exceptions for it.
 _LOSSES = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -79,7 +79,7 @@ def failing_together(
 
 def is_loss(error: BaseException) -> bool:
     """Whether `error` is what a collective raises when another process is gone or silent."""
-    if isinstance(error, dist.DistBackendError):
+    if isinstance(error, dist.DistError):
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and "gloo" in text and any(x in text for x in _LOSSES)

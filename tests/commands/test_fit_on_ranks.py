@@ -1,0 +1,278 @@
+"""Test `nm fit` in two processes: every way to start them, one run, and what happens when one ends.
+
+All runs are of two epochs of two steps, and those that finish end in the same bits.
+"""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from nmlightning.commands.exit_codes import BAD_INPUT, INTERRUPTED, LOST_PROCESS
+
+WORDS = [
+    *("fit", "--config", "quickstart", "--model.net.depth", "8", "--data.image_size", "8"),
+    *("--data.batch_size", "16", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "2"),
+    *("--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1"),
+    *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),
+]
+NM = [sys.executable, "-m", "nmlightning", *WORDS]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+TWO = ["--trainer.devices", "2"]
+RUN = Path("runs/quickstart/version_0")
+LAST = Path("checkpoints/last.ckpt")
+PATIENCE = 120  # seconds
+FATES = '''
+import os
+import signal
+from pathlib import Path
+
+from pytorch_lightning import Callback
+
+from nmlightning.errors import InputError
+
+
+class Fate(Callback):
+    """Does to rank 1, once, what its argument says, in the first step of the second epoch."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        met = Path("met")
+        if trainer.global_step == 3 and trainer.global_rank == 1 and not met.exists():
+            met.touch()
+            if self.how == "raise":
+                raise InputError("7.jpg is no image.")
+            os.kill(os.getpid(), getattr(signal, self.how))
+'''
+
+
+class Answer(NamedTuple):
+    code: int
+    out: list[str]
+    err: list[str]
+
+
+def start(*words: str, folder: Path, **environment: str) -> "subprocess.Popen[str]":
+    """Start a command there, in a process group of its own."""
+    mine = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
+    paths = os.pathsep.join(filter(None, sys.path))
+    return subprocess.Popen(
+        words,
+        cwd=folder,
+        env={**mine, "PYTHONPATH": paths, "COLUMNS": "200", "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: "subprocess.Popen[str]") -> Answer:
+    """Wait for it; whatever it has started and left is killed."""
+    try:
+        out, err = process.communicate(timeout=PATIENCE)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return Answer(process.returncode, out.splitlines(), err.splitlines())
+
+
+def free_port() -> str:
+    with socket.socket() as each:
+        each.bind(("localhost", 0))
+        return str(each.getsockname()[1])
+
+
+def by_lightning(folder: Path) -> list[Answer]:
+    return [finish(start(*NM, *TWO, folder=folder))]
+
+
+def by_torchrun(folder: Path) -> list[Answer]:
+    words = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", *NM[1:], *TWO]
+    return [finish(start(*words, folder=folder))]
+
+
+def by_two_nodes(folder: Path) -> list[Answer]:
+    """Be both nodes, on one machine."""
+    master = ["--master-addr", "localhost", "--master-port", free_port()]
+    nodes = [
+        start(
+            *(*TORCHRUN, "--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1"),
+            *(*master, *NM[1:], "--trainer.devices", "1", "--trainer.num_nodes", "2"),
+            folder=folder,
+        )
+        for node in range(2)
+    ]
+    return [finish(node) for node in nodes]
+
+
+def start_by_slurm(folders: list[Path], *words: str) -> list["subprocess.Popen[str]"]:
+    """Do what srun does with two tasks on a node."""
+    job = {
+        **{"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "localhost"},
+        **{"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODEID": "0"},
+        **{"MASTER_ADDR": "localhost", "MASTER_PORT": free_port()},
+    }
+    return [
+        start(
+            *(*NM, *TWO, *words),
+            folder=folder,
+            **{**job, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+        )
+        for rank, folder in enumerate(folders)
+    ]
+
+
+def by_slurm(folder: Path) -> list[Answer]:
+    return [finish(task) for task in start_by_slurm([folder] * 2)]
+
+
+slow = pytest.mark.slow
+WAYS = [
+    by_lightning,
+    by_torchrun,
+    pytest.param(by_two_nodes, marks=slow),
+    pytest.param(by_slurm, marks=slow),
+]
+
+
+class Finished(NamedTuple):
+    folder: Path
+    answers: list[Answer]
+    checkpoint: Any
+
+
+def finish_by(way: Callable[[Path], list[Answer]], folder: Path) -> Finished:
+    answers = way(folder)
+    assert [answer.code for answer in answers] == [0] * len(answers), answers
+    return Finished(folder, answers, torch.load(folder / RUN / LAST, weights_only=True))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A run that nothing happened to."""
+    return finish_by(by_lightning, tmp_path_factory.mktemp("uninterrupted"))
+
+
+def assert_same_end(found: Any, expected: Finished) -> None:
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
+        torch.testing.assert_close(found[key], expected.checkpoint[key], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_are_one_run(
+    way: Callable[[Path], list[Answer]], uninterrupted: Finished, tmp_path: Path
+) -> None:
+    run = uninterrupted if way is by_lightning else finish_by(way, tmp_path)
+    out = [line for answer in run.answers for line in answer.out]
+    assert out[0] == f"nm: cpu × 2, precision 32-true → {RUN}"
+    assert out[-2:] == [f" run         {RUN}", f" checkpoint  {RUN / LAST}"]
+    assert sum("images/s in training" in line for line in out) == 1
+    said = [line for answer in run.answers for line in answer.err if "torch" not in line]
+    assert said == ["NormSwap: swapped 7 BatchNorm2d → L1BatchNorm2d"]
+    assert [path.name for path in (run.folder / RUN.parent).iterdir()] == ["version_0"]
+    files = sorted(path.name.split(".")[0] for path in (run.folder / RUN).iterdir())
+    assert files == ["checkpoints", "config", "events", "hparams"]
+    assert_same_end(run.checkpoint, uninterrupted)
+
+
+# ---- when one ends ----
+
+
+@slow
+def test_a_killed_rank_is_restarted(uninterrupted: Finished, tmp_path: Path) -> None:
+    (tmp_path / "fates.py").write_text(FATES)
+    answer = finish(
+        start(
+            *(*TORCHRUN, "--standalone", "--max-restarts", "1", "--nproc-per-node", "2"),
+            *(*NM[1:], *TWO, "--ckpt_path", "last"),
+            *("--trainer.callbacks+", "fates.Fate", "--trainer.callbacks.how", "SIGKILL"),
+            folder=tmp_path,
+            TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
+        )
+    )
+    assert answer.code == 0, answer.err
+    said = [line for line in answer.err if line.startswith("nm")]
+    assert said[0] == "nm: runs/quickstart has no checkpoint yet, so training starts anew."
+    assert said[1].startswith("nm (rank 0): lost another process, which may have said why. Here: ")
+    assert said[2:] == [
+        f"nm (rank 0): the last checkpoint is {RUN / LAST}.",
+        f"nm: --ckpt_path last is {RUN / LAST}",
+    ]
+    assert any(line.startswith(" 1 epoch after 1 of an earlier run in ") for line in answer.out)
+    resumed = torch.load(tmp_path / RUN.parent / "version_1" / LAST, weights_only=True)
+    assert_same_end(resumed, uninterrupted)
+
+
+def assert_says_that_one_is_lost(answer: Answer, why: str) -> None:
+    assert answer.code == LOST_PROCESS, answer
+    first, second = (line for line in answer.err if line.startswith("nm (rank 0)"))
+    assert re.search(why, first)
+    assert second == f"nm (rank 0): the last checkpoint is {RUN / LAST}."
+    assert not any("Traceback" in line for line in answer.err)
+
+
+@slow
+def test_a_silent_rank_is_lost_after_the_timeout(tmp_path: Path) -> None:
+    (tmp_path / "fates.py").write_text(FATES)
+    timeout = ["--trainer.strategy", "DDPStrategy", "--trainer.strategy.timeout", "0:00:20"]
+    fate = ["--trainer.callbacks+", "fates.Fate", "--trainer.callbacks.how", "SIGSTOP"]
+    first, silent = start_by_slurm([tmp_path] * 2, *timeout, *fate)
+    assert_says_that_one_is_lost(finish(first), "Timed out waiting 20000ms")
+    assert silent.poll() is None
+    os.killpg(silent.pid, signal.SIGKILL)
+
+
+@slow
+def test_an_error_on_one_rank_ends_the_other(tmp_path: Path) -> None:
+    (tmp_path / "fates.py").write_text(FATES)
+    fate = ["--trainer.callbacks+", "fates.Fate", "--trainer.callbacks.how", "raise"]
+    answer = finish(start(*NM, *TWO, *fate, folder=tmp_path))
+    assert_says_that_one_is_lost(answer, "closed by peer|reset by peer")
+    assert "nm (rank 1): 7.jpg is no image." in answer.err
+
+
+@slow
+def test_ctrl_c_ends_both_ranks(tmp_path: Path) -> None:
+    (tmp_path / "fates.py").write_text(FATES.replace("os.getpid()", "0"))
+    answer = finish(
+        start(
+            *(*NM, *TWO, "--trainer.callbacks+", "fates.Fate"),
+            *("--trainer.callbacks.how", "SIGINT"),
+            folder=tmp_path,
+        )
+    )
+    assert answer.code == INTERRUPTED, answer
+    assert [line for line in answer.err if "nm" in line] == [
+        "nm: interrupted; the last checkpoint is kept. To resume:",
+        f"nm fit --config {RUN}/config.yaml --ckpt_path {RUN / LAST}",
+    ]
+
+
+@slow
+def test_ranks_that_start_from_different_checkpoints_are_refused(tmp_path: Path) -> None:
+    """As on two nodes of which one does not see the runs of the other."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    (here / RUN / LAST.parent).mkdir(parents=True)
+    there.mkdir()
+    torch.save({}, here / RUN / LAST)
+    tasks = start_by_slurm([here, there], "--ckpt_path", "last")
+    answers = [finish(task) for task in tasks]
+    assert [answer.code for answer in answers] == [BAD_INPUT] * 2, answers
+    for answer, name in zip(answers, ("nm", "nm (rank 1)"), strict=True):
+        assert answer.err[-1] == (
+            f"{name}: --ckpt_path: rank 0 starts from {RUN / LAST}, rank 1 from None: let all "
+            "nodes share the folder of the runs, or give the path of a checkpoint."
+        )
+    assert not any((here / RUN.parent / "version_1").glob("*"))

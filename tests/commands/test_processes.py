@@ -1,0 +1,138 @@
+"""Test what a process says of the others; test_fit_on_ranks.py has real ones."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from nmlightning.cli import main
+from nmlightning.commands import compat
+from nmlightning.commands.exit_codes import LOST_PROCESS
+from nmlightning.commands.processes import (
+    SameStart,
+    check_restarts,
+    failing_together,
+    is_loss,
+)
+from nmlightning.errors import InputError
+
+GLOO = "[…/gloo/transport/tcp/pair.cc:561] "
+LOSSES = [
+    RuntimeError(f"{GLOO}Connection closed by peer [127.0.0.1]:1"),
+    RuntimeError(f"{GLOO}Read error [127.0.0.1]:1: Connection reset by peer"),
+    RuntimeError("[…/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 9ms for recv"),
+    dist.DistBackendError("NCCL communicator was aborted on rank 0."),
+    dist.DistStoreError("Timed out after 9 seconds waiting for clients. 1/2 clients joined."),
+]
+OTHERS = [
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+    RuntimeError("http://data: Connection reset by peer"),
+    InputError("gloo: Timed out waiting"),
+    ConnectionResetError("gloo: Connection reset by peer"),
+    KeyboardInterrupt(),
+]
+
+
+def make_trainer(ranks: int = 2, launched: Any = ()) -> Any:
+    launcher = SimpleNamespace(procs=list(launched))
+    strategy = SimpleNamespace(launcher=launcher)
+    return SimpleNamespace(world_size=ranks, global_rank=1, strategy=strategy)
+
+
+@pytest.mark.parametrize("error", LOSSES)
+def test_a_lost_process_is_one_line_and_an_exit_code(
+    error: Exception, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with (
+        pytest.raises(SystemExit) as stop,
+        failing_together(make_trainer(), lambda: Path("a.ckpt")),
+    ):
+        raise error
+    assert stop.value.code == LOST_PROCESS
+    assert capfd.readouterr().err.splitlines() == [
+        f"nm (rank 1): lost another process, which may have said why. Here: {error}",
+        "nm (rank 1): the last checkpoint is a.ckpt.",
+    ]
+
+
+@pytest.mark.parametrize("error", OTHERS, ids=repr)
+def test_other_errors_stay_what_they_are(error: BaseException) -> None:
+    assert not is_loss(error)
+    with pytest.raises(type(error)) as raised, failing_together(make_trainer(), lambda: None):
+        raise error
+    assert raised.value is error
+
+
+def test_one_process_alone_loses_nothing() -> None:
+    with pytest.raises(RuntimeError), failing_together(make_trainer(ranks=1), lambda: None):
+        raise LOSSES[0]
+
+
+@pytest.mark.parametrize("patience", [0, 10])
+def test_what_was_launched_may_end_by_itself_and_then_is_ended(
+    patience: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compat, "_SECONDS_TO_END", patience)
+    seconds = 60 if patience == 0 else 0.1
+    command = [sys.executable, "-c", f"import time; time.sleep({seconds})"]
+    process = subprocess.Popen(command)
+    with (
+        pytest.raises(ZeroDivisionError),
+        failing_together(make_trainer(1, [process]), lambda: None),
+    ):
+        raise ZeroDivisionError
+    assert process.wait(timeout=10) == (-9 if patience == 0 else 0)
+
+
+@pytest.mark.parametrize("found", [["a.ckpt", "a.ckpt"], ["a.ckpt", None], ["a.ckpt", "b.ckpt"]])
+def test_all_start_from_the_same_checkpoint(
+    found: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gather(answers: list[str | None], mine: str | None) -> None:
+        assert mine == found[1]
+        answers[:] = found
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    start, module = SameStart(found[1]), SimpleNamespace()
+    if found[0] == found[1]:
+        start.setup(make_trainer(), module, "fit")  # type: ignore[arg-type]
+        return
+    with pytest.raises(InputError, match=f"rank 0 starts from a.ckpt, rank 1 from {found[1]}: let"):
+        start.setup(make_trainer(), module, "fit")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("restarts", "shared", "notices"), [("1", "True", 1), ("1", "False", 0), ("0", "True", 0)]
+)
+def test_restarts_that_cannot_work_are_noticed(
+    restarts: str,
+    shared: str,
+    notices: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
+    check_restarts()
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == notices
+    assert all(line.endswith("set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.") for line in lines)
+
+
+@pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID", "LOCAL_RANK"])
+@pytest.mark.parametrize(("rank", "name"), [("0", "nm"), ("3", "nm (rank 3)")])
+def test_an_error_names_the_process(
+    variable: str,
+    rank: str,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(variable, rank)
+    assert main(["fitt"]) == 2
+    assert capfd.readouterr().err.startswith(f"{name}: there is no command 'fitt'")
