@@ -229,9 +229,12 @@ def test_a_silent_rank_is_lost_after_the_timeout(tmp_path: Path) -> None:
     timeout = ["--trainer.strategy", "DDPStrategy", "--trainer.strategy.timeout", "0:00:20"]
     fate = ["--trainer.callbacks+", "fates.Fate", "--trainer.callbacks.how", "SIGSTOP"]
     first, silent = start_by_slurm([tmp_path] * 2, *timeout, *fate)
-    assert_says_that_one_is_lost(finish(first), "Timed out waiting 20000ms")
-    assert silent.poll() is None
-    os.killpg(silent.pid, signal.SIGKILL)
+    try:
+        assert_says_that_one_is_lost(finish(first), "Timed out waiting 20000ms")
+        assert silent.poll() is None
+    finally:
+        silent.kill()
+        silent.communicate()
 
 
 @slow
