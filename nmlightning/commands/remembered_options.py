@@ -11,6 +11,8 @@ import torch
 
 from nmlightning.errors import InputError
 
+_OF_ALL_RANKS = "meta.pt"  # in a checkpoint that is a folder with a file of each rank
+
 
 def remembered_options(checkpoint: str | None) -> list[str]:
     """Return the model's options in `checkpoint` as one more `--config`, to be placed first.
@@ -20,9 +22,14 @@ def remembered_options(checkpoint: str | None) -> list[str]:
     Raises:
         InputError: the file cannot be read.
     """
-    if not checkpoint or "://" in checkpoint or Path(checkpoint).is_dir():
+    if not checkpoint or "://" in checkpoint:
         return []
-    model = model_in(_read_hyper_parameters(Path(checkpoint)))
+    path = Path(checkpoint)
+    if path.is_dir():
+        path /= _OF_ALL_RANKS
+        if not path.exists():
+            return []
+    model = model_in(_read_hyper_parameters(path))
     if model is None:
         return []  # not trained by a command line: nothing that it could parse
     return ["--config", json.dumps({"model": model})]

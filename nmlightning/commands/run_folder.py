@@ -20,7 +20,12 @@ def last_checkpoint(runs: Path) -> Path | None:
     Lightning looks in the folder of the new run, which with `nm` is always a new one.
     """
     found = runs.glob(f"version_*/{CHECKPOINTS}/*last*.ckpt")
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    return max(found, key=time_written, default=None)
+
+
+def time_written(checkpoint: Path) -> float:
+    """Return when a checkpoint was last written, which may be a folder with a file of each rank."""
+    return max(path.stat().st_mtime for path in (checkpoint, *checkpoint.glob("*")))
 
 
 def config_of(checkpoint: Path) -> Path | None:

@@ -29,7 +29,7 @@ from nmlightning.commands.processes import SameStart, check_restarts, failing_to
 from nmlightning.commands.quiet import quiet
 from nmlightning.commands.remembered_options import remembered_options
 from nmlightning.commands.run_callbacks import given_callbacks, standard_callbacks
-from nmlightning.commands.run_folder import default_logger, new_version
+from nmlightning.commands.run_folder import default_logger, new_version, time_written
 from nmlightning.errors import InputError
 
 
@@ -194,7 +194,8 @@ class TrainingCLI(ExplicitOptionsWin):
     def _last_checkpoint(self) -> Path | None:
         callbacks = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         paths = [Path(path) for c in callbacks for path in (c.last_model_path, c.best_model_path)]
-        return max((p for p in paths if p.is_file()), key=lambda p: p.stat().st_mtime, default=None)
+        written = [path for path in paths if path.name and path.exists()]
+        return max(written, key=time_written, default=None)
 
 
 def _make_folder(folder: Path | None) -> None:

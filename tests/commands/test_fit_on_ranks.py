@@ -187,6 +187,23 @@ def test_two_processes_are_one_run(
     assert_same_end(run.checkpoint, uninterrupted)
 
 
+@slow
+def test_a_sharded_network_resumes_from_its_shards(tmp_path: Path) -> None:
+    """Under FSDP2 with Lightning's default, a checkpoint that is a folder."""
+    strategy = ["--trainer.strategy", "ModelParallelStrategy", "--ckpt_path", "last"]
+    sizes = ["--trainer.strategy.data_parallel_size=2", "--trainer.strategy.tensor_parallel_size=1"]
+    smooth = ["--trainer.max_epochs", "1", "--model.label_smoothing", "0.25"]
+    first = finish(start(*NM, *TWO, *strategy, *sizes, *smooth, folder=tmp_path))
+    second = finish(start(*NM, *TWO, *strategy, *sizes, folder=tmp_path))
+    assert (first.code, second.code) == (0, 0), second.err
+    assert (tmp_path / RUN / LAST).is_dir()
+    assert first.out[-1] == f" checkpoint  {RUN / LAST}"
+    assert f"nm: --ckpt_path last is {RUN / LAST}" in second.err
+    assert any(line.startswith(" 1 epoch after 1 of an earlier run in ") for line in second.out)
+    config = (tmp_path / RUN.parent / "version_1" / "config.yaml").read_text()
+    assert "label_smoothing: 0.25" in config
+
+
 # ---- when one ends ----
 
 
