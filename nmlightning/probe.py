@@ -30,9 +30,9 @@ def probe_norms(
     """Return what the norm layers of a model get, and what each norm would make of it in half.
 
     Every batch goes forward and backward once, in training mode. In every batch norm and layer norm
-    the range of σ is taken, and L2 op by op, L1, L∞ and Top(10), with all their values in float16,
-    are tried on the very x and gradients that the layer got: see `HALF_NORMS`. Nothing changes:
-    weights, gradients, buffers, modes and random numbers are afterwards what they were.
+    the range of σ is taken, and L2 op by op, L1, L∞, Top(10) and range, with all their values in
+    float16, are tried on the very x and gradients that the layer got: see `HALF_NORMS`. Nothing
+    changes: weights, gradients, buffers, modes and random numbers are afterwards what they were.
 
     Args:
         model: any torch model, on any device.

@@ -56,14 +56,14 @@ def test_a_network_built_to_fail() -> None:
         {"dead": 16},
     ]
     assert ranges.lost_share("half_l2") == pytest.approx(2 / 3)
-    assert [ranges.lost_share(norm) for norm in ("l1", "linf", "top10")] == [0, 0, 0]
+    assert [ranges.lost_share(norm) for norm in ("l1", "linf", "top10", "range")] == [0] * 4
     assert ranges.input_share() == 0
 
 
 def test_a_network_built_not_to() -> None:
     ranges = probe_norms(scaled_net([0, 0, 0]), [images([1.0] * 8)] * 2, classify)
     assert {norm: ranges.lost_share(norm) for norm in ranges.norms} == dict.fromkeys(
-        ("half_l2", "l1", "linf", "top10"), 0.0
+        ("half_l2", "l1", "linf", "top10", "range"), 0.0
     )
 
 

@@ -60,8 +60,8 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         usage="nm probe CONFIG|CHECKPOINT [--batches N] [--picture FILE] [--json FILE] "
         "[--KEY VALUE ...]",
         description="Run some training batches through a network, change nothing, and report for "
-        "each norm layer the range of its inputs and what L2, L1, L∞ and Top(10) would make of "
-        "them with every value in float16.",
+        "each norm layer the range of its inputs and what L2, L1, L∞, Top(10) and range would make "
+        "of them with every value in float16.",
         epilog="Every other option is one of nm fit, such as --data Digits.",
     )
     parser.add_argument(

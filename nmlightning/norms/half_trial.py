@@ -58,6 +58,7 @@ HALF_NORMS: Mapping[str, HalfNorm] = {
     "l1": HalfNorm(_IN_HALF, ("l1", {})),
     "linf": HalfNorm(_IN_HALF, ("linf", {}), picks=1, kinds=("batch",)),
     "top10": HalfNorm(_IN_HALF, ("top10", {}), picks=10, kinds=("batch",)),
+    "range": HalfNorm(_IN_HALF, ("range", {}), picks=32, kinds=("batch",)),
 }
 
 

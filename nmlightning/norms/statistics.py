@@ -68,12 +68,12 @@ class LargestMean:
 
 @dataclass(frozen=True)
 class RangeMean:
-    """Mean of max d − min d over equal chunks of a channel."""
+    """Mean of half the range, (max d − min d)/2, over equal chunks of a channel."""
 
     chunks: int
 
     def constant(self, count: Count, convention: Constant | float) -> float:
-        """Return c of ŝ = c · m for `count` elements; InputError for chunks of less than two."""
+        """Return 2c of ŝ = c · range = 2c · m; InputError for chunks of less than two elements."""
         n = _as_int(count)
         if n < 2 * self.chunks:
             raise InputError(
@@ -81,8 +81,8 @@ class RangeMean:
                 "lower chunks."
             )
         if isinstance(convention, float):
-            return convention
-        return float(_range_mean_constant(operator.index(n), self.chunks, convention))
+            return 2 * convention
+        return 2 * float(_range_mean_constant(operator.index(n), self.chunks, convention))
 
     def measure(self, deviations: Tensor, share: Share) -> tuple[Tensor, Selection]:
         """Return m of each channel of (N, C, *), (C,), and the elements that it depends on."""

@@ -9,7 +9,7 @@ from nmlightning.reports.norm_ranges import LayerRanges, NormRanges
 from nmlightning.reports.words import format_loss
 
 FAILING, REMEDY = "half_l2", "l1"
-NAMES = {"half_l2": "L2 op by op", "l1": "L1", "linf": "L∞", "top10": "Top(10)"}
+NAMES = {"half_l2": "L2 op by op", "l1": "L1", "linf": "L∞", "top10": "Top(10)", "range": "range"}
 WAYS = {
     "not finite": "inf",
     "dead": "dead",

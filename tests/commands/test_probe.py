@@ -97,7 +97,7 @@ def test_a_checkpoint_that_is_built_to_fail(
     assert all(ways[norm] == {} for ways in lost.values() for norm in ("l1", "linf", "top10"))
     share = (16 + 64) / (3 * 16 + 2 * 32 + 2 * 64)
     assert f"L2 op by op in half would lose {100 * share:.0f} % of the channels, in 2 of 7" in out
-    assert "Swapping to l1 brings that to 0 % (L∞ 0 %, Top(10) 0 %)." in out
+    assert "Swapping to l1 brings that to 0 % (L∞ 0 %, Top(10) 0 %, range 0 %)." in out
     assert Path("p.svg").read_text().count("100 %") == 2
 
 

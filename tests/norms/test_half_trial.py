@@ -11,7 +11,7 @@ from nmlightning.norms.half_trial import HALF_NORMS, OUTCOMES, try_norms
 from nmlightning.norms.registry import layer_class
 
 N = 4096
-OTHERS = ("l1", "linf", "top10")
+OTHERS = ("l1", "linf", "top10", "range")
 
 
 def gaussian(sigmas: Sequence[float], mean: float = 0.0) -> Tensor:

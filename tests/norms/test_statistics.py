@@ -111,7 +111,7 @@ def test_select_extremes_takes_the_first_of_each_chunk(shape: tuple[int, ...], c
         assert selection.positions.view(-1, chunks).tolist() == expected
         ranges = flat.gather(1, selection.positions) * selection.slopes
         torch.testing.assert_close(mean, ranges.sum(1))
-        assert selection.slopes.unique().tolist() == [-1 / chunks, 1 / chunks]
+        assert selection.slopes.unique().tolist() == [-0.5 / chunks, 0.5 / chunks]
 
 
 @pytest.mark.parametrize("convention", ["exact", "paper", "none", 0.5])
@@ -175,9 +175,10 @@ def test_constants_of_the_statistics() -> None:
     assert PowerMean(1.0).constant(9, "exact") == pytest.approx(math.sqrt(math.pi / 2))
     assert PowerMean(1.0).constant(9, "none") == LargestMean(2).constant(9, "none") == 1
     assert PowerMean(1.0).constant(9, 0.5) == LargestMean(2).constant(9, 0.5) == 0.5
-    assert RangeMean(2).constant(9, 0.5) == 0.5 * RangeMean(2).constant(9, "none") == 0.5
+    # Twice that of the range, since the statistic is half of it.
+    assert RangeMean(2).constant(9, 0.5) == 0.5 * RangeMean(2).constant(9, "none") == 1
     lengths = [5, 4]
-    expected = 2 / sum(1 / gaussian_constant("range", n) for n in lengths)
+    expected = 4 / sum(1 / gaussian_constant("range", n) for n in lengths)
     assert RangeMean(2).constant(9, "exact") == pytest.approx(expected)
     # One that the ranks counted together is a tensor.
     assert LargestMean(2).constant(torch.tensor(9), "exact") == LargestMean(2).constant(9, "exact")
