@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: the words after `nm`; by default those the program was started with.
 
     Returns:
-        0, or 2 for bad input, 75 if another process of the run was lost, 130 after Ctrl-C.
+        0, or 2 for bad input, 75 if another process of the run was lost, 130 after Ctrl-C,
+        143 after SIGTERM.
 
     Example:
         >>> main(["--version"])

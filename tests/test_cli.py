@@ -22,6 +22,7 @@ from nmlightning.cli import main
 from nmlightning.commands.compat import ExplicitOptionsWin
 from nmlightning.commands.config_files import shipped_configs
 from nmlightning.commands.quiet import CHATTY
+from nmlightning.commands.run_report import Stopwatch
 from nmlightning.commands.training import TrainingCLI
 from nmlightning.tasks.classification import ImageClassifier
 
@@ -435,7 +436,10 @@ def test_ctrl_c_before_the_first_checkpoint(nm: Nm, monkeypatch: pytest.MonkeyPa
     assert nm(*FIT) == (130, [], ["nm: interrupted; no checkpoint exists yet."])
 
 
-def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_resume(tmp_path: Path, nm: Nm) -> None:
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_keeps_the_last_checkpoint_and_says_how_to_resume(
+    stop: signal.Signals, code: int, tmp_path: Path, nm: Nm
+) -> None:
     config = tmp_path / "my run.yaml"  # the space must be quoted
     config.write_text(shipped_configs()["quickstart"].read_text())
     endless = [*SHORT, "--trainer.max_epochs", "10000"]
@@ -455,9 +459,9 @@ def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_resume(tmp_path: Path,
         if (run / LAST).is_file() or process.poll() is not None:
             break
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(stop)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert process.returncode == code, err
     swapped, before, command = err.splitlines()  # and no other line
     assert swapped == "NormSwap: swapped 19 BatchNorm2d → L1BatchNorm2d"
     assert before == "nm: interrupted; the last checkpoint is kept. To resume:"
@@ -469,6 +473,32 @@ def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_resume(tmp_path: Path,
     answer = nm(*shlex.split(command)[1:], f"--trainer.max_epochs={epochs + 1}")
     assert has(f" 1 epoch after {epochs} of an earlier run in ", answer.out)
     assert (run.with_name("version_1") / LAST).is_file()
+
+
+def test_the_time_of_a_run_that_is_resumed_within_an_epoch() -> None:
+    """Lightning does not start the epoch again, of which the rest is timed all the same."""
+    watch = Stopwatch()
+    watch.on_fit_start(None, None)  # type: ignore[arg-type]
+    watch.on_train_epoch_end(None, None)  # type: ignore[arg-type]
+    assert 0 <= watch.training_seconds < 10
+
+
+def test_the_last_checkpoint_of_a_logger_that_keeps_runs_elsewhere(nm: Nm, tmp_path: Path) -> None:
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": "there", "name": "mine"}}
+    Path("mine.yaml").write_text(yaml.safe_dump({"trainer": {"logger": logger}}))
+    for words, keeper in (
+        (["--trainer.logger.init_args.name", "a9"], "--trainer.logger.init_args.name"),
+        (["--trainer.logger.save_dir=there"], "--trainer.logger.save_dir=there"),
+        (["--config", "mine.yaml"], "trainer.logger, in there/mine,"),
+    ):
+        code, _, err = nm(*FIT, *words, "--ckpt_path", "last")
+        assert (code, err) == (
+            2,
+            [
+                f"nm: --ckpt_path: 'last' looks in runs/quickstart, but {keeper} keeps this run "
+                "elsewhere: give the path of a checkpoint."
+            ],
+        )
 
 
 def test_a_folder_that_cannot_be_made(nm: Nm, tmp_path: Path) -> None:

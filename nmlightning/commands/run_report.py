@@ -31,7 +31,7 @@ class Stopwatch(Callback):
         self._fit_started = self._resumed = 0.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._fit_started = time.monotonic()
+        self._fit_started = self._resumed = time.monotonic()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._resumed = time.monotonic()

@@ -7,7 +7,7 @@ from typing import Any
 from jsonargparse import Namespace, dict_to_namespace
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import BasePredictionWriter, ModelCheckpoint
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 # Class names alone resolve only if their modules are imported.
 import nmlightning.callbacks.norm_swap
@@ -22,7 +22,7 @@ import nmlightning.models.vgg
 import nmlightning.tasks.classification  # noqa: F401
 from nmlightning.commands import run_report
 from nmlightning.commands.compat import ExplicitOptionsWin
-from nmlightning.commands.exit_codes import INTERRUPTED
+from nmlightning.commands.exit_codes import INTERRUPTED, TERMINATED
 from nmlightning.commands.given_files import GivenFiles
 from nmlightning.commands.parser import Parser
 from nmlightning.commands.processes import SameStart, check_restarts, failing_together
@@ -52,6 +52,8 @@ def run(arguments: list[str], given: GivenFiles) -> int:
         except SystemExit as stop:
             if is_ctrl_c(stop):
                 raise KeyboardInterrupt from None
+            if isinstance(stop, SIGTERMException):
+                return TERMINATED
             return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0
 
@@ -138,7 +140,7 @@ class TrainingCLI(ExplicitOptionsWin):
         return trainer
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
-        """Train, and report; after Ctrl-C say how to resume."""
+        """Train, and report; after Ctrl-C or SIGTERM say how to resume."""
         folder = self._folder() if self.trainer.is_global_zero else None
         if folder and (folder / "config.yaml").exists():
             raise InputError(f"{folder} holds another run; leave trainer.logger.version out.")
@@ -154,11 +156,12 @@ class TrainingCLI(ExplicitOptionsWin):
             if folder and not any(folder.rglob("*.ckpt")):
                 shutil.rmtree(folder, ignore_errors=True)  # nothing was learned
             raise
-        except SystemExit as stop:
-            if not is_ctrl_c(stop):
+        except (SystemExit, RuntimeError) as error:
+            code = self._interruption(error)
+            if code is None:
                 raise
             run_report.print_interruption(folder, self._last_checkpoint() or earlier)
-            raise SystemExit(INTERRUPTED) from None
+            raise SystemExit(code) from None
         run_report.print_fit(self.trainer, self._watch, folder, self._last_checkpoint())
 
     def validate(self, model: LightningModule, **kwargs: Any) -> None:
@@ -185,6 +188,16 @@ class TrainingCLI(ExplicitOptionsWin):
             measure(model, **kwargs)
         run_report.print_metrics(self.trainer.callback_metrics)
         run_report.print_paths(checkpoint=kwargs.get("ckpt_path"))
+
+    def _interruption(self, error: BaseException) -> int | None:
+        """Return what to exit with if somebody stopped the run, else None.
+
+        SIGTERM may reach the workers first, of which their loader then complains.
+        """
+        if isinstance(error, SystemExit) and is_ctrl_c(error):
+            return INTERRUPTED
+        terminated = isinstance(error, SIGTERMException) or self.trainer.received_sigterm
+        return TERMINATED if terminated else None
 
     def _folder(self) -> Path | None:
         options = self.config_init[self.subcommand].trainer
