@@ -75,14 +75,11 @@ def main() -> None:
     print(f"torch {torch.__version__}, cpu, {kind}")
     charts = []
     for size in SIZES:
-        lines = []
-        for (name, swap), colour in zip(FORMS.items(), COLOURS, strict=False):
-            curve, accuracy = train(swap, size, options)
-            print(f"weights × {size:<6g} {name:24} {describe(curve, accuracy)}", flush=True)
-            lines.append(line(name, colour, curve.losses))
-        low, high = min(curve.scales), max(curve.scales)
-        title = f"weights × {size:g}: σ from {low:.2g} to {high:.2g}"
-        charts.append(draw_lines(lines, title, "step", size=(400, 260)))
+        curves = {}
+        for name, swap in FORMS.items():
+            curves[name], accuracy = train(swap, size, options)
+            print(f"weights × {size:<6g} {name:24} {describe(curves[name], accuracy)}", flush=True)
+        charts.append(draw(curves, size))
     options.picture.write_text(beside(charts), encoding="utf-8")
 
 
@@ -115,9 +112,29 @@ def train(
     return curve, measured["test/top1"]
 
 
+def draw(curves: dict[str, Curve], size: float) -> str:
+    """Return the chart of the runs from weights of one size, and what became NaN in words."""
+    scales = curves["L2, float32"].scales
+    title = f"loss, weights × {size:g}: σ from {min(scales):.2g} to {max(scales):.2g}"
+    lines, notes = [], ""
+    for (name, curve), colour in zip(curves.items(), COLOURS, strict=False):
+        lines.append(line(name, colour, curve.losses))
+        if (broken := first_broken(curve)) is not None:
+            y = 50 + 16 * notes.count("<text")
+            text = f"{escape(name)}: NaN from step {broken}"
+            notes += f'<text x="150" y="{y}" style="fill:{colour}">{text}</text>'
+    chart = draw_lines(lines, title, "step", size=(400, 260))
+    return chart.removesuffix("</svg>") + notes + "</svg>"
+
+
+def first_broken(curve: Curve) -> int | None:
+    """Return the first step whose loss is not finite, if any."""
+    return next((i for i, loss in enumerate(curve.losses) if not math.isfinite(loss)), None)
+
+
 def describe(curve: Curve, accuracy: float) -> str:
     """Return the last losses' mean, or the first step that has none, and the accuracy."""
-    broken = next((i for i, loss in enumerate(curve.losses) if not math.isfinite(loss)), None)
+    broken = first_broken(curve)
     last = f"NaN from step {broken}" if broken is not None else f"{mean_of_last(curve):.3f}"
     return f"loss {last:16} test top-1 {100 * accuracy:.1f} %"
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase, _NormBase
 
-from nmlightning.norms.batch_norm_base import BatchNormBase
+from nmlightning.norms.batch_norm_base import RUNNING, BatchNormBase
 from nmlightning.norms.layer_norm import LpLayerNorm
 from nmlightning.norms.mean_only import MeanOnlyBatchNorm
 from nmlightning.norms.registry import NORMS, Kind
@@ -91,6 +91,8 @@ def become(module: nn.Module, template: nn.Module) -> None:
     module.__class__ = after
     if isinstance(module, BatchNormBase):
         module.keep_statistics_wide()
+    elif isinstance(module, _BatchNorm):
+        _cast_statistics(module)
     if isinstance(module, MeanOnlyBatchNorm):
         _take_scale(module)
     if after is nn.SyncBatchNorm:
@@ -101,6 +103,14 @@ def become(module: nn.Module, template: nn.Module) -> None:
     elif is_norm_with_activation(after):
         module.__dict__.pop(_ACTIVATION_HOOK).remove()
         del module.__dict__[_ORIGINAL_CLASS]
+
+
+def _cast_statistics(module: _BatchNorm) -> None:
+    """Give the running statistics the dtype of the weight, as torch's own norms want them."""
+    for name in RUNNING:
+        running = getattr(module, name)
+        if running is not None and module.weight is not None:
+            setattr(module, name, running.to(module.weight.dtype))
 
 
 def _take_scale(module: MeanOnlyBatchNorm) -> None:

@@ -36,6 +36,23 @@ def sum_of(values: Tensor, dims: tuple[int, ...]) -> Tensor:
     return half_mean(values, dims).float() * count_along(values, dims)
 
 
+def sum_of_inputs(values: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Return the sum as `sum_of` does, of half values exactly where they are all the same.
+
+    They are averaged as distances from the first of them, so that a mean far from 0 is rounded as
+    any half number is, and no more: x − μ is to be 0 where x is constant. The distances are halved
+    first, since they may be twice as large as the values.
+    """
+    if not is_half(values.dtype) or not values.numel():
+        return sum_of(values, dims)
+    first = values
+    for dim in dims:
+        first = first.narrow(dim, 0, 1)
+    distance = half_mean(torch.sub(values * 0.5, first, alpha=0.5), dims)
+    mean = torch.add(first.reshape(distance.shape), distance, alpha=2)
+    return mean.float() * count_along(values, dims)
+
+
 def sum_of_sizes(values: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Return the sum of |values| as `sum_of` does, in one pass where they are wide."""
     if is_half(values.dtype):
@@ -49,7 +66,7 @@ def share_mean(
 ) -> tuple[Tensor, Share]:
     """Return the mean over `dims` and the ranks, and how many values it is taken over."""
     own = count_along(values, dims)
-    sums, share = share_sums(sum_of(values, dims), own, group)
+    sums, share = share_sums(sum_of_inputs(values, dims), own, group)
     return (sums / share.total).to(values.dtype), share
 
 
@@ -69,7 +86,7 @@ def half_mean(values: Tensor, dims: tuple[int, ...]) -> Tensor:
     kept = [dim for dim in range(values.dim()) if dim not in reduced]
     shape = [values.shape[dim] for dim in kept]
     count = count_along(values, tuple(reduced))
-    if not count:
+    if not values.numel():
         return values.new_zeros(shape)
     rows = values.permute(*kept, *reduced).reshape(*shape, count)
     block = min(BLOCK, _power_of_two(count))

@@ -9,7 +9,8 @@ from nmlightning.norms.accumulation import is_half
 from nmlightning.norms.batch_norm_base import BatchNormBase
 from nmlightning.norms.batch_norm_function import BatchNormFunction
 from nmlightning.norms.gaussian import Constant, check_constant, check_power
-from nmlightning.norms.half_batch_norm_function import normalise_in_half
+from nmlightning.norms.half_batch_norm_function import HalfBatchNormFunction
+from nmlightning.norms.in_half import apply_in_half
 from nmlightning.norms.settings import accumulation_dtype
 from nmlightning.norms.statistics import LargestMean, PowerMean, RangeMean, Statistic
 
@@ -37,9 +38,9 @@ class StatisticBatchNorm(BatchNormBase):
         constant: c. "exact" makes ŝ estimate a Gaussian's standard deviation without bias (for Lp
             as n → ∞; see `gaussian_constant`), "paper" is the constant as published, "none" is 1,
             and a number is taken as it is.
-        stats_dtype: dtype of accumulation, `torch.float32` or `torch.float64`; by default float32
-            for half, bfloat16 and float32 inputs and float64 for float64. `torch.float16` and
-            `torch.bfloat16` compute everything in that dtype, whatever the input: pure half.
+        stats_dtype: dtype of accumulation: `torch.float32` or `torch.float64`; by default float32,
+            and float64 for float64 inputs. Or `torch.float16` or `torch.bfloat16`: then all is
+            computed in that dtype, whatever the input's (pure half).
         sync: in training, share the statistics among all ranks, as one process would compute them
             on the ranks' batches concatenated in rank order. Has no effect without distribution.
 
@@ -85,10 +86,11 @@ class StatisticBatchNorm(BatchNormBase):
         self, input: Tensor, group: ProcessGroup | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = accumulation_dtype(input.dtype, self.stats_dtype)
-        normalise = normalise_in_half if is_half(dtype) else BatchNormFunction.apply
-        return normalise(  # type: ignore[no-any-return]
-            input, self.weight, self.bias, self.statistic, self.constant, self.eps, dtype, group
-        )
+        learned = (self.weight, self.bias)
+        settings = (self.statistic, self.constant, self.eps, dtype, group)
+        if is_half(dtype):
+            return apply_in_half(HalfBatchNormFunction, input, *learned, *settings)  # type: ignore[no-any-return]
+        return BatchNormFunction.apply(input, *learned, *settings)  # type: ignore[no-any-return]
 
 
 class L1BatchNorm(StatisticBatchNorm):

@@ -1,5 +1,6 @@
 """What all batch norms here share: settings, checks, ranks, and running statistics."""
 
+from collections.abc import Mapping, MutableMapping
 from typing import Any, ClassVar
 
 import torch
@@ -35,9 +36,9 @@ class BatchNormBase(_BatchNorm):
         affine: learn a weight and a bias for each channel.
         bias: learn that bias too; without effect where `affine` is False.
         track_running_stats: keep running statistics; else evaluation uses the batch's own.
-        stats_dtype: dtype of accumulation, `torch.float32` or `torch.float64`; by default float32
-            for half, bfloat16 and float32 inputs and float64 for float64. `torch.float16` and
-            `torch.bfloat16` compute everything in that dtype, whatever the input: pure half.
+        stats_dtype: dtype of accumulation: `torch.float32` or `torch.float64`; by default float32,
+            and float64 for float64 inputs. Or `torch.float16` or `torch.bfloat16`: then all is
+            computed in that dtype, whatever the input's (pure half).
         sync: in training, share the statistics among all ranks, as one process would compute them
             on the ranks' batches concatenated in rank order. Has no effect without distribution.
 
@@ -130,6 +131,16 @@ class BatchNormBase(_BatchNorm):
             if after is not None and is_half(after.dtype) and not is_half(before.dtype):
                 setattr(self, name, before.to(after.device))
         return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: MutableMapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        *arguments: Any,
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
+        self.keep_statistics_wide()  # with assign=True they are now what another model had
 
     def _normalise(
         self, input: Tensor, group: ProcessGroup | None

@@ -20,17 +20,6 @@ from nmlightning.norms.slope import Slope, channel_shape, reduced_dims
 from nmlightning.norms.statistics import Statistic, total_scale
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
-def normalise_in_half(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Call `HalfBatchNormFunction`, so that every operation rounds.
-
-    Autocast would compute some in float32, and compiled code keeps what lies between its loads and
-    stores in float32.
-    """
-    with torch.autocast(x.device.type, enabled=False):
-        return HalfBatchNormFunction.apply(x, *arguments)  # type: ignore[no-any-return]
-
-
 class HalfBatchNormFunction(torch.autograd.Function):
     """Normalise each channel of (N, C, *spatial) in `dtype`, which is half or bfloat16.
 

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from nmlightning.errors import InputError, check_flag
+from nmlightning.norms.accumulation import is_half
 from nmlightning.norms.gaussian import Constant, check_constant, check_power
+from nmlightning.norms.in_half import apply_in_half
 from nmlightning.norms.layer_norm_function import LayerNormFunction
 from nmlightning.norms.settings import (
     accumulation_dtype,
@@ -34,9 +36,9 @@ class LpLayerNorm(nn.LayerNorm):
         bias: learn a bias for each feature too.
         constant: c. "exact" and "paper" are the Gaussian's, √(π/2) for p = 1; "none" is 1; a
             number is taken as it is.
-        stats_dtype: dtype of accumulation, `torch.float32` or `torch.float64`; by default float32
-            for half, bfloat16 and float32 inputs and float64 for float64. `torch.float16` and
-            `torch.bfloat16` compute everything in that dtype, whatever the input: pure half.
+        stats_dtype: dtype of accumulation: `torch.float32` or `torch.float64`; by default float32,
+            and float64 for float64 inputs. Or `torch.float16` or `torch.bfloat16`: then all is
+            computed in that dtype, whatever the input's (pure half).
 
     Raises:
         InputError: a setting outside what is allowed; an input that ends in other sizes.
@@ -84,16 +86,12 @@ class LpLayerNorm(nn.LayerNorm):
                 f"{type(self).__name__} normalises the last dimensions {self.normalized_shape}, "
                 f"got an input of shape {tuple(input.shape)}."
             )
-        return LayerNormFunction.apply(  # type: ignore[no-any-return]
-            input,
-            self.weight,
-            self.bias,
-            rank,
-            self.p,
-            PowerMean(self.p).constant(math.prod(self.normalized_shape), self.constant),
-            self.eps,
-            accumulation_dtype(input.dtype, self.stats_dtype),
-        )
+        constant = PowerMean(self.p).constant(math.prod(self.normalized_shape), self.constant)
+        dtype = accumulation_dtype(input.dtype, self.stats_dtype)
+        arguments = (self.weight, self.bias, rank, self.p, constant, self.eps, dtype)
+        if is_half(dtype):
+            return apply_in_half(LayerNormFunction, input, *arguments)  # type: ignore[no-any-return]
+        return LayerNormFunction.apply(input, *arguments)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         """Return the arguments that differ from the defaults, so that the repr evaluates."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nmlightning.norms.accumulation import mean_of, sum_of
+from nmlightning.norms.accumulation import mean_of, share_mean, sum_of
 from nmlightning.norms.cross_rank import Share
 from nmlightning.norms.first_derivative import first_derivative_only
 from nmlightning.norms.power_mean import power_mean, power_mean_slope
@@ -38,7 +38,7 @@ class LayerNormFunction(torch.autograd.Function):
         dims = tuple(range(-rank, 0))
         wide = x.to(dtype)
         share = Share(x.shape[-rank:].numel())
-        mean = _mean(wide, dims, share)
+        mean = share_mean(wide, dims, None)[0].view(*x.shape[:-rank], *[1] * rank)
         deviations = wide - mean
         magnitude = power_mean(deviations, p, dims, share).view_as(mean)
         y = deviations / total_scale(magnitude * constant, eps)

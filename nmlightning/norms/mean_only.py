@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from nmlightning.norms.accumulation import is_half
 from nmlightning.norms.batch_norm_base import BatchNormBase
 from nmlightning.norms.cross_rank import share_sums, sum_over_ranks
+from nmlightning.norms.half_centre_function import HalfCentreFunction
+from nmlightning.norms.in_half import apply_in_half
 from nmlightning.norms.settings import accumulation_dtype
 from nmlightning.norms.slope import reduced_dims
 
@@ -19,7 +22,8 @@ class MeanOnlyBatchNorm(BatchNormBase):
         y = x − μ + bias
 
     μ is taken over all elements of a channel, in `stats_dtype`; (N, C, *) in, the same out. The
-    gradient is g − mean g, also of a second derivative, and nothing is kept for it.
+    gradient is g − mean g, also of a second derivative (but not in pure half), and nothing is kept
+    for it.
 
     The state has torch's five keys, and its scale is that of no scale: `weight` is 1 and
     `requires_grad` False (the norm learns no scale, and a weight that is trained but never used
@@ -37,9 +41,9 @@ class MeanOnlyBatchNorm(BatchNormBase):
         affine: learn a bias for each channel, and have the weight.
         bias: learn that bias; without effect where `affine` is False.
         track_running_stats: keep a running mean; else evaluation uses the batch's own.
-        stats_dtype: dtype of accumulation, `torch.float32` or `torch.float64`; by default float32
-            for half, bfloat16 and float32 inputs and float64 for float64. `torch.float16` and
-            `torch.bfloat16` compute everything in that dtype, whatever the input: pure half.
+        stats_dtype: dtype of accumulation: `torch.float32` or `torch.float64`; by default float32,
+            and float64 for float64 inputs. Or `torch.float16` or `torch.bfloat16`: then all is
+            computed in that dtype, whatever the input's (pure half).
         sync: in training, take the mean over all ranks' elements, however many each has. Has no
             effect without distribution.
 
@@ -73,7 +77,11 @@ class MeanOnlyBatchNorm(BatchNormBase):
     def _normalise(
         self, input: Tensor, group: ProcessGroup | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wide = input.to(accumulation_dtype(input.dtype, self.stats_dtype))
+        dtype = accumulation_dtype(input.dtype, self.stats_dtype)
+        if is_half(dtype):
+            output, mean = apply_in_half(HalfCentreFunction, input, self.bias, dtype, group)
+            return output, mean, torch.full_like(mean, 1 - self.eps)
+        wide = input.to(dtype)
         mean = _mean(wide, group)
         shift = -mean if self.bias is None else self.bias.to(wide.dtype) - mean
         output = wide + shift.view(-1, *[1] * (input.dim() - 2))

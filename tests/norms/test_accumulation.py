@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nmlightning.norms.accumulation import half_mean, mean_of, sum_of, sum_of_sizes
+from nmlightning.norms.accumulation import half_mean, mean_of, sum_of, sum_of_inputs, sum_of_sizes
 from nmlightning.norms.cross_rank import Share
 
 HALVES = [torch.float16, torch.bfloat16]
@@ -44,6 +44,16 @@ def test_any_dimensions(dims: tuple[int, ...]) -> None:
         rtol=0,
         atol=2e-3,
     )
+
+
+def test_the_mean_of_inputs_far_from_zero_is_rounded_once() -> None:
+    values = (torch.randn(16, 5000) + 1000).half()
+    mean = (sum_of_inputs(values, (1,)) / 5000).half()
+    exact = values.double().mean(1)
+    assert (mean.double() - exact).abs().max() <= 0.26  # half's spacing there is 0.5
+    large = (1e4 * torch.randn(16, 5000)).clamp(-6e4, 6e4).half()
+    found = sum_of_inputs(large, (1,)).double() / 5000
+    torch.testing.assert_close(found, large.double().mean(1), rtol=0, atol=20)
 
 
 def test_half_sums_are_float32_and_wide_ones_stay_as_they_are() -> None:

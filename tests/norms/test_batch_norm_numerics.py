@@ -162,6 +162,25 @@ def test_running_statistics_stay_float32_in_a_half_model(norm: Norm, dtype: torc
 
 
 @every_norm
+def test_running_statistics_stay_float32_through_assignment(norm: Norm) -> None:
+    layer = norm.layer()
+    layer.load_state_dict(nn.BatchNorm2d(3).half().state_dict(), assign=True)
+    assert layer.running_mean.dtype == layer.running_var.dtype == torch.float32
+
+
+def test_a_half_model_can_be_swapped_back() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).half()
+    x = torch.randn(8, 3, 6, 6).half()
+    swap_norms(net, "l1")
+    net(x)
+    running = net[1].running_var.half()
+    swap_norms(net, "l2")
+    assert torch.equal(net[1].running_var, running)
+    assert net(x).isfinite().all()
+    assert net.eval()(x).isfinite().all()
+
+
+@every_norm
 def test_a_layer_that_is_made_half_has_wide_running_statistics(norm: Norm) -> None:
     layer = norm.layer(dtype=torch.float16)
     assert layer.running_mean.dtype == layer.running_var.dtype == torch.float32
