@@ -131,7 +131,8 @@ def _size_cells(layer: LayerRanges) -> list[str]:
 def _norm_cell(layer: LayerRanges, norm: str, *, how: bool) -> str:
     share, lost = layer.lost_share(norm), layer.lost(norm)
     way = f" {WAYS[max(lost, key=lambda way: lost[way])]}" if how and lost else ""
-    return _coloured(share, format_loss(share) + way)
+    others = ", …" if way and len(lost) > 1 else ""
+    return _coloured(share, format_loss(share) + way + others)
 
 
 def _coloured(share: float | None, text: str) -> str:

@@ -66,11 +66,14 @@ def _pair(found: NormLayer, uses: TracedUses, names: dict[nn.Module, str]) -> Pa
         return Left(found.name, f"it follows {name_source(layer, call)}{parametrized}")
     name = names[layer]
     reason = _refuse_layer(layer, name, uses)
+    assert isinstance(norm, _BatchNorm), "others are refused"
+    channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    if not reason and channels != norm.num_features:
+        reason = f"its {norm.num_features} channels are not the {channels} outputs of {name}"
     if not reason and len(call.users) > 1:
         reason = f"the output of {name} also goes elsewhere"
     if reason:
         return Left(found.name, reason)
-    assert isinstance(norm, _BatchNorm), "others are refused"
     return Pair(found.name, norm, name, layer)
 
 

@@ -27,9 +27,9 @@ def verdict(ranges: NormRanges) -> list[str]:
     """Return the answer, its reason, and what it does not cover, a sentence or two each."""
     return [
         *_say_what_is_broken(ranges),
+        *_say_what_no_norm_mends(ranges),
         _say_what_fails(ranges),
         *_say_what_helps(ranges),
-        *_say_what_no_norm_mends(ranges),
         HONESTLY,
     ]
 
@@ -48,7 +48,8 @@ def _say_what_fails(ranges: NormRanges) -> str:
     if not losing:
         scales = np.concatenate([layer.finite_scales for layer in ranges.layers])
         sizes = f": σ is between {scales.min():.3g} and {scales.max():.3g}" if len(scales) else ""
-        return f"{NAMES[FAILING]} in half would lose no channel{sizes}."
+        more = " more" if ranges.input_share() else ""
+        return f"{NAMES[FAILING]} in half would lose no channel{more}{sizes}."
     total = sum(len(layer.scales) for layer in ranges.layers)
     ways = sum((Counter(layer.lost(FAILING)) for layer in losing), Counter[str]())
     how = ", ".join(f"{format_loss(n / total)} {WAYS[way]}" for way, n in ways.most_common())
@@ -79,9 +80,10 @@ def _say_what_no_norm_mends(ranges: NormRanges) -> Iterator[str]:
     if lost:
         worst = max(lost, key=LayerRanges.input_share)
         yield (
-            f"{format_loss(ranges.input_share())} are lost before any norm, since float16 does not "
-            f"hold x: most in {worst.name}, where |x − μ| is up to {worst.largest_deviation:.3g} "
-            f"and |μ| up to {worst.offset:.3g} σ. No swap helps there."
+            f"{format_loss(ranges.input_share())} of the channels are lost before any norm, since "
+            f"float16 does not hold x: most in {worst.name}, where |x − μ| is up to "
+            f"{worst.largest_deviation:.3g} and |μ| up to {worst.offset:.3g} σ. No swap helps "
+            "there."
         )
 
 

@@ -299,6 +299,29 @@ def test_a_file_is_replaced_only_if_told_so(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_what_cannot_be_compared_is_not_written(tmp_path: Path) -> None:
+    """onnx's reference evaluator does not know groups of a transposed convolution."""
+    net = nn.Sequential(nn.ConvTranspose2d(4, 4, 3, groups=2), nn.BatchNorm2d(4))
+    with pytest.raises(InputError, match="onnx cannot be read back to be compared, so nothing"):
+        export_network(net, tmp_path / "net.onnx", "onnx", (4, 5, 5))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_norm_of_other_channels_is_left(tmp_path: Path) -> None:
+    """BatchNorm1d takes (N, C, L), and a linear layer works along L."""
+    net = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(4))
+    report = export_network(net, tmp_path / "net.pt", "state_dict", (4, 3))
+    (left,) = report.fold.left
+    assert left.reason == "its 4 channels are not the 5 outputs of 0"
+
+
+def test_an_input_shape_that_is_no_sequence(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"input_shape is a sequence, such as \(3, 32, 32\), got 5"
+    ):
+        export_network(nn.Linear(5, 2), tmp_path / "net.pt", "state_dict", 5)  # type: ignore[arg-type]
+
+
 def test_what_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "net.pt"
     file.write_text("mine")
