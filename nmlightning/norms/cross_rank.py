@@ -24,7 +24,10 @@ class Share(NamedTuple):
 
 
 def share_sums(sums: Tensor, own: int, group: ProcessGroup | None) -> tuple[Tensor, Share]:
-    """Return the (C,) sums over all ranks, and the share of this one, which has `own` values."""
+    """Return the (C,) sums over all ranks, and the share of this one, which has `own` values.
+
+    ValueError, as torch's, if one value is all that the ranks have.
+    """
     if group is None:
         return sums, Share(own)
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
@@ -32,6 +35,8 @@ def share_sums(sums: Tensor, own: int, group: ProcessGroup | None) -> tuple[Tens
     counts[rank] = own
     told = sum_over_ranks(torch.cat([sums, counts]), group)
     counts = told[-ranks:].long()  # exact up to 2²⁴ values a rank, however many ranks there are
+    if own <= 1 and int(counts.sum()) == 1:  # the ranks with more need not wait for their device
+        raise ValueError("Expected more than 1 value per channel when training, got 1 on all ranks")
     return told[:-ranks], Share(counts.sum(), counts[:rank].sum(), group)
 
 

@@ -198,6 +198,10 @@ def answer_of_two(rank: int) -> dict[str, Any]:
     poisoned = BATCHES["uneven"].whole()
     poisoned[0, 1] = torch.inf
     for norm in NORMS:
+        try:
+            make(norm, BATCHES["bare"])(torch.randn(1 - rank, 3, dtype=torch.float64))
+        except ValueError as error:
+            results[f"{norm} single"] = str(error)
         layer = make(norm, BATCHES["uneven"])
         layer(poisoned.split((5, 2))[rank])
         results[f"{norm} poisoned"] = dict(layer.named_buffers())
@@ -324,6 +328,16 @@ def test_one_ranks_infinity_enters_no_statistics(
         assert buffers["running_var"][1] == make(norm, BATCHES["uneven"]).running_var[1]
         for name in ("running_mean", "running_var"):
             torch.testing.assert_close(buffers[name][[0, 2]], clean[name][[0, 2]])
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_one_value_on_all_ranks_is_refused(
+    answers: dict[int, list[dict[str, Any]]], norm: str
+) -> None:
+    for answer in answers[2]:
+        assert answer[f"{norm} single"] == (
+            "Expected more than 1 value per channel when training, got 1 on all ranks"
+        )
 
 
 def test_half_l2_refuses(answers: dict[int, list[dict[str, Any]]]) -> None:
