@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
@@ -14,6 +15,7 @@ REMOTE = ("s3://", "gs://", "r2://", "azure://", "local:")  # what litdata strea
 INDEX = "classes"  # the folder, beside those of the images, of the one item that describes them
 LITDATA_INDEX = "index.json"
 FORMAT = 1
+UNREADABLE = (RuntimeError, ValueError, struct.error)  # litdata's, of shards that were overwritten
 Item = tuple[int, str, bytes]  # label, <class>/<file>, the file's content
 
 
@@ -36,7 +38,8 @@ class ShardedImages:
         index: what `read_index` returned for the root.
 
     Raises:
-        InputError: if shards of a local root are absent, cut off or of another part.
+        InputError: if shards of a local root are absent, cut off or of another part; in fetching,
+            if a shard cannot be read.
     """
 
     def __init__(self, root: str, part: str, index: ShardIndex) -> None:
@@ -50,7 +53,11 @@ class ShardedImages:
     def fetch(self, row: int) -> EncodedImage:
         if self._shards is None:
             self._shards = open_shards(self.place)
-        label, name, content = self._shards[row]
+        try:
+            label, name, content = self._shards[row]
+        except UNREADABLE as error:
+            shard = join_root(self.place, f"chunk-0-{row // self.shard_size}.bin")
+            raise InputError(f"{shard} cannot be read ({error}): copy it again.") from error
         return EncodedImage(join_root(self.place, name), BytesIO(content), label)
 
 
@@ -81,11 +88,12 @@ def read_index(root: str) -> ShardIndex:
         _check_files(Path(place), images=1)
     try:
         (content,) = open_shards(place)[0]
-    except (OSError, ValueError) as error:
+        index = json.loads(bytes(content))
+    except (OSError, *UNREADABLE) as error:
         raise InputError(
-            f"there are no shards of nm shard at {root} ({error}): give what it wrote."
+            f"{place} cannot be read as nm shard wrote it ({error}): copy it again, or give "
+            "another folder or address."
         ) from error
-    index = json.loads(bytes(content))
     if index.pop("format", None) != FORMAT:
         raise InputError(f"the shards at {root} are of another version: write them anew.")
     return ShardIndex(**index)
@@ -109,27 +117,41 @@ def require_litdata() -> None:
         raise InputError("shards need litdata: pip install 'nmlightning[stream]'.")
 
 
+class _ShardFile(NamedTuple):
+    name: str
+    images: int
+    size: int  # bytes
+
+
 def _check_files(folder: Path, images: int) -> None:
     """Compare a local folder with litdata's index of it, and its images with how many they are."""
-    try:
-        shards = json.loads((folder / LITDATA_INDEX).read_text(encoding="utf-8"))["chunks"]
-        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{folder} holds no shards: write them again with nm shard, or give another folder."
-        ) from error
-    found = sum(shard["chunk_size"] for shard in shards)
+    shards = _list_files(folder)
+    found = sum(shard.images for shard in shards)
     if found != images:
         raise InputError(
             f"{folder} holds {found} images where {images} were written: it is of other shards."
         )
-    damaged = [
-        shard["filename"]
-        for shard in shards
-        if sizes.get(shard["filename"]) != shard["chunk_bytes"]
-    ]
+    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+    damaged = [shard.name for shard in shards if sizes.get(shard.name) != shard.size]
     if damaged:
         raise InputError(
             f"{len(damaged)} of {len(shards)} shards in {folder} are absent or cut off, such as "
             f"{damaged[0]}: copy them again."
         )
+
+
+def _list_files(folder: Path) -> list[_ShardFile]:
+    """Return the shards that litdata's index of a local folder lists."""
+    path = folder / LITDATA_INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        return [
+            _ShardFile(shard["filename"], int(shard["chunk_size"]), int(shard["chunk_bytes"]))
+            for shard in index["chunks"]
+        ]
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{folder} holds no shards: write them again with nm shard, or give another folder."
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is cut off or damaged: copy it again.") from error

@@ -130,8 +130,30 @@ def test_a_damaged_image_within_a_shard(shards: Path) -> None:
         list(open_images(shards, damaged="skip").val_dataloader())
 
 
+def test_an_overwritten_shard(shards: Path) -> None:
+    """Of the right size, so that only reading tells; also its second item alone."""
+    file = shards / "train" / "chunk-0-1.bin"
+    whole = file.read_bytes()
+    start = whole.index(b".JPEG", whole.index(b".JPEG") + 1) - 25  # the sizes of an item's parts
+    index = read_index(str(shards))
+    for content in (bytes(len(whole)), whole[:start] + b"\xff" * 50 + whole[start + 50 :]):
+        file.write_bytes(content)
+        images = ShardedImages(str(shards), "train", index)
+        with pytest.raises(InputError, match=f"^{file} cannot be read .*: copy it again.$"):
+            [images.fetch(row) for row in range(SHARD, 2 * SHARD)]
+
+
 def remove(name: str) -> Callable[[Path], None]:
     return lambda root: (shutil.rmtree if (root / name).is_dir() else Path.unlink)(root / name)
+
+
+def overwrite(name: str, content: str) -> Callable[[Path], object]:
+    return lambda root: (root / name).write_text(content)
+
+
+def overwrite_the_only_item(root: Path) -> None:
+    path = root / "classes" / "chunk-0-0.bin"
+    path.write_bytes(path.read_bytes().replace(b'{"format"', b'("format"'))
 
 
 def cut_off(root: Path) -> None:
@@ -163,17 +185,23 @@ def age(root: Path) -> None:
         ),
         (cut_off, "1 of 4 shards in {root}/train are absent or cut off, such as chunk-0-2.bin"),
         (link_val_to_train, "{root}/val holds 12 images where 6 were written: it is of other"),
+        *(
+            (overwrite(f"{part}/index.json", text), f"{{root}}/{part}/index.json is cut off or da")
+            for part in ("train", "classes")
+            for text in ("", '{"chunks": [{"chunk_by', "{}", '{"chunks": null}', "[]")
+        ),
+        (overwrite_the_only_item, "{root}/classes cannot be read as nm .*: copy it again, or give"),
         (age, "the shards at {root} are of another version: write them anew"),
     ],
 )
-def test_bad_shards(shards: Path, damage: Callable[[Path], None], message: str) -> None:
+def test_bad_shards(shards: Path, damage: Callable[[Path], object], message: str) -> None:
     damage(shards)
     with pytest.raises(InputError, match=message.format(root=shards)):
         open_images(shards)
 
 
 def test_a_remote_root_without_shards(tmp_path: Path, cache: Path) -> None:
-    with pytest.raises(InputError, match=r"there are no shards of nm shard at local:.*/nowhere"):
+    with pytest.raises(InputError, match=r"local:.*/nowhere/classes cannot be read as nm shard"):
         open_images(f"local:{tmp_path}/nowhere")
 
 
@@ -187,6 +215,7 @@ def test_litdatas_index_is_as_we_read_it(shards: Path) -> None:
     """Full shards but for the last, since a row's shard is its number divided by their size."""
     chunks = json.loads((shards / "val" / "index.json").read_text())["chunks"]
     assert [chunk["chunk_size"] for chunk in chunks] == [SHARD, SHARD]
+    assert [chunk["filename"] for chunk in chunks] == ["chunk-0-0.bin", "chunk-0-1.bin"]
 
 
 @pytest.mark.parametrize(("length", "shard_size"), [(1, 4), (7, 4), (200, 4), (1000, 10)])
