@@ -1,9 +1,10 @@
 """Images in a file each, in a folder for each class: torchvision's `ImageFolder` layout."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
-from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from nmlightning.datamodules.decoded_images import Damaged
@@ -16,33 +17,33 @@ MENTIONED = 3  # names in an error
 class FolderImages:
     """The images below `folder/<class>/`, in the order of their paths.
 
+    Files and folders whose name begins with a dot are passed over: they are other programs'.
+
     Args:
         folder: holds a folder for each class; their order by name numbers the classes.
         damaged: what to do about files that are no images by the ending of their name: an error,
             or a warning that counts and names them.
 
     Raises:
-        InputError: for a class without images, or for a file that is no image.
+        InputError: for a class without images, for a file that is no image, or for a folder that a
+            link leads to again.
     """
 
     shard_size = 1
 
     def __init__(self, folder: Path, damaged: Damaged = "error") -> None:
         self.folder = folder
+        self.classes = sorted(_classes(folder))
+        self.files: list[tuple[str, int]] = []
         strangers: list[str] = []
-
-        def is_image(path: str) -> bool:
-            known = path.lower().endswith(IMG_EXTENSIONS)
-            if not known:
-                strangers.append(path)
-            return known
-
-        try:
-            files = ImageFolder(folder, is_valid_file=is_image)
-        except FileNotFoundError as error:  # it names the classes that are empty
-            raise InputError(f"{folder} lacks images. {error}") from error
-        self.files: list[tuple[str, int]] = files.samples
-        self.classes: list[str] = files.classes
+        seen = {os.path.realpath(folder): str(folder)}
+        for label, name in enumerate(self.classes):
+            for path in _list_files(str(folder / name), seen):
+                if path.lower().endswith(IMG_EXTENSIONS):
+                    self.files.append((path, label))
+                else:
+                    strangers.append(path)
+        self._refuse_empty_classes()
         _report_strangers(folder, strangers, damaged)
 
     @property
@@ -52,6 +53,15 @@ class FolderImages:
     def fetch(self, row: int) -> EncodedImage:
         path, label = self.files[row]
         return EncodedImage(path, path, label)
+
+    def _refuse_empty_classes(self) -> None:
+        filled = {label for _, label in self.files}
+        empty = [name for label, name in enumerate(self.classes) if label not in filled]
+        if empty:
+            raise InputError(
+                f"{self.folder} has no images of {_name_some(empty)}: put some there, or delete "
+                "the folder of that name in train and in val."
+            )
 
 
 def common_classes(train: Path, validation: Path) -> set[str]:
@@ -79,13 +89,39 @@ def common_classes(train: Path, validation: Path) -> set[str]:
 def _classes(folder: Path) -> set[str]:
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}: give the folder that holds train and val.")
-    classes = {path.name for path in folder.iterdir() if path.is_dir()}
+    classes = {
+        path.name for path in folder.iterdir() if path.is_dir() and not _is_hidden(path.name)
+    }
     if not classes:
         raise InputError(
             f"{folder} holds no folders: put the images of each class into a folder of its own, or "
             "give another folder."
         )
     return classes
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".")
+
+
+def _list_files(folder: str, seen: dict[str, str]) -> Iterator[str]:
+    """Yield the files below a folder, also through links, in the order of their paths.
+
+    `seen` holds each folder that was listed, by its real path, and grows.
+    """
+    listed = []
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            raise InputError(
+                f"{place} and {seen[real]} are the same folder, so its images would be read twice: "
+                "delete the link."
+            )
+        seen[real] = place
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        listed.append((place, files))
+    for place, files in sorted(listed):
+        yield from (os.path.join(place, name) for name in sorted(files) if not _is_hidden(name))
 
 
 def _report_strangers(folder: Path, strangers: list[str], damaged: Damaged) -> None:

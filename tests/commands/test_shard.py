@@ -70,9 +70,9 @@ def leave_unfinished(folder: Path) -> None:
     [
         (lambda folder: (folder / "train/a/0.JPEG").write_bytes(b""), [], "train/a/0.JPEG cannot"),
         (
-            lambda folder: (folder / "val/a/.DS_Store").touch(),
+            lambda folder: (folder / "val/a/Thumbs.db").touch(),
             [],
-            "holds files .*, 1 in all: a/.DS_Store. Del",
+            "holds files .*, 1 in all: a/Thumbs.db. Del",
         ),
         (lambda folder: (folder / "val").rename("gone"), [], "there is no folder .*images/val: "),
         (

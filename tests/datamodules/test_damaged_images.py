@@ -102,12 +102,12 @@ def test_a_set_without_a_readable_image_is_an_error(root: Path) -> None:
 
 
 def test_files_that_are_no_images_by_their_names(root: Path) -> None:
-    for name in ("train/a/notes.txt", "train/c/.DS_Store", "train/readme.md"):
+    for name in ("train/a/notes.txt", "train/c/Thumbs.db", "train/readme.md"):
         (root / name).touch()
     message = r"^{}/train holds files that are no images by their names, 2 in all: a/notes.txt, c/"
     with pytest.raises(InputError, match=message.format(root)):
         ImageNet(str(root)).setup("fit")
-    with pytest.warns(UserWarning, match=r"names, 2 in all: a/notes.txt, c/.DS_Store$"):
+    with pytest.warns(UserWarning, match=r"names, 2 in all: a/notes.txt, c/Thumbs.db$"):
         data = open_images(root)
     assert data.train is not None
     assert data.train.length == 12

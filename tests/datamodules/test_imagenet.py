@@ -12,7 +12,9 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.datasets import ImageFolder
 
+from nmlightning.datamodules.image_folder import FolderImages, common_classes
 from nmlightning.datamodules.imagenet import ImageNet
 from nmlightning.errors import InputError
 from nmlightning.tasks.classification import ImageClassifier
@@ -181,6 +183,25 @@ def test_the_model_gets_its_own_type(root: Path, precision: Any, dtype: str) -> 
     assert trainer.callback_metrics["val/loss"].isfinite()
 
 
+def test_files_are_listed_as_by_torchvision(root: Path) -> None:
+    """Nested, through links, and without what is hidden, which torchvision is not shown."""
+    nested = root / "train" / "b"
+    for name in ("deep/0.jpg", "deep-1/er/0.PNG", "a.webp", "deep/A.jpeg"):
+        (nested / name).parent.mkdir(parents=True, exist_ok=True)
+        (nested / name).touch()
+    (nested / "linked").symlink_to(root / "val" / "b")
+    expected = ImageFolder(root / "train")
+    for name in (".ipynb_checkpoints", "b/.ipynb_checkpoints"):
+        (root / "train" / name).mkdir()
+        shutil.copy(root / "train/a/0.JPEG", root / "train" / name)
+    for name in ("a/.DS_Store", "b/._a.webp", ".DS_Store"):
+        (root / "train" / name).touch()
+    images = FolderImages(root / "train")
+    assert (images.files, images.classes) == (expected.samples, expected.classes)
+    assert len(images.files) == 18
+    assert common_classes(root / "train", root / "val") == {"a", "b", "c"}
+
+
 def remove(path: str) -> Callable[[Path], None]:
     return lambda root: shutil.rmtree(root / path)
 
@@ -196,6 +217,10 @@ def empty(path: str) -> Callable[[Path], None]:
 def link_val_to_train(root: Path) -> None:
     shutil.rmtree(root / "val")
     (root / "val").symlink_to(root / "train")
+
+
+def link(name: str, target: str) -> Callable[[Path], None]:
+    return lambda root: (root / name).symlink_to(target)
 
 
 def add_classes(root: Path) -> None:
@@ -219,8 +244,14 @@ def cut_off(root: Path) -> None:
         (remove("train"), "there is no folder {root}/train: give the folder that holds"),
         (remove("val"), "there is no folder {root}/val: give the folder that holds"),
         (empty("val"), "{root}/val holds no folders: put .* or give another folder"),
-        (empty("train/b"), "{root}/train lacks images. .* for the classes b"),
-        (empty("val/b"), "{root}/val lacks images. .* for the classes b"),
+        (empty("train/b"), "{root}/train has no images of b: put some there, or delete the folder"),
+        (empty("val/b"), "{root}/val has no images of b: put some there, or delete the folder of"),
+        (
+            link("val/a/self", "."),
+            "{root}/val/a/self and {root}/val/a are the same folder, .*twice",
+        ),
+        (link("val/b/up", ".."), "{root}/val/b/up and {root}/val are the same folder"),
+        (link("val/c/a", "../a"), "{root}/val/c/a and {root}/val/a are the same folder, so its"),
         (remove("val/b"), "train has 3 classes and .*val 2, and they differ in b: make"),
         (add_classes, "train has 3 classes and .*val 7, and they differ in d, e, f and 1 more: "),
         (link_val_to_train, "{root}/train and {root}/val are the same folder"),
