@@ -53,6 +53,11 @@ class DamagedImage(InputError):
         return DamagedImage, (self.name, self.reason)  # an exception is pickled by its message
 
 
+def printable(path: str) -> str:
+    """Return the path with what is not UTF-8 in it, and so cannot be printed, escaped."""
+    return path.encode(errors="backslashreplace").decode()
+
+
 def decode(image: EncodedImage) -> Image.Image:
     """Return the image as RGB; `DamagedImage` if it cannot be decoded."""
     try:

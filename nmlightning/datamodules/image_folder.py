@@ -8,7 +8,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from nmlightning.datamodules.decoded_images import Damaged
-from nmlightning.datamodules.encoded_image import EncodedImage
+from nmlightning.datamodules.encoded_image import EncodedImage, printable
 from nmlightning.errors import InputError
 
 MENTIONED = 3  # names in an error
@@ -52,7 +52,7 @@ class FolderImages:
 
     def fetch(self, row: int) -> EncodedImage:
         path, label = self.files[row]
-        return EncodedImage(path, path, label)
+        return EncodedImage(printable(path), path, label)
 
     def _refuse_empty_classes(self) -> None:
         filled = {label for _, label in self.files}
@@ -128,7 +128,7 @@ def _report_strangers(folder: Path, strangers: list[str], damaged: Damaged) -> N
     if not strangers:
         return
     what = f"{folder} holds files that are no images by their names, {len(strangers)} in all"
-    names = [str(Path(path).relative_to(folder)) for path in strangers]
+    names = [printable(str(Path(path).relative_to(folder))) for path in strangers]
     if damaged == "error":
         raise InputError(
             f"{what}: {_name_some(names)}. Delete them, or leave them out with damaged: skip."

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from nmlightning.datamodules.decoded_images import Damaged
-from nmlightning.datamodules.encoded_image import DamagedImage, EncodedImage, decode
+from nmlightning.datamodules.encoded_image import DamagedImage, EncodedImage, decode, printable
 from nmlightning.datamodules.image_folder import FolderImages
 from nmlightning.datamodules.image_shards import FORMAT, INDEX, Item, require_litdata
 from nmlightning.errors import InputError
@@ -90,12 +90,13 @@ class ShardWriter:
                 raise
             self.skipped[error.name] = error.reason
             return None
-        return image.label, Path(image.name).relative_to(folder).as_posix(), content
+        return image.label, Path(image.name).relative_to(printable(str(folder))).as_posix(), content
 
 
 def _read(image: EncodedImage) -> bytes:
+    assert isinstance(image.file, str), "of a folder"
     try:
-        return Path(image.name).read_bytes()
+        return Path(image.file).read_bytes()
     except OSError as error:
         raise DamagedImage(image.name, str(error)) from error
 

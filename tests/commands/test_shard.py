@@ -1,5 +1,6 @@
 """`nm shard`: what it writes and says, and what it refuses."""
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from nmlightning.cli import main
 from nmlightning.commands.shard import run
+from nmlightning.datamodules.image_shards import ShardedImages, read_index
 from nmlightning.errors import InputError
 
 pytest.importorskip("litdata")
@@ -83,7 +85,11 @@ def leave_unfinished(folder: Path) -> None:
         (empty_train, ["--damaged", "skip"], "none of the 12 images in .*/train can be read"),
         (hold_something, [], "out holds something already: name a folder that does not exist yet"),
         (lambda folder: Path("out").touch(), [], "out holds something already"),
-        (leave_unfinished, [], "out.unfinished cannot be made: File exists"),
+        (
+            leave_unfinished,
+            [],
+            "out.unfinished is there: .* was killed and left it. In that case del",
+        ),
         (lambda folder: None, ["--shard_size", "0"], "--shard_size must be a whole number of at"),
         (lambda folder: None, ["--damaged", "ignore"], "argument --damaged: invalid choice"),
     ],
@@ -96,6 +102,24 @@ def test_bad_input(
     with pytest.raises(InputError, match=message):
         run([str(folder), "out", *options])
     assert sorted(Path().glob("out*")) == before, "nothing is left of what was not finished"
+
+
+def test_a_name_that_is_not_utf_8_is_escaped(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        folder = folder.rename(os.fsdecode(b"images\xfe"))
+    except OSError:
+        pytest.skip("this file system has names in UTF-8 alone")
+    named = folder / "val" / "a" / os.fsdecode(b"bad\xff.png")
+    (folder / "val/a/0.JPEG").rename(named)
+    assert main(["shard", str(folder), "out"]) == 0
+    images = ShardedImages("out", "val", read_index("out"))
+    names = [images.fetch(row).name for row in range(images.length)]
+    assert r"out/val/a/bad\udcff.png" in names
+    named.write_bytes(b"")
+    assert main(["shard", str(folder), "skipped", "--damaged", "skip"]) == 0
+    assert r"images\udcfe/val/a/bad\udcff.png (of no known" in capsys.readouterr().out
 
 
 def test_without_litdata(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
