@@ -24,11 +24,13 @@ def run(arguments: list[str]) -> int:
     """Run `nm shard` and return its exit code.
 
     Raises:
-        InputError: without litdata; if OUT holds something already; for folders that are not laid
+        InputError: without litdata; if OUT holds something already, or lies where it would become a
+            class or an image; for folders that are not laid
             out as ImageNet's; for a file that is no image, unless these are left out.
     """
     given = _parse(arguments)
     check_whole_number("--shard_size", given.shard_size)
+    _refuse_inside(given.out, given.imagefolder)
     common_classes(*(given.imagefolder / part for part in PARTS))
     parts = {part: FolderImages(given.imagefolder / part, given.damaged) for part in PARTS}
     with _new_folder(given.out.absolute()) as unfinished, _progress() as progress:
@@ -62,6 +64,15 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _refuse_inside(out: Path, imagefolder: Path) -> None:
+    for part in PARTS:
+        if out.resolve().is_relative_to((imagefolder / part).resolve()):
+            raise InputError(
+                f"{out} is inside {imagefolder / part}, where it would be taken for images: name "
+                "a folder elsewhere."
+            )
+
+
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
     """Give a folder that becomes `out` at the end, and is deleted if that is not reached."""
@@ -70,6 +81,11 @@ def _new_folder(out: Path) -> Iterator[Path]:
     unfinished = out.with_name(f"{out.name}.unfinished")
     try:
         unfinished.mkdir(parents=True)
+    except FileExistsError as error:
+        raise InputError(
+            f"{unfinished} is there: an nm shard is writing it, or was killed and left it. In that "
+            "case delete it."
+        ) from error
     except OSError as error:
         raise InputError(f"{unfinished} cannot be made: {error.strerror}.") from error
     try:

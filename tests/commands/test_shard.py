@@ -104,6 +104,16 @@ def test_bad_input(
     assert sorted(Path().glob("out*")) == before, "nothing is left of what was not finished"
 
 
+@pytest.mark.parametrize("out", ["images/train/d", "images/val/a", "images/val", "link/new/er"])
+def test_shards_are_not_written_among_the_images(folder: Path, out: str) -> None:
+    Path("link").symlink_to(folder / "train")
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(InputError, match=f"{out} is inside images/(train|val), where it would be"):
+        run(["images", out])
+    assert sorted(folder.rglob("*")) == before
+    assert run(["images", "images/shards"]) == 0
+
+
 def test_a_name_that_is_not_utf_8_is_escaped(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
