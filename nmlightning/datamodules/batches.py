@@ -7,7 +7,7 @@ themselves, so Lightning neither replaces their sampler nor asks for workers.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import pytorch_lightning as pl
@@ -58,6 +58,10 @@ class ImageSource(Protocol):
     def shard_size(self) -> int:
         """How many rows lie together and are best read together; 1 where it does not matter."""
 
+    @property
+    def digest(self) -> str:
+        """A short text that differs if the images are others or in another order."""
+
     def batches(self, draws: Iterable[Draw]) -> Iterator[RawBatch]:
         """Yield the batch of each draw, in their order."""
 
@@ -76,6 +80,7 @@ ORDER = {  # what the batches of an epoch follow from, in words; the seed is tak
     "shard_size": "images a shard",
     "world_batch": "images a batch on all processes",
 }
+OrderState = dict[str, int | str]
 
 
 class AugmentedShuffle:
@@ -94,6 +99,7 @@ class AugmentedShuffle:
         shard: this process's part.
         shuffle: False keeps the images in order (Lightning's `overfit_batches`).
         shard_size: rows that lie together, see `shuffle_rows`.
+        digest: tells other images from these when a run is resumed; nothing is drawn from it.
 
     Raises:
         InputError: if there are fewer images than ranks.
@@ -109,6 +115,7 @@ class AugmentedShuffle:
         shard: Shard = WHOLE_SET,
         shuffle: bool = True,
         shard_size: int = 1,
+        digest: str = "",
     ) -> None:
         if length < shard.world_size:
             raise InputError(f"{length} images cannot be shared by {shard.world_size} processes.")
@@ -119,6 +126,7 @@ class AugmentedShuffle:
         self.shard = shard
         self.shuffle = shuffle
         self.shard_size = shard_size
+        self.digest = digest
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -133,13 +141,14 @@ class AugmentedShuffle:
         """Images a batch on all ranks together."""
         return self.batch_size * self.shard.world_size
 
-    def state_dict(self) -> dict[str, int]:
-        """Return what the order follows from, besides the epoch."""
+    def state_dict(self) -> OrderState:
+        """Return what the batches follow from, besides the epoch."""
         return {
             "seed": self.seed,
             "images": self.length,
             "shard_size": self.shard_size,
             "world_batch": self.world_batch,
+            "digest": self.digest,
         }
 
     def __iter__(self) -> Iterator[Draw]:
@@ -185,7 +194,7 @@ class TrainingBatches:
         data: ImageSource,
         sampler: AugmentedShuffle,
         batches_done: Callable[[], int] = int,
-        interrupted: Mapping[str, int] | None = None,
+        interrupted: Mapping[str, int | str] | None = None,
     ) -> None:
         self.data = data
         self.sampler = sampler
@@ -213,11 +222,16 @@ class TrainingBatches:
         ours, theirs = self.sampler.state_dict(), self.interrupted or {}
         for key, what in ORDER.items():
             if theirs.get(key, ours[key]) != ours[key]:
-                raise InputError(
-                    f"The checkpoint was written within an epoch with {theirs[key]} {what}, and "
-                    f"this run has {ours[key]}, so the rest of that epoch is not known: resume "
-                    "with the same data and batch, or from a checkpoint at the end of an epoch."
-                )
+                self._refuse(f"with {theirs[key]} {what}, and this run has {ours[key]}")
+        if theirs.get("digest", ours["digest"]) != ours["digest"]:
+            self._refuse("of other images, by their names, labels or order")
+
+    def _refuse(self, difference: str) -> NoReturn:
+        raise InputError(
+            f"The checkpoint was written within an epoch {difference}, so the rest of that epoch "
+            "is not known: resume with the same data and batch, or from a checkpoint at the end of "
+            "an epoch."
+        )
 
 
 class EvaluationBatches:
@@ -256,7 +270,7 @@ def training_batches(
     batch_size: int,
     augmentation: Augmentation,
     trainer: pl.Trainer | None,
-    interrupted: Mapping[str, int] | None = None,
+    interrupted: Mapping[str, int | str] | None = None,
 ) -> TrainingBatches:
     """Return a data module's training loader, sharded for `trainer` and seeded by torch's seed.
 
@@ -265,7 +279,7 @@ def training_batches(
     trainer there is one shard, and the caller calls `sampler.set_epoch`.
     """
     check_whole_number("batch_size", batch_size)
-    seed = (interrupted or {}).get("seed", torch.initial_seed())
+    seed = int((interrupted or {}).get("seed", torch.initial_seed()))
     sampler = AugmentedShuffle(
         data.length,
         batch_size,
@@ -274,6 +288,7 @@ def training_batches(
         shard=_shard(trainer),
         shuffle=not getattr(trainer, "overfit_batches", 0),
         shard_size=data.shard_size,
+        digest=data.digest,
     )
     batches_done = partial(_batches_done, trainer) if trainer else int
     return TrainingBatches(data, sampler, batches_done, interrupted)

@@ -61,6 +61,10 @@ class DecodedImages:
     def shard_size(self) -> int:
         return self.reader.images.shard_size
 
+    @property
+    def digest(self) -> str:
+        return self.reader.images.digest
+
     def batches(self, draws: Iterable[Draw]) -> Iterator[RawBatch]:
         """Yield the batch of each draw, in their order; images (B, C, H, W) uint8."""
         loader = DataLoader(

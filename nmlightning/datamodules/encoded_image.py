@@ -1,6 +1,8 @@
 """An image as it is stored, and how it is decoded."""
 
 import struct
+from collections.abc import Iterable
+from hashlib import sha256
 from io import BytesIO
 from typing import NamedTuple, Protocol
 
@@ -34,8 +36,20 @@ class EncodedImages(Protocol):
     def shard_size(self) -> int:
         """How many rows lie in one file; 1 where each has its own."""
 
+    @property
+    def digest(self) -> str:
+        """The `digest_of` the names and labels of all rows."""
+
     def fetch(self, row: int) -> EncodedImage:
         """Return the image of a row, 0 … length − 1."""
+
+
+def digest_of(listed: Iterable[tuple[str, int]]) -> str:
+    """Return 32 hexadecimal digits of names and labels; in another order they are others."""
+    digest = sha256()
+    for name, label in listed:
+        digest.update(f"{label} {printable(name)}\0".encode())
+    return digest.hexdigest()[:32]
 
 
 class DamagedImage(InputError):

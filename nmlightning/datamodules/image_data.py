@@ -11,6 +11,7 @@ from nmlightning.datamodules.batches import (
     AugmentedShuffle,
     EvaluationBatches,
     ImageSource,
+    OrderState,
     RawBatch,
     TrainingBatches,
     evaluation_batches,
@@ -44,7 +45,7 @@ class ImageData(pl.LightningDataModule, ABC):
         super().__init__()
         self.batch_size = check_whole_number("batch_size", batch_size)
         self.augmentation = augmentation
-        self._interrupted: dict[str, int] | None = None
+        self._interrupted: OrderState | None = None
         self._sampler: AugmentedShuffle | None = None
 
     @property
@@ -64,11 +65,11 @@ class ImageData(pl.LightningDataModule, ABC):
         self._sampler = batches.sampler
         return batches
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the seed of the order, the number of images and how they are batched."""
+    def state_dict(self) -> OrderState:
+        """Return the seed of the order, what the images are and how they are batched."""
         return self._sampler.state_dict() if self._sampler else {}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: OrderState) -> None:
         """Let the next training loader go on with the order of the run that was interrupted."""
         self._interrupted = dict(state_dict)
 

@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from nmlightning.datamodules.decoded_images import Damaged
-from nmlightning.datamodules.encoded_image import EncodedImage, printable
+from nmlightning.datamodules.encoded_image import EncodedImage, digest_of, printable
 from nmlightning.errors import InputError
 
 MENTIONED = 3  # names in an error
@@ -49,6 +50,15 @@ class FolderImages:
     @property
     def length(self) -> int:
         return len(self.files)
+
+    @cached_property
+    def digest(self) -> str:
+        return digest_of((self.name_within(path), label) for path, label in self.files)
+
+    def name_within(self, path: str) -> str:
+        """Return `<class>/<file>` of an image's path, printable and with slashes."""
+        within = path.removeprefix(str(self.folder)).lstrip(os.sep)
+        return printable(within.replace(os.sep, "/"))
 
     def fetch(self, row: int) -> EncodedImage:
         path, label = self.files[row]

@@ -14,17 +14,18 @@ from nmlightning.errors import InputError
 REMOTE = ("s3://", "gs://", "r2://", "azure://", "local:")  # what litdata streams shards from
 INDEX = "classes"  # the folder, beside those of the images, of the one item that describes them
 LITDATA_INDEX = "index.json"
-FORMAT = 1
+FORMAT = 2
 UNREADABLE = (RuntimeError, ValueError, struct.error)  # litdata's, of shards that were overwritten
 Item = tuple[int, str, bytes]  # label, <class>/<file>, the file's content
 
 
 class ShardIndex(NamedTuple):
-    """What the shards below a root hold: the classes, and the number of images of each part."""
+    """What the shards below a root hold: the classes, and of each part images and their digest."""
 
     classes: list[str]
     shard_size: int
     images: dict[str, int]
+    digests: dict[str, str]
 
 
 class ShardedImages:
@@ -46,6 +47,7 @@ class ShardedImages:
         self.place = join_root(root, part)
         self.length = index.images[part]
         self.shard_size = index.shard_size
+        self.digest = index.digests[part]
         self._shards: Any = None  # opened in the process that reads
         if not is_remote(root):
             _check_files(Path(self.place), self.length)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from nmlightning.datamodules.decoded_images import Damaged
-from nmlightning.datamodules.encoded_image import DamagedImage, EncodedImage, decode, printable
+from nmlightning.datamodules.encoded_image import DamagedImage, EncodedImage, decode, digest_of
 from nmlightning.datamodules.image_folder import FolderImages
 from nmlightning.datamodules.image_shards import FORMAT, INDEX, Item, require_litdata
 from nmlightning.errors import InputError
@@ -46,6 +46,7 @@ class ShardWriter:
         self.damaged = damaged
         self.skipped: dict[str, str] = {}
         self.images: dict[str, int] = {}
+        self.digests: dict[str, str] = {}
 
     def write(self, images: FolderImages, part: str, report: Callable[[int], object]) -> None:
         """Write a part, `train` or `val`; `report` gets the number of images that were done."""
@@ -54,19 +55,20 @@ class ShardWriter:
             generator = torch.Generator().manual_seed(ORDER_SEED)
             rows = torch.randperm(images.length, generator=generator)
         writer = _new_writer(self.out / part, self.shard_size)
-        written = 0
+        written: list[tuple[str, int]] = []
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside Python's lock
             for few in torch.split(rows, self.shard_size):
                 fetched = [images.fetch(row) for row in few.tolist()]
-                for item in pool.map(partial(self._encode, images.folder), fetched):
+                for item in pool.map(partial(self._encode, images), fetched):
                     if item is not None:
-                        writer[written] = item
-                        written += 1
+                        label, name, _ = writer[len(written)] = item
+                        written.append((name, label))
                 report(len(fetched))
         if not written:
             raise InputError(f"none of the {images.length} images in {images.folder} can be read.")
         _finish(writer)
-        self.images[part] = written
+        self.images[part] = len(written)
+        self.digests[part] = digest_of(written)
 
     def write_index(self, classes: Sequence[str]) -> None:
         """Write what was written; the last step, without which the rest is not read."""
@@ -75,12 +77,13 @@ class ShardWriter:
             "classes": list(classes),
             "shard_size": self.shard_size,
             "images": self.images,
+            "digests": self.digests,
         }
         writer = _new_writer(self.out / INDEX, shard_size=1)
         writer[0] = (json.dumps(index).encode(),)
         _finish(writer)
 
-    def _encode(self, folder: Path, image: EncodedImage) -> Item | None:
+    def _encode(self, images: FolderImages, image: EncodedImage) -> Item | None:
         """Return the item of an image, or None if it is damaged and left out."""
         try:
             content = _read(image)
@@ -90,7 +93,7 @@ class ShardWriter:
                 raise
             self.skipped[error.name] = error.reason
             return None
-        return image.label, Path(image.name).relative_to(printable(str(folder))).as_posix(), content
+        return image.label, images.name_within(str(image.file)), content
 
 
 def _read(image: EncodedImage) -> bytes:

@@ -143,7 +143,10 @@ def test_what_cannot_be_the_rest_is_refused(
     message = "within an epoch with 4 images a batch on all processes, and this run has 3, so the"
     with pytest.raises(InputError, match=message):
         fit(root, tmp_path / "batch", ckpt_path=ckpt, batch_size=3)
-    (root / "train/b/0.JPEG").unlink()
+    (root / "train/b/0.JPEG").rename(root / "train/b/5.JPEG")
+    with pytest.raises(InputError, match=r"an epoch of other images, by their .*, so the rest"):
+        fit(root, tmp_path / "others", ckpt_path=ckpt)
+    (root / "train/b/5.JPEG").unlink()
     with pytest.raises(InputError, match="an epoch with 12 images, and this run has 11, so the"):
         fit(root, tmp_path / "fewer", ckpt_path=ckpt)
 
@@ -156,7 +159,9 @@ def test_the_state_says_what_the_order_follows_from(
     assert data.state_dict() == {}, "of a module that has not been trained with"
     torch.manual_seed(3)
     data.train_dataloader()
-    state = {"seed": 3, "images": 12, "shard_size": 1, "world_batch": 4}
+    assert data.train is not None
+    digest = data.train.digest
+    state = {"seed": 3, "images": 12, "shard_size": 1, "world_batch": 4, "digest": digest}
     assert data.state_dict() == state
     torch.manual_seed(4)
     data.load_state_dict(state)
@@ -165,3 +170,34 @@ def test_the_state_says_what_the_order_follows_from(
     data.teardown("fit")
     data.train_dataloader()
     assert data.state_dict() == {**state, "seed": 4}, "the next run has its own seed"
+
+
+def digest(root: Path) -> str:
+    data = ImageNet(str(root))
+    data.setup("fit")
+    assert data.train is not None
+    return data.train.digest
+
+
+def test_the_digest_is_of_names_and_labels_in_their_order(
+    make_image_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("litdata")
+    root = make_image_folder()
+
+    def write(name: str) -> Path:
+        assert main(["shard", str(root), f"{tmp_path}/{name}", "--shard_size", "2"]) == 0
+        return tmp_path / name
+
+    digests = [digest(root), digest(write("first"))]
+    assert digests[1] != digests[0], "in the order in which they were mixed"
+    assert digest(write("again")) == digests[1]
+    moved = root.rename(tmp_path / "moved")
+    assert digest(moved) == digests[0], "wherever the folder is"
+    root = moved
+    (root / "train/a/0.JPEG").rename(root / "train/b/00.JPEG")
+    digests += [digest(root), digest(write("other"))]
+    for part in ("train", "val"):
+        (root / part / "a").rename(root / part / "d")
+    digests += [digest(root), digest(write("relabelled"))]
+    assert len(set(digests)) == 6
