@@ -17,6 +17,11 @@ DAMAGED = (
 )
 
 
+# The longer side over the shorter, which evaluation resizes to 256: 2×20,000 pixels would then be
+# 256×2,560,000, of 2 GB.
+THINNEST = 100
+
+
 class EncodedImage(NamedTuple):
     """A path or bytes, by the name that an error calls it, and its class."""
 
@@ -76,9 +81,17 @@ def decode(image: EncodedImage) -> Image.Image:
     """Return the image as RGB; `DamagedImage` if it cannot be decoded."""
     try:
         with Image.open(image.file) as opened:
+            _refuse_thin(*opened.size)
+            opened.info.pop("transparency", None)  # RGB has none; of a palette's Pillow would warn
             decoded: Image.Image = opened.convert("RGB")
             return decoded
     except UnidentifiedImageError as error:  # its message may hold an address in memory
         raise DamagedImage(image.name, "of no known format") from error
     except DAMAGED as error:
         raise DamagedImage(image.name, str(error)) from error
+
+
+def _refuse_thin(width: int, height: int) -> None:
+    """Raise ValueError, as Pillow does for what is damaged."""
+    if max(width, height) > THINNEST * min(width, height):
+        raise ValueError(f"{width}×{height}, one side over {THINNEST} times the other")

@@ -159,3 +159,31 @@ def test_whatever_is_damaged_the_error_is_the_same(image_format: str) -> None:
     text = [str(error) for error in errors]
     assert "BytesIO" not in "".join(text), "an address in memory, which is another each time"
     assert [str(pickle.loads(pickle.dumps(error))) for error in errors] == text
+
+
+def encode(image: Image.Image, **options: object) -> EncodedImage:
+    file = BytesIO()
+    image.save(file, "PNG", **options)
+    return EncodedImage("it", file, 0)
+
+
+@pytest.mark.parametrize("transparency", [bytes([0, 128, 255]), 1])
+def test_transparency_is_left_out_without_a_warning(transparency: object) -> None:
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    decoded = decode(encode(image, transparency=transparency))
+    assert (decoded.mode, decoded.getpixel((0, 0))) == ("RGB", (40, 50, 60))
+
+
+@pytest.mark.parametrize(
+    ("size", "thin"), [((2, 200), ""), ((2, 201), "2×201"), ((101, 1), "101×1")]
+)
+def test_a_thin_image_is_damaged(size: tuple[int, int], thin: str) -> None:
+    """Resized for evaluation, 2×20,000 pixels would be 256×2,560,000."""
+    image = encode(Image.new("RGB", size))
+    if not thin:
+        assert decode(image).size == size
+        return
+    with pytest.raises(DamagedImage) as error:
+        decode(image)
+    assert error.value.reason == f"{thin}, one side over 100 times the other"
