@@ -83,6 +83,11 @@ ORDER = {  # what the batches of an epoch follow from, in words; the seed is tak
 OrderState = dict[str, int | str]
 
 
+def images_a_batch(length: int, batch_size: int, processes: int) -> int:
+    """Return the images of each training batch on each process: of a small set all that it has."""
+    return min(batch_size, length // processes)
+
+
 class AugmentedShuffle:
     """The order and the augmentation of one epoch, drawn from (seed, epoch) and nothing else.
 
@@ -120,7 +125,7 @@ class AugmentedShuffle:
         if length < shard.world_size:
             raise InputError(f"{length} images cannot be shared by {shard.world_size} processes.")
         self.length = length
-        self.batch_size = min(batch_size, length // shard.world_size)
+        self.batch_size = images_a_batch(length, batch_size, shard.world_size)
         self.augmentation = augmentation
         self.seed = seed
         self.shard = shard

@@ -15,6 +15,7 @@ from nmlightning.datamodules.batches import (
     RawBatch,
     TrainingBatches,
     evaluation_batches,
+    images_a_batch,
     training_batches,
 )
 from nmlightning.datamodules.precision import input_dtype
@@ -56,6 +57,15 @@ class ImageData(pl.LightningDataModule, ABC):
     @abstractmethod
     def setup(self, stage: str | None = None) -> None:
         """Find the images that the stage needs."""
+
+    def images_a_batch(self, processes: int) -> int:
+        """Return the images of each training batch on each process.
+
+        It is the `batch_size`, or less if the set, which `setup` finds, is smaller than a batch.
+        """
+        if self.train is None:
+            return self.batch_size
+        return images_a_batch(self.train.length, self.batch_size, processes)
 
     def train_dataloader(self) -> TrainingBatches:
         assert self.train is not None, "setup('fit') comes first"

@@ -14,10 +14,14 @@ KEY = "lr_global_batch"  # in a checkpoint
 def global_batch_size(trainer: pl.Trainer | None) -> int:
     """Return the images of one optimizer step: a batch × processes × accumulated batches.
 
+    A data module that has `images_a_batch(processes)`, as those of nmlightning, says with it how
+    many a batch holds in fact, which are fewer than `batch_size` if it has no more.
+
     Raises:
         InputError: if there is no data module with a `batch_size`.
     """
-    size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+    data: Any = getattr(trainer, "datamodule", None)
+    size = getattr(data, "batch_size", None)
     if trainer is None or not isinstance(size, int):
         raise InputError(
             "lr_batch_size scales the learning rate with the batch, whose size is not known: fit "
@@ -25,8 +29,10 @@ def global_batch_size(trainer: pl.Trainer | None) -> int:
             "lr_batch_size to None."
         )
     ranks = trainer.distributed_sampler_kwargs
-    processes = ranks["num_replicas"] if ranks else 1
-    return size * int(processes) * trainer.accumulate_grad_batches
+    processes = int(ranks["num_replicas"]) if ranks else 1
+    if hasattr(data, "images_a_batch"):
+        size = int(data.images_a_batch(processes))
+    return size * processes * trainer.accumulate_grad_batches
 
 
 def scale_learning_rates(optimizer: Optimizer, meant_for: int, global_batch: int) -> None:

@@ -53,6 +53,7 @@ class Rates(pl.Callback):
 def fit(tmp_path: Path, lr_batch_size: Any, **options: Any) -> tuple[list[Any], pl.Trainer]:
     rates = Rates(tmp_path / "rates")
     ckpt_path = options.pop("ckpt_path", None)
+    data = Digits(options.pop("batch_size", 64), image_size=8, channels=1)
     settings = {"max_epochs": 2, "limit_train_batches": 2, "limit_val_batches": 1, **options}
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -63,7 +64,6 @@ def fit(tmp_path: Path, lr_batch_size: Any, **options: Any) -> tuple[list[Any], 
         enable_model_summary=False,
         **settings,
     )
-    data = Digits(batch_size=64, image_size=8, channels=1)
     trainer.fit(make_task(lr_batch_size), data, ckpt_path=ckpt_path)
     return rates.read(), trainer
 
@@ -94,6 +94,17 @@ def test_processes_count(tmp_path: Path) -> None:
         pytest.skip("a process that uses CUDA cannot be forked")
     rates, _ = fit(tmp_path, 256, strategy="ddp_fork", devices=2, max_epochs=1)
     assert rates == [pytest.approx([0.05, 0.15])] * 2
+
+
+@pytest.mark.parametrize(("batch_size", "factor"), [(1437, 1437 / 256), (5000, 1437 / 256)])
+def test_a_set_smaller_than_a_batch_counts_as_it_is(
+    tmp_path: Path, batch_size: int, factor: float
+) -> None:
+    """Of the digits 1,437 train."""
+    rates, trainer = fit(tmp_path, 256, batch_size=batch_size, max_epochs=1)
+    assert trainer.num_training_batches == 1
+    assert rates == [pytest.approx([0.1 * factor, 0.3 * factor])]
+    assert Digits(batch_size).images_a_batch(2) == batch_size, "before it is set up"
 
 
 def test_a_resume_with_another_batch_is_refused(tmp_path: Path) -> None:
