@@ -34,6 +34,7 @@ LAYERS = [
     ["nmlightning.weights.channel_norms"],
     ["nmlightning.norms.half_trial"],
     ["nmlightning.norms.registry"],
+    ["nmlightning.norms.range_batch_norm"],
     [
         "nmlightning.norms.batch_norm",
         "nmlightning.norms.half_l2",

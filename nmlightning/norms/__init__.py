@@ -12,10 +12,6 @@ from nmlightning.norms.batch_norm import LpBatchNorm as LpBatchNorm
 from nmlightning.norms.batch_norm import LpBatchNorm1d as LpBatchNorm1d
 from nmlightning.norms.batch_norm import LpBatchNorm2d as LpBatchNorm2d
 from nmlightning.norms.batch_norm import LpBatchNorm3d as LpBatchNorm3d
-from nmlightning.norms.batch_norm import RangeBatchNorm as RangeBatchNorm
-from nmlightning.norms.batch_norm import RangeBatchNorm1d as RangeBatchNorm1d
-from nmlightning.norms.batch_norm import RangeBatchNorm2d as RangeBatchNorm2d
-from nmlightning.norms.batch_norm import RangeBatchNorm3d as RangeBatchNorm3d
 from nmlightning.norms.batch_norm import TopKBatchNorm as TopKBatchNorm
 from nmlightning.norms.batch_norm import TopKBatchNorm1d as TopKBatchNorm1d
 from nmlightning.norms.batch_norm import TopKBatchNorm2d as TopKBatchNorm2d
@@ -32,3 +28,7 @@ from nmlightning.norms.mean_only import MeanOnlyBatchNorm1d as MeanOnlyBatchNorm
 from nmlightning.norms.mean_only import MeanOnlyBatchNorm2d as MeanOnlyBatchNorm2d
 from nmlightning.norms.mean_only import MeanOnlyBatchNorm3d as MeanOnlyBatchNorm3d
 from nmlightning.norms.quantization_noise import QuantizationNoise as QuantizationNoise
+from nmlightning.norms.range_batch_norm import RangeBatchNorm as RangeBatchNorm
+from nmlightning.norms.range_batch_norm import RangeBatchNorm1d as RangeBatchNorm1d
+from nmlightning.norms.range_batch_norm import RangeBatchNorm2d as RangeBatchNorm2d
+from nmlightning.norms.range_batch_norm import RangeBatchNorm3d as RangeBatchNorm3d

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from nmlightning.errors import InputError, nearest
-from nmlightning.norms import batch_norm, half_l2, mean_only
+from nmlightning.norms import batch_norm, half_l2, mean_only, range_batch_norm
 from nmlightning.norms.layer_norm import L1LayerNorm, LpLayerNorm
 
 Kind = Literal["batch", "layer"]
@@ -55,7 +55,7 @@ NORMS: Mapping[str, Norm] = MappingProxyType(
         "linf": Norm(_batch_norms("LInf")),
         "topk": Norm(_TOP_K),
         "top10": Norm(_TOP_K, fixed={"k": 10}),
-        "range": Norm(_batch_norms("Range")),
+        "range": Norm(_batch_norms("Range", range_batch_norm)),
         "mean": Norm(_batch_norms("MeanOnly", mean_only)),
         "half_l2": Norm(_batch_norms("HalfL2", half_l2)),
     }
