@@ -27,7 +27,7 @@ study: $(VENV)/core ## the weight-decay study on SEEDS='1 2 3', short; whole wit
 	$(VENV)/bin/nm compare $(foreach rule,$(RULES),runs/$(STUDY)_$(rule))
 
 test: $(VENV)/test ## install with the test extra, then run all tests
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile
 
 check: format lint types test ## format, lint, types and tests: run it before a pull request
 
