@@ -4,11 +4,13 @@
 PYTHON ?= python3
 VENV := .venv
 INSTALL := $(VENV)/bin/python -m pip install --constraint constraints.txt --editable
+# A process for each core, so one thread in each.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile
 REQUIREMENTS := setup.cfg pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart study test check format lint types clean
+.PHONY: help quickstart study test proofs check format lint types clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-12s%s\n", $$1, $$2 }'
@@ -26,8 +28,11 @@ study: $(VENV)/core ## the weight-decay study on SEEDS='1 2 3', short; whole wit
 	        $(OPTIONS) || exit 1; done; done
 	$(VENV)/bin/nm compare $(foreach rule,$(RULES),runs/$(STUDY)_$(rule))
 
-test: $(VENV)/test ## install with the test extra, then run all tests
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile
+test: $(VENV)/test ## install with the test extra, then run the tests
+	$(PYTEST) -m "not slow"
+
+proofs: $(VENV)/test ## the tests that take long, which make test leaves out
+	$(PYTEST) -m slow
 
 check: format lint types test ## format, lint, types and tests: run it before a pull request
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nmlightning.commands.config_files import is_config_text, read_config
-from nmlightning.commands.run_folder import folder_of_runs, last_checkpoint
+from nmlightning.commands.run_folder import RUNS, folder_of_runs, last_checkpoint
 from nmlightning.errors import InputError
 
 # Lightning's keywords for --ckpt_path.
@@ -56,7 +56,8 @@ class GivenFiles:
         """Raise InputError if a logger keeps the runs elsewhere than they are looked for."""
         given = next(filter(_PLACE_OF_RUNS.match, arguments), None)
         places = [place for config in configs for place in _logger_folders(config)]
-        elsewhere = [place for place in places if place.absolute() != self.runs.absolute()]
+        is_of_a_run = self.runs != RUNS / self.run_name  # where a config lies that a run has saved
+        elsewhere = [] if is_of_a_run else [place for place in places if place != self.runs]
         if given or elsewhere:
             keeper = given or f"trainer.logger, in {elsewhere[0]},"
             raise InputError(

@@ -41,7 +41,7 @@ def select_extremes(deviations: Tensor, chunks: int, share: Share) -> tuple[Tens
 
 def chunk_lengths(count: int, chunks: int) -> list[int]:
     """Return how many of `count` elements each chunk has; the first have one more, if any."""
-    length, longer = divmod(count, chunks)
+    length, longer = count // chunks, count % chunks  # torch.compile does not know divmod
     return [length + 1] * longer + [length] * (chunks - longer)
 
 

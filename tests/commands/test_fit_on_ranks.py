@@ -40,6 +40,9 @@ from pytorch_lightning import Callback
 
 from nmlightning.errors import InputError
 
+# Whoever runs the tests in the background hands down a SIGINT that is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 class Fate(Callback):
     """Does to rank 1, once, what its argument says, in the first step of the second epoch."""

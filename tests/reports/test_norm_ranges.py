@@ -99,12 +99,13 @@ def test_verdict_of_what_does_not() -> None:
 def test_verdict_of_what_no_swap_mends() -> None:
     scales = [math.nan, 1.0, 1.0, 1.0]
     broken = layer("a", scales=scales, lost={key: {"input": 1} for key in NORMS})
-    first, _, _, lost, _ = verdict(of(layer("b"), broken))
+    first, lost, then, _, _ = verdict(of(layer("b"), broken))
     assert first == "The network itself gives inf or NaN in float32, to 1 layer: first to a."
     assert lost == (
-        "12 % are lost before any norm, since float16 does not hold x: most in a, where |x − μ| is "
-        "up to 4 and |μ| up to 0.5 σ. No swap helps there."
+        "12 % of the channels are lost before any norm, since float16 does not hold x: most in a, "
+        "where |x − μ| is up to 4 and |μ| up to 0.5 σ. No swap helps there."
     )
+    assert then.startswith("L2 op by op in half would lose no channel more: σ is between ")
 
 
 def test_a_remedy_that_fails_is_not_praised() -> None:
