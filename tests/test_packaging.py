@@ -82,7 +82,6 @@ def test_wheel_has_both_commands(installed: Path, tmp_path: Path, command: str) 
     assert "fit" in help_text
 
 
-@pytest.mark.slow
 def test_quickstart_runs_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     environment = {"PYTHONPATH": str(installed), "CUDA_VISIBLE_DEVICES": ""}
     where = "import nmlightning; print(nmlightning.__file__)"
