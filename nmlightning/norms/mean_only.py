@@ -127,9 +127,10 @@ class MeanOnlyBatchNorm3d(MeanOnlyBatchNorm):
 def _mean(wide: Tensor, group: ProcessGroup | None) -> Tensor:
     """Return the mean of each channel, (C,), differentiable any number of times."""
     dims = reduced_dims(wide)
+    own = wide.numel() // wide.shape[1]
     if group is None:
-        return wide.mean(dims)
-    mean: Tensor = _RankMean.apply(wide.sum(dims), wide.numel() // wide.shape[1], group)
+        return wide.sum(dims) / own  # the backward of mean would divide all elements
+    mean: Tensor = _RankMean.apply(wide.sum(dims), own, group)
     return mean
 
 
