@@ -59,7 +59,7 @@ def gaussian_constant(
         >>> round(gaussian_constant("topk", 1000, k=10), 3)
         0.348
 
-    Source: Hoffer et al. 2018, §4 (arXiv 1803.01814), and Banner et al. 2018, §3 (arXiv
+    Source: Hoffer et al. 2018, §4 (arXiv 1803.01814), and Banner et al. 2018 (arXiv
     1805.11046) for the range; order statistics by quadrature.
     """
     _check_arguments(statistic, n, p, k)

@@ -20,7 +20,7 @@ class HalfL2BatchNorm(BatchNormBase):
 
     - (x − μ)² overflows where |x − μ| > 255.9, and makes the channel's output 0, without a NaN:
       from σ = 60 on, for some channels of 4096 values;
-    - ½ (var + eps)^(−3/2), a part of the gradient, overflows where σ < 0.0246, and makes it
+    - (var + eps)^(−3/2), a factor of the gradient, overflows where σ < 0.0246, and makes it
       infinite or NaN.
 
     (N, C, *) in, the same out. Evaluation is torch's batch norm. Use a subclass for a fixed number
@@ -40,7 +40,8 @@ class HalfL2BatchNorm(BatchNormBase):
             training on several ranks with `sync`.
         ValueError: one value per channel in training, as torch does.
 
-    Source: Hoffer et al. 2018, §4.1 and figure 4 (arXiv 1803.01814), "L2 BN (FP16)".
+    Source: Hoffer et al. 2018 (arXiv 1803.01814), their "L2 BN (FP16 precision + FP32
+    accumulator)".
     """
 
     def __init__(

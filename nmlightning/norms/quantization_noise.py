@@ -29,7 +29,7 @@ class QuantizationNoise(nn.Module):
         >>> noisy(torch.randn(2, 3, 8, 8)).shape
         torch.Size([2, 8, 6, 6])
 
-    Source: Hoffer et al. 2018, §4 (arXiv 1803.01814), and Banner et al. 2018 (arXiv 1805.11046).
+    Source: Hoffer et al. 2018 (arXiv 1803.01814); Banner et al. 2018 (arXiv 1805.11046).
     """
 
     def __init__(self, ratio: float) -> None:

@@ -15,7 +15,7 @@ class RangeBatchNorm(StatisticBatchNorm):
     c = 1/√(2 ln n) of its source, which makes the output's deviation about 0.55. See
     `StatisticBatchNorm` for the other arguments.
 
-    Source: Banner et al. 2018, §3 (arXiv 1805.11046).
+    Source: Banner et al. 2018 (arXiv 1805.11046).
     """
 
     def __init__(
