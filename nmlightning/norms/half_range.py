@@ -8,8 +8,8 @@ float16 holds magnitudes up to 65504, in steps of 2⁻²⁴ below 2⁻¹⁴ and 
 - backward, autograd takes (σ² + eps)^(−3/2), which is infinite below σ = √(65520^(−2/3) − eps):
   0.0246 at eps = 1e-5. Infinity times what is 0 in float16 is NaN.
 
-L1, L∞, Top(k) and range divide by what is as large as d itself, so for them the limits are those of d: at
-most 65504, and no less than 2⁻¹⁴ = 6.1e-5 for a full mantissa.
+L1, L∞, Top(k) and range divide by what is as large as d itself, so for them the limits are those of
+d: at most 65504, and no less than 2⁻¹⁴ = 6.1e-5 for a full mantissa.
 """
 
 import math
