@@ -74,6 +74,7 @@ LAYERS = [
         "nmlightning.weights.recording_file",
         "nmlightning.weights.shards",
     ],
+    ["nmlightning.text"],
     ["nmlightning.weights.inert_unpickler", "nmlightning.name_patterns"],
     ["nmlightning.errors"],
 ]

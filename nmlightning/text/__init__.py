@@ -1,0 +1,1 @@
+"""Text as tokens: the vocabulary, and batches of sentence pairs."""
