@@ -161,7 +161,7 @@ BAD_INPUT = {
     "--trainer.max_epochs three": "trainer.max_epochs: expected int or null, received 'three'.",
     "--trainer.precision 16-mixd": "received '16-mixd'. Did you mean '16-mixed'?",
     "--trainer.strategy dpp": "trainer: You selected an invalid strategy name",
-    "--model.optimizer.lr -1": "optimizer or lr_scheduler: Invalid learning rate: -1.0.",
+    "--model.optimizer.lr -1": "optimizer: Invalid learning rate: -1.0.",
     "--seed_everything -5": "seed_everything must be between 0 and 4294967295, got -5.",
     "--seed_everything x": "seed_everything: expected bool or int, received 'x'.",
     # Norms

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from nmlightning.errors import InputError, check_whole_number, is_number
+from nmlightning.errors import InputError, check_share, check_whole_number
 from nmlightning.recipes import check_recipes
 from nmlightning.tasks.checkpoint_match import check_same_network
 from nmlightning.tasks.learning_rate import (
@@ -19,9 +19,10 @@ from nmlightning.tasks.learning_rate import (
     global_batch_size,
     scale_learning_rates,
 )
-from nmlightning.tasks.sharding import shard_blocks
+from nmlightning.tasks.optimization import add_schedule, make_optimizer
+from nmlightning.tasks.remembered_arguments import remember_arguments
+from nmlightning.tasks.sharding import shard_once
 from nmlightning.weights.parameter_groups import WeightDecayScope, parameter_groups
-from nmlightning.weights.shards import is_sharded
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 Stage = Literal["train", "val", "test"]
@@ -76,17 +77,12 @@ class ImageClassifier(pl.LightningModule):
         compile: CompileMode | None = None,
     ) -> None:
         super().__init__()
-        if not (is_number(label_smoothing) and 0 <= label_smoothing <= 1):
-            raise InputError(f"label_smoothing is {label_smoothing!r}; it must be between 0 and 1.")
+        check_share("label_smoothing", label_smoothing)
         if lr_batch_size is not None:
             check_whole_number("lr_batch_size", lr_batch_size)
-        try:  # LightningCLI describes the arguments as plain data, from which they can be rebuilt
-            self.save_hyperparameters("_instantiator")
-            self.save_hyperparameters()
-        except KeyError:  # Python passes objects, which do not belong into a checkpoint
-            self.save_hyperparameters(
-                "label_smoothing", "weight_decay_scope", "lr_batch_size", "compile"
-            )
+        remember_arguments(
+            self, "label_smoothing", "weight_decay_scope", "lr_batch_size", "compile"
+        )
         self.net = net
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -104,9 +100,7 @@ class ImageClassifier(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Shard the network once, under Lightning's `ModelParallelStrategy`."""
-        mesh = self.device_mesh
-        if mesh is not None and not any(is_sharded(q) for q in self.net.parameters()):
-            shard_blocks(self.net, mesh)
+        shard_once(self.net, self.device_mesh)
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.net(images)
@@ -129,21 +123,11 @@ class ImageClassifier(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(self.net, None, self.weight_decay_scope)
-        images = global_batch_size(self._trainer) if self.lr_batch_size else None
-        try:
-            optimizer = self.optimizer(groups)
-            if self.lr_batch_size and images:
-                scale_learning_rates(optimizer, self.lr_batch_size, images)
-            scheduler = self.lr_scheduler and self.lr_scheduler(optimizer)
-        except ValueError as error:  # such as a negative learning rate
-            raise InputError(f"optimizer or lr_scheduler: {error}.") from error
-        if scheduler is None:
-            return optimizer
-        monitor = getattr(scheduler, "monitor", "val/loss")
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "epoch", "monitor": monitor},
-        }
+        optimizer = make_optimizer(self.optimizer, groups)
+        if self.lr_batch_size:
+            images = global_batch_size(self._trainer)
+            scale_learning_rates(optimizer, self.lr_batch_size, images)
+        return add_schedule(optimizer, self.lr_scheduler, "epoch")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another network or, in a Trainer, of another recipe.

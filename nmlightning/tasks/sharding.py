@@ -5,6 +5,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from nmlightning.errors import InputError
+from nmlightning.weights.shards import is_sharded
+
+
+def shard_once(net: nn.Module, mesh: DeviceMesh | None) -> None:
+    """Shard `net` under Lightning's `ModelParallelStrategy`, which has a mesh, unless it is."""
+    if mesh is not None and not any(is_sharded(parameter) for parameter in net.parameters()):
+        shard_blocks(net, mesh)
 
 
 def shard_blocks(net: nn.Module, mesh: DeviceMesh) -> None:
@@ -23,7 +30,7 @@ def shard_blocks(net: nn.Module, mesh: DeviceMesh) -> None:
     """
     if mesh["tensor_parallel"].size() > 1:
         raise InputError(
-            "ImageClassifier shards over all processes and splits no tensors: give "
+            "nmlightning's tasks shard over all processes and split no tensors: give "
             "ModelParallelStrategy a data_parallel_size of the number of processes, here "
             f"{mesh.size()}, and a tensor_parallel_size of 1."
         )
