@@ -24,9 +24,10 @@ COMMANDS = {
     "dashboard": "start TensorBoard on runs",
     "export": "write a checkpoint's network for plain torch, ONNX or torch.export",
     "shard": "write a folder of images as shards, to copy and to stream",
+    "translate": "translate lines of text with a checkpoint",
 }
 # Each is a module of its own, with a parser of its own; the others are Lightning's.
-_OWN_COMMANDS = ("compare", "dashboard", "export", "probe", "shard")
+_OWN_COMMANDS = ("compare", "dashboard", "export", "probe", "shard", "translate")
 # Where torchrun, SLURM and Lightning, in this order, say which of several processes this one is.
 _RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 

@@ -21,11 +21,11 @@ STAGES = ("train", "val", "test")
 
 
 class Stopwatch(Callback):
-    """Count the images and the seconds of training, without its validation."""
+    """Count the examples and the seconds of training, without its validation."""
 
     def __init__(self) -> None:
         self.epochs = 0
-        self.images = 0
+        self.examples = 0
         self.training_seconds = 0.0
         self.total_seconds = 0.0
         self._fit_started = self._resumed = 0.0
@@ -40,7 +40,7 @@ class Stopwatch(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if isinstance(batch, (tuple, list)):
-            self.images += len(batch[0]) * trainer.world_size
+            self.examples += len(batch[0]) * trainer.world_size
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -80,7 +80,10 @@ def print_fit(
     print_metrics(trainer.callback_metrics)
     earlier = trainer.current_epoch - watch.epochs
     after = f" after {earlier} of an earlier run" if earlier > 0 else ""
-    speed = f" · {watch.images / watch.training_seconds:,.0f} images/s" if watch.images else ""
+    speed = ""
+    if watch.examples:
+        unit = getattr(getattr(trainer, "datamodule", None), "unit", "images")
+        speed = f" · {watch.examples / watch.training_seconds:,.0f} {unit}/s"
     took = format_seconds(watch.total_seconds)
     _print(f" {watch.epochs} epoch{'s' * (watch.epochs != 1)}{after} in {took}{speed} in training")
     print_paths(run=run, checkpoint=checkpoint)

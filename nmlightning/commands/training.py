@@ -19,7 +19,9 @@ import nmlightning.datamodules.imagenet
 import nmlightning.models.imagenet_resnet
 import nmlightning.models.resnet
 import nmlightning.models.vgg
-import nmlightning.tasks.classification  # noqa: F401
+import nmlightning.tasks.classification
+import nmlightning.tasks.inverse_square_root
+import nmlightning.tasks.translation  # noqa: F401
 from nmlightning.commands import run_report
 from nmlightning.commands.compat import ExplicitOptionsWin
 from nmlightning.commands.exit_codes import INTERRUPTED, TERMINATED

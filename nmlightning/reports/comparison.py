@@ -86,7 +86,7 @@ def is_loss(metric: str) -> bool:
 
 
 def choose_metric(runs: Sequence[Run], wanted: str | None = None) -> str:
-    """Return the tag to compare: `wanted`, or else an accuracy or a loss in validation.
+    """Return the tag to compare: `wanted`, or else an accuracy, BLEU or a loss in validation.
 
     Raises:
         InputError: a run has not logged it, or none is found in all runs.
@@ -101,7 +101,9 @@ def choose_metric(runs: Sequence[Run], wanted: str | None = None) -> str:
             f"{_in_common(common)}"
         )
     validation = [tag for tag in common if "val" in tag.lower()]
-    accuracies = [tag for tag in validation if "top1" in tag.lower() or "acc" in tag.lower()]
+    accuracies = [
+        tag for tag in validation if any(word in tag.lower() for word in ("top1", "acc", "bleu"))
+    ]
     losses = [tag for tag in validation if is_loss(tag)]
     for tag in (*accuracies, *losses, *validation):
         return tag

@@ -56,7 +56,7 @@ def dashboard_layout(layers: Sequence[str]) -> Layout:
     """
     return {
         "Run": {
-            "accuracy": _lines(r".*(top1|acc)"),
+            "accuracy or BLEU": _lines(r".*(top1|acc|bleu)"),
             "loss": _lines(r".*loss"),
             "skipped and undone steps": _lines(SKIPPED_STEPS, UNDONE_STEPS),
         },

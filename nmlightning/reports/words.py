@@ -11,8 +11,10 @@ def is_share(metric: str) -> bool:
 
 
 def format_value(value: float, metric: str) -> str:
-    """Return `93.07 %` or `0.2713`."""
-    return f"{100 * value:.2f} %" if is_share(metric) else f"{value:.4f}"
+    """Return `93.07 %`, `0.2713` or `27.31`; large numbers have fewer places."""
+    if is_share(metric):
+        return f"{100 * value:.2f} %"
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:,.2f}"
 
 
 def format_spread(spread: Spread | None, metric: str) -> str:

@@ -89,7 +89,7 @@ def test_is_loss(metric: str, loss: bool) -> None:
     [
         (["train/acc", "val/loss", "val/top5", "val/top1"], "val/top1"),
         (["val_loss", "val_acc"], "val_acc"),
-        (["val_bleu", "val_loss"], "val_loss"),
+        (["val_loss", "val_bleu"], "val_bleu"),
         (["lr", "val_bleu"], "val_bleu"),
     ],
 )

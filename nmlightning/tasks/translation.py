@@ -1,0 +1,236 @@
+"""Translation with any encoder–decoder network that maps tokens to logits."""
+
+from typing import Any, Literal, get_args
+
+import pytorch_lightning as pl
+from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+
+from nmlightning.errors import InputError, check_share, check_whole_number, is_number
+from nmlightning.models.beam_search import beam_search
+from nmlightning.models.greedy_search import greedy_search
+from nmlightning.recipes import check_recipes
+from nmlightning.tasks.checkpoint_match import check_same_network
+from nmlightning.tasks.optimization import Interval, add_schedule, make_optimizer
+from nmlightning.tasks.published_bleu import published_bleu
+from nmlightning.tasks.remembered_arguments import remember_arguments
+from nmlightning.tasks.sharding import shard_once
+from nmlightning.tasks.token_loss import TokenLoss, token_loss
+from nmlightning.tasks.training_window import TrainingWindow
+from nmlightning.tasks.translation_metrics import TranslationMetrics
+from nmlightning.tasks.vocabulary import check_fits, read_tokenizer, store_tokenizer
+from nmlightning.text.special_tokens import PAD
+from nmlightning.text.tokenizer import JointBPE
+from nmlightning.text.translation_batch import TranslationBatch
+from nmlightning.weights.parameter_groups import WeightDecayScope, parameter_groups
+
+Stage = Literal["val", "test"]
+
+
+class Translator(pl.LightningModule):
+    """Trains `net` to translate and logs loss, perplexities, tokens/s and, in evaluation, BLEU.
+
+    | name | what |
+    |---|---|
+    | `train/loss` | smoothed cross-entropy, nats a subword: the mean since it was last logged |
+    | `train/ppl` | perplexity a subword, without smoothing, since it was last logged |
+    | `train/tokens_per_s` | of source and target together, without padding, on this process |
+    | `val/loss` | cross-entropy without smoothing, nats a subword |
+    | `val/ppl` | perplexity a subword, its exponential; the sentence's end counts as one |
+    | `val/word_ppl` | perplexity a word of the text as written, one more for the sentence's end |
+    | `val/bleu` | SacreBLEU (13a, mixed case), 0 … 100, of greedy translations |
+
+    and the same under `test/`, where BLEU is of beam search and is printed with the signature of
+    `sacrebleu`, for publication. The text is that which the tokenizer gives back, detokenized.
+
+    Args:
+        net: a sequence model, such as `Transformer`; see `nmlightning.models`.
+        optimizer: called with the parameter groups; its own `weight_decay` is that of the group
+            that decays.
+        lr_scheduler: called with the optimizer.
+        lr_interval: whether the schedule moves after each `step` or each `epoch`.
+        label_smoothing: ε, 0 … 1, in training only.
+        beam_size: hypotheses a sentence in testing and prediction; 1 is greedy.
+        length_penalty: α of Wu et al. (2016), of the beam search: 0 favours short translations.
+        extra_length: by how many tokens a translation may be longer than its source.
+        weight_decay_scope: `all`, `no_norm` (norms and biases exempt), `no_conv` or `last_layer`.
+        compile: compile the network in training with `torch.compile`, for shapes that vary.
+
+    Attributes:
+        tokenizer: the data module's, from `setup` on, or the checkpoint's. It is in every
+            checkpoint, so that one alone is enough to translate.
+
+    Raises:
+        InputError: for a setting outside what is allowed; in training for a vocabulary that is
+            larger than the network's; on loading for a checkpoint of another network, of another
+            vocabulary or, in a Trainer, of another recipe of norms.
+
+    Example:
+        >>> from torch.optim import Adam
+        >>> from nmlightning.models import Transformer
+        >>> net = Transformer(vocab_size=100, width=32, hidden=64, heads=2)
+        >>> task = Translator(net, optimizer=lambda groups: Adam(groups, lr=7e-4))
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Interval = "step",
+        label_smoothing: float = 0.1,
+        beam_size: int = 4,
+        length_penalty: float = 0.6,
+        extra_length: int = 50,
+        weight_decay_scope: WeightDecayScope = "no_norm",
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.label_smoothing = check_share("label_smoothing", label_smoothing)
+        self.beam_size = check_whole_number("beam_size", beam_size)
+        self.extra_length = check_whole_number("extra_length", extra_length, 0)
+        if not (is_number(length_penalty) and length_penalty >= 0):
+            raise InputError(f"length_penalty is {length_penalty!r}; it must be 0 or more.")
+        remember_arguments(
+            self,
+            *("lr_interval", "label_smoothing", "beam_size", "length_penalty", "extra_length"),
+            *("weight_decay_scope", "compile"),
+        )
+        self.net = net
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.lr_interval = lr_interval
+        self.length_penalty = length_penalty
+        self.weight_decay_scope = weight_decay_scope
+        self.to_be_compiled = compile
+        self.tokenizer: JointBPE | None = None
+        self.metrics = nn.ModuleDict({f"of_{s}": TranslationMetrics() for s in get_args(Stage)})
+        self._window = TrainingWindow()
+        self._read: dict[str, float] = {}
+        self._tested: list[tuple[str, str]] = []
+
+    def setup(self, stage: str) -> None:
+        """Take the data's vocabulary, and compile once, after callbacks have swapped norms."""
+        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        if tokenizer is not None:
+            check_fits(tokenizer, self.net)
+            self.tokenizer = tokenizer
+        if self.to_be_compiled:
+            self.net.compile(dynamic=True)
+            self.to_be_compiled = False
+
+    def configure_model(self) -> None:
+        """Shard the network once, under Lightning's `ModelParallelStrategy`."""
+        shard_once(self.net, self.device_mesh)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        """Return the logits (N, T, V) of what follows each token of `target` (N, T)."""
+        logits: Tensor = self.net(source, target)
+        return logits
+
+    def translate(
+        self, source: Tensor, *, beam_size: int | None = None, length_penalty: float | None = None
+    ) -> list[str]:
+        """Return the translations of sentences given as tokens (N, S), as text.
+
+        Args:
+            source: the tokens of each sentence and EOS, padded with PAD.
+            beam_size: hypotheses a sentence; by default the task's.
+            length_penalty: α of the beam search; by default the task's.
+
+        Raises:
+            InputError: the task has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise InputError(
+                "Translator has no tokenizer: fit with a data module that has one, load a "
+                "checkpoint, or set its attribute."
+            )
+        beam = self.beam_size if beam_size is None else beam_size
+        if beam == 1:
+            found = greedy_search(self.net, source, extra_length=self.extra_length)
+        else:
+            found = beam_search(
+                self.net,
+                source,
+                beam_size=beam,
+                length_penalty=self.length_penalty if length_penalty is None else length_penalty,
+                extra_length=self.extra_length,
+            )
+        return self.tokenizer.decode(found)
+
+    def on_train_batch_start(self, batch: TranslationBatch, batch_idx: int) -> None:
+        self._window.resume()
+
+    def on_validation_start(self) -> None:
+        self._window.pause()
+
+    def training_step(self, batch: TranslationBatch, batch_idx: int) -> Tensor:
+        step = self._loss_of(batch, self.label_smoothing)
+        self._window.add(step, (batch.source != PAD).sum() + step.tokens)
+        self._log_training()
+        return step.loss
+
+    def validation_step(self, batch: TranslationBatch, batch_idx: int) -> None:
+        self._evaluate("val", batch, beam_size=1)
+
+    def test_step(self, batch: TranslationBatch, batch_idx: int) -> None:
+        self._tested += self._evaluate("test", batch, self.beam_size)
+
+    def predict_step(self, batch: TranslationBatch, batch_idx: int) -> list[str]:
+        """Return the translation of each source sentence."""
+        return self.translate(batch.source)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test")
+        if self._tested:
+            rank_zero_info(f"Translator: test {published_bleu(self._tested)}")
+        self._tested = []
+
+    def configure_optimizers(self) -> Any:
+        groups = parameter_groups(self.net, None, self.weight_decay_scope)
+        optimizer = make_optimizer(self.optimizer, groups)
+        return add_schedule(optimizer, self.lr_scheduler, self.lr_interval)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the vocabulary."""
+        store_tokenizer(self.tokenizer, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another network, vocabulary or, in a Trainer, recipe."""
+        check_same_network(self, checkpoint)
+        self.tokenizer = read_tokenizer(checkpoint, self.tokenizer)
+        if self._trainer is not None:
+            check_recipes(self, checkpoint)
+
+    def _loss_of(self, batch: TranslationBatch, label_smoothing: float = 0.0) -> TokenLoss:
+        logits = self(batch.source, batch.target[:, :-1])
+        return token_loss(logits, batch.target[:, 1:], label_smoothing)
+
+    def _log_training(self) -> None:
+        """Log every step what the last reading was, so that loggers see it when they ask."""
+        if not self._read or (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            self._read = self._window.read()
+        for name, value in self._read.items():
+            self.log(f"train/{name}", value, prog_bar=name != "loss", batch_size=1)
+
+    def _evaluate(
+        self, stage: Stage, batch: TranslationBatch, beam_size: int
+    ) -> list[tuple[str, str]]:
+        """Add a batch to the metrics; return each translation with its reference."""
+        metrics: Any = self.metrics[f"of_{stage}"]
+        metrics.add(self._loss_of(batch), batch.words)
+        if self.tokenizer is None or not batch.references:
+            return []
+        found = self.translate(batch.source, beam_size=beam_size)
+        metrics.add_translations(found, batch.references)
+        return list(zip(found, batch.references, strict=True))
+
+    def _log_metrics(self, stage: Stage) -> None:
+        metrics: Any = self.metrics[f"of_{stage}"]
+        for name, value in metrics.compute().items():
+            self.log(f"{stage}/{name}", value, prog_bar=name in ("ppl", "bleu"))
