@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from nmlightning.norms import L1BatchNorm2d as L1BatchNorm2d
     from nmlightning.norms import L1BatchNorm3d as L1BatchNorm3d
     from nmlightning.norms import L1LayerNorm as L1LayerNorm
+    from nmlightning.norms import L1RMSNorm as L1RMSNorm
     from nmlightning.norms import LInfBatchNorm1d as LInfBatchNorm1d
     from nmlightning.norms import LInfBatchNorm2d as LInfBatchNorm2d
     from nmlightning.norms import LInfBatchNorm3d as LInfBatchNorm3d
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from nmlightning.norms import LpBatchNorm2d as LpBatchNorm2d
     from nmlightning.norms import LpBatchNorm3d as LpBatchNorm3d
     from nmlightning.norms import LpLayerNorm as LpLayerNorm
+    from nmlightning.norms import LpRMSNorm as LpRMSNorm
     from nmlightning.norms import MeanOnlyBatchNorm1d as MeanOnlyBatchNorm1d
     from nmlightning.norms import MeanOnlyBatchNorm2d as MeanOnlyBatchNorm2d
     from nmlightning.norms import MeanOnlyBatchNorm3d as MeanOnlyBatchNorm3d
@@ -76,7 +78,9 @@ _HOMES = {
     "norms": [
         *_BATCH_NORMS,
         "L1LayerNorm",
+        "L1RMSNorm",
         "LpLayerNorm",
+        "LpRMSNorm",
         "QuantizationNoise",
         "gaussian_constant",
     ],

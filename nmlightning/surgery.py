@@ -10,7 +10,14 @@ from torch import nn
 
 from nmlightning.errors import InputError, check_flag
 from nmlightning.name_patterns import check_lists, matches, unmatched
-from nmlightning.norms.registry import Kind, check_kinds, check_options, find_norm, layer_class
+from nmlightning.norms.registry import (
+    TITLES,
+    Kind,
+    check_kinds,
+    check_options,
+    find_norm,
+    layer_class,
+)
 from nmlightning.swappable import (
     NormLayer,
     become,
@@ -83,17 +90,17 @@ def swap_norms(
     A swapped layer stays the same module object and takes another class, as
     `torch.nn.utils.parametrize` does it. So its parameters, buffers and hooks, the optimizers that
     hold them, and every place that shares the module stay valid. A layer is swapped if its class is
-    exactly torch's `BatchNorm1d/2d/3d`, `SyncBatchNorm` (which becomes a synchronised norm) or
-    `LayerNorm`, one of ours, or timm's `BatchNormAct2d` (which keeps its drop and activation).
-    Calling it twice changes nothing the second time. `norm="l2"` undoes a swap. A swap to `mean`,
-    which has no scale, makes the weights 1 and freezes them until the next swap.
+    exactly torch's `BatchNorm1d/2d/3d`, `SyncBatchNorm` (which becomes a synchronised norm),
+    `LayerNorm` or `RMSNorm`, one of ours, or timm's `BatchNormAct2d` (which keeps its drop and
+    activation). Calling it twice changes nothing the second time. `norm="l2"` undoes a swap. A swap
+    to `mean`, which has no scale, makes the weights 1 and freezes them until the next swap.
 
     Args:
         model: any module, also one that `torch.compile` wraps.
         norm: `l1`, `linf`, `top10`, `topk`, `lp`, `range`, `mean`, `half_l2`, or `l2`, torch's own.
         options: the norm's constructor options: `k`, `p`, `chunks`, `constant`, `eps`, `momentum`,
             `stats_dtype`, `sync`. By default eps and momentum stay those of the layer.
-        kinds: `batch`, `layer` or both.
+        kinds: `batch`, `layer`, `rms` or several.
         include: glob patterns on module names, such as `layer1.*`; empty means all.
         exclude: glob patterns on module names that are left alone.
         dry_run: report only.
@@ -103,9 +110,9 @@ def swap_norms(
 
     Raises:
         InputError: an unknown norm, kind or option; a pattern that matches nothing; nothing to
-            swap in the model; a norm that `include` names but that cannot be swapped (group,
-            instance and RMS norms, subclasses of torch's, objects with a forward of their own);
-            parameters that are sharded already. The model is then unchanged.
+            swap in the model; a norm that `include` names but that cannot be swapped (group
+            and instance norms, subclasses and other classes than torch's, objects with a forward of
+            their own); parameters that are sharded already. The model is then unchanged.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -184,7 +191,7 @@ def _check_patterns(
     include: Sequence[str],
     exclude: Sequence[str],
 ) -> None:
-    wanted = f"{' or '.join(kinds)} norm"
+    wanted = _title(kinds)
     if not any(layer.kind in kinds for layer in layers):
         raise InputError(
             f"There is no {wanted} to swap in {type(model).__name__}. {_list_norms(layers)}"
@@ -199,6 +206,10 @@ def _check_patterns(
                 f"The pattern {wrong!r} in {argument} matches no {wanted} of "
                 f"{type(model).__name__}. {_list_norms(layers)}"
             )
+
+
+def _title(kinds: Iterable[Kind]) -> str:
+    return f"{' or '.join(TITLES[kind] for kind in kinds)} norm"
 
 
 def _describe(layer: NormLayer) -> str:
@@ -227,6 +238,6 @@ def _check_picked(
         raise InputError(f"include names norms that cannot be swapped: {named}; exclude them.")
     if not any(layer.kind in kinds for layer in picked):
         raise InputError(
-            f"include and exclude leave no {' or '.join(kinds)} norm to swap in "
+            f"include and exclude leave no {_title(kinds)} to swap in "
             f"{type(model).__name__}. {_list_norms(layers)}"
         )

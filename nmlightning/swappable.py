@@ -14,10 +14,12 @@ from nmlightning.norms.mean_only import MeanOnlyBatchNorm
 from nmlightning.norms.registry import NORMS, Kind
 
 _NAMED_LIKE_A_NORM = re.compile(r"(Batch|Layer|Group|Instance|RMS|Response)_?Norm", re.IGNORECASE)
+_NAMED_RMS = re.compile("RMS", re.IGNORECASE)
 _DIMS: dict[type, int | None] = {
     cls: dims for norm in NORMS.values() for dims, cls in norm.batch.items()
 }
 _LAYER_NORMS = {norm.layer for norm in NORMS.values() if norm.layer is not None}
+_RMS_NORMS = {norm.rms for norm in NORMS.values() if norm.rms is not None}
 # Instance attributes that only our layers have; what a layer no longer needs is deleted.
 _OWN_SETTINGS = ("p", "k", "chunks", "statistic", "constant", "stats_dtype", "sync")
 _COMMON_SETTINGS = ("eps", "momentum")
@@ -58,6 +60,9 @@ class NormLayer:
                 "elementwise_affine": self.module.elementwise_affine,
                 "bias": self.module.bias is not None,
             }
+        if isinstance(self.module, nn.RMSNorm):
+            names: tuple[str, ...] = ("normalized_shape", "eps", "elementwise_affine")
+            return {name: getattr(self.module, name) for name in names}
         names = ("num_features", "eps", "momentum", "affine", "track_running_stats")
         return {name: getattr(self.module, name) for name in names}
 
@@ -171,10 +176,15 @@ def _describe(name: str, module: nn.Module) -> NormLayer:
         return NormLayer(name, module, "batch", 2)
     if cls in _LAYER_NORMS:
         return NormLayer(name, module, "layer")
+    if cls in _RMS_NORMS:
+        return NormLayer(name, module, "rms")
     if isinstance(module, _LazyNormBase):
         return NormLayer(name, module, None, refusal="not initialised, run one batch through it")
-    if isinstance(module, (_BatchNorm, nn.LayerNorm)):
+    if isinstance(module, (_BatchNorm, nn.LayerNorm, nn.RMSNorm)):
         return NormLayer(name, module, None, refusal="a subclass, and only exact types are swapped")
+    if _NAMED_RMS.search(cls.__name__):
+        reason = "a class of its own, and only torch's RMSNorm is swapped"
+        return NormLayer(name, module, None, refusal=reason)
     return NormLayer(name, module, None, refusal="no swap is defined for this norm")
 
 

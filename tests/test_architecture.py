@@ -40,6 +40,7 @@ LAYERS = [
         "nmlightning.norms.half_l2",
         "nmlightning.norms.layer_norm",
         "nmlightning.norms.mean_only",
+        "nmlightning.norms.rms_norm",
     ],
     [
         "nmlightning.norms.batch_norm_base",

@@ -19,6 +19,7 @@ from nmlightning.norms import batch_norm as ours
 from nmlightning.norms.batch_norm_base import BatchNormBase
 from nmlightning.norms.layer_norm import L1LayerNorm, LpLayerNorm
 from nmlightning.norms.mean_only import MeanOnlyBatchNorm, MeanOnlyBatchNorm2d
+from nmlightning.norms.rms_norm import L1RMSNorm, LpRMSNorm
 
 # The norm of each is a batch norm, as plain nn layers, timm's BatchNormAct2d, or both.
 ARCHITECTURES = [
@@ -219,7 +220,6 @@ class TestWhichLayers:
         [
             nn.GroupNorm(2, 4),
             nn.InstanceNorm2d(4),
-            nn.RMSNorm(4),
             timm.layers.GroupNormAct(4, 2),
             timm.layers.RmsNorm(4),
             torchvision.ops.FrozenBatchNorm2d(4),
@@ -267,6 +267,7 @@ class TestInput:
             ({"kinds": []}, "kinds is empty"),
             ({"kinds": "batch"}, "kinds is a list, got the string 'batch'"),
             ({"kinds": ["layer"], "norm": "linf"}, "'linf' is not defined for layer norms"),
+            ({"kinds": ["rms"], "norm": "linf"}, "'linf' is not defined for RMS norms"),
             ({"norm": None}, "There is no norm None; there are l2, l1"),
             ({"kinds": None}, "kinds is a list of strings, got None"),
             ({"kinds": [1]}, "kinds is a list of strings, got \\[1\\]"),
@@ -461,6 +462,52 @@ class TestSynchronised:
         swap_norms(net, "l2")
         assert type(net[0]) is nn.SyncBatchNorm
         assert net[0].eval()(images()).shape == (4, 3, 8, 8)
+
+
+class MyRMSNorm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.square().mean(-1, keepdim=True).sqrt()
+
+
+class MyNorm(nn.RMSNorm):
+    pass
+
+
+class TestRMSNorm:
+    def net(self) -> nn.Sequential:
+        return nn.Sequential(nn.RMSNorm(8, eps=1e-3), nn.LayerNorm(8), nn.RMSNorm(8))
+
+    def test_by_kinds_and_l2_undoes(self) -> None:
+        net, x = self.net(), torch.randn(4, 8)
+        expected = net(x)
+        weight = net[0].weight
+        assert str(swap_norms(net, "l1", kinds=["rms"])) == "swapped 2 RMSNorm → L1RMSNorm"
+        assert classes(net)[1:] == [L1RMSNorm, nn.LayerNorm, L1RMSNorm]
+        assert (net[0].eps, net[2].eps) == (1e-3, None)
+        assert net[0].weight is weight
+        torch.testing.assert_close(net[0](x), L1RMSNorm(8, eps=1e-3)(x))
+        assert len(swap_norms(net, "l1", kinds=["rms"])) == 0
+        swap_norms(net, "lp", {"p": 3}, kinds=["rms", "layer"])
+        assert classes(net)[1:] == [LpRMSNorm, LpLayerNorm, LpRMSNorm]
+        swap_norms(net, "l2", kinds=["layer", "rms"])
+        assert classes(net) == classes(self.net())
+        assert vars(net[0]).keys() == vars(nn.RMSNorm(8)).keys()
+        assert torch.equal(net(x), expected)
+
+    @pytest.mark.parametrize(
+        ("norm", "reason"),
+        [
+            (MyRMSNorm(), "a class of its own, and only torch's RMSNorm is swapped"),
+            (MyNorm(8), "a subclass, and only exact types are swapped"),
+            (timm.layers.RmsNorm(8), "a class of its own, and only torch's RMSNorm is swapped"),
+        ],
+    )
+    def test_others_are_left_with_the_reason(self, norm: nn.Module, reason: str) -> None:
+        net = nn.Sequential(nn.RMSNorm(8), norm)
+        report = swap_norms(net, "l1", kinds=["rms"])
+        assert [(left.name, left.reason) for left in report.left] == [("1", reason)]
+        assert reason in refusal(net, "l1", kinds=["rms"], include=["1"])
+        assert "There is no RMS norm to swap" in refusal(nn.Sequential(norm), kinds=["rms"])
 
 
 class TestLayerNorm:

@@ -43,7 +43,7 @@ class NormSwap(ModelChange):
     Args:
         norm: `l1`, `linf`, `top10`, `topk`, `lp`, `range`, `mean`, `half_l2`, or `l2`, torch's own.
         options: the norm's constructor options, such as `constant` or `k`.
-        kinds: `batch`, `layer` or both.
+        kinds: `batch`, `layer`, `rms` or several.
         include: glob patterns on the names of modules in the LightningModule; empty means all.
         exclude: glob patterns on names that are left alone.
 

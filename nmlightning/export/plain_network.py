@@ -8,6 +8,7 @@ from torch.nn.utils import parametrize
 
 from nmlightning.norms.batch_norm_base import BatchNormBase
 from nmlightning.norms.layer_norm import LpLayerNorm
+from nmlightning.norms.rms_norm import LpRMSNorm
 from nmlightning.surgery import swap_norms
 from nmlightning.swappable import find_norm_layers
 from nmlightning.weights.weight_place import plain_modules
@@ -60,13 +61,13 @@ def swap_back(net: nn.Module) -> list[str]:
     """Give batch norms torch's classes, wherever evaluation is torch's.
 
     Returns:
-        The names of the norms that need this package to evaluate: layer norms, and batch norms
-        that keep no running statistics.
+        The names of the norms that need this package to evaluate: layer norms, RMS norms, and
+        batch norms that keep no running statistics.
     """
     ours = {
         x.name: x.module
         for x in find_norm_layers(net)
-        if isinstance(x.module, (BatchNormBase, LpLayerNorm))
+        if isinstance(x.module, (BatchNormBase, LpLayerNorm, LpRMSNorm))
     }
     replaceable = {
         name: module

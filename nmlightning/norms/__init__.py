@@ -32,3 +32,5 @@ from nmlightning.norms.range_batch_norm import RangeBatchNorm as RangeBatchNorm
 from nmlightning.norms.range_batch_norm import RangeBatchNorm1d as RangeBatchNorm1d
 from nmlightning.norms.range_batch_norm import RangeBatchNorm2d as RangeBatchNorm2d
 from nmlightning.norms.range_batch_norm import RangeBatchNorm3d as RangeBatchNorm3d
+from nmlightning.norms.rms_norm import L1RMSNorm as L1RMSNorm
+from nmlightning.norms.rms_norm import LpRMSNorm as LpRMSNorm

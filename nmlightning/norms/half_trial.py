@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nmlightning.norms.registry import KINDS, Kind, find_norm, layer_class
+from nmlightning.norms.registry import Kind, find_norm, layer_class
 
 # What becomes of a channel; the first that holds counts.
 OUTCOMES = (
@@ -49,7 +49,7 @@ class HalfNorm:
     options: Mapping[str, Any]
     exact: tuple[str, Mapping[str, Any]]
     picks: int = 0
-    kinds: tuple[Kind, ...] = KINDS
+    kinds: tuple[Kind, ...] = ("batch", "layer")
 
 
 _IN_HALF = {"stats_dtype": torch.float16}

@@ -6,17 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from nmlightning.errors import InputError, check_flag
-from nmlightning.norms.accumulation import is_half
+from nmlightning.errors import check_flag
 from nmlightning.norms.gaussian import Constant, check_constant, check_power
-from nmlightning.norms.in_half import apply_in_half
-from nmlightning.norms.layer_norm_function import LayerNormFunction
-from nmlightning.norms.settings import (
-    accumulation_dtype,
-    check_eps,
-    check_stats_dtype,
-    describe_settings,
-)
+from nmlightning.norms.layer_norm_function import check_normalized_shape, normalise_features
+from nmlightning.norms.settings import check_eps, check_stats_dtype, describe_settings
 from nmlightning.norms.statistics import PowerMean
 
 
@@ -63,11 +56,8 @@ class LpLayerNorm(nn.LayerNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        sizes = [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
-        if not sizes or math.prod(sizes) < 1:
-            raise InputError(f"normalized_shape must have sizes of at least 1, got {sizes}.")
         super().__init__(
-            sizes,
+            check_normalized_shape(normalized_shape),
             check_eps(eps),
             check_flag("elementwise_affine", elementwise_affine),
             bias=check_flag("bias", bias),
@@ -80,18 +70,10 @@ class LpLayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the normalised input, in its dtype."""
-        rank = len(self.normalized_shape)
-        if tuple(input.shape[-rank:]) != self.normalized_shape:
-            raise InputError(
-                f"{type(self).__name__} normalises the last dimensions {self.normalized_shape}, "
-                f"got an input of shape {tuple(input.shape)}."
-            )
         constant = PowerMean(self.p).constant(math.prod(self.normalized_shape), self.constant)
-        dtype = accumulation_dtype(input.dtype, self.stats_dtype)
-        arguments = (self.weight, self.bias, rank, self.p, constant, self.eps, dtype)
-        if is_half(dtype):
-            return apply_in_half(LayerNormFunction, input, *arguments)  # type: ignore[no-any-return]
-        return LayerNormFunction.apply(input, *arguments)  # type: ignore[no-any-return]
+        return normalise_features(
+            input, self, self.bias, constant=constant, eps=self.eps, centred=True
+        )
 
     def extra_repr(self) -> str:
         """Return the arguments that differ from the defaults, so that the repr evaluates."""

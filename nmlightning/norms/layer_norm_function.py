@@ -1,4 +1,4 @@
-"""Layer normalisation by a power mean: analytic forward and backward, differentiable once.
+"""Layer and RMS normalisation by a power mean: analytic forward and backward, once differentiable.
 
 The same formula as in `batch_norm_function`, with one μ and ŝ for each token (the features of
 `normalized_shape`) and a weight and bias for each feature:
@@ -6,18 +6,67 @@ The same formula as in `batch_norm_function`, with one μ and ŝ for each token 
     ∂L/∂x = (1/σ) · [h − mean h − c · (ŝ/σ) · mean(h x̂) · (s − mean s)],   h = weight · g
 
 where s = count · ∂m/∂d is the slope of the power mean, of which the code has the reflection −s.
+An RMS norm has μ = 0, and so neither mean h nor mean s.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nmlightning.norms.accumulation import mean_of, share_mean, sum_of
+from nmlightning.errors import InputError
+from nmlightning.norms.accumulation import is_half, mean_of, share_mean, sum_of
 from nmlightning.norms.cross_rank import Share
 from nmlightning.norms.first_derivative import first_derivative_only
+from nmlightning.norms.in_half import apply_in_half
 from nmlightning.norms.power_mean import power_mean, power_mean_slope
+from nmlightning.norms.settings import accumulation_dtype
 from nmlightning.norms.statistics import total_scale
+
+
+def check_normalized_shape(normalized_shape: int | Sequence[int]) -> list[int]:
+    """Return the sizes of the last dimensions, or raise InputError where there are none."""
+    sizes = [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
+    if not sizes or math.prod(sizes) < 1:
+        raise InputError(f"normalized_shape must have sizes of at least 1, got {sizes}.")
+    return sizes
+
+
+def normalise_features(
+    x: Tensor,
+    layer: Any,
+    bias: Tensor | None,
+    *,
+    constant: float,
+    eps: float,
+    centred: bool,
+) -> Tensor:
+    """Return x, (*, *normalized_shape), normalised as a layer or RMS norm is set.
+
+    Args:
+        x: of any real floating-point dtype, which the result has too.
+        layer: has `normalized_shape`, `weight`, `p` and `stats_dtype`.
+        bias: of the features, or None.
+        constant: c of ŝ = c · m.
+        eps: added to ŝ².
+        centred: whether the mean is subtracted.
+
+    Raises:
+        InputError: an input that ends in other sizes, or is not of real floating-point numbers.
+    """
+    sizes = layer.normalized_shape
+    if tuple(x.shape[-len(sizes) :]) != sizes:
+        raise InputError(
+            f"{type(layer).__name__} normalises the last dimensions {sizes}, "
+            f"got an input of shape {tuple(x.shape)}."
+        )
+    dtype = accumulation_dtype(x.dtype, layer.stats_dtype)
+    arguments = (layer.weight, bias, len(sizes), layer.p, constant, eps, dtype, centred)
+    if is_half(dtype):
+        return apply_in_half(LayerNormFunction, x, *arguments)  # type: ignore[no-any-return]
+    return LayerNormFunction.apply(x, *arguments)  # type: ignore[no-any-return]
 
 
 class LayerNormFunction(torch.autograd.Function):
@@ -34,21 +83,23 @@ class LayerNormFunction(torch.autograd.Function):
         constant: float,
         eps: float,
         dtype: torch.dtype,
+        centred: bool,
     ) -> Tensor:
         dims = tuple(range(-rank, 0))
         wide = x.to(dtype)
         share = Share(x.shape[-rank:].numel())
-        mean = share_mean(wide, dims, None)[0].view(*x.shape[:-rank], *[1] * rank)
-        deviations = wide - mean
-        magnitude = power_mean(deviations, p, dims, share).view_as(mean)
+        column = (*x.shape[:-rank], *[1] * rank)
+        mean = share_mean(wide, dims, None)[0].view(column) if centred else None
+        deviations = wide if mean is None else wide - mean
+        magnitude = power_mean(deviations, p, dims, share).view(column)
         y = deviations / total_scale(magnitude * constant, eps)
         ctx.save_for_backward(x, weight, mean, magnitude)
         ctx.dims, ctx.p, ctx.constant, ctx.eps = dims, p, constant, eps
         ctx.bias_dtype = None if bias is None else bias.dtype
         if weight is not None:
-            y = y * weight.to(dtype)
+            y = y.mul_(weight.to(dtype))
         if bias is not None:
-            y = y + bias.to(dtype)
+            y = y.add_(bias.to(dtype))
         # Dynamo of torch 2.11 loses the gradients of a result that a cast returned as it was.
         return y if dtype == x.dtype else y.to(x.dtype)
 
@@ -58,22 +109,28 @@ class LayerNormFunction(torch.autograd.Function):
         x, weight, mean, magnitude = ctx.saved_tensors
         dims, lead = ctx.dims, tuple(range(x.dim() - len(ctx.dims)))
         share = Share(x.shape[-len(dims) :].numel())
-        wide_grad = grad.to(mean.dtype)
-        reflected = mean - x.to(mean.dtype)
+        dtype = magnitude.dtype
+        wide, wide_grad = x.to(dtype), grad.to(dtype)
         scale = magnitude * ctx.constant
         total = total_scale(scale, ctx.eps)
-        normalised = -reflected / total
-        inner = wide_grad if weight is None else wide_grad * weight.to(mean.dtype)
+        # 0 − x and not −x: what copysign makes of a 0 is to be the same for both norms.
+        reflected = 0 - wide if mean is None else mean - wide
         slope = power_mean_slope(reflected, magnitude, ctx.p)
-        pull = ctx.constant * (scale / total) * _mean(inner * normalised, dims, share)
-        centred = slope - _mean(slope, dims, share)
-        grad_x = (inner - _mean(inner, dims, share) + pull * centred) / total
+        product = reflected.div_(total).neg_().mul_(wide_grad)  # that is g · x̂
         grad_weight = grad_bias = None
-        if weight is not None:
-            grad_weight = _sum_leading(wide_grad * normalised, lead).to(weight.dtype)
+        if weight is None:
+            inner, along = wide_grad, product
+        else:
+            wide_weight = weight.to(dtype)
+            grad_weight = _sum_leading(product, lead).to(weight.dtype)
+            inner, along = wide_grad * wide_weight, product.mul_(wide_weight)
         if ctx.bias_dtype is not None:
             grad_bias = _sum_leading(wide_grad, lead).to(ctx.bias_dtype)
-        return grad_x.to(x.dtype), grad_weight, grad_bias, *(None,) * 5
+        pull = ctx.constant * (scale / total) * _mean(along, dims, share)
+        grad_x = slope.mul_(pull).add_(inner)
+        if mean is not None:
+            grad_x = grad_x.sub_(_mean(grad_x, dims, share))
+        return grad_x.div_(total).to(x.dtype), grad_weight, grad_bias, *(None,) * 6
 
 
 def _mean(values: Tensor, dims: tuple[int, ...], share: Share) -> Tensor:
@@ -82,4 +139,4 @@ def _mean(values: Tensor, dims: tuple[int, ...], share: Share) -> Tensor:
 
 
 def _sum_leading(values: Tensor, lead: tuple[int, ...]) -> Tensor:
-    return sum_of(values, lead) if lead else values
+    return sum_of(values, lead) if lead else values.clone()

@@ -1,4 +1,4 @@
-"""The norms by name: which layer class each one is, for batch and for layer normalisation."""
+"""The norms by name: which layer class each one is, for batch, layer and RMS normalisation."""
 
 import inspect
 from collections.abc import Mapping
@@ -11,9 +11,11 @@ from torch import nn
 from nmlightning.errors import InputError, nearest
 from nmlightning.norms import batch_norm, half_l2, mean_only, range_batch_norm
 from nmlightning.norms.layer_norm import L1LayerNorm, LpLayerNorm
+from nmlightning.norms.rms_norm import L1RMSNorm, LpRMSNorm
 
-Kind = Literal["batch", "layer"]
-KINDS: tuple[Kind, ...] = ("batch", "layer")
+Kind = Literal["batch", "layer", "rms"]
+KINDS: tuple[Kind, ...] = ("batch", "layer", "rms")
+TITLES: Mapping[Kind, str] = MappingProxyType({"batch": "batch", "layer": "layer", "rms": "RMS"})
 
 # What a swapped layer takes from the layer that it replaces, and so is no option of a swap.
 _INHERITED = {"num_features", "normalized_shape", "affine", "elementwise_affine", "bias"} | {
@@ -28,10 +30,11 @@ INHERITED_UNLESS_GIVEN = {"eps", "momentum", "sync"}
 
 @dataclass(frozen=True)
 class Norm:
-    """One name: its batch norms by dimensions (None: any number), its layer norm, fixed options."""
+    """One name: its batch norms by dimensions (None: any number), its others, fixed options."""
 
     batch: Mapping[int | None, type[nn.Module]]
     layer: type[nn.Module] | None = None
+    rms: type[nn.Module] | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -49,9 +52,10 @@ NORMS: Mapping[str, Norm] = MappingProxyType(
         "l2": Norm(
             {None: nn.SyncBatchNorm, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d},
             nn.LayerNorm,
+            nn.RMSNorm,
         ),
-        "l1": Norm(_batch_norms("L1"), L1LayerNorm),
-        "lp": Norm(_batch_norms("Lp"), LpLayerNorm),
+        "l1": Norm(_batch_norms("L1"), L1LayerNorm, L1RMSNorm),
+        "lp": Norm(_batch_norms("Lp"), LpLayerNorm, LpRMSNorm),
         "linf": Norm(_batch_norms("LInf")),
         "topk": Norm(_TOP_K),
         "top10": Norm(_TOP_K, fixed={"k": 10}),
@@ -76,23 +80,26 @@ def layer_class(name: str, kind: Kind, dims: int | None = None) -> type[nn.Modul
     norm = find_norm(name)
     if kind == "batch":
         return norm.batch[dims]
-    if norm.layer is None:
-        defined = [other for other, spec in NORMS.items() if spec.layer is not None]
+    cls = _by_kind(norm, kind)
+    if cls is None:
+        defined = [other for other, spec in NORMS.items() if _by_kind(spec, kind) is not None]
         raise InputError(
-            f"The norm {name!r} is not defined for layer norms; {', '.join(defined)} are."
+            f"The norm {name!r} is not defined for {TITLES[kind]} norms; {', '.join(defined)} are."
         )
-    return norm.layer
+    return cls
+
+
+def _by_kind(norm: Norm, kind: Kind) -> type[nn.Module] | None:
+    return norm.layer if kind == "layer" else norm.rms
 
 
 def check_kinds(kinds: tuple[str, ...]) -> tuple[Kind, ...]:
     """Return the kinds if all of them exist, or raise InputError."""
     for kind in kinds:
         if kind not in KINDS:
-            raise InputError(
-                f"kinds are {' and '.join(KINDS)}, got {kind!r}.{nearest(kind, KINDS)}"
-            )
+            raise InputError(f"kinds are {', '.join(KINDS)}, got {kind!r}.{nearest(kind, KINDS)}")
     if not kinds:
-        raise InputError(f"kinds is empty: name {' or '.join(KINDS)}, or both.")
+        raise InputError(f"kinds is empty: name {', '.join(KINDS)} or several.")
     return kinds  # type: ignore[return-value]
 
 
@@ -108,8 +115,8 @@ def check_options(name: str, kind: Kind, options: Mapping[str, Any]) -> dict[str
         if option not in allowed:
             known = ", ".join(sorted(allowed - set(norm.fixed)))
             raise InputError(
-                f"The norm {name!r} has no option {option!r} for {kind} norms; it has {known}."
-                f"{nearest(str(option), allowed)}"
+                f"The norm {name!r} has no option {option!r} for {TITLES[kind]} norms; it has "
+                f"{known}.{nearest(str(option), allowed)}"
             )
     return {**norm.fixed, **options}
 

@@ -19,6 +19,7 @@ from nmlightning import (
     InputError,
     L1BatchNorm2d,
     L1LayerNorm,
+    L1RMSNorm,
     apply_weight_norm,
     export_network,
     swap_norms,
@@ -143,7 +144,7 @@ def test_onnx_of_any_batch(tmp_path: Path) -> None:
 
 class LayerNorms(nn.Sequential):
     def __init__(self) -> None:
-        super().__init__(nn.Linear(6, 8), L1LayerNorm(8), nn.ReLU(), nn.LayerNorm(8))
+        super().__init__(nn.Linear(6, 8), L1LayerNorm(8), nn.ReLU(), L1RMSNorm(8), nn.LayerNorm(8))
         nn.init.normal_(self[1].weight)
 
 
@@ -257,6 +258,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "outputs": (Two, {}, "the network returns a tuple; what can be exported returns one tensor"),
     "diverged": (Diverged, {}, "outputs for standard normal inputs of shape 4 are not finite"),
     "layer norm": (lambda: nn.Sequential(L1LayerNorm(4)), {}, "no state dict says how 0 evaluates"),
+    "RMS norm": (lambda: nn.Sequential(L1RMSNorm(4)), {}, "no state dict says how 0 evaluates"),
     "fixed batch": (
         FixedBatch,
         {"format": "torch_export", "file": "net.pt2"},

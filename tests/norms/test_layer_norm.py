@@ -1,4 +1,4 @@
-"""The contract of the layer norms, against a naive definition and torch's own."""
+"""The contract of the layer and RMS norms, against a naive definition and torch's own."""
 
 import copy
 import math
@@ -13,8 +13,11 @@ from nmlightning import norms
 from nmlightning.errors import InputError
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
-POWERS = {"l1": 1.0, "lp1": 1.0, "lp1.5": 1.5, "lp2": 2.0, "lp3.7": 3.7}
+LAYER_POWERS = {"l1": 1.0, "lp1": 1.0, "lp1.5": 1.5, "lp2": 2.0, "lp3.7": 3.7}
+RMS_POWERS = {"rms l1": 1.0, "rms lp1.5": 1.5, "rms lp2": 2.0, "rms lp3.7": 3.7}
+POWERS = {**LAYER_POWERS, **RMS_POWERS}
 every_norm = pytest.mark.parametrize("norm", POWERS)
+every_layer_norm = pytest.mark.parametrize("norm", LAYER_POWERS)
 SHAPES: list[tuple[tuple[int, ...], int | tuple[int, ...]]] = [
     ((4, 6), 6),
     ((2, 3, 6), (6,)),
@@ -25,12 +28,22 @@ SHAPES: list[tuple[tuple[int, ...], int | tuple[int, ...]]] = [
 every_shape = pytest.mark.parametrize(("shape", "normalized"), SHAPES, ids=str)
 
 
+def is_rms(norm: str) -> bool:
+    return norm in RMS_POWERS
+
+
+def torchs(norm: str, normalized: Any, **settings: Any) -> nn.Module:
+    """Return the layer of torch that has the same state."""
+    return (nn.RMSNorm if is_rms(norm) else nn.LayerNorm)(normalized, **settings)
+
+
 def make(norm: str, normalized: int | tuple[int, ...], **settings: Any) -> nn.Module:
     """Return the layer with a random weight and bias."""
-    powers = {} if norm == "l1" else {"p": POWERS[norm]}
-    layer = (norms.L1LayerNorm if norm == "l1" else norms.LpLayerNorm)(
-        normalized, **powers, **settings
-    )
+    name = ("L1" if norm.endswith("l1") else "Lp") + ("RMSNorm" if is_rms(norm) else "LayerNorm")
+    powers = {"p": POWERS[norm]} if name.startswith("Lp") else {}
+    if is_rms(norm):
+        settings.pop("bias", None)
+    layer: nn.Module = getattr(norms, name)(normalized, **powers, **settings)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, mean=1.0)
     return layer
@@ -39,12 +52,14 @@ def make(norm: str, normalized: int | tuple[int, ...], **settings: Any) -> nn.Mo
 def define(layer: nn.Module, p: float, x: Tensor) -> Tensor:
     """Return the definition's output, by autograd's own rules; the slope at d = 0 is −1."""
     dims = tuple(range(-len(layer.normalized_shape), 0))  # type: ignore[arg-type]
-    d = x - x.mean(dims, keepdim=True)
+    is_centred = not isinstance(layer, nn.RMSNorm)
+    d = x - x.mean(dims, keepdim=True) if is_centred else x
+    eps = torch.finfo(x.dtype).eps if layer.eps is None else layer.eps
     size = torch.where(d > 0, d, -d)
     scale = size.pow(p).mean(dims, keepdim=True).pow(1 / p) if p > 1 else size.mean(dims, True)
-    y = d / ((norms.gaussian_constant("lp", 2, p=p) * scale).square() + layer.eps).sqrt()
+    y = d / ((norms.gaussian_constant("lp", 2, p=p) * scale).square() + eps).sqrt()
     y = y if layer.weight is None else y * layer.weight.to(y.dtype)
-    return y if layer.bias is None else y + layer.bias.to(y.dtype)
+    return y + layer.bias.to(y.dtype) if is_centred and layer.bias is not None else y  # type: ignore[operator]
 
 
 def gradients(y: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
@@ -93,9 +108,10 @@ def test_ties(norm: str) -> None:
 
 
 @every_shape
-def test_p_2_is_layer_norm(shape: Any, normalized: Any) -> None:
-    ours = make("lp2", normalized, dtype=torch.float64)
-    theirs = nn.LayerNorm(normalized, dtype=torch.float64)
+@pytest.mark.parametrize("norm", ["lp2", "rms lp2"])
+def test_p_2_is_torchs(norm: str, shape: Any, normalized: Any) -> None:
+    ours = make(norm, normalized, dtype=torch.float64)
+    theirs = torchs(norm, normalized, dtype=torch.float64)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(ours(x), theirs(x), **EXACT)
@@ -103,17 +119,38 @@ def test_p_2_is_layer_norm(shape: Any, normalized: Any) -> None:
     torch.testing.assert_close(found, gradients(theirs(x), [x, *theirs.parameters()]), **EXACT)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("sigma", [1e-4, 1.0])
+def test_an_eps_of_none_is_torchs(dtype: torch.dtype, sigma: float) -> None:
+    """Which is float32's for half inputs, too: at this σ another gives another output."""
+    x = (sigma * torch.randn(64, 32)).to(dtype)
+    ours, theirs = norms.LpRMSNorm(32, p=2), nn.RMSNorm(32)
+    # The last place of the dtype that is returned, twice; its own and torch's rounding.
+    torch.testing.assert_close(
+        ours.to(dtype)(x), theirs.to(dtype)(x), rtol=2 * torch.finfo(dtype).eps, atol=0
+    )
+
+
+@pytest.mark.parametrize("norm", RMS_POWERS)
+def test_the_mean_of_x_counts_in_an_rms_norm(norm: str) -> None:
+    """Its constant is the Gaussian's of x itself: at a mean of 0 and not elsewhere."""
+    layer, x = make(norm, 4096, elementwise_affine=False), torch.randn(64, 4096)
+    with torch.no_grad():
+        assert layer(x).std().item() == pytest.approx(1, abs=0.02)
+        assert layer(x + 10).mean().item() > 0.75
+
+
 @every_norm
-def test_state_is_layer_norms(norm: str) -> None:
-    ours, theirs = make(norm, (2, 5)), nn.LayerNorm((2, 5))
+def test_state_is_torchs(norm: str) -> None:
+    ours, theirs = make(norm, (2, 5)), torchs(norm, (2, 5))
     ours.load_state_dict(theirs.state_dict(), strict=True)
     theirs.load_state_dict(ours.state_dict(), strict=True)
-    assert isinstance(ours, nn.LayerNorm)
+    assert isinstance(ours, type(theirs))
     assert list(make(norm, 5, bias=False).state_dict()) == ["weight"]
     assert list(make(norm, 5, elementwise_affine=False).state_dict()) == []
 
 
-@every_norm
+@every_layer_norm
 def test_gaussians_leave_with_unit_std(norm: str) -> None:
     """ŝ of 1,024 features varies by a few per cent; the mean over 4,000 tokens by 0.1 %."""
     layer = make(norm, 1024, elementwise_affine=False)
@@ -132,7 +169,7 @@ def test_other_constants(norm: str) -> None:
     torch.testing.assert_close(make(norm, 12, constant="paper", **settings)(x), exact(x))
 
 
-@every_norm
+@every_layer_norm
 @pytest.mark.parametrize("value", [0.0, 3.0, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_constant_token(norm: str, value: float, dtype: torch.dtype) -> None:
@@ -145,7 +182,18 @@ def test_a_constant_token(norm: str, value: float, dtype: torch.dtype) -> None:
     torch.testing.assert_close(y[1], layer.bias.to(dtype), rtol=0, atol=1e-2)
 
 
-@every_norm
+@pytest.mark.parametrize("norm", RMS_POWERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_token_of_zeros(norm: str, dtype: torch.dtype) -> None:
+    x = torch.randn(3, 16).to(dtype)
+    x[1] = 0
+    leaf, layer = x.requires_grad_(), make(norm, 16, eps=1e-5)
+    y = layer(leaf)
+    assert torch.equal(y[1], torch.zeros_like(y[1]))
+    assert all(grad.isfinite().all() for grad in gradients(y, [leaf, *layer.parameters()]))
+
+
+@every_layer_norm
 def test_one_feature_is_a_constant_token(norm: str) -> None:
     x = torch.randn(3, 1, requires_grad=True)
     layer = make(norm, 1)
@@ -157,9 +205,9 @@ def test_one_feature_is_a_constant_token(norm: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_inputs_accumulate_in_float32(norm: str, dtype: torch.dtype) -> None:
     """Equal to the float64 formula on the same values up to one rounding of what is returned."""
-    low = (torch.randn(8, 8192) + 10).to(dtype).requires_grad_()
+    low = (torch.randn(8, 8192) + (0 if is_rms(norm) else 10)).to(dtype).requires_grad_()
     high = low.detach().double().requires_grad_()
-    layer = make(norm, 8192)
+    layer = make(norm, 8192, eps=1e-5)
     y, exact = layer(low), define(layer, POWERS[norm], high)
     # Half of a last place of the output; 1e-5 for float32's x − μ, of 10 with 24 bits.
     close = {"rtol": {torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype], "atol": 1e-5}
@@ -175,7 +223,7 @@ def test_half_inputs_accumulate_in_float32(norm: str, dtype: torch.dtype) -> Non
 @every_norm
 def test_stats_in_float64(norm: str) -> None:
     x = torch.randn(4, 64) + 1000
-    layer = make(norm, 64, stats_dtype="float64")
+    layer = make(norm, 64, stats_dtype="float64", eps=1e-5)
     exact = define(layer, POWERS[norm], x.double())
     # One rounding to float32; in float32 throughout, x − μ alone would cost 1000 · 2⁻²⁴ = 6e-5.
     torch.testing.assert_close(layer(x), exact.float(), rtol=2e-7, atol=1e-7)
@@ -194,12 +242,12 @@ def test_layouts_and_empty_batches(norm: str) -> None:
         torch.testing.assert_close(layer(arranged), layer(arranged.contiguous()))
     empty = torch.randn(0, 3, 6, requires_grad=True)
     found = gradients(layer(empty), [empty, *layer.parameters()])
-    expected = nn.LayerNorm(6)
+    expected = torchs(norm, 6)
     torch.testing.assert_close(found, gradients(expected(empty), [empty, *expected.parameters()]))
 
 
 @every_norm
-def test_saves_no_more_than_layer_norm(norm: str) -> None:
+def test_saves_no_more_than_torchs(norm: str) -> None:
     def saved_bytes(layer: nn.Module) -> int:
         sizes: dict[int, int] = {}
 
@@ -212,12 +260,12 @@ def test_saves_no_more_than_layer_norm(norm: str) -> None:
             layer(x)
         return sum(sizes.values())
 
-    assert saved_bytes(make(norm, 64)) <= saved_bytes(nn.LayerNorm(64))
+    assert saved_bytes(make(norm, 64)) <= saved_bytes(torchs(norm, 64))
 
 
 # Dynamo of torch 2.11 instantiates any autograd function that it traces.
 @pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("norm", ["l1", "lp3.7"])
+@pytest.mark.parametrize("norm", ["l1", "lp3.7", "rms l1"])
 def test_compiles_whole(norm: str) -> None:
     torch._dynamo.reset()
     layer = make(norm, 6)
@@ -240,7 +288,7 @@ def test_meta_device(norm: str) -> None:
     assert x.grad.shape == x.shape
     ready = layer.to_empty(device="cpu")
     ready.reset_parameters()
-    torch.testing.assert_close(ready.state_dict(), nn.LayerNorm(6).state_dict())
+    torch.testing.assert_close(ready.state_dict(), torchs(norm, 6).state_dict())
 
 
 SETTINGS: list[dict[str, Any]] = [
@@ -300,14 +348,18 @@ def test_repr_evaluates(norm: str, settings: dict[str, Any], normalized: Any) ->
     ids=str,
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        norms.LpLayerNorm(6, **settings)
+    for cls in (norms.LpLayerNorm, norms.LpRMSNorm):
+        if "bias" not in settings or cls is norms.LpLayerNorm:
+            with pytest.raises(InputError, match=message):
+                cls(6, **settings)
 
 
 @pytest.mark.parametrize("normalized", [0, (), (3, 0), -1])
 def test_no_features(normalized: Any) -> None:
     with pytest.raises(InputError, match="normalized_shape must have sizes of at least 1, got"):
         norms.L1LayerNorm(normalized)
+    with pytest.raises(InputError, match="normalized_shape must have sizes of at least 1, got"):
+        norms.L1RMSNorm(normalized)
 
 
 @every_norm

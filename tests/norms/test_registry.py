@@ -10,6 +10,7 @@ from nmlightning.errors import InputError
 from nmlightning.norms.registry import (
     KINDS,
     NORMS,
+    Kind,
     check_kinds,
     check_options,
     find_norm,
@@ -47,18 +48,22 @@ def test_l2_is_torchs_own() -> None:
     assert layer_class("l2", "batch", 3) is nn.BatchNorm3d
     assert layer_class("l2", "batch") is nn.SyncBatchNorm
     assert layer_class("l2", "layer") is nn.LayerNorm
+    assert layer_class("l2", "rms") is nn.RMSNorm
 
 
-def test_layer_norm_classes() -> None:
+def test_layer_and_rms_norm_classes() -> None:
     assert layer_class("l1", "layer") is norms.L1LayerNorm
     assert layer_class("lp", "layer") is norms.LpLayerNorm
+    assert layer_class("l1", "rms") is norms.L1RMSNorm
+    assert layer_class("lp", "rms") is norms.LpRMSNorm
 
 
 @pytest.mark.parametrize("name", ["linf", "topk", "top10", "range", "mean", "half_l2"])
-def test_norms_that_layer_norms_cannot_have(name: str) -> None:
-    message = f"The norm '{name}' is not defined for layer norms; l2, l1, lp are."
+@pytest.mark.parametrize(("kind", "title"), [("layer", "layer"), ("rms", "RMS")])
+def test_norms_that_others_cannot_have(name: str, kind: Kind, title: str) -> None:
+    message = f"The norm '{name}' is not defined for {title} norms; l2, l1, lp are."
     with pytest.raises(InputError, match=message):
-        layer_class(name, "layer")
+        layer_class(name, kind)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +127,7 @@ def test_every_batch_norm_takes_the_common_options(name: str) -> None:
             "sync",
             "no option 'sync' for layer norms; it has constant, eps, stats_dtype.",
         ),
+        ("l1", "rms", "sync", "no option 'sync' for RMS norms; it has constant, eps, stats_dtype."),
         ("l1", "layer", "momentum", "The norm 'l1' has no option 'momentum' for layer norms"),
         (
             "mean",
@@ -158,8 +164,8 @@ def test_an_option_that_is_no_name() -> None:
 
 def test_kinds() -> None:
     assert check_kinds(("batch",)) == ("batch",)
-    assert check_kinds(KINDS) == ("batch", "layer")
-    with pytest.raises(InputError, match=r"batch and layer, got 'bach'\. Did you mean 'batch'\?"):
+    assert check_kinds(KINDS) == ("batch", "layer", "rms")
+    with pytest.raises(InputError, match=r"batch, layer, rms, got 'bach'\. Did you mean 'batch'\?"):
         check_kinds(("batch", "bach"))
-    with pytest.raises(InputError, match="kinds is empty: name batch or layer, or both"):
+    with pytest.raises(InputError, match="kinds is empty: name batch, layer, rms or several"):
         check_kinds(())
