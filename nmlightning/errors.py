@@ -50,6 +50,13 @@ def check_whole_number(what: str, value: int, least: int = 1) -> int:
     return int(value)
 
 
+def check_share(what: str, value: float) -> float:
+    """Return `value`, the setting called `what`, if it is at least 0 and less than 1."""
+    if not (is_number(value) and 0 <= value < 1):
+        raise InputError(f"{what} must be at least 0 and less than 1, got {value!r}.")
+    return float(value)
+
+
 def is_number(value: object) -> bool:
     """Whether `value` is a real number; True and False, which Python counts as 1 and 0, are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)

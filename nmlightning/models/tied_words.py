@@ -1,0 +1,60 @@
+"""The words of a translation model: two embeddings and an output layer, which may be one matrix."""
+
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nmlightning.errors import check_choice, check_whole_number
+from nmlightning.text.special_tokens import SPECIAL_TOKENS
+
+Tied = Literal["all", "output", "none"]
+
+
+class TiedWords(nn.Module):
+    """Vectors of the source's and the target's tokens, and the logits of the tokens to come.
+
+    Where the output layer is tied to an embedding (Press & Wolf 2017, arXiv 1608.05859) it is no
+    module of its own but reads the embedding's weight, so that what computes that weight, such as
+    weight norm, counts for both. Entries are drawn from N(0, 1/width), those of PAD as well: what
+    they are never counts, and a row of zeros would have no direction that could be normalised.
+
+    Args:
+        vocab_size: number of tokens, with the special ones.
+        width: numbers in a vector.
+        tied: "all": source, target and output are one matrix; "output": the source has its own;
+            "none": three matrices.
+
+    Raises:
+        InputError: for another `tied`, or a vocabulary without a word.
+    """
+
+    def __init__(self, vocab_size: int, width: int, tied: Tied) -> None:
+        super().__init__()
+        check_choice("tied", tied, ("all", "output", "none"))
+        check_whole_number("vocab_size", vocab_size, least=len(SPECIAL_TOKENS) + 1)
+        self.target = nn.Embedding(vocab_size, width)
+        self.own_source = None if tied == "all" else nn.Embedding(vocab_size, width)
+        self.own_output = nn.Linear(width, vocab_size, bias=False) if tied == "none" else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the entries from N(0, 1/width)."""
+        for weight in self.parameters():
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+
+    def embed_source(self, tokens: Tensor) -> Tensor:
+        """Return the vectors of (N, S) tokens, (N, S, width)."""
+        embedding = self.target if self.own_source is None else self.own_source
+        vectors: Tensor = embedding(tokens)
+        return vectors
+
+    def embed_target(self, tokens: Tensor) -> Tensor:
+        """Return the vectors of (N, T) tokens, (N, T, width)."""
+        vectors: Tensor = self.target(tokens)
+        return vectors
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return the logits of all tokens, (…, width) → (…, vocab_size)."""
+        output: nn.Module = self.target if self.own_output is None else self.own_output
+        return F.linear(x, output.weight)  # type: ignore[arg-type]
