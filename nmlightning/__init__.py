@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from nmlightning.datamodules import CIFAR10 as CIFAR10
     from nmlightning.datamodules import Digits as Digits
     from nmlightning.datamodules import ImageNet as ImageNet
+    from nmlightning.datamodules import ParallelText as ParallelText
     from nmlightning.errors import InputError as InputError
     from nmlightning.export.folding import FoldReport as FoldReport
     from nmlightning.export.folding import fold_norms as fold_norms
@@ -70,7 +71,7 @@ _BATCH_NORMS = [f"{statistic}BatchNorm{n}d" for statistic in _STATISTICS for n i
 _HOMES = {
     "callbacks": ["NormSwap", "WeightNormSwap", "WeightNormTracker"],
     "checkpoints": ["load_from_checkpoint"],
-    "datamodules": ["CIFAR10", "Digits", "ImageNet"],
+    "datamodules": ["CIFAR10", "Digits", "ImageNet", "ParallelText"],
     "errors": ["InputError"],
     "export.folding": ["FoldReport", "fold_norms"],
     "export.network": ["ExportReport", "export_network"],

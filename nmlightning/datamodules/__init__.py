@@ -1,5 +1,6 @@
-"""Data for the experiments: small sets held in memory, and ImageNet decoded by workers."""
+"""Data for the experiments: images in memory or decoded by workers, and sentence pairs."""
 
 from nmlightning.datamodules.cifar10 import CIFAR10 as CIFAR10
 from nmlightning.datamodules.digits import Digits as Digits
 from nmlightning.datamodules.imagenet import ImageNet as ImageNet
+from nmlightning.datamodules.parallel_text import ParallelText as ParallelText

@@ -1,20 +1,25 @@
 """Which images make each batch: shuffled anew each epoch, resumable, shared out among processes.
 
-How the images of a batch are read is up to the data. The loaders are plain iterables and shard
-themselves, so Lightning neither replaces their sampler nor asks for workers.
+How the images of a batch are read is up to the data.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
-from itertools import islice
-from typing import Any, NamedTuple, NoReturn, Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import NamedTuple, Protocol
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from nmlightning.datamodules.process_shard import WHOLE_SET, Shard, shard_of
 from nmlightning.datamodules.shuffled_rows import shuffle_rows
+from nmlightning.datamodules.training_batches import (
+    OrderState,
+    TrainingBatches,
+    count_batches_done,
+    epoch_generator,
+    order_seed,
+)
 from nmlightning.errors import InputError, check_whole_number
 
 
@@ -66,21 +71,7 @@ class ImageSource(Protocol):
         """Yield the batch of each draw, in their order."""
 
 
-class Shard(NamedTuple):
-    """Which part of every epoch this process reads."""
-
-    rank: int = 0
-    world_size: int = 1
-
-
-WHOLE_SET = Shard()
 LARGEST_SEED = 2**63 - 1  # of an int64
-ORDER = {  # what the batches of an epoch follow from, in words; the seed is taken over
-    "images": "images",
-    "shard_size": "images a shard",
-    "world_batch": "images a batch on all processes",
-}
-OrderState = dict[str, int | str]
 
 
 def images_a_batch(length: int, batch_size: int, processes: int) -> int:
@@ -109,6 +100,15 @@ class AugmentedShuffle:
     Raises:
         InputError: if there are fewer images than ranks.
     """
+
+    follows_from = MappingProxyType(
+        {
+            "images": "images",
+            "shard_size": "images a shard",
+            "world_batch": "images a batch on all processes",
+        }
+    )
+    other_data = "of other images, by their names, labels or order"
 
     def __init__(
         self,
@@ -165,7 +165,7 @@ class AugmentedShuffle:
             yield Draw(*(drawn[part] for drawn in epoch))
 
     def _draw_epoch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        generator = _generator(self.seed, self.epoch)
+        generator = epoch_generator(self.seed, self.epoch)
         rows = shuffle_rows(self.length, self.shard_size, generator)
         if not self.shuffle:
             rows = torch.arange(self.length)
@@ -174,69 +174,6 @@ class AugmentedShuffle:
         flips = torch.randint(2, (self.length,), generator=generator).bool()
         seeds = torch.randint(LARGEST_SEED, (self.length,), generator=generator)
         return rows, corners, flips & self.augmentation.flip, seeds
-
-
-class TrainingBatches:
-    """Iterates over raw training batches; a run resumed within an epoch goes on in that epoch.
-
-    Lightning calls `load_state_dict` where a checkpoint was written in mid-epoch. The next epoch
-    then starts behind the `batches_done` that Lightning has counted, not behind those that were
-    read: the batch during which a run was interrupted was read but not trained on.
-
-    Args:
-        data: what the batches are of.
-        sampler: which images make each batch.
-        batches_done: how many batches of the current epoch were trained on.
-        interrupted: the `state_dict` of the sampler of the run that is resumed, if any.
-
-    Raises:
-        InputError: in iterating, if a run is resumed within an epoch and the rest of that epoch
-            cannot be the rest: with other images, or with another number of them in a batch.
-    """
-
-    def __init__(
-        self,
-        data: ImageSource,
-        sampler: AugmentedShuffle,
-        batches_done: Callable[[], int] = int,
-        interrupted: Mapping[str, int | str] | None = None,
-    ) -> None:
-        self.data = data
-        self.sampler = sampler
-        self.batches_done = batches_done
-        self.interrupted = interrupted
-        self._resumes = False
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def __iter__(self) -> Iterator[RawBatch]:
-        skip = self.batches_done() if self._resumes else 0
-        self._resumes = False
-        if skip:
-            self._refuse_another_order()
-        yield from self.data.batches(islice(self.sampler, skip, None))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}  # its place in the epoch is in the checkpoint already
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._resumes = True
-
-    def _refuse_another_order(self) -> None:
-        ours, theirs = self.sampler.state_dict(), self.interrupted or {}
-        for key, what in ORDER.items():
-            if theirs.get(key, ours[key]) != ours[key]:
-                self._refuse(f"with {theirs[key]} {what}, and this run has {ours[key]}")
-        if theirs.get("digest", ours["digest"]) != ours["digest"]:
-            self._refuse("of other images, by their names, labels or order")
-
-    def _refuse(self, difference: str) -> NoReturn:
-        raise InputError(
-            f"The checkpoint was written within an epoch {difference}, so the rest of that epoch "
-            "is not known: resume with the same data and batch, or from a checkpoint at the end of "
-            "an epoch."
-        )
 
 
 class EvaluationBatches:
@@ -276,27 +213,24 @@ def training_batches(
     augmentation: Augmentation,
     trainer: pl.Trainer | None,
     interrupted: Mapping[str, int | str] | None = None,
-) -> TrainingBatches:
+) -> TrainingBatches[Draw, RawBatch]:
     """Return a data module's training loader, sharded for `trainer` and seeded by torch's seed.
 
-    The seed is the one last given to `seed_everything` or `torch.manual_seed`, rank 0's on every
-    rank, or that of the run that was `interrupted`, whose sampler's state is given. Without a
-    trainer there is one shard, and the caller calls `sampler.set_epoch`.
+    A run that was `interrupted`, whose sampler's state is given, hands on its seed (`order_seed`).
+    Without a trainer there is one shard, and the caller calls `sampler.set_epoch`.
     """
     check_whole_number("batch_size", batch_size)
-    seed = int((interrupted or {}).get("seed", torch.initial_seed()))
     sampler = AugmentedShuffle(
         data.length,
         batch_size,
         augmentation,
-        seed=trainer.strategy.broadcast(seed) if trainer else seed,
-        shard=_shard(trainer),
+        seed=order_seed(trainer, interrupted),
+        shard=shard_of(trainer),
         shuffle=not getattr(trainer, "overfit_batches", 0),
         shard_size=data.shard_size,
         digest=data.digest,
     )
-    batches_done = partial(_batches_done, trainer) if trainer else int
-    return TrainingBatches(data, sampler, batches_done, interrupted)
+    return TrainingBatches(data, sampler, count_batches_done(trainer), interrupted)
 
 
 def evaluation_batches(
@@ -304,19 +238,4 @@ def evaluation_batches(
 ) -> EvaluationBatches:
     """Return the validation, test or prediction loader of a data module, sharded for `trainer`."""
     check_whole_number("batch_size", batch_size)
-    return EvaluationBatches(data, batch_size, _shard(trainer))
-
-
-def _batches_done(trainer: pl.Trainer) -> int:
-    return trainer.fit_loop.epoch_loop.batch_progress.current.ready
-
-
-def _shard(trainer: pl.Trainer | None) -> Shard:
-    ranks = trainer.distributed_sampler_kwargs if trainer else None
-    return Shard(ranks["rank"], ranks["num_replicas"]) if ranks else Shard()
-
-
-def _generator(seed: int, epoch: int) -> torch.Generator:
-    """Mix seed and epoch, so that (1, 0) and (0, 1) have nothing in common."""
-    (mixed,) = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(mixed))
+    return EvaluationBatches(data, batch_size, shard_of(trainer))

@@ -2,32 +2,27 @@
 
 from abc import ABC, abstractmethod
 
-import pytorch_lightning as pl
 from torch import Tensor
 
 from nmlightning.datamodules.batch_transform import BatchTransform
 from nmlightning.datamodules.batches import (
     Augmentation,
-    AugmentedShuffle,
+    Draw,
     EvaluationBatches,
     ImageSource,
-    OrderState,
     RawBatch,
-    TrainingBatches,
     evaluation_batches,
     images_a_batch,
     training_batches,
 )
 from nmlightning.datamodules.precision import input_dtype
+from nmlightning.datamodules.resumable_data import ResumableData
+from nmlightning.datamodules.training_batches import TrainingBatches
 from nmlightning.errors import check_whole_number
 
 
-class ImageData(pl.LightningDataModule, ABC):
+class ImageData(ResumableData, ABC):
     """Images to train with and images to validate with, which test and prediction read, too.
-
-    A resumed run goes on with the order that it began, within an epoch with the very next batch.
-    Lightning's checkpoint holds how many batches of the epoch are done, and the state of this
-    module what their order follows from.
 
     Args:
         batch_size: images a batch, on each process.
@@ -46,8 +41,6 @@ class ImageData(pl.LightningDataModule, ABC):
         super().__init__()
         self.batch_size = check_whole_number("batch_size", batch_size)
         self.augmentation = augmentation
-        self._interrupted: OrderState | None = None
-        self._sampler: AugmentedShuffle | None = None
 
     @property
     @abstractmethod
@@ -67,25 +60,13 @@ class ImageData(pl.LightningDataModule, ABC):
             return self.batch_size
         return images_a_batch(self.train.length, self.batch_size, processes)
 
-    def train_dataloader(self) -> TrainingBatches:
+    def train_dataloader(self) -> TrainingBatches[Draw, RawBatch]:
         assert self.train is not None, "setup('fit') comes first"
         batches = training_batches(
-            self.train, self.batch_size, self.augmentation, self.trainer, self._interrupted
+            self.train, self.batch_size, self.augmentation, self.trainer, self.interrupted
         )
-        self._sampler = batches.sampler
+        self.sampler = batches.sampler
         return batches
-
-    def state_dict(self) -> OrderState:
-        """Return the seed of the order, what the images are and how they are batched."""
-        return self._sampler.state_dict() if self._sampler else {}
-
-    def load_state_dict(self, state_dict: OrderState) -> None:
-        """Let the next training loader go on with the order of the run that was interrupted."""
-        self._interrupted = dict(state_dict)
-
-    def teardown(self, stage: str) -> None:
-        """Forget the interrupted run: the next one may be another."""
-        self._interrupted = None
 
     def val_dataloader(self) -> EvaluationBatches:
         assert self.validation is not None, "setup() comes first"

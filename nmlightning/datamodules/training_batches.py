@@ -1,0 +1,143 @@
+"""Training batches of any data, whose order follows from a seed and which a resumed run continues.
+
+The loaders are plain iterables and shard themselves, so Lightning neither replaces their sampler
+nor asks for workers.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from itertools import islice
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+
+from nmlightning.errors import InputError
+
+OrderState = dict[str, int | str]
+Draw = TypeVar("Draw")
+Batch = TypeVar("Batch")
+Read = TypeVar("Read", contravariant=True)
+Drawn = TypeVar("Drawn", covariant=True)
+Made = TypeVar("Made", covariant=True)
+
+
+class BatchReader(Protocol[Read, Made]):
+    """Data of which batches are read."""
+
+    def batches(self, draws: Iterable[Read]) -> Iterator[Made]:
+        """Yield the batch of each draw, in their order."""
+
+
+class EpochOrder(Protocol[Drawn]):
+    """What is in each batch of an epoch, on this process."""
+
+    @property
+    def follows_from(self) -> Mapping[str, str]:
+        """The keys of the state that must not change within an epoch, in words."""
+
+    @property
+    def other_data(self) -> str:
+        """What is said of another `digest` in the state."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch comes next; Lightning does so before each."""
+
+    def state_dict(self) -> OrderState:
+        """Return what the batches follow from, besides the epoch."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Drawn]: ...
+
+
+class TrainingBatches(Generic[Draw, Batch]):
+    """Iterates over training batches; a run resumed within an epoch goes on in that epoch.
+
+    Lightning calls `load_state_dict` where a checkpoint was written in mid-epoch. The next epoch
+    then starts behind the `batches_done` that Lightning has counted, not behind those that were
+    read: the batch during which a run was interrupted was read but not trained on.
+
+    Args:
+        data: what the batches are of.
+        sampler: what is in each batch.
+        batches_done: how many batches of the current epoch were trained on.
+        interrupted: the `state_dict` of the sampler of the run that is resumed, if any.
+
+    Raises:
+        InputError: in iterating, if a run is resumed within an epoch and the rest of that epoch
+            cannot be the rest: with other data, or with batches of another size.
+    """
+
+    def __init__(
+        self,
+        data: BatchReader[Draw, Batch],
+        sampler: EpochOrder[Draw],
+        batches_done: Callable[[], int] = int,
+        interrupted: Mapping[str, int | str] | None = None,
+    ) -> None:
+        self.data = data
+        self.sampler = sampler
+        self.batches_done = batches_done
+        self.interrupted = interrupted
+        self._resumes = False
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        skip = self.batches_done() if self._resumes else 0
+        self._resumes = False
+        if skip:
+            refuse_another_order(self.sampler, self.interrupted or {})
+        yield from self.data.batches(islice(self.sampler, skip, None))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}  # its place in the epoch is in the checkpoint already
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumes = True
+
+
+def refuse_another_order(sampler: EpochOrder[Any], theirs: Mapping[str, int | str]) -> None:
+    """Raise InputError if the state `theirs` of another run's sampler means other batches."""
+    ours = sampler.state_dict()
+    for key, what in sampler.follows_from.items():
+        if theirs.get(key, ours[key]) != ours[key]:
+            _refuse(f"with {theirs[key]} {what}, and this run has {ours[key]}")
+    if theirs.get("digest", ours["digest"]) != ours["digest"]:
+        _refuse(sampler.other_data)
+
+
+def _refuse(difference: str) -> NoReturn:
+    raise InputError(
+        f"The checkpoint was written within an epoch {difference}, so the rest of that epoch "
+        "is not known: resume with the same data and batch, or from a checkpoint at the end of "
+        "an epoch."
+    )
+
+
+def order_seed(trainer: pl.Trainer | None, interrupted: Mapping[str, int | str] | None) -> int:
+    """Return the seed of the order: of the run that was interrupted, or torch's.
+
+    The latter is the one last given to `seed_everything` or `torch.manual_seed`, rank 0's on every
+    rank.
+    """
+    seed = int((interrupted or {}).get("seed", torch.initial_seed()))
+    return int(trainer.strategy.broadcast(seed)) if trainer else seed
+
+
+def count_batches_done(trainer: pl.Trainer | None) -> Callable[[], int]:
+    """Return what says how many batches of the current epoch were trained on."""
+    return partial(_batches_done, trainer) if trainer else int
+
+
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """Mix seed and epoch, so that (1, 0) and (0, 1) have nothing in common."""
+    (mixed,) = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(mixed))
+
+
+def _batches_done(trainer: pl.Trainer) -> int:
+    return trainer.fit_loop.epoch_loop.batch_progress.current.ready

@@ -1,0 +1,166 @@
+"""What the data modules of sentence pairs share: their tokenizer, their batches, their checks."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from nmlightning.datamodules.process_shard import shard_of
+from nmlightning.datamodules.resumable_data import ResumableData
+from nmlightning.datamodules.sentence_batches import (
+    EvaluationSentences,
+    ShuffledBatches,
+    TrainingPairs,
+)
+from nmlightning.datamodules.training_batches import (
+    TrainingBatches,
+    count_batches_done,
+    order_seed,
+)
+from nmlightning.errors import InputError, check_choice, check_whole_number
+from nmlightning.text.encoded_pairs import EncodedPairs, TooLong, TrainingLimits, encode_pairs
+from nmlightning.text.kept_corpus import keep_pairs, keep_tokenizer
+from nmlightning.text.sentence_pair import PairSource, SentencePair
+from nmlightning.text.tokenizer import SMALLEST, JointBPE
+from nmlightning.text.translation_batch import TranslationBatch
+
+
+class TranslationData(ResumableData, ABC):
+    """Sentence pairs to train with, to validate with and, if there are others, to test with.
+
+    Args:
+        folder: keeps the tokenizer and the encoded training pairs; None makes them in memory.
+        vocab_size: entries of a tokenizer that is trained.
+        tokenizer: the file of one that is not.
+        tokens_a_batch: at most so many tokens, padding included, on either side of a batch.
+        max_length: tokens of a sentence, without BOS and EOS.
+        too_long: what becomes of training pairs with more (see `TrainingLimits`).
+
+    Attributes:
+        tokenizer: from `setup` on.
+        train: the encoded training pairs, from `setup("fit")` on.
+    """
+
+    tokenizer: JointBPE | None = None
+    train: EncodedPairs | None = None
+
+    def __init__(
+        self,
+        folder: Path | None,
+        vocab_size: int,
+        tokenizer: str | None,
+        tokens_a_batch: int,
+        max_length: int,
+        too_long: TooLong,
+    ) -> None:
+        super().__init__()
+        check_choice("too_long", too_long, get_args(TooLong))
+        self.folder = folder
+        self.new_vocab_size = check_whole_number("vocab_size", vocab_size, SMALLEST)
+        self.tokenizer_path = tokenizer
+        self.limits = TrainingLimits(check_whole_number("max_length", max_length), too_long)
+        self.tokens_a_batch = check_whole_number("tokens_a_batch", tokens_a_batch)
+        if tokens_a_batch < max_length + 2:
+            raise InputError(
+                f"tokens_a_batch {tokens_a_batch} is too few for a sentence of max_length "
+                f"{max_length} tokens with its begin and end: choose at least {max_length + 2}."
+            )
+
+    @abstractmethod
+    def training_pairs(self) -> PairSource:
+        """Return what is trained on, and what the tokenizer is trained on."""
+
+    @abstractmethod
+    def evaluation_pairs(self, part: str) -> Sequence[SentencePair]:
+        """Return all pairs of `validation` or `test`."""
+
+    @property
+    def vocab_size(self) -> int:
+        """The entries of the tokenizer, which `setup` finds."""
+        assert self.tokenizer is not None, "setup() comes first"
+        return self.tokenizer.vocab_size
+
+    def prepare_data(self) -> None:
+        """Train the tokenizer and encode the training pairs, where they are not kept already.
+
+        Lightning calls this in one process.
+        """
+        if self.folder is not None:
+            tokenizer = self._find_tokenizer()
+            if self._fits():
+                keep_pairs(self.folder, self.training_pairs(), tokenizer, self.limits, check=True)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Find the tokenizer and, for a fit, the training pairs."""
+        if self.tokenizer is None:
+            self.tokenizer = self._find_tokenizer()
+        if self.train is None and stage in (None, "fit"):
+            pairs = self.training_pairs()
+            self.train = keep_pairs(self.folder, pairs, self.tokenizer, self.limits)
+            _note_omissions(self.train, self.limits)
+
+    def _fits(self) -> bool:
+        return self.trainer is None or self.trainer.state.fn == "fit"
+
+    def _find_tokenizer(self) -> JointBPE:
+        if self.tokenizer_path is not None:
+            return JointBPE.load(Path(self.tokenizer_path).expanduser())
+        return keep_tokenizer(self.folder, self.training_pairs(), self.new_vocab_size)
+
+    def train_dataloader(self) -> TrainingBatches[Tensor, TranslationBatch]:
+        assert self.tokenizer is not None, "setup('fit') comes first"
+        assert self.train is not None, "setup('fit') comes first"
+        trainer = self.trainer
+        self.sampler = ShuffledBatches(
+            self.train,
+            self.tokens_a_batch,
+            self.tokenizer.digest,
+            seed=order_seed(trainer, self.interrupted),
+            shard=shard_of(trainer),
+            shuffle=not getattr(trainer, "overfit_batches", 0),
+        )
+        return TrainingBatches(
+            TrainingPairs(self.train, self._pins_memory()),
+            self.sampler,
+            count_batches_done(trainer),
+            self.interrupted,
+        )
+
+    def val_dataloader(self) -> EvaluationSentences:
+        return self._evaluate("validation")
+
+    def test_dataloader(self) -> EvaluationSentences:
+        return self._evaluate("test")
+
+    def predict_dataloader(self) -> EvaluationSentences:
+        return self.test_dataloader()
+
+    def _evaluate(self, part: str) -> EvaluationSentences:
+        assert self.tokenizer is not None, "setup() comes first"
+        pairs = self.evaluation_pairs(part)
+        return EvaluationSentences(
+            encode_pairs(pairs, self.tokenizer),
+            [pair.target for pair in pairs],
+            self.tokens_a_batch,
+            self.limits.max_length,
+            shard_of(self.trainer),
+            self._pins_memory(),
+        )
+
+    def _pins_memory(self) -> bool:
+        return bool(self.trainer and self.trainer.strategy.root_device.type == "cuda")
+
+
+def _note_omissions(pairs: EncodedPairs, limits: TrainingLimits) -> None:
+    """Warn once of the training pairs that were left out or shortened."""
+    done = "left out" if limits.too_long == "drop" else "shortened"
+    notes = {
+        "with an empty side were left out": pairs.omitted.empty,
+        f"of more than {limits.max_length} tokens were {done}": pairs.omitted.too_long,
+    }
+    told = [f"{count} {what}" for what, count in notes.items() if count]
+    if told:
+        rank_zero_warn(f"Of the training pairs {' and '.join(told)}; {pairs.length} are used.")
