@@ -60,10 +60,3 @@ def check_share(what: str, value: float) -> float:
 def is_number(value: object) -> bool:
     """Whether `value` is a real number; True and False, which Python counts as 1 and 0, are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def check_share(what: str, value: float) -> float:
-    """Return `value`, the setting called `what`, if it is between 0 and 1, or raise InputError."""
-    if not (is_number(value) and 0 <= value <= 1):
-        raise InputError(f"{what} is {value!r}; it must be between 0 and 1.")
-    return value

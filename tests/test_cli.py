@@ -155,7 +155,7 @@ BAD_INPUT = {
     "--model.optimizer.lr high": "model.optimizer.lr: expected float, received 'high'.",
     "--model.lr_scheduler.milestones x": "milestones: expected a list, received 'x'.",
     "--model.weight_decay_scope nonorm": "one of 'all', 'no_norm', .* Did you mean 'no_norm'?",
-    "--model.label_smoothing 2": "label_smoothing is 2.0; it must be between 0 and 1.",
+    "--model.label_smoothing 2": "label_smoothing must be at least 0 and less than 1, got 2.0.",
     "--config '{trainer: 3}'": "trainer holds options, such as {max_epochs: 3}, received 3.",
     "--config '{trainer: {max_epochs: x}}'": "nm: trainer.max_epochs: expected int or null, rec",
     "--trainer.max_epochs three": "trainer.max_epochs: expected int or null, received 'three'.",

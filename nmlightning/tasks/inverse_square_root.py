@@ -2,6 +2,7 @@
 
 import math
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -43,7 +44,7 @@ class InverseSquareRootLR(LRScheduler):
         self.warmup_steps = check_whole_number("warmup_steps", warmup_steps)
         super().__init__(optimizer, last_epoch)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         """Return the rate of each group for the step that comes next."""
         step, warmup = self.last_epoch + 1, self.warmup_steps
         factor = min(step / warmup, math.sqrt(warmup / step))

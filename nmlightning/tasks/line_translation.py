@@ -37,7 +37,7 @@ class LineOptions:
 def translate_lines(
     task: Translator,
     lines: Sequence[str],
-    options: LineOptions = LineOptions(),  # noqa: B008
+    options: LineOptions = LineOptions(),
     on_translated: Callable[[int], object] = int,
 ) -> tuple[list[str], list[int]]:
     """Return the translation of each line, in order, and the positions of those that were cut.

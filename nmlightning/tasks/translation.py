@@ -213,7 +213,8 @@ class Translator(pl.LightningModule):
 
     def _log_training(self) -> None:
         """Log every step what the last reading was, so that loggers see it when they ask."""
-        if not self._read or (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not self._read or (self.global_step + 1) % every == 0:
             self._read = self._window.read()
         for name, value in self._read.items():
             self.log(f"train/{name}", value, prog_bar=name != "loss", batch_size=1)
