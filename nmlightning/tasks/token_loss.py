@@ -41,6 +41,6 @@ def token_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) ->
     likelihood = of_targets.sum()
     loss = -(1 - label_smoothing) * likelihood
     if label_smoothing:
-        uniform = log_p.mean(2).masked_fill(~is_token, 0.0).sum()
-        loss = loss - label_smoothing * uniform
+        of_all = log_p.sum(2).masked_fill(~is_token, 0.0).sum()
+        loss = loss - label_smoothing / logits.shape[2] * of_all
     return TokenLoss(loss / tokens, -likelihood.detach(), tokens)
