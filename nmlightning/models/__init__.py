@@ -2,6 +2,7 @@
 
 from nmlightning.models.imagenet_resnet import ResNet18 as ResNet18
 from nmlightning.models.imagenet_resnet import ResNet50 as ResNet50
+from nmlightning.models.lstm import AttentionLSTM as AttentionLSTM
 from nmlightning.models.resnet import CifarResNet as CifarResNet
 from nmlightning.models.transformer import Transformer as Transformer
 from nmlightning.models.translated_relu import TReLU as TReLU

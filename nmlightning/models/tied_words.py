@@ -1,5 +1,6 @@
 """The words of a translation model: two embeddings and an output layer, which may be one matrix."""
 
+import math
 from typing import Literal
 
 from torch import Tensor, nn
@@ -14,10 +15,15 @@ Tied = Literal["all", "output", "none"]
 class TiedWords(nn.Module):
     """Vectors of the source's and the target's tokens, and the logits of the tokens to come.
 
+        vector = √width · E[token],    logits = W x,    E and W of N(0, 1/width) at first
+
+    So vectors have the variance 1, and so have the logits of an x that has it (Vaswani et al. 2017,
+    section 3.4, https://arxiv.org/abs/1706.03762).
+
     Where the output layer is tied to an embedding (Press & Wolf 2017, arXiv 1608.05859) it is no
     module of its own but reads the embedding's weight, so that what computes that weight, such as
-    weight norm, counts for both. Entries are drawn from N(0, 1/width), those of PAD as well: what
-    they are never counts, and a row of zeros would have no direction that could be normalised.
+    weight norm, counts for both. PAD has a vector like the others: what it is never counts, and a
+    row of zeros would have no direction that could be normalised.
 
     Args:
         vocab_size: number of tokens, with the special ones.
@@ -33,6 +39,7 @@ class TiedWords(nn.Module):
         super().__init__()
         check_choice("tied", tied, ("all", "output", "none"))
         check_whole_number("vocab_size", vocab_size, least=len(SPECIAL_TOKENS) + 1)
+        self.scale = math.sqrt(width)
         self.target = nn.Embedding(vocab_size, width)
         self.own_source = None if tied == "all" else nn.Embedding(vocab_size, width)
         self.own_output = nn.Linear(width, vocab_size, bias=False) if tied == "none" else None
@@ -46,12 +53,12 @@ class TiedWords(nn.Module):
     def embed_source(self, tokens: Tensor) -> Tensor:
         """Return the vectors of (N, S) tokens, (N, S, width)."""
         embedding = self.target if self.own_source is None else self.own_source
-        vectors: Tensor = embedding(tokens)
+        vectors: Tensor = embedding(tokens) * self.scale
         return vectors
 
     def embed_target(self, tokens: Tensor) -> Tensor:
         """Return the vectors of (N, T) tokens, (N, T, width)."""
-        vectors: Tensor = self.target(tokens)
+        vectors: Tensor = self.target(tokens) * self.scale
         return vectors
 
     def logits(self, x: Tensor) -> Tensor:

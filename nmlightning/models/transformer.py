@@ -1,7 +1,6 @@
 """The Transformer of Vaswani et al. (2017), https://arxiv.org/abs/1706.03762."""
 
 import functools
-import math
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from nmlightning.errors import InputError, check_choice, check_flag, check_share, check_whole_number
 from nmlightning.models.branch_scale import scale_down
 from nmlightning.models.positions import sinusoids
+from nmlightning.models.reset import reset_parts
 from nmlightning.models.tied_words import Tied, TiedWords
 from nmlightning.models.transformer_layers import (
     NORMS,
@@ -27,9 +27,8 @@ class Transformer(nn.Module):
 
     (N, S) source and (N, T) target tokens → (N, T, vocab_size) logits, those at t of the token that
     follows target[:, : t + 1]. Sentences are padded at their end with `PAD`, which no other
-    position reads; a source has at least one other token. The embeddings are multiplied by √width
-    and sinusoids are added. Dropout is where the paper has it: on these sums and on what a branch
-    returns before it is added.
+    position reads; a source has at least one other token. Dropout is where the paper has it: on the
+    sum of vectors and positions, and on what a branch returns before it is added.
 
     Args:
         vocab_size: number of tokens, with the special ones.
@@ -92,11 +91,7 @@ class Transformer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
-        parts = [module for module in self.modules() if module is not self]
-        for module in reversed(parts):  # What a module draws of its parts comes after their own.
-            reset = getattr(module, "reset_parameters", None)
-            if reset is not None:
-                reset()
+        reset_parts(self)
         if self.scale_branches:
             self._scale_branches()
 
@@ -143,7 +138,7 @@ class Transformer(nn.Module):
         """Return what enters the layers; the first of (N, T, width) vectors is at `first`."""
         last = first + vectors.shape[1]
         positions = sinusoids(first, last, self.width, vectors.device)
-        x: Tensor = self.dropout(vectors * math.sqrt(self.width) + positions.to(vectors.dtype))
+        x: Tensor = self.dropout(vectors + positions.to(vectors.dtype))
         return x
 
 
