@@ -99,6 +99,7 @@ def _before(
 
 
 def _normalise(module: nn.Module, recipe: Recipe) -> None:
-    prepare_for_weights(module, settings_of(recipe), recipe["include"], recipe["exclude"])
+    patterns = (recipe[key] for key in ("layers", "include", "exclude"))
+    prepare_for_weights(module, settings_of(recipe), *patterns)
     note_recipe(module, keywords_of(recipe), recipe["modules"], WEIGHT_NORM)
     keep_in_checkpoints(module)

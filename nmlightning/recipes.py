@@ -8,7 +8,7 @@ nor a weight norm that was removed; weight norms, each of other weights, are in 
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 from nmlightning.after_method import run_after
 from nmlightning.errors import InputError
 from nmlightning.norms.registry import INHERITED_UNLESS_GIVEN, drop_defaults
+from nmlightning.weights.weight_norm.layer_kinds import choose_layers
 from nmlightning.weights.weight_norm.settings import Settings
 from nmlightning.weights.weight_norm.sites import normalised_weights
 
@@ -49,7 +50,11 @@ def make_recipe(
 
 
 def make_weight_norm_recipe(
-    *, include: Iterable[str], exclude: Iterable[str], **settings: Any
+    *,
+    include: Collection[str],
+    exclude: Iterable[str],
+    layers: Sequence[str] | None = None,
+    **settings: Any,
 ) -> Recipe:
     """Return the keywords of `apply_weight_norm` as plain data, those that come to the same equal.
 
@@ -57,7 +62,8 @@ def make_weight_norm_recipe(
     """
     plain = asdict(Settings.of(**settings))
     plain["rho"] = "init" if plain["rho"] is None else plain["rho"]
-    return {**plain, "include": sorted(set(include)), "exclude": sorted(set(exclude))}
+    chosen = {"include": sorted(set(include)), "exclude": sorted(set(exclude))}
+    return {**plain, "layers": list(choose_layers(layers, include)), **chosen}
 
 
 def settings_of(recipe: Recipe) -> Settings:

@@ -70,6 +70,7 @@ LAYERS = [
         "nmlightning.after_method",
         "nmlightning.weights.history_arrays",
         "nmlightning.weights.official_pickle",
+        "nmlightning.weights.output_layer",
         "nmlightning.weights.plain_name",
         "nmlightning.weights.recorded_clock",
         "nmlightning.weights.recording_file",

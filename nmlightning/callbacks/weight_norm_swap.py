@@ -19,6 +19,7 @@ from nmlightning.recipes import (
 )
 from nmlightning.weights.weight_norm import WeightNorm, apply_weight_norm
 from nmlightning.weights.weight_norm.gains import live_optimizers
+from nmlightning.weights.weight_norm.layer_kinds import LayerKind
 from nmlightning.weights.weight_norm.settings import Gain, Kind
 from nmlightning.weights.weight_norm.sites import normalised_weights
 
@@ -42,10 +43,14 @@ class WeightNormSwap(ModelChange):
         rho: "init", or a number: ρ, and the norm that gains begin with.
         gain: "none", "channel" or "layer"; None means what the kind has by default.
         project: bring the hidden weights of each channel to ρ now and after each step.
-        include: glob patterns on names of parameters; empty means every convolution.
+        layers: kinds of layers, whose weights are normalised but for the output layer's: "conv",
+            "linear", "recurrent", "embedding". None means convolutions, or none where `include`
+            names weights.
+        include: glob patterns on names of parameters that are normalised as well.
         exclude: glob patterns on names that are left alone.
         cache: compute each weight once for all batches between two optimizer steps. It is not
-            done where FSDP shards weights, to save their memory.
+            done where FSDP shards weights, to save their memory. Likewise in evaluation, until
+            `train()` or `eval()` is called.
 
     Raises:
         InputError: on construction for a setting that is not allowed; in setup for a pattern that
@@ -64,18 +69,20 @@ class WeightNormSwap(ModelChange):
         rho: float | str = "init",
         gain: Gain | None = None,
         project: bool = False,
+        layers: Sequence[LayerKind] | None = None,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         cache: bool = True,
     ) -> None:
         super().__init__()
-        check_lists(include=include, exclude=exclude)
+        check_lists(layers=layers or (), include=include, exclude=exclude)
         self._settings: dict[str, Any] = {
             "kind": kind,
             "p": p,
             "rho": rho,
             "gain": gain,
             "project": project,
+            "layers": None if layers is None else tuple(layers),
             "include": tuple(include),
             "exclude": tuple(exclude),
         }

@@ -10,6 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from nmlightning.errors import InputError, is_number, nearest
+from nmlightning.weights.output_layer import find_output_layer
 
 WeightDecayScope = Literal["all", "no_norm", "no_conv", "last_layer"]
 
@@ -29,8 +30,8 @@ def parameter_groups(
         weight_decay: λ ≥ 0 of the decaying group; None leaves it to the optimizer's own setting.
         scope: `all`; `no_norm`, all but the parameters of normalization layers and biases;
             `no_conv`, all but the weights of convolutions, for a rule that decays them itself; or
-            `last_layer`, only the last `nn.Linear` (the "weight decay off" of the paper's study:
-            https://arxiv.org/abs/1803.01814, figure 1).
+            `last_layer`, only that of `find_output_layer`, mostly the last `nn.Linear` (the "weight
+            decay off" of the paper's study: https://arxiv.org/abs/1803.01814, figure 1).
 
     Returns:
         At most two dictionaries with `params`, and `weight_decay`: λ, then 0; none is empty.
@@ -71,7 +72,7 @@ def _decaying(model: nn.Module, scope: WeightDecayScope) -> Iterator[nn.Paramete
     if scope == "all":
         yield from model.parameters()
     elif scope == "last_layer":
-        yield from _last_linear(model).parameters()
+        yield from _output_layer(model).parameters()
     elif scope == "no_conv":
         convolved = {
             id(parameter)
@@ -95,14 +96,14 @@ def _uses(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
         yield model.get_submodule(layer), name, parameter
 
 
-def _last_linear(model: nn.Module) -> nn.Linear:
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if not linears:
+def _output_layer(model: nn.Module) -> nn.Module:
+    layer = find_output_layer(model)
+    if layer is None:
         raise InputError(
             f"weight-decay scope 'last_layer' needs an nn.Linear, and {type(model).__name__} "
             "has none: choose 'all' or 'no_norm'."
         )
-    return linears[-1]
+    return layer
 
 
 def _is_norm(module: nn.Module) -> bool:

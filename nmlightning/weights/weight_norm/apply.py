@@ -12,9 +12,11 @@ from torch.optim import Optimizer
 from nmlightning.errors import check_flag
 from nmlightning.name_patterns import check_lists
 from nmlightning.weights.weight_norm.gains import homes_of_gains, listed, put_in, take_out
+from nmlightning.weights.weight_norm.layer_kinds import LayerKind
 from nmlightning.weights.weight_norm.refusals import check_model, check_site
 from nmlightning.weights.weight_norm.settings import NAMES, Gain, Kind, Settings
 from nmlightning.weights.weight_norm.sites import Site, find_normalised_sites, find_sites
+from nmlightning.weights.weight_norm.torch_internals import let_copy
 from nmlightning.weights.weight_norm.weight_norm import Holder, WeightNorm
 from nmlightning.weights.weight_norm.weight_pass import WeightPass
 from nmlightning.weights.weight_place import WeightPlace
@@ -27,16 +29,19 @@ class WeightNormReport:
     Attributes:
         settings: of the norm.
         weights: the name of each weight that it normalised, and its ρ.
+        left: the names of a weight that it left, since the output is computed with it.
     """
 
     settings: Settings
     weights: dict[str, float]
+    left: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         bounded = "bounded " if self.settings.kind == "bounded" else ""
         count = len(self.weights)
         name = f"{bounded}weight norm ({NAMES[self.settings.p]})"
-        return f"{name} on {count} weight{'s' * (count != 1)}"
+        of_output = "; not on that of the output layer, " + " = ".join(self.left)
+        return f"{name} on {count} weight{'s' * (count != 1)}{of_output if self.left else ''}"
 
 
 def apply_weight_norm(
@@ -47,6 +52,7 @@ def apply_weight_norm(
     rho: str | float = "init",
     gain: Gain | None = None,
     project: bool = False,
+    layers: Sequence[LayerKind] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     cache: bool = True,
@@ -74,21 +80,26 @@ def apply_weight_norm(
             stays, and "channel" for "weight".
         project: bring ‖v_i‖_p back to ρ after each step of any optimizer. That changes no output;
             without it ‖v‖ grows, and the effective learning rate falls.
-        include: glob patterns on the names of parameters; empty means every convolution. A tied
-            weight is normalised once and stays tied.
+        layers: kinds of layers: "conv", "linear" (the projections of attention, too), "recurrent"
+            (each gate's rows) and "embedding" (each token's row). The output layer is left out, and
+            an embedding that is tied to it. None means convolutions, or none where `include` names
+            weights.
+        include: glob patterns on the names of parameters that are normalised as well, whatever they
+            are of. A tied weight is normalised once and stays tied.
         exclude: glob patterns on names that are left alone.
         cache: in training compute all w together, once for all that happens between two optimizer
-            steps, such as the batches of an accumulation. What changes v unseen by torch, in place
-            through `.data` between a forward pass and that step, is then not seen either.
+            steps, such as the batches of an accumulation; in evaluation, without gradients, each
+            once until `train()` or `eval()` is called. What changes v unseen by torch, in place
+            through `.data` in between, is then not seen either.
         optimizers: those made before, which then move the gains too, in the group of v.
 
     Returns:
         What was done.
 
     Raises:
-        InputError: a setting that is not allowed; a pattern that matches nothing; a weight that is
-            zero in some channel, not finite, complex or integer, sharded, without values, or
-            normalised already; gains that an optimizer made before would not move. Nothing was
+        InputError: a setting that is not allowed; a pattern that matches nothing; no weight, or one
+            that is zero in some channel, not finite, complex or integer, sharded, without values,
+            or normalised already; gains that an optimizer made before would not move. Nothing was
             changed then.
 
     Source: Hoffer et al. 2018, §5 (arXiv 1803.01814); Salimans & Kingma 2016 (arXiv 1602.07868).
@@ -99,9 +110,9 @@ def apply_weight_norm(
     """
     settings = Settings.of(kind, p, rho, gain, project)
     check_flag("cache", cache)
-    check_lists(include=include, exclude=exclude)
+    check_lists(layers=layers or (), include=include, exclude=exclude)
     check_model(model)
-    sites = find_sites(model, include, exclude)
+    sites, left = find_sites(model, layers, include, exclude)
     for site in sites:
         check_site(site, settings)
     homes = {} if settings.gain == "none" else homes_of_gains(sites, listed(optimizers))
@@ -110,14 +121,19 @@ def apply_weight_norm(
         gain_parameter = norms[site.name].gain
         if gain_parameter is not None:
             put_in(gain_parameter, f"{site.name} gain", homes[site.name])
-    return WeightNormReport(settings, {name: float(norm.rho) for name, norm in norms.items()})
+    weights = {name: float(norm.rho) for name, norm in norms.items()}
+    return WeightNormReport(settings, weights, tuple(p.name for site in left for p in site.places))
 
 
 def prepare_for_weights(
-    model: nn.Module, settings: Settings, include: Sequence[str], exclude: Sequence[str]
+    model: nn.Module,
+    settings: Settings,
+    layers: Sequence[str],
+    include: Sequence[str],
+    exclude: Sequence[str],
 ) -> None:
     """Normalise weights that are about to be loaded, whatever values they have yet."""
-    sites = find_sites(model, include, exclude)
+    sites, _ = find_sites(model, layers, include, exclude)
     for site in sites:
         check_site(site, settings, spare_zeros=True)
     _normalise(sites, settings, cache=True)
@@ -140,6 +156,7 @@ def _normalise(sites: Sequence[Site], settings: Settings, *, cache: bool) -> dic
 def _register(place: WeightPlace, norm: WeightNorm) -> Holder:
     _unshare_class(place.module)
     parametrize.register_parametrization(place.module, place.attribute, norm)
+    let_copy(place.module)
     holder = place.parametrizations
     holder.__class__ = Holder  # Torch takes no other class than its own.
     return holder  # type: ignore[return-value]

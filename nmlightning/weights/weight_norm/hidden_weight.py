@@ -1,9 +1,10 @@
-"""What is known of the hidden weight v of a weight norm from one optimizer step to the next."""
+"""What is known of the hidden weight v of a weight norm for as long as nothing changes it."""
 
 import weakref
 from collections.abc import Container
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -39,6 +40,8 @@ class HiddenWeight:
     def weight(self, *sources: Tensor) -> Tensor | None:
         """Return the w that was kept, if nothing changed that torch sees.
 
+        One that was computed without gradients is not for a forward pass with them.
+
         Args:
             *sources: v, then whatever else w is computed from.
         """
@@ -61,4 +64,5 @@ class HiddenWeight:
 
 
 def _state(w: Tensor, sources: tuple[Tensor, ...]) -> list[Any]:
-    return [w._version, *((x._version, x.data_ptr(), x.requires_grad) for x in sources)]
+    changes = [(x._version, x.data_ptr(), x.requires_grad) for x in sources]
+    return [torch.is_grad_enabled(), w._version, *changes]

@@ -4,12 +4,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.utils import parametrize
 
 from nmlightning.errors import InputError
 from nmlightning.name_patterns import matches, some
 from nmlightning.weights.channel_norms import ChannelLayout
+from nmlightning.weights.output_layer import find_output_layer
+from nmlightning.weights.weight_norm.layer_kinds import (
+    LayerKind,
+    choose_layers,
+    is_plain,
+    kind_of,
+    weights_of,
+)
 from nmlightning.weights.weight_norm.settings import Settings
 from nmlightning.weights.weight_norm.weight_norm import WeightNorm
 from nmlightning.weights.weight_place import WeightPlace, find_places, matrices, plain_modules
@@ -52,38 +58,62 @@ class Site:
         """Which of its module's parameters it is, in each place."""
         return [list(p.module._parameters).index(p.attribute) for p in self.places]
 
+    def is_of(self, kinds: Sequence[LayerKind]) -> bool:
+        """Return whether it is the weight of a layer of one of the kinds, in one of its places."""
+        return any(
+            kind_of(place.module) in kinds and place.attribute in weights_of(place.module)
+            for place in self.places
+        )
+
     def matches(self, patterns: Sequence[str]) -> bool:
         """Return whether a glob pattern is true of one of its names."""
         return any(matches(place.name, patterns) for place in self.places)
 
 
 def find_sites(
-    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()
-) -> list[Site]:
-    """Return the weights to normalise.
+    model: nn.Module,
+    layers: Sequence[str] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> tuple[list[Site], list[Site]]:
+    """Return the weights to normalise, and those of the output layer that are not for that.
 
     Args:
         model: any module.
-        include: glob patterns on the names of parameters, of two or more dimensions; empty means
-            every convolution, transposed ones too.
+        layers: kinds of layers, whose weights are meant but for the output layer's; None means
+            convolutions, transposed ones too, or none where `include` names weights.
+        include: glob patterns on the names of parameters, of two or more dimensions, that are
+            meant, too.
         exclude: glob patterns on names that are left alone.
 
     Raises:
-        InputError: a pattern that matches no weight, or none left; a convolution whose weight is
-            no parameter, as pruning leaves it.
+        InputError: another kind; a pattern that matches no weight, or none left; a layer whose
+            weight is no parameter, as pruning leaves it.
     """
-    sites = _all_sites(model)
-    chosen = _choose(
-        model, sites, [s for s in sites if s.places[0].is_of_convolution], include, exclude
-    )
-    if not include:
-        _check_no_computed_weight(model, exclude)
+    kinds, sites = choose_layers(layers, include), _all_sites(model)
+    _check_patterns(model, sites, (*include, *exclude))
+    _check_no_computed_weight(model, kinds, exclude)
+    output = find_output_layer(model)
+    chosen: list[Site] = []
+    left: list[Site] = []
+    for site in sites:
+        if site.matches(exclude):
+            continue
+        if site.matches(include):
+            chosen.append(site)
+        elif site.is_of(kinds):
+            (left if any(place.module is output for place in site.places) else chosen).append(site)
     if not chosen:
-        raise InputError(
-            f"{type(model).__name__} has no weight to normalise: by default these are the "
-            f"convolutions; name others by include. It has {some([s.name for s in sites])}."
+        but = (
+            f", and {left[0].name} is of the output layer, which include has to name"
+            if left
+            else ""
         )
-    return chosen
+        raise InputError(
+            f"{type(model).__name__} has no weight to normalise: layers is {list(kinds)}{but}; "
+            f"choose others, or name weights by include. It has {some([s.name for s in sites])}."
+        )
+    return chosen, left
 
 
 def find_normalised_sites(
@@ -96,7 +126,9 @@ def find_normalised_sites(
             parametrizations, too.
     """
     sites = _all_sites(model)
-    chosen = [site for site in _choose(model, sites, sites, include, exclude) if site.norm]
+    _check_patterns(model, sites, (*include, *exclude))
+    included = [site for site in sites if site.matches(include)] if include else sites
+    chosen = [site for site in included if site.norm and not site.matches(exclude)]
     if not chosen:
         raise InputError(f"{type(model).__name__} has no normalised weight.")
     for site in chosen:
@@ -110,30 +142,28 @@ def normalised_weights(model: nn.Module) -> dict[str, Settings]:
     return {site.name: site.norm.settings for site in _all_sites(model) if site.norm}
 
 
-def _choose(
-    model: nn.Module,
-    sites: Sequence[Site],
-    by_default: Sequence[Site],
-    include: Sequence[str],
-    exclude: Sequence[str],
-) -> list[Site]:
-    for pattern in (*include, *exclude):
+def _check_patterns(model: nn.Module, sites: Sequence[Site], patterns: Sequence[str]) -> None:
+    for pattern in patterns:
         if not any(site.matches([pattern]) for site in sites):
             raise InputError(
                 f"The pattern {pattern!r} matches no weight of two or more dimensions in "
                 f"{type(model).__name__}; there is {some([site.name for site in sites])}."
             )
-    chosen = [site for site in sites if site.matches(include)] if include else by_default
-    return [site for site in chosen if not site.matches(exclude)]
 
 
-def _check_no_computed_weight(model: nn.Module, exclude: Sequence[str]) -> None:
+def _check_no_computed_weight(
+    model: nn.Module, kinds: Sequence[LayerKind], exclude: Sequence[str]
+) -> None:
     for path, module in plain_modules(model):
-        is_plain = "weight" in module._parameters or parametrize.is_parametrized(module, "weight")
-        if isinstance(module, _ConvNd) and not is_plain:
-            parts = [WeightPlace(module, path, own).name for own in matrices(module)]
+        names = weights_of(module) if kind_of(module) in kinds else []
+        for weight in (name for name in names if not is_plain(module, name)):
+            parts = [
+                WeightPlace(module, path, own).name
+                for own in matrices(module)
+                if own.startswith(weight)
+            ]
             if not any(matches(part, exclude) for part in parts):
-                name = WeightPlace(module, path, "weight").name
+                name = WeightPlace(module, path, weight).name
                 raise InputError(
                     f"{name} is computed from {some(parts)}, as pruning and torch's old "
                     f"weight_norm do it: make it plain first, or exclude {parts[0]!r}."

@@ -1,7 +1,9 @@
 """Every touch of what torch does not document, each with its test."""
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def normalise_by_kernel(v: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,3 +39,33 @@ def is_recorded() -> bool:
 def is_captured(v: Tensor) -> bool:
     """Return whether a CUDA graph is being made, which has to hold the computation of w."""
     return v.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def recurrent_weights(layer: nn.RNNBase) -> list[str]:
+    """Return the names of a recurrent layer's matrices, those that `proj_size` adds too."""
+    return [name for name in layer._flat_weights_names if name.startswith("weight_")]
+
+
+def attention_weights(layer: nn.MultiheadAttention) -> list[str]:
+    """Return the names of the matrices that project into heads: one, or three of other widths."""
+    names = ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
+    return ["in_proj_weight"] if layer._qkv_same_embed_dim else names
+
+
+def let_copy(module: nn.Module) -> None:
+    """Let a recurrent layer be deep-copied though it holds weights that were computed.
+
+    It keeps those of its last forward in a list, where torch refuses to copy what has a graph. The
+    copy computes its own before they are used.
+    """
+    cls: Any = type(module)  # of its own, as it is parametrized
+    if isinstance(module, nn.RNNBase) and cls.__deepcopy__ is not _copy_recurrent:
+        cls._copy_parametrized = cls.__deepcopy__
+        cls.__deepcopy__ = _copy_recurrent
+
+
+def _copy_recurrent(self: Any, memo: dict[int, Any]) -> Any:
+    for w in self._flat_weights:
+        if w is not None and not w.is_leaf:
+            memo[id(w)] = w.detach()
+    return self._copy_parametrized(memo)

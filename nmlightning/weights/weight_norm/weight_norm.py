@@ -14,7 +14,7 @@ from nmlightning.weights.channel_norms import (
     channel_norms,
     gather_channels,
 )
-from nmlightning.weights.shards import is_sharded, local_part
+from nmlightning.weights.shards import is_flat, is_sharded, local_part
 from nmlightning.weights.weight_norm.hidden_weight import HiddenWeight
 from nmlightning.weights.weight_norm.normalised_weights import normalise_together
 from nmlightning.weights.weight_norm.settings import NAMES, Settings
@@ -55,7 +55,8 @@ class WeightNorm(nn.Module):
         v: the weight as it is before; its norms give ρ and g where `rho` does not.
         settings: of the norm; a g_i begins as ‖v_i‖_p and one g for a layer as ρ, or as `rho`.
         layout: where the output channels are.
-        cache: in training compute w once for all that happens between two steps of an optimizer.
+        cache: compute w once for all that happens between two steps of an optimizer, and in
+            evaluation, without gradients, once for as long as nothing changes.
         weight_pass: computes those weights together that are cached; one of its own by default.
 
     Attributes:
@@ -109,10 +110,19 @@ class WeightNorm(nn.Module):
         """Return w."""
         if is_recorded() or v.is_inference():
             return self._by_formula(v)
-        if not (self._may_keep() and torch.is_grad_enabled()) or is_captured(v):
+        if not self._may_keep() or is_captured(v):
             return compute_weights([self], [v])[0]
         kept = self.hidden.weight(*self.sources(v))
-        return self._pass.compute(self, v) if kept is None else kept
+        if kept is not None:
+            return kept
+        return self._pass.compute(self, v) if torch.is_grad_enabled() else self._evaluate(v)
+
+    def _evaluate(self, v: Tensor) -> Tensor:
+        """Return w and keep it: a text is written in many steps, each of which reads it."""
+        with torch.inference_mode(mode=False), torch.no_grad():
+            w = compute_weights([self], [v])[0]
+            self.hidden.keep(w, *self.sources(v))
+        return w
 
     def _by_formula(self, v: Tensor) -> Tensor:
         scales = self.rho if self.gain is None else self.gain
@@ -137,7 +147,9 @@ class WeightNorm(nn.Module):
         return made[2]  # type: ignore[no-any-return]
 
     def _may_keep(self) -> bool:
-        """Return whether w may be kept until the next optimizer step."""
+        """Return whether w may be kept: until an optimizer's next step, or while it evaluates."""
+        if not torch.is_grad_enabled():
+            return self.cache and not self.training
         return self.cache and self.training and self.hidden.is_stepped
 
     def waiting(self, device: torch.device) -> Tensor | None:
@@ -175,7 +187,7 @@ class WeightNorm(nn.Module):
         v = self.hidden.value
         assert v is not None
         self.hidden.is_stepped = True
-        self.cache = self.cache and not is_sharded(v)  # It would hold what FSDP lets go of.
+        self.cache = self.cache and not is_sharded(v)  # As in `train`.
         if self.settings.project and v in moved:
             self.project()
 
@@ -198,6 +210,9 @@ class WeightNorm(nn.Module):
     def train(self, mode: bool = True) -> "WeightNorm":
         """Forget w, too: weights may have been exchanged, for averages of them say."""
         self.hidden.forget()
+        v = self.hidden.value
+        if v is not None and (is_sharded(v) or is_flat(v)):
+            self.cache = False  # It would hold what FSDP lets go of.
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "WeightNorm":

@@ -407,7 +407,10 @@ def wrapped() -> nn.Module:
         (lambda: nn.Conv2d(2, 4, 1, dtype=torch.complex64), "torch.complex64"),
         (lambda: nn.Conv2d(2, 4, 1, device="meta"), "no values yet"),
         (lambda: nn.LazyConv2d(4, 1), "no values yet"),
-        (lambda: nn.Linear(2, 4), "no weight to normalise: by default .* It has weight"),
+        (
+            lambda: nn.Linear(2, 4),
+            "has no weight to normalise: layers is .*conv.*; choose .* It has weight",
+        ),
         (nn.ReLU, "no weight to normalise"),
     ],
 )

@@ -177,6 +177,52 @@ def test_a_change_is_seen(net: nn.Sequential, images: Tensor, change: Any) -> No
     assert torch.equal(net[0].weight, fresh[0].weight)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_with_no_grad,
+        change_gain,
+        change_by_loading,
+        change_in_evaluation,
+        change_dtype,
+        exchange_data,
+        change_rho,
+    ],
+)
+def test_a_change_is_seen_in_evaluation(net: nn.Sequential, change: Any, mode: Any) -> None:
+    """Where w is kept, so that a text is written with what was computed once."""
+    apply_weight_norm(net, "weight" if change is not change_rho else "bounded")
+    net.eval()
+    with mode():
+        before = net[0].weight
+        assert net[0].weight is before
+    change(net)
+    net.eval() if change is change_in_evaluation else None
+    with mode():
+        now = net[0].weight
+    assert not torch.equal(now.double(), before.double()) or change is change_dtype  # type: ignore[operator, union-attr]
+    assert torch.equal(now, copy.deepcopy(net)[0].weight)  # type: ignore[arg-type]
+
+
+def test_what_is_kept_in_evaluation_is_not_for_training(net: nn.Sequential) -> None:
+    apply_weight_norm(net)
+    with torch.no_grad():
+        kept = net.eval()[0].weight
+    assert not kept.requires_grad  # type: ignore[union-attr]
+    assert net[0].weight.requires_grad  # type: ignore[union-attr]  # in evaluation, with gradients
+    for module in net.modules():
+        module.training = True  # which forgets nothing, as train() does
+    net[0].parametrizations.weight[0].hidden.is_stepped = True  # type: ignore[index, union-attr]
+    assert net[0].weight.requires_grad  # type: ignore[union-attr]
+
+
+def test_without_cache_nothing_is_kept_in_evaluation(net: nn.Sequential) -> None:
+    apply_weight_norm(net, cache=False)
+    with torch.no_grad():
+        assert net.eval()[0].weight is not net[0].weight
+
+
 def test_evaluation_computes_no_graph(net: nn.Sequential, images: Tensor) -> None:
     apply_weight_norm(net)
     step(net, images, torch.optim.SGD(net.parameters(), 0.1), 1)

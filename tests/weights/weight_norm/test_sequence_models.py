@@ -1,0 +1,240 @@
+"""Test which weights of sequence models are normalised by kind, and that such models work on."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import prune
+
+from nmlightning import (
+    InputError,
+    apply_weight_norm,
+    channel_norms,
+    parameter_groups,
+    remove_weight_norm,
+)
+
+ALL = ("linear", "recurrent", "embedding")
+WORDS, WIDTH = 11, 8
+
+
+class Translator(nn.Module):
+    """An encoder and decoder of torch's own layers, its output layer tied or not."""
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        self.words = nn.Embedding(WORDS, WIDTH, padding_idx=0)
+        self.encoder = nn.LSTM(WIDTH, WIDTH, 2, batch_first=True, bidirectional=True)
+        self.enter = nn.Linear(2 * WIDTH, WIDTH)
+        layer = nn.TransformerDecoderLayer(WIDTH, 2, 16, dropout=0.0, batch_first=True)
+        self.decoder = nn.TransformerDecoder(layer, 2)
+        self.output = nn.Linear(WIDTH, WORDS)
+        if tied:
+            self.output.weight = self.words.weight
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        memory = self.enter(self.encoder(self.words(source))[0])
+        mask = nn.Transformer.generate_square_subsequent_mask(target.shape[1])
+        x = self.decoder(self.words(target), memory, tgt_mask=mask, tgt_is_causal=True)
+        return self.output(x)  # type: ignore[no-any-return]
+
+
+class TiedByFunction(nn.Module):
+    """One whose output layer is no module, but told as Hugging Face's models tell it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.hidden = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.words
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.hidden(self.words(x)), self.words.weight)
+
+
+def sentences() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    source = torch.randint(1, WORDS, (3, 5), generator=generator)
+    source[0, 3:] = 0
+    return source, torch.randint(1, WORDS, (3, 4), generator=generator)
+
+
+def matrices(net: nn.Module) -> set[str]:
+    return {name for name, q in net.named_parameters() if q.dim() == 2}
+
+
+def train(net: nn.Module, steps: int, **settings: Any) -> None:
+    optimizer = torch.optim.Adam(net.parameters(), 0.01, **settings)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        net(*sentences()).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("layers", "pattern"),
+    [
+        (["linear"], ("enter", "decoder")),
+        (["recurrent"], ("encoder",)),
+        (["embedding"], ("words",)),
+        (["embedding", "linear"], ("words", "enter", "decoder")),
+    ],
+)
+def test_kinds_but_for_the_output_layer(layers: list[Any], pattern: tuple[str, ...]) -> None:
+    net = Translator()
+    expected = {name for name in matrices(net) if name.startswith(pattern)}
+    report = apply_weight_norm(net, layers=layers)
+    assert set(report.weights) == expected
+    assert report.left == (("output.weight",) if "linear" in layers else ())
+    assert ("not on that of the output layer, output.weight" in str(report)) == bool(report.left)
+
+
+def test_the_projections_of_attention_are_linear() -> None:
+    for widths, count in (({}, 2), ({"kdim": 6, "vdim": 4}, 4)):
+        layer = nn.MultiheadAttention(WIDTH, 2, **widths)
+        assert len(apply_weight_norm(layer, layers=["linear"]).weights) == count
+
+
+def test_recurrent_layers_and_cells() -> None:
+    layers = nn.ModuleList([nn.LSTM(4, 6, proj_size=3), nn.GRUCell(4, 6), nn.RNN(4, 6)])
+    expected = matrices(layers)
+    weights = apply_weight_norm(layers, layers=["recurrent"]).weights
+    assert set(weights) == expected
+    assert len(weights) == 3 + 2 + 2
+    rows = channel_norms(layers[1].weight_ih)  # type: ignore[arg-type]
+    torch.testing.assert_close(rows, torch.full((18,), weights["1.weight_ih"]))
+
+
+def test_include_adds_the_output_layer() -> None:
+    net = Translator()
+    expected = matrices(net)
+    report = apply_weight_norm(net, layers=ALL, include=["output.weight"])
+    assert (set(report.weights), report.left) == (expected, ())
+
+
+@pytest.mark.parametrize("include", [[], ["output.weight"], ["words.weight"]])
+def test_a_tied_output_layer_is_left_or_normalised_once(include: list[str]) -> None:
+    net = Translator(tied=True)
+    report = apply_weight_norm(net, layers=ALL, include=include)
+    assert ("words.weight" in report.weights) == bool(include)
+    assert report.left == (() if include else ("words.weight", "output.weight"))
+    if not include:
+        assert str(report).endswith("of the output layer, words.weight = output.weight")
+    train(net, 3)
+    assert torch.equal(net.words.weight, net.output.weight)
+    remove_weight_norm(net)
+    assert net.words.weight is net.output.weight
+
+
+def test_an_output_layer_that_is_told() -> None:
+    net = TiedByFunction()
+    assert apply_weight_norm(net, layers=ALL).left == ("words.weight",)
+    decayed = parameter_groups(net, 0.1, "last_layer")[0]["params"]
+    assert [q is net.words.weight for q in decayed] == [True]
+
+
+@pytest.mark.parametrize("kind", ["bounded", "weight"])
+def test_the_padding_row_stays_zero(kind: Any) -> None:
+    net = Translator()
+    apply_weight_norm(net, kind, layers=ALL, project=True)
+    train(net, 3, weight_decay=0.1)
+    norms = channel_norms(net.words.weight)
+    assert norms[0] == 0
+    assert (norms[1:] > 0.1).all()
+    assert all(q.isfinite().all() for q in net.parameters())
+
+
+def test_training_is_that_of_the_formula() -> None:
+    """Two batches a step, and the decoder called token by token: w is computed once for all."""
+    net = Translator().double()
+    apply_weight_norm(net, layers=ALL)
+    plain = copy.deepcopy(net)
+    for module in plain.modules():
+        if hasattr(module, "cache"):
+            module.cache = False
+    computed = [net.enter.weight]
+    for model in (net, plain):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            for length in (4, 2, 3):
+                source, target = sentences()
+                model(source, target[:, :length]).square().mean().backward()
+                computed.append(net.enter.weight)
+            optimizer.step()
+    assert computed[4] is computed[5] is computed[6]  # of the second step
+    for ours, theirs in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("after_training", [False, True])
+def test_a_copy_computes_the_same_and_goes_its_own_way(after_training: bool) -> None:
+    net = Translator()
+    apply_weight_norm(net, layers=ALL)
+    train(net, 2)
+    if not after_training:
+        net.eval()
+    output = net(*sentences())
+    averaged = torch.optim.swa_utils.AveragedModel(net)
+    averaged.update_parameters(net)
+    torch.testing.assert_close(averaged(*sentences()), output)
+    train(net, 1)
+    torch.testing.assert_close(averaged(*sentences()), output)
+    assert (net(*sentences()) - output).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_removal_leaves_a_plain_model_that_computes_the_same(tied: bool) -> None:
+    net = Translator(tied)
+    apply_weight_norm(net, layers=ALL, include=["output.weight"])
+    train(net, 2)
+    expected = net.eval()(*sentences())
+    remove_weight_norm(net)
+    assert torch.equal(net(*sentences()), expected)
+    assert [type(m) for m in net.modules()] == [type(m) for m in Translator(tied).modules()]
+    plain = Translator(tied).eval()
+    plain.load_state_dict(net.state_dict())
+    assert torch.equal(plain(*sentences()), expected)
+    assert torch.equal(copy.deepcopy(net)(*sentences()), expected)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_evaluation_of_torchs_fast_path() -> None:
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0, batch_first=True)
+    net = nn.TransformerEncoder(layer, 2)
+    apply_weight_norm(net, layers=["linear"], include=["layers.1.linear2.weight"])
+    x, padding = torch.randn(3, 5, WIDTH), torch.zeros(3, 5, dtype=torch.bool)
+    padding[0, 3:] = True
+    slow = net(x, src_key_padding_mask=padding)
+    with torch.no_grad():
+        fast = net.eval()(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(fast[~padding], slow[~padding])
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (Translator, {"layers": ["lstm"]}, "layers is 'conv' or 'linear' or .* got 'lstm'"),
+        (Translator, {"layers": "linear"}, "layers is a list, got the string 'linear'"),
+        (Translator, {"layers": []}, "layers is empty: name conv, linear, recurrent, embedding"),
+        (Translator, {}, r"layers is \['conv'\]; choose others, or name weights"),
+        (
+            lambda: nn.Sequential(nn.Linear(3, 2)),
+            {"layers": ["linear"]},
+            "0.weight is of the output layer, which include has to name",
+        ),
+        (
+            lambda: prune.random_unstructured(nn.LSTM(3, 2), "weight_hh_l0", 0.5),
+            {"layers": ["recurrent"]},
+            "weight_hh_l0 is computed from weight_hh_l0_orig",
+        ),
+    ],
+)
+def test_refuses(make: Callable[[], nn.Module], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        apply_weight_norm(make(), **options)
