@@ -1,5 +1,7 @@
 """Networks in plain torch with plain norms; `swap_norms` or `NormSwap` exchanges the norms."""
 
+from nmlightning.models.beam_search import beam_search as beam_search
+from nmlightning.models.greedy_search import greedy_search as greedy_search
 from nmlightning.models.imagenet_resnet import ResNet18 as ResNet18
 from nmlightning.models.imagenet_resnet import ResNet50 as ResNet50
 from nmlightning.models.lstm import AttentionLSTM as AttentionLSTM
