@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from nmlightning.callbacks import WeightNormTracker as WeightNormTracker
     from nmlightning.checkpoints import load_from_checkpoint as load_from_checkpoint
     from nmlightning.datamodules import CIFAR10 as CIFAR10
+    from nmlightning.datamodules import WMT14 as WMT14
     from nmlightning.datamodules import Digits as Digits
     from nmlightning.datamodules import ImageNet as ImageNet
+    from nmlightning.datamodules import NumberNames as NumberNames
     from nmlightning.datamodules import ParallelText as ParallelText
     from nmlightning.errors import InputError as InputError
     from nmlightning.export.folding import FoldReport as FoldReport
@@ -71,7 +73,7 @@ _BATCH_NORMS = [f"{statistic}BatchNorm{n}d" for statistic in _STATISTICS for n i
 _HOMES = {
     "callbacks": ["NormSwap", "WeightNormSwap", "WeightNormTracker"],
     "checkpoints": ["load_from_checkpoint"],
-    "datamodules": ["CIFAR10", "Digits", "ImageNet", "ParallelText"],
+    "datamodules": ["CIFAR10", "WMT14", "Digits", "ImageNet", "NumberNames", "ParallelText"],
     "errors": ["InputError"],
     "export.folding": ["FoldReport", "fold_norms"],
     "export.network": ["ExportReport", "export_network"],

@@ -1,10 +1,8 @@
 """What a data module keeps in checkpoints, so that a resumed run goes on with the next batch."""
 
-from typing import Any
-
 import pytorch_lightning as pl
 
-from nmlightning.datamodules.training_batches import EpochOrder, OrderState
+from nmlightning.datamodules.training_batches import OrderState, ResumableOrder
 
 
 class ResumableData(pl.LightningDataModule):
@@ -18,7 +16,7 @@ class ResumableData(pl.LightningDataModule):
         interrupted: the state of the sampler of the run that is resumed, if any.
     """
 
-    sampler: EpochOrder[Any] | None = None
+    sampler: ResumableOrder | None = None
     interrupted: OrderState | None = None
 
     def state_dict(self) -> OrderState:

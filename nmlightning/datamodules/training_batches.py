@@ -30,8 +30,8 @@ class BatchReader(Protocol[Read, Made]):
         """Yield the batch of each draw, in their order."""
 
 
-class EpochOrder(Protocol[Drawn]):
-    """What is in each batch of an epoch, on this process."""
+class ResumableOrder(Protocol):
+    """An order of batches that a resumed run may take over."""
 
     @property
     def follows_from(self) -> Mapping[str, str]:
@@ -46,6 +46,10 @@ class EpochOrder(Protocol[Drawn]):
 
     def state_dict(self) -> OrderState:
         """Return what the batches follow from, besides the epoch."""
+
+
+class EpochOrder(ResumableOrder, Protocol[Drawn]):
+    """What is in each batch of an epoch, on this process."""
 
     def __len__(self) -> int: ...
 
@@ -100,7 +104,7 @@ class TrainingBatches(Generic[Draw, Batch]):
         self._resumes = True
 
 
-def refuse_another_order(sampler: EpochOrder[Any], theirs: Mapping[str, int | str]) -> None:
+def refuse_another_order(sampler: ResumableOrder, theirs: Mapping[str, int | str]) -> None:
     """Raise InputError if the state `theirs` of another run's sampler means other batches."""
     ours = sampler.state_dict()
     for key, what in sampler.follows_from.items():
@@ -133,9 +137,9 @@ def count_batches_done(trainer: pl.Trainer | None) -> Callable[[], int]:
     return partial(_batches_done, trainer) if trainer else int
 
 
-def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """Mix seed and epoch, so that (1, 0) and (0, 1) have nothing in common."""
-    (mixed,) = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
+def epoch_generator(seed: int, *place: int) -> torch.Generator:
+    """Mix seed and place, the epoch first, so that (1, 0) and (0, 1) have nothing in common."""
+    (mixed,) = np.random.SeedSequence((seed, *place)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(mixed))
 
 

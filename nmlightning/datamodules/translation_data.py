@@ -1,12 +1,11 @@
 """What the data modules of sentence pairs share: their tokenizer, their batches, their checks."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import get_args
 
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
 
 from nmlightning.datamodules.process_shard import shard_of
 from nmlightning.datamodules.resumable_data import ResumableData
@@ -100,7 +99,9 @@ class TranslationData(ResumableData, ABC):
         if self.train is None and stage in (None, "fit"):
             pairs = self.training_pairs()
             self.train = keep_pairs(self.folder, pairs, self.tokenizer, self.limits)
-            _note_omissions(self.train, self.limits)
+            if told := self.train.omitted.describe(self.limits):
+                used = self.train.length
+                rank_zero_warn(f"Of the training pairs {told}; {used} are used.")
 
     def _fits(self) -> bool:
         return self.trainer is None or self.trainer.state.fn == "fit"
@@ -110,11 +111,11 @@ class TranslationData(ResumableData, ABC):
             return JointBPE.load(Path(self.tokenizer_path).expanduser())
         return keep_tokenizer(self.folder, self.training_pairs(), self.new_vocab_size)
 
-    def train_dataloader(self) -> TrainingBatches[Tensor, TranslationBatch]:
+    def train_dataloader(self) -> Iterable[TranslationBatch]:
         assert self.tokenizer is not None, "setup('fit') comes first"
         assert self.train is not None, "setup('fit') comes first"
         trainer = self.trainer
-        self.sampler = ShuffledBatches(
+        sampler = ShuffledBatches(
             self.train,
             self.tokens_a_batch,
             self.tokenizer.digest,
@@ -122,12 +123,9 @@ class TranslationData(ResumableData, ABC):
             shard=shard_of(trainer),
             shuffle=not getattr(trainer, "overfit_batches", 0),
         )
-        return TrainingBatches(
-            TrainingPairs(self.train, self._pins_memory()),
-            self.sampler,
-            count_batches_done(trainer),
-            self.interrupted,
-        )
+        self.sampler = sampler
+        pairs = TrainingPairs(self.train, self.pins_memory)
+        return TrainingBatches(pairs, sampler, count_batches_done(trainer), self.interrupted)
 
     def val_dataloader(self) -> EvaluationSentences:
         return self._evaluate("validation")
@@ -147,20 +145,10 @@ class TranslationData(ResumableData, ABC):
             self.tokens_a_batch,
             self.limits.max_length,
             shard_of(self.trainer),
-            self._pins_memory(),
+            self.pins_memory,
         )
 
-    def _pins_memory(self) -> bool:
+    @property
+    def pins_memory(self) -> bool:
+        """Whether batches are handed out in page-locked memory, for a CUDA device."""
         return bool(self.trainer and self.trainer.strategy.root_device.type == "cuda")
-
-
-def _note_omissions(pairs: EncodedPairs, limits: TrainingLimits) -> None:
-    """Warn once of the training pairs that were left out or shortened."""
-    done = "left out" if limits.too_long == "drop" else "shortened"
-    notes = {
-        "with an empty side were left out": pairs.omitted.empty,
-        f"of more than {limits.max_length} tokens were {done}": pairs.omitted.too_long,
-    }
-    told = [f"{count} {what}" for what, count in notes.items() if count]
-    if told:
-        rank_zero_warn(f"Of the training pairs {' and '.join(told)}; {pairs.length} are used.")

@@ -58,6 +58,15 @@ class Omissions(NamedTuple):
     empty: int
     too_long: int
 
+    def describe(self, limits: "TrainingLimits") -> str:
+        """Return what was done to how many, in words; nothing where nothing was."""
+        done = "left out" if limits.too_long == "drop" else "shortened"
+        notes = {
+            "with an empty side were left out": self.empty,
+            f"of more than {limits.max_length} tokens were {done}": self.too_long,
+        }
+        return " and ".join(f"{count} {what}" for what, count in notes.items() if count)
+
 
 class EncodedPairs(NamedTuple):
     """Sentence pairs as tokens.
