@@ -177,7 +177,7 @@ def test_a_label_out_of_range_is_refused(label: int) -> None:
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.1, float("nan"), "0.1", None])
 def test_a_smoothing_out_of_range_is_refused(smoothing: Any) -> None:
-    with pytest.raises(InputError, match=f"label_smoothing must be at least 0 and less than 1"):
+    with pytest.raises(InputError, match="label_smoothing must be at least 0 and less than 1"):
         make_task(label_smoothing=smoothing)
 
 
