@@ -1,9 +1,10 @@
-"""Time of each norm's forward and backward, as a ratio to torch's batch norm.
+"""Time of each norm's forward and backward, as a ratio to torch's norm of its kind.
 
     python benchmarks/norm_layers.py [--compile] [--device cuda] [--dtype bfloat16] [--rounds 30]
+    python benchmarks/norm_layers.py --kind layer    # or rms: norms of tokens
 
 The norms take turns in random order in every round; a ratio is the median over rounds of the time
-against batch norm's in the same round, with its quartiles, so that a noisy machine disturbs both.
+against torch's in the same round, with its quartiles, so that a noisy machine disturbs both.
 """
 
 import argparse
@@ -17,18 +18,25 @@ from torch import Tensor, nn
 
 from nmlightning.norms import (
     L1BatchNorm2d,
+    L1LayerNorm,
+    L1RMSNorm,
     LInfBatchNorm2d,
     MeanOnlyBatchNorm2d,
     TopKBatchNorm2d,
 )
 
-SHAPES = ((128, 16, 32, 32), (128, 64, 8, 8), (32, 64, 56, 56))
-LAYERS = {
-    "l2": nn.BatchNorm2d,
-    "l1": L1BatchNorm2d,
-    "linf": LInfBatchNorm2d,
-    "top10": TopKBatchNorm2d,
-    "mean": MeanOnlyBatchNorm2d,
+IMAGES = ((128, 16, 32, 32), (128, 64, 8, 8), (32, 64, 56, 56))
+TOKENS = ((2000, 512), (25000, 256))
+LAYERS: dict[str, dict[str, type[nn.Module]]] = {
+    "batch": {
+        "l2": nn.BatchNorm2d,
+        "l1": L1BatchNorm2d,
+        "linf": LInfBatchNorm2d,
+        "top10": TopKBatchNorm2d,
+        "mean": MeanOnlyBatchNorm2d,
+    },
+    "layer": {"l2": nn.LayerNorm, "l1": L1LayerNorm},
+    "rms": {"l2": nn.RMSNorm, "l1": L1RMSNorm},
 }
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 WARM_UP_ROUNDS = 3
@@ -37,33 +45,36 @@ WARM_UP_ROUNDS = 3
 def main() -> None:
     """Print a line for each shape and layout."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kind", choices=LAYERS, default="batch")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument(
-        "--compile", action="store_true", help="compile all of them, batch norm too"
-    )
+    parser.add_argument("--compile", action="store_true", help="compile all of them, torch's too")
     options = parser.parse_args()
     device = torch.device(options.device)
     print(
         f"torch {torch.__version__}, {device}, {options.dtype}, {torch.get_num_threads()} threads"
     )
-    for shape in SHAPES:
-        for layout, memory_format in LAYOUTS.items():
+    classes = LAYERS[options.kind]
+    for shape in IMAGES if options.kind == "batch" else TOKENS:
+        for layout, memory_format in LAYOUTS.items() if len(shape) == 4 else [("", None)]:
             x = torch.randn(shape, device=device, dtype=getattr(torch, options.dtype))
-            x = x.contiguous(memory_format=memory_format).requires_grad_()
-            times = measure(x, options.rounds, options.compile)
+            if memory_format is not None:
+                x = x.contiguous(memory_format=memory_format)
+            times = measure(classes, x.requires_grad_(), options.rounds, options.compile)
             ratios = "  ".join(
-                f"{name} {_describe(times, name)}" for name in LAYERS if name != "l2"
+                f"{name} {_describe(times, name)}" for name in classes if name != "l2"
             )
             print(f"{shape!s:18} {layout}  {ratios}", flush=True)
 
 
-def measure(x: Tensor, rounds: int, compiled: bool) -> dict[str, list[float]]:
+def measure(
+    classes: dict[str, type[nn.Module]], x: Tensor, rounds: int, compiled: bool
+) -> dict[str, list[float]]:
     """Return the seconds of each norm in each round after the warm-up."""
     torch.compiler.reset()
     grad = torch.randn_like(x)
-    layers = {name: make(x.shape[1]).to(x.device) for name, make in LAYERS.items()}
+    layers = {name: make(x.shape[1]).to(x.device) for name, make in classes.items()}
     if compiled:
         for layer in layers.values():
             layer.compile(dynamic=False)

@@ -53,7 +53,7 @@ def batches(overflow: bool) -> DataLoader[Any]:
 
 def fit(
     module_class: type,
-    norm: str,
+    norm: str | NormSwap,
     precision: str,
     *callbacks: Any,
     overflow: bool = False,
@@ -62,12 +62,11 @@ def fit(
 ) -> Any:
     """Return the trained module and its Trainer."""
     package = package_of(module_class)
-    name = norm.split("-")[0]
     settings: dict[str, Any] = {"precision": precision}
     if precision == "16-mixed":  # on the CPU Lightning would make bf16-mixed of it
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
         settings = {"plugins": package.plugins.MixedPrecision("16-mixed", "cpu", scaler=scaler)}
-    swap = NormSwap(name, NORMS[norm])
+    swap = NormSwap(norm.split("-")[0], NORMS[norm]) if isinstance(norm, str) else norm
     trainer = make_trainer(module_class, swap, *callbacks, **settings, **options)
     module = make(module_class)
     trainer.fit(module, batches(overflow), batches(False), ckpt_path=ckpt_path)
@@ -93,6 +92,34 @@ def test_every_norm_trains_in_every_precision(norm: str, precision: str) -> None
         assert buffer.isfinite().all(), name
         assert not torch.equal(buffer, before[name]) or norm == "mean"
     assert module.eval().net(torch.randn(2, 2, 8, 8).to(dtype)).isfinite().all()
+
+
+class HalfTokens(HalfInputs):
+    """Its norms are of tokens: the rows of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(8, 8),
+            nn.LayerNorm(8),
+            nn.ReLU(),
+            nn.RMSNorm(8),
+            nn.Flatten(),
+            nn.Linear(128, 3),
+        )
+
+
+@pytest.mark.parametrize("options", [{}, {"stats_dtype": "float16"}], ids=str)
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "16-true"])
+def test_layer_and_rms_norms_train_in_every_precision(
+    options: dict[str, Any], precision: str
+) -> None:
+    swap = NormSwap("l1", options, kinds=["layer", "rms"])
+    module, _ = fit(HalfTokens, swap, precision)
+    assert [type(m).__name__ for m in module.net[1:4:2]] == ["L1LayerNorm", "L1RMSNorm"]
+    before = HalfTokens().net[3].weight
+    assert all(q.isfinite().all() for q in module.parameters())
+    assert not torch.equal(module.net[3].weight.float(), before)
 
 
 @pytest.mark.parametrize("module_class", [HalfInputs, HalfInputsLate, HalfInputsUnified])
