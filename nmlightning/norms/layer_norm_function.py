@@ -116,7 +116,7 @@ class LayerNormFunction(torch.autograd.Function):
         # 0 − x and not −x: what copysign makes of a 0 is to be the same for both norms.
         reflected = 0 - wide if mean is None else mean - wide
         slope = power_mean_slope(reflected, magnitude, ctx.p)
-        product = reflected.div_(total).neg_().mul_(wide_grad)  # that is g · x̂
+        product = reflected.div_(-total).mul_(wide_grad)  # that is g · x̂
         grad_weight = grad_bias = None
         if weight is None:
             inner, along = wide_grad, product
