@@ -29,7 +29,7 @@ class Attention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw as `nn.MultiheadAttention`: query, key and value as one matrix, after Glorot."""
+        """Draw as `nn.Transformer` does: after Glorot, query, key and value as one matrix."""
         for layer in (self.query, self.key, self.value):
             nn.init.xavier_uniform_(layer.weight, gain=1 / math.sqrt(2))
         nn.init.xavier_uniform_(self.out.weight)
@@ -68,4 +68,4 @@ class Attention(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         """(N, T, width) → (N, heads, T, d)."""
-        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+        return x.view(*x.shape[:2], self.heads, x.shape[2] // self.heads).transpose(1, 2)

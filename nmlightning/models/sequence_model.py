@@ -58,7 +58,10 @@ def longest_translations(net: SequenceModel[State], source: Tensor, extra_length
 
 
 def rule_out(logits: Tensor) -> Tensor:
-    """Return (N, vocab_size) logits in float32, without a chance for PAD and BOS."""
-    allowed = logits.float().clone()
+    """Return (N, vocab_size) logits in float32, without a chance for PAD and BOS.
+
+    Those of a network that has diverged become finite, so that PAD and BOS are less likely still.
+    """
+    allowed = logits.float().nan_to_num(nan=torch.finfo(torch.float32).min)
     allowed[:, [PAD, BOS]] = -torch.inf
     return allowed
