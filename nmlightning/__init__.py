@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from nmlightning.surgery import SwapReport as SwapReport
     from nmlightning.surgery import swap_norms as swap_norms
     from nmlightning.tasks import ImageClassifier as ImageClassifier
+    from nmlightning.tasks import InverseSquareRootLR as InverseSquareRootLR
+    from nmlightning.tasks import Translator as Translator
     from nmlightning.weights.channel_norms import ChannelLayout as ChannelLayout
     from nmlightning.weights.channel_norms import channel_norms as channel_norms
     from nmlightning.weights.history import NormHistory as NormHistory
@@ -89,7 +91,7 @@ _HOMES = {
     ],
     "probe": ["probe_norms"],
     "surgery": ["SwapReport", "swap_norms"],
-    "tasks": ["ImageClassifier"],
+    "tasks": ["ImageClassifier", "InverseSquareRootLR", "Translator"],
     "weights.channel_norms": ["ChannelLayout", "channel_norms"],
     "weights.history": ["NormHistory"],
     "weights.parameter_groups": ["parameter_groups"],

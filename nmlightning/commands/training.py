@@ -16,8 +16,13 @@ import nmlightning.callbacks.weight_norm_tracker
 import nmlightning.datamodules.cifar10
 import nmlightning.datamodules.digits
 import nmlightning.datamodules.imagenet
+import nmlightning.datamodules.number_names
+import nmlightning.datamodules.parallel_text
+import nmlightning.datamodules.wmt14
 import nmlightning.models.imagenet_resnet
+import nmlightning.models.lstm
 import nmlightning.models.resnet
+import nmlightning.models.transformer
 import nmlightning.models.vgg
 import nmlightning.tasks.classification
 import nmlightning.tasks.inverse_square_root

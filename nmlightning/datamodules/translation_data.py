@@ -39,10 +39,12 @@ class TranslationData(ResumableData, ABC):
         too_long: what becomes of training pairs with more (see `TrainingLimits`).
 
     Attributes:
+        unit: what a training rate is counted in.
         tokenizer: from `setup` on.
         train: the encoded training pairs, from `setup("fit")` on.
     """
 
+    unit = "sentences"
     tokenizer: JointBPE | None = None
     train: EncodedPairs | None = None
 

@@ -1,6 +1,6 @@
 """Translation with any encoder–decoder network that maps tokens to logits."""
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import pytorch_lightning as pl
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nmlightning.errors import InputError, check_share, check_whole_number, is_number
 from nmlightning.models.beam_search import beam_search
 from nmlightning.models.greedy_search import greedy_search
+from nmlightning.models.sequence_model import SequenceModel
 from nmlightning.recipes import check_recipes
 from nmlightning.tasks.checkpoint_match import check_same_network
 from nmlightning.tasks.optimization import Interval, add_schedule, make_optimizer
@@ -87,6 +88,7 @@ class Translator(pl.LightningModule):
         compile: bool = False,
     ) -> None:
         super().__init__()
+        _check_sequence_model(net)
         self.label_smoothing = check_share("label_smoothing", label_smoothing)
         self.beam_size = check_whole_number("beam_size", beam_size)
         self.extra_length = check_whole_number("extra_length", extra_length, 0)
@@ -148,11 +150,12 @@ class Translator(pl.LightningModule):
                 "checkpoint, or set its attribute."
             )
         beam = self.beam_size if beam_size is None else beam_size
+        net = cast(SequenceModel[Any], self.net)
         if beam == 1:
-            found = greedy_search(self.net, source, extra_length=self.extra_length)
+            found = greedy_search(net, source, extra_length=self.extra_length)
         else:
             found = beam_search(
-                self.net,
+                net,
                 source,
                 beam_size=beam,
                 length_penalty=self.length_penalty if length_penalty is None else length_penalty,
@@ -235,3 +238,12 @@ class Translator(pl.LightningModule):
         metrics: Any = self.metrics[f"of_{stage}"]
         for name, value in metrics.compute().items():
             self.log(f"{stage}/{name}", value, prog_bar=name in ("ppl", "bleu"))
+
+
+def _check_sequence_model(net: nn.Module) -> None:
+    missing = [n for n in ("vocab_size", "begin", "next_logits") if not hasattr(net, n)]
+    if missing:
+        raise InputError(
+            f"{type(net).__name__} is no sequence model, since it has no {missing[0]}: give one of "
+            "nmlightning.models, such as Transformer or AttentionLSTM, or one of that interface."
+        )
