@@ -67,7 +67,9 @@ def _translate_typed(task: Translator, options: LineOptions) -> None:
 
 
 def _translate_all(task: Translator, options: LineOptions) -> None:
-    lines = _decode(sys.stdin.buffer.read().removesuffix(b"\n").split(b"\n"))
+    lines = _decode(sys.stdin.buffer.read().split(b"\n"))
+    if not lines[-1]:  # nothing comes after the last end of a line
+        lines.pop()
     cut: list[int] = []
     with _progress(len(lines)) as advance:
         for start in range(0, len(lines), LINES_AT_ONCE):

@@ -28,6 +28,13 @@ def penalise(length: Length, alpha: float) -> Length:
     return penalty
 
 
+def check_length_penalty(alpha: float) -> float:
+    """Return α if it is a finite number of at least 0, or raise InputError."""
+    if not (is_number(alpha) and 0 <= alpha < float("inf")):
+        raise InputError(f"length_penalty must be a number of at least 0, got {alpha!r}.")
+    return alpha
+
+
 @torch.no_grad()
 def beam_search(
     net: SequenceModel[State],
@@ -67,8 +74,7 @@ def beam_search(
         2
     """
     check_whole_number("beam_size", beam_size)
-    if not (is_number(length_penalty) and 0 <= length_penalty < float("inf")):
-        raise InputError(f"length_penalty must be a number of at least 0, got {length_penalty!r}.")
+    check_length_penalty(length_penalty)
     limits = longest_translations(net, source, extra_length)
     if not len(source):
         return []

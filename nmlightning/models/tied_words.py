@@ -61,7 +61,10 @@ class TiedWords(nn.Module):
         vectors: Tensor = self.target(tokens) * self.scale
         return vectors
 
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the layer whose weight gives the logits, as the networks of Hugging Face do."""
+        return self.target if self.own_output is None else self.own_output
+
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits of all tokens, (…, width) → (…, vocab_size)."""
-        output: nn.Module = self.target if self.own_output is None else self.own_output
-        return F.linear(x, output.weight)  # type: ignore[arg-type]
+        return F.linear(x, self.get_output_embeddings().weight)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from nmlightning.errors import InputError, check_whole_number
+from nmlightning.models.beam_search import check_length_penalty
 from nmlightning.tasks.translation import Translator
 from nmlightning.text.special_tokens import EOS, PAD
 
@@ -32,6 +33,10 @@ class LineOptions:
     def __post_init__(self) -> None:
         for name in ("tokens_a_batch", "max_length"):
             check_whole_number(name, getattr(self, name))
+        if self.beam_size is not None:
+            check_whole_number("beam_size", self.beam_size)
+        if self.length_penalty is not None:
+            check_length_penalty(self.length_penalty)
 
 
 def translate_lines(

@@ -7,8 +7,8 @@ from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from nmlightning.errors import InputError, check_share, check_whole_number, is_number
-from nmlightning.models.beam_search import beam_search
+from nmlightning.errors import InputError, check_share, check_whole_number
+from nmlightning.models.beam_search import beam_search, check_length_penalty
 from nmlightning.models.greedy_search import greedy_search
 from nmlightning.models.sequence_model import SequenceModel
 from nmlightning.recipes import check_recipes
@@ -92,8 +92,6 @@ class Translator(pl.LightningModule):
         self.label_smoothing = check_share("label_smoothing", label_smoothing)
         self.beam_size = check_whole_number("beam_size", beam_size)
         self.extra_length = check_whole_number("extra_length", extra_length, 0)
-        if not (is_number(length_penalty) and length_penalty >= 0):
-            raise InputError(f"length_penalty is {length_penalty!r}; it must be 0 or more.")
         remember_arguments(
             self,
             *("lr_interval", "label_smoothing", "beam_size", "length_penalty", "extra_length"),
@@ -103,7 +101,7 @@ class Translator(pl.LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
-        self.length_penalty = length_penalty
+        self.length_penalty = check_length_penalty(length_penalty)
         self.weight_decay_scope = weight_decay_scope
         self.to_be_compiled = compile
         self.tokenizer: JointBPE | None = None
@@ -220,7 +218,7 @@ class Translator(pl.LightningModule):
         if not self._read or (self.global_step + 1) % every == 0:
             self._read = self._window.read()
         for name, value in self._read.items():
-            self.log(f"train/{name}", value, prog_bar=name != "loss", batch_size=1)
+            self.log(f"train/{name}", value, prog_bar=name == "ppl", batch_size=1)
 
     def _evaluate(
         self, stage: Stage, batch: TranslationBatch, beam_size: int

@@ -213,8 +213,8 @@ def test_the_network_must_be_able_to_write_token_by_token() -> None:
         ({"label_smoothing": 1.0}, "label_smoothing must be at least 0 and less than 1, got 1.0"),
         ({"beam_size": 0}, "beam_size must be a whole number of at least 1, got 0"),
         ({"extra_length": -1}, "extra_length must be a whole number of at least 0, got -1"),
-        ({"length_penalty": -0.1}, "length_penalty is -0.1; it must be 0 or more"),
-        ({"length_penalty": "long"}, "length_penalty is 'long'; it must be 0 or more"),
+        ({"length_penalty": -0.1}, "length_penalty must be a number of at least 0, got -0.1"),
+        ({"length_penalty": "long"}, "length_penalty must be a number of at least 0, got 'long'"),
     ],
 )
 def test_settings_out_of_range(options: dict[str, Any], message: str) -> None:
