@@ -96,11 +96,9 @@ class LayerNormFunction(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, magnitude)
         ctx.dims, ctx.p, ctx.constant, ctx.eps = dims, p, constant, eps
         ctx.bias_dtype = None if bias is None else bias.dtype
-        if weight is not None:
-            y = y.mul_(weight.to(dtype))
-        if bias is not None:
-            y = y.add_(bias.to(dtype))
-        # Dynamo of torch 2.11 loses the gradients of a result that a cast returned as it was.
+        y = _give_weight_and_bias(y, weight, bias)
+        # Dynamo of torch 2.11 loses the gradients of a result that an operation in place returned,
+        # or a cast that left it as it was.
         return y if dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod
@@ -131,6 +129,15 @@ class LayerNormFunction(torch.autograd.Function):
         if mean is not None:
             grad_x = grad_x.sub_(_mean(grad_x, dims, share))
         return grad_x.div_(total).to(x.dtype), grad_weight, grad_bias, *(None,) * 6
+
+
+def _give_weight_and_bias(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return y · weight + bias, of those that there are, in the dtype of y."""
+    if weight is None:
+        return y if bias is None else y + bias.to(y.dtype)
+    if bias is None:
+        return y * weight.to(y.dtype)
+    return torch.addcmul(bias.to(y.dtype), y, weight.to(y.dtype))
 
 
 def _mean(values: Tensor, dims: tuple[int, ...], share: Share) -> Tensor:
