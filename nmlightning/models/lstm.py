@@ -87,26 +87,9 @@ class AttentionLSTM(nn.Module):
         reset_parts(self)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        memory, mask = self._encode(source)
-        logits, _ = self._decode(target, memory, mask, self._no_cells())
-        return logits
+        return self.decode(target, *self.encode(source))
 
-    @torch.no_grad()
-    def begin(self, source: Tensor) -> LSTMState:
-        """Encode (N, S) source tokens; no token of the target has been written."""
-        memory, mask = self._encode(source)
-        return LSTMState(memory, mask, self._no_cells())
-
-    @torch.no_grad()
-    def next_logits(self, tokens: Tensor, state: LSTMState) -> Tensor:
-        """Write (N,) tokens, BOS at first, and return (N, vocab_size) logits of those to follow.
-
-        `state` is advanced in place.
-        """
-        logits, state.cells = self._decode(tokens[:, None], state.memory, state.mask, state.cells)
-        return logits[:, 0]
-
-    def _encode(self, source: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """Return the encoded source, (N, S, width), and where it may be read, (N, 1, S)."""
         is_word = source != PAD
         lengths = is_word.sum(1)
@@ -119,7 +102,27 @@ class AttentionLSTM(nn.Module):
             x = y + x if number >= FIRST_RESIDUAL else y
         return x, is_word[:, None]
 
-    def _decode(
+    def decode(self, target: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
+        """Return the logits for (N, T) target tokens, given what `encode` returned."""
+        logits, _ = self._write(target, memory, mask, self._no_cells())
+        return logits
+
+    @torch.no_grad()
+    def begin(self, source: Tensor) -> LSTMState:
+        """Encode (N, S) source tokens; no token of the target has been written."""
+        memory, mask = self.encode(source)
+        return LSTMState(memory, mask, self._no_cells())
+
+    @torch.no_grad()
+    def next_logits(self, tokens: Tensor, state: LSTMState) -> Tensor:
+        """Write (N,) tokens, BOS at first, and return (N, vocab_size) logits of those to follow.
+
+        `state` is advanced in place.
+        """
+        logits, state.cells = self._write(tokens[:, None], state.memory, state.mask, state.cells)
+        return logits[:, 0]
+
+    def _write(
         self, target: Tensor, memory: Tensor, mask: Tensor, cells: Cells
     ) -> tuple[Tensor, Cells]:
         """Return the logits for (N, T) tokens that go on from the cells, and the cells after."""

@@ -100,7 +100,18 @@ class Transformer(nn.Module):
             scale_down([linear for layer in layers for linear in layer.last_linears])  # type: ignore[union-attr]
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        memory, mask = self._encode(source)
+        return self.decode(target, *self.encode(source))
+
+    def encode(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the encoded source, (N, S, width), and where it may be read, (N, 1, 1, S)."""
+        mask = (source != PAD)[:, None, None, :]
+        x = self._enter(self.words.embed_source(source))
+        for layer in self.encoder:
+            x = layer(x, mask)
+        return self.encoder_norm(x), mask
+
+    def decode(self, target: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
+        """Return the logits for (N, T) target tokens, given what `encode` returned."""
         x = self._enter(self.words.embed_target(target))
         for layer in self.decoder:
             x = layer(x, memory, mask)
@@ -109,7 +120,7 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def begin(self, source: Tensor) -> TransformerState:
         """Encode (N, S) source tokens; no token of the target has been written."""
-        memory, mask = self._encode(source)
+        memory, mask = self.encode(source)
         remembered = [layer.source_attention.remember(memory) for layer in self.decoder]  # type: ignore[operator, union-attr]
         return TransformerState(remembered, None if bool(mask.all()) else mask)
 
@@ -125,14 +136,6 @@ class Transformer(nn.Module):
             x = layer.step(x, append, state.source[i], state.mask)  # type: ignore[operator]
         state.length += 1
         return self.words.logits(self.decoder_norm(x[:, 0]))
-
-    def _encode(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the encoded source, (N, S, width), and where it may be read, (N, 1, 1, S)."""
-        mask = (source != PAD)[:, None, None, :]
-        x = self._enter(self.words.embed_source(source))
-        for layer in self.encoder:
-            x = layer(x, mask)
-        return self.encoder_norm(x), mask
 
     def _enter(self, vectors: Tensor, first: int = 0) -> Tensor:
         """Return what enters the layers; the first of (N, T, width) vectors is at `first`."""
