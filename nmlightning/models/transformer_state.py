@@ -10,7 +10,8 @@ class TransformerState:
     """Keys and values of the source, and of what was written so far; a row for each translation.
 
     Those of the source are computed once. Those of the target have room for more tokens than there
-    are, twice as much whenever it is full, so that those of a new token are written in place.
+    are, twice as much whenever it is full, so that those of a new token are written in place. Rows
+    move between two such places, since fresh memory costs several times as much as the copying.
 
     Args:
         source: keys and values of the source in each layer, (N, heads, S, d) each.
@@ -27,6 +28,7 @@ class TransformerState:
         keys = source[0][0]
         rows, heads, _, d = keys.shape
         self._own = keys.new_empty(len(source), 2, rows, heads, FIRST_ROOM, d)
+        self._spare = self._own[:, :, :0]
         self._sentences = torch.arange(rows, device=keys.device)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,10 +46,12 @@ class TransformerState:
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, (M,) int64, in this order; any may be left out or repeated."""
-        own = self._own.new_empty(*self._own.shape[:2], len(rows), *self._own.shape[3:])
-        written = self._own[:, :, :, :, : self.length]
-        own[:, :, :, :, : self.length] = written.index_select(2, rows)
-        self._own = own
+        layers, kinds, _, *rest = self._own.shape
+        if self._spare.shape[2] < len(rows) or self._spare.shape[4] < self._own.shape[4]:
+            self._spare = self._own.new_empty(layers, kinds, len(rows), *rest)
+        written, place = (x[:, :, :, :, : self.length] for x in (self._own, self._spare))
+        torch.index_select(written, 2, rows, out=place[:, :, : len(rows)])
+        self._own, self._spare = self._spare[:, :, : len(rows)], self._own
         sentences = self._sentences[rows]
         if not torch.equal(sentences, self._sentences):  # Else the source stays where it is.
             self._sentences = sentences
