@@ -56,7 +56,7 @@ def _load(given: argparse.Namespace) -> Translator:
     try:
         return task.eval().to(device, getattr(torch, given.dtype))
     except (RuntimeError, AssertionError) as error:  # torch's two ways to say so
-        raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"--device {device}: {str(error).split('. ')[0]}.") from error
 
 
 def _translate_typed(task: Translator, options: LineOptions) -> None:

@@ -1,0 +1,163 @@
+"""Test `nm translate` on a run of `nm fit`: lines in and out, and one line for bad input."""
+
+import io
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+
+from nmlightning.cli import main
+from nmlightning.commands import translating
+
+FIT = shlex.split(
+    "fit --config translate_quickstart --model.net.width 32 --model.net.hidden 32 "
+    "--model.net.encoder_layers 1 --model.net.decoder_layers 1 --model.extra_length 5 "
+    "--data.pairs 400 --trainer.accelerator cpu --trainer.max_epochs 1 "
+    "--trainer.limit_train_batches 6 --trainer.limit_val_batches 0 "
+    "--trainer.enable_model_summary false --trainer.enable_progress_bar false "
+    "--trainer.callbacks+ WeightNormSwap --trainer.callbacks.layers [linear]"
+)
+LAST = "runs/translate_quickstart/version_0/checkpoints/last.ckpt"
+
+
+class Answer(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Translate = Callable[..., Answer]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a short run, with L1 norms and bounded weights."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(FIT) == 0
+    return folder / LAST
+
+
+@pytest.fixture
+def translate(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
+) -> Translate:
+    """Give `nm translate` some bytes to read and return what it answers."""
+
+    def run(text: bytes, *words: str, typed: bool = False, checkpoint: Path = trained) -> Answer:
+        source = SimpleNamespace(buffer=io.BytesIO(text), isatty=lambda: typed)
+        monkeypatch.setattr(sys, "stdin", source)
+        code = main(["translate", str(checkpoint), *words])
+        out, err = capfdbinary.readouterr()
+        return Answer(code, out.decode(), err.decode())
+
+    return run
+
+
+def test_every_line_has_its_translation(translate: Translate) -> None:
+    lines = "einundzwanzig\n\nzwei\r\nneunhundert"
+    whole = translate(lines.encode())
+    found = whole.out.split("\n")
+    assert (whole.code, len(found), found[1], found[-1]) == (0, 5, "", "")
+    alone = [translate(line.encode()).out for line in ("einundzwanzig", "zwei", "neunhundert")]
+    assert [f"{found[0]}\n", f"{found[2]}\n", f"{found[3]}\n"] == alone
+    assert "4/4" in whole.err
+
+
+def test_only_a_line_feed_ends_a_line(translate: Translate) -> None:
+    answer = translate("eins\u2028zwei\x0bdrei\rvier\n".encode())
+    assert answer.out.count("\n") == 1
+
+
+def test_nothing_is_translated_to_nothing(translate: Translate) -> None:
+    assert translate(b"")[:2] == (0, "")
+    assert translate(b"\n")[:2] == (0, "\n")
+
+
+def test_many_lines_are_written_part_by_part(
+    translate: Translate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = "".join(f"{word}\n" for word in ["eins", "zweiundzwanzig", "drei", "vierzig", "fünf"])
+    whole = translate(lines.encode())
+    monkeypatch.setattr(translating, "LINES_AT_ONCE", 2)
+    assert translate(lines.encode()).out == whole.out
+
+
+def test_a_typed_line_is_answered_at_once(translate: Translate) -> None:
+    piped = translate(b"eins\nzwei\n")
+    typed = translate(b"eins\nzwei\n", typed=True)
+    assert typed.out == piped.out
+    assert "translating" not in typed.err
+
+
+def test_says_which_lines_were_cut(translate: Translate) -> None:
+    answer = translate(b"eins\nneunhundertneunundneunzigtausendelf\n", "--max_length", "3")
+    assert answer.code == 0
+    assert "1 of 2 lines have more than 3 tokens, and their ends were left out: 2." in answer.err
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_translates_in_half(dtype: str, translate: Translate) -> None:
+    assert translate(b"eins\nzwei\n", "--dtype", dtype).out.count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--beam_size 0", "beam_size must be a whole number of at least 1, got 0."),
+        ("--length_penalty -1", "length_penalty must be a number of at least 0, got -1.0."),
+        ("--tokens_a_batch 0", "tokens_a_batch must be a whole number of at least 1, got 0."),
+        ("--device moon", "--device moon: "),
+        ("--dtype int8", "argument --dtype: invalid choice: 'int8'"),
+        ("--beam 3", "unrecognized arguments: --beam 3; nm translate --help"),
+    ],
+)
+def test_bad_options_give_one_line(words: str, message: str, translate: Translate) -> None:
+    answer = translate(b"eins\n", *words.split())
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err.count("\n") == 1
+    assert message in answer.err
+
+
+def test_a_line_that_is_no_text_is_named(translate: Translate) -> None:
+    answer = translate(b"eins\n\xff\xfe\nzwei\n")
+    assert (answer.code, answer.out) == (2, "")
+    assert "nm: line 2 of the input is not UTF-8: invalid start byte.\n" in answer.err
+
+
+def test_only_a_translator_translates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, translate: Translate
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert (
+        "there is no checkpoint 'none.ckpt' in" in translate(b"", checkpoint=Path("none.ckpt")).err
+    )
+    fit = "fit --config quickstart --model.net.depth 8 --data.image_size 8 --trainer.max_steps 1"
+    quiet = "--trainer.enable_model_summary false --trainer.enable_progress_bar false"
+    assert main([*f"{fit} {quiet}".split(), "--trainer.limit_val_batches", "0"]) == 0
+    (checkpoint,) = tmp_path.rglob("last.ckpt")
+    answer = translate(b"eins\n", checkpoint=checkpoint)
+    assert answer.code == 2
+    assert "is of ImageClassifier, which does not translate." in answer.err
+
+
+def test_a_reader_may_have_enough(trained: Path) -> None:
+    command = [sys.executable, "-m", "nmlightning", "translate", str(trained)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        process.stdin.write(b"eins\n")
+        process.stdin.close()
+        error = process.stderr.read().decode()
+        assert process.wait() == 0, error
+    assert "Traceback" not in error
