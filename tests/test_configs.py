@@ -13,6 +13,7 @@ from nmlightning.cli import main
 from nmlightning.commands.config_files import find_config, shipped_configs
 from nmlightning.errors import InputError
 from nmlightning.weights.history import NormHistory
+from translation_runs import draw_pairs, write_pairs
 
 CONFIGS = shipped_configs()
 CIFAR = {
@@ -37,6 +38,20 @@ NORMALISED_IMAGENET = {
 }
 EXACT = {"constant": "exact"}  # which is the default, so that a checkpoint does not mention it
 HALF = {**EXACT, "stats_dtype": "float16"}
+# The norm that is swapped in, and the layers whose weights are normalised.
+TRANSLATION: dict[str, tuple[str | None, list[str] | None]] = {
+    "wmt14_transformer_ln": (None, None),
+    "wmt14_transformer_l1": ("l1", None),
+    "wmt14_transformer_bwn": (None, ["linear"]),
+    "wmt14_lstm_ln": (None, None),
+    "wmt14_lstm_l1": ("l1", None),
+    "wmt14_lstm_bwn": (None, ["linear", "recurrent"]),
+    "multi30k_transformer_ln": (None, None),
+    "multi30k_transformer_l1": ("l1", None),
+    "multi30k_transformer_bwn": (None, ["linear"]),
+    "translate_quickstart": ("l1", None),
+}
+TRANSLATED = ("wmt14_transformer", "wmt14_lstm", "multi30k_transformer")
 # The norm and its options.
 IMAGENET: dict[str, tuple[str, dict[str, str]] | None] = {
     "imagenet_resnet18_l2": None,
@@ -64,6 +79,7 @@ STUDY = {
     "exponential_lr": ("no_conv", "DecayEquivalentLR"),
 }
 FAMILIES = ("study", "study_short")
+PARTS = (("train", 1), ("val", 2))
 
 
 def read(name: str) -> dict[str, Any]:
@@ -74,7 +90,7 @@ def read(name: str) -> dict[str, Any]:
 
 def test_shipped_are_the_quickstart_and_the_papers_experiments() -> None:
     studies = [f"{family}_{name}" for family in FAMILIES for name in STUDY]
-    names = [*CIFAR, *NORMALISED, *IMAGENET, *NORMALISED_IMAGENET, *studies]
+    names = [*CIFAR, *NORMALISED, *IMAGENET, *NORMALISED_IMAGENET, *TRANSLATION, *studies]
     assert list(CONFIGS) == ["quickstart", *sorted(names)]
 
 
@@ -189,6 +205,50 @@ def test_imagenet_configs_have_one_batch_and_schedule(name: str) -> None:
     assert config["model"]["init_args"]["lr_batch_size"] == 256
     trainer = config["trainer"]
     assert (trainer["max_epochs"], trainer["precision"]) == (90, "16-mixed")
+
+
+@pytest.mark.parametrize("name", TRANSLATION)
+def test_translation_config_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norm, layers = TRANSLATION[name]
+    monkeypatch.chdir(tmp_path)
+    train, val = (write_pairs(tmp_path, part, draw_pairs(40, seed)) for part, seed in PARTS)
+    words = ["--data", "ParallelText", "--data.train", str(train), "--data.val", str(val)]
+    words += shlex.split("--data.vocab_size 280 --data.tokens_a_batch 300 --model.net.width 16")
+    if "transformer" in name:
+        words += shlex.split("--model.net.heads 2 --model.net.hidden 16")
+    given = [*SHORT_RUN, "--trainer.val_check_interval", "2", "--trainer.precision", "32-true"]
+    assert main(["fit", "--config", name, *words, *given]) == 0
+    last = tmp_path / "runs" / name / "version_0" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    recipes = {"norm_swaps": [], "weight_norms": [], **checkpoint.get("nmlightning", {})}
+    swaps = [(swap["norm"], list(swap["kinds"])) for swap in recipes["norm_swaps"]]
+    assert swaps == ([(norm, ["layer"])] if norm else [])
+    normalised = [list(recipe["layers"]) for recipe in recipes["weight_norms"]]
+    assert normalised == ([layers] if layers else [])
+    assert all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values())
+
+
+@pytest.mark.parametrize("family", TRANSLATED)
+def test_translation_configs_differ_in_the_norm_alone(family: str) -> None:
+    configs = [read(f"{family}_{norm}") for norm in ("ln", "l1", "bwn")]
+    for config in configs:
+        config["trainer"].pop("callbacks", None)
+        for key in ("norm", "scale_branches", "tied", "layer_norm"):
+            config["model"]["init_args"]["net"]["init_args"].pop(key, None)
+    assert all(config == configs[0] for config in configs)
+
+
+@pytest.mark.parametrize("norm", ["ln", "l1", "bwn"])
+def test_the_transformer_is_the_papers_base_model(norm: str) -> None:
+    config = read(f"wmt14_transformer_{norm}")
+    model, data = config["model"]["init_args"], config["data"]["init_args"]
+    assert model["optimizer"]["init_args"] == {"lr": 7e-4, "betas": [0.9, 0.98], "eps": 1e-9}
+    assert model["optimizer"]["init_args"]["lr"] == pytest.approx((512 * 4000) ** -0.5, rel=0.01)
+    assert model["lr_scheduler"]["init_args"] == {"warmup_steps": 4000}
+    assert (data["vocab_size"], data["tokens_a_batch"]) == (32000, 25000)
+    assert model["net"]["init_args"]["vocab_size"] == data["vocab_size"]
 
 
 @pytest.mark.parametrize("name", CIFAR)
