@@ -43,8 +43,8 @@ class AttentionLSTM(nn.Module):
         layers: layers of the encoder, and of the decoder; at least 2.
         dropout: share of numbers that are set to zero in training; at least 0 and less than 1.
         layer_norm: whether there is an `nn.LayerNorm` on the output of each layer.
-        tied: "all": source, target and output are one matrix; "output": the source has its own;
-            "none": three matrices.
+        tied: "all": source, target and output are one matrix; "inputs": the output has its own;
+            "output": the source has its own; "none": three matrices.
 
     Raises:
         InputError: for a setting out of its range.

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from nmlightning.errors import check_choice, check_whole_number
 from nmlightning.text.special_tokens import SPECIAL_TOKENS
 
-Tied = Literal["all", "output", "none"]
+Tied = Literal["all", "inputs", "output", "none"]
+CHOICES: tuple[Tied, ...] = ("all", "inputs", "output", "none")
 
 
 class TiedWords(nn.Module):
@@ -28,8 +29,8 @@ class TiedWords(nn.Module):
     Args:
         vocab_size: number of tokens, with the special ones.
         width: numbers in a vector.
-        tied: "all": source, target and output are one matrix; "output": the source has its own;
-            "none": three matrices.
+        tied: "all": source, target and output are one matrix; "inputs": the output has its own;
+            "output": the source has its own; "none": three matrices.
 
     Raises:
         InputError: for another `tied`, or a vocabulary without a word.
@@ -37,12 +38,13 @@ class TiedWords(nn.Module):
 
     def __init__(self, vocab_size: int, width: int, tied: Tied) -> None:
         super().__init__()
-        check_choice("tied", tied, ("all", "output", "none"))
+        check_choice("tied", tied, CHOICES)
         check_whole_number("vocab_size", vocab_size, least=len(SPECIAL_TOKENS) + 1)
         self.scale = math.sqrt(width)
         self.target = nn.Embedding(vocab_size, width)
-        self.own_source = None if tied == "all" else nn.Embedding(vocab_size, width)
-        self.own_output = nn.Linear(width, vocab_size, bias=False) if tied == "none" else None
+        has_own_source, has_own_output = tied in ("output", "none"), tied in ("inputs", "none")
+        self.own_source = nn.Embedding(vocab_size, width) if has_own_source else None
+        self.own_output = nn.Linear(width, vocab_size, bias=False) if has_own_output else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -42,8 +42,10 @@ class Transformer(nn.Module):
             its place.
         norm_first: put the norm before the branch (Xiong et al. 2020, arXiv 2002.04745) and another
             at the end of encoder and decoder, in place of after the sum.
-        tied: "all": source, target and output are one matrix, as in the paper; "output": the source
-            has its own; "none": three matrices.
+        tied: "all": source, target and output are one matrix, as in the paper; "inputs": the output
+            has its own; "output": the source has its own; "none": three matrices. Without norms an
+            output tied to the target's vectors finds each token itself in what enters: it starts at
+            a loss of about √width, an output of its own at ln(vocab_size) + 1.
         scale_branches: draw the last matrix of each of the n branches of the encoder 1/√n times as
             large, and likewise in the decoder, so that the sum of all has the variance of one. A
             network without norms needs it to start; see `CifarResNet`.

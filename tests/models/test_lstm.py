@@ -120,7 +120,7 @@ def test_weight_norm_holds_each_row_of_each_gate() -> None:
         ({"width": 0}, r"width must be a whole number of at least 1, got 0"),
         ({"dropout": -0.1}, r"dropout must be at least 0 and less than 1, got -0\.1"),
         ({"layer_norm": "l1"}, r"layer_norm is True or False, got 'l1'"),
-        ({"tied": True}, r"tied is 'all' or 'output' or 'none', got True"),
+        ({"tied": True}, r"tied is 'all' or 'inputs' or 'output' or 'none', got True"),
         ({"vocab_size": 3}, r"vocab_size must be a whole number of at least 5, got 3"),
     ],
 )

@@ -26,7 +26,9 @@ NETS: dict[str, Callable[[], Any]] = {
     "post": lambda: Transformer(VOCABULARY, **SMALL),
     "pre": lambda: Transformer(VOCABULARY, **SMALL, norm_first=True, tied="output"),
     "rms": lambda: Transformer(VOCABULARY, **SMALL, norm="rms", tied="none"),
-    "no norm": lambda: Transformer(VOCABULARY, **SMALL, norm="none", scale_branches=True),
+    "no norm": lambda: Transformer(
+        VOCABULARY, **SMALL, norm="none", scale_branches=True, tied="inputs"
+    ),
     "lstm": lambda: AttentionLSTM(VOCABULARY, 16),
     "lstm, norm": lambda: AttentionLSTM(VOCABULARY, 16, layer_norm=True, tied="output"),
     "lstm, deep": lambda: AttentionLSTM(VOCABULARY, 16, layers=4, tied="none"),

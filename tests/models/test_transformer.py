@@ -63,15 +63,16 @@ def test_positions_are_the_papers_formula() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tied", "matrices"), [("all", 1), ("output", 2), ("none", 3)], ids=["all", "output", "none"]
+    ("tied", "own"),
+    [("all", []), ("inputs", ["output"]), ("output", ["source"]), ("none", ["source", "output"])],
 )
-def test_what_is_tied_is_one_parameter(tied: Any, matrices: int) -> None:
+def test_what_is_tied_is_one_parameter(tied: Any, own: list[str]) -> None:
     net = make(tied=tied)
-    words = [q for q in net.parameters() if 11 in q.shape]
-    assert len(words) == matrices
+    words = dict(net.words.named_parameters())
+    assert list(words) == ["target.weight", *(f"own_{name}.weight" for name in own)]
     assert len(net.state_dict()) == len(list(net.parameters()))
     net(SOURCE, TARGET).logsumexp(2).sum().backward()
-    assert all(q.grad is not None and q.grad.any() for q in words)
+    assert all(q.grad is not None and q.grad.any() for q in words.values())
 
 
 def test_a_weight_norm_of_the_embedding_counts_for_the_output() -> None:
@@ -127,6 +128,18 @@ def test_it_starts_without_norms(bounded: bool) -> None:
     assert loss.item() < math.log(7) - 0.1  # what is known without the source
 
 
+def test_an_output_of_its_own_starts_at_the_vocabulary_without_norms() -> None:
+    torch.manual_seed(0)
+    source, target = torch.randint(4, 400, (2, 8, 20))
+    losses = []
+    for tied in ("all", "inputs"):
+        net = Transformer(400, 256, 256, 4, 3, 3, norm="none", scale_branches=True, tied=tied)  # type: ignore[arg-type]
+        logits = net(source, target[:, :-1]).flatten(0, 1)
+        losses.append(F.cross_entropy(logits, target[:, 1:].flatten()).item())
+    assert losses[0] == pytest.approx(16, rel=0.1)
+    assert losses[1] == pytest.approx(math.log(400) + 1, rel=0.1)
+
+
 def test_reset_draws_all_anew_as_at_first() -> None:
     torch.manual_seed(0)
     net = make(scale_branches=True)
@@ -159,7 +172,10 @@ def test_compiles_whole() -> None:
         ({"dropout": "0.1"}, r"dropout must be at least 0 and less than 1, got '0\.1'"),
         ({"norm": "batch"}, r"norm is 'layer' or 'rms' or 'none', got 'batch'"),
         ({"norm_first": "no"}, r"norm_first is True or False, got 'no'"),
-        ({"tied": "al"}, r"tied is 'all' or 'output' or 'none', got 'al'\. Did you mean 'all'"),
+        (
+            {"tied": "al"},
+            r"tied is 'all' or 'inputs' or 'output' or 'none', got 'al'\. Did you mean 'all'",
+        ),
         ({"scale_branches": 2}, r"scale_branches is True or False, got 2"),
     ],
 )
