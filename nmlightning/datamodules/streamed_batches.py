@@ -3,7 +3,7 @@
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from itertools import count, islice
+from itertools import islice
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -58,12 +58,12 @@ class StreamedBatches:
         shard: this process's part.
         shuffle: False repeats the order of the first epoch (Lightning's `overfit_batches`).
         pin_memory: whether to hand out page-locked memory.
-        batches_done: how many batches of the current epoch were trained on.
+        batches_done: how many batches of an unfinished epoch were trained on.
         interrupted: the `state_dict` of the run that is resumed, if any.
 
     Raises:
-        InputError: in iterating, if a run is resumed within an epoch with other data or batches, or
-            if no pool has a batch for each process.
+        InputError: in resuming within an epoch with other data or batches; in iterating, if no pool
+            has a batch for each process.
     """
 
     follows_from: Mapping[str, str] = MappingProxyType(
@@ -106,7 +106,7 @@ class StreamedBatches:
         self.interrupted = interrupted
         self.epoch = 0
         self._begun: deque[Pool] = deque(maxlen=REMEMBERED)
-        self._resumes = False
+        self._skip = 0  # batches, in the next epoch alone
         self._told = False
 
     @property
@@ -119,40 +119,35 @@ class StreamedBatches:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[TranslationBatch]:
-        done = self.batches_done() if self._resumes else 0
-        self._resumes = False
-        begin = Pool(0, 0, BEGINNING)
-        if done:
-            theirs = self.interrupted or {}
-            refuse_another_order(self, theirs)
-            begin = _last_before(done, theirs)
+        done, self._skip = self._skip, 0
+        epoch = self.epoch if self.shuffle else 0
+        begin = _last_before(done, self.interrupted or {})
         self._begun.clear()
-        yield from islice(self._read(begin), done - begin.batches_before, None)
+        yield from islice(self._read(begin, epoch), done - begin.batches_before, None)
 
-    def _read(self, pool: Pool) -> Iterator[TranslationBatch]:
+    def _read(self, pool: Pool, epoch: int) -> Iterator[TranslationBatch]:
         """Yield the batches from the beginning of a pool on."""
         self.pairs.load_state_dict(json.loads(pool.stream))
         stream = iter(self.pairs)
-        before = pool.batches_before
-        for number in count(pool.number):
-            self._begun.append(Pool(number, before, json.dumps(self.pairs.state_dict())))
-            few = list(islice(stream, self.pool))
-            if not few:
-                break
-            for batch in self._batches(few, number):
+        while few := list(islice(stream, self.pool)):
+            self._begun.append(pool)
+            number, before, _ = pool
+            for batch in self._batches(few, epoch, number):
                 before += 1
                 yield batch
-        if not before:
+            pool = Pool(number + 1, before, json.dumps(self.pairs.state_dict()))
+        if not pool.batches_before:
             raise InputError(
                 f"no {self.pool} sentence pairs of the stream make a batch for each of "
                 f"{self.shard.world_size} processes: use a larger pool or a smaller tokens_a_batch."
             )
 
-    def _batches(self, few: list[SentencePair], number: int) -> Iterator[TranslationBatch]:
+    def _batches(
+        self, few: list[SentencePair], epoch: int, number: int
+    ) -> Iterator[TranslationBatch]:
         encoded = encode_pairs(few, self.tokenizer, self.limits)
         self._tell_omissions(encoded)
         plan = plan_batches(*encoded.padded_lengths(), self.tokens_a_batch)
-        epoch = self.epoch if self.shuffle else 0
         rows = plan.draw(epoch_generator(self.seed, epoch, number))
         rank, world_size = self.shard
         whole = len(rows) // world_size * world_size
@@ -179,15 +174,18 @@ class StreamedBatches:
             "processes": self.shard.world_size,
             "tokenizer": self.tokenizer.digest,
             "digest": self.pairs.digest,
+            "epoch": self.epoch,
             "begun": json.dumps(list(self._begun)),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._resumes = True
+        self._skip = self.batches_done()
+        if self._skip:
+            refuse_another_order(self, self.interrupted or {})
 
 
 def _last_before(done: int, state: Mapping[str, int | str]) -> Pool:
     """Return the pool to which the batch behind those that are `done` belongs."""
     begun = [Pool(*pool) for pool in json.loads(str(state.get("begun", "[]")))]
-    fitting = [pool for pool in begun if pool.batches_before <= done]
-    return fitting[-1] if fitting else Pool(0, 0, BEGINNING)
+    first = Pool(0, 0, BEGINNING)
+    return [first, *(pool for pool in begun if pool.batches_before <= done)][-1]

@@ -59,19 +59,19 @@ class EpochOrder(ResumableOrder, Protocol[Drawn]):
 class TrainingBatches(Generic[Draw, Batch]):
     """Iterates over training batches; a run resumed within an epoch goes on in that epoch.
 
-    Lightning calls `load_state_dict` where a checkpoint was written in mid-epoch. The next epoch
+    Lightning calls `load_state_dict` where a run is resumed, before it reads anything. The epoch
     then starts behind the `batches_done` that Lightning has counted, not behind those that were
     read: the batch during which a run was interrupted was read but not trained on.
 
     Args:
         data: what the batches are of.
         sampler: what is in each batch.
-        batches_done: how many batches of the current epoch were trained on.
+        batches_done: how many batches of an unfinished epoch were trained on.
         interrupted: the `state_dict` of the sampler of the run that is resumed, if any.
 
     Raises:
-        InputError: in iterating, if a run is resumed within an epoch and the rest of that epoch
-            cannot be the rest: with other data, or with batches of another size.
+        InputError: in resuming, if the rest of the interrupted epoch cannot be the rest: with other
+            data, or with batches of another size.
     """
 
     def __init__(
@@ -85,23 +85,22 @@ class TrainingBatches(Generic[Draw, Batch]):
         self.sampler = sampler
         self.batches_done = batches_done
         self.interrupted = interrupted
-        self._resumes = False
+        self._skip = 0  # batches, in the next epoch alone
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        skip = self.batches_done() if self._resumes else 0
-        self._resumes = False
-        if skip:
-            refuse_another_order(self.sampler, self.interrupted or {})
+        skip, self._skip = self._skip, 0
         yield from self.data.batches(islice(self.sampler, skip, None))
 
     def state_dict(self) -> dict[str, Any]:
         return {}  # its place in the epoch is in the checkpoint already
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._resumes = True
+        self._skip = self.batches_done()
+        if self._skip:
+            refuse_another_order(self.sampler, self.interrupted or {})
 
 
 def refuse_another_order(sampler: ResumableOrder, theirs: Mapping[str, int | str]) -> None:
@@ -133,7 +132,10 @@ def order_seed(trainer: pl.Trainer | None, interrupted: Mapping[str, int | str] 
 
 
 def count_batches_done(trainer: pl.Trainer | None) -> Callable[[], int]:
-    """Return what says how many batches of the current epoch were trained on."""
+    """Return what says, of a trainer that resumes, how many batches of its epoch were trained on.
+
+    It is to be asked before the run begins; 0 where the epoch was finished.
+    """
     return partial(_batches_done, trainer) if trainer else int
 
 
@@ -143,5 +145,26 @@ def epoch_generator(seed: int, *place: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(mixed))
 
 
+def find_epoch(trainer: pl.Trainer | None, interrupted: Mapping[str, int | str] | None) -> int:
+    """Return the epoch that is read first, which a trainer that resumes knows only later.
+
+    The state of the run that was `interrupted` holds the `epoch` in which its checkpoint was
+    written; the next one comes first if that was finished.
+    """
+    if trainer is None:
+        return 0
+    if interrupted is None:
+        return trainer.current_epoch
+    return int(interrupted.get("epoch", 0)) + _epoch_is_finished(trainer)
+
+
 def _batches_done(trainer: pl.Trainer) -> int:
-    return trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    if _epoch_is_finished(trainer):
+        return 0
+    current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return int(current.processed)
+
+
+def _epoch_is_finished(trainer: pl.Trainer) -> bool:
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    return bool(progress.is_last_batch and progress.current.processed == progress.current.ready)

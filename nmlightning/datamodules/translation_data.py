@@ -40,11 +40,13 @@ class TranslationData(ResumableData, ABC):
 
     Attributes:
         unit: what a training rate is counted in.
+        encodes_all: whether all training pairs are encoded beforehand.
         tokenizer: from `setup` on.
         train: the encoded training pairs, from `setup("fit")` on.
     """
 
     unit = "sentences"
+    encodes_all = True
     tokenizer: JointBPE | None = None
     train: EncodedPairs | None = None
 
@@ -91,22 +93,20 @@ class TranslationData(ResumableData, ABC):
         """
         if self.folder is not None:
             tokenizer = self._find_tokenizer()
-            if self._fits():
-                keep_pairs(self.folder, self.training_pairs(), tokenizer, self.limits, check=True)
+            if self.encodes_all and (self.trainer is None or self.trainer.state.fn == "fit"):
+                pairs = self.training_pairs()
+                keep_pairs(self.folder, pairs, tokenizer, self.limits, check=True)
 
     def setup(self, stage: str | None = None) -> None:
         """Find the tokenizer and, for a fit, the training pairs."""
         if self.tokenizer is None:
             self.tokenizer = self._find_tokenizer()
-        if self.train is None and stage in (None, "fit"):
+        if self.encodes_all and self.train is None and stage in (None, "fit"):
             pairs = self.training_pairs()
             self.train = keep_pairs(self.folder, pairs, self.tokenizer, self.limits)
             if told := self.train.omitted.describe(self.limits):
                 used = self.train.length
                 rank_zero_warn(f"Of the training pairs {told}; {used} are used.")
-
-    def _fits(self) -> bool:
-        return self.trainer is None or self.trainer.state.fn == "fit"
 
     def _find_tokenizer(self) -> JointBPE:
         if self.tokenizer_path is not None:

@@ -9,6 +9,7 @@ from nmlightning.datamodules.process_shard import shard_of
 from nmlightning.datamodules.streamed_batches import StreamedBatches
 from nmlightning.datamodules.training_batches import (
     count_batches_done,
+    find_epoch,
     order_seed,
 )
 from nmlightning.datamodules.translation_data import TranslationData
@@ -67,6 +68,7 @@ class WMT14(TranslationData):
         folder = place / "translation"
         super().__init__(folder, vocab_size, tokenizer, tokens_a_batch, max_length, too_long)
         self.streaming = check_flag("streaming", streaming)
+        self.encodes_all = not streaming
         self.pool = check_whole_number("pool", pool)
         self.dataset = dataset
         self.downloads = place / "wmt14"
@@ -97,6 +99,8 @@ class WMT14(TranslationData):
             batches_done=count_batches_done(trainer),
             interrupted=self.interrupted,
         )
+        # Lightning reads a batch of a loader without a length before it says which epoch comes.
+        batches.set_epoch(find_epoch(trainer, self.interrupted))
         self.sampler = batches
         return batches
 

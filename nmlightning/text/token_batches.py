@@ -5,7 +5,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-DIFFERENCE_STEP = 4  # tokens: of pairs whose sides differ alike, any order is as good
+DIFFERENCE_STEP = 2  # tokens: of pairs whose sides differ alike, any order is as good
 
 Lengths = NDArray[np.int64]
 
