@@ -30,7 +30,7 @@ def shard_blocks(net: nn.Module, mesh: DeviceMesh) -> None:
     """
     if mesh["tensor_parallel"].size() > 1:
         raise InputError(
-            "nmlightning's tasks shard over all processes and split no tensors: give "
+            "ImageClassifier shards over all processes and splits no tensors: give "
             "ModelParallelStrategy a data_parallel_size of the number of processes, here "
             f"{mesh.size()}, and a tensor_parallel_size of 1."
         )

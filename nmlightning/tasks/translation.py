@@ -16,7 +16,6 @@ from nmlightning.tasks.checkpoint_match import check_same_network
 from nmlightning.tasks.optimization import Interval, add_schedule, make_optimizer
 from nmlightning.tasks.published_bleu import published_bleu
 from nmlightning.tasks.remembered_arguments import remember_arguments
-from nmlightning.tasks.sharding import shard_once
 from nmlightning.tasks.token_loss import TokenLoss, token_loss
 from nmlightning.tasks.training_window import TrainingWindow
 from nmlightning.tasks.translation_metrics import TranslationMetrics
@@ -63,8 +62,9 @@ class Translator(pl.LightningModule):
             checkpoint, so that one alone is enough to translate.
 
     Raises:
-        InputError: for a setting outside what is allowed; in training for a vocabulary that is
-            larger than the network's; on loading for a checkpoint of another network, of another
+        InputError: for a setting outside what is allowed or a network that is no sequence model; in
+            training for a vocabulary that is larger than the network's, or under
+            `ModelParallelStrategy`; on loading for a checkpoint of another network, of another
             vocabulary or, in a Trainer, of another recipe of norms.
 
     Example:
@@ -121,8 +121,12 @@ class Translator(pl.LightningModule):
             self.to_be_compiled = False
 
     def configure_model(self) -> None:
-        """Shard the network once, under Lightning's `ModelParallelStrategy`."""
-        shard_once(self.net, self.device_mesh)
+        """Refuse Lightning's `ModelParallelStrategy`: processes search for different lengths."""
+        if self.device_mesh is not None:
+            raise InputError(
+                "Translator does not shard its network: each process translates its own sentences "
+                "with all weights. Give the Trainer the strategy ddp."
+            )
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         """Return the logits (N, T, V) of what follows each token of `target` (N, T)."""

@@ -202,6 +202,13 @@ def test_without_a_tokenizer_nothing_is_translated(tmp_path: Path) -> None:
     assert trainer.callback_metrics["val/ppl"] > 1
 
 
+def test_is_not_sharded(monkeypatch: Any) -> None:
+    task = make_translator()
+    monkeypatch.setattr(task, "_device_mesh", object())
+    with pytest.raises(InputError, match="Give the Trainer the strategy ddp"):
+        task.configure_model()
+
+
 def test_the_network_must_be_able_to_write_token_by_token() -> None:
     with pytest.raises(InputError, match="Linear is no sequence model, since it has no vocab_size"):
         make_translator(torch.nn.Linear(2, 2))
