@@ -7,7 +7,11 @@ import torch
 
 from made_sentences import make_pairs
 from nmlightning.datamodules.process_shard import WHOLE_SET, Shard
-from nmlightning.datamodules.sentence_batches import EvaluationSentences, ShuffledBatches
+from nmlightning.datamodules.sentence_batches import (
+    EvaluationSentences,
+    ShuffledBatches,
+    TrainingPairs,
+)
 from nmlightning.errors import InputError
 from nmlightning.text.encoded_pairs import EncodedPairs, encode_pairs
 from nmlightning.text.sentence_pair import SentencePair
@@ -129,3 +133,14 @@ def test_the_state_says_what_the_order_follows_from() -> None:
     }
     assert set(batches.follows_from) < set(batches.state_dict())
     assert torch.equal(next(iter(batches)), next(iter(batches)))
+
+
+def test_batches_for_a_cuda_device_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    (batch,) = TrainingPairs(ENCODED, pin_memory=True).batches([torch.arange(3)])
+    assert [id(side) for side in pinned] == [id(side) for side in batch[:3]]
+    references = [pair.target for pair in PAIRS]
+    for batch in EvaluationSentences(ENCODED, references, 600, 40, pin_memory=True):
+        assert batch.references
+        assert pinned[-1] is batch.words

@@ -111,7 +111,12 @@ def test_tokens_take_two_bytes_or_in_a_large_vocabulary_four() -> None:
 def test_the_digest_is_of_every_token_and_their_order() -> None:
     digests = {
         encode_pairs(pairs, BYTES).digest
-        for pairs in (PAIRS, PAIRS[::-1], PAIRS[1:], [PAIRS[0]._replace(target="One"), *PAIRS[1:]])
+        for pairs in (
+            PAIRS,
+            PAIRS[::-1],
+            PAIRS[1:],
+            [PAIRS[0]._replace(target="One two three"), *PAIRS[1:]],
+        )
     }
     assert len(digests) == 4
     assert encode_pairs(PAIRS, BYTES).digest in digests

@@ -60,11 +60,12 @@ def test_the_draw_follows_from_the_generator_alone() -> None:
     assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
     batches = [{tuple(sorted(rows.tolist())) for rows in drawn} for drawn in (first, other)]
     assert len(batches[0] & batches[1]) < len(plan) / 4, "other pairs come together"
-    lengths = [make_lengths(3000)[0][rows].max() for rows in first]
+    longest = np.maximum(*make_lengths(3000))
+    lengths = [longest[rows].max() for rows in first]
     assert lengths != sorted(lengths), "short and long batches are mixed"
 
 
-@pytest.mark.parametrize(("tokens", "most"), [(500, 0.06), (4000, 0.08), (25000, 0.1)])
+@pytest.mark.parametrize(("tokens", "most"), [(500, 0.03), (4000, 0.05), (25000, 0.08)])
 def test_little_is_padded(tokens: int, most: float) -> None:
     source, target = make_lengths(60_000)
     real = padded = 0
