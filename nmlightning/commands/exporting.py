@@ -13,6 +13,7 @@ from nmlightning.export.agreement import BATCH_SIZES, TOLERANCE
 from nmlightning.export.formats import FORMATS
 from nmlightning.export.network import ExportReport, export_network
 from nmlightning.name_patterns import some
+from nmlightning.tasks.translation import Translator
 
 
 def export(given: argparse.Namespace) -> None:
@@ -23,8 +24,14 @@ def export(given: argparse.Namespace) -> None:
     """
     with quiet():
         saved = SavedModule(given.checkpoint, given.config)
+        module = saved.load()
+        if isinstance(module, Translator):
+            raise InputError(
+                f"{str(given.checkpoint)!r} is of Translator, whose network has two inputs and "
+                "writes token by token, which nm export does not write: nm translate runs it."
+            )
         shape = given.input_shape or saved.input_shape()
-        net = _choose(saved.load(), given.module)
+        net = _choose(module, given.module)
         report = export_network(
             net,
             given.output,

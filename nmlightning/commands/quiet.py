@@ -30,8 +30,9 @@ CHATTY = [
     *("pytorch_lightning", "lightning_fabric"),
     *("lightning", "lightning.pytorch", "lightning.fabric"),
 ]
-# They say through Lightning's loggers what was swapped, and how the learning rate was scaled.
-OURS = ("NormSwap", "ImageClassifier")
+# They say through Lightning's loggers what was swapped or normalised, how the learning rate was
+# scaled, and the BLEU to publish.
+OURS = ("NormSwap", "WeightNormSwap", "ImageClassifier", "Translator")
 
 
 @contextmanager

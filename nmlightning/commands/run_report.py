@@ -133,7 +133,8 @@ def print_notice(text: str) -> None:
 def print_metrics(metrics: Mapping[str, Any]) -> None:
     """Print the metrics called `<stage>/<name>`: a row a stage, a column a name."""
     values = {name: float(value) for name, value in metrics.items() if name.count("/") == 1}
-    names = list(dict.fromkeys(name.split("/")[1] for name in values))
+    shown = (name.split("/") for name in values)
+    names = list(dict.fromkeys(name for stage, name in shown if stage in STAGES))
     rows = [stage for stage in STAGES if any(name.startswith(f"{stage}/") for name in values)]
     if not rows:
         return

@@ -18,8 +18,10 @@ from nmlightning.name_patterns import some
 from nmlightning.recipes import WEIGHT_NORM, recipes_of
 from nmlightning.tasks.line_translation import LineOptions, translate_lines
 from nmlightning.tasks.translation import Translator
+from nmlightning.text.parallel_files import decode_line
 from nmlightning.weights.weight_norm.apply import remove_weight_norm
 
+INPUT = "the input"
 LINES_AT_ONCE = 10_000  # sorted by length together, and written together
 
 
@@ -61,15 +63,13 @@ def _load(given: argparse.Namespace) -> Translator:
 
 def _translate_typed(task: Translator, options: LineOptions) -> None:
     """Answer each line as it is typed."""
-    for line in sys.stdin.buffer:
-        found, _ = translate_lines(task, _decode([line]), options)
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        found, _ = translate_lines(task, [decode_line(line, number, INPUT)], options)
         _write(found)
 
 
 def _translate_all(task: Translator, options: LineOptions) -> None:
-    lines = _decode(sys.stdin.buffer.read().split(b"\n"))
-    if not lines[-1]:  # nothing comes after the last end of a line
-        lines.pop()
+    lines = [decode_line(line, n, INPUT) for n, line in enumerate(sys.stdin.buffer, 1)]
     cut: list[int] = []
     with _progress(len(lines)) as advance:
         for start in range(0, len(lines), LINES_AT_ONCE):
@@ -83,17 +83,6 @@ def _translate_all(task: Translator, options: LineOptions) -> None:
             f"{len(cut)} of {len(lines)} lines have more than {options.max_length} tokens, and "
             f"their ends were left out: {numbers}."
         )
-
-
-def _decode(lines: Sequence[bytes]) -> list[str]:
-    """Return lines of UTF-8 as text, or raise InputError with the number of one that is not."""
-    decoded = []
-    for number, line in enumerate(lines, 1):
-        try:
-            decoded.append(line.decode("utf-8").rstrip("\r\n"))
-        except UnicodeDecodeError as error:
-            raise InputError(f"line {number} of the input is not UTF-8: {error.reason}.") from error
-    return decoded
 
 
 def _write(lines: Sequence[str]) -> None:

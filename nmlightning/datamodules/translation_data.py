@@ -141,8 +141,15 @@ class TranslationData(ResumableData, ABC):
     def _evaluate(self, part: str) -> EvaluationSentences:
         assert self.tokenizer is not None, "setup() comes first"
         pairs = self.evaluation_pairs(part)
+        encoded = encode_pairs(pairs, self.tokenizer)
+        cut = int((encoded.source.lengths > self.limits.max_length).sum())
+        if cut:
+            rank_zero_warn(
+                f"Of the {part} sentences {cut} have more than {self.limits.max_length} tokens and "
+                "are read up to there."
+            )
         return EvaluationSentences(
-            encode_pairs(pairs, self.tokenizer),
+            encoded,
             [pair.target for pair in pairs],
             self.tokens_a_batch,
             self.limits.max_length,

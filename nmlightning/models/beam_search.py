@@ -83,7 +83,7 @@ def beam_search(
     kept = _Kept.nothing(source, limits, length_penalty)
     for length in range(1, int(limits.max()) + 1):
         logits = net.next_logits(beams.tokens[:, :, -1].flatten(), state)
-        grown = beams.grow(rule_out(logits), 2 * beam_size)
+        grown = beams.grow(rule_out(logits.float().log_softmax(1)), 2 * beam_size)
         kept.keep_ended(grown, length, beam_size)
         beams = grown.go_on(beam_size)
         goes_on = kept.find_open(beams, length, beam_size)
@@ -117,19 +117,20 @@ class _Beams:
         scores = torch.zeros(len(source), 1, device=source.device)
         return cls(sentences, scores, torch.full_like(source[:, :1, None], BOS), sentences)
 
-    def grow(self, logits: Tensor, count: int) -> "_Beams":
+    def grow(self, chances: Tensor, count: int) -> "_Beams":
         """Return the `count` likeliest translations that are longer by a token.
 
-        Those are among the `count` likeliest of each translation. `logits`: (n·k, vocab_size).
+        Those are among the `count` likeliest of each translation. `chances`: (n·k, vocab_size), the
+        log-probabilities of the tokens to follow.
         """
         n, k = self.scores.shape
-        best, words = logits.topk(min(count, logits.shape[1]))
-        chances = (best - logits.logsumexp(1, keepdim=True)).view(n, k, -1)
+        best, words = chances.topk(min(count, chances.shape[1]))
+        best = best.view(n, k, -1)
         scores, places = (
-            (self.scores[:, :, None] + chances).flatten(1).topk(min(count, chances[0].numel()))
+            (self.scores[:, :, None] + best).flatten(1).topk(min(count, best[0].numel()))
         )
         return self._pick(
-            scores, places // chances.shape[2], words.view(n, -1).gather(1, places)[:, :, None]
+            scores, places // best.shape[2], words.view(n, -1).gather(1, places)[:, :, None]
         )
 
     def go_on(self, count: int) -> "_Beams":

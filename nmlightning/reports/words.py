@@ -11,10 +11,12 @@ def is_share(metric: str) -> bool:
 
 
 def format_value(value: float, metric: str) -> str:
-    """Return `93.07 %`, `0.2713` or `27.31`; large numbers have fewer places."""
+    """Return `93.07 %`, `0.2713`, `27.31` or `3,529`: large numbers, and BLEU, have few places."""
     if is_share(metric):
         return f"{100 * value:.2f} %"
-    return f"{value:.4f}" if abs(value) < 10 else f"{value:,.2f}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.2f}" if abs(value) >= 10 or "bleu" in metric.lower() else f"{value:.4f}"
 
 
 def format_spread(spread: Spread | None, metric: str) -> str:

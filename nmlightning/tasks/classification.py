@@ -43,7 +43,7 @@ class ImageClassifier(pl.LightningModule):
             that decays.
         lr_scheduler: called with the optimizer; stepped once an epoch. `ReduceLROnPlateau`
             watches its `monitor`, or `val/loss`.
-        label_smoothing: 0 … 1, in training only.
+        label_smoothing: at least 0 and less than 1, in training only.
         weight_decay_scope: `all`, `no_norm` (norms and biases exempt), `no_conv` (the weights of
             convolutions exempt) or `last_layer`.
         lr_batch_size: the images a step that the optimizer's learning rate is meant for. It is
@@ -54,7 +54,7 @@ class ImageClassifier(pl.LightningModule):
             times faster for a network of many small layers; the first steps then take a minute.
 
     Raises:
-        InputError: for a label_smoothing outside 0 … 1 or an lr_batch_size below 1; in training
+        InputError: for a label_smoothing out of its range or an lr_batch_size below 1; in training
             for labels outside the classes or a network with another number of outputs, or if the
             rate is to be scaled by a batch size that the data module does not tell; on loading a
             checkpoint of another network or, in a Trainer, of another recipe of norms or, to

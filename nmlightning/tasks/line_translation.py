@@ -42,8 +42,8 @@ class LineOptions:
 def translate_lines(
     task: Translator,
     lines: Sequence[str],
-    options: LineOptions = LineOptions(),
-    on_translated: Callable[[int], object] = int,
+    options: LineOptions | None = None,
+    on_translated: Callable[[int], object] | None = None,
 ) -> tuple[list[str], list[int]]:
     """Return the translation of each line, in order, and the positions of those that were cut.
 
@@ -52,12 +52,13 @@ def translate_lines(
     Args:
         task: on the device that translates, in evaluation mode.
         lines: a sentence each.
-        options: how.
-        on_translated: called with the number of lines that are done, after each batch.
+        options: how; None means the defaults.
+        on_translated: called with the number of lines that are done, after each batch, or None.
 
     Raises:
         InputError: the task has no tokenizer.
     """
+    options = options or LineOptions()
     if task.tokenizer is None:
         raise InputError("the model has no tokenizer: it was not trained as a Translator is.")
     whole = task.tokenizer.encode(lines)
@@ -66,7 +67,8 @@ def translate_lines(
     found = [""] * len(lines)
     rows = [row for row, line in enumerate(lines) if line.strip()]
     rows.sort(key=lambda row: len(tokens[row]), reverse=True)
-    on_translated(len(lines) - len(rows))
+    if on_translated:
+        on_translated(len(lines) - len(rows))
     with torch.inference_mode():
         for batch in _batches(rows, tokens, options.tokens_a_batch):
             source = _pad([tokens[row] for row in batch]).to(task.device)
@@ -75,7 +77,8 @@ def translate_lines(
             )
             for row, translation in zip(batch, translations, strict=True):
                 found[row] = translation
-            on_translated(len(batch))
+            if on_translated:
+                on_translated(len(batch))
     return found, cut
 
 

@@ -10,7 +10,7 @@ Translation = tuple[str, str]  # as it was found, and the reference
 
 
 def published_bleu(translations: Sequence[Translation]) -> str:
-    """Return `BLEU 27.31, chrF2 … (nrefs:1|case:mixed|…)` of the translations of all processes.
+    """Return `BLEU 27.31 (nrefs:1|case:mixed|…)` of the translations of all processes.
 
     Args:
         translations: this process's, detokenized.

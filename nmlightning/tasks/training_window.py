@@ -1,7 +1,8 @@
-"""What is logged of training on tokens: means over the steps since it was last logged."""
+"""What is logged of training on tokens: means over the batches since it was last logged."""
 
 import math
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,11 +11,10 @@ from nmlightning.tasks.token_loss import TokenLoss
 
 
 class TrainingWindow:
-    """The steps since the last reading: sums on the device, so that no step waits, and a clock."""
+    """The batches since the last one: sums on the device, so that no step waits, and a clock."""
 
     def __init__(self) -> None:
-        self._sums: Tensor | None = None  # of loss, −log p, target tokens, tokens on both sides
-        self._steps = 0
+        self._sums: Tensor | None = None  # loss, −log p, targets, tokens on both sides, batches
         self._seconds = 0.0
         self._running_since: float | None = None
 
@@ -29,27 +29,31 @@ class TrainingWindow:
             self._seconds += time.monotonic() - self._running_since
             self._running_since = None
 
-    def add(self, step: TokenLoss, tokens: Tensor) -> None:
-        """Add a step, and the number of tokens that its sentences have on both sides."""
-        sums = torch.stack(
-            (step.loss.detach(), step.negative_log_likelihood, step.tokens.float(), tokens.float())
-        )
+    def add(self, batch: TokenLoss, tokens: Tensor) -> None:
+        """Add a batch, and the number of tokens that its sentences have on both sides."""
+        loss, one = batch.loss.detach(), torch.ones_like(batch.loss)
+        counts = (batch.tokens.float(), tokens.float(), one)
+        sums = torch.stack((loss, batch.negative_log_likelihood, *counts))
         self._sums = sums if self._sums is None else self._sums + sums
-        self._steps += 1
 
-    def read(self) -> dict[str, float]:
-        """Return `loss`, `ppl` and `tokens_per_s` of the steps, and begin anew.
+    def read(self, add_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Return `loss`, `ppl` and `tokens_per_s` of the batches, of which there is one at least.
 
-        There is one step at least. It waits for the device once.
+        It waits for the device once.
+
+        Args:
+            add_processes: returns the sums (5,) of all processes, of those of this one.
         """
         assert self._sums is not None, "add comes first"
-        loss, negative_log_likelihood, targets, tokens = self._sums.tolist()
+        loss, likelihood, targets, tokens, batches = add_processes(self._sums).tolist()
         self.pause()
-        values = {
-            "loss": loss / self._steps,
-            "ppl": float(torch.tensor(negative_log_likelihood / targets).exp()),
+        self.resume()
+        return {
+            "loss": loss / batches,
+            "ppl": float(torch.tensor(likelihood / targets).exp()),
             "tokens_per_s": tokens / self._seconds if self._seconds else math.nan,
         }
-        self._sums, self._steps, self._seconds = None, 0, 0.0
-        self.resume()
-        return values
+
+    def clear(self) -> None:
+        """Forget the batches, and the time that they took."""
+        self._sums, self._seconds = None, 0.0

@@ -21,6 +21,7 @@ from nmlightning.tasks.training_window import TrainingWindow
 from nmlightning.tasks.translation_metrics import TranslationMetrics
 from nmlightning.tasks.vocabulary import check_fits, read_tokenizer, store_tokenizer
 from nmlightning.text.special_tokens import PAD
+from nmlightning.text.text_packages import import_text_package
 from nmlightning.text.tokenizer import JointBPE
 from nmlightning.text.translation_batch import TranslationBatch
 from nmlightning.weights.parameter_groups import WeightDecayScope, parameter_groups
@@ -35,7 +36,7 @@ class Translator(pl.LightningModule):
     |---|---|
     | `train/loss` | smoothed cross-entropy, nats a subword: the mean since it was last logged |
     | `train/ppl` | perplexity a subword, without smoothing, since it was last logged |
-    | `train/tokens_per_s` | of source and target together, without padding, on this process |
+    | `train/tokens_per_s` | of source and target together, without padding, of all processes |
     | `val/loss` | cross-entropy without smoothing, nats a subword |
     | `val/ppl` | perplexity a subword, its exponential; the sentence's end counts as one |
     | `val/word_ppl` | perplexity a word of the text as written, one more for the sentence's end |
@@ -50,7 +51,7 @@ class Translator(pl.LightningModule):
             that decays.
         lr_scheduler: called with the optimizer.
         lr_interval: whether the schedule moves after each `step` or each `epoch`.
-        label_smoothing: ε, 0 … 1, in training only.
+        label_smoothing: ε, at least 0 and less than 1, in training only.
         beam_size: hypotheses a sentence in testing and prediction; 1 is greedy.
         length_penalty: α of Wu et al. (2016), of the beam search: 0 favours short translations.
         extra_length: by how many tokens a translation may be longer than its source.
@@ -107,11 +108,14 @@ class Translator(pl.LightningModule):
         self.tokenizer: JointBPE | None = None
         self.metrics = nn.ModuleDict({f"of_{s}": TranslationMetrics() for s in get_args(Stage)})
         self._window = TrainingWindow()
-        self._read: dict[str, float] = {}
+        self._last_step = 0  # that a batch has ended with
+        self._is_first_window = True
         self._tested: list[tuple[str, str]] = []
 
     def setup(self, stage: str) -> None:
         """Take the data's vocabulary, and compile once, after callbacks have swapped norms."""
+        if stage == "test":
+            import_text_package("sacrebleu")  # rather now than when all is translated
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         if tokenizer is not None:
             check_fits(tokenizer, self.net)
@@ -174,8 +178,20 @@ class Translator(pl.LightningModule):
     def training_step(self, batch: TranslationBatch, batch_idx: int) -> Tensor:
         step = self._loss_of(batch, self.label_smoothing)
         self._window.add(step, (batch.source != PAD).sum() + step.tokens)
-        self._log_training()
         return step.loss
+
+    def on_train_batch_end(self, outputs: Any, batch: TranslationBatch, batch_idx: int) -> None:
+        """Log when the loggers do, after the step; before the first time what there is so far."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        is_due = self.global_step % every == 0 and self.global_step != self._last_step
+        self._last_step = self.global_step
+        if not (is_due or self._is_first_window):
+            return
+        for name, value in self._window.read(self._add_processes).items():
+            self.log(f"train/{name}", value, prog_bar=name == "ppl", batch_size=1)
+        if is_due:
+            self._window.clear()
+            self._is_first_window = False
 
     def validation_step(self, batch: TranslationBatch, batch_idx: int) -> None:
         self._evaluate("val", batch, beam_size=1)
@@ -216,13 +232,10 @@ class Translator(pl.LightningModule):
         logits = self(batch.source, batch.target[:, :-1])
         return token_loss(logits, batch.target[:, 1:], label_smoothing)
 
-    def _log_training(self) -> None:
-        """Log every step what the last reading was, so that loggers see it when they ask."""
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if not self._read or (self.global_step + 1) % every == 0:
-            self._read = self._window.read()
-        for name, value in self._read.items():
-            self.log(f"train/{name}", value, prog_bar=name == "ppl", batch_size=1)
+    def _add_processes(self, sums: Tensor) -> Tensor:
+        gathered = self.all_gather(sums)
+        assert isinstance(gathered, Tensor)
+        return gathered.view(-1, len(sums)).sum(0)
 
     def _evaluate(
         self, stage: Stage, batch: TranslationBatch, beam_size: int
@@ -239,7 +252,7 @@ class Translator(pl.LightningModule):
     def _log_metrics(self, stage: Stage) -> None:
         metrics: Any = self.metrics[f"of_{stage}"]
         for name, value in metrics.compute().items():
-            self.log(f"{stage}/{name}", value, prog_bar=name in ("ppl", "bleu"))
+            self.log(f"{stage}/{name}", value, prog_bar=name in ("ppl", "bleu"), sync_dist=True)
 
 
 def _check_sequence_model(net: nn.Module) -> None:

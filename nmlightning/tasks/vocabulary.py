@@ -39,6 +39,7 @@ def read_tokenizer(checkpoint: dict[str, Any], current: JointBPE | None) -> Join
         raise InputError(
             f"the checkpoint was trained with another vocabulary ({stored.vocab_size:,} entries, "
             f"{stored.digest}) than the data's ({current.vocab_size:,} entries, {current.digest}): "
-            "give the data the tokenizer of that run."
+            "set data.tokenizer to the file of that run's, which JointBPE.from_json(torch.load("
+            "CHECKPOINT)['tokenizer']).save(FILE) writes."
         )
     return stored

@@ -64,18 +64,33 @@ def read_lines(path: Path) -> Iterator[str]:
     number = 0
     try:
         with _open(path) as file:
-            for number, line in enumerate(file, 1):  # noqa: B007: the errors name it
-                text = line.removesuffix(b"\n").removesuffix(b"\r").decode()
-                yield text.removeprefix(BYTE_ORDER_MARK) if number == 1 else text
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}, line {number}: byte {error.start + 1} is not UTF-8 ({error.reason}): convert "
-            "the file, or correct the line."
-        ) from error
+            for number, line in enumerate(file, 1):  # noqa: B007: the error names it
+                yield decode_line(line, number, str(path))
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(
             f"{path} cannot be read after line {number} ({error}): copy it again."
         ) from error
+
+
+def decode_line(line: bytes, number: int, name: str) -> str:
+    """Return a line of UTF-8 without its end, the first without a byte order mark.
+
+    Args:
+        line: up to its \\n, if it has one.
+        number: of the line, from 1.
+        name: of what it is read from, for the error.
+
+    Raises:
+        InputError: it is not UTF-8.
+    """
+    try:
+        text = line.removesuffix(b"\n").removesuffix(b"\r").decode()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{name}, line {number}: byte {error.start + 1} is not UTF-8 ({error.reason}): convert "
+            "the text, or correct the line."
+        ) from error
+    return text.removeprefix(BYTE_ORDER_MARK) if number == 1 else text
 
 
 def _find_file(path: str | Path) -> Path:

@@ -75,6 +75,10 @@ def test_only_a_line_feed_ends_a_line(translate: Translate) -> None:
     assert answer.out.count("\n") == 1
 
 
+def test_a_byte_order_mark_is_no_text(translate: Translate) -> None:
+    assert translate("\ufeffeins\n".encode()).out == translate(b"eins\n").out
+
+
 def test_nothing_is_translated_to_nothing(translate: Translate) -> None:
     assert translate(b"")[:2] == (0, "")
     assert translate(b"\n")[:2] == (0, "\n")
@@ -128,7 +132,10 @@ def test_bad_options_give_one_line(words: str, message: str, translate: Translat
 def test_a_line_that_is_no_text_is_named(translate: Translate) -> None:
     answer = translate(b"eins\n\xff\xfe\nzwei\n")
     assert (answer.code, answer.out) == (2, "")
-    assert "nm: line 2 of the input is not UTF-8: invalid start byte.\n" in answer.err
+    assert (
+        "nm: the input, line 2: byte 1 is not UTF-8 (invalid start byte): convert the text, or"
+        in answer.err
+    )
 
 
 def test_only_a_translator_translates(
@@ -145,6 +152,23 @@ def test_only_a_translator_translates(
     answer = translate(b"eins\n", checkpoint=checkpoint)
     assert answer.code == 2
     assert "is of ImageClassifier, which does not translate." in answer.err
+
+
+@pytest.mark.parametrize("form", ["state_dict", "onnx"])
+def test_is_not_exported(form: str, trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(trained), "--format", form]) == 2
+    assert "whose network has two inputs" in capfd.readouterr().err
+
+
+def test_the_bleu_to_publish_is_printed(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trained.parents[4])
+    config = trained.parents[1] / "config.yaml"
+    words = ["--config", str(config), "--ckpt_path", str(trained)]
+    assert main(["test", *words, "--trainer.limit_test_batches", "1"]) == 0
+    answer = capfd.readouterr()
+    assert "Translator: test BLEU " in answer.out + answer.err
 
 
 def test_a_reader_may_have_enough(trained: Path) -> None:

@@ -14,7 +14,8 @@ from nmlightning.reports.words import format_spread, format_value
         (-0.5, "val/loss", "-0.5000"),
         (27.314, "val/bleu", "27.31"),
         (5.1, "val/ppl", "5.1000"),
-        (12345.678, "train/tokens_per_s", "12,345.68"),
+        (0.0, "val/bleu", "0.00"),
+        (12345.678, "train/tokens_per_s", "12,346"),
         (float("nan"), "val/loss", "nan"),
     ],
 )
