@@ -160,15 +160,15 @@ def test_is_not_exported(form: str, trained: Path, capfd: pytest.CaptureFixture[
     assert "whose network has two inputs" in capfd.readouterr().err
 
 
-def test_the_bleu_to_publish_is_printed(
-    trained: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(trained.parents[4])
-    config = trained.parents[1] / "config.yaml"
-    words = ["--config", str(config), "--ckpt_path", str(trained)]
-    assert main(["test", *words, "--trainer.limit_test_batches", "1"]) == 0
-    answer = capfd.readouterr()
-    assert "Translator: test BLEU " in answer.out + answer.err
+def test_the_bleu_to_publish_is_printed(trained: Path) -> None:
+    words = ["--config", trained.parents[1] / "config.yaml", "--ckpt_path", trained]
+    answer = subprocess.run(
+        [sys.executable, "-m", "nmlightning", "test", *words, "--trainer.limit_test_batches", "1"],
+        cwd=trained.parents[4],
+        capture_output=True,
+        check=True,
+    )
+    assert "Translator: test BLEU " in (answer.stdout + answer.stderr).decode()
 
 
 def test_a_reader_may_have_enough(trained: Path) -> None:

@@ -19,9 +19,9 @@ LIMITS = [4, 3, 3]  # with one token more
 
 def chances(net: WrittenOdds, sentence: int, written: tuple[int, ...]) -> list[float]:
     """Return the log-probabilities of what follows, PAD and BOS ruled out."""
-    logits = net.logits(sentence, (BOS, *written))
-    logits[[PAD, BOS]] = -math.inf
-    return logits.log_softmax(0).tolist()
+    chances = net.logits(sentence, (BOS, *written)).log_softmax(0)
+    chances[[PAD, BOS]] = -math.inf
+    return chances.tolist()
 
 
 def score(net: WrittenOdds, sentence: int, tokens: tuple[int, ...], alpha: float) -> float:

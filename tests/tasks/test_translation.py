@@ -46,6 +46,39 @@ def test_learns_to_translate_and_says_how_well(tmp_path: Path) -> None:
     assert metrics["train/tokens_per_s"] > 0
 
 
+class Losses(pl.Callback):
+    """Keeps the loss of each batch, and what is logged after each."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.logged: list[float] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *outputs: Any) -> None:
+        self.losses.append(float(outputs[1]["loss"]))
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if "train/loss" in trainer.callback_metrics:
+            self.logged.append(float(trainer.callback_metrics["train/loss"]))
+
+
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_training_is_logged_as_means_of_all_batches(accumulated: int, tmp_path: Path) -> None:
+    losses, batches = Losses(), 2 * accumulated
+    trainer = make_trainer(
+        callbacks=[losses],
+        log_every_n_steps=2,
+        accumulate_grad_batches=accumulated,
+        limit_train_batches=2 * batches + 1,
+        limit_val_batches=0,
+    )
+    trainer.fit(make_translator(), make_text(tmp_path))
+    scaled = [accumulated * loss for loss in losses.losses]
+    first, second = (sum(scaled[i : i + batches]) / batches for i in (0, batches))
+    assert losses.logged[batches - 1] == pytest.approx(first, rel=1e-5)
+    assert losses.logged[-1] == pytest.approx(second, rel=1e-5)
+    assert len(losses.logged) == 2 * batches
+
+
 def test_perplexities_are_those_of_all_sentences(tmp_path: Path) -> None:
     task, data = make_translator(), make_text(tmp_path)
     (found,) = make_trainer().validate(task, data, verbose=False)
@@ -80,8 +113,9 @@ def test_bleu_is_sacrebleus_of_greedy_or_beam_search(stage: str, beam: int, tmp_
 
 
 def test_a_test_says_the_bleu_to_publish(tmp_path: Path, caplog: Any) -> None:
-    with caplog.at_level(logging.INFO, logger="pytorch_lightning"):
-        make_trainer().test(make_translator(), make_text(tmp_path), verbose=False)
+    for package in ("pytorch_lightning", "lightning.pytorch"):  # the one imported last speaks
+        caplog.set_level(logging.INFO, logger=package)
+    make_trainer().test(make_translator(), make_text(tmp_path), verbose=False)
     (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Translator")]
     assert "BLEU 0.00 (nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:" in line
 

@@ -20,6 +20,10 @@ sys.path.append(str(Path(__file__).parents[1]))
 from nmlightning.tasks.translation import Translator
 from translation_runs import WORDS, make_net, make_text, make_trainer, make_translator
 
+EVALUATED = ("loss", "ppl", "word_ppl", "bleu")
+# Lightning speaks through that of the package that was imported last.
+LOGGERS = ("pytorch_lightning", "lightning.pytorch")
+
 
 class Lines(logging.Handler):
     """What the task says."""
@@ -51,11 +55,15 @@ def make_task() -> Translator:
 def measure(folder: Path, processes: int) -> dict[str, Any]:
     """Return the metrics of validation and test, and what was said of the latter."""
     lines = Lines()
-    logging.getLogger("pytorch_lightning").addHandler(lines)
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    for logger in loggers:
+        logger.addHandler(lines)
     trainer = make_trainer(devices=processes, strategy="ddp" if processes > 1 else "auto")
     task, data = make_task(), make_text(folder)
     (validated,) = trainer.validate(task, data, verbose=False)
     (tested,) = trainer.test(task, data, verbose=False)
+    for logger in loggers:
+        logger.removeHandler(lines)
     return {**validated, **tested, "lines": lines.lines}
 
 
@@ -71,8 +79,6 @@ def test_two_processes_measure_as_one(tmp_path: Path) -> None:
     assert 0 < one["test/bleu"] < 100
     assert set(one) == {f"{s}/{n}" for s in ("val", "test") for n in EVALUATED}
 
-
-EVALUATED = ("loss", "ppl", "word_ppl", "bleu")
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
