@@ -251,6 +251,14 @@ def test_the_transformer_is_the_papers_base_model(norm: str) -> None:
     assert model["net"]["init_args"]["vocab_size"] == data["vocab_size"]
 
 
+@pytest.mark.parametrize("name", [name for name in TRANSLATION if name.startswith("wmt14")])
+def test_validation_comes_after_steps_whatever_the_epoch(name: str) -> None:
+    """Else Lightning refuses an interval that is longer than the epoch of many processes."""
+    trainer = read(name)["trainer"]
+    assert trainer["val_check_interval"] == 5000
+    assert trainer["check_val_every_n_epoch"] is None
+
+
 @pytest.mark.parametrize("name", CIFAR)
 def test_cifar_configs_are_the_papers_experiment(name: str) -> None:
     config = read(name)

@@ -1,5 +1,6 @@
 """Test `nm translate` on a run of `nm fit`: lines in and out, and one line for bad input."""
 
+import csv
 import io
 import shlex
 import subprocess
@@ -169,6 +170,18 @@ def test_the_bleu_to_publish_is_printed(trained: Path) -> None:
         check=True,
     )
     assert "Translator: test BLEU " in (answer.stdout + answer.stderr).decode()
+
+
+@pytest.mark.slow
+def test_the_quickstart_learns_number_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = "--config translate_quickstart --trainer.logger CSVLogger --trainer.logger.save_dir ."
+    assert main(["fit", *words.split()]) == 0
+    (file,) = tmp_path.rglob("metrics.csv")
+    rows = list(csv.DictReader(file.read_text("utf-8").splitlines()))
+    assert float([row["val/bleu"] for row in rows if row.get("val/bleu")][-1]) > 90
 
 
 def test_a_reader_may_have_enough(trained: Path) -> None:
