@@ -102,7 +102,7 @@ CORRECT = (
 )
 BAD_INPUT = {
     "fitt": "no command 'fitt'; the commands are fit, validate, test, predict, probe, compare, "
-    "dashboard, export, shard. Did you mean 'fit'?",
+    "dashboard, export, shard, translate. Did you mean 'fit'?",
     "fit": "required: --data, --model; or give a config that has them, such as --config quickstart",
     "fit --config nope.yaml": "no file 'nope.yaml' in .*; the shipped configs are quickstart",
     "fit --config configs/cifar_l3.yaml": "Did you mean 'cifar_l2'?",

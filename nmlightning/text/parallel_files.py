@@ -64,7 +64,7 @@ def read_lines(path: Path) -> Iterator[str]:
     number = 0
     try:
         with _open(path) as file:
-            for number, line in enumerate(file, 1):  # noqa: B007: the error names it
+            for number, line in enumerate(file, 1):
                 yield decode_line(line, number, str(path))
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(
