@@ -50,6 +50,8 @@ LAYERS = [
         "nmlightning.norms.layer_norm_function",
         "nmlightning.norms.quantization_noise",
     ],
+    ["nmlightning.norms.fused_activation"],
+    ["nmlightning.norms.kernels"],
     ["nmlightning.norms.slope"],
     ["nmlightning.norms.statistics"],
     ["nmlightning.norms.chunk_range", "nmlightning.norms.power_mean"],

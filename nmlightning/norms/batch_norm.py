@@ -8,9 +8,13 @@ from nmlightning.errors import check_whole_number
 from nmlightning.norms.accumulation import is_half
 from nmlightning.norms.batch_norm_base import BatchNormBase
 from nmlightning.norms.batch_norm_function import BatchNormFunction
+from nmlightning.norms.fused_activation import activate
 from nmlightning.norms.gaussian import Constant, check_constant, check_power
 from nmlightning.norms.half_batch_norm_function import HalfBatchNormFunction
 from nmlightning.norms.in_half import apply_in_half
+from nmlightning.norms.kernels.batch_norm_function import KernelBatchNormFunction
+from nmlightning.norms.kernels.dispatch import choose_for
+from nmlightning.norms.kernels.job import BatchNormKernels, Job
 from nmlightning.norms.settings import accumulation_dtype
 from nmlightning.norms.statistics import LargestMean, PowerMean, Statistic
 
@@ -83,14 +87,31 @@ class StatisticBatchNorm(BatchNormBase):
         self.constant = check_constant(constant)
 
     def _normalise(
-        self, input: Tensor, group: ProcessGroup | None
+        self, input: Tensor, residual: Tensor | None, group: ProcessGroup | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = accumulation_dtype(input.dtype, self.stats_dtype)
+        choice = choose_for(input, "batch", self.statistic, dtype)
+        if choice.kernels is not None and group is None:
+            return self._normalise_by_kernels(input, residual, choice.kernels)
         learned = (self.weight, self.bias)
         settings = (self.statistic, self.constant, self.eps, dtype, group)
         if is_half(dtype):
-            return apply_in_half(HalfBatchNormFunction, input, *learned, *settings)  # type: ignore[no-any-return]
-        return BatchNormFunction.apply(input, *learned, *settings)  # type: ignore[no-any-return]
+            y, mean, variance = apply_in_half(HalfBatchNormFunction, input, *learned, *settings)
+        else:
+            y, mean, variance = BatchNormFunction.apply(input, *learned, *settings)
+        return activate(y, residual, self.fused), mean, variance
+
+    def _normalise_by_kernels(
+        self, input: Tensor, residual: Tensor | None, kernels: BatchNormKernels
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        constant = self.statistic.constant(input.numel() // input.shape[1], self.constant)
+        fits = residual is None or (residual.shape, residual.dtype) == (input.shape, input.dtype)
+        job = Job(self.statistic, constant, self.eps, self.fused if fits else None)
+        added = residual if fits else None
+        y, mean, variance = KernelBatchNormFunction.apply(
+            input, added, self.weight, self.bias, kernels, job
+        )
+        return (y if fits else activate(y, residual, self.fused)), mean, variance
 
 
 class L1BatchNorm(StatisticBatchNorm):

@@ -12,6 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nmlightning.errors import InputError, check_flag
 from nmlightning.norms.accumulation import is_half
+from nmlightning.norms.fused_activation import activate, check_residual
+from nmlightning.norms.kernels.job import Fused
 from nmlightning.norms.settings import (
     check_eps,
     check_momentum,
@@ -49,6 +51,7 @@ class BatchNormBase(_BatchNorm):
 
     input_dims: ClassVar[tuple[int, ...]] = ()
     process_group: ProcessGroup | None = None
+    fused: Fused | None = None  # what the layer does besides, see `swap_norms`
 
     def __init__(
         self,
@@ -79,17 +82,22 @@ class BatchNormBase(_BatchNorm):
         self.sync = check_flag("sync", sync)
         self.keep_statistics_wide()
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the normalised (N, C, *) input, in its dtype and memory format."""
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return the normalised (N, C, *) input, in its dtype and memory format.
+
+        Where the layer is `fused`, what follows it is done, too: ReLU(y) or ReLU(y + residual).
+        """
         self._check_input_dim(input)
         self._check_channels(input)
+        check_residual(residual, self.fused)
         if not self.training and self.running_mean is not None:
-            return self._evaluate(input)
+            return activate(self._evaluate(input), residual, self.fused)
         group = self._group()
         if group is None and input.numel() <= input.shape[1]:
             # Torch's own answers for an empty batch and for one value per channel.
-            return F.batch_norm(input, None, None, self.weight, self.bias, training=True)
-        output, mean, variance = self._normalise(input, group)
+            y = F.batch_norm(input, None, None, self.weight, self.bias, training=True)
+            return activate(y, residual, self.fused)
+        output, mean, variance = self._normalise(input, residual, group)
         if self.training and self.track_running_stats and self.running_mean is not None:
             self._track(mean, variance)
         return output
@@ -143,12 +151,13 @@ class BatchNormBase(_BatchNorm):
         self.keep_statistics_wide()  # with assign=True they are now what another model had
 
     def _normalise(
-        self, input: Tensor, group: ProcessGroup | None
+        self, input: Tensor, residual: Tensor | None, group: ProcessGroup | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the output, and the mean and the variance (C,) that it is to be tracked with.
 
         Args:
             input: (N, C, *).
+            residual: what is added before the ReLU, where the layer does that.
             group: the ranks that share their statistics, or None.
         """
         raise NotImplementedError

@@ -6,6 +6,7 @@ from torch.distributed import ProcessGroup
 
 from nmlightning.errors import InputError
 from nmlightning.norms.batch_norm_base import BatchNormBase
+from nmlightning.norms.fused_activation import activate
 from nmlightning.norms.slope import channel_shape, reduced_dims
 
 
@@ -72,7 +73,7 @@ class HalfL2BatchNorm(BatchNormBase):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]  # it would not round
     def _normalise(
-        self, input: Tensor, group: ProcessGroup | None
+        self, input: Tensor, residual: Tensor | None, group: ProcessGroup | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         if group is not None:
             raise InputError(
@@ -90,7 +91,8 @@ class HalfL2BatchNorm(BatchNormBase):
             y = y if self.bias is None else y + self.bias.half().view(shape)
         count = input.numel() // input.shape[1]
         unbiased = variance.detach().float() * count / (count - 1)
-        return y.to(input.dtype), mean.detach().float(), unbiased
+        output = activate(y.to(input.dtype), residual, self.fused)
+        return output, mean.detach().float(), unbiased
 
 
 class HalfL2BatchNorm1d(HalfL2BatchNorm):

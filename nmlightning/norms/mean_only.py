@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 from nmlightning.norms.accumulation import is_half
 from nmlightning.norms.batch_norm_base import BatchNormBase
 from nmlightning.norms.cross_rank import share_sums, sum_over_ranks
+from nmlightning.norms.fused_activation import activate
 from nmlightning.norms.half_centre_function import HalfCentreFunction
 from nmlightning.norms.in_half import apply_in_half
 from nmlightning.norms.settings import accumulation_dtype
@@ -75,18 +76,20 @@ class MeanOnlyBatchNorm(BatchNormBase):
             self.running_var.fill_(1 - self.eps)
 
     def _normalise(
-        self, input: Tensor, group: ProcessGroup | None
+        self, input: Tensor, residual: Tensor | None, group: ProcessGroup | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = accumulation_dtype(input.dtype, self.stats_dtype)
         if is_half(dtype):
             output, mean = apply_in_half(HalfCentreFunction, input, self.bias, dtype, group)
+            output = activate(output, residual, self.fused)
             return output, mean, torch.full_like(mean, 1 - self.eps)
         wide = input.to(dtype)
         mean = _mean(wide, group)
         shift = -mean if self.bias is None else self.bias.to(wide.dtype) - mean
         output = wide + shift.view(-1, *[1] * (input.dim() - 2))
         tracked = mean.detach()
-        return output.to(input.dtype), tracked, torch.full_like(tracked, 1 - self.eps)
+        output = activate(output.to(input.dtype), residual, self.fused)
+        return output, tracked, torch.full_like(tracked, 1 - self.eps)
 
     def _load_from_state_dict(
         self,

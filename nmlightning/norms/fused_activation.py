@@ -1,0 +1,23 @@
+"""The addition and the ReLU that a norm may do besides, where no kernel does them with it."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from nmlightning.errors import InputError
+from nmlightning.norms.kernels.job import Fused
+
+
+def activate(y: Tensor, residual: Tensor | None, fused: Fused | None) -> Tensor:
+    """Return y, ReLU(y) or ReLU(y + residual), as `fused` says."""
+    if fused is None:
+        return y
+    return F.relu(y if residual is None else y + residual)
+
+
+def check_residual(residual: Tensor | None, fused: Fused | None) -> None:
+    """Raise InputError unless there is a residual exactly where one is to be added."""
+    if (residual is not None) != (fused == "add_relu"):
+        raise InputError(
+            f"A norm with fused={fused!r} is called with "
+            f"{'a' if fused == 'add_relu' else 'no'} residual."
+        )

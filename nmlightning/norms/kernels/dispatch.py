@@ -1,0 +1,129 @@
+"""Who computes a norm: the one place where that is decided, and where its reason is told.
+
+Traced code (`torch.compile`, `torch.export`) always takes the formula, which the compiler fuses
+with its neighbours. Eager code takes the kernels of the input's device, if they serve the case.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nmlightning.errors import InputError
+from nmlightning.norms.kernels.layout import Layout, layout_of
+from nmlightning.norms.statistics import Statistic
+
+FORMULA = "formula"
+
+
+class Case(NamedTuple):
+    """All that the choice depends on."""
+
+    kind: Literal["batch", "layer", "rms"]
+    statistic: Statistic
+    device: str
+    dtype: torch.dtype
+    stats_dtype: torch.dtype
+    layout: Layout
+
+
+class Choice(NamedTuple):
+    """The backend's name, why it is that, and its kernels; none for the formula."""
+
+    backend: str
+    reason: str
+    kernels: Any = None
+
+
+class Backend(Protocol):
+    """Kernels for one type of device."""
+
+    @property
+    def name(self) -> str:
+        """Such as "C++" or "Triton"."""
+
+    @property
+    def device(self) -> str:
+        """The type of device that it is for."""
+
+    def refusal(self, case: Case) -> str:
+        """Return why it does not serve the case, in a few words; nothing if it does."""
+
+    def kernels(self, case: Case) -> Any:
+        """Return the kernels of a case that is served."""
+
+
+BACKENDS: tuple[Backend, ...] = ()
+
+_asked_for: ContextVar[str] = ContextVar("norm_backend", default="auto")
+
+
+@contextmanager
+def norm_backend(name: Literal["auto", "formula"]) -> Iterator[None]:
+    """Within it, forward passes take the kernels where they serve ("auto"), or the formula.
+
+    Backward passes take what the forward pass took.
+
+    Example:
+        >>> layer = nmlightning.norms.L1BatchNorm2d(8)
+        >>> with norm_backend("formula"):
+        ...     y = layer(torch.randn(4, 8, 5, 5))
+    """
+    if name not in ("auto", FORMULA):
+        raise InputError(f"norm_backend is 'auto' or 'formula', got {name!r}.")
+    token = _asked_for.set(name)
+    try:
+        yield
+    finally:
+        _asked_for.reset(token)
+
+
+def case_of(
+    x: Tensor,
+    kind: Literal["batch", "layer", "rms"],
+    statistic: Statistic,
+    stats_dtype: torch.dtype,
+) -> Case:
+    """Return the case that an input is."""
+    return Case(kind, statistic, x.device.type, x.dtype, stats_dtype, layout_of(x))
+
+
+def choose_for(
+    x: Tensor,
+    kind: Literal["batch", "layer", "rms"],
+    statistic: Statistic,
+    stats_dtype: torch.dtype,
+) -> Choice:
+    """Return who computes the norm of an input, now."""
+    if torch.compiler.is_compiling():
+        return _COMPILING
+    if type(x) not in _PLAIN:
+        return _SUBCLASS
+    return choose(case_of(x, kind, statistic, stats_dtype))
+
+
+def choose(case: Case) -> Choice:
+    """Return who computes a case in eager mode, and why."""
+    return _choose(case, _asked_for.get())
+
+
+@lru_cache(maxsize=1024)
+def _choose(case: Case, asked_for: str) -> Choice:
+    if asked_for == FORMULA:
+        return Choice(FORMULA, "asked for")
+    for backend in BACKENDS:
+        if backend.device == case.device:
+            refusal = backend.refusal(case)
+            if refusal:
+                return Choice(FORMULA, refusal)
+            return Choice(backend.name, "", backend.kernels(case))
+    return Choice(FORMULA, f"no kernels for {case.device}")
+
+
+_COMPILING = Choice(FORMULA, "traced code")
+_SUBCLASS = Choice(FORMULA, "no plain tensor")
+_PLAIN = (Tensor, nn.Parameter)
