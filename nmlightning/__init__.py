@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from nmlightning.norms import TopKBatchNorm2d as TopKBatchNorm2d
     from nmlightning.norms import TopKBatchNorm3d as TopKBatchNorm3d
     from nmlightning.norms import gaussian_constant as gaussian_constant
+    from nmlightning.norms.kernels import norm_backend as norm_backend
     from nmlightning.probe import probe_norms as probe_norms
     from nmlightning.surgery import SwapReport as SwapReport
     from nmlightning.surgery import swap_norms as swap_norms
@@ -89,6 +90,7 @@ _HOMES = {
         "QuantizationNoise",
         "gaussian_constant",
     ],
+    "norms.kernels": ["norm_backend"],
     "probe": ["probe_norms"],
     "surgery": ["SwapReport", "swap_norms"],
     "tasks": ["ImageClassifier", "InverseSquareRootLR", "Translator"],

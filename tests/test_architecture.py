@@ -33,7 +33,7 @@ LAYERS = [
     ["nmlightning.weights.weight_place"],
     ["nmlightning.weights.channel_norms"],
     ["nmlightning.norms.half_trial"],
-    ["nmlightning.norms.registry"],
+    ["nmlightning.norms.registry", "nmlightning.norms.serving"],
     ["nmlightning.norms.range_batch_norm"],
     [
         "nmlightning.norms.batch_norm",

@@ -57,7 +57,7 @@ def nm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFix
         code = main(list(words))
         out, err = capfd.readouterr()
         # Under pytest, Lightning's loggers end elsewhere; the test with a real Ctrl-C sees all.
-        lines = [line for line in err.splitlines() if "NormSwap: swapped" not in line]
+        lines = [line for line in err.splitlines() if "NormSwap: " not in line]
         return Answer(code, out.splitlines(), lines)
 
     return run
@@ -462,8 +462,9 @@ def test_a_stopped_run_keeps_the_last_checkpoint_and_says_how_to_resume(
     process.send_signal(stop)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code, err
-    swapped, before, command = err.splitlines()  # and no other line
+    swapped, served, before, command = err.splitlines()  # and no other line
     assert swapped == "NormSwap: swapped 19 BatchNorm2d → L1BatchNorm2d"
+    assert served.startswith("NormSwap: 19 L1BatchNorm2d by ")
     assert before == "nm: interrupted; the last checkpoint is kept. To resume:"
     run = run.relative_to(tmp_path)
     assert command == (

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from nmlightning.callbacks.backend_note import BackendNote
 from nmlightning.callbacks.model_change import ModelChange, warn_of_forgotten
 from nmlightning.compat import keep_through_sync, synchronise_norms
 from nmlightning.errors import InputError
@@ -76,6 +77,8 @@ class NormSwap(ModelChange):
         self.include = tuple(include)
         self.exclude = tuple(exclude)
         self._unchecked = False
+        self._unnoted: Mapping[str, nn.Module] = {}
+        self._backends: BackendNote | None = None
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Swap, and let `sync_batchnorm` keep what it gets."""
@@ -87,10 +90,19 @@ class NormSwap(ModelChange):
         synchronise_norms(trainer, pl_module)
         swapped = _find_swapped(pl_module)
         warn_of_forgotten("swapped norms", trainer.optimizers, swapped)
+        self._unnoted = swapped
 
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Have the layers checked once more when this epoch's first forward is over."""
         self._unchecked = True
+
+    def on_train_batch_start(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        """Have the swapped norms say, in the first batch, who computes them."""
+        if self._unnoted:
+            self._backends = BackendNote(pl_module, self._unnoted)
+            self._unnoted = {}
 
     def on_before_backward(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor
@@ -99,6 +111,10 @@ class NormSwap(ModelChange):
         if self._unchecked:
             self._unchecked = False
             _find_swapped(pl_module)
+        if self._backends is not None:
+            for line in self._backends.describe():
+                rank_zero_info(f"NormSwap: {line}")
+            self._backends = None
 
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Check for what happened since the first step."""

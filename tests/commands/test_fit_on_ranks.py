@@ -183,7 +183,9 @@ def test_two_processes_are_one_run(
     assert out[-2:] == [f" run         {RUN}", f" checkpoint  {RUN / LAST}"]
     assert sum("images/s in training" in line for line in out) == 1
     said = [x for answer in run.answers for x in answer.err if x.startswith(("nm", "NormSwap"))]
-    assert said == ["NormSwap: swapped 7 BatchNorm2d → L1BatchNorm2d"]
+    swapped, served = said
+    assert swapped == "NormSwap: swapped 7 BatchNorm2d → L1BatchNorm2d"
+    assert served.startswith("NormSwap: 7 L1BatchNorm2d by ")
     assert [path.name for path in (run.folder / RUN.parent).iterdir()] == ["version_0"]
     files = sorted(path.name.split(".")[0] for path in (run.folder / RUN).iterdir())
     assert files == ["checkpoints", "config", "events", "hparams"]

@@ -17,13 +17,14 @@ from nmlightning.errors import InputError
 from nmlightning.norms.kernels.layout import Layout, layout_of
 from nmlightning.norms.statistics import Statistic
 
+Kind = Literal["batch", "layer", "rms"]
 FORMULA = "formula"
 
 
 class Case(NamedTuple):
     """All that the choice depends on."""
 
-    kind: Literal["batch", "layer", "rms"]
+    kind: Kind
     statistic: Statistic
     device: str
     dtype: torch.dtype
@@ -84,7 +85,7 @@ def norm_backend(name: Literal["auto", "formula"]) -> Iterator[None]:
 
 def case_of(
     x: Tensor,
-    kind: Literal["batch", "layer", "rms"],
+    kind: Kind,
     statistic: Statistic,
     stats_dtype: torch.dtype,
 ) -> Case:
@@ -94,7 +95,7 @@ def case_of(
 
 def choose_for(
     x: Tensor,
-    kind: Literal["batch", "layer", "rms"],
+    kind: Kind,
     statistic: Statistic,
     stats_dtype: torch.dtype,
 ) -> Choice:
