@@ -54,11 +54,18 @@ def sum_of_inputs(values: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def sum_of_sizes(values: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Return the sum of |values| as `sum_of` does, in one pass where they are wide."""
-    if is_half(values.dtype):
+    """Return the sum of |values| as `sum_of` does, in one pass where they are wide.
+
+    Torch's vector norm over the first dimension and others at once is a running sum: of 400,000
+    float32 values it is 3e-5 off. So the first dimension is summed last.
+    """
+    if is_half(values.dtype) or dims == (0,):
         return sum_of(values.abs(), dims)
-    total: Tensor = torch.linalg.vector_norm(values, 1, dims)
-    return total
+    if 0 not in dims:
+        total: Tensor = torch.linalg.vector_norm(values, 1, dims)
+        return total
+    inner = [dim for dim in dims if dim != 0]
+    return torch.linalg.vector_norm(values, 1, inner).sum(0)
 
 
 def share_mean(

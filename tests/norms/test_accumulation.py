@@ -68,3 +68,13 @@ def test_half_sums_are_float32_and_wide_ones_stay_as_they_are() -> None:
 
 def test_the_mean_of_nothing_is_zero() -> None:
     assert half_mean(torch.ones(0, 3).half(), (0,)).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("dims", [(0,), (0, 2, 3), (0, 2), (-2, -1)])
+def test_a_sum_of_sizes_is_no_running_sum(dims: tuple[int, ...]) -> None:
+    values = torch.randn(
+        [64, 3, 64, 64][: max(2, 1 + max(dims))] if dims[0] == 0 else [3, 512, 512]
+    )
+    expected = values.double().abs().sum(dims)
+    found = sum_of_sizes(values, dims).double()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)  # a running sum is 1e-5 off
