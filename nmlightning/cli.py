@@ -20,6 +20,7 @@ COMMANDS = {
     "test": "measure a checkpoint on the test images",
     "predict": "run a checkpoint on images, for a BasePredictionWriter callback to keep",
     "probe": "say what the norms of a network would do in half precision",
+    "doctor": "say what is installed and which backend computes which norm, and check it",
     "compare": "print a table of runs, and write a page with their curves and norms",
     "dashboard": "start TensorBoard on runs",
     "export": "write a checkpoint's network for plain torch, ONNX or torch.export",
@@ -27,7 +28,7 @@ COMMANDS = {
     "translate": "translate lines of text with a checkpoint",
 }
 # Each is a module of its own, with a parser of its own; the others are Lightning's.
-_OWN_COMMANDS = ("compare", "dashboard", "export", "probe", "shard", "translate")
+_OWN_COMMANDS = ("compare", "dashboard", "doctor", "export", "probe", "shard", "translate")
 # Where torchrun, SLURM and Lightning, in this order, say which of several processes this one is.
 _RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 
@@ -39,8 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: the words after `nm`; by default those the program was started with.
 
     Returns:
-        0, or 2 for bad input, 75 if another process of the run was lost, 130 after Ctrl-C,
-        143 after SIGTERM.
+        0, or 1 if `nm doctor` found a norm to be wrong, 2 for bad input, 75 if another process of
+        the run was lost, 130 after Ctrl-C, 143 after SIGTERM.
 
     Example:
         >>> main(["--version"])

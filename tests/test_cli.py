@@ -18,7 +18,7 @@ import torch
 import yaml
 from pytorch_lightning.cli import LightningCLI
 
-from nmlightning.cli import main
+from nmlightning.cli import COMMANDS, main
 from nmlightning.commands.compat import ExplicitOptionsWin
 from nmlightning.commands.config_files import shipped_configs
 from nmlightning.commands.quiet import CHATTY
@@ -101,8 +101,7 @@ CORRECT = (
     "--trainer.callbacks.steering.reference"
 )
 BAD_INPUT = {
-    "fitt": "no command 'fitt'; the commands are fit, validate, test, predict, probe, compare, "
-    "dashboard, export, shard, translate. Did you mean 'fit'?",
+    "fitt": f"no command 'fitt'; the commands are {', '.join(COMMANDS)}. Did you mean 'fit'?",
     "fit": "required: --data, --model; or give a config that has them, such as --config quickstart",
     "fit --config nope.yaml": "no file 'nope.yaml' in .*; the shipped configs are quickstart",
     "fit --config configs/cifar_l3.yaml": "Did you mean 'cifar_l2'?",
@@ -448,7 +447,7 @@ def test_a_stopped_run_keeps_the_last_checkpoint_and_says_how_to_resume(
     # Whoever runs the tests in the background hands down a SIGINT that is ignored.
     heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     process = subprocess.Popen(
-        [sys.executable, "-c", f"{heed}; from nmlightning.cli import main; exit(main())", *words],
+        [sys.executable, "-c", f"{heed}; from nmlightning.cli import COMMANDS, main; exit(main())", *words],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         stderr=subprocess.PIPE,

@@ -63,7 +63,8 @@ def sum_of_sizes(values: Tensor, dims: tuple[int, ...]) -> Tensor:
     if is_half(values.dtype) or dims == (0,):
         return sum_of(values.abs(), dims)
     inner = dims[1:] or dims
-    return torch.linalg.vector_norm(values, 1, inner, True).sum(dims)
+    sizes: Tensor = torch.linalg.vector_norm(values, 1, inner, True)
+    return sizes.sum(dims)
 
 
 def share_mean(

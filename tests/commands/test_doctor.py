@@ -1,0 +1,103 @@
+"""Test that `nm doctor` tells what a report of a bug needs, and notices a norm that is wrong."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nmlightning.cli import main
+from nmlightning.commands import installation, norm_check
+from nmlightning.norms import L1BatchNorm2d
+from nmlightning.norms.kernels import norm_backend
+from nmlightning.norms.self_check import TOLERANCES, disagreement, exact_input, time_ratios
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norm_check, "TIMED", {4: (2, 8, 4, 4), 2: (4, 16)})
+    monkeypatch.setattr(norm_check, "ROUNDS", 2)
+
+
+def test_it_says_what_is_installed_who_computes_and_that_it_is_right(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in out
+    assert max(map(len, out.splitlines())) <= 100
+    for subject in norm_check.SUBJECTS:
+        assert re.search(rf"^ *{re.escape(subject.name)}( +\S+ *){{4}}$", out, re.MULTILINE), out
+    assert re.search(r"formula, float32: \d+ cases right", out) or "C++, float32" in out
+    assert "WRONG" not in out
+    assert re.search(r"L1 batch norm +\d+\.\d\d \(\d+\.\d\d to \d+\.\d\d\) of BatchNorm2d", out)
+
+
+def test_it_takes_no_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "now"]) == 2
+    assert "unrecognized arguments: now" in capsys.readouterr().err
+
+
+def test_a_wrong_norm_is_named_and_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Wrong(L1BatchNorm2d):
+        def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+            y = super().forward(input, residual)
+            return y if input.dtype == torch.float64 else y * 1.01
+
+    subject = norm_check.Subject("L1 batch norm", Wrong)
+    monkeypatch.setattr(norm_check, "SUBJECTS", (subject,))
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"float32: 2 cases 2 WRONG, at most 1\.0e-02 of the largest", out)
+    assert out.count("WRONG: L1 batch norm N") == 6
+
+
+def test_what_is_not_a_number_is_wrong() -> None:
+    check = norm_check.Check("L1", "formula", torch.float32, "NCHW", float("nan"))
+    assert check.failed
+
+
+def test_the_checked_inputs_have_exact_sums_in_every_dtype() -> None:
+    for dtype in TOLERANCES:
+        x = exact_input((16, 4, 8, 8), dtype, "cpu")
+        assert torch.equal(x.float(), exact_input((16, 4, 8, 8), torch.float32, "cpu"))
+        eighths = x.double() * 8
+        assert torch.equal(eighths, eighths.round())
+        assert eighths.abs().max() == 24
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_the_formula_agrees_with_itself_in_float64(dtype: torch.dtype) -> None:
+    layer = L1BatchNorm2d(4)
+    with norm_backend("formula"):
+        error = disagreement(layer, exact_input((16, 4, 8, 8), dtype, "cpu"))
+    assert 0 < error <= TOLERANCES[dtype]
+    assert layer.num_batches_tracked == 0  # it is a copy that ran
+
+
+def test_a_norm_takes_the_time_that_it_takes() -> None:
+    ratios = time_ratios(L1BatchNorm2d(4), torch.nn.BatchNorm2d(4), torch.randn(8, 4, 8, 8), 3)
+    assert len(ratios) == 3
+    assert min(ratios) > 0
+
+
+def test_a_package_that_is_absent_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installation, "OPTIONAL", ("no-such-package",))
+    assert ("may use", "no-such-package –") in installation.describe_versions()
+
+
+def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gpu:
+        name, major, minor, total_memory = "NVIDIA H200", 9, 0, 139 * 2**30
+
+    def properties(_: Any) -> type[Gpu]:
+        return Gpu
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    ((_, _), (_, gpu)) = installation.describe_devices()
+    assert gpu.startswith("NVIDIA H200, sm_90, 139 GiB, CUDA ")
