@@ -3,6 +3,7 @@
 The fixed number is that which fills a batch with the same tokens on average, of shuffled pairs. In
 every round an epoch of each is read, in random order, so that a noisy machine disturbs both. A
 figure is the median over rounds, with its quartiles. Of the padding all PAD of both sides counts.
+Of two neighbours in a batch the share that are neighbours in the next epoch, too, is printed last.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import tokenizers
 import torch
 
 from nmlightning.datamodules import ParallelText
+from nmlightning.datamodules.sentence_batches import ShuffledBatches
 from nmlightning.text.encoded_pairs import EncodedPairs
 from nmlightning.text.special_tokens import PAD
 from nmlightning.text.translation_batch import TranslationBatch
@@ -68,6 +70,20 @@ def main() -> None:
             f"{kind:22} {batches:6} batches, the largest of {largest} tokens a side, "
             f"{padding:6.2%} padding, {middle:9,.0f} pairs/s ({low:,.0f} to {high:,.0f})"
         )
+    together = share_that_meets_again(loader.sampler, pairs.length)
+    print(f"{together:.0%} of the neighbours in a batch are neighbours in the next epoch, too")
+
+
+def share_that_meets_again(order: ShuffledBatches, pairs: int) -> float:
+    """Return the share of all two pairs in a batch of one epoch that share a batch of the next."""
+    batch_of = torch.zeros(2, pairs, dtype=torch.int64)
+    for epoch in range(2):
+        order.set_epoch(epoch)
+        for number, rows in enumerate(order):
+            batch_of[epoch, rows] = number
+    sizes = torch.bincount(batch_of[0]).double()
+    both = torch.unique(batch_of, dim=1, return_counts=True)[1].double()
+    return float((both * (both - 1)).sum() / (sizes * (sizes - 1)).sum())
 
 
 def read_shuffled(pairs: EncodedPairs, size: int) -> Iterator[TranslationBatch]:

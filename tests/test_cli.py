@@ -447,7 +447,12 @@ def test_a_stopped_run_keeps_the_last_checkpoint_and_says_how_to_resume(
     # Whoever runs the tests in the background hands down a SIGINT that is ignored.
     heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     process = subprocess.Popen(
-        [sys.executable, "-c", f"{heed}; from nmlightning.cli import COMMANDS, main; exit(main())", *words],
+        [
+            sys.executable,
+            "-c",
+            f"{heed}; from nmlightning.cli import COMMANDS, main; exit(main())",
+            *words,
+        ],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         stderr=subprocess.PIPE,
