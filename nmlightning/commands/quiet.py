@@ -1,12 +1,16 @@
 """What Lightning and torch say that a user of `nm` can do nothing about, each with its reason.
 
-Only `nm` is quiet: under another Trainer our callbacks and modules silence nothing.
+Warnings of our own code are a line that begins with `nm:`, without the line of code. Only `nm` is
+quiet: under another Trainer our callbacks and modules silence nothing.
 """
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 # Pieces of warnings, as regular expressions for the beginning of the text.
 SILENCED = [
@@ -46,6 +50,7 @@ def quiet() -> Iterator[None]:
         warnings.filterwarnings(
             "ignore", category=DeprecationWarning, module="pytorch_lightning.cli"
         )
+        _show_ours_as_a_line()
         for handler in handlers:
             handler.addFilter(_is_of_use)
         try:
@@ -57,3 +62,18 @@ def quiet() -> Iterator[None]:
 
 def _is_of_use(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.WARNING or record.getMessage().startswith(OURS)
+
+
+def _show_ours_as_a_line() -> None:
+    """Print warnings that arise in this package without place and code; the others as before."""
+    package, show = Path(__file__).parents[1], warnings.showwarning
+
+    def show_short(
+        message: Warning | str, category: type[Warning], filename: str, *place: Any, **options: Any
+    ) -> None:
+        if package in Path(filename).parents:
+            print(f"nm: {' '.join(str(message).split())}", file=sys.stderr)
+        else:
+            show(message, category, filename, *place, **options)
+
+    warnings.showwarning = show_short
