@@ -28,7 +28,7 @@ class ParallelText(TranslationData):
         val: the same, to validate with.
         test: the same, to test and predict with; None tests with `val`.
         vocab_size: entries of the tokenizer, special ones and the 256 bytes included.
-        tokenizer: the file of a tokenizer, which is then not trained.
+        tokenizer: the file of a tokenizer, or a checkpoint, which holds one; none is then trained.
         tokens_a_batch: at most so many tokens, padding included, on either side of a batch, on each
             process.
         max_length: tokens of a sentence, without its begin and end.

@@ -33,7 +33,7 @@ class TranslationData(ResumableData, ABC):
     Args:
         folder: keeps the tokenizer and the encoded training pairs; None makes them in memory.
         vocab_size: entries of a tokenizer that is trained.
-        tokenizer: the file of one that is not.
+        tokenizer: the file of one that is not, or a checkpoint.
         tokens_a_batch: at most so many tokens, padding included, on either side of a batch.
         max_length: tokens of a sentence, without BOS and EOS.
         too_long: what becomes of training pairs with more (see `TrainingLimits`).

@@ -5,9 +5,7 @@ from typing import Any
 from torch import nn
 
 from nmlightning.errors import InputError
-from nmlightning.text.tokenizer import JointBPE
-
-KEY = "tokenizer"  # in a checkpoint
+from nmlightning.text.tokenizer import CHECKPOINT_KEY, JointBPE
 
 
 def check_fits(tokenizer: JointBPE, net: nn.Module) -> None:
@@ -23,7 +21,7 @@ def check_fits(tokenizer: JointBPE, net: nn.Module) -> None:
 def store_tokenizer(tokenizer: JointBPE | None, checkpoint: dict[str, Any]) -> None:
     """Put the tokenizer into a checkpoint, as text."""
     if tokenizer is not None:
-        checkpoint[KEY] = tokenizer.to_json()
+        checkpoint[CHECKPOINT_KEY] = tokenizer.to_json()
 
 
 def read_tokenizer(checkpoint: dict[str, Any], current: JointBPE | None) -> JointBPE | None:
@@ -32,14 +30,13 @@ def read_tokenizer(checkpoint: dict[str, Any], current: JointBPE | None) -> Join
     Raises:
         InputError: the current one, which is that of the data, is another.
     """
-    if KEY not in checkpoint:
+    if CHECKPOINT_KEY not in checkpoint:
         return current
-    stored = JointBPE.from_json(checkpoint[KEY])
+    stored = JointBPE.from_json(checkpoint[CHECKPOINT_KEY])
     if current is not None and current.digest != stored.digest:
         raise InputError(
             f"the checkpoint was trained with another vocabulary ({stored.vocab_size:,} entries, "
             f"{stored.digest}) than the data's ({current.vocab_size:,} entries, {current.digest}): "
-            "set data.tokenizer to the file of that run's, which JointBPE.from_json(torch.load("
-            "CHECKPOINT)['tokenizer']).save(FILE) writes."
+            "set data.tokenizer to the checkpoint, which holds its own."
         )
     return stored

@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from hashlib import sha256
@@ -14,6 +15,7 @@ from nmlightning.text.text_packages import import_text_package
 
 BYTES = 256
 SMALLEST = len(SPECIAL_TOKENS) + BYTES
+CHECKPOINT_KEY = "tokenizer"
 KIND = ("BPE", "ByteLevel", "ByteLevel")  # model, what comes before it, and the decoder
 
 
@@ -83,9 +85,10 @@ class JointBPE:
 
     @classmethod
     def load(cls, path: str | Path) -> "JointBPE":
-        """Return the tokenizer in a file."""
+        """Return the tokenizer in a file that `save` wrote, or in a checkpoint of a translator."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            is_checkpoint = zipfile.is_zipfile(path)
+            text = _read_checkpoint(path) if is_checkpoint else Path(path).read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
                 f"the tokenizer {path} cannot be read ({error}): give a file that JointBPE.save "
@@ -130,6 +133,15 @@ class JointBPE:
         """
         texts = self._tokenizer.decode_batch(tokens, skip_special_tokens=True)
         return [text.removeprefix(" ") for text in texts]
+
+
+def _read_checkpoint(path: str | Path) -> str:
+    import torch  # which is not needed to encode a text
+
+    checkpoint = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint:
+        raise InputError(f"the checkpoint {path} has no tokenizer: it is of another task.")
+    return str(checkpoint[CHECKPOINT_KEY])
 
 
 def _refuse_other_kinds(content: dict[str, Any], name: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nmlightning.errors import InputError
 from nmlightning.text.special_tokens import BOS, EOS, PAD, SPECIAL_TOKENS, UNK
@@ -125,6 +126,15 @@ def test_a_file_that_is_no_such_tokenizer(tmp_path: Path, text: str, message: st
     with pytest.raises(InputError, match=message) as raised:
         JointBPE.load(path)
     assert "\n" not in str(raised.value)
+
+
+def test_a_checkpoint_holds_its_own(bpe: JointBPE, tmp_path: Path) -> None:
+    translator, other = tmp_path / "last.ckpt", tmp_path / "other.ckpt"
+    torch.save({"tokenizer": bpe.to_json(), "state_dict": {"w": torch.zeros(3)}}, translator)
+    torch.save({"state_dict": {}}, other)
+    assert JointBPE.load(translator).digest == bpe.digest
+    with pytest.raises(InputError, match=r"other\.ckpt has no tokenizer: it is of another task"):
+        JointBPE.load(other)
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
