@@ -10,7 +10,7 @@ REQUIREMENTS := setup.cfg pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart study test proofs check format lint types clean
+.PHONY: help quickstart study bench test proofs check format lint types clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-12s%s\n", $$1, $$2 }'
@@ -27,6 +27,9 @@ study: $(VENV)/core ## the weight-decay study on SEEDS='1 2 3', short; whole wit
 	    $(VENV)/bin/nm fit --config configs/$(STUDY)_$$rule.yaml --seed_everything $$seed \
 	        $(OPTIONS) || exit 1; done; done
 	$(VENV)/bin/nm compare $(foreach rule,$(RULES),runs/$(STUDY)_$(rule))
+
+bench: $(VENV)/test ## every target of speed and memory as a ratio (ten minutes); OPTIONS='--only C1 C2'
+	$(VENV)/bin/python benchmarks/speed.py $(OPTIONS)
 
 test: $(VENV)/test ## install with the test extra, then run the tests
 	$(PYTEST) -m "not slow"

@@ -1,18 +1,16 @@
 """Images a second that one process reads, decodes and crops, from folders and from shards.
 
-In every round one batch of each root is timed, in random order, so that a noisy machine disturbs
-all. A figure is the median over rounds, with its quartiles.
+One batch of each root is timed in every round (see `interleaved`).
 """
 
 import argparse
-import random
 import resource
-import statistics
-import time
+from functools import partial
 from itertools import chain, repeat
 
 import PIL
 import torch
+from interleaved import Call, spread_of, time_rounds
 
 from nmlightning.datamodules import ImageNet
 
@@ -25,23 +23,18 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=10)
     options = parser.parse_args()
-    loaders = {}
+    reads: dict[str, Call] = {}
+    images: dict[str, int] = {}
     for root in options.root:
         data = ImageNet(root, options.batch, num_workers=0, image_size=options.image_size)
         data.setup("fit")
-        loaders[root] = chain.from_iterable(repeat(data.train_dataloader()))
+        images[root] = data.images_a_batch(processes=1)
+        reads[root] = partial(next, chain.from_iterable(repeat(data.train_dataloader())))
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, Pillow {PIL.__version__}, {options.rounds} rounds")
-    speeds: dict[str, list[float]] = {root: [] for root in loaders}
-    for round_number in range(-1, options.rounds):  # the first warms up
-        for root in random.sample(list(loaders), len(loaders)):
-            start = time.perf_counter()
-            images = len(next(loaders[root]).labels)
-            if round_number >= 0:
-                speeds[root].append(images / (time.perf_counter() - start))
-    for root, measured in speeds.items():
-        low, middle, high = statistics.quantiles(measured, n=4)
-        print(f"{root:40} {middle:7.1f} images/s ({low:.1f} to {high:.1f})")
+    for root, times in time_rounds(reads, options.rounds, warm_up=1).items():
+        slow, middle, fast = spread_of([images[root] / seconds for seconds in times])
+        print(f"{root:40} {middle:7.1f} images/s ({slow:.1f} to {fast:.1f})")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"{peak / 1024:.0f} MB at most, of all together")
 

@@ -3,17 +3,13 @@
     python benchmarks/norm_layers.py [--compile] [--device cuda] [--dtype bfloat16] [--rounds 30]
     python benchmarks/norm_layers.py --kind layer    # or rms: norms of tokens
 
-The norms take turns in random order in every round; a ratio is the median over rounds of the time
-against torch's in the same round, with its quartiles, so that a noisy machine disturbs both.
+The norms take turns (see `interleaved`); a ratio is the time against torch's in the same round.
 """
 
 import argparse
-import random
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
+from interleaved import Call, spread_of_ratio, time_rounds
 from torch import Tensor, nn
 
 from nmlightning.norms import (
@@ -63,7 +59,9 @@ def main() -> None:
                 x = x.contiguous(memory_format=memory_format)
             times = measure(classes, x.requires_grad_(), options.rounds, options.compile)
             ratios = "  ".join(
-                f"{name} {_describe(times, name)}" for name in classes if name != "l2"
+                f"{name} {spread_of_ratio(times, name, to='l2').tell()}"
+                for name in classes
+                if name != "l2"
             )
             print(f"{shape!s:18} {layout}  {ratios}", flush=True)
 
@@ -78,33 +76,14 @@ def measure(
     if compiled:
         for layer in layers.values():
             layer.compile(dynamic=False)
-    steps = {name: _step(layer, x, grad) for name, layer in layers.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for current in range(rounds + WARM_UP_ROUNDS):
-        for name in random.sample(list(steps), len(steps)):
-            seconds = steps[name]()
-            if current >= WARM_UP_ROUNDS:
-                times[name].append(seconds)
-    return times
+    steps = {name: layer_step(layer, x, grad) for name, layer in layers.items()}
+    return time_rounds(steps, rounds, device=str(x.device), warm_up=WARM_UP_ROUNDS)
 
 
-def _step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], float]:
+def layer_step(layer: nn.Module, x: Tensor, grad: Tensor) -> Call:
+    """Return the layer's forward and backward, down to the gradients of x and its parameters."""
     learned = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-
-    def step() -> float:
-        started = time.perf_counter()
-        torch.autograd.grad(layer(x), (x, *learned), grad)
-        if x.device.type == "cuda":
-            torch.cuda.synchronize(x.device)
-        return time.perf_counter() - started
-
-    return step
-
-
-def _describe(times: dict[str, list[float]], name: str) -> str:
-    ratios = [own / reference for own, reference in zip(times[name], times["l2"], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+    return lambda: torch.autograd.grad(layer(x), (x, *learned), grad)
 
 
 if __name__ == "__main__":

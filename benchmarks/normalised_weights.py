@@ -13,9 +13,11 @@ import math
 from collections.abc import Callable
 
 import torch
-from share_of_step import Call, Step, main
+from interleaved import Call
+from share_of_step import main
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
+from training_step import Step
 
 from nmlightning import apply_weight_norm
 from nmlightning.weights.weight_norm.ways import normalise_channels

@@ -10,13 +10,12 @@ rounds, a ratio that within a round, with its quartiles, so that a noisy machine
 """
 
 import argparse
-import random
 import statistics
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from share_of_step import Call, seconds_of
+from interleaved import Call, spread_of_ratio, time_rounds
 from torch import Tensor, nn
 from torch_transformer import TorchTransformer
 from uncached_decoder import UncachedDecoder
@@ -112,20 +111,15 @@ def draw_tokens(net: nn.Module, batch: int, length: int) -> Tensor:
 
 def report(what: str, calls: dict[str, Call], tokens: int, device: str, rounds: int) -> None:
     """Time both and print how many tokens a second each has, and the ratio of the first."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for current in range(-1, rounds):  # the first warms up
-        for name in random.sample(list(calls), len(calls)):
-            taken = seconds_of(calls[name], device)
-            if current >= 0:
-                seconds[name].append(taken)
+    seconds = time_rounds(calls, rounds, device=device, warm_up=1)
     speeds = ", ".join(
         f"{name} {tokens / statistics.median(taken):.0f} tokens/s"
         for name, taken in seconds.items()
     )
-    first, second = seconds.values()
-    ratios = [other / own for own, other in zip(first, second, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    print(f"{what}: {speeds}, ratio {middle:.2f} ({low:.2f} to {high:.2f})", flush=True)
+    first, second = seconds
+    print(
+        f"{what}: {speeds}, ratio {spread_of_ratio(seconds, second, to=first).tell()}", flush=True
+    )
 
 
 if __name__ == "__main__":

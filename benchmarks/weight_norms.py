@@ -12,9 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from interleaved import Call
 from pytorch_lightning.loggers import TensorBoardLogger
-from share_of_step import Call, Step, main
+from share_of_step import main
 from torch import nn
+from training_step import Step
 
 from nmlightning.callbacks.norm_dashboard import NormDashboard
 from nmlightning.weights.channel_norms import channel_norms

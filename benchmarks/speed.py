@@ -1,0 +1,123 @@
+"""Every target of speed and memory, as ratios from interleaved rounds, beside what was aimed at.
+
+    python benchmarks/speed.py [--only C1 C4] [--rounds 20] [--json FILE] [--markdown FILE]
+
+C1 to C11 are measured on the CPU, H1 to H7 on a GPU where there is one. See `docs/speed.md`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import replace
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+import torchvision
+from rich.console import Console
+from speed_data import measure_data
+from speed_gpu_layers import measure_gpu_layers
+from speed_gpu_training import measure_cifar, measure_large_step
+from speed_layers import list_backends, measure_fused, measure_norms
+from speed_networks import measure_activations, measure_compiled, measure_step
+from speed_plan import QUICK, Plan
+from speed_tables import make_json, make_markdown, make_table, tell_row
+from speed_weights import measure_weights
+from targets import Measurement, Result, Skipped
+
+from nmlightning.commands.quiet import quiet
+
+Measure = Callable[[Plan, Set[str]], Iterator[Result]]
+
+ON_CPU: dict[tuple[str, ...], Measure] = {
+    ("C1", "C4", "C5"): measure_norms,
+    ("C2", "C3"): measure_fused,
+    ("C6",): measure_step,
+    ("C7",): measure_activations,
+    ("C8",): measure_compiled,
+    ("C9",): measure_data,
+    ("C10", "C11"): measure_weights,
+}
+ON_GPU: dict[tuple[str, ...], Measure] = {
+    ("H1", "H2", "H3", "H4"): measure_gpu_layers,
+    ("H5",): measure_large_step,
+    ("H6", "H7"): measure_cifar,
+}
+WIDTH = 150  # of a table that is written to a file
+TARGETS = [name for names in (*ON_CPU, *ON_GPU) for name in names]
+
+
+def main() -> None:
+    """Measure what was asked for, print each row when it is known, and the table at the end."""
+    options = parse(sys.argv[1:])
+    plan = QUICK if options.quick else Plan()
+    plan = replace(plan, rounds=options.rounds or plan.rounds)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    header = [*describe_machine(), *list_backends(plan)]
+    for line in header:
+        console.print(line, markup=False, soft_wrap=True)
+    results = []
+    with quiet():
+        for row in measure(plan, set(options.only)):
+            results.append(row)
+            told = tell_row(row) if isinstance(row, Measurement) else f"{row.target}: {row.why}"
+            console.print(told, markup=False, soft_wrap=True)
+    console.print(make_table(results))
+    if options.json:
+        options.json.write_text(json.dumps(make_json(results, header), indent=1), encoding="utf-8")
+    if options.markdown:
+        options.markdown.write_text(make_markdown(results, header), encoding="utf-8")
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=TARGETS, default=TARGETS, metavar="TARGET")
+    parser.add_argument("--rounds", type=int, help="of a layer; networks get a quarter as many")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--json", type=Path, help="write every case to this file")
+    parser.add_argument("--markdown", type=Path, help="write the table to this file")
+    return parser.parse_args(words)
+
+
+def measure(plan: Plan, wanted: Set[str]) -> Iterator[Result]:
+    """Yield the rows of the targets that are wanted, as soon as each is known."""
+    for names, rows in ON_CPU.items():
+        if wanted & set(names):
+            yield from rows(plan, wanted & set(names))
+    for names, rows in ON_GPU.items():
+        due = sorted(wanted & set(names))
+        if due and torch.cuda.is_available():
+            yield from rows(plan, set(due))
+        else:
+            yield from (Skipped(name, "no CUDA device is here") for name in due)
+
+
+def describe_machine() -> list[str]:
+    """Return the command, the versions and the devices."""
+    command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    versions = {
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "Lightning": pl.__version__,
+    }
+    told = ", ".join(f"{name} {version}" for name, version in versions.items())
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    threads = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores"
+    return [command, told, f"CPU {processor()}, {threads}; CUDA device: {gpu}"]
+
+
+def processor() -> str:
+    """Return the name of the CPU, where the system tells it."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""H1 to H4: a norm layer on a GPU in bf16, against torch's own and the floor of its bytes.
+
+The floor is the time of reading and writing the tensors as often as a batch norm has to, 8 passes
+of forward and backward together, at the bandwidth with which this device copies.
+"""
+
+from collections.abc import Iterator, Set
+from functools import partial
+
+import torch
+from backends import backend_of, fusion_is_built
+from interleaved import seconds_of, spread_of, spread_of_ratio, time_rounds
+from norm_layers import LAYOUTS, layer_step
+from speed_layers import NORMS, fuse
+from speed_plan import Plan, Shape
+from targets import Bound, Measurement, Result, Skipped
+from torch import Tensor, nn
+
+PASSES = 8
+COPIED = 2**31  # bytes: far more than any cache holds
+REPEATS = 10
+LARGE = 100e6  # bytes of a tensor, from which H2 counts
+
+
+def measure_gpu_layers(plan: Plan, targets: Set[str], device: str = "cuda") -> Iterator[Result]:
+    """Yield H1 to H4."""
+    if "H3" in targets:
+        yield Skipped("H3", "pilot statistics are not built")
+    if "H4" in targets and not fusion_is_built():
+        yield Skipped("H4", "swap_norms has no `fuse`")
+    bandwidth = copy_bandwidth(device)
+    for number, shape in enumerate(plan.gpu_shapes):
+        for layout in ("NHWC", "NCHW"):
+            x, grad = draw_input(shape, layout, device)
+            case = f"{shape} {layout} bf16"
+            # H1 is aimed at the first shape in channels_last; the others stand beside it.
+            aim = number == 0 and layout == "NHWC"
+            if targets & {"H1", "H2"}:
+                floor = PASSES * x.numel() * x.element_size() / bandwidth
+                yield from _measure_norms(plan, targets, x, grad, case, floor, aim)
+            if "H4" in targets and fusion_is_built():
+                yield _measure_fused(plan, x, grad, case)
+
+
+def _measure_norms(
+    plan: Plan, targets: Set[str], x: Tensor, grad: Tensor, case: str, floor: float, aim: bool
+) -> Iterator[Result]:
+    device, channels = str(x.device), x.shape[1]
+    torch.compiler.reset()
+    native, compiled = (nn.BatchNorm2d(channels, device=x.device) for _ in range(2))
+    compiled.compile(dynamic=False, backend=plan.compiler)
+    layers = {name: kind(channels, device=x.device) for name, kind in NORMS.items()}
+    nets = {"native": native, "compiled": compiled, **layers}
+    steps = {name: layer_step(net, x, grad) for name, net in nets.items()}
+    times = time_rounds(steps, plan.rounds, device=device, repeats=REPEATS)
+    if "H1" in targets:
+        best = min(("native", "compiled"), key=lambda name: sum(times[name]))
+        row = partial(Measurement, "H1", case=case, backend=backend_of(layers["L1"], x))
+        yield row(
+            what=f"byte floor ({floor * 1e3:.3f} ms) / L1 BN",
+            spread=spread_of([floor / seconds for seconds in times["L1"]]),
+            bound=Bound(0.8, is_least=True) if aim else None,
+            limit="1",
+        )
+        yield row(
+            what="L1 BN / the better of native and compiled BN",
+            spread=spread_of_ratio(times, "L1", to=best),
+            bound=Bound(1.05) if aim else None,
+        )
+    if "H2" in targets:
+        large = x.numel() * x.element_size() > LARGE
+        for name in ("L∞", "Top(10)"):
+            yield Measurement(
+                "H2",
+                f"{name} BN / BN, tensors {'over' if large else 'up to'} {LARGE / 1e6:.0f} MB",
+                case,
+                backend_of(layers[name], x),
+                spread_of_ratio(times, name, to="native"),
+                Bound(0.95) if large and name == "L∞" else None,
+                "0.875",
+            )
+
+
+def _measure_fused(plan: Plan, x: Tensor, grad: Tensor, case: str) -> Measurement:
+    plain = nn.Sequential(nn.BatchNorm2d(x.shape[1]), nn.ReLU()).to(x.device)
+    nets = {"plain": plain, "fused": fuse(plain, "relu")}
+    steps = {name: layer_step(net, x, grad) for name, net in nets.items()}
+    times = time_rounds(steps, plan.rounds, device=str(x.device), repeats=REPEATS)
+    return Measurement(
+        "H4",
+        "L1 BN+ReLU fused / BN, ReLU",
+        case,
+        backend_of(nets["fused"][0], x),
+        spread_of_ratio(times, "fused", to="plain"),
+        Bound(0.75),
+        "0.63",
+    )
+
+
+def draw_input(shape: Shape, layout: str, device: str) -> tuple[Tensor, Tensor]:
+    """Return an input in bf16 that wants a gradient, and the gradient of the output."""
+    x = torch.randn(shape, device=device, dtype=torch.bfloat16)
+    x = x.contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
+    return x, torch.randn_like(x)
+
+
+def copy_bandwidth(device: str, size: int = COPIED) -> float:
+    """Return the bytes a second, read and written together, with which the device copies."""
+    source = torch.zeros(
+        size if device.startswith("cuda") else size >> 7, dtype=torch.uint8, device=device
+    )
+    target = torch.empty_like(source)
+    copy = partial(target.copy_, source)
+    seconds_of(copy, device, REPEATS)
+    return 2 * source.numel() / min(seconds_of(copy, device, REPEATS) for _ in range(5))

@@ -1,0 +1,133 @@
+"""H5 to H7: training on a GPU, ResNet-50's step and ResNet-56 on CIFAR-10 from end to end."""
+
+import copy
+import os
+from collections.abc import Iterator, Set
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from backends import backend_of
+from epoch_by_trainer import TakeTurns, time_epochs
+from interleaved import spread_of, spread_of_ratio, time_rounds
+from normalised_weights import make_addition
+from speed_data import RandomCIFAR
+from speed_plan import Plan
+from speed_weights import EVERY, percent
+from targets import Bound, Measurement, Result
+from torch import Tensor, nn
+from torchvision_pipeline import torchvision_loader
+from training_step import NETS, draw_images, make_step_of
+from weight_norms import make_record
+
+from nmlightning import CIFAR10, apply_weight_norm, swap_norms
+from nmlightning.datamodules.in_memory import LabelledImages
+
+COMPILED = "reduce-overhead"
+CIFAR_IMAGES = 50_000
+EPOCHS = 5
+STEPS_IN_A_ROW = 10
+
+
+def measure_large_step(plan: Plan, targets: Set[str], device: str = "cuda") -> Iterator[Result]:
+    """Yield H5: ResNet-50 in channels_last and bf16, with L1 and with batch norm."""
+    images = draw_images(plan.large_net, plan.gpu_large_batch, device, torch.channels_last)
+    nets = {"BN": NETS[plan.large_net][0]().to(device, memory_format=torch.channels_last)}
+    nets["L1"] = copy.deepcopy(nets["BN"])
+    swap_norms(nets["L1"], "l1")
+    steps = {n: make_step_of(net, images, torch.bfloat16).run for n, net in nets.items()}
+    times = time_rounds(steps, plan.rounds, device=device)
+    yield Measurement(
+        "H5",
+        "step with L1 / BN",
+        f"{plan.large_net}, batch {plan.gpu_large_batch}, NHWC, bf16",
+        backend_of(nets["L1"].bn1, images.to(torch.bfloat16)),
+        spread_of_ratio(times, "L1", to="BN"),
+        Bound(1.0),
+    )
+
+
+def measure_cifar(plan: Plan, targets: Set[str], device: str = "cuda") -> Iterator[Result]:
+    """Yield H6, an epoch of CIFAR-10's size, and H7, what is added to its steps."""
+    if "H6" in targets:
+        yield from _measure_epochs(plan, device)
+    if "H7" in targets:
+        yield from _measure_additions(plan, device)
+
+
+def _measure_epochs(plan: Plan, device: str) -> Iterator[Result]:
+    images = CIFAR_IMAGES if device == "cuda" else plan.images
+    data = RandomCIFAR(images, plan.batch)
+    net = NETS[plan.net][0]()
+    fast: dict[str, Any] = {"task": {"compile": COMPILED}} if device == "cuda" else {}
+    trainer = {"accelerator": "gpu" if device == "cuda" else device, "precision": "bf16-mixed"}
+    times = time_epochs(copy.deepcopy(net), data, EPOCHS, warm_up=2, **fast, **trainer)
+    plain = _time_plain_lightning(net, data, trainer)
+    seen = images // plan.batch * plan.batch
+    case = f"{plan.net}, batch {plan.batch}, bf16-mixed, compile {COMPILED}"
+    speeds = spread_of([seen / seconds for seconds in times["trainer"]])
+    least = Bound(30_000, is_least=True)
+    yield Measurement("H6", "training", case, "", speeds, least, "~85k", "images/s")
+    faster = spread_of([other / own for other, own in zip(plain, times["trainer"], strict=True)])
+    what = "plain Lightning with torchvision's loader / epoch by Trainer.fit"
+    yield Measurement("H6", what, case, "", faster, Bound(4, is_least=True))
+    ratio = spread_of_ratio(times, "trainer", to="loop")
+    yield Measurement("H6", "epoch by Trainer.fit / bare loop", case, "", ratio, Bound(1.1))
+
+
+def _time_plain_lightning(net: nn.Module, data: CIFAR10, trainer: dict[str, Any]) -> list[float]:
+    """Return the seconds of epochs of a module as in a tutorial, with workers and PIL images."""
+    assert isinstance(data.train, LabelledImages)
+    workers = min(8, (os.cpu_count() or 1) - 1) if trainer["accelerator"] == "gpu" else 0
+    loader = torchvision_loader(data.train.images, data.train.labels, data.batch_size, workers)
+    turns = TakeTurns(lambda: None)
+    pl.Trainer(
+        **trainer,
+        devices=1,
+        max_epochs=EPOCHS + 1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[turns],
+    ).fit(Tutorial(net), loader)
+    return turns.times["trainer"][1:]
+
+
+class Tutorial(pl.LightningModule):
+    """Cross-entropy, logged each step."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("train/loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.net.parameters(), lr=0.01, momentum=0.9)
+
+
+def _measure_additions(plan: Plan, device: str) -> Iterator[Result]:
+    images = draw_images(plan.net, plan.batch, device)
+    net = NETS[plan.net][0]().to(device)
+    additions = {
+        "record": make_record(net),
+        "bounded": make_addition(copy.deepcopy(net), apply_weight_norm),
+    }
+    if device == "cuda":
+        net.compile(mode=COMPILED)
+    step = make_step_of(net, images, torch.bfloat16)
+    times = time_rounds(
+        {"step": step.run, **additions}, plan.rounds, device=device, repeats=STEPS_IN_A_ROW
+    )
+    record, bounded = (percent(spread_of_ratio(times, name, to="step")) for name in additions)
+    tenth = type(record)(*(value / EVERY for value in record))
+    row = {"case": f"{plan.net}, batch {plan.batch}", "backend": "", "unit": "%"}
+    what = f"recording the norms every {EVERY} steps, of a step"
+    yield Measurement("H7", what, spread=tenth, bound=Bound(0.3), **row)
+    what = "bounded weight norm, of a step"
+    yield Measurement("H7", what, spread=bounded, bound=Bound(0.3), **row)
