@@ -31,7 +31,8 @@ class BatchTransform:
         if batch.flips is not None:
             images = mirror(images, batch.flips)
         scale, shift = self._scale_and_shift(images.device, dtype)
-        return (images * scale).add_(shift), batch.labels
+        # In three operations, since one of uint8 with a float takes twice as long on a CPU.
+        return images.to(dtype).mul_(scale).add_(shift), batch.labels
 
     def _scale_and_shift(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return 1 / (255·std) and −mean / std as (1, C, 1, 1), copied to each device once."""

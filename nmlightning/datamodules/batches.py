@@ -30,6 +30,9 @@ class Augmentation(NamedTuple):
     flip: bool
 
 
+NO_AUGMENTATION = Augmentation(pad=0, flip=False)
+
+
 class Draw(NamedTuple):
     """What was drawn for a batch; in evaluation, where nothing is random, `rows` alone.
 
@@ -44,7 +47,7 @@ class Draw(NamedTuple):
 
 
 class RawBatch(NamedTuple):
-    """A batch before the arithmetic; `corners` and `flips` are None in evaluation."""
+    """A batch before the arithmetic; `corners` and `flips` are None if none is left to do."""
 
     images: Tensor
     labels: Tensor

@@ -31,6 +31,9 @@ class CIFAR10(ImageData):
         root: folder that holds `cifar-10-batches-py`, or into which it is downloaded (170 MB).
         batch_size: images a batch, on each process.
         download: whether to download what is absent.
+        device_resident: keep the images on the device that trains, on a CPU in its memory, and cut
+            batches there, 3 times as fast; 480 MB for the padded training images and their mirror
+            images, 31 MB for the others, on each process. False picks each batch on the host.
 
     Raises:
         InputError: if the files are absent and cannot be had, or are not what was published; for
@@ -40,8 +43,14 @@ class CIFAR10(ImageData):
     num_classes = 10
     image_shape = (3, 32, 32)
 
-    def __init__(self, root: str = "data", batch_size: int = 128, download: bool = True) -> None:
-        super().__init__(batch_size, AUGMENTATION)
+    def __init__(
+        self,
+        root: str = "data",
+        batch_size: int = 128,
+        download: bool = True,
+        device_resident: bool = True,
+    ) -> None:
+        super().__init__(batch_size, AUGMENTATION, device_resident)
         self.root = Path(root).expanduser().absolute()
         self.download = check_flag("download", download)
         self.transform = BatchTransform(MEAN, STD, AUGMENTATION.pad)

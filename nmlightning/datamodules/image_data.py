@@ -2,10 +2,12 @@
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
 from nmlightning.datamodules.batch_transform import BatchTransform
 from nmlightning.datamodules.batches import (
+    NO_AUGMENTATION,
     Augmentation,
     Draw,
     EvaluationBatches,
@@ -15,10 +17,12 @@ from nmlightning.datamodules.batches import (
     images_a_batch,
     training_batches,
 )
+from nmlightning.datamodules.in_memory import LabelledImages
 from nmlightning.datamodules.precision import input_dtype
+from nmlightning.datamodules.resident_images import ResidentImages
 from nmlightning.datamodules.resumable_data import ResumableData
 from nmlightning.datamodules.training_batches import TrainingBatches
-from nmlightning.errors import check_whole_number
+from nmlightning.errors import check_flag, check_whole_number
 
 
 class ImageData(ResumableData, ABC):
@@ -27,6 +31,7 @@ class ImageData(ResumableData, ABC):
     Args:
         batch_size: images a batch, on each process.
         augmentation: what is drawn for a training image and done to it on the device.
+        device_resident: keep the images, which are in memory, on the device that trains.
 
     Attributes:
         train, validation: the images, from `setup` on.
@@ -37,8 +42,12 @@ class ImageData(ResumableData, ABC):
     validation: ImageSource | None = None
     transform: BatchTransform | None = None
 
-    def __init__(self, batch_size: int, augmentation: Augmentation) -> None:
+    def __init__(
+        self, batch_size: int, augmentation: Augmentation, device_resident: bool = False
+    ) -> None:
         super().__init__()
+        self.device_resident = check_flag("device_resident", device_resident)
+        self._resident: dict[str, ResidentImages] = {}
         self.batch_size = check_whole_number("batch_size", batch_size)
         self.augmentation = augmentation
 
@@ -63,14 +72,19 @@ class ImageData(ResumableData, ABC):
     def train_dataloader(self) -> TrainingBatches[Draw, RawBatch]:
         assert self.train is not None, "setup('fit') comes first"
         batches = training_batches(
-            self.train, self.batch_size, self.augmentation, self.trainer, self.interrupted
+            self._place("train", self.train, self.augmentation),
+            self.batch_size,
+            self.augmentation,
+            self.trainer,
+            self.interrupted,
         )
         self.sampler = batches.sampler
         return batches
 
     def val_dataloader(self) -> EvaluationBatches:
         assert self.validation is not None, "setup() comes first"
-        return evaluation_batches(self.validation, self.batch_size, self.trainer)
+        images = self._place("validation", self.validation, NO_AUGMENTATION)
+        return evaluation_batches(images, self.batch_size, self.trainer)
 
     def test_dataloader(self) -> EvaluationBatches:
         return self.val_dataloader()
@@ -83,3 +97,19 @@ class ImageData(ResumableData, ABC):
     ) -> tuple[Tensor, Tensor]:
         assert self.transform is not None, "setup() comes first"
         return self.transform(batch, input_dtype(self.trainer))
+
+    def teardown(self, stage: str) -> None:
+        """Free what lies on the device, and forget an interrupted run."""
+        super().teardown(stage)
+        self._resident = {}
+
+    def _place(self, part: str, images: ImageSource, augmentation: Augmentation) -> ImageSource:
+        """Return the images as they are or, once for all loaders of a run, on its device."""
+        if not self.device_resident:
+            return images
+        assert isinstance(images, LabelledImages), "only images in memory can be moved"
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        placed = self._resident.get(part)
+        if placed is None or placed.source is not images or placed.device != device:
+            placed = self._resident[part] = ResidentImages(images, augmentation, device)
+        return placed

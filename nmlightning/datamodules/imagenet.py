@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from nmlightning.datamodules.batch_transform import BatchTransform
-from nmlightning.datamodules.batches import Augmentation
+from nmlightning.datamodules.batches import NO_AUGMENTATION
 from nmlightning.datamodules.decoded_images import Damaged, DecodedImages
 from nmlightning.datamodules.encoded_image import EncodedImages
 from nmlightning.datamodules.image_data import ImageData
@@ -27,7 +27,6 @@ from nmlightning.errors import InputError, check_choice, check_whole_number
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 SHORT_SIDE = 256 / 224  # of an image before its centre is cropped, over the size of the crop
-IN_THE_WORKERS = Augmentation(pad=0, flip=False)  # nothing is left for the device to augment
 
 
 class ImageNet(ImageData):
@@ -72,7 +71,7 @@ class ImageNet(ImageData):
         image_size: int = 224,
         damaged: Damaged = "error",
     ) -> None:
-        super().__init__(batch_size, IN_THE_WORKERS)
+        super().__init__(batch_size, NO_AUGMENTATION)  # nothing is left for the device
         if "://" in root and not is_remote(root):
             known = ", ".join(REMOTE)
             raise InputError(f"shards are streamed from addresses in {known}; got {root!r}.")
@@ -83,7 +82,7 @@ class ImageNet(ImageData):
         self.image_size = check_whole_number("image_size", image_size)
         check_choice("damaged", damaged, get_args(Damaged))
         self.damaged = damaged
-        self.transform = BatchTransform(MEAN, STD, IN_THE_WORKERS.pad)
+        self.transform = BatchTransform(MEAN, STD, NO_AUGMENTATION.pad)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

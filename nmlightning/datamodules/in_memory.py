@@ -1,6 +1,7 @@
-"""Images held in memory as one uint8 tensor.
+"""Images held in the host's memory as one uint8 tensor.
 
-The host only picks rows; `BatchTransform` does the arithmetic on the training device.
+The host only picks rows; `BatchTransform` does the arithmetic on the training device. Images that
+lie on that device are `ResidentImages`.
 """
 
 from collections.abc import Iterable, Iterator

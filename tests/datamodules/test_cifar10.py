@@ -60,17 +60,18 @@ def make_data(root: Path, **options: int) -> CIFAR10:
 
 def test_holds_what_the_files_hold(tiny: Path) -> None:
     data = make_data(tiny, batch_size=4)
-    train, test = data.train_dataloader().data, data.val_dataloader().data
+    train, test = data.train, data.validation
     files = datasets.CIFAR10(str(tiny))
     assert torch.equal(train.images, torch.from_numpy(files.data).permute(0, 3, 1, 2))
     assert train.labels.tolist() == files.targets
     assert train.images.is_contiguous()
     assert len(test.labels) == 10
-    assert data.test_dataloader().data is data.predict_dataloader().data is test
+    assert data.test_dataloader().data is data.predict_dataloader().data
+    assert data.test_dataloader().data.source is test
 
 
 def test_training_is_augmented_and_evaluation_is_not(tiny: Path) -> None:
-    data = make_data(tiny, batch_size=20)
+    data = make_data(tiny, batch_size=20, device_resident=False)
     (train,), (test,) = data.train_dataloader(), data.val_dataloader()
     assert train.corners.max() > 4 > train.corners.min()
     assert 0 < train.flips.sum() < 20
@@ -86,7 +87,7 @@ def test_training_images_are_loaded_only_to_train(tiny: Path) -> None:
     with pytest.raises(AssertionError):
         data.train_dataloader()
     data.setup("fit")
-    assert len(data.train_dataloader().data.labels) == 20
+    assert data.train_dataloader().data.length == 20
 
 
 def test_home_and_relative_folders_are_resolved(
@@ -171,7 +172,7 @@ def test_a_deleted_file_is_downloaded_again(
         shutil.copytree(backup, folder, dirs_exist_ok=True)
 
     monkeypatch.setattr(cifar10, "download_and_extract_archive", download)
-    assert len(make_data(tiny).train_dataloader().data.labels) == 20
+    assert make_data(tiny).train_dataloader().data.length == 20
 
 
 @pytest.mark.parametrize(
@@ -191,7 +192,7 @@ def test_bad_input(options: dict[str, Any], message: str) -> None:
 def test_constants_are_those_of_the_real_images(data_root: Path) -> None:
     data = CIFAR10(str(data_root), download=False)
     data.setup("fit")
-    train, test = data.train_dataloader().data, data.val_dataloader().data
+    train, test = data.train, data.validation
     assert train.labels.bincount().tolist() == [5000] * 10
     assert test.labels.bincount().tolist() == [1000] * 10
     values = torch.arange(256.0, dtype=torch.float64) / 255

@@ -20,7 +20,7 @@ def make_digits(**options: int) -> Digits:
 
 def test_original_size_holds_the_original_pixels() -> None:
     digits = make_digits(image_size=8, channels=1)
-    data = [digits.train_dataloader().data, digits.val_dataloader().data]
+    data = [digits.train, digits.validation]
     images = torch.cat([part.images for part in data]).flatten(1)
     labels = torch.cat([part.labels for part in data])
     ours = torch.column_stack([images.double() * 16 / 255, labels]).numpy().round()
@@ -34,24 +34,23 @@ def test_split_is_stratified_and_fixed() -> None:
     first = make_digits(image_size=8)
     torch.manual_seed(2)
     second = make_digits(image_size=8)
-    train, validation = first.train_dataloader().data, first.val_dataloader().data
+    train, validation = first.train, first.validation
     assert (len(train.labels), len(validation.labels)) == (1437, 360)
     shares = torch.stack(
         [part.labels.bincount() / len(part.labels) for part in (train, validation)]
     )
     assert (shares[0] - shares[1]).abs().max() < 0.003  # one image of 360
-    assert torch.equal(train.labels, second.train_dataloader().data.labels)
-    assert torch.equal(train.images, second.train_dataloader().data.images)
+    assert torch.equal(train.labels, second.train.labels)
+    assert torch.equal(train.images, second.train.images)
 
 
 @pytest.mark.parametrize(("image_size", "channels", "shift"), [(8, 1, 0), (32, 3, 2), (28, 1, 1)])
 def test_batches_fit_the_model(image_size: int, channels: int, shift: int) -> None:
     digits = make_digits(batch_size=64, image_size=image_size, channels=channels)
-    batch = next(iter(digits.train_dataloader()))
-    assert batch.corners is not None
-    assert batch.corners.unique().tolist() == list(range(2 * shift + 1))
-    assert batch.flips is not None
-    assert not batch.flips.any(), "a mirrored 3 is not a 3"
+    batches = digits.train_dataloader()
+    batch, draw = next(iter(batches)), next(iter(batches.sampler))
+    assert draw.corners.unique().tolist() == list(range(2 * shift + 1))
+    assert not draw.flips.any(), "a mirrored 3 is not a 3"
     x, y = digits.on_after_batch_transfer(batch, 0)
     assert x.shape == (64, channels, image_size, image_size) == (64, *digits.image_shape)
     assert x.dtype == torch.float32

@@ -1,0 +1,155 @@
+"""Batches cut from images on the device: bit for bit those of the host, with one copy an epoch."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nmlightning.datamodules.batch_transform import BatchTransform, crop, mirror
+from nmlightning.datamodules.batches import (
+    NO_AUGMENTATION,
+    Augmentation,
+    AugmentedShuffle,
+    EvaluationBatches,
+    Shard,
+    TrainingBatches,
+)
+from nmlightning.datamodules.cifar10 import CIFAR10
+from nmlightning.datamodules.digits import Digits
+from nmlightning.datamodules.in_memory import LabelledImages
+from nmlightning.datamodules.resident_images import ResidentImages
+from nmlightning.errors import InputError
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+AUGMENTATIONS = [Augmentation(4, True), Augmentation(2, False), Augmentation(0, True)]
+
+
+@pytest.fixture
+def images() -> LabelledImages:
+    return LabelledImages(
+        torch.randint(256, (50, 3, 10, 12), dtype=torch.uint8), torch.randint(10, (50,))
+    )
+
+
+def read(source: Any, augmentation: Augmentation, shard: Shard, dtype: torch.dtype) -> list[Any]:
+    """Return an epoch of batches as the model gets them."""
+    sampler = AugmentedShuffle(source.length, 8, augmentation, seed=3, shard=shard)
+    sampler.set_epoch(2)
+    transform = BatchTransform(MEAN, STD, augmentation.pad)
+    return [transform(batch, dtype) for batch in TrainingBatches(source, sampler)]
+
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+@pytest.mark.parametrize("shard", [Shard(), Shard(1, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_training_batches_are_those_of_the_host(
+    images: LabelledImages, augmentation: Augmentation, shard: Shard, dtype: torch.dtype
+) -> None:
+    ours = read(ResidentImages(images, augmentation), augmentation, shard, dtype)
+    theirs = read(images, augmentation, shard, dtype)
+    assert len(ours) == len(theirs) == 6 // shard.world_size
+    for (x, y), (expected, labels) in zip(ours, theirs, strict=True):
+        assert torch.equal(x, expected)
+        assert torch.equal(y, labels)
+        assert x.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_arithmetic_is_crop_mirror_scale_and_shift(
+    images: LabelledImages, dtype: torch.dtype
+) -> None:
+    augmentation = AUGMENTATIONS[0]
+    sampler = AugmentedShuffle(50, 8, augmentation, seed=3)
+    sampler.set_epoch(2)
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (MEAN, STD))
+    scale, shift = (1 / (255 * std)).to(dtype), (-mean / std).to(dtype)
+    ours = read(ResidentImages(images, augmentation), augmentation, Shard(), dtype)
+    for (x, y), draw in zip(ours, sampler, strict=True):
+        cropped = crop(images.images[draw.rows], draw.corners, augmentation.pad)
+        assert torch.equal(x, mirror(cropped, draw.flips) * scale + shift)
+        assert torch.equal(y, images.labels[draw.rows])
+
+
+@pytest.mark.parametrize("shard", [Shard(), Shard(1, 3)])
+def test_evaluation_batches_are_those_of_the_host(images: LabelledImages, shard: Shard) -> None:
+    ours, theirs = (
+        list(EvaluationBatches(source, 8, shard)) for source in (ResidentImages(images), images)
+    )
+    for batch, expected in zip(ours, theirs, strict=True):
+        assert torch.equal(batch.images, expected.images)
+        assert torch.equal(batch.labels, expected.labels)
+
+
+def test_an_epoch_without_batches(images: LabelledImages) -> None:
+    assert list(ResidentImages(images).batches([])) == []
+
+
+class Copies(TorchDispatchMode):
+    """Counts the copies from one place or type to another, and all operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies = self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.copies += func is torch.ops.aten._to_copy.default
+        self.operations += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_one_copy_an_epoch_and_few_operations_a_batch(images: LabelledImages) -> None:
+    augmentation = AUGMENTATIONS[0]
+    resident = ResidentImages(images, augmentation, torch.device("meta"))
+    draws = list(AugmentedShuffle(50, 1, augmentation, seed=0))
+    with Copies() as mode:
+        batches = resident.batches(draws)
+        first = next(batches)
+        once = mode.operations
+        others = list(batches)
+    assert first.images.device.type == "meta"
+    assert len(others) == 49
+    assert mode.copies == 1
+    assert mode.operations - once <= 7 * 49, "some views and a gather"
+
+
+def test_what_it_takes(images: LabelledImages) -> None:
+    resident = ResidentImages(images, Augmentation(4, True))
+    assert resident.windows.untyped_storage().nbytes() == 2 * 50 * 3 * 18 * 20
+    plain = ResidentImages(images)
+    assert plain.windows.untyped_storage().nbytes() == 50 * 3 * 10 * 12
+
+
+@pytest.mark.parametrize("image_size", [8, 32])  # without padding both parts are placed alike
+def test_a_module_places_its_images_once(image_size: int) -> None:
+    data = Digits(image_size=image_size)
+    data.setup("fit")
+    train, validation = data.train_dataloader().data, data.val_dataloader().data
+    assert isinstance(train, ResidentImages)
+    assert data.train_dataloader().data is train
+    assert data.test_dataloader().data is data.predict_dataloader().data is validation
+    assert (train.source, validation.source) == (data.train, data.validation)
+    data.teardown("fit")
+    assert data.train_dataloader().data is not train
+
+
+def test_a_module_that_picks_on_the_host() -> None:
+    data = Digits(device_resident=False)
+    data.setup("fit")
+    assert data.train_dataloader().data is data.train
+    assert data.val_dataloader().data is data.validation
+    with pytest.raises(InputError, match="device_resident is True or False, got 'gpu'"):
+        CIFAR10(device_resident="gpu")  # type: ignore[arg-type]
+
+
+def test_what_was_read_in_evaluation_can_be_trained_on(images: LabelledImages) -> None:
+    transform = BatchTransform(MEAN, STD, 0)
+    resident = ResidentImages(images)
+    with torch.inference_mode():
+        for batch in EvaluationBatches(resident, 8):
+            transform(batch)
+    x: Tensor = next(iter(read(resident, NO_AUGMENTATION, Shard(), torch.float32)))[0]
+    weight = torch.ones(3, requires_grad=True)
+    (x.sum((0, 2, 3)) * weight).sum().backward()
+    assert weight.grad is not None
