@@ -19,6 +19,7 @@ from nmlightning.tasks.learning_rate import (
     global_batch_size,
     scale_learning_rates,
 )
+from nmlightning.tasks.mean_loss import MeanLoss
 from nmlightning.tasks.optimization import add_schedule, make_optimizer
 from nmlightning.tasks.remembered_arguments import remember_arguments
 from nmlightning.tasks.sharding import shard_once
@@ -90,10 +91,12 @@ class ImageClassifier(pl.LightningModule):
         self.weight_decay_scope = weight_decay_scope
         self.lr_batch_size = lr_batch_size
         self.mode_to_compile = compile
-        self.accuracies = nn.ModuleDict()
+        self.metrics = nn.ModuleDict()
+        self._logged: set[Stage] = set()  # whose metrics Lightning has, in this epoch
 
     def setup(self, stage: str) -> None:
         """Compile once; Lightning sets callbacks up first, so the norms are swapped by now."""
+        self._logged.clear()
         if self.mode_to_compile is not None:
             self.net.compile(mode=self.mode_to_compile)
             self.mode_to_compile = None
@@ -176,11 +179,20 @@ class ImageClassifier(pl.LightningModule):
         return loss
 
     def _log_step(self, stage: Stage, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        if not self.accuracies:
-            self._make_accuracies(logits)
-        accuracies = cast(MetricCollection, self.accuracies[f"of_{stage}"])
+        """Add a batch to the stage's metrics, which are handed to Lightning once an epoch.
+
+        It asks them at the epoch's end; to log each batch would take half of a small net's step.
+        """
+        if not self.metrics:
+            self._make_metrics(logits)
+        mean_loss = cast(MeanLoss, self.metrics[f"loss_of_{stage}"])
+        accuracies = cast(MetricCollection, self.metrics[f"accuracies_of_{stage}"])
+        mean_loss.update(loss, len(labels))
         accuracies.update(logits.detach(), labels)
-        means: dict[str, Tensor | Metric] = {f"{stage}/loss": loss}
+        if stage in self._logged:
+            return
+        self._logged.add(stage)
+        means: dict[str, Metric] = {f"{stage}/loss": mean_loss}
         means.update(accuracies.items(copy_state=False))
         for name, value in means.items():
             self.log(
@@ -193,11 +205,21 @@ class ImageClassifier(pl.LightningModule):
                 batch_size=len(labels),
             )
 
+    def on_train_epoch_start(self) -> None:
+        self._logged.discard("train")
+
+    def on_validation_epoch_start(self) -> None:
+        self._logged.discard("val")
+
+    def on_test_epoch_start(self) -> None:
+        self._logged.discard("test")
+
     @torch.inference_mode(False)  # the first logits come from a validation, the last from training
-    def _make_accuracies(self, logits: Tensor) -> None:
+    def _make_metrics(self, logits: Tensor) -> None:
         for stage in get_args(Stage):
             accuracies = make_accuracies(stage, classes=logits.shape[1])
-            self.accuracies[f"of_{stage}"] = accuracies.to(logits.device)
+            self.metrics[f"accuracies_of_{stage}"] = accuracies.to(logits.device)
+            self.metrics[f"loss_of_{stage}"] = MeanLoss().to(logits.device)
 
 
 def make_accuracies(stage: Stage, classes: int) -> MetricCollection:

@@ -78,6 +78,25 @@ def test_metrics_are_those_of_all_images_whatever_the_batches(classes: int) -> N
     }
 
 
+def test_an_epochs_means_are_logged_once_and_are_of_the_whole_epoch(monkeypatch: Any) -> None:
+    logits, labels = torch.randn(25, 4), torch.randint(4, (25,))
+    loader = DataLoader(list(zip(logits, labels, strict=True)), batch_size=8)  # type: ignore[arg-type]
+    task, logged = make_task(Fixed()), []
+    log = task.log
+    monkeypatch.setattr(
+        task, "log", lambda name, *args, **kwargs: (logged.append(name), log(name, *args, **kwargs))
+    )
+    trainer = make_trainer(max_epochs=2, val_check_interval=2)  # validates in mid-epoch, too
+    trainer.fit(task, loader, loader)
+    expected = F.cross_entropy(logits, labels)
+    hits = (logits.argmax(1) == labels).float().mean()
+    for stage in ("train", "val"):
+        torch.testing.assert_close(trainer.callback_metrics[f"{stage}/loss"], expected)
+        torch.testing.assert_close(trainer.callback_metrics[f"{stage}/top1"], hits)
+        epochs = {"train": 2, "val": 5}[stage]  # with the sanity check before the first
+        assert logged.count(f"{stage}/loss") == logged.count(f"{stage}/top1") == epochs
+
+
 def test_smoothing_is_for_training_only() -> None:
     logits, labels = torch.randn(8, 4), torch.randint(4, (8,))
     loader = DataLoader(list(zip(logits, labels, strict=True)), batch_size=8)  # type: ignore[arg-type]
