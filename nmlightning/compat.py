@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 from torch import nn
 
+from nmlightning.fusing.fusing import unfused
 from nmlightning.norms.batch_norm_base import BatchNormBase
 
 _LIGHTNING = ("pytorch_lightning.", "lightning.pytorch.")
@@ -121,11 +122,12 @@ class _SyncKeepingOurs:
             for name, layer in model.named_modules(remove_duplicate=False)
             if isinstance(layer, BatchNormBase)
         }
-        model = self.original.apply(model)
-        for name, layer in ours.items():
-            layer.sync = True
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, layer)
+        with unfused(model):
+            model = self.original.apply(model)
+            for name, layer in ours.items():
+                layer.sync = True
+                parent, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, layer)
         return model
 
     def revert(self, model: nn.Module) -> nn.Module:

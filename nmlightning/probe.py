@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nmlightning.errors import InputError
+from nmlightning.fusing.fusing import unfused
 from nmlightning.norms.half_trial import HALF_NORMS, OUTCOMES, try_norms
 from nmlightning.norms.mean_only import MeanOnlyBatchNorm
 from nmlightning.norms.registry import Kind
@@ -70,6 +71,7 @@ class NormWatch:
 
     def __init__(self, model: nn.Module) -> None:
         self.left_out: dict[str, str] = {}
+        self._model = model
         self._layers: dict[int, _WatchedLayer] = {}
         for found in find_norm_layers(model):
             reason = _why_not(found.module)
@@ -87,6 +89,7 @@ class NormWatch:
         self._batches = 0
 
     def __enter__(self) -> "NormWatch":
+        self._hooks.enter_context(unfused(self._model))  # the gradients are to be a norm's own
         for layer in self._layers.values():
             hook = layer.module.register_forward_hook(layer.see, with_kwargs=True)
             self._hooks.callback(hook.remove)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from nmlightning.errors import InputError, check_flag
+from nmlightning.errors import InputError, check_choice, check_flag
+from nmlightning.fusing.fusing import carry_out, check_plan, fused_norms, fused_of, make_room
+from nmlightning.fusing.plan import FusingPlan, plan_fusing
 from nmlightning.name_patterns import check_lists, matches, unmatched
+from nmlightning.norms.kernels.job import Fused
 from nmlightning.norms.registry import (
     TITLES,
     Kind,
@@ -32,6 +36,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+_FUSED_WORDS = {
+    "relu": "with the ReLU after them",
+    "add_relu": "with the addition and the ReLU after them",
+    "": "with nothing any more",
+}
+
+
 @dataclass(frozen=True)
 class Swap:
     """One line of a report: the module's name, what it was, what it is, and why if it was left."""
@@ -46,12 +57,15 @@ class Swap:
 class SwapReport:
     """What `swap_norms` did, or would do: the swapped modules, and the norms it left alone.
 
-    It prints as a table under rich, and as one line otherwise.
+    Likewise the norms that it fused with what follows them, or no longer, and those that it could
+    not fuse. It prints as a table under rich, and as one line otherwise.
     """
 
     swapped: tuple[Swap, ...]
     left: tuple[Swap, ...]
     dry_run: bool = False
+    fused: tuple[Swap, ...] = ()
+    not_fused: tuple[Swap, ...] = ()
 
     def __len__(self) -> int:
         return len(self.swapped)
@@ -62,7 +76,17 @@ class SwapReport:
             kinds[swap.before, swap.after] = kinds.get((swap.before, swap.after), 0) + 1
         counts = [f"{count} {before} → {after}" for (before, after), count in kinds.items()]
         left = f"; {len(self.left)} left as they are" if self.left else ""
-        return ("would swap " if self.dry_run else "swapped ") + (", ".join(counts) or "0") + left
+        swapped = ("would swap " if self.dry_run else "swapped ") + (", ".join(counts) or "0")
+        return swapped + left + self._fused()
+
+    def _fused(self) -> str:
+        kinds = Counter(swap.after for swap in self.fused)
+        counts = [f"{count} {_FUSED_WORDS[after]}" for after, count in kinds.items()]
+        if counts:
+            counts[0] = ("would fuse " if self.dry_run else "fused ") + counts[0]
+        if self.not_fused:
+            counts.append(f"{len(self.not_fused)} not fused")
+        return f"; {', '.join(counts)}" if counts else ""
 
     def __rich__(self) -> Table:
         from rich.markup import escape
@@ -72,6 +96,10 @@ class SwapReport:
         for swap in (*self.swapped, *self.left):
             fate = escape(swap.after) or f"[dim]left: {escape(swap.reason)}[/dim]"
             table.add_row(escape(swap.name), escape(swap.before), fate)
+        for swap in (*self.fused, *self.not_fused):
+            does = f"fused {_FUSED_WORDS[swap.after]}" if swap.after else "not fused"
+            reason = f"[dim]not fused: {escape(swap.reason)}[/dim]"
+            table.add_row(escape(swap.name), escape(swap.before), reason if swap.reason else does)
         return table
 
 
@@ -83,6 +111,7 @@ def swap_norms(
     kinds: Sequence[str] = ("batch",),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    fuse: Fused | None = None,
     dry_run: bool = False,
 ) -> SwapReport:
     """Turn the norm layers of `model` into the norm called `norm`, in place, and report it.
@@ -95,6 +124,13 @@ def swap_norms(
     activation). Calling it twice changes nothing the second time. `norm="l2"` undoes a swap. A swap
     to `mean`, which has no scale, makes the weights 1 and freezes them until the next swap.
 
+    With `fuse` a batch norm also does the ReLU that follows it in its module's forward, where it is
+    followed by nothing else: one kernel reads and writes what two or three did. The module that
+    calls it takes a class of its own, with another forward; its state stays what it was. That
+    changes nothing but the rounding of results, and hooks that are added to such a norm later see
+    the activated output, those of such a ReLU nothing. What cannot be fused is reported with the
+    reason, and computes what it did.
+
     Args:
         model: any module, also one that `torch.compile` wraps.
         norm: `l1`, `linf`, `top10`, `topk`, `lp`, `range`, `mean`, `half_l2`, or `l2`, torch's own.
@@ -103,6 +139,8 @@ def swap_norms(
         kinds: `batch`, `layer`, `rms` or several.
         include: glob patterns on module names, such as `layer1.*`; empty means all.
         exclude: glob patterns on module names that are left alone.
+        fuse: "relu" lets these batch norms do the ReLU after them, "add_relu" also an addition
+            and the ReLU after that; None lets them do neither, also those that did.
         dry_run: report only.
 
     Returns:
@@ -112,7 +150,8 @@ def swap_norms(
         InputError: an unknown norm, kind or option; a pattern that matches nothing; nothing to
             swap in the model; a norm that `include` names but that cannot be swapped (group
             and instance norms, subclasses and other classes than torch's, objects with a forward of
-            their own); parameters that are sharded already. The model is then unchanged.
+            their own); parameters that are sharded already; `fuse` with "l2", which is torch's
+            own, or without batch norms. The model is then unchanged.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -124,6 +163,7 @@ def swap_norms(
     check_lists(kinds=kinds, include=include, exclude=exclude)
     chosen = check_kinds(tuple(kinds))
     settings = {kind: check_options(norm, kind, options or {}) for kind in chosen}
+    check_fuse(fuse, norm, chosen)
     layers = find_norm_layers(model)
     _check_patterns(model, layers, chosen, include, exclude)
     picked = _pick(layers, include, exclude)
@@ -134,11 +174,49 @@ def swap_norms(
         for x, template in plan
     )
     left = tuple(Swap(x.name, x.type_name, "", x.refusal) for x in picked if x.refusal)
+    fusing = _plan_fusing(model, picked, fuse)
+    fused, not_fused = _list_fused(picked, fusing)
     if not dry_run:
+        make_room(model, fusing)
         for module, template in {id(x.module): (x.module, t) for x, t in plan}.values():
             become(module, template)
+        carry_out(fusing)
         guard_fast_paths(model.modules())
-    return SwapReport(swapped, left, dry_run)
+    return SwapReport(swapped, left, dry_run, fused, not_fused)
+
+
+def check_fuse(fuse: Fused | None, norm: str, kinds: Iterable[Kind]) -> None:
+    """Raise InputError unless norms of these kinds can be fused so."""
+    if fuse is None:
+        return
+    check_choice("fuse", fuse, ("relu", "add_relu"))
+    if norm == "l2":
+        raise InputError("fuse is for norms of this package: 'l2' is torch's own, give fuse=None.")
+    if "batch" not in kinds:
+        raise InputError(f"fuse is for batch norms, and kinds is {tuple(kinds)}: give fuse=None.")
+
+
+def _plan_fusing(model: nn.Module, picked: Iterable[NormLayer], fuse: Fused | None) -> FusingPlan:
+    """Return what the norms that are picked and those that are fused already shall do."""
+    wanted: dict[nn.Module, Fused | None] = {**fused_norms(model)}
+    wanted |= {x.module: fuse for x in picked if x.kind == "batch"}
+    plan = plan_fusing(model, wanted)
+    check_plan(model, plan)
+    return plan
+
+
+def _list_fused(
+    picked: Iterable[NormLayer], plan: FusingPlan
+) -> tuple[tuple[Swap, ...], tuple[Swap, ...]]:
+    """Return the norms that will do something else than they do, and those that cannot."""
+    norms = [x for x in picked if x.module in plan.fused]
+    changes = tuple(
+        Swap(x.name, fused_of(x.module) or "", plan.fused[x.module] or "")
+        for x in norms
+        if fused_of(x.module) != plan.fused[x.module]
+    )
+    refused = [x for x in norms if x.module in plan.reasons]
+    return changes, tuple(Swap(x.name, "", "", plan.reasons[x.module]) for x in refused)
 
 
 def _make_plan(

@@ -136,6 +136,31 @@ def drop_and_act(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> Te
     return module.act(module.drop(output))  # type: ignore[no-any-return, operator]
 
 
+def own_activation(module: nn.Module) -> nn.Module | None:
+    """Return what a norm of timm's activates with, swapped or not, if it does anything there."""
+    if not (is_norm_with_activation(type(module)) or _ORIGINAL_CLASS in vars(module)):
+        return None
+    layers = nn.Sequential(module.drop, module.act)  # type: ignore[arg-type]
+    if type(module.drop) is not nn.Identity:
+        return layers
+    return None if type(module.act) is nn.Identity else layers[1]
+
+
+def let_activate(module: nn.Module, itself: bool) -> None:
+    """Have a norm that was timm's activate itself, or by its hook as it does when it is swapped."""
+    vars(module)[_ACTIVATION_HOOK].remove()
+    if not itself:
+        vars(module)[_ACTIVATION_HOOK] = module.register_forward_hook(drop_and_act, prepend=True)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether anything but a swap hooks into the calls of a module."""
+    own = vars(module).get(_ACTIVATION_HOOK)
+    forward = module._forward_hooks.keys() - {own.id if own is not None else None}
+    others = (module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return bool(forward) or any(others)
+
+
 def guard_fast_paths(modules: Iterable[nn.Module]) -> None:
     """Keep torch's encoder layers from computing L2 in evaluation where their norm is another.
 

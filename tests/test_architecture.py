@@ -21,6 +21,7 @@ LAYERS = [
     ["nmlightning.callbacks", "nmlightning.tasks", "nmlightning.datamodules"],
     ["nmlightning.compat", "nmlightning.checkpoints", "nmlightning.export"],
     ["nmlightning.surgery", "nmlightning.probe"],
+    ["nmlightning.fusing"],
     ["nmlightning.swappable", "nmlightning.recipes"],
     ["nmlightning.norms", "nmlightning.weights"],
     [

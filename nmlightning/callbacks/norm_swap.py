@@ -11,6 +11,7 @@ from nmlightning.callbacks.model_change import ModelChange, warn_of_forgotten
 from nmlightning.compat import keep_through_sync, synchronise_norms
 from nmlightning.errors import InputError
 from nmlightning.name_patterns import check_lists
+from nmlightning.norms.kernels.job import Fused
 from nmlightning.norms.registry import check_kinds, check_options
 from nmlightning.recipes import (
     NORM_SWAP,
@@ -19,7 +20,7 @@ from nmlightning.recipes import (
     make_recipe,
     note_recipe,
 )
-from nmlightning.surgery import swap_norms
+from nmlightning.surgery import check_fuse, swap_norms
 from nmlightning.swappable import find_norm_layers
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ class NormSwap(ModelChange):
         kinds: `batch`, `layer`, `rms` or several.
         include: glob patterns on the names of modules in the LightningModule; empty means all.
         exclude: glob patterns on names that are left alone.
+        fuse: "relu" lets batch norms do the ReLU after them, "add_relu" also an addition and the
+            ReLU after that. It changes no mathematics and so is no part of the recipe: a run may be
+            resumed with another, and a checkpoint is loaded without.
 
     Raises:
         InputError: on construction for an unknown norm, kind or option; in setup for a pattern
@@ -66,16 +70,19 @@ class NormSwap(ModelChange):
         kinds: Sequence[str] = ("batch",),
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
+        fuse: Fused | None = None,
     ) -> None:
         super().__init__()
         check_lists(kinds=kinds, include=include, exclude=exclude)
         for kind in check_kinds(tuple(kinds)):
             check_options(norm, kind, options or {})
+        check_fuse(fuse, norm, check_kinds(tuple(kinds)))
         self.norm = norm
         self.options: Mapping[str, Any] = dict(options or {})
         self.kinds = tuple(kinds)
         self.include = tuple(include)
         self.exclude = tuple(exclude)
+        self.fuse = fuse
         self._unchecked = False
         self._unnoted: Mapping[str, nn.Module] = {}
         self._backends: BackendNote | None = None
@@ -129,13 +136,15 @@ class NormSwap(ModelChange):
             kinds=self.kinds,
             include=self.include,
             exclude=self.exclude,
+            fuse=self.fuse,
         )
         note_recipe(
             module, self.recipe(), {swap.name: swap.after for swap in report.swapped}, NORM_SWAP
         )
-        if report.swapped:
+        changed = bool(report.swapped or report.fused)
+        if changed:
             rank_zero_info(f"NormSwap: {report}")
-        return bool(report.swapped)
+        return changed
 
     def recipe(self) -> Recipe:
         """Return the keywords as plain data."""

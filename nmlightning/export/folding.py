@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nmlightning.errors import InputError, check_flag
 from nmlightning.export.pairs import Left, Pair, find_pairs
+from nmlightning.fusing.fusing import unfuse
 from nmlightning.swappable import is_norm_with_activation
 from nmlightning.weights.weight_place import WeightPlace
 
@@ -66,7 +67,8 @@ def fold_norms(model: nn.Module, *, keep_norms: bool = False) -> FoldReport:
     norm becomes `nn.Identity`. The arithmetic is float64, and the result has the dtype of W. The
     pairs are found by torch.fx: the layer's output must go to the norm and nowhere else, and
     neither may be called twice, share its weight, or have hooks. A norm behind a linear layer is
-    taken to get (N, C), and optional arguments of `forward` to stay at their defaults.
+    taken to get (N, C), and optional arguments of `forward` to stay at their defaults. Norms that
+    `swap_norms` fused with a ReLU are taken apart first.
 
     Args:
         model: in evaluation; afterwards it computes there what it did, and training differs.
@@ -92,6 +94,7 @@ def fold_norms(model: nn.Module, *, keep_norms: bool = False) -> FoldReport:
             f"fold_norms keeps what {type(model).__name__} computes in evaluation, and it is in "
             "training: call eval() first."
         )
+    unfuse(model)
     pairs, left = find_pairs(model)
     for pair in pairs:
         if keep_norms:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from nmlightning.fusing.fusing import unfuse
 from nmlightning.norms.batch_norm_base import BatchNormBase
 from nmlightning.norms.layer_norm import LpLayerNorm
 from nmlightning.norms.rms_norm import LpRMSNorm
@@ -15,8 +16,10 @@ from nmlightning.weights.weight_place import plain_modules
 
 
 def copy_to_evaluate(net: nn.Module) -> nn.Module:
-    """Return a copy of the network in evaluation, on the CPU, in float32."""
-    return copy.deepcopy(getattr(net, "_orig_mod", net)).cpu().float().eval()
+    """Return a copy of the network in evaluation, on the CPU, in float32, its norms not fused."""
+    copied = copy.deepcopy(getattr(net, "_orig_mod", net)).cpu().float().eval()
+    unfuse(copied)
+    return copied
 
 
 @torch.no_grad()

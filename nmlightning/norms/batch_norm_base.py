@@ -118,8 +118,12 @@ class BatchNormBase(_BatchNorm):
             nn.init.zeros_(self.bias)
 
     def extra_repr(self) -> str:
-        """Return the arguments that differ from the defaults, so that the repr evaluates."""
-        return describe_settings(self, str(self.num_features))
+        """Return the arguments that differ from the defaults, so that the repr evaluates.
+
+        Unless the layer is fused, which `swap_norms` does and no argument.
+        """
+        settings = describe_settings(self, str(self.num_features))
+        return settings if self.fused is None else f"{settings}, fused={self.fused!r}"
 
     def _evaluate(self, input: Tensor) -> Tensor:
         mean, variance = self.running_mean, self.running_var

@@ -1,5 +1,6 @@
 """The addition and the ReLU that a norm may do besides, where no kernel does them with it."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -8,10 +9,11 @@ from nmlightning.norms.kernels.job import Fused
 
 
 def activate(y: Tensor, residual: Tensor | None, fused: Fused | None) -> Tensor:
-    """Return y, ReLU(y) or ReLU(y + residual), as `fused` says."""
+    """Return y, ReLU(y) or ReLU(y + residual), as `fused` says; y may be used up."""
     if fused is None:
         return y
-    return F.relu(y if residual is None else y + residual)
+    in_place = not torch.compiler.is_compiling()  # y is nobody else's; a compiler sees to it itself
+    return F.relu(y if residual is None else y + residual, inplace=in_place)
 
 
 def check_residual(residual: Tensor | None, fused: Fused | None) -> None:
