@@ -54,17 +54,15 @@ def sum_of_inputs(values: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def sum_of_sizes(values: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Return the sum of |values| as `sum_of` does, in one pass where they are wide.
+    """Return the sum of |values| as `sum_of` does, in one pass where torch is good at it.
 
-    Torch's vector norm is a running sum, for each lane of a vector where the last dimension is
-    among those it runs along: of 400,000 float32 values it is 3e-5 off. So one dimension is left to
-    torch's sum, which adds by pairs.
+    On a CPU its vector norm is a running sum: of 400,000 float32 values it is 3e-5 off. With the
+    channels last it takes 0.9 to 2 times a batch norm's forward and backward, too.
     """
-    if is_half(values.dtype) or dims == (0,):
+    if is_half(values.dtype) or values.device.type == "cpu":
         return sum_of(values.abs(), dims)
-    inner = dims[1:] or dims
-    sizes: Tensor = torch.linalg.vector_norm(values, 1, inner, True)
-    return sizes.sum(dims)
+    total: Tensor = torch.linalg.vector_norm(values, 1, dims)
+    return total
 
 
 def share_mean(

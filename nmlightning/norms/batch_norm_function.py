@@ -18,6 +18,7 @@ from nmlightning.norms.accumulation import share_mean
 from nmlightning.norms.cross_rank import sum_over_ranks
 from nmlightning.norms.first_derivative import first_derivative_only
 from nmlightning.norms.gaussian import Constant
+from nmlightning.norms.gradient_sums import gradient_sums
 from nmlightning.norms.selection import Selection
 from nmlightning.norms.slope import Slope, channel_shape, reduced_dims
 from nmlightning.norms.statistics import Statistic, total_scale
@@ -64,17 +65,16 @@ class BatchNormFunction(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, magnitude, shared_count, *selected = ctx.saved_tensors
-        dims, shape = reduced_dims(x), channel_shape(x)
+        shape = channel_shape(x)
         count = x.numel() // x.shape[1] if shared_count is None else shared_count
         wide_grad = grad.to(mean.dtype)
-        reflected = mean.view(shape) - x.to(mean.dtype)
+        wide = x.to(mean.dtype)
         scale = magnitude * ctx.constant
         total = total_scale(scale, ctx.eps)
-        grad_bias = wide_grad.sum(dims)
-        grad_weight = -(wide_grad * reflected).sum(dims) / total
-        slope = Slope(
-            reflected, magnitude, ctx.statistic, count, Selection(*selected) if selected else None
-        )
+        grad_bias, products = gradient_sums(wide_grad, wide, mean)
+        grad_weight = products / total
+        selection = Selection(*selected) if selected else None
+        slope = Slope(wide, mean, magnitude, ctx.statistic, count, selection)
         sums = sum_over_ranks(torch.stack([grad_bias, grad_weight, slope.sum()]), ctx.group)
         gain = 1 / total if weight is None else weight.to(mean.dtype) / total
         pull = gain * ctx.constant * (scale / total) * sums[1]
@@ -97,4 +97,7 @@ def _apply_affine(
     gain = (weight.to(total.dtype) / total).view(shape)
     if bias is None:
         return deviations * gain
-    return torch.addcmul(bias.to(total.dtype).view(shape), deviations, gain)
+    shift = bias.to(total.dtype).view(shape)
+    if torch.compiler.is_compiling():  # dynamo of torch 2.11 loses the gradients of what out= gave
+        return torch.addcmul(shift, deviations, gain)
+    return torch.addcmul(shift, deviations, gain, out=deviations)

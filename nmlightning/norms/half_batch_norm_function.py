@@ -71,7 +71,8 @@ class HalfBatchNormFunction(torch.autograd.Function):
         grad_bias = sum_of(half_grad, dims)
         grad_weight = -sum_of(half_grad * (reflected / total.view(shape)), dims)
         selection = Selection(*selected) if selected else None
-        slope = Slope(reflected, magnitude, ctx.statistic, count, selection)
+        half = x.to(mean.dtype)
+        slope = Slope(half, mean, magnitude, ctx.statistic, count, selection)
         sums = sum_over_ranks(torch.stack([grad_bias, grad_weight, slope.sum().float()]), ctx.group)
         pull = sums[1] * (ctx.constant * (scale / total))
         offset = ((pull * sums[2] - sums[0]) / count).to(mean.dtype)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nmlightning.norms.accumulation import half_mean, is_half
+from nmlightning.norms.blocks import Blocks
 from nmlightning.norms.cross_rank import Share, keep_largest_of_ranks
 
 
@@ -46,39 +47,50 @@ def mean_of_row(values: Tensor) -> Tensor:
 
 
 def add_at_selection(tensor: Tensor, selection: Selection, values: Tensor) -> Tensor:
-    """Return (N, C, *spatial) `tensor` with (C, k) `values` added at the selected elements."""
+    """Add (C, k) `values` to (N, C, *spatial) `tensor` at the selected elements, and return it.
+
+    In place, but in traced code, which sees to that itself.
+    """
     if not tensor.numel():
         return tensor
     sizes = (tensor.shape[0], *tensor.shape[2:])
     batch, *spatial = torch.unravel_index(selection.positions, sizes)
     channel = torch.arange(tensor.shape[1], device=tensor.device).unsqueeze(1)
     index = (batch, channel.expand_as(batch), *spatial)
-    return tensor.index_put(index, values.to(tensor.dtype), accumulate=True)
+    put = tensor.index_put if torch.compiler.is_compiling() else tensor.index_put_
+    return put(index, values.to(tensor.dtype), accumulate=True)
 
 
 def _largest_deviations(deviations: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return (C, k) positions and deviations of the k largest |d|, the first among equals.
 
-    The k largest lie in the k rows (of the last dimension) with the largest row maxima; with ties
-    broken by position in both steps, this holds for the order (value, then position) too. A rank
-    with fewer than k elements fills up with zeros at position 0, which rank behind its own.
+    The k largest lie in the k blocks with the largest maxima; with ties broken by position in both
+    steps, this holds for the order (value, then position) too. A rank with fewer than k elements
+    fills up with zeros at position 0, which rank behind its own.
     """
-    n, channels = deviations.shape[:2]
     if not deviations.numel():
-        nothing = deviations.new_zeros(channels, k)
+        nothing = deviations.new_zeros(deviations.shape[1], k)
         return nothing.long(), nothing
-    rows = deviations.reshape(n, channels, -1, deviations.shape[-1] if deviations.dim() > 2 else 1)
-    height, width = rows.shape[2:]
-    maxima = rows.abs().amax(3).transpose(0, 1).flatten(1)
-    chosen = _first_largest(maxima, k).sort(1).values
-    channel = torch.arange(channels, device=deviations.device).unsqueeze(1)
-    candidates = rows[chosen // height, channel, chosen % height].flatten(1)
+    blocks = Blocks.of(deviations)
+    chosen = _first_largest(blocks.largest_sizes(), k).sort(1).values
+    candidates = blocks.take(chosen)
     best = _first_largest(candidates.abs(), k)
-    positions = chosen.gather(1, best // width) * width + best % width
+    positions = chosen.gather(1, best // blocks.size) * blocks.size + best % blocks.size
     missing = k - best.shape[1]
     return F.pad(positions, (0, missing)), F.pad(candidates.gather(1, best), (0, missing))
 
 
-def _first_largest(values: Tensor, k: int) -> Tensor:
-    """Return the indices of each row's k largest, the lowest index first among equals."""
-    return torch.sort(values, dim=1, descending=True, stable=True).indices[:, :k]
+def _first_largest(sizes: Tensor, k: int) -> Tensor:
+    """Return the indices of each row's k largest, the lowest index first among equals.
+
+    Of (C, n) sizes, none of them negative: as floating-point numbers they have the order of their
+    bits, behind which the index breaks the ties. float64 leaves no room for one.
+    """
+    if k == 1:
+        return sizes.argmax(1, keepdim=True)
+    k = min(k, sizes.shape[1])
+    if sizes.dtype == torch.float64:
+        return torch.sort(sizes, dim=1, descending=True, stable=True).indices[:, :k]
+    bits = sizes.float().view(torch.int32).long() << 32
+    keys = bits - torch.arange(sizes.shape[1], device=sizes.device)
+    return keys.topk(k, 1).indices

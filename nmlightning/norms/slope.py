@@ -10,10 +10,11 @@ from nmlightning.norms.statistics import PowerMean, Statistic
 
 
 class Slope:
-    """The derivative of a statistic of (N, C, *), without one dense tensor more where it is sparse.
+    """The derivative of a statistic of (N, C, *), without a dense tensor where it is sparse.
 
     Args:
-        reflected: −d = μ − x, (N, C, *).
+        x: (N, C, *), of the dtype of accumulation.
+        mean: μ, (C,).
         magnitude: m of each channel, (C,).
         statistic: which one.
         count: elements of a channel, on all ranks.
@@ -22,7 +23,8 @@ class Slope:
 
     def __init__(
         self,
-        reflected: Tensor,
+        x: Tensor,
+        mean: Tensor,
         magnitude: Tensor,
         statistic: Statistic,
         count: Count,
@@ -30,8 +32,9 @@ class Slope:
     ) -> None:
         self.selection = selection
         self.count = count
-        self.dims, self.shape = reduced_dims(reflected), channel_shape(reflected)
+        self.dims, self.shape = reduced_dims(x), channel_shape(x)
         if isinstance(statistic, PowerMean):
+            reflected = mean.view(self.shape) - x
             self.reflected = power_mean_slope(reflected, magnitude.view(self.shape), statistic.p)
 
     def sum(self) -> Tensor:
