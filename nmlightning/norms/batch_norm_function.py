@@ -50,13 +50,13 @@ class BatchNormFunction(torch.autograd.Function):
         magnitude, selection = statistic.measure(deviations, share)
         ctx.constant = statistic.constant(share.total, convention)
         scale = magnitude * ctx.constant
-        y = _apply_affine(deviations, total_scale(scale, eps), weight, bias, shape)
-        variance = scale.square() * share.total / (share.total - 1)
+        total = total_scale(scale, eps)
+        y = _apply_affine(deviations, total, weight, bias, shape)
+        variance = scale.square() * (share.total / (share.total - 1))
         ctx.mark_non_differentiable(mean, variance)
         shared_count = share.total if isinstance(share.total, Tensor) else None
-        ctx.save_for_backward(x, weight, mean, magnitude, shared_count, *(selection or ()))
-        ctx.group = group
-        ctx.statistic, ctx.eps = statistic, eps
+        ctx.save_for_backward(x, weight, mean, magnitude, total, shared_count, *(selection or ()))
+        ctx.statistic, ctx.group = statistic, group
         ctx.bias_dtype = None if bias is None else bias.dtype
         # Dynamo of torch 2.11 loses the gradients of a result that a cast returned as it was.
         return y if y.dtype == x.dtype else y.to(x.dtype), mean, variance
@@ -64,20 +64,18 @@ class BatchNormFunction(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, magnitude, shared_count, *selected = ctx.saved_tensors
+        x, weight, mean, magnitude, total, shared_count, *selected = ctx.saved_tensors
         shape = channel_shape(x)
         count = x.numel() // x.shape[1] if shared_count is None else shared_count
         wide_grad = grad.to(mean.dtype)
         wide = x.to(mean.dtype)
-        scale = magnitude * ctx.constant
-        total = total_scale(scale, ctx.eps)
         grad_bias, products = gradient_sums(wide_grad, wide, mean)
         grad_weight = products / total
         selection = Selection(*selected) if selected else None
         slope = Slope(wide, mean, magnitude, ctx.statistic, count, selection)
         sums = sum_over_ranks(torch.stack([grad_bias, grad_weight, slope.sum()]), ctx.group)
         gain = 1 / total if weight is None else weight.to(mean.dtype) / total
-        pull = gain * ctx.constant * (scale / total) * sums[1]
+        pull = gain * sums[1] * (magnitude / total) * ctx.constant**2
         offset = (pull * sums[2] - gain * sums[0]) / count
         grad_x = torch.addcmul(offset.view(shape), wide_grad, gain.view(shape))
         return (

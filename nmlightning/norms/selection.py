@@ -53,12 +53,29 @@ def add_at_selection(tensor: Tensor, selection: Selection, values: Tensor) -> Te
     """
     if not tensor.numel():
         return tensor
+    values = values.to(tensor.dtype)
+    channels, last = tensor.shape[1], tensor.movedim(1, -1)
+    channel = torch.arange(channels, device=tensor.device).unsqueeze(1)
+    if torch.compiler.is_compiling() or not (tensor.is_contiguous() or last.is_contiguous()):
+        return _put(tensor, selection.positions, channel, values)
+    if tensor.is_contiguous():
+        size = tensor.numel() // (tensor.shape[0] * channels)
+        image = selection.positions // size
+        places = selection.positions + (image * (channels - 1) + channel) * size
+        memory = tensor.view(-1)
+    else:
+        places = selection.positions * channels + channel
+        memory = last.view(-1)
+    memory.scatter_add_(0, places.view(-1), values.reshape(-1))
+    return tensor
+
+
+def _put(tensor: Tensor, positions: Tensor, channel: Tensor, values: Tensor) -> Tensor:
     sizes = (tensor.shape[0], *tensor.shape[2:])
-    batch, *spatial = torch.unravel_index(selection.positions, sizes)
-    channel = torch.arange(tensor.shape[1], device=tensor.device).unsqueeze(1)
+    batch, *spatial = torch.unravel_index(positions, sizes)
     index = (batch, channel.expand_as(batch), *spatial)
     put = tensor.index_put if torch.compiler.is_compiling() else tensor.index_put_
-    return put(index, values.to(tensor.dtype), accumulate=True)
+    return put(index, values, accumulate=True)
 
 
 def _largest_deviations(deviations: Tensor, k: int) -> tuple[Tensor, Tensor]:

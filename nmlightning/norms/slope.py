@@ -34,8 +34,9 @@ class Slope:
         self.count = count
         self.dims, self.shape = reduced_dims(x), channel_shape(x)
         if isinstance(statistic, PowerMean):
-            reflected = mean.view(self.shape) - x
-            self.reflected = power_mean_slope(reflected, magnitude.view(self.shape), statistic.p)
+            self.reflected = power_mean_slope(
+                mean.view(self.shape) - x, magnitude.view(self.shape), statistic.p
+            )
 
     def sum(self) -> Tensor:
         """Return Σt of this rank's elements, (C,)."""

@@ -91,7 +91,7 @@ def test_add_at_selection_is_the_transpose_of_selecting(shape: tuple[int, ...]) 
         _, selection = select_largest(layout, 3, ALONE)
         expected = by_channel(d).clone().scatter_add_(1, selection.positions, values)
         torch.testing.assert_close(
-            by_channel(add_at_selection(layout, selection, values)), expected
+            by_channel(add_at_selection(layout.clone(), selection, values)), expected
         )
 
 
