@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nmlightning.errors import InputError
+from nmlightning.norms.kernels.cuda.backend import TritonBackend
 from nmlightning.norms.kernels.layout import Layout, layout_of
 from nmlightning.norms.statistics import Statistic
 
@@ -58,7 +59,7 @@ class Backend(Protocol):
         """Return the kernels of a case that is served."""
 
 
-BACKENDS: tuple[Backend, ...] = ()
+BACKENDS: tuple[Backend, ...] = (TritonBackend(),)
 
 _asked_for: ContextVar[str] = ContextVar("norm_backend", default="auto")
 

@@ -1,0 +1,1 @@
+"""Triton kernels for CUDA; without Triton, only `backend` of these can be imported."""

@@ -1,0 +1,126 @@
+"""Kernels for L1 layer and RMS norms of (rows, features): a row is in registers as a whole.
+
+Of each row (μ, 1/σ, c · ŝ/σ) is kept, (3, rows) float32; an RMS norm does not centre, its μ is 0.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def normalise_rows(
+    x,
+    weight,
+    bias,
+    y,
+    values,
+    constant,
+    eps,
+    M,
+    D,
+    VECTOR: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CENTRED: tl.constexpr,
+):
+    """Store y = (x − μ) / σ · weight + bias and what backward needs of each row."""
+    D = D * VECTOR
+    rows, columns, here, there = place_rows(tl.program_id(0), M, D, HEIGHT, WIDTH)
+    offsets = rows * D + columns
+    wide = tl.load(x + offsets, mask=here & there, other=0.0).to(tl.float32)
+    mean = tl.zeros((HEIGHT, 1), tl.float32)
+    if CENTRED:
+        # What differs from a row's first element: so a constant row has exactly its value as mean.
+        origin = tl.load(x + rows * D, mask=here, other=0.0).to(tl.float32)
+        differences = tl.where(here & there, wide - origin, 0.0)
+        mean = origin + tl.sum(differences, 1, keep_dims=True) / D
+    deviations = tl.where(here & there, wide - mean, 0.0)
+    scale = tl.sum(tl.abs(deviations), 1, keep_dims=True) / D * constant
+    total = tl.sqrt_rn(tl.fma(scale, scale, eps + tl.zeros_like(scale)))
+    inverse = tl.div_rn(1.0 + tl.zeros_like(total), total)
+    result = deviations * inverse
+    if weight is not None:
+        result *= tl.load(weight + columns, mask=there, other=0.0)
+    if bias is not None:
+        result += tl.load(bias + columns, mask=there, other=0.0)
+    tl.store(y + offsets, result.to(y.dtype.element_ty), mask=here & there)
+    tl.store(values + rows, mean, mask=here)
+    tl.store(values + M + rows, inverse, mask=here)
+    tl.store(values + 2 * M + rows, constant * scale * inverse, mask=here)
+
+
+@triton.jit
+def write_row_gradients(
+    grad,
+    x,
+    weight,
+    values,
+    out,
+    parts,
+    M,
+    D,
+    tiles,
+    VECTOR: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CENTRED: tl.constexpr,
+):
+    """Store the gradient by x and, if there is room, Σ g · x̂ and Σg of the rows of each program.
+
+    ∂L/∂x = 1/σ · [h − mean h − c · (ŝ/σ) · mean(h x̂) · (s − mean s)],   h = weight · g
+    """
+    D = D * VECTOR
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    products = tl.zeros((HEIGHT, WIDTH), tl.float32)
+    totals = tl.zeros((HEIGHT, WIDTH), tl.float32)
+    for tile in range(0, tiles):
+        number = program * tiles + tile
+        rows, columns, here, there = place_rows(number, M, D, HEIGHT, WIDTH)
+        mask, offsets = here & there, rows * D + columns
+        wide = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+        inner = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.load(values + rows, mask=here, other=0.0)
+        inverse = tl.load(values + M + rows, mask=here, other=0.0)
+        pull = tl.load(values + 2 * M + rows, mask=here, other=0.0)
+        deviations = tl.where(mask, wide - mean, 0.0)
+        normal = deviations * inverse
+        if parts is not None:
+            products += inner * normal
+            totals += inner
+        if weight is not None:
+            inner *= tl.load(weight + columns, mask=there, other=0.0)
+        signs = tl.where(deviations > 0, 1.0, -1.0)
+        pull *= tl.sum(inner * normal, 1, keep_dims=True) / D
+        result = inner - pull * signs
+        if CENTRED:
+            result = tl.where(mask, result, 0.0)
+            result -= tl.sum(result, 1, keep_dims=True) / D
+        tl.store(out + offsets, (result * inverse).to(out.dtype.element_ty), mask=mask)
+    if parts is not None:
+        columns = tl.arange(0, WIDTH)[None, :]
+        total = tl.sum(products, 0, keep_dims=True)
+        tl.store(parts + program * D + columns, total, mask=columns < D)
+        total = tl.sum(totals, 0, keep_dims=True)
+        tl.store(parts + (programs + program) * D + columns, total, mask=columns < D)
+
+
+@triton.jit
+def fold_parts(parts, learned, D, programs, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Store the sum over the programs of (2, programs, D) parts, (2, D), in one order."""
+    columns = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    kind = tl.program_id(1)
+    rows = tl.arange(0, HEIGHT)[:, None]
+    total = tl.zeros((HEIGHT, WIDTH), tl.float32)
+    for first in range(0, programs, HEIGHT):
+        mask = (first + rows < programs) & (columns < D)
+        at = (kind * programs + first + rows) * D + columns
+        total += tl.load(parts + at, mask=mask, other=0.0)
+    tl.store(learned + kind * D + columns, tl.sum(total, 0, keep_dims=True), mask=columns < D)
+
+
+@triton.jit
+def place_rows(number, M, D, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the rows (HEIGHT, 1), int64, and columns (1, WIDTH) of a tile, and which exist."""
+    rows = number.to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
+    columns = tl.arange(0, WIDTH)[None, :]
+    return rows, columns, rows < M, columns < D

@@ -1,0 +1,47 @@
+"""The tests of Triton's kernels under its interpreter, in a process of their own: test_triton.py.
+
+TRITON_INTERPRET=1 python -m pytest tests/norms/interpreted_triton.py
+"""
+
+import os
+
+import pytest
+import torch
+
+import triton_contract as contract
+
+assert os.environ.get("TRITON_INTERPRET") == "1"
+# numpy tells of the infinities and NaN that kernels are to get along with.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+
+@pytest.mark.parametrize("case", contract.CASES, ids=str)
+def test_it_is_the_definition(case: contract.Case) -> None:
+    contract.check(case)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("statistic", ["l1", "top3"])
+def test_what_is_not_finite_stays_in_its_channel(statistic: str, value: float) -> None:
+    contract.check_nonfinite(statistic, value)
+
+
+def test_the_mask_is_that_of_the_rounded_output() -> None:
+    contract.check_mask()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shape", [(2, 2, 2, 2), (0, 2, 2, 2)], ids=["some", "none"])
+def test_stages(shape: tuple[int, ...], channels_last: bool) -> None:
+    contract.check_stages(shape, channels_last)
+
+
+@pytest.mark.parametrize("centred", [True, False], ids=["layer", "rms"])
+@pytest.mark.parametrize("dtype", contract.TOLERANCES)
+@pytest.mark.parametrize("shape", [(5, 12), (270, 40), (2, 1)], ids=str)
+def test_rows(shape: tuple[int, ...], dtype: torch.dtype, centred: bool) -> None:
+    contract.check_rows(shape, dtype, centred, learned=shape[1] != 12)
+
+
+def test_tracking() -> None:
+    contract.check_tracking()
