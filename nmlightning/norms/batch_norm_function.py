@@ -52,7 +52,7 @@ class BatchNormFunction(torch.autograd.Function):
         scale = magnitude * ctx.constant
         total = total_scale(scale, eps)
         y = _apply_affine(deviations, total, weight, bias, shape)
-        variance = scale.square() * (share.total / (share.total - 1))
+        variance = scale.square() * share.total / (share.total - 1)
         ctx.mark_non_differentiable(mean, variance)
         shared_count = share.total if isinstance(share.total, Tensor) else None
         ctx.save_for_backward(x, weight, mean, magnitude, total, shared_count, *(selection or ()))
