@@ -10,9 +10,10 @@ from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from nmlightning.errors import InputError, check_share, check_whole_number
+from nmlightning.errors import InputError, check_flag, check_share, check_whole_number
 from nmlightning.recipes import check_recipes
 from nmlightning.tasks.checkpoint_match import check_same_network
+from nmlightning.tasks.compilation_notice import CompilationNotice
 from nmlightning.tasks.learning_rate import (
     KEY,
     check_same_batch,
@@ -52,7 +53,10 @@ class ImageClassifier(pl.LightningModule):
             leaves it as it is.
         compile: the mode that `torch.compile` compiles the network with, after the callbacks have
             swapped its norms; None leaves it eager. "reduce-overhead" replays CUDA graphs, several
-            times faster for a network of many small layers; the first steps then take a minute.
+            times faster for a network of many small layers. The first steps then take a minute,
+            which is announced.
+        channels_last: compute with images and weights that lie in memory with the channels next to
+            each other. Results differ by rounding.
 
     Raises:
         InputError: for a label_smoothing out of its range or an lr_batch_size below 1; in training
@@ -76,13 +80,16 @@ class ImageClassifier(pl.LightningModule):
         weight_decay_scope: WeightDecayScope = "all",
         lr_batch_size: int | None = None,
         compile: CompileMode | None = None,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         check_share("label_smoothing", label_smoothing)
         if lr_batch_size is not None:
             check_whole_number("lr_batch_size", lr_batch_size)
         remember_arguments(
-            self, "label_smoothing", "weight_decay_scope", "lr_batch_size", "compile"
+            self,
+            *("label_smoothing", "weight_decay_scope", "lr_batch_size", "compile"),
+            "channels_last",
         )
         self.net = net
         self.optimizer = optimizer
@@ -90,22 +97,32 @@ class ImageClassifier(pl.LightningModule):
         self.label_smoothing = label_smoothing
         self.weight_decay_scope = weight_decay_scope
         self.lr_batch_size = lr_batch_size
-        self.mode_to_compile = compile
+        self.compile_mode = compile
+        self.channels_last = check_flag("channels_last", channels_last)
+        self._is_compiled = False
         self.metrics = nn.ModuleDict()
         self._logged: set[Stage] = set()  # whose metrics Lightning has, in this epoch
 
     def setup(self, stage: str) -> None:
         """Compile once; Lightning sets callbacks up first, so the norms are swapped by now."""
         self._logged.clear()
-        if self.mode_to_compile is not None:
-            self.net.compile(mode=self.mode_to_compile)
-            self.mode_to_compile = None
+        if self.channels_last:
+            self.net.to(memory_format=torch.channels_last)
+        if self.compile_mode is not None and not self._is_compiled:
+            self.net.compile(mode=self.compile_mode)
+            self._is_compiled = True
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Announce that the network is compiled, where it is to be."""
+        return [CompilationNotice("ImageClassifier")] if self.compile_mode else []
 
     def configure_model(self) -> None:
         """Shard the network once, under Lightning's `ModelParallelStrategy`."""
         shard_once(self.net, self.device_mesh)
 
     def forward(self, images: Tensor) -> Tensor:
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
         logits: Tensor = self.net(images)
         return logits
 

@@ -13,6 +13,7 @@ from nmlightning.models.greedy_search import greedy_search
 from nmlightning.models.sequence_model import SequenceModel
 from nmlightning.recipes import check_recipes
 from nmlightning.tasks.checkpoint_match import check_same_network
+from nmlightning.tasks.compilation_notice import CompilationNotice
 from nmlightning.tasks.optimization import Interval, add_schedule, make_optimizer
 from nmlightning.tasks.published_bleu import published_bleu
 from nmlightning.tasks.remembered_arguments import remember_arguments
@@ -56,7 +57,8 @@ class Translator(pl.LightningModule):
         length_penalty: α of Wu et al. (2016), of the beam search: 0 favours short translations.
         extra_length: by how many tokens a translation may be longer than its source.
         weight_decay_scope: `all`, `no_norm` (norms and biases exempt), `no_conv` or `last_layer`.
-        compile: compile the network in training with `torch.compile`, for shapes that vary.
+        compile: compile the network in training with `torch.compile`, for shapes that vary. The
+            first step then takes minutes, which is announced.
 
     Attributes:
         tokenizer: the data module's, from `setup` on, or the checkpoint's. It is in every
@@ -104,7 +106,8 @@ class Translator(pl.LightningModule):
         self.lr_interval = lr_interval
         self.length_penalty = check_length_penalty(length_penalty)
         self.weight_decay_scope = weight_decay_scope
-        self.to_be_compiled = compile
+        self.compile_network = compile
+        self._is_compiled = False
         self.tokenizer: JointBPE | None = None
         self.metrics = nn.ModuleDict({f"of_{s}": TranslationMetrics() for s in get_args(Stage)})
         self._window = TrainingWindow()
@@ -120,9 +123,13 @@ class Translator(pl.LightningModule):
         if tokenizer is not None:
             check_fits(tokenizer, self.net)
             self.tokenizer = tokenizer
-        if self.to_be_compiled:
+        if self.compile_network and not self._is_compiled:
             self.net.compile(dynamic=True)
-            self.to_be_compiled = False
+            self._is_compiled = True
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Announce that the network is compiled, where it is to be."""
+        return [CompilationNotice("Translator")] if self.compile_network else []
 
     def configure_model(self) -> None:
         """Refuse Lightning's `ModelParallelStrategy`: processes search for different lengths."""
