@@ -93,8 +93,10 @@ def _largest_deviations(deviations: Tensor, k: int) -> tuple[Tensor, Tensor]:
     candidates = blocks.take(chosen)
     best = _first_largest(candidates.abs(), k)
     positions = chosen.gather(1, best // blocks.size) * blocks.size + best % blocks.size
-    missing = k - best.shape[1]
-    return F.pad(positions, (0, missing)), F.pad(candidates.gather(1, best), (0, missing))
+    values, missing = candidates.gather(1, best), k - best.shape[1]
+    if missing:
+        return F.pad(positions, (0, missing)), F.pad(values, (0, missing))
+    return positions, values
 
 
 def _first_largest(sizes: Tensor, k: int) -> Tensor:
