@@ -52,8 +52,8 @@ if TYPE_CHECKING:
     from nmlightning.norms import gaussian_constant as gaussian_constant
     from nmlightning.norms.kernels import norm_backend as norm_backend
     from nmlightning.probe import probe_norms as probe_norms
-    from nmlightning.surgery import SwapReport as SwapReport
     from nmlightning.surgery import swap_norms as swap_norms
+    from nmlightning.swap_report import SwapReport as SwapReport
     from nmlightning.tasks import ImageClassifier as ImageClassifier
     from nmlightning.tasks import InverseSquareRootLR as InverseSquareRootLR
     from nmlightning.tasks import Translator as Translator
@@ -92,7 +92,8 @@ _HOMES = {
     ],
     "norms.kernels": ["norm_backend"],
     "probe": ["probe_norms"],
-    "surgery": ["SwapReport", "swap_norms"],
+    "surgery": ["swap_norms"],
+    "swap_report": ["SwapReport"],
     "tasks": ["ImageClassifier", "InverseSquareRootLR", "Translator"],
     "weights.channel_norms": ["ChannelLayout", "channel_norms"],
     "weights.history": ["NormHistory"],

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -22,6 +20,7 @@ from nmlightning.norms.registry import (
     find_norm,
     layer_class,
 )
+from nmlightning.swap_report import Swap, SwapReport
 from nmlightning.swappable import (
     NormLayer,
     become,
@@ -32,76 +31,6 @@ from nmlightning.swappable import (
 )
 from nmlightning.weights.shards import is_sharded
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-
-_FUSED_WORDS = {
-    "relu": "with the ReLU after them",
-    "add_relu": "with the addition and the ReLU after them",
-    "": "with nothing any more",
-}
-
-
-@dataclass(frozen=True)
-class Swap:
-    """One line of a report: the module's name, what it was, what it is, and why if it was left."""
-
-    name: str
-    before: str
-    after: str
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class SwapReport:
-    """What `swap_norms` did, or would do: the swapped modules, and the norms it left alone.
-
-    Likewise the norms that it fused with what follows them, or no longer, and those that it could
-    not fuse. It prints as a table under rich, and as one line otherwise.
-    """
-
-    swapped: tuple[Swap, ...]
-    left: tuple[Swap, ...]
-    dry_run: bool = False
-    fused: tuple[Swap, ...] = ()
-    not_fused: tuple[Swap, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.swapped)
-
-    def __str__(self) -> str:
-        kinds: dict[tuple[str, str], int] = {}
-        for swap in self.swapped:
-            kinds[swap.before, swap.after] = kinds.get((swap.before, swap.after), 0) + 1
-        counts = [f"{count} {before} → {after}" for (before, after), count in kinds.items()]
-        left = f"; {len(self.left)} left as they are" if self.left else ""
-        swapped = ("would swap " if self.dry_run else "swapped ") + (", ".join(counts) or "0")
-        return swapped + left + self._fused()
-
-    def _fused(self) -> str:
-        kinds = Counter(swap.after for swap in self.fused)
-        counts = [f"{count} {_FUSED_WORDS[after]}" for after, count in kinds.items()]
-        if counts:
-            counts[0] = ("would fuse " if self.dry_run else "fused ") + counts[0]
-        if self.not_fused:
-            counts.append(f"{len(self.not_fused)} not fused")
-        return f"; {', '.join(counts)}" if counts else ""
-
-    def __rich__(self) -> Table:
-        from rich.markup import escape
-        from rich.table import Table
-
-        table = Table("module", "from", "to", title=escape(str(self)))
-        for swap in (*self.swapped, *self.left):
-            fate = escape(swap.after) or f"[dim]left: {escape(swap.reason)}[/dim]"
-            table.add_row(escape(swap.name), escape(swap.before), fate)
-        for swap in (*self.fused, *self.not_fused):
-            does = f"fused {_FUSED_WORDS[swap.after]}" if swap.after else "not fused"
-            reason = f"[dim]not fused: {escape(swap.reason)}[/dim]"
-            table.add_row(escape(swap.name), escape(swap.before), reason if swap.reason else does)
-        return table
-
 
 def swap_norms(
     model: nn.Module,
@@ -111,7 +40,7 @@ def swap_norms(
     kinds: Sequence[str] = ("batch",),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    fuse: Fused | None = None,
+    fuse: str | None = None,
     dry_run: bool = False,
 ) -> SwapReport:
     """Turn the norm layers of `model` into the norm called `norm`, in place, and report it.
@@ -163,7 +92,7 @@ def swap_norms(
     check_lists(kinds=kinds, include=include, exclude=exclude)
     chosen = check_kinds(tuple(kinds))
     settings = {kind: check_options(norm, kind, options or {}) for kind in chosen}
-    check_fuse(fuse, norm, chosen)
+    extent = check_fuse(fuse, norm, chosen)
     layers = find_norm_layers(model)
     _check_patterns(model, layers, chosen, include, exclude)
     picked = _pick(layers, include, exclude)
@@ -174,7 +103,7 @@ def swap_norms(
         for x, template in plan
     )
     left = tuple(Swap(x.name, x.type_name, "", x.refusal) for x in picked if x.refusal)
-    fusing = _plan_fusing(model, picked, fuse)
+    fusing = _plan_fusing(model, picked, extent)
     fused, not_fused = _list_fused(picked, fusing)
     if not dry_run:
         make_room(model, fusing)
@@ -185,15 +114,16 @@ def swap_norms(
     return SwapReport(swapped, left, dry_run, fused, not_fused)
 
 
-def check_fuse(fuse: Fused | None, norm: str, kinds: Iterable[Kind]) -> None:
-    """Raise InputError unless norms of these kinds can be fused so."""
+def check_fuse(fuse: str | None, norm: str, kinds: Iterable[Kind]) -> Fused | None:
+    """Return what is to be fused, or raise InputError if norms of these kinds cannot be."""
     if fuse is None:
-        return
+        return None
     check_choice("fuse", fuse, ("relu", "add_relu"))
     if norm == "l2":
         raise InputError("fuse is for norms of this package: 'l2' is torch's own, give fuse=None.")
     if "batch" not in kinds:
         raise InputError(f"fuse is for batch norms, and kinds is {tuple(kinds)}: give fuse=None.")
+    return cast(Fused, fuse)
 
 
 def _plan_fusing(model: nn.Module, picked: Iterable[NormLayer], fuse: Fused | None) -> FusingPlan:

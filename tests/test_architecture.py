@@ -21,7 +21,7 @@ LAYERS = [
     ["nmlightning.callbacks", "nmlightning.tasks", "nmlightning.datamodules"],
     ["nmlightning.compat", "nmlightning.checkpoints", "nmlightning.export"],
     ["nmlightning.surgery", "nmlightning.probe"],
-    ["nmlightning.fusing"],
+    ["nmlightning.fusing", "nmlightning.swap_report"],
     ["nmlightning.swappable", "nmlightning.recipes"],
     ["nmlightning.norms", "nmlightning.weights"],
     [
@@ -53,7 +53,8 @@ LAYERS = [
     ],
     ["nmlightning.norms.fused_activation"],
     ["nmlightning.norms.kernels"],
-    ["nmlightning.norms.gradient_sums", "nmlightning.norms.slope"],
+    ["nmlightning.norms.gradient_sums"],
+    ["nmlightning.norms.slope"],
     ["nmlightning.norms.statistics"],
     ["nmlightning.norms.chunk_range", "nmlightning.norms.power_mean"],
     ["nmlightning.norms.selection", "nmlightning.norms.settings"],

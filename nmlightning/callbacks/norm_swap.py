@@ -11,7 +11,6 @@ from nmlightning.callbacks.model_change import ModelChange, warn_of_forgotten
 from nmlightning.compat import keep_through_sync, synchronise_norms
 from nmlightning.errors import InputError
 from nmlightning.name_patterns import check_lists
-from nmlightning.norms.kernels.job import Fused
 from nmlightning.norms.registry import check_kinds, check_options
 from nmlightning.recipes import (
     NORM_SWAP,
@@ -53,9 +52,9 @@ class NormSwap(ModelChange):
             resumed with another, and a checkpoint is loaded without.
 
     Raises:
-        InputError: on construction for an unknown norm, kind or option; in setup for a pattern
-            that matches nothing or a model without such norms; on resuming with another recipe;
-            in training, if something replaced a swapped layer since, such as a call of
+        InputError: on construction for an unknown norm, kind, option or `fuse`; in setup for a
+            pattern that matches nothing or a model without such norms; on resuming with another
+            recipe; in training, if something replaced a swapped layer since, such as a call of
             `SyncBatchNorm.convert_sync_batchnorm`.
 
     Example:
@@ -70,19 +69,18 @@ class NormSwap(ModelChange):
         kinds: Sequence[str] = ("batch",),
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
-        fuse: Fused | None = None,
+        fuse: str | None = None,
     ) -> None:
         super().__init__()
         check_lists(kinds=kinds, include=include, exclude=exclude)
         for kind in check_kinds(tuple(kinds)):
             check_options(norm, kind, options or {})
-        check_fuse(fuse, norm, check_kinds(tuple(kinds)))
         self.norm = norm
         self.options: Mapping[str, Any] = dict(options or {})
         self.kinds = tuple(kinds)
         self.include = tuple(include)
         self.exclude = tuple(exclude)
-        self.fuse = fuse
+        self.fuse = check_fuse(fuse, norm, check_kinds(tuple(kinds)))
         self._unchecked = False
         self._unnoted: Mapping[str, nn.Module] = {}
         self._backends: BackendNote | None = None

@@ -269,3 +269,27 @@ def test_sync_batchnorm_of_a_trainer_keeps_what_is_fused() -> None:
     _SyncKeepingOurs(TorchSyncBatchNorm()).apply(module)
     assert list(fused_norms(module).values()) == ["relu"]
     assert module.net[1].sync
+
+
+@pytest.mark.parametrize("fuse", [None, "add_relu"])
+def test_compiled_code_keeps_no_more_for_backward_than_batch_norms(fuse: str | None) -> None:
+    """And no mask: of the ReLU whose output nothing else needs, torch keeps one for any norm."""
+
+    def kept(net: nn.Module) -> list[tuple[torch.dtype, int]]:
+        tensors: list[tuple[torch.dtype, int]] = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            tensors.append((tensor.dtype, tensor.numel()))
+            return tensor
+
+        compiled = torch.compile(net, fullgraph=True, backend="aot_eager_decomp_partition")
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            compiled(images(12))
+        return tensors
+
+    plain, net = CifarResNet(8), CifarResNet(8)
+    swap_norms(net, "l1", fuse=fuse)
+    theirs, ours = kept(plain), kept(net)
+    assert sum(count for _, count in ours) <= sum(count for _, count in theirs)
+    masks = [[t for t in tensors if t[0] == torch.bool] for tensors in (ours, theirs)]
+    assert masks[0] == masks[1]
