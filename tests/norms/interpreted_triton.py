@@ -4,15 +4,28 @@ TRITON_INTERPRET=1 python -m pytest tests/norms/interpreted_triton.py
 """
 
 import os
+from typing import Any
 
 import pytest
 import torch
+import triton
+from triton.runtime import interpreter
 
 import triton_contract as contract
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 # numpy tells of the infinities and NaN that kernels are to get along with.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+if triton.__version__.startswith("3.6."):
+    # It makes an index of an array with one element in a way that numpy 2.5 refuses.
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_tensor_and_index
 
 
 @pytest.mark.parametrize("case", contract.CASES, ids=str)
