@@ -15,6 +15,7 @@ from nmlightning.norms.in_half import apply_in_half
 from nmlightning.norms.kernels.batch_norm_function import KernelBatchNormFunction
 from nmlightning.norms.kernels.dispatch import choose_for
 from nmlightning.norms.kernels.job import BatchNormKernels, Job
+from nmlightning.norms.kernels.rank_batch_norm_function import RankBatchNormFunction
 from nmlightning.norms.settings import accumulation_dtype
 from nmlightning.norms.statistics import LargestMean, PowerMean, Statistic
 
@@ -91,8 +92,8 @@ class StatisticBatchNorm(BatchNormBase):
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = accumulation_dtype(input.dtype, self.stats_dtype)
         choice = choose_for(input, "batch", self.statistic, dtype)
-        if choice.kernels is not None and group is None:
-            return self._normalise_by_kernels(input, residual, choice.kernels)
+        if choice.kernels is not None:
+            return self._normalise_by_kernels(input, residual, choice.kernels, group)
         learned = (self.weight, self.bias)
         settings = (self.statistic, self.constant, self.eps, dtype, group)
         if is_half(dtype):
@@ -102,15 +103,22 @@ class StatisticBatchNorm(BatchNormBase):
         return activate(y, residual, self.fused), mean, variance
 
     def _normalise_by_kernels(
-        self, input: Tensor, residual: Tensor | None, kernels: BatchNormKernels
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        kernels: BatchNormKernels,
+        group: ProcessGroup | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        constant = self.statistic.constant(input.numel() // input.shape[1], self.constant)
         fits = residual is None or (residual.shape, residual.dtype) == (input.shape, input.dtype)
-        job = Job(self.statistic, constant, self.eps, self.fused if fits else None)
-        added = residual if fits else None
-        y, mean, variance = KernelBatchNormFunction.apply(
-            input, added, self.weight, self.bias, kernels, job
-        )
+        fused, added = (self.fused, residual) if fits else (None, None)
+        tensors = (input, added, self.weight, self.bias, kernels)
+        if group is None:
+            constant = self.statistic.constant(input.numel() // input.shape[1], self.constant)
+            job = Job(self.statistic, constant, self.eps, fused)
+            y, mean, variance = KernelBatchNormFunction.apply(*tensors, job)
+        else:
+            settings = (self.statistic, self.constant, self.eps, fused, group)
+            y, mean, variance = RankBatchNormFunction.apply(*tensors, *settings)
         return (y if fits else activate(y, residual, self.fused)), mean, variance
 
 

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from nmlightning.errors import InputError, check_flag
 from nmlightning.norms.accumulation import is_half
 from nmlightning.norms.fused_activation import activate, check_residual
+from nmlightning.norms.kernels.dispatch import choose_tracking
 from nmlightning.norms.kernels.job import Fused
 from nmlightning.norms.settings import (
     check_eps,
@@ -169,12 +170,19 @@ class BatchNormBase(_BatchNorm):
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor) -> None:
         """Move the running statistics towards the batch's, in channels where both are finite."""
+        running_mean, running_var = self.running_mean, self.running_var
+        assert running_mean is not None, "the caller tracks"
+        assert running_var is not None, "it comes with the mean"
+        tracking = choose_tracking(running_mean, mean)
+        if tracking is not None and self.momentum is not None:
+            count = self.num_batches_tracked
+            tracking(running_mean, running_var, count, mean, variance, self.momentum)
+            return
         finite = mean.isfinite() & variance.isfinite()
         if self.momentum is None:
             finite = finite.all()  # The channels have one count, so a batch counts for all or none.
         newest = self._count_batch(finite, mean.dtype)
-        for running, value in ((self.running_mean, mean), (self.running_var, variance)):
-            assert running is not None, "the caller tracks"
+        for running, value in ((running_mean, mean), (running_var, variance)):
             moved = (running + newest * (value - running)).to(running.dtype)
             running.copy_(torch.where(finite & moved.isfinite(), moved, running))
 

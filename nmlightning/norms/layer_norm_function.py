@@ -21,9 +21,11 @@ from nmlightning.norms.accumulation import is_half, mean_of, share_mean, sum_of
 from nmlightning.norms.cross_rank import Share
 from nmlightning.norms.first_derivative import first_derivative_only
 from nmlightning.norms.in_half import apply_in_half
+from nmlightning.norms.kernels.dispatch import choose_for
+from nmlightning.norms.kernels.layer_norm_function import KernelLayerNormFunction
 from nmlightning.norms.power_mean import power_mean, power_mean_slope
 from nmlightning.norms.settings import accumulation_dtype
-from nmlightning.norms.statistics import total_scale
+from nmlightning.norms.statistics import PowerMean, total_scale
 
 
 def check_normalized_shape(normalized_shape: int | Sequence[int]) -> list[int]:
@@ -63,6 +65,11 @@ def normalise_features(
             f"got an input of shape {tuple(x.shape)}."
         )
     dtype = accumulation_dtype(x.dtype, layer.stats_dtype)
+    kernels = choose_for(x, "layer" if centred else "rms", PowerMean(layer.p), dtype).kernels
+    if kernels is not None:
+        return KernelLayerNormFunction.apply(  # type: ignore[no-any-return]
+            x, layer.weight, bias, len(sizes), kernels, constant, eps
+        )
     arguments = (layer.weight, bias, len(sizes), layer.p, constant, eps, dtype, centred)
     if is_half(dtype):
         return apply_in_half(LayerNormFunction, x, *arguments)  # type: ignore[no-any-return]

@@ -4,7 +4,7 @@ Traced code (`torch.compile`, `torch.export`) always takes the formula, which th
 with its neighbours. Eager code takes the kernels of the input's device, if they serve the case.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nmlightning.errors import InputError
+from nmlightning.norms.kernels.cpu.backend import CpuBackend
 from nmlightning.norms.kernels.cuda.backend import TritonBackend
 from nmlightning.norms.kernels.layout import Layout, layout_of
 from nmlightning.norms.statistics import Statistic
@@ -41,6 +42,11 @@ class Choice(NamedTuple):
     kernels: Any = None
 
 
+Tracking = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], None]
+"""Given running mean and variance, the count of batches, the batch's mean and variance, momentum:
+moves, in channels where both are finite, each running value that stays so, and counts the batch."""
+
+
 class Backend(Protocol):
     """Kernels for one type of device."""
 
@@ -58,8 +64,11 @@ class Backend(Protocol):
     def kernels(self, case: Case) -> Any:
         """Return the kernels of a case that is served."""
 
+    def tracking(self) -> Tracking | None:
+        """Return what moves running statistics, or None where torch's own operations do."""
 
-BACKENDS: tuple[Backend, ...] = (TritonBackend(),)
+
+BACKENDS: tuple[Backend, ...] = (CpuBackend(), TritonBackend())
 
 _asked_for: ContextVar[str] = ContextVar("norm_backend", default="auto")
 
@@ -111,6 +120,27 @@ def choose_for(
 def choose(case: Case) -> Choice:
     """Return who computes a case in eager mode, and why."""
     return _choose(case, _asked_for.get())
+
+
+def choose_tracking(running: Tensor, values: Tensor) -> Tracking | None:
+    """Return the kernel that moves running statistics towards such values, now, if there is one."""
+    wide = running.dtype == values.dtype == torch.float32
+    if torch.compiler.is_compiling() or not wide or type(running) not in _PLAIN:
+        return None
+    return _choose_tracking(running.device.type, _asked_for.get())
+
+
+def forget_choices() -> None:
+    """Choose anew, since kernels have been built or loaded in this process."""
+    _choose.cache_clear()
+    _choose_tracking.cache_clear()
+
+
+@lru_cache(maxsize=64)
+def _choose_tracking(device: str, asked_for: str) -> Tracking | None:
+    if asked_for == FORMULA:
+        return None
+    return next((backend.tracking() for backend in BACKENDS if backend.device == device), None)
 
 
 @lru_cache(maxsize=1024)

@@ -1,0 +1,1 @@
+"""Kernels for the CPU, in C++, which one command builds: `nm kernels build`."""

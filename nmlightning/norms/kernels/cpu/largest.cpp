@@ -1,0 +1,287 @@
+// L∞ and Top(k): ŝ = constant · mean of the k largest |x − μ|, whose slope is ±1/k at those.
+//
+// The k largest are not below the k-th largest maximum of a block, and the maximum of |x − μ| in a
+// block is that of max x − μ and μ − min x. So one pass tells sums and extremes, before μ is known,
+// and only the blocks with a large maximum are searched.
+#include <cmath>
+#include <functional>
+#include <limits>
+
+#include "batch_norm.h"
+#include "gradients.h"
+
+namespace nmlightning {
+
+constexpr int64_t SHORTEST_BLOCK = 32, LONGEST_BLOCK = 256;
+
+// The elements of a channel in blocks: stretches of a long plane; else what is at one place in the
+// runs of a few samples that follow each other.
+struct Blocks {
+  Slab slab;
+  bool by_place;
+  int64_t length, samples, groups, in_run;
+
+  Blocks(const Slab& slab, int64_t k) : slab(slab), by_place(slab.by_place()) {
+    const double balanced = std::sqrt(double(slab.layout.count()) / double(k));
+    length = std::clamp(int64_t(balanced), SHORTEST_BLOCK, LONGEST_BLOCK);
+    samples = by_place ? length : 1;
+    groups = (slab.samples() + samples - 1) / samples;
+    in_run = by_place ? slab.run_length() : (slab.layout.size + length - 1) / length;
+  }
+
+  // How many there are of all channels, and of one; where the b-th of channel c is.
+  int64_t in_group() const { return in_run * slab.runs_of_sample(); }
+  int64_t all() const { return groups * in_group(); }
+  int64_t count() const { return slab.layout.channels_last ? groups : groups * in_run; }
+  int64_t at(int64_t b, int64_t c) const {
+    if (slab.layout.channels_last) return b * in_run + c;
+    return b / in_run * in_group() + (c - slab.first()) * in_run + b % in_run;
+  }
+
+  // Calls part(position, memory offset) for each element of channel c in its b-th block.
+  template <class Part>
+  void each_element(int64_t b, int64_t c, Part part) const {
+    const Layout& layout = slab.layout;
+    const int64_t size = layout.channels_last ? 1 : layout.size;
+    const int64_t group = layout.channels_last ? b : b / in_run, place = b % in_run;
+    const auto call = [&](int64_t position) { part(position, layout.offset(position, c)); };
+    if (!by_place) {
+      const int64_t end = std::min((place + 1) * length, size);
+      for (int64_t i = place * length; i < end; i++) call(group * size + i);
+      return;
+    }
+    const int64_t end = std::min((group + 1) * samples, slab.samples());
+    for (int64_t sample = group * samples; sample < end; sample++)
+      call(layout.channels_last ? sample : sample * size + place);
+  }
+};
+
+// The extremes of x in each block, (blocks, width), and Σ(x − first) of each channel.
+struct Extremes {
+  std::vector<float> highest, lowest;
+  std::vector<double> totals;
+};
+
+template <class T>
+void find_in_plane(const Blocks& blocks, const T* plane, float first, float* highest,
+                   float* lowest, double* total) {
+  for (int64_t b = 0; b < blocks.in_run; b++) {
+    const T* p = plane + b * blocks.length;
+    const int64_t n = std::min(blocks.length, blocks.slab.layout.size - b * blocks.length);
+    float sum = 0, high = -std::numeric_limits<float>::infinity(), low = -high;
+#pragma omp simd reduction(+ : sum) reduction(max : high) reduction(min : low)
+    for (int64_t i = 0; i < n; i++) {
+      const float value = load(p[i]);
+      sum += value - first;
+      high = value > high ? value : high;
+      low = value < low ? value : low;
+    }
+    highest[b] = high;
+    lowest[b] = low;
+    *total += sum;
+  }
+}
+
+inline float higher(float a, float b) { return a > b ? a : b; }
+inline float lower(float a, float b) { return a < b ? a : b; }
+
+template <class T, class First>
+void find_in_four_runs(int64_t n, const T* p, const T* q, const T* r, const T* s, First first,
+                       float* sums, float* highest, float* lowest) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) {
+    const float a = load(p[i]), b = load(q[i]), c = load(r[i]), d = load(s[i]), f = first[i];
+    sums[i] += ((a - f) + (b - f)) + ((c - f) + (d - f));
+    highest[i] = higher(higher(higher(a, b), higher(c, d)), highest[i]);
+    lowest[i] = lower(lower(lower(a, b), lower(c, d)), lowest[i]);
+  }
+}
+
+template <class T, class First>
+void find_in_run(int64_t n, const T* p, First first, float* sums, float* highest, float* lowest) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) {
+    const float value = load(p[i]);
+    sums[i] += value - first[i];
+    highest[i] = higher(value, highest[i]);
+    lowest[i] = lower(value, lowest[i]);
+  }
+}
+
+// Finds the extremes at each place of a run, the j-th of its sample, over the samples of a group.
+template <class T, class First>
+void find_in_group(const Blocks& blocks, const T* x, First first, int64_t group, int64_t j,
+                   Extremes& to, float* sums, double* totals) {
+  const Slab& slab = blocks.slab;
+  const int64_t n = blocks.in_run, at = group * blocks.in_group() + j * n;
+  float *highest = &to.highest[at], *lowest = &to.lowest[at];
+  std::fill(sums, sums + n, 0.f);
+  std::fill(highest, highest + n, -std::numeric_limits<float>::infinity());
+  std::fill(lowest, lowest + n, std::numeric_limits<float>::infinity());
+  const auto run = [&](int64_t sample) {
+    return x + slab.offset(sample * slab.runs_of_sample() + j);
+  };
+  const int64_t end = std::min((group + 1) * blocks.samples, slab.samples());
+  int64_t sample = group * blocks.samples;
+  for (; sample + 4 <= end; sample += 4)
+    find_in_four_runs(n, run(sample), run(sample + 1), run(sample + 2), run(sample + 3), first,
+                      sums, highest, lowest);
+  for (; sample < end; sample++) find_in_run(n, run(sample), first, sums, highest, lowest);
+  for (int64_t i = 0; i < n; i++) totals[slab.layout.channels_last ? i : j] += sums[i];
+}
+
+template <class T>
+Extremes find_extremes(const Blocks& blocks, const T* x, const float* first) {
+  const Slab& slab = blocks.slab;
+  Extremes to{std::vector<float>(blocks.all()), std::vector<float>(blocks.all()),
+              std::vector<double>(slab.threads * slab.width())};
+  slab.in_parallel(blocks.samples, [&](int64_t begin, int64_t end, int task) {
+    double* totals = &to.totals[task * slab.width()];
+    std::vector<float> sums(blocks.in_run);
+    for (int64_t group = begin / blocks.samples; group * blocks.samples < end; group++)
+      for (int64_t j = 0; j < slab.runs_of_sample(); j++) {
+        const Same own{first[slab.first() + j]};
+        const int64_t at = group * blocks.in_group() + j * blocks.in_run;
+        if (slab.layout.channels_last)
+          find_in_group(blocks, x, first, group, j, to, sums.data(), totals);
+        else if (blocks.by_place)
+          find_in_group(blocks, x, own, group, j, to, sums.data(), totals);
+        else
+          find_in_plane(blocks, x + slab.offset(group * slab.runs_of_sample() + j), own.value,
+                        &to.highest[at], &to.lowest[at], totals + j);
+      }
+  });
+  to.totals = slab.fold(std::move(to.totals), slab.width());
+  return to;
+}
+
+struct Candidate {
+  float size;
+  int64_t place;
+
+  bool operator<(const Candidate& other) const {
+    return size != other.size ? size > other.size : place < other.place;
+  }
+};
+
+// Returns the k-th largest value, or 0 where there are fewer: k elements are at least as large.
+inline float kth_largest(std::vector<float> values, int64_t k) {
+  if (int64_t(values.size()) < k) return 0.f;
+  std::nth_element(values.begin(), values.begin() + (k - 1), values.end(), std::greater<>());
+  return values[k - 1];
+}
+
+// Finds the k largest |x − mean| of a channel: the first among equals, 0 at position 0 where there
+// are fewer elements, and no position but 0 where the mean is not finite.
+template <class T>
+void select(const Blocks& blocks, const Extremes& extremes, const T* x, float mean, int64_t c,
+            int64_t k, int64_t* positions, float* deviations) {
+  const bool finite = std::isfinite(mean);
+  std::fill(positions, positions + k, 0);
+  std::fill(deviations, deviations + k, finite ? 0.f : mean);
+  if (!finite) return;
+  std::vector<float> sizes(blocks.count());
+  for (int64_t b = 0; b < blocks.count(); b++) {
+    const int64_t at = blocks.at(b, c);
+    sizes[b] = std::max(extremes.highest[at] - mean, mean - extremes.lowest[at]);
+  }
+  const float least = kth_largest(sizes, k);
+  std::vector<Candidate> candidates;
+  for (int64_t b = 0; b < blocks.count(); b++)
+    if (sizes[b] >= least)
+      blocks.each_element(b, c, [&](int64_t position, int64_t offset) {
+        const float size = std::fabs(load(x[offset]) - mean);
+        if (size >= least) candidates.push_back({size, position});
+      });
+  const int64_t found = std::min<int64_t>(k, candidates.size());
+  std::partial_sort(candidates.begin(), candidates.begin() + found, candidates.end());
+  const Layout& layout = blocks.slab.layout;
+  for (int64_t i = 0; i < found; i++) {
+    positions[i] = candidates[i].place;
+    deviations[i] = load(x[layout.offset(positions[i], c)]) - mean;
+  }
+}
+
+template <class T>
+void find_largest(const Blocks& blocks, const Extremes& extremes, const T* x, const float* mean,
+                  int64_t k, int64_t* positions, float* deviations) {
+  const Slab& slab = blocks.slab;
+  const auto find = [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; c++)
+      select(blocks, extremes, x, mean[c], c, k, positions + c * k, deviations + c * k);
+  };
+  if (slab.threads == 1)
+    find(slab.first(), slab.last());
+  else
+    at::parallel_for(slab.first(), slab.last(), 1, find);
+}
+
+template <class T>
+void largest_forward(const Layout& layout, const Settings& settings, const Forward<T>& to,
+                     int64_t k, int64_t* positions, float* deviations, double* squares) {
+  const T* x = to.arrays.x;
+  const int64_t count = layout.count();
+  in_slabs(layout, [&](const Slab& slab) {
+    const Blocks blocks(slab, k);
+    float* mean = to.channels.mean;
+    for (int64_t c = slab.first(); c < slab.last(); c++) mean[c] = load(x[layout.offset(0, c)]);
+    const Extremes extremes = find_extremes(blocks, x, mean);
+    for (int64_t c = slab.first(), i = 0; c < slab.last(); c++, i++)
+      mean[c] = float(mean[c] + extremes.totals[i] / double(count));
+    find_largest(blocks, extremes, x, mean, k, positions, deviations);
+    for (int64_t c = slab.first(); c < slab.last(); c++) {
+      double total = 0;
+      for (int64_t i = 0; i < k; i++) total += std::fabs(deviations[c * k + i]);
+      write_channel(settings, to.channels, to.weight, to.variance, count, c, total / double(k));
+    }
+    with_fused(to.fused, [&](auto fused) { apply_affine<fused>(slab, to.arrays, squares); });
+  });
+}
+
+template <class T>
+void largest_backward(const Layout& layout, const Backward<T>& to, int64_t k,
+                      const int64_t* positions, const float* deviations) {
+  std::vector<float> offset(layout.channels);
+  in_slabs(layout, [&](const Slab& slab) {
+    write_gradients_of_learned(slab, to);
+    const auto slope = [&](int64_t at) { return (deviations[at] > 0.f ? 1. : -1.) / double(k); };
+    const auto pull = [&](int64_t c) {
+      return double(to.channels.gain[c]) * to.channels.pull[c] * to.grad_weight[c];
+    };
+    for (int64_t c = slab.first(); c < slab.last(); c++) {
+      double slopes = 0;
+      for (int64_t i = 0; i < k; i++) slopes += slope(c * k + i);
+      const double all = pull(c) * slopes - double(to.channels.gain[c]) * to.grad_bias[c];
+      offset[c] = float(all / double(layout.count()));
+    }
+    write_gradient(slab, to, nullptr, offset.data());
+    for (int64_t c = slab.first(); c < slab.last(); c++)
+      for (int64_t i = 0; i < k; i++) {
+        const int64_t at = layout.offset(positions[c * k + i], c);
+        const float grad = to.y ? given<true>(to.grad, to.y, at) : load(to.grad[at]);
+        const double rest = offset[c] - pull(c) * slope(c * k + i);
+        store(to.grad_x + at, float(double(grad) * to.channels.gain[c] + rest));
+      }
+  });
+}
+
+template <class T>
+void largest(const Layout& layout, const T* x, const float* mean, int64_t k, int64_t* positions,
+             float* deviations) {
+  in_slabs(layout, [&](const Slab& slab) {
+    const Blocks blocks(slab, k);
+    const Extremes extremes = find_extremes(blocks, x, mean);
+    find_largest(blocks, extremes, x, mean, k, positions, deviations);
+  });
+}
+
+#define INSTANTIATE(T)                                                                         \
+  template void largest_forward(const Layout&, const Settings&, const Forward<T>&, int64_t,    \
+                                int64_t*, float*, double*);                                    \
+  template void largest_backward(const Layout&, const Backward<T>&, int64_t, const int64_t*,   \
+                                 const float*);                                                \
+  template void largest(const Layout&, const T*, const float*, int64_t, int64_t*, float*);
+INSTANTIATE(float)
+INSTANTIATE(BFloat16)
+
+}  // namespace nmlightning

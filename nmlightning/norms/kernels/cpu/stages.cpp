@@ -1,0 +1,98 @@
+// The parts of a batch norm, for ranks that share their statistics between them.
+#include <cmath>
+
+#include "batch_norm.h"
+#include "gradients.h"
+
+namespace nmlightning {
+
+template <class T>
+std::vector<double> distances_from_first(const Slab& slab, const T* x, float* first) {
+  for (int64_t c = slab.first(); c < slab.last(); c++)
+    first[c] = slab.layout.count() ? load(x[slab.layout.offset(0, c)]) : 0.f;
+  return slab.sums([&](int64_t offset, auto at) {
+    return Terms{[p = x + offset, f = at(first)](int64_t i) { return load(p[i]) - f[i]; }};
+  });
+}
+
+template <class T>
+void write_means(const Slab& slab, const T* x, float* mean) {
+  const auto totals = distances_from_first(slab, x, mean);
+  for (int64_t c = slab.first(), i = 0; c < slab.last(); c++, i++)
+    mean[c] = float(mean[c] + totals[i] / double(slab.layout.count()));
+}
+
+template <class T>
+void sums(const Layout& layout, const T* x, float* totals) {
+  in_slabs(layout, [&](const Slab& slab) {
+    const auto distances = distances_from_first(slab, x, totals);
+    for (int64_t c = slab.first(), i = 0; c < slab.last(); c++, i++)
+      totals[c] = float(double(totals[c]) * double(layout.count()) + distances[i]);
+  });
+}
+
+template <class T>
+void sums_of_sizes(const Layout& layout, const T* x, const float* mean, float* totals) {
+  in_slabs(layout, [&](const Slab& slab) {
+    const auto sizes = slab.sums([&](int64_t offset, auto at) {
+      return Terms{[p = x + offset, m = at(mean)](int64_t i) {
+        return std::fabs(load(p[i]) - m[i]);
+      }};
+    });
+    std::copy(sizes.begin(), sizes.end(), totals + slab.first());
+  });
+}
+
+template <class T>
+void affine(const Layout& layout, const AffineArrays<T>& arrays, Fused fused) {
+  in_slabs(layout, [&](const Slab& slab) {
+    with_fused(fused, [&](auto constant) { apply_affine<constant>(slab, arrays); });
+  });
+}
+
+template <class T>
+void gradient_sums(const Layout& layout, const T* grad, const T* x, const T* y, const float* mean,
+                   bool slopes, float* totals) {
+  in_slabs(layout, [&](const Slab& slab) {
+    with_flag(y != nullptr, [&](auto masked) {
+      const auto sums = slab.sums([&](int64_t offset, auto at) {
+        constexpr bool M = decltype(masked)::value;
+        const T *g = grad + offset, *z = from(y, offset), *p = x + offset;
+        const auto m = at(mean);
+        return Terms{[=](int64_t i) { return given<M>(g, z, i); },
+                     [=](int64_t i) { return given<M>(g, z, i) * (load(p[i]) - m[i]); },
+                     [=](int64_t i) { return load(p[i]) > m[i] ? 1.f : -1.f; }};
+      });
+      for (int64_t c = slab.first(), i = 0; c < slab.last(); c++, i++)
+        for (int64_t k = 0; k < 3; k++)
+          totals[k * layout.channels + c] =
+              k < 2 || slopes ? float(sums[k * slab.width() + i]) : 0.f;
+    });
+  });
+}
+
+template <class T>
+void gradient(const Layout& layout, const Backward<T>& to, const float* offset,
+              const float* pull) {
+  std::vector<float> above(layout.channels), below(layout.channels);
+  for (int64_t c = 0; c < layout.channels; c++) {
+    above[c] = offset[c] - (pull ? pull[c] : 0.f);
+    below[c] = offset[c] + (pull ? pull[c] : 0.f);
+  }
+  in_slabs(layout, [&](const Slab& slab) {
+    write_gradient(slab, to, pull ? above.data() : nullptr, below.data());
+  });
+}
+
+#define INSTANTIATE(T)                                                                           \
+  template void write_means(const Slab&, const T*, float*);                                      \
+  template void sums(const Layout&, const T*, float*);                                           \
+  template void sums_of_sizes(const Layout&, const T*, const float*, float*);                    \
+  template void affine(const Layout&, const AffineArrays<T>&, Fused);                            \
+  template void gradient_sums(const Layout&, const T*, const T*, const T*, const float*, bool,   \
+                              float*);                                                           \
+  template void gradient(const Layout&, const Backward<T>&, const float*, const float*);
+INSTANTIATE(float)
+INSTANTIATE(BFloat16)
+
+}  // namespace nmlightning
