@@ -32,8 +32,9 @@ class CIFAR10(ImageData):
         batch_size: images a batch, on each process.
         download: whether to download what is absent.
         device_resident: keep the images on the device that trains, on a CPU in its memory, and cut
-            batches there, 3 times as fast; 480 MB for the padded training images and their mirror
-            images, 31 MB for the others, on each process. False picks each batch on the host.
+            batches there, nearly twice as fast; 480 MB for the padded training images and their
+            mirror images, 31 MB for the others, on each process. False picks each batch on the
+            host.
 
     Raises:
         InputError: if the files are absent and cannot be had, or are not what was published; for

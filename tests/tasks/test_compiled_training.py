@@ -71,8 +71,9 @@ def announced(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [m for m in caplog.messages if m.startswith("ImageClassifier: ")]
 
 
-# What torch 2.11's compiler does with an autograd function, and warns of itself.
+# What torch 2.11's compiler does with autograd functions and inputs, and warns of itself.
 @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_a_compiled_run_is_the_eager_one_and_says_that_it_compiles(
     tmp_path: Path, traced: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
