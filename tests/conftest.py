@@ -1,6 +1,6 @@
 """What every test may rely on: a fixed seed, and the real data where it is at hand."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from nmlightning.norms.kernels import norm_backend
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.recording_file import FILE_NAME
 
@@ -37,6 +38,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _formula() -> Iterator[None]:
+    """Compute norms by the formula, whether the kernels are built or not."""
+    with norm_backend("formula"):
+        yield
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-// What the kernels of batch norms are given, and what they give. Arrays of channels are float.
+// What the kernels of batch norms are given, and what they give. Arrays of channels are float, and
+// as long as `Layout::length` says, but for weight, variance, and the gradients of what is learned.
 #pragma once
 
 #include <cmath>
@@ -57,7 +58,7 @@ void with_flag(bool value, Part part) {
 template <class T>
 void write_means(const Slab& slab, const T* x, float* mean);
 
-// Writes all but the mean and Σs of a channel, from its m.
+// Writes what does not depend on a mean and Σs of a channel, from its m.
 inline void write_channel(const Settings& settings, const Channels& channels, const float* weight,
                           float* variance, int64_t count, int64_t c, double magnitude) {
   const double scale = settings.constant * magnitude;

@@ -21,6 +21,7 @@ void measure(const Slab& slab, const Settings& settings, const Forward<T>& to) {
     write_channel(settings, to.channels, to.weight, to.variance, count, c, totals[i] / count);
     to.channels.slopes[c] = float(2 * totals[slab.width() + i] - count);
   }
+  slab.layout.repeat(to.channels.gain);
 }
 
 // As apply_affine, and marks x > μ in the words of the bits.
@@ -89,7 +90,7 @@ void write_by_bits(const Slab& slab, const Backward<T>& to, const SignBits& bits
 template <class T>
 void l1_backward(const Layout& layout, const Backward<T>& to, const uint32_t* words) {
   const SignBits bits(layout);
-  std::vector<float> above(layout.channels), below(layout.channels);
+  std::vector<float> above(layout.length()), below(layout.length());
   in_slabs(layout, [&](const Slab& slab) {
     write_gradients_of_learned(slab, to);
     for (int64_t c = slab.first(); c < slab.last(); c++) {
@@ -100,6 +101,8 @@ void l1_backward(const Layout& layout, const Backward<T>& to, const uint32_t* wo
       above[c] = float(offset - pull);
       below[c] = float(offset + pull);
     }
+    layout.repeat(above.data());
+    layout.repeat(below.data());
     if (words)
       write_by_bits(slab, to, bits, words, above.data(), below.data());
     else

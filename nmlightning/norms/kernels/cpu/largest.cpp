@@ -29,12 +29,14 @@ struct Blocks {
     in_run = by_place ? slab.run_length() : (slab.layout.size + length - 1) / length;
   }
 
+  bool rows() const { return slab.layout.channels_last; }
+
   // How many there are of all channels, and of one; where the b-th of channel c is.
   int64_t in_group() const { return in_run * slab.runs_of_sample(); }
   int64_t all() const { return groups * in_group(); }
-  int64_t count() const { return slab.layout.channels_last ? groups : groups * in_run; }
+  int64_t count() const { return groups * (rows() ? slab.layout.repeats : in_run); }
   int64_t at(int64_t b, int64_t c) const {
-    if (slab.layout.channels_last) return b * in_run + c;
+    if (rows()) return b * slab.layout.channels + c;
     return b / in_run * in_group() + (c - slab.first()) * in_run + b % in_run;
   }
 
@@ -42,17 +44,16 @@ struct Blocks {
   template <class Part>
   void each_element(int64_t b, int64_t c, Part part) const {
     const Layout& layout = slab.layout;
-    const int64_t size = layout.channels_last ? 1 : layout.size;
-    const int64_t group = layout.channels_last ? b : b / in_run, place = b % in_run;
+    const int64_t in_sample = rows() ? layout.repeats : in_run;  // blocks of the channel
+    const int64_t group = b / in_sample, place = b % in_sample;
     const auto call = [&](int64_t position) { part(position, layout.offset(position, c)); };
     if (!by_place) {
-      const int64_t end = std::min((place + 1) * length, size);
-      for (int64_t i = place * length; i < end; i++) call(group * size + i);
+      const int64_t end = std::min((place + 1) * length, layout.size);
+      for (int64_t i = place * length; i < end; i++) call(group * layout.size + i);
       return;
     }
     const int64_t end = std::min((group + 1) * samples, slab.samples());
-    for (int64_t sample = group * samples; sample < end; sample++)
-      call(layout.channels_last ? sample : sample * size + place);
+    for (int64_t sample = group * samples; sample < end; sample++) call(sample * in_sample + place);
   }
 };
 
@@ -127,7 +128,7 @@ void find_in_group(const Blocks& blocks, const T* x, First first, int64_t group,
     find_in_four_runs(n, run(sample), run(sample + 1), run(sample + 2), run(sample + 3), first,
                       sums, highest, lowest);
   for (; sample < end; sample++) find_in_run(n, run(sample), first, sums, highest, lowest);
-  for (int64_t i = 0; i < n; i++) totals[slab.layout.channels_last ? i : j] += sums[i];
+  for (int64_t i = 0; i < n; i++) totals[slab.layout.channels_last ? i % slab.layout.channels : j] += sums[i];
 }
 
 template <class T>
@@ -165,10 +166,12 @@ struct Candidate {
 };
 
 // Returns the k-th largest value, or 0 where there are fewer: k elements are at least as large.
-inline float kth_largest(std::vector<float> values, int64_t k) {
+inline float kth_largest(const std::vector<float>& values, int64_t k) {
   if (int64_t(values.size()) < k) return 0.f;
-  std::nth_element(values.begin(), values.begin() + (k - 1), values.end(), std::greater<>());
-  return values[k - 1];
+  std::vector<float> largest(k);
+  std::partial_sort_copy(values.begin(), values.end(), largest.begin(), largest.end(),
+                         std::greater<>());
+  return largest.back();
 }
 
 // Finds the k largest |x − mean| of a channel: the first among equals, 0 at position 0 where there
@@ -225,15 +228,18 @@ void largest_forward(const Layout& layout, const Settings& settings, const Forwa
     const Blocks blocks(slab, k);
     float* mean = to.channels.mean;
     for (int64_t c = slab.first(); c < slab.last(); c++) mean[c] = load(x[layout.offset(0, c)]);
+    layout.repeat(mean);
     const Extremes extremes = find_extremes(blocks, x, mean);
     for (int64_t c = slab.first(), i = 0; c < slab.last(); c++, i++)
       mean[c] = float(mean[c] + extremes.totals[i] / double(count));
+    layout.repeat(mean);
     find_largest(blocks, extremes, x, mean, k, positions, deviations);
     for (int64_t c = slab.first(); c < slab.last(); c++) {
       double total = 0;
       for (int64_t i = 0; i < k; i++) total += std::fabs(deviations[c * k + i]);
       write_channel(settings, to.channels, to.weight, to.variance, count, c, total / double(k));
     }
+    layout.repeat(to.channels.gain);
     with_fused(to.fused, [&](auto fused) { apply_affine<fused>(slab, to.arrays, squares); });
   });
 }
@@ -241,7 +247,7 @@ void largest_forward(const Layout& layout, const Settings& settings, const Forwa
 template <class T>
 void largest_backward(const Layout& layout, const Backward<T>& to, int64_t k,
                       const int64_t* positions, const float* deviations) {
-  std::vector<float> offset(layout.channels);
+  std::vector<float> offset(layout.length());
   in_slabs(layout, [&](const Slab& slab) {
     write_gradients_of_learned(slab, to);
     const auto slope = [&](int64_t at) { return (deviations[at] > 0.f ? 1. : -1.) / double(k); };
@@ -254,6 +260,7 @@ void largest_backward(const Layout& layout, const Backward<T>& to, int64_t k,
       const double all = pull(c) * slopes - double(to.channels.gain[c]) * to.grad_bias[c];
       offset[c] = float(all / double(layout.count()));
     }
+    layout.repeat(offset.data());
     write_gradient(slab, to, nullptr, offset.data());
     for (int64_t c = slab.first(); c < slab.last(); c++)
       for (int64_t i = 0; i < k; i++) {

@@ -1,7 +1,8 @@
 // How (N, C, *spatial) is walked through: in runs, by threads, a slab of channels at a time.
 //
 // A run is a contiguous stretch of elements. In NCHW it is a plane, whose elements have one
-// channel; in NHWC it is a row, whose i-th element has channel i. A slab is what an algorithm makes
+// channel; in NHWC it is a row, whose i-th element has channel i, or a few rows where they are short;
+// then arrays of channels repeat themselves along a run. A slab is what an algorithm makes
 // all its passes over before the next slab: all of NHWC, or a few channels of NCHW, which stay in
 // the cache. They are several where planes are short: then memory is read in longer stretches, and
 // planes a power of two apart do not push each other out of the cache.
@@ -20,8 +21,17 @@ namespace nmlightning {
 struct Layout {
   int64_t samples, channels, size;
   bool channels_last;
+  int64_t repeats = 1;  // rows a run
 
   int64_t count() const { return samples * size; }
+
+  // How long the arrays of channels are.
+  int64_t length() const { return channels * repeats; }
+
+  // Repeats the first values of an array of channels, which have been written.
+  void repeat(float* values) const {
+    for (int64_t i = channels; i < length(); i++) values[i] = values[i - channels];
+  }
 
   // Where in memory the element of channel c is whose position along (N, *spatial) is given.
   int64_t offset(int64_t position, int64_t c) const {
@@ -132,16 +142,20 @@ struct Slab {
   int64_t width() const { return channels; }
   int64_t last() const { return channel + channels; }
   int64_t runs_of_sample() const { return layout.channels_last ? 1 : channels; }
-  int64_t samples() const { return layout.channels_last ? layout.count() : layout.samples; }
-  int64_t run_length() const { return layout.channels_last ? layout.channels : layout.size; }
+  int64_t samples() const { 
+    return layout.channels_last ? layout.count() / layout.repeats : layout.samples;
+  }
+  int64_t run_length() const { 
+    return layout.channels_last ? layout.length() : layout.size;
+  }
   int64_t run_channel(int64_t run) const { return channel + run % runs_of_sample(); }
   int64_t offset(int64_t run) const {
-    if (layout.channels_last) return run * layout.channels;
+    if (layout.channels_last) return run * layout.length();
     return (run / channels * layout.channels + run_channel(run)) * layout.size;
   }
 
   // Calls part(begin, end, task) with the samples of each task; but for the last, a multiple of
-  // align. A row of NHWC counts as a sample of its own.
+  // align. In NHWC a run counts as a sample.
   template <class Part>
   void in_parallel(int64_t align, Part part) const {
     if (threads == 1) return part(int64_t(0), samples(), 0);
@@ -240,7 +254,8 @@ struct Slab {
       for (int64_t j = 0; j < runs; j++)
         for (int64_t k = 0; k < K; k++)
           for (int64_t i = 0; i < n; i++)
-            totals[layout.channels_last ? k * n + i : k * runs + j] += block[(j * K + k) * n + i];
+            totals[k * channels + (layout.channels_last ? i % channels : j)] +=
+                block[(j * K + k) * n + i];
     }
   }
 };

@@ -18,6 +18,7 @@ namespace {
 using at::Tensor;
 using Optional = std::optional<Tensor>;
 
+constexpr int64_t SHORTEST_RUN = 64;  // of NHWC; a few vectors, so that starting a loop costs little
 constexpr float SMALLEST_WEIGHT = 1e-30f;  // its products with gradients are normal floats
 
 // Calls part(null pointer of the element's type) for float32 or bfloat16.
@@ -38,7 +39,11 @@ Layout layout_of(const Tensor& x) {
   TORCH_CHECK(x.is_contiguous(format_of(x)), "expected contiguous or channels-last elements");
   int64_t size = 1;
   for (int64_t dim = 2; dim < x.dim(); dim++) size *= x.size(dim);
-  return {x.size(0), x.size(1), size, size == 1 || !x.is_contiguous()};
+  Layout layout{x.size(0), x.size(1), size, size == 1 || !x.is_contiguous()};
+  while (layout.channels_last && layout.length() < SHORTEST_RUN &&
+         layout.count() % (2 * layout.repeats) == 0 && layout.count())
+    layout.repeats *= 2;
+  return layout;
 }
 
 template <class T>
@@ -51,28 +56,30 @@ T* data(const Optional& tensor) {
   return tensor ? data<T>(*tensor) : nullptr;
 }
 
-// The values of channels, float32; they stay alive as long as this does.
+// The values of channels, float32, repeated along a run; they stay alive as long as this does.
 struct Values {
   Tensor held;
-  const float* data = nullptr;
+  float* data = nullptr;
 
-  explicit Values(const Optional& values) {
+  Values(const Optional& values, int64_t repeats) {
     if (!values) return;
     TORCH_CHECK(values->scalar_type() == at::kFloat, "expected float32 for channels");
-    held = values->contiguous();
+    held = repeats == 1 ? values->contiguous() : values->repeat({repeats});
     data = held.data_ptr<float>();
   }
 };
 
-Values or_zeros(const Optional& values, const Tensor& x) {
-  if (values) return Values(values);
-  return Values(at::zeros({x.size(1)}, x.options().dtype(at::kFloat)));
+Values or_zeros(const Optional& values, const Layout& layout) {
+  if (values) return Values(values, layout.repeats);
+  return Values(at::zeros({layout.length()}, at::kFloat), 1);
 }
 
-Channels channels_of(const Tensor& mean, const Tensor& values) {
-  const int64_t c = mean.numel();
+Tensor empty_values(const Layout& layout) { return at::empty({5, layout.length()}, at::kFloat); }
+
+Channels channels_of(const Tensor& values) {
+  const int64_t n = values.size(1);
   float* p = values.data_ptr<float>();
-  return {mean.data_ptr<float>(), p, p + c, p + 2 * c, p + 3 * c};
+  return {p, p + n, p + 2 * n, p + 3 * n, p + 4 * n};
 }
 
 // Whether x̂ = (y − residual − bias) / weight is near enough x − μ over σ to do without x. The
@@ -103,19 +110,17 @@ struct Forwarding {
   Layout layout;
   Values weight, bias;
   Fused fused;
-  Tensor y, mean, variance, values;
+  Tensor y, variance, values;
   double limit;
   bool x_free;
   std::vector<double> squares;
 
   Forwarding(const Tensor& x, const Optional& weight, const Optional& bias, int64_t fused,
              double limit)
-      : layout(layout_of(x)), weight(weight), bias(or_zeros(bias, x)), fused(Fused(fused)),
-        y(at::empty_like(x)), limit(limit) {
-    const auto options = x.options().dtype(at::kFloat).memory_format(std::nullopt);
-    mean = at::empty({x.size(1)}, options);
-    variance = at::empty({x.size(1)}, options);
-    values = at::empty({4, x.size(1)}, options);
+      : layout(layout_of(x)), weight(weight, 1), bias(or_zeros(bias, layout)),
+        fused(Fused(fused)), y(at::empty_like(x)), limit(limit) {
+    variance = at::empty({x.size(1)}, at::kFloat);
+    values = empty_values(layout);
     x_free = fused != NOTHING && learned_within(limit, this->fused, this->weight.data,
                                                 this->bias.data, x.size(1));
     if (x_free && fused == ADD_RELU) squares.resize(x.size(1));
@@ -127,9 +132,12 @@ struct Forwarding {
     return x_free && squares_within(limit, weight.data, squares, layout.count());
   }
 
+  // A copy: what is returned to a user may be changed in place.
+  Tensor mean() const { return values.select(0, 0).slice(0, 0, layout.channels).clone(); }
+
   template <class T>
   Forward<T> arrays(const Tensor& x, const Optional& residual) {
-    const Channels channels = channels_of(mean, values);
+    const Channels channels = channels_of(values);
     return {{data<T>(x), data<T>(residual), data<T>(y), channels.mean, channels.gain, bias.data},
             fused, weight.data, variance.data_ptr<float>(), channels};
   }
@@ -143,7 +151,7 @@ struct Backwarding {
 
   Backwarding(const Tensor& given, const Tensor& like, const Optional& weight,
               const Optional& bias, bool added)
-      : layout(layout_of(like)), weight(weight), bias(or_zeros(bias, like)),
+      : layout(layout_of(like)), weight(weight, 1), bias(or_zeros(bias, layout)),
         grad(given.contiguous(format_of(like))), grad_x(at::empty_like(like)) {
     TORCH_CHECK(grad.scalar_type() == like.scalar_type(), "expected a gradient of y's dtype");
     const auto options = like.options().dtype(at::kFloat);
@@ -177,17 +185,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> l1_forward_op(
                   to.x_free ? data<uint32_t>(words) : nullptr, to.squares_if_asked());
   });
   if (!to.stays_x_free()) words = at::empty({0}, words.options());
-  return {to.y, to.mean, to.variance, to.values, words};
+  return {to.y, to.mean(), to.variance, to.values, words};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> l1_backward_op(
     const Tensor& grad, const Optional& x, const Optional& y, const Optional& residual,
-    const Optional& words, const Optional& weight, const Optional& bias, const Tensor& mean,
-    const Tensor& values, bool added) {
+    const Optional& words, const Optional& weight, const Optional& bias, const Tensor& values, bool added) {
   Backwarding to(grad, x ? *x : *y, weight, bias, added);
   with_type(grad, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    l1_backward<T>(to.layout, to.arrays<T>(x, y, residual, channels_of(mean, values)),
+    l1_backward<T>(to.layout, to.arrays<T>(x, y, residual, channels_of(values)),
                    data<uint32_t>(words));
   });
   return to.results();
@@ -206,17 +213,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool> largest_forward
                        data<int64_t>(positions), data<float>(deviations),
                        to.squares_if_asked());
   });
-  return {to.y, to.mean, to.variance, to.values, positions, deviations, to.stays_x_free()};
+  return {to.y, to.mean(), to.variance, to.values, positions, deviations, to.stays_x_free()};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> largest_backward_op(
     const Tensor& grad, const Optional& x, const Optional& y, const Optional& residual,
     const Tensor& positions, const Tensor& deviations, const Optional& weight,
-    const Optional& bias, const Tensor& mean, const Tensor& values, bool added) {
+    const Optional& bias, const Tensor& values, bool added) {
   Backwarding to(grad, x ? *x : *y, weight, bias, added);
   with_type(grad, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    largest_backward<T>(to.layout, to.arrays<T>(x, y, residual, channels_of(mean, values)),
+    largest_backward<T>(to.layout, to.arrays<T>(x, y, residual, channels_of(values)),
                         positions.size(1), data<int64_t>(positions), data<float>(deviations));
   });
   return to.results();
@@ -235,7 +242,9 @@ Tensor sums_of_sizes_op(const Tensor& x, const Tensor& mean) {
   Tensor totals = at::empty({x.size(1)}, x.options().dtype(at::kFloat));
   with_type(x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    sums_of_sizes<T>(layout_of(x), data<T>(x), Values(mean).data, data<float>(totals));
+    const Layout layout = layout_of(x);
+    const Values means(mean, layout.repeats);
+    sums_of_sizes<T>(layout, data<T>(x), means.data, data<float>(totals));
   });
   return totals;
 }
@@ -246,7 +255,9 @@ std::tuple<Tensor, Tensor> largest_op(const Tensor& x, const Tensor& mean, int64
   Tensor deviations = at::empty({x.size(1), k}, x.options().dtype(at::kFloat));
   with_type(x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    largest<T>(layout_of(x), data<T>(x), Values(mean).data, k, data<int64_t>(positions),
+    const Layout layout = layout_of(x);
+    const Values means(mean, layout.repeats);
+    largest<T>(layout, data<T>(x), means.data, k, data<int64_t>(positions),
                data<float>(deviations));
   });
   return {positions, deviations};
@@ -255,12 +266,13 @@ std::tuple<Tensor, Tensor> largest_op(const Tensor& x, const Tensor& mean, int64
 Tensor affine_op(const Tensor& x, const Optional& residual, const Tensor& gain,
                  const Tensor& shift, int64_t fused) {
   Tensor y = at::empty_like(x);
-  const Values mean = or_zeros(std::nullopt, x);
+  const Layout layout = layout_of(x);
+  const Values mean = or_zeros(std::nullopt, layout);
+  const Values gains(gain, layout.repeats), shifts(shift, layout.repeats);
   with_type(x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    affine<T>(layout_of(x),
-              {data<T>(x), data<T>(residual), data<T>(y), mean.data, Values(gain).data,
-               Values(shift).data},
+    affine<T>(layout,
+              {data<T>(x), data<T>(residual), data<T>(y), mean.data, gains.data, shifts.data},
               Fused(fused));
   });
   return y;
@@ -272,8 +284,10 @@ Tensor gradient_sums_op(const Tensor& grad, const Tensor& x, const Optional& y,
   Tensor totals = at::empty({3, x.size(1)}, x.options().dtype(at::kFloat));
   with_type(x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    gradient_sums<T>(layout_of(x), data<T>(laid_out), data<T>(x), data<T>(y), Values(mean).data,
-                     slopes, data<float>(totals));
+    const Layout layout = layout_of(x);
+    const Values means(mean, layout.repeats);
+    gradient_sums<T>(layout, data<T>(laid_out), data<T>(x), data<T>(y), means.data, slopes,
+                     data<float>(totals));
   });
   return totals;
 }
@@ -283,12 +297,13 @@ std::tuple<Tensor, Tensor> gradient_op(const Tensor& grad, const Tensor& x, cons
                                        const Tensor& offset, const Optional& pull) {
   const Tensor laid_out = grad.contiguous(format_of(x));
   Tensor grad_x = at::empty_like(x), masked = y ? at::empty_like(x) : laid_out;
-  const Values means(mean), gains(gain), offsets(offset), pulls(pull);
+  const Layout layout = layout_of(x);
+  const Values means(mean, layout.repeats), gains(gain, layout.repeats);
+  const Values offsets(offset, layout.repeats), pulls(pull, layout.repeats);
   with_type(x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const Channels channels{const_cast<float*>(means.data), nullptr, nullptr, nullptr,
-                            const_cast<float*>(gains.data)};
-    gradient<T>(layout_of(x),
+    const Channels channels{means.data, nullptr, nullptr, nullptr, gains.data};
+    gradient<T>(layout,
                 {data<T>(laid_out), data<T>(x), data<T>(y), nullptr, nullptr, nullptr, channels,
                  data<T>(grad_x), y ? data<T>(masked) : nullptr, nullptr, nullptr},
                 offsets.data, pulls.data);
@@ -335,8 +350,8 @@ std::tuple<Tensor, Tensor> layer_norm_forward_op(const Tensor& x, int64_t featur
                                                  double constant, double eps, bool centred) {
   const Rows rows = rows_of(x, features, centred);
   const auto options = x.options().dtype(at::kFloat);
-  const Values weights(weight || !bias ? weight : at::ones({features}, options));
-  const Values biases(bias || !weights.data ? bias : at::zeros({features}, options));
+  const Values weights(weight || !bias ? weight : at::ones({features}, options), 1);
+  const Values biases(bias || !weights.data ? bias : at::zeros({features}, options), 1);
   Tensor y = at::empty_like(x), values = at::empty({3, rows.rows}, options);
   with_type(x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -353,7 +368,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_op(const Tensor& given, c
                                                           bool centred) {
   const Rows rows = rows_of(x, features, centred);
   const auto options = x.options().dtype(at::kFloat);
-  const Values weights(weight || !learned ? weight : at::ones({features}, options));
+  const Values weights(weight || !learned ? weight : at::ones({features}, options), 1);
   const Tensor grad = given.contiguous();
   Tensor grad_x = at::empty_like(x);
   Tensor grad_weight = at::empty({learned ? features : 0}, options);

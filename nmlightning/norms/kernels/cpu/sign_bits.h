@@ -1,7 +1,8 @@
 // One bit an element, whether x > μ, in words of 32 that are written and read a vector at a time:
 // bit q of word j belongs to the j-th element of the q-th of 32 stretches.
 //
-// NHWC: a stretch is a row, so word (r / 32) · C + c has bit r % 32. NCHW: G samples share words,
+// NHWC: a stretch is a run, of C · repeats elements: word (r / 32) · C + c has bit r % 32 of the r-th
+// run, if it has one row. NCHW: G samples share words,
 // and each of their planes is cut into P = 32 / G stretches of W elements, so element s of the plane
 // of sample n has bit (n % G) · P + s / W of word ((n / G) · C + c) · W + s % W.
 #pragma once
@@ -24,11 +25,11 @@ struct SignBits {
              of.size * group < SHORTEST_STRETCH * WORD)
         group *= 2;
     parts = WORD / group;
-    stretch = of.channels_last ? of.channels : (of.size + parts - 1) / parts;
+    stretch = of.channels_last ? of.length() : (of.size + parts - 1) / parts;
   }
 
   int64_t words() const {
-    const int64_t runs = layout.channels_last ? layout.count() : layout.samples;
+    const int64_t runs = layout.channels_last ? layout.count() / layout.repeats : layout.samples;
     const int64_t groups = (runs + group - 1) / group;
     return groups * stretch * (layout.channels_last ? 1 : layout.channels);
   }

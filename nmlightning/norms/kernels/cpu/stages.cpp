@@ -10,6 +10,7 @@ template <class T>
 std::vector<double> distances_from_first(const Slab& slab, const T* x, float* first) {
   for (int64_t c = slab.first(); c < slab.last(); c++)
     first[c] = slab.layout.count() ? load(x[slab.layout.offset(0, c)]) : 0.f;
+  slab.layout.repeat(first);
   return slab.sums([&](int64_t offset, auto at) {
     return Terms{[p = x + offset, f = at(first)](int64_t i) { return load(p[i]) - f[i]; }};
   });
@@ -20,14 +21,16 @@ void write_means(const Slab& slab, const T* x, float* mean) {
   const auto totals = distances_from_first(slab, x, mean);
   for (int64_t c = slab.first(), i = 0; c < slab.last(); c++, i++)
     mean[c] = float(mean[c] + totals[i] / double(slab.layout.count()));
+  slab.layout.repeat(mean);
 }
 
 template <class T>
 void sums(const Layout& layout, const T* x, float* totals) {
+  std::vector<float> first(layout.length());
   in_slabs(layout, [&](const Slab& slab) {
-    const auto distances = distances_from_first(slab, x, totals);
+    const auto distances = distances_from_first(slab, x, first.data());
     for (int64_t c = slab.first(), i = 0; c < slab.last(); c++, i++)
-      totals[c] = float(double(totals[c]) * double(layout.count()) + distances[i]);
+      totals[c] = float(double(first[c]) * double(layout.count()) + distances[i]);
   });
 }
 
@@ -74,8 +77,8 @@ void gradient_sums(const Layout& layout, const T* grad, const T* x, const T* y, 
 template <class T>
 void gradient(const Layout& layout, const Backward<T>& to, const float* offset,
               const float* pull) {
-  std::vector<float> above(layout.channels), below(layout.channels);
-  for (int64_t c = 0; c < layout.channels; c++) {
+  std::vector<float> above(layout.length()), below(layout.length());
+  for (int64_t c = 0; c < layout.length(); c++) {
     above[c] = offset[c] - (pull ? pull[c] : 0.f);
     below[c] = offset[c] + (pull ? pull[c] : 0.f);
   }
