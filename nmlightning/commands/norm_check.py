@@ -16,7 +16,6 @@ from nmlightning.norms import (
     RangeBatchNorm2d,
     TopKBatchNorm2d,
 )
-from nmlightning.norms.kernels.dispatch import Choice
 from nmlightning.norms.self_check import TOLERANCES, disagreement, exact_input, time_ratios
 from nmlightning.norms.serving import choice_for
 
@@ -49,6 +48,10 @@ SUBJECTS = (
     Subject("L1 layer norm", L1LayerNorm, nn.LayerNorm, 2),
     Subject("L1 RMS norm", L1RMSNorm, nn.RMSNorm, 2),
 )
+
+
+Answer = tuple[str, str]
+"""A backend, and the reason why it is that."""
 
 
 class Serving(NamedTuple):
@@ -111,21 +114,22 @@ def _inputs(subject: Subject, dtype: torch.dtype, device: str) -> Iterator[tuple
             yield layout, x.contiguous(memory_format=memory_format)
 
 
-def _choices(subject: Subject, dtype: torch.dtype, device: str) -> dict[Choice, list[str]]:
-    """Return the layouts by what is chosen for them."""
-    choices: dict[Choice, list[str]] = {}
+def _choices(subject: Subject, dtype: torch.dtype, device: str) -> dict[Answer, list[str]]:
+    """Return the layouts by the backend that is chosen for them and the reason."""
+    choices: dict[Answer, list[str]] = {}
     for layout, x in _inputs(subject, dtype, device):
-        choices.setdefault(choice_for(subject.make(WIDTH), x), []).append(layout)
+        choice = choice_for(subject.make(WIDTH), x)
+        choices.setdefault((choice.backend, choice.reason), []).append(layout)
     return choices
 
 
-def _describe(choices: Mapping[Choice, list[str]], marks: dict[str, str]) -> str:
+def _describe(choices: Mapping[Answer, list[str]], marks: dict[str, str]) -> str:
     """Return the backends, with the layouts where these differ, and a mark for each reason."""
     words = []
-    for choice, layouts in choices.items():
-        mark = marks.setdefault(choice.reason, str(len(marks) + 1)) if choice.reason else ""
+    for (backend, reason), layouts in choices.items():
+        mark = marks.setdefault(reason, str(len(marks) + 1)) if reason else ""
         where = f" ({', '.join(layouts)})" if len(choices) > 1 else ""
-        words.append(f"{choice.backend}{_raised(mark)}{where}")
+        words.append(f"{backend}{_raised(mark)}{where}")
     return ", ".join(words)
 
 
