@@ -23,12 +23,13 @@ COMMANDS = {
     "doctor": "say what is installed and which backend computes which norm, and check it",
     "compare": "print a table of runs, and write a page with their curves and norms",
     "dashboard": "start TensorBoard on runs",
+    "kernels": "build the norms' kernels for this CPU, show or remove them",
     "export": "write a checkpoint's network for plain torch, ONNX or torch.export",
     "shard": "write a folder of images as shards, to copy and to stream",
     "translate": "translate lines of text with a checkpoint",
 }
-# Each is a module of its own, with a parser of its own; the others are Lightning's.
-_OWN_COMMANDS = ("compare", "dashboard", "doctor", "export", "probe", "shard", "translate")
+# Every other command is a module of its own, with a parser of its own.
+_LIGHTNINGS = ("fit", "validate", "test", "predict")
 # Where torchrun, SLURM and Lightning, in this order, say which of several processes this one is.
 _RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 
@@ -77,7 +78,7 @@ def _run(arguments: list[str]) -> int:
         raise InputError(f"there is no command {command!r}; the commands are {allowed}.{hint}")
     if "" not in sys.path:  # as for `python -m`: a class of the user's own, in the current folder
         sys.path.insert(0, "")
-    if command in _OWN_COMMANDS:
+    if command not in _LIGHTNINGS:
         module = import_module(f"nmlightning.commands.{command}")
         return int(module.run(arguments[1:]))
     given = GivenFiles(arguments)

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from batch_norm_contract import learned
+from built_kernels import kernel_library, load_kernels
 from nmlightning import norms
 from nmlightning.errors import InputError
 from nmlightning.norms.cross_rank import (
@@ -28,6 +29,9 @@ from nmlightning.norms.cross_rank import (
     share_sums,
     sum_over_ranks,
 )
+from nmlightning.norms.kernels import norm_backend
+from nmlightning.norms.kernels.cpu.library import load_library
+from nmlightning.norms.kernels.job import Fused
 from nmlightning.surgery import swap_norms
 
 NORMS: dict[str, dict[str, Any]] = {
@@ -89,7 +93,19 @@ BATCHES = {
     "four-uneven": Batch((5, 1, 2, 4)),
     "four-with-an-empty-one": Batch((3, 0, 2, 1)),
     "four-with-ties": Batch((1, 4, 2, 3), spatial=(5,), dtype=FLOAT32, whole_numbers=True),
+    "float32-empty-on-rank-0": Batch((0, 6), dtype=FLOAT32),
+    "float32-fewer-than-k-on-rank-0": Batch((1, 20), spatial=(1,), dtype=FLOAT32),
+    "float32-four-with-an-empty-one": Batch((3, 0, 2, 1), dtype=FLOAT32),
+    "float32-bare": Batch((9, 6), spatial=(), dtype=FLOAT32, settings={"affine": False}),
 }
+# What the kernels serve.
+KERNEL_NORMS = ["L1", "LInf", "TopK-10"]
+KERNEL_BATCHES = [
+    name
+    for name, batch in BATCHES.items()
+    if batch.dtype in (FLOAT32, torch.bfloat16) and "stats_dtype" not in batch.settings
+]
+FUSED: list[Fused | None] = [None, "add_relu"]
 WORLDS = sorted({len(batch.samples) for batch in BATCHES.values()})
 
 
@@ -114,12 +130,13 @@ def _has(norm: str, setting: str) -> bool:
 
 def train(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Any]:
     """Return everything that one training step on x leaves."""
-    leaf = x.clone().requires_grad_()
-    y = layer(leaf)
+    leaf, residual = x.clone().requires_grad_(), (0.5 * x).requires_grad_()
+    y = layer(leaf, residual) if layer.fused else layer(leaf)
     y.backward(grad)
     return {
         "output": y.detach(),
         "input gradient": leaf.grad,
+        "residual gradient": residual.grad if layer.fused else torch.empty(0),
         "gradients": {name: p.grad for name, p in layer.named_parameters() if p.requires_grad},
         "statistics": dict(layer.named_buffers()),
     }
@@ -150,7 +167,7 @@ def train_net(norm: str, samples: tuple[int, ...], rank: int | None, wrapper: st
     }
 
 
-def count_collectives(norm: str) -> tuple[int, int]:
+def count_collectives(norm: str, dtype: torch.dtype = torch.float64) -> tuple[int, int]:
     """Return how often a layer's forward and its backward make the ranks wait for each other."""
     calls = []
     with pytest.MonkeyPatch.context() as patch:
@@ -162,9 +179,8 @@ def count_collectives(norm: str) -> tuple[int, int]:
                 return original(*args, **kwargs)
 
             patch.setattr(dist, name, counted)
-        y = make(norm, BATCHES["uneven"])(
-            torch.randn(20, 3, 2, dtype=torch.float64).requires_grad_()
-        )
+        layer = make(norm, BATCHES["uneven"]).to(dtype)
+        y = layer(torch.randn(20, 3, 2, dtype=dtype).requires_grad_())
         forward = len(calls)
         y.sum().backward()
     return forward, len(calls) - forward
@@ -182,6 +198,22 @@ def answer(rank: int, world: int) -> dict[str, Any]:
     for norm, wrapper in NETS:
         results[f"{norm} in {wrapper}"] = train_net(norm, NET_SAMPLES[world], rank, wrapper)
     return results | (answer_of_two(rank) if world == 2 else {})
+
+
+def answer_by_kernels(rank: int, world: int) -> dict[str, Any]:
+    """Return what this rank gets where the kernels compute the stages."""
+    results: dict[str, Any] = {}
+    for norm in KERNEL_NORMS:
+        results[f"kernels {norm} collectives"] = count_collectives(norm, FLOAT32)
+        for name in KERNEL_BATCHES:
+            batch = BATCHES[name]
+            if len(batch.samples) == world:
+                x, grad = (t.split(batch.samples)[rank] for t in (batch.whole(), batch.gradient()))
+                for fused in FUSED:
+                    layer = make(norm, batch)
+                    layer.fused = fused
+                    results[f"kernels {norm} {name} {fused}"] = train(layer, x, grad)
+    return results
 
 
 def answer_of_two(rank: int) -> dict[str, Any]:
@@ -229,10 +261,14 @@ def answer_of_two(rank: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     """What each rank got, by how many there were: one group of processes for all tests."""
-    return {world: run_ranks(world, tmp_path_factory.mktemp("ranks")) for world in WORLDS}
+    try:
+        library = str(kernel_library())
+    except pytest.skip.Exception:
+        library = ""  # the tests of the kernels are skipped one by one
+    return {world: run_ranks(world, tmp_path_factory.mktemp("ranks"), library) for world in WORLDS}
 
 
-def run_ranks(world: int, folder: Path) -> list[dict[str, Any]]:
+def run_ranks(world: int, folder: Path, library: str) -> list[dict[str, Any]]:
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "OMP_NUM_THREADS": "1",
@@ -242,7 +278,7 @@ def run_ranks(world: int, folder: Path) -> list[dict[str, Any]]:
         logs = [stack.enter_context(open(folder / f"{rank}.log", "w")) for rank in range(world)]
         ranks = [
             stack.enter_context(
-                subprocess.Popen([*command, str(rank)], env=environment, stderr=logs[rank])
+                subprocess.Popen([*command, str(rank), library], env=environment, stderr=logs[rank])
             )
             for rank in range(world)
         ]
@@ -263,6 +299,27 @@ def test_many_processes_equal_one(
     batch = BATCHES[name]
     alone = train(make(norm, batch), batch.whole(), batch.gradient())
     ranks = [answer[f"{norm} {name}"] for answer in answers[len(batch.samples)]]
+    check_ranks(ranks, alone, batch)
+
+
+@pytest.mark.parametrize("fused", FUSED)
+@pytest.mark.parametrize("norm", KERNEL_NORMS)
+@pytest.mark.parametrize("name", KERNEL_BATCHES)
+def test_many_processes_equal_one_by_the_kernels(
+    answers: dict[int, list[dict[str, Any]]], norm: str, name: str, fused: Fused | None
+) -> None:
+    load_kernels()
+    batch = BATCHES[name]
+    layer = make(norm, batch)
+    layer.fused = fused
+    with norm_backend("auto"):
+        alone = train(layer, batch.whole(), batch.gradient())
+    given = answers[len(batch.samples)]
+    check_ranks([answer[f"kernels {norm} {name} {fused}"] for answer in given], alone, batch)
+    assert all(answer[f"kernels {norm} collectives"] == (2, 1) for answer in given)
+
+
+def check_ranks(ranks: list[dict[str, Any]], alone: dict[str, Any], batch: Batch) -> None:
     # Sums in another order; for bfloat16 one rounding more where they straddle two of its values,
     # and in pure half the few roundings of trees that differ.
     close = {
@@ -271,7 +328,7 @@ def test_many_processes_equal_one(
         torch.bfloat16: {"rtol": 2**-7, "atol": 2**-7},
         torch.float16: {"rtol": 2**-6, "atol": 2**-6},
     }[batch.dtype]
-    for key in ("output", "input gradient"):
+    for key in ("output", "input gradient", "residual gradient"):
         torch.testing.assert_close(torch.cat([rank[key] for rank in ranks]), alone[key], **close)
     summed = {
         parameter: sum(rank["gradients"][parameter] for rank in ranks)
@@ -369,13 +426,18 @@ def test_without_a_group_the_reductions_return_what_they_are_given() -> None:
     assert keep_first_largest(values, None) == (values, None)
 
 
-def main(folder: Path, world: int, rank: int) -> None:
+def main(folder: Path, world: int, rank: int, library: str) -> None:
     """Be one of the ranks, and leave its answers in the folder."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder / 'meeting'}", rank=rank, world_size=world)
-    torch.save(answer(rank, world), folder / f"{rank}.pt")
+    with norm_backend("formula"):
+        results = answer(rank, world)
+    if library:
+        load_library(Path(library))
+        results |= answer_by_kernels(rank, world)
+    torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

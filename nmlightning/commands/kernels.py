@@ -1,0 +1,78 @@
+"""`nm kernels`: builds the norms' kernels for the CPU, shows them, and removes them."""
+
+import argparse
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from nmlightning.commands.argument_parser import ArgumentParser
+
+ACTIONS = ("build", "show", "remove")
+
+
+def run(arguments: list[str]) -> int:
+    """Run `nm kernels` and return its exit code.
+
+    Raises:
+        InputError: no compiler or ninja, or another reason why nothing can be built.
+    """
+    action = _parse(arguments).action
+    from nmlightning.norms.kernels.cpu.library import cache_folder
+
+    {"build": _build, "show": _show, "remove": _remove}[action](cache_folder())
+    return 0
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog="nm kernels",
+        allow_abbrev=False,
+        description="Build the L1, L∞ and Top(k) norms for this machine's CPU, in C++, once for "
+        "every version of torch; show what is built; or remove it. Without them the norms are "
+        "computed by the formula, in torch's own operations: the same, but slower.",
+    )
+    parser.add_argument("action", choices=ACTIONS, help="what to do")
+    return parser.parse_args(arguments)
+
+
+def _build(folder: Path) -> None:
+    from nmlightning.norms.kernels.cpu.build import build_library, check_toolchain
+    from nmlightning.norms.kernels.cpu.library import library_path
+
+    path = library_path(folder)
+    if path.exists():
+        _print_line("kernels", f"{path}, built already")
+        return
+    check_toolchain()
+    _print_line("building", "the kernels for this CPU, about a minute on two cores")
+    begin = time.monotonic()
+    path = build_library(folder)
+    _print_line("kernels", f"{path}, built in {time.monotonic() - begin:.0f} s")
+
+
+def _show(folder: Path) -> None:
+    from nmlightning.norms.kernels.cpu.library import library_path
+
+    path = library_path(folder)
+    if path.exists():
+        _print_line("kernels", f"{path}, {path.stat().st_size / 2**20:.1f} MB")
+    else:
+        _print_line("kernels", "not built for this CPU and this torch: nm kernels build")
+    others = [other for other in folder.glob("torch-*.so") if other != path]
+    for other in others:
+        _print_line("other", f"{other}, for another CPU, torch or nmlightning")
+
+
+def _remove(folder: Path) -> None:
+    from nmlightning.norms.kernels.cpu.build import remove_libraries
+
+    removed = remove_libraries(folder)
+    for path in removed:
+        _print_line("removed", path)
+    if not removed:
+        _print_line("kernels", f"there are none in {folder}")
+
+
+def _print_line(heading: str, text: object) -> None:
+    Console().print(f" {heading:<11} {text}", soft_wrap=True, highlight=False, markup=False)

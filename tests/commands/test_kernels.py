@@ -1,0 +1,134 @@
+"""`nm kernels`: what it says, and what is missing where it cannot build."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nmlightning.cli import main
+from nmlightning.errors import InputError
+from nmlightning.norms.kernels.cpu import build, library
+
+Nm = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def nm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Nm:
+    """Run `nm kernels` with a home of its own, and return its code and what it prints."""
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*words: str) -> tuple[int, str, str]:
+        code = main(["kernels", *words])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_what_is_not_built(nm: Nm, tmp_path: Path) -> None:
+    assert nm("show") == (
+        0,
+        " kernels     not built for this CPU and this torch: nm kernels build\n",
+        "",
+    )
+    assert nm("remove")[1] == f" kernels     there are none in {library.cache_folder()}\n"
+    assert tmp_path in library.cache_folder().parents
+
+
+def test_what_is_built(nm: Nm) -> None:
+    path = library.library_path(library.cache_folder())
+    path.parent.mkdir(parents=True)
+    path.write_bytes(bytes(2**20))
+    (path.parent / "torch-1.0-old.so").touch()
+    (path.parent / "unfinished-by-a-killed-process").mkdir()
+    (path.parent / "of-the-user.so").touch()
+    assert nm("build")[1] == f" kernels     {path}, built already\n"
+    shown = nm("show")[1]
+    assert f"{path}, 1.0 MB" in shown
+    assert "torch-1.0-old.so, for another CPU, torch or nmlightning" in shown
+    assert nm("remove")[1].count(" removed ") == 3
+    assert [other.name for other in path.parent.iterdir()] == ["of-the-user.so"]
+
+
+def test_a_build(nm: Nm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take a short source for the kernels': what is compiled must load as an extension."""
+    source = Path.home() / "short.cpp"
+    source.write_text("#include <torch/library.h>\nTORCH_LIBRARY(nmlightning_short, m) {}\n")
+    try:
+        build.check_toolchain()
+    except InputError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(build, "source_files", lambda: [source])
+    monkeypatch.setattr(build, "flags", lambda: ("-O0",))
+    code, out, err = nm("build")
+    assert (code, err) == (0, "")
+    building, built = out.splitlines()
+    assert "about a minute" in building
+    path = library.library_path(library.cache_folder())
+    assert built.startswith(f" kernels     {path}, built in ")
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_sources_that_do_not_compile(nm: Nm, monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        build.check_toolchain()
+    except InputError as error:
+        pytest.skip(str(error))
+    source = Path.home() / "wrong.cpp"
+    source.write_text("int main() { return nothing; }\n")
+    monkeypatch.setattr(build, "source_files", lambda: [source])
+    code, _, err = nm("build")
+    log = library.cache_folder() / "build.log"
+    assert code == 2
+    assert err == (
+        f"nm: the kernels did not compile; the compiler's words are in {log}. The norms go on by "
+        "the formula.\n"
+    )
+    assert "nothing" in log.read_text()
+    assert [file.name for file in log.parent.iterdir()] == [log.name]
+    assert nm("show")[1].endswith("nm kernels build\n")
+
+
+@pytest.mark.parametrize("missing", ["compiler", "ninja", "Linux", "folder"])
+def test_what_is_missing_is_one_line(
+    nm: Nm, missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = {
+        "compiler": "there is no C++ compiler 'no-such-compiler'; install one",
+        "ninja": "there is no ninja; `pip install ninja` installs it",
+        "Linux": "the kernels are built on Linux only, this is win32",
+        "folder": f"{library.cache_folder()} cannot be written to",
+    }
+    if missing == "compiler":
+        monkeypatch.setenv("CXX", "no-such-compiler")
+    else:
+        (tmp_path / "c++").touch(mode=0o755)
+        (tmp_path / ("ninja" if missing != "ninja" else "nothing")).touch(mode=0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    if missing == "Linux":
+        monkeypatch.setattr(sys, "platform", "win32")
+    if missing == "folder":
+        (tmp_path / ".cache").write_text("a file")
+    code, _, err = nm("build")
+    assert code == 2
+    assert err.startswith(f"nm: {expected[missing]}")
+    assert err.endswith("The norms go on by the formula.\n")
+    assert len(err.splitlines()) == 1
+
+
+def test_nothing_is_built_unasked(nm: Nm) -> None:
+    from nmlightning.norms.kernels.cpu.backend import NOT_BUILT, CpuBackend
+
+    backend = CpuBackend(library.cache_folder())
+    if not library.is_loaded():
+        assert backend._missing() == NOT_BUILT
+        assert backend.tracking() is None
+        path = library.library_path(library.cache_folder())
+        path.parent.mkdir(parents=True)
+        path.write_text("half a file")
+        assert backend._missing() == f"the kernels in {path} do not load: nm kernels remove"
+    assert os.listdir(Path.home()) in ([], [".cache"])
