@@ -173,7 +173,7 @@ class BatchNormBase(_BatchNorm):
         running_mean, running_var = self.running_mean, self.running_var
         assert running_mean is not None, "the caller tracks"
         assert running_var is not None, "it comes with the mean"
-        tracking = choose_tracking(running_mean, mean)
+        tracking = choose_tracking((running_mean, running_var), mean)
         if tracking is not None and self.momentum is not None:
             count = self.num_batches_tracked
             tracking(running_mean, running_var, count, mean, variance, self.momentum)

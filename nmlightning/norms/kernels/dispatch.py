@@ -4,7 +4,7 @@ Traced code (`torch.compile`, `torch.export`) always takes the formula, which th
 with its neighbours. Eager code takes the kernels of the input's device, if they serve the case.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -122,12 +122,13 @@ def choose(case: Case) -> Choice:
     return _choose(case, _asked_for.get())
 
 
-def choose_tracking(running: Tensor, values: Tensor) -> Tracking | None:
+def choose_tracking(running: Sequence[Tensor], values: Tensor) -> Tracking | None:
     """Return the kernel that moves running statistics towards such values, now, if there is one."""
-    wide = running.dtype == values.dtype == torch.float32
-    if torch.compiler.is_compiling() or not wide or type(running) not in _PLAIN:
+    if torch.compiler.is_compiling() or values.dtype != torch.float32:
         return None
-    return _choose_tracking(running.device.type, _asked_for.get())
+    if not all(type(r) in _PLAIN and r.dtype == torch.float32 for r in running):
+        return None
+    return _choose_tracking(values.device.type, _asked_for.get())
 
 
 def forget_choices() -> None:

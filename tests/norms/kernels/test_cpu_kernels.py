@@ -236,6 +236,14 @@ def test_half_parameters_and_strided_gradients() -> None:
     torch.testing.assert_close(torch.autograd.grad(y, last, grad)[0], one, rtol=0.02, atol=0.02)
 
 
+def test_running_statistics_of_other_dtypes_are_left_to_torch() -> None:
+    layer = norms.L1BatchNorm2d(1)
+    layer.running_var = layer.running_var.half()
+    layer(torch.randn(8, 1, 8, 8) * 4000)
+    assert layer.running_var.item() == 1.0  # 0.1 · 4000² is beyond 65504
+    assert layer.running_mean.item() != 0.0
+
+
 def test_traced_code_takes_the_formula() -> None:
     layer = norms.L1BatchNorm2d(4)
     x = torch.randn(3, 4, 5, 5)
