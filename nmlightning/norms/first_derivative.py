@@ -19,10 +19,10 @@ def first_derivative_only(backward: Backward) -> Backward:
 
     @functools.wraps(backward)
     def refuse_further(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
         with torch.no_grad():
             results = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return results
         sources = [*ctx.saved_tensors, *grads]
         return tuple(r if r is None else _Refusal.apply(r, *sources) for r in results)
 
