@@ -13,7 +13,12 @@ from rich.table import Table
 
 from nmlightning.commands.argument_parser import ArgumentParser
 from nmlightning.commands.exit_codes import FAILED_CHECK
-from nmlightning.commands.installation import Rows, describe_devices, describe_versions
+from nmlightning.commands.installation import (
+    Rows,
+    describe_devices,
+    describe_kernels,
+    describe_versions,
+)
 from nmlightning.commands.norm_check import (
     DTYPES,
     ROUNDS,
@@ -36,7 +41,7 @@ def run(arguments: list[str]) -> int:
         "time against torch's norms. It takes about ten seconds. Paste it into a bug report.",
     ).parse_args(arguments)
     console = Console(width=WIDTH, highlight=False)
-    _print_rows(console, [*describe_versions(), *describe_devices()])
+    _print_rows(console, [*describe_versions(), *describe_devices(), *describe_kernels()])
     wrong = False
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         _print_serving(console, device)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 import nmlightning
+from nmlightning.norms.kernels.cpu.library import cache_folder, library_path
 
 Rows = list[tuple[str, str]]
 
@@ -40,6 +41,12 @@ def describe_devices() -> Rows:
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else ""
         return [("CPU", cpu), ("GPU", "none" + (f" ({built})" if built else ""))]
     return [("CPU", cpu), *(("GPU", _describe_gpu(i)) for i in range(torch.cuda.device_count()))]
+
+
+def describe_kernels() -> Rows:
+    """Return whether the kernels for the CPU are built, and where."""
+    path = library_path(cache_folder())
+    return [("C++ kernels", f"built, {path}" if path.exists() else "not built: nm kernels build")]
 
 
 def _describe_gpu(index: int) -> str:

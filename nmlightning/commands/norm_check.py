@@ -101,7 +101,7 @@ def time_norms(device: str) -> Iterator[tuple[Subject, float, float, float]]:
     for subject in (subject for subject in SUBJECTS if subject.timed):
         x = torch.randn(TIMED[subject.dims], device=device)
         layer, torchs = (make(x.shape[1]).to(device) for make in (subject.make, subject.torchs))
-        low, middle, high = statistics.quantiles(time_ratios(layer, torchs, x, ROUNDS), n=4)
+        low, middle, high = _quartiles(time_ratios(layer, torchs, x, ROUNDS))
         yield subject, low, middle, high
 
 
@@ -135,3 +135,7 @@ def _describe(choices: Mapping[Answer, list[str]], marks: dict[str, str]) -> str
 
 def _raised(mark: str) -> str:
     return mark.translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def _quartiles(ratios: list[float]) -> list[float]:
+    return statistics.quantiles(ratios, n=4, method="inclusive")
