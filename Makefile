@@ -10,13 +10,17 @@ REQUIREMENTS := setup.cfg pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart study bench test proofs check format lint types clean
+.PHONY: help quickstart kernels study bench test proofs check format lint types clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-12s%s\n", $$1, $$2 }'
 
 quickstart: $(VENV)/core ## install, then train on the embedded digits (half a minute)
 	$(VENV)/bin/nm fit --config configs/quickstart.yaml
+
+kernels: $(VENV)/core ## build the norms' kernels for this CPU (needs a C++ compiler)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt ninja
+	$(VENV)/bin/nm kernels build
 
 STUDY := study_short
 SEEDS := 1 2 3
