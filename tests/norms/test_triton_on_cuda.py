@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     pytest.skip("there is no GPU", allow_module_level=True)
 pytest.importorskip("triton")
 
-import triton_contract as contract
+import kernel_contract as contract
 from nmlightning.norms import (
     L1BatchNorm2d,
     L1LayerNorm,
@@ -22,9 +22,11 @@ from nmlightning.norms import (
 from nmlightning.norms.kernels import norm_backend
 from nmlightning.norms.kernels.cuda import partition
 from nmlightning.norms.kernels.cuda.batch_norm import TritonBatchNorm
+from nmlightning.norms.kernels.cuda.layer_norm import TritonLayerNorm
 from nmlightning.norms.kernels.job import Job
 
 CUDA = "cuda"
+KERNELS = TritonBatchNorm()
 LAYERS = [L1BatchNorm2d, LInfBatchNorm2d, TopKBatchNorm2d]
 LARGE = [
     contract.Case(shape, statistic, fused, dtype, channels_last)
@@ -36,25 +38,27 @@ LARGE = [
 each_layer = pytest.mark.parametrize("layer", LAYERS)
 
 
-@pytest.mark.parametrize("case", [*contract.CASES, *LARGE], ids=str)
+@pytest.mark.parametrize(
+    "case", [*contract.CASES, *contract.WIDTHS, *contract.FLOAT16, *LARGE], ids=str
+)
 def test_it_is_the_definition(case: contract.Case) -> None:
-    contract.check(case, CUDA)
+    contract.check(case, KERNELS, CUDA)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("statistic", contract.STATISTICS)
 def test_what_is_not_finite_stays_in_its_channel(statistic: str, value: float) -> None:
-    contract.check_nonfinite(statistic, value, CUDA)
+    contract.check_nonfinite(statistic, value, KERNELS, CUDA)
 
 
 def test_the_mask_is_that_of_the_rounded_output() -> None:
-    contract.check_mask(CUDA)
+    contract.check_mask(KERNELS, CUDA)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("shape", [(3, 3, 2, 3), (0, 3, 2, 3)], ids=["some", "none"])
 def test_stages(shape: tuple[int, ...], channels_last: bool) -> None:
-    contract.check_stages(shape, channels_last, CUDA)
+    contract.check_stages(shape, channels_last, KERNELS, CUDA)
 
 
 @pytest.mark.parametrize("learned", [False, True])
@@ -62,11 +66,12 @@ def test_stages(shape: tuple[int, ...], channels_last: bool) -> None:
 @pytest.mark.parametrize("dtype", contract.TOLERANCES)
 @pytest.mark.parametrize("shape", [(5, 12), (3000, 768), (500, 8192), (40, 20000)], ids=str)
 def test_rows(shape: tuple[int, ...], dtype: torch.dtype, centred: bool, learned: bool) -> None:
-    contract.check_rows(shape, dtype, centred, learned, CUDA)
+    kernels = TritonLayerNorm(centred)
+    contract.check_rows(shape, dtype, centred, learned, kernels, CUDA)
 
 
 def test_tracking() -> None:
-    contract.check_tracking(CUDA)
+    contract.check_tracking(KERNELS.track, CUDA)
 
 
 @each_layer
@@ -130,7 +135,7 @@ def test_a_cuda_graph_replays_rows(norm: Any) -> None:
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
 def test_another_device_than_the_current_one() -> None:
-    contract.check(contract.Case((12, 3), "top3", "relu"), "cuda:1")
+    contract.check(contract.Case((12, 3), "top3", "relu"), KERNELS, "cuda:1")
 
 
 def test_more_elements_than_int32_counts() -> None:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from built_kernels import load_kernels
 from kernel_contract import (
     CASES,
+    WIDTHS,
     Case,
     check,
     check_nonfinite,
@@ -49,7 +50,7 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_threads")
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *WIDTHS], ids=str)
 def test_the_definition_in_float64(case: Case) -> None:
     check(case, CpuBatchNorm())
 
