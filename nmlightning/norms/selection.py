@@ -35,7 +35,7 @@ def select_largest(deviations: Tensor, k: int, share: Share) -> tuple[Tensor, Se
     """
     positions, signed = _largest_deviations(deviations, k)
     values, mine = keep_largest_of_ranks(signed.abs(), share.group)
-    slopes = torch.where(signed > 0, 1 / k, -1 / k).to(signed.dtype)
+    slopes = torch.where(signed > 0, 1.0, -1.0).to(signed.dtype) / k
     if mine is not None:
         slopes = slopes * mine
     return mean_of_row(values), Selection(positions, slopes)
