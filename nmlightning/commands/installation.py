@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import nmlightning
-from nmlightning.norms.kernels.cpu.library import cache_folder, library_path
+from nmlightning.norms.kernels.cpu.library import cache_folder, is_whole, library_path
 
 Rows = list[tuple[str, str]]
 
@@ -46,7 +46,9 @@ def describe_devices() -> Rows:
 def describe_kernels() -> Rows:
     """Return whether the kernels for the CPU are built, and where."""
     path = library_path(cache_folder())
-    return [("C++ kernels", f"built, {path}" if path.exists() else "not built: nm kernels build")]
+    if not path.exists():
+        return [("C++ kernels", "not built: nm kernels build")]
+    return [("C++ kernels", f"{path} {'' if is_whole(path) else 'is damaged: nm kernels build'}")]
 
 
 def _describe_gpu(index: int) -> str:

@@ -29,22 +29,23 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         prog="nm kernels",
         allow_abbrev=False,
         description="Build the L1, L∞ and Top(k) norms for this machine's CPU, in C++, once for "
-        "every version of torch; show what is built; or remove it. Without them the norms are "
-        "computed by the formula, in torch's own operations: the same, but slower.",
+        "every version of torch and of nmlightning; show what is built; or remove it. Without them "
+        "the norms are computed by the formula, in torch's own operations: the same, but slower.",
     )
     parser.add_argument("action", choices=ACTIONS, help="what to do")
     return parser.parse_args(arguments)
 
 
 def _build(folder: Path) -> None:
-    from nmlightning.norms.kernels.cpu.build import build_library, check_toolchain
-    from nmlightning.norms.kernels.cpu.library import library_path
+    from nmlightning.norms.kernels.cpu.build import build_library, check_folder, check_toolchain
+    from nmlightning.norms.kernels.cpu.library import is_whole, library_path
 
     path = library_path(folder)
-    if path.exists():
+    if is_whole(path):
         _print_line("kernels", f"{path}, built already")
         return
     check_toolchain()
+    check_folder(folder)
     _print_line("building", "the kernels for this CPU, about a minute on two cores")
     begin = time.monotonic()
     path = build_library(folder)
@@ -52,11 +53,13 @@ def _build(folder: Path) -> None:
 
 
 def _show(folder: Path) -> None:
-    from nmlightning.norms.kernels.cpu.library import library_path
+    from nmlightning.norms.kernels.cpu.library import is_whole, library_path
 
     path = library_path(folder)
-    if path.exists():
+    if is_whole(path):
         _print_line("kernels", f"{path}, {path.stat().st_size / 2**20:.1f} MB")
+    elif path.exists():
+        _print_line("kernels", f"{path} is damaged: nm kernels build")
     else:
         _print_line("kernels", "not built for this CPU and this torch: nm kernels build")
     others = [other for other in folder.glob("torch-*.so") if other != path]

@@ -19,6 +19,8 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node, Proxy, Tracer
 
+from nmlightning.fusing.outside_reads import class_attributes, refuse_outside_reads
+
 # What a forward may ask for and a trace cannot tell, or what it would leave out.
 _ASKED = {
     "autocast": "switches autocast",
@@ -47,7 +49,7 @@ class BlockTrace:
 
 def trace_block(module: nn.Module, cls: type[nn.Module]) -> BlockTrace | str:
     """Return what `cls.forward` of a module does, or in a few words why nobody can tell."""
-    reason = _refuse_forward(cls)
+    reason = _refuse_forward(cls, module)
     if reason:
         return reason
     try:
@@ -59,7 +61,10 @@ def trace_block(module: nn.Module, cls: type[nn.Module]) -> BlockTrace | str:
         return f"torch.fx cannot trace its forward: {lines[0]}"
     if _code(training) != _code(evaluating):
         return "its forward does one thing in training and another in evaluation"
-    return BlockTrace(training, read)
+    named = {
+        name for f in _functions(cls) for code in _nested(f.__code__) for name in code.co_names
+    }
+    return BlockTrace(training, read.union(class_attributes(frozenset(named), cls)))
 
 
 class _SideEffectError(Exception):
@@ -70,7 +75,7 @@ def _code(graph: Graph) -> str:
     return graph.python_code("self").src
 
 
-def _refuse_forward(cls: type[nn.Module]) -> str:
+def _refuse_forward(cls: type[nn.Module], module: nn.Module) -> str:
     """Return why nobody need try to trace the forward of a class, or nothing."""
     if not isinstance(cls.forward, FunctionType):
         return "its forward is no plain function"
@@ -88,6 +93,9 @@ def _refuse_forward(cls: type[nn.Module]) -> str:
                 return f"its {function.__name__} {asked}"
             if any(i.opname == "WITH_EXCEPT_START" for i in dis.get_instructions(code)):
                 return f"its {function.__name__} has a with statement"
+        reason = refuse_outside_reads(function, [*_nested(function.__code__)], module)
+        if reason:
+            return reason
     return ""
 
 

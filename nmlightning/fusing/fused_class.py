@@ -88,7 +88,8 @@ def fused_class(fusion: Fusion) -> type[nn.Module]:
     original = fusion.original
     members = {
         "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
+        # By its path jsonargparse leaves it out, which offers all subclasses to configs.
+        "__qualname__": f"_Fused.{original.__qualname__}",
         "__doc__": original.__doc__,
         "__reduce_ex__": _reduce,
         "__setattr__": _after_check(original.__setattr__),

@@ -109,7 +109,7 @@ class StatisticBatchNorm(BatchNormBase):
         kernels: BatchNormKernels,
         group: ProcessGroup | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        fits = residual is None or (residual.shape, residual.dtype) == (input.shape, input.dtype)
+        fits = residual is None or _is_like(residual, input)
         fused, added = (self.fused, residual) if fits else (None, None)
         tensors = (input, added, self.weight, self.bias, kernels)
         if group is None:
@@ -120,6 +120,12 @@ class StatisticBatchNorm(BatchNormBase):
             settings = (self.statistic, self.constant, self.eps, fused, group)
             y, mean, variance = RankBatchNormFunction.apply(*tensors, *settings)
         return (y if fits else activate(y, residual, self.fused)), mean, variance
+
+
+def _is_like(tensor: Tensor, other: Tensor) -> bool:
+    """Whether a kernel may read both by the same indices."""
+    ours, theirs = ((q.shape, q.dtype, q.device, type(q)) for q in (tensor, other))
+    return ours == theirs
 
 
 class L1BatchNorm(StatisticBatchNorm):

@@ -18,8 +18,10 @@ def activate(y: Tensor, residual: Tensor | None, fused: Fused | None) -> Tensor:
 
 def check_residual(residual: Tensor | None, fused: Fused | None) -> None:
     """Raise InputError unless there is a residual exactly where one is to be added."""
-    if (residual is not None) != (fused == "add_relu"):
+    if residual is None and fused == "add_relu":
         raise InputError(
-            f"A norm with fused={fused!r} is called with "
-            f"{'a' if fused == 'add_relu' else 'no'} residual."
+            "A norm with fused='add_relu' adds a residual, its second argument, and got none: call "
+            "it by the module that it was fused in, or swap again without fuse."
         )
+    if residual is not None and fused != "add_relu":
+        raise InputError(f"A norm with fused={fused!r} adds no residual, and got one.")

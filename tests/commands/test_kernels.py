@@ -42,6 +42,7 @@ def test_what_is_built(nm: Nm) -> None:
     path = library.library_path(library.cache_folder())
     path.parent.mkdir(parents=True)
     path.write_bytes(bytes(2**20))
+    library.seal(path)
     (path.parent / "torch-1.0-old.so").touch()
     (path.parent / "unfinished-by-a-killed-process").mkdir()
     (path.parent / "of-the-user.so").touch()
@@ -51,6 +52,16 @@ def test_what_is_built(nm: Nm) -> None:
     assert "torch-1.0-old.so, for another CPU, torch or nmlightning" in shown
     assert nm("remove")[1].count(" removed ") == 3
     assert [other.name for other in path.parent.iterdir()] == ["of-the-user.so"]
+
+
+def test_half_a_library_is_not_loaded(nm: Nm) -> None:
+    path = library.library_path(library.cache_folder())
+    path.parent.mkdir(parents=True)
+    path.write_bytes(bytes(2**10))
+    assert nm("show")[1] == f" kernels     {path} is damaged: nm kernels build\n"
+    assert not library.is_whole(path)
+    library.seal(path)
+    assert library.is_whole(path)
 
 
 def test_a_build(nm: Nm, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,5 +141,7 @@ def test_nothing_is_built_unasked(nm: Nm) -> None:
         path = library.library_path(library.cache_folder())
         path.parent.mkdir(parents=True)
         path.write_text("half a file")
+        assert backend._missing() == f"the kernels in {path} are damaged: nm kernels build"
+        library.seal(path)
         assert backend._missing() == f"the kernels in {path} do not load: nm kernels remove"
     assert os.listdir(Path.home()) in ([], [".cache"])

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,14 +85,40 @@ def decorated(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def of_an_object(self: Any, x: Tensor) -> Tensor:
+    return F.relu(self.norm(x)) if self.settings.act else x
+
+
+def of_a_global(self: Any, x: Tensor) -> Tensor:
+    return F.relu(self.norm(x)) if not FLAGS["deep"] else x
+
+
+def of_a_child(self: Any, x: Tensor) -> Tensor:
+    return F.relu(self.norm(x)) if self.norm.momentum > 0 else x
+
+
+def of_a_helper(self: Any, x: Tensor) -> Tensor:
+    return on_types(self, x)
+
+
+def prints(self: Any, x: Tensor) -> Tensor:
+    print(x.shape)
+    return F.relu(self.norm(x))
+
+
 REFUSED = {
+    of_an_object: "its of_an_object reads settings, whose content may change",
+    of_a_global: "its of_a_global reads FLAGS",
+    of_a_child: "its of_a_child reads momentum of its norm",
+    of_a_helper: "its of_a_helper calls on_types, which may do anything",
+    prints: "its prints calls print",
     in_training: "does one thing in training and another in evaluation",
     dropout: "does one thing in training and another in evaluation",
     on_values: "torch.fx cannot trace its forward: symbolically traced variables",
     on_types: "its on_types asks for types",
     without_gradients: "its without_gradients has a with statement",
     remembers: "its forward sets attributes",
-    collects: "its forward sets attributes",
+    collects: "its collects reads calls, whose content may change",
     counts: "its forward sets attributes",
     at_random: "its forward draws random numbers",
     constant: "its forward sets attributes",
@@ -107,7 +134,7 @@ def make(forward: Callable[..., Any]) -> nn.Module:
     members = {"forward": forward, "frozen": without_gradients}
     net: nn.Module = type("Block", (nn.Module,), members)()
     net.norm = nn.BatchNorm2d(3)
-    net.calls = []
+    net.calls, net.settings = [], SimpleNamespace(act=True)
     net.register_buffer("counter", torch.zeros(()))
     return net
 
@@ -166,3 +193,15 @@ def test_a_graph_module_is_left() -> None:
 def test_a_norm_that_is_the_model_is_left() -> None:
     (left,) = swap_norms(nn.BatchNorm2d(3), "l1", fuse="relu").not_fused
     assert left.reason == "no module calls it"
+
+
+def test_an_attribute_of_the_class_is_watched_on_the_module() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return F.relu(self.norm(x)) if self.act else self.norm(x)
+
+    net = type("Block", (nn.Module,), {"forward": forward, "act": True})()
+    net.norm = nn.BatchNorm2d(3)
+    assert len(swap_norms(net, "l1", fuse="relu").fused) == 1
+    with pytest.warns(UserWarning, match="act of a Block was changed"):
+        net.act = False
+    assert (net(torch.randn(4, 3, 5, 5)) < 0).any()

@@ -7,21 +7,26 @@ from filelock import FileLock
 
 from nmlightning.errors import InputError
 from nmlightning.norms.kernels.cpu.build import build_library, check_toolchain
-from nmlightning.norms.kernels.cpu.library import cache_folder, library_path, load_library
+from nmlightning.norms.kernels.cpu.library import (
+    cache_folder,
+    is_whole,
+    library_path,
+    load_library,
+)
 from nmlightning.norms.kernels.dispatch import forget_choices
 
 
 def kernel_library() -> Path:
     """Return the library in the user's cache, built if it is not there; skip without a compiler."""
     path = library_path(cache_folder())
-    if not path.exists():
+    if not is_whole(path):
         try:
             check_toolchain()
         except InputError as error:
             pytest.skip(str(error))
         cache_folder().mkdir(parents=True, exist_ok=True)
         with FileLock(cache_folder() / "tests.lock"):
-            if not path.exists():
+            if not is_whole(path):
                 build_library(cache_folder())
     return path
 

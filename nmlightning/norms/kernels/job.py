@@ -83,9 +83,15 @@ class BatchNormKernels(Protocol):
         """
 
     def affine(
-        self, x: Tensor, residual: Tensor | None, gain: Tensor, shift: Tensor, fused: Fused | None
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        mean: Tensor,
+        gain: Tensor,
+        bias: Tensor,
+        fused: Fused | None,
     ) -> Tensor:
-        """Return x · gain + shift for each channel, plus the residual and through ReLU if fused."""
+        """Return (x − μ) · gain + bias, plus the residual and through ReLU if fused."""
 
     def gradient_sums(
         self, grad: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, statistic: Statistic

@@ -50,8 +50,8 @@ class RankBatchNormFunction(torch.autograd.Function):
         scale = magnitude * constant
         total = total_scale(scale, eps)
         gain = 1 / total if weight is None else weight.float() / total
-        shift = -mean * gain if bias is None else bias.float() - mean * gain
-        y = kernels.affine(x, residual, gain, shift, fused)
+        added = torch.zeros_like(mean) if bias is None else bias.float()
+        y = kernels.affine(x, residual, mean, gain, added, fused)
         variance = scale.square() * share.total / (share.total - 1)
         ctx.mark_non_differentiable(mean, variance)
         masked = y if fused else None

@@ -280,3 +280,12 @@ def test_threads_are_torchs() -> None:
         found = {line.split()[-1] for line in maps if "libgomp" in line or "libiomp" in line}
     torch_folder = torch.__path__[0].rsplit("/", 1)[0]
     assert not [path for path in found if not path.startswith(torch_folder)]
+
+
+def test_a_residual_elsewhere_is_an_error_and_no_crash() -> None:
+    layer, x = norms.L1BatchNorm2d(4), torch.randn(3, 4, 5, 5)
+    layer.fused = "add_relu"
+    with pytest.raises(RuntimeError, match="device"):
+        layer(x, x.to("meta"))
+    with pytest.raises(RuntimeError, match="expected a residual like x"):
+        torch.ops.nmlightning.affine(x, x[:2], *torch.ones(3, 4), 2)

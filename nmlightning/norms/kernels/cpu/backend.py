@@ -12,6 +12,7 @@ from nmlightning.norms.kernels.cpu.layer_norm import CpuLayerNorm
 from nmlightning.norms.kernels.cpu.library import (
     cache_folder,
     is_loaded,
+    is_whole,
     library_path,
     load_library,
 )
@@ -64,6 +65,8 @@ class CpuBackend:
         path = library_path(self.folder)
         if not path.exists():
             return NOT_BUILT
+        if not is_whole(path):
+            return f"the kernels in {path} are damaged: nm kernels build"
         try:
             load_library(path)
         except OSError:

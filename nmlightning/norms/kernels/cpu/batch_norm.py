@@ -6,7 +6,8 @@ ReLU's output tells x̂ = (y − residual − bias) / weight. So y is kept, whic
 anyway, and x is not.
 
 The rounding of y to u of its size, the half of its last place, is then an error in x̂ of
-u · |y| / (√3 · |weight|) in the root mean square, one whose sign is random. It is at most what
+u · |y| / (√3 · |weight|) in the root mean square. Of many different values its sign is random; of a
+constant channel it is one and the same. It is at most what
 tells the backends apart (5e-7 in float32, 4e-3 in bfloat16) while y is below `X_FREE_REACH` times
 the weight. For a ReLU alone that is bias ≤ reach · |weight|, since a negative bias makes y smaller;
 after an addition, it is the root mean square of y in a channel. Where it does not hold in every
@@ -85,10 +86,16 @@ class CpuBatchNorm:
         return self._ops.largest(x, mean, k)  # type: ignore[no-any-return]
 
     def affine(
-        self, x: Tensor, residual: Tensor | None, gain: Tensor, shift: Tensor, fused: Fused | None
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        mean: Tensor,
+        gain: Tensor,
+        bias: Tensor,
+        fused: Fused | None,
     ) -> Tensor:
-        """Return x · gain + shift, and what is fused."""
-        return self._ops.affine(x, residual, gain, shift, _NUMBERS[fused])  # type: ignore[no-any-return]
+        """Return (x − μ) · gain + bias, and what is fused."""
+        return self._ops.affine(x, residual, mean, gain, bias, _NUMBERS[fused])  # type: ignore[no-any-return]
 
     def gradient_sums(
         self, grad: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, statistic: Statistic

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from nmlightning.errors import InputError
-from nmlightning.norms.kernels.cpu.library import flags, library_path, source_files
+from nmlightning.norms.kernels.cpu.library import flags, library_path, seal, source_files
 
 LOG = "build.log"
 _UNFINISHED = "unfinished-"
@@ -34,14 +34,20 @@ def build_library(folder: Path) -> Path:
             written to; sources that do not compile, with the path of the compiler's words.
     """
     check_toolchain()
+    check_folder(folder)
+    with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=folder) as unfinished:
+        made = _compile(Path(unfinished), folder / LOG)
+        seal(made)
+        return made.replace(library_path(folder))
+
+
+def check_folder(folder: Path) -> None:
+    """Make the folder, or raise InputError unless things can be put into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=folder)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"{folder} cannot be written to: {error.strerror}. {_FORMULA}.") from error
-    with unfinished:
-        made = _compile(Path(unfinished.name), folder / LOG)
-        return made.replace(library_path(folder))
 
 
 def check_toolchain() -> None:
@@ -50,7 +56,7 @@ def check_toolchain() -> None:
         raise InputError(
             f"the kernels are built on Linux only, this is {sys.platform}. {_FORMULA}."
         )
-    if shutil.which(_compiler()) is None:
+    if shutil.which(_compiler().split()[0]) is None:
         raise InputError(
             f"there is no C++ compiler {_compiler()!r}; install one, on Debian or Ubuntu by "
             f"`apt install g++`. {_FORMULA}."
@@ -98,7 +104,7 @@ def _compile(build_folder: Path, log: Path) -> Path:
 
 def _compiler() -> str:
     """Return the command that torch calls."""
-    return os.environ.get("CXX", "c++")
+    return os.environ.get("CXX") or "c++"
 
 
 def _search_path() -> str:

@@ -142,10 +142,10 @@ struct Slab {
   int64_t width() const { return channels; }
   int64_t last() const { return channel + channels; }
   int64_t runs_of_sample() const { return layout.channels_last ? 1 : channels; }
-  int64_t samples() const { 
+  int64_t samples() const {
     return layout.channels_last ? layout.count() / layout.repeats : layout.samples;
   }
-  int64_t run_length() const { 
+  int64_t run_length() const {
     return layout.channels_last ? layout.length() : layout.size;
   }
   int64_t run_channel(int64_t run) const { return channel + run % runs_of_sample(); }

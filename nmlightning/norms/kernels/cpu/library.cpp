@@ -35,6 +35,14 @@ at::MemoryFormat format_of(const Tensor& x) {
   return x.dim() == 5 ? at::MemoryFormat::ChannelsLast3d : at::MemoryFormat::ChannelsLast;
 }
 
+// What is read by the indices of x has to lie as x does.
+void check_like(const Optional& tensor, const Tensor& x) {
+  if (!tensor) return;
+  TORCH_CHECK(tensor->device() == x.device() && tensor->scalar_type() == x.scalar_type() &&
+                  tensor->sizes() == x.sizes() && tensor->is_contiguous(format_of(x)),
+              "expected a residual like x");
+}
+
 Layout layout_of(const Tensor& x) {
   TORCH_CHECK(x.is_contiguous(format_of(x)), "expected contiguous or channels-last elements");
   int64_t size = 1;
@@ -176,6 +184,7 @@ struct Backwarding {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> l1_forward_op(
     const Tensor& x, const Optional& residual, const Optional& weight, const Optional& bias,
     double constant, double eps, int64_t fused, double limit) {
+  check_like(residual, x);
   Forwarding to(x, weight, bias, fused, limit);
   const SignBits bits(to.layout);
   Tensor words = at::empty({to.x_free ? bits.words() : 0}, x.options().dtype(at::kInt));
@@ -190,7 +199,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> l1_forward_op(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> l1_backward_op(
     const Tensor& grad, const Optional& x, const Optional& y, const Optional& residual,
-    const Optional& words, const Optional& weight, const Optional& bias, const Tensor& values, bool added) {
+    const Optional& words, const Optional& weight, const Optional& bias, const Tensor& values,
+    bool added) {
   Backwarding to(grad, x ? *x : *y, weight, bias, added);
   with_type(grad, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -203,6 +213,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> l1_backward_op(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool> largest_forward_op(
     const Tensor& x, const Optional& residual, const Optional& weight, const Optional& bias,
     double constant, double eps, int64_t fused, int64_t k, double limit) {
+  check_like(residual, x);
   Forwarding to(x, weight, bias, fused, limit);
   TORCH_CHECK(1 <= k && k <= to.layout.count(), "expected 1 <= k <= n");
   const Tensor positions = at::empty({x.size(1), k}, x.options().dtype(at::kLong));
@@ -263,16 +274,17 @@ std::tuple<Tensor, Tensor> largest_op(const Tensor& x, const Tensor& mean, int64
   return {positions, deviations};
 }
 
-Tensor affine_op(const Tensor& x, const Optional& residual, const Tensor& gain,
-                 const Tensor& shift, int64_t fused) {
+Tensor affine_op(const Tensor& x, const Optional& residual, const Tensor& mean, const Tensor& gain,
+                 const Tensor& bias, int64_t fused) {
+  check_like(residual, x);
   Tensor y = at::empty_like(x);
   const Layout layout = layout_of(x);
-  const Values mean = or_zeros(std::nullopt, layout);
-  const Values gains(gain, layout.repeats), shifts(shift, layout.repeats);
+  const Values means(mean, layout.repeats);
+  const Values gains(gain, layout.repeats), biases(bias, layout.repeats);
   with_type(x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     affine<T>(layout,
-              {data<T>(x), data<T>(residual), data<T>(y), mean.data, gains.data, shifts.data},
+              {data<T>(x), data<T>(residual), data<T>(y), means.data, gains.data, biases.data},
               Fused(fused));
   });
   return y;

@@ -9,6 +9,7 @@ import torch
 
 SOURCES = Path(__file__).parent
 _SUFFIXES = (".cpp", ".h")
+_SEAL = hashlib.sha256().digest_size
 # NaN and infinities stay what they are: none of -ffast-math that assumes there are none. Torch's
 # threads are used, not those of a second OpenMP: the library is linked without one.
 _FLAGS = ("-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-march=native")
@@ -39,6 +40,20 @@ def library_path(folder: Path) -> Path:
 def is_loaded() -> bool:
     """Return whether the operators are there."""
     return hasattr(torch.ops.nmlightning, "l1_forward")
+
+
+def seal(path: Path) -> None:
+    """Write the hash of a library behind it, which loading it does not mind."""
+    content = path.read_bytes()
+    path.write_bytes(content + hashlib.sha256(content).digest())
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a library is there and all that was sealed: to load the half of one is a crash."""
+    if not path.is_file():
+        return False
+    content = path.read_bytes()
+    return content[-_SEAL:] == hashlib.sha256(content[:-_SEAL]).digest()
 
 
 def load_library(path: Path) -> None:

@@ -2,9 +2,9 @@
 // bit q of word j belongs to the j-th element of the q-th of 32 stretches.
 //
 // NHWC: a stretch is a run, of C · repeats elements: word (r / 32) · C + c has bit r % 32 of the r-th
-// run, if it has one row. NCHW: G samples share words,
-// and each of their planes is cut into P = 32 / G stretches of W elements, so element s of the plane
-// of sample n has bit (n % G) · P + s / W of word ((n / G) · C + c) · W + s % W.
+// run, if it has one row. NCHW: G samples share words, and each of their planes is cut into P = 32 / G
+// stretches of W elements, so element s of the plane of sample n has bit (n % G) · P + s / W of word
+// ((n / G) · C + c) · W + s % W.
 #pragma once
 
 #include "layout.h"

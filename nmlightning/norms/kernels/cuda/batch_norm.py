@@ -111,15 +111,20 @@ class TritonBatchNorm:
             return _select(x, mean.contiguous(), k, None, None, None)
 
     def affine(
-        self, x: Tensor, residual: Tensor | None, gain: Tensor, shift: Tensor, fused: Fused | None
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        mean: Tensor,
+        gain: Tensor,
+        bias: Tensor,
+        fused: Fused | None,
     ) -> Tensor:
         """See `BatchNormKernels`."""
         y = torch.empty_like(x)
         if x.numel():
+            mean, gain, bias = (q.contiguous() for q in (mean, gain, bias))
             with on_device_of(x):
-                _write_output(
-                    x, residual, y, None, gain.contiguous(), shift.contiguous(), fused is not None
-                )
+                _write_output(x, residual, y, mean, gain, bias, fused is not None)
         return y
 
     def gradient_sums(
