@@ -16,6 +16,8 @@ from nmlightning.norms import (
     RangeBatchNorm2d,
     TopKBatchNorm2d,
 )
+from nmlightning.norms.batch_norm_base import BatchNormBase
+from nmlightning.norms.kernels.job import Fused
 from nmlightning.norms.self_check import TOLERANCES, disagreement, exact_input, time_ratios
 from nmlightning.norms.serving import choice_for
 
@@ -39,8 +41,21 @@ class Subject(NamedTuple):
     timed: bool = True
 
 
+def _fused(norm: type[BatchNormBase], fused: Fused) -> Callable[[int], nn.Module]:
+    """Return what makes a norm that does the ReLU, or the addition and the ReLU, behind it."""
+
+    def make(width: int) -> nn.Module:
+        layer = norm(width)
+        layer.fused = fused
+        return layer
+
+    return make
+
+
 SUBJECTS = (
     Subject("L1 batch norm", L1BatchNorm2d),
+    Subject("L1 and ReLU", _fused(L1BatchNorm2d, "relu"), timed=False),
+    Subject("L1, addition and ReLU", _fused(L1BatchNorm2d, "add_relu"), timed=False),
     Subject("L∞ batch norm", LInfBatchNorm2d),
     Subject("Top(10) batch norm", TopKBatchNorm2d),
     Subject("Lp batch norm, p = 3", lambda width: LpBatchNorm2d(width, p=3.0), timed=False),
