@@ -74,7 +74,7 @@ def test_the_stages_of_a_rank_without_elements() -> None:
     positions, deviations = kernels.largest(x, mean, 2)
     assert not positions.any()
     assert not deviations.any()
-    assert kernels.affine(x, x, mean, mean, "add_relu").shape == x.shape
+    assert kernels.affine(x, x, mean, mean, mean, "add_relu").shape == x.shape
     assert not kernels.gradient_sums(x, x, x, mean, PowerMean(1.0)).any()
     assert kernels.gradient(x, x, x, mean, mean, mean, mean)[0].shape == x.shape
 
