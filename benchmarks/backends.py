@@ -1,11 +1,10 @@
 """What computes a norm: the one place where the benchmarks ask the package which backend it has."""
 
-import inspect
 from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
 
-from nmlightning import norm_backend, swap_norms
+from nmlightning import norm_backend
 from nmlightning.norms.serving import choice_for
 
 
@@ -17,8 +16,3 @@ def backend_of(layer: nn.Module, x: Tensor) -> str:
 def formula_alone() -> AbstractContextManager[None]:
     """Let every norm be computed by the formula, as on a machine without kernels."""
     return norm_backend("formula")
-
-
-def fusion_is_built() -> bool:
-    """Return whether `swap_norms` fuses a norm with the ReLU behind it."""
-    return "fuse" in inspect.signature(swap_norms).parameters

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Set
 from functools import partial
 
 import torch
-from backends import backend_of, fusion_is_built
+from backends import backend_of
 from interleaved import seconds_of, spread_of, spread_of_ratio, time_rounds
 from norm_layers import LAYOUTS, layer_step
 from speed_layers import NORMS, fuse
@@ -26,8 +26,6 @@ def measure_gpu_layers(plan: Plan, targets: Set[str], device: str = "cuda") -> I
     """Yield H1 to H4."""
     if "H3" in targets:
         yield Skipped("H3", "pilot statistics are not built")
-    if "H4" in targets and not fusion_is_built():
-        yield Skipped("H4", "swap_norms has no `fuse`")
     bandwidth = copy_bandwidth(device)
     for number, shape in enumerate(plan.gpu_shapes):
         for layout in ("NHWC", "NCHW"):
@@ -38,7 +36,7 @@ def measure_gpu_layers(plan: Plan, targets: Set[str], device: str = "cuda") -> I
             if targets & {"H1", "H2"}:
                 floor = PASSES * x.numel() * x.element_size() / bandwidth
                 yield from _measure_norms(plan, targets, x, grad, case, floor, aim)
-            if "H4" in targets and fusion_is_built():
+            if "H4" in targets:
                 yield _measure_fused(plan, x, grad, case)
 
 

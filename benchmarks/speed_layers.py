@@ -5,17 +5,17 @@ then ReLU, and both as one operation.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Iterator, Set
 from functools import partial
 from itertools import product
 
 import torch
-from backends import backend_of, formula_alone, fusion_is_built
+from backends import backend_of, formula_alone
 from interleaved import Call, Spread, spread_of_ratio, time_rounds
 from norm_layers import LAYOUTS, layer_step
 from saved_bytes import count_saved_bytes
 from speed_plan import Plan, Shape
-from targets import Bound, Measurement, Result, Skipped
+from targets import Bound, Measurement, Result
 from torch import Tensor, nn
 
 from nmlightning import swap_norms
@@ -76,9 +76,6 @@ def _without_kernels(step: Call) -> None:
 
 def measure_fused(plan: Plan, targets: Set[str]) -> Iterator[Result]:
     """Yield C2 and C3."""
-    if not fusion_is_built():
-        yield from (Skipped(name, "swap_norms has no `fuse`") for name in sorted(targets))
-        return
     for shape, layout in product(plan.shapes, LAYOUTS):
         x, grad = draw_input(shape, layout, "fp32")
         plain = nn.Sequential(nn.BatchNorm2d(shape[1]), nn.ReLU())
@@ -101,8 +98,7 @@ def measure_fused(plan: Plan, targets: Set[str]) -> Iterator[Result]:
 def fuse(net: nn.Sequential, how: str) -> nn.Sequential:
     """Return a copy whose batch norms are L1 and fused with what follows."""
     fused = copy.deepcopy(net)
-    swap: Callable[..., object] = swap_norms
-    swap(fused, "l1", fuse=how)
+    swap_norms(fused, "l1", fuse=how)
     return fused
 
 

@@ -1,16 +1,16 @@
 """C6 to C8: a training step of a whole network on the CPU, its activations, and it compiled."""
 
 import copy
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Iterator, Set
 from functools import partial
 
 import torch
-from backends import backend_of, fusion_is_built
+from backends import backend_of
 from interleaved import Spread, spread_of_ratio, time_rounds
 from norm_layers import LAYOUTS
 from saved_bytes import count_saved_bytes
 from speed_plan import Plan
-from targets import Bound, Measurement, Result, Skipped
+from targets import Bound, Measurement, Result
 from torch import nn
 from training_step import NETS, draw_images, make_step_of
 
@@ -26,13 +26,12 @@ FUSED: dict[str | None, tuple[str, Bound | None, Bound | None]] = {
 
 def measure_step(plan: Plan, targets: Set[str]) -> Iterator[Result]:
     """Yield C6: the step in both layouts."""
-    yield from _say_what_is_not_built("C6")
     for layout, memory_format in LAYOUTS.items():
         images = draw_images(plan.net, plan.batch, memory_format=memory_format)
         nets = {name: net.to(memory_format=memory_format) for name, net in _make_nets(plan).items()}
         steps = {name: make_step_of(net, images).run for name, net in nets.items()}
         times = time_rounds(steps, plan.net_rounds, warm_up=1)
-        for what, bound, _ in _variants():
+        for what, bound, _ in FUSED.values():
             yield Measurement(
                 "C6",
                 f"step with {what} / BN, {layout}",
@@ -46,11 +45,10 @@ def measure_step(plan: Plan, targets: Set[str]) -> Iterator[Result]:
 
 def measure_activations(plan: Plan, targets: Set[str]) -> Iterator[Result]:
     """Yield C7: what a forward keeps for its backward."""
-    yield from _say_what_is_not_built("C7")
     images = draw_images(plan.net, plan.batch)
     nets = _make_nets(plan)
     saved = {name: count_saved_bytes(net, partial(net, images)) for name, net in nets.items()}
-    for what, _, bound in _variants():
+    for what, _, bound in FUSED.values():
         ratio = saved[what] / saved["BN"]
         yield Measurement(
             "C7",
@@ -85,20 +83,9 @@ def measure_compiled(plan: Plan, targets: Set[str]) -> Iterator[Result]:
 
 
 def _make_nets(plan: Plan) -> dict[str, nn.Module]:
-    """Return the network with batch norm, and with L1 in each way that is built."""
+    """Return the network with batch norm, and with L1 fused in each way."""
     nets = {"BN": NETS[plan.net][0]()}
-    swap: Callable[..., object] = swap_norms
     for fused, (what, *_) in FUSED.items():
-        if fused is None or fusion_is_built():
-            nets[what] = copy.deepcopy(nets["BN"])
-            swap(nets[what], "l1", **({"fuse": fused} if fused else {}))
+        nets[what] = copy.deepcopy(nets["BN"])
+        swap_norms(nets[what], "l1", fuse=fused)
     return nets
-
-
-def _variants() -> list[tuple[str, Bound | None, Bound | None]]:
-    return [row for fused, row in FUSED.items() if fused is None or fusion_is_built()]
-
-
-def _say_what_is_not_built(target: str) -> Iterator[Skipped]:
-    if not fusion_is_built():
-        yield Skipped(target, "swap_norms has no `fuse`, so only the plain swap is measured")
