@@ -54,6 +54,8 @@ def run(arguments: list[str]) -> int:
 
 def _print_rows(console: Console, rows: Rows) -> None:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(f" {name}", value)
     console.print(table)
