@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from torch import Tensor, nn
 
 from nmlightning import norm_backend
-from nmlightning.norms.serving import choice_for
+from nmlightning.callbacks.norm_swap import choice_for
 
 
 def backend_of(layer: nn.Module, x: Tensor) -> str:

@@ -18,7 +18,7 @@ from torch import nn
 
 from nmlightning import CIFAR10, ImageClassifier
 from nmlightning.datamodules.cifar10 import MEAN, STD
-from nmlightning.datamodules.in_memory import LabelledImages
+from nmlightning.datamodules.image_data import LabelledImages
 
 
 class TakeTurns(pl.Callback):

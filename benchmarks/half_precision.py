@@ -22,7 +22,7 @@ from torch import nn
 
 from nmlightning import CIFAR10, ImageClassifier, NormSwap
 from nmlightning.models import CifarResNet
-from nmlightning.reports.line_chart import COLOURS, Line, draw_lines
+from nmlightning.reports.page import COLOURS, Line, draw_lines
 
 HALF = {"stats_dtype": "float16"}
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrizations, parametrize
 from training_step import Step
 
 from nmlightning import apply_weight_norm
-from nmlightning.weights.weight_norm.ways import normalise_channels
+from nmlightning.parametrizations.normalize import normalise_channels
 
 
 class Formula(nn.Module):

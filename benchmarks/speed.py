@@ -28,7 +28,7 @@ from speed_tables import make_json, make_markdown, make_table, tell_row
 from speed_weights import measure_weights
 from targets import Measurement, Result, Skipped
 
-from nmlightning.commands.quiet import quiet
+from nmlightning.commands.run_report import quiet
 
 Measure = Callable[[Plan, Set[str]], Iterator[Result]]
 

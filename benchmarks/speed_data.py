@@ -11,7 +11,7 @@ from torchvision_pipeline import torchvision_loader
 from training_step import NETS
 
 from nmlightning import CIFAR10
-from nmlightning.datamodules.in_memory import LabelledImages
+from nmlightning.datamodules.image_data import LabelledImages
 
 STEPS = 4  # of an epoch of training
 

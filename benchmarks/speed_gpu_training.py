@@ -22,7 +22,7 @@ from training_step import NETS, draw_images, make_step_of
 from weight_norms import make_record
 
 from nmlightning import CIFAR10, apply_weight_norm, swap_norms
-from nmlightning.datamodules.in_memory import LabelledImages
+from nmlightning.datamodules.image_data import LabelledImages
 
 COMPILED = "reduce-overhead"
 CIFAR_IMAGES = 50_000

@@ -17,10 +17,9 @@ import tokenizers
 import torch
 
 from nmlightning.datamodules import ParallelText
-from nmlightning.datamodules.sentence_batches import ShuffledBatches
-from nmlightning.text.encoded_pairs import EncodedPairs
-from nmlightning.text.special_tokens import PAD
-from nmlightning.text.translation_batch import TranslationBatch
+from nmlightning.translation.batches import ShuffledBatches
+from nmlightning.translation.corpus import EncodedPairs, TranslationBatch
+from nmlightning.translation.tokenizer import PAD
 
 
 def main() -> None:

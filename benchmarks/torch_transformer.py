@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nmlightning.text.special_tokens import PAD
+from nmlightning.translation.tokenizer import PAD
 
 
 class TorchTransformer(nn.Module):

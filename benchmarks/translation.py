@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch_transformer import TorchTransformer
 from uncached_decoder import UncachedDecoder
 
-from nmlightning.models import Transformer, beam_search
-from nmlightning.text.special_tokens import EOS, PAD, SPECIAL_TOKENS
+from nmlightning.models import Transformer
+from nmlightning.translation import decoding as beam_search
+from nmlightning.translation.tokenizer import EOS, PAD, SPECIAL_TOKENS
 
 
 def main() -> None:

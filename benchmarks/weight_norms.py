@@ -19,11 +19,11 @@ from torch import nn
 from training_step import Step
 
 from nmlightning.callbacks.norm_dashboard import NormDashboard
+from nmlightning.optim import DecayEquivalentLR, LRCorrection, NormSchedule
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.layer_weights import find_layer_weights
 from nmlightning.weights.recorder import Recorder
-from nmlightning.weights.steering import DecayEquivalentLR, LRCorrection, NormSchedule
 
 
 def make_additions(step: Step) -> dict[str, Call]:

@@ -3,14 +3,15 @@
 Names are imported when they are first used, so that `import nmlightning` alone loads no torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import TYPE_CHECKING
+
+from nmlightning.lazy_exports import RenamedModules, lazy_exports
 
 if TYPE_CHECKING:
     from nmlightning.callbacks import NormSwap as NormSwap
     from nmlightning.callbacks import WeightNormSwap as WeightNormSwap
     from nmlightning.callbacks import WeightNormTracker as WeightNormTracker
-    from nmlightning.checkpoints import load_from_checkpoint as load_from_checkpoint
     from nmlightning.datamodules import CIFAR10 as CIFAR10
     from nmlightning.datamodules import WMT14 as WMT14
     from nmlightning.datamodules import Digits as Digits
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
     from nmlightning.datamodules import NumberNames as NumberNames
     from nmlightning.datamodules import ParallelText as ParallelText
     from nmlightning.errors import InputError as InputError
-    from nmlightning.export.folding import FoldReport as FoldReport
-    from nmlightning.export.folding import fold_norms as fold_norms
-    from nmlightning.export.network import ExportReport as ExportReport
-    from nmlightning.export.network import export_network as export_network
+    from nmlightning.export.export import ExportReport as ExportReport
+    from nmlightning.export.export import export_network as export_network
+    from nmlightning.export.fold import FoldReport as FoldReport
+    from nmlightning.export.fold import fold_norms as fold_norms
+    from nmlightning.kernels import norm_backend as norm_backend
     from nmlightning.models import TReLU as TReLU
     from nmlightning.norms import HalfL2BatchNorm1d as HalfL2BatchNorm1d
     from nmlightning.norms import HalfL2BatchNorm2d as HalfL2BatchNorm2d
@@ -50,73 +52,25 @@ if TYPE_CHECKING:
     from nmlightning.norms import TopKBatchNorm2d as TopKBatchNorm2d
     from nmlightning.norms import TopKBatchNorm3d as TopKBatchNorm3d
     from nmlightning.norms import gaussian_constant as gaussian_constant
-    from nmlightning.norms.kernels import norm_backend as norm_backend
-    from nmlightning.probe import probe_norms as probe_norms
-    from nmlightning.surgery import swap_norms as swap_norms
-    from nmlightning.swap_report import SwapReport as SwapReport
+    from nmlightning.optim import DecayEquivalentLR as DecayEquivalentLR
+    from nmlightning.optim import Hyperball as Hyperball
+    from nmlightning.optim import LRCorrection as LRCorrection
+    from nmlightning.optim import NormSchedule as NormSchedule
+    from nmlightning.optim import RadialProjection as RadialProjection
+    from nmlightning.optim.param_groups import parameter_groups as parameter_groups
+    from nmlightning.parametrizations import apply_weight_norm as apply_weight_norm
+    from nmlightning.parametrizations import remove_weight_norm as remove_weight_norm
+    from nmlightning.probe.probe import probe_norms as probe_norms
+    from nmlightning.surgery.checkpoints import load_from_checkpoint as load_from_checkpoint
+    from nmlightning.surgery.swap import SwapReport as SwapReport
+    from nmlightning.surgery.swap import swap_norms as swap_norms
     from nmlightning.tasks import ImageClassifier as ImageClassifier
     from nmlightning.tasks import InverseSquareRootLR as InverseSquareRootLR
     from nmlightning.tasks import Translator as Translator
     from nmlightning.weights.channel_norms import ChannelLayout as ChannelLayout
     from nmlightning.weights.channel_norms import channel_norms as channel_norms
     from nmlightning.weights.history import NormHistory as NormHistory
-    from nmlightning.weights.parameter_groups import parameter_groups as parameter_groups
-    from nmlightning.weights.steering import DecayEquivalentLR as DecayEquivalentLR
-    from nmlightning.weights.steering import Hyperball as Hyperball
-    from nmlightning.weights.steering import LRCorrection as LRCorrection
-    from nmlightning.weights.steering import NormSchedule as NormSchedule
-    from nmlightning.weights.steering import RadialProjection as RadialProjection
-    from nmlightning.weights.weight_norm import apply_weight_norm as apply_weight_norm
-    from nmlightning.weights.weight_norm import remove_weight_norm as remove_weight_norm
 
 __version__ = "0.1.0"
-
-_STATISTICS = ("HalfL2", "L1", "LInf", "Lp", "MeanOnly", "Range", "TopK")
-_BATCH_NORMS = [f"{statistic}BatchNorm{n}d" for statistic in _STATISTICS for n in (1, 2, 3)]
-_HOMES = {
-    "callbacks": ["NormSwap", "WeightNormSwap", "WeightNormTracker"],
-    "checkpoints": ["load_from_checkpoint"],
-    "datamodules": ["CIFAR10", "WMT14", "Digits", "ImageNet", "NumberNames", "ParallelText"],
-    "errors": ["InputError"],
-    "export.folding": ["FoldReport", "fold_norms"],
-    "export.network": ["ExportReport", "export_network"],
-    "models": ["TReLU"],
-    "norms": [
-        *_BATCH_NORMS,
-        "L1LayerNorm",
-        "L1RMSNorm",
-        "LpLayerNorm",
-        "LpRMSNorm",
-        "QuantizationNoise",
-        "gaussian_constant",
-    ],
-    "norms.kernels": ["norm_backend"],
-    "probe": ["probe_norms"],
-    "surgery": ["swap_norms"],
-    "swap_report": ["SwapReport"],
-    "tasks": ["ImageClassifier", "InverseSquareRootLR", "Translator"],
-    "weights.channel_norms": ["ChannelLayout", "channel_norms"],
-    "weights.history": ["NormHistory"],
-    "weights.parameter_groups": ["parameter_groups"],
-    "weights.steering": [
-        "DecayEquivalentLR",
-        "Hyperball",
-        "LRCorrection",
-        "NormSchedule",
-        "RadialProjection",
-    ],
-    "weights.weight_norm": ["apply_weight_norm", "remove_weight_norm"],
-}
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-
-__all__ = ["__version__", *sorted(_HOME_OF)]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, __all__ = lazy_exports(__name__)
+sys.meta_path.insert(0, RenamedModules())

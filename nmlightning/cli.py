@@ -9,9 +9,8 @@ import sys
 import textwrap
 from importlib import import_module
 
-from nmlightning.commands.config_files import shipped_configs
-from nmlightning.commands.exit_codes import BAD_INPUT, INTERRUPTED
-from nmlightning.commands.given_files import GivenFiles
+from nmlightning.commands.argument_parser import BAD_INPUT, INTERRUPTED
+from nmlightning.commands.files import GivenFiles, shipped_configs
 from nmlightning.errors import InputError, nearest
 
 COMMANDS = {
@@ -82,7 +81,7 @@ def _run(arguments: list[str]) -> int:
         module = import_module(f"nmlightning.commands.{command}")
         return int(module.run(arguments[1:]))
     given = GivenFiles(arguments)
-    from nmlightning.commands.training import run
+    from nmlightning.commands.fit import run
 
     return run(arguments, given)
 

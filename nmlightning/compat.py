@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 from torch import nn
 
-from nmlightning.fusing.fusing import unfused
 from nmlightning.norms.batch_norm_base import BatchNormBase
+from nmlightning.surgery.fuse.fuse import unfused
 
 _LIGHTNING = ("pytorch_lightning.", "lightning.pytorch.")
 # Callbacks whose setup copies the module, so that it has to see the swapped one.

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from nmlightning.norms.kernels import norm_backend
+from nmlightning.kernels import norm_backend
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.recording_file import FILE_NAME
 
@@ -97,3 +98,13 @@ def make_image_folder(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / "images"
 
     return make
+
+
+@pytest.fixture
+def _one_process(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone, so that DTensors can be made."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
+    yield
+    dist.destroy_process_group()

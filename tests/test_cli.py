@@ -19,11 +19,10 @@ import yaml
 from pytorch_lightning.cli import LightningCLI
 
 from nmlightning.cli import COMMANDS, main
-from nmlightning.commands.compat import ExplicitOptionsWin
-from nmlightning.commands.config_files import shipped_configs
-from nmlightning.commands.quiet import CHATTY
-from nmlightning.commands.run_report import Stopwatch
-from nmlightning.commands.training import TrainingCLI
+from nmlightning.commands.distributed import ExplicitOptionsWin
+from nmlightning.commands.files import shipped_configs
+from nmlightning.commands.fit import TrainingCLI
+from nmlightning.commands.run_report import CHATTY, Stopwatch
 from nmlightning.tasks.classification import ImageClassifier
 
 SHORT = shlex.split(

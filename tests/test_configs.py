@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from nmlightning.cli import main
-from nmlightning.commands.config_files import find_config, shipped_configs
+from nmlightning.commands.files import find_config, shipped_configs
 from nmlightning.errors import InputError
 from nmlightning.weights.history import NormHistory
 from translation_runs import draw_pairs, write_pairs

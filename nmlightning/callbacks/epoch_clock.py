@@ -1,4 +1,4 @@
-"""Where in its epochs a run is, in attempted steps of an optimizer."""
+"""The position of a run in its epochs, in attempted steps of an optimizer."""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from nmlightning.weights.history import NormHistory
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
+
 
 _SHORTLY = 1e-9  # before an epoch's end, in epochs
 

@@ -9,10 +9,9 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from nmlightning.after_method import run_after
 from nmlightning.compat import CallbackBase, builds_in_configure_model, rebuild_copies
 from nmlightning.errors import InputError
-from nmlightning.recipes import Recipe, keep_in_checkpoints
+from nmlightning.surgery.recipes import Recipe, keep_in_checkpoints, run_after
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl

@@ -1,4 +1,4 @@
-"""Weight norms and what they do to learning, in the logs of a run while it goes on."""
+"""Weight norms and effective learning rates in the logs of a run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,28 +6,73 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nmlightning.callbacks.device_reading import DeviceReading
-from nmlightning.callbacks.loggers import log_scalars, tensorboard_writers
 from nmlightning.callbacks.skipped_steps import SkippedSteps
 from nmlightning.compat import logged_step, logging_is_due
+from nmlightning.optim.families import expected_rotation, group_numbers, known_power
+from nmlightning.optim.step_hooks import Attachment
 from nmlightning.reports import tags
 from nmlightning.reports.heatmap import draw_heatmap
 from nmlightning.weights.channel_norms import (
+    STATISTICS,
     effective_learning_rates,
     gather_channels,
     rotations,
+    summarise_channels,
 )
-from nmlightning.weights.channel_summaries import STATISTICS, summarise_channels
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.layer_weights import LayerWeight
-from nmlightning.weights.optimizer_family import expected_rotation, group_numbers, known_power
-from nmlightning.weights.steering.attachment import Attachment
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
+
+
+class DeviceReading:
+    """Collects numbers; `read` is where the device is waited for, once."""
+
+    def __init__(self) -> None:
+        self._tags: list[str] = []
+        self._values: list[Tensor] = []
+
+    def add(self, tags: Sequence[str], values: Tensor) -> None:
+        """Note as many numbers, of any shape and dtype, as there are tags."""
+        assert len(tags) == values.numel(), f"{len(tags)} tags for {values.numel()} values"
+        self._tags.extend(tags)
+        self._values.append(values.detach().flatten().float())
+
+    def read(self) -> dict[str, float]:
+        """Return all numbers by tag, from float32."""
+        if not self._values:
+            return {}
+        device = max((v.device for v in self._values), key=lambda device: device.type != "cpu")
+        numbers = torch.cat([values.to(device) for values in self._values]).tolist()
+        return dict(zip(self._tags, numbers, strict=True))
+
+
+def log_scalars(trainer: "pl.Trainer", values: Mapping[str, float], step: int) -> None:
+    """Log all values under their tags, in TensorBoard as a single event: many are cheap so."""
+    for logger in trainer.loggers:
+        writer = _tensorboard_writer(logger)
+        if writer is None:
+            logger.log_metrics(dict(values), step)
+        else:
+            points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+            writer._get_file_writer().add_summary(Summary(value=points), step)
+
+
+def tensorboard_writers(trainer: "pl.Trainer") -> list[Any]:
+    """Return the SummaryWriter of each TensorBoard logger."""
+    writers = [_tensorboard_writer(logger) for logger in trainer.loggers]
+    return [writer for writer in writers if writer is not None]
+
+
+def _tensorboard_writer(logger: Any) -> Any | None:
+    experiment = getattr(logger, "experiment", None)
+    return experiment if hasattr(experiment, "add_custom_scalars") else None
+
 
 _HEATMAPS = 10  # in a run
 _HISTOGRAM_BINS = 30

@@ -1,29 +1,108 @@
 """NormSwap: train a model that exists already with another norm."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from nmlightning.callbacks.backend_note import BackendNote
 from nmlightning.callbacks.model_change import ModelChange, warn_of_forgotten
 from nmlightning.compat import keep_through_sync, synchronise_norms
 from nmlightning.errors import InputError
+from nmlightning.functional.statistics import PowerMean
+from nmlightning.kernels.dispatch import FORMULA, Choice, Kind, choose_for
+from nmlightning.kernels.interface import layout_of
 from nmlightning.name_patterns import check_lists
+from nmlightning.norms.batch_norm import StatisticBatchNorm
+from nmlightning.norms.batch_norm_base import accumulation_dtype
+from nmlightning.norms.layer_norm import LpLayerNorm, LpRMSNorm
 from nmlightning.norms.registry import check_kinds, check_options
-from nmlightning.recipes import (
+from nmlightning.surgery.norm_layers import find_norm_layers
+from nmlightning.surgery.recipes import (
     NORM_SWAP,
     Recipe,
     changed_modules,
     make_recipe,
     note_recipe,
 )
-from nmlightning.surgery import check_fuse, swap_norms
-from nmlightning.swappable import find_norm_layers
+from nmlightning.surgery.swap import check_fuse, swap_norms
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
+
+
+def choice_for(layer: nn.Module, input: Tensor) -> Choice:
+    """Return what the layer takes in training for an input like this one, and why."""
+    if isinstance(layer, StatisticBatchNorm):
+        dtype = accumulation_dtype(input.dtype, layer.stats_dtype)
+        return choose_for(input, "batch", layer.statistic, dtype)
+    if isinstance(layer, (LpLayerNorm, LpRMSNorm)):
+        dtype = accumulation_dtype(input.dtype, layer.stats_dtype)
+        kind: Kind = "layer" if isinstance(layer, LpLayerNorm) else "rms"
+        return choose_for(input, kind, PowerMean(layer.p), dtype)
+    return Choice(FORMULA, "no kernels for this norm")
+
+
+Answer = tuple[str, Choice, str]
+"""A layer's class, who computes it, and the dtype and layout of what it got."""
+
+
+class BackendNote:
+    """Asks each norm once, when it gets its first batch, who computes it.
+
+    A network that is compiled in whole or in part is not asked, since a hook would be traced.
+
+    Args:
+        model: what is trained.
+        layers: its norms, by name.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+        self._layers = layers
+        self._answers: dict[nn.Module, Answer] = {}
+        self._handles: list[RemovableHandle] = []
+        self._compiled = any(map(_is_compiled, model.modules()))
+        if not self._compiled:
+            self._handles = [layer.register_forward_pre_hook(self._ask) for layer in self._modules]
+
+    @property
+    def _modules(self) -> set[nn.Module]:
+        return set(self._layers.values())
+
+    def describe(self) -> list[str]:
+        """Return a line for each backend, class, dtype and layout, and ask no more."""
+        for handle in self._handles:
+            handle.remove()
+        if self._compiled:
+            classes = Counter(type(layer).__name__ for layer in self._modules)
+            return [f"{n} {name} by the formula, compiled" for name, n in classes.items()]
+        return [_line(*answer, count) for answer, count in Counter(self._answers.values()).items()]
+
+    def _ask(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if layer not in self._answers and inputs:
+            x = inputs[0]
+            what = f"{str(x.dtype).removeprefix('torch.')}, {_layout_word(x)}"
+            self._answers[layer] = (type(layer).__name__, choice_for(layer, x), what)
+
+
+def _line(name: str, choice: Choice, what: str, count: int) -> str:
+    if choice.kernels is None:
+        return f"{count} {name} by the formula ({what}): {choice.reason}"
+    return f"{count} {name} by {choice.backend} kernels ({what})"
+
+
+def _layout_word(x: Any) -> str:
+    layout = layout_of(x)
+    if layout == "other":
+        return "strided"
+    return layout if x.dim() > 3 else "contiguous"
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
 
 _WAY_OUT = {
     "SyncBatchNorm": "Trainer(sync_batchnorm=True) synchronises swapped norms and keeps them."

@@ -9,7 +9,11 @@ from torch import nn
 from nmlightning.callbacks.model_change import ModelChange, warn_of_forgotten
 from nmlightning.errors import InputError, check_flag
 from nmlightning.name_patterns import check_lists
-from nmlightning.recipes import (
+from nmlightning.parametrizations import WeightNorm, apply_weight_norm
+from nmlightning.parametrizations.layers import LayerKind, normalised_weights
+from nmlightning.parametrizations.optimizers import live_optimizers
+from nmlightning.parametrizations.weight_norm import Gain, Kind
+from nmlightning.surgery.recipes import (
     WEIGHT_NORM,
     Recipe,
     changed_modules,
@@ -17,11 +21,6 @@ from nmlightning.recipes import (
     note_recipe,
     recipes_of,
 )
-from nmlightning.weights.weight_norm import WeightNorm, apply_weight_norm
-from nmlightning.weights.weight_norm.gains import live_optimizers
-from nmlightning.weights.weight_norm.layer_kinds import LayerKind
-from nmlightning.weights.weight_norm.settings import Gain, Kind
-from nmlightning.weights.weight_norm.sites import normalised_weights
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl

@@ -9,16 +9,16 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from nmlightning.commands.argument_parser import ArgumentParser
-from nmlightning.commands.written_file import check_replaceable, write_file
-from nmlightning.reports.comparison import Group, choose_metric, group_runs
-from nmlightning.reports.page import GENERATOR, write_page
-from nmlightning.reports.resumed_runs import join_resumed
-from nmlightning.reports.run import find_runs, read_run
-from nmlightning.reports.table import (
+from nmlightning.commands.files import check_replaceable, write_file
+from nmlightning.reports.comparison import Group, choose_metric, group_runs, join_resumed
+from nmlightning.reports.page import (
+    GENERATOR,
     SETTING_HEADINGS,
     result_columns,
     setting_rows,
+    write_page,
 )
+from nmlightning.reports.run import find_runs, read_run
 
 _DEFAULT_PAGE = Path("comparison.html")
 

@@ -1,35 +1,243 @@
-"""`nm doctor`: what is installed, who computes which norm, and whether it is right on this machine.
+"""`nm doctor`: what is installed, which backend computes which norm, and a self-check.
 
 The first thing that a report of a bug holds: plain text, narrow enough to paste.
 """
 
+import os
+import platform
+import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 
-from nmlightning.commands.argument_parser import ArgumentParser
-from nmlightning.commands.exit_codes import FAILED_CHECK
-from nmlightning.commands.installation import (
-    Rows,
-    describe_devices,
-    describe_kernels,
-    describe_versions,
+import nmlightning
+from nmlightning.callbacks.norm_swap import choice_for
+from nmlightning.commands.argument_parser import FAILED_CHECK, ArgumentParser
+from nmlightning.kernels.cpu.build import cache_folder, is_whole, library_path
+from nmlightning.kernels.interface import Fused
+from nmlightning.norms import (
+    L1BatchNorm2d,
+    L1LayerNorm,
+    L1RMSNorm,
+    LInfBatchNorm2d,
+    LpBatchNorm2d,
+    RangeBatchNorm2d,
+    TopKBatchNorm2d,
 )
-from nmlightning.commands.norm_check import (
-    DTYPES,
-    ROUNDS,
-    TIMED,
-    Check,
-    check_norms,
-    describe_serving,
-    time_norms,
+from nmlightning.norms.batch_norm_base import BatchNormBase
+from nmlightning.norms.self_check import TOLERANCES, disagreement, exact_input, time_ratios
+
+Rows = list[tuple[str, str]]
+
+NEEDED = (
+    *("torch", "pytorch-lightning", "torchmetrics", "torchvision", "tensorboard"),
+    *("jsonargparse", "numpy", "rich"),
+)
+OPTIONAL = (
+    *("lightning", "triton", "ninja", "timm", "litdata", "onnx", "datasets"),
+    *("tokenizers", "sacrebleu"),
 )
 
-WIDTH = 100
+
+def describe_versions() -> Rows:
+    """Return the versions of this package, of Python, and of what it needs or may use."""
+    return [
+        ("nmlightning", nmlightning.__version__),
+        ("python", f"{platform.python_version()} on {platform.platform()}"),
+        ("needs", _list(NEEDED)),
+        ("may use", _list(OPTIONAL)),
+    ]
+
+
+def describe_devices() -> Rows:
+    """Return the CPU and the GPUs."""
+    threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    cpu = f"{_cpu_name()}, {threads}, {torch.backends.cpu.get_cpu_capability()}"
+    if not torch.cuda.is_available():
+        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else ""
+        return [("CPU", cpu), ("GPU", "none" + (f" ({built})" if built else ""))]
+    return [("CPU", cpu), *(("GPU", _describe_gpu(i)) for i in range(torch.cuda.device_count()))]
+
+
+def describe_kernels() -> Rows:
+    """Return whether the kernels for the CPU are built, and where."""
+    path = library_path(cache_folder())
+    if not path.exists():
+        return [("C++ kernels", "not built: nm kernels build")]
+    return [("C++ kernels", f"{path} {'' if is_whole(path) else 'is damaged: nm kernels build'}")]
+
+
+def _describe_gpu(index: int) -> str:
+    gpu = torch.cuda.get_device_properties(index)
+    memory = gpu.total_memory / 2**30
+    return f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {memory:.0f} GiB, CUDA {torch.version.cuda}"
+
+
+def _cpu_name() -> str:
+    """Return what the CPU calls itself, as far as the system tells."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _list(packages: Iterable[str]) -> str:
+    return ", ".join(f"{package} {_version(package)}" for package in packages)
+
+
+def _version(package: str) -> str:
+    if package == "torch":
+        return str(torch.__version__)  # with what it is built for
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "–"
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+WIDTH = 64
+CHECKED, TIMED = (
+    {4: (16, WIDTH, 8, 16), 2: (128, WIDTH)},
+    {4: (32, WIDTH, 28, 28), 2: (4096, 256)},
+)
+LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+ROUNDS = 12
+
+
+class Subject(NamedTuple):
+    """A norm that is checked: torch's of the same kind, the dimensions of its input."""
+
+    name: str
+    make: Callable[[int], nn.Module]
+    torchs: type[nn.Module] = nn.BatchNorm2d
+    dims: int = 4
+    timed: bool = True
+
+
+def _fused(norm: type[BatchNormBase], fused: Fused) -> Callable[[int], nn.Module]:
+    """Return what makes a norm that does the ReLU, or the addition and the ReLU, behind it."""
+
+    def make(width: int) -> nn.Module:
+        layer = norm(width)
+        layer.fused = fused
+        return layer
+
+    return make
+
+
+SUBJECTS = (
+    Subject("L1 batch norm", L1BatchNorm2d),
+    Subject("L1 and ReLU", _fused(L1BatchNorm2d, "relu"), timed=False),
+    Subject("L1, addition and ReLU", _fused(L1BatchNorm2d, "add_relu"), timed=False),
+    Subject("L∞ batch norm", LInfBatchNorm2d),
+    Subject("Top(10) batch norm", TopKBatchNorm2d),
+    Subject("Lp batch norm, p = 3", lambda width: LpBatchNorm2d(width, p=3.0), timed=False),
+    Subject("range batch norm", RangeBatchNorm2d, timed=False),
+    Subject("L1 layer norm", L1LayerNorm, nn.LayerNorm, 2),
+    Subject("L1 RMS norm", L1RMSNorm, nn.RMSNorm, 2),
+)
+
+
+Answer = tuple[str, str]
+"""A backend, and the reason why it is that."""
+
+
+class Serving(NamedTuple):
+    """The backend of each norm in each of `DTYPES`, with a mark, and the reason of each mark."""
+
+    cells: Mapping[str, list[str]]
+    reasons: Mapping[str, str]
+
+
+class Check(NamedTuple):
+    """How far a norm is from its formula in float64, as a share of the largest value."""
+
+    subject: str
+    backend: str
+    dtype: torch.dtype
+    layout: str
+    error: float
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is further than the dtype's rounding explains, or not a number."""
+        return not self.error <= TOLERANCES[self.dtype]
+
+
+def describe_serving(device: str) -> Serving:
+    """Return who computes each norm on a type of device, and why where it is the formula."""
+    marks: dict[str, str] = {}
+    cells = {
+        subject.name: [_describe(_choices(subject, dtype, device), marks) for dtype in DTYPES]
+        for subject in SUBJECTS
+    }
+    return Serving(cells, {mark: reason for reason, mark in marks.items()})
+
+
+def check_norms(device: str) -> Iterator[Check]:
+    """Yield a check for each norm, dtype and layout."""
+    for subject in SUBJECTS:
+        for dtype in TOLERANCES:
+            for layout, x in _inputs(subject, dtype, device):
+                layer = subject.make(WIDTH).to(device)
+                backend = choice_for(layer, x).backend
+                yield Check(subject.name, backend, dtype, layout, disagreement(layer, x))
+
+
+def time_norms(device: str) -> Iterator[tuple[Subject, float, float, float]]:
+    """Yield each norm that has kernels, and the quartiles of its time against torch's norm."""
+    for subject in (subject for subject in SUBJECTS if subject.timed):
+        x = torch.randn(TIMED[subject.dims], device=device)
+        layer, torchs = (make(x.shape[1]).to(device) for make in (subject.make, subject.torchs))
+        low, middle, high = _quartiles(time_ratios(layer, torchs, x, ROUNDS))
+        yield subject, low, middle, high
+
+
+def _inputs(subject: Subject, dtype: torch.dtype, device: str) -> Iterator[tuple[str, Tensor]]:
+    x = exact_input(CHECKED[subject.dims], dtype, device)
+    if subject.dims == 2:
+        yield "", x
+    else:
+        for layout, memory_format in LAYOUTS.items():
+            yield layout, x.contiguous(memory_format=memory_format)
+
+
+def _choices(subject: Subject, dtype: torch.dtype, device: str) -> dict[Answer, list[str]]:
+    """Return the layouts by the backend that is chosen for them and the reason."""
+    choices: dict[Answer, list[str]] = {}
+    for layout, x in _inputs(subject, dtype, device):
+        choice = choice_for(subject.make(WIDTH), x)
+        choices.setdefault((choice.backend, choice.reason), []).append(layout)
+    return choices
+
+
+def _describe(choices: Mapping[Answer, list[str]], marks: dict[str, str]) -> str:
+    """Return the backends, with the layouts where these differ, and a mark for each reason."""
+    words = []
+    for (backend, reason), layouts in choices.items():
+        mark = marks.setdefault(reason, str(len(marks) + 1)) if reason else ""
+        where = f" ({', '.join(layouts)})" if len(choices) > 1 else ""
+        words.append(f"{backend}{_raised(mark)}{where}")
+    return ", ".join(words)
+
+
+def _raised(mark: str) -> str:
+    return mark.translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def _quartiles(ratios: list[float]) -> list[float]:
+    return statistics.quantiles(ratios, n=4, method="inclusive")
+
+
+WIDTH_doctor = 100
 
 
 def run(arguments: list[str]) -> int:
@@ -40,7 +248,7 @@ def run(arguments: list[str]) -> int:
         "the result of a self-check: forward and backward against the formula in float64, and the "
         "time against torch's norms. It takes about ten seconds. Paste it into a bug report.",
     ).parse_args(arguments)
-    console = Console(width=WIDTH, highlight=False)
+    console = Console(width=WIDTH_doctor, highlight=False)
     _print_rows(console, [*describe_versions(), *describe_devices(), *describe_kernels()])
     wrong = False
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):

@@ -18,7 +18,7 @@ def run(arguments: list[str]) -> int:
         InputError: no compiler or ninja, or another reason why nothing can be built.
     """
     action = _parse(arguments).action
-    from nmlightning.norms.kernels.cpu.library import cache_folder
+    from nmlightning.kernels.cpu.build import cache_folder
 
     {"build": _build, "show": _show, "remove": _remove}[action](cache_folder())
     return 0
@@ -37,8 +37,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _build(folder: Path) -> None:
-    from nmlightning.norms.kernels.cpu.build import build_library, check_folder, check_toolchain
-    from nmlightning.norms.kernels.cpu.library import is_whole, library_path
+    from nmlightning.kernels.cpu.build import (
+        build_library,
+        check_folder,
+        check_toolchain,
+        is_whole,
+        library_path,
+    )
 
     path = library_path(folder)
     if is_whole(path):
@@ -53,7 +58,7 @@ def _build(folder: Path) -> None:
 
 
 def _show(folder: Path) -> None:
-    from nmlightning.norms.kernels.cpu.library import is_whole, library_path
+    from nmlightning.kernels.cpu.build import is_whole, library_path
 
     path = library_path(folder)
     if is_whole(path):
@@ -68,7 +73,7 @@ def _show(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    from nmlightning.norms.kernels.cpu.build import remove_libraries
+    from nmlightning.kernels.cpu.build import remove_libraries
 
     removed = remove_libraries(folder)
     for path in removed:

@@ -1,13 +1,234 @@
-"""The argument parser of `nm`: shipped configs by name, errors as one line."""
+"""The argument parser of the training commands: shipped configs by name, errors as one line.
 
-from typing import Any, NoReturn
+The account is a tree of attempts. Its first branch is what the user meant: the keys and classes on
+the way to the first complaint say where, and the complaint says what.
+"""
 
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from typing import Any, NamedTuple, NoReturn
+
+import torch
 from jsonargparse import ActionConfigFile
+from pytorch_lightning import Callback, LightningDataModule, LightningModule
 from pytorch_lightning.cli import LightningArgumentParser
+from pytorch_lightning.loggers import Logger
+from torch.optim.lr_scheduler import LRScheduler
 
-from nmlightning.commands.config_files import find_config, is_config_text
-from nmlightning.commands.parse_errors import explain_parse_error
-from nmlightning.errors import InputError
+from nmlightning.commands.files import find_config, is_config_text, shipped_configs
+from nmlightning.errors import InputError, nearest
+
+# What a key holds, by its last word: any class of this kind may be meant by a misspelt name.
+KINDS: dict[str, type] = {
+    "model": LightningModule,
+    "data": LightningDataModule,
+    "callbacks": Callback,
+    "logger": Logger,
+    "net": torch.nn.Module,
+    "optimizer": torch.optim.Optimizer,
+    "lr_scheduler": LRScheduler,
+}
+# What is offered first; of the other kinds all classes are.
+OURS = {
+    "model": ["ImageClassifier"],
+    "data": ["CIFAR10", "Digits", "ImageNet"],
+    "callbacks": ["NormSwap", "WeightNormSwap", "WeightNormTracker"],
+    "net": ["CifarResNet", "ResNet50", "nmlightning.models.VGG"],
+    "steering": [
+        "DecayEquivalentLR",
+        "Hyperball",
+        "LRCorrection",
+        "NormSchedule",
+        "RadialProjection",
+    ],
+}
+EXPLAINED = 'Parser key "config": '
+GIVEN_BY_THE_TASK = ("params", "optimizer")  # as the first argument, of optimizer and scheduler
+
+
+class Place(NamedTuple):
+    """Where a complaint was met: its key, the class there, the plain types tried before it."""
+
+    key: str = ""
+    class_path: str = ""
+    types: tuple[str, ...] = ()
+
+    def after(self, line: str) -> "Place":
+        """Return the place that `line` of the account leads to."""
+        keys = re.findall(r'Parser key "([^"]+)"', line)
+        class_paths = re.findall(r"class_path[= ]'([^']+)'", line)
+        plain = re.findall(r"- Expected an? (<class .+>)$", line)
+        return Place(
+            ".".join([self.key, *keys]).lstrip("."),
+            class_paths[-1] if class_paths else self.class_path,
+            (*self.types, *map(_type_name, plain)),
+        )
+
+
+def explain_parse_error(message: str, options: Iterable[str]) -> str:
+    """Return one line for jsonargparse's `message`: the key, what was given, what is allowed.
+
+    Args:
+        message: what jsonargparse passed to `ArgumentParser.error`.
+        options: every key of the command, without dashes, such as `trainer.max_epochs`.
+    """
+    if message.startswith(EXPLAINED):  # by the call for what is inside the config
+        return message.removeprefix(EXPLAINED)
+    place = Place()
+    for line in message.splitlines():
+        place = place.after(line)
+        for pattern, explain in _COMPLAINTS.items():
+            if place.key and (complaint := re.search(pattern, line)):
+                return explain(place, *complaint.groups())
+    return _explain_option(message, list(options)) or _explain_value(place.key, message)
+
+
+def _unknown_argument(place: Place, argument: str) -> str:
+    allowed = _arguments_of(place.class_path)
+    name = place.class_path.rpartition(".")[2]
+    if not allowed:  # The base class is all that is known so far.
+        return (
+            f"{place.key} has no option {argument!r} before its class is known; put --config, or "
+            f"--{place.key} with a class, in front of it."
+        )
+    takes = f"{name} takes {', '.join(allowed)}"
+    return f"{place.key} has no option {argument!r}; {takes}.{nearest(argument, allowed)}"
+
+
+def _arguments_of(class_path: str) -> list[str]:
+    module, _, name = class_path.rpartition(".")
+    arguments = inspect.signature(getattr(import_module(module), name)).parameters.values()
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    names = [argument.name for argument in arguments if argument.kind in named]
+    return names[1:] if names[:1] and names[0] in GIVEN_BY_THE_TASK else names
+
+
+def _missing_argument(place: Place, arguments: str) -> str:
+    return f"{place.key}: {place.class_path.rpartition('.')[2]} needs {arguments}."
+
+
+def _unknown_class(place: Place, name: str) -> str:
+    if place.types and _last_word(place.key) not in KINDS:
+        return f"{place.key}: expected {' or '.join(place.types)}, received {name!r}."
+    return f"{place.key}: there is no class {name!r}{_classes_instead(place.key, name)}"
+
+
+def _not_importable(place: Place, reason: str) -> str:
+    name = place.class_path.rpartition(".")[2]
+    instead = _classes_instead(place.key, name)
+    return f"{place.key}: cannot import {place.class_path!r} ({reason}){instead}"
+
+
+def _classes_instead(key: str, name: str) -> str:
+    """Return which classes the key takes, and the one that a misspelt name is nearest to."""
+    word = _last_word(key)
+    names = _subclasses(KINDS[word]) if word in KINDS else OURS.get(word, [])
+    if not names:
+        return "; give a class path."
+    known = {found.lower(): found for found in names}
+    offered = ", ".join(OURS.get(word) or sorted(known.values()))
+    hint = re.sub(r"'(\w+)'", lambda found: repr(known[found[1]]), nearest(name.lower(), known))
+    return f"; give {offered} or a class path.{hint}"
+
+
+def _last_word(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _subclasses(base: type) -> set[str]:
+    children: list[type] = base.__subclasses__()
+    public = {child.__name__ for child in children if not child.__name__.startswith("_")}
+    return public.union(*map(_subclasses, children))
+
+
+def _ambiguous_class(place: Place, name: str, class_paths: str) -> str:
+    return f"{place.key}: there are several classes {name!r}; give one of {class_paths}."
+
+
+def _wrong_class(place: Place, class_path: str, base: str) -> str:
+    return f"{place.key}: {class_path!r} is no subclass of {base}."
+
+
+def _wrong_type(place: Place, expected: str, value: str) -> str:
+    return _expected(place.key, _type_name(expected), value, expected)
+
+
+_COMPLAINTS: dict[str, Callable[..., str]] = {
+    r"Option '([^']+)' is not accepted": _unknown_argument,
+    r"arguments are required: (.+)": _missing_argument,
+    r"Expected a dot import path string: (\S+)": _unknown_class,
+    r"(?:Not a valid subclass of \w+|import path or .*)\. Got value: (.+)": _unknown_class,
+    r"(No module named '.+'|module '.+' has no attribute '.+')": _not_importable,
+    r"Multiple subclasses with name (\w+)\..*: (.+)\.$": _ambiguous_class,
+    r"Import path (\S+) does not correspond to a subclass of (\w+)": _wrong_class,
+    r"Expected an? (.+?)\. Got value: (.+?)(?:\. Got value: .*)?$": _wrong_type,
+}
+
+
+def _explain_option(message: str, options: list[str]) -> str:
+    """Return the line for an option that the command does not have, or `""`."""
+    if missing := re.search(r"arguments are required: (.+)", message):
+        example = next(iter(shipped_configs()), "my.yaml")
+        keys = ", ".join(f"--{key.partition('.')[2]}" for key in missing[1].split(", "))
+        return f"required: {keys}; or give a config that has them, such as --config {example}."
+    unknown = re.search(r"unrecognized arguments: (\S+)|does not accept option '([^']+)'", message)
+    if not unknown:
+        return ""
+    given = (unknown[1] or unknown[2]).partition("=")[0]
+    if unknown[1] and not given.startswith("-"):
+        return f"unexpected argument {given!r}; options start with --."
+    dashes, name = ("--", given.lstrip("-")) if unknown[1] else ("", given)
+    hint = nearest(name, _candidates(name, options)).replace("'", f"'{dashes}", 1)
+    return f"there is no option '{dashes}{name}'.{hint}"
+
+
+def _candidates(name: str, options: list[str]) -> list[str]:
+    """Return what `name` may have meant; of keys under `model.` the first word alone is known."""
+    head, dot, rest = name.partition(".")
+    heads = {option.partition(".")[0] for option in options}
+    groups = {option.partition(".")[0] for option in options if "." in option} | {"model", "data"}
+    return options if head in heads else [*options, *(f"{other}{dot}{rest}" for other in groups)]
+
+
+def _explain_value(key: str, message: str) -> str:
+    """Return the line for a value of no allowed type; else what the first attempt ended with."""
+    value = re.search(r"Given value: (?!NestedArg)(.+)", message)
+    tried = re.findall(r"Expected an? (?!path)(.+)", message)
+    if not (key and value and tried):
+        first_attempt = message.partition("- Expected a <class 'NoneType'>")[0].strip()
+        reason = first_attempt.splitlines()[-1].strip(" -") if key else message
+        return " ".join([f"{key}:" if key else "", *reason.split()]).strip()
+    if "Not a valid subclass of" in message:
+        return _unknown_class(Place(key), value[1])
+    types = [
+        name for name in dict.fromkeys(map(_type_name, tried)) if not name.startswith("one of")
+    ]
+    literals = _literals(" ".join(tried))
+    if literals:
+        types.insert(0, f"one of {', '.join(map(repr, literals))}")
+    return _expected(key, " or ".join(types), value[1], message)
+
+
+def _expected(key: str, types: str, value: str, account: str) -> str:
+    return f"{key}: expected {types}, received {value!r}.{nearest(value, _literals(account))}"
+
+
+def _literals(account: str) -> list[str]:
+    literals = re.findall(r"Literal\[(.+?)\]", account)
+    return list(dict.fromkeys(re.findall(r"'([^']*)'", ", ".join(literals))))
+
+
+def _type_name(name: str) -> str:
+    """Return `int` for `<class 'int'>` and `one of 'a', 'b'` for `typing.Literal['a', 'b']`.
+
+    >>> _type_name("<class 'NoneType'>")
+    'null'
+    """
+    name = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", name)
+    name = re.sub(r"typing\.Literal\[(.+)\]", r"one of \1", name)
+    return {"NoneType": "null", "Iterable": "a list"}.get(name, name)
 
 
 class Parser(LightningArgumentParser):

@@ -1,11 +1,18 @@
-"""What `nm` tells a person: where a run is kept, how it went, and how to go on.
+"""The report of a run: its folder, its results, how to resume, without noise.
 
 Only the first of several processes prints.
+
+Warnings of our own code are a line that begins with `nm:`, without the line of code. Only `nm` is
+quiet: under another Trainer our callbacks and modules silence nothing.
 """
 
+import logging
 import shlex
+import sys
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from nmlightning.reports.words import format_seconds, format_value
+from nmlightning.reports.formatting import format_seconds, format_value
 
 STAGES = ("train", "val", "test")
 
@@ -154,3 +161,70 @@ def _cell(metric: str, values: Mapping[str, float]) -> str:
 def _print(text: str = "") -> None:
     # Paths are to be copied: never wrapped.
     Console().print(text, soft_wrap=True, highlight=False)
+
+
+# Pieces of warnings, as regular expressions for the beginning of the text.
+SILENCED = [
+    # Our images lie in memory; workers would copy what is already there.
+    r"The '\w+' does not have many workers",
+    # Every fit has a folder of its own, so a resumed run never finds its old one.
+    r"The dirpath has changed from",
+    # The chosen precision is announced once, by ourselves.
+    r"You passed `Trainer\(accelerator='cpu', precision='16-mixed'\)`",
+    # The summary then counts 32 bits a parameter, which is what mixed precision keeps.
+    r"Precision bf16-mixed is not supported by the model summary",
+    # Ten digits batches an epoch are fewer than the 50 steps between two log entries.
+    r"The number of training batches \(\d+\) is smaller than the logging interval",
+    # Lightning asks torch for the leaves of a tree in the old way; nothing the user wrote.
+    r".*isinstance\(treespec, LeafSpec\).* is deprecated",
+    # A run resumed after its last epoch has nothing left to do, which the table shows.
+    r"You're resuming from a checkpoint that ended before the epoch ended",
+]
+# Advertisements, a line for each kind of device, and what the report says again: all below WARNING.
+CHATTY = [
+    *("pytorch_lightning", "lightning_fabric"),
+    *("lightning", "lightning.pytorch", "lightning.fabric"),
+]
+# They say through Lightning's loggers what was swapped or normalised, how the learning rate was
+# scaled, and the BLEU to publish.
+OURS = ("NormSwap", "WeightNormSwap", "ImageClassifier", "Translator")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what is listed above, and nothing else, while the body runs."""
+    handlers = [handler for name in CHATTY for handler in logging.getLogger(name).handlers]
+    with warnings.catch_warnings():
+        for message in SILENCED:
+            warnings.filterwarnings("ignore", message)
+        # LightningCLI calls jsonargparse by names that jsonargparse will drop in version 5.
+        warnings.filterwarnings(
+            "ignore", category=DeprecationWarning, module="pytorch_lightning.cli"
+        )
+        _show_ours_as_a_line()
+        for handler in handlers:
+            handler.addFilter(_is_of_use)
+        try:
+            yield
+        finally:
+            for handler in handlers:
+                handler.removeFilter(_is_of_use)
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or record.getMessage().startswith(OURS)
+
+
+def _show_ours_as_a_line() -> None:
+    """Print warnings that arise in this package without place and code; the others as before."""
+    package, show = Path(__file__).parents[1], warnings.showwarning
+
+    def show_short(
+        message: Warning | str, category: type[Warning], filename: str, *place: Any, **options: Any
+    ) -> None:
+        if package in Path(filename).parents:
+            print(f"nm: {' '.join(str(message).split())}", file=sys.stderr)
+        else:
+            show(message, category, filename, *place, **options)
+
+    warnings.showwarning = show_short

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from nmlightning.commands.argument_parser import ArgumentParser
 from nmlightning.datamodules.decoded_images import Damaged
 from nmlightning.datamodules.image_folder import FolderImages, common_classes
-from nmlightning.datamodules.shard_writer import ShardWriter
+from nmlightning.datamodules.image_shards import ShardWriter
 from nmlightning.errors import InputError, check_whole_number
 
 PARTS = ("train", "val")

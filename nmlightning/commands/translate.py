@@ -1,10 +1,26 @@
 """`nm translate`: lines of text through a checkpoint."""
 
 import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
 from nmlightning.commands.argument_parser import ArgumentParser
+from nmlightning.commands.checkpoint import SavedModule
+from nmlightning.commands.run_report import print_notice, quiet
 from nmlightning.errors import InputError
+from nmlightning.name_patterns import some
+from nmlightning.parametrizations.apply import remove_weight_norm
+from nmlightning.surgery.recipes import WEIGHT_NORM, recipes_of
+from nmlightning.translation.inference import LineOptions, translate_lines
+from nmlightning.translation.sources import decode_line
+from nmlightning.translation.task import Translator
 
 
 def run(arguments: list[str]) -> int:
@@ -16,7 +32,7 @@ def run(arguments: list[str]) -> int:
     given = _parse(arguments)
     if not given.checkpoint.is_file():
         raise InputError(f"there is no checkpoint {str(given.checkpoint)!r} in {Path.cwd()}.")
-    from nmlightning.commands.translating import translate  # torch, which takes seconds
+    pass
 
     translate(given)
     return 0
@@ -62,3 +78,82 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "--config", help="a config whose model counts instead of what the checkpoint says"
     )
     return parser.parse_args(arguments)
+
+
+INPUT = "the input"
+LINES_AT_ONCE = 10_000  # sorted by length together, and written together
+
+
+def translate(given: argparse.Namespace) -> None:
+    """Load the checkpoint, then translate what comes by standard input.
+
+    Raises:
+        InputError: a checkpoint that translates nothing, a device that is not there, a line that is
+            not UTF-8.
+    """
+    options = LineOptions(
+        given.tokens_a_batch, given.max_length, given.beam_size, given.length_penalty
+    )
+    with quiet():
+        task = _load(given)
+    try:
+        if sys.stdin.isatty():
+            _translate_typed(task, options)
+        else:
+            _translate_all(task, options)
+    except BrokenPipeError:  # who reads, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _load(given: argparse.Namespace) -> Translator:
+    task = SavedModule(given.checkpoint, given.config).load()
+    if not isinstance(task, Translator):
+        raise InputError(
+            f"{str(given.checkpoint)!r} is of {type(task).__name__}, which does not translate."
+        )
+    if recipes_of(task, WEIGHT_NORM):
+        remove_weight_norm(task)  # the same weights, without computing them at each token
+    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return task.eval().to(device, getattr(torch, given.dtype))
+    except (RuntimeError, AssertionError) as error:  # torch's two ways to say so
+        raise InputError(f"--device {device}: {str(error).split('. ')[0]}.") from error
+
+
+def _translate_typed(task: Translator, options: LineOptions) -> None:
+    """Answer each line as it is typed."""
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        found, _ = translate_lines(task, [decode_line(line, number, INPUT)], options)
+        _write(found)
+
+
+def _translate_all(task: Translator, options: LineOptions) -> None:
+    lines = [decode_line(line, n, INPUT) for n, line in enumerate(sys.stdin.buffer, 1)]
+    cut: list[int] = []
+    with _progress(len(lines)) as advance:
+        for start in range(0, len(lines), LINES_AT_ONCE):
+            part = lines[start : start + LINES_AT_ONCE]
+            found, cut_here = translate_lines(task, part, options, advance)
+            cut += [start + row for row in cut_here]
+            _write(found)
+    if cut:
+        numbers = some([str(row + 1) for row in cut])
+        print_notice(
+            f"{len(cut)} of {len(lines)} lines have more than {options.max_length} tokens, and "
+            f"their ends were left out: {numbers}."
+        )
+
+
+def _write(lines: Sequence[str]) -> None:
+    text = "".join(line.replace("\n", " ") + "\n" for line in lines)
+    sys.stdout.buffer.write(text.encode("utf-8"))
+    sys.stdout.buffer.flush()
+
+
+@contextmanager
+def _progress(lines: int) -> Iterator[Callable[[int], object]]:
+    """Show on stderr how many lines are done; yield what to call with how many more are."""
+    columns = (TextColumn("translating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=lines)
+        yield lambda count: progress.advance(task, count)

@@ -6,10 +6,8 @@ import torch
 from torchvision.datasets import CIFAR10 as Files
 from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
-from nmlightning.datamodules.batch_transform import BatchTransform
 from nmlightning.datamodules.batches import Augmentation
-from nmlightning.datamodules.image_data import ImageData
-from nmlightning.datamodules.in_memory import LabelledImages
+from nmlightning.datamodules.image_data import BatchTransform, ImageData, LabelledImages
 from nmlightning.errors import InputError, check_flag
 
 # Over all pixels of the 50,000 training images, scaled to 0 … 1; computed from them in the tests.

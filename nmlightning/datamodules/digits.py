@@ -3,10 +3,8 @@
 import torch
 from torch.nn import functional as F
 
-from nmlightning.datamodules.batch_transform import BatchTransform
 from nmlightning.datamodules.batches import Augmentation
-from nmlightning.datamodules.image_data import ImageData
-from nmlightning.datamodules.in_memory import LabelledImages
+from nmlightning.datamodules.image_data import BatchTransform, ImageData, LabelledImages
 from nmlightning.errors import check_whole_number
 
 ORIGINAL_SIZE = 8

@@ -1,11 +1,20 @@
-"""What the data modules of images share: their loaders, and the arithmetic on the device."""
+"""The base of the data modules of images: loaders, and batches transformed on the device.
+
+The host only picks rows; `BatchTransform` does the arithmetic on the training device. Images that
+lie on that device are `ResidentImages`.
+
+The numbers that were drawn for an epoch go to the device in one copy; after that nothing travels.
+"""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from nmlightning.datamodules.batch_transform import BatchTransform
 from nmlightning.datamodules.batches import (
     NO_AUGMENTATION,
     Augmentation,
@@ -17,12 +26,171 @@ from nmlightning.datamodules.batches import (
     images_a_batch,
     training_batches,
 )
-from nmlightning.datamodules.in_memory import LabelledImages
-from nmlightning.datamodules.precision import input_dtype
-from nmlightning.datamodules.resident_images import ResidentImages
-from nmlightning.datamodules.resumable_data import ResumableData
-from nmlightning.datamodules.training_batches import TrainingBatches
+from nmlightning.datamodules.training_batches import ResumableData, TrainingBatches
 from nmlightning.errors import check_flag, check_whole_number
+
+
+class LabelledImages(NamedTuple):
+    """Images (N, C, H, W) uint8 and their labels (N,) int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    @property
+    def length(self) -> int:
+        return len(self.labels)
+
+    @property
+    def shard_size(self) -> int:
+        return 1
+
+    @property
+    def digest(self) -> str:
+        return ""  # these sets are published ones, always the same
+
+    def batches(self, draws: Iterable[Draw]) -> Iterator[RawBatch]:
+        """Yield the batch of each draw, in their order."""
+        for draw in draws:
+            images, labels = self.images[draw.rows], self.labels[draw.rows]
+            yield RawBatch(images, labels, draw.corners, draw.flips)
+
+
+class ResidentImages:
+    """Labelled images on a device, with every crop of every image as a view.
+
+    They take N·C·(H + 2·pad)·(W + 2·pad) bytes there, and twice that if they are mirrored: the
+    mirror images lie behind the others, so that a flip is another row of the same gather.
+
+    Args:
+        source: the images (N, C, H, W) uint8 and their labels.
+        augmentation: what may be drawn for an image.
+        device: where the batches are wanted.
+
+    Attributes:
+        source: as given.
+        windows: the view (N or 2N, C, 2·pad + 1, 2·pad + 1, H, W).
+        labels: (N or 2N,), on the device.
+    """
+
+    def __init__(
+        self,
+        source: LabelledImages,
+        augmentation: Augmentation = NO_AUGMENTATION,
+        device: torch.device | None = None,
+    ) -> None:
+        self.source = source
+        self.augmentation = augmentation
+        self.device = device or torch.device("cpu")
+        height, width = source.images.shape[-2:]
+        images, self.labels = (tensor.to(self.device) for tensor in source)
+        padded = F.pad(images, (augmentation.pad,) * 4)
+        if augmentation.flip:
+            padded = torch.cat([padded, padded.flip(-1)])
+            self.labels = self.labels.repeat(2)
+        self.windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+
+    @property
+    def length(self) -> int:
+        return self.source.length
+
+    @property
+    def shard_size(self) -> int:
+        return self.source.shard_size
+
+    @property
+    def digest(self) -> str:
+        return self.source.digest
+
+    def batches(self, draws: Iterable[Draw]) -> Iterator[RawBatch]:
+        """Yield the batch of each draw, cropped and mirrored already, in their order."""
+        drawn = list(draws)
+        if not drawn:
+            return
+        places = self._places(drawn).to(self.device)
+        sizes = [len(draw.rows) for draw in drawn]
+        columns = (*places, self.labels[places[0]])
+        parts = (torch.split(column, sizes) for column in columns)
+        for rows, tops, lefts, labels in zip(*parts, strict=True):
+            yield RawBatch(self.windows[rows, :, tops, lefts], labels)
+
+    def _places(self, drawn: list[Draw]) -> Tensor:
+        """Return where in `windows` the images of all draws are: rows, tops and lefts (3, B)."""
+        rows = torch.cat([draw.rows for draw in drawn])
+        corners = [draw.corners for draw in drawn if draw.corners is not None]
+        flips = [draw.flips for draw in drawn if draw.flips is not None]
+        if not corners or not flips:
+            middle = torch.full_like(rows, self.augmentation.pad)
+            return torch.stack([rows, middle, middle])
+        tops, lefts = torch.cat(corners).unbind(1)
+        mirrored = torch.cat(flips)
+        # A mirror image is cropped as far from the right as the image is from the left.
+        lefts = torch.where(mirrored, 2 * self.augmentation.pad - lefts, lefts)
+        return torch.stack([rows + self.length * mirrored, tops, lefts])
+
+
+def input_dtype(trainer: pl.Trainer | None) -> torch.dtype:
+    """Return the type of the trained module: float32, unless the precision is `16-true` or so."""
+    dtype = trainer.lightning_module.dtype if trainer else torch.float32
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+class BatchTransform:
+    """Turns a `RawBatch` into `(x, y)`: x = (crop(images) / 255 − mean) / std, (N, C, H, W).
+
+    Args:
+        mean: a value per channel, of images scaled to 0 … 1.
+        std: likewise.
+        pad: pixels of zeros around an image before it is cropped.
+    """
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], pad: int) -> None:
+        self.mean = mean
+        self.std = std
+        self.pad = pad
+        self._constants: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def __call__(
+        self, batch: RawBatch, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        images = batch.images
+        if batch.corners is not None:
+            images = crop(images, batch.corners, self.pad)
+        if batch.flips is not None:
+            images = mirror(images, batch.flips)
+        scale, shift = self._scale_and_shift(images.device, dtype)
+        # In three operations, since one of uint8 with a float takes twice as long on a CPU.
+        return images.to(dtype).mul_(scale).add_(shift), batch.labels
+
+    def _scale_and_shift(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return 1 / (255·std) and −mean / std as (1, C, 1, 1), copied to each device once."""
+        if (device, dtype) not in self._constants:
+            mean, std = (
+                torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1)
+                for values in (self.mean, self.std)
+            )
+            scale, shift = 1 / (255 * std), -mean / std
+            self._constants[device, dtype] = scale.to(device, dtype), shift.to(device, dtype)
+        return self._constants[device, dtype]
+
+
+def crop(images: Tensor, corners: Tensor, pad: int) -> Tensor:
+    """Return each image (N, C, H, W) padded with zeros and cut back to H×W.
+
+    `corners` (N, 2) are the rows and columns, 0 … 2·pad, of the top left pixels; pad is the middle.
+    """
+    height, width = images.shape[-2:]
+    padded = F.pad(images, (pad, pad, pad, pad))
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view (N, C, 2p+1, 2p+1, H, W)
+    every = torch.arange(len(images), device=images.device)
+    return windows[every, :, corners[:, 0], corners[:, 1]]
+
+
+def mirror(images: Tensor, flips: Tensor) -> Tensor:
+    """Return the images (N, C, H, W) mirrored left to right where `flips` (N,) is True."""
+    both = torch.cat([images, images.flip(-1)])  # picking rows is 4 times as fast as torch.where
+    every = torch.arange(len(images), device=images.device)
+    return both.index_select(0, every + len(images) * flips)
 
 
 class ImageData(ResumableData, ABC):

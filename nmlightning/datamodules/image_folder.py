@@ -8,8 +8,7 @@ from pathlib import Path
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from nmlightning.datamodules.decoded_images import Damaged
-from nmlightning.datamodules.encoded_image import EncodedImage, digest_of, printable
+from nmlightning.datamodules.decoded_images import Damaged, EncodedImage, digest_of, printable
 from nmlightning.errors import InputError
 
 MENTIONED = 3  # names in an error

@@ -7,11 +7,9 @@ from lightning_fabric.utilities.data import suggested_max_num_workers
 from torch import nn
 from torchvision.transforms import v2
 
-from nmlightning.datamodules.batch_transform import BatchTransform
 from nmlightning.datamodules.batches import NO_AUGMENTATION
-from nmlightning.datamodules.decoded_images import Damaged, DecodedImages
-from nmlightning.datamodules.encoded_image import EncodedImages
-from nmlightning.datamodules.image_data import ImageData
+from nmlightning.datamodules.decoded_images import Damaged, DecodedImages, EncodedImages
+from nmlightning.datamodules.image_data import BatchTransform, ImageData
 from nmlightning.datamodules.image_folder import FolderImages, common_classes
 from nmlightning.datamodules.image_shards import (
     REMOTE,

@@ -1,4 +1,4 @@
-"""Training batches of any data, whose order follows from a seed and which a resumed run continues.
+"""Training batches in an order that follows from a seed, by process, and resumed from checkpoints.
 
 The loaders are plain iterables and shard themselves, so Lightning neither replaces their sampler
 nor asks for workers.
@@ -7,7 +7,7 @@ nor asks for workers.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
-from typing import Any, Generic, NoReturn, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, Protocol, TypeVar
 
 import numpy as np
 import pytorch_lightning as pl
@@ -168,3 +168,46 @@ def _batches_done(trainer: pl.Trainer) -> int:
 def _epoch_is_finished(trainer: pl.Trainer) -> bool:
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress
     return bool(progress.is_last_batch and progress.current.processed == progress.current.ready)
+
+
+class Shard(NamedTuple):
+    """Which part of every epoch this process reads."""
+
+    rank: int = 0
+    world_size: int = 1
+
+
+WHOLE_SET = Shard()
+
+
+def shard_of(trainer: pl.Trainer | None) -> Shard:
+    """Return this process's part under a trainer; everything without one."""
+    ranks = trainer.distributed_sampler_kwargs if trainer else None
+    return Shard(ranks["rank"], ranks["num_replicas"]) if ranks else WHOLE_SET
+
+
+class ResumableData(pl.LightningDataModule):
+    """A data module with which a resumed run goes on with the order that it began.
+
+    Within an epoch that is with the very next batch. Lightning's checkpoint holds how many batches
+    of the epoch are done, and the state of this module what their order follows from.
+
+    Attributes:
+        sampler: of the latest training loader, by which each sets it.
+        interrupted: the state of the sampler of the run that is resumed, if any.
+    """
+
+    sampler: ResumableOrder | None = None
+    interrupted: OrderState | None = None
+
+    def state_dict(self) -> OrderState:
+        """Return the seed of the order, what the data are and how they are batched."""
+        return self.sampler.state_dict() if self.sampler else {}
+
+    def load_state_dict(self, state_dict: OrderState) -> None:
+        """Let the next training loader go on with the order of the run that was interrupted."""
+        self.interrupted = dict(state_dict)
+
+    def teardown(self, stage: str) -> None:
+        """Forget the interrupted run: the next one may be another."""
+        self.interrupted = None

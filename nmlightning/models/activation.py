@@ -1,11 +1,40 @@
-"""The activations that a network may have, and the initialisation that fits each."""
+"""The activations of a network, the initialisation that fits each, and TReLU."""
 
+import math
 from typing import Literal
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from nmlightning.errors import check_choice
-from nmlightning.models.translated_relu import TReLU
+
+MEAN = 1 / math.sqrt(2 * math.pi)
+STD = math.sqrt((1 - 1 / math.pi) / 2)
+
+
+class TReLU(nn.Module):
+    """Translated ReLU: it keeps mean 0 and variance 1 where no norm divides by a scale.
+
+        y = (max(z, 0) − m) / s,    m = 1/√(2π) = 0.3989,    s = √(½ (1 − 1/π)) = 0.5838
+
+    For a standard normal z with density φ, E max(z, 0) = ∫₀^∞ z φ(z) dz = φ(0) = 1/√(2π) = m, and
+    E max(z, 0)² = ½ E z² = ½ by symmetry, so the variance is ½ − m² = ½ (1 − 1/π) = s². Any shape,
+    in the input's dtype. The gradient is 1/s where z > 0, and 0 elsewhere, also at 0. There is no
+    in-place form: the backward of the maximum needs its output, which the translation replaces.
+
+    Source: Arpit et al. 2016 (arXiv 1603.01431); Hoffer et al. 2018 (arXiv 1803.01814) have it in
+    networks with normalised weights.
+
+    Example:
+        >>> import torch
+        >>> TReLU()(torch.tensor([-1.0, 0.0, 1.0]))
+        tensor([-0.6834, -0.6834,  1.0297])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        # The difference is this function's own and nothing of it is kept, so it may be overwritten.
+        return F.relu(input).sub(MEAN).mul_(1 / STD)
+
 
 Activation = Literal["relu", "trelu"]
 

@@ -1,23 +1,22 @@
-"""Batch norms by any statistic: one class that is told which, and the names people know them by."""
+"""Batch norms by any statistic, and the names people know them by."""
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from nmlightning.errors import check_whole_number
-from nmlightning.norms.accumulation import is_half
-from nmlightning.norms.batch_norm_base import BatchNormBase
-from nmlightning.norms.batch_norm_function import BatchNormFunction
-from nmlightning.norms.fused_activation import activate
-from nmlightning.norms.gaussian import Constant, check_constant, check_power
-from nmlightning.norms.half_batch_norm_function import HalfBatchNormFunction
-from nmlightning.norms.in_half import apply_in_half
-from nmlightning.norms.kernels.batch_norm_function import KernelBatchNormFunction
-from nmlightning.norms.kernels.dispatch import choose_for
-from nmlightning.norms.kernels.job import BatchNormKernels, Job
-from nmlightning.norms.kernels.rank_batch_norm_function import RankBatchNormFunction
-from nmlightning.norms.settings import accumulation_dtype
-from nmlightning.norms.statistics import LargestMean, PowerMean, Statistic
+from nmlightning.functional.batch_norm import (
+    BatchNormFunction,
+    HalfBatchNormFunction,
+    apply_in_half,
+)
+from nmlightning.functional.constants import Constant, check_constant, check_power
+from nmlightning.functional.reductions import is_half
+from nmlightning.functional.statistics import LargestMean, PowerMean, RangeMean, Statistic
+from nmlightning.kernels.autograd import KernelBatchNormFunction, RankBatchNormFunction
+from nmlightning.kernels.dispatch import choose_for
+from nmlightning.kernels.interface import BatchNormKernels, Job
+from nmlightning.norms.batch_norm_base import BatchNormBase, accumulation_dtype, activate
 
 
 class StatisticBatchNorm(BatchNormBase):
@@ -287,5 +286,66 @@ class TopKBatchNorm2d(TopKBatchNorm):
 
 class TopKBatchNorm3d(TopKBatchNorm):
     """`TopKBatchNorm` of (N, C, D, H, W) inputs."""
+
+    input_dims = (5,)
+
+
+class RangeBatchNorm(StatisticBatchNorm):
+    """Batch norm by ŝ = c(n/chunks) · mean over chunks of max x − min x.
+
+    A channel's values, in the order (N, *), are cut into `chunks` of equal size. "paper" is
+    c = 1/√(2 ln n) of its source, which makes the output's deviation about 0.55. See
+    `StatisticBatchNorm` for the other arguments.
+
+    Source: Banner et al. 2018 (arXiv 1805.11046).
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        chunks: int = 16,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        bias: bool = True,
+        track_running_stats: bool = True,
+        constant: Constant | float = "exact",
+        stats_dtype: torch.dtype | str | None = None,
+        sync: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            bias=bias,
+            track_running_stats=track_running_stats,
+            constant=constant,
+            stats_dtype=stats_dtype,
+            sync=sync,
+            device=device,
+            dtype=dtype,
+        )
+        self.chunks = check_whole_number("chunks", chunks)
+        self.statistic = RangeMean(self.chunks)
+
+
+class RangeBatchNorm1d(RangeBatchNorm):
+    """`RangeBatchNorm` of (N, C) or (N, C, L) inputs."""
+
+    input_dims = (2, 3)
+
+
+class RangeBatchNorm2d(RangeBatchNorm):
+    """`RangeBatchNorm` of (N, C, H, W) inputs."""
+
+    input_dims = (4,)
+
+
+class RangeBatchNorm3d(RangeBatchNorm):
+    """`RangeBatchNorm` of (N, C, D, H, W) inputs."""
 
     input_dims = (5,)

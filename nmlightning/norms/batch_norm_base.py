@@ -1,5 +1,7 @@
-"""What all batch norms here share: settings, checks, ranks, and running statistics."""
+"""The base of all batch norms: settings, checks, ranks and running statistics."""
 
+import inspect
+import math
 from collections.abc import Mapping, MutableMapping
 from typing import Any, ClassVar
 
@@ -10,17 +12,95 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nmlightning.errors import InputError, check_flag
-from nmlightning.norms.accumulation import is_half
-from nmlightning.norms.fused_activation import activate, check_residual
-from nmlightning.norms.kernels.dispatch import choose_tracking
-from nmlightning.norms.kernels.job import Fused
-from nmlightning.norms.settings import (
-    check_eps,
-    check_momentum,
-    check_stats_dtype,
-    describe_settings,
-)
+from nmlightning.errors import InputError, check_flag, is_number, nearest
+from nmlightning.functional.reductions import is_half
+from nmlightning.kernels.dispatch import choose_tracking
+from nmlightning.kernels.interface import Fused
+
+
+def activate(y: Tensor, residual: Tensor | None, fused: Fused | None) -> Tensor:
+    """Return y, ReLU(y) or ReLU(y + residual), as `fused` says; y may be used up."""
+    if fused is None:
+        return y
+    in_place = not torch.compiler.is_compiling()  # y is nobody else's; a compiler sees to it itself
+    return F.relu(y if residual is None else y + residual, inplace=in_place)
+
+
+def check_residual(residual: Tensor | None, fused: Fused | None) -> None:
+    """Raise InputError unless there is a residual exactly where one is to be added."""
+    if residual is None and fused == "add_relu":
+        raise InputError(
+            "A norm with fused='add_relu' adds a residual, its second argument, and got none: call "
+            "it by the module that it was fused in, or swap again without fuse."
+        )
+    if residual is not None and fused != "add_relu":
+        raise InputError(f"A norm with fused={fused!r} adds no residual, and got one.")
+
+
+STATS_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+def check_eps(eps: float) -> float:
+    """Return eps if it is finite and at least 0, or raise InputError."""
+    if not (is_number(eps) and 0 <= eps < math.inf):
+        raise InputError(f"eps must be finite and at least 0, got {eps!r}.")
+    return float(eps)
+
+
+def check_momentum(momentum: float | None) -> float | None:
+    """Return the momentum if it is None or within 0 … 1, or raise InputError."""
+    if momentum is None or (is_number(momentum) and 0 <= momentum <= 1):
+        return momentum
+    raise InputError(f"momentum must be between 0 and 1, or None, got {momentum!r}.")
+
+
+def check_stats_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return the dtype, which may be given by its name as in YAML, or raise InputError."""
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    if name not in STATS_DTYPES:
+        raise InputError(
+            f"stats_dtype is None or one of {', '.join(STATS_DTYPES)}, got {name!r}."
+            f"{nearest(name, STATS_DTYPES)}"
+        )
+    return STATS_DTYPES[name]
+
+
+def accumulation_dtype(input_dtype: torch.dtype, stats_dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype that statistics accumulate in: at least float32, at least the input's.
+
+    Unless a half one is asked for, in which all is then computed. InputError for an input of whole
+    or complex numbers, which no norm here is defined for.
+    """
+    if not input_dtype.is_floating_point:
+        raise InputError(f"expected an input of real floating-point numbers, got {input_dtype}.")
+    if stats_dtype is not None and is_half(stats_dtype):
+        return stats_dtype
+    return torch.promote_types(input_dtype, stats_dtype or torch.float32)
+
+
+def describe_settings(layer: nn.Module, shape: str) -> str:
+    """Return `shape` and the layer's other arguments that differ from their defaults."""
+    arguments = list(inspect.signature(type(layer).__init__).parameters.values())[2:]
+    settings = [shape]
+    for argument in arguments:
+        value = _setting(layer, argument.name, argument.default)
+        if value != argument.default:
+            settings.append(f"{argument.name}={value!r}")
+    return ", ".join(settings)
+
+
+def _setting(layer: nn.Module, name: str, default: object) -> object:
+    if name == "bias":  # A flag of the constructor, a parameter of the layer.
+        return layer.bias is not None or getattr(layer, "weight", None) is None
+    return getattr(layer, name, default)
+
 
 RUNNING = ("running_mean", "running_var")
 

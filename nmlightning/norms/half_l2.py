@@ -5,9 +5,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from nmlightning.errors import InputError
-from nmlightning.norms.batch_norm_base import BatchNormBase
-from nmlightning.norms.fused_activation import activate
-from nmlightning.norms.slope import channel_shape, reduced_dims
+from nmlightning.functional.statistics import channel_shape, reduced_dims
+from nmlightning.norms.batch_norm_base import BatchNormBase, activate
 
 
 class HalfL2BatchNorm(BatchNormBase):

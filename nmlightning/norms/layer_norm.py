@@ -1,16 +1,162 @@
-"""Layer norms by any power mean."""
+"""Layer and RMS norms by any power mean: layers, and their analytic forward and backward.
+
+The same formula as in `batch_norm_function`, with one μ and ŝ for each token (the features of
+`normalized_shape`) and a weight and bias for each feature:
+
+    ∂L/∂x = (1/σ) · [h − mean h − c · (ŝ/σ) · mean(h x̂) · (s − mean s)],   h = weight · g
+
+where s = count · ∂m/∂d is the slope of the power mean, of which the code has the reflection −s.
+An RMS norm has μ = 0, and so neither mean h nor mean s.
+"""
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nmlightning.errors import check_flag
-from nmlightning.norms.gaussian import Constant, check_constant, check_power
-from nmlightning.norms.layer_norm_function import check_normalized_shape, normalise_features
-from nmlightning.norms.settings import check_eps, check_stats_dtype, describe_settings
-from nmlightning.norms.statistics import PowerMean
+from nmlightning.errors import InputError, check_flag
+from nmlightning.functional.batch_norm import apply_in_half, first_derivative_only
+from nmlightning.functional.constants import Constant, check_constant, check_power
+from nmlightning.functional.reductions import Share, is_half, mean_of, share_mean, sum_of
+from nmlightning.functional.statistics import PowerMean, power_mean, power_mean_slope, total_scale
+from nmlightning.kernels.autograd import KernelLayerNormFunction
+from nmlightning.kernels.dispatch import choose_for
+from nmlightning.norms.batch_norm_base import (
+    accumulation_dtype,
+    check_eps,
+    check_stats_dtype,
+    describe_settings,
+)
+
+
+def check_normalized_shape(normalized_shape: int | Sequence[int]) -> list[int]:
+    """Return the sizes of the last dimensions, or raise InputError where there are none."""
+    sizes = [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
+    if not sizes or math.prod(sizes) < 1:
+        raise InputError(f"normalized_shape must have sizes of at least 1, got {sizes}.")
+    return sizes
+
+
+def normalise_features(
+    x: Tensor,
+    layer: Any,
+    bias: Tensor | None,
+    *,
+    constant: float,
+    eps: float,
+    centred: bool,
+) -> Tensor:
+    """Return x, (*, *normalized_shape), normalised as a layer or RMS norm is set.
+
+    Args:
+        x: of any real floating-point dtype, which the result has too.
+        layer: has `normalized_shape`, `weight`, `p` and `stats_dtype`.
+        bias: of the features, or None.
+        constant: c of ŝ = c · m.
+        eps: added to ŝ².
+        centred: whether the mean is subtracted.
+
+    Raises:
+        InputError: an input that ends in other sizes, or is not of real floating-point numbers.
+    """
+    sizes = layer.normalized_shape
+    if tuple(x.shape[-len(sizes) :]) != sizes:
+        raise InputError(
+            f"{type(layer).__name__} normalises the last dimensions {sizes}, "
+            f"got an input of shape {tuple(x.shape)}."
+        )
+    dtype = accumulation_dtype(x.dtype, layer.stats_dtype)
+    kernels = choose_for(x, "layer" if centred else "rms", PowerMean(layer.p), dtype).kernels
+    if kernels is not None:
+        return KernelLayerNormFunction.apply(  # type: ignore[no-any-return]
+            x, layer.weight, bias, len(sizes), kernels, constant, eps
+        )
+    arguments = (layer.weight, bias, len(sizes), layer.p, constant, eps, dtype, centred)
+    if is_half(dtype):
+        return apply_in_half(LayerNormFunction, x, *arguments)  # type: ignore[no-any-return]
+    return LayerNormFunction.apply(x, *arguments)  # type: ignore[no-any-return]
+
+
+class LayerNormFunction(torch.autograd.Function):
+    """Normalise (*, *normalized_shape) over the last `rank` dimensions, in `dtype`; y is like x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        rank: int,
+        p: float,
+        constant: float,
+        eps: float,
+        dtype: torch.dtype,
+        centred: bool,
+    ) -> Tensor:
+        dims = tuple(range(-rank, 0))
+        wide = x.to(dtype)
+        share = Share(x.shape[-rank:].numel())
+        column = (*x.shape[:-rank], *[1] * rank)
+        mean = share_mean(wide, dims, None)[0].view(column) if centred else None
+        deviations = wide if mean is None else wide - mean
+        magnitude = power_mean(deviations, p, dims, share).view(column)
+        y = deviations / total_scale(magnitude * constant, eps)
+        ctx.save_for_backward(x, weight, mean, magnitude)
+        ctx.dims, ctx.p, ctx.constant, ctx.eps = dims, p, constant, eps
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        y = _give_weight_and_bias(y, weight, bias)
+        # Dynamo of torch 2.11 loses the gradients of a result that an operation in place returned,
+        # or a cast that left it as it was.
+        return y if dtype == x.dtype else y.to(x.dtype)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, magnitude = ctx.saved_tensors
+        dims, lead = ctx.dims, tuple(range(x.dim() - len(ctx.dims)))
+        share = Share(x.shape[-len(dims) :].numel())
+        dtype = magnitude.dtype
+        wide, wide_grad = x.to(dtype), grad.to(dtype)
+        scale = magnitude * ctx.constant
+        total = total_scale(scale, ctx.eps)
+        # 0 − x and not −x: what copysign makes of a 0 is to be the same for both norms.
+        reflected = 0 - wide if mean is None else mean - wide
+        slope = power_mean_slope(reflected, magnitude, ctx.p)
+        product = reflected.div_(-total).mul_(wide_grad)  # that is g · x̂
+        grad_weight = grad_bias = None
+        if weight is None:
+            inner, along = wide_grad, product
+        else:
+            wide_weight = weight.to(dtype)
+            grad_weight = _sum_leading(product, lead).to(weight.dtype)
+            inner, along = wide_grad * wide_weight, product.mul_(wide_weight)
+        if ctx.bias_dtype is not None:
+            grad_bias = _sum_leading(wide_grad, lead).to(ctx.bias_dtype)
+        pull = ctx.constant * (scale / total) * _mean(along, dims, share)
+        grad_x = slope.mul_(pull).add_(inner)
+        if mean is not None:
+            grad_x = grad_x.sub_(_mean(grad_x, dims, share))
+        return grad_x.div_(total).to(x.dtype), grad_weight, grad_bias, *(None,) * 6
+
+
+def _give_weight_and_bias(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return y · weight + bias, of those that there are, in the dtype of y."""
+    if weight is None:
+        return y if bias is None else y + bias.to(y.dtype)
+    if bias is None:
+        return y * weight.to(y.dtype)
+    return torch.addcmul(bias.to(y.dtype), y, weight.to(y.dtype))
+
+
+def _mean(values: Tensor, dims: tuple[int, ...], share: Share) -> Tensor:
+    mean = mean_of(values, dims, share)
+    return mean.view(*mean.shape, *[1] * len(dims))
+
+
+def _sum_leading(values: Tensor, lead: tuple[int, ...]) -> Tensor:
+    return sum_of(values, lead) if lead else values.clone()
 
 
 class LpLayerNorm(nn.LayerNorm):
@@ -110,3 +256,101 @@ class L1LayerNorm(LpLayerNorm):
             device=device,
             dtype=dtype,
         )
+
+
+class LpRMSNorm(nn.RMSNorm):
+    """RMS norm that divides by ŝ = c(p) · (mean |x|^p)^(1/p), p ≥ 1, and does not centre.
+
+        y = x / √(ŝ² + eps) · weight
+
+    ŝ is taken over the last dimensions, those of `normalized_shape`, in `stats_dtype`. p = 2 is
+    torch's own RMS norm. It can be differentiated once; the slope of |x| at 0 is −1.
+
+    Args:
+        normalized_shape: sizes of the last dimensions, or the size of the last one.
+        p: the power, at least 1.
+        eps: added to ŝ². None is torch's: what float32 has between 1 and the next number, 1.2e-7,
+            and for float64 inputs 2.2e-16.
+        elementwise_affine: learn a weight for each feature.
+        constant: c. "exact" and "paper" make ŝ the standard deviation of Gaussian x of mean 0,
+            √(π/2) for p = 1; "none" is 1; a number is taken as it is.
+        stats_dtype: as in `LpLayerNorm`.
+
+    Raises:
+        InputError: a setting outside what is allowed; an input that ends in other sizes.
+
+    Example:
+        >>> LpRMSNorm(8, p=1.5)(torch.randn(2, 3, 8)).shape
+        torch.Size([2, 3, 8])
+
+    Source: Zhang & Sennrich 2019 (arXiv 1910.07467), with the statistics of Hoffer et al. 2018, §4
+    (arXiv 1803.01814).
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        p: float = 1.0,
+        *,
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        constant: Constant | float = "exact",
+        stats_dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            check_normalized_shape(normalized_shape),
+            None if eps is None else check_eps(eps),
+            check_flag("elementwise_affine", elementwise_affine),
+            device=device,
+            dtype=dtype,
+        )
+        self.p = check_power(p)
+        self.constant = check_constant(constant)
+        self.stats_dtype = check_stats_dtype(stats_dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised input, in its dtype."""
+        constant = PowerMean(self.p).constant(math.prod(self.normalized_shape), self.constant)
+        eps = _eps_of(x.dtype) if self.eps is None else self.eps
+        return normalise_features(x, self, None, constant=constant, eps=eps, centred=False)
+
+    def extra_repr(self) -> str:
+        """Return the arguments that differ from the defaults, so that the repr evaluates."""
+        return describe_settings(self, str(tuple(self.normalized_shape)))
+
+
+class L1RMSNorm(LpRMSNorm):
+    """RMS norm by ŝ = √(π/2) · mean |x|; see `LpRMSNorm`, without its p.
+
+    >>> L1RMSNorm(8)(torch.randn(2, 3, 8)).shape
+    torch.Size([2, 3, 8])
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        *,
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        constant: Constant | float = "exact",
+        stats_dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            normalized_shape,
+            1.0,
+            eps=eps,
+            elementwise_affine=elementwise_affine,
+            constant=constant,
+            stats_dtype=stats_dtype,
+            device=device,
+            dtype=dtype,
+        )
+
+
+def _eps_of(dtype: torch.dtype) -> float:
+    """Return what torch adds by default; for half inputs it is that of float32, too."""
+    return torch.finfo(torch.promote_types(dtype, torch.float32)).eps

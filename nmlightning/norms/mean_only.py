@@ -7,14 +7,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from nmlightning.norms.accumulation import is_half
-from nmlightning.norms.batch_norm_base import BatchNormBase
-from nmlightning.norms.cross_rank import share_sums, sum_over_ranks
-from nmlightning.norms.fused_activation import activate
-from nmlightning.norms.half_centre_function import HalfCentreFunction
-from nmlightning.norms.in_half import apply_in_half
-from nmlightning.norms.settings import accumulation_dtype
-from nmlightning.norms.slope import reduced_dims
+from nmlightning.functional.batch_norm import HalfCentreFunction, apply_in_half
+from nmlightning.functional.reductions import is_half, share_sums, sum_over_ranks
+from nmlightning.functional.statistics import reduced_dims
+from nmlightning.norms.batch_norm_base import BatchNormBase, accumulation_dtype, activate
 
 
 class MeanOnlyBatchNorm(BatchNormBase):

@@ -9,9 +9,9 @@ from typing import Any, Literal
 from torch import nn
 
 from nmlightning.errors import InputError, nearest
-from nmlightning.norms import batch_norm, half_l2, mean_only, range_batch_norm
-from nmlightning.norms.layer_norm import L1LayerNorm, LpLayerNorm
-from nmlightning.norms.rms_norm import L1RMSNorm, LpRMSNorm
+from nmlightning.norms import batch_norm, half_l2, mean_only
+from nmlightning.norms import batch_norm as range_batch_norm
+from nmlightning.norms.layer_norm import L1LayerNorm, L1RMSNorm, LpLayerNorm, LpRMSNorm
 
 Kind = Literal["batch", "layer", "rms"]
 KINDS: tuple[Kind, ...] = ("batch", "layer", "rms")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from nmlightning.norms.kernels.dispatch import norm_backend
+from nmlightning.kernels.dispatch import norm_backend
 
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """Of the largest value of each tensor: some 8 units in the last place of its dtype."""

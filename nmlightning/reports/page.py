@@ -1,17 +1,203 @@
-"""A comparison of runs as one page of HTML that needs nothing else."""
+"""A comparison of runs as one page of HTML."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nmlightning.reports import tags
-from nmlightning.reports.comparison import Group
-from nmlightning.reports.line_chart import COLOURS, Line, draw_lines
+from nmlightning.reports.comparison import LAST_EPOCHS, Group, differing_settings
+from nmlightning.reports.formatting import Spread, format_seconds, format_spread, is_share
 from nmlightning.reports.run import Run
-from nmlightning.reports.table import SETTING_HEADINGS, result_columns, setting_rows
-from nmlightning.reports.words import is_share
+
+SETTING_HEADINGS = ["run", "seeds", "epochs", "what differs"]
+
+
+def setting_rows(groups: Sequence[Group]) -> list[list[str]]:
+    """Return for each group its name and its settings; what differs has a line for each one."""
+    names = differing_settings(groups)
+    return [
+        [group.name, group.seeds, group.epochs, "\n".join(_differences(group, names.items()))]
+        for group in groups
+    ]
+
+
+def result_columns(groups: Sequence[Group]) -> dict[str, list[str]]:
+    """Return how well and how fast each group did: the cells under each heading.
+
+    There is no column of means of the last epochs where no run has so many.
+    """
+    spreads: dict[str, list[Spread | None]] = {
+        "final": [group.final for group in groups],
+        "best": [group.best for group in groups],
+        f"mean of last {LAST_EPOCHS}": [group.late for group in groups],
+    }
+    cells = {
+        heading: [format_spread(s, g.metric) for s, g in zip(column, groups, strict=True)]
+        for heading, column in spreads.items()
+        if any(column)
+    }
+    return {**cells, "time": [format_seconds(group.seconds.mean) for group in groups]}
+
+
+def _differences(group: Group, names: Iterable[tuple[str, str]]) -> Iterator[str]:
+    settings = group.runs[0].settings
+    for key, name in names:
+        if key in settings:
+            yield f"{name}: {settings[key]}"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Where values are between two ends, and at which of them a number stands."""
+
+    low: float
+    high: float
+    logarithmic: bool
+
+    @classmethod
+    def over(cls, values: NDArray[np.float64], *, logarithmic: bool = False) -> "Axis":
+        """Return an axis that holds all finite values; only positive ones if it is logarithmic."""
+        shown = values[np.isfinite(values) & ((values > 0) | (not logarithmic))]
+        low, high = (float(shown.min()), float(shown.max())) if len(shown) else (0.0, 1.0)
+        if logarithmic and not len(shown):
+            low, high = 1.0, 10.0
+        if low == high:
+            low, high = (low / 2, high * 2) if logarithmic else (low - 0.5, high + 0.5)
+        return cls(low, high, logarithmic)
+
+    def shares(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return 0 for the low end and 1 for the high one; NaN for what has no place."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            if self.logarithmic:
+                span = math.log(self.high) - math.log(self.low)
+                shares = (np.log(values) - math.log(self.low)) / span
+            else:
+                shares = (values - self.low) / (self.high - self.low)
+        return np.where(np.isfinite(shares), shares, np.nan)
+
+    def ticks(self) -> list[float]:
+        """Return two to seven round numbers on the axis."""
+        return (self._log_ticks() if self.logarithmic else None) or self._linear_ticks()
+
+    def _log_ticks(self) -> list[float] | None:
+        """Return powers of ten, with others between where they are few; None if all are few."""
+        first, last = math.floor(math.log10(self.low)), math.floor(math.log10(self.high))
+        for steps in ([1], [1, 3], [1, 2, 5]):
+            ticks = [step * 10.0**power for power in range(first, last + 1) for step in steps]
+            within = [tick for tick in ticks if self.low <= tick <= self.high]
+            if len(within) >= 3:
+                return within[:: -(-len(within) // 6)]
+        return None
+
+    def _linear_ticks(self) -> list[float]:
+        rough = (self.high - self.low) / 5
+        scale = 10.0 ** math.floor(math.log10(rough))
+        stride = next(scale * m for m in (1, 2, 2.5, 5, 10) if scale * m >= rough)
+        first = math.ceil(self.low / stride - 1e-9)
+        last = math.floor(self.high / stride + 1e-9)
+        return [round(count * stride, 12) for count in range(first, last + 1)]
+
+
+# Okabe and Ito's colours, which colour-blind people tell apart, without the yellow.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B6B6B")
+_MOST_POINTS = 400
+_LEFT, _TOP, _RIGHT, _BOTTOM = 58, 30, 12, 40  # margins in pixels
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """One line.
+
+    Attributes:
+        name: what it is, shown when it is pointed at.
+        colour: of CSS.
+        x: (T,) increasing.
+        y: (T,); what is not finite interrupts the line.
+        faint: whether it is one of several that another line sums up.
+    """
+
+    name: str
+    colour: str
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+    faint: bool = False
+
+
+def draw_lines(
+    lines: Sequence[Line],
+    title: str,
+    x_label: str,
+    *,
+    logarithmic: bool = False,
+    size: tuple[int, int] = (460, 260),
+) -> str:
+    """Return the SVG of a chart.
+
+    Args:
+        lines: drawn in this order.
+        title: what the values are.
+        x_label: what x is.
+        logarithmic: whether the axis of the values is.
+        size: width and height in pixels.
+    """
+    width, height = size
+    x_axis = Axis.over(_joined([line.x for line in lines]))
+    y_axis = Axis.over(_joined([line.y for line in lines]), logarithmic=logarithmic)
+
+    def place(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+        across = _LEFT + x_axis.shares(x) * (width - _LEFT - _RIGHT)
+        down = height - _BOTTOM - y_axis.shares(y) * (height - _TOP - _BOTTOM)
+        return np.stack([across, down], axis=1)
+
+    body = [
+        f'<text class="title" x="{_LEFT}" y="18">{escape(title)}</text>',
+        *_draw_grid(x_axis, y_axis, size),
+        f'<text x="{(width + _LEFT) / 2:.0f}" y="{height - 6}" text-anchor="middle">'
+        f"{escape(x_label)}</text>",
+        *(_draw_line(line, place(line.x, line.y)) for line in lines),
+    ]
+    return (
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
+        f'aria-label="{escape(title)}">{"".join(body)}</svg>'
+    )
+
+
+def _draw_grid(x_axis: Axis, y_axis: Axis, size: tuple[int, int]) -> Iterator[str]:
+    width, height = size
+    right, bottom = width - _RIGHT, height - _BOTTOM
+    for tick in x_axis.ticks():
+        x = _LEFT + float(x_axis.shares(np.array([tick]))[0]) * (right - _LEFT)
+        yield f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom}"/>'
+        yield f'<text x="{x:.1f}" y="{bottom + 15}" text-anchor="middle">{tick:.5g}</text>'
+    for tick in y_axis.ticks():
+        y = bottom - float(y_axis.shares(np.array([tick]))[0]) * (bottom - _TOP)
+        yield f'<line x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        yield f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.3g}</text>'
+
+
+def _draw_line(line: Line, places: NDArray[np.float64]) -> str:
+    kept = np.unique(np.linspace(0, len(places) - 1, min(len(places), _MOST_POINTS)).round())
+    whole = places[kept.astype(np.int64)]
+    path = []
+    command = "M"
+    for x, y in whole.tolist():
+        if math.isnan(x) or math.isnan(y):
+            command = "M"
+            continue
+        path.append(f"{command}{x:.1f} {y:.1f}")
+        command = "L"
+    faint = ' class="faint"' if line.faint else ""
+    name = f"<title>{escape(line.name)}</title>"
+    return f'<path d="{" ".join(path)}" stroke="{line.colour}"{faint}>{name}</path>'
+
+
+def _joined(parts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    return np.concatenate([np.zeros(0), *parts])
+
 
 GENERATOR = '<meta name="generator" content="nmlightning">'
 _MOST_LAYERS = 12

@@ -1,21 +1,204 @@
-"""What one run left in its folder."""
+"""The scalars and settings that a run left in its folder.
 
+TensorBoard's own reader checks every byte in Python, which takes seconds for a run with pictures;
+here records are framed without that, and their messages are parsed by protobuf in C.
+"""
+
+import csv
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import struct
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import yaml
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
 
 from nmlightning.errors import InputError
-from nmlightning.reports.csv_file import read_csv_file
-from nmlightning.reports.event_file import read_event_file
-from nmlightning.reports.series import Point, Series, make_series
-from nmlightning.reports.settings import flatten_settings, read_saved_config
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.recording_file import FILE_NAME
+
+
+class Point(NamedTuple):
+    """One logged number; `time` is in seconds since 1970, NaN where it was not logged."""
+
+    tag: str
+    step: int
+    value: float
+    time: float
+
+
+@dataclass(frozen=True, eq=False)
+class Series:
+    """What was logged under one tag.
+
+    Attributes:
+        steps: (T,) int64, increasing.
+        values: (T,) float64.
+    """
+
+    steps: NDArray[np.int64]
+    values: NDArray[np.float64]
+
+    def at(self, steps: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the values at these steps, NaN where there is none."""
+        places = np.searchsorted(self.steps, steps).clip(max=len(self.steps) - 1)
+        return np.where(self.steps[places] == steps, self.values[places], np.nan)
+
+
+def make_series(points: Iterable[Point]) -> dict[str, Series]:
+    """Return the series of each tag; of two points at one step the later one counts."""
+    by_tag: dict[str, dict[int, float]] = defaultdict(dict)
+    for point in points:
+        by_tag[point.tag][point.step] = point.value
+    return {tag: _sorted(values) for tag, values in by_tag.items()}
+
+
+def _sorted(values: dict[int, float]) -> Series:
+    steps = np.array(sorted(values), dtype=np.int64)
+    return Series(steps, np.array([values[step] for step in steps.tolist()], dtype=np.float64))
+
+
+# A record is its length, the checksum of that, its content, and the checksum of that.
+_HEADER = struct.Struct("<QI")
+_FOOTER_SIZE = 4
+
+
+def read_event_file(file: Path) -> Iterator[Point]:
+    """Yield the scalars. A record that is not whole, as of a run that still writes, is the end.
+
+    Raises:
+        InputError: the file holds something else.
+    """
+    for record in _records(file.read_bytes()):
+        try:
+            event = Event.FromString(record)
+        except DecodeError as error:
+            raise InputError(f"{file} is damaged, or no event file of TensorBoard.") from error
+        for value in event.summary.value:
+            number = _number(value)
+            if number is not None:
+                yield Point(value.tag, event.step, number, event.wall_time)
+
+
+def _records(content: bytes) -> Iterator[bytes]:
+    start = 0
+    while start + _HEADER.size <= len(content):
+        length, _ = _HEADER.unpack_from(content, start)
+        begin, start = start + _HEADER.size, start + _HEADER.size + length + _FOOTER_SIZE
+        if start <= len(content):
+            yield content[begin : begin + length]
+
+
+def _number(value: Summary.Value) -> float | None:
+    if value.HasField("simple_value"):
+        return float(value.simple_value)
+    if value.metadata.plugin_data.plugin_name == "scalars" and len(value.tensor.float_val) == 1:
+        return float(value.tensor.float_val[0])
+    return None
+
+
+def read_csv_file(file: Path) -> Iterator[Point]:
+    """Yield the scalars.
+
+    Raises:
+        InputError: there is no column `step`, or something that is no number.
+    """
+    try:
+        with file.open(encoding="utf-8", newline="") as lines:
+            for row in csv.DictReader(lines):
+                step = int(row.pop("step"))
+                for tag, text in row.items():
+                    if text:
+                        yield Point(tag, step, float(text), math.nan)
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise InputError(f"{file} is damaged, or not of Lightning's CSVLogger.") from error
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Reads what any project's hyper-parameters hold; of an object it takes the type's name."""
+
+
+_Loader.add_multi_constructor("", lambda loader, suffix, node: suffix)
+
+# Who ran it where, not what was run.
+_NO_SETTINGS = (
+    *("seed_everything", "ckpt_path", "weights_only", "data.root", "trainer.logger"),
+    *("trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary"),
+)
+# A reference of another seed belongs to the same setting.
+_NO_SETTINGS_ANYWHERE = ("reference", "_instantiator")
+
+
+def read_saved_config(folder: Path) -> dict[str, Any]:
+    """Return what `config.yaml`, or else `hparams.yaml`, in a run's folder says; {} without them.
+
+    Raises:
+        InputError: the file is no YAML.
+    """
+    file = next((f for f in (folder / "config.yaml", folder / "hparams.yaml") if f.is_file()), None)
+    if file is None:
+        return {}
+    try:
+        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is no YAML: {error}.") from error
+    return content if isinstance(content, dict) else {}
+
+
+def flatten_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a config, without what has no influence on the result.
+
+    Nothing of value None is a setting. The name of a class stands for its path, and as the key of
+    what is in a list:
+
+    >>> flatten_settings({"net": {"class_path": "a.Net", "init_args": {"depth": 3}}})
+    {'net': 'Net', 'net.depth': 3}
+    >>> flatten_settings({"callbacks": [{"class_path": "a.Swap", "init_args": {"norm": "l1"}}]})
+    {'callbacks.Swap': 'yes', 'callbacks.Swap.norm': 'l1'}
+    """
+    return {
+        key: value
+        for key, value in _flatten(config, "")
+        if value is not None
+        and not any(key == name or key.startswith(f"{name}.") for name in _NO_SETTINGS)
+        and key.rpartition(".")[2] not in _NO_SETTINGS_ANYWHERE
+    }
+
+
+def _flatten(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if _is_class(value):
+        yield key, _class_name(value)
+        yield from _flatten(value.get("init_args") or {}, key)
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _flatten(inner, _join(key, str(name)))
+    elif isinstance(value, list) and value and all(map(_is_class, value)):
+        for inner in value:
+            yield _join(key, _class_name(inner)), "yes"
+            yield from _flatten(inner.get("init_args") or {}, _join(key, _class_name(inner)))
+    else:
+        yield key, str(value) if isinstance(value, list) else value
+
+
+def _is_class(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("class_path"), str)
+
+
+def _class_name(value: Mapping[str, Any]) -> str:
+    return str(value["class_path"]).rpartition(".")[2]
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
 
 _EVENTS, _CSV = "events.out.tfevents.*", "metrics.csv"
 

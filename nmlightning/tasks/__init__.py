@@ -1,7 +1,14 @@
 """The LightningModules: what is trained, and what is logged about it."""
 
+from typing import TYPE_CHECKING
+
+from nmlightning.lazy_exports import lazy_exports
+from nmlightning.optim.schedules import InverseSquareRootLR as InverseSquareRootLR
 from nmlightning.tasks.classification import ImageClassifier as ImageClassifier
-from nmlightning.tasks.inverse_square_root import InverseSquareRootLR as InverseSquareRootLR
-from nmlightning.tasks.line_translation import LineOptions as LineOptions
-from nmlightning.tasks.line_translation import translate_lines as translate_lines
-from nmlightning.tasks.translation import Translator as Translator
+
+if TYPE_CHECKING:
+    from nmlightning.translation.inference import LineOptions as LineOptions
+    from nmlightning.translation.inference import translate_lines as translate_lines
+    from nmlightning.translation.task import Translator as Translator
+
+__getattr__, __dir__, __all__ = lazy_exports(__name__)

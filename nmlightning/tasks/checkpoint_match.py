@@ -1,5 +1,6 @@
-"""Whether a checkpoint belongs to this network; the difference in one line, not torch's list."""
+"""Matches a checkpoint with a network and its arguments; tells the difference in one line."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any
@@ -88,3 +89,19 @@ def _difference(key: str, checkpoint: Any, this_run: Any) -> InputError:
         f"{key}: checkpoint {checkpoint}, this run {this_run}. "
         "Resume with the model that the checkpoint was made with, or start without it."
     )
+
+
+def remember_arguments(task: pl.LightningModule, *plain: str) -> None:
+    """Keep the arguments of the constructor that calls this, from which a checkpoint is rebuilt.
+
+    Args:
+        task: what is being constructed.
+        plain: the arguments that are plain data, also where Python has given the others as objects.
+    """
+    caller = inspect.currentframe()
+    frame = None if caller is None else caller.f_back
+    try:  # LightningCLI describes the arguments as plain data, from which they can be rebuilt
+        task.save_hyperparameters("_instantiator", frame=frame)
+        task.save_hyperparameters(frame=frame)
+    except KeyError:  # Python passes objects, which do not belong into a checkpoint
+        task.save_hyperparameters(*plain, frame=frame)

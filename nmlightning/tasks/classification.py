@@ -11,20 +11,52 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from nmlightning.errors import InputError, check_flag, check_share, check_whole_number
-from nmlightning.recipes import check_recipes
-from nmlightning.tasks.checkpoint_match import check_same_network
+from nmlightning.optim.param_groups import WeightDecayScope, parameter_groups
+from nmlightning.surgery.recipes import check_recipes
+from nmlightning.tasks.checkpoint_match import check_same_network, remember_arguments
 from nmlightning.tasks.compilation_notice import CompilationNotice
-from nmlightning.tasks.learning_rate import (
+from nmlightning.tasks.optimization import (
     KEY,
+    add_schedule,
     check_same_batch,
     global_batch_size,
+    make_optimizer,
     scale_learning_rates,
 )
-from nmlightning.tasks.mean_loss import MeanLoss
-from nmlightning.tasks.optimization import add_schedule, make_optimizer
-from nmlightning.tasks.remembered_arguments import remember_arguments
 from nmlightning.tasks.sharding import shard_once
-from nmlightning.weights.parameter_groups import WeightDecayScope, parameter_groups
+
+
+class MeanLoss(Metric):
+    """Σ images · loss / Σ images, over all batches and all processes.
+
+    Sums are kept in float32. It is not a number where a loss was none, and where nothing was added.
+
+    Example:
+        >>> metric = MeanLoss()
+        >>> metric.update(torch.tensor(1.0), 3)
+        >>> metric.update(torch.tensor(2.0), 1)
+        >>> metric.compute()
+        tensor(1.2500)
+    """
+
+    full_state_update = False
+    total: Tensor
+    images: Tensor
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, images: int) -> None:
+        """Add the mean loss of a batch, a scalar, and the number of its images."""
+        self.total = torch.add(self.total, loss.detach().float(), alpha=images)
+        self.images += images
+
+    def compute(self) -> Tensor:
+        """Return the mean."""
+        return self.total / self.images
+
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 Stage = Literal["train", "val", "test"]

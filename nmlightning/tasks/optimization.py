@@ -1,8 +1,10 @@
-"""An optimizer and its schedule from what a config or Python gives."""
+"""Optimizers and schedules from a config or Python, and the linear scaling rule."""
 
 from typing import Any, Literal
 
+import pytorch_lightning as pl
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -38,3 +40,63 @@ def add_schedule(optimizer: Optimizer, make: LRSchedulerCallable | None, interva
         "monitor": getattr(scheduler, "monitor", "val/loss"),
     }
     return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+KEY = "lr_global_batch"  # in a checkpoint
+
+
+def global_batch_size(trainer: pl.Trainer | None) -> int:
+    """Return the images of one optimizer step: a batch × processes × accumulated batches.
+
+    A data module that has `images_a_batch(processes)`, as those of nmlightning, says with it how
+    many a batch holds in fact, which are fewer than `batch_size` if it has no more.
+
+    Raises:
+        InputError: if there is no data module with a `batch_size`.
+    """
+    data: Any = getattr(trainer, "datamodule", None)
+    size = getattr(data, "batch_size", None)
+    if trainer is None or not isinstance(size, int):
+        raise InputError(
+            "lr_batch_size scales the learning rate with the batch, whose size is not known: fit "
+            "with a data module that has a batch_size, or scale the rate yourself and set "
+            "lr_batch_size to None."
+        )
+    ranks = trainer.distributed_sampler_kwargs
+    processes = int(ranks["num_replicas"]) if ranks else 1
+    if hasattr(data, "images_a_batch"):
+        size = int(data.images_a_batch(processes))
+    return size * processes * trainer.accumulate_grad_batches
+
+
+def scale_learning_rates(optimizer: Optimizer, meant_for: int, global_batch: int) -> None:
+    """Multiply the learning rate of every group by global_batch / meant_for, and say so.
+
+    Goyal et al. (2017), section 2.1, https://arxiv.org/abs/1706.02677. It comes before the
+    scheduler, which takes the rates that it finds for the first.
+    """
+    if global_batch == meant_for:
+        return
+    before = _learning_rates(optimizer)
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"] * global_batch / meant_for
+    rank_zero_info(
+        f"ImageClassifier: learning rate {before} × {global_batch}/{meant_for} = "
+        f"{_learning_rates(optimizer)}, for {global_batch} images a step instead of {meant_for}"
+    )
+
+
+def check_same_batch(checkpoint: dict[str, Any], global_batch: int) -> None:
+    """Refuse a checkpoint whose learning rates, which a resume keeps, are for another batch."""
+    stored = checkpoint.get(KEY, global_batch)
+    if stored != global_batch:
+        raise InputError(
+            f"The checkpoint has learning rates for {stored} images a step, and this run has "
+            f"{global_batch}: choose data.batch_size, devices and accumulate_grad_batches that "
+            f"multiply to {stored}."
+        )
+
+
+def _learning_rates(optimizer: Optimizer) -> str:
+    rates = dict.fromkeys(f"{float(group['lr']):.6g}" for group in optimizer.param_groups)
+    return ", ".join(rates)

@@ -10,9 +10,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_modules import PlModule, UnifiedModule, make_trainer
 from nmlightning.callbacks import NormSwap
-from nmlightning.callbacks.backend_note import BackendNote
+from nmlightning.callbacks.norm_swap import BackendNote
+from nmlightning.kernels import norm_backend
 from nmlightning.norms import L1BatchNorm2d, L1LayerNorm, MeanOnlyBatchNorm2d
-from nmlightning.norms.kernels import norm_backend
 
 
 class ChannelsLast(nn.Module):

@@ -10,8 +10,8 @@ from pytorch_lightning.callbacks import StochasticWeightAveraging
 
 from nmlightning.callbacks import WeightNormTracker
 from nmlightning.errors import InputError
+from nmlightning.optim import LRCorrection
 from nmlightning.weights.history import NormHistory
-from nmlightning.weights.steering import LRCorrection
 from recorded_runs import StepsByHand, Trains, make_data, make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:The recording is of a run without weight decay")

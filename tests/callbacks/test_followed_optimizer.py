@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from nmlightning.callbacks.followed_optimizer import check_same_optimizer
+from nmlightning.callbacks.steering import check_same_optimizer
 from nmlightning.errors import InputError
 from nmlightning.weights.history import NormHistory
 

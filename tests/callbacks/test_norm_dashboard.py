@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from nmlightning.callbacks import WeightNormTracker
-from nmlightning.callbacks.device_reading import DeviceReading
+from nmlightning.callbacks.norm_dashboard import DeviceReading
 from nmlightning.errors import InputError
+from nmlightning.optim import LRCorrection
 from nmlightning.weights.channel_norms import channel_norms, equilibrium_rotation, rotations
 from nmlightning.weights.history import NormHistory
-from nmlightning.weights.steering import LRCorrection
 
 LAYERS = ["net.0", "net.3", "net.7"]
 PACKAGES = ("pytorch_lightning", "lightning.pytorch")

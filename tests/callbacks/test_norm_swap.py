@@ -26,7 +26,7 @@ from nmlightning.callbacks import NormSwap
 from nmlightning.errors import InputError
 from nmlightning.norms.batch_norm import L1BatchNorm2d, LInfBatchNorm2d, TopKBatchNorm2d
 from nmlightning.norms.mean_only import MeanOnlyBatchNorm2d
-from nmlightning.recipes import NORM_SWAP, recipes_of
+from nmlightning.surgery.recipes import NORM_SWAP, recipes_of
 
 
 class HeadLate(PlModule):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from nmlightning.callbacks import WeightNormTracker
-from nmlightning.weights.steering import DecayEquivalentLR, Hyperball, RadialProjection
+from nmlightning.optim import DecayEquivalentLR, Hyperball, RadialProjection
 from recorded_runs import Trains, make_data, make_trainer
 
 

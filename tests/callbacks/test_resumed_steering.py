@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_modules import PlModule, make, make_trainer
 from nmlightning.callbacks import WeightNormTracker
 from nmlightning.errors import InputError
+from nmlightning.optim import DecayEquivalentLR, LRCorrection, NormSchedule
 from nmlightning.weights.history import NormHistory
-from nmlightning.weights.steering import DecayEquivalentLR, LRCorrection, NormSchedule
 
 NORMS = {"net.0.weight": [[1.0] * 4] * 2, "net.3.weight": [[1.0] * 4] * 2}
 HISTORY = NormHistory.from_arrays(NORMS, [4, 8], [0, 1])

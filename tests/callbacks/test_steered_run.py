@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.utils import prune
 
 from nmlightning.callbacks import WeightNormTracker
+from nmlightning.optim import LRCorrection
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
-from nmlightning.weights.steering import LRCorrection
 from recorded_runs import Trains, make_data, make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:The recording is of a run without weight decay")

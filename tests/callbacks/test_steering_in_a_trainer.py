@@ -16,16 +16,16 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nmlightning.callbacks import WeightNormTracker
 from nmlightning.errors import InputError
-from nmlightning.weights.channel_norms import channel_norms
-from nmlightning.weights.history import NormHistory
-from nmlightning.weights.recording_file import FILE_NAME
-from nmlightning.weights.steering import (
+from nmlightning.optim import (
     DecayEquivalentLR,
     Hyperball,
     LRCorrection,
     NormSchedule,
     RadialProjection,
 )
+from nmlightning.weights.channel_norms import channel_norms
+from nmlightning.weights.history import NormHistory
+from nmlightning.weights.recording_file import FILE_NAME
 
 RULES: dict[str, Callable[..., Any]] = {
     "stable": LRCorrection,

@@ -23,16 +23,16 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from nmlightning.callbacks import WeightNormTracker
 from nmlightning.norms.batch_norm import LpBatchNorm2d
-from nmlightning.reports.run import read_run
-from nmlightning.weights.history import NormHistory
-from nmlightning.weights.recording_file import FILE_NAME
-from nmlightning.weights.steering import (
+from nmlightning.optim import (
     DecayEquivalentLR,
     Hyperball,
     LRCorrection,
     NormSchedule,
     RadialProjection,
 )
+from nmlightning.reports.run import read_run
+from nmlightning.weights.history import NormHistory
+from nmlightning.weights.recording_file import FILE_NAME
 
 EPOCHS = 3
 RULES = ("none", "channel", "layer", "paper", "schedule", "decay", "hyperball", "projection")

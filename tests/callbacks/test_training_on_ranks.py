@@ -23,9 +23,9 @@ from nmlightning import load_from_checkpoint
 from nmlightning.callbacks import NormSwap, WeightNormTracker
 from nmlightning.datamodules import Digits
 from nmlightning.norms.batch_norm import L1BatchNorm2d
+from nmlightning.optim import LRCorrection, Steering
 from nmlightning.tasks import ImageClassifier
 from nmlightning.weights.history import NormHistory
-from nmlightning.weights.steering import LRCorrection, Steering
 
 EPOCHS = 2
 STEPS = 2  # an epoch

@@ -35,9 +35,9 @@ from nmlightning import (
 )
 from nmlightning.errors import InputError
 from nmlightning.models import CifarResNet
+from nmlightning.parametrizations import cache as weight_pass
 from nmlightning.tasks import ImageClassifier
 from nmlightning.weights.recording_file import FILE_NAME
-from nmlightning.weights.weight_norm import weight_pass
 
 ALL = pytest.mark.parametrize("module_class", [PlModule, UnifiedModule, PlLate, UnifiedLate])
 

@@ -18,16 +18,16 @@ from torch.utils.data import DataLoader, TensorDataset
 import recorded_runs
 from nmlightning.callbacks import WeightNormTracker
 from nmlightning.errors import InputError
-from nmlightning.weights.channel_norms import channel_norms
-from nmlightning.weights.history import NormHistory
-from nmlightning.weights.recording_file import FILE_NAME
-from nmlightning.weights.steering import (
+from nmlightning.optim import (
     DecayEquivalentLR,
     Hyperball,
     LRCorrection,
     NormSchedule,
     RadialProjection,
 )
+from nmlightning.weights.channel_norms import channel_norms
+from nmlightning.weights.history import NormHistory
+from nmlightning.weights.recording_file import FILE_NAME
 
 PACKAGES = ("pytorch_lightning", "lightning.pytorch")
 NAMES = ["net.0.weight", "net.3.weight", "net.7.weight"]

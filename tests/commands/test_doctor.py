@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from nmlightning.cli import main
-from nmlightning.commands import installation, norm_check
+from nmlightning.commands import doctor as installation
+from nmlightning.commands import doctor as norm_check
+from nmlightning.kernels import norm_backend
 from nmlightning.norms import L1BatchNorm2d
-from nmlightning.norms.kernels import norm_backend
 from nmlightning.norms.self_check import TOLERANCES, disagreement, exact_input, time_ratios
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from nmlightning.commands.exit_codes import BAD_INPUT, INTERRUPTED, LOST_PROCESS
+from nmlightning.commands.argument_parser import BAD_INPUT, INTERRUPTED, LOST_PROCESS
 
 WORDS = [
     *("fit", "--config", "quickstart", "--model.net.depth", "8", "--data.image_size", "8"),

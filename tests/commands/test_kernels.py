@@ -9,7 +9,8 @@ import pytest
 
 from nmlightning.cli import main
 from nmlightning.errors import InputError
-from nmlightning.norms.kernels.cpu import build, library
+from nmlightning.kernels.cpu import build
+from nmlightning.kernels.cpu import build as library
 
 Nm = Callable[..., tuple[int, str, str]]
 
@@ -132,7 +133,7 @@ def test_what_is_missing_is_one_line(
 
 
 def test_nothing_is_built_unasked(nm: Nm) -> None:
-    from nmlightning.norms.kernels.cpu.backend import NOT_BUILT, CpuBackend
+    from nmlightning.kernels.cpu.backend import NOT_BUILT, CpuBackend
 
     backend = CpuBackend(library.cache_folder())
     if not library.is_loaded():

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from nmlightning.cli import main
-from nmlightning.commands.quiet import CHATTY
-from nmlightning.reports.half_verdict import HONESTLY
+from nmlightning.commands.run_report import CHATTY
+from nmlightning.probe.report import HONESTLY
 
 SMALL = shlex.split(
     "--data.image_size 8 --data.batch_size 16 --model.net.depth 8 --trainer.accelerator cpu"

@@ -10,14 +10,9 @@ import pytest
 import torch.distributed as dist
 
 from nmlightning.cli import main
-from nmlightning.commands import compat
-from nmlightning.commands.exit_codes import LOST_PROCESS
-from nmlightning.commands.processes import (
-    SameStart,
-    check_restarts,
-    failing_together,
-    is_loss,
-)
+from nmlightning.commands import distributed as compat
+from nmlightning.commands.argument_parser import LOST_PROCESS
+from nmlightning.commands.distributed import SameStart, check_restarts, failing_together, is_loss
 from nmlightning.errors import InputError
 
 GLOO = "[…/gloo/transport/tcp/pair.cc:561] "

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import nmlightning
-from nmlightning.commands.quiet import quiet
+from nmlightning.commands.run_report import quiet
 
 OURS = str(Path(nmlightning.__file__).parent / "datamodules" / "some_data.py")
 

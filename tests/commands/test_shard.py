@@ -142,6 +142,6 @@ def test_an_interrupted_run_leaves_nothing(folder: Path, monkeypatch: pytest.Mon
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nmlightning.datamodules.shard_writer.decode", interrupt)
+    monkeypatch.setattr("nmlightning.datamodules.image_shards.decode", interrupt)
     assert main(["shard", str(folder), "out"]) == 130
     assert not list(Path().glob("out*"))

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from nmlightning.commands.remembered_options import remembered_options
-from nmlightning.commands.run_folder import last_checkpoint
+from nmlightning.commands.files import last_checkpoint, remembered_options
 
 
 def write(runs: Path, version: int, seconds: int, *, sharded: bool) -> Path:

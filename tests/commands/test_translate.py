@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from nmlightning.cli import main
-from nmlightning.commands import translating
+from nmlightning.commands import translate as translating
 
 FIT = shlex.split(
     "fit --config translate_quickstart --model.net.width 32 --model.net.hidden 32 "

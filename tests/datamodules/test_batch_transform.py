@@ -4,8 +4,8 @@ import pytest
 import torch
 from torchvision.transforms import functional as F
 
-from nmlightning.datamodules.batch_transform import BatchTransform, crop, mirror
 from nmlightning.datamodules.batches import RawBatch
+from nmlightning.datamodules.image_data import BatchTransform, crop, mirror
 
 MEAN, STD, PAD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), 4
 

@@ -20,7 +20,7 @@ from nmlightning.datamodules.batches import (
     training_batches,
 )
 from nmlightning.datamodules.digits import Digits
-from nmlightning.datamodules.in_memory import LabelledImages
+from nmlightning.datamodules.image_data import LabelledImages
 from nmlightning.errors import InputError
 from nmlightning.tasks.classification import ImageClassifier
 

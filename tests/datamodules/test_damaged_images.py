@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from nmlightning.datamodules.batches import RawBatch
-from nmlightning.datamodules.encoded_image import DamagedImage, EncodedImage, decode
+from nmlightning.datamodules.decoded_images import DamagedImage, EncodedImage, decode
 from nmlightning.datamodules.imagenet import ImageNet
 from nmlightning.errors import InputError
 from nmlightning.tasks.classification import ImageClassifier

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from nmlightning.cli import main
+from nmlightning.datamodules.batches import SHARDS_MIXED, shuffle_rows
 from nmlightning.datamodules.image_folder import FolderImages
 from nmlightning.datamodules.image_shards import ShardedImages, read_index
 from nmlightning.datamodules.imagenet import ImageNet
-from nmlightning.datamodules.shuffled_rows import SHARDS_MIXED, shuffle_rows
 from nmlightning.errors import InputError
 
 pytest.importorskip("litdata")

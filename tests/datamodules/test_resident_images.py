@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nmlightning.datamodules.batch_transform import BatchTransform, crop, mirror
 from nmlightning.datamodules.batches import (
     NO_AUGMENTATION,
     Augmentation,
@@ -18,8 +17,13 @@ from nmlightning.datamodules.batches import (
 )
 from nmlightning.datamodules.cifar10 import CIFAR10
 from nmlightning.datamodules.digits import Digits
-from nmlightning.datamodules.in_memory import LabelledImages
-from nmlightning.datamodules.resident_images import ResidentImages
+from nmlightning.datamodules.image_data import (
+    BatchTransform,
+    LabelledImages,
+    ResidentImages,
+    crop,
+    mirror,
+)
 from nmlightning.errors import InputError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)

@@ -5,7 +5,7 @@ import torch
 import torchvision
 from torch import nn
 
-from nmlightning.models.imagenet_resnet import ResNet18, ResNet50
+from nmlightning.models.resnet import ResNet18, ResNet50
 
 THEIRS = {ResNet18: torchvision.models.resnet18, ResNet50: torchvision.models.resnet50}
 PARAMETERS = {ResNet18: 11_689_512, ResNet50: 25_557_032}  # published

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from nmlightning.errors import InputError
+from nmlightning.models.activation import TReLU
 from nmlightning.models.resnet import CifarResNet, ZeroPadShortcut
-from nmlightning.models.translated_relu import TReLU
 
 
 def count_by_hand(depth: int, num_classes: int = 10) -> int:

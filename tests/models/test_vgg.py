@@ -6,7 +6,7 @@ from torch import nn
 from torchvision import models
 
 from nmlightning.errors import InputError
-from nmlightning.models.translated_relu import TReLU
+from nmlightning.models.activation import TReLU
 from nmlightning.models.vgg import VGG
 
 

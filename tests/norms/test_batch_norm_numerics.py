@@ -18,7 +18,7 @@ from batch_norm_contract import (
 )
 from nmlightning import norms
 from nmlightning.errors import InputError
-from nmlightning.surgery import swap_norms
+from nmlightning.surgery.swap import swap_norms
 
 
 @every_norm

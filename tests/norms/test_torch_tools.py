@@ -8,7 +8,7 @@ from torch.optim.swa_utils import update_bn
 
 from nmlightning.norms.batch_norm import L1BatchNorm2d, LInfBatchNorm2d, TopKBatchNorm2d
 from nmlightning.norms.mean_only import MeanOnlyBatchNorm2d
-from nmlightning.surgery import swap_norms
+from nmlightning.surgery.swap import swap_norms
 
 CLASSES = [L1BatchNorm2d, LInfBatchNorm2d, TopKBatchNorm2d, MeanOnlyBatchNorm2d]
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from nmlightning.reports.axis import Axis
+from nmlightning.reports.page import Axis
 
 
 @pytest.mark.parametrize(

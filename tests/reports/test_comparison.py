@@ -13,8 +13,8 @@ from nmlightning.reports.comparison import (
     group_runs,
     is_loss,
 )
+from nmlightning.reports.page import result_columns, setting_rows
 from nmlightning.reports.run import read_run
-from nmlightning.reports.table import result_columns, setting_rows
 
 MakeRun = Callable[..., Path]
 

@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from nmlightning.errors import InputError
-from nmlightning.reports.event_file import read_event_file
+from nmlightning.reports.run import read_event_file
 
 
 def write_events(folder: Path, *, pictures: int = 0) -> Path:

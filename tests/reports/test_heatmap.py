@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from nmlightning.reports.colours import paint
-from nmlightning.reports.heatmap import draw_heatmap
+from nmlightning.reports.heatmap import draw_heatmap, paint
 
 FIRST, LAST, RED = (68, 1, 84), (253, 231, 37), (220, 38, 38)
 

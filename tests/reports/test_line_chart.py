@@ -3,7 +3,7 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 
-from nmlightning.reports.line_chart import Line, draw_lines
+from nmlightning.reports.page import Line, draw_lines
 
 SPACE = "{http://www.w3.org/2000/svg}"
 

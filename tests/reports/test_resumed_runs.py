@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nmlightning.reports.comparison import group_runs
-from nmlightning.reports.resumed_runs import join_resumed
+from nmlightning.reports.comparison import group_runs, join_resumed
 from nmlightning.reports.run import Run, read_run
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.recording_file import FILE_NAME

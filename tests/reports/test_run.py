@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from nmlightning.errors import InputError
-from nmlightning.reports.run import find_runs, read_run
-from nmlightning.reports.settings import flatten_settings, read_saved_config
+from nmlightning.reports.run import find_runs, flatten_settings, read_run, read_saved_config
 
 CSV = """epoch,step,train/loss,val/top1
 0,4,1.5,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nmlightning.tasks.mean_loss import MeanLoss
+from nmlightning.tasks.classification import MeanLoss
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -7,9 +7,9 @@ from torch import nn
 
 from nmlightning.errors import InputError
 from nmlightning.models import VGG, CifarResNet, ResNet50
+from nmlightning.parametrizations import apply_weight_norm
 from nmlightning.tasks import sharding
 from nmlightning.tasks.sharding import shard_blocks
-from nmlightning.weights.weight_norm import apply_weight_norm
 
 
 class Mesh:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nmlightning.errors import InputError
-from nmlightning.weights.inert_unpickler import StandIn, load_inert
+from nmlightning.weights.official_pickle import StandIn, load_inert
 
 
 class Thing(StandIn):

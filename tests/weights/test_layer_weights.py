@@ -8,13 +8,13 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from nmlightning.callbacks import WeightNormTracker
 from nmlightning.errors import InputError
+from nmlightning.parametrizations import WeightNorm, apply_weight_norm
 from nmlightning.weights.channel_norms import ROWS, ChannelLayout, channel_norms
 from nmlightning.weights.layer_weights import (
     find_layer_weights,
     find_lazy_weights,
     find_recorded_weights,
 )
-from nmlightning.weights.weight_norm import WeightNorm, apply_weight_norm
 
 
 def make_model() -> nn.Sequential:

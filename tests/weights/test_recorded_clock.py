@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from nmlightning.errors import InputError
-from nmlightning.weights.recorded_clock import RecordedClock
+from nmlightning.weights.history import RecordedClock
 
 
 def make_clock(

@@ -1,0 +1,272 @@
+"""The files that a command reads and writes: configs, checkpoints, run folders.
+
+Parsing needs both: the name of the run is a default, and so is what the checkpoint remembers. And
+a misspelt file is reported at once, without waiting for torch.
+"""
+
+import argparse
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from nmlightning.errors import InputError, nearest
+
+
+def find_config(name: str) -> Path:
+    """Return the file that `--config name` means.
+
+    A file on disk wins. Else `configs/cifar_l1.yaml`, `cifar_l1.yaml` and `cifar_l1` all name the
+    shipped config, from any folder.
+
+    Raises:
+        InputError: there is neither; the message lists the shipped configs.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    shipped = shipped_configs()
+    if path.parent in (Path(), Path("configs")) and path.stem in shipped:
+        return shipped[path.stem]
+    where = f"there is no file {name!r} in {Path.cwd()}"
+    hint = nearest(path.stem, shipped)
+    raise InputError(f"--config: {where}; the shipped configs are {', '.join(shipped)}.{hint}")
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Return the shipped configs by name; quickstart first, the others in alphabetical order."""
+    found = {path.stem: path for path in sorted(_folder().glob("*.yaml"))}
+    return dict(sorted(found.items(), key=lambda item: item[0] != "quickstart"))
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """Return the content of the config that `--config name` means.
+
+    Raises:
+        InputError: there is no such config, or it is no YAML.
+    """
+    try:
+        text = name if is_config_text(name) else find_config(name).read_text("utf-8")
+        content = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise InputError(f"--config: {name!r} is no YAML: {error.problem}{line}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--config: {name!r} is no YAML text: {error}.") from None
+    except OSError as error:
+        raise InputError(f"--config: {name!r} cannot be read: {error.strerror}.") from None
+    if not isinstance(content, dict):
+        raise InputError(f"--config: {name!r} holds no options, but {content!r}.")
+    return content
+
+
+def is_config_text(value: str) -> bool:
+    """Whether `value` is YAML or JSON itself, which `--config` takes too, rather than a name."""
+    return "\n" in value or "{" in value
+
+
+def _folder() -> Path:
+    package = Path(str(files("nmlightning")))
+    installed = package / "configs"
+    # setup.cfg ships the repository's configs/ as nmlightning/configs; a checkout has the former.
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+RUNS = Path("runs")
+CHECKPOINTS = "checkpoints"  # Lightning's name
+
+
+def folder_of_runs(config: Path | None, run_name: str) -> Path:
+    """Return where earlier runs of an experiment are, of which `config` may be what one saved."""
+    if config and config.name == "config.yaml" and (config.parent / CHECKPOINTS).is_dir():
+        return config.parent.parent
+    return RUNS / run_name
+
+
+def last_checkpoint(runs: Path) -> Path | None:
+    """Return the newest checkpoint in `runs` that is called last, as Lightning's keyword has it.
+
+    Lightning looks in the folder of the new run, which with `nm` is always a new one.
+    """
+    found = runs.glob(f"version_*/{CHECKPOINTS}/*last*.ckpt")
+    return max(found, key=time_written, default=None)
+
+
+def time_written(checkpoint: Path) -> float:
+    """Return when a checkpoint was last written, which may be a folder with a file of each rank."""
+    return max(path.stat().st_mtime for path in (checkpoint, *checkpoint.glob("*")))
+
+
+def config_of(checkpoint: Path) -> Path | None:
+    """Return the config that the run of a checkpoint has saved, if it is where fit put both."""
+    config = checkpoint.parent.parent / "config.yaml"
+    return config if checkpoint.parent.name == CHECKPOINTS and config.is_file() else None
+
+
+def default_logger(run_name: str) -> dict[str, Any]:
+    """Return TensorBoard's logger as a config, which a later option may give another class."""
+    # hp_metric would be a meaningless scalar of -1 in every run.
+    arguments = {"save_dir": str(RUNS), "name": run_name, "default_hp_metric": False}
+    return {"class_path": "pytorch_lightning.loggers.TensorBoardLogger", "init_args": arguments}
+
+
+def new_version(run_name: str) -> Path:
+    """Return `runs/<run_name>/version_N` after all that exist, as the loggers count them."""
+    taken = [path.name.removeprefix("version_") for path in (RUNS / run_name).glob("version_*")]
+    number = max((int(version) for version in taken if version.isdigit()), default=-1) + 1
+    return RUNS / run_name / f"version_{number}"
+
+
+# Lightning's keywords for --ckpt_path.
+LAST = "last"
+OTHER_KEYWORDS = ("best", "hpc")
+_PLACE_OF_RUNS = re.compile(r"--trainer\.logger\.(init_args\.)?(save_dir|name|root_dir)\b")
+
+
+class GivenFiles:
+    """What `--config` and `--ckpt_path` name.
+
+    `--ckpt_path last` is the newest last checkpoint of this experiment's runs. Where there is none
+    a fit starts anew, so that the command which begins a training also goes on with it.
+
+    Args:
+        arguments: the command and its options.
+
+    Raises:
+        InputError: a file that is named does not exist, or a config is no YAML.
+    """
+
+    def __init__(self, arguments: list[str]) -> None:
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("-c", "--config", action="append", nargs="?", default=[])
+        parser.add_argument("--ckpt_path", nargs="?")
+        given, _ = parser.parse_known_args(arguments)
+        names = [name for name in given.config if name]
+        files = [Path(name) for name in names if not is_config_text(name)]
+        configs = [read_config(name) for name in names]
+        in_configs = [config.get("ckpt_path") for config in configs]
+        self.run_name = files[0].stem if files else "run"
+        self.runs = folder_of_runs(files[0] if files else None, self.run_name)
+        checkpoint = next(filter(None, [given.ckpt_path, *reversed(in_configs)]), None)
+        self.wants_last = checkpoint == LAST
+        if self.wants_last:
+            self._check_place(arguments, configs)
+            self.checkpoint = self._last_checkpoint(needed=arguments[0] != "fit")
+        else:
+            self.checkpoint = _existing(checkpoint)
+
+    def _check_place(self, arguments: list[str], configs: Sequence[Mapping[str, Any]]) -> None:
+        """Raise InputError if a logger keeps the runs elsewhere than they are looked for."""
+        given = next(filter(_PLACE_OF_RUNS.match, arguments), None)
+        places = [place for config in configs for place in _logger_folders(config)]
+        is_of_a_run = self.runs != RUNS / self.run_name  # where a config lies that a run has saved
+        elsewhere = [] if is_of_a_run else [place for place in places if place != self.runs]
+        if given or elsewhere:
+            keeper = given or f"trainer.logger, in {elsewhere[0]},"
+            raise InputError(
+                f"--ckpt_path: {LAST!r} looks in {self.runs}, but {keeper} keeps this run "
+                "elsewhere: give the path of a checkpoint."
+            )
+
+    def _last_checkpoint(self, needed: bool) -> str | None:
+        found = last_checkpoint(self.runs)
+        if needed and not found:
+            raise InputError(
+                f"--ckpt_path: {self.runs} has no checkpoint yet; give the path of one."
+            )
+        return str(found) if found else None
+
+
+def _logger_folders(config: Mapping[str, Any]) -> list[Path]:
+    """Return where the loggers of a config keep runs, if it says so."""
+    trainer = config.get("trainer")
+    loggers = trainer.get("logger") if isinstance(trainer, dict) else None
+    given = [
+        logger.get("init_args", {})
+        for logger in (loggers if isinstance(loggers, list) else [loggers])
+        if isinstance(logger, dict)
+    ]
+    return [Path(x["save_dir"], x["name"]) for x in given if x.get("save_dir") and x.get("name")]
+
+
+def _existing(checkpoint: str | None) -> str | None:
+    if checkpoint in OTHER_KEYWORDS:
+        raise InputError(
+            f"--ckpt_path: {checkpoint!r} means something only to the Trainer that wrote it; give "
+            f"the path of a checkpoint, or {LAST!r} for the newest of earlier runs."
+        )
+    if checkpoint and "://" not in checkpoint and not Path(checkpoint).exists():
+        raise InputError(f"--ckpt_path: there is no file {checkpoint!r} in {Path.cwd()}.")
+    return checkpoint
+
+
+def check_replaceable(option: str, file: Path, mark: str, what: str) -> None:
+    """Raise InputError if `file` is a folder, or exists without the mark of what is written there.
+
+    Args:
+        option: that named it.
+        file: which may exist from an earlier call.
+        mark: text that everything written there holds.
+        what: it is called, such as "page of nm compare".
+    """
+    if file.is_dir():
+        raise InputError(f"{option}: {file} is a folder; name a file in it.")
+    if file.exists() and mark not in file.read_text(encoding="utf-8", errors="replace"):
+        raise InputError(f"{option}: {file} is no {what}; give another name.")
+
+
+def write_file(option: str, file: Path, text: str) -> None:
+    """Write the file, or raise InputError."""
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{option}: {file} cannot be written: {error.strerror}.") from error
+
+
+_OF_ALL_RANKS = "meta.pt"  # in a checkpoint that is a folder with a file of each rank
+
+
+def remembered_options(checkpoint: str | None) -> list[str]:
+    """Return the model's options in `checkpoint` as one more `--config`, to be placed first.
+
+    Whatever comes after it on the command line, in configs or as options, wins.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    if not checkpoint or "://" in checkpoint:
+        return []
+    path = Path(checkpoint)
+    if path.is_dir():
+        path /= _OF_ALL_RANKS
+        if not path.exists():
+            return []
+    model = model_in(_read_hyper_parameters(path))
+    if model is None:
+        return []  # not trained by a command line: nothing that it could parse
+    return ["--config", json.dumps({"model": model})]
+
+
+def model_in(hyper_parameters: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the model's class and arguments, if a command line has made it."""
+    arguments = dict(hyper_parameters)
+    class_path = arguments.pop("_class_path", None)
+    arguments.pop("_instantiator", None)
+    return None if class_path is None else {"class_path": class_path, "init_args": arguments}
+
+
+def _read_hyper_parameters(path: Path) -> dict[str, Any]:
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"--ckpt_path: {str(path)!r} is no checkpoint, or a truncated one.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        return {}  # objects of the user's own, which the Trainer judges when it loads them
+    return dict(checkpoint.get("hyper_parameters", {}))

@@ -1,0 +1,282 @@
+"""`nm fit`, `validate`, `test` and `predict`: LightningCLI with a named folder for every run."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace, dict_to_namespace
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.callbacks import BasePredictionWriter, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.callbacks.progress import ProgressBar
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
+
+import nmlightning.callbacks.norm_swap
+import nmlightning.callbacks.weight_norm_swap
+import nmlightning.callbacks.weight_norm_tracker
+import nmlightning.datamodules.cifar10
+import nmlightning.datamodules.digits
+import nmlightning.datamodules.imagenet
+import nmlightning.models.resnet
+import nmlightning.models.vgg
+import nmlightning.optim.schedules
+import nmlightning.tasks.classification
+import nmlightning.translation.datamodules
+import nmlightning.translation.lstm
+import nmlightning.translation.task  # noqa: F401
+from nmlightning.callbacks.skipped_steps import SkippedStepCount
+from nmlightning.commands import run_report
+from nmlightning.commands.argument_parser import INTERRUPTED, TERMINATED
+from nmlightning.commands.distributed import (
+    ExplicitOptionsWin,
+    SameStart,
+    check_restarts,
+    failing_together,
+)
+from nmlightning.commands.files import (
+    GivenFiles,
+    default_logger,
+    new_version,
+    remembered_options,
+    time_written,
+)
+from nmlightning.commands.parser import Parser
+from nmlightning.commands.run_report import quiet
+from nmlightning.errors import InputError
+
+
+def standard_callbacks(options: Namespace) -> list[Callback]:
+    """Return what the Trainer's `options` leave open: the progress bar and the last checkpoint."""
+    given = given_callbacks(options)
+    added: list[Callback] = []
+    if not options.barebones:
+        added.append(SkippedStepCount())
+    if not (any(isinstance(c, ProgressBar) for c in given) or _off(options, "progress_bar")):
+        added.append(MetricsBar())
+    if not (any(_keeps_last(c) for c in given) or _off(options, "checkpointing")):
+        # One file that each epoch replaces; save_last would write everything twice.
+        added.append(
+            ModelCheckpoint(
+                filename="last", save_on_train_epoch_end=True, enable_version_counter=False
+            )
+        )
+    return added
+
+
+def given_callbacks(options: Namespace) -> list[Callback]:
+    """Return the callbacks in the Trainer's `options`, where one need not be in a list."""
+    callbacks = options.callbacks or []
+    return callbacks if isinstance(callbacks, list) else [callbacks]
+
+
+class MetricsBar(RichProgressBar):
+    """Lightning's rich progress bar; the version is said once above it, not in every line."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Return the metrics that the module logs for the bar."""
+        metrics = super().get_metrics(trainer, pl_module)
+        return {name: value for name, value in metrics.items() if name != "v_num"}
+
+
+def _off(options: Namespace, what: str) -> bool:
+    return options[f"enable_{what}"] is False or options.barebones
+
+
+def _keeps_last(callback: Callback) -> bool:
+    return isinstance(callback, ModelCheckpoint) and bool(
+        callback.save_last or callback.monitor is None
+    )
+
+
+# Class names alone resolve only if their modules are imported.
+
+
+def run(arguments: list[str], given: GivenFiles) -> int:
+    """Run `nm fit`, `validate`, `test` or `predict` and return its exit code.
+
+    Args:
+        arguments: the command and its options.
+        given: the files that these name.
+
+    Raises:
+        InputError: an option, a config or a checkpoint cannot be right.
+    """
+    command, *options = arguments
+    with quiet():
+        try:
+            remembered = remembered_options(given.checkpoint)
+            resolved = _resolve_last(given) if given.wants_last else []
+            TrainingCLI([command, *remembered, *options, *resolved], given.run_name)
+        except SystemExit as stop:
+            if is_ctrl_c(stop):
+                raise KeyboardInterrupt from None
+            if isinstance(stop, SIGTERMException):
+                return TERMINATED
+            return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return 0
+
+
+def _resolve_last(given: GivenFiles) -> list[str]:
+    """Return the option that takes the place of `--ckpt_path last`, and say what that is."""
+    if given.checkpoint is None:
+        run_report.print_notice(f"{given.runs} has no checkpoint yet, so training starts anew.")
+        return ["--ckpt_path", "null"]
+    run_report.print_notice(f"--ckpt_path last is {given.checkpoint}")
+    return ["--ckpt_path", given.checkpoint]
+
+
+class TrainingCLI(ExplicitOptionsWin):
+    """LightningCLI for any model and data; its constructor runs the command.
+
+    Args:
+        arguments: the command and its options.
+        run_name: the name of the folder in `runs` that holds the run.
+    """
+
+    def __init__(self, arguments: list[str], run_name: str) -> None:
+        command = arguments[0]
+        self._run_name = run_name
+        self._logger_is_given = any(word.startswith("--trainer.logger") for word in arguments)
+        self._watch = run_report.Stopwatch()
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            parser_class=Parser,
+            parser_kwargs={
+                "prog": "nm",
+                "allow_abbrev": False,
+                # The whole list of options follows, each with its meaning.
+                command: {"usage": f"nm {command} --config CONFIG [--KEY VALUE ...]"},
+            },
+            trainer_defaults={"logger": default_logger(run_name)},
+            args=arguments,
+        )
+
+    def init_parser(self, **kwargs: Any) -> Parser:
+        """Return a parser whose `--config` knows the shipped configs."""
+        return Parser.with_config_option(**kwargs)
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Parse `args` without LightningCLI's warning that the program has arguments, too."""
+        self.config = parser.parse_args(args)
+        options = self.config[self.config.subcommand]
+        if not isinstance(options.trainer, Namespace):
+            received = f"received {options.trainer!r}"
+            raise InputError(f"trainer holds options, such as {{max_epochs: 3}}, {received}.")
+        seed = options.get("seed_everything")
+        if type(seed) is int and not 0 <= seed < 2**32:
+            raise InputError(f"seed_everything must be between 0 and {2**32 - 1}, got {seed}.")
+
+    def before_instantiate_classes(self) -> None:
+        """Decide where the run is kept: only a fit makes a folder, and always a new one."""
+        trainer = self.config[self.subcommand].trainer
+        if self.subcommand != "fit":
+            self.save_config_callback = None
+            if not self._logger_is_given:
+                trainer.logger = False
+        elif trainer.logger is False:
+            trainer.default_root_dir = trainer.default_root_dir or str(new_version(self._run_name))
+        elif trainer.logger in (True, None):
+            trainer.logger = dict_to_namespace(default_logger(self._run_name))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Return the Trainer, with the last checkpoint kept and the time measured."""
+        options = self.config_init[self.subcommand].trainer
+        self.trainer_defaults["callbacks"] = [self._watch, *standard_callbacks(options)]
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            raise InputError(f"trainer: {error}") from error
+        if options.precision in ("16-mixed", "16", 16) and trainer.precision == "bf16-mixed":
+            run_report.print_notice(
+                "there is no GPU for 16-mixed; bf16-mixed runs instead (--trainer.precision 32-true"
+                " for full precision)."
+            )
+        return trainer
+
+    def fit(self, model: LightningModule, **kwargs: Any) -> None:
+        """Train, and report; after Ctrl-C or SIGTERM say how to resume."""
+        folder = self._folder() if self.trainer.is_global_zero else None
+        if folder and (folder / "config.yaml").exists():
+            raise InputError(f"{folder} holds another run; leave trainer.logger.version out.")
+        _make_folder(folder)
+        run_report.print_start(self.trainer, folder)
+        check_restarts()
+        earlier = kwargs.get("ckpt_path")
+        self.trainer.callbacks.insert(0, SameStart(earlier))  # type: ignore[attr-defined]
+        try:
+            with failing_together(self.trainer, lambda: self._last_checkpoint() or earlier):
+                self.trainer.fit(model, **kwargs)
+        except InputError:
+            if folder and not any(folder.rglob("*.ckpt")):
+                shutil.rmtree(folder, ignore_errors=True)  # nothing was learned
+            raise
+        except (SystemExit, RuntimeError) as error:
+            code = self._interruption(error)
+            if code is None:
+                raise
+            run_report.print_interruption(folder, self._last_checkpoint() or earlier)
+            raise SystemExit(code) from None
+        run_report.print_fit(self.trainer, self._watch, folder, self._last_checkpoint())
+
+    def validate(self, model: LightningModule, **kwargs: Any) -> None:
+        """Measure on the validation data."""
+        self._evaluate(self.trainer.validate, model, kwargs)
+
+    def test(self, model: LightningModule, **kwargs: Any) -> None:
+        """Measure on the test data."""
+        self._evaluate(self.trainer.test, model, kwargs)
+
+    def predict(self, model: LightningModule, **kwargs: Any) -> None:
+        """Hand the predictions to the writers among the callbacks."""
+        self._evaluate(self.trainer.predict, model, kwargs)
+        callbacks = given_callbacks(self.config_init[self.subcommand].trainer)
+        if not any(isinstance(callback, BasePredictionWriter) for callback in callbacks):
+            run_report.print_notice("no BasePredictionWriter is among the callbacks; nothing kept.")
+
+    def _evaluate(self, measure: Any, model: LightningModule, kwargs: dict[str, Any]) -> None:
+        if not kwargs.get("ckpt_path"):
+            run_report.print_notice("no --ckpt_path is given; these weights are untrained.")
+        if "verbose" in kwargs:
+            kwargs["verbose"] = False  # our table says the same
+        with failing_together(self.trainer, lambda: kwargs.get("ckpt_path")):
+            measure(model, **kwargs)
+        run_report.print_metrics(self.trainer.callback_metrics)
+        run_report.print_paths(checkpoint=kwargs.get("ckpt_path"))
+
+    def _interruption(self, error: BaseException) -> int | None:
+        """Return what to exit with if somebody stopped the run, else None.
+
+        SIGTERM may reach the workers first, of which their loader then complains.
+        """
+        if isinstance(error, SystemExit) and is_ctrl_c(error):
+            return INTERRUPTED
+        terminated = isinstance(error, SIGTERMException) or self.trainer.received_sigterm
+        return TERMINATED if terminated else None
+
+    def _folder(self) -> Path | None:
+        options = self.config_init[self.subcommand].trainer
+        folder = None if options.fast_dev_run else self.trainer.log_dir
+        return Path(folder) if folder else None
+
+    def _last_checkpoint(self) -> Path | None:
+        callbacks = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        paths = [Path(path) for c in callbacks for path in (c.last_model_path, c.best_model_path)]
+        written = [path for path in paths if path.name and path.exists()]
+        return max(written, key=time_written, default=None)
+
+
+def _make_folder(folder: Path | None) -> None:
+    """Make the run's folder, or raise InputError before anything is computed for it."""
+    try:
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the run's folder cannot be made: {error}.") from error
+
+
+def is_ctrl_c(stop: SystemExit) -> bool:
+    """Whether `stop` is what Lightning 2.6 makes of KeyboardInterrupt: exit(1)."""
+    return isinstance(stop.__context__, KeyboardInterrupt)

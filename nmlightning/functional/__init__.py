@@ -1,0 +1,1 @@
+"""Statistics and normalisation of activations as pure functions on tensors."""

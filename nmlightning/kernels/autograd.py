@@ -1,0 +1,219 @@
+"""Autograd functions over a backend's kernels: batch, layer and RMS norm, differentiable once.
+
+The stages of the kernels, with the collectives of `cross_rank` between them: what the formula in
+`batch_norm_function` does, so that N ranks are one process on their batches concatenated. The ranks
+wait for each other twice in forward and once in backward, as by the formula; nothing independent is
+left to do meanwhile, but the k largest |x − μ|, which need μ.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from nmlightning.functional.batch_norm import first_derivative_only
+from nmlightning.functional.constants import Constant
+from nmlightning.functional.reductions import (
+    Share,
+    keep_largest_of_ranks,
+    share_sums,
+    sum_over_ranks,
+)
+from nmlightning.functional.selection import Selection, add_at_selection, mean_of_row
+from nmlightning.functional.statistics import LargestMean, Statistic, total_scale
+from nmlightning.kernels.interface import BatchNormKernels, Fused, Job, lay_out_like
+
+
+class KernelBatchNormFunction(torch.autograd.Function):
+    """Normalise each channel of (N, C, *spatial), and activate if the job says so.
+
+    Returns:
+        y like x; mean (C,); unbiased variance ŝ² · n / (n − 1) (C,), both float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        kernels: BatchNormKernels,
+        job: Job,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        residual = None if residual is None else lay_out_like(residual, x)
+        y, mean, variance, saved = kernels.forward(x, residual, _wide(weight), _wide(bias), job)
+        ctx.mark_non_differentiable(mean, variance)
+        ctx.save_for_backward(*saved)
+        ctx.kernels, ctx.job = kernels, job
+        ctx.dtypes = [None if q is None else q.dtype for q in (weight, bias)]
+        return y, mean, variance
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.kernels.backward(grad, ctx.saved_tensors, ctx.job)
+        weight_dtype, bias_dtype = ctx.dtypes
+        return (
+            gradients.x,
+            gradients.residual,
+            None if weight_dtype is None else gradients.weight.to(weight_dtype),
+            None if bias_dtype is None else gradients.bias.to(bias_dtype),
+            None,
+            None,
+        )
+
+
+def _wide(learned: Tensor | None) -> Tensor | None:
+    return None if learned is None else learned.float()
+
+
+class RankBatchNormFunction(torch.autograd.Function):
+    """Normalise each channel of this rank's (N, C, *spatial) over all ranks, and activate it.
+
+    Returns:
+        y like x; mean (C,); unbiased variance ŝ² · n / (n − 1) (C,), both float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        kernels: BatchNormKernels,
+        statistic: Statistic,
+        convention: Constant | float,
+        eps: float,
+        fused: Fused | None,
+        group: ProcessGroup,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        residual = None if residual is None else lay_out_like(residual, x)
+        sums, share = share_sums(kernels.sums(x), x.numel() // x.shape[1], group)
+        mean = sums / share.total
+        magnitude, selection = _measure(kernels, x, mean, statistic, share)
+        constant = statistic.constant(share.total, convention)
+        scale = magnitude * constant
+        total = total_scale(scale, eps)
+        gain = 1 / total if weight is None else weight.float() / total
+        added = torch.zeros_like(mean) if bias is None else bias.float()
+        y = kernels.affine(x, residual, mean, gain, added, fused)
+        variance = scale.square() * share.total / (share.total - 1)
+        ctx.mark_non_differentiable(mean, variance)
+        masked = y if fused else None
+        channels = (mean, total, gain, constant * scale / total, share.total)
+        ctx.save_for_backward(x, masked, *channels, *(selection or ()))
+        ctx.kernels, ctx.statistic, ctx.group, ctx.added = kernels, statistic, group, fused
+        ctx.dtypes = [None if q is None else q.dtype for q in (weight, bias)]
+        return y, mean, variance
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, mean, total, gain, strength, count, *selected = ctx.saved_tensors
+        selection = Selection(*selected) if selected else None
+        own = ctx.kernels.gradient_sums(grad, x, y, mean, ctx.statistic)
+        grad_bias, grad_weight = own[0], own[1] / total
+        slopes = own[2] / count if selection is None else selection.slopes.sum(1)
+        sums = sum_over_ranks(torch.stack([grad_bias, grad_weight, slopes]), ctx.group)
+        pull = gain * strength * sums[1]
+        offset = (pull * sums[2] - gain * sums[0]) / count
+        each = pull / count if selection is None else None
+        grad_x, masked = ctx.kernels.gradient(grad, x, y, mean, gain, offset, each)
+        if selection is not None:
+            grad_x = add_at_selection(grad_x, selection, -pull.unsqueeze(1) * selection.slopes)
+        weight_dtype, bias_dtype = ctx.dtypes
+        return (
+            grad_x,
+            masked if ctx.added == "add_relu" else None,
+            None if weight_dtype is None else grad_weight.to(weight_dtype),
+            None if bias_dtype is None else grad_bias.to(bias_dtype),
+            *(None,) * 6,
+        )
+
+
+def _measure(
+    kernels: BatchNormKernels, x: Tensor, mean: Tensor, statistic: Statistic, share: Share
+) -> tuple[Tensor, Selection | None]:
+    """Return m of all ranks' elements, and this rank's share of those it was selected by."""
+    if not isinstance(statistic, LargestMean):
+        sizes = sum_over_ranks(kernels.sums_of_sizes(x, mean), share.group)
+        return sizes / share.total, None
+    positions, signed = kernels.largest(x, mean, statistic.k)
+    values, mine = keep_largest_of_ranks(signed.abs(), share.group)
+    slopes = torch.where(signed > 0, 1.0, -1.0) / statistic.k
+    assert mine is not None, "there is a group"
+    return mean_of_row(values), Selection(positions, slopes * mine)
+
+
+class LayerNormKernels(Protocol):
+    """The kernels of a backend for the norm of rows of `features` contiguous elements."""
+
+    def forward(
+        self,
+        x: Tensor,
+        features: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        constant: float,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Return y like x, and the values of the rows that backward needs.
+
+        Args:
+            x: contiguous, of a dtype that the backend serves.
+            features: how many elements a row has, at least 1.
+            weight: (features,) float32, or None for 1.
+            bias: (features,) float32, or None for 0.
+            constant: c of ŝ = c · mean |x − μ|.
+            eps: added to ŝ².
+        """
+
+    def backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        features: int,
+        weight: Tensor | None,
+        rows: Tensor,
+        learned: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients by x, like it, and, if `learned`, by weight and bias, float32."""
+
+
+class KernelLayerNormFunction(torch.autograd.Function):
+    """Normalise (*, *normalized_shape) over the last `rank` dimensions; y is like x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        rank: int,
+        kernels: LayerNormKernels,
+        constant: float,
+        eps: float,
+    ) -> Tensor:
+        ctx.features = x.shape[x.dim() - rank :].numel()
+        wide = None if weight is None else weight.float()
+        wide_bias = None if bias is None else bias.float()
+        y, rows = kernels.forward(x, ctx.features, wide, wide_bias, constant, eps)
+        ctx.save_for_backward(x, wide, rows)
+        ctx.kernels = kernels
+        ctx.learned = [None if q is None else (q.shape, q.dtype) for q in (weight, bias)]
+        return y
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rows = ctx.saved_tensors
+        learned = ctx.learned != [None, None]
+        grad_x, *by_learned = ctx.kernels.backward(grad, x, ctx.features, weight, rows, learned)
+        gradients = [
+            None if form is None else by.view(form[0]).to(form[1])
+            for form, by in zip(ctx.learned, by_learned, strict=True)
+        ]
+        return grad_x, *gradients, *(None,) * 4

@@ -1,0 +1,240 @@
+"""The CPU backend: the cases it serves, and the C++ kernels of each.
+
+With a ReLU after the norm, L1's backward takes its sign from one bit an element, and that of the
+largest values takes their positions. Otherwise x is only in Σ g · x̂, and where g is not 0 the
+ReLU's output tells x̂ = (y − residual − bias) / weight. So y is kept, which the next layer keeps
+anyway, and x is not.
+
+The rounding of y to u of its size, the half of its last place, is then an error in x̂ of
+u · |y| / (√3 · |weight|) in the root mean square. Of many different values its sign is random; of a
+constant channel it is one and the same. It is at most what
+tells the backends apart (5e-7 in float32, 4e-3 in bfloat16) while y is below `X_FREE_REACH` times
+the weight. For a ReLU alone that is bias ≤ reach · |weight|, since a negative bias makes y smaller;
+after an addition, it is the root mean square of y in a channel. Where it does not hold in every
+channel of a layer, x is kept, in this pass, for the layer. So it is after the addition in bfloat16.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nmlightning.functional.statistics import LargestMean, PowerMean, Statistic
+from nmlightning.kernels.cpu.build import (
+    cache_folder,
+    is_loaded,
+    is_whole,
+    library_path,
+    load_library,
+)
+from nmlightning.kernels.interface import Fused, Gradients, Job, Normalised, is_l1, is_largest
+
+if TYPE_CHECKING:
+    from nmlightning.kernels.dispatch import Case
+
+
+# The tolerance · √3 / u, with u = 2^-24 and 2^-8.
+X_FREE_REACH = {torch.float32: 14.5, torch.bfloat16: 1.77}
+_NEVER = -1.0
+_NUMBERS: dict[Fused | None, int] = {None: 0, "relu": 1, "add_relu": 2}
+
+
+class CpuBatchNorm:
+    """The interface `BatchNormKernels`, by `torch.ops.nmlightning`."""
+
+    def __init__(self) -> None:
+        self._ops = torch.ops.nmlightning
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        job: Job,
+    ) -> Normalised:
+        """Return the normalised x, and of x or what stands for it what backward needs."""
+        inputs = (x, residual, weight, bias, job.constant, job.eps, _NUMBERS[job.fused])
+        reach = _reach(x.dtype, job.fused)
+        if isinstance(job.statistic, LargestMean):
+            y, mean, variance, values, *kept, x_free = self._ops.largest_forward(
+                *inputs, job.statistic.k, reach
+            )
+        else:
+            y, mean, variance, values, bits = self._ops.l1_forward(*inputs, reach)
+            x_free = bits.numel() > 0
+            kept = [bits if x_free else None, None]
+        saved = (
+            None if x_free else x,
+            y if job.fused else None,
+            residual if x_free else None,
+            *kept,
+            weight,
+            bias if x_free else None,
+            values,
+        )
+        return Normalised(y, mean, variance, saved)
+
+    def backward(self, grad: Tensor, saved: tuple[Tensor | None, ...], job: Job) -> Gradients:
+        """Return the gradients."""
+        x, y, residual, first, second, *rest = saved
+        added = job.fused == "add_relu"
+        if is_largest(job.statistic):
+            results = self._ops.largest_backward(grad, x, y, residual, first, second, *rest, added)
+        else:
+            results = self._ops.l1_backward(grad, x, y, residual, first, *rest, added)
+        grad_x, grad_residual, grad_weight, grad_bias = results
+        return Gradients(grad_x, grad_residual if added else None, grad_weight, grad_bias)
+
+    def sums(self, x: Tensor) -> Tensor:
+        """Return Σx of each channel."""
+        return self._ops.sums(x)  # type: ignore[no-any-return]
+
+    def sums_of_sizes(self, x: Tensor, mean: Tensor) -> Tensor:
+        """Return Σ|x − μ| of each channel."""
+        return self._ops.sums_of_sizes(x, mean)  # type: ignore[no-any-return]
+
+    def largest(self, x: Tensor, mean: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return the positions and the x − μ of the k largest |x − μ|."""
+        return self._ops.largest(x, mean, k)  # type: ignore[no-any-return]
+
+    def affine(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        mean: Tensor,
+        gain: Tensor,
+        bias: Tensor,
+        fused: Fused | None,
+    ) -> Tensor:
+        """Return (x − μ) · gain + bias, and what is fused."""
+        return self._ops.affine(x, residual, mean, gain, bias, _NUMBERS[fused])  # type: ignore[no-any-return]
+
+    def gradient_sums(
+        self, grad: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, statistic: Statistic
+    ) -> Tensor:
+        """Return Σg, Σ g · (x − μ) and Σs."""
+        return self._ops.gradient_sums(grad, x, y, mean, is_l1(statistic))  # type: ignore[no-any-return]
+
+    def gradient(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        y: Tensor | None,
+        mean: Tensor,
+        gain: Tensor,
+        offset: Tensor,
+        pull: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return gain · g + offset − pull · s, and g."""
+        return self._ops.gradient(grad, x, y, mean, gain, offset, pull)  # type: ignore[no-any-return]
+
+
+def _reach(dtype: torch.dtype, fused: Fused | None) -> float:
+    if fused == "add_relu" and dtype != torch.float32:
+        return _NEVER
+    return X_FREE_REACH[dtype]
+
+
+@dataclass(frozen=True)
+class CpuLayerNorm:
+    """The interface `LayerNormKernels`, by `torch.ops.nmlightning`.
+
+    Args:
+        centred: whether the mean is subtracted: a layer norm and no RMS norm.
+    """
+
+    centred: bool
+
+    def forward(
+        self,
+        x: Tensor,
+        features: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        constant: float,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Return y like x, and the values of the rows that backward needs."""
+        return torch.ops.nmlightning.layer_norm_forward(  # type: ignore[no-any-return]
+            x, features, weight, bias, constant, eps, self.centred
+        )
+
+    def backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        features: int,
+        weight: Tensor | None,
+        rows: Tensor,
+        learned: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients by x and, if any is learned, by weight and bias, (features,)."""
+        return torch.ops.nmlightning.layer_norm_backward(  # type: ignore[no-any-return]
+            grad, x, features, weight, rows, learned, self.centred
+        )
+
+
+NOT_BUILT = "the kernels are not built: nm kernels build"
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class CpuBackend:
+    """The kernels in C++. Their library is loaded when it is first asked for, never built.
+
+    Args:
+        folder: where the built library lies.
+    """
+
+    folder: Path = field(default_factory=cache_folder)
+    name = "C++"
+    device = "cpu"
+
+    def refusal(self, case: "Case") -> str:
+        """Return why they do not serve the case, in a few words; nothing if they do."""
+        batch = case.kind == "batch"
+        if not (is_l1(case.statistic) or (batch and is_largest(case.statistic))):
+            return f"no kernel for {_describe(case.statistic)}"
+        if case.dtype not in _DTYPES:
+            return f"no kernel for {_name(case.dtype)}"
+        if case.stats_dtype != torch.float32:
+            return f"no kernel for statistics in {_name(case.stats_dtype)}"
+        if case.layout not in (("NCHW", "NHWC") if batch else ("NCHW",)):
+            return "no kernel for elements in this order"
+        return self._missing()
+
+    def kernels(self, case: "Case") -> Any:
+        """Return the kernels of a case that is served."""
+        return CpuBatchNorm() if case.kind == "batch" else CpuLayerNorm(case.kind == "layer")
+
+    def tracking(self) -> Callable[..., None] | None:
+        """Return what moves running statistics, or None where it is not built."""
+        return None if self._missing() else torch.ops.nmlightning.track
+
+    def _missing(self) -> str:
+        if is_loaded():
+            return ""
+        path = library_path(self.folder)
+        if not path.exists():
+            return NOT_BUILT
+        if not is_whole(path):
+            return f"the kernels in {path} are damaged: nm kernels build"
+        try:
+            load_library(path)
+        except OSError:
+            return f"the kernels in {path} do not load: nm kernels remove"
+        return ""
+
+
+def _describe(statistic: Statistic) -> str:
+    if isinstance(statistic, PowerMean):
+        return f"p = {statistic.p:g}"
+    return "the largest values" if is_largest(statistic) else "the range"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

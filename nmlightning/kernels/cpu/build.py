@@ -1,0 +1,206 @@
+"""Builds, finds and loads the library of the CPU's kernels."""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from nmlightning.errors import InputError
+
+SOURCES = Path(__file__).parent / "csrc"
+_SUFFIXES = (".cpp", ".h")
+_SEAL = hashlib.sha256().digest_size
+# NaN and infinities stay what they are: none of -ffast-math that assumes there are none. Torch's
+# threads are used, not those of a second OpenMP: the library is linked without one.
+_FLAGS = ("-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-march=native")
+# GCC takes half of what AVX-512 has, unless it is told that the whole pays.
+_FLAGS_OF_MACHINE = {"x86_64": ("-mprefer-vector-width=512",)}
+# What /proc/cpuinfo calls that on which -march=native depends, on x86 and on ARM.
+_PROCESSOR = (
+    "vendor_id",
+    "cpu family",
+    "model",
+    "flags",
+    "CPU implementer",
+    "CPU part",
+    "Features",
+)
+
+
+def cache_folder() -> Path:
+    """Return the user's folder for what can be made again."""
+    return Path.home() / ".cache" / "nmlightning" / "kernels"
+
+
+def library_path(folder: Path) -> Path:
+    """Return where in the folder the library for this machine, torch and source lies, if built."""
+    return folder / f"{_key()}.so"
+
+
+def is_loaded() -> bool:
+    """Return whether the operators are there."""
+    return hasattr(torch.ops.nmlightning, "l1_forward")
+
+
+def seal(path: Path) -> None:
+    """Write the hash of a library behind it, which loading it does not mind."""
+    content = path.read_bytes()
+    path.write_bytes(content + hashlib.sha256(content).digest())
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a library is there and all that was sealed: to load the half of one is a crash."""
+    if not path.is_file():
+        return False
+    content = path.read_bytes()
+    return content[-_SEAL:] == hashlib.sha256(content[:-_SEAL]).digest()
+
+
+def load_library(path: Path) -> None:
+    """Make the built library's operators torch's, once in a process.
+
+    Raises:
+        OSError: a file that is no library for this machine.
+    """
+    if not is_loaded():
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+
+
+def flags() -> tuple[str, ...]:
+    """Return what the compiler is told on this machine."""
+    return _FLAGS + _FLAGS_OF_MACHINE.get(platform.machine(), ())
+
+
+def source_files() -> list[Path]:
+    """Return the files that the library is compiled from, headers among them."""
+    return sorted(path for path in SOURCES.iterdir() if path.suffix in _SUFFIXES)
+
+
+@lru_cache(maxsize=1)
+def _key() -> str:
+    """Return what tells libraries apart: by torch, sources, flags, and what the processor can."""
+    hashed = hashlib.sha256()
+    for word in (*flags(), platform.machine(), platform.system(), *_processor()):
+        hashed.update(word.encode() + b"\n")
+    for path in source_files():
+        hashed.update(path.name.encode() + path.read_bytes())
+    return f"torch-{torch.__version__}-{hashed.hexdigest()[:16]}"
+
+
+def _processor() -> list[str]:
+    """Return the lines about the first processor that tell what code it can run."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return [platform.processor()]
+    first = cpuinfo.read_text().partition("\n\n")[0].splitlines()
+    return [line for line in first if line.partition(":")[0].strip() in _PROCESSOR]
+
+
+LOG = "build.log"
+_UNFINISHED = "unfinished-"
+_FORMULA = "The norms go on by the formula"
+# In a process of its own, which is given the folder of ninja in its PATH and leaves nothing loaded.
+# That it loads what it has built is a first test of it.
+_COMPILE = """
+import json, sys
+from torch.utils.cpp_extension import load
+load(**json.loads(sys.argv[1]), is_python_module=False, verbose=True)
+"""
+
+
+def build_library(folder: Path) -> Path:
+    """Compile the kernels for this machine and this torch, and return the library.
+
+    What is being built is in a new folder of its own, and moved into place whole at the end: two
+    processes may build at once, and what a killed one leaves is never taken for a library.
+
+    Raises:
+        InputError: a system other than Linux; no compiler or no ninja; a folder that cannot be
+            written to; sources that do not compile, with the path of the compiler's words.
+    """
+    check_toolchain()
+    check_folder(folder)
+    with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=folder) as unfinished:
+        made = _compile(Path(unfinished), folder / LOG)
+        seal(made)
+        return made.replace(library_path(folder))
+
+
+def check_folder(folder: Path) -> None:
+    """Make the folder, or raise InputError unless things can be put into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written to: {error.strerror}. {_FORMULA}.") from error
+
+
+def check_toolchain() -> None:
+    """Raise InputError, which says what is missing, unless there is all that a build needs."""
+    if sys.platform != "linux":
+        raise InputError(
+            f"the kernels are built on Linux only, this is {sys.platform}. {_FORMULA}."
+        )
+    if shutil.which(_compiler().split()[0]) is None:
+        raise InputError(
+            f"there is no C++ compiler {_compiler()!r}; install one, on Debian or Ubuntu by "
+            f"`apt install g++`. {_FORMULA}."
+        )
+    if shutil.which("ninja", path=_search_path()) is None:
+        raise InputError(f"there is no ninja; `pip install ninja` installs it. {_FORMULA}.")
+
+
+def remove_libraries(folder: Path) -> list[Path]:
+    """Delete all libraries in the folder and what builds have left, and return what they were."""
+    found = [*folder.glob("torch-*.so"), *folder.glob(f"{_UNFINISHED}*"), *folder.glob(LOG)]
+    for path in found:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)  # a build that is going on puts things there
+        else:
+            path.unlink(missing_ok=True)
+    return found
+
+
+def _compile(build_folder: Path, log: Path) -> Path:
+    sources = [str(path) for path in source_files() if path.suffix == ".cpp"]
+    arguments = {
+        "name": "nmlightning_kernels",
+        "sources": sources,
+        "extra_cflags": list(flags()),
+        "build_directory": str(build_folder),
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", _COMPILE, json.dumps(arguments)],
+        env=os.environ | {"PATH": _search_path()},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    made = build_folder / f"{arguments['name']}.so"
+    if result.returncode or not made.exists():
+        log.write_text(result.stdout)
+        raise InputError(
+            f"the kernels did not compile; the compiler's words are in {log}. {_FORMULA}."
+        )
+    log.unlink(missing_ok=True)
+    return made
+
+
+def _compiler() -> str:
+    """Return the command that torch calls."""
+    return os.environ.get("CXX") or "c++"
+
+
+def _search_path() -> str:
+    """Return PATH after the folder of this Python's own commands, such as ninja from PyPI."""
+    folders = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    return os.pathsep.join(folders)

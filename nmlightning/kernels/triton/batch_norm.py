@@ -1,0 +1,307 @@
+"""Batch norm by Triton kernels: which are launched, with which partition and memory."""
+
+import torch
+from torch import Tensor
+
+from nmlightning.functional.statistics import LargestMean, Statistic
+from nmlightning.kernels.interface import Fused, Gradients, Job, Normalised, is_l1, lay_out_like
+from nmlightning.kernels.triton.backward import sum_gradients, write_gradient, write_whole_gradient
+from nmlightning.kernels.triton.forward import (
+    sum_differences,
+    sum_sizes,
+    write_l1_output,
+    write_output,
+)
+from nmlightning.kernels.triton.tiles import Partition, divide, divide_to_select, on_device_of
+from nmlightning.kernels.triton.top_k import find_extremes, select_largest
+from nmlightning.kernels.triton.track import track
+
+STATISTICS = 5  # μ, unbiased variance, σ, ŝ, gain
+
+
+class TritonBatchNorm:
+    """L1, L∞ and Top(k) batch norm; three launches forward, two backward.
+
+    Forward keeps x, and y only where a residual was added: without one, what ReLU let pass follows
+    from x. On a CPU it serves the tests, where Triton is interpreted.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        job: Job,
+    ) -> Normalised:
+        """See `BatchNormKernels`."""
+        statistics = x.new_empty(STATISTICS, x.shape[1], dtype=torch.float32)
+        y = torch.empty_like(x)
+        with on_device_of(x):
+            if is_l1(job.statistic):
+                selected: tuple[Tensor | None, ...] = (None, None)
+                _normalise_by_l1(x, residual, y, statistics, weight, bias, job)
+            else:
+                selected = _select(x, None, _k_of(job.statistic), statistics, weight, job)
+                _write_output(
+                    x, residual, y, statistics[0], statistics[4], bias, job.fused is not None
+                )
+        kept = y if job.fused == "add_relu" else None
+        return Normalised(y, statistics[0], statistics[1], (x, kept, statistics, bias, *selected))
+
+    def backward(self, grad: Tensor, saved: tuple[Tensor | None, ...], job: Job) -> Gradients:
+        """See `BatchNormKernels`."""
+        x, y, statistics, bias, positions, deviations = saved
+        assert x is not None, "forward keeps it"
+        assert statistics is not None, "forward keeps them"
+        grad = lay_out_like(grad, x)
+        relu = job.fused == "relu"
+        passed = None if y is None else torch.empty_like(grad)
+        out = torch.empty_like(x)
+        learned = statistics.new_empty(2, x.shape[1])
+        with on_device_of(x):
+            parts, partition = _sum_gradients(
+                grad, x, y, passed, statistics, bias, relu, is_l1(job.statistic)
+            )
+            k = 0 if is_l1(job.statistic) else _k_of(job.statistic)
+            arriving = grad if passed is None else passed
+            _write_whole_gradient(
+                arriving, x, out, statistics, bias, parts, learned, positions, deviations,
+                job.constant, partition, relu, k,
+            )  # fmt: skip
+        return Gradients(out, passed, learned[0], learned[1])
+
+    def track(
+        self,
+        running_mean: Tensor,
+        running_var: Tensor,
+        batches: Tensor | None,
+        mean: Tensor,
+        variance: Tensor,
+        momentum: float,
+    ) -> None:
+        """See `track`."""
+        track(running_mean, running_var, batches, mean, variance, momentum)
+
+    def sums(self, x: Tensor) -> Tensor:
+        """See `BatchNormKernels`."""
+        if not x.numel():
+            return x.new_zeros(x.shape[1], dtype=torch.float32)
+        with on_device_of(x):
+            parts, partition = _sum_differences(x)
+            first = x.select(0, 0).flatten(1)[:, 0] if x.dim() > 2 else x[0]
+            return _fold(parts, partition) + first.float() * partition.rows
+
+    def sums_of_sizes(self, x: Tensor, mean: Tensor) -> Tensor:
+        """See `BatchNormKernels`."""
+        if not x.numel():
+            return torch.zeros_like(mean)
+        with on_device_of(x):
+            partition = divide(x, 1)
+            return _fold(_sum_sizes(x, mean.contiguous(), None, partition), partition)
+
+    def largest(self, x: Tensor, mean: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """See `BatchNormKernels`."""
+        if not x.numel():
+            nothing = mean.new_zeros(x.shape[1], k)
+            return nothing.long(), nothing
+        with on_device_of(x):
+            return _select(x, mean.contiguous(), k, None, None, None)
+
+    def affine(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        mean: Tensor,
+        gain: Tensor,
+        bias: Tensor,
+        fused: Fused | None,
+    ) -> Tensor:
+        """See `BatchNormKernels`."""
+        y = torch.empty_like(x)
+        if x.numel():
+            mean, gain, bias = (q.contiguous() for q in (mean, gain, bias))
+            with on_device_of(x):
+                _write_output(x, residual, y, mean, gain, bias, fused is not None)
+        return y
+
+    def gradient_sums(
+        self, grad: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, statistic: Statistic
+    ) -> Tensor:
+        """See `BatchNormKernels`."""
+        sums = mean.new_zeros(3, x.shape[1])
+        if not x.numel():
+            return sums
+        signs = is_l1(statistic)
+        with on_device_of(x):
+            parts, partition = _sum_gradients(
+                lay_out_like(grad, x),
+                x,
+                y,
+                None,
+                mean.contiguous().unsqueeze(0),
+                None,
+                False,
+                signs,
+            )
+            for row in range(len(parts)):
+                sums[row] = _fold(parts[row], partition)
+        if signs:
+            sums[2].mul_(2).sub_(partition.rows)
+        return sums
+
+    def gradient(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        y: Tensor | None,
+        mean: Tensor,
+        gain: Tensor,
+        offset: Tensor,
+        pull: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """See `BatchNormKernels`."""
+        grad = lay_out_like(grad, x)
+        out = torch.empty_like(x)
+        passed = None if y is None else torch.empty_like(grad)
+        if x.numel():
+            partition = divide(x, 2)
+            channels = [q if q is None else q.contiguous() for q in (mean, gain, offset, pull)]
+            with on_device_of(x):
+                write_gradient[partition.grid](
+                    grad, x, y, passed, out, *channels, *partition.sizes, **partition.constants
+                )
+        return out, (grad if passed is None else passed)
+
+
+def _normalise_by_l1(
+    x: Tensor,
+    residual: Tensor | None,
+    y: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    job: Job,
+) -> None:
+    differences, partition = _sum_differences(x)
+    sizes = _sum_sizes(x, None, differences, partition)
+    write_l1_output[partition.grid](
+        x, residual, y, differences, sizes, statistics, weight, bias, job.constant, job.eps,
+        *partition.sizes, **partition.constants, RELU=job.fused is not None,
+        FOLD=partition.fold,
+    )  # fmt: skip
+
+
+def _sum_differences(x: Tensor) -> tuple[Tensor, Partition]:
+    partition = divide(x, 1)
+    parts = _parts(x, partition)
+    sum_differences[partition.grid](x, parts, *partition.sizes, **partition.constants)
+    return parts, partition
+
+
+def _sum_sizes(
+    x: Tensor, mean: Tensor | None, differences: Tensor | None, partition: Partition
+) -> Tensor:
+    parts = _parts(x, partition)
+    sum_sizes[partition.grid](
+        x, mean, differences, parts, *partition.sizes, **partition.constants, FOLD=partition.fold
+    )
+    return parts
+
+
+def _select(
+    x: Tensor,
+    mean: Tensor | None,
+    k: int,
+    statistics: Tensor | None,
+    weight: Tensor | None,
+    job: Job | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the positions and x − μ of the k largest |x − μ|, (C, k); fill the statistics."""
+    partition = divide_to_select(x)
+    parts = _parts(x, partition, 3)
+    find_extremes[partition.grid](x, *parts, *partition.sizes, **partition.constants)
+    channels = x.shape[1]
+    positions = x.new_empty(channels, k, dtype=torch.int64)
+    deviations = x.new_empty(channels, k, dtype=torch.float32)
+    rows, vectors, spatial, _, blocks = partition.sizes
+    constant, eps = (1.0, 0.0) if job is None else (job.constant, job.eps)
+    select_largest[partition.selection_grid](
+        x, mean, *parts, positions, deviations, statistics, weight, constant, eps,
+        rows, vectors, spatial, partition.span, blocks, K=k, **partition.selection_constants,
+    )  # fmt: skip
+    return positions, deviations
+
+
+def _write_output(
+    x: Tensor,
+    residual: Tensor | None,
+    y: Tensor,
+    mean: Tensor | None,
+    gain: Tensor,
+    shift: Tensor | None,
+    relu: bool,
+) -> None:
+    partition = divide(x, 1 if residual is None else 2)
+    write_output[partition.grid](
+        x, residual, y, mean, gain, shift, *partition.sizes, **partition.constants, RELU=relu
+    )
+
+
+def _sum_gradients(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    passed: Tensor | None,
+    statistics: Tensor,
+    bias: Tensor | None,
+    relu: bool,
+    signs: bool,
+) -> tuple[Tensor, Partition]:
+    partition = divide(x, 2 if y is None else 3)
+    parts = _parts(x, partition, 3 if signs else 2)
+    gain = statistics[4] if relu else None
+    sum_gradients[partition.grid](
+        grad, x, y, passed, statistics[0], gain, bias, parts,
+        *partition.sizes, **partition.constants, RELU=relu, SIGNS=signs,
+    )  # fmt: skip
+    return parts, partition
+
+
+def _write_whole_gradient(
+    grad: Tensor,
+    x: Tensor,
+    out: Tensor,
+    statistics: Tensor,
+    bias: Tensor | None,
+    parts: Tensor,
+    learned: Tensor,
+    positions: Tensor | None,
+    deviations: Tensor | None,
+    constant: float,
+    summed: Partition,
+    relu: bool,
+    k: int,
+) -> None:
+    partition = divide(x, 1 if k and not relu else 2)
+    write_whole_gradient[partition.grid](
+        grad, x, out, statistics, bias, parts, learned, positions, deviations, constant,
+        *partition.sizes, summed.blocks, **partition.constants, RELU=relu, FOLD=partition.fold,
+        K=k, SELECTED=1 << max(0, k - 1).bit_length(),
+    )  # fmt: skip
+
+
+def _parts(x: Tensor, partition: Partition, kinds: int = 1) -> Tensor:
+    shape = (x.shape[1], partition.blocks)
+    if partition.channels_last:
+        shape = shape[::-1]
+    return x.new_empty((kinds, *shape) if kinds > 1 else shape, dtype=torch.float32)
+
+
+def _fold(parts: Tensor, partition: Partition) -> Tensor:
+    return parts.sum(0 if partition.channels_last else 1)
+
+
+def _k_of(statistic: Statistic) -> int:
+    assert isinstance(statistic, LargestMean), "the backend refuses others"
+    return statistic.k

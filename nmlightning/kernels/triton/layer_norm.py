@@ -1,0 +1,218 @@
+"""L1 layer and RMS norms by Triton kernels: one launch forward, two backward.
+
+Of each row (μ, 1/σ, c · ŝ/σ) is kept, (3, rows) float32; an RMS norm does not centre, its μ is 0.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nmlightning.kernels.triton.tiles import (
+    PROGRAMS_PER_PROCESSOR,
+    VECTOR_BYTES,
+    at_least,
+    on_device_of,
+    processors_of,
+)
+
+
+@triton.jit
+def normalise_rows(
+    x,
+    weight,
+    bias,
+    y,
+    values,
+    constant,
+    eps,
+    M,
+    D,
+    VECTOR: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CENTRED: tl.constexpr,
+):
+    """Store y = (x − μ) / σ · weight + bias and what backward needs of each row."""
+    D = D * VECTOR
+    rows, columns, here, there = place_rows(tl.program_id(0), M, D, HEIGHT, WIDTH)
+    offsets = rows * D + columns
+    wide = tl.load(x + offsets, mask=here & there, other=0.0).to(tl.float32)
+    mean = tl.zeros((HEIGHT, 1), tl.float32)
+    if CENTRED:
+        # What differs from a row's first element: so a constant row has exactly its value as mean.
+        origin = tl.load(x + rows * D, mask=here, other=0.0).to(tl.float32)
+        differences = tl.where(here & there, wide - origin, 0.0)
+        mean = origin + tl.sum(differences, 1, keep_dims=True) / D
+    deviations = tl.where(here & there, wide - mean, 0.0)
+    scale = tl.sum(tl.abs(deviations), 1, keep_dims=True) / D * constant
+    total = tl.sqrt_rn(tl.fma(scale, scale, eps + tl.zeros_like(scale)))
+    inverse = tl.div_rn(1.0 + tl.zeros_like(total), total)
+    result = deviations * inverse
+    if weight is not None:
+        result *= tl.load(weight + columns, mask=there, other=0.0)
+    if bias is not None:
+        result += tl.load(bias + columns, mask=there, other=0.0)
+    tl.store(y + offsets, result.to(y.dtype.element_ty), mask=here & there)
+    tl.store(values + rows, mean, mask=here)
+    tl.store(values + M + rows, inverse, mask=here)
+    tl.store(values + 2 * M + rows, constant * scale * inverse, mask=here)
+
+
+@triton.jit
+def write_row_gradients(
+    grad,
+    x,
+    weight,
+    values,
+    out,
+    parts,
+    M,
+    D,
+    tiles,
+    VECTOR: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CENTRED: tl.constexpr,
+):
+    """Store the gradient by x and, if there is room, Σ g · x̂ and Σg of the rows of each program.
+
+    ∂L/∂x = 1/σ · [h − mean h − c · (ŝ/σ) · mean(h x̂) · (s − mean s)],   h = weight · g
+    """
+    D = D * VECTOR
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    products = tl.zeros((HEIGHT, WIDTH), tl.float32)
+    totals = tl.zeros((HEIGHT, WIDTH), tl.float32)
+    for tile in range(0, tiles):
+        number = program * tiles + tile
+        rows, columns, here, there = place_rows(number, M, D, HEIGHT, WIDTH)
+        mask, offsets = here & there, rows * D + columns
+        wide = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+        inner = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.load(values + rows, mask=here, other=0.0)
+        inverse = tl.load(values + M + rows, mask=here, other=0.0)
+        pull = tl.load(values + 2 * M + rows, mask=here, other=0.0)
+        deviations = tl.where(mask, wide - mean, 0.0)
+        normal = deviations * inverse
+        if parts is not None:
+            products += inner * normal
+            totals += inner
+        if weight is not None:
+            inner *= tl.load(weight + columns, mask=there, other=0.0)
+        signs = tl.where(deviations > 0, 1.0, -1.0)
+        pull *= tl.sum(inner * normal, 1, keep_dims=True) / D
+        result = inner - pull * signs
+        if CENTRED:
+            result = tl.where(mask, result, 0.0)
+            result -= tl.sum(result, 1, keep_dims=True) / D
+        tl.store(out + offsets, (result * inverse).to(out.dtype.element_ty), mask=mask)
+    if parts is not None:
+        columns = tl.arange(0, WIDTH)[None, :]
+        total = tl.sum(products, 0, keep_dims=True)
+        tl.store(parts + program * D + columns, total, mask=columns < D)
+        total = tl.sum(totals, 0, keep_dims=True)
+        tl.store(parts + (programs + program) * D + columns, total, mask=columns < D)
+
+
+@triton.jit
+def fold_parts(parts, learned, D, programs, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Store the sum over the programs of (2, programs, D) parts, (2, D), in one order."""
+    columns = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    kind = tl.program_id(1)
+    rows = tl.arange(0, HEIGHT)[:, None]
+    total = tl.zeros((HEIGHT, WIDTH), tl.float32)
+    for first in range(0, programs, HEIGHT):
+        mask = (first + rows < programs) & (columns < D)
+        at = (kind * programs + first + rows) * D + columns
+        total += tl.load(parts + at, mask=mask, other=0.0)
+    tl.store(learned + kind * D + columns, tl.sum(total, 0, keep_dims=True), mask=columns < D)
+
+
+@triton.jit
+def place_rows(number, M, D, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the rows (HEIGHT, 1), int64, and columns (1, WIDTH) of a tile, and which exist."""
+    rows = number.to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
+    columns = tl.arange(0, WIDTH)[None, :]
+    return rows, columns, rows < M, columns < D
+
+
+TILE = 2048  # elements; a longer row is a tile, of which registers spill above 8,192 features
+ELEMENTS_PER_THREAD = 8
+FOLD = {"HEIGHT": 64, "WIDTH": 32, "num_warps": 4, "enable_fp_fusion": True}
+
+
+class TritonLayerNorm:
+    """L1 layer norm, or RMS norm if not centred, of contiguous rows of `features` elements.
+
+    What is kept of each row is μ, 1/σ and c · ŝ/σ: (3, rows) float32.
+    """
+
+    def __init__(self, centred: bool) -> None:
+        self.centred = centred
+
+    def forward(
+        self,
+        x: Tensor,
+        features: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        constant: float,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Return y like x, and the values of the rows that backward needs."""
+        rows = x.numel() // features
+        y = torch.empty_like(x)
+        values = x.new_empty(3, rows, dtype=torch.float32)
+        if rows:
+            tile = _tile(features, x.element_size())
+            with on_device_of(x):
+                normalise_rows[-(-rows // tile["HEIGHT"]),](
+                    x, weight, bias, y, values, constant, eps, rows, features // tile["VECTOR"],
+                    **tile, CENTRED=self.centred,
+                )  # fmt: skip
+        return y, values
+
+    def backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        features: int,
+        weight: Tensor | None,
+        values: Tensor,
+        learned: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients by x and, if `learned`, by weight and bias, float32, else empty."""
+        rows = x.numel() // features
+        out = torch.empty_like(x)
+        found = values.new_zeros(2, features if learned else 0)
+        if rows:
+            tile = _tile(features, x.element_size())
+            programs, tiles = _share_rows(-(-rows // tile["HEIGHT"]), processors_of(x.device))
+            parts = values.new_empty(2, programs, features) if learned else None
+            with on_device_of(x):
+                write_row_gradients[programs,](
+                    grad.contiguous(), x, weight, values, out, parts, rows,
+                    features // tile["VECTOR"], tiles, **tile, CENTRED=self.centred,
+                )  # fmt: skip
+                if learned:
+                    grid = (-(-features // FOLD["WIDTH"]), 2)
+                    fold_parts[grid](parts, found, features, programs, **FOLD)
+        return out, found[0], found[1]
+
+
+def _tile(features: int, item: int) -> dict[str, int]:
+    width = at_least(features)
+    height = max(1, TILE // width)
+    return {
+        "VECTOR": min(VECTOR_BYTES // item, features & -features),
+        "HEIGHT": height,
+        "WIDTH": width,
+        "num_warps": max(1, min(32, height * width // (32 * ELEMENTS_PER_THREAD))),
+        "enable_fp_fusion": True,
+    }
+
+
+def _share_rows(tiles: int, processors: int) -> tuple[int, int]:
+    """Return how many programs share the tiles, and how many tiles each has at most."""
+    each = -(-tiles // (PROGRAMS_PER_PROCESSOR * processors))
+    return -(-tiles // each), each

@@ -1,0 +1,342 @@
+"""Tiles and partitions of a channel among the programs of a kernel, and where kernels are launched.
+
+A tile is what a program has in flight at once. In NHWC it is `height` rows of `width` channels; in
+NCHW it is `height` vectors of `width` elements of one channel. The division depends on the shape
+and the device only, so that sums are always taken in the same order.
+
+Per-channel values have the shape (1, channels of the tile), which is (1, 1) in NCHW.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nmlightning.kernels.interface import layout_of
+
+TILE_BYTES = 16_384  # in flight for a program, of all tensors that it reads
+PROGRAMS_PER_PROCESSOR = 2  # all are resident at once, at up to 128 registers a thread
+LINE_BYTES = 128  # of the L2 cache; a row of a tile in NHWC is one
+VECTOR_BYTES = 16  # the widest load
+MAX_BLOCKS = 2048  # of a channel, whose extremes one program looks through
+MIN_HEIGHT = 32
+MIN_VECTORS = 128  # of a block to select from in NCHW
+ROWS_AT_ONCE = 2048  # of a block
+SELECTED_TOGETHER = 4  # channels in NHWC, whose extremes lie together
+WIDE_FROM = 2**30  # elements; from there on offsets are int64
+
+
+@dataclass(frozen=True)
+class Partition:
+    """What the kernels are told about the shape: arguments, and compile-time constants.
+
+    Args:
+        rows: elements of a channel, N · spatial.
+        channels: C.
+        spatial: elements of a channel that lie together in NCHW.
+        blocks: programs along a channel.
+        tiles: that each of them goes through.
+        height: of a tile, a power of 2.
+        width: of a tile, a power of 2.
+        vector: elements that are surely aligned with each other, a power of 2.
+        channels_last: whether the layout is NHWC.
+    """
+
+    rows: int
+    channels: int
+    spatial: int
+    blocks: int
+    tiles: int
+    height: int
+    width: int
+    vector: int
+    channels_last: bool
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Programs along the channels and along a channel."""
+        columns = self.width if self.channels_last else 1
+        return -(-self.channels // columns), self.blocks
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The compile-time constants that every kernel has, and the size of a program."""
+        return {
+            "SPATIAL_VECTOR": 1 if self.channels_last else self.vector,
+            "CHANNEL_VECTOR": self.vector if self.channels_last else 1,
+            "LAST": self.channels_last,
+            "HEIGHT": self.height,
+            "WIDTH": self.width,
+            "WIDE": self.rows * self.channels >= WIDE_FROM,
+            "num_warps": min(8, max(1, self.height * self.width // 256)),
+            "enable_fp_fusion": True,
+        }
+
+    @property
+    def fold(self) -> int:
+        """How many parts of a channel a program adds at once."""
+        return 64 if self.channels_last else 256
+
+    @property
+    def span(self) -> int:
+        """Elements of a channel for each program."""
+        return self.tiles * self.height * (1 if self.channels_last else self.width)
+
+    @property
+    def selection_grid(self) -> tuple[int]:
+        """Programs that each look through all blocks of some channels."""
+        return (-(-self.channels // self._selected_together),)
+
+    @property
+    def selection_constants(self) -> dict[str, Any]:
+        """The compile-time constants of that, and the size of such a program."""
+        constants = self.constants
+        return {
+            **{name: constants[name] for name in ("SPATIAL_VECTOR", "CHANNEL_VECTOR", "LAST")},
+            "CHANNELS": self._selected_together,
+            "BLOCKS": at_least(self.blocks),
+            "ROWS": min(ROWS_AT_ONCE, self.span),
+            "FOLD": self.fold,
+            "num_warps": 8,
+            "enable_fp_fusion": True,
+        }
+
+    @property
+    def _selected_together(self) -> int:
+        return min(SELECTED_TOGETHER, at_least(self.channels)) if self.channels_last else 1
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """The arguments of every kernel: rows, channels and spatial in vectors, tiles, blocks."""
+        if self.channels_last:
+            channels, spatial = self.channels // self.vector, self.spatial
+        else:
+            channels, spatial = self.channels, self.spatial // self.vector
+        return self.rows, channels, spatial, self.tiles, self.blocks
+
+
+def divide(x: Tensor, streams: int) -> Partition:
+    """Return the partition of x for a kernel that reads so many tensors like it."""
+    return _divide(*_describe(x), streams, processors_of(x.device))
+
+
+def divide_to_select(x: Tensor) -> Partition:
+    """Return a partition of x into few enough blocks to look through their extremes."""
+    return _divide_to_select(*_describe(x))
+
+
+@lru_cache(maxsize=64)
+def processors_of(device: torch.device) -> int:
+    """Return how many multiprocessors a device has; 2 on a CPU, where Triton is interpreted."""
+    if device.type != "cuda":
+        return 2
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _describe(x: Tensor) -> tuple[int, int, int, bool, int]:
+    channels = x.shape[1]
+    spatial = x.shape[2:].numel()
+    return (
+        x.shape[0] * spatial,
+        channels,
+        spatial,
+        spatial == 1 or layout_of(x) == "NHWC",
+        x.element_size(),
+    )
+
+
+@lru_cache(maxsize=4096)
+def _divide(
+    rows: int,
+    channels: int,
+    spatial: int,
+    channels_last: bool,
+    item: int,
+    streams: int,
+    processors: int,
+) -> Partition:
+    vector, width = _vector_and_width(channels, spatial, channels_last, item)
+    columns = -(-channels // width) if channels_last else channels
+    step = 1 if channels_last else width  # elements of a channel in a unit of height
+    wanted = max(1, PROGRAMS_PER_PROCESSOR * processors // columns)
+    enough = _at_most(max(1, rows // (wanted * step)))
+    height = min(_at_most(TILE_BYTES // (item * streams * width)), max(MIN_HEIGHT, enough))
+    tiles = -(-rows // (wanted * height * step))
+    blocks = -(-rows // (tiles * height * step))
+    return Partition(rows, channels, spatial, blocks, tiles, height, width, vector, channels_last)
+
+
+@lru_cache(maxsize=4096)
+def _divide_to_select(
+    rows: int, channels: int, spatial: int, channels_last: bool, item: int
+) -> Partition:
+    vector, width = _vector_and_width(channels, spatial, channels_last, item)
+    step = 1 if channels_last else width
+    least = MIN_HEIGHT if channels_last else MIN_VECTORS * step
+    span = max(least, at_least(-(-rows // MAX_BLOCKS)))
+    height = min(span // step, _at_most(TILE_BYTES // (item * width)))
+    blocks = -(-rows // span)
+    return Partition(
+        rows,
+        channels,
+        spatial,
+        blocks,
+        span // (height * step),
+        height,
+        width,
+        vector,
+        channels_last,
+    )
+
+
+def _vector_and_width(
+    channels: int, spatial: int, channels_last: bool, item: int
+) -> tuple[int, int]:
+    contiguous = channels if channels_last else spatial
+    vector = min(VECTOR_BYTES // item, contiguous & -contiguous)
+    if not channels_last:
+        return vector, vector
+    return vector, min(LINE_BYTES // item, at_least(channels))
+
+
+def at_least(count: int) -> int:
+    """Return the smallest power of two that is not below `count`."""
+    return 1 << (count - 1).bit_length()
+
+
+def _at_most(count: int) -> int:
+    """Return the largest power of two that is not above `count`."""
+    return 1 << (count.bit_length() - 1)
+
+
+@triton.jit
+def place(
+    number,
+    column,
+    R,
+    C,
+    S,
+    LAST: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Return offsets, mask and positions of a tile, (HEIGHT, WIDTH) each.
+
+    `number` counts the tiles along a channel, `column` those along the channels. A position counts
+    along (N, *spatial) of a channel.
+    """
+    down = tl.arange(0, HEIGHT)[:, None]
+    along = tl.arange(0, WIDTH)[None, :]
+    if WIDE:
+        number = number.to(tl.int64)
+    if LAST:
+        rows = number * HEIGHT + down
+        channels = column * WIDTH + along
+        offsets = rows * C + channels
+        mask = (rows < R) & (channels < C)
+        positions = rows + 0 * along
+    else:
+        rows = (number * HEIGHT + down) * WIDTH  # a vector lies within one (N, C) plane
+        batch = rows // S
+        offsets = (batch * C + column) * S + (rows - batch * S) + along
+        mask = (rows < R) & (along >= 0)
+        positions = rows + along
+    return offsets, mask, positions
+
+
+@triton.jit
+def offsets_at(positions, channels, C, S, LAST: tl.constexpr):
+    """Return the offsets of single elements, by position and channel."""
+    if LAST:
+        offsets = positions * C + channels
+    else:
+        batch = positions // S
+        offsets = (batch * C + channels) * S + (positions - batch * S)
+    return offsets
+
+
+@triton.jit
+def channels_of(column, C, LAST: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the channels of a column of tiles and which of them exist, (1, channels)."""
+    if LAST:
+        channels = column * WIDTH + tl.arange(0, WIDTH)[None, :]
+    else:
+        channels = column + tl.arange(0, 1)[None, :]
+    return channels, channels < C
+
+
+@triton.jit
+def sum_tile(tile, LAST: tl.constexpr):
+    """Return the sum of each channel of a tile."""
+    if not LAST:
+        tile = tl.sum(tile, 1, keep_dims=True)
+    return tl.sum(tile, 0, keep_dims=True)
+
+
+@triton.jit
+def max_tile(tile, LAST: tl.constexpr):
+    """Return the maximum of each channel of a tile."""
+    if not LAST:
+        tile = tl.max(tile, 1, keep_dims=True)
+    return tl.max(tile, 0, keep_dims=True)
+
+
+@triton.jit
+def store_part(parts, values, block, blocks, channels, present, C, LAST: tl.constexpr):
+    """Store what a program has found of its channels: in NCHW parts of a channel lie together."""
+    if LAST:
+        tl.store(parts + block * C + channels, values, mask=present)
+    else:
+        tl.store(parts + channels * blocks + block, values, mask=present)
+
+
+@triton.jit
+def load_parts(parts, rows, blocks, channels, present, C, other, LAST: tl.constexpr):
+    """Return some of the parts of each channel, (rows, channels)."""
+    mask = (rows < blocks) & present
+    if LAST:
+        values = tl.load(parts + rows * C + channels, mask=mask, other=other)
+    else:
+        values = tl.load(parts + channels * blocks + rows, mask=mask, other=other)
+    return values
+
+
+@triton.jit
+def sum_parts(parts, blocks, channels, present, C, LAST: tl.constexpr, HEIGHT: tl.constexpr):
+    """Return the sum of the parts of each channel, always in the same order."""
+    rows = tl.arange(0, HEIGHT)[:, None]
+    total = load_parts(parts, rows, blocks, channels, present, C, 0.0, LAST)
+    for first in range(HEIGHT, blocks, HEIGHT):
+        total += load_parts(parts, first + rows, blocks, channels, present, C, 0.0, LAST)
+    return tl.sum(total, 0, keep_dims=True)
+
+
+@triton.jit
+def load_channels(values, channels, present, other):
+    """Return values (C,) of the channels of a tile, or `other` where there are none."""
+    if values is None:
+        loaded = tl.full(channels.shape, other, tl.float32)
+    else:
+        loaded = tl.load(values + channels, mask=present, other=other)
+    return loaded
+
+
+@triton.jit
+def first_of(x, channels, present, S, LAST: tl.constexpr):
+    """Return the first element of each channel: sums are taken of what differs from it."""
+    if LAST:
+        values = tl.load(x + channels, mask=present, other=0.0)
+    else:
+        values = tl.load(x + channels * S, mask=present, other=0.0)
+    return values.to(tl.float32)
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Make the device of x the current one: Triton launches there, on its current stream."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

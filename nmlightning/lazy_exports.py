@@ -1,0 +1,99 @@
+"""Public names of a package, imported when first used, and the modules that were renamed."""
+
+import ast
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+RENAMED = {
+    "callbacks.kept_recording": "callbacks.weight_norm_tracker",
+    "checkpoints": "surgery.checkpoints",
+    "datamodules.number_names": "translation.datamodules",
+    "datamodules.parallel_text": "translation.datamodules",
+    "datamodules.wmt14": "translation.datamodules",
+    "models.beam_search": "translation.decoding",
+    "models.greedy_search": "translation.decoding",
+    "models.imagenet_resnet": "models.resnet",
+    "models.lstm": "translation.lstm",
+    "models.transformer": "translation.transformer",
+    "models.translated_relu": "models.activation",
+    "norms.gaussian": "functional.constants",
+    "norms.kernels": "kernels",
+    "norms.kernels.dispatch": "kernels.dispatch",
+    "norms.range_batch_norm": "norms.batch_norm",
+    "norms.rms_norm": "norms.layer_norm",
+    "swap_report": "surgery.swap",
+    "tasks.inverse_square_root": "optim.schedules",
+    "tasks.line_translation": "translation.inference",
+    "tasks.translation": "translation.task",
+    "weights.parameter_groups": "optim.param_groups",
+    "weights.steering": "optim",
+    "weights.steering.decay_equivalent_lr": "optim.decay_equivalent_lr",
+    "weights.steering.hyperball": "optim.hyperball",
+    "weights.steering.lr_correction": "optim.lr_correction",
+    "weights.steering.norm_schedule": "optim.norm_schedule",
+    "weights.steering.radial_projection": "optim.radial_projection",
+    "weights.weight_norm": "parametrizations",
+    "weights.weight_norm.apply": "parametrizations.apply",
+    "weights.weight_norm.weight_norm": "parametrizations.weight_norm",
+    "export.folding": "export.fold",
+    "export.network": "export.export",
+}
+"""Former modules of public names, which class paths in YAML, checkpoints and pickles may hold."""
+
+
+def lazy_exports(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """Return `__getattr__`, `__dir__` and `__all__` for a package's `__init__`.
+
+    The names are those that the `__init__` imports `as` themselves. Those under `if TYPE_CHECKING:`
+    are imported when they are first used: they may lie in packages above, or need torch.
+    """
+    tree = ast.parse(_source_of(package))
+    lazy = [
+        node
+        for block in tree.body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+    ]
+    homes = {alias.name: str(node.module) for node in lazy for alias in node.names}
+    eager = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    aliases = [alias.asname for node in eager for alias in node.names]
+    names = sorted({*homes, *filter(None, aliases)})
+
+    def load(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(homes[name]), name)
+
+    def list_names() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *names})
+
+    return load, list_names, names
+
+
+def _source_of(package: str) -> str:
+    spec = find_spec(package) if package not in sys.modules else sys.modules[package].__spec__
+    loader: Any = spec.loader if spec else None
+    return str(loader.get_source(package))
+
+
+class RenamedModules(MetaPathFinder, Loader):
+    """Finds a renamed module under its former name, as one and the same module object."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return where the module is now, or None for any that was not renamed."""
+        root, _, name = fullname.partition(".")
+        return ModuleSpec(fullname, self) if root == "nmlightning" and name in RENAMED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Put the module that it is now in the place of `module`."""
+        name = module.__name__.partition(".")[2]
+        sys.modules[module.__name__] = import_module(f"nmlightning.{RENAMED[name]}")

@@ -1,0 +1,164 @@
+"""DecayEquivalentLR: weight decay as a learning rate that grows exponentially."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+from nmlightning.errors import InputError, is_number
+from nmlightning.optim.parameters import SteeredWeight, may_hold, project, scale_step
+from nmlightning.optim.step_hooks import Steering, StepRule
+from nmlightning.weights.history import Moment, NormHistory
+
+
+@dataclass(frozen=True)
+class DecayRate:
+    """What weight decay λ does to a scale-invariant weight at learning rate η and momentum m.
+
+    α is the larger root of z² − (1 + m − ηλ) z + m = 0, and the step without decay that turns the
+    direction alike has the rate η / (α a²) for a weight that is 1/a of the decayed one.
+
+    Attributes:
+        alpha: α, by which the decayed weight shrinks per step if no gradient acts.
+        pull: κ = (1 − α) / (ηα), the share of the weight that its momentum buffer carries; at
+            η = 0 its limit λ / (1 − m).
+    """
+
+    alpha: float
+    pull: float
+
+    @classmethod
+    def of(cls, rate: float, decay: float, momentum: float) -> "DecayRate":
+        """Return it for η = `rate`; InputError where no real α exists: ηλ > (1 − √m)²."""
+        product = rate * decay
+        if product > (1 - math.sqrt(momentum)) ** 2:
+            raise InputError(
+                f"weight decay {decay:g} at learning rate {rate:g} and momentum {momentum:g} makes "
+                f"the weights oscillate: their product {product:g} must be at most (1 - √m)² = "
+                f"{(1 - math.sqrt(momentum)) ** 2:g}."
+            )
+        # 1 − α is the smaller root of δ² − (1 − m + ηλ) δ + ηλ = 0; as a quotient nothing cancels.
+        middle = 1 - momentum + product
+        divisor = middle + math.sqrt(max(middle**2 - 4 * product, 0.0))
+        alpha = 1 - 2 * product / divisor
+        return cls(alpha, 2 * decay / (divisor * alpha))
+
+
+class DecayEquivalentLR(Steering):
+    """Move scale-invariant weights without weight decay as SGD with weight decay λ moves them.
+
+    SGD with momentum m, decay λ and rate η turns the directions of scale-invariant weights exactly
+    as SGD without decay does whose rate at step t is η · α^(−2t−1), if its first momentum buffer is
+    −(1 − α) w / (ηα) and each change of η corrects the buffer; α is that of `DecayRate`. The
+    weights would grow like α^(−t), faster than running statistics of a batch norm follow. So each
+    channel is scaled back to the norm it had at first after every step, and the rate follows it:
+
+        Δw_i ← Δw_i / (α a_i²),        then   w_i ← w_i · ‖w_i(0)‖ / ‖w_i‖
+
+    where a_i ‖w_i(0)‖ is the norm that the channel would have with weight decay.
+
+    Args:
+        weight_decay: λ of what is steered. The optimizer must not decay these weights; the other
+            parameters keep their decay in it.
+        include: glob patterns on weight names; empty means every convolution that is
+            scale-invariant in fact.
+        exclude: glob patterns on weight names that are left alone.
+
+    Raises:
+        InputError: λ is negative. In `attach`: an optimizer other than SGD, or one with Nesterov
+            momentum, dampening or maximize; no weight to steer. In a step: ηλ > (1 − √m)².
+
+    Source: Li & Arora 2020 (arXiv 1910.07454), theorem 2.
+    """
+
+    def __init__(
+        self, weight_decay: float, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
+    ) -> None:
+        if not (is_number(weight_decay) and 0 <= weight_decay < math.inf):
+            raise InputError(f"weight_decay must be 0 or more, got {weight_decay!r}.")
+        super().__init__(include=include, exclude=exclude)
+        self.weight_decay = weight_decay
+
+    def _make_rules(
+        self, optimizer: Optimizer, weights: Sequence[SteeredWeight], history: NormHistory | None
+    ) -> Sequence[StepRule]:
+        for weight in weights:
+            _check_heavy_ball(weight)
+            DecayRate.of(weight.learning_rate, self.weight_decay, weight.group["momentum"])
+        return [_DecayedWeight(weight, self.weight_decay) for weight in weights]
+
+    def _settings(self, optimizer: Optimizer) -> dict[str, Any]:
+        return {"weight_decay": self.weight_decay}
+
+
+class _DecayedWeight:
+    """The rule for one weight u; channel i of the decayed weight that it stands for is a_i u_i."""
+
+    def __init__(self, weight: SteeredWeight, weight_decay: float) -> None:
+        self.weight = weight
+        self._weight_decay = weight_decay
+        self._initial = weight.norms()
+        self._scales = torch.ones_like(self._initial, dtype=torch.float64)  # a
+        self._pull = 0.0  # κ of the last step; 0 before the first, when the buffer is empty
+        self.factors: Tensor | None = None
+
+    def after_step(self, before: Tensor, moment: Moment) -> Tensor:
+        del moment
+        if self.weight.gradient is None:  # SGD leaves the weight and its decay out
+            return torch.zeros_like(self.weight.norms(), dtype=torch.bool)
+        rate, momentum = self.weight.learning_rate, float(self.weight.group["momentum"])
+        now = DecayRate.of(rate, self._weight_decay, momentum)
+        squares = self._scales.square()
+        if self._pull != now.pull:
+            self._correct_buffer(before, momentum * (self._pull - now.pull) * squares, rate)
+        factors = (1 / (now.alpha * squares)).to(self._initial.dtype)
+        undone, self.factors = scale_step(self.weight, before, factors)
+        shrunk = now.alpha / project(self.weight, self._initial)
+        self._forget(undone, before, now.pull * squares)
+        self._scales *= shrunk.where(~undone, 1.0)
+        self._pull = now.pull
+        return undone
+
+    def _forget(self, undone: Tensor, before: Tensor, shares: Tensor) -> None:
+        """Leave the momentum that stands for none in the decayed run where it is not finite."""
+        buffer = self.weight.buffer("momentum_buffer")
+        if buffer is not None and may_hold(undone):
+            lost = (self.weight.spread(undone) != 0) & ~buffer.isfinite()
+            buffer.copy_(buffer.where(~lost, -before * self.weight.spread(shares)))
+
+    def _correct_buffer(self, before: Tensor, shares: Tensor, rate: float) -> None:
+        """Let the step have been taken with shares of the channels added to their momentum."""
+        buffer = self.weight.buffer("momentum_buffer")
+        if buffer is not None:
+            added = before * self.weight.spread(shares)
+            buffer.add_(added)
+            self.weight.values.sub_(added, alpha=rate)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "initial": self.weight.all_channels(self._initial).clone(),
+            "scales": self.weight.all_channels(self._scales).clone(),
+            "pull": self._pull,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._initial.copy_(self.weight.local_channels(state["initial"]))
+        self._scales.copy_(self.weight.local_channels(state["scales"]))
+        self._pull = state["pull"]
+
+
+def _check_heavy_ball(weight: SteeredWeight) -> None:
+    group = weight.group
+    if not isinstance(weight.optimizer, SGD):
+        raise InputError(
+            f"DecayEquivalentLR is exact for SGD only, got {type(weight.optimizer).__name__}."
+        )
+    for option in ("nesterov", "dampening", "maximize"):
+        if group[option]:
+            raise InputError(
+                f"DecayEquivalentLR needs SGD with plain momentum, got {option}={group[option]}."
+            )

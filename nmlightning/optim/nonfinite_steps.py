@@ -1,0 +1,130 @@
+"""Counts skipped (non-finite) steps over all ranks, and ends a run that has too many in a row."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nmlightning.errors import InputError
+from nmlightning.name_patterns import some
+from nmlightning.optim.parameters import SteeredWeight
+from nmlightning.weights.shards import join_shards
+
+MAX_STEPS_UNDONE = 100
+"""A run stops when some weight's step had to be undone in this many steps in a row."""
+_LOOK_EVERY = 25  # Looking at the count waits for the device, and for other ranks.
+
+
+class UndoneSteps:
+    """Counts the channels whose step was undone, warns of them, and stops a run that goes nowhere.
+
+    Ranks that share the channels of a weight count together, so that all of them warn and stop.
+
+    Args:
+        weights: that are steered.
+        rule: its name, for the messages.
+    """
+
+    def __init__(self, weights: Sequence[SteeredWeight], rule: str) -> None:
+        self._weights = list(weights)
+        self._rule = rule
+        device = weights[0].values.device
+        # Of each weight, on this rank; what a resumed run had counted is of all ranks.
+        self._counts, self._now, self._in_a_row = torch.zeros(
+            3, len(weights), dtype=torch.int64, device=device
+        ).unbind()
+        self._earlier = torch.zeros_like(self._counts)
+        self._told = torch.zeros_like(self._counts)
+        self._told_here = torch.zeros_like(self._counts)  # without earlier runs and other ranks
+
+    def note(self, undone: Sequence[Tensor | None], step: int) -> None:
+        """Count the (C,) bool of each weight, whose step number `step` was undone; None is none."""
+        none = torch.zeros_like(self._now[0])
+        counts = [none if each is None else each.sum().to(none.device) for each in undone]
+        self._now = torch.stack(counts)
+        self._counts += self._now
+        self._in_a_row = (self._in_a_row + 1) * (self._now > 0)
+        if step % _LOOK_EVERY == 0:
+            self.look(step)
+
+    def totals(self) -> Tensor:
+        """Return how many channels' steps of each weight were undone so far, on all ranks.
+
+        Every rank has to call it; nothing waits for the device.
+        """
+        return self._earlier + self._over_ranks(self._counts)
+
+    def look(self, step: int) -> None:
+        """Warn of what was undone since the last look, or raise InputError if it goes on and on.
+
+        Every rank has to call it.
+        """
+        totals = self.totals()
+        if torch.equal(totals, self._told):
+            return
+        rows = self._over_ranks(self._in_a_row, "max")
+        if int(rows.max()) >= MAX_STEPS_UNDONE:
+            self._stop(rows)
+        self._warn(totals - self._told, step)
+        self._told, self._told_here = totals.clone(), self._counts.clone()
+
+    def look_here(self, step: int) -> None:
+        """Warn of what was undone on this rank since the last look, without asking the others."""
+        self._warn(self._counts - self._told_here, step)
+        self._told_here = self._counts.clone()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts over all ranks; every rank has to call it."""
+        return {"counts": self.totals(), "in_a_row": self._over_ranks(self._in_a_row, "max")}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from these counts."""
+        self._counts.zero_()
+        self._told_here.zero_()
+        self._earlier.copy_(state["counts"])
+        self._told.copy_(state["counts"])
+        self._in_a_row.copy_(state["in_a_row"])
+
+    def _stop(self, rows: Tensor) -> None:
+        worst = (rows >= MAX_STEPS_UNDONE).tolist()
+        now = self._over_ranks(self._now)
+        gradients = self._over_ranks(self._bad_gradients()) > 0
+        raise InputError(
+            f"{self._rule} had to undo the steps of {self._names(worst)} {int(rows.max())} times "
+            f"in a row (now of {int(now.sum())} channels): " + _advice(bool(gradients.any()))
+        )
+
+    def _warn(self, new: Tensor, step: int) -> None:
+        names, count = self._names((new > 0).tolist()), int(new.sum())
+        if count:
+            warnings.warn(
+                f"{self._rule} undid {count} steps of channels of {names} by step {step}, since "
+                "they, their gradients or their factors were not finite; after "
+                f"{MAX_STEPS_UNDONE} such steps in a row the run stops.",
+                stacklevel=2,
+            )
+
+    def _bad_gradients(self) -> Tensor:
+        gradients = [weight.gradient for weight in self._weights]
+        bad = [0 if g is None else int(not bool(g.isfinite().all())) for g in gradients]
+        return torch.tensor(bad, device=self._counts.device)
+
+    def _names(self, chosen: Sequence[bool]) -> str:
+        return some([w.name for w, is_it in zip(self._weights, chosen, strict=True) if is_it], 3)
+
+    def _over_ranks(self, values: Tensor, operation: Any = "sum") -> Tensor:
+        return join_shards(values, [weight.parameter for weight in self._weights], operation)
+
+
+def _advice(gradients: bool) -> str:
+    if gradients:
+        return (
+            "their gradients are not finite. Find the operation that makes them so, for instance "
+            "by torch.autograd.set_detect_anomaly(True), or lower the learning rate."
+        )
+    return (
+        "their steps or factors are not finite, so the run has diverged. Lower the learning rate, "
+        'or follow a finer recording (every few steps, align="interpolate").'
+    )

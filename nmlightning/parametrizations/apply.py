@@ -1,0 +1,316 @@
+"""apply_weight_norm and remove_weight_norm: normalise the weights of a model, and undo it."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+from torch.optim import Optimizer
+
+from nmlightning.errors import InputError, check_flag
+from nmlightning.name_patterns import check_lists
+from nmlightning.parametrizations.cache import WeightPass
+from nmlightning.parametrizations.layers import LayerKind, Site, find_normalised_sites, find_sites
+from nmlightning.parametrizations.normalize import let_copy
+from nmlightning.parametrizations.optimizers import homes_of_gains, listed, put_in, take_out
+from nmlightning.parametrizations.weight_norm import NAMES, Gain, Holder, Kind, Settings, WeightNorm
+from nmlightning.weights.channel_norms import channel_norms
+from nmlightning.weights.layer_weights import WeightPlace
+from nmlightning.weights.shards import is_flat, is_sharded
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_model(model: Any) -> None:
+    """Raise InputError for what cannot have its weights normalised, or made plain, as a whole."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a torch.nn.Module, got {model!r}.")
+    if torch.is_inference_mode_enabled():
+        raise InputError(
+            "Weights cannot be normalised, or made plain, inside torch.inference_mode."
+        )
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+        raise InputError(
+            "The model is wrapped by DistributedDataParallel already, which holds on to the "
+            "weights as they were: normalise them before."
+        )
+
+
+def check_site(site: Site, settings: Settings, *, spare_zeros: bool = False) -> None:
+    """Raise InputError, naming the reason, if a weight cannot be normalised.
+
+    Args:
+        site: the weight.
+        settings: of the norm.
+        spare_zeros: let it have channels that are zero, as it gets other values yet.
+    """
+    reason = (
+        _of_parametrizations(site)
+        or _of_parameter(site.parameter)
+        or _of_places(site)
+        or _of_values(site, spare_zeros)
+        or _of_rho(site.parameter.dtype, settings.rho)
+    )
+    if reason:
+        raise InputError(f"{site.name} {reason}")
+
+
+def _of_parametrizations(site: Site) -> str | None:
+    if site.norm:
+        return "is normalised already; remove_weight_norm undoes that."
+    if site.parametrizations:
+        return f"has a parametrization already ({site.kinds}); remove it first."
+    return None
+
+
+def _of_parameter(parameter: Tensor) -> str | None:
+    if is_lazy(parameter) or parameter.is_meta:
+        return "has no values yet: initialise the model first (with a batch, if it is lazy)."
+    if is_flat(parameter) or is_sharded(parameter):
+        return (
+            "is sharded already: call apply_weight_norm, or let WeightNormSwap, before FSDP "
+            "wraps the model (in configure_model before fully_shard)."
+        )
+    if parameter.dtype not in _DTYPES:
+        return f"is of {parameter.dtype}, and only real floating-point weights have a norm here."
+    return None if parameter.numel() else "has no elements."
+
+
+def _of_places(site: Site) -> str | None:
+    for module in (place.module for place in site.places):
+        if isinstance(module, torch.jit.ScriptModule):
+            return "is in a module that is scripted: normalise it first."
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            if module.max_norm is not None:
+                return f"is renormalised in place by max_norm={module.max_norm:g} already."
+            if module.sparse:
+                return "has sparse gradients, and that of a normalised weight is dense."
+    return None
+
+
+def _of_rho(dtype: torch.dtype, rho: float | None) -> str | None:
+    limits = torch.finfo(dtype)
+    if rho is None or limits.tiny <= rho <= limits.max:
+        return None
+    return f"is of {dtype}, in which rho = {rho:g} is no number: {limits.tiny:g} to {limits.max:g}."
+
+
+def _of_values(site: Site, spare_zeros: bool) -> str | None:
+    norms = channel_norms(site.parameter, math.inf, site.layout)
+    if not norms.isfinite().all():
+        return "has values that are not finite."
+    zero = (norms == 0).nonzero().flatten().tolist()
+    spared = {getattr(place.module, "padding_idx", None) for place in site.places}
+    zero = [channel for channel in zero if channel not in spared]
+    if not zero or spare_zeros:
+        return None
+    shown = ", ".join(map(str, zero[:5])) + (", …" if len(zero) > 5 else "")
+    return (
+        f"has {len(zero)} of {len(norms)} channels that are zero ({shown}), which have no "
+        "direction: initialise the model first, and normalise its weights then."
+    )
+
+
+@dataclass(frozen=True)
+class WeightNormReport:
+    """What `apply_weight_norm` did.
+
+    Attributes:
+        settings: of the norm.
+        weights: the name of each weight that it normalised, and its ρ.
+        left: the names of a weight that it left, since the output is computed with it.
+    """
+
+    settings: Settings
+    weights: dict[str, float]
+    left: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        bounded = "bounded " if self.settings.kind == "bounded" else ""
+        count = len(self.weights)
+        name = f"{bounded}weight norm ({NAMES[self.settings.p]})"
+        of_output = "; not on that of the output layer, " + " = ".join(self.left)
+        return f"{name} on {count} weight{'s' * (count != 1)}{of_output if self.left else ''}"
+
+
+def apply_weight_norm(
+    model: nn.Module,
+    kind: Kind = "bounded",
+    p: float | str = 2,
+    *,
+    rho: str | float = "init",
+    gain: Gain | None = None,
+    project: bool = False,
+    layers: Sequence[LayerKind] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    cache: bool = True,
+    optimizers: Optimizer | Iterable[Optimizer] = (),
+) -> WeightNormReport:
+    """Normalise weights of a model: weight norm or bounded weight norm, by L1, L2 or L∞.
+
+        bounded:  w_i = ρ v_i / ‖v_i‖_p,     with gains  w_i = g_i ‖g⁰‖₂ / ‖g‖₂ · v_i / ‖v_i‖_p
+        weight:   w_i = g_i v_i / ‖v_i‖_p
+
+    w_i is the weight of output channel i; v_i and g_i are learned; ρ is one number for each weight,
+    which stays. The weights are parametrized (`torch.nn.utils.parametrize`): v is the `Parameter`
+    that the weight was before, so that optimizers made before move it. Norms accumulate in float32,
+    in float64 for float64.
+
+    Args:
+        model: initialised before; it is changed in place.
+        kind: "bounded" or "weight".
+        p: 1, 2, or `math.inf`, also as "inf".
+        rho: "init" for ρ = ‖V‖_p / N^(1/p) of the N channels that the weight V has now, and
+            g_i = ‖v_i‖_p, so that with gains a channel the net computes what it did; or a number
+            for ρ and each g_i.
+        gain: "none", one for each "channel", or, for kind "weight", one for each "layer". None
+            means "none" for "bounded", which may have one for each channel whose common norm
+            stays, and "channel" for "weight".
+        project: bring ‖v_i‖_p back to ρ after each step of any optimizer. That changes no output;
+            without it ‖v‖ grows, and the effective learning rate falls.
+        layers: kinds of layers: "conv", "linear" (the projections of attention, too), "recurrent"
+            (each gate's rows) and "embedding" (each token's row). The output layer is left out, and
+            an embedding that is tied to it. None means convolutions, or none where `include` names
+            weights.
+        include: glob patterns on the names of parameters that are normalised as well, whatever they
+            are of. A tied weight is normalised once and stays tied.
+        exclude: glob patterns on names that are left alone.
+        cache: in training compute all w together, once for all that happens between two optimizer
+            steps, such as the batches of an accumulation; in evaluation, without gradients, each
+            once until `train()` or `eval()` is called. What changes v unseen by torch, in place
+            through `.data` in between, is then not seen either.
+        optimizers: those made before, which then move the gains too, in the group of v.
+
+    Returns:
+        What was done.
+
+    Raises:
+        InputError: a setting that is not allowed; a pattern that matches nothing; no weight, or one
+            that is zero in some channel, not finite, complex or integer, sharded, without values,
+            or normalised already; gains that an optimizer made before would not move. Nothing was
+            changed then.
+
+    Source: Hoffer et al. 2018, §5 (arXiv 1803.01814); Salimans & Kingma 2016 (arXiv 1602.07868).
+
+    Example:
+        >>> print(apply_weight_norm(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())))
+        bounded weight norm (L2) on 1 weight
+    """
+    settings = Settings.of(kind, p, rho, gain, project)
+    check_flag("cache", cache)
+    check_lists(layers=layers or (), include=include, exclude=exclude)
+    check_model(model)
+    sites, left = find_sites(model, layers, include, exclude)
+    for site in sites:
+        check_site(site, settings)
+    homes = {} if settings.gain == "none" else homes_of_gains(sites, listed(optimizers))
+    norms = _normalise(sites, settings, cache=cache)
+    for site in sites:
+        gain_parameter = norms[site.name].gain
+        if gain_parameter is not None:
+            put_in(gain_parameter, f"{site.name} gain", homes[site.name])
+    weights = {name: float(norm.rho) for name, norm in norms.items()}
+    return WeightNormReport(settings, weights, tuple(p.name for site in left for p in site.places))
+
+
+def prepare_for_weights(
+    model: nn.Module,
+    settings: Settings,
+    layers: Sequence[str],
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> None:
+    """Normalise weights that are about to be loaded, whatever values they have yet."""
+    sites, _ = find_sites(model, layers, include, exclude)
+    for site in sites:
+        check_site(site, settings, spare_zeros=True)
+    _normalise(sites, settings, cache=True)
+
+
+def _normalise(sites: Sequence[Site], settings: Settings, *, cache: bool) -> dict[str, WeightNorm]:
+    together, norms = WeightPass(), {}
+    positions = {site.name: site.positions for site in sites}
+    for site in sites:
+        norm = WeightNorm(site.parameter, settings, site.layout, cache=cache, weight_pass=together)
+        norm.positions = positions[site.name]
+        for holder in [_register(place, norm) for place in site.places]:
+            norm.hidden.add_holder(holder)
+        if settings.project:
+            norm.project()
+        norms[site.name] = norm
+    return norms
+
+
+def _register(place: WeightPlace, norm: WeightNorm) -> Holder:
+    _unshare_class(place.module)
+    parametrize.register_parametrization(place.module, place.attribute, norm)
+    let_copy(place.module)
+    holder = place.parametrizations
+    holder.__class__ = Holder  # Torch takes no other class than its own.
+    return holder  # type: ignore[return-value]
+
+
+def remove_weight_norm(
+    model: nn.Module, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> list[str]:
+    """Make plain parameters of normalised weights again, with exactly the values they have.
+
+    Each is the `Parameter` that it was, and optimizers forget the gains.
+
+    Args:
+        model: it is changed in place.
+        include: glob patterns on names of weights; empty means all that are normalised.
+        exclude: glob patterns on names that stay normalised.
+
+    Returns:
+        The names of the weights.
+
+    Raises:
+        InputError: a pattern that matches nothing; no normalised weight; a weight that has other
+            parametrizations, too. Nothing was changed then.
+    """
+    check_lists(include=include, exclude=exclude)
+    check_model(model)
+    sites = find_normalised_sites(model, include, exclude)
+    norms = [site.norm for site in sites]
+    for site in sites:
+        _make_plain(site)
+    take_out([norm.gain for norm in norms if norm is not None and norm.gain is not None])
+    return [site.name for site in sites]
+
+
+@torch.no_grad()
+def _make_plain(site: Site) -> None:
+    norm = site.norm
+    assert norm is not None
+    value = norm(site.parameter).clone()
+    for place, position in zip(site.places, norm.positions, strict=True):
+        _unshare_class(place.module)
+        parametrize.remove_parametrizations(place.module, place.attribute, leave_parametrized=False)
+        _move(place.module._parameters, place.attribute, position)
+    site.parameter.copy_(value)
+
+
+def _unshare_class(module: nn.Module) -> None:
+    """Give a parametrized module a class of its own.
+
+    Torch makes one when it parametrizes, and changes that class afterwards; but copies of the
+    module have the same one.
+    """
+    if parametrize.is_parametrized(module):
+        cls = type(module)
+        kept = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+        module.__class__ = type(cls.__name__, cls.__bases__, kept)
+
+
+def _move(parameters: dict[str, Any], name: str, position: int) -> None:
+    """Give an entry the position that it had."""
+    names = [other for other in parameters if other != name]
+    names.insert(position, name)
+    for each in names:
+        parameters[each] = parameters.pop(each)

@@ -1,0 +1,230 @@
+"""The weights of a model that can be normalised, by the class of their layer."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+from nmlightning.errors import InputError, check_choice
+from nmlightning.name_patterns import matches, some
+from nmlightning.optim.param_groups import find_output_layer
+from nmlightning.parametrizations.normalize import attention_weights, recurrent_weights
+from nmlightning.parametrizations.weight_norm import Settings, WeightNorm
+from nmlightning.weights.channel_norms import ChannelLayout
+from nmlightning.weights.layer_weights import WeightPlace, find_places, matrices, plain_modules
+
+LayerKind = Literal["conv", "linear", "recurrent", "embedding"]
+LAYER_KINDS: tuple[LayerKind, ...] = get_args(LayerKind)
+
+
+def choose_layers(layers: Sequence[str] | None, include: Collection[str]) -> tuple[LayerKind, ...]:
+    """Return the kinds, sorted; None means convolutions, or none where weights are named.
+
+    Raises:
+        InputError: another kind; nothing chosen.
+    """
+    if layers is None:
+        return () if include else ("conv",)
+    for kind in layers:
+        check_choice("layers", kind, LAYER_KINDS)
+    if not layers and not include:
+        raise InputError(f"layers is empty: name {', '.join(LAYER_KINDS)} or several.")
+    return tuple(kind for kind in LAYER_KINDS if kind in layers)
+
+
+def kind_of(module: nn.Module) -> LayerKind | None:
+    """Return of which kind a layer is; None for what has no weight of its own, and for others."""
+    if isinstance(module, _ConvNd):
+        return "conv"
+    if isinstance(module, nn.Linear | nn.MultiheadAttention):
+        return "linear"
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return "recurrent"
+    return "embedding" if isinstance(module, nn.Embedding | nn.EmbeddingBag) else None
+
+
+def weights_of(module: nn.Module) -> list[str]:
+    """Return the names of the weights that a layer of some kind computes with.
+
+    Those of `nn.MultiheadAttention` are its projections into heads; the one out of them is an
+    `nn.Linear` inside it.
+    """
+    if isinstance(module, nn.MultiheadAttention):
+        return attention_weights(module)
+    if isinstance(module, nn.RNNBase):
+        return recurrent_weights(module)
+    if isinstance(module, nn.RNNCellBase):
+        return ["weight_ih", "weight_hh"]
+    return ["weight"] if kind_of(module) else []
+
+
+def is_plain(module: nn.Module, weight: str) -> bool:
+    """Whether a weight is a parameter, or one under a parametrization of torch."""
+    return weight in module._parameters or parametrize.is_parametrized(module, weight)
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One weight, and all places that it is in: several where it is tied."""
+
+    parameter: nn.Parameter
+    places: list[WeightPlace] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Its first name, as in `model.named_parameters()`."""
+        return self.places[0].name
+
+    @property
+    def layout(self) -> ChannelLayout:
+        """Where its output channels are."""
+        return self.places[0].layout
+
+    @property
+    def parametrizations(self) -> list[nn.Module]:
+        """What computes the weight from its parameter, in order."""
+        return list(self.places[0].parametrizations or ())
+
+    @property
+    def kinds(self) -> str:
+        """The class names of those, for messages."""
+        return ", ".join(type(x).__name__ for x in self.parametrizations)
+
+    @property
+    def norm(self) -> WeightNorm | None:
+        """Its weight norm, if it has one."""
+        return next((x for x in self.parametrizations if isinstance(x, WeightNorm)), None)
+
+    @property
+    def positions(self) -> list[int]:
+        """Which of its module's parameters it is, in each place."""
+        return [list(p.module._parameters).index(p.attribute) for p in self.places]
+
+    def is_of(self, kinds: Sequence[LayerKind]) -> bool:
+        """Return whether it is the weight of a layer of one of the kinds, in one of its places."""
+        return any(
+            kind_of(place.module) in kinds and place.attribute in weights_of(place.module)
+            for place in self.places
+        )
+
+    def matches(self, patterns: Sequence[str]) -> bool:
+        """Return whether a glob pattern is true of one of its names."""
+        return any(matches(place.name, patterns) for place in self.places)
+
+
+def find_sites(
+    model: nn.Module,
+    layers: Sequence[str] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> tuple[list[Site], list[Site]]:
+    """Return the weights to normalise, and those of the output layer that are not for that.
+
+    Args:
+        model: any module.
+        layers: kinds of layers, whose weights are meant but for the output layer's; None means
+            convolutions, transposed ones too, or none where `include` names weights.
+        include: glob patterns on the names of parameters, of two or more dimensions, that are
+            meant, too.
+        exclude: glob patterns on names that are left alone.
+
+    Raises:
+        InputError: another kind; a pattern that matches no weight, or none left; a layer whose
+            weight is no parameter, as pruning leaves it.
+    """
+    kinds, sites = choose_layers(layers, include), _all_sites(model)
+    _check_patterns(model, sites, (*include, *exclude))
+    _check_no_computed_weight(model, kinds, exclude)
+    output = find_output_layer(model)
+    chosen: list[Site] = []
+    left: list[Site] = []
+    for site in sites:
+        if site.matches(exclude):
+            continue
+        if site.matches(include):
+            chosen.append(site)
+        elif site.is_of(kinds):
+            (left if any(place.module is output for place in site.places) else chosen).append(site)
+    if not chosen:
+        but = (
+            f", and {left[0].name} is of the output layer, which include has to name"
+            if left
+            else ""
+        )
+        raise InputError(
+            f"{type(model).__name__} has no weight to normalise: layers is {list(kinds)}{but}; "
+            f"choose others, or name weights by include. It has {some([s.name for s in sites])}."
+        )
+    return chosen, left
+
+
+def find_normalised_sites(
+    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> list[Site]:
+    """Return the weights that are normalised; the patterns as for `find_sites`.
+
+    Raises:
+        InputError: a pattern that matches none of them, none left, or one with other
+            parametrizations, too.
+    """
+    sites = _all_sites(model)
+    _check_patterns(model, sites, (*include, *exclude))
+    included = [site for site in sites if site.matches(include)] if include else sites
+    chosen = [site for site in included if site.norm and not site.matches(exclude)]
+    if not chosen:
+        raise InputError(f"{type(model).__name__} has no normalised weight.")
+    for site in chosen:
+        if len(site.parametrizations) > 1:
+            raise InputError(f"{site.name} has several parametrizations ({site.kinds}).")
+    return chosen
+
+
+def normalised_weights(model: nn.Module) -> dict[str, Settings]:
+    """Return the settings of each weight that is normalised, by its name."""
+    return {site.name: site.norm.settings for site in _all_sites(model) if site.norm}
+
+
+def _check_patterns(model: nn.Module, sites: Sequence[Site], patterns: Sequence[str]) -> None:
+    for pattern in patterns:
+        if not any(site.matches([pattern]) for site in sites):
+            raise InputError(
+                f"The pattern {pattern!r} matches no weight of two or more dimensions in "
+                f"{type(model).__name__}; there is {some([site.name for site in sites])}."
+            )
+
+
+def _check_no_computed_weight(
+    model: nn.Module, kinds: Sequence[LayerKind], exclude: Sequence[str]
+) -> None:
+    for path, module in plain_modules(model):
+        names = weights_of(module) if kind_of(module) in kinds else []
+        for weight in (name for name in names if not is_plain(module, name)):
+            parts = [
+                WeightPlace(module, path, own).name
+                for own in matrices(module)
+                if own.startswith(weight)
+            ]
+            if not any(matches(part, exclude) for part in parts):
+                name = WeightPlace(module, path, weight).name
+                raise InputError(
+                    f"{name} is computed from {some(parts)}, as pruning and torch's old "
+                    f"weight_norm do it: make it plain first, or exclude {parts[0]!r}."
+                )
+
+
+def _all_sites(model: nn.Module) -> list[Site]:
+    sites: dict[int, Site] = {}
+    for place in find_places(model):
+        parameter = _parameter(place)
+        sites.setdefault(id(parameter), Site(parameter)).places.append(place)
+    return list(sites.values())
+
+
+def _parameter(place: WeightPlace) -> nn.Parameter:
+    computed = place.parametrizations
+    if computed is not None:
+        return next(computed.parameters(recurse=False))
+    return place.module._parameters[place.attribute]  # type: ignore[return-value]

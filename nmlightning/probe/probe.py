@@ -1,0 +1,256 @@
+"""Measures the inputs of norm layers, and what norms in half precision make of them."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from nmlightning.errors import InputError
+from nmlightning.norms.mean_only import MeanOnlyBatchNorm
+from nmlightning.norms.registry import Kind
+from nmlightning.probe.fp16_emulation import HALF_NORMS, OUTCOMES, try_norms
+from nmlightning.probe.report import LayerRanges, NormRanges
+from nmlightning.surgery.fuse.fuse import unfused
+from nmlightning.surgery.norm_layers import find_norm_layers
+
+Batch = Any
+
+
+def probe_norms(
+    model: nn.Module, batches: Iterable[Batch], loss: Callable[[nn.Module, Batch], Tensor]
+) -> NormRanges:
+    """Return what the norm layers of a model get, and what each norm would make of it in half.
+
+    Every batch goes forward and backward once, in training mode. In every batch norm and layer norm
+    the range of σ is taken, and L2 op by op, L1, L∞, Top(10) and range, with all their values in
+    float16, are tried on the very x and gradients that the layer got: see `HALF_NORMS`. Nothing
+    changes: weights, gradients, buffers, modes and random numbers are afterwards what they were.
+
+    Args:
+        model: any torch model, on any device.
+        batches: as `loss` takes them; each is used once.
+        loss: called with the model and a batch; returns the scalar to be minimised.
+
+    Raises:
+        InputError: a model without norm layers in training mode, or no batch.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> images = torch.randn(4, 3, 16, 16)
+        >>> ranges = probe_norms(net, [images], lambda net, x: net(x).square().mean())
+        >>> ranges.layers[0].name, ranges.lost_share("l1")
+        ('1', 0.0)
+    """
+    with _as_it_was(model), NormWatch(model) as watch:
+        model.train()
+        for batch in batches:
+            value = loss(model, batch)
+            if value.requires_grad:
+                torch.autograd.backward(value)
+            watch.end_batch()
+    return watch.ranges()
+
+
+class NormWatch:
+    """Looks into the norm layers of a model while any code trains it; a context manager.
+
+    `end_batch` is to be called after each backward, and `ranges` returns what was seen.
+
+    Raises:
+        InputError: the model has no norm layer that could be measured.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.left_out: dict[str, str] = {}
+        self._model = model
+        self._layers: dict[int, _WatchedLayer] = {}
+        for found in find_norm_layers(model):
+            reason = _why_not(found.module)
+            if reason:
+                self.left_out[found.name] = f"{found.type_name} {reason}"
+            elif id(found.module) not in self._layers:
+                self._layers[id(found.module)] = _WatchedLayer(found.name, found.module)
+        if not self._layers:
+            others = "; ".join(dict.fromkeys(self.left_out.values()))
+            raise InputError(
+                f"There is no batch or layer norm to measure in {type(model).__name__}"
+                f"{others and f': {others}'}."
+            )
+        self._hooks = ExitStack()
+        self._batches = 0
+
+    def __enter__(self) -> "NormWatch":
+        self._hooks.enter_context(unfused(self._model))  # the gradients are to be a norm's own
+        for layer in self._layers.values():
+            hook = layer.module.register_forward_hook(layer.see, with_kwargs=True)
+            self._hooks.callback(hook.remove)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
+
+    def end_batch(self) -> None:
+        """Count a batch, and judge by the forward alone the layers that got no gradient."""
+        self._batches += 1
+        for layer in self._layers.values():
+            layer.end_batch()
+
+    def ranges(self) -> NormRanges:
+        """Return what was measured in the batches so far.
+
+        Raises:
+            InputError: there was no batch, or no norm layer saw one in training mode.
+        """
+        seen = [layer for layer in self._layers.values() if layer.scales]
+        if not self._batches:
+            raise InputError("No batch was run: the data are empty.")
+        if not seen:
+            raise InputError("No norm layer saw a batch in training mode: are all of them frozen?")
+        unseen = {
+            layer.name: f"{type(layer.module).__name__} saw no batch in training mode"
+            for layer in self._layers.values()
+            if not layer.scales
+        }
+        layers = [layer.ranges() for layer in seen]
+        return NormRanges(layers, tuple(HALF_NORMS), self._batches, {**self.left_out, **unseen})
+
+
+@dataclass
+class _Call:
+    """What a layer got in one call, until the gradient of its output comes."""
+
+    input: Tensor
+    judged: bool = False
+
+
+@dataclass
+class _WatchedLayer:
+    """A norm layer with what was measured of it."""
+
+    name: str
+    module: nn.Module
+    values: int = 0
+    offset: float = 0.0
+    scales: list[Tensor] = field(default_factory=list)
+    deviations: list[Tensor] = field(default_factory=list)
+    outcomes: dict[str, Counter[str]] = field(default_factory=dict)
+    calls: list[_Call] = field(default_factory=list)
+
+    @property
+    def kind(self) -> Kind:
+        """What it normalises over."""
+        return "batch" if isinstance(self.module, _BatchNorm) else "layer"
+
+    def see(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+    ) -> None:
+        """Forward hook: measure the input, and wait for the gradient of the output."""
+        input = (args[0] if args else kwargs["input"]).detach()
+        rows = self._rows(input)
+        if not module.training or rows.shape[1] < 2 or not rows.numel():
+            return
+        self._measure(rows)
+        call = _Call(input)
+        self.calls.append(call)
+        if output.requires_grad:
+            output.register_hook(partial(self._judge, call))  # type: ignore[no-untyped-call, unused-ignore]
+
+    def end_batch(self) -> None:
+        """Judge the calls that got no gradient."""
+        for call in self.calls:
+            if not call.judged:
+                self._judge(call, None)
+        self.calls.clear()
+
+    def ranges(self) -> LayerRanges:
+        """Return what was measured."""
+        return LayerRanges(
+            name=self.name,
+            type_name=type(self.module).__name__,
+            kind=self.kind,
+            values=self.values,
+            eps=float(self.module.eps),  # type: ignore[arg-type]
+            scales=_to_numpy(self.scales),
+            deviations=_to_numpy(self.deviations),
+            offset=self.offset,
+            outcomes=self.outcomes,
+        )
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        """Return (C, n): a row for all that shares a mean and a scale."""
+        if self.kind == "batch":
+            return tensor.transpose(0, 1).flatten(1).float()
+        sizes: tuple[int, ...] = self.module.normalized_shape  # type: ignore[assignment]
+        return tensor.reshape(-1, math.prod(sizes)).float()
+
+    def _measure(self, rows: Tensor) -> None:
+        mean = rows.mean(1, keepdim=True)
+        deviations = rows - mean
+        scale = deviations.square().mean(1).sqrt()
+        self.values = rows.shape[1]
+        self.scales.append(scale)
+        self.deviations.append(deviations.abs().amax(1))
+        offsets = torch.where(scale > 0, mean[:, 0].abs() / scale, 0.0)
+        self.offset = max(self.offset, float(offsets.nan_to_num(0.0, 0.0).max()))
+
+    @torch.no_grad()
+    def _judge(self, call: _Call, gradient: Tensor | None) -> None:
+        """Try the norms on what the layer got; the hook on the gradient of its output."""
+        call.judged = True
+        slopes = None if gradient is None else self._rows(self._before_affine(gradient))
+        norms = [name for name, norm in HALF_NORMS.items() if self.kind in norm.kinds]
+        with torch.autocast(call.input.device.type, enabled=False):
+            tried = try_norms(self._rows(call.input), slopes, float(self.module.eps), norms)  # type: ignore[arg-type]
+        for norm, outcomes in tried.items():
+            counts = torch.bincount(outcomes.long(), minlength=len(OUTCOMES)).tolist()
+            names = dict(zip(OUTCOMES, counts, strict=True))
+            self.outcomes.setdefault(norm, Counter()).update(names)
+
+    def _before_affine(self, gradient: Tensor) -> Tensor:
+        """Return the gradient by what a weight multiplies, but for a factor that a row shares."""
+        weight: Tensor | None = self.module.weight  # type: ignore[assignment]
+        return gradient if weight is None or self.kind == "batch" else gradient * weight
+
+
+def _why_not(module: nn.Module) -> str:
+    """Return why a norm layer cannot be measured, or nothing."""
+    if isinstance(module, MeanOnlyBatchNorm):
+        return "has no scale"
+    if not isinstance(module, _BatchNorm | nn.LayerNorm):
+        return "is neither a batch norm nor a layer norm"
+    return ""
+
+
+def _to_numpy(parts: list[Tensor]) -> NDArray[np.float32]:
+    return torch.cat(parts).cpu().numpy()
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Give back buffers, gradients, modes and the state of random numbers after the body."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    for parameter, _ in gradients:
+        parameter.grad = None
+    with torch.random.fork_rng(sorted(device.index for device in devices)):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+            for module, training in modes:
+                module.training = training

@@ -1,0 +1,227 @@
+"""The report of a probe: ranges of the inputs, and what half precision does to them, in sentences.
+
+of them where every value of a norm is held in float16.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nmlightning.reports.formatting import format_loss
+
+RIGHT, INPUT = "right", "input"
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRanges:
+    """One norm layer, over all batches.
+
+    A channel of a batch norm, or a token of a layer norm, is one entry for each batch.
+
+    Attributes:
+        name: of the layer in the model.
+        type_name: its class.
+        kind: `batch` or `layer`.
+        values: how many values share a mean and a scale.
+        eps: its own.
+        scales: (K,) the standard deviation σ of each entry, in float32.
+        deviations: (K,) max |x − μ| of each entry.
+        offset: the largest |μ|/σ.
+        outcomes: for each norm how many entries came out how; "right" and "input" among them.
+    """
+
+    name: str
+    type_name: str
+    kind: str
+    values: int
+    eps: float
+    scales: NDArray[np.float32]
+    deviations: NDArray[np.float32]
+    offset: float
+    outcomes: Mapping[str, Mapping[str, int]]
+
+    @property
+    def finite_scales(self) -> NDArray[np.float32]:
+        """The σ that are finite; all are, unless the network itself gives inf or NaN."""
+        return self.scales[np.isfinite(self.scales)]
+
+    @property
+    def largest_deviation(self) -> float:
+        """The largest finite |x − μ|; NaN if there is none."""
+        finite = self.deviations[np.isfinite(self.deviations)]
+        return float(finite.max()) if len(finite) else float("nan")
+
+    def count(self, norm: str, outcome: str) -> int:
+        """Return how many entries came out so; 0 if the norm was not tried on this layer."""
+        return self.outcomes.get(norm, {}).get(outcome, 0)
+
+    def lost(self, norm: str) -> dict[str, int]:
+        """Return how many entries the norm itself loses, for each way in which it does."""
+        counts = self.outcomes.get(norm, {})
+        return {how: n for how, n in counts.items() if n and how not in (RIGHT, INPUT)}
+
+    def lost_share(self, norm: str) -> float | None:
+        """Return the share of entries that the norm loses, None if it was not tried here."""
+        if norm not in self.outcomes:
+            return None
+        return sum(self.lost(norm).values()) / len(self.scales)
+
+    def input_share(self) -> float:
+        """Return the share of entries that are lost when x is rounded to float16."""
+        return max(counts.get(INPUT, 0) for counts in self.outcomes.values()) / len(self.scales)
+
+    def as_plain(self) -> dict[str, Any]:
+        """Return the layer as JSON holds it."""
+        finite = self.finite_scales
+        low, middle, high = np.quantile(finite, [0, 0.5, 1]) if len(finite) else (np.nan,) * 3
+        return {
+            "name": self.name,
+            "class": self.type_name,
+            "kind": self.kind,
+            "values": self.values,
+            "eps": self.eps,
+            "entries": len(self.scales),
+            "sigma": {"min": _plain(low), "median": _plain(middle), "max": _plain(high)},
+            "largest_deviation": _plain(self.largest_deviation),
+            "largest_mean_over_sigma": _plain(self.offset),
+            "lost_in_input": self.input_share(),
+            "lost": {
+                norm: {how: n / len(self.scales) for how, n in self.lost(norm).items()}
+                for norm in self.outcomes
+            },
+        }
+
+
+@dataclass(frozen=True)
+class NormRanges:
+    """All norm layers of a network; the answer of `nmlightning.probe_norms`.
+
+    Attributes:
+        layers: in the order in which the network calls them first.
+        norms: what was tried in half precision, the first of them the one to be replaced.
+        batches: how many were run.
+        left_out: norm layers that were not measured, with the reason.
+    """
+
+    layers: Sequence[LayerRanges]
+    norms: Sequence[str]
+    batches: int
+    left_out: Mapping[str, str]
+
+    def lost_share(self, norm: str) -> float:
+        """Return the share of entries that a norm loses, of the layers that it was tried on."""
+        layers = [layer for layer in self.layers if norm in layer.outcomes]
+        total = sum(len(layer.scales) for layer in layers)
+        return sum(sum(layer.lost(norm).values()) for layer in layers) / total if total else 0.0
+
+    def losing_layers(self, norm: str) -> list[LayerRanges]:
+        """Return the layers in which the norm loses anything."""
+        return [layer for layer in self.layers if layer.lost(norm)]
+
+    def input_share(self) -> float:
+        """Return the share of entries that no norm brings back."""
+        total = sum(len(layer.scales) for layer in self.layers)
+        return sum(layer.input_share() * len(layer.scales) for layer in self.layers) / total
+
+    def as_plain(self) -> dict[str, Any]:
+        """Return all of it as JSON holds it."""
+        return {
+            "batches": self.batches,
+            "lost": {norm: self.lost_share(norm) for norm in self.norms},
+            "lost_in_input": self.input_share(),
+            "left_out": dict(self.left_out),
+            "layers": [layer.as_plain() for layer in self.layers],
+        }
+
+
+def _plain(value: Any) -> float | None:
+    """Return a float, or None for what JSON has no word for."""
+    return float(value) if np.isfinite(value) else None
+
+
+FAILING, REMEDY = "half_l2", "l1"
+NAMES = {"half_l2": "L2 op by op", "l1": "L1", "linf": "L∞", "top10": "Top(10)", "range": "range"}
+WAYS = {
+    "not finite": "inf",
+    "dead": "dead",
+    "wrong": "off",
+    "gradient not finite": "NaN gradient",
+    "gradient wrong": "gradient off",
+}
+HONESTLY = (
+    "This is about norms that keep every value in float16. Under 16-mixed torch's norms, and ours "
+    "unless stats_dtype is float16, compute in float32 and are safe."
+)
+
+
+def verdict(ranges: NormRanges) -> list[str]:
+    """Return the answer, its reason, and what it does not cover, a sentence or two each."""
+    return [
+        *_say_what_is_broken(ranges),
+        *_say_what_no_norm_mends(ranges),
+        _say_what_fails(ranges),
+        *_say_what_helps(ranges),
+        HONESTLY,
+    ]
+
+
+def _say_what_is_broken(ranges: NormRanges) -> Iterator[str]:
+    broken = [layer.name for layer in ranges.layers if not np.isfinite(layer.scales).all()]
+    if broken:
+        yield (
+            f"The network itself gives inf or NaN in float32, to {_count(broken)}: first to "
+            f"{broken[0]}."
+        )
+
+
+def _say_what_fails(ranges: NormRanges) -> str:
+    losing = ranges.losing_layers(FAILING)
+    if not losing:
+        scales = np.concatenate([layer.finite_scales for layer in ranges.layers])
+        sizes = f": σ is between {scales.min():.3g} and {scales.max():.3g}" if len(scales) else ""
+        more = " more" if ranges.input_share() else ""
+        return f"{NAMES[FAILING]} in half would lose no channel{more}{sizes}."
+    total = sum(len(layer.scales) for layer in ranges.layers)
+    ways = sum((Counter(layer.lost(FAILING)) for layer in losing), Counter[str]())
+    how = ", ".join(f"{format_loss(n / total)} {WAYS[way]}" for way, n in ways.most_common())
+    return (
+        f"{NAMES[FAILING]} in half would lose {format_loss(ranges.lost_share(FAILING))} of the "
+        f"channels, in {len(losing)} of {_count(ranges.layers)} ({how})."
+    )
+
+
+def _say_what_helps(ranges: NormRanges) -> Iterator[str]:
+    if not ranges.losing_layers(FAILING):
+        if ranges.losing_layers(REMEDY):
+            yield f"{NAMES[REMEDY]} would lose {format_loss(ranges.lost_share(REMEDY))}."
+        else:
+            yield "A swap gains nothing in half."
+        return
+    others = ", ".join(
+        f"{NAMES[norm]} {format_loss(ranges.lost_share(norm))}"
+        for norm in ranges.norms
+        if norm not in (FAILING, REMEDY)
+    )
+    left = format_loss(ranges.lost_share(REMEDY))
+    yield f"Swapping to {REMEDY} brings that to {left} ({others})."
+
+
+def _say_what_no_norm_mends(ranges: NormRanges) -> Iterator[str]:
+    lost = [layer for layer in ranges.layers if layer.input_share()]
+    if lost:
+        worst = max(lost, key=LayerRanges.input_share)
+        yield (
+            f"{format_loss(ranges.input_share())} of the channels are lost before any norm, since "
+            f"float16 does not hold x: most in {worst.name}, where |x − μ| is up to "
+            f"{worst.largest_deviation:.3g} and |μ| up to {worst.offset:.3g} σ. No swap helps "
+            "there."
+        )
+
+
+def _count(layers: object) -> str:
+    number = len(layers)  # type: ignore[arg-type]
+    return f"{number} layer{'s' * (number != 1)}"

@@ -1,0 +1,71 @@
+"""Formats numbers, and means with their standard deviations."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation of one number over runs.
+
+    Attributes:
+        mean: of all n.
+        deviation: with the divisor n − 1; NaN for a single one.
+    """
+
+    mean: float
+    deviation: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Return that of one or more values."""
+        several = len(values) > 1
+        return cls(statistics.fmean(values), statistics.stdev(values) if several else float("nan"))
+
+
+def is_share(metric: str) -> bool:
+    """Return whether a metric is a share of 1, which is shown in percent."""
+    return any(word in metric.lower() for word in ("top1", "top5", "acc"))
+
+
+def format_value(value: float, metric: str) -> str:
+    """Return `93.07 %`, `0.2713`, `27.31` or `3,529`: large numbers, and BLEU, have few places."""
+    if is_share(metric):
+        return f"{100 * value:.2f} %"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.2f}" if abs(value) >= 10 or "bleu" in metric.lower() else f"{value:.4f}"
+
+
+def format_spread(spread: Spread | None, metric: str) -> str:
+    """Return `93.07 ± 0.11 %` or `0.2713 ± 0.0021`, without the deviation where there is none."""
+    if spread is None:
+        return "—"
+    mean = format_value(spread.mean, metric)
+    if math.isnan(spread.deviation):
+        return mean
+    return f"{mean.removesuffix(' %')} ± {format_value(spread.deviation, metric)}"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return `3 h 2 min`, `1 min 5 s` or `7.2 s`."""
+    if math.isnan(seconds):
+        return "—"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def format_loss(share: float | None) -> str:
+    """Return `37 %`; `<1 %` and `>99 %` for what rounding would hide; `—` for None."""
+    if share is None:
+        return "—"
+    percent = 100 * share
+    if 0 < percent < 1:
+        return "<1 %"
+    if 99 < percent < 100:
+        return ">99 %"
+    return f"{percent:.0f} %"

@@ -1,0 +1,184 @@
+"""The class that a module has while its norms do the ReLUs of its forward, and the way back.
+
+The module stays the same object, as when its norms are swapped: with the same state, parameters and
+hooks. Its class becomes a subclass of its own, of the same name, that differs in `forward`; it
+copies and pickles, since what the class is made of does.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from types import new_class
+from typing import Any
+
+from torch import Tensor, nn
+
+from nmlightning.errors import InputError
+from nmlightning.kernels.interface import Fused
+from nmlightning.surgery.fuse.patterns import Code
+from nmlightning.surgery.norm_layers import own_activation
+
+_FUSION = "_nmlightning_fusion"
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What a fused class is made of.
+
+    Attributes:
+        original: the class that the module had.
+        norms: what each fused norm does, by its name in the module.
+        watched: the attributes that the forward depends on; setting another takes it apart.
+        code: of the forward, None for that of a Sequential.
+    """
+
+    original: type[nn.Module]
+    norms: tuple[tuple[str, Fused], ...]
+    watched: frozenset[str]
+    code: Code | None = None
+
+
+def fusion_of(module: nn.Module) -> Fusion | None:
+    """Return what the class of a module was made of, if it is a fused one."""
+    return getattr(type(module), _FUSION, None)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class that a module has when it is not fused."""
+    fusion = fusion_of(module)
+    return type(module) if fusion is None else fusion.original
+
+
+def put_together(module: nn.Module, fusion: Fusion) -> None:
+    """Make a module, which is not fused, what `fusion` says."""
+    for name, fused in fusion.norms:
+        vars(module.get_submodule(name))["fused"] = fused
+    module.__class__ = fused_class(fusion)
+
+
+def check_class(module: nn.Module) -> None:
+    """Raise InputError if a fused module has become of another class since."""
+    fusion = fusion_of(module)
+    if fusion is not None and type(module) is not fused_class(fusion):
+        raise InputError(
+            f"A {fusion.original.__name__} with fused norms has become a {type(module).__name__} "
+            "since, so the norms cannot be taken apart: do that before it is sharded or "
+            "parametrized."
+        )
+
+
+def take_apart(module: nn.Module) -> None:
+    """Give a fused module its own class back, and let its norms only normalise."""
+    fusion = fusion_of(module)
+    assert fusion is not None, "the caller has looked"
+    check_class(module)
+    norms = [module.get_submodule(name) for name, _ in fusion.norms]
+    if fusion.code is None:  # the children of a Sequential may have other names by now
+        norms = [child for child in module.children() if own_activation(child) is None]
+    for norm in norms:
+        vars(norm).pop("fused", None)
+    module.__class__ = fusion.original
+
+
+@cache
+def fused_class(fusion: Fusion) -> type[nn.Module]:
+    """Return the class of all modules that were made of an equal fusion."""
+    original = fusion.original
+    members = {
+        "__module__": original.__module__,
+        # By its path jsonargparse leaves it out, which offers all subclasses to configs.
+        "__qualname__": f"_Fused.{original.__qualname__}",
+        "__doc__": original.__doc__,
+        "__reduce_ex__": _reduce,
+        "__setattr__": _after_check(original.__setattr__),
+        "__delattr__": _after_check(original.__delattr__),
+        "add_module": _after_check(original.add_module),
+        "forward": _forward(fusion),
+        _FUSION: fusion,
+    }
+    return new_class(original.__name__, (original,), exec_body=lambda body: body.update(members))
+
+
+def _forward(fusion: Fusion) -> Callable[..., Any]:
+    if fusion.code is None:
+        return _call_in_turn(frozenset(name for name, _ in fusion.norms))
+    return _compile(fusion.code)
+
+
+def is_reducible(cls: type[nn.Module]) -> bool:
+    """Return whether objects of a class are copied and pickled as objects are."""
+    return (cls.__reduce_ex__, cls.__reduce__) == (object.__reduce_ex__, object.__reduce__)
+
+
+def _compile(code: Code) -> Callable[..., Any]:
+    names: dict[str, Any] = {name: import_module(module) for name, module in code.modules}
+    names.update(code.names)
+    exec(compile(code.source, "<forward with fused norms>", "exec"), names)
+    forward: Callable[..., Any] = names["forward"]
+    return forward
+
+
+def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    """Pickle an object of a class that no import finds."""
+    return (_make, (fusion_of(self),), *object.__reduce_ex__(self, protocol)[2:])
+
+
+def _make(fusion: Fusion) -> Any:
+    cls = fused_class(fusion)
+    return cls.__new__(cls)
+
+
+def _after_check(change: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method that takes the module apart before it changes what the forward depends on."""
+
+    def checked(self: nn.Module, name: str, *value: Any) -> Any:
+        fusion = fusion_of(self)
+        if fusion is not None and name in fusion.watched and _differs(self, name, *value):
+            take_apart(self)
+            warnings.warn(
+                f"{name} of a {type(self).__name__} was changed, on which its fused norms depend: "
+                "they are fused no longer. Call swap_norms again, with fuse, if they may be.",
+                stacklevel=2,
+            )
+        return change(self, name, *value)
+
+    return checked
+
+
+def _differs(module: nn.Module, name: str, *value: Any) -> bool:
+    if not value or not hasattr(module, name):
+        return not value  # a new object, such as a slice, gets its attributes
+    (new,), old = value, getattr(module, name)
+    plain = isinstance(new, bool | int | float | str) and type(new) is type(old)
+    return not (new is old or (plain and new == old))
+
+
+def _call_in_turn(norms: frozenset[str]) -> Callable[..., Any]:
+    """Return the forward of a Sequential in which each of the norms does the ReLU behind it.
+
+    It follows what the Sequential holds when it is called, which may be a slice of what it held.
+    """
+
+    def forward(self: nn.Module, input: Tensor) -> Any:
+        done = ""
+        for name, module in self._modules.items():
+            if done and type(module) is nn.ReLU:
+                done = ""
+            elif not (done and type(module) is nn.Identity):
+                _check_order(done)
+                input = module(input)  # type: ignore[misc]
+                done = name if name in norms and getattr(module, "fused", None) else ""
+        _check_order(done)
+        return input
+
+    return forward
+
+
+def _check_order(norm: str) -> None:
+    if norm:
+        raise InputError(
+            f"The norm {norm} of a Sequential is fused with a ReLU that does not follow it any "
+            "more: put modules in or take them out before swap_norms fuses."
+        )

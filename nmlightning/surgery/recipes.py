@@ -1,0 +1,270 @@
+"""Recipes: what was done to a model, as plain data on the module and in its checkpoints.
+
+A checkpoint holds, under the key `nmlightning`,
+`{"version": 1, "norm_swaps": [recipe, …], "weight_norms": [recipe, …]}`, each in order. A recipe is
+the keywords of `swap_norms` or `apply_weight_norm`, in one spelling of those that come to the same,
+and under `modules` what became of each module. A swap of which later ones left nothing is not kept,
+nor a weight norm that was removed; weight norms, each of other weights, are in the order of those.
+"""
+
+import functools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from nmlightning.errors import InputError
+from nmlightning.norms.registry import INHERITED_UNLESS_GIVEN, drop_defaults
+from nmlightning.parametrizations.layers import choose_layers, normalised_weights
+from nmlightning.parametrizations.weight_norm import Settings
+
+_ACTIONS = "_nmlightning_actions"
+
+
+def run_after(module: nn.Module, method: str, action: Callable[..., Any], key: str) -> None:
+    """Make this instance call `action`, with the same arguments, after its `method`.
+
+    Of the actions with one `key` only the latest is called. Partials of bound methods pickle and
+    copy with the module; closures would not.
+    """
+    of_methods = module.__dict__.setdefault(_ACTIONS, {})
+    if method not in of_methods:
+        of_methods[method] = {}
+        call_all = functools.partial(_call_all, getattr(module, method), of_methods[method])
+        setattr(module, method, call_all)
+    of_methods[method][key] = action
+
+
+def _call_all(
+    original: Callable[..., Any], actions: dict[str, Callable[..., Any]], *args: Any, **kwargs: Any
+) -> Any:
+    result = original(*args, **kwargs)
+    for action in actions.values():
+        action(*args, **kwargs)
+    return result
+
+
+KEY = "nmlightning"
+VERSION = 1
+_NOTES = "_nmlightning_recipes"
+
+Recipe = dict[str, Any]
+
+
+def make_recipe(
+    norm: str,
+    options: Mapping[str, Any],
+    kinds: Iterable[str],
+    include: Iterable[str],
+    exclude: Iterable[str],
+) -> Recipe:
+    """Return the keywords of a swap as plain data, which a checkpoint may hold.
+
+    What comes to the same is equal: options at their default are left out, lists are sorted.
+    """
+    plain = {option: _plain(value) for option, value in options.items()}
+    return {
+        "norm": norm,
+        "options": drop_defaults(norm, plain),
+        "kinds": sorted(set(kinds)),
+        "include": sorted(set(include)),
+        "exclude": sorted(set(exclude)),
+    }
+
+
+def make_weight_norm_recipe(
+    *,
+    include: Collection[str],
+    exclude: Iterable[str],
+    layers: Sequence[str] | None = None,
+    **settings: Any,
+) -> Recipe:
+    """Return the keywords of `apply_weight_norm` as plain data, those that come to the same equal.
+
+    What does not change the weights is left out.
+    """
+    plain = asdict(Settings.of(**settings))
+    plain["rho"] = "init" if plain["rho"] is None else plain["rho"]
+    chosen = {"include": sorted(set(include)), "exclude": sorted(set(exclude))}
+    return {**plain, "layers": list(choose_layers(layers, include)), **chosen}
+
+
+def settings_of(recipe: Recipe) -> Settings:
+    """Return the settings of a recipe for weight norm."""
+    return Settings.of(**{name: recipe[name] for name in Settings.__dataclass_fields__})
+
+
+def _drop_undone(recipes: list[Recipe]) -> list[Recipe]:
+    """Return the swaps without those whose every module a later one changed.
+
+    One that set what a swap takes over from the layer, such as eps, still shows then.
+    """
+    kept: list[Recipe] = []
+    changed: set[str] = set()
+    for recipe in reversed(recipes):
+        modules = set(recipe["modules"])
+        lasts = INHERITED_UNLESS_GIVEN & recipe["options"].keys()
+        if lasts or not modules or modules - changed:
+            kept.insert(0, recipe)
+        changed |= modules
+    return kept
+
+
+def _is_normalised_so(module: nn.Module, recipe: Recipe) -> bool:
+    weights, settings = normalised_weights(module), settings_of(recipe)
+    return all(weights.get(name) == settings for name in recipe["modules"])
+
+
+@dataclass(frozen=True)
+class Change:
+    """One of the things that are done to a model.
+
+    Attributes:
+        key: what its recipes are under in a checkpoint.
+        callback: the name of what does it in a Trainer.
+        noun: what it changes.
+        title: the keyword that tells its recipes apart at first sight.
+        make: returns a recipe in its one spelling.
+        tidy: drops the recipes that came to nothing.
+        holds: whether a recipe that was followed still is true of a module.
+    """
+
+    key: str
+    callback: str
+    noun: str
+    title: str
+    make: Callable[..., Recipe]
+    tidy: Callable[[list[Recipe]], list[Recipe]]
+    holds: Callable[[nn.Module, Recipe], bool]
+
+
+NORM_SWAP = Change(
+    key="norm_swaps",
+    callback="NormSwap",
+    noun="norms",
+    title="norm",
+    make=make_recipe,
+    tidy=_drop_undone,
+    holds=lambda module, recipe: True,
+)
+WEIGHT_NORM = Change(
+    key="weight_norms",
+    callback="WeightNormSwap",
+    noun="weight norm",
+    title="kind",
+    make=make_weight_norm_recipe,
+    tidy=lambda recipes: sorted(recipes, key=lambda recipe: sorted(recipe["modules"])),
+    holds=_is_normalised_so,
+)
+CHANGES = (NORM_SWAP, WEIGHT_NORM)
+
+
+def note_recipe(
+    module: nn.Module, recipe: Recipe, modules: Mapping[str, Any], change: Change
+) -> None:
+    """Remember on `module` what `recipe` made of which of its modules; once for each.
+
+    The notes are in the order of the changes: a recipe that is followed again, and does something,
+    becomes the last.
+    """
+    notes = recipes_of(module, change)
+    known = next((note for note in notes if keywords_of(note) == recipe), None)
+    if known is None:
+        notes.append({**recipe, "modules": dict(modules)})
+    elif modules:
+        notes.remove(known)
+        notes.append({**recipe, "modules": {**known["modules"], **modules}})
+    module.__dict__[_NOTES] = {
+        **module.__dict__.get(_NOTES, {}),
+        change.key: change.tidy(notes),
+    }
+
+
+def recipes_of(module: nn.Module, change: Change) -> list[Recipe]:
+    """Return what was noted on `module` and is still true, in order."""
+    return [recipe for recipe in _notes(module, change) if change.holds(module, recipe)]
+
+
+def _notes(module: nn.Module, change: Change) -> list[Recipe]:
+    return list(module.__dict__.get(_NOTES, {}).get(change.key, ()))
+
+
+def changed_modules(module: nn.Module, change: Change) -> dict[str, Any]:
+    """Return what each changed module, by name, was made last."""
+    return {
+        name: made for recipe in _notes(module, change) for name, made in recipe["modules"].items()
+    }
+
+
+def recipes_in(checkpoint: Mapping[str, Any], change: Change) -> list[Recipe]:
+    """Return the recipes that a checkpoint holds, or raise InputError for another format."""
+    entry = checkpoint.get(KEY)
+    if entry is None:
+        return []
+    if entry.get("version") != VERSION:
+        raise InputError(
+            f"The checkpoint's {KEY!r} entry has version {entry.get('version')}, and this release "
+            f"reads {VERSION}: install the release that wrote it."
+        )
+    recipes = entry.get(change.key, ())
+    return change.tidy(
+        [{**change.make(**keywords_of(recipe)), "modules": recipe["modules"]} for recipe in recipes]
+    )
+
+
+def keep_in_checkpoints(module: nn.Module) -> None:
+    """Let a LightningModule put its recipes into its checkpoints, and refuse those of another.
+
+    A callback cannot: it is not asked about a checkpoint with `save_weights_only`.
+    """
+    write, check = (functools.partial(f, module) for f in (write_recipes, check_recipes))
+    run_after(module, "on_save_checkpoint", write, key="recipes")
+    run_after(module, "on_load_checkpoint", check, key="recipes")
+
+
+def write_recipes(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Put what was noted on `module` into `checkpoint`."""
+    noted = {change.key: recipes_of(module, change) for change in CHANGES}
+    if any(noted.values()):
+        checkpoint[KEY] = {"version": VERSION, **{key: r for key, r in noted.items() if r}}
+
+
+def check_recipes(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Raise InputError, naming the first difference, if `module` was changed in another way."""
+    for change in CHANGES:
+        here = [keywords_of(recipe) for recipe in recipes_of(module, change)]
+        there = [keywords_of(recipe) for recipe in recipes_in(checkpoint, change)]
+        if here != there:
+            raise InputError(
+                f"The checkpoint was trained with {_first_difference(there, here, change)}. Resume "
+                f"with the same {change.noun}, or start from its weights with load_from_checkpoint."
+            )
+
+
+def _first_difference(there: list[Recipe], here: list[Recipe], change: Change) -> str:
+    name = change.callback
+    if len(there) != len(here):
+        then = f"{name} {_titles(there, change)}" if there else f"no {name}"
+        return f"{then}, this run has {_titles(here, change) or f'nothing (no {name})'}"
+    old, new, key = next(
+        (old, new, key)
+        for old, new in zip(there, here, strict=True)
+        for key in old
+        if old[key] != new[key]
+    )
+    return f"{name} {key} = {old[key]!r}, this run has {key} = {new[key]!r}"
+
+
+def _titles(recipes: list[Recipe], change: Change) -> str:
+    return ", ".join(repr(recipe[change.title]) for recipe in recipes)
+
+
+def keywords_of(recipe: Recipe) -> Recipe:
+    """Return it without what it did to which modules."""
+    return {key: value for key, value in recipe.items() if key != "modules"}
+
+
+def _plain(value: Any) -> Any:
+    plain = value is None or isinstance(value, bool | int | float)
+    return value if plain else str(value).removeprefix("torch.")

@@ -1,0 +1,329 @@
+"""Swaps the norm layers of a model that exists already: plan, replace, report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
+
+from nmlightning.errors import InputError, check_choice, check_flag
+from nmlightning.kernels.interface import Fused
+from nmlightning.name_patterns import check_lists, matches, unmatched
+from nmlightning.norms.registry import (
+    TITLES,
+    Kind,
+    check_kinds,
+    check_options,
+    find_norm,
+    layer_class,
+)
+from nmlightning.surgery.fuse.fuse import (
+    FusingPlan,
+    carry_out,
+    check_plan,
+    fused_norms,
+    fused_of,
+    make_room,
+    plan_fusing,
+)
+from nmlightning.surgery.norm_layers import (
+    NormLayer,
+    become,
+    class_to_take,
+    find_norm_layers,
+    guard_fast_paths,
+    is_like,
+)
+from nmlightning.weights.shards import is_sharded
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+_FUSED_WORDS = {
+    "relu": "with the ReLU after them",
+    "add_relu": "with the addition and the ReLU after them",
+    "": "with nothing any more",
+}
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One line of a report: the module's name, what it was, what it is, and why if it was left."""
+
+    name: str
+    before: str
+    after: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What `swap_norms` did, or would do: the swapped modules, and the norms it left alone.
+
+    Likewise the norms that it fused with what follows them, or no longer, and those that it could
+    not fuse. It prints as a table under rich, and as one line otherwise.
+    """
+
+    swapped: tuple[Swap, ...]
+    left: tuple[Swap, ...]
+    dry_run: bool = False
+    fused: tuple[Swap, ...] = ()
+    not_fused: tuple[Swap, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.swapped)
+
+    def __str__(self) -> str:
+        kinds: dict[tuple[str, str], int] = {}
+        for swap in self.swapped:
+            kinds[swap.before, swap.after] = kinds.get((swap.before, swap.after), 0) + 1
+        counts = [f"{count} {before} → {after}" for (before, after), count in kinds.items()]
+        left = f"; {len(self.left)} left as they are" if self.left else ""
+        swapped = ("would swap " if self.dry_run else "swapped ") + (", ".join(counts) or "0")
+        return swapped + left + self._fused()
+
+    def _fused(self) -> str:
+        kinds = Counter(swap.after for swap in self.fused)
+        counts = [f"{count} {_FUSED_WORDS[after]}" for after, count in kinds.items()]
+        if counts:
+            counts[0] = ("would fuse " if self.dry_run else "fused ") + counts[0]
+        if self.not_fused:
+            counts.append(f"{len(self.not_fused)} not fused")
+        return f"; {', '.join(counts)}" if counts else ""
+
+    def __rich__(self) -> Table:
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table("module", "from", "to", title=escape(str(self)))
+        for swap in (*self.swapped, *self.left):
+            fate = escape(swap.after) or f"[dim]left: {escape(swap.reason)}[/dim]"
+            table.add_row(escape(swap.name), escape(swap.before), fate)
+        for swap in (*self.fused, *self.not_fused):
+            does = f"fused {_FUSED_WORDS[swap.after]}" if swap.after else "not fused"
+            reason = f"[dim]not fused: {escape(swap.reason)}[/dim]"
+            table.add_row(escape(swap.name), escape(swap.before), reason if swap.reason else does)
+        return table
+
+
+def swap_norms(
+    model: nn.Module,
+    norm: str = "l1",
+    options: Mapping[str, Any] | None = None,
+    *,
+    kinds: Sequence[str] = ("batch",),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    fuse: str | None = None,
+    dry_run: bool = False,
+) -> SwapReport:
+    """Turn the norm layers of `model` into the norm called `norm`, in place, and report it.
+
+    A swapped layer stays the same module object and takes another class, as
+    `torch.nn.utils.parametrize` does it. So its parameters, buffers and hooks, the optimizers that
+    hold them, and every place that shares the module stay valid. A layer is swapped if its class is
+    exactly torch's `BatchNorm1d/2d/3d`, `SyncBatchNorm` (which becomes a synchronised norm),
+    `LayerNorm` or `RMSNorm`, one of ours, or timm's `BatchNormAct2d` (which keeps its drop and
+    activation). Calling it twice changes nothing the second time. `norm="l2"` undoes a swap. A swap
+    to `mean`, which has no scale, makes the weights 1 and freezes them until the next swap.
+
+    With `fuse` a batch norm also does the ReLU that follows it in its module's forward, where it is
+    followed by nothing else: one kernel reads and writes what two or three did. The module that
+    calls it takes a class of its own, with another forward; its state stays what it was. That
+    changes nothing but the rounding of results, and hooks that are added to such a norm later see
+    the activated output, those of such a ReLU nothing. What cannot be fused is reported with the
+    reason, and computes what it did.
+
+    Args:
+        model: any module, also one that `torch.compile` wraps.
+        norm: `l1`, `linf`, `top10`, `topk`, `lp`, `range`, `mean`, `half_l2`, or `l2`, torch's own.
+        options: the norm's constructor options: `k`, `p`, `chunks`, `constant`, `eps`, `momentum`,
+            `stats_dtype`, `sync`. By default eps and momentum stay those of the layer.
+        kinds: `batch`, `layer`, `rms` or several.
+        include: glob patterns on module names, such as `layer1.*`; empty means all.
+        exclude: glob patterns on module names that are left alone.
+        fuse: "relu" lets these batch norms do the ReLU after them, "add_relu" also an addition
+            and the ReLU after that; None lets them do neither, also those that did.
+        dry_run: report only.
+
+    Returns:
+        What was swapped, and which norm layers were left alone, with the reason.
+
+    Raises:
+        InputError: an unknown norm, kind or option; a pattern that matches nothing; nothing to
+            swap in the model; a norm that `include` names but that cannot be swapped (group
+            and instance norms, subclasses and other classes than torch's, objects with a forward of
+            their own); parameters that are sharded already; `fuse` with "l2", which is torch's
+            own, or without batch norms. The model is then unchanged.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> print(swap_norms(net, "top10", {"constant": "paper"}))
+        swapped 1 BatchNorm2d → TopKBatchNorm2d
+    """
+    find_norm(norm)
+    check_flag("dry_run", dry_run)
+    check_lists(kinds=kinds, include=include, exclude=exclude)
+    chosen = check_kinds(tuple(kinds))
+    settings = {kind: check_options(norm, kind, options or {}) for kind in chosen}
+    extent = check_fuse(fuse, norm, chosen)
+    layers = find_norm_layers(model)
+    _check_patterns(model, layers, chosen, include, exclude)
+    picked = _pick(layers, include, exclude)
+    _check_picked(model, layers, picked, chosen, include)
+    plan = _make_plan(norm, settings, picked)
+    swapped = tuple(
+        Swap(x.name, x.type_name, class_to_take(x.module, template).__name__)
+        for x, template in plan
+    )
+    left = tuple(Swap(x.name, x.type_name, "", x.refusal) for x in picked if x.refusal)
+    fusing = _plan_fusing(model, picked, extent)
+    fused, not_fused = _list_fused(picked, fusing)
+    if not dry_run:
+        make_room(model, fusing)
+        for module, template in {id(x.module): (x.module, t) for x, t in plan}.values():
+            become(module, template)
+        carry_out(fusing)
+        guard_fast_paths(model.modules())
+    return SwapReport(swapped, left, dry_run, fused, not_fused)
+
+
+def check_fuse(fuse: str | None, norm: str, kinds: Iterable[Kind]) -> Fused | None:
+    """Return what is to be fused, or raise InputError if norms of these kinds cannot be."""
+    if fuse is None:
+        return None
+    check_choice("fuse", fuse, ("relu", "add_relu"))
+    if norm == "l2":
+        raise InputError("fuse is for norms of this package: 'l2' is torch's own, give fuse=None.")
+    if "batch" not in kinds:
+        raise InputError(f"fuse is for batch norms, and kinds is {tuple(kinds)}: give fuse=None.")
+    return cast(Fused, fuse)
+
+
+def _plan_fusing(model: nn.Module, picked: Iterable[NormLayer], fuse: Fused | None) -> FusingPlan:
+    """Return what the norms that are picked and those that are fused already shall do."""
+    wanted: dict[nn.Module, Fused | None] = {**fused_norms(model)}
+    wanted |= {x.module: fuse for x in picked if x.kind == "batch"}
+    plan = plan_fusing(model, wanted)
+    check_plan(model, plan)
+    return plan
+
+
+def _list_fused(
+    picked: Iterable[NormLayer], plan: FusingPlan
+) -> tuple[tuple[Swap, ...], tuple[Swap, ...]]:
+    """Return the norms that will do something else than they do, and those that cannot."""
+    norms = [x for x in picked if x.module in plan.fused]
+    changes = tuple(
+        Swap(x.name, fused_of(x.module) or "", plan.fused[x.module] or "")
+        for x in norms
+        if fused_of(x.module) != plan.fused[x.module]
+    )
+    refused = [x for x in norms if x.module in plan.reasons]
+    return changes, tuple(Swap(x.name, "", "", plan.reasons[x.module]) for x in refused)
+
+
+def _make_plan(
+    norm: str, settings: Mapping[Kind, Mapping[str, Any]], layers: Iterable[NormLayer]
+) -> list[tuple[NormLayer, nn.Module]]:
+    """Return the layers that are not yet what they shall become, each with a template of that."""
+    plan = []
+    for layer in layers:
+        if layer.kind is not None and layer.kind in settings:
+            template = _template(layer, norm, settings[layer.kind])
+            if not is_like(layer.module, template):
+                _check_whole(layer)
+                plan.append((layer, template))
+    return plan
+
+
+def _check_whole(layer: NormLayer) -> None:
+    if any(is_sharded(q) for q in layer.module.parameters(recurse=False)):
+        raise InputError(
+            f"{layer.name} is sharded already: call swap_norms in configure_model, before "
+            "fully_shard."
+        )
+
+
+def _template(layer: NormLayer, norm: str, options: Mapping[str, Any]) -> nn.Module:
+    """Return a new layer, without storage, that is what `layer` shall become."""
+    assert layer.kind is not None, "only swappable layers are planned"
+    settings = {**layer.inherited(), **options}
+    dims = layer.dims
+    if layer.synchronised and norm == "l2":
+        dims = None
+    elif layer.synchronised:
+        settings.setdefault("sync", True)
+    return layer_class(norm, layer.kind, dims)(**settings, device="meta")
+
+
+def _pick(
+    layers: list[NormLayer], include: Sequence[str], exclude: Sequence[str]
+) -> list[NormLayer]:
+    """Return the layers to swap; a shared one is left alone if `exclude` names it anywhere."""
+    excluded = {id(layer.module) for layer in layers if matches(layer.name, exclude)}
+    included = [layer for layer in layers if not include or matches(layer.name, include)]
+    return [layer for layer in included if id(layer.module) not in excluded]
+
+
+def _check_patterns(
+    model: nn.Module,
+    layers: list[NormLayer],
+    kinds: tuple[Kind, ...],
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> None:
+    wanted = _title(kinds)
+    if not any(layer.kind in kinds for layer in layers):
+        raise InputError(
+            f"There is no {wanted} to swap in {type(model).__name__}. {_list_norms(layers)}"
+        )
+    # To exclude a norm that is not swapped anyway is right, if needless.
+    names = [layer.name for layer in layers]
+    swappable = [layer.name for layer in layers if layer.kind in kinds or layer.refusal]
+    for argument, patterns, known in (("include", include, swappable), ("exclude", exclude, names)):
+        wrong = unmatched(patterns, known)
+        if wrong is not None:
+            raise InputError(
+                f"The pattern {wrong!r} in {argument} matches no {wanted} of "
+                f"{type(model).__name__}. {_list_norms(layers)}"
+            )
+
+
+def _title(kinds: Iterable[Kind]) -> str:
+    return f"{' or '.join(TITLES[kind] for kind in kinds)} norm"
+
+
+def _describe(layer: NormLayer) -> str:
+    why = f": {layer.refusal}" if layer.refusal else ""
+    return f"{layer.name} ({layer.type_name}{why})"
+
+
+def _list_norms(layers: list[NormLayer]) -> str:
+    if not layers:
+        return "It has no norm layers; is the net built in configure_model?"
+    shown = [_describe(layer) for layer in layers[:12]]
+    more = f" and {len(layers) - len(shown)} more" if len(layers) > len(shown) else ""
+    return f"Its norm layers are {', '.join(shown)}{more}."
+
+
+def _check_picked(
+    model: nn.Module,
+    layers: list[NormLayer],
+    picked: list[NormLayer],
+    kinds: tuple[Kind, ...],
+    include: Sequence[str],
+) -> None:
+    refused = [layer for layer in picked if layer.refusal]
+    if include and refused:
+        named = ", ".join(_describe(layer) for layer in refused)
+        raise InputError(f"include names norms that cannot be swapped: {named}; exclude them.")
+    if not any(layer.kind in kinds for layer in picked):
+        raise InputError(
+            f"include and exclude leave no {_title(kinds)} to swap in "
+            f"{type(model).__name__}. {_list_norms(layers)}"
+        )

@@ -1,1 +1,0 @@
-"""Text as tokens: the vocabulary, and batches of sentence pairs."""

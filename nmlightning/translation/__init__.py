@@ -1,0 +1,1 @@
+"""Translation: sentence pairs, tokenizer, networks, decoding, task and metrics."""

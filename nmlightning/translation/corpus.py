@@ -1,0 +1,311 @@
+"""Sentence pairs as tokens: encoded once, cached in a file, mapped by every process.
+
+The name of a file follows from the pairs and from every option that matters, so other data or
+options make another file. What is damaged is made anew. Without a folder all is made in memory.
+"""
+
+import json
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from nmlightning.errors import InputError
+from nmlightning.translation.sources import PairSource, SentencePair
+from nmlightning.translation.tokenizer import BOS, EOS, PAD, JointBPE
+
+
+class TranslationBatch(NamedTuple):
+    """Sentence pairs as tokens, padded at the end with `PAD`.
+
+    Attributes:
+        source: (N, S) int64: the tokens of each sentence and EOS.
+        target: (N, T) int64: BOS, the tokens of each translation, and EOS.
+        words: (N,) int64: the words of each translation, split at white space, and one for its end.
+        references: the translations as they were written; empty in training.
+    """
+
+    source: Tensor
+    target: Tensor
+    words: Tensor
+    references: tuple[str, ...] = ()
+
+
+TooLong = Literal["drop", "truncate"]
+LARGEST_SHORT = 2**16  # of a vocabulary whose tokens fit in 16 bits
+ENCODED_TOGETHER = 10_000  # sentences that the tokenizer shares out among threads
+
+
+class EncodedSide(NamedTuple):
+    """Sentences as tokens, without BOS and EOS.
+
+    Attributes:
+        tokens: of all sentences, one after the other; uint16, or uint32 of a large vocabulary.
+        bounds: (P + 1,) int64: sentence i is tokens[bounds[i]:bounds[i + 1]].
+    """
+
+    tokens: NDArray[Any]
+    bounds: NDArray[np.int64]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """(P,) tokens of each sentence."""
+        return np.diff(self.bounds)
+
+    def pad(self, rows: NDArray[np.int64], begin: Sequence[int], limit: int | None) -> Tensor:
+        """Return sentences as (N, L) int64: `begin`, at most `limit` tokens, EOS, then PAD."""
+        first, lengths = self.bounds[rows], self.bounds[rows + 1] - self.bounds[rows]
+        if limit is not None:
+            lengths = lengths.clip(max=limit)
+        column = np.arange(lengths.max(initial=0))
+        inside = column < lengths[:, None]
+        start = len(begin)
+        padded = np.full((len(rows), start + len(column) + 1), PAD, np.int64)
+        padded[:, :start] = begin
+        padded[:, start:-1][inside] = self.tokens[(first[:, None] + column)[inside]]
+        padded[np.arange(len(rows)), start + lengths] = EOS
+        return torch.from_numpy(padded)
+
+
+class Omissions(NamedTuple):
+    """What was left out in encoding: pairs with an empty side, and those with one too long."""
+
+    empty: int
+    too_long: int
+
+    def describe(self, limits: "TrainingLimits") -> str:
+        """Return what was done to how many, in words; nothing where nothing was."""
+        done = "left out" if limits.too_long == "drop" else "shortened"
+        notes = {
+            "with an empty side were left out": self.empty,
+            f"of more than {limits.max_length} tokens were {done}": self.too_long,
+        }
+        return " and ".join(f"{count} {what}" for what, count in notes.items() if count)
+
+
+class EncodedPairs(NamedTuple):
+    """Sentence pairs as tokens.
+
+    Attributes:
+        source, target: the sentences and their translations.
+        words: (P,) int32: the words of each translation, and one for its end.
+        omitted: what these pairs lack, or what was shortened.
+        digest: 32 hexadecimal digits of all arrays.
+    """
+
+    source: EncodedSide
+    target: EncodedSide
+    words: NDArray[np.int32]
+    omitted: Omissions
+    digest: str
+
+    @property
+    def length(self) -> int:
+        """The number of pairs."""
+        return len(self.words)
+
+    def batch(self, rows: Tensor, source_limit: int | None = None) -> TranslationBatch:
+        """Return the pairs of some rows (N,); `source_limit` shortens the sources."""
+        picked = rows.numpy()
+        return TranslationBatch(
+            self.source.pad(picked, [], source_limit),
+            self.target.pad(picked, [BOS], None),
+            torch.from_numpy(self.words[picked].astype(np.int64)),
+        )
+
+    def is_intact(self) -> bool:
+        """Whether the arrays are those that were digested."""
+        return _digest_of(self.source, self.target, self.words) == self.digest
+
+    def padded_lengths(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return (P,) the columns that each pair needs in `source` and in `target` of a batch."""
+        return self.source.lengths + 1, self.target.lengths + 2
+
+
+def count_words(text: str) -> int:
+    """Return the words of a text, split at white space, and one for its end."""
+    return len(text.split()) + 1
+
+
+class TrainingLimits(NamedTuple):
+    """Which pairs are fit to train with: those with something on both sides, and not too much.
+
+    Attributes:
+        max_length: tokens of a sentence, without BOS and EOS.
+        too_long: what becomes of pairs with more on a side: they are left out (`drop`), or of each
+            side the first `max_length` tokens are kept (`truncate`).
+    """
+
+    max_length: int
+    too_long: TooLong
+
+
+def encode_pairs(
+    pairs: Iterable[SentencePair], tokenizer: JointBPE, limits: TrainingLimits | None = None
+) -> EncodedPairs:
+    """Return pairs as tokens: all of them as they are, or those that are fit to train with."""
+    kind = "H" if tokenizer.vocab_size <= LARGEST_SHORT else "I"
+    source, target = _SideWriter(kind), _SideWriter(kind)
+    words = array("i")
+    empty = too_long = 0
+    for chunk in _chunks(pairs):
+        kept = [pair for pair in chunk if not (limits and pair.is_empty())]
+        empty += len(chunk) - len(kept)
+        sides = (tokenizer.encode(side) for side in list(zip(*kept, strict=True)) or [(), ()])
+        for pair, ours, theirs in zip(kept, *sides, strict=True):
+            longer = limits is not None and max(len(ours), len(theirs)) > limits.max_length
+            too_long += longer
+            if longer and limits and limits.too_long == "drop":
+                continue
+            source.append(ours[: limits and limits.max_length])
+            target.append(theirs[: limits and limits.max_length])
+            words.append(count_words(pair.target))
+    columns = source.side(), target.side(), np.asarray(words)
+    return EncodedPairs(*columns, Omissions(empty, too_long), _digest_of(*columns))
+
+
+class _SideWriter:
+    def __init__(self, kind: str) -> None:
+        self.tokens = array(kind)
+        self.bounds = array("q", [0])
+
+    def append(self, tokens: list[int]) -> None:
+        self.tokens.extend(tokens)
+        self.bounds.append(len(self.tokens))
+
+    def side(self) -> EncodedSide:
+        return EncodedSide(np.asarray(self.tokens), np.asarray(self.bounds))
+
+
+def _chunks(pairs: Iterable[SentencePair]) -> Iterator[list[SentencePair]]:
+    rest = iter(pairs)
+    while chunk := list(islice(rest, ENCODED_TOGETHER)):
+        yield chunk
+
+
+def _digest_of(source: EncodedSide, target: EncodedSide, words: NDArray[np.int32]) -> str:
+    digest = sha256()
+    for values in (*source, *target, words):
+        digest.update(values.data)
+    return digest.hexdigest()[:32]
+
+
+FORMAT = "nmlightning sentence pairs 1"
+SIDES = ("source", "target")
+
+
+def write_pairs(path: Path, pairs: EncodedPairs) -> None:
+    """Write the file at once or not at all, so that a reader never finds half of it."""
+    arrays: dict[str, Any] = {"words": pairs.words}
+    for name, side in zip(SIDES, (pairs.source, pairs.target), strict=True):
+        arrays |= {f"{name}/tokens": side.tokens, f"{name}/bounds": side.bounds}
+    metadata = {
+        "format": FORMAT,
+        "digest": pairs.digest,
+        "omitted": json.dumps(pairs.omitted._asdict()),
+    }
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(arrays, unfinished, metadata)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read_pairs(path: Path) -> EncodedPairs | None:
+    """Return the pairs, their tokens in the file until they are used; None if it is damaged.
+
+    Only the file's length and structure are looked at: `is_intact` of what is returned reads all.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                return None
+            arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None
+    source, target = (
+        EncodedSide(arrays[f"{name}/tokens"], arrays[f"{name}/bounds"]) for name in SIDES
+    )
+    omitted = Omissions(**json.loads(metadata["omitted"]))
+    return EncodedPairs(source, target, arrays["words"], omitted, metadata["digest"])
+
+
+def keep_tokenizer(folder: Path | None, pairs: PairSource, vocab_size: int) -> JointBPE:
+    """Return the joint tokenizer of both sides of the pairs, trained where it is not kept."""
+    if folder is None:
+        return _train_tokenizer(pairs, vocab_size)
+    path = _name(folder, "tokenizer", ".json", pairs.digest, vocab_size)
+    if path.is_file():
+        try:
+            return JointBPE.load(path)
+        except InputError:  # damaged
+            path.unlink()
+    tokenizer = _train_tokenizer(pairs, vocab_size)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(path)
+    return tokenizer
+
+
+def keep_pairs(
+    folder: Path | None,
+    pairs: PairSource,
+    tokenizer: JointBPE,
+    limits: TrainingLimits,
+    *,
+    check: bool = False,
+) -> EncodedPairs:
+    """Return the pairs that are fit to train with, encoded where they are not kept.
+
+    Args:
+        folder: where they are kept; None keeps nothing.
+        pairs: all pairs.
+        tokenizer: of both sides.
+        limits: which are fit.
+        check: read all that is kept, to know whether it is intact.
+
+    Raises:
+        InputError: if no pair is.
+    """
+    if folder is None:
+        return _encode(pairs, tokenizer, limits)
+    path = _name(folder, "pairs", ".safetensors", pairs.digest, tokenizer.digest, *limits)
+    kept = read_pairs(path)
+    if kept and not (check and not kept.is_intact()):
+        return kept
+    folder.mkdir(parents=True, exist_ok=True)
+    write_pairs(path, _encode(pairs, tokenizer, limits))
+    written = read_pairs(path)
+    assert written, f"{path} was written a moment ago"
+    return written
+
+
+def _train_tokenizer(pairs: PairSource, vocab_size: int) -> JointBPE:
+    return JointBPE.train((sentence for pair in pairs for sentence in pair), vocab_size)
+
+
+def _encode(pairs: PairSource, tokenizer: JointBPE, limits: TrainingLimits) -> EncodedPairs:
+    encoded = encode_pairs(pairs, tokenizer, limits)
+    if not encoded.length:
+        raise InputError(
+            f"no sentence pair is left to train with: {encoded.omitted.empty} have an empty side "
+            f"and {encoded.omitted.too_long} more than {limits.max_length} tokens; give other data "
+            "or a larger max_length."
+        )
+    return encoded
+
+
+def _name(folder: Path, what: str, ending: str, *follows_from: object) -> Path:
+    digest = sha256(repr(follows_from).encode()).hexdigest()[:16]
+    return folder / f"{what}-{digest}{ending}"

@@ -1,0 +1,315 @@
+"""Decodes token by token: beam search with a length penalty, and greedy search."""
+
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from nmlightning.errors import InputError, check_whole_number, is_number
+from nmlightning.translation.tokenizer import BOS, EOS, PAD
+
+
+class DecoderState(Protocol):
+    """What it knows between two tokens; a row for each translation that is being written."""
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, (M,) int64, in this order; any may be left out or repeated."""
+
+
+State = TypeVar("State", bound=DecoderState)
+
+
+class SequenceModel(Protocol[State]):
+    """`Transformer`, `AttentionLSTM`, or a network of the same interface."""
+
+    vocab_size: int
+    training: bool
+
+    def begin(self, source: Tensor) -> State:
+        """Encode (N, S) source tokens."""
+
+    def next_logits(self, tokens: Tensor, state: State) -> Tensor:
+        """Write (N,) tokens, BOS at first, and return (N, vocab_size) logits of those to follow."""
+
+
+def longest_translations(net: SequenceModel[State], source: Tensor, extra_length: int) -> Tensor:
+    """Return how many tokens each translation may have, (N,) int64: `extra_length` more than it.
+
+    Padding does not count.
+
+    Raises:
+        InputError: for a net in training mode, whose dropout would be searched as well, for a
+            source that is not (N, S) int64 or has a sentence without a token, and for an
+            `extra_length` that is no whole number.
+    """
+    name = type(net).__name__
+    check_whole_number("extra_length", extra_length, least=0)
+    if net.training:
+        raise InputError(f"{name} is in training mode, with dropout: call its eval() to search.")
+    if source.dim() != 2 or source.dtype != torch.int64:
+        raise InputError(
+            f"source is (N, S) tokens of int64, got {tuple(source.shape)} of {source.dtype}."
+        )
+    lengths = (source != PAD).sum(1)
+    empty = (lengths == 0).nonzero().flatten().tolist()
+    if empty:
+        raise InputError(f"source has no token but padding in row {empty[0]}: end it with EOS.")
+    return lengths + extra_length
+
+
+def rule_out(logits: Tensor) -> Tensor:
+    """Return (N, vocab_size) logits in float32, without a chance for PAD and BOS.
+
+    Those of a network that has diverged become finite, so that PAD and BOS are less likely still.
+    """
+    allowed = logits.float().nan_to_num(nan=torch.finfo(torch.float32).min)
+    allowed[:, [PAD, BOS]] = -torch.inf
+    return allowed
+
+
+Length = TypeVar("Length", int, Tensor)
+
+
+def penalise(length: Length, alpha: float) -> Length:
+    """Return ((5 + |Y|) / 6)^α, what log P(Y) is divided by (Wu et al. 2016, equation 14).
+
+    |Y| counts EOS. With α = 0 nothing is penalised; a larger α favours longer translations.
+    https://arxiv.org/abs/1609.08144
+    """
+    penalty: Length = ((5 + length) / 6) ** alpha
+    return penalty
+
+
+def check_length_penalty(alpha: float) -> float:
+    """Return α if it is a finite number of at least 0, or raise InputError."""
+    if not (is_number(alpha) and 0 <= alpha < float("inf")):
+        raise InputError(f"length_penalty must be a number of at least 0, got {alpha!r}.")
+    return alpha
+
+
+@torch.no_grad()
+def beam_search(
+    net: SequenceModel[State],
+    source: Tensor,
+    *,
+    beam_size: int = 4,
+    length_penalty: float = 0.6,
+    extra_length: int = 50,
+) -> list[list[int]]:
+    """Translate each sentence by the best translation that a beam of them finds.
+
+        score(Y) = log P(Y | source) / ((5 + |Y|) / 6)^α
+
+    At each step the `beam_size` likeliest translations without EOS go on. One that ends with EOS is
+    kept aside if it is among the `beam_size` likeliest of all. A sentence is done, and leaves the
+    batch, when as many were kept, when none that goes on could still have a better score, or at its
+    limit. With a beam of 1 it is `greedy_search`. PAD and BOS are never written.
+
+    Args:
+        net: a sequence model, in evaluation mode.
+        source: (N, S) int64, padded at the end.
+        beam_size: translations that are followed at a time.
+        length_penalty: α, at least 0.
+        extra_length: how many more tokens than the source, its EOS counted, a translation may have,
+            its own EOS counted too. One that is cut off there counts only where none has ended.
+
+    Returns:
+        the tokens of the best translation of each sentence, without BOS and EOS.
+
+    Raises:
+        InputError: for a beam of less than 1, a negative α, and what `longest_translations` says.
+
+    Example:
+        >>> from nmlightning.models import Transformer
+        >>> net = Transformer(50, width=32, hidden=64, heads=2).eval()
+        >>> len(beam_search(net, torch.tensor([[7, 8, 2], [9, 2, 0]])))
+        2
+    """
+    check_whole_number("beam_size", beam_size)
+    check_length_penalty(length_penalty)
+    limits = longest_translations(net, source, extra_length)
+    if not len(source):
+        return []
+    state = net.begin(source)
+    beams = _Beams.start(source)
+    kept = _Kept.nothing(source, limits, length_penalty)
+    for length in range(1, int(limits.max()) + 1):
+        logits = net.next_logits(beams.tokens[:, :, -1].flatten(), state)
+        grown = beams.grow(rule_out(logits.float().log_softmax(1)), 2 * beam_size)
+        kept.keep_ended(grown, length, beam_size)
+        beams = grown.go_on(beam_size)
+        goes_on = kept.find_open(beams, length, beam_size)
+        beams = beams.drop(goes_on)
+        if not len(beams.sentences):
+            break
+        state.select(beams.rows)
+    return kept.translations
+
+
+@dataclass(frozen=True)
+class _Beams:
+    """Translations that are being written, k of each of n sentences, the likeliest first.
+
+    Attributes:
+        sentences: (n,) which of the sentences they translate.
+        scores: (n, k) float32, their log-probabilities; −∞ for what cannot be.
+        tokens: (n, k, t) int64, from BOS on.
+        rows: (n·k,) which row of the step before each goes on from.
+    """
+
+    sentences: Tensor
+    scores: Tensor
+    tokens: Tensor
+    rows: Tensor
+
+    @classmethod
+    def start(cls, source: Tensor) -> "_Beams":
+        """Return one translation for each sentence, of BOS alone."""
+        sentences = torch.arange(len(source), device=source.device)
+        scores = torch.zeros(len(source), 1, device=source.device)
+        return cls(sentences, scores, torch.full_like(source[:, :1, None], BOS), sentences)
+
+    def grow(self, chances: Tensor, count: int) -> "_Beams":
+        """Return the `count` likeliest translations that are longer by a token.
+
+        Those are among the `count` likeliest of each translation. `chances`: (n·k, vocab_size), the
+        log-probabilities of the tokens to follow.
+        """
+        n, k = self.scores.shape
+        best, words = chances.topk(min(count, chances.shape[1]))
+        best = best.view(n, k, -1)
+        scores, places = (
+            (self.scores[:, :, None] + best).flatten(1).topk(min(count, best[0].numel()))
+        )
+        return self._pick(
+            scores, places // best.shape[2], words.view(n, -1).gather(1, places)[:, :, None]
+        )
+
+    def go_on(self, count: int) -> "_Beams":
+        """Return the `count` likeliest of those that have not ended."""
+        open_scores = self.scores.masked_fill(self.tokens[:, :, -1] == EOS, -torch.inf)
+        scores, places = open_scores.topk(min(count, open_scores.shape[1]))
+        none = self.tokens.new_empty(*places.shape, 0)
+        picked = self._pick(scores, places, none)
+        return _Beams(self.sentences, scores, picked.tokens, self.rows[picked.rows])
+
+    def drop(self, goes_on: Tensor) -> "_Beams":
+        """Return them without the sentences that are done; `goes_on` is (n,) bool."""
+        rows = self.rows.view(self.scores.shape)
+        return _Beams(
+            self.sentences[goes_on],
+            self.scores[goes_on],
+            self.tokens[goes_on],
+            rows[goes_on].flatten(),
+        )
+
+    def _pick(self, scores: Tensor, places: Tensor, words: Tensor) -> "_Beams":
+        """Return those at (n, c) `places` with (n, c, 0 or 1) `words` after them."""
+        n, k, t = self.tokens.shape
+        tokens = self.tokens.gather(1, places[:, :, None].expand(-1, -1, t))
+        firsts = torch.arange(0, n * k, k, device=places.device)
+        rows = (firsts[:, None] + places).flatten()
+        return _Beams(self.sentences, scores, torch.cat((tokens, words), 2), rows)
+
+
+@dataclass
+class _Kept:
+    """The best translation of each sentence so far.
+
+    Attributes:
+        translations: their tokens, without BOS and EOS.
+        scores: (N,) divided by the penalty; −∞ where none has ended.
+        counts: (N,) how many have ended.
+        limits: (N,) int64, how many tokens each may have.
+        alpha: of the penalty.
+    """
+
+    translations: list[list[int]]
+    scores: Tensor
+    counts: Tensor
+    limits: Tensor
+    alpha: float
+
+    @classmethod
+    def nothing(cls, source: Tensor, limits: Tensor, alpha: float) -> "_Kept":
+        """Return that of sentences of which no translation has ended."""
+        scores = torch.full((len(source),), -torch.inf, device=source.device)
+        return cls([[] for _ in source], scores, torch.zeros_like(limits), limits, alpha)
+
+    def keep_ended(self, grown: _Beams, length: int, beam_size: int) -> None:
+        """Count those of `length` tokens that end, and keep the best where it is the best yet."""
+        first = grown.tokens[:, :beam_size]
+        scores = grown.scores[:, :beam_size]
+        ended = (first[:, :, -1] == EOS) & scores.isfinite()
+        self.counts[grown.sentences] += ended.sum(1)
+        penalised = (scores / penalise(length, self.alpha)).masked_fill(~ended, -torch.inf)
+        best, places = penalised.max(1)
+        better = (best > self.scores[grown.sentences]).nonzero().flatten()
+        self.scores[grown.sentences[better]] = best[better]
+        self._write(grown.sentences[better], first[better, places[better], 1:-1])
+
+    def find_open(self, beams: _Beams, length: int, beam_size: int) -> Tensor:
+        """Return (n,) bool, which sentences are not done; what was cut off is kept if nothing is.
+
+        Log-probabilities only sink, so the best score that one can have yet is what it would have
+        with its log-probability of now and the longest length.
+        """
+        limits, scores = self.limits[beams.sentences], self.scores[beams.sentences]
+        hopes = beams.scores[:, 0] / penalise(limits, self.alpha)
+        is_cut = length >= limits
+        cut = (is_cut & scores.isneginf()).nonzero().flatten()
+        self._write(beams.sentences[cut], beams.tokens[cut, 0, 1:])
+        is_full = self.counts[beams.sentences] >= beam_size
+        return ~(is_cut | is_full | (scores >= hopes))
+
+    def _write(self, sentences: Tensor, tokens: Tensor) -> None:
+        for sentence, translation in zip(sentences.tolist(), tokens.tolist(), strict=True):
+            self.translations[sentence] = translation
+
+
+@torch.no_grad()
+def greedy_search(
+    net: SequenceModel[State], source: Tensor, *, extra_length: int = 50
+) -> list[list[int]]:
+    """Translate each sentence by the likeliest token at each step, until that is EOS.
+
+    A sentence leaves the batch when it is finished. PAD and BOS are never written.
+
+    Args:
+        net: a sequence model, in evaluation mode.
+        source: (N, S) int64, padded at the end.
+        extra_length: how many more tokens than the source, its EOS counted, a translation may have;
+            there it is cut off.
+
+    Returns:
+        the tokens of each translation, without BOS and EOS.
+
+    Raises:
+        InputError: see `longest_translations`.
+
+    Example:
+        >>> from nmlightning.models import Transformer
+        >>> net = Transformer(50, width=32, hidden=64, heads=2).eval()
+        >>> len(greedy_search(net, torch.tensor([[7, 8, 2], [9, 2, 0]])))
+        2
+    """
+    limits = longest_translations(net, source, extra_length)
+    found: list[list[int]] = [[] for _ in source]
+    if not found:
+        return found
+    state = net.begin(source)
+    sentences = torch.arange(len(source), device=source.device)
+    tokens = torch.full_like(sentences, BOS)
+    for length in range(1, int(limits.max()) + 1):
+        tokens = rule_out(net.next_logits(tokens, state)).argmax(1)
+        for sentence, token in zip(sentences.tolist(), tokens.tolist(), strict=True):
+            if token != EOS:
+                found[sentence].append(token)
+        rows = ((tokens != EOS) & (length < limits[sentences])).nonzero().flatten()
+        if not len(rows):
+            break
+        if len(rows) < len(tokens):
+            state.select(rows)
+            sentences, tokens = sentences[rows], tokens[rows]
+    return found

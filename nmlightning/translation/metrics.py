@@ -1,0 +1,148 @@
+"""Metrics of a translated corpus: token loss, perplexity and BLEU."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, distributed, nn
+from torchmetrics import Metric
+from torchmetrics.text import SacreBLEUScore
+
+from nmlightning.translation.sources import import_text_package
+from nmlightning.translation.tokenizer import PAD
+
+
+class Perplexity(Metric):
+    """exp(−Σ log p(target) / units), over all batches and all processes.
+
+    The units are what `update` says: subwords, or words, whose perplexity does not depend on how
+    words are split and so compares vocabularies. Sums are kept in float32.
+
+    Example:
+        >>> metric = Perplexity()
+        >>> metric.update(torch.tensor(6.0), torch.tensor(3))
+        >>> metric.compute()
+        tensor(7.3891)
+    """
+
+    full_state_update = False
+    negative_log_likelihood: Tensor
+    units: Tensor
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_state("negative_log_likelihood", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("units", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, negative_log_likelihood: Tensor, units: Tensor) -> None:
+        """Add −Σ log p of a batch, in nats, and the number of its units; both scalars."""
+        self.negative_log_likelihood += negative_log_likelihood
+        self.units += units
+
+    def compute(self) -> Tensor:
+        """Return the perplexity; it is not a number where there were no units."""
+        return (self.negative_log_likelihood / self.units).exp()
+
+
+class TokenLoss(NamedTuple):
+    """Scalars of a batch, in float32.
+
+    Attributes:
+        loss: to descend on: the mean over the tokens, smoothed.
+        negative_log_likelihood: −Σ log p(target), in nats, without smoothing or gradient.
+        tokens: how many there are, without padding.
+    """
+
+    loss: Tensor
+    negative_log_likelihood: Tensor
+    tokens: Tensor
+
+
+def token_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> TokenLoss:
+    """Return the cross-entropy with smoothed labels, ε shared by all entries of the vocabulary.
+
+        loss = mean over tokens of  −(1 − ε) log p(target) − ε/V Σ_v log p(v)
+
+    Args:
+        logits: (N, T, V), whatever their dtype.
+        targets: (N, T); `PAD` counts for nothing.
+        label_smoothing: ε.
+
+    Source: Szegedy et al. (2016), section 7, https://arxiv.org/abs/1512.00567.
+    """
+    is_token = targets != PAD
+    tokens = is_token.sum()
+    log_p = torch.log_softmax(logits, dim=2, dtype=torch.promote_types(logits.dtype, torch.float32))
+    of_targets = log_p.gather(2, targets.unsqueeze(2)).squeeze(2).masked_fill(~is_token, 0.0)
+    likelihood = of_targets.sum()
+    loss = -(1 - label_smoothing) * likelihood
+    if label_smoothing:
+        of_all = log_p.sum(2).masked_fill(~is_token, 0.0).sum()
+        loss = loss - label_smoothing / logits.shape[2] * of_all
+    return TokenLoss(loss / tokens, -likelihood.detach(), tokens)
+
+
+class TranslationMetrics(nn.Module):
+    """`loss`, `ppl`, `word_ppl` and, where there are translations, `bleu` of all that is added.
+
+    They are those of the whole corpus, over all processes: BLEU is no mean over batches. The loss
+    is the cross-entropy in nats a subword, of which `ppl` is the exponential; BLEU is SacreBLEU's,
+    with its tokenizer 13a and mixed case, from 0 to 100, and unsmoothed: 0 where no four words in a
+    row are right.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ppl = Perplexity()
+        self.word_ppl = Perplexity()
+        self.bleu = SacreBLEUScore(tokenize="13a")
+
+    def add(self, step: TokenLoss, words: Tensor) -> None:
+        """Add the likelihood of a batch whose translations have so many words, (N,)."""
+        self.ppl.update(step.negative_log_likelihood, step.tokens)
+        self.word_ppl.update(step.negative_log_likelihood, words.sum())
+
+    def add_translations(self, found: Sequence[str], references: Sequence[str]) -> None:
+        """Add translations, each with its one reference, as text."""
+        self.bleu.update(list(found), [[reference] for reference in references])
+
+    @torch.inference_mode(False)
+    def compute(self) -> dict[str, Tensor]:
+        """Return the values by name, and begin anew. Every process has to ask."""
+        perplexity = self.ppl.compute()
+        values = {"loss": perplexity.log(), "ppl": perplexity, "word_ppl": self.word_ppl.compute()}
+        if self.bleu.update_called:
+            values["bleu"] = 100 * self.bleu.compute()
+        for metric in (self.ppl, self.word_ppl, self.bleu):
+            metric.reset()
+        return values
+
+
+Translation = tuple[str, str]  # as it was found, and the reference
+
+
+def published_bleu(translations: Sequence[Translation]) -> str:
+    """Return `BLEU 27.31 (nrefs:1|case:mixed|…)` of the translations of all processes.
+
+    Args:
+        translations: this process's, detokenized.
+
+    Raises:
+        InputError: sacrebleu is not installed.
+
+    Source: Post (2018), https://aclanthology.org/W18-6319.
+    """
+    sacrebleu = import_text_package("sacrebleu")
+    everywhere = [pair for part in _gather(translations) for pair in part]
+    found, references = zip(*everywhere, strict=True)
+    bleu = sacrebleu.BLEU()
+    score = bleu.corpus_score(list(found), [list(references)]).score
+    return f"BLEU {score:.2f} ({bleu.get_signature()})"
+
+
+def _gather(translations: Sequence[Translation]) -> list[Sequence[Translation]]:
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [translations]
+    parts: list[Sequence[Translation]] = [[] for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(parts, list(translations))
+    return parts

@@ -1,0 +1,361 @@
+"""Translator: trains any encoder–decoder network that maps tokens to logits."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, Literal, cast, get_args
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+
+from nmlightning.errors import InputError, check_share, check_whole_number
+from nmlightning.optim.param_groups import WeightDecayScope, parameter_groups
+from nmlightning.surgery.recipes import check_recipes
+from nmlightning.tasks.checkpoint_match import check_same_network, remember_arguments
+from nmlightning.tasks.compilation_notice import CompilationNotice
+from nmlightning.tasks.optimization import Interval, add_schedule, make_optimizer
+from nmlightning.translation.corpus import TranslationBatch
+from nmlightning.translation.decoding import (
+    SequenceModel,
+    beam_search,
+    check_length_penalty,
+    greedy_search,
+)
+from nmlightning.translation.metrics import (
+    TokenLoss,
+    TranslationMetrics,
+    published_bleu,
+    token_loss,
+)
+from nmlightning.translation.sources import import_text_package
+from nmlightning.translation.tokenizer import CHECKPOINT_KEY, PAD, JointBPE
+
+
+class TrainingWindow:
+    """The batches since the last one: sums on the device, so that no step waits, and a clock."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None  # loss, −log p, targets, tokens on both sides, batches
+        self._seconds = 0.0
+        self._running_since: float | None = None
+
+    def resume(self) -> None:
+        """Let the clock run: training goes on."""
+        if self._running_since is None:
+            self._running_since = time.monotonic()
+
+    def pause(self) -> None:
+        """Stop the clock: something else than training comes next."""
+        if self._running_since is not None:
+            self._seconds += time.monotonic() - self._running_since
+            self._running_since = None
+
+    def add(self, batch: TokenLoss, tokens: Tensor) -> None:
+        """Add a batch, and the number of tokens that its sentences have on both sides."""
+        loss, one = batch.loss.detach(), torch.ones_like(batch.loss)
+        counts = (batch.tokens.float(), tokens.float(), one)
+        sums = torch.stack((loss, batch.negative_log_likelihood, *counts))
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def read(self, add_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Return `loss`, `ppl` and `tokens_per_s` of the batches, of which there is one at least.
+
+        It waits for the device once.
+
+        Args:
+            add_processes: returns the sums (5,) of all processes, of those of this one.
+        """
+        assert self._sums is not None, "add comes first"
+        loss, likelihood, targets, tokens, batches = add_processes(self._sums).tolist()
+        self.pause()
+        self.resume()
+        return {
+            "loss": loss / batches,
+            "ppl": float(torch.tensor(likelihood / targets).exp()),
+            "tokens_per_s": tokens / self._seconds if self._seconds else math.nan,
+        }
+
+    def clear(self) -> None:
+        """Forget the batches, and the time that they took."""
+        self._sums, self._seconds = None, 0.0
+
+
+def check_fits(tokenizer: JointBPE, net: nn.Module) -> None:
+    """Raise InputError if the network has fewer embeddings than the vocabulary has entries."""
+    rows = getattr(net, "vocab_size", None)
+    if rows is not None and rows < tokenizer.vocab_size:
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size:,} entries and {type(net).__name__} "
+            f"embeddings for {rows:,}: set the network's vocab_size to {tokenizer.vocab_size}."
+        )
+
+
+def store_tokenizer(tokenizer: JointBPE | None, checkpoint: dict[str, Any]) -> None:
+    """Put the tokenizer into a checkpoint, as text."""
+    if tokenizer is not None:
+        checkpoint[CHECKPOINT_KEY] = tokenizer.to_json()
+
+
+def read_tokenizer(checkpoint: dict[str, Any], current: JointBPE | None) -> JointBPE | None:
+    """Return the tokenizer of a checkpoint, or the current one where it has none.
+
+    Raises:
+        InputError: the current one, which is that of the data, is another.
+    """
+    if CHECKPOINT_KEY not in checkpoint:
+        return current
+    stored = JointBPE.from_json(checkpoint[CHECKPOINT_KEY])
+    if current is not None and current.digest != stored.digest:
+        raise InputError(
+            f"the checkpoint was trained with another vocabulary ({stored.vocab_size:,} entries, "
+            f"{stored.digest}) than the data's ({current.vocab_size:,} entries, {current.digest}): "
+            "set data.tokenizer to the checkpoint, which holds its own."
+        )
+    return stored
+
+
+Stage = Literal["val", "test"]
+
+
+class Translator(pl.LightningModule):
+    """Trains `net` to translate and logs loss, perplexities, tokens/s and, in evaluation, BLEU.
+
+    | name | what |
+    |---|---|
+    | `train/loss` | smoothed cross-entropy, nats a subword: the mean since it was last logged |
+    | `train/ppl` | perplexity a subword, without smoothing, since it was last logged |
+    | `train/tokens_per_s` | of source and target together, without padding, of all processes |
+    | `val/loss` | cross-entropy without smoothing, nats a subword |
+    | `val/ppl` | perplexity a subword, its exponential; the sentence's end counts as one |
+    | `val/word_ppl` | perplexity a word of the text as written, one more for the sentence's end |
+    | `val/bleu` | SacreBLEU (13a, mixed case), 0 … 100, of greedy translations |
+
+    and the same under `test/`, where BLEU is of beam search and is printed with the signature of
+    `sacrebleu`, for publication. The text is that which the tokenizer gives back, detokenized.
+
+    Args:
+        net: a sequence model, such as `Transformer`; see `nmlightning.models`.
+        optimizer: called with the parameter groups; its own `weight_decay` is that of the group
+            that decays.
+        lr_scheduler: called with the optimizer.
+        lr_interval: whether the schedule moves after each `step` or each `epoch`.
+        label_smoothing: ε, at least 0 and less than 1, in training only.
+        beam_size: hypotheses a sentence in testing and prediction; 1 is greedy.
+        length_penalty: α of Wu et al. (2016), of the beam search: 0 favours short translations.
+        extra_length: by how many tokens a translation may be longer than its source.
+        weight_decay_scope: `all`, `no_norm` (norms and biases exempt), `no_conv` or `last_layer`.
+        compile: compile the network in training with `torch.compile`, for shapes that vary. The
+            first step then takes minutes, which is announced.
+
+    Attributes:
+        tokenizer: the data module's, from `setup` on, or the checkpoint's. It is in every
+            checkpoint, so that one alone is enough to translate.
+
+    Raises:
+        InputError: for a setting outside what is allowed or a network that is no sequence model; in
+            training for a vocabulary that is larger than the network's, or under
+            `ModelParallelStrategy`; on loading for a checkpoint of another network, of another
+            vocabulary or, in a Trainer, of another recipe of norms.
+
+    Example:
+        >>> from torch.optim import Adam
+        >>> from nmlightning.models import Transformer
+        >>> net = Transformer(vocab_size=100, width=32, hidden=64, heads=2)
+        >>> task = Translator(net, optimizer=lambda groups: Adam(groups, lr=7e-4))
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Interval = "step",
+        label_smoothing: float = 0.1,
+        beam_size: int = 4,
+        length_penalty: float = 0.6,
+        extra_length: int = 50,
+        weight_decay_scope: WeightDecayScope = "no_norm",
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_sequence_model(net)
+        self.label_smoothing = check_share("label_smoothing", label_smoothing)
+        self.beam_size = check_whole_number("beam_size", beam_size)
+        self.extra_length = check_whole_number("extra_length", extra_length, 0)
+        remember_arguments(
+            self,
+            *("lr_interval", "label_smoothing", "beam_size", "length_penalty", "extra_length"),
+            *("weight_decay_scope", "compile"),
+        )
+        self.net = net
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.lr_interval = lr_interval
+        self.length_penalty = check_length_penalty(length_penalty)
+        self.weight_decay_scope = weight_decay_scope
+        self.compile_network = compile
+        self._is_compiled = False
+        self.tokenizer: JointBPE | None = None
+        self.metrics = nn.ModuleDict({f"of_{s}": TranslationMetrics() for s in get_args(Stage)})
+        self._window = TrainingWindow()
+        self._last_step = 0  # that a batch has ended with
+        self._is_first_window = True
+        self._tested: list[tuple[str, str]] = []
+
+    def setup(self, stage: str) -> None:
+        """Take the data's vocabulary, and compile once, after callbacks have swapped norms."""
+        if stage == "test":
+            import_text_package("sacrebleu")  # rather now than when all is translated
+        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        if tokenizer is not None:
+            check_fits(tokenizer, self.net)
+            self.tokenizer = tokenizer
+        if self.compile_network and not self._is_compiled:
+            self.net.compile(dynamic=True)
+            self._is_compiled = True
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Announce that the network is compiled, where it is to be."""
+        return [CompilationNotice("Translator")] if self.compile_network else []
+
+    def configure_model(self) -> None:
+        """Refuse Lightning's `ModelParallelStrategy`: processes search for different lengths."""
+        if self.device_mesh is not None:
+            raise InputError(
+                "Translator does not shard its network: each process translates its own sentences "
+                "with all weights. Give the Trainer the strategy ddp."
+            )
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        """Return the logits (N, T, V) of what follows each token of `target` (N, T)."""
+        logits: Tensor = self.net(source, target)
+        return logits
+
+    def translate(
+        self, source: Tensor, *, beam_size: int | None = None, length_penalty: float | None = None
+    ) -> list[str]:
+        """Return the translations of sentences given as tokens (N, S), as text.
+
+        Args:
+            source: the tokens of each sentence and EOS, padded with PAD.
+            beam_size: hypotheses a sentence; by default the task's.
+            length_penalty: α of the beam search; by default the task's.
+
+        Raises:
+            InputError: the task has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise InputError(
+                "Translator has no tokenizer: fit with a data module that has one, load a "
+                "checkpoint, or set its attribute."
+            )
+        beam = self.beam_size if beam_size is None else beam_size
+        net = cast(SequenceModel[Any], self.net)
+        if beam == 1:
+            found = greedy_search(net, source, extra_length=self.extra_length)
+        else:
+            found = beam_search(
+                net,
+                source,
+                beam_size=beam,
+                length_penalty=self.length_penalty if length_penalty is None else length_penalty,
+                extra_length=self.extra_length,
+            )
+        return self.tokenizer.decode(found)
+
+    def on_train_batch_start(self, batch: TranslationBatch, batch_idx: int) -> None:
+        self._window.resume()
+
+    def on_validation_start(self) -> None:
+        self._window.pause()
+
+    def training_step(self, batch: TranslationBatch, batch_idx: int) -> Tensor:
+        step = self._loss_of(batch, self.label_smoothing)
+        self._window.add(step, (batch.source != PAD).sum() + step.tokens)
+        return step.loss
+
+    def on_train_batch_end(self, outputs: Any, batch: TranslationBatch, batch_idx: int) -> None:
+        """Log when the loggers do, after the step; before the first time what there is so far."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        is_due = self.global_step % every == 0 and self.global_step != self._last_step
+        self._last_step = self.global_step
+        if not (is_due or self._is_first_window):
+            return
+        for name, value in self._window.read(self._add_processes).items():
+            self.log(f"train/{name}", value, prog_bar=name == "ppl", batch_size=1)
+        if is_due:
+            self._window.clear()
+            self._is_first_window = False
+
+    def validation_step(self, batch: TranslationBatch, batch_idx: int) -> None:
+        self._evaluate("val", batch, beam_size=1)
+
+    def test_step(self, batch: TranslationBatch, batch_idx: int) -> None:
+        self._tested += self._evaluate("test", batch, self.beam_size)
+
+    def predict_step(self, batch: TranslationBatch, batch_idx: int) -> list[str]:
+        """Return the translation of each source sentence."""
+        return self.translate(batch.source)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test")
+        if self._tested:
+            rank_zero_info(f"Translator: test {published_bleu(self._tested)}")
+        self._tested = []
+
+    def configure_optimizers(self) -> Any:
+        groups = parameter_groups(self.net, None, self.weight_decay_scope)
+        optimizer = make_optimizer(self.optimizer, groups)
+        return add_schedule(optimizer, self.lr_scheduler, self.lr_interval)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the vocabulary."""
+        store_tokenizer(self.tokenizer, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another network, vocabulary or, in a Trainer, recipe."""
+        check_same_network(self, checkpoint)
+        self.tokenizer = read_tokenizer(checkpoint, self.tokenizer)
+        if self._trainer is not None:
+            check_recipes(self, checkpoint)
+
+    def _loss_of(self, batch: TranslationBatch, label_smoothing: float = 0.0) -> TokenLoss:
+        logits = self(batch.source, batch.target[:, :-1])
+        return token_loss(logits, batch.target[:, 1:], label_smoothing)
+
+    def _add_processes(self, sums: Tensor) -> Tensor:
+        gathered = self.all_gather(sums)
+        assert isinstance(gathered, Tensor)
+        return gathered.view(-1, len(sums)).sum(0)
+
+    def _evaluate(
+        self, stage: Stage, batch: TranslationBatch, beam_size: int
+    ) -> list[tuple[str, str]]:
+        """Add a batch to the metrics; return each translation with its reference."""
+        metrics: Any = self.metrics[f"of_{stage}"]
+        metrics.add(self._loss_of(batch), batch.words)
+        if self.tokenizer is None or not batch.references:
+            return []
+        found = self.translate(batch.source, beam_size=beam_size)
+        metrics.add_translations(found, batch.references)
+        return list(zip(found, batch.references, strict=True))
+
+    def _log_metrics(self, stage: Stage) -> None:
+        metrics: Any = self.metrics[f"of_{stage}"]
+        for name, value in metrics.compute().items():
+            self.log(f"{stage}/{name}", value, prog_bar=name in ("ppl", "bleu"), sync_dist=True)
+
+
+def _check_sequence_model(net: nn.Module) -> None:
+    missing = [n for n in ("vocab_size", "begin", "next_logits") if not hasattr(net, n)]
+    if missing:
+        raise InputError(
+            f"{type(net).__name__} is no sequence model, since it has no {missing[0]}: give one of "
+            "nmlightning.models, such as Transformer or AttentionLSTM, or one of that interface."
+        )

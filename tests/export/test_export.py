@@ -1,0 +1,364 @@
+"""Test that what export_network writes is what was trained, for readers without this package."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from nmlightning import (
+    FoldReport,
+    InputError,
+    L1BatchNorm2d,
+    L1LayerNorm,
+    L1RMSNorm,
+    apply_weight_norm,
+    export_network,
+    swap_norms,
+)
+from nmlightning.export import export as files
+from nmlightning.export.formats import FORMATS
+from nmlightning.models import CifarResNet
+
+IMAGES = (3, 16, 16)
+
+
+def train(net: nn.Module) -> nn.Module:
+    """Give the norms statistics of a few batches, and weights that are not 1."""
+    for parameter in net.parameters():
+        if parameter.dim() == 1 and parameter.requires_grad:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    for _ in range(3):
+        net(2 * torch.randn(8, *IMAGES) + 1)
+    return net
+
+
+def small(norm: str = "l1", **weight_norm: Any) -> nn.Module:
+    net = CifarResNet(8)
+    if weight_norm:
+        apply_weight_norm(net, **weight_norm)
+    if norm != "l2":
+        swap_norms(net, norm)
+    return train(net)
+
+
+@torch.no_grad()
+def outputs(net: nn.Module, x: Tensor) -> Tensor:
+    return net.eval()(x)  # type: ignore[no-any-return]
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-5
+
+
+NETS: dict[str, Callable[[], nn.Module]] = {
+    **{norm: lambda norm=norm: small(norm) for norm in ("l2", "l1", "linf", "top10", "lp")},  # type: ignore[misc]
+    "bounded L1": lambda: small("mean", kind="bounded", p=1),
+    "bounded L∞": lambda: small("mean", kind="bounded", p="inf"),
+    "learned gains": lambda: small("l1", kind="bounded", p=2, gain="channel"),
+    "weight norm": lambda: small("linf", kind="weight"),
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_state_dict_has_the_keys_and_the_outputs_of_the_plain_network(
+    name: str, tmp_path: Path
+) -> None:
+    net, x = NETS[name](), torch.randn(4, *IMAGES)
+    report = export_network(net, tmp_path / "a.pt", "state_dict", IMAGES)
+    assert len(report.fold or ()) == 7
+    assert len(report.made_plain) == (7 if " " in name else 0)
+    plain = CifarResNet(8)
+    plain.load_state_dict(torch.load(tmp_path / "a.pt", weights_only=True))
+    assert_close(outputs(plain, x), outputs(net, x))
+    assert torch.equal(plain.bn1.weight, torch.ones(16))
+    torch.testing.assert_close(plain.bn1.running_var, torch.full((16,), 1 - 1e-5))
+
+
+def test_without_folding_nothing_but_the_class_changes(tmp_path: Path) -> None:
+    net = small("l1")
+    report = export_network(net, tmp_path / "a.pt", "state_dict", IMAGES, fold=False)
+    assert report.fold is None
+    assert report.difference == 0
+    saved = torch.load(tmp_path / "a.pt", weights_only=True)
+    torch.testing.assert_close(saved, dict(net.state_dict()), rtol=0, atol=0)
+
+
+WITHOUT_US = """
+import sys, torch
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        assert name.partition(".")[0] not in ("nmlightning", "pytorch_lightning"), name
+sys.meta_path.insert(0, Nothing())
+import torchvision
+net = torchvision.models.resnet18(num_classes=7).eval()
+net.load_state_dict(torch.load("net.pt", weights_only=True))
+x, y = torch.load("data.pt", weights_only=True)
+with torch.no_grad():
+    for function in (net, torch.export.load("net.pt2").module()):
+        print(float((function(x) - y).abs().max() / y.abs().max()))
+"""
+
+
+def test_they_load_without_this_package(tmp_path: Path) -> None:
+    net = torchvision.models.resnet18(num_classes=7)
+    apply_weight_norm(net, p=1)
+    swap_norms(net, "l1")
+    train(net)
+    export_network(net, tmp_path / "net.pt", "state_dict", IMAGES)
+    export_network(net, tmp_path / "net.pt2", "torch_export", IMAGES)
+    x = torch.randn(5, *IMAGES)
+    torch.save([x, outputs(net, x)], tmp_path / "data.pt")
+    answer = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WITHOUT_US],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": ""},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    differences = [float(line) for line in answer.stdout.split()]
+    assert len(differences) == 2
+    assert max(differences) <= 1e-5
+
+
+def test_onnx_of_any_batch(tmp_path: Path) -> None:
+    from onnx import load
+    from onnx.reference import ReferenceEvaluator
+
+    net, x = small("l1", kind="bounded", p=1), torch.randn(7, *IMAGES)
+    export_network(net, tmp_path / "a.onnx", "onnx", IMAGES)
+    graph = load(tmp_path / "a.onnx").graph
+    assert "BatchNormalization" not in {node.op_type for node in graph.node}
+    (found,) = ReferenceEvaluator(str(tmp_path / "a.onnx")).run(None, {"input": x.numpy()})
+    assert_close(torch.from_numpy(found), outputs(net, x))
+
+
+class LayerNorms(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(6, 8), L1LayerNorm(8), nn.ReLU(), L1RMSNorm(8), nn.LayerNorm(8))
+        nn.init.normal_(self[1].weight)
+
+
+@pytest.mark.parametrize("format", ["torch_export", "onnx"])
+def test_layer_norms_become_plain_operations(format: str, tmp_path: Path) -> None:
+    file = tmp_path / f"net{FORMATS[format].suffix}"
+    report = export_network(LayerNorms(), file, format, (6,))  # which compares them
+    assert report.fold == FoldReport((), ())
+
+
+def test_a_batch_norm_without_statistics_of_its_own_is_kept(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), L1BatchNorm2d(4, track_running_stats=False))
+    report = export_network(net, tmp_path / "net.pt2", "torch_export", IMAGES)
+    assert [left.reason for left in report.fold.left] == ["it keeps no running statistics"]  # type: ignore[union-attr]
+    x = torch.randn(7, *IMAGES)
+    assert_close(torch.export.load(tmp_path / "net.pt2").module()(x), outputs(net, x))
+
+
+class Branching(nn.Module):
+    """No trace holds for all its inputs; nothing of it can be folded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), L1BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.isnan().any():
+            raise ValueError("NaN")
+        return self.body(x)  # type: ignore[no-any-return]
+
+
+def test_a_network_that_cannot_be_traced_is_written_unfolded(tmp_path: Path) -> None:
+    net = train(Branching())
+    report = export_network(net, tmp_path / "net", "state_dict", IMAGES)
+    assert [left.norm for left in report.fold.left] == ["body.1"]  # type: ignore[union-attr]
+    assert report.difference == 0
+
+
+def test_the_network_is_not_changed(tmp_path: Path) -> None:
+    net = small("l1", kind="bounded", p=1)
+    before, x = repr(net), torch.randn(4, *IMAGES)
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+    net.eval()
+    expected = net(x)
+    export_network(net, tmp_path / "net", "state_dict", IMAGES)
+    assert repr(net) == before
+    torch.testing.assert_close(dict(net.state_dict()), state, rtol=0, atol=0)
+    assert torch.equal(net(x), expected)
+    net.train()(x).sum().backward()
+    assert net.conv1.parametrizations.weight.original.grad is not None  # type: ignore[union-attr, index]
+
+
+def test_tied_weights_stay_tied_and_other_parametrizations_go(tmp_path: Path) -> None:
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    second.weight = first.weight
+    net = nn.Sequential(first, second, parametrizations.weight_norm(nn.Linear(4, 3)))
+    apply_weight_norm(net, "weight", include=["0.weight"])
+    parametrizations.orthogonal(net.append(nn.Linear(3, 3, bias=False))[3])
+    report = export_network(net, tmp_path / "net", "state_dict", (4,))
+    assert report.made_plain == ("0.weight", "1.weight", "2.weight", "3.weight")
+    saved = torch.load(tmp_path / "net", weights_only=True)
+    assert list(saved)[:4] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert saved["0.weight"].data_ptr() == saved["1.weight"].data_ptr()
+    plain = nn.Sequential(*(nn.Linear(4, 4) for _ in range(2)), nn.Linear(4, 3))
+    plain.append(nn.Linear(3, 3, bias=False)).load_state_dict(saved)
+    x = torch.randn(5, 4)
+    assert_close(outputs(plain, x), outputs(net, x))
+
+
+def test_synchronised_norms(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.BatchNorm2d(3), CifarResNet(8))
+    swap_norms(net, "l1", {"sync": True})
+    report = export_network(train(net), tmp_path / "net.pt2", "torch_export", IMAGES)
+    assert str(report.fold) == "folded 7 batch norms; 1 left as they are"
+
+
+def test_half_is_written_in_float32(tmp_path: Path) -> None:
+    net = small("l1").bfloat16()
+    export_network(net, tmp_path / "net", "state_dict", IMAGES)
+    saved = torch.load(tmp_path / "net", weights_only=True)
+    assert saved["conv1.weight"].dtype == torch.float32
+
+
+# ---- what is refused; then no file is written ----
+
+
+class Two(nn.Module):
+    def forward(self, x: Tensor) -> Any:
+        return x, x
+
+
+class FixedBatch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x[i] for i in range(x.shape[0])])
+
+
+class Diverged(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        nn.init.constant_(self.weight, torch.nan)
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
+    "format": (nn.Identity, {"format": "onxx"}, "'torch_export', got 'onxx'. Did you mean 'onnx'"),
+    "folder": (nn.Identity, {"file": "no/net"}, "there is no folder 'no' to write 'net' into"),
+    "is a folder": (nn.Identity, {"file": "."}, "'.' is a folder; name a file in it"),
+    "suffix": (nn.Identity, {"format": "torch_export"}, "must end in .pt2, got 'net'"),
+    "flag": (nn.Identity, {"fold": "no"}, "fold is True or False, got 'no'"),
+    "size": (nn.Identity, {"input_shape": (3, 0)}, "a size of input_shape must be a whole number"),
+    "inputs": (lambda: nn.Linear(3, 3), {}, "the network does not take inputs of shape 4: .*mat1"),
+    "outputs": (Two, {}, "the network returns a tuple; what can be exported returns one tensor"),
+    "diverged": (Diverged, {}, "outputs for standard normal inputs of shape 4 are not finite"),
+    "layer norm": (lambda: nn.Sequential(L1LayerNorm(4)), {}, "no state dict says how 0 evaluates"),
+    "RMS norm": (lambda: nn.Sequential(L1RMSNorm(4)), {}, "no state dict says how 0 evaluates"),
+    "fixed batch": (
+        FixedBatch,
+        {"format": "torch_export", "file": "net.pt2"},
+        "torch cannot export this network to torch_export: Constraints violated .batch",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_input(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make, given, message = REFUSED[name]
+    settings = {"file": "net", "format": "state_dict", "input_shape": (4,), **given}
+    with pytest.raises(InputError, match=message):
+        export_network(make(), **settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = PathFinder.find_spec
+    monkeypatch.setattr(
+        PathFinder,
+        "find_spec",
+        lambda name, *rest: None if name == "onnxscript" else find(name, *rest),
+    )
+    monkeypatch.delitem(sys.modules, "onnxscript", raising=False)
+    message = r"onnx needs onnxscript: pip install 'nmlightning\[export\]'"
+    with pytest.raises(InputError, match=message):
+        export_network(nn.Linear(4, 4), tmp_path / "net.onnx", "onnx", (4,))
+
+
+def test_a_file_is_replaced_only_if_told_so(tmp_path: Path) -> None:
+    file = tmp_path / "net.pt"
+    file.write_text("mine")
+    with pytest.raises(InputError, match=r"net.pt' exists already; name another file, or set over"):
+        export_network(nn.Linear(4, 4), file, "state_dict", (4,))
+    assert file.read_text() == "mine"
+    export_network(nn.Linear(4, 4), file, "state_dict", (4,), overwrite=True)
+    assert torch.load(file, weights_only=True).keys() == {"weight", "bias"}
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_cannot_be_compared_is_not_written(tmp_path: Path) -> None:
+    """onnx's reference evaluator does not know groups of a transposed convolution."""
+    net = nn.Sequential(nn.ConvTranspose2d(4, 4, 3, groups=2), nn.BatchNorm2d(4))
+    with pytest.raises(InputError, match="onnx cannot be read back to be compared, so nothing"):
+        export_network(net, tmp_path / "net.onnx", "onnx", (4, 5, 5))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_norm_of_other_channels_is_left(tmp_path: Path) -> None:
+    """BatchNorm1d takes (N, C, L), and a linear layer works along L."""
+    net = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(4))
+    report = export_network(net, tmp_path / "net.pt", "state_dict", (4, 3))
+    (left,) = report.fold.left
+    assert left.reason == "its 4 channels are not the 5 outputs of 0"
+
+
+def test_an_input_shape_that_is_no_sequence(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"input_shape is a sequence, such as \(3, 32, 32\), got 5"
+    ):
+        export_network(nn.Linear(5, 2), tmp_path / "net.pt", "state_dict", 5)  # type: ignore[arg-type]
+
+
+def test_what_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "net.pt"
+    file.write_text("mine")
+
+    def write_another(net: nn.Module, example: Tensor, file: Path) -> None:
+        state = {key: value * (1 + 2e-5) for key, value in net.state_dict().items()}
+        torch.save(state, file)
+
+    monkeypatch.setattr(
+        "nmlightning.export.export.WRITERS", {**files.WRITERS, "state_dict": write_another}
+    )
+    with pytest.raises(InputError, match=r"differs from the trained network by 2.0e-05 of its lar"):
+        export_network(nn.Linear(4, 4), file, "state_dict", (4,), overwrite=True)
+    assert file.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_key_that_is_absent_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_half(net: nn.Module, example: Tensor, file: Path) -> None:
+        torch.save({"weight": net.weight}, file)
+
+    monkeypatch.setattr(
+        "nmlightning.export.export.WRITERS", {**files.WRITERS, "state_dict": write_half}
+    )
+    with pytest.raises(InputError, match=r"cannot be read back to be compared.*state_dict"):
+        export_network(nn.Linear(4, 4), tmp_path / "net.pt", "state_dict", (4,))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("nmlightning.export.export.os.replace", fail)
+    with pytest.raises(InputError, match=r"net.pt' cannot be written: No space left on device"):
+        export_network(nn.Linear(4, 4), tmp_path / "net.pt", "state_dict", (4,))

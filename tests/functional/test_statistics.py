@@ -1,0 +1,190 @@
+"""The pure statistics against sorted lists and autograd, ties and extremes included."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from nmlightning.errors import InputError
+from nmlightning.functional.constants import Constant, gaussian_constant
+from nmlightning.functional.reductions import Share
+from nmlightning.functional.selection import add_at_selection, select_largest
+from nmlightning.functional.statistics import (
+    LargestMean,
+    PowerMean,
+    RangeMean,
+    power_mean,
+    power_mean_slope,
+    select_extremes,
+    total_scale,
+)
+
+# One to three spatial dimensions and none; the last is long rows, where few rows hold the largest.
+SHAPES = [
+    (12, 3),
+    (4, 3, 5),
+    (3, 2, 2, 4),
+    (2, 2, 3, 2, 2),
+    (2, 3, 40),
+    (5, 1, 1, 7),
+    (30, 2, 1, 1),
+]
+ALONE = Share(0)  # selecting needs no count
+POWERS = [1.0, 1.5, 2.0, 3.7]
+
+
+def by_channel(x: Tensor) -> Tensor:
+    """Return (N, C, *) as (C, n), in the order that positions count in."""
+    return x.transpose(0, 1).flatten(1)
+
+
+def integers(shape: tuple[int, ...]) -> Tensor:
+    """Return values −2 … 2: nearly all of them are ties, of both signs."""
+    return torch.randint(-2, 3, shape).double()
+
+
+def layouts(x: Tensor) -> list[Tensor]:
+    """Return x in its memory formats, and as every second element of something larger."""
+    every_second = torch.stack([x, x + 1], -1)[..., 0]
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = [x.contiguous(memory_format=formats[x.dim()])] if x.dim() in formats else []
+    return [x, every_second, *last]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("k", [1, 2, 3, 10])
+def test_select_largest_takes_the_first_among_equals(shape: tuple[int, ...], k: int) -> None:
+    for _ in range(5):
+        d = integers(shape)
+        flat = by_channel(d)
+        # The definition: order by |d| descending, then by position ascending.
+        order = [
+            sorted(range(len(row)), key=lambda i, row=row: (-abs(row[i]), i))[:k]  # type: ignore[misc]
+            for row in flat.tolist()
+        ]
+        for layout in layouts(d):
+            mean, selection = select_largest(layout, k, ALONE)
+            assert selection.positions.sort(1).values.tolist() == [sorted(row) for row in order]
+            chosen = flat.gather(1, selection.positions)
+            torch.testing.assert_close(mean, chosen.abs().mean(1))
+            assert torch.equal(selection.slopes, torch.where(chosen > 0, 1.0, -1.0).double() / k)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_select_all(shape: tuple[int, ...]) -> None:
+    d = torch.randn(shape, dtype=torch.float64)
+    n = by_channel(d).shape[1]
+    mean, selection = select_largest(d, n, ALONE)
+    torch.testing.assert_close(mean, by_channel(d).abs().mean(1))
+    assert all(sorted(row) == list(range(n)) for row in selection.positions.tolist())
+
+
+@pytest.mark.parametrize("convention", ["exact", "paper", "none", 0.5])
+@pytest.mark.parametrize("count", [10, torch.tensor(10)], ids=["alone", "ranks"])
+def test_the_largest_of_fewer(convention: Constant | float, count: int | Tensor) -> None:
+    with pytest.raises(
+        InputError, match=r"The k = 11 largest of n = 10 values a channel .* lower k"
+    ):
+        LargestMean(11).constant(count, convention)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_add_at_selection_is_the_transpose_of_selecting(shape: tuple[int, ...]) -> None:
+    d = torch.randn(shape, dtype=torch.float64)
+    values = torch.randn(shape[1], 3, dtype=torch.float64)
+    for layout in layouts(d):
+        _, selection = select_largest(layout, 3, ALONE)
+        expected = by_channel(d).clone().scatter_add_(1, selection.positions, values)
+        torch.testing.assert_close(
+            by_channel(add_at_selection(layout.clone(), selection, values)), expected
+        )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("chunks", [1, 2, 5])
+def test_select_extremes_takes_the_first_of_each_chunk(shape: tuple[int, ...], chunks: int) -> None:
+    d = integers(shape)
+    flat = by_channel(d)
+    parts = torch.arange(flat.shape[1]).tensor_split(chunks)
+    expected = [
+        [max(part.tolist(), key=lambda i, row=row, s=s: (s * row[i], -i)) for part in parts]  # type: ignore[misc]
+        for row in flat.tolist()
+        for s in (1, -1)
+    ]
+    for layout in layouts(d):
+        mean, selection = select_extremes(layout, chunks, Share(flat.shape[1]))
+        assert selection.positions.view(-1, chunks).tolist() == expected
+        ranges = flat.gather(1, selection.positions) * selection.slopes
+        torch.testing.assert_close(mean, ranges.sum(1))
+        assert selection.slopes.unique().tolist() == [-0.5 / chunks, 0.5 / chunks]
+
+
+@pytest.mark.parametrize("convention", ["exact", "paper", "none", 0.5])
+def test_chunks_of_less_than_two(convention: Constant | float) -> None:
+    with pytest.raises(
+        InputError, match=r"The 16 chunks of n = 31 values a channel .* lower chunks"
+    ):
+        RangeMean(16).constant(31, convention)
+
+
+def test_total_scale_in_half_needs_no_squares() -> None:
+    scales = torch.tensor([0.0, 1e-5, 1e-3, 1.0, 3e4], dtype=torch.float16)
+    for eps in (0.0, 1e-10, 1e-5):
+        expected = (scales.double().square() + eps).sqrt()
+        found = total_scale(scales, eps).double()
+        # Half's spacing below 6e-5 is 6e-8: 0.3 % of √1e-10.
+        torch.testing.assert_close(found, expected, rtol=2**-10, atol=6e-8)
+
+
+@pytest.mark.parametrize("p", POWERS)
+def test_power_mean_and_its_slope(p: float) -> None:
+    d = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
+    expected = by_channel(d).abs().pow(p).mean(1).pow(1 / p)
+    (slope,) = torch.autograd.grad(expected.sum(), d)
+    found = power_mean(d.detach(), p, (0, 2), Share(20))
+    torch.testing.assert_close(found.flatten(), expected.detach())
+    reflected = power_mean_slope(-d.detach(), found.view(1, 3, 1), p)
+    torch.testing.assert_close(-reflected / 20, slope)
+
+
+@pytest.mark.parametrize("p", POWERS)
+def test_slope_is_negative_where_the_deviation_is_zero(p: float) -> None:
+    """The convention s = −1 at d = 0, whichever zero it is that x − x gives."""
+    x = torch.tensor([[1.0], [3.0], [2.0], [2.0]])
+    reflected = x.mean(0) - x
+    slope = power_mean_slope(reflected, power_mean(-reflected, p, (0,), Share(4)), p)
+    expected = -1.0 if p == 1 else 0.0
+    assert (-slope[2:]).flatten().tolist() == [expected, expected]
+
+
+@pytest.mark.parametrize("p", POWERS)
+def test_zero_deviations(p: float) -> None:
+    zero = torch.zeros(4, 3, 5)
+    magnitude = power_mean(zero, p, (0, 2), Share(20))
+    assert torch.equal(magnitude, torch.zeros(3))
+    slope = power_mean_slope(zero, magnitude.view(1, 3, 1), p)
+    assert torch.equal(slope, torch.full_like(zero, 1.0 if p == 1 else 0.0))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+@pytest.mark.parametrize("p", [1.0, 1.5, 3.7, 60.0])
+def test_powers_neither_overflow_nor_underflow(p: float, size: float) -> None:
+    d = torch.randn(1000, 2)
+    expected = power_mean(d.double(), p, (0,), Share(1000)) * size
+    found = power_mean(d * size, p, (0,), Share(1000))
+    # float32 powers near 60 cost about 60 roundings.
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=0)
+
+
+def test_constants_of_the_statistics() -> None:
+    assert PowerMean(1.0).constant(9, "exact") == pytest.approx(math.sqrt(math.pi / 2))
+    assert PowerMean(1.0).constant(9, "none") == LargestMean(2).constant(9, "none") == 1
+    assert PowerMean(1.0).constant(9, 0.5) == LargestMean(2).constant(9, 0.5) == 0.5
+    # Twice that of the range, since the statistic is half of it.
+    assert RangeMean(2).constant(9, 0.5) == 0.5 * RangeMean(2).constant(9, "none") == 1
+    lengths = [5, 4]
+    expected = 4 / sum(1 / gaussian_constant("range", n) for n in lengths)
+    assert RangeMean(2).constant(9, "exact") == pytest.approx(expected)
+    # One that the ranks counted together is a tensor.
+    assert LargestMean(2).constant(torch.tensor(9), "exact") == LargestMean(2).constant(9, "exact")

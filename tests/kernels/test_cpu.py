@@ -1,0 +1,290 @@
+"""The kernels in C++ against the definition in float64, and the layers that they serve."""
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from built_kernels import load_kernels
+from kernel_contract import (
+    CASES,
+    WIDTHS,
+    Case,
+    check,
+    check_nonfinite,
+    check_rows,
+    check_stages,
+    check_tracking,
+    draw,
+)
+from nmlightning import norms
+from nmlightning.functional.constants import gaussian_constant
+from nmlightning.functional.statistics import LargestMean, PowerMean, RangeMean
+from nmlightning.kernels import choose, norm_backend
+from nmlightning.kernels.cpu.backend import X_FREE_REACH, CpuBatchNorm, CpuLayerNorm
+from nmlightning.kernels.dispatch import case_of
+from nmlightning.kernels.interface import Fused, Job
+
+L1 = Job(PowerMean(1.0), gaussian_constant("lp", 100, p=1), 1e-5, "relu")
+
+
+@pytest.fixture(autouse=True)
+def _formula() -> Iterator[None]:
+    load_kernels()
+    with norm_backend("auto"):
+        yield
+
+
+@pytest.fixture(params=[1, 2])
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("case", [*CASES, *WIDTHS], ids=str)
+def test_the_definition_in_float64(case: Case) -> None:
+    check(case, CpuBatchNorm())
+
+
+@pytest.mark.parametrize("statistic", ["l1", "linf", "top3"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stays_in_its_channel(statistic: str, value: float) -> None:
+    check_nonfinite(statistic, value, CpuBatchNorm())
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels_last"), [((3, 4, 5, 2), False), ((3, 4, 5, 2), True), ((9, 4), False)]
+)
+def test_the_stages(shape: tuple[int, ...], channels_last: bool) -> None:
+    check_stages(shape, channels_last, CpuBatchNorm())
+
+
+def test_the_stages_of_a_rank_without_elements() -> None:
+    kernels, x, mean = CpuBatchNorm(), torch.empty(0, 3, 4, 4), torch.ones(3)
+    assert kernels.sums(x).tolist() == kernels.sums_of_sizes(x, mean).tolist() == [0, 0, 0]
+    positions, deviations = kernels.largest(x, mean, 2)
+    assert not positions.any()
+    assert not deviations.any()
+    assert kernels.affine(x, x, mean, mean, mean, "add_relu").shape == x.shape
+    assert not kernels.gradient_sums(x, x, x, mean, PowerMean(1.0)).any()
+    assert kernels.gradient(x, x, x, mean, mean, mean, mean)[0].shape == x.shape
+
+
+@pytest.mark.parametrize("shape", [(24, 5), (7, 33), (70, 300), (3, 5000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("learned", [True, False])
+def test_rows(shape: tuple[int, ...], dtype: torch.dtype, centred: bool, learned: bool) -> None:
+    check_rows(shape, dtype, centred, learned, CpuLayerNorm(centred))
+
+
+def test_tracking() -> None:
+    check_tracking(torch.ops.nmlightning.track)
+
+
+# ---- what is kept ----
+
+
+def kept_x(
+    fused: Fused | None, weight: float, bias: float, dtype: torch.dtype, job: Job = L1
+) -> bool:
+    (x, residual, *_), _ = draw(Case((4, 3, 5, 5), fused="add_relu", dtype=dtype), "cpu")
+    assert x is not None
+    learned = torch.tensor([1.0, weight, 1.0]), torch.tensor([0.0, bias, 0.0])
+    job = Job(job.statistic, job.constant, job.eps, fused)
+    added = residual if fused == "add_relu" else None
+    saved = CpuBatchNorm().forward(x, added, *learned, job).saved
+    return any(tensor is x for tensor in saved)
+
+
+@pytest.mark.parametrize("dtype", X_FREE_REACH)
+@pytest.mark.parametrize("job", [L1, Job(LargestMean(2), 0.5, 1e-5)], ids=["l1", "top2"])
+def test_a_relu_does_without_x_unless_the_rounded_output_is_too_coarse(
+    dtype: torch.dtype, job: Job
+) -> None:
+    reach = X_FREE_REACH[dtype]
+    for weight in (1.0, -0.5, 1e-20):
+        assert not kept_x("relu", weight, 0.99 * reach * abs(weight), dtype, job)
+        assert not kept_x("relu", weight, -99 * reach * abs(weight), dtype, job)
+        assert kept_x("relu", weight, 1.01 * reach * abs(weight), dtype, job)
+    for weight in (0.0, 1e-31, math.nan, math.inf):
+        assert kept_x("relu", weight, 0.0, dtype, job)
+    assert kept_x(None, 1.0, 0.0, dtype, job)
+
+
+def test_an_addition_does_without_x_where_its_sum_is_not_large() -> None:
+    assert not kept_x("add_relu", 1.0, 0.0, torch.float32)
+    assert kept_x("add_relu", 0.01, 0.0, torch.float32)
+    assert kept_x("add_relu", 1.0, 20.0, torch.float32)
+    assert kept_x("add_relu", 1.0, 0.0, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", X_FREE_REACH)
+def test_the_reach_is_what_the_tolerance_allows(dtype: torch.dtype) -> None:
+    """The error of Σ g · x̂, whose terms have random signs, against that of one of its size."""
+    half_last_place = torch.finfo(dtype).eps / 2
+    tolerance = {torch.float32: 5e-7, torch.bfloat16: 4e-3}[dtype]
+    assert X_FREE_REACH[dtype] == pytest.approx(tolerance * 3**0.5 / half_last_place, rel=0.02)
+    case = Case((64, 2, 16, 16), fused="relu", dtype=dtype)
+    (x, *_), grad = draw(case, "cpu")
+    assert x is not None
+    weight = torch.ones(2)
+    bias = weight * X_FREE_REACH[dtype] * 0.99
+    exact = CpuBatchNorm().forward(x.float(), None, weight, torch.zeros(2), L1)
+    x_hat = exact.saved[0]
+    assert x_hat is None
+    kernels = CpuBatchNorm()
+    found = kernels.backward(grad, kernels.forward(x, None, weight, bias, L1).saved, L1).weight
+    leaf = x.double()
+    d = leaf - leaf.mean((0, 2, 3), keepdim=True)
+    normal = d / ((d.abs().mean((0, 2, 3), keepdim=True) * L1.constant) ** 2 + L1.eps).sqrt()
+    passed = grad.double() * (normal + bias.double().view(1, 2, 1, 1) > 0)
+    expected = (passed * normal).sum((0, 2, 3))
+    size = (passed * normal).square().sum((0, 2, 3)).sqrt()
+    assert ((found - expected).abs() <= 4 * tolerance * size).all()
+
+
+# ---- the layers ----
+
+NETS: dict[str, Any] = {
+    "l1": lambda: norms.L1BatchNorm2d(8),
+    "linf": lambda: norms.LInfBatchNorm2d(8),
+    "top10": lambda: norms.TopKBatchNorm2d(8),
+    "layer": lambda: norms.L1LayerNorm([8, 6, 6]),
+    "rms": lambda: norms.L1RMSNorm([8, 6, 6]),
+}
+each_net = pytest.mark.parametrize("norm", NETS)
+
+
+def net(norm: str) -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), NETS[norm](), nn.Conv2d(8, 4, 3))
+
+
+def losses(model: nn.Module, steps: int = 20) -> list[float]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    generator = torch.Generator().manual_seed(2)
+    found = []
+    for _ in range(steps):
+        x = torch.randn(16, 3, 8, 8, generator=generator)
+        loss = (model(x) - x.mean((1, 2, 3), keepdim=True)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+@each_net
+def test_a_training_run_differs_by_rounding_only(norm: str) -> None:
+    kernels, formula = net(norm), net(norm)
+    found = losses(kernels)
+    with norm_backend("formula"):
+        expected = losses(formula)
+    assert found != expected or norm == "rms", "both took the same path"
+    assert found == pytest.approx(expected, rel=1e-4)
+    for name, buffer in kernels.named_buffers():
+        torch.testing.assert_close(
+            buffer, dict(formula.named_buffers())[name], rtol=1e-3, atol=1e-4
+        )
+
+
+@each_net
+def test_the_same_twice(norm: str) -> None:
+    assert losses(net(norm), 3) == losses(net(norm), 3)
+
+
+@each_net
+def test_other_uses(norm: str) -> None:
+    x = torch.randn(4, 8, 6, 6, requires_grad=True)
+    layer = NETS[norm]()
+    y = layer(x)
+    assert "Kernel" in type(y.grad_fn).__name__
+    with torch.no_grad():
+        torch.testing.assert_close(copy.deepcopy(layer)(x), y, rtol=0, atol=0)
+    again = checkpoint(copy.deepcopy(layer), x, use_reentrant=False)
+    for one, other in zip(
+        torch.autograd.grad(y.square().sum(), x),
+        torch.autograd.grad(again.square().sum(), x),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    (slope,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        slope.sum().backward()
+
+
+def test_half_parameters_and_strided_gradients() -> None:
+    layer = norms.L1BatchNorm2d(4).to(torch.bfloat16)
+    x = torch.randn(3, 4, 5, 5, dtype=torch.bfloat16, requires_grad=True)
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.dtype == torch.bfloat16
+    last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = layer(last)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    grad = torch.randn(3, 4, 5, 5, dtype=torch.bfloat16)
+    one = torch.autograd.grad(layer(x), x, grad)[0]
+    torch.testing.assert_close(torch.autograd.grad(y, last, grad)[0], one, rtol=0.02, atol=0.02)
+
+
+def test_running_statistics_of_other_dtypes_are_left_to_torch() -> None:
+    layer = norms.L1BatchNorm2d(1)
+    layer.running_var = layer.running_var.half()
+    layer(torch.randn(8, 1, 8, 8) * 4000)
+    assert layer.running_var.item() == 1.0  # 0.1 · 4000² is beyond 65504
+    assert layer.running_mean.item() != 0.0
+
+
+def test_traced_code_takes_the_formula() -> None:
+    layer = norms.L1BatchNorm2d(4)
+    x = torch.randn(3, 4, 5, 5)
+    program = torch.export.export(layer, (x,))
+    assert "nmlightning" not in str(program.graph)
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    {
+        "p": ({"statistic": PowerMean(2.0)}, "no kernel for p = 2"),
+        "range": ({"statistic": RangeMean(2)}, "no kernel for the range"),
+        "largest in rows": (
+            {"kind": "layer", "statistic": LargestMean(1)},
+            "no kernel for the largest values",
+        ),
+        "dtype": ({"dtype": torch.float64}, "no kernel for float64"),
+        "stats": ({"stats_dtype": torch.float16}, "no kernel for statistics in float16"),
+        "layout": ({"layout": "other"}, "no kernel for elements in this order"),
+        "rows": ({"kind": "rms", "layout": "NHWC"}, "no kernel for elements in this order"),
+    }.values(),
+)
+def test_what_is_not_served_and_why(case: dict[str, Any], reason: str) -> None:
+    served = case_of(torch.ones(2, 3), "batch", PowerMean(1.0), torch.float32)
+    assert choose(served).backend == "C++"
+    choice = choose(served._replace(**case))
+    assert (choice.backend, choice.reason, choice.kernels) == ("formula", reason, None)
+
+
+def test_threads_are_torchs() -> None:
+    """No second OpenMP is loaded, whose threads torch.set_num_threads would not know of."""
+    with open("/proc/self/maps") as maps:
+        found = {line.split()[-1] for line in maps if "libgomp" in line or "libiomp" in line}
+    torch_folder = torch.__path__[0].rsplit("/", 1)[0]
+    assert not [path for path in found if not path.startswith(torch_folder)]
+
+
+def test_a_residual_elsewhere_is_an_error_and_no_crash() -> None:
+    layer, x = norms.L1BatchNorm2d(4), torch.randn(3, 4, 5, 5)
+    layer.fused = "add_relu"
+    with pytest.raises(RuntimeError, match="device"):
+        layer(x, x.to("meta"))
+    with pytest.raises(RuntimeError, match="expected a residual like x"):
+        torch.ops.nmlightning.affine(x, x[:2], *torch.ones(3, 4), 2)

@@ -1,0 +1,276 @@
+"""Every rule under clipping, accumulation and skipped steps, against a port; and under closures."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from nmlightning.errors import InputError
+from nmlightning.optim.step_hooks import Attachment
+from nmlightning.weights.channel_norms import channel_norms
+from nmlightning.weights.history import NormHistory
+
+MakeNet = Callable[[], nn.Module]
+MakeRule = Callable[..., Any]
+Array = NDArray[np.float64]
+CONVOLUTIONS = ("conv1.weight", "conv2.weight")
+STEPS, EPOCH = 12, 3
+RATE, MOMENTUM, DECAY = 0.02, 0.9, 0.01  # the decay is that of the fixture's rule
+OVERFLOWS = (0, 4, 5, 10)
+BOUND = 0.02
+IMPLEMENTATIONS: dict[str, dict[str, bool]] = {
+    "foreach": {"foreach": True},
+    "one by one": {"foreach": False},
+    "fused": {"fused": True},
+}
+pytestmark = pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. has no brake")
+
+
+@pytest.fixture
+def history(make_net: MakeNet) -> NormHistory:
+    """A record at the end of each epoch of three steps."""
+    generator = torch.Generator().manual_seed(1)
+    norms = {}
+    for name in CONVOLUTIONS:
+        initial = channel_norms(make_net().get_parameter(name)).float()
+        norms[name] = (
+            initial * (0.6 + 0.8 * torch.rand(5, len(initial), generator=generator))
+        ).numpy()
+    return NormHistory.from_arrays(norms, range(EPOCH, 5 * EPOCH + 1, EPOCH), range(5))
+
+
+def find_loss(net: nn.Module, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(8, 2, 8, 8, dtype=torch.float64, generator=generator)
+    return F.cross_entropy(net(x), torch.randint(3, (8,), generator=generator))
+
+
+def find_rate(step: int) -> float:
+    return RATE if step < STEPS // 2 else RATE / 4
+
+
+class Port:
+    """SGD with momentum under a rule, channel by channel, from the formulas in the papers."""
+
+    def __init__(self, rule: str, net: nn.Module, history: NormHistory) -> None:
+        self.rule, self.history = rule, history
+        self.weights = {n: q.detach().numpy() for n, q in net.named_parameters()}
+        self.velocities = {n: np.zeros_like(w) for n, w in self.weights.items()}
+        self.radii = {n: np.linalg.norm(w) for n, w in self.weights.items()}
+        self.initial = {n: [np.linalg.norm(w) for w in self.weights[n]] for n in CONVOLUTIONS}
+        self.decayed = {n: self.weights[n].copy() for n in CONVOLUTIONS}
+
+    def step(self, gradients: Mapping[str, Array], step: int) -> None:
+        rate = find_rate(step)
+        for name, weight in self.weights.items():
+            velocity = self.velocities[name]
+            if name in CONVOLUTIONS and self.rule == "decay":
+                self.decay(name, weight, velocity, rate, gradients[name])
+                continue
+            velocity *= MOMENTUM
+            velocity += gradients[name]
+            if weight.ndim > 1 and self.rule == "hyperball":
+                weight[:] = self.turn(name, weight, rate, velocity)
+            elif weight.ndim > 1 and self.rule == "projection":
+                weight -= rate * find_tangent(weight, gradients[name], velocity)
+            elif name in CONVOLUTIONS:
+                self.steer(name, weight, velocity, rate, self.find_recorded(name, step))
+            else:
+                weight -= rate * velocity
+
+    def turn(self, name: str, weight: Array, rate: float, velocity: Array) -> Array:
+        moved = weight - rate * self.radii[name] * velocity / np.linalg.norm(velocity)
+        return self.radii[name] * moved / np.linalg.norm(moved)
+
+    def decay(self, name: str, weight: Array, velocity: Array, rate: float, grad: Array) -> None:
+        """SGD with weight decay, of which the net sees the directions at their first norms."""
+        channels = (self.decayed[name], weight, velocity, grad, self.initial[name])
+        for full, w, v, g, initial in zip(*channels, strict=True):
+            v *= MOMENTUM
+            v += g * (initial / np.linalg.norm(full)) + DECAY * full
+            full -= rate * v
+            w[:] = full * (initial / np.linalg.norm(full))
+
+    def steer(self, name: str, weight: Array, velocity: Array, rate: float, norms: Array) -> None:
+        ratio = math.sqrt((np.square(self.initial[name]).sum()) / np.square(norms).sum())
+        for w, v, initial, norm in zip(weight, velocity, self.initial[name], norms, strict=True):
+            length = float(np.linalg.norm(w))
+            factor, target = {
+                "paper": (length**2 / norm**2, None),
+                "stable": (initial**2 / norm**2, initial),
+                "layer": (ratio**2, initial),
+                "schedule": (RATE / rate, norm * math.sqrt(RATE / rate)),
+            }[self.rule]
+            delta = -rate * v * factor
+            if target is None:
+                w += delta
+            else:
+                w += delta * min(1.0, 0.2 * length / float(np.linalg.norm(delta)))
+                v *= np.linalg.norm(w) / target
+                w *= target / np.linalg.norm(w)
+
+    def find_recorded(self, name: str, step: int) -> Array:
+        rows = self.history.norms[name].astype(np.float64)
+        if self.rule == "paper":
+            return rows[step // EPOCH]  # type: ignore[no-any-return]
+        return np.array([np.interp(step, self.history.steps, channel) for channel in rows.T])
+
+
+def find_tangent(weight: Array, grad: Array, velocity: Array) -> Array:
+    """A step without its part along the weight, as SGDP has it at its δ of 0.1."""
+    for rows in (len(weight), 1):
+        w, g, v = (x.reshape(rows, -1) for x in (weight, grad, velocity))
+        units = w / np.linalg.norm(w, axis=1, keepdims=True)
+        cosines = (units * g).sum(1) / np.linalg.norm(g, axis=1)
+        if np.abs(cosines).max() < 0.1 / math.sqrt(w.shape[1]):
+            along = (units * v).sum(1, keepdims=True)
+            return (v - along * units).reshape(velocity.shape)
+    return velocity
+
+
+def train_port(port: Port, net: nn.Module, condition: str) -> None:
+    parts = 2 if condition == "accumulation" else 1
+    names, parameters = zip(*net.named_parameters(), strict=True)
+    for step in range(STEPS):
+        if condition == "skipped" and step in OVERFLOWS:
+            continue
+        loss = sum(find_loss(net, parts * step + part) for part in range(parts))
+        gradients = [g.numpy() for g in torch.autograd.grad(loss, parameters)]  # type: ignore[arg-type]
+        if condition == "norm":
+            norm = math.sqrt(sum((g**2).sum() for g in gradients))
+            gradients = [g * min(1.0, BOUND / (norm + 1e-6)) for g in gradients]  # as torch does
+        if condition == "value":
+            gradients = [np.clip(g, -BOUND, BOUND) for g in gradients]
+        port.step(dict(zip(names, gradients, strict=True)), step)
+
+
+def train(
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    attachment: Attachment,
+    condition: str,
+) -> None:
+    """What a user writes."""
+    parts = 2 if condition == "accumulation" else 1
+    scaler = torch.amp.GradScaler("cpu", enabled=condition == "skipped")
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = find_rate(step)
+        attachment.clock = lambda step=step: {"step": step}
+        optimizer.zero_grad()
+        for part in range(parts):
+            scaler.scale(find_loss(net, parts * step + part)).backward()
+        attachment.measure()
+        if condition == "norm":
+            nn.utils.clip_grad_norm_(net.parameters(), BOUND)
+        if condition == "value":
+            nn.utils.clip_grad_value_(net.parameters(), BOUND)
+        if condition == "left out" and step in OVERFLOWS:
+            continue
+        if condition == "skipped" and step in OVERFLOWS:
+            net.conv2.weight.grad[0, 0, 0, 0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+
+
+def sgd(net: nn.Module, **options: Any) -> torch.optim.SGD:
+    return torch.optim.SGD(net.parameters(), lr=RATE, momentum=MOMENTUM, **options)
+
+
+@pytest.mark.parametrize("condition", ["none", "norm", "value", "accumulation", "skipped"])
+def test_a_port_of_the_rule(
+    make_net: MakeNet, history: NormHistory, make_rule: MakeRule, rule_name: str, condition: str
+) -> None:
+    net, other = make_net(), make_net()
+    optimizer = sgd(net)
+    attachment = make_rule(history).attach(optimizer, net.named_parameters())
+    train(net, optimizer, attachment, condition)
+    train_port(Port(rule_name, other, history), other, condition)
+    assert not attachment.scope.dropped()
+    for (name, one), two in zip(net.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-11, msg=name)
+
+
+def find_state(net: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    kept = [value for q in net.parameters() for value in optimizer.state[q].values()]
+    return [*net.parameters(), *(value.clone() for value in kept if isinstance(value, Tensor))]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("family", ["SGD", "AdamW"])
+def test_skipped_steps_might_as_well_not_have_been(
+    make_net: MakeNet,
+    history: NormHistory,
+    make_rule: MakeRule,
+    rule_name: str,
+    family: str,
+    implementation: str,
+) -> None:
+    """A fused optimizer is called at an overflow and takes no step; the others are not called."""
+    if rule_name == "decay" and family == "AdamW":
+        pytest.skip("DecayEquivalentLR is for SGD only")
+    options = {"SGD": {"momentum": MOMENTUM}, "AdamW": {"weight_decay": 0.0}}[family]
+    results = []
+    for condition in ("skipped", "left out"):
+        net = make_net()
+        optimizer = getattr(torch.optim, family)(
+            net.parameters(), lr=RATE, **options, **IMPLEMENTATIONS[implementation]
+        )
+        attachment = make_rule(history).attach(optimizer, net.named_parameters())
+        train(net, optimizer, attachment, condition)
+        called = condition == "skipped" and implementation == "fused"
+        assert attachment.steps == (STEPS if called else STEPS - len(OVERFLOWS))
+        assert attachment.undone == 0
+        state = attachment.state_dict()
+        results.append([*find_state(net, optimizer), state["scope"], state["weights"]])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_a_step_by_a_closure(
+    make_net: MakeNet, history: NormHistory, make_rule: MakeRule, rule_name: str
+) -> None:
+    """The gradients come into being within the step, after the weights were kept."""
+    ours, plain = make_net(), make_net()
+    for net, by_closure in ((ours, True), (plain, False)):
+        optimizer = sgd(net)
+        attachment = make_rule(history).attach(optimizer, net.named_parameters())
+        for step in range(STEPS):
+
+            def closure(
+                net: nn.Module = net, step: int = step, optimizer: Any = optimizer
+            ) -> Tensor:
+                optimizer.zero_grad()
+                loss = find_loss(net, step)
+                loss.backward()  # type: ignore[no-untyped-call]
+                return loss
+
+            if by_closure:
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
+        assert all(share < 1e-10 for share in attachment.scope.shares.values())
+    for one, other in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_an_optimizer_that_asks_its_closure_often(
+    make_net: MakeNet, history: NormHistory, make_rule: MakeRule, rule_name: str
+) -> None:
+    """LBFGS takes several steps in one, so nothing is known of their length."""
+    net = make_net()
+    optimizer = torch.optim.LBFGS(net.parameters(), lr=0.01, max_iter=3)
+    messages = {
+        "decay": "exact for SGD only",
+        "hyperball": "Hyperball works on single steps, and LBFGS takes several in one",
+        "projection": "RadialProjection works on single steps, and LBFGS takes several in one",
+    }
+    with pytest.raises(InputError, match=messages.get(rule_name, "power for LBFGS is not known")):
+        make_rule(history).attach(optimizer, net.named_parameters())

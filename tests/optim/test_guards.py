@@ -1,0 +1,212 @@
+"""What every rule does with norms, steps and gradients that it cannot use."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nmlightning.errors import InputError
+from nmlightning.optim import LRCorrection, NormSchedule
+from nmlightning.optim.nonfinite_steps import MAX_STEPS_UNDONE
+from nmlightning.weights.channel_norms import channel_norms
+from nmlightning.weights.history import NormHistory
+
+Train = Callable[..., None]
+MakeNet = Callable[[], nn.Module]
+MakeHistory = Callable[[nn.Module], NormHistory]
+MakeRule = Callable[..., Any]
+REFERENCED = ("stable", "paper", "layer", "schedule")
+pytestmark = pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. has no brake")
+
+
+def sgd(net: nn.Module, **options: Any) -> torch.optim.SGD:
+    return torch.optim.SGD(net.parameters(), **{"lr": 0.02, "momentum": 0.9, **options})
+
+
+def step_on(optimizer: torch.optim.Optimizer, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.step()
+
+
+def spoil(net: nn.Module, channel: int) -> None:
+    """Leave gradients of zero, but NaN in one channel."""
+    for q in net.parameters():
+        q.grad = torch.zeros_like(q)
+    net.conv1.weight.grad[channel, 0, 1, 1] = torch.nan
+
+
+def across(weight: Tensor) -> Tensor:
+    """Return a gradient across the weight, as where the loss feels no norm."""
+    grad = torch.zeros_like(weight)
+    grad[:, 0, 0, 0] = weight[:, 0, 0, 1].detach()
+    grad[:, 0, 0, 1] = -weight[:, 0, 0, 0].detach()
+    return grad
+
+
+@pytest.mark.parametrize("rule_name", REFERENCED)
+@pytest.mark.parametrize("dead", [0.0, torch.nan, torch.inf])
+def test_dead_channels_of_a_reference_move_as_without_it(
+    make_net: MakeNet, train: Train, random_history: MakeHistory, make_rule: MakeRule, dead: float
+) -> None:
+    net, plain = make_net(), make_net()
+    history = random_history(net)
+    history.norms["conv1.weight"][:, 1] = dead
+    optimizer, other = sgd(net), sgd(plain)
+    optimizer.param_groups[0]["initial_lr"] = 0.1  # a schedule is on its way
+    attachment = make_rule(history).attach(optimizer, net.named_parameters())
+    with pytest.warns(UserWarning, match=r"1 of 4 channels of conv1.weight have a recorded norm"):
+        train(net, optimizer, 1)
+    train(plain, other, 1)
+    moved = torch.isclose(net.conv1.weight, plain.conv1.weight, rtol=1e-12).flatten(1).all(1)
+    assert moved.tolist() == [False, True, False, False]
+    ours, theirs = optimizer.state[net.conv1.weight], other.state[plain.conv1.weight]
+    torch.testing.assert_close(ours["momentum_buffer"][1], theirs["momentum_buffer"][1])
+    train(net, optimizer, 9, first=1)
+    assert all(bool(q.isfinite().all()) for q in net.parameters())
+    assert attachment.undone == 0
+
+
+def test_a_step_that_is_not_finite_is_undone_and_told(
+    make_net: MakeNet,
+    train: Train,
+    random_history: MakeHistory,
+    make_rule: MakeRule,
+    rule_name: str,
+) -> None:
+    net = make_net()
+    optimizer = sgd(net)
+    attachment = make_rule(random_history(net)).attach(optimizer, net.named_parameters())
+    train(net, optimizer, 1)
+    before = net.conv1.weight.detach().clone()
+    spoil(net, channel=2)
+    optimizer.step()
+    torch.testing.assert_close(net.conv1.weight[2], before[2])
+    assert bool(net.conv1.weight.isfinite().all())
+    channels = 4 if rule_name == "hyperball" else 1  # that undoes the step of a whole weight
+    assert attachment.undone == channels
+    attachment.clock = lambda: {"epoch": 0}
+    undone = f"undid {24 * channels} steps of channels of conv1.weight"
+    message = f"{undone} by step 25, since they, their gradients"
+    with pytest.warns(UserWarning, match=message):
+        step_on(optimizer, 23)
+
+
+@pytest.mark.filterwarnings("ignore:.* undid .* steps of channels of")
+def test_a_run_of_such_steps_ends(
+    make_net: MakeNet,
+    train: Train,
+    random_history: MakeHistory,
+    make_rule: MakeRule,
+    rule_name: str,
+) -> None:
+    net = make_net()
+    optimizer = sgd(net)
+    attachment = make_rule(random_history(net)).attach(optimizer, net.named_parameters())
+    attachment.clock = lambda: {"epoch": 0}
+    train(net, optimizer, 1)
+    spoil(net, channel=2)
+    step_on(optimizer, 123)
+    channels = 4 if rule_name == "hyperball" else 1
+    message = (
+        "had to undo the steps of conv1.weight 124 times in a row "
+        f"(now of {channels} channels): their gradients are not finite. Find the operation that "
+        "makes them so"
+    )
+    assert 100 <= MAX_STEPS_UNDONE <= 124  # it looks at every 25th
+    with pytest.raises(InputError, match=re.escape(message)):
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:.* undid .* steps of channels of")
+def test_a_run_whose_steps_are_what_is_not_finite_ends(
+    make_net: MakeNet, random_history: MakeHistory
+) -> None:
+    net = make_net().float()
+    history = random_history(net)
+    history.norms["conv1.weight"][:] = 1e-44
+    optimizer = torch.optim.SGD([net.conv1.weight], lr=0.02)
+    attachment = LRCorrection(history).attach(optimizer, net.named_parameters())
+    attachment.clock = lambda: {"epoch": 0}
+    net.conv1.weight.grad = across(net.conv1.weight)
+    with pytest.raises(InputError, match="steps or factors are not finite, so the run has diverg"):
+        step_on(optimizer, 125)
+
+
+@pytest.mark.parametrize("rule_name", ["stable", "paper", "layer"])
+def test_a_factor_that_is_not_finite(
+    make_net: MakeNet, random_history: MakeHistory, make_rule: MakeRule
+) -> None:
+    """A recorded norm so small that nothing in float32 can be divided by it."""
+    net = make_net().float()
+    history = random_history(net)
+    history.norms["conv1.weight"][:] = 1e-44
+    optimizer = sgd(net)
+    attachment = make_rule(history).attach(optimizer, net.named_parameters())
+    before = net.conv1.weight.detach().clone()
+    for name, q in net.named_parameters():
+        q.grad = torch.zeros_like(q)
+        if name.startswith("conv"):
+            q.grad = across(q)
+    optimizer.step()
+    assert attachment.undone == len(before)
+    torch.testing.assert_close(net.conv1.weight.detach(), before)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shrink", "gradient"),
+    [
+        # A factor of 1e36, which float32 holds, on steps of a thousand, whose product it does not.
+        (torch.float32, 1e-18, 1e6),
+        # A factor of 1e6, which half precision holds no more than its product with a step of one.
+        (torch.float16, 1e-3, 1e3),
+    ],
+)
+def test_a_product_that_the_weights_cannot_hold(
+    dtype: torch.dtype, shrink: float, gradient: float
+) -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(4, 3, 3, 3).to(dtype))
+    before = weight.detach().clone()
+    norms = channel_norms(weight)[None] * shrink
+    history = NormHistory.from_arrays({"c": norms.numpy()}, [10], [0])
+    optimizer = torch.optim.SGD([weight], lr=1e-3)
+    rule = LRCorrection(history, mode="paper", include=["c*"])
+    attachment = rule.attach(optimizer, [("c", weight)])
+    weight.grad = across(weight) * gradient
+    optimizer.step()
+    assert attachment.undone == 4
+    assert torch.equal(weight, before)
+
+
+def test_a_factor_that_half_precision_does_not_hold() -> None:
+    """Its product with a small step is an ordinary number."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(4, 3, 3, 3).half())
+    with torch.no_grad():
+        weight[:, 0, 0, 0] = 0.0  # next to which half precision has small numbers
+    norms = channel_norms(weight)
+    history = NormHistory.from_arrays({"c": norms[None].numpy() * 1e-3}, [10], [0])
+    optimizer = torch.optim.SGD([weight], lr=0.125)
+    rule = LRCorrection(history, mode="paper", include=["c*"])
+    attachment = rule.attach(optimizer, [("c", weight)])
+    weight.grad = torch.zeros_like(weight)
+    weight.grad[:, 0, 0, 0] = 2.0**-17
+    optimizer.step()
+    assert attachment.undone == 0
+    moved = weight[:, 0, 0, 0].detach().float()
+    torch.testing.assert_close(moved, torch.full((4,), -1e6 * 2.0**-20), rtol=1e-3, atol=0)
+
+
+def test_a_norm_that_half_precision_does_not_reach() -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(4, 1, 1, 1).half())
+    before = weight.detach().clone()
+    history = NormHistory.from_arrays({"c": [[1e6] * 4]}, [10], [0])
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    NormSchedule(history, include=["c"]).attach(optimizer, [("c", weight)])
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert torch.equal(weight, before)

@@ -1,0 +1,115 @@
+"""Test that two ranks, of which one finds what is not finite, warn and stop together.
+
+Run as a script it is one of the ranks: `python test_undone_on_ranks.py FOLDER RANK`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from nmlightning.errors import InputError
+from nmlightning.optim import DecayEquivalentLR
+from nmlightning.optim.nonfinite_steps import MAX_STEPS_UNDONE
+from nmlightning.weights.channel_norms import channel_norms
+
+
+def step_until_it_stops(rank: int) -> dict[str, Any]:
+    """Return what one rank is told; the gradients of rank 1 are NaN from the third step on."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 6, 3, bias=False), nn.Conv2d(6, 4, 3, bias=False))
+    fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, foreach=False)
+    attachment = DecayEquivalentLR(0.01, exclude=["1.*"]).attach(optimizer, net.named_parameters())
+    counts, state = [], {}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            for step in range(200):
+                for q in net.parameters():
+                    q.grad = torch.zeros_like(q)
+                    if rank == 1 and step >= 2:
+                        assert isinstance(q.grad, DTensor)
+                        q.grad.to_local().fill_(torch.nan)
+                optimizer.step()
+                counts.append(attachment.undone)
+                if step == 30:
+                    state = attachment.state_dict()
+        except InputError as error:
+            message = str(error)
+    resumed = DecayEquivalentLR(0.01, exclude=["1.*"]).attach(
+        torch.optim.SGD(net.parameters(), lr=0.01), net.named_parameters()
+    )
+    resumed.load_state_dict(state)
+    return {
+        "initial": state["weights"]["0.weight"]["initial"].tolist(),
+        "initial here": resumed.rules[0].state_dict()["initial"].tolist(),
+        "message": message,
+        "steps": attachment.steps,
+        "counts": counts,
+        "warnings": [str(each.message) for each in caught if "undid" in str(each.message)],
+        "resumed": resumed.undone,
+    }
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two ranks was told."""
+    folder = tmp_path_factory.mktemp("ranks")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(folder), str(rank)],
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_both_stop_with_one_message(told: list[dict[str, Any]]) -> None:
+    assert told[0] == told[1]
+    assert 100 <= MAX_STEPS_UNDONE <= 123  # it looks at every 25th
+    assert told[0]["steps"] == 125
+    assert told[0]["message"].startswith(
+        "DecayEquivalentLR had to undo the steps of 0.weight 123 times in a row (now of 3 "
+        "channels): their gradients are not finite."
+    )
+
+
+def test_a_resume_keeps_the_channels_of_both(told: list[dict[str, Any]]) -> None:
+    """One of the ranks writes the checkpoint, and both read it."""
+    torch.manual_seed(0)
+    norms = channel_norms(nn.Conv2d(2, 6, 3, bias=False).weight)
+    for rank in told:
+        torch.testing.assert_close(torch.tensor(rank["initial"]), norms)
+        assert rank["initial here"] == rank["initial"]
+
+
+def test_both_count_what_either_undid(told: list[dict[str, Any]]) -> None:
+    assert told[0]["counts"] == [3 * max(0, step - 1) for step in range(124)]
+    assert told[0]["resumed"] == 3 * 29
+    assert len(told[0]["warnings"]) == 4
+    assert "undid 69 steps of channels of 0.weight by step 25" in told[0]["warnings"][0]
+
+
+if __name__ == "__main__":
+    folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    (folder / f"{rank}.json").write_text(json.dumps(step_until_it_stops(rank)))
+    dist.destroy_process_group()

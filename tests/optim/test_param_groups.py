@@ -1,0 +1,154 @@
+"""Every trainable parameter in one group, and the right ones exempt."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+
+from nmlightning.errors import InputError
+from nmlightning.models.resnet import CifarResNet
+from nmlightning.optim.param_groups import parameter_groups
+
+DECAY = 5e-4
+
+
+class RmsNorm2d(nn.Module):
+    """Stands for the norms of other packages, which torch's classes do not tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+
+def decay_of(model: nn.Module, scope: str, decay: float = DECAY) -> dict[str, float]:
+    """Return the decay of every parameter by name, after a check that each is there once."""
+    groups = parameter_groups(model, decay, scope)  # type: ignore[arg-type]
+    found = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(found)
+    assert all(group["params"] for group in groups)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {id(p) for p in trainable.values()} == found.keys()
+    return {name: found[id(p)] for name, p in trainable.items()}
+
+
+@pytest.mark.parametrize(
+    ("scope", "decaying"),
+    [
+        ("all", lambda name: True),
+        ("no_norm", lambda name: ("conv" in name or "fc" in name) and "weight" in name),
+        ("last_layer", lambda name: name.startswith("fc")),
+        ("no_conv", lambda name: "conv" not in name and "shortcut.0" not in name),
+    ],
+)
+def test_scope_on_a_real_network(scope: str, decaying: object) -> None:
+    decays = decay_of(CifarResNet(20), scope)
+    assert decays == {name: DECAY if decaying(name) else 0.0 for name in decays}  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm1d(4),
+        nn.SyncBatchNorm(4),
+        nn.InstanceNorm2d(4, affine=True),
+        nn.LayerNorm(4),
+        nn.GroupNorm(2, 4),
+        nn.RMSNorm(4),
+        RmsNorm2d(),
+        type("Scaled", (nn.BatchNorm2d,), {})(4),
+    ],
+    ids=lambda norm: type(norm).__name__,
+)
+def test_no_norm_exempts_every_kind_of_norm(norm: nn.Module) -> None:
+    decays = decay_of(nn.Sequential(nn.Linear(4, 4), norm), "no_norm")
+    assert decays.pop("0.weight") == DECAY
+    assert set(decays.values()) == {0.0}
+
+
+def test_no_norm_exempts_biases_by_any_name() -> None:
+    model = nn.ModuleList([nn.LSTM(4, 4), nn.MultiheadAttention(4, 2), nn.Linear(4, 4)])
+    decays = decay_of(model, "no_norm")
+    assert {name for name, decay in decays.items() if decay == 0} == {
+        name for name in decays if "bias" in name
+    }
+
+
+class Scaled(nn.Module):
+    """A parametrization with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+
+def parametrized_net() -> nn.Module:
+    net = nn.ModuleDict({"conv": nn.Conv2d(2, 4, 1), "bn": nn.BatchNorm2d(4)})
+    for layer in net.values():
+        for name in ("weight", "bias"):
+            register_parametrization(layer, name, Scaled())
+    return net
+
+
+@pytest.mark.parametrize(
+    ("scope", "decaying"),
+    [
+        ("no_norm", lambda name: name.startswith("conv.parametrizations.weight")),
+        ("no_conv", lambda name: not name.startswith("conv.parametrizations.weight")),
+    ],
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_a_parametrization_keeps_goes_with_its_tensor(
+    scope: str, decaying: Callable[[str], bool], compiled: bool
+) -> None:
+    net = parametrized_net()
+    decays = decay_of(torch.compile(net, backend="eager") if compiled else net, scope)
+    assert len(decays) == 8
+    for name, decay in decays.items():
+        assert decay == (DECAY if decaying(name.removeprefix("_orig_mod.")) else 0.0), name
+
+
+def test_a_norm_that_is_itself_parametrized() -> None:
+    norm = nn.LayerNorm(4)
+    register_parametrization(norm, "weight", Scaled())
+    assert set(decay_of(norm, "no_norm").values()) == {0.0}
+
+
+def test_a_layer_that_only_sounds_like_a_norm_decays() -> None:
+    layer = type("NormalizedLinear", (nn.Linear,), {})(4, 4, bias=False)
+    assert decay_of(layer, "no_norm") == {"weight": DECAY}
+
+
+@pytest.mark.parametrize("scope", ["all", "no_norm", "no_conv", "last_layer"])
+def test_tied_and_frozen_parameters(scope: str) -> None:
+    embedding, middle, head = nn.Embedding(4, 4), nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+    head.weight = embedding.weight
+    middle.bias.requires_grad_(False)
+    decays = decay_of(nn.Sequential(embedding, middle, head), scope)
+    assert decays == {"0.weight": DECAY, "1.weight": 0.0 if scope == "last_layer" else DECAY}
+
+
+def test_without_a_value_the_optimizer_decides() -> None:
+    net = CifarResNet(20)
+    optimizer = torch.optim.SGD(parameter_groups(net, None, "no_norm"), lr=0.1, weight_decay=DECAY)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [DECAY, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("model", "decay", "scope", "message"),
+    [
+        (nn.Linear(2, 2), DECAY, "nonorm", r"one of all, no_norm, no_conv, last_layer\. Did you"),
+        (nn.Linear(2, 2), -1.0, "all", r"weight_decay is -1\.0; it must be 0 or more"),
+        (nn.Linear(2, 2), float("nan"), "all", "weight_decay is nan"),
+        (nn.Linear(2, 2), "0.1", "all", "weight_decay is '0.1'; it must be 0 or more"),
+        (nn.Conv2d(2, 2, 1), DECAY, "last_layer", r"needs an nn\.Linear, and Conv2d has none"),
+        (nn.ReLU(), DECAY, "all", "ReLU has no trainable parameter"),
+    ],
+)
+def test_bad_input(model: nn.Module, decay: float, scope: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parameter_groups(model, decay, scope)  # type: ignore[arg-type]

@@ -1,0 +1,149 @@
+import json
+import math
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nmlightning.probe.chart import GENERATOR, Band, draw_ranges
+from nmlightning.probe.report import HONESTLY, LayerRanges, NormRanges, verdict
+from nmlightning.reports.formatting import format_loss
+
+NORMS = ("half_l2", "l1", "linf", "top10")
+BANDS = (Band("l1", "L1 in half", 6.1e-5, 65504.0), Band("half_l2", "L2 in half", 0.0246, 255.97))
+
+
+def layer(
+    name: str = "bn",
+    scales: list[float] | None = None,
+    lost: Mapping[str, Mapping[str, int]] | None = None,
+    **given: Any,
+) -> LayerRanges:
+    """Return a batch norm of four channels; of each norm what is not lost is right."""
+    sizes = np.array([0.5, 1.0, 1.0, 2.0] if scales is None else scales, np.float32)
+    outcomes = {
+        norm: {"right": len(sizes) - sum(ways.values()), **ways}
+        for norm in given.pop("norms", NORMS)
+        for ways in ((lost or {}).get(norm, {}),)
+    }
+    settings = {"type_name": "BatchNorm2d", "kind": "batch", "values": 64, "eps": 1e-5}
+    settings |= {"deviations": 4 * sizes, "offset": 0.5, "outcomes": outcomes, **given}
+    return LayerRanges(name=name, scales=sizes, **settings)
+
+
+def of(*layers: LayerRanges) -> NormRanges:
+    return NormRanges(layers, NORMS, 1, {})
+
+
+FAILS = of(
+    layer("conv1", lost={"half_l2": {"dead": 4}}, scales=[300, 300, 300, 300]),
+    layer("conv2", lost={"half_l2": {"gradient not finite": 1}, "l1": {"wrong": 0}}),
+    layer("norm", kind="layer", norms=("half_l2", "l1")),
+)
+
+
+def test_shares() -> None:
+    assert FAILS.lost_share("half_l2") == 5 / 12
+    assert FAILS.lost_share("l1") == FAILS.lost_share("linf") == FAILS.input_share() == 0
+    assert [x.name for x in FAILS.losing_layers("half_l2")] == ["conv1", "conv2"]
+    assert FAILS.layers[1].lost("half_l2") == {"gradient not finite": 1}
+    assert FAILS.layers[1].lost("l1") == {}
+    assert FAILS.layers[2].lost_share("linf") is None
+
+
+def test_what_is_lost_in_the_input_is_no_norms_loss() -> None:
+    ranges = of(layer(lost={key: {"input": 3} for key in NORMS}))
+    assert (ranges.lost_share("half_l2"), ranges.input_share()) == (0, 3 / 4)
+
+
+def test_json() -> None:
+    broken = layer("x", scales=[math.nan, 1.0, math.inf, 2.0])
+    plain = json.loads(json.dumps(of(*FAILS.layers, broken).as_plain(), allow_nan=False))
+    assert plain["lost"]["half_l2"] == 5 / 16
+    first, _, _, last = plain["layers"]
+    assert first["lost"] == {"half_l2": {"dead": 1.0}, "l1": {}, "linf": {}, "top10": {}}
+    assert first["sigma"] == {"min": 300.0, "median": 300.0, "max": 300.0}
+    assert last["sigma"] == {"min": 1.0, "median": 1.5, "max": 2.0}
+    assert last["largest_deviation"] == 8.0
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [(None, "—"), (0, "0 %"), (1e-5, "<1 %"), (0.374, "37 %"), (0.999, ">99 %"), (1, "100 %")],
+)
+def test_losses_are_never_rounded_away(share: float | None, words: str) -> None:
+    assert format_loss(share) == words
+
+
+def test_verdict_of_what_fails() -> None:
+    assert verdict(FAILS) == [
+        "L2 op by op in half would lose 42 % of the channels, in 2 of 3 layers (33 % dead, 8 % "
+        "NaN gradient).",
+        "Swapping to l1 brings that to 0 % (L∞ 0 %, Top(10) 0 %).",
+        HONESTLY,
+    ]
+
+
+def test_verdict_of_what_does_not() -> None:
+    assert verdict(of(layer())) == [
+        "L2 op by op in half would lose no channel: σ is between 0.5 and 2.",
+        "A swap gains nothing in half.",
+        HONESTLY,
+    ]
+
+
+def test_verdict_of_what_no_swap_mends() -> None:
+    scales = [math.nan, 1.0, 1.0, 1.0]
+    broken = layer("a", scales=scales, lost={key: {"input": 1} for key in NORMS})
+    first, lost, then, _, _ = verdict(of(layer("b"), broken))
+    assert first == "The network itself gives inf or NaN in float32, to 1 layer: first to a."
+    assert lost == (
+        "12 % of the channels are lost before any norm, since float16 does not hold x: most in a, "
+        "where |x − μ| is up to 4 and |μ| up to 0.5 σ. No swap helps there."
+    )
+    assert then.startswith("L2 op by op in half would lose no channel more: σ is between ")
+
+
+def test_a_remedy_that_fails_is_not_praised() -> None:
+    ranges = of(layer(lost={"half_l2": {"dead": 2}, "l1": {"wrong": 1}}))
+    assert verdict(ranges)[1] == "Swapping to l1 brings that to 25 % (L∞ 0 %, Top(10) 0 %)."
+
+
+def bars_of(picture: str) -> dict[str, tuple[float, float, str]]:
+    """Return where the bar of each layer begins and ends, and its colour."""
+    name = "{http://www.w3.org/2000/svg}"
+    bars = {}
+    for bar in ET.fromstring(picture).iter(f"{name}rect"):
+        title = bar.findtext(f"{name}title")
+        if title:
+            left = float(bar.get("x", ""))
+            end = left + float(bar.get("width", ""))
+            bars[title.split(":")[0]] = (left, end, bar.get("fill", ""))
+    return bars
+
+
+def test_picture() -> None:
+    small, large = layer("<small>", [0.01, 0.1, 0.1, 1]), layer("large", [1, 10, 10, 100])
+    failing = layer("fails", [1e-3, 1e-3, 1e-3, 1e-2], lost={"half_l2": {"dead": 1}})
+    picture = draw_ranges([small, large, failing], *BANDS)
+    bars = bars_of(picture)
+    assert bars["<small>"][1] == pytest.approx(bars["large"][0], abs=0.2)  # both σ = 1
+    assert bars["fails"][1] == pytest.approx(bars["<small>"][0], abs=0.2)
+    widths = [end - left for left, end, _ in bars.values()]
+    assert widths[0] == pytest.approx(widths[1], abs=0.2) == pytest.approx(2 * widths[2], abs=0.2)
+    assert bars["large"][2] == bars["<small>"][2] != bars["fails"][2]
+    assert GENERATOR in picture
+    assert re.findall(r">(\d+ %)<", picture) == ["0 %"] * 5 + ["25 %"]
+
+
+@pytest.mark.parametrize(
+    "scales", [[0.0] * 4, [0.0, 1e-30, 1.0, 1e30], [math.nan] * 4, [math.inf, 1.0, 1.0, 1.0]]
+)
+def test_picture_of_extremes(scales: list[float]) -> None:
+    picture = draw_ranges([layer("bn", scales)], *BANDS)
+    assert "nan" not in picture
+    for left, end, _ in bars_of(picture).values():
+        assert 0 < left < end <= 980

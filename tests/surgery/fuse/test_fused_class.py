@@ -1,0 +1,260 @@
+"""Test that a module whose norms are fused is otherwise what it was, and can be it again."""
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from nmlightning import InputError, swap_norms
+from nmlightning.models import CifarResNet
+from nmlightning.surgery.fuse.fuse import fused_norms, unfuse, unfused
+from nmlightning.surgery.fuse.fused_class import fusion_of
+
+
+class Residual(nn.Module):
+    """A block that a pickle finds by its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True)
+        self.scale = 1.0
+        self.rescale = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.norm(self.conv(x))
+        if self.rescale:
+            out = out * self.scale
+        out += x
+        result: Tensor = self.relu(out)
+        return result
+
+
+def make(fuse: Any = "add_relu") -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Identity(), nn.ReLU(), Residual())
+    swap_norms(net, "l1", fuse=fuse)
+    return net
+
+
+def images() -> Tensor:
+    return torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def copies_by_pickle(net: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(net))  # type: ignore[no-any-return]
+
+
+def copies_by_file(net: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)  # type: ignore[no-any-return]
+
+
+def test_it_is_what_it_was_but_for_its_forward() -> None:
+    plain, net = make(None), make()
+    assert [type(m).__name__ for m in net.modules()] == [type(m).__name__ for m in plain.modules()]
+    assert isinstance(net, nn.Sequential)
+    assert isinstance(net[4], Residual)
+    assert type(net[4]).__module__ == __name__
+    assert list(net.state_dict()) == list(plain.state_dict())
+    assert repr(net[4].norm) == "L1BatchNorm2d(4, fused='add_relu')"
+    assert repr(net).replace(", fused='add_relu'", "").replace(", fused='relu'", "") == repr(plain)
+    torch.testing.assert_close(net(images()), plain(images()))
+
+
+@pytest.mark.parametrize("copies", [copy.deepcopy, copies_by_pickle, copies_by_file])
+def test_copies_are_fused_and_independent(copies: Any) -> None:
+    net = make()
+    twin = copies(net)
+    assert type(twin[4]) is type(net[4])
+    assert list(fused_norms(twin).values()) == ["relu", "add_relu"]
+    torch.testing.assert_close(twin(images()), net(images()), rtol=0, atol=0)
+    swap_norms(twin, "l2")
+    assert type(twin) is nn.Sequential
+    assert type(twin[4]) is Residual
+    assert fused_norms(twin) == {}
+    assert len(fused_norms(net)) == 2
+
+
+def test_modules_of_one_class_that_are_fused_alike_share_theirs() -> None:
+    """So that torch.compile compiles their code once."""
+    net = CifarResNet(20)
+    swap_norms(net, "l1", fuse="add_relu")
+    assert len({type(block) for stage in (net.layer1, net.layer2) for block in stage}) == 1
+
+
+@pytest.mark.parametrize("undo", [("l2", None), ("l1", None), ("linf", None)])
+def test_a_swap_without_undoes_it(undo: tuple[str, Any]) -> None:
+    net = make()
+    report = swap_norms(net, undo[0], fuse=undo[1])
+    assert [s.after for s in report.fused] == ["", ""]
+    assert "fused 2 with nothing any more" in str(report)
+    assert (type(net), type(net[4])) == (nn.Sequential, Residual)
+    assert all("fused" not in vars(m) for m in net.modules())
+
+
+def test_another_norm_or_extent_and_the_same_again() -> None:
+    net = make("relu")
+    assert str(swap_norms(net, "l1", fuse="relu")) == "swapped 0; 1 not fused"
+    assert [s.name for s in swap_norms(net, "linf", fuse="add_relu").fused] == ["4.norm"]
+    assert [s.after for s in swap_norms(net, "linf", fuse="relu").fused] == [""]
+    assert repr(net[1]) == "LInfBatchNorm2d(4, fused='relu')"
+    torch.testing.assert_close(net(images()), _twin(net)(images()))
+
+
+def test_only_what_is_picked_changes() -> None:
+    net = make()
+    report = swap_norms(net, "linf", include=["4.norm"])
+    assert [(s.name, s.before, s.after) for s in report.fused] == [("4.norm", "add_relu", "")]
+    assert list(fused_norms(net)) == [net[1]]
+
+
+def test_a_dry_run_tells_and_changes_nothing() -> None:
+    net = make(None)
+    swap_norms(net, "l2")
+    report = swap_norms(net, "l1", fuse="add_relu", dry_run=True)
+    assert str(report) == (
+        "would swap 2 BatchNorm2d → L1BatchNorm2d; would fuse 1 with the ReLU after them, "
+        "1 with the addition and the ReLU after them"
+    )
+    assert fused_norms(net) == {}
+    assert type(net[4]) is Residual
+
+
+def _twin(net: nn.Module) -> nn.Module:
+    twin = copy.deepcopy(net)
+    unfuse(twin)
+    return twin
+
+
+CHANGES = {
+    "another activation": lambda net: setattr(net[4], "relu", nn.GELU()),
+    "no activation": lambda net: delattr(net[4], "relu"),
+    "another branch": lambda net: setattr(net[4], "rescale", True),
+    "another norm": lambda net: net[4].register_module("norm", nn.SyncBatchNorm(4)),
+    "in a Sequential": lambda net: net.__setitem__(3, nn.GELU()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_the_forward_depends_on_takes_it_apart(change: str) -> None:
+    net = make()
+    with pytest.warns(UserWarning, match="was changed, on which its fused norms depend"):
+        CHANGES[change](net)
+    changed = net if change == "in a Sequential" else net[4]
+    assert fusion_of(changed) is None
+    assert len(fused_norms(net)) == 1
+
+
+def test_other_changes_do_not() -> None:
+    net = make()
+    net[4].conv = nn.Conv2d(4, 4, 1)
+    net[4].rescale = False
+    net[4].note = "mine"
+    net.train().half().float()
+    assert len(fused_norms(net)) == 2
+
+
+def test_torchs_conversion_to_sync_takes_it_apart() -> None:
+    """Else the network would lose its ReLUs without a word."""
+    net = make()
+    with pytest.warns(UserWarning, match="was changed, on which"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    assert fused_norms(net) == {}
+    assert type(net[4]) is Residual
+
+
+def test_slices_of_a_sequential_compute_what_they_did() -> None:
+    net = make()
+    twin = _twin(net)
+    for part in (slice(0, 4), slice(3, 5), slice(0, 5), slice(4, 5)):
+        torch.testing.assert_close(net[part](images()), twin[part](images()))
+    rebuilt = nn.Sequential(*net.children())
+    torch.testing.assert_close(rebuilt(images()), twin(images()))
+    with pytest.raises(InputError, match="norm 1 of a Sequential is fused with a ReLU that does"):
+        net[:2](images())
+
+
+def test_a_sequential_that_grew_and_shrank() -> None:
+    net = make()
+    net.append(nn.Flatten())
+    net.insert(0, nn.Identity())
+    torch.testing.assert_close(net(images()), _twin(net)(images()))
+    swap_norms(net, "l1")
+    assert fused_norms(net) == {}
+
+
+def test_unfused_for_a_while() -> None:
+    net = make()
+    classes = [type(m) for m in net.modules()]
+    with unfused(net):
+        assert fused_norms(net) == {}
+    assert [type(m) for m in net.modules()] == classes
+    assert list(fused_norms(net).values()) == ["relu", "add_relu"]
+
+
+def test_weight_norms_and_optimizers_go_on() -> None:
+    net, twin = make(), make(None)
+    for model in (net, twin):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        parametrizations.weight_norm(model[4].conv)
+        model(images()).square().sum().backward()
+        optimizer.step()
+    assert len(fused_norms(net)) == 2
+    for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_module_that_became_of_another_class_since_is_not_taken_apart() -> None:
+    net = make()
+    net[4].__class__ = type("FSDPResidual", (type(net[4]),), {})
+    before = [type(m) for m in net.modules()]
+    with pytest.raises(InputError, match="Residual with fused norms has become a FSDPResidual"):
+        swap_norms(net, "l2")
+    assert [type(m) for m in net.modules()] == before
+    swap_norms(net, "linf", fuse="add_relu")
+
+
+def test_an_output_that_is_changed_in_place_is_noticed() -> None:
+    """As after a ReLU, whose backward needs its output, too."""
+    net = make()
+    y = net(images())
+    y.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+# Dynamo of torch 2.11 instantiates any autograd function that it traces.
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("norm", ["l1", "linf"])
+def test_it_compiles_without_a_break_in_the_graph(norm: str) -> None:
+    net = make()
+    swap_norms(net, norm, fuse="add_relu")
+    twin = _twin(net)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    x, same = images().requires_grad_(), images().requires_grad_()
+    for model, given in ((compiled, x), (twin, same)):
+        model(given).square().sum().backward()
+    torch.testing.assert_close(x.grad, same.grad)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        ({"fuse": "relus"}, "fuse is 'relu' or 'add_relu', got 'relus'. Did you mean 'relu'?"),
+        ({"fuse": "relu", "norm": "l2"}, "'l2' is torch's own, give fuse=None"),
+        ({"fuse": "relu", "kinds": ["layer"]}, "fuse is for batch norms, and kinds is"),
+    ],
+)
+def test_what_cannot_be_is_named(arguments: dict[str, Any], answer: str) -> None:
+    with pytest.raises(InputError) as error:
+        swap_norms(nn.Sequential(nn.BatchNorm2d(3), nn.LayerNorm(3)), **arguments)
+    assert answer in str(error.value)

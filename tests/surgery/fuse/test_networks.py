@@ -1,0 +1,300 @@
+"""Test fused norms in networks that people use, and all that is done to such networks later."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import timm
+import torch
+import torchvision
+from pytorch_lightning.plugins.layer_sync import TorchSyncBatchNorm
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from nmlightning import (
+    NormSwap,
+    export_network,
+    fold_norms,
+    load_from_checkpoint,
+    probe_norms,
+    swap_norms,
+)
+from nmlightning.compat import _SyncKeepingOurs
+from nmlightning.models import VGG, CifarResNet
+from nmlightning.surgery.fuse.fuse import fused_norms, unfuse
+
+# How many norms do a ReLU, how many an addition and a ReLU, and why the others do neither.
+NETWORKS: dict[str, tuple[Any, int, int, set[str]]] = {
+    "ours": (lambda: CifarResNet(8), 4, 3, set()),
+    "our vgg": (lambda: VGG(11, width=4), 8, 0, set()),
+    "torchvision resnet18": (
+        lambda: torchvision.models.resnet18(num_classes=3),
+        9,
+        8,
+        {"it is the last of its Sequential"},
+    ),
+    "torchvision resnet50": (
+        lambda: torchvision.models.resnet50(num_classes=3),
+        33,
+        16,
+        {"it is the last of its Sequential"},
+    ),
+    "torchvision vgg11_bn": (lambda: torchvision.models.vgg11_bn(num_classes=3), 8, 0, set()),
+    "timm resnet18": (
+        lambda: timm.create_model("resnet18", num_classes=3),
+        9,
+        8,
+        {"it is the last of its Sequential"},
+    ),
+    "timm resnet26d": (
+        lambda: timm.create_model("resnet26d", num_classes=3),
+        19,
+        8,
+        {"it is the last of its Sequential"},
+    ),
+    "timm regnetx_002": (
+        lambda: timm.create_model("regnetx_002", num_classes=3),
+        27,
+        0,
+        {"nothing follows it in ConvNormAct"},
+    ),
+    "torchvision mobilenet_v2": (
+        lambda: torchvision.models.mobilenet_v2(num_classes=3),
+        0,
+        0,
+        {"ReLU6 follows it", "it is the last of its Sequential"},
+    ),
+    "timm efficientnet_b0": (
+        lambda: timm.create_model("efficientnet_b0", num_classes=3),
+        0,
+        0,
+        {"its own activation is SiLU", "nothing follows it"},
+    ),
+}
+
+
+def images(size: int = 32) -> Tensor:
+    return torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def spread_out(net: nn.Module) -> nn.Module:
+    """Give the norms weights and biases that are not alike, among them negative ones."""
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.weight.normal_(1, 0.5)
+                module.bias.normal_(0, 0.5)
+    return net
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_fused_and_that_training_is_the_same(name: str) -> None:
+    build, relus, sums, reasons = NETWORKS[name]
+    net = spread_out(build())
+    report = swap_norms(net, "l1", fuse="add_relu")
+    kinds = [s.after for s in report.fused]
+    assert (kinds.count("relu"), kinds.count("add_relu")) == (relus, sums)
+    given = {s.reason for s in report.not_fused}
+    assert all(any(reason in g for g in given) for reason in reasons)
+    assert bool(given) == bool(reasons)
+    twin = copy.deepcopy(net)
+    unfuse(twin)
+    if not report.fused:
+        return
+    outcomes = []
+    for model in (net, twin):
+        torch.manual_seed(0)
+        loss = model(images()).square().mean()
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        outcomes.append([loss, *gradients, model.eval()(images())])
+    for ours, theirs in zip(*outcomes, strict=True):
+        torch.testing.assert_close(
+            ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.detach().abs().max())
+        )
+
+
+class TestTimmsOwnActivation:
+    def net(self) -> nn.Module:
+        norm = timm.layers.BatchNormAct2d(4)
+        return spread_out(nn.Sequential(nn.Conv2d(3, 4, 3), norm))
+
+    def test_it_is_done_by_the_norm_and_given_back(self) -> None:
+        net = self.net()
+        norm = net[1]
+        swap_norms(net, "l1")
+        expected, hooks = net(images()), len(norm._forward_hooks)
+        assert str(swap_norms(net, "l1", fuse="relu")).endswith("fused 1 with the ReLU after them")
+        assert len(norm._forward_hooks) == hooks - 1
+        torch.testing.assert_close(net(images()), expected)
+        twin = copy.deepcopy(net)
+        for model in (net, twin):
+            swap_norms(model, "linf", fuse="add_relu")
+            assert repr(model[1]).startswith("LInfBatchNorm2d(\n  4, fused='relu'")
+            swap_norms(model, "l1")
+            torch.testing.assert_close(model(images()), expected)
+            swap_norms(model, "l1", fuse="relu")
+            swap_norms(model, "l2")
+            assert type(model[1]) is timm.layers.BatchNormAct2d
+            assert not model[1]._forward_hooks
+
+    def test_hooks_on_it_or_its_activation_are_a_reason_not_to(self) -> None:
+        for name in ("1", "1.act"):
+            net = self.net()
+            net.get_submodule(name).register_forward_hook(lambda *_: None)
+            (left,) = swap_norms(net, "l1", fuse="relu").not_fused
+            assert left.reason == "it or its activation has hooks"
+
+
+def fused_resnet() -> nn.Module:
+    net = spread_out(CifarResNet(8))
+    swap_norms(net, "l1", fuse="add_relu")
+    net(images())  # so that the running statistics are something
+    return net
+
+
+@pytest.mark.parametrize("suffix", ["pt", "onnx", "pt2"])
+def test_export_takes_a_copy_apart(suffix: str, tmp_path: Path) -> None:
+    if suffix == "onnx":
+        pytest.importorskip("onnxscript")
+    format = {"pt": "state_dict", "onnx": "onnx", "pt2": "torch_export"}[suffix]
+    net = fused_resnet()
+    report = export_network(net, tmp_path / f"net.{suffix}", format, (3, 32, 32))
+    assert report.difference < 1e-5
+    assert len(report.fold.folded) == 7  # type: ignore[union-attr]
+    assert len(fused_norms(net)) == 7
+
+
+def test_fold_norms_takes_the_network_apart() -> None:
+    net = fused_resnet().eval()
+    expected = net(images())
+    assert len(fold_norms(net)) == 7
+    torch.testing.assert_close(net(images()), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_probe_sees_the_norms_alone() -> None:
+    net = fused_resnet()
+    twin = copy.deepcopy(net)
+    unfuse(twin)
+    seen = [
+        probe_norms(model, [images()], lambda net, x: net(x).square().mean())
+        for model in (net, twin)
+    ]
+    assert seen[0].layers == seen[1].layers or [x.outcomes for x in seen[0].layers] == [
+        x.outcomes for x in seen[1].layers
+    ]
+    assert len(fused_norms(net)) == 7
+
+
+def test_averages_of_a_fused_model_are_fused() -> None:
+    net = fused_resnet()
+    average = AveragedModel(net)
+    average.update_parameters(net)
+    assert len(fused_norms(average)) == 7
+    torch.testing.assert_close(average.eval()(images()), net.eval()(images()))
+
+
+class Classifier(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.build()
+
+    def build(self) -> None:
+        self.net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
+        self.fc = nn.Linear(64, 2)
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        return self.fc(self.net(batch[0])).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def train_dataloader(self) -> Any:
+        torch.manual_seed(2)
+        data = torch.utils.data.TensorDataset(torch.randn(8, 1, 6, 6))
+        return torch.utils.data.DataLoader(data, batch_size=4)
+
+
+class BuiltLate(Classifier):
+    def __init__(self) -> None:
+        pl.LightningModule.__init__(self)
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "net"):
+            self.build()
+
+
+def fit(module: pl.LightningModule, *callbacks: Any, **options: Any) -> pl.Trainer:
+    path = options.pop("ckpt_path", None)
+    trainer = pl.Trainer(
+        **{"max_epochs": 1, "accelerator": "cpu", **options},
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, ckpt_path=path)
+    return trainer
+
+
+@pytest.mark.parametrize("made", [Classifier, BuiltLate])
+def test_norm_swap_fuses_and_a_resume_may_do_otherwise(made: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = made()
+    trainer = fit(module, NormSwap("l1", fuse="relu"))
+    assert list(fused_norms(module).values()) == ["relu"]
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    (recipe,) = torch.load(tmp_path / "a.ckpt", weights_only=True)["nmlightning"]["norm_swaps"]
+    assert "fuse" not in recipe
+    plain = made()
+    fit(plain, NormSwap("l1"), max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
+    fit(module, NormSwap("l1", fuse="relu"), max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
+    assert fused_norms(plain) == {}
+    for ours, theirs in zip(module.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_checkpoint_is_loaded_without(tmp_path: Path) -> None:
+    module = Classifier()
+    fit(module, NormSwap("l1", fuse="relu")).save_checkpoint(tmp_path / "a.ckpt")
+    loaded = load_from_checkpoint(Classifier, tmp_path / "a.ckpt")
+    assert fused_norms(loaded) == {}
+    x = torch.randn(2, 1, 6, 6)
+    torch.testing.assert_close(loaded.eval().net(x), module.eval().net(x))
+
+
+def test_sync_batchnorm_of_a_trainer_keeps_what_is_fused() -> None:
+    module = Classifier()
+    swap_norms(module, "l1", fuse="relu")
+    _SyncKeepingOurs(TorchSyncBatchNorm()).apply(module)
+    assert list(fused_norms(module).values()) == ["relu"]
+    assert module.net[1].sync
+
+
+# Dynamo of torch 2.11 instantiates any autograd function that it traces.
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("fuse", [None, "add_relu"])
+def test_compiled_code_keeps_no_more_for_backward_than_batch_norms(fuse: str | None) -> None:
+    """And no mask: of the ReLU whose output nothing else needs, torch keeps one for any norm."""
+
+    def kept(net: nn.Module) -> list[tuple[torch.dtype, int]]:
+        tensors: list[tuple[torch.dtype, int]] = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            tensors.append((tensor.dtype, tensor.numel()))
+            return tensor
+
+        compiled = torch.compile(net, fullgraph=True, backend="aot_eager_decomp_partition")
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            compiled(images(12))
+        return tensors
+
+    plain, net = CifarResNet(8), CifarResNet(8)
+    swap_norms(net, "l1", fuse=fuse)
+    theirs, ours = kept(plain), kept(net)
+    assert sum(count for _, count in ours) <= sum(count for _, count in theirs)
+    masks = [[t for t in tensors if t[0] == torch.bool] for tensors in (ours, theirs)]
+    assert masks[0] == masks[1]

@@ -1,0 +1,161 @@
+"""Test that a checkpoint of a swapped model loads without a Trainer, for both packages."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch
+import pytest
+import pytorch_lightning
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_modules import BuildsLate, Classifies, make_trainer
+from nmlightning import load_from_checkpoint, swap_norms
+from nmlightning.callbacks import NormSwap
+from nmlightning.errors import InputError
+from nmlightning.norms.mean_only import MeanOnlyBatchNorm2d
+from nmlightning.surgery.recipes import NORM_SWAP, recipes_in
+
+
+class Remembers(Classifies):
+    """Has hyper-parameters, and a norm with an activation inside."""
+
+    def __init__(self, width: int = 4, where: Any = None) -> None:
+        self.width = width
+        super().__init__()
+        self.save_hyperparameters()  # type: ignore[attr-defined]
+
+    def build(self) -> None:
+        norms = [nn.BatchNorm2d(self.width), timm.layers.BatchNormAct2d(3)]
+        convs = [nn.Conv2d(2, self.width, 3), nn.Conv2d(self.width, 3, 3)]
+        features = [convs[0], norms[0], nn.Tanh(), convs[1], norms[1]]
+        self.net = nn.Sequential(*features, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)  # type: ignore[no-any-return]
+
+
+class PlModule(Remembers, pytorch_lightning.LightningModule):
+    pass
+
+
+class UnifiedModule(Remembers, lightning.pytorch.LightningModule):
+    pass
+
+
+class PlLate(BuildsLate, PlModule):
+    pass
+
+
+def images() -> Tensor:
+    return torch.randn(8, 2, 6, 6, generator=torch.Generator().manual_seed(2))
+
+
+def save(module: Any, path: Path, *swaps: NormSwap, weights_only: bool = False) -> None:
+    """Train `module` for two steps, and save it."""
+    trainer = make_trainer(type(module), *swaps)
+    loader = DataLoader(TensorDataset(images(), torch.arange(8) % 3), batch_size=4)
+    trainer.fit(module, loader, loader)
+    trainer.save_checkpoint(path, weights_only=weights_only)
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Compare classes, settings, and outputs in training and in evaluation."""
+    assert repr(one) == repr(other)
+    for mode in (False, True):
+        torch.testing.assert_close(
+            one.train(mode)(images()), other.train(mode)(images()), rtol=0, atol=0
+        )
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize("module_class", [PlModule, UnifiedModule, PlLate])
+def test_it_is_what_was_trained(module_class: type, weights_only: bool, tmp_path: Path) -> None:
+    module = module_class()
+    swap = NormSwap("topk", {"k": 3, "constant": "paper", "stats_dtype": "float64"})
+    save(module, tmp_path / "a.ckpt", swap, weights_only=weights_only)
+    loaded = load_from_checkpoint(module_class, tmp_path / "a.ckpt", map_location="cpu")
+    assert type(loaded) is module_class
+    assert "TopKBatchNorm2d(\n      3, k=3" in repr(loaded)
+    assert_same(loaded, module)
+
+
+def test_a_norm_without_a_scale(tmp_path: Path) -> None:
+    module = PlModule()
+    save(module, tmp_path / "a.ckpt", NormSwap("mean"))
+    loaded = load_from_checkpoint(PlModule, tmp_path / "a.ckpt")
+    assert type(loaded.net[1]) is MeanOnlyBatchNorm2d
+    assert not loaded.net[1].weight.requires_grad
+    assert_same(loaded, module)
+
+
+def test_two_swaps_are_made_in_their_order(tmp_path: Path) -> None:
+    module = PlModule()
+    save(module, tmp_path / "a.ckpt", NormSwap("l1", {"eps": 0.1}), NormSwap("linf"))
+    loaded = load_from_checkpoint(PlModule, tmp_path / "a.ckpt")
+    assert loaded.net[1].eps == 0.1
+    assert_same(loaded, module)
+
+
+def test_it_may_be_loaded_saved_and_loaded_again(tmp_path: Path) -> None:
+    module = PlModule()
+    save(module, tmp_path / "a.ckpt", NormSwap("l1"))
+    loaded = load_from_checkpoint(PlModule, tmp_path / "a.ckpt")
+    save(loaded, tmp_path / "b.ckpt", NormSwap("l1"))
+    assert_same(load_from_checkpoint(PlModule, tmp_path / "b.ckpt"), loaded)
+
+
+def test_a_module_that_is_loaded_keeps_its_recipe_without_a_callback(tmp_path: Path) -> None:
+    save(PlModule(), tmp_path / "a.ckpt", NormSwap("l1"))
+    loaded = load_from_checkpoint(PlModule, tmp_path / "a.ckpt")
+    save(loaded, tmp_path / "b.ckpt")
+    assert_same(load_from_checkpoint(PlModule, tmp_path / "b.ckpt"), loaded)
+
+
+def test_a_norm_that_was_exchanged_after_loading_is_forgotten(tmp_path: Path) -> None:
+    save(PlModule(), tmp_path / "a.ckpt", NormSwap("l1"))
+    loaded = load_from_checkpoint(PlModule, tmp_path / "a.ckpt")
+    save(loaded, tmp_path / "b.ckpt", NormSwap("linf"))
+    assert [r["norm"] for r in recipes_in(torch.load(tmp_path / "b.ckpt"), NORM_SWAP)] == ["linf"]
+    assert_same(load_from_checkpoint(PlModule, tmp_path / "b.ckpt"), loaded)
+
+
+def test_arguments_reach_the_module(tmp_path: Path) -> None:
+    save(PlModule(width=5), tmp_path / "a.ckpt", NormSwap("l1"))
+    assert load_from_checkpoint(PlModule, str(tmp_path / "a.ckpt")).width == 5
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        load_from_checkpoint(PlModule, tmp_path / "a.ckpt", width=6)
+
+
+def test_hyper_parameters_that_are_objects(tmp_path: Path) -> None:
+    save(PlModule(where=Path("data")), tmp_path / "a.ckpt", NormSwap("l1"))
+    loaded = load_from_checkpoint(PlModule, tmp_path / "a.ckpt", weights_only=False)
+    assert "L1BatchNorm2d" in repr(loaded)
+
+
+def test_a_checkpoint_without_a_recipe_is_loaded_as_it_is(tmp_path: Path) -> None:
+    module = PlModule()
+    save(module, tmp_path / "a.ckpt")
+    assert_same(load_from_checkpoint(PlModule, tmp_path / "a.ckpt"), module)
+
+
+@pytest.mark.parametrize("norm", ["l1", "mean"])
+def test_a_swapped_checkpoint_loads_into_the_plain_model(norm: str, tmp_path: Path) -> None:
+    module = PlModule()
+    save(module, tmp_path / "a.ckpt", NormSwap(norm))
+    plain = PlModule.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert type(plain.net[1]) is nn.BatchNorm2d
+    torch.testing.assert_close(plain.eval()(images()), module.eval()(images()))
+    swap_norms(module, "l2")
+    assert_same(plain, module)
+
+
+def test_another_version_of_the_recipe_is_refused(tmp_path: Path) -> None:
+    save(PlModule(), tmp_path / "a.ckpt", NormSwap("l1"))
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    checkpoint["nmlightning"]["version"] = 2
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    with pytest.raises(InputError, match="version 2, and this release reads 1"):
+        load_from_checkpoint(PlModule, tmp_path / "a.ckpt")

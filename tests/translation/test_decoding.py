@@ -1,0 +1,144 @@
+"""Beam search against all translations that there are, and against a beam kept by hand."""
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from nmlightning.errors import InputError
+from nmlightning.translation import decoding as beam_search
+from nmlightning.translation import decoding as greedy_search
+from nmlightning.translation.decoding import penalise
+from nmlightning.translation.tokenizer import BOS, EOS, PAD
+from written_odds import WrittenOdds
+
+SOURCE = torch.tensor([[5, 4, 2], [4, 2, 0], [3, 2, 0]])
+LIMITS = [4, 3, 3]  # with one token more
+
+
+def chances(net: WrittenOdds, sentence: int, written: tuple[int, ...]) -> list[float]:
+    """Return the log-probabilities of what follows, PAD and BOS ruled out."""
+    chances = net.logits(sentence, (BOS, *written)).log_softmax(0)
+    chances[[PAD, BOS]] = -math.inf
+    return chances.tolist()
+
+
+def score(net: WrittenOdds, sentence: int, tokens: tuple[int, ...], alpha: float) -> float:
+    """Return log P / ((5 + |Y|) / 6)^α."""
+    total = sum(chances(net, sentence, tokens[:t])[token] for t, token in enumerate(tokens))
+    return total / ((5 + len(tokens)) / 6) ** alpha
+
+
+def search_all(net: WrittenOdds, sentence: int, limit: int, alpha: float) -> list[int]:
+    """Return the best of all translations that end within the limit."""
+    words = [token for token in range(net.vocab_size) if token not in (PAD, BOS, EOS)]
+    every = ((*tokens, EOS) for n in range(limit) for tokens in itertools.product(words, repeat=n))
+    return list(max(every, key=lambda tokens: score(net, sentence, tokens, alpha)))[:-1]
+
+
+def search_by_hand(
+    net: WrittenOdds, sentence: int, limit: int, alpha: float, beam_size: int
+) -> list[int]:
+    """Return what the docstring says, with lists."""
+    beam: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+    kept: list[tuple[float, tuple[int, ...]]] = []
+    for length in range(1, limit + 1):
+        grown = sorted(
+            (
+                (total + chance, (*tokens, token))
+                for total, tokens in beam
+                for token, chance in enumerate(chances(net, sentence, tokens))
+            ),
+            reverse=True,
+        )
+        ended = [each for each in grown[:beam_size] if each[1][-1] == EOS]
+        kept += [(total / ((5 + length) / 6) ** alpha, tokens[:-1]) for total, tokens in ended]
+        beam = [each for each in grown if each[1][-1] != EOS][:beam_size]
+        hope = beam[0][0] / ((5 + limit) / 6) ** alpha
+        if len(kept) >= beam_size or (kept and max(kept)[0] >= hope):
+            break
+    return list(max(kept)[1] if kept else beam[0][1])
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 2.0])
+def test_a_wide_beam_finds_the_best_of_all(seed: int, alpha: float) -> None:
+    net = WrittenOdds(seed=seed)
+    found = beam_search(net, SOURCE, beam_size=200, length_penalty=alpha, extra_length=1)
+    sentences = zip(SOURCE[:, 0].tolist(), LIMITS, strict=True)
+    assert found == [search_all(net, *each, alpha) for each in sentences]
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("beam_size", [1, 2, 4, 7])
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 2.0])
+@pytest.mark.parametrize("vocab_size", [5, 8])
+def test_a_narrow_beam_is_the_one_kept_by_hand(
+    seed: int, beam_size: int, alpha: float, vocab_size: int
+) -> None:
+    net = WrittenOdds(vocab_size, seed=seed)
+    found = beam_search(net, SOURCE, beam_size=beam_size, length_penalty=alpha, extra_length=6)
+    sentences = zip(SOURCE[:, 0].tolist(), (9, 8, 8), strict=True)
+    assert found == [search_by_hand(net, *each, alpha, beam_size) for each in sentences]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_beam_of_one_is_greedy(seed: int) -> None:
+    net = WrittenOdds(9, seed=seed)
+    source = torch.arange(3, 23)[:, None]
+    for alpha in (0.0, 0.6, 3.0):
+        found = beam_search(net, source, beam_size=1, length_penalty=alpha, extra_length=5)
+        assert found == greedy_search(net, source, extra_length=5)
+
+
+def test_a_larger_penalty_of_length_finds_longer_translations() -> None:
+    net, source = WrittenOdds(9), torch.arange(3, 43)[:, None]
+    lengths = [
+        sum(map(len, beam_search(net, source, length_penalty=alpha, extra_length=8)))
+        for alpha in (0.0, 0.6, 3.0)
+    ]
+    assert lengths[0] < lengths[1] < lengths[2]
+
+
+def test_the_penalty_is_the_papers() -> None:
+    assert penalise(7, 0.6) == pytest.approx(2**0.6)
+    assert penalise(1, 0.6) == 1
+    torch.testing.assert_close(penalise(torch.tensor([1, 7]), 2.0), torch.tensor([1.0, 4.0]))
+
+
+def test_finished_sentences_leave_the_batch() -> None:
+    net = WrittenOdds(9, sharpness=5)
+    source = torch.arange(3, 23)[:, None]
+    beam_search(net, source, beam_size=3, extra_length=10)
+    assert net.rows_asked[0] == 20  # one each: nothing has been written that could differ
+    assert net.rows_asked[1:] == sorted(net.rows_asked[1:], reverse=True)
+    assert all(rows % 3 == 0 for rows in net.rows_asked[1:])
+    assert len(set(net.rows_asked[1:])) > 3
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_network_that_diverged_ends_all_the_same(bad: float) -> None:
+    found = beam_search(WrittenOdds(sharpness=bad), SOURCE, extra_length=4)
+    assert [len(translation) <= 7 for translation in found] == [True] * 3
+    assert {PAD, BOS, EOS}.isdisjoint({token for row in found for token in row})
+
+
+def test_no_sentence() -> None:
+    assert beam_search(WrittenOdds(), SOURCE[:0]) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beam_size": 0}, r"beam_size must be a whole number of at least 1, got 0"),
+        ({"length_penalty": -0.1}, r"length_penalty must be a number of at least 0, got -0\.1"),
+        ({"length_penalty": "0.6"}, r"length_penalty must be a number of at least 0, got '0\.6'"),
+        ({"length_penalty": math.nan}, r"length_penalty must be a number .* got nan"),
+        ({"extra_length": 1.5}, r"extra_length must be a whole number of at least 0, got 1\.5"),
+    ],
+)
+def test_what_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        beam_search(WrittenOdds(), SOURCE, **options)

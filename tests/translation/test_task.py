@@ -1,0 +1,263 @@
+"""Translator in a real Trainer: what it logs, keeps and refuses, and that it learns."""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import sacrebleu
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch.nn import functional as F
+
+from nmlightning import load_from_checkpoint
+from nmlightning.callbacks.norm_swap import NormSwap
+from nmlightning.callbacks.weight_norm_swap import WeightNormSwap
+from nmlightning.errors import InputError
+from nmlightning.norms.layer_norm import L1LayerNorm
+from nmlightning.optim.schedules import InverseSquareRootLR
+from nmlightning.translation.task import Translator
+from nmlightning.translation.tokenizer import PAD
+from translation_runs import (
+    VOCABULARY,
+    draw_pairs,
+    make_net,
+    make_text,
+    make_trainer,
+    make_translator,
+    warm_up,
+)
+
+EVALUATED = ("loss", "ppl", "word_ppl", "bleu")
+
+
+def test_learns_to_translate_and_says_how_well(tmp_path: Path) -> None:
+    task, data = make_translator(lr_scheduler=warm_up), make_text(tmp_path)
+    (untrained,) = make_trainer().validate(task, data, verbose=False)
+    trainer = make_trainer(max_epochs=4, check_val_every_n_epoch=4)
+    trainer.fit(task, data)
+    metrics = trainer.callback_metrics
+    training = {f"train/{name}" for name in ("loss", "ppl", "tokens_per_s")}
+    assert set(metrics) == training | {f"val/{name}" for name in EVALUATED}
+    assert 1 < metrics["val/ppl"] < 0.02 * untrained["val/ppl"]
+    assert metrics["val/ppl"] < metrics["val/word_ppl"]
+    assert metrics["train/tokens_per_s"] > 0
+
+
+class Losses(pl.Callback):
+    """Keeps the loss of each batch, and what is logged after each."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.logged: list[float] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *outputs: Any) -> None:
+        self.losses.append(float(outputs[1]["loss"]))
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if "train/loss" in trainer.callback_metrics:
+            self.logged.append(float(trainer.callback_metrics["train/loss"]))
+
+
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_training_is_logged_as_means_of_all_batches(accumulated: int, tmp_path: Path) -> None:
+    losses, batches = Losses(), 2 * accumulated
+    trainer = make_trainer(
+        callbacks=[losses],
+        log_every_n_steps=2,
+        accumulate_grad_batches=accumulated,
+        limit_train_batches=2 * batches + 1,
+        limit_val_batches=0,
+    )
+    trainer.fit(make_translator(), make_text(tmp_path))
+    scaled = [accumulated * loss for loss in losses.losses]
+    first, second = (sum(scaled[i : i + batches]) / batches for i in (0, batches))
+    assert losses.logged[batches - 1] == pytest.approx(first, rel=1e-5)
+    assert losses.logged[-1] == pytest.approx(second, rel=1e-5)
+    assert len(losses.logged) == 2 * batches
+
+
+def test_perplexities_are_those_of_all_sentences(tmp_path: Path) -> None:
+    task, data = make_translator(), make_text(tmp_path)
+    (found,) = make_trainer().validate(task, data, verbose=False)
+    nats, subwords = 0.0, 0
+    for batch in data.val_dataloader():
+        logits = task.net(batch.source, batch.target[:, :-1]).detach()
+        labels = batch.target[:, 1:]
+        nats += F.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=PAD, reduction="sum"
+        ).item()
+        subwords += int((labels != PAD).sum())
+    words = sum(len(target.split()) + 1 for _, target in draw_pairs(30, seed=2))
+    assert found["val/loss"] == pytest.approx(nats / subwords, rel=1e-5)
+    assert found["val/ppl"] == pytest.approx(math.exp(nats / subwords), rel=1e-4)
+    assert found["val/word_ppl"] == pytest.approx(math.exp(nats / words), rel=1e-4)
+
+
+@pytest.mark.parametrize(("stage", "beam"), [("validate", 1), ("test", 3)])
+def test_bleu_is_sacrebleus_of_greedy_or_beam_search(stage: str, beam: int, tmp_path: Path) -> None:
+    task, data = make_translator(beam_size=3, lr_scheduler=warm_up), make_text(tmp_path)
+    make_trainer(max_epochs=2, limit_val_batches=0).fit(task, data)
+    (found,) = getattr(make_trainer(), stage)(task, data, verbose=False)
+    translations, references = [], []
+    task.eval()
+    for batch in data.val_dataloader():
+        with torch.no_grad():
+            translations += task.translate(batch.source, beam_size=beam)
+        references += batch.references
+    expected = sacrebleu.corpus_bleu(translations, [references], smooth_method="none").score
+    name = {"validate": "val", "test": "test"}[stage]
+    assert found[f"{name}/bleu"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_test_says_the_bleu_to_publish(tmp_path: Path, caplog: Any) -> None:
+    for package in ("pytorch_lightning", "lightning.pytorch"):  # the one imported last speaks
+        caplog.set_level(logging.INFO, logger=package)
+    make_trainer().test(make_translator(), make_text(tmp_path), verbose=False)
+    (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Translator")]
+    assert "BLEU 0.00 (nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:" in line
+
+
+def test_predictions_are_text(tmp_path: Path) -> None:
+    task, data = make_translator(), make_text(tmp_path)
+    batches = make_trainer().predict(task, data)
+    assert batches is not None
+    texts = [text for batch in batches for text in batch]
+    assert len(texts) == 30
+    assert all(isinstance(text, str) for text in texts)
+
+
+def test_a_checkpoint_is_enough_to_translate(tmp_path: Path) -> None:
+    task, data = make_translator(), make_text(tmp_path)
+    trainer = make_trainer(max_epochs=2, callbacks=[NormSwap("l1", kinds=["layer"])])
+    trainer.fit(task, data)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    restored = load_from_checkpoint(
+        Translator, tmp_path / "last.ckpt", net=make_net(), optimizer=torch.optim.Adam
+    )
+    assert sum(isinstance(module, L1LayerNorm) for module in restored.modules()) == 7
+    batch = next(iter(data.val_dataloader()))
+    ours, theirs = (t.eval().translate(batch.source) for t in (restored, task))
+    assert ours == theirs
+
+
+def test_weights_may_be_normalised(tmp_path: Path) -> None:
+    task = make_translator(make_net(norm="none", scale_branches=True))
+    swap = WeightNormSwap(include=["net.encoder.*.weight", "net.decoder.*.weight"])
+    trainer = make_trainer(max_epochs=4, callbacks=[swap])
+    trainer.fit(task, make_text(tmp_path))
+    assert trainer.callback_metrics["val/ppl"] < 10
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_resumed_run_ends_in_the_same_weights(tmp_path: Path) -> None:
+    """From a checkpoint within its second epoch, with another seed: the same to the bit."""
+
+    def fit(seed: int, checkpoint: Path | None = None) -> dict[str, Any]:
+        pl.seed_everything(seed, verbose=False)
+        task = make_translator(lr_scheduler=warm_up)
+        keep = ModelCheckpoint(
+            tmp_path / "kept" / str(seed), "{step}", every_n_train_steps=20, save_top_k=-1
+        )
+        trainer = make_trainer(
+            max_epochs=2, limit_val_batches=0, enable_checkpointing=True, callbacks=[keep]
+        )
+        trainer.fit(task, make_text(tmp_path), ckpt_path=checkpoint)
+        return task.state_dict()
+
+    whole, resumed = fit(1), fit(2, tmp_path / "kept" / "1" / "step=20.ckpt")
+    assert all(torch.equal(whole[name], value) for name, value in resumed.items())
+
+
+def test_the_schedule_moves_after_each_step(tmp_path: Path) -> None:
+    task = make_translator(lr_scheduler=lambda o: InverseSquareRootLR(o, 4))
+    trainer = make_trainer(max_steps=3, max_epochs=-1, limit_val_batches=0)
+    trainer.fit(task, make_text(tmp_path))
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(8e-3)
+    task = make_translator(lr_scheduler=lambda o: InverseSquareRootLR(o, 4), lr_interval="epoch")
+    trainer = make_trainer(max_epochs=2, limit_val_batches=0)
+    trainer.fit(task, make_text(tmp_path))
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(8e-3 * 3 / 4)
+
+
+def test_norms_and_biases_do_not_decay() -> None:
+    def adamw(groups: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, weight_decay=0.1)
+
+    decaying, exempt = make_translator(optimizer=adamw).configure_optimizers().param_groups
+    assert (decaying["weight_decay"], exempt["weight_decay"]) == (0.1, 0.0)
+    assert all(parameter.dim() == 2 for parameter in decaying["params"])
+    assert all(parameter.dim() == 1 for parameter in exempt["params"])
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_trains_in_precision(precision: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(precision=precision, limit_train_batches=3)
+    trainer.fit(make_translator(), make_text(tmp_path))
+    assert trainer.callback_metrics["val/loss"].isfinite()
+
+
+def test_compiles_once_for_all_shapes(tmp_path: Path, monkeypatch: Any) -> None:
+    task, calls = make_translator(compile=True), []
+    monkeypatch.setattr(task.net, "compile", lambda **options: calls.append(options))
+    trainer = make_trainer(max_steps=1)
+    trainer.fit(task, make_text(tmp_path))
+    trainer.validate(task, make_text(tmp_path), verbose=False)
+    assert calls == [{"dynamic": True}]
+
+
+def test_a_vocabulary_must_fit_into_the_network(tmp_path: Path) -> None:
+    task = make_translator(make_net(vocab_size=VOCABULARY - 1))
+    with pytest.raises(InputError, match=f"has {VOCABULARY} entries and Transformer embeddings"):
+        make_trainer().fit(task, make_text(tmp_path))
+
+
+def test_another_vocabulary_than_the_checkpoints_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(max_steps=1)
+    trainer.fit(make_translator(), make_text(tmp_path))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    other = make_text(tmp_path, vocab_size=VOCABULARY - 2)
+    with pytest.raises(
+        InputError, match=r"another vocabulary \(280 entries, \w+\) than the data's"
+    ):
+        make_trainer().test(make_translator(), other, ckpt_path=str(tmp_path / "last.ckpt"))
+
+
+def test_without_a_tokenizer_nothing_is_translated(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="Translator has no tokenizer: fit with a data module"):
+        make_translator().translate(torch.tensor([[5, 2]]))
+    data = make_text(tmp_path)
+    data.setup("fit")
+    trainer = make_trainer(limit_train_batches=1)
+    trainer.fit(make_translator(), data.train_dataloader(), data.val_dataloader())
+    assert "val/bleu" not in trainer.callback_metrics
+    assert trainer.callback_metrics["val/ppl"] > 1
+
+
+def test_is_not_sharded(monkeypatch: Any) -> None:
+    task = make_translator()
+    monkeypatch.setattr(task, "_device_mesh", object())
+    with pytest.raises(InputError, match="Give the Trainer the strategy ddp"):
+        task.configure_model()
+
+
+def test_the_network_must_be_able_to_write_token_by_token() -> None:
+    with pytest.raises(InputError, match="Linear is no sequence model, since it has no vocab_size"):
+        make_translator(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_smoothing": 1.0}, "label_smoothing must be at least 0 and less than 1, got 1.0"),
+        ({"beam_size": 0}, "beam_size must be a whole number of at least 1, got 0"),
+        ({"extra_length": -1}, "extra_length must be a whole number of at least 0, got -1"),
+        ({"length_penalty": -0.1}, "length_penalty must be a number of at least 0, got -0.1"),
+        ({"length_penalty": "long"}, "length_penalty must be a number of at least 0, got 'long'"),
+    ],
+)
+def test_settings_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_translator(**options)
