@@ -21,7 +21,7 @@ from torch_transformer import TorchTransformer
 from uncached_decoder import UncachedDecoder
 
 from nmlightning.models import Transformer
-from nmlightning.translation import decoding as beam_search
+from nmlightning.models import beam_search
 from nmlightning.translation.tokenizer import EOS, PAD, SPECIAL_TOKENS
 
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from nmlightning.errors import InputError
-from nmlightning.translation import decoding as beam_search
-from nmlightning.translation import decoding as greedy_search
+from nmlightning.models import beam_search, greedy_search
 from nmlightning.translation.decoding import penalise
 from nmlightning.translation.tokenizer import BOS, EOS, PAD
 from written_odds import WrittenOdds

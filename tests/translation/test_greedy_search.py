@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nmlightning.errors import InputError
-from nmlightning.translation import decoding as greedy_search
+from nmlightning.models import greedy_search
 from nmlightning.translation.tokenizer import BOS, EOS, PAD
 from written_odds import WrittenOdds
 

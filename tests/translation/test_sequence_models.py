@@ -11,9 +11,7 @@ from uncached_decoder import UncachedDecoder
 
 from nmlightning import swap_norms
 from nmlightning.errors import InputError
-from nmlightning.models import AttentionLSTM, Transformer
-from nmlightning.translation import decoding as beam_search
-from nmlightning.translation import decoding as greedy_search
+from nmlightning.models import AttentionLSTM, Transformer, beam_search, greedy_search
 from nmlightning.translation.tokenizer import BOS, EOS, PAD
 
 VOCABULARY = 13
