@@ -16,8 +16,6 @@ RENAMED = {
     "datamodules.number_names": "translation.datamodules",
     "datamodules.parallel_text": "translation.datamodules",
     "datamodules.wmt14": "translation.datamodules",
-    "models.beam_search": "translation.decoding",
-    "models.greedy_search": "translation.decoding",
     "models.imagenet_resnet": "models.resnet",
     "models.lstm": "translation.lstm",
     "models.transformer": "translation.transformer",
