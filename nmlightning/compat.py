@@ -5,6 +5,8 @@ belong to both, so nothing here asks for a class of either by import, except the
 """
 
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,8 @@ import pytorch_lightning as pl
 from torch import nn
 
 from nmlightning.norms.batch_norm_base import BatchNormBase
-from nmlightning.surgery.fuse.fuse import unfused
+
+Unfused = Callable[[nn.Module], AbstractContextManager[None]]
 
 _LIGHTNING = ("pytorch_lightning.", "lightning.pytorch.")
 # Callbacks whose setup copies the module, so that it has to see the swapped one.
@@ -89,14 +92,18 @@ def logged_step(trainer: Any) -> int:
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
-def keep_through_sync(trainer: Any) -> None:
+def keep_through_sync(trainer: Any, unfused: Unfused) -> None:
     """Let `Trainer(sync_batchnorm=True)` synchronise our norms instead of replacing them.
 
     It turns every subclass of `_BatchNorm` into torch's SyncBatchNorm, which is L2.
+
+    Args:
+        trainer: of either package.
+        unfused: see `nmlightning.surgery.fuse.fuse`; it is entered with the model meanwhile.
     """
     layer_sync = getattr(trainer.strategy, "_layer_sync", None)
     if layer_sync is not None and not isinstance(layer_sync, _SyncKeepingOurs):
-        trainer.strategy._layer_sync = _SyncKeepingOurs(layer_sync)
+        trainer.strategy._layer_sync = _SyncKeepingOurs(layer_sync, unfused)
 
 
 def synchronise_norms(trainer: Any, module: nn.Module) -> None:
@@ -113,8 +120,9 @@ def synchronise_norms(trainer: Any, module: nn.Module) -> None:
 class _SyncKeepingOurs:
     """Lightning's LayerSync, with our norms put back and told to synchronise themselves."""
 
-    def __init__(self, original: Any) -> None:
+    def __init__(self, original: Any, unfused: Unfused) -> None:
         self.original = original
+        self._unfused = unfused
 
     def apply(self, model: nn.Module) -> nn.Module:
         ours = {
@@ -122,7 +130,7 @@ class _SyncKeepingOurs:
             for name, layer in model.named_modules(remove_duplicate=False)
             if isinstance(layer, BatchNormBase)
         }
-        with unfused(model):
+        with self._unfused(model):
             model = self.original.apply(model)
             for name, layer in ours.items():
                 layer.sync = True

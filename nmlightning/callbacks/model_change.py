@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from nmlightning.compat import CallbackBase, builds_in_configure_model, rebuild_copies
 from nmlightning.errors import InputError
-from nmlightning.surgery.recipes import Recipe, keep_in_checkpoints, run_after
+from nmlightning.surgery.recipes import Recipe, keep_in_checkpoints, register_after
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -39,7 +39,7 @@ class ModelChange(CallbackBase):
             callbacks = trainer.callbacks  # type: ignore[attr-defined]  # A connector sets them.
             changes = [callback for callback in callbacks if isinstance(callback, ModelChange)]
             change_all = functools.partial(_change_all, changes, pl_module)
-            run_after(pl_module, "configure_model", change_all, key="change")
+            register_after(pl_module, "configure_model", change_all, key="change")
         keep_in_checkpoints(pl_module)
         try:
             changed = self.change(pl_module)

@@ -19,6 +19,7 @@ from nmlightning.norms.batch_norm import StatisticBatchNorm
 from nmlightning.norms.batch_norm_base import accumulation_dtype
 from nmlightning.norms.layer_norm import LpLayerNorm, LpRMSNorm
 from nmlightning.norms.registry import check_kinds, check_options
+from nmlightning.surgery.fuse.fuse import unfused
 from nmlightning.surgery.norm_layers import find_norm_layers
 from nmlightning.surgery.recipes import (
     NORM_SWAP,
@@ -166,7 +167,7 @@ class NormSwap(ModelChange):
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Swap, and let `sync_batchnorm` keep what it gets."""
-        keep_through_sync(trainer)
+        keep_through_sync(trainer, unfused)
         super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

@@ -35,9 +35,9 @@ from nmlightning.probe.chart import GENERATOR, Band, draw_ranges
 from nmlightning.probe.probe import NormWatch
 from nmlightning.probe.report import (
     FAILING,
+    FAILURE_LABELS,
     NAMES,
     REMEDY,
-    WAYS,
     LayerRanges,
     NormRanges,
     verdict,
@@ -151,7 +151,7 @@ def _size_cells(layer: LayerRanges) -> list[str]:
 
 def _norm_cell(layer: LayerRanges, norm: str, *, how: bool) -> str:
     share, lost = layer.lost_share(norm), layer.lost(norm)
-    way = f" {WAYS[max(lost, key=lambda way: lost[way])]}" if how and lost else ""
+    way = f" {FAILURE_LABELS[max(lost, key=lambda way: lost[way])]}" if how and lost else ""
     others = ", …" if way and len(lost) > 1 else ""
     return _coloured(share, format_loss(share) + way + others)
 
@@ -171,10 +171,10 @@ def _write(given: argparse.Namespace, ranges: NormRanges) -> None:
 
 def _bands(ranges: NormRanges) -> list[Band]:
     """Return what the norms can take, at the smallest eps of the layers."""
-    from nmlightning.probe.fp16_emulation import half_range
+    from nmlightning.probe.fp16_emulation import fp16_limits
 
     eps = min(layer.eps for layer in ranges.layers)
-    limits = {norm: half_range(norm, eps) for norm in (REMEDY, FAILING)}
+    limits = {norm: fp16_limits(norm, eps) for norm in (REMEDY, FAILING)}
     names = {REMEDY: "L1 in half", FAILING: "L2 in half, op by op"}
     return [
         Band(norm, names[norm], limit.smallest_scale, limit.largest_deviation)

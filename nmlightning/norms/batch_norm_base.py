@@ -187,8 +187,8 @@ class BatchNormBase(_BatchNorm):
         """Make running statistics that are half float32, as casting the layer leaves them."""
         for name in RUNNING:
             running = getattr(self, name)
-            if running is not None and is_half(running.dtype):
-                setattr(self, name, running.float())
+            if running is not None:
+                setattr(self, name, running.to(torch.promote_types(running.dtype, torch.float32)))
 
     def reset_parameters(self) -> None:
         """Make the layer what it was when it was new; torch 2.11's own asks for a bias."""

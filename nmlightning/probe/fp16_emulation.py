@@ -74,7 +74,7 @@ HALF_NORMS: Mapping[str, HalfNorm] = {
 }
 
 
-def try_norms(
+def run_in_fp16(
     rows: Tensor, gradients: Tensor | None, eps: float, norms: Sequence[str]
 ) -> dict[str, Tensor]:
     """Return for each norm what would become of each channel, (C,) indices of `OUTCOMES`.
@@ -96,7 +96,7 @@ def try_norms(
         half = chunk.half()
         lost = _lost_in_input(chunk, half, eps)
         for name in names:
-            tried = _try_norm(HALF_NORMS[name], name, half, slope, eps)
+            tried = _run_norm_in_fp16(HALF_NORMS[name], name, half, slope, eps)
             outcomes[name].append(torch.where(lost, INPUT, tried))
     return {name: torch.cat(parts) for name, parts in outcomes.items()}
 
@@ -112,7 +112,7 @@ def _normalise(rows: Tensor, eps: float) -> Tensor:
     return deviations / (deviations.square().mean(1, keepdim=True) + eps).sqrt()
 
 
-def _try_norm(
+def _run_norm_in_fp16(
     norm: HalfNorm, name: str, half: Tensor, gradients: Tensor | None, eps: float
 ) -> Tensor:
     exact_name, exact_options = norm.exact
@@ -203,7 +203,7 @@ OF_SQUARES = ("l2", "half_l2")
 
 
 @dataclass(frozen=True)
-class HalfRange:
+class Fp16Limits:
     """The deviations of a channel that a norm can take in float16.
 
     Attributes:
@@ -215,14 +215,14 @@ class HalfRange:
     largest_deviation: float
 
 
-def half_range(norm: str, eps: float) -> HalfRange:
+def fp16_limits(norm: str, eps: float) -> Fp16Limits:
     """Return the limits of a norm, called as in a swap, whose statistics are in float16.
 
     Example:
-        >>> half_range("half_l2", eps=0.0)
-        HalfRange(smallest_scale=0.024805..., largest_deviation=255.96...)
+        >>> fp16_limits("half_l2", eps=0.0)
+        Fp16Limits(smallest_scale=0.024805..., largest_deviation=255.96...)
     """
     if norm not in OF_SQUARES:
-        return HalfRange(SMALLEST_NORMAL, LARGEST)
+        return Fp16Limits(SMALLEST_NORMAL, LARGEST)
     smallest_variance = _ROUNDED_TO_INFINITY ** (-2 / 3) - eps
-    return HalfRange(math.sqrt(max(smallest_variance, 0.0)), math.sqrt(_ROUNDED_TO_INFINITY))
+    return Fp16Limits(math.sqrt(max(smallest_variance, 0.0)), math.sqrt(_ROUNDED_TO_INFINITY))

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from nmlightning.errors import InputError
 from nmlightning.norms.mean_only import MeanOnlyBatchNorm
 from nmlightning.norms.registry import Kind
-from nmlightning.probe.fp16_emulation import HALF_NORMS, OUTCOMES, try_norms
+from nmlightning.probe.fp16_emulation import HALF_NORMS, OUTCOMES, run_in_fp16
 from nmlightning.probe.report import LayerRanges, NormRanges
 from nmlightning.surgery.fuse.fuse import unfused
 from nmlightning.surgery.norm_layers import find_norm_layers
@@ -209,7 +209,7 @@ class _WatchedLayer:
         slopes = None if gradient is None else self._rows(self._before_affine(gradient))
         norms = [name for name, norm in HALF_NORMS.items() if self.kind in norm.kinds]
         with torch.autocast(call.input.device.type, enabled=False):
-            tried = try_norms(self._rows(call.input), slopes, float(self.module.eps), norms)  # type: ignore[arg-type]
+            tried = run_in_fp16(self._rows(call.input), slopes, float(self.module.eps), norms)  # type: ignore[arg-type]
         for norm, outcomes in tried.items():
             counts = torch.bincount(outcomes.long(), minlength=len(OUTCOMES)).tolist()
             names = dict(zip(OUTCOMES, counts, strict=True))

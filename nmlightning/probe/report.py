@@ -145,14 +145,14 @@ def _plain(value: Any) -> float | None:
 
 FAILING, REMEDY = "half_l2", "l1"
 NAMES = {"half_l2": "L2 op by op", "l1": "L1", "linf": "L∞", "top10": "Top(10)", "range": "range"}
-WAYS = {
+FAILURE_LABELS = {
     "not finite": "inf",
     "dead": "dead",
     "wrong": "off",
     "gradient not finite": "NaN gradient",
     "gradient wrong": "gradient off",
 }
-HONESTLY = (
+CAVEAT = (
     "This is about norms that keep every value in float16. Under 16-mixed torch's norms, and ours "
     "unless stats_dtype is float16, compute in float32 and are safe."
 )
@@ -161,15 +161,15 @@ HONESTLY = (
 def verdict(ranges: NormRanges) -> list[str]:
     """Return the answer, its reason, and what it does not cover, a sentence or two each."""
     return [
-        *_say_what_is_broken(ranges),
-        *_say_what_no_norm_mends(ranges),
-        _say_what_fails(ranges),
-        *_say_what_helps(ranges),
-        HONESTLY,
+        *_nonfinite_layers(ranges),
+        *_unfixable_channels(ranges),
+        _fp16_losses(ranges),
+        *_effect_of_swap(ranges),
+        CAVEAT,
     ]
 
 
-def _say_what_is_broken(ranges: NormRanges) -> Iterator[str]:
+def _nonfinite_layers(ranges: NormRanges) -> Iterator[str]:
     broken = [layer.name for layer in ranges.layers if not np.isfinite(layer.scales).all()]
     if broken:
         yield (
@@ -178,7 +178,7 @@ def _say_what_is_broken(ranges: NormRanges) -> Iterator[str]:
         )
 
 
-def _say_what_fails(ranges: NormRanges) -> str:
+def _fp16_losses(ranges: NormRanges) -> str:
     losing = ranges.losing_layers(FAILING)
     if not losing:
         scales = np.concatenate([layer.finite_scales for layer in ranges.layers])
@@ -187,14 +187,16 @@ def _say_what_fails(ranges: NormRanges) -> str:
         return f"{NAMES[FAILING]} in half would lose no channel{more}{sizes}."
     total = sum(len(layer.scales) for layer in ranges.layers)
     ways = sum((Counter(layer.lost(FAILING)) for layer in losing), Counter[str]())
-    how = ", ".join(f"{format_loss(n / total)} {WAYS[way]}" for way, n in ways.most_common())
+    how = ", ".join(
+        f"{format_loss(n / total)} {FAILURE_LABELS[way]}" for way, n in ways.most_common()
+    )
     return (
         f"{NAMES[FAILING]} in half would lose {format_loss(ranges.lost_share(FAILING))} of the "
         f"channels, in {len(losing)} of {_count(ranges.layers)} ({how})."
     )
 
 
-def _say_what_helps(ranges: NormRanges) -> Iterator[str]:
+def _effect_of_swap(ranges: NormRanges) -> Iterator[str]:
     if not ranges.losing_layers(FAILING):
         if ranges.losing_layers(REMEDY):
             yield f"{NAMES[REMEDY]} would lose {format_loss(ranges.lost_share(REMEDY))}."
@@ -210,7 +212,7 @@ def _say_what_helps(ranges: NormRanges) -> Iterator[str]:
     yield f"Swapping to {REMEDY} brings that to {left} ({others})."
 
 
-def _say_what_no_norm_mends(ranges: NormRanges) -> Iterator[str]:
+def _unfixable_channels(ranges: NormRanges) -> Iterator[str]:
     lost = [layer for layer in ranges.layers if layer.input_share()]
     if lost:
         worst = max(lost, key=LayerRanges.input_share)

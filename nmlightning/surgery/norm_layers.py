@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase, _NormBase
 
+from nmlightning.kernels.interface import Fused
 from nmlightning.norms.batch_norm_base import RUNNING, BatchNormBase
 from nmlightning.norms.layer_norm import LpLayerNorm
 from nmlightning.norms.mean_only import MeanOnlyBatchNorm
@@ -23,6 +24,7 @@ _RMS_NORMS = {norm.rms for norm in NORMS.values() if norm.rms is not None}
 # Instance attributes that only our layers have; what a layer no longer needs is deleted.
 _OWN_SETTINGS = ("p", "k", "chunks", "statistic", "constant", "stats_dtype", "sync")
 _COMMON_SETTINGS = ("eps", "momentum")
+FUSION = "_nmlightning_fusion"  # of the class of a module whose norms are fused
 _ORIGINAL_CLASS = "_class_before_swap"
 _ACTIVATION_HOOK = "_drop_and_act_hook"
 _FAST_PATH = "_activation_relu_or_gelu_before_swap"
@@ -82,7 +84,7 @@ def is_like(module: nn.Module, template: nn.Module) -> bool:
     return same_class and _settings(module) == _settings(template)
 
 
-def become(module: nn.Module, template: nn.Module) -> None:
+def convert_in_place(module: nn.Module, template: nn.Module) -> None:
     """Give `module` the class and the settings of `template`; all else stays what it was.
 
     Except where the norm has no scale: see `MeanOnlyBatchNorm.drop_scale`.
@@ -131,6 +133,17 @@ def _give_scale_back(module: MeanOnlyBatchNorm) -> None:
         module.weight.requires_grad_(not frozen)
 
 
+def fused_of(norm: nn.Module) -> Fused | None:
+    """Return what a norm does besides."""
+    fused: Fused | None = vars(norm).get("fused")
+    return fused
+
+
+def has_fused(model: nn.Module) -> bool:
+    """Return whether a norm of a model does more than normalise, or a module has a class for it."""
+    return any(fused_of(x) is not None or hasattr(type(x), FUSION) for x in model.modules())
+
+
 def drop_and_act(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """Forward hook of a swapped `BatchNormAct2d`: what timm's class does after its norm."""
     return module.act(module.drop(output))  # type: ignore[no-any-return, operator]
@@ -146,7 +159,7 @@ def own_activation(module: nn.Module) -> nn.Module | None:
     return None if type(module.act) is nn.Identity else layers[1]
 
 
-def let_activate(module: nn.Module, itself: bool) -> None:
+def set_fused_activation(module: nn.Module, itself: bool) -> None:
     """Have a norm that was timm's activate itself, or by its hook as it does when it is swapped."""
     vars(module)[_ACTIVATION_HOOK].remove()
     if not itself:

@@ -22,7 +22,7 @@ from nmlightning.parametrizations.weight_norm import Settings
 _ACTIONS = "_nmlightning_actions"
 
 
-def run_after(module: nn.Module, method: str, action: Callable[..., Any], key: str) -> None:
+def register_after(module: nn.Module, method: str, action: Callable[..., Any], key: str) -> None:
     """Make this instance call `action`, with the same arguments, after its `method`.
 
     Of the actions with one `key` only the latest is called. Partials of bound methods pickle and
@@ -219,8 +219,8 @@ def keep_in_checkpoints(module: nn.Module) -> None:
     A callback cannot: it is not asked about a checkpoint with `save_weights_only`.
     """
     write, check = (functools.partial(f, module) for f in (write_recipes, check_recipes))
-    run_after(module, "on_save_checkpoint", write, key="recipes")
-    run_after(module, "on_load_checkpoint", check, key="recipes")
+    register_after(module, "on_save_checkpoint", write, key="recipes")
+    register_after(module, "on_load_checkpoint", check, key="recipes")
 
 
 def write_recipes(module: nn.Module, checkpoint: dict[str, Any]) -> None:

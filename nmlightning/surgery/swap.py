@@ -20,27 +20,22 @@ from nmlightning.norms.registry import (
     find_norm,
     layer_class,
 )
-from nmlightning.surgery.fuse.fuse import (
-    FusingPlan,
-    carry_out,
-    check_plan,
-    fused_norms,
-    fused_of,
-    make_room,
-    plan_fusing,
-)
 from nmlightning.surgery.norm_layers import (
     NormLayer,
-    become,
     class_to_take,
+    convert_in_place,
     find_norm_layers,
+    fused_of,
     guard_fast_paths,
+    has_fused,
     is_like,
 )
 from nmlightning.weights.shards import is_sharded
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from nmlightning.surgery.fuse.fuse import FusingPlan
 
 
 _FUSED_WORDS = {
@@ -184,10 +179,12 @@ def swap_norms(
     fusing = _plan_fusing(model, picked, extent)
     fused, not_fused = _list_fused(picked, fusing)
     if not dry_run:
-        make_room(model, fusing)
+        if fusing is not None:
+            fusing.unfuse_changed(model)
         for module, template in {id(x.module): (x.module, t) for x, t in plan}.values():
-            become(module, template)
-        carry_out(fusing)
+            convert_in_place(module, template)
+        if fusing is not None:
+            fusing.apply()
         guard_fast_paths(model.modules())
     return SwapReport(swapped, left, dry_run, fused, not_fused)
 
@@ -204,19 +201,30 @@ def check_fuse(fuse: str | None, norm: str, kinds: Iterable[Kind]) -> Fused | No
     return cast(Fused, fuse)
 
 
-def _plan_fusing(model: nn.Module, picked: Iterable[NormLayer], fuse: Fused | None) -> FusingPlan:
-    """Return what the norms that are picked and those that are fused already shall do."""
+def _plan_fusing(
+    model: nn.Module, picked: Iterable[NormLayer], fuse: Fused | None
+) -> FusingPlan | None:
+    """Return what the norms that are picked and those that are fused already do afterwards.
+
+    None if fusing is not asked for and nothing is fused: such a swap needs none of that code.
+    """
+    if fuse is None and not has_fused(model):
+        return None
+    from nmlightning.surgery.fuse.fuse import fused_norms, plan_fusing
+
     wanted: dict[nn.Module, Fused | None] = {**fused_norms(model)}
     wanted |= {x.module: fuse for x in picked if x.kind == "batch"}
     plan = plan_fusing(model, wanted)
-    check_plan(model, plan)
+    plan.check(model)
     return plan
 
 
 def _list_fused(
-    picked: Iterable[NormLayer], plan: FusingPlan
+    picked: Iterable[NormLayer], plan: FusingPlan | None
 ) -> tuple[tuple[Swap, ...], tuple[Swap, ...]]:
     """Return the norms that will do something else than they do, and those that cannot."""
+    if plan is None:
+        return (), ()
     norms = [x for x in picked if x.module in plan.fused]
     changes = tuple(
         Swap(x.name, fused_of(x.module) or "", plan.fused[x.module] or "")
@@ -242,7 +250,8 @@ def _make_plan(
 
 
 def _check_whole(layer: NormLayer) -> None:
-    if any(is_sharded(q) for q in layer.module.parameters(recurse=False)):
+    others = (q for q in layer.module.parameters(recurse=False) if type(q) is not nn.Parameter)
+    if any(map(is_sharded, others)):
         raise InputError(
             f"{layer.name} is sharded already: call swap_norms in configure_model, before "
             "fully_shard."

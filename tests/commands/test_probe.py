@@ -13,7 +13,7 @@ import torch
 
 from nmlightning.cli import main
 from nmlightning.commands.run_report import CHATTY
-from nmlightning.probe.report import HONESTLY
+from nmlightning.probe.report import CAVEAT
 
 SMALL = shlex.split(
     "--data.image_size 8 --data.batch_size 16 --model.net.depth 8 --trainer.accelerator cpu"
@@ -64,7 +64,7 @@ def test_a_config(capfd: pytest.CaptureFixture[str]) -> None:
     out, err = answer(capfd)
     assert err == UNTRAINED
     assert "L2 op by op in half would lose no channel: σ is between" in out
-    assert HONESTLY in out
+    assert CAVEAT in out
     assert out.endswith("picture norm_ranges.svg numbers n.json")
     found = numbers()
     assert found["batches"] == 3

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nmlightning.norms.registry import layer_class
-from nmlightning.probe.fp16_emulation import HALF_NORMS, OUTCOMES, half_range, try_norms
+from nmlightning.probe.fp16_emulation import HALF_NORMS, OUTCOMES, fp16_limits, run_in_fp16
 
 N = 4096
 OTHERS = ("l1", "linf", "top10", "range")
@@ -20,7 +20,7 @@ def gaussian(sigmas: Sequence[float], mean: float = 0.0) -> Tensor:
 
 def judge(rows: Tensor, gradients: Tensor | None, eps: float = 1e-5) -> dict[str, list[str]]:
     """Return what becomes of each row, by the name of the norm."""
-    tried = try_norms(rows, gradients, eps, tuple(HALF_NORMS))
+    tried = run_in_fp16(rows, gradients, eps, tuple(HALF_NORMS))
     return {norm: [OUTCOMES[i] for i in outcome.tolist()] for norm, outcome in tried.items()}
 
 
@@ -51,7 +51,7 @@ def test_the_limits_foretell_the_trial() -> None:
     """Apart from σ at the very limit, where rounding and the gradient decide."""
     sigmas = torch.logspace(-4, 4, 200)
     rows = gaussian(sigmas.tolist())
-    limits = half_range("half_l2", 1e-5)
+    limits = fp16_limits("half_l2", 1e-5)
     deviations = rows.half() - rows.half().mean(1, keepdim=True)
     too_large = deviations.abs().amax(1) > limits.largest_deviation
     scales = rows.std(1)
@@ -147,5 +147,5 @@ def test_what_is_finite_and_off_is_wrong(
     taken_for_l2 = replace(HALF_NORMS["l1"], exact=("lp", {"p": 2.0, **options}))
     monkeypatch.setattr("nmlightning.probe.fp16_emulation.HALF_NORMS", {"l1": taken_for_l2})
     row = gaussian([1.0])
-    (outcomes,) = try_norms(row, row, 1e-5, ["l1"]).values()
+    (outcomes,) = run_in_fp16(row, row, 1e-5, ["l1"]).values()
     assert OUTCOMES[int(outcomes[0])] == outcome

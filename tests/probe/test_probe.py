@@ -130,7 +130,7 @@ def test_gradients_are_those_before_the_weights_of_features(
         seen.append(gradients)
         return {}
 
-    monkeypatch.setattr("nmlightning.probe.probe.try_norms", note)
+    monkeypatch.setattr("nmlightning.probe.probe.run_in_fp16", note)
     norm, factors = nn.LayerNorm(8), torch.randn(8)
     nn.init.uniform_(norm.weight)
     probe_norms(norm, [torch.randn(2, 3, 8)], lambda net, x: (net(x) * factors).sum())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nmlightning.probe.chart import GENERATOR, Band, draw_ranges
-from nmlightning.probe.report import HONESTLY, LayerRanges, NormRanges, verdict
+from nmlightning.probe.report import CAVEAT, LayerRanges, NormRanges, verdict
 from nmlightning.reports.formatting import format_loss
 
 NORMS = ("half_l2", "l1", "linf", "top10")
@@ -83,7 +83,7 @@ def test_verdict_of_what_fails() -> None:
         "L2 op by op in half would lose 42 % of the channels, in 2 of 3 layers (33 % dead, 8 % "
         "NaN gradient).",
         "Swapping to l1 brings that to 0 % (L∞ 0 %, Top(10) 0 %).",
-        HONESTLY,
+        CAVEAT,
     ]
 
 
@@ -91,7 +91,7 @@ def test_verdict_of_what_does_not() -> None:
     assert verdict(of(layer())) == [
         "L2 op by op in half would lose no channel: σ is between 0.5 and 2.",
         "A swap gains nothing in half.",
-        HONESTLY,
+        CAVEAT,
     ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from nmlightning.surgery.recipes import run_after
+from nmlightning.surgery.recipes import register_after
 
 
 class Greets(nn.Module):
@@ -27,8 +27,8 @@ def note(module: Greets, word: str, name: str) -> None:
 
 def test_actions_follow_the_method_with_its_arguments() -> None:
     module = Greets()
-    run_after(module, "greet", functools.partial(note, module, "welcome"), key="a")
-    run_after(module, "greet", functools.partial(note, module, "bye"), key="b")
+    register_after(module, "greet", functools.partial(note, module, "welcome"), key="a")
+    register_after(module, "greet", functools.partial(note, module, "bye"), key="b")
     assert module.greet("you") == "YOU"
     assert module.heard == ["hello you", "welcome you", "bye you"]
 
@@ -36,7 +36,7 @@ def test_actions_follow_the_method_with_its_arguments() -> None:
 def test_the_latest_action_of_a_key_replaces_the_others() -> None:
     module = Greets()
     for word in ("bye", "welcome"):
-        run_after(module, "greet", functools.partial(note, module, word), key="a")
+        register_after(module, "greet", functools.partial(note, module, word), key="a")
     module.greet("you")
     assert module.heard == ["hello you", "welcome you"]
 
@@ -46,9 +46,9 @@ def test_the_latest_action_of_a_key_replaces_the_others() -> None:
 )
 def test_a_copy_acts_on_itself(duplicate: Any) -> None:
     module = Greets()
-    run_after(module, "greet", functools.partial(note, module, "welcome"), key="a")
+    register_after(module, "greet", functools.partial(note, module, "welcome"), key="a")
     twin = duplicate(module)
-    run_after(twin, "greet", functools.partial(note, twin, "bye"), key="b")
+    register_after(twin, "greet", functools.partial(note, twin, "bye"), key="b")
     twin.greet("you")
     assert module.heard == []
     assert twin.heard == ["hello you", "welcome you", "bye you"]

@@ -10,15 +10,20 @@ from nmlightning.kernels.interface import Fused
 from nmlightning.surgery.fuse.fused_class import (
     Fusion,
     check_class,
+    fuse_block,
     fusion_of,
     is_reducible,
     original_class,
-    put_together,
-    take_apart,
+    unfuse_block,
 )
-from nmlightning.surgery.fuse.patterns import find_sites, is_relu, rewrite
+from nmlightning.surgery.fuse.patterns import find_patterns, is_relu, rewrite
 from nmlightning.surgery.fuse.trace import trace_block
-from nmlightning.surgery.norm_layers import has_hooks, let_activate, own_activation
+from nmlightning.surgery.norm_layers import (
+    fused_of,
+    has_hooks,
+    own_activation,
+    set_fused_activation,
+)
 
 Callers = dict[nn.Module, list[tuple[nn.Module, str]]]
 
@@ -36,6 +41,31 @@ class FusingPlan:
     fusions: dict[nn.Module, Fusion] = field(default_factory=dict)
     fused: dict[nn.Module, Fused | None] = field(default_factory=dict)
     reasons: dict[nn.Module, str] = field(default_factory=dict)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise InputError if a module is not to stay fused as it is, and cannot be unfused."""
+        for module in self._changed(model):
+            check_class(module)
+
+    def unfuse_changed(self, model: nn.Module) -> None:
+        """Unfuse what is not to stay fused as it is."""
+        for module in self._changed(model):
+            unfuse_block(module)
+        for norm in _self_fused(model):
+            if self.fused.get(norm) is None:
+                _leave_to_hook(norm)
+
+    def apply(self) -> None:
+        """Fuse what is planned and is not fused yet."""
+        for module, fusion in self.fusions.items():
+            if fusion_of(module) is None:
+                fuse_block(module, fusion)
+        for norm, fused in self.fused.items():
+            if fused is not None and own_activation(norm) is not None and fused_of(norm) is None:
+                _take_from_hook(norm)
+
+    def _changed(self, model: nn.Module) -> list[nn.Module]:
+        return [m for m, fusion in _fused_modules(model) if self.fusions.get(m) != fusion]
 
 
 def plan_fusing(model: nn.Module, wanted: Mapping[nn.Module, Fused | None]) -> FusingPlan:
@@ -176,20 +206,14 @@ def _fuse_traced(
     trace = trace_block(module, original)
     if isinstance(trace, str):
         return {}, dict.fromkeys(most, f"in {original.__name__}: {trace}")
-    sites = find_sites(trace.graph, module, most)
-    fused: dict[str, Fused] = {name: site.fused for name, site in sites.found.items()}
+    found, refused = find_patterns(trace.traced, most)
+    fused: dict[str, Fused] = {name: pattern.fused for name, pattern in found.items()}
     if fused:
-        taken = {str(n.target) for site in sites.found.values() for n in site.taken}
+        taken = {str(n.target) for pattern in found.values() for n in pattern.taken}
         watched = {name.split(".")[0] for name in (*trace.read, *fused, *taken)}
-        code = rewrite(trace.graph, sites.found)
+        code = rewrite(trace.traced, found.values())
         plan.fusions[module] = Fusion(original, tuple(fused.items()), frozenset(watched), code)
-    return fused, sites.refused
-
-
-def fused_of(norm: nn.Module) -> Fused | None:
-    """Return what a norm does besides."""
-    fused: Fused | None = vars(norm).get("fused")
-    return fused
+    return fused, refused
 
 
 def fused_norms(model: nn.Module) -> dict[nn.Module, Fused]:
@@ -198,41 +222,14 @@ def fused_norms(model: nn.Module) -> dict[nn.Module, Fused]:
     return {norm: fused for norm, fused in found.items() if fused is not None}
 
 
-def check_plan(model: nn.Module, plan: FusingPlan) -> None:
-    """Raise InputError if a module is not to stay fused as it is, and cannot be taken apart."""
-    for module, fusion in _fused_modules(model):
-        if plan.fusions.get(module) != fusion:
-            check_class(module)
-
-
-def make_room(model: nn.Module, plan: FusingPlan) -> None:
-    """Take apart what is not to stay fused as it is."""
-    for module, fusion in _fused_modules(model):
-        if plan.fusions.get(module) != fusion:
-            take_apart(module)
-    for norm in _self_fused(model):
-        if plan.fused.get(norm) is None:
-            _leave_to_hook(norm)
-
-
-def carry_out(plan: FusingPlan) -> None:
-    """Fuse what is planned and is not fused yet."""
-    for module, fusion in plan.fusions.items():
-        if fusion_of(module) is None:
-            put_together(module, fusion)
-    for norm, fused in plan.fused.items():
-        if fused is not None and own_activation(norm) is not None and fused_of(norm) is None:
-            _take_from_hook(norm)
-
-
 def unfuse(model: nn.Module) -> None:
     """Let every norm of a model only normalise, and what follows it do the rest, in place.
 
     Raises:
         InputError: a module that has become of another class since; nothing is changed then.
     """
-    check_plan(model, FusingPlan())
-    make_room(model, FusingPlan())
+    FusingPlan().check(model)
+    FusingPlan().unfuse_changed(model)
 
 
 @contextmanager
@@ -244,7 +241,7 @@ def unfused(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, fusion in fusions:
-            put_together(module, fusion)
+            fuse_block(module, fusion)
         for norm in own:
             _take_from_hook(norm)
 
@@ -260,10 +257,10 @@ def _self_fused(model: nn.Module) -> list[nn.Module]:
 
 
 def _take_from_hook(norm: nn.Module) -> None:
-    let_activate(norm, itself=True)
+    set_fused_activation(norm, itself=True)
     vars(norm)["fused"] = "relu"
 
 
 def _leave_to_hook(norm: nn.Module) -> None:
-    let_activate(norm, itself=False)
+    set_fused_activation(norm, itself=False)
     del vars(norm)["fused"]

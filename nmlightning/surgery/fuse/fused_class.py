@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from nmlightning.errors import InputError
 from nmlightning.kernels.interface import Fused
 from nmlightning.surgery.fuse.patterns import Code
-from nmlightning.surgery.norm_layers import own_activation
-
-_FUSION = "_nmlightning_fusion"
+from nmlightning.surgery.norm_layers import FUSION, own_activation
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Fusion:
 
 def fusion_of(module: nn.Module) -> Fusion | None:
     """Return what the class of a module was made of, if it is a fused one."""
-    return getattr(type(module), _FUSION, None)
+    return getattr(type(module), FUSION, None)
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -51,7 +49,7 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return type(module) if fusion is None else fusion.original
 
 
-def put_together(module: nn.Module, fusion: Fusion) -> None:
+def fuse_block(module: nn.Module, fusion: Fusion) -> None:
     """Make a module, which is not fused, what `fusion` says."""
     for name, fused in fusion.norms:
         vars(module.get_submodule(name))["fused"] = fused
@@ -69,7 +67,7 @@ def check_class(module: nn.Module) -> None:
         )
 
 
-def take_apart(module: nn.Module) -> None:
+def unfuse_block(module: nn.Module) -> None:
     """Give a fused module its own class back, and let its norms only normalise."""
     fusion = fusion_of(module)
     assert fusion is not None, "the caller has looked"
@@ -96,7 +94,7 @@ def fused_class(fusion: Fusion) -> type[nn.Module]:
         "__delattr__": _after_check(original.__delattr__),
         "add_module": _after_check(original.add_module),
         "forward": _forward(fusion),
-        _FUSION: fusion,
+        FUSION: fusion,
     }
     return new_class(original.__name__, (original,), exec_body=lambda body: body.update(members))
 
@@ -136,7 +134,7 @@ def _after_check(change: Callable[..., Any]) -> Callable[..., Any]:
     def checked(self: nn.Module, name: str, *value: Any) -> Any:
         fusion = fusion_of(self)
         if fusion is not None and name in fusion.watched and _differs(self, name, *value):
-            take_apart(self)
+            unfuse_block(self)
             warnings.warn(
                 f"{name} of a {type(self).__name__} was changed, on which its fused norms depend: "
                 "they are fused no longer. Call swap_norms again, with fuse, if they may be.",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nmlightning import swap_norms
 from nmlightning.norms.batch_norm_base import BatchNormBase
-from nmlightning.surgery.fuse.fuse import fused_of
+from nmlightning.surgery.norm_layers import fused_of
 
 CHANNELS = 4
 Forward = Callable[[Any, Tensor], Any]
@@ -196,7 +196,7 @@ def check_same(net: nn.Module, other: nn.Module) -> None:
 
 @pytest.mark.parametrize("forward", FUSED, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("norm", ["l1", "top10"])
-def test_what_is_fused_computes_the_same(forward: Forward, norm: str) -> None:
+def test_fused_blocks_compute_the_same(forward: Forward, norm: str) -> None:
     net = block(forward)
     twin = copy.deepcopy(net)
     swap_norms(twin, norm)
@@ -207,7 +207,7 @@ def test_what_is_fused_computes_the_same(forward: Forward, norm: str) -> None:
 
 
 @pytest.mark.parametrize("forward", FUSED, ids=lambda f: f.__name__)
-def test_relu_alone_leaves_additions(forward: Forward) -> None:
+def test_fuse_relu_leaves_additions(forward: Forward) -> None:
     net, twin = block(forward), block(forward)
     twin.load_state_dict(net.state_dict())
     swap_norms(twin, "l1")
@@ -220,7 +220,7 @@ def test_relu_alone_leaves_additions(forward: Forward) -> None:
 
 
 @pytest.mark.parametrize("forward", REFUSED, ids=lambda f: f.__name__)
-def test_what_would_be_wrong_is_refused_and_named(forward: Forward) -> None:
+def test_unfusable_patterns_are_refused_with_the_reason(forward: Forward) -> None:
     net = block(forward)
     twin = copy.deepcopy(net)
     swap_norms(twin, "l1")
@@ -233,7 +233,7 @@ def test_what_would_be_wrong_is_refused_and_named(forward: Forward) -> None:
         torch.testing.assert_close(net(x.clone()), twin(x.clone()), rtol=0, atol=0)
 
 
-def test_in_place_addition_keeps_the_dtype() -> None:
+def test_fused_in_place_addition_keeps_the_dtype() -> None:
     """And another one gives the wider of both, as torch has it."""
 
     def in_place(self: Any, x: Tensor, wide: Tensor) -> Tensor:
@@ -255,7 +255,7 @@ def test_in_place_addition_keeps_the_dtype() -> None:
         torch.testing.assert_close(net(x, x.double()), expected)
 
 
-def test_a_residual_of_another_shape_is_spread() -> None:
+def test_fused_residual_of_another_shape_is_broadcast() -> None:
     net = block(lambda self, x: F.relu(self.a(x) + x.mean((2, 3), keepdim=True)))
     twin = copy.deepcopy(net)
     swap_norms(net, "l1", fuse="add_relu")
@@ -266,7 +266,7 @@ def test_a_residual_of_another_shape_is_spread() -> None:
 
 @pytest.mark.parametrize("hooked", ["a", "relu"])
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward"])
-def test_hooks_are_reasons_not_to(hooked: str, kind: str) -> None:
+def test_norms_and_relus_with_hooks_are_refused(hooked: str, kind: str) -> None:
     """They would see the activated output, or nothing."""
     for net in (block(lambda self, x: self.relu(self.a(x))), nn.Sequential()):
         if isinstance(net, nn.Sequential):
@@ -279,7 +279,7 @@ def test_hooks_are_reasons_not_to(hooked: str, kind: str) -> None:
         assert "has hooks" in report.not_fused[0].reason
 
 
-def test_a_norm_with_two_parents_is_left() -> None:
+def test_norm_with_two_parents_is_refused() -> None:
     net = nn.ModuleList([block(plain_residual), block(plain_residual)])
     net[1].a = net[0].a
     report = swap_norms(net, "l1", fuse="add_relu")
@@ -289,7 +289,7 @@ def test_a_norm_with_two_parents_is_left() -> None:
     assert all(isinstance(net[i].a, BatchNormBase) for i in (0, 1))
 
 
-def test_a_module_with_two_names_is_fused_once() -> None:
+def test_module_with_two_names_is_fused_once() -> None:
     inner = block(plain_residual)
     net, twin = nn.Sequential(inner, inner), copy.deepcopy(nn.Sequential(inner, inner))
     swap_norms(twin, "l1")

@@ -23,7 +23,7 @@ from nmlightning import (
 )
 from nmlightning.compat import _SyncKeepingOurs
 from nmlightning.models import VGG, CifarResNet
-from nmlightning.surgery.fuse.fuse import fused_norms, unfuse
+from nmlightning.surgery.fuse.fuse import fused_norms, unfuse, unfused
 
 # How many norms do a ReLU, how many an addition and a ReLU, and why the others do neither.
 NETWORKS: dict[str, tuple[Any, int, int, set[str]]] = {
@@ -268,7 +268,7 @@ def test_a_checkpoint_is_loaded_without(tmp_path: Path) -> None:
 def test_sync_batchnorm_of_a_trainer_keeps_what_is_fused() -> None:
     module = Classifier()
     swap_norms(module, "l1", fuse="relu")
-    _SyncKeepingOurs(TorchSyncBatchNorm()).apply(module)
+    _SyncKeepingOurs(TorchSyncBatchNorm(), unfused).apply(module)
     assert list(fused_norms(module).values()) == ["relu"]
     assert module.net[1].sync
 
