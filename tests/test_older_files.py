@@ -1,0 +1,118 @@
+"""Checkpoints, recordings and configs of version 0.1.0 before its modules were moved.
+
+The files are in `fixtures/older`, where a README says how they were made.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+import nmlightning
+from nmlightning.cli import main
+
+OLDER = Path(__file__).parent / "fixtures" / "older"
+RECORDING = "weight_norms.safetensors"
+FULL_PATHS = ["--config", "full_paths.yaml"]
+CALLBACKS = "nmlightning.callbacks"
+BOUNDED: list[tuple[str, dict[str, Any]]] = [
+    (f"{CALLBACKS}.norm_swap.NormSwap", {"norm": "mean"}),
+    (f"{CALLBACKS}.weight_norm_swap.WeightNormSwap", {"p": 1, "layers": ["conv", "linear"]}),
+]
+
+
+def callbacks(*entries: tuple[str, dict[str, Any]]) -> list[str]:
+    """Return the option that gives the Trainer these callbacks, by class and arguments."""
+    given = [{"class_path": name, "init_args": arguments} for name, arguments in entries]
+    return ["--trainer.callbacks", json.dumps(given)]
+
+
+OPTIONS = {"steered": [], "bounded": callbacks(*BOUNDED)}
+# What the code that wrote the checkpoints measured: the loss and the accuracy on 360 images.
+MEASURED = {"steered": (1.366408, 0.533333), "bounded": (1.576645, 0.441667)}
+
+
+class Holder(pl.LightningModule):
+    """Has objects as hyper-parameters, which its checkpoint holds pickled."""
+
+    def __init__(self, net: nn.Sequential, rules: list[Any], callback: pl.Callback) -> None:
+        super().__init__()
+        self.save_hyperparameters("rules", "callback")
+        self.net = net
+
+
+@pytest.fixture(autouse=True)
+def _in_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Go to a copy of the older files, the recording where its checkpoint says that it is."""
+    shutil.copytree(OLDER, tmp_path, dirs_exist_ok=True)
+    run = tmp_path / "runs" / "steered" / "version_0"
+    run.mkdir(parents=True)
+    shutil.copy(OLDER / RECORDING, run)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jsonargparse, about Lightning
+@pytest.mark.parametrize("name", MEASURED)
+def test_load_from_checkpoint_restores_an_older_model(name: str) -> None:
+    task = nmlightning.load_from_checkpoint(nmlightning.ImageClassifier, f"{name}.ckpt")
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    (metrics,) = trainer.test(task, nmlightning.Digits(batch_size=360), verbose=False)
+    loss, accuracy = MEASURED[name]
+    assert metrics["test/loss"] == pytest.approx(loss, rel=1e-3)
+    assert metrics["test/top1"] == pytest.approx(accuracy, abs=0.004)
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_nm_test_measures_an_older_checkpoint(name: str, capsys: Any) -> None:
+    words = [*FULL_PATHS, *OPTIONS[name], "--ckpt_path", f"{name}.ckpt"]
+    assert main(["test", *words, "--trainer.logger", "false"]) == 0
+    row = re.search(r"test .*? ([\d.]+) %", capsys.readouterr().out)
+    assert row is not None
+    assert float(row[1]) == pytest.approx(100 * MEASURED[name][1], abs=0.4)
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_fit_goes_on_from_an_older_checkpoint(name: str) -> None:
+    words = [*FULL_PATHS, *OPTIONS[name], "--ckpt_path", f"{name}.ckpt", "--trainer.max_epochs=3"]
+    assert main(["fit", *words]) == 0
+    (path,) = Path("runs/full_paths").glob("version_*/checkpoints/last.ckpt")
+    before, after = (torch.load(file, weights_only=True) for file in (f"{name}.ckpt", path))
+    assert (before["global_step"], after["global_step"], after["epoch"]) == (88, 132, 2)
+    assert before["state_dict"].keys() == after["state_dict"].keys()
+    assert before["nmlightning"] == after["nmlightning"]
+    if name == "steered":
+        history = nmlightning.NormHistory.load(path.parents[1])
+        assert history.steps.tolist() == [0, 44, 88, 132], "the older records, and one more"
+
+
+@pytest.mark.parametrize("rule", ["LRCorrection", "NormSchedule"])
+def test_an_older_recording_steers(rule: str) -> None:
+    history = nmlightning.NormHistory.load(RECORDING)
+    assert (history.steps.tolist(), history.provenance["seed"]) == ([0, 44, 88], 1)
+    steering = {"class_path": rule, "init_args": {"reference": RECORDING}}
+    arguments = {"steering": steering, "other_run": True}  # that had no decay, and has this seed
+    words = callbacks(("NormSwap", {"norm": "l1"}), ("WeightNormTracker", arguments))
+    assert main(["fit", *FULL_PATHS, *words, "--trainer.max_epochs", "1"]) == 0
+    (run,) = Path("runs/full_paths").iterdir()
+    assert nmlightning.NormHistory.load(run).norms.keys() == history.norms.keys()
+
+
+def test_a_config_with_the_paths_of_older_modules_fits() -> None:
+    assert main(["fit", *FULL_PATHS, "--trainer.max_epochs", "1"]) == 0
+
+
+def test_objects_in_an_older_checkpoint_load() -> None:
+    holder = nmlightning.load_from_checkpoint(Holder, "pickled.ckpt", weights_only=False)
+    names = ("LRCorrection", "NormSchedule", "DecayEquivalentLR", "Hyperball", "RadialProjection")
+    for rule, name in zip(holder.hparams["rules"], names, strict=True):
+        assert type(rule) is getattr(nmlightning, name)
+    assert holder.hparams["rules"][0].reference == "reference"
+    assert type(holder.hparams["callback"]) is nmlightning.NormSwap
+    assert [type(layer).__name__ for layer in holder.net] == ["Conv2d", "L1BatchNorm2d", "TReLU"]
+    assert holder.net(torch.randn(2, 1, 5, 5)).isfinite().all()
