@@ -1,16 +1,16 @@
-"""What computes a norm: the one place where the benchmarks ask the package which backend it has."""
+"""The backend of a norm: the one place where the benchmarks ask the package for it."""
 
 from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
 
 from nmlightning import norm_backend
-from nmlightning.callbacks.norm_swap import choice_for
 
 
 def backend_of(layer: nn.Module, x: Tensor) -> str:
     """Return what serves a norm for an input of this device, type and layout."""
-    return choice_for(layer, x).backend
+    backend: str = layer.backend_for(x).backend
+    return backend
 
 
 def formula_alone() -> AbstractContextManager[None]:

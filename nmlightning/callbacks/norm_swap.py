@@ -11,13 +11,9 @@ from torch.utils.hooks import RemovableHandle
 from nmlightning.callbacks.model_change import ModelChange, warn_of_forgotten
 from nmlightning.compat import keep_through_sync, synchronise_norms
 from nmlightning.errors import InputError
-from nmlightning.functional.statistics import PowerMean
-from nmlightning.kernels.dispatch import FORMULA, Choice, Kind, choose_for
-from nmlightning.kernels.interface import layout_of
+from nmlightning.kernels.dispatch import NO_KERNELS
+from nmlightning.kernels.interface import Dispatch, layout_of
 from nmlightning.name_patterns import check_lists
-from nmlightning.norms.batch_norm import StatisticBatchNorm
-from nmlightning.norms.batch_norm_base import accumulation_dtype
-from nmlightning.norms.layer_norm import LpLayerNorm, LpRMSNorm
 from nmlightning.norms.registry import check_kinds, check_options
 from nmlightning.surgery.fuse.fuse import unfused
 from nmlightning.surgery.norm_layers import find_norm_layers
@@ -34,20 +30,8 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 
-def choice_for(layer: nn.Module, input: Tensor) -> Choice:
-    """Return what the layer takes in training for an input like this one, and why."""
-    if isinstance(layer, StatisticBatchNorm):
-        dtype = accumulation_dtype(input.dtype, layer.stats_dtype)
-        return choose_for(input, "batch", layer.statistic, dtype)
-    if isinstance(layer, (LpLayerNorm, LpRMSNorm)):
-        dtype = accumulation_dtype(input.dtype, layer.stats_dtype)
-        kind: Kind = "layer" if isinstance(layer, LpLayerNorm) else "rms"
-        return choose_for(input, kind, PowerMean(layer.p), dtype)
-    return Choice(FORMULA, "no kernels for this norm")
-
-
-Answer = tuple[str, Choice, str]
-"""A layer's class, who computes it, and the dtype and layout of what it got."""
+Answer = tuple[str, Dispatch, str]
+"""A layer's class, the backend that computes it, and the dtype and layout of its input."""
 
 
 class BackendNote:
@@ -85,13 +69,15 @@ class BackendNote:
         if layer not in self._answers and inputs:
             x = inputs[0]
             what = f"{str(x.dtype).removeprefix('torch.')}, {_layout_word(x)}"
-            self._answers[layer] = (type(layer).__name__, choice_for(layer, x), what)
+            backend_for = getattr(layer, "backend_for", None)  # torch's own norms have none
+            dispatch = backend_for(x) if backend_for else NO_KERNELS
+            self._answers[layer] = (type(layer).__name__, dispatch, what)
 
 
-def _line(name: str, choice: Choice, what: str, count: int) -> str:
-    if choice.kernels is None:
-        return f"{count} {name} by the formula ({what}): {choice.reason}"
-    return f"{count} {name} by {choice.backend} kernels ({what})"
+def _line(name: str, dispatch: Dispatch, what: str, count: int) -> str:
+    if dispatch.kernels is None:
+        return f"{count} {name} by the formula ({what}): {dispatch.reason}"
+    return f"{count} {name} by {dispatch.backend} kernels ({what})"
 
 
 def _layout_word(x: Any) -> str:

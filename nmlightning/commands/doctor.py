@@ -19,7 +19,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import nmlightning
-from nmlightning.callbacks.norm_swap import choice_for
 from nmlightning.commands.argument_parser import FAILED_CHECK, ArgumentParser
 from nmlightning.kernels.cpu.build import cache_folder, is_whole, library_path
 from nmlightning.kernels.interface import Fused
@@ -29,6 +28,8 @@ from nmlightning.norms import (
     L1RMSNorm,
     LInfBatchNorm2d,
     LpBatchNorm2d,
+    LpLayerNorm,
+    LpRMSNorm,
     RangeBatchNorm2d,
     TopKBatchNorm2d,
 )
@@ -112,20 +113,23 @@ LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 ROUNDS = 12
 
 
+OurNorm = BatchNormBase | LpLayerNorm | LpRMSNorm
+
+
 class Subject(NamedTuple):
     """A norm that is checked: torch's of the same kind, the dimensions of its input."""
 
     name: str
-    make: Callable[[int], nn.Module]
+    make: Callable[[int], OurNorm]
     torchs: type[nn.Module] = nn.BatchNorm2d
     dims: int = 4
     timed: bool = True
 
 
-def _fused(norm: type[BatchNormBase], fused: Fused) -> Callable[[int], nn.Module]:
+def _fused(norm: type[BatchNormBase], fused: Fused) -> Callable[[int], BatchNormBase]:
     """Return what makes a norm that does the ReLU, or the addition and the ReLU, behind it."""
 
-    def make(width: int) -> nn.Module:
+    def make(width: int) -> BatchNormBase:
         layer = norm(width)
         layer.fused = fused
         return layer
@@ -188,7 +192,7 @@ def check_norms(device: str) -> Iterator[Check]:
         for dtype in TOLERANCES:
             for layout, x in _inputs(subject, dtype, device):
                 layer = subject.make(WIDTH).to(device)
-                backend = choice_for(layer, x).backend
+                backend = layer.backend_for(x).backend
                 yield Check(subject.name, backend, dtype, layout, disagreement(layer, x))
 
 
@@ -214,8 +218,8 @@ def _choices(subject: Subject, dtype: torch.dtype, device: str) -> dict[Answer, 
     """Return the layouts by the backend that is chosen for them and the reason."""
     choices: dict[Answer, list[str]] = {}
     for layout, x in _inputs(subject, dtype, device):
-        choice = choice_for(subject.make(WIDTH), x)
-        choices.setdefault((choice.backend, choice.reason), []).append(layout)
+        dispatch = subject.make(WIDTH).backend_for(x)
+        choices.setdefault((dispatch.backend, dispatch.reason), []).append(layout)
     return choices
 
 

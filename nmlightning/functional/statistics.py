@@ -12,7 +12,7 @@ rank, then lowest position).
 """
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
@@ -161,12 +161,21 @@ class PowerMean:
     """(mean |d|^p)^(1/p): L1 for p = 1, the standard deviation for p = 2."""
 
     p: float
+    _constant: float = field(init=False, repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        """The statistic in a few words, for messages."""
+        return f"p = {self.p:g}"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_constant", power_mean_constant(self.p))
 
     def constant(self, count: Count, convention: Constant | float) -> float:
         """Return c of ŝ = c · m; it does not depend on the count."""
         if isinstance(convention, float):
             return convention
-        return 1.0 if convention == "none" else power_mean_constant(self.p)
+        return 1.0 if convention == "none" else self._constant
 
     def measure(self, deviations: Tensor, share: Share) -> tuple[Tensor, Selection | None]:
         """Return m of each channel of (N, C, *), (C,); it depends on all elements."""
@@ -178,6 +187,11 @@ class LargestMean:
     """Mean of the k largest |d|: L∞ for k = 1."""
 
     k: int
+
+    @property
+    def name(self) -> str:
+        """The statistic in a few words, for messages."""
+        return "the largest value" if self.k == 1 else f"the {self.k} largest values"
 
     def constant(self, count: Count, convention: Constant | float) -> float:
         """Return c of ŝ = c · m for `count` elements; InputError if those are fewer than k."""
@@ -201,6 +215,7 @@ class RangeMean:
     """Mean of half the range, (max d − min d)/2, over equal chunks of a channel."""
 
     chunks: int
+    name = "the range"
 
     def constant(self, count: Count, convention: Constant | float) -> float:
         """Return 2c of ŝ = c · range = 2c · m; InputError for chunks of less than two elements."""

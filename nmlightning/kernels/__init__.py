@@ -1,6 +1,6 @@
 """Fused kernels behind one dispatch point; each computes what the formula does, to rounding."""
 
-from nmlightning.kernels.dispatch import Case as Case
-from nmlightning.kernels.dispatch import Choice as Choice
-from nmlightning.kernels.dispatch import choose as choose
 from nmlightning.kernels.dispatch import norm_backend as norm_backend
+from nmlightning.kernels.dispatch import select_backend as select_backend
+from nmlightning.kernels.interface import Dispatch as Dispatch
+from nmlightning.kernels.interface import DispatchKey as DispatchKey

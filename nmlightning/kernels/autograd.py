@@ -6,7 +6,7 @@ wait for each other twice in forward and once in backward, as by the formula; no
 left to do meanwhile, but the k largest |x − μ|, which need μ.
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +22,17 @@ from nmlightning.functional.reductions import (
 )
 from nmlightning.functional.selection import Selection, add_at_selection, mean_of_row
 from nmlightning.functional.statistics import LargestMean, Statistic, total_scale
-from nmlightning.kernels.interface import BatchNormKernels, Fused, Job, lay_out_like
+from nmlightning.kernels.interface import (
+    BatchNormKernels,
+    Fused,
+    LayerNormKernels,
+    NormSpec,
+    lay_out_like,
+)
 
 
 class KernelBatchNormFunction(torch.autograd.Function):
-    """Normalise each channel of (N, C, *spatial), and activate if the job says so.
+    """Normalise each channel of (N, C, *spatial), and activate if the spec says so.
 
     Returns:
         y like x; mean (C,); unbiased variance ŝ² · n / (n − 1) (C,), both float32.
@@ -40,20 +46,20 @@ class KernelBatchNormFunction(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         kernels: BatchNormKernels,
-        job: Job,
+        spec: NormSpec,
     ) -> tuple[Tensor, Tensor, Tensor]:
         residual = None if residual is None else lay_out_like(residual, x)
-        y, mean, variance, saved = kernels.forward(x, residual, _wide(weight), _wide(bias), job)
+        y, mean, variance, saved = kernels.forward(x, residual, _wide(weight), _wide(bias), spec)
         ctx.mark_non_differentiable(mean, variance)
         ctx.save_for_backward(*saved)
-        ctx.kernels, ctx.job = kernels, job
+        ctx.kernels, ctx.spec = kernels, spec
         ctx.dtypes = [None if q is None else q.dtype for q in (weight, bias)]
         return y, mean, variance
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = ctx.kernels.backward(grad, ctx.saved_tensors, ctx.job)
+        gradients = ctx.kernels.backward(grad, ctx.saved_tensors, ctx.spec)
         weight_dtype, bias_dtype = ctx.dtypes
         return (
             gradients.x,
@@ -146,41 +152,6 @@ def _measure(
     slopes = torch.where(signed > 0, 1.0, -1.0) / statistic.k
     assert mine is not None, "there is a group"
     return mean_of_row(values), Selection(positions, slopes * mine)
-
-
-class LayerNormKernels(Protocol):
-    """The kernels of a backend for the norm of rows of `features` contiguous elements."""
-
-    def forward(
-        self,
-        x: Tensor,
-        features: int,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        constant: float,
-        eps: float,
-    ) -> tuple[Tensor, Tensor]:
-        """Return y like x, and the values of the rows that backward needs.
-
-        Args:
-            x: contiguous, of a dtype that the backend serves.
-            features: how many elements a row has, at least 1.
-            weight: (features,) float32, or None for 1.
-            bias: (features,) float32, or None for 0.
-            constant: c of ŝ = c · mean |x − μ|.
-            eps: added to ŝ².
-        """
-
-    def backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        features: int,
-        weight: Tensor | None,
-        rows: Tensor,
-        learned: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients by x, like it, and, if `learned`, by weight and bias, float32."""
 
 
 class KernelLayerNormFunction(torch.autograd.Function):

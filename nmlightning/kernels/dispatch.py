@@ -1,14 +1,14 @@
-"""Who computes a norm: the one place where that is decided, and where its reason is told.
+"""Selects the backend of a norm, with the reason where that is the formula.
 
 Traced code (`torch.compile`, `torch.export`) always takes the formula, which the compiler fuses
-with its neighbours. Eager code takes the kernels of the input's device, if they serve the case.
+with its neighbours. Eager code takes the kernels of the input's device where they support the norm.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,66 +16,29 @@ from torch import Tensor, nn
 from nmlightning.errors import InputError
 from nmlightning.functional.statistics import Statistic
 from nmlightning.kernels.cpu.backend import CpuBackend
-from nmlightning.kernels.interface import Layout, layout_of
+from nmlightning.kernels.interface import (
+    Backend,
+    Dispatch,
+    DispatchKey,
+    Kind,
+    Tracking,
+    layout_of,
+)
 from nmlightning.kernels.triton.backend import TritonBackend
 
-Kind = Literal["batch", "layer", "rms"]
 FORMULA = "formula"
-
-
-class Case(NamedTuple):
-    """All that the choice depends on."""
-
-    kind: Kind
-    statistic: Statistic
-    device: str
-    dtype: torch.dtype
-    stats_dtype: torch.dtype
-    layout: Layout
-
-
-class Choice(NamedTuple):
-    """The backend's name, why it is that, and its kernels; none for the formula."""
-
-    backend: str
-    reason: str
-    kernels: Any = None
-
-
-Tracking = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], None]
-"""Given running mean and variance, the count of batches, the batch's mean and variance, momentum:
-moves, in channels where both are finite, each running value that stays so, and counts the batch."""
-
-
-class Backend(Protocol):
-    """Kernels for one type of device."""
-
-    @property
-    def name(self) -> str:
-        """Such as "C++" or "Triton"."""
-
-    @property
-    def device(self) -> str:
-        """The type of device that it is for."""
-
-    def refusal(self, case: Case) -> str:
-        """Return why it does not serve the case, in a few words; nothing if it does."""
-
-    def kernels(self, case: Case) -> Any:
-        """Return the kernels of a case that is served."""
-
-    def tracking(self) -> Tracking | None:
-        """Return what moves running statistics, or None where torch's own operations do."""
-
-
+NO_KERNELS = Dispatch(FORMULA, "no kernels for this norm")
 BACKENDS: tuple[Backend, ...] = (CpuBackend(), TritonBackend())
 
-_asked_for: ContextVar[str] = ContextVar("norm_backend", default="auto")
+_COMPILING = Dispatch(FORMULA, "traced code")
+_SUBCLASS = Dispatch(FORMULA, "no plain tensor")
+_PLAIN = (Tensor, nn.Parameter)
+_requested: ContextVar[str] = ContextVar("norm_backend", default="auto")
 
 
 @contextmanager
 def norm_backend(name: Literal["auto", "formula"]) -> Iterator[None]:
-    """Within it, forward passes take the kernels where they serve ("auto"), or the formula.
+    """Within it, forward passes take the kernels where there are any ("auto"), or the formula.
 
     Backward passes take what the forward pass took.
 
@@ -86,77 +49,60 @@ def norm_backend(name: Literal["auto", "formula"]) -> Iterator[None]:
     """
     if name not in ("auto", FORMULA):
         raise InputError(f"norm_backend is 'auto' or 'formula', got {name!r}.")
-    token = _asked_for.set(name)
+    token = _requested.set(name)
     try:
         yield
     finally:
-        _asked_for.reset(token)
+        _requested.reset(token)
 
 
-def case_of(
-    x: Tensor,
-    kind: Kind,
-    statistic: Statistic,
-    stats_dtype: torch.dtype,
-) -> Case:
-    """Return the case that an input is."""
-    return Case(kind, statistic, x.device.type, x.dtype, stats_dtype, layout_of(x))
-
-
-def choose_for(
-    x: Tensor,
-    kind: Kind,
-    statistic: Statistic,
-    stats_dtype: torch.dtype,
-) -> Choice:
-    """Return who computes the norm of an input, now."""
+def select_backend_for(
+    x: Tensor, kind: Kind, statistic: Statistic, stats_dtype: torch.dtype
+) -> Dispatch:
+    """Return the backend that computes the norm of x, now."""
     if torch.compiler.is_compiling():
         return _COMPILING
     if type(x) not in _PLAIN:
         return _SUBCLASS
-    return choose(case_of(x, kind, statistic, stats_dtype))
+    key = DispatchKey(kind, statistic, x.device.type, x.dtype, stats_dtype, layout_of(x))
+    return select_backend(key)
 
 
-def choose(case: Case) -> Choice:
-    """Return who computes a case in eager mode, and why."""
-    return _choose(case, _asked_for.get())
+def select_backend(key: DispatchKey) -> Dispatch:
+    """Return the backend for a key in eager mode."""
+    return _select(key, _requested.get())
 
 
-def choose_tracking(running: Sequence[Tensor], values: Tensor) -> Tracking | None:
+def select_tracking(running: Sequence[Tensor], values: Tensor) -> Tracking | None:
     """Return the kernel that moves running statistics towards such values, now, if there is one."""
     if torch.compiler.is_compiling() or values.dtype != torch.float32:
         return None
     if not all(type(r) in _PLAIN and r.dtype == torch.float32 for r in running):
         return None
-    return _choose_tracking(values.device.type, _asked_for.get())
+    return _select_tracking(values.device.type, _requested.get())
 
 
-def forget_choices() -> None:
-    """Choose anew, since kernels have been built or loaded in this process."""
-    _choose.cache_clear()
-    _choose_tracking.cache_clear()
-
-
-@lru_cache(maxsize=64)
-def _choose_tracking(device: str, asked_for: str) -> Tracking | None:
-    if asked_for == FORMULA:
-        return None
-    return next((backend.tracking() for backend in BACKENDS if backend.device == device), None)
+def clear_dispatch_cache() -> None:
+    """Select anew, since kernels have been built or loaded in this process."""
+    _select.cache_clear()
+    _select_tracking.cache_clear()
 
 
 @lru_cache(maxsize=1024)
-def _choose(case: Case, asked_for: str) -> Choice:
-    if asked_for == FORMULA:
-        return Choice(FORMULA, "asked for")
+def _select(key: DispatchKey, requested: str) -> Dispatch:
+    if requested == FORMULA:
+        return Dispatch(FORMULA, "asked for")
     for backend in BACKENDS:
-        if backend.device == case.device:
-            refusal = backend.refusal(case)
-            if refusal:
-                return Choice(FORMULA, refusal)
-            return Choice(backend.name, "", backend.kernels(case))
-    return Choice(FORMULA, f"no kernels for {case.device}")
+        if backend.device == key.device:
+            reason = backend.unsupported_reason(key)
+            if reason:
+                return Dispatch(FORMULA, reason)
+            return Dispatch(backend.name, "", backend.kernels(key))
+    return Dispatch(FORMULA, f"no kernels for {key.device}")
 
 
-_COMPILING = Choice(FORMULA, "traced code")
-_SUBCLASS = Choice(FORMULA, "no plain tensor")
-_PLAIN = (Tensor, nn.Parameter)
+@lru_cache(maxsize=64)
+def _select_tracking(device: str, requested: str) -> Tracking | None:
+    if requested == FORMULA:
+        return None
+    return next((backend.tracking() for backend in BACKENDS if backend.device == device), None)

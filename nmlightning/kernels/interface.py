@@ -1,23 +1,72 @@
-"""The interface of every kernel backend: what it is asked for and what it answers.
+"""The interface between norms and kernel backends: requests, answers, and memory layouts.
 
 With d = x − μ, ŝ = c · m(d), σ = √(ŝ² + eps): y = d · weight/σ + bias; then ReLU(y) for "relu" and
 ReLU(y + residual) for "add_relu". All that is per channel, (C,), is float32.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from nmlightning.functional.statistics import LargestMean, PowerMean, Statistic
 
+Kind = Literal["batch", "layer", "rms"]
 Fused = Literal["relu", "add_relu"]
+Layout = Literal["NCHW", "NHWC", "other"]
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+class DispatchKey(NamedTuple):
+    """All that the choice of a backend depends on."""
+
+    kind: Kind
+    statistic: Statistic
+    device: str
+    dtype: torch.dtype
+    stats_dtype: torch.dtype
+    layout: Layout
+
+
+class Dispatch(NamedTuple):
+    """A backend's name, and its kernels; or "formula", the reason for that, and no kernels."""
+
+    backend: str
+    reason: str
+    kernels: Any = None
+
+
+Tracking = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], None]
+"""Given running mean and variance, the count of batches, the batch's mean and variance, momentum:
+moves, in channels where both are finite, each running value that stays so, and counts the batch."""
+
+
+class Backend(Protocol):
+    """Kernels for one type of device."""
+
+    @property
+    def name(self) -> str:
+        """Such as "C++" or "Triton"."""
+
+    @property
+    def device(self) -> str:
+        """The type of device that it is for."""
+
+    def unsupported_reason(self, key: DispatchKey) -> str:
+        """Return in a few words why it has no kernels for the key; nothing if it has."""
+
+    def kernels(self, key: DispatchKey) -> Any:
+        """Return the `BatchNormKernels` or `LayerNormKernels` of a key that is supported."""
+
+    def tracking(self) -> Tracking | None:
+        """Return what moves running statistics, or None where torch's own operations do."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """A batch norm: which statistic m, its constant c, eps, and what follows in the same kernel."""
+class NormSpec:
+    """A batch norm: its statistic m, the constant c, eps, and what follows in the same kernel."""
 
     statistic: Statistic
     constant: float
@@ -52,19 +101,19 @@ class BatchNormKernels(Protocol):
         residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        job: Job,
+        spec: NormSpec,
     ) -> Normalised:
         """Return the normalised x, with n > 1 elements a channel.
 
         Args:
             x: of a dtype that the backend serves.
-            residual: like x, with the same strides; None unless `job.fused` is "add_relu".
+            residual: like x, with the same strides; None unless `spec.fused` is "add_relu".
             weight: (C,) float32, or None for 1.
             bias: (C,) float32, or None for 0.
-            job: what is to be computed.
+            spec: the norm.
         """
 
-    def backward(self, grad: Tensor, saved: tuple[Tensor | None, ...], job: Job) -> Gradients:
+    def backward(self, grad: Tensor, saved: tuple[Tensor | None, ...], spec: NormSpec) -> Gradients:
         """Return the gradients that follow from `grad`, like y in dtype, of any strides."""
 
     # The stages of the same, for ranks that share their statistics between them. A rank may have
@@ -115,6 +164,41 @@ class BatchNormKernels(Protocol):
         """Return gain · g + offset − pull · s (without the last if there is no pull), and g."""
 
 
+class LayerNormKernels(Protocol):
+    """The kernels of a backend for the norm of rows of `features` contiguous elements."""
+
+    def forward(
+        self,
+        x: Tensor,
+        features: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        constant: float,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Return y like x, and the values of the rows that backward needs.
+
+        Args:
+            x: contiguous, of a dtype that the backend serves.
+            features: how many elements a row has, at least 1.
+            weight: (features,) float32, or None for 1.
+            bias: (features,) float32, or None for 0.
+            constant: c of ŝ = c · mean |x − μ|.
+            eps: added to ŝ².
+        """
+
+    def backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        features: int,
+        weight: Tensor | None,
+        rows: Tensor,
+        learned: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients by x, like it, and, if `learned`, by weight and bias, float32."""
+
+
 def is_l1(statistic: Statistic) -> bool:
     """Return whether the statistic is the mean of |d|."""
     return statistic == PowerMean(1.0)
@@ -123,10 +207,6 @@ def is_l1(statistic: Statistic) -> bool:
 def is_largest(statistic: Statistic) -> bool:
     """Return whether the statistic is the mean of the k largest |d|, or the largest."""
     return isinstance(statistic, LargestMean)
-
-
-Layout = Literal["NCHW", "NHWC", "other"]
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def layout_of(x: Tensor) -> Layout:

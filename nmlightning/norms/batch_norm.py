@@ -14,8 +14,8 @@ from nmlightning.functional.constants import Constant, check_constant, check_pow
 from nmlightning.functional.reductions import is_half
 from nmlightning.functional.statistics import LargestMean, PowerMean, RangeMean, Statistic
 from nmlightning.kernels.autograd import KernelBatchNormFunction, RankBatchNormFunction
-from nmlightning.kernels.dispatch import choose_for
-from nmlightning.kernels.interface import BatchNormKernels, Job
+from nmlightning.kernels.dispatch import select_backend_for
+from nmlightning.kernels.interface import BatchNormKernels, Dispatch, NormSpec
 from nmlightning.norms.batch_norm_base import BatchNormBase, accumulation_dtype, activate
 
 
@@ -86,13 +86,18 @@ class StatisticBatchNorm(BatchNormBase):
         )
         self.constant = check_constant(constant)
 
+    def backend_for(self, input: Tensor) -> Dispatch:
+        """Return the backend that computes such an input in training, and why, without running."""
+        dtype = accumulation_dtype(input.dtype, self.stats_dtype)
+        return select_backend_for(input, "batch", self.statistic, dtype)
+
     def _normalise(
         self, input: Tensor, residual: Tensor | None, group: ProcessGroup | None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        kernels = self.backend_for(input).kernels
+        if kernels is not None:
+            return self._normalise_by_kernels(input, residual, kernels, group)
         dtype = accumulation_dtype(input.dtype, self.stats_dtype)
-        choice = choose_for(input, "batch", self.statistic, dtype)
-        if choice.kernels is not None:
-            return self._normalise_by_kernels(input, residual, choice.kernels, group)
         learned = (self.weight, self.bias)
         settings = (self.statistic, self.constant, self.eps, dtype, group)
         if is_half(dtype):
@@ -113,8 +118,8 @@ class StatisticBatchNorm(BatchNormBase):
         tensors = (input, added, self.weight, self.bias, kernels)
         if group is None:
             constant = self.statistic.constant(input.numel() // input.shape[1], self.constant)
-            job = Job(self.statistic, constant, self.eps, fused)
-            y, mean, variance = KernelBatchNormFunction.apply(*tensors, job)
+            spec = NormSpec(self.statistic, constant, self.eps, fused)
+            y, mean, variance = KernelBatchNormFunction.apply(*tensors, spec)
         else:
             settings = (self.statistic, self.constant, self.eps, fused, group)
             y, mean, variance = RankBatchNormFunction.apply(*tensors, *settings)

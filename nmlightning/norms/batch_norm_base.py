@@ -14,8 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nmlightning.errors import InputError, check_flag, is_number, nearest
 from nmlightning.functional.reductions import is_half
-from nmlightning.kernels.dispatch import choose_tracking
-from nmlightning.kernels.interface import Fused
+from nmlightning.kernels.dispatch import NO_KERNELS, select_tracking
+from nmlightning.kernels.interface import Dispatch, Fused
 
 
 def activate(y: Tensor, residual: Tensor | None, fused: Fused | None) -> Tensor:
@@ -132,7 +132,7 @@ class BatchNormBase(_BatchNorm):
 
     input_dims: ClassVar[tuple[int, ...]] = ()
     process_group: ProcessGroup | None = None
-    fused: Fused | None = None  # what the layer does besides, see `swap_norms`
+    fused: Fused | None = None  # what the layer also does, see `swap_norms`
 
     def __init__(
         self,
@@ -182,6 +182,10 @@ class BatchNormBase(_BatchNorm):
         if self.training and self.track_running_stats and self.running_mean is not None:
             self._track(mean, variance)
         return output
+
+    def backend_for(self, input: Tensor) -> Dispatch:
+        """Return the backend that computes such an input in training, and why, without running."""
+        return NO_KERNELS
 
     def keep_statistics_wide(self) -> None:
         """Make running statistics that are half float32, as casting the layer leaves them."""
@@ -253,7 +257,7 @@ class BatchNormBase(_BatchNorm):
         running_mean, running_var = self.running_mean, self.running_var
         assert running_mean is not None, "the caller tracks"
         assert running_var is not None, "it comes with the mean"
-        tracking = choose_tracking((running_mean, running_var), mean)
+        tracking = select_tracking((running_mean, running_var), mean)
         if tracking is not None and self.momentum is not None:
             count = self.num_batches_tracked
             tracking(running_mean, running_var, count, mean, variance, self.momentum)

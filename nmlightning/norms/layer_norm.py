@@ -1,6 +1,6 @@
 """Layer and RMS norms by any power mean: layers, and their analytic forward and backward.
 
-The same formula as in `batch_norm_function`, with one μ and ŝ for each token (the features of
+The same formula as in `functional.batch_norm`, with one μ and ŝ for each token (the features of
 `normalized_shape`) and a weight and bias for each feature:
 
     ∂L/∂x = (1/σ) · [h − mean h − c · (ŝ/σ) · mean(h x̂) · (s − mean s)],   h = weight · g
@@ -22,7 +22,8 @@ from nmlightning.functional.constants import Constant, check_constant, check_pow
 from nmlightning.functional.reductions import Share, is_half, mean_of, share_mean, sum_of
 from nmlightning.functional.statistics import PowerMean, power_mean, power_mean_slope, total_scale
 from nmlightning.kernels.autograd import KernelLayerNormFunction
-from nmlightning.kernels.dispatch import choose_for
+from nmlightning.kernels.dispatch import select_backend_for
+from nmlightning.kernels.interface import Dispatch
 from nmlightning.norms.batch_norm_base import (
     accumulation_dtype,
     check_eps,
@@ -52,7 +53,7 @@ def normalise_features(
 
     Args:
         x: of any real floating-point dtype, which the result has too.
-        layer: has `normalized_shape`, `weight`, `p` and `stats_dtype`.
+        layer: the norm.
         bias: of the features, or None.
         constant: c of ŝ = c · m.
         eps: added to ŝ².
@@ -67,12 +68,12 @@ def normalise_features(
             f"{type(layer).__name__} normalises the last dimensions {sizes}, "
             f"got an input of shape {tuple(x.shape)}."
         )
-    dtype = accumulation_dtype(x.dtype, layer.stats_dtype)
-    kernels = choose_for(x, "layer" if centred else "rms", PowerMean(layer.p), dtype).kernels
+    kernels = layer.backend_for(x).kernels
     if kernels is not None:
         return KernelLayerNormFunction.apply(  # type: ignore[no-any-return]
             x, layer.weight, bias, len(sizes), kernels, constant, eps
         )
+    dtype = accumulation_dtype(x.dtype, layer.stats_dtype)
     arguments = (layer.weight, bias, len(sizes), layer.p, constant, eps, dtype, centred)
     if is_half(dtype):
         return apply_in_half(LayerNormFunction, x, *arguments)  # type: ignore[no-any-return]
@@ -211,15 +212,21 @@ class LpLayerNorm(nn.LayerNorm):
             dtype=dtype,
         )
         self.p = check_power(p)
+        self.statistic = PowerMean(self.p)
         self.constant = check_constant(constant)
         self.stats_dtype = check_stats_dtype(stats_dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the normalised input, in its dtype."""
-        constant = PowerMean(self.p).constant(math.prod(self.normalized_shape), self.constant)
+        constant = self.statistic.constant(math.prod(self.normalized_shape), self.constant)
         return normalise_features(
             input, self, self.bias, constant=constant, eps=self.eps, centred=True
         )
+
+    def backend_for(self, input: Tensor) -> Dispatch:
+        """Return the backend that computes such an input, and why, without running."""
+        dtype = accumulation_dtype(input.dtype, self.stats_dtype)
+        return select_backend_for(input, "layer", self.statistic, dtype)
 
     def extra_repr(self) -> str:
         """Return the arguments that differ from the defaults, so that the repr evaluates."""
@@ -307,14 +314,20 @@ class LpRMSNorm(nn.RMSNorm):
             dtype=dtype,
         )
         self.p = check_power(p)
+        self.statistic = PowerMean(self.p)
         self.constant = check_constant(constant)
         self.stats_dtype = check_stats_dtype(stats_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised input, in its dtype."""
-        constant = PowerMean(self.p).constant(math.prod(self.normalized_shape), self.constant)
+        constant = self.statistic.constant(math.prod(self.normalized_shape), self.constant)
         eps = _eps_of(x.dtype) if self.eps is None else self.eps
         return normalise_features(x, self, None, constant=constant, eps=eps, centred=False)
+
+    def backend_for(self, input: Tensor) -> Dispatch:
+        """Return the backend that computes such an input, and why, without running."""
+        dtype = accumulation_dtype(input.dtype, self.stats_dtype)
+        return select_backend_for(input, "rms", self.statistic, dtype)
 
     def extra_repr(self) -> str:
         """Return the arguments that differ from the defaults, so that the repr evaluates."""

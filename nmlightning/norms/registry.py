@@ -4,16 +4,15 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType, ModuleType
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from nmlightning.errors import InputError, nearest
+from nmlightning.kernels.interface import Kind as Kind
 from nmlightning.norms import batch_norm, half_l2, mean_only
-from nmlightning.norms import batch_norm as range_batch_norm
 from nmlightning.norms.layer_norm import L1LayerNorm, L1RMSNorm, LpLayerNorm, LpRMSNorm
 
-Kind = Literal["batch", "layer", "rms"]
 KINDS: tuple[Kind, ...] = ("batch", "layer", "rms")
 TITLES: Mapping[Kind, str] = MappingProxyType({"batch": "batch", "layer": "layer", "rms": "RMS"})
 
@@ -59,7 +58,7 @@ NORMS: Mapping[str, Norm] = MappingProxyType(
         "linf": Norm(_batch_norms("LInf")),
         "topk": Norm(_TOP_K),
         "top10": Norm(_TOP_K, fixed={"k": 10}),
-        "range": Norm(_batch_norms("Range", range_batch_norm)),
+        "range": Norm(_batch_norms("Range")),
         "mean": Norm(_batch_norms("MeanOnly", mean_only)),
         "half_l2": Norm(_batch_norms("HalfL2", half_l2)),
     }

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -25,12 +26,19 @@ from kernel_contract import (
 from nmlightning import norms
 from nmlightning.functional.constants import gaussian_constant
 from nmlightning.functional.statistics import LargestMean, PowerMean, RangeMean
-from nmlightning.kernels import choose, norm_backend
+from nmlightning.kernels import DispatchKey, norm_backend, select_backend
 from nmlightning.kernels.cpu.backend import X_FREE_REACH, CpuBatchNorm, CpuLayerNorm
-from nmlightning.kernels.dispatch import case_of
-from nmlightning.kernels.interface import Fused, Job
+from nmlightning.kernels.interface import Fused, NormSpec
 
-L1 = Job(PowerMean(1.0), gaussian_constant("lp", 100, p=1), 1e-5, "relu")
+
+@dataclass(frozen=True)
+class MadeUpMean:
+    """A statistic that no backend knows."""
+
+    name: str = "the made-up mean"
+
+
+L1 = NormSpec(PowerMean(1.0), gaussian_constant("lp", 100, p=1), 1e-5, "relu")
 
 
 @pytest.fixture(autouse=True)
@@ -94,30 +102,30 @@ def test_tracking() -> None:
 
 
 def kept_x(
-    fused: Fused | None, weight: float, bias: float, dtype: torch.dtype, job: Job = L1
+    fused: Fused | None, weight: float, bias: float, dtype: torch.dtype, spec: NormSpec = L1
 ) -> bool:
     (x, residual, *_), _ = draw(Case((4, 3, 5, 5), fused="add_relu", dtype=dtype), "cpu")
     assert x is not None
     learned = torch.tensor([1.0, weight, 1.0]), torch.tensor([0.0, bias, 0.0])
-    job = Job(job.statistic, job.constant, job.eps, fused)
+    spec = NormSpec(spec.statistic, spec.constant, spec.eps, fused)
     added = residual if fused == "add_relu" else None
-    saved = CpuBatchNorm().forward(x, added, *learned, job).saved
+    saved = CpuBatchNorm().forward(x, added, *learned, spec).saved
     return any(tensor is x for tensor in saved)
 
 
 @pytest.mark.parametrize("dtype", X_FREE_REACH)
-@pytest.mark.parametrize("job", [L1, Job(LargestMean(2), 0.5, 1e-5)], ids=["l1", "top2"])
+@pytest.mark.parametrize("spec", [L1, NormSpec(LargestMean(2), 0.5, 1e-5)], ids=["l1", "top2"])
 def test_a_relu_does_without_x_unless_the_rounded_output_is_too_coarse(
-    dtype: torch.dtype, job: Job
+    dtype: torch.dtype, spec: NormSpec
 ) -> None:
     reach = X_FREE_REACH[dtype]
     for weight in (1.0, -0.5, 1e-20):
-        assert not kept_x("relu", weight, 0.99 * reach * abs(weight), dtype, job)
-        assert not kept_x("relu", weight, -99 * reach * abs(weight), dtype, job)
-        assert kept_x("relu", weight, 1.01 * reach * abs(weight), dtype, job)
+        assert not kept_x("relu", weight, 0.99 * reach * abs(weight), dtype, spec)
+        assert not kept_x("relu", weight, -99 * reach * abs(weight), dtype, spec)
+        assert kept_x("relu", weight, 1.01 * reach * abs(weight), dtype, spec)
     for weight in (0.0, 1e-31, math.nan, math.inf):
-        assert kept_x("relu", weight, 0.0, dtype, job)
-    assert kept_x(None, 1.0, 0.0, dtype, job)
+        assert kept_x("relu", weight, 0.0, dtype, spec)
+    assert kept_x(None, 1.0, 0.0, dtype, spec)
 
 
 def test_an_addition_does_without_x_where_its_sum_is_not_large() -> None:
@@ -252,13 +260,14 @@ def test_traced_code_takes_the_formula() -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "reason"),
+    ("change", "reason"),
     {
         "p": ({"statistic": PowerMean(2.0)}, "no kernel for p = 2"),
         "range": ({"statistic": RangeMean(2)}, "no kernel for the range"),
+        "unknown": ({"statistic": MadeUpMean()}, "no kernel for the made-up mean"),
         "largest in rows": (
             {"kind": "layer", "statistic": LargestMean(1)},
-            "no kernel for the largest values",
+            "no kernel for the largest value",
         ),
         "dtype": ({"dtype": torch.float64}, "no kernel for float64"),
         "stats": ({"stats_dtype": torch.float16}, "no kernel for statistics in float16"),
@@ -266,11 +275,12 @@ def test_traced_code_takes_the_formula() -> None:
         "rows": ({"kind": "rms", "layout": "NHWC"}, "no kernel for elements in this order"),
     }.values(),
 )
-def test_what_is_not_served_and_why(case: dict[str, Any], reason: str) -> None:
-    served = case_of(torch.ones(2, 3), "batch", PowerMean(1.0), torch.float32)
-    assert choose(served).backend == "C++"
-    choice = choose(served._replace(**case))
-    assert (choice.backend, choice.reason, choice.kernels) == ("formula", reason, None)
+def test_select_backend_gives_the_reason_for_the_formula(
+    change: dict[str, Any], reason: str
+) -> None:
+    supported = DispatchKey("batch", PowerMean(1.0), "cpu", torch.float32, torch.float32, "NCHW")
+    assert select_backend(supported).backend == "C++"
+    assert select_backend(supported._replace(**change)) == ("formula", reason, None)
 
 
 def test_threads_are_torchs() -> None:

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from nmlightning.functional.statistics import LargestMean, PowerMean, RangeMean
-from nmlightning.kernels import Case, choose, norm_backend
+from nmlightning.kernels import DispatchKey, norm_backend, select_backend
 from nmlightning.kernels.triton import backend
 from nmlightning.kernels.triton import tiles as partition
 
 TESTS = Path(__file__).parent
-SERVED = Case("batch", PowerMean(1.0), "cuda", torch.float16, torch.float32, "NHWC")
+SERVED = DispatchKey("batch", PowerMean(1.0), "cuda", torch.float16, torch.float32, "NHWC")
 needs_triton = pytest.mark.skipif(not backend.has_triton(), reason="triton is not installed")
 
 
@@ -41,8 +41,8 @@ def test_interpreted_kernels_keep_the_contract() -> None:
         ({"statistic": LargestMean(1), "layout": "NCHW", "dtype": torch.bfloat16}, ""),
         ({"statistic": LargestMean(64), "dtype": torch.float32}, ""),
         ({"statistic": LargestMean(65)}, "no kernel for k above 64"),
-        ({"statistic": PowerMean(2.0)}, "no kernel for PowerMean(p=2.0)"),
-        ({"statistic": RangeMean(16)}, "no kernel for RangeMean(chunks=16)"),
+        ({"statistic": PowerMean(2.0)}, "no kernel for p = 2"),
+        ({"statistic": RangeMean(16)}, "no kernel for the range"),
         ({"dtype": torch.float64}, "no kernel for float64"),
         ({"stats_dtype": torch.float16}, "no kernel with statistics in float16"),
         ({"layout": "other"}, "no kernel for strided elements"),
@@ -52,16 +52,16 @@ def test_interpreted_kernels_keep_the_contract() -> None:
     ],
     ids=str,
 )
-def test_refusals(change: dict[str, object], reason: str) -> None:
-    refusal = backend.TritonBackend().refusal(SERVED._replace(**change))
-    assert refusal.startswith(reason)
-    assert bool(refusal) == bool(reason)
+def test_reason_givens(change: dict[str, object], reason: str) -> None:
+    reason_given = backend.TritonBackend().unsupported_reason(SERVED._replace(**change))
+    assert reason_given.startswith(reason)
+    assert bool(reason_given) == bool(reason)
 
 
 def test_without_triton_the_formula_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "has_triton", lambda: False)
     case = SERVED._replace(stats_dtype=torch.float32, dtype=torch.float32)
-    assert backend.TritonBackend().refusal(case) == "triton is not installed"
+    assert backend.TritonBackend().unsupported_reason(case) == "triton is not installed"
     assert backend.TritonBackend().tracking() is None
 
 
@@ -69,14 +69,15 @@ def test_a_gpu_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(backend, "has_triton", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert "compute capability 8.0" in backend.TritonBackend().refusal(SERVED)
+    assert "compute capability 8.0" in backend.TritonBackend().unsupported_reason(SERVED)
 
 
 @needs_triton
 def test_a_choice_names_the_backend() -> None:
     with norm_backend("auto"):
-        assert choose(SERVED).backend == "Triton"
-        assert choose(SERVED._replace(dtype=torch.float64)).reason == "no kernel for float64"
+        assert select_backend(SERVED).backend == "Triton"
+        wide = SERVED._replace(dtype=torch.float64)
+        assert select_backend(wide).reason == "no kernel for float64"
 
 
 def test_the_package_does_without_triton() -> None:
@@ -84,8 +85,8 @@ def test_the_package_does_without_triton() -> None:
         "import sys; sys.modules['triton'] = None\n"
         "import torch, nmlightning.kernels as kernels\n"
         "from nmlightning.functional.statistics import PowerMean\n"
-        "case = ('batch', PowerMean(1.0), 'cuda', torch.half, torch.float32, 'NCHW')\n"
-        "print(kernels.choose(kernels.Case(*case)).reason)"
+        "key = ('batch', PowerMean(1.0), 'cuda', torch.half, torch.float32, 'NCHW')\n"
+        "print(kernels.select_backend(kernels.DispatchKey(*key)).reason)"
     )
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, check=True, cwd=TESTS.parents[1], capture_output=True)

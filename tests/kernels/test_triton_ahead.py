@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from nmlightning.functional.statistics import LargestMean, PowerMean  # noqa: E402
-from nmlightning.kernels.interface import Job  # noqa: E402
+from nmlightning.kernels.interface import NormSpec  # noqa: E402
 from nmlightning.kernels.triton import layer_norm  # noqa: E402
 from nmlightning.kernels.triton import tiles as partition  # noqa: E402
 from nmlightning.kernels.triton.batch_norm import TritonBatchNorm  # noqa: E402
@@ -105,17 +105,17 @@ def _read(name: str, kernel: Any, folder: Path) -> Compiled:
 
 
 def _batch_norm(
-    shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype, job: Job
+    shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype, spec: NormSpec
 ) -> Callable[[], object]:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def launch() -> None:
         x = torch.zeros(shape, dtype=dtype).contiguous(memory_format=memory_format)
-        residual = x if job.fused == "add_relu" else None
+        residual = x if spec.fused == "add_relu" else None
         channel = torch.zeros(shape[1])
         kernels = TritonBatchNorm()
-        saved = kernels.forward(x, residual, channel, channel, job).saved
-        kernels.backward(x, saved, job)
+        saved = kernels.forward(x, residual, channel, channel, spec).saved
+        kernels.backward(x, saved, spec)
 
     return launch
 
@@ -150,8 +150,8 @@ BACKWARD = ["sum_gradients", "write_whole_gradient"]
 
 
 def test_l1_and_relu(compile_ahead: Any) -> None:
-    job = Job(L1, 1.25, 1e-5, "relu")
-    kernels = compile_ahead(90, _batch_norm((32, 64, 56, 56), True, torch.bfloat16, job))
+    spec = NormSpec(L1, 1.25, 1e-5, "relu")
+    kernels = compile_ahead(90, _batch_norm((32, 64, 56, 56), True, torch.bfloat16, spec))
     assert [kernel.name for kernel in kernels] == [*L1_KERNELS, *BACKWARD]
     _check(kernels)
 
@@ -179,8 +179,8 @@ def test_every_batch_norm(
     channels_last: bool, statistic: Any, capability: int, dtype: torch.dtype, fused: Any,
     compile_ahead: Any,
 ) -> None:  # fmt: skip
-    job = Job(statistic, 1.25, 1e-5, fused)
-    kernels = compile_ahead(capability, _batch_norm((32, 64, 56, 56), channels_last, dtype, job))
+    spec = NormSpec(statistic, 1.25, 1e-5, fused)
+    kernels = compile_ahead(capability, _batch_norm((32, 64, 56, 56), channels_last, dtype, spec))
     forward = L1_KERNELS if statistic is L1 else TOP_K_KERNELS
     assert [kernel.name for kernel in kernels] == [*forward, *BACKWARD]
     # For 8.0 ptxas spills 8 bytes of one kernel, though it has registers left.
@@ -204,5 +204,5 @@ def test_wide_offsets(
     statistic: Any, channels_last: bool, compile_ahead: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(partition, "WIDE_FROM", 1)
-    job = Job(statistic, 1.25, 1e-5, "relu")
-    _check(compile_ahead(90, _batch_norm((8, 64, 28, 28), channels_last, torch.bfloat16, job)))
+    spec = NormSpec(statistic, 1.25, 1e-5, "relu")
+    _check(compile_ahead(90, _batch_norm((8, 64, 28, 28), channels_last, torch.bfloat16, spec)))

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 import kernel_contract as contract
 from nmlightning.kernels import norm_backend
-from nmlightning.kernels.interface import Job
+from nmlightning.kernels.interface import NormSpec
 from nmlightning.kernels.triton import tiles as partition
 from nmlightning.kernels.triton.batch_norm import TritonBatchNorm
 from nmlightning.kernels.triton.layer_norm import TritonLayerNorm
@@ -143,8 +143,8 @@ def test_more_elements_than_int32_counts() -> None:
         pytest.skip("needs 40 GiB")
     x = torch.zeros(2**25 + 3, 65, dtype=torch.bfloat16, device=CUDA)
     x[-1, -1] = 4
-    job = Job(contract.STATISTICS["linf"], 1.0, 1e-5)
-    normalised = TritonBatchNorm().forward(x, None, None, None, job)
+    spec = NormSpec(contract.STATISTICS["linf"], 1.0, 1e-5)
+    normalised = TritonBatchNorm().forward(x, None, None, None, spec)
     assert normalised.saved[4][-1].item() == len(x) - 1  # type: ignore[index]
     assert normalised.y[-1, -1].item() == pytest.approx(1, rel=1e-2)
 

@@ -14,7 +14,7 @@ from nmlightning.kernels.cpu.build import (
     library_path,
     load_library,
 )
-from nmlightning.kernels.dispatch import forget_choices
+from nmlightning.kernels.dispatch import clear_dispatch_cache
 
 
 def kernel_library() -> Path:
@@ -35,4 +35,4 @@ def kernel_library() -> Path:
 def load_kernels() -> None:
     """Make the kernels serve this process."""
     load_library(kernel_library())
-    forget_choices()
+    clear_dispatch_cache()

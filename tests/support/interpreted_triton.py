@@ -63,16 +63,16 @@ def test_layers_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
     interpreted = TritonBackend()
     monkeypatch.setattr(interpreted, "device", "cpu")
     monkeypatch.setattr(dispatch, "BACKENDS", (interpreted,))
-    dispatch.forget_choices()
+    dispatch.clear_dispatch_cache()
     layer, x = L1BatchNorm2d(2), torch.randn(2, 2, 3, 3)
-    assert dispatch.choose_for(x, "batch", layer.statistic, torch.float32).backend == "Triton"
+    assert layer.backend_for(x).backend == "Triton"
     outputs = []
     for name in ("auto", "formula"):
         leaf = x.clone().requires_grad_()
         with dispatch.norm_backend(name):
             y = layer(leaf)
         outputs.append([y, *torch.autograd.grad(y, [leaf, *layer.parameters()], x + 1)])
-    dispatch.forget_choices()
+    dispatch.clear_dispatch_cache()
     torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
 
 

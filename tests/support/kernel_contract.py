@@ -9,7 +9,7 @@ from batch_norm_contract import NORMS, Norm, define, spread
 from nmlightning.functional.statistics import LargestMean, PowerMean, Statistic
 from nmlightning.kernels.autograd import LayerNormKernels
 from nmlightning.kernels.dispatch import Tracking
-from nmlightning.kernels.interface import BatchNormKernels, Fused, Job
+from nmlightning.kernels.interface import BatchNormKernels, Fused, NormSpec
 from nmlightning.norms.layer_norm import LayerNormFunction
 
 # Rounding of the output, and in float32 that of a few operations on values of one size.
@@ -157,9 +157,9 @@ def check(case: Case, kernels: BatchNormKernels, device: str = "cpu", slack: flo
     assert x is not None
     norm = NORMS[case.statistic]
     count = x.numel() // x.shape[1]
-    job = Job(STATISTICS[case.statistic], norm.constant(count), EPS, case.fused)
-    normalised = kernels.forward(x, residual, weight, bias, job)
-    found = kernels.backward(grad, normalised.saved, job)
+    spec = NormSpec(STATISTICS[case.statistic], norm.constant(count), EPS, case.fused)
+    normalised = kernels.forward(x, residual, weight, bias, spec)
+    found = kernels.backward(grad, normalised.saved, spec)
 
     wide = x.double()
     # What ReLU lets pass is told by the output itself: in float64, an output of 1e-9 may be −1e-9.
@@ -203,10 +203,10 @@ def check_nonfinite(
     x = torch.randn(20, 3)
     x[4, 1] = value
     x = x.to(device)
-    job = Job(STATISTICS[statistic], 1.25, EPS, "relu")
-    normalised = kernels.forward(x, None, None, None, job)
-    found = kernels.backward(torch.ones_like(x), normalised.saved, job)
-    clean = kernels.forward(x.nan_to_num(0, 0, 0), None, None, None, job)
+    spec = NormSpec(STATISTICS[statistic], 1.25, EPS, "relu")
+    normalised = kernels.forward(x, None, None, None, spec)
+    found = kernels.backward(torch.ones_like(x), normalised.saved, spec)
+    clean = kernels.forward(x.nan_to_num(0, 0, 0), None, None, None, spec)
     for values in (normalised.mean, normalised.variance):
         assert values.isfinite().tolist() == [True, False, True]
     for index in (0, 2):
@@ -220,9 +220,9 @@ def check_mask(kernels: BatchNormKernels, device: str = "cpu") -> None:
     """Count what ReLU lets pass where outputs are so small that many are rounded to 0."""
     x = torch.randn(64, 3).half().to(device)
     weight = torch.full((3,), 3e-8, device=device)
-    job = Job(STATISTICS["l1"], 1.25, EPS, "relu")
-    normalised = kernels.forward(x, None, weight, None, job)
-    found = kernels.backward(torch.ones_like(x), normalised.saved, job)
+    spec = NormSpec(STATISTICS["l1"], 1.25, EPS, "relu")
+    normalised = kernels.forward(x, None, weight, None, spec)
+    found = kernels.backward(torch.ones_like(x), normalised.saved, spec)
     passed = (normalised.y > 0).sum(0)
     assert (passed < (x > normalised.mean).sum(0)).all(), "no output was rounded to 0"
     assert torch.equal(found.bias, passed.float())

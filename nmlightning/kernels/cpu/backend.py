@@ -1,4 +1,4 @@
-"""The CPU backend: the cases it serves, and the C++ kernels of each.
+"""The CPU backend: the norms it supports, and the C++ kernels of each.
 
 With a ReLU after the norm, L1's backward takes its sign from one bit an element, and that of the
 largest values takes their positions. Otherwise x is only in Σ g · x̂, and where g is not 0 the
@@ -14,15 +14,14 @@ after an addition, it is the root mean square of y in a channel. Where it does n
 channel of a layer, x is kept, in this pass, for the layer. So it is after the addition in bfloat16.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nmlightning.functional.statistics import LargestMean, PowerMean, Statistic
+from nmlightning.functional.statistics import LargestMean, Statistic
 from nmlightning.kernels.cpu.build import (
     cache_folder,
     is_loaded,
@@ -30,11 +29,16 @@ from nmlightning.kernels.cpu.build import (
     library_path,
     load_library,
 )
-from nmlightning.kernels.interface import Fused, Gradients, Job, Normalised, is_l1, is_largest
-
-if TYPE_CHECKING:
-    from nmlightning.kernels.dispatch import Case
-
+from nmlightning.kernels.interface import (
+    DispatchKey,
+    Fused,
+    Gradients,
+    Normalised,
+    NormSpec,
+    Tracking,
+    is_l1,
+    is_largest,
+)
 
 # The tolerance · √3 / u, with u = 2^-24 and 2^-8.
 X_FREE_REACH = {torch.float32: 14.5, torch.bfloat16: 1.77}
@@ -54,14 +58,14 @@ class CpuBatchNorm:
         residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        job: Job,
+        spec: NormSpec,
     ) -> Normalised:
         """Return the normalised x, and of x or what stands for it what backward needs."""
-        inputs = (x, residual, weight, bias, job.constant, job.eps, _NUMBERS[job.fused])
-        reach = _reach(x.dtype, job.fused)
-        if isinstance(job.statistic, LargestMean):
+        inputs = (x, residual, weight, bias, spec.constant, spec.eps, _NUMBERS[spec.fused])
+        reach = _reach(x.dtype, spec.fused)
+        if isinstance(spec.statistic, LargestMean):
             y, mean, variance, values, *kept, x_free = self._ops.largest_forward(
-                *inputs, job.statistic.k, reach
+                *inputs, spec.statistic.k, reach
             )
         else:
             y, mean, variance, values, bits = self._ops.l1_forward(*inputs, reach)
@@ -69,7 +73,7 @@ class CpuBatchNorm:
             kept = [bits if x_free else None, None]
         saved = (
             None if x_free else x,
-            y if job.fused else None,
+            y if spec.fused else None,
             residual if x_free else None,
             *kept,
             weight,
@@ -78,11 +82,11 @@ class CpuBatchNorm:
         )
         return Normalised(y, mean, variance, saved)
 
-    def backward(self, grad: Tensor, saved: tuple[Tensor | None, ...], job: Job) -> Gradients:
+    def backward(self, grad: Tensor, saved: tuple[Tensor | None, ...], spec: NormSpec) -> Gradients:
         """Return the gradients."""
         x, y, residual, first, second, *rest = saved
-        added = job.fused == "add_relu"
-        if is_largest(job.statistic):
+        added = spec.fused == "add_relu"
+        if is_largest(spec.statistic):
             results = self._ops.largest_backward(grad, x, y, residual, first, second, *rest, added)
         else:
             results = self._ops.l1_backward(grad, x, y, residual, first, *rest, added)
@@ -194,24 +198,24 @@ class CpuBackend:
     name = "C++"
     device = "cpu"
 
-    def refusal(self, case: "Case") -> str:
-        """Return why they do not serve the case, in a few words; nothing if they do."""
-        batch = case.kind == "batch"
-        if not (is_l1(case.statistic) or (batch and is_largest(case.statistic))):
-            return f"no kernel for {_describe(case.statistic)}"
-        if case.dtype not in _DTYPES:
-            return f"no kernel for {_name(case.dtype)}"
-        if case.stats_dtype != torch.float32:
-            return f"no kernel for statistics in {_name(case.stats_dtype)}"
-        if case.layout not in (("NCHW", "NHWC") if batch else ("NCHW",)):
+    def unsupported_reason(self, key: DispatchKey) -> str:
+        """Return in a few words why they do not support the key; nothing if they do."""
+        batch = key.kind == "batch"
+        if not (is_l1(key.statistic) or (batch and is_largest(key.statistic))):
+            return f"no kernel for {key.statistic.name}"
+        if key.dtype not in _DTYPES:
+            return f"no kernel for {_name(key.dtype)}"
+        if key.stats_dtype != torch.float32:
+            return f"no kernel for statistics in {_name(key.stats_dtype)}"
+        if key.layout not in (("NCHW", "NHWC") if batch else ("NCHW",)):
             return "no kernel for elements in this order"
         return self._missing()
 
-    def kernels(self, case: "Case") -> Any:
-        """Return the kernels of a case that is served."""
-        return CpuBatchNorm() if case.kind == "batch" else CpuLayerNorm(case.kind == "layer")
+    def kernels(self, key: DispatchKey) -> Any:
+        """Return the kernels of a key that is supported."""
+        return CpuBatchNorm() if key.kind == "batch" else CpuLayerNorm(key.kind == "layer")
 
-    def tracking(self) -> Callable[..., None] | None:
+    def tracking(self) -> Tracking | None:
         """Return what moves running statistics, or None where it is not built."""
         return None if self._missing() else torch.ops.nmlightning.track
 
@@ -228,12 +232,6 @@ class CpuBackend:
         except OSError:
             return f"the kernels in {path} do not load: nm kernels remove"
         return ""
-
-
-def _describe(statistic: Statistic) -> str:
-    if isinstance(statistic, PowerMean):
-        return f"p = {statistic.p:g}"
-    return "the largest values" if is_largest(statistic) else "the range"
 
 
 def _name(dtype: torch.dtype) -> str:

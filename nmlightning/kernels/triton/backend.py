@@ -1,17 +1,13 @@
-"""What Triton's kernels serve; this module imports neither Triton nor a kernel."""
+"""The Triton backend: the norms it supports. Triton and the kernels are imported on first use."""
 
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from nmlightning.functional.statistics import LargestMean
-from nmlightning.kernels.interface import is_l1, is_largest
-
-if TYPE_CHECKING:
-    from nmlightning.kernels.dispatch import Case
-
+from nmlightning.kernels.interface import DispatchKey, Tracking, is_l1, is_largest
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_K = 64  # the time of a selection is in proportion to k
@@ -24,27 +20,27 @@ class TritonBackend:
     name = "Triton"
     device = "cuda"
 
-    def refusal(self, case: "Case") -> str:
-        """Return why it does not serve the case, in a few words; nothing if it does."""
+    def unsupported_reason(self, key: DispatchKey) -> str:
+        """Return in a few words why it does not support the key; nothing if it does."""
         return (
-            _refusal_of_machine()
-            or _refusal_of_dtypes(case)
-            or (_refusal_of_batch_norm(case) if case.kind == "batch" else _refusal_of_rows(case))
+            _unsupported_machine()
+            or _unsupported_dtypes(key)
+            or (_unsupported_batch_norm(key) if key.kind == "batch" else _unsupported_rows(key))
         )
 
-    def kernels(self, case: "Case") -> Any:
-        """Return the kernels of a case that is served."""
-        if case.kind == "batch":
+    def kernels(self, key: DispatchKey) -> Any:
+        """Return the kernels of a key that is supported."""
+        if key.kind == "batch":
             from nmlightning.kernels.triton.batch_norm import TritonBatchNorm
 
             return TritonBatchNorm()
         from nmlightning.kernels.triton.layer_norm import TritonLayerNorm
 
-        return TritonLayerNorm(centred=case.kind == "layer")
+        return TritonLayerNorm(centred=key.kind == "layer")
 
-    def tracking(self) -> Any:
+    def tracking(self) -> Tracking | None:
         """Return what moves running statistics, or None where torch's own operations do."""
-        if _refusal_of_machine():
+        if _unsupported_machine():
             return None
         from nmlightning.kernels.triton.track import track
 
@@ -57,7 +53,7 @@ def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def _refusal_of_machine() -> str:
+def _unsupported_machine() -> str:
     if torch.version.hip:
         return "no kernel for ROCm"
     if not has_triton():
@@ -67,28 +63,28 @@ def _refusal_of_machine() -> str:
     return ""
 
 
-def _refusal_of_dtypes(case: "Case") -> str:
-    if case.dtype not in DTYPES:
-        return f"no kernel for {_plain(case.dtype)}"
-    if case.stats_dtype != torch.float32:
-        return f"no kernel with statistics in {_plain(case.stats_dtype)}"
+def _unsupported_dtypes(key: DispatchKey) -> str:
+    if key.dtype not in DTYPES:
+        return f"no kernel for {_plain(key.dtype)}"
+    if key.stats_dtype != torch.float32:
+        return f"no kernel with statistics in {_plain(key.stats_dtype)}"
     return ""
 
 
-def _refusal_of_batch_norm(case: "Case") -> str:
-    if case.layout == "other":
+def _unsupported_batch_norm(key: DispatchKey) -> str:
+    if key.layout == "other":
         return "no kernel for strided elements"
-    if not (is_l1(case.statistic) or is_largest(case.statistic)):
-        return f"no kernel for {case.statistic}"
-    if isinstance(case.statistic, LargestMean) and case.statistic.k > LARGEST_K:
+    if not (is_l1(key.statistic) or is_largest(key.statistic)):
+        return f"no kernel for {key.statistic.name}"
+    if isinstance(key.statistic, LargestMean) and key.statistic.k > LARGEST_K:
         return f"no kernel for k above {LARGEST_K}"
     return ""
 
 
-def _refusal_of_rows(case: "Case") -> str:
-    if case.layout != "NCHW":
+def _unsupported_rows(key: DispatchKey) -> str:
+    if key.layout != "NCHW":
         return "no kernel for strided elements"
-    return "" if is_l1(case.statistic) else f"no kernel for {case.statistic}"
+    return "" if is_l1(key.statistic) else f"no kernel for {key.statistic.name}"
 
 
 def _plain(dtype: torch.dtype) -> str:

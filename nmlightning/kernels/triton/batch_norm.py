@@ -4,7 +4,14 @@ import torch
 from torch import Tensor
 
 from nmlightning.functional.statistics import LargestMean, Statistic
-from nmlightning.kernels.interface import Fused, Gradients, Job, Normalised, is_l1, lay_out_like
+from nmlightning.kernels.interface import (
+    Fused,
+    Gradients,
+    Normalised,
+    NormSpec,
+    is_l1,
+    lay_out_like,
+)
 from nmlightning.kernels.triton.backward import sum_gradients, write_gradient, write_whole_gradient
 from nmlightning.kernels.triton.forward import (
     sum_differences,
@@ -32,42 +39,42 @@ class TritonBatchNorm:
         residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        job: Job,
+        spec: NormSpec,
     ) -> Normalised:
         """See `BatchNormKernels`."""
         statistics = x.new_empty(STATISTICS, x.shape[1], dtype=torch.float32)
         y = torch.empty_like(x)
         with on_device_of(x):
-            if is_l1(job.statistic):
+            if is_l1(spec.statistic):
                 selected: tuple[Tensor | None, ...] = (None, None)
-                _normalise_by_l1(x, residual, y, statistics, weight, bias, job)
+                _normalise_by_l1(x, residual, y, statistics, weight, bias, spec)
             else:
-                selected = _select(x, None, _k_of(job.statistic), statistics, weight, job)
+                selected = _select(x, None, _k_of(spec.statistic), statistics, weight, spec)
                 _write_output(
-                    x, residual, y, statistics[0], statistics[4], bias, job.fused is not None
+                    x, residual, y, statistics[0], statistics[4], bias, spec.fused is not None
                 )
-        kept = y if job.fused == "add_relu" else None
+        kept = y if spec.fused == "add_relu" else None
         return Normalised(y, statistics[0], statistics[1], (x, kept, statistics, bias, *selected))
 
-    def backward(self, grad: Tensor, saved: tuple[Tensor | None, ...], job: Job) -> Gradients:
+    def backward(self, grad: Tensor, saved: tuple[Tensor | None, ...], spec: NormSpec) -> Gradients:
         """See `BatchNormKernels`."""
         x, y, statistics, bias, positions, deviations = saved
         assert x is not None, "forward keeps it"
         assert statistics is not None, "forward keeps them"
         grad = lay_out_like(grad, x)
-        relu = job.fused == "relu"
+        relu = spec.fused == "relu"
         passed = None if y is None else torch.empty_like(grad)
         out = torch.empty_like(x)
         learned = statistics.new_empty(2, x.shape[1])
         with on_device_of(x):
             parts, partition = _sum_gradients(
-                grad, x, y, passed, statistics, bias, relu, is_l1(job.statistic)
+                grad, x, y, passed, statistics, bias, relu, is_l1(spec.statistic)
             )
-            k = 0 if is_l1(job.statistic) else _k_of(job.statistic)
+            k = 0 if is_l1(spec.statistic) else _k_of(spec.statistic)
             arriving = grad if passed is None else passed
             _write_whole_gradient(
                 arriving, x, out, statistics, bias, parts, learned, positions, deviations,
-                job.constant, partition, relu, k,
+                spec.constant, partition, relu, k,
             )  # fmt: skip
         return Gradients(out, passed, learned[0], learned[1])
 
@@ -181,13 +188,13 @@ def _normalise_by_l1(
     statistics: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    job: Job,
+    spec: NormSpec,
 ) -> None:
     differences, partition = _sum_differences(x)
     sizes = _sum_sizes(x, None, differences, partition)
     write_l1_output[partition.grid](
-        x, residual, y, differences, sizes, statistics, weight, bias, job.constant, job.eps,
-        *partition.sizes, **partition.constants, RELU=job.fused is not None,
+        x, residual, y, differences, sizes, statistics, weight, bias, spec.constant, spec.eps,
+        *partition.sizes, **partition.constants, RELU=spec.fused is not None,
         FOLD=partition.fold,
     )  # fmt: skip
 
@@ -215,7 +222,7 @@ def _select(
     k: int,
     statistics: Tensor | None,
     weight: Tensor | None,
-    job: Job | None,
+    spec: NormSpec | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the positions and x − μ of the k largest |x − μ|, (C, k); fill the statistics."""
     partition = divide_to_select(x)
@@ -225,7 +232,7 @@ def _select(
     positions = x.new_empty(channels, k, dtype=torch.int64)
     deviations = x.new_empty(channels, k, dtype=torch.float32)
     rows, vectors, spatial, _, blocks = partition.sizes
-    constant, eps = (1.0, 0.0) if job is None else (job.constant, job.eps)
+    constant, eps = (1.0, 0.0) if spec is None else (spec.constant, spec.eps)
     select_largest[partition.selection_grid](
         x, mean, *parts, positions, deviations, statistics, weight, constant, eps,
         rows, vectors, spatial, partition.span, blocks, K=k, **partition.selection_constants,
