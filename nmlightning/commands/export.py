@@ -11,9 +11,8 @@ from nmlightning.commands.argument_parser import ArgumentParser
 from nmlightning.commands.checkpoint import SavedModule
 from nmlightning.commands.run_report import quiet
 from nmlightning.errors import InputError, check_choice, nearest
-from nmlightning.export.export import ExportReport, export_network
+from nmlightning.export.export import BATCH_SIZES, TOLERANCE, ExportReport, export_network
 from nmlightning.export.formats import FORMATS, check_target
-from nmlightning.export.plain import BATCH_SIZES, TOLERANCE
 from nmlightning.name_patterns import some
 from nmlightning.translation.task import Translator
 

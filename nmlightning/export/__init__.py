@@ -1,1 +1,1 @@
-"""Leave the project: fold batch norms, and write a network for programs that know none of this."""
+"""Folds batch norms, and writes networks for programs that do without this package."""

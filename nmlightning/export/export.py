@@ -1,10 +1,11 @@
-"""export_network: writes a network that other programs run, checked before it is kept."""
+"""Writes a network in plain torch for other programs, compared with the trained one before."""
 
 import copy
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -12,91 +13,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from nmlightning.errors import InputError, check_flag, check_whole_number
 from nmlightning.export.fold import FoldReport, fold_norms
 from nmlightning.export.formats import FORMATS, check_target
-from nmlightning.export.plain import (
-    TOLERANCE,
-    compute_outputs,
-    copy_to_evaluate,
-    draw_inputs,
-    largest_difference,
-    remove_parametrizations,
-    swap_back,
-)
 from nmlightning.name_patterns import some
+from nmlightning.norms.batch_norm_base import BatchNormBase
+from nmlightning.norms.layer_norm import LpLayerNorm, LpRMSNorm
+from nmlightning.surgery.fuse.fuse import unfuse
+from nmlightning.surgery.norm_layers import find_norm_layers
+from nmlightning.surgery.swap import swap_norms
+from nmlightning.weights.layer_weights import plain_modules
 
 Network = Callable[[Tensor], Tensor]
 Writer = Callable[[nn.Module, Tensor, Path], None]  # the network, an example of its input, the file
 Reader = Callable[[Path, nn.Module], Network]  # the file, and the network that was written
 
 _INPUT, _OUTPUT = "input", "output"  # the names in an ONNX graph
-
-
-def _write_state_dict(net: nn.Module, example: Tensor, file: Path) -> None:
-    torch.save(dict(net.state_dict()), file)
-
-
-def _read_state_dict(file: Path, net: nn.Module) -> Network:
-    loaded = copy.deepcopy(net)
-    loaded.load_state_dict(torch.load(file, weights_only=True))
-    return loaded
-
-
-def _write_onnx(net: nn.Module, example: Tensor, file: Path) -> None:
-    program = torch.onnx.export(
-        net,
-        (example,),
-        input_names=[_INPUT],
-        output_names=[_OUTPUT],
-        dynamic_shapes=_any_batch(),
-        dynamo=True,
-        verbose=False,
-    )
-    assert program is not None, "dynamo gives one"
-    program.save(file, external_data=False)
-
-
-def _read_onnx(file: Path, net: nn.Module) -> Network:
-    from onnx.reference import ReferenceEvaluator
-
-    evaluator: Any = ReferenceEvaluator(str(file))
-    return lambda x: torch.from_numpy(evaluator.run([_OUTPUT], {_INPUT: x.numpy()})[0])
-
-
-def _write_torch_export(net: nn.Module, example: Tensor, file: Path) -> None:
-    torch.export.save(torch.export.export(net, (example,), dynamic_shapes=_any_batch()), file)
-
-
-def _read_torch_export(file: Path, net: nn.Module) -> Network:
-    with warnings.catch_warnings():
-        # Torch 2.11 says so of the weights that it reads itself.
-        warnings.filterwarnings("ignore", "The given buffer is not writable")
-        return torch.export.load(file).module()
-
-
-def _any_batch() -> Any:
-    """Return what lets the first dimension of the one input be of any size."""
-    return ({0: torch.export.Dim("batch")},)
-
-
-WRITERS: Mapping[str, Writer] = MappingProxyType(
-    {
-        "state_dict": _write_state_dict,
-        "onnx": _write_onnx,
-        "torch_export": _write_torch_export,
-    }
-)
-READERS: Mapping[str, Reader] = MappingProxyType(
-    {
-        "state_dict": _read_state_dict,
-        "onnx": _read_onnx,
-        "torch_export": _read_torch_export,
-    }
-)
-
-
+# Of |outputs|: float32 rounds to 6e-8 of a value, and a deep network does so hundreds of times.
+TOLERANCE = 1e-5
+# One may be special, and the second is that of the export; no batch is fixed then.
+BATCH_SIZES = (1, 2, 5)
+_SEED = 0
 _BATCH_OF_EXAMPLE = 2  # torch.export takes a batch of 1 for one that is always 1
 
 
@@ -165,11 +104,11 @@ def export_network(
         raise InputError(f"input_shape is a sequence, such as (3, 32, 32), got {input_shape!r}.")
     shape = [check_whole_number("a size of input_shape", size) for size in input_shape]
     keeps_code = FORMATS[format].keeps_code
-    trained = copy_to_evaluate(net)
-    expected = compute_outputs(trained, shape)
-    plain = copy_to_evaluate(net)
-    made_plain = remove_parametrizations(plain)
-    remaining = swap_back(plain)
+    trained = _copy_to_evaluate(net)
+    expected = _compute_outputs(trained, shape)
+    plain = _copy_to_evaluate(net)
+    made_plain = _remove_parametrizations(plain)
+    remaining = _swap_back(plain)
     if keeps_code and remaining:
         raise InputError(
             f"no state dict says how {some(remaining)} evaluates: torch's norm of the same keys "
@@ -185,11 +124,15 @@ def _write(
     plain: nn.Module, file: Path, format: str, shape: list[int], expected: dict[int, Tensor]
 ) -> tuple[float, int]:
     """Write, compare, and only then give the file its name; return difference and size."""
+    example = _draw_inputs(shape, _BATCH_OF_EXAMPLE)
+    unread = f"the {format} cannot be read back to be compared, so nothing was written"
     try:
         with tempfile.TemporaryDirectory(prefix=".export", dir=file.parent) as folder:
             draft = Path(folder) / f"network{FORMATS[format].suffix}"
-            _draw_up(plain, format, shape, draft)
-            difference = _compare(draft, plain, format, shape, expected)
+            with _explain_errors(f"torch cannot export this network to {format}"):
+                WRITERS[format](plain, example, draft)
+            with _explain_errors(unread):
+                difference = _largest_difference(READERS[format](draft, plain), expected, shape)
             if difference > TOLERANCE:
                 raise InputError(
                     f"the {format} differs from the trained network by {difference:.1e} of its "
@@ -203,29 +146,15 @@ def _write(
     return difference, size
 
 
-def _compare(
-    draft: Path, plain: nn.Module, format: str, shape: list[int], expected: dict[int, Tensor]
-) -> float:
+@contextmanager
+def _explain_errors(message: str) -> Iterator[None]:
+    """Turn what torch's exporters and onnx's evaluator raise, classes of many kinds, into ours."""
     try:
-        return largest_difference(READERS[format](draft, plain), expected, shape)
+        yield
     except OSError:
         raise
-    except Exception as error:  # onnx's evaluator fails in many ways at operators it half knows
-        raise InputError(
-            f"the {format} cannot be read back to be compared, so nothing was written: "
-            f"{_first_cause(error)}"
-        ) from error
-
-
-def _draw_up(plain: nn.Module, format: str, shape: list[int], draft: Path) -> None:
-    try:
-        WRITERS[format](plain, draw_inputs(shape, _BATCH_OF_EXAMPLE), draft)
-    except OSError:
-        raise
-    except Exception as error:  # torch's exporters raise classes of many kinds
-        raise InputError(
-            f"torch cannot export this network to {format}: {_first_cause(error)}"
-        ) from error
+    except Exception as error:
+        raise InputError(f"{message}: {_first_cause(error)}") from error
 
 
 def _first_cause(error: BaseException) -> str:
@@ -233,3 +162,184 @@ def _first_cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _write_state_dict(net: nn.Module, example: Tensor, file: Path) -> None:
+    torch.save(dict(net.state_dict()), file)
+
+
+def _read_state_dict(file: Path, net: nn.Module) -> Network:
+    loaded = copy.deepcopy(net)
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    return loaded
+
+
+def _write_onnx(net: nn.Module, example: Tensor, file: Path) -> None:
+    program = torch.onnx.export(
+        net,
+        (example,),
+        input_names=[_INPUT],
+        output_names=[_OUTPUT],
+        dynamic_shapes=_any_batch(),
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None, "dynamo gives one"
+    program.save(file, external_data=False)
+
+
+def _read_onnx(file: Path, net: nn.Module) -> Network:
+    from onnx.reference import ReferenceEvaluator
+
+    evaluator: Any = ReferenceEvaluator(str(file))
+    return lambda x: torch.from_numpy(evaluator.run([_OUTPUT], {_INPUT: x.numpy()})[0])
+
+
+def _write_torch_export(net: nn.Module, example: Tensor, file: Path) -> None:
+    torch.export.save(torch.export.export(net, (example,), dynamic_shapes=_any_batch()), file)
+
+
+def _read_torch_export(file: Path, net: nn.Module) -> Network:
+    with warnings.catch_warnings():
+        # Torch 2.11 says so of the weights that it reads itself.
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        return torch.export.load(file).module()
+
+
+def _any_batch() -> Any:
+    """Return what lets the first dimension of the one input be of any size."""
+    return ({0: torch.export.Dim("batch")},)
+
+
+WRITERS: Mapping[str, Writer] = MappingProxyType(
+    {"state_dict": _write_state_dict, "onnx": _write_onnx, "torch_export": _write_torch_export}
+)
+READERS: Mapping[str, Reader] = MappingProxyType(
+    {"state_dict": _read_state_dict, "onnx": _read_onnx, "torch_export": _read_torch_export}
+)
+
+
+def _copy_to_evaluate(net: nn.Module) -> nn.Module:
+    """Return a copy of the network in evaluation, on the CPU, in float32, its norms not fused."""
+    copied = copy.deepcopy(getattr(net, "_orig_mod", net)).cpu().float().eval()
+    unfuse(copied)
+    return copied
+
+
+@torch.no_grad()
+def _remove_parametrizations(net: nn.Module) -> list[str]:
+    """Make parameters of all weights that torch's parametrizations compute, with their values.
+
+    Weights that are tied stay tied. Of classes that copies of the network share nothing changes,
+    as it would by `torch.nn.utils.parametrize.remove_parametrizations`.
+
+    Returns:
+        The names of the weights.
+    """
+    places = [
+        (path, module, name)
+        for path, module in plain_modules(net)
+        if parametrize.is_parametrized(module)
+        for name in module.parametrizations  # type: ignore[union-attr]
+    ]
+    # All are computed before any is changed: tied ones are computed from one tensor.
+    values = [getattr(module, name).clone() for _, module, name in places]
+    lists = [module.parametrizations[name] for _, module, name in places]  # type: ignore[index]
+    sources = [getattr(each, "original", each) for each in lists]
+    for _, module, _ in places:
+        if parametrize.is_parametrized(module):
+            module.__class__ = parametrize.type_before_parametrizations(module)
+            del module.parametrizations
+    plain: dict[int, nn.Parameter] = {}
+    for (_, module, name), value, key in zip(places, values, sources, strict=True):
+        others = list(module._parameters)
+        module.register_parameter(name, plain.setdefault(id(key), nn.Parameter(value)))
+        for other in others:  # behind it, as a bias is behind a weight
+            module._parameters[other] = module._parameters.pop(other)
+    return [f"{path}.{name}".lstrip(".") for path, _, name in places]
+
+
+def _swap_back(net: nn.Module) -> list[str]:
+    """Give batch norms torch's classes, wherever evaluation is torch's.
+
+    Returns:
+        The names of the norms that need this package to evaluate: layer norms, RMS norms, and
+        batch norms that keep no running statistics.
+    """
+    ours = [
+        x
+        for x in find_norm_layers(net)
+        if isinstance(x.module, (BatchNormBase, LpLayerNorm, LpRMSNorm))
+    ]
+    swappable = [
+        x.name
+        for x in ours
+        if x.kind == "batch" and x.module.running_mean is not None and not x.refusal
+    ]
+    if swappable:
+        swap_norms(net, "l2", include=swappable)
+    return [x.name for x in ours if type(x.module).__module__.startswith("nmlightning.")]
+
+
+def _draw_inputs(input_shape: Sequence[int], batch_size: int) -> Tensor:
+    """Return standard normal inputs (batch_size, *input_shape), the same every time."""
+    generator = torch.Generator().manual_seed(_SEED + batch_size)
+    return torch.randn(batch_size, *input_shape, generator=generator)
+
+
+@torch.no_grad()
+def _compute_outputs(
+    net: Callable[[Tensor], object], input_shape: Sequence[int]
+) -> dict[int, Tensor]:
+    """Return the outputs of the network that is left, by batch size.
+
+    Raises:
+        InputError: it does not take such inputs, gives no tensor, or one that is not finite.
+    """
+    shape = ",".join(map(str, input_shape))
+    outputs: dict[int, Tensor] = {}
+    for size in BATCH_SIZES:
+        try:
+            output = net(_draw_inputs(input_shape, size))
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"the network does not take inputs of shape {shape}: {reason}"
+            ) from error
+        if not isinstance(output, Tensor):
+            raise InputError(
+                f"the network returns a {type(output).__name__}; what can be exported returns one "
+                "tensor."
+            )
+        if not output.isfinite().all():
+            raise InputError(
+                f"the network's outputs for standard normal inputs of shape {shape} are not "
+                "finite: has its training diverged?"
+            )
+        outputs[size] = output
+    return outputs
+
+
+@torch.no_grad()
+def _largest_difference(
+    net: Callable[[Tensor], Tensor], expected: dict[int, Tensor], input_shape: Sequence[int]
+) -> float:
+    """Return max |net(x) − y| / max |y| over all batches; infinite for other shapes or NaN.
+
+    Args:
+        net: what is compared.
+        expected: y by batch size, as `_compute_outputs` gives it.
+        input_shape: of x, without its batch.
+    """
+    return max(
+        _difference(net(_draw_inputs(input_shape, size)), output)
+        for size, output in expected.items()
+    )
+
+
+def _difference(output: Tensor, expected: Tensor) -> float:
+    if output.shape != expected.shape:
+        return float("inf")
+    largest = float((output.double() - expected.double()).abs().max())
+    scale = float(expected.abs().max()) or 1.0
+    return largest / scale if largest == largest else float("inf")

@@ -1,24 +1,23 @@
-"""fold_norms: folds each batch norm into the convolution or linear layer before it."""
+"""Folds each batch norm into the convolution or linear layer before it."""
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from collections import Counter, defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
-from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, Node, Tracer
+from torch.fx import Tracer
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from nmlightning.errors import InputError, check_flag
 from nmlightning.surgery.fuse.fuse import unfuse
+from nmlightning.surgery.fuse.trace import TracedGraph, first_line
 from nmlightning.surgery.norm_layers import (
     NormLayer,
     find_norm_layers,
@@ -30,102 +29,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-class TracedUses:
-    """Every call of a module and every use of a tensor, for all inputs that have values only.
+@dataclass(frozen=True)
+class Folded:
+    """A batch norm, and the layer that now does what it did."""
 
-    A symbolic trace holds for any values: where the flow of control depends on them, or on a
-    shape, there is none.
-
-    Args:
-        model: in evaluation.
-        whole: modules that are taken as a whole, besides convolutions, linear layers and those of
-            torch itself.
-
-    Raises:
-        Exception: of any class, from a forward pass that cannot be traced.
-    """
-
-    def __init__(self, model: nn.Module, whole: Collection[nn.Module]) -> None:
-        self._calls: dict[nn.Module, list[Node]] = defaultdict(list)
-        self._module_of: dict[Node, nn.Module] = {}
-        self._places: Counter[int] = Counter(
-            id(tensor) for module in model.modules() for tensor in own_tensors(module)
-        )
-        for node in _trace(model, whole).nodes:
-            if node.op == "call_module":
-                module = self._module_of[node] = model.get_submodule(str(node.target))
-                self._calls[module].append(node)
-            elif node.op == "get_attr":
-                self._places[id(attrgetter(str(node.target))(model))] += 1
-
-    def calls(self, module: nn.Module) -> list[Node]:
-        """Return the calls of a module."""
-        return self._calls[module]
-
-    def source(self, call: Node) -> tuple[nn.Module | None, Node | None]:
-        """Return the module whose output is the input of a call, if one's is, and its call."""
-        given = call.args[0] if call.args else call.kwargs.get("input")
-        if not isinstance(given, Node):
-            return None, None
-        return self._module_of.get(given), given
-
-    def shares_tensors(self, module: nn.Module) -> bool:
-        """Whether a parameter or buffer of the module is used anywhere else, too."""
-        return any(self._places[id(tensor)] > 1 for tensor in own_tensors(module))
-
-
-def own_tensors(module: nn.Module) -> list[Tensor]:
-    """Return a module's own parameters and buffers, without those of its children."""
-    tensors = (*module._parameters.values(), *module._buffers.values())
-    return [tensor for tensor in tensors if tensor is not None]
-
-
-def name_source(module: nn.Module | None, node: Node | None) -> str:
-    """Return a word for what gives an input: a class, a function, or the network's own input."""
-    if module is not None:
-        return type(module).__name__
-    if node is None or node.op == "placeholder":
-        return "an input of the network"
-    return str(getattr(node.target, "__name__", node.target))
-
-
-class _Tracer(Tracer):
-    def __init__(self, whole: Collection[nn.Module]) -> None:
-        super().__init__()
-        self._whole = set(whole)
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        kept = isinstance(module, (_ConvNd, nn.Linear)) or module in self._whole
-        return kept or super().is_leaf_module(module, name)
-
-
-def _trace(model: nn.Module, whole: Collection[nn.Module]) -> Graph:
-    with warnings.catch_warnings():
-        # Torch cannot write an assertion for every default; we run no traced graph.
-        warnings.filterwarnings("ignore", "Was not able to add assertion")
-        return _Tracer(whole).trace(model, concrete_args=_defaults(model))
-
-
-def _defaults(model: nn.Module) -> dict[str, Any]:
-    """Return the arguments that stay at their default: else a None would be traced as a tensor."""
-    arguments = inspect.signature(model.forward).parameters.values()
-    return {a.name: a.default for a in arguments if a.default is not inspect.Parameter.empty}
-
-
-# Exactly these: a subclass may do something to its weight or its output.
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-FOLDABLE = (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear)
-
-
-@dataclass(frozen=True, eq=False)
-class Pair:
-    """A batch norm, and the convolution or linear layer whose output goes to it alone."""
-
-    norm_name: str
-    norm: _BatchNorm
-    layer_name: str
-    layer: nn.Module
+    norm: str
+    into: str
 
 
 @dataclass(frozen=True)
@@ -134,85 +43,6 @@ class Left:
 
     norm: str
     reason: str
-
-
-def find_pairs(model: nn.Module) -> tuple[list[Pair], list[Left]]:
-    """Return the batch norms that can be folded into what precedes them, and those that cannot."""
-    norms = find_norm_layers(model)
-    found = {x.module: x for x in reversed(norms) if _is_batch_norm(x)}
-    layers = list(reversed(found.values()))  # once each, under the first name
-    try:
-        uses = TracedUses(model, [x.module for x in norms])
-    except Exception as error:  # whatever a forward pass raises that is given no tensors
-        lines = str(error).splitlines() or [type(error).__name__]
-        reason = f"the network cannot be traced by torch.fx: {lines[0]}"
-        return [], [Left(x.name, reason) for x in layers]
-    names = {module: name for name, module in model.named_modules()}
-    results = [_pair(layer, uses, names) for layer in layers]
-    pairs = [result for result in results if isinstance(result, Pair)]
-    return pairs, [result for result in results if isinstance(result, Left)]
-
-
-def _is_batch_norm(layer: NormLayer) -> bool:
-    return isinstance(layer.module, _BatchNorm) or "BatchNorm" in layer.type_name
-
-
-def _pair(found: NormLayer, uses: TracedUses, names: dict[nn.Module, str]) -> Pair | Left:
-    norm = found.module
-    reason = _refuse_norm(found, uses)
-    if reason:
-        return Left(found.name, reason)
-    layer, call = uses.source(uses.calls(norm)[0])
-    if layer is None or call is None or type(layer) not in FOLDABLE:
-        is_parametrized = layer is not None and parametrize.is_parametrized(layer)
-        parametrized = " with a parametrized weight" if is_parametrized else ""
-        return Left(found.name, f"it follows {name_source(layer, call)}{parametrized}")
-    name = names[layer]
-    reason = _refuse_layer(layer, name, uses)
-    assert isinstance(norm, _BatchNorm), "others are refused"
-    channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-    if not reason and channels != norm.num_features:
-        reason = f"its {norm.num_features} channels are not the {channels} outputs of {name}"
-    if not reason and len(call.users) > 1:
-        reason = f"the output of {name} also goes elsewhere"
-    if reason:
-        return Left(found.name, reason)
-    return Pair(found.name, norm, name, layer)
-
-
-def _refuse_norm(found: NormLayer, uses: TracedUses) -> str:
-    norm = found.module
-    if found.kind != "batch":
-        return f"{found.type_name} is none of torch's own batch norms, nor of this package's"
-    if norm.running_mean is None or norm.running_var is None:
-        return "it keeps no running statistics"
-    if _has_hooks(norm):
-        return "it has hooks"
-    times = len(uses.calls(norm))
-    if times != 1:
-        return f"the network calls it {times} times" if times else "the traced network has no call"
-    return "its state is used elsewhere, too" if uses.shares_tensors(norm) else ""
-
-
-def _refuse_layer(layer: nn.Module, name: str, uses: TracedUses) -> str:
-    if _has_hooks(layer) or "forward" in vars(layer):
-        return f"{name} has hooks, or a forward of its own"
-    times = len(uses.calls(layer))
-    if times > 1:
-        return f"the network calls {name} {times} times"
-    return f"the weight of {name} is used elsewhere, too" if uses.shares_tensors(layer) else ""
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-@dataclass(frozen=True)
-class Folded:
-    """A batch norm, and the layer that now does what it did."""
-
-    norm: str
-    into: str
 
 
 @dataclass(frozen=True)
@@ -283,7 +113,7 @@ def fold_norms(model: nn.Module, *, keep_norms: bool = False) -> FoldReport:
             "training: call eval() first."
         )
     unfuse(model)
-    pairs, left = find_pairs(model)
+    pairs, left = _find_pairs(model)
     for pair in pairs:
         if keep_norms:
             _fold_scale(pair)
@@ -294,7 +124,7 @@ def fold_norms(model: nn.Module, *, keep_norms: bool = False) -> FoldReport:
 
 
 @torch.no_grad()
-def _fold_whole(pair: Pair) -> None:
+def _fold_whole(pair: _Pair) -> None:
     norm, layer, scale = pair.norm, pair.layer, _scale(pair.norm)
     shift = -_wide(norm.running_mean) * scale
     if norm.bias is not None:
@@ -309,7 +139,7 @@ def _fold_whole(pair: Pair) -> None:
 
 
 @torch.no_grad()
-def _fold_scale(pair: Pair) -> None:
+def _fold_scale(pair: _Pair) -> None:
     norm, layer, scale = pair.norm, pair.layer, _scale(pair.norm)
     _scale_weight(pair, scale)
     if layer.bias is not None:
@@ -326,7 +156,7 @@ def _scale(norm: _BatchNorm) -> Tensor:
     return scale if norm.weight is None else scale * _wide(norm.weight)
 
 
-def _scale_weight(pair: Pair, scale: Tensor) -> None:
+def _scale_weight(pair: _Pair, scale: Tensor) -> None:
     weight, layout = _weight(pair.layer), WeightPlace(pair.layer, "", "weight").layout
     weight.copy_(_wide(weight) * layout.spread(scale, weight))
 
@@ -353,3 +183,118 @@ def _replace(model: nn.Module, norm: nn.Module) -> None:
         for name, child in parent._modules.items():
             if child is norm:
                 parent._modules[name] = rest
+
+
+# Exactly these: a subclass may do something to its weight or its output.
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_FOLDABLE = (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear)
+
+
+@dataclass(frozen=True, eq=False)
+class _Pair:
+    """A batch norm, and the convolution or linear layer whose output goes to it alone."""
+
+    norm_name: str
+    norm: _BatchNorm
+    layer_name: str
+    layer: nn.Module
+
+
+def _find_pairs(model: nn.Module) -> tuple[list[_Pair], list[Left]]:
+    """Return the batch norms that can be folded into what precedes them, and those that cannot."""
+    norms = find_norm_layers(model)
+    found = {x.module: x for x in reversed(norms) if _is_batch_norm(x)}
+    layers = list(reversed(found.values()))  # once each, under the first name
+    try:
+        traced = _trace(model, [x.module for x in norms])
+    except Exception as error:  # whatever a forward pass raises that is given no tensors
+        reason = f"the network cannot be traced by torch.fx: {first_line(error)}"
+        return [], [Left(x.name, reason) for x in layers]
+    results = [_pair(layer, traced) for layer in layers]
+    pairs = [result for result in results if isinstance(result, _Pair)]
+    return pairs, [result for result in results if isinstance(result, Left)]
+
+
+def _is_batch_norm(layer: NormLayer) -> bool:
+    return isinstance(layer.module, _BatchNorm) or "BatchNorm" in layer.type_name
+
+
+def _pair(found: NormLayer, traced: TracedGraph) -> _Pair | Left:
+    norm = found.module
+    reason = _refuse_norm(found, traced)
+    if reason:
+        return Left(found.name, reason)
+    call = traced.input_of(traced.calls(norm)[0])
+    layer = traced.module_of(call)
+    if layer is None or call is None or type(layer) not in _FOLDABLE:
+        is_parametrized = layer is not None and parametrize.is_parametrized(layer)
+        parametrized = " with a parametrized weight" if is_parametrized else ""
+        return Left(found.name, f"it follows {traced.word_for(call)}{parametrized}")
+    name = str(call.target)
+    reason = _refuse_layer(layer, name, traced)
+    assert isinstance(norm, _BatchNorm), "others are refused"
+    channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    if not reason and channels != norm.num_features:
+        reason = f"its {norm.num_features} channels are not the {channels} outputs of {name}"
+    if not reason and len(call.users) > 1:
+        reason = f"the output of {name} also goes elsewhere"
+    if reason:
+        return Left(found.name, reason)
+    return _Pair(found.name, norm, name, layer)
+
+
+def _refuse_norm(found: NormLayer, traced: TracedGraph) -> str:
+    norm = found.module
+    if found.kind != "batch":
+        return f"{found.type_name} is none of torch's own batch norms, nor of this package's"
+    if norm.running_mean is None or norm.running_var is None:
+        return "it keeps no running statistics"
+    if _has_hooks(norm):
+        return "it has hooks"
+    times = len(traced.calls(norm))
+    if times != 1:
+        return f"the network calls it {times} times" if times else "the traced network has no call"
+    return "its state is used elsewhere, too" if traced.shares_tensors(norm) else ""
+
+
+def _refuse_layer(layer: nn.Module, name: str, traced: TracedGraph) -> str:
+    if _has_hooks(layer) or "forward" in vars(layer):
+        return f"{name} has hooks, or a forward of its own"
+    times = len(traced.calls(layer))
+    if times > 1:
+        return f"the network calls {name} {times} times"
+    return f"the weight of {name} is used elsewhere, too" if traced.shares_tensors(layer) else ""
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+class _Tracer(Tracer):
+    def __init__(self, whole: Collection[nn.Module]) -> None:
+        super().__init__()
+        self._whole = set(whole)
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        kept = isinstance(module, (_ConvNd, nn.Linear)) or module in self._whole
+        return kept or super().is_leaf_module(module, name)
+
+
+def _trace(model: nn.Module, whole: Collection[nn.Module]) -> TracedGraph:
+    """Trace a network in evaluation, for all inputs that have values only.
+
+    A symbolic trace holds for any values: where the flow of control depends on them, or on a
+    shape, there is none, and an exception of any class.
+
+    Args:
+        model: in evaluation.
+        whole: modules that are one call each, as are convolutions, linear layers and torch's own.
+    """
+    # What has a default stays at it: else a None would be traced as a tensor.
+    arguments = inspect.signature(model.forward).parameters.values()
+    defaults = {a.name: a.default for a in arguments if a.default is not a.empty}
+    with warnings.catch_warnings():
+        # Torch cannot write an assertion for every default; no traced graph is run here.
+        warnings.filterwarnings("ignore", "Was not able to add assertion")
+        return TracedGraph(_Tracer(whole).trace(model, concrete_args=defaults), model)

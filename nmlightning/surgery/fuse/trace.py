@@ -8,15 +8,17 @@ noticed. What the forward reads of other objects, of its children too, is taken 
 import inspect
 import operator
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from operator import attrgetter
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer
 
 
@@ -60,6 +62,21 @@ class TracedGraph:
         if node is None or node.op == "placeholder":
             return "an input of the network"
         return str(getattr(node.target, "__name__", node.target))
+
+    def shares_tensors(self, module: nn.Module) -> bool:
+        """Return whether a parameter or buffer of the module is used anywhere else, too."""
+        return any(self._uses[id(tensor)] > 1 for tensor in _own_tensors(module))
+
+    @cached_property
+    def _uses(self) -> Counter[int]:
+        """How often each tensor, by its id, is a module's or is read by name."""
+        held = [tensor for module in self.root.modules() for tensor in _own_tensors(module)]
+        names = [str(node.target) for node in self.graph.nodes if node.op == "get_attr"]
+        return Counter(map(id, (*held, *(attrgetter(name)(self.root) for name in names))))
+
+
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
 
 
 @dataclass(frozen=True)
