@@ -1,4 +1,4 @@
-"""Every touch of what Lightning does not document, for `pytorch_lightning` and `lightning.pytorch`.
+"""All uses of what Lightning does not document, for `pytorch_lightning` and `lightning.pytorch`.
 
 Both packages hold the same code in two class trees, and a project uses one of them. Our callbacks
 belong to both, so nothing here asks for a class of either by import, except their common bases.
@@ -118,7 +118,7 @@ def synchronise_norms(trainer: Any, module: nn.Module) -> None:
 
 
 class _SyncKeepingOurs:
-    """Lightning's LayerSync, with our norms put back and told to synchronise themselves."""
+    """Lightning's LayerSync, with our norms put back and set to synchronise themselves."""
 
     def __init__(self, original: Any, unfused: Unfused) -> None:
         self.original = original

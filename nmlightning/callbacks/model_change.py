@@ -1,4 +1,4 @@
-"""What the callbacks have in common that change a model before it is trained."""
+"""The base of the callbacks that change a model before it is trained."""
 
 import functools
 from abc import abstractmethod

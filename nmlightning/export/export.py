@@ -36,12 +36,12 @@ TOLERANCE = 1e-5
 # One may be special, and the second is that of the export; no batch is fixed then.
 BATCH_SIZES = (1, 2, 5)
 _SEED = 0
-_BATCH_OF_EXAMPLE = 2  # torch.export takes a batch of 1 for one that is always 1
+_BATCH_OF_EXAMPLE = 2  # torch.export would fix a batch of 1
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written.
+    """The file that was written.
 
     Attributes:
         file: where.
@@ -254,7 +254,7 @@ def _remove_parametrizations(net: nn.Module) -> list[str]:
     for (_, module, name), value, key in zip(places, values, sources, strict=True):
         others = list(module._parameters)
         module.register_parameter(name, plain.setdefault(id(key), nn.Parameter(value)))
-        for other in others:  # behind it, as a bias is behind a weight
+        for other in others:  # after it, as a bias is after a weight
             module._parameters[other] = module._parameters.pop(other)
     return [f"{path}.{name}".lstrip(".") for path, _, name in places]
 

@@ -47,7 +47,7 @@ class Left:
 
 @dataclass(frozen=True)
 class FoldReport:
-    """What `fold_norms` did: the batch norms that it folded, and those left, with the reason.
+    """The batch norms that `fold_norms` folded, and those left, with the reason.
 
     It prints as a table under rich, and as one line otherwise.
     """
@@ -84,9 +84,9 @@ def fold_norms(model: nn.Module, *, keep_norms: bool = False) -> FoldReport:
     (the s of its output channel), the bias s (b − μ) + β, which a layer without one gains, and the
     norm becomes `nn.Identity`. The arithmetic is float64, and the result has the dtype of W. The
     pairs are found by torch.fx: the layer's output must go to the norm and nowhere else, and
-    neither may be called twice, share its weight, or have hooks. A norm behind a linear layer is
-    taken to get (N, C), and optional arguments of `forward` to stay at their defaults. Norms that
-    `swap_norms` fused with a ReLU are taken apart first.
+    neither may be called twice, share its weight, or have hooks. A norm after a linear layer is
+    assumed to get (N, C), and optional arguments of `forward` to stay at their defaults. Norms that
+    `swap_norms` fused with a ReLU are unfused first.
 
     Args:
         model: in evaluation; afterwards it computes there what it did, and training differs.
@@ -175,7 +175,7 @@ def _tensor(value: object) -> Tensor:
 
 
 def _replace(model: nn.Module, norm: nn.Module) -> None:
-    """Put what is left of the norm in its place, under every name that it has."""
+    """Replace the norm by what is left of it, under every name that it has."""
     rest: nn.Module = nn.Identity()
     if is_norm_with_activation(type(norm)):
         rest = nn.Sequential(norm.drop, norm.act).eval()  # type: ignore[arg-type]

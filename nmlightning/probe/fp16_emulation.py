@@ -2,11 +2,11 @@
 
 A statistic's channel is a row here: (C, n), the n values that share a mean and a scale. Each norm
 normalises the rows in float16 and in float32, both from the same float16 values and with the same
-eps, and carries the same gradient back. What float16 loses before any norm, in holding x, is told
-apart: no other norm brings that back.
+eps, and carries the same gradient back. What float16 loses before any norm, in holding x, counts
+separately: no other norm brings that back.
 
 float16 holds magnitudes up to 65504, in steps of 2⁻²⁴ below 2⁻¹⁴ and of about a 2048th above. With
-σ the deviation of a channel and d = x − μ, its limits meet the textbook form of L2 in two places:
+σ the deviation of a channel and d = x − μ, its limits meet the textbook form of L2 twice:
 
 - forward, d² is rounded to infinity from |d| = √65520 = 255.97 on. The variance is then infinite,
   its inverse root 0, and the channel's whole output 0, without any NaN.
@@ -55,7 +55,7 @@ class HalfNorm:
         exact: the name and the options of what it should compute.
         picks: how many elements of a channel its gradient singles out, where a tie in float16 is
             none in float32: so many, twice, may differ, and all others by the same.
-        kinds: of norm layers that it can take the place of.
+        kinds: of norm layers that it can replace.
     """
 
     options: Mapping[str, Any]

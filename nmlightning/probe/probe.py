@@ -126,7 +126,7 @@ class NormWatch:
 
 @dataclass
 class _Call:
-    """What a layer got in one call, until the gradient of its output comes."""
+    """The input of a layer in one call, until the gradient of its output comes."""
 
     input: Tensor
     judged: bool = False
@@ -147,7 +147,7 @@ class _WatchedLayer:
 
     @property
     def kind(self) -> Kind:
-        """What it normalises over."""
+        """The kind of norm, by what it normalises over."""
         return "batch" if isinstance(self.module, _BatchNorm) else "layer"
 
     def see(

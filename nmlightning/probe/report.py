@@ -1,7 +1,4 @@
-"""The report of a probe: ranges of the inputs, and what half precision does to them, in sentences.
-
-of them where every value of a norm is held in float16.
-"""
+"""The ranges that a probe measured, and a verdict on norms that keep every value in float16."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence

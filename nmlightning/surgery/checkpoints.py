@@ -29,8 +29,8 @@ Module = TypeVar("Module", bound=torch.nn.Module)
 def load_from_checkpoint(module_class: type[Module], path: str | Path, **arguments: Any) -> Module:
     """Return the LightningModule of a checkpoint, with norms and weights as they were in training.
 
-    Its norms are swapped, its weights normalised, as the checkpoint says. Its next checkpoints
-    carry that on, also without the callbacks.
+    Its norms are swapped, its weights normalised, as the checkpoint says, and its next checkpoints
+    say so too, also without the callbacks.
 
     Args:
         module_class: a LightningModule class, of `pytorch_lightning` or `lightning.pytorch`.
@@ -63,8 +63,8 @@ def _normalising_first(module_class: type[nn.Module], recipes: Sequence[Recipe])
     """
 
     def normalise(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
-        hidden = {plain_name(key) for key in state_dict if key.endswith(".original")}
-        due = [recipe for recipe in recipes if recipe["modules"].keys() <= hidden]
+        normalised = {plain_name(key) for key in state_dict if key.endswith(".original")}
+        due = [recipe for recipe in recipes if recipe["modules"].keys() <= normalised]
         for recipe in () if recipes_of(module, WEIGHT_NORM) else due:
             _normalise(module, recipe)
 

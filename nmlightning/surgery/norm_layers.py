@@ -1,4 +1,4 @@
-"""The norm layers of a model: what each one is to a swap, and its conversion in place."""
+"""Finds the norm layers of a model, and converts them in place."""
 
 import re
 from collections.abc import Iterable
@@ -48,7 +48,7 @@ class NormLayer:
 
     @property
     def synchronised(self) -> bool:
-        """Whether it shares its statistics among ranks."""
+        """True if it shares its statistics among ranks."""
         return isinstance(self.module, nn.SyncBatchNorm) or bool(
             getattr(self.module, "sync", False)
         )
@@ -134,7 +134,7 @@ def _give_scale_back(module: MeanOnlyBatchNorm) -> None:
 
 
 def fused_of(norm: nn.Module) -> Fused | None:
-    """Return what a norm does besides."""
+    """Return what a norm does after normalising, if anything."""
     fused: Fused | None = vars(norm).get("fused")
     return fused
 
@@ -159,10 +159,13 @@ def own_activation(module: nn.Module) -> nn.Module | None:
     return None if type(module.act) is nn.Identity else layers[1]
 
 
-def set_fused_activation(module: nn.Module, itself: bool) -> None:
-    """Have a norm that was timm's activate itself, or by its hook as it does when it is swapped."""
+def set_fused_activation(module: nn.Module, fused: bool) -> None:
+    """Let a norm that was timm's activate itself, or by the hook of a swapped one."""
     vars(module)[_ACTIVATION_HOOK].remove()
-    if not itself:
+    if fused:
+        vars(module)["fused"] = "relu"
+    else:
+        del vars(module)["fused"]
         vars(module)[_ACTIVATION_HOOK] = module.register_forward_hook(drop_and_act, prepend=True)
 
 
@@ -227,7 +230,7 @@ def _describe(name: str, module: nn.Module) -> NormLayer:
 
 
 def is_norm_with_activation(cls: type) -> bool:
-    """Whether a class is timm's batch norm that drops and activates, too."""
+    """Return whether a class is timm's batch norm that also drops and activates."""
     return cls.__name__ == "BatchNormAct2d" and cls.__module__.startswith("timm.")
 
 

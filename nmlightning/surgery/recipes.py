@@ -95,7 +95,7 @@ def settings_of(recipe: Recipe) -> Settings:
     return Settings.of(**{name: recipe[name] for name in Settings.__dataclass_fields__})
 
 
-def _drop_undone(recipes: list[Recipe]) -> list[Recipe]:
+def _drop_overwritten(recipes: list[Recipe]) -> list[Recipe]:
     """Return the swaps without those whose every module a later one changed.
 
     One that set what a swap takes over from the layer, such as eps, still shows then.
@@ -124,7 +124,7 @@ class Change:
         key: what its recipes are under in a checkpoint.
         callback: the name of what does it in a Trainer.
         noun: what it changes.
-        title: the keyword that tells its recipes apart at first sight.
+        title: the keyword that an error names its recipes by.
         make: returns a recipe in its one spelling.
         tidy: drops the recipes that came to nothing.
         holds: whether a recipe that was followed still is true of a module.
@@ -145,7 +145,7 @@ NORM_SWAP = Change(
     noun="norms",
     title="norm",
     make=make_recipe,
-    tidy=_drop_undone,
+    tidy=_drop_overwritten,
     holds=lambda module, recipe: True,
 )
 WEIGHT_NORM = Change(

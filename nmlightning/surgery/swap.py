@@ -57,7 +57,7 @@ class Swap:
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What `swap_norms` did, or would do: the swapped modules, and the norms it left alone.
+    """The modules that `swap_norms` swapped, or would swap, and the norms it left alone.
 
     Likewise the norms that it fused with what follows them, or no longer, and those that it could
     not fuse. It prints as a table under rich, and as one line otherwise.
@@ -120,7 +120,7 @@ def swap_norms(
 
     A swapped layer stays the same module object and takes another class, as
     `torch.nn.utils.parametrize` does it. So its parameters, buffers and hooks, the optimizers that
-    hold them, and every place that shares the module stay valid. A layer is swapped if its class is
+    hold them, and all that shares the module stay valid. A layer is swapped if its class is
     exactly torch's `BatchNorm1d/2d/3d`, `SyncBatchNorm` (which becomes a synchronised norm),
     `LayerNorm` or `RMSNorm`, one of ours, or timm's `BatchNormAct2d` (which keeps its drop and
     activation). Calling it twice changes nothing the second time. `norm="l2"` undoes a swap. A swap

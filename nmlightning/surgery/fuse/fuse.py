@@ -30,7 +30,7 @@ Callers = dict[nn.Module, list[tuple[nn.Module, str]]]
 
 @dataclass(frozen=True)
 class FusingPlan:
-    """What the modules and the norms of a model shall be, and why some norms only normalise.
+    """The fused modules and norms that a model shall have, and why some norms only normalise.
 
     Attributes:
         fusions: of every module whose norms do what follows them in its forward.
@@ -53,7 +53,7 @@ class FusingPlan:
             unfuse_block(module)
         for norm in _self_fused(model):
             if self.fused.get(norm) is None:
-                _leave_to_hook(norm)
+                set_fused_activation(norm, fused=False)
 
     def apply(self) -> None:
         """Fuse what is planned and is not fused yet."""
@@ -62,7 +62,7 @@ class FusingPlan:
                 fuse_block(module, fusion)
         for norm, fused in self.fused.items():
             if fused is not None and own_activation(norm) is not None and fused_of(norm) is None:
-                _take_from_hook(norm)
+                set_fused_activation(norm, fused=True)
 
     def _changed(self, model: nn.Module) -> list[nn.Module]:
         return [m for m, fusion in _fused_modules(model) if self.fusions.get(m) != fusion]
@@ -77,7 +77,7 @@ def plan_fusing(model: nn.Module, wanted: Mapping[nn.Module, Fused | None]) -> F
     """
     plan = FusingPlan()
     callers = _find_callers(model)
-    blocks: dict[nn.Module, dict[str, nn.Module]] = {}
+    blocks: dict[nn.Module, dict[str, Fused]] = {}
     for norm, most in wanted.items():
         plan.fused[norm] = None
         if most is None:
@@ -91,16 +91,16 @@ def plan_fusing(model: nn.Module, wanted: Mapping[nn.Module, Fused | None]) -> F
             plan.reasons[norm] = f"it is used as {names}" if names else "no module calls it"
         else:
             ((module, name),) = callers[norm]
-            blocks.setdefault(module, {})[name] = norm
+            blocks.setdefault(module, {})[name] = most
     for module, norms in blocks.items():
-        _plan_block(plan, module, {name: (norm, wanted[norm]) for name, norm in norms.items()})
+        _plan_block(plan, module, norms)
     return plan
 
 
 def _find_callers(model: nn.Module) -> Callers:
     """Return which modules hold each module, itself or in lists and the like, and its name there.
 
-    What has no forward, such as `nn.ModuleList`, is taken for a part of what holds it.
+    What has no forward, such as `nn.ModuleList`, counts as a part of what holds it.
     """
     callers: Callers = {}
     for module in model.modules():
@@ -136,84 +136,60 @@ def _plan_own_activation(plan: FusingPlan, norm: nn.Module) -> None:
         plan.fused[norm] = "relu"
 
 
-def _plan_block(
-    plan: FusingPlan, module: nn.Module, norms: Mapping[str, tuple[nn.Module, Fused | None]]
-) -> None:
+def _plan_block(plan: FusingPlan, module: nn.Module, most: Mapping[str, Fused]) -> None:
+    """Plan for a module whose own forward calls norms, given the most that each may do."""
     original = original_class(module)
-    most = {name: fused for name, (_, fused) in norms.items() if fused is not None}
-    fused: dict[str, Fused] = {}
-    reason = _refuse_block(module, original)
-    if reason:
-        refused = dict.fromkeys(most, f"in {original.__name__}: {reason}")
-    elif original.forward is nn.Sequential.forward:
-        fused, refused = _fuse_in_turn(module, most)
-        if fused:
-            plan.fusions[module] = Fusion(original, tuple(fused.items()), _names(module, fused))
-    else:
-        fused, refused = _fuse_traced(plan, module, original, most)
-    for name, (norm, _) in norms.items():
-        plan.fused[norm] = fused.get(name)
-        if name in refused:
-            plan.reasons[norm] = refused[name]
-
-
-def _refuse_block(module: nn.Module, original: type[nn.Module]) -> str:
+    plan_norms = _fuse_in_turn if original.forward is nn.Sequential.forward else _fuse_traced
     if "forward" in vars(module):
-        return "its forward was replaced on the object"
-    return "" if is_reducible(original) else "it copies and pickles in a way of its own"
-
-
-def _names(module: nn.Module, norms: Mapping[str, Fused]) -> frozenset[str]:
-    """Return the names of a Sequential's fused norms, and of the ReLUs after them."""
-    names, watched = list(module._modules), set(norms)
-    for norm in norms:
-        after = names[names.index(norm) + 1 :]
-        watched.update(
-            after[: 1 + next(i for i, n in enumerate(after) if _child_is_relu(module, n))]
-        )
-    return frozenset(watched)
-
-
-def _child_is_relu(module: nn.Module, name: str) -> bool:
-    child = module._modules[name]
-    return child is not None and is_relu(child)
+        found: Fusion | str = "its forward was replaced on the object"
+    elif not is_reducible(original):
+        found = "it copies and pickles in a way of its own"
+    else:
+        found, refused = plan_norms(module, original, most)
+    if isinstance(found, str):
+        refused = dict.fromkeys(most, f"in {original.__name__}: {found}")
+    elif found.norms:
+        plan.fusions[module] = found
+        plan.fused.update((module.get_submodule(name), fused) for name, fused in found.norms)
+    plan.reasons.update((module.get_submodule(name), reason) for name, reason in refused.items())
 
 
 def _fuse_in_turn(
-    module: nn.Module, most: Mapping[str, Fused]
-) -> tuple[dict[str, Fused], dict[str, str]]:
-    """Return which norms of a Sequential have a ReLU behind them, and why not the others."""
-    fused: dict[str, Fused] = {}
+    module: nn.Module, original: type[nn.Module], most: Mapping[str, Fused]
+) -> tuple[Fusion, dict[str, str]]:
+    """Return the fusion of a Sequential's norms before a ReLU, and why others are left."""
+    fused: list[str] = []
     refused: dict[str, str] = {}
-    names = list(module._modules)
+    watched: set[str] = set()
+    children = list(module._modules.items())
     for name in most:
-        rest = [module._modules[n] for n in names[names.index(name) + 1 :]]
-        after = next((child for child in rest if type(child) is not nn.Identity), None)
-        if after is None:
+        rest = children[[n for n, _ in children].index(name) + 1 :]
+        end = next((i for i, (_, x) in enumerate(rest) if type(x) is not nn.Identity), None)
+        after = None if end is None else rest[end][1]
+        if end is None:
             refused[name] = "it is the last of its Sequential"
         elif not is_relu(after):
             refused[name] = f"{type(after).__name__} follows it"
-        elif any(has_hooks(c) for c in rest[: rest.index(after) + 1] if c is not None):
+        elif any(has_hooks(x) for _, x in rest[: end + 1] if x is not None):
             refused[name] = "the ReLU after it has hooks"
         else:
-            fused[name] = "relu"
-    return fused, refused
+            fused.append(name)
+            watched |= {name, *(n for n, _ in rest[: end + 1])}
+    return Fusion(original, tuple((name, "relu") for name in fused), frozenset(watched)), refused
 
 
 def _fuse_traced(
-    plan: FusingPlan, module: nn.Module, original: type[nn.Module], most: Mapping[str, Fused]
-) -> tuple[dict[str, Fused], dict[str, str]]:
+    module: nn.Module, original: type[nn.Module], most: Mapping[str, Fused]
+) -> tuple[Fusion | str, dict[str, str]]:
+    """Return the fusion of the norms that a forward calls, and why others are left."""
     trace = trace_block(module, original)
     if isinstance(trace, str):
-        return {}, dict.fromkeys(most, f"in {original.__name__}: {trace}")
+        return trace, {}
     found, refused = find_patterns(trace.traced, most)
-    fused: dict[str, Fused] = {name: pattern.fused for name, pattern in found.items()}
-    if fused:
-        taken = {str(n.target) for pattern in found.values() for n in pattern.taken}
-        watched = {name.split(".")[0] for name in (*trace.read, *fused, *taken)}
-        code = rewrite(trace.traced, found.values())
-        plan.fusions[module] = Fusion(original, tuple(fused.items()), frozenset(watched), code)
-    return fused, refused
+    norms = tuple((name, pattern.fused) for name, pattern in found.items())
+    taken = {str(n.target) for pattern in found.values() for n in pattern.taken}
+    watched = frozenset(name.split(".")[0] for name in (*trace.read, *found, *taken))
+    return Fusion(original, norms, watched, rewrite(trace.traced, found.values())), refused
 
 
 def fused_norms(model: nn.Module) -> dict[nn.Module, Fused]:
@@ -243,7 +219,7 @@ def unfused(model: nn.Module) -> Iterator[None]:
         for module, fusion in fusions:
             fuse_block(module, fusion)
         for norm in own:
-            _take_from_hook(norm)
+            set_fused_activation(norm, fused=True)
 
 
 def _fused_modules(model: nn.Module) -> list[tuple[nn.Module, Fusion]]:
@@ -254,13 +230,3 @@ def _fused_modules(model: nn.Module) -> list[tuple[nn.Module, Fusion]]:
 def _self_fused(model: nn.Module) -> list[nn.Module]:
     """Return the norms that do their own activation."""
     return [norm for norm in fused_norms(model) if own_activation(norm) is not None]
-
-
-def _take_from_hook(norm: nn.Module) -> None:
-    set_fused_activation(norm, itself=True)
-    vars(norm)["fused"] = "relu"
-
-
-def _leave_to_hook(norm: nn.Module) -> None:
-    set_fused_activation(norm, itself=False)
-    del vars(norm)["fused"]

@@ -23,12 +23,12 @@ from nmlightning.surgery.norm_layers import FUSION, own_activation
 
 @dataclass(frozen=True)
 class Fusion:
-    """What a fused class is made of.
+    """All that a fused class is made of.
 
     Attributes:
         original: the class that the module had.
         norms: what each fused norm does, by its name in the module.
-        watched: the attributes that the forward depends on; setting another takes it apart.
+        watched: the attributes that the forward depends on; setting another unfuses it.
         code: of the forward, None for that of a Sequential.
     """
 
@@ -62,7 +62,7 @@ def check_class(module: nn.Module) -> None:
     if fusion is not None and type(module) is not fused_class(fusion):
         raise InputError(
             f"A {fusion.original.__name__} with fused norms has become a {type(module).__name__} "
-            "since, so the norms cannot be taken apart: do that before it is sharded or "
+            "since, so the norms cannot be unfused: do that before it is sharded or "
             "parametrized."
         )
 
@@ -129,7 +129,7 @@ def _make(fusion: Fusion) -> Any:
 
 
 def _after_check(change: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a method that takes the module apart before it changes what the forward depends on."""
+    """Return a method that unfuses the module before it changes what the forward depends on."""
 
     def checked(self: nn.Module, name: str, *value: Any) -> Any:
         fusion = fusion_of(self)

@@ -2,7 +2,7 @@
 
 A trace keeps the branches that it went through, and nothing but operations on tensors. Where these
 depend on the module's plain attributes that is no harm: they are reported, and their change is
-noticed. What the forward reads of other objects, of its children too, is taken for constant.
+noticed. What the forward reads of other objects, its children among them, must not change.
 """
 
 import inspect
@@ -69,7 +69,7 @@ class TracedGraph:
 
     @cached_property
     def _uses(self) -> Counter[int]:
-        """How often each tensor, by its id, is a module's or is read by name."""
+        """The number of modules and reads by name of each tensor, by its id."""
         held = [tensor for module in self.root.modules() for tensor in _own_tensors(module)]
         names = [str(node.target) for node in self.graph.nodes if node.op == "get_attr"]
         return Counter(map(id, (*held, *(attrgetter(name)(self.root) for name in names))))
@@ -179,7 +179,7 @@ def _names(code: CodeType) -> Iterator[str]:
 
 
 class _InPlaceProxy(Proxy):
-    """A proxy that records x += y as that: fx alone takes it for x = x + y."""
+    """A proxy that records x += y as that: fx alone records x = x + y."""
 
 
 def _record(function: Callable[..., Any]) -> Callable[..., Any]:
