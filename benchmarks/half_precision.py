@@ -11,18 +11,18 @@ import argparse
 import logging
 import math
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from pytorch_lightning import Callback, LightningModule, Trainer, seed_everything
 from torch import nn
 
 from nmlightning import CIFAR10, ImageClassifier, NormSwap
 from nmlightning.models import CifarResNet
-from nmlightning.reports.page import COLOURS, Line, draw_lines
 
 HALF = {"stats_dtype": "float16"}
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -33,10 +33,6 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 SIZES = (1 / 50, 1.0, 100.0)
 SMOOTHED = 10  # steps that a point of the picture, and the last loss, is the mean of
-STYLE = (
-    "svg{font:12px sans-serif;fill:#333}path{fill:none;stroke-width:1.6}line{stroke:#ddd}"
-    ".title{font-weight:bold}"
-)
 
 
 @dataclass
@@ -73,14 +69,16 @@ def main() -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     kind = f"ResNet-{options.depth}, batch 128, {options.steps} steps, seed {options.seed}"
     print(f"torch {torch.__version__}, cpu, {kind}")
-    charts = []
-    for size in SIZES:
+    figure = Figure((12, 3.2), layout="constrained")
+    for axes, size in zip(figure.subplots(1, len(SIZES)), SIZES, strict=True):
         curves = {}
         for name, swap in FORMS.items():
             curves[name], accuracy = train(swap, size, options)
             print(f"weights × {size:<6g} {name:24} {describe(curves[name], accuracy)}", flush=True)
-        charts.append(draw(curves, size))
-    options.picture.write_text(beside(charts), encoding="utf-8")
+        draw(axes, curves, size)
+    lines, names = axes.get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside upper center", ncols=len(FORMS), frameon=False)
+    figure.savefig(options.picture, metadata={"Date": None})
 
 
 def train(
@@ -112,19 +110,20 @@ def train(
     return curve, measured["test/top1"]
 
 
-def draw(curves: dict[str, Curve], size: float) -> str:
-    """Return the chart of the runs from weights of one size, and what became NaN in words."""
+def draw(axes: Axes, curves: dict[str, Curve], size: float) -> None:
+    """Draw the runs from weights of one size, and say in words what became NaN."""
     scales = curves["L2, float32"].scales
-    title = f"loss, weights × {size:g}: σ from {min(scales):.2g} to {max(scales):.2g}"
-    lines, notes = [], ""
-    for (name, curve), colour in zip(curves.items(), COLOURS, strict=False):
-        lines.append(line(name, colour, curve.losses))
+    axes.set_title(f"loss, weights × {size:g}: σ from {min(scales):.2g} to {max(scales):.2g}")
+    axes.set_xlabel("step")
+    for number, (name, curve) in enumerate(curves.items()):
+        # Means over a few steps, since single batches are noisy.
+        parts = np.array_split(np.array(curve.losses), max(1, len(curve.losses) // SMOOTHED))
+        ends = np.cumsum([len(part) for part in parts])
+        (line,) = axes.plot(ends, [part.mean() for part in parts], label=name)
         if (broken := first_broken(curve)) is not None:
-            y = 50 + 16 * notes.count("<text")
-            text = f"{escape(name)}: NaN from step {broken}"
-            notes += f'<text x="150" y="{y}" style="fill:{colour}">{text}</text>'
-    chart = draw_lines(lines, title, "step", size=(400, 260))
-    return chart.removesuffix("</svg>") + notes + "</svg>"
+            text = f"{name}: NaN from step {broken}"
+            at, across = (0.97, 0.95 - 0.08 * number), axes.transAxes
+            axes.text(*at, text, color=line.get_color(), ha="right", va="top", transform=across)
 
 
 def first_broken(curve: Curve) -> int | None:
@@ -142,30 +141,6 @@ def describe(curve: Curve, accuracy: float) -> str:
 def mean_of_last(curve: Curve) -> float:
     """Return the loss at the end, without the noise of single batches."""
     return float(np.mean(curve.losses[-SMOOTHED:]))
-
-
-def line(name: str, colour: str, losses: list[float]) -> Line:
-    """Return the line of a run: means over a few steps, since single batches are noisy."""
-    parts = np.array_split(np.array(losses), max(1, len(losses) // SMOOTHED))
-    ends = np.cumsum([len(part) for part in parts]).astype(float)
-    return Line(name, colour, ends, np.array([part.mean() for part in parts]))
-
-
-def beside(charts: list[str]) -> str:
-    """Return one SVG with the charts in a row, under the names of their lines."""
-    names = "".join(
-        f'<text x="{60 + 190 * i}" y="18" class="title" style="fill:{colour}">{escape(name)}</text>'
-        for i, (name, colour) in enumerate(zip(FORMS, COLOURS, strict=False))
-    )
-    placed = "".join(
-        chart.replace("<svg ", f'<svg x="{400 * i}" y="26" ', 1) for i, chart in enumerate(charts)
-    )
-    width = 400 * len(charts)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} 290" width="{width}" '
-        f'height="290"><style>{STYLE}</style><rect width="100%" height="100%" fill="white"/>'
-        f"{names}{placed}</svg>\n"
-    )
 
 
 if __name__ == "__main__":

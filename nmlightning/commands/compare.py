@@ -1,4 +1,4 @@
-"""`nm compare`: how runs differ in their settings, and how well each setting did."""
+"""`nm compare`: a table and a page of what differs between runs, and of how well each did."""
 
 import argparse
 from itertools import pairwise
@@ -10,14 +10,16 @@ from rich.table import Column, Table
 
 from nmlightning.commands.argument_parser import ArgumentParser
 from nmlightning.commands.files import check_replaceable, write_file
-from nmlightning.reports.comparison import Group, choose_metric, group_runs, join_resumed
-from nmlightning.reports.page import (
-    GENERATOR,
+from nmlightning.reports.comparison import (
     SETTING_HEADINGS,
+    Group,
+    choose_metric,
+    group_runs,
+    join_resumed,
     result_columns,
     setting_rows,
-    write_page,
 )
+from nmlightning.reports.page import GENERATOR, write_page
 from nmlightning.reports.run import find_runs, read_run
 
 _DEFAULT_PAGE = Path("comparison.html")
@@ -37,7 +39,7 @@ def run(arguments: list[str]) -> int:
     _print_tables(groups)
     for joined in runs:
         for earlier, later in pairwise(joined.parts):
-            _print_line("resumed", f"{later} goes on with {earlier}; they are one run")
+            _print_line("resumed", f"{later} resumes {earlier}; they are one run")
     write_file("--report", given.report, write_page(groups))
     _print_line("page", given.report)
     return 0

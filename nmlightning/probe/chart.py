@@ -1,29 +1,27 @@
 """A picture of the inputs of norm layers against what float16 lets each norm take."""
 
+import io
 from collections.abc import Iterator, Sequence
-from html import escape
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from nmlightning.probe.report import LayerRanges
 from nmlightning.reports.formatting import format_loss
-from nmlightning.reports.page import Axis
 
-GENERATOR = "<!-- generator: nmlightning -->"
-_WIDTH, _ROW = 980, 18  # pixels
-_TOP, _BOTTOM = 92, 34
-_LEFT, _RIGHT = 250, 130
-_ENDS = (_WIDTH - 16, _WIDTH - 70)  # of the two columns of losses
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+GENERATOR = "generator: nmlightning"
+_ENDS = (1e-5, 1e5)  # what the axis shows at least: a little more than float16 can
 _LONGEST_NAME = 36  # characters
-_WHOLE = (1e-5, 1e5)  # what the axis shows at least: a little more than float16 can
 # Okabe and Ito's colours, which colour-blind people tell apart.
 _KEPT, _LOST = "#0072B2", "#D55E00"
 _SHADES = ("#eef1f4", "#d3e4ee")
-_STYLE = """
-svg { background: #fff; font: 12px system-ui, sans-serif; fill: #1c2024 }
-.quiet { fill: #6b7280 } .title { font-size: 15px } .grid { stroke: #fff; opacity: .8 }
-""".strip()
+_COLUMNS = (1.06, 1.14)  # of the losses, where the axis is from 0 to 1
+_TITLE = """What the norm layers get, and what float16 can take
+bar: σ from its smallest to its largest, median marked; line: on to max |x − μ|
+shaded: from the least σ to the most |x − μ| that a norm takes; right: losses"""
 
 
 class Band(NamedTuple):
@@ -47,88 +45,52 @@ def draw_ranges(layers: Sequence[LayerRanges], wide: Band, narrow: Band) -> str:
         wide: the norm that takes more.
         narrow: the norm that takes less.
     """
-    height = _TOP + _ROW * len(layers) + _BOTTOM
-    bottom = height - _BOTTOM
-    axis = _axis_of(layers)
-    parts = [
-        *_draw_band(wide, axis, bottom, 0),
-        *_draw_band(narrow, axis, bottom, 1),
-        *_draw_grid(axis, bottom),
-        *(_draw_row(layer, wide.norm, narrow.norm, axis, row) for row, layer in enumerate(layers)),
-    ]
-    title = "What the norm layers get, and what float16 can take"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" '
-        f'width="{_WIDTH}" height="{height}" role="img">{GENERATOR}<style>{_STYLE}</style>'
-        f'<rect width="{_WIDTH}" height="{height}" fill="#fff"/>'
-        f'<text class="title" x="16" y="24">{title}</text>'
-        '<text class="quiet" x="16" y="43">bar: σ from its smallest to its largest, median marked; '
-        "line: on to max |x − μ|; shaded: from the least σ to the most |x − μ| that a norm takes; "
-        "right: losses</text>"
-        f"{''.join(parts)}</svg>\n"
-    )
+    import matplotlib
+
+    picture = io.StringIO()
+    metadata = {"Creator": GENERATOR, "Date": None}
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nmlightning"}):
+        plot_ranges(layers, wide, narrow).savefig(picture, format="svg", metadata=metadata)
+    return picture.getvalue()
 
 
-def _axis_of(layers: Sequence[LayerRanges]) -> Axis:
-    ends = [*_WHOLE, *(x.largest_deviation for x in layers)]
-    values = np.concatenate([ends, *(x.finite_scales for x in layers)])
-    return Axis.over(values.astype(np.float64), logarithmic=True)
+def plot_ranges(layers: Sequence[LayerRanges], wide: Band, narrow: Band) -> "Figure":
+    """Return the figure that `draw_ranges` writes as SVG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((9.8, 1.4 + 0.22 * len(layers)), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(_TITLE, loc="left", fontsize=9, pad=24)
+    for band, shade, column in zip((wide, narrow), _SHADES, _COLUMNS, strict=True):
+        axes.axvspan(band.low, band.high, color=shade, label=band.name)
+        for row, text, colour in _column(layers, band):
+            across = axes.get_yaxis_transform()
+            axes.text(column, row, text, color=colour, ha="right", va="center", transform=across)
+    values = np.concatenate([_ENDS, *((x.largest_deviation, *x.finite_scales) for x in layers)])
+    positive = values[np.isfinite(values) & (values > 0)]
+    for row, layer in enumerate(layers):
+        if len(scales := layer.finite_scales):
+            low, median, high = np.quantile(scales, [0, 0.5, 1]).clip(positive.min())
+            colour = _LOST if layer.lost_share(narrow.norm) else _KEPT
+            axes.barh(row, high - low, 0.4, low, facecolor=colour, edgecolor=colour, linewidth=3)
+            ends = [high, layer.largest_deviation]
+            axes.plot(ends, [row, row], color=colour, marker="|", markevery=[1])
+            axes.plot(median, row, color="white", marker="|")
+    axes.set(xscale="log", xlim=(positive.min(), positive.max()), ylim=(len(layers) - 0.5, -1.5))
+    axes.set_yticks(range(len(layers)), [_shorten(layer.name) for layer in layers])
+    axes.tick_params("y", length=0)
+    axes.spines[:].set_visible(False)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderpad=0)
+    return figure
 
 
-def _across(axis: Axis, value: float) -> float:
-    share = float(axis.shares(np.array([max(value, axis.low)]))[0])
-    return _LEFT + min(share, 1.0) * (_WIDTH - _LEFT - _RIGHT)
+def _column(layers: Sequence[LayerRanges], band: Band) -> Iterator[tuple[int, str, str]]:
+    """Yield the row, text and colour of a column's heading, and of what the norm loses."""
+    yield -1, band.name.split()[0], "gray"
+    for row, layer in enumerate(layers):
+        share = layer.lost_share(band.norm)
+        yield row, format_loss(share), _LOST if share else _KEPT
 
 
-def _draw_band(band: Band, axis: Axis, bottom: int, number: int) -> Iterator[str]:
-    left, right = _across(axis, band.low), _across(axis, band.high)
-    top = _TOP - 36 + 17 * number
-    yield (
-        f'<rect x="{left:.1f}" y="{top}" width="{right - left:.1f}" height="{bottom - top}" '
-        f'fill="{_SHADES[number]}"/>'
-        f'<text x="{left + 6:.1f}" y="{top + 13}">{escape(band.name)}</text>'
-        f'<text class="quiet" x="{_ENDS[number]}" y="{_TOP - 7}" text-anchor="end">'
-        f"{escape(band.name.split()[0])}</text>"
-    )
-
-
-def _draw_grid(axis: Axis, bottom: int) -> Iterator[str]:
-    powers = range(int(np.ceil(np.log10(axis.low))), int(np.floor(np.log10(axis.high))) + 1)
-    for power in powers[:: -(-len(powers) // 12)]:
-        x = _across(axis, 10.0**power)
-        yield f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom}"/>'
-        label = f"{10.0**power:g}" if -4 < power < 5 else f"1e{power}"
-        place = f'x="{x:.1f}" y="{bottom + 18}" text-anchor="middle"'
-        yield f'<text class="quiet" {place}>{label}</text>'
-
-
-def _draw_row(layer: LayerRanges, wide: str, narrow: str, axis: Axis, row: int) -> str:
-    top = _TOP + _ROW * row
-    text = top + _ROW - 5
-    name = layer.name if len(layer.name) <= _LONGEST_NAME else f"…{layer.name[-_LONGEST_NAME:]}"
-    cells = [f'<text x="{_LEFT - 10}" y="{text}" text-anchor="end">{escape(name)}</text>']
-    for x, norm in zip(_ENDS, (wide, narrow), strict=True):
-        share = layer.lost_share(norm)
-        cells.append(
-            f'<text x="{x}" y="{text}" text-anchor="end" fill="{_LOST if share else _KEPT}">'
-            f"{format_loss(share)}</text>"
-        )
-    colour = _LOST if layer.lost_share(narrow) else _KEPT
-    return "".join([*cells, *_draw_bar(layer, axis, top, colour)])
-
-
-def _draw_bar(layer: LayerRanges, axis: Axis, top: int, colour: str) -> Iterator[str]:
-    scales = layer.finite_scales
-    if not len(scales):
-        return
-    low, middle, high = (_across(axis, float(s)) for s in np.quantile(scales, [0, 0.5, 1]))
-    end = _across(axis, layer.largest_deviation)
-    y, within = top + _ROW // 2, f'y="{top + 4}" height="{_ROW - 8}"'
-    yield f'<line x1="{high:.1f}" x2="{end:.1f}" y1="{y}" y2="{y}" stroke="{colour}"/>'
-    yield f'<line x1="{end:.1f}" x2="{end:.1f}" y1="{y - 4}" y2="{y + 4}" stroke="{colour}"/>'
-    yield (
-        f'<rect x="{low:.1f}" width="{max(high - low, 3):.1f}" {within} fill="{colour}">'
-        f"<title>{escape(layer.name)}: σ {scales.min():.3g} to {scales.max():.3g}, "
-        f"max |x − μ| {layer.largest_deviation:.3g}</title></rect>"
-    )
-    yield f'<rect x="{middle - 1:.1f}" width="2" {within} fill="#fff"/>'
+def _shorten(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else f"…{name[-_LONGEST_NAME:]}"

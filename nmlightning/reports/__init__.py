@@ -1,1 +1,1 @@
-"""What a run left behind, to look at: pictures, tables and pages. Nothing here needs torch."""
+"""Pictures, tables and pages of what a run left behind. Nothing here needs torch."""

@@ -3,17 +3,18 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nmlightning.errors import InputError, nearest
-from nmlightning.reports.formatting import Spread
+from nmlightning.reports.formatting import MeanStd, format_mean_std, format_seconds
 from nmlightning.reports.run import Run, Series
 
-LAST_EPOCHS = 10
-"""As many last values are averaged, as the paper's figures are."""
+SETTING_HEADINGS = ["run", "seeds", "epochs", "what differs"]
+_LAST_EPOCHS = 10  # are averaged, as the paper's figures are
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,27 +37,28 @@ class Group:
         return [run.scalars[self.metric] for run in self.runs]
 
     @property
-    def final(self) -> Spread:
+    def final(self) -> MeanStd:
         """The last value of each run."""
-        return Spread.of([float(curve.values[-1]) for curve in self.curves])
+        return MeanStd.of([float(curve.values[-1]) for curve in self.curves])
 
     @property
-    def best(self) -> Spread:
+    def best(self) -> MeanStd:
         """The best value of each run: the smallest of a loss, the largest of anything else."""
         best = np.nanmin if is_loss(self.metric) else np.nanmax
-        return Spread.of([float(best(curve.values)) for curve in self.curves])
+        return MeanStd.of([float(best(curve.values)) for curve in self.curves])
 
     @property
-    def late(self) -> Spread | None:
+    def late(self) -> MeanStd | None:
         """The mean of the last ten values of each run, None where one has fewer."""
-        if any(len(curve.values) < LAST_EPOCHS for curve in self.curves):
+        ends = [curve.values[-_LAST_EPOCHS:] for curve in self.curves]
+        if any(len(end) < _LAST_EPOCHS for end in ends):
             return None
-        return Spread.of([float(curve.values[-LAST_EPOCHS:].mean()) for curve in self.curves])
+        return MeanStd.of([float(end.mean()) for end in ends])
 
     @property
-    def seconds(self) -> Spread:
+    def seconds(self) -> MeanStd:
         """How long a run took."""
-        return Spread.of([run.seconds for run in self.runs])
+        return MeanStd.of([run.seconds for run in self.runs])
 
     @property
     def seeds(self) -> str:
@@ -71,7 +73,7 @@ class Group:
 
     @property
     def repeats_seeds(self) -> bool:
-        """Whether runs have one seed, so that deviations are not those over seeds alone."""
+        """True if runs share a seed, so that deviations are not those over seeds alone."""
         return len({run.seed for run in self.runs}) < len(self.runs)
 
     @property
@@ -119,7 +121,10 @@ def group_runs(runs: Iterable[Run], metric: str) -> list[Group]:
     for run in runs:
         key = frozenset(run.settings.items()) if run.settings else run.folder
         members.setdefault(key, []).append(run)
-    return [Group(_name(group), group, metric) for group in members.values()]
+    return [
+        Group(", ".join(dict.fromkeys(run.name for run in group)), group, metric)
+        for group in members.values()
+    ]
 
 
 def differing_settings(groups: Sequence[Group]) -> Mapping[str, str]:
@@ -138,8 +143,33 @@ def differing_settings(groups: Sequence[Group]) -> Mapping[str, str]:
     return {key: _shorten(key, differing) for key in keys if key in differing}
 
 
-def _name(runs: Sequence[Run]) -> str:
-    return ", ".join(dict.fromkeys(run.name for run in runs))
+def setting_rows(groups: Sequence[Group]) -> list[list[str]]:
+    """Return the cells under SETTING_HEADINGS of each group; what differs has a line a setting."""
+    names = differing_settings(groups)
+    rows = []
+    for group in groups:
+        settings = group.runs[0].settings
+        lines = [f"{name}: {settings[key]}" for key, name in names.items() if key in settings]
+        rows.append([group.name, group.seeds, group.epochs, "\n".join(lines)])
+    return rows
+
+
+def result_columns(groups: Sequence[Group]) -> dict[str, list[str]]:
+    """Return how well and how fast each group did: the cells under each heading.
+
+    There is no column of means of the last epochs where no run has so many.
+    """
+    columns: dict[str, list[MeanStd | None]] = {
+        "final": [group.final for group in groups],
+        "best": [group.best for group in groups],
+        f"mean of last {_LAST_EPOCHS}": [group.late for group in groups],
+    }
+    cells = {
+        heading: [format_mean_std(x, g.metric) for x, g in zip(column, groups, strict=True)]
+        for heading, column in columns.items()
+        if any(column)
+    }
+    return {**cells, "time": [format_seconds(group.seconds.mean) for group in groups]}
 
 
 def _shorten(key: str, others: Sequence[str]) -> str:
@@ -156,25 +186,24 @@ def _in_common(tags: Sequence[str]) -> str:
 
 
 def join_resumed(runs: Sequence[Run]) -> list[Run]:
-    """Return the runs, each with what was logged before it in the run that it goes on with.
+    """Return the runs, each with what was logged before it in the run that it resumes.
 
-    A run goes on with another of its settings and seed if its config names a checkpoint of that
-    one, or if their recordings are of one run. The other is then left out, unless it got as
-    far itself.
+    A run resumes another of its settings and seed if its config names a checkpoint of that one,
+    or if their recordings are of one run. The other is then left out, unless it got as far itself.
     """
-    before = {run.folder: _predecessor(run, runs) for run in runs}
-    chains = [_chain(run, before) for run in runs]
+    resumed = {run.folder: _resumed_run(run, runs) for run in runs}
+    chains = [_chain(run, resumed) for run in runs]
     left_behind = {
         earlier.folder
         for *others, run in chains
         for earlier in others
         if _last_step(earlier) < _last_step(run)
     }
-    return [_join(chain) for chain in chains if chain[-1].folder not in left_behind]
+    return [reduce(_join, chain) for chain in chains if chain[-1].folder not in left_behind]
 
 
-def _predecessor(run: Run, runs: Sequence[Run]) -> Run | None:
-    """Return the run that this one goes on with; the latest one where several could be."""
+def _resumed_run(run: Run, runs: Sequence[Run]) -> Run | None:
+    """Return the run that this one resumes; the latest one where several could be."""
     alike = [r for r in runs if r is not run and (r.settings, r.seed) == (run.settings, run.seed)]
     by_checkpoint = [r for r in alike if _holds_checkpoint_of(r, run)]
     by_recording = [r for r in alike if _is_recorded_by(r, run)]
@@ -182,10 +211,10 @@ def _predecessor(run: Run, runs: Sequence[Run]) -> Run | None:
 
 
 def _holds_checkpoint_of(earlier: Run, run: Run) -> bool:
-    """Whether the checkpoint is in the earlier run's folder, wherever that was then."""
-    place = earlier.folder.resolve().parts[-2:]
+    """Return whether the checkpoint is in the earlier run's folder, wherever that was then."""
+    folder = earlier.folder.resolve().parts[-2:]
     return run.checkpoint is not None and any(
-        parent.parts[-2:] == place for parent in run.checkpoint.parents
+        parent.parts[-2:] == folder for parent in run.checkpoint.parents
     )
 
 
@@ -197,44 +226,31 @@ def _is_recorded_by(earlier: Run, run: Run) -> bool:
     return same and _first_step(earlier) < _first_step(run)
 
 
-def _chain(run: Run, before: Mapping[Path, Run | None]) -> list[Run]:
-    """Return a run after all those that it goes on with."""
+def _chain(run: Run, resumed: Mapping[Path, Run | None]) -> list[Run]:
+    """Return a run after the one that it resumes, after the one that this resumes, and so on."""
     chain = [run]
-    while (earlier := before[chain[0].folder]) is not None and earlier not in chain:
+    while (earlier := resumed[chain[0].folder]) is not None and earlier not in chain:
         chain.insert(0, earlier)
     return chain
 
 
-def _join(chain: Sequence[Run]) -> Run:
-    joined = chain[0]
-    for later in chain[1:]:
-        start = _first_step(later)
-        old = {tag: _until(series, start) for tag, series in joined.scalars.items()}
-        joined = replace(
-            later,
-            scalars=_append(old, later.scalars),
-            seconds=joined.seconds + later.seconds,
-            norms=later.norms or joined.norms,
-            parts=(*joined.parts, later.folder),
+def _join(joined: Run, later: Run) -> Run:
+    """Return the later run after what the other ones logged before its first step."""
+    start, nothing = _first_step(later), Series(np.zeros(0, np.int64), np.zeros(0))
+    scalars = {}
+    for tag in dict.fromkeys([*joined.scalars, *later.scalars]):
+        old, new = joined.scalars.get(tag, nothing), later.scalars.get(tag, nothing)
+        kept = old.steps < start
+        scalars[tag] = Series(
+            np.append(old.steps[kept], new.steps), np.append(old.values[kept], new.values)
         )
-    return joined
-
-
-def _append(old: Mapping[str, Series], new: Mapping[str, Series]) -> dict[str, Series]:
-    both = {
-        tag: Series(
-            np.append(series.steps, new[tag].steps), np.append(series.values, new[tag].values)
-        )
-        if tag in new
-        else series
-        for tag, series in old.items()
-    }
-    return {**both, **{tag: series for tag, series in new.items() if tag not in old}}
-
-
-def _until(series: Series, step: float) -> Series:
-    kept = series.steps < step
-    return Series(series.steps[kept], series.values[kept])
+    return replace(
+        later,
+        scalars=scalars,
+        seconds=joined.seconds + later.seconds,
+        norms=later.norms or joined.norms,
+        parts=(*joined.parts, later.folder),
+    )
 
 
 def _first_step(run: Run) -> float:

@@ -7,22 +7,18 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Mean and sample standard deviation of one number over runs.
-
-    Attributes:
-        mean: of all n.
-        deviation: with the divisor n − 1; NaN for a single one.
-    """
+class MeanStd:
+    """Mean and sample standard deviation (divisor n − 1; NaN for n = 1) of one number over runs."""
 
     mean: float
-    deviation: float
+    std: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        """Return that of one or more values."""
-        several = len(values) > 1
-        return cls(statistics.fmean(values), statistics.stdev(values) if several else float("nan"))
+    def of(cls, values: Sequence[float]) -> "MeanStd":
+        """Return those of one or more values."""
+        return cls(
+            statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+        )
 
 
 def is_share(metric: str) -> bool:
@@ -39,14 +35,14 @@ def format_value(value: float, metric: str) -> str:
     return f"{value:.2f}" if abs(value) >= 10 or "bleu" in metric.lower() else f"{value:.4f}"
 
 
-def format_spread(spread: Spread | None, metric: str) -> str:
-    """Return `93.07 ± 0.11 %` or `0.2713 ± 0.0021`, without the deviation where there is none."""
-    if spread is None:
+def format_mean_std(value: MeanStd | None, metric: str) -> str:
+    """Return `93.07 ± 0.11 %` or `0.2713 ± 0.0021`, the mean alone where there is no deviation."""
+    if value is None:
         return "—"
-    mean = format_value(spread.mean, metric)
-    if math.isnan(spread.deviation):
+    mean = format_value(value.mean, metric)
+    if math.isnan(value.std):
         return mean
-    return f"{mean.removesuffix(' %')} ± {format_value(spread.deviation, metric)}"
+    return f"{mean.removesuffix(' %')} ± {format_value(value.std, metric)}"
 
 
 def format_seconds(seconds: float) -> str:

@@ -1,206 +1,25 @@
-"""A comparison of runs as one page of HTML."""
+"""A comparison of runs as one page of HTML, whose charts need no network."""
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nmlightning.reports import tags
-from nmlightning.reports.comparison import LAST_EPOCHS, Group, differing_settings
-from nmlightning.reports.formatting import Spread, format_seconds, format_spread, is_share
+from nmlightning.reports.comparison import SETTING_HEADINGS, Group, result_columns, setting_rows
+from nmlightning.reports.formatting import is_share
 from nmlightning.reports.run import Run
 
-SETTING_HEADINGS = ["run", "seeds", "epochs", "what differs"]
-
-
-def setting_rows(groups: Sequence[Group]) -> list[list[str]]:
-    """Return for each group its name and its settings; what differs has a line for each one."""
-    names = differing_settings(groups)
-    return [
-        [group.name, group.seeds, group.epochs, "\n".join(_differences(group, names.items()))]
-        for group in groups
-    ]
-
-
-def result_columns(groups: Sequence[Group]) -> dict[str, list[str]]:
-    """Return how well and how fast each group did: the cells under each heading.
-
-    There is no column of means of the last epochs where no run has so many.
-    """
-    spreads: dict[str, list[Spread | None]] = {
-        "final": [group.final for group in groups],
-        "best": [group.best for group in groups],
-        f"mean of last {LAST_EPOCHS}": [group.late for group in groups],
-    }
-    cells = {
-        heading: [format_spread(s, g.metric) for s, g in zip(column, groups, strict=True)]
-        for heading, column in spreads.items()
-        if any(column)
-    }
-    return {**cells, "time": [format_seconds(group.seconds.mean) for group in groups]}
-
-
-def _differences(group: Group, names: Iterable[tuple[str, str]]) -> Iterator[str]:
-    settings = group.runs[0].settings
-    for key, name in names:
-        if key in settings:
-            yield f"{name}: {settings[key]}"
-
-
-@dataclass(frozen=True)
-class Axis:
-    """Where values are between two ends, and at which of them a number stands."""
-
-    low: float
-    high: float
-    logarithmic: bool
-
-    @classmethod
-    def over(cls, values: NDArray[np.float64], *, logarithmic: bool = False) -> "Axis":
-        """Return an axis that holds all finite values; only positive ones if it is logarithmic."""
-        shown = values[np.isfinite(values) & ((values > 0) | (not logarithmic))]
-        low, high = (float(shown.min()), float(shown.max())) if len(shown) else (0.0, 1.0)
-        if logarithmic and not len(shown):
-            low, high = 1.0, 10.0
-        if low == high:
-            low, high = (low / 2, high * 2) if logarithmic else (low - 0.5, high + 0.5)
-        return cls(low, high, logarithmic)
-
-    def shares(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return 0 for the low end and 1 for the high one; NaN for what has no place."""
-        with np.errstate(divide="ignore", invalid="ignore"):
-            if self.logarithmic:
-                span = math.log(self.high) - math.log(self.low)
-                shares = (np.log(values) - math.log(self.low)) / span
-            else:
-                shares = (values - self.low) / (self.high - self.low)
-        return np.where(np.isfinite(shares), shares, np.nan)
-
-    def ticks(self) -> list[float]:
-        """Return two to seven round numbers on the axis."""
-        return (self._log_ticks() if self.logarithmic else None) or self._linear_ticks()
-
-    def _log_ticks(self) -> list[float] | None:
-        """Return powers of ten, with others between where they are few; None if all are few."""
-        first, last = math.floor(math.log10(self.low)), math.floor(math.log10(self.high))
-        for steps in ([1], [1, 3], [1, 2, 5]):
-            ticks = [step * 10.0**power for power in range(first, last + 1) for step in steps]
-            within = [tick for tick in ticks if self.low <= tick <= self.high]
-            if len(within) >= 3:
-                return within[:: -(-len(within) // 6)]
-        return None
-
-    def _linear_ticks(self) -> list[float]:
-        rough = (self.high - self.low) / 5
-        scale = 10.0 ** math.floor(math.log10(rough))
-        stride = next(scale * m for m in (1, 2, 2.5, 5, 10) if scale * m >= rough)
-        first = math.ceil(self.low / stride - 1e-9)
-        last = math.floor(self.high / stride + 1e-9)
-        return [round(count * stride, 12) for count in range(first, last + 1)]
-
-
-# Okabe and Ito's colours, which colour-blind people tell apart, without the yellow.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B6B6B")
-_MOST_POINTS = 400
-_LEFT, _TOP, _RIGHT, _BOTTOM = 58, 30, 12, 40  # margins in pixels
-
-
-@dataclass(frozen=True, eq=False)
-class Line:
-    """One line.
-
-    Attributes:
-        name: what it is, shown when it is pointed at.
-        colour: of CSS.
-        x: (T,) increasing.
-        y: (T,); what is not finite interrupts the line.
-        faint: whether it is one of several that another line sums up.
-    """
-
-    name: str
-    colour: str
-    x: NDArray[np.float64]
-    y: NDArray[np.float64]
-    faint: bool = False
-
-
-def draw_lines(
-    lines: Sequence[Line],
-    title: str,
-    x_label: str,
-    *,
-    logarithmic: bool = False,
-    size: tuple[int, int] = (460, 260),
-) -> str:
-    """Return the SVG of a chart.
-
-    Args:
-        lines: drawn in this order.
-        title: what the values are.
-        x_label: what x is.
-        logarithmic: whether the axis of the values is.
-        size: width and height in pixels.
-    """
-    width, height = size
-    x_axis = Axis.over(_joined([line.x for line in lines]))
-    y_axis = Axis.over(_joined([line.y for line in lines]), logarithmic=logarithmic)
-
-    def place(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
-        across = _LEFT + x_axis.shares(x) * (width - _LEFT - _RIGHT)
-        down = height - _BOTTOM - y_axis.shares(y) * (height - _TOP - _BOTTOM)
-        return np.stack([across, down], axis=1)
-
-    body = [
-        f'<text class="title" x="{_LEFT}" y="18">{escape(title)}</text>',
-        *_draw_grid(x_axis, y_axis, size),
-        f'<text x="{(width + _LEFT) / 2:.0f}" y="{height - 6}" text-anchor="middle">'
-        f"{escape(x_label)}</text>",
-        *(_draw_line(line, place(line.x, line.y)) for line in lines),
-    ]
-    return (
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
-        f'aria-label="{escape(title)}">{"".join(body)}</svg>'
-    )
-
-
-def _draw_grid(x_axis: Axis, y_axis: Axis, size: tuple[int, int]) -> Iterator[str]:
-    width, height = size
-    right, bottom = width - _RIGHT, height - _BOTTOM
-    for tick in x_axis.ticks():
-        x = _LEFT + float(x_axis.shares(np.array([tick]))[0]) * (right - _LEFT)
-        yield f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom}"/>'
-        yield f'<text x="{x:.1f}" y="{bottom + 15}" text-anchor="middle">{tick:.5g}</text>'
-    for tick in y_axis.ticks():
-        y = bottom - float(y_axis.shares(np.array([tick]))[0]) * (bottom - _TOP)
-        yield f'<line x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        yield f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.3g}</text>'
-
-
-def _draw_line(line: Line, places: NDArray[np.float64]) -> str:
-    kept = np.unique(np.linspace(0, len(places) - 1, min(len(places), _MOST_POINTS)).round())
-    whole = places[kept.astype(np.int64)]
-    path = []
-    command = "M"
-    for x, y in whole.tolist():
-        if math.isnan(x) or math.isnan(y):
-            command = "M"
-            continue
-        path.append(f"{command}{x:.1f} {y:.1f}")
-        command = "L"
-    faint = ' class="faint"' if line.faint else ""
-    name = f"<title>{escape(line.name)}</title>"
-    return f'<path d="{" ".join(path)}" stroke="{line.colour}"{faint}>{name}</path>'
-
-
-def _joined(parts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-    return np.concatenate([np.zeros(0), *parts])
-
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 GENERATOR = '<meta name="generator" content="nmlightning">'
+# Okabe and Ito's colours, which colour-blind people tell apart, without the yellow.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B6B6B")
 _MOST_LAYERS = 12
+_MOST_POINTS = 2000
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --quiet: #6b7280; --rule: #e5e7eb; --page: #fff }
 @media (prefers-color-scheme: dark) {
@@ -210,47 +29,56 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
   max-width: 1440px; margin: 2rem auto; padding: 0 1.5rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin: 2rem 0 0 }
 p { color: var(--quiet); margin: 0 0 .75rem }
+.table { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .35rem 1.25rem .35rem 0; border-bottom: 1px solid var(--rule);
   vertical-align: top; white-space: nowrap }
 .key { display: inline-block; width: 1rem; height: .25rem; margin-right: .5rem;
   vertical-align: middle }
-.charts { display: flex; flex-wrap: wrap; gap: 1rem }
-svg { max-width: 100%; height: auto } svg text { font-size: 11px; fill: var(--quiet) }
-svg text.title { font-size: 13px; fill: var(--ink) } svg line { stroke: var(--rule) }
-svg path { fill: none; stroke-width: 1.8; stroke-linejoin: round }
-svg path.faint { stroke-width: 1; opacity: .4 }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)) }
+.charts > :only-child { grid-column: 1 / -1 }
 """
+# Greys that can be read on a white page and on a dark one.
+_LAYOUT: dict[str, Any] = {
+    "template": "none",
+    "paper_bgcolor": "rgba(0,0,0,0)",
+    "plot_bgcolor": "rgba(0,0,0,0)",
+    "font": {"color": "#838a96", "size": 11},
+    "hoverlabel": {"bgcolor": "#fff", "font": {"color": "#1c2024"}, "namelength": -1},
+    "hovermode": "x unified",
+    "margin": {"l": 58, "r": 12, "t": 36, "b": 40},
+    "showlegend": False,
+    "title": {"x": 0, "xref": "paper", "font": {"size": 13}},
+    "xaxis": {"gridcolor": "rgba(128,128,128,.25)", "zeroline": False},
+    "yaxis": {"gridcolor": "rgba(128,128,128,.25)", "zeroline": False, "exponentformat": "power"},
+}
 
-LinesOf = Callable[[Run], Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]]
+Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 def write_page(groups: Sequence[Group]) -> str:
     """Return the page: the table, the curves of the metric, the norms and the factors."""
+    from plotly.offline import get_plotlyjs
+
     count = sum(len(group.runs) for group in groups)
     title = f"Comparison of {count} run{'s' * (count > 1)}"
     alone = all(len(group.runs) == 1 for group in groups)
     several = "" if alone else "Faint: each run. Strong: their mean."
-    first_runs = "Of the first run of each setting."
+    means, first_runs = "the mean over the channels of a layer", "Of the first run of each setting."
     sections = [
-        _section("Metric", several, [_draw_metric(groups)]),
-        _section(
-            "Norms of weights",
-            f"The mean over the channels of a layer. {first_runs}",
-            list(_draw_layers(groups, _norms)),
-        ),
+        _section("Metric", several, [_plot_metric(groups)]),
+        _section("Norms of weights", f"{means}. {first_runs}", _plot_layers(groups, _norms)),
         _section(
             "Correction factors",
-            f"What steering multiplied steps by: the mean over the channels of a layer. "
-            f"{first_runs}",
-            list(_draw_layers(groups, _factors)),
+            f"What steering multiplied steps by: {means}. {first_runs}",
+            _plot_layers(groups, _factors),
         ),
     ]
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{GENERATOR}'
         f'<meta name="viewport" content="width=device-width"><title>{title}</title>'
-        f"<style>{_STYLE}</style></head><body><h1>{title}</h1>"
-        f"{_table(groups)}{''.join(sections)}</body></html>\n"
+        f"<style>{_STYLE}</style><script>{get_plotlyjs()}</script></head>"
+        f"<body><h1>{title}</h1>{_table(groups)}{''.join(sections)}</body></html>\n"
     )
 
 
@@ -263,41 +91,48 @@ def _table(groups: Sequence[Group]) -> str:
     for number, (settings, *results) in enumerate(cells_of):
         key = f'<span class="key" style="background:{_colour(number)}"></span>'
         cells = "</td><td>".join(
-            escape(cell).replace("\n", "<br>") for cell in (*settings, *results)
+            escape(cell).replace("\n", "<br/>") for cell in (*settings, *results)
         )
         rows.append(f"<tr><td>{key}{cells}</td></tr>")
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return f'<div class="table"><table>{body}</table></div>'
 
 
-def _section(title: str, note: str, charts: Sequence[str]) -> str:
-    if not charts:
-        return ""
-    return f'<h2>{title}</h2><p>{note}</p><div class="charts">{"".join(charts)}</div>'
+def _section(title: str, note: str, figures: Sequence["Figure"]) -> str:
+    """Return a heading and the charts below it, or nothing where there are none."""
+    charts = "".join(
+        figure.to_html(
+            config={"displaylogo": False, "responsive": True},
+            div_id=f"{title}-{number}".replace(" ", "-"),
+            full_html=False,
+            include_plotlyjs=False,
+        )
+        for number, figure in enumerate(figures)
+    )
+    heading = f"<h2>{title}</h2><p>{note[:1].upper()}{note[1:]}</p>"
+    return f'{heading}<div class="charts">{charts}</div>' if charts else ""
 
 
-def _draw_metric(groups: Sequence[Group]) -> str:
+def _plot_metric(groups: Sequence[Group]) -> "Figure":
+    """Return the curve of each run, and of several runs of a setting their mean."""
     scale, unit = (100.0, ", %") if is_share(groups[0].metric) else (1.0, "")
-    lines = []
+    faint: list[dict[str, Any]] = []
+    strong: list[dict[str, Any]] = []
     for number, group in enumerate(groups):
         curves = [
-            (run.epochs_at(c.steps), scale * c.values)
-            for run, c in zip(group.runs, group.curves, strict=True)
+            (run.epochs_at(curve.steps), scale * curve.values)
+            for run, curve in zip(group.runs, group.curves, strict=True)
         ]
         several = len(curves) > 1
-        lines += [
-            Line(f"{group.name}, {run.folder}", _colour(number), x, y, faint=several)
-            for run, (x, y) in zip(group.runs, curves, strict=True)
-        ]
+        for run, curve in zip(group.runs, curves, strict=True):
+            line = _line(f"{group.name}, {run.folder}", number, curve, faint=several)
+            (faint if several else strong).append(line)
         if several:
-            shared, mean = _mean_curve(curves)
-            lines.append(Line(f"{group.name}, mean", _colour(number), shared, mean))
-    lines.sort(key=lambda line: not line.faint)
-    return draw_lines(lines, groups[0].metric + unit, "epoch", size=(940, 380))
+            strong.append(_line(f"{group.name}, mean", number, _mean_curve(curves)))
+    return _plot([*faint, *strong], groups[0].metric + unit, "epoch", height=400)
 
 
-def _mean_curve(
-    curves: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]],
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _mean_curve(curves: Sequence[Curve]) -> Curve:
     """Return the mean of the curves where all of them have a value."""
     shared = curves[0][0]
     for x, _ in curves[1:]:
@@ -305,21 +140,63 @@ def _mean_curve(
     return shared, np.mean([y[np.searchsorted(x, shared)] for x, y in curves], axis=0)
 
 
-def _draw_layers(groups: Sequence[Group], lines_of: LinesOf) -> Iterator[str]:
-    """Yield a chart for each layer, or for a dozen of them spread over the depth."""
-    by_group = [lines_of(group.runs[0]) for group in groups]
-    layers = list(dict.fromkeys(layer for lines in by_group for layer in lines))
-    chosen = np.unique(np.linspace(0, len(layers) - 1, min(len(layers), _MOST_LAYERS)).round())
-    for layer in [layers[int(place)] for place in chosen]:
-        lines = [
-            Line(group.name, _colour(number), *by_group[number][layer])
-            for number, group in enumerate(groups)
-            if layer in by_group[number]
-        ]
-        yield draw_lines(lines, layer, "step", logarithmic=True)
+def _plot_layers(
+    groups: Sequence[Group], curves_of: Callable[[Run], Mapping[str, Curve]]
+) -> list["Figure"]:
+    """Return a chart for each layer, or for a dozen of them spread over the depth."""
+    by_group = [curves_of(group.runs[0]) for group in groups]
+    layers = list(dict.fromkeys(layer for curves in by_group for layer in curves))
+    return [
+        _plot(
+            [
+                _line(group.name, number, curves[layer])
+                for number, (group, curves) in enumerate(zip(groups, by_group, strict=True))
+                if layer in curves
+            ],
+            layer,
+            "step",
+            height=280,
+            logarithmic=True,
+        )
+        for layer in [layers[place] for place in _spread_out(len(layers), _MOST_LAYERS)]
+    ]
 
 
-def _norms(run: Run) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
+def _plot(
+    lines: Sequence[Mapping[str, Any]],
+    title: str,
+    x_label: str,
+    *,
+    height: int,
+    logarithmic: bool = False,
+) -> "Figure":
+    from plotly.graph_objects import Figure
+
+    figure = Figure(lines, _LAYOUT)
+    figure.update_layout(height=height, title_text=escape(title), xaxis_title_text=x_label)
+    return figure.update_yaxes(type="log" if logarithmic else "linear")
+
+
+def _line(name: str, number: int, curve: Curve, *, faint: bool = False) -> dict[str, Any]:
+    """Return a line for plotly; a faint one is one of several that another line sums up."""
+    kept = _spread_out(len(curve[0]), _MOST_POINTS)
+    x, y = (values[kept] for values in curve)
+    return {
+        "name": escape(name),
+        "x": x,
+        "y": y,
+        "mode": "lines" if len(x) > 1 else "markers",
+        "line": {"color": _colour(number), "width": 1 if faint else 2},
+        "opacity": 0.4 if faint else 1,
+    }
+
+
+def _spread_out(length: int, most: int) -> NDArray[np.int64]:
+    """Return at most so many indices of a sequence, the first and the last among them."""
+    return np.unique(np.linspace(0, length - 1, min(length, most)).round().astype(np.int64))
+
+
+def _norms(run: Run) -> dict[str, Curve]:
     if run.norms is None:
         return {}
     steps = run.norms.steps.astype(np.float64)
@@ -329,7 +206,7 @@ def _norms(run: Run) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]
     }
 
 
-def _factors(run: Run) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
+def _factors(run: Run) -> dict[str, Curve]:
     begin, end = tags.factor_tag("\n", "mean").split("\n")
     return {
         tag.removeprefix(begin).removesuffix(end): (series.steps.astype(np.float64), series.values)
@@ -339,4 +216,4 @@ def _factors(run: Run) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float6
 
 
 def _colour(number: int) -> str:
-    return COLOURS[number % len(COLOURS)]
+    return _COLOURS[number % len(_COLOURS)]

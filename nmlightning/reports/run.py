@@ -49,8 +49,8 @@ class Series:
 
     def at(self, steps: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the values at these steps, NaN where there is none."""
-        places = np.searchsorted(self.steps, steps).clip(max=len(self.steps) - 1)
-        return np.where(self.steps[places] == steps, self.values[places], np.nan)
+        found = np.searchsorted(self.steps, steps).clip(max=len(self.steps) - 1)
+        return np.where(self.steps[found] == steps, self.values[found], np.nan)
 
 
 def make_series(points: Iterable[Point]) -> dict[str, Series]:
@@ -58,12 +58,13 @@ def make_series(points: Iterable[Point]) -> dict[str, Series]:
     by_tag: dict[str, dict[int, float]] = defaultdict(dict)
     for point in points:
         by_tag[point.tag][point.step] = point.value
-    return {tag: _sorted(values) for tag, values in by_tag.items()}
-
-
-def _sorted(values: dict[int, float]) -> Series:
-    steps = np.array(sorted(values), dtype=np.int64)
-    return Series(steps, np.array([values[step] for step in steps.tolist()], dtype=np.float64))
+    return {
+        tag: Series(
+            np.array(sorted(values), dtype=np.int64),
+            np.array([values[step] for step in sorted(values)], dtype=np.float64),
+        )
+        for tag, values in by_tag.items()
+    }
 
 
 # A record is its length, the checksum of that, its content, and the checksum of that.
@@ -128,13 +129,13 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 
 _Loader.add_multi_constructor("", lambda loader, suffix, node: suffix)
 
-# Who ran it where, not what was run.
-_NO_SETTINGS = (
+# Keys that say who ran it and where, not what was run.
+_IGNORED_KEYS = (
     *("seed_everything", "ckpt_path", "weights_only", "data.root", "trainer.logger"),
     *("trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary"),
 )
 # A reference of another seed belongs to the same setting.
-_NO_SETTINGS_ANYWHERE = ("reference", "_instantiator")
+_IGNORED_NAMES = ("reference", "_instantiator")
 
 
 def read_saved_config(folder: Path) -> dict[str, Any]:
@@ -168,8 +169,8 @@ def flatten_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         key: value
         for key, value in _flatten(config, "")
         if value is not None
-        and not any(key == name or key.startswith(f"{name}.") for name in _NO_SETTINGS)
-        and key.rpartition(".")[2] not in _NO_SETTINGS_ANYWHERE
+        and not any(key == name or key.startswith(f"{name}.") for name in _IGNORED_KEYS)
+        and key.rpartition(".")[2] not in _IGNORED_NAMES
     }
 
 
@@ -214,8 +215,8 @@ class Run:
         scalars: what it logged, by tag.
         seconds: from the first to the last number it logged, NaN if that was not noted.
         norms: its recording of weight norms, if it has one.
-        checkpoint: what it went on from, if its config says it.
-        parts: the folders of this run, and before it of those that it went on with.
+        checkpoint: that it resumed from, if its config says it.
+        parts: the folders of this run, and before it of those that it resumes.
     """
 
     folder: Path

@@ -1,10 +1,14 @@
+import base64
+import json
 import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from nmlightning.cli import main
@@ -33,7 +37,9 @@ def runs(make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return tmp_path / "runs"
 
 
-def test_tables(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_prints_settings_and_results(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["compare", str(runs)]) == 0
     text = capsys.readouterr().out
     rows = [re.split(r"\s*[│┃]\s*", line)[1:-1] for line in text.splitlines() if line[0] in "│┃"]
@@ -48,7 +54,7 @@ def test_tables(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "comparison.html" in text
 
 
-def test_a_resumed_run_is_one(
+def test_compare_joins_a_resumed_run(
     make_run: MakeRun,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -57,16 +63,16 @@ def test_a_resumed_run_is_one(
     monkeypatch.chdir(tmp_path)
     config = {"seed_everything": 1}
     make_run("runs/a/version_0", [0.1, 0.2], config)
-    going_on = {**config, "ckpt_path": "runs/a/version_0/checkpoints/last.ckpt"}
-    make_run("runs/a/version_1", [0.3, 0.4], going_on, first_epoch=1)
+    resume = {**config, "ckpt_path": "runs/a/version_0/checkpoints/last.ckpt"}
+    make_run("runs/a/version_1", [0.3, 0.4], resume, first_epoch=1)
     assert main(["compare", "runs"]) == 0
     text = capsys.readouterr().out
     assert re.search(r"a +│ 1 +│ 3 ", text)
-    assert "resumed     runs/a/version_1 goes on with runs/a/version_0" in text
+    assert "resumed     runs/a/version_1 resumes runs/a/version_0" in text
     assert "<title>Comparison of 1 run</title>" in Path("comparison.html").read_text()
 
 
-def test_seeds_that_repeat_are_not_called_seeds(
+def test_compare_names_a_deviation_over_repeated_seeds_one_over_runs(
     make_run: MakeRun,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -81,29 +87,74 @@ def test_seeds_that_repeat_are_not_called_seeds(
     assert "deviation over runs" in text
 
 
-def test_page(runs: Path) -> None:
+def charts_of(page: str) -> dict[str, dict[str, Any]]:
+    """Return what each chart of a page holds: its layout, and its lines as `data`, by title."""
+    charts = {}
+    read = json.JSONDecoder().raw_decode
+    for start in re.finditer(r'Plotly\.newPlot\(\s*"[^"]+",\s*', page):
+        data, end = read(page, start.end())
+        layout, _ = read(page, page.index("{", end))
+        charts[layout["title"]["text"]] = {**layout, "data": data}
+    return charts
+
+
+def values_of(line: dict[str, Any], axis: str) -> list[float]:
+    content = line[axis]
+    return np.frombuffer(base64.b64decode(content["bdata"]), content["dtype"]).tolist()
+
+
+def test_page_holds_the_table_and_the_curves(runs: Path) -> None:
     assert main(["compare", str(runs), "--report", "page.html"]) == 0
     page = Path("page.html").read_text(encoding="utf-8")
-    assert "http" not in page.replace('name="viewport"', "")
-    body = page[page.index("<body>") : page.index("</html>")]
+    body = re.sub("(?s)<script.*?</script>", "", page[page.index("<body>") : -len("</html>\n")])
     tree = ET.fromstring(body)
-    charts = {chart.get("aria-label"): chart for chart in tree.iter("svg")}
     headings = [heading.text for heading in tree.iter("h2")]
     assert headings == ["Metric", "Norms of weights", "Correction factors"]
-    assert list(charts) == ["val/top1, %", "net.conv"]
-    names = [path.findtext("title") for path in charts["val/top1, %"].iter("path")]
-    assert names[-2:] == ["[red]<off>, " + str(runs / "[red]<off>/version_0"), "wd_on, mean"]
     cells = [cell.text for cell in tree.iter("td")]
     assert {"45.00 ± 7.07 %", "decay: 0.1"} < set(cells)
+    charts = charts_of(page)
+    assert list(charts) == ["val/top1, %", "net.conv"]
+    lines = charts["val/top1, %"]["data"]
+    escaped = f"[red]&lt;off&gt;, {runs}/[red]&lt;off&gt;/version_0"
+    assert [line["name"] for line in lines][2:] == [escaped, "wd_on, mean"]
+    assert [line["opacity"] for line in lines] == [0.4, 0.4, 1, 1]
+    assert values_of(lines[3], "x") == [1, 2]
+    assert values_of(lines[3], "y") == pytest.approx([25, 45])
+    assert len({line["line"]["color"] for line in lines}) == 2
 
 
-def test_of_many_layers_a_dozen_is_drawn(make_run: MakeRun, tmp_path: Path) -> None:
+def test_page_shows_norms_and_factors_on_a_logarithmic_axis(runs: Path) -> None:
+    assert main(["compare", str(runs / "wd_on" / "version_1")]) == 0
+    chart = charts_of(Path("comparison.html").read_text())["net.conv"]
+    assert chart["yaxis"]["type"] == "log"
+    assert values_of(chart["data"][0], "y") == [1.5, 0.75, 0.375]
+    assert main(["compare", str(runs / "[red]<off>")]) == 0
+    chart = charts_of(Path("comparison.html").read_text())["net.conv"]
+    assert values_of(chart["data"][0], "y") == [1, 2]
+
+
+def test_page_needs_no_network(runs: Path) -> None:
+    assert main(["compare", str(runs)]) == 0
+    page = Path("comparison.html").read_text()
+    assert not re.search(r"<(script|link|img|iframe)[^>]*\b(src|href)=", page)
+    assert page.count("* plotly.js v") == 1
+
+
+def test_page_draws_a_dozen_of_many_layers(make_run: MakeRun, tmp_path: Path) -> None:
     layers = [f"layer{number}.weight" for number in range(57)]
     folder = make_run(norms={name: [[1], [2]] for name in layers})
     report = tmp_path / "page.html"
     assert main(["compare", str(folder), "--report", str(report)]) == 0
-    drawn = re.findall(r'aria-label="(layer\d+)"', report.read_text())
+    _, *drawn = charts_of(report.read_text())
     assert (drawn[0], drawn[-1], len(drawn)) == ("layer0", "layer56", 12)
+
+
+def test_page_thins_a_long_curve_and_keeps_its_ends(make_run: MakeRun, tmp_path: Path) -> None:
+    folder = make_run(scalars={"correction_factor/a/mean": list(map(float, range(2500)))})
+    report = tmp_path / "page.html"
+    assert main(["compare", str(folder), "--report", str(report)]) == 0
+    steps = values_of(charts_of(report.read_text())["a"]["data"][0], "x")
+    assert (steps[0], steps[-1], len(steps)) == (0, 2499, 2000)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +169,7 @@ def test_of_many_layers_a_dozen_is_drawn(make_run: MakeRun, tmp_path: Path) -> N
         (["runs", "--report", "no/page.html"], "--report: no/page.html cannot be written: No such"),
     ],
 )
-def test_bad_input(
+def test_compare_reports_bad_input_in_one_line(
     arguments: list[str], message: str, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     notes = runs.parent / "notes.html"
@@ -130,14 +181,18 @@ def test_bad_input(
     assert notes.read_text() == "mine"
 
 
-def test_its_own_page_is_replaced(runs: Path) -> None:
+def test_compare_replaces_its_own_page(runs: Path) -> None:
     assert main(["compare", str(runs)]) == 0
     assert main(["compare", str(runs)]) == 0
 
 
-def test_it_imports_no_torch(runs: Path) -> None:
+def test_compare_imports_no_torch_and_plotly_for_the_page_only(runs: Path) -> None:
     code = (
-        "import sys; from nmlightning.cli import main; assert main(['compare', 'runs']) == 0; "
-        "assert {'torch', 'lightning', 'pytorch_lightning'}.isdisjoint(sys.modules)"
+        "import sys; from nmlightning.cli import main; {}; "
+        "assert {{'torch', 'lightning', 'pytorch_lightning', *{}}}.isdisjoint(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=runs.parent, check=True, capture_output=True)
+    compare = code.format("assert main(['compare', 'runs']) == 0", ["matplotlib"])
+    bad = code.format("assert main(['compare', 'no']) == 2", ["plotly", "matplotlib"])
+    for command in (compare, bad):
+        words = [sys.executable, "-c", command]
+        subprocess.run(words, cwd=runs.parent, check=True, capture_output=True)

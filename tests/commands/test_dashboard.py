@@ -27,7 +27,7 @@ def start(*words: str) -> None:
         main(["dashboard", *words])
 
 
-def test_one_folder(
+def test_dashboard_starts_tensorboard_on_a_folder(
     make_run: Callable[..., Path],
     started: list[list[str]],
     tmp_path: Path,
@@ -42,7 +42,7 @@ def test_one_folder(
     assert "http://localhost:6006/#custom_scalars" in capsys.readouterr().out
 
 
-def test_several_folders(
+def test_dashboard_names_several_folders(
     make_run: Callable[..., Path],
     started: list[list[str]],
     tmp_path: Path,
@@ -57,7 +57,7 @@ def test_several_folders(
     assert started[1][4] == f"{str(tmp_path)[1:]}/runs/a:{tmp_path}/runs/a,runs/b:runs/b"
 
 
-def test_runs_without_event_files(
+def test_dashboard_refuses_runs_without_event_files(
     started: list[list[str]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -80,7 +80,7 @@ def test_runs_without_event_files(
         (["runs", "a,b"], "TensorBoard cannot be given 'a,b': a comma or colon is in it."),
     ],
 )
-def test_bad_input(
+def test_dashboard_reports_bad_input_in_one_line(
     arguments: list[str],
     message: str,
     make_run: Callable[..., Path],

@@ -1,19 +1,22 @@
 import json
 import math
-import re
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from nmlightning.probe.chart import GENERATOR, Band, draw_ranges
+from nmlightning.probe.chart import GENERATOR, Band, draw_ranges, plot_ranges
 from nmlightning.probe.report import CAVEAT, LayerRanges, NormRanges, verdict
 from nmlightning.reports.formatting import format_loss
 
 NORMS = ("half_l2", "l1", "linf", "top10")
-BANDS = (Band("l1", "L1 in half", 6.1e-5, 65504.0), Band("half_l2", "L2 in half", 0.0246, 255.97))
+BANDS = (
+    Band("l1", "L1 in half", 6.1e-5, 65504.0),
+    Band("half_l2", "L2 in half, op by op", 0.0246, 255.97),
+)
 
 
 def layer(
@@ -112,38 +115,38 @@ def test_a_remedy_that_fails_is_not_praised() -> None:
     assert verdict(ranges)[1] == "Swapping to l1 brings that to 25 % (L∞ 0 %, Top(10) 0 %)."
 
 
-def bars_of(picture: str) -> dict[str, tuple[float, float, str]]:
+def bars_of(figure: Figure) -> list[tuple[float, float, Any]]:
     """Return where the bar of each layer begins and ends, and its colour."""
-    name = "{http://www.w3.org/2000/svg}"
-    bars = {}
-    for bar in ET.fromstring(picture).iter(f"{name}rect"):
-        title = bar.findtext(f"{name}title")
-        if title:
-            left = float(bar.get("x", ""))
-            end = left + float(bar.get("width", ""))
-            bars[title.split(":")[0]] = (left, end, bar.get("fill", ""))
-    return bars
+    bars = (bar for bars in figure.axes[0].containers for bar in bars)
+    return [(b.get_x(), b.get_x() + b.get_width(), b.get_facecolor()) for b in bars]
 
 
-def test_picture() -> None:
+def test_plot_ranges_has_a_bar_from_the_least_to_the_largest_scale() -> None:
     small, large = layer("<small>", [0.01, 0.1, 0.1, 1]), layer("large", [1, 10, 10, 100])
     failing = layer("fails", [1e-3, 1e-3, 1e-3, 1e-2], lost={"half_l2": {"dead": 1}})
-    picture = draw_ranges([small, large, failing], *BANDS)
-    bars = bars_of(picture)
-    assert bars["<small>"][1] == pytest.approx(bars["large"][0], abs=0.2)  # both σ = 1
-    assert bars["fails"][1] == pytest.approx(bars["<small>"][0], abs=0.2)
-    widths = [end - left for left, end, _ in bars.values()]
-    assert widths[0] == pytest.approx(widths[1], abs=0.2) == pytest.approx(2 * widths[2], abs=0.2)
-    assert bars["large"][2] == bars["<small>"][2] != bars["fails"][2]
+    figure = plot_ranges([small, large, failing], *BANDS)
+    bars = bars_of(figure)
+    ends = [end for bar in bars for end in bar[:2]]
+    assert ends == pytest.approx([0.01, 1, 1, 100, 1e-3, 1e-2])
+    assert bars[0][2] == bars[1][2] != bars[2][2]
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert texts == ["L1", "0 %", "0 %", "0 %", "L2", "0 %", "0 %", "25 %"]
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert names == ["<small>", "large", "fails"]
+
+
+def test_draw_ranges_writes_svg_with_text_and_its_mark() -> None:
+    picture = draw_ranges([layer("<a & b>")], *BANDS)
+    texts = {text.text for text in ET.fromstring(picture).iter("{http://www.w3.org/2000/svg}text")}
+    assert {"<a & b>", "0 %", "L1 in half", "L2 in half, op by op"} <= texts
     assert GENERATOR in picture
-    assert re.findall(r">(\d+ %)<", picture) == ["0 %"] * 5 + ["25 %"]
+    assert picture == draw_ranges([layer("<a & b>")], *BANDS)
 
 
 @pytest.mark.parametrize(
     "scales", [[0.0] * 4, [0.0, 1e-30, 1.0, 1e30], [math.nan] * 4, [math.inf, 1.0, 1.0, 1.0]]
 )
-def test_picture_of_extremes(scales: list[float]) -> None:
-    picture = draw_ranges([layer("bn", scales)], *BANDS)
-    assert "nan" not in picture
-    for left, end, _ in bars_of(picture).values():
-        assert 0 < left < end <= 980
+def test_draw_ranges_takes_extremes(scales: list[float]) -> None:
+    assert "nan" not in draw_ranges([layer("bn", scales)], *BANDS).lower()
+    for left, end, _ in bars_of(plot_ranges([layer("bn", scales)], *BANDS)):
+        assert 0 < left <= end < 1.01e30

@@ -3,6 +3,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nmlightning.errors import InputError
@@ -12,18 +13,23 @@ from nmlightning.reports.comparison import (
     differing_settings,
     group_runs,
     is_loss,
+    join_resumed,
+    result_columns,
+    setting_rows,
 )
-from nmlightning.reports.page import result_columns, setting_rows
-from nmlightning.reports.run import read_run
+from nmlightning.reports.run import Run, read_run
+from nmlightning.weights.history import NormHistory
+from nmlightning.weights.recording_file import FILE_NAME
 
 MakeRun = Callable[..., Path]
+CONFIG = {"seed_everything": 1, "lr": 0.1}
 
 
 def compare(*folders: Path) -> list[Group]:
     return group_runs([read_run(folder) for folder in folders], "val/top1")
 
 
-def test_a_group_is_of_one_setting(make_run: MakeRun) -> None:
+def test_group_runs_has_a_group_a_setting(make_run: MakeRun) -> None:
     folders = [
         make_run(f"{name}/version_{seed}", config={"seed_everything": seed, "lr": lr})
         for name, lr in (("high", 0.1), ("low", 0.01))
@@ -35,12 +41,12 @@ def test_a_group_is_of_one_setting(make_run: MakeRun) -> None:
     assert differing_settings([high, low]) == {"lr": "lr"}
 
 
-def test_runs_without_a_config_stay_alone(make_run: MakeRun) -> None:
+def test_group_runs_leaves_runs_without_a_config_alone(make_run: MakeRun) -> None:
     groups = compare(make_run("a/version_0"), make_run("a/version_1"))
     assert [group.seeds for group in groups] == ["1 run", "1 run"]
 
 
-def test_figures(make_run: MakeRun) -> None:
+def test_group_final_best_and_late_are_over_its_runs(make_run: MakeRun) -> None:
     accuracies = [[0.1] * 5 + [0.5] * 9 + [0.4], [0.1] * 5 + [0.6] * 9 + [0.6]]
     (group,) = compare(
         *(
@@ -49,7 +55,7 @@ def test_figures(make_run: MakeRun) -> None:
         )
     )
     assert group.final.mean == pytest.approx(0.5)
-    assert group.final.deviation == pytest.approx(statistics.stdev([0.4, 0.6]))
+    assert group.final.std == pytest.approx(statistics.stdev([0.4, 0.6]))
     assert group.best.mean == pytest.approx(0.55)
     assert group.late.mean == pytest.approx((0.49 + 0.6) / 2)
     assert group.epochs == "15"
@@ -61,16 +67,16 @@ def test_figures(make_run: MakeRun) -> None:
     }
 
 
-def test_the_best_loss_is_the_smallest(make_run: MakeRun) -> None:
+def test_group_best_of_a_loss_is_the_smallest(make_run: MakeRun) -> None:
     folder = make_run(scalars={"val/loss": [2.0, 1.0, math.nan, 1.5]})
     group = Group("a", [read_run(folder)], "val/loss")
     assert group.best.mean == 1.0
-    assert math.isnan(group.best.deviation)
+    assert math.isnan(group.best.std)
     columns = result_columns([group])
     assert (columns["final"], columns["best"]) == (["1.5000"], ["1.0000"])
 
 
-def test_fewer_than_ten_epochs_have_no_mean_of_the_last_ten(make_run: MakeRun) -> None:
+def test_group_late_needs_ten_epochs(make_run: MakeRun) -> None:
     short, long = (Group("a", [read_run(make_run(str(n), [0.5] * n))], "val/top1") for n in (9, 10))
     assert short.late is None
     assert result_columns([short, long])["mean of last 10"] == ["—", "50.00 %"]
@@ -80,7 +86,7 @@ def test_fewer_than_ten_epochs_have_no_mean_of_the_last_ten(make_run: MakeRun) -
 @pytest.mark.parametrize(
     ("metric", "loss"), [("val/loss", True), ("val/ppl", True), ("val/top1", False), ("F1", False)]
 )
-def test_is_loss(metric: str, loss: bool) -> None:
+def test_is_loss_goes_by_the_name(metric: str, loss: bool) -> None:
     assert is_loss(metric) is loss
 
 
@@ -93,12 +99,14 @@ def test_is_loss(metric: str, loss: bool) -> None:
         (["lr", "val_bleu"], "val_bleu"),
     ],
 )
-def test_choose_metric(tags: list[str], chosen: str, make_run: MakeRun) -> None:
+def test_choose_metric_prefers_accuracy_then_bleu_in_validation(
+    tags: list[str], chosen: str, make_run: MakeRun
+) -> None:
     folder = make_run(accuracy=[], scalars={tag: [1.0] for tag in tags})
     assert choose_metric([read_run(folder)]) == chosen
 
 
-def test_a_metric_that_is_not_there(make_run: MakeRun) -> None:
+def test_choose_metric_refuses_what_a_run_lacks(make_run: MakeRun) -> None:
     runs = [
         read_run(make_run("a", scalars={"val/loss": [1.0]})),
         read_run(make_run("b", accuracy=[], scalars={"val/loss": [1.0]})),
@@ -115,7 +123,7 @@ def test_a_metric_that_is_not_there(make_run: MakeRun) -> None:
         choose_metric([*runs, other])
 
 
-def test_what_a_class_explains_does_not_differ(make_run: MakeRun) -> None:
+def test_differing_settings_leaves_out_arguments_of_a_differing_class(make_run: MakeRun) -> None:
     def config(name: str, **arguments: object) -> dict[str, object]:
         return {"rule": {"class_path": f"nm.{name}", "init_args": arguments}, "optimizer.lr": 0.1}
 
@@ -133,3 +141,90 @@ def test_what_a_class_explains_does_not_differ(make_run: MakeRun) -> None:
         "scheduler.lr": "scheduler.lr",
     }
     assert setting_rows(groups)[1] == ["1", "1 run", "2", "optimizer.lr: 0.1\nrule: A\nmode: y"]
+
+
+def resume(folder: Path) -> dict[str, object]:
+    return {**CONFIG, "ckpt_path": str(folder / "checkpoints" / "last.ckpt")}
+
+
+def write_recording(folder: Path, run: str) -> Path:
+    history = NormHistory.from_arrays({"w": [[1.0]]}, [1], [0], provenance={"run": run})
+    history.save(folder / FILE_NAME)
+    return folder
+
+
+def join(*folders: Path) -> list[Run]:
+    return join_resumed([read_run(folder) for folder in folders])
+
+
+def values(run: Run) -> dict[int, float]:
+    series = run.scalars["val/top1"]
+    return dict(zip(series.steps.tolist(), series.values.tolist(), strict=True))
+
+
+def test_join_resumed_makes_one_run_of_a_chain(make_run: MakeRun) -> None:
+    first = make_run("a/version_0", [0.1, 0.2, 0.3], CONFIG)
+    second = make_run("a/version_1", [0.25, 0.4], resume(first), first_epoch=1)
+    third = make_run("a/version_2", [0.5], resume(second), first_epoch=3)
+    runs = join(first, second, third)
+    assert [run.folder for run in runs] == [third]
+    assert values(runs[0]) == pytest.approx({9: 0.1, 19: 0.25, 29: 0.4, 39: 0.5})
+    assert runs[0].seconds == 60 + 30 + 0
+    assert runs[0].parts == (first, second, third)
+    assert group_runs(runs, "val/top1")[0].seeds == "1"
+
+
+def test_join_resumed_takes_a_run_without_the_metric(make_run: MakeRun) -> None:
+    first = make_run("a/version_0", [], CONFIG, scalars={"train/loss": [2.0]})
+    second = make_run("a/version_1", [0.5], resume(first))
+    (run,) = join(first, second)
+    assert values(run) == {9: 0.5}
+    assert list(run.scalars["train/loss"].values) == [2.0]
+
+
+def test_join_resumed_goes_by_recordings_of_one_run(make_run: MakeRun) -> None:
+    first = write_recording(make_run("a/version_0", [0.1, 0.2], {"lr": 1}), "x")
+    second = write_recording(make_run("a/version_1", [0.3], {"lr": 1}, first_epoch=2), "x")
+    other = write_recording(make_run("a/version_2", [0.4], {"lr": 1}), "y")
+    runs = join(first, second, other)
+    assert [run.parts for run in runs] == [(first, second), (other,)]
+
+
+@pytest.mark.parametrize(
+    ("resumed", "other"), [("version_1", "version_10"), ("version_10", "version_1")]
+)
+def test_join_resumed_finds_a_checkpoint_by_the_folders_whole_name(
+    resumed: str, other: str, make_run: MakeRun
+) -> None:
+    decoy, first = (make_run(f"a/{name}", [0.1], CONFIG) for name in (other, resumed))
+    second = make_run("a/version_2", [0.3], resume(Path("/gone/a", resumed)), first_epoch=1)
+    assert [run.parts for run in join(decoy, first, second)] == [(decoy,), (first, second)]
+
+
+@pytest.mark.parametrize("changes", [{"lr": 0.2}, {"seed_everything": 2}])
+def test_join_resumed_keeps_runs_of_other_settings_or_seeds(
+    changes: dict[str, object], make_run: MakeRun
+) -> None:
+    first = make_run("a/version_0", [0.1], CONFIG)
+    second = make_run("a/version_1", [0.3], {**resume(first), **changes}, first_epoch=1)
+    assert len(join(first, second)) == 2
+
+
+def test_join_resumed_keeps_a_run_that_got_as_far(make_run: MakeRun) -> None:
+    first = make_run("a/version_0", [0.1, 0.2, 0.3], CONFIG)
+    second = make_run("a/version_1", [0.25, 0.4], resume(first), first_epoch=1)
+    runs = join(first, second)
+    curves = [list(values(run).values()) for run in runs]
+    assert curves == [pytest.approx([0.1, 0.2, 0.3]), pytest.approx([0.1, 0.25, 0.4])]
+
+
+def test_group_seeds_show_repeats(make_run: MakeRun) -> None:
+    folders = [
+        make_run(f"a/version_{number}", config={**CONFIG, "seed_everything": seed})
+        for number, seed in enumerate((2, 1, 1))
+    ]
+    runs = join(*folders)
+    (group,) = group_runs(runs, "val/top1")
+    assert group.seeds == "1 (2 runs), 2"
+    assert group.repeats_seeds
+    assert np.isclose(group.final.mean, 0.75)

@@ -1,8 +1,6 @@
-"""Numbers as people read them."""
-
 import pytest
 
-from nmlightning.reports.formatting import Spread, format_spread, format_value
+from nmlightning.reports.formatting import MeanStd, format_mean_std, format_value
 
 
 @pytest.mark.parametrize(
@@ -18,9 +16,9 @@ from nmlightning.reports.formatting import Spread, format_spread, format_value
         (float("nan"), "val/loss", "nan"),
     ],
 )
-def test_a_value_has_the_places_of_its_size(value: float, metric: str, text: str) -> None:
+def test_format_value_has_the_decimals_of_its_size(value: float, metric: str, text: str) -> None:
     assert format_value(value, metric) == text
 
 
-def test_a_spread_has_a_unit_once() -> None:
-    assert format_spread(Spread.of([0.93, 0.92, 0.94]), "val/top1") == "93.00 ± 1.00 %"
+def test_format_mean_std_has_the_unit_once() -> None:
+    assert format_mean_std(MeanStd.of([0.93, 0.92, 0.94]), "val/top1") == "93.00 ± 1.00 %"

@@ -1,12 +1,21 @@
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 from nmlightning.errors import InputError
-from nmlightning.reports.run import find_runs, flatten_settings, read_run, read_saved_config
+from nmlightning.reports.run import (
+    find_runs,
+    flatten_settings,
+    read_event_file,
+    read_run,
+    read_saved_config,
+)
 
 CSV = """epoch,step,train/loss,val/top1
 0,4,1.5,
@@ -16,7 +25,7 @@ CSV = """epoch,step,train/loss,val/top1
 """
 
 
-def test_a_tensorboard_run(make_run: Callable[..., Path]) -> None:
+def test_read_run_reads_events_config_and_norms(make_run: Callable[..., Path]) -> None:
     run = read_run(make_run(config={"seed_everything": 7, "a": {"b": 1}}, norms={"w": [[1], [2]]}))
     assert run.name == "experiment"
     assert run.seed == 7
@@ -28,7 +37,7 @@ def test_a_tensorboard_run(make_run: Callable[..., Path]) -> None:
     assert run.norms.norms["w"].tolist() == [[1], [2]]
 
 
-def test_a_csv_run(tmp_path: Path) -> None:
+def test_read_run_reads_a_csv(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text(CSV)
     run = read_run(tmp_path)
     assert run.name == tmp_path.name
@@ -40,30 +49,24 @@ def test_a_csv_run(tmp_path: Path) -> None:
     assert run.epochs_at(run.scalars["val/top1"].steps).tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("text", ["a,b\n1,2\n", "step,loss\n1,x\n", "step,loss\n,1\n"])
-def test_a_csv_that_is_none(text: str, tmp_path: Path) -> None:
-    (tmp_path / "metrics.csv").write_text(text)
-    with pytest.raises(
-        InputError, match=r"metrics.csv is damaged, or not of Lightning's CSVLogger"
-    ):
+@pytest.mark.parametrize(
+    "content",
+    [b"a,b\n1,2\n", b"step,loss\n1,x\n", b"step,loss\n,1\n", b"step,val/top1\n1,\xff\n"],
+)
+def test_read_run_refuses_a_damaged_csv(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_bytes(content)
+    message = r"metrics.csv is damaged, or not of Lightning's CSVLogger"
+    with pytest.raises(InputError, match=message):
         read_run(tmp_path)
 
 
-def test_a_csv_that_is_no_text(tmp_path: Path) -> None:
-    (tmp_path / "metrics.csv").write_bytes(b"step,val/top1\n1,\xff\n")
-    with pytest.raises(
-        InputError, match=r"metrics.csv is damaged, or not of Lightning's CSVLogger"
-    ):
-        read_run(tmp_path)
-
-
-def test_without_epochs_steps_are_shown(tmp_path: Path) -> None:
+def test_epochs_at_gives_steps_where_no_epochs_are_logged(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("step,val/top1\n3,0.5\n")
     run = read_run(tmp_path)
     assert run.epochs_at(np.array([3])).tolist() == [3]
 
 
-def test_of_two_files_the_later_one_counts(make_run: Callable[..., Path]) -> None:
+def test_read_run_takes_the_later_of_two_files(make_run: Callable[..., Path]) -> None:
     folder = make_run(accuracy=[0.5, 0.75])
     (first,) = folder.glob("events*")
     first.rename(folder / "events.out.tfevents.0")
@@ -71,20 +74,22 @@ def test_of_two_files_the_later_one_counts(make_run: Callable[..., Path]) -> Non
     assert read_run(folder).scalars["val/top1"].values.tolist() == [0.25, 0.75]
 
 
-def test_find_runs(make_run: Callable[..., Path], tmp_path: Path) -> None:
+def test_find_runs_orders_by_number_and_lists_each_once(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
     folders = [make_run(f"runs/a/version_{number}") for number in (10, 9)] + [make_run("runs/b")]
     found = find_runs([tmp_path / "runs" / "b", tmp_path / "runs"])
     assert found == [folders[2], folders[1], folders[0]]
 
 
-def test_find_no_runs(tmp_path: Path) -> None:
+def test_find_runs_refuses_a_path_without_runs(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"there is no folder '.*nowhere' in"):
         find_runs([tmp_path / "nowhere"])
     with pytest.raises(InputError, match="holds no run: there is neither an event file"):
         find_runs([tmp_path])
 
 
-def test_flatten_settings() -> None:
+def test_flatten_settings_names_classes_and_ignores_where_it_ran() -> None:
     steering = {"class_path": "nm.LRCorrection", "init_args": {"reference": "x", "mode": "paper"}}
     swap = {"class_path": "nm.NormSwap"}
     tracker = {"class_path": "nm.WeightNormTracker", "init_args": {"steering": steering}}
@@ -109,14 +114,64 @@ def test_flatten_settings() -> None:
     }
 
 
-def test_hyperparameters_of_any_project(tmp_path: Path) -> None:
+def test_read_saved_config_builds_no_objects(tmp_path: Path) -> None:
     text = "lr: 0.1\nmodel: !!python/object:a.Net\n  depth: 3\nkind: !!python/name:os.system ''\n"
     (tmp_path / "hparams.yaml").write_text(text)
     assert read_saved_config(tmp_path)["lr"] == 0.1
     assert read_saved_config(tmp_path)["kind"] == "tag:yaml.org,2002:python/name:os.system"
 
 
-def test_a_config_that_is_no_yaml(tmp_path: Path) -> None:
+def test_read_saved_config_refuses_what_is_no_yaml(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("a: [1\n")
     with pytest.raises(InputError, match=r"config.yaml is no YAML: "):
         read_saved_config(tmp_path)
+
+
+def write_events(folder: Path, *, pictures: int = 0) -> Path:
+    with SummaryWriter(str(folder)) as writer:
+        for step in range(5):
+            writer.add_scalar("a/b", step / 3, step, walltime=100.0 + step)
+            writer.add_scalar("new", -step, step, new_style=True, walltime=100.0 + step)
+        writer.add_histogram("histogram", np.arange(10), 0)
+        writer.add_text("text", "no number", 0)
+        for step in range(pictures):
+            picture = np.random.default_rng(step).integers(0, 255, (3, 200, 200), dtype=np.uint8)
+            writer.add_image("picture", picture, step)
+    (file,) = folder.glob("events*")
+    return file
+
+
+def test_read_event_file_equals_tensorboards_reader(tmp_path: Path) -> None:
+    file = write_events(tmp_path, pictures=1)
+    points = list(read_event_file(file))
+    assert {point.tag for point in points} == {"a/b", "new"}
+    events = EventAccumulator(str(file)).Reload()
+    expected = [(event.step, event.value, event.wall_time) for event in events.Scalars("a/b")]
+    assert [tuple(point[1:]) for point in points if point.tag == "a/b"] == expected
+    assert [p.value for p in points if p.tag == "new"] == [0, -1, -2, -3, -4]
+
+
+@pytest.mark.parametrize("missing", [1, 5, 20])
+def test_read_event_file_stops_at_a_record_that_is_not_whole(missing: int, tmp_path: Path) -> None:
+    file = write_events(tmp_path)
+    whole = list(read_event_file(file))
+    file.write_bytes(file.read_bytes()[:-missing])
+    assert list(read_event_file(file)) == whole  # the last record is a text
+    file.write_bytes(b"")
+    assert list(read_event_file(file)) == []
+
+
+def test_read_event_file_refuses_other_files(tmp_path: Path) -> None:
+    file = tmp_path / "events.out.tfevents.1"
+    length = (10).to_bytes(8, "little") + bytes(4)
+    file.write_bytes(length + b"\xff" * 10 + bytes(4))
+    with pytest.raises(InputError, match="is damaged, or no event file of TensorBoard"):
+        list(read_event_file(file))
+
+
+def test_read_event_file_skips_pictures_fast(tmp_path: Path) -> None:
+    file = write_events(tmp_path, pictures=30)
+    started = time.perf_counter()
+    assert len(list(read_event_file(file))) == 10
+    assert file.stat().st_size > 3e6
+    assert time.perf_counter() - started < 0.5  # TensorBoard's reader takes a second and more
