@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from torch_transformer import TorchTransformer
 from uncached_decoder import UncachedDecoder
 
-from nmlightning.models import Transformer
-from nmlightning.models import beam_search
+from nmlightning.models import Transformer, beam_search
 from nmlightning.translation.tokenizer import EOS, PAD, SPECIAL_TOKENS
 
 
