@@ -46,14 +46,14 @@ def fit(module: Any, *callbacks: Any, ckpt_path: Path | None = None, **options: 
     ("module_class", "late"),
     [(PlModule, False), (UnifiedModule, False), (PlLate, True), (UnifiedLate, True)],
 )
-def test_which_modules_are_built_in_configure_model(module_class: type, late: bool) -> None:
+def test_builds_in_configure_model(module_class: type, late: bool) -> None:
     module = module_class()
     assert builds_in_configure_model(module) is late
     fit(module, NormSwap("l1"))
     assert builds_in_configure_model(module) is late
 
 
-def test_our_callbacks_belong_to_both_packages() -> None:
+def test_callbacks_belong_to_both_packages() -> None:
     for callback in (CallbackBase(), pickle.loads(pickle.dumps(NormSwap("l1")))):
         assert isinstance(callback, pytorch_lightning.Callback)
         assert isinstance(callback, lightning.pytorch.Callback)
@@ -68,7 +68,7 @@ class TestWeightAveraging:
         ema = package_of(module_class).callbacks.EMAWeightAveraging(decay=0.5)
         return [ema, NormSwap("l1")] if ema_first else [NormSwap("l1"), ema]
 
-    def test_the_average_has_the_swapped_norms(self, module_class: type, ema_first: bool) -> None:
+    def test_average_has_the_swapped_norms(self, module_class: type, ema_first: bool) -> None:
         module = make(module_class)
         callbacks = self.callbacks(module_class, ema_first)
         fit(module, *callbacks)
@@ -78,7 +78,7 @@ class TestWeightAveraging:
         # When training ends, it becomes the model.
         torch.testing.assert_close(average.module.state_dict(), module.state_dict())
 
-    def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
+    def test_resumed_run_matches_the_uninterrupted_one(
         self, module_class: type, ema_first: bool, tmp_path: Path
     ) -> None:
         whole, resumed = make(module_class), make(module_class)
@@ -101,7 +101,9 @@ class SaveAfterTheFirstEpoch(CallbackBase):  # type: ignore[misc]
 
 @pytest.mark.parametrize("swa_first", [True, False])
 @pytest.mark.parametrize("module_class", [PlModule, UnifiedModule])
-def test_stochastic_weight_averaging(module_class: type, swa_first: bool) -> None:
+def test_stochastic_weight_averaging_has_the_swapped_norms(
+    module_class: type, swa_first: bool
+) -> None:
     module = make(module_class)
     averaging = package_of(type(module)).callbacks.StochasticWeightAveraging
     swa, swap = averaging(swa_lrs=0.05, swa_epoch_start=1), NormSwap("top10")
@@ -184,9 +186,7 @@ class TestTwoRanks:
             # Sums over two ranks round differently from one sum, in float32, over four steps.
             torch.testing.assert_close(report["state"], one["state"], rtol=1e-4, atol=1e-6)
 
-    def test_without_synchronisation_each_rank_has_its_own_statistics(
-        self, reports: Path, tmp_path: Path
-    ) -> None:
+    def test_unsynchronised_norms_differ_by_rank(self, reports: Path, tmp_path: Path) -> None:
         train(tmp_path, "l1")
         first, second = (load_report(reports, "l1", rank) for rank in (0, 1))
         one = load_report(tmp_path, "l1", 0)
@@ -202,7 +202,7 @@ def load_report(folder: Path, run: str, rank: int) -> dict[str, Any]:
     return torch.load(folder / run / f"{rank}.pt", weights_only=True)
 
 
-def test_what_is_not_swapped_becomes_torchs_synchronised_norm() -> None:
+def test_unswapped_norms_convert_to_sync_batch_norm() -> None:
     """Torch trains its SyncBatchNorm, and wraps it in DDP, on GPUs only; so this does not run."""
     module, swap = make(PlModule), NormSwap("l1", exclude=["net.4"])
     trainer = make_trainer(type(module), swap, strategy="ddp", devices=2, sync_batchnorm=True)

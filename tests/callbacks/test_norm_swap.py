@@ -1,7 +1,7 @@
-"""Test NormSwap on LightningModules that have never heard of it, under both Lightning packages."""
+"""Test NormSwap on LightningModules of both Lightning packages, which know nothing of it."""
 
 import copy
-import importlib
+import logging
 import pickle
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,14 @@ from lightning_modules import (
     make,
     make_trainer,
     norm_types,
+    package_of,
 )
 from nmlightning.callbacks import NormSwap
+from nmlightning.callbacks.norm_swap import BackendNote
 from nmlightning.errors import InputError
+from nmlightning.kernels import norm_backend
+from nmlightning.norms import L1LayerNorm, MeanOnlyBatchNorm2d
 from nmlightning.norms.batch_norm import L1BatchNorm2d, LInfBatchNorm2d, TopKBatchNorm2d
-from nmlightning.norms.mean_only import MeanOnlyBatchNorm2d
 from nmlightning.surgery.recipes import NORM_SWAP, recipes_of
 
 
@@ -66,7 +69,7 @@ def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
 
 @BOTH
 class TestARun:
-    def test_it_trains_validates_and_tests(self, module_class: type) -> None:
+    def test_trains_validates_and_tests(self, module_class: type) -> None:
         module = make(module_class)
         weight = module.net[1].weight.detach().clone()
         fitted = fit(module, NormSwap("l1"))
@@ -78,7 +81,7 @@ class TestARun:
     @pytest.mark.parametrize(
         ("norm", "expected"), [("top10", TopKBatchNorm2d), ("mean", MeanOnlyBatchNorm2d)]
     )
-    def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
+    def test_resumed_run_matches_the_uninterrupted_one(
         self, module_class: type, norm: str, expected: type, tmp_path: Path
     ) -> None:
         whole, first, second = (make(module_class) for _ in range(3))
@@ -89,7 +92,7 @@ class TestARun:
         assert_same_weights(second, whole)
 
     @pytest.mark.parametrize("verb", ["validate", "test"])
-    def test_a_new_trainer_evaluates_a_checkpoint(
+    def test_new_trainer_evaluates_a_checkpoint(
         self, module_class: type, verb: str, tmp_path: Path
     ) -> None:
         fitted = fit(make(module_class), NormSwap("linf"))
@@ -101,7 +104,7 @@ class TestARun:
         assert metrics[0]["loss"] == pytest.approx(fitted.callback_metrics["loss"].item())
 
     @pytest.mark.parametrize("weights_only", [True, False])
-    def test_every_checkpoint_carries_the_recipe(
+    def test_checkpoints_carry_the_recipe(
         self, module_class: type, weights_only: bool, tmp_path: Path
     ) -> None:
         fitted = fit(make(module_class), NormSwap("topk", {"k": 3, "stats_dtype": torch.float64}))
@@ -117,7 +120,7 @@ class TestARun:
         assert ("optimizer_states" in checkpoint) == (not weights_only)
 
     @COMPILES
-    def test_a_compiled_module_trains_as_the_plain_one(self, module_class: type) -> None:
+    def test_compiled_module_trains_as_the_plain_one(self, module_class: type) -> None:
         plain, module = make(module_class), make(module_class)
         fit(plain, NormSwap("l1"))
         compiled = torch.compile(module, backend="eager")
@@ -127,7 +130,7 @@ class TestARun:
 
 
 @COMPILES
-def test_a_net_compiled_inside_the_module() -> None:
+def test_net_compiled_inside_the_module() -> None:
     plain, module = make(PlModule), make(PlModule)
     module.net = torch.compile(module.net, backend="eager")
     fit(plain, NormSwap("l1", include=["net.1"]))
@@ -137,20 +140,20 @@ def test_a_net_compiled_inside_the_module() -> None:
 
 
 @pytest.mark.parametrize("logger", ["CSVLogger", "TensorBoardLogger"])
-def test_any_logger(logger: str, tmp_path: Path) -> None:
+def test_works_with_any_logger(logger: str, tmp_path: Path) -> None:
     log = getattr(pytorch_lightning.loggers, logger)(tmp_path)
     module = make(PlModule)
     fit(module, NormSwap("l1"), logger=log, default_root_dir=tmp_path)
     assert norm_types(module) == [L1BatchNorm2d] * 2
 
 
-def test_it_may_stand_alone_instead_of_in_a_list() -> None:
+def test_may_be_the_only_callback() -> None:
     module = make(PlModule)
     fit(module, callbacks=NormSwap("linf"))
     assert norm_types(module) == [LInfBatchNorm2d] * 2
 
 
-def test_an_optimizer_made_before_trains_the_swapped_norms() -> None:
+def test_earlier_optimizer_trains_the_swapped_norms() -> None:
     module = make(OwnOptimizer)
     before = [module.net[i].weight.detach().clone() for i in (1, 4)]
     fit(module, NormSwap("l1"))
@@ -161,7 +164,7 @@ def test_an_optimizer_made_before_trains_the_swapped_norms() -> None:
 
 class TestConfigureModel:
     @pytest.mark.parametrize("module_class", [PlLate, UnifiedLate])
-    def test_a_net_that_is_not_there_at_setup(self, module_class: type, tmp_path: Path) -> None:
+    def test_swaps_a_net_built_after_setup(self, module_class: type, tmp_path: Path) -> None:
         module = make(module_class)
         fitted = fit(module, NormSwap("l1"))
         assert norm_types(module) == [L1BatchNorm2d] * 2
@@ -172,17 +175,17 @@ class TestConfigureModel:
         assert norm_types(resumed) == [L1BatchNorm2d] * 2
         assert_same_weights(resumed, module)
 
-    def test_a_pattern_for_a_part_that_is_not_there_at_setup(self) -> None:
+    def test_pattern_matches_a_part_built_after_setup(self) -> None:
         module = make(HeadLate)
         fit(module, NormSwap("l1", include=["net.0.*"]))
         assert norm_types(module) == [L1BatchNorm2d, nn.BatchNorm2d, nn.BatchNorm2d]
 
-    def test_a_pattern_that_matches_nothing_once_it_is_built(self) -> None:
+    def test_unmatched_pattern_of_a_late_net_is_refused(self) -> None:
         with pytest.raises(InputError, match=r"'nett' in include .* net\.1 \(BatchNorm2d\)"):
             fit(make(PlLate), NormSwap("l1", include=["nett"]))
 
     @pytest.mark.parametrize("module_class", [PlModule, PlLate])
-    def test_the_norm_is_that_of_the_latest_trainer(self, module_class: type) -> None:
+    def test_latest_trainer_sets_the_norm(self, module_class: type) -> None:
         module = make(module_class)
         for norm, expected in (("l1", L1BatchNorm2d), ("linf", LInfBatchNorm2d)) * 2:
             fit(module, NormSwap(norm))
@@ -191,7 +194,7 @@ class TestConfigureModel:
 
 
 class TestTwoSwaps:
-    def test_the_last_wins_and_a_resume_passes(self, tmp_path: Path) -> None:
+    def test_last_swap_wins_and_resumes(self, tmp_path: Path) -> None:
         whole, first, second = (make(PlModule) for _ in range(3))
         swaps = [NormSwap("l1", {"eps": 1e-3}), NormSwap("linf")]
         fit(whole, *swaps, max_epochs=2)
@@ -201,7 +204,7 @@ class TestTwoSwaps:
         fit(second, *swaps, max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
         assert_same_weights(second, whole)
 
-    def test_each_has_its_part(self) -> None:
+    def test_swaps_of_different_layers(self) -> None:
         module = make(PlModule)
         fit(module, NormSwap("l1", include=["net.1"]), NormSwap("top10", include=["net.4"]))
         assert norm_types(module) == [L1BatchNorm2d, TopKBatchNorm2d]
@@ -230,30 +233,17 @@ class TestResumeWithAnother:
         ],
         ids=["norm", "option", "pattern", "number"],
     )
-    def test_the_difference_is_named(
+    def test_resume_with_another_recipe_is_refused(
         self, swaps: list[NormSwap], answer: str, tmp_path: Path
     ) -> None:
         fit(make(PlModule), NormSwap("top10")).save_checkpoint(tmp_path / "a.ckpt")
         with pytest.raises(InputError, match=answer):
             fit(make(PlModule), *swaps, max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
 
-    def test_a_default_that_is_spelt_out_is_no_difference(self, tmp_path: Path) -> None:
-        fit(make(PlModule), NormSwap("topk")).save_checkpoint(tmp_path / "a.ckpt")
-        same = NormSwap("topk", {"k": 10, "constant": "exact"})
-        fit(make(PlModule), same, max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
-
-    def test_a_checkpoint_without_a_recipe(self, tmp_path: Path) -> None:
+    def test_resume_without_a_recipe_is_refused(self, tmp_path: Path) -> None:
         fit(make(PlModule)).save_checkpoint(tmp_path / "a.ckpt")
         with pytest.raises(InputError, match="trained with no NormSwap, this run has 'l1'"):
             fit(make(PlModule), NormSwap("l1"), ckpt_path=tmp_path / "a.ckpt")
-
-    def test_a_recipe_of_a_newer_release(self, tmp_path: Path) -> None:
-        fit(make(PlModule), NormSwap("l1")).save_checkpoint(tmp_path / "a.ckpt")
-        checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
-        checkpoint["nmlightning"]["version"] = 2
-        torch.save(checkpoint, tmp_path / "a.ckpt")
-        with pytest.raises(InputError, match="has version 2, and this release reads 1"):
-            fit(make(PlModule), NormSwap("l1"), max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
 
 
 class Replaces(pytorch_lightning.Callback):
@@ -270,12 +260,12 @@ class TestAudit:
     @pytest.mark.parametrize(
         ("layer", "now"), [(nn.BatchNorm2d(4), "BatchNorm2d"), (nn.Identity(), "gone")]
     )
-    def test_a_layer_that_was_replaced_after_the_swap(self, layer: nn.Module, now: str) -> None:
+    def test_layer_replaced_after_the_swap_is_refused(self, layer: nn.Module, now: str) -> None:
         with pytest.raises(InputError, match=f"made net.1 a L1BatchNorm2d, but it is {now}"):
             fit(make(PlModule), NormSwap("l1"), Replaces(layer))
         fit(make(PlModule), Replaces(nn.BatchNorm2d(4)), NormSwap("l1"))
 
-    def test_parameters_that_no_optimizer_trains(self) -> None:
+    def test_warns_of_untrained_parameters(self) -> None:
         with pytest.warns(UserWarning, match=r"trains 4 parameters .* such as net\.1\.weight"):
             fit(make(Forgetful), NormSwap("l1"))
         frozen = make(Forgetful)
@@ -289,22 +279,18 @@ class TestInput:
         [
             (("l11",), "no norm 'l11'.* Did you mean 'l1'"),
             (("l1", {"konstant": "paper"}), "no option 'konstant'.* Did you mean 'constant'"),
-            ((None,), "There is no norm None; there are l2, l1"),
-            (("l1", None, None), "kinds is a list of strings, got None"),
             (("l1", None, ["batch"], [1]), r"include is a list of strings, got \[1\]"),
             (("linf", None, ["layer"]), "'linf' is not defined for layer norms"),
             (("l1", None, "batch"), "kinds is a list, got the string 'batch'"),
-            (("l1", None, ["batch"], "net.1"), "include is a list, got the string 'net.1'"),
-            (("l1", None, ["batch"], [], "net.1"), "exclude is a list, got the string 'net.1'"),
         ],
     )
-    def test_what_cannot_be_is_refused_on_construction(
+    def test_bad_arguments_are_refused_on_construction(
         self, arguments: tuple[Any, ...], answer: str
     ) -> None:
         with pytest.raises(InputError, match=answer):
             NormSwap(*arguments)
 
-    def test_a_pattern_that_matches_nothing(self) -> None:
+    def test_unmatched_pattern_is_refused(self) -> None:
         module = make(PlModule)
         with pytest.raises(InputError, match=r"Its norm layers are net\.1 \(BatchNorm2d\)"):
             fit(module, NormSwap("l1", exclude=["layer1.*"]))
@@ -312,7 +298,7 @@ class TestInput:
 
 
 class TestTheModuleAfterwards:
-    def test_setup_again_adds_nothing(self) -> None:
+    def test_second_setup_adds_nothing(self) -> None:
         module = make(PlModule)
         for _ in range(2):
             fit(module, NormSwap("l1"))
@@ -325,7 +311,7 @@ class TestTheModuleAfterwards:
     @pytest.mark.parametrize(
         "duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))]
     )
-    def test_a_copy_goes_its_own_way(self, module_class: type, duplicate: Any) -> None:
+    def test_copy_is_swapped_on_its_own(self, module_class: type, duplicate: Any) -> None:
         module = make(module_class)
         fit(module, NormSwap("l1"))
         module.trainer = None
@@ -339,23 +325,151 @@ class TestTheModuleAfterwards:
         assert [recipe["norm"] for recipe in recipes_of(module, NORM_SWAP)] == ["l1"]
 
 
-@pytest.mark.parametrize("package", ["pytorch_lightning", "lightning.pytorch"])
-def test_a_resume_without_it_is_warned_of(package: str, tmp_path: Path) -> None:
-    module_class = PlModule if package == "pytorch_lightning" else UnifiedModule
-    trainer_class = importlib.import_module(package).Trainer
-    options: dict[str, Any] = {
-        "max_steps": 1,
-        "logger": False,
-        "accelerator": "cpu",
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-    }
-    data = DataLoader(TensorDataset(torch.randn(4, 2, 8, 8), torch.arange(4) % 3), batch_size=4)
-    trainer = trainer_class(
-        callbacks=[NormSwap("l1"), NormSwap("l1", include=["net.1"])], **options
-    )
-    trainer.fit(module_class(), data, data)
-    trainer.save_checkpoint(tmp_path / "last.ckpt")
+@BOTH
+def test_resume_without_the_callback_warns(module_class: type, tmp_path: Path) -> None:
+    swaps = [NormSwap("l1"), NormSwap("l1", include=["net.1"])]
+    fit(make(module_class), *swaps).save_checkpoint(tmp_path / "a.ckpt")
     with pytest.warns(UserWarning, match=r"Please add the following callbacks: .*NormSwap"):
-        trainer_class(**options).fit(module_class(), data, data, ckpt_path=tmp_path / "last.ckpt")
+        fit(make(module_class), max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
+
+
+# ---- No hook turns a swapped norm back into L2 unseen. ----
+
+REPLACED = (
+    r"NormSwap made net\.1 a L1BatchNorm2d, but it is SyncBatchNorm: .* after the swap; Train"
+)
+HOOKS = {
+    "setup",
+    "on_fit_start",
+    "on_sanity_check_start",
+    "on_train_start",
+    "on_train_epoch_start",
+    "on_train_batch_start",
+    "on_before_backward",
+    "on_train_batch_end",
+}
+OF_MODULES = HOOKS - {"on_sanity_check_start"} | {"configure_optimizers", "training_step"}
+TOO_EARLY = {"configure_model", "prepare_data"}  # Lightning swaps after these
+
+
+def convert(module: Any) -> None:
+    """Do what a user does who wants synchronised batch norms."""
+    module.net = nn.SyncBatchNorm.convert_sync_batchnorm(module.net)
+
+
+def converting(base: type, hook: str) -> Any:
+    """Return a subclass of a callback or module that converts in one of its hooks."""
+
+    def replacement(self: Any, *args: Any, **kwargs: Any) -> Any:
+        convert(self if isinstance(self, nn.Module) else args[1])
+        return getattr(base, hook)(self, *args, **kwargs)
+
+    return type("Converting", (base,), {hook: replacement})
+
+
+@BOTH
+@pytest.mark.parametrize("hook", sorted(OF_MODULES))
+def test_module_converting_to_sync_is_refused(module_class: type, hook: str) -> None:
+    with pytest.raises(InputError, match=REPLACED):
+        fit(make(converting(module_class, hook)), NormSwap("l1"))
+
+
+@BOTH
+@pytest.mark.parametrize("hook", sorted(TOO_EARLY))
+def test_module_converting_before_the_swap_is_swapped(module_class: type, hook: str) -> None:
+    module = make(converting(module_class, hook))
+    fit(module, NormSwap("l1"))
+    assert [cls.__name__ for cls in norm_types(module)] == ["L1BatchNorm"] * 2
+    assert module.net[1].sync
+
+
+@BOTH
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("hook", sorted(HOOKS))
+def test_callback_converting_to_sync_is_refused(module_class: type, hook: str, last: bool) -> None:
+    other, swap = converting(package_of(module_class).Callback, hook)(), NormSwap("l1")
+    module = make(module_class)
+    if hook == "setup" and not last:  # it comes before the swap then
+        fit(module, other, swap)
+        assert [cls.__name__ for cls in norm_types(module)] == ["L1BatchNorm"] * 2
+        return
+    with pytest.raises(InputError, match=REPLACED):
+        fit(module, *([swap, other] if last else [other, swap]))
+
+
+def test_conversion_is_refused_before_the_first_step() -> None:
+    module = make(converting(PlModule, "on_train_batch_start"))
+    before = module.net[0].weight.detach().clone()
+    with pytest.raises(InputError, match=REPLACED):
+        fit(module, NormSwap("l1"))
+    assert torch.equal(module.net[0].weight, before)
+
+
+@BOTH
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_converted_norm_evaluates_the_same(module_class: type, verb: str) -> None:
+    """Evaluation is that of torch's own batch norm, so it needs no audit."""
+    module = make(module_class)
+    fit(module, NormSwap("l1"))
+    losses = []
+    for hook in ("on_exception", f"on_{'validation' if verb == 'validate' else verb}_start"):
+        other = converting(package_of(module_class).Callback, hook)()
+        trainer = make_trainer(module_class, NormSwap("l1"), other)
+        losses += getattr(trainer, verb)(module, batches(), verbose=False)
+    assert [cls.__name__ for cls in norm_types(module)] == ["SyncBatchNorm"] * 2
+    assert losses[0] == losses[1]
+
+
+# ---- The log names the backend of the norms. ----
+
+
+class ChannelsLast(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last)
+
+
+def lines_of(model: nn.Module, x: Tensor) -> list[str]:
+    """Return what is said of a model's norms after one forward pass, by the formula."""
+    layers = {name: layer for name, layer in model.named_modules() if "Norm" in str(type(layer))}
+    note = BackendNote(model, layers)
+    with norm_backend("formula"):
+        model(x)
+        model(x)
+    return note.describe()
+
+
+def test_backend_note_counts_by_class_dtype_and_layout() -> None:
+    first, again = L1BatchNorm2d(3), L1BatchNorm2d(3)
+    model = nn.Sequential(first, again, ChannelsLast(), MeanOnlyBatchNorm2d(3), L1BatchNorm2d(3))
+    assert lines_of(model, torch.randn(4, 3, 5, 5)) == [
+        "2 L1BatchNorm2d by the formula (float32, NCHW): asked for",
+        "1 MeanOnlyBatchNorm2d by the formula (float32, NHWC): no kernels for this norm",
+        "1 L1BatchNorm2d by the formula (float32, NHWC): asked for",
+    ]
+    assert not first._forward_pre_hooks
+
+
+def test_backend_note_names_tokens_and_strides() -> None:
+    tokens = torch.randn(2, 3, 8, dtype=torch.bfloat16)
+    strided = torch.randn(8, 3, 2, dtype=torch.bfloat16).transpose(0, 2)
+    (line,) = lines_of(L1LayerNorm(8), tokens)
+    assert line == "1 L1LayerNorm by the formula (bfloat16, contiguous): asked for"
+    assert "(bfloat16, strided)" in lines_of(L1LayerNorm(8), strided)[0]
+
+
+def test_backend_note_skips_compiled_models() -> None:
+    inner = nn.Sequential(L1BatchNorm2d(3), nn.ReLU())
+    model = nn.Sequential(inner)
+    inner.compile(backend="eager")
+    assert lines_of(model, torch.randn(4, 3, 5, 5)) == ["1 L1BatchNorm2d by the formula, compiled"]
+    assert not inner[0]._forward_pre_hooks
+
+
+@BOTH
+def test_norm_swap_logs_backends_once(module_class: type, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        fit(make(module_class), NormSwap("l1"), max_epochs=2)
+    said = [record.getMessage() for record in caplog.records if " by " in record.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith("NormSwap: 2 L1BatchNorm2d by ")
+    assert "(float32, NCHW)" in said[0]

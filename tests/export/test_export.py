@@ -69,9 +69,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_a_state_dict_has_the_keys_and_the_outputs_of_the_plain_network(
-    name: str, tmp_path: Path
-) -> None:
+def test_state_dict_has_keys_and_outputs_of_the_plain_network(name: str, tmp_path: Path) -> None:
     net, x = NETS[name](), torch.randn(4, *IMAGES)
     report = export_network(net, tmp_path / "a.pt", "state_dict", IMAGES)
     assert len(report.fold or ()) == 7
@@ -83,7 +81,7 @@ def test_a_state_dict_has_the_keys_and_the_outputs_of_the_plain_network(
     torch.testing.assert_close(plain.bn1.running_var, torch.full((16,), 1 - 1e-5))
 
 
-def test_without_folding_nothing_but_the_class_changes(tmp_path: Path) -> None:
+def test_no_fold_changes_only_the_class(tmp_path: Path) -> None:
     net = small("l1")
     report = export_network(net, tmp_path / "a.pt", "state_dict", IMAGES, fold=False)
     assert report.fold is None
@@ -108,7 +106,7 @@ with torch.no_grad():
 """
 
 
-def test_they_load_without_this_package(tmp_path: Path) -> None:
+def test_exports_load_without_this_package(tmp_path: Path) -> None:
     net = torchvision.models.resnet18(num_classes=7)
     apply_weight_norm(net, p=1)
     swap_norms(net, "l1")
@@ -130,7 +128,7 @@ def test_they_load_without_this_package(tmp_path: Path) -> None:
     assert max(differences) <= 1e-5
 
 
-def test_onnx_of_any_batch(tmp_path: Path) -> None:
+def test_onnx_takes_any_batch(tmp_path: Path) -> None:
     from onnx import load
     from onnx.reference import ReferenceEvaluator
 
@@ -149,13 +147,13 @@ class LayerNorms(nn.Sequential):
 
 
 @pytest.mark.parametrize("format", ["torch_export", "onnx"])
-def test_layer_norms_become_plain_operations(format: str, tmp_path: Path) -> None:
+def test_layer_norms_export_as_plain_operations(format: str, tmp_path: Path) -> None:
     file = tmp_path / f"net{FORMATS[format].suffix}"
     report = export_network(LayerNorms(), file, format, (6,))  # which compares them
     assert report.fold == FoldReport((), ())
 
 
-def test_a_batch_norm_without_statistics_of_its_own_is_kept(tmp_path: Path) -> None:
+def test_batch_norm_without_running_statistics_is_kept(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), L1BatchNorm2d(4, track_running_stats=False))
     report = export_network(net, tmp_path / "net.pt2", "torch_export", IMAGES)
     assert [left.reason for left in report.fold.left] == ["it keeps no running statistics"]  # type: ignore[union-attr]
@@ -176,14 +174,14 @@ class Branching(nn.Module):
         return self.body(x)  # type: ignore[no-any-return]
 
 
-def test_a_network_that_cannot_be_traced_is_written_unfolded(tmp_path: Path) -> None:
+def test_untraceable_network_is_written_unfolded(tmp_path: Path) -> None:
     net = train(Branching())
     report = export_network(net, tmp_path / "net", "state_dict", IMAGES)
     assert [left.norm for left in report.fold.left] == ["body.1"]  # type: ignore[union-attr]
     assert report.difference == 0
 
 
-def test_the_network_is_not_changed(tmp_path: Path) -> None:
+def test_export_network_leaves_the_network_unchanged(tmp_path: Path) -> None:
     net = small("l1", kind="bounded", p=1)
     before, x = repr(net), torch.randn(4, *IMAGES)
     state = {key: value.clone() for key, value in net.state_dict().items()}
@@ -197,7 +195,7 @@ def test_the_network_is_not_changed(tmp_path: Path) -> None:
     assert net.conv1.parametrizations.weight.original.grad is not None  # type: ignore[union-attr, index]
 
 
-def test_tied_weights_stay_tied_and_other_parametrizations_go(tmp_path: Path) -> None:
+def test_tied_weights_stay_tied_without_parametrizations(tmp_path: Path) -> None:
     first, second = nn.Linear(4, 4), nn.Linear(4, 4)
     second.weight = first.weight
     net = nn.Sequential(first, second, parametrizations.weight_norm(nn.Linear(4, 3)))
@@ -214,14 +212,14 @@ def test_tied_weights_stay_tied_and_other_parametrizations_go(tmp_path: Path) ->
     assert_close(outputs(plain, x), outputs(net, x))
 
 
-def test_synchronised_norms(tmp_path: Path) -> None:
+def test_synchronised_norms_export(tmp_path: Path) -> None:
     net = nn.Sequential(nn.BatchNorm2d(3), CifarResNet(8))
     swap_norms(net, "l1", {"sync": True})
     report = export_network(train(net), tmp_path / "net.pt2", "torch_export", IMAGES)
     assert str(report.fold) == "folded 7 batch norms; 1 left as they are"
 
 
-def test_half_is_written_in_float32(tmp_path: Path) -> None:
+def test_bfloat16_exports_as_float32(tmp_path: Path) -> None:
     net = small("l1").bfloat16()
     export_network(net, tmp_path / "net", "state_dict", IMAGES)
     saved = torch.load(tmp_path / "net", weights_only=True)
@@ -268,7 +266,9 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_bad_input(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input_is_refused_without_a_file(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     make, given, message = REFUSED[name]
     settings = {"file": "net", "format": "state_dict", "input_shape": (4,), **given}
@@ -277,7 +277,7 @@ def test_bad_input(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = PathFinder.find_spec
     monkeypatch.setattr(
         PathFinder,
@@ -290,7 +290,7 @@ def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         export_network(nn.Linear(4, 4), tmp_path / "net.onnx", "onnx", (4,))
 
 
-def test_a_file_is_replaced_only_if_told_so(tmp_path: Path) -> None:
+def test_file_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
     file = tmp_path / "net.pt"
     file.write_text("mine")
     with pytest.raises(InputError, match=r"net.pt' exists already; name another file, or set over"):
@@ -301,7 +301,7 @@ def test_a_file_is_replaced_only_if_told_so(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_what_cannot_be_compared_is_not_written(tmp_path: Path) -> None:
+def test_uncomparable_onnx_is_not_written(tmp_path: Path) -> None:
     """onnx's reference evaluator does not know groups of a transposed convolution."""
     net = nn.Sequential(nn.ConvTranspose2d(4, 4, 3, groups=2), nn.BatchNorm2d(4))
     with pytest.raises(InputError, match="onnx cannot be read back to be compared, so nothing"):
@@ -309,7 +309,7 @@ def test_what_cannot_be_compared_is_not_written(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_norm_of_other_channels_is_left(tmp_path: Path) -> None:
+def test_norm_of_other_channels_is_left(tmp_path: Path) -> None:
     """BatchNorm1d takes (N, C, L), and a linear layer works along L."""
     net = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(4))
     report = export_network(net, tmp_path / "net.pt", "state_dict", (4, 3))
@@ -317,14 +317,14 @@ def test_a_norm_of_other_channels_is_left(tmp_path: Path) -> None:
     assert left.reason == "its 4 channels are not the 5 outputs of 0"
 
 
-def test_an_input_shape_that_is_no_sequence(tmp_path: Path) -> None:
+def test_input_shape_must_be_a_sequence(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"input_shape is a sequence, such as \(3, 32, 32\), got 5"
     ):
         export_network(nn.Linear(5, 2), tmp_path / "net.pt", "state_dict", 5)  # type: ignore[arg-type]
 
 
-def test_what_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_differing_file_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "net.pt"
     file.write_text("mine")
 
@@ -341,7 +341,7 @@ def test_what_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_key_that_is_absent_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_key_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write_half(net: nn.Module, example: Tensor, file: Path) -> None:
         torch.save({"weight": net.weight}, file)
 
@@ -353,9 +353,7 @@ def test_a_key_that_is_absent_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_written_into(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 

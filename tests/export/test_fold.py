@@ -62,7 +62,7 @@ def norm_for(shape: tuple[int, ...], **options: Any) -> nn.Module:
 @pytest.mark.parametrize("keep_norms", [False, True])
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("name", LAYERS)
-def test_it_is_the_formula(name: str, affine: bool, keep_norms: bool) -> None:
+def test_fold_norms_computes_the_formula(name: str, affine: bool, keep_norms: bool) -> None:
     make, shape = LAYERS[name]
     net = stir(nn.Sequential(make(), norm_for(shape, affine=affine, eps=1e-3)))
     x = torch.randn(3, *shape)
@@ -87,7 +87,7 @@ def test_it_is_the_formula(name: str, affine: bool, keep_norms: bool) -> None:
 
 
 @pytest.mark.parametrize("norm", ["l1", "linf", "top10", "lp", "mean", "l2"])
-def test_every_statistic_folds_as_torch_folds_its_own(norm: str) -> None:
+def test_fold_norms_agrees_with_torchs_fusion(norm: str) -> None:
     net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU())
     if norm != "l2":
         swap_norms(net, norm)
@@ -101,7 +101,7 @@ def test_every_statistic_folds_as_torch_folds_its_own(norm: str) -> None:
 
 
 @torch.no_grad()
-def test_a_channel_without_variance() -> None:
+def test_fold_norms_of_a_channel_without_variance() -> None:
     net = stir(nn.Sequential(nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5)))
     net[1].running_var[2] = 0  # so s is 316 times the weight
     x = torch.randn(2, 3, 6, 6)
@@ -110,7 +110,7 @@ def test_a_channel_without_variance() -> None:
     torch.testing.assert_close(net(x), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_half_stays_half() -> None:
+def test_fold_norms_keeps_bfloat16() -> None:
     net = stir(nn.Sequential(nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5)).bfloat16())
     expected = copy.deepcopy(net).float()
     fold_norms(net)
@@ -120,7 +120,7 @@ def test_half_stays_half() -> None:
 
 
 @pytest.mark.parametrize("keep_norms", [False, True])
-def test_timms_norm_keeps_its_activation(keep_norms: bool) -> None:
+def test_fold_norms_keeps_timms_activation(keep_norms: bool) -> None:
     net = stir(nn.Sequential(nn.Conv2d(3, 5, 3), timm.layers.BatchNormAct2d(5)))
     x = torch.randn(2, 3, 6, 6)
     expected = net(x)
@@ -130,7 +130,7 @@ def test_timms_norm_keeps_its_activation(keep_norms: bool) -> None:
 
 
 @torch.no_grad()
-def test_torchvisions_resnet_folds_whole() -> None:
+def test_fold_norms_folds_all_of_resnet18() -> None:
     net = torchvision.models.resnet18(num_classes=7).eval()
     for module in net.modules():  # weights near 1, or 18 layers grow beyond what float32 compares
         if isinstance(module, nn.BatchNorm2d):
@@ -272,7 +272,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_what_cannot_be_folded_is_left_with_its_reason(name: str) -> None:
+def test_fold_norms_leaves_norms_with_the_reason(name: str) -> None:
     make, reason = LEFT[name]
     net = stir(make())
     x = torch.randn(2, 4, 6, 6)
@@ -283,7 +283,7 @@ def test_what_cannot_be_folded_is_left_with_its_reason(name: str) -> None:
     assert torch.equal(net(x), expected)
 
 
-def test_an_optional_argument_stays_at_its_default() -> None:
+def test_fold_norms_keeps_optional_arguments_at_their_default() -> None:
     net = stir(straight())
     x = torch.randn(2, 4, 6, 6)
     expected = net(x)
@@ -291,7 +291,7 @@ def test_an_optional_argument_stays_at_its_default() -> None:
     torch.testing.assert_close(net(x), expected, **CLOSE)
 
 
-def test_a_convolution_of_two_names() -> None:
+def test_fold_norms_of_modules_with_two_names() -> None:
     net = straight()
     net.alias, net.other = net.conv, net.norm
     report = fold_norms(stir(net))
@@ -300,7 +300,7 @@ def test_a_convolution_of_two_names() -> None:
     assert net.alias is net.conv
 
 
-def test_others_are_folded_where_one_is_left() -> None:
+def test_fold_norms_folds_the_rest_and_prints() -> None:
     net = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3), nn.Flatten())
     net = stir(nn.Sequential(net, nn.Linear(48, 5), LInfBatchNorm1d(5)))  # type: ignore[assignment]
     x = torch.randn(2, 4, 6, 6)
@@ -319,7 +319,7 @@ def test_others_are_folded_where_one_is_left() -> None:
     )
 
 
-def test_our_weight_norm_is_refused_and_folds_once_it_is_removed() -> None:
+def test_fold_norms_leaves_our_weight_norm() -> None:
     net = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
     apply_weight_norm(net)
     (left,) = fold_norms(stir(net)).left
@@ -327,13 +327,13 @@ def test_our_weight_norm_is_refused_and_folds_once_it_is_removed() -> None:
 
 
 @pytest.mark.parametrize("part", ["", "1"])
-def test_training_is_refused(part: str) -> None:
+def test_fold_norms_refuses_training(part: str) -> None:
     net = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)).eval()
     net.get_submodule(part).train()
     with pytest.raises(InputError, match=r"it is in training: call eval\(\) first"):
         fold_norms(net)
 
 
-def test_a_flag_is_no_text() -> None:
+def test_fold_norms_refuses_a_text_for_a_flag() -> None:
     with pytest.raises(InputError, match="keep_norms is True or False, got 'no'"):
         fold_norms(nn.Sequential().eval(), keep_norms="no")  # type: ignore[arg-type]

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -7,7 +8,13 @@ import torch
 from torch import Tensor
 
 from nmlightning.norms.registry import layer_class
-from nmlightning.probe.fp16_emulation import HALF_NORMS, OUTCOMES, fp16_limits, run_in_fp16
+from nmlightning.probe.fp16_emulation import (
+    HALF_NORMS,
+    OUTCOMES,
+    Fp16Limits,
+    fp16_limits,
+    run_in_fp16,
+)
 
 N = 4096
 OTHERS = ("l1", "linf", "top10", "range")
@@ -24,7 +31,7 @@ def judge(rows: Tensor, gradients: Tensor | None, eps: float = 1e-5) -> dict[str
     return {norm: [OUTCOMES[i] for i in outcome.tolist()] for norm, outcome in tried.items()}
 
 
-def test_each_channel_is_judged_for_itself() -> None:
+def test_run_in_fp16_judges_each_channel() -> None:
     sigmas = [300.0, 1.0, 0.01, 1e-3, 10.0, 80.0, 0.02, 0.05, 1e4, 1e5]
     expected = {300.0: "dead", 80.0: "dead", 1e4: "dead", 1e5: "input"} | dict.fromkeys(
         (0.01, 1e-3, 0.02), "gradient not finite"
@@ -36,7 +43,7 @@ def test_each_channel_is_judged_for_itself() -> None:
 
 
 @pytest.mark.parametrize("sigma", [1e-4, 1e-3, 0.02, 0.1, 1, 10, 60, 80, 1e3, 1e4])
-def test_small_eps_shows_the_range(sigma: float) -> None:
+def test_run_in_fp16_with_small_eps(sigma: float) -> None:
     """With eps = 1e-10 nothing hides small σ, and L1 is right from 1e-4 to 1e4."""
     found = judge(gaussian([sigma] * 8), torch.randn(8, N), eps=1e-10)
     l2_is_right = {outcome == "right" for outcome in found["half_l2"]}
@@ -47,7 +54,7 @@ def test_small_eps_shows_the_range(sigma: float) -> None:
         assert set(found[norm]) == {"right"}, norm
 
 
-def test_the_limits_foretell_the_trial() -> None:
+def test_fp16_limits_predict_the_outcomes() -> None:
     """Apart from σ at the very limit, where rounding and the gradient decide."""
     sigmas = torch.logspace(-4, 4, 200)
     rows = gaussian(sigmas.tolist())
@@ -64,17 +71,17 @@ def test_the_limits_foretell_the_trial() -> None:
     assert too_small.any()
 
 
-def test_a_loss_scale_is_no_matter() -> None:
+def test_run_in_fp16_ignores_the_loss_scale() -> None:
     rows = gaussian([1e-3, 0.1, 1.0, 100.0])
     gradients = torch.randn_like(rows)
     assert judge(rows, gradients * 1e-30) == judge(rows, gradients) == judge(rows, gradients * 1e9)
 
 
-def test_without_a_gradient_the_forward_alone_counts() -> None:
+def test_run_in_fp16_without_gradients() -> None:
     assert judge(gaussian([0.01, 1.0, 300.0]), None)["half_l2"] == ["right", "right", "dead"]
 
 
-def test_a_constant_channel_has_an_infinite_inverse_root() -> None:
+def test_run_in_fp16_of_a_constant_channel() -> None:
     found = judge(torch.full((1, N), 3.0), torch.randn(1, N))
     assert found == {"half_l2": ["gradient not finite"], **{key: ["right"] for key in OTHERS}}
 
@@ -90,21 +97,21 @@ def test_a_constant_channel_has_an_infinite_inverse_root() -> None:
     ],
     ids=["mean", "offset", "large", "nan", "inf"],
 )
-def test_what_float16_does_not_hold_is_lost_before_any_norm(rows: Tensor) -> None:
+def test_run_in_fp16_of_inputs_float16_cannot_hold(rows: Tensor) -> None:
     found = judge(rows, torch.randn_like(rows))
     assert found == {key: ["input"] for key in HALF_NORMS}
 
 
-def test_a_gradient_that_is_not_finite_says_nothing_of_the_norm() -> None:
+def test_run_in_fp16_ignores_infinite_gradients() -> None:
     found = judge(gaussian([1.0]), torch.full((1, N), float("inf")))
     assert found == {key: ["right"] for key in HALF_NORMS}
 
 
-def test_a_norm_of_more_values_than_there_are_is_left_out() -> None:
+def test_run_in_fp16_leaves_out_norms_of_too_many_values() -> None:
     assert set(judge(torch.randn(2, 9), torch.randn(2, 9))) == {"half_l2", "l1", "linf"}
 
 
-def test_parts_of_a_large_input_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_in_fp16_joins_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = gaussian([1.0, 300.0] * 5)
     whole = judge(rows, rows)
     monkeypatch.setattr("nmlightning.probe.fp16_emulation._ELEMENTS_AT_ONCE", 3 * N)
@@ -112,7 +119,7 @@ def test_parts_of_a_large_input_are_joined(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_the_layers_do_what_is_foretold(dims: int) -> None:
+def test_layers_in_half_fail_as_emulated(dims: int) -> None:
     """The layers in half, on a whole batch with its own gradient, fail in the same channels."""
     sigmas = torch.logspace(-3, 4, 24)
     shape = {1: (64, 24, 64), 2: (16, 24, 16, 16), 3: (8, 24, 8, 8, 8)}[dims]
@@ -129,7 +136,7 @@ def test_the_layers_do_what_is_foretold(dims: int) -> None:
         assert failed.tolist() == [outcome != "right" for outcome in found[name]], name
 
 
-def test_a_tie_that_rounding_makes_is_no_error() -> None:
+def test_run_in_fp16_allows_ties() -> None:
     """In float16 4 and −4 are equally far from the mean of 0.0003, and the first is taken."""
     row = torch.randn(1, 256)
     row[0, :2] = torch.tensor([4.0, -4.0])
@@ -140,7 +147,7 @@ def test_a_tie_that_rounding_makes_is_no_error() -> None:
 @pytest.mark.parametrize(
     ("options", "outcome"), [({}, "gradient wrong"), ({"constant": 1.2}, "wrong")]
 )
-def test_what_is_finite_and_off_is_wrong(
+def test_run_in_fp16_finds_wrong_outputs_and_gradients(
     options: dict[str, Any], outcome: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Judged by L2, L1 has the right output and another gradient."""
@@ -149,3 +156,44 @@ def test_what_is_finite_and_off_is_wrong(
     row = gaussian([1.0])
     (outcomes,) = run_in_fp16(row, row, 1e-5, ["l1"]).values()
     assert OUTCOMES[int(outcomes[0])] == outcome
+
+
+def halves_around(value: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the neighbours in float16 below and above a value."""
+    halves = torch.arange(2**15, dtype=torch.int16).view(torch.float16)  # all that are not negative
+    finite = halves[halves.isfinite()].sort().values
+    below = finite.double() <= value
+    return finite[below].max(), finite[~below].min()
+
+
+def test_fp16_limits_largest_deviation_is_where_squares_overflow() -> None:
+    below, above = halves_around(fp16_limits("half_l2", 1e-5).largest_deviation)
+    assert (below * below).isfinite()
+    assert (above * above).isinf()
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-10, 1e-5, 1e-4])
+def test_fp16_limits_smallest_scale_is_where_inverse_roots_overflow(eps: float) -> None:
+    variance = fp16_limits("half_l2", eps).smallest_scale ** 2
+    below, above = halves_around(variance + eps)
+    assert below.pow(-1.5).isinf()
+    assert above.pow(-1.5).isfinite()
+
+
+def test_fp16_limits_with_a_large_eps() -> None:
+    assert fp16_limits("half_l2", 1e-3).smallest_scale == 0.0
+
+
+@pytest.mark.parametrize("norm", ["l1", "linf", "top10"])
+def test_fp16_limits_of_other_norms_are_float16s(norm: str) -> None:
+    info = torch.finfo(torch.float16)
+    assert fp16_limits(norm, 1e-5) == Fp16Limits(info.smallest_normal, info.max)
+
+
+def test_fp16_limits_span_the_documented_decades() -> None:
+    """They are 3.4 for L2 and 8.4 for L1, where max |d| of 4,096 Gaussian values is about 4.3 σ."""
+    for norm, decades in (("half_l2", 3.4), ("l1", 8.4)):
+        limits = fp16_limits(norm, 0.0)
+        assert math.log10(limits.largest_deviation / 4.3 / limits.smallest_scale) == pytest.approx(
+            decades, abs=0.05
+        )

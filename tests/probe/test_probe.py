@@ -47,7 +47,7 @@ def classify(model: nn.Module, batch: Tensor) -> Tensor:
     return F.cross_entropy(model(batch), torch.arange(len(batch)) % 4)
 
 
-def test_a_network_built_to_fail() -> None:
+def test_probe_norms_of_a_failing_network() -> None:
     ranges = probe_norms(scaled_net([-3, 0, 3]), [images([1.0] * 8)] * 2, classify)
     assert [layer.name for layer in ranges.layers] == ["1", "4", "7"]
     assert [layer.lost("half_l2") for layer in ranges.layers] == [
@@ -60,21 +60,21 @@ def test_a_network_built_to_fail() -> None:
     assert ranges.input_share() == 0
 
 
-def test_a_network_built_not_to() -> None:
+def test_probe_norms_of_a_safe_network() -> None:
     ranges = probe_norms(scaled_net([0, 0, 0]), [images([1.0] * 8)] * 2, classify)
     assert {norm: ranges.lost_share(norm) for norm in ranges.norms} == dict.fromkeys(
         ("half_l2", "l1", "linf", "top10", "range"), 0.0
     )
 
 
-def test_shares_count_channels_and_batches() -> None:
+def test_probe_norms_counts_channels_and_batches() -> None:
     (layer,) = probe_norms(nn.BatchNorm2d(8), [images(), images(), images()], steep).layers
     assert layer.lost("half_l2") == {"gradient not finite": 2 * 3, "dead": 3 * 3}
     assert layer.lost_share("half_l2") == 5 / 8
     assert layer.lost_share("l1") == 0
 
 
-def test_ranges_are_those_of_the_definition() -> None:
+def test_probe_norms_measures_ranges_by_definition() -> None:
     batch = images() + 5.0
     (layer,) = probe_norms(nn.BatchNorm2d(8), [batch], steep).layers
     rows = batch.double().transpose(0, 1).flatten(1)
@@ -99,7 +99,7 @@ CLASSES: dict[str, tuple[Callable[[int], nn.Module], int]] = {
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_every_batch_norm(name: str) -> None:
+def test_probe_norms_of_every_batch_norm(name: str) -> None:
     make, dims = CLASSES[name]
     batch = images().unflatten(2, (4, 4)) if dims == 3 else images()
     batch = batch.flatten(2) if dims == 1 else batch
@@ -110,7 +110,7 @@ def test_every_batch_norm(name: str) -> None:
 
 
 @pytest.mark.parametrize("cls", [nn.LayerNorm, nmlightning.L1LayerNorm])
-def test_layer_norms_count_tokens(cls: Any) -> None:
+def test_probe_norms_counts_tokens_of_layer_norms(cls: Any) -> None:
     tokens = torch.randn(2, len(SIGMAS), 512) * torch.tensor(SIGMAS).view(1, -1, 1)
     norm = cls((2, 256))
     nn.init.uniform_(norm.weight, 0.5, 2)
@@ -121,7 +121,7 @@ def test_layer_norms_count_tokens(cls: Any) -> None:
     assert set(layer.outcomes) == {"half_l2", "l1"}  # the others are not defined for tokens
 
 
-def test_gradients_are_those_before_the_weights_of_features(
+def test_probe_norms_takes_gradients_before_the_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[Tensor] = []
@@ -137,7 +137,7 @@ def test_gradients_are_those_before_the_weights_of_features(
     torch.testing.assert_close(seen, [(norm.weight * factors).detach().expand(6, 8)])
 
 
-def test_nothing_changes() -> None:
+def test_probe_norms_changes_nothing() -> None:
     net = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Dropout(), nn.BatchNorm2d(8))
     net[3].eval()
     squares(net, images()).backward()  # type: ignore[no-untyped-call]
@@ -156,20 +156,20 @@ def test_nothing_changes() -> None:
     assert not any(module._forward_hooks for module in net.modules())
 
 
-def test_a_layer_without_a_gradient_is_judged_by_its_forward() -> None:
+def test_probe_norms_of_a_layer_without_gradient() -> None:
     net = nn.Sequential(nn.BatchNorm2d(8, affine=False), nn.Conv2d(8, 4, 1))
     (layer,) = probe_norms(net, [images()], squares).layers
     assert layer.lost("half_l2") == {"dead": 3}
 
 
-def test_a_shared_layer_is_one() -> None:
+def test_probe_norms_of_a_shared_layer() -> None:
     norm = nn.BatchNorm2d(8)
     (layer,) = probe_norms(nn.Sequential(norm, nn.ReLU(), norm), [images()], steep).layers
     assert (layer.name, len(layer.scales)) == ("0", 16)
     assert layer.lost("half_l2") == {"gradient not finite": 2, "dead": 3}
 
 
-def test_what_cannot_be_measured_is_named() -> None:
+def test_probe_norms_names_unmeasured_layers() -> None:
     class Frozen(nn.BatchNorm2d):
         def train(self, mode: bool = True) -> "Frozen":
             return super().train(False)  # type: ignore[return-value]
@@ -184,7 +184,7 @@ def test_what_cannot_be_measured_is_named() -> None:
     }
 
 
-def test_what_is_not_finite_is_no_norms_fault() -> None:
+def test_probe_norms_counts_nan_inputs_as_input_losses() -> None:
     batch = images([1.0] * 8)
     batch[0, 3] = float("nan")
     (layer,) = probe_norms(nn.BatchNorm2d(8), [batch], squares).layers
@@ -205,6 +205,6 @@ def test_what_is_not_finite_is_no_norms_fault() -> None:
         (nn.BatchNorm2d(8), 0, "No batch was run: the data are empty."),
     ],
 )
-def test_bad_input(net: nn.Module, batches: int, message: str) -> None:
+def test_probe_norms_refuses_bad_input(net: nn.Module, batches: int, message: str) -> None:
     with pytest.raises(InputError, match=message.replace(".", r"\.")):
         probe_norms(net, [images()] * batches, squares)

@@ -48,7 +48,7 @@ FAILS = of(
 )
 
 
-def test_shares() -> None:
+def test_shares_of_lost_entries() -> None:
     assert FAILS.lost_share("half_l2") == 5 / 12
     assert FAILS.lost_share("l1") == FAILS.lost_share("linf") == FAILS.input_share() == 0
     assert [x.name for x in FAILS.losing_layers("half_l2")] == ["conv1", "conv2"]
@@ -57,12 +57,12 @@ def test_shares() -> None:
     assert FAILS.layers[2].lost_share("linf") is None
 
 
-def test_what_is_lost_in_the_input_is_no_norms_loss() -> None:
+def test_input_losses_are_not_the_norms() -> None:
     ranges = of(layer(lost={key: {"input": 3} for key in NORMS}))
     assert (ranges.lost_share("half_l2"), ranges.input_share()) == (0, 3 / 4)
 
 
-def test_json() -> None:
+def test_as_plain_is_json() -> None:
     broken = layer("x", scales=[math.nan, 1.0, math.inf, 2.0])
     plain = json.loads(json.dumps(of(*FAILS.layers, broken).as_plain(), allow_nan=False))
     assert plain["lost"]["half_l2"] == 5 / 16
@@ -77,11 +77,11 @@ def test_json() -> None:
     ("share", "words"),
     [(None, "—"), (0, "0 %"), (1e-5, "<1 %"), (0.374, "37 %"), (0.999, ">99 %"), (1, "100 %")],
 )
-def test_losses_are_never_rounded_away(share: float | None, words: str) -> None:
+def test_format_loss_rounds_nothing_away(share: float | None, words: str) -> None:
     assert format_loss(share) == words
 
 
-def test_verdict_of_what_fails() -> None:
+def test_verdict_of_failing_layers() -> None:
     assert verdict(FAILS) == [
         "L2 op by op in half would lose 42 % of the channels, in 2 of 3 layers (33 % dead, 8 % "
         "NaN gradient).",
@@ -90,7 +90,7 @@ def test_verdict_of_what_fails() -> None:
     ]
 
 
-def test_verdict_of_what_does_not() -> None:
+def test_verdict_without_losses() -> None:
     assert verdict(of(layer())) == [
         "L2 op by op in half would lose no channel: σ is between 0.5 and 2.",
         "A swap gains nothing in half.",
@@ -98,7 +98,7 @@ def test_verdict_of_what_does_not() -> None:
     ]
 
 
-def test_verdict_of_what_no_swap_mends() -> None:
+def test_verdict_of_unfixable_channels() -> None:
     scales = [math.nan, 1.0, 1.0, 1.0]
     broken = layer("a", scales=scales, lost={key: {"input": 1} for key in NORMS})
     first, lost, then, _, _ = verdict(of(layer("b"), broken))
@@ -110,7 +110,7 @@ def test_verdict_of_what_no_swap_mends() -> None:
     assert then.startswith("L2 op by op in half would lose no channel more: σ is between ")
 
 
-def test_a_remedy_that_fails_is_not_praised() -> None:
+def test_verdict_counts_losses_of_the_remedy() -> None:
     ranges = of(layer(lost={"half_l2": {"dead": 2}, "l1": {"wrong": 1}}))
     assert verdict(ranges)[1] == "Swapping to l1 brings that to 25 % (L∞ 0 %, Top(10) 0 %)."
 

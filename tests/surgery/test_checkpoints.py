@@ -72,7 +72,9 @@ def assert_same(one: Any, other: Any) -> None:
 
 @pytest.mark.parametrize("weights_only", [False, True])
 @pytest.mark.parametrize("module_class", [PlModule, UnifiedModule, PlLate])
-def test_it_is_what_was_trained(module_class: type, weights_only: bool, tmp_path: Path) -> None:
+def test_load_from_checkpoint_restores_the_trained_module(
+    module_class: type, weights_only: bool, tmp_path: Path
+) -> None:
     module = module_class()
     swap = NormSwap("topk", {"k": 3, "constant": "paper", "stats_dtype": "float64"})
     save(module, tmp_path / "a.ckpt", swap, weights_only=weights_only)
@@ -82,7 +84,7 @@ def test_it_is_what_was_trained(module_class: type, weights_only: bool, tmp_path
     assert_same(loaded, module)
 
 
-def test_a_norm_without_a_scale(tmp_path: Path) -> None:
+def test_load_from_checkpoint_restores_mean_only_norms(tmp_path: Path) -> None:
     module = PlModule()
     save(module, tmp_path / "a.ckpt", NormSwap("mean"))
     loaded = load_from_checkpoint(PlModule, tmp_path / "a.ckpt")
@@ -91,7 +93,7 @@ def test_a_norm_without_a_scale(tmp_path: Path) -> None:
     assert_same(loaded, module)
 
 
-def test_two_swaps_are_made_in_their_order(tmp_path: Path) -> None:
+def test_load_from_checkpoint_swaps_in_order(tmp_path: Path) -> None:
     module = PlModule()
     save(module, tmp_path / "a.ckpt", NormSwap("l1", {"eps": 0.1}), NormSwap("linf"))
     loaded = load_from_checkpoint(PlModule, tmp_path / "a.ckpt")
@@ -99,7 +101,7 @@ def test_two_swaps_are_made_in_their_order(tmp_path: Path) -> None:
     assert_same(loaded, module)
 
 
-def test_it_may_be_loaded_saved_and_loaded_again(tmp_path: Path) -> None:
+def test_loaded_module_saves_and_loads_again(tmp_path: Path) -> None:
     module = PlModule()
     save(module, tmp_path / "a.ckpt", NormSwap("l1"))
     loaded = load_from_checkpoint(PlModule, tmp_path / "a.ckpt")
@@ -107,14 +109,7 @@ def test_it_may_be_loaded_saved_and_loaded_again(tmp_path: Path) -> None:
     assert_same(load_from_checkpoint(PlModule, tmp_path / "b.ckpt"), loaded)
 
 
-def test_a_module_that_is_loaded_keeps_its_recipe_without_a_callback(tmp_path: Path) -> None:
-    save(PlModule(), tmp_path / "a.ckpt", NormSwap("l1"))
-    loaded = load_from_checkpoint(PlModule, tmp_path / "a.ckpt")
-    save(loaded, tmp_path / "b.ckpt")
-    assert_same(load_from_checkpoint(PlModule, tmp_path / "b.ckpt"), loaded)
-
-
-def test_a_norm_that_was_exchanged_after_loading_is_forgotten(tmp_path: Path) -> None:
+def test_loaded_module_swapped_again_saves_the_new_recipe(tmp_path: Path) -> None:
     save(PlModule(), tmp_path / "a.ckpt", NormSwap("l1"))
     loaded = load_from_checkpoint(PlModule, tmp_path / "a.ckpt")
     save(loaded, tmp_path / "b.ckpt", NormSwap("linf"))
@@ -122,27 +117,27 @@ def test_a_norm_that_was_exchanged_after_loading_is_forgotten(tmp_path: Path) ->
     assert_same(load_from_checkpoint(PlModule, tmp_path / "b.ckpt"), loaded)
 
 
-def test_arguments_reach_the_module(tmp_path: Path) -> None:
+def test_load_from_checkpoint_passes_arguments(tmp_path: Path) -> None:
     save(PlModule(width=5), tmp_path / "a.ckpt", NormSwap("l1"))
     assert load_from_checkpoint(PlModule, str(tmp_path / "a.ckpt")).width == 5
     with pytest.raises(RuntimeError, match="size mismatch"):
         load_from_checkpoint(PlModule, tmp_path / "a.ckpt", width=6)
 
 
-def test_hyper_parameters_that_are_objects(tmp_path: Path) -> None:
+def test_load_from_checkpoint_loads_object_hyper_parameters(tmp_path: Path) -> None:
     save(PlModule(where=Path("data")), tmp_path / "a.ckpt", NormSwap("l1"))
     loaded = load_from_checkpoint(PlModule, tmp_path / "a.ckpt", weights_only=False)
     assert "L1BatchNorm2d" in repr(loaded)
 
 
-def test_a_checkpoint_without_a_recipe_is_loaded_as_it_is(tmp_path: Path) -> None:
+def test_load_from_checkpoint_without_a_recipe(tmp_path: Path) -> None:
     module = PlModule()
     save(module, tmp_path / "a.ckpt")
     assert_same(load_from_checkpoint(PlModule, tmp_path / "a.ckpt"), module)
 
 
 @pytest.mark.parametrize("norm", ["l1", "mean"])
-def test_a_swapped_checkpoint_loads_into_the_plain_model(norm: str, tmp_path: Path) -> None:
+def test_swapped_checkpoint_loads_into_the_plain_model(norm: str, tmp_path: Path) -> None:
     module = PlModule()
     save(module, tmp_path / "a.ckpt", NormSwap(norm))
     plain = PlModule.load_from_checkpoint(tmp_path / "a.ckpt")
@@ -152,7 +147,7 @@ def test_a_swapped_checkpoint_loads_into_the_plain_model(norm: str, tmp_path: Pa
     assert_same(plain, module)
 
 
-def test_another_version_of_the_recipe_is_refused(tmp_path: Path) -> None:
+def test_load_from_checkpoint_refuses_another_version(tmp_path: Path) -> None:
     save(PlModule(), tmp_path / "a.ckpt", NormSwap("l1"))
     checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
     checkpoint["nmlightning"]["version"] = 2

@@ -1,7 +1,8 @@
-"""Test what a swap does to timm's norms, to torch's encoder, and to what `torch.compile` wraps."""
+"""Test swaps of timm's norms, of torch's encoder and compiled nets, and to norms without a scale."""
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import timm
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from nmlightning import swap_norms
 from nmlightning.norms import batch_norm as ours
+from nmlightning.norms.mean_only import MeanOnlyBatchNorm, MeanOnlyBatchNorm2d
 
 
 def small_net() -> nn.Sequential:
@@ -28,7 +30,7 @@ class TestTimm:
         return nn.Sequential(nn.Conv2d(3, 3, 1), norm)
 
     @pytest.mark.parametrize("norms", [["l1"], ["l1", "linf"], ["top10", "l2", "l1"]])
-    def test_drop_and_activation_run_once_and_l2_undoes(self, norms: list[str]) -> None:
+    def test_drop_and_activation_run_once_and_l2_reverts(self, norms: list[str]) -> None:
         net, x = self.net(), images()
         original = copy.deepcopy(net)
         for norm in norms:
@@ -44,7 +46,7 @@ class TestTimm:
         assert not net[1]._forward_hooks
         assert len(swap_norms(net, "l2")) == 0
 
-    def test_a_copy_is_undone_on_its_own(self) -> None:
+    def test_copy_reverts_on_its_own(self) -> None:
         net, x = self.net().eval(), images()
         expected = net(x)
         swap_norms(net, "l1")
@@ -57,7 +59,7 @@ class TestTimm:
         torch.testing.assert_close(net(x), expected)
 
 
-def test_evaluation_of_torchs_encoder_computes_the_swapped_norm() -> None:
+def test_transformer_encoder_evaluates_the_swapped_norm() -> None:
     """Its fused kernel computes L2 by the norms' weights, whatever class they have."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     x = torch.randn(2, 5, 8)
@@ -73,7 +75,7 @@ def test_evaluation_of_torchs_encoder_computes_the_swapped_norm() -> None:
 
 
 class TestCompiled:
-    def test_names_are_without_its_prefix(self) -> None:
+    def test_names_leave_out_the_compile_prefix(self) -> None:
         net = nn.Sequential(torch.compile(small_net(), backend="eager"))
         norm = torch.compile(nn.BatchNorm2d(3), backend="eager")
         assert [s.name for s in swap_norms(net, include=["0.1", "0.3.*"]).swapped] == [
@@ -85,9 +87,99 @@ class TestCompiled:
     # What torch 2.11's compiler does with an autograd function, and warns of itself.
     @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated")
     @pytest.mark.parametrize("norm", ["linf", "mean"])
-    def test_a_net_that_was_compiled_and_ran_computes_the_swapped_norm(self, norm: str) -> None:
+    def test_compiled_net_computes_the_swapped_norm(self, norm: str) -> None:
         net, x = small_net(), images()
         compiled = torch.compile(net, backend="eager")
         compiled(x)
         swap_norms(compiled, norm)
         torch.testing.assert_close(compiled(x), net(x))
+
+
+class TestMeanOnly:
+    """The one norm without a scale: its layers have the weight, which is 1 and learns nothing."""
+
+    def net(self) -> nn.Sequential:
+        """Return a net in which no scale is 1, and one is 0 at first, as in residual branches."""
+        net = small_net()
+        nn.init.normal_(net[1].weight, mean=3.0)
+        nn.init.zeros_(net[3][1].weight)
+        net(5 * images())
+        return net
+
+    def test_swap_drops_the_scale_and_keeps_mean_and_bias(self) -> None:
+        net = self.net()
+        norm, x = net[1], torch.randn(4, 8, 2, 2)
+        shift = (norm.bias - norm.running_mean).view(-1, 1, 1)
+        swap_norms(net, "mean")
+        torch.testing.assert_close(norm.eval()(x), x + shift)
+        assert net(images()).std() > 0.1
+
+    def test_earlier_optimizer_trains_only_the_biases(self) -> None:
+        net = self.net()
+        norms = (net[1], net[3][1])
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.5)
+        net(images()).square().sum().backward()
+        ids = [id(q) for q in net.parameters()]
+        swap_norms(net, "mean")
+        before = [norm.bias.detach().clone() for norm in norms]
+        for _ in range(2):  # The gradients of the first step are from before the swap.
+            optimizer.step()
+            net(images()).square().sum().backward()
+        assert [id(q) for q in net.parameters()] == ids
+        for norm, bias in zip(norms, before, strict=True):
+            assert torch.equal(norm.weight, torch.ones_like(norm.weight))
+            assert not torch.equal(norm.bias, bias)
+
+    @pytest.mark.parametrize("norm", ["l2", "l1"])
+    def test_next_norm_evaluates_alike_and_its_weight_learns(self, norm: str) -> None:
+        net, x = self.net(), images()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        swap_norms(net, "mean")
+        net(x)
+        expected = net.eval()(x)
+        swap_norms(net, norm)
+        torch.testing.assert_close(net(x), expected, rtol=0, atol=0)
+        net.train()(x).pow(3).sum().backward()
+        optimizer.step()
+        assert not torch.equal(net[1].weight, torch.ones(8))
+
+    def test_frozen_weight_stays_frozen(self) -> None:
+        net = self.net()
+        net[1].weight.requires_grad_(False)
+        for norm, options in (("mean", {}), ("mean", {"eps": 0.1}), ("l2", {})):
+            swap_norms(net, norm, options)
+            weights = (net[1].weight.requires_grad, net[3][1].weight.requires_grad)
+            assert weights == (False, norm == "l2")
+            variance = {"mean": 1 - net[1].eps, "l2": 0.9}[norm]
+            torch.testing.assert_close(net[1].running_var, torch.full((8,), variance))
+
+    def test_weight_unfrozen_between_swaps_learns(self) -> None:
+        net = self.net()
+        for frozen in (True, False):
+            net[1].weight.requires_grad_(not frozen)
+            swap_norms(net, "mean")
+            swap_norms(net, "l2")
+            assert net[1].weight.requires_grad is not frozen
+
+    def test_copy_reverts_on_its_own(self) -> None:
+        net = self.net()
+        swap_norms(net, "mean")
+        twin = copy.deepcopy(net)
+        swap_norms(twin, "l2")
+        assert (type(net[1]), net[1].weight.requires_grad) == (MeanOnlyBatchNorm2d, False)
+        assert (type(twin[1]), twin[1].weight.requires_grad) == (nn.BatchNorm2d, True)
+
+    @pytest.mark.parametrize("settings", [{"affine": False}, {"track_running_stats": False}])
+    def test_layers_without_weight_or_statistics(self, settings: dict[str, Any]) -> None:
+        net, x = nn.Sequential(nn.BatchNorm2d(3, **settings)), images()
+        swap_norms(net, "mean")
+        torch.testing.assert_close(net(x), x - x.mean((0, 2, 3), keepdim=True))
+        swap_norms(net, "l2")
+        torch.testing.assert_close(net(x), nn.BatchNorm2d(3, **settings)(x))
+
+    def test_sync_batch_norm_reverts(self) -> None:
+        net = nn.Sequential(nn.SyncBatchNorm(3))
+        swap_norms(net, "mean")
+        assert (type(net[0]), net[0].sync) == (MeanOnlyBatchNorm, True)
+        swap_norms(net, "l2")
+        assert type(net[0]) is nn.SyncBatchNorm

@@ -1,6 +1,9 @@
-"""Test that recipes are plain data, in the order of the swaps, and that a difference is named."""
+"""Test recipes as plain data in the order of the swaps, and actions after a method."""
 
+import copy
+import functools
 import json
+import pickle
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ from nmlightning.surgery.recipes import (
     note_recipe,
     recipes_in,
     recipes_of,
+    register_after,
     write_recipes,
 )
 
@@ -36,7 +40,7 @@ def module_with(*recipes: Recipe) -> nn.Module:
     return module
 
 
-def test_a_recipe_is_what_json_can_hold() -> None:
+def test_make_recipe_is_plain_data() -> None:
     made = make_recipe(
         "topk",
         {"k": 3, "constant": "paper", "stats_dtype": torch.float64, "momentum": None},
@@ -67,28 +71,28 @@ def test_a_recipe_is_what_json_can_hold() -> None:
         ),
     ],
 )
-def test_what_comes_to_the_same_is_the_same_recipe(given: Recipe, same: Recipe) -> None:
+def test_make_recipe_normalises_equal_settings(given: Recipe, same: Recipe) -> None:
     assert given == same
 
 
 @pytest.mark.parametrize("option", [{"eps": 1e-5}, {"momentum": 0.1}, {"sync": False}])
-def test_what_is_otherwise_taken_from_the_layer_has_no_default(option: dict[str, Any]) -> None:
+def test_make_recipe_keeps_inherited_options(option: dict[str, Any]) -> None:
     assert recipe("l1", **option) != recipe("l1")
 
 
-def test_a_checkpoint_whose_recipe_names_a_default_is_that_of_the_short_one() -> None:
+def test_check_recipes_accepts_a_spelt_out_default() -> None:
     spelt_out = {**recipe("l1"), "options": {"constant": "exact"}}
     check_recipes(module_with(recipe("l1")), checkpoint(spelt_out))
 
 
-def test_a_recipe_is_noted_once_and_remembers_all_its_modules() -> None:
+def test_note_recipe_joins_modules() -> None:
     module = nn.Module()
     for modules in ({"a": "L1"}, {}, {"b": "L1"}):
         note_recipe(module, recipe(), modules, NORM_SWAP)
     assert recipes_of(module, NORM_SWAP) == [{**recipe(), "modules": {"a": "L1", "b": "L1"}}]
 
 
-def test_a_recipe_that_is_followed_again_is_the_last() -> None:
+def test_note_recipe_moves_a_repeated_recipe_last() -> None:
     module = module_with(recipe("l1"), recipe("linf"))
     note_recipe(module, recipe("l1"), {}, NORM_SWAP)
     assert changed_modules(module, NORM_SWAP) == {"a": "linf"}
@@ -109,9 +113,7 @@ def test_a_recipe_that_is_followed_again_is_the_last() -> None:
         ([(recipe("l1"), ""), (recipe("linf"), "a")], ["l1", "linf"]),
     ],
 )
-def test_a_recipe_that_later_ones_undid_altogether_is_forgotten(
-    swaps: list[tuple[Recipe, str]], shown: list[str]
-) -> None:
+def test_overwritten_recipes_are_dropped(swaps: list[tuple[Recipe, str]], shown: list[str]) -> None:
     module = nn.Module()
     for each, modules in swaps:
         note_recipe(module, each, dict.fromkeys(modules, each["norm"]), NORM_SWAP)
@@ -121,14 +123,14 @@ def test_a_recipe_that_later_ones_undid_altogether_is_forgotten(
     assert [r["norm"] for r in recipes_in(older, NORM_SWAP)] == shown
 
 
-def test_what_is_written_is_read() -> None:
+def test_write_recipes_round_trips() -> None:
     module, written = module_with(recipe("l1", eps=0.1), recipe("lp", p=3)), {"state_dict": {}}
     write_recipes(module, written)
     assert recipes_in(written, NORM_SWAP) == recipes_of(module, NORM_SWAP)
     check_recipes(module, written)
 
 
-def test_a_module_that_was_not_swapped_writes_nothing_and_fits_a_plain_checkpoint() -> None:
+def test_write_recipes_of_an_unswapped_module() -> None:
     written: dict[str, Any] = {}
     write_recipes(nn.Module(), written)
     assert written == {}
@@ -164,7 +166,9 @@ def test_a_module_that_was_not_swapped_writes_nothing_and_fits_a_plain_checkpoin
         ([recipe("l1")], [], "NormSwap 'l1', this run has nothing (no NormSwap)."),
     ],
 )
-def test_another_recipe_is_refused(there: list[Recipe], here: list[Recipe], answer: str) -> None:
+def test_check_recipes_names_the_difference(
+    there: list[Recipe], here: list[Recipe], answer: str
+) -> None:
     with pytest.raises(InputError) as error:
         check_recipes(module_with(*here), checkpoint(*there))
     assert answer in str(error.value)
@@ -172,7 +176,52 @@ def test_another_recipe_is_refused(there: list[Recipe], here: list[Recipe], answ
 
 
 @pytest.mark.parametrize("version", [2, None])
-def test_another_version_is_refused(version: int | None) -> None:
+def test_recipes_in_refuses_another_version(version: int | None) -> None:
     entry = {"nmlightning": {"version": version, "norm_swaps": []}}
     with pytest.raises(InputError, match=f"version {version}, and this release reads 1: install"):
         recipes_in(entry, NORM_SWAP)
+
+
+class Greets(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[str] = []
+
+    def greet(self, name: str) -> str:
+        self.heard.append(f"hello {name}")
+        return name.upper()
+
+
+def note(module: Greets, word: str, name: str) -> None:
+    module.heard.append(f"{word} {name}")
+
+
+def test_register_after_calls_actions_with_the_arguments() -> None:
+    module = Greets()
+    register_after(module, "greet", functools.partial(note, module, "welcome"), key="a")
+    register_after(module, "greet", functools.partial(note, module, "bye"), key="b")
+    assert module.greet("you") == "YOU"
+    assert module.heard == ["hello you", "welcome you", "bye you"]
+
+
+def test_register_after_replaces_the_action_of_a_key() -> None:
+    module = Greets()
+    for word in ("bye", "welcome"):
+        register_after(module, "greet", functools.partial(note, module, word), key="a")
+    module.greet("you")
+    assert module.heard == ["hello you", "welcome you"]
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))]
+)
+def test_register_after_acts_on_the_copy(duplicate: Any) -> None:
+    module = Greets()
+    register_after(module, "greet", functools.partial(note, module, "welcome"), key="a")
+    twin = duplicate(module)
+    register_after(twin, "greet", functools.partial(note, twin, "bye"), key="b")
+    twin.greet("you")
+    assert module.heard == []
+    assert twin.heard == ["hello you", "welcome you", "bye you"]
+    module.greet("me")
+    assert module.heard == ["hello me", "welcome me"]

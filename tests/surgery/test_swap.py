@@ -18,7 +18,6 @@ from nmlightning.errors import InputError
 from nmlightning.norms import batch_norm as ours
 from nmlightning.norms.batch_norm_base import BatchNormBase
 from nmlightning.norms.layer_norm import L1LayerNorm, L1RMSNorm, LpLayerNorm, LpRMSNorm
-from nmlightning.norms.mean_only import MeanOnlyBatchNorm, MeanOnlyBatchNorm2d
 
 # The norm of each is a batch norm, as plain nn layers, timm's BatchNormAct2d, or both.
 ARCHITECTURES = [
@@ -73,7 +72,7 @@ def refusal(model: nn.Module, *arguments: Any, **keywords: Any) -> str:
 
 
 class TestReport:
-    def test_it_counts_and_prints(self) -> None:
+    def test_counts_and_prints(self) -> None:
         net = nn.Sequential(*small_net(), nn.GroupNorm(2, 4))
         report = swap_norms(net, "top10")
         assert len(report) == 2
@@ -84,7 +83,7 @@ class TestReport:
         assert all(word in table for word in ("module", "from", "to", "3.1", "TopKBatchNorm2d"))
         assert "left: no swap is defined for this norm" in table
 
-    def test_names_are_printed_as_they_are(self) -> None:
+    def test_escapes_names(self) -> None:
         """Rich would take what stands in brackets for a style."""
         norm = type("Group[bold]Norm", (nn.GroupNorm,), {})
         net = nn.ModuleDict({"[red]x": nn.BatchNorm2d(4), "[/]y": norm(2, 4)})
@@ -93,7 +92,7 @@ class TestReport:
         table = console.export_text()
         assert all(name in table for name in ("[red]x", "[/]y", "Group[bold]Norm"))
 
-    def test_a_dry_run_changes_nothing(self) -> None:
+    def test_dry_run_changes_nothing(self) -> None:
         net = small_net()
         before = classes(net)
         report = swap_norms(net, "l1", dry_run=True)
@@ -101,7 +100,7 @@ class TestReport:
         assert [swap.name for swap in report.swapped] == ["1", "3.1"]
         assert classes(net) == before
 
-    def test_the_second_swap_does_nothing(self) -> None:
+    def test_second_swap_does_nothing(self) -> None:
         net = small_net()
         swap_norms(net, "top10", {"constant": "paper"})
         report = swap_norms(net, "top10", {"constant": "paper"})
@@ -124,7 +123,7 @@ class TestWhatIsKept:
         swap_norms(net, "l1", {"momentum": 0.5})
         assert repr(net[1]) == "L1BatchNorm2d(8, eps=0.001, momentum=0.5)"
 
-    def test_an_optimizer_made_before_trains_the_swapped_layers(self) -> None:
+    def test_earlier_optimizer_trains_the_swapped_layers(self) -> None:
         net = small_net()
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         swap_norms(net, "l1")
@@ -141,7 +140,7 @@ class TestWhatIsKept:
         net(images())
         assert seen == ["before", "forward"]
 
-    def test_evaluation_of_a_swapped_layer_is_torchs(self) -> None:
+    def test_swapped_layer_evaluates_as_torchs(self) -> None:
         net, x = small_net().eval(), images()
         expected = net(x)
         swap_norms(net, "linf")
@@ -174,19 +173,19 @@ class TestWhichLayers:
         swap_norms(net, "l2")
         assert type(net[0]) is original
 
-    def test_a_root_that_is_itself_a_norm(self) -> None:
+    def test_root_that_is_a_norm(self) -> None:
         norm = nn.BatchNorm2d(3)
         assert len(swap_norms(norm, "l1")) == 1
         assert type(norm) is ours.L1BatchNorm2d
 
-    def test_a_shared_module_stays_shared_and_is_named_at_every_place(self) -> None:
+    def test_shared_module_stays_shared_and_has_all_names(self) -> None:
         norm = nn.BatchNorm2d(3)
         net = nn.Sequential(norm, nn.ReLU(), norm)
         report = swap_norms(net, "l1")
         assert [swap.name for swap in report.swapped] == ["0", "2"]
         assert net[0] is net[2] is norm
 
-    def test_a_shared_module_is_left_alone_if_exclude_names_it_once(self) -> None:
+    def test_shared_module_is_left_if_excluded_once(self) -> None:
         norm = nn.BatchNorm2d(3)
         net = nn.Sequential(norm, nn.ReLU(), norm, nn.BatchNorm2d(3))
         report = swap_norms(net, "l1", exclude=["2"])
@@ -202,7 +201,7 @@ class TestWhichLayers:
         }
         assert type(net.bn1) is nn.BatchNorm2d
 
-    def test_a_subclass_is_left_or_refused_if_named(self) -> None:
+    def test_subclass_is_left_or_refused_if_included(self) -> None:
         class Mine(nn.BatchNorm2d):
             pass
 
@@ -227,12 +226,12 @@ class TestWhichLayers:
         ids=lambda layer: type(layer).__name__,
     )
     @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
-    def test_other_norms_are_refused_by_name(self, layer: nn.Module) -> None:
+    def test_other_norms_are_left_or_refused_if_included(self, layer: nn.Module) -> None:
         net = nn.Sequential(nn.BatchNorm2d(4), layer)
         assert f"1 ({type(layer).__name__}: " in refusal(net, include=["0", "1"])
         assert [left.name for left in swap_norms(net).left] == ["1"]
 
-    def test_a_norm_whose_forward_was_replaced_is_left_or_refused_if_named(self) -> None:
+    def test_replaced_forward_is_left_or_refused_if_included(self) -> None:
         """Its class is no longer what runs, so a swap would change nothing but the report."""
         net = small_net()
         net[1].forward = net[1].forward
@@ -243,7 +242,7 @@ class TestWhichLayers:
         ]
         assert "1 (BatchNorm2d: its forward was replaced" in refusal(net, include=["1"])
 
-    def test_a_lazy_norm_becomes_swappable_with_its_first_batch(self) -> None:
+    def test_lazy_norm_is_swappable_after_its_first_batch(self) -> None:
         net = nn.Sequential(nn.LazyBatchNorm2d())
         assert "not initialised, run one batch" in refusal(net, include=["0"])
         net(images())
@@ -259,14 +258,12 @@ class TestInput:
             ({"options": {"eps": -1.0}}, "eps must be .* got -1.0"),
             ({"options": {"k": 3}}, "'l1' has no option 'k'"),
             ({"norm": "top10", "options": {"k": 3}}, "'top10' has k = 10 by its name"),
-            ({"norm": "topk", "options": {"k": 0}}, "k must be .* got 0"),
             ({"norm": "lp", "options": {"p": 0.5}}, "p must be .* got 0.5"),
             ({"options": {"constant": "exakt"}}, "'exakt'.* Did you mean 'exact'\\?"),
             ({"kinds": ["bach"]}, "got 'bach'. Did you mean 'batch'\\?"),
             ({"kinds": []}, "kinds is empty"),
             ({"kinds": "batch"}, "kinds is a list, got the string 'batch'"),
             ({"kinds": ["layer"], "norm": "linf"}, "'linf' is not defined for layer norms"),
-            ({"kinds": ["rms"], "norm": "linf"}, "'linf' is not defined for RMS norms"),
             ({"norm": None}, "There is no norm None; there are l2, l1"),
             ({"kinds": None}, "kinds is a list of strings, got None"),
             ({"kinds": [1]}, "kinds is a list of strings, got \\[1\\]"),
@@ -275,13 +272,12 @@ class TestInput:
             ({"options": {"sync": "no"}}, "sync is True or False, got 'no'"),
             ({"dry_run": "no"}, "dry_run is True or False, got 'no'"),
             ({"include": "layer1.*"}, "include is a list, got the string 'layer1\\.\\*'"),
-            ({"exclude": "layer1.*"}, "exclude is a list, got the string 'layer1\\.\\*'"),
         ],
     )
-    def test_what_cannot_be_is_named(self, arguments: dict[str, Any], answer: str) -> None:
+    def test_bad_arguments_are_named(self, arguments: dict[str, Any], answer: str) -> None:
         assert re.search(answer, refusal(small_net(), **arguments))
 
-    def test_a_pattern_that_matches_nothing_lists_the_norms(self) -> None:
+    def test_unmatched_pattern_lists_the_norms(self) -> None:
         for argument in ("include", "exclude"):
             message = refusal(small_net(), **{argument: ["layer1.*"]})
             assert (
@@ -290,26 +286,26 @@ class TestInput:
             )
             assert "Its norm layers are 1 (BatchNorm2d), 3.1 (BatchNorm2d)." in message
 
-    def test_a_long_list_of_norms_is_cut(self) -> None:
+    def test_long_list_of_norms_is_cut(self) -> None:
         message = refusal(torchvision.models.resnet18(), include=["x"])
         assert message.endswith("and 8 more.")
 
-    def test_a_pattern_that_matches_only_the_other_kind(self) -> None:
+    def test_pattern_of_another_kind_is_refused(self) -> None:
         net = nn.Sequential(nn.BatchNorm2d(3), nn.LayerNorm(3))
         message = refusal(net, include=["0", "1"])
         assert "The pattern '1' in include matches no batch norm" in message
 
-    def test_exclude_that_leaves_nothing(self) -> None:
+    def test_exclude_of_everything_is_refused(self) -> None:
         assert "leave no batch norm" in refusal(small_net(), exclude=["*"])
 
-    def test_a_model_without_norms(self) -> None:
+    def test_model_without_norms_is_refused(self) -> None:
         message = refusal(nn.Sequential(nn.Linear(2, 2)))
         assert message == (
             "There is no batch norm to swap in Sequential. It has no norm layers; "
             "is the net built in configure_model?"
         )
 
-    def test_a_sharded_layer_is_refused_but_one_swapped_before_is_fine(self) -> None:
+    def test_sharded_layer_is_refused_unless_swapped_before(self) -> None:
         class DTensor(nn.Parameter):
             pass
 
@@ -327,7 +323,7 @@ class TestUndo:
     @pytest.mark.parametrize(
         "norms", [["l1"], ["linf"], ["l1", "linf", "top10"], ["lp", "topk"], ["mean"]]
     )
-    def test_l2_undoes(self, norms: list[str]) -> None:
+    def test_l2_reverts(self, norms: list[str]) -> None:
         net, x = small_net(), images()
         original = copy.deepcopy(net)
         for norm in norms:
@@ -340,7 +336,7 @@ class TestUndo:
         assert net[1].__dict__.keys() == original[1].__dict__.keys()
         torch.testing.assert_close(net(x), original(x), rtol=0, atol=0)
 
-    def test_settings_of_the_last_norm_do_not_linger(self) -> None:
+    def test_settings_of_the_last_norm_are_removed(self) -> None:
         net = small_net()
         swap_norms(net, "topk", {"k": 3, "constant": "paper"})
         swap_norms(net, "l1")
@@ -349,98 +345,8 @@ class TestUndo:
         assert repr(net[1]) == "L1BatchNorm2d(8, eps=0.001, momentum=0.2)"
 
 
-class TestMeanOnly:
-    """The one norm without a scale: its layers have the weight, which is 1 and learns nothing."""
-
-    def net(self) -> nn.Sequential:
-        """Return a net in which no scale is 1, and one is 0 at first, as in residual branches."""
-        net = small_net()
-        nn.init.normal_(net[1].weight, mean=3.0)
-        nn.init.zeros_(net[3][1].weight)
-        net(5 * images())
-        return net
-
-    def test_the_scale_goes_and_the_mean_and_the_bias_stay(self) -> None:
-        net = self.net()
-        norm, x = net[1], torch.randn(4, 8, 2, 2)
-        shift = (norm.bias - norm.running_mean).view(-1, 1, 1)
-        swap_norms(net, "mean")
-        torch.testing.assert_close(norm.eval()(x), x + shift)
-        assert net(images()).std() > 0.1
-
-    def test_an_optimizer_made_before_trains_the_biases_and_leaves_the_weights(self) -> None:
-        net = self.net()
-        norms = (net[1], net[3][1])
-        optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.5)
-        net(images()).square().sum().backward()
-        ids = [id(q) for q in net.parameters()]
-        swap_norms(net, "mean")
-        before = [norm.bias.detach().clone() for norm in norms]
-        for _ in range(2):  # The gradients of the first step are from before the swap.
-            optimizer.step()
-            net(images()).square().sum().backward()
-        assert [id(q) for q in net.parameters()] == ids
-        for norm, bias in zip(norms, before, strict=True):
-            assert torch.equal(norm.weight, torch.ones_like(norm.weight))
-            assert not torch.equal(norm.bias, bias)
-
-    @pytest.mark.parametrize("norm", ["l2", "l1"])
-    def test_the_next_norm_evaluates_alike_and_its_weight_learns(self, norm: str) -> None:
-        net, x = self.net(), images()
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-        swap_norms(net, "mean")
-        net(x)
-        expected = net.eval()(x)
-        swap_norms(net, norm)
-        torch.testing.assert_close(net(x), expected, rtol=0, atol=0)
-        net.train()(x).pow(3).sum().backward()
-        optimizer.step()
-        assert not torch.equal(net[1].weight, torch.ones(8))
-
-    def test_a_frozen_weight_is_frozen_afterwards(self) -> None:
-        net = self.net()
-        net[1].weight.requires_grad_(False)
-        for norm, options in (("mean", {}), ("mean", {"eps": 0.1}), ("l2", {})):
-            swap_norms(net, norm, options)
-            weights = (net[1].weight.requires_grad, net[3][1].weight.requires_grad)
-            assert weights == (False, norm == "l2")
-            variance = {"mean": 1 - net[1].eps, "l2": 0.9}[norm]
-            torch.testing.assert_close(net[1].running_var, torch.full((8,), variance))
-
-    def test_a_weight_that_was_frozen_once_may_learn_after_the_next_swap(self) -> None:
-        net = self.net()
-        for frozen in (True, False):
-            net[1].weight.requires_grad_(not frozen)
-            swap_norms(net, "mean")
-            swap_norms(net, "l2")
-            assert net[1].weight.requires_grad is not frozen
-
-    def test_a_copy_is_undone_on_its_own(self) -> None:
-        net = self.net()
-        swap_norms(net, "mean")
-        twin = copy.deepcopy(net)
-        swap_norms(twin, "l2")
-        assert (type(net[1]), net[1].weight.requires_grad) == (MeanOnlyBatchNorm2d, False)
-        assert (type(twin[1]), twin[1].weight.requires_grad) == (nn.BatchNorm2d, True)
-
-    @pytest.mark.parametrize("settings", [{"affine": False}, {"track_running_stats": False}])
-    def test_layers_that_lack_what_it_drops(self, settings: dict[str, Any]) -> None:
-        net, x = nn.Sequential(nn.BatchNorm2d(3, **settings)), images()
-        swap_norms(net, "mean")
-        torch.testing.assert_close(net(x), x - x.mean((0, 2, 3), keepdim=True))
-        swap_norms(net, "l2")
-        torch.testing.assert_close(net(x), nn.BatchNorm2d(3, **settings)(x))
-
-    def test_synchronised_torchs_comes_back(self) -> None:
-        net = nn.Sequential(nn.SyncBatchNorm(3))
-        swap_norms(net, "mean")
-        assert (type(net[0]), net[0].sync) == (MeanOnlyBatchNorm, True)
-        swap_norms(net, "l2")
-        assert type(net[0]) is nn.SyncBatchNorm
-
-
 class TestSynchronised:
-    def test_sync_batch_norm_becomes_a_synchronised_norm_and_comes_back(self) -> None:
+    def test_sync_batch_norm_swaps_to_synchronised_and_reverts(self) -> None:
         group = object()
         net = nn.Sequential(nn.SyncBatchNorm(3))
         net[0].process_group = group
@@ -455,7 +361,7 @@ class TestSynchronised:
         assert type(net[0]) is nn.SyncBatchNorm
         assert net[0].process_group is group
 
-    def test_ours_that_synchronises_becomes_torchs_that_does(self) -> None:
+    def test_synchronised_norm_reverts_to_sync_batch_norm(self) -> None:
         net = nn.Sequential(nn.BatchNorm2d(3))
         swap_norms(net, "l1", {"sync": True})
         swap_norms(net, "l2")
@@ -476,7 +382,7 @@ class TestRMSNorm:
     def net(self) -> nn.Sequential:
         return nn.Sequential(nn.RMSNorm(8, eps=1e-3), nn.LayerNorm(8), nn.RMSNorm(8))
 
-    def test_by_kinds_and_l2_undoes(self) -> None:
+    def test_swaps_by_kinds_and_reverts(self) -> None:
         net, x = self.net(), torch.randn(4, 8)
         expected = net(x)
         weight = net[0].weight
@@ -501,7 +407,7 @@ class TestRMSNorm:
             (timm.layers.RmsNorm(8), "a class of its own, and only torch's RMSNorm is swapped"),
         ],
     )
-    def test_others_are_left_with_the_reason(self, norm: nn.Module, reason: str) -> None:
+    def test_other_rms_norms_are_left_with_the_reason(self, norm: nn.Module, reason: str) -> None:
         net = nn.Sequential(nn.RMSNorm(8), norm)
         report = swap_norms(net, "l1", kinds=["rms"])
         assert [(left.name, left.reason) for left in report.left] == [("1", reason)]
@@ -511,7 +417,7 @@ class TestRMSNorm:
 
 class TestLayerNorm:
     @pytest.mark.parametrize("bias", [True, False])
-    def test_by_kinds(self, bias: bool) -> None:
+    def test_swaps_by_kinds(self, bias: bool) -> None:
         net = nn.Sequential(nn.LayerNorm(8, bias=bias), nn.BatchNorm1d(8))
         swap_norms(net, "l1", kinds=["layer"])
         assert classes(net)[1:] == [L1LayerNorm, nn.BatchNorm1d]
@@ -532,7 +438,7 @@ def build(library: str, name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize(("library", "name", "norm"), ARCHITECTURES)
-def test_every_batch_norm_swaps_and_trains_a_step(library: str, name: str, norm: str) -> None:
+def test_architectures_swap_and_train_a_step(library: str, name: str, norm: str) -> None:
     net = build(library, name)
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

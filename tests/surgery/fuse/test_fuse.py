@@ -26,53 +26,28 @@ from nmlightning.models import VGG, CifarResNet
 from nmlightning.surgery.fuse.fuse import fused_norms, unfuse, unfused
 
 # How many norms do a ReLU, how many an addition and a ReLU, and why the others do neither.
-NETWORKS: dict[str, tuple[Any, int, int, set[str]]] = {
-    "ours": (lambda: CifarResNet(8), 4, 3, set()),
-    "our vgg": (lambda: VGG(11, width=4), 8, 0, set()),
-    "torchvision resnet18": (
-        lambda: torchvision.models.resnet18(num_classes=3),
-        9,
-        8,
-        {"it is the last of its Sequential"},
-    ),
-    "torchvision resnet50": (
-        lambda: torchvision.models.resnet50(num_classes=3),
-        33,
-        16,
-        {"it is the last of its Sequential"},
-    ),
-    "torchvision vgg11_bn": (lambda: torchvision.models.vgg11_bn(num_classes=3), 8, 0, set()),
-    "timm resnet18": (
-        lambda: timm.create_model("resnet18", num_classes=3),
-        9,
-        8,
-        {"it is the last of its Sequential"},
-    ),
-    "timm resnet26d": (
-        lambda: timm.create_model("resnet26d", num_classes=3),
-        19,
-        8,
-        {"it is the last of its Sequential"},
-    ),
-    "timm regnetx_002": (
-        lambda: timm.create_model("regnetx_002", num_classes=3),
-        27,
-        0,
-        {"nothing follows it in ConvNormAct"},
-    ),
-    "torchvision mobilenet_v2": (
-        lambda: torchvision.models.mobilenet_v2(num_classes=3),
-        0,
-        0,
-        {"ReLU6 follows it", "it is the last of its Sequential"},
-    ),
-    "timm efficientnet_b0": (
-        lambda: timm.create_model("efficientnet_b0", num_classes=3),
-        0,
-        0,
-        {"its own activation is SiLU", "nothing follows it"},
-    ),
+LAST = "it is the last of its Sequential"
+NETWORKS: dict[str, tuple[int, int, set[str]]] = {
+    "ours resnet": (4, 3, set()),
+    "ours vgg": (8, 0, set()),
+    "torchvision resnet18": (9, 8, {LAST}),
+    "torchvision resnet50": (33, 16, {LAST}),
+    "torchvision vgg11_bn": (8, 0, set()),
+    "timm resnet18": (9, 8, {LAST}),
+    "timm resnet26d": (19, 8, {LAST}),
+    "timm regnetx_002": (27, 0, {"nothing follows it in ConvNormAct"}),
+    "torchvision mobilenet_v2": (0, 0, {"ReLU6 follows it", LAST}),
+    "timm efficientnet_b0": (0, 0, {"its own activation is SiLU", "nothing follows it"}),
 }
+
+
+def build(network: str) -> nn.Module:
+    library, name = network.split()
+    if library == "ours":
+        return CifarResNet(8) if name == "resnet" else VGG(11, width=4)
+    if library == "timm":
+        return timm.create_model(name, num_classes=3)  # type: ignore[no-any-return]
+    return torchvision.models.get_model(name, weights=None, num_classes=3)  # type: ignore[no-any-return]
 
 
 def images(size: int = 32) -> Tensor:
@@ -90,9 +65,9 @@ def spread_out(net: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_what_is_fused_and_that_training_is_the_same(name: str) -> None:
-    build, relus, sums, reasons = NETWORKS[name]
-    net = spread_out(build())
+def test_fused_networks_train_the_same(name: str) -> None:
+    relus, sums, reasons = NETWORKS[name]
+    net = spread_out(build(name))
     report = swap_norms(net, "l1", fuse="add_relu")
     kinds = [s.after for s in report.fused]
     assert (kinds.count("relu"), kinds.count("add_relu")) == (relus, sums)
@@ -120,7 +95,7 @@ class TestTimmsOwnActivation:
         norm = timm.layers.BatchNormAct2d(4)
         return spread_out(nn.Sequential(nn.Conv2d(3, 4, 3), norm))
 
-    def test_it_is_done_by_the_norm_and_given_back(self) -> None:
+    def test_timm_activation_is_fused_and_unfused(self) -> None:
         net = self.net()
         norm = net[1]
         swap_norms(net, "l1")
@@ -139,7 +114,7 @@ class TestTimmsOwnActivation:
             assert type(model[1]) is timm.layers.BatchNormAct2d
             assert not model[1]._forward_hooks
 
-    def test_hooks_on_it_or_its_activation_are_a_reason_not_to(self) -> None:
+    def test_timm_activation_with_hooks_is_refused(self) -> None:
         for name in ("1", "1.act"):
             net = self.net()
             net.get_submodule(name).register_forward_hook(lambda *_: None)
@@ -155,7 +130,7 @@ def fused_resnet() -> nn.Module:
 
 
 @pytest.mark.parametrize("suffix", ["pt", "onnx", "pt2"])
-def test_export_takes_a_copy_apart(suffix: str, tmp_path: Path) -> None:
+def test_export_network_leaves_the_network_fused(suffix: str, tmp_path: Path) -> None:
     if suffix == "onnx":
         pytest.importorskip("onnxscript")
     format = {"pt": "state_dict", "onnx": "onnx", "pt2": "torch_export"}[suffix]
@@ -166,14 +141,14 @@ def test_export_takes_a_copy_apart(suffix: str, tmp_path: Path) -> None:
     assert len(fused_norms(net)) == 7
 
 
-def test_fold_norms_takes_the_network_apart() -> None:
+def test_fold_norms_unfuses() -> None:
     net = fused_resnet().eval()
     expected = net(images())
     assert len(fold_norms(net)) == 7
     torch.testing.assert_close(net(images()), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_probe_sees_the_norms_alone() -> None:
+def test_probe_norms_measures_unfused_norms() -> None:
     net = fused_resnet()
     twin = copy.deepcopy(net)
     unfuse(twin)
@@ -187,7 +162,7 @@ def test_a_probe_sees_the_norms_alone() -> None:
     assert len(fused_norms(net)) == 7
 
 
-def test_averages_of_a_fused_model_are_fused() -> None:
+def test_averaged_model_stays_fused() -> None:
     net = fused_resnet()
     average = AveragedModel(net)
     average.update_parameters(net)
@@ -240,7 +215,7 @@ def fit(module: pl.LightningModule, *callbacks: Any, **options: Any) -> pl.Train
 
 
 @pytest.mark.parametrize("made", [Classifier, BuiltLate])
-def test_norm_swap_fuses_and_a_resume_may_do_otherwise(made: Any, tmp_path: Path) -> None:
+def test_norm_swap_resumes_with_or_without_fuse(made: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = made()
     trainer = fit(module, NormSwap("l1", fuse="relu"))
@@ -256,7 +231,7 @@ def test_norm_swap_fuses_and_a_resume_may_do_otherwise(made: Any, tmp_path: Path
         torch.testing.assert_close(ours, theirs)
 
 
-def test_a_checkpoint_is_loaded_without(tmp_path: Path) -> None:
+def test_load_from_checkpoint_does_not_fuse(tmp_path: Path) -> None:
     module = Classifier()
     fit(module, NormSwap("l1", fuse="relu")).save_checkpoint(tmp_path / "a.ckpt")
     loaded = load_from_checkpoint(Classifier, tmp_path / "a.ckpt")
@@ -265,7 +240,7 @@ def test_a_checkpoint_is_loaded_without(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded.eval().net(x), module.eval().net(x))
 
 
-def test_sync_batchnorm_of_a_trainer_keeps_what_is_fused() -> None:
+def test_sync_batchnorm_keeps_norms_fused() -> None:
     module = Classifier()
     swap_norms(module, "l1", fuse="relu")
     _SyncKeepingOurs(TorchSyncBatchNorm(), unfused).apply(module)
@@ -277,7 +252,7 @@ def test_sync_batchnorm_of_a_trainer_keeps_what_is_fused() -> None:
 @pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("fuse", [None, "add_relu"])
-def test_compiled_code_keeps_no_more_for_backward_than_batch_norms(fuse: str | None) -> None:
+def test_compiled_norms_save_no_more_than_torchs(fuse: str | None) -> None:
     """And no mask: of the ReLU whose output nothing else needs, torch keeps one for any norm."""
 
     def kept(net: nn.Module) -> list[tuple[torch.dtype, int]]:

@@ -58,7 +58,7 @@ def copies_by_file(net: nn.Module) -> nn.Module:
     return torch.load(file, weights_only=False)  # type: ignore[no-any-return]
 
 
-def test_it_is_what_it_was_but_for_its_forward() -> None:
+def test_fused_class_changes_only_the_forward() -> None:
     plain, net = make(None), make()
     assert [type(m).__name__ for m in net.modules()] == [type(m).__name__ for m in plain.modules()]
     assert isinstance(net, nn.Sequential)
@@ -84,7 +84,7 @@ def test_copies_are_fused_and_independent(copies: Any) -> None:
     assert len(fused_norms(net)) == 2
 
 
-def test_modules_of_one_class_that_are_fused_alike_share_theirs() -> None:
+def test_blocks_fused_alike_share_a_class() -> None:
     """So that torch.compile compiles their code once."""
     net = CifarResNet(20)
     swap_norms(net, "l1", fuse="add_relu")
@@ -92,7 +92,7 @@ def test_modules_of_one_class_that_are_fused_alike_share_theirs() -> None:
 
 
 @pytest.mark.parametrize("undo", [("l2", None), ("l1", None), ("linf", None)])
-def test_a_swap_without_undoes_it(undo: tuple[str, Any]) -> None:
+def test_swap_without_fuse_unfuses(undo: tuple[str, Any]) -> None:
     net = make()
     report = swap_norms(net, undo[0], fuse=undo[1])
     assert [s.after for s in report.fused] == ["", ""]
@@ -101,7 +101,7 @@ def test_a_swap_without_undoes_it(undo: tuple[str, Any]) -> None:
     assert all("fused" not in vars(m) for m in net.modules())
 
 
-def test_another_norm_or_extent_and_the_same_again() -> None:
+def test_swap_again_changes_norm_and_extent() -> None:
     net = make("relu")
     assert str(swap_norms(net, "l1", fuse="relu")) == "swapped 0; 1 not fused"
     assert [s.name for s in swap_norms(net, "linf", fuse="add_relu").fused] == ["4.norm"]
@@ -110,14 +110,14 @@ def test_another_norm_or_extent_and_the_same_again() -> None:
     torch.testing.assert_close(net(images()), _twin(net)(images()))
 
 
-def test_only_what_is_picked_changes() -> None:
+def test_swap_unfuses_only_included_norms() -> None:
     net = make()
     report = swap_norms(net, "linf", include=["4.norm"])
     assert [(s.name, s.before, s.after) for s in report.fused] == [("4.norm", "add_relu", "")]
     assert list(fused_norms(net)) == [net[1]]
 
 
-def test_a_dry_run_tells_and_changes_nothing() -> None:
+def test_dry_run_reports_and_changes_nothing() -> None:
     net = make(None)
     swap_norms(net, "l2")
     report = swap_norms(net, "l1", fuse="add_relu", dry_run=True)
@@ -145,7 +145,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_the_forward_depends_on_takes_it_apart(change: str) -> None:
+def test_watched_changes_unfuse(change: str) -> None:
     net = make()
     with pytest.warns(UserWarning, match="was changed, on which its fused norms depend"):
         CHANGES[change](net)
@@ -154,7 +154,7 @@ def test_what_the_forward_depends_on_takes_it_apart(change: str) -> None:
     assert len(fused_norms(net)) == 1
 
 
-def test_other_changes_do_not() -> None:
+def test_other_changes_keep_norms_fused() -> None:
     net = make()
     net[4].conv = nn.Conv2d(4, 4, 1)
     net[4].rescale = False
@@ -163,7 +163,7 @@ def test_other_changes_do_not() -> None:
     assert len(fused_norms(net)) == 2
 
 
-def test_torchs_conversion_to_sync_takes_it_apart() -> None:
+def test_convert_sync_batchnorm_unfuses() -> None:
     """Else the network would lose its ReLUs without a word."""
     net = make()
     with pytest.warns(UserWarning, match="was changed, on which"):
@@ -172,7 +172,7 @@ def test_torchs_conversion_to_sync_takes_it_apart() -> None:
     assert type(net[4]) is Residual
 
 
-def test_slices_of_a_sequential_compute_what_they_did() -> None:
+def test_slices_of_a_fused_sequential_compute_the_same() -> None:
     net = make()
     twin = _twin(net)
     for part in (slice(0, 4), slice(3, 5), slice(0, 5), slice(4, 5)):
@@ -183,7 +183,7 @@ def test_slices_of_a_sequential_compute_what_they_did() -> None:
         net[:2](images())
 
 
-def test_a_sequential_that_grew_and_shrank() -> None:
+def test_fused_sequential_may_grow() -> None:
     net = make()
     net.append(nn.Flatten())
     net.insert(0, nn.Identity())
@@ -192,7 +192,7 @@ def test_a_sequential_that_grew_and_shrank() -> None:
     assert fused_norms(net) == {}
 
 
-def test_unfused_for_a_while() -> None:
+def test_unfused_restores_the_fused_classes() -> None:
     net = make()
     classes = [type(m) for m in net.modules()]
     with unfused(net):
@@ -201,7 +201,7 @@ def test_unfused_for_a_while() -> None:
     assert list(fused_norms(net).values()) == ["relu", "add_relu"]
 
 
-def test_weight_norms_and_optimizers_go_on() -> None:
+def test_weight_norm_and_optimizer_keep_working() -> None:
     net, twin = make(), make(None)
     for model in (net, twin):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -213,7 +213,7 @@ def test_weight_norms_and_optimizers_go_on() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
-def test_a_module_that_became_of_another_class_since_is_not_taken_apart() -> None:
+def test_unfusing_a_changed_class_is_refused() -> None:
     net = make()
     net[4].__class__ = type("FSDPResidual", (type(net[4]),), {})
     before = [type(m) for m in net.modules()]
@@ -223,7 +223,7 @@ def test_a_module_that_became_of_another_class_since_is_not_taken_apart() -> Non
     swap_norms(net, "linf", fuse="add_relu")
 
 
-def test_an_output_that_is_changed_in_place_is_noticed() -> None:
+def test_in_place_change_of_the_output_raises() -> None:
     """As after a ReLU, whose backward needs its output, too."""
     net = make()
     y = net(images())
@@ -235,7 +235,7 @@ def test_an_output_that_is_changed_in_place_is_noticed() -> None:
 # Dynamo of torch 2.11 instantiates any autograd function that it traces.
 @pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("norm", ["l1", "linf"])
-def test_it_compiles_without_a_break_in_the_graph(norm: str) -> None:
+def test_fused_network_compiles_in_one_graph(norm: str) -> None:
     net = make()
     swap_norms(net, norm, fuse="add_relu")
     twin = _twin(net)
@@ -254,7 +254,7 @@ def test_it_compiles_without_a_break_in_the_graph(norm: str) -> None:
         ({"fuse": "relu", "kinds": ["layer"]}, "fuse is for batch norms, and kinds is"),
     ],
 )
-def test_what_cannot_be_is_named(arguments: dict[str, Any], answer: str) -> None:
+def test_swap_norms_refuses_bad_fuse(arguments: dict[str, Any], answer: str) -> None:
     with pytest.raises(InputError) as error:
         swap_norms(nn.Sequential(nn.BatchNorm2d(3), nn.LayerNorm(3)), **arguments)
     assert answer in str(error.value)
