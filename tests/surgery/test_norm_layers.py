@@ -1,4 +1,4 @@
-"""Test swaps of timm's norms, of torch's encoder and compiled nets, and to norms without a scale."""
+"""Test swaps of timm's norms, torch's encoder, compiled nets, and to norms without a scale."""
 
 import copy
 import pickle
