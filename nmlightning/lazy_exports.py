@@ -27,7 +27,7 @@ RENAMED = {
     "norms.rms_norm": "norms.layer_norm",
     "swap_report": "surgery.swap",
     "tasks.inverse_square_root": "optim.schedules",
-    "tasks.line_translation": "translation.inference",
+    "tasks.line_translation": "translation.task",
     "tasks.translation": "translation.task",
     "weights.parameter_groups": "optim.param_groups",
     "weights.steering": "optim",

@@ -18,9 +18,8 @@ from nmlightning.errors import InputError
 from nmlightning.name_patterns import some
 from nmlightning.parametrizations.apply import remove_weight_norm
 from nmlightning.surgery.recipes import WEIGHT_NORM, recipes_of
-from nmlightning.translation.inference import LineOptions, translate_lines
 from nmlightning.translation.sources import decode_line
-from nmlightning.translation.task import Translator
+from nmlightning.translation.task import LineOptions, Translator, translate_lines
 
 
 def run(arguments: list[str]) -> int:

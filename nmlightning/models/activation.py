@@ -1,10 +1,12 @@
-"""The activations of a network, the initialisation that fits each, and TReLU."""
+"""Activations, TReLU among them, and how the parameters of networks are drawn."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from nmlightning.errors import check_choice
 
@@ -57,3 +59,24 @@ def initialise(net: nn.Module, activation: Activation) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity=gain_of)
         elif isinstance(module, (nn.BatchNorm2d, nn.Linear)):
             module.reset_parameters()
+
+
+def scale_down(last_layers: Sequence[nn.Conv2d | nn.Linear]) -> None:
+    """Divide the weight of the last layer of each of n residual branches by √n, in place.
+
+    The sum of all branches then has the variance of one.
+    """
+    with torch.no_grad():
+        for layer in last_layers:
+            layer.weight.div_(len(last_layers) ** 0.5)
+
+
+def reset_parts(net: nn.Module) -> None:
+    """Call `reset_parameters` of every part that has it, of an inner part before its outer one.
+
+    So what a part draws of those inside it comes last.
+    """
+    for module in reversed([*net.modules()][1:]):
+        reset = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()

@@ -5,8 +5,7 @@ from torch.nn import functional as F
 from torchvision.models import resnet
 
 from nmlightning.errors import InputError
-from nmlightning.models.activation import Activation, initialise, make_activation
-from nmlightning.models.initialisation import scale_down
+from nmlightning.models.activation import Activation, initialise, make_activation, scale_down
 
 WIDTHS = (16, 32, 64)
 

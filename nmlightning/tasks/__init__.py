@@ -7,8 +7,8 @@ from nmlightning.optim.schedules import InverseSquareRootLR as InverseSquareRoot
 from nmlightning.tasks.classification import ImageClassifier as ImageClassifier
 
 if TYPE_CHECKING:
-    from nmlightning.translation.inference import LineOptions as LineOptions
-    from nmlightning.translation.inference import translate_lines as translate_lines
+    from nmlightning.translation.task import LineOptions as LineOptions
     from nmlightning.translation.task import Translator as Translator
+    from nmlightning.translation.task import translate_lines as translate_lines
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__)

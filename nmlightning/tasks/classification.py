@@ -6,6 +6,8 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -23,13 +25,13 @@ from nmlightning.tasks.optimization import (
     make_optimizer,
     scale_learning_rates,
 )
-from nmlightning.tasks.sharding import shard_once
+from nmlightning.weights.shards import is_sharded
 
 
 class MeanLoss(Metric):
     """Σ images · loss / Σ images, over all batches and all processes.
 
-    Sums are kept in float32. It is not a number where a loss was none, and where nothing was added.
+    Sums are kept in float32. NaN where a loss was NaN, and where nothing was added.
 
     Example:
         >>> metric = MeanLoss()
@@ -149,8 +151,9 @@ class ImageClassifier(pl.LightningModule):
         return [CompilationNotice("ImageClassifier")] if self.compile_mode else []
 
     def configure_model(self) -> None:
-        """Shard the network once, under Lightning's `ModelParallelStrategy`."""
-        shard_once(self.net, self.device_mesh)
+        """Shard the network once, under Lightning's `ModelParallelStrategy`, which has a mesh."""
+        if self.device_mesh is not None and not any(map(is_sharded, self.net.parameters())):
+            shard_blocks(self.net, self.device_mesh)
 
     def forward(self, images: Tensor) -> Tensor:
         if self.channels_last:
@@ -286,3 +289,30 @@ def make_accuracies(stage: Stage, classes: int) -> MetricCollection:
         prefix=f"{stage}/",
         compute_groups=False,  # they would be merged where the first batch gives equal counts
     )
+
+
+def shard_blocks(net: nn.Module, mesh: DeviceMesh) -> None:
+    """Call `fully_shard` (FSDP2) on every block of `net`, and on `net` for the rest.
+
+    A block is a module with parts in a `Sequential` or a `ModuleList`, such as the residual blocks
+    of a ResNet. Each of N processes then holds 1/N of the weights, gradients and optimizer's state,
+    and gathers the weights of one block while it computes with them.
+
+    Args:
+        net: not sharded, with its norms swapped and its weights normalised.
+        mesh: of Lightning's `ModelParallelStrategy`.
+
+    Raises:
+        InputError: if the strategy splits tensors, too.
+    """
+    if mesh["tensor_parallel"].size() > 1:
+        raise InputError(
+            "ImageClassifier shards over all processes and splits no tensors: give "
+            "ModelParallelStrategy a data_parallel_size of the number of processes, here "
+            f"{mesh.size()}, and a tensor_parallel_size of 1."
+        )
+    lists = [part for part in net.modules() if isinstance(part, nn.Sequential | nn.ModuleList)]
+    blocks = [block for part in lists for block in part if any(block.children())]
+    for block in dict.fromkeys(reversed(blocks)):  # inner ones first, as fully_shard needs it
+        fully_shard(block, mesh=mesh["data_parallel"])
+    fully_shard(net, mesh=mesh["data_parallel"])

@@ -1,22 +1,42 @@
-"""Batches of sentence pairs of about one length, in training and in evaluation, by process."""
+"""Batches of sentence pairs of about one length, by process: shuffled, streamed, in evaluation."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice, starmap
 from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from nmlightning.datamodules.training_batches import WHOLE_SET, OrderState, Shard, epoch_generator
+from nmlightning.datamodules.training_batches import (
+    WHOLE_SET,
+    OrderState,
+    Shard,
+    epoch_generator,
+    refuse_another_order,
+)
 from nmlightning.errors import InputError
-from nmlightning.translation.corpus import EncodedPairs, TranslationBatch
+from nmlightning.translation.corpus import (
+    EncodedPairs,
+    TrainingLimits,
+    TranslationBatch,
+    encode_pairs,
+)
+from nmlightning.translation.sources import SentencePair, StreamedPairs
+from nmlightning.translation.tokenizer import JointBPE
 
-DIFFERENCE_STEP = 2  # tokens: of pairs whose sides differ alike, any order is as good
+DIFFERENCE_STEP = 2  # tokens; pairs whose differences are within a step are in any order
 
 Lengths = NDArray[np.int64]
 
 
+@dataclass(frozen=True)
 class BatchPlan:
     """Cuts sentence pairs into batches of N pairs with N · (longest side) <= tokens.
 
@@ -25,22 +45,18 @@ class BatchPlan:
     L alone, which is the same in every order: so all epochs have the same number of batches.
 
     Attributes:
-        cells: (P,) float64 whole numbers: what the pairs are sorted by.
+        cells: (P,) float64 whole numbers, the sort keys of the pairs.
         bounds: (batches + 1,): batch i holds the pairs bounds[i] … bounds[i + 1] − 1 of the order.
     """
 
     cells: Tensor
     bounds: list[int]
 
-    def __init__(self, cells: Tensor, bounds: list[int]) -> None:
-        self.cells = cells
-        self.bounds = bounds
-
     def __len__(self) -> int:
         return len(self.bounds) - 1
 
     def draw(self, generator: torch.Generator) -> list[Tensor]:
-        """Return the rows of each batch: equals in a random order, and so the batches."""
+        """Return the rows of each batch; equals and batches are in a random order."""
         noise = torch.rand(len(self.cells), generator=generator, dtype=torch.float64)
         order = torch.argsort(self.cells + noise, stable=True)
         batches = order.tensor_split(self.bounds[1:-1])
@@ -48,7 +64,7 @@ class BatchPlan:
 
 
 def plan_batches(source: Lengths, target: Lengths, tokens: int) -> BatchPlan:
-    """Return how pairs of the padded lengths S and T, each (P,), are cut into batches.
+    """Return the plan for pairs of the padded lengths S and T, each (P,).
 
     A pair whose longer side is over `tokens` is a batch of its own.
     """
@@ -65,29 +81,20 @@ def cut_sorted(lengths: Lengths, tokens: int) -> list[int]:
     """Return 0 and where each batch ends, for ascending lengths: N · (its last) <= tokens."""
     bounds = [0]
     while bounds[-1] < len(lengths):
-        start = bounds[-1]
-        bounds.append(start + max(1, _fitting(lengths[start:], tokens)))
+        rest = lengths[bounds[-1] :]
+        few = rest[: tokens // max(1, int(rest[0]))]  # no more can fit
+        sizes = np.arange(1, len(few) + 1) * few
+        fitting = int(np.searchsorted(sizes, tokens, side="right"))
+        bounds.append(bounds[-1] + max(1, fitting))
     return bounds
 
 
-def _fitting(lengths: Lengths, tokens: int) -> int:
-    """Return how many of the first make a batch."""
-    few = lengths[: tokens // max(1, int(lengths[0]))]  # no more can fit
-    sizes = np.arange(1, len(few) + 1) * few
-    return int(np.searchsorted(sizes, tokens, side="right"))
-
-
+@dataclass(frozen=True)
 class TrainingPairs:
-    """Reads batches of encoded pairs.
+    """Reads batches of encoded pairs, into page-locked memory for a CUDA device (`pin_memory`)."""
 
-    Args:
-        pairs: what to read.
-        pin_memory: whether to hand out page-locked memory, which a CUDA device copies faster.
-    """
-
-    def __init__(self, pairs: EncodedPairs, pin_memory: bool = False) -> None:
-        self.pairs = pairs
-        self.pin_memory = pin_memory
+    pairs: EncodedPairs
+    pin_memory: bool = False
 
     def batches(self, draws: Iterable[Tensor]) -> Iterator[TranslationBatch]:
         """Yield the batch of each list of rows (N,)."""
@@ -103,7 +110,7 @@ class ShuffledBatches:
     are left over are dropped, others in each epoch.
 
     Args:
-        pairs: what to draw from.
+        pairs: all pairs.
         tokens_a_batch: at most so many tokens, padding included, on either side of a batch.
         tokenizer: the digest of the pairs' tokenizer.
         seed: 0 or more; the same on every rank.
@@ -149,7 +156,7 @@ class ShuffledBatches:
             )
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch comes next; Lightning does so before each."""
+        """Set the next epoch; Lightning does so before each."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -161,7 +168,7 @@ class ShuffledBatches:
         yield from batches[rank : len(self) * world_size : world_size]
 
     def state_dict(self) -> OrderState:
-        """Return what the batches follow from, besides the epoch."""
+        """Return what determines the batches, but for the epoch."""
         return {
             "seed": self.seed,
             "tokens_a_batch": self.tokens_a_batch,
@@ -172,23 +179,173 @@ class ShuffledBatches:
         }
 
 
+REMEMBERED = 4  # pools: Lightning reads a batch or two ahead of those that are done
+BEGINNING = "null"
+
+
+class Pool(NamedTuple):
+    """The start of a pool: its number, the epoch's batches before it, the stream's state (JSON)."""
+
+    number: int
+    batches_before: int
+    stream: str
+
+
+class StreamedBatches:
+    """Iterates over batches of a stream, in pools of pairs that are encoded and batched together.
+
+    Pools come in the order of the stream, the same in every epoch. The order within a pool follows
+    from (seed, epoch, pool). All ranks read the whole stream, and rank r of W takes the batches
+    r, r + W, … of each pool; the up to W − 1 that are left over are dropped.
+
+    The number of batches is not known beforehand, so there is no `len`: Lightning needs `max_steps`
+    for a schedule that depends on the length of the run.
+
+    A run resumed within an epoch begins with the pool in which it stopped, not with the stream.
+
+    Args:
+        pairs: the stream.
+        tokenizer: of both sides.
+        limits: which pairs are fit to train with.
+        tokens_a_batch: at most so many tokens, padding included, on either side of a batch.
+        pool: pairs that are read and sorted together.
+        seed, shard, shuffle: as for `ShuffledBatches`.
+        pin_memory: as for `TrainingPairs`.
+        batches_done, interrupted: as for `TrainingBatches`.
+
+    Raises:
+        InputError: in resuming within an epoch with other data or batches; in iterating, if no pool
+            has a batch for each process.
+    """
+
+    follows_from: Mapping[str, str] = MappingProxyType(
+        {
+            "tokens_a_batch": "tokens a batch",
+            "pool": "pairs a pool",
+            "max_length": "tokens a sentence at most",
+            "too_long": "as what becomes of longer ones",
+            "processes": "processes",
+            "tokenizer": "as its tokenizer",
+        }
+    )
+    other_data = "of other sentence pairs"
+
+    def __init__(
+        self,
+        pairs: StreamedPairs,
+        tokenizer: JointBPE,
+        limits: TrainingLimits,
+        tokens_a_batch: int,
+        pool: int,
+        *,
+        seed: int,
+        shard: Shard = WHOLE_SET,
+        shuffle: bool = True,
+        pin_memory: bool = False,
+        batches_done: Callable[[], int] = int,
+        interrupted: Mapping[str, int | str] | None = None,
+    ) -> None:
+        self.pairs = pairs
+        self.tokenizer = tokenizer
+        self.limits = limits
+        self.tokens_a_batch = tokens_a_batch
+        self.pool = pool
+        self.seed = seed
+        self.shard = shard
+        self.shuffle = shuffle
+        self.pin_memory = pin_memory
+        self.batches_done = batches_done
+        self.interrupted = interrupted
+        self.epoch = 0
+        self._begun: deque[Pool] = deque(maxlen=REMEMBERED)
+        self._skip = 0  # batches, in the next epoch alone
+        self._has_warned = False
+
+    @property
+    def sampler(self) -> "StreamedBatches":
+        """The object whose `set_epoch` Lightning calls."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the next epoch; Lightning does so before each."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[TranslationBatch]:
+        done, self._skip = self._skip, 0
+        epoch = self.epoch if self.shuffle else 0
+        pools = json.loads(str((self.interrupted or {}).get("begun", "[]")))
+        before = [pool for pool in starmap(Pool, pools) if pool.batches_before <= done]
+        begin = before[-1] if before else Pool(0, 0, BEGINNING)
+        self._begun.clear()
+        yield from islice(self._read(begin, epoch), done - begin.batches_before, None)
+
+    def _read(self, pool: Pool, epoch: int) -> Iterator[TranslationBatch]:
+        """Yield the batches from a pool on."""
+        self.pairs.load_state_dict(json.loads(pool.stream))
+        stream = iter(self.pairs)
+        while few := list(islice(stream, self.pool)):
+            self._begun.append(pool)
+            number, before, _ = pool
+            for batch in self._batches(few, epoch, number):
+                before += 1
+                yield batch
+            pool = Pool(number + 1, before, json.dumps(self.pairs.state_dict()))
+        if not pool.batches_before:
+            raise InputError(
+                f"no {self.pool} sentence pairs of the stream make a batch for each of "
+                f"{self.shard.world_size} processes: use a larger pool or a smaller tokens_a_batch."
+            )
+
+    def _batches(
+        self, few: list[SentencePair], epoch: int, number: int
+    ) -> Iterator[TranslationBatch]:
+        encoded = encode_pairs(few, self.tokenizer, self.limits)
+        omitted = encoded.omitted.describe(self.limits)
+        if omitted and not self._has_warned:
+            self._has_warned = True
+            rank_zero_warn(f"Of {self.pool} pairs of the stream {omitted}, and more may follow.")
+        plan = plan_batches(*encoded.padded_lengths(), self.tokens_a_batch)
+        rows = plan.draw(epoch_generator(self.seed, epoch, number))
+        rank, world_size = self.shard
+        whole = len(rows) // world_size * world_size
+        return TrainingPairs(encoded, self.pin_memory).batches(rows[rank:whole:world_size])
+
+    def state_dict(self) -> OrderState:
+        """Return what determines the batches, and where pools began."""
+        return {
+            "seed": self.seed,
+            "tokens_a_batch": self.tokens_a_batch,
+            "pool": self.pool,
+            "max_length": self.limits.max_length,
+            "too_long": self.limits.too_long,
+            "processes": self.shard.world_size,
+            "tokenizer": self.tokenizer.digest,
+            "digest": self.pairs.digest,
+            "epoch": self.epoch,
+            "begun": json.dumps(list(self._begun)),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._skip = self.batches_done()
+        if self._skip:
+            refuse_another_order(self, self.interrupted or {})
+
+
 class EvaluationSentences:
     """Iterates over batches of all pairs, each once, also with several processes.
 
     Sorted by length, the longest first, since padding is slow. All ranks do the same number of
-    steps, which collective operations rely on: each step's pairs are dealt out among them. Where
-    fewer are left than there are ranks, their last batches have one more than fits.
+    steps, which collective operations rely on; to that end some batches may have a pair too many.
 
     Args:
         pairs: all pairs, as they are.
         references: the translations as they were written.
         tokens_a_batch: as for training; a pair that is longer is a batch of its own.
         max_length: tokens of a source; the rest of a longer one is not read.
-        shard: this process's part.
-        pin_memory: whether to hand out page-locked memory.
+        shard, pin_memory: as for training.
 
     Attributes:
-        rows: of each batch the places of its pairs in the file, to put predictions back in order.
+        rows: of each batch the rows of its pairs in the file, to put predictions back in order.
 
     Raises:
         InputError: if there are fewer pairs than ranks.
@@ -210,8 +367,9 @@ class EvaluationSentences:
         self.pairs = pairs
         self.references = references
         self.max_length = max_length
+        self.shard = shard
         self.pin_memory = pin_memory
-        self.rows = _deal_out(pairs, tokens_a_batch, max_length, shard)
+        self.rows = self._share_out(tokens_a_batch)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -222,22 +380,19 @@ class EvaluationSentences:
             references = tuple(self.references[row] for row in rows.tolist())
             yield _pinned(batch._replace(references=references), self.pin_memory)
 
-
-def _deal_out(
-    pairs: EncodedPairs, tokens_a_batch: int, max_length: int, shard: Shard
-) -> list[Tensor]:
-    """Return the rows of each batch of this process."""
-    rank, world_size = shard
-    source, target = pairs.padded_lengths()
-    lengths = np.maximum(source.clip(max=max_length + 1), target)
-    order = np.argsort(lengths, kind="stable")
-    left_over = pairs.length % world_size
-    steps = order[left_over:].reshape(-1, world_size)  # a pair for each process
-    bounds = cut_sorted(lengths[steps[:, -1]], tokens_a_batch)
-    batches = np.split(steps[:, rank], bounds[1:-1])
-    if rank < left_over:
-        batches[0] = np.append(batches[0], order[rank])
-    return [torch.from_numpy(batch) for batch in reversed(batches)]
+    def _share_out(self, tokens_a_batch: int) -> list[Tensor]:
+        """Return the rows of each batch of this process."""
+        rank, world_size = self.shard
+        source, target = self.pairs.padded_lengths()
+        lengths = np.maximum(source.clip(max=self.max_length + 1), target)
+        order = np.argsort(lengths, kind="stable")
+        left_over = self.pairs.length % world_size
+        steps = order[left_over:].reshape(-1, world_size)  # a pair for each process
+        bounds = cut_sorted(lengths[steps[:, -1]], tokens_a_batch)
+        batches = np.split(steps[:, rank], bounds[1:-1])
+        if rank < left_over:
+            batches[0] = np.append(batches[0], order[rank])
+        return [torch.from_numpy(batch) for batch in reversed(batches)]
 
 
 def _pinned(batch: TranslationBatch, pin_memory: bool) -> TranslationBatch:

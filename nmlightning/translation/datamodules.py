@@ -16,7 +16,12 @@ from nmlightning.datamodules.training_batches import (
     shard_of,
 )
 from nmlightning.errors import InputError, check_choice, check_flag, check_whole_number
-from nmlightning.translation.batches import EvaluationSentences, ShuffledBatches, TrainingPairs
+from nmlightning.translation.batches import (
+    EvaluationSentences,
+    ShuffledBatches,
+    StreamedBatches,
+    TrainingPairs,
+)
 from nmlightning.translation.corpus import (
     EncodedPairs,
     TooLong,
@@ -36,7 +41,6 @@ from nmlightning.translation.sources import (
     open_split,
     split_numbers,
 )
-from nmlightning.translation.streaming import StreamedBatches
 from nmlightning.translation.tokenizer import SMALLEST, JointBPE
 
 

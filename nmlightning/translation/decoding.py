@@ -11,7 +11,7 @@ from nmlightning.translation.tokenizer import BOS, EOS, PAD
 
 
 class DecoderState(Protocol):
-    """What it knows between two tokens; a row for each translation that is being written."""
+    """The state of a network between two tokens; a row a translation."""
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, (M,) int64, in this order; any may be left out or repeated."""
@@ -30,18 +30,17 @@ class SequenceModel(Protocol[State]):
         """Encode (N, S) source tokens."""
 
     def next_logits(self, tokens: Tensor, state: State) -> Tensor:
-        """Write (N,) tokens, BOS at first, and return (N, vocab_size) logits of those to follow."""
+        """Write (N,) tokens, BOS first, into `state`; returns the next (N, vocab_size) logits."""
 
 
 def longest_translations(net: SequenceModel[State], source: Tensor, extra_length: int) -> Tensor:
-    """Return how many tokens each translation may have, (N,) int64: `extra_length` more than it.
+    """Return the most tokens that each translation may have, (N,) int64.
 
-    Padding does not count.
+    It is those of its source, padding aside, and `extra_length` more.
 
     Raises:
-        InputError: for a net in training mode, whose dropout would be searched as well, for a
-            source that is not (N, S) int64 or has a sentence without a token, and for an
-            `extra_length` that is no whole number.
+        InputError: for a net in training mode, with dropout; for a source that is not (N, S) int64
+            or has a sentence without a token; for an `extra_length` that is no whole number.
     """
     name = type(net).__name__
     check_whole_number("extra_length", extra_length, least=0)
@@ -58,10 +57,10 @@ def longest_translations(net: SequenceModel[State], source: Tensor, extra_length
     return lengths + extra_length
 
 
-def rule_out(logits: Tensor) -> Tensor:
-    """Return (N, vocab_size) logits in float32, without a chance for PAD and BOS.
+def exclude_pad_and_bos(logits: Tensor) -> Tensor:
+    """Return (N, vocab_size) logits in float32, −∞ for PAD and BOS and nowhere NaN.
 
-    Those of a network that has diverged become finite, so that PAD and BOS are less likely still.
+    A network that has diverged then does not write them either.
     """
     allowed = logits.float().nan_to_num(nan=torch.finfo(torch.float32).min)
     allowed[:, [PAD, BOS]] = -torch.inf
@@ -71,11 +70,11 @@ def rule_out(logits: Tensor) -> Tensor:
 Length = TypeVar("Length", int, Tensor)
 
 
-def penalise(length: Length, alpha: float) -> Length:
-    """Return ((5 + |Y|) / 6)^α, what log P(Y) is divided by (Wu et al. 2016, equation 14).
+def length_penalty_of(length: Length, alpha: float) -> Length:
+    """Return ((5 + |Y|) / 6)^α, by which log P(Y) is divided.
 
     |Y| counts EOS. With α = 0 nothing is penalised; a larger α favours longer translations.
-    https://arxiv.org/abs/1609.08144
+    Source: Wu et al. (2016), equation 14, https://arxiv.org/abs/1609.08144.
     """
     penalty: Length = ((5 + length) / 6) ** alpha
     return penalty
@@ -97,19 +96,19 @@ def beam_search(
     length_penalty: float = 0.6,
     extra_length: int = 50,
 ) -> list[list[int]]:
-    """Translate each sentence by the best translation that a beam of them finds.
+    """Translate each sentence by beam search.
 
         score(Y) = log P(Y | source) / ((5 + |Y|) / 6)^α
 
-    At each step the `beam_size` likeliest translations without EOS go on. One that ends with EOS is
-    kept aside if it is among the `beam_size` likeliest of all. A sentence is done, and leaves the
-    batch, when as many were kept, when none that goes on could still have a better score, or at its
-    limit. With a beam of 1 it is `greedy_search`. PAD and BOS are never written.
+    At each step the `beam_size` likeliest translations without EOS stay in the beam. One that ends
+    with EOS is finished if it is among the `beam_size` likeliest of all. A sentence is done, and
+    leaves the batch, when `beam_size` are finished, when none in the beam could still have a better
+    score, or at its limit. With a beam of 1 it is `greedy_search`. PAD and BOS are never written.
 
     Args:
         net: a sequence model, in evaluation mode.
         source: (N, S) int64, padded at the end.
-        beam_size: translations that are followed at a time.
+        beam_size: translations in the beam.
         length_penalty: α, at least 0.
         extra_length: how many more tokens than the source, its EOS counted, a translation may have,
             its own EOS counted too. One that is cut off there counts only where none has ended.
@@ -118,7 +117,7 @@ def beam_search(
         the tokens of the best translation of each sentence, without BOS and EOS.
 
     Raises:
-        InputError: for a beam of less than 1, a negative α, and what `longest_translations` says.
+        InputError: for a beam of less than 1 or a negative α; see also `longest_translations`.
 
     Example:
         >>> from nmlightning.models import Transformer
@@ -133,18 +132,17 @@ def beam_search(
         return []
     state = net.begin(source)
     beams = _Beams.start(source)
-    kept = _Kept.nothing(source, limits, length_penalty)
+    finished = _Finished.start(source, limits, length_penalty)
     for length in range(1, int(limits.max()) + 1):
         logits = net.next_logits(beams.tokens[:, :, -1].flatten(), state)
-        grown = beams.grow(rule_out(logits.float().log_softmax(1)), 2 * beam_size)
-        kept.keep_ended(grown, length, beam_size)
-        beams = grown.go_on(beam_size)
-        goes_on = kept.find_open(beams, length, beam_size)
-        beams = beams.drop(goes_on)
+        grown = beams.grow(exclude_pad_and_bos(logits.float().log_softmax(1)), 2 * beam_size)
+        finished.add(grown, length, beam_size)
+        beams = grown.without_ended(beam_size)
+        beams = beams.keep(finished.find_open(beams, length, beam_size))
         if not len(beams.sentences):
             break
         state.select(beams.rows)
-    return kept.translations
+    return finished.translations
 
 
 @dataclass(frozen=True)
@@ -155,7 +153,7 @@ class _Beams:
         sentences: (n,) which of the sentences they translate.
         scores: (n, k) float32, their log-probabilities; −∞ for what cannot be.
         tokens: (n, k, t) int64, from BOS on.
-        rows: (n·k,) which row of the step before each goes on from.
+        rows: (n·k,) the row of the step before that each continues.
     """
 
     sentences: Tensor
@@ -170,58 +168,47 @@ class _Beams:
         scores = torch.zeros(len(source), 1, device=source.device)
         return cls(sentences, scores, torch.full_like(source[:, :1, None], BOS), sentences)
 
-    def grow(self, chances: Tensor, count: int) -> "_Beams":
+    def grow(self, log_p: Tensor, count: int) -> "_Beams":
         """Return the `count` likeliest translations that are longer by a token.
 
-        Those are among the `count` likeliest of each translation. `chances`: (n·k, vocab_size), the
-        log-probabilities of the tokens to follow.
+        Those are among the `count` likeliest of each translation. `log_p`: (n·k, vocab_size), the
+        log-probabilities of the next token.
         """
-        n, k = self.scores.shape
-        best, words = chances.topk(min(count, chances.shape[1]))
+        n, k, t = self.tokens.shape
+        best, words = log_p.topk(min(count, log_p.shape[1]))
         best = best.view(n, k, -1)
-        scores, places = (
-            (self.scores[:, :, None] + best).flatten(1).topk(min(count, best[0].numel()))
-        )
-        return self._pick(
-            scores, places // best.shape[2], words.view(n, -1).gather(1, places)[:, :, None]
-        )
+        totals = (self.scores[:, :, None] + best).flatten(1)
+        scores, columns = totals.topk(min(count, best[0].numel()))
+        parents = columns // best.shape[2]
+        tokens = self.tokens.gather(1, parents[:, :, None].expand(-1, -1, t))
+        words = words.view(n, -1).gather(1, columns)[:, :, None]
+        firsts = torch.arange(0, n * k, k, device=columns.device)
+        rows = (firsts[:, None] + parents).flatten()
+        return _Beams(self.sentences, scores, torch.cat((tokens, words), 2), rows)
 
-    def go_on(self, count: int) -> "_Beams":
+    def without_ended(self, count: int) -> "_Beams":
         """Return the `count` likeliest of those that have not ended."""
         open_scores = self.scores.masked_fill(self.tokens[:, :, -1] == EOS, -torch.inf)
-        scores, places = open_scores.topk(min(count, open_scores.shape[1]))
-        none = self.tokens.new_empty(*places.shape, 0)
-        picked = self._pick(scores, places, none)
-        return _Beams(self.sentences, scores, picked.tokens, self.rows[picked.rows])
+        scores, columns = open_scores.topk(min(count, open_scores.shape[1]))
+        tokens = self.tokens.gather(1, columns[:, :, None].expand(-1, -1, self.tokens.shape[2]))
+        rows = self.rows.view(self.scores.shape).gather(1, columns).flatten()
+        return _Beams(self.sentences, scores, tokens, rows)
 
-    def drop(self, goes_on: Tensor) -> "_Beams":
-        """Return them without the sentences that are done; `goes_on` is (n,) bool."""
-        rows = self.rows.view(self.scores.shape)
-        return _Beams(
-            self.sentences[goes_on],
-            self.scores[goes_on],
-            self.tokens[goes_on],
-            rows[goes_on].flatten(),
-        )
-
-    def _pick(self, scores: Tensor, places: Tensor, words: Tensor) -> "_Beams":
-        """Return those at (n, c) `places` with (n, c, 0 or 1) `words` after them."""
-        n, k, t = self.tokens.shape
-        tokens = self.tokens.gather(1, places[:, :, None].expand(-1, -1, t))
-        firsts = torch.arange(0, n * k, k, device=places.device)
-        rows = (firsts[:, None] + places).flatten()
-        return _Beams(self.sentences, scores, torch.cat((tokens, words), 2), rows)
+    def keep(self, is_open: Tensor) -> "_Beams":
+        """Return those of the sentences that are not done; `is_open` is (n,) bool."""
+        rows = self.rows.view(self.scores.shape)[is_open].flatten()
+        return _Beams(self.sentences[is_open], self.scores[is_open], self.tokens[is_open], rows)
 
 
 @dataclass
-class _Kept:
-    """The best translation of each sentence so far.
+class _Finished:
+    """The best finished translation of each sentence so far.
 
     Attributes:
         translations: their tokens, without BOS and EOS.
         scores: (N,) divided by the penalty; −∞ where none has ended.
         counts: (N,) how many have ended.
-        limits: (N,) int64, how many tokens each may have.
+        limits: (N,) int64, the most tokens of each.
         alpha: of the penalty.
     """
 
@@ -232,36 +219,36 @@ class _Kept:
     alpha: float
 
     @classmethod
-    def nothing(cls, source: Tensor, limits: Tensor, alpha: float) -> "_Kept":
-        """Return that of sentences of which no translation has ended."""
+    def start(cls, source: Tensor, limits: Tensor, alpha: float) -> "_Finished":
+        """Return that of sentences without a finished translation."""
         scores = torch.full((len(source),), -torch.inf, device=source.device)
         return cls([[] for _ in source], scores, torch.zeros_like(limits), limits, alpha)
 
-    def keep_ended(self, grown: _Beams, length: int, beam_size: int) -> None:
+    def add(self, grown: _Beams, length: int, beam_size: int) -> None:
         """Count those of `length` tokens that end, and keep the best where it is the best yet."""
         first = grown.tokens[:, :beam_size]
         scores = grown.scores[:, :beam_size]
         ended = (first[:, :, -1] == EOS) & scores.isfinite()
         self.counts[grown.sentences] += ended.sum(1)
-        penalised = (scores / penalise(length, self.alpha)).masked_fill(~ended, -torch.inf)
+        penalised = (scores / length_penalty_of(length, self.alpha)).masked_fill(~ended, -torch.inf)
         best, places = penalised.max(1)
         better = (best > self.scores[grown.sentences]).nonzero().flatten()
         self.scores[grown.sentences[better]] = best[better]
         self._write(grown.sentences[better], first[better, places[better], 1:-1])
 
     def find_open(self, beams: _Beams, length: int, beam_size: int) -> Tensor:
-        """Return (n,) bool, which sentences are not done; what was cut off is kept if nothing is.
+        """Return (n,) bool, the sentences that are not done, and keep what is cut off if need be.
 
-        Log-probabilities only sink, so the best score that one can have yet is what it would have
-        with its log-probability of now and the longest length.
+        Log-probabilities only decrease, so no score exceeds that of the current log-probability at
+        the longest length.
         """
         limits, scores = self.limits[beams.sentences], self.scores[beams.sentences]
-        hopes = beams.scores[:, 0] / penalise(limits, self.alpha)
+        bounds = beams.scores[:, 0] / length_penalty_of(limits, self.alpha)
         is_cut = length >= limits
         cut = (is_cut & scores.isneginf()).nonzero().flatten()
         self._write(beams.sentences[cut], beams.tokens[cut, 0, 1:])
         is_full = self.counts[beams.sentences] >= beam_size
-        return ~(is_cut | is_full | (scores >= hopes))
+        return ~(is_cut | is_full | (scores >= bounds))
 
     def _write(self, sentences: Tensor, tokens: Tensor) -> None:
         for sentence, translation in zip(sentences.tolist(), tokens.tolist(), strict=True):
@@ -302,7 +289,7 @@ def greedy_search(
     sentences = torch.arange(len(source), device=source.device)
     tokens = torch.full_like(sentences, BOS)
     for length in range(1, int(limits.max()) + 1):
-        tokens = rule_out(net.next_logits(tokens, state)).argmax(1)
+        tokens = exclude_pad_and_bos(net.next_logits(tokens, state)).argmax(1)
         for sentence, token in zip(sentences.tolist(), tokens.tolist(), strict=True):
             if token != EOS:
                 found[sentence].append(token)

@@ -1,7 +1,7 @@
 """Embeddings of source and target and the output layer, which may share one matrix."""
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,27 +10,24 @@ from nmlightning.errors import check_choice, check_whole_number
 from nmlightning.translation.tokenizer import SPECIAL_TOKENS
 
 Tied = Literal["all", "inputs", "output", "none"]
-CHOICES: tuple[Tied, ...] = ("all", "inputs", "output", "none")
 
 
-class TiedWords(nn.Module):
-    """Vectors of the source's and the target's tokens, and the logits of the tokens to come.
+class TiedEmbedding(nn.Module):
+    """Embeds the tokens of source and target, and returns the logits of the tokens to come.
 
         vector = √width · E[token],    logits = W x,    E and W of N(0, 1/width) at first
 
-    So vectors have the variance 1, and so have the logits of an x that has it (Vaswani et al. 2017,
+    Vectors have the variance 1, and so have the logits of an x that has it (Vaswani et al. 2017,
     section 3.4, https://arxiv.org/abs/1706.03762).
 
-    Where the output layer is tied to an embedding (Press & Wolf 2017, arXiv 1608.05859) it is no
-    module of its own but reads the embedding's weight, so that what computes that weight, such as
-    weight norm, counts for both. PAD has a vector like the others: what it is never counts, and a
-    row of zeros would have no direction that could be normalised.
+    An output layer that is tied to an embedding (Press & Wolf 2017, arXiv 1608.05859) is no module
+    but reads the embedding's weight, so that a weight norm of it counts for both. PAD has a vector
+    like the others: its value never counts, and a row of zeros could not be normalised.
 
     Args:
         vocab_size: number of tokens, with the special ones.
         width: numbers in a vector.
-        tied: "all": source, target and output are one matrix; "inputs": the output has its own;
-            "output": the source has its own; "none": three matrices.
+        tied: the matrices that are one; see `Transformer`.
 
     Raises:
         InputError: for another `tied`, or a vocabulary without a word.
@@ -38,7 +35,7 @@ class TiedWords(nn.Module):
 
     def __init__(self, vocab_size: int, width: int, tied: Tied) -> None:
         super().__init__()
-        check_choice("tied", tied, CHOICES)
+        check_choice("tied", tied, get_args(Tied))
         check_whole_number("vocab_size", vocab_size, least=len(SPECIAL_TOKENS) + 1)
         self.scale = math.sqrt(width)
         self.target = nn.Embedding(vocab_size, width)
@@ -64,7 +61,7 @@ class TiedWords(nn.Module):
         return vectors
 
     def get_output_embeddings(self) -> nn.Module:
-        """Return the layer whose weight gives the logits, as the networks of Hugging Face do."""
+        """Return the layer whose weight gives the logits, by the name that Hugging Face has."""
         return self.target if self.own_output is None else self.own_output
 
     def logits(self, x: Tensor) -> Tensor:

@@ -5,11 +5,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nmlightning.errors import check_flag, check_share, check_whole_number
-from nmlightning.models.initialisation import reset_parts
-from nmlightning.translation.embedding import Tied, TiedWords
+from nmlightning.models.activation import reset_parts
+from nmlightning.translation.embedding import Tied, TiedEmbedding
 from nmlightning.translation.tokenizer import PAD
 
 Cell = tuple[Tensor, Tensor]  # h and c, (1, N, width) each
+Cells = list[Cell | None]
 
 
 class RecurrentLayer(nn.Module):
@@ -36,7 +37,7 @@ class RecurrentLayer(nn.Module):
 def reverse_sentences(x: Tensor, lengths: Tensor) -> Tensor:
     """Return (N, S, width) x with the first lengths[i] vectors of row i in reverse order.
 
-    So what reads forwards reads the sentence backwards, and the padding, which stays, last.
+    The padding stays at the end.
     """
     places = torch.arange(x.shape[1], device=x.device)
     mirrored = lengths[:, None] - 1 - places
@@ -53,7 +54,7 @@ class LSTMState:
         cells: h and c of each layer of the decoder; None before the first token.
     """
 
-    def __init__(self, memory: Tensor, mask: Tensor, cells: list[Cell | None]) -> None:
+    def __init__(self, memory: Tensor, mask: Tensor, cells: Cells) -> None:
         self.memory = memory
         self.mask = mask
         self.cells = cells
@@ -65,7 +66,7 @@ class LSTMState:
             None if cell is None else (cell[0][:, rows], cell[1][:, rows]) for cell in self.cells
         ]
         sentences = self._sentences[rows]
-        if not torch.equal(sentences, self._sentences):  # Else the source stays where it is.
+        if not torch.equal(sentences, self._sentences):  # else nothing is copied
             self._sentences = sentences
             self.memory = self.memory[rows]
             self.mask = self.mask[rows]
@@ -73,11 +74,9 @@ class LSTMState:
 
 FIRST_RESIDUAL = 2  # the third layer: GNMT's, section 3.1
 
-Cells = list[Cell | None]
-
 
 class AttentionLSTM(nn.Module):
-    """LSTM layers that read, attention, and LSTM layers that write.
+    """An LSTM encoder, attention, and an LSTM decoder.
 
     (N, S) source and (N, T) target tokens → (N, T, vocab_size) logits, those at t of the token that
     follows target[:, : t + 1]. Sentences are padded at their end with `PAD`, which no other
@@ -86,8 +85,8 @@ class AttentionLSTM(nn.Module):
     As in GNMT the first layer of the encoder reads in both directions, the others forwards, inputs
     are added to outputs from the third layer on, the decoder starts from zeros, and what attention
     reads is given to all its layers but the first. As in NVIDIA's GNMT v2
-    (https://github.com/NVIDIA/DeepLearningExamples) attention asks with what the first layer says
-    of the same token, not of the one before, so that each layer runs over a sentence at once. The
+    (https://github.com/NVIDIA/DeepLearningExamples) the query is the first layer's output at the
+    same token, not the one before, so that each layer runs over a sentence at once. The
     score is the general one of Luong et al. 2015 (arXiv 1508.04025), over √width:
 
         context_t = Σ_s softmax_s(h_sᵀ W q_t / √width) h_s
@@ -131,16 +130,16 @@ class AttentionLSTM(nn.Module):
         check_share("dropout", dropout)
         check_flag("layer_norm", layer_norm)
         self.vocab_size = vocab_size
-        self.words = TiedWords(vocab_size, width, tied)
+        self.words = TiedEmbedding(vocab_size, width, tied)
         settings = (width, dropout, layer_norm)
         self.forwards = RecurrentLayer(width, *settings)
         self.backwards = RecurrentLayer(width, *settings)
-        read = [2 * width] + [width] * (layers - 2)
-        self.encoder = nn.ModuleList(RecurrentLayer(inputs, *settings) for inputs in read)
+        widths = [2 * width] + [width] * (layers - 2)
+        self.encoder = nn.ModuleList(RecurrentLayer(inputs, *settings) for inputs in widths)
         self.first_decoder = RecurrentLayer(width, *settings)
         self.query = nn.Linear(width, width, bias=False)
-        both = [2 * width] * (layers - 1)
-        self.decoder = nn.ModuleList(RecurrentLayer(inputs, *settings) for inputs in both)
+        widths = [2 * width] * (layers - 1)
+        self.decoder = nn.ModuleList(RecurrentLayer(inputs, *settings) for inputs in widths)
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
@@ -175,17 +174,14 @@ class AttentionLSTM(nn.Module):
 
     @torch.no_grad()
     def next_logits(self, tokens: Tensor, state: LSTMState) -> Tensor:
-        """Write (N,) tokens, BOS at first, and return (N, vocab_size) logits of those to follow.
-
-        `state` is advanced in place.
-        """
+        """Write (N,) tokens, BOS first, into `state`; returns the next (N, vocab_size) logits."""
         logits, state.cells = self._write(tokens[:, None], state.memory, state.mask, state.cells)
         return logits[:, 0]
 
     def _write(
         self, target: Tensor, memory: Tensor, mask: Tensor, cells: Cells
     ) -> tuple[Tensor, Cells]:
-        """Return the logits for (N, T) tokens that go on from the cells, and the cells after."""
+        """Return the logits for (N, T) tokens that follow the cells, and the cells after them."""
         x, cell = self.first_decoder(self.words.embed_target(target), cells[0])
         context = F.scaled_dot_product_attention(self.query(x), memory, memory, attn_mask=mask)
         after: Cells = [cell]

@@ -1,6 +1,8 @@
-"""Metrics of a translated corpus: token loss, perplexity and BLEU."""
+"""The metrics of a translator: token loss, perplexity, BLEU, and means since the last logging."""
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +17,8 @@ from nmlightning.translation.tokenizer import PAD
 class Perplexity(Metric):
     """exp(−Σ log p(target) / units), over all batches and all processes.
 
-    The units are what `update` says: subwords, or words, whose perplexity does not depend on how
-    words are split and so compares vocabularies. Sums are kept in float32.
+    Units are subwords, or words, whose perplexity does not depend on how words are split and so
+    compares vocabularies. Sums are kept in float32.
 
     Example:
         >>> metric = Perplexity()
@@ -40,7 +42,7 @@ class Perplexity(Metric):
         self.units += units
 
     def compute(self) -> Tensor:
-        """Return the perplexity; it is not a number where there were no units."""
+        """Return the perplexity; NaN without units."""
         return (self.negative_log_likelihood / self.units).exp()
 
 
@@ -48,9 +50,9 @@ class TokenLoss(NamedTuple):
     """Scalars of a batch, in float32.
 
     Attributes:
-        loss: to descend on: the mean over the tokens, smoothed.
+        loss: the training loss: the mean over the tokens, smoothed.
         negative_log_likelihood: −Σ log p(target), in nats, without smoothing or gradient.
-        tokens: how many there are, without padding.
+        tokens: their number, without padding.
     """
 
     loss: Tensor
@@ -64,7 +66,7 @@ def token_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) ->
         loss = mean over tokens of  −(1 − ε) log p(target) − ε/V Σ_v log p(v)
 
     Args:
-        logits: (N, T, V), whatever their dtype.
+        logits: (N, T, V), of any dtype.
         targets: (N, T); `PAD` counts for nothing.
         label_smoothing: ε.
 
@@ -108,7 +110,7 @@ class TranslationMetrics(nn.Module):
 
     @torch.inference_mode(False)
     def compute(self) -> dict[str, Tensor]:
-        """Return the values by name, and begin anew. Every process has to ask."""
+        """Return the values by name, and reset. Every process has to call it."""
         perplexity = self.ppl.compute()
         values = {"loss": perplexity.log(), "ppl": perplexity, "word_ppl": self.word_ppl.compute()}
         if self.bleu.update_called:
@@ -118,7 +120,7 @@ class TranslationMetrics(nn.Module):
         return values
 
 
-Translation = tuple[str, str]  # as it was found, and the reference
+Translation = tuple[str, str]  # the output, and the reference
 
 
 def published_bleu(translations: Sequence[Translation]) -> str:
@@ -146,3 +148,50 @@ def _gather(translations: Sequence[Translation]) -> list[Sequence[Translation]]:
     parts: list[Sequence[Translation]] = [[] for _ in range(distributed.get_world_size())]
     distributed.all_gather_object(parts, list(translations))
     return parts
+
+
+class TrainingWindow:
+    """Means over the batches since the last logging: sums on the device, and a clock."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None  # loss, −log p, targets, tokens on both sides, batches
+        self._seconds = 0.0
+        self._running_since: float | None = None
+
+    def resume(self) -> None:
+        """Start the clock."""
+        if self._running_since is None:
+            self._running_since = time.monotonic()
+
+    def pause(self) -> None:
+        """Stop the clock, before anything but training."""
+        if self._running_since is not None:
+            self._seconds += time.monotonic() - self._running_since
+            self._running_since = None
+
+    def add(self, batch: TokenLoss, tokens: Tensor) -> None:
+        """Add a batch, and the number of tokens of its sentences on both sides."""
+        loss, one = batch.loss.detach(), torch.ones_like(batch.loss)
+        counts = (batch.tokens.float(), tokens.float(), one)
+        sums = torch.stack((loss, batch.negative_log_likelihood, *counts))
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def read(self, add_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Return `loss`, `ppl` and `tokens_per_s` of the batches; it waits for the device once.
+
+        Args:
+            add_processes: maps the sums (5,) of this process to those of all.
+        """
+        assert self._sums is not None, "add comes first"
+        loss, likelihood, targets, tokens, batches = add_processes(self._sums).tolist()
+        self.pause()
+        self.resume()
+        return {
+            "loss": loss / batches,
+            "ppl": float(torch.tensor(likelihood / targets).exp()),
+            "tokens_per_s": tokens / self._seconds if self._seconds else math.nan,
+        }
+
+    def clear(self) -> None:
+        """Forget the batches, and the time that they took."""
+        self._sums, self._seconds = None, 0.0

@@ -1,8 +1,7 @@
-"""Translator: trains any encoder–decoder network that maps tokens to logits."""
+"""Translator: trains any encoder–decoder network, and translates batches and lines with it."""
 
-import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 import pytorch_lightning as pl
@@ -10,6 +9,7 @@ import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from nmlightning.errors import InputError, check_share, check_whole_number
 from nmlightning.optim.param_groups import WeightDecayScope, parameter_groups
@@ -26,96 +26,13 @@ from nmlightning.translation.decoding import (
 )
 from nmlightning.translation.metrics import (
     TokenLoss,
+    TrainingWindow,
     TranslationMetrics,
     published_bleu,
     token_loss,
 )
 from nmlightning.translation.sources import import_text_package
-from nmlightning.translation.tokenizer import CHECKPOINT_KEY, PAD, JointBPE
-
-
-class TrainingWindow:
-    """The batches since the last one: sums on the device, so that no step waits, and a clock."""
-
-    def __init__(self) -> None:
-        self._sums: Tensor | None = None  # loss, −log p, targets, tokens on both sides, batches
-        self._seconds = 0.0
-        self._running_since: float | None = None
-
-    def resume(self) -> None:
-        """Let the clock run: training goes on."""
-        if self._running_since is None:
-            self._running_since = time.monotonic()
-
-    def pause(self) -> None:
-        """Stop the clock: something else than training comes next."""
-        if self._running_since is not None:
-            self._seconds += time.monotonic() - self._running_since
-            self._running_since = None
-
-    def add(self, batch: TokenLoss, tokens: Tensor) -> None:
-        """Add a batch, and the number of tokens that its sentences have on both sides."""
-        loss, one = batch.loss.detach(), torch.ones_like(batch.loss)
-        counts = (batch.tokens.float(), tokens.float(), one)
-        sums = torch.stack((loss, batch.negative_log_likelihood, *counts))
-        self._sums = sums if self._sums is None else self._sums + sums
-
-    def read(self, add_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Return `loss`, `ppl` and `tokens_per_s` of the batches, of which there is one at least.
-
-        It waits for the device once.
-
-        Args:
-            add_processes: returns the sums (5,) of all processes, of those of this one.
-        """
-        assert self._sums is not None, "add comes first"
-        loss, likelihood, targets, tokens, batches = add_processes(self._sums).tolist()
-        self.pause()
-        self.resume()
-        return {
-            "loss": loss / batches,
-            "ppl": float(torch.tensor(likelihood / targets).exp()),
-            "tokens_per_s": tokens / self._seconds if self._seconds else math.nan,
-        }
-
-    def clear(self) -> None:
-        """Forget the batches, and the time that they took."""
-        self._sums, self._seconds = None, 0.0
-
-
-def check_fits(tokenizer: JointBPE, net: nn.Module) -> None:
-    """Raise InputError if the network has fewer embeddings than the vocabulary has entries."""
-    rows = getattr(net, "vocab_size", None)
-    if rows is not None and rows < tokenizer.vocab_size:
-        raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size:,} entries and {type(net).__name__} "
-            f"embeddings for {rows:,}: set the network's vocab_size to {tokenizer.vocab_size}."
-        )
-
-
-def store_tokenizer(tokenizer: JointBPE | None, checkpoint: dict[str, Any]) -> None:
-    """Put the tokenizer into a checkpoint, as text."""
-    if tokenizer is not None:
-        checkpoint[CHECKPOINT_KEY] = tokenizer.to_json()
-
-
-def read_tokenizer(checkpoint: dict[str, Any], current: JointBPE | None) -> JointBPE | None:
-    """Return the tokenizer of a checkpoint, or the current one where it has none.
-
-    Raises:
-        InputError: the current one, which is that of the data, is another.
-    """
-    if CHECKPOINT_KEY not in checkpoint:
-        return current
-    stored = JointBPE.from_json(checkpoint[CHECKPOINT_KEY])
-    if current is not None and current.digest != stored.digest:
-        raise InputError(
-            f"the checkpoint was trained with another vocabulary ({stored.vocab_size:,} entries, "
-            f"{stored.digest}) than the data's ({current.vocab_size:,} entries, {current.digest}): "
-            "set data.tokenizer to the checkpoint, which holds its own."
-        )
-    return stored
-
+from nmlightning.translation.tokenizer import CHECKPOINT_KEY, EOS, PAD, JointBPE
 
 Stage = Literal["val", "test"]
 
@@ -208,10 +125,10 @@ class Translator(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Take the data's vocabulary, and compile once, after callbacks have swapped norms."""
         if stage == "test":
-            import_text_package("sacrebleu")  # rather now than when all is translated
+            import_text_package("sacrebleu")  # an error here comes before all is translated
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         if tokenizer is not None:
-            check_fits(tokenizer, self.net)
+            _check_vocab_size(self.net, tokenizer)
             self.tokenizer = tokenizer
         if self.compile_network and not self._is_compiled:
             self.net.compile(dynamic=True)
@@ -315,13 +232,17 @@ class Translator(pl.LightningModule):
         return add_schedule(optimizer, self.lr_scheduler, self.lr_interval)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the vocabulary."""
-        store_tokenizer(self.tokenizer, checkpoint)
+        """Keep the tokenizer, as text."""
+        if self.tokenizer is not None:
+            checkpoint[CHECKPOINT_KEY] = self.tokenizer.to_json()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another network, vocabulary or, in a Trainer, recipe."""
         check_same_network(self, checkpoint)
-        self.tokenizer = read_tokenizer(checkpoint, self.tokenizer)
+        if CHECKPOINT_KEY in checkpoint:
+            stored = JointBPE.from_json(checkpoint[CHECKPOINT_KEY])
+            _check_same_vocabulary(stored, self.tokenizer)
+            self.tokenizer = stored
         if self._trainer is not None:
             check_recipes(self, checkpoint)
 
@@ -359,3 +280,94 @@ def _check_sequence_model(net: nn.Module) -> None:
             f"{type(net).__name__} is no sequence model, since it has no {missing[0]}: give one of "
             "nmlightning.models, such as Transformer or AttentionLSTM, or one of that interface."
         )
+
+
+def _check_vocab_size(net: nn.Module, tokenizer: JointBPE) -> None:
+    rows = getattr(net, "vocab_size", None)
+    if rows is not None and rows < tokenizer.vocab_size:
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size:,} entries and {type(net).__name__} "
+            f"embeddings for {rows:,}: set the network's vocab_size to {tokenizer.vocab_size}."
+        )
+
+
+def _check_same_vocabulary(stored: JointBPE, current: JointBPE | None) -> None:
+    if current is not None and current.digest != stored.digest:
+        raise InputError(
+            f"the checkpoint was trained with another vocabulary ({stored.vocab_size:,} entries, "
+            f"{stored.digest}) than the data's ({current.vocab_size:,} entries, {current.digest}): "
+            "set data.tokenizer to the checkpoint, which holds its own."
+        )
+
+
+@dataclass(frozen=True)
+class LineOptions:
+    """Options of `translate_lines`.
+
+    Attributes:
+        tokens_a_batch: padded tokens of the source sentences of a batch, at most; a longer sentence
+            is a batch of its own.
+        max_length: tokens of a sentence, at most; the rest is not translated.
+        beam_size: hypotheses a sentence; None means the task's, 1 is greedy.
+        length_penalty: of the beam search; None means the task's.
+    """
+
+    tokens_a_batch: int = 2000
+    max_length: int = 256
+    beam_size: int | None = None
+    length_penalty: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("tokens_a_batch", "max_length"):
+            check_whole_number(name, getattr(self, name))
+        if self.beam_size is not None:
+            check_whole_number("beam_size", self.beam_size)
+        if self.length_penalty is not None:
+            check_length_penalty(self.length_penalty)
+
+
+def translate_lines(
+    task: Translator,
+    lines: Sequence[str],
+    options: LineOptions | None = None,
+    on_translated: Callable[[int], object] | None = None,
+) -> tuple[list[str], list[int]]:
+    """Return the translation of each line, in order, and the positions of those that were cut.
+
+    Lines are sorted by length and translated in batches. One of white space alone stays empty.
+
+    Args:
+        task: on the device that translates, in evaluation mode.
+        lines: a sentence each.
+        options: None means the defaults.
+        on_translated: called with the number of lines that are done, after each batch, or None.
+
+    Raises:
+        InputError: the task has no tokenizer.
+    """
+    options = options or LineOptions()
+    if task.tokenizer is None:
+        raise InputError("the model has no tokenizer: it was not trained as a Translator is.")
+    whole = task.tokenizer.encode(lines)
+    tokens = [sentence[: options.max_length] for sentence in whole]
+    cut = [row for row, sentence in enumerate(whole) if len(sentence) > options.max_length]
+    found = [""] * len(lines)
+    rows = [row for row, line in enumerate(lines) if line.strip()]
+    rows.sort(key=lambda row: len(tokens[row]), reverse=True)
+    if on_translated:
+        on_translated(len(lines) - len(rows))
+    while rows:
+        longest = len(tokens[rows[0]]) + 1
+        count = max(1, options.tokens_a_batch // longest)
+        batch, rows = rows[:count], rows[count:]
+        ended = [torch.tensor([*tokens[row], EOS]) for row in batch]
+        source = pad_sequence(ended, batch_first=True, padding_value=PAD).to(task.device)
+        with torch.inference_mode():
+            translations = task.translate(
+                source, beam_size=options.beam_size, length_penalty=options.length_penalty
+            )
+        for row, translation in zip(batch, translations, strict=True):
+            found[row] = translation
+        if on_translated:
+            on_translated(len(batch))
+    return found, cut

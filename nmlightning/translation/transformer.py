@@ -4,25 +4,24 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from nmlightning.errors import InputError, check_choice, check_flag, check_share, check_whole_number
-from nmlightning.models.initialisation import reset_parts, scale_down
-from nmlightning.translation.attention import Attention, TransformerState
-from nmlightning.translation.embedding import Tied, TiedWords
+from nmlightning.models.activation import reset_parts, scale_down
+from nmlightning.translation.embedding import Tied, TiedEmbedding
 from nmlightning.translation.tokenizer import PAD
 
 Norm = Literal["layer", "rms", "none"]
-NORMS: tuple[Norm, ...] = ("layer", "rms", "none")
 EPS = 1e-5  # nn.LayerNorm's; nn.RMSNorm's own depends on the dtype
 
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """What the layers of a Transformer have in common; see `Transformer`."""
+    """The settings that all layers of a Transformer share; see `Transformer`."""
 
     width: int
     hidden: int
@@ -30,6 +29,18 @@ class LayerSizes:
     dropout: float
     norm: Norm
     norm_first: bool
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "heads", "width"):
+            check_whole_number(name, getattr(self, name))
+        if self.width % self.heads or self.width % 2:
+            raise InputError(
+                f"width must be even and a multiple of heads, got {self.width} with {self.heads} "
+                "heads."
+            )
+        check_share("dropout", self.dropout)
+        check_choice("norm", self.norm, get_args(Norm))
+        check_flag("norm_first", self.norm_first)
 
 
 def make_norm(norm: Norm, width: int) -> nn.Module:
@@ -40,7 +51,7 @@ def make_norm(norm: Norm, width: int) -> nn.Module:
 
 
 class Residual(nn.Module):
-    """What a branch adds to its input, and the norm that stands there.
+    """Adds a branch to its input, with dropout and a norm.
 
     norm(x + dropout(branch(x))), or x + dropout(branch(norm(x))) with the norm first.
     """
@@ -59,6 +70,66 @@ class Residual(nn.Module):
         return y
 
 
+class Attention(nn.Module):
+    """Multi-head attention of each position to a memory (section 3.2 of the paper).
+
+        out(concat_h(softmax(q_h k_hᵀ / √d) v_h)),  q = query(x), k = key(memory), v = value(memory)
+
+    with d = width / heads, which is whole. Four linear layers, so that each matrix has a name and,
+    under weight norm, a bound of its own.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw as `nn.Transformer` does: by Glorot, query, key and value as one matrix."""
+        for layer in (self.query, self.key, self.value):
+            nn.init.xavier_uniform_(layer.weight, gain=1 / math.sqrt(2))
+        nn.init.xavier_uniform_(self.out.weight)
+        for layer in (self.query, self.key, self.value, self.out):
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self, x: Tensor, memory: Tensor, mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Attend from (N, T, width) `x` to (N, S, width) `memory`; returns (N, T, width).
+
+        `mask` is bool, broadcast to (N, heads, T, S), True where a position may be read;
+        `is_causal` lets position t read the positions 0 … t.
+        """
+        return self.attend(x, *self.keys_and_values(memory), mask, is_causal)
+
+    def keys_and_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of (N, S, width) `memory`, each (N, heads, S, d)."""
+        return self._split(self.key(memory)), self._split(self.value(memory))
+
+    def attend(
+        self,
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Return the same as `forward`, from the keys and values of the memory."""
+        heads = F.scaled_dot_product_attention(
+            self._split(self.query(x)), keys, values, attn_mask=mask, is_causal=is_causal
+        )
+        y: Tensor = self.out(heads.transpose(1, 2).flatten(2))
+        return y
+
+    def _split(self, x: Tensor) -> Tensor:
+        """(N, T, width) → (N, heads, T, d)."""
+        return x.view(*x.shape[:2], self.heads, x.shape[2] // self.heads).transpose(1, 2)
+
+
 class FeedForward(nn.Module):
     """outer(max(0, inner(x))), for each position on its own."""
 
@@ -70,7 +141,7 @@ class FeedForward(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the matrices after Glorot."""
+        """Draw the matrices by Glorot."""
         for layer in (self.inner, self.outer):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -89,11 +160,6 @@ class EncoderLayer(nn.Module):
         self.attention_sum = Residual(sizes)
         self.feed_forward = FeedForward(sizes.width, sizes.hidden)
         self.feed_forward_sum = Residual(sizes)
-
-    @property
-    def last_linears(self) -> list[nn.Linear]:
-        """The layer that each branch ends with."""
-        return [self.attention.out, self.feed_forward.outer]
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """(N, S, width) → (N, S, width); `mask` is broadcast to (N, heads, S, S)."""
@@ -114,11 +180,6 @@ class DecoderLayer(nn.Module):
         self.feed_forward = FeedForward(sizes.width, sizes.hidden)
         self.feed_forward_sum = Residual(sizes)
 
-    @property
-    def last_linears(self) -> list[nn.Linear]:
-        """The layer that each branch ends with."""
-        return [self.attention.out, self.source_attention.out, self.feed_forward.outer]
-
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
         """(N, T, width) → (N, T, width); `memory` (N, S, width) is the encoded source."""
         x = self.attention_sum(x, lambda y: self.attention(y, y, is_causal=True))
@@ -136,13 +197,66 @@ class DecoderLayer(nn.Module):
         """Return the same for one more position, (N, 1, width) → (N, 1, width).
 
         `append` takes the keys and values of this position and returns those of all so far;
-        `source` is what `source_attention.remember` has returned for the encoded source.
+        `source` are the keys and values of the encoded source.
         """
         own = self.attention
-        x = self.attention_sum(x, lambda y: own.read(y, *append(*own.remember(y))))
-        x = self.source_attention_sum(x, lambda y: self.source_attention.read(y, *source, mask))
+        x = self.attention_sum(x, lambda y: own.attend(y, *append(*own.keys_and_values(y))))
+        x = self.source_attention_sum(x, lambda y: self.source_attention.attend(y, *source, mask))
         y: Tensor = self.feed_forward_sum(x, self.feed_forward)
         return y
+
+
+FIRST_CAPACITY = 16  # tokens
+
+
+class TransformerState:
+    """A cache of keys and values of the source and of the tokens so far; a row a translation.
+
+    Those of the source are computed once. The buffer for the target's doubles whenever it is full,
+    so that those of a new token are written in place. Rows move between two buffers, since fresh
+    memory costs several times as much as the copying.
+
+    Args:
+        source: keys and values of the source in each layer, (N, heads, S, d) each.
+        mask: (N, 1, 1, S) bool, True where the source may be read; None if all of it may.
+    """
+
+    def __init__(self, source: list[tuple[Tensor, Tensor]], mask: Tensor | None) -> None:
+        self.source = source
+        self.mask = mask
+        self.length = 0  # tokens so far
+        keys = source[0][0]
+        rows, heads, _, d = keys.shape
+        self._own = keys.new_empty(len(source), 2, rows, heads, FIRST_CAPACITY, d)
+        self._spare = self._own[:, :, :0]
+        self._sentences = torch.arange(rows, device=keys.device)
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add those of one more token, (N, heads, 1, d) each, and return all of the layer.
+
+        The caller adds one to `length` after the last layer.
+        """
+        end = self.length + 1
+        if end > self._own.shape[4]:
+            self._own = torch.cat((self._own, torch.empty_like(self._own)), 4)
+        own = self._own[layer, :, :, :, :end]
+        own[0, :, :, -1:] = keys
+        own[1, :, :, -1:] = values
+        return own[0], own[1]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, (M,) int64, in this order; any may be left out or repeated."""
+        layers, kinds, _, *rest = self._own.shape
+        if self._spare.shape[2] < len(rows) or self._spare.shape[4] < self._own.shape[4]:
+            self._spare = self._own.new_empty(layers, kinds, len(rows), *rest)
+        written, place = (x[:, :, :, :, : self.length] for x in (self._own, self._spare))
+        torch.index_select(written, 2, rows, out=place[:, :, : len(rows)])
+        self._own, self._spare = self._spare[:, :, : len(rows)], self._own
+        sentences = self._sentences[rows]
+        if not torch.equal(sentences, self._sentences):  # else nothing is copied
+            self._sentences = sentences
+            self.source = [(keys[rows], values[rows]) for keys, values in self.source]
+            self.mask = None if self.mask is None else self.mask[rows]
 
 
 LONGEST_WAVE = 10_000  # in units of 2π positions
@@ -153,8 +267,7 @@ def sinusoids(first: int, last: int, width: int, device: torch.device) -> Tensor
 
         p[t, 2i] = sin(t · 10000^(−2i / width)),    p[t, 2i + 1] = cos(t · 10000^(−2i / width))
 
-    They are computed where they are needed: there is no longest sentence, and nothing that half
-    precision could round before the sine is taken. https://arxiv.org/abs/1706.03762
+    Computed for each call: there is no longest sentence, and no half precision before the sine.
     """
     positions = torch.arange(first, last, device=device, dtype=torch.float32)
     even = torch.arange(0, width, 2, device=device, dtype=torch.float32)
@@ -163,7 +276,7 @@ def sinusoids(first: int, last: int, width: int, device: torch.device) -> Tensor
 
 
 class Transformer(nn.Module):
-    """Encoder and decoder with attention; the base model of the paper unless told otherwise.
+    """Encoder and decoder with attention; by default the base model of the paper.
 
     (N, S) source and (N, T) target tokens → (N, T, vocab_size) logits, those at t of the token that
     follows target[:, : t + 1]. Sentences are padded at their end with `PAD`, which no other
@@ -215,31 +328,33 @@ class Transformer(nn.Module):
         scale_branches: bool = False,
     ) -> None:
         super().__init__()
-        sizes = _check_sizes(width, hidden, heads, dropout, norm, norm_first)
+        sizes = LayerSizes(width, hidden, heads, dropout, norm, norm_first)
         check_whole_number("encoder_layers", encoder_layers)
         check_whole_number("decoder_layers", decoder_layers)
         self.vocab_size = vocab_size
         self.width = width
         self.scale_branches = check_flag("scale_branches", scale_branches)
-        self.words = TiedWords(vocab_size, width, tied)
+        self.words = TiedEmbedding(vocab_size, width, tied)
         self.dropout = nn.Dropout(dropout)
         self.encoder = nn.ModuleList(EncoderLayer(sizes) for _ in range(encoder_layers))
         self.decoder = nn.ModuleList(DecoderLayer(sizes) for _ in range(decoder_layers))
         last = norm if norm_first else "none"
         self.encoder_norm = make_norm(last, width)
         self.decoder_norm = make_norm(last, width)
-        if scale_branches:
-            self._scale_branches()
+        self._scale_branches()
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
         reset_parts(self)
-        if self.scale_branches:
-            self._scale_branches()
+        self._scale_branches()
 
     def _scale_branches(self) -> None:
+        if not self.scale_branches:
+            return
         for layers in (self.encoder, self.decoder):
-            scale_down([linear for layer in layers for linear in layer.last_linears])  # type: ignore[union-attr]
+            attentions = [part.out for part in layers.modules() if isinstance(part, Attention)]
+            others = [part.outer for part in layers.modules() if isinstance(part, FeedForward)]
+            scale_down([*attentions, *others])
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         return self.decode(target, *self.encode(source))
@@ -263,15 +378,12 @@ class Transformer(nn.Module):
     def begin(self, source: Tensor) -> TransformerState:
         """Encode (N, S) source tokens; no token of the target has been written."""
         memory, mask = self.encode(source)
-        remembered = [layer.source_attention.remember(memory) for layer in self.decoder]  # type: ignore[operator, union-attr]
-        return TransformerState(remembered, None if bool(mask.all()) else mask)
+        pairs = [layer.source_attention.keys_and_values(memory) for layer in self.decoder]  # type: ignore[operator, union-attr]
+        return TransformerState(pairs, None if bool(mask.all()) else mask)
 
     @torch.no_grad()
     def next_logits(self, tokens: Tensor, state: TransformerState) -> Tensor:
-        """Write (N,) tokens, BOS at first, and return (N, vocab_size) logits of those to follow.
-
-        `state` is advanced in place.
-        """
+        """Write (N,) tokens, BOS first, into `state`; returns the next (N, vocab_size) logits."""
         x = self._enter(self.words.embed_target(tokens[:, None]), state.length)
         for i, layer in enumerate(self.decoder):
             append = functools.partial(state.append, i)
@@ -285,18 +397,3 @@ class Transformer(nn.Module):
         positions = sinusoids(first, last, self.width, vectors.device)
         x: Tensor = self.dropout(vectors + positions.to(vectors.dtype))
         return x
-
-
-def _check_sizes(
-    width: int, hidden: int, heads: int, dropout: float, norm: Norm, norm_first: bool
-) -> LayerSizes:
-    check_whole_number("hidden", hidden)
-    check_whole_number("heads", heads)
-    check_whole_number("width", width)
-    if width % heads or width % 2:
-        raise InputError(
-            f"width must be even and a multiple of heads, got {width} with {heads} heads."
-        )
-    check_share("dropout", dropout)
-    check_choice("norm", norm, NORMS)
-    return LayerSizes(width, hidden, heads, dropout, norm, check_flag("norm_first", norm_first))

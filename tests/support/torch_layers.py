@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nmlightning.translation.attention import Attention
-from nmlightning.translation.transformer import DecoderLayer, EncoderLayer
+from nmlightning.translation.transformer import Attention, DecoderLayer, EncoderLayer
 
 Pair = tuple[Tensor, Tensor]  # torch's and ours; the former is a view of the parameter
 

@@ -8,8 +8,8 @@ from torch import nn
 from nmlightning.errors import InputError
 from nmlightning.models import VGG, CifarResNet, ResNet50
 from nmlightning.parametrizations import apply_weight_norm
-from nmlightning.tasks import sharding
-from nmlightning.tasks.sharding import shard_blocks
+from nmlightning.tasks import classification
+from nmlightning.tasks.classification import shard_blocks
 
 
 class Mesh:
@@ -27,7 +27,7 @@ class Mesh:
 def sharded(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     """What `fully_shard` was called with, in order."""
     calls: list[nn.Module] = []
-    monkeypatch.setattr(sharding, "fully_shard", lambda module, mesh: calls.append(module))
+    monkeypatch.setattr(classification, "fully_shard", lambda module, mesh: calls.append(module))
     return calls
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nmlightning.translation.attention import Attention
+from nmlightning.translation.transformer import Attention
 from torch_layers import copy_weights, pair_attention
 
 WIDTH, HEADS = 24, 3

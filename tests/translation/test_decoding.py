@@ -9,7 +9,7 @@ import torch
 
 from nmlightning.errors import InputError
 from nmlightning.models import beam_search, greedy_search
-from nmlightning.translation.decoding import penalise
+from nmlightning.translation.decoding import length_penalty_of
 from nmlightning.translation.tokenizer import BOS, EOS, PAD
 from written_odds import WrittenOdds
 
@@ -102,9 +102,11 @@ def test_a_larger_penalty_of_length_finds_longer_translations() -> None:
 
 
 def test_the_penalty_is_the_papers() -> None:
-    assert penalise(7, 0.6) == pytest.approx(2**0.6)
-    assert penalise(1, 0.6) == 1
-    torch.testing.assert_close(penalise(torch.tensor([1, 7]), 2.0), torch.tensor([1.0, 4.0]))
+    assert length_penalty_of(7, 0.6) == pytest.approx(2**0.6)
+    assert length_penalty_of(1, 0.6) == 1
+    torch.testing.assert_close(
+        length_penalty_of(torch.tensor([1, 7]), 2.0), torch.tensor([1.0, 4.0])
+    )
 
 
 def test_finished_sentences_leave_the_batch() -> None:

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from nmlightning.errors import InputError
-from nmlightning.translation.inference import LineOptions, translate_lines
-from nmlightning.translation.task import Translator
+from nmlightning.translation.task import LineOptions, Translator, translate_lines
 from nmlightning.translation.tokenizer import EOS
 from translation_runs import draw_pairs, make_text, make_trainer, make_translator, warm_up
 

@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from nmlightning.translation import task as training_window
-from nmlightning.translation.metrics import TokenLoss
-from nmlightning.translation.task import TrainingWindow
+from nmlightning.translation import metrics
+from nmlightning.translation.metrics import TokenLoss, TrainingWindow
 
 
 class Clock:
@@ -30,7 +29,7 @@ def alone(sums: torch.Tensor) -> torch.Tensor:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(training_window, "time", clock)
+    monkeypatch.setattr(metrics, "time", clock)
     return clock
 
 

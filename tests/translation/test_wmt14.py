@@ -11,8 +11,8 @@ from made_sentences import SaveAt, assert_same, fit, make_pairs
 from nmlightning import WMT14
 from nmlightning.datamodules.training_batches import WHOLE_SET, Shard
 from nmlightning.errors import InputError
+from nmlightning.translation.batches import StreamedBatches
 from nmlightning.translation.corpus import TrainingLimits
-from nmlightning.translation.streaming import StreamedBatches
 
 datasets = pytest.importorskip("datasets")
 pytestmark = pytest.mark.filterwarnings(
