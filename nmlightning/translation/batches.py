@@ -196,10 +196,8 @@ class StreamedBatches:
 
     Pools come in the order of the stream, the same in every epoch. The order within a pool follows
     from (seed, epoch, pool). All ranks read the whole stream, and rank r of W takes the batches
-    r, r + W, … of each pool; the up to W − 1 that are left over are dropped.
-
-    The number of batches is not known beforehand, so there is no `len`: Lightning needs `max_steps`
-    for a schedule that depends on the length of the run.
+    r, r + W, … of each pool; the up to W − 1 that are left over are dropped. There is no `len`, so
+    Lightning needs `max_steps` for a schedule that depends on the length of the run.
 
     A run resumed within an epoch begins with the pool in which it stopped, not with the stream.
 
