@@ -28,7 +28,7 @@ from speed_tables import make_json, make_markdown, make_table, tell_row
 from speed_weights import measure_weights
 from targets import Measurement, Result, Skipped
 
-from nmlightning.commands.run_report import quiet
+from nmlightning.commands.run_report import filter_logs
 
 Measure = Callable[[Plan, Set[str]], Iterator[Result]]
 
@@ -60,7 +60,7 @@ def main() -> None:
     for line in header:
         console.print(line, markup=False, soft_wrap=True)
     results = []
-    with quiet():
+    with filter_logs():
         for row in measure(plan, set(options.only)):
             results.append(row)
             told = tell_row(row) if isinstance(row, Measurement) else f"{row.target}: {row.why}"

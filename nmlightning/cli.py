@@ -10,7 +10,7 @@ import textwrap
 from importlib import import_module
 
 from nmlightning.commands.argument_parser import BAD_INPUT, INTERRUPTED
-from nmlightning.commands.files import GivenFiles, shipped_configs
+from nmlightning.commands.files import RunPaths, shipped_configs
 from nmlightning.errors import InputError, nearest
 
 COMMANDS = {
@@ -28,7 +28,7 @@ COMMANDS = {
     "translate": "translate lines of text with a checkpoint",
 }
 # Every other command is a module of its own, with a parser of its own.
-_LIGHTNINGS = ("fit", "validate", "test", "predict")
+LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 # Where torchrun, SLURM and Lightning, in this order, say which of several processes this one is.
 _RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 
@@ -77,13 +77,13 @@ def _run(arguments: list[str]) -> int:
         raise InputError(f"there is no command {command!r}; the commands are {allowed}.{hint}")
     if "" not in sys.path:  # as for `python -m`: a class of the user's own, in the current folder
         sys.path.insert(0, "")
-    if command not in _LIGHTNINGS:
+    if command not in LIGHTNING_COMMANDS:
         module = import_module(f"nmlightning.commands.{command}")
         return int(module.run(arguments[1:]))
-    given = GivenFiles(arguments)
+    paths = RunPaths(arguments)
     from nmlightning.commands.fit import run
 
-    return run(arguments, given)
+    return run(arguments, paths)
 
 
 def _name() -> str:

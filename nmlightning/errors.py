@@ -1,6 +1,6 @@
 """The one error for bad input, and the checks that many settings share."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from numbers import Integral
 
@@ -55,6 +55,15 @@ def check_share(what: str, value: float) -> float:
     if not (is_number(value) and 0 <= value < 1):
         raise InputError(f"{what} must be at least 0 and less than 1, got {value!r}.")
     return float(value)
+
+
+def check_lists(**arguments: object) -> None:
+    """Raise InputError for anything but a list of strings."""
+    for name, value in arguments.items():
+        if isinstance(value, str):
+            raise InputError(f"{name} is a list, got the string {value!r}: write [{value!r}].")
+        if not (isinstance(value, Collection) and all(isinstance(item, str) for item in value)):
+            raise InputError(f"{name} is a list of strings, got {value!r}.")
 
 
 def is_number(value: object) -> bool:

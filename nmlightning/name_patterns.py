@@ -3,8 +3,6 @@
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 
-from nmlightning.errors import InputError
-
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Return whether any of the glob patterns matches the whole name.
@@ -30,12 +28,3 @@ def some(names: Iterable[str], shown: int = 5) -> str:
     listed = list(names)
     more = f" and {len(listed) - shown} more" if len(listed) > shown else ""
     return (", ".join(listed[:shown]) or "nothing") + more
-
-
-def check_lists(**arguments: object) -> None:
-    """Raise InputError for anything but a list of strings."""
-    for name, value in arguments.items():
-        if isinstance(value, str):
-            raise InputError(f"{name} is a list, got the string {value!r}: write [{value!r}].")
-        if not (isinstance(value, Collection) and all(isinstance(item, str) for item in value)):
-            raise InputError(f"{name} is a list of strings, got {value!r}.")

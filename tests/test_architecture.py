@@ -17,7 +17,7 @@ LAYERS = [
     ["nmlightning.optim", "nmlightning.norms", "nmlightning.reports"],
     ["nmlightning.weights", "nmlightning.kernels"],
     ["nmlightning.functional", "nmlightning.models", "nmlightning.datamodules"],
-    ["nmlightning.name_patterns", "nmlightning.errors"],
+    ["nmlightning.name_patterns", "nmlightning.errors", "nmlightning.lazy_exports"],
 ]
 USE_LIGHTNING = {
     "nmlightning.commands",

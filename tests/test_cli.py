@@ -1,6 +1,5 @@
 """Test what a user of `nm` sees: the runs it keeps, the lines it prints, the exit codes."""
 
-import logging
 import os
 import re
 import shlex
@@ -22,7 +21,7 @@ from nmlightning.cli import COMMANDS, main
 from nmlightning.commands.distributed import ExplicitOptionsWin
 from nmlightning.commands.files import shipped_configs
 from nmlightning.commands.fit import TrainingCLI
-from nmlightning.commands.run_report import CHATTY, Stopwatch
+from nmlightning.commands.run_report import Stopwatch, filtered_handlers
 from nmlightning.tasks.classification import ImageClassifier
 
 SHORT = shlex.split(
@@ -51,7 +50,7 @@ def nm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFix
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*words: str) -> Answer:
-        for handler in (handler for name in CHATTY for handler in logging.getLogger(name).handlers):
+        for handler in filtered_handlers():
             monkeypatch.setattr(handler, "stream", sys.stderr)  # not that of another test
         code = main(list(words))
         out, err = capfd.readouterr()
@@ -126,12 +125,12 @@ BAD_INPUT = {
     "--trainer.callbacks.nrm l1": "callbacks has no option 'nrm'; NormSwap takes norm, .*'norm'?",
     "stray": "unexpected argument 'stray'",
     # Class names
-    "--data Digit": "data: there is no class 'Digit'; give CIFAR10, Digits, ImageNet .*'Digits'?",
+    "--data Digit": "data: there is no class 'Digit'; give CIFAR10, Digits, .*'Digits'?",
     "--config '{data: {class_path: CIFAR_10}}'": "Did you mean 'CIFAR10'?",
     "--model ImageClasifier": "Did you mean 'ImageClassifier'?",
     "--model.net CifarResNt": "model.net: there is no class 'CifarResNt'; .*'CifarResNet'?",
     "--model.net VGG": "several classes 'VGG'; give one of .*nmlightning.models.VGG",
-    "--model.net foo.Bar": "model.net: cannot import 'foo.Bar' .No module named 'foo'.; give Cifar",
+    "--model.net foo.Bar": "net: cannot import 'foo.Bar' .No module named 'foo'.; give .*Cifar",
     "--model.net nmlightning.models.CifarResNt": "cannot import .* Did you mean 'CifarResNet'?",
     "--model.net torch.nn.functional.relu": "model.net: '.*relu' is no subclass of Module.",
     "--model.net torch.relu": "model.net: no signature found for builtin",
@@ -142,8 +141,8 @@ BAD_INPUT = {
     "--trainer.callbacks 3": "callbacks: there is no class '3'; give NormSwap, WeightNormSwap",
     "--config '{trainer: {callbacks: NormSwapp}}'": "Did you mean 'NormSwap'?",
     "--config '{trainer: {callbacks: [3]}}'": "trainer.callbacks: there is no class '3'; give Norm",
-    "--config '{model: 3}'": "nm: model: there is no class '3'; give ImageClassifier or a class pa",
-    "--config '{model: {init_args: {net: 3}}}'": "nm: model.net: there is no class '3'; give Cif",
+    "--config '{model: 3}'": "nm: model: there is no class '3'; give ImageClassifier, Trans",
+    "--config '{model: {init_args: {net: 3}}}'": "nm: model.net: there is no class '3'; give Att",
     "--config '{model: {init_args: {optimizer: 3}}}'": "optimizer: there is no class '3'; give ASG",
     # Values
     "--model.net.depth twenty": "model.net.depth: expected int, received 'twenty'.",
@@ -430,7 +429,7 @@ def test_ctrl_c_before_the_first_checkpoint(nm: Nm, monkeypatch: pytest.MonkeyPa
     assert answer.err == ["nm: interrupted; no checkpoint exists yet."]
     monkeypatch.setattr(ImageClassifier, "validation_step", interrupt)
     assert nm("validate", *FIT[1:])[::2] == (130, [UNTRAINED, "nm: interrupted."])
-    monkeypatch.setattr("nmlightning.cli.GivenFiles", interrupt)
+    monkeypatch.setattr("nmlightning.cli.RunPaths", interrupt)
     assert nm(*FIT) == (130, [], ["nm: interrupted; no checkpoint exists yet."])
 
 

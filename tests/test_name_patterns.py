@@ -2,8 +2,8 @@
 
 import pytest
 
-from nmlightning.errors import InputError
-from nmlightning.name_patterns import check_lists, matches, some, unmatched
+from nmlightning.errors import InputError, check_lists
+from nmlightning.name_patterns import matches, some, unmatched
 
 
 def test_matches() -> None:

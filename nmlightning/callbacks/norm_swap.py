@@ -10,10 +10,9 @@ from torch.utils.hooks import RemovableHandle
 
 from nmlightning.callbacks.model_change import ModelChange, warn_of_forgotten
 from nmlightning.compat import keep_through_sync, synchronise_norms
-from nmlightning.errors import InputError
+from nmlightning.errors import InputError, check_lists
 from nmlightning.kernels.dispatch import NO_KERNELS
 from nmlightning.kernels.interface import Dispatch, layout_of
-from nmlightning.name_patterns import check_lists
 from nmlightning.norms.registry import check_kinds, check_options
 from nmlightning.surgery.fuse.fuse import unfused
 from nmlightning.surgery.norm_layers import find_norm_layers

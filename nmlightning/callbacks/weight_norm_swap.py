@@ -7,8 +7,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from nmlightning.callbacks.model_change import ModelChange, warn_of_forgotten
-from nmlightning.errors import InputError, check_flag
-from nmlightning.name_patterns import check_lists
+from nmlightning.errors import InputError, check_flag, check_lists
 from nmlightning.parametrizations import WeightNorm, apply_weight_norm
 from nmlightning.parametrizations.layers import LayerKind, normalised_weights
 from nmlightning.parametrizations.optimizers import live_optimizers

@@ -14,8 +14,7 @@ from nmlightning.callbacks.norm_dashboard import NormDashboard
 from nmlightning.callbacks.provenance import describe_run
 from nmlightning.callbacks.steering import SteeredRun, check_steering, resume_steering
 from nmlightning.compat import CallbackBase, in_added_epoch, is_trial_run
-from nmlightning.errors import InputError
-from nmlightning.name_patterns import check_lists
+from nmlightning.errors import InputError, check_lists
 from nmlightning.optim import Steering
 from nmlightning.optim.step_hooks import Attachment
 from nmlightning.weights.history import NormHistory

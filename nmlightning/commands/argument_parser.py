@@ -1,9 +1,15 @@
-"""The argument parser of the commands that train nothing, and the exit codes of all."""
+"""The argument parser and output of commands that train nothing, and the exit codes of all."""
 
 import argparse
 from typing import NoReturn
 
 from nmlightning.errors import InputError
+
+FAILED_CHECK = 1
+BAD_INPUT = 2
+LOST_PROCESS = 75  # EX_TEMPFAIL of sysexits.h: the same command may well succeed
+INTERRUPTED = 130  # 128 + SIGINT, as shells report a program that Ctrl-C ended
+TERMINATED = 143  # 128 + SIGTERM, which schedulers send before they take the machine away
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -13,8 +19,8 @@ class ArgumentParser(argparse.ArgumentParser):
         raise InputError(f"{message}; {self.prog} --help lists what there is.")
 
 
-FAILED_CHECK = 1
-BAD_INPUT = 2
-LOST_PROCESS = 75  # EX_TEMPFAIL of sysexits.h: the same command may well succeed
-INTERRUPTED = 130  # 128 + SIGINT, as shells report a program that Ctrl-C ended
-TERMINATED = 143  # 128 + SIGTERM, which schedulers send before they take the machine away
+def print_line(heading: str, text: object) -> None:
+    """Print a heading and what is under it; a path in it is not wrapped."""
+    from rich.console import Console
+
+    Console().print(f" {heading:<11} {text}", soft_wrap=True, highlight=False, markup=False)

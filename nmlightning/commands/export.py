@@ -2,19 +2,18 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pytorch_lightning import LightningModule
-from rich.console import Console
-from torch import nn
-
-from nmlightning.commands.argument_parser import ArgumentParser
-from nmlightning.commands.checkpoint import SavedModule
-from nmlightning.commands.run_report import quiet
+from nmlightning.commands.argument_parser import ArgumentParser, print_line
 from nmlightning.errors import InputError, check_choice, nearest
-from nmlightning.export.export import BATCH_SIZES, TOLERANCE, ExportReport, export_network
 from nmlightning.export.formats import FORMATS, check_target
 from nmlightning.name_patterns import some
-from nmlightning.translation.task import Translator
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule
+    from torch import nn
+
+    from nmlightning.export.export import ExportReport
 
 
 def run(arguments: list[str]) -> int:
@@ -29,8 +28,6 @@ def run(arguments: list[str]) -> int:
     _check_checkpoint(given.checkpoint)
     given.output = given.output or given.checkpoint.with_suffix(FORMATS[given.format].suffix)
     check_target(given.output, given.format, given.overwrite)
-    pass
-
     export(given)
     return 0
 
@@ -93,15 +90,20 @@ def export(given: argparse.Namespace) -> None:
     Raises:
         InputError: a checkpoint that cannot be right, or a network that is not the same afterwards.
     """
-    with quiet():
-        saved = SavedModule(given.checkpoint, given.config)
-        module = saved.load()
+    from nmlightning.commands.checkpoint import Checkpoint
+    from nmlightning.commands.run_report import filter_logs
+    from nmlightning.export.export import export_network
+    from nmlightning.translation.task import Translator
+
+    with filter_logs():
+        checkpoint = Checkpoint(given.checkpoint, given.config)
+        module = checkpoint.load_module()
         if isinstance(module, Translator):
             raise InputError(
                 f"{str(given.checkpoint)!r} is of Translator, whose network has two inputs and "
                 "writes token by token, which nm export does not write: nm translate runs it."
             )
-        shape = given.input_shape or saved.input_shape()
+        shape = given.input_shape or checkpoint.input_shape()
         net = _choose(module, given.module)
         report = export_network(
             net,
@@ -114,7 +116,7 @@ def export(given: argparse.Namespace) -> None:
     _print(report, type(net).__name__, shape)
 
 
-def _choose(module: LightningModule, name: str) -> nn.Module:
+def _choose(module: "LightningModule", name: str) -> "nn.Module":
     parts: dict[str, nn.Module] = dict(module.named_modules())
     if not name or name not in parts:
         children = [child for child, _ in module.named_children()]
@@ -125,35 +127,33 @@ def _choose(module: LightningModule, name: str) -> nn.Module:
     return parts[name]
 
 
-def _print(report: ExportReport, network: str, shape: tuple[int, ...]) -> None:
+def _print(report: "ExportReport", network: str, shape: tuple[int, ...]) -> None:
+    from nmlightning.export.export import BATCH_SIZES, TOLERANCE
+
     sizes = " × ".join(map(str, ("N", *shape)))
-    _print_line("network", f"{network}, inputs {sizes}")
-    _print_line("file", f"{report.file} ({report.format}, {report.size / 1e6:.1f} MB)")
+    print_line("network", f"{network}, inputs {sizes}")
+    print_line("file", f"{report.file} ({report.format}, {report.size / 1e6:.1f} MB)")
     _print_norms(report)
     if report.made_plain:
-        _print_line("weights", f"{len(report.made_plain)} no longer parametrized")
-    _print_line(
+        print_line("weights", f"{len(report.made_plain)} no longer parametrized")
+    print_line(
         "difference",
         f"{report.difference:.1e} of the largest output, at most {TOLERANCE:.0e} "
         f"(random inputs, batches of {', '.join(map(str, BATCH_SIZES))})",
     )
-    _print_line("use", FORMATS[report.format].use.format(file=str(report.file)))
+    print_line("use", FORMATS[report.format].use.format(file=str(report.file)))
 
 
-def _print_norms(report: ExportReport) -> None:
+def _print_norms(report: "ExportReport") -> None:
     if report.fold is None:
-        _print_line("batch norms", "none folded, as asked")
+        print_line("batch norms", "none folded, as asked")
         return
     folded = f"{len(report.fold)} folded into the layers before them"
     if FORMATS[report.format].keeps_code and len(report.fold):
         folded += "; each stays as a shift, so that the keys do (--no_fold to train further)"
-    _print_line("batch norms", folded)
+    print_line("batch norms", folded)
     reasons: dict[str, list[str]] = {}
     for left in report.fold.left:
         reasons.setdefault(left.reason, []).append(left.norm)
     for reason, names in reasons.items():
-        _print_line("", f"{len(names)} left, {reason}: {some(names, 3)}")
-
-
-def _print_line(heading: str, text: str) -> None:
-    Console().print(f" {heading:<11} {text}", soft_wrap=True, highlight=False, markup=False)
+        print_line("", f"{len(names)} left, {reason}: {some(names, 3)}")

@@ -1,20 +1,15 @@
-"""The files that a command reads and writes: configs, checkpoints, run folders.
+"""Paths of configs, run folders and checkpoints, and the files that a command writes.
 
-Parsing needs both: the name of the run is a default, and so is what the checkpoint remembers. And
-a misspelt file is reported at once, without waiting for torch.
+Nothing here needs torch: a misspelt path is reported at once.
 """
 
 import argparse
-import json
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from nmlightning.errors import InputError, nearest
@@ -42,7 +37,7 @@ def find_config(name: str) -> Path:
 
 def shipped_configs() -> dict[str, Path]:
     """Return the shipped configs by name; quickstart first, the others in alphabetical order."""
-    found = {path.stem: path for path in sorted(_folder().glob("*.yaml"))}
+    found = {path.stem: path for path in sorted(_config_folder().glob("*.yaml"))}
     return dict(sorted(found.items(), key=lambda item: item[0] != "quickstart"))
 
 
@@ -72,7 +67,7 @@ def is_config_text(value: str) -> bool:
     return "\n" in value or "{" in value
 
 
-def _folder() -> Path:
+def _config_folder() -> Path:
     package = Path(str(files("nmlightning")))
     installed = package / "configs"
     # setup.cfg ships the repository's configs/ as nmlightning/configs; a checkout has the former.
@@ -127,14 +122,14 @@ def new_version(run_name: str) -> Path:
 # Lightning's keywords for --ckpt_path.
 LAST = "last"
 OTHER_KEYWORDS = ("best", "hpc")
-_PLACE_OF_RUNS = re.compile(r"--trainer\.logger\.(init_args\.)?(save_dir|name|root_dir)\b")
+_RUN_FOLDER_OPTION = re.compile(r"--trainer\.logger\.(init_args\.)?(save_dir|name|root_dir)\b")
 
 
-class GivenFiles:
-    """What `--config` and `--ckpt_path` name.
+class RunPaths:
+    """The paths that `--config` and `--ckpt_path` name.
 
     `--ckpt_path last` is the newest last checkpoint of this experiment's runs. Where there is none
-    a fit starts anew, so that the command which begins a training also goes on with it.
+    a fit starts anew, so that the command which begins a training also resumes it.
 
     Args:
         arguments: the command and its options.
@@ -157,14 +152,14 @@ class GivenFiles:
         checkpoint = next(filter(None, [given.ckpt_path, *reversed(in_configs)]), None)
         self.wants_last = checkpoint == LAST
         if self.wants_last:
-            self._check_place(arguments, configs)
+            self._check_run_folder(arguments, configs)
             self.checkpoint = self._last_checkpoint(needed=arguments[0] != "fit")
         else:
             self.checkpoint = _existing(checkpoint)
 
-    def _check_place(self, arguments: list[str], configs: Sequence[Mapping[str, Any]]) -> None:
+    def _check_run_folder(self, arguments: list[str], configs: Sequence[Mapping[str, Any]]) -> None:
         """Raise InputError if a logger keeps the runs elsewhere than they are looked for."""
-        given = next(filter(_PLACE_OF_RUNS.match, arguments), None)
+        given = next(filter(_RUN_FOLDER_OPTION.match, arguments), None)
         places = [place for config in configs for place in _logger_folders(config)]
         is_of_a_run = self.runs != RUNS / self.run_name  # where a config lies that a run has saved
         elsewhere = [] if is_of_a_run else [place for place in places if place != self.runs]
@@ -228,45 +223,3 @@ def write_file(option: str, file: Path, text: str) -> None:
         file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{option}: {file} cannot be written: {error.strerror}.") from error
-
-
-_OF_ALL_RANKS = "meta.pt"  # in a checkpoint that is a folder with a file of each rank
-
-
-def remembered_options(checkpoint: str | None) -> list[str]:
-    """Return the model's options in `checkpoint` as one more `--config`, to be placed first.
-
-    Whatever comes after it on the command line, in configs or as options, wins.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
-    if not checkpoint or "://" in checkpoint:
-        return []
-    path = Path(checkpoint)
-    if path.is_dir():
-        path /= _OF_ALL_RANKS
-        if not path.exists():
-            return []
-    model = model_in(_read_hyper_parameters(path))
-    if model is None:
-        return []  # not trained by a command line: nothing that it could parse
-    return ["--config", json.dumps({"model": model})]
-
-
-def model_in(hyper_parameters: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the model's class and arguments, if a command line has made it."""
-    arguments = dict(hyper_parameters)
-    class_path = arguments.pop("_class_path", None)
-    arguments.pop("_instantiator", None)
-    return None if class_path is None else {"class_path": class_path, "init_args": arguments}
-
-
-def _read_hyper_parameters(path: Path) -> dict[str, Any]:
-    if not zipfile.is_zipfile(path):
-        raise InputError(f"--ckpt_path: {str(path)!r} is no checkpoint, or a truncated one.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
-        return {}  # objects of the user's own, which the Trainer judges when it loads them
-    return dict(checkpoint.get("hyper_parameters", {}))

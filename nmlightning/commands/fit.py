@@ -10,37 +10,19 @@ from pytorch_lightning.callbacks import BasePredictionWriter, ModelCheckpoint, R
 from pytorch_lightning.callbacks.progress import ProgressBar
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-import nmlightning.callbacks.norm_swap
-import nmlightning.callbacks.weight_norm_swap
-import nmlightning.callbacks.weight_norm_tracker
-import nmlightning.datamodules.cifar10
-import nmlightning.datamodules.digits
-import nmlightning.datamodules.imagenet
-import nmlightning.models.resnet
-import nmlightning.models.vgg
-import nmlightning.optim.schedules
-import nmlightning.tasks.classification
-import nmlightning.translation.datamodules
-import nmlightning.translation.lstm
-import nmlightning.translation.task  # noqa: F401
 from nmlightning.callbacks.skipped_steps import SkippedStepCount
 from nmlightning.commands import run_report
 from nmlightning.commands.argument_parser import INTERRUPTED, TERMINATED
+from nmlightning.commands.checkpoint import checkpoint_hparams
 from nmlightning.commands.distributed import (
     ExplicitOptionsWin,
     SameStart,
     check_restarts,
     failing_together,
 )
-from nmlightning.commands.files import (
-    GivenFiles,
-    default_logger,
-    new_version,
-    remembered_options,
-    time_written,
-)
+from nmlightning.commands.files import RunPaths, default_logger, new_version, time_written
 from nmlightning.commands.parser import Parser
-from nmlightning.commands.run_report import quiet
+from nmlightning.commands.run_report import filter_logs
 from nmlightning.errors import InputError
 
 
@@ -87,25 +69,22 @@ def _keeps_last(callback: Callback) -> bool:
     )
 
 
-# Class names alone resolve only if their modules are imported.
-
-
-def run(arguments: list[str], given: GivenFiles) -> int:
+def run(arguments: list[str], paths: RunPaths) -> int:
     """Run `nm fit`, `validate`, `test` or `predict` and return its exit code.
 
     Args:
         arguments: the command and its options.
-        given: the files that these name.
+        paths: what these name.
 
     Raises:
         InputError: an option, a config or a checkpoint cannot be right.
     """
     command, *options = arguments
-    with quiet():
+    with filter_logs():
         try:
-            remembered = remembered_options(given.checkpoint)
-            resolved = _resolve_last(given) if given.wants_last else []
-            TrainingCLI([command, *remembered, *options, *resolved], given.run_name)
+            stored = checkpoint_hparams(paths.checkpoint)
+            resolved = _resolve_last(paths) if paths.wants_last else []
+            TrainingCLI([command, *stored, *options, *resolved], paths.run_name)
         except SystemExit as stop:
             if is_ctrl_c(stop):
                 raise KeyboardInterrupt from None
@@ -115,13 +94,13 @@ def run(arguments: list[str], given: GivenFiles) -> int:
     return 0
 
 
-def _resolve_last(given: GivenFiles) -> list[str]:
+def _resolve_last(paths: RunPaths) -> list[str]:
     """Return the option that takes the place of `--ckpt_path last`, and say what that is."""
-    if given.checkpoint is None:
-        run_report.print_notice(f"{given.runs} has no checkpoint yet, so training starts anew.")
+    if paths.checkpoint is None:
+        run_report.print_notice(f"{paths.runs} has no checkpoint yet, so training starts anew.")
         return ["--ckpt_path", "null"]
-    run_report.print_notice(f"--ckpt_path last is {given.checkpoint}")
-    return ["--ckpt_path", given.checkpoint]
+    run_report.print_notice(f"--ckpt_path last is {paths.checkpoint}")
+    return ["--ckpt_path", paths.checkpoint]
 
 
 class TrainingCLI(ExplicitOptionsWin):

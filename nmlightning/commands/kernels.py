@@ -4,9 +4,7 @@ import argparse
 import time
 from pathlib import Path
 
-from rich.console import Console
-
-from nmlightning.commands.argument_parser import ArgumentParser
+from nmlightning.commands.argument_parser import ArgumentParser, print_line
 
 ACTIONS = ("build", "show", "remove")
 
@@ -47,14 +45,14 @@ def _build(folder: Path) -> None:
 
     path = library_path(folder)
     if is_whole(path):
-        _print_line("kernels", f"{path}, built already")
+        print_line("kernels", f"{path}, built already")
         return
     check_toolchain()
     check_folder(folder)
-    _print_line("building", "the kernels for this CPU, about a minute on two cores")
+    print_line("building", "the kernels for this CPU, about a minute on two cores")
     begin = time.monotonic()
     path = build_library(folder)
-    _print_line("kernels", f"{path}, built in {time.monotonic() - begin:.0f} s")
+    print_line("kernels", f"{path}, built in {time.monotonic() - begin:.0f} s")
 
 
 def _show(folder: Path) -> None:
@@ -62,14 +60,14 @@ def _show(folder: Path) -> None:
 
     path = library_path(folder)
     if is_whole(path):
-        _print_line("kernels", f"{path}, {path.stat().st_size / 2**20:.1f} MB")
+        print_line("kernels", f"{path}, {path.stat().st_size / 2**20:.1f} MB")
     elif path.exists():
-        _print_line("kernels", f"{path} is damaged: nm kernels build")
+        print_line("kernels", f"{path} is damaged: nm kernels build")
     else:
-        _print_line("kernels", "not built for this CPU and this torch: nm kernels build")
+        print_line("kernels", "not built for this CPU and this torch: nm kernels build")
     others = [other for other in folder.glob("torch-*.so") if other != path]
     for other in others:
-        _print_line("other", f"{other}, for another CPU, torch or nmlightning")
+        print_line("other", f"{other}, for another CPU, torch or nmlightning")
 
 
 def _remove(folder: Path) -> None:
@@ -77,10 +75,6 @@ def _remove(folder: Path) -> None:
 
     removed = remove_libraries(folder)
     for path in removed:
-        _print_line("removed", path)
+        print_line("removed", path)
     if not removed:
-        _print_line("kernels", f"there are none in {folder}")
-
-
-def _print_line(heading: str, text: object) -> None:
-    Console().print(f" {heading:<11} {text}", soft_wrap=True, highlight=False, markup=False)
+        print_line("kernels", f"there are none in {folder}")

@@ -1,12 +1,14 @@
 """The argument parser of the training commands: shipped configs by name, errors as one line.
 
-The account is a tree of attempts. Its first branch is what the user meant: the keys and classes on
-the way to the first complaint say where, and the complaint says what.
+jsonargparse's message is a tree of attempts. Its first branch is what the user meant: the keys and
+classes on the way to the first complaint say where, and the complaint says what.
 """
 
 import inspect
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
 
@@ -19,30 +21,26 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from nmlightning.commands.files import find_config, is_config_text, shipped_configs
 from nmlightning.errors import InputError, nearest
+from nmlightning.optim import Steering
 
-# What a key holds, by its last word: any class of this kind may be meant by a misspelt name.
-KINDS: dict[str, type] = {
-    "model": LightningModule,
-    "data": LightningDataModule,
-    "callbacks": Callback,
-    "logger": Logger,
-    "net": torch.nn.Module,
-    "optimizer": torch.optim.Optimizer,
-    "lr_scheduler": LRScheduler,
-}
-# What is offered first; of the other kinds all classes are.
-OURS = {
-    "model": ["ImageClassifier"],
-    "data": ["CIFAR10", "Digits", "ImageNet"],
-    "callbacks": ["NormSwap", "WeightNormSwap", "WeightNormTracker"],
-    "net": ["CifarResNet", "ResNet50", "nmlightning.models.VGG"],
-    "steering": [
-        "DecayEquivalentLR",
-        "Hyperball",
-        "LRCorrection",
-        "NormSchedule",
-        "RadialProjection",
-    ],
+
+class Kind(NamedTuple):
+    """What a key holds: classes of this base, or that name; our package that exports some."""
+
+    base: type
+    package: str = ""
+
+
+# By the last word of the key.
+KINDS = {
+    "model": Kind(LightningModule, "nmlightning.tasks"),
+    "data": Kind(LightningDataModule, "nmlightning.datamodules"),
+    "callbacks": Kind(Callback, "nmlightning.callbacks"),
+    "net": Kind(torch.nn.Module, "nmlightning.models"),
+    "steering": Kind(Steering, "nmlightning.optim"),
+    "logger": Kind(Logger),
+    "optimizer": Kind(torch.optim.Optimizer),
+    "lr_scheduler": Kind(LRScheduler),
 }
 EXPLAINED = 'Parser key "config": '
 GIVEN_BY_THE_TASK = ("params", "optimizer")  # as the first argument, of optimizer and scheduler
@@ -86,8 +84,8 @@ def explain_parse_error(message: str, options: Iterable[str]) -> str:
 
 
 def _unknown_argument(place: Place, argument: str) -> str:
-    allowed = _arguments_of(place.class_path)
-    name = place.class_path.rpartition(".")[2]
+    module, _, name = place.class_path.rpartition(".")
+    allowed = _arguments_of(getattr(import_module(module), name))
     if not allowed:  # The base class is all that is known so far.
         return (
             f"{place.key} has no option {argument!r} before its class is known; put --config, or "
@@ -97,9 +95,8 @@ def _unknown_argument(place: Place, argument: str) -> str:
     return f"{place.key} has no option {argument!r}; {takes}.{nearest(argument, allowed)}"
 
 
-def _arguments_of(class_path: str) -> list[str]:
-    module, _, name = class_path.rpartition(".")
-    arguments = inspect.signature(getattr(import_module(module), name)).parameters.values()
+def _arguments_of(configured: Callable[..., Any]) -> list[str]:
+    arguments = inspect.signature(configured).parameters.values()
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     names = [argument.name for argument in arguments if argument.kind in named]
     return names[1:] if names[:1] and names[0] in GIVEN_BY_THE_TASK else names
@@ -123,24 +120,43 @@ def _not_importable(place: Place, reason: str) -> str:
 
 def _classes_instead(key: str, name: str) -> str:
     """Return which classes the key takes, and the one that a misspelt name is nearest to."""
-    word = _last_word(key)
-    names = _subclasses(KINDS[word]) if word in KINDS else OURS.get(word, [])
-    if not names:
+    kind = KINDS.get(_last_word(key))
+    if not kind:
         return "; give a class path."
-    known = {found.lower(): found for found in names}
-    offered = ", ".join(OURS.get(word) or sorted(known.values()))
-    hint = re.sub(r"'(\w+)'", lambda found: repr(known[found[1]]), nearest(name.lower(), known))
+    count = Counter(child.__name__ for child in _subclasses(kind.base))
+    known = {each.lower(): each for each in count if not each.startswith("_")}
+    ours = {
+        each.lower(): each if count[each] == 1 else f"{kind.package}.{each}"
+        for each in exported_classes(kind)
+    }
+    known |= ours
+    offered = ", ".join(ours.values() or sorted(known.values()))
+    close = nearest(name.lower(), known)
+    hint = re.sub(r"'(\w+)'", lambda found: repr(known[found[1]]), close)
     return f"; give {offered} or a class path.{hint}"
+
+
+@cache
+def exported_classes(kind: Kind) -> list[str]:
+    """Return the names of the classes of a kind that our package exports, after importing them.
+
+    One without arguments, such as an activation, is nothing to configure.
+    """
+    if not kind.package:
+        return []
+    package = import_module(kind.package)
+    exported = [getattr(package, name) for name in dir(package)]
+    classes = [each for each in exported if isinstance(each, type) and issubclass(each, kind.base)]
+    return [x.__name__ for x in classes if not inspect.isabstract(x) and _arguments_of(x)]
 
 
 def _last_word(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def _subclasses(base: type) -> set[str]:
+def _subclasses(base: type) -> set[type]:
     children: list[type] = base.__subclasses__()
-    public = {child.__name__ for child in children if not child.__name__.startswith("_")}
-    return public.union(*map(_subclasses, children))
+    return set(children).union(*map(_subclasses, children))
 
 
 def _ambiguous_class(place: Place, name: str, class_paths: str) -> str:
@@ -233,6 +249,11 @@ def _type_name(name: str) -> str:
 
 class Parser(LightningArgumentParser):
     """LightningCLI's parser, except that a parse error is an InputError of one line."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        for kind in KINDS.values():
+            exported_classes(kind)  # jsonargparse finds a class by its name once it is imported
+        super().__init__(**kwargs)
 
     @classmethod
     def with_config_option(cls, **kwargs: Any) -> "Parser":

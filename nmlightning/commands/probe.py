@@ -4,35 +4,19 @@ import argparse
 import json
 import zipfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import pytorch_lightning as pl
-import torch
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
-from torch.optim import Optimizer
 
-from nmlightning.callbacks.model_change import ModelChange
-from nmlightning.commands import run_report
-from nmlightning.commands.argument_parser import ArgumentParser
-from nmlightning.commands.files import (
-    CHECKPOINTS,
-    GivenFiles,
-    check_replaceable,
-    remembered_options,
-    write_file,
-)
-from nmlightning.commands.fit import TrainingCLI, given_callbacks, is_ctrl_c
-from nmlightning.commands.run_report import quiet
+from nmlightning.commands.argument_parser import ArgumentParser, print_line
+from nmlightning.commands.files import CHECKPOINTS, RunPaths, check_replaceable, write_file
 from nmlightning.errors import InputError
 from nmlightning.probe.chart import GENERATOR, Band, draw_ranges
-from nmlightning.probe.probe import NormWatch
 from nmlightning.probe.report import (
     FAILING,
     FAILURE_LABELS,
@@ -62,10 +46,10 @@ def run(arguments: list[str]) -> int:
     if given.json:
         check_replaceable("--json", given.json, _JSON_MARK, "answer of nm probe")
     words = ["probe", *_experiment(given.experiment, options), *options]
-    files = GivenFiles(words)  # a misspelt file is reported before torch is imported
-    pass
+    paths = RunPaths(words)  # a misspelt path is reported before torch is imported
+    from nmlightning.commands.probe_run import run_batches
 
-    ranges = run_batches(words[1:], files, given.batches)
+    ranges = run_batches(words[1:], paths, given.batches)
     _print_table(ranges)
     for sentence in verdict(ranges):
         Console().print(Padding(escape(sentence), (0, 0, 0, 1), expand=False), highlight=False)
@@ -140,7 +124,7 @@ def _print_table(ranges: NormRanges) -> None:
     Console().print(table)
     for reason, count in Counter(ranges.left_out.values()).items():
         first = next(name for name, why in ranges.left_out.items() if why == reason)
-        _print_line("left out", f"{first}{f' and {count - 1} more' * (count > 1)}: {reason}")
+        print_line("left out", f"{first}{f' and {count - 1} more' * (count > 1)}: {reason}")
 
 
 def _size_cells(layer: LayerRanges) -> list[str]:
@@ -162,11 +146,11 @@ def _coloured(share: float | None, text: str) -> str:
 
 def _write(given: argparse.Namespace, ranges: NormRanges) -> None:
     write_file("--picture", given.picture, draw_ranges(ranges.layers, *_bands(ranges)))
-    _print_line("picture", given.picture)
+    print_line("picture", given.picture)
     if given.json:
         content = {"generator": "nm probe", **ranges.as_plain()}
         write_file("--json", given.json, json.dumps(content, indent=1, allow_nan=False) + "\n")
-        _print_line("numbers", given.json)
+        print_line("numbers", given.json)
 
 
 def _bands(ranges: NormRanges) -> list[Band]:
@@ -180,118 +164,3 @@ def _bands(ranges: NormRanges) -> list[Band]:
         Band(norm, names[norm], limit.smallest_scale, limit.largest_deviation)
         for norm, limit in limits.items()
     ]
-
-
-def _print_line(heading: str, text: object) -> None:
-    Console().print(f" {heading:<11} {text}", soft_wrap=True, highlight=False, markup=False)
-
-
-def run_batches(options: list[str], given: GivenFiles, batches: int) -> NormRanges:
-    """Run training batches through the experiment that `options` describe, and look on.
-
-    Args:
-        options: those of `nm fit`.
-        given: the files that these name.
-        batches: how many.
-    """
-    with quiet(), torch.compiler.set_stance("force_eager"):
-        words = [*remembered_options(given.checkpoint), *options, "--ckpt_path", "null"]
-        watcher = _Watcher(batches, given.checkpoint)
-        try:
-            _ProbeCLI(["fit", *words], given.run_name, watcher)
-        except SystemExit as stop:
-            if is_ctrl_c(stop):
-                raise KeyboardInterrupt from None
-            raise
-    if watcher.ranges is None:
-        raise InputError("No batch was run: the training data are empty.")
-    return watcher.ranges
-
-
-class _ProbeCLI(TrainingCLI):
-    """`nm fit` up to the first batches."""
-
-    def __init__(self, arguments: list[str], run_name: str, watcher: "_Watcher") -> None:
-        self._watcher = watcher
-        super().__init__(arguments, run_name)
-
-    def before_instantiate_classes(self) -> None:
-        """Make no folder."""
-        self.save_config_callback = None
-        self.config[self.subcommand].trainer.logger = False
-
-    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Return a Trainer on the chosen device that keeps nothing, and what changes the model."""
-        options = self.config_init[self.subcommand].trainer
-        changes = [c for c in given_callbacks(options) if isinstance(c, ModelChange)]
-        return pl.Trainer(
-            accelerator=options.accelerator,
-            devices=1,
-            precision="32-true",
-            max_epochs=1,
-            limit_val_batches=0,
-            num_sanity_val_steps=0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[*changes, self._watcher],
-        )
-
-    def fit(self, model: pl.LightningModule, **kwargs: Any) -> None:
-        """Run the batches."""
-        if self._watcher.checkpoint is None:
-            run_report.print_notice("no checkpoint is given; these weights are untrained.")
-        with suppress(_EnoughError):
-            self.trainer.fit(model, datamodule=kwargs.get("datamodule"))
-
-
-class _EnoughError(Exception):
-    """Ends the epoch, before schedulers and the user's own hooks ask for its results."""
-
-
-class _Watcher(pl.Callback):
-    """Loads the weights, looks into the norms for some batches, and lets no weight move.
-
-    Args:
-        batches: how many.
-        checkpoint: of the weights, or None.
-    """
-
-    def __init__(self, batches: int, checkpoint: str | None) -> None:
-        self.batches = batches
-        self.checkpoint = checkpoint
-        self.ranges: NormRanges | None = None
-        self._watch: NormWatch | None = None
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Load the weights, as a Trainer does that is not to go on with the run."""
-        if self.checkpoint is not None:
-            checkpoint = trainer.strategy.load_checkpoint(self.checkpoint)
-            pl_module.on_load_checkpoint(checkpoint)
-            trainer.strategy.load_model_state_dict(checkpoint, strict=pl_module.strict_loading)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._watch = NormWatch(pl_module)
-        self._watch.__enter__()
-
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: torch.Tensor | Mapping[str, Any] | None,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        assert self._watch is not None, "training has started"
-        self._watch.end_batch()
-        if batch_idx + 1 >= min(self.batches, trainer.num_training_batches):
-            self._watch.__exit__()
-            self.ranges = self._watch.ranges()
-            raise _EnoughError
-
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
-        """Take the gradients away: without one, no optimizer moves a weight."""
-        optimizer.zero_grad(set_to_none=True)

@@ -1,9 +1,7 @@
-"""The report of a run: its folder, its results, how to resume, without noise.
+"""The report of a run: its folder, its results, how to resume; and the filters of other messages.
 
-Only the first of several processes prints.
-
-Warnings of our own code are a line that begins with `nm:`, without the line of code. Only `nm` is
-quiet: under another Trainer our callbacks and modules silence nothing.
+Only the first of several processes prints. A warning of this package is a line that begins with
+`nm:`, without its line of code. Under another Trainer than that of `nm` nothing is filtered.
 """
 
 import logging
@@ -106,7 +104,7 @@ def print_paths(**paths: Path | str | None) -> None:
 
 @rank_zero_only
 def print_interruption(run: Path | None, checkpoint: Path | None) -> None:
-    """Say which checkpoint an interrupted run leaves, and the command that goes on from it."""
+    """Say which checkpoint an interrupted run leaves, and the command that resumes it."""
     console = Console(stderr=True)
     config = run / "config.yaml" if run else None
     if checkpoint is None:
@@ -120,7 +118,7 @@ def print_interruption(run: Path | None, checkpoint: Path | None) -> None:
 
 
 def print_loss(rank: int, error: str, checkpoint: Path | str | None) -> None:
-    """Say, in the process of that rank, that another one is lost, and what there is to go on from.
+    """Say, in the process of that rank, that another one is lost, and what can be resumed.
 
     Every process that is left says it: rank 0 may be the one that is lost.
     """
@@ -164,7 +162,7 @@ def _print(text: str = "") -> None:
 
 
 # Pieces of warnings, as regular expressions for the beginning of the text.
-SILENCED = [
+IGNORED_WARNINGS = [
     # Our images lie in memory; workers would copy what is already there.
     r"The '\w+' does not have many workers",
     # Every fit has a folder of its own, so a resumed run never finds its old one.
@@ -181,41 +179,46 @@ SILENCED = [
     r"You're resuming from a checkpoint that ended before the epoch ended",
 ]
 # Advertisements, a line for each kind of device, and what the report says again: all below WARNING.
-CHATTY = [
+_LOGGERS = [
     *("pytorch_lightning", "lightning_fabric"),
     *("lightning", "lightning.pytorch", "lightning.fabric"),
 ]
 # They say through Lightning's loggers what was swapped or normalised, how the learning rate was
 # scaled, and the BLEU to publish.
-OURS = ("NormSwap", "WeightNormSwap", "ImageClassifier", "Translator")
+OWN_MESSAGES = ("NormSwap", "WeightNormSwap", "ImageClassifier", "Translator")
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Silence what is listed above, and nothing else, while the body runs."""
-    handlers = [handler for name in CHATTY for handler in logging.getLogger(name).handlers]
+def filter_logs() -> Iterator[None]:
+    """Leave out what is listed above, and nothing else, while the body runs."""
+    handlers = filtered_handlers()
     with warnings.catch_warnings():
-        for message in SILENCED:
+        for message in IGNORED_WARNINGS:
             warnings.filterwarnings("ignore", message)
         # LightningCLI calls jsonargparse by names that jsonargparse will drop in version 5.
         warnings.filterwarnings(
             "ignore", category=DeprecationWarning, module="pytorch_lightning.cli"
         )
-        _show_ours_as_a_line()
+        _shorten_own_warnings()
         for handler in handlers:
-            handler.addFilter(_is_of_use)
+            handler.addFilter(_is_kept)
         try:
             yield
         finally:
             for handler in handlers:
-                handler.removeFilter(_is_of_use)
+                handler.removeFilter(_is_kept)
 
 
-def _is_of_use(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.WARNING or record.getMessage().startswith(OURS)
+def filtered_handlers() -> list[logging.Handler]:
+    """Return the handlers of Lightning's loggers."""
+    return [handler for name in _LOGGERS for handler in logging.getLogger(name).handlers]
 
 
-def _show_ours_as_a_line() -> None:
+def _is_kept(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or record.getMessage().startswith(OWN_MESSAGES)
+
+
+def _shorten_own_warnings() -> None:
     """Print warnings that arise in this package without place and code; the others as before."""
     package, show = Path(__file__).parents[1], warnings.showwarning
 

@@ -5,21 +5,18 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typing import TYPE_CHECKING
 
 from nmlightning.commands.argument_parser import ArgumentParser
-from nmlightning.commands.checkpoint import SavedModule
-from nmlightning.commands.run_report import print_notice, quiet
 from nmlightning.errors import InputError
 from nmlightning.name_patterns import some
-from nmlightning.parametrizations.apply import remove_weight_norm
-from nmlightning.surgery.recipes import WEIGHT_NORM, recipes_of
-from nmlightning.translation.sources import decode_line
-from nmlightning.translation.task import LineOptions, Translator, translate_lines
+
+if TYPE_CHECKING:
+    from nmlightning.translation.task import Translator
+
+LINES_AT_ONCE = 10_000  # sorted by length together, and written together
 
 
 def run(arguments: list[str]) -> int:
@@ -31,8 +28,6 @@ def run(arguments: list[str]) -> int:
     given = _parse(arguments)
     if not given.checkpoint.is_file():
         raise InputError(f"there is no checkpoint {str(given.checkpoint)!r} in {Path.cwd()}.")
-    pass
-
     translate(given)
     return 0
 
@@ -79,10 +74,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-INPUT = "the input"
-LINES_AT_ONCE = 10_000  # sorted by length together, and written together
-
-
 def translate(given: argparse.Namespace) -> None:
     """Load the checkpoint, then translate what comes by standard input.
 
@@ -90,22 +81,33 @@ def translate(given: argparse.Namespace) -> None:
         InputError: a checkpoint that translates nothing, a device that is not there, a line that is
             not UTF-8.
     """
+    from nmlightning.commands.run_report import filter_logs
+    from nmlightning.translation.task import LineOptions, translate_lines
+
     options = LineOptions(
         given.tokens_a_batch, given.max_length, given.beam_size, given.length_penalty
     )
-    with quiet():
+    with filter_logs():
         task = _load(given)
     try:
         if sys.stdin.isatty():
-            _translate_typed(task, options)
+            for line in _read_lines():  # each is answered as it is typed
+                _write(translate_lines(task, [line], options)[0])
         else:
-            _translate_all(task, options)
+            _translate_all(partial(translate_lines, task, options=options), given.max_length)
     except BrokenPipeError:  # who reads, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _load(given: argparse.Namespace) -> Translator:
-    task = SavedModule(given.checkpoint, given.config).load()
+def _load(given: argparse.Namespace) -> "Translator":
+    import torch
+
+    from nmlightning.commands.checkpoint import Checkpoint
+    from nmlightning.parametrizations.apply import remove_weight_norm
+    from nmlightning.surgery.recipes import WEIGHT_NORM, recipes_of
+    from nmlightning.translation.task import Translator
+
+    task = Checkpoint(given.checkpoint, given.config).load_module()
     if not isinstance(task, Translator):
         raise InputError(
             f"{str(given.checkpoint)!r} is of {type(task).__name__}, which does not translate."
@@ -119,27 +121,28 @@ def _load(given: argparse.Namespace) -> Translator:
         raise InputError(f"--device {device}: {str(error).split('. ')[0]}.") from error
 
 
-def _translate_typed(task: Translator, options: LineOptions) -> None:
-    """Answer each line as it is typed."""
+def _read_lines() -> Iterator[str]:
+    from nmlightning.translation.sources import decode_line
+
     for number, line in enumerate(sys.stdin.buffer, 1):
-        found, _ = translate_lines(task, [decode_line(line, number, INPUT)], options)
-        _write(found)
+        yield decode_line(line, number, "the input")
 
 
-def _translate_all(task: Translator, options: LineOptions) -> None:
-    lines = [decode_line(line, n, INPUT) for n, line in enumerate(sys.stdin.buffer, 1)]
+def _translate_all(translate: Callable[..., tuple[list[str], list[int]]], length: int) -> None:
+    from nmlightning.commands.run_report import print_notice
+
+    lines = list(_read_lines())
     cut: list[int] = []
     with _progress(len(lines)) as advance:
         for start in range(0, len(lines), LINES_AT_ONCE):
-            part = lines[start : start + LINES_AT_ONCE]
-            found, cut_here = translate_lines(task, part, options, advance)
+            found, cut_here = translate(lines[start : start + LINES_AT_ONCE], on_translated=advance)
             cut += [start + row for row in cut_here]
             _write(found)
     if cut:
         numbers = some([str(row + 1) for row in cut])
         print_notice(
-            f"{len(cut)} of {len(lines)} lines have more than {options.max_length} tokens, and "
-            f"their ends were left out: {numbers}."
+            f"{len(cut)} of {len(lines)} lines have more than {length} tokens, and their ends were "
+            f"left out: {numbers}."
         )
 
 
@@ -152,6 +155,15 @@ def _write(lines: Sequence[str]) -> None:
 @contextmanager
 def _progress(lines: int) -> Iterator[Callable[[int], object]]:
     """Show on stderr how many lines are done; yield what to call with how many more are."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (TextColumn("translating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=lines)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from nmlightning.errors import InputError
-from nmlightning.name_patterns import check_lists
+from nmlightning.errors import InputError, check_lists
 from nmlightning.optim.nonfinite_steps import UndoneSteps
 from nmlightning.optim.parameters import Model, SteeredWeight
 from nmlightning.optim.scale_invariance import Scope, WholeScope

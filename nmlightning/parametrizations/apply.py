@@ -11,8 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from nmlightning.errors import InputError, check_flag
-from nmlightning.name_patterns import check_lists
+from nmlightning.errors import InputError, check_flag, check_lists
 from nmlightning.parametrizations.cache import WeightPass
 from nmlightning.parametrizations.layers import LayerKind, Site, find_normalised_sites, find_sites
 from nmlightning.parametrizations.normalize import let_copy

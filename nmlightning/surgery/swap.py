@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from nmlightning.errors import InputError, check_choice, check_flag
+from nmlightning.errors import InputError, check_choice, check_flag, check_lists
 from nmlightning.kernels.interface import Fused
-from nmlightning.name_patterns import check_lists, matches, unmatched
+from nmlightning.name_patterns import matches, unmatched
 from nmlightning.norms.registry import (
     TITLES,
     Kind,

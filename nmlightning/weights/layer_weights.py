@@ -11,8 +11,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
-from nmlightning.errors import InputError
-from nmlightning.name_patterns import check_lists, matches, some, unmatched
+from nmlightning.errors import InputError, check_lists
+from nmlightning.name_patterns import matches, some, unmatched
 from nmlightning.weights.channel_norms import ROWS, ChannelLayout, channel_norms, gather_channels
 from nmlightning.weights.shards import is_flat
 

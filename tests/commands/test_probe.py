@@ -1,5 +1,4 @@
 import json
-import logging
 import re
 import shlex
 import shutil
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from nmlightning.cli import main
-from nmlightning.commands.run_report import CHATTY
+from nmlightning.commands.run_report import filtered_handlers
 from nmlightning.probe.report import CAVEAT
 
 SMALL = shlex.split(
@@ -27,7 +26,7 @@ UNTRAINED = "nm: no checkpoint is given; these weights are untrained.\n"
 
 def log_here(patch: pytest.MonkeyPatch) -> None:
     """Let Lightning's loggers write to this test's stderr, not to that of the one they began in."""
-    for handler in (handler for name in CHATTY for handler in logging.getLogger(name).handlers):
+    for handler in filtered_handlers():
         patch.setattr(handler, "stream", sys.stderr)
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 import nmlightning
-from nmlightning.commands.run_report import quiet
+from nmlightning.commands.run_report import filter_logs
 
 OURS = str(Path(nmlightning.__file__).parent / "datamodules" / "some_data.py")
 
 
 def warn_of_both() -> None:
-    with quiet():
+    with filter_logs():
         warnings.simplefilter("always")
         warnings.warn_explicit("Of 9 pairs\n 2 are left out.", UserWarning, OURS, 7)
         warnings.warn_explicit("Look out.", UserWarning, "/elsewhere/module.py", 7)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from nmlightning.commands.files import last_checkpoint, remembered_options
+from nmlightning.commands.checkpoint import checkpoint_hparams
+from nmlightning.commands.files import last_checkpoint
 
 
 def write(runs: Path, version: int, seconds: int, *, sharded: bool) -> Path:
@@ -30,10 +31,10 @@ def test_the_newest_is_the_one_with_the_newest_file(tmp_path: Path) -> None:
 def test_it_remembers_the_options_of_the_model(tmp_path: Path) -> None:
     stored = {"_class_path": "ImageClassifier", "label_smoothing": 0.25}
     torch.save({"hyper_parameters": stored}, tmp_path / "meta.pt")
-    option, config = remembered_options(str(tmp_path))
+    option, config = checkpoint_hparams(str(tmp_path))
     model = {"class_path": "ImageClassifier", "init_args": {"label_smoothing": 0.25}}
     assert (option, json.loads(config)) == ("--config", {"model": model})
 
 
 def test_a_folder_of_another_kind_remembers_nothing(tmp_path: Path) -> None:
-    assert remembered_options(str(tmp_path)) == []
+    assert checkpoint_hparams(str(tmp_path)) == []

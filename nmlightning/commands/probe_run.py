@@ -1,0 +1,129 @@
+"""Training batches of an experiment, in which its norms are measured and nothing is learned."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.optim import Optimizer
+
+from nmlightning.callbacks.model_change import ModelChange
+from nmlightning.commands.checkpoint import checkpoint_hparams
+from nmlightning.commands.files import RunPaths
+from nmlightning.commands.fit import TrainingCLI, given_callbacks, is_ctrl_c
+from nmlightning.commands.run_report import filter_logs, print_notice
+from nmlightning.errors import InputError
+from nmlightning.probe.probe import NormWatch
+from nmlightning.probe.report import NormRanges
+
+
+def run_batches(options: list[str], paths: RunPaths, batches: int) -> NormRanges:
+    """Run training batches through the experiment that `options` describe, and measure its norms.
+
+    Args:
+        options: those of `nm fit`.
+        paths: what these name.
+        batches: how many.
+    """
+    with filter_logs(), torch.compiler.set_stance("force_eager"):
+        words = [*checkpoint_hparams(paths.checkpoint), *options, "--ckpt_path", "null"]
+        watcher = _Watcher(batches, paths.checkpoint)
+        try:
+            _ProbeCLI(["fit", *words], paths.run_name, watcher)
+        except SystemExit as stop:
+            if is_ctrl_c(stop):
+                raise KeyboardInterrupt from None
+            raise
+    if watcher.ranges is None:
+        raise InputError("No batch was run: the training data are empty.")
+    return watcher.ranges
+
+
+class _ProbeCLI(TrainingCLI):
+    """`nm fit` up to the first batches."""
+
+    def __init__(self, arguments: list[str], run_name: str, watcher: "_Watcher") -> None:
+        self._watcher = watcher
+        super().__init__(arguments, run_name)
+
+    def before_instantiate_classes(self) -> None:
+        """Make no folder."""
+        self.save_config_callback = None
+        self.config[self.subcommand].trainer.logger = False
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Return a Trainer on the chosen device that keeps nothing, and what changes the model."""
+        options = self.config_init[self.subcommand].trainer
+        changes = [c for c in given_callbacks(options) if isinstance(c, ModelChange)]
+        return pl.Trainer(
+            accelerator=options.accelerator,
+            devices=1,
+            precision="32-true",
+            max_epochs=1,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[*changes, self._watcher],
+        )
+
+    def fit(self, model: pl.LightningModule, **kwargs: Any) -> None:
+        """Run the batches."""
+        if self._watcher.checkpoint is None:
+            print_notice("no checkpoint is given; these weights are untrained.")
+        with suppress(_EnoughError):
+            self.trainer.fit(model, datamodule=kwargs.get("datamodule"))
+
+
+class _EnoughError(Exception):
+    """Ends the epoch, before schedulers and the user's own hooks ask for its results."""
+
+
+class _Watcher(pl.Callback):
+    """Loads the weights, measures the norms for some batches, and lets no weight move.
+
+    Args:
+        batches: how many.
+        checkpoint: of the weights, or None.
+    """
+
+    def __init__(self, batches: int, checkpoint: str | None) -> None:
+        self.batches = batches
+        self.checkpoint = checkpoint
+        self.ranges: NormRanges | None = None
+        self._watch: NormWatch | None = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Load the weights, as a Trainer does that does not resume the run."""
+        if self.checkpoint is not None:
+            checkpoint = trainer.strategy.load_checkpoint(self.checkpoint)
+            pl_module.on_load_checkpoint(checkpoint)
+            trainer.strategy.load_model_state_dict(checkpoint, strict=pl_module.strict_loading)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._watch = NormWatch(pl_module)
+        self._watch.__enter__()
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: torch.Tensor | Mapping[str, Any] | None,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        assert self._watch is not None, "training has started"
+        self._watch.end_batch()
+        if batch_idx + 1 >= min(self.batches, trainer.num_training_batches):
+            self._watch.__exit__()
+            self.ranges = self._watch.ranges()
+            raise _EnoughError
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Take the gradients away: without one, no optimizer moves a weight."""
+        optimizer.zero_grad(set_to_none=True)
