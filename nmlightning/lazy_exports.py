@@ -23,6 +23,8 @@ RENAMED = {
     "norms.gaussian": "functional.constants",
     "norms.kernels": "kernels",
     "norms.kernels.dispatch": "kernels.dispatch",
+    "norms.half_l2": "norms.low_precision",
+    "norms.quantization_noise": "norms.low_precision",
     "norms.range_batch_norm": "norms.batch_norm",
     "norms.rms_norm": "norms.layer_norm",
     "swap_report": "surgery.swap",

@@ -7,8 +7,8 @@ slope t = ∂m/∂d of the statistic, the gradient of a loss whose derivative by
 
 (μ depends on x, hence the two means). Only x, the weight and per-channel values are kept for it.
 
-The formulas of `batch_norm_function`, in the form that half can hold: divided by σ, never
-multiplied by 1/σ; √(ŝ² + eps) without squares; means instead of sums. Only what is told to other
+The `Half…` functions have the same formulas in the form that half can hold: divided by σ, never
+multiplied by 1/σ; √(ŝ² + eps) without squares; means instead of sums. Only what is sent to other
 ranks, and a product with the number of elements, is in float32.
 """
 
@@ -43,7 +43,7 @@ def gradient_sums(grad: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor
         x: like g in dtype, float32 or float64.
         mean: μ, (C,).
     """
-    if _by_torch(grad, x):
+    if _is_fast_in_torch(grad, x):
         _, product, total = torch.ops.aten.native_batch_norm_backward(
             grad, x, None, None, None, mean, torch.ones_like(mean), True, 0.0, [False, True, True]
         )
@@ -52,8 +52,8 @@ def gradient_sums(grad: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor
     return grad.sum(dims), (grad * (x - mean.view(channel_shape(x)))).sum(dims)
 
 
-def _by_torch(grad: Tensor, x: Tensor) -> bool:
-    """Return whether torch's kernel is to be taken: it is slow for tensors that lie otherwise."""
+def _is_fast_in_torch(grad: Tensor, x: Tensor) -> bool:
+    """Return whether to use torch's kernel, which is slow for tensors of other strides."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or not x.numel():
         return False
     if x.is_contiguous():
@@ -64,7 +64,7 @@ def _by_torch(grad: Tensor, x: Tensor) -> bool:
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
-def first_derivative_only(backward: Backward) -> Backward:
+def differentiable_once(backward: Backward) -> Backward:
     """Make a second derivative through `backward` of an autograd function a RuntimeError.
 
     Torch's own `once_differentiable` leaves the gradients unconnected to what they depend on. So
@@ -72,19 +72,19 @@ def first_derivative_only(backward: Backward) -> Backward:
     """
 
     @functools.wraps(backward)
-    def refuse_further(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward_once(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if not torch.is_grad_enabled():
             return backward(ctx, *grads)
         with torch.no_grad():
             results = backward(ctx, *grads)
         sources = [*ctx.saved_tensors, *grads]
-        return tuple(r if r is None else _Refusal.apply(r, *sources) for r in results)
+        return tuple(r if r is None else _DifferentiatedOnce.apply(r, *sources) for r in results)
 
-    return refuse_further
+    return backward_once
 
 
-class _Refusal(torch.autograd.Function):
-    """The identity of its first argument, whose backward is an error."""
+class _DifferentiatedOnce(torch.autograd.Function):
+    """The identity of its first argument; its backward is an error."""
 
     @staticmethod
     def forward(ctx: Any, result: Tensor, *sources: Tensor | None) -> Tensor:
@@ -135,7 +135,7 @@ class BatchNormFunction(torch.autograd.Function):
         return y if y.dtype == x.dtype else y.to(x.dtype), mean, variance
 
     @staticmethod
-    @first_derivative_only
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, magnitude, total, shared_count, *selected = ctx.saved_tensors
         shape = channel_shape(x)
@@ -213,7 +213,7 @@ class HalfBatchNormFunction(torch.autograd.Function):
         return y.to(x.dtype), wide_mean, variance
 
     @staticmethod
-    @first_derivative_only
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, magnitude, shared_count, *selected = ctx.saved_tensors
         dims, shape = reduced_dims(x), channel_shape(x)
@@ -261,7 +261,7 @@ class HalfCentreFunction(torch.autograd.Function):
         return y.to(x.dtype), wide_mean
 
     @staticmethod
-    @first_derivative_only
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         half, dims = grad.to(ctx.dtype), reduced_dims(grad)
         grad_x = half - mean_of(half, dims, ctx.share).view(channel_shape(grad))
@@ -270,8 +270,10 @@ class HalfCentreFunction(torch.autograd.Function):
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
-def apply_in_half(function: type[torch.autograd.Function], x: Tensor, *arguments: Any) -> Any:
-    """Return `function.apply(x, *arguments)`, computed as it is written.
+def apply_without_autocast(
+    function: type[torch.autograd.Function], x: Tensor, *arguments: Any
+) -> Any:
+    """Return `function.apply(x, *arguments)` with every result rounded to the dtype written.
 
     Autocast would compute some of it in float32, and compiled code keeps what lies between its
     loads and stores in float32.

@@ -38,11 +38,11 @@ def share_sums(sums: Tensor, own: int, group: ProcessGroup | None) -> tuple[Tens
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     counts = sums.new_zeros(ranks)
     counts[rank] = own
-    told = sum_over_ranks(torch.cat([sums, counts]), group)
-    counts = told[-ranks:].long()  # exact up to 2²⁴ values a rank, however many ranks there are
+    totals = sum_over_ranks(torch.cat([sums, counts]), group)
+    counts = totals[-ranks:].long()  # exact up to 2²⁴ values a rank, however many ranks there are
     if own <= 1 and int(counts.sum()) == 1:  # the ranks with more need not wait for their device
         raise ValueError("Expected more than 1 value per channel when training, got 1 on all ranks")
-    return told[:-ranks], Share(counts.sum(), counts[:rank].sum(), group)
+    return totals[:-ranks], Share(counts.sum(), counts[:rank].sum(), group)
 
 
 def sum_over_ranks(values: Tensor, group: ProcessGroup | None) -> Tensor:

@@ -1,14 +1,13 @@
-"""Statistics that stand for the standard deviation: values, constants and derivatives.
-
-Half of it, since the whole, of 8 σ, leaves float16 sooner than the values do.
-
-A channel's elements stand in the order (rank, N, *spatial). Where their number is not a multiple of
-the number of chunks, the first chunks have one element more.
+"""Statistics that estimate the standard deviation: values, constants and derivatives.
 
 A statistic m(d) of the deviations d = x − μ is positive and scales with them, m(a·d) = a·m(d). All
 is computed in the dtype of accumulation. The gradient conventions hold for every path: s = +1 where
 d > 0 and −1 elsewhere, a valid subgradient; among equal extremes the first position counts (lowest
 rank, then lowest position).
+
+The range is halved, since the whole, of 8 σ, leaves float16 sooner than the values do. It is taken
+over chunks of a channel's elements in the order (rank, N, *spatial); where their number is no
+multiple of the number of chunks, the first chunks have one element more.
 """
 
 import operator
@@ -60,8 +59,8 @@ def power_mean(deviations: Tensor, p: float, dims: tuple[int, ...], share: Share
     sums = sum_of((sizes / _nonzero(largest)).pow(p), dims)
     largest = largest.reshape(sums.shape).to(sums.dtype)
     if share.group is not None:
-        told = gather_from_ranks(torch.stack([largest, sums]), share.group)
-        largest, sums = _join(told[:, 0], told[:, 1], p)
+        gathered = gather_from_ranks(torch.stack([largest, sums]), share.group)
+        largest, sums = _join(gathered[:, 0], gathered[:, 1], p)
     return (largest * (sums / share.total).pow(1 / p)).to(deviations.dtype)
 
 
@@ -150,10 +149,10 @@ def _first_highest(blocks: Tensor) -> tuple[Tensor, Tensor]:
         nothing = blocks.new_full(blocks.shape[:-1], -torch.inf)
         return nothing, torch.zeros_like(nothing, dtype=torch.int64)
     value = blocks.amax(-1)
-    places = torch.arange(length, device=blocks.device)
-    # Where a NaN is the highest, nothing equals it: any place will do.
-    place = torch.where(blocks == value.unsqueeze(-1), places, length - 1).amin(-1)
-    return value, place
+    positions = torch.arange(length, device=blocks.device)
+    # Where a NaN is the highest, nothing equals it: any position will do.
+    position = torch.where(blocks == value.unsqueeze(-1), positions, length - 1).amin(-1)
+    return value, position
 
 
 @dataclass(frozen=True)
@@ -254,7 +253,7 @@ def _as_int(count: Count) -> int:
     return int(count.item()) if isinstance(count, Tensor) else count
 
 
-# torch.compile takes what these two return as constants, instead of tracing how it is found. Their
+# torch.compile takes what these two return as constants, instead of tracing the quadrature. Their
 # callers pass counts through operator.index, which makes it specialise on a batch's size.
 
 

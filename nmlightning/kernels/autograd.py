@@ -1,9 +1,8 @@
 """Autograd functions over a backend's kernels: batch, layer and RMS norm, differentiable once.
 
-The stages of the kernels, with the collectives of `cross_rank` between them: what the formula in
-`batch_norm_function` does, so that N ranks are one process on their batches concatenated. The ranks
-wait for each other twice in forward and once in backward, as by the formula; nothing independent is
-left to do meanwhile, but the k largest |x − μ|, which need μ.
+On several ranks: the stages of the kernels with the collectives of `functional.reductions` between
+them, as in the formula of `functional.batch_norm`, so that N ranks equal one process on their
+batches concatenated. The ranks wait for each other twice in forward and once in backward.
 """
 
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from nmlightning.functional.batch_norm import first_derivative_only
+from nmlightning.functional.batch_norm import differentiable_once
 from nmlightning.functional.constants import Constant
 from nmlightning.functional.reductions import (
     Share,
@@ -57,7 +56,7 @@ class KernelBatchNormFunction(torch.autograd.Function):
         return y, mean, variance
 
     @staticmethod
-    @first_derivative_only
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         gradients = ctx.kernels.backward(grad, ctx.saved_tensors, ctx.spec)
         weight_dtype, bias_dtype = ctx.dtypes
@@ -116,7 +115,7 @@ class RankBatchNormFunction(torch.autograd.Function):
         return y, mean, variance
 
     @staticmethod
-    @first_derivative_only
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, y, mean, total, gain, strength, count, *selected = ctx.saved_tensors
         selection = Selection(*selected) if selected else None
@@ -169,16 +168,15 @@ class KernelLayerNormFunction(torch.autograd.Function):
         eps: float,
     ) -> Tensor:
         ctx.features = x.shape[x.dim() - rank :].numel()
-        wide = None if weight is None else weight.float()
-        wide_bias = None if bias is None else bias.float()
-        y, rows = kernels.forward(x, ctx.features, wide, wide_bias, constant, eps)
+        wide = _wide(weight)
+        y, rows = kernels.forward(x, ctx.features, wide, _wide(bias), constant, eps)
         ctx.save_for_backward(x, wide, rows)
         ctx.kernels = kernels
         ctx.learned = [None if q is None else (q.shape, q.dtype) for q in (weight, bias)]
         return y
 
     @staticmethod
-    @first_derivative_only
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rows = ctx.saved_tensors
         learned = ctx.learned != [None, None]

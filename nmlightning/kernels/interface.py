@@ -106,7 +106,7 @@ class BatchNormKernels(Protocol):
         """Return the normalised x, with n > 1 elements a channel.
 
         Args:
-            x: of a dtype that the backend serves.
+            x: of a dtype that the backend supports.
             residual: like x, with the same strides; None unless `spec.fused` is "add_relu".
             weight: (C,) float32, or None for 1.
             bias: (C,) float32, or None for 0.
@@ -179,7 +179,7 @@ class LayerNormKernels(Protocol):
         """Return y like x, and the values of the rows that backward needs.
 
         Args:
-            x: contiguous, of a dtype that the backend serves.
+            x: contiguous, of a dtype that the backend supports.
             features: how many elements a row has, at least 1.
             weight: (features,) float32, or None for 1.
             bias: (features,) float32, or None for 0.

@@ -8,7 +8,7 @@ from nmlightning.errors import check_whole_number
 from nmlightning.functional.batch_norm import (
     BatchNormFunction,
     HalfBatchNormFunction,
-    apply_in_half,
+    apply_without_autocast,
 )
 from nmlightning.functional.constants import Constant, check_constant, check_power
 from nmlightning.functional.reductions import is_half
@@ -73,17 +73,10 @@ class StatisticBatchNorm(BatchNormBase):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            num_features,
-            eps=eps,
-            momentum=momentum,
-            affine=affine,
-            bias=bias,
-            track_running_stats=track_running_stats,
-            stats_dtype=stats_dtype,
-            sync=sync,
-            device=device,
-            dtype=dtype,
-        )
+            num_features, eps=eps, momentum=momentum, affine=affine, bias=bias,
+            track_running_stats=track_running_stats, stats_dtype=stats_dtype,
+            sync=sync, device=device, dtype=dtype,
+        )  # fmt: skip
         self.constant = check_constant(constant)
 
     def backend_for(self, input: Tensor) -> Dispatch:
@@ -101,7 +94,9 @@ class StatisticBatchNorm(BatchNormBase):
         learned = (self.weight, self.bias)
         settings = (self.statistic, self.constant, self.eps, dtype, group)
         if is_half(dtype):
-            y, mean, variance = apply_in_half(HalfBatchNormFunction, input, *learned, *settings)
+            y, mean, variance = apply_without_autocast(
+                HalfBatchNormFunction, input, *learned, *settings
+            )
         else:
             y, mean, variance = BatchNormFunction.apply(input, *learned, *settings)
         return activate(y, residual, self.fused), mean, variance
@@ -127,7 +122,7 @@ class StatisticBatchNorm(BatchNormBase):
 
 
 def _is_like(tensor: Tensor, other: Tensor) -> bool:
-    """Whether a kernel may read both by the same indices."""
+    """Return whether a kernel may read both by the same indices."""
     ours, theirs = ((q.shape, q.dtype, q.device, type(q)) for q in (tensor, other))
     return ours == theirs
 
@@ -167,18 +162,10 @@ class LpBatchNorm(StatisticBatchNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            num_features,
-            eps=eps,
-            momentum=momentum,
-            affine=affine,
-            bias=bias,
-            track_running_stats=track_running_stats,
-            constant=constant,
-            stats_dtype=stats_dtype,
-            sync=sync,
-            device=device,
-            dtype=dtype,
-        )
+            num_features, eps=eps, momentum=momentum, affine=affine, bias=bias,
+            track_running_stats=track_running_stats, constant=constant, stats_dtype=stats_dtype,
+            sync=sync, device=device, dtype=dtype,
+        )  # fmt: skip
         self.p = check_power(p)
         self.statistic = PowerMean(self.p)
 
@@ -203,18 +190,10 @@ class TopKBatchNorm(StatisticBatchNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            num_features,
-            eps=eps,
-            momentum=momentum,
-            affine=affine,
-            bias=bias,
-            track_running_stats=track_running_stats,
-            constant=constant,
-            stats_dtype=stats_dtype,
-            sync=sync,
-            device=device,
-            dtype=dtype,
-        )
+            num_features, eps=eps, momentum=momentum, affine=affine, bias=bias,
+            track_running_stats=track_running_stats, constant=constant, stats_dtype=stats_dtype,
+            sync=sync, device=device, dtype=dtype,
+        )  # fmt: skip
         self.k = check_whole_number("k", k)
         self.statistic = LargestMean(self.k)
 
@@ -322,18 +301,10 @@ class RangeBatchNorm(StatisticBatchNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            num_features,
-            eps=eps,
-            momentum=momentum,
-            affine=affine,
-            bias=bias,
-            track_running_stats=track_running_stats,
-            constant=constant,
-            stats_dtype=stats_dtype,
-            sync=sync,
-            device=device,
-            dtype=dtype,
-        )
+            num_features, eps=eps, momentum=momentum, affine=affine, bias=bias,
+            track_running_stats=track_running_stats, constant=constant, stats_dtype=stats_dtype,
+            sync=sync, device=device, dtype=dtype,
+        )  # fmt: skip
         self.chunks = check_whole_number("chunks", chunks)
         self.statistic = RangeMean(self.chunks)
 

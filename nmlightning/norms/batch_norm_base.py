@@ -112,22 +112,7 @@ class BatchNormBase(_BatchNorm):
     where all batches are averaged equally, such a batch is left out of the average in every
     channel. Running statistics stay float32 where the layer is made half.
 
-    Args:
-        num_features: C.
-        eps: added to the variance.
-        momentum: weight of the newest batch in the running statistics; None averages all equally.
-        affine: learn a weight and a bias for each channel.
-        bias: learn that bias too; without effect where `affine` is False.
-        track_running_stats: keep running statistics; else evaluation uses the batch's own.
-        stats_dtype: dtype of accumulation: `torch.float32` or `torch.float64`; by default float32,
-            and float64 for float64 inputs. Or `torch.float16` or `torch.bfloat16`: then all is
-            computed in that dtype, whatever the input's (pure half).
-        sync: in training, share the statistics among all ranks, as one process would compute them
-            on the ranks' batches concatenated in rank order. Has no effect without distribution.
-
-    Raises:
-        InputError: a setting outside what is allowed; another number of channels than C.
-        ValueError: one value per channel in training, as torch does.
+    Arguments and errors are those of `StatisticBatchNorm`, but for the constant.
     """
 
     input_dims: ClassVar[tuple[int, ...]] = ()

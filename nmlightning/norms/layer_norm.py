@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nmlightning.errors import InputError, check_flag
-from nmlightning.functional.batch_norm import apply_in_half, first_derivative_only
+from nmlightning.functional.batch_norm import apply_without_autocast, differentiable_once
 from nmlightning.functional.constants import Constant, check_constant, check_power
 from nmlightning.functional.reductions import Share, is_half, mean_of, share_mean, sum_of
 from nmlightning.functional.statistics import PowerMean, power_mean, power_mean_slope, total_scale
@@ -76,7 +76,7 @@ def normalise_features(
     dtype = accumulation_dtype(x.dtype, layer.stats_dtype)
     arguments = (layer.weight, bias, len(sizes), layer.p, constant, eps, dtype, centred)
     if is_half(dtype):
-        return apply_in_half(LayerNormFunction, x, *arguments)  # type: ignore[no-any-return]
+        return apply_without_autocast(LayerNormFunction, x, *arguments)  # type: ignore[no-any-return]
     return LayerNormFunction.apply(x, *arguments)  # type: ignore[no-any-return]
 
 
@@ -113,7 +113,7 @@ class LayerNormFunction(torch.autograd.Function):
         return y if dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod
-    @first_derivative_only
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, magnitude = ctx.saved_tensors
         dims, lead = ctx.dims, tuple(range(x.dim() - len(ctx.dims)))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from nmlightning.functional.batch_norm import HalfCentreFunction, apply_in_half
+from nmlightning.functional.batch_norm import HalfCentreFunction, apply_without_autocast
 from nmlightning.functional.reductions import is_half, share_sums, sum_over_ranks
 from nmlightning.functional.statistics import reduced_dims
 from nmlightning.norms.batch_norm_base import BatchNormBase, accumulation_dtype, activate
@@ -76,7 +76,9 @@ class MeanOnlyBatchNorm(BatchNormBase):
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = accumulation_dtype(input.dtype, self.stats_dtype)
         if is_half(dtype):
-            output, mean = apply_in_half(HalfCentreFunction, input, self.bias, dtype, group)
+            output, mean = apply_without_autocast(
+                HalfCentreFunction, input, self.bias, dtype, group
+            )
             output = activate(output, residual, self.fused)
             return output, mean, torch.full_like(mean, 1 - self.eps)
         wide = input.to(dtype)

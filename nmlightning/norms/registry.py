@@ -10,7 +10,7 @@ from torch import nn
 
 from nmlightning.errors import InputError, nearest
 from nmlightning.kernels.interface import Kind as Kind
-from nmlightning.norms import batch_norm, half_l2, mean_only
+from nmlightning.norms import batch_norm, low_precision, mean_only
 from nmlightning.norms.layer_norm import L1LayerNorm, L1RMSNorm, LpLayerNorm, LpRMSNorm
 
 KINDS: tuple[Kind, ...] = ("batch", "layer", "rms")
@@ -60,7 +60,7 @@ NORMS: Mapping[str, Norm] = MappingProxyType(
         "top10": Norm(_TOP_K, fixed={"k": 10}),
         "range": Norm(_batch_norms("Range")),
         "mean": Norm(_batch_norms("MeanOnly", mean_only)),
-        "half_l2": Norm(_batch_norms("HalfL2", half_l2)),
+        "half_l2": Norm(_batch_norms("HalfL2", low_precision)),
     }
 )
 

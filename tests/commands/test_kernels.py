@@ -128,7 +128,7 @@ def test_what_is_missing_is_one_line(
     code, _, err = nm("build")
     assert code == 2
     assert err.startswith(f"nm: {expected[missing]}")
-    assert err.endswith("The norms go on by the formula.\n")
+    assert err.endswith("The norms use the formula.\n")
     assert len(err.splitlines()) == 1
 
 

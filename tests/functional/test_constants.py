@@ -39,7 +39,7 @@ def expected_top_k(n: int, k: int) -> float:
     return float((weights / 2 * mean_beyond(shares)).sum())
 
 
-def test_the_reference_itself_by_monte_carlo() -> None:
+def test_reference_agrees_with_monte_carlo() -> None:
     draws = torch.randn(400_000, 5, dtype=torch.float64).abs().sort(descending=True).values
     for k in (1, 2, 4):
         means = draws[:, :k].mean(1)
@@ -48,7 +48,7 @@ def test_the_reference_itself_by_monte_carlo() -> None:
 
 
 @pytest.mark.parametrize(("n", "k"), [(n, k) for n in SIZES for k in COUNTS if k <= n])
-def test_largest_of_n(n: int, k: int) -> None:
+def test_topk_constant_equals_order_statistics(n: int, k: int) -> None:
     exact = 1 / expected_top_k(n, k)
     assert gaussian_constant("topk", n, k=k) == pytest.approx(exact, rel=CLAIMED)
     if k == 1:
@@ -56,18 +56,18 @@ def test_largest_of_n(n: int, k: int) -> None:
 
 
 @pytest.mark.parametrize("n", [2, 3, 10, 511, 512, 513, 10_000])
-def test_all_of_n_is_the_first_power_mean(n: int) -> None:
+def test_topk_constant_of_all_values_is_l1s(n: int) -> None:
     assert gaussian_constant("topk", n, k=n) == pytest.approx(math.sqrt(math.pi / 2), rel=CLAIMED)
 
 
 @pytest.mark.parametrize("n", [513, 1_000, 100_000, 10_000_000])
-def test_no_step_at_the_switch_to_the_limit(n: int) -> None:
+def test_topk_constant_is_continuous_at_the_limit(n: int) -> None:
     exact, limit = (gaussian_constant("topk", n, k=k) for k in (512, 513))
     assert limit == pytest.approx(exact, rel=2 * CLAIMED)
 
 
 @pytest.mark.parametrize("n", PAPER)
-def test_the_published_table(n: int) -> None:
+def test_constants_equal_the_published_table(n: int) -> None:
     five_digits = 5e-6
     # The table's own "ideal" columns are good to the 0.45 % of the approximation behind them.
     assert gaussian_constant("linf", n) == pytest.approx(LINF[n], rel=PROMISED)
@@ -81,7 +81,7 @@ def test_the_published_table(n: int) -> None:
 
 
 @pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 3.7, 8.0, 60.0])
-def test_power_means(p: float) -> None:
+def test_lp_constant_equals_quadrature(p: float) -> None:
     nodes, weights = np.polynomial.hermite_e.hermegauss(200)
     moment = (weights * np.abs(nodes) ** p).sum() / math.sqrt(2 * math.pi)
     # |z|^p has a kink at 0 for odd and fractional p, where 200 nodes are good to 1e-2 for p = 1.
@@ -89,7 +89,7 @@ def test_power_means(p: float) -> None:
     assert gaussian_constant("lp", 7, p=p) == gaussian_constant("lp", 10_000, p=p)
 
 
-def test_power_means_in_closed_form() -> None:
+def test_lp_constant_equals_closed_forms() -> None:
     assert gaussian_constant("l1", 9) == pytest.approx(math.sqrt(math.pi / 2), rel=1e-14)
     assert gaussian_constant("l2", 9) == pytest.approx(1, rel=1e-14)
     assert gaussian_constant("lp", 9, p=4) == pytest.approx(3**-0.25, rel=1e-14)
@@ -97,7 +97,7 @@ def test_power_means_in_closed_form() -> None:
 
 
 @pytest.mark.parametrize("statistic", ["l1", "l2", "lp", "linf", "topk"])
-def test_none_and_numbers(statistic: str) -> None:
+def test_constant_takes_none_and_numbers(statistic: str) -> None:
     assert gaussian_constant(statistic, 50, constant="none") == 1
     assert gaussian_constant(statistic, 50, constant=0.25) == 0.25
     assert gaussian_constant(statistic, 50, constant=4) == 4
@@ -127,6 +127,8 @@ def test_none_and_numbers(statistic: str) -> None:
         ("linf", 1, {"constant": "paper"}, "divides by ln n and needs n ≥ 2, got n = 1"),
     ],
 )
-def test_bad_input(statistic: str, n: int, options: dict[str, object], message: str) -> None:
+def test_gaussian_constant_rejects_bad_input(
+    statistic: str, n: int, options: dict[str, object], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         gaussian_constant(statistic, n, **options)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The pure statistics against sorted lists and autograd, ties and extremes included."""
+"""Statistics, selection and sums of gradients against sorted lists and autograd, ties included."""
 
 import math
 
@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from nmlightning.errors import InputError
+from nmlightning.functional.batch_norm import gradient_sums
 from nmlightning.functional.constants import Constant, gaussian_constant
 from nmlightning.functional.reductions import Share
-from nmlightning.functional.selection import add_at_selection, select_largest
+from nmlightning.functional.selection import Blocks, add_at_selection, select_largest
 from nmlightning.functional.statistics import (
     LargestMean,
     PowerMean,
@@ -30,6 +31,16 @@ SHAPES = [
     (5, 1, 1, 7),
     (30, 2, 1, 1),
 ]
+BLOCK_SHAPES = [
+    (4, 3),
+    (2, 3, 1),
+    (2, 5, 600),
+    (3, 2, 1009),
+    (2, 3, 7, 5),
+    (3, 16, 32, 32),
+    (2, 300, 14, 14),
+    (2, 4, 3, 4, 16),
+]
 ALONE = Share(0)  # selecting needs no count
 POWERS = [1.0, 1.5, 2.0, 3.7]
 
@@ -47,9 +58,7 @@ def integers(shape: tuple[int, ...]) -> Tensor:
 def layouts(x: Tensor) -> list[Tensor]:
     """Return x in its memory formats, and as every second element of something larger."""
     every_second = torch.stack([x, x + 1], -1)[..., 0]
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    last = [x.contiguous(memory_format=formats[x.dim()])] if x.dim() in formats else []
-    return [x, every_second, *last]
+    return [x, every_second, x.movedim(1, -1).contiguous().movedim(-1, 1)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -72,7 +81,7 @@ def test_select_largest_takes_the_first_among_equals(shape: tuple[int, ...], k: 
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_select_all(shape: tuple[int, ...]) -> None:
+def test_select_largest_takes_all(shape: tuple[int, ...]) -> None:
     d = torch.randn(shape, dtype=torch.float64)
     n = by_channel(d).shape[1]
     mean, selection = select_largest(d, n, ALONE)
@@ -82,7 +91,9 @@ def test_select_all(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("convention", ["exact", "paper", "none", 0.5])
 @pytest.mark.parametrize("count", [10, torch.tensor(10)], ids=["alone", "ranks"])
-def test_the_largest_of_fewer(convention: Constant | float, count: int | Tensor) -> None:
+def test_largest_mean_rejects_fewer_values_than_k(
+    convention: Constant | float, count: int | Tensor
+) -> None:
     with pytest.raises(
         InputError, match=r"The k = 11 largest of n = 10 values a channel .* lower k"
     ):
@@ -121,7 +132,7 @@ def test_select_extremes_takes_the_first_of_each_chunk(shape: tuple[int, ...], c
 
 
 @pytest.mark.parametrize("convention", ["exact", "paper", "none", 0.5])
-def test_chunks_of_less_than_two(convention: Constant | float) -> None:
+def test_range_mean_rejects_chunks_of_less_than_two(convention: Constant | float) -> None:
     with pytest.raises(
         InputError, match=r"The 16 chunks of n = 31 values a channel .* lower chunks"
     ):
@@ -138,7 +149,7 @@ def test_total_scale_in_half_needs_no_squares() -> None:
 
 
 @pytest.mark.parametrize("p", POWERS)
-def test_power_mean_and_its_slope(p: float) -> None:
+def test_power_mean_slope_equals_autograd(p: float) -> None:
     d = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
     expected = by_channel(d).abs().pow(p).mean(1).pow(1 / p)
     (slope,) = torch.autograd.grad(expected.sum(), d)
@@ -149,7 +160,7 @@ def test_power_mean_and_its_slope(p: float) -> None:
 
 
 @pytest.mark.parametrize("p", POWERS)
-def test_slope_is_negative_where_the_deviation_is_zero(p: float) -> None:
+def test_power_mean_slope_is_negative_at_zero(p: float) -> None:
     """The convention s = −1 at d = 0, whichever zero it is that x − x gives."""
     x = torch.tensor([[1.0], [3.0], [2.0], [2.0]])
     reflected = x.mean(0) - x
@@ -159,7 +170,7 @@ def test_slope_is_negative_where_the_deviation_is_zero(p: float) -> None:
 
 
 @pytest.mark.parametrize("p", POWERS)
-def test_zero_deviations(p: float) -> None:
+def test_power_mean_of_zeros_is_zero(p: float) -> None:
     zero = torch.zeros(4, 3, 5)
     magnitude = power_mean(zero, p, (0, 2), Share(20))
     assert torch.equal(magnitude, torch.zeros(3))
@@ -169,7 +180,7 @@ def test_zero_deviations(p: float) -> None:
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 @pytest.mark.parametrize("p", [1.0, 1.5, 3.7, 60.0])
-def test_powers_neither_overflow_nor_underflow(p: float, size: float) -> None:
+def test_power_mean_neither_overflows_nor_underflows(p: float, size: float) -> None:
     d = torch.randn(1000, 2)
     expected = power_mean(d.double(), p, (0,), Share(1000)) * size
     found = power_mean(d * size, p, (0,), Share(1000))
@@ -177,7 +188,7 @@ def test_powers_neither_overflow_nor_underflow(p: float, size: float) -> None:
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=0)
 
 
-def test_constants_of_the_statistics() -> None:
+def test_statistics_give_their_constants() -> None:
     assert PowerMean(1.0).constant(9, "exact") == pytest.approx(math.sqrt(math.pi / 2))
     assert PowerMean(1.0).constant(9, "none") == LargestMean(2).constant(9, "none") == 1
     assert PowerMean(1.0).constant(9, 0.5) == LargestMean(2).constant(9, 0.5) == 0.5
@@ -188,3 +199,43 @@ def test_constants_of_the_statistics() -> None:
     assert RangeMean(2).constant(9, "exact") == pytest.approx(expected)
     # One that the ranks counted together is a tensor.
     assert LargestMean(2).constant(torch.tensor(9), "exact") == LargestMean(2).constant(9, "exact")
+
+
+@pytest.mark.parametrize("shape", BLOCK_SHAPES, ids=str)
+def test_blocks_are_neighbours_with_their_largest(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    x[0] = 0.0
+    for layout in layouts(x):
+        blocks = Blocks.of(layout)
+        cut = by_channel(x).unflatten(1, (-1, blocks.size))
+        assert torch.equal(blocks.largest_sizes(), cut.abs().amax(2))
+        assert not blocks.largest_sizes().signbit().any()
+        chosen = torch.stack([torch.randperm(cut.shape[1])[:2] for _ in range(shape[1])])
+        rows = torch.arange(shape[1]).unsqueeze(1)
+        assert torch.equal(blocks.take(chosen), cut[rows, chosen].flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("spatial", "size"),
+    [(1, 1), (49, 49), (64, 64), (1024, 128), (3136, 112), (1009, 1), (262, 131)],
+)
+def test_blocks_have_good_sizes(spatial: int, size: int) -> None:
+    assert Blocks.of(torch.zeros(2, 3, spatial)).size == size
+
+
+@pytest.mark.parametrize("shape", BLOCK_SHAPES, ids=str)
+def test_gradient_sums_equal_the_definition(shape: tuple[int, ...]) -> None:
+    grad, x = torch.randn(2, *shape, dtype=torch.float64)
+    mean = torch.randn(shape[1], dtype=torch.float64)
+    dims = (0, *range(2, len(shape)))
+    centred = x - mean.view(1, -1, *[1] * (len(shape) - 2))
+    for g in layouts(grad):
+        for values in layouts(x):
+            total, product = gradient_sums(g, values, mean)
+            torch.testing.assert_close(total, grad.sum(dims))
+            torch.testing.assert_close(product, (grad * centred).sum(dims))
+
+
+def test_gradient_sums_of_nothing_are_zero() -> None:
+    empty = torch.zeros(0, 3, 2, 2)
+    assert [s.tolist() for s in gradient_sums(empty, empty, torch.ones(3))] == [[0.0] * 3] * 2

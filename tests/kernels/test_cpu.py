@@ -58,24 +58,24 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("case", [*CASES, *WIDTHS], ids=str)
-def test_the_definition_in_float64(case: Case) -> None:
+def test_kernels_equal_the_definition(case: Case) -> None:
     check(case, CpuBatchNorm())
 
 
 @pytest.mark.parametrize("statistic", ["l1", "linf", "top3"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_stays_in_its_channel(statistic: str, value: float) -> None:
+def test_non_finite_values_stay_in_their_channel(statistic: str, value: float) -> None:
     check_nonfinite(statistic, value, CpuBatchNorm())
 
 
 @pytest.mark.parametrize(
     ("shape", "channels_last"), [((3, 4, 5, 2), False), ((3, 4, 5, 2), True), ((9, 4), False)]
 )
-def test_the_stages(shape: tuple[int, ...], channels_last: bool) -> None:
+def test_stages_equal_the_definition(shape: tuple[int, ...], channels_last: bool) -> None:
     check_stages(shape, channels_last, CpuBatchNorm())
 
 
-def test_the_stages_of_a_rank_without_elements() -> None:
+def test_stages_take_a_rank_without_elements() -> None:
     kernels, x, mean = CpuBatchNorm(), torch.empty(0, 3, 4, 4), torch.ones(3)
     assert kernels.sums(x).tolist() == kernels.sums_of_sizes(x, mean).tolist() == [0, 0, 0]
     positions, deviations = kernels.largest(x, mean, 2)
@@ -90,11 +90,13 @@ def test_the_stages_of_a_rank_without_elements() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("learned", [True, False])
-def test_rows(shape: tuple[int, ...], dtype: torch.dtype, centred: bool, learned: bool) -> None:
+def test_layer_norm_kernels_equal_the_definition(
+    shape: tuple[int, ...], dtype: torch.dtype, centred: bool, learned: bool
+) -> None:
     check_rows(shape, dtype, centred, learned, CpuLayerNorm(centred))
 
 
-def test_tracking() -> None:
+def test_track_moves_running_statistics() -> None:
     check_tracking(torch.ops.nmlightning.track)
 
 
@@ -115,7 +117,7 @@ def kept_x(
 
 @pytest.mark.parametrize("dtype", X_FREE_REACH)
 @pytest.mark.parametrize("spec", [L1, NormSpec(LargestMean(2), 0.5, 1e-5)], ids=["l1", "top2"])
-def test_a_relu_does_without_x_unless_the_rounded_output_is_too_coarse(
+def test_relu_saves_x_only_where_the_output_is_too_coarse(
     dtype: torch.dtype, spec: NormSpec
 ) -> None:
     reach = X_FREE_REACH[dtype]
@@ -128,7 +130,7 @@ def test_a_relu_does_without_x_unless_the_rounded_output_is_too_coarse(
     assert kept_x(None, 1.0, 0.0, dtype, spec)
 
 
-def test_an_addition_does_without_x_where_its_sum_is_not_large() -> None:
+def test_add_relu_saves_x_only_where_the_sum_is_large() -> None:
     assert not kept_x("add_relu", 1.0, 0.0, torch.float32)
     assert kept_x("add_relu", 0.01, 0.0, torch.float32)
     assert kept_x("add_relu", 1.0, 20.0, torch.float32)
@@ -136,7 +138,7 @@ def test_an_addition_does_without_x_where_its_sum_is_not_large() -> None:
 
 
 @pytest.mark.parametrize("dtype", X_FREE_REACH)
-def test_the_reach_is_what_the_tolerance_allows(dtype: torch.dtype) -> None:
+def test_x_free_reach_keeps_the_tolerance(dtype: torch.dtype) -> None:
     """The error of Σ g · x̂, whose terms have random signs, against that of one of its size."""
     half_last_place = torch.finfo(dtype).eps / 2
     tolerance = {torch.float32: 5e-7, torch.bfloat16: 4e-3}[dtype]
@@ -192,7 +194,7 @@ def losses(model: nn.Module, steps: int = 20) -> list[float]:
 
 
 @each_net
-def test_a_training_run_differs_by_rounding_only(norm: str) -> None:
+def test_training_differs_from_the_formula_by_rounding_only(norm: str) -> None:
     kernels, formula = net(norm), net(norm)
     found = losses(kernels)
     with norm_backend("formula"):
@@ -206,12 +208,12 @@ def test_a_training_run_differs_by_rounding_only(norm: str) -> None:
 
 
 @each_net
-def test_the_same_twice(norm: str) -> None:
+def test_training_is_deterministic(norm: str) -> None:
     assert losses(net(norm), 3) == losses(net(norm), 3)
 
 
 @each_net
-def test_other_uses(norm: str) -> None:
+def test_layers_work_under_no_grad_and_checkpoint(norm: str) -> None:
     x = torch.randn(4, 8, 6, 6, requires_grad=True)
     layer = NETS[norm]()
     y = layer(x)
@@ -230,7 +232,7 @@ def test_other_uses(norm: str) -> None:
         slope.sum().backward()
 
 
-def test_half_parameters_and_strided_gradients() -> None:
+def test_layers_take_half_parameters_and_strided_gradients() -> None:
     layer = norms.L1BatchNorm2d(4).to(torch.bfloat16)
     x = torch.randn(3, 4, 5, 5, dtype=torch.bfloat16, requires_grad=True)
     layer(x).sum().backward()
@@ -244,7 +246,7 @@ def test_half_parameters_and_strided_gradients() -> None:
     torch.testing.assert_close(torch.autograd.grad(y, last, grad)[0], one, rtol=0.02, atol=0.02)
 
 
-def test_running_statistics_of_other_dtypes_are_left_to_torch() -> None:
+def test_half_running_statistics_take_the_formula() -> None:
     layer = norms.L1BatchNorm2d(1)
     layer.running_var = layer.running_var.half()
     layer(torch.randn(8, 1, 8, 8) * 4000)
@@ -283,7 +285,7 @@ def test_select_backend_gives_the_reason_for_the_formula(
     assert select_backend(supported._replace(**change)) == ("formula", reason, None)
 
 
-def test_threads_are_torchs() -> None:
+def test_library_uses_torchs_threads() -> None:
     """No second OpenMP is loaded, whose threads torch.set_num_threads would not know of."""
     with open("/proc/self/maps") as maps:
         found = {line.split()[-1] for line in maps if "libgomp" in line or "libiomp" in line}
@@ -291,7 +293,7 @@ def test_threads_are_torchs() -> None:
     assert not [path for path in found if not path.startswith(torch_folder)]
 
 
-def test_a_residual_elsewhere_is_an_error_and_no_crash() -> None:
+def test_residual_on_another_device_is_an_error() -> None:
     layer, x = norms.L1BatchNorm2d(4), torch.randn(3, 4, 5, 5)
     layer.fused = "add_relu"
     with pytest.raises(RuntimeError, match="device"):

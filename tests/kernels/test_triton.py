@@ -10,8 +10,7 @@ import torch
 
 from nmlightning.functional.statistics import LargestMean, PowerMean, RangeMean
 from nmlightning.kernels import DispatchKey, norm_backend, select_backend
-from nmlightning.kernels.triton import backend
-from nmlightning.kernels.triton import tiles as partition
+from nmlightning.kernels.triton import backend, tiles
 
 TESTS = Path(__file__).parent
 SERVED = DispatchKey("batch", PowerMean(1.0), "cuda", torch.float16, torch.float32, "NHWC")
@@ -52,20 +51,20 @@ def test_interpreted_kernels_keep_the_contract() -> None:
     ],
     ids=str,
 )
-def test_reason_givens(change: dict[str, object], reason: str) -> None:
+def test_unsupported_reason_names_the_limit(change: dict[str, object], reason: str) -> None:
     reason_given = backend.TritonBackend().unsupported_reason(SERVED._replace(**change))
     assert reason_given.startswith(reason)
     assert bool(reason_given) == bool(reason)
 
 
-def test_without_triton_the_formula_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_without_triton_is_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "has_triton", lambda: False)
     case = SERVED._replace(stats_dtype=torch.float32, dtype=torch.float32)
     assert backend.TritonBackend().unsupported_reason(case) == "triton is not installed"
     assert backend.TritonBackend().tracking() is None
 
 
-def test_a_gpu_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_rejects_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "has_triton", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
@@ -73,14 +72,14 @@ def test_a_gpu_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @needs_triton
-def test_a_choice_names_the_backend() -> None:
+def test_select_backend_names_triton() -> None:
     with norm_backend("auto"):
         assert select_backend(SERVED).backend == "Triton"
         wide = SERVED._replace(dtype=torch.float64)
         assert select_backend(wide).reason == "no kernel for float64"
 
 
-def test_the_package_does_without_triton() -> None:
+def test_package_imports_without_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch, nmlightning.kernels as kernels\n"
@@ -100,22 +99,22 @@ def test_the_package_does_without_triton() -> None:
     ("rows", "channels", "spatial"),
     [(2, 1, 1), (131_072, 16, 1024), (12_544, 2048, 49), (49, 3, 49), (3_211_264, 64, 12_544)],
 )
-def test_the_blocks_cover_a_channel_once(
+def test_partition_covers_a_channel_once(
     rows: int, channels: int, spatial: int, channels_last: bool, item: int, processors: int
 ) -> None:
     shape = (rows, channels, spatial, channels_last or spatial == 1, item)
     for parts in (
-        *(partition._divide(*shape, streams, processors) for streams in (1, 2, 3)),
-        partition._divide_to_select(*shape),
+        *(tiles._divide(*shape, streams, processors) for streams in (1, 2, 3)),
+        tiles._divide_to_select(*shape),
     ):
         assert parts.blocks * parts.span >= rows > (parts.blocks - 1) * parts.span
         assert parts.height & (parts.height - 1) == parts.width & (parts.width - 1) == 0
-        assert parts.height * parts.width * item <= max(partition.TILE_BYTES, 32 * 128)
+        assert parts.height * parts.width * item <= max(tiles.TILE_BYTES, 32 * 128)
         assert (channels if parts.channels_last else spatial) % parts.vector == 0
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_a_large_tensor_fills_the_processors_and_no_more(channels_last: bool) -> None:
-    parts = partition._divide(256 * 112 * 112, 64, 112 * 112, channels_last, 2, 1, 132)
+def test_partition_of_a_large_tensor_fills_the_processors(channels_last: bool) -> None:
+    parts = tiles._divide(256 * 112 * 112, 64, 112 * 112, channels_last, 2, 1, 132)
     programs = parts.grid[0] * parts.grid[1]
     assert 0.9 * 264 <= programs <= 264

@@ -14,8 +14,8 @@ pytest.importorskip("triton")
 import kernel_contract as contract
 from nmlightning.kernels import norm_backend
 from nmlightning.kernels.interface import NormSpec
-from nmlightning.kernels.triton import tiles as partition
-from nmlightning.kernels.triton.batch_norm import TritonBatchNorm
+from nmlightning.kernels.triton import tiles
+from nmlightning.kernels.triton.batch_norm import TritonBatchNorm, track
 from nmlightning.kernels.triton.layer_norm import TritonLayerNorm
 from nmlightning.norms import (
     L1BatchNorm2d,
@@ -41,23 +41,23 @@ each_layer = pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize(
     "case", [*contract.CASES, *contract.WIDTHS, *contract.FLOAT16, *LARGE], ids=str
 )
-def test_it_is_the_definition(case: contract.Case) -> None:
+def test_kernels_equal_the_definition(case: contract.Case) -> None:
     contract.check(case, KERNELS, CUDA)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("statistic", contract.STATISTICS)
-def test_what_is_not_finite_stays_in_its_channel(statistic: str, value: float) -> None:
+def test_non_finite_values_stay_in_their_channel(statistic: str, value: float) -> None:
     contract.check_nonfinite(statistic, value, KERNELS, CUDA)
 
 
-def test_the_mask_is_that_of_the_rounded_output() -> None:
+def test_mask_follows_the_rounded_output() -> None:
     contract.check_mask(KERNELS, CUDA)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("shape", [(3, 3, 2, 3), (0, 3, 2, 3)], ids=["some", "none"])
-def test_stages(shape: tuple[int, ...], channels_last: bool) -> None:
+def test_stages_equal_the_definition(shape: tuple[int, ...], channels_last: bool) -> None:
     contract.check_stages(shape, channels_last, KERNELS, CUDA)
 
 
@@ -65,35 +65,39 @@ def test_stages(shape: tuple[int, ...], channels_last: bool) -> None:
 @pytest.mark.parametrize("centred", [True, False], ids=["layer", "rms"])
 @pytest.mark.parametrize("dtype", contract.TOLERANCES)
 @pytest.mark.parametrize("shape", [(5, 12), (3000, 768), (500, 8192), (40, 20000)], ids=str)
-def test_rows(shape: tuple[int, ...], dtype: torch.dtype, centred: bool, learned: bool) -> None:
+def test_layer_norm_kernels_equal_the_definition(
+    shape: tuple[int, ...], dtype: torch.dtype, centred: bool, learned: bool
+) -> None:
     kernels = TritonLayerNorm(centred)
     contract.check_rows(shape, dtype, centred, learned, kernels, CUDA)
 
 
-def test_tracking() -> None:
-    contract.check_tracking(KERNELS.track, CUDA)
+def test_track_moves_running_statistics() -> None:
+    contract.check_tracking(track, CUDA)
 
 
 @each_layer
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_wide_offsets(layer: Any, channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wide_offsets_give_the_same_bits(
+    layer: Any, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x, run = make_step(layer, channels_last)
     expected = run(x)
-    monkeypatch.setattr(partition, "WIDE_FROM", 1)
+    monkeypatch.setattr(tiles, "WIDE_FROM", 1)
     for wide, narrow in zip(run(x), expected, strict=True):
         assert torch.equal(wide, narrow)
 
 
 @each_layer
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_the_same_bits_twice(layer: Any, channels_last: bool) -> None:
+def test_kernels_are_deterministic(layer: Any, channels_last: bool) -> None:
     x, run = make_step(layer, channels_last)
     for first, second in zip(run(x), run(x), strict=True):
         assert torch.equal(first, second)
 
 
 @each_layer
-def test_it_is_the_formula(layer: Any) -> None:
+def test_layers_equal_the_formula(layer: Any) -> None:
     x, run = make_step(layer, True, torch.float32)
     found = run(x)
     with norm_backend("formula"):
@@ -103,7 +107,7 @@ def test_it_is_the_formula(layer: Any) -> None:
 
 
 @each_layer
-def test_a_cuda_graph_replays_it(layer: Any) -> None:
+def test_cuda_graph_replays_batch_norms(layer: Any) -> None:
     x, run = make_step(layer, True)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -120,7 +124,7 @@ def test_a_cuda_graph_replays_it(layer: Any) -> None:
 
 
 @pytest.mark.parametrize("norm", [L1LayerNorm, L1RMSNorm])
-def test_a_cuda_graph_replays_rows(norm: Any) -> None:
+def test_cuda_graph_replays_layer_norms(norm: Any) -> None:
     x = torch.randn(64, 768, device=CUDA, dtype=torch.bfloat16)
     layer = norm(768, device=CUDA)
     layer(x)
@@ -134,11 +138,11 @@ def test_a_cuda_graph_replays_rows(norm: Any) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
-def test_another_device_than_the_current_one() -> None:
+def test_kernels_run_on_another_than_the_current_device() -> None:
     contract.check(contract.Case((12, 3), "top3", "relu"), KERNELS, "cuda:1")
 
 
-def test_more_elements_than_int32_counts() -> None:
+def test_kernels_take_more_elements_than_int32_counts() -> None:
     if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
         pytest.skip("needs 40 GiB")
     x = torch.zeros(2**25 + 3, 65, dtype=torch.bfloat16, device=CUDA)

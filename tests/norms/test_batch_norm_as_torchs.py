@@ -1,8 +1,10 @@
-"""Batch norms in the place of torch's: states, modes, shapes, what is tracked."""
+"""Batch norms in the place of torch's: states, modes, shapes, running statistics, torch's tools."""
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.optim.swa_utils import update_bn
 
 from batch_norm_contract import (
     EXACT,
@@ -16,11 +18,12 @@ from batch_norm_contract import (
 )
 from nmlightning import norms
 from nmlightning.errors import InputError
+from nmlightning.surgery.swap import swap_norms
 
 
 @every_norm
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_a_trained_state_evaluates_in_batch_norm(norm: Norm, dims: int) -> None:
+def test_state_loads_into_torchs_batch_norm(norm: Norm, dims: int) -> None:
     ours, theirs = norm.layer(5, dims=dims), TORCH[dims](5)
     shapes = {key: value.shape for key, value in ours.state_dict().items()}
     assert shapes == {key: value.shape for key, value in theirs.state_dict().items()}
@@ -33,7 +36,7 @@ def test_a_trained_state_evaluates_in_batch_norm(norm: Norm, dims: int) -> None:
 
 
 @every_norm
-def test_evaluation_differentiates_as_batch_norm_does(norm: Norm) -> None:
+def test_evaluation_has_torchs_gradients(norm: Norm) -> None:
     ours, theirs = norm.layer().eval(), nn.BatchNorm2d(3).eval()
     theirs.load_state_dict(ours.state_dict())
     theirs.weight.requires_grad_(ours.weight.requires_grad)
@@ -59,7 +62,7 @@ def test_momentum_none_averages_all_batches_equally(norm: Norm) -> None:
 
 
 @every_norm
-def test_without_a_bias(norm: Norm) -> None:
+def test_layer_works_without_a_bias(norm: Norm) -> None:
     """As torch 2.15's layers; those of torch 2.11 have a bias with every weight."""
     layer = norm.layer(bias=False)
     keys = list(nn.BatchNorm2d(3).state_dict())
@@ -73,7 +76,7 @@ def test_without_a_bias(norm: Norm) -> None:
 
 
 @every_norm
-def test_frozen_parameters(norm: Norm) -> None:
+def test_frozen_parameters_get_no_gradient(norm: Norm) -> None:
     x = torch.randn(4, 3, 2, 5, requires_grad=True)
     layer = norm.layer().requires_grad_(False)
     layer(x).sum().backward()
@@ -85,7 +88,7 @@ def test_frozen_parameters(norm: Norm) -> None:
 
 
 @every_norm
-def test_without_running_statistics(norm: Norm) -> None:
+def test_layer_without_running_statistics_uses_the_batchs(norm: Norm) -> None:
     x = torch.randn(4, 3, 2, 5, dtype=torch.float64)
     layer = norm.layer(track_running_stats=False, dtype=torch.float64)
     assert list(layer.state_dict()) == ["weight", "bias"]
@@ -93,7 +96,7 @@ def test_without_running_statistics(norm: Norm) -> None:
 
 
 @each_kind
-def test_reset(norm: Norm) -> None:
+def test_reset_parameters_restores_the_new_state(norm: Norm) -> None:
     layer = norm.layer()
     layer(torch.randn(4, 3, 2, 5))
     layer.reset_parameters()
@@ -102,7 +105,7 @@ def test_reset(norm: Norm) -> None:
 
 @every_norm
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_one_value_a_channel(norm: Norm, dims: int) -> None:
+def test_one_value_a_channel_is_an_error_in_training(norm: Norm, dims: int) -> None:
     x, layer = torch.randn(1, 3, *[1] * dims), norm.layer(dims=dims)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         layer(x)
@@ -114,7 +117,7 @@ def test_one_value_a_channel(norm: Norm, dims: int) -> None:
 
 @every_norm
 @pytest.mark.parametrize("shape", [(0, 3, 2, 4), (2, 3, 0, 4)], ids=str)
-def test_an_empty_batch(norm: Norm, shape: tuple[int, ...]) -> None:
+def test_empty_batch_gives_torchs_results(norm: Norm, shape: tuple[int, ...]) -> None:
     ours, theirs = norm.layer(), nn.BatchNorm2d(3)
     theirs.load_state_dict(ours.state_dict())
     theirs.weight.requires_grad_(ours.weight.requires_grad)
@@ -127,7 +130,7 @@ def test_an_empty_batch(norm: Norm, shape: tuple[int, ...]) -> None:
 
 
 @every_norm
-def test_meta_device(norm: Norm) -> None:
+def test_layer_on_meta_device_resets_to_the_new_state(norm: Norm) -> None:
     layer = getattr(norms, f"{norm.name}BatchNorm2d")(3, **norm.options, eps=0.0, device="meta")
     x = torch.randn(4, 3, 2, 5, device="meta", requires_grad=True)
     y = layer(x)
@@ -142,7 +145,7 @@ def test_meta_device(norm: Norm) -> None:
 
 @every_norm
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_wrong_shapes(norm: Norm, dims: int) -> None:
+def test_wrong_shapes_give_torchs_errors(norm: Norm, dims: int) -> None:
     layer = norm.layer(dims=dims)
     for wrong in (torch.randn(4), torch.randn(4, 3, *[2] * (dims + 1))):
         with pytest.raises(ValueError, match="expected") as theirs:
@@ -156,10 +159,74 @@ def test_wrong_shapes(norm: Norm, dims: int) -> None:
 
 
 @every_norm
-def test_of_any_dimensions(norm: Norm) -> None:
+def test_class_without_a_number_takes_any_dimensions(norm: Norm) -> None:
     """The classes without a number take what nn.SyncBatchNorm takes."""
     layer = getattr(norms, f"{norm.name}BatchNorm")(3, **norm.options)
     for shape in ((16, 3), (8, 3, 2), (4, 3, 2, 2), (2, 3, 2, 2, 2)):
         assert layer(torch.randn(shape)).shape == shape
     with pytest.raises(ValueError, match=r"expected at least 2D input \(got 1D input\)"):
         layer(torch.randn(3))
+
+
+CLASSES = [
+    norms.L1BatchNorm2d,
+    norms.LInfBatchNorm2d,
+    norms.TopKBatchNorm2d,
+    norms.MeanOnlyBatchNorm2d,
+]
+every_class = pytest.mark.parametrize("norm_class", CLASSES)
+
+
+def trained_net(norm_class: type[nn.Module]) -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), norm_class(8)).double()
+    if net[1].weight.requires_grad:
+        nn.init.uniform_(net[1].weight, -2, 2)
+    nn.init.normal_(net[1].bias)
+    for _ in range(3):
+        net(1 + 2 * images())
+    return net.eval()
+
+
+def images() -> Tensor:
+    return torch.randn(6, 3, 9, 9, dtype=torch.float64)
+
+
+@every_class
+def test_trained_norm_folds_into_a_convolution(norm_class: type[nn.Module]) -> None:
+    net = trained_net(norm_class)
+    x = images()
+    folded = fuse_conv_bn_eval(net[0], net[1])
+    torch.testing.assert_close(folded(x), net(x), rtol=0, atol=1e-12)
+
+
+@every_class
+def test_trained_norm_exports_as_torchs_batch_norm(norm_class: type[nn.Module]) -> None:
+    net = trained_net(norm_class)
+    x = images()
+    exported = torch.export.export(net, (x,))
+    assert torch.equal(exported.module()(x), net(x))
+    called = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    assert called == {"aten.conv2d.default", "aten.batch_norm.default"}
+
+
+@every_class
+def test_update_bn_averages_all_batches(norm_class: type[nn.Module]) -> None:
+    net = trained_net(norm_class)
+    batches = [images(), 3 * images() - 1]
+    expected = torch.zeros(8, dtype=torch.float64)
+    for batch in batches:
+        alone = norm_class(8).double()
+        alone.momentum = 1.0
+        alone(net[0](batch))
+        expected += alone.running_var / len(batches)
+    update_bn(batches, net)
+    torch.testing.assert_close(net[1].running_var, expected)
+    assert net[1].momentum == 0.1
+
+
+def test_swapped_norm_folds_into_a_convolution() -> None:
+    net = trained_net(nn.BatchNorm2d)
+    swap_norms(net, "l1")
+    x = images()
+    torch.testing.assert_close(fuse_conv_bn_eval(net[0], net[1])(x), net(x), rtol=0, atol=1e-12)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from batch_norm_contract import EXACT, gradients, saved_bytes
 from nmlightning import norms
 from nmlightning.errors import InputError
 
-EXACT = {"rtol": 1e-10, "atol": 1e-10}
 LAYER_POWERS = {"l1": 1.0, "lp1": 1.0, "lp1.5": 1.5, "lp2": 2.0, "lp3.7": 3.7}
 RMS_POWERS = {"rms l1": 1.0, "rms lp1.5": 1.5, "rms lp2": 2.0, "rms lp3.7": 3.7}
 POWERS = {**LAYER_POWERS, **RMS_POWERS}
@@ -62,17 +62,12 @@ def define(layer: nn.Module, p: float, x: Tensor) -> Tensor:
     return y + layer.bias.to(y.dtype) if is_centred and layer.bias is not None else y  # type: ignore[operator]
 
 
-def gradients(y: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
-    """Return the leaves' gradients for one fixed, random gradient of y."""
-    generator = torch.Generator().manual_seed(1)
-    grad = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
-    return torch.autograd.grad(y, leaves, grad)
-
-
 @every_norm
 @every_shape
 @pytest.mark.parametrize("parameters", ["both", "weight", "none"])
-def test_equals_the_definition(norm: str, shape: Any, normalized: Any, parameters: str) -> None:
+def test_output_and_gradients_equal_the_definition(
+    norm: str, shape: Any, normalized: Any, parameters: str
+) -> None:
     settings = {"elementwise_affine": parameters != "none", "bias": parameters == "both"}
     layer = make(norm, normalized, dtype=torch.float64, **settings)
     x = (2 * torch.randn(shape, dtype=torch.float64) + 1).requires_grad_()
@@ -84,14 +79,14 @@ def test_equals_the_definition(norm: str, shape: Any, normalized: Any, parameter
 
 @every_norm
 @every_shape
-def test_gradcheck(norm: str, shape: Any, normalized: Any) -> None:
+def test_gradients_pass_gradcheck(norm: str, shape: Any, normalized: Any) -> None:
     layer = make(norm, normalized, dtype=torch.float64)
     leaves = (torch.randn(shape, dtype=torch.float64, requires_grad=True), *layer.parameters())
     assert torch.autograd.gradcheck(lambda x, *_: layer(x), leaves)
 
 
 @every_norm
-def test_a_second_derivative_is_refused(norm: str) -> None:
+def test_second_derivative_is_an_error(norm: str) -> None:
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     layer = make(norm, 6, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="can be differentiated once, and a second"):
@@ -99,7 +94,7 @@ def test_a_second_derivative_is_refused(norm: str) -> None:
 
 
 @every_norm
-def test_ties(norm: str) -> None:
+def test_ties_have_the_definitions_gradient(norm: str) -> None:
     half = torch.randint(-2, 3, (5, 6), dtype=torch.float64)
     x = torch.cat([half, -half], 1).requires_grad_()
     layer = make(norm, 12, dtype=torch.float64)
@@ -109,7 +104,7 @@ def test_ties(norm: str) -> None:
 
 @every_shape
 @pytest.mark.parametrize("norm", ["lp2", "rms lp2"])
-def test_p_2_is_torchs(norm: str, shape: Any, normalized: Any) -> None:
+def test_p_2_equals_torchs_norm(norm: str, shape: Any, normalized: Any) -> None:
     ours = make(norm, normalized, dtype=torch.float64)
     theirs = torchs(norm, normalized, dtype=torch.float64)
     theirs.load_state_dict(ours.state_dict(), strict=True)
@@ -121,7 +116,7 @@ def test_p_2_is_torchs(norm: str, shape: Any, normalized: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("sigma", [1e-4, 1.0])
-def test_an_eps_of_none_is_torchs(dtype: torch.dtype, sigma: float) -> None:
+def test_eps_none_equals_torchs(dtype: torch.dtype, sigma: float) -> None:
     """Which is float32's for half inputs, too: at this σ another gives another output."""
     x = (sigma * torch.randn(64, 32)).to(dtype)
     ours, theirs = norms.LpRMSNorm(32, p=2), nn.RMSNorm(32)
@@ -132,7 +127,7 @@ def test_an_eps_of_none_is_torchs(dtype: torch.dtype, sigma: float) -> None:
 
 
 @pytest.mark.parametrize("norm", RMS_POWERS)
-def test_the_mean_of_x_counts_in_an_rms_norm(norm: str) -> None:
+def test_rms_norm_does_not_centre(norm: str) -> None:
     """Its constant is the Gaussian's of x itself: at a mean of 0 and not elsewhere."""
     layer, x = make(norm, 4096, elementwise_affine=False), torch.randn(64, 4096)
     with torch.no_grad():
@@ -141,7 +136,7 @@ def test_the_mean_of_x_counts_in_an_rms_norm(norm: str) -> None:
 
 
 @every_norm
-def test_state_is_torchs(norm: str) -> None:
+def test_state_dict_equals_torchs(norm: str) -> None:
     ours, theirs = make(norm, (2, 5)), torchs(norm, (2, 5))
     ours.load_state_dict(theirs.state_dict(), strict=True)
     theirs.load_state_dict(ours.state_dict(), strict=True)
@@ -151,7 +146,7 @@ def test_state_is_torchs(norm: str) -> None:
 
 
 @every_layer_norm
-def test_gaussians_leave_with_unit_std(norm: str) -> None:
+def test_exact_constant_gives_unit_std(norm: str) -> None:
     """ŝ of 1,024 features varies by a few per cent; the mean over 4,000 tokens by 0.1 %."""
     layer = make(norm, 1024, elementwise_affine=False)
     with torch.no_grad():
@@ -160,7 +155,7 @@ def test_gaussians_leave_with_unit_std(norm: str) -> None:
 
 
 @every_norm
-def test_other_constants(norm: str) -> None:
+def test_constant_scales_the_output(norm: str) -> None:
     x = torch.randn(4, 12, dtype=torch.float64)
     settings: dict[str, Any] = {"eps": 0.0, "elementwise_affine": False}
     exact, c = make(norm, 12, **settings), norms.gaussian_constant("lp", 12, p=POWERS[norm])
@@ -172,7 +167,7 @@ def test_other_constants(norm: str) -> None:
 @every_layer_norm
 @pytest.mark.parametrize("value", [0.0, 3.0, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_constant_token(norm: str, value: float, dtype: torch.dtype) -> None:
+def test_constant_token_gives_the_bias(norm: str, value: float, dtype: torch.dtype) -> None:
     x = torch.randn(3, 16).to(dtype)
     x[1] = value
     leaf, layer = x.requires_grad_(), make(norm, 16)
@@ -184,7 +179,7 @@ def test_a_constant_token(norm: str, value: float, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("norm", RMS_POWERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_token_of_zeros(norm: str, dtype: torch.dtype) -> None:
+def test_rms_norm_of_zeros_is_zero(norm: str, dtype: torch.dtype) -> None:
     x = torch.randn(3, 16).to(dtype)
     x[1] = 0
     leaf, layer = x.requires_grad_(), make(norm, 16, eps=1e-5)
@@ -194,7 +189,7 @@ def test_a_token_of_zeros(norm: str, dtype: torch.dtype) -> None:
 
 
 @every_layer_norm
-def test_one_feature_is_a_constant_token(norm: str) -> None:
+def test_single_feature_gives_the_bias(norm: str) -> None:
     x = torch.randn(3, 1, requires_grad=True)
     layer = make(norm, 1)
     torch.testing.assert_close(layer(x), nn.Parameter(layer.bias.expand(3, 1)))
@@ -221,7 +216,7 @@ def test_half_inputs_accumulate_in_float32(norm: str, dtype: torch.dtype) -> Non
 
 
 @every_norm
-def test_stats_in_float64(norm: str) -> None:
+def test_stats_dtype_float64_is_precise_far_from_zero(norm: str) -> None:
     x = torch.randn(4, 64) + 1000
     layer = make(norm, 64, stats_dtype="float64", eps=1e-5)
     exact = define(layer, POWERS[norm], x.double())
@@ -230,7 +225,7 @@ def test_stats_in_float64(norm: str) -> None:
 
 
 @every_norm
-def test_layouts_and_empty_batches(norm: str) -> None:
+def test_strided_and_empty_inputs_equal_torchs(norm: str) -> None:
     layer = make(norm, 6)
     x = torch.randn(4, 3, 6)
     for arranged in (
@@ -247,26 +242,15 @@ def test_layouts_and_empty_batches(norm: str) -> None:
 
 
 @every_norm
-def test_saves_no_more_than_torchs(norm: str) -> None:
-    def saved_bytes(layer: nn.Module) -> int:
-        sizes: dict[int, int] = {}
-
-        def record(tensor: Tensor) -> Tensor:
-            sizes[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-            x = torch.randn(32, 64, requires_grad=True)
-            layer(x)
-        return sum(sizes.values())
-
-    assert saved_bytes(make(norm, 64)) <= saved_bytes(torchs(norm, 64))
+def test_layer_saves_no_more_than_torchs(norm: str) -> None:
+    x = torch.randn(32, 64, requires_grad=True)
+    assert saved_bytes(make(norm, 64), x) <= saved_bytes(torchs(norm, 64), x)
 
 
 # Dynamo of torch 2.11 instantiates any autograd function that it traces.
 @pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("norm", ["l1", "lp3.7", "rms l1"])
-def test_compiles_whole(norm: str) -> None:
+def test_layer_compiles_without_graph_breaks(norm: str) -> None:
     torch._dynamo.reset()
     layer = make(norm, 6)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -280,7 +264,7 @@ def test_compiles_whole(norm: str) -> None:
 
 
 @every_norm
-def test_meta_device(norm: str) -> None:
+def test_layer_on_meta_device_resets_to_the_new_state(norm: str) -> None:
     layer = make(norm, 6, device="meta")
     x = torch.randn(4, 6, device="meta", requires_grad=True)
     layer(x).sum().backward()
@@ -307,7 +291,9 @@ SETTINGS: list[dict[str, Any]] = [
 @every_norm
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("normalized", [6, (6,), (2, 6)], ids=str)
-def test_repr_evaluates(norm: str, settings: dict[str, Any], normalized: Any) -> None:
+def test_repr_copies_and_pickles_equal_the_layer(
+    norm: str, settings: dict[str, Any], normalized: Any
+) -> None:
     layer = make(norm, normalized, **settings)
     x = torch.randn(3, 2, 6)
     for again in (
@@ -347,7 +333,7 @@ def test_repr_evaluates(norm: str, settings: dict[str, Any], normalized: Any) ->
     ],
     ids=str,
 )
-def test_bad_settings(settings: dict[str, Any], message: str) -> None:
+def test_constructor_rejects_bad_settings(settings: dict[str, Any], message: str) -> None:
     for cls in (norms.LpLayerNorm, norms.LpRMSNorm):
         if "bias" not in settings or cls is norms.LpLayerNorm:
             with pytest.raises(InputError, match=message):
@@ -355,7 +341,7 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize("normalized", [0, (), (3, 0), -1])
-def test_no_features(normalized: Any) -> None:
+def test_constructor_rejects_no_features(normalized: Any) -> None:
     with pytest.raises(InputError, match="normalized_shape must have sizes of at least 1, got"):
         norms.L1LayerNorm(normalized)
     with pytest.raises(InputError, match="normalized_shape must have sizes of at least 1, got"):
@@ -364,6 +350,6 @@ def test_no_features(normalized: Any) -> None:
 
 @every_norm
 @pytest.mark.parametrize("shape", [(4, 5), (6, 4), (), (5,)], ids=str)
-def test_wrong_shapes(norm: str, shape: tuple[int, ...]) -> None:
+def test_wrong_shapes_are_an_error(norm: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match=r"normalises the last dimensions \(6,\), got an input of"):
         make(norm, 6)(torch.randn(shape))

@@ -28,20 +28,20 @@ def trained_batch_norm() -> nn.BatchNorm2d:
     return norm
 
 
-def test_the_scale_of_the_input_stays() -> None:
+def test_mean_only_keeps_the_scale() -> None:
     layer = MeanOnlyBatchNorm2d(3, affine=False, dtype=torch.float64)
     x = images(dtype=torch.float64)
     y = layer(7 * x + 2)
     torch.testing.assert_close(y, 7 * (x - x.mean((0, 2, 3), keepdim=True)), **EXACT)
 
 
-def test_any_derivative() -> None:
+def test_mean_only_has_second_derivatives() -> None:
     layer = MeanOnlyBatchNorm2d(3, dtype=torch.float64)
     x = images(dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x, bias: layer(x).pow(3), (x, layer.bias))
 
 
-def test_keeps_nothing_for_backward() -> None:
+def test_mean_only_saves_nothing_for_backward() -> None:
     saved: list[Tensor] = []
     x = images(requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda nothing: nothing):
@@ -50,7 +50,7 @@ def test_keeps_nothing_for_backward() -> None:
 
 
 class TestTheWeight:
-    def test_is_one_and_learns_nothing(self) -> None:
+    def test_weight_stays_one_in_training(self) -> None:
         layer = MeanOnlyBatchNorm2d(3)
         optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.5)
         for _ in range(3):
@@ -61,7 +61,7 @@ class TestTheWeight:
         assert torch.equal(layer.weight, torch.ones(3))
         assert not torch.equal(layer.bias, torch.zeros(3))
 
-    def test_is_no_part_of_training(self) -> None:
+    def test_weight_has_no_effect_in_training(self) -> None:
         layer = MeanOnlyBatchNorm2d(3)
         x = images()
         expected = layer(x)
@@ -71,7 +71,7 @@ class TestTheWeight:
 
 class TestState:
     @pytest.mark.parametrize("eps", [1e-12, 1e-5, 0.1])
-    def test_a_batch_norm_that_loads_it_divides_by_one(self, eps: float) -> None:
+    def test_state_makes_torchs_batch_norm_divide_by_one(self, eps: float) -> None:
         layer, theirs = MeanOnlyBatchNorm2d(3, eps=eps), nn.BatchNorm2d(3, eps=eps)
         nn.init.normal_(layer.bias)
         for _ in range(3):
@@ -84,9 +84,7 @@ class TestState:
             torch.testing.assert_close(norm.eval()(x), x + shift.view(-1, 1, 1), rtol=0, atol=2e-6)
 
     @pytest.mark.parametrize("assign", [False, True])
-    def test_takes_the_mean_and_the_bias_of_a_batch_norm_and_not_its_scale(
-        self, assign: bool
-    ) -> None:
+    def test_load_takes_mean_and_bias_without_the_scale(self, assign: bool) -> None:
         state = trained_batch_norm().state_dict()
         given = copy.deepcopy(state)
         net = nn.Sequential(MeanOnlyBatchNorm2d(3))
@@ -100,7 +98,7 @@ class TestState:
         torch.testing.assert_close(net[0].running_var, torch.full((3,), 1 - 1e-5))
 
     @pytest.mark.parametrize("key", ["weight", "bias", "running_mean", "running_var"])
-    def test_a_missing_key_is_an_error_either_way(self, key: str) -> None:
+    def test_load_rejects_a_missing_key(self, key: str) -> None:
         for source, target in ((MeanOnlyBatchNorm2d, nn.BatchNorm2d), (nn.BatchNorm2d,) * 2):
             state = source(3).state_dict()
             del state[key]
@@ -108,11 +106,11 @@ class TestState:
                 with pytest.raises(RuntimeError, match=f'Missing key.* "{key}"'):
                     layer.load_state_dict(state)
 
-    def test_another_number_of_channels_is_an_error(self) -> None:
+    def test_load_rejects_another_number_of_channels(self) -> None:
         with pytest.raises(RuntimeError, match="size mismatch for weight"):
             MeanOnlyBatchNorm2d(3).load_state_dict(nn.BatchNorm2d(4).state_dict())
 
-    def test_reset(self) -> None:
+    def test_reset_restores_the_new_state(self) -> None:
         layer = MeanOnlyBatchNorm2d(3)
         new = copy.deepcopy(layer.state_dict())
         layer(images())
@@ -126,7 +124,7 @@ class TestState:
         assert not layer.weight.requires_grad
 
 
-def test_on_the_meta_device_the_weight_stays_frozen() -> None:
+def test_weight_stays_frozen_through_meta_device() -> None:
     layer = MeanOnlyBatchNorm2d(3, device="meta").to_empty(device="cpu")
     layer.load_state_dict(trained_batch_norm().state_dict())
     assert torch.equal(layer.weight, torch.ones(3))
@@ -134,7 +132,7 @@ def test_on_the_meta_device_the_weight_stays_frozen() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_a_layer_of_another_dtype_trains_and_evaluates(dtype: torch.dtype) -> None:
+def test_mean_only_trains_and_evaluates_in_every_dtype(dtype: torch.dtype) -> None:
     layer, x = MeanOnlyBatchNorm2d(3).to(dtype), images().to(dtype)
     (grad,) = gradients(layer(x), [layer.bias])
     assert grad.dtype == dtype
@@ -143,7 +141,7 @@ def test_a_layer_of_another_dtype_trains_and_evaluates(dtype: torch.dtype) -> No
     torch.testing.assert_close(layer.eval()(x), trained, rtol=2e-2, atol=2e-2)
 
 
-def test_a_batch_that_overflows_leaves_no_trace() -> None:
+def test_overflowing_batch_leaves_the_running_mean_alone() -> None:
     layer = MeanOnlyBatchNorm2d(3)
     layer(torch.full((4, 3, 2, 5), 1e38))
     assert torch.equal(layer.running_mean, torch.zeros(3))
@@ -160,7 +158,7 @@ def test_a_batch_that_overflows_leaves_no_trace() -> None:
     ids=str,
 )
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_copies_and_the_repr_make_the_same_layer(dims: int, settings: dict[str, Any]) -> None:
+def test_repr_copies_and_pickles_equal_the_layer(dims: int, settings: dict[str, Any]) -> None:
     layer = getattr(norms, f"MeanOnlyBatchNorm{dims}d")(3, **settings)
     x = torch.randn(4, 3, *[2] * dims)
     layer(x)
@@ -187,18 +185,18 @@ def test_copies_and_the_repr_make_the_same_layer(dims: int, settings: dict[str, 
         ({"affine": "no"}, "affine is True or False, got 'no'"),
     ],
 )
-def test_bad_settings(settings: dict[str, Any], message: str) -> None:
+def test_constructor_rejects_bad_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         MeanOnlyBatchNorm2d(3, **settings)
 
 
-def test_whole_numbers_are_refused() -> None:
+def test_whole_numbers_are_an_error() -> None:
     with pytest.raises(InputError, match=r"floating-point numbers, got torch\.int64"):
         MeanOnlyBatchNorm2d(3)(torch.ones(4, 3, 2, 2, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_the_name_says_how_many_dimensions(dims: int) -> None:
+def test_classes_take_their_number_of_dimensions(dims: int) -> None:
     layer = getattr(norms, f"MeanOnlyBatchNorm{dims}d")(3)
     assert layer.input_dims == getattr(norms, f"L1BatchNorm{dims}d").input_dims
     x = torch.randn(4, 3, *[2] * dims)

@@ -29,20 +29,20 @@ CLASSES = {
 }
 
 
-def test_the_names() -> None:
+def test_norms_lists_every_name() -> None:
     assert set(NORMS) == {"l2", *CLASSES}
 
 
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize(("dims", "suffix"), [(None, ""), (1, "1d"), (2, "2d"), (3, "3d")])
-def test_batch_norm_classes(name: str, dims: int | None, suffix: str) -> None:
+def test_layer_class_finds_batch_norms(name: str, dims: int | None, suffix: str) -> None:
     cls = layer_class(name, "batch", dims)
     assert cls is getattr(norms, f"{CLASSES[name]}BatchNorm{suffix}")
     layer = cls(3, **check_options(name, "batch", {}))
     assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
 
 
-def test_l2_is_torchs_own() -> None:
+def test_layer_class_of_l2_is_torchs() -> None:
     assert layer_class("l2", "batch", 1) is nn.BatchNorm1d
     assert layer_class("l2", "batch", 2) is nn.BatchNorm2d
     assert layer_class("l2", "batch", 3) is nn.BatchNorm3d
@@ -51,7 +51,7 @@ def test_l2_is_torchs_own() -> None:
     assert layer_class("l2", "rms") is nn.RMSNorm
 
 
-def test_layer_and_rms_norm_classes() -> None:
+def test_layer_class_finds_layer_and_rms_norms() -> None:
     assert layer_class("l1", "layer") is norms.L1LayerNorm
     assert layer_class("lp", "layer") is norms.LpLayerNorm
     assert layer_class("l1", "rms") is norms.L1RMSNorm
@@ -60,7 +60,7 @@ def test_layer_and_rms_norm_classes() -> None:
 
 @pytest.mark.parametrize("name", ["linf", "topk", "top10", "range", "mean", "half_l2"])
 @pytest.mark.parametrize(("kind", "title"), [("layer", "layer"), ("rms", "RMS")])
-def test_norms_that_others_cannot_have(name: str, kind: Kind, title: str) -> None:
+def test_layer_class_rejects_undefined_kinds(name: str, kind: Kind, title: str) -> None:
     message = f"The norm '{name}' is not defined for {title} norms; l2, l1, lp are."
     with pytest.raises(InputError, match=message):
         layer_class(name, kind)
@@ -77,7 +77,7 @@ def test_norms_that_others_cannot_have(name: str, kind: Kind, title: str) -> Non
         ("means", "mean"),
     ],
 )
-def test_an_unknown_norm_hears_the_nearest(name: str, nearest: str) -> None:
+def test_find_norm_suggests_the_nearest(name: str, nearest: str) -> None:
     known = r"l2, l1, lp, linf, topk, top10, range, mean, half_l2\."
     with pytest.raises(
         InputError, match=rf"no norm '{name}'; there are {known} Did you mean '{nearest}'"
@@ -86,17 +86,17 @@ def test_an_unknown_norm_hears_the_nearest(name: str, nearest: str) -> None:
 
 
 @pytest.mark.parametrize("name", [None, 1, ["l1"]])
-def test_a_norm_that_is_no_name(name: object) -> None:
+def test_find_norm_rejects_other_types(name: object) -> None:
     with pytest.raises(InputError, match=re.escape(f"There is no norm {name!r}; there are l2,")):
         find_norm(name)  # type: ignore[arg-type]
 
 
-def test_an_unknown_norm_with_no_near_one() -> None:
+def test_find_norm_lists_names_without_a_near_one() -> None:
     with pytest.raises(InputError, match=r"no norm 'group'; there are .*half_l2\.$"):
         find_norm("group")
 
 
-def test_options_come_with_the_fixed_ones() -> None:
+def test_check_options_adds_the_fixed_ones() -> None:
     assert check_options("top10", "batch", {}) == {"k": 10}
     assert check_options("top10", "batch", {"eps": 1e-3}) == {"k": 10, "eps": 1e-3}
     given = {"p": 1.5, "constant": "none", "stats_dtype": "float64"}
@@ -105,7 +105,7 @@ def test_options_come_with_the_fixed_ones() -> None:
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_every_batch_norm_takes_the_common_options(name: str) -> None:
+def test_check_options_takes_the_common_ones(name: str) -> None:
     options = {"eps": 1e-3, "momentum": 0.2, "sync": True}
     if name != "half_l2":
         options["stats_dtype"] = None
@@ -143,13 +143,15 @@ def test_every_batch_norm_takes_the_common_options(name: str) -> None:
         ("l2", "batch", "process_group", "no option 'process_group'"),
     ],
 )
-def test_options_that_there_are_not(name: str, kind: str, option: str, message: str) -> None:
+def test_check_options_rejects_unknown_ones(
+    name: str, kind: str, option: str, message: str
+) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         check_options(name, kind, {option: 1})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("options", [3, "k", [["k", 5]]])
-def test_options_that_are_no_mapping(options: object) -> None:
+def test_check_options_rejects_other_than_mappings(options: object) -> None:
     with pytest.raises(
         InputError,
         match=re.escape(f"options map names to values, such as {{'eps': 1e-5}}, got {options!r}."),
@@ -157,12 +159,12 @@ def test_options_that_are_no_mapping(options: object) -> None:
         check_options("topk", "batch", options)  # type: ignore[arg-type]
 
 
-def test_an_option_that_is_no_name() -> None:
+def test_check_options_rejects_names_of_other_types() -> None:
     with pytest.raises(InputError, match="no option 1 for batch norms"):
         check_options("l1", "batch", {1: 2})  # type: ignore[dict-item]
 
 
-def test_kinds() -> None:
+def test_check_kinds_rejects_unknown_and_none() -> None:
     assert check_kinds(("batch",)) == ("batch",)
     assert check_kinds(KINDS) == ("batch", "layer", "rms")
     with pytest.raises(InputError, match=r"batch, layer, rms, got 'bach'\. Did you mean 'batch'\?"):

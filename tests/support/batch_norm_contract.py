@@ -142,3 +142,16 @@ def gradients(y: Tensor, leaves: list[Tensor], seed: int = 1) -> tuple[Tensor, .
     generator = torch.Generator().manual_seed(seed)
     grad = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
     return torch.autograd.grad(y, leaves, grad)
+
+
+def saved_bytes(layer: nn.Module, x: Tensor) -> int:
+    """Return how many bytes a layer keeps of x, and beside it, for backward."""
+    sizes: dict[int, int] = {}
+
+    def record(tensor: Tensor) -> Tensor:
+        sizes[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        layer(x)
+    return sum(sizes.values())

@@ -13,9 +13,9 @@ from triton.runtime import interpreter
 
 import kernel_contract as contract
 from nmlightning.kernels import dispatch
-from nmlightning.kernels.triton import tiles as partition
+from nmlightning.kernels.triton import tiles
 from nmlightning.kernels.triton.backend import TritonBackend
-from nmlightning.kernels.triton.batch_norm import TritonBatchNorm
+from nmlightning.kernels.triton.batch_norm import TritonBatchNorm, track
 from nmlightning.kernels.triton.layer_norm import TritonLayerNorm
 from nmlightning.norms import L1BatchNorm2d
 
@@ -47,19 +47,19 @@ def _formula() -> None:
 
 
 @pytest.mark.parametrize("case", [*contract.CASES, *contract.FLOAT16], ids=str)
-def test_it_is_the_definition(case: contract.Case) -> None:
+def test_kernels_equal_the_definition(case: contract.Case) -> None:
     contract.check(case, KERNELS, slack=slack(case.dtype))
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_parts_are_added_in_several_steps(
+def test_parts_are_summed_in_several_steps(
     channels_last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(partition.Partition, "fold", 2)
+    monkeypatch.setattr(tiles.Partition, "fold", 2)
     contract.check(contract.Case((3, 1, 10, 14), "l1", channels_last=channels_last), KERNELS)
 
 
-def test_layers_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_use_the_interpreted_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     interpreted = TritonBackend()
     monkeypatch.setattr(interpreted, "device", "cpu")
     monkeypatch.setattr(dispatch, "BACKENDS", (interpreted,))
@@ -78,27 +78,29 @@ def test_layers_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("statistic", ["l1", "top3"])
-def test_what_is_not_finite_stays_in_its_channel(statistic: str, value: float) -> None:
+def test_non_finite_values_stay_in_their_channel(statistic: str, value: float) -> None:
     contract.check_nonfinite(statistic, value, KERNELS)
 
 
-def test_the_mask_is_that_of_the_rounded_output() -> None:
+def test_mask_follows_the_rounded_output() -> None:
     contract.check_mask(KERNELS)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("shape", [(2, 2, 2, 2), (0, 2, 2, 2)], ids=["some", "none"])
-def test_stages(shape: tuple[int, ...], channels_last: bool) -> None:
+def test_stages_equal_the_definition(shape: tuple[int, ...], channels_last: bool) -> None:
     contract.check_stages(shape, channels_last, KERNELS)
 
 
 @pytest.mark.parametrize("centred", [True, False], ids=["layer", "rms"])
 @pytest.mark.parametrize("dtype", contract.TOLERANCES)
 @pytest.mark.parametrize("shape", [(3, 333), (270, 40), (2, 1)], ids=str)
-def test_rows(shape: tuple[int, ...], dtype: torch.dtype, centred: bool) -> None:
+def test_layer_norm_kernels_equal_the_definition(
+    shape: tuple[int, ...], dtype: torch.dtype, centred: bool
+) -> None:
     kernels, learned = TritonLayerNorm(centred), shape[1] != 333
     contract.check_rows(shape, dtype, centred, learned, kernels, slack=slack(dtype))
 
 
-def test_tracking() -> None:
-    contract.check_tracking(KERNELS.track)
+def test_track_moves_running_statistics() -> None:
+    contract.check_tracking(track)

@@ -1,17 +1,17 @@
 """The CPU backend: the norms it supports, and the C++ kernels of each.
 
 With a ReLU after the norm, L1's backward takes its sign from one bit an element, and that of the
-largest values takes their positions. Otherwise x is only in Σ g · x̂, and where g is not 0 the
-ReLU's output tells x̂ = (y − residual − bias) / weight. So y is kept, which the next layer keeps
-anyway, and x is not.
+largest values takes their positions. Otherwise x is only in Σ g · x̂, and where g is not 0,
+x̂ = (y − residual − bias) / weight follows from the ReLU's output y. So y is kept, which the next
+layer keeps anyway, and x is not.
 
-The rounding of y to u of its size, the half of its last place, is then an error in x̂ of
-u · |y| / (√3 · |weight|) in the root mean square. Of many different values its sign is random; of a
-constant channel it is one and the same. It is at most what
-tells the backends apart (5e-7 in float32, 4e-3 in bfloat16) while y is below `X_FREE_REACH` times
-the weight. For a ReLU alone that is bias ≤ reach · |weight|, since a negative bias makes y smaller;
-after an addition, it is the root mean square of y in a channel. Where it does not hold in every
-channel of a layer, x is kept, in this pass, for the layer. So it is after the addition in bfloat16.
+The rounding of y to u of its size, the half of its last place, is then an error in x̂ of u · |y| /
+(√3 · |weight|) in the root mean square. Of many different values its sign is random; of a constant
+channel it is one and the same. It is at most the difference allowed between backends (5e-7 in
+float32, 4e-3 in bfloat16) while y is below `X_FREE_REACH` times the weight. For a ReLU alone that
+is bias ≤ reach · |weight|, since a negative bias makes y smaller; after an addition, it is the root
+mean square of y in a channel. Where it does not hold in every channel of a layer, x is kept, in
+this pass, for the layer. So it is after the addition in bfloat16.
 """
 
 from dataclasses import dataclass, field

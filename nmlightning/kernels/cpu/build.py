@@ -21,7 +21,7 @@ _SEAL = hashlib.sha256().digest_size
 # NaN and infinities stay what they are: none of -ffast-math that assumes there are none. Torch's
 # threads are used, not those of a second OpenMP: the library is linked without one.
 _FLAGS = ("-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-march=native")
-# GCC takes half of what AVX-512 has, unless it is told that the whole pays.
+# GCC takes half of what AVX-512 has, unless a flag says that the whole pays.
 _FLAGS_OF_MACHINE = {"x86_64": ("-mprefer-vector-width=512",)}
 # What /proc/cpuinfo calls that on which -march=native depends, on x86 and on ARM.
 _PROCESSOR = (
@@ -57,7 +57,7 @@ def seal(path: Path) -> None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a library is there and all that was sealed: to load the half of one is a crash."""
+    """Return whether a library is there and complete: loading half of one is a crash."""
     if not path.is_file():
         return False
     content = path.read_bytes()
@@ -75,7 +75,7 @@ def load_library(path: Path) -> None:
 
 
 def flags() -> tuple[str, ...]:
-    """Return what the compiler is told on this machine."""
+    """Return the compiler's flags on this machine."""
     return _FLAGS + _FLAGS_OF_MACHINE.get(platform.machine(), ())
 
 
@@ -86,7 +86,7 @@ def source_files() -> list[Path]:
 
 @lru_cache(maxsize=1)
 def _key() -> str:
-    """Return what tells libraries apart: by torch, sources, flags, and what the processor can."""
+    """Return the key of a library: torch, sources, flags, and the processor's features."""
     hashed = hashlib.sha256()
     for word in (*flags(), platform.machine(), platform.system(), *_processor()):
         hashed.update(word.encode() + b"\n")
@@ -96,7 +96,7 @@ def _key() -> str:
 
 
 def _processor() -> list[str]:
-    """Return the lines about the first processor that tell what code it can run."""
+    """Return the lines about the first processor that say what code it can run."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return [platform.processor()]
@@ -106,7 +106,7 @@ def _processor() -> list[str]:
 
 LOG = "build.log"
 _UNFINISHED = "unfinished-"
-_FORMULA = "The norms go on by the formula"
+_FORMULA = "The norms use the formula"
 # In a process of its own, which is given the folder of ninja in its PATH and leaves nothing loaded.
 # That it loads what it has built is a first test of it.
 _COMPILE = """
@@ -163,7 +163,7 @@ def remove_libraries(folder: Path) -> list[Path]:
     found = [*folder.glob("torch-*.so"), *folder.glob(f"{_UNFINISHED}*"), *folder.glob(LOG)]
     for path in found:
         if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)  # a build that is going on puts things there
+            shutil.rmtree(path, ignore_errors=True)  # a running build puts things there
         else:
             path.unlink(missing_ok=True)
     return found

@@ -42,7 +42,7 @@ class TritonBackend:
         """Return what moves running statistics, or None where torch's own operations do."""
         if _unsupported_machine():
             return None
-        from nmlightning.kernels.triton.track import track
+        from nmlightning.kernels.triton.batch_norm import track
 
         return track
 

@@ -24,28 +24,12 @@ from nmlightning.kernels.triton.tiles import (
 
 @triton.jit
 def sum_gradients(
-    grad,
-    x,
-    y,
-    passed,
-    mean,
-    gain,
-    bias,
-    parts,
-    R,
-    C,
-    S,
-    tiles,
-    blocks,
-    SPATIAL_VECTOR: tl.constexpr,
-    CHANNEL_VECTOR: tl.constexpr,
-    LAST: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDE: tl.constexpr,
-    RELU: tl.constexpr,
+    grad, x, y, passed, mean, gain, bias, parts,
+    R, C, S, tiles, blocks,
+    SPATIAL_VECTOR: tl.constexpr, CHANNEL_VECTOR: tl.constexpr, LAST: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, RELU: tl.constexpr,
     SIGNS: tl.constexpr,
-):
+):  # fmt: skip
     """Store Σg, Σ g · (x − μ) and, if asked, Σs of each block; and g itself, if there is room."""
     C, S = C * CHANNEL_VECTOR, S * SPATIAL_VECTOR
     column, block = tl.program_id(0), tl.program_id(1)
@@ -95,27 +79,11 @@ def let_pass(grad, values, y, offsets, mask, mean, gain, shift, RELU: tl.constex
 
 @triton.jit
 def write_gradient(
-    grad,
-    x,
-    y,
-    passed,
-    out,
-    mean,
-    gain,
-    offset,
-    pull,
-    R,
-    C,
-    S,
-    tiles,
-    blocks,
-    SPATIAL_VECTOR: tl.constexpr,
-    CHANNEL_VECTOR: tl.constexpr,
-    LAST: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+    grad, x, y, passed, out, mean, gain, offset, pull,
+    R, C, S, tiles, blocks,
+    SPATIAL_VECTOR: tl.constexpr, CHANNEL_VECTOR: tl.constexpr, LAST: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """Store gain · g + offset − pull · s, without the last if there is no pull; and g, if asked."""
     C, S = C * CHANNEL_VECTOR, S * SPATIAL_VECTOR
     column, block = tl.program_id(0), tl.program_id(1)
@@ -132,33 +100,12 @@ def write_gradient(
 
 @triton.jit
 def write_whole_gradient(
-    grad,
-    x,
-    out,
-    statistics,
-    bias,
-    parts,
-    learned,
-    positions,
-    deviations,
-    constant,
-    R,
-    C,
-    S,
-    tiles,
-    blocks,
-    part_blocks,
-    SPATIAL_VECTOR: tl.constexpr,
-    CHANNEL_VECTOR: tl.constexpr,
-    LAST: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDE: tl.constexpr,
-    RELU: tl.constexpr,
-    FOLD: tl.constexpr,
-    K: tl.constexpr,
-    SELECTED: tl.constexpr,
-):
+    grad, x, out, statistics, bias, parts, learned, positions, deviations, constant,
+    R, C, S, tiles, blocks, part_blocks,
+    SPATIAL_VECTOR: tl.constexpr, CHANNEL_VECTOR: tl.constexpr, LAST: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, RELU: tl.constexpr,
+    FOLD: tl.constexpr, K: tl.constexpr, SELECTED: tl.constexpr,
+):  # fmt: skip
     """Do what `write_gradient` does, with all that belongs to a channel from the parts of its sums.
 
     The first program of a channel stores the gradients by weight and bias, (2, C). For Top(k), of
@@ -205,29 +152,11 @@ def write_whole_gradient(
 
 @triton.jit
 def write_gradient_tiles(
-    grad,
-    x,
-    y,
-    passed,
-    out,
-    mean,
-    gain,
-    shift,
-    offset,
-    pull,
-    column,
-    block,
-    R,
-    C,
-    S,
-    tiles,
-    LAST: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDE: tl.constexpr,
-    RELU: tl.constexpr,
-    SIGNS: tl.constexpr,
-):
+    grad, x, y, passed, out, mean, gain, shift, offset, pull, column, block,
+    R, C, S, tiles,
+    LAST: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
+    RELU: tl.constexpr, SIGNS: tl.constexpr,
+):  # fmt: skip
     """Write a block of the gradient, from its end; x is read where it is needed only."""
     for tile in range(0, tiles):
         number = block * tiles + (tiles - 1 - tile)
@@ -258,27 +187,10 @@ def sum_signs(deviations, channels, present, K: tl.constexpr, SELECTED: tl.const
 
 @triton.jit
 def write_selected(
-    grad,
-    x,
-    out,
-    mean,
-    gain,
-    shift,
-    offset,
-    pull,
-    positions,
-    deviations,
-    start,
-    end,
-    channels,
-    present,
-    C,
-    S,
-    LAST: tl.constexpr,
-    RELU: tl.constexpr,
-    K: tl.constexpr,
-    SELECTED: tl.constexpr,
-):
+    grad, x, out, mean, gain, shift, offset, pull, positions, deviations, start, end, channels,
+    present, C, S,
+    LAST: tl.constexpr, RELU: tl.constexpr, K: tl.constexpr, SELECTED: tl.constexpr,
+):  # fmt: skip
     """Write the gradient of the selected elements that lie from `start` to `end`."""
     ranks = tl.arange(0, SELECTED)[:, None]
     mask = (ranks < K) & present

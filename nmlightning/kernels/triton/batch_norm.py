@@ -14,6 +14,7 @@ from nmlightning.kernels.interface import (
 )
 from nmlightning.kernels.triton.backward import sum_gradients, write_gradient, write_whole_gradient
 from nmlightning.kernels.triton.forward import (
+    move_statistics,
     sum_differences,
     sum_sizes,
     write_l1_output,
@@ -21,16 +22,16 @@ from nmlightning.kernels.triton.forward import (
 )
 from nmlightning.kernels.triton.tiles import Partition, divide, divide_to_select, on_device_of
 from nmlightning.kernels.triton.top_k import find_extremes, select_largest
-from nmlightning.kernels.triton.track import track
 
 STATISTICS = 5  # μ, unbiased variance, σ, ŝ, gain
+TRACKED_TOGETHER = 1024  # channels of a program that moves running statistics
 
 
 class TritonBatchNorm:
     """L1, L∞ and Top(k) batch norm; three launches forward, two backward.
 
     Forward keeps x, and y only where a residual was added: without one, what ReLU let pass follows
-    from x. On a CPU it serves the tests, where Triton is interpreted.
+    from x. On a CPU, where Triton is interpreted, it is for the tests.
     """
 
     def forward(
@@ -77,18 +78,6 @@ class TritonBatchNorm:
                 spec.constant, partition, relu, k,
             )  # fmt: skip
         return Gradients(out, passed, learned[0], learned[1])
-
-    def track(
-        self,
-        running_mean: Tensor,
-        running_var: Tensor,
-        batches: Tensor | None,
-        mean: Tensor,
-        variance: Tensor,
-        momentum: float,
-    ) -> None:
-        """See `track`."""
-        track(running_mean, running_var, batches, mean, variance, momentum)
 
     def sums(self, x: Tensor) -> Tensor:
         """See `BatchNormKernels`."""
@@ -179,6 +168,35 @@ class TritonBatchNorm:
                     grad, x, y, passed, out, *channels, *partition.sizes, **partition.constants
                 )
         return out, (grad if passed is None else passed)
+
+
+def track(
+    running_mean: Tensor,
+    running_var: Tensor,
+    batches: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    momentum: float,
+) -> None:
+    """Move running statistics towards a batch's in one launch, and count the batch.
+
+    Args:
+        running_mean: (C,) float32, contiguous, changed in place.
+        running_var: likewise.
+        batches: () int64, or None.
+        mean: (C,) float32 of the batch.
+        variance: likewise.
+        momentum: the batch's weight.
+    """
+    channels = mean.numel()
+    with on_device_of(mean), torch.no_grad():
+        move_statistics[-(-channels // TRACKED_TOGETHER),](
+            running_mean, running_var, batches, mean, variance, momentum, channels,
+            CHANNELS=TRACKED_TOGETHER, enable_fp_fusion=True,
+        )  # fmt: skip
+    for changed in (running_mean, running_var, batches):
+        if changed is not None:
+            torch.autograd.graph.increment_version(changed)
 
 
 def _normalise_by_l1(
@@ -310,5 +328,5 @@ def _fold(parts: Tensor, partition: Partition) -> Tensor:
 
 
 def _k_of(statistic: Statistic) -> int:
-    assert isinstance(statistic, LargestMean), "the backend refuses others"
+    assert isinstance(statistic, LargestMean), "the backend supports no others"
     return statistic.k

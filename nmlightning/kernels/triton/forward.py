@@ -1,4 +1,4 @@
-"""Triton kernels of the forward pass: L1's sums, and y with its channel values."""
+"""Triton kernels of the forward pass: L1's sums, y with its channel values, running statistics."""
 
 import triton
 import triton.language as tl
@@ -16,20 +16,10 @@ from nmlightning.kernels.triton.tiles import (
 
 @triton.jit
 def sum_differences(
-    x,
-    parts,
-    R,
-    C,
-    S,
-    tiles,
-    blocks,
-    SPATIAL_VECTOR: tl.constexpr,
-    CHANNEL_VECTOR: tl.constexpr,
-    LAST: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+    x, parts, R, C, S, tiles, blocks,
+    SPATIAL_VECTOR: tl.constexpr, CHANNEL_VECTOR: tl.constexpr, LAST: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """Store Σ(x − x₀) of each block; x₀ is the channel's first element.
 
     So a constant channel has exactly its value as mean, and a mean far from 0 costs no digits.
@@ -48,23 +38,11 @@ def sum_differences(
 
 @triton.jit
 def sum_sizes(
-    x,
-    mean,
-    differences,
-    parts,
-    R,
-    C,
-    S,
-    tiles,
-    blocks,
-    SPATIAL_VECTOR: tl.constexpr,
-    CHANNEL_VECTOR: tl.constexpr,
-    LAST: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDE: tl.constexpr,
-    FOLD: tl.constexpr,
-):
+    x, mean, differences, parts,
+    R, C, S, tiles, blocks,
+    SPATIAL_VECTOR: tl.constexpr, CHANNEL_VECTOR: tl.constexpr, LAST: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, FOLD: tl.constexpr,
+):  # fmt: skip
     """Store Σ|x − μ| of each block; μ is `mean`, or follows from the blocks' differences.
 
     It goes from the end to the beginning, where the previous pass has left the cache filled.
@@ -131,25 +109,11 @@ def relu(values):
 
 @triton.jit
 def write_output(
-    x,
-    residual,
-    y,
-    mean,
-    gain,
-    shift,
-    R,
-    C,
-    S,
-    tiles,
-    blocks,
-    SPATIAL_VECTOR: tl.constexpr,
-    CHANNEL_VECTOR: tl.constexpr,
-    LAST: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDE: tl.constexpr,
-    RELU: tl.constexpr,
-):
+    x, residual, y, mean, gain, shift,
+    R, C, S, tiles, blocks,
+    SPATIAL_VECTOR: tl.constexpr, CHANNEL_VECTOR: tl.constexpr, LAST: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
     """Store y = (x − μ) · gain + shift, plus the residual if there is one, through ReLU if asked.
 
     Without a mean it is x · gain + shift, without a shift nothing is added.
@@ -168,30 +132,12 @@ def write_output(
 
 @triton.jit
 def write_l1_output(
-    x,
-    residual,
-    y,
-    differences,
-    sizes,
-    statistics,
-    weight,
-    bias,
-    constant,
-    eps,
-    R,
-    C,
-    S,
-    tiles,
-    blocks,
-    SPATIAL_VECTOR: tl.constexpr,
-    CHANNEL_VECTOR: tl.constexpr,
-    LAST: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDE: tl.constexpr,
-    RELU: tl.constexpr,
+    x, residual, y, differences, sizes, statistics, weight, bias, constant, eps,
+    R, C, S, tiles, blocks,
+    SPATIAL_VECTOR: tl.constexpr, CHANNEL_VECTOR: tl.constexpr, LAST: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, RELU: tl.constexpr,
     FOLD: tl.constexpr,
-):
+):  # fmt: skip
     """Do what `write_output` does, with μ and the gain from the parts of L1's sums.
 
     Every program folds all parts of its channels, in one order, and the first stores what follows.
@@ -214,24 +160,11 @@ def write_l1_output(
 
 @triton.jit
 def write_tiles(
-    x,
-    residual,
-    y,
-    mean,
-    gain,
-    shift,
-    column,
-    block,
-    R,
-    C,
-    S,
-    tiles,
-    LAST: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDE: tl.constexpr,
+    x, residual, y, mean, gain, shift, column, block,
+    R, C, S, tiles,
+    LAST: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
     RELU: tl.constexpr,
-):
+):  # fmt: skip
     """Write a block of y, with the values of its channels at hand."""
     for tile in range(0, tiles):
         offsets, mask, _ = place(block * tiles + tile, column, R, C, S, LAST, HEIGHT, WIDTH, WIDE)
@@ -242,3 +175,35 @@ def write_tiles(
         if RELU:
             values = relu(values)
         tl.store(y + offsets, values.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def move_statistics(
+    running_mean, running_var, batches, mean, variance, momentum, C, CHANNELS: tl.constexpr
+):
+    """Move both statistics, in channels where the batch's and the result are finite."""
+    channels = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    mask = channels < C
+    new_mean = tl.load(mean + channels, mask=mask, other=0.0)
+    new_variance = tl.load(variance + channels, mask=mask, other=0.0)
+    mask = mask & is_finite(new_mean) & is_finite(new_variance)
+    move(running_mean + channels, new_mean, momentum, mask)
+    move(running_var + channels, new_variance, momentum, mask)
+    if batches is not None:
+        count = batches + tl.arange(0, 1)
+        first = tl.arange(0, 1) == tl.program_id(0)
+        tl.store(count, tl.load(count, mask=first, other=0) + 1, mask=first)
+
+
+@triton.jit
+def move(running, newest, momentum, mask):
+    """Store the moved statistics where they are finite."""
+    old = tl.load(running, mask=mask, other=0.0)
+    moved = old + momentum * (newest - old)
+    tl.store(running, moved, mask=mask & is_finite(moved))
+
+
+@triton.jit
+def is_finite(values):
+    """Return where values are neither infinite nor NaN."""
+    return tl.abs(values) < float("inf")

@@ -19,20 +19,9 @@ from nmlightning.kernels.triton.tiles import (
 
 @triton.jit
 def normalise_rows(
-    x,
-    weight,
-    bias,
-    y,
-    values,
-    constant,
-    eps,
-    M,
-    D,
-    VECTOR: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    CENTRED: tl.constexpr,
-):
+    x, weight, bias, y, values, constant, eps, M, D,
+    VECTOR: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CENTRED: tl.constexpr,
+):  # fmt: skip
     """Store y = (x − μ) / σ · weight + bias and what backward needs of each row."""
     D = D * VECTOR
     rows, columns, here, there = place_rows(tl.program_id(0), M, D, HEIGHT, WIDTH)
@@ -61,20 +50,9 @@ def normalise_rows(
 
 @triton.jit
 def write_row_gradients(
-    grad,
-    x,
-    weight,
-    values,
-    out,
-    parts,
-    M,
-    D,
-    tiles,
-    VECTOR: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    CENTRED: tl.constexpr,
-):
+    grad, x, weight, values, out, parts, M, D, tiles,
+    VECTOR: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CENTRED: tl.constexpr,
+):  # fmt: skip
     """Store the gradient by x and, if there is room, Σ g · x̂ and Σg of the rows of each program.
 
     ∂L/∂x = 1/σ · [h − mean h − c · (ŝ/σ) · mean(h x̂) · (s − mean s)],   h = weight · g

@@ -33,7 +33,7 @@ WIDE_FROM = 2**30  # elements; from there on offsets are int64
 
 @dataclass(frozen=True)
 class Partition:
-    """What the kernels are told about the shape: arguments, and compile-time constants.
+    """The kernels' arguments and compile-time constants that depend on the shape.
 
     Args:
         rows: elements of a channel, N · spatial.
@@ -216,16 +216,9 @@ def _at_most(count: int) -> int:
 
 @triton.jit
 def place(
-    number,
-    column,
-    R,
-    C,
-    S,
-    LAST: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+    number, column, R, C, S,
+    LAST: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """Return offsets, mask and positions of a tile, (HEIGHT, WIDTH) each.
 
     `number` counts the tiles along a channel, `column` those along the channels. A position counts

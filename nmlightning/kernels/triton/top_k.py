@@ -1,6 +1,6 @@
 """The k largest |x − μ| of each channel, in the order (largest first, then first position).
 
-One pass stores the extremes of every block of a channel, besides the sums that μ follows from:
+One pass stores the extremes of every block of a channel, and the sums that μ follows from:
 max|x − μ| = max(max x − μ, μ − min x), so no second pass is needed. The k largest lie in the k
 blocks with the largest of these; since blocks are in order, that holds with ties, too. So one
 program then takes, k times, the first of the blocks with the largest |x − μ| that is left, and
@@ -26,22 +26,11 @@ from nmlightning.kernels.triton.tiles import (
 
 @triton.jit
 def find_extremes(
-    x,
-    differences,
-    highest,
-    lowest,
-    R,
-    C,
-    S,
-    tiles,
-    blocks,
-    SPATIAL_VECTOR: tl.constexpr,
-    CHANNEL_VECTOR: tl.constexpr,
-    LAST: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+    x, differences, highest, lowest,
+    R, C, S, tiles, blocks,
+    SPATIAL_VECTOR: tl.constexpr, CHANNEL_VECTOR: tl.constexpr, LAST: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """Store Σ(x − x₀), max x and min x of each block."""
     C, S = C * CHANNEL_VECTOR, S * SPATIAL_VECTOR
     column, block = tl.program_id(0), tl.program_id(1)
@@ -63,31 +52,13 @@ def find_extremes(
 
 @triton.jit
 def select_largest(
-    x,
-    mean,
-    differences,
-    highest,
-    lowest,
-    positions,
-    deviations,
-    statistics,
-    weight,
-    constant,
+    x, mean, differences, highest, lowest, positions, deviations, statistics, weight, constant,
     eps,
-    R,
-    C,
-    S,
-    span,
-    blocks,
-    K: tl.constexpr,
-    SPATIAL_VECTOR: tl.constexpr,
-    CHANNEL_VECTOR: tl.constexpr,
-    LAST: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    ROWS: tl.constexpr,
+    R, C, S, span, blocks,
+    K: tl.constexpr, SPATIAL_VECTOR: tl.constexpr, CHANNEL_VECTOR: tl.constexpr,
+    LAST: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
     FOLD: tl.constexpr,
-):
+):  # fmt: skip
     """Store the positions and x − μ of the k largest |x − μ|, (C, k), and what follows from them.
 
     Without a mean it follows from the differences, and the statistics are stored; with one, only
@@ -144,19 +115,10 @@ def select_largest(
 
 @triton.jit
 def look_at(
-    x,
-    number,
-    first,
-    span,
-    centre,
-    channels,
-    present,
-    R,
-    C,
-    S,
-    LAST: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    x, number, first, span, centre, channels, present,
+    R, C, S,
+    LAST: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Return x − μ, |x − μ| and positions of some rows of one block of each channel.
 
     |x − μ| is −1 where there is no element.

@@ -60,7 +60,7 @@ void l1_forward(const Layout& layout, const Settings& settings, const Forward<T>
   });
 }
 
-// Writes grad_x = gain · g + offset ∓ pull with the sign where x > μ, told by the bits.
+// Writes grad_x = gain · g + offset ∓ pull with the sign where x > μ, taken from the bits.
 template <class T>
 void write_by_bits(const Slab& slab, const Backward<T>& to, const SignBits& bits,
                    const uint32_t* words, const float* above, const float* below) {

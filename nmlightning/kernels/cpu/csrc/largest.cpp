@@ -1,7 +1,7 @@
 // L∞ and Top(k): ŝ = constant · mean of the k largest |x − μ|, whose slope is ±1/k at those.
 //
 // The k largest are not below the k-th largest maximum of a block, and the maximum of |x − μ| in a
-// block is that of max x − μ and μ − min x. So one pass tells sums and extremes, before μ is known,
+// block is that of max x − μ and μ − min x. So one pass gives sums and extremes, before μ is known,
 // and only the blocks with a large maximum are searched.
 #include <cmath>
 #include <functional>

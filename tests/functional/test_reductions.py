@@ -19,9 +19,7 @@ HALVES = [torch.float16, torch.bfloat16]
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
 @pytest.mark.parametrize("count", [1, 2, 3, 255, 257, 3136, 100_352])
-def test_the_mean_of_sizes_keeps_halfs_precision(
-    dtype: torch.dtype, size: float, count: int
-) -> None:
+def test_half_mean_keeps_halfs_precision(dtype: torch.dtype, size: float, count: int) -> None:
     values = (size * torch.randn(3, count)).clamp(-6e4, 6e4).abs().to(dtype)
     found = half_mean(values, (1,))
     assert found.dtype == dtype
@@ -32,7 +30,7 @@ def test_the_mean_of_sizes_keeps_halfs_precision(
     )
 
 
-def test_a_running_sum_in_half_does_not() -> None:
+def test_half_mean_is_no_running_sum() -> None:
     values = torch.rand(100_000).half()
     # Torch's own sums of half accumulate in float32.
     running = np.cumsum(values.numpy(), dtype=np.float16)[-1].item() / 100_000
@@ -40,7 +38,7 @@ def test_a_running_sum_in_half_does_not() -> None:
 
 
 @pytest.mark.parametrize("dims", [(0,), (1,), (0, 2, 3), (-1, -2), (3, 0)])
-def test_any_dimensions(dims: tuple[int, ...]) -> None:
+def test_half_mean_takes_any_dimensions(dims: tuple[int, ...]) -> None:
     values = torch.randn(4, 3, 5, 2).half()
     expected = values.double().mean(dims)
     torch.testing.assert_close(half_mean(values, dims).double(), expected, rtol=0, atol=2e-3)
@@ -52,7 +50,7 @@ def test_any_dimensions(dims: tuple[int, ...]) -> None:
     )
 
 
-def test_the_mean_of_inputs_far_from_zero_is_rounded_once() -> None:
+def test_sum_of_inputs_far_from_zero_is_rounded_once() -> None:
     values = (torch.randn(16, 5000) + 1000).half()
     mean = (sum_of_inputs(values, (1,)) / 5000).half()
     exact = values.double().mean(1)
@@ -62,7 +60,7 @@ def test_the_mean_of_inputs_far_from_zero_is_rounded_once() -> None:
     torch.testing.assert_close(found, large.double().mean(1), rtol=0, atol=20)
 
 
-def test_half_sums_are_float32_and_wide_ones_stay_as_they_are() -> None:
+def test_sums_of_half_are_float32() -> None:
     values = torch.full((300, 2), 1000.0)
     assert sum_of(values.half(), (0,)).tolist() == [300_000.0] * 2
     assert sum_of(values.half(), (0,)).dtype == torch.float32
@@ -72,12 +70,12 @@ def test_half_sums_are_float32_and_wide_ones_stay_as_they_are() -> None:
         assert torch.equal(sum_of_sizes(-values.to(dtype), (0,)), sum_of(values.to(dtype), (0,)))
 
 
-def test_the_mean_of_nothing_is_zero() -> None:
+def test_half_mean_of_nothing_is_zero() -> None:
     assert half_mean(torch.ones(0, 3).half(), (0,)).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("dims", [(0,), (0, 2, 3), (0, 2), (-2, -1)])
-def test_a_sum_of_sizes_is_no_running_sum(dims: tuple[int, ...]) -> None:
+def test_sum_of_sizes_is_no_running_sum(dims: tuple[int, ...]) -> None:
     values = torch.randn(
         [64, 3, 64, 64][: max(2, 1 + max(dims))] if dims[0] == 0 else [3, 512, 512]
     )

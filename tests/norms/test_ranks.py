@@ -293,7 +293,7 @@ def run_ranks(world: int, folder: Path, library: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", BATCHES)
-def test_many_processes_equal_one(
+def test_ranks_equal_one_process_by_the_formula(
     answers: dict[int, list[dict[str, Any]]], norm: str, name: str
 ) -> None:
     batch = BATCHES[name]
@@ -305,7 +305,7 @@ def test_many_processes_equal_one(
 @pytest.mark.parametrize("fused", FUSED)
 @pytest.mark.parametrize("norm", KERNEL_NORMS)
 @pytest.mark.parametrize("name", KERNEL_BATCHES)
-def test_many_processes_equal_one_by_the_kernels(
+def test_ranks_equal_one_process_by_the_kernels(
     answers: dict[int, list[dict[str, Any]]], norm: str, name: str, fused: Fused | None
 ) -> None:
     load_kernels()
@@ -346,7 +346,7 @@ def check_ranks(ranks: list[dict[str, Any]], alone: dict[str, Any], batch: Batch
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("norm", NORMS)
-def test_the_ranks_wait_at_most_twice_and_once(
+def test_ranks_use_at_most_two_collectives_and_one(
     answers: dict[int, list[dict[str, Any]]], norm: str, world: int
 ) -> None:
     for answer in answers[world]:
@@ -355,7 +355,7 @@ def test_the_ranks_wait_at_most_twice_and_once(
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize(("norm", "wrapper"), NETS)
-def test_a_swapped_net_trains_on_uneven_ranks_as_in_one_process(
+def test_swapped_net_trains_on_uneven_ranks_as_in_one_process(
     answers: dict[int, list[dict[str, Any]]], norm: str, wrapper: str, world: int
 ) -> None:
     alone = train_net(norm, NET_SAMPLES[world], None, "")
@@ -365,7 +365,7 @@ def test_a_swapped_net_trains_on_uneven_ranks_as_in_one_process(
 
 
 @pytest.mark.parametrize("constant", ["exact", "none", "0.5"])
-def test_fewer_elements_than_the_statistic_needs_on_all_ranks(
+def test_too_few_elements_on_all_ranks_are_an_error(
     answers: dict[int, list[dict[str, Any]]], constant: str
 ) -> None:
     for answer in answers[2]:
@@ -374,7 +374,7 @@ def test_fewer_elements_than_the_statistic_needs_on_all_ranks(
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_one_ranks_infinity_enters_no_statistics(
+def test_infinity_on_one_rank_leaves_running_statistics_alone(
     answers: dict[int, list[dict[str, Any]]], norm: str
 ) -> None:
     fresh = make(norm, BATCHES["uneven"])
@@ -388,7 +388,7 @@ def test_one_ranks_infinity_enters_no_statistics(
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_one_value_on_all_ranks_is_refused(
+def test_one_value_on_all_ranks_is_an_error(
     answers: dict[int, list[dict[str, Any]]], norm: str
 ) -> None:
     for answer in answers[2]:
@@ -397,12 +397,12 @@ def test_one_value_on_all_ranks_is_refused(
         )
 
 
-def test_half_l2_refuses(answers: dict[int, list[dict[str, Any]]]) -> None:
+def test_half_l2_rejects_ranks(answers: dict[int, list[dict[str, Any]]]) -> None:
     for answer in answers[2]:
         assert "HalfL2BatchNorm2d cannot share its statistics among ranks" in answer["half_l2"]
 
 
-def test_the_reductions(answers: dict[int, list[dict[str, Any]]]) -> None:
+def test_reductions_share_among_ranks(answers: dict[int, list[dict[str, Any]]]) -> None:
     for rank, answer in enumerate(answers[2]):
         assert answer["sum"].tolist() == [2, 1]
         sums, (total, before) = answer["share"]
@@ -418,7 +418,7 @@ def test_the_reductions(answers: dict[int, list[dict[str, Any]]]) -> None:
     assert answers[2][1]["largest"][1].tolist() == [[True, True, False], [True] * 3]
 
 
-def test_without_a_group_the_reductions_return_what_they_are_given() -> None:
+def test_reductions_without_a_group_return_their_input() -> None:
     values = torch.randn(2, 3)
     assert sum_over_ranks(values, None) is values
     assert share_sums(values, 3, None) == (values, Share(3))

@@ -84,7 +84,7 @@ def test_l1_is_right_at_every_scale_and_l2_is_not(kind: str, width: int, sigma: 
         assert min(forward, backward) > 0.9
 
 
-def test_what_becomes_of_op_by_op_l2() -> None:
+def test_op_by_op_l2_loses_gradients_or_outputs() -> None:
     """Small σ give no finite gradient; large ones an output of 0, without a NaN."""
     y, grad = run(lambda x: op_by_op(x, "LayerNorm"), *tokens(512, 1e-2))
     assert y.isfinite().all()
@@ -96,7 +96,7 @@ def test_what_becomes_of_op_by_op_l2() -> None:
 
 @pytest.mark.parametrize("sigma", [1e-4, 1e-2, 1.0, 1e2, 1e4])
 @pytest.mark.parametrize("name", ["L1LayerNorm", "LpLayerNorm", "L1RMSNorm", "LpRMSNorm"])
-def test_pure_half_with_parameters(name: str, sigma: float) -> None:
+def test_pure_half_with_parameters_is_within_1_percent(name: str, sigma: float) -> None:
     x, grad = tokens(512, sigma)
     found = []
     for dtype in (torch.float16, torch.float64):
@@ -113,7 +113,9 @@ def test_pure_half_with_parameters(name: str, sigma: float) -> None:
 @every_kind
 @pytest.mark.parametrize("stats_dtype", [None, torch.float16])
 @pytest.mark.parametrize("sigma", [1e-4, 1.0, 1e4])
-def test_under_autocast(kind: str, stats_dtype: torch.dtype | None, sigma: float) -> None:
+def test_autocast_normalises_as_float64_does(
+    kind: str, stats_dtype: torch.dtype | None, sigma: float
+) -> None:
     """What a half linear layer hands over is normalised as float64 would, and given on in half."""
     linear, layer = nn.Linear(64, 256, bias=False), getattr(norms, f"L1{kind}")(256, eps=EPS)
     layer.stats_dtype = stats_dtype

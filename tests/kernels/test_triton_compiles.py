@@ -19,8 +19,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from nmlightning.functional.statistics import LargestMean, PowerMean  # noqa: E402
 from nmlightning.kernels.interface import NormSpec  # noqa: E402
-from nmlightning.kernels.triton import layer_norm  # noqa: E402
-from nmlightning.kernels.triton import tiles as partition  # noqa: E402
+from nmlightning.kernels.triton import layer_norm, tiles  # noqa: E402
 from nmlightning.kernels.triton.batch_norm import TritonBatchNorm  # noqa: E402
 from nmlightning.kernels.triton.layer_norm import TritonLayerNorm  # noqa: E402
 
@@ -71,7 +70,7 @@ def compile_ahead(
     """Return what compiles all that a function launches, instead of launching it."""
     found: list[Any] = []
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    for module in (partition, layer_norm):
+    for module in (tiles, layer_norm):
         monkeypatch.setattr(module, "processors_of", lambda device: PROCESSORS)
 
     def compile_instead(self: Any, grid: Any) -> Callable[..., None]:
@@ -149,14 +148,14 @@ TOP_K_KERNELS = ["find_extremes", "select_largest", "write_output"]
 BACKWARD = ["sum_gradients", "write_whole_gradient"]
 
 
-def test_l1_and_relu(compile_ahead: Any) -> None:
+def test_l1_and_relu_compiles(compile_ahead: Any) -> None:
     spec = NormSpec(L1, 1.25, 1e-5, "relu")
     kernels = compile_ahead(90, _batch_norm((32, 64, 56, 56), True, torch.bfloat16, spec))
     assert [kernel.name for kernel in kernels] == [*L1_KERNELS, *BACKWARD]
     _check(kernels)
 
 
-def test_layer_norm(compile_ahead: Any) -> None:
+def test_layer_norm_compiles(compile_ahead: Any) -> None:
     kernels = compile_ahead(90, _layer_norm(1024, torch.bfloat16))
     names = [kernel.name for kernel in kernels]
     assert names == ["normalise_rows", "write_row_gradients", "fold_parts"]
@@ -175,7 +174,7 @@ def test_layer_norm(compile_ahead: Any) -> None:
 )
 @pytest.mark.parametrize("statistic", [L1, TOP10], ids=["l1", "top10"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-def test_every_batch_norm(
+def test_every_batch_norm_compiles(
     channels_last: bool, statistic: Any, capability: int, dtype: torch.dtype, fused: Any,
     compile_ahead: Any,
 ) -> None:  # fmt: skip
@@ -191,7 +190,7 @@ def test_every_batch_norm(
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("features", [64, 768, 4096, 8192])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_layer_norm(
+def test_every_layer_norm_compiles(
     dtype: torch.dtype, features: int, capability: int, compile_ahead: Any
 ) -> None:
     _check(compile_ahead(capability, _layer_norm(features, dtype)), programs=1)
@@ -200,9 +199,9 @@ def test_every_layer_norm(
 @pytest.mark.slow
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("statistic", [L1, TOP10], ids=["l1", "top10"])
-def test_wide_offsets(
+def test_wide_offsets_compile(
     statistic: Any, channels_last: bool, compile_ahead: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(partition, "WIDE_FROM", 1)
+    monkeypatch.setattr(tiles, "WIDE_FROM", 1)
     spec = NormSpec(statistic, 1.25, 1e-5, "relu")
     _check(compile_ahead(90, _batch_norm((8, 64, 28, 28), channels_last, torch.bfloat16, spec)))

@@ -1,4 +1,4 @@
-"""The range of pure half: which norm is right at which σ, against float64 with the same eps.
+"""Low precision: which norm is right at which σ in pure half, and quantisation noise.
 
 The rows are those of the table in docs/half_precision.md. An eps of 1e-10, so that small σ test
 half's range and not eps.
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from nmlightning import norms
+from nmlightning.errors import InputError
+from nmlightning.norms import QuantizationNoise
 
 N = 4096  # values a channel
 CHANNELS = 32
@@ -65,7 +67,7 @@ def share_right(found: Tensor, expected: Tensor, tolerance: float) -> float:
 
 @pytest.mark.parametrize("sigma", SIGMAS)
 @pytest.mark.parametrize("name", LAYERS)
-def test_which_norm_is_right_at_which_scale(name: str, sigma: float) -> None:
+def test_norm_is_right_at_its_scales_only(name: str, sigma: float) -> None:
     x, grad = batch(sigma)
     reference = "compact L2" if "L2" in name else name
     expected = train(reference, x.double(), grad, stats_dtype=torch.float64)
@@ -78,7 +80,7 @@ def test_which_norm_is_right_at_which_scale(name: str, sigma: float) -> None:
         assert share == 1.0 if sigma in where else share < 1.0
 
 
-def test_what_becomes_of_op_by_op_l2() -> None:
+def test_op_by_op_l2_loses_gradients_or_channels() -> None:
     """Small σ give no finite gradient; from 60 on channels die, and at 80 all have, with no NaN."""
     y, grad = train("op-by-op L2", *batch(2e-2))
     assert y.isfinite().all()
@@ -91,14 +93,14 @@ def test_what_becomes_of_op_by_op_l2() -> None:
     assert torch.equal(grad, torch.zeros_like(grad))
 
 
-def test_the_compact_gradient_of_l2_is_finite_where_the_op_by_op_one_is_not() -> None:
+def test_compact_l2_has_finite_gradients_at_small_scales() -> None:
     for sigma in (1e-3, 2e-2):
         _, grad = train("compact L2", *batch(sigma))
         assert grad.isfinite().all()
 
 
 @pytest.mark.parametrize("eps", [1e-5, 1e-10])
-def test_a_small_sigma_is_a_question_of_eps(eps: float) -> None:
+def test_small_sigma_is_damped_by_eps(eps: float) -> None:
     """At σ = 1e-3 every norm gives 0.30 with torch's eps, in float64 too."""
     x, grad = batch(1e-3)
     expected = 1e-3 / math.sqrt(1e-6 + eps)
@@ -108,7 +110,7 @@ def test_a_small_sigma_is_a_question_of_eps(eps: float) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in LAYERS if "float" not in n])
-def test_pure_half_gives_the_inputs_dtype_and_rounds_all_the_same(name: str) -> None:
+def test_pure_half_rounds_alike_for_every_input_dtype(name: str) -> None:
     x, grad = batch(1.0)
     narrow = train(name, x, grad)
     wide = train(name, x.float(), grad.half().float())
@@ -118,7 +120,7 @@ def test_pure_half_gives_the_inputs_dtype_and_rounds_all_the_same(name: str) -> 
 
 
 @pytest.mark.parametrize("name", ["L1", "compact L2", "op-by-op L2"])
-def test_autocast_leaves_pure_half_alone(name: str) -> None:
+def test_pure_half_is_unchanged_by_autocast(name: str) -> None:
     x, grad = batch(1.0)
     plain = train(name, x, grad)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -128,7 +130,7 @@ def test_autocast_leaves_pure_half_alone(name: str) -> None:
 @pytest.mark.slow
 # Dynamo of torch 2.15 looks at every tensor's grad where a graph breaks.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_pure_half_is_the_same_in_a_compiled_model() -> None:
+def test_pure_half_is_unchanged_by_compilation() -> None:
     torch._dynamo.reset()
     x = batch(80.0)[0]
     layers = [cls(CHANNELS, **options) for cls, options in (LAYERS["L1"], LAYERS["op-by-op L2"])]
@@ -143,7 +145,7 @@ def test_pure_half_is_the_same_in_a_compiled_model() -> None:
 
 @pytest.mark.parametrize("n", [48, 100, 3136, 5000])
 @pytest.mark.parametrize("name", [n for n in LAYERS if "float32" not in n])
-def test_a_constant_channel_is_zero_whatever_its_length(name: str, n: int) -> None:
+def test_constant_channel_is_zero_at_any_length(name: str, n: int) -> None:
     """Its mean is the very value, though n is no power of two."""
     cls, options = LAYERS[name]
     x = (200 * torch.rand(CHANNELS)).half().expand(1, n, CHANNELS).mT.unsqueeze(3)
@@ -154,11 +156,58 @@ def test_a_constant_channel_is_zero_whatever_its_length(name: str, n: int) -> No
     assert torch.equal(mean_only(x), torch.zeros_like(y))
 
 
-def test_a_layer_norm_of_nothing() -> None:
+def test_layer_norm_takes_an_empty_batch_in_half() -> None:
     for cls in (norms.L1LayerNorm, norms.L1RMSNorm):
         assert cls(9, **HALF)(torch.randn(0, 9)).shape == (0, 9)
 
 
-def test_half_l2_shares_nothing_among_ranks() -> None:
+def test_half_l2_ignores_sync_in_one_process() -> None:
     layer = norms.HalfL2BatchNorm2d(3, sync=True)
     assert layer(torch.randn(2, 3, 4, 4)).isfinite().all()  # one process has nobody to share with
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_noise_is_proportional_to_the_standard_deviation(dtype: torch.dtype, scale: float) -> None:
+    x = (scale * (torch.randn(64, 8, 16, 16) + 5)).to(dtype)
+    y = QuantizationNoise(0.3).eval()(x)
+    noise = y.double() - x.double()
+    assert y.dtype == dtype
+    # 131,072 values: σ to 0.2 %; bfloat16 rounds values of 5 σ to 1 % of σ.
+    assert noise.std() == pytest.approx(0.3 * scale, rel=0.01)
+    assert noise.mean().abs() < 0.01 * scale
+    correlation = torch.corrcoef(torch.stack([noise.flatten(), x.double().flatten()]))[0, 1]
+    assert correlation.abs() < 0.02  # a factor instead of a summand would correlate |noise| with x
+    sizes = torch.corrcoef(torch.stack([noise.abs().flatten(), x.double().flatten()]))[0, 1]
+    assert sizes.abs() < 0.02
+
+
+def test_noise_ratio_equals_a_uniform_quantisers() -> None:
+    """r = a / (√3 · 2^b) is the error of rounding to 2^b levels over ±a σ."""
+    x = torch.randn(100_000, dtype=torch.float64)
+    step = 2 * 4 / 2**6
+    error = (x.clamp(-4, 4) / step).round() * step - x.clamp(-4, 4)
+    assert error.std() == pytest.approx(4 / (math.sqrt(3) * 2**6), rel=0.02)
+
+
+def test_noise_passes_gradients_unchanged() -> None:
+    x = torch.randn(4, 3, requires_grad=True)
+    grad = torch.randn(4, 3)
+    QuantizationNoise(0.5)(x).backward(grad)
+    assert torch.equal(x.grad, grad)
+
+
+def test_noise_is_fresh_each_time_and_absent_at_zero() -> None:
+    x = torch.randn(4, 3)
+    noise = QuantizationNoise(0.5)
+    assert QuantizationNoise(0)(x) is x
+    assert not torch.equal(noise(x), noise(x))
+    assert torch.equal(noise(torch.ones(4)), torch.ones(4))
+    assert noise(torch.ones(1)).item() == 1
+    assert repr(noise) == "QuantizationNoise(0.5)"
+
+
+@pytest.mark.parametrize("ratio", [-0.1, math.nan, math.inf, "0.1", None, True])
+def test_noise_rejects_bad_ratios(ratio: object) -> None:
+    with pytest.raises(InputError, match=f"ratio must be finite and at least 0, got {ratio!r}"):
+        QuantizationNoise(ratio)  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ from nmlightning.surgery.swap import swap_norms
 @every_norm
 @pytest.mark.parametrize("value", [0.0, 3.0, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_constant_channel(norm: Norm, value: float, dtype: torch.dtype) -> None:
+def test_constant_channel_gives_the_bias(norm: Norm, value: float, dtype: torch.dtype) -> None:
     x = torch.randn(4, 3, 2, 5).to(dtype)
     x[:, 1] = value
     leaf = x.requires_grad_()
@@ -49,7 +49,7 @@ def poison(x: Tensor, bad: float) -> Tensor:
 
 @every_norm
 @every_bad_value
-def test_non_finite_channels_leave_no_trace(norm: Norm, bad: float) -> None:
+def test_non_finite_channels_leave_running_statistics_alone(norm: Norm, bad: float) -> None:
     layer, clean = norm.layer(), norm.layer()
     first, second = torch.randn(2, 4, 3, 2, 5)
     layer(first), clean(first)
@@ -63,7 +63,7 @@ def test_non_finite_channels_leave_no_trace(norm: Norm, bad: float) -> None:
 
 @every_norm
 @every_bad_value
-def test_an_equal_average_is_that_of_the_finite_batches(norm: Norm, bad: float) -> None:
+def test_momentum_none_averages_finite_batches_only(norm: Norm, bad: float) -> None:
     layer, clean = norm.layer(momentum=None), norm.layer(momentum=None)
     first, second, third = torch.randn(3, 4, 3, 2, 5)
     for x in (poison(first, bad), first, poison(second, bad), third):
@@ -75,7 +75,7 @@ def test_an_equal_average_is_that_of_the_finite_batches(norm: Norm, bad: float) 
 
 
 @every_statistic
-def test_an_overflowing_variance_leaves_no_trace(norm: Norm) -> None:
+def test_overflowing_variance_leaves_running_statistics_alone(norm: Norm) -> None:
     layer = norm.layer()
     layer(1e30 * torch.randn(4, 3, 2, 5))
     assert torch.equal(layer.running_var, torch.ones(3))
@@ -120,7 +120,7 @@ def test_output_keeps_dtype_and_memory_format(norm: Norm, dtype: torch.dtype) ->
 
 @every_norm
 @pytest.mark.parametrize("stats_dtype", ["float64", torch.float64])
-def test_stats_in_float64(norm: Norm, stats_dtype: Any) -> None:
+def test_stats_dtype_float64_is_precise_far_from_zero(norm: Norm, stats_dtype: Any) -> None:
     x = torch.randn(8, 3, 4, 4) + 1000
     layer = norm.layer(stats_dtype=stats_dtype)
     exact = define(norm, x.double(), layer.weight.double(), layer.bias.double())[0]
@@ -129,12 +129,12 @@ def test_stats_in_float64(norm: Norm, stats_dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
-def test_inputs_that_are_no_reals(dtype: torch.dtype) -> None:
+def test_input_without_real_numbers_is_an_error(dtype: torch.dtype) -> None:
     with pytest.raises(InputError, match=f"real floating-point numbers, got {dtype}"):
         norms.L1BatchNorm2d(3)(torch.ones(4, 3, 2, 2).to(dtype))
 
 
-def test_running_statistics_that_half_cannot_hold_stay_as_they_were() -> None:
+def test_half_running_statistics_do_not_overflow() -> None:
     """A batch norm that was half before it was swapped, and of which nothing was cast since."""
     layer = nn.BatchNorm2d(1).half()
     swap_norms(nn.Sequential(layer), "l1")
@@ -168,7 +168,7 @@ def test_running_statistics_stay_float32_through_assignment(norm: Norm) -> None:
     assert layer.running_mean.dtype == layer.running_var.dtype == torch.float32
 
 
-def test_a_half_model_can_be_swapped_back() -> None:
+def test_half_model_can_be_swapped_back() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).half()
     x = torch.randn(8, 3, 6, 6).half()
     swap_norms(net, "l1")
@@ -181,7 +181,7 @@ def test_a_half_model_can_be_swapped_back() -> None:
 
 
 @every_norm
-def test_a_layer_that_is_made_half_has_wide_running_statistics(norm: Norm) -> None:
+def test_layer_made_half_has_float32_running_statistics(norm: Norm) -> None:
     layer = norm.layer(dtype=torch.float16)
     assert layer.running_mean.dtype == layer.running_var.dtype == torch.float32
     doubled = norm.layer().double()
