@@ -130,8 +130,9 @@ def test_stats_dtype_float64_is_precise_far_from_zero(norm: Norm, stats_dtype: A
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
 def test_input_without_real_numbers_is_an_error(dtype: torch.dtype) -> None:
-    with pytest.raises(InputError, match=f"real floating-point numbers, got {dtype}"):
-        norms.L1BatchNorm2d(3)(torch.ones(4, 3, 2, 2).to(dtype))
+    for layer in (norms.L1BatchNorm2d(3), norms.MeanOnlyBatchNorm2d(3)):
+        with pytest.raises(InputError, match=f"real floating-point numbers, got {dtype}"):
+            layer(torch.ones(4, 3, 2, 2).to(dtype))
 
 
 def test_half_running_statistics_do_not_overflow() -> None:

@@ -1,6 +1,7 @@
 """The norms by name: each name's classes, and what a misspelt one is told."""
 
 import re
+from typing import Any
 
 import pytest
 from torch import nn
@@ -69,31 +70,16 @@ def test_layer_class_rejects_undefined_kinds(name: str, kind: Kind, title: str) 
 @pytest.mark.parametrize(
     ("name", "nearest"),
     [
-        ("l_1", "l1"),
-        ("L1", "l1"),
-        ("top_10", "top10"),
-        ("topK", "topk"),
-        ("l-inf", "linf"),
-        ("means", "mean"),
+        *(("l_1", "l1"), ("L1", "l1"), ("top_10", "top10"), ("topK", "topk"), ("l-inf", "linf")),
+        *(("means", "mean"), ("group", ""), (None, ""), (1, "l1"), (["l1"], "l1")),
     ],
 )
-def test_find_norm_suggests_the_nearest(name: str, nearest: str) -> None:
-    known = r"l2, l1, lp, linf, topk, top10, range, mean, half_l2\."
-    with pytest.raises(
-        InputError, match=rf"no norm '{name}'; there are {known} Did you mean '{nearest}'"
-    ):
+def test_find_norm_lists_the_names_and_suggests_the_nearest(name: Any, nearest: str) -> None:
+    hint = f" Did you mean '{nearest}'?" if nearest else ""
+    known = "l2, l1, lp, linf, topk, top10, range, mean, half_l2"
+    with pytest.raises(InputError) as error:
         find_norm(name)
-
-
-@pytest.mark.parametrize("name", [None, 1, ["l1"]])
-def test_find_norm_rejects_other_types(name: object) -> None:
-    with pytest.raises(InputError, match=re.escape(f"There is no norm {name!r}; there are l2,")):
-        find_norm(name)  # type: ignore[arg-type]
-
-
-def test_find_norm_lists_names_without_a_near_one() -> None:
-    with pytest.raises(InputError, match=r"no norm 'group'; there are .*half_l2\.$"):
-        find_norm("group")
+    assert str(error.value) == f"There is no norm {name!r}; there are {known}.{hint}"
 
 
 def test_check_options_adds_the_fixed_ones() -> None:
@@ -140,28 +126,22 @@ def test_check_options_takes_the_common_ones(name: str) -> None:
         ("l1", "batch", "affine", "no option 'affine'"),
         ("l1", "batch", "num_features", "no option 'num_features'"),
         ("lp", "layer", "bias", "no option 'bias'"),
+        ("l1", "batch", 1, "no option 1 for batch norms"),
         ("l2", "batch", "process_group", "no option 'process_group'"),
     ],
 )
 def test_check_options_rejects_unknown_ones(
-    name: str, kind: str, option: str, message: str
+    name: str, kind: str, option: Any, message: str
 ) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         check_options(name, kind, {option: 1})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("options", [3, "k", [["k", 5]]])
-def test_check_options_rejects_other_than_mappings(options: object) -> None:
-    with pytest.raises(
-        InputError,
-        match=re.escape(f"options map names to values, such as {{'eps': 1e-5}}, got {options!r}."),
-    ):
-        check_options("topk", "batch", options)  # type: ignore[arg-type]
-
-
-def test_check_options_rejects_names_of_other_types() -> None:
-    with pytest.raises(InputError, match="no option 1 for batch norms"):
-        check_options("l1", "batch", {1: 2})  # type: ignore[dict-item]
+def test_check_options_rejects_other_than_mappings(options: Any) -> None:
+    message = f"options map names to values, such as {{'eps': 1e-5}}, got {options!r}."
+    with pytest.raises(InputError, match=re.escape(message)):
+        check_options("topk", "batch", options)
 
 
 def test_check_kinds_rejects_unknown_and_none() -> None:
