@@ -1,4 +1,4 @@
-"""NormSwap: train a model that exists already with another norm."""
+"""Trains a model that exists already with another norm, and logs the backend of its norms."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from nmlightning.callbacks.model_change import ModelChange, warn_of_forgotten
 from nmlightning.compat import keep_through_sync, synchronise_norms
 from nmlightning.errors import InputError, check_lists
 from nmlightning.kernels.dispatch import NO_KERNELS
-from nmlightning.kernels.interface import Dispatch, layout_of
+from nmlightning.kernels.interface import layout_of
 from nmlightning.norms.registry import check_kinds, check_options
 from nmlightning.surgery.fuse.fuse import unfused
 from nmlightning.surgery.norm_layers import find_norm_layers
@@ -27,67 +27,6 @@ from nmlightning.surgery.swap import check_fuse, swap_norms
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
-
-
-Answer = tuple[str, Dispatch, str]
-"""A layer's class, the backend that computes it, and the dtype and layout of its input."""
-
-
-class BackendNote:
-    """Asks each norm once, when it gets its first batch, who computes it.
-
-    A network that is compiled in whole or in part is not asked, since a hook would be traced.
-
-    Args:
-        model: what is trained.
-        layers: its norms, by name.
-    """
-
-    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-        self._layers = layers
-        self._answers: dict[nn.Module, Answer] = {}
-        self._handles: list[RemovableHandle] = []
-        self._compiled = any(map(_is_compiled, model.modules()))
-        if not self._compiled:
-            self._handles = [layer.register_forward_pre_hook(self._ask) for layer in self._modules]
-
-    @property
-    def _modules(self) -> set[nn.Module]:
-        return set(self._layers.values())
-
-    def describe(self) -> list[str]:
-        """Return a line for each backend, class, dtype and layout, and ask no more."""
-        for handle in self._handles:
-            handle.remove()
-        if self._compiled:
-            classes = Counter(type(layer).__name__ for layer in self._modules)
-            return [f"{n} {name} by the formula, compiled" for name, n in classes.items()]
-        return [_line(*answer, count) for answer, count in Counter(self._answers.values()).items()]
-
-    def _ask(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if layer not in self._answers and inputs:
-            x = inputs[0]
-            what = f"{str(x.dtype).removeprefix('torch.')}, {_layout_word(x)}"
-            backend_for = getattr(layer, "backend_for", None)  # torch's own norms have none
-            dispatch = backend_for(x) if backend_for else NO_KERNELS
-            self._answers[layer] = (type(layer).__name__, dispatch, what)
-
-
-def _line(name: str, dispatch: Dispatch, what: str, count: int) -> str:
-    if dispatch.kernels is None:
-        return f"{count} {name} by the formula ({what}): {dispatch.reason}"
-    return f"{count} {name} by {dispatch.backend} kernels ({what})"
-
-
-def _layout_word(x: Any) -> str:
-    layout = layout_of(x)
-    if layout == "other":
-        return "strided"
-    return layout if x.dim() > 3 else "contiguous"
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
 _WAY_OUT = {
@@ -226,3 +165,52 @@ def _find_swapped(module: nn.Module) -> dict[str, nn.Module]:
                 f"after the swap; {_WAY_OUT.get(now, 'let that run before NormSwap.')}"
             )
     return {name: layers[name].module for name in swapped}
+
+
+class BackendNote:
+    """Asks each norm once, when it gets its first batch, which backend computes it.
+
+    A network that is compiled in whole or in part is not asked, since a hook would be traced.
+
+    Args:
+        model: what is trained.
+        layers: its norms, by name.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+        self._answers: dict[nn.Module, str] = {}
+        self._handles: list[RemovableHandle] = []
+        compiled = any(map(_is_compiled, model.modules()))
+        for layer in dict.fromkeys(layers.values()):
+            if compiled:
+                self._answers[layer] = f"{type(layer).__name__} by the formula, compiled"
+            else:
+                self._handles.append(layer.register_forward_pre_hook(self._ask))
+
+    def describe(self) -> list[str]:
+        """Return a line for each backend, class, dtype and layout, and ask no more."""
+        for handle in self._handles:
+            handle.remove()
+        return [f"{count} {answer}" for answer, count in Counter(self._answers.values()).items()]
+
+    def _ask(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if layer in self._answers or not inputs:
+            return
+        x = inputs[0]
+        what = f"{str(x.dtype).removeprefix('torch.')}, {_layout_word(x)}"
+        backend_for = getattr(layer, "backend_for", None)  # torch's own norms have none
+        dispatch = backend_for(x) if backend_for else NO_KERNELS
+        by_formula = f"by the formula ({what}): {dispatch.reason}"
+        by = by_formula if dispatch.kernels is None else f"by {dispatch.backend} kernels ({what})"
+        self._answers[layer] = f"{type(layer).__name__} {by}"
+
+
+def _layout_word(x: Tensor) -> str:
+    layout = layout_of(x)
+    if layout == "other":
+        return "strided"
+    return layout if x.dim() > 3 else "contiguous"
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None

@@ -55,18 +55,13 @@ class NormLayer:
 
     def inherited(self) -> dict[str, Any]:
         """Return the constructor arguments that whatever it becomes takes from it."""
+        names: tuple[str, ...] = ("normalized_shape", "eps", "elementwise_affine")
+        if not isinstance(self.module, (nn.LayerNorm, nn.RMSNorm)):
+            names = ("num_features", "eps", "momentum", "affine", "track_running_stats")
+        settings = {name: getattr(self.module, name) for name in names}
         if isinstance(self.module, nn.LayerNorm):
-            return {
-                "normalized_shape": self.module.normalized_shape,
-                "eps": self.module.eps,
-                "elementwise_affine": self.module.elementwise_affine,
-                "bias": self.module.bias is not None,
-            }
-        if isinstance(self.module, nn.RMSNorm):
-            names: tuple[str, ...] = ("normalized_shape", "eps", "elementwise_affine")
-            return {name: getattr(self.module, name) for name in names}
-        names = ("num_features", "eps", "momentum", "affine", "track_running_stats")
-        return {name: getattr(self.module, name) for name in names}
+            settings["bias"] = self.module.bias is not None
+        return settings
 
 
 def find_norm_layers(model: nn.Module) -> list[NormLayer]:
@@ -209,24 +204,24 @@ def _is_norm(module: nn.Module) -> bool:
 def _describe(name: str, module: nn.Module) -> NormLayer:
     cls = type(module)
     if "forward" in vars(module):
-        reason = "its forward was replaced on the object, where no class counts"
-        return NormLayer(name, module, None, refusal=reason)
-    if cls in _DIMS:
+        refusal = "its forward was replaced on the object, where no class counts"
+    elif cls in _DIMS:
         return NormLayer(name, module, "batch", _DIMS[cls])
-    if is_norm_with_activation(cls):
+    elif is_norm_with_activation(cls):
         return NormLayer(name, module, "batch", 2)
-    if cls in _LAYER_NORMS:
+    elif cls in _LAYER_NORMS:
         return NormLayer(name, module, "layer")
-    if cls in _RMS_NORMS:
+    elif cls in _RMS_NORMS:
         return NormLayer(name, module, "rms")
-    if isinstance(module, _LazyNormBase):
-        return NormLayer(name, module, None, refusal="not initialised, run one batch through it")
-    if isinstance(module, (_BatchNorm, nn.LayerNorm, nn.RMSNorm)):
-        return NormLayer(name, module, None, refusal="a subclass, and only exact types are swapped")
-    if _NAMED_RMS.search(cls.__name__):
-        reason = "a class of its own, and only torch's RMSNorm is swapped"
-        return NormLayer(name, module, None, refusal=reason)
-    return NormLayer(name, module, None, refusal="no swap is defined for this norm")
+    elif isinstance(module, _LazyNormBase):
+        refusal = "not initialised, run one batch through it"
+    elif isinstance(module, (_BatchNorm, nn.LayerNorm, nn.RMSNorm)):
+        refusal = "a subclass, and only exact types are swapped"
+    elif _NAMED_RMS.search(cls.__name__):
+        refusal = "a class of its own, and only torch's RMSNorm is swapped"
+    else:
+        refusal = "no swap is defined for this norm"
+    return NormLayer(name, module, None, refusal=refusal)
 
 
 def is_norm_with_activation(cls: type) -> bool:
