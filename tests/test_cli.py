@@ -17,11 +17,12 @@ import torch
 import yaml
 from pytorch_lightning.cli import LightningCLI
 
+import nmlightning
+from nmlightning import callbacks, datamodules, optim
 from nmlightning.cli import COMMANDS, main
-from nmlightning.commands.distributed import ExplicitOptionsWin
 from nmlightning.commands.files import shipped_configs
 from nmlightning.commands.fit import TrainingCLI
-from nmlightning.commands.run_report import Stopwatch, filtered_handlers
+from nmlightning.commands.run_report import filtered_handlers
 from nmlightning.tasks.classification import ImageClassifier
 
 SHORT = shlex.split(
@@ -98,6 +99,8 @@ CORRECT = (
     f"{TRACK} --model.weight_decay_scope last_layer --trainer.callbacks.steering LRCorrection "
     "--trainer.callbacks.steering.reference"
 )
+ALL = nmlightning.__all__
+RULES = sorted(vars(optim).keys() & ALL)
 BAD_INPUT = {
     "fitt": f"no command 'fitt'; the commands are {', '.join(COMMANDS)}. Did you mean 'fit'?",
     "fit": "required: --data, --model; or give a config that has them, such as --config quickstart",
@@ -187,6 +190,30 @@ BAD_INPUT = {
     "--data CIFAR10 --data.download false": "CIFAR-10 is not in .*--data.root.*--data Digits",
     "--data.batch_size 0": "batch_size must be a whole number of at least 1, got 0.",
 }
+
+
+NETWORKS = (
+    "AttentionLSTM, CifarResNet, ResNet18, ResNet50, nmlightning.models.Transformer, "
+    "nmlightning.models.VGG"
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "offered", "meant"),
+    [
+        ("--data NumberNamez", datamodules.__all__, "NumberNames"),
+        ("--model Translatr", ["ImageClassifier", "Translator"], "Translator"),
+        ("--model.net Transfomer", NETWORKS.split(", "), "nmlightning.models.Transformer"),
+        ("--trainer.callbacks+ NormSwp", sorted(vars(callbacks).keys() & ALL), "NormSwap"),
+        (f"{TRACK} --trainer.callbacks.steering Hyperbal", RULES, "Hyperball"),
+    ],
+)
+def test_unknown_class_offers_what_the_package_exports(
+    nm: Nm, words: str, offered: list[str], meant: str
+) -> None:
+    (line,) = nm(*FIT, *shlex.split(words)).err
+    given = f"; give {', '.join(offered)} or a class path. Did you mean {meant!r}?"
+    assert line.endswith(given), line
 
 
 @pytest.mark.parametrize(("words", "expected"), BAD_INPUT.items(), ids=str)
@@ -374,10 +401,9 @@ def test_there_is_no_last_checkpoint_to_evaluate(nm: Nm) -> None:
     )
 
 
-def test_lightning_still_has_what_we_replace() -> None:
+def test_lightning_has_what_is_overridden() -> None:
     assert "_parse_ckpt_path" in vars(LightningCLI)
-    assert "_parse_ckpt_path" in vars(ExplicitOptionsWin)
-    assert issubclass(TrainingCLI, ExplicitOptionsWin)
+    assert "_parse_ckpt_path" in vars(TrainingCLI)
 
 
 REFUSED = {
@@ -448,7 +474,7 @@ def test_a_stopped_run_keeps_the_last_checkpoint_and_says_how_to_resume(
         [
             sys.executable,
             "-c",
-            f"{heed}; from nmlightning.cli import COMMANDS, main; exit(main())",
+            f"{heed}; from nmlightning.cli import main; exit(main())",
             *words,
         ],
         cwd=tmp_path,
@@ -476,14 +502,6 @@ def test_a_stopped_run_keeps_the_last_checkpoint_and_says_how_to_resume(
     answer = nm(*shlex.split(command)[1:], f"--trainer.max_epochs={epochs + 1}")
     assert has(f" 1 epoch after {epochs} of an earlier run in ", answer.out)
     assert (run.with_name("version_1") / LAST).is_file()
-
-
-def test_the_time_of_a_run_that_is_resumed_within_an_epoch() -> None:
-    """Lightning does not start the epoch again, of which the rest is timed all the same."""
-    watch = Stopwatch()
-    watch.on_fit_start(None, None)  # type: ignore[arg-type]
-    watch.on_train_epoch_end(None, None)  # type: ignore[arg-type]
-    assert 0 <= watch.training_seconds < 10
 
 
 def test_the_last_checkpoint_of_a_logger_that_keeps_runs_elsewhere(nm: Nm, tmp_path: Path) -> None:

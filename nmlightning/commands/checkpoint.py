@@ -21,7 +21,7 @@ _SHARED_FILE = "meta.pt"  # in a checkpoint that is a folder with a file of each
 _INSTANTIATOR = f"{instantiate_module.__module__}.{instantiate_module.__name__}"
 
 
-def checkpoint_hparams(checkpoint: str | None) -> list[str]:
+def checkpoint_hparams(checkpoint: str) -> list[str]:
     """Return the model's hyper-parameters in `checkpoint` as a `--config`, to be placed first.
 
     Whatever comes after it on the command line, in configs or as options, wins.
@@ -29,7 +29,7 @@ def checkpoint_hparams(checkpoint: str | None) -> list[str]:
     Raises:
         InputError: the file cannot be read.
     """
-    if not checkpoint or "://" in checkpoint:
+    if "://" in checkpoint:
         return []
     path = Path(checkpoint)
     if path.is_dir():

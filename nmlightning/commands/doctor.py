@@ -83,7 +83,7 @@ def _describe_gpu(index: int) -> str:
 
 
 def _cpu_name() -> str:
-    """Return what the CPU calls itself, as far as the system tells."""
+    """Return what the CPU calls itself, as far as the system says."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -103,6 +103,7 @@ def _version(package: str) -> str:
         return "–"
 
 
+CONSOLE_WIDTH = 100
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WIDTH = 64
 CHECKED, TIMED = (
@@ -154,7 +155,7 @@ Answer = tuple[str, str]
 """A backend, and the reason why it is that."""
 
 
-class Serving(NamedTuple):
+class Backends(NamedTuple):
     """The backend of each norm in each of `DTYPES`, with a mark, and the reason of each mark."""
 
     cells: Mapping[str, list[str]]
@@ -176,14 +177,14 @@ class Check(NamedTuple):
         return not self.error <= TOLERANCES[self.dtype]
 
 
-def describe_serving(device: str) -> Serving:
+def describe_backends(device: str) -> Backends:
     """Return who computes each norm on a type of device, and why where it is the formula."""
     marks: dict[str, str] = {}
     cells = {
         subject.name: [_describe(_choices(subject, dtype, device), marks) for dtype in DTYPES]
         for subject in SUBJECTS
     }
-    return Serving(cells, {mark: reason for reason, mark in marks.items()})
+    return Backends(cells, {mark: reason for reason, mark in marks.items()})
 
 
 def check_norms(device: str) -> Iterator[Check]:
@@ -241,9 +242,6 @@ def _quartiles(ratios: list[float]) -> list[float]:
     return statistics.quantiles(ratios, n=4, method="inclusive")
 
 
-WIDTH_doctor = 100
-
-
 def run(arguments: list[str]) -> int:
     """Run `nm doctor` and return its exit code: 0, or 1 if a norm disagrees with its formula."""
     ArgumentParser(
@@ -252,11 +250,11 @@ def run(arguments: list[str]) -> int:
         "the result of a self-check: forward and backward against the formula in float64, and the "
         "time against torch's norms. It takes about ten seconds. Paste it into a bug report.",
     ).parse_args(arguments)
-    console = Console(width=WIDTH_doctor, highlight=False)
+    console = Console(width=CONSOLE_WIDTH, highlight=False)
     _print_rows(console, [*describe_versions(), *describe_devices(), *describe_kernels()])
     wrong = False
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
-        _print_serving(console, device)
+        _print_backends(console, device)
         checks = list(check_norms(device))
         _print_checks(console, device, checks)
         _print_times(console, device)
@@ -273,16 +271,16 @@ def _print_rows(console: Console, rows: Rows) -> None:
     console.print(table)
 
 
-def _print_serving(console: Console, device: str) -> None:
-    """Print a table of norms by dtypes, and below it why the formula is what serves."""
-    serving = describe_serving(device)
+def _print_backends(console: Console, device: str) -> None:
+    """Print a table of norms by dtypes, and below it why it is the formula."""
+    backends = describe_backends(device)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
     for heading in (f" {device}: who computes", *map(_name, DTYPES)):
         table.add_column(heading)
-    for subject, cells in serving.cells.items():
+    for subject, cells in backends.cells.items():
         table.add_row(f" {subject}", *cells)
     console.print(table)
-    for mark, reason in serving.reasons.items():
+    for mark, reason in backends.reasons.items():
         console.print(f" {mark} {reason}")
     console.print(" In compiled networks it is the formula, which the compiler fuses.\n")
 

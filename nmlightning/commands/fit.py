@@ -1,72 +1,43 @@
-"""`nm fit`, `validate`, `test` and `predict`: LightningCLI with a named folder for every run."""
+"""`nm fit`, `validate`, `test` and `predict`: LightningCLI with a named folder for every run.
 
+Lightning, torchrun or SLURM may start several processes with the same command line. The first, rank
+0, keeps the run and prints; a process that fails ends the others with it.
+"""
+
+import os
 import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from jsonargparse import Namespace, dict_to_namespace
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import BasePredictionWriter, ModelCheckpoint, RichProgressBar
 from pytorch_lightning.callbacks.progress import ProgressBar
+from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from nmlightning.callbacks.skipped_steps import SkippedStepCount
 from nmlightning.commands import run_report
-from nmlightning.commands.argument_parser import INTERRUPTED, TERMINATED
+from nmlightning.commands.argument_parser import INTERRUPTED, LOST_PROCESS, TERMINATED
 from nmlightning.commands.checkpoint import checkpoint_hparams
-from nmlightning.commands.distributed import (
-    ExplicitOptionsWin,
-    SameStart,
-    check_restarts,
-    failing_together,
-)
 from nmlightning.commands.files import RunPaths, default_logger, new_version, time_written
 from nmlightning.commands.parser import Parser
 from nmlightning.commands.run_report import filter_logs
 from nmlightning.errors import InputError
 
-
-def standard_callbacks(options: Namespace) -> list[Callback]:
-    """Return what the Trainer's `options` leave open: the progress bar and the last checkpoint."""
-    given = given_callbacks(options)
-    added: list[Callback] = []
-    if not options.barebones:
-        added.append(SkippedStepCount())
-    if not (any(isinstance(c, ProgressBar) for c in given) or _off(options, "progress_bar")):
-        added.append(MetricsBar())
-    if not (any(_keeps_last(c) for c in given) or _off(options, "checkpointing")):
-        # One file that each epoch replaces; save_last would write everything twice.
-        added.append(
-            ModelCheckpoint(
-                filename="last", save_on_train_epoch_end=True, enable_version_counter=False
-            )
-        )
-    return added
-
-
-def given_callbacks(options: Namespace) -> list[Callback]:
-    """Return the callbacks in the Trainer's `options`, where one need not be in a list."""
-    callbacks = options.callbacks or []
-    return callbacks if isinstance(callbacks, list) else [callbacks]
-
-
-class MetricsBar(RichProgressBar):
-    """Lightning's rich progress bar; the version is said once above it, not in every line."""
-
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Return the metrics that the module logs for the bar."""
-        metrics = super().get_metrics(trainer, pl_module)
-        return {name: value for name, value in metrics.items() if name != "v_num"}
-
-
-def _off(options: Namespace, what: str) -> bool:
-    return options[f"enable_{what}"] is False or options.barebones
-
-
-def _keeps_last(callback: Callback) -> bool:
-    return isinstance(callback, ModelCheckpoint) and bool(
-        callback.save_last or callback.monitor is None
-    )
+SECONDS_TO_END = 10  # for a launched process that is about to say what went wrong
+# What gloo says of a process that is gone or silent; NCCL and the store have exceptions for it.
+_LOSSES = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+)
 
 
 def run(arguments: list[str], paths: RunPaths) -> int:
@@ -82,7 +53,7 @@ def run(arguments: list[str], paths: RunPaths) -> int:
     command, *options = arguments
     with filter_logs():
         try:
-            stored = checkpoint_hparams(paths.checkpoint)
+            stored = checkpoint_hparams(paths.checkpoint) if paths.checkpoint else []
             resolved = _resolve_last(paths) if paths.wants_last else []
             TrainingCLI([command, *stored, *options, *resolved], paths.run_name)
         except SystemExit as stop:
@@ -103,7 +74,7 @@ def _resolve_last(paths: RunPaths) -> list[str]:
     return ["--ckpt_path", paths.checkpoint]
 
 
-class TrainingCLI(ExplicitOptionsWin):
+class TrainingCLI(LightningCLI):
     """LightningCLI for any model and data; its constructor runs the command.
 
     Args:
@@ -147,6 +118,13 @@ class TrainingCLI(ExplicitOptionsWin):
         seed = options.get("seed_everything")
         if type(seed) is int and not 0 <= seed < 2**32:
             raise InputError(f"seed_everything must be between 0 and {2**32 - 1}, got {seed}.")
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the options as they were parsed: `checkpoint_hparams` come before them.
+
+        Lightning 2.6 overwrites them with a checkpoint's `hyper_parameters` after parsing, so that
+        an option on the command line has no effect with `--ckpt_path`.
+        """
 
     def before_instantiate_classes(self) -> None:
         """Decide where the run is kept: only a fit makes a folder, and always a new one."""
@@ -247,6 +225,49 @@ class TrainingCLI(ExplicitOptionsWin):
         return max(written, key=time_written, default=None)
 
 
+def standard_callbacks(options: Namespace) -> list[Callback]:
+    """Return what the Trainer's `options` leave open: the progress bar and the last checkpoint."""
+    given = given_callbacks(options)
+    added: list[Callback] = []
+    if not options.barebones:
+        added.append(SkippedStepCount())
+    if not (any(isinstance(c, ProgressBar) for c in given) or _off(options, "progress_bar")):
+        added.append(MetricsBar())
+    if not (any(_keeps_last(c) for c in given) or _off(options, "checkpointing")):
+        # One file that each epoch replaces; save_last would write everything twice.
+        added.append(
+            ModelCheckpoint(
+                filename="last", save_on_train_epoch_end=True, enable_version_counter=False
+            )
+        )
+    return added
+
+
+def given_callbacks(options: Namespace) -> list[Callback]:
+    """Return the callbacks in the Trainer's `options`, where one need not be in a list."""
+    callbacks = options.callbacks or []
+    return callbacks if isinstance(callbacks, list) else [callbacks]
+
+
+class MetricsBar(RichProgressBar):
+    """Lightning's rich progress bar; the version is said once above it, not in every line."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Return the metrics that the module logs for the bar."""
+        metrics = super().get_metrics(trainer, pl_module)
+        return {name: value for name, value in metrics.items() if name != "v_num"}
+
+
+def _off(options: Namespace, what: str) -> bool:
+    return options[f"enable_{what}"] is False or options.barebones
+
+
+def _keeps_last(callback: Callback) -> bool:
+    return isinstance(callback, ModelCheckpoint) and bool(
+        callback.save_last or callback.monitor is None
+    )
+
+
 def _make_folder(folder: Path | None) -> None:
     """Make the run's folder, or raise InputError before anything is computed for it."""
     try:
@@ -259,3 +280,87 @@ def _make_folder(folder: Path | None) -> None:
 def is_ctrl_c(stop: SystemExit) -> bool:
     """Whether `stop` is what Lightning 2.6 makes of KeyboardInterrupt: exit(1)."""
     return isinstance(stop.__context__, KeyboardInterrupt)
+
+
+def stop_launched_processes(trainer: Trainer) -> None:
+    """End the processes that Lightning started, which it leaves running after an exception.
+
+    On a GPU they may wait inside a collective, where no other signal reaches them.
+    """
+    launched: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
+    deadline = time.monotonic() + SECONDS_TO_END
+    for process in launched:
+        try:
+            process.wait(timeout=max(0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+class SameStart(Callback):
+    """Refuses a fit whose processes do not all start from the same checkpoint.
+
+    Each finds `--ckpt_path last` by itself, and one whose file system is another finds another.
+
+    Args:
+        checkpoint: what this process starts from.
+    """
+
+    def __init__(self, checkpoint: str | None) -> None:
+        self.checkpoint = checkpoint
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Compare with the others, or raise InputError in all of them."""
+        if trainer.world_size == 1 or not dist.is_initialized():
+            return
+        found: list[str | None] = [None] * trainer.world_size
+        dist.all_gather_object(found, self.checkpoint and str(self.checkpoint))
+        if len(set(found)) > 1:
+            other = next(rank for rank, path in enumerate(found) if path != found[0])
+            raise InputError(
+                f"--ckpt_path: rank 0 starts from {found[0]}, rank {other} from {found[other]}: "
+                "let all nodes share the folder of the runs, or give the path of a checkpoint."
+            )
+
+
+@contextmanager
+def failing_together(
+    trainer: Trainer, checkpoint: Callable[[], Path | str | None]
+) -> Iterator[None]:
+    """Say in a line that another process is lost, and leave none running that this one started.
+
+    Args:
+        trainer: what runs in the body.
+        checkpoint: returns the last checkpoint that there is.
+
+    Raises:
+        SystemExit: with LOST_PROCESS, in place of what torch's collective raised.
+    """
+    try:
+        yield
+    except BaseException as error:
+        lost = trainer.world_size > 1 and is_loss(error)
+        if lost:
+            run_report.print_loss(trainer.global_rank, str(error), checkpoint())
+        stop_launched_processes(trainer)
+        if lost:
+            raise SystemExit(LOST_PROCESS) from None
+        raise
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether `error` is what a collective raises when another process is gone or silent."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and "gloo" in text and any(x in text for x in _LOSSES)
+
+
+def check_restarts() -> None:
+    """Notice, before it is needed, that torchrun cannot restart these processes."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        run_report.print_notice(
+            f"torchrun's --max-restarts {restarts} will not bring lost processes back, since new "
+            "ones meet the addresses of the old (https://github.com/pytorch/pytorch/issues/135712)"
+            ": set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1."
+        )

@@ -27,7 +27,12 @@ def run_batches(options: list[str], paths: RunPaths, batches: int) -> NormRanges
         batches: how many.
     """
     with filter_logs(), torch.compiler.set_stance("force_eager"):
-        words = [*checkpoint_hparams(paths.checkpoint), *options, "--ckpt_path", "null"]
+        words = [
+            *(checkpoint_hparams(paths.checkpoint) if paths.checkpoint else []),
+            *options,
+            "--ckpt_path",
+            "null",
+        ]
         watcher = _Watcher(batches, paths.checkpoint)
         try:
             _ProbeCLI(["fit", *words], paths.run_name, watcher)

@@ -1,4 +1,4 @@
-"""Test what a process says of the others; test_fit_on_ranks.py has real ones."""
+"""Test what a process of several does; test_fit_on_ranks.py starts real ones."""
 
 import subprocess
 import sys
@@ -10,9 +10,9 @@ import pytest
 import torch.distributed as dist
 
 from nmlightning.cli import main
-from nmlightning.commands import distributed as compat
+from nmlightning.commands import fit
 from nmlightning.commands.argument_parser import LOST_PROCESS
-from nmlightning.commands.distributed import SameStart, check_restarts, failing_together, is_loss
+from nmlightning.commands.fit import SameStart, check_restarts, failing_together, is_loss
 from nmlightning.errors import InputError
 
 GLOO = "[…/gloo/transport/tcp/pair.cc:561] "
@@ -39,7 +39,7 @@ def make_trainer(ranks: int = 2, launched: Any = ()) -> Any:
 
 
 @pytest.mark.parametrize("error", LOSSES)
-def test_a_lost_process_is_one_line_and_an_exit_code(
+def test_failing_together_reports_a_lost_process(
     error: Exception, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with (
@@ -55,23 +55,23 @@ def test_a_lost_process_is_one_line_and_an_exit_code(
 
 
 @pytest.mark.parametrize("error", OTHERS, ids=repr)
-def test_other_errors_stay_what_they_are(error: BaseException) -> None:
+def test_failing_together_keeps_other_errors(error: BaseException) -> None:
     assert not is_loss(error)
     with pytest.raises(type(error)) as raised, failing_together(make_trainer(), lambda: None):
         raise error
     assert raised.value is error
 
 
-def test_one_process_alone_loses_nothing() -> None:
+def test_failing_together_with_one_process() -> None:
     with pytest.raises(RuntimeError), failing_together(make_trainer(ranks=1), lambda: None):
         raise LOSSES[0]
 
 
 @pytest.mark.parametrize("patience", [0, 10])
-def test_what_was_launched_may_end_by_itself_and_then_is_ended(
+def test_failing_together_ends_launched_processes(
     patience: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compat, "_SECONDS_TO_END", patience)
+    monkeypatch.setattr(fit, "SECONDS_TO_END", patience)
     seconds = 60 if patience == 0 else 0.1
     command = [sys.executable, "-c", f"import time; time.sleep({seconds})"]
     process = subprocess.Popen(command)
@@ -84,7 +84,7 @@ def test_what_was_launched_may_end_by_itself_and_then_is_ended(
 
 
 @pytest.mark.parametrize("found", [["a.ckpt", "a.ckpt"], ["a.ckpt", None], ["a.ckpt", "b.ckpt"]])
-def test_all_start_from_the_same_checkpoint(
+def test_same_start_compares_checkpoints(
     found: list[str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def gather(answers: list[str | None], mine: str | None) -> None:
@@ -104,7 +104,7 @@ def test_all_start_from_the_same_checkpoint(
 @pytest.mark.parametrize(
     ("restarts", "shared", "notices"), [("1", "True", 1), ("1", "False", 0), ("0", "True", 0)]
 )
-def test_restarts_that_cannot_work_are_noticed(
+def test_check_restarts_notices_those_that_cannot_work(
     restarts: str,
     shared: str,
     notices: int,
@@ -121,7 +121,7 @@ def test_restarts_that_cannot_work_are_noticed(
 
 @pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID", "LOCAL_RANK"])
 @pytest.mark.parametrize(("rank", "name"), [("0", "nm"), ("3", "nm (rank 3)")])
-def test_an_error_names_the_process(
+def test_error_names_the_process(
     variable: str,
     rank: str,
     name: str,

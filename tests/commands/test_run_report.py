@@ -1,4 +1,4 @@
-"""Test what `nm` makes of warnings: its own are a line, others stay what they are."""
+"""Test the filters of messages and the stopwatch."""
 
 import warnings
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import nmlightning
-from nmlightning.commands.run_report import filter_logs
+from nmlightning.commands.run_report import Stopwatch, filter_logs
 
 OURS = str(Path(nmlightning.__file__).parent / "datamodules" / "some_data.py")
 
@@ -18,10 +18,18 @@ def warn_of_both() -> None:
         warnings.warn_explicit("Look out.", UserWarning, "/elsewhere/module.py", 7)
 
 
-def test_our_own_warnings_are_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_filter_logs_makes_own_warnings_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     before = warnings.showwarning
     with pytest.warns(UserWarning, match=r"^Look out\.$") as others:
         warn_of_both()
     assert len(others) == 1
     assert warnings.showwarning is before
     assert capsys.readouterr().err == "nm: Of 9 pairs 2 are left out.\n"
+
+
+def test_stopwatch_of_a_fit_resumed_within_an_epoch() -> None:
+    """Lightning does not start the epoch again, of which the rest is timed all the same."""
+    watch = Stopwatch()
+    watch.on_fit_start(None, None)  # type: ignore[arg-type]
+    watch.on_train_epoch_end(None, None)  # type: ignore[arg-type]
+    assert 0 <= watch.training_seconds < 10

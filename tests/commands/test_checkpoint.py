@@ -1,4 +1,4 @@
-"""Test that `nm` knows a checkpoint that is a folder with a file of each rank."""
+"""Test checkpoints that are a folder with a file of each rank."""
 
 import json
 import os
@@ -21,14 +21,14 @@ def write(runs: Path, version: int, seconds: int, *, sharded: bool) -> Path:
     return path
 
 
-def test_the_newest_is_the_one_with_the_newest_file(tmp_path: Path) -> None:
+def test_last_checkpoint_has_the_newest_file(tmp_path: Path) -> None:
     write(tmp_path, 0, 1, sharded=False)
     newest = write(tmp_path, 1, 3, sharded=True)
     write(tmp_path, 2, 2, sharded=True)
     assert last_checkpoint(tmp_path) == newest
 
 
-def test_it_remembers_the_options_of_the_model(tmp_path: Path) -> None:
+def test_checkpoint_hparams_of_a_folder(tmp_path: Path) -> None:
     stored = {"_class_path": "ImageClassifier", "label_smoothing": 0.25}
     torch.save({"hyper_parameters": stored}, tmp_path / "meta.pt")
     option, config = checkpoint_hparams(str(tmp_path))
@@ -36,5 +36,5 @@ def test_it_remembers_the_options_of_the_model(tmp_path: Path) -> None:
     assert (option, json.loads(config)) == ("--config", {"model": model})
 
 
-def test_a_folder_of_another_kind_remembers_nothing(tmp_path: Path) -> None:
+def test_checkpoint_hparams_of_another_folder(tmp_path: Path) -> None:
     assert checkpoint_hparams(str(tmp_path)) == []
