@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -146,64 +147,58 @@ def test_fold_norms_folds_all_of_resnet18() -> None:
 # ---- what is left, and why ----
 
 
-class Net(nn.Module):
-    """A convolution and a norm that each test calls in a way of its own."""
-
-    def __init__(self, norm: nn.Module | None = None) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(4, 4, 3, padding=1)
-        self.norm = norm or nn.BatchNorm2d(4)
-
-
-class Residual(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x) + x)  # type: ignore[no-any-return]
-
-
-class BeforeTheConvolution(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.relu(self.norm(x)))  # type: ignore[no-any-return]
+def block(
+    forward: Callable[..., Tensor],
+    *,
+    conv: nn.Module | None = None,
+    norm: nn.Module | None = None,
+) -> nn.Module:
+    """Return a convolution and a norm that the forward calls in a way of its own."""
+    net: nn.Module = type("Net", (nn.Module,), {"forward": forward})()
+    net.conv = conv or nn.Conv2d(4, 4, 3, padding=1)
+    net.norm = norm or nn.BatchNorm2d(4)
+    return net
 
 
-class AfterConcat(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(torch.cat([self.conv(x)[:, :2], x[:, :2]], 1))  # type: ignore[no-any-return]
+def after_concat(self: Any, x: Tensor) -> Any:
+    return self.norm(torch.cat([self.conv(x)[:, :2], x[:, :2]], 1))
 
 
-class OutputUsedTwice(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        return self.norm(y) + y  # type: ignore[no-any-return]
+def output_used_twice(self: Any, x: Tensor) -> Any:
+    y = self.conv(x)
+    return self.norm(y) + y
 
 
-class SharedConvolution(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(self.conv(x)))  # type: ignore[no-any-return]
-
-
-class SharedNorm(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(self.norm(x)))  # type: ignore[no-any-return]
-
-
-class WeightReadElsewhere(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x)) * self.conv.weight.mean()  # type: ignore[no-any-return]
-
-
-class BiasReadElsewhere(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x)) * self.norm.bias.mean()  # type: ignore[no-any-return]
-
-
-class ByValue(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x)) if x.sum() > 0 else x  # type: ignore[no-any-return]
-
-
-class Unused(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)  # type: ignore[no-any-return]
+FORWARDS: dict[str, tuple[Callable[..., Any], str]] = {
+    "after add": (lambda self, x: self.norm(self.conv(x) + x), "it follows add"),
+    "after concat": (after_concat, "it follows cat"),
+    "pre-activation": (
+        lambda self, x: self.conv(F.relu(self.norm(x))),
+        "it follows an input of the network",
+    ),
+    "output used twice": (output_used_twice, "the output of conv also goes elsewhere"),
+    "shared convolution": (
+        lambda self, x: self.norm(self.conv(self.conv(x))),
+        "the network calls conv 2 times",
+    ),
+    "shared norm": (
+        lambda self, x: self.norm(self.conv(self.norm(x))),
+        "the network calls it 2 times",
+    ),
+    "weight read": (
+        lambda self, x: self.norm(self.conv(x)) * self.conv.weight.mean(),
+        "the weight of conv is used elsewhere, too",
+    ),
+    "norm read": (
+        lambda self, x: self.norm(self.conv(x)) * self.norm.bias.mean(),
+        "its state is used elsewhere, too",
+    ),
+    "by value": (
+        lambda self, x: self.norm(self.conv(x)) if x.sum() > 0 else x,
+        "the network cannot be traced by torch.fx: symbolically traced",
+    ),
+    "unused": (lambda self, x: self.conv(x), "the traced network has no call"),
+}
 
 
 class StandardisedConv(nn.Conv2d):
@@ -216,16 +211,12 @@ class OwnNorm(nn.BatchNorm2d):
         return super().forward(x) * 2
 
 
-class Straight(Net):
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+def straight(**parts: nn.Module) -> nn.Module:
+    def forward(self: Any, x: Tensor, scale: Tensor | None = None) -> Any:
         y = self.conv(x)
-        return self.norm(y if scale is None else y * scale)  # type: ignore[no-any-return]
+        return self.norm(y if scale is None else y * scale)
 
-
-def straight(*, conv: nn.Module | None = None, norm: nn.Module | None = None) -> nn.Module:
-    net = Straight(norm)
-    net.conv = conv or net.conv  # type: ignore[assignment]
-    return net
+    return block(forward, **parts)
 
 
 def tied() -> nn.Module:
@@ -241,17 +232,8 @@ def hooked(part: str) -> nn.Module:
 
 
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "after add": (Residual, "it follows add"),
-    "after concat": (AfterConcat, "it follows cat"),
-    "pre-activation": (BeforeTheConvolution, "it follows an input of the network"),
-    "output used twice": (OutputUsedTwice, "the output of conv also goes elsewhere"),
-    "shared convolution": (SharedConvolution, "the network calls conv 2 times"),
-    "shared norm": (SharedNorm, "the network calls it 2 times"),
-    "weight read": (WeightReadElsewhere, "the weight of conv is used elsewhere, too"),
-    "norm read": (BiasReadElsewhere, "its state is used elsewhere, too"),
+    **{name: (partial(block, forward), reason) for name, (forward, reason) in FORWARDS.items()},
     "tied": (tied, "the weight of 0 is used elsewhere, too"),
-    "by value": (ByValue, "the network cannot be traced by torch.fx: symbolically traced"),
-    "unused": (Unused, "the traced network has no call"),
     "no statistics": (
         lambda: straight(norm=L1BatchNorm2d(4, track_running_stats=False)),
         "it keeps no running statistics",
