@@ -35,8 +35,8 @@ th, td { text-align: left; padding: .35rem 1.25rem .35rem 0; border-bottom: 1px 
   vertical-align: top; white-space: nowrap }
 .key { display: inline-block; width: 1rem; height: .25rem; margin-right: .5rem;
   vertical-align: middle }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)) }
-.charts > :only-child { grid-column: 1 / -1 }
+.charts { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)) }
 """
 # Greys that can be read on a white page and on a dark one.
 _LAYOUT: dict[str, Any] = {
@@ -46,11 +46,17 @@ _LAYOUT: dict[str, Any] = {
     "font": {"color": "#838a96", "size": 11},
     "hoverlabel": {"bgcolor": "#fff", "font": {"color": "#1c2024"}, "namelength": -1},
     "hovermode": "x unified",
+    "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#838a96", "activecolor": _COLOURS[0]},
     "margin": {"l": 58, "r": 12, "t": 36, "b": 40},
     "showlegend": False,
     "title": {"x": 0, "xref": "paper", "font": {"size": 13}},
     "xaxis": {"gridcolor": "rgba(128,128,128,.25)", "zeroline": False},
-    "yaxis": {"gridcolor": "rgba(128,128,128,.25)", "zeroline": False, "exponentformat": "power"},
+    "yaxis": {"gridcolor": "rgba(128,128,128,.25)", "zeroline": False, "nticks": 7},
+}
+_CONFIG = {
+    "displaylogo": False,
+    "modeBarButtons": [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
+    "responsive": True,
 }
 
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -102,7 +108,7 @@ def _section(title: str, note: str, figures: Sequence["Figure"]) -> str:
     """Return a heading and the charts below it, or nothing where there are none."""
     charts = "".join(
         figure.to_html(
-            config={"displaylogo": False, "responsive": True},
+            config=_CONFIG,
             div_id=f"{title}-{number}".replace(" ", "-"),
             full_html=False,
             include_plotlyjs=False,
@@ -110,7 +116,8 @@ def _section(title: str, note: str, figures: Sequence["Figure"]) -> str:
         for number, figure in enumerate(figures)
     )
     heading = f"<h2>{title}</h2><p>{note[:1].upper()}{note[1:]}</p>"
-    return f'{heading}<div class="charts">{charts}</div>' if charts else ""
+    layout = "charts" if len(figures) > 1 else "chart"
+    return f'{heading}<div class="{layout}">{charts}</div>' if charts else ""
 
 
 def _plot_metric(groups: Sequence[Group]) -> "Figure":
