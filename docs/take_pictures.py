@@ -13,10 +13,13 @@ import time
 import urllib.request
 from pathlib import Path
 
+from PIL import Image
+
 PICTURES = Path(__file__).parent / "pictures"
 PORT = 6543
 READING_TIME = 30  # s; TensorBoard does not say when it has read all of a run
 BROWSER = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+COLOURS = 64  # that are kept of a picture
 SIZES = {
     "custom_scalars": (1300, 1400),
     "images": (1300, 900),
@@ -58,6 +61,8 @@ def take(name: str, address: str) -> None:
     size, shot = f"--window-size={width},{height}", f"--screenshot={file}"
     command = [*BROWSER, size, shot, "--virtual-time-budget=30000", address]
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    with Image.open(file) as picture:
+        picture.quantize(COLOURS).save(file, optimize=True)
     print(f"{file}: {file.stat().st_size:,} bytes")
 
 

@@ -36,19 +36,19 @@ def run_script(name: str, *words: str) -> str:
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_it_runs(name: str) -> None:
+def test_shares_of_a_step_print_a_line_each(name: str) -> None:
     printed = run_script(name, "--net", "resnet20", "--batch", "2", "--rounds", "2")
     assert f"{LINES[name]} " in printed
     assert printed.count("% of a step") > 4
 
 
-def test_reading_images_runs(make_image_folder: Callable[..., Path]) -> None:
+def test_image_reading_prints_images_per_second(make_image_folder: Callable[..., Path]) -> None:
     words = ["--rounds", "2", "--batch", "4", "--image_size", "32"]
     printed = run_script("image_reading", str(make_image_folder()), *words)
     assert printed.count(" images/s (") == 1
 
 
-def test_translating_runs() -> None:
+def test_translation_prints_training_and_decoding() -> None:
     sizes = {"vocab_size": 30, "width": 16, "hidden": 16, "heads": 2, "layers": 1, "batch": 4}
     words = [f"--{name}={value}" for name, value in {**sizes, "length": 6, "rounds": 2}.items()]
     printed = run_script("translation", *words)
@@ -56,7 +56,7 @@ def test_translating_runs() -> None:
         assert re.search(line + r".*ratio \d+\.\d\d \(", printed)
 
 
-def test_calls_take_turns_and_ratios_are_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_rounds_shuffles_calls_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     clock = iter(range(1000))
     monkeypatch.setattr(interleaved.time, "perf_counter", lambda: float(next(clock)))
@@ -72,7 +72,7 @@ def test_calls_take_turns_and_ratios_are_within_a_round(monkeypatch: pytest.Monk
     assert ratio.tell() == "2.00 (1.00 to 3.00)"
 
 
-def test_saved_bytes_are_counted_once_and_without_parameters() -> None:
+def test_count_saved_bytes_counts_once_and_without_parameters() -> None:
     x = torch.randn(4, 8, 6, 6, requires_grad=True)
     conv, relu = nn.Conv2d(8, 8, 1), nn.ReLU()
     size = x.untyped_storage().nbytes()
@@ -102,7 +102,7 @@ def make_rows(*medians: float, bound: Bound | None) -> list[Measurement]:
         ((0.6,), None, ""),
     ],
 )
-def test_a_line_says_whether_the_target_is_met(
+def test_summarise_says_whether_the_target_is_met(
     medians: tuple[float, ...], bound: Bound | None, verdict: str
 ) -> None:
     line = summarise(make_rows(*medians, bound=bound))
@@ -111,7 +111,7 @@ def test_a_line_says_whether_the_target_is_met(
     assert line[3] == f"{min(medians) / 2:.2f} to {2 * max(medians):.2f}"
 
 
-def test_the_benchmark_of_all_targets_runs(tmp_path: Path) -> None:
+def test_speed_measures_every_target(tmp_path: Path) -> None:
     files = {name: tmp_path / f"table.{name}" for name in ("json", "markdown")}
     words = [word for name, file in files.items() for word in (f"--{name}", str(file))]
     answer = run_script("speed", "--quick", *words)
@@ -130,7 +130,7 @@ def test_the_benchmark_of_all_targets_runs(tmp_path: Path) -> None:
     assert "target ≤ 0.75: " in answer
 
 
-def test_only_the_targets_asked_for_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
+def test_speed_measures_only_what_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert [row.target for row in measure(QUICK, {"C7"})][-1] == "C7"
     with pytest.raises(SystemExit):
         parse(["--only", "C12"])
@@ -146,7 +146,7 @@ def test_only_the_targets_asked_for_are_measured(capsys: pytest.CaptureFixture[s
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*bf16-mixed is not supported by the model summary")
-def test_what_is_for_a_gpu_runs_on_the_cpu_too(rows: Any, targets: set[str]) -> None:
+def test_gpu_targets_run_on_the_cpu_too(rows: Any, targets: set[str]) -> None:
     results = list(rows(QUICK, targets, "cpu"))
     assert {row.target for row in results} == targets
     assert all(row.spread.middle > 0 for row in results if isinstance(row, Measurement))
