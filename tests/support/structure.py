@@ -6,8 +6,9 @@ ROOT holds nmlightning/ and tests/; `--runs` leaves out what the sources alone t
 that misses its target counts is below it, and the exit code is then 1.
 
 - A module imports another where an `import` anywhere in its file names it, but for those of an
-  `__init__` for the types only. Importers and the longest chain leave out imports in functions, and
-  the package's own `__init__`, which is lazy.
+  `__init__` for the types only. Of the modules with one importer those are left out that the
+  `__init__` of their package imports, since they are public. The longest chain leaves out imports
+  in functions, and nmlightning's own `__init__`, which is lazy.
 - The longest chain counts modules; in a circle, of which none is the first, it counts all.
 - A file is met where a function of it runs; what an `import` executes does not count.
 - The batch is a layer's second: the first loads the kernels. The model is a ResNet-20. A file of
@@ -170,6 +171,13 @@ def count_importers(graph: Graph) -> dict[str, int]:
     return {name: sum(name in imported for imported in graph.values()) for name in graph}
 
 
+def find_lonely(graph: Graph) -> list[str]:
+    """Return the modules that one other imports, unless it is the `__init__` of their package."""
+    importers = count_importers(graph)
+    names = [name for name in graph if importers[name] == 1]
+    return [name for name in names if name not in graph.get(name.rpartition(".")[0], ())]
+
+
 def find_circles(graph: Graph) -> list[tuple[str, ...]]:
     """Return the sets of modules that all import one another, directly or not."""
     reached = {name: set(imported) for name, imported in graph.items()}
@@ -198,7 +206,7 @@ def source_figures(package: Package) -> list[Figure]:
     """Return the figures that the sources alone tell."""
     tests = [path.read_text("utf-8") for path in (package.root / "tests").rglob("*.py")]
     graph = package.graph(in_functions=False)
-    lonely = [name for name, importers in count_importers(graph).items() if importers == 1]
+    lonely = find_lonely(package.graph())
     chain = longest_chain(graph)
     circles = [" ⇄ ".join(circle) for circle in find_circles(package.graph())]
     layers = Layers.read(package.root)
