@@ -31,6 +31,8 @@ from nmlightning.functional.statistics import (
     total_scale,
 )
 
+Backward = Callable[..., tuple[Tensor | None, ...]]
+
 
 def gradient_sums(grad: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """Return Σg and Σ g · (x − μ) of each channel, (C,).
@@ -59,9 +61,6 @@ def _is_fast_in_torch(grad: Tensor, x: Tensor) -> bool:
     if x.is_contiguous():
         return grad.is_contiguous()
     return grad.stride() == x.stride() and x.movedim(1, -1).is_contiguous()
-
-
-Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
 def differentiable_once(backward: Backward) -> Backward:

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+HALF_DTYPES = frozenset({torch.float16, torch.bfloat16})
+BLOCK = 256
 Count = int | Tensor
 """A number of values; a 0-dimensional int64 tensor where ranks share the batch."""
 
@@ -96,10 +98,6 @@ def keep_first_largest(values: Tensor, group: ProcessGroup | None) -> tuple[Tens
     ranks = torch.arange(len(gathered), device=values.device).view(-1, *[1] * values.dim())
     first = torch.where(gathered == largest, ranks, len(gathered)).amin(0)
     return largest, first == dist.get_rank(group)
-
-
-HALF_DTYPES = frozenset({torch.float16, torch.bfloat16})
-BLOCK = 256
 
 
 def is_half(dtype: torch.dtype) -> bool:

@@ -17,6 +17,14 @@ from nmlightning.functional.reductions import is_half
 from nmlightning.kernels.dispatch import NO_KERNELS, select_tracking
 from nmlightning.kernels.interface import Dispatch, Fused
 
+STATS_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+RUNNING = ("running_mean", "running_var")
+
 
 def activate(y: Tensor, residual: Tensor | None, fused: Fused | None) -> Tensor:
     """Return y, ReLU(y) or ReLU(y + residual), as `fused` says; y may be used up."""
@@ -35,14 +43,6 @@ def check_residual(residual: Tensor | None, fused: Fused | None) -> None:
         )
     if residual is not None and fused != "add_relu":
         raise InputError(f"A norm with fused={fused!r} adds no residual, and got one.")
-
-
-STATS_DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
 
 
 def check_eps(eps: float) -> float:
@@ -100,9 +100,6 @@ def _setting(layer: nn.Module, name: str, default: object) -> object:
     if name == "bias":  # A flag of the constructor, a parameter of the layer.
         return layer.bias is not None or getattr(layer, "weight", None) is None
     return getattr(layer, name, default)
-
-
-RUNNING = ("running_mean", "running_var")
 
 
 class BatchNormBase(_BatchNorm):

@@ -253,16 +253,9 @@ class L1LayerNorm(LpLayerNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            normalized_shape,
-            1.0,
-            eps=eps,
-            elementwise_affine=elementwise_affine,
-            bias=bias,
-            constant=constant,
-            stats_dtype=stats_dtype,
-            device=device,
-            dtype=dtype,
-        )
+            normalized_shape, eps=eps, elementwise_affine=elementwise_affine, bias=bias,
+            constant=constant, stats_dtype=stats_dtype, device=device, dtype=dtype,
+        )  # fmt: skip
 
 
 class LpRMSNorm(nn.RMSNorm):
@@ -353,15 +346,9 @@ class L1RMSNorm(LpRMSNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            normalized_shape,
-            1.0,
-            eps=eps,
-            elementwise_affine=elementwise_affine,
-            constant=constant,
-            stats_dtype=stats_dtype,
-            device=device,
-            dtype=dtype,
-        )
+            normalized_shape, eps=eps, elementwise_affine=elementwise_affine,
+            constant=constant, stats_dtype=stats_dtype, device=device, dtype=dtype,
+        )  # fmt: skip
 
 
 def _eps_of(dtype: torch.dtype) -> float:

@@ -40,6 +40,8 @@ from nmlightning.kernels.interface import (
     is_largest,
 )
 
+NOT_BUILT = "the kernels are not built: nm kernels build"
+_DTYPES = (torch.float32, torch.bfloat16)
 # The tolerance · √3 / u, with u = 2^-24 and 2^-8.
 X_FREE_REACH = {torch.float32: 14.5, torch.bfloat16: 1.77}
 _NEVER = -1.0
@@ -180,10 +182,6 @@ class CpuLayerNorm:
         return torch.ops.nmlightning.layer_norm_backward(  # type: ignore[no-any-return]
             grad, x, features, weight, rows, learned, self.centred
         )
-
-
-NOT_BUILT = "the kernels are not built: nm kernels build"
-_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,16 @@ _PROCESSOR = (
     "CPU part",
     "Features",
 )
+LOG = "build.log"
+_UNFINISHED = "unfinished-"
+_FORMULA = "The norms use the formula"
+# In a process of its own, which is given the folder of ninja in its PATH and leaves nothing loaded.
+# That it loads what it has built is a first test of it.
+_COMPILE = """
+import json, sys
+from torch.utils.cpp_extension import load
+load(**json.loads(sys.argv[1]), is_python_module=False, verbose=True)
+"""
 
 
 def cache_folder() -> Path:
@@ -102,18 +112,6 @@ def _processor() -> list[str]:
         return [platform.processor()]
     first = cpuinfo.read_text().partition("\n\n")[0].splitlines()
     return [line for line in first if line.partition(":")[0].strip() in _PROCESSOR]
-
-
-LOG = "build.log"
-_UNFINISHED = "unfinished-"
-_FORMULA = "The norms use the formula"
-# In a process of its own, which is given the folder of ninja in its PATH and leaves nothing loaded.
-# That it loads what it has built is a first test of it.
-_COMPILE = """
-import json, sys
-from torch.utils.cpp_extension import load
-load(**json.loads(sys.argv[1]), is_python_module=False, verbose=True)
-"""
 
 
 def build_library(folder: Path) -> Path:

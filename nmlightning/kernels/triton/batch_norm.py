@@ -129,16 +129,10 @@ class TritonBatchNorm:
         if not x.numel():
             return sums
         signs = is_l1(statistic)
+        grad, statistics = lay_out_like(grad, x), mean.contiguous().unsqueeze(0)
         with on_device_of(x):
             parts, partition = _sum_gradients(
-                lay_out_like(grad, x),
-                x,
-                y,
-                None,
-                mean.contiguous().unsqueeze(0),
-                None,
-                False,
-                signs,
+                grad, x, y, None, statistics, bias=None, relu=False, signs=signs
             )
             for row in range(len(parts)):
                 sums[row] = _fold(parts[row], partition)

@@ -16,6 +16,10 @@ from nmlightning.kernels.triton.tiles import (
     processors_of,
 )
 
+TILE = 2048  # elements; a longer row is a tile, of which registers spill above 8,192 features
+ELEMENTS_PER_THREAD = 8
+FOLD = {"HEIGHT": 64, "WIDTH": 32, "num_warps": 4, "enable_fp_fusion": True}
+
 
 @triton.jit
 def normalise_rows(
@@ -112,11 +116,6 @@ def place_rows(number, M, D, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     rows = number.to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
     columns = tl.arange(0, WIDTH)[None, :]
     return rows, columns, rows < M, columns < D
-
-
-TILE = 2048  # elements; a longer row is a tile, of which registers spill above 8,192 features
-ELEMENTS_PER_THREAD = 8
-FOLD = {"HEIGHT": 64, "WIDTH": 32, "num_warps": 4, "enable_fp_fusion": True}
 
 
 class TritonLayerNorm:

@@ -139,27 +139,16 @@ def processors_of(device: torch.device) -> int:
 
 
 def _describe(x: Tensor) -> tuple[int, int, int, bool, int]:
-    channels = x.shape[1]
     spatial = x.shape[2:].numel()
-    return (
-        x.shape[0] * spatial,
-        channels,
-        spatial,
-        spatial == 1 or layout_of(x) == "NHWC",
-        x.element_size(),
-    )
+    channels_last = spatial == 1 or layout_of(x) == "NHWC"
+    return x.shape[0] * spatial, x.shape[1], spatial, channels_last, x.element_size()
 
 
 @lru_cache(maxsize=4096)
 def _divide(
-    rows: int,
-    channels: int,
-    spatial: int,
-    channels_last: bool,
-    item: int,
-    streams: int,
+    rows: int, channels: int, spatial: int, channels_last: bool, item: int, streams: int,
     processors: int,
-) -> Partition:
+) -> Partition:  # fmt: skip
     vector, width = _vector_and_width(channels, spatial, channels_last, item)
     columns = -(-channels // width) if channels_last else channels
     step = 1 if channels_last else width  # elements of a channel in a unit of height
@@ -180,18 +169,8 @@ def _divide_to_select(
     least = MIN_HEIGHT if channels_last else MIN_VECTORS * step
     span = max(least, at_least(-(-rows // MAX_BLOCKS)))
     height = min(span // step, _at_most(TILE_BYTES // (item * width)))
-    blocks = -(-rows // span)
-    return Partition(
-        rows,
-        channels,
-        spatial,
-        blocks,
-        span // (height * step),
-        height,
-        width,
-        vector,
-        channels_last,
-    )
+    tiles, blocks = span // (height * step), -(-rows // span)
+    return Partition(rows, channels, spatial, blocks, tiles, height, width, vector, channels_last)
 
 
 def _vector_and_width(
