@@ -12,7 +12,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from nmlightning.errors import InputError, check_choice, check_whole_number, nearest
 from nmlightning.name_patterns import some
-from nmlightning.weights.official_pickle import read_official_pickle
 from nmlightning.weights.recording_file import (
     FILE_NAME,
     check_finite,
@@ -189,42 +188,21 @@ class NormHistory:
                 arrays do not fit together; norms that are not finite.
         """
         file = Path(path)
+        if file.suffix == ".pkl":
+            raise InputError(
+                f"{file} is a pickle, which may run anything when it is read: read it where it was "
+                'written and use NormHistory.from_arrays, as "A pickle of norms" in '
+                "docs/weight_norms.md shows."
+            )
         file = file / FILE_NAME if file.is_dir() else file
-        return cls._of_file(file, read_recording(file), finite=finite)
-
-    @classmethod
-    def from_official_pickle(
-        cls, path: str | Path, names: Mapping[int, str], *, steps_per_epoch: int
-    ) -> "NormHistory":
-        """Return the history in a `*.conv_norms.pkl` that the authors' own code has written.
-
-        Its records are those of the ends of epochs; learning rates and decays are unknown. The
-        pickle is read as data: nothing that it names is imported or run, and pandas is not needed.
-
-        Args:
-            path: the file.
-            names: the names of the recorded weights in this model, by the index that each has in
-                the authors' `list(net.parameters())`; names of other indices are not used.
-            steps_per_epoch: the optimizer steps in an epoch of that run: 391 for CIFAR-10 in
-                batches of 128, the authors' default.
-
-        Raises:
-            InputError: no such file; one that is truncated, names what is not part of such a
-                recording, or has another structure; an index without a name; norms that are
-                negative or not finite.
-
-        Example:
-            Each convolution of the authors' VGG-11 has a bias and a batch norm after it, so that
-            the weights' indices are 0, 4, 8 and so on, in the order of our convolutions:
-
-            >>> from nmlightning.models.vgg import VGG
-            >>> weights = [name for name, w in VGG(11).named_parameters() if w.ndim == 4]
-            >>> names = {4 * i: name for i, name in enumerate(weights)}
-            >>> NormHistory.from_official_pickle(path, names, steps_per_epoch=391)  # doctest: +SKIP
-            NormHistory(80 records of 8 weights, steps 391 to 31280)
-        """
-        file = Path(path)
-        return cls._of_file(file, read_official_pickle(file, names, steps_per_epoch), finite=True)
+        content = read_recording(file)
+        try:
+            arrays = make_arrays(**content)
+            if finite:
+                check_finite(arrays["norms"], arrays["epochs"])
+        except InputError as error:
+            raise InputError(f"{file} cannot be used: {error}.") from None
+        return cls(**arrays)
 
     @property
     def clock(self) -> RecordedClock:
@@ -319,16 +297,6 @@ class NormHistory:
                     f"The recording is of another model: {name} has {recorded} output channels "
                     f"there and {count} here."
                 )
-
-    @classmethod
-    def _of_file(cls, file: Path, content: Mapping[str, Any], *, finite: bool) -> "NormHistory":
-        try:
-            arrays = make_arrays(**content)
-            if finite:
-                check_finite(arrays["norms"], arrays["epochs"])
-        except InputError as error:
-            raise InputError(f"{file} cannot be used: {error}.") from None
-        return cls(**arrays)
 
     def _records(self, kept: NDArray[np.bool_]) -> "NormHistory":
         return NormHistory(
