@@ -52,11 +52,11 @@ def make_log(net: nn.Module, optimizer: torch.optim.Optimizer) -> Call:
         _logger_connector=SimpleNamespace(should_update_logs=True),
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=0)),
     )
-    dashboard = NormDashboard(trainer, find_layer_weights(net))
+    dashboard = NormDashboard(trainer, Recorder(find_layer_weights(net), {}))
 
     def run() -> None:
         dashboard.before_step(optimizer)
-        dashboard.after_batch([])
+        dashboard.after_batch()
 
     return run
 
@@ -86,12 +86,12 @@ def make_hooks(
     optimizer: torch.optim.Optimizer,
 ) -> Call:
     """Return a call of the rule's two hooks."""
-    attachment = rule.attach(optimizer, net.named_parameters())
-    attachment.remove()
+    handle = rule.attach(optimizer, net.named_parameters())
+    handle.remove()
 
     def run() -> None:
-        attachment.before_step()
-        attachment.after_step()
+        handle.before_step()
+        handle.after_step()
 
     return run
 

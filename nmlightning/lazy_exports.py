@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 RENAMED = {
-    "callbacks.kept_recording": "callbacks.weight_norm_tracker",
+    "callbacks.kept_recording": "weights.recorder",
     "checkpoints": "surgery.checkpoints",
     "datamodules.number_names": "translation.datamodules",
     "datamodules.parallel_text": "translation.datamodules",

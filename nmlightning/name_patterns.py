@@ -1,7 +1,18 @@
-"""Glob patterns on names, and short lists of names for messages."""
+"""Names of parameters: plain names, glob patterns on them, and short lists for messages."""
 
+import re
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
+
+
+def plain_name(name: str) -> str:
+    """Return a parameter's name without what `torch.compile` or a parametrization add to it.
+
+    >>> plain_name("_orig_mod.conv.parametrizations.weight.original1")
+    'conv.weight'
+    """
+    name = re.sub(r"(^|\.)parametrizations\.(\w+)\.original\d*$", r"\1\2", name)
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

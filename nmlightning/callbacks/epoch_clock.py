@@ -1,4 +1,4 @@
-"""The position of a run in its epochs, in attempted steps of an optimizer."""
+"""EpochClock: the position of a run in its epochs, in attempted steps of an optimizer."""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ def steps_per_epoch(trainer: "pl.Trainer") -> int | None:
 
 
 class EpochClock:
-    """Tells the moment of each optimizer's step, as an epoch and the part of it that is over.
+    """Gives the moment of each optimizer's step: the epoch and the part of it that is over.
 
         moment = epoch + attempted steps in it / steps in an epoch
 
@@ -86,7 +86,7 @@ class EpochClock:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Resume from there."""
         self._epoch = state["epoch"]
         self._attempts = list(state["attempts"])
         self._last_epoch = list(state["last_epoch"])
@@ -109,6 +109,6 @@ class EpochClock:
         if attempts > steps:
             raise InputError(
                 f"The recording has {steps} steps in epoch {epoch}, and this run, whose data has "
-                "no length, goes on: record a longer run, or set limit_train_batches."
+                "no length, continues: record a longer run, or set limit_train_batches."
             )
         return steps

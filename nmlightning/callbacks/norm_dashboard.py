@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from nmlightning.callbacks.skipped_steps import SkippedSteps
 from nmlightning.compat import logged_step, logging_is_due
 from nmlightning.optim.families import expected_rotation, group_numbers, known_power
-from nmlightning.optim.step_hooks import Attachment
+from nmlightning.optim.step_hooks import StepHookHandle
 from nmlightning.reports import tags
 from nmlightning.reports.heatmap import draw_heatmap
 from nmlightning.weights.channel_norms import (
@@ -23,8 +23,8 @@ from nmlightning.weights.channel_norms import (
     rotations,
     summarise_channels,
 )
-from nmlightning.weights.history import NormHistory
 from nmlightning.weights.layer_weights import LayerWeight
+from nmlightning.weights.recorder import Recorder
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -89,16 +89,24 @@ class NormDashboard:
 
     Args:
         trainer: whose loggers are used.
-        weights: what is shown.
+        recorder: of the weights that are shown.
+        handles: the rule at work on each optimizer that is steered.
     """
 
-    def __init__(self, trainer: "pl.Trainer", weights: Sequence[LayerWeight]) -> None:
+    def __init__(
+        self, trainer: "pl.Trainer", recorder: Recorder, handles: Sequence[StepHookHandle] = ()
+    ) -> None:
         self._trainer = trainer
-        self._weights = {tags.layer_of(weight.name): weight for weight in weights}
+        self._recorder = recorder
+        self._handles = handles
+        self._weights = {tags.layer_of(weight.name): weight for weight in recorder.weights}
         self._skipped = SkippedSteps(trainer)
         self._steps: dict[str, _Step] = {}
         for writer in self._writers():
             writer.add_custom_scalars(tags.dashboard_layout(list(self._weights)))
+
+    def begin_batch(self, batch: int) -> None:
+        """Do nothing."""
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Keep the weights that this step may turn, if it is one to be logged."""
@@ -112,13 +120,13 @@ class NormDashboard:
                 self._steps[layer] = _Step.before(weight, optimizer, group)
 
     @torch.no_grad()
-    def after_batch(self, attachments: Sequence[Attachment]) -> None:
+    def after_batch(self) -> None:
         """Log the steps that were kept, and the weights they led to."""
         if not self._steps:
             return
         reading = DeviceReading()
         self._add_weights(reading)
-        _add_steering(reading, attachments)
+        self._add_steering(reading)
         if self._skipped.watches:
             reading.add([tags.SKIPPED_STEPS], self._skipped.count())
         values = reading.read()
@@ -128,9 +136,9 @@ class NormDashboard:
         if self._trainer.is_global_zero:
             log_scalars(self._trainer, values, logged_step(self._trainer))
 
-    def end_epoch(self, history: NormHistory) -> None:
+    def end_epoch(self) -> None:
         """Show the recorded norms in TensorBoard."""
-        step, ends = logged_step(self._trainer), history.epoch_ends()
+        step, ends = logged_step(self._trainer), self._recorder.history().epoch_ends()
         pictures_are_due = self._pictures_are_due(len(ends))
         for writer in self._writers():
             for layer, weight in self._weights.items():
@@ -143,14 +151,14 @@ class NormDashboard:
                     writer.add_image(tags.norm_map_tag(layer), picture, step, dataformats="HWC")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counts that a resumed run goes on with."""
+        """Return the counts that a resumed run starts from."""
         return {"skipped_steps": int(self._skipped.count())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
-        self._skipped.go_on_from(state["skipped_steps"])
+        """Resume from there."""
+        self._skipped.resume_from(state["skipped_steps"])
 
-    def remove(self) -> None:
+    def close(self, *, finished: bool) -> None:
         """Stop watching the optimizers."""
         self._skipped.remove()
 
@@ -160,6 +168,16 @@ class NormDashboard:
         reading.add(names, summarise_channels(norms))
         turned = [step.rotation() for step in self._steps.values()]
         reading.add([tags.rotation_tag(layer) for layer in self._steps], torch.stack(turned))
+
+    def _add_steering(self, reading: DeviceReading) -> None:
+        factors = {name: f for handle in self._handles for name, f in handle.factors().items()}
+        if factors:
+            layers = [tags.layer_of(name) for name in factors]
+            names = [tags.factor_tag(layer, name) for layer in layers for name in STATISTICS]
+            reading.add(names, summarise_channels([f.float() for f in factors.values()]))
+        if self._handles:
+            counts = [handle.skipped_on_device for handle in self._handles]
+            reading.add([tags.UNDONE_STEPS], torch.stack(counts).sum())
 
     def _pictures_are_due(self, epochs: int) -> bool:
         expected = max(self._trainer.max_epochs or 0, 1)
@@ -211,14 +229,3 @@ class _Step:
         if self.equilibrium is not None:
             rates[tags.equilibrium_tag(layer)] = self.equilibrium
         return rates
-
-
-def _add_steering(reading: DeviceReading, attachments: Sequence[Attachment]) -> None:
-    factors = {name: f for each in attachments for name, f in each.factors().items()}
-    if factors:
-        layers = [tags.layer_of(name) for name in factors]
-        names = [tags.factor_tag(layer, name) for layer in layers for name in STATISTICS]
-        reading.add(names, summarise_channels([f.float() for f in factors.values()]))
-    if attachments:
-        counts = [attachment.undone_on_device for attachment in attachments]
-        reading.add([tags.UNDONE_STEPS], torch.stack(counts).sum())

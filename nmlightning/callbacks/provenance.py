@@ -1,12 +1,18 @@
-"""What a recording says about the run that made it, and whether another run may follow it."""
+"""Provenance of a recording: the run that made it, compared with a run that follows it."""
 
+import warnings
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from torch.optim import Optimizer
+
 from nmlightning.callbacks.epoch_clock import steps_per_epoch
 from nmlightning.compat import epochs_to_train, global_seed
 from nmlightning.errors import InputError
+from nmlightning.name_patterns import some
 from nmlightning.weights.history import NormHistory
 
 if TYPE_CHECKING:
@@ -35,7 +41,7 @@ def check_same_run(history: NormHistory, trainer: "pl.Trainer", *, other_run: bo
     """Raise InputError if the run lasts longer than the recording, or has another seed or size.
 
     Args:
-        history: the recording; what it does not say is not compared.
+        history: the recording; what is not noted in it is not compared.
         trainer: of the run.
         other_run: let another seed and another number of processes pass.
     """
@@ -75,3 +81,50 @@ def _plain(options: dict[str, Any]) -> dict[str, Any]:
         for name, value in options.items()
         if value is None or isinstance(value, bool | int | float | str)
     }
+
+
+def check_same_optimizer(
+    history: NormHistory, names: Sequence[str], optimizers: Sequence[Optimizer]
+) -> None:
+    """Compare optimizers, learning rates and decays with those of a recording, where it has them.
+
+    A warning names another learning rate, and a recording without weight decay.
+
+    Args:
+        history: the recording.
+        names: of the weights that follow it.
+        optimizers: that have these weights.
+
+    Raises:
+        InputError: an optimizer of a class that the recorded run did not have.
+    """
+    recorded = history.provenance.get("optimizers") or []
+    for optimizer in optimizers:
+        _check_class(recorded, optimizer)
+        _compare_rates(recorded, optimizer)
+    columns = [list(history.norms).index(name) for name in names]
+    decays = history.weight_decays[:, columns]
+    if decays.size and not np.isnan(decays).any() and not decays.any():
+        _warn(f"without weight decay on {some(names, 3)}, so there is none to replace")
+
+
+def _check_class(recorded: Sequence[Mapping[str, Any]], optimizer: Optimizer) -> None:
+    there, here = [each.get("name") for each in recorded], type(optimizer).__name__
+    if there and here not in there:
+        raise InputError(
+            f"The recording is of a run with {' and '.join(map(str, there))}, and this one has "
+            f"{here}, whose steps follow norms otherwise; set other_run to follow it all the same."
+        )
+
+
+def _compare_rates(recorded: Sequence[Mapping[str, Any]], optimizer: Optimizer) -> None:
+    name, here = type(optimizer).__name__, float(optimizer.defaults["lr"])
+    there = [each["lr"] for each in recorded if each.get("name") == name and "lr" in each]
+    if there and here not in there:
+        _warn(f"with learning rate {there[0]:g}, and this one has {here:g}")
+
+
+def _warn(difference: str) -> None:
+    warnings.warn(
+        f"The recording is of a run {difference}; set other_run if that is meant.", stacklevel=2
+    )

@@ -42,7 +42,7 @@ class SkippedSteps:
         found = self._found_on_device
         return missed if found is None else missed.to(found.device) + found
 
-    def go_on_from(self, count: int) -> None:
+    def resume_from(self, count: int) -> None:
         """Begin with the steps that were skipped before a resume."""
         self._missed += count
 
@@ -65,7 +65,7 @@ class SkippedStepCount(Callback):
 
     It is the number of optimizer steps since training began, also before a resume, that were left
     out since gradients overflowed in half precision. A few at the start, while the scale is found,
-    are normal; a number that goes on growing is not.
+    are normal; a number that keeps growing is not.
     """
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class SkippedStepCount(Callback):
         """Watch the optimizers of a precision that has a GradScaler."""
         skipped = SkippedSteps(trainer)
         if skipped.watches:
-            skipped.go_on_from(self._earlier)
+            skipped.resume_from(self._earlier)
             self._skipped = skipped
 
     def on_before_optimizer_step(
@@ -99,10 +99,10 @@ class SkippedStepCount(Callback):
             self._skipped = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the count that a resumed run goes on with."""
+        """Return the count that a resumed run starts from."""
         count = self._earlier if self._skipped is None else int(self._skipped.count())
         return {"skipped_steps": count}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Resume from there."""
         self._earlier = state_dict["skipped_steps"]

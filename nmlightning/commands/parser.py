@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from nmlightning.commands.files import find_config, is_config_text, shipped_configs
 from nmlightning.errors import InputError, nearest
-from nmlightning.optim import Steering
+from nmlightning.optim import StepRule
 
 
 class Kind(NamedTuple):
@@ -37,7 +37,7 @@ KINDS = {
     "data": Kind(LightningDataModule, "nmlightning.datamodules"),
     "callbacks": Kind(Callback, "nmlightning.callbacks"),
     "net": Kind(torch.nn.Module, "nmlightning.models"),
-    "steering": Kind(Steering, "nmlightning.optim"),
+    "steering": Kind(StepRule, "nmlightning.optim"),
     "logger": Kind(Logger),
     "optimizer": Kind(torch.optim.Optimizer),
     "lr_scheduler": Kind(LRScheduler),

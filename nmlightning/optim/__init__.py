@@ -5,5 +5,4 @@ from nmlightning.optim.hyperball import Hyperball as Hyperball
 from nmlightning.optim.lr_correction import LRCorrection as LRCorrection
 from nmlightning.optim.norm_schedule import NormSchedule as NormSchedule
 from nmlightning.optim.radial_projection import RadialProjection as RadialProjection
-from nmlightning.optim.reference import FollowingRule as FollowingRule
-from nmlightning.optim.step_hooks import Steering as Steering
+from nmlightning.optim.step_hooks import StepRule as StepRule

@@ -1,23 +1,21 @@
 """DecayEquivalentLR: weight decay as a learning rate that grows exponentially."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD
 
-from nmlightning.errors import InputError, is_number
-from nmlightning.optim.parameters import SteeredWeight, may_hold, project, scale_step
-from nmlightning.optim.step_hooks import Steering, StepRule
-from nmlightning.weights.history import Moment, NormHistory
+from nmlightning.errors import InputError, check_lists, is_number
+from nmlightning.optim.parameters import OptimizedWeight, maybe_any, project, scale_step
+from nmlightning.optim.step_hooks import State, StepRule, attach_rule
 
 
 @dataclass(frozen=True)
 class DecayRate:
-    """What weight decay λ does to a scale-invariant weight at learning rate η and momentum m.
+    """The effect of weight decay λ on a scale-invariant weight at learning rate η and momentum m.
 
     α is the larger root of z² − (1 + m − ηλ) z + m = 0, and the step without decay that turns the
     direction alike has the rate η / (α a²) for a weight that is 1/a of the decayed one.
@@ -48,7 +46,7 @@ class DecayRate:
         return cls(alpha, 2 * decay / (divisor * alpha))
 
 
-class DecayEquivalentLR(Steering):
+class DecayEquivalentLR(StepRule):
     """Move scale-invariant weights without weight decay as SGD with weight decay λ moves them.
 
     SGD with momentum m, decay λ and rate η turns the directions of scale-invariant weights exactly
@@ -75,83 +73,66 @@ class DecayEquivalentLR(Steering):
     Source: Li & Arora 2020 (arXiv 1910.07454), theorem 2.
     """
 
+    attach = attach_rule
+
     def __init__(
         self, weight_decay: float, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
     ) -> None:
         if not (is_number(weight_decay) and 0 <= weight_decay < math.inf):
             raise InputError(f"weight_decay must be 0 or more, got {weight_decay!r}.")
-        super().__init__(include=include, exclude=exclude)
+        check_lists(include=include, exclude=exclude)
         self.weight_decay = weight_decay
+        self.include = tuple(include)
+        self.exclude = tuple(exclude)
 
-    def _make_rules(
-        self, optimizer: Optimizer, weights: Sequence[SteeredWeight], history: NormHistory | None
-    ) -> Sequence[StepRule]:
-        for weight in weights:
-            _check_heavy_ball(weight)
-            DecayRate.of(weight.learning_rate, self.weight_decay, weight.group["momentum"])
-        return [_DecayedWeight(weight, self.weight_decay) for weight in weights]
+    def init_state(self, weight: OptimizedWeight) -> State:
+        """Return ‖w_i(0)‖, a_i, and the κ of the last step, 0 while the buffer is empty."""
+        _check_heavy_ball(weight)
+        DecayRate.of(weight.learning_rate, self.weight_decay, weight.group["momentum"])
+        initial = weight.norms()
+        scales = torch.ones_like(initial, dtype=torch.float64)
+        return {"initial": initial, "scales": scales, "pull": 0.0}
 
-    def _settings(self, optimizer: Optimizer) -> dict[str, Any]:
-        return {"weight_decay": self.weight_decay}
-
-
-class _DecayedWeight:
-    """The rule for one weight u; channel i of the decayed weight that it stands for is a_i u_i."""
-
-    def __init__(self, weight: SteeredWeight, weight_decay: float) -> None:
-        self.weight = weight
-        self._weight_decay = weight_decay
-        self._initial = weight.norms()
-        self._scales = torch.ones_like(self._initial, dtype=torch.float64)  # a
-        self._pull = 0.0  # κ of the last step; 0 before the first, when the buffer is empty
-        self.factors: Tensor | None = None
-
-    def after_step(self, before: Tensor, moment: Moment) -> Tensor:
-        del moment
-        if self.weight.gradient is None:  # SGD leaves the weight and its decay out
-            return torch.zeros_like(self.weight.norms(), dtype=torch.bool)
-        rate, momentum = self.weight.learning_rate, float(self.weight.group["momentum"])
-        now = DecayRate.of(rate, self._weight_decay, momentum)
-        squares = self._scales.square()
-        if self._pull != now.pull:
-            self._correct_buffer(before, momentum * (self._pull - now.pull) * squares, rate)
-        factors = (1 / (now.alpha * squares)).to(self._initial.dtype)
-        undone, self.factors = scale_step(self.weight, before, factors)
-        shrunk = now.alpha / project(self.weight, self._initial)
-        self._forget(undone, before, now.pull * squares)
-        self._scales *= shrunk.where(~undone, 1.0)
-        self._pull = now.pull
-        return undone
-
-    def _forget(self, undone: Tensor, before: Tensor, shares: Tensor) -> None:
-        """Leave the momentum that stands for none in the decayed run where it is not finite."""
-        buffer = self.weight.buffer("momentum_buffer")
-        if buffer is not None and may_hold(undone):
-            lost = (self.weight.spread(undone) != 0) & ~buffer.isfinite()
-            buffer.copy_(buffer.where(~lost, -before * self.weight.spread(shares)))
-
-    def _correct_buffer(self, before: Tensor, shares: Tensor, rate: float) -> None:
-        """Let the step have been taken with shares of the channels added to their momentum."""
-        buffer = self.weight.buffer("momentum_buffer")
-        if buffer is not None:
-            added = before * self.weight.spread(shares)
-            buffer.add_(added)
-            self.weight.values.sub_(added, alpha=rate)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "initial": self.weight.all_channels(self._initial).clone(),
-            "scales": self.weight.all_channels(self._scales).clone(),
-            "pull": self._pull,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._initial.copy_(self.weight.local_channels(state["initial"]))
-        self._scales.copy_(self.weight.local_channels(state["scales"]))
-        self._pull = state["pull"]
+    def after_step(
+        self, weight: OptimizedWeight, before: Tensor, recorded: Tensor | None, state: State
+    ) -> tuple[Tensor, Tensor] | None:
+        """Scale the step of weight u, of which a_i u_i is the decayed one, then project."""
+        if weight.gradient is None:  # SGD leaves the weight and its decay out
+            return None
+        rate, momentum = weight.learning_rate, float(weight.group["momentum"])
+        now = DecayRate.of(rate, self.weight_decay, momentum)
+        squares = state["scales"].square()
+        if state["pull"] != now.pull:
+            _correct_buffer(weight, before, momentum * (state["pull"] - now.pull) * squares, rate)
+        factors = (1 / (now.alpha * squares)).to(state["initial"].dtype)
+        skipped, factors = scale_step(weight, before, factors)
+        shrunk = now.alpha / project(weight, state["initial"])
+        _reset_momentum(weight, skipped, before, now.pull * squares)
+        state["scales"] *= shrunk.where(~skipped, 1.0)
+        state["pull"] = now.pull
+        return skipped, factors
 
 
-def _check_heavy_ball(weight: SteeredWeight) -> None:
+def _correct_buffer(weight: OptimizedWeight, before: Tensor, shares: Tensor, rate: float) -> None:
+    """Let the step have been taken with shares of the channels added to their momentum."""
+    buffer = weight.buffer("momentum_buffer")
+    if buffer is not None:
+        added = before * weight.spread(shares)
+        buffer.add_(added)
+        weight.values.sub_(added, alpha=rate)
+
+
+def _reset_momentum(
+    weight: OptimizedWeight, skipped: Tensor, before: Tensor, shares: Tensor
+) -> None:
+    """Leave the momentum that stands for none in the decayed run where it is not finite."""
+    buffer = weight.buffer("momentum_buffer")
+    if buffer is not None and maybe_any(skipped):
+        lost = (weight.spread(skipped) != 0) & ~buffer.isfinite()
+        buffer.copy_(buffer.where(~lost, -before * weight.spread(shares)))
+
+
+def _check_heavy_ball(weight: OptimizedWeight) -> None:
     group = weight.group
     if not isinstance(weight.optimizer, SGD):
         raise InputError(

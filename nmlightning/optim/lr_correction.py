@@ -1,27 +1,31 @@
 """LRCorrection: train without weight decay at the effective learning rates of a run with it."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from nmlightning.errors import check_choice
+from nmlightning.errors import check_choice, check_lists
 from nmlightning.optim.families import Power
-from nmlightning.optim.parameters import SteeredWeight, project, scale_step
-from nmlightning.optim.reference import FollowingRule, Reference, check_positive, usable
-from nmlightning.optim.step_hooks import StepRule
-from nmlightning.weights.channel_norms import channel_norms
-from nmlightning.weights.history import Alignment, Moment, NormHistory
+from nmlightning.optim.parameters import OptimizedWeight, project, scale_step
+from nmlightning.optim.step_hooks import (
+    State,
+    StepRule,
+    attach_rule,
+    check_positive,
+    check_reference,
+)
+from nmlightning.weights.channel_norms import channel_norms, is_usable
+from nmlightning.weights.history import Alignment, NormHistory
 
 Mode = Literal["paper", "stable"]
 Granularity = Literal["channel", "layer"]
 
 
-class LRCorrection(FollowingRule):
+class LRCorrection(StepRule):
     """Scale each channel's step so that its direction moves as in a recorded run.
 
     With ‖r_i‖ the recorded norm at the same moment and q the optimizer's power (2 for SGD):
@@ -50,10 +54,12 @@ class LRCorrection(FollowingRule):
         exclude: glob patterns on weight names that are left alone.
 
     Raises:
-        InputError: a setting outside what is allowed. In `attach`: as `Steering.attach` says.
+        InputError: a setting outside what is allowed. In `attach`: as `attach_rule` says.
 
     Source: Hoffer et al. 2018, §3 (arXiv 1803.01814).
     """
+
+    attach = attach_rule
 
     def __init__(
         self,
@@ -71,77 +77,49 @@ class LRCorrection(FollowingRule):
         check_choice("mode", mode, get_args(Mode))
         check_choice("granularity", granularity, get_args(Granularity))
         check_positive(max_factor=max_factor)
-        super().__init__(
-            reference,
-            power=power,
-            align=align or ("official" if mode == "paper" else "interpolate"),
-            max_rotation=max_rotation,
-            include=include,
-            exclude=exclude,
-        )
+        check_lists(include=include, exclude=exclude)
+        align = align or ("official" if mode == "paper" else "interpolate")
+        check_reference(reference, align, max_rotation)
         if mode == "paper":
             warnings.warn(
                 'LRCorrection(mode="paper") has no brake: where a reference norm decays to almost '
                 'nothing the weights grow without bound. Use mode="stable" unless you study that.',
                 stacklevel=2,
             )
+        self.reference = reference
         self.mode = mode
         self.granularity = granularity
         self.max_factor = max_factor
+        self.power = power
+        self.align = align
+        self.max_rotation = max_rotation
+        self.include = tuple(include)
+        self.exclude = tuple(exclude)
 
-    def _follow(self, weight: SteeredWeight, reference: Reference, power: int) -> StepRule:
-        return _CorrectedWeight(weight, reference, self, power)
+    def init_state(self, weight: OptimizedWeight) -> State:
+        """Return ‖w_i(0)‖."""
+        return {"initial": weight.norms()}
 
-    def _settings(self, optimizer: Optimizer) -> dict[str, Any]:
-        return {
-            "mode": self.mode,
-            "granularity": self.granularity,
-            "max_factor": self.max_factor,
-            **super()._settings(optimizer),
-        }
+    def after_step(
+        self, weight: OptimizedWeight, before: Tensor, recorded: Tensor | None, state: State
+    ) -> tuple[Tensor, Tensor]:
+        """Scale the step, and in mode "stable" project the weight."""
+        assert recorded is not None, "there is a reference"
+        if self.mode == "paper":
+            current = channel_norms(before, layout=weight.layout)
+            return scale_step(weight, before, self._factors(weight, current, recorded))
+        factors = self._factors(weight, state["initial"], recorded)
+        if self.max_factor is not None:
+            factors = factors.clamp(max=self.max_factor)
+        skipped, factors = scale_step(weight, before, factors, self.max_rotation)
+        project(weight, state["initial"].where(is_usable(recorded), 0.0))
+        return skipped, factors
 
-
-class _CorrectedWeight:
-    """The rule for one weight."""
-
-    def __init__(
-        self, weight: SteeredWeight, reference: Reference, settings: LRCorrection, power: int
-    ) -> None:
-        self.weight = weight
-        self._reference = reference
-        self._settings = settings
-        self._power = power
-        self._initial = weight.norms()
-        self.factors: Tensor | None = None
-
-    def after_step(self, before: Tensor, moment: Moment) -> Tensor:
-        settings = self._settings
-        recorded = self._reference.norms(self.weight, moment)
-        if settings.mode == "paper":
-            current = channel_norms(before, layout=self.weight.layout)
-            undone, self.factors = scale_step(self.weight, before, self._factors(current, recorded))
-            return undone
-        factors = self._factors(self._initial, recorded)
-        if settings.max_factor is not None:
-            factors = factors.clamp(max=settings.max_factor)
-        undone, self.factors = scale_step(self.weight, before, factors, settings.max_rotation)
-        project(self.weight, self._initial.where(usable(recorded), 0.0))
-        return undone
-
-    def _factors(self, norms: Tensor, recorded: Tensor) -> Tensor:
+    def _factors(self, weight: OptimizedWeight, norms: Tensor, recorded: Tensor) -> Tensor:
         """Return (‖w_i‖ / ‖r_i‖)^q; 1 where the reference is dead: zero or not finite."""
-        alive = usable(recorded)
-        if self._settings.granularity == "layer":
+        alive = is_usable(recorded)
+        if self.granularity == "layer":
             known = recorded.where(alive, 0.0)
-            norms, recorded = (self._root_mean_square(x) for x in (norms, known))
-        return torch.where(alive, (norms / recorded) ** self._power, 1.0)
-
-    def _root_mean_square(self, norms: Tensor) -> Tensor:
-        mean = self.weight.all_channels(norms).square().mean()
-        return mean.sqrt().expand_as(norms)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"initial": self.weight.all_channels(self._initial).clone()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._initial.copy_(self.weight.local_channels(state["initial"]))
+            squares = (weight.all_channels(x).square().mean() for x in (norms, known))
+            norms, recorded = (mean.sqrt().expand_as(recorded) for mean in squares)
+        return torch.where(alive, (norms / recorded) ** int(self.power), 1.0)

@@ -9,25 +9,25 @@ from torch import Tensor
 
 from nmlightning.errors import InputError
 from nmlightning.name_patterns import some
-from nmlightning.optim.parameters import SteeredWeight
-from nmlightning.weights.shards import join_shards
+from nmlightning.optim.parameters import OptimizedWeight
+from nmlightning.weights.channel_norms import join_shards
 
-MAX_STEPS_UNDONE = 100
-"""A run stops when some weight's step had to be undone in this many steps in a row."""
-_LOOK_EVERY = 25  # Looking at the count waits for the device, and for other ranks.
+MAX_SKIPPED_STEPS = 100
+"""A run stops when some weight's step had to be skipped in this many steps in a row."""
+_CHECK_EVERY = 25  # steps: the check waits for the device, and for other ranks.
 
 
-class UndoneSteps:
-    """Counts the channels whose step was undone, warns of them, and stops a run that goes nowhere.
+class NonfiniteSteps:
+    """Counts the channels whose step was skipped, warns of them, and stops a run that goes nowhere.
 
     Ranks that share the channels of a weight count together, so that all of them warn and stop.
 
     Args:
-        weights: that are steered.
+        weights: of the rule.
         rule: its name, for the messages.
     """
 
-    def __init__(self, weights: Sequence[SteeredWeight], rule: str) -> None:
+    def __init__(self, weights: Sequence[OptimizedWeight], rule: str) -> None:
         self._weights = list(weights)
         self._rule = rule
         device = weights[0].values.device
@@ -36,63 +36,63 @@ class UndoneSteps:
             3, len(weights), dtype=torch.int64, device=device
         ).unbind()
         self._earlier = torch.zeros_like(self._counts)
-        self._told = torch.zeros_like(self._counts)
-        self._told_here = torch.zeros_like(self._counts)  # without earlier runs and other ranks
+        self._reported = torch.zeros_like(self._counts)
+        self._reported_here = torch.zeros_like(self._counts)  # without earlier runs and other ranks
 
-    def note(self, undone: Sequence[Tensor | None], step: int) -> None:
-        """Count the (C,) bool of each weight, whose step number `step` was undone; None is none."""
+    def note(self, skipped: Sequence[Tensor | None], step: int) -> None:
+        """Count the (C,) bool of each weight, the channels that skipped this step; None is none."""
         none = torch.zeros_like(self._now[0])
-        counts = [none if each is None else each.sum().to(none.device) for each in undone]
+        counts = [none if each is None else each.sum().to(none.device) for each in skipped]
         self._now = torch.stack(counts)
         self._counts += self._now
         self._in_a_row = (self._in_a_row + 1) * (self._now > 0)
-        if step % _LOOK_EVERY == 0:
-            self.look(step)
+        if step % _CHECK_EVERY == 0:
+            self.warn_if_skipped(step)
 
     def totals(self) -> Tensor:
-        """Return how many channels' steps of each weight were undone so far, on all ranks.
+        """Return how many channels' steps of each weight were skipped so far, on all ranks.
 
         Every rank has to call it; nothing waits for the device.
         """
         return self._earlier + self._over_ranks(self._counts)
 
-    def look(self, step: int) -> None:
-        """Warn of what was undone since the last look, or raise InputError if it goes on and on.
+    def warn_if_skipped(self, step: int) -> None:
+        """Warn of what was skipped since the last check; raise InputError after too many in a row.
 
         Every rank has to call it.
         """
         totals = self.totals()
-        if torch.equal(totals, self._told):
+        if torch.equal(totals, self._reported):
             return
         rows = self._over_ranks(self._in_a_row, "max")
-        if int(rows.max()) >= MAX_STEPS_UNDONE:
+        if int(rows.max()) >= MAX_SKIPPED_STEPS:
             self._stop(rows)
-        self._warn(totals - self._told, step)
-        self._told, self._told_here = totals.clone(), self._counts.clone()
+        self._warn(totals - self._reported, step)
+        self._reported, self._reported_here = totals.clone(), self._counts.clone()
 
-    def look_here(self, step: int) -> None:
-        """Warn of what was undone on this rank since the last look, without asking the others."""
-        self._warn(self._counts - self._told_here, step)
-        self._told_here = self._counts.clone()
+    def warn_on_this_rank(self, step: int) -> None:
+        """Warn of what this rank skipped since the last check, without asking the others."""
+        self._warn(self._counts - self._reported_here, step)
+        self._reported_here = self._counts.clone()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts over all ranks; every rank has to call it."""
         return {"counts": self.totals(), "in_a_row": self._over_ranks(self._in_a_row, "max")}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from these counts."""
+        """Resume from these counts."""
         self._counts.zero_()
-        self._told_here.zero_()
+        self._reported_here.zero_()
         self._earlier.copy_(state["counts"])
-        self._told.copy_(state["counts"])
+        self._reported.copy_(state["counts"])
         self._in_a_row.copy_(state["in_a_row"])
 
     def _stop(self, rows: Tensor) -> None:
-        worst = (rows >= MAX_STEPS_UNDONE).tolist()
+        worst = (rows >= MAX_SKIPPED_STEPS).tolist()
         now = self._over_ranks(self._now)
         gradients = self._over_ranks(self._bad_gradients()) > 0
         raise InputError(
-            f"{self._rule} had to undo the steps of {self._names(worst)} {int(rows.max())} times "
+            f"{self._rule} had to skip the steps of {self._names(worst)} {int(rows.max())} times "
             f"in a row (now of {int(now.sum())} channels): " + _advice(bool(gradients.any()))
         )
 
@@ -100,9 +100,9 @@ class UndoneSteps:
         names, count = self._names((new > 0).tolist()), int(new.sum())
         if count:
             warnings.warn(
-                f"{self._rule} undid {count} steps of channels of {names} by step {step}, since "
+                f"{self._rule} skipped {count} steps of channels of {names} by step {step}, since "
                 "they, their gradients or their factors were not finite; after "
-                f"{MAX_STEPS_UNDONE} such steps in a row the run stops.",
+                f"{MAX_SKIPPED_STEPS} such steps in a row the run stops.",
                 stacklevel=2,
             )
 

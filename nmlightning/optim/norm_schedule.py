@@ -1,21 +1,26 @@
 """NormSchedule: let the norms of the weights do what the learning-rate schedule would."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
+from nmlightning.errors import check_lists
 from nmlightning.optim.families import Power
-from nmlightning.optim.parameters import SteeredWeight, project, scale_step
-from nmlightning.optim.reference import FollowingRule, Reference, check_positive, usable
-from nmlightning.optim.step_hooks import StepRule
-from nmlightning.weights.history import Alignment, Moment, NormHistory
+from nmlightning.optim.parameters import OptimizedWeight, project, scale_step
+from nmlightning.optim.step_hooks import (
+    State,
+    StepRule,
+    attach_rule,
+    check_positive,
+    check_reference,
+)
+from nmlightning.weights.channel_norms import is_usable
+from nmlightning.weights.history import Alignment, NormHistory
 
 
-class NormSchedule(FollowingRule):
+class NormSchedule(StepRule):
     """Hold the learning rate of the weights constant, and schedule their norms instead.
 
     With ‖r_i‖ the recorded norm at the same moment, η₀ the constant rate, η_t that of the scheduler
@@ -41,10 +46,12 @@ class NormSchedule(FollowingRule):
         exclude: glob patterns on weight names that are left alone.
 
     Raises:
-        InputError: a setting outside what is allowed. In `attach`: as `Steering.attach` says.
+        InputError: a setting outside what is allowed. In `attach`: as `attach_rule` says.
 
     Source: Hoffer et al. 2018, §3 (arXiv 1803.01814).
     """
+
+    attach = attach_rule
 
     def __init__(
         self,
@@ -58,50 +65,31 @@ class NormSchedule(FollowingRule):
         exclude: Sequence[str] = (),
     ) -> None:
         check_positive(base_lr=base_lr)
-        super().__init__(
-            reference,
-            power=power,
-            align=align,
-            max_rotation=max_rotation,
-            include=include,
-            exclude=exclude,
-        )
+        check_lists(include=include, exclude=exclude)
+        check_reference(reference, align, max_rotation)
+        self.reference = reference
         self.base_lr = base_lr
+        self.max_rotation = max_rotation
+        self.power = power
+        self.align = align
+        self.include = tuple(include)
+        self.exclude = tuple(exclude)
 
-    def _follow(self, weight: SteeredWeight, reference: Reference, power: int) -> StepRule:
-        return _ScheduledWeight(weight, reference, self, power)
-
-    def _settings(self, optimizer: Optimizer) -> dict[str, Any]:
-        return {"base_lr": self.base_lr, **super()._settings(optimizer)}
-
-
-class _ScheduledWeight:
-    """The rule for one weight."""
-
-    def __init__(
-        self, weight: SteeredWeight, reference: Reference, settings: NormSchedule, power: int
-    ) -> None:
-        self.weight = weight
-        self._reference = reference
-        self._power = power
-        self._max_rotation = settings.max_rotation
+    def init_state(self, weight: OptimizedWeight) -> State:
+        """Return η₀."""
         initial = float(weight.group.get("initial_lr", weight.group["lr"]))
-        self._base_lr = settings.base_lr or initial
-        self.factors: Tensor | None = None
+        return {"base_lr": self.base_lr or initial}
 
-    def after_step(self, before: Tensor, moment: Moment) -> Tensor:
-        norms = self._reference.norms(self.weight, moment)
-        rate = self.weight.learning_rate
+    def after_step(
+        self, weight: OptimizedWeight, before: Tensor, recorded: Tensor | None, state: State
+    ) -> tuple[Tensor, Tensor] | None:
+        """Take the step at the rate η₀, then set the norms."""
+        rate = weight.learning_rate
         if rate == 0:
-            return torch.zeros_like(norms, dtype=torch.bool)
-        share = self._base_lr / rate
-        factors = torch.full_like(norms, share).where(usable(norms), 1.0)
-        undone, self.factors = scale_step(self.weight, before, factors, self._max_rotation)
-        project(self.weight, norms * share ** (1 / self._power))
-        return undone
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"base_lr": self._base_lr}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._base_lr = state["base_lr"]
+            return None
+        assert recorded is not None, "there is a reference"
+        share = state["base_lr"] / rate
+        factors = torch.full_like(recorded, share).where(is_usable(recorded), 1.0)
+        skipped, factors = scale_step(weight, before, factors, self.max_rotation)
+        project(weight, recorded * share ** (1 / int(self.power)))
+        return skipped, factors

@@ -1,22 +1,29 @@
-"""Parameters of an optimizer as a rule sees them: names, channels, state and step operations."""
+"""Weights of an optimizer as a rule sees them: channels, state, step operations, recorded norms."""
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer, RMSprop
 
 from nmlightning.errors import InputError
-from nmlightning.weights.channel_norms import ROWS, ChannelLayout, channel_norms
-from nmlightning.weights.layer_weights import find_layer_weights, plain_name
-from nmlightning.weights.shards import is_sharded, local_part
+from nmlightning.weights.channel_norms import (
+    ROWS,
+    ChannelLayout,
+    channel_norms,
+    is_sharded,
+    is_usable,
+    local_part,
+)
+from nmlightning.weights.history import Alignment, Moment, NormHistory, RecordPlace
 
-# By c to this power it is larger where the weight is c times as long, whose gradients are 1/c as
-# large. Averages of steps that the gradient's size was divided out of stay as they are.
-_POWERS = {
+# With the weight scaled by c, and so its gradients by 1/c, each buffer is scaled by c to this
+# degree. Averages of steps that the gradient's size was divided out of stay as they are.
+_DEGREES = {
     "momentum_buffer": -1,
     "exp_avg": -1,
     "exp_avg_sq": -2,
@@ -32,8 +39,8 @@ _POWERS = {
 }
 
 
-def buffer_power(optimizer: Optimizer, name: str) -> int:
-    """Return the power of the weight's scale that a buffer goes with; 0 for one not known.
+def scaling_degree(optimizer: Optimizer, name: str) -> int:
+    """Return the degree of a buffer: a weight scaled by c scales it by c**degree; 0 if unknown.
 
     Args:
         optimizer: whose buffer it is.
@@ -41,12 +48,12 @@ def buffer_power(optimizer: Optimizer, name: str) -> int:
     """
     if isinstance(optimizer, RMSprop) and name == "momentum_buffer":
         return 0  # it adds up gradients that were divided by their size
-    return _POWERS.get(name, 0)
+    return _DEGREES.get(name, 0)
 
 
 @dataclass(frozen=True, eq=False)
-class SteeredWeight:
-    """One weight, and the optimizer that moves it.
+class OptimizedWeight:
+    """One weight, and the optimizer that updates it.
 
     Of a sharded weight, everything here is about the channels that this rank holds.
     """
@@ -126,21 +133,21 @@ class SteeredWeight:
         """Multiply channel i by factor i, and the optimizer's averages as its gradients change."""
         self.values.mul_(self.spread(factors))
         for name in self.optimizer.state.get(self.parameter, {}):
-            buffer, power = self.buffer(name), buffer_power(self.optimizer, name)
-            if buffer is not None and power:
-                buffer.mul_(self.layout.spread(factors**power, buffer))
+            buffer, degree = self.buffer(name), scaling_degree(self.optimizer, name)
+            if buffer is not None and degree:
+                buffer.mul_(self.layout.spread(factors**degree, buffer))
 
     @torch.no_grad()
-    def forget(self, undone: Tensor) -> None:
-        """Set to 0 what is not finite in the optimizer's averages of channels that were undone.
+    def reset_nonfinite_state(self, skipped: Tensor) -> None:
+        """Set to 0 what is not finite in the optimizer's averages of channels that were skipped.
 
         Otherwise no later step would be finite. Each entry of the averages is kept or lost in all
         of them alike, since they belong together.
 
         Args:
-            undone: (C,) bool.
+            skipped: (C,) bool.
         """
-        if not may_hold(undone):
+        if not maybe_any(skipped):
             return
         state = self.optimizer.state.get(self.parameter, {}).values()
         averages = [
@@ -148,77 +155,24 @@ class SteeredWeight:
             for kept in state
             if isinstance(kept, Tensor) and kept.shape == self.parameter.shape
         ]
-        lost = self.layout.spread(undone, self.values)
+        lost = self.layout.spread(skipped, self.values)
         if averages:
             lost = lost & reduce(torch.logical_or, (~average.isfinite() for average in averages))
         for average in averages:
             average.masked_fill_(lost, 0.0)
 
 
-def may_hold(flags: Tensor) -> bool:
-    """Return whether any of the flags may be set: on the CPU it is looked up.
+def maybe_any(flags: Tensor) -> bool:
+    """Return whether any flag is set, and True on other devices than the CPU without a look.
 
-    Another device would have to be waited for, which costs more than what it would spare.
+    To wait for such a device would cost more than it spares.
     """
     return not flags.is_cpu or bool(flags.any())
 
 
-Model = nn.Module | Iterable[tuple[str, Tensor]]
-"""A model, or its `named_parameters()`, which tell no more than names and shapes."""
-
-
-@dataclass(frozen=True)
-class NamedWeights:
-    """The parameters of a model.
-
-    Attributes:
-        parameters: by plain name.
-        layouts: where the output channels are, of the weights of which it is known.
-        layers: the names of the weights of convolutions and linear layers; None where only shapes
-            tell what is one.
-    """
-
-    parameters: Mapping[str, Tensor]
-    layouts: Mapping[str, ChannelLayout]
-    layers: frozenset[str] | None = None
-
-    @classmethod
-    def of(cls, model: Model, layouts: Mapping[str, ChannelLayout] | None = None) -> "NamedWeights":
-        """Return those of a model; `layouts` are those of names alone."""
-        if not isinstance(model, nn.Module):
-            return cls(_plain_names(model), layouts or {})
-        weights = find_layer_weights(model)
-        names = {id(weight.parameter): weight.name for weight in weights}
-        parameters = {
-            names.get(id(parameter), plain_name(name)): parameter
-            for name, parameter in model.named_parameters()
-        }
-        known = {weight.name: weight.layout for weight in weights} | dict(layouts or {})
-        return cls(parameters, known, frozenset(weight.name for weight in weights))
-
-    def layout(self, name: str) -> ChannelLayout:
-        """Return where the output channels of a weight are: along dimension 0 if unknown."""
-        return self.layouts.get(name, ROWS)
-
-    def is_convolution(self, name: str) -> bool:
-        """Return whether it is a convolution's weight: of three or more dimensions, in a layer."""
-        convolves = self.layers is None or name in self.layers
-        return convolves and self.parameters[name].dim() >= 3
-
-
-def _plain_names(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    pairs = list(named_parameters) if isinstance(named_parameters, Iterable) else [named_parameters]
-    for pair in pairs:
-        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
-            raise InputError(
-                f"attach takes the model or its named_parameters(), got {type(pair).__name__}."
-            )
-    return {plain_name(name): parameter for name, parameter in pairs}
-
-
 @torch.no_grad()
 def scale_step(
-    weight: SteeredWeight, before: Tensor, factors: Tensor, max_rotation: float | None = None
+    weight: OptimizedWeight, before: Tensor, factors: Tensor, max_rotation: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Turn the step Δw_i that led from `before` to the weight into f_i · Δw_i.
 
@@ -233,8 +187,8 @@ def scale_step(
             angles; None for no bound.
 
     Returns:
-        (C,) bool, the channels whose step was undone; and (C,) the factors as they were applied,
-        with the bound, 0 where the step was undone.
+        (C,) bool, the channels whose step was skipped; and (C,) the factors as they were applied,
+        with the bound, 0 where the step was skipped.
     """
     after, dtype = weight.values, weight.norms_dtype
     lengths = channel_norms(after - before, layout=weight.layout)
@@ -244,15 +198,15 @@ def scale_step(
     if max_rotation is not None:
         factors = torch.minimum(factors, max_rotation * norms / lengths)
     factors = factors.where(moved, 0.0)
-    undone = ~(reached & (norms + factors * lengths < torch.finfo(after.dtype).max))
-    factors = factors.where(~undone, 0.0)
+    skipped = ~(reached & (norms + factors * lengths < torch.finfo(after.dtype).max))
+    factors = factors.where(~skipped, 0.0)
     scaled = torch.lerp(before.to(dtype), after.to(dtype), weight.spread(factors)).to(after.dtype)
-    after.copy_(scaled.where(weight.spread(undone) == 0, before) if may_hold(undone) else scaled)
-    return undone, factors
+    after.copy_(scaled.where(weight.spread(skipped) == 0, before) if maybe_any(skipped) else scaled)
+    return skipped, factors
 
 
 @torch.no_grad()
-def project(weight: SteeredWeight, norms: Tensor) -> Tensor:
+def project(weight: OptimizedWeight, norms: Tensor) -> Tensor:
     """Scale each channel to the norm that is asked of it, and the optimizer's averages inversely.
 
     Args:
@@ -268,3 +222,79 @@ def project(weight: SteeredWeight, norms: Tensor) -> Tensor:
     factors = factors.where(reached, 1.0)
     weight.scale(factors)
     return factors
+
+
+class RecordedNorms:
+    """The norms of one recording, for the weights that follow it, on their devices.
+
+    Args:
+        history: the recording.
+        weights: what follows it.
+        align: how a moment finds its record; see `NormHistory.place`.
+
+    Raises:
+        InputError: a recording of another model, or an empty one.
+    """
+
+    def __init__(
+        self, history: NormHistory, weights: Sequence[OptimizedWeight], align: Alignment
+    ) -> None:
+        self._align: Alignment = align
+        self._clock = history.clock
+        names = {w.name: _recorded_name(w, history) for w in weights}
+        _check_weights(history, {names[w.name]: w for w in weights})
+        if not len(history):
+            raise InputError("The recording is empty.")
+        self._norms = {name: history.norms[recorded] for name, recorded in names.items()}
+        self._dead: dict[str, int] = {}
+        self._latest: dict[str, tuple[RecordPlace, Tensor]] = {}
+
+    def place(self, moment: Moment) -> RecordPlace:
+        """Return the records around a moment, as `NormHistory.place`."""
+        step, epoch = moment.get("step"), moment.get("epoch")
+        return self._clock.place(None if step is None else int(step), epoch, self._align)
+
+    def norms(self, weight: OptimizedWeight, place: RecordPlace) -> Tensor:
+        """Return the (C,) norms of this rank's channels there, in the dtype of its norms."""
+        known = self._latest.get(weight.name)
+        if known is None or known[0] != place:
+            below, above, share = place
+            records = torch.from_numpy(self._norms[weight.name][[below, above]])
+            first, second = records.to(weight.norms_dtype)
+            norms = torch.lerp(first, second, share)
+            self._warn_of_dead(weight.name, norms)
+            known = self._latest[weight.name] = place, weight.local_channels(norms)
+        return known[1]
+
+    def _warn_of_dead(self, name: str, norms: Tensor) -> None:
+        dead = int((~is_usable(norms)).sum())
+        if dead > self._dead.get(name, 0):
+            warnings.warn(
+                f"{dead} of {len(norms)} channels of {name} have a recorded norm that is zero or "
+                "not finite; they are left unsteered.",
+                stacklevel=2,
+            )
+        self._dead[name] = dead
+
+
+def _recorded_name(weight: OptimizedWeight, history: NormHistory) -> str:
+    """Return the name of its norms: those of the unnormalised weight behind a normalised one."""
+    unnormalised = f"{weight.name}_v"
+    return unnormalised if unnormalised in history.norms else weight.name
+
+
+def _check_weights(history: NormHistory, weights: Mapping[str, OptimizedWeight]) -> None:
+    try:
+        history.check_weights({name: w.channels for name, w in weights.items()})
+    except InputError as error:
+        for name, weight in weights.items():
+            shape, norms = weight.parameter.shape, history.norms.get(name)
+            if weight.layout != ROWS or norms is None or len(shape) < 3:
+                continue
+            channels = norms.shape[1]
+            if channels != shape[0] and channels % shape[1] == 0:  # of so many groups
+                raise InputError(
+                    f"{error} If it is a transposed convolution, give attach the model itself, "
+                    "which knows its channels."
+                ) from error
+        raise

@@ -1,25 +1,23 @@
 """RadialProjection: take out of a step what only makes a scale-invariant weight longer."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from nmlightning.errors import InputError
-from nmlightning.optim.parameters import SteeredWeight, scale_step
-from nmlightning.optim.step_hooks import MatrixRule, StepRule
+from nmlightning.errors import InputError, check_lists
+from nmlightning.optim.parameters import OptimizedWeight, scale_step
+from nmlightning.optim.scope import MATRICES
+from nmlightning.optim.step_hooks import State, StepRule, attach_rule, check_single_steps
 from nmlightning.weights.channel_norms import channel_norms, unit_rows
-from nmlightning.weights.history import Moment
 
 
-class RadialProjection(MatrixRule):
+class RadialProjection(StepRule):
     """Remove the radial part of each step, as SGDP and AdamP do around SGD and Adam.
 
-    Where the gradient g lies across every output channel w_i of d elements, the weight is taken
-    for scale-invariant by channels; else, where g lies across the whole weight W of D elements,
+    Where the gradient g lies across every output channel w_i of d elements, the weight counts
+    as scale-invariant by channels; else, where g lies across the whole weight W of D elements,
     as a whole; else its step is left as it is:
 
         |cos(w_i, g_i)| < δ/√d for all i:   Δw_i ← Δw_i − (ŵ_i · Δw_i) ŵ_i,    ŵ_i = w_i / ‖w_i‖
@@ -30,7 +28,7 @@ class RadialProjection(MatrixRule):
     of each channel's step. A channel whose step is not finite goes back to where it was.
 
     The authors' optimizers decay projected weights by a tenth. A hook cannot tell the decay from
-    the rest of the step, so that weight decay is refused here as beside the other rules.
+    the rest of the step, so weight decay is refused, as with the other rules.
 
     Args:
         delta: δ > 0; infinity projects the channels of every weight.
@@ -47,70 +45,59 @@ class RadialProjection(MatrixRule):
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([[3.0, 0.0]]))
         >>> optimizer = torch.optim.SGD([weight], lr=1.0)
-        >>> attachment = RadialProjection().attach(optimizer, [("weight", weight)])
+        >>> handle = RadialProjection().attach(optimizer, [("weight", weight)])
         >>> weight.grad = torch.tensor([[0.05, 1.0]])
         >>> optimizer.step()
         >>> weight.data
         tensor([[ 3., -1.]])
     """
 
+    least_dims = MATRICES
+    attach = attach_rule
+
     def __init__(
         self, *, delta: float = 0.1, include: Sequence[str] = (), exclude: Sequence[str] = ()
     ) -> None:
         if not delta > 0:
             raise InputError(f"delta must be positive, got {delta!r}.")
-        super().__init__(include=include, exclude=exclude)
+        check_lists(include=include, exclude=exclude)
         self.delta = delta
+        self.include = tuple(include)
+        self.exclude = tuple(exclude)
 
-    def _settings(self, optimizer: Optimizer) -> dict[str, Any]:
-        return {"delta": self.delta}
+    def init_state(self, weight: OptimizedWeight) -> State:
+        """Return nothing: a step needs no other one."""
+        check_single_steps(self, weight.optimizer)
+        return {}
 
-    def _steer(self, weight: SteeredWeight) -> StepRule:
-        return _ProjectedWeight(weight, self.delta)
-
-
-class _ProjectedWeight:
-    """The rule for one weight."""
-
-    def __init__(self, weight: SteeredWeight, delta: float) -> None:
-        self.weight = weight
-        self.factors: Tensor | None = None
-        self._delta = delta
-
-    def after_step(self, before: Tensor, moment: Moment) -> Tensor:
-        del moment
-        weight, grad = self.weight, self.weight.gradient
-        undone, self.factors = scale_step(weight, before, torch.ones_like(weight.norms()))
+    def after_step(
+        self, weight: OptimizedWeight, before: Tensor, recorded: Tensor | None, state: State
+    ) -> tuple[Tensor, Tensor]:
+        """Take its radial part out of the step."""
+        grad = weight.gradient
+        skipped, factors = scale_step(weight, before, torch.ones_like(weight.norms()))
         if grad is not None:
-            lengths = self._norms(weight.values - before)
-            shares = self._radial_shares(before, grad, weight.values - before)
+            lengths = channel_norms(weight.values - before, layout=weight.layout)
+            shares = self._radial_shares(weight, before, grad)
             weight.values.sub_(before * weight.spread(shares))
-            left = self._norms(weight.values - before) / lengths
-            self.factors = left.where(lengths > 0, self.factors)
-        return undone
+            left = channel_norms(weight.values - before, layout=weight.layout) / lengths
+            factors = left.where(lengths > 0, factors)
+        return skipped, factors
 
-    def _norms(self, values: Tensor) -> Tensor:
-        return channel_norms(values, layout=self.weight.layout)
-
-    def _radial_shares(self, weights: Tensor, grad: Tensor, step: Tensor) -> Tensor:
+    def _radial_shares(self, weight: OptimizedWeight, before: Tensor, grad: Tensor) -> Tensor:
         """Return (C,) c_i, for c_i w_i to be taken from the step of each channel of this rank."""
-        layout, gather = self.weight.layout, self.weight.all_channels
-        norms, sizes = (self._norms(x) for x in (weights, grad))
-        units = unit_rows(weights, layout).flatten(1)
+        layout, gather = weight.layout, weight.all_channels
+        norms, sizes = (channel_norms(x, layout=layout) for x in (before, grad))
+        units = unit_rows(before, layout).flatten(1)
         width = units.shape[1]
         cosines = (units * unit_rows(grad, layout).flatten(1)).sum(1)
         cosines = gather(cosines.where((norms != 0) & (sizes != 0), 0.0))
-        along = gather((units * layout.rows(step).flatten(1)).sum(1).where(norms != 0, 0.0))
+        along = (units * layout.rows(weight.values - before).flatten(1)).sum(1)
+        along = gather(along.where(norms != 0, 0.0))
         norms, sizes = gather(norms), gather(sizes)
         whole = (norms * cosines * sizes).sum() / (norms.norm() * sizes.norm())
-        by_channel = cosines.abs().max() < self._delta / math.sqrt(width)
-        by_layer = whole.abs() < self._delta / math.sqrt(width * len(norms))
+        by_channel = cosines.abs().max() < self.delta / math.sqrt(width)
+        by_layer = whole.abs() < self.delta / math.sqrt(width * len(norms))
         of_layer = torch.where(by_layer, (norms * along).sum() / norms.square().sum(), 0.0)
         of_channels = (along / norms).where(norms != 0, 0.0)
-        return self.weight.local_channels(of_channels.where(by_channel, of_layer))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass
+        return weight.local_channels(of_channels.where(by_channel, of_layer))

@@ -1,24 +1,84 @@
-"""Selects the parameters that a rule works on, with the reason for each that it leaves."""
+"""Scope of a rule: weights chosen by name and shape, then by scale invariance in fact.
 
+A weight is scale-invariant if |⟨g, w⟩| ≤ tol·‖g‖‖w‖ on the first gradients g of its channels.
+"""
+
+import math
 import warnings
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nmlightning.errors import InputError
-from nmlightning.name_patterns import matches, some, unmatched
+from nmlightning.name_patterns import matches, plain_name, some, unmatched
 from nmlightning.optim.families import group_numbers
-from nmlightning.optim.parameters import Model, NamedWeights, SteeredWeight
-from nmlightning.weights.channel_norms import ChannelLayout, channel_norms
-from nmlightning.weights.shards import is_flat
+from nmlightning.optim.parameters import OptimizedWeight
+from nmlightning.weights.channel_norms import ROWS, ChannelLayout, channel_norms, is_flat
+from nmlightning.weights.layer_weights import find_layer_weights
 
 CONVOLUTIONS, MATRICES = 3, 2
-"""What a rule steers where nothing is included by name: the fewest dimensions of a weight."""
+"""The fewest dimensions of a weight that a rule works on where nothing is included by name."""
 _DEFAULTS = {
     CONVOLUTIONS: ("convolutions", "not a convolution; name it by include"),
     MATRICES: ("weights of two or more dimensions", "it has fewer than two dimensions"),
 }
+
+
+Model = nn.Module | Iterable[tuple[str, Tensor]]
+"""A model, or its `named_parameters()`, of which names and shapes alone are known."""
+
+
+@dataclass(frozen=True)
+class NamedWeights:
+    """The parameters of a model.
+
+    Attributes:
+        parameters: by plain name.
+        layouts: where the output channels are, of the weights of which it is known.
+        layers: the names of the weights of convolutions and linear layers; None where only names
+            and shapes are known.
+    """
+
+    parameters: Mapping[str, Tensor]
+    layouts: Mapping[str, ChannelLayout]
+    layers: frozenset[str] | None = None
+
+    @classmethod
+    def of(cls, model: Model, layouts: Mapping[str, ChannelLayout] | None = None) -> "NamedWeights":
+        """Return those of a model; `layouts` are those of names alone."""
+        if not isinstance(model, nn.Module):
+            return cls(_plain_names(model), layouts or {})
+        weights = find_layer_weights(model)
+        names = {id(weight.parameter): weight.name for weight in weights}
+        parameters = {
+            names.get(id(parameter), plain_name(name)): parameter
+            for name, parameter in model.named_parameters()
+        }
+        known = {weight.name: weight.layout for weight in weights} | dict(layouts or {})
+        return cls(parameters, known, frozenset(weight.name for weight in weights))
+
+    def layout(self, name: str) -> ChannelLayout:
+        """Return where the output channels of a weight are: along dimension 0 if unknown."""
+        return self.layouts.get(name, ROWS)
+
+    def is_convolution(self, name: str) -> bool:
+        """Return whether it is a convolution's weight: of three or more dimensions, in a layer."""
+        convolves = self.layers is None or name in self.layers
+        return convolves and self.parameters[name].dim() >= 3
+
+
+def _plain_names(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    pairs = list(named_parameters) if isinstance(named_parameters, Iterable) else [named_parameters]
+    for pair in pairs:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise InputError(
+                f"attach takes the model or its named_parameters(), got {type(pair).__name__}."
+            )
+    return {plain_name(name): parameter for name, parameter in pairs}
 
 
 def choose_weights(
@@ -29,7 +89,7 @@ def choose_weights(
     layouts: Mapping[str, ChannelLayout] | None = None,
     recorded: Container[str] | None = None,
     least_dims: int = CONVOLUTIONS,
-) -> list[SteeredWeight]:
+) -> list[OptimizedWeight]:
     """Return the weights of `optimizer` to steer, under their plain names.
 
     Args:
@@ -70,9 +130,9 @@ def choose_weights(
     for name in names:
         parameter = weights.parameters[name]
         chosen.append(
-            SteeredWeight(name, parameter, optimizer, groups[parameter], weights.layout(name))
+            OptimizedWeight(name, parameter, optimizer, groups[parameter], weights.layout(name))
         )
-        _check(chosen[-1])
+        _check_weight(chosen[-1])
     return chosen
 
 
@@ -141,13 +201,13 @@ def _leave_unrecorded(names: list[str], recorded: Container[str]) -> list[str]:
         return names
     warnings.warn(
         f"The recording has no {some(left)}, by its shape a convolution; it is left alone: "
-        "exclude it, or give attach the model itself, which tells what is one.",
+        "exclude it, or give attach the model itself.",
         stacklevel=4,
     )
     return [name for name in names if name in recorded]
 
 
-def _check(weight: SteeredWeight) -> None:
+def _check_weight(weight: OptimizedWeight) -> None:
     decay = weight.group.get("weight_decay")
     if decay:
         raise InputError(
@@ -159,3 +219,144 @@ def _check(weight: SteeredWeight) -> None:
         channel_norms(weight.parameter, layout=weight.layout)
     except InputError as error:
         raise InputError(f"{weight.name} cannot be steered: {error} Take it out.") from error
+
+
+TOLERANCE = 0.1
+"""Of random directions in D dimensions the cosine is about 1/√D: a tenth of it passes for zero."""
+CHANCE = 1e-5
+"""How probable it may be that gradients of random direction pass for zero."""
+
+
+def radial_squares(weight: OptimizedWeight, values: Tensor, grad: Tensor) -> Tensor:
+    """Return the sum over channels of (cos(w_i, g_i) · √D)², and how many channels it is over.
+
+    The terms are 0 where the loss does not depend on ‖w_i‖, since then <g_i, w_i> = 0, and about 1
+    for a gradient of random direction. Channels without a gradient are left out.
+
+    Args:
+        weight: whose channels these are.
+        values: w, as of when the gradient was taken.
+        grad: g, of the same shape, at any scale.
+    """
+    dtype = weight.norms_dtype
+    rows, grads = (weight.layout.rows(x).flatten(1).to(dtype) for x in (values, grad))
+    norms, sizes = (channel_norms(x, layout=weight.layout) for x in (values, grad.to(dtype)))
+    cosines = (rows * (grads / sizes[:, None])).sum(1) / norms
+    used = (sizes > 0) & (norms > 0)
+    squares = weight.all_channels(cosines.square().where(used, 0.0))
+    count = weight.all_channels(used.to(dtype))
+    return torch.stack([squares.sum() * rows.shape[1], count.sum()])
+
+
+def share_limit(samples: int) -> float:
+    """Return the largest radial share that passes for zero, given that many channels' gradients.
+
+    Of n random directions n · share² is χ² distributed with n degrees of freedom, so that
+
+        P(share ≤ s) ≤ (n s² / 2)^(n/2) / Γ(n/2 + 1),
+
+    which is `CHANCE` at what is returned; from six samples on it is `TOLERANCE`.
+    """
+    half = samples / 2
+    square = math.exp((math.log(CHANCE) + math.lgamma(half + 1)) / half) / half
+    return min(TOLERANCE, math.sqrt(square))
+
+
+class Scope:
+    """The weights that are steered: those whose first gradients do not point along them.
+
+    The radial share, the root mean square of cos(w_i, g_i) · √D over channels and steps, decides as
+    soon as it can: for most weights at the first step, and for one of few channels after several
+    where it is small, yet may be so by chance. Until then the weight is left.
+
+    Args:
+        insists: steer the others too, for they were named; a warning is due.
+        measures: False steers every weight without measuring.
+
+    Attributes:
+        shares: the radial share of each weight that has had a gradient.
+        samples: how many channels' gradients it is of.
+    """
+
+    def __init__(self, *, insists: bool, measures: bool = True) -> None:
+        self.insists = insists
+        self.measures = measures
+        self.shares: dict[str, float] = {}
+        self.samples: dict[str, int] = {}
+        self._pending: dict[str, tuple[float, float]] = {}
+
+    def measure(self, weight: OptimizedWeight, values: Tensor) -> None:
+        """Measure the gradient of the next step, which was taken at `values`; the last call counts.
+
+        Nothing is measured any more once it is decided.
+        """
+        self._pending.pop(weight.name, None)
+        if not self.decided(weight.name) and weight.gradient is not None:
+            squares, count = radial_squares(weight, values, weight.gradient).tolist()
+            if count and math.isfinite(squares):
+                self._pending[weight.name] = squares, count
+
+    def take(self, weight: OptimizedWeight, values: Tensor) -> None:
+        """Count the gradient of a step that was taken, which is measured now if it was not."""
+        if weight.name not in self._pending:
+            self.measure(weight, values)
+        squares, count = self._pending.pop(weight.name, (0.0, 0.0))
+        if count:
+            self._add(weight.name, squares, int(count))
+
+    def decided(self, name: str) -> bool:
+        """Return whether it is known if the loss feels the norm of a weight."""
+        known = name in self.shares and (self._felt(name) or self._passes(name))
+        return known or not self.measures
+
+    def holds(self, weight: OptimizedWeight) -> bool:
+        """Return whether the weight is steered."""
+        return self.insists or weight.name not in self.shares or self._passes(weight.name)
+
+    def dropped(self) -> dict[str, float]:
+        """Return the shares of the weights that are not steered, for the loss feels their norm."""
+        if self.insists:
+            return {}
+        return {name: share for name, share in self.shares.items() if self._felt(name)}
+
+    def reason(self, name: str) -> str:
+        """Return in words what was decided about a weight."""
+        if not self.measures:
+            return "steered"
+        if name not in self.shares:
+            return "steered; it has had no gradient yet"
+        share = f"{self.shares[name]:.1e}"
+        if self._passes(name):
+            return f"steered: scale-invariant (radial share {share})"
+        verdict = "steered, as include asks for" if self.insists else "left"
+        if self._felt(name):
+            return f"{verdict}: the loss feels its norm (radial share {share})"
+        few = f"in {self.samples[name]} channels' gradients may be chance"
+        return f"{verdict}{'' if self.insists else ' so far'}: a radial share of {share} {few}"
+
+    def _felt(self, name: str) -> bool:
+        return self.shares[name] > TOLERANCE
+
+    def _passes(self, name: str) -> bool:
+        return self.shares[name] <= share_limit(self.samples[name])
+
+    def _add(self, name: str, squares: float, count: int) -> None:
+        before = self.samples.get(name, 0)
+        total = self.shares.get(name, 0.0) ** 2 * before + squares
+        self.samples[name] = before + count
+        self.shares[name] = math.sqrt(total / self.samples[name])
+        if self.insists and self._felt(name):
+            warnings.warn(
+                f"{name} is steered, but the loss feels its norm (is there no norm layer after "
+                "it?), so its learning rate does not depend on the norm alone; take it out of "
+                "include.",
+                stacklevel=2,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was measured."""
+        return {"shares": dict(self.shares), "samples": dict(self.samples)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from what was measured."""
+        self.shares, self.samples = dict(state["shares"]), dict(state["samples"])

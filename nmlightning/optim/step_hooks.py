@@ -1,57 +1,141 @@
 """Hooks around an optimizer's step, by which a rule changes the step that was taken."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from nmlightning.errors import InputError, check_lists
-from nmlightning.optim.nonfinite_steps import UndoneSteps
-from nmlightning.optim.parameters import Model, SteeredWeight
-from nmlightning.optim.scale_invariance import Scope, WholeScope
-from nmlightning.optim.scope import CONVOLUTIONS, MATRICES, choose_weights
+from nmlightning.errors import InputError, check_choice, is_number
+from nmlightning.optim.families import Power, choose_power
+from nmlightning.optim.nonfinite_steps import NonfiniteSteps
+from nmlightning.optim.parameters import OptimizedWeight, RecordedNorms
+from nmlightning.optim.scope import CONVOLUTIONS, Model, Scope, choose_weights
 from nmlightning.weights.channel_norms import ChannelLayout
-from nmlightning.weights.history import Moment, NormHistory
+from nmlightning.weights.history import Alignment, Moment, NormHistory, RecordPlace
+
+State = dict[str, Any]
+"""What a rule keeps of one weight: (C,) tensors of this rank's channels, scalars and numbers."""
 
 
-class StepRule(Protocol):
-    """What is done to one weight after each step of its optimizer.
+class StepRule(ABC):
+    """The interface of a rule: its settings, and what it does to a weight after each step.
+
+    All attributes of an instance but `reference`, `include` and `exclude` are plain values, which
+    a resumed run must have, too.
 
     Attributes:
-        factors: (C,) what the last step of each channel was multiplied by; None before it.
+        include: glob patterns on the names of the weights to steer; empty means those of
+            `least_dims` or more dimensions.
+        exclude: glob patterns on names that are left alone.
+        least_dims: CONVOLUTIONS, of which those are steered that are scale-invariant in fact, or
+            MATRICES, which are all.
+        reference: a recording to follow, its file, or the folder of the run that made it.
+        power: with a reference, 1 or 2; "auto" takes that of the optimizer's family.
+        align: with a reference, which record a moment has; see `NormHistory.place`.
     """
 
-    weight: SteeredWeight
-    factors: Tensor | None
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    least_dims: ClassVar[int] = CONVOLUTIONS
+    reference: NormHistory | str | Path | None = None
+    power: Power | int
+    align: Alignment
 
-    def after_step(self, before: Tensor, moment: Moment) -> Tensor:
-        """Change the weight's step from `before`; return (C,) bool, the channels left unmoved."""
+    @abstractmethod
+    def attach(
+        self,
+        optimizer: Optimizer,
+        named_parameters: Model,
+        layouts: Mapping[str, ChannelLayout] | None = None,
+    ) -> "StepHookHandle":
+        """Work on every step of an optimizer from now on: `attach_rule`."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, of all ranks' channels; every rank has to call it."""
+    @abstractmethod
+    def init_state(self, weight: OptimizedWeight) -> State:
+        """Return what is kept of a weight, or raise InputError for another optimizer."""
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+    @abstractmethod
+    def after_step(
+        self, weight: OptimizedWeight, before: Tensor, recorded: Tensor | None, state: State
+    ) -> tuple[Tensor, Tensor] | None:
+        """Change the step that led from `before` to the weight, and its state, in place.
+
+        Args:
+            weight: the weight after the step.
+            before: its values before.
+            recorded: (C,) recorded norms at this moment; None without a reference.
+            state: of the weight.
+
+        Returns:
+            (C,) bool, the channels whose step was skipped, and (C,) what the step of each channel
+            was multiplied by; None where the step stays as it is.
+        """
 
 
-class Attachment:
+def attach_rule(
+    rule: StepRule,
+    optimizer: Optimizer,
+    named_parameters: Model,
+    layouts: Mapping[str, ChannelLayout] | None = None,
+) -> "StepHookHandle":
+    """Work on every step of `optimizer` from now on.
+
+    Args:
+        rule: as it is now; later changes of its settings have no effect.
+        optimizer: its weight decay must be 0 for what is steered.
+        named_parameters: of the model, as `model.named_parameters()` gives them, or the model
+            itself. From names alone a convolution is not known from another parameter of three or
+            more dimensions, nor a transposed one.
+        layouts: the layouts of weights whose output channels are not along dimension 0; only names
+            alone need them.
+
+    Returns:
+        The handle, whose `remove` undoes it.
+
+    Raises:
+        InputError: no weight to steer; one that decays, or that is steered already; an optimizer
+            that the rule is not for, or of which it is not known what norms do; a recording that
+            cannot be read, or of another model.
+    """
+    given = rule.reference
+    history = given if isinstance(given, NormHistory | None) else NormHistory.load(given)
+    weights = choose_weights(
+        optimizer,
+        named_parameters,
+        rule.include,
+        rule.exclude,
+        layouts,
+        recorded=None if history is None else history.norms,
+        least_dims=rule.least_dims,
+    )
+    rule, recorded = copy.copy(rule), None
+    if history is not None:
+        rule.power = choose_power(optimizer, rule.power)
+        recorded = RecordedNorms(history, weights, rule.align)
+    return StepHookHandle(optimizer, rule, weights, recorded)
+
+
+class StepHookHandle:
     """A rule at work on an optimizer; `remove` undoes it.
 
     Args:
         optimizer: its step hooks are used; nothing else of it changes.
-        rules: one for each weight.
-        scope: which of them are steered at all; it may drop weights after the first steps.
-        name: of the rule, for its messages.
-        settings: what of the rule must stay as it is in a run that goes on from this one.
+        rule: what changes its steps.
+        weights: what it may steer.
+        recorded: the norms that it follows, if any.
 
     Raises:
-        InputError: the optimizer's steps of one of the weights are steered by a rule already.
+        InputError: a rule steers the optimizer's steps of one of the weights already.
 
     Attributes:
         name: of the rule.
+        weights: what may be steered.
+        scope: which of them are steered at all; it may drop weights after the first steps.
         steps: optimizer steps seen so far. A GradScaler that skips a step of an optimizer which is
             not fused hides it; whoever steps under one sets `clock`.
         clock: returns the moment that a reference is looked up at; by default the number
@@ -61,44 +145,46 @@ class Attachment:
     def __init__(
         self,
         optimizer: Optimizer,
-        rules: Sequence[StepRule],
-        scope: Scope,
-        name: str,
-        settings: Mapping[str, Any] | None = None,
+        rule: StepRule,
+        weights: Sequence[OptimizedWeight],
+        recorded: RecordedNorms | None = None,
     ) -> None:
-        _take(optimizer, rules, name)
-        self.rules = list(rules)
-        self.scope = scope
+        self.name = type(rule).__name__
+        self.weights = list(weights)
+        self._states = {weight.name: rule.init_state(weight) for weight in weights}
+        _take_weights(optimizer, weights, self.name)
+        self.scope = Scope(insists=bool(rule.include), measures=rule.least_dims == CONVOLUTIONS)
         self.steps = 0
         self.clock: Callable[[], Moment] = lambda: {"step": self.steps - 1}
-        self.name = name
-        self._settings = dict(settings or {})
-        self._optimizer = optimizer
+        self._optimizer, self._rule, self._recorded = optimizer, rule, recorded
+        self._factors: dict[str, Tensor] = {}
         self._before: list[Tensor] = []
         self._is_first = True
-        self._undone = UndoneSteps([rule.weight for rule in self.rules], name)
+        self._skipped = NonfiniteSteps(weights, self.name)
         self._hooks = [
             optimizer.register_step_pre_hook(lambda *_: self.before_step()),
             optimizer.register_step_post_hook(lambda *_: self.after_step()),
         ]
 
     @property
-    def undone(self) -> int:
-        """How many steps of channels were undone since they, or their factor, were not finite.
+    def skipped(self) -> int:
+        """How many steps of channels were skipped since they, or their factor, were not finite.
 
         It is that of all ranks, and every rank has to ask for it.
         """
-        return int(self.undone_on_device)
+        return int(self.skipped_on_device)
+
+    undone = skipped  # its former name
 
     @property
-    def undone_on_device(self) -> Tensor:
-        """The count behind `undone`, without waiting for the device."""
-        return self._undone.totals().sum()
+    def skipped_on_device(self) -> Tensor:
+        """The count behind `skipped`, without waiting for the device."""
+        return self._skipped.totals().sum()
 
     @property
     def measured(self) -> bool:
         """Whether the scope knows all of its weights, which takes gradients of each."""
-        return all(self.scope.decided(rule.weight.name) for rule in self.rules)
+        return all(self.scope.decided(weight.name) for weight in self.weights)
 
     def measure(self) -> None:
         """Measure on the gradients as they are now which weights the loss feels the norm of.
@@ -106,17 +192,17 @@ class Attachment:
         Otherwise the step does. Call it before gradients are clipped by value: what is left
         of them points along the weights, too.
         """
-        for rule in self.rules:
-            self.scope.measure(rule.weight, rule.weight.values)
+        for weight in self.weights:
+            self.scope.measure(weight, weight.values)
 
     def reasons(self) -> dict[str, str]:
         """Return for each weight why it is steered, or why it is not."""
-        return {rule.weight.name: self.scope.reason(rule.weight.name) for rule in self.rules}
+        return {weight.name: self.scope.reason(weight.name) for weight in self.weights}
 
     @property
     def steered(self) -> list[str]:
         """The names of the weights that are steered now."""
-        return [rule.weight.name for rule in self.rules if self.scope.holds(rule.weight)]
+        return [weight.name for weight in self.weights if self.scope.holds(weight)]
 
     def factors(self) -> dict[str, Tensor]:
         """Return for each weight that is steered the (C,) factors of its last step, on all ranks.
@@ -124,118 +210,129 @@ class Attachment:
         Every rank has to call it.
         """
         return {
-            rule.weight.name: rule.weight.all_channels(rule.factors)
-            for rule in self.rules
-            if rule.factors is not None
+            weight.name: weight.all_channels(self._factors[weight.name])
+            for weight in self.weights
+            if weight.name in self._factors
         }
 
-    def look(self) -> None:
-        """Warn of steps that were undone now, not at the next 25th step.
+    def warn_if_skipped(self) -> None:
+        """Warn of steps that were skipped now, not at the next 25th step.
 
         Every rank has to call it.
 
         Raises:
-            InputError: steps were undone for too many steps in a row.
+            InputError: steps were skipped for too many steps in a row.
         """
-        self._undone.look(self.steps)
+        self._skipped.warn_if_skipped(self.steps)
 
     def remove(self) -> None:
         """Let the optimizer step as it did before."""
         for hook in self._hooks:
             hook.remove()
-        for rule in self.rules:
-            _steered(self._optimizer).pop(rule.weight.parameter, None)
-        self._undone.look_here(self.steps)
+        for weight in self.weights:
+            _steered(self._optimizer).pop(weight.parameter, None)
+        self._skipped.warn_on_this_rank(self.steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs to go on bit for bit; every rank has to call it."""
+        """Return all that a run needs to resume bit for bit; every rank has to call it."""
         return {
             "rule": self.name,
-            "settings": self._settings,
+            "settings": self._settings(),
             "steps": self.steps,
-            "undone": self._undone.state_dict(),
+            "undone": self._skipped.state_dict(),
             "scope": self.scope.state_dict(),
-            "weights": {rule.weight.name: rule.state_dict() for rule in self.rules},
+            "weights": {w.name: _gather(w, self._states[w.name]) for w in self.weights},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`.
+        """Resume from a `state_dict`.
 
         Raises:
             InputError: it is of another rule, of other settings, or of other weights.
         """
         self._check_rule(state)
-        names = [rule.weight.name for rule in self.rules]
-        if set(state["weights"]) != set(names):
-            other = sorted(set(state["weights"]) ^ set(names))
+        if set(state["weights"]) != set(self._states):
+            other = sorted(set(state["weights"]) ^ set(self._states))
             raise InputError(f"The state of {self.name} is of other weights; {other[0]} differs.")
         self.steps = state["steps"]
-        self._undone.load_state_dict(state["undone"])
+        self._skipped.load_state_dict(state["undone"])
         self.scope.load_state_dict(state["scope"])
-        for rule in self.rules:
-            rule.load_state_dict(state["weights"][rule.weight.name])
+        for weight in self.weights:
+            _scatter(weight, state["weights"][weight.name], self._states[weight.name])
+
+    def _settings(self) -> dict[str, Any]:
+        """Return what of the rule must stay as it is in a run that resumes this one."""
+        named = vars(self._rule).items()
+        return {k: v for k, v in named if k not in ("reference", "include", "exclude")}
 
     def _check_rule(self, state: Mapping[str, Any]) -> None:
         there, here = f"by {state['rule']}", f"by {self.name}"
         if there == here:
-            others = [
-                key for key, value in self._settings.items() if state["settings"][key] != value
-            ]
+            known = state["settings"]
+            others = {k: v for k, v in self._settings().items() if known[k] != v}
             if not others:
                 return
-            there += f" with {others[0]}={state['settings'][others[0]]!r}"
-            here = f"with {others[0]}={self._settings[others[0]]!r}"
+            name, value = next(iter(others.items()))
+            there, here = f"{there} with {name}={known[name]!r}", f"with {name}={value!r}"
         raise InputError(
-            f"The checkpoint was steered {there}, and this run is {here}: go on with the same, or "
+            f"The checkpoint was steered {there}, and this run is {here}: resume with the same, or "
             "start from the weights alone."
         )
 
     def before_step(self) -> None:
         """Keep the weights; the optimizer calls it."""
-        self._before = [rule.weight.values.clone() for rule in self.rules]
+        self._before = [weight.values.clone() for weight in self.weights]
         self._is_first = not self._optimizer.state
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Steer the step that led away from them; the optimizer calls it."""
+        """Apply the rule to the step that led away from them; the optimizer calls it."""
         self.steps += 1
-        if self._skipped():
+        if self._overflowed():
             if self._is_first:  # torch's fused SGD leaves uninitialised momentum behind
                 self._optimizer.state.clear()
             return
         moment = self.clock()
-        undone = [
-            self._steer(rule, before, moment)
-            for rule, before in zip(self.rules, self._before, strict=True)
+        for weight, before in zip(self.weights, self._before, strict=True):
+            self.scope.take(weight, before)
+        held = [self.scope.holds(weight) for weight in self.weights]
+        follows = self._recorded is not None and any(held)
+        place = self._recorded.place(moment) if self._recorded and follows else None
+        skipped = [
+            self._apply(weight, before, place) if is_held else None
+            for weight, before, is_held in zip(self.weights, self._before, held, strict=True)
         ]
         self._before = []
-        self._undone.note(undone, self.steps)
+        self._skipped.note(skipped, self.steps)
 
-    def _steer(self, rule: StepRule, before: Tensor, moment: Moment) -> Tensor | None:
-        """Return (C,) bool, the channels whose step was undone; None for a weight that is left."""
-        self.scope.take(rule.weight, before)
-        if not self.scope.holds(rule.weight):
+    def _apply(
+        self, weight: OptimizedWeight, before: Tensor, place: RecordPlace | None
+    ) -> Tensor | None:
+        """Return (C,) bool, the channels whose step was skipped; None is none."""
+        recorded = self._recorded.norms(weight, place) if self._recorded and place else None
+        applied = self._rule.after_step(weight, before, recorded, self._states[weight.name])
+        if applied is None:
             return None
-        undone = rule.after_step(before, moment)
-        rule.weight.forget(undone)
-        return undone
+        skipped, self._factors[weight.name] = applied
+        weight.reset_nonfinite_state(skipped)
+        return skipped
 
-    def _skipped(self) -> bool:
-        """Whether a fused optimizer under a GradScaler has left this step out: it overflowed."""
+    def _overflowed(self) -> bool:
+        """Whether a fused optimizer under a GradScaler has left this step out."""
         found = getattr(self._optimizer, "found_inf", None)
         return found is not None and bool(found)
 
 
-def _take(optimizer: Optimizer, rules: Sequence[StepRule], name: str) -> None:
+def _take_weights(optimizer: Optimizer, weights: Sequence[OptimizedWeight], name: str) -> None:
     """Note on the optimizer whose steps are steered, and by what."""
     steered = _steered(optimizer)
-    for rule in rules:
-        if rule.weight.parameter in steered:
+    for weight in weights:
+        if weight.parameter in steered:
             raise InputError(
-                f"{rule.weight.name} is steered by {steered[rule.weight.parameter]} already: "
+                f"{weight.name} is steered by {steered[weight.parameter]} already: "
                 f"remove that, or exclude the weight from it or from {name}."
             )
-    steered.update((rule.weight.parameter, name) for rule in rules)
+    steered.update((weight.parameter, name) for weight in weights)
 
 
 def _steered(optimizer: Optimizer) -> dict[Tensor, str]:
@@ -244,104 +341,42 @@ def _steered(optimizer: Optimizer) -> dict[Tensor, str]:
     return notes
 
 
-class Steering(ABC):
-    """A rule: its settings, and `attach`.
+def _gather(weight: OptimizedWeight, state: State) -> State:
+    """Return a copy of the state, of all ranks' channels."""
+    gathered = {
+        key: weight.all_channels(value) if isinstance(value, Tensor) and value.dim() else value
+        for key, value in state.items()
+    }
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in gathered.items()}
 
-    Args:
-        include: glob patterns on the names of the weights to steer; empty means those of
-            `least_dims` or more dimensions.
-        exclude: glob patterns on names that are left alone.
-    """
 
-    least_dims: ClassVar[int] = CONVOLUTIONS
+def _scatter(weight: OptimizedWeight, kept: Mapping[str, Any], state: State) -> None:
+    """Resume a state from what `_gather` returned."""
+    for key, value in kept.items():
+        if not isinstance(value, Tensor):
+            state[key] = value
+        else:
+            state[key].copy_(weight.local_channels(value) if value.dim() else value)
 
-    def __init__(self, *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> None:
-        check_lists(include=include, exclude=exclude)
-        self.include = tuple(include)
-        self.exclude = tuple(exclude)
 
-    def attach(
-        self,
-        optimizer: Optimizer,
-        named_parameters: Model,
-        layouts: Mapping[str, ChannelLayout] | None = None,
-    ) -> Attachment:
-        """Steer every step of `optimizer` from now on.
-
-        Args:
-            optimizer: its weight decay must be 0 for what is steered.
-            named_parameters: of the model, as `model.named_parameters()` gives them, or the model
-                itself. Names alone do not tell a convolution from another parameter of three or
-                more dimensions, nor a transposed one.
-            layouts: the layouts of weights whose output channels are not along dimension 0; only
-                names alone need them.
-
-        Returns:
-            The attachment, whose `remove` undoes it.
-
-        Raises:
-            InputError: no weight to steer; one that decays, or that is steered already; an
-                optimizer that the rule is not for, or of which it is not known what norms do; a
-                recording that cannot be read, or of another model.
-        """
-        history = self._open_reference()
-        weights = choose_weights(
-            optimizer,
-            named_parameters,
-            self.include,
-            self.exclude,
-            layouts,
-            recorded=None if history is None else history.norms,
-            least_dims=self.least_dims,
+def check_single_steps(rule: StepRule, optimizer: Optimizer) -> None:
+    """Raise InputError for LBFGS."""
+    if isinstance(optimizer, LBFGS):
+        raise InputError(
+            f"{type(rule).__name__} works on single steps, and LBFGS takes several in one."
         )
-        rules = self._make_rules(optimizer, weights, history)
-        name, settings = type(self).__name__, self._settings(optimizer)
-        return Attachment(optimizer, rules, self._make_scope(), name, settings)
-
-    def _open_reference(self) -> NormHistory | None:
-        """Return the recording that is followed, if any."""
-        return None
-
-    def _make_scope(self) -> Scope:
-        """Return what decides which of the chosen weights are steered."""
-        return Scope(insists=bool(self.include))
-
-    @abstractmethod
-    def _make_rules(
-        self, optimizer: Optimizer, weights: Sequence[SteeredWeight], history: NormHistory | None
-    ) -> Sequence[StepRule]:
-        """Return what is done to each weight, or raise InputError for another optimizer."""
-
-    @abstractmethod
-    def _settings(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return what must stay as it is in a run that goes on from this one."""
 
 
-class MatrixRule(Steering):
-    """A rule for the weights of two or more dimensions.
+def check_reference(reference: object, align: str, max_rotation: float | None) -> None:
+    """Raise InputError for what are no settings of a rule that follows a recording."""
+    check_choice("align", align, get_args(Alignment))
+    check_positive(max_rotation=max_rotation)
+    if not isinstance(reference, NormHistory | str | Path):
+        raise InputError(f"reference is a NormHistory or a path, got {reference!r}.")
 
-    Args:
-        include: glob patterns on weight names; empty means every such weight.
-        exclude: glob patterns on weight names that are left alone.
-    """
 
-    least_dims = MATRICES
-
-    def _make_rules(
-        self, optimizer: Optimizer, weights: Sequence[SteeredWeight], history: NormHistory | None
-    ) -> Sequence[StepRule]:
-        if isinstance(optimizer, LBFGS):
-            raise InputError(
-                f"{type(self).__name__} works on single steps, and LBFGS takes several in one."
-            )
-        return [self._steer(weight) for weight in weights]
-
-    def _make_scope(self) -> Scope:
-        return WholeScope()
-
-    def _settings(self, optimizer: Optimizer) -> dict[str, Any]:
-        return {}
-
-    @abstractmethod
-    def _steer(self, weight: SteeredWeight) -> StepRule:
-        """Return the rule for one weight."""
+def check_positive(**settings: object) -> None:
+    """Raise InputError for anything but a positive number, or None, which stands for none."""
+    for name, value in settings.items():
+        if value is not None and not (is_number(value) and value > 0):  # type: ignore[operator]
+            raise InputError(f"{name} is a positive number, or None, got {value!r}.")

@@ -17,9 +17,8 @@ from nmlightning.parametrizations.layers import LayerKind, Site, find_normalised
 from nmlightning.parametrizations.normalize import let_copy
 from nmlightning.parametrizations.optimizers import homes_of_gains, listed, put_in, take_out
 from nmlightning.parametrizations.weight_norm import NAMES, Gain, Holder, Kind, Settings, WeightNorm
-from nmlightning.weights.channel_norms import channel_norms
+from nmlightning.weights.channel_norms import channel_norms, is_flat, is_sharded
 from nmlightning.weights.layer_weights import WeightPlace
-from nmlightning.weights.shards import is_flat, is_sharded
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

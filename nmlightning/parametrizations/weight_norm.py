@@ -19,8 +19,15 @@ from nmlightning.parametrizations.normalize import (
     normalise_channels,
     normalise_together,
 )
-from nmlightning.weights.channel_norms import ROWS, ChannelLayout, channel_norms, gather_channels
-from nmlightning.weights.shards import is_flat, is_sharded, local_part
+from nmlightning.weights.channel_norms import (
+    ROWS,
+    ChannelLayout,
+    channel_norms,
+    gather_channels,
+    is_flat,
+    is_sharded,
+    local_part,
+)
 
 Kind = Literal["weight", "bounded"]
 Gain = Literal["none", "layer", "channel"]

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from nmlightning.name_patterns import plain_name
 from nmlightning.parametrizations.apply import prepare_for_weights
 from nmlightning.surgery.recipes import (
     NORM_SWAP,
@@ -21,7 +22,6 @@ from nmlightning.surgery.recipes import (
     settings_of,
 )
 from nmlightning.surgery.swap import swap_norms
-from nmlightning.weights.layer_weights import plain_name
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 

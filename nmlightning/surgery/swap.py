@@ -30,7 +30,7 @@ from nmlightning.surgery.norm_layers import (
     has_fused,
     is_like,
 )
-from nmlightning.weights.shards import is_sharded
+from nmlightning.weights.channel_norms import is_sharded
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -25,7 +25,7 @@ from nmlightning.tasks.optimization import (
     make_optimizer,
     scale_learning_rates,
 )
-from nmlightning.weights.shards import is_sharded
+from nmlightning.weights.channel_norms import is_sharded
 
 
 class MeanLoss(Metric):

@@ -1,15 +1,15 @@
-"""Norms of weights per output channel, and their summaries."""
+"""Norms of weights per output channel and their summaries, of whole weights and of shards."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from nmlightning.errors import InputError
-from nmlightning.weights.shards import is_sharded
 
 
 @dataclass(frozen=True)
@@ -214,8 +214,12 @@ def norm_ratios(norms: Tensor, reference: Tensor) -> Tensor:
         norms: (C,).
         reference: (C,), or a scalar.
     """
-    usable = (reference > 0) & reference.isfinite()
-    return torch.where(usable, norms.double() / reference.double(), math.nan)
+    return torch.where(is_usable(reference), norms.double() / reference.double(), math.nan)
+
+
+def is_usable(norms: Tensor) -> Tensor:
+    """Return bool of the same shape: where a recorded norm is positive and finite."""
+    return (norms > 0) & norms.isfinite()
 
 
 STATISTICS = ("min", "mean", "max", "median")
@@ -241,3 +245,42 @@ def summarise_channels(values: Sequence[Tensor]) -> Tensor:
         rows.nanmedian(1).values,
     ]
     return torch.stack(columns, dim=1)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether it is a DTensor, without importing what makes them."""
+    return type(tensor).__name__ == "DTensor"
+
+
+def is_flat(tensor: Tensor) -> bool:
+    """Return whether FSDP1 put several parameters, flattened, into it."""
+    return bool(getattr(tensor, "_is_flat_param", False))
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of it, sharing its memory."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def join_shards(
+    values: Tensor, parameters: Sequence[Tensor], operation: Literal["sum", "max"]
+) -> Tensor:
+    """Return (N,) values of N parameters, joined over the ranks that hold parts of each.
+
+    Every rank has to call it. Of a parameter that each rank holds whole the value stays as it is.
+    """
+    joined, places = values.clone(), dict[tuple[Any, Any], list[int]]()
+    for number, parameter in enumerate(parameters):
+        if is_sharded(parameter):
+            place = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+            places.setdefault(place, []).append(number)
+    for (mesh, placements), numbers in places.items():
+        joined[numbers] = _join(values[numbers], mesh, placements, operation)
+    return joined
+
+
+def _join(values: Tensor, mesh: Any, placements: Any, operation: str) -> Tensor:
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    parts = [Partial(operation) if place.is_shard() else Replicate() for place in placements]
+    return DTensor.from_local(values, mesh, parts).full_tensor()

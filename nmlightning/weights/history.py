@@ -20,6 +20,12 @@ from nmlightning.weights.recording_file import (
     write_recording,
 )
 
+Moment = Mapping[str, float]
+"""`{"step": …}` or `{"epoch": …}`, as `NormHistory.place` takes it."""
+Alignment = Literal["official", "interpolate"]
+RecordPlace = tuple[int, int, float]
+"""The records before and after a moment, and how far it is from the first to the second."""
+
 
 @dataclass(frozen=True, eq=False)
 class RecordedClock:
@@ -74,8 +80,15 @@ class RecordedClock:
             raise self.does_not_reach(f"epoch {epoch}")
         return record
 
-    def around(self, step: float) -> tuple[int, int, float]:
-        """Return the records before and after a moment, and how far it is between them."""
+    def place(self, step: int | None, epoch: float | None, align: Alignment) -> RecordPlace:
+        """Return `NormHistory.place` of a moment that needs no check."""
+        if align == "official":
+            record = self.end_of(self.epoch_of(step) if step is not None else int(epoch or 0))
+            return record, record, 0.0
+        return self.around(float(step) if step is not None else self.step_at(epoch or 0.0))
+
+    def around(self, step: float) -> RecordPlace:
+        """Return the records around a moment in steps."""
         above = int(np.searchsorted(self.steps, step))
         if above == len(self):
             raise self.does_not_reach(f"step {step:g}")
@@ -107,11 +120,6 @@ class RecordedClock:
         if first:
             return int(self.steps[first - 1])
         return int(self.steps[0]) if epoch else 0
-
-
-Moment = Mapping[str, float]
-"""`{"step": …}` or `{"epoch": …}`, as `NormHistory.place` takes it."""
-Alignment = Literal["official", "interpolate"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,8 +192,8 @@ class NormHistory:
             finite: refuse norms that are NaN or infinite, as in a run that diverged.
 
         Raises:
-            InputError: no such file; one that is truncated, of another format or version, or whose
-                arrays do not fit together; norms that are not finite.
+            InputError: no such file; one that is a pickle, truncated, of another format or
+                version, or whose arrays do not fit together; norms that are not finite.
         """
         file = Path(path)
         if file.suffix == ".pkl":
@@ -243,7 +251,7 @@ class NormHistory:
         step: int | None = None,
         epoch: float | None = None,
         align: Alignment = "official",
-    ) -> tuple[int, int, float]:
+    ) -> RecordPlace:
         """Return the records around one moment, and how far it is from the first to the second.
 
         Args:
@@ -264,11 +272,7 @@ class NormHistory:
             check_whole_number("step", step, least=0)
         elif not (isinstance(epoch, Real) and 0 <= epoch < math.inf):
             raise InputError(f"epoch is a finite number of at least 0, got {epoch!r}.")
-        clock = self.clock
-        if align == "official":
-            record = clock.end_of(clock.epoch_of(step) if step is not None else int(epoch or 0))
-            return record, record, 0.0
-        return clock.around(float(step) if step is not None else clock.step_at(epoch or 0.0))
+        return self.clock.place(step, epoch, align)
 
     def until(self, step: int) -> "NormHistory":
         """Return the records that were made after at most `step` optimizer steps."""

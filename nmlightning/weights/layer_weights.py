@@ -1,6 +1,5 @@
 """The weights of a model's layers: their names, the tensors that hold them, their channels."""
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,19 +11,14 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
 from nmlightning.errors import InputError, check_lists
-from nmlightning.name_patterns import matches, some, unmatched
-from nmlightning.weights.channel_norms import ROWS, ChannelLayout, channel_norms, gather_channels
-from nmlightning.weights.shards import is_flat
-
-
-def plain_name(name: str) -> str:
-    """Return a parameter's name without what `torch.compile` or a parametrization add to it.
-
-    >>> plain_name("_orig_mod.conv.parametrizations.weight.original1")
-    'conv.weight'
-    """
-    name = re.sub(r"(^|\.)parametrizations\.(\w+)\.original\d*$", r"\1\2", name)
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+from nmlightning.name_patterns import matches, plain_name, some, unmatched
+from nmlightning.weights.channel_norms import (
+    ROWS,
+    ChannelLayout,
+    channel_norms,
+    gather_channels,
+    is_flat,
+)
 
 
 @dataclass(frozen=True, eq=False)

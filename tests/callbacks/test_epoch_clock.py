@@ -26,10 +26,10 @@ class Moments(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         tracker: Any = trainer.callbacks[0]  # type: ignore[attr-defined]
         self.of = [[] for _ in tracker.attachments]
-        for moments, attachment in zip(self.of, tracker.attachments, strict=True):
-            optimizer = attachment._optimizer
+        for moments, handle in zip(self.of, tracker.attachments, strict=True):
+            optimizer = handle._optimizer
             optimizer.register_step_post_hook(
-                lambda *_, seen=moments, clock=attachment.clock: seen.append(clock()["epoch"])
+                lambda *_, seen=moments, clock=handle.clock: seen.append(clock()["epoch"])
             )
 
 
@@ -95,7 +95,7 @@ def test_data_without_a_length_is_mapped_by_steps_and_then_by_epochs(tmp_path: P
 
 
 def test_data_without_a_length_that_goes_on_after_the_recording(tmp_path: Path) -> None:
-    message = "recording has 4 steps in epoch 0, and this run, whose data has no length, goes on"
+    message = "recording has 4 steps in epoch 0, and this run, whose data has no length, continues"
     with pytest.raises(InputError, match=message):
         follow(tmp_path, TWO_EPOCHS, data=make_data(5, sized=False))
 

@@ -43,12 +43,12 @@ def steer(rule: Any) -> WeightNormTracker:
         (
             LRCorrection(HISTORY),
             NormSchedule(HISTORY),
-            "was steered by LRCorrection, and this run is by NormSchedule: go on with the same",
+            "was steered by LRCorrection, and this run is by NormSchedule: resume with the same",
         ),
         (
             DecayEquivalentLR(0.01),
             LRCorrection(HISTORY),
-            "was steered by DecayEquivalentLR, and this run is by LRCorrection: go on with",
+            "was steered by DecayEquivalentLR, and this run is by LRCorrection: resume with",
         ),
         (
             DecayEquivalentLR(0.01),
@@ -58,7 +58,7 @@ def steer(rule: Any) -> WeightNormTracker:
         (
             LRCorrection(HISTORY),
             LRCorrection(HISTORY, max_rotation=None),
-            "by LRCorrection with max_rotation=0.2, and this run is with max_rotation=None: go on",
+            "by LRCorrection with max_rotation=0.2, and this run is with max_rotation=None: resume",
         ),
         (
             DecayEquivalentLR(0.01),

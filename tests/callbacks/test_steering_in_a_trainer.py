@@ -116,13 +116,13 @@ def train_by_hand(
     """The loop that a Trainer stands for."""
     module = Classifies()
     optimizer = module.configure_optimizers()
-    attachment = rule.attach(optimizer, module.named_parameters())
+    handle = rule.attach(optimizer, module.named_parameters())
     batches = [batch for _ in range(EPOCHS) for batch in make_data()]
     for step in range(len(batches) // parts):
         optimizer.zero_grad()
         for batch in batches[parts * step : parts * (step + 1)]:
             (module.training_step(batch, 0) / parts).backward()  # type: ignore[operator]
-        attachment.measure()
+        handle.measure()
         clip(module.parameters())
         optimizer.step()
     return module
@@ -154,8 +154,8 @@ class Overflows(Classifies):
         return super().training_step(batch, index)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        attachment = self.trainer.callbacks[0].attachments[0]  # type: ignore[attr-defined]
-        self.moments[self.batch] = attachment.clock()["epoch"]
+        handle = self.trainer.callbacks[0].attachments[0]  # type: ignore[attr-defined]
+        self.moments[self.batch] = handle.clock()["epoch"]
 
     def on_after_backward(self) -> None:
         if self.batch in OVERFLOWS:
@@ -408,7 +408,7 @@ def test_steering_that_is_none() -> None:
         WeightNormTracker(steering="LRCorrection")  # type: ignore[arg-type]
 
 
-@pytest.mark.filterwarnings("ignore:DecayEquivalentLR undid 6 steps .* by step 12")
+@pytest.mark.filterwarnings("ignore:DecayEquivalentLR skipped 6 steps .* by step 12")
 def test_what_was_undone_is_told_at_the_end_of_an_epoch(tmp_path: Path) -> None:
     """Sooner than at the 25th step."""
 
@@ -417,5 +417,5 @@ def test_what_was_undone_is_told_at_the_end_of_an_epoch(tmp_path: Path) -> None:
             self.net[0].weight.grad[1] = torch.nan
 
     trainer = make_trainer(tmp_path, DecayEquivalentLR(0.05))
-    with pytest.warns(UserWarning, match="undid 6 steps of channels of net.0.weight by step 6"):
+    with pytest.warns(UserWarning, match="skipped 6 steps of channels of net.0.weight by step 6"):
         trainer.fit(Spoiled(), make_data())

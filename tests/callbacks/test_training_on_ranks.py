@@ -23,7 +23,7 @@ from nmlightning import load_from_checkpoint
 from nmlightning.callbacks import NormSwap, WeightNormTracker
 from nmlightning.datamodules import Digits
 from nmlightning.norms.batch_norm import L1BatchNorm2d
-from nmlightning.optim import LRCorrection, Steering
+from nmlightning.optim import LRCorrection, StepRule
 from nmlightning.tasks import ImageClassifier
 from nmlightning.weights.history import NormHistory
 
@@ -58,7 +58,7 @@ def make_strategy(kind: str) -> Any:
 
 
 def train(
-    folder: Path, kind: str, precision: str, steering: Steering | None, epochs: int = EPOCHS
+    folder: Path, kind: str, precision: str, steering: StepRule | None, epochs: int = EPOCHS
 ) -> None:
     """Train, or go on from the checkpoint in the folder, and leave one there."""
     ranks, last = 1 if kind == "one" else 2, folder / "last.ckpt"

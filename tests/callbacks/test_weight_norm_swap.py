@@ -288,8 +288,8 @@ def test_both_norms_are_recorded_and_the_hidden_one_is_followed(tmp_path: Path) 
     NormHistory.from_arrays(shrunk, history.steps, history.epochs).save(runs[0] / FILE_NAME)
     tracker = WeightNormTracker(steering=LRCorrection(runs[0]), other_run=True)
     fit(make(PlModule), WeightNormSwap(), tracker, default_root_dir=runs[1])
-    (attachment,) = tracker.attachments
-    factors = attachment.factors()
+    (handle,) = tracker.attachments
+    factors = handle.factors()
     assert len(factors) == 2
     assert all((factor > 1).all() for factor in factors.values())
 

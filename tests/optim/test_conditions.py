@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nmlightning.errors import InputError
-from nmlightning.optim.step_hooks import Attachment
+from nmlightning.optim.step_hooks import StepHookHandle
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
 
@@ -153,7 +153,7 @@ def train_port(port: Port, net: nn.Module, condition: str) -> None:
 def train(
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
-    attachment: Attachment,
+    handle: StepHookHandle,
     condition: str,
 ) -> None:
     """What a user writes."""
@@ -162,11 +162,11 @@ def train(
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = find_rate(step)
-        attachment.clock = lambda step=step: {"step": step}
+        handle.clock = lambda step=step: {"step": step}
         optimizer.zero_grad()
         for part in range(parts):
             scaler.scale(find_loss(net, parts * step + part)).backward()
-        attachment.measure()
+        handle.measure()
         if condition == "norm":
             nn.utils.clip_grad_norm_(net.parameters(), BOUND)
         if condition == "value":
@@ -189,10 +189,10 @@ def test_a_port_of_the_rule(
 ) -> None:
     net, other = make_net(), make_net()
     optimizer = sgd(net)
-    attachment = make_rule(history).attach(optimizer, net.named_parameters())
-    train(net, optimizer, attachment, condition)
+    handle = make_rule(history).attach(optimizer, net.named_parameters())
+    train(net, optimizer, handle, condition)
     train_port(Port(rule_name, other, history), other, condition)
-    assert not attachment.scope.dropped()
+    assert not handle.scope.dropped()
     for (name, one), two in zip(net.named_parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-11, msg=name)
 
@@ -222,12 +222,12 @@ def test_skipped_steps_might_as_well_not_have_been(
         optimizer = getattr(torch.optim, family)(
             net.parameters(), lr=RATE, **options, **IMPLEMENTATIONS[implementation]
         )
-        attachment = make_rule(history).attach(optimizer, net.named_parameters())
-        train(net, optimizer, attachment, condition)
+        handle = make_rule(history).attach(optimizer, net.named_parameters())
+        train(net, optimizer, handle, condition)
         called = condition == "skipped" and implementation == "fused"
-        assert attachment.steps == (STEPS if called else STEPS - len(OVERFLOWS))
-        assert attachment.undone == 0
-        state = attachment.state_dict()
+        assert handle.steps == (STEPS if called else STEPS - len(OVERFLOWS))
+        assert handle.skipped == 0
+        state = handle.state_dict()
         results.append([*find_state(net, optimizer), state["scope"], state["weights"]])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
@@ -240,7 +240,7 @@ def test_a_step_by_a_closure(
     ours, plain = make_net(), make_net()
     for net, by_closure in ((ours, True), (plain, False)):
         optimizer = sgd(net)
-        attachment = make_rule(history).attach(optimizer, net.named_parameters())
+        handle = make_rule(history).attach(optimizer, net.named_parameters())
         for step in range(STEPS):
 
             def closure(
@@ -256,7 +256,7 @@ def test_a_step_by_a_closure(
             else:
                 closure()
                 optimizer.step()
-        assert all(share < 1e-10 for share in attachment.scope.shares.values())
+        assert all(share < 1e-10 for share in handle.scope.shares.values())
     for one, other in zip(ours.parameters(), plain.parameters(), strict=True):
         assert torch.equal(one, other)
 

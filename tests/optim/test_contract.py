@@ -40,8 +40,8 @@ def test_it_moves_convolutions_only(
 ) -> None:
     net, plain = make_net(), make_net()
     optimizer = sgd(net)
-    attachment = make_rule(random_history(net)).attach(optimizer, net.named_parameters())
-    assert [rule.weight.name for rule in attachment.rules] == ["conv1.weight", "conv2.weight"]
+    handle = make_rule(random_history(net)).attach(optimizer, net.named_parameters())
+    assert [weight.name for weight in handle.weights] == ["conv1.weight", "conv2.weight"]
     train(net, optimizer, 1)
     train(plain, sgd(plain), 1)
     for name, parameter in net.named_parameters():
@@ -57,14 +57,14 @@ def test_it_steers_any_matrix(
     net = make_net()
     net.norm2 = nn.Identity()
     optimizer = sgd(net)
-    attachment = make_rule(random_history(net)).attach(optimizer, net.named_parameters())
+    handle = make_rule(random_history(net)).attach(optimizer, net.named_parameters())
     names = ["conv1.weight", "conv2.weight", "head.weight"]
-    assert attachment.reasons() == dict.fromkeys(names, "steered")
-    assert attachment.measured
+    assert handle.reasons() == dict.fromkeys(names, "steered")
+    assert handle.measured
     train(net, optimizer, 1)
-    assert list(attachment.factors()) == names
-    assert attachment.scope.dropped() == {}
-    attachment.remove()
+    assert list(handle.factors()) == names
+    assert handle.scope.dropped() == {}
+    handle.remove()
     named = make_rule(None, include=["head.weight"]).attach(optimizer, net.named_parameters())
     assert list(named.reasons()) == ["head.weight"]
     with pytest.raises(InputError, match=r"expected a .*two or more dim"):
@@ -95,9 +95,9 @@ def test_a_resumed_run_is_the_same_bit_for_bit(
     def start() -> tuple[nn.Module, list[Any]]:
         net = make_net()
         optimizer = sgd(net)
-        attachment = make_rule(history).attach(optimizer, net.named_parameters())
+        handle = make_rule(history).attach(optimizer, net.named_parameters())
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.5)
-        return net, [net, optimizer, scheduler, attachment]
+        return net, [net, optimizer, scheduler, handle]
 
     whole, (_, optimizer, scheduler, _) = start()
     train(whole, optimizer, 25, each=lambda _: scheduler.step())
@@ -109,13 +109,13 @@ def test_a_resumed_run_is_the_same_bit_for_bit(
     torch.save(state, file)
     train(first, stateful[1], 3, first=interrupted_after)  # what is kept must not change any more
 
-    second, (_, optimizer, scheduler, attachment) = start()
+    second, (_, optimizer, scheduler, handle) = start()
     file.seek(0)
     for each, kept in zip(
-        [second, optimizer, scheduler, attachment], torch.load(file, weights_only=True), strict=True
+        [second, optimizer, scheduler, handle], torch.load(file, weights_only=True), strict=True
     ):
         each.load_state_dict(kept)
-    assert attachment.steps == interrupted_after
+    assert handle.steps == interrupted_after
     rest = 25 - interrupted_after
     train(second, optimizer, rest, first=interrupted_after, each=lambda _: scheduler.step())
     assert_equal(second, whole)
@@ -155,7 +155,7 @@ def test_a_step_that_a_fused_optimizer_skips(
     """What GradScaler does on an overflow: it leaves `found_inf` on the optimizer and steps."""
     net = make_net()
     optimizer = sgd(net, fused=True)
-    attachment = make_rule(random_history(net)).attach(optimizer, net.named_parameters())
+    handle = make_rule(random_history(net)).attach(optimizer, net.named_parameters())
     train(net, optimizer, 3)
     before = copy.deepcopy(net.state_dict())
     buffers = [optimizer.state[q]["momentum_buffer"].clone() for q in net.parameters()]
@@ -168,8 +168,8 @@ def test_a_step_that_a_fused_optimizer_skips(
         assert torch.equal(values, before[name]), name
     for q, buffer in zip(net.parameters(), buffers, strict=True):
         assert torch.equal(optimizer.state[q]["momentum_buffer"], buffer)
-    assert attachment.undone == 0
-    assert attachment.steps == 4
+    assert handle.skipped == 0
+    assert handle.steps == 4
     del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
 
 
@@ -180,10 +180,10 @@ def test_a_weight_whose_norm_matters_is_dropped(
     net, plain = make_net(), make_net()
     net.norm2, plain.norm2 = nn.Identity(), nn.Identity()
     optimizer = sgd(net)
-    attachment = make_rule(random_history(net)).attach(optimizer, net.named_parameters())
+    handle = make_rule(random_history(net)).attach(optimizer, net.named_parameters())
     train(net, optimizer, 1)
     train(plain, sgd(plain), 1)
-    assert list(attachment.scope.dropped()) == ["conv2.weight"]
+    assert list(handle.scope.dropped()) == ["conv2.weight"]
     assert torch.equal(net.conv2.weight, plain.conv2.weight)
     assert not torch.equal(net.conv1.weight, plain.conv1.weight)
 
@@ -196,11 +196,11 @@ def test_a_weight_that_is_named_is_steered_all_the_same(
     net.norm2, plain.norm2 = nn.Identity(), nn.Identity()
     optimizer = sgd(net)
     rule = make_rule(random_history(net), include=["conv2*"])
-    attachment = rule.attach(optimizer, net.named_parameters())
+    handle = rule.attach(optimizer, net.named_parameters())
     with pytest.warns(UserWarning, match=r"conv2.weight is steered, but the loss feels its norm"):
         train(net, optimizer, 1)
     train(plain, sgd(plain), 1)
-    assert list(attachment.scope.dropped()) == []
+    assert list(handle.scope.dropped()) == []
     assert not torch.equal(net.conv2.weight, plain.conv2.weight)
     assert torch.equal(net.conv1.weight, plain.conv1.weight)
 
@@ -212,8 +212,8 @@ def test_patterns(
     history = random_history(net)
 
     def steered(**patterns: list[str]) -> list[str]:
-        attachment = make_rule(history, **patterns).attach(sgd(net), net.named_parameters())
-        return [rule.weight.name for rule in attachment.rules]
+        handle = make_rule(history, **patterns).attach(sgd(net), net.named_parameters())
+        return [weight.name for weight in handle.weights]
 
     left = ["conv2.weight", "head.weight"] if rule_name in ANY_MATRIX else ["conv2.weight"]
     assert steered(exclude=["conv1.*"]) == left
@@ -244,15 +244,15 @@ def test_flat_shards_of_fsdp1(
 def test_several_optimizers(
     make_net: MakeNet, train: Train, random_history: MakeHistory, make_rule: MakeRule
 ) -> None:
-    """Each attachment takes what its optimizer has."""
+    """Each handle takes what its optimizer has."""
     net = make_net()
     rule = make_rule(random_history(net))
     optimizers = [
         torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.5) for m in (net.conv1, net.conv2)
     ]
     for optimizer, name in zip(optimizers, ("conv1.weight", "conv2.weight"), strict=True):
-        attachment = rule.attach(optimizer, net.named_parameters())
-        assert [each.weight.name for each in attachment.rules] == [name]
+        handle = rule.attach(optimizer, net.named_parameters())
+        assert [weight.name for weight in handle.weights] == [name]
     with pytest.raises(InputError, match="There is no weight to steer"):
         rule.attach(torch.optim.SGD([net.head.bias], momentum=0.1), net.named_parameters())
 
@@ -264,10 +264,10 @@ def test_compiled_and_parametrized_modules_keep_their_names(
     history = random_history(net)
     torch.nn.utils.parametrizations.weight_norm(net.conv2)
     compiled = torch.compile(net, backend="eager")
-    attachment = make_rule(history, include=["conv*.weight"], exclude=["conv2.weight"]).attach(
+    handle = make_rule(history, include=["conv*.weight"], exclude=["conv2.weight"]).attach(
         sgd(net), compiled.named_parameters()
     )
-    assert [rule.weight.name for rule in attachment.rules] == ["conv1.weight"]
+    assert [weight.name for weight in handle.weights] == ["conv1.weight"]
 
 
 @pytest.mark.usefixtures("_one_process")
@@ -311,12 +311,12 @@ def test_transposed_convolutions(make_rule: MakeRule) -> None:
     net = nn.Sequential(layer, nn.BatchNorm2d(6, eps=1e-30).double())
     named: list[tuple[str, Tensor]] = [("weight", layer.weight)]
     optimizer = torch.optim.SGD([layer.weight], lr=0.01)
-    attachment = make_rule(history).attach(optimizer, named, {"weight": layout})
+    handle = make_rule(history).attach(optimizer, named, {"weight": layout})
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
     target = torch.randn(2, 6, 7, 7, dtype=torch.float64)
     (net(x) * target).sum().backward()
     optimizer.step()
-    assert attachment.scope.shares["weight"] < 1e-10
+    assert handle.scope.shares["weight"] < 1e-10
     with pytest.raises(InputError, match="6 output channels there and 4 here"):
         make_rule(history).attach(optimizer, named)
 

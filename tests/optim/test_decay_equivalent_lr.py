@@ -106,12 +106,12 @@ def test_running_statistics_can_follow(make_net: MakeNet, train: Train) -> None:
 def test_a_channel_without_gradient_stays_and_is_not_undone(make_net: MakeNet) -> None:
     net = make_net()
     optimizer = torch.optim.SGD(groups(net, 0.0), lr=0.05, momentum=0.5)
-    attachment = DecayEquivalentLR(1.0).attach(optimizer, net.named_parameters())
+    handle = DecayEquivalentLR(1.0).attach(optimizer, net.named_parameters())
     before = net.conv1.weight.detach().clone()
     for _ in range(3000):  # a² is below the smallest float64
         net.conv1.weight.grad = torch.zeros_like(net.conv1.weight)
         optimizer.step()
-    assert attachment.undone == 0
+    assert handle.skipped == 0
     torch.testing.assert_close(net.conv1.weight.detach(), before, rtol=1e-9, atol=0)
 
 

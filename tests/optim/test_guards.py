@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nmlightning.errors import InputError
 from nmlightning.optim import LRCorrection, NormSchedule
-from nmlightning.optim.nonfinite_steps import MAX_STEPS_UNDONE
+from nmlightning.optim.nonfinite_steps import MAX_SKIPPED_STEPS
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
 
@@ -56,7 +56,7 @@ def test_dead_channels_of_a_reference_move_as_without_it(
     history.norms["conv1.weight"][:, 1] = dead
     optimizer, other = sgd(net), sgd(plain)
     optimizer.param_groups[0]["initial_lr"] = 0.1  # a schedule is on its way
-    attachment = make_rule(history).attach(optimizer, net.named_parameters())
+    handle = make_rule(history).attach(optimizer, net.named_parameters())
     with pytest.warns(UserWarning, match=r"1 of 4 channels of conv1.weight have a recorded norm"):
         train(net, optimizer, 1)
     train(plain, other, 1)
@@ -66,7 +66,7 @@ def test_dead_channels_of_a_reference_move_as_without_it(
     torch.testing.assert_close(ours["momentum_buffer"][1], theirs["momentum_buffer"][1])
     train(net, optimizer, 9, first=1)
     assert all(bool(q.isfinite().all()) for q in net.parameters())
-    assert attachment.undone == 0
+    assert handle.skipped == 0
 
 
 def test_a_step_that_is_not_finite_is_undone_and_told(
@@ -78,7 +78,7 @@ def test_a_step_that_is_not_finite_is_undone_and_told(
 ) -> None:
     net = make_net()
     optimizer = sgd(net)
-    attachment = make_rule(random_history(net)).attach(optimizer, net.named_parameters())
+    handle = make_rule(random_history(net)).attach(optimizer, net.named_parameters())
     train(net, optimizer, 1)
     before = net.conv1.weight.detach().clone()
     spoil(net, channel=2)
@@ -86,15 +86,15 @@ def test_a_step_that_is_not_finite_is_undone_and_told(
     torch.testing.assert_close(net.conv1.weight[2], before[2])
     assert bool(net.conv1.weight.isfinite().all())
     channels = 4 if rule_name == "hyperball" else 1  # that undoes the step of a whole weight
-    assert attachment.undone == channels
-    attachment.clock = lambda: {"epoch": 0}
-    undone = f"undid {24 * channels} steps of channels of conv1.weight"
+    assert handle.skipped == channels
+    handle.clock = lambda: {"epoch": 0}
+    undone = f"skipped {24 * channels} steps of channels of conv1.weight"
     message = f"{undone} by step 25, since they, their gradients"
     with pytest.warns(UserWarning, match=message):
         step_on(optimizer, 23)
 
 
-@pytest.mark.filterwarnings("ignore:.* undid .* steps of channels of")
+@pytest.mark.filterwarnings("ignore:.* skipped .* steps of channels of")
 def test_a_run_of_such_steps_ends(
     make_net: MakeNet,
     train: Train,
@@ -104,23 +104,23 @@ def test_a_run_of_such_steps_ends(
 ) -> None:
     net = make_net()
     optimizer = sgd(net)
-    attachment = make_rule(random_history(net)).attach(optimizer, net.named_parameters())
-    attachment.clock = lambda: {"epoch": 0}
+    handle = make_rule(random_history(net)).attach(optimizer, net.named_parameters())
+    handle.clock = lambda: {"epoch": 0}
     train(net, optimizer, 1)
     spoil(net, channel=2)
     step_on(optimizer, 123)
     channels = 4 if rule_name == "hyperball" else 1
     message = (
-        "had to undo the steps of conv1.weight 124 times in a row "
+        "had to skip the steps of conv1.weight 124 times in a row "
         f"(now of {channels} channels): their gradients are not finite. Find the operation that "
         "makes them so"
     )
-    assert 100 <= MAX_STEPS_UNDONE <= 124  # it looks at every 25th
+    assert 100 <= MAX_SKIPPED_STEPS <= 124  # it looks at every 25th
     with pytest.raises(InputError, match=re.escape(message)):
         optimizer.step()
 
 
-@pytest.mark.filterwarnings("ignore:.* undid .* steps of channels of")
+@pytest.mark.filterwarnings("ignore:.* skipped .* steps of channels of")
 def test_a_run_whose_steps_are_what_is_not_finite_ends(
     make_net: MakeNet, random_history: MakeHistory
 ) -> None:
@@ -128,8 +128,8 @@ def test_a_run_whose_steps_are_what_is_not_finite_ends(
     history = random_history(net)
     history.norms["conv1.weight"][:] = 1e-44
     optimizer = torch.optim.SGD([net.conv1.weight], lr=0.02)
-    attachment = LRCorrection(history).attach(optimizer, net.named_parameters())
-    attachment.clock = lambda: {"epoch": 0}
+    handle = LRCorrection(history).attach(optimizer, net.named_parameters())
+    handle.clock = lambda: {"epoch": 0}
     net.conv1.weight.grad = across(net.conv1.weight)
     with pytest.raises(InputError, match="steps or factors are not finite, so the run has diverg"):
         step_on(optimizer, 125)
@@ -144,14 +144,14 @@ def test_a_factor_that_is_not_finite(
     history = random_history(net)
     history.norms["conv1.weight"][:] = 1e-44
     optimizer = sgd(net)
-    attachment = make_rule(history).attach(optimizer, net.named_parameters())
+    handle = make_rule(history).attach(optimizer, net.named_parameters())
     before = net.conv1.weight.detach().clone()
     for name, q in net.named_parameters():
         q.grad = torch.zeros_like(q)
         if name.startswith("conv"):
             q.grad = across(q)
     optimizer.step()
-    assert attachment.undone == len(before)
+    assert handle.skipped == len(before)
     torch.testing.assert_close(net.conv1.weight.detach(), before)
 
 
@@ -174,10 +174,10 @@ def test_a_product_that_the_weights_cannot_hold(
     history = NormHistory.from_arrays({"c": norms.numpy()}, [10], [0])
     optimizer = torch.optim.SGD([weight], lr=1e-3)
     rule = LRCorrection(history, mode="paper", include=["c*"])
-    attachment = rule.attach(optimizer, [("c", weight)])
+    handle = rule.attach(optimizer, [("c", weight)])
     weight.grad = across(weight) * gradient
     optimizer.step()
-    assert attachment.undone == 4
+    assert handle.skipped == 4
     assert torch.equal(weight, before)
 
 
@@ -191,11 +191,11 @@ def test_a_factor_that_half_precision_does_not_hold() -> None:
     history = NormHistory.from_arrays({"c": norms[None].numpy() * 1e-3}, [10], [0])
     optimizer = torch.optim.SGD([weight], lr=0.125)
     rule = LRCorrection(history, mode="paper", include=["c*"])
-    attachment = rule.attach(optimizer, [("c", weight)])
+    handle = rule.attach(optimizer, [("c", weight)])
     weight.grad = torch.zeros_like(weight)
     weight.grad[:, 0, 0, 0] = 2.0**-17
     optimizer.step()
-    assert attachment.undone == 0
+    assert handle.skipped == 0
     moved = weight[:, 0, 0, 0].detach().float()
     torch.testing.assert_close(moved, torch.full((4,), -1e6 * 2.0**-20), rtol=1e-3, atol=0)
 

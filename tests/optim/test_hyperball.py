@@ -69,7 +69,7 @@ def test_the_definition_around_any_optimizer(make_net: MakeNet, train: Train, fa
 def test_norms_and_the_length_of_steps_are_fixed() -> None:
     """Whatever the size of the gradient: a step before it is put back on the sphere is η R long."""
     weight = make_weight(4, 3)
-    optimizer, attachment = attach(weight)
+    optimizer, handle = attach(weight)
     radius = weight.detach().norm()
     for step in range(20):
         before = weight.detach().clone()
@@ -78,7 +78,7 @@ def test_norms_and_the_length_of_steps_are_fixed() -> None:
         optimizer.step()
         torch.testing.assert_close(weight.detach().norm(), radius, rtol=1e-14, atol=0)
         factors = (radius / weight.grad.norm()).expand(4)
-        torch.testing.assert_close(attachment.factors()["weight"], factors, rtol=1e-9, atol=0)
+        torch.testing.assert_close(handle.factors()["weight"], factors, rtol=1e-9, atol=0)
         unit = weight.grad / weight.grad.norm()
         moved = before - RATE * radius * unit
         torch.testing.assert_close(weight.detach(), moved * (radius / moved.norm()))
@@ -88,31 +88,31 @@ def test_norms_and_the_length_of_steps_are_fixed() -> None:
 def test_where_nothing_moves(reason: str) -> None:
     """Not by a bit, although the weight is a little off its sphere."""
     weight = make_weight(4, 3, dtype=torch.float32)
-    optimizer, attachment = attach(weight, lr=0.0 if reason == "rate" else RATE)
+    optimizer, handle = attach(weight, lr=0.0 if reason == "rate" else RATE)
     weight.data *= 1.001
     before = weight.detach().clone()
     if reason != "no gradient":
         weight.grad = torch.full_like(weight, float(reason == "rate"))
     optimizer.step()
     assert torch.equal(weight.detach(), before)
-    assert attachment.undone == 0
-    assert attachment.factors()["weight"].tolist() == [0.0] * 4
+    assert handle.skipped == 0
+    assert handle.factors()["weight"].tolist() == [0.0] * 4
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_step_that_is_not_finite_is_undone_as_a_whole(bad: float) -> None:
     weight = make_weight(4, 3)
-    optimizer, attachment = attach(weight)
+    optimizer, handle = attach(weight)
     before = weight.detach().clone()
     weight.grad = torch.ones_like(weight)
     weight.grad[1, 1] = bad
     optimizer.step()
     assert torch.equal(weight.detach(), before)
-    assert attachment.undone == 4
+    assert handle.skipped == 4
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     assert not torch.equal(weight.detach(), before)
-    assert attachment.undone == 4
+    assert handle.skipped == 4
 
 
 def test_a_step_to_the_middle_of_the_ball() -> None:
@@ -150,8 +150,8 @@ def test_a_resumed_run_holds_the_norm_of_the_first() -> None:
     state = attach(weight)[1].state_dict()
     radius = weight.detach().norm()
     weight.data *= 3
-    optimizer, attachment = attach(weight)
-    attachment.load_state_dict(state)
+    optimizer, handle = attach(weight)
+    handle.load_state_dict(state)
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     torch.testing.assert_close(weight.detach().norm(), radius, rtol=1e-14, atol=0)
@@ -163,11 +163,11 @@ def test_transposed_convolutions() -> None:
     for layouts in ({}, {"weight": ChannelLayout(2)}):
         weight = make_weight(4, 3, 2, 2)
         optimizer = torch.optim.SGD([weight], RATE)
-        attachment = Hyperball().attach(optimizer, [("weight", weight)], layouts)
+        handle = Hyperball().attach(optimizer, [("weight", weight)], layouts)
         weight.grad = make_weight(4, 3, 2, 2).detach().sin()
         optimizer.step()
         results.append(weight.detach())
-        assert attachment.factors()["weight"].shape == (6 if layouts else 4,)
+        assert handle.factors()["weight"].shape == (6 if layouts else 4,)
     torch.testing.assert_close(*results, rtol=1e-14, atol=1e-14)
 
 

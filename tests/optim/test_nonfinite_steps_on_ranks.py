@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from nmlightning.errors import InputError
 from nmlightning.optim import DecayEquivalentLR
-from nmlightning.optim.nonfinite_steps import MAX_STEPS_UNDONE
+from nmlightning.optim.nonfinite_steps import MAX_SKIPPED_STEPS
 from nmlightning.weights.channel_norms import channel_norms
 
 
@@ -31,7 +31,7 @@ def step_until_it_stops(rank: int) -> dict[str, Any]:
     net = nn.Sequential(nn.Conv2d(2, 6, 3, bias=False), nn.Conv2d(6, 4, 3, bias=False))
     fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, foreach=False)
-    attachment = DecayEquivalentLR(0.01, exclude=["1.*"]).attach(optimizer, net.named_parameters())
+    handle = DecayEquivalentLR(0.01, exclude=["1.*"]).attach(optimizer, net.named_parameters())
     counts, state = [], {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -43,9 +43,9 @@ def step_until_it_stops(rank: int) -> dict[str, Any]:
                         assert isinstance(q.grad, DTensor)
                         q.grad.to_local().fill_(torch.nan)
                 optimizer.step()
-                counts.append(attachment.undone)
+                counts.append(handle.skipped)
                 if step == 30:
-                    state = attachment.state_dict()
+                    state = handle.state_dict()
         except InputError as error:
             message = str(error)
     resumed = DecayEquivalentLR(0.01, exclude=["1.*"]).attach(
@@ -54,12 +54,12 @@ def step_until_it_stops(rank: int) -> dict[str, Any]:
     resumed.load_state_dict(state)
     return {
         "initial": state["weights"]["0.weight"]["initial"].tolist(),
-        "initial here": resumed.rules[0].state_dict()["initial"].tolist(),
+        "initial here": resumed._states["0.weight"]["initial"].tolist(),
         "message": message,
-        "steps": attachment.steps,
+        "steps": handle.steps,
         "counts": counts,
-        "warnings": [str(each.message) for each in caught if "undid" in str(each.message)],
-        "resumed": resumed.undone,
+        "warnings": [str(each.message) for each in caught if "skipped" in str(each.message)],
+        "resumed": resumed.skipped,
     }
 
 
@@ -84,10 +84,10 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_both_stop_with_one_message(told: list[dict[str, Any]]) -> None:
     assert told[0] == told[1]
-    assert 100 <= MAX_STEPS_UNDONE <= 123  # it looks at every 25th
+    assert 100 <= MAX_SKIPPED_STEPS <= 123  # it looks at every 25th
     assert told[0]["steps"] == 125
     assert told[0]["message"].startswith(
-        "DecayEquivalentLR had to undo the steps of 0.weight 123 times in a row (now of 3 "
+        "DecayEquivalentLR had to skip the steps of 0.weight 123 times in a row (now of 3 "
         "channels): their gradients are not finite."
     )
 
@@ -105,7 +105,7 @@ def test_both_count_what_either_undid(told: list[dict[str, Any]]) -> None:
     assert told[0]["counts"] == [3 * max(0, step - 1) for step in range(124)]
     assert told[0]["resumed"] == 3 * 29
     assert len(told[0]["warnings"]) == 4
-    assert "undid 69 steps of channels of 0.weight by step 25" in told[0]["warnings"][0]
+    assert "skipped 69 steps of channels of 0.weight by step 25" in told[0]["warnings"][0]
 
 
 if __name__ == "__main__":

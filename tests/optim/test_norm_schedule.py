@@ -84,9 +84,9 @@ def test_it_replaces_a_learning_rate_schedule(make_net: MakeNet, train: Train) -
         own, own_scheduler = make_optimizer(net, 0.0)
         if net is scheduled:
             schedule = NormSchedule(history, align="interpolate")
-            attachment = schedule.attach(own, net.named_parameters())
+            handle = schedule.attach(own, net.named_parameters())
             # After a step the norms are those recorded after it.
-            attachment.clock = lambda attachment=attachment: {"step": attachment.steps}
+            handle.clock = lambda handle=handle: {"step": handle.steps}
         train(net, own, steps, each=lambda _, s=own_scheduler: s.step())
 
     def distance(net: nn.Module) -> float:
@@ -109,7 +109,7 @@ def test_rates_that_are_none(rate: float) -> None:
         NormSchedule("somewhere", rate)
 
 
-@pytest.mark.filterwarnings("ignore:NormSchedule undid .* steps of channels of")
+@pytest.mark.filterwarnings("ignore:NormSchedule skipped .* steps of channels of")
 @pytest.mark.parametrize("max_rotation", [0.2, None])
 def test_norms_that_shrink_to_almost_nothing(
     make_net: MakeNet, train: Train, random_history: MakeHistory, max_rotation: float | None
@@ -120,9 +120,9 @@ def test_norms_that_shrink_to_almost_nothing(
         values *= np.logspace(0, -4, 10)[:, None]
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     schedule = NormSchedule(history, max_rotation=max_rotation)
-    attachment = schedule.attach(optimizer, net.named_parameters())
+    handle = schedule.attach(optimizer, net.named_parameters())
     train(net, optimizer, 99)
-    assert (attachment.undone == 0) is (max_rotation is not None)
+    assert (handle.skipped == 0) is (max_rotation is not None)
     assert all(bool(net.get_parameter(name).isfinite().all()) for name in CONVOLUTIONS)
 
 

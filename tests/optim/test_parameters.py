@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn, optim
 
-from nmlightning.optim.parameters import SteeredWeight
+from nmlightning.optim.parameters import OptimizedWeight
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "SGD": (optim.SGD, {"momentum": 0.9, "nesterov": True}),
@@ -25,7 +25,7 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
 FACTORS = torch.tensor([0.25, 4.0, 1.0], dtype=torch.float64)
 
 
-def train(name: str, scale: Tensor, gradients: Tensor) -> SteeredWeight:
+def train(name: str, scale: Tensor, gradients: Tensor) -> OptimizedWeight:
     """Return a weight of scale-invariant channels after steps from `scale` times a start."""
     make, options = OPTIMIZERS[name]
     start = torch.ones(3, 4, dtype=torch.float64) * scale[:, None]
@@ -35,7 +35,7 @@ def train(name: str, scale: Tensor, gradients: Tensor) -> SteeredWeight:
     for gradient in gradients:
         weight.grad = gradient / scale[:, None]
         optimizer.step()
-    return SteeredWeight("weight", weight, optimizer, 0)
+    return OptimizedWeight("weight", weight, optimizer, 0)
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - {"ASGD"}))

@@ -123,10 +123,10 @@ def step_once(
 ) -> tuple[Tensor, Any]:
     parameter = nn.Parameter(torch.tensor(weight, dtype=dtype))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
-    attachment = RadialProjection(**options).attach(optimizer, [("weight", parameter)])
+    handle = RadialProjection(**options).attach(optimizer, [("weight", parameter)])
     parameter.grad = torch.tensor(grad, dtype=dtype)
     optimizer.step()
-    return parameter.detach() - torch.tensor(weight, dtype=dtype), attachment
+    return parameter.detach() - torch.tensor(weight, dtype=dtype), handle
 
 
 WEIGHT = np.array([[2.0, 0.0], [0.0, 1.0]])
@@ -134,27 +134,27 @@ WEIGHT = np.array([[2.0, 0.0], [0.0, 1.0]])
 
 def test_by_channels() -> None:
     """cos = 0.05 and 0.03, both below 0.1 / √2."""
-    step, attachment = step_once(WEIGHT, np.array([[0.05, 1.0], [2.0, 0.06]]))
+    step, handle = step_once(WEIGHT, np.array([[0.05, 1.0], [2.0, 0.06]]))
     torch.testing.assert_close(step, torch.tensor([[0.0, -1.0], [-2.0, 0.0]]).double())
     left = torch.tensor([1 / math.hypot(0.05, 1), 2 / math.hypot(2, 0.06)]).double()
-    torch.testing.assert_close(attachment.factors()["weight"], left)
-    assert attachment.undone == 0
+    torch.testing.assert_close(handle.factors()["weight"], left)
+    assert handle.skipped == 0
 
 
 def test_as_a_whole() -> None:
     """The channels' shares, 2 · 1 and 1 · −2, cancel, so that nothing is along the whole."""
-    step, attachment = step_once(WEIGHT, np.array([[1.0, 1.0], [0.0, -1.99]]))
+    step, handle = step_once(WEIGHT, np.array([[1.0, 1.0], [0.0, -1.99]]))
     along = 0.01 / 5 * WEIGHT
     expected = -np.array([[1.0, 1.0], [0.0, -1.99]]) + along
     torch.testing.assert_close(step, torch.tensor(expected))
-    assert attachment.undone == 0
+    assert handle.skipped == 0
 
 
 def test_neither() -> None:
     grad = np.array([[1.0, 1.0], [0.0, 1.0]])
-    step, attachment = step_once(WEIGHT, grad)
+    step, handle = step_once(WEIGHT, grad)
     assert torch.equal(step, -torch.tensor(grad))
-    assert attachment.factors()["weight"].tolist() == [1.0, 1.0]
+    assert handle.factors()["weight"].tolist() == [1.0, 1.0]
 
 
 def test_a_gradient_of_zero_lies_across() -> None:
@@ -182,10 +182,10 @@ def test_a_weight_of_zero() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_channel_that_is_not_finite(bad: float) -> None:
-    step, attachment = step_once(WEIGHT, np.array([[bad, 1.0], [2.0, 0.06]]))
+    step, handle = step_once(WEIGHT, np.array([[bad, 1.0], [2.0, 0.06]]))
     torch.testing.assert_close(step, torch.tensor([[0.0, 0.0], [-2.0, -0.06]]).double())
-    assert attachment.undone == 1
-    assert attachment.factors()["weight"].tolist() == [0.0, 1.0]
+    assert handle.skipped == 1
+    assert handle.factors()["weight"].tolist() == [0.0, 1.0]
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])
@@ -205,7 +205,7 @@ def test_transposed_convolutions() -> None:
     net = nn.Sequential(layer, nn.BatchNorm2d(6, eps=1e-30).double())
     optimizer = torch.optim.SGD([layer.weight], lr=0.01, momentum=0.9)
     layouts = {"weight": ChannelLayout(2)}
-    attachment = RadialProjection().attach(optimizer, [("weight", layer.weight)], layouts)
+    handle = RadialProjection().attach(optimizer, [("weight", layer.weight)], layouts)
     target = torch.randn(2, 6, 7, 7, dtype=torch.float64)
     for _ in range(3):
         before = layer.weight.detach().clone()
@@ -216,16 +216,16 @@ def test_transposed_convolutions() -> None:
         along = (before * step).view(2, 2, 3, 9).sum((1, 3))  # groups, inputs, outputs, pixels
         torch.testing.assert_close(along, torch.zeros_like(along), rtol=0, atol=1e-13)
         assert float((before * step).abs().sum()) > 1e-3
-    assert attachment.factors()["weight"].shape == (6,)
+    assert handle.factors()["weight"].shape == (6,)
 
 
 def test_without_a_gradient_nothing_happens() -> None:
     weight = nn.Parameter(torch.tensor(WEIGHT))
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    attachment = RadialProjection().attach(optimizer, [("weight", weight)])
+    handle = RadialProjection().attach(optimizer, [("weight", weight)])
     optimizer.step()
     assert torch.equal(weight.detach(), torch.tensor(WEIGHT))
-    assert attachment.undone == 0
+    assert handle.skipped == 0
 
 
 @pytest.mark.parametrize("delta", [0.0, -1.0, math.nan])

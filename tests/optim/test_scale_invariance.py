@@ -8,18 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from nmlightning.optim import DecayEquivalentLR
-from nmlightning.optim.scale_invariance import CHANCE, TOLERANCE, share_limit
-from nmlightning.optim.step_hooks import Attachment
+from nmlightning.optim.scope import CHANCE, TOLERANCE, share_limit
+from nmlightning.optim.step_hooks import StepHookHandle
 
 Forward = Callable[[Tensor], Tensor]
 
 
-def attach(seed: int, after: Forward, channels: int = 1) -> tuple[Attachment, Callable[[], None]]:
+def attach(
+    seed: int, after: Forward, channels: int = 1
+) -> tuple[StepHookHandle, Callable[[], None]]:
     """Return the rule at work on a 1×1 convolution, and what takes a step."""
     torch.manual_seed(seed)
     conv = nn.Conv2d(32, channels, 1, bias=False)
     optimizer = torch.optim.SGD(conv.parameters(), lr=1e-3)
-    attachment = DecayEquivalentLR(0.01).attach(optimizer, conv.named_parameters())
+    handle = DecayEquivalentLR(0.01).attach(optimizer, conv.named_parameters())
 
     def step() -> None:
         optimizer.zero_grad()
@@ -27,7 +29,7 @@ def attach(seed: int, after: Forward, channels: int = 1) -> tuple[Attachment, Ca
         (after(conv(x)) - target).square().mean().backward()
         optimizer.step()
 
-    return attachment, step
+    return handle, step
 
 
 def normalise(x: Tensor) -> Tensor:
@@ -38,23 +40,23 @@ def test_one_channel_is_not_steered_by_luck() -> None:
     """One gradient of one channel is across the weight within a tenth in 8 % of all cases."""
     steered = []
     for seed in range(300):
-        attachment, step = attach(seed, torch.sigmoid)
+        handle, step = attach(seed, torch.sigmoid)
         for _ in range(6):
             step()
-            steered.append(attachment.rules[0].factors is not None)
-        assert attachment.measured
-        assert list(attachment.scope.dropped()) == ["weight"]
+            steered.append(bool(handle.factors()))
+        assert handle.measured
+        assert list(handle.scope.dropped()) == ["weight"]
     assert not any(steered)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 32])
 def test_what_is_scale_invariant_is_steered_from_the_first_step(channels: int) -> None:
     for seed in range(20):
-        attachment, step = attach(seed, normalise, channels)
+        handle, step = attach(seed, normalise, channels)
         step()
-        assert attachment.measured
-        assert attachment.rules[0].factors is not None
-        assert attachment.reasons()["weight"].startswith("steered: scale-invariant (radial share")
+        assert handle.measured
+        assert bool(handle.factors())
+        assert handle.reasons()["weight"].startswith("steered: scale-invariant (radial share")
 
 
 def across(conv: nn.Parameter, share: float) -> Tensor:
@@ -71,26 +73,26 @@ def test_what_may_be_chance_waits_for_more_gradients() -> None:
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(2, 32, 1, 1))
 
-    def start() -> tuple[Attachment, torch.optim.Optimizer]:
+    def start() -> tuple[StepHookHandle, torch.optim.Optimizer]:
         optimizer = torch.optim.SGD([weight], lr=1e-4)
         return DecayEquivalentLR(0.01).attach(optimizer, [("weight", weight)]), optimizer
 
-    attachment, optimizer = start()
+    handle, optimizer = start()
     weight.grad = across(weight, 0.05)
     optimizer.step()
-    assert not attachment.measured
-    assert attachment.rules[0].factors is None
-    reason = attachment.reasons()["weight"]
+    assert not handle.measured
+    assert not handle.factors()
+    reason = handle.reasons()["weight"]
     assert reason == "left so far: a radial share of 5.0e-02 in 2 channels' gradients may be chance"
     optimizer.step()
 
     resumed, optimizer = start()
-    resumed.load_state_dict(attachment.state_dict())
+    resumed.load_state_dict(handle.state_dict())
     assert not resumed.measured
     weight.grad = across(weight, 0.05)
     optimizer.step()
     assert resumed.measured
-    assert resumed.rules[0].factors is not None
+    assert bool(resumed.factors())
 
 
 def test_a_gradient_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,16 +100,16 @@ def test_a_gradient_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(1, 32, 1, 1))
     optimizer = torch.optim.SGD([weight], lr=1e-4)
-    attachment = DecayEquivalentLR(0.01).attach(optimizer, [("weight", weight)])
+    handle = DecayEquivalentLR(0.01).attach(optimizer, [("weight", weight)])
     for count in (1, 2):
         weight.grad = across(weight, 0.9)
-        attachment.measure()  # of a step that a GradScaler leaves out
+        handle.measure()  # of a step that a GradScaler leaves out
         weight.grad = across(weight, 0.09)
-        attachment.measure()
+        handle.measure()
         weight.grad = weight.grad.clamp(-1e-3, 1e-3)
         optimizer.step()
-        assert attachment.scope.samples["weight"] == count
-        assert attachment.scope.shares["weight"] == pytest.approx(0.09, rel=1e-3)
+        assert handle.scope.samples["weight"] == count
+        assert handle.scope.shares["weight"] == pytest.approx(0.09, rel=1e-3)
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3, 4, 5])

@@ -41,16 +41,16 @@ def sgd(net: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(net.parameters(), lr=0.02)
 
 
-def steered(attachment: Any) -> dict[str, ChannelLayout]:
-    return {rule.weight.name: rule.weight.layout for rule in attachment.rules}
+def steered(handle: Any) -> dict[str, ChannelLayout]:
+    return {weight.name: weight.layout for weight in handle.weights}
 
 
 @pytest.mark.parametrize("rule_name", OF_CONVOLUTIONS)
 def test_a_model_tells_its_convolutions_and_their_channels(make_rule: MakeRule) -> None:
     net = Mixed()
     for model in (net, torch.compile(net, backend="eager")):
-        attachment = make_rule(record(net)).attach(sgd(net), model)
-        assert steered(attachment) == {
+        handle = make_rule(record(net)).attach(sgd(net), model)
+        assert steered(handle) == {
             "conv.weight": ChannelLayout(),
             "up.weight": ChannelLayout(2),
         }
@@ -61,10 +61,10 @@ def test_shapes_alone_are_compared_with_the_recording(make_rule: MakeRule) -> No
     net = Mixed()
     history = record(net)
     with pytest.warns(UserWarning, match=r"recording has no pos, .* it is left alone: exclude it"):
-        attachment = make_rule(history).attach(
+        handle = make_rule(history).attach(
             sgd(net), net.named_parameters(), {"up.weight": ChannelLayout(2)}
         )
-    assert list(steered(attachment)) == ["conv.weight", "up.weight"]
+    assert list(steered(handle)) == ["conv.weight", "up.weight"]
     with pytest.raises(InputError, match="of another model: it has no 'pos'"):
         make_rule(history, include=["pos"]).attach(sgd(net), net.named_parameters())
     other = NormHistory.from_arrays({"layer.weight": [[1.0]]}, [10], [0])
@@ -151,5 +151,5 @@ def test_flat_names(make_rule: MakeRule) -> None:
     """What holds the parameters may yield them only once."""
     net = Mixed()
     pairs: list[tuple[str, Tensor]] = [("conv.weight", net.conv.weight)]
-    attachment = make_rule(record(net)).attach(sgd(net), iter(pairs))
-    assert list(steered(attachment)) == ["conv.weight"]
+    handle = make_rule(record(net)).attach(sgd(net), iter(pairs))
+    assert list(steered(handle)) == ["conv.weight"]

@@ -128,9 +128,9 @@ def test_gains_are_no_weights_to_a_rule(
     apply_weight_norm(net, **FORMS[form])
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     for model in (net, net.named_parameters()):
-        attachment = rule().attach(optimizer, model)
-        assert len(attachment.reasons()) == 3
-        attachment.remove()
+        handle = rule().attach(optimizer, model)
+        assert len(handle.reasons()) == 3
+        handle.remove()
 
 
 @pytest.mark.parametrize("form", FORMS)

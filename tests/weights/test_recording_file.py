@@ -89,7 +89,7 @@ def test_damaged_runs_are_passed_over(tmp_path: Path) -> None:
 
 def test_files_that_are_no_recording(tmp_path: Path) -> None:
     file = tmp_path / FILE_NAME
-    with pytest.raises(InputError, match=r"run.pkl is a pickle, .* and use NormHistory.from_arrays"):
+    with pytest.raises(InputError, match=r"is a pickle, .* and use NormHistory.from_arrays"):
         NormHistory.load("run.pkl")
     with pytest.raises(InputError, match=f"no recording of weight norms at .*{FILE_NAME}"):
         NormHistory.load(tmp_path)
