@@ -1,27 +1,14 @@
-"""The images of each batch: shuffled anew each epoch, resumable, shared out among processes.
+"""The rows and the augmentation of each batch of images, by seed, epoch and process."""
 
-How the images of a batch are read is up to the data.
-"""
-
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from nmlightning.datamodules.training_batches import (
-    WHOLE_SET,
-    OrderState,
-    Shard,
-    TrainingBatches,
-    count_batches_done,
-    epoch_generator,
-    order_seed,
-    shard_of,
-)
-from nmlightning.errors import InputError, check_whole_number
+from nmlightning.datamodules.training_batches import WHOLE_SET, OrderState, Shard, epoch_generator
+from nmlightning.errors import InputError
 
 SHARDS_MIXED = 16  # a thousand images by nm shard's default, of which a batch takes some
 
@@ -45,7 +32,7 @@ def shuffle_rows(length: int, shard_size: int, generator: torch.Generator) -> Te
 
 
 class Augmentation(NamedTuple):
-    """What is drawn for each training image: a shift by up to ±`pad` pixels, and a mirroring."""
+    """The augmentation of a training image: a shift by up to ±`pad` pixels, and a mirroring."""
 
     pad: int
     flip: bool
@@ -55,7 +42,7 @@ NO_AUGMENTATION = Augmentation(pad=0, flip=False)
 
 
 class Draw(NamedTuple):
-    """What was drawn for a batch; in evaluation, where nothing is random, `rows` alone.
+    """The random numbers of a batch; in evaluation, where nothing is random, `rows` alone.
 
     rows (B,), crop corners (B, 2) in 0 … 2·pad, mirrored (B,), and a seed for each image (B,), for
     data that draw their augmentation themselves.
@@ -77,7 +64,7 @@ class RawBatch(NamedTuple):
 
 
 class ImageSource(Protocol):
-    """Labelled images, and how batches of them are read."""
+    """Labelled images, read in batches."""
 
     @property
     def length(self) -> int:
@@ -85,7 +72,7 @@ class ImageSource(Protocol):
 
     @property
     def shard_size(self) -> int:
-        """How many rows lie together and are best read together; 1 where it does not matter."""
+        """The number of rows that are best read together; 1 if each is read alone."""
 
     @property
     def digest(self) -> str:
@@ -114,12 +101,12 @@ class AugmentedShuffle:
     Args:
         length: number of images.
         batch_size: images a batch on each rank.
-        augmentation: what to draw besides the order.
+        augmentation: of the training images.
         seed: 0 or more; the same on every rank.
         shard: this process's part.
         shuffle: False keeps the images in order (Lightning's `overfit_batches`).
         shard_size: rows that lie together, see `shuffle_rows`.
-        digest: tells other images from these when a run is resumed; nothing is drawn from it.
+        digest: identifies the images when a run is resumed; nothing is drawn from it.
 
     Raises:
         InputError: if there are fewer images than ranks.
@@ -159,7 +146,7 @@ class AugmentedShuffle:
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch comes next; Lightning does so before each."""
+        """Set the next epoch; Lightning does so before each."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -171,7 +158,7 @@ class AugmentedShuffle:
         return self.batch_size * self.shard.world_size
 
     def state_dict(self) -> OrderState:
-        """Return what the batches follow from, besides the epoch."""
+        """Return what determines the batches, but for the epoch."""
         return {
             "seed": self.seed,
             "images": self.length,
@@ -229,37 +216,3 @@ class EvaluationBatches:
     def __iter__(self) -> Iterator[RawBatch]:
         rows = torch.arange(self.shard.rank, self.data.length, self.shard.world_size)
         yield from self.data.batches(Draw(part) for part in rows.tensor_split(self.batches))
-
-
-def training_batches(
-    data: ImageSource,
-    batch_size: int,
-    augmentation: Augmentation,
-    trainer: pl.Trainer | None,
-    interrupted: Mapping[str, int | str] | None = None,
-) -> TrainingBatches[Draw, RawBatch]:
-    """Return a data module's training loader, sharded for `trainer` and seeded by torch's seed.
-
-    A run that was `interrupted`, whose sampler's state is given, hands on its seed (`order_seed`).
-    Without a trainer there is one shard, and the caller calls `sampler.set_epoch`.
-    """
-    check_whole_number("batch_size", batch_size)
-    sampler = AugmentedShuffle(
-        data.length,
-        batch_size,
-        augmentation,
-        seed=order_seed(trainer, interrupted),
-        shard=shard_of(trainer),
-        shuffle=not getattr(trainer, "overfit_batches", 0),
-        shard_size=data.shard_size,
-        digest=data.digest,
-    )
-    return TrainingBatches(data, sampler, count_batches_done(trainer), interrupted)
-
-
-def evaluation_batches(
-    data: ImageSource, batch_size: int, trainer: pl.Trainer | None
-) -> EvaluationBatches:
-    """Return the validation, test or prediction loader of a data module, sharded for `trainer`."""
-    check_whole_number("batch_size", batch_size)
-    return EvaluationBatches(data, batch_size, shard_of(trainer))

@@ -1,16 +1,13 @@
 """The base of the data modules of images: loaders, and batches transformed on the device.
 
-The host only picks rows; `BatchTransform` does the arithmetic on the training device. Images that
-lie on that device are `ResidentImages`.
-
-The numbers that were drawn for an epoch go to the device in one copy; after that nothing travels.
+The host only picks rows; `BatchTransform` does the arithmetic on the training device. For
+`ResidentImages`, which lie there, the random numbers of an epoch are all that is copied, at once.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,15 +15,20 @@ from torch.nn import functional as F
 from nmlightning.datamodules.batches import (
     NO_AUGMENTATION,
     Augmentation,
+    AugmentedShuffle,
     Draw,
     EvaluationBatches,
     ImageSource,
     RawBatch,
-    evaluation_batches,
     images_a_batch,
-    training_batches,
 )
-from nmlightning.datamodules.training_batches import ResumableData, TrainingBatches
+from nmlightning.datamodules.training_batches import (
+    ResumableData,
+    TrainingBatches,
+    count_batches_done,
+    order_seed,
+    shard_of,
+)
 from nmlightning.errors import check_flag, check_whole_number
 
 
@@ -63,8 +65,8 @@ class ResidentImages:
 
     Args:
         source: the images (N, C, H, W) uint8 and their labels.
-        augmentation: what may be drawn for an image.
-        device: where the batches are wanted.
+        augmentation: of the training images.
+        device: of the batches.
 
     Attributes:
         source: as given.
@@ -114,7 +116,7 @@ class ResidentImages:
             yield RawBatch(self.windows[rows, :, tops, lefts], labels)
 
     def _places(self, drawn: list[Draw]) -> Tensor:
-        """Return where in `windows` the images of all draws are: rows, tops and lefts (3, B)."""
+        """Return the indices of all draws in `windows`: rows, tops and lefts (3, B)."""
         rows = torch.cat([draw.rows for draw in drawn])
         corners = [draw.corners for draw in drawn if draw.corners is not None]
         flips = [draw.flips for draw in drawn if draw.flips is not None]
@@ -126,13 +128,6 @@ class ResidentImages:
         # A mirror image is cropped as far from the right as the image is from the left.
         lefts = torch.where(mirrored, 2 * self.augmentation.pad - lefts, lefts)
         return torch.stack([rows + self.length * mirrored, tops, lefts])
-
-
-def input_dtype(trainer: pl.Trainer | None) -> torch.dtype:
-    """Return the type of the trained module: float32, unless the precision is `16-true` or so."""
-    dtype = trainer.lightning_module.dtype if trainer else torch.float32
-    assert isinstance(dtype, torch.dtype)
-    return dtype
 
 
 class BatchTransform:
@@ -194,11 +189,11 @@ def mirror(images: Tensor, flips: Tensor) -> Tensor:
 
 
 class ImageData(ResumableData, ABC):
-    """Images to train with and images to validate with, which test and prediction read, too.
+    """The base of the data modules of images; test and prediction read the validation images.
 
     Args:
         batch_size: images a batch, on each process.
-        augmentation: what is drawn for a training image and done to it on the device.
+        augmentation: of a training image, on the device.
         device_resident: keep the images, which are in memory, on the device that trains.
 
     Attributes:
@@ -239,20 +234,24 @@ class ImageData(ResumableData, ABC):
 
     def train_dataloader(self) -> TrainingBatches[Draw, RawBatch]:
         assert self.train is not None, "setup('fit') comes first"
-        batches = training_batches(
-            self._place("train", self.train, self.augmentation),
+        images, trainer = self._place("train", self.train, self.augmentation), self.trainer
+        sampler = AugmentedShuffle(
+            images.length,
             self.batch_size,
             self.augmentation,
-            self.trainer,
-            self.interrupted,
+            seed=order_seed(trainer, self.interrupted),
+            shard=shard_of(trainer),
+            shuffle=not getattr(trainer, "overfit_batches", 0),
+            shard_size=images.shard_size,
+            digest=images.digest,
         )
-        self.sampler = batches.sampler
-        return batches
+        self.sampler = sampler
+        return TrainingBatches(images, sampler, count_batches_done(trainer), self.interrupted)
 
     def val_dataloader(self) -> EvaluationBatches:
         assert self.validation is not None, "setup() comes first"
         images = self._place("validation", self.validation, NO_AUGMENTATION)
-        return evaluation_batches(images, self.batch_size, self.trainer)
+        return EvaluationBatches(images, self.batch_size, shard_of(self.trainer))
 
     def test_dataloader(self) -> EvaluationBatches:
         return self.val_dataloader()
@@ -264,10 +263,13 @@ class ImageData(ResumableData, ABC):
         self, batch: RawBatch, dataloader_idx: int
     ) -> tuple[Tensor, Tensor]:
         assert self.transform is not None, "setup() comes first"
-        return self.transform(batch, input_dtype(self.trainer))
+        # The trained module's, float32 unless the precision is `16-true` or so.
+        dtype = self.trainer.lightning_module.dtype if self.trainer else torch.float32
+        assert isinstance(dtype, torch.dtype)
+        return self.transform(batch, dtype)
 
     def teardown(self, stage: str) -> None:
-        """Free what lies on the device, and forget an interrupted run."""
+        """Free the images on the device, and forget an interrupted run."""
         super().teardown(stage)
         self._resident = {}
 

@@ -5,7 +5,6 @@ nor asks for workers.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from itertools import islice
 from typing import Any, Generic, NamedTuple, NoReturn, Protocol, TypeVar
 
@@ -39,17 +38,17 @@ class ResumableOrder(Protocol):
 
     @property
     def other_data(self) -> str:
-        """What is said of another `digest` in the state."""
+        """The words for another `digest` in the state."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch comes next; Lightning does so before each."""
+        """Set the next epoch; Lightning does so before each."""
 
     def state_dict(self) -> OrderState:
-        """Return what the batches follow from, besides the epoch."""
+        """Return what determines the batches, but for the epoch."""
 
 
 class EpochOrder(ResumableOrder, Protocol[Drawn]):
-    """What is in each batch of an epoch, on this process."""
+    """The content of each batch of an epoch, on this process."""
 
     def __len__(self) -> int: ...
 
@@ -57,21 +56,20 @@ class EpochOrder(ResumableOrder, Protocol[Drawn]):
 
 
 class TrainingBatches(Generic[Draw, Batch]):
-    """Iterates over training batches; a run resumed within an epoch goes on in that epoch.
+    """Iterates over training batches; a run resumed within an epoch resumes that epoch.
 
     Lightning calls `load_state_dict` where a run is resumed, before it reads anything. The epoch
-    then starts behind the `batches_done` that Lightning has counted, not behind those that were
-    read: the batch during which a run was interrupted was read but not trained on.
+    then starts after the `batches_done` that Lightning has counted, not after those that were read:
+    the batch during which a run was interrupted was read but not trained on.
 
     Args:
-        data: what the batches are of.
-        sampler: what is in each batch.
-        batches_done: how many batches of an unfinished epoch were trained on.
+        data: reads the batches.
+        sampler: the content of each batch.
+        batches_done: returns the number of batches of an unfinished epoch that were trained on.
         interrupted: the `state_dict` of the sampler of the run that is resumed, if any.
 
     Raises:
-        InputError: in resuming, if the rest of the interrupted epoch cannot be the rest: with other
-            data, or with batches of another size.
+        InputError: in resuming within an epoch, with other data or batches of another size.
     """
 
     def __init__(
@@ -95,7 +93,7 @@ class TrainingBatches(Generic[Draw, Batch]):
         yield from self.data.batches(islice(self.sampler, skip, None))
 
     def state_dict(self) -> dict[str, Any]:
-        return {}  # its place in the epoch is in the checkpoint already
+        return {}  # the batches done are in the checkpoint already
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._skip = self.batches_done()
@@ -132,11 +130,18 @@ def order_seed(trainer: pl.Trainer | None, interrupted: Mapping[str, int | str] 
 
 
 def count_batches_done(trainer: pl.Trainer | None) -> Callable[[], int]:
-    """Return what says, of a trainer that resumes, how many batches of its epoch were trained on.
+    """Return a function that counts the batches of a resumed epoch that were trained on.
 
-    It is to be asked before the run begins; 0 where the epoch was finished.
+    It is called before the run begins, and returns 0 where the epoch was finished.
     """
-    return partial(_batches_done, trainer) if trainer else int
+
+    def count() -> int:
+        if trainer is None or _epoch_is_finished(trainer):
+            return 0
+        current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        return int(current.processed)
+
+    return count
 
 
 def epoch_generator(seed: int, *place: int) -> torch.Generator:
@@ -146,10 +151,10 @@ def epoch_generator(seed: int, *place: int) -> torch.Generator:
 
 
 def find_epoch(trainer: pl.Trainer | None, interrupted: Mapping[str, int | str] | None) -> int:
-    """Return the epoch that is read first, which a trainer that resumes knows only later.
+    """Return the first epoch, which a trainer that resumes knows only later.
 
-    The state of the run that was `interrupted` holds the `epoch` in which its checkpoint was
-    written; the next one comes first if that was finished.
+    It is the `epoch` of the state of the run that was `interrupted`, or the next if that was
+    finished.
     """
     if trainer is None:
         return 0
@@ -158,20 +163,13 @@ def find_epoch(trainer: pl.Trainer | None, interrupted: Mapping[str, int | str] 
     return int(interrupted.get("epoch", 0)) + _epoch_is_finished(trainer)
 
 
-def _batches_done(trainer: pl.Trainer) -> int:
-    if _epoch_is_finished(trainer):
-        return 0
-    current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-    return int(current.processed)
-
-
 def _epoch_is_finished(trainer: pl.Trainer) -> bool:
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress
     return bool(progress.is_last_batch and progress.current.processed == progress.current.ready)
 
 
 class Shard(NamedTuple):
-    """Which part of every epoch this process reads."""
+    """The part of every epoch that this process reads."""
 
     rank: int = 0
     world_size: int = 1
@@ -187,10 +185,10 @@ def shard_of(trainer: pl.Trainer | None) -> Shard:
 
 
 class ResumableData(pl.LightningDataModule):
-    """A data module with which a resumed run goes on with the order that it began.
+    """A data module with which a run resumes its order, within an epoch at the very next batch.
 
-    Within an epoch that is with the very next batch. Lightning's checkpoint holds how many batches
-    of the epoch are done, and the state of this module what their order follows from.
+    Lightning's checkpoint holds how many batches of the epoch are done, and the state of this
+    module what determines their order.
 
     Attributes:
         sampler: of the latest training loader, by which each sets it.
@@ -201,11 +199,11 @@ class ResumableData(pl.LightningDataModule):
     interrupted: OrderState | None = None
 
     def state_dict(self) -> OrderState:
-        """Return the seed of the order, what the data are and how they are batched."""
+        """Return the seed of the order, the digest of the data and the sizes of batches."""
         return self.sampler.state_dict() if self.sampler else {}
 
     def load_state_dict(self, state_dict: OrderState) -> None:
-        """Let the next training loader go on with the order of the run that was interrupted."""
+        """Let the next training loader resume the order of the run that was interrupted."""
         self.interrupted = dict(state_dict)
 
     def teardown(self, stage: str) -> None:

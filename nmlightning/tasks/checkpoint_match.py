@@ -1,4 +1,4 @@
-"""Matches a checkpoint with a network and its arguments; tells the difference in one line."""
+"""Compares a checkpoint with a network and its arguments; an error names the first difference."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 
 from nmlightning.errors import InputError
 
-# Absent from old checkpoints; torch loads those all the same.
+# Absent from old checkpoints, which torch loads nevertheless.
 OPTIONAL_BUFFER = "num_batches_tracked"
 
 
@@ -17,7 +17,7 @@ def check_same_network(module: pl.LightningModule, checkpoint: Mapping[str, Any]
     """Compare the network that a checkpoint holds with `module.net`, by arguments and by shapes.
 
     Args:
-        module: what the checkpoint is about to be loaded into.
+        module: the module to load the checkpoint into.
         checkpoint: as `on_load_checkpoint` gets it.
 
     Raises:
@@ -29,7 +29,7 @@ def check_same_network(module: pl.LightningModule, checkpoint: Mapping[str, Any]
 
 
 def _check_arguments(stored: Any, current: Any) -> None:
-    """Compare two `{class_path, init_args}`; there is none where the network was made in Python."""
+    """Compare two `{class_path, init_args}`, which a network made in Python does not have."""
     if not (isinstance(stored, Mapping) and isinstance(current, Mapping)):
         return
     ours = dict(_flatten("net", current))
@@ -95,8 +95,8 @@ def remember_arguments(task: pl.LightningModule, *plain: str) -> None:
     """Keep the arguments of the constructor that calls this, from which a checkpoint is rebuilt.
 
     Args:
-        task: what is being constructed.
-        plain: the arguments that are plain data, also where Python has given the others as objects.
+        task: the module under construction.
+        plain: the arguments that are plain data, even where Python has given the others as objects.
     """
     caller = inspect.currentframe()
     frame = None if caller is None else caller.f_back

@@ -1,13 +1,13 @@
 """Sentence pairs as tokens: encoded once, cached in a file, mapped by every process.
 
-The name of a file follows from the pairs and from every option that matters, so other data or
-options make another file. What is damaged is made anew. Without a folder all is made in memory.
+The name of a file is a digest of the pairs and of every option that matters, so other data or
+options make another file. Damaged files are written again. Without a folder nothing is cached.
 """
 
 import json
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -78,13 +78,13 @@ class EncodedSide(NamedTuple):
 
 
 class Omissions(NamedTuple):
-    """What was left out in encoding: pairs with an empty side, and those with one too long."""
+    """The pairs left out in encoding: those with an empty side, and those with one too long."""
 
     empty: int
     too_long: int
 
     def describe(self, limits: "TrainingLimits") -> str:
-        """Return what was done to how many, in words; nothing where nothing was."""
+        """Return their numbers in words; an empty text if there are none."""
         done = "left out" if limits.too_long == "drop" else "shortened"
         notes = {
             "with an empty side were left out": self.empty,
@@ -99,7 +99,7 @@ class EncodedPairs(NamedTuple):
     Attributes:
         source, target: the sentences and their translations.
         words: (P,) int32: the words of each translation, and one for its end.
-        omitted: what these pairs lack, or what was shortened.
+        omitted: the pairs left out or shortened.
         digest: 32 hexadecimal digits of all arrays.
     """
 
@@ -132,18 +132,12 @@ class EncodedPairs(NamedTuple):
         return self.source.lengths + 1, self.target.lengths + 2
 
 
-def count_words(text: str) -> int:
-    """Return the words of a text, split at white space, and one for its end."""
-    return len(text.split()) + 1
-
-
 class TrainingLimits(NamedTuple):
-    """Which pairs are fit to train with: those with something on both sides, and not too much.
+    """Limits for training pairs, which have something on both sides, and not too much.
 
     Attributes:
         max_length: tokens of a sentence, without BOS and EOS.
-        too_long: what becomes of pairs with more on a side: they are left out (`drop`), or of each
-            side the first `max_length` tokens are kept (`truncate`).
+        too_long: `drop` pairs with more on a side, or `truncate` these to `max_length`.
     """
 
     max_length: int
@@ -153,12 +147,13 @@ class TrainingLimits(NamedTuple):
 def encode_pairs(
     pairs: Iterable[SentencePair], tokenizer: JointBPE, limits: TrainingLimits | None = None
 ) -> EncodedPairs:
-    """Return pairs as tokens: all of them as they are, or those that are fit to train with."""
+    """Return pairs as tokens: all of them as they are, or those within the limits."""
     kind = "H" if tokenizer.vocab_size <= LARGEST_SHORT else "I"
     source, target = _SideWriter(kind), _SideWriter(kind)
     words = array("i")
     empty = too_long = 0
-    for chunk in _chunks(pairs):
+    rest = iter(pairs)
+    while chunk := list(islice(rest, ENCODED_TOGETHER)):
         kept = [pair for pair in chunk if not (limits and pair.is_empty())]
         empty += len(chunk) - len(kept)
         sides = (tokenizer.encode(side) for side in list(zip(*kept, strict=True)) or [(), ()])
@@ -169,7 +164,7 @@ def encode_pairs(
                 continue
             source.append(ours[: limits and limits.max_length])
             target.append(theirs[: limits and limits.max_length])
-            words.append(count_words(pair.target))
+            words.append(len(pair.target.split()) + 1)
     columns = source.side(), target.side(), np.asarray(words)
     return EncodedPairs(*columns, Omissions(empty, too_long), _digest_of(*columns))
 
@@ -185,12 +180,6 @@ class _SideWriter:
 
     def side(self) -> EncodedSide:
         return EncodedSide(np.asarray(self.tokens), np.asarray(self.bounds))
-
-
-def _chunks(pairs: Iterable[SentencePair]) -> Iterator[list[SentencePair]]:
-    rest = iter(pairs)
-    while chunk := list(islice(rest, ENCODED_TOGETHER)):
-        yield chunk
 
 
 def _digest_of(source: EncodedSide, target: EncodedSide, words: NDArray[np.int32]) -> str:
@@ -225,7 +214,7 @@ def write_pairs(path: Path, pairs: EncodedPairs) -> None:
 def read_pairs(path: Path) -> EncodedPairs | None:
     """Return the pairs, their tokens in the file until they are used; None if it is damaged.
 
-    Only the file's length and structure are looked at: `is_intact` of what is returned reads all.
+    This checks the file's length and structure alone; `is_intact` of the pairs reads all.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -242,11 +231,11 @@ def read_pairs(path: Path) -> EncodedPairs | None:
     return EncodedPairs(source, target, arrays["words"], omitted, metadata["digest"])
 
 
-def keep_tokenizer(folder: Path | None, pairs: PairSource, vocab_size: int) -> JointBPE:
-    """Return the joint tokenizer of both sides of the pairs, trained where it is not kept."""
+def cached_tokenizer(folder: Path | None, pairs: PairSource, vocab_size: int) -> JointBPE:
+    """Return the joint tokenizer of both sides of the pairs, trained if it is not cached."""
     if folder is None:
         return _train_tokenizer(pairs, vocab_size)
-    path = _name(folder, "tokenizer", ".json", pairs.digest, vocab_size)
+    path = _cache_path(folder, "tokenizer", ".json", pairs.digest, vocab_size)
     if path.is_file():
         try:
             return JointBPE.load(path)
@@ -258,7 +247,7 @@ def keep_tokenizer(folder: Path | None, pairs: PairSource, vocab_size: int) -> J
     return tokenizer
 
 
-def keep_pairs(
+def cached_pairs(
     folder: Path | None,
     pairs: PairSource,
     tokenizer: JointBPE,
@@ -266,24 +255,24 @@ def keep_pairs(
     *,
     check: bool = False,
 ) -> EncodedPairs:
-    """Return the pairs that are fit to train with, encoded where they are not kept.
+    """Return the pairs within the limits, encoded if they are not cached.
 
     Args:
-        folder: where they are kept; None keeps nothing.
+        folder: the cache; None caches nothing.
         pairs: all pairs.
         tokenizer: of both sides.
-        limits: which are fit.
-        check: read all that is kept, to know whether it is intact.
+        limits: for training.
+        check: read all of a cached file, to know that it is intact.
 
     Raises:
-        InputError: if no pair is.
+        InputError: if no pair is within the limits.
     """
     if folder is None:
         return _encode(pairs, tokenizer, limits)
-    path = _name(folder, "pairs", ".safetensors", pairs.digest, tokenizer.digest, *limits)
-    kept = read_pairs(path)
-    if kept and not (check and not kept.is_intact()):
-        return kept
+    path = _cache_path(folder, "pairs", ".safetensors", pairs.digest, tokenizer.digest, *limits)
+    cached = read_pairs(path)
+    if cached and (not check or cached.is_intact()):
+        return cached
     folder.mkdir(parents=True, exist_ok=True)
     write_pairs(path, _encode(pairs, tokenizer, limits))
     written = read_pairs(path)
@@ -306,6 +295,6 @@ def _encode(pairs: PairSource, tokenizer: JointBPE, limits: TrainingLimits) -> E
     return encoded
 
 
-def _name(folder: Path, what: str, ending: str, *follows_from: object) -> Path:
-    digest = sha256(repr(follows_from).encode()).hexdigest()[:16]
-    return folder / f"{what}-{digest}{ending}"
+def _cache_path(folder: Path, stem: str, ending: str, *content: object) -> Path:
+    digest = sha256(repr(content).encode()).hexdigest()[:16]
+    return folder / f"{stem}-{digest}{ending}"

@@ -27,9 +27,9 @@ from nmlightning.translation.corpus import (
     TooLong,
     TrainingLimits,
     TranslationBatch,
+    cached_pairs,
+    cached_tokenizer,
     encode_pairs,
-    keep_pairs,
-    keep_tokenizer,
 )
 from nmlightning.translation.sources import (
     NamedNumbers,
@@ -45,18 +45,14 @@ from nmlightning.translation.tokenizer import SMALLEST, JointBPE
 
 
 class TranslationData(ResumableData, ABC):
-    """Sentence pairs to train with, to validate with and, if there are others, to test with.
+    """The base of the data modules of sentence pairs.
 
     Args:
-        folder: keeps the tokenizer and the encoded training pairs; None makes them in memory.
-        vocab_size: entries of a tokenizer that is trained.
-        tokenizer: the file of one that is not, or a checkpoint.
-        tokens_a_batch: at most so many tokens, padding included, on either side of a batch.
-        max_length: tokens of a sentence, without BOS and EOS.
-        too_long: what becomes of training pairs with more (see `TrainingLimits`).
+        folder: the cache of the tokenizer and the encoded training pairs; None caches nothing.
+        vocab_size, tokenizer, tokens_a_batch, max_length, too_long: see `ParallelText`.
 
     Attributes:
-        unit: what a training rate is counted in.
+        unit: the unit of a training rate.
         encodes_all: whether all training pairs are encoded beforehand.
         tokenizer: from `setup` on.
         train: the encoded training pairs, from `setup("fit")` on.
@@ -91,7 +87,7 @@ class TranslationData(ResumableData, ABC):
 
     @abstractmethod
     def training_pairs(self) -> PairSource:
-        """Return what is trained on, and what the tokenizer is trained on."""
+        """Return the pairs to train the network and the tokenizer with."""
 
     @abstractmethod
     def evaluation_pairs(self, part: str) -> Sequence[SentencePair]:
@@ -104,15 +100,12 @@ class TranslationData(ResumableData, ABC):
         return self.tokenizer.vocab_size
 
     def prepare_data(self) -> None:
-        """Train the tokenizer and encode the training pairs, where they are not kept already.
-
-        Lightning calls this in one process.
-        """
+        """Cache the tokenizer and the encoded training pairs; Lightning calls it in one process."""
         if self.folder is not None:
             tokenizer = self._find_tokenizer()
             if self.encodes_all and (self.trainer is None or self.trainer.state.fn == "fit"):
                 pairs = self.training_pairs()
-                keep_pairs(self.folder, pairs, tokenizer, self.limits, check=True)
+                cached_pairs(self.folder, pairs, tokenizer, self.limits, check=True)
 
     def setup(self, stage: str | None = None) -> None:
         """Find the tokenizer and, for a fit, the training pairs."""
@@ -120,15 +113,15 @@ class TranslationData(ResumableData, ABC):
             self.tokenizer = self._find_tokenizer()
         if self.encodes_all and self.train is None and stage in (None, "fit"):
             pairs = self.training_pairs()
-            self.train = keep_pairs(self.folder, pairs, self.tokenizer, self.limits)
-            if told := self.train.omitted.describe(self.limits):
+            self.train = cached_pairs(self.folder, pairs, self.tokenizer, self.limits)
+            if omitted := self.train.omitted.describe(self.limits):
                 used = self.train.length
-                rank_zero_warn(f"Of the training pairs {told}; {used} are used.")
+                rank_zero_warn(f"Of the training pairs {omitted}; {used} are used.")
 
     def _find_tokenizer(self) -> JointBPE:
         if self.tokenizer_path is not None:
             return JointBPE.load(Path(self.tokenizer_path).expanduser())
-        return keep_tokenizer(self.folder, self.training_pairs(), self.new_vocab_size)
+        return cached_tokenizer(self.folder, self.training_pairs(), self.new_vocab_size)
 
     def train_dataloader(self) -> Iterable[TranslationBatch]:
         assert self.tokenizer is not None, "setup('fit') comes first"
@@ -184,7 +177,7 @@ class ParallelText(TranslationData):
     """Pairs of UTF-8 files, plain or gzipped: each line of one is translated in that of the other.
 
     One joint byte-pair tokenizer (`JointBPE`) is trained on the training files or loaded. The
-    training pairs are encoded once; they and the tokenizer are kept below `root`, and mapped into
+    training pairs are encoded once; they and the tokenizer are cached below `root`, and mapped into
     memory. Pairs with an empty side and pairs that are too long are left out of training, with one
     warning that counts them. In evaluation every line counts; only of a source longer than
     `max_length` the rest is not read.
@@ -204,7 +197,7 @@ class ParallelText(TranslationData):
         max_length: tokens of a sentence, without its begin and end.
         too_long: `drop` training pairs with more tokens on a side, or `truncate` these to
             `max_length`.
-        root: folder in which `translation` keeps the tokenizer and the encoded pairs.
+        root: folder whose `translation` caches the tokenizer and the encoded pairs.
 
     Raises:
         InputError: without the extra `text`; for files that are absent, damaged, not UTF-8, empty
@@ -347,15 +340,15 @@ LONGEST = 64  # tokens; a name has less than half of that
 class NumberNames(TranslationData):
     """The names of numbers up to a million, German to English, generated by `num2words`.
 
-    Einundzwanzig is twenty-one: the order turns, words are joined in one language and parted in the
-    other. Training has the numbers from 0 to 99 and `pairs` others, validation and test 500 each
-    that are in no other part; of 3, 4, 5 and 6 digits equally many. Always the same.
+    Einundzwanzig is twenty-one: the order is reversed, and German joins the words. Training has the
+    numbers from 0 to 99 and `pairs` others, validation and test 500 each that are in no other part;
+    as many of 3, 4, 5 and 6 digits. Always the same.
 
     The joint tokenizer is trained when it is set up, and nothing is written. For the order of
     batches see `ShuffledBatches`.
 
     Args:
-        pairs: numbers to train with, besides those below 100.
+        pairs: numbers to train with, without those below 100.
         vocab_size: entries of the tokenizer, special ones and the 256 bytes included.
         tokens_a_batch: at most so many tokens, padding included, on either side of a batch, on each
             process.

@@ -15,12 +15,10 @@ from nmlightning.datamodules.batches import (
     EvaluationBatches,
     RawBatch,
     Shard,
-    TrainingBatches,
-    evaluation_batches,
-    training_batches,
 )
 from nmlightning.datamodules.digits import Digits
 from nmlightning.datamodules.image_data import LabelledImages
+from nmlightning.datamodules.training_batches import TrainingBatches
 from nmlightning.errors import InputError
 from nmlightning.tasks.classification import ImageClassifier
 
@@ -136,11 +134,6 @@ def test_evaluation_reads_every_image_once(length: int, world_size: int, batch_s
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (
-            lambda: training_batches(make_data(4), 0, AUGMENTATION, None),
-            "batch_size must be a whole",
-        ),
-        (lambda: evaluation_batches(make_data(4), -1, None), "of at least 1, got -1"),
         (lambda: make_batches(2, shard=Shard(0, 3)), "2 images cannot be shared by 3 processes"),
         (lambda: EvaluationBatches(make_data(3), 1, Shard(0, 2)), "3 images cannot be shared by 2"),
     ],

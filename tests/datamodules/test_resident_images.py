@@ -13,7 +13,6 @@ from nmlightning.datamodules.batches import (
     AugmentedShuffle,
     EvaluationBatches,
     Shard,
-    TrainingBatches,
 )
 from nmlightning.datamodules.cifar10 import CIFAR10
 from nmlightning.datamodules.digits import Digits
@@ -24,6 +23,7 @@ from nmlightning.datamodules.image_data import (
     crop,
     mirror,
 )
+from nmlightning.datamodules.training_batches import TrainingBatches
 from nmlightning.errors import InputError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)

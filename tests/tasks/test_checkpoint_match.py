@@ -137,3 +137,9 @@ def test_takes_two_paths_of_one_class_for_the_same() -> None:
         InputError, match=r"net\.class_path: checkpoint nmlightning\.models\.CifarR"
     ):
         _check_arguments(stored, {**stored, "class_path": "nmlightning.models.vgg.VGG"})
+
+
+def test_check_arguments_refuses_two_paths_that_cannot_be_imported() -> None:
+    stored, ours = ({"class_path": f"absent.{name}", "init_args": {}} for name in ("A", "B"))
+    with pytest.raises(InputError, match=r"checkpoint absent\.A, this run absent\.B"):
+        _check_arguments(stored, ours)

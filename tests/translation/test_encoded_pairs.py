@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from nmlightning.errors import InputError
-from nmlightning.translation import corpus as kept_corpus
+from nmlightning.translation import corpus
 from nmlightning.translation.corpus import (
     EncodedPairs,
     Omissions,
     TrainingLimits,
+    cached_pairs,
+    cached_tokenizer,
     encode_pairs,
-    keep_pairs,
-    keep_tokenizer,
 )
 from nmlightning.translation.sources import SentencePair
 from nmlightning.translation.tokenizer import BOS, EOS, PAD, SMALLEST, JointBPE
@@ -132,7 +132,7 @@ LIMITS = TrainingLimits(14, "drop")
 
 def keep(folder: Path | None, **options: object) -> EncodedPairs:
     settings = {"pairs": Listed(PAIRS), "tokenizer": BYTES, "limits": LIMITS, **options}
-    return keep_pairs(folder, **settings)  # type: ignore[arg-type]
+    return cached_pairs(folder, **settings)  # type: ignore[arg-type]
 
 
 def assert_same(one: EncodedPairs, other: EncodedPairs) -> None:
@@ -147,7 +147,7 @@ def assert_same(one: EncodedPairs, other: EncodedPairs) -> None:
 def test_encoded_pairs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded = keep(None)
     assert_same(encoded, keep(tmp_path / "new" / "folder"))
-    monkeypatch.setattr(kept_corpus, "encode_pairs", None)  # nothing is encoded again
+    monkeypatch.setattr(corpus, "encode_pairs", None)  # nothing is encoded again
     assert_same(encoded, keep(tmp_path / "new" / "folder", check=True))
     assert len(list(tmp_path.rglob("*.*"))) == 1, "nothing unfinished is left"
 
@@ -184,12 +184,12 @@ def test_damaged_files_are_made_anew(tmp_path: Path, damage: str) -> None:
 
 
 def test_a_damaged_tokenizer_is_trained_anew(tmp_path: Path) -> None:
-    first = keep_tokenizer(tmp_path, Listed(PAIRS), 265)
+    first = cached_tokenizer(tmp_path, Listed(PAIRS), 265)
     (path,) = tmp_path.iterdir()
     path.write_text("{")
-    assert keep_tokenizer(tmp_path, Listed(PAIRS), 265).digest == first.digest
+    assert cached_tokenizer(tmp_path, Listed(PAIRS), 265).digest == first.digest
     assert JointBPE.load(path).digest == first.digest
-    keep_tokenizer(tmp_path, Listed(PAIRS), 266)
+    cached_tokenizer(tmp_path, Listed(PAIRS), 266)
     assert len(list(tmp_path.iterdir())) == 2
 
 

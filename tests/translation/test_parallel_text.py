@@ -14,7 +14,7 @@ from torch import Tensor
 from made_sentences import make_pairs, make_text, write_pairs
 from nmlightning import ParallelText
 from nmlightning.errors import InputError
-from nmlightning.translation import corpus as kept_corpus
+from nmlightning.translation import corpus
 from nmlightning.translation.corpus import TranslationBatch
 from nmlightning.translation.tokenizer import PAD, JointBPE
 
@@ -51,8 +51,8 @@ def test_the_tokenizer_and_the_pairs_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = prepare(make_text(tmp_path))
-    monkeypatch.setattr(kept_corpus, "_train_tokenizer", None)
-    monkeypatch.setattr(kept_corpus, "encode_pairs", None)
+    monkeypatch.setattr(corpus, "_train_tokenizer", None)
+    monkeypatch.setattr(corpus, "encode_pairs", None)
     again = make_text(tmp_path)
     again.setup("fit")  # as on the other ranks, where prepare_data is not called
     for ours, theirs in zip(first.train_dataloader(), make_first(again), strict=True):
