@@ -55,11 +55,11 @@ def join(batches: list[RawBatch]) -> Tensor:
     return torch.cat(columns)
 
 
-def test_the_same_seed_and_epoch_draw_the_same() -> None:
+def test_shuffle_is_reproducible() -> None:
     assert torch.equal(join(make_batches(seed=3, epoch=2)), join(make_batches(seed=3, epoch=2)))
 
 
-def test_another_seed_or_epoch_draws_something_else() -> None:
+def test_shuffle_differs_by_seed_and_epoch() -> None:
     drawn = [join(make_batches(seed=s, epoch=e)) for s, e in [(0, 0), (0, 1), (1, 0), (2**63, 0)]]
     for first in range(len(drawn)):
         for second in range(first):
@@ -67,13 +67,13 @@ def test_another_seed_or_epoch_draws_something_else() -> None:
                 assert not torch.equal(drawn[first][:, column], drawn[second][:, column])
 
 
-def test_an_epoch_reads_no_image_twice_and_drops_the_incomplete_batch() -> None:
+def test_shuffle_drops_the_incomplete_batch() -> None:
     batches = make_batches(length=50, batch_size=8)
     assert [len(batch.labels) for batch in batches] == [8] * 6
     assert len(join(batches)[:, 0].unique()) == 48
 
 
-def test_draws_cover_their_range_evenly() -> None:
+def test_shuffle_draws_evenly() -> None:
     drawn = join(make_batches(length=20_000, batch_size=100)).double()
     corners, flips = drawn[:, 1:3], drawn[:, 3]
     counts = torch.stack([torch.bincount(column.long(), minlength=9) for column in corners.T])
@@ -83,12 +83,12 @@ def test_draws_cover_their_range_evenly() -> None:
     assert flips.mean().item() == pytest.approx(0.5, abs=5 * 0.0035)
 
 
-def test_without_flip_nothing_is_mirrored() -> None:
+def test_shuffle_without_flip_mirrors_nothing() -> None:
     sampler = AugmentedShuffle(50, 8, Augmentation(pad=2, flip=False), seed=0)
     assert not any(draw.flips.any() for draw in sampler)
 
 
-def test_two_ranks_together_are_one_process_with_twice_the_batch() -> None:
+def test_shuffle_on_two_ranks_equals_one_with_twice_the_batch() -> None:
     one = make_batches(length=50, batch_size=8)
     ranks = [make_batches(length=50, batch_size=4, shard=Shard(rank, 2)) for rank in range(2)]
     for whole, first, second in zip(one, *ranks, strict=True):
@@ -96,13 +96,13 @@ def test_two_ranks_together_are_one_process_with_twice_the_batch() -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_a_set_smaller_than_a_batch_is_one_batch(world_size: int) -> None:
+def test_shuffle_of_a_small_set_is_one_batch(world_size: int) -> None:
     for rank in range(world_size):
         batches = make_batches(length=7, batch_size=128, shard=Shard(rank, world_size))
         assert [len(batch.labels) for batch in batches] == [7 // world_size]
 
 
-def test_a_resumed_epoch_starts_behind_the_batches_done() -> None:
+def test_training_batches_resume_after_the_batches_done() -> None:
     whole = make_batches()
     sampler = AugmentedShuffle(50, 8, AUGMENTATION, seed=0)
     batches = TrainingBatches(make_data(50), sampler, batches_done=lambda: 2)
@@ -115,7 +115,9 @@ def test_a_resumed_epoch_starts_behind_the_batches_done() -> None:
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 33, 100])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("batch_size", [1, 4, 128])
-def test_evaluation_reads_every_image_once(length: int, world_size: int, batch_size: int) -> None:
+def test_evaluation_batches_read_every_image_once(
+    length: int, world_size: int, batch_size: int
+) -> None:
     data = make_data(length)
     shards = [Shard(rank, world_size) for rank in range(world_size)]
     try:
@@ -138,7 +140,7 @@ def test_evaluation_reads_every_image_once(length: int, world_size: int, batch_s
         (lambda: EvaluationBatches(make_data(3), 1, Shard(0, 2)), "3 images cannot be shared by 2"),
     ],
 )
-def test_bad_input(make: object, message: str) -> None:
+def test_batches_refuse_too_few_images(make: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         make()  # type: ignore[operator]
 
@@ -182,7 +184,7 @@ def fit(
     return recorder, trainer
 
 
-def test_a_run_is_reproducible_and_its_epochs_differ() -> None:
+def test_image_run_is_reproducible_and_epochs_differ() -> None:
     first, _ = fit(2)
     again, _ = fit(2)
     assert first.epochs == again.epochs
@@ -191,7 +193,7 @@ def test_a_run_is_reproducible_and_its_epochs_differ() -> None:
     assert set(first.epochs[0]).isdisjoint(fit(1, seed=6)[0].epochs[0])
 
 
-def test_a_resumed_run_sees_what_the_uninterrupted_run_saw(tmp_path: Path) -> None:
+def test_image_run_resumes_between_epochs(tmp_path: Path) -> None:
     whole, _ = fit(3)
     _, trainer = fit(1)
     trainer.save_checkpoint(f"{tmp_path}/last.ckpt")
@@ -212,9 +214,7 @@ class SaveInMidEpoch(pl.Callback):
 
 
 @pytest.mark.parametrize("when", ["on_train_batch_end", "on_train_batch_start"])
-def test_a_run_resumed_within_an_epoch_goes_on_with_the_next_batch(
-    tmp_path: Path, when: str
-) -> None:
+def test_image_run_resumes_within_an_epoch(tmp_path: Path, when: str) -> None:
     whole, _ = fit(3)
     fit(2, callbacks=[SaveInMidEpoch(f"{tmp_path}/mid.ckpt", when)])
     resumed, trainer = fit(3, ckpt_path=f"{tmp_path}/mid.ckpt")
@@ -222,7 +222,7 @@ def test_a_run_resumed_within_an_epoch_goes_on_with_the_next_batch(
     assert trainer.global_step == 12
 
 
-def test_overfitting_repeats_the_same_batches_in_order() -> None:
+def test_image_overfitting_repeats_the_same_batches() -> None:
     with pytest.warns(UserWarning, match="turning off the train dataloader shuffling"):
         recorder, trainer = fit(2, overfit_batches=1)
     assert [len(batches) for batches in recorder.epochs.values()] == [1, 1]

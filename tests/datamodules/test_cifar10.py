@@ -58,7 +58,7 @@ def make_data(root: Path, **options: int) -> CIFAR10:
     return data
 
 
-def test_holds_what_the_files_hold(tiny: Path) -> None:
+def test_cifar10_holds_the_files(tiny: Path) -> None:
     data = make_data(tiny, batch_size=4)
     train, test = data.train, data.validation
     files = datasets.CIFAR10(str(tiny))
@@ -70,7 +70,7 @@ def test_holds_what_the_files_hold(tiny: Path) -> None:
     assert data.test_dataloader().data.source is test
 
 
-def test_training_is_augmented_and_evaluation_is_not(tiny: Path) -> None:
+def test_cifar10_augments_training_only(tiny: Path) -> None:
     data = make_data(tiny, batch_size=20, device_resident=False)
     (train,), (test,) = data.train_dataloader(), data.val_dataloader()
     assert train.corners.max() > 4 > train.corners.min()
@@ -81,7 +81,7 @@ def test_training_is_augmented_and_evaluation_is_not(tiny: Path) -> None:
     assert x.shape[1:] == data.image_shape
 
 
-def test_training_images_are_loaded_only_to_train(tiny: Path) -> None:
+def test_cifar10_loads_training_images_only_to_train(tiny: Path) -> None:
     data = CIFAR10(str(tiny))
     data.setup("validate")
     with pytest.raises(AssertionError):
@@ -90,7 +90,7 @@ def test_training_images_are_loaded_only_to_train(tiny: Path) -> None:
     assert data.train_dataloader().data.length == 20
 
 
-def test_home_and_relative_folders_are_resolved(
+def test_cifar10_resolves_home_and_relative_folders(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tiny.parent))
@@ -100,7 +100,7 @@ def test_home_and_relative_folders_are_resolved(
 
 
 @pytest.mark.usefixtures("offline")
-def test_absent_and_no_network(tmp_path: Path) -> None:
+def test_cifar10_explains_absent_files_without_a_network(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         CIFAR10(str(tmp_path)).prepare_data()
     message = str(error.value)
@@ -112,7 +112,7 @@ def test_absent_and_no_network(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("offline")
-def test_a_download_that_fails_leaves_no_empty_folder(tmp_path: Path) -> None:
+def test_cifar10_leaves_no_empty_folder_after_a_failed_download(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     for root in (tmp_path / "mine", tmp_path / "new" / "data"):
         with pytest.raises(InputError, match="could not be downloaded"):
@@ -120,7 +120,7 @@ def test_a_download_that_fails_leaves_no_empty_folder(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
 
 
-def test_absent_and_not_to_be_downloaded(tmp_path: Path) -> None:
+def test_cifar10_refuses_absent_files_without_download(tmp_path: Path) -> None:
     data = CIFAR10(str(tmp_path), download=False)
     data.prepare_data()
     message = r"not in .*cifar-10-batches-py: .*--data\.download true"
@@ -131,7 +131,7 @@ def test_absent_and_not_to_be_downloaded(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("download", [True, False])
-def test_files_that_are_absent_are_named(tiny: Path, download: bool) -> None:
+def test_cifar10_names_absent_files(tiny: Path, download: bool) -> None:
     (tiny / "cifar-10-batches-py" / "data_batch_2").unlink()
     data = CIFAR10(str(tiny), download=download)
     look = data.prepare_data if download else data.setup
@@ -140,13 +140,13 @@ def test_files_that_are_absent_are_named(tiny: Path, download: bool) -> None:
 
 
 @pytest.mark.usefixtures("offline")
-def test_a_network_is_not_asked_for_what_is_there(tiny: Path) -> None:
+def test_cifar10_needs_no_network_with_files(tiny: Path) -> None:
     make_data(tiny)
 
 
 @pytest.mark.parametrize("name", [*BATCHES, "batches.meta"])
 @pytest.mark.parametrize("download", [True, False])
-def test_an_altered_file_is_named_and_kept(tiny: Path, name: str, download: bool) -> None:
+def test_cifar10_names_and_keeps_an_altered_file(tiny: Path, name: str, download: bool) -> None:
     path = tiny / "cifar-10-batches-py" / name
     path.write_bytes(path.read_bytes()[:-7])
     data = CIFAR10(str(tiny), download=download)
@@ -161,7 +161,7 @@ def test_an_altered_file_is_named_and_kept(tiny: Path, name: str, download: bool
 
 
 @pytest.mark.parametrize("name", ["data_batch_2", "batches.meta"])
-def test_a_deleted_file_is_downloaded_again(
+def test_cifar10_downloads_a_deleted_file(
     tiny: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny / "cifar-10-batches-py"
@@ -183,13 +183,13 @@ def test_a_deleted_file_is_downloaded_again(
         ({"download": "no"}, "download is True or False, got 'no'"),
     ],
 )
-def test_bad_input(options: dict[str, Any], message: str) -> None:
+def test_cifar10_refuses_bad_settings(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         CIFAR10(**options)
 
 
 @pytest.mark.real_data
-def test_constants_are_those_of_the_real_images(data_root: Path) -> None:
+def test_cifar10_constants_equal_the_real_images(data_root: Path) -> None:
     data = CIFAR10(str(data_root), download=False)
     data.setup("fit")
     train, test = data.train, data.validation

@@ -18,7 +18,7 @@ def make_digits(**options: int) -> Digits:
     return digits
 
 
-def test_original_size_holds_the_original_pixels() -> None:
+def test_digits_of_original_size_hold_the_original_pixels() -> None:
     digits = make_digits(image_size=8, channels=1)
     data = [digits.train, digits.validation]
     images = torch.cat([part.images for part in data]).flatten(1)
@@ -29,7 +29,7 @@ def test_original_size_holds_the_original_pixels() -> None:
     assert sorted(map(tuple, ours)) == sorted(map(tuple, theirs))
 
 
-def test_split_is_stratified_and_fixed() -> None:
+def test_digits_split_is_stratified_and_fixed() -> None:
     torch.manual_seed(1)
     first = make_digits(image_size=8)
     torch.manual_seed(2)
@@ -45,7 +45,7 @@ def test_split_is_stratified_and_fixed() -> None:
 
 
 @pytest.mark.parametrize(("image_size", "channels", "shift"), [(8, 1, 0), (32, 3, 2), (28, 1, 1)])
-def test_batches_fit_the_model(image_size: int, channels: int, shift: int) -> None:
+def test_digits_batches_fit_the_model(image_size: int, channels: int, shift: int) -> None:
     digits = make_digits(batch_size=64, image_size=image_size, channels=channels)
     batches = digits.train_dataloader()
     batch, draw = next(iter(batches)), next(iter(batches.sampler))
@@ -57,7 +57,7 @@ def test_batches_fit_the_model(image_size: int, channels: int, shift: int) -> No
     assert y.dtype == torch.int64
 
 
-def test_training_pixels_are_normalised() -> None:
+def test_digits_training_pixels_are_normalised() -> None:
     digits = make_digits(batch_size=2000, image_size=8)
     (batch,) = digits.train_dataloader()
     x, _ = digits.on_after_batch_transfer(batch, 0)
@@ -65,7 +65,7 @@ def test_training_pixels_are_normalised() -> None:
     assert x.std().item() == pytest.approx(1, abs=1e-5)
 
 
-def test_every_stage_reads_the_same_validation_images() -> None:
+def test_digits_stages_share_the_validation_images() -> None:
     digits = make_digits(image_size=8)
     assert digits.test_dataloader().data is digits.val_dataloader().data
     assert digits.predict_dataloader().data is digits.val_dataloader().data
@@ -80,6 +80,6 @@ def test_every_stage_reads_the_same_validation_images() -> None:
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
     ],
 )
-def test_bad_input(options: dict[str, Any], message: str) -> None:
+def test_digits_refuse_bad_settings(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Digits(**options)

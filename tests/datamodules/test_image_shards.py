@@ -55,7 +55,7 @@ def read_all(loader: Any) -> tuple[Tensor, Tensor]:
     return torch.cat(images), torch.cat(labels)
 
 
-def test_shards_hold_the_files_as_they_are(folder: Path, shards: Path) -> None:
+def test_shards_hold_the_files(folder: Path, shards: Path) -> None:
     index = read_index(str(shards))
     assert index[:3] == (["a", "b", "c"], SHARD, {"train": 12, "val": 6})
     assert index.digests["val"] == FolderImages(folder / "val").digest
@@ -73,18 +73,18 @@ def test_shards_hold_the_files_as_they_are(folder: Path, shards: Path) -> None:
         }
 
 
-def test_training_images_are_mixed_before_they_are_written(shards: Path) -> None:
+def test_shards_mix_training_images(shards: Path) -> None:
     images = ShardedImages(str(shards), "train", read_index(str(shards)))
     assert [images.fetch(row).label for row in range(12)] != [0] * 4 + [1] * 4 + [2] * 4
 
 
-def test_validation_is_that_of_the_folder(folder: Path, shards: Path) -> None:
+def test_shards_validate_as_the_folder(folder: Path, shards: Path) -> None:
     read = [read_all(open_images(root).val_dataloader()) for root in (folder, shards)]
     for ours, theirs in zip(*read, strict=True):
         assert torch.equal(ours, theirs)
 
 
-def test_an_epoch_reads_every_image_once_in_another_order(shards: Path) -> None:
+def test_shards_are_read_once_an_epoch_in_another_order(shards: Path) -> None:
     data = open_images(shards)
     loader = data.train_dataloader()
     epochs = []
@@ -98,7 +98,7 @@ def test_an_epoch_reads_every_image_once_in_another_order(shards: Path) -> None:
 
 # From 3.12 on Python warns of forking where threads run, as torch's do; workers use none of them.
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_workers_and_a_remote_root_change_nothing(shards: Path, cache: Path) -> None:
+def test_shards_read_alike_by_workers_and_remotely(shards: Path, cache: Path) -> None:
     roots = [(str(shards), 0), (str(shards), 2), (f"local:{shards}", 0), (f"local:{shards}", 2)]
     first, *others = [
         read_all(open_images(root, num_workers=workers).train_dataloader())
@@ -111,7 +111,7 @@ def test_workers_and_a_remote_root_change_nothing(shards: Path, cache: Path) -> 
     assert fetched == {f"chunk-0-{number}.bin" for number in range(4)}, "whole shards are kept"
 
 
-def test_whole_shards_are_fetched(shards: Path, cache: Path) -> None:
+def test_shards_are_fetched_whole(shards: Path, cache: Path) -> None:
     """Instead of two requests an image, which `local:`, alone among remotes, would hide."""
     root = f"local:{shards}"
     images = ShardedImages(root, "train", read_index(root))
@@ -119,7 +119,7 @@ def test_whole_shards_are_fetched(shards: Path, cache: Path) -> None:
     assert images._shards.on_demand_bytes is False
 
 
-def test_a_damaged_image_within_a_shard(shards: Path) -> None:
+def test_shards_report_a_damaged_image(shards: Path) -> None:
     """Bits that have changed since it was written, which the size of the file does not tell."""
     (file,) = shards.glob("val/chunk-0-0.bin")
     content = bytearray(file.read_bytes())
@@ -132,7 +132,7 @@ def test_a_damaged_image_within_a_shard(shards: Path) -> None:
         list(open_images(shards, damaged="skip").val_dataloader())
 
 
-def test_an_overwritten_shard(shards: Path) -> None:
+def test_shards_report_an_overwritten_file(shards: Path) -> None:
     """Of the right size, so that only reading tells; also its second item alone."""
     file = shards / "train" / "chunk-0-1.bin"
     whole = file.read_bytes()
@@ -196,24 +196,24 @@ def age(root: Path) -> None:
         (age, "the shards at {root} are of another version: write them anew"),
     ],
 )
-def test_bad_shards(shards: Path, damage: Callable[[Path], object], message: str) -> None:
+def test_shards_refuse_damage(shards: Path, damage: Callable[[Path], object], message: str) -> None:
     damage(shards)
     with pytest.raises(InputError, match=message.format(root=shards)):
         open_images(shards)
 
 
-def test_a_remote_root_without_shards(tmp_path: Path, cache: Path) -> None:
+def test_shards_refuse_an_empty_remote_root(tmp_path: Path, cache: Path) -> None:
     with pytest.raises(InputError, match=r"local:.*/nowhere/classes cannot be read as nm shard"):
         open_images(f"local:{tmp_path}/nowhere")
 
 
-def test_without_litdata(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_name_the_missing_extra(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nmlightning.datamodules.image_shards.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'nmlightning\[stream\]'"):
         open_images(shards)
 
 
-def test_litdatas_index_is_as_we_read_it(shards: Path) -> None:
+def test_shards_are_full_but_for_the_last(shards: Path) -> None:
     """Full shards but for the last, since a row's shard is its number divided by their size."""
     chunks = json.loads((shards / "val" / "index.json").read_text())["chunks"]
     assert [chunk["chunk_size"] for chunk in chunks] == [SHARD, SHARD]
@@ -221,7 +221,7 @@ def test_litdatas_index_is_as_we_read_it(shards: Path) -> None:
 
 
 @pytest.mark.parametrize(("length", "shard_size"), [(1, 4), (7, 4), (200, 4), (1000, 10)])
-def test_shuffled_rows_are_few_shards_at_a_time(length: int, shard_size: int) -> None:
+def test_shuffle_rows_mixes_few_shards_at_a_time(length: int, shard_size: int) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = shuffle_rows(length, shard_size, generator)
     assert torch.equal(rows.sort().values, torch.arange(length))

@@ -47,7 +47,7 @@ def read_epoch(data: ImageNet, epoch: int = 0) -> tuple[Tensor, Tensor]:
     return torch.cat(images), torch.cat(labels)
 
 
-def test_batches_are_uint8_until_they_are_on_the_device(root: Path) -> None:
+def test_imagenet_batches_are_uint8_until_transformed(root: Path) -> None:
     data = make_data(root)
     for loader, lengths in ((data.train_dataloader(), [4, 4, 4]), (data.val_dataloader(), [3, 3])):
         batches = list(loader)
@@ -61,13 +61,13 @@ def test_batches_are_uint8_until_they_are_on_the_device(root: Path) -> None:
     assert data.image_shape == (3, SIZE, SIZE)
 
 
-def test_labels_count_the_classes_in_alphabetical_order(root: Path) -> None:
+def test_imagenet_labels_are_in_alphabetical_order(root: Path) -> None:
     data = make_data(root)
     assert [batch.labels.tolist() for batch in data.val_dataloader()] == [[0, 0, 1], [1, 2, 2]]
     assert read_epoch(data)[1].bincount().tolist() == [4, 4, 4]
 
 
-def test_evaluation_is_the_normalised_centre_of_the_resized_image(root: Path) -> None:
+def test_imagenet_evaluation_equals_pillows(root: Path) -> None:
     """Against Pillow and numpy: short side 32 · 256/224 = 37 pixels, then the middle 32."""
     data = make_data(root)
     batch = next(iter(data.val_dataloader()))
@@ -81,7 +81,7 @@ def test_evaluation_is_the_normalised_centre_of_the_resized_image(root: Path) ->
     torch.testing.assert_close(x[0].double(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_training_crops_and_mirrors(make_image_folder: Callable[..., Path]) -> None:
+def test_imagenet_training_crops_and_mirrors(make_image_folder: Callable[..., Path]) -> None:
     """The red of the image grows to the right, so that mirrored it grows to the left."""
     root = make_image_folder(images=32)
     ramp = np.zeros((40, 50, 3), dtype=np.uint8)
@@ -96,7 +96,7 @@ def test_training_crops_and_mirrors(make_image_folder: Callable[..., Path]) -> N
     assert span.abs().max() > 150
 
 
-def test_order_and_augmentation_follow_the_seed_and_the_epoch(root: Path) -> None:
+def test_imagenet_order_depends_on_seed_and_epoch(root: Path) -> None:
     drawn = []
     for seed, epoch in [(1, 0), (1, 1), (2, 0), (1, 0)]:
         pl.seed_everything(seed, workers=True, verbose=False)
@@ -111,7 +111,7 @@ def test_order_and_augmentation_follow_the_seed_and_the_epoch(root: Path) -> Non
         assert torch.equal(before, after)
 
 
-def test_an_image_is_cropped_otherwise_in_the_next_epoch(root: Path) -> None:
+def test_imagenet_crops_differ_by_epoch(root: Path) -> None:
     data = make_data(root)
     loader = data.train_dataloader()
     loader.sampler.shuffle = False
@@ -122,14 +122,14 @@ def test_an_image_is_cropped_otherwise_in_the_next_epoch(root: Path) -> None:
     assert all(not torch.equal(first, second) for first, second in zip(*epochs, strict=True))
 
 
-def test_a_batch_is_in_the_order_that_was_drawn(root: Path) -> None:
+def test_imagenet_batch_is_in_the_drawn_order(root: Path) -> None:
     data = make_data(root)
     loader = data.train_dataloader()
     for draw, batch in zip(loader.sampler, loader, strict=True):
         assert torch.equal(batch.labels, draw.rows // 4), "of four images a class"
 
 
-def test_reading_leaves_the_models_random_numbers_alone(root: Path) -> None:
+def test_imagenet_leaves_torchs_generator_alone(root: Path) -> None:
     loader = make_data(root).train_dataloader()
     states = []
     for _ in zip(range(3), loader, strict=False):
@@ -139,7 +139,7 @@ def test_reading_leaves_the_models_random_numbers_alone(root: Path) -> None:
 
 # From 3.12 on Python warns of forking where threads run, as torch's do; workers use none of them.
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_workers_read_what_one_process_reads(root: Path) -> None:
+def test_imagenet_workers_read_as_one_process(root: Path) -> None:
     data = make_data(root)
     read = [read_epoch(make_data(root, num_workers=workers))[0] for workers in (0, 1)]
     assert torch.equal(*read)
@@ -149,7 +149,7 @@ def test_workers_read_what_one_process_reads(root: Path) -> None:
         read_epoch(data)
 
 
-def test_without_a_number_the_cores_are_counted(root: Path) -> None:
+def test_imagenet_counts_cores_by_default(root: Path) -> None:
     with warnings.catch_warnings():  # torch's, of more workers than cores
         warnings.simplefilter("error")
         loader = make_data(root, num_workers=None).train_dataloader()
@@ -164,7 +164,7 @@ class KeepInput(pl.Callback):
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("32-true", "float32"), ("64-true", "float64")])
-def test_the_model_gets_its_own_type(root: Path, precision: Any, dtype: str) -> None:
+def test_imagenet_follows_the_models_dtype(root: Path, precision: Any, dtype: str) -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE**2, 3))
     task = ImageClassifier(net, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.01))
     kept = KeepInput()
@@ -183,7 +183,7 @@ def test_the_model_gets_its_own_type(root: Path, precision: Any, dtype: str) -> 
     assert trainer.callback_metrics["val/loss"].isfinite()
 
 
-def test_files_are_listed_as_by_torchvision(root: Path) -> None:
+def test_folder_images_are_listed_as_by_torchvision(root: Path) -> None:
     """Nested, through links, and without what is hidden, which torchvision is not shown."""
     nested = root / "train" / "b"
     for name in ("deep/0.jpg", "deep-1/er/0.PNG", "a.webp", "deep/A.jpeg"):
@@ -259,7 +259,9 @@ def cut_off(root: Path) -> None:
         (cut_off, "{root}/val/c/1.JPEG cannot be read as an image .*: replace or delete it"),
     ],
 )
-def test_bad_folders(root: Path, damage: Callable[[Path], None], message: str) -> None:
+def test_imagenet_refuses_bad_folders(
+    root: Path, damage: Callable[[Path], None], message: str
+) -> None:
     damage(root)
     with pytest.raises(InputError, match=message.format(root=root)) as error:
         list(make_data(root).val_dataloader())
@@ -276,12 +278,12 @@ def test_bad_folders(root: Path, damage: Callable[[Path], None], message: str) -
         ({"root": "hf://datasets/imagenet"}, "from addresses in s3://, .*local:; got 'hf://data"),
     ],
 )
-def test_bad_input(options: dict[str, Any], message: str) -> None:
+def test_imagenet_refuses_bad_settings(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         ImageNet(**options)
 
 
-def test_training_images_are_listed_only_to_train(root: Path) -> None:
+def test_imagenet_lists_training_images_only_to_train(root: Path) -> None:
     data = ImageNet(str(root))
     data.setup("validate")
     with pytest.raises(AssertionError):
@@ -291,7 +293,7 @@ def test_training_images_are_listed_only_to_train(root: Path) -> None:
 
 
 @pytest.mark.real_data
-def test_real_images_are_about_standardised(data_root: Path) -> None:
+def test_imagenet_real_images_are_about_standardised(data_root: Path) -> None:
     root = data_root / "imagenet-mini"
     if not root.is_dir():
         pytest.skip(f"{root} is not there")

@@ -92,7 +92,7 @@ def root(
 
 
 @pytest.mark.parametrize(("workers", "later_workers"), [(0, 0), (2, 2)])
-def test_the_rest_of_an_epoch_is_the_rest(
+def test_imagenet_resumes_within_an_epoch(
     root: Path, tmp_path: Path, workers: int, later_workers: int
 ) -> None:
     """Whatever the number of workers, and the seed that the resumed run is given."""
@@ -106,7 +106,7 @@ def test_the_rest_of_an_epoch_is_the_rest(
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked, and this system cannot")
-def test_two_processes_go_on_where_one_stopped(root: Path, tmp_path: Path) -> None:
+def test_imagenet_resumes_on_two_processes(root: Path, tmp_path: Path) -> None:
     if torch.cuda.is_initialized():
         pytest.skip("a process that uses CUDA cannot be forked")
     fit(root, tmp_path / "one")
@@ -119,7 +119,7 @@ def test_two_processes_go_on_where_one_stopped(root: Path, tmp_path: Path) -> No
     assert_same(read(tmp_path / "resumed", devices=2), rest)
 
 
-def test_damaged_images_change_nothing_of_it(
+def test_imagenet_resumes_with_damaged_images(
     make_image_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     root = make_image_folder()
@@ -134,7 +134,7 @@ def test_damaged_images_change_nothing_of_it(
     assert_same(read(tmp_path / "resumed"), rest)
 
 
-def test_what_cannot_be_the_rest_is_refused(
+def test_imagenet_refuses_to_resume_other_data(
     make_image_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     root = make_image_folder()
@@ -151,7 +151,7 @@ def test_what_cannot_be_the_rest_is_refused(
         fit(root, tmp_path / "fewer", ckpt_path=ckpt)
 
 
-def test_the_state_says_what_the_order_follows_from(
+def test_imagenet_state_determines_the_order(
     make_image_folder: Callable[..., Path],
 ) -> None:
     data = ImageNet(str(make_image_folder()), batch_size=4, num_workers=0)
@@ -179,7 +179,7 @@ def digest(root: Path) -> str:
     return data.train.digest
 
 
-def test_the_digest_is_of_names_and_labels_in_their_order(
+def test_imagenet_digest_depends_on_names_labels_and_order(
     make_image_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     pytest.importorskip("litdata")

@@ -24,13 +24,13 @@ def expect(power: int) -> float:
     return sum(value for value, _ in halves)
 
 
-def test_a_standard_normal_leaves_with_mean_0_and_variance_1() -> None:
+def test_trelu_standardises_a_standard_normal() -> None:
     assert expect(1) == pytest.approx(0, abs=1e-12)
     assert expect(2) == pytest.approx(1, abs=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_is_the_formula_in_every_dtype(dtype: torch.dtype) -> None:
+def test_trelu_equals_the_formula(dtype: torch.dtype) -> None:
     z = torch.linspace(-3, 3, 61).view(1, 61, 1).to(dtype)
     before = z.clone()
     y = TReLU()(z)
@@ -41,14 +41,14 @@ def test_is_the_formula_in_every_dtype(dtype: torch.dtype) -> None:
     assert torch.equal(z, before)
 
 
-def test_gradient() -> None:
+def test_trelu_gradient() -> None:
     z = torch.tensor([-2.0, -0.0, 0.0, 1e-3, 2.0], dtype=torch.float64, requires_grad=True)
     (grad,) = torch.autograd.grad(TReLU()(z).sum(), z)
     slope = 1 / math.sqrt(0.5 - 0.5 / math.pi)
     torch.testing.assert_close(grad, torch.tensor([0, 0, 0, slope, slope], dtype=torch.float64))
 
 
-def test_compiles_whole() -> None:
+def test_trelu_compiles_whole() -> None:
     z = torch.randn(4, 3, requires_grad=True)
     compiled = torch.compile(TReLU(), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(z), TReLU()(z))
@@ -67,7 +67,7 @@ def sizes(net: VGG) -> list[float]:
     return found
 
 
-def test_a_signal_keeps_its_size_through_layers_that_only_subtract_the_mean() -> None:
+def test_trelu_keeps_the_scale_in_mean_only_networks() -> None:
     """As the initialisation has it for this activation; with ReLU it sinks from layer to layer."""
     net, other = VGG(19, width=32, activation="trelu"), VGG(19, width=32)
     for each in (net, other):

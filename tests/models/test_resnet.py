@@ -1,15 +1,16 @@
-"""CifarResNet against the published sizes and the paper's definition of its shortcut."""
+"""CifarResNet against the published sizes; ResNet18 and ResNet50 against torchvision's."""
 
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from nmlightning.errors import InputError
 from nmlightning.models.activation import TReLU
-from nmlightning.models.resnet import CifarResNet, ZeroPadShortcut
+from nmlightning.models.resnet import CifarResNet, ResNet18, ResNet50, ZeroPadShortcut
 
 
 def count_by_hand(depth: int, num_classes: int = 10) -> int:
@@ -25,26 +26,26 @@ def count_by_hand(depth: int, num_classes: int = 10) -> int:
 @pytest.mark.parametrize(
     ("depth", "published_millions"), [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)]
 )
-def test_size_is_the_published_one(depth: int, published_millions: float) -> None:
+def test_cifar_resnet_has_the_published_size(depth: int, published_millions: float) -> None:
     size = sum(parameter.numel() for parameter in CifarResNet(depth).parameters())
     assert size == count_by_hand(depth)
     assert size / 1e6 == pytest.approx(published_millions, rel=0.02)
 
 
 @pytest.mark.parametrize("depth", [20, 56])
-def test_depth_counts_the_weighted_layers(depth: int) -> None:
+def test_cifar_resnet_depth_counts_weighted_layers(depth: int) -> None:
     modules = list(CifarResNet(depth).modules())
     assert sum(isinstance(module, (nn.Conv2d, nn.Linear)) for module in modules) == depth
     assert {type(m) for m in modules if "Norm" in type(m).__name__} == {nn.BatchNorm2d}
 
 
-def test_classes_and_channels_are_free() -> None:
+def test_cifar_resnet_takes_classes_and_channels() -> None:
     net = CifarResNet(20, num_classes=7, in_channels=1)
     assert net(torch.randn(2, 1, 16, 16)).shape == (2, 7)
 
 
 @pytest.mark.parametrize("depth", [21, 2, 0, -4, 20.0, "20", None])
-def test_another_depth_is_refused(depth: Any) -> None:
+def test_cifar_resnet_refuses_another_depth(depth: Any) -> None:
     with pytest.raises(InputError, match=rf"depth {depth!r} is not 6n \+ 2: choose 20, 32, 44, 56"):
         CifarResNet(depth)
 
@@ -59,14 +60,14 @@ def test_shortcut_strides_and_pads_with_zeros() -> None:
 
 
 @pytest.mark.parametrize(("activation", "second_moment"), [("relu", 0.5), ("trelu", 1.0)])
-def test_convolutions_start_as_he_et_al_draw_them(activation: Any, second_moment: float) -> None:
+def test_cifar_resnet_is_initialised_as_by_he_et_al(activation: Any, second_moment: float) -> None:
     weight = CifarResNet(20, activation=activation).layer3[1].conv1.weight
     # 36,864 samples: the estimate of a standard deviation has a relative error of 0.4 %.
     expected = (1 / (second_moment * 64 * 9)) ** 0.5
     assert weight.std().item() == pytest.approx(expected, rel=0.02)
 
 
-def test_the_activation_is_an_option_that_leaves_the_keys_as_they_are() -> None:
+def test_cifar_resnet_activation_leaves_the_keys() -> None:
     plain, translated = CifarResNet(20), CifarResNet(20, activation="trelu")
     types = [Counter(map(type, net.modules())) for net in (plain, translated)]
     assert types[0][nn.ReLU] == types[1][TReLU] == 19
@@ -77,13 +78,13 @@ def test_the_activation_is_an_option_that_leaves_the_keys_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("activation", ["relu", "trelu"])
-def test_every_parameter_learns(activation: Any) -> None:
+def test_cifar_resnet_trains_every_parameter(activation: Any) -> None:
     net = CifarResNet(20, activation=activation)
     net(torch.randn(4, 3, 32, 32)).logsumexp(1).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
 
 
-def test_scaled_branches_add_up_to_one() -> None:
+def test_cifar_resnet_scales_its_branches() -> None:
     nets = []
     for scale_branches in (False, True):
         torch.manual_seed(0)
@@ -92,3 +93,42 @@ def test_scaled_branches_add_up_to_one() -> None:
     for name, weight in plain.items():
         factor = 9**-0.5 if name.endswith("conv2.weight") else 1
         torch.testing.assert_close(scaled[name], weight * factor, msg=name)
+
+
+THEIRS = {ResNet18: torchvision.models.resnet18, ResNet50: torchvision.models.resnet50}
+
+PARAMETERS = {ResNet18: 11_689_512, ResNet50: 25_557_032}  # published
+
+
+def make_resnet50(scale_branches: bool) -> ResNet50:
+    torch.manual_seed(0)
+    return ResNet50(num_classes=7, scale_branches=scale_branches)
+
+
+@pytest.mark.parametrize("ours", THEIRS)
+def test_imagenet_resnet_equals_torchvisions(ours: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    theirs = THEIRS[ours](num_classes=7)  # type: ignore[index]
+    torch.manual_seed(0)
+    net = ours(num_classes=7)
+    assert str(net).removeprefix(ours.__name__) == str(theirs).removeprefix("ResNet")
+    assert list(net.state_dict()) == list(theirs.state_dict())
+    for name, tensor in theirs.state_dict().items():
+        torch.testing.assert_close(net.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("ours", THEIRS)
+def test_imagenet_resnet_has_1000_classes_by_default(ours: type[nn.Module]) -> None:
+    with torch.device("meta"):
+        net = ours()
+        assert sum(q.numel() for q in net.parameters()) == PARAMETERS[ours]  # type: ignore[index]
+    assert ours(num_classes=7)(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+    assert {type(m) for m in net.modules() if "Norm" in type(m).__name__} == {nn.BatchNorm2d}
+
+
+def test_resnet50_scales_its_branches() -> None:
+    plain, scaled = (make_resnet50(scale_branches).state_dict() for scale_branches in (False, True))
+    assert sum(name.endswith("conv3.weight") for name in plain) == 16
+    for name, weight in plain.items():
+        factor = 1 / 4 if name.endswith("conv3.weight") else 1
+        torch.testing.assert_close(scaled[name], weight * factor, rtol=0, atol=0, msg=name)

@@ -11,7 +11,7 @@ from nmlightning.models.vgg import VGG
 
 
 @pytest.mark.parametrize("depth", [11, 13, 16, 19])
-def test_features_are_those_of_torchvision(depth: int) -> None:
+def test_vgg_features_equal_torchvisions(depth: int) -> None:
     with torch.device("meta"):
         theirs = getattr(models, f"vgg{depth}_bn")(init_weights=False).features
         ours = VGG(depth).features
@@ -20,18 +20,18 @@ def test_features_are_those_of_torchvision(depth: int) -> None:
     assert [m.weight.shape for m in ours if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))] == shapes
 
 
-def test_one_linear_layer_classifies() -> None:
+def test_vgg_has_one_linear_layer() -> None:
     net = VGG(11, num_classes=7, in_channels=1)
     assert sum(isinstance(module, nn.Linear) for module in net.modules()) == 1
     assert net(torch.randn(2, 1, 32, 32)).shape == (2, 7)
 
 
-def test_another_depth_is_refused() -> None:
+def test_vgg_refuses_another_depth() -> None:
     with pytest.raises(InputError, match="no VGG of depth 12: choose 11, 13, 16 or 19"):
         VGG(12)
 
 
-def test_the_activation_is_an_option_that_leaves_the_keys_as_they_are() -> None:
+def test_vgg_activation_leaves_the_keys() -> None:
     plain, translated = VGG(11, width=16), VGG(11, width=16, activation="trelu")
     activations = [type(m) for m in translated.features if isinstance(m, (nn.ReLU, TReLU))]
     assert activations == [TReLU] * 8
@@ -40,7 +40,7 @@ def test_the_activation_is_an_option_that_leaves_the_keys_as_they_are() -> None:
         VGG(11, activation=None)  # type: ignore[arg-type]
 
 
-def test_width() -> None:
+def test_vgg_width() -> None:
     net = VGG(11, width=16)
     widths = [m.out_channels for m in net.modules() if isinstance(m, nn.Conv2d)]
     assert widths == [16, 32, 64, 64, 128, 128, 128, 128]

@@ -61,7 +61,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "last.ckpt"
 
 
-def test_the_command_lines_checkpoint_rebuilds_the_network(checkpoint: Path) -> None:
+def test_checkpoint_of_the_cli_rebuilds_the_network(checkpoint: Path) -> None:
     task = ImageClassifier.load_from_checkpoint(checkpoint)
     assert isinstance(task.net, CifarResNet)
     stored = torch.load(checkpoint)["state_dict"]
@@ -75,7 +75,7 @@ def test_the_command_lines_checkpoint_rebuilds_the_network(checkpoint: Path) -> 
         ({"num_classes": 7}, r"net\.init_args\.num_classes: checkpoint 10, this run 7\."),
     ],
 )
-def test_the_argument_that_differs_is_named(
+def test_check_same_network_names_the_differing_argument(
     checkpoint: Path, net: dict[str, int], message: str
 ) -> None:
     cli = make_cli(checkpoint.parent, **net)
@@ -83,7 +83,7 @@ def test_the_argument_that_differs_is_named(
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint)
 
 
-def test_another_class_is_named(checkpoint: Path) -> None:
+def test_check_same_network_names_another_class(checkpoint: Path) -> None:
     cli = make_cli(checkpoint.parent)
     cli.model.hparams["net"]["class_path"] = "nmlightning.models.vgg.VGG"
     with pytest.raises(
@@ -109,7 +109,7 @@ def test_another_class_is_named(checkpoint: Path) -> None:
         ),
     ],
 )
-def test_networks_made_in_python_are_told_by_their_tensors(
+def test_check_same_network_compares_tensors(
     checkpoint: Path, net: CifarResNet, message: str
 ) -> None:
     task = ImageClassifier(net, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1))
@@ -117,7 +117,7 @@ def test_networks_made_in_python_are_told_by_their_tensors(
         task.on_load_checkpoint(torch.load(checkpoint))
 
 
-def test_what_torch_would_load_is_not_refused(checkpoint: Path) -> None:
+def test_check_same_network_accepts_what_torch_loads(checkpoint: Path) -> None:
     stored: dict[str, Any] = torch.load(checkpoint)
     make_task = lambda net: ImageClassifier(net, optimizer=torch.optim.SGD)  # noqa: E731
     state = stored["state_dict"]
@@ -129,7 +129,7 @@ def test_what_torch_would_load_is_not_refused(checkpoint: Path) -> None:
     lenient.on_load_checkpoint({"state_dict": state})
 
 
-def test_takes_two_paths_of_one_class_for_the_same() -> None:
+def test_check_arguments_accepts_two_paths_of_one_class() -> None:
     stored = {"class_path": "nmlightning.models.CifarResNet", "init_args": {"depth": 20}}
     ours = {**stored, "class_path": "nmlightning.models.resnet.CifarResNet"}
     _check_arguments(stored, ours)

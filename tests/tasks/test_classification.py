@@ -1,4 +1,4 @@
-"""ImageClassifier in a real Trainer: what it logs, how it decays, and what it refuses."""
+"""ImageClassifier in a real Trainer: what it logs, decays and refuses; MeanLoss; sharded blocks."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,10 @@ from torch.utils.data import DataLoader
 from nmlightning.callbacks.norm_swap import NormSwap
 from nmlightning.datamodules.digits import Digits
 from nmlightning.errors import InputError
-from nmlightning.tasks.classification import ImageClassifier
+from nmlightning.models import VGG, CifarResNet, ResNet50
+from nmlightning.parametrizations import apply_weight_norm
+from nmlightning.tasks import classification
+from nmlightning.tasks.classification import ImageClassifier, MeanLoss, shard_blocks
 
 
 def make_task(net: nn.Module | None = None, **options: Any) -> ImageClassifier:
@@ -54,7 +57,7 @@ class Fixed(nn.Module):
         return logits + 0 * self.unused
 
 
-def test_learns_the_digits(digits: Digits) -> None:
+def test_classifier_learns_the_digits(digits: Digits) -> None:
     trainer = make_trainer(max_epochs=5)
     trainer.fit(make_task(), digits)
     metrics = trainer.callback_metrics
@@ -64,7 +67,7 @@ def test_learns_the_digits(digits: Digits) -> None:
 
 
 @pytest.mark.parametrize("classes", [3, 7])
-def test_metrics_are_those_of_all_images_whatever_the_batches(classes: int) -> None:
+def test_classifier_metrics_are_of_all_images(classes: int) -> None:
     logits, labels = torch.randn(25, classes), torch.randint(classes, (25,))
     pairs = list(zip(logits, labels, strict=True))
     loader = DataLoader(pairs, batch_size=8)  # type: ignore[arg-type]
@@ -78,7 +81,7 @@ def test_metrics_are_those_of_all_images_whatever_the_batches(classes: int) -> N
     }
 
 
-def test_an_epochs_means_are_logged_once_and_are_of_the_whole_epoch(monkeypatch: Any) -> None:
+def test_classifier_logs_means_once_an_epoch(monkeypatch: Any) -> None:
     logits, labels = torch.randn(25, 4), torch.randint(4, (25,))
     loader = DataLoader(list(zip(logits, labels, strict=True)), batch_size=8)  # type: ignore[arg-type]
     task, logged = make_task(Fixed()), []
@@ -97,7 +100,7 @@ def test_an_epochs_means_are_logged_once_and_are_of_the_whole_epoch(monkeypatch:
         assert logged.count(f"{stage}/loss") == logged.count(f"{stage}/top1") == epochs
 
 
-def test_smoothing_is_for_training_only() -> None:
+def test_classifier_smooths_labels_in_training_only() -> None:
     logits, labels = torch.randn(8, 4), torch.randint(4, (8,))
     loader = DataLoader(list(zip(logits, labels, strict=True)), batch_size=8)  # type: ignore[arg-type]
     trainer = make_trainer()
@@ -109,7 +112,7 @@ def test_smoothing_is_for_training_only() -> None:
     )
 
 
-def test_predicts_probabilities(digits: Digits) -> None:
+def test_classifier_predicts_probabilities(digits: Digits) -> None:
     trainer, task = make_trainer(), make_task()
     batches = trainer.predict(task, digits)
     assert batches is not None
@@ -121,13 +124,13 @@ def test_predicts_probabilities(digits: Digits) -> None:
 @pytest.mark.parametrize(
     ("scope", "decays"), [("all", [5e-4]), ("no_norm", [5e-4, 0.0]), ("last_layer", [5e-4, 0.0])]
 )
-def test_decay_is_the_optimizers_own(scope: Any, decays: list[float]) -> None:
+def test_classifier_decay_is_the_optimizers(scope: Any, decays: list[float]) -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     optimizer = make_task(net, weight_decay_scope=scope).configure_optimizers()
     assert [group["weight_decay"] for group in optimizer.param_groups] == decays
 
 
-def test_milestones_are_epochs(digits: Digits) -> None:
+def test_classifier_milestones_are_epochs(digits: Digits) -> None:
     rates = []
 
     class Rates(pl.Callback):
@@ -139,14 +142,14 @@ def test_milestones_are_epochs(digits: Digits) -> None:
     assert rates == pytest.approx([0.1, 0.01, 0.001])
 
 
-def test_plateau_watches_the_validation_loss(digits: Digits) -> None:
+def test_classifier_plateau_watches_the_validation_loss(digits: Digits) -> None:
     task = make_task(lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau)
     trainer = make_trainer()
     trainer.fit(task, digits)
     assert trainer.lr_scheduler_configs[0].monitor == "val/loss"
 
 
-def test_compiles_once_after_the_callbacks(digits: Digits, monkeypatch: Any) -> None:
+def test_classifier_compiles_once_after_the_callbacks(digits: Digits, monkeypatch: Any) -> None:
     events: list[str] = []
 
     class Swap(pl.Callback):
@@ -164,20 +167,20 @@ def test_compiles_once_after_the_callbacks(digits: Digits, monkeypatch: Any) -> 
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
-def test_the_data_follow_a_true_precision(digits: Digits, precision: Any) -> None:
+def test_classifier_trains_in_a_true_precision(digits: Digits, precision: Any) -> None:
     trainer = make_trainer(precision=precision)
     trainer.fit(make_task(), digits)
     assert trainer.callback_metrics["train/loss"].isfinite()
 
 
-def test_a_nan_is_logged_and_stops_nothing() -> None:
+def test_classifier_logs_a_nan() -> None:
     loader = DataLoader([(torch.full((4,), torch.nan), torch.tensor(1))], batch_size=1)  # type: ignore[arg-type]
     trainer = make_trainer()
     trainer.fit(make_task(Fixed()), loader, loader)
     assert trainer.callback_metrics["train/loss"].isnan()
 
 
-def test_another_number_of_outputs_is_refused(digits: Digits) -> None:
+def test_classifier_refuses_another_number_of_outputs(digits: Digits) -> None:
     task = make_task(nn.Sequential(nn.Flatten(), nn.Linear(64, 11)))
     message = "Sequential has 11 outputs, but Digits has 10 classes: set the network's num_classes"
     with pytest.raises(InputError, match=message):
@@ -185,7 +188,7 @@ def test_another_number_of_outputs_is_refused(digits: Digits) -> None:
 
 
 @pytest.mark.parametrize("label", [-1, 4])
-def test_a_label_out_of_range_is_refused(label: int) -> None:
+def test_classifier_refuses_a_label_out_of_range(label: int) -> None:
     pairs = [(torch.zeros(4), torch.tensor(0)), (torch.zeros(4), torch.tensor(label))]
     message = (
         rf"labels go from {min(label, 0)} to {max(label, 0)}, but Fixed tells the classes 0 to 3"
@@ -195,12 +198,12 @@ def test_a_label_out_of_range_is_refused(label: int) -> None:
 
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.1, float("nan"), "0.1", None])
-def test_a_smoothing_out_of_range_is_refused(smoothing: Any) -> None:
+def test_classifier_refuses_a_smoothing_out_of_range(smoothing: Any) -> None:
     with pytest.raises(InputError, match="label_smoothing must be at least 0 and less than 1"):
         make_task(label_smoothing=smoothing)
 
 
-def test_a_resume_without_the_swap_is_refused(digits: Digits, tmp_path: Path) -> None:
+def test_classifier_refuses_a_resume_without_the_swap(digits: Digits, tmp_path: Path) -> None:
     def plain() -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10))
 
@@ -213,7 +216,7 @@ def test_a_resume_without_the_swap_is_refused(digits: Digits, tmp_path: Path) ->
     ImageClassifier.load_from_checkpoint(path, net=plain(), optimizer=sgd)
 
 
-def test_a_checkpoint_made_in_python_restores(digits: Digits, tmp_path: Path) -> None:
+def test_classifier_restores_a_checkpoint_made_in_python(digits: Digits, tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     task, trainer = make_task(label_smoothing=0.1), make_trainer()
     trainer.fit(task, digits)
@@ -225,3 +228,83 @@ def test_a_checkpoint_made_in_python_restores(digits: Digits, tmp_path: Path) ->
         torch.equal(ours, theirs)
         for ours, theirs in zip(restored.parameters(), task.parameters(), strict=True)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_mean_loss_is_the_mean_over_images(dtype: torch.dtype) -> None:
+    losses, sizes = torch.rand(5).to(dtype).requires_grad_(), [8, 8, 8, 8, 3]
+    metric = MeanLoss()
+    for loss, images in zip(losses, sizes, strict=True):
+        metric.update(loss, images)
+    weights = torch.tensor(sizes, dtype=torch.float64)
+    expected = (losses.double() * weights).sum() / 35
+    found = metric.compute()
+    assert (found.dtype, found.requires_grad) == (torch.float32, False)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)  # five sums in float32
+    metric.reset()
+    metric.update(torch.tensor(torch.nan), 1)
+    assert metric.compute().isnan()
+
+
+class Mesh:
+    """As Lightning's ModelParallelStrategy makes it, without any process."""
+
+    def __init__(self, size: int, split: int = 1) -> None:
+        self.of = {"tensor_parallel": split, "data_parallel": size // split}
+        self.size = lambda: size
+
+    def __getitem__(self, name: str) -> "Mesh":
+        return Mesh(self.of[name])
+
+
+@pytest.fixture
+def sharded(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """What `fully_shard` was called with, in order."""
+    calls: list[nn.Module] = []
+    monkeypatch.setattr(classification, "fully_shard", lambda module, mesh: calls.append(module))
+    return calls
+
+
+RESIDUAL = [f"layer{stage}.{block}" for stage in (3, 2, 1) for block in (1, 0)]
+
+NESTED = nn.Sequential(nn.Sequential(nn.Sequential(nn.Linear(2, 2))), nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("net", "names"),
+    [
+        (CifarResNet(14), [*RESIDUAL, ""]),
+        (VGG(11), [""]),
+        (NESTED, ["0.0", "0", ""]),
+        (nn.Linear(2, 2), [""]),
+    ],
+    ids=["resnet", "vgg", "nested", "linear"],
+)
+def test_shard_blocks_shards_inner_blocks_first(
+    net: nn.Module, names: list[str], sharded: list[nn.Module]
+) -> None:
+    shard_blocks(net, Mesh(2))  # type: ignore[arg-type]
+    found = {module: name for name, module in net.named_modules()}
+    assert [found[module] for module in sharded] == names
+
+
+def test_shard_blocks_finds_16_blocks_of_resnet50(sharded: list[nn.Module]) -> None:
+    net = ResNet50()
+    shard_blocks(net, Mesh(2))  # type: ignore[arg-type]
+    sizes = [sum(q.numel() for q in block.parameters()) for block in sharded[:-1]]
+    assert (len(sizes), max(sizes), sum(sizes)) == (16, 6_039_552, 23_498_496)  # docs/scale.md
+
+
+def test_shard_blocks_skips_normalised_weights(sharded: list[nn.Module]) -> None:
+    net: Any = CifarResNet(8)
+    apply_weight_norm(net, "bounded")
+    shard_blocks(net, Mesh(2))  # type: ignore[arg-type]
+    assert net.layer1[0] in sharded
+    assert net.conv1 not in sharded
+
+
+def test_shard_blocks_refuses_to_split_tensors() -> None:
+    with pytest.raises(
+        InputError, match=r"data_parallel_size of .* here 4, and a tensor_parallel_"
+    ):
+        shard_blocks(nn.Linear(2, 2), Mesh(4, split=2))  # type: ignore[arg-type]

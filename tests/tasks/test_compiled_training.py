@@ -74,7 +74,7 @@ def announced(caplog: pytest.LogCaptureFixture) -> list[str]:
 # What torch 2.11's compiler does with autograd functions and inputs, and warns of itself.
 @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_a_compiled_run_is_the_eager_one_and_says_that_it_compiles(
+def test_compiled_run_equals_the_eager_one(
     tmp_path: Path, traced: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     eager = fit(tmp_path / "eager", epochs=2)
@@ -102,7 +102,7 @@ def test_a_compiled_run_is_the_eager_one_and_says_that_it_compiles(
     assert type(loaded.net[1]).__name__ == "L1BatchNorm2d"
 
 
-def test_a_network_in_channels_last_learns_the_same(tmp_path: Path) -> None:
+def test_channels_last_run_equals_the_plain_one(tmp_path: Path) -> None:
     layouts: list[bool] = []
 
     def look(_: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -129,13 +129,13 @@ def test_a_network_in_channels_last_learns_the_same(tmp_path: Path) -> None:
     task.load_state_dict(torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"])
 
 
-def test_bad_input() -> None:
+def test_classifier_refuses_bad_channels_last() -> None:
     with pytest.raises(InputError, match="channels_last is True or False, got 'yes'"):
         make_task(channels_last="yes")
 
 
 @pytest.mark.slow
-def test_the_quickstart_compiles(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
+def test_quickstart_compiles(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
     monkeypatch.chdir(tmp_path)
     torch.compiler.reset()
     keys = {"compile": "default", "channels_last": "true", "net.depth": "8"}

@@ -72,7 +72,7 @@ def fit(tmp_path: Path, lr_batch_size: Any, **options: Any) -> tuple[list[Any], 
     ("lr_batch_size", "accumulate", "factor"),
     [(None, 1, 1), (None, 2, 1), (64, 1, 1), (256, 1, 1 / 4), (256, 2, 1 / 2), (16, 2, 8)],
 )
-def test_every_group_is_scaled_before_the_scheduler(
+def test_lr_batch_size_scales_every_group_before_the_scheduler(
     tmp_path: Path, caplog: Any, lr_batch_size: Any, accumulate: int, factor: float
 ) -> None:
     with caplog.at_level(logging.INFO):
@@ -89,7 +89,7 @@ def test_every_group_is_scaled_before_the_scheduler(
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked, and this system cannot")
-def test_processes_count(tmp_path: Path) -> None:
+def test_lr_batch_size_counts_processes(tmp_path: Path) -> None:
     if torch.cuda.is_initialized():
         pytest.skip("a process that uses CUDA cannot be forked")
     rates, _ = fit(tmp_path, 256, strategy="ddp_fork", devices=2, max_epochs=1)
@@ -97,9 +97,7 @@ def test_processes_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("batch_size", "factor"), [(1437, 1437 / 256), (5000, 1437 / 256)])
-def test_a_set_smaller_than_a_batch_counts_as_it_is(
-    tmp_path: Path, batch_size: int, factor: float
-) -> None:
+def test_lr_batch_size_counts_a_small_set(tmp_path: Path, batch_size: int, factor: float) -> None:
     """Of the digits 1,437 train."""
     rates, trainer = fit(tmp_path, 256, batch_size=batch_size, max_epochs=1)
     assert trainer.num_training_batches == 1
@@ -107,7 +105,7 @@ def test_a_set_smaller_than_a_batch_counts_as_it_is(
     assert Digits(batch_size).images_a_batch(2) == batch_size, "before it is set up"
 
 
-def test_a_resume_with_another_batch_is_refused(tmp_path: Path) -> None:
+def test_lr_batch_size_refuses_a_resume_with_another_batch(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     _, trainer = fit(tmp_path, 256, max_epochs=1)
     trainer.save_checkpoint(path)
@@ -120,7 +118,7 @@ def test_a_resume_with_another_batch_is_refused(tmp_path: Path) -> None:
     assert rates[-1] == pytest.approx([0.0025, 0.0075]), "the checkpoint's, at the milestone"
 
 
-def test_bad_input() -> None:
+def test_lr_batch_size_refuses_bad_settings() -> None:
     with pytest.raises(InputError, match="lr_batch_size must be a whole number of at least 1, got"):
         make_task(0)
     message = "lr_batch_size scales .* not known: fit with a data module that has a batch_size"

@@ -1,20 +1,99 @@
-"""Which sentences a process reads: everything once, and on every rank as many batches."""
+"""Batches of sentences: within the bound of tokens, and shared out among ranks."""
 
-from itertools import chain
+from itertools import chain, pairwise
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from made_sentences import make_pairs
 from nmlightning.datamodules.training_batches import WHOLE_SET, Shard
 from nmlightning.errors import InputError
-from nmlightning.translation.batches import EvaluationSentences, ShuffledBatches, TrainingPairs
+from nmlightning.translation.batches import (
+    EvaluationSentences,
+    ShuffledBatches,
+    TrainingPairs,
+    cut_sorted,
+    plan_batches,
+)
 from nmlightning.translation.corpus import EncodedPairs, encode_pairs
 from nmlightning.translation.sources import SentencePair
 from nmlightning.translation.tokenizer import BOS, EOS, SMALLEST, JointBPE
 
+Lengths = NDArray[np.int64]
+
+
+def make_lengths(pairs: int, seed: int = 0) -> tuple[Lengths, Lengths]:
+    """Return lengths like those of sentences: skewed, and of one pair alike."""
+    draw_plan = np.random.default_rng(seed)
+    source = draw_plan.gamma(4, 5, pairs).astype(np.int64) + 1
+    return source, (source * draw_plan.normal(1, 0.15, pairs)).clip(1).astype(np.int64) + 1
+
+
+def draw_plan(plan: object, seed: int = 0) -> list[torch.Tensor]:
+    return plan.draw(torch.Generator().manual_seed(seed))  # type: ignore[attr-defined,no-any-return]
+
+
+@pytest.mark.parametrize("tokens", [1, 60, 500, 10**9])
+@pytest.mark.parametrize("pairs", [1, 2, 3000])
+def test_batch_plan_puts_every_pair_into_one_batch_within_the_bound(
+    pairs: int, tokens: int
+) -> None:
+    source, target = make_lengths(pairs)
+    plan = plan_batches(source, target, tokens)
+    for seed in range(3):
+        batches = draw_plan(plan, seed)
+        assert len(batches) == len(plan), "as many in every epoch"
+        assert torch.cat(batches).sort().values.tolist() == list(range(pairs))
+        for rows in batches:
+            longest = max(source[rows].max(), target[rows].max())
+            assert len(rows) * longest <= tokens or len(rows) == 1
+
+
+def test_cut_sorted_fills_every_batch() -> None:
+    draw_lengths = np.random.default_rng(0)
+    for _ in range(200):
+        lengths = np.sort(draw_lengths.integers(1, 40, draw_lengths.integers(1, 50)))
+        bounds = cut_sorted(lengths, 60)
+        assert bounds[0] == 0
+        assert bounds[-1] == len(lengths)
+        for start, end in pairwise(bounds):
+            assert (end - start) * lengths[end - 1] <= 60
+            assert end == len(lengths) or (end + 1 - start) * lengths[end] > 60
+
+
+def test_cut_sorted_makes_no_batch_of_nothing() -> None:
+    assert cut_sorted(np.array([], np.int64), 60) == [0]
+    assert len(plan_batches(*make_lengths(0), 60)) == 0
+
+
+def test_batch_plan_draw_depends_on_the_generator_alone() -> None:
+    plan = plan_batches(*make_lengths(3000), 500)
+    first, again, other = draw_plan(plan, 0), draw_plan(plan, 0), draw_plan(plan, 1)
+    assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+    batches = [{tuple(sorted(rows.tolist())) for rows in drawn} for drawn in (first, other)]
+    assert len(batches[0] & batches[1]) < len(plan) / 4, "other pairs come together"
+    longest = np.maximum(*make_lengths(3000))
+    lengths = [longest[rows].max() for rows in first]
+    assert lengths != sorted(lengths), "short and long batches are mixed"
+
+
+@pytest.mark.parametrize(("tokens", "most"), [(500, 0.03), (4000, 0.05), (25000, 0.08)])
+def test_batch_plan_pads_little(tokens: int, most: float) -> None:
+    source, target = make_lengths(60_000)
+    real = padded = 0
+    for rows in draw_plan(plan_batches(source, target, tokens)):
+        for side in (source[rows], target[rows]):
+            real += side.sum()
+            padded += len(rows) * side.max()
+    assert 1 - real / padded < most
+
+
 BYTES = JointBPE.train(["x"], vocab_size=SMALLEST)
+
 PAIRS = make_pairs(200)
+
 ENCODED = encode_pairs(PAIRS, BYTES)
 
 
@@ -34,7 +113,7 @@ def draw(
     return rows
 
 
-def test_the_order_follows_from_seed_and_epoch() -> None:
+def test_shuffled_batches_depend_on_seed_and_epoch() -> None:
     drawn = [draw(seed=seed, epoch=epoch) for seed, epoch in [(0, 0), (0, 1), (1, 0)]]
     assert drawn[0] == draw()
     assert len({str(rows) for rows in drawn}) == 3
@@ -42,12 +121,12 @@ def test_the_order_follows_from_seed_and_epoch() -> None:
     assert all(sorted(chain.from_iterable(rows)) == list(range(len(PAIRS))) for rows in drawn)
 
 
-def test_without_shuffling_every_epoch_is_the_first() -> None:
+def test_shuffled_batches_without_shuffle_repeat_the_first_epoch() -> None:
     assert draw(epoch=5, shuffle=False) == draw(epoch=0)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
-def test_ranks_take_the_batches_in_turn(world_size: int) -> None:
+def test_shuffled_batches_are_shared_in_turn_by_ranks(world_size: int) -> None:
     whole = draw()
     ranks = [draw(shard=Shard(rank, world_size)) for rank in range(world_size)]
     steps = len(whole) // world_size
@@ -56,7 +135,7 @@ def test_ranks_take_the_batches_in_turn(world_size: int) -> None:
     assert together == whole[: steps * world_size]
 
 
-def test_other_batches_are_left_over_in_each_epoch() -> None:
+def test_shuffled_batches_leave_out_others_in_each_epoch() -> None:
     world_size = len(draw()) - 1
     left = [
         {*range(len(PAIRS))}
@@ -96,7 +175,7 @@ def test_evaluation_reads_every_sentence_once(length: int, world_size: int, toke
     assert [restored[row] for row in range(length)] == references
 
 
-def test_only_the_source_of_a_long_pair_is_shortened_and_empty_ones_are_kept() -> None:
+def test_evaluation_shortens_sources_alone_and_keeps_empty_pairs() -> None:
     pairs = [SentencePair("a" * 99, "b" * 99), SentencePair("", ""), SentencePair("c", " ")]
     batches = EvaluationSentences(encode_pairs(pairs, BYTES), ["b" * 99, "", " "], 20, 10)
     (longest, *rest) = batches
@@ -110,13 +189,13 @@ def test_only_the_source_of_a_long_pair_is_shortened_and_empty_ones_are_kept() -
     assert empty.target[row, :2].tolist() == [BOS, EOS]
 
 
-def test_too_few_batches_for_the_ranks() -> None:
+def test_shuffled_batches_refuse_too_few_for_the_ranks() -> None:
     message = r"\d+ batches of 200 sentence pairs cannot be shared by 99 processes: use fewer"
     with pytest.raises(InputError, match=message):
         draw(shard=Shard(0, 99))
 
 
-def test_the_state_says_what_the_order_follows_from() -> None:
+def test_shuffled_batches_state_determines_the_order() -> None:
     batches = ShuffledBatches(ENCODED, 600, "bytes", seed=3, shard=Shard(1, 2))
     assert batches.state_dict() == {
         "seed": 3,

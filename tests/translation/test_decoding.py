@@ -1,4 +1,4 @@
-"""Beam search against all translations that there are, and against a beam kept by hand."""
+"""Greedy search against its definition, beam search against all translations and a plain beam."""
 
 import itertools
 import math
@@ -13,7 +13,63 @@ from nmlightning.translation.decoding import length_penalty_of
 from nmlightning.translation.tokenizer import BOS, EOS, PAD
 from written_odds import WrittenOdds
 
+SENTENCES = torch.tensor([[5, 4, 2, 0, 0], [4, 2, 0, 0, 0], [3, 4, 4, 5, 2]])
+
+
+def follow(net: WrittenOdds, sentence: int, limit: int) -> list[int]:
+    """Return the translation by the definition."""
+    written = [BOS]
+    while len(written) <= limit:
+        logits = net.logits(sentence, tuple(written)).tolist()
+        allowed = [token for token in range(net.vocab_size) if token not in (PAD, BOS)]
+        best = max(allowed, key=logits.__getitem__)
+        if best == EOS:
+            break
+        written.append(best)
+    return written[1:]
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("extra_length", [0, 4, 50])
+def test_greedy_search_equals_its_definition(seed: int, extra_length: int) -> None:
+    net = WrittenOdds(seed=seed)
+    lengths = [3, 2, 5]
+    expected = [
+        follow(net, int(row[0]), length + extra_length)
+        for row, length in zip(SENTENCES, lengths, strict=True)
+    ]
+    assert greedy_search(net, SENTENCES, extra_length=extra_length) == expected
+
+
+def test_greedy_search_drops_finished_sentences() -> None:
+    net = WrittenOdds(vocab_size=9)
+    source = torch.arange(3, 23)[:, None]
+    found = greedy_search(net, source, extra_length=5)
+    steps = [min(len(translation) + 1, 6) for translation in found]
+    assert net.rows_asked == [sum(s > t for s in steps) for t in range(max(steps))]
+    assert len(set(net.rows_asked)) > 3
+
+
+def test_greedy_search_of_no_sentence() -> None:
+    assert greedy_search(WrittenOdds(), SENTENCES[:0]) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "extra_length", "message"),
+    [
+        (SENTENCES, -1, r"extra_length must be a whole number of at least 0, got -1"),
+        (SENTENCES[0], 50, r"source is \(N, S\) tokens of int64, got \(5,\) of torch\.int64"),
+        (SENTENCES.float(), 50, r"got \(3, 5\) of torch\.float32"),
+        (SENTENCES * torch.tensor([[1], [0], [1]]), 50, r"no token but padding in row 1: end it"),
+    ],
+)
+def test_greedy_search_refuses_bad_input(source: Any, extra_length: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        greedy_search(WrittenOdds(), source, extra_length=extra_length)
+
+
 SOURCE = torch.tensor([[5, 4, 2], [4, 2, 0], [3, 2, 0]])
+
 LIMITS = [4, 3, 3]  # with one token more
 
 
@@ -63,7 +119,7 @@ def search_by_hand(
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 2.0])
-def test_a_wide_beam_finds_the_best_of_all(seed: int, alpha: float) -> None:
+def test_beam_search_with_a_wide_beam_finds_the_best_of_all(seed: int, alpha: float) -> None:
     net = WrittenOdds(seed=seed)
     found = beam_search(net, SOURCE, beam_size=200, length_penalty=alpha, extra_length=1)
     sentences = zip(SOURCE[:, 0].tolist(), LIMITS, strict=True)
@@ -74,7 +130,7 @@ def test_a_wide_beam_finds_the_best_of_all(seed: int, alpha: float) -> None:
 @pytest.mark.parametrize("beam_size", [1, 2, 4, 7])
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 2.0])
 @pytest.mark.parametrize("vocab_size", [5, 8])
-def test_a_narrow_beam_is_the_one_kept_by_hand(
+def test_beam_search_equals_a_plain_beam(
     seed: int, beam_size: int, alpha: float, vocab_size: int
 ) -> None:
     net = WrittenOdds(vocab_size, seed=seed)
@@ -84,7 +140,7 @@ def test_a_narrow_beam_is_the_one_kept_by_hand(
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_beam_of_one_is_greedy(seed: int) -> None:
+def test_beam_search_of_one_is_greedy(seed: int) -> None:
     net = WrittenOdds(9, seed=seed)
     source = torch.arange(3, 23)[:, None]
     for alpha in (0.0, 0.6, 3.0):
@@ -92,7 +148,7 @@ def test_a_beam_of_one_is_greedy(seed: int) -> None:
         assert found == greedy_search(net, source, extra_length=5)
 
 
-def test_a_larger_penalty_of_length_finds_longer_translations() -> None:
+def test_beam_search_with_a_larger_penalty_finds_longer_translations() -> None:
     net, source = WrittenOdds(9), torch.arange(3, 43)[:, None]
     lengths = [
         sum(map(len, beam_search(net, source, length_penalty=alpha, extra_length=8)))
@@ -101,7 +157,7 @@ def test_a_larger_penalty_of_length_finds_longer_translations() -> None:
     assert lengths[0] < lengths[1] < lengths[2]
 
 
-def test_the_penalty_is_the_papers() -> None:
+def test_length_penalty_equals_the_papers() -> None:
     assert length_penalty_of(7, 0.6) == pytest.approx(2**0.6)
     assert length_penalty_of(1, 0.6) == 1
     torch.testing.assert_close(
@@ -109,7 +165,7 @@ def test_the_penalty_is_the_papers() -> None:
     )
 
 
-def test_finished_sentences_leave_the_batch() -> None:
+def test_beam_search_drops_finished_sentences() -> None:
     net = WrittenOdds(9, sharpness=5)
     source = torch.arange(3, 23)[:, None]
     beam_search(net, source, beam_size=3, extra_length=10)
@@ -120,13 +176,13 @@ def test_finished_sentences_leave_the_batch() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_network_that_diverged_ends_all_the_same(bad: float) -> None:
+def test_beam_search_ends_for_a_diverged_network(bad: float) -> None:
     found = beam_search(WrittenOdds(sharpness=bad), SOURCE, extra_length=4)
     assert [len(translation) <= 7 for translation in found] == [True] * 3
     assert {PAD, BOS, EOS}.isdisjoint({token for row in found for token in row})
 
 
-def test_no_sentence() -> None:
+def test_beam_search_of_no_sentence() -> None:
     assert beam_search(WrittenOdds(), SOURCE[:0]) == []
 
 
@@ -140,6 +196,6 @@ def test_no_sentence() -> None:
         ({"extra_length": 1.5}, r"extra_length must be a whole number of at least 0, got 1\.5"),
     ],
 )
-def test_what_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
+def test_beam_search_refuses_bad_settings(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         beam_search(WrittenOdds(), SOURCE, **options)

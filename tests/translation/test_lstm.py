@@ -57,7 +57,7 @@ def translate(net: AttentionLSTM, source: Tensor, target: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("layers", [2, 4])
-def test_it_is_the_equations(layers: int, layer_norm: bool) -> None:
+def test_lstm_equals_the_equations(layers: int, layer_norm: bool) -> None:
     torch.manual_seed(0)
     net = AttentionLSTM(11, 8, layers, dropout=0.0, layer_norm=layer_norm).double()
     for q in net.parameters():
@@ -73,13 +73,13 @@ def test_it_is_the_equations(layers: int, layer_norm: bool) -> None:
     torch.testing.assert_close(torch.autograd.grad(logits, parameters, upstream), expected)
 
 
-def test_sentences_are_reversed_and_the_padding_stays() -> None:
+def test_reverse_sentences_leaves_padding_at_the_end() -> None:
     x = torch.arange(10.0).view(2, 5, 1)
     expected = torch.tensor([[4.0, 3, 2, 1, 0], [7, 6, 5, 8, 9]])
     assert torch.equal(reverse_sentences(x, torch.tensor([5, 3]))[:, :, 0], expected)
 
 
-def test_layers_and_what_they_read() -> None:
+def test_lstm_layers_have_their_inputs() -> None:
     net = AttentionLSTM(11, 8, layers=3)
     lstms = {name: m for name, m in net.named_modules() if isinstance(m, nn.LSTM)}
     assert {name: m.input_size for name, m in lstms.items()} == {
@@ -97,7 +97,7 @@ def test_layers_and_what_they_read() -> None:
     assert sum(isinstance(m, nn.LayerNorm) for m in with_norms.modules()) == len(lstms)
 
 
-def test_weight_norm_holds_each_row_of_each_gate() -> None:
+def test_lstm_weight_norm_bounds_each_row_of_each_gate() -> None:
     torch.manual_seed(0)
     net = AttentionLSTM(11, 8, dropout=0.0)
     apply_weight_norm(net, include=["*lstm.weight_*"], rho=0.5)
@@ -123,6 +123,6 @@ def test_weight_norm_holds_each_row_of_each_gate() -> None:
         ({"vocab_size": 3}, r"vocab_size must be a whole number of at least 5, got 3"),
     ],
 )
-def test_what_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
+def test_lstm_refuses_bad_settings(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         AttentionLSTM(**{"vocab_size": 11, **options})

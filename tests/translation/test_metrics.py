@@ -1,17 +1,70 @@
-"""Perplexity and BLEU of a corpus: the definition, sacrebleu itself, and batches of any size."""
+"""Token loss against torch's cross-entropy, perplexity and BLEU of a corpus, TrainingWindow."""
 
 import math
 
 import pytest
 import sacrebleu
 import torch
+from torch.nn import functional as F
 
+from nmlightning.translation import metrics
 from nmlightning.translation.metrics import (
     Perplexity,
     TokenLoss,
+    TrainingWindow,
     TranslationMetrics,
     published_bleu,
+    token_loss,
 )
+from nmlightning.translation.tokenizer import PAD
+
+
+def draw(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = 3 * torch.randn(4, 7, 11, dtype=dtype)
+    targets = torch.randint(1, 11, (4, 7))
+    targets[0, 3:] = targets[2, 5:] = PAD
+    return logits.requires_grad_(), targets
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_token_loss_equals_torchs_cross_entropy(smoothing: float) -> None:
+    logits, targets = draw()
+    ours = token_loss(logits, targets, smoothing)
+    theirs = F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=PAD, label_smoothing=smoothing
+    )
+    torch.testing.assert_close(ours.loss, theirs)
+    (grad,) = torch.autograd.grad(ours.loss, logits)
+    (expected,) = torch.autograd.grad(theirs, logits)
+    torch.testing.assert_close(grad, expected)
+    assert not grad[targets == PAD].any()
+
+
+def test_token_loss_likelihood_is_unsmoothed_and_detached() -> None:
+    logits, targets = draw()
+    step = token_loss(logits, targets, 0.3)
+    plain = F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=PAD, reduction="sum"
+    )
+    torch.testing.assert_close(step.negative_log_likelihood, plain.detach())
+    assert not step.negative_log_likelihood.requires_grad
+    assert step.tokens == (targets != PAD).sum() == 22
+
+
+def test_token_loss_ignores_padding() -> None:
+    logits, targets = draw()
+    changed = torch.where((targets == PAD).unsqueeze(2), torch.inf, logits)
+    ours = token_loss(torch.nan_to_num(changed, posinf=1e4), targets, 0.1)
+    torch.testing.assert_close(ours.loss, token_loss(logits, targets, 0.1).loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_token_loss_sums_half_logits_in_float32(dtype: torch.dtype) -> None:
+    logits, targets = draw(dtype)
+    step = token_loss(logits, targets, 0.1)
+    assert step.loss.dtype == step.negative_log_likelihood.dtype == torch.float32
+    torch.testing.assert_close(step.loss, token_loss(logits.float(), targets, 0.1).loss)
+
 
 REFERENCES = [
     "Two young, White males are outside near many bushes.",
@@ -19,6 +72,7 @@ REFERENCES = [
     "A little girl climbing into a wooden playhouse.",
     'He said: "It costs $3.50 – not £2,000!"',
 ]
+
 FOUND = [
     "Two young white males are outdoors near many bushes.",
     "Several men in hard hats operate a giant pulley system.",
@@ -27,23 +81,23 @@ FOUND = [
 ]
 
 
-def step(negative_log_likelihood: float, tokens: int) -> TokenLoss:
+def make_step(negative_log_likelihood: float, tokens: int) -> TokenLoss:
     return TokenLoss(torch.tensor(0.0), torch.tensor(negative_log_likelihood), torch.tensor(tokens))
 
 
-def test_perplexities_are_of_the_corpus_not_means_over_batches() -> None:
+def test_metrics_perplexities_are_of_the_corpus() -> None:
     metrics = TranslationMetrics()
-    metrics.add(step(30.0, 10), torch.tensor([3, 2]))
-    metrics.add(step(10.0, 40), torch.tensor([15]))
+    metrics.add(make_step(30.0, 10), torch.tensor([3, 2]))
+    metrics.add(make_step(10.0, 40), torch.tensor([15]))
     values = {name: value.item() for name, value in metrics.compute().items()}
     assert values == pytest.approx(
         {"loss": 40 / 50, "ppl": math.exp(40 / 50), "word_ppl": math.exp(40 / 20)}
     )
 
 
-def test_bleu_is_sacrebleus_whatever_the_batches() -> None:
+def test_metrics_bleu_equals_sacrebleus() -> None:
     metrics = TranslationMetrics()
-    metrics.add(step(1.0, 1), torch.tensor([1]))
+    metrics.add(make_step(1.0, 1), torch.tensor([1]))
     metrics.add_translations(FOUND[:1], REFERENCES[:1])
     metrics.add_translations(FOUND[1:], REFERENCES[1:])
     expected = sacrebleu.corpus_bleu(FOUND, [REFERENCES])
@@ -51,24 +105,95 @@ def test_bleu_is_sacrebleus_whatever_the_batches() -> None:
     assert metrics.compute()["bleu"].item() == pytest.approx(expected.score, rel=1e-5)
 
 
-def test_begins_anew_after_it_was_computed() -> None:
+def test_metrics_reset_after_compute() -> None:
     metrics = TranslationMetrics()
-    metrics.add(step(1.0, 1), torch.tensor([1]))
+    metrics.add(make_step(1.0, 1), torch.tensor([1]))
     metrics.add_translations(FOUND, REFERENCES)
     assert "bleu" in metrics.compute()
-    metrics.add(step(5.0, 1), torch.tensor([1]))
+    metrics.add(make_step(5.0, 1), torch.tensor([1]))
     values = metrics.compute()
     assert set(values) == {"loss", "ppl", "word_ppl"}
     assert values["loss"].item() == pytest.approx(5.0)
 
 
-def test_the_published_bleu_has_sacrebleus_figure_and_signature() -> None:
+def test_published_bleu_has_score_and_signature() -> None:
     text = published_bleu(list(zip(FOUND, REFERENCES, strict=True)))
     score = sacrebleu.corpus_bleu(FOUND, [REFERENCES]).score
     assert text.startswith(f"BLEU {score:.2f} (nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|")
     assert f"version:{sacrebleu.__version__}" in text
 
 
-def test_perplexity_of_nothing_is_no_number() -> None:
+def test_perplexity_of_nothing_is_nan() -> None:
     with pytest.warns(UserWarning, match="before the ``update`` method"):
         assert Perplexity().compute().isnan()
+
+
+class Clock:
+    """A clock that the test sets."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def make_loss(loss: float, likelihood: float, tokens: int) -> TokenLoss:
+    return TokenLoss(torch.tensor(loss), torch.tensor(likelihood), torch.tensor(tokens))
+
+
+def one_process(sums: torch.Tensor) -> torch.Tensor:
+    return sums
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(metrics, "time", clock)
+    return clock
+
+
+def test_training_window_reads_means_and_clears(clock: Clock) -> None:
+    window = TrainingWindow()
+    window.resume()
+    window.add(make_loss(2.0, 30.0, 10), torch.tensor(25))
+    window.add(make_loss(4.0, 10.0, 10), torch.tensor(15))
+    clock.now = 8.0
+    first = {"loss": 3.0, "ppl": math.exp(2), "tokens_per_s": 5.0}
+    assert window.read(one_process) == pytest.approx(first)
+    assert window.read(one_process) == pytest.approx(first)
+    window.clear()
+    window.add(make_loss(1.0, 0.0, 4), torch.tensor(6))
+    clock.now = 11.0
+    assert window.read(one_process) == pytest.approx({"loss": 1.0, "ppl": 1.0, "tokens_per_s": 2.0})
+
+
+def test_training_window_pause_stops_the_clock(clock: Clock) -> None:
+    window = TrainingWindow()
+    window.resume()
+    clock.now = 2.0
+    window.pause()
+    window.pause()
+    clock.now = 100.0
+    window.resume()
+    window.resume()
+    clock.now = 103.0
+    window.add(make_loss(1.0, 0.0, 4), torch.tensor(10))
+    assert window.read(one_process)["tokens_per_s"] == 2.0
+
+
+def test_training_window_adds_processes(clock: Clock) -> None:
+    window = TrainingWindow()
+    window.resume()
+    window.add(make_loss(2.0, 30.0, 10), torch.tensor(25))
+    clock.now = 5.0
+    other = torch.tensor([4.0, 10.0, 30.0, 75.0, 1.0])
+    values = window.read(lambda sums: sums + other)
+    assert values == pytest.approx({"loss": 3.0, "ppl": math.exp(1), "tokens_per_s": 20.0})
+
+
+def test_training_window_perplexity_overflows_to_infinity(clock: Clock) -> None:
+    window = TrainingWindow()
+    window.add(make_loss(1.0, 1e6, 1), torch.tensor(2))
+    values = window.read(one_process)
+    assert values["ppl"] == math.inf
+    assert math.isnan(values["tokens_per_s"]), "no time went by"

@@ -15,7 +15,7 @@ from nmlightning.translation.datamodules import NumberNames
 from nmlightning.translation.tokenizer import JointBPE
 
 
-def test_runs_are_reproducible_and_epochs_differ(tmp_path: Path) -> None:
+def test_text_runs_are_reproducible_and_epochs_differ(tmp_path: Path) -> None:
     first, again = fit(make_text(tmp_path)), fit(make_text(tmp_path))
     assert_same(first.seen, again.seen)
     other = fit(make_text(tmp_path), seed=2)
@@ -24,13 +24,13 @@ def test_runs_are_reproducible_and_epochs_differ(tmp_path: Path) -> None:
         assert not torch.equal(tokens, first.seen[step])
 
 
-def test_validation_reads_every_reference(tmp_path: Path) -> None:
+def test_text_validation_reads_every_reference(tmp_path: Path) -> None:
     model = fit(make_text(tmp_path), max_epochs=1, num_sanity_val_steps=0)
     assert sorted(model.references) == sorted(pair.target for pair in make_pairs(23, seed=1))
 
 
 @pytest.mark.parametrize("when", ["on_train_batch_end", "on_train_batch_start"])
-def test_the_rest_of_an_epoch_is_the_rest(tmp_path: Path, when: str) -> None:
+def test_text_run_resumes_within_an_epoch(tmp_path: Path, when: str) -> None:
     whole = fit(make_text(tmp_path))
     middle = whole.epochs.count(0) + 3
     fit(make_text(tmp_path), callbacks=[SaveAt(middle, tmp_path / "mid.ckpt", when)], max_epochs=2)
@@ -42,7 +42,7 @@ ENDS = ["on_train_batch_end", "on_validation_end", "on_train_epoch_end"]
 
 
 @pytest.mark.parametrize("when", ENDS)
-def test_a_run_resumed_between_epochs_sees_the_same(tmp_path: Path, when: str) -> None:
+def test_text_run_resumes_between_epochs(tmp_path: Path, when: str) -> None:
     whole = fit(make_text(tmp_path))
     save = SaveAt(len(whole.seen) // 3, tmp_path / "end.ckpt", when)
     fit(make_text(tmp_path), callbacks=[save], max_epochs=1)
@@ -51,7 +51,7 @@ def test_a_run_resumed_between_epochs_sees_the_same(tmp_path: Path, when: str) -
 
 
 @pytest.mark.parametrize("when", ["on_train_batch_end", "on_train_epoch_end"])
-def test_between_epochs_the_batches_may_change(tmp_path: Path, when: str) -> None:
+def test_text_run_may_change_batches_between_epochs(tmp_path: Path, when: str) -> None:
     batches = fit(make_text(tmp_path), max_epochs=1)
     save = SaveAt(len(batches.seen), tmp_path / "end.ckpt", when)
     fit(make_text(tmp_path), callbacks=[save], max_epochs=1)
@@ -93,7 +93,7 @@ def _other_pairs(folder: Path) -> dict[str, Any]:
     ],
 )
 @pytest.mark.filterwarnings("ignore:Of the training pairs")
-def test_another_order_is_refused(
+def test_text_run_refuses_another_order(
     interrupted: Path, tmp_path: Path, change: Callable[[Path], dict[str, Any]], message: str
 ) -> None:
     options = change(tmp_path)
@@ -104,7 +104,7 @@ def test_another_order_is_refused(
         fit(data, ckpt_path=interrupted)
 
 
-def test_another_number_of_processes_is_refused(interrupted: Path, tmp_path: Path) -> None:
+def test_text_run_refuses_another_number_of_processes(interrupted: Path, tmp_path: Path) -> None:
     checkpoint = torch.load(interrupted, weights_only=True)
     checkpoint["ParallelText"]["processes"] = 2
     torch.save(checkpoint, tmp_path / "two.ckpt")
@@ -112,7 +112,7 @@ def test_another_number_of_processes_is_refused(interrupted: Path, tmp_path: Pat
         fit(make_text(tmp_path), ckpt_path=tmp_path / "two.ckpt")
 
 
-def test_overfitting_repeats_the_same_batches(tmp_path: Path) -> None:
+def test_text_overfitting_repeats_the_same_batches(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="turning off the train dataloader shuffling"):
         model = fit(make_text(tmp_path), overfit_batches=2)
     assert model.epochs == [0, 0, 1, 1, 2, 2]
@@ -133,7 +133,7 @@ class SaveSeen(pl.Callback):
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked, and this system cannot")
-def test_two_processes_share_the_batches(tmp_path: Path) -> None:
+def test_text_batches_are_shared_by_two_processes(tmp_path: Path) -> None:
     if torch.cuda.is_initialized():
         pytest.skip("a process that uses CUDA cannot be forked")
     whole = fit(make_text(tmp_path), max_epochs=1).seen
@@ -145,7 +145,7 @@ def test_two_processes_share_the_batches(tmp_path: Path) -> None:
         assert_same(seen, dict(enumerate(mine)))
 
 
-def test_number_names_go_on_as_well(tmp_path: Path) -> None:
+def test_number_names_resume_within_an_epoch(tmp_path: Path) -> None:
     settings = {"pairs": 100, "tokens_a_batch": 300}
     whole = fit(NumberNames(**settings), max_epochs=1)
     save = SaveAt(2, tmp_path / "mid.ckpt")

@@ -49,14 +49,14 @@ def draw(make: Callable[[], Any]) -> Any:
 
 
 @every_net
-def test_logits(make: Callable[[], Any]) -> None:
+def test_net_returns_logits(make: Callable[[], Any]) -> None:
     net = draw(make)
     assert net.vocab_size == VOCABULARY
     assert net(SOURCE, TARGET).shape == (3, 6, VOCABULARY)
 
 
 @every_net
-def test_padding_changes_nothing(make: Callable[[], Any]) -> None:
+def test_net_ignores_padding(make: Callable[[], Any]) -> None:
     net = draw(make)
     logits = net(SOURCE, TARGET)
     wider = [nn.functional.pad(tokens, (0, 3), value=PAD) for tokens in (SOURCE, TARGET)]
@@ -65,7 +65,7 @@ def test_padding_changes_nothing(make: Callable[[], Any]) -> None:
 
 
 @every_net
-def test_the_future_changes_nothing(make: Callable[[], Any]) -> None:
+def test_net_ignores_future_tokens(make: Callable[[], Any]) -> None:
     net = draw(make)
     logits = net(SOURCE, TARGET)
     for t in range(1, TARGET.shape[1]):
@@ -76,7 +76,7 @@ def test_the_future_changes_nothing(make: Callable[[], Any]) -> None:
 
 
 @every_net
-def test_the_cache_changes_nothing(make: Callable[[], Any]) -> None:
+def test_net_decodes_with_cache_as_without(make: Callable[[], Any]) -> None:
     """Over more tokens than the cache has room for at first."""
     net = draw(make)
     target = torch.randint(3, VOCABULARY, (3, 40))
@@ -88,7 +88,7 @@ def test_the_cache_changes_nothing(make: Callable[[], Any]) -> None:
 @every_net
 @pytest.mark.parametrize("rows", [[2, 0], [1, 1, 0, 2, 2], [1, 0, 2], [0], []])
 @pytest.mark.parametrize("written", [0, 3])
-def test_rows_are_selected(make: Callable[[], Any], rows: list[int], written: int) -> None:
+def test_state_selects_rows(make: Callable[[], Any], rows: list[int], written: int) -> None:
     net = draw(make)
     chosen, target = torch.tensor(rows, dtype=torch.int64), torch.randint(3, VOCABULARY, (3, 6))
     state, logits = net.begin(SOURCE), net(SOURCE, target)[chosen]
@@ -103,7 +103,7 @@ def test_rows_are_selected(make: Callable[[], Any], rows: list[int], written: in
 
 
 @every_net
-def test_every_parameter_learns(make: Callable[[], Any]) -> None:
+def test_net_trains_every_parameter(make: Callable[[], Any]) -> None:
     net = draw(make).train()
     net(SOURCE, TARGET).logsumexp(2).sum().backward()
     for name, q in net.named_parameters():
@@ -112,7 +112,7 @@ def test_every_parameter_learns(make: Callable[[], Any]) -> None:
 
 
 @every_net
-def test_dropout_is_for_training(make: Callable[[], Any]) -> None:
+def test_net_drops_out_in_training_alone(make: Callable[[], Any]) -> None:
     net = draw(make)
     assert torch.equal(net(SOURCE, TARGET), net(SOURCE, TARGET))
     net.train()
@@ -120,7 +120,7 @@ def test_dropout_is_for_training(make: Callable[[], Any]) -> None:
 
 
 @every_net
-def test_state_dict_and_copies(make: Callable[[], Any]) -> None:
+def test_net_loads_and_copies(make: Callable[[], Any]) -> None:
     net, other = draw(make), make().eval()
     other.load_state_dict(net.state_dict())
     for each in (other, copy.deepcopy(net)):
@@ -128,7 +128,7 @@ def test_state_dict_and_copies(make: Callable[[], Any]) -> None:
 
 
 @every_net
-def test_it_can_be_made_without_storage(make: Callable[[], Any]) -> None:
+def test_net_is_made_on_meta_and_reset(make: Callable[[], Any]) -> None:
     with torch.device("meta"):
         net = make()
     net.to_empty(device="cpu").eval().reset_parameters()
@@ -142,7 +142,7 @@ def test_it_can_be_made_without_storage(make: Callable[[], Any]) -> None:
 
 @every_net
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(make: Callable[[], Any], dtype: torch.dtype) -> None:
+def test_net_runs_in_half_precision(make: Callable[[], Any], dtype: torch.dtype) -> None:
     net = draw(make)
     logits = net(SOURCE, TARGET)
     pure = copy.deepcopy(net).to(dtype)
@@ -160,7 +160,7 @@ def test_half_precision(make: Callable[[], Any], dtype: torch.dtype) -> None:
 
 
 @every_net
-def test_layer_norms_are_swapped(make: Callable[[], Any]) -> None:
+def test_net_layer_norms_are_swapped(make: Callable[[], Any]) -> None:
     net = draw(make)
     if not any(isinstance(module, nn.LayerNorm) for module in net.modules()):
         pytest.skip("it has none")
@@ -176,7 +176,7 @@ def test_layer_norms_are_swapped(make: Callable[[], Any]) -> None:
 
 
 @every_net
-def test_searches_with_cache_find_what_those_without_find(make: Callable[[], Any]) -> None:
+def test_search_with_cache_equals_search_without(make: Callable[[], Any]) -> None:
     net = draw(make)
     source = torch.randint(3, VOCABULARY, (6, 7))
     source[:, -1] = EOS
@@ -195,7 +195,7 @@ def test_searches_with_cache_find_what_those_without_find(make: Callable[[], Any
 
 
 @every_net
-def test_searches_are_for_evaluation(make: Callable[[], Any]) -> None:
+def test_search_refuses_training_mode(make: Callable[[], Any]) -> None:
     net = make()
     for search in (greedy_search, beam_search):
         with pytest.raises(InputError, match=r"is in training mode, with dropout: call its eval"):
@@ -203,7 +203,7 @@ def test_searches_are_for_evaluation(make: Callable[[], Any]) -> None:
 
 
 @every_net
-def test_it_is_trained_by_ranks(make: Callable[[], Any]) -> None:
+def test_net_is_trained_by_ranks(make: Callable[[], Any]) -> None:
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:

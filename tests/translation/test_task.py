@@ -1,4 +1,4 @@
-"""Translator in a real Trainer: what it logs, keeps and refuses, and that it learns."""
+"""Translator in a real Trainer: what it logs, keeps and refuses; translate_lines."""
 
 import logging
 import math
@@ -18,8 +18,8 @@ from nmlightning.callbacks.weight_norm_swap import WeightNormSwap
 from nmlightning.errors import InputError
 from nmlightning.norms.layer_norm import L1LayerNorm
 from nmlightning.optim.schedules import InverseSquareRootLR
-from nmlightning.translation.task import Translator
-from nmlightning.translation.tokenizer import PAD
+from nmlightning.translation.task import LineOptions, Translator, translate_lines
+from nmlightning.translation.tokenizer import EOS, PAD
 from translation_runs import (
     VOCABULARY,
     draw_pairs,
@@ -33,7 +33,7 @@ from translation_runs import (
 EVALUATED = ("loss", "ppl", "word_ppl", "bleu")
 
 
-def test_learns_to_translate_and_says_how_well(tmp_path: Path) -> None:
+def test_translator_learns_and_logs(tmp_path: Path) -> None:
     task, data = make_translator(lr_scheduler=warm_up), make_text(tmp_path)
     (untrained,) = make_trainer().validate(task, data, verbose=False)
     trainer = make_trainer(max_epochs=4, check_val_every_n_epoch=4)
@@ -62,7 +62,7 @@ class Losses(pl.Callback):
 
 
 @pytest.mark.parametrize("accumulated", [1, 3])
-def test_training_is_logged_as_means_of_all_batches(accumulated: int, tmp_path: Path) -> None:
+def test_translator_logs_means_of_all_batches(accumulated: int, tmp_path: Path) -> None:
     losses, batches = Losses(), 2 * accumulated
     trainer = make_trainer(
         callbacks=[losses],
@@ -79,7 +79,7 @@ def test_training_is_logged_as_means_of_all_batches(accumulated: int, tmp_path: 
     assert len(losses.logged) == 2 * batches
 
 
-def test_perplexities_are_those_of_all_sentences(tmp_path: Path) -> None:
+def test_translator_perplexities_are_of_all_sentences(tmp_path: Path) -> None:
     task, data = make_translator(), make_text(tmp_path)
     (found,) = make_trainer().validate(task, data, verbose=False)
     nats, subwords = 0.0, 0
@@ -97,7 +97,7 @@ def test_perplexities_are_those_of_all_sentences(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("stage", "beam"), [("validate", 1), ("test", 3)])
-def test_bleu_is_sacrebleus_of_greedy_or_beam_search(stage: str, beam: int, tmp_path: Path) -> None:
+def test_translator_bleu_equals_sacrebleus(stage: str, beam: int, tmp_path: Path) -> None:
     task, data = make_translator(beam_size=3, lr_scheduler=warm_up), make_text(tmp_path)
     make_trainer(max_epochs=2, limit_val_batches=0).fit(task, data)
     (found,) = getattr(make_trainer(), stage)(task, data, verbose=False)
@@ -112,7 +112,7 @@ def test_bleu_is_sacrebleus_of_greedy_or_beam_search(stage: str, beam: int, tmp_
     assert found[f"{name}/bleu"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_test_says_the_bleu_to_publish(tmp_path: Path, caplog: Any) -> None:
+def test_translator_test_prints_published_bleu(tmp_path: Path, caplog: Any) -> None:
     for package in ("pytorch_lightning", "lightning.pytorch"):  # the one imported last speaks
         caplog.set_level(logging.INFO, logger=package)
     make_trainer().test(make_translator(), make_text(tmp_path), verbose=False)
@@ -120,7 +120,7 @@ def test_a_test_says_the_bleu_to_publish(tmp_path: Path, caplog: Any) -> None:
     assert "BLEU 0.00 (nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:" in line
 
 
-def test_predictions_are_text(tmp_path: Path) -> None:
+def test_translator_predicts_text(tmp_path: Path) -> None:
     task, data = make_translator(), make_text(tmp_path)
     batches = make_trainer().predict(task, data)
     assert batches is not None
@@ -129,7 +129,7 @@ def test_predictions_are_text(tmp_path: Path) -> None:
     assert all(isinstance(text, str) for text in texts)
 
 
-def test_a_checkpoint_is_enough_to_translate(tmp_path: Path) -> None:
+def test_translator_translates_from_a_checkpoint_alone(tmp_path: Path) -> None:
     task, data = make_translator(), make_text(tmp_path)
     trainer = make_trainer(max_epochs=2, callbacks=[NormSwap("l1", kinds=["layer"])])
     trainer.fit(task, data)
@@ -143,7 +143,7 @@ def test_a_checkpoint_is_enough_to_translate(tmp_path: Path) -> None:
     assert ours == theirs
 
 
-def test_weights_may_be_normalised(tmp_path: Path) -> None:
+def test_translator_trains_with_normalised_weights(tmp_path: Path) -> None:
     task = make_translator(make_net(norm="none", scale_branches=True))
     swap = WeightNormSwap(include=["net.encoder.*.weight", "net.decoder.*.weight"])
     trainer = make_trainer(max_epochs=4, callbacks=[swap])
@@ -152,7 +152,7 @@ def test_weights_may_be_normalised(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_a_resumed_run_ends_in_the_same_weights(tmp_path: Path) -> None:
+def test_translator_resumes_to_the_same_weights(tmp_path: Path) -> None:
     """From a checkpoint within its second epoch, with another seed: the same to the bit."""
 
     def fit(seed: int, checkpoint: Path | None = None) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def test_a_resumed_run_ends_in_the_same_weights(tmp_path: Path) -> None:
     assert all(torch.equal(whole[name], value) for name, value in resumed.items())
 
 
-def test_the_schedule_moves_after_each_step(tmp_path: Path) -> None:
+def test_translator_schedule_moves_by_step_or_epoch(tmp_path: Path) -> None:
     task = make_translator(lr_scheduler=lambda o: InverseSquareRootLR(o, 4))
     trainer = make_trainer(max_steps=3, max_epochs=-1, limit_val_batches=0)
     trainer.fit(task, make_text(tmp_path))
@@ -182,7 +182,7 @@ def test_the_schedule_moves_after_each_step(tmp_path: Path) -> None:
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(8e-3 * 3 / 4)
 
 
-def test_norms_and_biases_do_not_decay() -> None:
+def test_translator_exempts_norms_and_biases_from_decay() -> None:
     def adamw(groups: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, weight_decay=0.1)
 
@@ -193,13 +193,13 @@ def test_norms_and_biases_do_not_decay() -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
-def test_trains_in_precision(precision: Any, tmp_path: Path) -> None:
+def test_translator_trains_in_precision(precision: Any, tmp_path: Path) -> None:
     trainer = make_trainer(precision=precision, limit_train_batches=3)
     trainer.fit(make_translator(), make_text(tmp_path))
     assert trainer.callback_metrics["val/loss"].isfinite()
 
 
-def test_compiles_once_for_all_shapes(tmp_path: Path, monkeypatch: Any) -> None:
+def test_translator_compiles_once_for_all_shapes(tmp_path: Path, monkeypatch: Any) -> None:
     task, calls = make_translator(compile=True), []
     monkeypatch.setattr(task.net, "compile", lambda **options: calls.append(options))
     trainer = make_trainer(max_steps=1)
@@ -208,13 +208,13 @@ def test_compiles_once_for_all_shapes(tmp_path: Path, monkeypatch: Any) -> None:
     assert calls == [{"dynamic": True}]
 
 
-def test_a_vocabulary_must_fit_into_the_network(tmp_path: Path) -> None:
+def test_translator_refuses_too_large_a_vocabulary(tmp_path: Path) -> None:
     task = make_translator(make_net(vocab_size=VOCABULARY - 1))
     with pytest.raises(InputError, match=f"has {VOCABULARY} entries and Transformer embeddings"):
         make_trainer().fit(task, make_text(tmp_path))
 
 
-def test_another_vocabulary_than_the_checkpoints_is_refused(tmp_path: Path) -> None:
+def test_translator_refuses_another_vocabulary(tmp_path: Path) -> None:
     trainer = make_trainer(max_steps=1)
     trainer.fit(make_translator(), make_text(tmp_path))
     trainer.save_checkpoint(tmp_path / "last.ckpt")
@@ -225,7 +225,7 @@ def test_another_vocabulary_than_the_checkpoints_is_refused(tmp_path: Path) -> N
         make_trainer().test(make_translator(), other, ckpt_path=str(tmp_path / "last.ckpt"))
 
 
-def test_without_a_tokenizer_nothing_is_translated(tmp_path: Path) -> None:
+def test_translator_without_tokenizer_translates_nothing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Translator has no tokenizer: fit with a data module"):
         make_translator().translate(torch.tensor([[5, 2]]))
     data = make_text(tmp_path)
@@ -236,14 +236,14 @@ def test_without_a_tokenizer_nothing_is_translated(tmp_path: Path) -> None:
     assert trainer.callback_metrics["val/ppl"] > 1
 
 
-def test_is_not_sharded(monkeypatch: Any) -> None:
+def test_translator_refuses_sharding(monkeypatch: Any) -> None:
     task = make_translator()
     monkeypatch.setattr(task, "_device_mesh", object())
     with pytest.raises(InputError, match="Give the Trainer the strategy ddp"):
         task.configure_model()
 
 
-def test_the_network_must_be_able_to_write_token_by_token() -> None:
+def test_translator_refuses_other_networks() -> None:
     with pytest.raises(InputError, match="Linear is no sequence model, since it has no vocab_size"):
         make_translator(torch.nn.Linear(2, 2))
 
@@ -258,6 +258,75 @@ def test_the_network_must_be_able_to_write_token_by_token() -> None:
         ({"length_penalty": "long"}, "length_penalty must be a number of at least 0, got 'long'"),
     ],
 )
-def test_settings_out_of_range(options: dict[str, Any], message: str) -> None:
+def test_translator_refuses_settings_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         make_translator(**options)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Translator:
+    """One that has learned a little."""
+    torch.manual_seed(0)
+    trained = make_translator(lr_scheduler=warm_up)
+    trainer = make_trainer(max_epochs=3, limit_val_batches=0)
+    trainer.fit(trained, make_text(tmp_path_factory.mktemp("text")))
+    return trained.eval()
+
+
+def test_translate_lines_keeps_the_order(trained: Translator) -> None:
+    lines = [source for source, _ in draw_pairs(40, seed=3)]
+    found, cut = translate_lines(trained, lines)
+    alone = [translate_lines(trained, [line])[0][0] for line in lines]
+    assert found == alone
+    assert len(set(found)) > 5
+    assert cut == []
+
+
+@pytest.mark.parametrize("options", [LineOptions(tokens_a_batch=1), LineOptions(tokens_a_batch=9)])
+def test_translate_lines_does_not_depend_on_batches(
+    options: LineOptions, trained: Translator
+) -> None:
+    lines = [source for source, _ in draw_pairs(15, seed=4)]
+    assert translate_lines(trained, lines, options) == translate_lines(trained, lines)
+
+
+def test_translate_lines_keeps_empty_lines(trained: Translator) -> None:
+    done: list[int] = []
+    found, _ = translate_lines(trained, ["", "eins", " \t", "zwei zwei"], on_translated=done.append)
+    assert (found[0], found[2]) == ("", "")
+    assert found[1]
+    assert sum(done) == 4
+    assert translate_lines(trained, []) == ([], [])
+
+
+def test_translate_lines_cuts_and_reports_long_lines(trained: Translator) -> None:
+    long = " ".join(["drei"] * 30)
+    found, cut = translate_lines(trained, ["eins", long, "vier"], LineOptions(max_length=10))
+    tokens = trained.tokenizer.encode([long])[0][:10]  # type: ignore[union-attr]
+    assert cut == [1]
+    assert found[1] == trained.translate(torch.tensor([[*tokens, EOS]]))[0]
+
+
+def test_translate_lines_passes_beam_and_penalty(trained: Translator, monkeypatch: Any) -> None:
+    given: list[dict[str, Any]] = []
+
+    def translate(source: torch.Tensor, **options: Any) -> list[str]:
+        given.append(options)
+        return [""] * len(source)
+
+    monkeypatch.setattr(trained, "translate", translate)
+    translate_lines(trained, ["eins"])
+    translate_lines(trained, ["eins"], LineOptions(beam_size=7, length_penalty=0.0))
+    assert given == [
+        {"beam_size": None, "length_penalty": None},
+        {"beam_size": 7, "length_penalty": 0.0},
+    ]
+
+
+def test_translate_lines_refuses_bad_settings() -> None:
+    with pytest.raises(InputError, match="the model has no tokenizer"):
+        translate_lines(make_translator(), ["eins"])
+    with pytest.raises(InputError, match="tokens_a_batch must be a whole number of at least 1"):
+        LineOptions(tokens_a_batch=0)
+    with pytest.raises(InputError, match="max_length must be a whole number of at least 1"):
+        LineOptions(max_length=0)

@@ -68,7 +68,7 @@ def measure(folder: Path, processes: int) -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_two_processes_measure_as_one(tmp_path: Path) -> None:
+def test_translator_on_two_ranks_measures_as_on_one(tmp_path: Path) -> None:
     script = [sys.executable, __file__, str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(script, env=environment, check=True, capture_output=True, timeout=300)

@@ -34,22 +34,22 @@ def bpe() -> JointBPE:
         "".join(map(chr, range(33, 0x2FF))),
     ],
 )
-def test_what_is_encoded_is_decoded(bpe: JointBPE, text: str) -> None:
+def test_tokenizer_decodes_what_it_encodes(bpe: JointBPE, text: str) -> None:
     (tokens,) = bpe.encode([text])
     assert bpe.decode([tokens]) == [text]
     assert all(len(SPECIAL_TOKENS) <= token < bpe.vocab_size for token in tokens)
 
 
-def test_only_one_space_at_the_beginning_is_lost(bpe: JointBPE) -> None:
+def test_tokenizer_drops_one_leading_space(bpe: JointBPE) -> None:
     assert bpe.decode(bpe.encode([" a", "  a"])) == ["a", " a"]
 
 
-def test_a_word_has_the_same_tokens_wherever_it_stands(bpe: JointBPE) -> None:
+def test_tokenizer_encodes_a_word_alike_everywhere(bpe: JointBPE) -> None:
     first, second = bpe.encode(["Haus am", "am Haus"])
     assert sorted(first) == sorted(second)
 
 
-def test_special_tokens_come_first_and_are_not_decoded(bpe: JointBPE) -> None:
+def test_tokenizer_has_special_tokens_first(bpe: JointBPE) -> None:
     (tokens,) = bpe.encode(["a house"])
     assert bpe.decode([[BOS, *tokens, EOS, PAD, PAD, UNK], []]) == ["a house", ""]
     vocabulary = json.loads(bpe.to_json())["model"]["vocab"]
@@ -58,12 +58,12 @@ def test_special_tokens_come_first_and_are_not_decoded(bpe: JointBPE) -> None:
     )
 
 
-def test_bytes_that_are_no_text_are_marked(bpe: JointBPE) -> None:
+def test_tokenizer_marks_invalid_bytes(bpe: JointBPE) -> None:
     (tokens,) = bpe.encode(["ß"])
     assert bpe.decode([tokens[:-1]])[0].endswith("\ufffd")
 
 
-def test_the_merges_are_those_of_the_definition() -> None:
+def test_tokenizer_merges_equal_the_definition() -> None:
     """The most frequent pair of neighbours is joined first: l and o, then lo and w."""
     bpe = JointBPE.train(["low low low lot lo"], vocab_size=SMALLEST + 3)
     merges = json.loads(bpe.to_json())["model"]["merges"]
@@ -71,11 +71,11 @@ def test_the_merges_are_those_of_the_definition() -> None:
     assert bpe.vocab_size == SMALLEST + 3
 
 
-def test_a_vocabulary_ends_where_nothing_is_left_to_join() -> None:
+def test_tokenizer_stops_without_pairs_to_merge() -> None:
     assert JointBPE.train(["ab"], vocab_size=32000).vocab_size == SMALLEST + 2
 
 
-def test_training_is_the_same_in_another_process(bpe: JointBPE) -> None:
+def test_tokenizer_training_is_deterministic(bpe: JointBPE) -> None:
     code = (
         "from nmlightning.translation.tokenizer import JointBPE\n"
         f"print(JointBPE.train({SENTENCES!r}, vocab_size=300).digest)"
@@ -88,7 +88,7 @@ def test_training_is_the_same_in_another_process(bpe: JointBPE) -> None:
     assert JointBPE.train(SENTENCES, vocab_size=299).digest != bpe.digest
 
 
-def test_a_file_holds_all_of_it(bpe: JointBPE, tmp_path: Path) -> None:
+def test_tokenizer_saves_and_loads(bpe: JointBPE, tmp_path: Path) -> None:
     path = tmp_path / "bpe.json"
     bpe.save(path)
     assert [path] == list(tmp_path.iterdir())
@@ -119,7 +119,7 @@ def _rename_begin(content: dict[str, Any]) -> None:
         (_changed(lambda c: c.update(normalizer={"type": "NFC"})), "of another kind"),
     ],
 )
-def test_a_file_that_is_no_such_tokenizer(tmp_path: Path, text: str, message: str) -> None:
+def test_tokenizer_refuses_other_files(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "bpe.json"
     path.write_text(text)
     with pytest.raises(InputError, match=message) as raised:
@@ -127,7 +127,7 @@ def test_a_file_that_is_no_such_tokenizer(tmp_path: Path, text: str, message: st
     assert "\n" not in str(raised.value)
 
 
-def test_a_checkpoint_holds_its_own(bpe: JointBPE, tmp_path: Path) -> None:
+def test_tokenizer_loads_from_a_checkpoint(bpe: JointBPE, tmp_path: Path) -> None:
     translator, other = tmp_path / "last.ckpt", tmp_path / "other.ckpt"
     torch.save({"tokenizer": bpe.to_json(), "state_dict": {"w": torch.zeros(3)}}, translator)
     torch.save({"state_dict": {}}, other)
@@ -136,7 +136,7 @@ def test_a_checkpoint_holds_its_own(bpe: JointBPE, tmp_path: Path) -> None:
         JointBPE.load(other)
 
 
-def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+def test_tokenizer_refuses_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"the tokenizer .*none.json cannot be read"):
         JointBPE.load(tmp_path / "none.json")
     (tmp_path / "latin.json").write_bytes(b"\xe4")
@@ -144,12 +144,12 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         JointBPE.load(tmp_path / "latin.json")
 
 
-def test_a_vocabulary_without_room_for_the_bytes() -> None:
+def test_tokenizer_refuses_too_small_a_vocabulary() -> None:
     with pytest.raises(InputError, match="vocab_size must be a whole number of at least 260"):
         JointBPE.train(SENTENCES, vocab_size=259)
 
 
-def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokenizer_names_the_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(InputError, match=r"needs the package tokenizers: pip install 'nmlightning"):
         JointBPE.train(SENTENCES)

@@ -1,4 +1,4 @@
-"""Transformer against the same network of torch's layers, its published size, and its options."""
+"""Transformer, its layers and attention against torch's, its published size, and its options."""
 
 import copy
 import math
@@ -12,11 +12,127 @@ from torch_transformer import TorchTransformer
 
 from nmlightning import apply_weight_norm
 from nmlightning.errors import InputError
-from nmlightning.translation.transformer import Transformer, sinusoids
-from torch_layers import copy_weights, pair_networks
+from nmlightning.translation.transformer import (
+    Attention,
+    DecoderLayer,
+    EncoderLayer,
+    LayerSizes,
+    Transformer,
+    make_norm,
+    sinusoids,
+)
+from torch_layers import copy_weights, pair_attention, pair_layer, pair_networks
+
+WIDTH, HEADS = 24, 3
+
+
+def make_masks(mask: str) -> dict[str, torch.Tensor]:
+    """Return both masks: torch's is True where nothing may be read."""
+    if mask == "padding":
+        padding = torch.tensor([[False] * 6 + [True], [False] * 3 + [True] * 4])
+        return {"ours": ~padding[:, None, None], "theirs": padding}
+    return {}
+
+
+@pytest.mark.parametrize("mask", ["none", "padding", "causal"])
+def test_attention_equals_torchs(mask: str) -> None:
+    torch.manual_seed(0)
+    ours = Attention(WIDTH, HEADS).double()
+    theirs = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True).double()
+    copy_weights(pair_attention(theirs, ours, "data"))
+    memory = torch.randn(2, 7, WIDTH, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 7 if mask == "causal" else 5, WIDTH, dtype=torch.float64, requires_grad=True)
+    masks = make_masks(mask)
+    future = torch.ones(7, 7, dtype=torch.bool).triu(1) if mask == "causal" else None
+    y = ours(x, memory, masks.get("ours"), is_causal=mask == "causal")
+    reference, _ = theirs(x, memory, memory, key_padding_mask=masks.get("theirs"), attn_mask=future)
+    torch.testing.assert_close(y, reference)
+    upstream = torch.randn_like(y)
+    gradients = torch.autograd.grad(y, (x, memory), upstream, retain_graph=True)
+    expected = torch.autograd.grad(reference, (x, memory), upstream, retain_graph=True)
+    torch.testing.assert_close(gradients, expected)
+    y.backward(upstream)
+    reference.backward(upstream)
+    for their_gradient, gradient in pair_attention(theirs, ours, "grad"):
+        torch.testing.assert_close(gradient, their_gradient)
+
+
+def test_attention_is_initialised_as_in_torchs_transformer() -> None:
+    torch.manual_seed(0)
+    whole = nn.Transformer(256, 8, 1, 1, 8, batch_first=True)
+    theirs, ours = whole.encoder.layers[0].self_attn, Attention(256, 8)
+    for their_weight, weight in pair_attention(theirs, ours, "data"):  # type: ignore[arg-type]
+        # 65,536 samples of a uniform distribution: its standard deviation to 0.2 %.
+        assert weight.std().item() == pytest.approx(their_weight.std().item(), rel=0.02)
+
+
+SOURCE_PADDING = torch.tensor([[False] * 7, [False] * 3 + [True] * 4])
+
+FUTURE = torch.ones(5, 5, dtype=torch.bool).triu(1)
+
+
+def make_layers(layer: type, norm_first: bool) -> tuple[Any, Any]:
+    """Return ours and torch's, with the same weights, in float64 without dropout."""
+    torch.manual_seed(0)
+    ours = layer(LayerSizes(**SMALL, dropout=0.0, norm="layer", norm_first=norm_first)).double()
+    kind = nn.TransformerEncoderLayer if layer is EncoderLayer else nn.TransformerDecoderLayer
+    theirs = kind(24, 3, 40, dropout=0.0, batch_first=True, norm_first=norm_first).double()
+    copy_weights(pair_layer(theirs, ours, "data"))
+    return ours, theirs
+
+
+def compare(ours: Any, theirs: Any, y: torch.Tensor, reference: torch.Tensor) -> None:
+    """Compare outputs and the gradients of all parameters."""
+    torch.testing.assert_close(y, reference)
+    upstream = torch.randn_like(y)
+    y.backward(upstream)
+    reference.backward(upstream)
+    pairs = list(pair_layer(theirs, ours, "grad"))
+    assert len(pairs) == len(list(ours.parameters()))
+    for their_gradient, gradient in pairs:
+        torch.testing.assert_close(gradient, their_gradient)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_encoder_layer_equals_torchs(norm_first: bool) -> None:
+    ours, theirs = make_layers(EncoderLayer, norm_first)
+    x = torch.randn(2, 7, 24, dtype=torch.float64)
+    y = ours(x, ~SOURCE_PADDING[:, None, None])
+    compare(ours, theirs, y, theirs(x, src_key_padding_mask=SOURCE_PADDING))
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_decoder_layer_equals_torchs(norm_first: bool) -> None:
+    ours, theirs = make_layers(DecoderLayer, norm_first)
+    x, memory = (torch.randn(2, n, 24, dtype=torch.float64) for n in (5, 7))
+    reference = theirs(
+        x, memory, tgt_mask=FUTURE, memory_key_padding_mask=SOURCE_PADDING, tgt_is_causal=True
+    )
+    compare(ours, theirs, ours(x, memory, ~SOURCE_PADDING[:, None, None]), reference)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_encoder_layer_drops_out_its_branches(norm_first: bool) -> None:
+    """With nearly all of it dropped, nothing but x (and the norm after it) is left."""
+    torch.manual_seed(0)
+    sizes = LayerSizes(**SMALL, dropout=1 - 1e-9, norm="layer", norm_first=norm_first)
+    x = torch.randn(2, 7, 24)
+    y = EncoderLayer(sizes)(x, None)
+    once = torch.nn.functional.layer_norm(x, (24,))
+    expected = x if norm_first else torch.nn.functional.layer_norm(once, (24,))
+    torch.testing.assert_close(y, expected)
+
+
+def test_make_norm_returns_torchs_norms() -> None:
+    assert repr(make_norm("layer", 8)) == repr(nn.LayerNorm(8))
+    assert repr(make_norm("rms", 8)) == repr(nn.RMSNorm(8, eps=1e-5))
+    assert list(make_norm("none", 8).parameters()) == []
+
 
 SMALL = {"width": 24, "hidden": 40, "heads": 3}
+
 SOURCE = torch.tensor([[5, 6, 7, 8, 2], [9, 4, 2, 0, 0]])
+
 TARGET = torch.tensor([[1, 6, 7, 8, 9, 2], [1, 5, 4, 2, 0, 0]])
 
 
@@ -26,7 +142,7 @@ def make(layers: int = 2, **options: Any) -> Transformer:
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
-def test_it_is_the_network_of_torchs_layers(norm_first: bool) -> None:
+def test_transformer_equals_torchs_layers(norm_first: bool) -> None:
     torch.manual_seed(0)
     ours = make(norm_first=norm_first).double()
     theirs = TorchTransformer(11, **SMALL, layers=2, dropout=0.0, norm_first=norm_first).double()
@@ -42,7 +158,7 @@ def test_it_is_the_network_of_torchs_layers(norm_first: bool) -> None:
         torch.testing.assert_close(gradient, their_gradient, rtol=1e-5, atol=1e-6)
 
 
-def test_the_base_model_has_the_published_size() -> None:
+def test_transformer_base_model_has_the_published_size() -> None:
     with torch.device("meta"):
         net = Transformer(37_000)
         size = sum(q.numel() for q in net.parameters())
@@ -51,7 +167,7 @@ def test_the_base_model_has_the_published_size() -> None:
     assert sum(isinstance(module, nn.LayerNorm) for module in net.modules()) == 6 * 2 + 6 * 3
 
 
-def test_positions_are_the_papers_formula() -> None:
+def test_sinusoids_equal_the_papers_formula() -> None:
     found = sinusoids(3, 90, 10, torch.device("cpu"))
     for t in range(3, 90):
         for i in range(5):
@@ -65,7 +181,7 @@ def test_positions_are_the_papers_formula() -> None:
     ("tied", "own"),
     [("all", []), ("inputs", ["output"]), ("output", ["source"]), ("none", ["source", "output"])],
 )
-def test_what_is_tied_is_one_parameter(tied: Any, own: list[str]) -> None:
+def test_tied_embedding_is_one_parameter(tied: Any, own: list[str]) -> None:
     net = make(tied=tied)
     words = dict(net.words.named_parameters())
     assert list(words) == ["target.weight", *(f"own_{name}.weight" for name in own)]
@@ -74,7 +190,7 @@ def test_what_is_tied_is_one_parameter(tied: Any, own: list[str]) -> None:
     assert all(q.grad is not None and q.grad.any() for q in words.values())
 
 
-def test_a_weight_norm_of_the_embedding_counts_for_the_output() -> None:
+def test_tied_embedding_weight_norm_counts_for_the_output() -> None:
     net = make()
     apply_weight_norm(net, include=["words.*"], rho=0.5)
     torch.testing.assert_close(net.words.target.weight.norm(dim=1), torch.full((11,), 0.5))
@@ -84,7 +200,7 @@ def test_a_weight_norm_of_the_embedding_counts_for_the_output() -> None:
 
 @pytest.mark.parametrize("norm", ["layer", "rms", "none"])
 @pytest.mark.parametrize("norm_first", [False, True])
-def test_norms_and_where_they_stand(norm: Any, norm_first: bool) -> None:
+def test_transformer_has_its_norms(norm: Any, norm_first: bool) -> None:
     kind = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}.get(norm)
     net = make(norm=norm, norm_first=norm_first)
     norms = [m for m in net.modules() if "Norm" in type(m).__name__]
@@ -92,7 +208,7 @@ def test_norms_and_where_they_stand(norm: Any, norm_first: bool) -> None:
     assert len(norms) == (2 * 2 + 2 * 3 + 2 * norm_first if kind else 0)
 
 
-def test_scaled_branches_add_up_to_one() -> None:
+def test_transformer_scales_its_branches() -> None:
     nets = []
     for scale_branches in (False, True):
         torch.manual_seed(0)
@@ -105,7 +221,7 @@ def test_scaled_branches_add_up_to_one() -> None:
 
 
 @pytest.mark.parametrize("bounded", [False, True])
-def test_it_starts_without_norms(bounded: bool) -> None:
+def test_transformer_trains_without_norms(bounded: bool) -> None:
     """With scaled branches it learns to write backwards; unscaled, the logits are huge."""
     torch.manual_seed(0)
     sizes = [
@@ -127,7 +243,7 @@ def test_it_starts_without_norms(bounded: bool) -> None:
     assert loss.item() < math.log(7) - 0.1  # what is known without the source
 
 
-def test_an_output_of_its_own_starts_at_the_vocabulary_without_norms() -> None:
+def test_transformer_initial_loss_depends_on_the_tied_output() -> None:
     torch.manual_seed(0)
     source, target = torch.randint(4, 400, (2, 8, 20))
     losses = []
@@ -139,7 +255,7 @@ def test_an_output_of_its_own_starts_at_the_vocabulary_without_norms() -> None:
     assert losses[1] == pytest.approx(math.log(400) + 1, rel=0.1)
 
 
-def test_reset_draws_all_anew_as_at_first() -> None:
+def test_transformer_reset_draws_all_parameters() -> None:
     torch.manual_seed(0)
     net = make(scale_branches=True)
     first = copy.deepcopy(net.state_dict())
@@ -151,7 +267,7 @@ def test_reset_draws_all_anew_as_at_first() -> None:
         assert weight.std().item() == pytest.approx(first[name].std().item(), rel=0.3), name
 
 
-def test_compiles_whole() -> None:
+def test_transformer_compiles_whole() -> None:
     torch.manual_seed(0)
     net = make()
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
@@ -178,11 +294,11 @@ def test_compiles_whole() -> None:
         ({"scale_branches": 2}, r"scale_branches is True or False, got 2"),
     ],
 )
-def test_what_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
+def test_transformer_refuses_bad_settings(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         make(**options)
 
 
-def test_a_vocabulary_has_words() -> None:
+def test_transformer_refuses_an_empty_vocabulary() -> None:
     with pytest.raises(InputError, match="vocab_size must be a whole number of at least 5, got 4"):
         Transformer(4)

@@ -1,4 +1,4 @@
-"""Batches cut from images on the device: bit for bit those of the host, with one copy an epoch."""
+"""Batches transformed on the device: against torchvision, and ResidentImages against the host."""
 
 from typing import Any
 
@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.transforms import functional as F
 
 from nmlightning.datamodules.batches import (
     NO_AUGMENTATION,
     Augmentation,
     AugmentedShuffle,
     EvaluationBatches,
+    RawBatch,
     Shard,
 )
 from nmlightning.datamodules.cifar10 import CIFAR10
@@ -26,7 +28,56 @@ from nmlightning.datamodules.image_data import (
 from nmlightning.datamodules.training_batches import TrainingBatches
 from nmlightning.errors import InputError
 
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+MEAN, STD, PAD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), 4
+
+
+@pytest.fixture
+def batch() -> RawBatch:
+    images = torch.randint(256, (20, 3, 10, 12), dtype=torch.uint8)
+    corners = torch.randint(2 * PAD + 1, (20, 2))
+    corners[0], corners[1] = 0, 2 * PAD
+    return RawBatch(images, torch.arange(20), corners, torch.arange(20) % 2 == 0)
+
+
+def test_batch_transform_equals_torchvision(batch: RawBatch) -> None:
+    x, y = BatchTransform(MEAN, STD, PAD)(batch)
+    assert y is batch.labels
+    assert batch.corners is not None
+    assert batch.flips is not None
+    for image, (top, left), flip, ours in zip(
+        batch.images, batch.corners.tolist(), batch.flips, x, strict=True
+    ):
+        expected = F.crop(F.pad(image, PAD), top, left, 10, 12)
+        expected = F.hflip(expected) if flip else expected
+        expected = F.normalize(expected.float() / 255, MEAN, STD)
+        # Values up to 3.5, rounded twice in float32.
+        torch.testing.assert_close(ours, expected, rtol=0, atol=2e-6)
+
+
+def test_batch_transform_only_normalises_in_evaluation(batch: RawBatch) -> None:
+    x, _ = BatchTransform(MEAN, STD, PAD)(RawBatch(batch.images, batch.labels))
+    torch.testing.assert_close(x, F.normalize(batch.images / 255, MEAN, STD), rtol=0, atol=2e-6)
+
+
+def test_crop_at_the_middle_changes_nothing(batch: RawBatch) -> None:
+    middle = torch.full((20, 2), PAD)
+    assert torch.equal(crop(batch.images, middle, PAD), batch.images)
+
+
+def test_mirror_twice_changes_nothing(batch: RawBatch) -> None:
+    assert batch.flips is not None
+    assert torch.equal(mirror(mirror(batch.images, batch.flips), batch.flips), batch.images)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_batch_transform_returns_the_models_dtype(batch: RawBatch, dtype: torch.dtype) -> None:
+    transform = BatchTransform(MEAN, STD, PAD)
+    x, _ = transform(batch, dtype)
+    assert x.dtype == dtype
+    eps = torch.finfo(dtype).eps  # of an error in each of 255, scale and shift, on values up to 3.5
+    torch.testing.assert_close(x.float(), transform(batch)[0], rtol=0, atol=max(8 * eps, 2e-6))
+
+
 AUGMENTATIONS = [Augmentation(4, True), Augmentation(2, False), Augmentation(0, True)]
 
 
@@ -48,7 +99,7 @@ def read(source: Any, augmentation: Augmentation, shard: Shard, dtype: torch.dty
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
 @pytest.mark.parametrize("shard", [Shard(), Shard(1, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_training_batches_are_those_of_the_host(
+def test_resident_images_train_as_on_the_host(
     images: LabelledImages, augmentation: Augmentation, shard: Shard, dtype: torch.dtype
 ) -> None:
     ours = read(ResidentImages(images, augmentation), augmentation, shard, dtype)
@@ -61,7 +112,7 @@ def test_training_batches_are_those_of_the_host(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_arithmetic_is_crop_mirror_scale_and_shift(
+def test_resident_images_crop_mirror_scale_and_shift(
     images: LabelledImages, dtype: torch.dtype
 ) -> None:
     augmentation = AUGMENTATIONS[0]
@@ -77,7 +128,7 @@ def test_the_arithmetic_is_crop_mirror_scale_and_shift(
 
 
 @pytest.mark.parametrize("shard", [Shard(), Shard(1, 3)])
-def test_evaluation_batches_are_those_of_the_host(images: LabelledImages, shard: Shard) -> None:
+def test_resident_images_evaluate_as_on_the_host(images: LabelledImages, shard: Shard) -> None:
     ours, theirs = (
         list(EvaluationBatches(source, 8, shard)) for source in (ResidentImages(images), images)
     )
@@ -86,7 +137,7 @@ def test_evaluation_batches_are_those_of_the_host(images: LabelledImages, shard:
         assert torch.equal(batch.labels, expected.labels)
 
 
-def test_an_epoch_without_batches(images: LabelledImages) -> None:
+def test_resident_images_of_an_empty_epoch(images: LabelledImages) -> None:
     assert list(ResidentImages(images).batches([])) == []
 
 
@@ -103,7 +154,7 @@ class Copies(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_one_copy_an_epoch_and_few_operations_a_batch(images: LabelledImages) -> None:
+def test_resident_images_copy_once_an_epoch(images: LabelledImages) -> None:
     augmentation = AUGMENTATIONS[0]
     resident = ResidentImages(images, augmentation, torch.device("meta"))
     draws = list(AugmentedShuffle(50, 1, augmentation, seed=0))
@@ -118,7 +169,7 @@ def test_one_copy_an_epoch_and_few_operations_a_batch(images: LabelledImages) ->
     assert mode.operations - once <= 7 * 49, "some views and a gather"
 
 
-def test_what_it_takes(images: LabelledImages) -> None:
+def test_resident_images_memory(images: LabelledImages) -> None:
     resident = ResidentImages(images, Augmentation(4, True))
     assert resident.windows.untyped_storage().nbytes() == 2 * 50 * 3 * 18 * 20
     plain = ResidentImages(images)
@@ -126,7 +177,7 @@ def test_what_it_takes(images: LabelledImages) -> None:
 
 
 @pytest.mark.parametrize("image_size", [8, 32])  # without padding both parts are placed alike
-def test_a_module_places_its_images_once(image_size: int) -> None:
+def test_image_data_places_its_images_once(image_size: int) -> None:
     data = Digits(image_size=image_size)
     data.setup("fit")
     train, validation = data.train_dataloader().data, data.val_dataloader().data
@@ -138,7 +189,7 @@ def test_a_module_places_its_images_once(image_size: int) -> None:
     assert data.train_dataloader().data is not train
 
 
-def test_a_module_that_picks_on_the_host() -> None:
+def test_image_data_reads_on_the_host() -> None:
     data = Digits(device_resident=False)
     data.setup("fit")
     assert data.train_dataloader().data is data.train
@@ -147,7 +198,7 @@ def test_a_module_that_picks_on_the_host() -> None:
         CIFAR10(device_resident="gpu")  # type: ignore[arg-type]
 
 
-def test_what_was_read_in_evaluation_can_be_trained_on(images: LabelledImages) -> None:
+def test_resident_images_train_after_inference_mode(images: LabelledImages) -> None:
     transform = BatchTransform(MEAN, STD, 0)
     resident = ResidentImages(images)
     with torch.inference_mode():

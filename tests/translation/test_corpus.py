@@ -1,4 +1,4 @@
-"""Sentence pairs as tokens: which are fit, how they are padded, and how a file keeps them."""
+"""Encoded pairs: the limits, padding, and the cache."""
 
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from nmlightning.translation.sources import SentencePair
 from nmlightning.translation.tokenizer import BOS, EOS, PAD, SMALLEST, JointBPE
 
 BYTES = JointBPE.train(["x"], vocab_size=SMALLEST)  # a byte is a token, and so is a first space
+
 PAIRS = [
     SentencePair("abc", "one two three"),
     SentencePair("", "empty"),
@@ -39,7 +40,7 @@ def text(tokens: torch.Tensor) -> str:
     return BYTES.decode([tokens.tolist()])[0]
 
 
-def test_a_batch_is_what_the_definition_says() -> None:
+def test_encoded_batch_equals_its_definition() -> None:
     encoded = encode_pairs(PAIRS, BYTES)
     batch = encoded.batch(torch.tensor([4, 1, 0]))
     ef, four = (BYTES.encode([side])[0] for side in ("ef", "four"))
@@ -53,7 +54,7 @@ def test_a_batch_is_what_the_definition_says() -> None:
     assert [batch.source.shape[1], batch.target.shape[1]] == widths
 
 
-def test_a_source_is_shortened_only_where_asked() -> None:
+def test_encoded_batch_shortens_sources_to_the_limit() -> None:
     encoded = encode_pairs(PAIRS, BYTES)
     rows = torch.tensor([2, 0])
     assert text(encoded.batch(rows).source[0]) == "long " * 5
@@ -73,7 +74,7 @@ def test_a_source_is_shortened_only_where_asked() -> None:
         (TrainingLimits(26, "drop"), ["abc", "long " * 5, "ef"], (2, 0)),
     ],
 )
-def test_what_is_fit_to_train_with(
+def test_encode_pairs_applies_the_limits(
     monkeypatch: pytest.MonkeyPatch,
     limits: TrainingLimits | None,
     sources: list[str],
@@ -86,12 +87,12 @@ def test_what_is_fit_to_train_with(
     assert encoded.omitted == omitted
 
 
-def test_a_truncated_target_is_shortened_too() -> None:
+def test_encode_pairs_truncates_targets() -> None:
     encoded = encode_pairs(PAIRS[:1], BYTES, TrainingLimits(5, "truncate"))
     assert text(encoded.batch(torch.tensor([0])).target[0]) == "one "
 
 
-def test_omissions_in_words() -> None:
+def test_omissions_are_described() -> None:
     limits = TrainingLimits(9, "truncate")
     assert Omissions(0, 0).describe(limits) == ""
     assert Omissions(0, 3).describe(limits) == "3 of more than 9 tokens were shortened"
@@ -99,7 +100,7 @@ def test_omissions_in_words() -> None:
     assert told == "2 with an empty side were left out and 3 of more than 9 tokens were left out"
 
 
-def test_tokens_take_two_bytes_or_in_a_large_vocabulary_four() -> None:
+def test_encode_pairs_stores_16_or_32_bits() -> None:
     assert encode_pairs(PAIRS, BYTES).source.tokens.dtype == np.uint16
 
     class Large:
@@ -113,7 +114,7 @@ def test_tokens_take_two_bytes_or_in_a_large_vocabulary_four() -> None:
     assert encoded.batch(torch.tensor([0])).source.tolist() == [[2**16, EOS]]
 
 
-def test_the_digest_is_of_every_token_and_their_order() -> None:
+def test_encoded_pairs_digest_depends_on_tokens_and_order() -> None:
     digests = {
         encode_pairs(pairs, BYTES).digest
         for pairs in (
@@ -144,7 +145,7 @@ def assert_same(one: EncodedPairs, other: EncodedPairs) -> None:
     assert other.is_intact()
 
 
-def test_encoded_pairs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_pairs_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded = keep(None)
     assert_same(encoded, keep(tmp_path / "new" / "folder"))
     monkeypatch.setattr(corpus, "encode_pairs", None)  # nothing is encoded again
@@ -152,7 +153,7 @@ def test_encoded_pairs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(list(tmp_path.rglob("*.*"))) == 1, "nothing unfinished is left"
 
 
-def test_other_options_are_kept_in_other_files(tmp_path: Path) -> None:
+def test_cached_pairs_of_other_options_are_other_files(tmp_path: Path) -> None:
     other = Listed(PAIRS)
     other.digest = "other"
     for options in (
@@ -167,7 +168,7 @@ def test_other_options_are_kept_in_other_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut off", "emptied", "no such file", "changed"])
-def test_damaged_files_are_made_anew(tmp_path: Path, damage: str) -> None:
+def test_cached_pairs_replace_damaged_files(tmp_path: Path, damage: str) -> None:
     encoded = keep(tmp_path)
     (path,) = tmp_path.iterdir()
     content = path.read_bytes()
@@ -183,7 +184,7 @@ def test_damaged_files_are_made_anew(tmp_path: Path, damage: str) -> None:
     assert_same(encoded, keep(tmp_path))
 
 
-def test_a_damaged_tokenizer_is_trained_anew(tmp_path: Path) -> None:
+def test_cached_tokenizer_replaces_a_damaged_file(tmp_path: Path) -> None:
     first = cached_tokenizer(tmp_path, Listed(PAIRS), 265)
     (path,) = tmp_path.iterdir()
     path.write_text("{")
@@ -193,7 +194,7 @@ def test_a_damaged_tokenizer_is_trained_anew(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_nothing_left_to_train_with() -> None:
+def test_cached_pairs_refuse_an_empty_result() -> None:
     with pytest.raises(
         InputError, match=r"no sentence pair is left .* 2 have .* 3 more than 3 tok"
     ):

@@ -49,7 +49,7 @@ def root(make_image_folder: Callable[..., Path]) -> Path:
 # From 3.12 on Python warns of forking where threads run, as torch's do; workers use none of them.
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_in_training_the_next_readable_image_takes_the_place(root: Path, num_workers: int) -> None:
+def test_training_replaces_a_damaged_image_by_the_next(root: Path, num_workers: int) -> None:
     """As if the file of the next were there twice: same batches, same augmentation."""
     damaged = [root / "train" / "b" / f"{number}.JPEG" for number in (1, 2)]
     for path in damaged:
@@ -68,7 +68,7 @@ def test_in_training_the_next_readable_image_takes_the_place(root: Path, num_wor
     assert "2 of 12 so far" in text[1]
 
 
-def test_each_is_named_once(root: Path) -> None:
+def test_damaged_image_is_named_once(root: Path) -> None:
     (root / "train/a/0.JPEG").write_text("not an image")
     data = open_images(root)
     with pytest.warns(UserWarning, match=r"train/a/0.JPEG \(of no known format\)\.$"):
@@ -77,14 +77,14 @@ def test_each_is_named_once(root: Path) -> None:
     assert len(list(loader)) == 3, "and no second warning, which would be an error"
 
 
-def test_after_the_last_image_comes_the_first(root: Path) -> None:
+def test_training_replaces_the_last_image_by_the_first(root: Path) -> None:
     (root / "train/c/3.JPEG").write_bytes(b"")
     with pytest.warns(UserWarning, match="c/3.JPEG"):
         labels = torch.cat([batch.labels for batch in read_training(open_images(root))])
     assert labels.bincount().tolist() == [5, 4, 3]
 
 
-def test_in_evaluation_it_is_left_out(root: Path) -> None:
+def test_evaluation_leaves_out_a_damaged_image(root: Path) -> None:
     (root / "val/b/0.JPEG").write_bytes(b"")
     with pytest.warns(UserWarning, match="1 of 6 so far: .*val/b/0.JPEG"):
         batches = list(open_images(root).val_dataloader())
@@ -94,14 +94,14 @@ def test_in_evaluation_it_is_left_out(root: Path) -> None:
         list(open_images(root, batch_size=1).val_dataloader())
 
 
-def test_a_set_without_a_readable_image_is_an_error(root: Path) -> None:
+def test_set_without_a_readable_image_is_refused(root: Path) -> None:
     for path in (root / "train").glob("*/*"):
         path.write_bytes(b"")
     with pytest.raises(InputError, match="no image of a batch can be read"):
         read_training(open_images(root))
 
 
-def test_files_that_are_no_images_by_their_names(root: Path) -> None:
+def test_folder_reports_files_that_are_no_images(root: Path) -> None:
     for name in ("train/a/notes.txt", "train/c/Thumbs.db", "train/readme.md"):
         (root / name).touch()
     message = r"^{}/train holds files that are no images by their names, 2 in all: a/notes.txt, c/"
@@ -116,7 +116,7 @@ def test_files_that_are_no_images_by_their_names(root: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked, and this system cannot")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Skipped a damaged image")
-def test_two_processes_stay_in_step(root: Path) -> None:
+def test_damaged_images_keep_two_processes_in_step(root: Path) -> None:
     """Rank 0 alone meets the damaged images, in training and in validation."""
     if torch.cuda.is_initialized():
         pytest.skip("a process that uses CUDA cannot be forked")
@@ -142,7 +142,7 @@ def test_two_processes_stay_in_step(root: Path) -> None:
 @pytest.mark.parametrize("image_format", FORMATS)
 # Pillow's, of images that are said to be huge, and of entries that are cut off.
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning", "ignore::UserWarning")
-def test_whatever_is_damaged_the_error_is_the_same(image_format: str) -> None:
+def test_decode_raises_damaged_image_for_any_damage(image_format: str) -> None:
     draw = np.random.default_rng(0)
     file = BytesIO()
     Image.fromarray(draw.integers(256, size=(20, 20, 3), dtype=np.uint8)).save(file, image_format)
@@ -168,7 +168,7 @@ def encode(image: Image.Image, **options: object) -> EncodedImage:
 
 
 @pytest.mark.parametrize("transparency", [bytes([0, 128, 255]), 1])
-def test_transparency_is_left_out_without_a_warning(transparency: object) -> None:
+def test_decode_drops_transparency_without_a_warning(transparency: object) -> None:
     image = Image.new("P", (4, 4), 1)
     image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
     decoded = decode(encode(image, transparency=transparency))
@@ -178,7 +178,7 @@ def test_transparency_is_left_out_without_a_warning(transparency: object) -> Non
 @pytest.mark.parametrize(
     ("size", "thin"), [((2, 200), ""), ((2, 201), "2×201"), ((101, 1), "101×1")]
 )
-def test_a_thin_image_is_damaged(size: tuple[int, int], thin: str) -> None:
+def test_decode_refuses_a_thin_image(size: tuple[int, int], thin: str) -> None:
     """Resized for evaluation, 2×20,000 pixels would be 256×2,560,000."""
     image = encode(Image.new("RGB", size))
     if not thin:
