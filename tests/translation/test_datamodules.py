@@ -21,7 +21,7 @@ from nmlightning.translation.corpus import TrainingLimits, TranslationBatch
 from nmlightning.translation.tokenizer import PAD, JointBPE
 
 
-def prepare(data: ParallelText) -> ParallelText:
+def prepare(data: Any) -> Any:
     data.prepare_data()
     data.setup("fit")
     return data
