@@ -315,7 +315,7 @@ def test_wmt14_stream_is_shared_by_ranks(make_wmt14: Callable[..., WMT14], world
     assert len(read) == len(set(read))
     assert set(read) < set(stream(data))
     with pytest.raises(
-        InputError, match="no 40 sentence pairs of the stream make_wmt14 a batch for each"
+        InputError, match="no 40 sentence pairs of the stream make a batch for each"
     ):
         stream(data, Shard(0, 99))
 
