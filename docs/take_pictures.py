@@ -19,7 +19,7 @@ PICTURES = Path(__file__).parent / "pictures"
 PORT = 6543
 READING_TIME = 30  # s; TensorBoard does not say when it has read all of a run
 BROWSER = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-COLOURS = 64  # that are kept of a picture
+COLOURS = 256  # that are kept of a picture
 SIZES = {
     "custom_scalars": (1300, 1400),
     "images": (1300, 900),

@@ -51,7 +51,7 @@ _LAYOUT: dict[str, Any] = {
     "showlegend": False,
     "title": {"x": 0, "xref": "paper", "font": {"size": 13}},
     "xaxis": {"gridcolor": "rgba(128,128,128,.25)", "zeroline": False},
-    "yaxis": {"gridcolor": "rgba(128,128,128,.25)", "zeroline": False, "nticks": 7},
+    "yaxis": {"gridcolor": "rgba(128,128,128,.25)", "zeroline": False, "nticks": 5},
 }
 _CONFIG = {
     "displaylogo": False,
