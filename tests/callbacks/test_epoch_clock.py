@@ -65,42 +65,42 @@ TWO_EPOCHS = make_history([0, 4, 8], [0, 0, 1])
 STEPS = [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75]
 
 
-def test_steps_are_parts_of_an_epoch(tmp_path: Path) -> None:
+def test_clock_gives_parts_of_an_epoch(tmp_path: Path) -> None:
     assert follow(tmp_path, TWO_EPOCHS, max_epochs=2) == STEPS
 
 
-def test_other_batch_sizes_are_mapped_by_epochs(tmp_path: Path) -> None:
+def test_clock_of_other_batch_sizes(tmp_path: Path) -> None:
     assert follow(tmp_path, TWO_EPOCHS, data=make_data(2), max_epochs=2) == STEPS[::2]
 
 
 @pytest.mark.parametrize("batches", [5, 6])
-def test_accumulated_batches_are_one_step(batches: int, tmp_path: Path) -> None:
+def test_clock_counts_accumulated_batches_once(batches: int, tmp_path: Path) -> None:
     moments = follow(tmp_path, TWO_EPOCHS, data=make_data(batches), accumulate_grad_batches=2)
     assert moments == pytest.approx([0, 1 / 3, 2 / 3])
 
 
 @pytest.mark.parametrize("optimizers", [1, 2])
 @pytest.mark.parametrize("every", [1, 2])
-def test_steps_by_hand(optimizers: int, every: int, tmp_path: Path) -> None:
+def test_clock_of_manual_optimization(optimizers: int, every: int, tmp_path: Path) -> None:
     module = StepsByHand(every, optimizers)
     moments = follow(tmp_path, TWO_EPOCHS, module, make_data(4 * every), max_epochs=2)
     assert moments == STEPS
 
 
-def test_data_without_a_length_is_mapped_by_steps_and_then_by_epochs(tmp_path: Path) -> None:
+def test_clock_of_data_without_a_length(tmp_path: Path) -> None:
     history = make_history([0, 8, 16, 24], [0, 0, 1, 2])
     moments = follow(tmp_path, history, data=make_data(sized=False), max_epochs=3)
     eighths = [0, 1 / 8, 2 / 8, 3 / 8]
     assert moments == [*eighths, *(1 + x for x in STEPS[:4]), *(2 + x for x in STEPS[:4])]
 
 
-def test_data_without_a_length_that_goes_on_after_the_recording(tmp_path: Path) -> None:
+def test_data_longer_than_the_recording_is_refused(tmp_path: Path) -> None:
     message = "recording has 4 steps in epoch 0, and this run, whose data has no length, continues"
     with pytest.raises(InputError, match=message):
         follow(tmp_path, TWO_EPOCHS, data=make_data(5, sized=False))
 
 
-def test_a_resumed_run_knows_the_epoch_before(tmp_path: Path) -> None:
+def test_resume_keeps_the_length_of_the_last_epoch(tmp_path: Path) -> None:
     history = make_history([0, 8, 16], [0, 0, 1])
     data = make_data(sized=False)
     follow(tmp_path / "first", history, data=data)
@@ -110,7 +110,7 @@ def test_a_resumed_run_knows_the_epoch_before(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sized", [True, False])
-def test_recordings_that_stop_inside_an_epoch(sized: bool, tmp_path: Path) -> None:
+def test_recording_stopped_inside_an_epoch(sized: bool, tmp_path: Path) -> None:
     data = make_data(5, sized=sized)
     history = record(tmp_path / "recorded", data=data, max_epochs=3, max_steps=7)
     assert history.steps.tolist() == [0, 5, 7]
@@ -126,14 +126,14 @@ def test_recordings_that_stop_inside_an_epoch(sized: bool, tmp_path: Path) -> No
         follow(tmp_path / "longer", history, data=data, max_epochs=2, max_steps=8)
 
 
-def test_a_recording_that_stops_inside_its_first_epoch(tmp_path: Path) -> None:
+def test_recording_of_part_of_an_epoch(tmp_path: Path) -> None:
     history = record(tmp_path / "recorded", max_steps=3)
     assert follow(tmp_path / "same", history, max_steps=3) == STEPS[:3]
     with pytest.raises(InputError, match=r"covers 0.75 epochs, and the run has 1: record a longer"):
         follow(tmp_path / "longer", history)
 
 
-def test_epochs_of_data_without_a_length_may_differ(tmp_path: Path) -> None:
+def test_clock_of_epochs_of_other_lengths(tmp_path: Path) -> None:
     class Shrinks:
         batches = 6
 
@@ -148,7 +148,7 @@ def test_epochs_of_data_without_a_length_may_differ(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*")
 @pytest.mark.filterwarnings("ignore:Swapping scheduler")
-def test_an_epoch_that_weight_averaging_adds(tmp_path: Path) -> None:
+def test_clock_in_an_epoch_added_by_averaging(tmp_path: Path) -> None:
     averaging = StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)
     moments = follow(tmp_path, TWO_EPOCHS, others=[averaging], max_epochs=2)
     assert moments == [*STEPS, pytest.approx(2)]

@@ -229,7 +229,7 @@ def test_skipped_steps(fused: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_resumed_run_goes_on_counting_skipped_steps(fused: bool, tmp_path: Path) -> None:
+def test_resume_continues_the_count(fused: bool, tmp_path: Path) -> None:
     class Saves(pytorch_lightning.Callback):
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             trainer.save_checkpoint(tmp_path / "last.ckpt")
@@ -278,12 +278,12 @@ def test_without_a_logger(tmp_path: Path) -> None:
         fit(tmp_path, WeightNormTracker(log_norms=True), logger=False)
 
 
-def test_not_asked_for(tmp_path: Path) -> None:
+def test_dashboard_can_be_left_out(tmp_path: Path) -> None:
     fit(tmp_path, WeightNormTracker(log_norms=False))
     assert not list(tmp_path.glob("events*")) or not read_scalars(tmp_path)
 
 
-def test_a_diverged_run_is_shown(tmp_path: Path) -> None:
+def test_dashboard_shows_a_diverged_run(tmp_path: Path) -> None:
     fit(tmp_path, WeightNormTracker(), module={"lr": 1e30})
     scalars = read_scalars(tmp_path)
     assert not np.isfinite(list(scalars["weight_norm/net.7/mean"].values())[-1])

@@ -43,7 +43,7 @@ def steps_of(folder: Path) -> list[int]:
     return steps
 
 
-def test_a_run_that_goes_on_in_its_folder_goes_on_in_its_file(tmp_path: Path) -> None:
+def test_resume_in_the_same_folder_continues_the_file(tmp_path: Path) -> None:
     whole = fit(tmp_path / "whole", 3).parent
     folder = tmp_path / "run"
     fit(folder, 3, start=fit(folder, 1))
@@ -55,7 +55,7 @@ def test_a_run_that_goes_on_in_its_folder_goes_on_in_its_file(tmp_path: Path) ->
         np.testing.assert_array_equal(other.norms[name], norms)
 
 
-def test_a_logger_with_a_version(tmp_path: Path) -> None:
+def test_resume_with_a_logger_version(tmp_path: Path) -> None:
     def logger() -> Any:
         return pytorch_lightning.loggers.CSVLogger(tmp_path, "run", version=0)
 
@@ -65,7 +65,7 @@ def test_a_logger_with_a_version(tmp_path: Path) -> None:
     assert steps_of(tmp_path / "run" / "version_0") == list(range(3 * BATCHES + 1))
 
 
-def test_the_file_of_another_run_stays(tmp_path: Path) -> None:
+def test_file_of_another_run_is_kept(tmp_path: Path) -> None:
     start = fit(tmp_path, 1)
     (tmp_path / FILE_NAME).unlink()
     fit(tmp_path, 2)
@@ -77,14 +77,14 @@ def test_the_file_of_another_run_stays(tmp_path: Path) -> None:
     )
 
 
-def test_in_another_folder_the_first_file_stays(tmp_path: Path) -> None:
+def test_resume_in_another_folder_keeps_the_first_file(tmp_path: Path) -> None:
     start = fit(tmp_path / "first", 1)
     fit(tmp_path / "second", 3, start)
     assert steps_of(tmp_path / "first") == list(range(BATCHES + 1))
     assert steps_of(tmp_path / "second") == list(range(3 * BATCHES + 1))
 
 
-def test_a_folder_that_was_moved(tmp_path: Path) -> None:
+def test_resume_in_a_moved_folder(tmp_path: Path) -> None:
     fit(tmp_path / "first", 1)
     (tmp_path / "first").rename(tmp_path / "moved")
     fit(tmp_path / "moved", 3, tmp_path / "moved" / "1.ckpt")
@@ -93,7 +93,7 @@ def test_a_folder_that_was_moved(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
-def test_a_killed_run(tmp_path: Path) -> None:
+def test_resume_after_a_kill(tmp_path: Path) -> None:
     code = (
         "import os, signal\n"
         "from pathlib import Path\n"
@@ -117,7 +117,7 @@ def test_a_killed_run(tmp_path: Path) -> None:
     assert steps_of(tmp_path) == list(range(3 * BATCHES + 1))
 
 
-def test_a_trial_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_dev_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     make_trainer(tmp_path, WeightNormTracker(1), fast_dev_run=True).fit(Trains(), make_data())
     assert not recordings(tmp_path)

@@ -293,7 +293,7 @@ def test_compiled_modules(rule_name: str, part: str, tmp_path: Path) -> None:
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
-def test_an_optimizer_that_asks_its_closure_often(rule_name: str, tmp_path: Path) -> None:
+def test_lbfgs_is_refused(rule_name: str, tmp_path: Path) -> None:
     class ByLBFGS(Classifies):
         def configure_optimizers(self) -> Any:
             return torch.optim.LBFGS(self.parameters())
@@ -365,7 +365,7 @@ def test_references_that_do_not_fit(rule_name: str, reference: str, tmp_path: Pa
 @pytest.mark.parametrize(
     "provenance", [{"seed": -1}, {"world_size": 8}, {"optimizers": [{"name": "AdamW"}]}]
 )
-def test_another_run_may_be_followed(
+def test_other_run_is_followed_if_asked(
     rule_name: str, provenance: dict[str, Any], tmp_path: Path
 ) -> None:
     trainer = make_trainer(tmp_path, None)
@@ -391,7 +391,7 @@ def test_runs_that_are_as_long_as_their_steps(rule_name: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("rule_name", REFERENCED)
-def test_norms_that_are_zero(rule_name: str, tmp_path: Path) -> None:
+def test_zero_recorded_norms_warn(rule_name: str, tmp_path: Path) -> None:
     history = make_history()
     history.norms[CONVOLUTIONS[0]][:, 0] = 0.0
     module = Classifies()
@@ -403,13 +403,13 @@ def test_norms_that_are_zero(rule_name: str, tmp_path: Path) -> None:
     assert all(bool(q.isfinite().all()) for q in module.parameters())
 
 
-def test_steering_that_is_none() -> None:
+def test_steering_of_another_type_is_refused() -> None:
     with pytest.raises(InputError, match=r"steering is a rule, such as .*, got 'LRCorrection'"):
         WeightNormTracker(steering="LRCorrection")  # type: ignore[arg-type]
 
 
 @pytest.mark.filterwarnings("ignore:DecayEquivalentLR skipped 6 steps .* by step 12")
-def test_what_was_undone_is_told_at_the_end_of_an_epoch(tmp_path: Path) -> None:
+def test_skipped_steps_warn_at_the_end_of_an_epoch(tmp_path: Path) -> None:
     """Sooner than at the 25th step."""
 
     class Spoiled(Classifies):

@@ -188,7 +188,7 @@ def test_patterns(tmp_path: Path) -> None:
         make_trainer("pytorch_lightning", tmp_path, tracker).fit(PlModule(), make_data())
 
 
-def test_a_lazy_layer_is_named_once(tmp_path: Path) -> None:
+def test_tracker_names_lazy_layers_once(tmp_path: Path) -> None:
     class Lazy(PlModule):
         def __init__(self) -> None:
             super().__init__()
@@ -203,7 +203,7 @@ def test_a_lazy_layer_is_named_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, True, "step", None])
-def test_intervals_that_there_are_not(every: Any) -> None:
+def test_bad_every_is_refused(every: Any) -> None:
     with pytest.raises(
         InputError, match=f"every is 'epoch' or a number of steps from 1 on, got {every!r}"
     ):
@@ -212,7 +212,7 @@ def test_intervals_that_there_are_not(every: Any) -> None:
 
 @pytest.mark.parametrize("package", PACKAGES)
 @pytest.mark.parametrize("every", ["epoch", 1, 3])
-def test_a_resumed_run_goes_on_with_the_records(package: str, every: Any, tmp_path: Path) -> None:
+def test_resume_continues_the_records(package: str, every: Any, tmp_path: Path) -> None:
     whole = record(tmp_path / "whole", package, every)
     trainer = make_trainer(package, tmp_path / "first", WeightNormTracker(every), max_epochs=2)
     trainer.fit(make_module(package), make_data())
@@ -229,7 +229,7 @@ def test_a_resumed_run_goes_on_with_the_records(package: str, every: Any, tmp_pa
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_a_run_that_resumes_within_an_epoch(tmp_path: Path) -> None:
+def test_resume_within_an_epoch(tmp_path: Path) -> None:
     def make_callbacks() -> list[Any]:
         checkpoints = pytorch_lightning.callbacks.ModelCheckpoint(
             tmp_path, "{step}", save_top_k=-1, every_n_train_steps=3
@@ -250,7 +250,7 @@ def test_a_run_that_resumes_within_an_epoch(tmp_path: Path) -> None:
     np.testing.assert_array_equal(resumed.norms[NAMES[0]][:7], first.norms[NAMES[0]][:7])
 
 
-def test_a_resumed_run_whose_records_are_gone(tmp_path: Path) -> None:
+def test_resume_without_the_records_warns(tmp_path: Path) -> None:
     trainer = make_trainer("pytorch_lightning", tmp_path, WeightNormTracker(), max_epochs=1)
     trainer.fit(PlModule(), make_data())
     trainer.save_checkpoint(tmp_path / "last.ckpt")
@@ -263,7 +263,7 @@ def test_a_resumed_run_whose_records_are_gone(tmp_path: Path) -> None:
     assert NormHistory.load(tmp_path).steps.tolist() == [4, 8, 12]
 
 
-def test_a_killed_run_keeps_all_but_its_last_epoch(tmp_path: Path) -> None:
+def test_killed_run_keeps_finished_epochs(tmp_path: Path) -> None:
     class Dies(PlModule):
         def training_step(self, batch: list[Tensor], index: int) -> Tensor:
             if self.trainer.global_step == 10:
@@ -362,7 +362,7 @@ def test_references_of_another_run(tmp_path: Path) -> None:
     steer("seed", other_run=True)
 
 
-def test_a_reference_that_decays_in_the_optimizer(tmp_path: Path) -> None:
+def test_optimizer_decay_is_refused(tmp_path: Path) -> None:
     record(tmp_path)
     tracker = WeightNormTracker(steering=LRCorrection(tmp_path))
     trainer = make_trainer("pytorch_lightning", tmp_path, tracker)

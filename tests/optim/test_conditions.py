@@ -184,7 +184,7 @@ def sgd(net: nn.Module, **options: Any) -> torch.optim.SGD:
 
 
 @pytest.mark.parametrize("condition", ["none", "norm", "value", "accumulation", "skipped"])
-def test_a_port_of_the_rule(
+def test_rule_matches_numpy_port(
     make_net: MakeNet, history: NormHistory, make_rule: MakeRule, rule_name: str, condition: str
 ) -> None:
     net, other = make_net(), make_net()
@@ -204,7 +204,7 @@ def find_state(net: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("family", ["SGD", "AdamW"])
-def test_skipped_steps_might_as_well_not_have_been(
+def test_skipped_steps_change_nothing(
     make_net: MakeNet,
     history: NormHistory,
     make_rule: MakeRule,
@@ -233,7 +233,7 @@ def test_skipped_steps_might_as_well_not_have_been(
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-def test_a_step_by_a_closure(
+def test_step_by_a_closure(
     make_net: MakeNet, history: NormHistory, make_rule: MakeRule, rule_name: str
 ) -> None:
     """The gradients come into being within the step, after the weights were kept."""
@@ -261,7 +261,7 @@ def test_a_step_by_a_closure(
         assert torch.equal(one, other)
 
 
-def test_an_optimizer_that_asks_its_closure_often(
+def test_lbfgs_is_refused(
     make_net: MakeNet, history: NormHistory, make_rule: MakeRule, rule_name: str
 ) -> None:
     """LBFGS takes several steps in one, so nothing is known of their length."""

@@ -35,7 +35,7 @@ def assert_equal(one: nn.Module, other: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("rule_name", SCALE_INVARIANT)
-def test_it_moves_convolutions_only(
+def test_rule_moves_only_convolutions(
     make_net: MakeNet, train: Train, random_history: MakeHistory, make_rule: MakeRule
 ) -> None:
     net, plain = make_net(), make_net()
@@ -50,7 +50,7 @@ def test_it_moves_convolutions_only(
 
 
 @pytest.mark.parametrize("rule_name", ANY_MATRIX)
-def test_it_steers_any_matrix(
+def test_rule_steers_any_matrix(
     make_net: MakeNet, train: Train, random_history: MakeHistory, make_rule: MakeRule
 ) -> None:
     """Whether or not the loss feels its norm, without a word; vectors are left."""
@@ -83,7 +83,7 @@ def test_remove(
 
 
 @pytest.mark.parametrize("interrupted_after", [1, 13])
-def test_a_resumed_run_is_the_same_bit_for_bit(
+def test_resume_is_bit_for_bit(
     make_net: MakeNet,
     train: Train,
     random_history: MakeHistory,
@@ -121,7 +121,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(
     assert_equal(second, whole)
 
 
-def test_a_state_of_other_weights(
+def test_state_of_other_weights_is_refused(
     make_net: MakeNet, random_history: MakeHistory, make_rule: MakeRule
 ) -> None:
     net = make_net()
@@ -149,7 +149,7 @@ def test_every_implementation_of_the_optimizer(
         torch.testing.assert_close(a, b)
 
 
-def test_a_step_that_a_fused_optimizer_skips(
+def test_step_skipped_by_fused_optimizer(
     make_net: MakeNet, train: Train, random_history: MakeHistory, make_rule: MakeRule
 ) -> None:
     """What GradScaler does on an overflow: it leaves `found_inf` on the optimizer and steps."""
@@ -174,7 +174,7 @@ def test_a_step_that_a_fused_optimizer_skips(
 
 
 @pytest.mark.parametrize("rule_name", SCALE_INVARIANT)
-def test_a_weight_whose_norm_matters_is_dropped(
+def test_weight_that_is_not_scale_invariant_is_dropped(
     make_net: MakeNet, train: Train, random_history: MakeHistory, make_rule: MakeRule
 ) -> None:
     net, plain = make_net(), make_net()
@@ -189,7 +189,7 @@ def test_a_weight_whose_norm_matters_is_dropped(
 
 
 @pytest.mark.parametrize("rule_name", SCALE_INVARIANT)
-def test_a_weight_that_is_named_is_steered_all_the_same(
+def test_included_weight_is_steered_with_a_warning(
     make_net: MakeNet, train: Train, random_history: MakeHistory, make_rule: MakeRule
 ) -> None:
     net, plain = make_net(), make_net()
@@ -342,7 +342,7 @@ def test_references_that_do_not_fit(
 
 
 @pytest.mark.parametrize("rule_name", REFERENCED)
-def test_an_optimizer_of_no_known_family(
+def test_unknown_optimizer_needs_a_power(
     make_net: MakeNet, random_history: MakeHistory, make_rule: MakeRule
 ) -> None:
     net = make_net()

@@ -34,7 +34,7 @@ def groups(net: nn.Module, decay: float) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_directions_are_those_of_weight_decay(
+def test_directions_match_weight_decay(
     make_net: MakeNet, train: Train, schedule: str, momentum: float
 ) -> None:
     decayed, equivalent = make_net(), make_net()
@@ -80,7 +80,7 @@ def test_steps_without_a_gradient(make_net: MakeNet, without: range) -> None:
     torch.testing.assert_close(*directions, rtol=0, atol=1e-8)
 
 
-def test_norms_stay_what_they_were(make_net: MakeNet, train: Train) -> None:
+def test_decay_keeps_norms(make_net: MakeNet, train: Train) -> None:
     net = make_net()
     optimizer = torch.optim.SGD(groups(net, 0.0), lr=0.05, momentum=0.5)
     initial = channel_norms(net.conv1.weight)
@@ -92,7 +92,7 @@ def test_norms_stay_what_they_were(make_net: MakeNet, train: Train) -> None:
     train(net, optimizer, 300, each=check)  # α^(−300) is about 1e13
 
 
-def test_running_statistics_can_follow(make_net: MakeNet, train: Train) -> None:
+def test_running_statistics_follow_decay(make_net: MakeNet, train: Train) -> None:
     """Were the weights to grow by a tenth a step, these would be a third of the batch's."""
     net = make_net()
     optimizer = torch.optim.SGD(groups(net, 0.0), lr=0.05, momentum=0.5)
@@ -103,7 +103,7 @@ def test_running_statistics_can_follow(make_net: MakeNet, train: Train) -> None:
     assert ratios.mean().item() == pytest.approx(1, abs=0.2)
 
 
-def test_a_channel_without_gradient_stays_and_is_not_undone(make_net: MakeNet) -> None:
+def test_channel_without_gradient_is_not_skipped(make_net: MakeNet) -> None:
     net = make_net()
     optimizer = torch.optim.SGD(groups(net, 0.0), lr=0.05, momentum=0.5)
     handle = DecayEquivalentLR(1.0).attach(optimizer, net.named_parameters())
@@ -129,7 +129,7 @@ def test_decay_rate(rate: float, momentum: float) -> None:
         assert found.pull == pytest.approx(decay / (1 - momentum), rel=1e-9)
 
 
-def test_a_decay_that_makes_the_weights_oscillate() -> None:
+def test_oscillating_decay_is_refused() -> None:
     limit = (1 - math.sqrt(0.9)) ** 2
     DecayRate.of(limit * 0.999, 1.0, 0.9)
     with pytest.raises(InputError, match=r"weight decay 1 at learning rate 0.1 and momentum 0.9"):
@@ -137,7 +137,7 @@ def test_a_decay_that_makes_the_weights_oscillate() -> None:
 
 
 @pytest.mark.parametrize("decay", [-1.0, math.inf, math.nan])
-def test_decays_that_are_none(decay: float) -> None:
+def test_bad_weight_decay_is_refused(decay: float) -> None:
     with pytest.raises(InputError, match=f"weight_decay must be 0 or more, got {decay}"):
         DecayEquivalentLR(decay)
 
@@ -151,7 +151,9 @@ def test_decays_that_are_none(decay: float) -> None:
         (lambda q: torch.optim.SGD(q, maximize=True), "got maximize=True"),
     ],
 )
-def test_optimizers_it_is_not_exact_for(make_net: MakeNet, make: Any, message: str) -> None:
+def test_optimizers_without_heavy_ball_are_refused(
+    make_net: MakeNet, make: Any, message: str
+) -> None:
     net = make_net()
     with pytest.raises(InputError, match=message):
         DecayEquivalentLR(DECAY).attach(make(net.parameters()), net.named_parameters())

@@ -16,7 +16,7 @@ def test_power(optimizer: str, power: int) -> None:
     assert choose_power(getattr(torch.optim, optimizer)(WEIGHTS, lr=0.1), "auto") == power
 
 
-def test_power_that_is_given() -> None:
+def test_choose_power_given() -> None:
     unknown = torch.optim.Adagrad(WEIGHTS)
     assert choose_power(unknown, 1) == 1
     with pytest.raises(InputError, match="The power for Adagrad is not known: give power=2"):

@@ -40,7 +40,9 @@ def make_weight(*shape: int, dtype: torch.dtype = torch.float64) -> nn.Parameter
 
 
 @pytest.mark.parametrize("family", OPTIMIZERS)
-def test_the_definition_around_any_optimizer(make_net: MakeNet, train: Train, family: str) -> None:
+def test_hyperball_definition_around_any_optimizer(
+    make_net: MakeNet, train: Train, family: str
+) -> None:
     """A free optimizer that is shown the same gradients at the same weights gives u."""
     net, shown = make_net(), make_net()
     optimizer = OPTIMIZERS[family](net.parameters(), lr=RATE)
@@ -66,7 +68,7 @@ def test_the_definition_around_any_optimizer(make_net: MakeNet, train: Train, fa
     train(net, optimizer, 50, each=follow)
 
 
-def test_norms_and_the_length_of_steps_are_fixed() -> None:
+def test_norm_and_step_length_are_fixed() -> None:
     """Whatever the size of the gradient: a step before it is put back on the sphere is η R long."""
     weight = make_weight(4, 3)
     optimizer, handle = attach(weight)
@@ -85,7 +87,7 @@ def test_norms_and_the_length_of_steps_are_fixed() -> None:
 
 
 @pytest.mark.parametrize("reason", ["rate", "gradient", "no gradient"])
-def test_where_nothing_moves(reason: str) -> None:
+def test_unmoved_weight_stays(reason: str) -> None:
     """Not by a bit, although the weight is a little off its sphere."""
     weight = make_weight(4, 3, dtype=torch.float32)
     optimizer, handle = attach(weight, lr=0.0 if reason == "rate" else RATE)
@@ -100,7 +102,7 @@ def test_where_nothing_moves(reason: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_step_that_is_not_finite_is_undone_as_a_whole(bad: float) -> None:
+def test_nonfinite_step_is_skipped_for_the_whole_weight(bad: float) -> None:
     weight = make_weight(4, 3)
     optimizer, handle = attach(weight)
     before = weight.detach().clone()
@@ -115,7 +117,7 @@ def test_a_step_that_is_not_finite_is_undone_as_a_whole(bad: float) -> None:
     assert handle.skipped == 4
 
 
-def test_a_step_to_the_middle_of_the_ball() -> None:
+def test_step_to_zero_and_back() -> None:
     weight = make_weight(1, 1)
     optimizer, _ = attach(weight, lr=1.0)
     weight.grad = weight.detach().clone()
@@ -127,13 +129,13 @@ def test_a_step_to_the_middle_of_the_ball() -> None:
 
 
 @pytest.mark.parametrize(("size", "word"), [(0.0, "0"), (torch.nan, "nan"), (torch.inf, "inf")])
-def test_weights_that_have_no_sphere(size: float, word: str) -> None:
+def test_zero_or_nonfinite_weight_is_refused(size: float, word: str) -> None:
     weight = nn.Parameter(torch.full((2, 3), size))
     with pytest.raises(InputError, match=rf"weight has norm {word}, which Hyperball cannot hold: "):
         attach(weight)
 
 
-def test_the_optimizer_keeps_what_it_had(make_net: MakeNet, train: Train) -> None:
+def test_optimizer_state_stays(make_net: MakeNet, train: Train) -> None:
     nets = [make_net(), make_net()]
     for net in nets:
         optimizer = torch.optim.SGD(net.parameters(), RATE, momentum=0.9)
@@ -145,7 +147,7 @@ def test_the_optimizer_keeps_what_it_had(make_net: MakeNet, train: Train) -> Non
         assert torch.equal(one, other)
 
 
-def test_a_resumed_run_holds_the_norm_of_the_first() -> None:
+def test_resume_holds_the_first_radius() -> None:
     weight = make_weight(4, 3)
     state = attach(weight)[1].state_dict()
     radius = weight.detach().norm()

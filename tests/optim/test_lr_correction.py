@@ -53,7 +53,7 @@ class PaperSGD(torch.optim.Optimizer):
 
 @LITERAL
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_paper_mode_is_the_rule(
+def test_paper_mode_matches_port(
     make_net: MakeNet, train: Train, random_history: MakeHistory, nesterov: bool
 ) -> None:
     ours, theirs = make_net(), make_net()
@@ -122,7 +122,7 @@ def test_stable_mode_by_definition(
     hook.remove()
 
 
-def test_a_corrected_run_follows_the_one_with_decay(make_net: MakeNet, train: Train) -> None:
+def test_corrected_run_follows_decayed_run(make_net: MakeNet, train: Train) -> None:
     """With a record at each step and no momentum the directions agree as far as the rule can."""
     decayed, corrected, free = make_net(), make_net(), make_net()
     steps = 100
@@ -162,7 +162,7 @@ def test_a_corrected_run_follows_the_one_with_decay(make_net: MakeNet, train: Tr
 
 
 @LITERAL
-def test_the_literal_rule_diverges_where_the_stable_one_does_not(
+def test_paper_mode_diverges_and_stable_mode_does_not(
     make_net: MakeNet, train: Train, random_history: MakeHistory
 ) -> None:
     """Norms that only ever shrink, as of channels that weight decay kills."""

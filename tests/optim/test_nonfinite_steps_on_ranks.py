@@ -82,7 +82,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-def test_both_stop_with_one_message(told: list[dict[str, Any]]) -> None:
+def test_ranks_stop_together(told: list[dict[str, Any]]) -> None:
     assert told[0] == told[1]
     assert 100 <= MAX_SKIPPED_STEPS <= 123  # it looks at every 25th
     assert told[0]["steps"] == 125
@@ -92,7 +92,7 @@ def test_both_stop_with_one_message(told: list[dict[str, Any]]) -> None:
     )
 
 
-def test_a_resume_keeps_the_channels_of_both(told: list[dict[str, Any]]) -> None:
+def test_resume_keeps_channels_of_both_ranks(told: list[dict[str, Any]]) -> None:
     """One of the ranks writes the checkpoint, and both read it."""
     torch.manual_seed(0)
     norms = channel_norms(nn.Conv2d(2, 6, 3, bias=False).weight)
@@ -101,7 +101,7 @@ def test_a_resume_keeps_the_channels_of_both(told: list[dict[str, Any]]) -> None
         assert rank["initial here"] == rank["initial"]
 
 
-def test_both_count_what_either_undid(told: list[dict[str, Any]]) -> None:
+def test_ranks_count_together(told: list[dict[str, Any]]) -> None:
     assert told[0]["counts"] == [3 * max(0, step - 1) for step in range(124)]
     assert told[0]["resumed"] == 3 * 29
     assert len(told[0]["warnings"]) == 4

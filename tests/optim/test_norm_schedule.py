@@ -52,7 +52,7 @@ def test_definition(
     torch.testing.assert_close(channel_norms(net.conv1.weight).float(), expected_norms)
 
 
-def test_it_replaces_a_learning_rate_schedule(make_net: MakeNet, train: Train) -> None:
+def test_norm_schedule_replaces_lr_schedule(make_net: MakeNet, train: Train) -> None:
     """A run with decay and a scheduler, recorded at each step, against norms under one rate."""
     decayed, scheduled, free = make_net(), make_net(), make_net()
     steps = 100
@@ -104,14 +104,14 @@ def test_it_replaces_a_learning_rate_schedule(make_net: MakeNet, train: Train) -
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, math.nan])
-def test_rates_that_are_none(rate: float) -> None:
+def test_bad_base_lr_is_refused(rate: float) -> None:
     with pytest.raises(InputError, match=f"base_lr is a positive number, or None, got {rate}"):
         NormSchedule("somewhere", rate)
 
 
 @pytest.mark.filterwarnings("ignore:NormSchedule skipped .* steps of channels of")
 @pytest.mark.parametrize("max_rotation", [0.2, None])
-def test_norms_that_shrink_to_almost_nothing(
+def test_schedule_of_vanishing_norms(
     make_net: MakeNet, train: Train, random_history: MakeHistory, max_rotation: float | None
 ) -> None:
     net = make_net()
@@ -127,7 +127,7 @@ def test_norms_that_shrink_to_almost_nothing(
 
 
 @pytest.mark.parametrize("bound", [0.0, -1.0])
-def test_rotations_that_are_no_bound(bound: float) -> None:
+def test_bad_max_rotation_is_refused(bound: float) -> None:
     with pytest.raises(
         InputError, match=f"max_rotation is a positive number, or None, got {bound}"
     ):

@@ -118,7 +118,7 @@ def test_a_norm_that_is_itself_parametrized() -> None:
     assert set(decay_of(norm, "no_norm").values()) == {0.0}
 
 
-def test_a_layer_that_only_sounds_like_a_norm_decays() -> None:
+def test_layer_named_like_a_norm_decays() -> None:
     layer = type("NormalizedLinear", (nn.Linear,), {})(4, 4, bias=False)
     assert decay_of(layer, "no_norm") == {"weight": DECAY}
 
@@ -132,7 +132,7 @@ def test_tied_and_frozen_parameters(scope: str) -> None:
     assert decays == {"0.weight": DECAY, "1.weight": 0.0 if scope == "last_layer" else DECAY}
 
 
-def test_without_a_value_the_optimizer_decides() -> None:
+def test_weight_decay_none_leaves_the_optimizers() -> None:
     net = CifarResNet(20)
     optimizer = torch.optim.SGD(parameter_groups(net, None, "no_norm"), lr=0.1, weight_decay=DECAY)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [DECAY, 0.0]

@@ -39,7 +39,7 @@ def train(name: str, scale: Tensor, gradients: Tensor) -> OptimizedWeight:
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - {"ASGD"}))
-def test_averages_are_those_of_a_scaled_weight(name: str) -> None:
+def test_scale_optimizer_state(name: str) -> None:
     """Gradients of a scale-invariant weight that is c times as long are 1/c as large."""
     gradients = 1e6 * torch.randn(6, 3, 4, dtype=torch.float64)
     whole = torch.ones(3, dtype=torch.float64)
@@ -54,7 +54,7 @@ def test_averages_are_those_of_a_scaled_weight(name: str) -> None:
     assert compared
 
 
-def test_an_average_of_weights_is_scaled_as_they_are() -> None:
+def test_scale_average_of_weights() -> None:
     gradients = torch.randn(6, 3, 4, dtype=torch.float64)
     weight = train("ASGD", torch.ones(3, dtype=torch.float64), gradients)
     before = weight.optimizer.state[weight.parameter]["ax"].clone()

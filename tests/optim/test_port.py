@@ -93,7 +93,7 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. has no brake")
 @pytest.mark.parametrize("rule", RULES)
-def test_agreement_to_1e_12(
+def test_rules_match_port_to_1e_12(
     make_net: MakeNet, random_history: Callable[[nn.Module], NormHistory], rule: str
 ) -> None:
     ours, theirs = make_net(), make_net()

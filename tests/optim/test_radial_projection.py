@@ -93,7 +93,7 @@ def remove(weight: Array, direction: Array) -> Array:
 
 @pytest.mark.parametrize("delta", [0.1, 0.5, math.inf])
 @pytest.mark.parametrize("family", ["SGD", "Nesterov", "Adam"])
-def test_it_makes_sgdp_and_adamp(family: str, delta: float) -> None:
+def test_projection_makes_sgdp_and_adamp(family: str, delta: float) -> None:
     net, other = Net(), Net()
     optimizer: torch.optim.Optimizer = torch.optim.Adam(net.parameters(), RATE)
     if family != "Adam":
@@ -132,7 +132,7 @@ def step_once(
 WEIGHT = np.array([[2.0, 0.0], [0.0, 1.0]])
 
 
-def test_by_channels() -> None:
+def test_projection_by_channels() -> None:
     """cos = 0.05 and 0.03, both below 0.1 / √2."""
     step, handle = step_once(WEIGHT, np.array([[0.05, 1.0], [2.0, 0.06]]))
     torch.testing.assert_close(step, torch.tensor([[0.0, -1.0], [-2.0, 0.0]]).double())
@@ -141,7 +141,7 @@ def test_by_channels() -> None:
     assert handle.skipped == 0
 
 
-def test_as_a_whole() -> None:
+def test_projection_of_the_whole_weight() -> None:
     """The channels' shares, 2 · 1 and 1 · −2, cancel, so that nothing is along the whole."""
     step, handle = step_once(WEIGHT, np.array([[1.0, 1.0], [0.0, -1.99]]))
     along = 0.01 / 5 * WEIGHT
@@ -150,14 +150,14 @@ def test_as_a_whole() -> None:
     assert handle.skipped == 0
 
 
-def test_neither() -> None:
+def test_projection_of_neither() -> None:
     grad = np.array([[1.0, 1.0], [0.0, 1.0]])
     step, handle = step_once(WEIGHT, grad)
     assert torch.equal(step, -torch.tensor(grad))
     assert handle.factors()["weight"].tolist() == [1.0, 1.0]
 
 
-def test_a_gradient_of_zero_lies_across() -> None:
+def test_zero_gradient_is_projected() -> None:
     """Its momentum may not."""
     weight = nn.Parameter(torch.tensor(WEIGHT))
     optimizer = torch.optim.SGD([weight], lr=1.0, momentum=0.5)
@@ -168,7 +168,7 @@ def test_a_gradient_of_zero_lies_across() -> None:
     torch.testing.assert_close(weight.detach(), torch.tensor([[2.0, -0.5], [-0.5, 1.0]]).double())
 
 
-def test_a_weight_of_zero() -> None:
+def test_zero_weight_is_not_projected() -> None:
     """It has no direction to take anything from; other channels, and the whole, have."""
     step, _ = step_once(np.zeros((2, 2)), np.ones((2, 2)))
     assert torch.equal(step, -torch.ones(2, 2).double())
@@ -181,7 +181,7 @@ def test_a_weight_of_zero() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_channel_that_is_not_finite(bad: float) -> None:
+def test_nonfinite_channel_stays(bad: float) -> None:
     step, handle = step_once(WEIGHT, np.array([[bad, 1.0], [2.0, 0.06]]))
     torch.testing.assert_close(step, torch.tensor([[0.0, 0.0], [-2.0, -0.06]]).double())
     assert handle.skipped == 1
@@ -189,7 +189,7 @@ def test_a_channel_that_is_not_finite(bad: float) -> None:
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])
-def test_the_size_of_a_gradient_does_not_matter(size: float) -> None:
+def test_projection_ignores_gradient_size(size: float) -> None:
     """Its squares are beyond float32."""
     weight = nn.Parameter(torch.tensor(WEIGHT, dtype=torch.float32))
     optimizer = torch.optim.SGD([weight], lr=1 / size)
@@ -219,7 +219,7 @@ def test_transposed_convolutions() -> None:
     assert handle.factors()["weight"].shape == (6,)
 
 
-def test_without_a_gradient_nothing_happens() -> None:
+def test_weight_without_gradient_stays() -> None:
     weight = nn.Parameter(torch.tensor(WEIGHT))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     handle = RadialProjection().attach(optimizer, [("weight", weight)])
@@ -229,7 +229,7 @@ def test_without_a_gradient_nothing_happens() -> None:
 
 
 @pytest.mark.parametrize("delta", [0.0, -1.0, math.nan])
-def test_deltas_that_are_none(delta: float) -> None:
+def test_bad_delta_is_refused(delta: float) -> None:
     with pytest.raises(InputError, match=f"delta must be positive, got {delta}"):
         RadialProjection(delta=delta)
 

@@ -20,13 +20,13 @@ def rates(steps: int, warmup: int, lr: float = 1.0) -> list[float]:
     return found
 
 
-def test_is_the_formula_of_the_paper() -> None:
+def test_schedule_is_the_formula_of_the_paper() -> None:
     width, warmup = 512, 40
     paper = [width**-0.5 * min(t**-0.5, t * warmup**-1.5) for t in range(1, 201)]
     assert rates(200, warmup, lr=(width * warmup) ** -0.5) == pytest.approx(paper)
 
 
-def test_the_highest_rate_is_the_optimizers_at_the_end_of_the_warm_up() -> None:
+def test_schedule_peaks_at_the_end_of_warm_up() -> None:
     found = rates(100, 25, lr=0.5)
     assert max(found) == found[24] == 0.5
     assert found[0] == pytest.approx(0.5 / 25)
@@ -39,7 +39,7 @@ def test_each_group_has_its_own() -> None:
     assert schedule.get_last_lr() == pytest.approx([0.1, 0.01])
 
 
-def test_goes_on_after_a_resume() -> None:
+def test_schedule_resumes() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     schedule = InverseSquareRootLR(optimizer, 4)
     for _ in range(6):

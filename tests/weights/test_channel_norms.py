@@ -84,7 +84,7 @@ def test_rows_spread() -> None:
 
 
 @pytest.mark.parametrize("p", [0, 0.5, -1, math.nan])
-def test_powers_that_are_no_norm(p: float) -> None:
+def test_channel_norms_refuses_p_below_1(p: float) -> None:
     with pytest.raises(InputError, match=f"p must be at least 1, got {p}"):
         channel_norms(torch.ones(2, 2), p)
 
@@ -92,7 +92,7 @@ def test_powers_that_are_no_norm(p: float) -> None:
 @pytest.mark.parametrize(
     "weight", [torch.ones(3), torch.ones(3, 2, dtype=torch.int64), torch.ones(2, 2) * 1j]
 )
-def test_what_has_no_channel_norms(weight: Tensor) -> None:
+def test_channel_norms_refuses_other_tensors(weight: Tensor) -> None:
     with pytest.raises(InputError, match="expected a floating-point weight of two or more dim"):
         channel_norms(weight)
 
@@ -130,7 +130,7 @@ def test_effective_learning_rates() -> None:
     torch.testing.assert_close(adam, torch.tensor([0.1, 0.05, 0.2]))
 
 
-def test_a_scale_invariant_weight_learns_at_its_effective_rate() -> None:
+def test_effective_rate_is_scale_invariant() -> None:
     """Of c·w at rate c²·η the direction moves as that of w at rate η."""
     torch.manual_seed(0)
     x, target = torch.randn(8, 5), torch.randn(8, 1)

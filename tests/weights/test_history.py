@@ -1,3 +1,5 @@
+"""NormHistory: its moments, its clock, its arrays and a round trip."""
+
 import math
 from pathlib import Path
 from typing import Any
@@ -6,7 +8,7 @@ import numpy as np
 import pytest
 
 from nmlightning.errors import InputError
-from nmlightning.weights.history import NormHistory
+from nmlightning.weights.history import NormHistory, RecordedClock
 from nmlightning.weights.recording_file import FILE_NAME
 from two_epochs import STEPS, assert_same, make_history
 
@@ -64,12 +66,12 @@ def test_before_the_first_record_it_is_the_first() -> None:
         ({"step": 1, "align": "interpolat"}, "Did you mean 'interpolate'?"),
     ],
 )
-def test_moments_that_it_does_not_have(moment: dict[str, Any], message: str) -> None:
+def test_bad_moments_are_refused(moment: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message.replace("?", r"\?")):
         make_history().at(**moment)
 
 
-def test_an_empty_history(tmp_path: Path) -> None:
+def test_empty_history(tmp_path: Path) -> None:
     empty = NormHistory.from_arrays({"w": np.zeros((0, 3))}, [], [])
     empty.save(tmp_path / FILE_NAME)
     assert_same(NormHistory.load(tmp_path), empty)
@@ -91,7 +93,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert [path.name for path in file.parent.iterdir()] == [FILE_NAME]
 
 
-def test_rates_that_are_unknown(tmp_path: Path) -> None:
+def test_unknown_rates_are_nan(tmp_path: Path) -> None:
     history = make_history(learning_rates=None, weight_decays=None, provenance=None)
     assert np.isnan(history.learning_rates).all()
     history.save(tmp_path / FILE_NAME)
@@ -109,7 +111,7 @@ def test_until(step: int, kept: int) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_run_that_diverged(tmp_path: Path, value: float) -> None:
+def test_load_refuses_nonfinite_norms(tmp_path: Path, value: float) -> None:
     history = make_history()
     history.norms["b.weight"][3:, 1] = value
     history.save(tmp_path / FILE_NAME)
@@ -125,3 +127,104 @@ def test_check_weights() -> None:
         history.check_weights({"a.weight": 2, "b.weigth": 3})
     with pytest.raises(InputError, match=r"b.weight has 3 output channels there and 4 here"):
         history.check_weights({"b.weight": 4})
+
+
+def make_clock(
+    steps: list[int], epochs: list[int], steps_per_epoch: int | None = None
+) -> RecordedClock:
+    return RecordedClock(np.array(steps), np.array(epochs), steps_per_epoch)
+
+
+@pytest.mark.parametrize(
+    ("steps", "epochs", "steps_per_epoch", "covered"),
+    [
+        ([], [], None, 0),
+        ([0], [0], None, 0),
+        ([0, 5, 10], [0, 0, 1], None, 2),
+        ([0, 5, 10], [0, 0, 1], 5, 2),
+        ([0, 5, 7], [0, 0, 1], None, 1.4),
+        ([0, 5, 7], [0, 0, 1], 2, 2),  # the last epoch was over, and shorter
+        ([0, 2], [0, 0], 5, 0.4),
+        ([0, 2], [0, 0], None, 1),
+        ([5, 10], [0, 1], None, 2),
+        ([5, 10, 15], [1, 1, 2], None, 3),  # what a run recorded from its second epoch on
+    ],
+)
+def test_clock_covered(
+    steps: list[int], epochs: list[int], steps_per_epoch: int | None, covered: float
+) -> None:
+    assert make_clock(steps, epochs, steps_per_epoch).covered == pytest.approx(covered)
+
+
+def test_clock_of_a_run_stopped_inside_an_epoch() -> None:
+    clock = make_clock([0, 5, 7], [0, 0, 1])
+    assert [clock.steps_in(epoch) for epoch in (0, 1)] == [5, 2]
+    assert [clock.length_of(epoch) for epoch in (0, 1)] == [5, 5]
+    assert [clock.step_at(epoch) for epoch in (0.2, 1, 1.2, 2)] == pytest.approx([1, 5, 6, 10])
+    with pytest.raises(InputError, match="does not reach step 10"):
+        clock.around(clock.step_at(2))
+
+
+def test_clock_of_a_run_recorded_late() -> None:
+    clock = make_clock([5, 10, 15], [1, 1, 2])
+    assert [clock.step_at(epoch) for epoch in (1, 1.2, 2)] == pytest.approx([5, 6, 10])
+    with pytest.raises(InputError, match="does not reach epoch 0"):
+        clock.step_at(0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": [0, 0, 0, 1]}, r"5 steps, but epochs of shape \(4,\)"),
+        ({"steps": [0, 5, 5, 15, 20]}, "steps do not increase"),
+        ({"steps": [-1, 5, 10, 15, 20]}, "steps do not increase"),
+        ({"epochs": [0, 0, 1, 0, 1]}, "epochs run backwards"),
+        ({"norms": {"a": np.ones((4, 2)), "b": np.ones((5, 1))}}, r"a has shape \(4, 2\), exp"),
+        (
+            {"norms": {"a": np.ones(5), "b": np.ones((5, 1))}},
+            r"a has shape \(5,\), expected \(5, c",
+        ),
+        ({"norms": {"a": np.ones((5, 1)), "b": -np.ones((5, 1))}}, "b has a negative norm in rec"),
+        (
+            {"learning_rates": np.ones((5, 3))},
+            r"learning_rates has shape \(5, 3\), expected \(5, 2",
+        ),
+        ({"weight_decays": np.ones(5)}, r"weight_decays has shape \(5,\), expected \(5, 2\)"),
+    ],
+)
+def test_arrays_of_other_shapes_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_history(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norms": {"a": [[1.0, 2.0], [3.0]]}}, "a holds no array of numbers"),
+        ({"norms": {"a": [["x"]]}}, "a holds no array of numbers"),
+        ({"norms": {"a": [[1j]]}}, "a holds no array of numbers"),
+        ({"norms": {"a": None}}, "a holds no array of numbers"),
+        ({"norms": [[1.0]]}, "norms is a mapping from names of weights to arrays, got a list"),
+        ({"norms": {3: np.ones((5, 1))}}, "norms has the name 3, which is no string"),
+        ({"steps": [0.0, 5.0, 10.5, 15.0, 20.0]}, "steps are whole numbers, got 10.5"),
+        ({"epochs": [0.2, 0.2, 0.2, 1.7, 1.7]}, "epochs are whole numbers, got 0.2"),
+        ({"steps": [0.0, 5.0, np.nan, 15.0, 20.0]}, "steps are whole numbers, got nan"),
+        ({"steps": [0.0, 5.0, 10.0, 15.0, np.inf]}, "steps are whole numbers, got inf"),
+        ({"steps": ["0", "5", "10", "15", "20"]}, "steps holds no array of numbers"),
+        ({"steps": 5}, r"steps has shape \(\), expected \(records,\)"),
+        ({"steps": [[0, 5, 10, 15, 20]]}, r"steps has shape \(1, 5\), expected \(records,\)"),
+        ({"learning_rates": [["x"]]}, "learning_rates holds no array of numbers"),
+        ({"provenance": {"seed": {1, 2}}}, "provenance is a mapping of plain data, got {'seed"),
+        ({"provenance": [1]}, r"provenance is a mapping of plain data, got \[1\]"),
+    ],
+)
+def test_bad_arrays_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        make_history(**changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_whole_numbers_in_floats() -> None:
+    history = make_history(steps=[0.0, 5.0, 10.0, 15.0, 20.0])
+    assert history.steps.dtype == np.int64
+    assert_same(history, make_history())

@@ -38,7 +38,7 @@ def test_every_convolution_and_linear_layer() -> None:
     assert [weight.channels for weight in weights] == channels == [4, 6, 2, 7]
 
 
-def test_a_layer_alone() -> None:
+def test_single_layer() -> None:
     (weight,) = find_layer_weights(nn.Linear(2, 3))
     assert weight.name == "weight"
 
@@ -56,7 +56,7 @@ def test_patterns() -> None:
         find_layer_weights(nn.ReLU())
 
 
-def test_a_shared_weight_appears_once() -> None:
+def test_shared_weight_is_found_once() -> None:
     layer = nn.Linear(2, 2)
     tied = nn.Linear(2, 2)
     tied.weight = layer.weight
@@ -75,7 +75,7 @@ class Halved(nn.Module):
         return weight * 2
 
 
-def test_of_a_parametrized_weight_the_original_without_computing_it() -> None:
+def test_parametrized_weight_gives_its_original() -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Linear(3, 4), nn.ConvTranspose2d(4, 6, 2))
     parametrizations.weight_norm(model[0])
     parametrize.register_parametrization(model[1], "weight", Halved())
@@ -92,12 +92,12 @@ def test_of_a_parametrized_weight_the_original_without_computing_it() -> None:
     assert all(w.parameter is original for w, original in zip(weights, originals, strict=True))
 
 
-def test_what_torch_compile_adds_to_names() -> None:
+def test_names_without_torch_compile() -> None:
     model = nn.Sequential(torch.compile(nn.Linear(2, 2), backend="eager"))
     assert [weight.name for weight in find_layer_weights(model)] == ["0.weight"]
 
 
-def test_a_lazy_layer_is_left_out_and_named() -> None:
+def test_lazy_layers_are_left_out_and_named() -> None:
     model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 3), nn.LazyConv2d(3, 1))
     assert [weight.name for weight in find_layer_weights(model)] == ["1.weight"]
     assert find_lazy_weights(model) == ["0.weight", "2.weight"]
@@ -111,7 +111,7 @@ def test_a_lazy_layer_is_left_out_and_named() -> None:
             find_layer_weights(model, include, exclude=["1.*"])
 
 
-def test_lists_that_are_none() -> None:
+def test_strings_for_lists_are_refused() -> None:
     for patterns in ({"include": "0.weight"}, {"exclude": "0.weight"}):
         message = f"{next(iter(patterns))} is a list, got the string '0.weight': write"
         with pytest.raises(InputError, match=message):
@@ -123,7 +123,7 @@ def test_lists_that_are_none() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning")
-def test_of_old_weight_norm_and_of_pruning_the_original() -> None:
+def test_old_weight_norm_and_pruning_give_the_original() -> None:
     model = nn.Sequential(
         nn.utils.weight_norm(nn.Conv2d(2, 3, 3)),
         prune.l1_unstructured(nn.Linear(3, 4), "weight", amount=0.5),
@@ -138,7 +138,7 @@ def test_of_old_weight_norm_and_of_pruning_the_original() -> None:
     assert all(w.parameter is parameters[n] for w, n in zip(weights, expected, strict=True))
 
 
-def test_a_weight_that_is_no_parameter_is_left_out() -> None:
+def test_weight_that_is_no_parameter_is_left_out() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     made = model[0].weight * 2
     del model[0].weight
@@ -148,7 +148,7 @@ def test_a_weight_that_is_no_parameter_is_left_out() -> None:
 
 @pytest.mark.parametrize("p", [1, 2, float("inf")])
 @pytest.mark.parametrize("form", [{}, {"kind": "weight"}, {"gain": "channel"}])
-def test_a_normalised_weight_and_what_is_hidden_behind_it(p: float, form: dict[str, Any]) -> None:
+def test_normalised_and_unnormalised_weights_are_recorded(p: float, form: dict[str, Any]) -> None:
     net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ConvTranspose2d(4, 6, 3, groups=2), nn.Linear(3, 2))
     apply_weight_norm(net, p=p, **form)
     with torch.no_grad():
@@ -166,7 +166,7 @@ def test_a_normalised_weight_and_what_is_hidden_behind_it(p: float, form: dict[s
     assert {w.name for w in find_recorded_weights(net, ["0.weight"])} == {"0.weight", "0.weight_v"}
 
 
-def test_embeddings_recurrent_and_attention_weights_by_name_or_once_normalised() -> None:
+def test_other_weights_by_name_or_once_normalised() -> None:
     net = nn.ModuleDict(
         {
             "embed": nn.Embedding(7, 4),

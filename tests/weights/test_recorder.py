@@ -22,7 +22,7 @@ def change(model: nn.Module) -> None:
             q.mul_(1.5)
 
 
-def test_records_are_taken_when_they_are_asked_for() -> None:
+def test_recorder_records() -> None:
     model = make_model()
     weights = find_layer_weights(model)
     recorder = Recorder(weights, {"seed": 3})
@@ -51,7 +51,7 @@ def test_records_are_taken_when_they_are_asked_for() -> None:
     np.testing.assert_array_equal(history.weight_decays[:, 0], [5e-4] * 3)
 
 
-def test_it_goes_on_with_earlier_records(tmp_path: Path) -> None:
+def test_recorder_continues_earlier_records(tmp_path: Path) -> None:
     model = make_model()
     weights = find_layer_weights(model)
     recorder = Recorder(weights, {})
@@ -73,5 +73,5 @@ def test_it_goes_on_with_earlier_records(tmp_path: Path) -> None:
         Recorder(other, {}, earlier)
 
 
-def test_nothing_was_recorded() -> None:
+def test_recorder_without_records() -> None:
     assert len(Recorder(find_layer_weights(make_model()), {}).history()) == 0

@@ -13,9 +13,7 @@ from nmlightning.weights.recording_file import FILE_NAME, find_recording
 from two_epochs import assert_same, make_history
 
 
-def test_a_failed_save_keeps_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     history = make_history()
     history.save(tmp_path / FILE_NAME)
 
@@ -30,7 +28,7 @@ def test_a_failed_save_keeps_what_was_there(
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
-def test_a_truncated_file(tmp_path: Path, share: float) -> None:
+def test_truncated_file_is_refused(tmp_path: Path, share: float) -> None:
     file = tmp_path / FILE_NAME
     make_history().save(file)
     content = file.read_bytes()
@@ -39,7 +37,7 @@ def test_a_truncated_file(tmp_path: Path, share: float) -> None:
         NormHistory.load(file)
 
 
-def test_find_a_recording_by_its_seed(tmp_path: Path) -> None:
+def test_find_recording_by_seed(tmp_path: Path) -> None:
     for version, seed in enumerate((1, 2, 1)):
         history = NormHistory.from_arrays({"w": [[1.0]]}, [1], [0], provenance={"seed": seed})
         history.save(tmp_path / f"version_{version}" / FILE_NAME)
@@ -64,7 +62,7 @@ def write_runs(folder: Path, *provenances: dict[str, Any]) -> list[Path]:
     return files
 
 
-def test_of_several_runs_the_latest_that_finished_is_found(tmp_path: Path) -> None:
+def test_find_recording_prefers_finished_runs(tmp_path: Path) -> None:
     done, killed = {"seed": 1, "finished": True}, {"seed": 1, "finished": False}
     files = write_runs(tmp_path, done, done, killed, {"seed": 2}, killed)
     assert find_recording(tmp_path, 1) == files[1]
@@ -74,7 +72,7 @@ def test_of_several_runs_the_latest_that_finished_is_found(tmp_path: Path) -> No
     assert find_recording(tmp_path, 2) == files[3]
 
 
-def test_damaged_runs_are_passed_over(tmp_path: Path) -> None:
+def test_find_recording_skips_damaged_files(tmp_path: Path) -> None:
     files = write_runs(tmp_path, {"seed": 1}, {"seed": 1})
     files[1].write_bytes(files[1].read_bytes()[:-1])
     with pytest.warns(UserWarning, match=r"version_1.* is truncated or .*; it is passed over"):
@@ -87,7 +85,7 @@ def test_damaged_runs_are_passed_over(tmp_path: Path) -> None:
         find_recording(tmp_path, 1)
 
 
-def test_files_that_are_no_recording(tmp_path: Path) -> None:
+def test_files_without_a_recording_are_refused(tmp_path: Path) -> None:
     file = tmp_path / FILE_NAME
     with pytest.raises(InputError, match=r"is a pickle, .* and use NormHistory.from_arrays"):
         NormHistory.load("run.pkl")
@@ -127,7 +125,7 @@ def test_damaged_metadata(tmp_path: Path, metadata: dict[str, str], message: str
         (np.array([0.2, 5, 10, 15, 20]), "steps are whole numbers, got 0.2"),
     ],
 )
-def test_files_with_another_clock(array: Any, message: str, tmp_path: Path) -> None:
+def test_files_with_a_bad_clock_are_refused(array: Any, message: str, tmp_path: Path) -> None:
     file = tmp_path / FILE_NAME
     make_history().save(file)
     with safe_open(file, framework="np") as content:

@@ -1,4 +1,4 @@
-"""Test that a recording is compared with the optimizers of the run that follows it."""
+"""A recording is compared with the optimizers of the run that follows it."""
 
 import warnings
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from nmlightning.callbacks.steering import check_same_optimizer
+from nmlightning.callbacks.provenance import check_same_optimizer
 from nmlightning.errors import InputError
 from nmlightning.weights.history import NormHistory
 
@@ -32,25 +32,25 @@ def make_sgd(rate: float = 0.1) -> torch.optim.Optimizer:
     "history",
     [make_history(5e-4, SGD), make_history(torch.nan), make_history(5e-4, {"name": "SGD"})],
 )
-def test_what_is_alike_or_unknown_passes(history: NormHistory) -> None:
+def test_same_or_unknown_optimizer_passes(history: NormHistory) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_same_optimizer(history, ["weight"], [make_sgd()])
 
 
-def test_another_class() -> None:
+def test_other_optimizer_class_is_refused() -> None:
     adam = torch.optim.AdamW(nn.Conv2d(1, 1, 1).parameters(), lr=0.1)
     message = "of a run with SGD, and this one has AdamW, whose .* set other_run to follow it"
     with pytest.raises(InputError, match=message):
         check_same_optimizer(make_history(5e-4, SGD), ["weight"], [adam])
 
 
-def test_another_learning_rate() -> None:
+def test_other_learning_rate_warns() -> None:
     message = "a run with learning rate 0.1, and this one has 0.05; set other_run if that is meant"
     with pytest.warns(UserWarning, match=message):
         check_same_optimizer(make_history(5e-4, SGD), ["weight"], [make_sgd(0.05)])
 
 
-def test_no_weight_decay() -> None:
+def test_recording_without_weight_decay_warns() -> None:
     with pytest.warns(UserWarning, match="a run without weight decay on weight, so there is none"):
         check_same_optimizer(make_history(0.0, SGD), ["weight"], [make_sgd()])

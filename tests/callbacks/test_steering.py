@@ -1,0 +1,251 @@
+"""Steering in a fit: its weights, the table of its scope, and a resume with another rule."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.utils.data import DataLoader
+
+from nmlightning.callbacks import WeightNormTracker
+from nmlightning.errors import InputError
+from nmlightning.optim import (
+    DecayEquivalentLR,
+    Hyperball,
+    LRCorrection,
+    NormSchedule,
+    RadialProjection,
+)
+from nmlightning.weights.channel_norms import channel_norms
+from nmlightning.weights.history import NormHistory
+from recorded_runs import Trains, make_data, make_trainer
+
+
+class Mixed(pl.LightningModule):
+    """Has a convolution for each reason to steer or to leave it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.plain = nn.Conv2d(2, 4, 3, bias=False)
+        self.norm = nn.BatchNorm2d(4, eps=1e-12)
+        self.kept = nn.Conv2d(4, 4, 1)
+        self.frozen = nn.Conv2d(4, 4, 1).requires_grad_(False)
+        self.other = nn.Conv2d(4, 4, 1)
+        self.free = nn.Conv2d(4, 4, 1)
+        self.unused = nn.Conv2d(4, 4, 1)
+        self.head = nn.Linear(4, 3)
+        self.tied = nn.Linear(4, 3)
+        self.tied.weight = self.head.weight
+
+    def training_step(self, batch: Tensor, _: int) -> Tensor:
+        x = self.norm(self.plain(batch)).relu()
+        x = self.free(self.other(self.frozen(self.kept(x)))).mean((2, 3))
+        loss: Tensor = (self.head(x) + self.tied(x)).logsumexp(1).mean()
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        held = [q for name, q in self.named_parameters() if not name.startswith("other")]
+        return torch.optim.SGD(held, lr=0.01, momentum=0.9)
+
+
+def read_table(printed: str) -> list[tuple[str, str]]:
+    """Return the rows, without the numbers in them."""
+    rows = re.findall(r"│ (\S+) +│ (.*?) +│", printed)
+    return [(name, re.sub(r"share [^)]*", "share", why)) for name, why in rows]
+
+
+def fit_mixed(tmp_path: Path, steering: Any) -> None:
+    trainer = make_trainer(tmp_path, WeightNormTracker(steering=steering), max_epochs=2)
+    trainer.fit(Mixed(), DataLoader(torch.randn(8, 2, 5, 5), batch_size=4))  # type: ignore[arg-type]
+
+
+def test_scope_table_lists_every_layer_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    fit_mixed(tmp_path, DecayEquivalentLR(0.01, exclude=["kept*"]))
+    printed = capsys.readouterr().err
+    assert "DecayEquivalentLR steers 2 of 7 weights" in printed
+    assert read_table(printed) == [
+        ("plain.weight", "steered: scale-invariant (radial share)"),
+        ("kept.weight", "left: exclude names it"),
+        ("frozen.weight", "left: it is frozen, and stays unsteered if it is trained later"),
+        ("other.weight", "left: no optimizer has it"),
+        ("free.weight", "left: the loss feels its norm (radial share)"),
+        ("unused.weight", "steered; it has had no gradient yet"),
+        ("head.weight", "left: not a convolution; name it by include"),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:head.weight is steered, but the loss feels its norm")
+def test_scope_table_with_include(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    fit_mixed(tmp_path, DecayEquivalentLR(0.01, include=["head.weight", "plain.*"]))
+    assert read_table(capsys.readouterr().err) == [
+        ("plain.weight", "steered: scale-invariant (radial share)"),
+        ("kept.weight", "left: include does not name it"),
+        ("frozen.weight", "left: it is frozen, and stays unsteered if it is trained later"),
+        ("other.weight", "left: no optimizer has it"),
+        ("free.weight", "left: include does not name it"),
+        ("unused.weight", "left: include does not name it"),
+        ("head.weight", "steered, as include asks for: the loss feels its norm (radial share)"),
+    ]
+
+
+@pytest.mark.parametrize("rule", [Hyperball, RadialProjection])
+def test_scope_table_of_matrix_rules(
+    rule: type[Hyperball | RadialProjection],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    fit_mixed(tmp_path, rule(exclude=["kept*"]))
+    printed = capsys.readouterr().err
+    assert f"{rule.__name__} steers 4 of 7 weights" in printed
+    assert read_table(printed) == [
+        ("plain.weight", "steered"),
+        ("kept.weight", "left: exclude names it"),
+        ("frozen.weight", "left: it is frozen, and stays unsteered if it is trained later"),
+        ("other.weight", "left: no optimizer has it"),
+        ("free.weight", "steered"),
+        ("unused.weight", "steered"),
+        ("head.weight", "steered"),
+    ]
+
+
+def test_scope_is_printed_once_a_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tracker = WeightNormTracker(steering=DecayEquivalentLR(0.01))
+    for number in range(2):
+        make_trainer(tmp_path / str(number), tracker).fit(Trains(), make_data())
+        assert "DecayEquivalentLR steers 2 of 3 weights" in capsys.readouterr().err
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:The recording is of a run without weight decay")
+
+
+def weight_normed() -> Trains:
+    module = Trains()
+    nn.utils.weight_norm(module.net[0])
+    return module
+
+
+def pruned() -> Trains:
+    module = Trains()
+    prune.l1_unstructured(module.net[0], "weight", amount=0.5)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize(("make", "exclude"), [(weight_normed, ["*.weight_g"]), (pruned, [])])
+def test_originals_are_recorded_and_steered_by_weight_name(
+    make: Callable[[], Trains], exclude: list[str], tmp_path: Path
+) -> None:
+    module, tracker = make(), WeightNormTracker()
+    make_trainer(tmp_path / "recorded", tracker).fit(module, make_data())
+    history = NormHistory.load(tmp_path / "recorded")
+    original = next(q for name, q in module.named_parameters() if name.endswith(("_v", "_orig")))
+    np.testing.assert_array_equal(history.norms["net.0.weight"][-1], channel_norms(original))
+    assert (history.norms["net.0.weight"][-1] != history.norms["net.0.weight"][0]).any()
+    tracker = WeightNormTracker(steering=LRCorrection(history, exclude=exclude))
+    make_trainer(tmp_path / "steered", tracker).fit(make(), make_data())
+    assert "net.0.weight" in tracker.attachments[0].reasons()
+
+
+NORMS = {"net.0.weight": [[1.0] * 4] * 2, "net.3.weight": [[1.0] * 4] * 2}
+HISTORY = NormHistory.from_arrays(NORMS, [4, 8], [0, 1])
+CONVOLUTIONS = ["net.0.weight", "net.3.weight"]
+
+
+def fit(folder: Path, tracker: WeightNormTracker | None, start: Path | None = None) -> Path:
+    """Train an epoch more, and return the checkpoint."""
+    callbacks = [] if tracker is None else [tracker]
+    trainer = make_trainer(folder, *callbacks, max_epochs=1 if start is None else 2)
+    trainer.fit(Trains(), make_data(), ckpt_path=start)
+    trainer.save_checkpoint(folder / "end.ckpt")
+    return folder / "end.ckpt"
+
+
+def steer(rule: Any) -> WeightNormTracker:
+    return WeightNormTracker(steering=rule)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (
+            LRCorrection(HISTORY),
+            NormSchedule(HISTORY),
+            "was steered by LRCorrection, and this run is by NormSchedule: resume with the same",
+        ),
+        (
+            DecayEquivalentLR(0.01),
+            LRCorrection(HISTORY),
+            "was steered by DecayEquivalentLR, and this run is by LRCorrection: resume with",
+        ),
+        (
+            DecayEquivalentLR(0.01),
+            DecayEquivalentLR(0.02),
+            "by DecayEquivalentLR with weight_decay=0.01, and this run is with weight_decay=0.02",
+        ),
+        (
+            LRCorrection(HISTORY),
+            LRCorrection(HISTORY, max_rotation=None),
+            "by LRCorrection with max_rotation=0.2, and this run is with max_rotation=None: resume",
+        ),
+        (
+            DecayEquivalentLR(0.01),
+            DecayEquivalentLR(0.01, exclude=["net.0.*"]),
+            "state of DecayEquivalentLR is of other weights; net.0.weight differs",
+        ),
+    ],
+)
+def test_resume_with_another_rule_is_refused(
+    first: Any, second: Any, message: str, tmp_path: Path
+) -> None:
+    start = fit(tmp_path / "first", steer(first))
+    with pytest.raises(InputError, match=message) as caught:
+        fit(tmp_path / "second", steer(second), start)
+    assert "\n" not in str(caught.value)
+
+
+def test_resume_with_the_same_rule(tmp_path: Path) -> None:
+    for rule in (LRCorrection(HISTORY), NormSchedule(HISTORY), DecayEquivalentLR(0.01)):
+        folder = tmp_path / type(rule).__name__
+        start = fit(folder / "first", steer(rule))
+        fit(folder / "second", steer(rule), start)
+
+
+def test_resume_without_steering_warns(tmp_path: Path) -> None:
+    start = fit(tmp_path / "first", steer(DecayEquivalentLR(0.01)))
+    message = "checkpoint was steered by DecayEquivalentLR, and this run is not steered"
+    with pytest.warns(UserWarning, match=message):
+        fit(tmp_path / "second", WeightNormTracker(), start)
+
+
+@pytest.mark.parametrize("tracker", [None, WeightNormTracker()])
+def test_resume_with_new_steering_warns(tracker: WeightNormTracker | None, tmp_path: Path) -> None:
+    start = fit(tmp_path / "first", tracker)
+    message = "The checkpoint was not steered; DecayEquivalentLR steers this run from step 4 on"
+    with pytest.warns(UserWarning, match=message):
+        fit(tmp_path / "second", steer(DecayEquivalentLR(0.01)), start)
+
+
+def test_resume_of_more_optimizers_is_refused(tmp_path: Path) -> None:
+    start = fit(tmp_path / "first", steer(DecayEquivalentLR(0.01)))
+    checkpoint = torch.load(start, weights_only=True)
+    states = checkpoint["callbacks"]["WeightNormTracker"]["steering"]["attachments"]
+    states.append(states[0])
+    torch.save(checkpoint, start)
+    message = "The checkpoint was steered in 2 optimizers, and this run is in 1"
+    with pytest.raises(InputError, match=message):
+        fit(tmp_path / "second", steer(DecayEquivalentLR(0.01)), start)
