@@ -1,6 +1,6 @@
 """Test that two ranks, of which one finds what is not finite, warn and stop together.
 
-Run as a script it is one of the ranks: `python test_undone_on_ranks.py FOLDER RANK`.
+Run as a script it is one of the ranks: `python test_nonfinite_steps_on_ranks.py FOLDER RANK`.
 """
 
 import json
@@ -54,7 +54,7 @@ def step_until_it_stops(rank: int) -> dict[str, Any]:
     resumed.load_state_dict(state)
     return {
         "initial": state["weights"]["0.weight"]["initial"].tolist(),
-        "initial here": resumed._states["0.weight"]["initial"].tolist(),
+        "initial here": resumed.state_dict()["weights"]["0.weight"]["initial"].tolist(),
         "message": message,
         "steps": handle.steps,
         "counts": counts,
