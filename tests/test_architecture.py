@@ -53,7 +53,7 @@ def test_a_file_holds_one_idea() -> None:
 
 
 def test_the_sources_keep_their_targets() -> None:
-    missed = [figure for figure in structure.source_figures(PACKAGE) if figure.is_missed]
+    missed = [figure for figure in structure.source_figures(PACKAGE) if figure.is_lost]
     assert_none([f"{name}: {now:,}, not {target:,}" for name, now, target, _ in missed])
 
 

@@ -80,13 +80,13 @@ def has(pattern: str, lines: list[str]) -> bool:
 
 
 @pytest.mark.parametrize("words", [["--version"], ["--help"], []])
-def test_answers_without_importing_torch(words: list[str]) -> None:
+def test_cli_answers_without_importing_torch(words: list[str]) -> None:
     code = f"import sys, nmlightning.cli as c; c.main({words}); print(*sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert {"torch", "pytorch_lightning", "jsonargparse"}.isdisjoint(out.stdout.split())
 
 
-def test_help_names_commands_and_configs(nm: Nm) -> None:
+def test_cli_help_names_commands_and_configs(nm: Nm) -> None:
     help_text = " ".join(nm("--help").out)
     assert all(name in help_text for name in ("fit", "validate", "test", "predict"))
     assert all(name in help_text for name in shipped_configs())
@@ -217,7 +217,7 @@ def test_unknown_class_offers_what_the_package_exports(
 
 
 @pytest.mark.parametrize(("words", "expected"), BAD_INPUT.items(), ids=str)
-def test_bad_input_is_one_line(nm: Nm, words: str, expected: str) -> None:
+def test_cli_reports_bad_input_in_one_line(nm: Nm, words: str, expected: str) -> None:
     given = shlex.split(words)
     answer = nm(*given) if given[0].startswith("fit") else nm(*FIT, *given)
     assert answer.code == 2
@@ -227,7 +227,9 @@ def test_bad_input_is_one_line(nm: Nm, words: str, expected: str) -> None:
     assert not Path("runs").exists() or not any(Path("runs").glob("*/*")), "a refused run is kept"
 
 
-def test_anything_unexpected_keeps_its_traceback(nm: Nm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cli_keeps_the_traceback_of_an_unexpected_error(
+    nm: Nm, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("a bug")
 
@@ -239,14 +241,14 @@ def test_anything_unexpected_keeps_its_traceback(nm: Nm, monkeypatch: pytest.Mon
 # ---- configs by name ----
 
 
-def test_a_file_on_disk_wins_over_a_shipped_config(nm: Nm) -> None:
+def test_fit_prefers_a_file_to_a_shipped_config(nm: Nm) -> None:
     Path("quickstart.yaml").write_text("trainer: {max_epoch: 1}\n")
     (line,) = nm("fit", "--config", "quickstart.yaml").err
     assert "trainer.max_epoch" in line
     assert nm("fit", "--config", "configs/quickstart.yaml", *SHORT).code == 0
 
 
-def test_a_name_in_brackets_is_printed_as_it_is(nm: Nm) -> None:
+def test_fit_prints_a_name_in_brackets(nm: Nm) -> None:
     Path("a[red]b.yaml").write_text(shipped_configs()["quickstart"].read_text())
     answer = nm("fit", "--config", "a[red]b.yaml", *SHORT)
     run = "runs/a[red]b/version_0"
@@ -255,7 +257,7 @@ def test_a_name_in_brackets_is_printed_as_it_is(nm: Nm) -> None:
 
 
 @pytest.mark.parametrize("steering", ["Hyperball", "RadialProjection"])
-def test_rules_by_name(nm: Nm, steering: str) -> None:
+def test_fit_finds_rules_by_name(nm: Nm, steering: str) -> None:
     Path("steered.yaml").write_text(
         "trainer: {callbacks: [{class_path: WeightNormTracker, init_args: {steering: "
         f"{{class_path: {steering}, init_args: {{exclude: ['net.conv1*']}}}}}}}}]}}"
@@ -265,7 +267,7 @@ def test_rules_by_name(nm: Nm, steering: str) -> None:
     assert has(rf"{steering} steers \d+ of \d+ weights", answer.err)
 
 
-def test_any_experiment_runs_on_other_data(nm: Nm) -> None:
+def test_fit_runs_any_experiment_on_other_data(nm: Nm) -> None:
     answer = nm("fit", "--config", "cifar_l2.yaml", "--data", "Digits", *SHORT, *SMALL_NET)
     assert answer.code == 0
     assert " run         runs/cifar_l2/version_0" in answer.out
@@ -274,7 +276,7 @@ def test_any_experiment_runs_on_other_data(nm: Nm) -> None:
 SMALL_NET = ["--model.net.depth", "20"]
 
 
-def test_16_mixed_without_a_gpu_gives_one_notice(nm: Nm) -> None:
+def test_fit_notices_16_mixed_without_a_gpu_once(nm: Nm) -> None:
     answer = nm("fit", "--config", "cifar_l2", "--data", "Digits", *SHORT, *SMALL_NET)
     (line,) = answer.err
     assert line.startswith("nm: there is no GPU for 16-mixed; bf16-mixed runs instead")
@@ -300,7 +302,7 @@ def test_fit_reports_and_keeps_a_run(nm: Nm) -> None:
 
 
 @pytest.mark.parametrize("logger", [[], ["--trainer.logger=false"], ["--trainer.logger=CSVLogger"]])
-def test_a_second_fit_overwrites_nothing(nm: Nm, logger: list[str]) -> None:
+def test_fit_overwrites_no_earlier_run(nm: Nm, logger: list[str]) -> None:
     for _ in range(2):
         assert nm(*FIT, *logger).code == 0
         first = {path: path.stat().st_mtime_ns for path in Path("runs").glob("*/version_0/**/*")}
@@ -314,7 +316,7 @@ def test_a_second_fit_overwrites_nothing(nm: Nm, logger: list[str]) -> None:
     assert bool([*versions[1].glob("events*")]) == (not logger)
 
 
-def test_a_folder_that_holds_a_run_is_refused(nm: Nm) -> None:
+def test_fit_refuses_a_folder_that_holds_a_run(nm: Nm) -> None:
     again = [*FIT, "--trainer.logger.version", "7"]
     assert nm(*again).code == 0
     before = (Path("runs/quickstart/version_7") / LAST).stat().st_mtime_ns
@@ -337,14 +339,14 @@ def test_evaluation_prints_a_table_and_keeps_nothing(
     assert not Path("runs").exists()
 
 
-def test_predictions_that_nobody_keeps_are_noticed(nm: Nm, trained: Path) -> None:
+def test_predict_notices_a_missing_writer(nm: Nm, trained: Path) -> None:
     config, last = str(trained / "config.yaml"), str(trained / LAST)
     answer = nm("predict", "--config", config, "--ckpt_path", last)
     assert answer.code == 0
     assert has("nm: no BasePredictionWriter is among the callbacks", answer.err)
 
 
-def test_untrained_weights_are_noticed(nm: Nm) -> None:
+def test_evaluation_notices_untrained_weights(nm: Nm) -> None:
     (line,) = nm("validate", "--config", "quickstart", *SHORT).err
     assert line == UNTRAINED
 
@@ -356,7 +358,7 @@ def saved_config(run: str) -> Any:
     return yaml.safe_load((Path(run) / "config.yaml").read_text())
 
 
-def test_a_checkpoint_remembers_what_is_not_given(nm: Nm, trained: Path) -> None:
+def test_checkpoint_hparams_fill_in_options_not_given(nm: Nm, trained: Path) -> None:
     answer = nm(*FIT, "--trainer.max_epochs=2", "--ckpt_path", str(trained / LAST))
     assert answer.code == 0
     assert has(" 1 epoch after 1 of an earlier run in ", answer.out)
@@ -364,14 +366,14 @@ def test_a_checkpoint_remembers_what_is_not_given(nm: Nm, trained: Path) -> None
     assert model["init_args"]["label_smoothing"] == 0.25
 
 
-def test_an_explicit_option_wins_over_the_checkpoint(nm: Nm, trained: Path) -> None:
+def test_checkpoint_hparams_yield_to_an_explicit_option(nm: Nm, trained: Path) -> None:
     resume = ["--trainer.max_epochs=2", "--ckpt_path", str(trained / LAST)]
     assert nm(*FIT, *resume, "--model.label_smoothing=0.5").code == 0
     model = saved_config("runs/quickstart/version_0")["model"]
     assert model["init_args"]["label_smoothing"] == 0.5
 
 
-def test_the_last_checkpoint_is_that_of_the_newest_run(nm: Nm, trained: Path) -> None:
+def test_ckpt_path_last_is_of_the_newest_run(nm: Nm, trained: Path) -> None:
     newest = nm(*FIT, "--ckpt_path", "last")
     assert newest.code == 0
     assert newest.err == ["nm: runs/quickstart has no checkpoint yet, so training starts anew."]
@@ -384,7 +386,7 @@ def test_the_last_checkpoint_is_that_of_the_newest_run(nm: Nm, trained: Path) ->
     assert saved_config("runs/quickstart/version_2")["ckpt_path"].endswith(f"version_0/{LAST}")
 
 
-def test_the_last_checkpoint_of_a_run_named_by_its_config(nm: Nm, trained: Path) -> None:
+def test_ckpt_path_last_of_a_run_named_by_its_config(nm: Nm, trained: Path) -> None:
     config = ["--config", str(trained / "config.yaml"), "--config", "ckpt_path: last\n"]
     answer = nm("validate", *config)
     assert answer.code == 0
@@ -392,7 +394,7 @@ def test_the_last_checkpoint_of_a_run_named_by_its_config(nm: Nm, trained: Path)
     assert answer.err == [f"nm: --ckpt_path last is {trained / LAST}"]
 
 
-def test_there_is_no_last_checkpoint_to_evaluate(nm: Nm) -> None:
+def test_ckpt_path_last_without_a_checkpoint_is_refused(nm: Nm) -> None:
     answer = nm("test", "--config", "quickstart", "--ckpt_path", "last")
     assert answer == (
         2,
@@ -401,7 +403,7 @@ def test_there_is_no_last_checkpoint_to_evaluate(nm: Nm) -> None:
     )
 
 
-def test_lightning_has_what_is_overridden() -> None:
+def test_lightning_cli_has_the_overridden_methods() -> None:
     assert "_parse_ckpt_path" in vars(LightningCLI)
     assert "_parse_ckpt_path" in vars(TrainingCLI)
 
@@ -416,7 +418,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("change", "expected"), REFUSED.items(), ids=str)
-def test_a_resume_that_changes_the_model_is_refused(
+def test_fit_refuses_to_resume_with_another_model(
     nm: Nm, trained: Path, change: str, expected: str
 ) -> None:
     answer = nm(*FIT, "--ckpt_path", str(trained / LAST), change)
@@ -427,7 +429,7 @@ def test_a_resume_that_changes_the_model_is_refused(
     assert not any(Path("runs").glob("*/*")), "a refused run is kept"
 
 
-def test_what_is_no_checkpoint_is_refused(nm: Nm, trained: Path) -> None:
+def test_fit_refuses_a_file_that_is_no_checkpoint(nm: Nm, trained: Path) -> None:
     Path("half.ckpt").write_bytes((trained / LAST).read_bytes()[:1000])
     answer = nm(*FIT, "--ckpt_path", "half.ckpt")
     assert answer == (2, [], ["nm: --ckpt_path: 'half.ckpt' is no checkpoint, or a truncated one."])
@@ -445,7 +447,9 @@ def _keep_sigint() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_keep_sigint")
-def test_ctrl_c_before_the_first_checkpoint(nm: Nm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_reports_ctrl_c_before_the_first_checkpoint(
+    nm: Nm, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -460,7 +464,7 @@ def test_ctrl_c_before_the_first_checkpoint(nm: Nm, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_run_keeps_the_last_checkpoint_and_says_how_to_resume(
+def test_fit_keeps_the_last_checkpoint_of_a_stopped_run_and_prints_how_to_resume(
     stop: signal.Signals, code: int, tmp_path: Path, nm: Nm
 ) -> None:
     config = tmp_path / "my run.yaml"  # the space must be quoted
@@ -504,7 +508,7 @@ def test_a_stopped_run_keeps_the_last_checkpoint_and_says_how_to_resume(
     assert (run.with_name("version_1") / LAST).is_file()
 
 
-def test_the_last_checkpoint_of_a_logger_that_keeps_runs_elsewhere(nm: Nm, tmp_path: Path) -> None:
+def test_ckpt_path_last_follows_the_folder_of_the_logger(nm: Nm, tmp_path: Path) -> None:
     logger = {"class_path": "CSVLogger", "init_args": {"save_dir": "there", "name": "mine"}}
     Path("mine.yaml").write_text(yaml.safe_dump({"trainer": {"logger": logger}}))
     for words, keeper in (
@@ -522,14 +526,14 @@ def test_the_last_checkpoint_of_a_logger_that_keeps_runs_elsewhere(nm: Nm, tmp_p
         )
 
 
-def test_a_folder_that_cannot_be_made(nm: Nm, tmp_path: Path) -> None:
+def test_fit_refuses_a_folder_that_cannot_be_made(nm: Nm, tmp_path: Path) -> None:
     Path("runs").touch()
     code, _, err = nm(*FIT)
     assert (code, len(err)) == (2, 1)
     assert err[0].startswith("nm: the run's folder cannot be made: ")
 
 
-def test_a_config_that_is_no_text(nm: Nm) -> None:
+def test_fit_refuses_a_config_that_is_no_text(nm: Nm) -> None:
     Path("last.ckpt").write_bytes(b"PK\x03\x04\xfc\xdf")
     Path("control.yaml").write_text("a: \x07", encoding="utf-8")
     for name in ("last.ckpt", "control.yaml"):

@@ -88,7 +88,7 @@ def read(name: str) -> dict[str, Any]:
     return config
 
 
-def test_shipped_are_the_quickstart_and_the_papers_experiments() -> None:
+def test_shipped_configs_are_the_quickstart_and_the_papers_experiments() -> None:
     studies = [f"{family}_{name}" for family in FAMILIES for name in STUDY]
     names = [*CIFAR, *NORMALISED, *IMAGENET, *NORMALISED_IMAGENET, *TRANSLATION, *studies]
     assert list(CONFIGS) == ["quickstart", *sorted(names)]
@@ -242,7 +242,7 @@ def test_translation_configs_differ_in_the_norm_alone(family: str) -> None:
 
 
 @pytest.mark.parametrize("norm", ["ln", "l1", "bwn"])
-def test_the_transformer_is_the_papers_base_model(norm: str) -> None:
+def test_transformer_config_is_the_papers_base_model(norm: str) -> None:
     config = read(f"wmt14_transformer_{norm}")
     model, data = config["model"]["init_args"], config["data"]["init_args"]
     assert model["optimizer"]["init_args"] == {"lr": 7e-4, "betas": [0.9, 0.98], "eps": 1e-9}
@@ -253,7 +253,7 @@ def test_the_transformer_is_the_papers_base_model(norm: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in TRANSLATION if name.startswith("wmt14")])
-def test_validation_comes_after_steps_whatever_the_epoch(name: str) -> None:
+def test_translation_config_validates_after_steps_in_any_epoch(name: str) -> None:
     """Else Lightning refuses an interval that is longer than the epoch of many processes."""
     trainer = read(name)["trainer"]
     assert trainer["val_check_interval"] == 5000
@@ -296,7 +296,7 @@ def test_configs_with_normalised_weights_differ_in_the_norm_alone() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_study_runs(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_study_configs_run(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, since two of the runs follow the recording of the first."""
     monkeypatch.chdir(tmp_path)
     for seed, name in [("1", "wd_on"), *(("2", name) for name in STUDY)]:
@@ -322,7 +322,7 @@ def test_study_configs_differ_in_what_they_compare_alone(family: str) -> None:
     assert all(config == configs[0] for config in configs)
 
 
-def test_the_short_study_has_the_decay_of_the_whole_one() -> None:
+def test_short_study_config_decays_as_the_whole_study() -> None:
     """η · λ · T is the same: the learning rates are, and so is their share of the steps."""
     products = []
     for family, batches in (("study", 391), ("study_short", 80)):
@@ -337,14 +337,14 @@ def test_the_short_study_has_the_decay_of_the_whole_one() -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_config_is_one_page_and_says_what_it_is(name: str) -> None:
+def test_config_fits_one_page_and_describes_itself(name: str) -> None:
     lines = CONFIGS[name].read_text("utf-8").splitlines()
     assert len(lines) <= ONE_PAGE
     assert [line.startswith("# ") for line in lines[:3]] == [True, True, False]
 
 
 @pytest.mark.parametrize("given", ["configs/{}.yaml", "{}.yaml", "{}"])
-def test_a_name_means_the_shipped_config(given: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_find_config_resolves_a_shipped_name(given: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_config(given.format("cifar_l1")) == CONFIGS["cifar_l1"]
     (tmp_path / "configs").mkdir()
@@ -357,7 +357,7 @@ def test_a_name_means_the_shipped_config(given: str, tmp_path: Path, monkeypatch
     assert find_config(given.format("cifar_l1")) == Path(given.format("cifar_l1"))
 
 
-def test_an_unknown_name_lists_the_shipped_configs() -> None:
+def test_find_config_lists_shipped_names_for_an_unknown_one() -> None:
     shipped = ", ".join(CONFIGS)
     with pytest.raises(InputError, match=f"are {shipped}. Did you mean 'cifar_l1'?"):
         find_config("configs/cifar_1.yml")

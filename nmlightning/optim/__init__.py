@@ -5,4 +5,5 @@ from nmlightning.optim.hyperball import Hyperball as Hyperball
 from nmlightning.optim.lr_correction import LRCorrection as LRCorrection
 from nmlightning.optim.norm_schedule import NormSchedule as NormSchedule
 from nmlightning.optim.radial_projection import RadialProjection as RadialProjection
+from nmlightning.optim.schedules import InverseSquareRootLR as InverseSquareRootLR
 from nmlightning.optim.step_hooks import StepRule as StepRule

@@ -21,7 +21,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norm_check, "ROUNDS", 2)
 
 
-def test_it_says_what_is_installed_who_computes_and_that_it_is_right(
+def test_doctor_prints_versions_backends_and_checks(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["doctor"]) == 0
@@ -35,12 +35,12 @@ def test_it_says_what_is_installed_who_computes_and_that_it_is_right(
     assert re.search(r"L1 batch norm +\d+\.\d\d \(\d+\.\d\d to \d+\.\d\d\) of BatchNorm2d", out)
 
 
-def test_it_takes_no_words(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_refuses_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "now"]) == 2
     assert "unrecognized arguments: now" in capsys.readouterr().err
 
 
-def test_a_wrong_norm_is_named_and_is_a_failure(
+def test_doctor_names_a_wrong_norm_and_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Wrong(L1BatchNorm2d):
@@ -56,12 +56,12 @@ def test_a_wrong_norm_is_named_and_is_a_failure(
     assert out.count("WRONG: L1 batch norm N") == 6
 
 
-def test_what_is_not_a_number_is_wrong() -> None:
+def test_doctor_counts_nan_as_wrong() -> None:
     check = norm_check.Check("L1", "formula", torch.float32, "NCHW", float("nan"))
     assert check.failed
 
 
-def test_the_checked_inputs_have_exact_sums_in_every_dtype() -> None:
+def test_doctor_inputs_have_exact_sums_in_every_dtype() -> None:
     for dtype in TOLERANCES:
         x = exact_input((16, 4, 8, 8), dtype, "cpu")
         assert torch.equal(x.float(), exact_input((16, 4, 8, 8), torch.float32, "cpu"))
@@ -71,7 +71,7 @@ def test_the_checked_inputs_have_exact_sums_in_every_dtype() -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-def test_the_formula_agrees_with_itself_in_float64(dtype: torch.dtype) -> None:
+def test_doctor_check_of_the_formula_passes_in_float64(dtype: torch.dtype) -> None:
     layer = L1BatchNorm2d(4)
     with norm_backend("formula"):
         error = disagreement(layer, exact_input((16, 4, 8, 8), dtype, "cpu"))
@@ -79,18 +79,18 @@ def test_the_formula_agrees_with_itself_in_float64(dtype: torch.dtype) -> None:
     assert layer.num_batches_tracked == 0  # it is a copy that ran
 
 
-def test_a_norm_takes_the_time_that_it_takes() -> None:
+def test_doctor_times_a_norm() -> None:
     ratios = time_ratios(L1BatchNorm2d(4), torch.nn.BatchNorm2d(4), torch.randn(8, 4, 8, 8), 3)
     assert len(ratios) == 3
     assert min(ratios) > 0
 
 
-def test_a_package_that_is_absent_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_prints_no_version_of_an_absent_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(installation, "OPTIONAL", ("no-such-package",))
     assert ("may use", "no-such-package –") in installation.describe_versions()
 
 
-def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_describes_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     class Gpu:
         name, major, minor, total_memory = "NVIDIA H200", 9, 0, 139 * 2**30
 

@@ -74,7 +74,7 @@ def plain_net(file: str | Path) -> CifarResNet:
     return net
 
 
-def test_a_state_dict_beside_the_checkpoint(nm: Nm, trained: Path) -> None:
+def test_export_writes_a_state_dict_beside_the_checkpoint(nm: Nm, trained: Path) -> None:
     answer = nm(trained, "--format", "state_dict")
     file = trained.with_suffix(".pt")
     assert answer.code == 0
@@ -95,7 +95,7 @@ def test_a_state_dict_beside_the_checkpoint(nm: Nm, trained: Path) -> None:
     file.unlink()
 
 
-def test_a_program_of_torch_export(nm: Nm, trained: Path) -> None:
+def test_export_writes_a_torch_export_program(nm: Nm, trained: Path) -> None:
     answer = nm(trained, "--format", "torch_export", "--output", "net.pt2")
     assert answer.code == 0
     assert answer.out[2] == " batch norms 7 folded into the layers before them"
@@ -104,7 +104,7 @@ def test_a_program_of_torch_export(nm: Nm, trained: Path) -> None:
     assert answer.out[-1] == " use         torch.export.load('net.pt2').module()(x)"
 
 
-def test_norms_that_are_kept(nm: Nm, trained: Path) -> None:
+def test_export_keeps_norms_without_folding(nm: Nm, trained: Path) -> None:
     answer = nm(trained, "--format", "state_dict", "--output", "a.pt", "--no_fold")
     assert answer.out[2] == " batch norms none folded, as asked"
     saved = torch.load("a.pt", weights_only=True)
@@ -112,7 +112,7 @@ def test_norms_that_are_kept(nm: Nm, trained: Path) -> None:
     assert torch.equal(saved["bn1.running_var"], module.net.bn1.running_var)
 
 
-def test_a_file_is_replaced_only_if_asked(nm: Nm, trained: Path) -> None:
+def test_export_replaces_a_file_only_on_request(nm: Nm, trained: Path) -> None:
     Path("a.pt").write_text("mine")
     words = (trained, "--format", "state_dict", "--output", "a.pt")
     code, _, (line,) = nm(*words)
@@ -121,7 +121,7 @@ def test_a_file_is_replaced_only_if_asked(nm: Nm, trained: Path) -> None:
     assert_same(plain_net("a.pt"), trained)
 
 
-def test_a_checkpoint_in_half(nm: Nm, trained: Path) -> None:
+def test_export_reads_a_checkpoint_in_half(nm: Nm, trained: Path) -> None:
     checkpoint = torch.load(trained, weights_only=True)
     weights = checkpoint["state_dict"]
     checkpoint["state_dict"] = {
@@ -136,7 +136,7 @@ def test_a_checkpoint_in_half(nm: Nm, trained: Path) -> None:
 # ---- where the model and the shape are from ----
 
 
-def test_a_lone_checkpoint_needs_the_shape(nm: Nm, trained: Path) -> None:
+def test_export_needs_the_shape_for_a_checkpoint_without_a_run(nm: Nm, trained: Path) -> None:
     shutil.copy(trained, "a.ckpt")
     words = ("a.ckpt", "--format", "state_dict")
     code, _, (line,) = nm(*words)
@@ -164,7 +164,7 @@ class Own(LightningModule):  # remembers nothing in its checkpoints
 """
 
 
-def test_a_module_of_the_users_own(nm: Nm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_writes_a_users_module(nm: Nm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(".")
     Path("own_module.py").write_text(OWN)
     state = {"body.0.weight": torch.ones(3, 5), "body.0.bias": torch.ones(3)}
@@ -241,7 +241,9 @@ def _files(tmp_path: Path, trained: Path) -> None:
 
 @pytest.mark.usefixtures("_files")
 @pytest.mark.parametrize(("words", "expected"), BAD_INPUT.items(), ids=str)
-def test_bad_input_is_one_line(nm: Nm, trained: Path, words: str, expected: str) -> None:
+def test_export_reports_bad_input_in_one_line(
+    nm: Nm, trained: Path, words: str, expected: str
+) -> None:
     code, out, (line,) = nm(*shlex.split(words.replace("LAST", shlex.quote(str(trained)))))
     assert (code, out) == (2, [])
     assert line.startswith("nm: ")
@@ -249,7 +251,7 @@ def test_bad_input_is_one_line(nm: Nm, trained: Path, words: str, expected: str)
     assert not trained.with_suffix(".onnx").exists()
 
 
-def test_what_is_misspelt_is_said_without_importing_torch(tmp_path: Path) -> None:
+def test_export_reports_misspelt_options_without_torch(tmp_path: Path) -> None:
     code = (
         "import sys, nmlightning.cli as c; open('a.ckpt', 'w');"
         "c.main(['export', 'a.ckpt', '--format', 'onxx']); print(*sys.modules)"

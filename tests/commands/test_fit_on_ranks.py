@@ -174,7 +174,7 @@ def assert_same_end(found: Any, expected: Finished) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_two_processes_are_one_run(
+def test_fit_keeps_one_run_for_two_processes(
     way: Callable[[Path], list[Answer]], uninterrupted: Finished, tmp_path: Path
 ) -> None:
     run = uninterrupted if way is by_lightning else finish_by(way, tmp_path)
@@ -193,7 +193,7 @@ def test_two_processes_are_one_run(
 
 
 @slow
-def test_a_sharded_network_resumes_from_its_shards(tmp_path: Path) -> None:
+def test_fit_resumes_a_sharded_network(tmp_path: Path) -> None:
     """Under FSDP2 with Lightning's default, a checkpoint that is a folder."""
     strategy = ["--trainer.strategy", "ModelParallelStrategy", "--ckpt_path", "last"]
     sizes = ["--trainer.strategy.data_parallel_size=2", "--trainer.strategy.tensor_parallel_size=1"]
@@ -213,7 +213,7 @@ def test_a_sharded_network_resumes_from_its_shards(tmp_path: Path) -> None:
 
 
 @slow
-def test_a_killed_rank_is_restarted(uninterrupted: Finished, tmp_path: Path) -> None:
+def test_fit_restarts_a_killed_rank(uninterrupted: Finished, tmp_path: Path) -> None:
     (tmp_path / "fates.py").write_text(FATES)
     answer = finish(
         start(
@@ -246,7 +246,7 @@ def assert_says_that_one_is_lost(answer: Answer, why: str) -> None:
 
 
 @slow
-def test_a_silent_rank_is_lost_after_the_timeout(tmp_path: Path) -> None:
+def test_fit_loses_a_silent_rank_after_the_timeout(tmp_path: Path) -> None:
     (tmp_path / "fates.py").write_text(FATES)
     timeout = ["--trainer.strategy", "DDPStrategy", "--trainer.strategy.timeout", "0:00:20"]
     fate = ["--trainer.callbacks+", "fates.Fate", "--trainer.callbacks.how", "SIGSTOP"]
@@ -260,7 +260,7 @@ def test_a_silent_rank_is_lost_after_the_timeout(tmp_path: Path) -> None:
 
 
 @slow
-def test_an_error_on_one_rank_ends_the_other(tmp_path: Path) -> None:
+def test_fit_ends_all_ranks_on_an_error_of_one(tmp_path: Path) -> None:
     (tmp_path / "fates.py").write_text(FATES)
     fate = ["--trainer.callbacks+", "fates.Fate", "--trainer.callbacks.how", "raise"]
     answer = finish(start(*NM, *TWO, *fate, folder=tmp_path))
@@ -269,7 +269,7 @@ def test_an_error_on_one_rank_ends_the_other(tmp_path: Path) -> None:
 
 
 @slow
-def test_ctrl_c_ends_both_ranks(tmp_path: Path) -> None:
+def test_fit_ends_both_ranks_on_ctrl_c(tmp_path: Path) -> None:
     (tmp_path / "fates.py").write_text(FATES.replace("os.getpid()", "0"))
     answer = finish(
         start(
@@ -286,7 +286,7 @@ def test_ctrl_c_ends_both_ranks(tmp_path: Path) -> None:
 
 
 @slow
-def test_ranks_that_start_from_different_checkpoints_are_refused(tmp_path: Path) -> None:
+def test_fit_refuses_ranks_with_different_checkpoints(tmp_path: Path) -> None:
     """As on two nodes of which one does not see the runs of the other."""
     here, there = tmp_path / "here", tmp_path / "there"
     (here / RUN / LAST.parent).mkdir(parents=True)

@@ -29,7 +29,7 @@ def nm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     return run
 
 
-def test_what_is_not_built(nm: Nm, tmp_path: Path) -> None:
+def test_kernels_show_without_a_build(nm: Nm, tmp_path: Path) -> None:
     assert nm("show") == (
         0,
         " kernels     not built for this CPU and this torch: nm kernels build\n",
@@ -39,7 +39,7 @@ def test_what_is_not_built(nm: Nm, tmp_path: Path) -> None:
     assert tmp_path in library.cache_folder().parents
 
 
-def test_what_is_built(nm: Nm) -> None:
+def test_kernels_show_after_a_build(nm: Nm) -> None:
     path = library.library_path(library.cache_folder())
     path.parent.mkdir(parents=True)
     path.write_bytes(bytes(2**20))
@@ -55,7 +55,7 @@ def test_what_is_built(nm: Nm) -> None:
     assert [other.name for other in path.parent.iterdir()] == ["of-the-user.so"]
 
 
-def test_half_a_library_is_not_loaded(nm: Nm) -> None:
+def test_kernels_load_no_truncated_library(nm: Nm) -> None:
     path = library.library_path(library.cache_folder())
     path.parent.mkdir(parents=True)
     path.write_bytes(bytes(2**10))
@@ -65,7 +65,7 @@ def test_half_a_library_is_not_loaded(nm: Nm) -> None:
     assert library.is_whole(path)
 
 
-def test_a_build(nm: Nm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_build_makes_a_library(nm: Nm, monkeypatch: pytest.MonkeyPatch) -> None:
     """Take a short source for the kernels': what is compiled must load as an extension."""
     source = Path.home() / "short.cpp"
     source.write_text("#include <torch/library.h>\nTORCH_LIBRARY(nmlightning_short, m) {}\n")
@@ -84,7 +84,7 @@ def test_a_build(nm: Nm, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_sources_that_do_not_compile(nm: Nm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_build_reports_a_compiler_error(nm: Nm, monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         build.check_toolchain()
     except InputError as error:
@@ -105,7 +105,7 @@ def test_sources_that_do_not_compile(nm: Nm, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("missing", ["compiler", "ninja", "Linux", "folder"])
-def test_what_is_missing_is_one_line(
+def test_kernels_build_reports_a_missing_tool_in_one_line(
     nm: Nm, missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = {
@@ -132,7 +132,7 @@ def test_what_is_missing_is_one_line(
     assert len(err.splitlines()) == 1
 
 
-def test_nothing_is_built_unasked(nm: Nm) -> None:
+def test_kernels_are_not_built_by_a_fit(nm: Nm) -> None:
     from nmlightning.kernels.cpu.backend import NOT_BUILT, CpuBackend
 
     backend = CpuBackend(library.cache_folder())

@@ -58,7 +58,7 @@ def numbers(file: str = "n.json") -> Any:
     return json.loads(Path(file).read_text())
 
 
-def test_a_config(capfd: pytest.CaptureFixture[str]) -> None:
+def test_probe_reports_on_a_config(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["probe", "quickstart", *SMALL, "--batches", "3", "--json", "n.json"]) == 0
     out, err = answer(capfd)
     assert err == UNTRAINED
@@ -73,9 +73,7 @@ def test_a_config(capfd: pytest.CaptureFixture[str]) -> None:
     assert sorted(path.name for path in Path().iterdir()) == ["n.json", "norm_ranges.svg"]
 
 
-def test_a_checkpoint_that_is_built_to_fail(
-    trained: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_probe_finds_the_norms_that_fail(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Scaled convolutions change nothing of the function, and everything of σ."""
     run = Path("runs/x/version_0")
     shutil.copytree(trained, run)
@@ -100,7 +98,7 @@ def test_a_checkpoint_that_is_built_to_fail(
     assert Path("p.svg").read_text().count("100 %") == 2
 
 
-def test_the_weights_are_those_of_the_checkpoint(trained: Path) -> None:
+def test_probe_uses_the_weights_of_the_checkpoint(trained: Path) -> None:
     last = str(trained / "checkpoints" / "last.ckpt")
     before = (trained / "checkpoints" / "last.ckpt").stat().st_mtime_ns
     sizes = []
@@ -112,7 +110,7 @@ def test_the_weights_are_those_of_the_checkpoint(trained: Path) -> None:
     assert (trained / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
 
 
-def test_no_weight_moves_between_batches(capfd: pytest.CaptureFixture[str]) -> None:
+def test_probe_moves_no_weight(capfd: pytest.CaptureFixture[str]) -> None:
     """The first batch of two is the only one of one; a step between would move the second's σ."""
     words = ["probe", "quickstart", *SMALL, "--json", "n.json", "--batches"]
     found = []
@@ -137,7 +135,7 @@ BAD_INPUT = {
 }
 
 
-def test_names_are_whole_on_a_narrow_terminal(
+def test_probe_prints_whole_names_on_a_narrow_terminal(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "72")
@@ -146,7 +144,9 @@ def test_names_are_whole_on_a_narrow_terminal(
 
 
 @pytest.mark.parametrize(("words", "message"), BAD_INPUT.items())
-def test_bad_input(words: str, message: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_probe_reports_bad_input_in_one_line(
+    words: str, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     Path("notes.txt").write_text("mine")
     Path("lonely.ckpt").touch()
     Path("bare.yaml").write_text(BARE)
@@ -168,7 +168,7 @@ trainer: {accelerator: cpu}
 """
 
 
-def test_a_misspelt_file_is_reported_without_torch() -> None:
+def test_probe_reports_a_misspelt_file_without_torch() -> None:
     code = "import sys, nmlightning.cli as c; c.main(['probe', 'nope']); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert {"torch", "pytorch_lightning", "jsonargparse"}.isdisjoint(done.stdout.split())

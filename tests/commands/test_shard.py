@@ -24,7 +24,7 @@ def folder(
     return make_image_folder()
 
 
-def test_it_says_what_it_wrote(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shard_prints_what_it_wrote(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("out").mkdir()
     assert main(["shard", "images", "out", "--shard_size", "5"]) == 0
     out, err = capsys.readouterr()
@@ -38,7 +38,7 @@ def test_it_says_what_it_wrote(folder: Path, capsys: pytest.CaptureFixture[str])
     assert not list(Path().glob("*.unfinished"))
 
 
-def test_damaged_images_are_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shard_leaves_out_damaged_images(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "train/b/2.JPEG").write_bytes(b"")
     (folder / "val/c/1.JPEG").write_bytes(b"no image")
     (folder / "val/c/notes.txt").touch()
@@ -94,7 +94,7 @@ def leave_unfinished(folder: Path) -> None:
         (lambda folder: None, ["--damaged", "ignore"], "argument --damaged: invalid choice"),
     ],
 )
-def test_bad_input(
+def test_shard_reports_bad_input_in_one_line(
     folder: Path, damage: Callable[[Path], object], options: list[str], message: str
 ) -> None:
     damage(folder)
@@ -105,7 +105,7 @@ def test_bad_input(
 
 
 @pytest.mark.parametrize("out", ["images/train/d", "images/val/a", "images/val", "link/new/er"])
-def test_shards_are_not_written_among_the_images(folder: Path, out: str) -> None:
+def test_shard_refuses_a_target_among_the_images(folder: Path, out: str) -> None:
     Path("link").symlink_to(folder / "train")
     before = sorted(folder.rglob("*"))
     with pytest.raises(InputError, match=f"{out} is inside images/(train|val), where it would be"):
@@ -114,7 +114,7 @@ def test_shards_are_not_written_among_the_images(folder: Path, out: str) -> None
     assert run(["images", "images/shards"]) == 0
 
 
-def test_a_name_that_is_not_utf_8_is_escaped(
+def test_shard_escapes_a_name_that_is_not_utf_8(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
@@ -132,13 +132,15 @@ def test_a_name_that_is_not_utf_8_is_escaped(
     assert r"images\udcfe/val/a/bad\udcff.png (of no known" in capsys.readouterr().out
 
 
-def test_without_litdata(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shard_needs_litdata(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nmlightning.datamodules.image_shards.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'nmlightning\[stream\]'"):
         run([str(folder), "out"])
 
 
-def test_an_interrupted_run_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shard_leaves_nothing_when_interrupted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 

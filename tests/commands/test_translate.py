@@ -61,7 +61,7 @@ def translate(
     return run
 
 
-def test_every_line_has_its_translation(translate: Translate) -> None:
+def test_translate_writes_a_line_for_each_line(translate: Translate) -> None:
     lines = "einundzwanzig\n\nzwei\r\nneunhundert"
     whole = translate(lines.encode())
     found = whole.out.split("\n")
@@ -71,21 +71,21 @@ def test_every_line_has_its_translation(translate: Translate) -> None:
     assert "4/4" in whole.err
 
 
-def test_only_a_line_feed_ends_a_line(translate: Translate) -> None:
+def test_translate_ends_lines_at_line_feeds_only(translate: Translate) -> None:
     answer = translate("eins\u2028zwei\x0bdrei\rvier\n".encode())
     assert answer.out.count("\n") == 1
 
 
-def test_a_byte_order_mark_is_no_text(translate: Translate) -> None:
+def test_translate_drops_a_byte_order_mark(translate: Translate) -> None:
     assert translate("\ufeffeins\n".encode()).out == translate(b"eins\n").out
 
 
-def test_nothing_is_translated_to_nothing(translate: Translate) -> None:
+def test_translate_writes_nothing_for_nothing(translate: Translate) -> None:
     assert translate(b"")[:2] == (0, "")
     assert translate(b"\n")[:2] == (0, "\n")
 
 
-def test_many_lines_are_written_part_by_part(
+def test_translate_writes_many_lines_in_parts(
     translate: Translate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = "".join(f"{word}\n" for word in ["eins", "zweiundzwanzig", "drei", "vierzig", "fünf"])
@@ -94,21 +94,21 @@ def test_many_lines_are_written_part_by_part(
     assert translate(lines.encode()).out == whole.out
 
 
-def test_a_typed_line_is_answered_at_once(translate: Translate) -> None:
+def test_translate_answers_a_typed_line_at_once(translate: Translate) -> None:
     piped = translate(b"eins\nzwei\n")
     typed = translate(b"eins\nzwei\n", typed=True)
     assert typed.out == piped.out
     assert "translating" not in typed.err
 
 
-def test_says_which_lines_were_cut(translate: Translate) -> None:
+def test_translate_reports_the_lines_that_were_cut(translate: Translate) -> None:
     answer = translate(b"eins\nneunhundertneunundneunzigtausendelf\n", "--max_length", "3")
     assert answer.code == 0
     assert "1 of 2 lines have more than 3 tokens, and their ends were left out: 2." in answer.err
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_translates_in_half(dtype: str, translate: Translate) -> None:
+def test_translate_runs_in_half(dtype: str, translate: Translate) -> None:
     assert translate(b"eins\nzwei\n", "--dtype", dtype).out.count("\n") == 2
 
 
@@ -123,14 +123,16 @@ def test_translates_in_half(dtype: str, translate: Translate) -> None:
         ("--beam 3", "unrecognized arguments: --beam 3; nm translate --help"),
     ],
 )
-def test_bad_options_give_one_line(words: str, message: str, translate: Translate) -> None:
+def test_translate_reports_bad_options_in_one_line(
+    words: str, message: str, translate: Translate
+) -> None:
     answer = translate(b"eins\n", *words.split())
     assert (answer.code, answer.out) == (2, "")
     assert answer.err.count("\n") == 1
     assert message in answer.err
 
 
-def test_a_line_that_is_no_text_is_named(translate: Translate) -> None:
+def test_translate_names_a_line_that_is_no_text(translate: Translate) -> None:
     answer = translate(b"eins\n\xff\xfe\nzwei\n")
     assert (answer.code, answer.out) == (2, "")
     assert (
@@ -139,7 +141,7 @@ def test_a_line_that_is_no_text_is_named(translate: Translate) -> None:
     )
 
 
-def test_only_a_translator_translates(
+def test_translate_refuses_other_tasks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, translate: Translate
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -156,12 +158,14 @@ def test_only_a_translator_translates(
 
 
 @pytest.mark.parametrize("form", ["state_dict", "onnx"])
-def test_is_not_exported(form: str, trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_export_refuses_a_translator(
+    form: str, trained: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert main(["export", str(trained), "--format", form]) == 2
     assert "whose network has two inputs" in capfd.readouterr().err
 
 
-def test_the_bleu_to_publish_is_printed(trained: Path) -> None:
+def test_prints_the_bleu_to_publish(trained: Path) -> None:
     words = ["--config", trained.parents[1] / "config.yaml", "--ckpt_path", trained]
     answer = subprocess.run(
         [sys.executable, "-m", "nmlightning", "test", *words, "--trainer.limit_test_batches", "1"],
@@ -173,7 +177,7 @@ def test_the_bleu_to_publish_is_printed(trained: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_quickstart_learns_number_names(
+def test_translate_quickstart_learns_number_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -184,7 +188,7 @@ def test_the_quickstart_learns_number_names(
     assert float([row["val/bleu"] for row in rows if row.get("val/bleu")][-1]) > 90
 
 
-def test_a_reader_may_have_enough(trained: Path) -> None:
+def test_translate_ends_when_its_reader_closes(trained: Path) -> None:
     command = [sys.executable, "-m", "nmlightning", "translate", str(trained)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
