@@ -23,7 +23,7 @@ from nmlightning.surgery.norm_layers import (
     find_norm_layers,
     is_norm_with_activation,
 )
-from nmlightning.weights.layer_weights import WeightPlace
+from nmlightning.weights.layer_weights import WeightLocation
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -157,7 +157,7 @@ def _scale(norm: _BatchNorm) -> Tensor:
 
 
 def _scale_weight(pair: _Pair, scale: Tensor) -> None:
-    weight, layout = _weight(pair.layer), WeightPlace(pair.layer, "", "weight").layout
+    weight, layout = _weight(pair.layer), WeightLocation(pair.layer, "", "weight").layout
     weight.copy_(_wide(weight) * layout.spread(scale, weight))
 
 

@@ -224,7 +224,7 @@ def _check_weight(weight: OptimizedWeight) -> None:
 TOLERANCE = 0.1
 """Of random directions in D dimensions the cosine is about 1/√D: a tenth of it passes for zero."""
 CHANCE = 1e-5
-"""How probable it may be that gradients of random direction pass for zero."""
+"""The probability that gradients of random direction pass for zero."""
 
 
 def radial_squares(weight: OptimizedWeight, values: Tensor, grad: Tensor) -> Tensor:

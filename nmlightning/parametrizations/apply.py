@@ -18,7 +18,7 @@ from nmlightning.parametrizations.normalize import let_copy
 from nmlightning.parametrizations.optimizers import homes_of_gains, listed, put_in, take_out
 from nmlightning.parametrizations.weight_norm import NAMES, Gain, Holder, Kind, Settings, WeightNorm
 from nmlightning.weights.channel_norms import channel_norms, is_flat, is_sharded
-from nmlightning.weights.layer_weights import WeightPlace
+from nmlightning.weights.layer_weights import WeightLocation
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -244,7 +244,7 @@ def _normalise(sites: Sequence[Site], settings: Settings, *, cache: bool) -> dic
     return norms
 
 
-def _register(place: WeightPlace, norm: WeightNorm) -> Holder:
+def _register(place: WeightLocation, norm: WeightNorm) -> Holder:
     _unshare_class(place.module)
     parametrize.register_parametrization(place.module, place.attribute, norm)
     let_copy(place.module)

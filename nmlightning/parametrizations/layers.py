@@ -14,7 +14,12 @@ from nmlightning.optim.param_groups import find_output_layer
 from nmlightning.parametrizations.normalize import attention_weights, recurrent_weights
 from nmlightning.parametrizations.weight_norm import Settings, WeightNorm
 from nmlightning.weights.channel_norms import ChannelLayout
-from nmlightning.weights.layer_weights import WeightPlace, find_places, matrices, plain_modules
+from nmlightning.weights.layer_weights import (
+    WeightLocation,
+    find_locations,
+    matrices,
+    plain_modules,
+)
 
 LayerKind = Literal["conv", "linear", "recurrent", "embedding"]
 LAYER_KINDS: tuple[LayerKind, ...] = get_args(LayerKind)
@@ -71,7 +76,7 @@ class Site:
     """One weight, and all places that it is in: several where it is tied."""
 
     parameter: nn.Parameter
-    places: list[WeightPlace] = field(default_factory=list)
+    places: list[WeightLocation] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -203,12 +208,12 @@ def _check_no_computed_weight(
         names = weights_of(module) if kind_of(module) in kinds else []
         for weight in (name for name in names if not is_plain(module, name)):
             parts = [
-                WeightPlace(module, path, own).name
+                WeightLocation(module, path, own).name
                 for own in matrices(module)
                 if own.startswith(weight)
             ]
             if not any(matches(part, exclude) for part in parts):
-                name = WeightPlace(module, path, weight).name
+                name = WeightLocation(module, path, weight).name
                 raise InputError(
                     f"{name} is computed from {some(parts)}, as pruning and torch's old "
                     f"weight_norm do it: make it plain first, or exclude {parts[0]!r}."
@@ -217,13 +222,13 @@ def _check_no_computed_weight(
 
 def _all_sites(model: nn.Module) -> list[Site]:
     sites: dict[int, Site] = {}
-    for place in find_places(model):
+    for place in find_locations(model):
         parameter = _parameter(place)
         sites.setdefault(id(parameter), Site(parameter)).places.append(place)
     return list(sites.values())
 
 
-def _parameter(place: WeightPlace) -> nn.Parameter:
+def _parameter(place: WeightLocation) -> nn.Parameter:
     computed = place.parametrizations
     if computed is not None:
         return next(computed.parameters(recurse=False))

@@ -1,1 +1,1 @@
-"""Measuring and normalising weights, and the parameter groups that say which of them decay."""
+"""Measuring the norms of weights, and recordings of them."""

@@ -22,8 +22,8 @@ from nmlightning.weights.channel_norms import (
 
 
 @dataclass(frozen=True, eq=False)
-class WeightPlace:
-    """An attribute of a module that is a weight; the same weight may be in several places."""
+class WeightLocation:
+    """An attribute of a module that is a weight; layers may share one weight."""
 
     module: nn.Module
     path: str
@@ -55,11 +55,11 @@ class WeightPlace:
         return self.module.parametrizations[self.attribute]  # type: ignore[index, return-value]
 
 
-def find_places(model: nn.Module) -> Iterator[WeightPlace]:
-    """Yield every place of a weight."""
+def find_locations(model: nn.Module) -> Iterator[WeightLocation]:
+    """Yield every location of a weight."""
     for path, module in plain_modules(model):
         for attribute in matrices(module):
-            yield WeightPlace(module, path, attribute)
+            yield WeightLocation(module, path, attribute)
 
 
 def matrices(module: nn.Module) -> Iterator[str]:
@@ -81,7 +81,7 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-_HIDDEN = "_v"
+_SUFFIX = "_v"
 _BEHIND = ("weight_v", "weight_orig")
 LAZY_WAY_OUT = "run a batch through the model before the fit"
 
@@ -92,7 +92,7 @@ class LayerWeight:
 
     Attributes:
         name: as in `model.named_parameters()`, without what wrappers and parametrizations add; that
-            of the hidden weight v behind one that is normalised ends in `_v`.
+            of the unnormalised weight v behind a normalised one ends in `_v`.
         parameter: what an optimizer moves; of a parametrized or pruned weight its original.
         layout: where its output channels are.
         computed: for the normalised weight itself, what computes its norms from `parameter`.
@@ -158,7 +158,7 @@ def find_layer_weights(
 def find_recorded_weights(
     model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> list[LayerWeight]:
-    """Return the same, and for each that is normalised both the weight w and the hidden v.
+    """Return the same, and for each that is normalised both the weight w and the unnormalised v.
 
     See `find_layer_weights`.
     """
@@ -168,7 +168,9 @@ def find_recorded_weights(
     return [
         *(
             replace(
-                w, name=w.name.removesuffix(_HIDDEN), computed=norms[id(w.parameter)].channel_norms
+                w,
+                name=w.name.removesuffix(_SUFFIX),
+                computed=norms[id(w.parameter)].channel_norms,
             )
             for w in normalised
         ),
@@ -183,7 +185,7 @@ def find_lazy_weights(
     return [p.name for p in _places(model) if p.is_lazy and p.is_chosen(include, exclude)]
 
 
-class _Place(WeightPlace):
+class _RecordedLocation(WeightLocation):
     """One, as a recording sees it."""
 
     @property
@@ -227,18 +229,18 @@ class _Place(WeightPlace):
         return is_included and not matches(self.name, exclude)
 
     def weight(self) -> LayerWeight:
-        """Return it, as the hidden weight if it is normalised."""
+        """Return it, as the unnormalised weight if it is normalised."""
         parameter = self.original
         assert parameter is not None
-        return LayerWeight(self.name + _HIDDEN * (self.norm is not None), parameter, self.layout)
+        return LayerWeight(self.name + _SUFFIX * (self.norm is not None), parameter, self.layout)
 
 
-def _places(model: nn.Module) -> Iterator[_Place]:
+def _places(model: nn.Module) -> Iterator[_RecordedLocation]:
     """Yield the weight of each layer, also where it is no parameter, and all others."""
     for path, module in plain_modules(model):
         is_layer = isinstance(module, nn.Linear | _ConvNd)
         for attribute in ["weight"] if is_layer else matrices(module):
-            yield _Place(module, path, attribute)
+            yield _RecordedLocation(module, path, attribute)
 
 
 def _weight_shape(module: nn.Linear | _ConvNd) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What every rule keeps: scope, patterns, removal, resuming, skipped steps, clear refusals."""
+"""The contract of every rule: scope, patterns, removal, resuming, skipped steps, clear refusals."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""What every optimizer of torch keeps of a weight, when the weight is scaled."""
+"""The state that each of torch's optimizers keeps of a weight, when the weight is scaled."""
 
 from typing import Any
 
