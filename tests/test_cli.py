@@ -100,7 +100,7 @@ CORRECT = (
     "--trainer.callbacks.steering.reference"
 )
 ALL = nmlightning.__all__
-RULES = sorted(vars(optim).keys() & ALL)
+RULES = sorted(vars(optim).keys() & set(ALL) - {"InverseSquareRootLR"})
 BAD_INPUT = {
     "fitt": f"no command 'fitt'; the commands are {', '.join(COMMANDS)}. Did you mean 'fit'?",
     "fit": "required: --data, --model; or give a config that has them, such as --config quickstart",
