@@ -2,7 +2,7 @@
 
     python benchmarks/normalised_weights.py [--net resnet56] [--batch 128] [--device cuda]
 
-`share_of_step` says how it is measured. Each way computes all weights, and the gradients of what
+`share_of_step` says how it is measured. Each computes all weights, and the gradients of what
 they are computed from, once, and what ours do after a step. `torch` is
 `torch.nn.utils.parametrizations.weight_norm`, `formula` plain operations under autograd.
 """
@@ -46,7 +46,7 @@ def by_formula(net: nn.Module) -> None:
         parametrize.register_parametrization(conv, "weight", Formula(conv.weight))
 
 
-WAYS: dict[str, Callable[[nn.Module], object]] = {
+FORMS: dict[str, Callable[[nn.Module], object]] = {
     "torch": by_torch,
     "formula": by_formula,
     "weight": functools.partial(apply_weight_norm, kind="weight"),
@@ -54,26 +54,25 @@ WAYS: dict[str, Callable[[nn.Module], object]] = {
     "bounded, L1": functools.partial(apply_weight_norm, p=1),
     "bounded, L∞": functools.partial(apply_weight_norm, p=math.inf),
     "bounded, gains": functools.partial(apply_weight_norm, gain="channel"),
-    "bounded, not cached": functools.partial(apply_weight_norm, cache=False),
     "bounded, projected": functools.partial(apply_weight_norm, project=True),
 }
 
 
 def make_additions(step: Step) -> dict[str, Call]:
-    """Return what each way adds."""
-    return {name: make_addition(copy.deepcopy(step.net), way) for name, way in WAYS.items()}
+    """Return what each form adds."""
+    return {name: make_addition(copy.deepcopy(step.net), form) for name, form in FORMS.items()}
 
 
 def make_addition(net: nn.Module, normalise: Callable[[nn.Module], object]) -> Call:
     """Return what computes all weights and the gradients behind them, as in a later step."""
     normalise(net)
     layers = convs(net)
-    hidden = [q for layer in layers for q in layer.parametrizations.parameters()]  # type: ignore[union-attr]
+    originals = [q for layer in layers for q in layer.parametrizations.parameters()]  # type: ignore[union-attr]
     grads = [torch.randn_like(layer.weight) for layer in layers]
-    idle = torch.optim.SGD(hidden, 0.0)  # It has no gradients: its step calls the hooks alone.
+    idle = torch.optim.SGD(originals, 0.0)  # It has no gradients: its step calls the hooks alone.
 
     def run() -> None:
-        torch.autograd.grad([layer.weight for layer in layers], hidden, grads)
+        torch.autograd.grad([layer.weight for layer in layers], originals, grads)
         idle.step()
 
     return run

@@ -7,7 +7,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from nmlightning.callbacks.model_change import ModelChange, warn_of_forgotten
-from nmlightning.errors import InputError, check_flag, check_lists
+from nmlightning.errors import InputError, check_lists
 from nmlightning.parametrizations import WeightNorm, apply_weight_norm
 from nmlightning.parametrizations.layers import LayerKind, normalised_weights
 from nmlightning.parametrizations.optimizers import live_optimizers
@@ -40,15 +40,12 @@ class WeightNormSwap(ModelChange):
         p: 1, 2 or "inf".
         rho: "init", or a number: ρ, and the norm that gains begin with.
         gain: "none", "channel" or "layer"; None means what the kind has by default.
-        project: bring the hidden weights of each channel to ρ now and after each step.
+        project: bring the unnormalised weight of each channel to ρ now and after each step.
         layers: kinds of layers, whose weights are normalised but for the output layer's: "conv",
             "linear", "recurrent", "embedding". None means convolutions, or none where `include`
             names weights.
         include: glob patterns on names of parameters that are normalised as well.
         exclude: glob patterns on names that are left alone.
-        cache: compute each weight once for all batches between two optimizer steps. It is not
-            done where FSDP shards weights, to save their memory. Likewise in evaluation, until
-            `train()` or `eval()` is called.
 
     Raises:
         InputError: on construction for a setting that is not allowed; in setup for a pattern that
@@ -70,7 +67,6 @@ class WeightNormSwap(ModelChange):
         layers: Sequence[LayerKind] | None = None,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
-        cache: bool = True,
     ) -> None:
         super().__init__()
         check_lists(layers=layers or (), include=include, exclude=exclude)
@@ -85,16 +81,13 @@ class WeightNormSwap(ModelChange):
             "exclude": tuple(exclude),
         }
         self.recipe()  # raises where a setting is not allowed
-        self.cache = check_flag("cache", cache)
 
     def change(self, module: nn.Module) -> bool:
         """Normalise weights of `module`, note it there, and return whether that did anything."""
         recipe = self.recipe()
         if any(recipe.items() <= note.items() for note in recipes_of(module, WEIGHT_NORM)):
             return False
-        report = apply_weight_norm(
-            module, **self._settings, cache=self.cache, optimizers=live_optimizers(module)
-        )
+        report = apply_weight_norm(module, **self._settings, optimizers=live_optimizers(module))
         note_recipe(module, recipe, report.weights, WEIGHT_NORM)
         rank_zero_info(f"WeightNormSwap: {report}")
         return True

@@ -11,106 +11,32 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from nmlightning.errors import InputError, check_flag, check_lists
-from nmlightning.parametrizations.cache import WeightPass
-from nmlightning.parametrizations.layers import LayerKind, Site, find_normalised_sites, find_sites
-from nmlightning.parametrizations.normalize import let_copy
-from nmlightning.parametrizations.optimizers import homes_of_gains, listed, put_in, take_out
-from nmlightning.parametrizations.weight_norm import NAMES, Gain, Holder, Kind, Settings, WeightNorm
+from nmlightning.errors import InputError, check_lists
+from nmlightning.parametrizations.layers import (
+    LayerKind,
+    NormalisableWeight,
+    find_normalised_weights,
+    find_weights,
+)
+from nmlightning.parametrizations.optimizers import (
+    add_to_param_groups,
+    check_optimizers,
+    param_groups_for_gains,
+    remove_from_optimizers,
+)
+from nmlightning.parametrizations.weight_norm import (
+    NAMES,
+    FastParametrizationList,
+    Gain,
+    Kind,
+    Settings,
+    WeightNorm,
+    register_post_step,
+)
 from nmlightning.weights.channel_norms import channel_norms, is_flat, is_sharded
 from nmlightning.weights.layer_weights import WeightLocation
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def check_model(model: Any) -> None:
-    """Raise InputError for what cannot have its weights normalised, or made plain, as a whole."""
-    if not isinstance(model, nn.Module):
-        raise InputError(f"model is a torch.nn.Module, got {model!r}.")
-    if torch.is_inference_mode_enabled():
-        raise InputError(
-            "Weights cannot be normalised, or made plain, inside torch.inference_mode."
-        )
-    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
-        raise InputError(
-            "The model is wrapped by DistributedDataParallel already, which holds on to the "
-            "weights as they were: normalise them before."
-        )
-
-
-def check_site(site: Site, settings: Settings, *, spare_zeros: bool = False) -> None:
-    """Raise InputError, naming the reason, if a weight cannot be normalised.
-
-    Args:
-        site: the weight.
-        settings: of the norm.
-        spare_zeros: let it have channels that are zero, as it gets other values yet.
-    """
-    reason = (
-        _of_parametrizations(site)
-        or _of_parameter(site.parameter)
-        or _of_places(site)
-        or _of_values(site, spare_zeros)
-        or _of_rho(site.parameter.dtype, settings.rho)
-    )
-    if reason:
-        raise InputError(f"{site.name} {reason}")
-
-
-def _of_parametrizations(site: Site) -> str | None:
-    if site.norm:
-        return "is normalised already; remove_weight_norm undoes that."
-    if site.parametrizations:
-        return f"has a parametrization already ({site.kinds}); remove it first."
-    return None
-
-
-def _of_parameter(parameter: Tensor) -> str | None:
-    if is_lazy(parameter) or parameter.is_meta:
-        return "has no values yet: initialise the model first (with a batch, if it is lazy)."
-    if is_flat(parameter) or is_sharded(parameter):
-        return (
-            "is sharded already: call apply_weight_norm, or let WeightNormSwap, before FSDP "
-            "wraps the model (in configure_model before fully_shard)."
-        )
-    if parameter.dtype not in _DTYPES:
-        return f"is of {parameter.dtype}, and only real floating-point weights have a norm here."
-    return None if parameter.numel() else "has no elements."
-
-
-def _of_places(site: Site) -> str | None:
-    for module in (place.module for place in site.places):
-        if isinstance(module, torch.jit.ScriptModule):
-            return "is in a module that is scripted: normalise it first."
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            if module.max_norm is not None:
-                return f"is renormalised in place by max_norm={module.max_norm:g} already."
-            if module.sparse:
-                return "has sparse gradients, and that of a normalised weight is dense."
-    return None
-
-
-def _of_rho(dtype: torch.dtype, rho: float | None) -> str | None:
-    limits = torch.finfo(dtype)
-    if rho is None or limits.tiny <= rho <= limits.max:
-        return None
-    return f"is of {dtype}, in which rho = {rho:g} is no number: {limits.tiny:g} to {limits.max:g}."
-
-
-def _of_values(site: Site, spare_zeros: bool) -> str | None:
-    norms = channel_norms(site.parameter, math.inf, site.layout)
-    if not norms.isfinite().all():
-        return "has values that are not finite."
-    zero = (norms == 0).nonzero().flatten().tolist()
-    spared = {getattr(place.module, "padding_idx", None) for place in site.places}
-    zero = [channel for channel in zero if channel not in spared]
-    if not zero or spare_zeros:
-        return None
-    shown = ", ".join(map(str, zero[:5])) + (", …" if len(zero) > 5 else "")
-    return (
-        f"has {len(zero)} of {len(norms)} channels that are zero ({shown}), which have no "
-        "direction: initialise the model first, and normalise its weights then."
-    )
 
 
 @dataclass(frozen=True)
@@ -146,7 +72,6 @@ def apply_weight_norm(
     layers: Sequence[LayerKind] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    cache: bool = True,
     optimizers: Optimizer | Iterable[Optimizer] = (),
 ) -> WeightNormReport:
     """Normalise weights of a model: weight norm or bounded weight norm, by L1, L2 or L∞.
@@ -157,7 +82,8 @@ def apply_weight_norm(
     w_i is the weight of output channel i; v_i and g_i are learned; ρ is one number for each weight,
     which stays. The weights are parametrized (`torch.nn.utils.parametrize`): v is the `Parameter`
     that the weight was before, so that optimizers made before move it. Norms accumulate in float32,
-    in float64 for float64.
+    in float64 for float64. A weight is computed at each read; where a forward pass reads one often,
+    as cells in a loop do, `with torch.nn.utils.parametrize.cached():` computes it once.
 
     Args:
         model: initialised before; it is changed in place.
@@ -178,10 +104,6 @@ def apply_weight_norm(
         include: glob patterns on the names of parameters that are normalised as well, whatever they
             are of. A tied weight is normalised once and stays tied.
         exclude: glob patterns on names that are left alone.
-        cache: in training compute all w together, once for all that happens between two optimizer
-            steps, such as the batches of an accumulation; in evaluation, without gradients, each
-            once until `train()` or `eval()` is called. What changes v unseen by torch, in place
-            through `.data` in between, is then not seen either.
         optimizers: those made before, which then move the gains too, in the group of v.
 
     Returns:
@@ -200,20 +122,20 @@ def apply_weight_norm(
         bounded weight norm (L2) on 1 weight
     """
     settings = Settings.of(kind, p, rho, gain, project)
-    check_flag("cache", cache)
     check_lists(layers=layers or (), include=include, exclude=exclude)
-    check_model(model)
-    sites, left = find_sites(model, layers, include, exclude)
-    for site in sites:
-        check_site(site, settings)
-    homes = {} if settings.gain == "none" else homes_of_gains(sites, listed(optimizers))
-    norms = _normalise(sites, settings, cache=cache)
-    for site in sites:
-        gain_parameter = norms[site.name].gain
-        if gain_parameter is not None:
-            put_in(gain_parameter, f"{site.name} gain", homes[site.name])
-    weights = {name: float(norm.rho) for name, norm in norms.items()}
-    return WeightNormReport(settings, weights, tuple(p.name for site in left for p in site.places))
+    _validate_model(model)
+    weights, left = find_weights(model, layers, include, exclude)
+    for weight in weights:
+        _validate_weight(weight, settings)
+    groups = {}
+    if settings.gain != "none":
+        groups = param_groups_for_gains(weights, check_optimizers(optimizers))
+    norms = _normalise(weights, settings)
+    for name, norm in norms.items():
+        if norm.gain is not None:
+            add_to_param_groups(norm.gain, f"{name} gain", groups[name])
+    names_left = tuple(place.name for weight in left for place in weight.places)
+    return WeightNormReport(settings, {k: float(n.rho) for k, n in norms.items()}, names_left)
 
 
 def prepare_for_weights(
@@ -224,33 +146,34 @@ def prepare_for_weights(
     exclude: Sequence[str],
 ) -> None:
     """Normalise weights that are about to be loaded, whatever values they have yet."""
-    sites, _ = find_sites(model, layers, include, exclude)
-    for site in sites:
-        check_site(site, settings, spare_zeros=True)
-    _normalise(sites, settings, cache=True)
+    weights, _ = find_weights(model, layers, include, exclude)
+    for weight in weights:
+        _validate_weight(weight, settings, spare_zeros=True)
+    _normalise(weights, settings)
 
 
-def _normalise(sites: Sequence[Site], settings: Settings, *, cache: bool) -> dict[str, WeightNorm]:
-    together, norms = WeightPass(), {}
-    positions = {site.name: site.positions for site in sites}
-    for site in sites:
-        norm = WeightNorm(site.parameter, settings, site.layout, cache=cache, weight_pass=together)
-        norm.positions = positions[site.name]
-        for holder in [_register(place, norm) for place in site.places]:
-            norm.hidden.add_holder(holder)
+def _normalise(weights: Sequence[NormalisableWeight], settings: Settings) -> dict[str, WeightNorm]:
+    norms = {}
+    positions = [weight.positions for weight in weights]  # before any is moved
+    for weight, own_positions in zip(weights, positions, strict=True):
+        norm = WeightNorm(weight.parameter, settings, weight.layout)
+        norm.positions = own_positions
+        computed = [_register(place, norm) for place in weight.places]
+        norm.is_registered = True
         if settings.project:
-            norm.project()
-        norms[site.name] = norm
+            computed[0].project()
+        norms[weight.name] = norm
     return norms
 
 
-def _register(place: WeightLocation, norm: WeightNorm) -> Holder:
+def _register(place: WeightLocation, norm: WeightNorm) -> FastParametrizationList:
     _unshare_class(place.module)
     parametrize.register_parametrization(place.module, place.attribute, norm)
-    let_copy(place.module)
-    holder = place.parametrizations
-    holder.__class__ = Holder  # Torch takes no other class than its own.
-    return holder  # type: ignore[return-value]
+    _let_copy(place.module)
+    computed: Any = place.parametrizations
+    computed.__class__ = FastParametrizationList  # Torch takes no other class than its own.
+    register_post_step(computed)
+    return computed  # type: ignore[no-any-return]
 
 
 def remove_weight_norm(
@@ -273,25 +196,29 @@ def remove_weight_norm(
             parametrizations, too. Nothing was changed then.
     """
     check_lists(include=include, exclude=exclude)
-    check_model(model)
-    sites = find_normalised_sites(model, include, exclude)
-    norms = [site.norm for site in sites]
-    for site in sites:
-        _make_plain(site)
-    take_out([norm.gain for norm in norms if norm is not None and norm.gain is not None])
-    return [site.name for site in sites]
+    _validate_model(model)
+    weights = find_normalised_weights(model, include, exclude)
+    norms = [weight.norm for weight in weights]
+    for weight in weights:
+        _make_plain(weight)
+    remove_from_optimizers([n.gain for n in norms if n is not None and n.gain is not None])
+    return [weight.name for weight in weights]
 
 
 @torch.no_grad()
-def _make_plain(site: Site) -> None:
-    norm = site.norm
+def _make_plain(weight: NormalisableWeight) -> None:
+    norm = weight.norm
     assert norm is not None
-    value = norm(site.parameter).clone()
-    for place, position in zip(site.places, norm.positions, strict=True):
-        _unshare_class(place.module)
-        parametrize.remove_parametrizations(place.module, place.attribute, leave_parametrized=False)
-        _move(place.module._parameters, place.attribute, position)
-    site.parameter.copy_(value)
+    value = norm(weight.parameter).clone()
+    for place, position in zip(weight.places, norm.positions, strict=True):
+        module, name = place.module, place.attribute
+        _unshare_class(module)
+        parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+        order = [other for other in module._parameters if other != name]
+        order.insert(position, name)
+        for each in order:
+            module._parameters[each] = module._parameters.pop(each)
+    weight.parameter.copy_(value)
 
 
 def _unshare_class(module: nn.Module) -> None:
@@ -306,9 +233,109 @@ def _unshare_class(module: nn.Module) -> None:
         module.__class__ = type(cls.__name__, cls.__bases__, kept)
 
 
-def _move(parameters: dict[str, Any], name: str, position: int) -> None:
-    """Give an entry the position that it had."""
-    names = [other for other in parameters if other != name]
-    names.insert(position, name)
-    for each in names:
-        parameters[each] = parameters.pop(each)
+def _let_copy(module: nn.Module) -> None:
+    """Let a recurrent layer be deep-copied though it holds weights that were computed.
+
+    It keeps those of its last forward in a list, where torch refuses to copy what has a graph. The
+    copy computes its own before they are used.
+    """
+    cls: Any = type(module)  # of its own, as it is parametrized
+    if isinstance(module, nn.RNNBase) and cls.__deepcopy__ is not _copy_recurrent:
+        cls._copy_parametrized = cls.__deepcopy__
+        cls.__deepcopy__ = _copy_recurrent
+
+
+def _copy_recurrent(self: Any, memo: dict[int, Any]) -> Any:
+    for w in self._flat_weights:
+        if w is not None and not w.is_leaf:
+            memo[id(w)] = w.detach()
+    return self._copy_parametrized(memo)
+
+
+def _validate_model(model: Any) -> None:
+    """Raise InputError for what cannot have its weights normalised, or made plain, as a whole."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a torch.nn.Module, got {model!r}.")
+    if torch.is_inference_mode_enabled():
+        raise InputError(
+            "Weights cannot be normalised, or made plain, inside torch.inference_mode."
+        )
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+        raise InputError(
+            "The model is wrapped by DistributedDataParallel already, which holds on to the "
+            "weights as they were: normalise them before."
+        )
+
+
+def _validate_weight(
+    weight: NormalisableWeight, settings: Settings, *, spare_zeros: bool = False
+) -> None:
+    """Raise InputError, naming the reason, if a weight cannot be normalised.
+
+    With `spare_zeros` it may have channels that are zero, as it gets other values yet.
+    """
+    reason = (
+        _validate_parametrizations(weight)
+        or _validate_parameter(weight.parameter)
+        or _validate_places(weight)
+        or _validate_values(weight, spare_zeros)
+        or _validate_rho(weight.parameter.dtype, settings.rho)
+    )
+    if reason:
+        raise InputError(f"{weight.name} {reason}")
+
+
+def _validate_parametrizations(weight: NormalisableWeight) -> str | None:
+    if weight.norm:
+        return "is normalised already; remove_weight_norm undoes that."
+    if weight.parametrizations:
+        return f"has a parametrization already ({weight.kinds}); remove it first."
+    return None
+
+
+def _validate_parameter(parameter: Tensor) -> str | None:
+    if is_lazy(parameter) or parameter.is_meta:
+        return "has no values yet: initialise the model first (with a batch, if it is lazy)."
+    if is_flat(parameter) or is_sharded(parameter):
+        return (
+            "is sharded already: call apply_weight_norm, or let WeightNormSwap, before FSDP "
+            "wraps the model (in configure_model before fully_shard)."
+        )
+    if parameter.dtype not in _DTYPES:
+        return f"is of {parameter.dtype}, and only real floating-point weights have a norm here."
+    return None if parameter.numel() else "has no elements."
+
+
+def _validate_places(weight: NormalisableWeight) -> str | None:
+    for module in (place.module for place in weight.places):
+        if isinstance(module, torch.jit.ScriptModule):
+            return "is in a module that is scripted: normalise it first."
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            if module.max_norm is not None:
+                return f"is renormalised in place by max_norm={module.max_norm:g} already."
+            if module.sparse:
+                return "has sparse gradients, and that of a normalised weight is dense."
+    return None
+
+
+def _validate_rho(dtype: torch.dtype, rho: float | None) -> str | None:
+    limits = torch.finfo(dtype)
+    if rho is None or limits.tiny <= rho <= limits.max:
+        return None
+    return f"is of {dtype}, in which rho = {rho:g} is no number: {limits.tiny:g} to {limits.max:g}."
+
+
+def _validate_values(weight: NormalisableWeight, spare_zeros: bool) -> str | None:
+    norms = channel_norms(weight.parameter, math.inf, weight.layout)
+    if not norms.isfinite().all():
+        return "has values that are not finite."
+    zero = (norms == 0).nonzero().flatten().tolist()
+    spared = {getattr(place.module, "padding_idx", None) for place in weight.places}
+    zero = [channel for channel in zero if channel not in spared]
+    if not zero or spare_zeros:
+        return None
+    shown = ", ".join(map(str, zero[:5])) + (", …" if len(zero) > 5 else "")
+    return (
+        f"has {len(zero)} of {len(norms)} channels that are zero ({shown}), which have no "
+        "direction: initialise the model first, and normalise its weights then."
+    )

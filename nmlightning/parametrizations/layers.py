@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -11,7 +11,6 @@ from torch.nn.utils import parametrize
 from nmlightning.errors import InputError, check_choice
 from nmlightning.name_patterns import matches, some
 from nmlightning.optim.param_groups import find_output_layer
-from nmlightning.parametrizations.normalize import attention_weights, recurrent_weights
 from nmlightning.parametrizations.weight_norm import Settings, WeightNorm
 from nmlightning.weights.channel_norms import ChannelLayout
 from nmlightning.weights.layer_weights import (
@@ -54,25 +53,22 @@ def kind_of(module: nn.Module) -> LayerKind | None:
 def weights_of(module: nn.Module) -> list[str]:
     """Return the names of the weights that a layer of some kind computes with.
 
-    Those of `nn.MultiheadAttention` are its projections into heads; the one out of them is an
-    `nn.Linear` inside it.
+    Those of `nn.MultiheadAttention` are its projections into heads, three where their widths
+    differ; the one out of them is an `nn.Linear` inside it. Those of a recurrent layer are its
+    matrices, those that `proj_size` adds too.
     """
     if isinstance(module, nn.MultiheadAttention):
-        return attention_weights(module)
+        names = ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
+        return ["in_proj_weight"] if module._qkv_same_embed_dim else names
     if isinstance(module, nn.RNNBase):
-        return recurrent_weights(module)
+        return [name for name in module._flat_weights_names if name.startswith("weight_")]
     if isinstance(module, nn.RNNCellBase):
         return ["weight_ih", "weight_hh"]
     return ["weight"] if kind_of(module) else []
 
 
-def is_plain(module: nn.Module, weight: str) -> bool:
-    """Whether a weight is a parameter, or one under a parametrization of torch."""
-    return weight in module._parameters or parametrize.is_parametrized(module, weight)
-
-
 @dataclass(frozen=True, eq=False)
-class Site:
+class NormalisableWeight:
     """One weight, and all places that it is in: several where it is tied."""
 
     parameter: nn.Parameter
@@ -120,12 +116,12 @@ class Site:
         return any(matches(place.name, patterns) for place in self.places)
 
 
-def find_sites(
+def find_weights(
     model: nn.Module,
     layers: Sequence[str] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-) -> tuple[list[Site], list[Site]]:
+) -> tuple[list[NormalisableWeight], list[NormalisableWeight]]:
     """Return the weights to normalise, and those of the output layer that are not for that.
 
     Args:
@@ -140,64 +136,67 @@ def find_sites(
         InputError: another kind; a pattern that matches no weight, or none left; a layer whose
             weight is no parameter, as pruning leaves it.
     """
-    kinds, sites = choose_layers(layers, include), _all_sites(model)
-    _check_patterns(model, sites, (*include, *exclude))
+    kinds, weights = choose_layers(layers, include), _all_weights(model)
+    _check_patterns(model, weights, (*include, *exclude))
     _check_no_computed_weight(model, kinds, exclude)
     output = find_output_layer(model)
-    chosen: list[Site] = []
-    left: list[Site] = []
-    for site in sites:
-        if site.matches(exclude):
+    chosen: list[NormalisableWeight] = []
+    left: list[NormalisableWeight] = []
+    for weight in weights:
+        if weight.matches(exclude):
             continue
-        if site.matches(include):
-            chosen.append(site)
-        elif site.is_of(kinds):
-            (left if any(place.module is output for place in site.places) else chosen).append(site)
+        if weight.matches(include):
+            chosen.append(weight)
+        elif weight.is_of(kinds):
+            (left if any(place.module is output for place in weight.places) else chosen).append(
+                weight
+            )
     if not chosen:
-        but = (
-            f", and {left[0].name} is of the output layer, which include has to name"
-            if left
-            else ""
-        )
+        output_layer = [
+            f", and {w.name} is of the output layer, which include has to name" for w in left
+        ]
         raise InputError(
-            f"{type(model).__name__} has no weight to normalise: layers is {list(kinds)}{but}; "
-            f"choose others, or name weights by include. It has {some([s.name for s in sites])}."
+            f"{type(model).__name__} has no weight to normalise: layers is {list(kinds)}"
+            f"{''.join(output_layer[:1])}; "
+            f"choose others, or name weights by include. It has {some([w.name for w in weights])}."
         )
     return chosen, left
 
 
-def find_normalised_sites(
+def find_normalised_weights(
     model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()
-) -> list[Site]:
-    """Return the weights that are normalised; the patterns as for `find_sites`.
+) -> list[NormalisableWeight]:
+    """Return the weights that are normalised; the patterns as for `find_weights`.
 
     Raises:
         InputError: a pattern that matches none of them, none left, or one with other
             parametrizations, too.
     """
-    sites = _all_sites(model)
-    _check_patterns(model, sites, (*include, *exclude))
-    included = [site for site in sites if site.matches(include)] if include else sites
-    chosen = [site for site in included if site.norm and not site.matches(exclude)]
+    weights = _all_weights(model)
+    _check_patterns(model, weights, (*include, *exclude))
+    included = [weight for weight in weights if weight.matches(include)] if include else weights
+    chosen = [weight for weight in included if weight.norm and not weight.matches(exclude)]
     if not chosen:
         raise InputError(f"{type(model).__name__} has no normalised weight.")
-    for site in chosen:
-        if len(site.parametrizations) > 1:
-            raise InputError(f"{site.name} has several parametrizations ({site.kinds}).")
+    for weight in chosen:
+        if len(weight.parametrizations) > 1:
+            raise InputError(f"{weight.name} has several parametrizations ({weight.kinds}).")
     return chosen
 
 
 def normalised_weights(model: nn.Module) -> dict[str, Settings]:
     """Return the settings of each weight that is normalised, by its name."""
-    return {site.name: site.norm.settings for site in _all_sites(model) if site.norm}
+    return {weight.name: weight.norm.settings for weight in _all_weights(model) if weight.norm}
 
 
-def _check_patterns(model: nn.Module, sites: Sequence[Site], patterns: Sequence[str]) -> None:
+def _check_patterns(
+    model: nn.Module, weights: Sequence[NormalisableWeight], patterns: Sequence[str]
+) -> None:
     for pattern in patterns:
-        if not any(site.matches([pattern]) for site in sites):
+        if not any(weight.matches([pattern]) for weight in weights):
             raise InputError(
                 f"The pattern {pattern!r} matches no weight of two or more dimensions in "
-                f"{type(model).__name__}; there is {some([site.name for site in sites])}."
+                f"{type(model).__name__}; there is {some([w.name for w in weights])}."
             )
 
 
@@ -206,7 +205,9 @@ def _check_no_computed_weight(
 ) -> None:
     for path, module in plain_modules(model):
         names = weights_of(module) if kind_of(module) in kinds else []
-        for weight in (name for name in names if not is_plain(module, name)):
+        for weight in names:
+            if weight in module._parameters or parametrize.is_parametrized(module, weight):
+                continue
             parts = [
                 WeightLocation(module, path, own).name
                 for own in matrices(module)
@@ -220,16 +221,12 @@ def _check_no_computed_weight(
                 )
 
 
-def _all_sites(model: nn.Module) -> list[Site]:
-    sites: dict[int, Site] = {}
+def _all_weights(model: nn.Module) -> list[NormalisableWeight]:
+    weights: dict[int, NormalisableWeight] = {}
     for place in find_locations(model):
-        parameter = _parameter(place)
-        sites.setdefault(id(parameter), Site(parameter)).places.append(place)
-    return list(sites.values())
-
-
-def _parameter(place: WeightLocation) -> nn.Parameter:
-    computed = place.parametrizations
-    if computed is not None:
-        return next(computed.parameters(recurse=False))
-    return place.module._parameters[place.attribute]  # type: ignore[return-value]
+        computed, own = place.parametrizations, place.module._parameters
+        parameter: Any = (
+            own[place.attribute] if computed is None else next(computed.parameters(recurse=False))
+        )
+        weights.setdefault(id(parameter), NormalisableWeight(parameter)).places.append(place)
+    return list(weights.values())

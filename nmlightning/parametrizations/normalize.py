@@ -1,4 +1,4 @@
-"""Normalises weights to given channel norms: the implementations, and torch's internals they need.
+"""Normalises weights to given channel norms, by the fastest implementation for each layout.
 
 w_i = s_i v_i / n_i,        dv_i = s_i/n_i (dw_i − ⟨dw_i, v_i⟩/n_i · ∂n_i/∂v_i)
                                 ds_i = ⟨dw_i, v_i⟩/n_i
@@ -9,34 +9,95 @@ Sums and products are in the dtype of the norms: float32, float64 for float64.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nmlightning.weights.channel_norms import ROWS, ChannelLayout, row_norms
 
+Form = tuple[float, ChannelLayout]
+_ELEMENTS_IN_CACHE = 2**16
 
-def normalise_by_kernel(v: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Return s_i v_i / ‖v_i‖₂ and ‖v_i‖₂, (C, 1, …), as torch's own weight norm does.
 
-    NaN or infinite where a norm is 0, also where its square only underflows.
+def normalise_channels(v: Tensor, scales: Tensor, p: float, layout: ChannelLayout = ROWS) -> Tensor:
+    """Return w_i = s_i v_i / ‖v_i‖_p for every output channel i; 0 where v_i is 0.
+
+    It is made of plain operations, which compile, export, transform (`torch.func`) and can be
+    differentiated any number of times. `normalise_weight` gives the same in less time.
 
     Args:
-        v: (C, …), contiguous, float32 or float64.
-        columns: s, (C, 1, …), of the same dtype.
+        v: (C, …), or as `layout` says; a vector is one channel. Any floating-point dtype.
+        scales: s, (C,) or one element.
+        p: 1, 2 or `math.inf`.
+        layout: where the output channels are.
+
+    Returns:
+        w, of the shape and dtype of v. Norms accumulate in float32, in float64 for float64, and the
+        product with them is rounded to the dtype of v once.
+
+    Example:
+        >>> normalise_channels(torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor(10.0), 2)
+        tensor([[ 6.,  8.],
+                [ 0., 10.]])
     """
-    w, norms = torch._weight_norm_interface(v, columns, 0)
-    return w, norms
+    if v.dim() == 1:
+        return normalise_channels(v[None], scales, p, layout)[0]
+    factors, norms = _spare_zeros(scales, _norms_by_first(layout.rows(v), p))
+    return (v * layout.spread(factors / norms, v)).to(v.dtype)
 
 
-def differentiate_by_kernel(
-    dw: Tensor, v: Tensor, columns: Tensor, norms: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return dv and ds, (C, 1, …), of `normalise_by_kernel`."""
-    dv, ds = torch.ops.aten._weight_norm_interface_backward(dw, v, columns, norms, 0)
-    return dv, ds
+def normalise_weight(v: Tensor, scales: Tensor, p: float, layout: ChannelLayout = ROWS) -> Tensor:
+    """Return `normalise_channels` in less time, of a v that nothing records or transforms."""
+    if torch.is_grad_enabled():
+        return NormalisedWeight.apply(v, scales, (p, layout))  # type: ignore[no-any-return]
+    form = p, layout
+    w, _ = select_implementation(v, scales, form).normalise(v, scales, form)
+    return w
+
+
+class NormalisedWeight(torch.autograd.Function):
+    """`normalise_weight`: `apply(v, s, form)` returns w.
+
+    One graph may serve several backward passes, so that a weight can be computed once for many of
+    them. For that it holds v itself; as torch does, it checks that v was not changed since.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, scales: Tensor, form: Form) -> Tensor:
+        ctx.implementation = select_implementation(v, scales, form)
+        w: Tensor
+        w, ctx.saved = ctx.implementation.normalise(v, scales, form)
+        ctx.inputs, ctx.versions = (v, scales, form), (v._version, scales._version)
+        return w
+
+    @staticmethod
+    def backward(ctx: Any, dw: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        v, scales, form = ctx.inputs
+        v_needs, scales_need, _ = ctx.needs_input_grad
+        if (v._version, scales._version) != ctx.versions:
+            raise RuntimeError(
+                "A weight that is normalised was changed in place since the forward pass, so the "
+                "gradient of that pass cannot be computed any more."
+            )
+        if torch.is_grad_enabled():
+            return *_differentiable_gradients(dw, v_needs, scales_need, v, scales, form), None
+        dv, ds = ctx.implementation.gradients(dw, v, scales, form, ctx.saved)
+        if not scales_need:
+            return dv, None, None
+        ds = ds if scales.numel() == ds.numel() else ds.sum()
+        return dv if v_needs else None, ds.view(scales.shape).to(scales.dtype), None
+
+
+def _differentiable_gradients(
+    dw: Tensor, v_needs: bool, scales_need: bool, v: Tensor, scales: Tensor, form: Form
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return dv and ds as part of a graph, for second derivatives."""
+    inputs = [x for x, is_needed in ((v, v_needs), (scales, scales_need)) if is_needed]
+    w = normalise_channels(v, scales.flatten(), *form)
+    grads = iter(torch.autograd.grad(w, inputs, dw, create_graph=True))
+    return next(grads) if v_needs else None, next(grads) if scales_need else None
 
 
 def is_recorded() -> bool:
@@ -48,53 +109,11 @@ def is_recorded() -> bool:
     )
 
 
-def is_captured(v: Tensor) -> bool:
-    """Return whether a CUDA graph is being made, which has to hold the computation of w."""
-    return v.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def recurrent_weights(layer: nn.RNNBase) -> list[str]:
-    """Return the names of a recurrent layer's matrices, those that `proj_size` adds too."""
-    return [name for name in layer._flat_weights_names if name.startswith("weight_")]
-
-
-def attention_weights(layer: nn.MultiheadAttention) -> list[str]:
-    """Return the names of the matrices that project into heads: one, or three of other widths."""
-    names = ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
-    return ["in_proj_weight"] if layer._qkv_same_embed_dim else names
-
-
-def let_copy(module: nn.Module) -> None:
-    """Let a recurrent layer be deep-copied though it holds weights that were computed.
-
-    It keeps those of its last forward in a list, where torch refuses to copy what has a graph. The
-    copy computes its own before they are used.
-    """
-    cls: Any = type(module)  # of its own, as it is parametrized
-    if isinstance(module, nn.RNNBase) and cls.__deepcopy__ is not _copy_recurrent:
-        cls._copy_parametrized = cls.__deepcopy__
-        cls.__deepcopy__ = _copy_recurrent
-
-
-def _copy_recurrent(self: Any, memo: dict[int, Any]) -> Any:
-    for w in self._flat_weights:
-        if w is not None and not w.is_leaf:
-            memo[id(w)] = w.detach()
-    return self._copy_parametrized(memo)
-
-
-Form = tuple[float, ChannelLayout]
-_ELEMENTS_IN_CACHE = 2**16
-
-
-class Way(Protocol):
-    """One way. `saved` is what its derivative needs.
-
-    s has one element, or one for each channel, also as `as_column` gives it.
-    """
+class Implementation(Protocol):
+    """Computes w from v, and its derivative; s has one element, or one for each channel."""
 
     def normalise(self, v: Tensor, scales: Tensor, form: Form) -> tuple[Tensor, Any]:
-        """Return w and `saved`."""
+        """Return w, and what `gradients` needs as `saved`."""
 
     def gradients(
         self, dw: Tensor, v: Tensor, scales: Tensor, form: Form, saved: Any
@@ -102,8 +121,8 @@ class Way(Protocol):
         """Return dv, and ds of each channel, even where s is one element."""
 
 
-def choose_way(v: Tensor, scales: Tensor, form: Form) -> Way:
-    """Return the fastest way for a weight; a vector is one channel."""
+def select_implementation(v: Tensor, scales: Tensor, form: Form) -> Implementation:
+    """Return the fastest implementation for a weight; a vector is one channel."""
     p, layout = form
     if layout.transposed_groups is not None:
         return BY_FORMULA
@@ -121,8 +140,8 @@ class _ByKernel:
     """
 
     def normalise(self, v: Tensor, scales: Tensor, form: Form) -> tuple[Tensor, Any]:
-        columns = scales if scales.dim() == v.dim() else as_column(scales, v)
-        w, norms = normalise_by_kernel(v, columns)
+        columns = scales.expand(v.shape[0]).contiguous().view(v.shape[0], *[1] * (v.dim() - 1))
+        w, norms = torch._weight_norm_interface(v, columns, 0)
         if v.shape[0] and norms.amin() == 0:
             columns, norms = _spare_zeros(columns, norms)
             w = v * (columns / norms)
@@ -131,7 +150,8 @@ class _ByKernel:
     def gradients(
         self, dw: Tensor, v: Tensor, scales: Tensor, form: Form, saved: Any
     ) -> tuple[Tensor, Tensor]:
-        return differentiate_by_kernel(dw.contiguous(), v, *saved)
+        dv, ds = torch.ops.aten._weight_norm_interface_backward(dw.contiguous(), v, *saved, 0)
+        return dv, ds
 
 
 class _ByRows:
@@ -182,33 +202,6 @@ class _ByFormula:
 BY_KERNEL, BY_ROWS, BY_FORMULA = _ByKernel(), _ByRows(), _ByFormula()
 
 
-def normalise_channels(v: Tensor, scales: Tensor, p: float, layout: ChannelLayout = ROWS) -> Tensor:
-    """Return w_i = s_i v_i / ‖v_i‖_p for every output channel i; 0 where v_i is 0.
-
-    It is made of plain operations, which compile, export, transform (`torch.func`) and can be
-    differentiated any number of times. `normalise_together` gives the same in less time.
-
-    Args:
-        v: (C, …), or as `layout` says; a vector is one channel. Any floating-point dtype.
-        scales: s, (C,) or one element.
-        p: 1, 2 or `math.inf`.
-        layout: where the output channels are.
-
-    Returns:
-        w, of the shape and dtype of v. Norms accumulate in float32, in float64 for float64, and the
-        product with them is rounded to the dtype of v once.
-
-    Example:
-        >>> normalise_channels(torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor(10.0), 2)
-        tensor([[ 6.,  8.],
-                [ 0., 10.]])
-    """
-    if v.dim() == 1:
-        return normalise_channels(v[None], scales, p, layout)[0]
-    factors, norms = _spare_zeros(scales, _norms_by_first(layout.rows(v), p))
-    return (v * layout.spread(factors / norms, v)).to(v.dtype)
-
-
 def _norms_by_first(rows: Tensor, p: float) -> Tensor:
     """Return ‖row‖_p, whose derivative for p = ∞ is that of the first of several largest."""
     if p != math.inf:
@@ -224,14 +217,6 @@ def _spare_zeros(scales: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
     """Return scales that are 0 where the norm is, and norms that are 1 there."""
     is_zero = norms == 0
     return scales * ~is_zero, norms.masked_fill(is_zero, 1.0)
-
-
-def as_column(scales: Tensor, v: Tensor, layout: ChannelLayout = ROWS) -> Tensor:
-    """Return s as (C, 1, …), one element for each channel, as the kernels take it."""
-    channels = layout.channels(v.shape)
-    if scales.numel() != channels:
-        scales = scales.expand(channels).contiguous()
-    return scales.view(channels, *[1] * (v.dim() - 1))
 
 
 def _subtract_along_norm(x: Tensor, v: Tensor, norms: Tensor, factors: Tensor, p: float) -> None:
@@ -273,91 +258,3 @@ def _as_in_memory(rows: Tensor, v: Tensor) -> Tensor:
 def _memory_order(v: Tensor) -> tuple[int, ...]:
     """Return dimension 0, then the others as they follow each other in memory."""
     return (0, *sorted(range(1, v.dim()), key=v.stride, reverse=True))
-
-
-def normalise_together(
-    vs: Sequence[Tensor], scales: Sequence[Tensor], forms: Sequence[Form]
-) -> Sequence[Tensor]:
-    """Return `normalise_channels` of each v, by one node of the autograd graph.
-
-    The node waits for the gradients of all weights before it gives any back, and gives none to a
-    weight that has none.
-
-    Args:
-        vs: as for `normalise_channels`.
-        scales: of each; `as_column` of them, once made, spares time.
-        forms: p and the layout of each.
-    """
-    if torch.is_grad_enabled():
-        return NormalisedWeights.apply(tuple(forms), *vs, *scales)  # type: ignore[no-any-return]
-    each = zip(vs, scales, forms, strict=True)
-    return [choose_way(v, s, form).normalise(v, s, form)[0] for v, s, form in each]
-
-
-class NormalisedWeights(torch.autograd.Function):
-    """`normalise_together`: `apply(forms, v_1, …, v_n, s_1, …, s_n)` returns w_1, …, w_n.
-
-    One graph may serve several backward passes, so that weights can be computed once for many
-    batches. For that it holds v itself; as torch does, it checks that v was not changed since.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, forms: tuple[Form, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
-        vs, scales = tensors[: len(forms)], tensors[len(forms) :]
-        weights, ctx.done = [], []
-        for v, s, form in zip(vs, scales, forms, strict=True):
-            way = choose_way(v, s, form)
-            w, saved = way.normalise(v, s, form)
-            weights.append(w)
-            ctx.done.append((v, s, form, way, saved, v._version, s._version))
-        ctx.set_materialize_grads(False)
-        sources = zip(weights, vs, scales, strict=True)
-        frozen = [w for w, v, s in sources if not (v.requires_grad or s.requires_grad)]
-        ctx.mark_non_differentiable(*frozen)
-        return tuple(weights)
-
-    @staticmethod
-    def backward(ctx: Any, *dws: Tensor | None) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[1:]
-        count = len(dws)
-        grads: list[Tensor | None] = [None for _ in needed]
-        for i, (dw, done) in enumerate(zip(dws, ctx.done, strict=True)):
-            if dw is not None:
-                grads[i], grads[count + i] = _gradients(dw, needed[i], needed[count + i], *done)
-        return None, *grads
-
-
-def _gradients(
-    dw: Tensor,
-    v_needs: bool,
-    scales_need: bool,
-    v: Tensor,
-    scales: Tensor,
-    form: Form,
-    way: Any,
-    saved: Any,
-    *versions: int,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return dv and ds, where they are needed."""
-    if (v._version, scales._version) != versions:
-        raise RuntimeError(
-            "A weight that is normalised was changed in place since the forward pass, so the "
-            "gradient of that pass cannot be computed any more."
-        )
-    if torch.is_grad_enabled():
-        return _differentiable_gradients(dw, v_needs, scales_need, v, scales, form)
-    dv, ds = way.gradients(dw, v, scales, form, saved)
-    if not scales_need:
-        return dv, None
-    ds = ds if scales.numel() == ds.numel() else ds.sum()
-    return dv if v_needs else None, ds.view(scales.shape).to(scales.dtype)
-
-
-def _differentiable_gradients(
-    dw: Tensor, v_needs: bool, scales_need: bool, v: Tensor, scales: Tensor, form: Form
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return dv and ds as part of a graph, for second derivatives."""
-    inputs = [x for x, is_needed in ((v, v_needs), (scales, scales_need)) if is_needed]
-    w = normalise_channels(v, scales.flatten(), *form)
-    grads = iter(torch.autograd.grad(w, inputs, dw, create_graph=True))
-    return next(grads) if v_needs else None, next(grads) if scales_need else None

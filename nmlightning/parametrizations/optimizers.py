@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from nmlightning.errors import InputError
-from nmlightning.parametrizations.layers import Site
+from nmlightning.parametrizations.layers import NormalisableWeight
 
 Group = dict[str, Any]
 
 
-def listed(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
+def check_optimizers(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
     """Return one or several optimizers as a list, or raise InputError for anything else."""
     several = [optimizers] if hasattr(optimizers, "param_groups") else optimizers
     found: list[Any] = list(several) if isinstance(several, Iterable) else [several]
@@ -23,8 +23,8 @@ def listed(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
     return found
 
 
-def homes_of_gains(
-    sites: Iterable[Site], optimizers: Sequence[Optimizer]
+def param_groups_for_gains(
+    weights: Iterable[NormalisableWeight], optimizers: Sequence[Optimizer]
 ) -> dict[str, list[Group]]:
     """Return by the name of each weight the parameter groups that its gains belong to.
 
@@ -33,49 +33,44 @@ def homes_of_gains(
             would not move the gains; or one that cannot take any.
     """
     given = {id(optimizer) for optimizer in optimizers}
-    strangers = [x for x in _all_optimizers() if id(x) not in given]
-    homes = {}
-    for site in sites:
-        if any(_groups_with(site.parameter, [x]) for x in optimizers if isinstance(x, LBFGS)):
+    other_optimizers = [x for x in _all_optimizers() if id(x) not in given]
+    groups = {}
+    for weight in weights:
+        if any(_groups_with(weight.parameter, [x]) for x in optimizers if isinstance(x, LBFGS)):
             raise InputError(
                 "LBFGS cannot take gains in that it was not made with: make it afterwards."
             )
-        if _groups_with(site.parameter, strangers):
+        if _groups_with(weight.parameter, other_optimizers):
             raise InputError(
-                f"An optimizer that exists already moves {site.name}, and it would not move the "
+                f"An optimizer that exists already moves {weight.name}, and it would not move the "
                 "gain: hand it over as optimizers=…, or make it afterwards."
             )
-        homes[site.name] = _groups_with(site.parameter, optimizers)
-    return homes
+        groups[weight.name] = _groups_with(weight.parameter, optimizers)
+    return groups
 
 
-def put_in(gain: Tensor, name: str, groups: Iterable[Group]) -> None:
-    """Let the parameter groups have a gain, under its name where they have names."""
+def add_to_param_groups(gain: Tensor, name: str, groups: Iterable[Group]) -> None:
+    """Add a gain to the parameter groups, under its name where they have names."""
     for group in groups:
         group["params"].append(gain)
         if "param_names" in group:
             group["param_names"].append(name)
 
 
-def take_out(gains: Sequence[Tensor]) -> None:
-    """Let every optimizer forget the gains."""
+def remove_from_optimizers(gains: Sequence[Tensor]) -> None:
+    """Remove the gains, and their state, from every optimizer."""
     for optimizer in _all_optimizers() if gains else ():
         for gain in gains:
             optimizer.state.pop(gain, None)
             for group in _groups_with(gain, [optimizer]):
-                _take_out_of_group(gain, group)
+                kept = [q is not gain for q in group["params"]]
+                for key in {"params", "param_names"} & group.keys():
+                    group[key] = [x for x, k in zip(group[key], kept, strict=True) if k]
 
 
 def live_optimizers(model: nn.Module) -> list[Optimizer]:
     """Return the optimizers that exist and move a parameter of the model."""
     return [x for x in _all_optimizers() if any(_groups_with(q, [x]) for q in model.parameters())]
-
-
-def _take_out_of_group(gain: Tensor, group: Group) -> None:
-    kept = [q is not gain for q in group["params"]]
-    for key in ("params", "param_names"):
-        if key in group:
-            group[key] = [x for x, is_kept in zip(group[key], kept, strict=True) if is_kept]
 
 
 def _groups_with(parameter: Tensor, optimizers: Iterable[Optimizer]) -> list[Group]:

@@ -5,6 +5,7 @@ from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from nmlightning.errors import InputError, check_whole_number, is_number
 from nmlightning.translation.tokenizer import BOS, EOS, PAD
@@ -88,6 +89,7 @@ def check_length_penalty(alpha: float) -> float:
 
 
 @torch.no_grad()
+@parametrize.cached()  # Normalised weights are read at each token.
 def beam_search(
     net: SequenceModel[State],
     source: Tensor,
@@ -256,6 +258,7 @@ class _Finished:
 
 
 @torch.no_grad()
+@parametrize.cached()
 def greedy_search(
     net: SequenceModel[State], source: Tensor, *, extra_length: int = 50
 ) -> list[list[int]]:

@@ -35,7 +35,6 @@ from nmlightning import (
 )
 from nmlightning.errors import InputError
 from nmlightning.models import CifarResNet
-from nmlightning.parametrizations import cache as weight_pass
 from nmlightning.tasks import ImageClassifier
 from nmlightning.weights.recording_file import FILE_NAME
 
@@ -220,20 +219,6 @@ def test_stochastic_weight_averaging() -> None:
     torch.testing.assert_close(norms, norms[:1].expand(4), rtol=1e-6, atol=0)
 
 
-def test_weights_are_computed_once_for_an_accumulation(monkeypatch: pytest.MonkeyPatch) -> None:
-    module, calls = make(PlModule), []
-    compute = weight_pass.compute_weights
-    monkeypatch.setattr(
-        weight_pass, "compute_weights", lambda *args: calls.append(1) or compute(*args)
-    )
-    twin = copy.deepcopy(module)
-    fit(module, WeightNormSwap(p=1), accumulate_grad_batches=3, limit_val_batches=0, max_epochs=3)
-    assert len(calls) == 2  # one for each step after the first
-    fit(twin, WeightNormSwap(p=1, cache=False), accumulate_grad_batches=3, max_epochs=3)
-    for a, b in zip(module.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
 def test_an_optimizer_made_before_moves_the_gains() -> None:
     module = make(OwnOptimizer)
     fit(module, WeightNormSwap("weight", rho=1.0, include=["net.7.weight"]))
@@ -262,7 +247,6 @@ def test_a_weight_that_was_replaced_since_is_refused() -> None:
         ({"kind": "bound"}, "kind is 'bounded' or 'weight'"),
         ({"p": 3}, "p is 1, 2 or inf, got 3"),
         ({"include": "net.*"}, "include is a list"),
-        ({"cache": "no"}, "cache is True or False"),
     ],
 )
 def test_refuses_settings_at_once(options: dict[str, Any], message: str) -> None:

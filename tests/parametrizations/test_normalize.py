@@ -7,7 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from nmlightning.parametrizations.normalize import NormalisedWeights, normalise_channels
+from nmlightning.parametrizations.normalize import (
+    NormalisedWeight,
+    is_recorded,
+    normalise_channels,
+)
 from nmlightning.weights.channel_norms import ROWS, ChannelLayout, channel_norms
 
 NORMS = [1.0, 2.0, math.inf]
@@ -32,13 +36,12 @@ def make_scales(v: Tensor, layout: ChannelLayout, kind: str) -> Tensor:
 
 
 def apply(v: Tensor, scales: Tensor, p: float, layout: ChannelLayout) -> Tensor:
-    (w,) = NormalisedWeights.apply(((p, layout),), v, scales)
-    return w  # type: ignore[no-any-return]
+    return NormalisedWeight.apply(v, scales, (p, layout))  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("p", NORMS)
 @pytest.mark.parametrize("name", SHAPES)
-def test_has_the_norms_that_are_given(name: str, p: float) -> None:
+def test_normalised_weight_has_the_given_norms(name: str, p: float) -> None:
     v, layout = make(name)
     scales = make_scales(v, layout, "channels")
     w = apply(v, scales, p, layout)
@@ -53,7 +56,7 @@ def test_has_the_norms_that_are_given(name: str, p: float) -> None:
 @pytest.mark.parametrize("kind", ["scalar", "one", "channels"])
 @pytest.mark.parametrize("p", NORMS)
 @pytest.mark.parametrize("name", SHAPES)
-def test_derivatives(name: str, p: float, kind: str) -> None:
+def test_normalised_weight_passes_gradcheck(name: str, p: float, kind: str) -> None:
     v, layout = make(name)
     scales = make_scales(v, layout, kind)
 
@@ -66,7 +69,7 @@ def test_derivatives(name: str, p: float, kind: str) -> None:
 
 @pytest.mark.parametrize("p", NORMS)
 @pytest.mark.parametrize("name", SHAPES)
-def test_one_graph_serves_several_backward_passes(name: str, p: float) -> None:
+def test_normalised_weight_serves_several_backward_passes(name: str, p: float) -> None:
     v, layout = make(name)
     scales = make_scales(v, layout, "channels")
     w = apply(v, scales, p, layout)
@@ -105,14 +108,14 @@ def test_norms_accumulate_in_float32(dtype: torch.dtype, p: float) -> None:
 
 
 @pytest.mark.parametrize("p", NORMS)
-def test_a_large_half_weight_does_not_overflow(p: float) -> None:
+def test_large_half_weight_does_not_overflow(p: float) -> None:
     v = torch.full((2, 4000), 1000.0, dtype=torch.float16)
     w = normalise_channels(v, torch.tensor(1.0), p)
     assert ((w > 0) & w.isfinite()).all()
 
 
 @pytest.mark.parametrize("p", NORMS)
-def test_a_zero_channel_stays_zero_and_has_no_gradient(p: float) -> None:
+def test_zero_channel_stays_zero_and_has_no_gradient(p: float) -> None:
     v, layout = make("conv")
     with torch.no_grad():
         v[1] = 0
@@ -123,26 +126,17 @@ def test_a_zero_channel_stays_zero_and_has_no_gradient(p: float) -> None:
     assert all(x.isfinite().all() for x in (dv, ds))
 
 
-def test_of_several_largest_the_first_has_the_gradient() -> None:
+@pytest.mark.parametrize("normalise", [apply, normalise_channels])
+def test_max_norm_differentiates_the_first_of_several_largest(normalise: Any) -> None:
     v = torch.tensor([[1.0, -3.0, 3.0]], requires_grad=True)
-    apply(v, torch.tensor(3.0), math.inf, ROWS).backward(torch.tensor([[1.0, 0.0, 0.0]]))  # type: ignore[no-untyped-call]
-    assert v.grad is not None
-    torch.testing.assert_close(v.grad, torch.tensor([[1.0, 1 / 3, 0.0]]))
-
-
-def test_the_formula_gives_the_first_the_gradient_too() -> None:
-    v = torch.tensor([[1.0, -1.0, 0.5], [2.0, 2.0, 2.0]], requires_grad=True)
-    dw = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
-    both = [
-        torch.autograd.grad(f(v, torch.tensor(1.0), math.inf, ROWS), v, dw)
-        for f in (apply, normalise_channels)
-    ]
-    torch.testing.assert_close(*both, rtol=0, atol=0)
+    w = normalise(v, torch.tensor(3.0), math.inf, ROWS)
+    (dv,) = torch.autograd.grad(w, v, torch.tensor([[1.0, 0.0, 0.0]]))
+    torch.testing.assert_close(dv, torch.tensor([[1.0, 1 / 3, 0.0]]))
 
 
 @pytest.mark.parametrize("p", NORMS)
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_backward_pass_inside_autocast_is_the_same(name: str, p: float) -> None:
+def test_autocast_changes_no_gradient(name: str, p: float) -> None:
     v, layout = make(name, torch.float32)
     scales = make_scales(v, layout, "channels")
     dw = torch.randn(v.shape, generator=torch.Generator().manual_seed(0))
@@ -152,7 +146,7 @@ def test_a_backward_pass_inside_autocast_is_the_same(name: str, p: float) -> Non
     torch.testing.assert_close(ours, exact, rtol=0, atol=0)
 
 
-def test_a_weight_changed_since_the_forward_pass_has_no_gradient() -> None:
+def test_backward_refuses_a_weight_changed_since_forward() -> None:
     v, layout = make("linear")
     w = apply(v, torch.tensor(1.0, dtype=torch.float64), 2, layout)
     with torch.no_grad():
@@ -163,7 +157,7 @@ def test_a_weight_changed_since_the_forward_pass_has_no_gradient() -> None:
 
 @pytest.mark.parametrize("p", NORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_rank_may_have_no_channel(p: float, dtype: torch.dtype) -> None:
+def test_weight_may_have_no_channel(p: float, dtype: torch.dtype) -> None:
     v = torch.empty(0, 3, 2, dtype=dtype, requires_grad=True)
     w = apply(v, torch.tensor(1.0), p, ROWS)
     assert w.shape == v.shape
@@ -172,7 +166,7 @@ def test_a_rank_may_have_no_channel(p: float, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("p", NORMS)
-def test_a_weight_larger_than_the_cache(p: float) -> None:
+def test_weight_may_be_larger_than_the_cpu_cache(p: float) -> None:
     v = torch.randn(300, 1000, generator=torch.Generator().manual_seed(0)).requires_grad_()
     scales = (torch.arange(300) + 1.0).requires_grad_()
     dw = torch.randn(v.shape, generator=torch.Generator().manual_seed(1))
@@ -180,3 +174,20 @@ def test_a_weight_larger_than_the_cache(p: float) -> None:
     torch.testing.assert_close(ours, theirs)
     gradients = [torch.autograd.grad(w, (v, scales), dw) for w in (ours, theirs)]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated:FutureWarning")
+def test_is_recorded_under_vmap_trace_and_compile() -> None:
+    seen: list[bool] = []
+
+    def note(x: Tensor) -> Tensor:
+        seen.append(is_recorded())
+        return x * 1
+
+    x = torch.ones(2)
+    note(x)
+    torch.func.vmap(note)(x)
+    torch.jit.trace(note, (x,), check_trace=False)  # type: ignore[no-untyped-call]
+    assert seen == [False, True, True]
+    compiled = torch.compile(lambda x: x + is_recorded(), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), x + 1)

@@ -1,4 +1,4 @@
-"""Test which weights of sequence models are normalised by kind, and that such models work on."""
+"""Test which weights are normalised by the kind of their layer, in sequence models."""
 
 import copy
 from collections.abc import Callable
@@ -44,7 +44,7 @@ class Translator(nn.Module):
 
 
 class TiedByFunction(nn.Module):
-    """One whose output layer is no module, but told as Hugging Face's models tell it."""
+    """Its output layer is no module; it names the layer as Hugging Face's models do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ def train(net: nn.Module, steps: int, **settings: Any) -> None:
         (["embedding", "linear"], ("words", "enter", "decoder")),
     ],
 )
-def test_kinds_but_for_the_output_layer(layers: list[Any], pattern: tuple[str, ...]) -> None:
+def test_layers_leave_the_output_layer_out(layers: list[Any], pattern: tuple[str, ...]) -> None:
     net = Translator()
     expected = {name for name in matrices(net) if name.startswith(pattern)}
     report = apply_weight_norm(net, layers=layers)
@@ -94,13 +94,13 @@ def test_kinds_but_for_the_output_layer(layers: list[Any], pattern: tuple[str, .
     assert ("not on that of the output layer, output.weight" in str(report)) == bool(report.left)
 
 
-def test_the_projections_of_attention_are_linear() -> None:
+def test_layers_count_attention_projections_as_linear() -> None:
     for widths, count in (({}, 2), ({"kdim": 6, "vdim": 4}, 4)):
         layer = nn.MultiheadAttention(WIDTH, 2, **widths)
         assert len(apply_weight_norm(layer, layers=["linear"]).weights) == count
 
 
-def test_recurrent_layers_and_cells() -> None:
+def test_layers_know_recurrent_layers_and_cells() -> None:
     layers = nn.ModuleList([nn.LSTM(4, 6, proj_size=3), nn.GRUCell(4, 6), nn.RNN(4, 6)])
     expected = matrices(layers)
     weights = apply_weight_norm(layers, layers=["recurrent"]).weights
@@ -118,7 +118,7 @@ def test_include_adds_the_output_layer() -> None:
 
 
 @pytest.mark.parametrize("include", [[], ["output.weight"], ["words.weight"]])
-def test_a_tied_output_layer_is_left_or_normalised_once(include: list[str]) -> None:
+def test_tied_output_layer_is_left_or_normalised_once(include: list[str]) -> None:
     net = Translator(tied=True)
     report = apply_weight_norm(net, layers=ALL, include=include)
     assert ("words.weight" in report.weights) == bool(include)
@@ -131,7 +131,7 @@ def test_a_tied_output_layer_is_left_or_normalised_once(include: list[str]) -> N
     assert net.words.weight is net.output.weight
 
 
-def test_an_output_layer_that_is_told() -> None:
+def test_output_layer_may_be_named_by_get_output_embeddings() -> None:
     net = TiedByFunction()
     assert apply_weight_norm(net, layers=ALL).left == ("words.weight",)
     decayed = parameter_groups(net, 0.1, "last_layer")[0]["params"]
@@ -139,7 +139,7 @@ def test_an_output_layer_that_is_told() -> None:
 
 
 @pytest.mark.parametrize("kind", ["bounded", "weight"])
-def test_the_padding_row_stays_zero(kind: Any) -> None:
+def test_padding_row_stays_zero(kind: Any) -> None:
     net = Translator()
     apply_weight_norm(net, kind, layers=ALL, project=True)
     train(net, 3, weight_decay=0.1)
@@ -149,31 +149,8 @@ def test_the_padding_row_stays_zero(kind: Any) -> None:
     assert all(q.isfinite().all() for q in net.parameters())
 
 
-def test_training_is_that_of_the_formula() -> None:
-    """Two batches a step, and the decoder called token by token: w is computed once for all."""
-    net = Translator().double()
-    apply_weight_norm(net, layers=ALL)
-    plain = copy.deepcopy(net)
-    for module in plain.modules():
-        if hasattr(module, "cache"):
-            module.cache = False
-    computed = [net.enter.weight]
-    for model in (net, plain):
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        for _ in range(3):
-            optimizer.zero_grad()
-            for length in (4, 2, 3):
-                source, target = sentences()
-                model(source, target[:, :length]).square().mean().backward()
-                computed.append(net.enter.weight)
-            optimizer.step()
-    assert computed[4] is computed[5] is computed[6]  # of the second step
-    for ours, theirs in zip(net.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
-
-
 @pytest.mark.parametrize("after_training", [False, True])
-def test_a_copy_computes_the_same_and_goes_its_own_way(after_training: bool) -> None:
+def test_deepcopy_computes_the_same_and_is_independent(after_training: bool) -> None:
     net = Translator()
     apply_weight_norm(net, layers=ALL)
     train(net, 2)
@@ -189,7 +166,7 @@ def test_a_copy_computes_the_same_and_goes_its_own_way(after_training: bool) -> 
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_removal_leaves_a_plain_model_that_computes_the_same(tied: bool) -> None:
+def test_remove_leaves_a_plain_model_with_the_same_output(tied: bool) -> None:
     net = Translator(tied)
     apply_weight_norm(net, layers=ALL, include=["output.weight"])
     train(net, 2)
@@ -204,7 +181,7 @@ def test_removal_leaves_a_plain_model_that_computes_the_same(tied: bool) -> None
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
-def test_evaluation_of_torchs_fast_path() -> None:
+def test_transformer_fast_path_computes_the_same() -> None:
     layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0, batch_first=True)
     net = nn.TransformerEncoder(layer, 2)
     apply_weight_norm(net, layers=["linear"], include=["layers.1.linear2.weight"])
@@ -235,6 +212,8 @@ def test_evaluation_of_torchs_fast_path() -> None:
         ),
     ],
 )
-def test_refuses(make: Callable[[], nn.Module], options: dict[str, Any], message: str) -> None:
+def test_layers_refuse(
+    make: Callable[[], nn.Module], options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         apply_weight_norm(make(), **options)

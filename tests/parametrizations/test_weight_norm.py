@@ -1,0 +1,330 @@
+"""Test when a normalised weight is computed, from what, and how it is projected after a step."""
+
+import copy
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
+
+from nmlightning import InputError, apply_weight_norm, channel_norms, remove_weight_norm
+from nmlightning.parametrizations.normalize import NormalisedWeight
+
+NORMS = [1.0, 2.0, math.inf]
+
+
+def sgd(net: nn.Module, lr: float = 0.1) -> torch.optim.SGD:
+    return torch.optim.SGD(net.parameters(), lr, momentum=0.9)
+
+
+def step(net: nn.Module, images: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    net(images).square().mean().backward()
+    optimizer.step()
+
+
+def original(module: Any, name: str = "weight") -> nn.Parameter:
+    """Return v."""
+    return module.parametrizations[name].original  # type: ignore[no-any-return]
+
+
+def tied() -> nn.ModuleDict:
+    net = nn.ModuleDict({"first": nn.Linear(3, 4), "second": nn.Linear(3, 4)})
+    net["second"].weight = net["first"].weight
+    return net
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What was computed with gradients."""
+    calls: list[Any] = []
+    apply = NormalisedWeight.apply
+    monkeypatch.setattr(NormalisedWeight, "apply", lambda *args: calls.append(args) or apply(*args))
+    return calls
+
+
+def test_cached_computes_a_tied_weight_once(computed: list[Any]) -> None:
+    net = tied()
+    apply_weight_norm(net, include=["*.weight"])
+    x, counts = torch.randn(2, 3), []
+    for context in (nullcontext, parametrize.cached):
+        computed.clear()
+        net.zero_grad()
+        with context():
+            for _ in range(3):
+                x = net["first"](x)[:, :3] + net["second"](x)[:, 1:]
+        x.square().sum().backward()
+        x = x.detach()
+        counts.append(len(computed))
+    assert counts == [6, 1]
+
+
+@pytest.mark.parametrize("gain", ["none", "channel"])
+def test_cached_changes_no_gradient(gain: Any) -> None:
+    cell, x = nn.LSTMCell(3, 4).double(), torch.randn(5, 2, 3).double()
+    apply_weight_norm(cell, layers=["recurrent"], gain=gain)
+    gradients = []
+    for context in (nullcontext, parametrize.cached):
+        state = None
+        with context():
+            for each in x:
+                state = cell(each, state)
+        assert state is not None
+        loss = state[0].square().sum()
+        gradients.append(torch.autograd.grad(loss, list(cell.parameters())))
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)
+
+
+def test_cached_keeps_a_tied_weight_apart_without_gradients() -> None:
+    net = tied()
+    apply_weight_norm(net, include=["*.weight"])
+    with parametrize.cached():
+        with torch.no_grad():
+            assert not net["first"].weight.requires_grad
+        assert net["second"].weight.requires_grad
+
+
+class DataOptimizer(torch.optim.Optimizer):
+    """Moves parameters as torch does not see: through `.data`."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for q in self.param_groups[0]["params"]:
+            q.data.add_(1)
+
+
+def change_in_place(net: nn.Sequential) -> None:
+    with torch.no_grad():
+        original(net[0]).add_(1)
+
+
+def change_gain(net: nn.Sequential) -> None:
+    with torch.no_grad():
+        net[0].parametrizations.weight[0].gain.mul_(2)  # type: ignore[index, union-attr]
+
+
+def change_by_loading(net: nn.Sequential) -> None:
+    state = net.state_dict()
+    net.load_state_dict({k: v if k.endswith("order") else v + 1 for k, v in state.items()})
+
+
+def change_by_an_optimizer(net: nn.Sequential) -> None:
+    DataOptimizer(net.parameters()).step()
+
+
+def change_through_data(net: nn.Sequential) -> None:
+    original(net[0]).data.add_(1)
+
+
+def exchange_data(net: nn.Sequential) -> None:
+    for _ in range(3):  # the first of these would otherwise be free for the last
+        original(net[0]).data = original(net[0]).data.clone() + 1
+
+
+def make_zero(net: nn.Sequential) -> None:
+    with torch.no_grad():
+        original(net[0])[0] = 0
+
+
+def change_rho(net: nn.Sequential) -> None:
+    net[0].parametrizations.weight[0].rho.mul_(2)  # type: ignore[index, union-attr]
+
+
+@pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_in_place,
+        change_gain,
+        change_by_loading,
+        change_by_an_optimizer,
+        change_through_data,
+        exchange_data,
+        make_zero,
+        change_rho,
+    ],
+)
+def test_weight_norm_sees_every_change(
+    net: nn.Sequential, images: Tensor, change: Any, mode: Any
+) -> None:
+    apply_weight_norm(net, "bounded" if change is change_rho else "weight")
+    step(net, images, sgd(net))
+    net.train(mode is nullcontext)
+    with mode():
+        before = net[0].weight
+    change(net)
+    copied = copy.deepcopy(net)
+    with mode():
+        assert not torch.equal(net[0].weight, before)  # type: ignore[arg-type]
+        assert torch.equal(net[0].weight, copied[0].weight)  # type: ignore[arg-type]
+
+
+def test_frozen_weight_gets_no_gradient(net: nn.Sequential, images: Tensor) -> None:
+    apply_weight_norm(net)
+    net[0].requires_grad_(False)
+    assert not net[0].weight.requires_grad  # type: ignore[union-attr]
+    net(images).sum().backward()
+    assert [original(net[i]).grad is None for i in (0, 2)] == [True, False]
+
+
+def test_weight_norm_works_with_checkpointed_activations(
+    net: nn.Sequential, images: Tensor
+) -> None:
+    apply_weight_norm(net, "weight")
+    grads = []
+    for reentrant in (None, False, True):
+        net.zero_grad()
+        x = images.clone().requires_grad_()
+        for part in (net[:2], net[2:]):
+            x = part(x) if reentrant is None else checkpoint(part, x, use_reentrant=reentrant)  # type: ignore[no-untyped-call]
+        x.square().mean().backward()
+        grads.append([q.grad for q in net.parameters()])
+    torch.testing.assert_close(grads[1], grads[0])
+    torch.testing.assert_close(grads[2], grads[0])
+
+
+def test_weight_norm_works_in_functional_transforms(net: nn.Sequential, images: Tensor) -> None:
+    apply_weight_norm(net, "weight")
+    parameters = dict(net.named_parameters())
+
+    def loss(values: dict[str, Tensor], image: Tensor) -> Tensor:
+        return torch.func.functional_call(net, values, image[None]).square().mean()
+
+    per_image = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, images)
+    net.zero_grad()
+    (net(images).square().mean(1).mean()).backward()
+    for name, q in parameters.items():
+        torch.testing.assert_close(per_image[name].mean(0), q.grad)
+
+
+@pytest.mark.parametrize("p", NORMS)
+@pytest.mark.parametrize("made", ["before", "after"])
+def test_project_keeps_the_norm_of_v(
+    net: nn.Sequential, images: Tensor, p: float, made: str
+) -> None:
+    optimizer = sgd(net) if made == "before" else None
+    rho = apply_weight_norm(net, p=p, project=True).weights["0.weight"]
+    optimizer = optimizer or sgd(net)
+    for _ in range(5):
+        step(net, images, optimizer)
+        norms = channel_norms(original(net[0]), p)
+        torch.testing.assert_close(norms, torch.full((8,), rho), rtol=1e-6, atol=0)
+
+
+def test_norm_of_v_grows_without_project(net: nn.Sequential, images: Tensor) -> None:
+    apply_weight_norm(net)
+    before = channel_norms(original(net[0]))
+    optimizer = sgd(net, 10.0)
+    for _ in range(5):
+        step(net, images, optimizer)
+    assert (channel_norms(original(net[0])) > before).all()
+
+
+def test_project_changes_no_output(net: nn.Sequential, images: Tensor) -> None:
+    twin = copy.deepcopy(net)
+    apply_weight_norm(net, project=True)
+    apply_weight_norm(twin)
+    torch.testing.assert_close(net(images), twin(images))
+    for x in (net, twin):
+        step(x, images, sgd(x, 0.0))
+    torch.testing.assert_close(net(images), twin(images))
+
+
+def test_project_follows_steps_of_its_own_optimizer_alone(
+    net: nn.Sequential, images: Tensor
+) -> None:
+    apply_weight_norm(net, project=True)
+    change_in_place(net)
+    before = channel_norms(original(net[0]))
+    step(net, images, sgd(net[5]))
+    assert torch.equal(channel_norms(original(net[0])), before)
+
+
+def test_project_holds_for_a_copy_and_ends_with_removal(net: nn.Sequential, images: Tensor) -> None:
+    rho = apply_weight_norm(net, project=True).weights["0.weight"]
+    copied, part = copy.deepcopy(net), copy.deepcopy(net[0])
+    for module in (copied, part):
+        step(module, images, sgd(module, 0.5))
+    for module in (copied[0], part):
+        torch.testing.assert_close(channel_norms(original(module)), torch.full((8,), rho))
+        assert torch.equal(module.weight, copy.deepcopy(module).weight)  # type: ignore[arg-type]
+    remove_weight_norm(net)
+    step(net, images, sgd(net, 0.5))
+    assert (channel_norms(net[0].weight) - rho).abs().max() > 1e-4  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("place", ["first", "second", "second, first replaced"])
+def test_project_holds_for_a_copy_of_a_tied_weight(place: str) -> None:
+    net = tied()
+    rho = apply_weight_norm(net, project=True, include=["*.weight"]).weights["first.weight"]
+    if place.endswith("replaced"):
+        whole = copy.deepcopy(net)
+        whole["first"] = nn.Linear(3, 4)
+        copied = whole["second"]
+    else:
+        copied = copy.deepcopy(net[place])
+    step(copied, torch.randn(2, 3), sgd(copied, 0.5))
+    torch.testing.assert_close(channel_norms(original(copied)), torch.full((4,), rho))
+
+
+def test_project_refuses_shards_of_a_transposed_convolution(images: Tensor) -> None:
+    net = nn.Sequential(nn.ConvTranspose2d(3, 4, 2))
+    apply_weight_norm(net, project=True)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        fully_shard(net, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(InputError, match="are split over ranks"):
+            step(net, images, torch.optim.SGD(net.parameters(), 0.1, foreach=False))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class Prunes(torch.optim.SGD):
+    """Makes a channel zero in its step."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        with torch.no_grad():
+            self.param_groups[0]["params"][0][1] = 0
+
+
+@pytest.mark.parametrize("p", NORMS)
+@pytest.mark.parametrize("form", [{}, {"gain": "channel"}, {"kind": "weight"}])
+@pytest.mark.parametrize("project", [False, True])
+def test_channel_may_become_zero(
+    net: nn.Sequential, images: Tensor, p: float, form: dict[str, Any], project: bool
+) -> None:
+    apply_weight_norm(net, p=p, project=project, **form)
+    optimizer = Prunes([original(net[0]), *net[2].parameters()], 0.1, momentum=0.9)
+    for _ in range(3):
+        step(net, images, optimizer)
+        assert not net[0].weight[1].any()  # type: ignore[index]
+        assert all(q.grad is None or q.grad.isfinite().all() for q in net.parameters())
+        with torch.no_grad():
+            assert net.eval()(images).isfinite().all()
+        net.train()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30])
+def test_channel_too_small_for_its_square_is_zero(net: nn.Sequential, size: float) -> None:
+    apply_weight_norm(net)
+    original(net[0]).data[1] = size
+    with torch.no_grad():
+        assert not net[0].weight[1].any()  # type: ignore[index]
+    assert not net[0].weight[1].any()  # type: ignore[index]
+
+
+def test_gains_may_be_zero(net: nn.Sequential) -> None:
+    apply_weight_norm(net, gain="channel")
+    with torch.no_grad():
+        net[0].parametrizations.weight[0].gain.zero_()  # type: ignore[index, union-attr]
+    assert not net[0].weight.any()  # type: ignore[operator, union-attr]
