@@ -112,7 +112,7 @@ def read_scalars(folder: Path) -> dict[str, dict[int, float]]:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_scalars(package: str, tmp_path: Path) -> None:
+def test_dashboard_logs_scalars(package: str, tmp_path: Path) -> None:
     module = fit(tmp_path, WeightNormTracker(), package)
     scalars = read_scalars(tmp_path)
     logged = range(EVERY - 1, EPOCHS * BATCHES, EVERY)
@@ -136,7 +136,7 @@ def test_scalars(package: str, tmp_path: Path) -> None:
     assert kinds == {"weight_norm", "effective_lr", "rotation", "rotation_equilibrium"}
 
 
-def test_other_optimizers_show_what_is_known(tmp_path: Path) -> None:
+def test_dashboard_logs_what_is_known_of_other_optimizers(tmp_path: Path) -> None:
     module = fit(tmp_path, WeightNormTracker(), module={"dampening": 0.1})
     assert not any(tag.startswith("rotation_equilibrium") for tag in read_scalars(tmp_path))
     module.configure_optimizers = lambda: torch.optim.Adagrad(module.parameters())
@@ -154,7 +154,7 @@ def test_other_optimizers_show_what_is_known(tmp_path: Path) -> None:
     assert names == {"weight_norm", "rotation"}
 
 
-def test_factors_of_steering(tmp_path: Path) -> None:
+def test_dashboard_logs_factors_of_steering(tmp_path: Path) -> None:
     fit(tmp_path / "recorded", WeightNormTracker())
     history = NormHistory.load(tmp_path / "recorded")
     rule = LRCorrection(history, max_rotation=None)
@@ -171,7 +171,7 @@ def test_factors_of_steering(tmp_path: Path) -> None:
     assert set(scalars["steering/undone_steps"].values()) == {0.0}
 
 
-def test_pictures_histograms_and_layout(tmp_path: Path) -> None:
+def test_dashboard_logs_pictures_histograms_and_layout(tmp_path: Path) -> None:
     fit(tmp_path, WeightNormTracker())
     events = read_events(tmp_path)
     history = NormHistory.load(tmp_path)
@@ -191,14 +191,14 @@ def test_pictures_histograms_and_layout(tmp_path: Path) -> None:
     assert "effective learning rate, median over channels" in titles
 
 
-def test_a_long_run_has_ten_pictures_and_its_last(tmp_path: Path) -> None:
+def test_dashboard_logs_ten_pictures_and_the_last_of_a_long_run(tmp_path: Path) -> None:
     fit(tmp_path, WeightNormTracker(), max_epochs=23)
     images = read_events(tmp_path).Images("weight_norm_map/net.0")
     epochs = [(image.step - 1) // BATCHES + 1 for image in images]
     assert epochs == [3, 6, 9, 12, 15, 18, 21, 23]
 
 
-def test_csv(tmp_path: Path) -> None:
+def test_dashboard_logs_to_csv(tmp_path: Path) -> None:
     module = fit(
         tmp_path, WeightNormTracker(), logger=pytorch_lightning.loggers.CSVLogger(tmp_path, "", "")
     )
@@ -217,7 +217,7 @@ def make_scaler() -> Any:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_skipped_steps(fused: bool, tmp_path: Path) -> None:
+def test_dashboard_logs_skipped_steps(fused: bool, tmp_path: Path) -> None:
     fit(
         tmp_path,
         WeightNormTracker(),
@@ -243,7 +243,7 @@ def test_resume_continues_the_count(fused: bool, tmp_path: Path) -> None:
     assert list(skipped.values()) == [2, 3, 3]
 
 
-def test_each_fit_of_a_tracker_has_its_own_page(tmp_path: Path) -> None:
+def test_dashboard_starts_anew_with_each_fit(tmp_path: Path) -> None:
     tracker = WeightNormTracker()
     fit(tmp_path / "0", tracker)
     fit(tmp_path / "1", tracker, logger=False)
@@ -252,7 +252,7 @@ def test_each_fit_of_a_tracker_has_its_own_page(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "1").iterdir()] == ["weight_norms.safetensors"]
 
 
-def test_accumulation(tmp_path: Path) -> None:
+def test_dashboard_logs_once_for_accumulated_batches(tmp_path: Path) -> None:
     module = fit(tmp_path, WeightNormTracker(), accumulate_grad_batches=2, log_every_n_steps=1)
     scalars = read_scalars(tmp_path)
     assert list(scalars["rotation/net.0"]) == list(range(EPOCHS * BATCHES // 2))
@@ -261,7 +261,7 @@ def test_accumulation(tmp_path: Path) -> None:
     assert scalars["rotation/net.0"][1] == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_the_device_is_waited_for_once_a_step(
+def test_dashboard_syncs_the_device_once_a_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads = []
@@ -271,7 +271,7 @@ def test_the_device_is_waited_for_once_a_step(
     assert len(reads) == EPOCHS * BATCHES // EVERY
 
 
-def test_without_a_logger(tmp_path: Path) -> None:
+def test_dashboard_without_a_logger(tmp_path: Path) -> None:
     fit(tmp_path, WeightNormTracker(), logger=False)
     assert not list(tmp_path.glob("events*"))
     with pytest.raises(InputError, match="finds no logger to log to: give the Trainer one"):

@@ -130,7 +130,7 @@ class TestARun:
 
 
 @COMPILES
-def test_net_compiled_inside_the_module() -> None:
+def test_norm_swap_with_a_net_compiled_inside_the_module() -> None:
     plain, module = make(PlModule), make(PlModule)
     module.net = torch.compile(module.net, backend="eager")
     fit(plain, NormSwap("l1", include=["net.1"]))
@@ -140,14 +140,14 @@ def test_net_compiled_inside_the_module() -> None:
 
 
 @pytest.mark.parametrize("logger", ["CSVLogger", "TensorBoardLogger"])
-def test_works_with_any_logger(logger: str, tmp_path: Path) -> None:
+def test_norm_swap_works_with_any_logger(logger: str, tmp_path: Path) -> None:
     log = getattr(pytorch_lightning.loggers, logger)(tmp_path)
     module = make(PlModule)
     fit(module, NormSwap("l1"), logger=log, default_root_dir=tmp_path)
     assert norm_types(module) == [L1BatchNorm2d] * 2
 
 
-def test_may_be_the_only_callback() -> None:
+def test_norm_swap_may_be_the_only_callback() -> None:
     module = make(PlModule)
     fit(module, callbacks=NormSwap("linf"))
     assert norm_types(module) == [LInfBatchNorm2d] * 2

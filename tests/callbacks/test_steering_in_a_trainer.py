@@ -164,7 +164,7 @@ class Overflows(Classifies):
 
 @pytest.mark.filterwarnings("ignore:.*training_step. returned .None.")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_skipped_steps(rule_name: str, implementation: str, tmp_path: Path) -> None:
+def test_steering_with_skipped_steps(rule_name: str, implementation: str, tmp_path: Path) -> None:
     """In 16-mixed an overflow costs the step and nothing else; the clock counts it."""
     modules = []
     for leaves_out in (False, True):
@@ -185,7 +185,7 @@ def test_skipped_steps(rule_name: str, implementation: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
-def test_gradient_clipping(rule_name: str, algorithm: str, tmp_path: Path) -> None:
+def test_steering_with_gradient_clipping(rule_name: str, algorithm: str, tmp_path: Path) -> None:
     """What is steered is found before the gradients are clipped."""
     rule = RULES[rule_name](make_history())
     module = Classifies()
@@ -198,7 +198,7 @@ def test_gradient_clipping(rule_name: str, algorithm: str, tmp_path: Path) -> No
     assert not trainer.callbacks[0].attachments[0].scope.dropped()  # type: ignore[attr-defined]
 
 
-def test_accumulation(rule_name: str, tmp_path: Path) -> None:
+def test_steering_with_accumulation(rule_name: str, tmp_path: Path) -> None:
     rule = RULES[rule_name](make_history(steps=BATCHES // 2))
     module = Classifies()
     make_trainer(tmp_path, rule, accumulate_grad_batches=2).fit(module, make_data())
@@ -229,7 +229,7 @@ class TwoOptimizers(Classifies):
 
 
 @pytest.mark.parametrize("second", ["net.3", "net.7"])
-def test_two_optimizers(rule_name: str, second: str, tmp_path: Path) -> None:
+def test_steering_of_two_optimizers(rule_name: str, second: str, tmp_path: Path) -> None:
     """Each is steered where it has a convolution, or for some rules any matrix."""
     rule = RULES[rule_name](make_history())
     module = TwoOptimizers(lambda name: name.startswith(second))
@@ -246,7 +246,7 @@ class Validates(Classifies):
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_averages_of_weights(rule_name: str, tmp_path: Path) -> None:
+def test_steering_with_weight_averaging(rule_name: str, tmp_path: Path) -> None:
     """What is averaged has been steered, the averages steer nothing, and a resume keeps both."""
     rule = RULES[rule_name](make_history())
 
@@ -280,7 +280,7 @@ def test_averages_of_weights(rule_name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["layers", "module"])
-def test_compiled_modules(rule_name: str, part: str, tmp_path: Path) -> None:
+def test_steering_of_compiled_modules(rule_name: str, part: str, tmp_path: Path) -> None:
     """Under the names that they have in a recording of a module that is not compiled."""
     rule = RULES[rule_name](make_history())
     module: Any = Classifies()
@@ -351,7 +351,9 @@ BAD_REFERENCES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("rule_name", REFERENCED)
 @pytest.mark.parametrize("reference", BAD_REFERENCES)
-def test_references_that_do_not_fit(rule_name: str, reference: str, tmp_path: Path) -> None:
+def test_steering_refuses_a_reference_that_does_not_fit(
+    rule_name: str, reference: str, tmp_path: Path
+) -> None:
     make, message = BAD_REFERENCES[reference]
     module = Classifies()
     trainer = make_trainer(tmp_path / "run", RULES[rule_name](make(tmp_path)))
@@ -377,7 +379,7 @@ def test_other_run_is_followed_if_asked(
 
 
 @pytest.mark.parametrize("rule_name", REFERENCED)
-def test_runs_that_are_as_long_as_their_steps(rule_name: str, tmp_path: Path) -> None:
+def test_steering_by_a_run_of_the_same_number_of_steps(rule_name: str, tmp_path: Path) -> None:
     rule = RULES[rule_name](make_history())
     for epochs in (None, 99):
         trainer = make_trainer(tmp_path, rule, max_epochs=epochs, max_steps=2 * BATCHES)

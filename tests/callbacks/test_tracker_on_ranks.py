@@ -147,7 +147,9 @@ def two_ranks(
 
 @pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. has no brake")
 @pytest.mark.parametrize("rule", RULES)
-def test_two_ranks_are_one_process(rule: str, two_ranks: Path, one_process: Path) -> None:
+def test_tracker_on_two_ranks_records_as_one_process(
+    rule: str, two_ranks: Path, one_process: Path
+) -> None:
     if not (one_process / rule).exists():
         train(one_process, "auto", rule, 1)
     one, two = (NormHistory.load(folder / rule) for folder in (one_process, two_ranks))
@@ -161,7 +163,9 @@ def test_two_ranks_are_one_process(rule: str, two_ranks: Path, one_process: Path
 
 @pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. has no brake")
 @pytest.mark.parametrize("rule", RULES)
-def test_two_ranks_log_what_one_process_does(rule: str, two_ranks: Path, one_process: Path) -> None:
+def test_tracker_on_two_ranks_logs_as_one_process(
+    rule: str, two_ranks: Path, one_process: Path
+) -> None:
     if not (one_process / rule).exists():
         train(one_process, "auto", rule, 1)
     one, two = (read_run(folder / rule).scalars for folder in (one_process, two_ranks))

@@ -95,7 +95,9 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_ranks_are_one_process(kind: str, one_process: Path, tmp_path: Path) -> None:
+def test_weight_norm_on_two_ranks_trains_as_one_process(
+    kind: str, one_process: Path, tmp_path: Path
+) -> None:
     answer = subprocess.run(
         [sys.executable, __file__, str(tmp_path), kind],
         cwd=Path(__file__).parents[2],

@@ -66,7 +66,9 @@ def norms_of(module: Any, p: float = 2) -> Tensor:
 
 @ALL
 @pytest.mark.parametrize("options", [{}, {"p": 1, "project": True}, {"kind": "weight"}])
-def test_it_trains_with_the_norms_it_says(module_class: type, options: dict[str, Any]) -> None:
+def test_weight_norm_swap_trains_with_the_given_norms(
+    module_class: type, options: dict[str, Any]
+) -> None:
     module = make(module_class)
     trainer = fit(module, WeightNormSwap(**options))
     trainer.test(module, batches(), verbose=False)
@@ -82,7 +84,7 @@ def test_it_trains_with_the_norms_it_says(module_class: type, options: dict[str,
         torch.testing.assert_close(norms, torch.full((4,), rho), rtol=1e-6, atol=0)
 
 
-def test_it_stands_beside_a_norm_swap_in_any_order() -> None:
+def test_weight_norm_swap_combines_with_norm_swap_in_any_order() -> None:
     outputs = []
     for callbacks in ((NormSwap("mean"), WeightNormSwap()), (WeightNormSwap(), NormSwap("mean"))):
         module = make(PlModule)
@@ -92,7 +94,7 @@ def test_it_stands_beside_a_norm_swap_in_any_order() -> None:
 
 
 @ALL
-def test_a_resume_goes_on_as_if_nothing_had_happened(module_class: type, tmp_path: Path) -> None:
+def test_weight_norm_swap_resumes_bit_for_bit(module_class: type, tmp_path: Path) -> None:
     whole = make(module_class)
     fit(whole, WeightNormSwap("weight", project=True), max_epochs=2)
     first = make(module_class)
@@ -116,7 +118,7 @@ def test_a_resume_goes_on_as_if_nothing_had_happened(module_class: type, tmp_pat
         ),
     ],
 )
-def test_a_resume_with_another_recipe_is_refused(
+def test_weight_norm_swap_refuses_to_resume_with_another_recipe(
     then: list[Any], now: list[Any], message: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "a.ckpt"
@@ -128,7 +130,7 @@ def test_a_resume_with_another_recipe_is_refused(
     assert torch.equal(before["net.7.weight"], module.state_dict()["net.7.weight"])
 
 
-def test_a_plain_module_does_not_load_it_wrongly(tmp_path: Path) -> None:
+def test_weight_norm_swap_checkpoint_is_refused_by_a_plain_module(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     fit(make(PlModule), WeightNormSwap()).save_checkpoint(path)
     with pytest.raises(RuntimeError, match=r"Missing key.*net\.0\.weight"):
@@ -138,7 +140,7 @@ def test_a_plain_module_does_not_load_it_wrongly(tmp_path: Path) -> None:
 @ALL
 @pytest.mark.parametrize("weights_only", [False, True])
 @pytest.mark.parametrize("options", [{}, {"kind": "weight", "p": "inf", "rho": 2.0}])
-def test_a_checkpoint_restores_without_a_trainer(
+def test_load_from_checkpoint_restores_weight_norms(
     module_class: Any, weights_only: bool, options: dict[str, Any], tmp_path: Path
 ) -> None:
     path, again = tmp_path / "a.ckpt", tmp_path / "b.ckpt"
@@ -156,7 +158,7 @@ def test_a_checkpoint_restores_without_a_trainer(
     assert saved == torch.load(path)["nmlightning"]["weight_norms"]
 
 
-def test_our_own_task_restores_too(tmp_path: Path) -> None:
+def test_load_from_checkpoint_restores_weight_norms_of_our_task(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     options: dict[str, Any] = {"optimizer": lambda q: torch.optim.SGD(q, 0.1)}
     module = ImageClassifier(CifarResNet(8), **options)
@@ -184,7 +186,7 @@ class FromOthers(PlModule):
         nn.init.zeros_(self.net[3].weight)
 
 
-def test_other_loads_of_the_class_are_left_alone(
+def test_load_from_checkpoint_leaves_other_loads_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, taught, path = (tmp_path / f"{name}.ckpt" for name in ("plain", "taught", "a"))
@@ -202,7 +204,7 @@ def test_other_loads_of_the_class_are_left_alone(
 
 @pytest.mark.parametrize("module_class", [PlModule, UnifiedModule])
 @pytest.mark.parametrize("first", [True, False])
-def test_averages_of_weights(module_class: type, first: bool) -> None:
+def test_weight_norm_swap_with_weight_averaging(module_class: type, first: bool) -> None:
     package = package_of(module_class)
     averaging = package.callbacks.EMAWeightAveraging(decay=0.5)
     callbacks = [averaging, WeightNormSwap(p=1)] if first else [WeightNormSwap(p=1), averaging]
@@ -212,21 +214,21 @@ def test_averages_of_weights(module_class: type, first: bool) -> None:
     torch.testing.assert_close(norms, norms[:1].expand(4), rtol=1e-6, atol=0)
 
 
-def test_stochastic_weight_averaging() -> None:
+def test_weight_norm_swap_with_stochastic_weight_averaging() -> None:
     module = make(PlModule)
     fit(module, StochasticWeightAveraging(0.1, swa_epoch_start=1), WeightNormSwap(), max_epochs=3)
     norms = norms_of(module)
     torch.testing.assert_close(norms, norms[:1].expand(4), rtol=1e-6, atol=0)
 
 
-def test_an_optimizer_made_before_moves_the_gains() -> None:
+def test_weight_norm_swap_adds_gains_to_an_earlier_optimizer() -> None:
     module = make(OwnOptimizer)
     fit(module, WeightNormSwap("weight", rho=1.0, include=["net.7.weight"]))
     gain = module.net[7].parametrizations.weight[0].gain
     assert (gain != 1).all()
 
 
-def test_gains_that_no_optimizer_moves_are_warned_of() -> None:
+def test_weight_norm_swap_warns_of_gains_without_an_optimizer() -> None:
     with pytest.warns(UserWarning, match="No optimizer trains 2 parameters of weight norms"):
         fit(make(Forgetful), WeightNormSwap("weight"))
 
@@ -236,7 +238,7 @@ class Replaces(pytorch_lightning.Callback):
         pl_module.net[0] = nn.Conv2d(2, 4, 3)
 
 
-def test_a_weight_that_was_replaced_since_is_refused() -> None:
+def test_weight_norm_swap_refuses_a_weight_that_was_replaced() -> None:
     with pytest.raises(InputError, match=r"normalised net\.0\.weight, and now it is not"):
         fit(make(PlModule), Replaces(), WeightNormSwap())
 
@@ -249,17 +251,17 @@ def test_a_weight_that_was_replaced_since_is_refused() -> None:
         ({"include": "net.*"}, "include is a list"),
     ],
 )
-def test_refuses_settings_at_once(options: dict[str, Any], message: str) -> None:
+def test_weight_norm_swap_validates_settings_at_once(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         WeightNormSwap(**options)
 
 
-def test_a_pattern_that_matches_nothing_is_refused() -> None:
+def test_weight_norm_swap_refuses_a_pattern_without_a_match() -> None:
     with pytest.raises(InputError, match=r"'head\.\*' matches no weight"):
         fit(make(PlModule), WeightNormSwap(include=["head.*"]))
 
 
-def test_both_norms_are_recorded_and_the_hidden_one_is_followed(tmp_path: Path) -> None:
+def test_tracker_records_both_norms_and_follows_the_unnormalised_one(tmp_path: Path) -> None:
     runs = [tmp_path / "wd_on", tmp_path / "follows"]
     fit(make(PlModule), WeightNormSwap(), WeightNormTracker(), default_root_dir=runs[0])
     history = NormHistory.load(runs[0])
@@ -278,7 +280,7 @@ def test_both_norms_are_recorded_and_the_hidden_one_is_followed(tmp_path: Path) 
     assert all((factor > 1).all() for factor in factors.values())
 
 
-def test_what_was_removed_is_no_longer_in_checkpoints(tmp_path: Path) -> None:
+def test_removed_weight_norms_leave_the_checkpoints(tmp_path: Path) -> None:
     path, module = tmp_path / "a.ckpt", make(PlModule)
     trainer = fit(module, WeightNormSwap())
     remove_weight_norm(module)
@@ -290,7 +292,7 @@ def test_what_was_removed_is_no_longer_in_checkpoints(tmp_path: Path) -> None:
     assert torch.equal(restored.net[0].weight, module.net[0].weight)
 
 
-def test_several_of_different_weights_in_any_order(tmp_path: Path) -> None:
+def test_weight_norm_swaps_of_different_weights_in_any_order(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     swaps = [WeightNormSwap(include=["net.0.*"]), WeightNormSwap("weight", include=["net.3.*"])]
     fit(make(PlModule), *swaps).save_checkpoint(path)
@@ -298,7 +300,7 @@ def test_several_of_different_weights_in_any_order(tmp_path: Path) -> None:
     load_from_checkpoint(PlModule, path)
 
 
-def test_a_schedule_of_norms_that_are_projected_is_refused() -> None:
+def test_norm_schedule_refuses_projected_weights() -> None:
     history = NormHistory.from_arrays({"net.0.weight_v": [[1.0] * 4]}, [3], [0])
     tracker = WeightNormTracker(steering=NormSchedule(history), other_run=True)
     with pytest.raises(InputError, match="NormSchedule sets the norms that project=True sets"):

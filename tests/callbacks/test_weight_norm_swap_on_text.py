@@ -67,7 +67,7 @@ def swaps(**options: Any) -> list[Any]:
     return [NormSwap("l1", kinds=["rms"]), WeightNormSwap(layers=layers, **options)]
 
 
-def test_a_resume_and_a_load_go_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+def test_translator_with_weight_norm_resumes_and_loads_bit_for_bit(tmp_path: Path) -> None:
     whole, _ = fit(*swaps(), max_epochs=2)
     _, trainer = fit(*swaps())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -84,7 +84,7 @@ def test_a_resume_and_a_load_go_on_as_if_nothing_had_happened(tmp_path: Path) ->
     assert loaded.words.weight is loaded.output.weight
 
 
-def test_the_norms_of_all_that_is_normalised_are_recorded(tmp_path: Path) -> None:
+def test_tracker_records_all_normalised_weights_of_a_translator(tmp_path: Path) -> None:
     rows = {"lstm.weight_ih_l0": 24, "lstm.weight_hh_l1": 24, "hidden.weight": 6}
     options = {"include": ["output.weight"], "rho": 2.0}
     fit(*swaps(**options), WeightNormTracker(), default_root_dir=tmp_path)

@@ -110,7 +110,7 @@ def record(
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_records_are_the_norms_at_each_epoch(package: str, tmp_path: Path) -> None:
+def test_tracker_records_norms_at_each_epoch(package: str, tmp_path: Path) -> None:
     module = make_module(package, weight_decay=1e-3)
     initial = {n: channel_norms(q) for n, q in module.named_parameters() if q.dim() > 1}
     tracker = WeightNormTracker()
@@ -130,20 +130,20 @@ def test_records_are_the_norms_at_each_epoch(package: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("every", "steps"), [(1, range(13)), (3, [0, 3, 4, 6, 8, 9, 12]), (99, [0, 4, 8, 12])]
 )
-def test_every_n_steps(every: int, steps: list[int], tmp_path: Path) -> None:
+def test_tracker_records_every_n_steps(every: int, steps: list[int], tmp_path: Path) -> None:
     history = record(tmp_path, every=every)
     assert history.steps.tolist() == list(steps)
     assert history.epochs.tolist() == [max(0, math.ceil(step / BATCHES) - 1) for step in steps]
 
 
-def test_accumulation_counts_optimizer_steps(tmp_path: Path) -> None:
+def test_tracker_counts_optimizer_steps_under_accumulation(tmp_path: Path) -> None:
     tracker = WeightNormTracker(1)
     trainer = make_trainer("pytorch_lightning", tmp_path, tracker, accumulate_grad_batches=2)
     trainer.fit(PlModule(), make_data())
     assert NormHistory.load(tmp_path).steps.tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 
-def test_every_n_steps_of_several_optimizers(tmp_path: Path) -> None:
+def test_tracker_records_every_n_steps_of_several_optimizers(tmp_path: Path) -> None:
     """Two steps a batch pass a multiple of three in the second, third, fifth and sixth batch."""
     tracker = WeightNormTracker(3)
     recorded_runs.make_trainer(tmp_path, tracker, max_epochs=2).fit(
@@ -152,7 +152,7 @@ def test_every_n_steps_of_several_optimizers(tmp_path: Path) -> None:
     assert NormHistory.load(tmp_path).steps.tolist() == [0, 4, 6, 10, 12, 16, 18, 22, 24]
 
 
-def test_provenance(tmp_path: Path) -> None:
+def test_tracker_records_provenance(tmp_path: Path) -> None:
     pytorch_lightning.seed_everything(7)
     provenance = record(tmp_path).provenance
     assert provenance["seed"] == 7
@@ -164,7 +164,7 @@ def test_provenance(tmp_path: Path) -> None:
     assert provenance["versions"]["torch"]
 
 
-def test_two_runs_into_one_folder(tmp_path: Path) -> None:
+def test_tracker_keeps_the_file_of_an_earlier_run(tmp_path: Path) -> None:
     first = record(tmp_path)
     record(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -174,7 +174,7 @@ def test_two_runs_into_one_folder(tmp_path: Path) -> None:
     assert len(NormHistory.load(tmp_path / "weight_norms-v1.safetensors")) == len(first)
 
 
-def test_patterns(tmp_path: Path) -> None:
+def test_tracker_records_what_patterns_name(tmp_path: Path) -> None:
     tracker = WeightNormTracker(include=["net.?.weight"], exclude=["net.7.*"])
     make_trainer("pytorch_lightning", tmp_path, tracker).fit(PlModule(), make_data())
     assert list(NormHistory.load(tmp_path).norms) == NAMES[:2]
@@ -279,7 +279,7 @@ def test_killed_run_keeps_finished_epochs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("package", PACKAGES)
 @pytest.mark.parametrize("steering", STEERING)
-def test_steering(package: str, steering: str, tmp_path: Path) -> None:
+def test_tracker_steers(package: str, steering: str, tmp_path: Path) -> None:
     reference = record(tmp_path / "reference", package, weight_decay=0.05)
     rule: Any = {
         "correction": LRCorrection(reference),
@@ -311,7 +311,7 @@ def test_steering(package: str, steering: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rule", STEERING)
-def test_a_steered_run_resumes_bit_for_bit(rule: str, tmp_path: Path) -> None:
+def test_tracker_resumes_a_steered_run_bit_for_bit(rule: str, tmp_path: Path) -> None:
     record(tmp_path / "reference", weight_decay=0.05)
 
     def make_tracker() -> WeightNormTracker:
@@ -336,14 +336,14 @@ def test_a_steered_run_resumes_bit_for_bit(rule: str, tmp_path: Path) -> None:
         assert torch.equal(one, other), name
 
 
-def test_steering_ends_with_the_fit(tmp_path: Path) -> None:
+def test_tracker_ends_steering_with_the_fit(tmp_path: Path) -> None:
     tracker = WeightNormTracker(steering=DecayEquivalentLR(0.01))
     trainer = make_trainer("pytorch_lightning", tmp_path, tracker)
     trainer.fit(PlModule(), make_data())
     assert not trainer.optimizers[0]._optimizer_step_post_hooks
 
 
-def test_references_of_another_run(tmp_path: Path) -> None:
+def test_tracker_checks_the_reference_of_another_run(tmp_path: Path) -> None:
     pytorch_lightning.seed_everything(1)
     record(tmp_path / "reference", weight_decay=0.05)
 
@@ -370,7 +370,7 @@ def test_optimizer_decay_is_refused(tmp_path: Path) -> None:
         trainer.fit(PlModule(weight_decay=0.1), make_data())
 
 
-def test_a_logger_and_its_folder(tmp_path: Path) -> None:
+def test_tracker_writes_into_the_folder_of_the_logger(tmp_path: Path) -> None:
     logger = pytorch_lightning.loggers.CSVLogger(tmp_path, "run")
     tracker = WeightNormTracker()
     make_trainer("pytorch_lightning", tmp_path, tracker, logger=logger).fit(PlModule(), make_data())
