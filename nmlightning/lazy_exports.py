@@ -13,19 +13,25 @@ from typing import Any
 RENAMED = {
     "callbacks.kept_recording": "weights.recorder",
     "checkpoints": "surgery.checkpoints",
+    "fusing": "surgery.fuse",
+    "fusing.rewriting": "surgery.fuse.patterns",
     "datamodules.number_names": "translation.datamodules",
     "datamodules.parallel_text": "translation.datamodules",
     "datamodules.wmt14": "translation.datamodules",
+    "models.attention": "translation.transformer",
     "models.imagenet_resnet": "models.resnet",
     "models.lstm": "translation.lstm",
+    "models.recurrent_layer": "translation.lstm",
+    "models.tied_words": "translation.embedding",
     "models.transformer": "translation.transformer",
+    "models.transformer_layers": "translation.transformer",
     "models.translated_relu": "models.activation",
     "norms.gaussian": "functional.constants",
     "norms.kernels": "kernels",
-    "norms.kernels.dispatch": "kernels.dispatch",
     "norms.half_l2": "norms.low_precision",
     "norms.quantization_noise": "norms.low_precision",
     "norms.range_batch_norm": "norms.batch_norm",
+    "norms.statistics": "functional.statistics",
     "norms.rms_norm": "norms.layer_norm",
     "swap_report": "surgery.swap",
     "tasks.inverse_square_root": "optim.schedules",
@@ -33,18 +39,12 @@ RENAMED = {
     "tasks.translation": "translation.task",
     "weights.parameter_groups": "optim.param_groups",
     "weights.steering": "optim",
-    "weights.steering.decay_equivalent_lr": "optim.decay_equivalent_lr",
-    "weights.steering.hyperball": "optim.hyperball",
-    "weights.steering.lr_correction": "optim.lr_correction",
-    "weights.steering.norm_schedule": "optim.norm_schedule",
-    "weights.steering.radial_projection": "optim.radial_projection",
     "weights.weight_norm": "parametrizations",
-    "weights.weight_norm.apply": "parametrizations.apply",
-    "weights.weight_norm.weight_norm": "parametrizations.weight_norm",
     "export.folding": "export.fold",
     "export.network": "export.export",
 }
-"""Former modules of public names, which class paths in YAML, checkpoints and pickles may hold."""
+"""Former modules of public names, which class paths in YAML, checkpoints and pickles may hold. Of a
+package that was renamed all modules are found that it still has."""
 
 
 def lazy_exports(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
@@ -90,10 +90,19 @@ class RenamedModules(MetaPathFinder, Loader):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Return where the module is now, or None for any that was not renamed."""
-        root, _, name = fullname.partition(".")
-        return ModuleSpec(fullname, self) if root == "nmlightning" and name in RENAMED else None
+        return ModuleSpec(fullname, self) if _present_name(fullname) else None
 
     def exec_module(self, module: ModuleType) -> None:
         """Put the module that it is now in the place of `module`."""
-        name = module.__name__.partition(".")[2]
-        sys.modules[module.__name__] = import_module(f"nmlightning.{RENAMED[name]}")
+        sys.modules[module.__name__] = import_module(str(_present_name(module.__name__)))
+
+
+def _present_name(former: str) -> str | None:
+    """Return the present name of a module that was renamed, itself or with its package."""
+    root, _, name = former.partition(".")
+    packages = [old for old in RENAMED if f"{name}.".startswith(f"{old}.")]
+    if root != "nmlightning" or not packages:
+        return None
+    package = max(packages, key=len)
+    present = f"nmlightning.{RENAMED[package]}{name.removeprefix(package)}"
+    return present if name == package or find_spec(present) else None

@@ -4,6 +4,8 @@ from importlib import import_module
 
 import pytest
 
+from nmlightning.functional.statistics import PowerMean
+
 # The public package, and what it had from which module: the path in pickles and whole class paths.
 HOMES = """
 nmlightning: checkpoints.load_from_checkpoint errors.InputError probe.probe_norms
@@ -43,3 +45,24 @@ def test_an_older_path_is_the_public_object(package: str, place: str) -> None:
     home, _, name = place.rpartition(".")
     older = getattr(import_module(f"{package}.{home}"), name)
     assert older is getattr(import_module(package), name)
+
+
+@pytest.mark.parametrize(
+    "former",
+    ["norms.kernels.cpu.backend", "weights.steering.step_hooks", "fusing.fused_class"],
+)
+def test_a_module_of_a_renamed_package_is_the_present_one(former: str) -> None:
+    module = import_module(f"nmlightning.{former}")
+    assert module is import_module(module.__name__)
+
+
+def test_a_renamed_package_has_no_other_modules() -> None:
+    with pytest.raises(ModuleNotFoundError, match="nothing"):
+        import_module("nmlightning.weights.steering.nothing")
+
+
+def test_an_older_pickle_of_a_statistic_has_its_constant() -> None:
+    statistic = PowerMean.__new__(PowerMean)
+    statistic.__setstate__({"p": 1.0})
+    assert statistic == PowerMean(1.0)
+    assert statistic.constant(1, "exact") == pytest.approx(1.2533141)

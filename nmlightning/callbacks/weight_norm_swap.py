@@ -46,6 +46,7 @@ class WeightNormSwap(ModelChange):
             names weights.
         include: glob patterns on names of parameters that are normalised as well.
         exclude: glob patterns on names that are left alone.
+        cache: without effect; configs that older runs saved have it.
 
     Raises:
         InputError: on construction for a setting that is not allowed; in setup for a pattern that
@@ -67,6 +68,7 @@ class WeightNormSwap(ModelChange):
         layers: Sequence[LayerKind] | None = None,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
+        cache: bool | None = None,
     ) -> None:
         super().__init__()
         check_lists(layers=layers or (), include=include, exclude=exclude)

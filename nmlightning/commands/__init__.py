@@ -1,1 +1,1 @@
-"""What `nm` runs: options, run folders, reports and the training commands themselves."""
+"""The commands of `nm`: their options, run folders and reports."""

@@ -170,6 +170,10 @@ class PowerMean:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_constant", power_mean_constant(self.p))
 
+    def __setstate__(self, state: dict[str, float]) -> None:  # version 0.1.0 pickled p alone
+        object.__setattr__(self, "p", state["p"])
+        self.__post_init__()
+
     def constant(self, count: Count, convention: Constant | float) -> float:
         """Return c of ŝ = c · m; it does not depend on the count."""
         if isinstance(convention, float):

@@ -100,7 +100,7 @@ class StoredPairs:
 
 
 class StreamedPairs:
-    """The pairs of a split as they arrive; each iteration goes on where the state says.
+    """The pairs of a split as they arrive; each iteration resumes where the state says.
 
     Args:
         split: an `IterableDataset`.

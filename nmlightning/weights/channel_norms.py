@@ -207,16 +207,6 @@ def equilibrium_rotation(
     return math.sqrt(2 * learning_rate * weight_decay * share)
 
 
-def norm_ratios(norms: Tensor, reference: Tensor) -> Tensor:
-    """Return ‖w_i‖ / ‖reference_i‖ in float64; NaN where the reference is not positive and finite.
-
-    Args:
-        norms: (C,).
-        reference: (C,), or a scalar.
-    """
-    return torch.where(is_usable(reference), norms.double() / reference.double(), math.nan)
-
-
 def is_usable(norms: Tensor) -> Tensor:
     """Return bool of the same shape: where a recorded norm is positive and finite."""
     return (norms > 0) & norms.isfinite()

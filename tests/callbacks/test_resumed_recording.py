@@ -1,4 +1,4 @@
-"""Test which file a run records into, and which records it goes on with."""
+"""The file that a run records into, and the records that it resumes with."""
 
 import os
 import signal

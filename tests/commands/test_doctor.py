@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from nmlightning.cli import main
-from nmlightning.commands import doctor as installation
-from nmlightning.commands import doctor as norm_check
+from nmlightning.commands import doctor
 from nmlightning.kernels import norm_backend
 from nmlightning.norms import L1BatchNorm2d
 from nmlightning.norms.self_check import TOLERANCES, disagreement, exact_input, time_ratios
@@ -17,8 +16,8 @@ from nmlightning.norms.self_check import TOLERANCES, disagreement, exact_input, 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(norm_check, "TIMED", {4: (2, 8, 4, 4), 2: (4, 16)})
-    monkeypatch.setattr(norm_check, "ROUNDS", 2)
+    monkeypatch.setattr(doctor, "TIMED", {4: (2, 8, 4, 4), 2: (4, 16)})
+    monkeypatch.setattr(doctor, "ROUNDS", 2)
 
 
 def test_doctor_prints_versions_backends_and_checks(
@@ -28,7 +27,7 @@ def test_doctor_prints_versions_backends_and_checks(
     out = capsys.readouterr().out
     assert f"torch {torch.__version__}" in out
     assert max(map(len, out.splitlines())) <= 100
-    for subject in norm_check.SUBJECTS:
+    for subject in doctor.SUBJECTS:
         assert re.search(rf"^ *{re.escape(subject.name)}( +\S+ *){{4}}$", out, re.MULTILINE), out
     assert re.search(r"formula, float32: \d+ cases right", out) or "C++, float32" in out
     assert "WRONG" not in out
@@ -48,8 +47,8 @@ def test_doctor_names_a_wrong_norm_and_fails(
             y = super().forward(input, residual)
             return y if input.dtype == torch.float64 else y * 1.01
 
-    subject = norm_check.Subject("L1 batch norm", Wrong)
-    monkeypatch.setattr(norm_check, "SUBJECTS", (subject,))
+    subject = doctor.Subject("L1 batch norm", Wrong)
+    monkeypatch.setattr(doctor, "SUBJECTS", (subject,))
     assert main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert re.search(r"float32: 2 cases 2 WRONG, at most 1\.0e-02 of the largest", out)
@@ -57,7 +56,7 @@ def test_doctor_names_a_wrong_norm_and_fails(
 
 
 def test_doctor_counts_nan_as_wrong() -> None:
-    check = norm_check.Check("L1", "formula", torch.float32, "NCHW", float("nan"))
+    check = doctor.Check("L1", "formula", torch.float32, "NCHW", float("nan"))
     assert check.failed
 
 
@@ -86,8 +85,8 @@ def test_doctor_times_a_norm() -> None:
 
 
 def test_doctor_prints_no_version_of_an_absent_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(installation, "OPTIONAL", ("no-such-package",))
-    assert ("may use", "no-such-package –") in installation.describe_versions()
+    monkeypatch.setattr(doctor, "OPTIONAL", ("no-such-package",))
+    assert ("may use", "no-such-package –") in doctor.describe_versions()
 
 
 def test_doctor_describes_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,5 +99,5 @@ def test_doctor_describes_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
-    ((_, _), (_, gpu)) = installation.describe_devices()
+    ((_, _), (_, gpu)) = doctor.describe_devices()
     assert gpu.startswith("NVIDIA H200, sm_90, 139 GiB, CUDA ")

@@ -10,7 +10,6 @@ import pytest
 from nmlightning.cli import main
 from nmlightning.errors import InputError
 from nmlightning.kernels.cpu import build
-from nmlightning.kernels.cpu import build as library
 
 Nm = Callable[..., tuple[int, str, str]]
 
@@ -35,15 +34,15 @@ def test_kernels_show_without_a_build(nm: Nm, tmp_path: Path) -> None:
         " kernels     not built for this CPU and this torch: nm kernels build\n",
         "",
     )
-    assert nm("remove")[1] == f" kernels     there are none in {library.cache_folder()}\n"
-    assert tmp_path in library.cache_folder().parents
+    assert nm("remove")[1] == f" kernels     there are none in {build.cache_folder()}\n"
+    assert tmp_path in build.cache_folder().parents
 
 
 def test_kernels_show_after_a_build(nm: Nm) -> None:
-    path = library.library_path(library.cache_folder())
+    path = build.library_path(build.cache_folder())
     path.parent.mkdir(parents=True)
     path.write_bytes(bytes(2**20))
-    library.seal(path)
+    build.seal(path)
     (path.parent / "torch-1.0-old.so").touch()
     (path.parent / "unfinished-by-a-killed-process").mkdir()
     (path.parent / "of-the-user.so").touch()
@@ -56,13 +55,13 @@ def test_kernels_show_after_a_build(nm: Nm) -> None:
 
 
 def test_kernels_load_no_truncated_library(nm: Nm) -> None:
-    path = library.library_path(library.cache_folder())
+    path = build.library_path(build.cache_folder())
     path.parent.mkdir(parents=True)
     path.write_bytes(bytes(2**10))
     assert nm("show")[1] == f" kernels     {path} is damaged: nm kernels build\n"
-    assert not library.is_whole(path)
-    library.seal(path)
-    assert library.is_whole(path)
+    assert not build.is_whole(path)
+    build.seal(path)
+    assert build.is_whole(path)
 
 
 def test_kernels_build_makes_a_library(nm: Nm, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +78,7 @@ def test_kernels_build_makes_a_library(nm: Nm, monkeypatch: pytest.MonkeyPatch) 
     assert (code, err) == (0, "")
     building, built = out.splitlines()
     assert "about a minute" in building
-    path = library.library_path(library.cache_folder())
+    path = build.library_path(build.cache_folder())
     assert built.startswith(f" kernels     {path}, built in ")
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
@@ -93,7 +92,7 @@ def test_kernels_build_reports_a_compiler_error(nm: Nm, monkeypatch: pytest.Monk
     source.write_text("int main() { return nothing; }\n")
     monkeypatch.setattr(build, "source_files", lambda: [source])
     code, _, err = nm("build")
-    log = library.cache_folder() / "build.log"
+    log = build.cache_folder() / "build.log"
     assert code == 2
     assert err == (
         f"nm: the kernels did not compile; the compiler's words are in {log}. The norms go on by "
@@ -112,7 +111,7 @@ def test_kernels_build_reports_a_missing_tool_in_one_line(
         "compiler": "there is no C++ compiler 'no-such-compiler'; install one",
         "ninja": "there is no ninja; `pip install ninja` installs it",
         "Linux": "the kernels are built on Linux only, this is win32",
-        "folder": f"{library.cache_folder()} cannot be written to",
+        "folder": f"{build.cache_folder()} cannot be written to",
     }
     if missing == "compiler":
         monkeypatch.setenv("CXX", "no-such-compiler")
@@ -135,14 +134,14 @@ def test_kernels_build_reports_a_missing_tool_in_one_line(
 def test_kernels_are_not_built_by_a_fit(nm: Nm) -> None:
     from nmlightning.kernels.cpu.backend import NOT_BUILT, CpuBackend
 
-    backend = CpuBackend(library.cache_folder())
-    if not library.is_loaded():
+    backend = CpuBackend(build.cache_folder())
+    if not build.is_loaded():
         assert backend._missing() == NOT_BUILT
         assert backend.tracking() is None
-        path = library.library_path(library.cache_folder())
+        path = build.library_path(build.cache_folder())
         path.parent.mkdir(parents=True)
         path.write_text("half a file")
         assert backend._missing() == f"the kernels in {path} are damaged: nm kernels build"
-        library.seal(path)
+        build.seal(path)
         assert backend._missing() == f"the kernels in {path} do not load: nm kernels remove"
     assert os.listdir(Path.home()) in ([], [".cache"])

@@ -1,4 +1,4 @@
-"""A run that is resumed within an epoch goes on with the very next batch, pixel by pixel."""
+"""A run that is resumed within an epoch resumes with the very next batch, pixel by pixel."""
 
 import os
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A run on text, resumed within an epoch, goes on with the very next batch, token by token."""
+"""A run on text, resumed within an epoch, resumes with the very next batch, token by token."""
 
 import os
 from collections.abc import Callable

@@ -14,7 +14,6 @@ from nmlightning.weights.channel_norms import (
     channel_norms,
     effective_learning_rates,
     equilibrium_rotation,
-    norm_ratios,
     rotations,
 )
 
@@ -207,11 +206,3 @@ def test_equilibrium_rotation(make: Optimizer, expected: float) -> None:
             squares.append(rotations(before, weight).square().mean())
     found = torch.stack(squares).mean().sqrt().item()
     assert found == pytest.approx(expected, rel=0.01)  # correlations of order 1 / 256 remain
-
-
-def test_norm_ratios() -> None:
-    reference = torch.tensor([2.0, 0.0, -1.0, math.inf, math.nan, 1e-30])
-    ratios = norm_ratios(torch.full((6,), 1.0), reference)
-    assert ratios.dtype == torch.float64
-    torch.testing.assert_close(ratios[[0, 5]], torch.tensor([0.5, 1e30], dtype=torch.float64))
-    assert ratios[1:5].isnan().all()
