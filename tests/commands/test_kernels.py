@@ -95,8 +95,8 @@ def test_kernels_build_reports_a_compiler_error(nm: Nm, monkeypatch: pytest.Monk
     log = build.cache_folder() / "build.log"
     assert code == 2
     assert err == (
-        f"nm: the kernels did not compile; the compiler's words are in {log}. The norms go on by "
-        "the formula.\n"
+        f"nm: the kernels did not compile; the compiler's words are in {log}. The norms use the "
+        "formula.\n"
     )
     assert "nothing" in log.read_text()
     assert [file.name for file in log.parent.iterdir()] == [log.name]
