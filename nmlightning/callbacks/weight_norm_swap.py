@@ -32,7 +32,7 @@ class WeightNormSwap(ModelChange):
     travels in every checkpoint under the key `nmlightning`: a resume with another recipe is
     refused, and `nmlightning.load_from_checkpoint` restores the model without a Trainer.
 
-    The keywords are those of `nmlightning.apply_weight_norm`; optimizers that exist already move
+    The keywords but `cache` are those of `nmlightning.apply_weight_norm`; optimizers there are move
     the gains, too.
 
     Args:

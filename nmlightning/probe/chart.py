@@ -37,7 +37,7 @@ def draw_ranges(layers: Sequence[LayerRanges], wide: Band, narrow: Band) -> str:
     """Return a picture as SVG, with a row for each layer and a logarithmic axis.
 
     A bar goes from the smallest to the largest σ of the layer, with a gap at the median; the line
-    to its right goes on to max |x − μ|. It is blue where the narrow norm loses nothing and
+    to its right reaches to max |x − μ|. It is blue where the narrow norm loses nothing and
     vermilion where it does; what either loses stands at the end of the row.
 
     Args:

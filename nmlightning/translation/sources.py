@@ -147,7 +147,7 @@ BYTE_ORDER_MARK = "\ufeff"
 
 
 class ParallelFiles:
-    """The pairs of two UTF-8 files, plain or gzipped, which is told by their first bytes.
+    """The pairs of two UTF-8 files, plain or gzipped, as their first bytes say.
 
     A line ends with \\n or \\r\\n and with nothing else, such as U+2028. A byte order mark is left
     out.
