@@ -32,8 +32,8 @@ class WeightNormSwap(ModelChange):
     travels in every checkpoint under the key `nmlightning`: a resume with another recipe is
     refused, and `nmlightning.load_from_checkpoint` restores the model without a Trainer.
 
-    The keywords but `cache` are those of `nmlightning.apply_weight_norm`; optimizers there are move
-    the gains, too.
+    The keywords, but for `cache`, are those of `nmlightning.apply_weight_norm`. Optimizers that
+    exist already move the gains, too.
 
     Args:
         kind: "bounded" or "weight".
