@@ -52,7 +52,7 @@ def small(norm: str = "l1", **weight_norm: Any) -> nn.Module:
 
 @torch.no_grad()
 def outputs(net: nn.Module, x: Tensor) -> Tensor:
-    return net.eval()(x)  # type: ignore[no-any-return]
+    return net.eval()(x)
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
@@ -60,7 +60,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 
 
 NETS: dict[str, Callable[[], nn.Module]] = {
-    **{norm: lambda norm=norm: small(norm) for norm in ("l2", "l1", "linf", "top10", "lp")},  # type: ignore[misc]
+    **{norm: lambda norm=norm: small(norm) for norm in ("l2", "l1", "linf", "top10", "lp")},
     "bounded L1": lambda: small("mean", kind="bounded", p=1),
     "bounded L∞": lambda: small("mean", kind="bounded", p="inf"),
     "learned gains": lambda: small("l1", kind="bounded", p=2, gain="channel"),
@@ -156,7 +156,7 @@ def test_layer_norms_export_as_plain_operations(format: str, tmp_path: Path) -> 
 def test_batch_norm_without_running_statistics_is_kept(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), L1BatchNorm2d(4, track_running_stats=False))
     report = export_network(net, tmp_path / "net.pt2", "torch_export", IMAGES)
-    assert [left.reason for left in report.fold.left] == ["it keeps no running statistics"]  # type: ignore[union-attr]
+    assert [left.reason for left in report.fold.left] == ["it keeps no running statistics"]
     x = torch.randn(7, *IMAGES)
     assert_close(torch.export.load(tmp_path / "net.pt2").module()(x), outputs(net, x))
 
@@ -171,13 +171,13 @@ class Branching(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.isnan().any():
             raise ValueError("NaN")
-        return self.body(x)  # type: ignore[no-any-return]
+        return self.body(x)
 
 
 def test_untraceable_network_is_written_unfolded(tmp_path: Path) -> None:
     net = train(Branching())
     report = export_network(net, tmp_path / "net", "state_dict", IMAGES)
-    assert [left.norm for left in report.fold.left] == ["body.1"]  # type: ignore[union-attr]
+    assert [left.norm for left in report.fold.left] == ["body.1"]
     assert report.difference == 0
 
 
@@ -192,7 +192,7 @@ def test_export_network_leaves_the_network_unchanged(tmp_path: Path) -> None:
     torch.testing.assert_close(dict(net.state_dict()), state, rtol=0, atol=0)
     assert torch.equal(net(x), expected)
     net.train()(x).sum().backward()
-    assert net.conv1.parametrizations.weight.original.grad is not None  # type: ignore[union-attr, index]
+    assert net.conv1.parametrizations.weight.original.grad is not None
 
 
 def test_tied_weights_stay_tied_without_parametrizations(tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ def test_input_shape_must_be_a_sequence(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"input_shape is a sequence, such as \(3, 32, 32\), got 5"
     ):
-        export_network(nn.Linear(5, 2), tmp_path / "net.pt", "state_dict", 5)  # type: ignore[arg-type]
+        export_network(nn.Linear(5, 2), tmp_path / "net.pt", "state_dict", 5)
 
 
 def test_differing_file_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

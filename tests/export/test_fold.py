@@ -284,7 +284,7 @@ def test_fold_norms_of_modules_with_two_names() -> None:
 
 def test_fold_norms_folds_the_rest_and_prints() -> None:
     net = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3), nn.Flatten())
-    net = stir(nn.Sequential(net, nn.Linear(48, 5), LInfBatchNorm1d(5)))  # type: ignore[assignment]
+    net = stir(nn.Sequential(net, nn.Linear(48, 5), LInfBatchNorm1d(5)))
     x = torch.randn(2, 4, 6, 6)
     expected = net(x)
     report = fold_norms(net)
@@ -318,4 +318,4 @@ def test_fold_norms_refuses_training(part: str) -> None:
 
 def test_fold_norms_refuses_a_text_for_a_flag() -> None:
     with pytest.raises(InputError, match="keep_norms is True or False, got 'no'"):
-        fold_norms(nn.Sequential().eval(), keep_norms="no")  # type: ignore[arg-type]
+        fold_norms(nn.Sequential().eval(), keep_norms="no")

@@ -131,4 +131,4 @@ def test_gaussian_constant_rejects_bad_input(
     statistic: str, n: int, options: dict[str, object], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        gaussian_constant(statistic, n, **options)  # type: ignore[arg-type]
+        gaussian_constant(statistic, n, **options)

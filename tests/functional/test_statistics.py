@@ -69,7 +69,7 @@ def test_select_largest_takes_the_first_among_equals(shape: tuple[int, ...], k: 
         flat = by_channel(d)
         # The definition: order by |d| descending, then by position ascending.
         order = [
-            sorted(range(len(row)), key=lambda i, row=row: (-abs(row[i]), i))[:k]  # type: ignore[misc]
+            sorted(range(len(row)), key=lambda i, row=row: (-abs(row[i]), i))[:k]
             for row in flat.tolist()
         ]
         for layout in layouts(d):
@@ -119,7 +119,7 @@ def test_select_extremes_takes_the_first_of_each_chunk(shape: tuple[int, ...], c
     flat = by_channel(d)
     parts = torch.arange(flat.shape[1]).tensor_split(chunks)
     expected = [
-        [max(part.tolist(), key=lambda i, row=row, s=s: (s * row[i], -i)) for part in parts]  # type: ignore[misc]
+        [max(part.tolist(), key=lambda i, row=row, s=s: (s * row[i], -i)) for part in parts]
         for row in flat.tolist()
         for s in (1, -1)
     ]

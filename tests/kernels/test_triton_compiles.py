@@ -96,8 +96,7 @@ def _read(name: str, kernel: Any, folder: Path) -> Compiled:
         [CUOBJDUMP, "-res-usage", binary], capture_output=True, text=True, check=True
     ).stdout
     registers, stack, local = (
-        int(re.search(rf"\b{word}:(\d+)", usage)[1])  # type: ignore[index]
-        for word in ("REG", "STACK", "LOCAL")
+        int(re.search(rf"\b{word}:(\d+)", usage)[1]) for word in ("REG", "STACK", "LOCAL")
     )
     threads, shared = 32 * kernel.metadata.num_warps, kernel.metadata.shared
     return Compiled(name, kernel.asm["ptx"], threads, shared, registers, stack + local)

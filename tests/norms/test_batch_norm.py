@@ -241,7 +241,7 @@ def test_constant_scales_the_output(norm: Norm, constant: str | float) -> None:
     x = torch.randn(8, 3, 2, 2, dtype=torch.float64)
     exact = norm.layer(eps=0.0, affine=False)
     other = norm.layer(eps=0.0, affine=False, constant=constant)
-    factor = norm.constant(32) / (1 if constant == "none" else constant)  # type: ignore[operator]
+    factor = norm.constant(32) / (1 if constant == "none" else constant)
     torch.testing.assert_close(other(x), exact(x) * factor, **EXACT)
 
 

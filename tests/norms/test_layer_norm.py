@@ -51,7 +51,7 @@ def make(norm: str, normalized: int | tuple[int, ...], **settings: Any) -> nn.Mo
 
 def define(layer: nn.Module, p: float, x: Tensor) -> Tensor:
     """Return the definition's output, by autograd's own rules; the slope at d = 0 is −1."""
-    dims = tuple(range(-len(layer.normalized_shape), 0))  # type: ignore[arg-type]
+    dims = tuple(range(-len(layer.normalized_shape), 0))
     is_centred = not isinstance(layer, nn.RMSNorm)
     d = x - x.mean(dims, keepdim=True) if is_centred else x
     eps = torch.finfo(x.dtype).eps if layer.eps is None else layer.eps
@@ -59,7 +59,7 @@ def define(layer: nn.Module, p: float, x: Tensor) -> Tensor:
     scale = size.pow(p).mean(dims, keepdim=True).pow(1 / p) if p > 1 else size.mean(dims, True)
     y = d / ((norms.gaussian_constant("lp", 2, p=p) * scale).square() + eps).sqrt()
     y = y if layer.weight is None else y * layer.weight.to(y.dtype)
-    return y + layer.bias.to(y.dtype) if is_centred and layer.bias is not None else y  # type: ignore[operator]
+    return y + layer.bias.to(y.dtype) if is_centred and layer.bias is not None else y
 
 
 @every_norm

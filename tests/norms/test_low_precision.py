@@ -210,4 +210,4 @@ def test_noise_is_fresh_each_time_and_absent_at_zero() -> None:
 @pytest.mark.parametrize("ratio", [-0.1, math.nan, math.inf, "0.1", None, True])
 def test_noise_rejects_bad_ratios(ratio: object) -> None:
     with pytest.raises(InputError, match=f"ratio must be finite and at least 0, got {ratio!r}"):
-        QuantizationNoise(ratio)  # type: ignore[arg-type]
+        QuantizationNoise(ratio)

@@ -121,7 +121,7 @@ def make(norm: str, batch: Batch) -> nn.Module:
     layer = cls(3, **NORMS[norm], **settings, sync=True, dtype=wide)
     for offset, parameter in enumerate(learned(layer)):
         parameter.data = torch.linspace(0.5, 2, 3, dtype=wide) + offset
-    return layer  # type: ignore[no-any-return]
+    return layer
 
 
 def _has(norm: str, setting: str) -> bool:

@@ -1,29 +1,29 @@
 """Every rule under clipping, accumulation and skipped steps, against a port; and under closures."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nmlightning.errors import InputError
+from nmlightning.optim import LRCorrection
 from nmlightning.optim.step_hooks import StepHookHandle
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
+from optim_rules import CONVOLUTIONS, REFERENCED, RULES, MakeRule, find_loss, make_net, sgd
 
-MakeNet = Callable[[], nn.Module]
-MakeRule = Callable[..., Any]
 Array = NDArray[np.float64]
-CONVOLUTIONS = ("conv1.weight", "conv2.weight")
 STEPS, EPOCH = 12, 3
-RATE, MOMENTUM, DECAY = 0.02, 0.9, 0.01  # the decay is that of the fixture's rule
+RATE, MOMENTUM, DECAY = 0.02, 0.9, 0.01  # those of the net's optimizer, and of the row "decay"
 OVERFLOWS = (0, 4, 5, 10)
 BOUND = 0.02
+CONDITIONS = ["none", "norm", "value", "accumulation", "skipped"]
 IMPLEMENTATIONS: dict[str, dict[str, bool]] = {
     "foreach": {"foreach": True},
     "one by one": {"foreach": False},
@@ -33,59 +33,53 @@ pytestmark = pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. has n
 
 
 @pytest.fixture
-def history(make_net: MakeNet) -> NormHistory:
+def history() -> NormHistory:
     """A record at the end of each epoch of three steps."""
     generator = torch.Generator().manual_seed(1)
     norms = {}
     for name in CONVOLUTIONS:
         initial = channel_norms(make_net().get_parameter(name)).float()
-        norms[name] = (
-            initial * (0.6 + 0.8 * torch.rand(5, len(initial), generator=generator))
-        ).numpy()
+        change = 0.6 + 0.8 * torch.rand(5, len(initial), generator=generator)
+        norms[name] = (initial * change).numpy()
     return NormHistory.from_arrays(norms, range(EPOCH, 5 * EPOCH + 1, EPOCH), range(5))
 
 
-def find_loss(net: nn.Module, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(8, 2, 8, 8, dtype=torch.float64, generator=generator)
-    return F.cross_entropy(net(x), torch.randint(3, (8,), generator=generator))
-
-
 def find_rate(step: int) -> float:
-    return RATE if step < STEPS // 2 else RATE / 4
+    return RATE if step < STEPS // 2 else 0.3 * RATE
 
 
 class Port:
     """SGD with momentum under a rule, channel by channel, from the formulas in the papers."""
 
-    def __init__(self, rule: str, net: nn.Module, history: NormHistory) -> None:
-        self.rule, self.history = rule, history
+    def __init__(self, rule: str, net: nn.Module, history: NormHistory, nesterov: bool) -> None:
+        self.rule, self.history, self.nesterov = rule, history, nesterov
         self.weights = {n: q.detach().numpy() for n, q in net.named_parameters()}
         self.velocities = {n: np.zeros_like(w) for n, w in self.weights.items()}
         self.radii = {n: np.linalg.norm(w) for n, w in self.weights.items()}
-        self.initial = {n: [np.linalg.norm(w) for w in self.weights[n]] for n in CONVOLUTIONS}
+        self.initial = {n: norms_of(self.weights[n]) for n in CONVOLUTIONS}
         self.decayed = {n: self.weights[n].copy() for n in CONVOLUTIONS}
 
     def step(self, gradients: Mapping[str, Array], step: int) -> None:
         rate = find_rate(step)
         for name, weight in self.weights.items():
-            velocity = self.velocities[name]
+            velocity, grad = self.velocities[name], gradients[name]
             if name in CONVOLUTIONS and self.rule == "decay":
-                self.decay(name, weight, velocity, rate, gradients[name])
+                self.decay(name, weight, velocity, rate, grad)
                 continue
             velocity *= MOMENTUM
-            velocity += gradients[name]
+            velocity += grad
+            direction = grad + MOMENTUM * velocity if self.nesterov else velocity
             if weight.ndim > 1 and self.rule == "hyperball":
-                weight[:] = self.turn(name, weight, rate, velocity)
+                weight[:] = self.turn(name, weight, rate, direction)
             elif weight.ndim > 1 and self.rule == "projection":
-                weight -= rate * find_tangent(weight, gradients[name], velocity)
+                weight -= rate * find_tangent(weight, grad, direction)
             elif name in CONVOLUTIONS:
-                self.steer(name, weight, velocity, rate, self.find_recorded(name, step))
+                self.follow(name, -rate * direction, rate, self.find_recorded(name, step))
             else:
-                weight -= rate * velocity
+                weight -= rate * direction
 
-    def turn(self, name: str, weight: Array, rate: float, velocity: Array) -> Array:
-        moved = weight - rate * self.radii[name] * velocity / np.linalg.norm(velocity)
+    def turn(self, name: str, weight: Array, rate: float, direction: Array) -> Array:
+        moved = weight - rate * self.radii[name] * direction / np.linalg.norm(direction)
         return self.radii[name] * moved / np.linalg.norm(moved)
 
     def decay(self, name: str, weight: Array, velocity: Array, rate: float, grad: Array) -> None:
@@ -97,29 +91,39 @@ class Port:
             full -= rate * v
             w[:] = full * (initial / np.linalg.norm(full))
 
-    def steer(self, name: str, weight: Array, velocity: Array, rate: float, norms: Array) -> None:
-        ratio = math.sqrt((np.square(self.initial[name]).sum()) / np.square(norms).sum())
-        for w, v, initial, norm in zip(weight, velocity, self.initial[name], norms, strict=True):
-            length = float(np.linalg.norm(w))
-            factor, target = {
-                "paper": (length**2 / norm**2, None),
-                "stable": (initial**2 / norm**2, initial),
-                "layer": (ratio**2, initial),
-                "schedule": (RATE / rate, norm * math.sqrt(RATE / rate)),
-            }[self.rule]
-            delta = -rate * v * factor
-            if target is None:
+    def follow(self, name: str, deltas: Array, rate: float, norms: Array) -> None:
+        """Scale the step by the recorded norms, and hold those that the rule holds."""
+        weight, velocity = self.weights[name], self.velocities[name]
+        own = norms_of(weight) if self.is_literal else self.initial[name]
+        factors = own**2 / norms**2
+        targets = self.initial[name]
+        if self.rule.endswith("layer"):
+            factors[:] = (own**2).sum() / (norms**2).sum()
+        if self.rule == "schedule":
+            factors[:], targets = RATE / rate, norms * math.sqrt(RATE / rate)
+        for w, v, delta, target in zip(
+            weight, velocity, deltas * factors[:, None, None, None], targets, strict=True
+        ):
+            if self.is_literal:
                 w += delta
-            else:
-                w += delta * min(1.0, 0.2 * length / float(np.linalg.norm(delta)))
-                v *= np.linalg.norm(w) / target
-                w *= target / np.linalg.norm(w)
+                continue
+            w += delta * min(1.0, 0.2 * np.linalg.norm(w) / np.linalg.norm(delta))
+            v *= np.linalg.norm(w) / target
+            w *= target / np.linalg.norm(w)
+
+    @property
+    def is_literal(self) -> bool:
+        return self.rule.startswith("paper")
 
     def find_recorded(self, name: str, step: int) -> Array:
         rows = self.history.norms[name].astype(np.float64)
-        if self.rule == "paper":
-            return rows[step // EPOCH]  # type: ignore[no-any-return]
+        if self.is_literal:
+            return rows[step // EPOCH]
         return np.array([np.interp(step, self.history.steps, channel) for channel in rows.T])
+
+
+def norms_of(weight: Array) -> Array:
+    return np.array([np.linalg.norm(channel) for channel in weight])
 
 
 def find_tangent(weight: Array, grad: Array, velocity: Array) -> Array:
@@ -141,7 +145,7 @@ def train_port(port: Port, net: nn.Module, condition: str) -> None:
         if condition == "skipped" and step in OVERFLOWS:
             continue
         loss = sum(find_loss(net, parts * step + part) for part in range(parts))
-        gradients = [g.numpy() for g in torch.autograd.grad(loss, parameters)]  # type: ignore[arg-type]
+        gradients = [g.numpy() for g in torch.autograd.grad(loss, parameters)]
         if condition == "norm":
             norm = math.sqrt(sum((g**2).sum() for g in gradients))
             gradients = [g * min(1.0, BOUND / (norm + 1e-6)) for g in gradients]  # as torch does
@@ -179,22 +183,24 @@ def train(
         scaler.update()
 
 
-def sgd(net: nn.Module, **options: Any) -> torch.optim.SGD:
-    return torch.optim.SGD(net.parameters(), lr=RATE, momentum=MOMENTUM, **options)
-
-
-@pytest.mark.parametrize("condition", ["none", "norm", "value", "accumulation", "skipped"])
-def test_rule_matches_numpy_port(
-    make_net: MakeNet, history: NormHistory, make_rule: MakeRule, rule_name: str, condition: str
-) -> None:
+@pytest.mark.parametrize(
+    ("rule_name", "condition"),
+    [*product(RULES, CONDITIONS), *product((*REFERENCED, "paper layer"), ["nesterov"])],
+)
+def test_rule_matches_numpy_port(history: NormHistory, rule_name: str, condition: str) -> None:
     net, other = make_net(), make_net()
-    optimizer = sgd(net)
-    handle = make_rule(history).attach(optimizer, net.named_parameters())
+    nesterov = condition == "nesterov"
+    optimizer = sgd(net, nesterov=nesterov)
+    if rule_name == "paper layer":
+        rule: Any = LRCorrection(history, mode="paper", granularity="layer")
+    else:
+        rule = RULES[rule_name](history)
+    handle = rule.attach(optimizer, net.named_parameters())
     train(net, optimizer, handle, condition)
-    train_port(Port(rule_name, other, history), other, condition)
+    train_port(Port(rule_name, other, history, nesterov), other, condition)
     assert not handle.scope.dropped()
     for (name, one), two in zip(net.named_parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-11, msg=name)
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12, msg=name)
 
 
 def find_state(net: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -205,12 +211,7 @@ def find_state(net: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("family", ["SGD", "AdamW"])
 def test_skipped_steps_change_nothing(
-    make_net: MakeNet,
-    history: NormHistory,
-    make_rule: MakeRule,
-    rule_name: str,
-    family: str,
-    implementation: str,
+    history: NormHistory, make_rule: MakeRule, rule_name: str, family: str, implementation: str
 ) -> None:
     """A fused optimizer is called at an overflow and takes no step; the others are not called."""
     if rule_name == "decay" and family == "AdamW":
@@ -233,9 +234,7 @@ def test_skipped_steps_change_nothing(
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-def test_step_by_a_closure(
-    make_net: MakeNet, history: NormHistory, make_rule: MakeRule, rule_name: str
-) -> None:
+def test_step_by_a_closure(history: NormHistory, make_rule: MakeRule, rule_name: str) -> None:
     """The gradients come into being within the step, after the weights were kept."""
     ours, plain = make_net(), make_net()
     for net, by_closure in ((ours, True), (plain, False)):
@@ -248,7 +247,7 @@ def test_step_by_a_closure(
             ) -> Tensor:
                 optimizer.zero_grad()
                 loss = find_loss(net, step)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 return loss
 
             if by_closure:
@@ -261,9 +260,7 @@ def test_step_by_a_closure(
         assert torch.equal(one, other)
 
 
-def test_lbfgs_is_refused(
-    make_net: MakeNet, history: NormHistory, make_rule: MakeRule, rule_name: str
-) -> None:
+def test_lbfgs_is_refused(history: NormHistory, make_rule: MakeRule, rule_name: str) -> None:
     """LBFGS takes several steps in one, so nothing is known of their length."""
     net = make_net()
     optimizer = torch.optim.LBFGS(net.parameters(), lr=0.01, max_iter=3)

@@ -1,4 +1,4 @@
-"""Hyperball against its definition: what it holds, what it turns, and what it leaves alone."""
+"""Hyperball against its definition: the norm held, the length of a step, weights left alone."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from nmlightning.errors import InputError
 from nmlightning.optim import Hyperball
 from nmlightning.weights.channel_norms import ChannelLayout
+from optim_rules import make_net, train
 
-Train = Callable[..., None]
-MakeNet = Callable[[], nn.Module]
 Array = NDArray[np.float64]
 RATE = 0.03
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -40,9 +39,7 @@ def make_weight(*shape: int, dtype: torch.dtype = torch.float64) -> nn.Parameter
 
 
 @pytest.mark.parametrize("family", OPTIMIZERS)
-def test_hyperball_definition_around_any_optimizer(
-    make_net: MakeNet, train: Train, family: str
-) -> None:
+def test_hyperball_definition_around_any_optimizer(family: str) -> None:
     """A free optimizer that is shown the same gradients at the same weights gives u."""
     net, shown = make_net(), make_net()
     optimizer = OPTIMIZERS[family](net.parameters(), lr=RATE)
@@ -135,7 +132,7 @@ def test_zero_or_nonfinite_weight_is_refused(size: float, word: str) -> None:
         attach(weight)
 
 
-def test_optimizer_state_stays(make_net: MakeNet, train: Train) -> None:
+def test_hyperball_leaves_the_optimizers_state() -> None:
     nets = [make_net(), make_net()]
     for net in nets:
         optimizer = torch.optim.SGD(net.parameters(), RATE, momentum=0.9)
@@ -159,8 +156,8 @@ def test_resume_holds_the_first_radius() -> None:
     torch.testing.assert_close(weight.detach().norm(), radius, rtol=1e-14, atol=0)
 
 
-def test_transposed_convolutions() -> None:
-    """The norms are those of the whole weight; there is a factor for each output channel."""
+def test_transposed_convolution_has_a_factor_for_each_output_channel() -> None:
+    """The norm is that of the whole weight."""
     results = []
     for layouts in ({}, {"weight": ChannelLayout(2)}):
         weight = make_weight(4, 3, 2, 2)
@@ -174,8 +171,7 @@ def test_transposed_convolutions() -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
-def test_muon() -> None:
-    """Its decay is on by default, and refused."""
+def test_muon_is_taken_without_its_default_decay() -> None:
     model = nn.Linear(6, 4, bias=False)
     with pytest.raises(InputError, match=r"weight has weight decay 0.1 in its optimizer"):
         Hyperball().attach(torch.optim.Muon(model.parameters()), model.named_parameters())

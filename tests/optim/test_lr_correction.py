@@ -1,84 +1,35 @@
-"""LRCorrection against ports of the rules that share no line with it."""
+"""LRCorrection by its definition, against weight decay, and where a recording's norms vanish.
 
-from collections.abc import Callable
+The numpy port of its modes is in test_conditions.py.
+"""
+
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nmlightning.optim.lr_correction import LRCorrection
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
-
-Train = Callable[..., None]
-MakeNet = Callable[[], nn.Module]
-MakeHistory = Callable[[nn.Module], NormHistory]
-LITERAL = pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. has no brake")
-
-
-def groups(net: nn.Module) -> list[dict[str, Any]]:
-    head = [q for name, q in net.named_parameters() if name.startswith("head")]
-    rest = [q for name, q in net.named_parameters() if not name.startswith("head")]
-    return [{"params": rest}, {"params": head, "weight_decay": 5e-4}]
+from optim_rules import (
+    CONVOLUTIONS,
+    NormRows,
+    direction_distance,
+    make_net,
+    random_history,
+    split_groups,
+    train,
+)
 
 
-def sgd(net: nn.Module, **options: Any) -> torch.optim.SGD:
-    return torch.optim.SGD(groups(net), lr=0.02, momentum=0.9, **options)
-
-
-class PaperSGD(torch.optim.Optimizer):
-    """The rule of the paper, written into SGD's step: Δw = −η · buffer · ‖w‖² / ‖r‖²."""
-
-    def __init__(self, params: Any, references: dict[Tensor, np.ndarray], nesterov: bool) -> None:
-        super().__init__(params, {"lr": 0.02, "weight_decay": 0.0})
-        self.references, self.nesterov, self.epoch = references, nesterov, 0
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for weight in group["params"]:
-                direction = weight.grad + group["weight_decay"] * weight
-                buffer = self.state[weight].get("buffer", torch.zeros_like(weight))
-                self.state[weight]["buffer"] = buffer = 0.9 * buffer + direction
-                update = direction + 0.9 * buffer if self.nesterov else buffer.clone()
-                if weight in self.references:
-                    for channel in range(len(weight)):
-                        reference = float(self.references[weight][self.epoch][channel])
-                        squared = float((weight[channel] ** 2).sum())
-                        update[channel] *= squared / reference**2
-                weight -= group["lr"] * update
-
-
-@LITERAL
-@pytest.mark.parametrize("nesterov", [False, True])
-def test_paper_mode_matches_port(
-    make_net: MakeNet, train: Train, random_history: MakeHistory, nesterov: bool
-) -> None:
-    ours, theirs = make_net(), make_net()
-    history = random_history(ours)
-    optimizer = sgd(ours, nesterov=nesterov)
-    LRCorrection(history, mode="paper").attach(optimizer, ours.named_parameters())
-    references = {
-        q: history.norms[name] for name, q in theirs.named_parameters() if name in history.norms
-    }
-    port = PaperSGD(groups(theirs), references, nesterov)
-
-    def next_epoch(step: int) -> None:
-        port.epoch = (step + 1) // 10
-
-    train(ours, optimizer, 50)
-    train(theirs, port, 50, each=next_epoch)
-    for (name, weight), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(weight, other, rtol=1e-12, atol=1e-12, msg=name)
+def sgd(net: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(split_groups(net, 0.0, 5e-4), lr=0.02, momentum=0.9)
 
 
 @pytest.mark.parametrize("granularity", ["channel", "layer"])
 @pytest.mark.parametrize("family", ["sgd", "adam"])
-def test_stable_mode_by_definition(
-    make_net: MakeNet, train: Train, random_history: MakeHistory, granularity: Any, family: str
-) -> None:
+def test_stable_mode_by_definition(granularity: Any, family: str) -> None:
     """One step at a time: the optimizer's own step, scaled, bounded and projected by hand."""
     net = make_net()
     history = random_history(net)
@@ -86,7 +37,7 @@ def test_stable_mode_by_definition(
         optimizer: torch.optim.Optimizer = sgd(net)
         power, buffers = 2, ["momentum_buffer"]
     else:
-        optimizer = torch.optim.Adam(groups(net), lr=0.02)
+        optimizer = torch.optim.Adam(split_groups(net, 0.0, 5e-4), lr=0.02)
         power, buffers = 1, ["exp_avg", "exp_avg_sq"]
     correction = LRCorrection(
         history, granularity=granularity, max_factor=1.5, max_rotation=0.05, align="official"
@@ -122,53 +73,29 @@ def test_stable_mode_by_definition(
     hook.remove()
 
 
-def test_corrected_run_follows_decayed_run(make_net: MakeNet, train: Train) -> None:
+def test_corrected_run_follows_decayed_run() -> None:
     """With a record at each step and no momentum the directions agree as far as the rule can."""
     decayed, corrected, free = make_net(), make_net(), make_net()
-    steps = 100
-    rows: dict[str, list[Tensor]] = {"conv1.weight": [], "conv2.weight": []}
-
-    def record(_: int = 0) -> None:
-        for name, values in rows.items():
-            values.append(channel_norms(decayed.get_parameter(name)).float())
-
-    head = [q for name, q in decayed.named_parameters() if not name.startswith("conv")]
-    convolutions = [decayed.conv1.weight, decayed.conv2.weight]
-    record()
-    train(
-        decayed,
-        torch.optim.SGD([{"params": convolutions, "weight_decay": 1.0}, {"params": head}], lr=0.01),
-        steps,
-        each=record,
-    )
-    arrays = {name: torch.stack(values).numpy() for name, values in rows.items()}
-    history = NormHistory.from_arrays(arrays, range(steps + 1), [0] * (steps + 1))
+    rows = NormRows(decayed)
+    train(decayed, torch.optim.SGD(split_groups(decayed, 1.0), lr=0.01), 100, each=rows.record)
     optimizer = torch.optim.SGD(corrected.parameters(), lr=0.01)
-    correction = LRCorrection(history, align="interpolate", max_rotation=None)
+    correction = LRCorrection(rows.history(), align="interpolate", max_rotation=None)
     correction.attach(optimizer, corrected.named_parameters())
-    train(corrected, optimizer, steps)
-    train(free, torch.optim.SGD(free.parameters(), lr=0.01), steps)
-
-    def distance(net: nn.Module) -> float:
-        pairs = [(net.get_parameter(n), decayed.get_parameter(n)) for n in rows]
-        cosines = [torch.cosine_similarity(a.flatten(1), b.flatten(1)).min() for a, b in pairs]
-        return 1 - min(cosine.item() for cosine in cosines)
-
-    assert distance(corrected) < 0.02 * distance(free)
-    for name, values in arrays.items():
-        torch.testing.assert_close(
-            channel_norms(corrected.get_parameter(name)).float(), torch.from_numpy(values[0])
-        )
+    train(corrected, optimizer, 100)
+    train(free, torch.optim.SGD(free.parameters(), lr=0.01), 100)
+    far = direction_distance(free, decayed)
+    assert direction_distance(corrected, decayed) < 0.02 * far
+    for name, values in rows.history().norms.items():
+        found = channel_norms(corrected.get_parameter(name)).float()
+        torch.testing.assert_close(found, torch.from_numpy(values[0]))
 
 
-@LITERAL
-def test_paper_mode_diverges_and_stable_mode_does_not(
-    make_net: MakeNet, train: Train, random_history: MakeHistory
-) -> None:
+@pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. has no brake")
+def test_paper_mode_diverges_and_stable_mode_does_not() -> None:
     """Norms that only ever shrink, as of channels that weight decay kills."""
     for mode, stays in (("paper", False), ("stable", True)):
         net = make_net()
-        initial = {n: channel_norms(net.get_parameter(n)) for n in ("conv1.weight", "conv2.weight")}
+        initial = {n: channel_norms(net.get_parameter(n)) for n in CONVOLUTIONS}
         decay = torch.logspace(-1, -4, 10)[:, None]
         history = NormHistory.from_arrays(
             {name: (norms * decay).numpy() for name, norms in initial.items()},
@@ -176,7 +103,7 @@ def test_paper_mode_diverges_and_stable_mode_does_not(
             range(10),
         )
         optimizer = sgd(net)
-        LRCorrection(history, mode=mode).attach(optimizer, net.named_parameters())  # type: ignore[arg-type]
+        LRCorrection(history, mode=mode).attach(optimizer, net.named_parameters())
         train(net, optimizer, 100)
         growth = max(
             (channel_norms(net.get_parameter(name)) / norms).max().item()

@@ -1,7 +1,6 @@
 """Every rule under norms, steps and gradients that are not finite, and what is left of them."""
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,20 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from nmlightning.errors import InputError
-from nmlightning.optim import DecayEquivalentLR, LRCorrection, NormSchedule
 from nmlightning.optim.nonfinite_steps import MAX_SKIPPED_STEPS
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
+from optim_rules import REFERENCED, RULES, MakeRule, attach, make_net, random_history, sgd, train
 
-Train = Callable[..., None]
-MakeNet = Callable[[], nn.Module]
-MakeHistory = Callable[[nn.Module], NormHistory]
-MakeRule = Callable[..., Any]
-REFERENCED = ("stable", "paper", "layer", "schedule")
-
-
-def sgd(net: nn.Module, **options: Any) -> torch.optim.SGD:
-    return torch.optim.SGD(net.parameters(), **{"lr": 0.02, "momentum": 0.9, **options})
+OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "SGD": (torch.optim.SGD, {"momentum": 0.9}),
+    "AdamW": (torch.optim.AdamW, {"weight_decay": 0.0, "amsgrad": True}),
+    "RMSprop": (torch.optim.RMSprop, {"centered": True, "momentum": 0.5}),
+}
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. has no brake"),
+    pytest.mark.filterwarnings("ignore:.* skipped . steps of channels of conv1.weight by step 25"),
+]
 
 
 def step_on(optimizer: torch.optim.Optimizer, steps: int) -> None:
@@ -47,9 +46,7 @@ def across(weight: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("rule_name", REFERENCED)
 @pytest.mark.parametrize("dead", [0.0, torch.nan, torch.inf])
-def test_dead_channels_are_not_steered(
-    make_net: MakeNet, train: Train, random_history: MakeHistory, make_rule: MakeRule, dead: float
-) -> None:
+def test_dead_channels_are_not_steered(make_rule: MakeRule, dead: float) -> None:
     net, plain = make_net(), make_net()
     history = random_history(net)
     history.norms["conv1.weight"][:, 1] = dead
@@ -68,16 +65,8 @@ def test_dead_channels_are_not_steered(
     assert handle.skipped == 0
 
 
-def test_nonfinite_step_is_skipped_with_a_warning(
-    make_net: MakeNet,
-    train: Train,
-    random_history: MakeHistory,
-    make_rule: MakeRule,
-    rule_name: str,
-) -> None:
-    net = make_net()
-    optimizer = sgd(net)
-    handle = make_rule(random_history(net)).attach(optimizer, net.named_parameters())
+def test_nonfinite_step_is_skipped_with_a_warning(make_rule: MakeRule, rule_name: str) -> None:
+    net, optimizer, handle = attach(make_rule)
     train(net, optimizer, 1)
     before = net.conv1.weight.detach().clone()
     spoil(net, channel=2)
@@ -94,16 +83,8 @@ def test_nonfinite_step_is_skipped_with_a_warning(
 
 
 @pytest.mark.filterwarnings("ignore:.* skipped .* steps of channels of")
-def test_run_stops_after_nonfinite_gradients(
-    make_net: MakeNet,
-    train: Train,
-    random_history: MakeHistory,
-    make_rule: MakeRule,
-    rule_name: str,
-) -> None:
-    net = make_net()
-    optimizer = sgd(net)
-    handle = make_rule(random_history(net)).attach(optimizer, net.named_parameters())
+def test_run_stops_after_nonfinite_gradients(make_rule: MakeRule, rule_name: str) -> None:
+    net, optimizer, handle = attach(make_rule)
     handle.clock = lambda: {"epoch": 0}
     train(net, optimizer, 1)
     spoil(net, channel=2)
@@ -114,42 +95,38 @@ def test_run_stops_after_nonfinite_gradients(
         f"(now of {channels} channels): their gradients are not finite. Find the operation that "
         "makes them so"
     )
-    assert 100 <= MAX_SKIPPED_STEPS <= 124  # it looks at every 25th
+    assert 100 <= MAX_SKIPPED_STEPS <= 124  # it checks at every 25th
     with pytest.raises(InputError, match=re.escape(message)):
         optimizer.step()
 
 
 @pytest.mark.filterwarnings("ignore:.* skipped .* steps of channels of")
-def test_run_stops_after_nonfinite_factors(make_net: MakeNet, random_history: MakeHistory) -> None:
-    net = make_net().float()
-    history = random_history(net)
-    history.norms["conv1.weight"][:] = 1e-44
-    optimizer = torch.optim.SGD([net.conv1.weight], lr=0.02)
-    handle = LRCorrection(history).attach(optimizer, net.named_parameters())
-    handle.clock = lambda: {"epoch": 0}
-    net.conv1.weight.grad = across(net.conv1.weight)
-    with pytest.raises(InputError, match="steps or factors are not finite, so the run has diverg"):
-        step_on(optimizer, 125)
-
-
 @pytest.mark.parametrize("rule_name", ["stable", "paper", "layer"])
-def test_nonfinite_factor_skips_the_step(
-    make_net: MakeNet, random_history: MakeHistory, make_rule: MakeRule
-) -> None:
+def test_nonfinite_factors_skip_steps_and_stop_the_run(make_rule: MakeRule) -> None:
     """A recorded norm so small that nothing in float32 can be divided by it."""
     net = make_net().float()
     history = random_history(net)
     history.norms["conv1.weight"][:] = 1e-44
     optimizer = sgd(net)
     handle = make_rule(history).attach(optimizer, net.named_parameters())
+    handle.clock = lambda: {"epoch": 0}
     before = net.conv1.weight.detach().clone()
     for name, q in net.named_parameters():
-        q.grad = torch.zeros_like(q)
-        if name.startswith("conv"):
-            q.grad = across(q)
+        q.grad = across(q) if name.startswith("conv") else torch.zeros_like(q)
     optimizer.step()
     assert handle.skipped == len(before)
     torch.testing.assert_close(net.conv1.weight.detach(), before)
+    with pytest.raises(InputError, match="steps or factors are not finite, so the run has diverg"):
+        step_on(optimizer, 125)
+
+
+def attach_to_one(
+    make_rule: MakeRule, weight: nn.Parameter, norms: Tensor, lr: float
+) -> tuple[torch.optim.SGD, Any]:
+    """Return a weight's SGD under a rule that follows one record of its norms."""
+    history = NormHistory.from_arrays({"c": norms[None].numpy()}, [10], [0])
+    optimizer = torch.optim.SGD([weight], lr=lr)
+    return optimizer, make_rule(history, include=["c"]).attach(optimizer, [("c", weight)])
 
 
 @pytest.mark.parametrize(
@@ -161,34 +138,26 @@ def test_nonfinite_factor_skips_the_step(
         (torch.float16, 1e-3, 1e3),
     ],
 )
-def test_a_product_that_the_weights_cannot_hold(
+def test_step_beyond_the_dtypes_range_is_skipped(
     dtype: torch.dtype, shrink: float, gradient: float
 ) -> None:
-    torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(4, 3, 3, 3).to(dtype))
     before = weight.detach().clone()
-    norms = channel_norms(weight)[None] * shrink
-    history = NormHistory.from_arrays({"c": norms.numpy()}, [10], [0])
-    optimizer = torch.optim.SGD([weight], lr=1e-3)
-    rule = LRCorrection(history, mode="paper", include=["c*"])
-    handle = rule.attach(optimizer, [("c", weight)])
+    norms = channel_norms(weight) * shrink
+    optimizer, handle = attach_to_one(RULES["paper"], weight, norms, lr=1e-3)
     weight.grad = across(weight) * gradient
     optimizer.step()
     assert handle.skipped == 4
     assert torch.equal(weight, before)
 
 
-def test_a_factor_that_half_precision_does_not_hold() -> None:
+def test_factor_beyond_half_is_applied_to_a_small_step() -> None:
     """Its product with a small step is an ordinary number."""
-    torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(4, 3, 3, 3).half())
     with torch.no_grad():
         weight[:, 0, 0, 0] = 0.0  # next to which half precision has small numbers
-    norms = channel_norms(weight)
-    history = NormHistory.from_arrays({"c": norms[None].numpy() * 1e-3}, [10], [0])
-    optimizer = torch.optim.SGD([weight], lr=0.125)
-    rule = LRCorrection(history, mode="paper", include=["c*"])
-    handle = rule.attach(optimizer, [("c", weight)])
+    norms = channel_norms(weight) * 1e-3
+    optimizer, handle = attach_to_one(RULES["paper"], weight, norms, lr=0.125)
     weight.grad = torch.zeros_like(weight)
     weight.grad[:, 0, 0, 0] = 2.0**-17
     optimizer.step()
@@ -197,27 +166,13 @@ def test_a_factor_that_half_precision_does_not_hold() -> None:
     torch.testing.assert_close(moved, torch.full((4,), -1e6 * 2.0**-20), rtol=1e-3, atol=0)
 
 
-def test_a_norm_that_half_precision_does_not_reach() -> None:
-    torch.manual_seed(0)
+def test_recorded_norm_beyond_half_leaves_the_weight() -> None:
     weight = nn.Parameter(torch.randn(4, 1, 1, 1).half())
     before = weight.detach().clone()
-    history = NormHistory.from_arrays({"c": [[1e6] * 4]}, [10], [0])
-    optimizer = torch.optim.SGD([weight], lr=0.1)
-    NormSchedule(history, include=["c"]).attach(optimizer, [("c", weight)])
+    optimizer, _ = attach_to_one(RULES["schedule"], weight, torch.full((4,), 1e6), lr=0.1)
     weight.grad = torch.zeros_like(weight)
     optimizer.step()
     assert torch.equal(weight, before)
-
-
-OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "SGD": (torch.optim.SGD, {"momentum": 0.9}),
-    "AdamW": (torch.optim.AdamW, {"weight_decay": 0.0, "amsgrad": True}),
-    "RMSprop": (torch.optim.RMSprop, {"centered": True, "momentum": 0.5}),
-}
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. has no brake"),
-    pytest.mark.filterwarnings("ignore:.* skipped . steps of channels of conv1.weight by step 25"),
-]
 
 
 def averages(optimizer: torch.optim.Optimizer, weight: Tensor) -> dict[str, Tensor]:
@@ -227,16 +182,10 @@ def averages(optimizer: torch.optim.Optimizer, weight: Tensor) -> dict[str, Tens
 
 @pytest.mark.parametrize("family", OPTIMIZERS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_nonfinite_gradient_costs_one_step(
-    make_net: MakeNet,
-    train: Train,
-    random_history: MakeHistory,
-    make_rule: MakeRule,
-    rule_name: str,
-    family: str,
-    value: float,
+def test_nonfinite_gradient_skips_one_step(
+    make_rule: MakeRule, rule_name: str, family: str, value: float
 ) -> None:
-    """It would stay in the optimizer's averages for good."""
+    """It does not stay in the optimizer's averages."""
     if rule_name == "decay" and family != "SGD":
         pytest.skip("DecayEquivalentLR is for SGD only")
     net = make_net()
@@ -269,36 +218,8 @@ def test_nonfinite_gradient_costs_one_step(
     assert not torch.isclose(weight[2], before[2], rtol=1e-6).all()
 
 
-def test_decay_resumes_after_a_skipped_step(make_net: MakeNet) -> None:
-    """A step that was undone is one that weight decay did not take either, its momentum empty."""
-    decayed, equivalent = make_net(), make_net()
-    optimizers = [
-        torch.optim.SGD([net.conv1.weight], lr=0.05, momentum=0.9, weight_decay=decay)
-        for net, decay in ((decayed, 0.02), (equivalent, 0.0))
-    ]
-    DecayEquivalentLR(0.02).attach(optimizers[1], equivalent.named_parameters())
-    for step in range(60):
-        generator = torch.Generator().manual_seed(step)
-        x = torch.randn(8, 2, 8, 8, dtype=torch.float64, generator=generator)
-        for net, optimizer in zip((decayed, equivalent), optimizers, strict=True):
-            net.zero_grad()
-            net(x).logsumexp(1).mean().backward()
-            if step != 20:
-                optimizer.step()
-            elif net is decayed:
-                optimizer.state[net.conv1.weight]["momentum_buffer"].zero_()
-            else:
-                net.conv1.weight.grad.fill_(torch.nan)
-                optimizer.step()
-    one, other = (net.conv1.weight.detach() for net in (decayed, equivalent))
-    one, other = (w / channel_norms(w).view(-1, 1, 1, 1) for w in (one, other))
-    torch.testing.assert_close(one, other, rtol=0, atol=1e-8)
-
-
-def test_skipped_steps_warn_on_remove(
-    make_net: MakeNet, random_history: MakeHistory, make_rule: MakeRule
-) -> None:
-    """A short run ends before the next look."""
+def test_remove_warns_of_skipped_steps(make_rule: MakeRule) -> None:
+    """A short run ends before the next check."""
     net = make_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     handle = make_rule(random_history(net)).attach(optimizer, net.named_parameters())

@@ -26,7 +26,7 @@ from nmlightning.weights.channel_norms import channel_norms
 
 
 def step_until_it_stops(rank: int) -> dict[str, Any]:
-    """Return what one rank is told; the gradients of rank 1 are NaN from the third step on."""
+    """Return one rank's report; the gradients of rank 1 are NaN from the third step on."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(2, 6, 3, bias=False), nn.Conv2d(6, 4, 3, bias=False))
     fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
@@ -64,8 +64,8 @@ def step_until_it_stops(rank: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two ranks was told."""
+def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Return the report of each of two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     ranks = [
         subprocess.Popen(
@@ -82,30 +82,30 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-def test_ranks_stop_together(told: list[dict[str, Any]]) -> None:
-    assert told[0] == told[1]
-    assert 100 <= MAX_SKIPPED_STEPS <= 123  # it looks at every 25th
-    assert told[0]["steps"] == 125
-    assert told[0]["message"].startswith(
+def test_ranks_stop_together(reports: list[dict[str, Any]]) -> None:
+    assert reports[0] == reports[1]
+    assert 100 <= MAX_SKIPPED_STEPS <= 123  # it checks at every 25th
+    assert reports[0]["steps"] == 125
+    assert reports[0]["message"].startswith(
         "DecayEquivalentLR had to skip the steps of 0.weight 123 times in a row (now of 3 "
         "channels): their gradients are not finite."
     )
 
 
-def test_resume_keeps_channels_of_both_ranks(told: list[dict[str, Any]]) -> None:
+def test_resume_keeps_channels_of_both_ranks(reports: list[dict[str, Any]]) -> None:
     """One of the ranks writes the checkpoint, and both read it."""
     torch.manual_seed(0)
     norms = channel_norms(nn.Conv2d(2, 6, 3, bias=False).weight)
-    for rank in told:
+    for rank in reports:
         torch.testing.assert_close(torch.tensor(rank["initial"]), norms)
         assert rank["initial here"] == rank["initial"]
 
 
-def test_ranks_count_together(told: list[dict[str, Any]]) -> None:
-    assert told[0]["counts"] == [3 * max(0, step - 1) for step in range(124)]
-    assert told[0]["resumed"] == 3 * 29
-    assert len(told[0]["warnings"]) == 4
-    assert "skipped 69 steps of channels of 0.weight by step 25" in told[0]["warnings"][0]
+def test_ranks_count_together(reports: list[dict[str, Any]]) -> None:
+    assert reports[0]["counts"] == [3 * max(0, step - 1) for step in range(124)]
+    assert reports[0]["resumed"] == 3 * 29
+    assert len(reports[0]["warnings"]) == 4
+    assert "skipped 69 steps of channels of 0.weight by step 25" in reports[0]["warnings"][0]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every trainable parameter in one group, and the right ones exempt."""
+"""Parameter groups hold every trainable parameter once, and exempt those of the scope."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ DECAY = 5e-4
 
 
 class RmsNorm2d(nn.Module):
-    """Stands for the norms of other packages, which torch's classes do not tell."""
+    """A norm of another package, known by its name alone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class RmsNorm2d(nn.Module):
 
 def decay_of(model: nn.Module, scope: str, decay: float = DECAY) -> dict[str, float]:
     """Return the decay of every parameter by name, after a check that each is there once."""
-    groups = parameter_groups(model, decay, scope)  # type: ignore[arg-type]
+    groups = parameter_groups(model, decay, scope)
     found = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(found)
     assert all(group["params"] for group in groups)
@@ -42,9 +42,9 @@ def decay_of(model: nn.Module, scope: str, decay: float = DECAY) -> dict[str, fl
         ("no_conv", lambda name: "conv" not in name and "shortcut.0" not in name),
     ],
 )
-def test_scope_on_a_real_network(scope: str, decaying: object) -> None:
+def test_scope_exempts_parameters_of_a_resnet(scope: str, decaying: object) -> None:
     decays = decay_of(CifarResNet(20), scope)
-    assert decays == {name: DECAY if decaying(name) else 0.0 for name in decays}  # type: ignore[operator]
+    assert decays == {name: DECAY if decaying(name) else 0.0 for name in decays}
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def parametrized_net() -> nn.Module:
     ],
 )
 @pytest.mark.parametrize("compiled", [False, True])
-def test_what_a_parametrization_keeps_goes_with_its_tensor(
+def test_parametrizations_parameters_are_grouped_with_their_tensor(
     scope: str, decaying: Callable[[str], bool], compiled: bool
 ) -> None:
     net = parametrized_net()
@@ -112,7 +112,7 @@ def test_what_a_parametrization_keeps_goes_with_its_tensor(
         assert decay == (DECAY if decaying(name.removeprefix("_orig_mod.")) else 0.0), name
 
 
-def test_a_norm_that_is_itself_parametrized() -> None:
+def test_no_norm_exempts_a_parametrized_norm() -> None:
     norm = nn.LayerNorm(4)
     register_parametrization(norm, "weight", Scaled())
     assert set(decay_of(norm, "no_norm").values()) == {0.0}
@@ -124,7 +124,7 @@ def test_layer_named_like_a_norm_decays() -> None:
 
 
 @pytest.mark.parametrize("scope", ["all", "no_norm", "no_conv", "last_layer"])
-def test_tied_and_frozen_parameters(scope: str) -> None:
+def test_tied_parameters_are_grouped_once_and_frozen_ones_left_out(scope: str) -> None:
     embedding, middle, head = nn.Embedding(4, 4), nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
     head.weight = embedding.weight
     middle.bias.requires_grad_(False)
@@ -132,7 +132,7 @@ def test_tied_and_frozen_parameters(scope: str) -> None:
     assert decays == {"0.weight": DECAY, "1.weight": 0.0 if scope == "last_layer" else DECAY}
 
 
-def test_weight_decay_none_leaves_the_optimizers() -> None:
+def test_weight_decay_none_keeps_the_optimizers() -> None:
     net = CifarResNet(20)
     optimizer = torch.optim.SGD(parameter_groups(net, None, "no_norm"), lr=0.1, weight_decay=DECAY)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [DECAY, 0.0]
@@ -149,6 +149,8 @@ def test_weight_decay_none_leaves_the_optimizers() -> None:
         (nn.ReLU(), DECAY, "all", "ReLU has no trainable parameter"),
     ],
 )
-def test_bad_input(model: nn.Module, decay: float, scope: str, message: str) -> None:
+def test_parameter_groups_refuses_bad_input(
+    model: nn.Module, decay: float, scope: str, message: str
+) -> None:
     with pytest.raises(InputError, match=message):
-        parameter_groups(model, decay, scope)  # type: ignore[arg-type]
+        parameter_groups(model, decay, scope)

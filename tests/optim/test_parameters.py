@@ -1,4 +1,4 @@
-"""The state that each of torch's optimizers keeps of a weight, when the weight is scaled."""
+"""Scaling a weight scales the state that each of torch's optimizers keeps of it."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ def train(name: str, scale: Tensor, gradients: Tensor) -> OptimizedWeight:
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - {"ASGD"}))
-def test_scale_optimizer_state(name: str) -> None:
+def test_scale_scales_the_optimizers_state(name: str) -> None:
     """Gradients of a scale-invariant weight that is c times as long are 1/c as large."""
     gradients = 1e6 * torch.randn(6, 3, 4, dtype=torch.float64)
     whole = torch.ones(3, dtype=torch.float64)
@@ -54,7 +54,7 @@ def test_scale_optimizer_state(name: str) -> None:
     assert compared
 
 
-def test_scale_average_of_weights() -> None:
+def test_scale_scales_the_average_of_weights() -> None:
     gradients = torch.randn(6, 3, 4, dtype=torch.float64)
     weight = train("ASGD", torch.ones(3, dtype=torch.float64), gradients)
     before = weight.optimizer.state[weight.parameter]["ax"].clone()

@@ -33,7 +33,7 @@ def test_schedule_peaks_at_the_end_of_warm_up() -> None:
     assert found[99] == pytest.approx(0.25)
 
 
-def test_each_group_has_its_own() -> None:
+def test_schedule_scales_each_groups_rate() -> None:
     groups = [{"params": [torch.zeros(1)], "lr": lr} for lr in (1.0, 0.1)]
     schedule = InverseSquareRootLR(torch.optim.SGD(groups, lr=1.0), 10)
     assert schedule.get_last_lr() == pytest.approx([0.1, 0.01])
@@ -55,7 +55,7 @@ def test_schedule_resumes() -> None:
 
 
 @pytest.mark.parametrize("warmup", [0, -1, 2.5, "many"])
-def test_refuses_no_warm_up(warmup: Any) -> None:
+def test_schedule_refuses_no_warm_up(warmup: Any) -> None:
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     with pytest.raises(InputError, match="warmup_steps must be a whole number of at least 1"):
         InverseSquareRootLR(optimizer, warmup)

@@ -9,21 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from nmlightning.errors import InputError
-from nmlightning.optim import DecayEquivalentLR, LRCorrection, NormSchedule
+from nmlightning.optim import DecayEquivalentLR, LRCorrection, NormSchedule, RadialProjection
 from nmlightning.optim.scope import CHANCE, TOLERANCE, share_limit
 from nmlightning.optim.step_hooks import StepHookHandle
 from nmlightning.weights.channel_norms import ChannelLayout, channel_norms
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.layer_weights import find_layer_weights
+from optim_rules import REFERENCED, SCALE_INVARIANT, MakeRule, sgd
 
-MakeRule = Callable[..., Any]
-REFERENCED = ("stable", "paper", "layer", "schedule")
-OF_CONVOLUTIONS = (*REFERENCED, "decay")
 pytestmark = pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. has no brake")
 
 
 class Mixed(nn.Module):
-    """Has a convolution each way, and a parameter of three dimensions that is none."""
+    """Convolutions, one of them transposed, and a parameter of three dimensions that is none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,15 +38,11 @@ def record(net: nn.Module) -> NormHistory:
     return NormHistory.from_arrays(norms, [10], [0])
 
 
-def sgd(net: nn.Module) -> torch.optim.SGD:
-    return torch.optim.SGD(net.parameters(), lr=0.02)
-
-
 def steered(handle: Any) -> dict[str, ChannelLayout]:
     return {weight.name: weight.layout for weight in handle.weights}
 
 
-@pytest.mark.parametrize("rule_name", OF_CONVOLUTIONS)
+@pytest.mark.parametrize("rule_name", SCALE_INVARIANT)
 def test_model_gives_convolutions_and_layouts(make_rule: MakeRule) -> None:
     net = Mixed()
     for model in (net, torch.compile(net, backend="eager")):
@@ -119,22 +113,27 @@ def test_attach_refuses_other_than_a_model(
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LRCorrection(None), "reference is a NormHistory or a path, got None"),  # type: ignore[arg-type]
-        (lambda: NormSchedule(3), "reference is a NormHistory or a path, got 3"),  # type: ignore[arg-type]
-        (
-            lambda: LRCorrection("a", max_factor="1"),  # type: ignore[arg-type]
-            "max_factor is a positive number, or None, got '1'",
-        ),  # type: ignore[arg-type]
-        (
-            lambda: LRCorrection("a", max_rotation=True),
-            "max_rotation is a positive number, or None",
-        ),
-        (lambda: NormSchedule("a", max_rotation="x"), "max_rotation is a positive number, or None"),  # type: ignore[arg-type]
-        (lambda: NormSchedule("a", "0.1"), "base_lr is a positive number, or None, got '0.1'"),  # type: ignore[arg-type]
-        (lambda: DecayEquivalentLR("1e-4"), "weight_decay must be 0 or more, got '1e-4'"),  # type: ignore[arg-type]
+        (lambda: LRCorrection(None), "reference is a NormHistory or a path, got None"),
+        (lambda: NormSchedule(3), "reference is a NormHistory or a path, got 3"),
+        (lambda: LRCorrection("a", max_factor="1"), "max_factor is a positive number, or None"),
+        (lambda: LRCorrection("a", max_rotation=True), "max_rotation is a positive number, or N"),
+        (lambda: NormSchedule("a", max_rotation="x"), "max_rotation is a positive number, or No"),
+        (lambda: NormSchedule("a", max_rotation=0.0), "a positive number, or None, got 0.0"),
+        (lambda: NormSchedule("a", max_rotation=-1.0), "a positive number, or None, got -1.0"),
+        (lambda: NormSchedule("a", "0.1"), "base_lr is a positive number, or None, got '0.1'"),
+        (lambda: NormSchedule("a", 0.0), "base_lr is a positive number, or None, got 0.0"),
+        (lambda: NormSchedule("a", -1.0), "base_lr is a positive number, or None, got -1.0"),
+        (lambda: NormSchedule("a", math.nan), "base_lr is a positive number, or None, got nan"),
+        (lambda: DecayEquivalentLR("1e-4"), "weight_decay must be 0 or more, got '1e-4'"),
+        (lambda: DecayEquivalentLR(-1.0), "weight_decay must be 0 or more, got -1.0"),
+        (lambda: DecayEquivalentLR(math.inf), "weight_decay must be 0 or more, got inf"),
+        (lambda: DecayEquivalentLR(math.nan), "weight_decay must be 0 or more, got nan"),
+        (lambda: RadialProjection(delta=0.0), "delta must be positive, got 0.0"),
+        (lambda: RadialProjection(delta=-1.0), "delta must be positive, got -1.0"),
+        (lambda: RadialProjection(delta=math.nan), "delta must be positive, got nan"),
     ],
 )
-def test_settings_of_another_type_are_refused(make: Callable[[], Any], message: str) -> None:
+def test_bad_settings_are_refused(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value)
@@ -153,7 +152,7 @@ def test_second_rule_is_refused() -> None:
 
 
 def test_attach_takes_an_iterator_of_names(make_rule: MakeRule) -> None:
-    """What holds the parameters may yield them only once."""
+    """It yields them only once."""
     net = Mixed()
     pairs: list[tuple[str, Tensor]] = [("conv.weight", net.conv.weight)]
     handle = make_rule(record(net)).attach(sgd(net), iter(pairs))

@@ -33,7 +33,7 @@ LAYOUTS = {0: ROWS, 2: ChannelLayout(2)}
 
 
 def norms_of(net: nn.Sequential, layer: int, p: float) -> Tensor:
-    return channel_norms(net[layer].weight, p, LAYOUTS[layer])  # type: ignore[arg-type]
+    return channel_norms(net[layer].weight, p, LAYOUTS[layer])
 
 
 def train(net: nn.Module, images: Tensor, optimizer: torch.optim.Optimizer, steps: int) -> None:
@@ -160,10 +160,10 @@ def test_apply_keeps_the_parameter_in_an_earlier_optimizer(
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
     weight = net[0].weight
     apply_weight_norm(net)
-    assert net[0].parametrizations.weight.original is weight  # type: ignore[union-attr]
-    before = net[0].weight.detach().clone()  # type: ignore[operator, union-attr]
+    assert net[0].parametrizations.weight.original is weight
+    before = net[0].weight.detach().clone()
     train(net, images, optimizer, 1)
-    assert not torch.equal(net[0].weight, before)  # type: ignore[arg-type]
+    assert not torch.equal(net[0].weight, before)
 
 
 @pytest.mark.parametrize("form", ["weight", "bounded, gains"])
@@ -216,7 +216,7 @@ def test_apply_takes_a_number_for_rho(net: nn.Sequential) -> None:
 def test_assigned_weight_sets_the_gains(net: nn.Sequential) -> None:
     apply_weight_norm(net, "weight")
     new = torch.randn(8, 3, 3, 3)
-    net[0].weight = new  # type: ignore[assignment]
+    net[0].weight = new
     torch.testing.assert_close(net[0].weight, new)
 
 
@@ -235,9 +235,9 @@ def test_tied_weight_is_normalised_once_and_stays_tied() -> None:
     assert list(apply_weight_norm(net, "weight", include=["out.weight"]).weights) == [
         "embed.weight"
     ]
-    assert torch.equal(net["embed"].weight, net["out"].weight)  # type: ignore[arg-type]
+    assert torch.equal(net["embed"].weight, net["out"].weight)
     assert sum(q.numel() for q in net.parameters()) == 60 + 10 + 10
-    assert (net["embed"].weight[0] == 0).all()  # type: ignore[index]
+    assert (net["embed"].weight[0] == 0).all()
     remove_weight_norm(net)
     assert net["embed"].weight is net["out"].weight
 
@@ -250,7 +250,7 @@ def test_apply_normalises_recurrent_layers(cls: type[nn.Module]) -> None:
     torch.testing.assert_close(layer(x)[0], output)
     train(nn.Sequential(layer, _First()), x, torch.optim.SGD(layer.parameters(), 0.5), 1)
     assert (layer(x)[0] - output).abs().max() > 1e-3
-    assert channel_norms(layer.weight_ih_l0).shape == (len(layer.weight_ih_l0),)  # type: ignore[arg-type]
+    assert channel_norms(layer.weight_ih_l0).shape == (len(layer.weight_ih_l0),)
 
 
 class _First(nn.Module):
@@ -316,7 +316,7 @@ def test_cast_to_half_keeps_rho_exact(net: nn.Sequential, form: str, dtype: torc
     net.to(dtype).float()
     for name, buffer in net.named_buffers():
         assert torch.equal(buffer, buffers[name])
-    assert net.double()[0].parametrizations.weight[0].rho.dtype == torch.float64  # type: ignore[index, union-attr]
+    assert net.double()[0].parametrizations.weight[0].rho.dtype == torch.float64
 
 
 def test_load_with_another_p_fails(net: nn.Sequential) -> None:
@@ -349,7 +349,7 @@ def not_finite() -> nn.Module:
 
 def pruned() -> nn.Module:
     conv = nn.Conv2d(2, 4, 1)
-    prune.random_unstructured(conv, "weight", 0.5)  # type: ignore[no-untyped-call]
+    prune.random_unstructured(conv, "weight", 0.5)
     return nn.Sequential(nn.Conv2d(3, 2, 1), conv)
 
 

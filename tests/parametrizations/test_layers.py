@@ -40,7 +40,7 @@ class Translator(nn.Module):
         memory = self.enter(self.encoder(self.words(source))[0])
         mask = nn.Transformer.generate_square_subsequent_mask(target.shape[1])
         x = self.decoder(self.words(target), memory, tgt_mask=mask, tgt_is_causal=True)
-        return self.output(x)  # type: ignore[no-any-return]
+        return self.output(x)
 
 
 class TiedByFunction(nn.Module):
@@ -106,7 +106,7 @@ def test_layers_know_recurrent_layers_and_cells() -> None:
     weights = apply_weight_norm(layers, layers=["recurrent"]).weights
     assert set(weights) == expected
     assert len(weights) == 3 + 2 + 2
-    rows = channel_norms(layers[1].weight_ih)  # type: ignore[arg-type]
+    rows = channel_norms(layers[1].weight_ih)
     torch.testing.assert_close(rows, torch.full((18,), weights["1.weight_ih"]))
 
 

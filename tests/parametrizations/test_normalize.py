@@ -36,7 +36,7 @@ def make_scales(v: Tensor, layout: ChannelLayout, kind: str) -> Tensor:
 
 
 def apply(v: Tensor, scales: Tensor, p: float, layout: ChannelLayout) -> Tensor:
-    return NormalisedWeight.apply(v, scales, (p, layout))  # type: ignore[no-any-return]
+    return NormalisedWeight.apply(v, scales, (p, layout))
 
 
 @pytest.mark.parametrize("p", NORMS)
@@ -152,7 +152,7 @@ def test_backward_refuses_a_weight_changed_since_forward() -> None:
     with torch.no_grad():
         v.mul_(2)
     with pytest.raises(RuntimeError, match="changed in place"):
-        w.sum().backward()  # type: ignore[no-untyped-call]
+        w.sum().backward()
 
 
 @pytest.mark.parametrize("p", NORMS)
@@ -187,7 +187,7 @@ def test_is_recorded_under_vmap_trace_and_compile() -> None:
     x = torch.ones(2)
     note(x)
     torch.func.vmap(note)(x)
-    torch.jit.trace(note, (x,), check_trace=False)  # type: ignore[no-untyped-call]
+    torch.jit.trace(note, (x,), check_trace=False)
     assert seen == [False, True, True]
     compiled = torch.compile(lambda x: x + is_recorded(), backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), x + 1)

@@ -15,7 +15,7 @@ SIGMAS = [1e-3, 0.01, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4]
 
 
 def squares(model: nn.Module, batch: Tensor) -> Tensor:
-    return model(batch).square().mean()  # type: ignore[no-any-return]
+    return model(batch).square().mean()
 
 
 def steep(model: nn.Module, batch: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def test_probe_norms_takes_gradients_before_the_weights(
 def test_probe_norms_changes_nothing() -> None:
     net = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Dropout(), nn.BatchNorm2d(8))
     net[3].eval()
-    squares(net, images()).backward()  # type: ignore[no-untyped-call]
+    squares(net, images()).backward()
     batches = [images(), images()]
     before = {name: value.clone() for name, value in net.state_dict().items()}
     gradients = [p.grad for p in net.parameters()]
@@ -172,7 +172,7 @@ def test_probe_norms_of_a_shared_layer() -> None:
 def test_probe_norms_names_unmeasured_layers() -> None:
     class Frozen(nn.BatchNorm2d):
         def train(self, mode: bool = True) -> "Frozen":
-            return super().train(False)  # type: ignore[return-value]
+            return super().train(False)
 
     others = [nmlightning.MeanOnlyBatchNorm2d(8), nn.GroupNorm(2, 8), Frozen(8)]
     ranges = probe_norms(nn.Sequential(nn.BatchNorm2d(8), *others), [images()], squares)

@@ -30,7 +30,7 @@ class Norm:
         made = getattr(norms, f"{self.name}BatchNorm{dims}d")(channels, **self.options, **settings)
         for parameter in learned(made):
             nn.init.normal_(parameter, mean=1.0)
-        return made  # type: ignore[no-any-return]
+        return made
 
     @property
     def has_statistic(self) -> bool:

@@ -30,12 +30,12 @@ class Classifies:
         return F.cross_entropy(self.net(batch[0]), batch[1])
 
     def validation_step(self, batch: list[Tensor], _: int) -> None:
-        self.log("loss", F.cross_entropy(self.net(batch[0]), batch[1]))  # type: ignore[attr-defined]
+        self.log("loss", F.cross_entropy(self.net(batch[0]), batch[1]))
 
     test_step = validation_step
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)  # type: ignore[attr-defined]
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
 class BuildsLate(Classifies):

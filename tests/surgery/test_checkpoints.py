@@ -25,7 +25,7 @@ class Remembers(Classifies):
     def __init__(self, width: int = 4, where: Any = None) -> None:
         self.width = width
         super().__init__()
-        self.save_hyperparameters()  # type: ignore[attr-defined]
+        self.save_hyperparameters()
 
     def build(self) -> None:
         norms = [nn.BatchNorm2d(self.width), timm.layers.BatchNormAct2d(3)]
@@ -34,7 +34,7 @@ class Remembers(Classifies):
         self.net = nn.Sequential(*features, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.net(images)  # type: ignore[no-any-return]
+        return self.net(images)
 
 
 class PlModule(Remembers, pytorch_lightning.LightningModule):

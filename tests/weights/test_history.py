@@ -78,9 +78,9 @@ def test_empty_history(tmp_path: Path) -> None:
     assert repr(empty) == "NormHistory(0 records of 1 weights)"
     for align in ("official", "interpolate"):
         with pytest.raises(InputError, match="is empty, so it does not reach"):
-            empty.at(epoch=0, align=align)  # type: ignore[arg-type]
+            empty.at(epoch=0, align=align)
         with pytest.raises(InputError, match="is empty, so it does not reach"):
-            empty.at(step=0, align=align)  # type: ignore[arg-type]
+            empty.at(step=0, align=align)
 
 
 def test_round_trip(tmp_path: Path) -> None:

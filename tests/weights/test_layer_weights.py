@@ -115,11 +115,11 @@ def test_strings_for_lists_are_refused() -> None:
     for patterns in ({"include": "0.weight"}, {"exclude": "0.weight"}):
         message = f"{next(iter(patterns))} is a list, got the string '0.weight': write"
         with pytest.raises(InputError, match=message):
-            find_layer_weights(make_model(), **patterns)  # type: ignore[arg-type]
+            find_layer_weights(make_model(), **patterns)
         with pytest.raises(InputError, match=message):
-            WeightNormTracker(**patterns)  # type: ignore[arg-type]
+            WeightNormTracker(**patterns)
     with pytest.raises(InputError, match=r"include is a list of strings, got \[1\]"):
-        find_layer_weights(make_model(), [1])  # type: ignore[list-item]
+        find_layer_weights(make_model(), [1])
 
 
 @pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning")
@@ -155,13 +155,13 @@ def test_normalised_and_unnormalised_weights_are_recorded(p: float, form: dict[s
         for norm in net.modules():
             if isinstance(norm, WeightNorm) and norm.gain is not None:
                 norm.gain.mul_(torch.linspace(-2, -1, norm.gain.numel()).view_as(norm.gain))
-        hidden = net[0].parametrizations.weight.original.mul_(3)  # type: ignore[union-attr, operator]
+        hidden = net[0].parametrizations.weight.original.mul_(3)
     recorded = {weight.name: weight for weight in find_recorded_weights(net)}
     assert sorted(recorded) == ["0.weight", "0.weight_v", "1.weight", "1.weight_v", "2.weight"]
     torch.testing.assert_close(recorded["0.weight_v"].norms(), channel_norms(hidden))
     for layer in (0, 1):
         weight = recorded[f"{layer}.weight"]
-        exact = channel_norms(net[layer].weight, layout=weight.layout)  # type: ignore[arg-type]
+        exact = channel_norms(net[layer].weight, layout=weight.layout)
         torch.testing.assert_close(weight.norms(), exact)
     assert {w.name for w in find_recorded_weights(net, ["0.weight"])} == {"0.weight", "0.weight_v"}
 
@@ -188,5 +188,5 @@ def test_other_weights_by_name_or_once_normalised() -> None:
     assert sorted(recorded) == sorted(
         [*normalised, *(f"{n}_v" for n in normalised), "attention.out_proj.weight"]
     )
-    exact = channel_norms(net["lstm"].weight_hh_l0)  # type: ignore[arg-type]
+    exact = channel_norms(net["lstm"].weight_hh_l0)
     torch.testing.assert_close(recorded["lstm.weight_hh_l0"].norms(), exact)

@@ -46,8 +46,8 @@ def build(network: str) -> nn.Module:
     if library == "ours":
         return CifarResNet(8) if name == "resnet" else VGG(11, width=4)
     if library == "timm":
-        return timm.create_model(name, num_classes=3)  # type: ignore[no-any-return]
-    return torchvision.models.get_model(name, weights=None, num_classes=3)  # type: ignore[no-any-return]
+        return timm.create_model(name, num_classes=3)
+    return torchvision.models.get_model(name, weights=None, num_classes=3)
 
 
 def images(size: int = 32) -> Tensor:
@@ -137,7 +137,7 @@ def test_export_network_leaves_the_network_fused(suffix: str, tmp_path: Path) ->
     net = fused_resnet()
     report = export_network(net, tmp_path / f"net.{suffix}", format, (3, 32, 32))
     assert report.difference < 1e-5
-    assert len(report.fold.folded) == 7  # type: ignore[union-attr]
+    assert len(report.fold.folded) == 7
     assert len(fused_norms(net)) == 7
 
 
