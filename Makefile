@@ -10,7 +10,7 @@ REQUIREMENTS := setup.cfg pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart kernels study bench test proofs check format lint types clean
+.PHONY: help quickstart kernels study results bench test proofs check format lint types clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-12s%s\n", $$1, $$2 }'
@@ -31,6 +31,9 @@ study: $(VENV)/core ## the weight-decay study on SEEDS='1 2 3', short; whole wit
 	    $(VENV)/bin/nm fit --config configs/$(STUDY)_$$rule.yaml --seed_everything $$seed \
 	        $(OPTIONS) || exit 1; done; done
 	$(VENV)/bin/nm compare $(foreach rule,$(RULES),runs/$(STUDY)_$(rule))
+
+results: $(VENV)/test ## the runs of results/plan.yaml that are not done; OPTIONS='--only wd_on --data-root DIR'
+	$(VENV)/bin/python results/run_plan.py $(OPTIONS)
 
 bench: $(VENV)/test ## every target of speed and memory as a ratio (ten minutes); OPTIONS='--only C1 C2'
 	$(VENV)/bin/python benchmarks/speed.py $(OPTIONS)

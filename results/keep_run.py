@@ -1,0 +1,133 @@
+"""Keeps what a run gave: its curves as CSV, and how it was made and what it ended with as JSON."""
+
+import csv
+import json
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from plan import Run
+
+from nmlightning.reports import tags
+from nmlightning.reports.comparison import join_resumed
+from nmlightning.reports.run import Run as Logged
+from nmlightning.reports.run import Series, find_runs, read_run
+from nmlightning.weights.history import NormHistory
+
+LAST_EPOCHS = 10  # are averaged, as the paper's figures are
+PACKAGES = ("nmlightning", "torch", "pytorch-lightning")
+_METRICS = re.compile(r"(train|val|test)/")
+
+
+def keep_run(run: Run, folder: Path, kept: Path, attempts: list[dict[str, Any]]) -> None:
+    """Write `kept` and, beside it, its CSV.
+
+    Args:
+        run: of the plan.
+        folder: of the run, finished.
+        kept: the JSON.
+        attempts: the commit and the CPU time of each, where they are known.
+    """
+    logged = [read_run(version) for version in find_runs([folder / "runs"])]
+    tests = {tag: s for part in logged for tag, s in part.scalars.items() if tag[:5] == "test/"}
+    joined = max(join_resumed(logged), key=count_rows)
+    joined = replace(joined, scalars={**joined.scalars, **tests})
+    rows = list(make_rows(joined))
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with kept.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    content = describe(run, joined, rows, attempts)
+    kept.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def count_rows(run: Logged) -> int:
+    return len(run.scalars["val/loss"].steps) if "val/loss" in run.scalars else 0
+
+
+def make_rows(run: Logged) -> Iterable[dict[str, Any]]:
+    """Yield step, epoch, metrics, rates and norms of each validation, to six digits.
+
+    A metric that was not logged then has the value it had last.
+    """
+    scalars = run.scalars
+    norms = None if run.norms is None else run.norms.epoch_ends()
+    for step in scalars["val/loss"].steps:
+        epoch = int(run.epochs_at(np.array([step]))[0])
+        metrics = {tag: last_value(s, step) for tag, s in scalars.items() if _METRICS.match(tag)}
+        row = {**metrics, "effective_lr": effective_lr(scalars, step), **norm_summary(norms, epoch)}
+        yield {"step": step, "epoch": epoch - 1, **{k: f"{v:.6g}" for k, v in row.items()}}
+
+
+def last_value(series: Series, step: int) -> float:
+    """Return the value at a step or, if there is none, the one before it, or else NaN."""
+    before = series.values[series.steps <= step]
+    return float(before[-1]) if len(before) else np.nan
+
+
+def effective_lr(scalars: Mapping[str, Series], step: int) -> float:
+    """Return the median over layers of η · factor / ((1 − m) ‖w_i‖^q), as it was logged last.
+
+    The factor is what a rule multiplied the steps of a layer by, in the mean over its channels.
+    """
+    prefix = tags.effective_lr_tag("")
+    rates = []
+    for tag in (tag for tag in scalars if tag.startswith(prefix)):
+        factor = scalars.get(tags.factor_tag(tag.removeprefix(prefix), "mean"))
+        rate = last_value(scalars[tag], step)
+        rates.append(rate if factor is None else rate * last_value(factor, step))
+    return float(np.nanmedian(rates)) if np.isfinite(rates).any() else np.nan
+
+
+def norm_summary(norms: NormHistory | None, epoch: int) -> dict[str, float]:
+    """Return the learning rate, and the least, mean and greatest norm ‖W‖ of a layer."""
+    if norms is None:
+        return {}
+    (record,) = np.flatnonzero(norms.epochs == epoch - 1)
+    layers = [name for name in norms.norms if not name.endswith("_v")]
+    values = [float(np.linalg.norm(norms.norms[name][record])) for name in layers]
+    summary = {"norm_min": min(values), "norm_mean": fmean(values), "norm_max": max(values)}
+    return {"lr": float(np.nanmax(norms.learning_rates[record])), **summary}
+
+
+def describe(
+    run: Run, logged: Logged, rows: list[dict[str, Any]], attempts: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return how a run was made and what it ended with, as plain data."""
+    late = rows[-LAST_EPOCHS:] if len(rows) >= LAST_EPOCHS else []
+    metrics = [name for name in rows[-1] if _METRICS.match(name)]
+    return {
+        "run": run.name,
+        "seed": run.seed,
+        "commands": [shlex.join(stage) for stage in run.stages],
+        "commit": ", ".join(dict.fromkeys(attempt["commit"] for attempt in attempts)),
+        "versions": {name: version(name) for name in PACKAGES},
+        "device": device(),
+        "threads": 1,
+        "precision": logged.settings.get("trainer.precision", "bf16-mixed"),
+        "cpu_minutes": round(sum(attempt["cpu_seconds"] for attempt in attempts) / 60, 1),
+        "resumed": len(logged.parts) - 1,
+        "exit_code": attempts[-1]["code"] if attempts else 0,
+        "final": {name: float(rows[-1][name]) for name in metrics},
+        f"mean_of_last_{LAST_EPOCHS}": {
+            name: float(f"{fmean(float(row[name]) for row in late):.6g}")
+            for name in metrics
+            if late and not name.startswith("test/")
+        },
+        "settings": {"config": run.settings.get("config", "none"), **logged.settings},
+    }
+
+
+def device() -> str:
+    """Return the model of the CPU, as Linux says it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text("utf-8").splitlines() if info.is_file() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"CPU, {next(models, 'unknown')}"
