@@ -1,4 +1,4 @@
-"""The plan of the runs, and the program that makes them: each is as it is meant, and survives a kill."""
+"""Every run of the plan parses, and the program that makes them resumes one that was killed."""
 
 import contextlib
 import csv
@@ -35,17 +35,15 @@ tables:
 
 
 @pytest.mark.parametrize("run", FIRST, ids=str)
-def test_run_parses_against_its_config(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(HERE)
+def test_run_parses_against_its_config(run: Run) -> None:
     for words in run.stages:
         if words[0] != "nm":
             assert (HERE / words[0]).is_file()
             continue
         parsed = io.StringIO()
         place = words.index("--ckpt_path")
-        command = [*words[1:place], *words[place + 2 :], "--print_config"]
-        with contextlib.redirect_stdout(parsed), pytest.raises(SystemExit, match="0"):
-            main(command)
+        with contextlib.redirect_stdout(parsed):
+            assert main([*words[1:place], *words[place + 2 :], "--print_config"]) == 0
         config = yaml.safe_load(parsed.getvalue())
         assert config["seed_everything"] == run.seed
         callbacks = [each["class_path"] for each in config["trainer"]["callbacks"]]
@@ -84,18 +82,11 @@ def test_a_killed_run_resumes_to_the_same_curves(tmp_path: Path) -> None:
     first.wait()
     assert not (tmp_path / "tiny").exists(), "it was too fast to be killed"
     assert subprocess.run(command).returncode == 0
-    killed, whole = (
-        json.loads((tmp_path / f"tiny/{n}-1.json").read_text()) for n in ("killed", "whole")
-    )
-    assert (killed["resumed"], whole["resumed"]) == (1, 0)
-    curves = (tmp_path / "tiny/whole-1.csv").read_text()
-    assert (tmp_path / "tiny/killed-1.csv").read_text() == curves
-    rows = list(csv.DictReader(io.StringIO(curves)))
+    kept = {file.name: file.read_text() for file in (tmp_path / "tiny").iterdir()}
+    assert kept["killed-1.csv"] == kept["whole-1.csv"]
+    assert json.loads(kept["whole-1.json"])["resumed"] == 0
+    assert json.loads(kept["killed-1.json"])["resumed"] == 1
+    assert str(tmp_path) not in kept["killed-1.json"]
+    rows = list(csv.DictReader(io.StringIO(kept["whole-1.csv"])))
     assert [int(row["epoch"]) for row in rows] == list(range(12))
-    assert all(
-        float(value) > 0
-        for row in rows
-        for name, value in row.items()
-        if name not in ("epoch", "val/top1")
-    )
-    assert str(tmp_path) not in json.dumps(killed)
+    assert all(float(row[name]) > 0 for row in rows for name in ("effective_lr", "lr", "norm_min"))
