@@ -177,7 +177,7 @@ class NormDashboard:
             reading.add(names, summarise_channels([f.float() for f in factors.values()]))
         if self._handles:
             counts = [handle.skipped_on_device for handle in self._handles]
-            reading.add([tags.UNDONE_STEPS], torch.stack(counts).sum())
+            reading.add([tags.STEERING_SKIPPED], torch.stack(counts).sum())
 
     def _pictures_are_due(self, epochs: int) -> bool:
         expected = max(self._trainer.max_epochs or 0, 1)

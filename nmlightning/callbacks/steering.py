@@ -18,7 +18,7 @@ from nmlightning.compat import global_seed
 from nmlightning.errors import InputError
 from nmlightning.optim.families import group_numbers
 from nmlightning.optim.norm_schedule import NormSchedule
-from nmlightning.optim.scope import NamedWeights, has_weights, why_left
+from nmlightning.optim.scope import NamedWeights, has_weights, unsteered_reason
 from nmlightning.optim.step_hooks import StepHookHandle, StepRule
 from nmlightning.parametrizations import WeightNorm
 from nmlightning.weights.history import NormHistory
@@ -140,7 +140,7 @@ def print_scope(
     choice = rule.include, rule.exclude, rule.least_dims
     weights = NamedWeights.of(model)
     reasons = {
-        name: f"left: {why_left(weights, name, optimized, *choice)}"
+        name: f"left: {unsteered_reason(weights, name, optimized, *choice)}"
         for name in weights.parameters
         if name in (weights.layers or ())
     }

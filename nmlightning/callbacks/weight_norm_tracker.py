@@ -162,7 +162,7 @@ class WeightNormTracker(CallbackBase):
 
     Attributes:
         path: the file of the records, once the fit has started.
-        attachments: the rule at work on each optimizer that it steers.
+        handles: the rule at work on each optimizer that it steers.
 
     Example:
         >>> from pytorch_lightning import Trainer
@@ -191,21 +191,26 @@ class WeightNormTracker(CallbackBase):
         self.other_run = other_run
         self.log_norms = log_norms
         self.path: Path | None = None
-        self.attachments: list[StepHookHandle] = []
+        self.handles: list[StepHookHandle] = []
         self._parts: dict[str, Part] = {}
         self._resumed: Mapping[str, Any] = {}
+
+    @property
+    def attachments(self) -> list[StepHookHandle]:
+        """The former name of `handles`."""
+        return self.handles
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Take the first record, and steer from the first step on."""
         recording = RunRecording(trainer, pl_module, self, self._resumed.get("recording", {}))
         self.path = recording.file
-        self.attachments, steering = [], {}
+        self.handles, steering = [], {}
         if self.steering is not None:
             steered = SteeredRun(self.steering, trainer, pl_module, other_run=self.other_run)
-            self.attachments, steering = steered.handles, {"steering": steered}
+            self.handles, steering = steered.handles, {"steering": steered}
         self._parts = {**steering, "recording": recording}  # where a step changed the weights first
         if self._logs(trainer):
-            dashboard = NormDashboard(trainer, recording.recorder, self.attachments)
+            dashboard = NormDashboard(trainer, recording.recorder, self.handles)
             self._parts["dashboard"] = dashboard
         self._resume(trainer.global_step)
 
@@ -262,7 +267,7 @@ class WeightNormTracker(CallbackBase):
 
     def _resume(self, step: int) -> None:
         states = {name: state for name, state in self._resumed.items() if state is not None}
-        warn_of_other_steering(self.attachments, states.get("steering"), step)
+        warn_of_other_steering(self.handles, states.get("steering"), step)
         for name in states.keys() & self._parts.keys():
             self._parts[name].load_state_dict(states[name])
         self._resumed = {}

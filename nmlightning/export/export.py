@@ -1,6 +1,7 @@
 """Writes a network in plain torch for other programs, compared with the trained one before."""
 
 import copy
+import math
 import os
 import tempfile
 import warnings
@@ -22,6 +23,7 @@ from nmlightning.name_patterns import some
 from nmlightning.norms.batch_norm_base import BatchNormBase
 from nmlightning.norms.layer_norm import LpLayerNorm, LpRMSNorm
 from nmlightning.surgery.fuse.fuse import unfuse
+from nmlightning.surgery.fuse.trace import first_line
 from nmlightning.surgery.norm_layers import find_norm_layers
 from nmlightning.surgery.swap import swap_norms
 from nmlightning.weights.layer_weights import plain_modules
@@ -154,14 +156,10 @@ def _explain_errors(message: str) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
-        raise InputError(f"{message}: {_first_cause(error)}") from error
-
-
-def _first_cause(error: BaseException) -> str:
-    """Return the first line of what an exporter stumbled on, which it wraps in advice."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # an exporter wraps what it met in advice
+            cause = cause.__cause__
+        raise InputError(f"{message}: {first_line(cause)}") from error
 
 
 def _write_state_dict(net: nn.Module, example: Tensor, file: Path) -> None:
@@ -228,13 +226,10 @@ def _copy_to_evaluate(net: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _remove_parametrizations(net: nn.Module) -> list[str]:
-    """Make parameters of all weights that torch's parametrizations compute, with their values.
+    """Make parameters of the weights that parametrizations compute, and return their names.
 
-    Weights that are tied stay tied. Of classes that copies of the network share nothing changes,
-    as it would by `torch.nn.utils.parametrize.remove_parametrizations`.
-
-    Returns:
-        The names of the weights.
+    Tied weights stay tied. Of classes that copies of the network share nothing changes, as it would
+    by `torch.nn.utils.parametrize.remove_parametrizations`.
     """
     places = [
         (path, module, name)
@@ -260,24 +255,16 @@ def _remove_parametrizations(net: nn.Module) -> list[str]:
 
 
 def _swap_back(net: nn.Module) -> list[str]:
-    """Give batch norms torch's classes, wherever evaluation is torch's.
+    """Give batch norms torch's classes where evaluation is torch's; return the other norms' names.
 
-    Returns:
-        The names of the norms that need this package to evaluate: layer norms, RMS norms, and
-        batch norms that keep no running statistics.
+    Those are layer norms, RMS norms, and batch norms that keep no running statistics.
     """
-    ours = [
-        x
-        for x in find_norm_layers(net)
-        if isinstance(x.module, (BatchNormBase, LpLayerNorm, LpRMSNorm))
-    ]
-    swappable = [
-        x.name
-        for x in ours
-        if x.kind == "batch" and x.module.running_mean is not None and not x.refusal
-    ]
-    if swappable:
-        swap_norms(net, "l2", include=swappable)
+    own_classes = (BatchNormBase, LpLayerNorm, LpRMSNorm)
+    ours = [x for x in find_norm_layers(net) if isinstance(x.module, own_classes)]
+    batch_norms = [x for x in ours if x.kind == "batch" and not x.unsupported_reason]
+    with_statistics = [x.name for x in batch_norms if x.module.running_mean is not None]
+    if with_statistics:
+        swap_norms(net, "l2", include=with_statistics)
     return [x.name for x in ours if type(x.module).__module__.startswith("nmlightning.")]
 
 
@@ -291,11 +278,7 @@ def _draw_inputs(input_shape: Sequence[int], batch_size: int) -> Tensor:
 def _compute_outputs(
     net: Callable[[Tensor], object], input_shape: Sequence[int]
 ) -> dict[int, Tensor]:
-    """Return the outputs of the network that is left, by batch size.
-
-    Raises:
-        InputError: it does not take such inputs, gives no tensor, or one that is not finite.
-    """
+    """Return the network's outputs by batch size; InputError unless they are finite tensors."""
     shape = ",".join(map(str, input_shape))
     outputs: dict[int, Tensor] = {}
     for size in BATCH_SIZES:
@@ -322,24 +305,14 @@ def _compute_outputs(
 
 @torch.no_grad()
 def _largest_difference(
-    net: Callable[[Tensor], Tensor], expected: dict[int, Tensor], input_shape: Sequence[int]
+    net: Network, expected: dict[int, Tensor], input_shape: Sequence[int]
 ) -> float:
-    """Return max |net(x) − y| / max |y| over all batches; infinite for other shapes or NaN.
-
-    Args:
-        net: what is compared.
-        expected: y by batch size, as `_compute_outputs` gives it.
-        input_shape: of x, without its batch.
-    """
-    return max(
-        _difference(net(_draw_inputs(input_shape, size)), output)
-        for size, output in expected.items()
-    )
-
-
-def _difference(output: Tensor, expected: Tensor) -> float:
-    if output.shape != expected.shape:
-        return float("inf")
-    largest = float((output.double() - expected.double()).abs().max())
-    scale = float(expected.abs().max()) or 1.0
-    return largest / scale if largest == largest else float("inf")
+    """Return max |net(x) − y| / max |y| over all batches; infinite for other shapes or NaN."""
+    differences = []
+    for size, y in expected.items():
+        output = net(_draw_inputs(input_shape, size))
+        if output.shape != y.shape:
+            return math.inf
+        largest, scale = float((output.double() - y.double()).abs().max()), float(y.abs().max())
+        differences.append(math.inf if math.isnan(largest) else largest / (scale or 1.0))
+    return max(differences)

@@ -18,11 +18,7 @@ from torch.nn.utils import parametrize
 from nmlightning.errors import InputError, check_flag
 from nmlightning.surgery.fuse.fuse import unfuse
 from nmlightning.surgery.fuse.trace import TracedGraph, first_line
-from nmlightning.surgery.norm_layers import (
-    NormLayer,
-    find_norm_layers,
-    is_norm_with_activation,
-)
+from nmlightning.surgery.norm_layers import NormLayer, find_norm_layers, is_norm_with_activation
 from nmlightning.weights.layer_weights import WeightLocation
 
 if TYPE_CHECKING:
@@ -222,7 +218,7 @@ def _is_batch_norm(layer: NormLayer) -> bool:
 
 def _pair(found: NormLayer, traced: TracedGraph) -> _Pair | Left:
     norm = found.module
-    reason = _refuse_norm(found, traced)
+    reason = _unsupported_norm(found, traced)
     if reason:
         return Left(found.name, reason)
     call = traced.input_of(traced.calls(norm)[0])
@@ -232,8 +228,8 @@ def _pair(found: NormLayer, traced: TracedGraph) -> _Pair | Left:
         parametrized = " with a parametrized weight" if is_parametrized else ""
         return Left(found.name, f"it follows {traced.word_for(call)}{parametrized}")
     name = str(call.target)
-    reason = _refuse_layer(layer, name, traced)
-    assert isinstance(norm, _BatchNorm), "others are refused"
+    reason = _unsupported_layer(layer, name, traced)
+    assert isinstance(norm, _BatchNorm), "others are unsupported"
     channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
     if not reason and channels != norm.num_features:
         reason = f"its {norm.num_features} channels are not the {channels} outputs of {name}"
@@ -244,7 +240,7 @@ def _pair(found: NormLayer, traced: TracedGraph) -> _Pair | Left:
     return _Pair(found.name, norm, name, layer)
 
 
-def _refuse_norm(found: NormLayer, traced: TracedGraph) -> str:
+def _unsupported_norm(found: NormLayer, traced: TracedGraph) -> str:
     norm = found.module
     if found.kind != "batch":
         return f"{found.type_name} is none of torch's own batch norms, nor of this package's"
@@ -258,7 +254,7 @@ def _refuse_norm(found: NormLayer, traced: TracedGraph) -> str:
     return "its state is used elsewhere, too" if traced.shares_tensors(norm) else ""
 
 
-def _refuse_layer(layer: nn.Module, name: str, traced: TracedGraph) -> str:
+def _unsupported_layer(layer: nn.Module, name: str, traced: TracedGraph) -> str:
     if _has_hooks(layer) or "forward" in vars(layer):
         return f"{name} has hooks, or a forward of its own"
     times = len(traced.calls(layer))
@@ -282,14 +278,10 @@ class _Tracer(Tracer):
 
 
 def _trace(model: nn.Module, whole: Collection[nn.Module]) -> TracedGraph:
-    """Trace a network in evaluation, for all inputs that have values only.
+    """Trace a network in evaluation; `whole` modules are one call each, as torch's own are.
 
     A symbolic trace holds for any values: where the flow of control depends on them, or on a
     shape, there is none, and an exception of any class.
-
-    Args:
-        model: in evaluation.
-        whole: modules that are one call each, as are convolutions, linear layers and torch's own.
     """
     # What has a default stays at it: else a None would be traced as a tensor.
     arguments = inspect.signature(model.forward).parameters.values()

@@ -23,7 +23,7 @@ Count = int | Tensor
 
 
 class Share(NamedTuple):
-    """How many values a channel has on all ranks, and on the ranks before this one."""
+    """The number of values that a channel has on all ranks, and on the ranks before this one."""
 
     total: Count
     before: Count = 0

@@ -73,11 +73,9 @@ def _divide(count: int) -> int:
     for size in range(min(count, _LARGEST), _SMALLEST - 1, -1):
         if count % size == 0:
             return size
-    return (
-        count
-        if count < _LARGEST
-        else next((size for size in range(_LARGEST, 4 * _LARGEST) if count % size == 0), 1)
-    )
+    if count < _LARGEST:
+        return count
+    return next((size for size in range(_LARGEST, 4 * _LARGEST) if count % size == 0), 1)
 
 
 class Selection(NamedTuple):
@@ -92,12 +90,9 @@ class Selection(NamedTuple):
 
 
 def select_largest(deviations: Tensor, k: int, share: Share) -> tuple[Tensor, Selection]:
-    """Return the mean of the k largest |d| of each channel, (C,), and which elements they are.
+    """Return the mean of the k largest |d| of (N, C, *), (C,), and which elements they are.
 
-    Args:
-        deviations: (N, C, *spatial).
-        k: how many, at most what the ranks have in a channel together.
-        share: the ranks.
+    The ranks have at least k elements in a channel together.
     """
     positions, signed = _largest_deviations(deviations, k)
     values, mine = keep_largest_of_ranks(signed.abs(), share.group)

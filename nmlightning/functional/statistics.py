@@ -88,17 +88,13 @@ def _nonzero(values: Tensor) -> Tensor:
 
 
 def select_extremes(deviations: Tensor, chunks: int, share: Share) -> tuple[Tensor, Selection]:
-    """Return the mean half range of each channel's chunks, (C,), and where their extremes are.
+    """Return the mean half range of the chunks of (N, C, *), (C,), and where their extremes are.
 
-    Args:
-        deviations: (N, C, *spatial).
-        chunks: how many, with at least two elements of all ranks together in each.
-        share: the ranks.
+    Each chunk has at least two elements of all ranks together.
     """
     rows = deviations.transpose(0, 1).flatten(1)
-    lengths = _own_lengths(
-        chunk_lengths(int(share.total), chunks), int(share.before), rows.shape[1]
-    )
+    all_lengths = chunk_lengths(int(share.total), chunks)
+    lengths = _own_lengths(all_lengths, int(share.before), rows.shape[1])
     # Highest and lowest in one go: the lowest is the highest of −d.
     sides = [_highest(side, lengths) for side in (rows, -rows)]
     values, positions = (torch.cat(parts, 1) for parts in zip(*sides, strict=True))
@@ -182,7 +178,7 @@ class PowerMean:
 
     def measure(self, deviations: Tensor, share: Share) -> tuple[Tensor, Selection | None]:
         """Return m of each channel of (N, C, *), (C,); it depends on all elements."""
-        return power_mean(deviations, self.p, (0, *range(2, deviations.dim())), share), None
+        return power_mean(deviations, self.p, reduced_dims(deviations), share), None
 
 
 @dataclass(frozen=True)
@@ -268,8 +264,6 @@ def _largest_mean_constant(n: int, k: int, convention: Constant) -> float:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def _range_mean_constant(n: int, chunks: int, convention: Constant) -> float:
-    if convention == "none":
-        return 1.0
     expected = [1 / range_constant(length, convention) for length in chunk_lengths(n, chunks)]
     return chunks / sum(expected)
 

@@ -20,7 +20,7 @@ from nmlightning.kernels.interface import (
     Backend,
     Dispatch,
     DispatchKey,
-    Kind,
+    NormKind,
     Tracking,
     layout_of,
 )
@@ -57,7 +57,7 @@ def norm_backend(name: Literal["auto", "formula"]) -> Iterator[None]:
 
 
 def select_backend_for(
-    x: Tensor, kind: Kind, statistic: Statistic, stats_dtype: torch.dtype
+    x: Tensor, kind: NormKind, statistic: Statistic, stats_dtype: torch.dtype
 ) -> Dispatch:
     """Return the backend that computes the norm of x, now."""
     if torch.compiler.is_compiling():

@@ -4,7 +4,7 @@ With d = x − μ, ŝ = c · m(d), σ = √(ŝ² + eps): y = d · weight/σ + bi
 ReLU(y + residual) for "add_relu". All that is per channel, (C,), is float32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nmlightning.functional.statistics import LargestMean, PowerMean, Statistic
 
-Kind = Literal["batch", "layer", "rms"]
+NormKind = Literal["batch", "layer", "rms"]
 Fused = Literal["relu", "add_relu"]
 Layout = Literal["NCHW", "NHWC", "other"]
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -22,7 +22,7 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 class DispatchKey(NamedTuple):
     """All that the choice of a backend depends on."""
 
-    kind: Kind
+    kind: NormKind
     statistic: Statistic
     device: str
     dtype: torch.dtype
@@ -197,6 +197,24 @@ class LayerNormKernels(Protocol):
         learned: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients by x, like it, and, if `learned`, by weight and bias, float32."""
+
+
+def unsupported_norm(key: DispatchKey, dtypes: Collection[torch.dtype]) -> str:
+    """Return in a few words why kernels for such inputs do not compute the norm, or nothing."""
+    batch = key.kind == "batch"
+    if not (is_l1(key.statistic) or (batch and is_largest(key.statistic))):
+        return f"no kernel for {key.statistic.name}"
+    if key.dtype not in dtypes:
+        return f"no kernel for {_name(key.dtype)}"
+    if key.stats_dtype != torch.float32:
+        return f"no kernel for statistics in {_name(key.stats_dtype)}"
+    if key.layout not in (("NCHW", "NHWC") if batch else ("NCHW",)):
+        return "no kernel for elements in this order"
+    return ""
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def is_l1(statistic: Statistic) -> bool:

@@ -90,26 +90,19 @@ def describe_settings(layer: nn.Module, shape: str) -> str:
     arguments = list(inspect.signature(type(layer).__init__).parameters.values())[2:]
     settings = [shape]
     for argument in arguments:
-        value = _setting(layer, argument.name, argument.default)
+        value = getattr(layer, argument.name, argument.default)
+        if argument.name == "bias":  # A flag of the constructor, a parameter of the layer.
+            value = value is not None or getattr(layer, "weight", None) is None
         if value != argument.default:
             settings.append(f"{argument.name}={value!r}")
     return ", ".join(settings)
 
 
-def _setting(layer: nn.Module, name: str, default: object) -> object:
-    if name == "bias":  # A flag of the constructor, a parameter of the layer.
-        return layer.bias is not None or getattr(layer, "weight", None) is None
-    return getattr(layer, name, default)
-
-
 class BatchNormBase(_BatchNorm):
     """A batch norm with torch's state, whose evaluation is torch's; a subclass says how it trains.
 
-    A channel whose batch statistics are not finite leaves its running statistics as they were;
-    where all batches are averaged equally, such a batch is left out of the average in every
-    channel. Running statistics stay float32 where the layer is made half.
-
-    Arguments and errors are those of `StatisticBatchNorm`, but for the constant.
+    Running statistics stay float32 where the layer is made half. Arguments, errors and what is done
+    with statistics that are not finite are those of `StatisticBatchNorm`, but for the constant.
     """
 
     input_dims: ClassVar[tuple[int, ...]] = ()
@@ -224,12 +217,9 @@ class BatchNormBase(_BatchNorm):
     def _normalise(
         self, input: Tensor, residual: Tensor | None, group: ProcessGroup | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the output, and the mean and the variance (C,) that it is to be tracked with.
+        """Return the output for (N, C, *), and the mean and the variance (C,) to be tracked.
 
-        Args:
-            input: (N, C, *).
-            residual: what is added before the ReLU, where the layer does that.
-            group: the ranks that share their statistics, or None.
+        The layer adds the residual before its ReLU; the ranks of the group share statistics.
         """
         raise NotImplementedError
 

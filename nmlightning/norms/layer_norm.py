@@ -41,23 +41,9 @@ def check_normalized_shape(normalized_shape: int | Sequence[int]) -> list[int]:
 
 
 def normalise_features(
-    x: Tensor,
-    layer: Any,
-    bias: Tensor | None,
-    *,
-    constant: float,
-    eps: float,
-    centred: bool,
+    x: Tensor, layer: Any, bias: Tensor | None, eps: float, *, centred: bool
 ) -> Tensor:
-    """Return x, (*, *normalized_shape), normalised as a layer or RMS norm is set.
-
-    Args:
-        x: of any real floating-point dtype, which the result has too.
-        layer: the norm.
-        bias: of the features, or None.
-        constant: c of ŝ = c · m.
-        eps: added to ŝ².
-        centred: whether the mean is subtracted.
+    """Return x, (*, *normalized_shape), normalised as a layer or RMS norm is set, in its dtype.
 
     Raises:
         InputError: an input that ends in other sizes, or is not of real floating-point numbers.
@@ -68,6 +54,7 @@ def normalise_features(
             f"{type(layer).__name__} normalises the last dimensions {sizes}, "
             f"got an input of shape {tuple(x.shape)}."
         )
+    constant = layer.statistic.constant(math.prod(sizes), layer.constant)
     kernels = layer.backend_for(x).kernels
     if kernels is not None:
         return KernelLayerNormFunction.apply(  # type: ignore[no-any-return]
@@ -218,10 +205,7 @@ class LpLayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the normalised input, in its dtype."""
-        constant = self.statistic.constant(math.prod(self.normalized_shape), self.constant)
-        return normalise_features(
-            input, self, self.bias, constant=constant, eps=self.eps, centred=True
-        )
+        return normalise_features(input, self, self.bias, self.eps, centred=True)
 
     def backend_for(self, input: Tensor) -> Dispatch:
         """Return the backend that computes such an input, and why, without running."""
@@ -313,9 +297,10 @@ class LpRMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised input, in its dtype."""
-        constant = self.statistic.constant(math.prod(self.normalized_shape), self.constant)
-        eps = _eps_of(x.dtype) if self.eps is None else self.eps
-        return normalise_features(x, self, None, constant=constant, eps=eps, centred=False)
+        # By default what torch adds; for half inputs it is that of float32, too.
+        least = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+        eps = least if self.eps is None else self.eps
+        return normalise_features(x, self, None, eps, centred=False)
 
     def backend_for(self, input: Tensor) -> Dispatch:
         """Return the backend that computes such an input, and why, without running."""
@@ -349,8 +334,3 @@ class L1RMSNorm(LpRMSNorm):
             normalized_shape, eps=eps, elementwise_affine=elementwise_affine,
             constant=constant, stats_dtype=stats_dtype, device=device, dtype=dtype,
         )  # fmt: skip
-
-
-def _eps_of(dtype: torch.dtype) -> float:
-    """Return what torch adds by default; for half inputs it is that of float32, too."""
-    return torch.finfo(torch.promote_types(dtype, torch.float32)).eps

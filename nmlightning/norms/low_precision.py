@@ -31,10 +31,7 @@ class HalfL2BatchNorm(BatchNormBase):
     Args:
         num_features: C.
         eps: added to the variance; below 3e-8 it is 0 in float16.
-        momentum: weight of the newest batch in the running statistics; None averages all equally.
-        affine: learn a weight and a bias for each channel.
-        bias: learn that bias too; without effect where `affine` is False.
-        track_running_stats: keep running statistics; else evaluation uses the batch's own.
+        momentum, affine, bias, track_running_stats: as in `StatisticBatchNorm`.
         sync: must be False where several ranks train; it does not share its statistics.
 
     Raises:

@@ -76,18 +76,15 @@ class MeanOnlyBatchNorm(BatchNormBase):
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = accumulation_dtype(input.dtype, self.stats_dtype)
         if is_half(dtype):
-            output, mean = apply_without_autocast(
-                HalfCentreFunction, input, self.bias, dtype, group
-            )
-            output = activate(output, residual, self.fused)
-            return output, mean, torch.full_like(mean, 1 - self.eps)
-        wide = input.to(dtype)
-        mean = _mean(wide, group)
-        shift = -mean if self.bias is None else self.bias.to(wide.dtype) - mean
-        output = wide + shift.view(-1, *[1] * (input.dim() - 2))
+            y, mean = apply_without_autocast(HalfCentreFunction, input, self.bias, dtype, group)
+        else:
+            wide = input.to(dtype)
+            mean = _mean(wide, group)
+            shift = -mean if self.bias is None else self.bias.to(dtype) - mean
+            y = (wide + shift.view(-1, *[1] * (input.dim() - 2))).to(input.dtype)
         tracked = mean.detach()
-        output = activate(output.to(input.dtype), residual, self.fused)
-        return output, tracked, torch.full_like(tracked, 1 - self.eps)
+        y = activate(y, residual, self.fused)
+        return y, tracked, torch.full_like(tracked, 1 - self.eps)
 
     def _load_from_state_dict(
         self,

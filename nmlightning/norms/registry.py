@@ -9,12 +9,14 @@ from typing import Any
 from torch import nn
 
 from nmlightning.errors import InputError, nearest
-from nmlightning.kernels.interface import Kind as Kind
+from nmlightning.kernels.interface import NormKind
 from nmlightning.norms import batch_norm, low_precision, mean_only
 from nmlightning.norms.layer_norm import L1LayerNorm, L1RMSNorm, LpLayerNorm, LpRMSNorm
 
-KINDS: tuple[Kind, ...] = ("batch", "layer", "rms")
-TITLES: Mapping[Kind, str] = MappingProxyType({"batch": "batch", "layer": "layer", "rms": "RMS"})
+KINDS: tuple[NormKind, ...] = ("batch", "layer", "rms")
+TITLES: Mapping[NormKind, str] = MappingProxyType(
+    {"batch": "batch", "layer": "layer", "rms": "RMS"}
+)
 
 # What a swapped layer takes from the layer that it replaces, and so is no option of a swap.
 _INHERITED = {"num_features", "normalized_shape", "affine", "elementwise_affine", "bias"} | {
@@ -74,7 +76,7 @@ def find_norm(name: str) -> Norm:
     return NORMS[name]
 
 
-def layer_class(name: str, kind: Kind, dims: int | None = None) -> type[nn.Module]:
+def layer_class(name: str, kind: NormKind, dims: int | None = None) -> type[nn.Module]:
     """Return the class of norm `name` for a kind; for `batch` by its spatial dimensions or None."""
     norm = find_norm(name)
     if kind == "batch":
@@ -88,11 +90,11 @@ def layer_class(name: str, kind: Kind, dims: int | None = None) -> type[nn.Modul
     return cls
 
 
-def _by_kind(norm: Norm, kind: Kind) -> type[nn.Module] | None:
+def _by_kind(norm: Norm, kind: NormKind) -> type[nn.Module] | None:
     return norm.layer if kind == "layer" else norm.rms
 
 
-def check_kinds(kinds: tuple[str, ...]) -> tuple[Kind, ...]:
+def check_kinds(kinds: tuple[str, ...]) -> tuple[NormKind, ...]:
     """Return the kinds if all of them exist, or raise InputError."""
     for kind in kinds:
         if kind not in KINDS:
@@ -102,7 +104,7 @@ def check_kinds(kinds: tuple[str, ...]) -> tuple[Kind, ...]:
     return kinds  # type: ignore[return-value]
 
 
-def check_options(name: str, kind: Kind, options: Mapping[str, Any]) -> dict[str, Any]:
+def check_options(name: str, kind: NormKind, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of norm `name` with its fixed ones, or raise InputError."""
     norm = find_norm(name)
     if not isinstance(options, Mapping):

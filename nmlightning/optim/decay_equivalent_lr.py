@@ -10,7 +10,7 @@ from torch.optim import SGD
 
 from nmlightning.errors import InputError, check_lists, is_number
 from nmlightning.optim.parameters import OptimizedWeight, maybe_any, project, scale_step
-from nmlightning.optim.step_hooks import State, StepRule, attach_rule
+from nmlightning.optim.step_hooks import State, StepRule
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,6 @@ class DecayEquivalentLR(StepRule):
 
     Source: Li & Arora 2020 (arXiv 1910.07454), theorem 2.
     """
-
-    attach = attach_rule
 
     def __init__(
         self, weight_decay: float, *, include: Sequence[str] = (), exclude: Sequence[str] = ()

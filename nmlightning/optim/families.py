@@ -13,14 +13,7 @@ Power = Literal["auto", 1, 2]
 # The step of these follows the gradient, which falls with ‖w‖, and the angle again: ‖w‖².
 _GRADIENT = (optim.SGD,)
 # The step of these is the gradient divided by its own size, so that only the angle is left: ‖w‖.
-_NORMALISED = (
-    optim.Adam,
-    optim.AdamW,
-    optim.NAdam,
-    optim.RAdam,
-    optim.Adamax,
-    optim.RMSprop,
-)
+_NORMALISED = (optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax, optim.RMSprop)
 
 
 def choose_power(optimizer: optim.Optimizer, power: Power | int | str) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 from nmlightning.errors import InputError, check_lists
 from nmlightning.optim.parameters import OptimizedWeight, scale_step
 from nmlightning.optim.scope import MATRICES
-from nmlightning.optim.step_hooks import State, StepRule, attach_rule, check_single_steps
+from nmlightning.optim.step_hooks import State, StepRule, check_single_steps
 from nmlightning.weights.channel_norms import channel_norms
 
 
@@ -51,7 +51,6 @@ class Hyperball(StepRule):
     """
 
     least_dims = MATRICES
-    attach = attach_rule
 
     def __init__(self, *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> None:
         check_lists(include=include, exclude=exclude)

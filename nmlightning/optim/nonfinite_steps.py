@@ -18,13 +18,9 @@ _CHECK_EVERY = 25  # steps: the check waits for the device, and for other ranks.
 
 
 class NonfiniteSteps:
-    """Counts the channels whose step was skipped, warns of them, and stops a run that goes nowhere.
+    """Counts the channels whose step a rule skipped, warns, and stops a run that goes nowhere.
 
     Ranks that share the channels of a weight count together, so that all of them warn and stop.
-
-    Args:
-        weights: of the rule.
-        rule: its name, for the messages.
     """
 
     def __init__(self, weights: Sequence[OptimizedWeight], rule: str) -> None:
@@ -90,10 +86,12 @@ class NonfiniteSteps:
     def _stop(self, rows: Tensor) -> None:
         worst = (rows >= MAX_SKIPPED_STEPS).tolist()
         now = self._over_ranks(self._now)
-        gradients = self._over_ranks(self._bad_gradients()) > 0
+        gradients = [weight.gradient for weight in self._weights]
+        nonfinite = [0 if g is None else int(not bool(g.isfinite().all())) for g in gradients]
+        counts = self._over_ranks(torch.tensor(nonfinite, device=self._counts.device))
         raise InputError(
             f"{self._rule} had to skip the steps of {self._names(worst)} {int(rows.max())} times "
-            f"in a row (now of {int(now.sum())} channels): " + _advice(bool(gradients.any()))
+            f"in a row (now of {int(now.sum())} channels): {_advice(bool(counts.any()))}"
         )
 
     def _warn(self, new: Tensor, step: int) -> None:
@@ -106,11 +104,6 @@ class NonfiniteSteps:
                 stacklevel=2,
             )
 
-    def _bad_gradients(self) -> Tensor:
-        gradients = [weight.gradient for weight in self._weights]
-        bad = [0 if g is None else int(not bool(g.isfinite().all())) for g in gradients]
-        return torch.tensor(bad, device=self._counts.device)
-
     def _names(self, chosen: Sequence[bool]) -> str:
         return some([w.name for w, is_it in zip(self._weights, chosen, strict=True) if is_it], 3)
 
@@ -118,8 +111,8 @@ class NonfiniteSteps:
         return join_shards(values, [weight.parameter for weight in self._weights], operation)
 
 
-def _advice(gradients: bool) -> str:
-    if gradients:
+def _advice(gradients_are_nonfinite: bool) -> str:
+    if gradients_are_nonfinite:
         return (
             "their gradients are not finite. Find the operation that makes them so, for instance "
             "by torch.autograd.set_detect_anomaly(True), or lower the learning rate."

@@ -9,13 +9,7 @@ from torch import Tensor
 from nmlightning.errors import check_lists
 from nmlightning.optim.families import Power
 from nmlightning.optim.parameters import OptimizedWeight, project, scale_step
-from nmlightning.optim.step_hooks import (
-    State,
-    StepRule,
-    attach_rule,
-    check_positive,
-    check_reference,
-)
+from nmlightning.optim.step_hooks import State, StepRule, check_positive, check_reference
 from nmlightning.weights.channel_norms import is_usable
 from nmlightning.weights.history import Alignment, NormHistory
 
@@ -46,12 +40,10 @@ class NormSchedule(StepRule):
         exclude: glob patterns on weight names that are left alone.
 
     Raises:
-        InputError: a setting outside what is allowed. In `attach`: as `attach_rule` says.
+        InputError: a setting outside what is allowed. In `attach`: as `StepRule.attach` says.
 
     Source: Hoffer et al. 2018, §3 (arXiv 1803.01814).
     """
-
-    attach = attach_rule
 
     def __init__(
         self,

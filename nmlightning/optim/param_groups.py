@@ -21,8 +21,8 @@ def find_output_layer(model: nn.Module) -> nn.Module | None:
     `nn.Linear`, but for those inside an `nn.MultiheadAttention`.
     """
     for module in model.modules():
-        tell = getattr(module, "get_output_embeddings", None)
-        layer = tell() if callable(tell) else None
+        getter = getattr(module, "get_output_embeddings", None)
+        layer = getter() if callable(getter) else None
         if isinstance(layer, nn.Module):
             return layer
     linears = [
@@ -93,7 +93,13 @@ def _decaying(model: nn.Module, scope: WeightDecayScope) -> Iterator[nn.Paramete
     if scope == "all":
         yield from model.parameters()
     elif scope == "last_layer":
-        yield from _output_layer(model).parameters()
+        layer = find_output_layer(model)
+        if layer is None:
+            raise InputError(
+                f"weight-decay scope 'last_layer' needs an nn.Linear, and {type(model).__name__} "
+                "has none: choose 'all' or 'no_norm'."
+            )
+        yield from layer.parameters()
     elif scope == "no_conv":
         convolved = {
             id(parameter)
@@ -103,7 +109,8 @@ def _decaying(model: nn.Module, scope: WeightDecayScope) -> Iterator[nn.Paramete
         yield from (q for q in model.parameters() if id(q) not in convolved)
     else:
         for layer, name, parameter in _uses(model):
-            if not (_is_norm(layer) or _is_bias(name)):
+            is_bias = "bias" in name.split("_")  # as in in_proj_bias and bias_hh_l0
+            if not (_is_norm(layer) or is_bias):
                 yield parameter
 
 
@@ -117,21 +124,6 @@ def _uses(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
         yield model.get_submodule(layer), name, parameter
 
 
-def _output_layer(model: nn.Module) -> nn.Module:
-    layer = find_output_layer(model)
-    if layer is None:
-        raise InputError(
-            f"weight-decay scope 'last_layer' needs an nn.Linear, and {type(model).__name__} "
-            "has none: choose 'all' or 'no_norm'."
-        )
-    return layer
-
-
 def _is_norm(module: nn.Module) -> bool:
-    """Whether the module normalises: torch's norms by class, third-party ones by their name."""
+    """Return whether a module normalises: torch's norms by class, others by their name."""
     return isinstance(module, NORMS) or THIRD_PARTY_NORM.search(type(module).__name__) is not None
-
-
-def _is_bias(name: str) -> bool:
-    """Whether a parameter is a bias by its name: `bias`, `in_proj_bias`, `bias_hh_l0`, …"""
-    return "bias" in name.split("_")

@@ -21,8 +21,8 @@ from nmlightning.weights.channel_norms import (
 )
 from nmlightning.weights.history import Alignment, Moment, NormHistory, RecordPlace
 
-# With the weight scaled by c, and so its gradients by 1/c, each buffer is scaled by c to this
-# degree. Averages of steps that the gradient's size was divided out of stay as they are.
+# With the weight scaled by c its gradients are scaled by 1/c. Averages of steps that the
+# gradient's size was divided out of stay as they are.
 _DEGREES = {
     "momentum_buffer": -1,
     "exp_avg": -1,
@@ -40,11 +40,9 @@ _DEGREES = {
 
 
 def scaling_degree(optimizer: Optimizer, name: str) -> int:
-    """Return the degree of a buffer: a weight scaled by c scales it by c**degree; 0 if unknown.
+    """Return the degree of a buffer, such as `exp_avg`, in an optimizer's state; 0 if unknown.
 
-    Args:
-        optimizer: whose buffer it is.
-        name: in its state, such as `exp_avg`.
+    A weight scaled by c scales it by c**degree.
     """
     if isinstance(optimizer, RMSprop) and name == "momentum_buffer":
         return 0  # it adds up gradients that were divided by their size
@@ -139,13 +137,10 @@ class OptimizedWeight:
 
     @torch.no_grad()
     def reset_nonfinite_state(self, skipped: Tensor) -> None:
-        """Set to 0 what is not finite in the optimizer's averages of channels that were skipped.
+        """Set to 0 what is not finite in the optimizer's averages of skipped channels, (C,) bool.
 
         Otherwise no later step would be finite. Each entry of the averages is kept or lost in all
         of them alike, since they belong together.
-
-        Args:
-            skipped: (C,) bool.
         """
         if not maybe_any(skipped):
             return
@@ -163,10 +158,7 @@ class OptimizedWeight:
 
 
 def maybe_any(flags: Tensor) -> bool:
-    """Return whether any flag is set, and True on other devices than the CPU without a look.
-
-    To wait for such a device would cost more than it spares.
-    """
+    """Return whether any flag is set; True on devices that it would cost more to wait for."""
     return not flags.is_cpu or bool(flags.any())
 
 
@@ -227,10 +219,7 @@ def project(weight: OptimizedWeight, norms: Tensor) -> Tensor:
 class RecordedNorms:
     """The norms of one recording, for the weights that follow it, on their devices.
 
-    Args:
-        history: the recording.
-        weights: what follows it.
-        align: how a moment finds its record; see `NormHistory.place`.
+    `align` is how a moment finds its record; see `NormHistory.place`.
 
     Raises:
         InputError: a recording of another model, or an empty one.

@@ -9,7 +9,7 @@ from torch import Tensor
 from nmlightning.errors import InputError, check_lists
 from nmlightning.optim.parameters import OptimizedWeight, scale_step
 from nmlightning.optim.scope import MATRICES
-from nmlightning.optim.step_hooks import State, StepRule, attach_rule, check_single_steps
+from nmlightning.optim.step_hooks import State, StepRule, check_single_steps
 from nmlightning.weights.channel_norms import channel_norms, unit_rows
 
 
@@ -27,8 +27,8 @@ class RadialProjection(StepRule):
     optimizer's averages stay as they are. The factors of a dashboard are what is left of the length
     of each channel's step. A channel whose step is not finite goes back to where it was.
 
-    The authors' optimizers decay projected weights by a tenth. A hook cannot tell the decay from
-    the rest of the step, so weight decay is refused, as with the other rules.
+    The authors' optimizers decay projected weights by a tenth. A hook cannot take the decay out
+    of the step, so weight decay is refused, as with the other rules.
 
     Args:
         delta: δ > 0; infinity projects the channels of every weight.
@@ -53,7 +53,6 @@ class RadialProjection(StepRule):
     """
 
     least_dims = MATRICES
-    attach = attach_rule
 
     def __init__(
         self, *, delta: float = 0.1, include: Sequence[str] = (), exclude: Sequence[str] = ()

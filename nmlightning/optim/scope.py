@@ -38,7 +38,7 @@ class NamedWeights:
 
     Attributes:
         parameters: by plain name.
-        layouts: where the output channels are, of the weights of which it is known.
+        layouts: where the output channels are; along dimension 0 if unknown.
         layers: the names of the weights of convolutions and linear layers; None where only names
             and shapes are known.
     """
@@ -60,10 +60,6 @@ class NamedWeights:
         }
         known = {weight.name: weight.layout for weight in weights} | dict(layouts or {})
         return cls(parameters, known, frozenset(weight.name for weight in weights))
-
-    def layout(self, name: str) -> ChannelLayout:
-        """Return where the output channels of a weight are: along dimension 0 if unknown."""
-        return self.layouts.get(name, ROWS)
 
     def is_convolution(self, name: str) -> bool:
         """Return whether it is a convolution's weight: of three or more dimensions, in a layer."""
@@ -99,8 +95,8 @@ def choose_weights(
             convolution is a layer's weight of three; where only names and shapes are known every
             parameter of so many.
         exclude: glob patterns on names that are left alone.
-        layouts: the layouts of weights whose output channels are not along dimension 0, where the
-            model does not tell.
+        layouts: the layouts of weights whose output channels are not along dimension 0, where only
+            names and shapes are known.
         recorded: the names that a recording has; parameters that only look like convolutions are
             left if it has others, with a warning.
         least_dims: CONVOLUTIONS or MATRICES.
@@ -116,7 +112,7 @@ def choose_weights(
     names = [
         name
         for name in weights.parameters
-        if why_left(weights, name, groups, include, exclude, least_dims) is None
+        if unsteered_reason(weights, name, groups, include, exclude, least_dims) is None
     ]
     if recorded is not None and weights.layers is None and not include:
         names = _leave_unrecorded(names, recorded)
@@ -128,10 +124,8 @@ def choose_weights(
         )
     chosen = []
     for name in names:
-        parameter = weights.parameters[name]
-        chosen.append(
-            OptimizedWeight(name, parameter, optimizer, groups[parameter], weights.layout(name))
-        )
+        parameter, layout = weights.parameters[name], weights.layouts.get(name, ROWS)
+        chosen.append(OptimizedWeight(name, parameter, optimizer, groups[parameter], layout))
         _check_weight(chosen[-1])
     return chosen
 
@@ -146,10 +140,11 @@ def has_weights(
     """Return whether `choose_weights` finds any weight to steer."""
     weights, groups = NamedWeights.of(model), group_numbers(optimizer)
     choice = include, exclude, least_dims
-    return any(why_left(weights, name, groups, *choice) is None for name in weights.parameters)
+    reasons = (unsteered_reason(weights, name, groups, *choice) for name in weights.parameters)
+    return None in reasons
 
 
-def why_left(
+def unsteered_reason(
     weights: NamedWeights,
     name: str,
     optimized: Container[Tensor],
@@ -159,13 +154,7 @@ def why_left(
 ) -> str | None:
     """Return in words why a parameter is not to be steered, or None if it is.
 
-    Args:
-        weights: of the model.
-        name: of one of them.
-        optimized: the parameters that an optimizer has.
-        include: as for `choose_weights`.
-        exclude: as for `choose_weights`.
-        least_dims: as for `choose_weights`.
+    `optimized` are the parameters of an optimizer; the choice is that of `choose_weights`.
     """
     parameter = weights.parameters[name]
     if not parameter.requires_grad:
@@ -231,12 +220,7 @@ def radial_squares(weight: OptimizedWeight, values: Tensor, grad: Tensor) -> Ten
     """Return the sum over channels of (cos(w_i, g_i) · √D)², and how many channels it is over.
 
     The terms are 0 where the loss does not depend on ‖w_i‖, since then <g_i, w_i> = 0, and about 1
-    for a gradient of random direction. Channels without a gradient are left out.
-
-    Args:
-        weight: whose channels these are.
-        values: w, as of when the gradient was taken.
-        grad: g, of the same shape, at any scale.
+    for a gradient of random direction, at any scale. Channels without a gradient are left out.
     """
     dtype = weight.norms_dtype
     rows, grads = (weight.layout.rows(x).flatten(1).to(dtype) for x in (values, grad))

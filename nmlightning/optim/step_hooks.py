@@ -19,7 +19,7 @@ from nmlightning.weights.channel_norms import ChannelLayout
 from nmlightning.weights.history import Alignment, Moment, NormHistory, RecordPlace
 
 State = dict[str, Any]
-"""What a rule keeps of one weight: (C,) tensors of this rank's channels, scalars and numbers."""
+"""The state of one weight: (C,) tensors of this rank's channels, scalars and numbers."""
 
 
 class StepRule(ABC):
@@ -47,15 +47,6 @@ class StepRule(ABC):
     align: Alignment
 
     @abstractmethod
-    def attach(
-        self,
-        optimizer: Optimizer,
-        named_parameters: Model,
-        layouts: Mapping[str, ChannelLayout] | None = None,
-    ) -> "StepHookHandle":
-        """Work on every step of an optimizer from now on: `attach_rule`."""
-
-    @abstractmethod
     def init_state(self, weight: OptimizedWeight) -> State:
         """Return what is kept of a weight, or raise InputError for another optimizer."""
 
@@ -76,58 +67,50 @@ class StepRule(ABC):
             was multiplied by; None where the step stays as it is.
         """
 
+    def attach(
+        self,
+        optimizer: Optimizer,
+        named_parameters: Model,
+        layouts: Mapping[str, ChannelLayout] | None = None,
+    ) -> "StepHookHandle":
+        """Work on every step of `optimizer` from now on; later changes of settings have no effect.
 
-def attach_rule(
-    rule: StepRule,
-    optimizer: Optimizer,
-    named_parameters: Model,
-    layouts: Mapping[str, ChannelLayout] | None = None,
-) -> "StepHookHandle":
-    """Work on every step of `optimizer` from now on.
+        Args:
+            optimizer: its weight decay must be 0 for what is steered.
+            named_parameters: of the model, as `model.named_parameters()` gives them, or the model
+                itself. From names alone a convolution is not known from another parameter of three
+                or more dimensions, nor a transposed one.
+            layouts: the layouts of weights whose output channels are not along dimension 0; only
+                names alone need them.
 
-    Args:
-        rule: as it is now; later changes of its settings have no effect.
-        optimizer: its weight decay must be 0 for what is steered.
-        named_parameters: of the model, as `model.named_parameters()` gives them, or the model
-            itself. From names alone a convolution is not known from another parameter of three or
-            more dimensions, nor a transposed one.
-        layouts: the layouts of weights whose output channels are not along dimension 0; only names
-            alone need them.
+        Returns:
+            The handle, whose `remove` undoes it.
 
-    Returns:
-        The handle, whose `remove` undoes it.
-
-    Raises:
-        InputError: no weight to steer; one that decays, or that is steered already; an optimizer
-            that the rule is not for, or of which it is not known what norms do; a recording that
-            cannot be read, or of another model.
-    """
-    given = rule.reference
-    history = given if isinstance(given, NormHistory | None) else NormHistory.load(given)
-    weights = choose_weights(
-        optimizer,
-        named_parameters,
-        rule.include,
-        rule.exclude,
-        layouts,
-        recorded=None if history is None else history.norms,
-        least_dims=rule.least_dims,
-    )
-    rule, recorded = copy.copy(rule), None
-    if history is not None:
-        rule.power = choose_power(optimizer, rule.power)
-        recorded = RecordedNorms(history, weights, rule.align)
-    return StepHookHandle(optimizer, rule, weights, recorded)
+        Raises:
+            InputError: no weight to steer; one that decays, or that is steered already; an
+                optimizer that the rule is not for, or of which it is not known what norms do; a
+                recording that cannot be read, or of another model.
+        """
+        given = self.reference
+        history = given if isinstance(given, NormHistory | None) else NormHistory.load(given)
+        weights = choose_weights(
+            optimizer,
+            named_parameters,
+            self.include,
+            self.exclude,
+            layouts,
+            recorded=None if history is None else history.norms,
+            least_dims=self.least_dims,
+        )
+        rule, recorded = copy.copy(self), None
+        if history is not None:
+            rule.power = choose_power(optimizer, self.power)
+            recorded = RecordedNorms(history, weights, self.align)
+        return StepHookHandle(optimizer, rule, weights, recorded)
 
 
 class StepHookHandle:
-    """A rule at work on an optimizer; `remove` undoes it.
-
-    Args:
-        optimizer: its step hooks are used; nothing else of it changes.
-        rule: what changes its steps.
-        weights: what it may steer.
-        recorded: the norms that it follows, if any.
+    """A rule at work on an optimizer's step hooks; `remove` undoes it.
 
     Raises:
         InputError: a rule steers the optimizer's steps of one of the weights already.
@@ -168,7 +151,7 @@ class StepHookHandle:
 
     @property
     def skipped(self) -> int:
-        """How many steps of channels were skipped since they, or their factor, were not finite.
+        """The number of channels' steps that were skipped: they or their factors were not finite.
 
         It is that of all ranks, and every rank has to ask for it.
         """
@@ -183,7 +166,7 @@ class StepHookHandle:
 
     @property
     def measured(self) -> bool:
-        """Whether the scope knows all of its weights, which takes gradients of each."""
+        """True once the scope knows all of its weights, which takes gradients of each."""
         return all(self.scope.decided(weight.name) for weight in self.weights)
 
     def measure(self) -> None:
@@ -318,7 +301,7 @@ class StepHookHandle:
         return skipped
 
     def _overflowed(self) -> bool:
-        """Whether a fused optimizer under a GradScaler has left this step out."""
+        """Return whether a fused optimizer under a GradScaler has skipped this step."""
         found = getattr(self._optimizer, "found_inf", None)
         return found is not None and bool(found)
 
@@ -343,11 +326,11 @@ def _steered(optimizer: Optimizer) -> dict[Tensor, str]:
 
 def _gather(weight: OptimizedWeight, state: State) -> State:
     """Return a copy of the state, of all ranks' channels."""
-    gathered = {
-        key: weight.all_channels(value) if isinstance(value, Tensor) and value.dim() else value
-        for key, value in state.items()
-    }
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in gathered.items()}
+    gathered = dict(state)
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            gathered[key] = (weight.all_channels(value) if value.dim() else value).clone()
+    return gathered
 
 
 def _scatter(weight: OptimizedWeight, kept: Mapping[str, Any], state: State) -> None:

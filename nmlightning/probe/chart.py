@@ -25,7 +25,7 @@ shaded: from the least σ to the most |x − μ| that a norm takes; right: losse
 
 
 class Band(NamedTuple):
-    """What a norm can take: σ from `low` on, and |x − μ| up to `high`."""
+    """The inputs that a norm can take: σ from `low` on, and |x − μ| up to `high`."""
 
     norm: str
     name: str

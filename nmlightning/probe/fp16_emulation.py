@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nmlightning.norms.registry import Kind, find_norm, layer_class
+from nmlightning.kernels.interface import NormKind
+from nmlightning.norms.registry import find_norm, layer_class
 
 # What becomes of a channel; the first that holds counts.
 OUTCOMES = (
@@ -61,7 +62,7 @@ class HalfNorm:
     options: Mapping[str, Any]
     exact: tuple[str, Mapping[str, Any]]
     picks: int = 0
-    kinds: tuple[Kind, ...] = ("batch", "layer")
+    kinds: tuple[NormKind, ...] = ("batch", "layer")
 
 
 _IN_HALF = {"stats_dtype": torch.float16}

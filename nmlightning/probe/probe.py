@@ -8,15 +8,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nmlightning.errors import InputError
+from nmlightning.kernels.interface import NormKind
 from nmlightning.norms.mean_only import MeanOnlyBatchNorm
-from nmlightning.norms.registry import Kind
 from nmlightning.probe.fp16_emulation import HALF_NORMS, OUTCOMES, run_in_fp16
 from nmlightning.probe.report import LayerRanges, NormRanges
 from nmlightning.surgery.fuse.fuse import unfused
@@ -74,7 +72,7 @@ class NormWatch:
         self._model = model
         self._layers: dict[int, _WatchedLayer] = {}
         for found in find_norm_layers(model):
-            reason = _why_not(found.module)
+            reason = _unsupported_reason(found.module)
             if reason:
                 self.left_out[found.name] = f"{found.type_name} {reason}"
             elif id(found.module) not in self._layers:
@@ -146,7 +144,7 @@ class _WatchedLayer:
     calls: list[_Call] = field(default_factory=list)
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> NormKind:
         """The kind of norm, by what it normalises over."""
         return "batch" if isinstance(self.module, _BatchNorm) else "layer"
 
@@ -179,8 +177,8 @@ class _WatchedLayer:
             kind=self.kind,
             values=self.values,
             eps=float(self.module.eps),  # type: ignore[arg-type]
-            scales=_to_numpy(self.scales),
-            deviations=_to_numpy(self.deviations),
+            scales=torch.cat(self.scales).cpu().numpy(),
+            deviations=torch.cat(self.deviations).cpu().numpy(),
             offset=self.offset,
             outcomes=self.outcomes,
         )
@@ -221,17 +219,13 @@ class _WatchedLayer:
         return gradient if weight is None or self.kind == "batch" else gradient * weight
 
 
-def _why_not(module: nn.Module) -> str:
+def _unsupported_reason(module: nn.Module) -> str:
     """Return why a norm layer cannot be measured, or nothing."""
     if isinstance(module, MeanOnlyBatchNorm):
         return "has no scale"
     if not isinstance(module, _BatchNorm | nn.LayerNorm):
         return "is neither a batch norm nor a layer norm"
     return ""
-
-
-def _to_numpy(parts: list[Tensor]) -> NDArray[np.float32]:
-    return torch.cat(parts).cpu().numpy()
 
 
 @contextmanager

@@ -57,9 +57,9 @@ class LayerRanges:
         return self.outcomes.get(norm, {}).get(outcome, 0)
 
     def lost(self, norm: str) -> dict[str, int]:
-        """Return how many entries the norm itself loses, for each way in which it does."""
+        """Return how many entries the norm itself loses, by how they fail."""
         counts = self.outcomes.get(norm, {})
-        return {how: n for how, n in counts.items() if n and how not in (RIGHT, INPUT)}
+        return {name: n for name, n in counts.items() if n and name not in (RIGHT, INPUT)}
 
     def lost_share(self, norm: str) -> float | None:
         """Return the share of entries that the norm loses, None if it was not tried here."""
@@ -87,7 +87,7 @@ class LayerRanges:
             "largest_mean_over_sigma": _plain(self.offset),
             "lost_in_input": self.input_share(),
             "lost": {
-                norm: {how: n / len(self.scales) for how, n in self.lost(norm).items()}
+                norm: {name: n / len(self.scales) for name, n in self.lost(norm).items()}
                 for norm in self.outcomes
             },
         }
@@ -183,9 +183,9 @@ def _fp16_losses(ranges: NormRanges) -> str:
         more = " more" if ranges.input_share() else ""
         return f"{NAMES[FAILING]} in half would lose no channel{more}{sizes}."
     total = sum(len(layer.scales) for layer in ranges.layers)
-    ways = sum((Counter(layer.lost(FAILING)) for layer in losing), Counter[str]())
+    failures = sum((Counter(layer.lost(FAILING)) for layer in losing), Counter[str]())
     how = ", ".join(
-        f"{format_loss(n / total)} {FAILURE_LABELS[way]}" for way, n in ways.most_common()
+        f"{format_loss(n / total)} {FAILURE_LABELS[name]}" for name, n in failures.most_common()
     )
     return (
         f"{NAMES[FAILING]} in half would lose {format_loss(ranges.lost_share(FAILING))} of the "

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 SKIPPED_STEPS = "optimizer/skipped_steps"
-UNDONE_STEPS = "steering/undone_steps"
+STEERING_SKIPPED = "steering/skipped_steps"
 
 Layout = dict[str, dict[str, list[Any]]]
 
@@ -58,7 +58,7 @@ def dashboard_layout(layers: Sequence[str]) -> Layout:
         "Run": {
             "accuracy or BLEU": _lines(r".*(top1|acc|bleu)"),
             "loss": _lines(r".*loss"),
-            "skipped and undone steps": _lines(SKIPPED_STEPS, UNDONE_STEPS),
+            "skipped (non-finite) steps": _lines(SKIPPED_STEPS, STEERING_SKIPPED),
         },
         "All layers": {
             "norm, mean over channels": _lines(norm_tag(".*", "mean")),

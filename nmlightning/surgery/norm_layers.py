@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase, _NormBase
 
-from nmlightning.kernels.interface import Fused
+from nmlightning.kernels.interface import Fused, NormKind
+from nmlightning.name_patterns import plain_name
 from nmlightning.norms.batch_norm_base import RUNNING, BatchNormBase
 from nmlightning.norms.layer_norm import LpLayerNorm
 from nmlightning.norms.mean_only import MeanOnlyBatchNorm
-from nmlightning.norms.registry import NORMS, Kind
+from nmlightning.norms.registry import NORMS
 
 _NAMED_LIKE_A_NORM = re.compile(r"(Batch|Layer|Group|Instance|RMS|Response)_?Norm", re.IGNORECASE)
 _NAMED_RMS = re.compile("RMS", re.IGNORECASE)
@@ -33,13 +34,13 @@ _FROZEN_WEIGHT = "_weight_was_frozen_before_swap"
 
 @dataclass(frozen=True)
 class NormLayer:
-    """A norm layer of a model under one of its names; `refusal` says why it cannot be swapped."""
+    """A norm layer of a model under one of its names, and the reason if it cannot be swapped."""
 
     name: str
     module: nn.Module
-    kind: Kind | None
+    kind: NormKind | None
     dims: int | None = None
-    refusal: str = ""
+    unsupported_reason: str = ""
 
     @property
     def type_name(self) -> str:
@@ -67,7 +68,7 @@ class NormLayer:
 def find_norm_layers(model: nn.Module) -> list[NormLayer]:
     """Return every norm layer of `model`, a shared one under each of its names."""
     return [
-        _describe(_without_wrappers(name), module)
+        _describe(plain_name(name), module)
         for name, module in model.named_modules(remove_duplicate=False)
         if _is_norm(module)
     ]
@@ -96,7 +97,9 @@ def convert_in_place(module: nn.Module, template: nn.Module) -> None:
     elif isinstance(module, _BatchNorm):
         _cast_statistics(module)
     if isinstance(module, MeanOnlyBatchNorm):
-        _take_scale(module)
+        if module.weight is not None and not module.weight.requires_grad:
+            module.__dict__[_FROZEN_WEIGHT] = True
+        module.drop_scale()
     if after is nn.SyncBatchNorm:
         module.__dict__.setdefault("process_group", None)
     if is_norm_with_activation(before):
@@ -113,12 +116,6 @@ def _cast_statistics(module: _BatchNorm) -> None:
         running = getattr(module, name)
         if running is not None and module.weight is not None:
             setattr(module, name, running.to(module.weight.dtype))
-
-
-def _take_scale(module: MeanOnlyBatchNorm) -> None:
-    if module.weight is not None and not module.weight.requires_grad:
-        module.__dict__[_FROZEN_WEIGHT] = True
-    module.drop_scale()
 
 
 def _give_scale_back(module: MeanOnlyBatchNorm) -> None:
@@ -189,11 +186,6 @@ def guard_fast_paths(modules: Iterable[nn.Module]) -> None:
             module.activation_relu_or_gelu = module.__dict__.pop(_FAST_PATH)
 
 
-def _without_wrappers(name: str) -> str:
-    """Return the name that a module has in the model before `torch.compile` wrapped parts of it."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
-
-
 def _is_norm(module: nn.Module) -> bool:
     if isinstance(module, (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
         return True
@@ -204,7 +196,7 @@ def _is_norm(module: nn.Module) -> bool:
 def _describe(name: str, module: nn.Module) -> NormLayer:
     cls = type(module)
     if "forward" in vars(module):
-        refusal = "its forward was replaced on the object, where no class counts"
+        reason = "its forward was replaced on the object, where no class counts"
     elif cls in _DIMS:
         return NormLayer(name, module, "batch", _DIMS[cls])
     elif is_norm_with_activation(cls):
@@ -214,14 +206,14 @@ def _describe(name: str, module: nn.Module) -> NormLayer:
     elif cls in _RMS_NORMS:
         return NormLayer(name, module, "rms")
     elif isinstance(module, _LazyNormBase):
-        refusal = "not initialised, run one batch through it"
+        reason = "not initialised, run one batch through it"
     elif isinstance(module, (_BatchNorm, nn.LayerNorm, nn.RMSNorm)):
-        refusal = "a subclass, and only exact types are swapped"
+        reason = "a subclass, and only exact types are swapped"
     elif _NAMED_RMS.search(cls.__name__):
-        refusal = "a class of its own, and only torch's RMSNorm is swapped"
+        reason = "a class of its own, and only torch's RMSNorm is swapped"
     else:
-        refusal = "no swap is defined for this norm"
-    return NormLayer(name, module, None, refusal=refusal)
+        reason = "no swap is defined for this norm"
+    return NormLayer(name, module, None, unsupported_reason=reason)
 
 
 def is_norm_with_activation(cls: type) -> bool:

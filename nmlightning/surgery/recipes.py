@@ -175,10 +175,7 @@ def note_recipe(
     elif modules:
         notes.remove(known)
         notes.append({**recipe, "modules": {**known["modules"], **modules}})
-    module.__dict__[_NOTES] = {
-        **module.__dict__.get(_NOTES, {}),
-        change.key: change.tidy(notes),
-    }
+    module.__dict__[_NOTES] = {**module.__dict__.get(_NOTES, {}), change.key: change.tidy(notes)}
 
 
 def recipes_of(module: nn.Module, change: Change) -> list[Recipe]:

@@ -10,16 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from nmlightning.errors import InputError, check_choice, check_flag, check_lists
-from nmlightning.kernels.interface import Fused
+from nmlightning.kernels.interface import Fused, NormKind
 from nmlightning.name_patterns import matches, unmatched
-from nmlightning.norms.registry import (
-    TITLES,
-    Kind,
-    check_kinds,
-    check_options,
-    find_norm,
-    layer_class,
-)
+from nmlightning.norms.registry import TITLES, check_kinds, check_options, find_norm, layer_class
 from nmlightning.surgery.norm_layers import (
     NormLayer,
     class_to_take,
@@ -73,9 +66,7 @@ class SwapReport:
         return len(self.swapped)
 
     def __str__(self) -> str:
-        kinds: dict[tuple[str, str], int] = {}
-        for swap in self.swapped:
-            kinds[swap.before, swap.after] = kinds.get((swap.before, swap.after), 0) + 1
+        kinds = Counter((swap.before, swap.after) for swap in self.swapped)
         counts = [f"{count} {before} → {after}" for (before, after), count in kinds.items()]
         left = f"; {len(self.left)} left as they are" if self.left else ""
         swapped = ("would swap " if self.dry_run else "swapped ") + (", ".join(counts) or "0")
@@ -175,7 +166,8 @@ def swap_norms(
         Swap(x.name, x.type_name, class_to_take(x.module, template).__name__)
         for x, template in plan
     )
-    left = tuple(Swap(x.name, x.type_name, "", x.refusal) for x in picked if x.refusal)
+    unsupported = [x for x in picked if x.unsupported_reason]
+    left = tuple(Swap(x.name, x.type_name, "", x.unsupported_reason) for x in unsupported)
     fusing = _plan_fusing(model, picked, extent)
     fused, not_fused = _list_fused(picked, fusing)
     if not dry_run:
@@ -189,7 +181,7 @@ def swap_norms(
     return SwapReport(swapped, left, dry_run, fused, not_fused)
 
 
-def check_fuse(fuse: str | None, norm: str, kinds: Iterable[Kind]) -> Fused | None:
+def check_fuse(fuse: str | None, norm: str, kinds: Iterable[NormKind]) -> Fused | None:
     """Return what is to be fused, or raise InputError if norms of these kinds cannot be."""
     if fuse is None:
         return None
@@ -231,12 +223,12 @@ def _list_fused(
         for x in norms
         if fused_of(x.module) != plan.fused[x.module]
     )
-    refused = [x for x in norms if x.module in plan.reasons]
-    return changes, tuple(Swap(x.name, "", "", plan.reasons[x.module]) for x in refused)
+    not_fused = [x for x in norms if x.module in plan.reasons]
+    return changes, tuple(Swap(x.name, "", "", plan.reasons[x.module]) for x in not_fused)
 
 
 def _make_plan(
-    norm: str, settings: Mapping[Kind, Mapping[str, Any]], layers: Iterable[NormLayer]
+    norm: str, settings: Mapping[NormKind, Mapping[str, Any]], layers: Iterable[NormLayer]
 ) -> list[tuple[NormLayer, nn.Module]]:
     """Return the layers that are not yet what they shall become, each with a template of that."""
     plan = []
@@ -244,23 +236,18 @@ def _make_plan(
         if layer.kind is not None and layer.kind in settings:
             template = _template(layer, norm, settings[layer.kind])
             if not is_like(layer.module, template):
-                _check_whole(layer)
+                if any(map(is_sharded, layer.module.parameters(recurse=False))):
+                    raise InputError(
+                        f"{layer.name} is sharded already: call swap_norms in configure_model, "
+                        "before fully_shard."
+                    )
                 plan.append((layer, template))
     return plan
 
 
-def _check_whole(layer: NormLayer) -> None:
-    others = (q for q in layer.module.parameters(recurse=False) if type(q) is not nn.Parameter)
-    if any(map(is_sharded, others)):
-        raise InputError(
-            f"{layer.name} is sharded already: call swap_norms in configure_model, before "
-            "fully_shard."
-        )
-
-
 def _template(layer: NormLayer, norm: str, options: Mapping[str, Any]) -> nn.Module:
     """Return a new layer, without storage, that is what `layer` shall become."""
-    assert layer.kind is not None, "only swappable layers are planned"
+    assert layer.kind is not None, "others are not planned"
     settings = {**layer.inherited(), **options}
     dims = layer.dims
     if layer.synchronised and norm == "l2":
@@ -282,7 +269,7 @@ def _pick(
 def _check_patterns(
     model: nn.Module,
     layers: list[NormLayer],
-    kinds: tuple[Kind, ...],
+    kinds: tuple[NormKind, ...],
     include: Sequence[str],
     exclude: Sequence[str],
 ) -> None:
@@ -293,8 +280,11 @@ def _check_patterns(
         )
     # To exclude a norm that is not swapped anyway is right, if needless.
     names = [layer.name for layer in layers]
-    swappable = [layer.name for layer in layers if layer.kind in kinds or layer.refusal]
-    for argument, patterns, known in (("include", include, swappable), ("exclude", exclude, names)):
+    candidates = [x.name for x in layers if x.kind in kinds or x.unsupported_reason]
+    for argument, patterns, known in (
+        ("include", include, candidates),
+        ("exclude", exclude, names),
+    ):
         wrong = unmatched(patterns, known)
         if wrong is not None:
             raise InputError(
@@ -303,13 +293,13 @@ def _check_patterns(
             )
 
 
-def _title(kinds: Iterable[Kind]) -> str:
+def _title(kinds: Iterable[NormKind]) -> str:
     return f"{' or '.join(TITLES[kind] for kind in kinds)} norm"
 
 
 def _describe(layer: NormLayer) -> str:
-    why = f": {layer.refusal}" if layer.refusal else ""
-    return f"{layer.name} ({layer.type_name}{why})"
+    reason = f": {layer.unsupported_reason}" if layer.unsupported_reason else ""
+    return f"{layer.name} ({layer.type_name}{reason})"
 
 
 def _list_norms(layers: list[NormLayer]) -> str:
@@ -324,12 +314,12 @@ def _check_picked(
     model: nn.Module,
     layers: list[NormLayer],
     picked: list[NormLayer],
-    kinds: tuple[Kind, ...],
+    kinds: tuple[NormKind, ...],
     include: Sequence[str],
 ) -> None:
-    refused = [layer for layer in picked if layer.refusal]
-    if include and refused:
-        named = ", ".join(_describe(layer) for layer in refused)
+    unsupported = [layer for layer in picked if layer.unsupported_reason]
+    if include and unsupported:
+        named = ", ".join(map(_describe, unsupported))
         raise InputError(f"include names norms that cannot be swapped: {named}; exclude them.")
     if not any(layer.kind in kinds for layer in picked):
         raise InputError(

@@ -14,7 +14,7 @@ from nmlightning.errors import InputError
 
 @dataclass(frozen=True)
 class ChannelLayout:
-    """Where the output channels of a weight are.
+    """The place of the output channels in a weight.
 
     Args:
         transposed_groups: None for a convolution or a linear layer, (C, …); the number of groups
@@ -86,14 +86,8 @@ def channel_norms(weight: Tensor, p: float = 2.0, layout: ChannelLayout = ROWS) 
 def row_norms(rows: Tensor, p: float) -> Tensor:
     """Return ‖row‖_p of every entry of dimension 0, as part of the autograd graph.
 
-    For p = 1 and ∞ the sums and maxima of torch take a quarter of the time of its `vector_norm`.
-
-    Args:
-        rows: (C, …).
-        p: 1 or more, or `math.inf`.
-
-    Returns:
-        (C,), accumulated and returned in float32, in float64 for float64.
+    Of (C, …) rows it is (C,), accumulated and returned in float32, in float64 for float64. For
+    p = 1 and ∞ torch's sums and maxima take a quarter of the time of its `vector_norm`.
     """
     dims, dtype = tuple(range(1, rows.dim())), torch.promote_types(rows.dtype, torch.float32)
     if p == 1:
@@ -122,10 +116,7 @@ def _of_shards(weight: Tensor, p: float, layout: ChannelLayout) -> Tensor:
 
 
 def gather_channels(values: Tensor) -> Tensor:
-    """Return the (C,) values of all ranks where `values` is a `DTensor`, as every rank has to ask.
-
-    Any other tensor is returned as it is.
-    """
+    """Return all ranks' (C,) values of a `DTensor`, as every rank has to ask; else the values."""
     return values.full_tensor() if is_sharded(values) else values  # type: ignore[attr-defined]
 
 

@@ -46,7 +46,7 @@ class RecordedClock:
 
     @property
     def covered(self) -> float:
-        """How many epochs there are records of, 2.5 for a run that stopped inside its third."""
+        """The number of epochs with records, 2.5 for a run that stopped inside its third."""
         if not len(self):
             return 0.0
         last = int(self.epochs[-1])
@@ -169,17 +169,10 @@ class NormHistory:
                 runs backwards or has parts of steps, a norm that is negative; provenance that is
                 no plain data.
         """
+        origin = {} if provenance is None else provenance
+        rates = (learning_rates, weight_decays)
         try:
-            return cls(
-                **make_arrays(
-                    norms,
-                    steps,
-                    epochs,
-                    learning_rates,
-                    weight_decays,
-                    provenance={} if provenance is None else provenance,
-                )
-            )
+            return cls(**make_arrays(norms, steps, epochs, *rates, provenance=origin))
         except InputError as error:
             raise InputError(f"This is no history of weight norms: {error}.") from None
 
@@ -214,7 +207,7 @@ class NormHistory:
 
     @property
     def clock(self) -> RecordedClock:
-        """When its records were made."""
+        """The moments of its records."""
         known = self.provenance.get("steps_per_epoch")
         return RecordedClock(self.steps, self.epochs, known if type(known) is int else None)
 
@@ -230,11 +223,7 @@ class NormHistory:
         return f"NormHistory({len(self)} records of {len(self.norms)} weights{span})"
 
     def at(
-        self,
-        *,
-        step: int | None = None,
-        epoch: float | None = None,
-        align: Alignment = "official",
+        self, *, step: int | None = None, epoch: float | None = None, align: Alignment = "official"
     ) -> dict[str, NDArray[np.float32]]:
         """Return the (C,) norms of each weight at one moment; see `place` for the arguments."""
         below, above, share = self.place(step=step, epoch=epoch, align=align)
@@ -246,11 +235,7 @@ class NormHistory:
         }
 
     def place(
-        self,
-        *,
-        step: int | None = None,
-        epoch: float | None = None,
-        align: Alignment = "official",
+        self, *, step: int | None = None, epoch: float | None = None, align: Alignment = "official"
     ) -> RecordPlace:
         """Return the records around one moment, and how far it is from the first to the second.
 

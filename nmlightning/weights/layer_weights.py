@@ -35,21 +35,15 @@ class WeightLocation:
         return plain_name(f"{self.path}.{self.attribute}".lstrip("."))
 
     @property
-    def is_of_convolution(self) -> bool:
-        """Whether it is the weight of a convolution."""
-        return isinstance(self.module, _ConvNd) and self.attribute == "weight"
-
-    @property
     def layout(self) -> ChannelLayout:
-        """Where its output channels are."""
-        module = self.module
-        if self.is_of_convolution and isinstance(module, _ConvTransposeNd):
-            return ChannelLayout(module.groups)
+        """The place of its output channels."""
+        if isinstance(self.module, _ConvTransposeNd) and self.attribute == "weight":
+            return ChannelLayout(self.module.groups)
         return ROWS
 
     @property
     def parametrizations(self) -> ParametrizationList | None:
-        """What computes it, if anything does."""
+        """The parametrizations that compute it, if any."""
         if not parametrize.is_parametrized(self.module, self.attribute):
             return None
         return self.module.parametrizations[self.attribute]  # type: ignore[index, return-value]
@@ -111,7 +105,7 @@ class LayerWeight:
 
     @property
     def channels(self) -> int:
-        """How many output channels it has."""
+        """The number of output channels."""
         return self.layout.channels(self.parameter.shape)
 
 
@@ -141,11 +135,8 @@ def find_layer_weights(
             f"{type(model).__name__}; there is {some([place.name for place in places], 8)}."
         )
     chosen = [place for place in places if place.is_chosen(include, exclude)]
-    weights = {
-        id(place.original): place.weight()
-        for place in reversed(chosen)
-        if place.original is not None
-    }
+    held = [place for place in chosen if place.original is not None]
+    weights = {id(place.original): place.weight() for place in reversed(held)}
     if not weights:
         lazy = find_lazy_weights(model)
         but = f" but {lazy[0]}, which has no shape yet; {LAZY_WAY_OUT}" if lazy else ""
@@ -164,18 +155,12 @@ def find_recorded_weights(
     """
     norms = {id(p.original): p.norm for p in _places(model) if p.norm is not None}
     weights = find_layer_weights(model, include, exclude)
-    normalised = [weight for weight in weights if id(weight.parameter) in norms]
-    return [
-        *(
-            replace(
-                w,
-                name=w.name.removesuffix(_SUFFIX),
-                computed=norms[id(w.parameter)].channel_norms,
-            )
-            for w in normalised
-        ),
-        *weights,
+    normalised = [
+        replace(w, name=w.name.removesuffix(_SUFFIX), computed=norms[id(w.parameter)].channel_norms)
+        for w in weights
+        if id(w.parameter) in norms
     ]
+    return [*normalised, *weights]
 
 
 def find_lazy_weights(

@@ -109,7 +109,7 @@ class Recorder:
 
 @dataclass(frozen=True)
 class KeptRecording:
-    """Where a run keeps its records.
+    """The file in which a run keeps its records.
 
     Attributes:
         file: nothing but this run is in it.
@@ -147,11 +147,8 @@ def keep_recording(
 def _file_of(folder: Path, state: Mapping[str, Any]) -> Path | None:
     """Return the file of a run, also from a folder that was moved."""
     noted = Path(state["file"])
-    for file in (noted, folder / noted.name):
-        if (
-            file.is_file()
-            and NormHistory.load(file, finite=False).provenance.get("run") == state["run"]
-        ):
+    for file in filter(Path.is_file, (noted, folder / noted.name)):
+        if NormHistory.load(file, finite=False).provenance.get("run") == state["run"]:
             return file
     warnings.warn(
         f"The recording that the checkpoint continues is gone: {noted}. The new one "

@@ -65,9 +65,9 @@ def find_recording(path: Path, seed: int | None) -> Path:
     if fitting:
         return max(reversed(fitting), key=lambda file: found[file].get("finished") is not False)
     if found:
-        seeds = [origin.get("seed") for origin in found.values()]
+        seeds = ", ".join(dict.fromkeys(str(origin.get("seed")) for origin in found.values()))
         raise InputError(
-            f"{path} has no recording of a run with seed {seed}, only with {_listed(seeds)}: run "
+            f"{path} has no recording of a run with seed {seed}, only with {seeds}: run "
             f"it with that seed, or name the folder of one run, such as {list(found)[-1].parent}, "
             "and set other_run."
         )
@@ -107,10 +107,6 @@ def _read_origin(file: Path) -> Mapping[str, Any] | None:
         reason = str(error).rstrip(".")
     warnings.warn(f"{reason}; it is passed over.", stacklevel=3)
     return None
-
-
-def _listed(seeds: list[Any]) -> str:
-    return ", ".join(dict.fromkeys(map(str, seeds)))
 
 
 def _read(file: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:

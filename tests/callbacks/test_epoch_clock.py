@@ -25,8 +25,8 @@ class Moments(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         tracker: Any = trainer.callbacks[0]  # type: ignore[attr-defined]
-        self.of = [[] for _ in tracker.attachments]
-        for moments, handle in zip(self.of, tracker.attachments, strict=True):
+        self.of = [[] for _ in tracker.handles]
+        for moments, handle in zip(self.of, tracker.handles, strict=True):
             optimizer = handle._optimizer
             optimizer.register_step_post_hook(
                 lambda *_, seen=moments, clock=handle.clock: seen.append(clock()["epoch"])

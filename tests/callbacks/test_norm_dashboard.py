@@ -168,7 +168,7 @@ def test_dashboard_logs_factors_of_steering(tmp_path: Path) -> None:
         found = scalars[f"correction_factor/net.3/{name}"][step]
         assert found == pytest.approx(float(getattr(factors, name)()), rel=1e-5)
     assert "correction_factor/net.7/mean" not in scalars
-    assert set(scalars["steering/undone_steps"].values()) == {0.0}
+    assert set(scalars["steering/skipped_steps"].values()) == {0.0}
 
 
 def test_dashboard_logs_pictures_histograms_and_layout(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_originals_are_recorded_and_steered_by_weight_name(
     assert (history.norms["net.0.weight"][-1] != history.norms["net.0.weight"][0]).any()
     tracker = WeightNormTracker(steering=LRCorrection(history, exclude=exclude))
     make_trainer(tmp_path / "steered", tracker).fit(make(), make_data())
-    assert "net.0.weight" in tracker.attachments[0].reasons()
+    assert "net.0.weight" in tracker.handles[0].reasons()
 
 
 NORMS = {"net.0.weight": [[1.0] * 4] * 2, "net.3.weight": [[1.0] * 4] * 2}

@@ -154,7 +154,7 @@ class Overflows(Classifies):
         return super().training_step(batch, index)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        handle = self.trainer.callbacks[0].attachments[0]  # type: ignore[attr-defined]
+        handle = self.trainer.callbacks[0].handles[0]  # type: ignore[attr-defined]
         self.moments[self.batch] = handle.clock()["epoch"]
 
     def on_after_backward(self) -> None:
@@ -195,7 +195,7 @@ def test_steering_with_gradient_clipping(rule_name: str, algorithm: str, tmp_pat
     trainer.fit(module, make_data())
     clip = {"norm": nn.utils.clip_grad_norm_, "value": nn.utils.clip_grad_value_}[algorithm]
     assert_close(module, train_by_hand(rule, lambda parameters: clip(parameters, BOUND)))
-    assert not trainer.callbacks[0].attachments[0].scope.dropped()  # type: ignore[attr-defined]
+    assert not trainer.callbacks[0].handles[0].scope.dropped()  # type: ignore[attr-defined]
 
 
 def test_steering_with_accumulation(rule_name: str, tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_steering_of_two_optimizers(rule_name: str, second: str, tmp_path: Path)
     trainer = make_trainer(tmp_path, rule)
     trainer.fit(module, make_data())
     both = second == "net.3" or rule_name in ("hyperball", "projection")
-    assert len(trainer.callbacks[0].attachments) == 1 + both  # type: ignore[attr-defined]
+    assert len(trainer.callbacks[0].handles) == 1 + both  # type: ignore[attr-defined]
     assert_close(module, train_by_hand(rule))
 
 

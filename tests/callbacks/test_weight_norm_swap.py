@@ -274,7 +274,7 @@ def test_tracker_records_both_norms_and_follows_the_unnormalised_one(tmp_path: P
     NormHistory.from_arrays(shrunk, history.steps, history.epochs).save(runs[0] / FILE_NAME)
     tracker = WeightNormTracker(steering=LRCorrection(runs[0]), other_run=True)
     fit(make(PlModule), WeightNormSwap(), tracker, default_root_dir=runs[1])
-    (handle,) = tracker.attachments
+    (handle,) = tracker.handles
     factors = handle.factors()
     assert len(factors) == 2
     assert all((factor > 1).all() for factor in factors.values())

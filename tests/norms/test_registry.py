@@ -1,4 +1,4 @@
-"""The norms by name: each name's classes, and what a misspelt one is told."""
+"""The norms by name: each name's classes, and the error for a misspelt one."""
 
 import re
 from typing import Any
@@ -8,10 +8,10 @@ from torch import nn
 
 from nmlightning import norms
 from nmlightning.errors import InputError
+from nmlightning.kernels.interface import NormKind
 from nmlightning.norms.registry import (
     KINDS,
     NORMS,
-    Kind,
     check_kinds,
     check_options,
     find_norm,
@@ -51,7 +51,7 @@ def test_layer_class_finds_layer_and_rms_norms() -> None:
 
 @pytest.mark.parametrize("name", ["linf", "topk", "top10", "range", "mean", "half_l2"])
 @pytest.mark.parametrize(("kind", "title"), [("layer", "layer"), ("rms", "RMS")])
-def test_layer_class_rejects_undefined_kinds(name: str, kind: Kind, title: str) -> None:
+def test_layer_class_rejects_undefined_kinds(name: str, kind: NormKind, title: str) -> None:
     message = f"The norm '{name}' is not defined for {title} norms; l2, l1, lp are."
     with pytest.raises(InputError, match=message):
         layer_class(name, kind)

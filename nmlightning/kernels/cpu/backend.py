@@ -38,6 +38,7 @@ from nmlightning.kernels.interface import (
     Tracking,
     is_l1,
     is_largest,
+    unsupported_norm,
 )
 
 NOT_BUILT = "the kernels are not built: nm kernels build"
@@ -49,10 +50,12 @@ _NUMBERS: dict[Fused | None, int] = {None: 0, "relu": 1, "add_relu": 2}
 
 
 class CpuBatchNorm:
-    """The interface `BatchNormKernels`, by `torch.ops.nmlightning`."""
+    """The interface `BatchNormKernels`, by `torch.ops.nmlightning`; some are its very operators."""
 
     def __init__(self) -> None:
-        self._ops = torch.ops.nmlightning
+        self._ops = ops = torch.ops.nmlightning
+        self.sums, self.sums_of_sizes, self.largest = ops.sums, ops.sums_of_sizes, ops.largest
+        self.gradient = ops.gradient
 
     def forward(
         self,
@@ -64,7 +67,8 @@ class CpuBatchNorm:
     ) -> Normalised:
         """Return the normalised x, and of x or what stands for it what backward needs."""
         inputs = (x, residual, weight, bias, spec.constant, spec.eps, _NUMBERS[spec.fused])
-        reach = _reach(x.dtype, spec.fused)
+        never = spec.fused == "add_relu" and x.dtype != torch.float32
+        reach = _NEVER if never else X_FREE_REACH[x.dtype]
         if isinstance(spec.statistic, LargestMean):
             y, mean, variance, values, *kept, x_free = self._ops.largest_forward(
                 *inputs, spec.statistic.k, reach
@@ -95,18 +99,6 @@ class CpuBatchNorm:
         grad_x, grad_residual, grad_weight, grad_bias = results
         return Gradients(grad_x, grad_residual if added else None, grad_weight, grad_bias)
 
-    def sums(self, x: Tensor) -> Tensor:
-        """Return Σx of each channel."""
-        return self._ops.sums(x)  # type: ignore[no-any-return]
-
-    def sums_of_sizes(self, x: Tensor, mean: Tensor) -> Tensor:
-        """Return Σ|x − μ| of each channel."""
-        return self._ops.sums_of_sizes(x, mean)  # type: ignore[no-any-return]
-
-    def largest(self, x: Tensor, mean: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Return the positions and the x − μ of the k largest |x − μ|."""
-        return self._ops.largest(x, mean, k)  # type: ignore[no-any-return]
-
     def affine(
         self,
         x: Tensor,
@@ -124,25 +116,6 @@ class CpuBatchNorm:
     ) -> Tensor:
         """Return Σg, Σ g · (x − μ) and Σs."""
         return self._ops.gradient_sums(grad, x, y, mean, is_l1(statistic))  # type: ignore[no-any-return]
-
-    def gradient(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        y: Tensor | None,
-        mean: Tensor,
-        gain: Tensor,
-        offset: Tensor,
-        pull: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return gain · g + offset − pull · s, and g."""
-        return self._ops.gradient(grad, x, y, mean, gain, offset, pull)  # type: ignore[no-any-return]
-
-
-def _reach(dtype: torch.dtype, fused: Fused | None) -> float:
-    if fused == "add_relu" and dtype != torch.float32:
-        return _NEVER
-    return X_FREE_REACH[dtype]
 
 
 @dataclass(frozen=True)
@@ -198,16 +171,7 @@ class CpuBackend:
 
     def unsupported_reason(self, key: DispatchKey) -> str:
         """Return in a few words why they do not support the key; nothing if they do."""
-        batch = key.kind == "batch"
-        if not (is_l1(key.statistic) or (batch and is_largest(key.statistic))):
-            return f"no kernel for {key.statistic.name}"
-        if key.dtype not in _DTYPES:
-            return f"no kernel for {_name(key.dtype)}"
-        if key.stats_dtype != torch.float32:
-            return f"no kernel for statistics in {_name(key.stats_dtype)}"
-        if key.layout not in (("NCHW", "NHWC") if batch else ("NCHW",)):
-            return "no kernel for elements in this order"
-        return self._missing()
+        return unsupported_norm(key, _DTYPES) or self._missing()
 
     def kernels(self, key: DispatchKey) -> Any:
         """Return the kernels of a key that is supported."""
@@ -230,7 +194,3 @@ class CpuBackend:
         except OSError:
             return f"the kernels in {path} do not load: nm kernels remove"
         return ""
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

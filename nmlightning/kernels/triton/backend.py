@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from nmlightning.functional.statistics import LargestMean
-from nmlightning.kernels.interface import DispatchKey, Tracking, is_l1, is_largest
+from nmlightning.kernels.interface import DispatchKey, Tracking, unsupported_norm
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_K = 64  # the time of a selection is in proportion to k
@@ -22,11 +22,9 @@ class TritonBackend:
 
     def unsupported_reason(self, key: DispatchKey) -> str:
         """Return in a few words why it does not support the key; nothing if it does."""
-        return (
-            _unsupported_machine()
-            or _unsupported_dtypes(key)
-            or (_unsupported_batch_norm(key) if key.kind == "batch" else _unsupported_rows(key))
-        )
+        reason = _unsupported_machine() or unsupported_norm(key, DTYPES)
+        too_many = isinstance(key.statistic, LargestMean) and key.statistic.k > LARGEST_K
+        return reason or (f"no kernel for k above {LARGEST_K}" if too_many else "")
 
     def kernels(self, key: DispatchKey) -> Any:
         """Return the kernels of a key that is supported."""
@@ -61,31 +59,3 @@ def _unsupported_machine() -> str:
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < LEAST_CAPABILITY:
         return "no kernel below compute capability 8.0"
     return ""
-
-
-def _unsupported_dtypes(key: DispatchKey) -> str:
-    if key.dtype not in DTYPES:
-        return f"no kernel for {_plain(key.dtype)}"
-    if key.stats_dtype != torch.float32:
-        return f"no kernel with statistics in {_plain(key.stats_dtype)}"
-    return ""
-
-
-def _unsupported_batch_norm(key: DispatchKey) -> str:
-    if key.layout == "other":
-        return "no kernel for strided elements"
-    if not (is_l1(key.statistic) or is_largest(key.statistic)):
-        return f"no kernel for {key.statistic.name}"
-    if isinstance(key.statistic, LargestMean) and key.statistic.k > LARGEST_K:
-        return f"no kernel for k above {LARGEST_K}"
-    return ""
-
-
-def _unsupported_rows(key: DispatchKey) -> str:
-    if key.layout != "NCHW":
-        return "no kernel for strided elements"
-    return "" if is_l1(key.statistic) else f"no kernel for {key.statistic.name}"
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

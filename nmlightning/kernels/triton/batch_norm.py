@@ -44,16 +44,20 @@ class TritonBatchNorm:
     ) -> Normalised:
         """See `BatchNormKernels`."""
         statistics = x.new_empty(STATISTICS, x.shape[1], dtype=torch.float32)
-        y = torch.empty_like(x)
+        y, relu = torch.empty_like(x), spec.fused is not None
         with on_device_of(x):
             if is_l1(spec.statistic):
                 selected: tuple[Tensor | None, ...] = (None, None)
-                _normalise_by_l1(x, residual, y, statistics, weight, bias, spec)
+                differences, partition = _sum_differences(x)
+                sizes = _sum_sizes(x, None, differences, partition)
+                write_l1_output[partition.grid](
+                    x, residual, y, differences, sizes, statistics, weight, bias, spec.constant,
+                    spec.eps, *partition.sizes, **partition.constants, RELU=relu,
+                    FOLD=partition.fold,
+                )  # fmt: skip
             else:
                 selected = _select(x, None, _k_of(spec.statistic), statistics, weight, spec)
-                _write_output(
-                    x, residual, y, statistics[0], statistics[4], bias, spec.fused is not None
-                )
+                _write_output(x, residual, y, statistics[0], statistics[4], bias, relu)
         kept = y if spec.fused == "add_relu" else None
         return Normalised(y, statistics[0], statistics[1], (x, kept, statistics, bias, *selected))
 
@@ -64,18 +68,18 @@ class TritonBatchNorm:
         assert statistics is not None, "forward keeps them"
         grad = lay_out_like(grad, x)
         relu = spec.fused == "relu"
+        k = 0 if is_l1(spec.statistic) else _k_of(spec.statistic)
         passed = None if y is None else torch.empty_like(grad)
         out = torch.empty_like(x)
         learned = statistics.new_empty(2, x.shape[1])
         with on_device_of(x):
-            parts, partition = _sum_gradients(
-                grad, x, y, passed, statistics, bias, relu, is_l1(spec.statistic)
-            )
-            k = 0 if is_l1(spec.statistic) else _k_of(spec.statistic)
-            arriving = grad if passed is None else passed
-            _write_whole_gradient(
-                arriving, x, out, statistics, bias, parts, learned, positions, deviations,
-                spec.constant, partition, relu, k,
+            parts, summed = _sum_gradients(grad, x, y, passed, statistics, bias, relu, signs=not k)
+            partition = divide(x, 1 if k and not relu else 2)
+            write_whole_gradient[partition.grid](
+                grad if passed is None else passed, x, out, statistics, bias, parts, learned,
+                positions, deviations, spec.constant, *partition.sizes, summed.blocks,
+                **partition.constants, RELU=relu, FOLD=partition.fold, K=k,
+                SELECTED=1 << max(0, k - 1).bit_length(),
             )  # fmt: skip
         return Gradients(out, passed, learned[0], learned[1])
 
@@ -172,16 +176,7 @@ def track(
     variance: Tensor,
     momentum: float,
 ) -> None:
-    """Move running statistics towards a batch's in one launch, and count the batch.
-
-    Args:
-        running_mean: (C,) float32, contiguous, changed in place.
-        running_var: likewise.
-        batches: () int64, or None.
-        mean: (C,) float32 of the batch.
-        variance: likewise.
-        momentum: the batch's weight.
-    """
+    """Do in one launch what `Tracking` says, with (C,) float32, contiguous, and () int64."""
     channels = mean.numel()
     with on_device_of(mean), torch.no_grad():
         move_statistics[-(-channels // TRACKED_TOGETHER),](
@@ -191,24 +186,6 @@ def track(
     for changed in (running_mean, running_var, batches):
         if changed is not None:
             torch.autograd.graph.increment_version(changed)
-
-
-def _normalise_by_l1(
-    x: Tensor,
-    residual: Tensor | None,
-    y: Tensor,
-    statistics: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    spec: NormSpec,
-) -> None:
-    differences, partition = _sum_differences(x)
-    sizes = _sum_sizes(x, None, differences, partition)
-    write_l1_output[partition.grid](
-        x, residual, y, differences, sizes, statistics, weight, bias, spec.constant, spec.eps,
-        *partition.sizes, **partition.constants, RELU=spec.fused is not None,
-        FOLD=partition.fold,
-    )  # fmt: skip
 
 
 def _sum_differences(x: Tensor) -> tuple[Tensor, Partition]:
@@ -285,29 +262,6 @@ def _sum_gradients(
         *partition.sizes, **partition.constants, RELU=relu, SIGNS=signs,
     )  # fmt: skip
     return parts, partition
-
-
-def _write_whole_gradient(
-    grad: Tensor,
-    x: Tensor,
-    out: Tensor,
-    statistics: Tensor,
-    bias: Tensor | None,
-    parts: Tensor,
-    learned: Tensor,
-    positions: Tensor | None,
-    deviations: Tensor | None,
-    constant: float,
-    summed: Partition,
-    relu: bool,
-    k: int,
-) -> None:
-    partition = divide(x, 1 if k and not relu else 2)
-    write_whole_gradient[partition.grid](
-        grad, x, out, statistics, bias, parts, learned, positions, deviations, constant,
-        *partition.sizes, summed.blocks, **partition.constants, RELU=relu, FOLD=partition.fold,
-        K=k, SELECTED=1 << max(0, k - 1).bit_length(),
-    )  # fmt: skip
 
 
 def _parts(x: Tensor, partition: Partition, kinds: int = 1) -> Tensor:

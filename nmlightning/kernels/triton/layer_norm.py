@@ -119,10 +119,7 @@ def place_rows(number, M, D, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
 
 
 class TritonLayerNorm:
-    """L1 layer norm, or RMS norm if not centred, of contiguous rows of `features` elements.
-
-    What is kept of each row is μ, 1/σ and c · ŝ/σ: (3, rows) float32.
-    """
+    """L1 layer norm, or RMS norm if not centred, of contiguous rows of `features` elements."""
 
     def __init__(self, centred: bool) -> None:
         self.centred = centred

@@ -79,7 +79,7 @@ class Partition:
 
     @property
     def fold(self) -> int:
-        """How many parts of a channel a program adds at once."""
+        """The number of parts of a channel that a program adds at once."""
         return 64 if self.channels_last else 256
 
     @property

@@ -145,13 +145,13 @@ def _plan_block(plan: FusingPlan, module: nn.Module, most: Mapping[str, Fused]) 
     elif not is_reducible(original):
         found = "it copies and pickles in a way of its own"
     else:
-        found, refused = plan_norms(module, original, most)
+        found, reasons = plan_norms(module, original, most)
     if isinstance(found, str):
-        refused = dict.fromkeys(most, f"in {original.__name__}: {found}")
+        reasons = dict.fromkeys(most, f"in {original.__name__}: {found}")
     elif found.norms:
         plan.fusions[module] = found
         plan.fused.update((module.get_submodule(name), fused) for name, fused in found.norms)
-    plan.reasons.update((module.get_submodule(name), reason) for name, reason in refused.items())
+    plan.reasons.update((module.get_submodule(name), reason) for name, reason in reasons.items())
 
 
 def _fuse_in_turn(
@@ -159,7 +159,7 @@ def _fuse_in_turn(
 ) -> tuple[Fusion, dict[str, str]]:
     """Return the fusion of a Sequential's norms before a ReLU, and why others are left."""
     fused: list[str] = []
-    refused: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     watched: set[str] = set()
     children = list(module._modules.items())
     for name in most:
@@ -167,15 +167,15 @@ def _fuse_in_turn(
         end = next((i for i, (_, x) in enumerate(rest) if type(x) is not nn.Identity), None)
         after = None if end is None else rest[end][1]
         if end is None:
-            refused[name] = "it is the last of its Sequential"
+            reasons[name] = "it is the last of its Sequential"
         elif not is_relu(after):
-            refused[name] = f"{type(after).__name__} follows it"
+            reasons[name] = f"{type(after).__name__} follows it"
         elif any(has_hooks(x) for _, x in rest[: end + 1] if x is not None):
-            refused[name] = "the ReLU after it has hooks"
+            reasons[name] = "the ReLU after it has hooks"
         else:
             fused.append(name)
             watched |= {name, *(n for n, _ in rest[: end + 1])}
-    return Fusion(original, tuple((name, "relu") for name in fused), frozenset(watched)), refused
+    return Fusion(original, tuple((name, "relu") for name in fused), frozenset(watched)), reasons
 
 
 def _fuse_traced(
@@ -185,11 +185,11 @@ def _fuse_traced(
     trace = trace_block(module, original)
     if isinstance(trace, str):
         return trace, {}
-    found, refused = find_patterns(trace.traced, most)
+    found, reasons = find_patterns(trace.traced, most)
     norms = tuple((name, pattern.fused) for name, pattern in found.items())
     taken = {str(n.target) for pattern in found.values() for n in pattern.taken}
     watched = frozenset(name.split(".")[0] for name in (*trace.read, *found, *taken))
-    return Fusion(original, norms, watched, rewrite(trace.traced, found.values())), refused
+    return Fusion(original, norms, watched, rewrite(trace.traced, found.values())), reasons
 
 
 def fused_norms(model: nn.Module) -> dict[nn.Module, Fused]:

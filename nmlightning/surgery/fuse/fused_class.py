@@ -6,7 +6,7 @@ copies and pickles, since what the class is made of does.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -93,16 +93,10 @@ def fused_class(fusion: Fusion) -> type[nn.Module]:
         "__setattr__": _after_check(original.__setattr__),
         "__delattr__": _after_check(original.__delattr__),
         "add_module": _after_check(original.add_module),
-        "forward": _forward(fusion),
+        "forward": _compile(fusion.code) if fusion.code else _call_in_turn(dict(fusion.norms)),
         FUSION: fusion,
     }
     return new_class(original.__name__, (original,), exec_body=lambda body: body.update(members))
-
-
-def _forward(fusion: Fusion) -> Callable[..., Any]:
-    if fusion.code is None:
-        return _call_in_turn(frozenset(name for name, _ in fusion.norms))
-    return _compile(fusion.code)
 
 
 def is_reducible(cls: type[nn.Module]) -> bool:
@@ -111,8 +105,8 @@ def is_reducible(cls: type[nn.Module]) -> bool:
 
 
 def _compile(code: Code) -> Callable[..., Any]:
-    names: dict[str, Any] = {name: import_module(module) for name, module in code.modules}
-    names.update(code.names)
+    modules = {name: import_module(module) for name, module in code.modules}
+    names: dict[str, Any] = {**modules, **dict(code.names)}
     exec(compile(code.source, "<forward with fused norms>", "exec"), names)
     forward: Callable[..., Any] = names["forward"]
     return forward
@@ -153,7 +147,7 @@ def _differs(module: nn.Module, name: str, *value: Any) -> bool:
     return not (new is old or (plain and new == old))
 
 
-def _call_in_turn(norms: frozenset[str]) -> Callable[..., Any]:
+def _call_in_turn(norms: Container[str]) -> Callable[..., Any]:
     """Return the forward of a Sequential in which each of the norms does the ReLU behind it.
 
     It follows what the Sequential holds when it is called, which may be a slice of what it held.

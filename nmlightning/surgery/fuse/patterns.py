@@ -52,18 +52,18 @@ def find_patterns(
     """
     calls = {name: traced.calls(traced.root.get_submodule(name)) for name in wanted}
     found: dict[str, FusablePattern] = {}
-    refused: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     taken: set[Node] = set()
     for name in sorted(wanted, key=lambda name: _rank(traced, calls[name])):
         pattern = _find_pattern(traced, calls[name], wanted[name])
         if isinstance(pattern, str):
-            refused[name] = pattern
+            reasons[name] = pattern
         elif not taken.isdisjoint(pattern.taken):
-            refused[name] = "what is added to it is a norm's output, too"
+            reasons[name] = "what is added to it is a norm's output, too"
         else:
             taken |= {*pattern.taken}
             found[name] = pattern
-    return found, refused
+    return found, reasons
 
 
 def _rank(traced: TracedGraph, calls: list[Node]) -> tuple[int, int]:
@@ -87,7 +87,7 @@ def _find_pattern(traced: TracedGraph, calls: list[Node], wanted: Fused) -> Fusa
     if isinstance(follower, str):
         return follower
     if _is_relu(traced, follower):
-        reason = _refuse_hooks(traced, [*taken, follower])
+        reason = _unsupported_hooks(traced, [*taken, follower])
         return reason or FusablePattern(call, (*taken, follower), "relu")
     if not _is_addition(follower):
         what = "nothing" if follower.op == "output" else traced.word_for(follower)
@@ -112,13 +112,13 @@ def _find_addition(
         return "no ReLU follows the addition"
     taken = (*before, add, *between, relu)
     return (
-        _refuse_hooks(traced, taken)
-        or _refuse_to_move(traced, call, add)
+        _unsupported_hooks(traced, taken)
+        or _unsupported_move(traced, call, add)
         or FusablePattern(call, taken, "add_relu", residual, in_place)
     )
 
 
-def _refuse_to_move(traced: TracedGraph, call: Node, add: Node) -> str:
+def _unsupported_move(traced: TracedGraph, call: Node, add: Node) -> str:
     """Return why a norm cannot be called as late as its addition, or nothing."""
     source, late = traced.input_of(call), call
     if source is None:
@@ -195,7 +195,7 @@ def _other_operand(add: Node, output: Node) -> Node | None:
     return others[0]
 
 
-def _refuse_hooks(traced: TracedGraph, nodes: Iterable[Node]) -> str:
+def _unsupported_hooks(traced: TracedGraph, nodes: Iterable[Node]) -> str:
     for node in nodes:
         module = traced.module_of(node)
         if module is not None and has_hooks(module):

@@ -89,7 +89,7 @@ class BlockTrace:
 
 def trace_block(module: nn.Module, cls: type[nn.Module]) -> BlockTrace | str:
     """Return what `cls.forward` of a module does, or in a few words why that is not known."""
-    reason = _refuse_forward(cls)
+    reason = _unsupported_forward(cls)
     if reason:
         return reason
     try:
@@ -104,7 +104,7 @@ def trace_block(module: nn.Module, cls: type[nn.Module]) -> BlockTrace | str:
     return BlockTrace(TracedGraph(training, module), read)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or its class where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
@@ -130,7 +130,7 @@ _ASKED = {
 }
 
 
-def _refuse_forward(cls: type[nn.Module]) -> str:
+def _unsupported_forward(cls: type[nn.Module]) -> str:
     """Return why the forward of a class need not be traced, or nothing."""
     if not isinstance(cls.forward, FunctionType):
         return "its forward is no plain function"
