@@ -177,9 +177,9 @@ def half_mean(values: Tensor, dims: tuple[int, ...]) -> Tensor:
     if not values.numel():
         return values.new_zeros(shape)
     rows = values.permute(*kept, *reduced).reshape(*shape, count)
-    block = min(BLOCK, _power_of_two(count))
+    block = min(BLOCK, next_power_of_two(count))
     means = _mean_by_pairs(F.pad(rows, (0, -count % block)).view(*shape, -1, block))
-    blocks = _power_of_two(means.shape[-1])
+    blocks = next_power_of_two(means.shape[-1])
     mean = _mean_by_pairs(F.pad(means, (0, blocks - means.shape[-1])))
     return mean * (blocks * block / count)  # 1 to 4, for the zeros at the ends
 
@@ -192,6 +192,6 @@ def _mean_by_pairs(rows: Tensor) -> Tensor:
     return rows.squeeze(-1)
 
 
-def _power_of_two(count: int) -> int:
+def next_power_of_two(count: int) -> int:
     """Return the smallest power of two that is not below `count`."""
     return 1 << (count - 1).bit_length()

@@ -144,7 +144,6 @@ class BatchNormBase(_BatchNorm):
         Where the layer is `fused`, what follows it is done, too: ReLU(y) or ReLU(y + residual).
         """
         self._check_input_dim(input)
-        self._check_channels(input)
         check_residual(residual, self.fused)
         if not self.training and self.running_mean is not None:
             return activate(self._evaluate(input), residual, self.fused)
@@ -264,8 +263,6 @@ class BatchNormBase(_BatchNorm):
             raise InputError(f"expected {expected} input (got {input.dim()}D input)")
         if input.dim() < 2:
             raise InputError(f"expected at least 2D input (got {input.dim()}D input)")
-
-    def _check_channels(self, input: Tensor) -> None:
         if input.shape[1] != self.num_features:
             raise InputError(
                 f"{type(self).__name__} has {self.num_features} features, "

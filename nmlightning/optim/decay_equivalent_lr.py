@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from nmlightning.errors import InputError, check_lists, is_number
+from nmlightning.errors import InputError, is_number
 from nmlightning.optim.parameters import OptimizedWeight, maybe_any, project, scale_step
 from nmlightning.optim.step_hooks import State, StepRule
 
@@ -78,10 +78,8 @@ class DecayEquivalentLR(StepRule):
     ) -> None:
         if not (is_number(weight_decay) and 0 <= weight_decay < math.inf):
             raise InputError(f"weight_decay must be 0 or more, got {weight_decay!r}.")
-        check_lists(include=include, exclude=exclude)
+        super().__init__(include, exclude)
         self.weight_decay = weight_decay
-        self.include = tuple(include)
-        self.exclude = tuple(exclude)
 
     def init_state(self, weight: OptimizedWeight) -> State:
         """Return ‖w_i(0)‖, a_i, and the κ of the last step, 0 while the buffer is empty."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nmlightning.errors import InputError, check_lists
+from nmlightning.errors import InputError
 from nmlightning.optim.parameters import OptimizedWeight, scale_step
 from nmlightning.optim.scope import MATRICES
 from nmlightning.optim.step_hooks import State, StepRule, check_single_steps
@@ -53,9 +53,7 @@ class Hyperball(StepRule):
     least_dims = MATRICES
 
     def __init__(self, *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> None:
-        check_lists(include=include, exclude=exclude)
-        self.include = tuple(include)
-        self.exclude = tuple(exclude)
+        super().__init__(include, exclude)
 
     def init_state(self, weight: OptimizedWeight) -> State:
         """Return the radius R."""

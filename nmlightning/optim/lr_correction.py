@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from nmlightning.errors import check_choice, check_lists
+from nmlightning.errors import check_choice
 from nmlightning.optim.families import Power
 from nmlightning.optim.parameters import OptimizedWeight, project, scale_step
 from nmlightning.optim.step_hooks import State, StepRule, check_positive, check_reference
@@ -69,7 +69,7 @@ class LRCorrection(StepRule):
         check_choice("mode", mode, get_args(Mode))
         check_choice("granularity", granularity, get_args(Granularity))
         check_positive(max_factor=max_factor)
-        check_lists(include=include, exclude=exclude)
+        super().__init__(include, exclude)
         align = align or ("official" if mode == "paper" else "interpolate")
         check_reference(reference, align, max_rotation)
         if mode == "paper":
@@ -85,8 +85,6 @@ class LRCorrection(StepRule):
         self.power = power
         self.align = align
         self.max_rotation = max_rotation
-        self.include = tuple(include)
-        self.exclude = tuple(exclude)
 
     def init_state(self, weight: OptimizedWeight) -> State:
         """Return ‖w_i(0)‖."""

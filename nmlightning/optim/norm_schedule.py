@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nmlightning.errors import check_lists
 from nmlightning.optim.families import Power
 from nmlightning.optim.parameters import OptimizedWeight, project, scale_step
 from nmlightning.optim.step_hooks import State, StepRule, check_positive, check_reference
@@ -57,15 +56,13 @@ class NormSchedule(StepRule):
         exclude: Sequence[str] = (),
     ) -> None:
         check_positive(base_lr=base_lr)
-        check_lists(include=include, exclude=exclude)
+        super().__init__(include, exclude)
         check_reference(reference, align, max_rotation)
         self.reference = reference
         self.base_lr = base_lr
         self.max_rotation = max_rotation
         self.power = power
         self.align = align
-        self.include = tuple(include)
-        self.exclude = tuple(exclude)
 
     def init_state(self, weight: OptimizedWeight) -> State:
         """Return η₀."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nmlightning.errors import InputError, check_lists
+from nmlightning.errors import InputError
 from nmlightning.optim.parameters import OptimizedWeight, scale_step
 from nmlightning.optim.scope import MATRICES
 from nmlightning.optim.step_hooks import State, StepRule, check_single_steps
@@ -59,10 +59,8 @@ class RadialProjection(StepRule):
     ) -> None:
         if not delta > 0:
             raise InputError(f"delta must be positive, got {delta!r}.")
-        check_lists(include=include, exclude=exclude)
+        super().__init__(include, exclude)
         self.delta = delta
-        self.include = tuple(include)
-        self.exclude = tuple(exclude)
 
     def init_state(self, weight: OptimizedWeight) -> State:
         """Return nothing: a step needs no other one."""

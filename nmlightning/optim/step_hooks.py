@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from nmlightning.errors import InputError, check_choice, is_number
+from nmlightning.errors import InputError, check_choice, check_lists, is_number
 from nmlightning.optim.families import Power, choose_power
 from nmlightning.optim.nonfinite_steps import NonfiniteSteps
 from nmlightning.optim.parameters import OptimizedWeight, RecordedNorms
@@ -45,6 +45,11 @@ class StepRule(ABC):
     reference: NormHistory | str | Path | None = None
     power: Power | int
     align: Alignment
+
+    def __init__(self, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> None:
+        check_lists(include=include, exclude=exclude)
+        self.include = tuple(include)
+        self.exclude = tuple(exclude)
 
     @abstractmethod
     def init_state(self, weight: OptimizedWeight) -> State:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase, _NormBase
 
 from nmlightning.kernels.interface import Fused, NormKind
-from nmlightning.name_patterns import plain_name
 from nmlightning.norms.batch_norm_base import RUNNING, BatchNormBase
 from nmlightning.norms.layer_norm import LpLayerNorm
 from nmlightning.norms.mean_only import MeanOnlyBatchNorm
@@ -68,7 +67,7 @@ class NormLayer:
 def find_norm_layers(model: nn.Module) -> list[NormLayer]:
     """Return every norm layer of `model`, a shared one under each of its names."""
     return [
-        _describe(plain_name(name), module)
+        _describe(_without_wrappers(name), module)
         for name, module in model.named_modules(remove_duplicate=False)
         if _is_norm(module)
     ]
@@ -184,6 +183,11 @@ def guard_fast_paths(modules: Iterable[nn.Module]) -> None:
             module.activation_relu_or_gelu = 0
         elif not swapped and _FAST_PATH in module.__dict__:
             module.activation_relu_or_gelu = module.__dict__.pop(_FAST_PATH)
+
+
+def _without_wrappers(name: str) -> str:
+    """Return the name that a module has in the model before `torch.compile` wrapped parts of it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _is_norm(module: nn.Module) -> bool:

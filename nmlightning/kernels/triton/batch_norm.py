@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from nmlightning.functional.reductions import next_power_of_two
 from nmlightning.functional.statistics import LargestMean, Statistic
 from nmlightning.kernels.interface import (
     Fused,
@@ -79,7 +80,7 @@ class TritonBatchNorm:
                 grad if passed is None else passed, x, out, statistics, bias, parts, learned,
                 positions, deviations, spec.constant, *partition.sizes, summed.blocks,
                 **partition.constants, RELU=relu, FOLD=partition.fold, K=k,
-                SELECTED=1 << max(0, k - 1).bit_length(),
+                SELECTED=next_power_of_two(max(1, k)),
             )  # fmt: skip
         return Gradients(out, passed, learned[0], learned[1])
 

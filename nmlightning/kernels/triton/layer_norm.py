@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nmlightning.functional.reductions import next_power_of_two
 from nmlightning.kernels.triton.tiles import (
     PROGRAMS_PER_PROCESSOR,
     VECTOR_BYTES,
-    at_least,
     on_device_of,
     processors_of,
 )
@@ -175,7 +175,7 @@ class TritonLayerNorm:
 
 
 def _tile(features: int, item: int) -> dict[str, int]:
-    width = at_least(features)
+    width = next_power_of_two(features)
     height = max(1, TILE // width)
     return {
         "VECTOR": min(VECTOR_BYTES // item, features & -features),

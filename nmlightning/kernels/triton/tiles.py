@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nmlightning.functional.reductions import next_power_of_two
 from nmlightning.kernels.interface import layout_of
 
 TILE_BYTES = 16_384  # in flight for a program, of all tensors that it reads
@@ -99,7 +100,7 @@ class Partition:
         return {
             **{name: constants[name] for name in ("SPATIAL_VECTOR", "CHANNEL_VECTOR", "LAST")},
             "CHANNELS": self._selected_together,
-            "BLOCKS": at_least(self.blocks),
+            "BLOCKS": next_power_of_two(self.blocks),
             "ROWS": min(ROWS_AT_ONCE, self.span),
             "FOLD": self.fold,
             "num_warps": 8,
@@ -108,7 +109,7 @@ class Partition:
 
     @property
     def _selected_together(self) -> int:
-        return min(SELECTED_TOGETHER, at_least(self.channels)) if self.channels_last else 1
+        return min(SELECTED_TOGETHER, next_power_of_two(self.channels)) if self.channels_last else 1
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
@@ -167,7 +168,7 @@ def _divide_to_select(
     vector, width = _vector_and_width(channels, spatial, channels_last, item)
     step = 1 if channels_last else width
     least = MIN_HEIGHT if channels_last else MIN_VECTORS * step
-    span = max(least, at_least(-(-rows // MAX_BLOCKS)))
+    span = max(least, next_power_of_two(-(-rows // MAX_BLOCKS)))
     height = min(span // step, _at_most(TILE_BYTES // (item * width)))
     tiles, blocks = span // (height * step), -(-rows // span)
     return Partition(rows, channels, spatial, blocks, tiles, height, width, vector, channels_last)
@@ -180,12 +181,7 @@ def _vector_and_width(
     vector = min(VECTOR_BYTES // item, contiguous & -contiguous)
     if not channels_last:
         return vector, vector
-    return vector, min(LINE_BYTES // item, at_least(channels))
-
-
-def at_least(count: int) -> int:
-    """Return the smallest power of two that is not below `count`."""
-    return 1 << (count - 1).bit_length()
+    return vector, min(LINE_BYTES // item, next_power_of_two(channels))
 
 
 def _at_most(count: int) -> int:
