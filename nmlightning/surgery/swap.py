@@ -236,7 +236,8 @@ def _make_plan(
         if layer.kind is not None and layer.kind in settings:
             template = _template(layer, norm, settings[layer.kind])
             if not is_like(layer.module, template):
-                if any(map(is_sharded, layer.module.parameters(recurse=False))):
+                parameters = layer.module.parameters(recurse=False)
+                if any(type(q) is not nn.Parameter and is_sharded(q) for q in parameters):
                     raise InputError(
                         f"{layer.name} is sharded already: call swap_norms in configure_model, "
                         "before fully_shard."
