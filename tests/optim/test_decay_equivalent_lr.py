@@ -78,7 +78,7 @@ def test_steps_without_a_gradient_do_not_decay(without: range) -> None:
 
 @pytest.mark.filterwarnings("ignore:.* skipped . steps of channels of conv1.weight by step 25")
 def test_steps_after_a_skipped_one_decay() -> None:
-    """A step that was undone is one that weight decay did not take either, its momentum empty."""
+    """A skipped step is one that weight decay did not take either, its momentum empty."""
     nets = [make_net(), make_net()]
     optimizers = make_optimizers(nets)
     for step in range(60):

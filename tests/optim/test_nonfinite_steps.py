@@ -76,8 +76,8 @@ def test_nonfinite_step_is_skipped_with_a_warning(make_rule: MakeRule, rule_name
     channels = 4 if rule_name == "hyperball" else 1  # that undoes the step of a whole weight
     assert handle.skipped == channels
     handle.clock = lambda: {"epoch": 0}
-    undone = f"skipped {24 * channels} steps of channels of conv1.weight"
-    message = f"{undone} by step 25, since they, their gradients"
+    skipped = f"skipped {24 * channels} steps of channels of conv1.weight"
+    message = f"{skipped} by step 25, since they, their gradients"
     with pytest.warns(UserWarning, match=message):
         step_on(optimizer, 23)
 
