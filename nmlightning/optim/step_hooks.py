@@ -276,7 +276,8 @@ class StepHookHandle:
     def after_step(self) -> None:
         """Apply the rule to the step that led away from them; the optimizer calls it."""
         self.steps += 1
-        if self._overflowed():
+        found_inf = getattr(self._optimizer, "found_inf", None)  # of a fused one under a GradScaler
+        if found_inf is not None and bool(found_inf):
             if self._is_first:  # torch's fused SGD leaves uninitialised momentum behind
                 self._optimizer.state.clear()
             return
@@ -304,11 +305,6 @@ class StepHookHandle:
         skipped, self._factors[weight.name] = applied
         weight.reset_nonfinite_state(skipped)
         return skipped
-
-    def _overflowed(self) -> bool:
-        """Return whether a fused optimizer under a GradScaler has skipped this step."""
-        found = getattr(self._optimizer, "found_inf", None)
-        return found is not None and bool(found)
 
 
 def _take_weights(optimizer: Optimizer, weights: Sequence[OptimizedWeight], name: str) -> None:

@@ -66,7 +66,10 @@ def _normalising_first(module_class: type[nn.Module], recipes: Sequence[Recipe])
         normalised = {plain_name(key) for key in state_dict if key.endswith(".original")}
         due = [recipe for recipe in recipes if recipe["modules"].keys() <= normalised]
         for recipe in () if recipes_of(module, WEIGHT_NORM) else due:
-            _normalise(module, recipe)
+            patterns = (recipe[key] for key in ("layers", "include", "exclude"))
+            prepare_for_weights(module, settings_of(recipe), *patterns)
+            note_recipe(module, keywords_of(recipe), recipe["modules"], WEIGHT_NORM)
+            keep_in_checkpoints(module)
 
     with (
         _before(
@@ -96,10 +99,3 @@ def _before(
             delattr(module_class, method)
         else:
             setattr(module_class, method, own)
-
-
-def _normalise(module: nn.Module, recipe: Recipe) -> None:
-    patterns = (recipe[key] for key in ("layers", "include", "exclude"))
-    prepare_for_weights(module, settings_of(recipe), *patterns)
-    note_recipe(module, keywords_of(recipe), recipe["modules"], WEIGHT_NORM)
-    keep_in_checkpoints(module)

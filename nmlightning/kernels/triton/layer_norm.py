@@ -161,7 +161,9 @@ class TritonLayerNorm:
         found = values.new_zeros(2, features if learned else 0)
         if rows:
             tile = _tile(features, x.element_size())
-            programs, tiles = _share_rows(-(-rows // tile["HEIGHT"]), processors_of(x.device))
+            all_tiles = -(-rows // tile["HEIGHT"])
+            tiles = -(-all_tiles // (PROGRAMS_PER_PROCESSOR * processors_of(x.device)))
+            programs = -(-all_tiles // tiles)
             parts = values.new_empty(2, programs, features) if learned else None
             with on_device_of(x):
                 write_row_gradients[programs,](
@@ -184,9 +186,3 @@ def _tile(features: int, item: int) -> dict[str, int]:
         "num_warps": max(1, min(32, height * width // (32 * ELEMENTS_PER_THREAD))),
         "enable_fp_fusion": True,
     }
-
-
-def _share_rows(tiles: int, processors: int) -> tuple[int, int]:
-    """Return how many programs share the tiles, and how many tiles each has at most."""
-    each = -(-tiles // (PROGRAMS_PER_PROCESSOR * processors))
-    return -(-tiles // each), each
