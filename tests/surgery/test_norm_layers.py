@@ -9,54 +9,44 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from nmlightning import swap_norms
-from nmlightning.norms import batch_norm as ours
-from nmlightning.norms.mean_only import MeanOnlyBatchNorm, MeanOnlyBatchNorm2d
-
-
-def small_net() -> nn.Sequential:
-    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Sequential(nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4)))
-
-
-def images() -> Tensor:
-    return torch.randn(4, 3, 8, 8)
+from nmlightning import norms, swap_norms
 
 
 class TestTimm:
+    @pytest.fixture
     def net(self) -> nn.Sequential:
         norm = timm.layers.BatchNormAct2d(3, act_layer=nn.SiLU, drop_layer=nn.Dropout)
         norm.drop.p = 0.5
         return nn.Sequential(nn.Conv2d(3, 3, 1), norm)
 
-    @pytest.mark.parametrize("norms", [["l1"], ["l1", "linf"], ["top10", "l2", "l1"]])
-    def test_drop_and_activation_run_once_and_l2_reverts(self, norms: list[str]) -> None:
-        net, x = self.net(), images()
+    @pytest.mark.parametrize("names", [["l1"], ["l1", "linf"], ["top10", "l2", "l1"]])
+    def test_drop_and_activation_run_once_and_l2_reverts(
+        self, net: nn.Sequential, images: Tensor, names: list[str]
+    ) -> None:
         original = copy.deepcopy(net)
-        for norm in norms:
-            swap_norms(net, norm)
-        bare = {"l1": ours.L1BatchNorm2d, "linf": ours.LInfBatchNorm2d}[norms[-1]](3)
+        for name in names:
+            swap_norms(net, name)
+        bare = {"l1": norms.L1BatchNorm2d, "linf": norms.LInfBatchNorm2d}[names[-1]](3)
         torch.manual_seed(1)
-        expected = nn.functional.silu(nn.functional.dropout(bare(net[0](x))))
+        expected = nn.functional.silu(nn.functional.dropout(bare(net[0](images))))
         torch.manual_seed(1)
-        torch.testing.assert_close(net(x), expected)
+        torch.testing.assert_close(net(images), expected)
         swap_norms(net, "l2")
         assert type(net[1]) is timm.layers.BatchNormAct2d
         assert net[1].__dict__.keys() == original[1].__dict__.keys()
         assert not net[1]._forward_hooks
         assert len(swap_norms(net, "l2")) == 0
 
-    def test_copy_reverts_on_its_own(self) -> None:
-        net, x = self.net().eval(), images()
-        expected = net(x)
+    def test_copy_reverts_on_its_own(self, net: nn.Sequential, images: Tensor) -> None:
+        expected = net.eval()(images)
         swap_norms(net, "l1")
         for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
-            torch.testing.assert_close(twin(x), expected)
+            torch.testing.assert_close(twin(images), expected)
             swap_norms(twin, "l2")
             assert type(twin[1]) is timm.layers.BatchNormAct2d
-            torch.testing.assert_close(twin(x), expected)
-        assert type(net[1]) is ours.L1BatchNorm2d
-        torch.testing.assert_close(net(x), expected)
+            torch.testing.assert_close(twin(images), expected)
+        assert type(net[1]) is norms.L1BatchNorm2d
+        torch.testing.assert_close(net(images), expected)
 
 
 def test_transformer_encoder_evaluates_the_swapped_norm() -> None:
@@ -75,8 +65,8 @@ def test_transformer_encoder_evaluates_the_swapped_norm() -> None:
 
 
 class TestCompiled:
-    def test_names_leave_out_the_compile_prefix(self) -> None:
-        net = nn.Sequential(torch.compile(small_net(), backend="eager"))
+    def test_names_leave_out_the_compile_prefix(self, net: nn.Sequential) -> None:
+        net = nn.Sequential(torch.compile(net, backend="eager"))
         norm = torch.compile(nn.BatchNorm2d(3), backend="eager")
         assert [s.name for s in swap_norms(net, include=["0.1", "0.3.*"]).swapped] == [
             "0.1",
@@ -87,64 +77,67 @@ class TestCompiled:
     # What torch 2.11's compiler does with an autograd function, and warns of itself.
     @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated")
     @pytest.mark.parametrize("norm", ["linf", "mean"])
-    def test_compiled_net_computes_the_swapped_norm(self, norm: str) -> None:
-        net, x = small_net(), images()
+    def test_compiled_net_computes_the_swapped_norm(
+        self, net: nn.Sequential, images: Tensor, norm: str
+    ) -> None:
         compiled = torch.compile(net, backend="eager")
-        compiled(x)
+        compiled(images)
         swap_norms(compiled, norm)
-        torch.testing.assert_close(compiled(x), net(x))
+        torch.testing.assert_close(compiled(images), net(images))
 
 
 class TestMeanOnly:
     """The one norm without a scale: its layers have the weight, which is 1 and learns nothing."""
 
-    def net(self) -> nn.Sequential:
-        """Return a net in which no scale is 1, and one is 0 at first, as in residual branches."""
-        net = small_net()
+    @pytest.fixture
+    def net(self, net: nn.Sequential, images: Tensor) -> nn.Sequential:
+        """A net in which no scale is 1, and one is 0 at first, as in residual branches."""
         nn.init.normal_(net[1].weight, mean=3.0)
         nn.init.zeros_(net[3][1].weight)
-        net(5 * images())
+        net(5 * images)
         return net
 
-    def test_swap_drops_the_scale_and_keeps_mean_and_bias(self) -> None:
-        net = self.net()
+    def test_swap_drops_the_scale_and_keeps_mean_and_bias(
+        self, net: nn.Sequential, images: Tensor
+    ) -> None:
         norm, x = net[1], torch.randn(4, 8, 2, 2)
         shift = (norm.bias - norm.running_mean).view(-1, 1, 1)
         swap_norms(net, "mean")
         torch.testing.assert_close(norm.eval()(x), x + shift)
-        assert net(images()).std() > 0.1
+        assert net(images).std() > 0.1
 
-    def test_earlier_optimizer_trains_only_the_biases(self) -> None:
-        net = self.net()
+    def test_earlier_optimizer_trains_only_the_biases(
+        self, net: nn.Sequential, images: Tensor
+    ) -> None:
         norms = (net[1], net[3][1])
         optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.5)
-        net(images()).square().sum().backward()
+        net(images).square().sum().backward()
         ids = [id(q) for q in net.parameters()]
         swap_norms(net, "mean")
         before = [norm.bias.detach().clone() for norm in norms]
         for _ in range(2):  # The gradients of the first step are from before the swap.
             optimizer.step()
-            net(images()).square().sum().backward()
+            net(images).square().sum().backward()
         assert [id(q) for q in net.parameters()] == ids
         for norm, bias in zip(norms, before, strict=True):
             assert torch.equal(norm.weight, torch.ones_like(norm.weight))
             assert not torch.equal(norm.bias, bias)
 
     @pytest.mark.parametrize("norm", ["l2", "l1"])
-    def test_next_norm_evaluates_alike_and_its_weight_learns(self, norm: str) -> None:
-        net, x = self.net(), images()
+    def test_next_norm_evaluates_alike_and_its_weight_learns(
+        self, net: nn.Sequential, images: Tensor, norm: str
+    ) -> None:
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         swap_norms(net, "mean")
-        net(x)
-        expected = net.eval()(x)
+        net(images)
+        expected = net.eval()(images)
         swap_norms(net, norm)
-        torch.testing.assert_close(net(x), expected, rtol=0, atol=0)
-        net.train()(x).pow(3).sum().backward()
+        torch.testing.assert_close(net(images), expected, rtol=0, atol=0)
+        net.train()(images).pow(3).sum().backward()
         optimizer.step()
         assert not torch.equal(net[1].weight, torch.ones(8))
 
-    def test_frozen_weight_stays_frozen(self) -> None:
-        net = self.net()
+    def test_frozen_weight_stays_frozen(self, net: nn.Sequential) -> None:
         net[1].weight.requires_grad_(False)
         for norm, options in (("mean", {}), ("mean", {"eps": 0.1}), ("l2", {})):
             swap_norms(net, norm, options)
@@ -153,33 +146,33 @@ class TestMeanOnly:
             variance = {"mean": 1 - net[1].eps, "l2": 0.9}[norm]
             torch.testing.assert_close(net[1].running_var, torch.full((8,), variance))
 
-    def test_weight_unfrozen_between_swaps_learns(self) -> None:
-        net = self.net()
+    def test_weight_unfrozen_between_swaps_learns(self, net: nn.Sequential) -> None:
         for frozen in (True, False):
             net[1].weight.requires_grad_(not frozen)
             swap_norms(net, "mean")
             swap_norms(net, "l2")
             assert net[1].weight.requires_grad is not frozen
 
-    def test_copy_reverts_on_its_own(self) -> None:
-        net = self.net()
+    def test_copy_reverts_on_its_own(self, net: nn.Sequential) -> None:
         swap_norms(net, "mean")
         twin = copy.deepcopy(net)
         swap_norms(twin, "l2")
-        assert (type(net[1]), net[1].weight.requires_grad) == (MeanOnlyBatchNorm2d, False)
+        assert (type(net[1]), net[1].weight.requires_grad) == (norms.MeanOnlyBatchNorm2d, False)
         assert (type(twin[1]), twin[1].weight.requires_grad) == (nn.BatchNorm2d, True)
 
     @pytest.mark.parametrize("settings", [{"affine": False}, {"track_running_stats": False}])
-    def test_layers_without_weight_or_statistics(self, settings: dict[str, Any]) -> None:
-        net, x = nn.Sequential(nn.BatchNorm2d(3, **settings)), images()
+    def test_layers_without_weight_or_statistics(
+        self, images: Tensor, settings: dict[str, Any]
+    ) -> None:
+        net = nn.Sequential(nn.BatchNorm2d(3, **settings))
         swap_norms(net, "mean")
-        torch.testing.assert_close(net(x), x - x.mean((0, 2, 3), keepdim=True))
+        torch.testing.assert_close(net(images), images - images.mean((0, 2, 3), keepdim=True))
         swap_norms(net, "l2")
-        torch.testing.assert_close(net(x), nn.BatchNorm2d(3, **settings)(x))
+        torch.testing.assert_close(net(images), nn.BatchNorm2d(3, **settings)(images))
 
     def test_sync_batch_norm_reverts(self) -> None:
         net = nn.Sequential(nn.SyncBatchNorm(3))
         swap_norms(net, "mean")
-        assert (type(net[0]), net[0].sync) == (MeanOnlyBatchNorm, True)
+        assert (type(net[0]), net[0].sync) == (norms.MeanOnlyBatchNorm, True)
         swap_norms(net, "l2")
         assert type(net[0]) is nn.SyncBatchNorm

@@ -13,11 +13,9 @@ import torchvision
 from rich.console import Console
 from torch import Tensor, nn
 
-from nmlightning import swap_norms
+from nmlightning import norms, swap_norms
 from nmlightning.errors import InputError
-from nmlightning.norms import batch_norm as ours
 from nmlightning.norms.batch_norm_base import BatchNormBase
-from nmlightning.norms.layer_norm import L1LayerNorm, L1RMSNorm, LpLayerNorm, LpRMSNorm
 
 # The norm of each is a batch norm, as plain nn layers, timm's BatchNormAct2d, or both.
 ARCHITECTURES = [
@@ -43,19 +41,6 @@ MORE_ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 
 
-def small_net() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3),
-        nn.BatchNorm2d(8, eps=1e-3, momentum=0.2),
-        nn.ReLU(),
-        nn.Sequential(nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4)),
-    )
-
-
-def images(channels: int = 3, size: int = 8) -> Tensor:
-    return torch.randn(4, channels, size, size)
-
-
 def classes(model: nn.Module) -> list[type[nn.Module]]:
     return [type(module) for module in model.modules()]
 
@@ -72,8 +57,8 @@ def refusal(model: nn.Module, *arguments: Any, **keywords: Any) -> str:
 
 
 class TestReport:
-    def test_counts_and_prints(self) -> None:
-        net = nn.Sequential(*small_net(), nn.GroupNorm(2, 4))
+    def test_counts_and_prints(self, net: nn.Sequential) -> None:
+        net = nn.Sequential(*net, nn.GroupNorm(2, 4))
         report = swap_norms(net, "top10")
         assert len(report) == 2
         assert str(report) == ("swapped 2 BatchNorm2d → TopKBatchNorm2d; 1 left as they are")
@@ -92,16 +77,14 @@ class TestReport:
         table = console.export_text()
         assert all(name in table for name in ("[red]x", "[/]y", "Group[bold]Norm"))
 
-    def test_dry_run_changes_nothing(self) -> None:
-        net = small_net()
+    def test_dry_run_changes_nothing(self, net: nn.Sequential) -> None:
         before = classes(net)
         report = swap_norms(net, "l1", dry_run=True)
         assert str(report) == "would swap 2 BatchNorm2d → L1BatchNorm2d"
         assert [swap.name for swap in report.swapped] == ["1", "3.1"]
         assert classes(net) == before
 
-    def test_second_swap_does_nothing(self) -> None:
-        net = small_net()
+    def test_second_swap_does_nothing(self, net: nn.Sequential) -> None:
         swap_norms(net, "top10", {"constant": "paper"})
         report = swap_norms(net, "top10", {"constant": "paper"})
         assert (len(report), str(report)) == (0, "swapped 0")
@@ -109,8 +92,7 @@ class TestReport:
 
 
 class TestWhatIsKept:
-    def test_parameters_and_buffers_are_the_same_objects(self) -> None:
-        net = small_net()
+    def test_parameters_and_buffers_are_the_same_objects(self, net: nn.Sequential) -> None:
         before = {name: id(q) for name, q in (*net.named_parameters(), *net.named_buffers())}
         state = list(net.state_dict())
         swap_norms(net, "l1")
@@ -118,36 +100,35 @@ class TestWhatIsKept:
         assert after == before
         assert list(net.state_dict()) == state
 
-    def test_eps_and_momentum_are_those_of_the_layer_unless_given(self) -> None:
-        net = small_net()
+    def test_eps_and_momentum_are_those_of_the_layer_unless_given(self, net: nn.Sequential) -> None:
         swap_norms(net, "l1", {"momentum": 0.5})
         assert repr(net[1]) == "L1BatchNorm2d(8, eps=0.001, momentum=0.5)"
 
-    def test_earlier_optimizer_trains_the_swapped_layers(self) -> None:
-        net = small_net()
+    def test_earlier_optimizer_trains_the_swapped_layers(
+        self, net: nn.Sequential, images: Tensor
+    ) -> None:
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         swap_norms(net, "l1")
         before = net[1].weight.detach().clone()
-        net(images()).square().sum().backward()
+        net(images).square().sum().backward()
         optimizer.step()
         assert not torch.equal(net[1].weight, before)
 
-    def test_hooks_still_run(self) -> None:
-        net, seen = small_net(), []
+    def test_hooks_still_run(self, net: nn.Sequential, images: Tensor) -> None:
+        seen: list[str] = []
         net[1].register_forward_hook(lambda *_: seen.append("forward"))
         net[1].register_forward_pre_hook(lambda *_: seen.append("before"))
         swap_norms(net, "l1")
-        net(images())
+        net(images)
         assert seen == ["before", "forward"]
 
-    def test_swapped_layer_evaluates_as_torchs(self) -> None:
-        net, x = small_net().eval(), images()
+    def test_swapped_layer_evaluates_as_torchs(self, net: nn.Sequential, images: Tensor) -> None:
+        net, x = net.eval(), images
         expected = net(x)
         swap_norms(net, "linf")
         torch.testing.assert_close(net(x), expected, rtol=0, atol=0)
 
-    def test_training_mode_and_frozen_parameters_stay(self) -> None:
-        net = small_net()
+    def test_training_mode_and_frozen_parameters_stay(self, net: nn.Sequential) -> None:
         net[1].eval().weight.requires_grad_(False)
         swap_norms(net, "l1")
         assert not net[1].training
@@ -159,10 +140,10 @@ class TestWhichLayers:
     @pytest.mark.parametrize(
         ("layer", "expected"),
         [
-            (nn.BatchNorm1d(4), ours.L1BatchNorm1d),
-            (nn.BatchNorm2d(4), ours.L1BatchNorm2d),
-            (nn.BatchNorm3d(4), ours.L1BatchNorm3d),
-            (nn.BatchNorm2d(4, affine=False, track_running_stats=False), ours.L1BatchNorm2d),
+            (nn.BatchNorm1d(4), norms.L1BatchNorm1d),
+            (nn.BatchNorm2d(4), norms.L1BatchNorm2d),
+            (nn.BatchNorm3d(4), norms.L1BatchNorm3d),
+            (nn.BatchNorm2d(4, affine=False, track_running_stats=False), norms.L1BatchNorm2d),
         ],
     )
     def test_batch_norms_of_any_dimension(self, layer: nn.Module, expected: type) -> None:
@@ -176,7 +157,7 @@ class TestWhichLayers:
     def test_root_that_is_a_norm(self) -> None:
         norm = nn.BatchNorm2d(3)
         assert len(swap_norms(norm, "l1")) == 1
-        assert type(norm) is ours.L1BatchNorm2d
+        assert type(norm) is norms.L1BatchNorm2d
 
     def test_shared_module_stays_shared_and_has_all_names(self) -> None:
         norm = nn.BatchNorm2d(3)
@@ -231,9 +212,8 @@ class TestWhichLayers:
         assert f"1 ({type(layer).__name__}: " in refusal(net, include=["0", "1"])
         assert [left.name for left in swap_norms(net).left] == ["1"]
 
-    def test_replaced_forward_is_left_or_refused_if_included(self) -> None:
+    def test_replaced_forward_is_left_or_refused_if_included(self, net: nn.Sequential) -> None:
         """Its class is no longer what runs, so a swap would change nothing but the report."""
-        net = small_net()
         net[1].forward = net[1].forward
         report = swap_norms(net)
         assert [swap.name for swap in report.swapped] == ["3.1"]
@@ -242,10 +222,10 @@ class TestWhichLayers:
         ]
         assert "1 (BatchNorm2d: its forward was replaced" in refusal(net, include=["1"])
 
-    def test_lazy_norm_is_swappable_after_its_first_batch(self) -> None:
+    def test_lazy_norm_is_swappable_after_its_first_batch(self, images: Tensor) -> None:
         net = nn.Sequential(nn.LazyBatchNorm2d())
         assert "not initialised, run one batch" in refusal(net, include=["0"])
-        net(images())
+        net(images)
         assert len(swap_norms(net)) == 1
 
 
@@ -274,12 +254,14 @@ class TestInput:
             ({"include": "layer1.*"}, "include is a list, got the string 'layer1\\.\\*'"),
         ],
     )
-    def test_bad_arguments_are_named(self, arguments: dict[str, Any], answer: str) -> None:
-        assert re.search(answer, refusal(small_net(), **arguments))
+    def test_bad_arguments_are_named(
+        self, net: nn.Sequential, arguments: dict[str, Any], answer: str
+    ) -> None:
+        assert re.search(answer, refusal(net, **arguments))
 
-    def test_unmatched_pattern_lists_the_norms(self) -> None:
+    def test_unmatched_pattern_lists_the_norms(self, net: nn.Sequential) -> None:
         for argument in ("include", "exclude"):
-            message = refusal(small_net(), **{argument: ["layer1.*"]})
+            message = refusal(net, **{argument: ["layer1.*"]})
             assert (
                 f"The pattern 'layer1.*' in {argument} matches no batch norm of Sequential"
                 in message
@@ -295,8 +277,8 @@ class TestInput:
         message = refusal(net, include=["0", "1"])
         assert "The pattern '1' in include matches no batch norm" in message
 
-    def test_exclude_of_everything_is_refused(self) -> None:
-        assert "leave no batch norm" in refusal(small_net(), exclude=["*"])
+    def test_exclude_of_everything_is_refused(self, net: nn.Sequential) -> None:
+        assert "leave no batch norm" in refusal(net, exclude=["*"])
 
     def test_model_without_norms_is_refused(self) -> None:
         message = refusal(nn.Sequential(nn.Linear(2, 2)))
@@ -305,11 +287,10 @@ class TestInput:
             "is the net built in configure_model?"
         )
 
-    def test_sharded_layer_is_refused_unless_swapped_before(self) -> None:
+    def test_sharded_layer_is_refused_unless_swapped_before(self, net: nn.Sequential) -> None:
         class DTensor(nn.Parameter):
             pass
 
-        net = small_net()
         net[1].weight = DTensor(torch.ones(8))
         assert "1 is sharded already: call swap_norms in configure_model" in refusal(net)
         plain = net[1].weight
@@ -323,8 +304,7 @@ class TestUndo:
     @pytest.mark.parametrize(
         "norms", [["l1"], ["linf"], ["l1", "linf", "top10"], ["lp", "topk"], ["mean"]]
     )
-    def test_l2_reverts(self, norms: list[str]) -> None:
-        net, x = small_net(), images()
+    def test_l2_reverts(self, net: nn.Sequential, images: Tensor, norms: list[str]) -> None:
         original = copy.deepcopy(net)
         for norm in norms:
             swap_norms(net, norm)
@@ -334,10 +314,9 @@ class TestUndo:
         swap_norms(net, "l2")
         assert classes(net) == classes(original)
         assert net[1].__dict__.keys() == original[1].__dict__.keys()
-        torch.testing.assert_close(net(x), original(x), rtol=0, atol=0)
+        torch.testing.assert_close(net(images), original(images), rtol=0, atol=0)
 
-    def test_settings_of_the_last_norm_are_removed(self) -> None:
-        net = small_net()
+    def test_settings_of_the_last_norm_are_removed(self, net: nn.Sequential) -> None:
         swap_norms(net, "topk", {"k": 3, "constant": "paper"})
         swap_norms(net, "l1")
         assert not hasattr(net[1], "k")
@@ -351,7 +330,7 @@ class TestSynchronised:
         net = nn.Sequential(nn.SyncBatchNorm(3))
         net[0].process_group = group
         swap_norms(net, "l1")
-        assert type(net[0]) is ours.L1BatchNorm
+        assert type(net[0]) is norms.L1BatchNorm
         assert net[0].sync
         assert net[0].process_group is group
         assert len(swap_norms(net, "l1")) == 0
@@ -361,12 +340,12 @@ class TestSynchronised:
         assert type(net[0]) is nn.SyncBatchNorm
         assert net[0].process_group is group
 
-    def test_synchronised_norm_reverts_to_sync_batch_norm(self) -> None:
+    def test_synchronised_norm_reverts_to_sync_batch_norm(self, images: Tensor) -> None:
         net = nn.Sequential(nn.BatchNorm2d(3))
         swap_norms(net, "l1", {"sync": True})
         swap_norms(net, "l2")
         assert type(net[0]) is nn.SyncBatchNorm
-        assert net[0].eval()(images()).shape == (4, 3, 8, 8)
+        assert net[0].eval()(images).shape == (4, 3, 8, 8)
 
 
 class MyRMSNorm(nn.Module):
@@ -387,13 +366,13 @@ class TestRMSNorm:
         expected = net(x)
         weight = net[0].weight
         assert str(swap_norms(net, "l1", kinds=["rms"])) == "swapped 2 RMSNorm → L1RMSNorm"
-        assert classes(net)[1:] == [L1RMSNorm, nn.LayerNorm, L1RMSNorm]
+        assert classes(net)[1:] == [norms.L1RMSNorm, nn.LayerNorm, norms.L1RMSNorm]
         assert (net[0].eps, net[2].eps) == (1e-3, None)
         assert net[0].weight is weight
-        torch.testing.assert_close(net[0](x), L1RMSNorm(8, eps=1e-3)(x))
+        torch.testing.assert_close(net[0](x), norms.L1RMSNorm(8, eps=1e-3)(x))
         assert len(swap_norms(net, "l1", kinds=["rms"])) == 0
         swap_norms(net, "lp", {"p": 3}, kinds=["rms", "layer"])
-        assert classes(net)[1:] == [LpRMSNorm, LpLayerNorm, LpRMSNorm]
+        assert classes(net)[1:] == [norms.LpRMSNorm, norms.LpLayerNorm, norms.LpRMSNorm]
         swap_norms(net, "l2", kinds=["layer", "rms"])
         assert classes(net) == classes(self.net())
         assert vars(net[0]).keys() == vars(nn.RMSNorm(8)).keys()
@@ -420,14 +399,14 @@ class TestLayerNorm:
     def test_swaps_by_kinds(self, bias: bool) -> None:
         net = nn.Sequential(nn.LayerNorm(8, bias=bias), nn.BatchNorm1d(8))
         swap_norms(net, "l1", kinds=["layer"])
-        assert classes(net)[1:] == [L1LayerNorm, nn.BatchNorm1d]
+        assert classes(net)[1:] == [norms.L1LayerNorm, nn.BatchNorm1d]
         x = torch.randn(4, 8)
-        torch.testing.assert_close(net[0](x), L1LayerNorm(8)(x))
+        torch.testing.assert_close(net[0](x), norms.L1LayerNorm(8)(x))
         swap_norms(net, "lp", {"p": 3}, kinds=["batch", "layer"])
-        assert classes(net)[1:] == [LpLayerNorm, ours.LpBatchNorm1d]
+        assert classes(net)[1:] == [norms.LpLayerNorm, norms.LpBatchNorm1d]
         assert (net[0].p, net[1].p) == (3, 3)
         swap_norms(net, "l2", kinds=["layer"])
-        assert classes(net)[1:] == [nn.LayerNorm, ours.LpBatchNorm1d]
+        assert classes(net)[1:] == [nn.LayerNorm, norms.LpBatchNorm1d]
 
 
 def build(library: str, name: str) -> nn.Module:

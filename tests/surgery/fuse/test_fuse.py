@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import timm
 import torch
 import torchvision
 from pytorch_lightning.plugins.layer_sync import TorchSyncBatchNorm
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_modules import PlLate, PlModule, make_trainer
 from nmlightning import (
     NormSwap,
     export_network,
@@ -64,6 +65,12 @@ def spread_out(net: nn.Module) -> nn.Module:
     return net
 
 
+def unfused_copy(net: nn.Module) -> nn.Module:
+    twin = copy.deepcopy(net)
+    unfuse(twin)
+    return twin
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_fused_networks_train_the_same(name: str) -> None:
     relus, sums, reasons = NETWORKS[name]
@@ -74,8 +81,7 @@ def test_fused_networks_train_the_same(name: str) -> None:
     given = {s.reason for s in report.not_fused}
     assert all(any(reason in g for g in given) for reason in reasons)
     assert bool(given) == bool(reasons)
-    twin = copy.deepcopy(net)
-    unfuse(twin)
+    twin = unfused_copy(net)
     if not report.fused:
         return
     outcomes = []
@@ -90,36 +96,36 @@ def test_fused_networks_train_the_same(name: str) -> None:
         )
 
 
-class TestTimmsOwnActivation:
-    def net(self) -> nn.Module:
-        norm = timm.layers.BatchNormAct2d(4)
-        return spread_out(nn.Sequential(nn.Conv2d(3, 4, 3), norm))
+def timm_net() -> nn.Module:
+    return spread_out(nn.Sequential(nn.Conv2d(3, 4, 3), timm.layers.BatchNormAct2d(4)))
 
-    def test_timm_activation_is_fused_and_unfused(self) -> None:
-        net = self.net()
-        norm = net[1]
-        swap_norms(net, "l1")
-        expected, hooks = net(images()), len(norm._forward_hooks)
-        assert str(swap_norms(net, "l1", fuse="relu")).endswith("fused 1 with the ReLU after them")
-        assert len(norm._forward_hooks) == hooks - 1
-        torch.testing.assert_close(net(images()), expected)
-        twin = copy.deepcopy(net)
-        for model in (net, twin):
-            swap_norms(model, "linf", fuse="add_relu")
-            assert repr(model[1]).startswith("LInfBatchNorm2d(\n  4, fused='relu'")
-            swap_norms(model, "l1")
-            torch.testing.assert_close(model(images()), expected)
-            swap_norms(model, "l1", fuse="relu")
-            swap_norms(model, "l2")
-            assert type(model[1]) is timm.layers.BatchNormAct2d
-            assert not model[1]._forward_hooks
 
-    def test_timm_activation_with_hooks_is_refused(self) -> None:
-        for name in ("1", "1.act"):
-            net = self.net()
-            net.get_submodule(name).register_forward_hook(lambda *_: None)
-            (left,) = swap_norms(net, "l1", fuse="relu").not_fused
-            assert left.reason == "it or its activation has hooks"
+def test_timm_activation_is_fused_and_unfused() -> None:
+    net = timm_net()
+    norm = net[1]
+    swap_norms(net, "l1")
+    expected, hooks = net(images()), len(norm._forward_hooks)
+    assert str(swap_norms(net, "l1", fuse="relu")).endswith("fused 1 with the ReLU after them")
+    assert len(norm._forward_hooks) == hooks - 1
+    torch.testing.assert_close(net(images()), expected)
+    twin = copy.deepcopy(net)
+    for model in (net, twin):
+        swap_norms(model, "linf", fuse="add_relu")
+        assert repr(model[1]).startswith("LInfBatchNorm2d(\n  4, fused='relu'")
+        swap_norms(model, "l1")
+        torch.testing.assert_close(model(images()), expected)
+        swap_norms(model, "l1", fuse="relu")
+        swap_norms(model, "l2")
+        assert type(model[1]) is timm.layers.BatchNormAct2d
+        assert not model[1]._forward_hooks
+
+
+def test_timm_activation_with_hooks_is_refused() -> None:
+    for name in ("1", "1.act"):
+        net = timm_net()
+        net.get_submodule(name).register_forward_hook(lambda *_: None)
+        (left,) = swap_norms(net, "l1", fuse="relu").not_fused
+        assert left.reason == "it or its activation has hooks"
 
 
 def fused_resnet() -> nn.Module:
@@ -150,8 +156,7 @@ def test_fold_norms_unfuses() -> None:
 
 def test_probe_norms_measures_unfused_norms() -> None:
     net = fused_resnet()
-    twin = copy.deepcopy(net)
-    unfuse(twin)
+    twin = unfused_copy(net)
     seen = [
         probe_norms(model, [images()], lambda net, x: net(x).square().mean())
         for model in (net, twin)
@@ -170,51 +175,15 @@ def test_averaged_model_stays_fused() -> None:
     torch.testing.assert_close(average.eval()(images()), net.eval()(images()))
 
 
-class Classifier(pl.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.build()
-
-    def build(self) -> None:
-        self.net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
-        self.fc = nn.Linear(64, 2)
-
-    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
-        return self.fc(self.net(batch[0])).square().mean()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    def train_dataloader(self) -> Any:
-        torch.manual_seed(2)
-        data = torch.utils.data.TensorDataset(torch.randn(8, 1, 6, 6))
-        return torch.utils.data.DataLoader(data, batch_size=4)
-
-
-class BuiltLate(Classifier):
-    def __init__(self) -> None:
-        pl.LightningModule.__init__(self)
-
-    def configure_model(self) -> None:
-        if not hasattr(self, "net"):
-            self.build()
-
-
-def fit(module: pl.LightningModule, *callbacks: Any, **options: Any) -> pl.Trainer:
+def fit(module: Any, *callbacks: Any, **options: Any) -> Any:
     path = options.pop("ckpt_path", None)
-    trainer = pl.Trainer(
-        **{"max_epochs": 1, "accelerator": "cpu", **options},
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, ckpt_path=path)
+    trainer = make_trainer(type(module), *callbacks, **options)
+    loader = DataLoader(TensorDataset(images(8)[:, :2], torch.arange(4) % 3), batch_size=2)
+    trainer.fit(module, loader, loader, ckpt_path=path)
     return trainer
 
 
-@pytest.mark.parametrize("made", [Classifier, BuiltLate])
+@pytest.mark.parametrize("made", [PlModule, PlLate])
 def test_norm_swap_resumes_with_or_without_fuse(made: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = made()
@@ -232,16 +201,16 @@ def test_norm_swap_resumes_with_or_without_fuse(made: Any, tmp_path: Path) -> No
 
 
 def test_load_from_checkpoint_does_not_fuse(tmp_path: Path) -> None:
-    module = Classifier()
+    module = PlModule()
     fit(module, NormSwap("l1", fuse="relu")).save_checkpoint(tmp_path / "a.ckpt")
-    loaded = load_from_checkpoint(Classifier, tmp_path / "a.ckpt")
+    loaded = load_from_checkpoint(PlModule, tmp_path / "a.ckpt")
     assert fused_norms(loaded) == {}
-    x = torch.randn(2, 1, 6, 6)
+    x = torch.randn(2, 2, 8, 8)
     torch.testing.assert_close(loaded.eval().net(x), module.eval().net(x))
 
 
 def test_sync_batchnorm_keeps_norms_fused() -> None:
-    module = Classifier()
+    module = PlModule()
     swap_norms(module, "l1", fuse="relu")
     _SyncKeepingOurs(TorchSyncBatchNorm(), unfused).apply(module)
     assert list(fused_norms(module).values()) == ["relu"]

@@ -43,6 +43,12 @@ def make(fuse: Any = "add_relu") -> nn.Sequential:
     return net
 
 
+def unfused_copy(net: nn.Module) -> nn.Module:
+    twin = copy.deepcopy(net)
+    unfuse(twin)
+    return twin
+
+
 def images() -> Tensor:
     return torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -91,10 +97,10 @@ def test_blocks_fused_alike_share_a_class() -> None:
     assert len({type(block) for stage in (net.layer1, net.layer2) for block in stage}) == 1
 
 
-@pytest.mark.parametrize("undo", [("l2", None), ("l1", None), ("linf", None)])
-def test_swap_without_fuse_unfuses(undo: tuple[str, Any]) -> None:
+@pytest.mark.parametrize("norm", ["l2", "l1", "linf"])
+def test_swap_without_fuse_unfuses(norm: str) -> None:
     net = make()
-    report = swap_norms(net, undo[0], fuse=undo[1])
+    report = swap_norms(net, norm)
     assert [s.after for s in report.fused] == ["", ""]
     assert "fused 2 with nothing any more" in str(report)
     assert (type(net), type(net[4])) == (nn.Sequential, Residual)
@@ -107,7 +113,7 @@ def test_swap_again_changes_norm_and_extent() -> None:
     assert [s.name for s in swap_norms(net, "linf", fuse="add_relu").fused] == ["4.norm"]
     assert [s.after for s in swap_norms(net, "linf", fuse="relu").fused] == [""]
     assert repr(net[1]) == "LInfBatchNorm2d(4, fused='relu')"
-    torch.testing.assert_close(net(images()), _twin(net)(images()))
+    torch.testing.assert_close(net(images()), unfused_copy(net)(images()))
 
 
 def test_swap_unfuses_only_included_norms() -> None:
@@ -127,12 +133,6 @@ def test_dry_run_reports_and_changes_nothing() -> None:
     )
     assert fused_norms(net) == {}
     assert type(net[4]) is Residual
-
-
-def _twin(net: nn.Module) -> nn.Module:
-    twin = copy.deepcopy(net)
-    unfuse(twin)
-    return twin
 
 
 CHANGES = {
@@ -174,7 +174,7 @@ def test_convert_sync_batchnorm_unfuses() -> None:
 
 def test_slices_of_a_fused_sequential_compute_the_same() -> None:
     net = make()
-    twin = _twin(net)
+    twin = unfused_copy(net)
     for part in (slice(0, 4), slice(3, 5), slice(0, 5), slice(4, 5)):
         torch.testing.assert_close(net[part](images()), twin[part](images()))
     rebuilt = nn.Sequential(*net.children())
@@ -187,7 +187,7 @@ def test_fused_sequential_may_grow() -> None:
     net = make()
     net.append(nn.Flatten())
     net.insert(0, nn.Identity())
-    torch.testing.assert_close(net(images()), _twin(net)(images()))
+    torch.testing.assert_close(net(images()), unfused_copy(net)(images()))
     swap_norms(net, "l1")
     assert fused_norms(net) == {}
 
@@ -238,7 +238,7 @@ def test_in_place_change_of_the_output_raises() -> None:
 def test_fused_network_compiles_in_one_graph(norm: str) -> None:
     net = make()
     swap_norms(net, norm, fuse="add_relu")
-    twin = _twin(net)
+    twin = unfused_copy(net)
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     x, same = images().requires_grad_(), images().requires_grad_()
     for model, given in ((compiled, x), (twin, same)):

@@ -1,4 +1,4 @@
-"""Test which norms of a block are fused, that the block computes the same, and why others are not.
+"""Test that norms of a block are fused, or refused with the reason, and the block computes alike.
 
 Each block is a forward; its norms `a` and `b` are called on what `f` and `g`, convolutions, return.
 """
@@ -45,30 +45,10 @@ def late_residual(self: Any, x: Tensor) -> Tensor:
     return F.relu(out + shortcut)
 
 
-def residual_first(self: Any, x: Tensor) -> Tensor:
-    return torch.relu(torch.add(x, self.a(self.f(x))))
-
-
-def through_identities(self: Any, x: Tensor) -> Tensor:
-    return self.relu(self.same(self.same(self.a(self.f(x))).add(x)))
-
-
-def methods(self: Any, x: Tensor) -> Tensor:
-    return self.b(self.g(self.a(self.f(x)).relu_())).add_(x).relu()
-
-
 def in_a_list(self: Any, x: Tensor) -> Tensor:
     for norm in self.norms:
         x = F.relu(norm(self.f(x)))
     return x
-
-
-def before_the_convolution(self: Any, x: Tensor) -> Tensor:
-    return self.f(F.relu(input=self.a(input=x), inplace=True)) + x
-
-
-def added_parameter(self: Any, x: Tensor) -> Tensor:
-    return F.relu(self.a(x) + self.shift)
 
 
 def changed_elsewhere(self: Any, x: Tensor) -> Tensor:
@@ -78,21 +58,29 @@ def changed_elsewhere(self: Any, x: Tensor) -> Tensor:
     return F.relu(self.a(self.g(inner))) + other_name
 
 
-FUSED = {
-    plain_residual: {"a": "relu", "b": "add_relu"},
-    late_residual: {"b": "add_relu"},
-    residual_first: {"a": "add_relu"},
-    through_identities: {"a": "add_relu"},
-    methods: {"a": "relu", "b": "add_relu"},
-    in_a_list: {"norms.0": "relu"},
-    before_the_convolution: {"a": "relu"},
-    added_parameter: {"a": "add_relu"},
-    changed_elsewhere: {"a": "relu"},
+FUSED: dict[str, tuple[Forward, dict[str, str]]] = {
+    "plain residual": (plain_residual, {"a": "relu", "b": "add_relu"}),
+    "late residual": (late_residual, {"b": "add_relu"}),
+    "residual first": (
+        lambda self, x: torch.relu(torch.add(x, self.a(self.f(x)))),
+        {"a": "add_relu"},
+    ),
+    "through identities": (
+        lambda self, x: self.relu(self.same(self.same(self.a(self.f(x))).add(x))),
+        {"a": "add_relu"},
+    ),
+    "methods": (
+        lambda self, x: self.b(self.g(self.a(self.f(x)).relu_())).add_(x).relu(),
+        {"a": "relu", "b": "add_relu"},
+    ),
+    "in a list": (in_a_list, {"norms.0": "relu"}),
+    "before the convolution": (
+        lambda self, x: self.f(F.relu(input=self.a(input=x), inplace=True)) + x,
+        {"a": "relu"},
+    ),
+    "added parameter": (lambda self, x: F.relu(self.a(x) + self.shift), {"a": "add_relu"}),
+    "changed elsewhere": (changed_elsewhere, {"a": "relu"}),
 }
-
-
-def other_activation(self: Any, x: Tensor) -> Tensor:
-    return F.relu6(self.a(x)) + F.leaky_relu(self.b(x))
 
 
 def norm_is_kept(self: Any, x: Tensor) -> Any:
@@ -103,18 +91,6 @@ def norm_is_kept(self: Any, x: Tensor) -> Any:
 def sum_is_kept(self: Any, x: Tensor) -> Any:
     out = self.a(x) + x
     return F.relu(out), out
-
-
-def called_twice(self: Any, x: Tensor) -> Tensor:
-    return F.relu(self.a(self.f(F.relu(self.a(x)))))
-
-
-def scaled(self: Any, x: Tensor) -> Tensor:
-    return F.relu(torch.add(self.a(x), x, alpha=2))
-
-
-def a_number(self: Any, x: Tensor) -> Tensor:
-    return F.relu(self.a(x) + 1)
 
 
 def twice_itself(self: Any, x: Tensor) -> Tensor:
@@ -141,32 +117,27 @@ def alias_changes(self: Any, x: Tensor) -> Tensor:
     return F.relu(out + inner.mul_(2))
 
 
-def nothing_after(self: Any, x: Tensor) -> Tensor:
-    return self.a(x)
-
-
-def not_called(self: Any, x: Tensor) -> Tensor:
-    return x
-
-
-def subtracted(self: Any, x: Tensor) -> Tensor:
-    return F.relu(self.a(x) - x)
-
-
-REFUSED = {
-    other_activation: "relu6 follows it in Block",
-    norm_is_kept: "its output goes to several places",
-    sum_is_kept: "no ReLU follows the addition",
-    called_twice: "it is called 2 times",
-    scaled: "what is added to it is no tensor of the same forward, or is scaled",
-    a_number: "what is added to it is no tensor of the same forward, or is scaled",
-    twice_itself: "what is added to it is no tensor of the same forward, or is scaled",
-    into_the_shortcut: "it is added to another tensor in place",
-    input_changes: "its input is used elsewhere before the addition",
-    alias_changes: "its input is used elsewhere before the addition",
-    nothing_after: "nothing follows it in Block",
-    not_called: "no forward calls it",
-    subtracted: "sub follows it in Block",
+NO_TENSOR = "what is added to it is no tensor of the same forward, or is scaled"
+REFUSED: dict[str, tuple[Forward, str]] = {
+    "other activation": (
+        lambda self, x: F.relu6(self.a(x)) + F.leaky_relu(self.b(x)),
+        "relu6 follows it in Block",
+    ),
+    "norm is kept": (norm_is_kept, "its output goes to several places"),
+    "sum is kept": (sum_is_kept, "no ReLU follows the addition"),
+    "called twice": (
+        lambda self, x: F.relu(self.a(self.f(F.relu(self.a(x))))),
+        "it is called 2 times",
+    ),
+    "scaled": (lambda self, x: F.relu(torch.add(self.a(x), x, alpha=2)), NO_TENSOR),
+    "a number": (lambda self, x: F.relu(self.a(x) + 1), NO_TENSOR),
+    "twice itself": (twice_itself, NO_TENSOR),
+    "into the shortcut": (into_the_shortcut, "it is added to another tensor in place"),
+    "input changes": (input_changes, "its input is used elsewhere before the addition"),
+    "alias changes": (alias_changes, "its input is used elsewhere before the addition"),
+    "nothing after": (lambda self, x: self.a(x), "nothing follows it in Block"),
+    "not called": (lambda self, x: x, "no forward calls it"),
+    "subtracted": (lambda self, x: F.relu(self.a(x) - x), "sub follows it in Block"),
 }
 
 
@@ -194,39 +165,41 @@ def check_same(net: nn.Module, other: nn.Module) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("forward", FUSED, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("forward", "expected"), FUSED.values(), ids=FUSED)
 @pytest.mark.parametrize("norm", ["l1", "top10"])
-def test_fused_blocks_compute_the_same(forward: Forward, norm: str) -> None:
+def test_fused_blocks_compute_the_same(
+    forward: Forward, expected: dict[str, str], norm: str
+) -> None:
     net = block(forward)
     twin = copy.deepcopy(net)
     swap_norms(twin, norm)
     report = swap_norms(net, norm, fuse="add_relu")
-    assert fused(net) == FUSED[forward]
-    assert {s.name: s.after for s in report.fused} == FUSED[forward]
+    assert fused(net) == expected
+    assert {s.name: s.after for s in report.fused} == expected
     check_same(net, twin)
 
 
-@pytest.mark.parametrize("forward", FUSED, ids=lambda f: f.__name__)
-def test_fuse_relu_leaves_additions(forward: Forward) -> None:
+@pytest.mark.parametrize(("forward", "expected"), FUSED.values(), ids=FUSED)
+def test_fuse_relu_leaves_additions(forward: Forward, expected: dict[str, str]) -> None:
     net, twin = block(forward), block(forward)
     twin.load_state_dict(net.state_dict())
     swap_norms(twin, "l1")
     report = swap_norms(net, "l1", fuse="relu")
-    assert fused(net) == {n: f for n, f in FUSED[forward].items() if f == "relu"}
-    added = {n for n, f in FUSED[forward].items() if f == "add_relu"}
+    assert fused(net) == {n: f for n, f in expected.items() if f == "relu"}
+    added = {n for n, f in expected.items() if f == "add_relu"}
     reasons = {s.name: s.reason for s in report.not_fused}
     assert all("an addition follows it" in reasons[name] for name in added)
     check_same(net, twin)
 
 
-@pytest.mark.parametrize("forward", REFUSED, ids=lambda f: f.__name__)
-def test_unfusable_patterns_are_refused_with_the_reason(forward: Forward) -> None:
+@pytest.mark.parametrize(("forward", "reason"), REFUSED.values(), ids=REFUSED)
+def test_unfusable_patterns_are_refused_with_the_reason(forward: Forward, reason: str) -> None:
     net = block(forward)
     twin = copy.deepcopy(net)
     swap_norms(twin, "l1")
     report = swap_norms(net, "l1", fuse="add_relu")
     assert fused(net) == {}
-    assert {s.name: s.reason for s in report.not_fused}["a"] == REFUSED[forward]
+    assert {s.name: s.reason for s in report.not_fused}["a"] == reason
     assert type(net) is type(twin)
     x = torch.randn(3, CHANNELS, 5, 6, dtype=torch.float64)
     with torch.no_grad():  # some change what a backward would need
