@@ -13,7 +13,7 @@ from nmlightning.compat import keep_through_sync, synchronise_norms
 from nmlightning.errors import InputError, check_lists
 from nmlightning.kernels.dispatch import NO_KERNELS
 from nmlightning.kernels.interface import layout_of
-from nmlightning.norms.registry import check_kinds, check_options
+from nmlightning.norms.registry import check_fuse, check_kinds, check_options
 from nmlightning.surgery.fuse.fuse import unfused
 from nmlightning.surgery.norm_layers import find_norm_layers
 from nmlightning.surgery.recipes import (
@@ -23,7 +23,7 @@ from nmlightning.surgery.recipes import (
     make_recipe,
     note_recipe,
 )
-from nmlightning.surgery.swap import check_fuse, swap_norms
+from nmlightning.surgery.swap import swap_norms
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -77,14 +77,14 @@ class NormSwap(ModelChange):
     ) -> None:
         super().__init__()
         check_lists(kinds=kinds, include=include, exclude=exclude)
-        for kind in check_kinds(tuple(kinds)):
-            check_options(norm, kind, options or {})
         self.norm = norm
+        self.kinds = check_kinds(tuple(kinds))
+        for kind in self.kinds:
+            check_options(norm, kind, options or {})
         self.options: Mapping[str, Any] = dict(options or {})
-        self.kinds = tuple(kinds)
         self.include = tuple(include)
         self.exclude = tuple(exclude)
-        self.fuse = check_fuse(fuse, norm, check_kinds(tuple(kinds)))
+        self.fuse = check_fuse(fuse, norm, self.kinds)
         self._unchecked = False
         self._unnoted: Mapping[str, nn.Module] = {}
         self._backends: BackendNote | None = None

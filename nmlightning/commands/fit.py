@@ -21,7 +21,6 @@ from pytorch_lightning.callbacks.progress import ProgressBar
 from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from nmlightning.callbacks.skipped_steps import SkippedStepCount
 from nmlightning.commands import run_report
 from nmlightning.commands.argument_parser import INTERRUPTED, LOST_PROCESS, TERMINATED
 from nmlightning.commands.checkpoint import checkpoint_hparams
@@ -230,7 +229,7 @@ def standard_callbacks(options: Namespace) -> list[Callback]:
     given = given_callbacks(options)
     added: list[Callback] = []
     if not options.barebones:
-        added.append(SkippedStepCount())
+        added.append(run_report.SkippedStepCount())
     if not (any(isinstance(c, ProgressBar) for c in given) or _off(options, "progress_bar")):
         added.append(MetricsBar())
     if not (any(_keeps_last(c) for c in given) or _off(options, "checkpointing")):

@@ -1,15 +1,15 @@
 """The norms by name: which layer class each one is, for batch, layer and RMS normalisation."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType, ModuleType
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
-from nmlightning.errors import InputError, nearest
-from nmlightning.kernels.interface import NormKind
+from nmlightning.errors import InputError, check_choice, nearest
+from nmlightning.kernels.interface import Fused, NormKind
 from nmlightning.norms import batch_norm, low_precision, mean_only
 from nmlightning.norms.layer_norm import L1LayerNorm, L1RMSNorm, LpLayerNorm, LpRMSNorm
 
@@ -120,6 +120,18 @@ def check_options(name: str, kind: NormKind, options: Mapping[str, Any]) -> dict
                 f"{known}.{nearest(str(option), allowed)}"
             )
     return {**norm.fixed, **options}
+
+
+def check_fuse(fuse: str | None, norm: str, kinds: Iterable[NormKind]) -> Fused | None:
+    """Return what is to be fused, or raise InputError if norms of these kinds cannot be."""
+    if fuse is None:
+        return None
+    check_choice("fuse", fuse, ("relu", "add_relu"))
+    if norm == "l2":
+        raise InputError("fuse is for norms of this package: 'l2' is torch's own, give fuse=None.")
+    if "batch" not in kinds:
+        raise InputError(f"fuse is for batch norms, and kinds is {tuple(kinds)}: give fuse=None.")
+    return cast(Fused, fuse)
 
 
 def drop_defaults(name: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from nmlightning.errors import InputError, check_choice, check_flag, check_lists
+from nmlightning.errors import InputError, check_flag, check_lists
 from nmlightning.kernels.interface import Fused, NormKind
 from nmlightning.name_patterns import matches, unmatched
-from nmlightning.norms.registry import TITLES, check_kinds, check_options, find_norm, layer_class
+from nmlightning.norms.registry import (
+    TITLES,
+    check_fuse,
+    check_kinds,
+    check_options,
+    find_norm,
+    layer_class,
+)
 from nmlightning.surgery.norm_layers import (
     NormLayer,
     class_to_take,
@@ -179,18 +186,6 @@ def swap_norms(
             fusing.apply()
         guard_fast_paths(model.modules())
     return SwapReport(swapped, left, dry_run, fused, not_fused)
-
-
-def check_fuse(fuse: str | None, norm: str, kinds: Iterable[NormKind]) -> Fused | None:
-    """Return what is to be fused, or raise InputError if norms of these kinds cannot be."""
-    if fuse is None:
-        return None
-    check_choice("fuse", fuse, ("relu", "add_relu"))
-    if norm == "l2":
-        raise InputError("fuse is for norms of this package: 'l2' is torch's own, give fuse=None.")
-    if "batch" not in kinds:
-        raise InputError(f"fuse is for batch norms, and kinds is {tuple(kinds)}: give fuse=None.")
-    return cast(Fused, fuse)
 
 
 def _plan_fusing(

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_modules import PlLate, PlModule, UnifiedModule, make, make_trainer, package_of
 from nmlightning import NormSwap
-from nmlightning.callbacks.skipped_steps import SkippedStepCount
+from nmlightning.commands.run_report import SkippedStepCount
 
 NORMS: dict[str, dict[str, Any]] = {
     "l1": {},
