@@ -6,7 +6,7 @@ from numbers import Integral
 
 
 class InputError(ValueError):
-    """What was given cannot be right; the message is one line that says what to do instead.
+    """Input that cannot be right; the message is one line that says what to do instead.
 
     The command line prints it without a traceback. Any other exception is a bug and keeps its own.
     """
@@ -67,5 +67,5 @@ def check_lists(**arguments: object) -> None:
 
 
 def is_number(value: object) -> bool:
-    """Whether `value` is a real number; True and False, which Python counts as 1 and 0, are not."""
+    """Return True for a real number; True and False, which Python counts as 1 and 0, are none."""
     return isinstance(value, int | float) and not isinstance(value, bool)

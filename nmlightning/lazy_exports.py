@@ -53,7 +53,9 @@ def lazy_exports(package: str) -> tuple[Callable[[str], Any], Callable[[], list[
     The names are those that the `__init__` imports `as` themselves. Those under `if TYPE_CHECKING:`
     are imported when they are first used: they may lie in packages above, or need torch.
     """
-    tree = ast.parse(_source_of(package))
+    spec = find_spec(package) if package not in sys.modules else sys.modules[package].__spec__
+    loader: Any = spec.loader if spec else None
+    tree = ast.parse(loader.get_source(package))
     lazy = [
         node
         for block in tree.body
@@ -75,12 +77,6 @@ def lazy_exports(package: str) -> tuple[Callable[[str], Any], Callable[[], list[
         return sorted({*vars(sys.modules[package]), *names})
 
     return load, list_names, names
-
-
-def _source_of(package: str) -> str:
-    spec = find_spec(package) if package not in sys.modules else sys.modules[package].__spec__
-    loader: Any = spec.loader if spec else None
-    return str(loader.get_source(package))
 
 
 class RenamedModules(MetaPathFinder, Loader):

@@ -35,11 +35,8 @@ class EpochClock:
     So a run with as many steps per epoch as another one has the same moments, and one with other
     batch sizes is mapped by its share of the epoch. Where the Trainer does not know the steps of an
     epoch, those of the epoch before count; in the first epoch, for a module that steps by
-    hand, the share of its batches, and for data without a length the steps of the recording.
-
-    Args:
-        trainer: of the run.
-        followed: the recording that is looked up.
+    hand, the share of its batches, and for data without a length the steps of `followed`, the
+    recording.
     """
 
     def __init__(self, trainer: "pl.Trainer", followed: NormHistory | None = None) -> None:

@@ -63,13 +63,8 @@ def log_scalars(trainer: "pl.Trainer", values: Mapping[str, float], step: int) -
             writer._get_file_writer().add_summary(Summary(value=points), step)
 
 
-def tensorboard_writers(trainer: "pl.Trainer") -> list[Any]:
-    """Return the SummaryWriter of each TensorBoard logger."""
-    writers = [_tensorboard_writer(logger) for logger in trainer.loggers]
-    return [writer for writer in writers if writer is not None]
-
-
 def _tensorboard_writer(logger: Any) -> Any | None:
+    """Return the SummaryWriter of a TensorBoard logger, None of another."""
     experiment = getattr(logger, "experiment", None)
     return experiment if hasattr(experiment, "add_custom_scalars") else None
 
@@ -86,11 +81,6 @@ class NormDashboard:
     beside the one at equilibrium, and the factors of steering; all of them wait for the device
     once. At the end of an epoch, in TensorBoard: a histogram of each layer's norms, and ten times a
     run a picture of them over the epochs.
-
-    Args:
-        trainer: whose loggers are used.
-        recorder: of the weights that are shown.
-        handles: the rule at work on each optimizer that is steered.
     """
 
     def __init__(
@@ -117,7 +107,14 @@ class NormDashboard:
         for layer, weight in self._weights.items():
             if weight.parameter in numbers and weight.computed is None:
                 group = optimizer.param_groups[numbers[weight.parameter]]
-                self._steps[layer] = _Step.before(weight, optimizer, group)
+                self._steps[layer] = _Step(
+                    weight,
+                    weight.parameter.detach().clone(),
+                    float(group["lr"]),
+                    float(group.get("momentum", 0.0)),
+                    known_power(optimizer),
+                    expected_rotation(optimizer, group),
+                )
 
     @torch.no_grad()
     def after_batch(self) -> None:
@@ -139,7 +136,8 @@ class NormDashboard:
     def end_epoch(self) -> None:
         """Show the recorded norms in TensorBoard."""
         step, ends = logged_step(self._trainer), self._recorder.history().epoch_ends()
-        pictures_are_due = self._pictures_are_due(len(ends))
+        expected = max(self._trainer.max_epochs or 0, 1)
+        pictures_are_due = len(ends) % -(-expected // _HEATMAPS) == 0 or len(ends) == expected
         for writer in self._writers():
             for layer, weight in self._weights.items():
                 norms = ends.norms[weight.name]
@@ -148,7 +146,7 @@ class NormDashboard:
                     writer.add_histogram(tag, norms[-1], step, bins=_HISTOGRAM_BINS)
                 if pictures_are_due:
                     picture = draw_heatmap(norms, layer)
-                    writer.add_image(tags.norm_map_tag(layer), picture, step, dataformats="HWC")
+                    writer.add_image(tags.NORM_MAP + layer, picture, step, dataformats="HWC")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts that a resumed run starts from."""
@@ -167,7 +165,7 @@ class NormDashboard:
         names = [tags.norm_tag(layer, name) for layer in self._weights for name in STATISTICS]
         reading.add(names, summarise_channels(norms))
         turned = [step.rotation() for step in self._steps.values()]
-        reading.add([tags.rotation_tag(layer) for layer in self._steps], torch.stack(turned))
+        reading.add([tags.ROTATION + layer for layer in self._steps], torch.stack(turned))
 
     def _add_steering(self, reading: DeviceReading) -> None:
         factors = {name: f for handle in self._handles for name, f in handle.factors().items()}
@@ -179,12 +177,9 @@ class NormDashboard:
             counts = [handle.skipped_on_device for handle in self._handles]
             reading.add([tags.STEERING_SKIPPED], torch.stack(counts).sum())
 
-    def _pictures_are_due(self, epochs: int) -> bool:
-        expected = max(self._trainer.max_epochs or 0, 1)
-        return epochs % -(-expected // _HEATMAPS) == 0 or epochs == expected
-
     def _writers(self) -> list[Any]:
-        return tensorboard_writers(self._trainer) if self._trainer.is_global_zero else []
+        loggers = self._trainer.loggers if self._trainer.is_global_zero else []
+        return list(filter(None, map(_tensorboard_writer, loggers)))
 
 
 @dataclass(frozen=True)
@@ -198,17 +193,6 @@ class _Step:
     power: int | None
     equilibrium: float | None
 
-    @classmethod
-    def before(cls, weight: LayerWeight, optimizer: Optimizer, group: Mapping[str, Any]) -> "_Step":
-        return cls(
-            weight,
-            weight.parameter.detach().clone(),
-            float(group["lr"]),
-            float(group.get("momentum", 0.0)),
-            known_power(optimizer),
-            expected_rotation(optimizer, group),
-        )
-
     def rotation(self) -> Tensor:
         """Return the root mean square angle, over channels that have one, to the weight now."""
         angles = rotations(self.values, self.weight.parameter, self.weight.layout)
@@ -218,14 +202,11 @@ class _Step:
         """Return, by tag, the effective learning rate at a norm, and the rotation to expect."""
         rates = {}
         if self.power is not None:
-            rates[tags.effective_lr_tag(layer)] = float(
-                effective_learning_rates(
-                    torch.tensor(norm),
-                    self.learning_rate,
-                    power=self.power,
-                    momentum=self.momentum,
-                )
+            momentum, power = self.momentum, self.power
+            rate = effective_learning_rates(
+                torch.tensor(norm), self.learning_rate, power=power, momentum=momentum
             )
+            rates[tags.EFFECTIVE_LR + layer] = float(rate)
         if self.equilibrium is not None:
-            rates[tags.equilibrium_tag(layer)] = self.equilibrium
+            rates[tags.EQUILIBRIUM + layer] = self.equilibrium
         return rates

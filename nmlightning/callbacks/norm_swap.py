@@ -171,10 +171,6 @@ class BackendNote:
     """Asks each norm once, when it gets its first batch, which backend computes it.
 
     A network that is compiled in whole or in part is not asked, since a hook would be traced.
-
-    Args:
-        model: what is trained.
-        layers: its norms, by name.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:

@@ -1,7 +1,7 @@
 """Provenance of a recording: the run that made it, compared with a run that follows it."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,10 +40,8 @@ def describe_run(trainer: "pl.Trainer", folder: Path) -> dict[str, Any]:
 def check_same_run(history: NormHistory, trainer: "pl.Trainer", *, other_run: bool) -> None:
     """Raise InputError if the run lasts longer than the recording, or has another seed or size.
 
-    Args:
-        history: the recording; what is not noted in it is not compared.
-        trainer: of the run.
-        other_run: let another seed and another number of processes pass.
+    What is not noted in the recording is not compared. `other_run` lets another seed and another
+    number of processes pass.
     """
     recorded, epochs = history.clock.covered, _epochs_of(trainer, history)
     if epochs is not None and epochs > recorded + _ROUNDING:
@@ -88,40 +86,29 @@ def check_same_optimizer(
 ) -> None:
     """Compare optimizers, learning rates and decays with those of a recording, where it has them.
 
-    A warning names another learning rate, and a recording without weight decay.
-
-    Args:
-        history: the recording.
-        names: of the weights that follow it.
-        optimizers: that have these weights.
+    A warning names another learning rate, and a recording without weight decay of the weights that
+    follow it, which have these `names`.
 
     Raises:
         InputError: an optimizer of a class that the recorded run did not have.
     """
     recorded = history.provenance.get("optimizers") or []
+    names_there = [each.get("name") for each in recorded]
     for optimizer in optimizers:
-        _check_class(recorded, optimizer)
-        _compare_rates(recorded, optimizer)
+        name, rate = type(optimizer).__name__, float(optimizer.defaults["lr"])
+        if names_there and name not in names_there:
+            raise InputError(
+                f"The recording is of a run with {' and '.join(map(str, names_there))}, and this "
+                f"one has {name}, whose steps follow norms otherwise; set other_run to follow it "
+                "all the same."
+            )
+        rates = [each["lr"] for each in recorded if each.get("name") == name and "lr" in each]
+        if rates and rate not in rates:
+            _warn(f"with learning rate {rates[0]:g}, and this one has {rate:g}")
     columns = [list(history.norms).index(name) for name in names]
     decays = history.weight_decays[:, columns]
     if decays.size and not np.isnan(decays).any() and not decays.any():
         _warn(f"without weight decay on {some(names, 3)}, so there is none to replace")
-
-
-def _check_class(recorded: Sequence[Mapping[str, Any]], optimizer: Optimizer) -> None:
-    there, here = [each.get("name") for each in recorded], type(optimizer).__name__
-    if there and here not in there:
-        raise InputError(
-            f"The recording is of a run with {' and '.join(map(str, there))}, and this one has "
-            f"{here}, whose steps follow norms otherwise; set other_run to follow it all the same."
-        )
-
-
-def _compare_rates(recorded: Sequence[Mapping[str, Any]], optimizer: Optimizer) -> None:
-    name, here = type(optimizer).__name__, float(optimizer.defaults["lr"])
-    there = [each["lr"] for each in recorded if each.get("name") == name and "lr" in each]
-    if there and here not in there:
-        _warn(f"with learning rate {there[0]:g}, and this one has {here:g}")
 
 
 def _warn(difference: str) -> None:

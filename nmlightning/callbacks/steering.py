@@ -31,11 +31,7 @@ if TYPE_CHECKING:
 class SteeredRun:
     """Attaches a rule where a Trainer's optimizers have weights for it, and gives it the moment.
 
-    Args:
-        rule: what steers.
-        trainer: whose fit has started.
-        module: what it trains.
-        other_run: follow also the recording of another seed or number of processes.
+    With `other_run` it also follows the recording of another seed or number of processes.
 
     Raises:
         InputError: a reference that does not fit the model or is shorter than the run.
@@ -55,10 +51,11 @@ class SteeredRun:
         self._trainer = trainer
         self._module = module
         self._has_printed = False
-        followed = None
         _check_projection(rule, module)
-        if rule.reference is not None:
-            followed = _load(rule.reference)
+        followed = rule.reference
+        if isinstance(followed, str | Path):
+            followed = NormHistory.load(find_recording(Path(followed), global_seed()))
+        if followed is not None:
             rule = copy.copy(rule)
             rule.reference = followed
             check_same_run(followed, trainer, other_run=other_run)
@@ -154,12 +151,6 @@ def print_scope(
     Console(stderr=True).print(table)
 
 
-def check_steering(steering: object) -> None:
-    """Raise InputError for anything but a rule, or None."""
-    if not isinstance(steering, StepRule | None):
-        raise InputError(f"steering is a rule, such as LRCorrection(…), or None, got {steering!r}.")
-
-
 def warn_of_other_steering(
     handles: Sequence[StepHookHandle], state: Mapping[str, Any] | None, step: int
 ) -> None:
@@ -184,9 +175,3 @@ def _check_projection(rule: StepRule, module: "pl.LightningModule") -> None:
             "NormSchedule sets the norms that project=True sets, too: normalise the weights "
             "without it."
         )
-
-
-def _load(reference: NormHistory | str | Path) -> NormHistory:
-    if isinstance(reference, NormHistory):
-        return reference
-    return NormHistory.load(find_recording(Path(reference), global_seed()))

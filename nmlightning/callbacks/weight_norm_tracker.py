@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from nmlightning.callbacks.norm_dashboard import NormDashboard
 from nmlightning.callbacks.provenance import describe_run
-from nmlightning.callbacks.steering import SteeredRun, check_steering, warn_of_other_steering
+from nmlightning.callbacks.steering import SteeredRun, warn_of_other_steering
 from nmlightning.compat import CallbackBase, in_added_epoch, is_trial_run
 from nmlightning.errors import InputError, check_lists
 from nmlightning.optim.step_hooks import StepHookHandle, StepRule
@@ -49,15 +49,7 @@ class Part(Protocol):
 class RunRecording:
     """The records of one fit, at its start, at every N-th step and at the ends of its epochs.
 
-    Args:
-        trainer: whose fit has started.
-        module: what it trains.
-        tracker: for its `every`, `include` and `exclude`.
-        state: of the run that is resumed, empty for a new one.
-
-    Attributes:
-        file: the file of the records.
-        recorder: takes them.
+    `state` is that of the run that is resumed, empty for a new one.
     """
 
     def __init__(
@@ -183,7 +175,10 @@ class WeightNormTracker(CallbackBase):
         if every != "epoch" and not steps:
             raise InputError(f"every is 'epoch' or a number of steps from 1 on, got {every!r}.")
         check_lists(include=include, exclude=exclude)
-        check_steering(steering)
+        if not isinstance(steering, StepRule | None):
+            raise InputError(
+                f"steering is a rule, such as LRCorrection(…), or None, got {steering!r}."
+            )
         self.every = every
         self.steering = steering
         self.include = tuple(include)
@@ -212,7 +207,11 @@ class WeightNormTracker(CallbackBase):
         if self._logs(trainer):
             dashboard = NormDashboard(trainer, recording.recorder, self.handles)
             self._parts["dashboard"] = dashboard
-        self._resume(trainer.global_step)
+        states = {name: state for name, state in self._resumed.items() if state is not None}
+        warn_of_other_steering(self.handles, states.get("steering"), trainer.global_step)
+        for name in states.keys() & self._parts.keys():
+            self._parts[name].load_state_dict(states[name])
+        self._resumed = {}
 
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
@@ -264,13 +263,6 @@ class WeightNormTracker(CallbackBase):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume the records and the steering of a checkpoint."""
         self._resumed = state_dict
-
-    def _resume(self, step: int) -> None:
-        states = {name: state for name, state in self._resumed.items() if state is not None}
-        warn_of_other_steering(self.handles, states.get("steering"), step)
-        for name in states.keys() & self._parts.keys():
-            self._parts[name].load_state_dict(states[name])
-        self._resumed = {}
 
     def _logs(self, trainer: "pl.Trainer") -> bool:
         if self.log_norms and not trainer.loggers:

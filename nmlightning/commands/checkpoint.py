@@ -48,11 +48,7 @@ class Checkpoint:
     """The LightningModule in a checkpoint, with the settings of its run.
 
     The settings are the checkpoint's hyper-parameters, then the config that `nm fit` has saved
-    beside it. A config that is given wins over both.
-
-    Args:
-        path: the file.
-        config: a config with a `model`, a `data` or both, or None.
+    beside it. A config that is given, with a `model`, a `data` or both, wins over both.
 
     Raises:
         InputError: the file is no checkpoint, or holds no weights.

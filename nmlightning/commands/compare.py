@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from nmlightning.commands.argument_parser import ArgumentParser
+from nmlightning.commands.argument_parser import ArgumentParser, print_line
 from nmlightning.commands.files import check_replaceable, write_file
 from nmlightning.reports.comparison import (
     SETTING_HEADINGS,
@@ -21,8 +21,6 @@ from nmlightning.reports.comparison import (
 )
 from nmlightning.reports.page import GENERATOR, write_page
 from nmlightning.reports.run import find_runs, read_run
-
-_DEFAULT_PAGE = Path("comparison.html")
 
 
 def run(arguments: list[str]) -> int:
@@ -39,9 +37,9 @@ def run(arguments: list[str]) -> int:
     _print_tables(groups)
     for joined in runs:
         for earlier, later in pairwise(joined.parts):
-            _print_line("resumed", f"{later} resumes {earlier}; they are one run")
+            print_line("resumed", f"{later} resumes {earlier}; they are one run")
     write_file("--report", given.report, write_page(groups))
-    _print_line("page", given.report)
+    print_line("page", given.report)
     return 0
 
 
@@ -59,7 +57,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--report",
         type=Path,
-        default=_DEFAULT_PAGE,
+        default=Path("comparison.html"),
         help="the page to write (default: %(default)s)",
     )
     return parser.parse_args(arguments)
@@ -78,7 +76,3 @@ def _print_tables(groups: list[Group]) -> None:
     for group, *row in zip(groups, *columns.values(), strict=True):
         results.add_row(escape(group.name), *row)
     Console().print(settings, results)
-
-
-def _print_line(heading: str, text: object) -> None:
-    Console().print(f" {heading:<11} {text}", soft_wrap=True, highlight=False, markup=False)

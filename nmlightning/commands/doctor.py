@@ -8,6 +8,7 @@ import platform
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
@@ -106,13 +107,10 @@ def _version(package: str) -> str:
 CONSOLE_WIDTH = 100
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WIDTH = 64
-CHECKED, TIMED = (
-    {4: (16, WIDTH, 8, 16), 2: (128, WIDTH)},
-    {4: (32, WIDTH, 28, 28), 2: (4096, 256)},
-)
+CHECKED = {4: (16, WIDTH, 8, 16), 2: (128, WIDTH)}
+TIMED = {4: (32, WIDTH, 28, 28), 2: (4096, 256)}
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 ROUNDS = 12
-
 
 OurNorm = BatchNormBase | LpLayerNorm | LpRMSNorm
 
@@ -127,21 +125,17 @@ class Subject(NamedTuple):
     timed: bool = True
 
 
-def _fused(norm: type[BatchNormBase], fused: Fused) -> Callable[[int], BatchNormBase]:
-    """Return what makes a norm that does the ReLU, or the addition and the ReLU, behind it."""
-
-    def make(width: int) -> BatchNormBase:
-        layer = norm(width)
-        layer.fused = fused
-        return layer
-
-    return make
+def _make_fused(fused: Fused, width: int) -> BatchNormBase:
+    """Return a norm that does the ReLU, or the addition and the ReLU, behind it."""
+    layer = L1BatchNorm2d(width)
+    layer.fused = fused
+    return layer
 
 
 SUBJECTS = (
     Subject("L1 batch norm", L1BatchNorm2d),
-    Subject("L1 and ReLU", _fused(L1BatchNorm2d, "relu"), timed=False),
-    Subject("L1, addition and ReLU", _fused(L1BatchNorm2d, "add_relu"), timed=False),
+    Subject("L1 and ReLU", partial(_make_fused, "relu"), timed=False),
+    Subject("L1, addition and ReLU", partial(_make_fused, "add_relu"), timed=False),
     Subject("L∞ batch norm", LInfBatchNorm2d),
     Subject("Top(10) batch norm", TopKBatchNorm2d),
     Subject("Lp batch norm, p = 3", lambda width: LpBatchNorm2d(width, p=3.0), timed=False),
@@ -151,8 +145,7 @@ SUBJECTS = (
 )
 
 
-Answer = tuple[str, str]
-"""A backend, and the reason why it is that."""
+Answer = tuple[str, str]  # a backend, and the reason why it is that
 
 
 class Backends(NamedTuple):
@@ -163,7 +156,7 @@ class Backends(NamedTuple):
 
 
 class Check(NamedTuple):
-    """How far a norm is from its formula in float64, as a share of the largest value."""
+    """The distance of a norm from its formula in float64, as a share of the largest value."""
 
     subject: str
     backend: str
@@ -173,7 +166,7 @@ class Check(NamedTuple):
 
     @property
     def failed(self) -> bool:
-        """Whether it is further than the dtype's rounding explains, or not a number."""
+        """True if it is further than the dtype's rounding explains, or not a number."""
         return not self.error <= TOLERANCES[self.dtype]
 
 
@@ -202,7 +195,8 @@ def time_norms(device: str) -> Iterator[tuple[Subject, float, float, float]]:
     for subject in (subject for subject in SUBJECTS if subject.timed):
         x = torch.randn(TIMED[subject.dims], device=device)
         layer, torchs = (make(x.shape[1]).to(device) for make in (subject.make, subject.torchs))
-        low, middle, high = _quartiles(time_ratios(layer, torchs, x, ROUNDS))
+        ratios = time_ratios(layer, torchs, x, ROUNDS)
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         yield subject, low, middle, high
 
 
@@ -230,16 +224,9 @@ def _describe(choices: Mapping[Answer, list[str]], marks: dict[str, str]) -> str
     for (backend, reason), layouts in choices.items():
         mark = marks.setdefault(reason, str(len(marks) + 1)) if reason else ""
         where = f" ({', '.join(layouts)})" if len(choices) > 1 else ""
-        words.append(f"{backend}{_raised(mark)}{where}")
+        raised = mark.translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
+        words.append(f"{backend}{raised}{where}")
     return ", ".join(words)
-
-
-def _raised(mark: str) -> str:
-    return mark.translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
-
-
-def _quartiles(ratios: list[float]) -> list[float]:
-    return statistics.quantiles(ratios, n=4, method="inclusive")
 
 
 def run(arguments: list[str]) -> int:

@@ -28,7 +28,7 @@ def run(arguments: list[str]) -> int:
     _check_checkpoint(given.checkpoint)
     given.output = given.output or given.checkpoint.with_suffix(FORMATS[given.format].suffix)
     check_target(given.output, given.format, given.overwrite)
-    export(given)
+    _export(given)
     return 0
 
 
@@ -84,12 +84,8 @@ def _check_checkpoint(path: Path) -> None:
         raise InputError(f"there is no file {str(path)!r} in {Path.cwd()}.")
 
 
-def export(given: argparse.Namespace) -> None:
-    """Load, write and report.
-
-    Raises:
-        InputError: a checkpoint that cannot be right, or a network that is not the same afterwards.
-    """
+def _export(given: argparse.Namespace) -> None:
+    """Load, write and report."""
     from nmlightning.commands.checkpoint import Checkpoint
     from nmlightning.commands.run_report import filter_logs
     from nmlightning.export.export import export_network
@@ -105,13 +101,9 @@ def export(given: argparse.Namespace) -> None:
             )
         shape = given.input_shape or checkpoint.input_shape()
         net = _choose(module, given.module)
+        fold, overwrite = not given.no_fold, given.overwrite
         report = export_network(
-            net,
-            given.output,
-            given.format,
-            shape,
-            fold=not given.no_fold,
-            overwrite=given.overwrite,
+            net, given.output, given.format, shape, fold=fold, overwrite=overwrite
         )
     _print(report, type(net).__name__, shape)
 

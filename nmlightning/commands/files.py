@@ -37,7 +37,11 @@ def find_config(name: str) -> Path:
 
 def shipped_configs() -> dict[str, Path]:
     """Return the shipped configs by name; quickstart first, the others in alphabetical order."""
-    found = {path.stem: path for path in sorted(_config_folder().glob("*.yaml"))}
+    package = Path(str(files("nmlightning")))
+    installed = package / "configs"
+    # setup.cfg ships the repository's configs/ as nmlightning/configs; a checkout has the former.
+    folder = installed if installed.is_dir() else package.parent / "configs"
+    found = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
     return dict(sorted(found.items(), key=lambda item: item[0] != "quickstart"))
 
 
@@ -63,26 +67,12 @@ def read_config(name: str) -> dict[str, Any]:
 
 
 def is_config_text(value: str) -> bool:
-    """Whether `value` is YAML or JSON itself, which `--config` takes too, rather than a name."""
+    """Return True for YAML or JSON itself, which `--config` takes too, rather than a name."""
     return "\n" in value or "{" in value
-
-
-def _config_folder() -> Path:
-    package = Path(str(files("nmlightning")))
-    installed = package / "configs"
-    # setup.cfg ships the repository's configs/ as nmlightning/configs; a checkout has the former.
-    return installed if installed.is_dir() else package.parent / "configs"
 
 
 RUNS = Path("runs")
 CHECKPOINTS = "checkpoints"  # Lightning's name
-
-
-def folder_of_runs(config: Path | None, run_name: str) -> Path:
-    """Return where earlier runs of an experiment are, of which `config` may be what one saved."""
-    if config and config.name == "config.yaml" and (config.parent / CHECKPOINTS).is_dir():
-        return config.parent.parent
-    return RUNS / run_name
 
 
 def last_checkpoint(runs: Path) -> Path | None:
@@ -131,9 +121,6 @@ class RunPaths:
     `--ckpt_path last` is the newest last checkpoint of this experiment's runs. Where there is none
     a fit starts anew, so that the command which begins a training also resumes it.
 
-    Args:
-        arguments: the command and its options.
-
     Raises:
         InputError: a file that is named does not exist, or a config is no YAML.
     """
@@ -147,8 +134,11 @@ class RunPaths:
         files = [Path(name) for name in names if not is_config_text(name)]
         configs = [read_config(name) for name in names]
         in_configs = [config.get("ckpt_path") for config in configs]
-        self.run_name = files[0].stem if files else "run"
-        self.runs = folder_of_runs(files[0] if files else None, self.run_name)
+        config = files[0] if files else Path("run")
+        self.run_name = config.stem
+        # A config may be one that a run has saved: the others are beside that run.
+        is_of_a_run = config.name == "config.yaml" and (config.parent / CHECKPOINTS).is_dir()
+        self.runs = config.parent.parent if is_of_a_run else RUNS / self.run_name
         checkpoint = next(filter(None, [given.ckpt_path, *reversed(in_configs)]), None)
         self.wants_last = checkpoint == LAST
         if self.wants_last:

@@ -32,19 +32,13 @@ from nmlightning.errors import InputError
 SECONDS_TO_END = 10  # for a launched process that is about to say what went wrong
 # What gloo says of a process that is gone or silent; NCCL and the store have exceptions for it.
 _LOSSES = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "Timed out waiting",
+    *("Connection closed by peer", "Connection reset by peer"),
+    *("Broken pipe", "Timed out waiting"),
 )
 
 
 def run(arguments: list[str], paths: RunPaths) -> int:
     """Run `nm fit`, `validate`, `test` or `predict` and return its exit code.
-
-    Args:
-        arguments: the command and its options.
-        paths: what these name.
 
     Raises:
         InputError: an option, a config or a checkpoint cannot be right.
@@ -53,7 +47,12 @@ def run(arguments: list[str], paths: RunPaths) -> int:
     with filter_logs():
         try:
             stored = checkpoint_hparams(paths.checkpoint) if paths.checkpoint else []
-            resolved = _resolve_last(paths) if paths.wants_last else []
+            resolved: list[str] = []
+            if paths.wants_last:
+                found = paths.checkpoint
+                nothing = f"{paths.runs} has no checkpoint yet, so training starts anew."
+                run_report.print_notice(f"--ckpt_path last is {found}" if found else nothing)
+                resolved = ["--ckpt_path", found or "null"]
             TrainingCLI([command, *stored, *options, *resolved], paths.run_name)
         except SystemExit as stop:
             if is_ctrl_c(stop):
@@ -64,22 +63,8 @@ def run(arguments: list[str], paths: RunPaths) -> int:
     return 0
 
 
-def _resolve_last(paths: RunPaths) -> list[str]:
-    """Return the option that takes the place of `--ckpt_path last`, and say what that is."""
-    if paths.checkpoint is None:
-        run_report.print_notice(f"{paths.runs} has no checkpoint yet, so training starts anew.")
-        return ["--ckpt_path", "null"]
-    run_report.print_notice(f"--ckpt_path last is {paths.checkpoint}")
-    return ["--ckpt_path", paths.checkpoint]
-
-
 class TrainingCLI(LightningCLI):
-    """LightningCLI for any model and data; its constructor runs the command.
-
-    Args:
-        arguments: the command and its options.
-        run_name: the name of the folder in `runs` that holds the run.
-    """
+    """LightningCLI for any model and data; its constructor runs the command, in `runs/run_name`."""
 
     def __init__(self, arguments: list[str], run_name: str) -> None:
         command = arguments[0]
@@ -154,10 +139,7 @@ class TrainingCLI(LightningCLI):
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
         """Train, and report; after Ctrl-C or SIGTERM say how to resume."""
-        folder = self._folder() if self.trainer.is_global_zero else None
-        if folder and (folder / "config.yaml").exists():
-            raise InputError(f"{folder} holds another run; leave trainer.logger.version out.")
-        _make_folder(folder)
+        folder = self._make_folder() if self.trainer.is_global_zero else None
         run_report.print_start(self.trainer, folder)
         check_restarts()
         earlier = kwargs.get("ckpt_path")
@@ -212,10 +194,19 @@ class TrainingCLI(LightningCLI):
         terminated = isinstance(error, SIGTERMException) or self.trainer.received_sigterm
         return TERMINATED if terminated else None
 
-    def _folder(self) -> Path | None:
+    def _make_folder(self) -> Path | None:
+        """Make the run's folder, or raise InputError before anything is computed for it."""
         options = self.config_init[self.subcommand].trainer
-        folder = None if options.fast_dev_run else self.trainer.log_dir
-        return Path(folder) if folder else None
+        if options.fast_dev_run or not self.trainer.log_dir:
+            return None
+        folder = Path(self.trainer.log_dir)
+        if (folder / "config.yaml").exists():
+            raise InputError(f"{folder} holds another run; leave trainer.logger.version out.")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"the run's folder cannot be made: {error}.") from error
+        return folder
 
     def _last_checkpoint(self) -> Path | None:
         callbacks = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
@@ -262,22 +253,13 @@ def _off(options: Namespace, what: str) -> bool:
 
 
 def _keeps_last(callback: Callback) -> bool:
-    return isinstance(callback, ModelCheckpoint) and bool(
-        callback.save_last or callback.monitor is None
-    )
-
-
-def _make_folder(folder: Path | None) -> None:
-    """Make the run's folder, or raise InputError before anything is computed for it."""
-    try:
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"the run's folder cannot be made: {error}.") from error
+    if not isinstance(callback, ModelCheckpoint):
+        return False
+    return bool(callback.save_last or callback.monitor is None)
 
 
 def is_ctrl_c(stop: SystemExit) -> bool:
-    """Whether `stop` is what Lightning 2.6 makes of KeyboardInterrupt: exit(1)."""
+    """Return True if `stop` is what Lightning 2.6 makes of KeyboardInterrupt: exit(1)."""
     return isinstance(stop.__context__, KeyboardInterrupt)
 
 
@@ -299,9 +281,6 @@ class SameStart(Callback):
     """Refuses a fit whose processes do not all start from the same checkpoint.
 
     Each finds `--ckpt_path last` by itself, and one whose file system is another finds another.
-
-    Args:
-        checkpoint: what this process starts from.
     """
 
     def __init__(self, checkpoint: str | None) -> None:
@@ -327,9 +306,7 @@ def failing_together(
 ) -> Iterator[None]:
     """Say in a line that another process is lost, and leave none running that this one started.
 
-    Args:
-        trainer: what runs in the body.
-        checkpoint: returns the last checkpoint that there is.
+    `checkpoint` returns the last one that there is, of what the body runs.
 
     Raises:
         SystemExit: with LOST_PROCESS, in place of what torch's collective raised.
@@ -347,7 +324,7 @@ def failing_together(
 
 
 def is_loss(error: BaseException) -> bool:
-    """Whether `error` is what a collective raises when another process is gone or silent."""
+    """Return True for what a collective raises when another process is gone or silent."""
     if isinstance(error, dist.DistError):
         return True
     text = str(error)

@@ -25,7 +25,7 @@ from nmlightning.optim import StepRule
 
 
 class Kind(NamedTuple):
-    """What a key holds: classes of this base, or that name; our package that exports some."""
+    """The classes of a key: their base, or its name; our package that exports some."""
 
     base: type
     package: str = ""
@@ -47,7 +47,7 @@ GIVEN_BY_THE_TASK = ("params", "optimizer")  # as the first argument, of optimiz
 
 
 class Place(NamedTuple):
-    """Where a complaint was met: its key, the class there, the plain types tried before it."""
+    """The place of a complaint: its key, the class there, the plain types tried before it."""
 
     key: str = ""
     class_path: str = ""

@@ -14,7 +14,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from nmlightning.commands.argument_parser import ArgumentParser, print_line
-from nmlightning.commands.files import CHECKPOINTS, RunPaths, check_replaceable, write_file
+from nmlightning.commands.files import RunPaths, check_replaceable, config_of, write_file
 from nmlightning.errors import InputError
 from nmlightning.probe.chart import GENERATOR, Band, draw_ranges
 from nmlightning.probe.report import (
@@ -28,8 +28,6 @@ from nmlightning.probe.report import (
 )
 from nmlightning.reports.formatting import format_loss
 
-_DEFAULT_PICTURE = Path("norm_ranges.svg")
-_DEFAULT_BATCHES = 2
 _NARROWEST_NAME = 16  # characters
 _JSON_MARK = '"generator": "nm probe"'
 
@@ -75,13 +73,11 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="a config, or a checkpoint of a run, whose config.yaml is found beside it or given "
         "by --config",
     )
-    parser.add_argument(
-        "--batches", type=int, default=_DEFAULT_BATCHES, help="how many (default: %(default)s)"
-    )
+    parser.add_argument("--batches", type=int, default=2, help="how many (default: %(default)s)")
     parser.add_argument(
         "--picture",
         type=Path,
-        default=_DEFAULT_PICTURE,
+        default=Path("norm_ranges.svg"),
         help="the SVG to write (default: %(default)s)",
     )
     parser.add_argument("--json", type=Path, help="where to write the numbers, if they are wanted")
@@ -95,18 +91,14 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _experiment(name: str, options: Sequence[str]) -> list[str]:
     """Return the options of `nm fit` that name the config and, if it is one, the checkpoint."""
-    if not _is_checkpoint(name):
+    if not (name.endswith(".ckpt") or zipfile.is_zipfile(name)):
         return ["--config", name]
     if any(word.split("=")[0] in ("-c", "--config") for word in options):
         return ["--ckpt_path", name]
-    config = Path(name).parent.parent / "config.yaml"
-    if Path(name).exists() and not (config.is_file() and Path(name).parent.name == CHECKPOINTS):
+    config = config_of(Path(name))
+    if config is None and Path(name).exists():
         raise InputError(f"{name} is in no folder of a run with a config.yaml; give --config.")
-    return [*(["--config", str(config)] if config.is_file() else []), "--ckpt_path", name]
-
-
-def _is_checkpoint(name: str) -> bool:
-    return name.endswith(".ckpt") or zipfile.is_zipfile(name)
+    return [*(["--config", str(config)] if config else []), "--ckpt_path", name]
 
 
 def _print_table(ranges: NormRanges) -> None:
@@ -120,24 +112,21 @@ def _print_table(ranges: NormRanges) -> None:
         cells = [_norm_cell(layer, norm, how=norm == FAILING) for norm in ranges.norms]
         if lost_in_input:
             cells.append(_coloured(layer.input_share(), format_loss(layer.input_share())))
-        table.add_row(escape(layer.name), *_size_cells(layer), *cells)
+        scales = layer.finite_scales
+        sizes = [scales.min(), scales.max()] if len(scales) else [float("nan")] * 2
+        sizes.append(layer.largest_deviation)
+        table.add_row(escape(layer.name), *(f"{size:.3g}" for size in sizes), *cells)
     Console().print(table)
     for reason, count in Counter(ranges.left_out.values()).items():
         first = next(name for name, why in ranges.left_out.items() if why == reason)
         print_line("left out", f"{first}{f' and {count - 1} more' * (count > 1)}: {reason}")
 
 
-def _size_cells(layer: LayerRanges) -> list[str]:
-    scales = layer.finite_scales
-    sizes = [scales.min(), scales.max()] if len(scales) else [float("nan")] * 2
-    return [f"{size:.3g}" for size in (*sizes, layer.largest_deviation)]
-
-
 def _norm_cell(layer: LayerRanges, norm: str, *, how: bool) -> str:
     share, lost = layer.lost_share(norm), layer.lost(norm)
-    way = f" {FAILURE_LABELS[max(lost, key=lambda way: lost[way])]}" if how and lost else ""
-    others = ", …" if way and len(lost) > 1 else ""
-    return _coloured(share, format_loss(share) + way + others)
+    label = f" {FAILURE_LABELS[max(lost, key=lambda key: lost[key])]}" if how and lost else ""
+    others = ", …" if label and len(lost) > 1 else ""
+    return _coloured(share, format_loss(share) + label + others)
 
 
 def _coloured(share: float | None, text: str) -> str:

@@ -19,23 +19,13 @@ from nmlightning.probe.report import NormRanges
 
 
 def run_batches(options: list[str], paths: RunPaths, batches: int) -> NormRanges:
-    """Run training batches through the experiment that `options` describe, and measure its norms.
-
-    Args:
-        options: those of `nm fit`.
-        paths: what these name.
-        batches: how many.
-    """
+    """Run training batches through the experiment that `options` of `nm fit` describe."""
     with filter_logs(), torch.compiler.set_stance("force_eager"):
-        words = [
-            *(checkpoint_hparams(paths.checkpoint) if paths.checkpoint else []),
-            *options,
-            "--ckpt_path",
-            "null",
-        ]
+        stored = checkpoint_hparams(paths.checkpoint) if paths.checkpoint else []
         watcher = _Watcher(batches, paths.checkpoint)
         try:
-            _ProbeCLI(["fit", *words], paths.run_name, watcher)
+            arguments = ["fit", *stored, *options, "--ckpt_path", "null"]
+            _ProbeCLI(arguments, paths.run_name, watcher)
         except SystemExit as stop:
             if is_ctrl_c(stop):
                 raise KeyboardInterrupt from None
@@ -88,12 +78,7 @@ class _EnoughError(Exception):
 
 
 class _Watcher(pl.Callback):
-    """Loads the weights, measures the norms for some batches, and lets no weight move.
-
-    Args:
-        batches: how many.
-        checkpoint: of the weights, or None.
-    """
+    """Loads the weights, measures the norms for some batches, and lets no weight move."""
 
     def __init__(self, batches: int, checkpoint: str | None) -> None:
         self.batches = batches

@@ -154,7 +154,6 @@ def print_paths(**paths: Path | str | None) -> None:
 @rank_zero_only
 def print_interruption(run: Path | None, checkpoint: Path | None) -> None:
     """Say which checkpoint an interrupted run leaves, and the command that resumes it."""
-    console = Console(stderr=True)
     config = run / "config.yaml" if run else None
     if checkpoint is None:
         text = "interrupted; no checkpoint exists yet."
@@ -163,7 +162,7 @@ def print_interruption(run: Path | None, checkpoint: Path | None) -> None:
     else:
         words = ["nm", "fit", "--config", str(config), "--ckpt_path", str(checkpoint)]
         text = f"interrupted; the last checkpoint is kept. To resume:\n{shlex.join(words)}"
-    console.print(f"nm: {text}", soft_wrap=True, highlight=False, markup=False)
+    print_notice(text)
 
 
 def print_loss(rank: int, error: str, checkpoint: Path | str | None) -> None:
@@ -197,12 +196,9 @@ def print_metrics(metrics: Mapping[str, Any]) -> None:
     for name in names:
         table.add_column(escape(name), justify="right")
     for stage in rows:
-        table.add_row(stage, *(_cell(f"{stage}/{name}", values) for name in names))
+        tags = [f"{stage}/{name}" for name in names]
+        table.add_row(stage, *(format_value(values[t], t) if t in values else "" for t in tags))
     Console().print(table)
-
-
-def _cell(metric: str, values: Mapping[str, float]) -> str:
-    return format_value(values[metric], metric) if metric in values else ""
 
 
 def _print(text: str = "") -> None:

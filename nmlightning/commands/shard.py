@@ -11,7 +11,7 @@ from typing import get_args
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from nmlightning.commands.argument_parser import ArgumentParser
+from nmlightning.commands.argument_parser import ArgumentParser, print_line
 from nmlightning.datamodules.decoded_images import Damaged
 from nmlightning.datamodules.image_folder import FolderImages, common_classes
 from nmlightning.datamodules.image_shards import ShardWriter
@@ -25,8 +25,8 @@ def run(arguments: list[str]) -> int:
 
     Raises:
         InputError: without litdata; if OUT holds something already, or lies where it would become a
-            class or an image; for folders that are not laid
-            out as ImageNet's; for a file that is no image, unless these are left out.
+            class or an image; for folders that are not laid out as ImageNet's; for a file that is
+            no image, unless these are left out.
     """
     given = _parse(arguments)
     check_whole_number("--shard_size", given.shard_size)
@@ -109,11 +109,10 @@ def _progress() -> Progress:
 
 
 def _print_result(writer: ShardWriter, out: Path) -> None:
-    say = Console(soft_wrap=True, highlight=False, markup=False).print
     for part, images in writer.images.items():
-        say(f" {part:<11} {images} images in {-(-images // writer.shard_size)} shards")
+        print_line(part, f"{images} images in {-(-images // writer.shard_size)} shards")
     if writer.skipped:
-        say(f" skipped     damaged images, {len(writer.skipped)} in all:")
+        print_line("skipped", f"damaged images, {len(writer.skipped)} in all:")
         for name, reason in writer.skipped.items():
-            say(f"             {name} ({reason})")
-    say(f" shards      {out}: give it to ImageNet as --data.root")
+            print_line("", f"{name} ({reason})")
+    print_line("shards", f"{out}: give it to ImageNet as --data.root")

@@ -23,12 +23,13 @@ def run(arguments: list[str]) -> int:
     """Run `nm translate` and return its exit code.
 
     Raises:
-        InputError: a checkpoint, an option or a line of text that cannot be right.
+        InputError: a checkpoint that translates nothing, an option or a device that is not there, a
+            line that is not UTF-8.
     """
     given = _parse(arguments)
     if not given.checkpoint.is_file():
         raise InputError(f"there is no checkpoint {str(given.checkpoint)!r} in {Path.cwd()}.")
-    translate(given)
+    _translate(given)
     return 0
 
 
@@ -74,13 +75,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def translate(given: argparse.Namespace) -> None:
-    """Load the checkpoint, then translate what comes by standard input.
-
-    Raises:
-        InputError: a checkpoint that translates nothing, a device that is not there, a line that is
-            not UTF-8.
-    """
+def _translate(given: argparse.Namespace) -> None:
+    """Load the checkpoint, then translate what comes by standard input."""
     from nmlightning.commands.run_report import filter_logs
     from nmlightning.translation.task import LineOptions, translate_lines
 
@@ -156,15 +152,9 @@ def _write(lines: Sequence[str]) -> None:
 def _progress(lines: int) -> Iterator[Callable[[int], object]]:
     """Show on stderr how many lines are done; yield what to call with how many more are."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    columns = (TextColumn("translating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = ("translating", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=lines)
         yield lambda count: progress.advance(task, count)

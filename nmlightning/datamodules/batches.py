@@ -63,8 +63,8 @@ class RawBatch(NamedTuple):
     flips: Tensor | None = None
 
 
-class ImageSource(Protocol):
-    """Labelled images, read in batches."""
+class ImageRows(Protocol):
+    """Labelled images, a row each."""
 
     @property
     def length(self) -> int:
@@ -77,6 +77,10 @@ class ImageSource(Protocol):
     @property
     def digest(self) -> str:
         """A short text that differs if the images are others or in another order."""
+
+
+class ImageSource(ImageRows, Protocol):
+    """Labelled images, read in batches."""
 
     def batches(self, draws: Iterable[Draw]) -> Iterator[RawBatch]:
         """Yield the batch of each draw, in their order."""

@@ -63,7 +63,12 @@ class CIFAR10(ImageData):
     def setup(self, stage: str | None = None) -> None:
         """Check the files and load what the stage needs."""
         _refuse_altered_files(self.root)
-        _refuse_absent_files(self.root)
+        if _absent_files(self.root):
+            raise InputError(
+                f"{_describe_absence(self.root)}: name the folder above it with --data.root, "
+                "download it with --data.download true, or train on --data Digits, which needs no "
+                "download."
+            )
         if self.train is None and stage in (None, "fit"):
             self.train = _load(self.root, train=True)
         if self.validation is None:
@@ -85,14 +90,6 @@ def _published_files(root: Path) -> dict[Path, str]:
 
 def _absent_files(root: Path) -> list[Path]:
     return [path for path in _published_files(root) if not path.is_file()]
-
-
-def _refuse_absent_files(root: Path) -> None:
-    if _absent_files(root):
-        raise InputError(
-            f"{_describe_absence(root)}: name the folder above it with --data.root, download it "
-            "with --data.download true, or train on --data Digits, which needs no download."
-        )
 
 
 def _describe_absence(root: Path) -> str:

@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from nmlightning.datamodules.batches import Draw, RawBatch
+from nmlightning.datamodules.batches import Draw, ImageRows, RawBatch
 from nmlightning.errors import InputError
 
 # What Pillow raises for damaged files.
@@ -20,8 +20,6 @@ DAMAGED = (
     *(OSError, SyntaxError, ValueError, EOFError, struct.error),
     Image.DecompressionBombError,
 )
-
-
 # The longer side over the shorter, which evaluation resizes to 256: 2×20,000 pixels would then be
 # 256×2,560,000, of 2 GB.
 THINNEST = 100
@@ -35,20 +33,8 @@ class EncodedImage(NamedTuple):
     label: int
 
 
-class EncodedImages(Protocol):
-    """A number of stored images."""
-
-    @property
-    def length(self) -> int:
-        """The number of images."""
-
-    @property
-    def shard_size(self) -> int:
-        """How many rows lie in one file; 1 where each has its own."""
-
-    @property
-    def digest(self) -> str:
-        """The `digest_of` the names and labels of all rows."""
+class EncodedImages(ImageRows, Protocol):
+    """Stored images; those of a shard lie in one file, and `digest_of` gives their digest."""
 
     def fetch(self, row: int) -> EncodedImage:
         """Return the image of a row, 0 … length − 1."""
@@ -86,7 +72,9 @@ def decode(image: EncodedImage) -> Image.Image:
     """Return the image as RGB; `DamagedImage` if it cannot be decoded."""
     try:
         with Image.open(image.file) as opened:
-            _refuse_thin(*opened.size)
+            if max(opened.size) > THINNEST * min(opened.size):
+                width, height = opened.size
+                raise ValueError(f"{width}×{height}, one side over {THINNEST} times the other")
             opened.info.pop("transparency", None)  # RGB has none; of a palette's Pillow would warn
             decoded: Image.Image = opened.convert("RGB")
             return decoded
@@ -94,12 +82,6 @@ def decode(image: EncodedImage) -> Image.Image:
         raise DamagedImage(image.name, "of no known format") from error
     except DAMAGED as error:
         raise DamagedImage(image.name, str(error)) from error
-
-
-def _refuse_thin(width: int, height: int) -> None:
-    """Raise ValueError, as Pillow does for what is damaged."""
-    if max(width, height) > THINNEST * min(width, height):
-        raise ValueError(f"{width}×{height}, one side over {THINNEST} times the other")
 
 
 Damaged = Literal["error", "skip"]
@@ -138,17 +120,10 @@ class DecodedImages:
         damaged: Damaged = "error",
     ) -> None:
         self.reader = _Reader(images, transform, skips_damaged=damaged == "skip")
+        self.length, self.shard_size = images.length, images.shard_size
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.skipped: set[str] = set()
-
-    @property
-    def length(self) -> int:
-        return self.reader.images.length
-
-    @property
-    def shard_size(self) -> int:
-        return self.reader.images.shard_size
 
     @property
     def digest(self) -> str:
@@ -167,15 +142,12 @@ class DecodedImages:
             if isinstance(batch, InputError):
                 raise batch
             for name, reason in batch.damaged.items():
-                self._name_skipped(name, reason)
+                if name not in self.skipped:  # one warning for each image
+                    self.skipped.add(name)
+                    count = f"{len(self.skipped)} of {self.length} so far"
+                    what = f"Skipped a damaged image, {count}: {name} ({reason})."
+                    warnings.warn(what, stacklevel=2)
             yield RawBatch(batch.images, batch.labels)
-
-    def _name_skipped(self, name: str, reason: str) -> None:
-        """Warn once of each image."""
-        if name not in self.skipped:
-            self.skipped.add(name)
-            count = f"{len(self.skipped)} of {self.length} so far"
-            warnings.warn(f"Skipped a damaged image, {count}: {name} ({reason}).", stacklevel=2)
 
 
 class _PlainDraw(NamedTuple):
@@ -245,10 +217,7 @@ class _Reader(Dataset[_DecodedBatch | InputError]):
                     raise
                 damaged[encoded.name] = error.reason
             else:
-                return self._transform(image, seed), encoded.label
+                with torch.random.fork_rng(devices=[]):
+                    torch.default_generator.manual_seed(seed)
+                    return self.transform(image), encoded.label
         return None
-
-    def _transform(self, image: Image.Image, seed: int) -> Tensor:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            return self.transform(image)

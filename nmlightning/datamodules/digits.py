@@ -76,12 +76,10 @@ def _load(image_size: int, channels: int) -> LabelledImages:
 def _split(digits: LabelledImages) -> tuple[LabelledImages, LabelledImages]:
     from sklearn.model_selection import train_test_split
 
-    rows = torch.arange(len(digits.labels)).numpy()
+    labels = digits.labels.numpy()
+    rows = torch.arange(len(labels)).numpy()
     parts = train_test_split(
-        rows,
-        test_size=VALIDATION_FRACTION,
-        stratify=digits.labels.numpy(),
-        random_state=SPLIT_SEED,
+        rows, test_size=VALIDATION_FRACTION, stratify=labels, random_state=SPLIT_SEED
     )
     train, validation = (LabelledImages(digits.images[part], digits.labels[part]) for part in parts)
     return train, validation

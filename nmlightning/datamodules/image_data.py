@@ -6,6 +6,7 @@ The host only picks rows; `BatchTransform` does the arithmetic on the training d
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -37,18 +38,12 @@ class LabelledImages(NamedTuple):
 
     images: Tensor
     labels: Tensor
+    shard_size = 1
+    digest = ""  # the sets are published ones, always the same
 
     @property
     def length(self) -> int:
         return len(self.labels)
-
-    @property
-    def shard_size(self) -> int:
-        return 1
-
-    @property
-    def digest(self) -> str:
-        return ""  # these sets are published ones, always the same
 
     def batches(self, draws: Iterable[Draw]) -> Iterator[RawBatch]:
         """Yield the batch of each draw, in their order."""
@@ -63,13 +58,7 @@ class ResidentImages:
     They take N·C·(H + 2·pad)·(W + 2·pad) bytes there, and twice that if they are mirrored: the
     mirror images lie behind the others, so that a flip is another row of the same gather.
 
-    Args:
-        source: the images (N, C, H, W) uint8 and their labels.
-        augmentation: of the training images.
-        device: of the batches.
-
     Attributes:
-        source: as given.
         windows: the view (N or 2N, C, 2·pad + 1, 2·pad + 1, H, W).
         labels: (N or 2N,), on the device.
     """
@@ -81,6 +70,7 @@ class ResidentImages:
         device: torch.device | None = None,
     ) -> None:
         self.source = source
+        self.length, self.shard_size, self.digest = source.length, source.shard_size, source.digest
         self.augmentation = augmentation
         self.device = device or torch.device("cpu")
         height, width = source.images.shape[-2:]
@@ -90,18 +80,6 @@ class ResidentImages:
             padded = torch.cat([padded, padded.flip(-1)])
             self.labels = self.labels.repeat(2)
         self.windows = padded.unfold(2, height, 1).unfold(3, width, 1)
-
-    @property
-    def length(self) -> int:
-        return self.source.length
-
-    @property
-    def shard_size(self) -> int:
-        return self.source.shard_size
-
-    @property
-    def digest(self) -> str:
-        return self.source.digest
 
     def batches(self, draws: Iterable[Draw]) -> Iterator[RawBatch]:
         """Yield the batch of each draw, cropped and mirrored already, in their order."""
@@ -246,7 +224,8 @@ class ImageData(ResumableData, ABC):
             digest=images.digest,
         )
         self.sampler = sampler
-        return TrainingBatches(images, sampler, count_batches_done(trainer), self.interrupted)
+        batches_done = partial(count_batches_done, trainer)
+        return TrainingBatches(images, sampler, batches_done, self.interrupted)
 
     def val_dataloader(self) -> EvaluationBatches:
         assert self.validation is not None, "setup() comes first"

@@ -10,6 +10,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from nmlightning.datamodules.decoded_images import Damaged, EncodedImage, digest_of, printable
 from nmlightning.errors import InputError
+from nmlightning.name_patterns import some
 
 MENTIONED = 3  # names in an error
 
@@ -35,20 +36,23 @@ class FolderImages:
         self.folder = folder
         self.classes = sorted(_classes(folder))
         self.files: list[tuple[str, int]] = []
-        strangers: list[str] = []
+        not_images: list[str] = []
         seen = {os.path.realpath(folder): str(folder)}
         for label, name in enumerate(self.classes):
             for path in _list_files(str(folder / name), seen):
                 if path.lower().endswith(IMG_EXTENSIONS):
                     self.files.append((path, label))
                 else:
-                    strangers.append(path)
-        self._refuse_empty_classes()
-        _report_strangers(folder, strangers, damaged)
-
-    @property
-    def length(self) -> int:
-        return len(self.files)
+                    not_images.append(path)
+        filled = {label for _, label in self.files}
+        empty = [name for label, name in enumerate(self.classes) if label not in filled]
+        if empty:
+            raise InputError(
+                f"{folder} has no images of {some(empty, MENTIONED)}: put some there, or delete "
+                "the folder of that name in train and in val."
+            )
+        self.length = len(self.files)
+        _report_other_files(folder, not_images, damaged)
 
     @cached_property
     def digest(self) -> str:
@@ -62,15 +66,6 @@ class FolderImages:
     def fetch(self, row: int) -> EncodedImage:
         path, label = self.files[row]
         return EncodedImage(printable(path), path, label)
-
-    def _refuse_empty_classes(self) -> None:
-        filled = {label for _, label in self.files}
-        empty = [name for label, name in enumerate(self.classes) if label not in filled]
-        if empty:
-            raise InputError(
-                f"{self.folder} has no images of {_name_some(empty)}: put some there, or delete "
-                "the folder of that name in train and in val."
-            )
 
 
 def common_classes(train: Path, validation: Path) -> set[str]:
@@ -90,7 +85,7 @@ def common_classes(train: Path, validation: Path) -> set[str]:
     if differing:
         raise InputError(
             f"{train} has {len(classes)} classes and {validation} {len(others)}, and they differ "
-            f"in {_name_some(differing)}: make them the same, or give another folder."
+            f"in {some(differing, MENTIONED)}: make them the same, or give another folder."
         )
     return classes
 
@@ -98,9 +93,8 @@ def common_classes(train: Path, validation: Path) -> set[str]:
 def _classes(folder: Path) -> set[str]:
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}: give the folder that holds train and val.")
-    classes = {
-        path.name for path in folder.iterdir() if path.is_dir() and not _is_hidden(path.name)
-    }
+    entries = [path for path in folder.iterdir() if not _is_hidden(path.name)]
+    classes = {path.name for path in entries if path.is_dir()}
     if not classes:
         raise InputError(
             f"{folder} holds no folders: put the images of each class into a folder of its own, or "
@@ -133,18 +127,12 @@ def _list_files(folder: str, seen: dict[str, str]) -> Iterator[str]:
         yield from (os.path.join(place, name) for name in sorted(files) if not _is_hidden(name))
 
 
-def _report_strangers(folder: Path, strangers: list[str], damaged: Damaged) -> None:
-    if not strangers:
+def _report_other_files(folder: Path, paths: list[str], damaged: Damaged) -> None:
+    if not paths:
         return
-    what = f"{folder} holds files that are no images by their names, {len(strangers)} in all"
-    names = [printable(str(Path(path).relative_to(folder))) for path in strangers]
+    what = f"{folder} holds files that are no images by their names, {len(paths)} in all"
+    names = [printable(str(Path(path).relative_to(folder))) for path in paths]
     if damaged == "error":
-        raise InputError(
-            f"{what}: {_name_some(names)}. Delete them, or leave them out with damaged: skip."
-        )
+        listed = some(names, MENTIONED)
+        raise InputError(f"{what}: {listed}. Delete them, or leave them out with damaged: skip.")
     rank_zero_warn(f"Skipped: {what}: {', '.join(names)}")
-
-
-def _name_some(names: list[str]) -> str:
-    more = f" and {len(names) - MENTIONED} more" if len(names) > MENTIONED else ""
-    return f"{', '.join(names[:MENTIONED])}{more}"

@@ -32,7 +32,7 @@ Item = tuple[int, str, bytes]  # label, <class>/<file>, the file's content
 
 
 class ShardIndex(NamedTuple):
-    """What the shards below a root hold: the classes, and of each part images and their digest."""
+    """The content of the shards below a root: classes, and images and digest of each part."""
 
     classes: list[str]
     shard_size: int
@@ -76,12 +76,12 @@ class ShardedImages:
 
 
 def is_remote(root: str) -> bool:
-    """Whether the root is an address from which litdata streams."""
+    """Return True for an address from which litdata streams."""
     return root.startswith(REMOTE)
 
 
 def holds_shards(root: str) -> bool:
-    """Whether shards, and not images in files, lie below the root."""
+    """Return True if shards, and not images in files, lie below the root."""
     parts = (INDEX, "train", "val")
     return is_remote(root) or any(Path(root, part, LITDATA_INDEX).is_file() for part in parts)
 
@@ -131,22 +131,16 @@ def require_litdata() -> None:
         raise InputError("shards need litdata: pip install 'nmlightning[stream]'.")
 
 
-class _ShardFile(NamedTuple):
-    name: str
-    images: int
-    size: int  # bytes
-
-
 def _check_files(folder: Path, images: int) -> None:
     """Compare a local folder with litdata's index of it, and its images with how many they are."""
     shards = _list_files(folder)
-    found = sum(shard.images for shard in shards)
+    found = sum(count for count, _ in shards.values())
     if found != images:
         raise InputError(
             f"{folder} holds {found} images where {images} were written: it is of other shards."
         )
     sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
-    damaged = [shard.name for shard in shards if sizes.get(shard.name) != shard.size]
+    damaged = [name for name, (_, size) in shards.items() if sizes.get(name) != size]
     if damaged:
         raise InputError(
             f"{len(damaged)} of {len(shards)} shards in {folder} are absent or cut off, such as "
@@ -154,15 +148,15 @@ def _check_files(folder: Path, images: int) -> None:
         )
 
 
-def _list_files(folder: Path) -> list[_ShardFile]:
-    """Return the shards that litdata's index of a local folder lists."""
+def _list_files(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return the images and bytes of each shard that litdata's index of a local folder lists."""
     path = folder / LITDATA_INDEX
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-        return [
-            _ShardFile(shard["filename"], int(shard["chunk_size"]), int(shard["chunk_bytes"]))
+        return {
+            shard["filename"]: (int(shard["chunk_size"]), int(shard["chunk_bytes"]))
             for shard in index["chunks"]
-        ]
+        }
     except FileNotFoundError as error:
         raise InputError(
             f"{folder} holds no shards: write them again with nm shard, or give another folder."
@@ -240,7 +234,11 @@ class ShardWriter:
     def _encode(self, images: FolderImages, image: EncodedImage) -> Item | None:
         """Return the item of an image, or None if it is damaged and left out."""
         try:
-            content = _read(image)
+            assert isinstance(image.file, str), "of a folder"
+            try:
+                content = Path(image.file).read_bytes()
+            except OSError as error:
+                raise DamagedImage(image.name, str(error)) from error
             decode(image._replace(file=BytesIO(content)))
         except DamagedImage as error:
             if self.damaged == "error":
@@ -248,14 +246,6 @@ class ShardWriter:
             self.skipped[error.name] = error.reason
             return None
         return image.label, images.name_within(str(image.file)), content
-
-
-def _read(image: EncodedImage) -> bytes:
-    assert isinstance(image.file, str), "of a folder"
-    try:
-        return Path(image.file).read_bytes()
-    except OSError as error:
-        raise DamagedImage(image.name, str(error)) from error
 
 
 def _new_writer(folder: Path, shard_size: int) -> Any:

@@ -41,7 +41,7 @@ class ImageNet(ImageData):
     Workers decode and crop, uint8 travels, and the device normalises. The order and the
     augmentation follow from `seed_everything` and the epoch, also after a resume, with several
     processes and with any number of workers (see `AugmentedShuffle`); of shards few at a time are
-    mixed (see `shuffled_rows`).
+    mixed (see `shuffle_rows`).
 
     Args:
         root: folder that holds the folders train and val, or what `nm shard` wrote, or the address
@@ -90,38 +90,30 @@ class ImageNet(ImageData):
     def setup(self, stage: str | None = None) -> None:
         """Check the folders or shards and list the images that the stage needs."""
         shards = read_index(self.root) if holds_shards(self.root) else None
-        classes = shards.classes if shards else self._common_classes()
-        self.num_classes = len(classes)
+        folders = Path(self.root, "train"), Path(self.root, "val")
+        self.num_classes = len(shards.classes if shards else common_classes(*folders))
+        size = self.image_size
         if self.train is None and stage in (None, "fit"):
-            images = self._open_part("train", shards)
-            self.train = self._decode(images, _training_steps(self.image_size))
+            steps = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
+            self.train = self._decode("train", shards, steps)
         if self.validation is None:
-            images = self._open_part("val", shards)
-            self.validation = self._decode(images, _evaluation_steps(self.image_size))
+            steps = [v2.Resize(round(size * SHORT_SIDE)), v2.CenterCrop(size)]
+            self.validation = self._decode("val", shards, steps)
 
-    def _common_classes(self) -> set[str]:
-        return common_classes(Path(self.root, "train"), Path(self.root, "val"))
-
-    def _open_part(self, part: str, shards: ShardIndex | None) -> EncodedImages:
+    def _decode(
+        self, part: str, shards: ShardIndex | None, steps: list[nn.Module]
+    ) -> DecodedImages:
+        images: EncodedImages
         if shards:
-            return ShardedImages(self.root, part, shards)
-        return FolderImages(Path(self.root, part), self.damaged)
-
-    def _decode(self, images: EncodedImages, steps: list[nn.Module]) -> DecodedImages:
+            images = ShardedImages(self.root, part, shards)
+        else:
+            images = FolderImages(Path(self.root, part), self.damaged)
         processes = self.trainer.num_devices if self.trainer else 1
         workers = self.num_workers
         return DecodedImages(
             images,
             v2.Compose([*steps, v2.PILToTensor()]),
             num_workers=suggested_max_num_workers(processes) if workers is None else workers,
-            pin_memory=bool(self.trainer and self.trainer.strategy.root_device.type == "cuda"),
+            pin_memory=self.pins_memory,
             damaged=self.damaged,
         )
-
-
-def _training_steps(image_size: int) -> list[nn.Module]:
-    return [v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip()]
-
-
-def _evaluation_steps(image_size: int) -> list[nn.Module]:
-    return [v2.Resize(round(image_size * SHORT_SIDE)), v2.CenterCrop(image_size)]

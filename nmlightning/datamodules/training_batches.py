@@ -129,19 +129,12 @@ def order_seed(trainer: pl.Trainer | None, interrupted: Mapping[str, int | str] 
     return int(trainer.strategy.broadcast(seed)) if trainer else seed
 
 
-def count_batches_done(trainer: pl.Trainer | None) -> Callable[[], int]:
-    """Return a function that counts the batches of a resumed epoch that were trained on.
-
-    It is called before the run begins, and returns 0 where the epoch was finished.
-    """
-
-    def count() -> int:
-        if trainer is None or _epoch_is_finished(trainer):
-            return 0
-        current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-        return int(current.processed)
-
-    return count
+def count_batches_done(trainer: pl.Trainer | None) -> int:
+    """Return the batches of a resumed epoch that were trained on; 0 where it was finished."""
+    if trainer is None or _epoch_is_finished(trainer):
+        return 0
+    current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return int(current.processed)
 
 
 def epoch_generator(seed: int, *place: int) -> torch.Generator:
@@ -197,6 +190,11 @@ class ResumableData(pl.LightningDataModule):
 
     sampler: ResumableOrder | None = None
     interrupted: OrderState | None = None
+
+    @property
+    def pins_memory(self) -> bool:
+        """True for batches in page-locked memory, which a CUDA device copies faster."""
+        return bool(self.trainer and self.trainer.strategy.root_device.type == "cuda")
 
     def state_dict(self) -> OrderState:
         """Return the seed of the order, the digest of the data and the sizes of batches."""

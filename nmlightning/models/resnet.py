@@ -169,6 +169,5 @@ class ResNet50(resnet.ResNet):  # type: ignore[misc]  # torchvision ships no typ
     def __init__(self, num_classes: int = 1000, scale_branches: bool = False) -> None:
         super().__init__(resnet.Bottleneck, [3, 4, 6, 3], num_classes=num_classes)
         if scale_branches:
-            scale_down(
-                [block.conv3 for block in self.modules() if isinstance(block, resnet.Bottleneck)]
-            )
+            blocks = [part for part in self.modules() if isinstance(part, resnet.Bottleneck)]
+            scale_down([block.conv3 for block in blocks])

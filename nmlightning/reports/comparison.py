@@ -57,7 +57,7 @@ class Group:
 
     @property
     def seconds(self) -> MeanStd:
-        """How long a run took."""
+        """The time that a run took."""
         return MeanStd.of([run.seconds for run in self.runs])
 
     @property
@@ -67,9 +67,7 @@ class Group:
         if None in counts:
             return f"{len(self.runs)} run{'s' * (len(self.runs) > 1)}"
         seeds = sorted((seed, count) for seed, count in counts.items() if seed is not None)
-        return ", ".join(
-            f"{seed} ({count} runs)" if count > 1 else f"{seed}" for seed, count in seeds
-        )
+        return ", ".join(f"{seed} ({n} runs)" if n > 1 else f"{seed}" for seed, n in seeds)
 
     @property
     def repeats_seeds(self) -> bool:
@@ -78,7 +76,7 @@ class Group:
 
     @property
     def epochs(self) -> str:
-        """How many values of the metric the runs have, which for most is that of epochs."""
+        """The numbers of values of the metric, which for most runs are those of epochs."""
         return ", ".join(map(str, sorted({len(curve.values) for curve in self.curves})))
 
 
@@ -103,9 +101,8 @@ def choose_metric(runs: Sequence[Run], wanted: str | None = None) -> str:
             f"{_in_common(common)}"
         )
     validation = [tag for tag in common if "val" in tag.lower()]
-    accuracies = [
-        tag for tag in validation if any(word in tag.lower() for word in ("top1", "acc", "bleu"))
-    ]
+    words = ("top1", "acc", "bleu")
+    accuracies = [tag for tag in validation if any(word in tag.lower() for word in words)]
     losses = [tag for tag in validation if is_loss(tag)]
     for tag in (*accuracies, *losses, *validation):
         return tag

@@ -71,14 +71,11 @@ def write_page(groups: Sequence[Group]) -> str:
     alone = all(len(group.runs) == 1 for group in groups)
     several = "" if alone else "Faint: each run. Strong: their mean."
     means, first_runs = "the mean over the channels of a layer", "Of the first run of each setting."
+    steering = f"What steering multiplied steps by: {means}. {first_runs}"
     sections = [
         _section("Metric", several, [_plot_metric(groups)]),
         _section("Norms of weights", f"{means}. {first_runs}", _plot_layers(groups, _norms)),
-        _section(
-            "Correction factors",
-            f"What steering multiplied steps by: {means}. {first_runs}",
-            _plot_layers(groups, _factors),
-        ),
+        _section("Correction factors", steering, _plot_layers(groups, _factors)),
     ]
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{GENERATOR}'
@@ -96,9 +93,8 @@ def _table(groups: Sequence[Group]) -> str:
     cells_of = zip(setting_rows(groups), *columns.values(), strict=True)
     for number, (settings, *results) in enumerate(cells_of):
         key = f'<span class="key" style="background:{_colour(number)}"></span>'
-        cells = "</td><td>".join(
-            escape(cell).replace("\n", "<br/>") for cell in (*settings, *results)
-        )
+        texts = [escape(cell).replace("\n", "<br/>") for cell in (*settings, *results)]
+        cells = "</td><td>".join(texts)
         rows.append(f"<tr><td>{key}{cells}</td></tr>")
     body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
     return f'<div class="table"><table>{body}</table></div>'

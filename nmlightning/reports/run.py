@@ -37,7 +37,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Series:
-    """What was logged under one tag.
+    """The numbers that were logged under one tag.
 
     Attributes:
         steps: (T,) int64, increasing.
@@ -270,7 +270,9 @@ def has_events(folder: Path) -> bool:
 def read_run(folder: Path) -> Run:
     """Return what is in a run's folder, or raise InputError where a file is damaged."""
     config = read_saved_config(folder)
-    points = list(_points(folder))
+    points = [p for file in sorted(folder.glob(_EVENTS)) for p in read_event_file(file)]
+    if (folder / _CSV).is_file():
+        points += read_csv_file(folder / _CSV)
     times = [point.time for point in points]
     recording = folder / FILE_NAME
     seed, checkpoint = config.get("seed_everything"), config.get("ckpt_path")
@@ -284,13 +286,6 @@ def read_run(folder: Path) -> Run:
         checkpoint=Path(checkpoint) if isinstance(checkpoint, str) else None,
         parts=(folder,),
     )
-
-
-def _points(folder: Path) -> Iterator[Point]:
-    for file in sorted(folder.glob(_EVENTS)):
-        yield from read_event_file(file)
-    if (folder / _CSV).is_file():
-        yield from read_csv_file(folder / _CSV)
 
 
 def _natural_order(path: Path) -> list[str | int]:

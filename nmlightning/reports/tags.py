@@ -6,6 +6,11 @@ from typing import Any
 
 SKIPPED_STEPS = "optimizer/skipped_steps"
 STEERING_SKIPPED = "steering/skipped_steps"
+# Before the name of a layer:
+NORM_MAP = "weight_norm_map/"  # a picture; TensorBoard shows none under the tag of a histogram
+EFFECTIVE_LR = "effective_lr/"  # the median of the channels
+ROTATION = "rotation/"  # of the channels in one step, root mean square
+EQUILIBRIUM = "rotation_equilibrium/"  # where weight decay and learning balance
 
 Layout = dict[str, dict[str, list[Any]]]
 
@@ -13,29 +18,6 @@ Layout = dict[str, dict[str, list[Any]]]
 def norm_tag(layer: str, statistic: str = "") -> str:
     """Return the tag of the `min`, `mean` or `max` of a layer's norms; alone, of all of them."""
     return "/".join(filter(None, ("weight_norm", layer, statistic)))
-
-
-def norm_map_tag(layer: str) -> str:
-    """Return the tag of the picture of a layer's norms over the epochs.
-
-    TensorBoard shows nothing under a tag that another kind of thing has, as the histograms do.
-    """
-    return f"weight_norm_map/{layer}"
-
-
-def effective_lr_tag(layer: str) -> str:
-    """Return the tag of the median effective learning rate of a layer's channels."""
-    return f"effective_lr/{layer}"
-
-
-def rotation_tag(layer: str) -> str:
-    """Return the tag of the root mean square rotation of a layer's channels in one step."""
-    return f"rotation/{layer}"
-
-
-def equilibrium_tag(layer: str) -> str:
-    """Return the tag of the rotation at which weight decay and learning balance."""
-    return f"rotation_equilibrium/{layer}"
 
 
 def factor_tag(layer: str, statistic: str) -> str:
@@ -62,8 +44,8 @@ def dashboard_layout(layers: Sequence[str]) -> Layout:
         },
         "All layers": {
             "norm, mean over channels": _lines(norm_tag(".*", "mean")),
-            "effective learning rate, median over channels": _lines(effective_lr_tag("")),
-            "rotation per step, radians": _lines(rotation_tag("")),
+            "effective learning rate, median over channels": _lines(EFFECTIVE_LR),
+            "rotation per step, radians": _lines(ROTATION),
             "correction factor, mean over channels": _lines(factor_tag(".*", "mean")),
             "correction factor, largest channel": _lines(factor_tag(".*", "max")),
         },
@@ -72,7 +54,7 @@ def dashboard_layout(layers: Sequence[str]) -> Layout:
             for layer in layers
         },
         "Rotation per step against its equilibrium, radians": {
-            layer: _lines(*(re.escape(tag(layer)) + "$" for tag in (rotation_tag, equilibrium_tag)))
+            layer: _lines(*(re.escape(tag + layer) + "$" for tag in (ROTATION, EQUILIBRIUM)))
             for layer in layers
         },
     }

@@ -16,10 +16,6 @@ OPTIONAL_BUFFER = "num_batches_tracked"
 def check_same_network(module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
     """Compare the network that a checkpoint holds with `module.net`, by arguments and by shapes.
 
-    Args:
-        module: the module to load the checkpoint into.
-        checkpoint: as `on_load_checkpoint` gets it.
-
     Raises:
         InputError: naming the first difference and both values.
     """
@@ -39,7 +35,7 @@ def _check_arguments(stored: Any, current: Any) -> None:
 
 
 def _is_same_class(key: str, first: Any, second: Any) -> bool:
-    """Whether two class paths name one class, which a package may export under several."""
+    """Return True if two class paths name one class, which a package may export as several."""
     return key.endswith(".class_path") and _resolve(first) is _resolve(second) is not None
 
 

@@ -95,7 +95,7 @@ class ImageClassifier(pl.LightningModule):
     Raises:
         InputError: for a label_smoothing out of its range or an lr_batch_size below 1; in training
             for labels outside the classes or a network with another number of outputs, or if the
-            rate is to be scaled by a batch size that the data module does not tell; on loading a
+            rate is to be scaled by a batch size that is not known; on loading a
             checkpoint of another network or, in a Trainer, of another recipe of norms or, to
             resume with scaled rates, of another number of images a step.
 
@@ -120,11 +120,8 @@ class ImageClassifier(pl.LightningModule):
         check_share("label_smoothing", label_smoothing)
         if lr_batch_size is not None:
             check_whole_number("lr_batch_size", lr_batch_size)
-        remember_arguments(
-            self,
-            *("label_smoothing", "weight_decay_scope", "lr_batch_size", "compile"),
-            "channels_last",
-        )
+        plain = ("label_smoothing", "weight_decay_scope", "lr_batch_size", "compile")
+        remember_arguments(self, *plain, "channels_last")
         self.net = net
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -216,8 +213,8 @@ class ImageClassifier(pl.LightningModule):
         lowest, highest = (int(label) for label in labels.aminmax())
         if lowest < 0 or highest >= classes:
             raise InputError(
-                f"The labels go from {lowest} to {highest}, but {type(self.net).__name__} tells "
-                f"the classes 0 to {classes - 1}: check the labels or the network's num_classes."
+                f"The labels go from {lowest} to {highest}, but {type(self.net).__name__} has the "
+                f"classes 0 to {classes - 1}: check the labels or the network's num_classes."
             )
 
     def _step(

@@ -1,4 +1,4 @@
-"""Say that a network is compiled, which otherwise looks like a run that hangs."""
+"""Announces that a network is compiled, which otherwise looks like a run that hangs."""
 
 import time
 from typing import Any
@@ -11,10 +11,8 @@ class CompilationNotice(pl.Callback):
     """Announces the first batch of each stage, in which `torch.compile` works, and its time.
 
     Training and evaluation are compiled separately, and a sanity check before the first epoch is
-    evaluation. A task adds it by `configure_callbacks`, for as long as its network is compiled.
-
-    Args:
-        task: the name that the lines begin with.
+    evaluation. A task adds it by `configure_callbacks`, for as long as its network is compiled, and
+    gives the name that the lines begin with.
     """
 
     def __init__(self, task: str) -> None:
@@ -34,17 +32,8 @@ class CompilationNotice(pl.Callback):
     def on_validation_batch_end(self, *_: Any) -> None:
         self._end("evaluation")
 
-    def on_test_batch_start(self, *_: Any) -> None:
-        self._begin("evaluation")
-
-    def on_test_batch_end(self, *_: Any) -> None:
-        self._end("evaluation")
-
-    def on_predict_batch_start(self, *_: Any) -> None:
-        self._begin("evaluation")
-
-    def on_predict_batch_end(self, *_: Any) -> None:
-        self._end("evaluation")
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def _begin(self, stage: str) -> None:
         if stage not in self._started:
@@ -58,6 +47,5 @@ class CompilationNotice(pl.Callback):
         if stage not in self._finished:
             self._finished.add(stage)
             seconds = time.perf_counter() - self._started[stage]
-            rank_zero_info(
-                f"{self.task}: the first step of {stage}, compiled, took {seconds:.0f} s."
-            )
+            step = f"the first step of {stage}, compiled,"
+            rank_zero_info(f"{self.task}: {step} took {seconds:.0f} s.")

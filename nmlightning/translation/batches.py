@@ -298,8 +298,7 @@ class StreamedBatches:
         self, few: list[SentencePair], epoch: int, number: int
     ) -> Iterator[TranslationBatch]:
         encoded = encode_pairs(few, self.tokenizer, self.limits)
-        omitted = encoded.omitted.describe(self.limits)
-        if omitted and not self._has_warned:
+        if not self._has_warned and (omitted := encoded.omitted.describe(self.limits)):
             self._has_warned = True
             rank_zero_warn(f"Of {self.pool} pairs of the stream {omitted}, and more may follow.")
         plan = plan_batches(*encoded.padded_lengths(), self.tokens_a_batch)

@@ -124,7 +124,7 @@ class EncodedPairs(NamedTuple):
         )
 
     def is_intact(self) -> bool:
-        """Whether the arrays are those that were digested."""
+        """Return True if the arrays are those that were digested."""
         return _digest_of(self.source, self.target, self.words) == self.digest
 
     def padded_lengths(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -233,17 +233,16 @@ def read_pairs(path: Path) -> EncodedPairs | None:
 
 def cached_tokenizer(folder: Path | None, pairs: PairSource, vocab_size: int) -> JointBPE:
     """Return the joint tokenizer of both sides of the pairs, trained if it is not cached."""
-    if folder is None:
-        return _train_tokenizer(pairs, vocab_size)
-    path = _cache_path(folder, "tokenizer", ".json", pairs.digest, vocab_size)
-    if path.is_file():
+    path = folder and _cache_path(folder, "tokenizer", ".json", pairs.digest, vocab_size)
+    if path and path.is_file():
         try:
             return JointBPE.load(path)
         except InputError:  # damaged
             path.unlink()
-    tokenizer = _train_tokenizer(pairs, vocab_size)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(path)
+    tokenizer = JointBPE.train((sentence for pair in pairs for sentence in pair), vocab_size)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(path)
     return tokenizer
 
 
@@ -278,10 +277,6 @@ def cached_pairs(
     written = read_pairs(path)
     assert written, f"{path} was written a moment ago"
     return written
-
-
-def _train_tokenizer(pairs: PairSource, vocab_size: int) -> JointBPE:
-    return JointBPE.train((sentence for pair in pairs for sentence in pair), vocab_size)
 
 
 def _encode(pairs: PairSource, tokenizer: JointBPE, limits: TrainingLimits) -> EncodedPairs:

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -137,7 +138,8 @@ class TranslationData(ResumableData, ABC):
         )
         self.sampler = sampler
         pairs = TrainingPairs(self.train, self.pins_memory)
-        return TrainingBatches(pairs, sampler, count_batches_done(trainer), self.interrupted)
+        batches_done = partial(count_batches_done, trainer)
+        return TrainingBatches(pairs, sampler, batches_done, self.interrupted)
 
     def val_dataloader(self) -> EvaluationSentences:
         return self._evaluate("validation")
@@ -152,25 +154,16 @@ class TranslationData(ResumableData, ABC):
         assert self.tokenizer is not None, "setup() comes first"
         pairs = self.evaluation_pairs(part)
         encoded = encode_pairs(pairs, self.tokenizer)
-        cut = int((encoded.source.lengths > self.limits.max_length).sum())
-        if cut:
+        longest = self.limits.max_length
+        if cut := int((encoded.source.lengths > longest).sum()):
             rank_zero_warn(
-                f"Of the {part} sentences {cut} have more than {self.limits.max_length} tokens and "
-                "are read up to there."
+                f"Of the {part} sentences {cut} have more than {longest} tokens and are read up to "
+                "there."
             )
+        references, shard = [pair.target for pair in pairs], shard_of(self.trainer)
         return EvaluationSentences(
-            encoded,
-            [pair.target for pair in pairs],
-            self.tokens_a_batch,
-            self.limits.max_length,
-            shard_of(self.trainer),
-            self.pins_memory,
+            encoded, references, self.tokens_a_batch, longest, shard, self.pins_memory
         )
-
-    @property
-    def pins_memory(self) -> bool:
-        """Whether batches are handed out in page-locked memory, for a CUDA device."""
-        return bool(self.trainer and self.trainer.strategy.root_device.type == "cuda")
 
 
 class ParallelText(TranslationData):
@@ -320,7 +313,7 @@ class WMT14(TranslationData):
             shard=shard_of(trainer),
             shuffle=not getattr(trainer, "overfit_batches", 0),
             pin_memory=self.pins_memory,
-            batches_done=count_batches_done(trainer),
+            batches_done=partial(count_batches_done, trainer),
             interrupted=self.interrupted,
         )
         # Lightning reads a batch of a loader without a length before it says which epoch comes.

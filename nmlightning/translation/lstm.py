@@ -163,14 +163,14 @@ class AttentionLSTM(nn.Module):
 
     def decode(self, target: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
         """Return the logits for (N, T) target tokens, given what `encode` returned."""
-        logits, _ = self._write(target, memory, mask, self._no_cells())
+        logits, _ = self._write(target, memory, mask, [None] * (1 + len(self.decoder)))
         return logits
 
     @torch.no_grad()
     def begin(self, source: Tensor) -> LSTMState:
         """Encode (N, S) source tokens; no token of the target has been written."""
         memory, mask = self.encode(source)
-        return LSTMState(memory, mask, self._no_cells())
+        return LSTMState(memory, mask, [None] * (1 + len(self.decoder)))
 
     @torch.no_grad()
     def next_logits(self, tokens: Tensor, state: LSTMState) -> Tensor:
@@ -190,6 +190,3 @@ class AttentionLSTM(nn.Module):
             x = y + x if number >= FIRST_RESIDUAL else y
             after.append(cell)
         return self.words.logits(x), after
-
-    def _no_cells(self) -> Cells:
-        return [None] * (1 + len(self.decoder))

@@ -135,19 +135,14 @@ def published_bleu(translations: Sequence[Translation]) -> str:
     Source: Post (2018), https://aclanthology.org/W18-6319.
     """
     sacrebleu = import_text_package("sacrebleu")
-    everywhere = [pair for part in _gather(translations) for pair in part]
-    found, references = zip(*everywhere, strict=True)
+    parts: list[Sequence[Translation]] = [translations]
+    if distributed.is_available() and distributed.is_initialized():
+        parts *= distributed.get_world_size()
+        distributed.all_gather_object(parts, list(translations))
+    found, references = zip(*(pair for part in parts for pair in part), strict=True)
     bleu = sacrebleu.BLEU()
     score = bleu.corpus_score(list(found), [list(references)]).score
     return f"BLEU {score:.2f} ({bleu.get_signature()})"
-
-
-def _gather(translations: Sequence[Translation]) -> list[Sequence[Translation]]:
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return [translations]
-    parts: list[Sequence[Translation]] = [[] for _ in range(distributed.get_world_size())]
-    distributed.all_gather_object(parts, list(translations))
-    return parts
 
 
 class TrainingWindow:

@@ -23,7 +23,7 @@ class SentencePair(NamedTuple):
     target: str
 
     def is_empty(self) -> bool:
-        """Whether a side holds nothing but white space."""
+        """Return True if a side holds nothing but white space."""
         return not (self.source.strip() and self.target.strip())
 
 
@@ -119,15 +119,15 @@ class StreamedPairs:
         """Of what the data set says of itself, since its pairs are not at hand."""
         info = self.split.info
         parts = {name: part.num_examples for name, part in (info.splits or {}).items()}
-        told = (info.dataset_name, info.config_name, info.dataset_size, parts, self.first)
-        return sha256(repr((told, self.pair)).encode()).hexdigest()[:32]
+        facts = (info.dataset_name, info.config_name, info.dataset_size, parts, self.first)
+        return sha256(repr((facts, self.pair)).encode()).hexdigest()[:32]
 
     def state_dict(self) -> dict[str, Any]:
         """Return how far the pairs were read."""
         return deepcopy(self.split.state_dict())
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Let the next iteration go on from a state; None is the beginning."""
+        """Let the next iteration resume from a state; None is the beginning."""
         self.split.load_state_dict(deepcopy(self.beginning if state is None else state))
 
     def __iter__(self) -> Iterator[SentencePair]:
@@ -202,15 +202,10 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def decode_line(line: bytes, number: int, name: str) -> str:
-    """Return a line of UTF-8 without its end, the first without a byte order mark.
-
-    Args:
-        line: up to its \\n, if it has one.
-        number: of the line, from 1.
-        name: of what it is read from, for the error.
+    """Return a line of UTF-8 without its end, the first, of number 1, without a byte order mark.
 
     Raises:
-        InputError: it is not UTF-8.
+        InputError: it is not UTF-8; named are the line's number and what it is read from.
     """
     try:
         text = line.removesuffix(b"\n").removesuffix(b"\r").decode()

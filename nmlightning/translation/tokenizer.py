@@ -14,8 +14,6 @@ from nmlightning.translation.sources import import_text_package
 
 PAD, BOS, EOS, UNK = range(4)
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
-
-
 BYTES = 256
 SMALLEST = len(SPECIAL_TOKENS) + BYTES
 CHECKPOINT_KEY = "tokenizer"
@@ -81,8 +79,8 @@ class JointBPE:
         first = tuple(map(tokenizer.id_to_token, range(len(SPECIAL_TOKENS))))
         if first != SPECIAL_TOKENS:
             raise InputError(
-                f"{name} begins with {_listed(first)} and not with {_listed(SPECIAL_TOKENS)}: give "
-                "a file that JointBPE.save wrote."
+                f"{name} begins with {' '.join(map(str, first))} and not with "
+                f"{' '.join(SPECIAL_TOKENS)}: give a file that JointBPE.save wrote."
             )
         return cls(tokenizer)
 
@@ -93,10 +91,8 @@ class JointBPE:
             is_checkpoint = zipfile.is_zipfile(path)
             text = _read_checkpoint(path) if is_checkpoint else Path(path).read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"the tokenizer {path} cannot be read ({error}): give a file that JointBPE.save "
-                "wrote."
-            ) from error
+            failure = f"the tokenizer {path} cannot be read ({error})"
+            raise InputError(f"{failure}: give a file that JointBPE.save wrote.") from error
         return cls.from_json(text, str(path))
 
     def save(self, path: str | Path) -> None:
@@ -155,7 +151,3 @@ def _refuse_other_kinds(content: dict[str, Any], name: str) -> None:
             f"{name} is a tokenizer of another kind, not of byte-level byte-pair encodings: give a "
             "file that JointBPE.save wrote."
         )
-
-
-def _listed(tokens: Iterable[str | None]) -> str:
-    return " ".join(map(str, tokens))

@@ -46,13 +46,12 @@ MAX_BODY = 40
 EXCEPTIONS = {
     "__main__.py": "`python -m nmlightning` asks for it",
     "commands/dashboard.py": "`cli` imports a command by its name",
-    "reports/heatmap.py": "a picture needs neither Lightning, as its callback does, nor torch",
 }
 # Of the targets that are missed: what was reached, which must not be left again.
 REACHED = {
     "lines of nmlightning, Python and C++": 26_600,
     "lines of tests": 26_300,
-    "files a config meets before Trainer.fit": 19,
+    "files a config meets before Trainer.fit": 17,
 }
 
 Graph = Mapping[str, Collection[str]]

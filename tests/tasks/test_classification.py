@@ -191,7 +191,7 @@ def test_classifier_refuses_another_number_of_outputs(digits: Digits) -> None:
 def test_classifier_refuses_a_label_out_of_range(label: int) -> None:
     pairs = [(torch.zeros(4), torch.tensor(0)), (torch.zeros(4), torch.tensor(label))]
     message = (
-        rf"labels go from {min(label, 0)} to {max(label, 0)}, but Fixed tells the classes 0 to 3"
+        rf"labels go from {min(label, 0)} to {max(label, 0)}, but Fixed has the classes 0 to 3"
     )
     with pytest.raises(InputError, match=message):
         make_trainer().validate(make_task(Fixed()), DataLoader(pairs, batch_size=2), verbose=False)  # type: ignore[arg-type]
