@@ -38,12 +38,18 @@ class LabelledImages(NamedTuple):
 
     images: Tensor
     labels: Tensor
-    shard_size = 1
-    digest = ""  # the sets are published ones, always the same
 
     @property
     def length(self) -> int:
         return len(self.labels)
+
+    @property
+    def shard_size(self) -> int:
+        return 1
+
+    @property
+    def digest(self) -> str:
+        return ""  # these sets are published ones, always the same
 
     def batches(self, draws: Iterable[Draw]) -> Iterator[RawBatch]:
         """Yield the batch of each draw, in their order."""

@@ -26,10 +26,10 @@ class CompilationNotice(pl.Callback):
     def on_train_batch_end(self, *_: Any) -> None:
         self._end("training")
 
-    def on_validation_batch_start(self, *_: Any) -> None:
+    def on_validation_batch_start(self, *_: Any, **__: Any) -> None:
         self._begin("evaluation")
 
-    def on_validation_batch_end(self, *_: Any) -> None:
+    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
         self._end("evaluation")
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
