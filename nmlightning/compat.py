@@ -22,18 +22,15 @@ _LIGHTNING = ("pytorch_lightning.", "lightning.pytorch.")
 _COPIES_IN_SETUP = ("WeightAveraging", "StochasticWeightAveraging")
 
 
-def _callback_bases() -> tuple[type, ...]:
-    if find_spec("lightning") is None:
-        return (pl.Callback,)
-    import lightning.pytorch
-
-    return (pl.Callback, lightning.pytorch.Callback)
-
-
 if TYPE_CHECKING:
     CallbackBase = pl.Callback
 else:
-    CallbackBase = type("CallbackBase", _callback_bases(), {"__module__": __name__})
+    _bases = [pl.Callback]
+    if find_spec("lightning") is not None:
+        import lightning.pytorch
+
+        _bases.append(lightning.pytorch.Callback)
+    CallbackBase = type("CallbackBase", tuple(_bases), {"__module__": __name__})
     """A callback for the Trainer of either package."""
 
 

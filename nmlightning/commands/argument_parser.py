@@ -1,7 +1,7 @@
 """The argument parser and output of commands that train nothing, and the exit codes of all."""
 
 import argparse
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from nmlightning.errors import InputError
 
@@ -13,7 +13,10 @@ TERMINATED = 143  # 128 + SIGTERM, which schedulers send before they take the ma
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, except that an error is an InputError."""
+    """argparse's, except that no option may be abbreviated and an error is an InputError."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; {self.prog} --help lists what there is.")

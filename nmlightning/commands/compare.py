@@ -46,7 +46,6 @@ def run(arguments: list[str]) -> int:
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         prog="nm compare",
-        allow_abbrev=False,
         description="Print a table of runs, grouped by their settings, with mean and deviation "
         "over seeds, and write a page with their curves, norms and correction factors.",
     )

@@ -28,7 +28,6 @@ def run(arguments: list[str]) -> NoReturn:
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         prog="nm dashboard",
-        allow_abbrev=False,
         description="Start TensorBoard on runs. Custom Scalars holds the page of weight norms.",
     )
     parser.add_argument(

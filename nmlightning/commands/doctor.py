@@ -148,13 +148,6 @@ SUBJECTS = (
 Answer = tuple[str, str]  # a backend, and the reason why it is that
 
 
-class Backends(NamedTuple):
-    """The backend of each norm in each of `DTYPES`, with a mark, and the reason of each mark."""
-
-    cells: Mapping[str, list[str]]
-    reasons: Mapping[str, str]
-
-
 class Check(NamedTuple):
     """The distance of a norm from its formula in float64, as a share of the largest value."""
 
@@ -170,16 +163,6 @@ class Check(NamedTuple):
         return not self.error <= TOLERANCES[self.dtype]
 
 
-def describe_backends(device: str) -> Backends:
-    """Return who computes each norm on a type of device, and why where it is the formula."""
-    marks: dict[str, str] = {}
-    cells = {
-        subject.name: [_describe(_choices(subject, dtype, device), marks) for dtype in DTYPES]
-        for subject in SUBJECTS
-    }
-    return Backends(cells, {mark: reason for reason, mark in marks.items()})
-
-
 def check_norms(device: str) -> Iterator[Check]:
     """Yield a check for each norm, dtype and layout."""
     for subject in SUBJECTS:
@@ -188,16 +171,6 @@ def check_norms(device: str) -> Iterator[Check]:
                 layer = subject.make(WIDTH).to(device)
                 backend = layer.backend_for(x).backend
                 yield Check(subject.name, backend, dtype, layout, disagreement(layer, x))
-
-
-def time_norms(device: str) -> Iterator[tuple[Subject, float, float, float]]:
-    """Yield each norm that has kernels, and the quartiles of its time against torch's norm."""
-    for subject in (subject for subject in SUBJECTS if subject.timed):
-        x = torch.randn(TIMED[subject.dims], device=device)
-        layer, torchs = (make(x.shape[1]).to(device) for make in (subject.make, subject.torchs))
-        ratios = time_ratios(layer, torchs, x, ROUNDS)
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        yield subject, low, middle, high
 
 
 def _inputs(subject: Subject, dtype: torch.dtype, device: str) -> Iterator[tuple[str, Tensor]]:
@@ -260,14 +233,15 @@ def _print_rows(console: Console, rows: Rows) -> None:
 
 def _print_backends(console: Console, device: str) -> None:
     """Print a table of norms by dtypes, and below it why it is the formula."""
-    backends = describe_backends(device)
+    marks: dict[str, str] = {}  # of each reason
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
     for heading in (f" {device}: who computes", *map(_name, DTYPES)):
         table.add_column(heading)
-    for subject, cells in backends.cells.items():
-        table.add_row(f" {subject}", *cells)
+    for subject in SUBJECTS:
+        cells = [_describe(_choices(subject, dtype, device), marks) for dtype in DTYPES]
+        table.add_row(f" {subject.name}", *cells)
     console.print(table)
-    for mark, reason in backends.reasons.items():
+    for reason, mark in marks.items():
         console.print(f" {mark} {reason}")
     console.print(" In compiled networks it is the formula, which the compiler fuses.\n")
 
@@ -290,10 +264,15 @@ def _print_checks(console: Console, device: str, checks: Sequence[Check]) -> Non
 
 
 def _print_times(console: Console, device: str) -> None:
+    """Print, of each norm that has kernels, the quartiles of its time against torch's norm."""
     shapes = " and ".join(map(str, TIMED.values()))
     console.print(f" {device}: time against torch's norm, float32, {shapes}, {ROUNDS} rounds each")
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for subject, low, middle, high in time_norms(device):
+    for subject in (subject for subject in SUBJECTS if subject.timed):
+        x = torch.randn(TIMED[subject.dims], device=device)
+        layer, torchs = (make(x.shape[1]).to(device) for make in (subject.make, subject.torchs))
+        ratios = time_ratios(layer, torchs, x, ROUNDS)
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         ratio = f"{middle:.2f} ({low:.2f} to {high:.2f})"
         table.add_row(f" {subject.name}", f"{ratio} of {subject.torchs.__name__}")
     console.print(table)

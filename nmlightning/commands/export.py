@@ -36,7 +36,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         prog="nm export",
         usage="nm export CHECKPOINT --format FORMAT [--KEY VALUE ...]",
-        allow_abbrev=False,
         description="Write the network of a checkpoint with its batch norms folded and its weights "
         "made plain. The file is compared with the checkpoint before it is kept.",
     )

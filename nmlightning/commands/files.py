@@ -143,7 +143,12 @@ class RunPaths:
         self.wants_last = checkpoint == LAST
         if self.wants_last:
             self._check_run_folder(arguments, configs)
-            self.checkpoint = self._last_checkpoint(needed=arguments[0] != "fit")
+            found = last_checkpoint(self.runs)
+            if found is None and arguments[0] != "fit":
+                raise InputError(
+                    f"--ckpt_path: {self.runs} has no checkpoint yet; give the path of one."
+                )
+            self.checkpoint = found and str(found)
         else:
             self.checkpoint = _existing(checkpoint)
 
@@ -159,14 +164,6 @@ class RunPaths:
                 f"--ckpt_path: {LAST!r} looks in {self.runs}, but {keeper} keeps this run "
                 "elsewhere: give the path of a checkpoint."
             )
-
-    def _last_checkpoint(self, needed: bool) -> str | None:
-        found = last_checkpoint(self.runs)
-        if needed and not found:
-            raise InputError(
-                f"--ckpt_path: {self.runs} has no checkpoint yet; give the path of one."
-            )
-        return str(found) if found else None
 
 
 def _logger_folders(config: Mapping[str, Any]) -> list[Path]:

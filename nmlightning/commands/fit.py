@@ -25,7 +25,7 @@ from nmlightning.commands import run_report
 from nmlightning.commands.argument_parser import INTERRUPTED, LOST_PROCESS, TERMINATED
 from nmlightning.commands.checkpoint import checkpoint_hparams
 from nmlightning.commands.files import RunPaths, default_logger, new_version, time_written
-from nmlightning.commands.parser import Parser
+from nmlightning.commands.parser import ConfigFile, Parser
 from nmlightning.commands.run_report import filter_logs
 from nmlightning.errors import InputError
 
@@ -90,7 +90,11 @@ class TrainingCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> Parser:
         """Return a parser whose `--config` knows the shipped configs."""
-        return Parser.with_config_option(**kwargs)
+        parser = Parser(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action=ConfigFile, help="A config file, or the name of a shipped one."
+        )
+        return parser
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse `args` without LightningCLI's warning that the program has arguments, too."""

@@ -25,7 +25,6 @@ def run(arguments: list[str]) -> int:
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         prog="nm kernels",
-        allow_abbrev=False,
         description="Build the L1, L∞ and Top(k) norms for this machine's CPU, in C++, once for "
         "every version of torch and of nmlightning; show what is built; or remove it. Without them "
         "the norms are computed by the formula, in torch's own operations: the same, but slower.",

@@ -255,15 +255,6 @@ class Parser(LightningArgumentParser):
             exported_classes(kind)  # jsonargparse finds a class by its name once it is imported
         super().__init__(**kwargs)
 
-    @classmethod
-    def with_config_option(cls, **kwargs: Any) -> "Parser":
-        """Return a parser that takes configs."""
-        parser = cls(**kwargs)
-        parser.add_argument(
-            "-c", "--config", action=ConfigFile, help="A config file, or the name of a shipped one."
-        )
-        return parser
-
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)  # jsonargparse's own attempts, which it collects

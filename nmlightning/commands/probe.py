@@ -59,7 +59,6 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Return what is given, and the options that are those of `nm fit`."""
     parser = ArgumentParser(
         prog="nm probe",
-        allow_abbrev=False,
         usage="nm probe CONFIG|CHECKPOINT [--batches N] [--picture FILE] [--json FILE] "
         "[--KEY VALUE ...]",
         description="Run some training batches through a network, change nothing, and report for "

@@ -46,7 +46,6 @@ def run(arguments: list[str]) -> int:
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         prog="nm shard",
-        allow_abbrev=False,
         description="Write train and val, a folder of images for each class, as shards that "
         "--data.root of ImageNet reads: the files as they are, many in one, to copy and to stream.",
     )

@@ -37,7 +37,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         prog="nm translate",
         usage="nm translate CHECKPOINT [--KEY VALUE ...] < SOURCE > TARGET",
-        allow_abbrev=False,
         description="Translate the lines of standard input, a sentence each, to standard output, "
         "in their order.",
     )
