@@ -148,7 +148,7 @@ class RunPaths:
                 raise InputError(
                     f"--ckpt_path: {self.runs} has no checkpoint yet; give the path of one."
                 )
-            self.checkpoint = found and str(found)
+            self.checkpoint = str(found) if found else None
         else:
             self.checkpoint = _existing(checkpoint)
 
