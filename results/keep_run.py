@@ -77,7 +77,7 @@ def effective_lr(scalars: Mapping[str, Series], step: int) -> float:
 
     The factor is what a rule multiplied the steps of a layer by, in the mean over its channels.
     """
-    prefix = tags.effective_lr_tag("")
+    prefix = tags.EFFECTIVE_LR
     rates = []
     for tag in (tag for tag in scalars if tag.startswith(prefix)):
         factor = scalars.get(tags.factor_tag(tag.removeprefix(prefix), "mean"))

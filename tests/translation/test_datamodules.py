@@ -53,7 +53,7 @@ def test_parallel_text_caches_tokenizer_and_pairs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = prepare(make_text(tmp_path))
-    monkeypatch.setattr(corpus, "_train_tokenizer", None)
+    monkeypatch.setattr(corpus.JointBPE, "train", None)
     monkeypatch.setattr(corpus, "encode_pairs", None)
     again = make_text(tmp_path)
     again.setup("fit")  # as on the other ranks, where prepare_data is not called
