@@ -48,25 +48,71 @@ def normalise_channels(v: Tensor, scales: Tensor, p: float, layout: ChannelLayou
     return (v * layout.spread(factors / norms, v)).to(v.dtype)
 
 
-def normalise_weight(v: Tensor, scales: Tensor, p: float, layout: ChannelLayout = ROWS) -> Tensor:
-    """Return `normalise_channels` in less time, of a v that nothing records or transforms."""
-    if torch.is_grad_enabled():
-        return NormalisedWeight.apply(v, scales, (p, layout))  # type: ignore[no-any-return]
+def normalise_weight(
+    v: Tensor, scales: Tensor, p: float, layout: ChannelLayout = ROWS, *, is_kept: bool = False
+) -> Tensor:
+    """Return `normalise_channels` in less time, of a v that nothing records or transforms.
+
+    With `is_kept` its graph may serve several backward passes.
+    """
     form = p, layout
-    w, _ = select_implementation(v, scales, form).normalise(v, scales, form)
+    if not is_kept and _has_kernel(v, scales, form):
+        w = _by_kernel(v, scales, form)
+        if w is not None:
+            return w
+    if torch.is_grad_enabled():
+        return NormalisedWeight.apply(v, scales, form)  # type: ignore[no-any-return]
+    return select_implementation(v, form).normalise(v, scales, form)[0]
+
+
+def _has_kernel(v: Tensor, scales: Tensor, form: Form) -> bool:
+    """Return whether torch has a kernel of weight norm, whose check for zeros waits for nothing."""
+    p, layout = form
+    if p != 2 or v.dim() < 2 or not v.is_cpu or layout.transposed_groups is not None:
+        return False
+    in_float = v.dtype == torch.float32 or v.dtype == torch.float64
+    return in_float and scales.dtype == v.dtype and v.is_contiguous()
+
+
+def _by_kernel(v: Tensor, scales: Tensor, form: Form) -> Tensor | None:
+    """Return w from torch's kernel, or None where a channel is zero, of which it makes NaN."""
+    columns = scales.expand(v.shape[0]).contiguous().view(v.shape[0], *[1] * (v.dim() - 1))
+    w, norms = torch._weight_norm_interface(v, columns, 0)
+    if len(norms) and norms.detach().amin().item() == 0:
+        return None
+    if w.grad_fn is not None:
+        w.grad_fn.register_hook(_WithGraph(v, columns, form))
     return w
+
+
+class _WithGraph:
+    """Replaces gradients of torch's kernel by ones with a graph, where the backward pass makes one.
+
+    Torch's own take the norms for constants, so that second derivatives would be wrong (2.15.0).
+    """
+
+    __slots__ = ("inputs",)
+
+    def __init__(self, v: Tensor, columns: Tensor, form: Form) -> None:
+        self.inputs = v, columns, form
+
+    def __call__(self, grads: tuple[Tensor | None, ...], dw: tuple[Tensor, ...]) -> Any:
+        if not torch.is_grad_enabled():
+            return None
+        v_needs, scales_need = (grad is not None for grad in grads)
+        return _differentiable_gradients(dw[0], v_needs, scales_need, *self.inputs)
 
 
 class NormalisedWeight(torch.autograd.Function):
     """`normalise_weight`: `apply(v, s, form)` returns w.
 
-    One graph may serve several backward passes, so that a weight can be computed once for many of
-    them. For that it holds v itself; as torch does, it checks that v was not changed since.
+    One graph may serve several backward passes. For that it holds v itself; as torch does, it
+    checks that v was not changed since.
     """
 
     @staticmethod
     def forward(ctx: Any, v: Tensor, scales: Tensor, form: Form) -> Tensor:
-        ctx.implementation = select_implementation(v, scales, form)
+        ctx.implementation = select_implementation(v, form)
         w: Tensor
         w, ctx.saved = ctx.implementation.normalise(v, scales, form)
         ctx.inputs, ctx.versions = (v, scales, form), (v._version, scales._version)
@@ -121,37 +167,13 @@ class Implementation(Protocol):
         """Return dv, and ds of each channel, even where s is one element."""
 
 
-def select_implementation(v: Tensor, scales: Tensor, form: Form) -> Implementation:
+def select_implementation(v: Tensor, form: Form) -> Implementation:
     """Return the fastest implementation for a weight; a vector is one channel."""
-    p, layout = form
-    if layout.transposed_groups is not None:
+    if form[1].transposed_groups is not None:
         return BY_FORMULA
-    if not v.is_contiguous():
-        return BY_ROWS if v.permute(_memory_order(v)).is_contiguous() else BY_FORMULA
-    dtype = v.dtype
-    in_float = (dtype == torch.float32 or dtype == torch.float64) and scales.dtype == dtype
-    return BY_KERNEL if p == 2 and in_float and v.dim() > 1 and v.is_cpu else BY_ROWS
-
-
-class _ByKernel:
-    """Torch's kernels of weight norm, one for each direction: contiguous weights, p = 2.
-
-    On a CPU only: whether a channel is zero has to be asked, and elsewhere that waits.
-    """
-
-    def normalise(self, v: Tensor, scales: Tensor, form: Form) -> tuple[Tensor, Any]:
-        columns = scales.expand(v.shape[0]).contiguous().view(v.shape[0], *[1] * (v.dim() - 1))
-        w, norms = torch._weight_norm_interface(v, columns, 0)
-        if v.shape[0] and norms.amin() == 0:
-            columns, norms = _spare_zeros(columns, norms)
-            w = v * (columns / norms)
-        return w, (columns, norms)
-
-    def gradients(
-        self, dw: Tensor, v: Tensor, scales: Tensor, form: Form, saved: Any
-    ) -> tuple[Tensor, Tensor]:
-        dv, ds = torch.ops.aten._weight_norm_interface_backward(dw.contiguous(), v, *saved, 0)
-        return dv, ds
+    if v.is_contiguous() or v.permute(_memory_order(v)).is_contiguous():
+        return BY_ROWS
+    return BY_FORMULA
 
 
 class _ByRows:
@@ -199,7 +221,7 @@ class _ByFormula:
         return dv, ds
 
 
-BY_KERNEL, BY_ROWS, BY_FORMULA = _ByKernel(), _ByRows(), _ByFormula()
+BY_ROWS, BY_FORMULA = _ByRows(), _ByFormula()
 
 
 def _norms_by_first(rows: Tensor, p: float) -> Tensor:

@@ -4,6 +4,7 @@ import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -151,7 +152,8 @@ class WeightNorm(nn.Module):
         key = id(self), f"with gradients: {torch.is_grad_enabled()}"
         w = parametrize._cache.get(key)
         if w is None:
-            w = parametrize._cache[key] = self._compute(v, normalise_weight)
+            w = self._compute(v, partial(normalise_weight, is_kept=True))
+            parametrize._cache[key] = w
         return w
 
     def _compute(self, v: Tensor, normalise: Callable[..., Tensor]) -> Tensor:

@@ -14,7 +14,8 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from nmlightning import InputError, apply_weight_norm, channel_norms, remove_weight_norm
-from nmlightning.parametrizations.normalize import NormalisedWeight
+from nmlightning.parametrizations import weight_norm
+from nmlightning.parametrizations.normalize import normalise_weight
 
 NORMS = [1.0, 2.0, math.inf]
 
@@ -42,10 +43,14 @@ def tied() -> nn.ModuleDict:
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What was computed with gradients."""
+    """What was normalised, of weights that nothing records."""
     calls: list[Any] = []
-    apply = NormalisedWeight.apply
-    monkeypatch.setattr(NormalisedWeight, "apply", lambda *args: calls.append(args) or apply(*args))
+
+    def normalise(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(args)
+        return normalise_weight(*args, **kwargs)
+
+    monkeypatch.setattr(weight_norm, "normalise_weight", normalise)
     return calls
 
 
