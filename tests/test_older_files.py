@@ -1,8 +1,9 @@
-"""Checkpoints, recordings and configs of version 0.1.0 before its modules were moved.
+"""Checkpoints, networks, recordings and configs of version 0.1.0 before its modules were moved.
 
 The files are in `fixtures/older`, where a README says how they were made.
 """
 
+import gzip
 import json
 import re
 import shutil
@@ -49,8 +50,10 @@ class Holder(pl.LightningModule):
 
 @pytest.fixture(autouse=True)
 def _in_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Go to a copy of the older files, the recording where its checkpoint says that it is."""
+    """Go to a copy of the older files, unpacked, the recording where its checkpoint expects it."""
     shutil.copytree(OLDER, tmp_path, dirs_exist_ok=True)
+    for packed in tmp_path.glob("*.gz"):
+        packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
     run = tmp_path / "runs" / "steered" / "version_0"
     run.mkdir(parents=True)
     shutil.copy(OLDER / RECORDING, run)
@@ -116,3 +119,31 @@ def test_objects_in_an_older_checkpoint_load() -> None:
     assert type(holder.hparams["callback"]) is nmlightning.NormSwap
     assert [type(layer).__name__ for layer in holder.net] == ["Conv2d", "L1BatchNorm2d", "TReLU"]
     assert holder.net(torch.randn(2, 1, 5, 5)).isfinite().all()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randn(2, 1, 6, 6)
+
+
+def test_older_pickled_network_computes_as_before(images: torch.Tensor) -> None:
+    older = torch.load("networks.pt", weights_only=False)["swapped"]
+    norms = [type(layer).__name__ for layer in older["net"] if "Norm" in type(layer).__name__]
+    kinds = ("L1", "TopK", "LInf", "Range", "MeanOnly", "HalfL2", "Lp")
+    assert norms == [*(f"{kind}BatchNorm2d" for kind in kinds), "L1LayerNorm", "L1RMSNorm"]
+    for output, mode in (("evaluated", False), ("trained", True)):
+        # Written by the formula in float32; another CPU may sum in another order.
+        expected = torch.tensor(older[output])
+        torch.testing.assert_close(older["net"].train(mode)(images), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_older_state_dict_of_normalised_weights_computes_as_before(images: torch.Tensor) -> None:
+    older = torch.load("networks.pt", weights_only=False)["bounded"]
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3), nn.ReLU())
+    net.extend([nn.Flatten(), nn.Linear(8, 2)])
+    for options in older["options"]:
+        nmlightning.apply_weight_norm(net, **options)
+    net.load_state_dict(older["state_dict"])
+    expected = torch.tensor(older["evaluated"])
+    torch.testing.assert_close(net.eval()(images), expected, rtol=1e-5, atol=1e-6)

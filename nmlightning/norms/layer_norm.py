@@ -212,6 +212,10 @@ class LpLayerNorm(nn.LayerNorm):
         dtype = accumulation_dtype(input.dtype, self.stats_dtype)
         return select_backend_for(input, "layer", self.statistic, dtype)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a layer, also one that was pickled before layers kept their statistic."""
+        super().__setstate__({"statistic": PowerMean(state["p"]), **state})
+
     def extra_repr(self) -> str:
         """Return the arguments that differ from the defaults, so that the repr evaluates."""
         return describe_settings(self, str(tuple(self.normalized_shape)))
@@ -306,6 +310,10 @@ class LpRMSNorm(nn.RMSNorm):
         """Return the backend that computes such an input, and why, without running."""
         dtype = accumulation_dtype(input.dtype, self.stats_dtype)
         return select_backend_for(input, "rms", self.statistic, dtype)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a layer, also one that was pickled before layers kept their statistic."""
+        super().__setstate__({"statistic": PowerMean(state["p"]), **state})
 
     def extra_repr(self) -> str:
         """Return the arguments that differ from the defaults, so that the repr evaluates."""

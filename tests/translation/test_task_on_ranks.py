@@ -1,6 +1,6 @@
 """Two ranks measure what one process does: perplexities, BLEU, and the BLEU to publish.
 
-Run as a script it is one of the ranks: `python test_translation_on_ranks.py FOLDER`.
+Run as a script it is one of the ranks: `python test_task_on_ranks.py FOLDER`.
 """
 
 import json
