@@ -1,5 +1,6 @@
-"""What every test may rely on: a fixed seed, and the real data where it is at hand."""
+"""A fixed seed for every test, the real data where it is at hand, and made runs and images."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,15 @@ def make_image_folder(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / "images"
 
     return make
+
+
+@pytest.fixture
+def _forks() -> None:
+    """Skip a test whose ranks are forked from this process, where they cannot be."""
+    if not hasattr(os, "fork"):
+        pytest.skip("processes are forked, and this system cannot")
+    if torch.cuda.is_initialized():
+        pytest.skip("a process that uses CUDA cannot be forked")
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """Test what hangs on undocumented ways of Lightning: copies of the module, ranks, class trees."""
 
-import os
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from lightning_modules import (
 from nmlightning.callbacks import NormSwap
 from nmlightning.compat import CallbackBase, builds_in_configure_model
 from nmlightning.norms.batch_norm import L1BatchNorm2d, TopKBatchNorm2d
+from trainers import run_as_script
 
 
 def images() -> TensorDataset:
@@ -157,21 +156,14 @@ def train_on_two_ranks(folder: Path) -> None:
         train(folder, run, strategy="ddp_fork", devices=2)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked, and this system cannot")
+@pytest.mark.usefixtures("_forks")
 class TestTwoRanks:
     @pytest.fixture(scope="class")
     @staticmethod
     def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
         """The folder of all runs' reports; a new process forks the ranks, before it trains."""
         folder = tmp_path_factory.mktemp("ranks")
-        answer = subprocess.run(
-            [sys.executable, __file__, str(folder)],
-            cwd=Path(__file__).parents[1],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            capture_output=True,
-            text=True,
-        )
-        assert answer.returncode == 0, answer.stderr
+        run_as_script(__file__, folder)
         return folder
 
     @pytest.mark.parametrize("run", SYNCHRONISED)

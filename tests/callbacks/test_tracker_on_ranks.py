@@ -3,9 +3,7 @@
 Run as a script it is one of the ranks: `python test_tracker_on_ranks.py FOLDER STRATEGY`.
 """
 
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from nmlightning.optim import (
 from nmlightning.reports.run import read_run
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.recording_file import FILE_NAME
+from trainers import quiet_trainer, run_as_script
 
 EPOCHS = 3
 RULES = ("none", "channel", "layer", "paper", "schedule", "decay", "hyperball", "projection")
@@ -90,18 +89,14 @@ def train(folder: Path, strategy: Any, rule: str, devices: int) -> None:
     tracker = WeightNormTracker(
         every=1, steering=make_rule(rule, folder / "reference"), other_run=True
     )
-    trainer = pl.Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
+        tracker,
         strategy=strategy,
         devices=devices,
         max_epochs=EPOCHS,
         default_root_dir=folder / rule,
-        callbacks=[tracker],
         logger=TensorBoardLogger(folder / rule, "", ""),
         log_every_n_steps=1,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         use_distributed_sampler=False,
     )
     trainer.fit(Ranked())
@@ -134,14 +129,7 @@ def two_ranks(
     """The folder of the runs by all rules, which one start of two processes trains."""
     folder: Path = tmp_path_factory.mktemp(request.param)
     shutil.copytree(one_process / "reference", folder / "reference")
-    answer = subprocess.run(
-        [sys.executable, __file__, str(folder), request.param],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True,
-        text=True,
-    )
-    assert answer.returncode == 0, answer.stderr
+    run_as_script(__file__, folder, request.param)
     return folder
 
 

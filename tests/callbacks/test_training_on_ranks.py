@@ -6,8 +6,6 @@ their precision, and a resumed run ends in exactly the bits of the uninterrupted
 Run as a script it is one of the ranks: `python test_training_on_ranks.py FOLDER REFERENCE`.
 """
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from nmlightning.norms.batch_norm import L1BatchNorm2d
 from nmlightning.optim import LRCorrection, StepRule
 from nmlightning.tasks import ImageClassifier
 from nmlightning.weights.history import NormHistory
+from trainers import quiet_trainer, run_as_script
 
 EPOCHS = 2
 STEPS = 2  # an epoch
@@ -62,8 +61,9 @@ def train(
 ) -> None:
     """Train, or go on from the checkpoint in the folder, and leave one there."""
     ranks, last = 1 if kind == "one" else 2, folder / "last.ckpt"
-    trainer = pl.Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
+        NormSwap("l1"),
+        WeightNormTracker(every=1, steering=steering, other_run=True),
         strategy=make_strategy(kind),
         devices=ranks,
         precision=precision,
@@ -72,14 +72,6 @@ def train(
         limit_train_batches=STEPS,
         limit_val_batches=0,
         default_root_dir=folder,
-        callbacks=[
-            NormSwap("l1"),
-            WeightNormTracker(every=1, steering=steering, other_run=True),
-        ],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     data = Digits(batch_size=16 // ranks, image_size=8, channels=1)
     pl.seed_everything(0, verbose=False)
@@ -125,14 +117,7 @@ def one_process(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def two_ranks(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all runs, which one start of two processes trains."""
     folder = tmp_path_factory.mktemp("two")
-    answer = subprocess.run(
-        [sys.executable, __file__, str(folder), str(reference)],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True,
-        text=True,
-    )
-    assert answer.returncode == 0, answer.stderr
+    run_as_script(__file__, folder, reference)
     return folder
 
 
@@ -212,9 +197,7 @@ def test_float16_under_fsdp2_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"not support .*'16-mixed'.* 32-true, bf16-mixed, bf16-tr"
     ):
-        pl.Trainer(
-            accelerator="cpu", devices=2, strategy=make_strategy("fsdp2"), precision="16-mixed"
-        )
+        quiet_trainer(devices=2, strategy=make_strategy("fsdp2"), precision="16-mixed")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 Run as a script it is one of the ranks: `python test_weight_norm_on_ranks.py FOLDER STRATEGY`.
 """
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from nmlightning.callbacks import WeightNormSwap, WeightNormTracker
 from nmlightning.weights.history import NormHistory
+from trainers import quiet_trainer, run_as_script
 
 FORMS: dict[str, dict[str, Any]] = {
     "bounded": {},
@@ -63,17 +62,12 @@ def train(folder: Path, strategy: Any, form: str, devices: int) -> None:
     """Train for two epochs, or go on with the second from a checkpoint of the first."""
     for epochs in (1, 2):
         last = folder / form / "last.ckpt"
-        trainer = pl.Trainer(
-            accelerator="cpu",
+        trainer = quiet_trainer(
+            *(WeightNormSwap(**FORMS[form]), WeightNormTracker()),
             strategy=strategy(),
             devices=devices,
             max_epochs=epochs,
             default_root_dir=folder / form,
-            callbacks=[WeightNormSwap(**FORMS[form]), WeightNormTracker()],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             use_distributed_sampler=False,
         )
         trainer.fit(Ranked(), ckpt_path=last if epochs == 2 else None)
@@ -98,14 +92,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_weight_norm_on_two_ranks_trains_as_one_process(
     kind: str, one_process: Path, tmp_path: Path
 ) -> None:
-    answer = subprocess.run(
-        [sys.executable, __file__, str(tmp_path), kind],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True,
-        text=True,
-    )
-    assert answer.returncode == 0, answer.stderr
+    run_as_script(__file__, tmp_path, kind)
     for form in FORMS:
         one, two = (
             torch.load(folder / form / "last.ckpt")["state_dict"]

@@ -1,6 +1,6 @@
 """The order and the draws: reproducible, different each epoch, and shared out among ranks."""
 
-import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from nmlightning.datamodules.image_data import LabelledImages
 from nmlightning.datamodules.training_batches import TrainingBatches
 from nmlightning.errors import InputError
 from nmlightning.tasks.classification import ImageClassifier
+from trainers import quiet_trainer
 
 AUGMENTATION = Augmentation(pad=4, flip=True)
 
@@ -164,6 +165,7 @@ def fit(
     seed: int = 5,
     ckpt_path: str | None = None,
     batch_size: int = 300,
+    callbacks: Sequence[pl.Callback] = (),
     **options: object,
 ) -> tuple[Recorder, pl.Trainer]:
     """Train a linear model on the digits; return what it saw."""
@@ -171,14 +173,7 @@ def fit(
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     task = ImageClassifier(net, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1))
     recorder = Recorder()
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **{"enable_checkpointing": False, "callbacks": [recorder], **options},  # type: ignore[arg-type]
-    )
+    trainer = quiet_trainer(*(callbacks or [recorder]), max_epochs=epochs, **options)
     torch.rand(seed)  # what else draws numbers must not matter
     trainer.fit(task, Digits(batch_size=batch_size, image_size=8, channels=1), ckpt_path=ckpt_path)
     return recorder, trainer
@@ -229,10 +224,8 @@ def test_image_overfitting_repeats_the_same_batches() -> None:
     assert not trainer.train_dataloader.sampler.shuffle  # type: ignore[union-attr]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked, and this system cannot")
+@pytest.mark.usefixtures("_forks")
 def test_two_processes_train_as_one_with_twice_the_batch() -> None:
-    if torch.cuda.is_initialized():
-        pytest.skip("a process that uses CUDA cannot be forked")
     _, one = fit(2, batch_size=128)
     _, two = fit(2, batch_size=64, strategy="ddp_fork", devices=2)
     assert set(two.callback_metrics) == set(one.callback_metrics)

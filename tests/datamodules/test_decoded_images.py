@@ -1,6 +1,5 @@
 """Damaged images, and files that are none: an error or skipped, never a crash in mid-training."""
 
-import os
 import pickle
 from collections.abc import Callable
 from io import BytesIO
@@ -8,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
 from PIL import Image
 from torch import nn
@@ -18,6 +16,7 @@ from nmlightning.datamodules.decoded_images import DamagedImage, EncodedImage, d
 from nmlightning.datamodules.imagenet import ImageNet
 from nmlightning.errors import InputError
 from nmlightning.tasks.classification import ImageClassifier
+from trainers import quiet_trainer
 
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 
@@ -113,27 +112,16 @@ def test_folder_reports_files_that_are_no_images(root: Path) -> None:
     assert data.train.length == 12
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked, and this system cannot")
+@pytest.mark.usefixtures("_forks")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Skipped a damaged image")
 def test_damaged_images_keep_two_processes_in_step(root: Path) -> None:
     """Rank 0 alone meets the damaged images, in training and in validation."""
-    if torch.cuda.is_initialized():
-        pytest.skip("a process that uses CUDA cannot be forked")
     for name in ("train/a/1.JPEG", "train/c/0.JPEG", "val/a/0.JPEG"):
         (root / name).write_bytes(b"")
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32**2, 3))
     task = ImageClassifier(net, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.01))
-    trainer = pl.Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        strategy="ddp_fork",
-        devices=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(max_epochs=2, strategy="ddp_fork", devices=2)
     trainer.fit(task, ImageNet(str(root), 2, num_workers=0, image_size=32, damaged="skip"))
     for name in ("train/loss", "val/loss"):
         assert trainer.callback_metrics[name].isfinite()

@@ -18,6 +18,7 @@ from nmlightning.datamodules.image_folder import FolderImages, common_classes
 from nmlightning.datamodules.imagenet import ImageNet
 from nmlightning.errors import InputError
 from nmlightning.tasks.classification import ImageClassifier
+from trainers import quiet_trainer
 
 SIZE = 32
 MEAN = np.array([0.485, 0.456, 0.406])
@@ -168,16 +169,7 @@ def test_imagenet_follows_the_models_dtype(root: Path, precision: Any, dtype: st
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE**2, 3))
     task = ImageClassifier(net, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.01))
     kept = KeepInput()
-    trainer = pl.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        precision=precision,
-        callbacks=[kept],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(kept, precision=precision)
     trainer.fit(task, ImageNet(str(root), 4, num_workers=0, image_size=SIZE))
     assert kept.dtype == getattr(torch, dtype)
     assert trainer.callback_metrics["val/loss"].isfinite()

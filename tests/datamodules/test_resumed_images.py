@@ -1,6 +1,5 @@
 """A run that is resumed within an epoch resumes with the very next batch, pixel by pixel."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from nmlightning.cli import main
 from nmlightning.datamodules.imagenet import ImageNet
 from nmlightning.errors import InputError
 from nmlightning.tasks.classification import ImageClassifier
+from trainers import quiet_trainer
 
 pytestmark = [
     # From 3.12 on Python warns of forking where threads run, as torch's do; workers use none.
@@ -45,17 +45,8 @@ def fit(root: Path, seen: Path, seed: int = 1, devices: int = 1, **options: Any)
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16**2, 3))
     task = ImageClassifier(net, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.01))
     ckpt_path = options.pop("ckpt_path", None)
-    trainer = pl.Trainer(
-        max_epochs=3,
-        accelerator="cpu",
-        strategy="auto" if devices == 1 else "ddp_fork",
-        devices=devices,
-        callbacks=[Recorder(seen)],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    strategy = "auto" if devices == 1 else "ddp_fork"
+    trainer = quiet_trainer(Recorder(seen), max_epochs=3, strategy=strategy, devices=devices)
     settings = {"batch_size": 4 // devices, "num_workers": 0, "image_size": 16, **options}
     trainer.fit(task, ImageNet(str(root), **settings), ckpt_path=ckpt_path)
 
@@ -105,10 +96,8 @@ def test_imagenet_resumes_within_an_epoch(
     assert_same(read(tmp_path / "resumed"), rest)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked, and this system cannot")
+@pytest.mark.usefixtures("_forks")
 def test_imagenet_resumes_on_two_processes(root: Path, tmp_path: Path) -> None:
-    if torch.cuda.is_initialized():
-        pytest.skip("a process that uses CUDA cannot be forked")
     fit(root, tmp_path / "one")
     fit(root, tmp_path / "two", devices=2, num_workers=1)
     whole = read(tmp_path / "one")

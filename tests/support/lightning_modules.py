@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainers import QUIET
+
 
 def small_net() -> nn.Sequential:
     conv = [nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)]
@@ -89,9 +91,7 @@ def make(module_class: type) -> Any:
 
 def make_trainer(module_class: type, *callbacks: Any, **options: Any) -> Any:
     """Return a quiet Trainer for one epoch, of the package that `module_class` is made with."""
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    plain = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "enable_checkpointing": False}
-    settings = {"callbacks": list(callbacks), **quiet, **plain, **options}
+    settings = {"callbacks": list(callbacks), "devices": 1, "max_epochs": 1, **QUIET, **options}
     return package_of(module_class).Trainer(**settings)
 
 

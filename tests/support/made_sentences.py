@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nmlightning.translation.datamodules import ParallelText
 from nmlightning.translation.sources import SentencePair
+from trainers import quiet_trainer
 
 WORDS = np.array(["ein", "Haus", "am", "See", "und", "Bäume", "stehen", "da", "viele"])
 
@@ -85,10 +86,7 @@ def fit(data: pl.LightningDataModule, *, seed: int = 1, **options: Any) -> Count
     pl.seed_everything(seed, verbose=False)
     ckpt_path = options.pop("ckpt_path", None)
     model = CountTokens()
-    settings = {"max_epochs": 3, "accelerator": "cpu", "enable_checkpointing": False, **options}
-    trainer = pl.Trainer(
-        logger=False, enable_progress_bar=False, enable_model_summary=False, **settings
-    )
+    trainer = quiet_trainer(**{"max_epochs": 3, **options})
     torch.rand(seed)  # what else draws numbers must not matter
     trainer.fit(model, data, ckpt_path=ckpt_path)
     return model

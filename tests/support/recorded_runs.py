@@ -11,15 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_modules import small_net
+from trainers import quiet_trainer
 
 BATCHES = 4
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 class Trains(pl.LightningModule):
@@ -80,5 +74,4 @@ def make_data(batches: int = BATCHES, *, sized: bool = True) -> DataLoader[Any]:
 
 def make_trainer(folder: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     """Return a quiet Trainer for one epoch."""
-    settings = {"max_epochs": 1, "default_root_dir": folder, **QUIET, **options}
-    return pl.Trainer(callbacks=list(callbacks), **settings)
+    return quiet_trainer(*callbacks, default_root_dir=folder, **options)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 
 from nmlightning.models import Transformer
@@ -63,16 +62,3 @@ def adam(groups: Any) -> torch.optim.Optimizer:
 def warm_up(optimizer: torch.optim.Optimizer) -> InverseSquareRootLR:
     """Return the schedule for it."""
     return InverseSquareRootLR(optimizer, warmup_steps=60)
-
-
-def make_trainer(**options: Any) -> pl.Trainer:
-    """Return a quiet Trainer on the CPU."""
-    quiet = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "max_epochs": 1,
-    }
-    return pl.Trainer(**{**quiet, **options})

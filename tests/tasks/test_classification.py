@@ -18,6 +18,7 @@ from nmlightning.models import VGG, CifarResNet, ResNet50
 from nmlightning.parametrizations import apply_weight_norm
 from nmlightning.tasks import classification
 from nmlightning.tasks.classification import ImageClassifier, MeanLoss, shard_blocks
+from trainers import quiet_trainer
 
 
 def make_task(net: nn.Module | None = None, **options: Any) -> ImageClassifier:
@@ -27,18 +28,6 @@ def make_task(net: nn.Module | None = None, **options: Any) -> ImageClassifier:
 
 def sgd(groups: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=5e-4)
-
-
-def make_trainer(**options: Any) -> pl.Trainer:
-    quiet = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "max_epochs": 1,
-    }
-    return pl.Trainer(**{**quiet, **options})
 
 
 @pytest.fixture
@@ -58,7 +47,7 @@ class Fixed(nn.Module):
 
 
 def test_classifier_learns_the_digits(digits: Digits) -> None:
-    trainer = make_trainer(max_epochs=5)
+    trainer = quiet_trainer(max_epochs=5)
     trainer.fit(make_task(), digits)
     metrics = trainer.callback_metrics
     assert set(metrics) == {"train/loss", "train/top1", "val/loss", "val/top1", "val/top5"}
@@ -71,7 +60,7 @@ def test_classifier_metrics_are_of_all_images(classes: int) -> None:
     logits, labels = torch.randn(25, classes), torch.randint(classes, (25,))
     pairs = list(zip(logits, labels, strict=True))
     loader = DataLoader(pairs, batch_size=8)  # type: ignore[arg-type]
-    (result,) = make_trainer().test(make_task(Fixed()), loader, verbose=False)
+    (result,) = quiet_trainer().test(make_task(Fixed()), loader, verbose=False)
     ranked = logits.argsort(dim=1, descending=True)
     hits = ranked == labels[:, None]
     assert result == {
@@ -89,7 +78,7 @@ def test_classifier_logs_means_once_an_epoch(monkeypatch: Any) -> None:
     monkeypatch.setattr(
         task, "log", lambda name, *args, **kwargs: (logged.append(name), log(name, *args, **kwargs))
     )
-    trainer = make_trainer(max_epochs=2, val_check_interval=2)  # validates in mid-epoch, too
+    trainer = quiet_trainer(max_epochs=2, val_check_interval=2)  # validates in mid-epoch, too
     trainer.fit(task, loader, loader)
     expected = F.cross_entropy(logits, labels)
     hits = (logits.argmax(1) == labels).float().mean()
@@ -103,7 +92,7 @@ def test_classifier_logs_means_once_an_epoch(monkeypatch: Any) -> None:
 def test_classifier_smooths_labels_in_training_only() -> None:
     logits, labels = torch.randn(8, 4), torch.randint(4, (8,))
     loader = DataLoader(list(zip(logits, labels, strict=True)), batch_size=8)  # type: ignore[arg-type]
-    trainer = make_trainer()
+    trainer = quiet_trainer()
     trainer.fit(make_task(Fixed(), label_smoothing=0.3), loader, loader)
     smoothed = F.cross_entropy(logits, labels, label_smoothing=0.3)
     torch.testing.assert_close(trainer.callback_metrics["train/loss"], smoothed)
@@ -113,7 +102,7 @@ def test_classifier_smooths_labels_in_training_only() -> None:
 
 
 def test_classifier_predicts_probabilities(digits: Digits) -> None:
-    trainer, task = make_trainer(), make_task()
+    trainer, task = quiet_trainer(), make_task()
     batches = trainer.predict(task, digits)
     assert batches is not None
     assert torch.cat(batches).shape == (360, 10)  # type: ignore[arg-type]
@@ -138,13 +127,13 @@ def test_classifier_milestones_are_epochs(digits: Digits) -> None:
             rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
     task = make_task(lr_scheduler=lambda optimizer: MultiStepLR(optimizer, [1, 2]))
-    make_trainer(max_epochs=3, callbacks=[Rates()]).fit(task, digits)
+    quiet_trainer(Rates(), max_epochs=3).fit(task, digits)
     assert rates == pytest.approx([0.1, 0.01, 0.001])
 
 
 def test_classifier_plateau_watches_the_validation_loss(digits: Digits) -> None:
     task = make_task(lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau)
-    trainer = make_trainer()
+    trainer = quiet_trainer()
     trainer.fit(task, digits)
     assert trainer.lr_scheduler_configs[0].monitor == "val/loss"
 
@@ -159,7 +148,7 @@ def test_classifier_compiles_once_after_the_callbacks(digits: Digits, monkeypatc
     task = make_task(compile="reduce-overhead")
     keys = set(task.state_dict())
     monkeypatch.setattr(task.net, "compile", lambda mode: events.append(mode))
-    trainer = make_trainer(callbacks=[Swap()])
+    trainer = quiet_trainer(Swap())
     trainer.fit(task, digits)
     trainer.validate(task, digits, verbose=False)
     assert events == ["swap", "reduce-overhead", "swap"]
@@ -168,14 +157,14 @@ def test_classifier_compiles_once_after_the_callbacks(digits: Digits, monkeypatc
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
 def test_classifier_trains_in_a_true_precision(digits: Digits, precision: Any) -> None:
-    trainer = make_trainer(precision=precision)
+    trainer = quiet_trainer(precision=precision)
     trainer.fit(make_task(), digits)
     assert trainer.callback_metrics["train/loss"].isfinite()
 
 
 def test_classifier_logs_a_nan() -> None:
     loader = DataLoader([(torch.full((4,), torch.nan), torch.tensor(1))], batch_size=1)  # type: ignore[arg-type]
-    trainer = make_trainer()
+    trainer = quiet_trainer()
     trainer.fit(make_task(Fixed()), loader, loader)
     assert trainer.callback_metrics["train/loss"].isnan()
 
@@ -184,7 +173,7 @@ def test_classifier_refuses_another_number_of_outputs(digits: Digits) -> None:
     task = make_task(nn.Sequential(nn.Flatten(), nn.Linear(64, 11)))
     message = "Sequential has 11 outputs, but Digits has 10 classes: set the network's num_classes"
     with pytest.raises(InputError, match=message):
-        make_trainer().fit(task, digits)
+        quiet_trainer().fit(task, digits)
 
 
 @pytest.mark.parametrize("label", [-1, 4])
@@ -194,7 +183,7 @@ def test_classifier_refuses_a_label_out_of_range(label: int) -> None:
         rf"labels go from {min(label, 0)} to {max(label, 0)}, but Fixed has the classes 0 to 3"
     )
     with pytest.raises(InputError, match=message):
-        make_trainer().validate(make_task(Fixed()), DataLoader(pairs, batch_size=2), verbose=False)  # type: ignore[arg-type]
+        quiet_trainer().validate(make_task(Fixed()), DataLoader(pairs, batch_size=2), verbose=False)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.1, float("nan"), "0.1", None])
@@ -208,17 +197,17 @@ def test_classifier_refuses_a_resume_without_the_swap(digits: Digits, tmp_path: 
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10))
 
     path = tmp_path / "last.ckpt"
-    trainer = make_trainer(callbacks=[NormSwap("l1")])
+    trainer = quiet_trainer(NormSwap("l1"))
     trainer.fit(make_task(plain()), digits)
     trainer.save_checkpoint(path)
     with pytest.raises(InputError, match=r"trained with NormSwap 'l1', this run has nothing"):
-        make_trainer().fit(make_task(plain()), digits, ckpt_path=path)
+        quiet_trainer().fit(make_task(plain()), digits, ckpt_path=path)
     ImageClassifier.load_from_checkpoint(path, net=plain(), optimizer=sgd)
 
 
 def test_classifier_restores_a_checkpoint_made_in_python(digits: Digits, tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
-    task, trainer = make_task(label_smoothing=0.1), make_trainer()
+    task, trainer = make_task(label_smoothing=0.1), quiet_trainer()
     trainer.fit(task, digits)
     trainer.save_checkpoint(path)
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))

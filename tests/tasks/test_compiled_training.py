@@ -16,22 +16,18 @@ from nmlightning.cli import main
 from nmlightning.datamodules.digits import Digits
 from nmlightning.errors import InputError
 from nmlightning.tasks.classification import ImageClassifier
+from trainers import quiet_trainer
 
 
 def fit(folder: Path, ckpt_path: Path | None = None, epochs: int = 1, **options: Any) -> pl.Trainer:
     """Train a small network for a few steps an epoch."""
     pl.seed_everything(1, verbose=False)
-    trainer = pl.Trainer(
+    trainer = quiet_trainer(
+        *(NormSwap("l1"), WeightNormTracker()),
         max_epochs=epochs,
         limit_train_batches=2,
         limit_val_batches=1,
-        accelerator="cpu",
-        callbacks=[NormSwap("l1"), WeightNormTracker()],
         default_root_dir=folder,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     trainer.fit(make_task(**options), Digits(32, image_size=8), ckpt_path=ckpt_path)
     return trainer

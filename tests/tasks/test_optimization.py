@@ -1,7 +1,6 @@
 """The learning rate grows with the batch, before the scheduler sees it, and only where asked."""
 
 import logging
-import os
 from ast import literal_eval
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader
 from nmlightning.datamodules.digits import Digits
 from nmlightning.errors import InputError
 from nmlightning.tasks.classification import ImageClassifier
+from trainers import quiet_trainer
 
 
 def sgd(groups: Any) -> torch.optim.Optimizer:
@@ -55,15 +55,7 @@ def fit(tmp_path: Path, lr_batch_size: Any, **options: Any) -> tuple[list[Any], 
     ckpt_path = options.pop("ckpt_path", None)
     data = Digits(options.pop("batch_size", 64), image_size=8, channels=1)
     settings = {"max_epochs": 2, "limit_train_batches": 2, "limit_val_batches": 1, **options}
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        callbacks=[rates],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **settings,
-    )
+    trainer = quiet_trainer(rates, **settings)
     trainer.fit(make_task(lr_batch_size), data, ckpt_path=ckpt_path)
     return rates.read(), trainer
 
@@ -88,10 +80,8 @@ def test_lr_batch_size_scales_every_group_before_the_scheduler(
         assert "learning rate 0.1, 0.3 × 128/256 = 0.05, 0.15, for 128 images a step" in said[0]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked, and this system cannot")
+@pytest.mark.usefixtures("_forks")
 def test_lr_batch_size_counts_processes(tmp_path: Path) -> None:
-    if torch.cuda.is_initialized():
-        pytest.skip("a process that uses CUDA cannot be forked")
     rates, _ = fit(tmp_path, 256, strategy="ddp_fork", devices=2, max_epochs=1)
     assert rates == [pytest.approx([0.05, 0.15])] * 2
 
@@ -124,7 +114,6 @@ def test_lr_batch_size_refuses_bad_settings() -> None:
     message = "lr_batch_size scales .* not known: fit with a data module that has a batch_size"
     with pytest.raises(InputError, match=message):
         make_task(256).configure_optimizers()
-    options = {"max_epochs": 1, "logger": False, "enable_checkpointing": False}
     loader = DataLoader([(torch.zeros(64), torch.tensor(0))], batch_size=1)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=message):
-        pl.Trainer(accelerator="cpu", **options).fit(make_task(256), loader, loader)  # type: ignore[arg-type]
+        quiet_trainer().fit(make_task(256), loader, loader)

@@ -1,6 +1,5 @@
 """A run on text, resumed within an epoch, resumes with the very next batch, token by token."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,10 +131,8 @@ class SaveSeen(pl.Callback):
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked, and this system cannot")
+@pytest.mark.usefixtures("_forks")
 def test_text_batches_are_shared_by_two_processes(tmp_path: Path) -> None:
-    if torch.cuda.is_initialized():
-        pytest.skip("a process that uses CUDA cannot be forked")
     whole = fit(make_text(tmp_path), max_epochs=1).seen
     options = {"strategy": "ddp_fork", "devices": 2, "max_epochs": 1}
     fit(make_text(tmp_path), callbacks=[SaveSeen(tmp_path)], **options)

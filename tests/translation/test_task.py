@@ -20,12 +20,12 @@ from nmlightning.norms.layer_norm import L1LayerNorm
 from nmlightning.optim.schedules import InverseSquareRootLR
 from nmlightning.translation.task import LineOptions, Translator, translate_lines
 from nmlightning.translation.tokenizer import EOS, PAD
+from trainers import quiet_trainer
 from translation_runs import (
     VOCABULARY,
     draw_pairs,
     make_net,
     make_text,
-    make_trainer,
     make_translator,
     warm_up,
 )
@@ -35,8 +35,8 @@ EVALUATED = ("loss", "ppl", "word_ppl", "bleu")
 
 def test_translator_learns_and_logs(tmp_path: Path) -> None:
     task, data = make_translator(lr_scheduler=warm_up), make_text(tmp_path)
-    (untrained,) = make_trainer().validate(task, data, verbose=False)
-    trainer = make_trainer(max_epochs=4, check_val_every_n_epoch=4)
+    (untrained,) = quiet_trainer().validate(task, data, verbose=False)
+    trainer = quiet_trainer(max_epochs=4, check_val_every_n_epoch=4)
     trainer.fit(task, data)
     metrics = trainer.callback_metrics
     training = {f"train/{name}" for name in ("loss", "ppl", "tokens_per_s")}
@@ -64,8 +64,8 @@ class Losses(pl.Callback):
 @pytest.mark.parametrize("accumulated", [1, 3])
 def test_translator_logs_means_of_all_batches(accumulated: int, tmp_path: Path) -> None:
     losses, batches = Losses(), 2 * accumulated
-    trainer = make_trainer(
-        callbacks=[losses],
+    trainer = quiet_trainer(
+        losses,
         log_every_n_steps=2,
         accumulate_grad_batches=accumulated,
         limit_train_batches=2 * batches + 1,
@@ -81,7 +81,7 @@ def test_translator_logs_means_of_all_batches(accumulated: int, tmp_path: Path) 
 
 def test_translator_perplexities_are_of_all_sentences(tmp_path: Path) -> None:
     task, data = make_translator(), make_text(tmp_path)
-    (found,) = make_trainer().validate(task, data, verbose=False)
+    (found,) = quiet_trainer().validate(task, data, verbose=False)
     nats, subwords = 0.0, 0
     for batch in data.val_dataloader():
         logits = task.net(batch.source, batch.target[:, :-1]).detach()
@@ -99,8 +99,8 @@ def test_translator_perplexities_are_of_all_sentences(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("stage", "beam"), [("validate", 1), ("test", 3)])
 def test_translator_bleu_equals_sacrebleus(stage: str, beam: int, tmp_path: Path) -> None:
     task, data = make_translator(beam_size=3, lr_scheduler=warm_up), make_text(tmp_path)
-    make_trainer(max_epochs=2, limit_val_batches=0).fit(task, data)
-    (found,) = getattr(make_trainer(), stage)(task, data, verbose=False)
+    quiet_trainer(max_epochs=2, limit_val_batches=0).fit(task, data)
+    (found,) = getattr(quiet_trainer(), stage)(task, data, verbose=False)
     translations, references = [], []
     task.eval()
     for batch in data.val_dataloader():
@@ -115,14 +115,14 @@ def test_translator_bleu_equals_sacrebleus(stage: str, beam: int, tmp_path: Path
 def test_translator_test_prints_published_bleu(tmp_path: Path, caplog: Any) -> None:
     for package in ("pytorch_lightning", "lightning.pytorch"):  # the one imported last speaks
         caplog.set_level(logging.INFO, logger=package)
-    make_trainer().test(make_translator(), make_text(tmp_path), verbose=False)
+    quiet_trainer().test(make_translator(), make_text(tmp_path), verbose=False)
     (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Translator")]
     assert "BLEU 0.00 (nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:" in line
 
 
 def test_translator_predicts_text(tmp_path: Path) -> None:
     task, data = make_translator(), make_text(tmp_path)
-    batches = make_trainer().predict(task, data)
+    batches = quiet_trainer().predict(task, data)
     assert batches is not None
     texts = [text for batch in batches for text in batch]
     assert len(texts) == 30
@@ -131,7 +131,7 @@ def test_translator_predicts_text(tmp_path: Path) -> None:
 
 def test_translator_translates_from_a_checkpoint_alone(tmp_path: Path) -> None:
     task, data = make_translator(), make_text(tmp_path)
-    trainer = make_trainer(max_epochs=2, callbacks=[NormSwap("l1", kinds=["layer"])])
+    trainer = quiet_trainer(NormSwap("l1", kinds=["layer"]), max_epochs=2)
     trainer.fit(task, data)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     restored = load_from_checkpoint(
@@ -146,7 +146,7 @@ def test_translator_translates_from_a_checkpoint_alone(tmp_path: Path) -> None:
 def test_translator_trains_with_normalised_weights(tmp_path: Path) -> None:
     task = make_translator(make_net(norm="none", scale_branches=True))
     swap = WeightNormSwap(include=["net.encoder.*.weight", "net.decoder.*.weight"])
-    trainer = make_trainer(max_epochs=4, callbacks=[swap])
+    trainer = quiet_trainer(swap, max_epochs=4)
     trainer.fit(task, make_text(tmp_path))
     assert trainer.callback_metrics["val/ppl"] < 10
 
@@ -161,9 +161,7 @@ def test_translator_resumes_to_the_same_weights(tmp_path: Path) -> None:
         keep = ModelCheckpoint(
             tmp_path / "kept" / str(seed), "{step}", every_n_train_steps=20, save_top_k=-1
         )
-        trainer = make_trainer(
-            max_epochs=2, limit_val_batches=0, enable_checkpointing=True, callbacks=[keep]
-        )
+        trainer = quiet_trainer(keep, max_epochs=2, limit_val_batches=0, enable_checkpointing=True)
         trainer.fit(task, make_text(tmp_path), ckpt_path=checkpoint)
         return task.state_dict()
 
@@ -173,11 +171,11 @@ def test_translator_resumes_to_the_same_weights(tmp_path: Path) -> None:
 
 def test_translator_schedule_moves_by_step_or_epoch(tmp_path: Path) -> None:
     task = make_translator(lr_scheduler=lambda o: InverseSquareRootLR(o, 4))
-    trainer = make_trainer(max_steps=3, max_epochs=-1, limit_val_batches=0)
+    trainer = quiet_trainer(max_steps=3, max_epochs=-1, limit_val_batches=0)
     trainer.fit(task, make_text(tmp_path))
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(8e-3)
     task = make_translator(lr_scheduler=lambda o: InverseSquareRootLR(o, 4), lr_interval="epoch")
-    trainer = make_trainer(max_epochs=2, limit_val_batches=0)
+    trainer = quiet_trainer(max_epochs=2, limit_val_batches=0)
     trainer.fit(task, make_text(tmp_path))
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(8e-3 * 3 / 4)
 
@@ -194,7 +192,7 @@ def test_translator_exempts_norms_and_biases_from_decay() -> None:
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
 def test_translator_trains_in_precision(precision: Any, tmp_path: Path) -> None:
-    trainer = make_trainer(precision=precision, limit_train_batches=3)
+    trainer = quiet_trainer(precision=precision, limit_train_batches=3)
     trainer.fit(make_translator(), make_text(tmp_path))
     assert trainer.callback_metrics["val/loss"].isfinite()
 
@@ -202,7 +200,7 @@ def test_translator_trains_in_precision(precision: Any, tmp_path: Path) -> None:
 def test_translator_compiles_once_for_all_shapes(tmp_path: Path, monkeypatch: Any) -> None:
     task, calls = make_translator(compile=True), []
     monkeypatch.setattr(task.net, "compile", lambda **options: calls.append(options))
-    trainer = make_trainer(max_steps=1)
+    trainer = quiet_trainer(max_steps=1)
     trainer.fit(task, make_text(tmp_path))
     trainer.validate(task, make_text(tmp_path), verbose=False)
     assert calls == [{"dynamic": True}]
@@ -211,18 +209,18 @@ def test_translator_compiles_once_for_all_shapes(tmp_path: Path, monkeypatch: An
 def test_translator_refuses_too_large_a_vocabulary(tmp_path: Path) -> None:
     task = make_translator(make_net(vocab_size=VOCABULARY - 1))
     with pytest.raises(InputError, match=f"has {VOCABULARY} entries and Transformer embeddings"):
-        make_trainer().fit(task, make_text(tmp_path))
+        quiet_trainer().fit(task, make_text(tmp_path))
 
 
 def test_translator_refuses_another_vocabulary(tmp_path: Path) -> None:
-    trainer = make_trainer(max_steps=1)
+    trainer = quiet_trainer(max_steps=1)
     trainer.fit(make_translator(), make_text(tmp_path))
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     other = make_text(tmp_path, vocab_size=VOCABULARY - 2)
     with pytest.raises(
         InputError, match=r"another vocabulary \(280 entries, \w+\) than the data's"
     ):
-        make_trainer().test(make_translator(), other, ckpt_path=str(tmp_path / "last.ckpt"))
+        quiet_trainer().test(make_translator(), other, ckpt_path=str(tmp_path / "last.ckpt"))
 
 
 def test_translator_without_tokenizer_translates_nothing(tmp_path: Path) -> None:
@@ -230,7 +228,7 @@ def test_translator_without_tokenizer_translates_nothing(tmp_path: Path) -> None
         make_translator().translate(torch.tensor([[5, 2]]))
     data = make_text(tmp_path)
     data.setup("fit")
-    trainer = make_trainer(limit_train_batches=1)
+    trainer = quiet_trainer(limit_train_batches=1)
     trainer.fit(make_translator(), data.train_dataloader(), data.val_dataloader())
     assert "val/bleu" not in trainer.callback_metrics
     assert trainer.callback_metrics["val/ppl"] > 1
@@ -268,7 +266,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Translator:
     """One that has learned a little."""
     torch.manual_seed(0)
     trained = make_translator(lr_scheduler=warm_up)
-    trainer = make_trainer(max_epochs=3, limit_val_batches=0)
+    trainer = quiet_trainer(max_epochs=3, limit_val_batches=0)
     trainer.fit(trained, make_text(tmp_path_factory.mktemp("text")))
     return trained.eval()
 

@@ -6,7 +6,6 @@ Run as a script it is one of the ranks: `python test_task_on_ranks.py FOLDER`.
 import json
 import logging
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).parents[1] / "support"))
-
 from nmlightning.translation.task import Translator
-from translation_runs import WORDS, make_net, make_text, make_trainer, make_translator
+from trainers import quiet_trainer, run_as_script
+from translation_runs import WORDS, make_net, make_text, make_translator
 
 EVALUATED = ("loss", "ppl", "word_ppl", "bleu")
 # Lightning speaks through that of the package that was imported last.
@@ -58,7 +56,7 @@ def measure(folder: Path, processes: int) -> dict[str, Any]:
     loggers = [logging.getLogger(name) for name in LOGGERS]
     for logger in loggers:
         logger.addHandler(lines)
-    trainer = make_trainer(devices=processes, strategy="ddp" if processes > 1 else "auto")
+    trainer = quiet_trainer(devices=processes, strategy="ddp" if processes > 1 else "auto")
     task, data = make_task(), make_text(folder)
     (validated,) = trainer.validate(task, data, verbose=False)
     (tested,) = trainer.test(task, data, verbose=False)
@@ -69,9 +67,7 @@ def measure(folder: Path, processes: int) -> dict[str, Any]:
 
 @pytest.mark.filterwarnings("ignore")
 def test_translator_on_two_ranks_measures_as_on_one(tmp_path: Path) -> None:
-    script = [sys.executable, __file__, str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(script, env=environment, check=True, capture_output=True, timeout=300)
+    run_as_script(__file__, tmp_path)
     two = json.loads((tmp_path / "two.json").read_text("utf-8"))
     one = measure(tmp_path, 1)
     assert two.pop("lines") == one.pop("lines")
