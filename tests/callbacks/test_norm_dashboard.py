@@ -24,6 +24,7 @@ from nmlightning.errors import InputError
 from nmlightning.optim import LRCorrection
 from nmlightning.weights.channel_norms import channel_norms, equilibrium_rotation, rotations
 from nmlightning.weights.history import NormHistory
+from trainers import QUIET, quiet_trainer
 
 LAYERS = ["net.0", "net.3", "net.7"]
 PACKAGES = ("pytorch_lightning", "lightning.pytorch")
@@ -81,15 +82,12 @@ def fit(
     )
     tensorboard = importlib.import_module(f"{package}.loggers").TensorBoardLogger
     settings: dict[str, Any] = {
+        **QUIET,
         "max_epochs": EPOCHS,
         "default_root_dir": folder,
         "logger": tensorboard(folder, "", ""),
         "log_every_n_steps": EVERY,
         "callbacks": [tracker],
-        "accelerator": "cpu",
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
     }
     start = options.pop("start", None)
     lightning_package.Trainer(**settings | options).fit(module, data, ckpt_path=start)
@@ -140,16 +138,9 @@ def test_dashboard_logs_what_is_known_of_other_optimizers(tmp_path: Path) -> Non
     module = fit(tmp_path, WeightNormTracker(), module={"dampening": 0.1})
     assert not any(tag.startswith("rotation_equilibrium") for tag in read_scalars(tmp_path))
     module.configure_optimizers = lambda: torch.optim.Adagrad(module.parameters())
-    pytorch_lightning.Trainer(
-        max_epochs=1,
-        callbacks=[WeightNormTracker()],
-        logger=pytorch_lightning.loggers.TensorBoardLogger(tmp_path / "adagrad", "", ""),
-        log_every_n_steps=1,
-        accelerator="cpu",
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    ).fit(module, DataLoader(TensorDataset(torch.randn(4, 2, 8, 8), torch.arange(4) % 3), 4))
+    logger = pytorch_lightning.loggers.TensorBoardLogger(tmp_path / "adagrad", "", "")
+    trainer = quiet_trainer(WeightNormTracker(), logger=logger, log_every_n_steps=1)
+    trainer.fit(module, DataLoader(TensorDataset(torch.randn(4, 2, 8, 8), torch.arange(4) % 3), 4))
     names = {tag.split("/")[0] for tag in read_scalars(tmp_path / "adagrad")}
     assert names == {"weight_norm", "rotation"}
 

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from nmlightning.callbacks.provenance import check_same_optimizer
-from nmlightning.errors import InputError
 from nmlightning.weights.history import NormHistory
 
 SGD = {"name": "SGD", "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
@@ -36,13 +35,6 @@ def test_same_or_unknown_optimizer_passes(history: NormHistory) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_same_optimizer(history, ["weight"], [make_sgd()])
-
-
-def test_other_optimizer_class_is_refused() -> None:
-    adam = torch.optim.AdamW(nn.Conv2d(1, 1, 1).parameters(), lr=0.1)
-    message = "of a run with SGD, and this one has AdamW, whose .* set other_run to follow it"
-    with pytest.raises(InputError, match=message):
-        check_same_optimizer(make_history(5e-4, SGD), ["weight"], [adam])
 
 
 def test_other_learning_rate_warns() -> None:

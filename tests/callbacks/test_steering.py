@@ -218,13 +218,6 @@ def test_resume_with_another_rule_is_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_resume_with_the_same_rule(tmp_path: Path) -> None:
-    for rule in (LRCorrection(HISTORY), NormSchedule(HISTORY), DecayEquivalentLR(0.01)):
-        folder = tmp_path / type(rule).__name__
-        start = fit(folder / "first", steer(rule))
-        fit(folder / "second", steer(rule), start)
-
-
 def test_resume_without_steering_warns(tmp_path: Path) -> None:
     start = fit(tmp_path / "first", steer(DecayEquivalentLR(0.01)))
     message = "checkpoint was steered by DecayEquivalentLR, and this run is not steered"

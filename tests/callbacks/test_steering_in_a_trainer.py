@@ -26,6 +26,7 @@ from nmlightning.optim import (
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.recording_file import FILE_NAME
+from trainers import quiet_trainer
 
 RULES: dict[str, Callable[..., Any]] = {
     "stable": LRCorrection,
@@ -97,17 +98,8 @@ def make_history(steps: int = BATCHES, **provenance: Any) -> NormHistory:
 
 
 def make_trainer(folder: Path, steering: Any, *others: Any, **options: Any) -> pl.Trainer:
-    settings: dict[str, Any] = {
-        "max_epochs": EPOCHS,
-        "default_root_dir": folder,
-        "logger": False,
-        "callbacks": [WeightNormTracker(steering=steering), *others],
-        "accelerator": "cpu",
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-    }
-    return pl.Trainer(**settings | options)
+    settings = {"max_epochs": EPOCHS, "default_root_dir": folder, **options}
+    return quiet_trainer(WeightNormTracker(steering=steering), *others, **settings)
 
 
 def train_by_hand(
@@ -186,7 +178,7 @@ def test_steering_with_skipped_steps(rule_name: str, implementation: str, tmp_pa
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_steering_with_gradient_clipping(rule_name: str, algorithm: str, tmp_path: Path) -> None:
-    """What is steered is found before the gradients are clipped."""
+    """The weights to steer are found before the gradients are clipped."""
     rule = RULES[rule_name](make_history())
     module = Classifies()
     trainer = make_trainer(
@@ -247,7 +239,7 @@ class Validates(Classifies):
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_steering_with_weight_averaging(rule_name: str, tmp_path: Path) -> None:
-    """What is averaged has been steered, the averages steer nothing, and a resume keeps both."""
+    """Steered weights are averaged, the averages steer nothing, and a resume keeps both."""
     rule = RULES[rule_name](make_history())
 
     def fit(folder: str, start: Path | None = None) -> Classifies:

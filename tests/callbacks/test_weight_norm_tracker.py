@@ -3,6 +3,7 @@
 import importlib
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import recorded_runs
+from nmlightning import optim
 from nmlightning.callbacks import WeightNormTracker
 from nmlightning.errors import InputError
-from nmlightning.optim import (
-    DecayEquivalentLR,
-    Hyperball,
-    LRCorrection,
-    NormSchedule,
-    RadialProjection,
-)
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.recording_file import FILE_NAME
+from trainers import QUIET
 
 PACKAGES = ("pytorch_lightning", "lightning.pytorch")
 NAMES = ["net.0.weight", "net.3.weight", "net.7.weight"]
@@ -36,7 +32,7 @@ STEERING = ("correction", "schedule", "decay", "hyperball", "projection")
 
 
 class Classifies:
-    """What a user writes, for either package."""
+    """The module of a user, for either package."""
 
     def __init__(self, weight_decay: float = 0.0) -> None:
         super().__init__()
@@ -87,16 +83,8 @@ def make_data() -> DataLoader[Any]:
 
 
 def make_trainer(package: str, folder: Path, tracker: WeightNormTracker, **options: Any) -> Any:
-    settings: dict[str, Any] = {
-        "max_epochs": EPOCHS,
-        "default_root_dir": folder,
-        "logger": False,
-        "callbacks": [tracker],
-        "accelerator": "cpu",
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-    }
+    own = {"max_epochs": EPOCHS, "default_root_dir": folder, "callbacks": [tracker]}
+    settings: dict[str, Any] = {**QUIET, **own}
     return importlib.import_module(package).Trainer(**settings | options)
 
 
@@ -277,21 +265,23 @@ def test_killed_run_keeps_finished_epochs(tmp_path: Path) -> None:
     assert history.provenance["finished"] is False
 
 
+def make_steering_tracker(rule: str, reference: Path, align: Any) -> WeightNormTracker:
+    steering: Any = {
+        "correction": lambda: optim.LRCorrection(reference),
+        "schedule": lambda: optim.NormSchedule(reference, align=align),
+        "decay": lambda: optim.DecayEquivalentLR(0.01),
+        "hyperball": optim.Hyperball,
+        "projection": optim.RadialProjection,
+    }[rule]
+    return WeightNormTracker(steering=steering())
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 @pytest.mark.parametrize("steering", STEERING)
 def test_tracker_steers(package: str, steering: str, tmp_path: Path) -> None:
     reference = record(tmp_path / "reference", package, weight_decay=0.05)
-    rule: Any = {
-        "correction": LRCorrection(reference),
-        "schedule": NormSchedule(tmp_path / "reference", align="official"),
-        "decay": DecayEquivalentLR(0.01),
-        "hyperball": Hyperball(),
-        "projection": RadialProjection(),
-    }[steering]
-    module = make_module(package)
-    make_trainer(package, tmp_path / "steered", WeightNormTracker(steering=rule)).fit(
-        module, make_data()
-    )
+    tracker = make_steering_tracker(steering, tmp_path / "reference", "official")
+    make_trainer(package, tmp_path / "steered", tracker).fit(make_module(package), make_data())
     history = NormHistory.load(tmp_path / "steered")
     if steering == "correction":
         for name in NAMES[:2]:
@@ -313,17 +303,7 @@ def test_tracker_steers(package: str, steering: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("rule", STEERING)
 def test_tracker_resumes_a_steered_run_bit_for_bit(rule: str, tmp_path: Path) -> None:
     record(tmp_path / "reference", weight_decay=0.05)
-
-    def make_tracker() -> WeightNormTracker:
-        steering: Any = {
-            "correction": LRCorrection(tmp_path / "reference", align="interpolate"),
-            "schedule": NormSchedule(tmp_path / "reference"),
-            "decay": DecayEquivalentLR(0.01),
-            "hyperball": Hyperball(),
-            "projection": RadialProjection(),
-        }[rule]
-        return WeightNormTracker(steering=steering)
-
+    make_tracker = partial(make_steering_tracker, rule, tmp_path / "reference", "interpolate")
     whole = PlModule()
     make_trainer("pytorch_lightning", tmp_path / "whole", make_tracker()).fit(whole, make_data())
     half = make_trainer("pytorch_lightning", tmp_path / "half", make_tracker(), max_epochs=2)
@@ -337,37 +317,10 @@ def test_tracker_resumes_a_steered_run_bit_for_bit(rule: str, tmp_path: Path) ->
 
 
 def test_tracker_ends_steering_with_the_fit(tmp_path: Path) -> None:
-    tracker = WeightNormTracker(steering=DecayEquivalentLR(0.01))
+    tracker = WeightNormTracker(steering=optim.DecayEquivalentLR(0.01))
     trainer = make_trainer("pytorch_lightning", tmp_path, tracker)
     trainer.fit(PlModule(), make_data())
     assert not trainer.optimizers[0]._optimizer_step_post_hooks
-
-
-def test_tracker_checks_the_reference_of_another_run(tmp_path: Path) -> None:
-    pytorch_lightning.seed_everything(1)
-    record(tmp_path / "reference", weight_decay=0.05)
-
-    def steer(folder: str, other_run: bool = False, **options: Any) -> None:
-        rule = LRCorrection(tmp_path / "reference")
-        tracker = WeightNormTracker(steering=rule, other_run=other_run)
-        trainer = make_trainer("pytorch_lightning", tmp_path / folder, tracker, **options)
-        trainer.fit(PlModule(), make_data())
-
-    steer("same")
-    with pytest.raises(InputError, match=r"The recording covers 3 epochs, and the run has 4: rec"):
-        steer("longer", max_epochs=4)
-    pytorch_lightning.seed_everything(2)
-    with pytest.raises(InputError, match=r"a run with seed 1, and this one has 2; set other_run"):
-        steer("seed")
-    steer("seed", other_run=True)
-
-
-def test_optimizer_decay_is_refused(tmp_path: Path) -> None:
-    record(tmp_path)
-    tracker = WeightNormTracker(steering=LRCorrection(tmp_path))
-    trainer = make_trainer("pytorch_lightning", tmp_path, tracker)
-    with pytest.raises(InputError, match=r"net.0.weight has weight decay 0.1 in its optimizer"):
-        trainer.fit(PlModule(weight_decay=0.1), make_data())
 
 
 def test_tracker_writes_into_the_folder_of_the_logger(tmp_path: Path) -> None:

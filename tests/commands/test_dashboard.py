@@ -8,6 +8,11 @@ import pytest
 from nmlightning.cli import main
 
 
+@pytest.fixture(autouse=True)
+def _in_the_folder_of_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The commands that took the place of this process, none of which runs."""
@@ -30,12 +35,9 @@ def start(*words: str) -> None:
 def test_dashboard_starts_tensorboard_on_a_folder(
     make_run: Callable[..., Path],
     started: list[list[str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     make_run("runs/a/version_0")
-    monkeypatch.chdir(tmp_path)
     start()
     program = [sys.executable, "-m", "tensorboard.main"]
     assert started == [[*program, "--logdir", "runs", "--port", "6006", "--host", "localhost"]]
@@ -43,14 +45,10 @@ def test_dashboard_starts_tensorboard_on_a_folder(
 
 
 def test_dashboard_names_several_folders(
-    make_run: Callable[..., Path],
-    started: list[list[str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    make_run: Callable[..., Path], started: list[list[str]], tmp_path: Path
 ) -> None:
     make_run("runs/a/version_0")
     make_run("runs/b/version_0")
-    monkeypatch.chdir(tmp_path)
     start("runs/a/", "runs/b", "--port", "0")
     assert started[0][3:5] == ["--logdir_spec", "runs/a:runs/a/,runs/b:runs/b"]
     start(f"{tmp_path}/runs/a", "runs/b")  # TensorBoard takes /a:b for one path
@@ -58,14 +56,10 @@ def test_dashboard_names_several_folders(
 
 
 def test_dashboard_refuses_runs_without_event_files(
-    started: list[list[str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    started: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "runs" / "version_0").mkdir(parents=True)
     (tmp_path / "runs" / "version_0" / "metrics.csv").write_text("step,val/top1\n1,0.5\n")
-    monkeypatch.chdir(tmp_path)
     assert main(["dashboard"]) == 2
     message = "TensorBoard has nothing to show of runs: it holds metrics.csv only; nm compare reads"
     assert message in capsys.readouterr().err
@@ -84,13 +78,10 @@ def test_dashboard_reports_bad_input_in_one_line(
     arguments: list[str],
     message: str,
     make_run: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     make_run("runs/a/version_0")
     make_run("a,b")
-    monkeypatch.chdir(tmp_path)
     assert main(["dashboard", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error

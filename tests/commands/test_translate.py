@@ -13,7 +13,6 @@ from typing import NamedTuple
 import pytest
 
 from nmlightning.cli import main
-from nmlightning.commands import translate as translating
 
 FIT = shlex.split(
     "fit --config translate_quickstart --model.net.width 32 --model.net.hidden 32 "
@@ -90,7 +89,7 @@ def test_translate_writes_many_lines_in_parts(
 ) -> None:
     lines = "".join(f"{word}\n" for word in ["eins", "zweiundzwanzig", "drei", "vierzig", "fünf"])
     whole = translate(lines.encode())
-    monkeypatch.setattr(translating, "LINES_AT_ONCE", 2)
+    monkeypatch.setattr("nmlightning.commands.translate.LINES_AT_ONCE", 2)
     assert translate(lines.encode()).out == whole.out
 
 
@@ -165,7 +164,7 @@ def test_export_refuses_a_translator(
     assert "whose network has two inputs" in capfd.readouterr().err
 
 
-def test_prints_the_bleu_to_publish(trained: Path) -> None:
+def test_nm_test_prints_the_bleu_to_publish(trained: Path) -> None:
     words = ["--config", trained.parents[1] / "config.yaml", "--ckpt_path", trained]
     answer = subprocess.run(
         [sys.executable, "-m", "nmlightning", "test", *words, "--trainer.limit_test_batches", "1"],

@@ -17,7 +17,7 @@ def small_net() -> nn.Sequential:
 
 
 class Classifies:
-    """What a user writes, for either package; images (N, 2, H, W) are of three classes."""
+    """The module of a user, for either package; images (N, 2, H, W) are of three classes."""
 
     net: Any
 

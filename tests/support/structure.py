@@ -59,7 +59,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class Figure(NamedTuple):
-    """What was measured, None where it cannot be; the target, if there is one; what it counts."""
+    """A measurement, None where there can be none; the target, if there is one; what it counts."""
 
     name: str
     now: int | None

@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass
 class Prefixes:
-    """What was written in each row, of which sentence."""
+    """The tokens written in each row, and its sentence."""
 
     sentences: list[int]
     written: list[tuple[int, ...]]

@@ -248,7 +248,7 @@ class Mesh:
 
 @pytest.fixture
 def sharded(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
-    """What `fully_shard` was called with, in order."""
+    """The modules that `fully_shard` was called with, in order."""
     calls: list[nn.Module] = []
     monkeypatch.setattr(classification, "fully_shard", lambda module, mesh: calls.append(module))
     return calls

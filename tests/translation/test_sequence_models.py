@@ -1,4 +1,4 @@
-"""What every sequence model keeps: one table of networks, and their obligations."""
+"""One table of sequence models, and the obligations that each of them keeps."""
 
 import copy
 from collections.abc import Callable

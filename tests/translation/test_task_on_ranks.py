@@ -24,7 +24,7 @@ LOGGERS = ("pytorch_lightning", "lightning.pytorch")
 
 
 class Lines(logging.Handler):
-    """What the task says."""
+    """Keeps the lines of the task."""
 
     def __init__(self) -> None:
         super().__init__()
