@@ -55,25 +55,27 @@ class Mixed(pl.LightningModule):
         return torch.optim.SGD(held, lr=0.01, momentum=0.9)
 
 
-def read_table(printed: str) -> list[tuple[str, str]]:
-    """Return the rows, without the numbers in them."""
-    rows = re.findall(r"│ (\S+) +│ (.*?) +│", printed)
-    return [(name, re.sub(r"share [^)]*", "share", why)) for name, why in rows]
-
-
-def fit_mixed(tmp_path: Path, steering: Any) -> None:
-    trainer = make_trainer(tmp_path, WeightNormTracker(steering=steering), max_epochs=2)
-    trainer.fit(Mixed(), DataLoader(torch.randn(8, 2, 5, 5), batch_size=4))  # type: ignore[arg-type]
-
-
-def test_scope_table_lists_every_layer_once(
+@pytest.fixture
+def scope_of(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+) -> Callable[[Any], tuple[str, list[tuple[str, str]]]]:
+    """Fit by a rule; return what is printed, and the rows of its table without their numbers."""
     monkeypatch.setenv("COLUMNS", "120")
-    fit_mixed(tmp_path, DecayEquivalentLR(0.01, exclude=["kept*"]))
-    printed = capsys.readouterr().err
+
+    def fit_mixed(steering: Any) -> tuple[str, list[tuple[str, str]]]:
+        trainer = make_trainer(tmp_path, WeightNormTracker(steering=steering), max_epochs=2)
+        trainer.fit(Mixed(), DataLoader(torch.randn(8, 2, 5, 5), batch_size=4))  # type: ignore[arg-type]
+        printed = capsys.readouterr().err
+        rows = re.findall(r"│ (\S+) +│ (.*?) +│", printed)
+        return printed, [(name, re.sub(r"share [^)]*", "share", why)) for name, why in rows]
+
+    return fit_mixed
+
+
+def test_scope_table_lists_every_layer_once(scope_of: Any) -> None:
+    printed, table = scope_of(DecayEquivalentLR(0.01, exclude=["kept*"]))
     assert "DecayEquivalentLR steers 2 of 7 weights" in printed
-    assert read_table(printed) == [
+    assert table == [
         ("plain.weight", "steered: scale-invariant (radial share)"),
         ("kept.weight", "left: exclude names it"),
         ("frozen.weight", "left: it is frozen, and stays unsteered if it is trained later"),
@@ -85,12 +87,9 @@ def test_scope_table_lists_every_layer_once(
 
 
 @pytest.mark.filterwarnings("ignore:head.weight is steered, but the loss feels its norm")
-def test_scope_table_with_include(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "120")
-    fit_mixed(tmp_path, DecayEquivalentLR(0.01, include=["head.weight", "plain.*"]))
-    assert read_table(capsys.readouterr().err) == [
+def test_scope_table_with_include(scope_of: Any) -> None:
+    _, table = scope_of(DecayEquivalentLR(0.01, include=["head.weight", "plain.*"]))
+    assert table == [
         ("plain.weight", "steered: scale-invariant (radial share)"),
         ("kept.weight", "left: include does not name it"),
         ("frozen.weight", "left: it is frozen, and stays unsteered if it is trained later"),
@@ -103,16 +102,11 @@ def test_scope_table_with_include(
 
 @pytest.mark.parametrize("rule", [Hyperball, RadialProjection])
 def test_scope_table_of_matrix_rules(
-    rule: type[Hyperball | RadialProjection],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    rule: type[Hyperball | RadialProjection], scope_of: Any
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "120")
-    fit_mixed(tmp_path, rule(exclude=["kept*"]))
-    printed = capsys.readouterr().err
+    printed, table = scope_of(rule(exclude=["kept*"]))
     assert f"{rule.__name__} steers 4 of 7 weights" in printed
-    assert read_table(printed) == [
+    assert table == [
         ("plain.weight", "steered"),
         ("kept.weight", "left: exclude names it"),
         ("frozen.weight", "left: it is frozen, and stays unsteered if it is trained later"),
@@ -175,10 +169,6 @@ def fit(folder: Path, tracker: WeightNormTracker | None, start: Path | None = No
     return folder / "end.ckpt"
 
 
-def steer(rule: Any) -> WeightNormTracker:
-    return WeightNormTracker(steering=rule)
-
-
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
@@ -212,14 +202,14 @@ def steer(rule: Any) -> WeightNormTracker:
 def test_resume_with_another_rule_is_refused(
     first: Any, second: Any, message: str, tmp_path: Path
 ) -> None:
-    start = fit(tmp_path / "first", steer(first))
+    start = fit(tmp_path / "first", WeightNormTracker(steering=first))
     with pytest.raises(InputError, match=message) as caught:
-        fit(tmp_path / "second", steer(second), start)
+        fit(tmp_path / "second", WeightNormTracker(steering=second), start)
     assert "\n" not in str(caught.value)
 
 
 def test_resume_without_steering_warns(tmp_path: Path) -> None:
-    start = fit(tmp_path / "first", steer(DecayEquivalentLR(0.01)))
+    start = fit(tmp_path / "first", WeightNormTracker(steering=DecayEquivalentLR(0.01)))
     message = "checkpoint was steered by DecayEquivalentLR, and this run is not steered"
     with pytest.warns(UserWarning, match=message):
         fit(tmp_path / "second", WeightNormTracker(), start)
@@ -230,15 +220,15 @@ def test_resume_with_new_steering_warns(tracker: WeightNormTracker | None, tmp_p
     start = fit(tmp_path / "first", tracker)
     message = "The checkpoint was not steered; DecayEquivalentLR steers this run from step 4 on"
     with pytest.warns(UserWarning, match=message):
-        fit(tmp_path / "second", steer(DecayEquivalentLR(0.01)), start)
+        fit(tmp_path / "second", WeightNormTracker(steering=DecayEquivalentLR(0.01)), start)
 
 
 def test_resume_of_more_optimizers_is_refused(tmp_path: Path) -> None:
-    start = fit(tmp_path / "first", steer(DecayEquivalentLR(0.01)))
+    start = fit(tmp_path / "first", WeightNormTracker(steering=DecayEquivalentLR(0.01)))
     checkpoint = torch.load(start, weights_only=True)
     states = checkpoint["callbacks"]["WeightNormTracker"]["steering"]["attachments"]
     states.append(states[0])
     torch.save(checkpoint, start)
     message = "The checkpoint was steered in 2 optimizers, and this run is in 1"
     with pytest.raises(InputError, match=message):
-        fit(tmp_path / "second", steer(DecayEquivalentLR(0.01)), start)
+        fit(tmp_path / "second", WeightNormTracker(steering=DecayEquivalentLR(0.01)), start)

@@ -16,11 +16,15 @@ from nmlightning.cli import main
 MakeRun = Callable[..., Path]
 
 
-@pytest.fixture
-def runs(make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two settings, one of them with two seeds, with norms and factors."""
+@pytest.fixture(autouse=True)
+def _in_a_narrow_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
+
+
+@pytest.fixture
+def runs(make_run: MakeRun, tmp_path: Path) -> Path:
+    """Two settings, one of them with two seeds, with norms and factors."""
     for seed, accuracy in ((1, [0.2, 0.4]), (2, [0.3, 0.5])):
         make_run(
             f"runs/wd_on/version_{seed}",
@@ -54,13 +58,7 @@ def test_compare_prints_settings_and_results(
     assert "comparison.html" in text
 
 
-def test_compare_joins_a_resumed_run(
-    make_run: MakeRun,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_compare_joins_a_resumed_run(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
     config = {"seed_everything": 1}
     make_run("runs/a/version_0", [0.1, 0.2], config)
     resume = {**config, "ckpt_path": "runs/a/version_0/checkpoints/last.ckpt"}
@@ -73,12 +71,8 @@ def test_compare_joins_a_resumed_run(
 
 
 def test_compare_names_a_deviation_over_repeated_seeds_one_over_runs(
-    make_run: MakeRun,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     for number in range(2):
         make_run(f"runs/a/version_{number}", config={"seed_everything": 1, "lr": 1})
     assert main(["compare", "runs"]) == 0
@@ -140,20 +134,18 @@ def test_page_needs_no_network(runs: Path) -> None:
     assert page.count("* plotly.js v") == 1
 
 
-def test_page_draws_a_dozen_of_many_layers(make_run: MakeRun, tmp_path: Path) -> None:
+def test_page_draws_a_dozen_of_many_layers(make_run: MakeRun) -> None:
     layers = [f"layer{number}.weight" for number in range(57)]
     folder = make_run(norms={name: [[1], [2]] for name in layers})
-    report = tmp_path / "page.html"
-    assert main(["compare", str(folder), "--report", str(report)]) == 0
-    _, *drawn = charts_of(report.read_text())
+    assert main(["compare", str(folder)]) == 0
+    _, *drawn = charts_of(Path("comparison.html").read_text())
     assert (drawn[0], drawn[-1], len(drawn)) == ("layer0", "layer56", 12)
 
 
-def test_page_thins_a_long_curve_and_keeps_its_ends(make_run: MakeRun, tmp_path: Path) -> None:
+def test_page_thins_a_long_curve_and_keeps_its_ends(make_run: MakeRun) -> None:
     folder = make_run(scalars={"correction_factor/a/mean": list(map(float, range(2500)))})
-    report = tmp_path / "page.html"
-    assert main(["compare", str(folder), "--report", str(report)]) == 0
-    steps = values_of(charts_of(report.read_text())["a"]["data"][0], "x")
+    assert main(["compare", str(folder)]) == 0
+    steps = values_of(charts_of(Path("comparison.html").read_text())["a"]["data"][0], "x")
     assert (steps[0], steps[-1], len(steps)) == (0, 2499, 2000)
 
 

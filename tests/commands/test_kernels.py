@@ -28,6 +28,14 @@ def nm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     return run
 
 
+@pytest.fixture
+def _toolchain() -> None:
+    try:
+        build.check_toolchain()
+    except InputError as error:
+        pytest.skip(str(error))
+
+
 def test_kernels_show_without_a_build(nm: Nm, tmp_path: Path) -> None:
     assert nm("show") == (
         0,
@@ -64,14 +72,11 @@ def test_kernels_load_no_truncated_library(nm: Nm) -> None:
     assert build.is_whole(path)
 
 
+@pytest.mark.usefixtures("_toolchain")
 def test_kernels_build_makes_a_library(nm: Nm, monkeypatch: pytest.MonkeyPatch) -> None:
     """Take a short source for the kernels': what is compiled must load as an extension."""
     source = Path.home() / "short.cpp"
     source.write_text("#include <torch/library.h>\nTORCH_LIBRARY(nmlightning_short, m) {}\n")
-    try:
-        build.check_toolchain()
-    except InputError as error:
-        pytest.skip(str(error))
     monkeypatch.setattr(build, "source_files", lambda: [source])
     monkeypatch.setattr(build, "flags", lambda: ("-O0",))
     code, out, err = nm("build")
@@ -83,11 +88,8 @@ def test_kernels_build_makes_a_library(nm: Nm, monkeypatch: pytest.MonkeyPatch) 
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
+@pytest.mark.usefixtures("_toolchain")
 def test_kernels_build_reports_a_compiler_error(nm: Nm, monkeypatch: pytest.MonkeyPatch) -> None:
-    try:
-        build.check_toolchain()
-    except InputError as error:
-        pytest.skip(str(error))
     source = Path.home() / "wrong.cpp"
     source.write_text("int main() { return nothing; }\n")
     monkeypatch.setattr(build, "source_files", lambda: [source])

@@ -1,14 +1,11 @@
 """Digits against scikit-learn's own arrays."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
 
 from nmlightning.datamodules.digits import Digits
-from nmlightning.errors import InputError
 
 
 def make_digits(**options: int) -> Digits:
@@ -69,17 +66,3 @@ def test_digits_stages_share_the_validation_images() -> None:
     digits = make_digits(image_size=8)
     assert digits.test_dataloader().data is digits.val_dataloader().data
     assert digits.predict_dataloader().data is digits.val_dataloader().data
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"image_size": 7}, "image_size must be a whole number of at least 8, got 7"),
-        ({"channels": 0}, "channels must be a whole number of at least 1, got 0"),
-        ({"channels": 1.5}, "channels must be a whole number of at least 1, got 1.5"),
-        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
-    ],
-)
-def test_digits_refuse_bad_settings(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        Digits(**options)

@@ -1,5 +1,6 @@
 """Batches transformed on the device: against torchvision, and ResidentImages against the host."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from nmlightning.datamodules.image_data import (
     crop,
     mirror,
 )
+from nmlightning.datamodules.imagenet import ImageNet
 from nmlightning.datamodules.training_batches import TrainingBatches
 from nmlightning.errors import InputError
 
@@ -208,3 +210,35 @@ def test_resident_images_train_after_inference_mode(images: LabelledImages) -> N
     weight = torch.ones(3, requires_grad=True)
     (x.sum((0, 2, 3)) * weight).sum().backward()
     assert weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (CIFAR10, {"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
+        (
+            CIFAR10,
+            {"batch_size": "64"},
+            "batch_size must be a whole number of at least 1, got '64'",
+        ),
+        (CIFAR10, {"download": "no"}, "download is True or False, got 'no'"),
+        (Digits, {"image_size": 7}, "image_size must be a whole number of at least 8, got 7"),
+        (Digits, {"channels": 0}, "channels must be a whole number of at least 1, got 0"),
+        (Digits, {"channels": 1.5}, "channels must be a whole number of at least 1, got 1.5"),
+        (Digits, {"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
+        (ImageNet, {"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
+        (ImageNet, {"image_size": 0}, "image_size must be a whole number of at least 1, got 0"),
+        (ImageNet, {"num_workers": -1}, "num_workers must be a whole number of at least 0, got -1"),
+        (ImageNet, {"damaged": "ignore"}, "damaged is 'error' or 'skip', got 'ignore'"),
+        (
+            ImageNet,
+            {"root": "hf://datasets/imagenet"},
+            "from addresses in s3://, .*local:; got 'hf://data",
+        ),
+    ],
+)
+def test_image_data_refuse_bad_settings(
+    make: Callable[..., Any], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        make(**options)

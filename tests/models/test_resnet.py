@@ -1,6 +1,7 @@
 """CifarResNet against the published sizes; ResNet18 and ResNet50 against torchvision's."""
 
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
@@ -84,25 +85,9 @@ def test_cifar_resnet_trains_every_parameter(activation: Any) -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
 
 
-def test_cifar_resnet_scales_its_branches() -> None:
-    nets = []
-    for scale_branches in (False, True):
-        torch.manual_seed(0)
-        nets.append(CifarResNet(20, scale_branches=scale_branches).state_dict())
-    plain, scaled = nets
-    for name, weight in plain.items():
-        factor = 9**-0.5 if name.endswith("conv2.weight") else 1
-        torch.testing.assert_close(scaled[name], weight * factor, msg=name)
-
-
 THEIRS = {ResNet18: torchvision.models.resnet18, ResNet50: torchvision.models.resnet50}
 
 PARAMETERS = {ResNet18: 11_689_512, ResNet50: 25_557_032}  # published
-
-
-def make_resnet50(scale_branches: bool) -> ResNet50:
-    torch.manual_seed(0)
-    return ResNet50(num_classes=7, scale_branches=scale_branches)
 
 
 @pytest.mark.parametrize("ours", THEIRS)
@@ -126,9 +111,18 @@ def test_imagenet_resnet_has_1000_classes_by_default(ours: type[nn.Module]) -> N
     assert {type(m) for m in net.modules() if "Norm" in type(m).__name__} == {nn.BatchNorm2d}
 
 
-def test_resnet50_scales_its_branches() -> None:
-    plain, scaled = (make_resnet50(scale_branches).state_dict() for scale_branches in (False, True))
-    assert sum(name.endswith("conv3.weight") for name in plain) == 16
+@pytest.mark.parametrize(
+    ("make", "last", "blocks", "factor"),
+    [(partial(CifarResNet, 20), "conv2.weight", 9, 1 / 3), (ResNet50, "conv3.weight", 16, 1 / 4)],
+    ids=["resnet20", "resnet50"],
+)
+def test_resnet_scales_its_branches(make: Any, last: str, blocks: int, factor: float) -> None:
+    nets = []
+    for scale_branches in (False, True):
+        torch.manual_seed(0)
+        nets.append(make(num_classes=7, scale_branches=scale_branches).state_dict())
+    plain, scaled = nets
+    assert sum(name.endswith(last) for name in plain) == blocks
     for name, weight in plain.items():
-        factor = 1 / 4 if name.endswith("conv3.weight") else 1
-        torch.testing.assert_close(scaled[name], weight * factor, rtol=0, atol=0, msg=name)
+        expected = weight * factor if name.endswith(last) else weight
+        torch.testing.assert_close(scaled[name], expected, msg=name)

@@ -50,8 +50,9 @@ def test_greedy_search_drops_finished_sentences() -> None:
     assert len(set(net.rows_asked)) > 3
 
 
-def test_greedy_search_of_no_sentence() -> None:
-    assert greedy_search(WrittenOdds(), SENTENCES[:0]) == []
+@pytest.mark.parametrize("search", [greedy_search, beam_search])
+def test_search_of_no_sentence_finds_none(search: Any) -> None:
+    assert search(WrittenOdds(), SENTENCES[:0]) == []
 
 
 @pytest.mark.parametrize(
@@ -180,10 +181,6 @@ def test_beam_search_ends_for_a_diverged_network(bad: float) -> None:
     found = beam_search(WrittenOdds(sharpness=bad), SOURCE, extra_length=4)
     assert [len(translation) <= 7 for translation in found] == [True] * 3
     assert {PAD, BOS, EOS}.isdisjoint({token for row in found for token in row})
-
-
-def test_beam_search_of_no_sentence() -> None:
-    assert beam_search(WrittenOdds(), SOURCE[:0]) == []
 
 
 @pytest.mark.parametrize(

@@ -81,14 +81,14 @@ FOUND = [
 ]
 
 
-def make_step(negative_log_likelihood: float, tokens: int) -> TokenLoss:
-    return TokenLoss(torch.tensor(0.0), torch.tensor(negative_log_likelihood), torch.tensor(tokens))
+def make_loss(loss: float, likelihood: float, tokens: int) -> TokenLoss:
+    return TokenLoss(torch.tensor(loss), torch.tensor(likelihood), torch.tensor(tokens))
 
 
 def test_metrics_perplexities_are_of_the_corpus() -> None:
     metrics = TranslationMetrics()
-    metrics.add(make_step(30.0, 10), torch.tensor([3, 2]))
-    metrics.add(make_step(10.0, 40), torch.tensor([15]))
+    metrics.add(make_loss(0.0, 30.0, 10), torch.tensor([3, 2]))
+    metrics.add(make_loss(0.0, 10.0, 40), torch.tensor([15]))
     values = {name: value.item() for name, value in metrics.compute().items()}
     assert values == pytest.approx(
         {"loss": 40 / 50, "ppl": math.exp(40 / 50), "word_ppl": math.exp(40 / 20)}
@@ -97,7 +97,7 @@ def test_metrics_perplexities_are_of_the_corpus() -> None:
 
 def test_metrics_bleu_equals_sacrebleus() -> None:
     metrics = TranslationMetrics()
-    metrics.add(make_step(1.0, 1), torch.tensor([1]))
+    metrics.add(make_loss(0.0, 1.0, 1), torch.tensor([1]))
     metrics.add_translations(FOUND[:1], REFERENCES[:1])
     metrics.add_translations(FOUND[1:], REFERENCES[1:])
     expected = sacrebleu.corpus_bleu(FOUND, [REFERENCES])
@@ -107,10 +107,10 @@ def test_metrics_bleu_equals_sacrebleus() -> None:
 
 def test_metrics_reset_after_compute() -> None:
     metrics = TranslationMetrics()
-    metrics.add(make_step(1.0, 1), torch.tensor([1]))
+    metrics.add(make_loss(0.0, 1.0, 1), torch.tensor([1]))
     metrics.add_translations(FOUND, REFERENCES)
     assert "bleu" in metrics.compute()
-    metrics.add(make_step(5.0, 1), torch.tensor([1]))
+    metrics.add(make_loss(0.0, 5.0, 1), torch.tensor([1]))
     values = metrics.compute()
     assert set(values) == {"loss", "ppl", "word_ppl"}
     assert values["loss"].item() == pytest.approx(5.0)
@@ -135,10 +135,6 @@ class Clock:
 
     def monotonic(self) -> float:
         return self.now
-
-
-def make_loss(loss: float, likelihood: float, tokens: int) -> TokenLoss:
-    return TokenLoss(torch.tensor(loss), torch.tensor(likelihood), torch.tensor(tokens))
 
 
 def one_process(sums: torch.Tensor) -> torch.Tensor:
