@@ -214,7 +214,8 @@ class LpLayerNorm(nn.LayerNorm):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a layer, also one that was pickled before layers kept their statistic."""
-        super().__setstate__({"statistic": PowerMean(state["p"]), **state})
+        state = {"statistic": PowerMean(state["p"]), **state}
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """Return the arguments that differ from the defaults, so that the repr evaluates."""
@@ -313,7 +314,8 @@ class LpRMSNorm(nn.RMSNorm):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a layer, also one that was pickled before layers kept their statistic."""
-        super().__setstate__({"statistic": PowerMean(state["p"]), **state})
+        state = {"statistic": PowerMean(state["p"]), **state}
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """Return the arguments that differ from the defaults, so that the repr evaluates."""
