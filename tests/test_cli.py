@@ -358,17 +358,19 @@ def saved_config(run: str) -> Any:
     return yaml.safe_load((Path(run) / "config.yaml").read_text())
 
 
-@pytest.mark.parametrize(
-    ("option", "smoothing"), [([], 0.25), (["--model.label_smoothing=0.5"], 0.5)]
-)
-def test_checkpoint_hparams_fill_in_options_not_given(
-    nm: Nm, trained: Path, option: list[str], smoothing: float
-) -> None:
-    answer = nm(*FIT, "--trainer.max_epochs=2", "--ckpt_path", str(trained / LAST), *option)
+def test_checkpoint_hparams_fill_in_options_not_given(nm: Nm, trained: Path) -> None:
+    answer = nm(*FIT, "--trainer.max_epochs=2", "--ckpt_path", str(trained / LAST))
     assert answer.code == 0
     assert has(" 1 epoch after 1 of an earlier run in ", answer.out)
     model = saved_config("runs/quickstart/version_0")["model"]
-    assert model["init_args"]["label_smoothing"] == smoothing
+    assert model["init_args"]["label_smoothing"] == 0.25
+
+
+def test_checkpoint_hparams_yield_to_an_explicit_option(nm: Nm, trained: Path) -> None:
+    resume = ["--trainer.max_epochs=2", "--ckpt_path", str(trained / LAST)]
+    assert nm(*FIT, *resume, "--model.label_smoothing=0.5").code == 0
+    model = saved_config("runs/quickstart/version_0")["model"]
+    assert model["init_args"]["label_smoothing"] == 0.5
 
 
 def test_ckpt_path_last_is_of_the_newest_run(nm: Nm, trained: Path) -> None:
@@ -473,7 +475,12 @@ def test_fit_keeps_the_last_checkpoint_of_a_stopped_run_and_prints_how_to_resume
     # Whoever runs the tests in the background hands down a SIGINT that is ignored.
     heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     process = subprocess.Popen(
-        [sys.executable, "-c", f"{heed}; from nmlightning.cli import main; exit(main())", *words],
+        [
+            sys.executable,
+            "-c",
+            f"{heed}; from nmlightning.cli import main; exit(main())",
+            *words,
+        ],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         stderr=subprocess.PIPE,
@@ -510,11 +517,13 @@ def test_ckpt_path_last_follows_the_folder_of_the_logger(nm: Nm, tmp_path: Path)
         (["--config", "mine.yaml"], "trainer.logger, in there/mine,"),
     ):
         code, _, err = nm(*FIT, *words, "--ckpt_path", "last")
-        assert code == 2
-        assert err == [
-            f"nm: --ckpt_path: 'last' looks in runs/quickstart, but {keeper} keeps this run "
-            "elsewhere: give the path of a checkpoint."
-        ]
+        assert (code, err) == (
+            2,
+            [
+                f"nm: --ckpt_path: 'last' looks in runs/quickstart, but {keeper} keeps this run "
+                "elsewhere: give the path of a checkpoint."
+            ],
+        )
 
 
 def test_fit_refuses_a_folder_that_cannot_be_made(nm: Nm, tmp_path: Path) -> None:

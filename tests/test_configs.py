@@ -82,21 +82,6 @@ FAMILIES = ("study", "study_short")
 PARTS = (("train", 1), ("val", 2))
 
 
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-def fit(name: str, *words: str) -> dict[str, Any]:
-    """Run a shipped config, and return its last checkpoint."""
-    assert main(["fit", "--config", f"configs/{name}.yaml", *words]) == 0
-    last = Path("runs") / name / "version_0" / "checkpoints" / "last.ckpt"
-    checkpoint: dict[str, Any] = torch.load(last, weights_only=True)
-    if not name.endswith("l2_fp16"):  # in half, L2's gradient overflows at a small deviation
-        assert all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values())
-    return checkpoint
-
-
 def read(name: str) -> dict[str, Any]:
     config = yaml.safe_load(CONFIGS[name].read_text("utf-8"))
     assert isinstance(config, dict)
@@ -110,16 +95,27 @@ def test_shipped_configs_are_the_quickstart_and_the_papers_experiments() -> None
 
 
 @pytest.mark.parametrize("name", ["quickstart", *CIFAR])
-def test_config_runs(name: str) -> None:
-    swaps = fit(name, *SHORT).get("nmlightning", {"norm_swaps": []})["norm_swaps"]
+def test_config_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "--config", f"configs/{name}.yaml", *SHORT]) == 0
+    last = tmp_path / "runs" / name / "version_0" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    swaps = checkpoint.get("nmlightning", {"norm_swaps": []})["norm_swaps"]
     expected = CIFAR.get(name, ("l1", "exact"))
     constants = [(swap["norm"], swap["options"].get("constant", "exact")) for swap in swaps]
     assert constants == ([expected] if expected else [])
+    assert all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values())
 
 
 @pytest.mark.parametrize("name", NORMALISED)
-def test_config_with_normalised_weights_runs(name: str) -> None:
-    recipes = fit(name, *SHORT, "--trainer.precision", "32-true")["nmlightning"]
+def test_config_with_normalised_weights_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [*SHORT, "--trainer.precision", "32-true"]
+    assert main(["fit", "--config", f"configs/{name}.yaml", *words]) == 0
+    last = tmp_path / "runs" / name / "version_0" / "checkpoints" / "last.ckpt"
+    recipes = torch.load(last, weights_only=True)["nmlightning"]
     assert [swap["norm"] for swap in recipes["norm_swaps"]] == ["mean"]
     (recipe,) = recipes["weight_norms"]
     assert (recipe["kind"], recipe["p"]) == NORMALISED[name]
@@ -127,13 +123,24 @@ def test_config_with_normalised_weights_runs(name: str) -> None:
 
 
 @pytest.fixture
-def fit_imagenet(make_image_folder: Callable[..., Path]) -> Callable[..., dict[str, Any]]:
+def fit_imagenet(
+    make_image_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., dict[str, Any]]:
     """Run a config, shortened, on a generated folder; return its last checkpoint."""
     root = make_image_folder()
+    monkeypatch.chdir(tmp_path)
     words = [*SHORT_RUN, "--model.net.num_classes", "3", "--data.num_workers", "0"]
     words += ["--data.root", str(root), "--data.image_size", "32", "--data.batch_size", "4"]
 
-    return lambda name, *more: fit(name, *words, *more)
+    def fit(name: str, *more: str) -> dict[str, Any]:
+        assert main(["fit", "--config", name, *words, *more]) == 0
+        last = tmp_path / "runs" / name / "version_0" / "checkpoints" / "last.ckpt"
+        checkpoint: dict[str, Any] = torch.load(last, weights_only=True)
+        if not name.endswith("l2_fp16"):  # in half, L2's gradient overflows at a small deviation
+            assert all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values())
+        return checkpoint
+
+    return fit
 
 
 @pytest.mark.parametrize("name", IMAGENET)
@@ -202,20 +209,26 @@ def test_imagenet_configs_have_one_batch_and_schedule(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TRANSLATION)
-def test_translation_config_runs(name: str, tmp_path: Path) -> None:
+def test_translation_config_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     norm, layers = TRANSLATION[name]
+    monkeypatch.chdir(tmp_path)
     train, val = (write_pairs(tmp_path, part, draw_pairs(40, seed)) for part, seed in PARTS)
     words = ["--data", "ParallelText", "--data.train", str(train), "--data.val", str(val)]
     words += shlex.split("--data.vocab_size 280 --data.tokens_a_batch 300 --model.net.width 16")
     if "transformer" in name:
         words += shlex.split("--model.net.heads 2 --model.net.hidden 16")
     given = [*SHORT_RUN, "--trainer.val_check_interval", "2", "--trainer.precision", "32-true"]
-    stored = fit(name, *words, *given).get("nmlightning", {})
-    recipes = {"norm_swaps": [], "weight_norms": [], **stored}
+    assert main(["fit", "--config", name, *words, *given]) == 0
+    last = tmp_path / "runs" / name / "version_0" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    recipes = {"norm_swaps": [], "weight_norms": [], **checkpoint.get("nmlightning", {})}
     swaps = [(swap["norm"], list(swap["kinds"])) for swap in recipes["norm_swaps"]]
     assert swaps == ([(norm, ["layer"])] if norm else [])
     normalised = [list(recipe["layers"]) for recipe in recipes["weight_norms"]]
     assert normalised == ([layers] if layers else [])
+    assert all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values())
 
 
 @pytest.mark.parametrize("family", TRANSLATED)
@@ -283,13 +296,14 @@ def test_configs_with_normalised_weights_differ_in_the_norm_alone() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_study_configs_run(family: str) -> None:
+def test_study_configs_run(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, since two of the runs follow the recording of the first."""
+    monkeypatch.chdir(tmp_path)
     for seed, name in [("1", "wd_on"), *(("2", name) for name in STUDY)]:
         config = f"configs/{family}_{name}.yaml"
         words = [*SHORT, "--data.image_size", "32", "--trainer.precision", "32-true"]
         assert main(["fit", "--config", config, *words, "--seed_everything", seed]) == 0
-        folder = max((Path("runs") / f"{family}_{name}").glob("version_*"))
+        folder = max((tmp_path / "runs" / f"{family}_{name}").glob("version_*"))
         assert NormHistory.load(folder).steps.tolist() == [0, 2]
         assert NormHistory.load(folder).provenance["seed"] == int(seed)
     assert main(["compare", "runs"]) == 0
@@ -330,7 +344,8 @@ def test_config_fits_one_page_and_describes_itself(name: str) -> None:
 
 
 @pytest.mark.parametrize("given", ["configs/{}.yaml", "{}.yaml", "{}"])
-def test_find_config_resolves_a_shipped_name(given: str, tmp_path: Path) -> None:
+def test_find_config_resolves_a_shipped_name(given: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
     assert find_config(given.format("cifar_l1")) == CONFIGS["cifar_l1"]
     (tmp_path / "configs").mkdir()
     for own in (

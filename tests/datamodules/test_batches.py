@@ -8,7 +8,6 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from made_sentences import SaveAt
 from nmlightning.datamodules.batches import (
     WHOLE_SET,
     Augmentation,
@@ -197,10 +196,22 @@ def test_image_run_resumes_between_epochs(tmp_path: Path) -> None:
     assert resumed.epochs == {1: whole.epochs[1], 2: whole.epochs[2]}
 
 
+class SaveInMidEpoch(pl.Callback):
+    """Writes a checkpoint after six batches, the second of the second epoch, in the hook `when`."""
+
+    def __init__(self, path: str, when: str) -> None:
+        self.path = path
+        setattr(self, when, self.save)
+
+    def save(self, trainer: pl.Trainer, *_: object) -> None:
+        if trainer.global_step == 6:
+            trainer.save_checkpoint(self.path)
+
+
 @pytest.mark.parametrize("when", ["on_train_batch_end", "on_train_batch_start"])
 def test_image_run_resumes_within_an_epoch(tmp_path: Path, when: str) -> None:
     whole, _ = fit(3)
-    fit(2, callbacks=[SaveAt(6, tmp_path / "mid.ckpt", when)])  # the second of the second epoch
+    fit(2, callbacks=[SaveInMidEpoch(f"{tmp_path}/mid.ckpt", when)])
     resumed, trainer = fit(3, ckpt_path=f"{tmp_path}/mid.ckpt")
     assert resumed.epochs == {1: whole.epochs[1][2:], 2: whole.epochs[2]}
     assert trainer.global_step == 12

@@ -4,7 +4,6 @@ import gzip
 import sys
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,35 +114,21 @@ def test_parallel_text_warns_once_of_omitted_pairs(tmp_path: Path) -> None:
 
 FILES = {"train": ["a", "b"], "val": ["a", "b"]}
 
-PARALLEL = partial(ParallelText, **FILES)
-BAD_SETTINGS: list[tuple[Any, dict[str, Any], str]] = [
-    (
-        PARALLEL,
-        {"train": ["a"]},
-        r"train is two files, of sentences and of their translations, got \['a'\]",
-    ),
-    (PARALLEL, {"val": "ab"}, "val is two files, .* got 'ab'"),
-    (PARALLEL, {"too_long": "skip"}, "too_long is 'drop' or 'truncate', got 'skip'"),
-    (
-        PARALLEL,
-        {"tokens_a_batch": 257},
-        "tokens_a_batch 257 is too few for a sentence of max_length 256",
-    ),
-    (PARALLEL, {"tokens_a_batch": 0}, "tokens_a_batch must be a whole number"),
-    (PARALLEL, {"max_length": 0}, "max_length must be a whole number"),
-    (PARALLEL, {"vocab_size": 100}, "vocab_size must be a whole number of at least 260"),
-    (WMT14, {"pool": 0}, "pool must be a whole number"),
-    (WMT14, {"streaming": "yes"}, "streaming is True or False"),
-    (NumberNames, {"pairs": 0}, "pairs must be a whole number of at least 1, got 0"),
+BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
+    ({"train": ["a"]}, r"train is two files, of sentences and of their translations, got \['a'\]"),
+    ({"val": "ab"}, "val is two files, .* got 'ab'"),
+    ({"too_long": "skip"}, "too_long is 'drop' or 'truncate', got 'skip'"),
+    ({"tokens_a_batch": 257}, "tokens_a_batch 257 is too few for a sentence of max_length 256"),
+    ({"tokens_a_batch": 0}, "tokens_a_batch must be a whole number"),
+    ({"max_length": 0}, "max_length must be a whole number"),
+    ({"vocab_size": 100}, "vocab_size must be a whole number of at least 260"),
 ]
 
 
-@pytest.mark.parametrize(("make", "options", "message"), BAD_SETTINGS)
-def test_text_data_refuse_bad_settings(
-    make: Callable[..., Any], options: dict[str, Any], message: str
-) -> None:
+@pytest.mark.parametrize(("options", "message"), BAD_SETTINGS)
+def test_parallel_text_refuses_bad_settings(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        make(**options)
+        ParallelText(**{**FILES, **options})
 
 
 def _shorten(folder: Path) -> None:
@@ -425,7 +410,11 @@ def test_wmt14_names_the_missing_extra(tmp_path: Path, monkeypatch: pytest.Monke
         WMT14(root=str(tmp_path)).prepare_data()
 
 
-def test_wmt14_drops_sentences_of_more_than_256_tokens() -> None:
+def test_wmt14_refuses_bad_settings() -> None:
+    with pytest.raises(InputError, match="pool must be a whole number"):
+        WMT14(pool=0)
+    with pytest.raises(InputError, match="streaming is True or False"):
+        WMT14(streaming="yes")  # type: ignore[arg-type]
     assert WMT14().limits == TrainingLimits(256, "drop")
 
 
@@ -451,3 +440,8 @@ def test_number_names_name_the_missing_extra(package: str, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(InputError, match=f"needs the package {package}: pip install"):
         NumberNames(pairs=1).setup("fit")
+
+
+def test_number_names_refuse_bad_settings() -> None:
+    with pytest.raises(InputError, match="pairs must be a whole number of at least 1, got 0"):
+        NumberNames(pairs=0)
