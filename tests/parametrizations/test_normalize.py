@@ -156,7 +156,7 @@ def test_backward_refuses_a_weight_changed_since_forward(apply: Apply) -> None:
     w = apply(v, torch.tensor(1.0, dtype=torch.float64), 2, layout)
     with torch.no_grad():
         v.mul_(2)
-    with pytest.raises(RuntimeError, match="changed in place|modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match=r"changed in place|modified by an inplace operation"):
         w.sum().backward()
 
 
