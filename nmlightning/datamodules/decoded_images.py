@@ -7,6 +7,7 @@ from hashlib import sha256
 from io import BytesIO
 from typing import Literal, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -23,6 +24,7 @@ DAMAGED = (
 # The longer side over the shorter, which evaluation resizes to 256: 2×20,000 pixels would then be
 # 256×2,560,000, of 2 GB.
 THINNEST = 100
+_GREYS_OF_16_BITS = ("PNG", "PPM")  # which Pillow gives as mode I, of 0 to 65,535
 
 
 class EncodedImage(NamedTuple):
@@ -76,12 +78,21 @@ def decode(image: EncodedImage) -> Image.Image:
                 width, height = opened.size
                 raise ValueError(f"{width}×{height}, one side over {THINNEST} times the other")
             opened.info.pop("transparency", None)  # RGB has none; of a palette's Pillow would warn
-            decoded: Image.Image = opened.convert("RGB")
+            decoded: Image.Image = _in_8_bits(opened).convert("RGB")
             return decoded
     except UnidentifiedImageError as error:  # its message may hold an address in memory
         raise DamagedImage(image.name, "of no known format") from error
     except DAMAGED as error:
         raise DamagedImage(image.name, str(error)) from error
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """Return the high bytes of 16-bit greys, as Pillow reads 16-bit colours: it clips greys."""
+    if image.mode == "F" or (image.mode == "I" and image.format not in _GREYS_OF_16_BITS):
+        raise ValueError(f"32-bit greys (mode {image.mode}) have no known white: save 8 or 16 bits")
+    if image.mode[0] != "I":
+        return image
+    return Image.fromarray((np.asarray(image.convert("I")) >> 8).astype(np.uint8))
 
 
 Damaged = Literal["error", "skip"]

@@ -1,5 +1,6 @@
 """Optimizer families: how weight norms and weight decay act under each."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -14,6 +15,14 @@ Power = Literal["auto", 1, 2]
 _GRADIENT = (optim.SGD,)
 # The step of these is the gradient divided by its own size, so that only the angle is left: ‖w‖.
 _NORMALISED = (optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax, optim.RMSprop)
+# Classes with Adam's step, of torch and of other packages (torchao, bitsandbytes, apex, timm).
+_ADAM = re.compile(r"(Fused|Paged)?R?Adam(?P<w>W?)(\d+bit|Fp8|Legacy)?")
+# What a group, or the whole optimizer, calls a decay beside the step.
+_DECOUPLED = (
+    *("decoupled_weight_decay", "weight_decouple", "decoupled_decay", "decoupled"),
+    *("is_adamw", "adam_w_mode"),
+)
+_OTHER_DECAYS = ("fixed_decay", "corrected_weight_decay")  # λ alone, or times η² / max η
 
 
 def choose_power(optimizer: optim.Optimizer, power: Power | int | str) -> int:
@@ -43,23 +52,38 @@ def known_power(optimizer: optim.Optimizer) -> int | None:
     """Return the power of the optimizer's family, or None where it is of none that is known."""
     if isinstance(optimizer, _GRADIENT):
         return 2
-    return 1 if isinstance(optimizer, _NORMALISED) else None
+    return 1 if isinstance(optimizer, _NORMALISED) or _is_adam(optimizer) else None
+
+
+def _is_adam(optimizer: optim.Optimizer) -> re.Match[str] | None:
+    names = (cls.__name__ for cls in type(optimizer).__mro__)
+    return next(filter(None, map(_ADAM.fullmatch, names)), None)
+
+
+def _is_adamw(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> bool:
+    """Return whether a group takes Adam's steps and decays beside them, whatever its class."""
+    adam = _is_adam(optimizer)
+    if adam is None or any(group.get(key) for key in _OTHER_DECAYS):
+        return False
+    options = {**vars(optimizer), **group}
+    return bool(next((options[key] for key in _DECOUPLED if key in options), adam["w"]))
 
 
 def expected_rotation(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> float | None:
     """Return the `equilibrium_rotation` of weights in a parameter group of `optimizer`.
 
     None without weight decay, where there is no equilibrium, and for optimizers of which no formula
-    is known: all but SGD without dampening, and AdamW.
+    is known: all but SGD without dampening, and Adam, RAdam and AdamW in a group that decays beside
+    the step, as those with `decoupled_weight_decay` do.
     """
     rate, decay = float(group["lr"]), float(group.get("weight_decay", 0.0))
     if not decay:
         return None
-    if isinstance(optimizer, optim.SGD) and not group["dampening"]:
+    if isinstance(optimizer, optim.SGD) and not (group["momentum"] and group["dampening"]):
         return equilibrium_rotation(
             rate, decay, momentum=group["momentum"], nesterov=group["nesterov"]
         )
-    if isinstance(optimizer, optim.AdamW):
+    if _is_adamw(optimizer, group):
         return equilibrium_rotation(rate, decay, beta1=group["betas"][0])
     return None
 

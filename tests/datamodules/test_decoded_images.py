@@ -175,3 +175,26 @@ def test_decode_refuses_a_thin_image(size: tuple[int, int], thin: str) -> None:
     with pytest.raises(DamagedImage) as error:
         decode(image)
     assert error.value.reason == f"{thin}, one side over 100 times the other"
+
+
+@pytest.mark.parametrize(
+    ("image_format", "dtype"),
+    [("PNG", "<u2"), ("TIFF", "<u2"), ("TIFF", ">u2"), ("PPM", "<u2"), ("JPEG2000", "<u2")],
+)
+def test_decode_keeps_the_high_bytes_of_16_bit_greys(image_format: str, dtype: str) -> None:
+    greys = np.array([[0, 255, 256, 32768, 65535]], dtype=dtype)
+    file = BytesIO()
+    Image.fromarray(greys).save(file, image_format)
+    decoded = np.asarray(decode(EncodedImage("it", file, 0)))
+    assert decoded.tolist() == [[[grey] * 3 for grey in (0, 0, 1, 128, 255)]]
+
+
+@pytest.mark.parametrize(
+    ("image_format", "dtype", "mode"),
+    [("TIFF", "i4", "I"), ("TIFF", "f4", "F"), ("PPM", "f4", "F")],
+)
+def test_decode_refuses_greys_of_unknown_white(image_format: str, dtype: str, mode: str) -> None:
+    file = BytesIO()
+    Image.fromarray(np.ones((2, 2), dtype)).save(file, image_format)
+    with pytest.raises(DamagedImage, match=rf"32-bit greys \(mode {mode}\) have no known white"):
+        decode(EncodedImage("it", file, 0))

@@ -7,6 +7,25 @@ from nmlightning.weights.channel_norms import equilibrium_rotation
 WEIGHTS = [torch.nn.Parameter(torch.ones(2, 2))]
 
 
+class Adam8bit(torch.optim.Optimizer):
+    """Of another package, known by its name and by what its groups hold."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(WEIGHTS, {"lr": 1e-3, "betas": (0.9, 0.999), **options})
+
+
+class AdamW8bit(Adam8bit):
+    pass
+
+
+class FusedAdam(Adam8bit):
+    adam_w_mode = 0
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(**options)
+        self.adam_w_mode = 1
+
+
 @pytest.mark.parametrize(
     ("optimizer", "power"),
     [("SGD", 2), ("Adam", 1), ("AdamW", 1), ("NAdam", 1), ("RAdam", 1), ("RMSprop", 1)],
@@ -29,11 +48,34 @@ def test_choose_power_knows_the_family(optimizer: str, power: int) -> None:
         ),
         (torch.optim.SGD(WEIGHTS, 0.1), None),
         (torch.optim.SGD(WEIGHTS, 0.1, momentum=0.9, dampening=0.1, weight_decay=0.01), None),
+        (torch.optim.SGD(WEIGHTS, 0.1, dampening=0.1, weight_decay=0.01), (0.002) ** 0.5),
         (torch.optim.Adam(WEIGHTS, 0.1, weight_decay=0.01), None),
+        (torch.optim.Adam(WEIGHTS, weight_decay=0.1, decoupled_weight_decay=True), 0.0032444),
+        (torch.optim.RAdam(WEIGHTS, weight_decay=0.1, decoupled_weight_decay=True), 0.0032444),
+        (AdamW8bit(weight_decay=0.1), 0.0032444),
+        (Adam8bit(weight_decay=0.1), None),
+        (Adam8bit(weight_decay=0.1, weight_decouple=True), 0.0032444),
+        (Adam8bit(weight_decay=0.1, decoupled_decay=True), 0.0032444),
+        (Adam8bit(weight_decay=0.1, weight_decouple=True, fixed_decay=True), None),
+        (Adam8bit(weight_decay=0.1, decoupled=True, corrected_weight_decay=True), None),
+        (FusedAdam(weight_decay=0.1), 0.0032444),
     ],
-    ids=["sgd", "nesterov", "adamw", "no decay", "dampening", "adam"],
 )
 def test_expected_rotation_takes_the_optimizers_settings(
     optimizer: torch.optim.Optimizer, expected: float | None
 ) -> None:
-    assert expected_rotation(optimizer, optimizer.param_groups[0]) == expected
+    found = expected_rotation(optimizer, optimizer.param_groups[0])
+    assert found == (expected if expected is None else pytest.approx(expected, rel=1e-4))
+
+
+@pytest.mark.parametrize(("decoupled", "expected"), [(True, 0.0032444), (False, None)])
+def test_expected_rotation_goes_by_the_group(decoupled: bool, expected: float | None) -> None:
+    optimizer = torch.optim.AdamW(WEIGHTS, 1e-3, weight_decay=0.1)
+    optimizer.param_groups[0]["decoupled_weight_decay"] = decoupled
+    assert expected_rotation(optimizer, optimizer.param_groups[0]) == (
+        expected and pytest.approx(expected, rel=1e-4)
+    )
+
+
+def test_choose_power_of_other_packages() -> None:
+    assert choose_power(AdamW8bit(), "auto") == 1

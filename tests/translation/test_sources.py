@@ -80,6 +80,19 @@ def test_named_numbers_have_their_names() -> None:
     assert list(NamedNumbers([0, 21, 107, 2030, 716599])) == pairs
 
 
+def test_named_numbers_of_so_many_and_one_thousand() -> None:
+    """num2words spells 9,000 of them "…einstausend…"."""
+    numbers = [1_000, 101_000, 901_101, 301_001, 111_001]
+    german = [
+        "eintausend",
+        "einhunderteintausend",
+        "neunhunderteintausendeinhunderteins",
+        "dreihunderteintausendeins",
+        "einhundertelftausendeins",
+    ]
+    assert [pair.source for pair in NamedNumbers(numbers)] == german
+
+
 @pytest.mark.parametrize("training", [1, 7, 2000, 6000])
 def test_split_numbers_has_disjoint_parts(training: int) -> None:
     parts = split_numbers(training, 500)
