@@ -41,7 +41,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class WeightNormReport:
-    """What `apply_weight_norm` did.
+    """The outcome of `apply_weight_norm`.
 
     Attributes:
         settings: of the norm.

@@ -81,12 +81,12 @@ class NormalisableWeight:
 
     @property
     def layout(self) -> ChannelLayout:
-        """Where its output channels are."""
+        """The layout of its output channels."""
         return self.places[0].layout
 
     @property
     def parametrizations(self) -> list[nn.Module]:
-        """What computes the weight from its parameter, in order."""
+        """The parametrizations that compute the weight from its parameter, in order."""
         return list(self.places[0].parametrizations or ())
 
     @property
@@ -101,7 +101,7 @@ class NormalisableWeight:
 
     @property
     def positions(self) -> list[int]:
-        """Which of its module's parameters it is, in each place."""
+        """Its position among the parameters of its module, in each layer."""
         return [list(p.module._parameters).index(p.attribute) for p in self.places]
 
     def is_of(self, kinds: Sequence[LayerKind]) -> bool:

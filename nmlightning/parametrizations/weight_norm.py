@@ -41,7 +41,7 @@ _GAINS: dict[Kind, tuple[Gain, ...]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What `apply_weight_norm` takes; `rho` is None for "init".
+    """The arguments of `apply_weight_norm`; `rho` is None for "init".
 
     Raises:
         InputError: from `of`, for what is not allowed.

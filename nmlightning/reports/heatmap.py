@@ -34,7 +34,7 @@ def draw_heatmap(norms: NDArray[np.float32], title: str) -> NDArray[np.uint8]:
 
 
 class _Frame:
-    """What pictures of as many epochs and channels share, drawn once.
+    """The parts that pictures of as many epochs and channels share, drawn once.
 
     To draw everything takes 40 ms, most of it for text, and there is a picture for every layer.
     """
