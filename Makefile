@@ -10,7 +10,7 @@ REQUIREMENTS := setup.cfg pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart kernels study results bench test proofs check format lint types clean
+.PHONY: help quickstart kernels study results tables bench test proofs check format lint types clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-12s%s\n", $$1, $$2 }'
@@ -34,6 +34,9 @@ study: $(VENV)/core ## the weight-decay study on SEEDS='1 2 3', short; whole wit
 
 results: $(VENV)/test ## the runs of results/plan.yaml that are not done; OPTIONS='--only wd_on --data-root DIR'
 	$(VENV)/bin/python results/run_plan.py $(OPTIONS)
+
+tables: $(VENV)/core ## docs/results.md, its pictures and README's table from results/
+	$(VENV)/bin/python results/make_tables.py
 
 bench: $(VENV)/test ## every target of speed and memory as a ratio (ten minutes); OPTIONS='--only C1 C2'
 	$(VENV)/bin/python benchmarks/speed.py $(OPTIONS)

@@ -11,6 +11,7 @@ import argparse
 import itertools
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pytorch_lightning import Trainer, seed_everything
@@ -37,16 +38,14 @@ def main() -> None:
         ImageClassifier, checkpoint, net=CifarResNet(20), optimizer=sgd, channels_last=True
     )
     print(swap_norms(task.net, options.norm))
-    data = CIFAR10("data")
     logger = CSVLogger("runs", name=f"to_{options.norm}", version=0)
-    trainer = make_trainer(logger)
-    log(logger, trainer.validate(task, data), 0)
-    recalibrate(task, data)
-    log(logger, trainer.validate(task, data), BATCHES)
+    measure(task, logger, 0)
+    recalibrate(task)
+    measure(task, logger, BATCHES)
     make_trainer(logger).fit(task, datamodule=CIFAR10("data"))
 
 
-def make_trainer(logger: CSVLogger) -> Trainer:
+def make_trainer(logger: CSVLogger | Literal[False]) -> Trainer:
     return Trainer(
         logger=logger,
         max_epochs=1,
@@ -58,18 +57,21 @@ def make_trainer(logger: CSVLogger) -> Trainer:
     )
 
 
-def recalibrate(task: ImageClassifier, data: CIFAR10) -> None:
+def measure(task: ImageClassifier, logger: CSVLogger, step: int) -> None:
+    """Log the accuracy of the test images."""
+    (metrics,) = make_trainer(False).validate(task, datamodule=CIFAR10("data"))
+    logger.log_metrics(dict(metrics), step)
+    logger.save()
+
+
+def recalibrate(task: ImageClassifier) -> None:
     """Replace the running statistics by the means of those of some training batches."""
+    data = CIFAR10("data")
     data.setup("fit")
     batches = itertools.islice(data.train_dataloader(), BATCHES)
     images = (data.on_after_batch_transfer(batch, 0)[0] for batch in batches)
     with torch.autocast("cpu", torch.bfloat16):
         update_bn(images, task)
-
-
-def log(logger: CSVLogger, metrics: list[dict[str, float]], step: int) -> None:
-    logger.log_metrics(metrics[0], step)
-    logger.save()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -22,7 +21,7 @@ from nmlightning.weights.history import NormHistory
 
 LAST_EPOCHS = 10  # are averaged, as the paper's figures are
 PACKAGES = ("nmlightning", "torch", "pytorch-lightning")
-_METRICS = re.compile(r"(train|val|test)/")
+_METRICS = re.compile(r"(train|val)/")
 
 
 def keep_run(run: Run, folder: Path, kept: Path, attempts: list[dict[str, Any]]) -> None:
@@ -35,9 +34,13 @@ def keep_run(run: Run, folder: Path, kept: Path, attempts: list[dict[str, Any]])
         attempts: the commit and the CPU time of each, where they are known.
     """
     logged = [read_run(version) for version in find_runs([folder / "runs"])]
-    tests = {tag: s for part in logged for tag, s in part.scalars.items() if tag[:5] == "test/"}
+    tests = {
+        tag: float(f"{series.values[-1]:.6g}")
+        for part in logged
+        for tag, series in part.scalars.items()
+        if tag.startswith("test/")
+    }
     joined = max(join_resumed(logged), key=count_rows)
-    joined = replace(joined, scalars={**joined.scalars, **tests})
     rows = list(make_rows(joined))
     kept.parent.mkdir(parents=True, exist_ok=True)
     with kept.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
@@ -45,6 +48,7 @@ def keep_run(run: Run, folder: Path, kept: Path, attempts: list[dict[str, Any]])
         writer.writeheader()
         writer.writerows(rows)
     content = describe(run, joined, rows, attempts)
+    content["final"] |= tests
     kept.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -119,10 +123,14 @@ def describe(
         f"mean_of_last_{LAST_EPOCHS}": {
             name: float(f"{fmean(float(row[name]) for row in late):.6g}")
             for name in metrics
-            if late and not name.startswith("test/")
+            if late
         },
-        "settings": {"config": run.settings.get("config", "none"), **logged.settings},
+        "settings": {"config": run.settings.get("config") or what_script(run), **logged.settings},
     }
+
+
+def what_script(run: Run) -> str:
+    return " ".join([run.settings["script"], *run.settings["options"]])
 
 
 def device() -> str:

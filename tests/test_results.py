@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from make_tables import Results, make_tables
 from plan import HERE, Run, read_plan
 
 from nmlightning.cli import main
@@ -90,3 +92,37 @@ def test_a_killed_run_resumes_to_the_same_curves(tmp_path: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(kept["whole-1.csv"])))
     assert [int(row["epoch"]) for row in rows] == list(range(12))
     assert all(float(row[name]) > 0 for row in rows for name in ("effective_lr", "lr", "norm_min"))
+
+
+def test_tables_are_made_of_what_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "docs/pictures").mkdir(parents=True)
+    shutil.copy(HERE.parent / "README.md", tmp_path)
+    make_tables(HERE, tmp_path)
+    made = {file.relative_to(tmp_path): file for file in tmp_path.rglob("*") if file.is_file()}
+    assert Path("docs/results.md") in made
+    for name, file in made.items():
+        assert file.read_bytes() == (HERE.parent / name).read_bytes(), f"make tables: {name}"
+        assert file.stat().st_size < 100_000
+    there = {file.name for file in (HERE.parent / "docs/pictures").glob("results_*.svg")}
+    assert there == {name.name for name in made if name.suffix == ".svg"}
+
+
+def test_every_run_has_a_row() -> None:
+    tables = yaml.safe_load((HERE / "page.yaml").read_text("utf-8"))["tables"]
+    planned = yaml.safe_load((HERE / "plan.yaml").read_text("utf-8"))["tables"]
+    assert tables.keys() == planned.keys()
+    for name, table in planned.items():
+        assert {*table["runs"], *table.get("shares", [])} == tables[name]["rows"].keys()
+
+
+def test_cells_say_how_many_seeds_they_have(tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(TINY.replace("seeds: [1]", "seeds: [1, 2]"))
+    (tmp_path / "tiny").mkdir()
+    column = {"metric": "val/top1", "first": -1}
+    assert Results(tmp_path).cell("whole", column) == "not run yet"
+    for seed, cell in ((1, "50.00 % (1 of 2)"), (2, "55.00 ± 7.07 % (2)")):
+        (tmp_path / f"tiny/whole-{seed}.json").write_text("{}")
+        rows = f"step,epoch,val/top1\n9,0,0.1\n19,1,{0.4 + seed / 10}\n"
+        (tmp_path / f"tiny/whole-{seed}.csv").write_text(rows)
+        assert Results(tmp_path).cell("whole", column) == cell
+    assert Results(tmp_path).missing == 2

@@ -5,6 +5,7 @@ here records are framed without that, and their messages are parsed by protobuf 
 """
 
 import csv
+import json
 import math
 import re
 import struct
@@ -230,9 +231,13 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The name of the experiment: that of the folder, or of the one above `version_3`."""
+        """The name of the experiment: that of the folder, or of the one above `version_3`.
+
+        A seed at its end, as in `wd_on-1`, is left out.
+        """
         folder = self.folder.resolve()
-        return folder.parent.name if folder.name.startswith("version_") else folder.name
+        name = folder.parent.name if folder.name.startswith("version_") else folder.name
+        return name.removesuffix(f"-{self.seed}")
 
     def epochs_at(self, steps: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return how many epochs were over when these steps were logged, or else the steps."""
@@ -245,6 +250,8 @@ class Run:
 def find_runs(paths: Sequence[str | Path]) -> list[Path]:
     """Return the folders of runs at and below these paths, each once, in a natural order.
 
+    A run of which only `a.csv` and `a.json` are kept, as in `results/`, counts as a folder `a`.
+
     Raises:
         InputError: a path that does not exist or has no run at or below it.
     """
@@ -253,13 +260,20 @@ def find_runs(paths: Sequence[str | Path]) -> list[Path]:
         if not path.is_dir():
             raise InputError(f"there is no folder {str(path)!r} in {Path.cwd()}.")
         logs = [file for pattern in (_EVENTS, _CSV) for file in path.rglob(pattern)]
-        if not logs:
+        kept = {file.with_suffix("") for file in path.rglob("*.csv") if _is_kept(file)}
+        found = kept | {log.parent for log in logs}
+        if not found:
             raise InputError(
                 f"{path} holds no run: there is neither an event file of TensorBoard nor a "
                 f"metrics.csv in it or below it."
             )
-        folders |= dict.fromkeys(sorted({log.parent for log in logs}, key=_natural_order))
+        folders |= dict.fromkeys(sorted(found, key=_natural_order))
     return list(folders)
+
+
+def _is_kept(file: Path) -> bool:
+    """Whether a CSV has a JSON of its name beside it, as `results/` has for each run."""
+    return file.name != _CSV and file.with_suffix(".json").is_file()
 
 
 def has_events(folder: Path) -> bool:
@@ -269,6 +283,8 @@ def has_events(folder: Path) -> bool:
 
 def read_run(folder: Path) -> Run:
     """Return what is in a run's folder, or raise InputError where a file is damaged."""
+    if not folder.is_dir():
+        return _read_kept(folder)
     config = read_saved_config(folder)
     points = [p for file in sorted(folder.glob(_EVENTS)) for p in read_event_file(file)]
     if (folder / _CSV).is_file():
@@ -285,6 +301,26 @@ def read_run(folder: Path) -> Run:
         norms=NormHistory.load(recording, finite=False) if recording.is_file() else None,
         checkpoint=Path(checkpoint) if isinstance(checkpoint, str) else None,
         parts=(folder,),
+    )
+
+
+def _read_kept(place: Path) -> Run:
+    """Return the run that `<place>.csv` has the curves of and `<place>.json` the settings."""
+    file = place.with_suffix(".json")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        settings, seed, minutes = (content[key] for key in ("settings", "seed", "cpu_minutes"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} is damaged, or not of a run.") from error
+    return Run(
+        folder=place,
+        settings=settings,
+        seed=seed,
+        scalars=make_series(read_csv_file(place.with_suffix(".csv"))),
+        seconds=60 * minutes,
+        norms=None,
+        checkpoint=None,
+        parts=(place,),
     )
 
 

@@ -82,6 +82,25 @@ def test_find_runs_orders_by_number_and_lists_each_once(
     assert found == [folders[2], folders[1], folders[0]]
 
 
+def test_kept_runs_are_read_without_folders(tmp_path: Path) -> None:
+    for seed in (10, 9):
+        (tmp_path / f"l1-{seed}.csv").write_text(CSV)
+        (tmp_path / f"l1-{seed}.json").write_text(
+            f'{{"settings": {{"norm": "l1"}}, "seed": {seed}, "cpu_minutes": 1.5}}'
+        )
+    first, second = map(read_run, find_runs([tmp_path]))
+    assert (first.seed, second.seed, first.name, second.name) == (9, 10, "l1", "l1")
+    assert (first.settings, first.seconds) == ({"norm": "l1"}, 90)
+    assert first.scalars["val/top1"].values.tolist() == [0.5, 0.75]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"seed": 1}'])
+def test_read_run_refuses_a_damaged_kept_run(content: str, tmp_path: Path) -> None:
+    (tmp_path / "l1-1.json").write_text(content)
+    with pytest.raises(InputError, match=r"l1-1.json is damaged, or not of a run"):
+        read_run(tmp_path / "l1-1")
+
+
 def test_find_runs_refuses_a_path_without_runs(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"there is no folder '.*nowhere' in"):
         find_runs([tmp_path / "nowhere"])
