@@ -18,8 +18,9 @@ from pytorch_lightning import Trainer, seed_everything
 from pytorch_lightning.loggers import CSVLogger
 from torch.optim.swa_utils import update_bn
 
-from nmlightning import CIFAR10, CifarResNet, ImageClassifier, load_from_checkpoint, swap_norms
+from nmlightning import CIFAR10, ImageClassifier, load_from_checkpoint, swap_norms
 from nmlightning.commands.files import last_checkpoint
+from nmlightning.models import CifarResNet
 
 BATCHES = 50
 sgd = partial(torch.optim.SGD, lr=1e-3, momentum=0.9, weight_decay=1e-4)

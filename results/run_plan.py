@@ -23,7 +23,7 @@ from keep_run import keep_run
 from plan import HERE, Run, read_plan
 
 SECONDS_TO_END = 60  # for a run that was asked to
-NICENESS = 19
+LOWEST_PRIORITY = 19
 
 
 class Folder:
@@ -85,14 +85,18 @@ class Runner:
         folders: of all runs that are to be made, and of those that they need, in order.
         data_root: the folder that holds CIFAR-10 and multi30k.
         jobs: runs at a time, of one thread each.
+        niceness: of their processes.
     """
 
-    def __init__(self, folders: dict[str, Folder], data_root: Path, jobs: int) -> None:
+    def __init__(
+        self, folders: dict[str, Folder], data_root: Path, jobs: int, niceness: int
+    ) -> None:
         self._folders = folders
         self._pending = [folder for folder in folders.values() if not folder.is_finished]
         self._active: dict[int, tuple[Folder, subprocess.Popen[bytes]]] = {}
         self._data_root = data_root.resolve()
         self._jobs = jobs
+        self._niceness = niceness
 
     def make_all(self) -> list[str]:
         """Make all runs and return the names of those that could not be."""
@@ -154,7 +158,7 @@ class Runner:
             log.write(f"$ {shlex.join(words)}\n".encode())
             log.flush()
             process = subprocess.Popen(
-                ["nice", "-n", str(NICENESS), sys.executable, *command],
+                ["nice", "-n", str(self._niceness), sys.executable, *command],
                 cwd=folder.path,
                 env=environment(),
                 stdin=subprocess.DEVNULL,
@@ -228,6 +232,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[], help="tables, runs, or runs with a seed")
     parser.add_argument("--minutes", type=float, default=0, help="stop after this time")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--niceness", type=int, default=LOWEST_PRIORITY, help="of their processes")
     parser.add_argument("--data-root", type=Path, default=HERE.parent / "data")
     parser.add_argument("--again", action="store_true", help="make again what is kept already")
     parser.add_argument("--plan", type=Path, default=HERE / "plan.yaml")
@@ -239,7 +244,7 @@ def main() -> int:
     results = options.results.resolve()
     folders = choose(read_plan(options.plan), results, options.only, options.again)
     say(f"{len(folders)} runs to make")
-    failed = Runner(folders, options.data_root, options.jobs).make_all()
+    failed = Runner(folders, options.data_root, options.jobs, options.niceness).make_all()
     return int(bool(failed))
 
 
