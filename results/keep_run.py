@@ -119,7 +119,7 @@ def describe(
         "cpu_minutes": round(sum(attempt["cpu_seconds"] for attempt in attempts) / 60, 1),
         "resumed": len(logged.parts) - 1,
         "exit_code": attempts[-1]["code"] if attempts else 0,
-        "final": {name: float(rows[-1][name]) for name in metrics},
+        "final": {name: float(rows[-1][name]) for name in metrics if rows[-1][name] != "nan"},
         f"mean_of_last_{LAST_EPOCHS}": {
             name: float(f"{fmean(float(row[name]) for row in late):.6g}")
             for name in metrics

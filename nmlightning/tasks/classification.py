@@ -53,7 +53,7 @@ class MeanLoss(Metric):
     def update(self, loss: Tensor, images: int) -> None:
         """Add the mean loss of a batch, a scalar, and the number of its images."""
         self.total = torch.add(self.total, loss.detach().float(), alpha=images)
-        self.images += images
+        self.images = self.images + images  # not in place: validate() leaves inference tensors
 
     def compute(self) -> Tensor:
         """Return the mean."""

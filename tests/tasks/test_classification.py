@@ -55,6 +55,14 @@ def test_classifier_learns_the_digits(digits: Digits) -> None:
     assert metrics["val/top1"] < metrics["val/top5"] <= 1
 
 
+def test_classifier_is_fitted_after_it_was_validated(digits: Digits) -> None:
+    task, options = make_task(), {"limit_train_batches": 1, "limit_val_batches": 2}
+    make_trainer(**options).validate(task, digits, verbose=False)
+    trainer = make_trainer(**options)
+    trainer.fit(task, datamodule=digits)
+    assert trainer.callback_metrics["val/loss"].isfinite()
+
+
 @pytest.mark.parametrize("classes", [3, 7])
 def test_classifier_metrics_are_of_all_images(classes: int) -> None:
     logits, labels = torch.randn(25, classes), torch.randint(classes, (25,))
