@@ -59,21 +59,27 @@ def count_rows(run: Logged) -> int:
 def make_rows(run: Logged) -> Iterable[dict[str, Any]]:
     """Yield step, epoch, metrics, rates and norms of each validation, to six digits.
 
-    A metric that was not logged then has the value it had last.
+    A metric that was not logged then has the value it had last, since the validation before.
     """
     scalars = run.scalars
     norms = None if run.norms is None else run.norms.epoch_ends()
+    before = -1
     for step in scalars["val/loss"].steps:
         epoch = int(run.epochs_at(np.array([step]))[0])
-        metrics = {tag: last_value(s, step) for tag, s in scalars.items() if _METRICS.match(tag)}
+        metrics = {
+            tag: last_value(series, step, before)
+            for tag, series in scalars.items()
+            if _METRICS.match(tag)
+        }
+        before = step
         row = {**metrics, "effective_lr": effective_lr(scalars, step), **norm_summary(norms, epoch)}
         yield {"step": step, "epoch": epoch - 1, **{k: f"{v:.6g}" for k, v in row.items()}}
 
 
-def last_value(series: Series, step: int) -> float:
-    """Return the value at a step or, if there is none, the one before it, or else NaN."""
-    before = series.values[series.steps <= step]
-    return float(before[-1]) if len(before) else np.nan
+def last_value(series: Series, step: int, after: int = -1) -> float:
+    """Return the value at a step or else the last one before, but after another; NaN without any."""
+    values = series.values[(series.steps > after) & (series.steps <= step)]
+    return float(values[-1]) if len(values) else np.nan
 
 
 def effective_lr(scalars: Mapping[str, Series], step: int) -> float:

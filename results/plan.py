@@ -54,14 +54,16 @@ class Run:
         if "script" in self.settings:
             return [[f"{self.settings['script']}.py", *options, *seed]]
         words = ["--config", self.settings["config"], *seed, *options, "--ckpt_path", "last"]
-        quiet = [
+        words += [
             "--trainer.enable_progress_bar",
             "false",
             "--trainer.enable_model_summary",
             "false",
         ]
-        test = [["nm", "test", *words, *quiet, "--trainer.logger", "CSVLogger"]]
-        return [["nm", "fit", *words, *quiet], *(test if self.settings.get("test") else [])]
+        stages = [["nm", "fit", *words, "--trainer.callbacks+=durable_curves.DurableCurves"]]
+        if self.settings.get("test"):
+            stages.append(["nm", "test", *words, "--trainer.logger", "CSVLogger"])
+        return stages
 
 
 def read_plan(file: Path = HERE / "plan.yaml") -> dict[str, Run]:
