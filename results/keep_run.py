@@ -77,7 +77,7 @@ def make_rows(run: Logged) -> Iterable[dict[str, Any]]:
 
 
 def last_value(series: Series, step: int, after: int = -1) -> float:
-    """Return the value at a step or else the last one before, but after another; NaN without any."""
+    """Return the value at a step, or else the last before it and after another; or else NaN."""
     values = series.values[(series.steps > after) & (series.steps <= step)]
     return float(values[-1]) if len(values) else np.nan
 
