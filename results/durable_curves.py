@@ -20,6 +20,7 @@ class DurableCurves(Callback):
     ) -> None:
         """Write; what Lightning logs again under the same step is the same."""
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        last_step = logged_step(trainer) - 1  # which Lightning logs an epoch's metrics under
         for logger in trainer.loggers:
-            logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, logged_step(trainer))
+            logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, last_step)
             logger.experiment.flush()
