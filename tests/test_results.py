@@ -71,6 +71,7 @@ def test_tables_share_runs_that_exist() -> None:
     assert all(table["expected"] for table in tables.values())
 
 
+@pytest.mark.slow  # three processes, each of which imports torch and Lightning
 def test_a_killed_run_resumes_to_the_same_curves(tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text(TINY)
     options = ["--plan", tmp_path / "plan.yaml", "--results", tmp_path, "--data-root", tmp_path]
