@@ -56,10 +56,9 @@ def test_classifier_learns_the_digits(digits: Digits) -> None:
 
 
 def test_classifier_is_fitted_after_it_was_validated(digits: Digits) -> None:
-    task, options = make_task(), {"limit_train_batches": 1, "limit_val_batches": 2}
-    make_trainer(**options).validate(task, digits, verbose=False)
-    trainer = make_trainer(**options)
-    trainer.fit(task, datamodule=digits)
+    task, trainer = make_task(), quiet_trainer()
+    quiet_trainer().validate(task, digits, verbose=False)
+    trainer.fit(task, digits)
     assert trainer.callback_metrics["val/loss"].isfinite()
 
 
