@@ -10,7 +10,7 @@ from itertools import chain, repeat
 
 import PIL
 import torch
-from interleaved import Call, spread_of, time_rounds
+from interleaved import Call, quartiles_of, time_rounds
 
 from nmlightning.datamodules import ImageNet
 
@@ -33,7 +33,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, Pillow {PIL.__version__}, {options.rounds} rounds")
     for root, times in time_rounds(reads, options.rounds, warm_up=1).items():
-        slow, middle, fast = spread_of([images[root] / seconds for seconds in times])
+        slow, middle, fast = quartiles_of([images[root] / seconds for seconds in times])
         print(f"{root:40} {middle:7.1f} images/s ({slow:.1f} to {fast:.1f})")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"{peak / 1024:.0f} MB at most, of all together")

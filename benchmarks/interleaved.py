@@ -1,7 +1,7 @@
 """Times calls that take turns, so that a noisy machine disturbs all of them alike.
 
 In every round each call is timed once, in an order drawn anew. A ratio is that of two calls in the
-same round; what is told of it is its median over the rounds, with the quartiles.
+same round; reported is its median over the rounds, with the quartiles.
 """
 
 import random
@@ -15,17 +15,17 @@ import torch
 Call = Callable[[], object]
 
 
-class Spread(NamedTuple):
-    """The quartiles of what was measured in several rounds."""
+class Quartiles(NamedTuple):
+    """The first quartile, the median and the third of several rounds."""
 
     low: float
-    middle: float
+    median: float
     high: float
 
-    def tell(self, template: str = "{:.2f}") -> str:
+    def format(self, template: str = "{:.2f}") -> str:
         """Return the median and, in brackets, the other quartiles."""
-        low, middle, high = (template.format(value) for value in self)
-        return f"{middle} ({low} to {high})"
+        low, median, high = (template.format(value) for value in self)
+        return f"{median} ({low} to {high})"
 
 
 def time_rounds(
@@ -43,7 +43,7 @@ def time_rounds(
         rounds: how often each is timed, 2 or more.
         device: where they run; with CUDA its own clock is read.
         warm_up: rounds before those, which compile, allocate and fill caches.
-        repeats: calls in a row that are timed as one, of which the mean is told. On a GPU it hides
+        repeats: calls in a row that are timed as one, of which the mean is taken. On a GPU it hides
             the time that the host takes to launch the first.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -76,11 +76,11 @@ def _seconds_on_gpu(call: Call, device: str, repeats: int) -> float:
     return float(start.elapsed_time(end)) / 1e3 / repeats
 
 
-def spread_of(values: Sequence[float]) -> Spread:
+def quartiles_of(values: Sequence[float]) -> Quartiles:
     """Return the quartiles of two values or more."""
-    return Spread(*statistics.quantiles(values, n=4))
+    return Quartiles(*statistics.quantiles(values, n=4))
 
 
-def spread_of_ratio(times: Mapping[str, Sequence[float]], name: str, to: str) -> Spread:
+def quartiles_of_ratio(times: Mapping[str, Sequence[float]], name: str, to: str) -> Quartiles:
     """Return the quartiles of one call's time against another's in the same round."""
-    return spread_of([own / other for own, other in zip(times[name], times[to], strict=True)])
+    return quartiles_of([own / other for own, other in zip(times[name], times[to], strict=True)])

@@ -9,7 +9,7 @@ The norms take turns (see `interleaved`); a ratio is the time against torch's in
 import argparse
 
 import torch
-from interleaved import Call, spread_of_ratio, time_rounds
+from interleaved import Call, quartiles_of_ratio, time_rounds
 from torch import Tensor, nn
 
 from nmlightning.norms import (
@@ -59,7 +59,7 @@ def main() -> None:
                 x = x.contiguous(memory_format=memory_format)
             times = measure(classes, x.requires_grad_(), options.rounds, options.compile)
             ratios = "  ".join(
-                f"{name} {spread_of_ratio(times, name, to='l2').tell()}"
+                f"{name} {quartiles_of_ratio(times, name, to='l2').format()}"
                 for name in classes
                 if name != "l2"
             )

@@ -1,4 +1,4 @@
-"""What something adds to a training step, measured as a share of that step.
+"""Measures the time that additions to a training step take, as a share of that step.
 
 A plain step and each addition to it take turns (see `interleaved`); a share is the time of an
 addition against that of the step in the same round.
@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Callable, Mapping
 
 import torch
-from interleaved import Call, spread_of_ratio, time_rounds
+from interleaved import Call, quartiles_of_ratio, time_rounds
 from training_step import NETS, Step, make_step
 
 
@@ -29,5 +29,5 @@ def main(description: str, make_additions: Callable[[Step], Mapping[str, Call]])
     additions = make_additions(step)
     times = time_rounds({"": step.run, **additions}, options.rounds, device=options.device)
     for name in additions:
-        low, middle, high = (100 * share for share in spread_of_ratio(times, name, to=""))
+        low, middle, high = (100 * share for share in quartiles_of_ratio(times, name, to=""))
         print(f"{name:24} {middle:6.2f} % of a step ({low:.2f} to {high:.2f})")

@@ -1,4 +1,4 @@
-"""Every target of speed and memory, as ratios from interleaved rounds, beside what was aimed at.
+"""Every target of speed and memory, as ratios from interleaved rounds, beside their targets.
 
     python benchmarks/speed.py [--only C1 C4] [--rounds 20] [--json FILE] [--markdown FILE]
 
@@ -24,7 +24,7 @@ from speed_gpu_training import measure_cifar, measure_large_step
 from speed_layers import list_backends, measure_fused, measure_norms
 from speed_networks import measure_activations, measure_compiled, measure_step
 from speed_plan import QUICK, Plan
-from speed_tables import make_json, make_markdown, make_table, tell_row
+from speed_tables import format_row, make_json, make_markdown, make_table
 from speed_weights import measure_weights
 from targets import Measurement, Result, Skipped
 
@@ -63,8 +63,8 @@ def main() -> None:
     with filter_logs():
         for row in measure(plan, set(options.only)):
             results.append(row)
-            told = tell_row(row) if isinstance(row, Measurement) else f"{row.target}: {row.why}"
-            console.print(told, markup=False, soft_wrap=True)
+            line = format_row(row) if isinstance(row, Measurement) else f"{row.target}: {row.why}"
+            console.print(line, markup=False, soft_wrap=True)
     console.print(make_table(results))
     if options.json:
         options.json.write_text(json.dumps(make_json(results, header), indent=1), encoding="utf-8")
@@ -105,14 +105,14 @@ def describe_machine() -> list[str]:
         "torchvision": torchvision.__version__,
         "Lightning": pl.__version__,
     }
-    told = ", ".join(f"{name} {version}" for name, version in versions.items())
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     threads = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores"
-    return [command, told, f"CPU {processor()}, {threads}; CUDA device: {gpu}"]
+    return [command, packages, f"CPU {processor()}, {threads}; CUDA device: {gpu}"]
 
 
 def processor() -> str:
-    """Return the name of the CPU, where the system tells it."""
+    """Return the name of the CPU, where the system gives it."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Set
 
 import torch
 from epoch_by_trainer import time_epochs
-from interleaved import spread_of_ratio, time_rounds
+from interleaved import quartiles_of_ratio, time_rounds
 from speed_plan import Plan
 from targets import Bound, Measurement, Result
 from torchvision_pipeline import torchvision_loader
@@ -28,7 +28,7 @@ def measure_data(plan: Plan, targets: Set[str]) -> Iterator[Result]:
         "data an image / torchvision's pipeline",
         f"{plan.images} of 3×32×32, batch {plan.batch}, no workers",
         "",
-        spread_of_ratio(times, "ours", to="torchvision"),
+        quartiles_of_ratio(times, "ours", to="torchvision"),
         Bound(0.1),
     )
     few = RandomCIFAR(STEPS * plan.batch, plan.batch)
@@ -38,7 +38,7 @@ def measure_data(plan: Plan, targets: Set[str]) -> Iterator[Result]:
         "epoch by Trainer.fit / bare loop",
         f"{plan.net} with BN, {STEPS} steps, batch {plan.batch}",
         "",
-        spread_of_ratio(times, "trainer", to="loop"),
+        quartiles_of_ratio(times, "trainer", to="loop"),
         Bound(1.1),
     )
 

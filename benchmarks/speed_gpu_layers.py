@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 from backends import backend_of
-from interleaved import seconds_of, spread_of, spread_of_ratio, time_rounds
+from interleaved import quartiles_of, quartiles_of_ratio, seconds_of, time_rounds
 from norm_layers import LAYOUTS, layer_step
 from speed_layers import NORMS, fuse
 from speed_plan import Plan, Shape
@@ -56,13 +56,13 @@ def _measure_norms(
         row = partial(Measurement, "H1", case=case, backend=backend_of(layers["L1"], x))
         yield row(
             what=f"byte floor ({floor * 1e3:.3f} ms) / L1 BN",
-            spread=spread_of([floor / seconds for seconds in times["L1"]]),
+            quartiles=quartiles_of([floor / seconds for seconds in times["L1"]]),
             bound=Bound(0.8, is_least=True) if aim else None,
             limit="1",
         )
         yield row(
             what="L1 BN / the better of native and compiled BN",
-            spread=spread_of_ratio(times, "L1", to=best),
+            quartiles=quartiles_of_ratio(times, "L1", to=best),
             bound=Bound(1.05) if aim else None,
         )
     if "H2" in targets:
@@ -73,7 +73,7 @@ def _measure_norms(
                 f"{name} BN / BN, tensors {'over' if large else 'up to'} {LARGE / 1e6:.0f} MB",
                 case,
                 backend_of(layers[name], x),
-                spread_of_ratio(times, name, to="native"),
+                quartiles_of_ratio(times, name, to="native"),
                 Bound(0.95) if large and name == "L∞" else None,
                 "0.875",
             )
@@ -89,7 +89,7 @@ def _measure_fused(plan: Plan, x: Tensor, grad: Tensor, case: str) -> Measuremen
         "L1 BN+ReLU fused / BN, ReLU",
         case,
         backend_of(nets["fused"][0], x),
-        spread_of_ratio(times, "fused", to="plain"),
+        quartiles_of_ratio(times, "fused", to="plain"),
         Bound(0.75),
         "0.63",
     )

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from backends import backend_of
 from epoch_by_trainer import TakeTurns, time_epochs
-from interleaved import spread_of, spread_of_ratio, time_rounds
+from interleaved import quartiles_of, quartiles_of_ratio, time_rounds
 from normalised_weights import make_addition
 from speed_data import RandomCIFAR
 from speed_plan import Plan
@@ -43,7 +43,7 @@ def measure_large_step(plan: Plan, targets: Set[str], device: str = "cuda") -> I
         "step with L1 / BN",
         f"{plan.large_net}, batch {plan.gpu_large_batch}, NHWC, bf16",
         backend_of(nets["L1"].bn1, images.to(torch.bfloat16)),
-        spread_of_ratio(times, "L1", to="BN"),
+        quartiles_of_ratio(times, "L1", to="BN"),
         Bound(1.0),
     )
 
@@ -66,13 +66,13 @@ def _measure_epochs(plan: Plan, device: str) -> Iterator[Result]:
     plain = _time_plain_lightning(net, data, trainer)
     seen = images // plan.batch * plan.batch
     case = f"{plan.net}, batch {plan.batch}, bf16-mixed, compile {COMPILED}"
-    speeds = spread_of([seen / seconds for seconds in times["trainer"]])
+    speeds = quartiles_of([seen / seconds for seconds in times["trainer"]])
     least = Bound(30_000, is_least=True)
     yield Measurement("H6", "training", case, "", speeds, least, "~85k", "images/s")
-    faster = spread_of([other / own for other, own in zip(plain, times["trainer"], strict=True)])
+    faster = quartiles_of([other / own for other, own in zip(plain, times["trainer"], strict=True)])
     what = "plain Lightning with torchvision's loader / epoch by Trainer.fit"
     yield Measurement("H6", what, case, "", faster, Bound(4, is_least=True))
-    ratio = spread_of_ratio(times, "trainer", to="loop")
+    ratio = quartiles_of_ratio(times, "trainer", to="loop")
     yield Measurement("H6", "epoch by Trainer.fit / bare loop", case, "", ratio, Bound(1.1))
 
 
@@ -124,10 +124,10 @@ def _measure_additions(plan: Plan, device: str) -> Iterator[Result]:
     times = time_rounds(
         {"step": step.run, **additions}, plan.rounds, device=device, repeats=STEPS_IN_A_ROW
     )
-    record, bounded = (percent(spread_of_ratio(times, name, to="step")) for name in additions)
+    record, bounded = (percent(quartiles_of_ratio(times, name, to="step")) for name in additions)
     tenth = type(record)(*(value / EVERY for value in record))
     row = {"case": f"{plan.net}, batch {plan.batch}", "backend": "", "unit": "%"}
     what = f"recording the norms every {EVERY} steps, of a step"
-    yield Measurement("H7", what, spread=tenth, bound=Bound(0.3), **row)
+    yield Measurement("H7", what, quartiles=tenth, bound=Bound(0.3), **row)
     what = "bounded weight norm, of a step"
-    yield Measurement("H7", what, spread=bounded, bound=Bound(0.3), **row)
+    yield Measurement("H7", what, quartiles=bounded, bound=Bound(0.3), **row)

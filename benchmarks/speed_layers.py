@@ -11,7 +11,7 @@ from itertools import product
 
 import torch
 from backends import backend_of, formula_alone
-from interleaved import Call, Spread, spread_of_ratio, time_rounds
+from interleaved import Call, Quartiles, quartiles_of_ratio, time_rounds
 from norm_layers import LAYOUTS, layer_step
 from saved_bytes import count_saved_bytes
 from speed_plan import Plan, Shape
@@ -58,7 +58,7 @@ def measure_norms(plan: Plan, targets: Set[str]) -> Iterator[Result]:
                     f"{norm} BN / BN, {type_name} {layout}" + ", no kernels" * (target == "C5"),
                     str(shape),
                     "formula" if target == "C5" else backend_of(layers[target, norm], x),
-                    spread_of_ratio(times, f"{target} {norm}", to=""),
+                    quartiles_of_ratio(times, f"{target} {norm}", to=""),
                     bound,
                     limit,
                 )
@@ -86,13 +86,13 @@ def measure_fused(plan: Plan, targets: Set[str]) -> Iterator[Result]:
             times = time_rounds(
                 {n: layer_step(net, x, grad) for n, net in nets.items()}, plan.rounds
             )
-            ratio = spread_of_ratio(times, "fused", to="plain")
+            ratio = quartiles_of_ratio(times, "fused", to="plain")
             what = f"L1 BN+ReLU fused / BN, ReLU, {layout}"
-            yield row("C2", what, spread=ratio, bound=Bound(0.6), limit="0.35")
+            yield row("C2", what, quartiles=ratio, bound=Bound(0.6), limit="0.35")
         if "C3" in targets:
             own, other = (count_saved_bytes(net, partial(net, x)) for net in (fused, plain))
             what = f"saved bytes of L1 BN+ReLU fused / BN, ReLU, {layout}"
-            yield row("C3", what, spread=exactly(own / other), bound=Bound(0.55), limit="0.5")
+            yield row("C3", what, quartiles=exactly(own / other), bound=Bound(0.55), limit="0.5")
 
 
 def fuse(net: nn.Sequential, how: str) -> nn.Sequential:
@@ -113,10 +113,10 @@ def list_backends(plan: Plan) -> Iterator[str]:
     """Yield what serves the norms on the CPU, for each type and layout."""
     for type_name, layout in product(TYPES, LAYOUTS):
         x, _ = draw_input(plan.shapes[0], layout, type_name)
-        told = (f"{name} {backend_of(norm(x.shape[1]), x)}" for name, norm in NORMS.items())
-        yield f"{type_name} {layout}: {', '.join(told)}"
+        backends = (f"{name} {backend_of(norm(x.shape[1]), x)}" for name, norm in NORMS.items())
+        yield f"{type_name} {layout}: {', '.join(backends)}"
 
 
-def exactly(value: float) -> Spread:
+def exactly(value: float) -> Quartiles:
     """Return what is counted, not timed."""
-    return Spread(value, value, value)
+    return Quartiles(value, value, value)

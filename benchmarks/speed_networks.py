@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 from backends import backend_of
-from interleaved import Spread, spread_of_ratio, time_rounds
+from interleaved import Quartiles, quartiles_of_ratio, time_rounds
 from norm_layers import LAYOUTS
 from saved_bytes import count_saved_bytes
 from speed_plan import Plan
@@ -37,7 +37,7 @@ def measure_step(plan: Plan, targets: Set[str]) -> Iterator[Result]:
                 f"step with {what} / BN, {layout}",
                 f"{plan.net}, batch {plan.batch}",
                 backend_of(nets[what].bn1, images),
-                spread_of_ratio(times, what, to="BN"),
+                quartiles_of_ratio(times, what, to="BN"),
                 bound,
                 "0.75",
             )
@@ -55,7 +55,7 @@ def measure_activations(plan: Plan, targets: Set[str]) -> Iterator[Result]:
             f"activations with {what} / BN",
             f"{plan.net}, batch {plan.batch}, {saved['BN'] / 1e6:.0f} MB with BN",
             backend_of(nets[what].bn1, images),
-            Spread(ratio, ratio, ratio),
+            Quartiles(ratio, ratio, ratio),
             bound,
             "0.50",
         )
@@ -77,7 +77,7 @@ def measure_compiled(plan: Plan, targets: Set[str]) -> Iterator[Result]:
         "compiled step with L1 / BN",
         f"{plan.compiled_net}, batch {plan.batch}, NCHW",
         "compiled formula",
-        spread_of_ratio(times, "L1", to="BN"),
+        quartiles_of_ratio(times, "L1", to="BN"),
         Bound(1.02),
     )
 

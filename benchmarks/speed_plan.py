@@ -1,4 +1,4 @@
-"""How large and how often the benchmark of the targets measures."""
+"""The sizes and rounds of the benchmark of the targets."""
 
 from dataclasses import dataclass
 
@@ -53,7 +53,7 @@ class Plan:
 
     @property
     def net_rounds(self) -> int:
-        """How often a network's step is timed."""
+        """Return the rounds of a network's step."""
         return max(2, self.rounds // 4)
 
 

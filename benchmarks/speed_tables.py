@@ -1,4 +1,4 @@
-"""What was measured, as a table for a terminal, as Markdown and as JSON."""
+"""Writes measurements as a table for a terminal, as Markdown and as JSON."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -12,14 +12,14 @@ DECIMALS = {"×": 2, "%": 3, "images/s": 0}
 COLOURS = {"met": "green", "mis": "red"}
 
 
-def tell_figure(value: float, unit: str) -> str:
+def format_figure(value: float, unit: str) -> str:
     """Return a figure with its unit, ratios plainly."""
     return f"{value:,.{DECIMALS[unit]}f}" + ("" if unit == "×" else f" {unit}")
 
 
-def tell_row(row: Measurement) -> str:
+def format_row(row: Measurement) -> str:
     """Return one case, as it is printed when it was measured."""
-    low, middle, high = (tell_figure(value, row.unit) for value in row.spread)
+    low, middle, high = (format_figure(value, row.unit) for value in row.quartiles)
     bound = f", target {row.bound}: {row.verdict}" if row.bound else ""
     return f"{row.target:4} {row.what}, {row.case}: {middle} ({low} to {high}){bound}"
 
@@ -31,8 +31,8 @@ def summarise(rows: Sequence[Measurement]) -> tuple[str, ...]:
     quartile to the highest third. A target is met if every case meets it.
     """
     first = rows[0]
-    middle = math.exp(sum(math.log(row.spread.middle) for row in rows) / len(rows))
-    low, high = min(row.spread.low for row in rows), max(row.spread.high for row in rows)
+    middle = math.exp(sum(math.log(row.quartiles.median) for row in rows) / len(rows))
+    low, high = min(row.quartiles.low for row in rows), max(row.quartiles.high for row in rows)
     cases = first.case if len(rows) == 1 else f"{len(rows)} cases"
     bound = "" if first.bound is None else str(first.bound)
     if bound and first.unit != "×":
@@ -40,16 +40,16 @@ def summarise(rows: Sequence[Measurement]) -> tuple[str, ...]:
     return (
         first.target,
         f"{first.what} ({cases})",
-        tell_figure(middle, first.unit),
-        f"{tell_figure(low, first.unit)} to {tell_figure(high, first.unit)}",
+        format_figure(middle, first.unit),
+        f"{format_figure(low, first.unit)} to {format_figure(high, first.unit)}",
         bound,
         first.limit,
-        _tell_verdict(rows, middle),
+        _format_verdict(rows, middle),
         ", ".join(dict.fromkeys(row.backend for row in rows)),
     )
 
 
-def _tell_verdict(rows: Sequence[Measurement], middle: float) -> str:
+def _format_verdict(rows: Sequence[Measurement], middle: float) -> str:
     bound = rows[0].bound
     if bound is None:
         return ""
@@ -71,9 +71,9 @@ def summarise_all(results: Iterable[Result]) -> list[tuple[str, ...]]:
             lines.setdefault((row.target, row.what), []).append(row)
         else:
             skipped.setdefault(row.why, []).append(row.target)
-    told = [summarise(rows) for rows in lines.values()]
-    told += [(", ".join(n), why, "not measured", *[""] * 5) for why, n in skipped.items()]
-    return sorted(told, key=lambda line: _place(line[0]))
+    table = [summarise(rows) for rows in lines.values()]
+    table += [(", ".join(n), why, "not measured", *[""] * 5) for why, n in skipped.items()]
+    return sorted(table, key=lambda line: _place(line[0]))
 
 
 def _place(targets: str) -> tuple[str, int]:
@@ -102,7 +102,7 @@ def make_json(results: Sequence[Result], header: Sequence[str]) -> dict[str, obj
     return {
         "header": list(header),
         "measured": [
-            {**asdict(r), "spread": r.spread._asdict(), "verdict": r.verdict}
+            {**asdict(r), "quartiles": r.quartiles._asdict(), "verdict": r.verdict}
             for r in results
             if isinstance(r, Measurement)
         ],

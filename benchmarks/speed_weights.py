@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator, Set
 
-from interleaved import Spread, spread_of_ratio, time_rounds
+from interleaved import Quartiles, quartiles_of_ratio, time_rounds
 from normalised_weights import make_addition
 from speed_plan import Plan
 from targets import Bound, Measurement, Result
@@ -30,11 +30,11 @@ def measure_weights(plan: Plan, targets: Set[str]) -> Iterator[Result]:
             calls["bounded"] = make_addition(copy.deepcopy(step.net), apply_weight_norm)
         times = time_rounds(calls, plan.net_rounds, warm_up=1)
         if "C10" in targets:
-            yield from tell_recording(
-                name, f"batch {batch}", spread_of_ratio(times, "record", to="step")
+            yield from rows_of_recording(
+                name, f"batch {batch}", quartiles_of_ratio(times, "record", to="step")
             )
         if "C11" in targets:
-            share = percent(spread_of_ratio(times, "bounded", to="step"))
+            share = percent(quartiles_of_ratio(times, "bounded", to="step"))
             what = f"bounded weight norm, of a step of {name}"
             yield Measurement(
                 "C11", what, f"batch {batch}", "", share, bound, "two row passes", "%"
@@ -49,17 +49,19 @@ def _measure_transformer(plan: Plan) -> Iterator[Result]:
     step = make_translation_step(net, plan.sentences, plan.words)
     times = time_rounds({"step": step, "record": make_record(net)}, plan.net_rounds, warm_up=1)
     case = f"{plan.sentences} pairs of {plan.words} tokens"
-    yield from tell_recording("Transformer-base", case, spread_of_ratio(times, "record", to="step"))
+    yield from rows_of_recording(
+        "Transformer-base", case, quartiles_of_ratio(times, "record", to="step")
+    )
 
 
-def tell_recording(net: str, case: str, share: Spread) -> Iterator[Measurement]:
+def rows_of_recording(net: str, case: str, share: Quartiles) -> Iterator[Measurement]:
     """Yield the share of a record each step and, a tenth of it, of one each 10 steps."""
     for moment, steps, bound in (("step", 1, Bound(0.6)), (f"{EVERY} steps", EVERY, Bound(0.1))):
         what = f"recording the norms every {moment}, of a step of {net}"
-        spread = Spread(*(value / steps for value in percent(share)))
+        spread = Quartiles(*(value / steps for value in percent(share)))
         yield Measurement("C10", what, case, "", spread, bound, "one read", "%")
 
 
-def percent(share: Spread) -> Spread:
+def percent(share: Quartiles) -> Quartiles:
     """Return a share in percent."""
-    return Spread(*(100 * value for value in share))
+    return Quartiles(*(100 * value for value in share))

@@ -1,16 +1,16 @@
-"""What is measured beside what was aimed at: a line of the benchmark's table."""
+"""The lines of the benchmark's table: measurements beside their targets."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from interleaved import Spread
+from interleaved import Quartiles
 
 Unit = Literal["×", "%", "images/s"]
 
 
 @dataclass(frozen=True)
 class Bound:
-    """What a figure should be at most, or at least."""
+    """The most that a figure should be, or the least."""
 
     value: float
     is_least: bool = False
@@ -25,34 +25,34 @@ class Bound:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A figure, its spread over the rounds, and its target.
+    """A figure, its quartiles over the rounds, and its target.
 
     Args:
         target: as C1.
         what: what is compared with what.
         case: shape, layout and type, or the network.
         backend: what computed it.
-        spread: quartiles, in `unit`.
+        quartiles: those of the rounds, in `unit`.
         bound: the target; None where a row is shown for comparison.
         limit: what no implementation can pass, as far as it is known.
-        unit: of the spread and the bound.
+        unit: of the quartiles and the bound.
     """
 
     target: str
     what: str
     case: str
     backend: str
-    spread: Spread
+    quartiles: Quartiles
     bound: Bound | None = None
     limit: str = ""
     unit: Unit = "×"
 
     @property
     def verdict(self) -> str:
-        """Whether the median keeps the bound."""
+        """Return "met" or "missed" by the median, and nothing without a bound."""
         if self.bound is None:
             return ""
-        return "met" if self.bound.is_met(self.spread.middle) else "missed"
+        return "met" if self.bound.is_met(self.quartiles.median) else "missed"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from interleaved import Call, spread_of_ratio, time_rounds
+from interleaved import Call, quartiles_of_ratio, time_rounds
 from torch import Tensor, nn
 from torch_transformer import TorchTransformer
 from uncached_decoder import UncachedDecoder
@@ -50,10 +50,10 @@ def main() -> None:
         steps = {name: make_step(net, o.batch, o.length) for name, net in nets.items()}
         report("training", steps, o.batch * o.length, o.device, o.rounds)
     if o.only != "training":
-        ways = {"with cache": ours.eval(), "without": UncachedDecoder(ours).eval()}
+        nets = {"with cache": ours.eval(), "without": UncachedDecoder(ours).eval()}
         searches = {
             name: make_search(net, o.beam_batch, o.beam_size, o.length)
-            for name, net in ways.items()
+            for name, net in nets.items()
         }
         report("decoding", searches, o.beam_batch * o.length, o.device, o.rounds)
 
@@ -118,7 +118,8 @@ def report(what: str, calls: dict[str, Call], tokens: int, device: str, rounds: 
     )
     first, second = seconds
     print(
-        f"{what}: {speeds}, ratio {spread_of_ratio(seconds, second, to=first).tell()}", flush=True
+        f"{what}: {speeds}, ratio {quartiles_of_ratio(seconds, second, to=first).format()}",
+        flush=True,
     )
 
 

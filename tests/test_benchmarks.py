@@ -12,7 +12,7 @@ from typing import Any
 import interleaved
 import pytest
 import torch
-from interleaved import Spread, spread_of_ratio, time_rounds
+from interleaved import Quartiles, quartiles_of_ratio, time_rounds
 from saved_bytes import count_saved_bytes
 from speed import TARGETS, measure, parse
 from speed_gpu_layers import measure_gpu_layers
@@ -67,9 +67,11 @@ def test_time_rounds_shuffles_calls_within_a_round(monkeypatch: pytest.MonkeyPat
     assert {"".join(sorted(turn)) for turn in rounds} == {"abc"}
     assert len(set(rounds)) == 6, "every order occurs"
     assert times == {name: [0.5] * 40 for name in "abc"}
-    ratio = spread_of_ratio({"own": [1.0, 4.0, 9.0], "other": [1.0, 2.0, 3.0]}, "own", to="other")
-    assert ratio == Spread(1.0, 2.0, 3.0)
-    assert ratio.tell() == "2.00 (1.00 to 3.00)"
+    ratio = quartiles_of_ratio(
+        {"own": [1.0, 4.0, 9.0], "other": [1.0, 2.0, 3.0]}, "own", to="other"
+    )
+    assert ratio == Quartiles(1.0, 2.0, 3.0)
+    assert ratio.format() == "2.00 (1.00 to 3.00)"
 
 
 def test_count_saved_bytes_counts_once_and_without_parameters() -> None:
@@ -86,7 +88,7 @@ def test_count_saved_bytes_counts_once_and_without_parameters() -> None:
 
 def make_rows(*medians: float, bound: Bound | None) -> list[Measurement]:
     return [
-        Measurement("C1", "ours / theirs", str(m), "formula", Spread(m / 2, m, 2 * m), bound)
+        Measurement("C1", "ours / theirs", str(m), "formula", Quartiles(m / 2, m, 2 * m), bound)
         for m in medians
     ]
 
@@ -120,7 +122,7 @@ def test_speed_measures_every_target(tmp_path: Path) -> None:
     assert {row["target"] for row in rows} == set(TARGETS)
     measured = {row["target"] for row in found["measured"]}
     assert {f"C{n}" for n in (1, 4, 5, 6, 7, 8, 9, 10, 11)} <= measured
-    assert all(row["spread"]["middle"] > 0 for row in found["measured"])
+    assert all(row["quartiles"]["median"] > 0 for row in found["measured"])
     table = files["markdown"].read_text(encoding="utf-8")
     assert f"torch {torch.__version__}" in table
     for line in table.splitlines():
@@ -149,4 +151,4 @@ def test_speed_measures_only_what_is_asked_for(capsys: pytest.CaptureFixture[str
 def test_gpu_targets_run_on_the_cpu_too(rows: Any, targets: set[str]) -> None:
     results = list(rows(QUICK, targets, "cpu"))
     assert {row.target for row in results} == targets
-    assert all(row.spread.middle > 0 for row in results if isinstance(row, Measurement))
+    assert all(row.quartiles.median > 0 for row in results if isinstance(row, Measurement))

@@ -24,7 +24,7 @@ from nmlightning import (
     export_network,
     swap_norms,
 )
-from nmlightning.export import export as files
+from nmlightning.export.export import WRITERS
 from nmlightning.export.formats import FORMATS
 from nmlightning.models import CifarResNet
 
@@ -252,6 +252,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "suffix": (nn.Identity, {"format": "torch_export"}, "must end in .pt2, got 'net'"),
     "flag": (nn.Identity, {"fold": "no"}, "fold is True or False, got 'no'"),
     "size": (nn.Identity, {"input_shape": (3, 0)}, "a size of input_shape must be a whole number"),
+    "one number": (nn.Identity, {"input_shape": 5}, "is a sequence, such as .3, 32, 32., got 5"),
     "inputs": (lambda: nn.Linear(3, 3), {}, "the network does not take inputs of shape 4: .*mat1"),
     "outputs": (Two, {}, "the network returns a tuple; what can be exported returns one tensor"),
     "diverged": (Diverged, {}, "outputs for standard normal inputs of shape 4 are not finite"),
@@ -290,15 +291,46 @@ def test_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         export_network(nn.Linear(4, 4), tmp_path / "net.onnx", "onnx", (4,))
 
 
-def test_file_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
+@pytest.fixture
+def own_file(tmp_path: Path) -> Path:
+    """A file of the user's, where the network would be written."""
     file = tmp_path / "net.pt"
     file.write_text("mine")
+    return file
+
+
+def write_another(net: nn.Module, example: Tensor, file: Path) -> None:
+    torch.save({key: value * (1 + 2e-5) for key, value in net.state_dict().items()}, file)
+
+
+def write_half(net: nn.Module, example: Tensor, file: Path) -> None:
+    torch.save({"weight": net.weight}, file)
+
+
+def test_file_is_replaced_only_with_overwrite(own_file: Path) -> None:
     with pytest.raises(InputError, match=r"net.pt' exists already; name another file, or set over"):
-        export_network(nn.Linear(4, 4), file, "state_dict", (4,))
-    assert file.read_text() == "mine"
-    export_network(nn.Linear(4, 4), file, "state_dict", (4,), overwrite=True)
-    assert torch.load(file, weights_only=True).keys() == {"weight", "bias"}
-    assert list(tmp_path.iterdir()) == [file]
+        export_network(nn.Linear(4, 4), own_file, "state_dict", (4,))
+    assert own_file.read_text() == "mine"
+    export_network(nn.Linear(4, 4), own_file, "state_dict", (4,), overwrite=True)
+    assert torch.load(own_file, weights_only=True).keys() == {"weight", "bias"}
+    assert list(own_file.parent.iterdir()) == [own_file]
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (write_another, r"differs from the trained network by 2.0e-05 of its lar"),
+        (write_half, r"cannot be read back to be compared.*state_dict"),
+    ],
+)
+def test_wrong_file_is_not_written(
+    own_file: Path, monkeypatch: pytest.MonkeyPatch, write: Any, message: str
+) -> None:
+    monkeypatch.setattr("nmlightning.export.export.WRITERS", {**WRITERS, "state_dict": write})
+    with pytest.raises(InputError, match=message):
+        export_network(nn.Linear(4, 4), own_file, "state_dict", (4,), overwrite=True)
+    assert own_file.read_text() == "mine"
+    assert list(own_file.parent.iterdir()) == [own_file]
 
 
 def test_uncomparable_onnx_is_not_written(tmp_path: Path) -> None:
@@ -315,42 +347,6 @@ def test_norm_of_other_channels_is_left(tmp_path: Path) -> None:
     report = export_network(net, tmp_path / "net.pt", "state_dict", (4, 3))
     (left,) = report.fold.left
     assert left.reason == "its 4 channels are not the 5 outputs of 0"
-
-
-def test_input_shape_must_be_a_sequence(tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match=r"input_shape is a sequence, such as \(3, 32, 32\), got 5"
-    ):
-        export_network(nn.Linear(5, 2), tmp_path / "net.pt", "state_dict", 5)
-
-
-def test_differing_file_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "net.pt"
-    file.write_text("mine")
-
-    def write_another(net: nn.Module, example: Tensor, file: Path) -> None:
-        state = {key: value * (1 + 2e-5) for key, value in net.state_dict().items()}
-        torch.save(state, file)
-
-    monkeypatch.setattr(
-        "nmlightning.export.export.WRITERS", {**files.WRITERS, "state_dict": write_another}
-    )
-    with pytest.raises(InputError, match=r"differs from the trained network by 2.0e-05 of its lar"):
-        export_network(nn.Linear(4, 4), file, "state_dict", (4,), overwrite=True)
-    assert file.read_text() == "mine"
-    assert list(tmp_path.iterdir()) == [file]
-
-
-def test_missing_key_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write_half(net: nn.Module, example: Tensor, file: Path) -> None:
-        torch.save({"weight": net.weight}, file)
-
-    monkeypatch.setattr(
-        "nmlightning.export.export.WRITERS", {**files.WRITERS, "state_dict": write_half}
-    )
-    with pytest.raises(InputError, match=r"cannot be read back to be compared.*state_dict"):
-        export_network(nn.Linear(4, 4), tmp_path / "net.pt", "state_dict", (4,))
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ class Compiled(NamedTuple):
 
 
 class _NoGPU:
-    """What Triton asks of a driver, of a GPU that is not there."""
+    """Stands for the driver of a GPU that is not there."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability

@@ -117,7 +117,7 @@ def test_p_2_equals_torchs_norm(norm: str, shape: Any, normalized: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("sigma", [1e-4, 1.0])
 def test_eps_none_equals_torchs(dtype: torch.dtype, sigma: float) -> None:
-    """Which is float32's for half inputs, too: at this σ another gives another output."""
+    """It is float32's for half inputs, too: at this σ another gives another output."""
     x = (sigma * torch.randn(64, 32)).to(dtype)
     ours, theirs = norms.LpRMSNorm(32, p=2), nn.RMSNorm(32)
     # The last place of the dtype that is returned, twice; its own and torch's rounding.

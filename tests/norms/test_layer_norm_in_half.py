@@ -116,7 +116,7 @@ def test_pure_half_with_parameters_is_within_1_percent(name: str, sigma: float) 
 def test_autocast_normalises_as_float64_does(
     kind: str, stats_dtype: torch.dtype | None, sigma: float
 ) -> None:
-    """What a half linear layer hands over is normalised as float64 would, and given on in half."""
+    """The half output of a linear layer is normalised as in float64, and returned in half."""
     linear, layer = nn.Linear(64, 256, bias=False), getattr(norms, f"L1{kind}")(256, eps=EPS)
     layer.stats_dtype = stats_dtype
     nn.init.normal_(linear.weight, std=sigma / 8)

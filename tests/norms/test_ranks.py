@@ -4,6 +4,7 @@ Run as a script, this file is one rank of those that the tests compare with a si
 """
 
 import contextlib
+import itertools
 import os
 import subprocess
 import sys
@@ -71,7 +72,12 @@ class Batch:
         shape = (sum(self.samples), 3, *self.spatial)
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(self.dtype)
 
+    def share(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Return a rank's samples, and the gradient of their output."""
+        return self.whole().split(self.samples)[rank], self.gradient().split(self.samples)[rank]
 
+
+Answers = dict[int, list[dict[str, Any]]]  # of each rank, by the number of ranks
 FLOAT32 = torch.float32
 BATCHES = {
     "uneven": Batch((5, 2)),
@@ -193,8 +199,7 @@ def answer(rank: int, world: int) -> dict[str, Any]:
         results[f"{norm} collectives"] = count_collectives(norm)
         for name, batch in BATCHES.items():
             if len(batch.samples) == world:
-                x, grad = (t.split(batch.samples)[rank] for t in (batch.whole(), batch.gradient()))
-                results[f"{norm} {name}"] = train(make(norm, batch), x, grad)
+                results[f"{norm} {name}"] = train(make(norm, batch), *batch.share(rank))
     for norm, wrapper in NETS:
         results[f"{norm} in {wrapper}"] = train_net(norm, NET_SAMPLES[world], rank, wrapper)
     return results | (answer_of_two(rank) if world == 2 else {})
@@ -205,14 +210,12 @@ def answer_by_kernels(rank: int, world: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for norm in KERNEL_NORMS:
         results[f"kernels {norm} collectives"] = count_collectives(norm, FLOAT32)
-        for name in KERNEL_BATCHES:
+        for name, fused in itertools.product(KERNEL_BATCHES, FUSED):
             batch = BATCHES[name]
             if len(batch.samples) == world:
-                x, grad = (t.split(batch.samples)[rank] for t in (batch.whole(), batch.gradient()))
-                for fused in FUSED:
-                    layer = make(norm, batch)
-                    layer.fused = fused
-                    results[f"kernels {norm} {name} {fused}"] = train(layer, x, grad)
+                layer = make(norm, batch)
+                layer.fused = fused
+                results[f"kernels {norm} {name} {fused}"] = train(layer, *batch.share(rank))
     return results
 
 
@@ -259,8 +262,8 @@ def answer_of_two(rank: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
-    """What each rank got, by how many there were: one group of processes for all tests."""
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    """Return each rank's results by the number of ranks: one group of processes for all tests."""
     try:
         library = str(kernel_library())
     except pytest.skip.Exception:
@@ -293,9 +296,7 @@ def run_ranks(world: int, folder: Path, library: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", BATCHES)
-def test_ranks_equal_one_process_by_the_formula(
-    answers: dict[int, list[dict[str, Any]]], norm: str, name: str
-) -> None:
+def test_ranks_equal_one_process_by_the_formula(answers: Answers, norm: str, name: str) -> None:
     batch = BATCHES[name]
     alone = train(make(norm, batch), batch.whole(), batch.gradient())
     ranks = [answer[f"{norm} {name}"] for answer in answers[len(batch.samples)]]
@@ -306,7 +307,7 @@ def test_ranks_equal_one_process_by_the_formula(
 @pytest.mark.parametrize("norm", KERNEL_NORMS)
 @pytest.mark.parametrize("name", KERNEL_BATCHES)
 def test_ranks_equal_one_process_by_the_kernels(
-    answers: dict[int, list[dict[str, Any]]], norm: str, name: str, fused: Fused | None
+    answers: Answers, norm: str, name: str, fused: Fused | None
 ) -> None:
     load_kernels()
     batch = BATCHES[name]
@@ -346,9 +347,7 @@ def check_ranks(ranks: list[dict[str, Any]], alone: dict[str, Any], batch: Batch
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("norm", NORMS)
-def test_ranks_use_at_most_two_collectives_and_one(
-    answers: dict[int, list[dict[str, Any]]], norm: str, world: int
-) -> None:
+def test_ranks_use_at_most_two_collectives_and_one(answers: Answers, norm: str, world: int) -> None:
     for answer in answers[world]:
         assert answer[f"{norm} collectives"] == (1 if norm == "MeanOnly" else 2, 1)
 
@@ -356,7 +355,7 @@ def test_ranks_use_at_most_two_collectives_and_one(
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize(("norm", "wrapper"), NETS)
 def test_swapped_net_trains_on_uneven_ranks_as_in_one_process(
-    answers: dict[int, list[dict[str, Any]]], norm: str, wrapper: str, world: int
+    answers: Answers, norm: str, wrapper: str, world: int
 ) -> None:
     alone = train_net(norm, NET_SAMPLES[world], None, "")
     for answer in answers[world]:
@@ -365,18 +364,14 @@ def test_swapped_net_trains_on_uneven_ranks_as_in_one_process(
 
 
 @pytest.mark.parametrize("constant", ["exact", "none", "0.5"])
-def test_too_few_elements_on_all_ranks_are_an_error(
-    answers: dict[int, list[dict[str, Any]]], constant: str
-) -> None:
+def test_too_few_elements_on_all_ranks_are_an_error(answers: Answers, constant: str) -> None:
     for answer in answers[2]:
         assert "k = 10 largest of n = 9 values a channel" in answer[f"TopK-10 too few {constant}"]
         assert "3 chunks of n = 3 values a channel" in answer[f"Range-3 too few {constant}"]
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_infinity_on_one_rank_leaves_running_statistics_alone(
-    answers: dict[int, list[dict[str, Any]]], norm: str
-) -> None:
+def test_infinity_on_one_rank_leaves_running_statistics_alone(answers: Answers, norm: str) -> None:
     fresh = make(norm, BATCHES["uneven"])
     clean = train(fresh, BATCHES["uneven"].whole(), BATCHES["uneven"].gradient())["statistics"]
     for answer in answers[2]:
@@ -388,21 +383,19 @@ def test_infinity_on_one_rank_leaves_running_statistics_alone(
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_one_value_on_all_ranks_is_an_error(
-    answers: dict[int, list[dict[str, Any]]], norm: str
-) -> None:
+def test_one_value_on_all_ranks_is_an_error(answers: Answers, norm: str) -> None:
     for answer in answers[2]:
         assert answer[f"{norm} single"] == (
             "Expected more than 1 value per channel when training, got 1 on all ranks"
         )
 
 
-def test_half_l2_rejects_ranks(answers: dict[int, list[dict[str, Any]]]) -> None:
+def test_half_l2_rejects_ranks(answers: Answers) -> None:
     for answer in answers[2]:
         assert "HalfL2BatchNorm2d cannot share its statistics among ranks" in answer["half_l2"]
 
 
-def test_reductions_share_among_ranks(answers: dict[int, list[dict[str, Any]]]) -> None:
+def test_reductions_share_among_ranks(answers: Answers) -> None:
     for rank, answer in enumerate(answers[2]):
         assert answer["sum"].tolist() == [2, 1]
         sums, (total, before) = answer["share"]

@@ -33,20 +33,25 @@ def test_layer_class_finds_batch_norms(name: str, dims: int | None, suffix: str)
     assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
 
 
-def test_layer_class_of_l2_is_torchs() -> None:
-    assert layer_class("l2", "batch", 1) is nn.BatchNorm1d
-    assert layer_class("l2", "batch", 2) is nn.BatchNorm2d
-    assert layer_class("l2", "batch", 3) is nn.BatchNorm3d
-    assert layer_class("l2", "batch") is nn.SyncBatchNorm
-    assert layer_class("l2", "layer") is nn.LayerNorm
-    assert layer_class("l2", "rms") is nn.RMSNorm
-
-
-def test_layer_class_finds_layer_and_rms_norms() -> None:
-    assert layer_class("l1", "layer") is norms.L1LayerNorm
-    assert layer_class("lp", "layer") is norms.LpLayerNorm
-    assert layer_class("l1", "rms") is norms.L1RMSNorm
-    assert layer_class("lp", "rms") is norms.LpRMSNorm
+@pytest.mark.parametrize(
+    ("name", "kind", "dims", "expected"),
+    [
+        ("l2", "batch", 1, nn.BatchNorm1d),
+        ("l2", "batch", 2, nn.BatchNorm2d),
+        ("l2", "batch", 3, nn.BatchNorm3d),
+        ("l2", "batch", None, nn.SyncBatchNorm),
+        ("l2", "layer", None, nn.LayerNorm),
+        ("l2", "rms", None, nn.RMSNorm),
+        ("l1", "layer", None, norms.L1LayerNorm),
+        ("lp", "layer", None, norms.LpLayerNorm),
+        ("l1", "rms", None, norms.L1RMSNorm),
+        ("lp", "rms", None, norms.LpRMSNorm),
+    ],
+)
+def test_layer_class_is_torchs_for_l2_and_ours_else(
+    name: str, kind: Kind, dims: int | None, expected: type
+) -> None:
+    assert layer_class(name, kind, dims) is expected
 
 
 @pytest.mark.parametrize("name", ["linf", "topk", "top10", "range", "mean", "half_l2"])
@@ -96,20 +101,10 @@ def test_check_options_takes_the_common_ones(name: str) -> None:
         ("l1", "batch", "constnat", "Did you mean 'constant'?"),
         ("l1", "batch", "p", "The norm 'l1' has no option 'p' for batch norms"),
         ("l1", "batch", "k", "The norm 'l1' has no option 'k' for batch norms"),
-        (
-            "l1",
-            "layer",
-            "sync",
-            "no option 'sync' for layer norms; it has constant, eps, stats_dtype.",
-        ),
-        ("l1", "rms", "sync", "no option 'sync' for RMS norms; it has constant, eps, stats_dtype."),
+        ("l1", "layer", "sync", "'sync' for layer norms; it has constant, eps, stats_dtype."),
+        ("l1", "rms", "sync", "'sync' for RMS norms; it has constant, eps, stats_dtype."),
         ("l1", "layer", "momentum", "The norm 'l1' has no option 'momentum' for layer norms"),
-        (
-            "mean",
-            "batch",
-            "constant",
-            "no option 'constant' for batch norms; it has eps, momentum, ",
-        ),
+        ("mean", "batch", "constant", "'constant' for batch norms; it has eps, momentum, "),
         ("top10", "batch", "k", "The norm 'top10' has k = 10 by its name."),
         # What a layer takes from the one that it replaces is no option.
         ("l1", "batch", "affine", "no option 'affine'"),

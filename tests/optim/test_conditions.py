@@ -160,7 +160,7 @@ def train(
     handle: StepHookHandle,
     condition: str,
 ) -> None:
-    """What a user writes."""
+    """Train as users do."""
     parts = 2 if condition == "accumulation" else 1
     scaler = torch.amp.GradScaler("cpu", enabled=condition == "skipped")
     for step in range(STEPS):

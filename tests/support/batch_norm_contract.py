@@ -34,7 +34,7 @@ class Norm:
 
     @property
     def has_statistic(self) -> bool:
-        """Whether it divides by anything."""
+        """Return whether it divides by anything."""
         return not (self.p is None and self.k is None and self.chunks is None)
 
     def scale(self, d: Tensor, eps: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every backend's kernels must do: the float64 definition, to rounding."""
+"""The contract of every backend's kernels: the float64 definition, to rounding."""
 
 from dataclasses import dataclass
 

@@ -15,7 +15,6 @@ from lightning_modules import BuildsLate, Classifies, make_trainer
 from nmlightning import load_from_checkpoint, swap_norms
 from nmlightning.callbacks import NormSwap
 from nmlightning.errors import InputError
-from nmlightning.norms.mean_only import MeanOnlyBatchNorm2d
 from nmlightning.surgery.recipes import NORM_SWAP, recipes_in
 
 
@@ -62,8 +61,10 @@ def save(module: Any, path: Path, *swaps: NormSwap, weights_only: bool = False) 
 
 
 def assert_same(one: Any, other: Any) -> None:
-    """Compare classes, settings, and outputs in training and in evaluation."""
+    """Compare classes, settings, frozen parameters, and outputs in training and in evaluation."""
     assert repr(one) == repr(other)
+    frozen = [[q.requires_grad for q in module.parameters()] for module in (one, other)]
+    assert frozen[0] == frozen[1]
     for mode in (False, True):
         torch.testing.assert_close(
             one.train(mode)(images()), other.train(mode)(images()), rtol=0, atol=0
@@ -84,36 +85,31 @@ def test_load_from_checkpoint_restores_the_trained_module(
     assert_same(loaded, module)
 
 
-def test_load_from_checkpoint_restores_mean_only_norms(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("swaps", "norm"),
+    [
+        ([NormSwap("mean")], "MeanOnlyBatchNorm2d(4)"),
+        ([NormSwap("l1", {"eps": 0.1}), NormSwap("linf")], "LInfBatchNorm2d(4, eps=0.1)"),
+        ([], "BatchNorm2d(4, eps=1e-05"),
+    ],
+    ids=["mean only", "in order", "without a recipe"],
+)
+def test_load_from_checkpoint_restores_swaps(
+    swaps: list[NormSwap], norm: str, tmp_path: Path
+) -> None:
     module = PlModule()
-    save(module, tmp_path / "a.ckpt", NormSwap("mean"))
+    save(module, tmp_path / "a.ckpt", *swaps)
     loaded = load_from_checkpoint(PlModule, tmp_path / "a.ckpt")
-    assert type(loaded.net[1]) is MeanOnlyBatchNorm2d
-    assert not loaded.net[1].weight.requires_grad
+    assert repr(loaded.net[1]).startswith(norm)
     assert_same(loaded, module)
 
 
-def test_load_from_checkpoint_swaps_in_order(tmp_path: Path) -> None:
-    module = PlModule()
-    save(module, tmp_path / "a.ckpt", NormSwap("l1", {"eps": 0.1}), NormSwap("linf"))
-    loaded = load_from_checkpoint(PlModule, tmp_path / "a.ckpt")
-    assert loaded.net[1].eps == 0.1
-    assert_same(loaded, module)
-
-
-def test_loaded_module_saves_and_loads_again(tmp_path: Path) -> None:
-    module = PlModule()
-    save(module, tmp_path / "a.ckpt", NormSwap("l1"))
-    loaded = load_from_checkpoint(PlModule, tmp_path / "a.ckpt")
-    save(loaded, tmp_path / "b.ckpt", NormSwap("l1"))
-    assert_same(load_from_checkpoint(PlModule, tmp_path / "b.ckpt"), loaded)
-
-
-def test_loaded_module_swapped_again_saves_the_new_recipe(tmp_path: Path) -> None:
+@pytest.mark.parametrize("norm", ["l1", "linf"])
+def test_loaded_module_saves_its_own_recipe(norm: str, tmp_path: Path) -> None:
     save(PlModule(), tmp_path / "a.ckpt", NormSwap("l1"))
     loaded = load_from_checkpoint(PlModule, tmp_path / "a.ckpt")
-    save(loaded, tmp_path / "b.ckpt", NormSwap("linf"))
-    assert [r["norm"] for r in recipes_in(torch.load(tmp_path / "b.ckpt"), NORM_SWAP)] == ["linf"]
+    save(loaded, tmp_path / "b.ckpt", NormSwap(norm))
+    assert [r["norm"] for r in recipes_in(torch.load(tmp_path / "b.ckpt"), NORM_SWAP)] == [norm]
     assert_same(load_from_checkpoint(PlModule, tmp_path / "b.ckpt"), loaded)
 
 
@@ -128,12 +124,6 @@ def test_load_from_checkpoint_loads_object_hyper_parameters(tmp_path: Path) -> N
     save(PlModule(where=Path("data")), tmp_path / "a.ckpt", NormSwap("l1"))
     loaded = load_from_checkpoint(PlModule, tmp_path / "a.ckpt", weights_only=False)
     assert "L1BatchNorm2d" in repr(loaded)
-
-
-def test_load_from_checkpoint_without_a_recipe(tmp_path: Path) -> None:
-    module = PlModule()
-    save(module, tmp_path / "a.ckpt")
-    assert_same(load_from_checkpoint(PlModule, tmp_path / "a.ckpt"), module)
 
 
 @pytest.mark.parametrize("norm", ["l1", "mean"])

@@ -27,14 +27,14 @@ def norm_by_definition(row: Tensor, p: float) -> float:
 
 @pytest.mark.parametrize("p", POWERS)
 @pytest.mark.parametrize("shape", [(5, 3), (1, 7), (4, 3, 5), (4, 2, 3, 3), (3, 2, 1, 2, 2)])
-def test_definition(shape: tuple[int, ...], p: float) -> None:
+def test_channel_norms_equal_the_definition(shape: tuple[int, ...], p: float) -> None:
     weight = torch.randn(shape)
     expected = torch.tensor([norm_by_definition(row, p) for row in weight])
     torch.testing.assert_close(channel_norms(weight, p), expected)
 
 
 @pytest.mark.parametrize("p", POWERS)
-def test_channels_last(p: float) -> None:
+def test_channel_norms_take_channels_last(p: float) -> None:
     weight = torch.randn(4, 6, 3, 3)
     last = weight.contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(channel_norms(last, p), channel_norms(weight, p))
@@ -49,7 +49,7 @@ def test_half_accumulates_in_float32(dtype: torch.dtype, p: float) -> None:
     torch.testing.assert_close(norms, channel_norms(weight.double(), p).float())
 
 
-def test_float64_stays() -> None:
+def test_channel_norms_stay_float64() -> None:
     weight = nn.Parameter(torch.randn(3, 9, dtype=torch.float64))
     norms = channel_norms(weight)
     assert norms.dtype == torch.float64
@@ -147,7 +147,7 @@ def test_effective_rate_is_scale_invariant() -> None:
 
 
 @pytest.mark.parametrize("angle", [0.0, 1e-6, 1e-3, 1.0, math.pi / 2, 3.0])
-def test_rotations(angle: float) -> None:
+def test_rotations_are_angles(angle: float) -> None:
     before = torch.tensor([[1.0, 0.0], [5.0, 0.0]], dtype=torch.float64)
     turned = torch.tensor([math.cos(angle), math.sin(angle)], dtype=torch.float64)
     found = rotations(before.float(), torch.stack([turned, 2 * turned]).float())

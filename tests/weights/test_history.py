@@ -14,7 +14,7 @@ from two_epochs import STEPS, assert_same, make_history
 
 
 @pytest.mark.parametrize(("epoch", "record"), [(0, 2), (0.9, 2), (1, 4), (1.5, 4)])
-def test_official_is_the_end_of_the_same_epoch(epoch: float, record: int) -> None:
+def test_official_place_is_the_end_of_the_same_epoch(epoch: float, record: int) -> None:
     history = make_history()
     assert history.place(epoch=epoch) == (record, record, 0.0)
     np.testing.assert_array_equal(
@@ -23,7 +23,7 @@ def test_official_is_the_end_of_the_same_epoch(epoch: float, record: int) -> Non
 
 
 @pytest.mark.parametrize(("step", "record"), [(0, 2), (9, 2), (10, 4), (19, 4)])
-def test_official_by_step(step: int, record: int) -> None:
+def test_official_place_of_a_step_is_its_epochs(step: int, record: int) -> None:
     """The step after `step` others belongs to this epoch."""
     assert make_history().place(step=step) == (record, record, 0.0)
 
@@ -37,7 +37,7 @@ def test_interpolation_is_linear_in_steps(step: int) -> None:
     np.testing.assert_allclose(by_epoch["b.weight"], by_step["b.weight"], rtol=1e-6)
 
 
-def test_before_the_first_record_it_is_the_first() -> None:
+def test_interpolation_before_the_first_record_is_the_first() -> None:
     history = make_history(steps=[10, 20, 30, 40, 50], epochs=[0, 1, 2, 3, 4])
     assert history.place(step=3, align="interpolate") == (0, 0, 0.0)
     assert history.place(epoch=0.5, align="interpolate") == (0, 0, 0.0)
@@ -83,7 +83,7 @@ def test_empty_history(tmp_path: Path) -> None:
             empty.at(step=0, align=align)
 
 
-def test_round_trip(tmp_path: Path) -> None:
+def test_save_and_load_round_trip(tmp_path: Path) -> None:
     history = make_history()
     file = tmp_path / "deeper" / FILE_NAME
     history.save(file)
@@ -101,7 +101,7 @@ def test_unknown_rates_are_nan(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("step", "kept"), [(0, 1), (7, 2), (10, 3), (99, 5)])
-def test_until(step: int, kept: int) -> None:
+def test_until_keeps_earlier_records(step: int, kept: int) -> None:
     history, whole = make_history().until(step), make_history()
     assert len(history) == kept
     np.testing.assert_array_equal(history.steps, STEPS[:kept])
@@ -120,7 +120,7 @@ def test_load_refuses_nonfinite_norms(tmp_path: Path, value: float) -> None:
     assert_same(NormHistory.load(tmp_path, finite=False), history)
 
 
-def test_check_weights() -> None:
+def test_check_weights_names_the_difference() -> None:
     history = make_history()
     history.check_weights({"b.weight": 3})
     with pytest.raises(InputError, match=r"no 'b.weigth'. Did you mean 'b.weight'\? It holds a.w"):
@@ -150,7 +150,7 @@ def make_clock(
         ([5, 10, 15], [1, 1, 2], None, 3),  # what a run recorded from its second epoch on
     ],
 )
-def test_clock_covered(
+def test_clock_covers_epochs(
     steps: list[int], epochs: list[int], steps_per_epoch: int | None, covered: float
 ) -> None:
     assert make_clock(steps, epochs, steps_per_epoch).covered == pytest.approx(covered)
@@ -180,26 +180,10 @@ def test_clock_of_a_run_recorded_late() -> None:
         ({"steps": [-1, 5, 10, 15, 20]}, "steps do not increase"),
         ({"epochs": [0, 0, 1, 0, 1]}, "epochs run backwards"),
         ({"norms": {"a": np.ones((4, 2)), "b": np.ones((5, 1))}}, r"a has shape \(4, 2\), exp"),
-        (
-            {"norms": {"a": np.ones(5), "b": np.ones((5, 1))}},
-            r"a has shape \(5,\), expected \(5, c",
-        ),
+        ({"norms": {"a": np.ones(5), "b": np.ones((5, 1))}}, r"a has shape \(5,\), expected"),
         ({"norms": {"a": np.ones((5, 1)), "b": -np.ones((5, 1))}}, "b has a negative norm in rec"),
-        (
-            {"learning_rates": np.ones((5, 3))},
-            r"learning_rates has shape \(5, 3\), expected \(5, 2",
-        ),
+        ({"learning_rates": np.ones((5, 3))}, r"rates has shape \(5, 3\), expected \(5, 2"),
         ({"weight_decays": np.ones(5)}, r"weight_decays has shape \(5,\), expected \(5, 2\)"),
-    ],
-)
-def test_arrays_of_other_shapes_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        make_history(**changes)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
         ({"norms": {"a": [[1.0, 2.0], [3.0]]}}, "a holds no array of numbers"),
         ({"norms": {"a": [["x"]]}}, "a holds no array of numbers"),
         ({"norms": {"a": [[1j]]}}, "a holds no array of numbers"),
@@ -224,7 +208,7 @@ def test_bad_arrays_are_refused(changes: dict[str, Any], message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_whole_numbers_in_floats() -> None:
+def test_whole_numbers_in_floats_become_integers() -> None:
     history = make_history(steps=[0.0, 5.0, 10.0, 15.0, 20.0])
     assert history.steps.dtype == np.int64
     assert_same(history, make_history())

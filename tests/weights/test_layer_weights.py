@@ -38,12 +38,12 @@ def test_every_convolution_and_linear_layer() -> None:
     assert [weight.channels for weight in weights] == channels == [4, 6, 2, 7]
 
 
-def test_single_layer() -> None:
+def test_single_layer_is_found_by_its_weight() -> None:
     (weight,) = find_layer_weights(nn.Linear(2, 3))
     assert weight.name == "weight"
 
 
-def test_patterns() -> None:
+def test_patterns_choose_weights() -> None:
     model = make_model()
     names = [w.name for w in find_layer_weights(model, ["?.weight", "3.*"], ["2*"])]
     assert names == ["0.weight", "3.0.weight", "4.weight", "5.weight"]

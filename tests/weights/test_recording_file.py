@@ -37,22 +37,6 @@ def test_truncated_file_is_refused(tmp_path: Path, share: float) -> None:
         NormHistory.load(file)
 
 
-def test_find_recording_by_seed(tmp_path: Path) -> None:
-    for version, seed in enumerate((1, 2, 1)):
-        history = NormHistory.from_arrays({"w": [[1.0]]}, [1], [0], provenance={"seed": seed})
-        history.save(tmp_path / f"version_{version}" / FILE_NAME)
-        os.utime(tmp_path / f"version_{version}" / FILE_NAME, (version, version))
-    second = tmp_path / "version_1" / FILE_NAME
-    assert find_recording(second, 3) == second
-    assert find_recording(second.parent, 3) == second
-    assert find_recording(tmp_path, 2) == second
-    assert find_recording(tmp_path, 1) == tmp_path / "version_2" / FILE_NAME
-    with pytest.raises(InputError, match=r"seed 3, only with 1, 2: run it with that seed, or name"):
-        find_recording(tmp_path, 3)
-    with pytest.raises(InputError, match=r"version_7: run the experiment that makes it first"):
-        find_recording(tmp_path / "version_7", 1)
-
-
 def write_runs(folder: Path, *provenances: dict[str, Any]) -> list[Path]:
     """Write the recordings of an experiment's runs, each later than the one before it."""
     files = [folder / f"version_{number}" / FILE_NAME for number in range(len(provenances))]
@@ -60,6 +44,18 @@ def write_runs(folder: Path, *provenances: dict[str, Any]) -> list[Path]:
         NormHistory.from_arrays({"w": [[1.0]]}, [1], [0], provenance=provenance).save(file)
         os.utime(file, (time, time))
     return files
+
+
+def test_find_recording_by_seed(tmp_path: Path) -> None:
+    _, second, third = write_runs(tmp_path, {"seed": 1}, {"seed": 2}, {"seed": 1})
+    assert find_recording(second, 3) == second
+    assert find_recording(second.parent, 3) == second
+    assert find_recording(tmp_path, 2) == second
+    assert find_recording(tmp_path, 1) == third
+    with pytest.raises(InputError, match=r"seed 3, only with 1, 2: run it with that seed, or name"):
+        find_recording(tmp_path, 3)
+    with pytest.raises(InputError, match=r"version_7: run the experiment that makes it first"):
+        find_recording(tmp_path / "version_7", 1)
 
 
 def test_find_recording_prefers_finished_runs(tmp_path: Path) -> None:
@@ -109,7 +105,9 @@ def test_files_without_a_recording_are_refused(tmp_path: Path) -> None:
         ({"names": "[5]"}, "is damaged"),
     ],
 )
-def test_damaged_metadata(tmp_path: Path, metadata: dict[str, str], message: str) -> None:
+def test_damaged_metadata_is_refused(
+    tmp_path: Path, metadata: dict[str, str], message: str
+) -> None:
     file = tmp_path / FILE_NAME
     make_history().save(file)
     good = {"format": "nmlightning weight norms", "version": "1", "names": "[]", "provenance": "{}"}
