@@ -49,7 +49,7 @@ def test_layer_class_finds_batch_norms(name: str, dims: int | None, suffix: str)
     ],
 )
 def test_layer_class_is_torchs_for_l2_and_ours_else(
-    name: str, kind: Kind, dims: int | None, expected: type
+    name: str, kind: NormKind, dims: int | None, expected: type
 ) -> None:
     assert layer_class(name, kind, dims) is expected
 
