@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -40,7 +41,9 @@ def keep_run(run: Run, folder: Path, kept: Path, attempts: list[dict[str, Any]])
         for tag, series in part.scalars.items()
         if tag.startswith("test/")
     }
-    joined = max(join_resumed(logged), key=count_rows)
+    settings = logged[-1].settings  # which differ where the runner's own options changed meanwhile
+    same = [replace(part, settings=settings) for part in logged]
+    joined = max(join_resumed(same), key=count_rows)
     rows = list(make_rows(joined))
     kept.parent.mkdir(parents=True, exist_ok=True)
     with kept.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:

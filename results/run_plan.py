@@ -1,6 +1,7 @@
 """Makes the runs of plan.yaml that are not done yet, and keeps what they gave.
 
     python results/run_plan.py [--only NAME …] [--minutes K] [--jobs 2] [--data-root data] [--again]
+    python results/run_plan.py --keep          # make none, but write again what finished runs gave
 
 What a run needs is made before it. A run that was stopped in any way resumes from its last epoch.
 Its folder is results/runs/<run>-<seed>, with its log; kept are results/<table>/<run>-<seed>.csv and
@@ -71,6 +72,11 @@ class Folder:
         with self._attempts.open("a", encoding="utf-8") as file:
             file.write(json.dumps(attempt) + "\n")
 
+    def keep(self) -> None:
+        """Write the CSV and the JSON of the run, which is finished."""
+        keep_run(self.run, self.path, self.kept, self.attempts)
+        say(f"{self.run} is done: {self.kept}")
+
 
 def commit() -> str:
     command = ("git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12")
@@ -103,7 +109,7 @@ class Runner:
         failed: list[str] = []
         for folder in self._folders.values():
             if folder.is_finished and not folder.kept.is_file():
-                self._keep(folder)
+                folder.keep()
         try:
             while self._start_some(failed):
                 folder, code = self._wait_for_one()
@@ -111,7 +117,7 @@ class Runner:
                     say(f"{folder.run} failed with exit code {code}: see {folder.log}")
                     failed.append(str(folder.run))
                 elif folder.is_finished:
-                    self._keep(folder)
+                    folder.keep()
                 else:
                     self._pending.insert(0, folder)
         finally:
@@ -119,10 +125,6 @@ class Runner:
         for folder in self._pending:
             say(f"{folder.run} was not begun: it needs {', '.join(folder.run.needs)}")
         return [*failed, *(str(folder.run) for folder in self._pending)]
-
-    def _keep(self, folder: Folder) -> None:
-        keep_run(folder.run, folder.path, folder.kept, folder.attempts)
-        say(f"{folder.run} is done: {folder.kept}")
 
     def _start_some(self, failed: list[str]) -> bool:
         """Start what there is room for, and return whether anything is at work."""
@@ -235,6 +237,7 @@ def main() -> int:
     parser.add_argument("--niceness", type=int, default=LOWEST_PRIORITY, help="of their processes")
     parser.add_argument("--data-root", type=Path, default=HERE.parent / "data")
     parser.add_argument("--again", action="store_true", help="make again what is kept already")
+    parser.add_argument("--keep", action="store_true", help="only write what was made again")
     parser.add_argument("--plan", type=Path, default=HERE / "plan.yaml")
     parser.add_argument("--results", type=Path, default=HERE)
     options = parser.parse_args()
@@ -242,7 +245,13 @@ def main() -> int:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     signal.setitimer(signal.ITIMER_REAL, 60 * options.minutes)
     results = options.results.resolve()
-    folders = choose(read_plan(options.plan), results, options.only, options.again)
+    again = options.again or options.keep
+    folders = choose(read_plan(options.plan), results, options.only, again)
+    if options.keep:
+        for folder in folders.values():
+            if folder.is_finished:
+                folder.keep()
+        return 0
     say(f"{len(folders)} runs to make")
     failed = Runner(folders, options.data_root, options.jobs, options.niceness).make_all()
     return int(bool(failed))

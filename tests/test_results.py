@@ -91,6 +91,10 @@ def test_a_killed_run_resumes_to_the_same_curves(tmp_path: Path) -> None:
     assert json.loads(kept["whole-1.json"])["resumed"] == 0
     assert json.loads(kept["killed-1.json"])["resumed"] == 1
     assert str(tmp_path) not in kept["killed-1.json"]
+    for file in (tmp_path / "tiny").iterdir():
+        file.unlink()
+    assert subprocess.run([*command, "--keep"]).returncode == 0
+    assert {file.name: file.read_text() for file in (tmp_path / "tiny").iterdir()} == kept
     rows = list(csv.DictReader(io.StringIO(kept["whole-1.csv"])))
     assert [int(row["epoch"]) for row in rows] == list(range(8))
     assert all(float(row[name]) > 0 for row in rows for name in ("effective_lr", "lr", "norm_min"))
