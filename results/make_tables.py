@@ -6,6 +6,7 @@ python results/make_tables.py
 import csv
 import json
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,10 +103,10 @@ def write_page(page: dict[str, Any], expected: dict[str, str], results: Results)
         *INTRODUCTION.splitlines(),
     ]
     for name, table in page["tables"].items():
-        lines += ["", f"## {table['title']}", "", f"The paper: {table['published']}", ""]
+        lines += ["", f"## {table['title']}", "", fill("The paper", table["published"]), ""]
         lines += write_table(table, results)
-        lines += ["", f"What differs: {table['differs']}", "", f"Expected: {expected[name]}"]
-        lines += ["", f"Found: {table.get('found', 'not judged yet.')}"]
+        lines += ["", fill("What differs", table["differs"]), "", fill("Expected", expected[name])]
+        lines += ["", fill("Found", table.get("found", "not judged yet."))]
         for figure in table.get("figures", []):
             if any(results.kept[run] for run in table["rows"]):
                 lines += ["", f"![{figure['label']}](pictures/results_{figure['name']}.svg)"]
@@ -129,6 +130,11 @@ nm compare results/weight_decay                         # the curves, zoomable
 `results/<table>/<run>-<seed>.csv` has a row for each epoch, the `.json` beside it the command,
 commit, versions, device, precision, threads and minutes: those of CPU time, since runs were made at
 the lowest priority beside other work."""
+
+
+def fill(heading: str, text: str) -> str:
+    """Return a paragraph."""
+    return textwrap.fill(f"**{heading}**: {text}", 118, break_on_hyphens=False)
 
 
 def write_table(table: dict[str, Any], results: Results) -> Iterator[str]:
