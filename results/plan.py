@@ -1,5 +1,6 @@
 """The runs of plan.yaml, in the order in which they are made."""
 
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,7 @@ class Run:
     @property
     def needs(self) -> list[str]:
         """The runs whose folders its options name, `$wd_on`."""
-        options = (Template(text) for text in self.settings["options"])
-        names = (name for option in options for name in option.get_identifiers())
+        names = re.findall(r"\$(\w+)", " ".join(self.settings["options"]))
         return [f"{name}-{self.seed}" for name in names]
 
     @property
