@@ -1,6 +1,6 @@
 """Weight norms and effective learning rates in the logs of a run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,15 +52,50 @@ class DeviceReading:
         return dict(zip(self._tags, numbers, strict=True))
 
 
-def log_scalars(trainer: "pl.Trainer", values: Mapping[str, float], step: int) -> None:
-    """Log all values under their tags, in TensorBoard as a single event: many are cheap so."""
+def log_scalars(
+    trainer: "pl.Trainer", values: Mapping[str, float], others: Mapping[str, float], step: int
+) -> None:
+    """Log all values under their tags in TensorBoard, as a single event: many are cheap so.
+
+    Loggers of other kinds, which may make a column of each, are given `others`.
+    """
     for logger in trainer.loggers:
         writer = _tensorboard_writer(logger)
         if writer is None:
-            logger.log_metrics(dict(values), step)
+            logger.log_metrics(dict(others), step)
         else:
             points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
             writer._get_file_writer().add_summary(Summary(value=points), step)
+
+
+def _root_mean_square(values: Sequence[float]) -> Any:
+    return np.sqrt(np.mean(np.square(values)))
+
+
+# What is logged over all layers: of minima the least, of maxima the largest, ….
+_POOLS: Mapping[str, Callable[[Sequence[float]], Any]] = {
+    tags.norm_tag("{layer}", "min"): np.min,
+    tags.norm_tag("{layer}", "mean"): np.mean,
+    tags.norm_tag("{layer}", "max"): np.max,
+    tags.EFFECTIVE_LR + "{layer}": np.median,
+    tags.ROTATION + "{layer}": _root_mean_square,
+    tags.EQUILIBRIUM + "{layer}": _root_mean_square,
+    tags.factor_tag("{layer}", "mean"): np.mean,
+    tags.factor_tag("{layer}", "max"): np.max,
+    tags.STEERING_SKIPPED: np.max,
+    tags.SKIPPED_STEPS: np.max,
+}
+
+
+def pool_layers(values: Mapping[str, float], layers: Sequence[str]) -> dict[str, float]:
+    """Return a handful of values over all layers, under the tags of a layer `all`."""
+    pooled = {}
+    for tag, pool in _POOLS.items():
+        tags_of_layers = {tag.replace("{layer}", layer) for layer in layers}
+        known = [values[each] for each in tags_of_layers if each in values]
+        if known:
+            pooled[tag.replace("{layer}", "all")] = float(pool(known))
+    return pooled
 
 
 def _tensorboard_writer(logger: Any) -> Any | None:
@@ -84,9 +119,14 @@ class NormDashboard:
     """
 
     def __init__(
-        self, trainer: "pl.Trainer", recorder: Recorder, handles: Sequence[StepHookHandle] = ()
+        self,
+        trainer: "pl.Trainer",
+        recorder: Recorder,
+        handles: Sequence[StepHookHandle] = (),
+        *,
+        by_layer: bool = False,
     ) -> None:
-        self._trainer = trainer
+        self._trainer, self._by_layer = trainer, by_layer
         self._recorder = recorder
         self._handles = handles
         self._weights = {tags.layer_of(weight.name): weight for weight in recorder.weights}
@@ -131,7 +171,8 @@ class NormDashboard:
             values |= step.rates(layer, values[tags.norm_tag(layer, "median")])
         self._steps = {}
         if self._trainer.is_global_zero:
-            log_scalars(self._trainer, values, logged_step(self._trainer))
+            others = values if self._by_layer else pool_layers(values, list(self._weights))
+            log_scalars(self._trainer, values, others, logged_step(self._trainer))
 
     def end_epoch(self) -> None:
         """Show the recorded norms in TensorBoard."""

@@ -5,16 +5,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch.optim import Optimizer
 
 from nmlightning.callbacks.norm_dashboard import NormDashboard
 from nmlightning.callbacks.provenance import describe_run
 from nmlightning.callbacks.steering import SteeredRun, warn_of_other_steering
 from nmlightning.compat import CallbackBase, in_added_epoch, is_trial_run
-from nmlightning.errors import InputError, check_lists
+from nmlightning.errors import InputError, check_choice, check_lists
+from nmlightning.name_patterns import some
 from nmlightning.optim.step_hooks import StepHookHandle, StepRule
-from nmlightning.weights.layer_weights import LAZY_WAY_OUT, find_lazy_weights, find_recorded_weights
+from nmlightning.weights.layer_weights import (
+    LAZY_WAY_OUT,
+    find_lazy_weights,
+    find_left_weights,
+    find_recorded_weights,
+)
 from nmlightning.weights.recorder import Recorder, keep_recording
 
 if TYPE_CHECKING:
@@ -63,6 +69,10 @@ class RunRecording:
         self._every = tracker.every
         weights = find_recorded_weights(module, tracker.include, tracker.exclude)
         _warn_of_lazy(find_lazy_weights(module, tracker.include, tracker.exclude))
+        tracker.left = {} if tracker.include else find_left_weights(module, tracker.exclude)
+        if tracker.left:
+            left = [f"{name} ({reason})" for name, reason in tracker.left.items()]
+            rank_zero_info(f"WeightNormTracker leaves {some(left, 3)}; include records more.")
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         kept, earlier = keep_recording(folder, state)
         self._kept = trainer.strategy.broadcast(kept)
@@ -125,7 +135,8 @@ class RunRecording:
 class WeightNormTracker(CallbackBase):
     """Records the norm of every output channel of all convolutions and linear layers.
 
-    Also, twice, that of each weight that is normalised: of w, and as `…_v` of the unnormalised v.
+    Also, twice, that of each weight that is computed, by weight norm, spectral norm, pruning or any
+    parametrization: of w as it is in evaluation, and as `…_v` of the parameter behind it.
 
     The recording is `weight_norms.safetensors` in the run's folder, with or without a logger. It is
     written at the end of every epoch and with every checkpoint, at once or not at all; a resumed
@@ -143,9 +154,10 @@ class WeightNormTracker(CallbackBase):
         exclude: glob patterns on names that are not recorded.
         other_run: steer also by the recording of a run with another seed or another number of
             processes, whose moments then are epochs of other batches.
-        log_norms: show the norms, effective learning rates, rotations and factors in the Trainer's
-            loggers at the steps it logs at, and in TensorBoard as histograms and pictures too;
-            None does so if there is a logger, True insists on one.
+        log_norms: show the norms, effective learning rates, rotations and factors at the steps the
+            Trainer logs at: in TensorBoard of each layer, also as histograms and pictures, in other
+            loggers over all layers. None does so if there is a logger, True insists on one, and
+            "layers" logs each layer everywhere.
 
     Raises:
         InputError: on construction for another `every`; at the start of a fit for a pattern that
@@ -155,6 +167,7 @@ class WeightNormTracker(CallbackBase):
     Attributes:
         path: the file of the records, once the fit has started.
         handles: the rule at work on each optimizer that it steers.
+        left: matrices that are not recorded, since their class is not known, with that reason.
 
     Example:
         >>> from pytorch_lightning import Trainer
@@ -168,7 +181,7 @@ class WeightNormTracker(CallbackBase):
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         other_run: bool = False,
-        log_norms: bool | None = None,
+        log_norms: bool | Literal["layers"] | None = None,
     ) -> None:
         super().__init__()
         steps = isinstance(every, int) and not isinstance(every, bool) and every >= 1
@@ -179,6 +192,8 @@ class WeightNormTracker(CallbackBase):
             raise InputError(
                 f"steering is a rule, such as LRCorrection(…), or None, got {steering!r}."
             )
+        if log_norms is not None and not isinstance(log_norms, bool):
+            check_choice("log_norms", log_norms, ("layers",))
         self.every = every
         self.steering = steering
         self.include = tuple(include)
@@ -187,6 +202,7 @@ class WeightNormTracker(CallbackBase):
         self.log_norms = log_norms
         self.path: Path | None = None
         self.handles: list[StepHookHandle] = []
+        self.left: dict[str, str] = {}
         self._parts: dict[str, Part] = {}
         self._resumed: Mapping[str, Any] = {}
 
@@ -205,7 +221,8 @@ class WeightNormTracker(CallbackBase):
             self.handles, steering = steered.handles, {"steering": steered}
         self._parts = {**steering, "recording": recording}  # where a step changed the weights first
         if self._logs(trainer):
-            dashboard = NormDashboard(trainer, recording.recorder, self.handles)
+            by_layer = self.log_norms == "layers"
+            dashboard = NormDashboard(trainer, recording.recorder, self.handles, by_layer=by_layer)
             self._parts["dashboard"] = dashboard
         states = {name: state for name, state in self._resumed.items() if state is not None}
         warn_of_other_steering(self.handles, states.get("steering"), trainer.global_step)
@@ -267,10 +284,10 @@ class WeightNormTracker(CallbackBase):
     def _logs(self, trainer: "pl.Trainer") -> bool:
         if self.log_norms and not trainer.loggers:
             raise InputError(
-                "WeightNormTracker(log_norms=True) finds no logger to log to: give the Trainer "
-                "one, for instance logger=True, or leave log_norms out."
+                f"WeightNormTracker(log_norms={self.log_norms!r}) finds no logger to log to: give "
+                "the Trainer one, for instance logger=True, or leave log_norms out."
             )
-        return bool(trainer.loggers) if self.log_norms is None else self.log_norms
+        return bool(trainer.loggers if self.log_norms is None else self.log_norms)
 
     def _close(self, *, finished: bool) -> None:
         for part in reversed(self._parts.values()):

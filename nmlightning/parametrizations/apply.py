@@ -1,8 +1,8 @@
 """apply_weight_norm and remove_weight_norm: normalise the weights of a model, and undo it."""
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,10 +12,12 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from nmlightning.errors import InputError, check_lists
+from nmlightning.name_patterns import some
 from nmlightning.parametrizations.layers import (
     LayerKind,
     NormalisableWeight,
     find_normalised_weights,
+    find_unknown_weights,
     find_weights,
 )
 from nmlightning.parametrizations.optimizers import (
@@ -47,18 +49,35 @@ class WeightNormReport:
         settings: of the norm.
         weights: the name of each weight that it normalised, and its ρ.
         left: the names of a weight that it left, since the output is computed with it.
+        unknown: the names of matrices that it left, and the class of their layer, which is none
+            whose output channels are known.
+        assumed: those that were named nevertheless, whose channels are taken to be along
+            dimension 0.
     """
 
     settings: Settings
     weights: dict[str, float]
     left: tuple[str, ...] = ()
+    unknown: Mapping[str, str] = field(default_factory=dict)
+    assumed: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         bounded = "bounded " if self.settings.kind == "bounded" else ""
         count = len(self.weights)
         name = f"{bounded}weight norm ({NAMES[self.settings.p]})"
-        of_output = "; not on that of the output layer, " + " = ".join(self.left)
-        return f"{name} on {count} weight{'s' * (count != 1)}{of_output if self.left else ''}"
+        line = f"{name} on {count} weight{'s' * (count != 1)}"
+        if self.left:
+            line += "; not on that of the output layer, " + " = ".join(self.left)
+        if self.unknown:
+            line += f"; not on {_with_classes(self.unknown)}: name what is a layer by include"
+        if self.assumed:
+            line += f"; along dimension 0 of {_with_classes(self.assumed)}"
+        return line
+
+
+def _with_classes(layers: Mapping[str, str]) -> str:
+    names = some([f"{name} ({layer})" for name, layer in layers.items()], 3)
+    return f"{names}, whose class is not known"
 
 
 def apply_weight_norm(
@@ -134,8 +153,11 @@ def apply_weight_norm(
     for name, norm in norms.items():
         if norm.gain is not None:
             add_to_param_groups(norm.gain, f"{name} gain", groups[name])
+    rhos = {name: float(norm.rho) for name, norm in norms.items()}
     names_left = tuple(place.name for weight in left for place in weight.places)
-    return WeightNormReport(settings, {k: float(n.rho) for k, n in norms.items()}, names_left)
+    unknown = find_unknown_weights(model, layers, include, exclude)
+    assumed = {w.name: w.layer_name for w in weights if not w.places[0].is_known}
+    return WeightNormReport(settings, rhos, names_left, unknown, assumed)
 
 
 def prepare_for_weights(

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from nmlightning.errors import InputError, check_choice
@@ -15,6 +14,8 @@ from nmlightning.parametrizations.weight_norm import Settings, WeightNorm
 from nmlightning.weights.channel_norms import ChannelLayout
 from nmlightning.weights.layer_weights import (
     WeightLocation,
+    find_layer_form,
+    find_left_weights,
     find_locations,
     matrices,
     plain_modules,
@@ -41,9 +42,10 @@ def choose_layers(layers: Sequence[str] | None, include: Collection[str]) -> tup
 
 def kind_of(module: nn.Module) -> LayerKind | None:
     """Return of which kind a layer is; None for what has no weight of its own, and for others."""
-    if isinstance(module, _ConvNd):
-        return "conv"
-    if isinstance(module, nn.Linear | nn.MultiheadAttention):
+    form = find_layer_form(module)
+    if form is not None:
+        return form[0]
+    if isinstance(module, nn.MultiheadAttention):
         return "linear"
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return "recurrent"
@@ -88,6 +90,11 @@ class NormalisableWeight:
     def parametrizations(self) -> list[nn.Module]:
         """The parametrizations that compute the weight from its parameter, in order."""
         return list(self.places[0].parametrizations or ())
+
+    @property
+    def layer_name(self) -> str:
+        """The class name of its layer, for messages."""
+        return type(self.places[0].module).__name__
 
     @property
     def kinds(self) -> str:
@@ -161,6 +168,22 @@ def find_weights(
             f"choose others, or name weights by include. It has {some([w.name for w in weights])}."
         )
     return chosen, left
+
+
+def find_unknown_weights(
+    model: nn.Module, layers: Sequence[str] | None, include: Sequence[str], exclude: Sequence[str]
+) -> dict[str, str]:
+    """Return what `find_weights` leaves since its class is not known, with the class's name.
+
+    They are matrices, where linear layers are meant, and what has more dimensions, where
+    convolutions are.
+    """
+    kinds, left = choose_layers(layers, include), find_left_weights(model, (*include, *exclude))
+    return {
+        w.name: w.layer_name
+        for w in _all_weights(model)
+        if w.name in left and ("linear" if w.parameter.dim() == 2 else "conv") in kinds
+    }
 
 
 def find_normalised_weights(

@@ -1,14 +1,19 @@
 """The weights of a model's layers: their names, the tensors that hold them, their channels."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm as HookedWeightNorm
 
 from nmlightning.errors import InputError, check_lists
 from nmlightning.name_patterns import matches, plain_name, some, unmatched
@@ -18,7 +23,29 @@ from nmlightning.weights.channel_norms import (
     channel_norms,
     gather_channels,
     is_flat,
+    is_sharded,
 )
+
+LayerForm = tuple[Literal["conv", "linear"], ChannelLayout]
+_INPUTS_FIRST: LayerForm = "linear", ChannelLayout(transposed_groups=1)
+# Layers of other packages, by class: their kind, and where the output channels of `weight` are.
+_OTHERS: dict[str, LayerForm] = {
+    "transformers.pytorch_utils.Conv1D": _INPUTS_FIRST,
+    "transformers.modeling_utils.Conv1D": _INPUTS_FIRST,  # there until transformers 4.16
+    "torchvision.ops.deform_conv.DeformConv2d": ("conv", ROWS),
+    "torch_geometric.nn.dense.linear.Linear": ("linear", ROWS),
+}
+
+
+def find_layer_form(module: nn.Module) -> LayerForm | None:
+    """Return which kind of layer it is, and its layout; None for what has no such `weight`."""
+    if isinstance(module, _ConvNd):
+        transposed = isinstance(module, _ConvTransposeNd)
+        return "conv", ChannelLayout(module.groups) if transposed else ROWS
+    if isinstance(module, nn.Linear):
+        return "linear", ROWS
+    names = (f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__)
+    return next((_OTHERS[name] for name in names if name in _OTHERS), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +64,16 @@ class WeightLocation:
     @property
     def layout(self) -> ChannelLayout:
         """The place of its output channels."""
-        if isinstance(self.module, _ConvTransposeNd) and self.attribute == "weight":
-            return ChannelLayout(self.module.groups)
-        return ROWS
+        form = find_layer_form(self.module)
+        return form[1] if form is not None and self.attribute == "weight" else ROWS
+
+    @property
+    def is_known(self) -> bool:
+        """Whether its layer is of a class whose output channels are known."""
+        known = (
+            cls.__module__.startswith("torch.nn.modules.") for cls in type(self.module).__mro__
+        )
+        return find_layer_form(self.module) is not None or sum(known) > 1  # nn.Module is one
 
     @property
     def parametrizations(self) -> ParametrizationList | None:
@@ -76,7 +110,7 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 _SUFFIX = "_v"
-_BEHIND = ("weight_v", "weight_orig")
+_BEHIND = ("weight_v", "weight_orig", "weight_v_orig", "weight_orig_orig")
 LAZY_WAY_OUT = "run a batch through the model before the fit"
 
 
@@ -89,7 +123,7 @@ class LayerWeight:
             of the unnormalised weight v behind a normalised one ends in `_v`.
         parameter: what an optimizer moves; of a parametrized or pruned weight its original.
         layout: where its output channels are.
-        computed: for the normalised weight itself, what computes its norms from `parameter`.
+        computed: for a weight that is computed, what computes its norms from `parameter`.
     """
 
     name: str
@@ -149,18 +183,37 @@ def find_layer_weights(
 def find_recorded_weights(
     model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> list[LayerWeight]:
-    """Return the same, and for each that is normalised both the weight w and the unnormalised v.
+    """Return the same, and for each that is computed both the weight w and, as `…_v`, what from.
 
     See `find_layer_weights`.
     """
-    norms = {id(p.original): p.norm for p in _places(model) if p.norm is not None}
-    weights = find_layer_weights(model, include, exclude)
-    normalised = [
-        replace(w, name=w.name.removesuffix(_SUFFIX), computed=norms[id(w.parameter)].channel_norms)
-        for w in weights
-        if id(w.parameter) in norms
-    ]
-    return [*normalised, *weights]
+    places = {id(p.original): p for p in reversed(list(_places(model))) if p.is_computed}
+    computed, held = [], []
+    for weight in find_layer_weights(model, include, exclude):
+        place = places.get(id(weight.parameter))
+        if place is not None:
+            computed.append(replace(weight, name=place.name, computed=place.norms_of))
+            weight = replace(weight, name=place.name + _SUFFIX)
+        held.append(weight)
+    return [*computed, *held]
+
+
+def find_left_weights(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, str]:
+    """Return the matrices that are recorded only where they are named, by class unknown; and why.
+
+    They are of two or more dimensions, none of which the channels would leave alone.
+    """
+    left = {}
+    for place in _places(model):
+        parameter = place.original
+        if place.norm is not None or matches(place.name, exclude):
+            continue
+        if parameter is None:
+            if place.is_of_layer and not place.is_lazy and place.is_computed:
+                left[place.name] = "it is computed from parameters of other shapes"
+        elif not place.is_known and parameter.dim() > 1 < parameter.shape[0] < parameter.numel():
+            left[place.name] = f"{type(place.module).__name__} is no layer that is known"
+    return left
 
 
 def find_lazy_weights(
@@ -175,7 +228,48 @@ class _RecordedLocation(WeightLocation):
 
     @property
     def is_of_layer(self) -> bool:
-        return isinstance(self.module, nn.Linear | _ConvNd)
+        return find_layer_form(self.module) is not None
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether it is no parameter, but made of some by a parametrization or a hook."""
+        return self.module._parameters.get(self.attribute) is None
+
+    def norms_of(self, parameter: Tensor) -> Tensor:
+        """Return ‖w_i‖₂, (C,), of what is computed from `parameter` and others."""
+        if self.norm is not None:
+            norms: Tensor = self.norm.channel_norms(parameter)
+            return norms
+        return gather_channels(channel_norms(self._compute(), layout=self.layout))
+
+    @torch.no_grad()
+    def _compute(self) -> Tensor:
+        """Return the weight as in evaluation, where nothing advances a power iteration."""
+        computed = self.parametrizations
+        if computed is None:
+            return self._compute_by_hooks()
+        whole = {
+            name: gather_channels(q) for name, q in computed.named_parameters() if is_sharded(q)
+        }
+        training = [module for module in computed.modules() if module.training]
+        try:
+            for module in training:
+                module.training = False
+            w: Tensor = torch.func.functional_call(computed, whole, ()) if whole else computed()
+        finally:
+            for module in training:
+                module.training = True
+        return w
+
+    def _compute_by_hooks(self) -> Tensor:
+        """Let torch's hooks compute it for a shallow copy, which is in evaluation."""
+        stand_in = copy.copy(self.module)
+        stand_in.training = False
+        for hook in self.module._forward_pre_hooks.values():
+            if isinstance(hook, HookedWeightNorm | SpectralNorm | BasePruningMethod):
+                hook(stand_in, None)
+        w: Tensor = getattr(stand_in, self.attribute)
+        return w
 
     @property
     def is_lazy(self) -> bool:
@@ -193,7 +287,8 @@ class _RecordedLocation(WeightLocation):
     def original(self) -> Tensor | None:
         """The parameter behind it that has its shape, without computing it anew.
 
-        It is `weight_v` under the old `torch.nn.utils.weight_norm`, `weight_orig` if it is pruned.
+        It is `weight_v` under the old `torch.nn.utils.weight_norm`, `weight_orig` if it is pruned,
+        and of one that is both `weight_v_orig`.
         """
         if self.is_lazy:
             return None
@@ -205,8 +300,11 @@ class _RecordedLocation(WeightLocation):
         originals = list(computed.parameters(recurse=False))
         if isinstance(self.module, nn.Linear | _ConvNd):
             shape = _weight_shape(self.module)
-            return next((original for original in originals if original.shape == shape), None)
-        return originals[0] if len(originals) == 1 else None
+        elif len(originals) == 1:
+            return originals[0]
+        else:
+            shape = tuple(self._compute().shape)
+        return next((original for original in originals if original.shape == shape), None)
 
     def is_chosen(self, include: Sequence[str], exclude: Sequence[str]) -> bool:
         by_default = self.is_of_layer or self.norm is not None
@@ -223,7 +321,7 @@ class _RecordedLocation(WeightLocation):
 def _places(model: nn.Module) -> Iterator[_RecordedLocation]:
     """Yield the weight of each layer, also where it is no parameter, and all others."""
     for path, module in plain_modules(model):
-        is_layer = isinstance(module, nn.Linear | _ConvNd)
+        is_layer = find_layer_form(module) is not None
         for attribute in ["weight"] if is_layer else matrices(module):
             yield _RecordedLocation(module, path, attribute)
 

@@ -189,15 +189,42 @@ def test_dashboard_logs_ten_pictures_and_the_last_of_a_long_run(tmp_path: Path) 
     assert epochs == [3, 6, 9, 12, 15, 18, 21, 23]
 
 
-def test_dashboard_logs_to_csv(tmp_path: Path) -> None:
-    module = fit(
-        tmp_path, WeightNormTracker(), logger=pytorch_lightning.loggers.CSVLogger(tmp_path, "", "")
-    )
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_dashboard_logs_to_csv(by_layer: bool, tmp_path: Path) -> None:
+    tracker = WeightNormTracker(log_norms="layers" if by_layer else None)
+    logger = pytorch_lightning.loggers.CSVLogger(tmp_path, "", "")
+    module = fit(tmp_path, tracker, logger=logger)
+    layer = "net.0" if by_layer else "all"
     with (tmp_path / "metrics.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["weight_norm/net.0/max"]]
+        rows = [row for row in csv.DictReader(file) if row[f"weight_norm/{layer}/max"]]
     assert [int(row["step"]) for row in rows] == list(range(1, EPOCHS * BATCHES, EVERY))
-    expected = channel_norms(module.weights[-1]["net.0"]).max()
-    assert float(rows[-1]["weight_norm/net.0/max"]) == pytest.approx(float(expected))
+    norms = {name: channel_norms(module.weights[-1][name]) for name in LAYERS}
+    largest = norms["net.0"].max() if by_layer else max(n.max() for n in norms.values())
+    last = rows[-1]
+    assert float(last[f"weight_norm/{layer}/max"]) == pytest.approx(float(largest))
+    if by_layer:
+        assert len(last) == 1 + 7 * len(LAYERS)  # the step, and the kinds of values
+        return
+    turned = [rotations(module.weights[-2][n], module.weights[-1][n]) for n in LAYERS]
+    mean_squares = [angles.square().mean() for angles in turned]
+    assert {k: float(v) for k, v in last.items() if "/" in k} == pytest.approx(
+        {
+            "weight_norm/all/min": float(min(n.min() for n in norms.values())),
+            "weight_norm/all/mean": float(sum(n.mean() for n in norms.values())) / 3,
+            "weight_norm/all/max": float(largest),
+            "effective_lr/all": sorted(RATE / 0.5 / float(n.median()) ** 2 for n in norms.values())[
+                1
+            ],
+            "rotation/all": float(sum(mean_squares) / 3) ** 0.5,
+            "rotation_equilibrium/all": equilibrium_rotation(RATE, DECAY, momentum=MOMENTUM),
+        },
+        rel=1e-5,
+    )
+
+
+def test_log_norms_is_checked() -> None:
+    with pytest.raises(InputError, match=r"log_norms is 'layers', got 'layer'\. Did you mean"):
+        WeightNormTracker(log_norms="layer")  # type: ignore[arg-type]
 
 
 def make_scaler() -> Any:

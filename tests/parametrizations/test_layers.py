@@ -17,6 +17,7 @@ from nmlightning import (
     parameter_groups,
     remove_weight_norm,
 )
+from nmlightning.parametrizations import WeightNorm
 
 ALL = ("linear", "recurrent", "embedding")
 WORDS, WIDTH = 11, 8
@@ -178,6 +179,31 @@ def test_remove_leaves_a_plain_model_with_the_same_output(tied: bool) -> None:
     plain.load_state_dict(net.state_dict())
     assert torch.equal(plain(*sentences()), expected)
     assert torch.equal(copy.deepcopy(net)(*sentences()), expected)
+
+
+class Matrix(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(3, 2))
+
+
+def test_channels_of_layers_of_other_packages() -> None:
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    net = nn.Sequential(conv1d(96, 32), nn.ReLU(), conv1d(32, 96), nn.Linear(32, 2), Matrix())
+    x = torch.randn(2, 32)
+    expected = net[:4](x)
+    report = apply_weight_norm(net, "weight", layers=["linear"])
+    gains = [norm.gain.numel() for norm in net.modules() if isinstance(norm, WeightNorm)]
+    assert gains == [96, 32], "outputs, not inputs"
+    assert (report.left, report.unknown) == (("3.weight",), {"4.w": "Matrix"})
+    line = "not on 4.w (Matrix), whose class is not known: name what is a layer by include"
+    assert line in str(report)
+    torch.testing.assert_close(net[:4](x), expected)
+    remove_weight_norm(net)
+    named = apply_weight_norm(net, include=["0.weight", "4.w"])
+    assert (named.unknown, named.assumed) == ({}, {"4.w": "Matrix"})
+    line = "along dimension 0 of 4.w (Matrix), whose class is not known"
+    assert line in str(named)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")

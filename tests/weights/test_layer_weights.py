@@ -13,6 +13,7 @@ from nmlightning.weights.channel_norms import ROWS, ChannelLayout, channel_norms
 from nmlightning.weights.layer_weights import (
     find_layer_weights,
     find_lazy_weights,
+    find_left_weights,
     find_recorded_weights,
 )
 
@@ -164,6 +165,89 @@ def test_normalised_and_unnormalised_weights_are_recorded(p: float, form: dict[s
         exact = channel_norms(net[layer].weight, layout=weight.layout)
         torch.testing.assert_close(weight.norms(), exact)
     assert {w.name for w in find_recorded_weights(net, ["0.weight"])} == {"0.weight", "0.weight_v"}
+
+
+COMPUTED = {
+    "weight norm": parametrizations.weight_norm,
+    "old weight norm": nn.utils.weight_norm,
+    "spectral norm": parametrizations.spectral_norm,
+    "old spectral norm": nn.utils.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "pruning": lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5),
+    "pruned spectral norm": lambda layer: prune.l1_unstructured(
+        nn.utils.spectral_norm(layer), "weight_orig", amount=0.5
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning")
+def test_computed_weights_are_recorded_as_they_compute(name: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 6, 3, groups=2))
+    for layer in net:
+        COMPUTED[name](layer)
+        with torch.no_grad():
+            layer(torch.randn(1, layer.in_channels, 5, 5))  # type: ignore[arg-type]
+            for parameter in layer.parameters():
+                parameter.mul_(3)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    recorded = {weight.name: weight for weight in find_recorded_weights(net)}
+    norms = {key: weight.norms() for key, weight in recorded.items()}
+    assert list(norms) == ["0.weight", "1.weight", "0.weight_v", "1.weight_v"]
+    assert all(module.training for module in net.modules())
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    for number, layer in enumerate(net.eval()):
+        layer(torch.randn(1, layer.in_channels, 5, 5))  # type: ignore[arg-type]
+        layout = recorded[f"{number}.weight"].layout
+        torch.testing.assert_close(
+            norms[f"{number}.weight"], channel_norms(layer.weight, 2, layout)
+        )
+        behind = channel_norms(recorded[f"{number}.weight_v"].parameter, 2, layout)
+        torch.testing.assert_close(norms[f"{number}.weight_v"], behind)
+
+
+class Matrix(nn.Module):
+    """A linear layer that nobody knows, and what is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 3))
+        self.position = nn.Parameter(torch.ones(1, 5, 3))
+        self.scale = nn.Parameter(torch.ones(3, 1, 1))
+
+
+class LowRank(nn.Module):
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a @ b
+
+    def right_inverse(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return weight[:, :1], torch.ones(1, weight.shape[1])
+
+
+def test_matrices_of_unknown_layers_are_left_with_a_reason() -> None:
+    net = nn.ModuleList([nn.Linear(3, 3), Matrix(), nn.Embedding(4, 3), nn.Linear(3, 3)])
+    parametrize.register_parametrization(net[3], "weight", LowRank(), unsafe=True)
+    assert [weight.name for weight in find_recorded_weights(net)] == ["0.weight"]
+    reasons = {
+        "1.weight": "Matrix is no layer that is known",
+        "3.weight": "it is computed from parameters of other shapes",
+    }
+    assert find_left_weights(net) == reasons
+    assert find_left_weights(net, exclude=["1.*", "3.*"]) == {}
+    (weight,) = find_recorded_weights(net, ["1.weight"])
+    assert weight.channels == 4
+
+
+def test_channels_of_layers_of_other_packages() -> None:
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    deformed = pytest.importorskip("torchvision").ops.DeformConv2d
+    net = nn.Sequential(conv1d(7, 3), deformed(2, 5, 3), parametrizations.weight_norm(conv1d(6, 2)))
+    recorded = {weight.name: weight for weight in find_recorded_weights(net)}
+    channels = {name: weight.channels for name, weight in recorded.items()}
+    assert channels == {"2.weight": 6, "0.weight": 7, "1.weight": 5, "2.weight_v": 6}
+    torch.testing.assert_close(recorded["0.weight"].norms(), net[0].weight.detach().norm(dim=0))
+    torch.testing.assert_close(recorded["2.weight"].norms(), net[2].weight.detach().norm(dim=0))
 
 
 def test_other_weights_by_name_or_once_normalised() -> None:
