@@ -99,9 +99,13 @@ def pool_layers(values: Mapping[str, float], layers: Sequence[str]) -> dict[str,
 
 
 def _tensorboard_writer(logger: Any) -> Any | None:
-    """Return the SummaryWriter of a TensorBoard logger, None of another."""
+    """Return the SummaryWriter of a TensorBoard logger, None of another.
+
+    It goes by the type: an experiment may have every attribute, as that of a DummyLogger.
+    """
     experiment = getattr(logger, "experiment", None)
-    return experiment if hasattr(experiment, "add_custom_scalars") else None
+    homes = (cls.__module__ for cls in type(experiment).__mro__)
+    return experiment if "torch.utils.tensorboard.writer" in homes else None
 
 
 _HEATMAPS = 10  # in a run

@@ -67,27 +67,38 @@ class RadialProjection(StepRule):
         check_single_steps(self, weight.optimizer)
         return {}
 
+    def measure_gradient(self, weight: OptimizedWeight) -> State:
+        """Return (C,) cos(w_i, g_i) and ‖g_i‖."""
+        grad, layout = weight.gradient, weight.layout
+        if grad is None:
+            return {}
+        units, of_gradient = (unit_rows(x, layout).flatten(1) for x in (weight.values, grad))
+        return {
+            "cosines": (units * of_gradient).sum(1),
+            "sizes": channel_norms(grad, layout=layout),
+        }
+
     def after_step(
         self, weight: OptimizedWeight, before: Tensor, recorded: Tensor | None, state: State
     ) -> tuple[Tensor, Tensor]:
         """Take its radial part out of the step."""
-        grad = weight.gradient
         skipped, factors = scale_step(weight, before, torch.ones_like(weight.norms()))
-        if grad is not None:
+        if "cosines" in state:
             lengths = channel_norms(weight.values - before, layout=weight.layout)
-            shares = self._radial_shares(weight, before, grad)
+            shares = self._radial_shares(weight, before, state["cosines"], state["sizes"])
             weight.values.sub_(before * weight.spread(shares))
             left = channel_norms(weight.values - before, layout=weight.layout) / lengths
             factors = left.where(lengths > 0, factors)
         return skipped, factors
 
-    def _radial_shares(self, weight: OptimizedWeight, before: Tensor, grad: Tensor) -> Tensor:
+    def _radial_shares(
+        self, weight: OptimizedWeight, before: Tensor, cosines: Tensor, sizes: Tensor
+    ) -> Tensor:
         """Return (C,) c_i, for c_i w_i to be taken from the step of each channel of this rank."""
         layout, gather = weight.layout, weight.all_channels
-        norms, sizes = (channel_norms(x, layout=layout) for x in (before, grad))
+        norms = channel_norms(before, layout=layout)
         units = unit_rows(before, layout).flatten(1)
         width = units.shape[1]
-        cosines = (units * unit_rows(grad, layout).flatten(1)).sum(1)
         cosines = gather(cosines.where((norms != 0) & (sizes != 0), 0.0))
         along = (units * layout.rows(weight.values - before).flatten(1)).sum(1)
         along = gather(along.where(norms != 0, 0.0))

@@ -269,24 +269,29 @@ class Scope:
         self.samples: dict[str, int] = {}
         self._pending: dict[str, tuple[float, float]] = {}
 
-    def measure(self, weight: OptimizedWeight, values: Tensor) -> None:
-        """Measure the gradient of the next step, which was taken at `values`; the last call counts.
+    def measure(self, weight: OptimizedWeight, *, again: bool = True) -> None:
+        """Measure the gradient of the next step at the weight as it is; the last call counts.
 
-        Nothing is measured any more once it is decided.
+        Unless it is to be measured `again`, the first call counts. Nothing is measured any more
+        once it is decided.
         """
+        if not again and weight.name in self._pending:
+            return
         self._pending.pop(weight.name, None)
         if not self.decided(weight.name) and weight.gradient is not None:
-            squares, count = radial_squares(weight, values, weight.gradient).tolist()
+            squares, count = radial_squares(weight, weight.values, weight.gradient).tolist()
             if count and math.isfinite(squares):
                 self._pending[weight.name] = squares, count
 
-    def take(self, weight: OptimizedWeight, values: Tensor) -> None:
-        """Count the gradient of a step that was taken, which is measured now if it was not."""
-        if weight.name not in self._pending:
-            self.measure(weight, values)
+    def take(self, weight: OptimizedWeight) -> None:
+        """Count the gradient that was measured, for its step was taken."""
         squares, count = self._pending.pop(weight.name, (0.0, 0.0))
         if count:
             self._add(weight.name, squares, int(count))
+
+    def forget(self) -> None:
+        """Count none of the gradients that were measured, for their step was skipped."""
+        self._pending.clear()
 
     def decided(self, name: str) -> bool:
         """Return whether it is known if the loss feels the norm of a weight."""

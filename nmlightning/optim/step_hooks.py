@@ -55,6 +55,10 @@ class StepRule(ABC):
     def init_state(self, weight: OptimizedWeight) -> State:
         """Return what is kept of a weight, or raise InputError for another optimizer."""
 
+    def measure_gradient(self, weight: OptimizedWeight) -> State:
+        """Return what `after_step` finds in the state of the gradient, which the step may edit."""
+        return {}
+
     @abstractmethod
     def after_step(
         self, weight: OptimizedWeight, before: Tensor, recorded: Tensor | None, state: State
@@ -147,10 +151,11 @@ class StepHookHandle:
         self._optimizer, self._rule, self._recorded = optimizer, rule, recorded
         self._factors: dict[str, Tensor] = {}
         self._before: list[Tensor] = []
+        self._of_gradients: list[State] = []
         self._is_first = True
         self._skipped = NonfiniteSteps(weights, self.name)
         self._hooks = [
-            optimizer.register_step_pre_hook(lambda *_: self.before_step()),
+            optimizer.register_step_pre_hook(lambda _, *call: self.before_step(*call)),
             optimizer.register_step_post_hook(lambda *_: self.after_step()),
         ]
 
@@ -177,11 +182,11 @@ class StepHookHandle:
     def measure(self) -> None:
         """Measure on the gradients as they are now which weights the loss feels the norm of.
 
-        Otherwise the step does. Call it before gradients are clipped by value: what is left
-        of them points along the weights, too.
+        Otherwise the step does, before it moves anything. Call it before gradients are clipped by
+        value: what is left of them points along the weights, too.
         """
         for weight in self.weights:
-            self.scope.measure(weight, weight.values)
+            self.scope.measure(weight)
 
     def reasons(self) -> dict[str, str]:
         """Return for each weight why it is steered, or why it is not."""
@@ -267,44 +272,88 @@ class StepHookHandle:
             "start from the weights alone."
         )
 
-    def before_step(self) -> None:
-        """Keep the weights; the optimizer calls it."""
+    def before_step(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Keep the weights, and measure the gradients; the optimizer calls it.
+
+        A closure makes the gradients within the step: they are measured when it returns.
+        """
         self._before = [weight.values.clone() for weight in self.weights]
+        self._of_gradients = [{} for _ in self.weights]
         self._is_first = not self._optimizer.state
+        return call_before_step(self._measure_step, args, kwargs)
+
+    @torch.no_grad()
+    def _measure_step(self) -> None:
+        for weight in self.weights:
+            self.scope.measure(weight, again=False)
+        self._of_gradients = [self._rule.measure_gradient(weight) for weight in self.weights]
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Apply the rule to the step that led away from them; the optimizer calls it."""
+        """Apply the rule to the step that led away from them; the optimizer calls it.
+
+        torch calls it twice where a class of optimizers calls the step of the one it extends.
+        """
+        if not self._before:
+            return
         self.steps += 1
         found_inf = getattr(self._optimizer, "found_inf", None)  # of a fused one under a GradScaler
         if found_inf is not None and bool(found_inf):
             if self._is_first:  # torch's fused SGD leaves uninitialised momentum behind
                 self._optimizer.state.clear()
+            self.scope.forget()
+            self._before = []
             return
         moment = self.clock()
-        for weight, before in zip(self.weights, self._before, strict=True):
-            self.scope.take(weight, before)
+        for weight in self.weights:
+            self.scope.take(weight)
         held = [self.scope.holds(weight) for weight in self.weights]
         follows = self._recorded is not None and any(held)
         place = self._recorded.place(moment) if self._recorded and follows else None
         skipped = [
-            self._apply(weight, before, place) if is_held else None
-            for weight, before, is_held in zip(self.weights, self._before, held, strict=True)
+            self._apply(number, place) if is_held else None for number, is_held in enumerate(held)
         ]
-        self._before = []
+        self._before, self._of_gradients = [], []
         self._skipped.note(skipped, self.steps)
 
-    def _apply(
-        self, weight: OptimizedWeight, before: Tensor, place: RecordPlace | None
-    ) -> Tensor | None:
+    def _apply(self, number: int, place: RecordPlace | None) -> Tensor | None:
         """Return (C,) bool, the channels whose step was skipped; None is none."""
+        weight, before = self.weights[number], self._before[number]
         recorded = self._recorded.norms(weight, place) if self._recorded and place else None
-        applied = self._rule.after_step(weight, before, recorded, self._states[weight.name])
+        state, of_gradient = self._states[weight.name], self._of_gradients[number]
+        state.update(of_gradient)
+        applied = self._rule.after_step(weight, before, recorded, state)
+        for key in of_gradient:
+            del state[key]
         if applied is None:
             return None
         skipped, self._factors[weight.name] = applied
         weight.reset_nonfinite_state(skipped)
         return skipped
+
+
+def call_before_step(
+    action: Callable[[], None], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Call `action` before a step moves anything: now, or after the closure that it is given.
+
+    Returns what a hook before the step returns for its closure to be another, else None.
+    """
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if not callable(closure):
+        action()
+        return None
+
+    def call_both() -> Any:
+        loss = closure()
+        action()
+        return loss
+
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": call_both}
+    return (args[0], call_both, *args[2:]), kwargs
 
 
 def _take_weights(optimizer: Optimizer, weights: Sequence[OptimizedWeight], name: str) -> None:

@@ -117,7 +117,11 @@ def test_resume_after_a_kill(tmp_path: Path) -> None:
     assert steps_of(tmp_path) == list(range(3 * BATCHES + 1))
 
 
-def test_fast_dev_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("logger", [False, True])
+def test_fast_dev_run_writes_nothing(
+    logger: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    make_trainer(tmp_path, WeightNormTracker(1), fast_dev_run=True).fit(Trains(), make_data())
-    assert not recordings(tmp_path)
+    options = {"fast_dev_run": True, "logger": logger}  # Lightning makes it a DummyLogger
+    make_trainer(tmp_path, WeightNormTracker(1), **options).fit(Trains(), make_data())
+    assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +16,17 @@ from nmlightning.optim.step_hooks import StepHookHandle
 from nmlightning.weights.channel_norms import ChannelLayout, channel_norms
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.layer_weights import find_layer_weights
-from optim_rules import REFERENCED, SCALE_INVARIANT, MakeRule, sgd
+from optim_rules import (
+    CONVOLUTIONS,
+    REFERENCED,
+    SCALE_INVARIANT,
+    MakeRule,
+    find_loss,
+    make_net,
+    random_history,
+    sgd,
+    train,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. has no brake")
 
@@ -267,3 +278,57 @@ def test_share_limit_has_its_probability(samples: int) -> None:
     chance = torch.special.gammainc(half, half * share_limit(samples) ** 2)
     assert 0.5 * CHANCE < chance <= CHANCE
     assert share_limit(samples) < share_limit(samples + 1) <= share_limit(6) == TOLERANCE
+
+
+class EditsGradients(torch.optim.SGD):
+    """Plain SGD that leaves something else in the gradients, as schedule-free and Ranger do."""
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = closure() if closure else None
+        super().step()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad.copy_(parameter.detach())  # points along the weight
+        return loss
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+@pytest.mark.parametrize("rule_name", ["stable", "schedule", "decay", "projection"])
+def test_gradients_are_measured_before_the_step(make_rule: MakeRule, with_closure: bool) -> None:
+    def compute(net: nn.Module, step: int) -> Tensor:
+        net.zero_grad()
+        loss = find_loss(net, step)
+        loss.backward()
+        return loss
+
+    ends = []
+    for optimizer_class in (torch.optim.SGD, EditsGradients):
+        net = make_net()
+        optimizer = optimizer_class(net.parameters(), lr=0.02)
+        handle = make_rule(random_history(net)).attach(optimizer, net)
+        for step in range(3):
+            if with_closure:
+                optimizer.step(partial(compute, net, step))
+            else:
+                compute(net, step)
+                optimizer.step()
+        assert set(CONVOLUTIONS) <= set(handle.steered)
+        assert handle.steps == 3
+        ends.append([net.get_parameter(name) for name in CONVOLUTIONS])
+    for plain, edited in zip(*ends, strict=True):
+        torch.testing.assert_close(edited, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["schedulefree.AdamWScheduleFree", "pytorch_optimizer.Ranger"])
+def test_optimizers_that_edit_gradients_are_steered(name: str) -> None:
+    package, _, optimizer_class = name.partition(".")
+    make = getattr(pytest.importorskip(package), optimizer_class)
+    net = make_net()
+    optimizer = make(net.parameters(), lr=1e-3, weight_decay=0.0)
+    handle = LRCorrection(random_history(net), power=1).attach(optimizer, net)
+    if hasattr(optimizer, "train"):
+        optimizer.train()
+    train(net, optimizer, 2)
+    assert max(handle.scope.shares.values()) < 1e-12, "in float64"
+    assert handle.steered == list(CONVOLUTIONS)
