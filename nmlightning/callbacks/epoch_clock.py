@@ -1,12 +1,20 @@
-"""EpochClock: the position of a run in its epochs, in attempted steps of an optimizer."""
+"""The attempted steps of a run's optimizers, and the position that they give it in its epochs."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from nmlightning.compat import in_added_epoch
 from nmlightning.errors import InputError
+from nmlightning.optim.families import group_numbers
+from nmlightning.optim.step_hooks import call_before_step
 from nmlightning.weights.history import NormHistory
 
 if TYPE_CHECKING:
@@ -25,6 +33,93 @@ def steps_per_epoch(trainer: "pl.Trainer") -> int | None:
     if not trainer.lightning_module.automatic_optimization or not math.isfinite(batches):
         return None
     return math.ceil(batches / trainer.accumulate_grad_batches)
+
+
+class AttemptedSteps:
+    """Counts the attempted steps of whatever optimizes a module's parameters.
+
+    Lightning counts, and announces, those that are taken through its own LightningOptimizer. To
+    them come the steps of an optimizer itself (`use_pl_optimizer=False`), of the one inside a
+    wrapper, such as SAM's, and of one that the Trainer has not been given. What steps within
+    another step is a part of that.
+
+    Args:
+        trainer: of the run.
+        module: its module, whose parameters are there.
+        before_step: called before a step that Lightning does not announce moves anything, with the
+            Trainer's optimizer of these parameters if there is one.
+        uncounted: steps before a resume that Lightning did not count.
+
+    Attributes:
+        uncounted: steps that Lightning has not counted.
+    """
+
+    def __init__(
+        self,
+        trainer: "pl.Trainer",
+        module: "pl.LightningModule",
+        before_step: Callable[[Optimizer], None],
+        uncounted: int = 0,
+    ) -> None:
+        self.uncounted = uncounted
+        self._trainer, self._before_step = trainer, before_step
+        self._parameters = {id(parameter) for parameter in module.parameters()}
+        self._announced: set[Optimizer] = set()
+        self._depth = 0
+        self._is_noted = False
+        self._hooks = [
+            register_optimizer_step_pre_hook(self._begin),
+            register_optimizer_step_post_hook(self._end),
+        ]
+
+    @property
+    def count(self) -> int:
+        """The number of attempted steps, over all optimizers."""
+        return self._trainer.global_step + self.uncounted
+
+    def begin_batch(self) -> None:
+        """Forget a step that did not end, or was announced and skipped."""
+        self._depth = 0
+        self._announced.clear()
+
+    def announce(self, optimizer: Optimizer) -> None:
+        """Note a step that Lightning counts: it is about to be taken, or begun with a closure."""
+        self._announced.add(optimizer)
+
+    def remove(self) -> None:
+        """Stop watching."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _begin(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        if not self._is_ours(optimizer):
+            return None
+        self._depth += 1
+        if self._depth > 1:
+            return None
+        self._is_noted = False
+        return call_before_step(partial(self._note, optimizer), args, kwargs)
+
+    def _end(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._is_ours(optimizer):
+            self._depth = max(self._depth - 1, 0)
+
+    def _note(self, optimizer: Optimizer) -> None:
+        known = self._trainer.optimizers
+        if optimizer not in known:
+            owned = {id(q) for group in optimizer.param_groups for q in group["params"]}
+            sharing = [o for o in known if any(id(q) in owned for q in group_numbers(o))]
+            optimizer = next(iter(sharing), optimizer)
+        if optimizer in self._announced:
+            self._announced.discard(optimizer)
+        elif not self._is_noted:  # a closure may be called several times in a step
+            self.uncounted += 1
+            self._before_step(optimizer)
+        self._is_noted = True
+
+    def _is_ours(self, optimizer: Optimizer) -> bool:
+        groups = optimizer.param_groups
+        return any(id(q) in self._parameters for group in groups for q in group["params"])
 
 
 class EpochClock:
@@ -60,6 +155,8 @@ class EpochClock:
 
     def attempt(self, optimizer: Optimizer) -> None:
         """Count a step that is about to be taken."""
+        if optimizer not in self._trainer.optimizers:  # whose steps no rule is attached to
+            return
         number = self._trainer.optimizers.index(optimizer)
         self._attempts[number] += 1
         self._begins[number] = min(self._next_batch[number], self._batch)

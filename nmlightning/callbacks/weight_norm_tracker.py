@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch.optim import Optimizer
 
+from nmlightning.callbacks.epoch_clock import AttemptedSteps
 from nmlightning.callbacks.norm_dashboard import NormDashboard
 from nmlightning.callbacks.provenance import describe_run
 from nmlightning.callbacks.steering import SteeredRun, warn_of_other_steering
@@ -63,9 +64,11 @@ class RunRecording:
         trainer: "pl.Trainer",
         module: "pl.LightningModule",
         tracker: "WeightNormTracker",
+        steps: AttemptedSteps,
         state: Mapping[str, Any],
     ) -> None:
         self._trainer = trainer
+        self._steps = steps
         self._every = tracker.every
         weights = find_recorded_weights(module, tracker.include, tracker.exclude)
         _warn_of_lazy(find_lazy_weights(module, tracker.include, tracker.exclude))
@@ -97,7 +100,7 @@ class RunRecording:
     def after_batch(self) -> None:
         """Record if a multiple of N was passed; several optimizers step more than once."""
         if self._every != "epoch":
-            step, last = self._trainer.global_step, self.recorder.last_step
+            step, last = self._steps.count, self.recorder.last_step
             if step // self._every > last // self._every:
                 self._record()
 
@@ -117,15 +120,15 @@ class RunRecording:
     def state_dict(self) -> dict[str, Any]:
         """Write, and return where."""
         self._save()
-        return self._kept.state_dict(self.recorder.last_step)
+        kept = self._kept.state_dict(self.recorder.last_step)
+        return {**kept, "uncounted_steps": self._steps.uncounted}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Do nothing: the records were resumed at the start."""
 
     def _record(self) -> None:
         if not in_added_epoch(self._trainer):
-            step, epoch = self._trainer.global_step, self._trainer.current_epoch
-            self.recorder.record(step, epoch, self._rates)
+            self.recorder.record(self._steps.count, self._trainer.current_epoch, self._rates)
 
     def _save(self) -> None:
         if self._writes:
@@ -203,6 +206,7 @@ class WeightNormTracker(CallbackBase):
         self.path: Path | None = None
         self.handles: list[StepHookHandle] = []
         self.left: dict[str, str] = {}
+        self._steps: AttemptedSteps | None = None
         self._parts: dict[str, Part] = {}
         self._resumed: Mapping[str, Any] = {}
 
@@ -213,7 +217,10 @@ class WeightNormTracker(CallbackBase):
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Take the first record, and steer from the first step on."""
-        recording = RunRecording(trainer, pl_module, self, self._resumed.get("recording", {}))
+        state = self._resumed.get("recording", {})
+        uncounted = state.get("uncounted_steps", 0)
+        self._steps = AttemptedSteps(trainer, pl_module, self._before_step, uncounted)
+        recording = RunRecording(trainer, pl_module, self, self._steps, state)
         self.path = recording.file
         self.handles, steering = [], {}
         if self.steering is not None:
@@ -225,7 +232,7 @@ class WeightNormTracker(CallbackBase):
             dashboard = NormDashboard(trainer, recording.recorder, self.handles, by_layer=by_layer)
             self._parts["dashboard"] = dashboard
         states = {name: state for name, state in self._resumed.items() if state is not None}
-        warn_of_other_steering(self.handles, states.get("steering"), trainer.global_step)
+        warn_of_other_steering(self.handles, states.get("steering"), self._steps.count)
         for name in states.keys() & self._parts.keys():
             self._parts[name].load_state_dict(states[name])
         self._resumed = {}
@@ -234,6 +241,8 @@ class WeightNormTracker(CallbackBase):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
         """Note how far the epoch is."""
+        if self._steps is not None:
+            self._steps.begin_batch()
         for part in self._parts.values():
             part.begin_batch(batch_idx)
 
@@ -241,8 +250,9 @@ class WeightNormTracker(CallbackBase):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
     ) -> None:
         """Note the rates, the gradients and the weights of this step."""
-        for part in self._parts.values():
-            part.before_step(optimizer)
+        if self._steps is not None:
+            self._steps.announce(optimizer)
+        self._before_step(optimizer)
 
     def on_train_batch_end(
         self,
@@ -289,7 +299,13 @@ class WeightNormTracker(CallbackBase):
             )
         return bool(trainer.loggers if self.log_norms is None else self.log_norms)
 
+    def _before_step(self, optimizer: Optimizer) -> None:
+        for part in self._parts.values():
+            part.before_step(optimizer)
+
     def _close(self, *, finished: bool) -> None:
+        if self._steps is not None:
+            self._steps.remove()
         for part in reversed(self._parts.values()):
             part.close(finished=finished)
 

@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import StochasticWeightAveraging
+from torch import Tensor
 
 from nmlightning.callbacks import WeightNormTracker
 from nmlightning.errors import InputError
@@ -155,3 +157,73 @@ def test_clock_in_an_epoch_added_by_averaging(tmp_path: Path) -> None:
     assert NormHistory.load(tmp_path).epochs.tolist() == [0, 0, 1]
     with pytest.raises(InputError, match=r"covers 2 epochs, and the run has 3: record a longer"):
         follow(tmp_path, TWO_EPOCHS, others=[averaging], max_epochs=3)
+
+
+class StepsBeside(StepsByHand):
+    """Takes steps that Lightning does not count, by one optimizer of all parameters."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__(optimizers=1)
+        self.way = way
+
+    def configure_optimizers(self) -> Any:
+        own = super().configure_optimizers()
+        if self.way == "own":
+            self.own = own[0]
+            return []
+        return Twice(own[0]) if self.way == "wrapper" else own
+
+    def training_step(self, batch: list[Tensor], index: int) -> None:
+        pl_optimizer: Any = self.optimizers()
+        native: Any = self.optimizers(use_pl_optimizer=False)
+        steps = {
+            "native": lambda: native.step(),
+            "attribute": lambda: pl_optimizer.optimizer.step(),
+            "closure": lambda: native.step(lambda: None),
+            "wrapper": lambda: (native.first_step(), native.second_step()),
+            "own": lambda: self.own.step(),
+        }
+        self.zero_grad()
+        self.manual_backward(Trains.training_step(self, batch, index))
+        steps[self.way]()
+
+
+class Twice(torch.optim.Optimizer):
+    """A wrapper that moves weights there and back, as SAM; nobody calls its own `step`."""
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        super().__init__(base.param_groups, {})
+        self.base = base
+
+    def first_step(self) -> None:
+        self.moved = [(q, 0.01 * q.grad) for group in self.param_groups for q in group["params"]]
+        for parameter, move in self.moved:
+            parameter.data += move
+
+    def second_step(self) -> None:
+        for parameter, move in self.moved:
+            parameter.data -= move
+        self.base.step()
+
+
+@pytest.mark.parametrize("way", ["native", "attribute", "closure", "wrapper", "own"])
+def test_steps_that_lightning_does_not_count_are_recorded(way: str, tmp_path: Path) -> None:
+    history = record(tmp_path, StepsBeside(way), max_epochs=3)
+    assert history.steps.tolist() == [0, 4, 8, 12]
+    assert history.provenance["steps_per_epoch"] == 4
+    np.testing.assert_allclose(history.learning_rates[1:], 0.05)
+
+
+@pytest.mark.parametrize("way", ["native", "closure"])
+def test_uncounted_steps_are_steered_and_resumed(way: str, tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("counted", "whole", "half")]
+    history = make_history([4, 8, 12], [0, 1, 2])
+    counted = follow(folders[0], history, StepsByHand(optimizers=1), max_epochs=3)
+    whole = StepsBeside(way)
+    assert follow(folders[1], history, whole, max_epochs=3) == counted
+    follow(folders[2], history, StepsBeside(way), max_epochs=2)
+    resumed, start = StepsBeside(way), folders[2] / "last.ckpt"
+    assert follow(folders[2], history, resumed, max_epochs=3, start=start) == counted[8:]
+    assert NormHistory.load(folders[2]).steps.tolist() == [0, 4, 8, 12]
+    for one, other in zip(resumed.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
