@@ -1,42 +1,124 @@
 """Parameter groups by scope: which parameters decay, and which layer gives the output."""
 
 import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.weight_norm import WeightNorm as HookedWeightNorm
 
 from nmlightning.errors import InputError, is_number, nearest
+from nmlightning.name_patterns import some
+from nmlightning.weights.layer_weights import find_layer_form, plain_modules
 
 
-def find_output_layer(model: nn.Module) -> nn.Module | None:
-    """Return the layer whose weight gives a model's output, or None if none does.
+@dataclass(frozen=True)
+class OutputLayers:
+    """The layers whose weights give a model's output.
 
-    It is what `get_output_embeddings()` of the model, or of a part of it, returns, as in Hugging
-    Face's models: an embedding, where the output is computed with its weight; else the last
-    `nn.Linear`, but for those inside an `nn.MultiheadAttention`.
+    Attributes:
+        layers: one for most models, none where none does.
+        doubt: a line that says why they are a guess that may be wrong; empty for the others.
+        candidates: the paths of those that may be meant, where there is a doubt.
+    """
+
+    layers: list[nn.Module]
+    doubt: str = ""
+    candidates: tuple[str, ...] = ()
+
+
+def find_output_layers(model: nn.Module) -> OutputLayers:
+    """Return the layers whose weights give a model's output.
+
+    They are what `get_output_embeddings()` of the model, or of a part of it, returns, as in Hugging
+    Face's models: an embedding, where the output is computed with its weight; or what timm's
+    `get_classifier()` does. Of a model with neither they are the layer that is registered last, if
+    any is an `nn.Linear` outside of an `nn.MultiheadAttention`, with those directly before it that
+    do not lead into it, as CLIP's two projections.
     """
     for module in model.modules():
-        getter = getattr(module, "get_output_embeddings", None)
-        layer = getter() if callable(getter) else None
-        if isinstance(layer, nn.Module):
-            return layer
-    linears = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
-    ]
-    return linears[-1] if linears else None
+        of_timm = any(cls.__module__.startswith("timm.") for cls in type(module).__mro__)
+        for getter in ("get_output_embeddings", *["get_classifier"] * of_timm):
+            called = getattr(module, getter, None)
+            given = called() if callable(called) else ()
+            found = nn.ModuleList([m for m in _as_tuple(given) if isinstance(m, nn.Module)])
+            layers = [m for m in found.modules() if _is_layer(m) or isinstance(m, nn.Embedding)]
+            if layers:
+                return OutputLayers(layers)
+    return _guess_output_layers(model)
+
+
+def _as_tuple(given: Any) -> tuple[Any, ...]:
+    return tuple(given) if isinstance(given, tuple | list) else (given,)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    in_attention = isinstance(module, NonDynamicallyQuantizableLinear)
+    return find_layer_form(module) is not None and not in_attention
+
+
+def _guess_output_layers(model: nn.Module) -> OutputLayers:
+    paths = {module: path for path, module in plain_modules(model) if _is_layer(module)}
+    linears = [layer for layer in paths if isinstance(layer, nn.Linear)]
+    if not linears:
+        return OutputLayers([])
+    *_, last = paths
+    path = paths[last]
+    heads = [last, *_heads_beside(model, path, list(paths))]
+    name = f"the output layer of {type(model).__name__} is not certain:"
+    if len(heads) > 1:
+        others = tuple(paths[head] for head in heads[1:])
+        doubt = f"{name} {path} is its last, and {some(others)} beside it may not lead into it"
+        return OutputLayers(heads, doubt, (path, *others))
+    if last is not linears[-1]:
+        linear = paths[linears[-1]]
+        doubt = (
+            f"{name} {path} ({type(last).__name__}) is its last, and its last nn.Linear {linear}"
+        )
+        return OutputLayers(heads, doubt, (path, linear))
+    return OutputLayers(heads)
+
+
+def _heads_beside(model: nn.Module, path: str, layers: Sequence[nn.Module]) -> Iterator[nn.Linear]:
+    """Yield layers registered directly before the last one that give outputs of their own.
+
+    Those that take what it takes, or give as many outputs, but cannot lead into it; and, at the top
+    of a model, those of its name but for what is before an underscore, of as many outputs.
+    """
+    parent, last = model.get_submodule(path.rpartition(".")[0]), model.get_submodule(path)
+    holds_all = set(layers) <= set(parent.modules())
+    before = [(n, m) for n, m in parent.named_children() if any(x in m.modules() for x in layers)]
+    kind = path.rpartition(".")[2].rpartition("_")
+    if not isinstance(last, nn.Linear) or isinstance(parent, nn.Sequential):
+        return
+    for name, child in reversed(before[:-1]):
+        linears = [m for m in child.modules() if isinstance(m, nn.Linear) and m in layers]
+        if not linears:
+            return
+        head, (prefix, _, suffix) = linears[-1], name.rpartition("_")
+        same = head.in_features == last.in_features, head.out_features == last.out_features
+        apart = child is head and head.out_features != last.in_features and any(same)
+        named = holds_all and prefix and suffix == kind[2] and same[1]
+        if not apart and (not named or {prefix, kind[0]} & _INNER):
+            return
+        yield head
+
+
+_INNER = {*("q", "k", "v", "o", "query", "key", "value"), *("in", "out", "up", "down", "gate")}
 
 
 WeightDecayScope = Literal["all", "no_norm", "no_conv", "last_layer"]
 
 NORMS = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 THIRD_PARTY_NORM = re.compile(r"norm(act)?(\dd)?$", re.IGNORECASE)  # RmsNorm2d, LlamaRMSNorm, …
+HOOKED = re.compile(r"(_orig|_v|_g)+$")  # pruning, torch's old spectral norm and weight norm
 PARAMETRIZED = re.compile(r"(^|\.)parametrizations\.(\w+)\..*$")  # bn.….weight.original
 
 
@@ -49,10 +131,11 @@ def parameter_groups(
         model: holds the parameters. Every trainable one is in exactly one group, also when modules
             share it (it decays if one of its uses does); frozen ones are left out.
         weight_decay: λ ≥ 0 of the decaying group; None leaves it to the optimizer's own setting.
-        scope: `all`; `no_norm`, all but the parameters of normalization layers and biases;
-            `no_conv`, all but the weights of convolutions, for a rule that decays them itself; or
-            `last_layer`, only that of `find_output_layer`, mostly the last `nn.Linear` (the "weight
-            decay off" of the paper's study: https://arxiv.org/abs/1803.01814, figure 1).
+        scope: `all`; `no_norm`, all but the parameters of normalization layers, gains of weight
+            norm and biases; `no_conv`, all but the weights of convolutions and what they are
+            computed from, for a rule that decays them itself; or `last_layer`, only that of
+            `find_output_layers`, mostly the last `nn.Linear` (the "weight decay off" of the paper's
+            study: https://arxiv.org/abs/1803.01814, figure 1), with a warning where it is a guess.
 
     Returns:
         At most two dictionaries with `params`, and `weight_decay`: λ, then 0; none is empty.
@@ -93,35 +176,54 @@ def _decaying(model: nn.Module, scope: WeightDecayScope) -> Iterator[nn.Paramete
     if scope == "all":
         yield from model.parameters()
     elif scope == "last_layer":
-        layer = find_output_layer(model)
-        if layer is None:
+        output = find_output_layers(model)
+        if output.doubt:
+            decays = " and ".join(output.candidates[: len(output.layers)])
+            warnings.warn(f"{output.doubt}; what decays is {decays}.", stacklevel=4)
+        if not output.layers:
             raise InputError(
                 f"weight-decay scope 'last_layer' needs an nn.Linear, and {type(model).__name__} "
                 "has none: choose 'all' or 'no_norm'."
             )
-        yield from layer.parameters()
+        for layer in output.layers:
+            yield from layer.parameters()
     elif scope == "no_conv":
         convolved = {
             id(parameter)
             for layer, name, parameter in _uses(model)
-            if isinstance(layer, _ConvNd) and name == "weight"
+            if name == "weight" and (find_layer_form(layer) or ("",))[0] == "conv"
         }
         yield from (q for q in model.parameters() if id(q) not in convolved)
     else:
+        gains = set(_gains(model))
         for layer, name, parameter in _uses(model):
             is_bias = "bias" in name.split("_")  # as in in_proj_bias and bias_hh_l0
-            if not (_is_norm(layer) or is_bias):
+            if not (_is_norm(layer) or is_bias or id(parameter) in gains):
                 yield parameter
 
 
 def _uses(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
     """Yield each use of a parameter: the layer that has it, its name there, and itself.
 
-    Whatever a parametrization computes a tensor from has the name of that tensor.
+    Whatever a parametrization or a hook of torch computes a tensor from has that tensor's name.
     """
     for path, parameter in model.named_parameters(remove_duplicate=False):
         layer, _, name = PARAMETRIZED.sub(r"\1\2", path).rpartition(".")
-        yield model.get_submodule(layer), name, parameter
+        module = model.get_submodule(layer)
+        computed = HOOKED.sub("", name)
+        yield module, name if computed in module._parameters else computed, parameter
+
+
+def _gains(model: nn.Module) -> Iterator[int]:
+    """Yield the ids of the gains g of weights w = g v / ‖v‖: torch's, of hooks too, and ours."""
+    for module in model.modules():
+        if isinstance(module, ParametrizationList) and isinstance(module[0], _WeightNorm):
+            yield id(module.original0)
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, HookedWeightNorm):
+                yield id(getattr(module, f"{hook.name}_g"))
+        if type(module).__name__ == "WeightNorm" and "gain" in module._parameters:
+            yield id(module.gain)
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -48,7 +49,8 @@ class WeightNormReport:
     Attributes:
         settings: of the norm.
         weights: the name of each weight that it normalised, and its ρ.
-        left: the names of a weight that it left, since the output is computed with it.
+        left: the names of a weight that it left, since the output is computed with it, or several.
+        output: the same in words.
         unknown: the names of matrices that it left, and the class of their layer, which is none
             whose output channels are known.
         assumed: those that were named nevertheless, whose channels are taken to be along
@@ -58,6 +60,7 @@ class WeightNormReport:
     settings: Settings
     weights: dict[str, float]
     left: tuple[str, ...] = ()
+    output: str = ""
     unknown: Mapping[str, str] = field(default_factory=dict)
     assumed: Mapping[str, str] = field(default_factory=dict)
 
@@ -67,7 +70,7 @@ class WeightNormReport:
         name = f"{bounded}weight norm ({NAMES[self.settings.p]})"
         line = f"{name} on {count} weight{'s' * (count != 1)}"
         if self.left:
-            line += "; not on that of the output layer, " + " = ".join(self.left)
+            line += f"; not on that of the output layer, {self.output or ' = '.join(self.left)}"
         if self.unknown:
             line += f"; not on {_with_classes(self.unknown)}: name what is a layer by include"
         if self.assumed:
@@ -146,6 +149,8 @@ def apply_weight_norm(
     weights, left = find_weights(model, layers, include, exclude)
     for weight in weights:
         _validate_weight(weight, settings)
+    unknown = find_unknown_weights(model, layers, include, exclude)
+    assumed = {w.name: w.layer_name for w in weights if not w.places[0].is_known}
     groups = {}
     if settings.gain != "none":
         groups = param_groups_for_gains(weights, check_optimizers(optimizers))
@@ -154,21 +159,14 @@ def apply_weight_norm(
         if norm.gain is not None:
             add_to_param_groups(norm.gain, f"{name} gain", groups[name])
     rhos = {name: float(norm.rho) for name, norm in norms.items()}
-    names_left = tuple(place.name for weight in left for place in weight.places)
-    unknown = find_unknown_weights(model, layers, include, exclude)
-    assumed = {w.name: w.layer_name for w in weights if not w.places[0].is_known}
-    return WeightNormReport(settings, rhos, names_left, unknown, assumed)
+    names_left = [[place.name for place in weight.places] for weight in left]
+    output = " and ".join(map(" = ".join, names_left))
+    return WeightNormReport(settings, rhos, (*chain(*names_left),), output, unknown, assumed)
 
 
-def prepare_for_weights(
-    model: nn.Module,
-    settings: Settings,
-    layers: Sequence[str],
-    include: Sequence[str],
-    exclude: Sequence[str],
-) -> None:
+def prepare_for_weights(model: nn.Module, settings: Settings, names: Sequence[str]) -> None:
     """Normalise weights that are about to be loaded, whatever values they have yet."""
-    weights, _ = find_weights(model, layers, include, exclude)
+    weights, _ = find_weights(model, include=names)
     for weight in weights:
         _validate_weight(weight, settings, spare_zeros=True)
     _normalise(weights, settings)

@@ -1,5 +1,6 @@
 """The weights of a model that can be normalised, by the class of their layer."""
 
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -9,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from nmlightning.errors import InputError, check_choice
 from nmlightning.name_patterns import matches, some
-from nmlightning.optim.param_groups import find_output_layer
+from nmlightning.optim.param_groups import find_output_layers
 from nmlightning.parametrizations.weight_norm import Settings, WeightNorm
 from nmlightning.weights.channel_norms import ChannelLayout
 from nmlightning.weights.layer_weights import (
@@ -146,18 +147,26 @@ def find_weights(
     kinds, weights = choose_layers(layers, include), _all_weights(model)
     _check_patterns(model, weights, (*include, *exclude))
     _check_no_computed_weight(model, kinds, exclude)
-    output = find_output_layer(model)
+    output = find_output_layers(model)
     chosen: list[NormalisableWeight] = []
     left: list[NormalisableWeight] = []
+    doubts: set[str] = set()
     for weight in weights:
         if weight.matches(exclude):
             continue
         if weight.matches(include):
             chosen.append(weight)
         elif weight.is_of(kinds):
-            (left if any(place.module is output for place in weight.places) else chosen).append(
-                weight
-            )
+            gives_output = any(place.module in output.layers for place in weight.places)
+            (left if gives_output else chosen).append(weight)
+            if any(place.path in output.candidates for place in weight.places):
+                doubts.add(output.doubt)
+    for doubt in doubts:
+        warnings.warn(
+            f"{doubt}; left is {some([w.name for w in left])}: name by include or exclude what is "
+            "normalised and what is not.",
+            stacklevel=3,
+        )
     if not chosen:
         output_layer = [
             f", and {w.name} is of the output layer, which include has to name" for w in left

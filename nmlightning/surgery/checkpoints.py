@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,8 +67,8 @@ def _normalising_first(module_class: type[nn.Module], recipes: Sequence[Recipe])
         normalised = {plain_name(key) for key in state_dict if key.endswith(".original")}
         due = [recipe for recipe in recipes if recipe["modules"].keys() <= normalised]
         for recipe in () if recipes_of(module, WEIGHT_NORM) else due:
-            patterns = (recipe[key] for key in ("layers", "include", "exclude"))
-            prepare_for_weights(module, settings_of(recipe), *patterns)
+            names = [escape(name) for name in recipe["modules"]]
+            prepare_for_weights(module, settings_of(recipe), names)
             note_recipe(module, keywords_of(recipe), recipe["modules"], WEIGHT_NORM)
             keep_in_checkpoints(module)
 

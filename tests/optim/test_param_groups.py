@@ -5,11 +5,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import register_parametrization
 
+from nmlightning import apply_weight_norm
 from nmlightning.errors import InputError
 from nmlightning.models.resnet import CifarResNet
-from nmlightning.optim.param_groups import parameter_groups
+from nmlightning.optim.param_groups import find_output_layers, parameter_groups
 
 DECAY = 5e-4
 
@@ -110,6 +113,103 @@ def test_parametrizations_parameters_are_grouped_with_their_tensor(
     assert len(decays) == 8
     for name, decay in decays.items():
         assert decay == (DECAY if decaying(name.removeprefix("_orig_mod.")) else 0.0), name
+
+
+COMPUTED = {
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "spectral": nn.utils.spectral_norm,
+    "old": nn.utils.weight_norm,
+    "new": weight_norm,
+    "pruned spectral": lambda layer: prune.l1_unstructured(
+        nn.utils.spectral_norm(layer), "weight_orig", 0.5
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning")
+def test_parameters_that_hooks_compute_weights_from_are_grouped_with_them(name: str) -> None:
+    net = nn.Sequential(COMPUTED[name](nn.Conv2d(2, 4, 1)), COMPUTED[name](nn.Linear(4, 4)))
+    decays = decay_of(net, "no_conv")
+    assert {n for n, decay in decays.items() if not decay} == {
+        n for n in decays if n[0] == "0" and n != "0.bias"
+    }
+    gains = [n for n, decay in decay_of(net, "no_norm").items() if not decay and "bias" not in n]
+    assert [n.endswith(("weight_g", "original0")) for n in gains] == [True] * len(gains)
+    assert len(gains) == (2 if name in ("old", "new") else 0)
+
+
+def test_no_norm_exempts_gains_of_our_weight_norm() -> None:
+    net = nn.Sequential(nn.Conv2d(2, 4, 1), nn.Linear(4, 4))
+    apply_weight_norm(net, "weight")
+    decays = decay_of(net, "no_norm")
+    assert [n for n, decay in decays.items() if decay] == [
+        "0.parametrizations.weight.original",
+        "1.weight",
+    ]
+
+
+def towers(texts: int = 8, name: str = "text_projection") -> nn.Module:
+    net = nn.ModuleDict({"text": nn.Linear(3, texts), "image": nn.Linear(3, 6)})
+    net["image_projection"] = nn.Linear(6, 4)
+    net[name] = nn.Linear(texts, 4)
+    return net
+
+
+def two_heads() -> nn.Module:
+    return nn.ModuleDict(
+        {"trunk": nn.Linear(3, 8), "policy": nn.Linear(8, 4), "value": nn.Linear(8, 1)}
+    )
+
+
+def segments() -> nn.Module:
+    return nn.ModuleDict({"proj": nn.Linear(3, 8), "classifier": nn.Conv2d(8, 2, 1)})
+
+
+def mlp() -> nn.Module:
+    return nn.ModuleDict(
+        {"fc1": nn.Linear(8, 4), "act": nn.ReLU(), "fc2": nn.Linear(4, 4), "fc3": nn.Linear(4, 4)}
+    )
+
+
+def attends() -> nn.Module:
+    return nn.ModuleDict({f"{name}_proj": nn.Linear(4, 4) for name in ("q", "k", "v", "out")})
+
+
+@pytest.mark.parametrize(
+    ("make", "expected", "doubt"),
+    [
+        (
+            towers,
+            ["text_projection", "image_projection"],
+            "image_projection beside it may not lead",
+        ),
+        (lambda: towers(4), ["text_projection", "image_projection"], "beside it"),
+        (lambda: towers(7, "last"), ["last", "image_projection"], "beside it"),
+        (two_heads, ["value", "policy"], "policy beside it may not lead into it"),
+        (
+            segments,
+            ["classifier"],
+            r"classifier \(Conv2d\) is its last, and its last nn.Linear proj",
+        ),
+        (mlp, ["fc3"], ""),
+        (attends, ["out_proj"], ""),
+        (lambda: nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4)), ["1"], ""),
+        (lambda: nn.Sequential(nn.Conv2d(4, 6, 1)), [], ""),
+    ],
+)
+def test_output_layers_and_the_doubt_about_them(
+    make: Callable[[], nn.Module], expected: list[str], doubt: str
+) -> None:
+    model = make()
+    names = {module: name for name, module in model.named_modules()}
+    found = find_output_layers(nn.ModuleDict({"net": model}))
+    assert [names[layer] for layer in found.layers] == expected
+    assert bool(found.doubt) == bool(doubt)
+    if doubt:
+        with pytest.warns(UserWarning, match=doubt):
+            decays = decay_of(model, "last_layer")
+        assert {name.rpartition(".")[0] for name, decay in decays.items() if decay} == set(expected)
 
 
 def test_no_norm_exempts_a_parametrized_norm() -> None:

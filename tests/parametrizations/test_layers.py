@@ -206,6 +206,20 @@ def test_channels_of_layers_of_other_packages() -> None:
     assert line in str(named)
 
 
+def test_output_layer_in_doubt_is_said_once_and_by_name_settled() -> None:
+    def make() -> nn.Module:
+        return nn.ModuleDict(
+            {"a": nn.Linear(3, 6), "image_head": nn.Linear(6, 4), "text_head": nn.Linear(5, 4)}
+        )
+
+    with pytest.warns(UserWarning, match="left is image_head.weight, text_head.weight: name by"):
+        report = apply_weight_norm(make(), layers=["linear"])
+    assert report.left == ("image_head.weight", "text_head.weight")
+    assert "of the output layer, image_head.weight and text_head.weight" in str(report)
+    for names in ({"include": ["*_head.weight"]}, {"exclude": ["*_head.weight"]}):
+        assert not apply_weight_norm(make(), layers=["linear"], **names).left
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 def test_transformer_fast_path_computes_the_same() -> None:
     layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0, batch_first=True)
