@@ -72,7 +72,7 @@ def _guess_output_layers(model: nn.Module) -> OutputLayers:
     *_, last = paths
     path = paths[last]
     heads = [last, *_heads_beside(model, path, list(paths))]
-    name = f"the output layer of {type(model).__name__} is not certain:"
+    name = f"The output layer of {type(model).__name__} is not certain:"
     if len(heads) > 1:
         others = tuple(paths[head] for head in heads[1:])
         doubt = f"{name} {path} is its last, and {some(others)} beside it may not lead into it"
@@ -83,7 +83,23 @@ def _guess_output_layers(model: nn.Module) -> OutputLayers:
             f"{name} {path} ({type(last).__name__}) is its last, and its last nn.Linear {linear}"
         )
         return OutputLayers(heads, doubt, (path, linear))
+    if _is_in_last_block(model, path):
+        return OutputLayers(
+            heads, f"{name} {path} is its last, in the last of like blocks", (path,)
+        )
     return OutputLayers(heads)
+
+
+def _is_in_last_block(model: nn.Module, path: str) -> bool:
+    """Return whether it is a layer within the last of several blocks, as an encoder's last is."""
+    parts = path.split(".")
+    for depth in range(len(parts) - 1):
+        blocks = model.get_submodule(".".join(parts[:depth]))
+        kinds = [type(block) for block in blocks.children()][-2:]
+        in_list = isinstance(blocks, nn.ModuleList | nn.Sequential) and nn.Sequential not in kinds
+        if in_list and len(kinds) == 2 and kinds[0] is kinds[1]:
+            return True
+    return False
 
 
 def _heads_beside(model: nn.Module, path: str, layers: Sequence[nn.Module]) -> Iterator[nn.Linear]:

@@ -163,8 +163,8 @@ def find_weights(
                 doubts.add(output.doubt)
     for doubt in doubts:
         warnings.warn(
-            f"{doubt}; left is {some([w.name for w in left])}: name by include or exclude what is "
-            "normalised and what is not.",
+            f"{doubt}; {some([w.name for w in left])} is left out: name by include or exclude what "
+            "is normalised and what is not.",
             stacklevel=3,
         )
     if not chosen:

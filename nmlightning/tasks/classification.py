@@ -80,8 +80,8 @@ class ImageClassifier(pl.LightningModule):
         lr_scheduler: called with the optimizer; stepped once an epoch. `ReduceLROnPlateau`
             watches its `monitor`, or `val/loss`.
         label_smoothing: at least 0 and less than 1, in training only.
-        weight_decay_scope: `all`, `no_norm` (norms and biases exempt), `no_conv` (the weights of
-            convolutions exempt) or `last_layer`.
+        weight_decay_scope: `all`, `no_norm` (norms, gains and biases exempt), `no_conv` (the
+            weights of convolutions exempt) or `last_layer`.
         lr_batch_size: the images a step that the optimizer's learning rate is meant for. It is
             multiplied by (batch size × processes × accumulated batches) / lr_batch_size; None
             leaves it as it is.

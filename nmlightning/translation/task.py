@@ -63,7 +63,8 @@ class Translator(pl.LightningModule):
         beam_size: hypotheses a sentence in testing and prediction; 1 is greedy.
         length_penalty: α of Wu et al. (2016), of the beam search: 0 favours short translations.
         extra_length: by how many tokens a translation may be longer than its source.
-        weight_decay_scope: `all`, `no_norm` (norms and biases exempt), `no_conv` or `last_layer`.
+        weight_decay_scope: `all`, `no_norm` (norms, gains and biases exempt), `no_conv` or
+            `last_layer`.
         compile: compile the network in training with `torch.compile`, for shapes that vary. The
             first step then takes minutes, which is announced.
 

@@ -329,3 +329,51 @@ def test_tracker_writes_into_the_folder_of_the_logger(tmp_path: Path) -> None:
     make_trainer("pytorch_lightning", tmp_path, tracker, logger=logger).fit(PlModule(), make_data())
     assert tracker.path == Path(logger.log_dir) / FILE_NAME
     assert tracker.path.is_file()
+
+
+@pytest.mark.parametrize(
+    "computed", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm]
+)
+def test_tracker_records_what_computes_and_advances_nothing(computed: Any, tmp_path: Path) -> None:
+    states = []
+    for folder in (tmp_path / "plain", tmp_path / "tracked"):
+        module = make_module(PACKAGES[0])
+        computed(module.net[0])
+        tracker = WeightNormTracker(every=1)
+        trainer = pytorch_lightning.Trainer(
+            max_epochs=2,
+            default_root_dir=folder,
+            callbacks=[tracker] * (folder.name == "tracked"),
+            **QUIET,
+        )
+        trainer.fit(module, make_data())
+        states.append(module.state_dict())
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    norms = NormHistory.load(tmp_path / "tracked").norms
+    module.net.eval()(torch.randn(2, 2, 8, 8))
+    assert norms["net.0.weight"][-1] == pytest.approx(channel_norms(module.net[0].weight).numpy())
+    (behind,) = (q for n, q in module.named_parameters() if n.startswith("net.0.") and q.dim() > 1)
+    assert norms["net.0.weight_v"][-1] == pytest.approx(channel_norms(behind).numpy())
+    assert not np.allclose(norms["net.0.weight"], norms["net.0.weight_v"])
+
+
+def test_tracker_names_the_matrices_it_leaves(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Bilinear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(torch.eye(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.matrix
+
+    module = make_module(PACKAGES[0])
+    module.net.append(Bilinear())
+    tracker = WeightNormTracker()
+    options = {"callbacks": [tracker], "default_root_dir": tmp_path, **QUIET}
+    with caplog.at_level("INFO"):
+        pytorch_lightning.Trainer(max_epochs=1, **options).fit(module, make_data())
+    assert tracker.left == {"net.8.matrix": "Bilinear is no layer that is known"}
+    line = "WeightNormTracker leaves net.8.matrix (Bilinear is no layer that is known); include"
+    assert line in caplog.text

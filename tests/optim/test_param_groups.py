@@ -172,6 +172,10 @@ def mlp() -> nn.Module:
     )
 
 
+def encoder() -> nn.Module:
+    return nn.Sequential(*(nn.TransformerEncoderLayer(4, 1, 8) for _ in range(2)))
+
+
 def attends() -> nn.Module:
     return nn.ModuleDict({f"{name}_proj": nn.Linear(4, 4) for name in ("q", "k", "v", "out")})
 
@@ -193,6 +197,8 @@ def attends() -> nn.Module:
             r"classifier \(Conv2d\) is its last, and its last nn.Linear proj",
         ),
         (mlp, ["fc3"], ""),
+        (encoder, ["1.linear2"], "1.linear2 is its last, in the last of like blocks"),
+        (lambda: nn.Sequential(encoder(), nn.Linear(4, 2)), ["1"], ""),
         (attends, ["out_proj"], ""),
         (lambda: nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4)), ["1"], ""),
         (lambda: nn.Sequential(nn.Conv2d(4, 6, 1)), [], ""),
