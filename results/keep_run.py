@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from plan import Run
 
 from nmlightning.reports import tags
@@ -22,6 +23,7 @@ from nmlightning.weights.history import NormHistory
 
 LAST_EPOCHS = 10  # are averaged, as the paper's figures are
 PACKAGES = ("nmlightning", "torch", "pytorch-lightning")
+RECORDED = ("weight_decay", "literal_rule", "norms", "rotation")  # tables of docs/recordings.md
 _METRICS = re.compile(r"(train|val)/")
 
 
@@ -45,14 +47,21 @@ def keep_run(run: Run, folder: Path, kept: Path, attempts: list[dict[str, Any]])
     same = [replace(part, settings=settings) for part in logged]
     joined = max(join_resumed(same), key=count_rows)
     rows = list(make_rows(joined))
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with kept.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(kept.with_suffix(".csv"), rows)
+    if run.table in RECORDED and joined.norms is not None:
+        write_rows(kept.parents[1] / "recordings" / f"{run}.csv", recording_rows(joined))
     content = describe(run, joined, rows, attempts)
     content["final"] |= tests
     kept.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    first, *others = rows
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", encoding="utf-8", newline="") as lines:
+        writer = csv.DictWriter(lines, first, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([first, *others])
 
 
 def count_rows(run: Logged) -> int:
@@ -108,6 +117,47 @@ def norm_summary(norms: NormHistory | None, epoch: int) -> dict[str, float]:
     values = [float(np.linalg.norm(norms.norms[name][record])) for name in layers]
     summary = {"norm_min": min(values), "norm_mean": fmean(values), "norm_max": max(values)}
     return {"lr": float(np.nanmax(norms.learning_rates[record])), **summary}
+
+
+def recording_rows(run: Logged) -> Iterable[dict[str, Any]]:
+    """Yield what was recorded and logged of each layer in each epoch, to five digits.
+
+    Norms are those of its channels at the end of the epoch, `shrunk` is the most that one of them
+    fell since the start, as a factor. The rotation is the root mean square over the logged steps.
+    """
+    assert run.norms is not None
+    ends = run.norms.epoch_ends()
+    for place, epoch in enumerate(ends.epochs):
+        for number, (name, norms) in enumerate(ends.norms.items()):
+            layer = tags.layer_of(name)
+            logged = {
+                tag: values_of_epoch(run.scalars.get(tag), ends.steps, place)
+                for tag in [tags.EFFECTIVE_LR + layer, tags.ROTATION + layer]
+                + [tags.EQUILIBRIUM + layer]
+                + [tags.factor_tag(layer, name) for name in ("min", "mean", "max")]
+            }
+            rate, angles, expected, least, mean, most = logged.values()
+            row = {
+                "lr": ends.learning_rates[place, number],
+                "norm_min": norms[place].min(),
+                "norm": np.median(norms[place]),
+                "norm_max": norms[place].max(),
+                "shrunk": np.max(run.norms.norms[name][0] / norms[place]),
+                "effective_lr": rate[-1:].sum() * (mean[-1] if len(mean) else 1) or np.nan,
+                "rotation": np.sqrt(np.mean(np.square(angles))) if len(angles) else np.nan,
+                "equilibrium": expected.mean() if len(expected) else np.nan,
+                "factor_min": least.min(initial=np.inf) if len(least) else np.nan,
+                "factor_max": most.max(initial=0) if len(most) else np.nan,
+            }
+            values = {key: f"{value:.5g}" for key, value in row.items()}
+            yield {"epoch": int(epoch), "layer": layer, "logged_steps": len(angles), **values}
+
+
+def values_of_epoch(series: Series | None, ends: NDArray[np.int64], place: int) -> NDArray[Any]:
+    """Return what was logged before this end of an epoch and not before the one before it."""
+    if series is None:
+        return np.empty(0)
+    return series.values[np.searchsorted(ends, series.steps, side="right") == place]
 
 
 def describe(

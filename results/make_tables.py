@@ -1,4 +1,4 @@
-"""Writes docs/results.md, its pictures and README's table from what the runs gave.
+"""Writes docs/results.md and recordings.md, pictures and README's table from what runs gave.
 
 python results/make_tables.py
 """
@@ -13,18 +13,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import matplotlib
 import numpy as np
 import yaml
+from make_recordings import COLOURS, NOT_RUN, make_recordings, save_picture
 from matplotlib.figure import Figure
 from plan import HERE, read_plan
 
 from nmlightning.reports.formatting import MeanStd, format_mean_std, is_share
 
-NOT_RUN = "not run yet"
 README_MARKS = ("<!-- made by make tables -->\n", "<!-- end -->\n")
-# Okabe and Ito's colours, which colour-blind people tell apart, without the yellow.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B6B6B")
 
 
 @dataclass(frozen=True)
@@ -185,13 +182,10 @@ def draw_figure(
         for each in values if len(values) > 1 else ():
             axes.plot(epochs, each, color=colour, alpha=0.25, linewidth=0.8)
         axes.plot(epochs, values.mean(axis=0), color=colour, label=row["label"], linewidth=1.6)
-    axes.set_xlabel("epoch")
     axes.set_ylabel(figure["label"] + (", %" if is_share(figure["metric"]) else ""))
     axes.set_yscale("log" if figure.get("log") else "linear")
-    axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nmlightning"}):
-        picture.savefig(file, metadata={"Creator": None, "Date": None})
+    save_picture(picture, file)
 
 
 def make_tables(folder: Path, root: Path) -> None:
@@ -211,6 +205,8 @@ def make_tables(folder: Path, root: Path) -> None:
             for figure in table.get("figures", []):
                 draw_figure(figure, table, results, pictures / f"results_{figure['name']}.svg")
     write(root / "docs" / "results.md", write_page(page, expected, results))
+    tables = {name: each for each, table in plan["tables"].items() for name in table["runs"]}
+    make_recordings(page["recordings"], tables, folder, root / "docs")
     readme = root / "README.md"
     table = write_readme_table(page, results)
     write(readme, replace_between(readme.read_text("utf-8"), README_MARKS, table))

@@ -13,10 +13,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from make_tables import Results, make_tables
 from plan import HERE, Run, read_plan
+from recordings import settled_epochs
 
 from nmlightning.cli import main
 
@@ -24,7 +26,7 @@ PLAN = read_plan()
 FIRST = {run.name: run for run in reversed(PLAN.values())}.values()
 TINY = """
 tables:
-  tiny:
+  rotation:
     runs:
       whole: &run
         config: study_wd_on
@@ -84,17 +86,19 @@ def test_a_killed_run_resumes_to_the_same_curves(tmp_path: Path) -> None:
         time.sleep(0.02)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
-    assert not (tmp_path / "tiny").exists(), "it was too fast to be killed"
+    assert not (tmp_path / "rotation").exists(), "it was too fast to be killed"
     assert subprocess.run(command).returncode == 0
-    kept = {file.name: file.read_text() for file in (tmp_path / "tiny").iterdir()}
+    kept = {file.name: file.read_text() for file in (tmp_path / "rotation").iterdir()}
     assert kept["killed-1.csv"] == kept["whole-1.csv"]
     assert json.loads(kept["whole-1.json"])["resumed"] == 0
     assert json.loads(kept["killed-1.json"])["resumed"] == 1
+    recorded = [tmp_path / f"recordings/{name}-1.csv" for name in ("killed", "whole")]
+    assert recorded[0].read_text() == recorded[1].read_text()
     assert str(tmp_path) not in kept["killed-1.json"]
-    for file in (tmp_path / "tiny").iterdir():
+    for file in (tmp_path / "rotation").iterdir():
         file.unlink()
     assert subprocess.run([*command, "--keep"]).returncode == 0
-    assert {file.name: file.read_text() for file in (tmp_path / "tiny").iterdir()} == kept
+    assert {file.name: file.read_text() for file in (tmp_path / "rotation").iterdir()} == kept
     rows = list(csv.DictReader(io.StringIO(kept["whole-1.csv"])))
     assert [int(row["epoch"]) for row in rows] == list(range(8))
     assert all(float(row[name]) > 0 for row in rows for name in ("effective_lr", "lr", "norm_min"))
@@ -109,8 +113,16 @@ def test_tables_are_made_of_what_is_kept(tmp_path: Path) -> None:
     for name, file in made.items():
         assert file.read_bytes() == (HERE.parent / name).read_bytes(), f"make tables: {name}"
         assert file.stat().st_size < 100_000
-    there = {file.name for file in (HERE.parent / "docs/pictures").glob("results_*.svg")}
+    assert Path("docs/recordings.md") in made
+    there = {file.name for file in (HERE.parent / "docs/pictures").glob("re*_*.svg")}
     assert there == {name.name for name in made if name.suffix == ".svg"}
+
+
+def test_layer_is_settled_from_where_its_ratio_stays_near_1() -> None:
+    ratios = np.full((8, 3), 1.05)
+    ratios[2, 0] = 2.0  # which the mean of three epochs sees until the fourth
+    ratios[7, 1] = 2.0
+    assert settled_epochs(ratios) == ["5", "not reached", "2"]
 
 
 def test_every_run_has_a_row() -> None:
@@ -123,12 +135,12 @@ def test_every_run_has_a_row() -> None:
 
 def test_cells_say_how_many_seeds_they_have(tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text(TINY.replace("seeds: [1]", "seeds: [1, 2]"))
-    (tmp_path / "tiny").mkdir()
+    (tmp_path / "rotation").mkdir()
     column = {"metric": "val/top1", "first": -1}
     assert Results(tmp_path).cell("whole", column) == "not run yet"
     for seed, cell in ((1, "50.00 % (1 of 2)"), (2, "55.00 ± 7.07 % (2)")):
-        (tmp_path / f"tiny/whole-{seed}.json").write_text("{}")
+        (tmp_path / f"rotation/whole-{seed}.json").write_text("{}")
         rows = f"step,epoch,val/top1\n9,0,0.1\n19,1,{0.4 + seed / 10}\n"
-        (tmp_path / f"tiny/whole-{seed}.csv").write_text(rows)
+        (tmp_path / f"rotation/whole-{seed}.csv").write_text(rows)
         assert Results(tmp_path).cell("whole", column) == cell
     assert Results(tmp_path).missing == 2
