@@ -13,7 +13,13 @@ from nmlightning.compat import keep_through_sync, synchronise_norms
 from nmlightning.errors import InputError, check_lists
 from nmlightning.kernels.dispatch import NO_KERNELS
 from nmlightning.kernels.interface import layout_of
-from nmlightning.norms.registry import check_fuse, check_kinds, check_options
+from nmlightning.norms.registry import (
+    check_fuse,
+    check_kinds,
+    check_options,
+    check_types,
+    norm_name,
+)
 from nmlightning.surgery.fuse.fuse import unfused
 from nmlightning.surgery.norm_layers import find_norm_layers
 from nmlightning.surgery.recipes import (
@@ -54,6 +60,7 @@ class NormSwap(ModelChange):
         fuse: "relu" lets batch norms do the ReLU after them, "add_relu" also an addition and the
             ReLU after that. It changes no mathematics and so is no part of the recipe: a run may be
             resumed with another, and a checkpoint is loaded without.
+        types: other classes that are "layer" or "rms" norms, by their paths.
 
     Raises:
         InputError: on construction for an unknown norm, kind, option or `fuse`; in setup for a
@@ -70,21 +77,23 @@ class NormSwap(ModelChange):
         self,
         norm: str = "l1",
         options: dict[str, Any] | None = None,
-        kinds: Sequence[str] = ("batch",),
+        kinds: Sequence[str] | str = ("batch",),
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         fuse: str | None = None,
+        types: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
-        check_lists(kinds=kinds, include=include, exclude=exclude)
-        self.norm = norm
-        self.kinds = check_kinds(tuple(kinds))
+        check_lists(include=include, exclude=exclude)
+        self.norm = norm_name(norm)
+        self.kinds = check_kinds(kinds)
         for kind in self.kinds:
             check_options(norm, kind, options or {})
         self.options: Mapping[str, Any] = dict(options or {})
         self.include = tuple(include)
         self.exclude = tuple(exclude)
         self.fuse = check_fuse(fuse, norm, self.kinds)
+        self.types = check_types(types)
         self._unchecked = False
         self._unnoted: Mapping[str, nn.Module] = {}
         self._backends: BackendNote | None = None
@@ -139,6 +148,7 @@ class NormSwap(ModelChange):
             include=self.include,
             exclude=self.exclude,
             fuse=self.fuse,
+            types=self.types,
         )
         note_recipe(
             module, self.recipe(), {swap.name: swap.after for swap in report.swapped}, NORM_SWAP
@@ -150,7 +160,8 @@ class NormSwap(ModelChange):
 
     def recipe(self) -> Recipe:
         """Return the keywords as plain data."""
-        return make_recipe(self.norm, self.options, self.kinds, self.include, self.exclude)
+        patterns = (self.include, self.exclude)
+        return make_recipe(self.norm, self.options, self.kinds, *patterns, self.types)
 
 
 def _find_swapped(module: nn.Module) -> dict[str, nn.Module]:

@@ -41,27 +41,42 @@ def check_normalized_shape(normalized_shape: int | Sequence[int]) -> list[int]:
 
 
 def normalise_features(
-    x: Tensor, layer: Any, bias: Tensor | None, eps: float, *, centred: bool
+    x: Tensor,
+    layer: Any,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sizes: tuple[int, ...],
+    eps: float | None,
+    *,
+    centred: bool,
 ) -> Tensor:
-    """Return x, (*, *normalized_shape), normalised as a layer or RMS norm is set, in its dtype.
+    """Return x, (*, *sizes), normalised as a layer or RMS norm is set, in its dtype.
+
+    By default eps is what torch's RMS norm adds; for half inputs it is that of float32, too.
 
     Raises:
         InputError: an input that ends in other sizes, or is not of real floating-point numbers.
     """
-    sizes = layer.normalized_shape
+    if x.is_nested:
+        settings = (layer, weight, bias, sizes, eps)
+        parts = [normalise_features(part, *settings, centred=centred) for part in x.unbind()]
+        nested: Tensor = torch.nested.as_nested_tensor(parts, layout=x.layout)
+        return nested
     if tuple(x.shape[-len(sizes) :]) != sizes:
         raise InputError(
             f"{type(layer).__name__} normalises the last dimensions {sizes}, "
             f"got an input of shape {tuple(x.shape)}."
         )
+    if eps is None:
+        eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
     constant = layer.statistic.constant(math.prod(sizes), layer.constant)
     kernels = layer.backend_for(x).kernels
     if kernels is not None:
         return KernelLayerNormFunction.apply(  # type: ignore[no-any-return]
-            x, layer.weight, bias, len(sizes), kernels, constant, eps
+            x, weight, bias, len(sizes), kernels, constant, eps
         )
     dtype = accumulation_dtype(x.dtype, layer.stats_dtype)
-    arguments = (layer.weight, bias, len(sizes), layer.p, constant, eps, dtype, centred)
+    arguments = (weight, bias, len(sizes), layer.p, constant, eps, dtype, centred)
     if is_half(dtype):
         return apply_without_autocast(LayerNormFunction, x, *arguments)  # type: ignore[no-any-return]
     return LayerNormFunction.apply(x, *arguments)  # type: ignore[no-any-return]
@@ -205,7 +220,8 @@ class LpLayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the normalised input, in its dtype."""
-        return normalise_features(input, self, self.bias, self.eps, centred=True)
+        settings = (self.normalized_shape, self.eps)
+        return normalise_features(input, self, self.weight, self.bias, *settings, centred=True)
 
     def backend_for(self, input: Tensor) -> Dispatch:
         """Return the backend that computes such an input, and why, without running."""
@@ -302,10 +318,8 @@ class LpRMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised input, in its dtype."""
-        # By default what torch adds; for half inputs it is that of float32, too.
-        least = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
-        eps = least if self.eps is None else self.eps
-        return normalise_features(x, self, None, eps, centred=False)
+        settings = (self.normalized_shape, self.eps)
+        return normalise_features(x, self, self.weight, None, *settings, centred=False)
 
     def backend_for(self, input: Tensor) -> Dispatch:
         """Return the backend that computes such an input, and why, without running."""

@@ -1,14 +1,14 @@
 """The norms by name: which layer class each one is, for batch, layer and RMS normalisation."""
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType, ModuleType
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import nn
 
-from nmlightning.errors import InputError, check_choice, nearest
+from nmlightning.errors import InputError, check_choice, check_lists, nearest
 from nmlightning.kernels.interface import Fused, NormKind
 from nmlightning.norms import batch_norm, low_precision, mean_only
 from nmlightning.norms.layer_norm import L1LayerNorm, L1RMSNorm, LpLayerNorm, LpRMSNorm
@@ -69,11 +69,17 @@ NORMS: Mapping[str, Norm] = MappingProxyType(
 
 def find_norm(name: str) -> Norm:
     """Return the norm called `name`, or raise InputError with the names there are."""
-    if not isinstance(name, str) or name not in NORMS:
+    return NORMS[norm_name(name)]
+
+
+def norm_name(name: str) -> str:
+    """Return the name as NORMS has it, of "L1" "l1", or raise InputError for an unknown one."""
+    known = name.lower() if isinstance(name, str) else ""
+    if known not in NORMS:
         raise InputError(
             f"There is no norm {name!r}; there are {', '.join(NORMS)}.{nearest(str(name), NORMS)}"
         )
-    return NORMS[name]
+    return known
 
 
 def layer_class(name: str, kind: NormKind, dims: int | None = None) -> type[nn.Module]:
@@ -94,14 +100,25 @@ def _by_kind(norm: Norm, kind: NormKind) -> type[nn.Module] | None:
     return norm.layer if kind == "layer" else norm.rms
 
 
-def check_kinds(kinds: tuple[str, ...]) -> tuple[NormKind, ...]:
-    """Return the kinds if all of them exist, or raise InputError."""
+def check_kinds(kinds: str | Sequence[str]) -> tuple[NormKind, ...]:
+    """Return the kinds, of which one may be given as a string, or raise InputError."""
+    kinds = (kinds,) if isinstance(kinds, str) else kinds
+    check_lists(kinds=kinds)
     for kind in kinds:
         if kind not in KINDS:
             raise InputError(f"kinds are {', '.join(KINDS)}, got {kind!r}.{nearest(kind, KINDS)}")
     if not kinds:
         raise InputError(f"kinds is empty: name {', '.join(KINDS)} or several.")
-    return kinds  # type: ignore[return-value]
+    return tuple(kinds)  # type: ignore[arg-type]
+
+
+def check_types(types: Mapping[str, str] | None) -> dict[str, Literal["layer", "rms"]]:
+    """Return the kinds of classes by their paths, or raise InputError for another kind."""
+    if not isinstance(types or {}, Mapping):
+        raise InputError(f"types maps paths of classes to 'layer' or 'rms', got {types!r}.")
+    for path, kind in (types or {}).items():
+        check_choice(f"The kind of {path} in types", kind, ("layer", "rms"))
+    return dict(types or {})  # type: ignore[arg-type]
 
 
 def check_options(name: str, kind: NormKind, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Finds the norm layers of a model, and converts them in place."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +10,22 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase, _NormBase
 
 from nmlightning.kernels.interface import Fused, NormKind
 from nmlightning.norms.batch_norm_base import RUNNING, BatchNormBase
-from nmlightning.norms.layer_norm import LpLayerNorm
 from nmlightning.norms.mean_only import MeanOnlyBatchNorm
 from nmlightning.norms.registry import NORMS
+from nmlightning.surgery.foreign_norms import (
+    ACTIVATION,
+    EPS_NAME,
+    ForeignKind,
+    NormForm,
+    SwappedNorm,
+    find_form,
+    is_known,
+)
 
-_NAMED_LIKE_A_NORM = re.compile(r"(Batch|Layer|Group|Instance|RMS|Response)_?Norm", re.IGNORECASE)
-_NAMED_RMS = re.compile("RMS", re.IGNORECASE)
+_NAMED_LIKE_A_NORM = re.compile(
+    r"(Batch|Layer|Group|Instance|RMS|Response|L2)_?Norm", re.IGNORECASE
+)
+_NAMED_LAYER_OR_RMS = re.compile(r"(Layer|RMS|L2)_?Norm", re.IGNORECASE)
 _DIMS: dict[type, int | None] = {
     cls: dims for norm in NORMS.values() for dims, cls in norm.batch.items()
 }
@@ -23,11 +33,9 @@ _LAYER_NORMS = {norm.layer for norm in NORMS.values() if norm.layer is not None}
 _RMS_NORMS = {norm.rms for norm in NORMS.values() if norm.rms is not None}
 # Instance attributes that only our layers have; what a layer no longer needs is deleted.
 _OWN_SETTINGS = ("p", "k", "chunks", "statistic", "constant", "stats_dtype", "sync")
-_COMMON_SETTINGS = ("eps", "momentum")
 FUSION = "_nmlightning_fusion"  # of the class of a module whose norms are fused
 _ORIGINAL_CLASS = "_class_before_swap"
 _ACTIVATION_HOOK = "_drop_and_act_hook"
-_FAST_PATH = "_activation_relu_or_gelu_before_swap"
 _FROZEN_WEIGHT = "_weight_was_frozen_before_swap"
 
 
@@ -40,6 +48,7 @@ class NormLayer:
     kind: NormKind | None
     dims: int | None = None
     unsupported_reason: str = ""
+    form: NormForm | None = None  # of another library's layer or RMS norm
 
     @property
     def type_name(self) -> str:
@@ -55,6 +64,8 @@ class NormLayer:
 
     def inherited(self) -> dict[str, Any]:
         """Return the constructor arguments that whatever it becomes takes from it."""
+        if self.form is not None:
+            return {"normalized_shape": 1, "eps": self.form.eps_of(self.module)}
         names: tuple[str, ...] = ("normalized_shape", "eps", "elementwise_affine")
         if not isinstance(self.module, (nn.LayerNorm, nn.RMSNorm)):
             names = ("num_features", "eps", "momentum", "affine", "track_running_stats")
@@ -64,13 +75,24 @@ class NormLayer:
         return settings
 
 
-def find_norm_layers(model: nn.Module) -> list[NormLayer]:
-    """Return every norm layer of `model`, a shared one under each of its names."""
+def find_norm_layers(
+    model: nn.Module, types: Mapping[str, ForeignKind] | None = None
+) -> list[NormLayer]:
+    """Return every norm layer of `model`, a shared one under each of its names.
+
+    Those whose class `types` names are of the kind it says, if they compute that.
+    """
+    types = types or {}
     return [
-        _describe(_without_wrappers(name), module)
+        _describe(_without_wrappers(name), module, types.get(path_of(type(module))))
         for name, module in model.named_modules(remove_duplicate=False)
-        if _is_norm(module)
+        if _is_norm(module) or path_of(type(module)) in types
     ]
+
+
+def path_of(cls: type) -> str:
+    """Return the path of a class, as `types` has it."""
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def is_like(module: nn.Module, template: nn.Module) -> bool:
@@ -87,8 +109,8 @@ def convert_in_place(module: nn.Module, template: nn.Module) -> None:
     before, after = type(module), class_to_take(module, template)
     if isinstance(module, MeanOnlyBatchNorm):
         _give_scale_back(module)
-    for name in _OWN_SETTINGS:
-        module.__dict__.pop(name, None)
+    for name in _settings(module):
+        del module.__dict__[name]
     module.__dict__.update(_settings(template))
     module.__class__ = after
     if isinstance(module, BatchNormBase):
@@ -168,23 +190,6 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(forward) or any(others)
 
 
-def guard_fast_paths(modules: Iterable[nn.Module]) -> None:
-    """Keep torch's encoder layers from computing L2 in evaluation where their norm is another.
-
-    `nn.TransformerEncoderLayer` hands its norms' weights to a fused kernel, whatever class they
-    have, unless its activation is neither ReLU nor GELU: that flag is the switch it offers.
-    """
-    for module in modules:
-        if not isinstance(module, nn.TransformerEncoderLayer):
-            continue
-        swapped = any(isinstance(child, LpLayerNorm) for child in module.children())
-        if swapped and _FAST_PATH not in module.__dict__:
-            module.__dict__[_FAST_PATH] = module.activation_relu_or_gelu
-            module.activation_relu_or_gelu = 0
-        elif not swapped and _FAST_PATH in module.__dict__:
-            module.activation_relu_or_gelu = module.__dict__.pop(_FAST_PATH)
-
-
 def _without_wrappers(name: str) -> str:
     """Return the name that a module has in the model before `torch.compile` wrapped parts of it."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
@@ -194,11 +199,13 @@ def _is_norm(module: nn.Module) -> bool:
     if isinstance(module, (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
         return True
     named_like_one = _NAMED_LIKE_A_NORM.search(type(module).__name__) is not None
-    return named_like_one and not any(module.children())
+    return named_like_one and module._modules.keys() <= ACTIVATION
 
 
-def _describe(name: str, module: nn.Module) -> NormLayer:
+def _describe(name: str, module: nn.Module, named: ForeignKind | None) -> NormLayer:
     cls = type(module)
+    like_torchs = isinstance(module, nn.LayerNorm | nn.RMSNorm)
+    like_torchs = like_torchs or _NAMED_LAYER_OR_RMS.search(cls.__name__) is not None
     if "forward" in vars(module):
         reason = "its forward was replaced on the object, where no class counts"
     elif cls in _DIMS:
@@ -211,10 +218,19 @@ def _describe(name: str, module: nn.Module) -> NormLayer:
         return NormLayer(name, module, "rms")
     elif isinstance(module, _LazyNormBase):
         reason = "not initialised, run one batch through it"
-    elif isinstance(module, (_BatchNorm, nn.LayerNorm, nn.RMSNorm)):
+    elif isinstance(module, _BatchNorm):
         reason = "a subclass, and only exact types are swapped"
-    elif _NAMED_RMS.search(cls.__name__):
-        reason = "a class of its own, and only torch's RMSNorm is swapped"
+    elif isinstance(module, SwappedNorm):
+        return NormLayer(name, module, module.form.kind, form=module.form)
+    elif named is not None or (is_known(cls) and like_torchs):
+        form = find_form(module, (named,) if named is not None else ("layer", "rms"))
+        if isinstance(form, NormForm):
+            return NormLayer(name, module, form.kind, form=form)
+        reason = form
+    elif like_torchs:
+        rms = isinstance(module, nn.RMSNorm) or "rms" in cls.__name__.lower()
+        kind = "rms" if rms else "layer"
+        reason = f"an unknown class, which types={{'{path_of(cls)}': '{kind}'}} names"
     else:
         reason = "no swap is defined for this norm"
     return NormLayer(name, module, None, unsupported_reason=reason)
@@ -235,5 +251,5 @@ def class_to_take(module: nn.Module, template: nn.Module) -> type[nn.Module]:
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    names = (*_COMMON_SETTINGS, *_OWN_SETTINGS)
-    return {name: vars(module)[name] for name in names if name in vars(module)}
+    own = ("momentum", *_OWN_SETTINGS)
+    return {x: value for x, value in vars(module).items() if x in own or EPS_NAME.search(x)}

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from nmlightning.errors import InputError
-from nmlightning.norms.registry import INHERITED_UNLESS_GIVEN, drop_defaults
+from nmlightning.norms.registry import INHERITED_UNLESS_GIVEN, check_kinds, drop_defaults, norm_name
 from nmlightning.parametrizations.layers import choose_layers, normalised_weights
 from nmlightning.parametrizations.weight_norm import Settings
 
@@ -58,19 +58,21 @@ def make_recipe(
     kinds: Iterable[str],
     include: Iterable[str],
     exclude: Iterable[str],
+    types: Mapping[str, str] | None = None,
 ) -> Recipe:
     """Return the keywords of a swap as plain data, which a checkpoint may hold.
 
     What comes to the same is equal: options at their default are left out, lists are sorted.
     """
     plain = {option: _plain(value) for option, value in options.items()}
-    return {
-        "norm": norm,
+    recipe = {
+        "norm": norm_name(norm),
         "options": drop_defaults(norm, plain),
-        "kinds": sorted(set(kinds)),
+        "kinds": sorted(set(check_kinds(kinds))),
         "include": sorted(set(include)),
         "exclude": sorted(set(exclude)),
     }
+    return {**recipe, "types": dict(sorted(types.items()))} if types else recipe
 
 
 def make_weight_norm_recipe(
@@ -247,10 +249,10 @@ def _first_difference(there: list[Recipe], here: list[Recipe], change: Change) -
     old, new, key = next(
         (old, new, key)
         for old, new in zip(there, here, strict=True)
-        for key in old
-        if old[key] != new[key]
+        for key in {**old, **new}
+        if old.get(key) != new.get(key)
     )
-    return f"{name} {key} = {old[key]!r}, this run has {key} = {new[key]!r}"
+    return f"{name} {key} = {old.get(key)!r}, this run has {key} = {new.get(key)!r}"
 
 
 def _titles(recipes: list[Recipe], change: Change) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,26 +10,29 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from nmlightning.errors import InputError, check_flag, check_lists
+from nmlightning.errors import InputError, check_flag, check_lists, nearest
 from nmlightning.kernels.interface import Fused, NormKind
-from nmlightning.name_patterns import matches, unmatched
+from nmlightning.name_patterns import matches, some, unmatched
+from nmlightning.norms.fast_path import guard_fast_paths
 from nmlightning.norms.registry import (
     TITLES,
     check_fuse,
     check_kinds,
     check_options,
-    find_norm,
+    check_types,
     layer_class,
+    norm_name,
 )
+from nmlightning.surgery.foreign_norms import make_foreign
 from nmlightning.surgery.norm_layers import (
     NormLayer,
     class_to_take,
     convert_in_place,
     find_norm_layers,
     fused_of,
-    guard_fast_paths,
     has_fused,
     is_like,
+    path_of,
 )
 from nmlightning.weights.channel_norms import is_sharded
 
@@ -108,10 +112,11 @@ def swap_norms(
     norm: str = "l1",
     options: Mapping[str, Any] | None = None,
     *,
-    kinds: Sequence[str] = ("batch",),
+    kinds: Sequence[str] | str = ("batch",),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     fuse: str | None = None,
+    types: Mapping[str, str] | None = None,
     dry_run: bool = False,
 ) -> SwapReport:
     """Turn the norm layers of `model` into the norm called `norm`, in place, and report it.
@@ -120,8 +125,10 @@ def swap_norms(
     `torch.nn.utils.parametrize` does it. So its parameters, buffers and hooks, the optimizers that
     hold them, and all that shares the module stay valid. A layer is swapped if its class is
     exactly torch's `BatchNorm1d/2d/3d`, `SyncBatchNorm` (which becomes a synchronised norm),
-    `LayerNorm` or `RMSNorm`, one of ours, or timm's `BatchNormAct2d` (which keeps its drop and
-    activation). Calling it twice changes nothing the second time. `norm="l2"` undoes a swap. A swap
+    `LayerNorm` or `RMSNorm`, one of ours, timm's `BatchNormAct2d` (which keeps its drop and
+    activation), or a layer or RMS norm of timm, torchvision, Hugging Face and others that computes
+    on random inputs what torch's does, but for the axis, 1 + weight or an activation. Calling it
+    twice changes nothing the second time. `norm="l2"` undoes a swap. A swap
     to `mean`, which has no scale, makes the weights 1 and freezes them until the next swap.
 
     With `fuse` a batch norm also does the ReLU that follows it in its module's forward, where it is
@@ -133,7 +140,7 @@ def swap_norms(
 
     Args:
         model: any module, also one that `torch.compile` wraps.
-        norm: `l1`, `linf`, `top10`, `topk`, `lp`, `range`, `mean`, `half_l2`, or `l2`, torch's own.
+        norm: `l1`, `linf`, `top10`, `topk`, `lp`, `range`, `mean`, `half_l2`, or `l2`, what it was.
         options: the norm's constructor options: `k`, `p`, `chunks`, `constant`, `eps`, `momentum`,
             `stats_dtype`, `sync`. By default eps and momentum stay those of the layer.
         kinds: `batch`, `layer`, `rms` or several.
@@ -141,6 +148,8 @@ def swap_norms(
         exclude: glob patterns on module names that are left alone.
         fuse: "relu" lets these batch norms do the ReLU after them, "add_relu" also an addition
             and the ReLU after that; None lets them do neither, also those that did.
+        types: other classes that are "layer" or "rms" norms, by their paths, such as
+            `{"my.package.MyNorm": "rms"}`; they are tried on random inputs, too.
         dry_run: report only.
 
     Returns:
@@ -149,22 +158,24 @@ def swap_norms(
     Raises:
         InputError: an unknown norm, kind or option; a pattern that matches nothing; nothing to
             swap in the model; a norm that `include` names but that cannot be swapped (group
-            and instance norms, subclasses and other classes than torch's, objects with a forward of
-            their own); parameters that are sharded already; `fuse` with "l2", which is torch's
-            own, or without batch norms. The model is then unchanged.
+            and instance norms, subclasses and unknown classes, objects with a forward of their
+            own); a class in `types` that is not in the model or computes something else;
+            parameters that are sharded already; `fuse` with "l2", which is torch's own, or without
+            batch norms. The model is then unchanged.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         >>> print(swap_norms(net, "top10", {"constant": "paper"}))
         swapped 1 BatchNorm2d → TopKBatchNorm2d
     """
-    find_norm(norm)
+    norm = norm_name(norm)
     check_flag("dry_run", dry_run)
-    check_lists(kinds=kinds, include=include, exclude=exclude)
-    chosen = check_kinds(tuple(kinds))
+    check_lists(include=include, exclude=exclude)
+    chosen = check_kinds(kinds)
     settings = {kind: check_options(norm, kind, options or {}) for kind in chosen}
     extent = check_fuse(fuse, norm, chosen)
-    layers = find_norm_layers(model)
+    layers = find_norm_layers(model, check_types(types))
+    _check_types(model, layers, types or {})
     _check_patterns(model, layers, chosen, include, exclude)
     picked = _pick(layers, include, exclude)
     _check_picked(model, layers, picked, chosen, include)
@@ -250,7 +261,11 @@ def _template(layer: NormLayer, norm: str, options: Mapping[str, Any]) -> nn.Mod
         dims = None
     elif layer.synchronised:
         settings.setdefault("sync", True)
-    return layer_class(norm, layer.kind, dims)(**settings, device="meta")
+    template = layer_class(norm, layer.kind, dims)(**settings, device="meta")
+    if layer.form is not None:
+        has_eps = "eps" in options or "eps" in vars(layer.module)
+        make_foreign(template, layer.module, layer.form, has_eps)
+    return template
 
 
 def _pick(
@@ -262,6 +277,18 @@ def _pick(
     return [layer for layer in included if id(layer.module) not in excluded]
 
 
+def _check_types(model: nn.Module, layers: list[NormLayer], types: Iterable[str]) -> None:
+    classes = [getattr(x, "replaced", type(x)) for x in model.modules()]
+    paths = {path_of(cls): "" for cls in classes}
+    paths |= {path_of(type(x.module)): x.unsupported_reason for x in layers}
+    for path in types:
+        if path not in paths:
+            near = nearest(path, paths)
+            raise InputError(f"types names {path}, and no module is of that class.{near}")
+        if paths[path]:
+            raise InputError(f"types names {path}, but {paths[path]}.")
+
+
 def _check_patterns(
     model: nn.Module,
     layers: list[NormLayer],
@@ -271,8 +298,11 @@ def _check_patterns(
 ) -> None:
     wanted = _title(kinds)
     if not any(layer.kind in kinds for layer in layers):
+        others = list(dict.fromkeys(x.kind for x in layers if x.kind is not None))
+        way_out = f" Swap them with kinds={json.dumps(others)}." if others else ""
         raise InputError(
-            f"There is no {wanted} to swap in {type(model).__name__}. {_list_norms(layers)}"
+            f"There is no {wanted} to swap in {type(model).__name__}. "
+            f"{_list_norms(layers)}{way_out}"
         )
     # To exclude a norm that is not swapped anyway is right, if needless.
     names = [layer.name for layer in layers]
@@ -301,9 +331,7 @@ def _describe(layer: NormLayer) -> str:
 def _list_norms(layers: list[NormLayer]) -> str:
     if not layers:
         return "It has no norm layers; is the net built in configure_model?"
-    shown = [_describe(layer) for layer in layers[:12]]
-    more = f" and {len(layers) - len(shown)} more" if len(layers) > len(shown) else ""
-    return f"Its norm layers are {', '.join(shown)}{more}."
+    return f"Its norm layers are {some(map(_describe, layers), 3)}."
 
 
 def _check_picked(
@@ -315,7 +343,7 @@ def _check_picked(
 ) -> None:
     unsupported = [layer for layer in picked if layer.unsupported_reason]
     if include and unsupported:
-        named = ", ".join(map(_describe, unsupported))
+        named = some(map(_describe, unsupported), 3)
         raise InputError(f"include names norms that cannot be swapped: {named}; exclude them.")
     if not any(layer.kind in kinds for layer in picked):
         raise InputError(

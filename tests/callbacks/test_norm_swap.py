@@ -281,7 +281,8 @@ class TestInput:
             (("l1", {"konstant": "paper"}), "no option 'konstant'.* Did you mean 'constant'"),
             (("l1", None, ["batch"], [1]), r"include is a list of strings, got \[1\]"),
             (("linf", None, ["layer"]), "'linf' is not defined for layer norms"),
-            (("l1", None, "batch"), "kinds is a list, got the string 'batch'"),
+            (("l1", None, "bach"), "got 'bach'. Did you mean 'batch'"),
+            (("l1", None, "layer", (), (), None, {"a.B": "batch"}), "kind of a.B in types is"),
         ],
     )
     def test_bad_arguments_are_refused_on_construction(

@@ -65,7 +65,7 @@ def test_layer_class_rejects_undefined_kinds(name: str, kind: NormKind, title: s
 @pytest.mark.parametrize(
     ("name", "nearest"),
     [
-        *(("l_1", "l1"), ("L1", "l1"), ("top_10", "top10"), ("topK", "topk"), ("l-inf", "linf")),
+        *(("l_1", "l1"), ("top_10", "top10"), ("top-K", "topk"), ("l-inf", "linf")),
         *(("means", "mean"), ("group", ""), (None, ""), (1, "l1"), (["l1"], "l1")),
     ],
 )

@@ -49,19 +49,51 @@ class TestTimm:
         torch.testing.assert_close(net(images), expected)
 
 
-def test_transformer_encoder_evaluates_the_swapped_norm() -> None:
+class TestTransformerEncoder:
     """Its fused kernel computes L2 by the norms' weights, whatever class they have."""
-    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    x = torch.randn(2, 5, 8)
-    with torch.no_grad():
-        fused_l2 = layer.eval()(x)
-        swap_norms(layer, "l1", kinds=["layer"])
-        swapped = layer(x)
-        torch.testing.assert_close(swapped, layer.train()(x))
-        assert (swapped - fused_l2).abs().max() > 1e-2
-        swap_norms(layer, "l2", kinds=["layer"])
-        torch.testing.assert_close(layer.eval()(x), fused_l2)
-    assert layer.activation_relu_or_gelu == 1
+
+    @pytest.fixture(params=[False, True], ids=["post_norm", "pre_norm"])
+    def layer(self, request: pytest.FixtureRequest) -> nn.TransformerEncoderLayer:
+        settings = {"dropout": 0.0, "batch_first": True, "norm_first": request.param}
+        return nn.TransformerEncoderLayer(8, 2, 16, **settings)
+
+    @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+    @pytest.mark.parametrize(("norm", "options"), [("l1", {}), ("lp", {"p": 3})])
+    @pytest.mark.parametrize("depth", [0, 2])
+    @torch.no_grad()
+    def test_swapped_evaluates_as_it_trains(
+        self, layer: nn.Module, depth: int, norm: str, options: dict[str, Any]
+    ) -> None:
+        net = nn.TransformerEncoder(layer, depth, nn.LayerNorm(8)) if depth else layer
+        x, padding = torch.randn(2, 5, 8), torch.arange(5) >= torch.tensor([[5], [3]])
+        state = [vars(module).copy() for module in net.modules()]
+        l2 = net.eval()(x, src_key_padding_mask=padding)
+        swap_norms(net, norm, options, kinds="layer")
+        swapped = net(x, src_key_padding_mask=padding)
+        trained = net.train()(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(swapped, trained, rtol=0, atol=1e-5)
+        assert (swapped - l2)[~padding].abs().max() > 1e-2
+        swap_norms(net, "l2", kinds="layer")
+        assert torch.equal(net.eval()(x, src_key_padding_mask=padding), l2)
+        assert [vars(module).keys() for module in net.modules()] == [s.keys() for s in state]
+
+    @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+    @pytest.mark.parametrize("when", ["before", "after"])
+    @torch.no_grad()
+    def test_norm_put_there_by_hand_is_what_evaluates(self, layer: Any, when: str) -> None:
+        net: Any = nn.TransformerEncoder(layer, 2) if when == "after" else None
+        for part in net.layers if net else [layer]:
+            part.norm1, part.norm2 = norms.L1LayerNorm(8), norms.L1LayerNorm(8)
+        net = net or nn.TransformerEncoder(layer, 2)
+        x, padding = torch.randn(2, 5, 8), torch.arange(5) >= torch.tensor([[5], [3]])
+        for mask in (None, padding):
+            y, expected = (net.train(mode)(x, src_key_padding_mask=mask) for mode in (False, True))
+            seen = slice(None) if mask is None else ~mask  # torch makes the others 0
+            torch.testing.assert_close(y[seen], expected[seen], rtol=0, atol=1e-5)
+        net.layers[0].norm1 = net.layers[0].norm2 = nn.LayerNorm(8)
+        assert net.layers[0].activation_relu_or_gelu == 1
 
 
 class TestCompiled:

@@ -200,7 +200,6 @@ class TestWhichLayers:
             nn.GroupNorm(2, 4),
             nn.InstanceNorm2d(4),
             timm.layers.GroupNormAct(4, 2),
-            timm.layers.RmsNorm(4),
             torchvision.ops.FrozenBatchNorm2d(4),
             nn.LazyBatchNorm2d(),
         ],
@@ -242,7 +241,7 @@ class TestInput:
             ({"options": {"constant": "exakt"}}, "'exakt'.* Did you mean 'exact'\\?"),
             ({"kinds": ["bach"]}, "got 'bach'. Did you mean 'batch'\\?"),
             ({"kinds": []}, "kinds is empty"),
-            ({"kinds": "batch"}, "kinds is a list, got the string 'batch'"),
+            ({"kinds": "bach"}, "got 'bach'. Did you mean 'batch'\\?"),
             ({"kinds": ["layer"], "norm": "linf"}, "'linf' is not defined for layer norms"),
             ({"norm": None}, "There is no norm None; there are l2, l1"),
             ({"kinds": None}, "kinds is a list of strings, got None"),
@@ -270,7 +269,15 @@ class TestInput:
 
     def test_long_list_of_norms_is_cut(self) -> None:
         message = refusal(torchvision.models.resnet18(), include=["x"])
-        assert message.endswith("and 8 more.")
+        assert message.endswith("layer1.0.bn2 (BatchNorm2d) and 17 more.")
+
+    def test_refusal_says_which_kinds_there_are(self) -> None:
+        net = nn.Sequential(*(nn.LayerNorm(4) for _ in range(5)), nn.RMSNorm(4))
+        assert refusal(net, "l1") == (
+            "There is no batch norm to swap in Sequential. Its norm layers are 0 (LayerNorm), "
+            '1 (LayerNorm), 2 (LayerNorm) and 3 more. Swap them with kinds=["layer", "rms"].'
+        )
+        assert len(swap_norms(net, "L1", kinds="layer")) == 5
 
     def test_pattern_of_another_kind_is_refused(self) -> None:
         net = nn.Sequential(nn.BatchNorm2d(3), nn.LayerNorm(3))
@@ -357,6 +364,9 @@ class MyNorm(nn.RMSNorm):
     pass
 
 
+UNKNOWN = f"an unknown class, which types={{'{__name__}.%s': 'rms'}} names"
+
+
 class TestRMSNorm:
     def net(self) -> nn.Sequential:
         return nn.Sequential(nn.RMSNorm(8, eps=1e-3), nn.LayerNorm(8), nn.RMSNorm(8))
@@ -381,9 +391,9 @@ class TestRMSNorm:
     @pytest.mark.parametrize(
         ("norm", "reason"),
         [
-            (MyRMSNorm(), "a class of its own, and only torch's RMSNorm is swapped"),
-            (MyNorm(8), "a subclass, and only exact types are swapped"),
-            (timm.layers.RmsNorm(8), "a class of its own, and only torch's RMSNorm is swapped"),
+            (MyRMSNorm(), UNKNOWN % "MyRMSNorm"),
+            (MyNorm(8), UNKNOWN % "MyNorm"),
+            (timm.layers.GroupNorm(8, 2), "no swap is defined for this norm"),
         ],
     )
     def test_other_rms_norms_are_left_with_the_reason(self, norm: nn.Module, reason: str) -> None:
