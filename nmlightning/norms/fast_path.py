@@ -47,4 +47,4 @@ def _guard_layer(module: nn.Module, name: str, child: Any) -> None:
         _switch(module, "activation_relu_or_gelu", ours)
 
 
-register_module_module_registration_hook(_guard_layer)  # type: ignore[no-untyped-call]
+register_module_module_registration_hook(_guard_layer)

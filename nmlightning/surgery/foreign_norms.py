@@ -103,7 +103,7 @@ class SwappedNorm:
 
 
 @cache
-def swapped_class(ours: type[nn.Module], replaced: type[nn.Module], form: NormForm) -> type:
+def swapped_class(ours: type, replaced: type, form: NormForm) -> type:
     """Return the class of a module that was of class `replaced` and is one of our norms."""
     prefix = re.sub("(Layer|RMS)Norm$", "", ours.__name__)
     name = prefix + replaced.__name__
@@ -118,9 +118,8 @@ def swapped_class(ours: type[nn.Module], replaced: type[nn.Module], form: NormFo
     return type(name, (SwappedNorm, ours, replaced), members)
 
 
-def _make(ours: type[nn.Module], replaced: type[nn.Module], form: NormForm) -> Any:
-    cls = swapped_class(ours, replaced, form)
-    return cls.__new__(cls)
+def _make(ours: type, replaced: type, form: NormForm) -> Any:
+    return object.__new__(swapped_class(ours, replaced, form))
 
 
 def make_foreign(template: nn.Module, module: nn.Module, form: NormForm, has_eps: bool) -> None:

@@ -55,7 +55,7 @@ Recipe = dict[str, Any]
 def make_recipe(
     norm: str,
     options: Mapping[str, Any],
-    kinds: Iterable[str],
+    kinds: str | Sequence[str],
     include: Iterable[str],
     exclude: Iterable[str],
     types: Mapping[str, str] | None = None,
