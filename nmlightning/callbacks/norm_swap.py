@@ -26,6 +26,7 @@ from nmlightning.surgery.recipes import (
     NORM_SWAP,
     Recipe,
     changed_modules,
+    forget_undone_swaps,
     make_recipe,
     note_recipe,
 )
@@ -101,6 +102,9 @@ class NormSwap(ModelChange):
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Swap, and let `sync_batchnorm` keep what it gets."""
         keep_through_sync(trainer, unfused)
+        swaps = [c for c in trainer.callbacks if isinstance(c, NormSwap)]  # type: ignore[attr-defined]
+        if self is swaps[0]:  # what others did since the last run's swaps was meant
+            forget_undone_swaps(pl_module)
         super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

@@ -163,7 +163,7 @@ def _explain_errors(message: str) -> Iterator[None]:
 
 
 def _write_state_dict(net: nn.Module, example: Tensor, file: Path) -> None:
-    torch.save(dict(net.state_dict()), file)
+    torch.save(net.state_dict(), file)  # with its _metadata, which some classes load by
 
 
 def _read_state_dict(file: Path, net: nn.Module) -> Network:

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.optim import SGD
 
 from nmlightning.errors import InputError, is_number
-from nmlightning.optim.parameters import OptimizedWeight, maybe_any, project, scale_step
-from nmlightning.optim.step_hooks import State, StepRule
+from nmlightning.optim.parameters import OptimizedWeight, State, maybe_any, project, scale_step
+from nmlightning.optim.step_hooks import StepRule
 
 
 @dataclass(frozen=True)

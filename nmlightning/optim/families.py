@@ -1,7 +1,7 @@
-"""Optimizer families: how weight norms and weight decay act under each."""
+"""Optimizer families: how norms and decay act under each; which one steps inside a wrapper."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from torch import Tensor, optim
@@ -91,3 +91,74 @@ def expected_rotation(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> f
 def group_numbers(optimizer: optim.Optimizer) -> dict[Tensor, int]:
     """Return the parameters that an optimizer has, and the parameter group of each."""
     return {q: n for n, group in enumerate(optimizer.param_groups) for q in group["params"]}
+
+
+def find_steps(optimizer: Any) -> list[optim.Optimizer]:
+    """Return the optimizers whose hooks see a step, outermost first; the last one takes it.
+
+    A wrapper may be stepped as a whole, as Lookahead is, or have what it wraps step in a method of
+    its own, as SAM does in `second_step`; or have no hooks, as accelerate's `AcceleratedOptimizer`.
+
+    Raises:
+        InputError: it is none of torch's, steps with several, or calls no hooks and wraps none
+            that does.
+    """
+    steps: list[optim.Optimizer] = []
+    outermost, inner = optimizer, [optimizer]
+    while len(inner) == 1 and isinstance(inner[0], optim.Optimizer):
+        if inner[0] is not outermost and _lacks_weights(inner[0], outermost):
+            break  # as in ZeroRedundancyOptimizer, each rank's own
+        optimizer = inner[0]
+        if _calls_hooks(optimizer):
+            steps.append(optimizer)
+        inner = list({id(x): x for x in _optimizers_in(vars(optimizer).values())}.values())
+    if not steps or len(inner) > 1:
+        raise InputError(_refusal(outermost, [x for x in inner if x is not outermost]))
+    return steps
+
+
+def _calls_hooks(optimizer: optim.Optimizer) -> bool:
+    if "_optimizer_step_pre_hooks" not in vars(optimizer):
+        return False
+    optimizer._patch_step_function()  # timm's Lookahead has hooks, and does not call them
+    return True
+
+
+def _lacks_weights(optimizer: optim.Optimizer, outermost: optim.Optimizer) -> bool:
+    """Return whether it moves only a part of the weights, or copies of them."""
+    known = group_numbers(outermost) if hasattr(outermost, "param_groups") else {}
+    return not known.keys() <= group_numbers(optimizer).keys()
+
+
+def _optimizers_in(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, optim.Optimizer) or _looks_like_one(value):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _optimizers_in(value)
+        elif isinstance(value, Mapping) and not isinstance(next(iter(value), None), str):
+            yield from _optimizers_in(value.values())
+
+
+def _looks_like_one(value: Any) -> bool:
+    return callable(getattr(value, "step", None)) and hasattr(value, "param_groups")
+
+
+def _refusal(optimizer: Any, inner: list[Any]) -> str:
+    name = type(optimizer).__name__
+    inner = inner or list(_optimizers_in(getattr(optimizer, "__dict__", {}).values()))
+    if len(inner) > 1:
+        names = ", ".join(sorted({type(x).__name__ for x in inner}))
+        return f"{name} steps with {len(inner)} optimizers ({names}): attach a rule to each."
+    way_out = "attach it to the optimizer itself"
+    if inner:
+        way_out = f"attach it to the {type(inner[0]).__name__} in it, whose steps it then changes"
+    return f"A rule hooks into the steps of a torch Optimizer, which {name} is not: {way_out}."
+
+
+def check_single_steps(rule: object, optimizer: optim.Optimizer) -> None:
+    """Raise InputError for LBFGS."""
+    if isinstance(optimizer, optim.LBFGS):
+        raise InputError(
+            f"{type(rule).__name__} works on single steps, and LBFGS takes several in one."
+        )

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from nmlightning.errors import InputError
-from nmlightning.optim.parameters import OptimizedWeight, scale_step
+from nmlightning.optim.families import check_single_steps
+from nmlightning.optim.parameters import OptimizedWeight, State, scale_step
 from nmlightning.optim.scope import MATRICES
-from nmlightning.optim.step_hooks import State, StepRule, check_single_steps
+from nmlightning.optim.step_hooks import StepRule
 from nmlightning.weights.channel_norms import channel_norms
 
 

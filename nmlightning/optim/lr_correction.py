@@ -10,8 +10,15 @@ from torch import Tensor
 
 from nmlightning.errors import check_choice
 from nmlightning.optim.families import Power
-from nmlightning.optim.parameters import OptimizedWeight, project, scale_step
-from nmlightning.optim.step_hooks import State, StepRule, check_positive, check_reference
+from nmlightning.optim.parameters import (
+    OptimizedWeight,
+    State,
+    check_positive,
+    check_reference,
+    project,
+    scale_step,
+)
+from nmlightning.optim.step_hooks import StepRule
 from nmlightning.weights.channel_norms import channel_norms, is_usable
 from nmlightning.weights.history import Alignment, NormHistory
 

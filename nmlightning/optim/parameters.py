@@ -4,13 +4,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer, RMSprop
 
-from nmlightning.errors import InputError
+from nmlightning.errors import InputError, check_choice, is_number
 from nmlightning.weights.channel_norms import (
     ROWS,
     ChannelLayout,
@@ -20,6 +21,9 @@ from nmlightning.weights.channel_norms import (
     local_part,
 )
 from nmlightning.weights.history import Alignment, Moment, NormHistory, RecordPlace
+
+State = dict[str, Any]
+"""What a rule keeps of a weight: (C,) tensors of this rank's channels, scalars and numbers."""
 
 # With the weight scaled by c its gradients are scaled by 1/c. Averages of steps that the
 # gradient's size was divided out of stay as they are.
@@ -216,6 +220,24 @@ def project(weight: OptimizedWeight, norms: Tensor) -> Tensor:
     return factors
 
 
+def gather_state(weight: OptimizedWeight, state: State) -> State:
+    """Return a copy of the state, of all ranks' channels."""
+    gathered = dict(state)
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            gathered[key] = (weight.all_channels(value) if value.dim() else value).clone()
+    return gathered
+
+
+def scatter_state(weight: OptimizedWeight, kept: Mapping[str, Any], state: State) -> None:
+    """Resume a state from what `gather_state` returned."""
+    for key, value in kept.items():
+        if not isinstance(value, Tensor):
+            state[key] = value
+        else:
+            state[key].copy_(weight.local_channels(value) if value.dim() else value)
+
+
 class RecordedNorms:
     """The norms of one recording, for the weights that follow it, on their devices.
 
@@ -287,3 +309,18 @@ def _check_weights(history: NormHistory, weights: Mapping[str, OptimizedWeight])
                     "which knows its channels."
                 ) from error
         raise
+
+
+def check_reference(reference: object, align: str, max_rotation: float | None) -> None:
+    """Raise InputError for what are no settings of a rule that follows a recording."""
+    check_choice("align", align, get_args(Alignment))
+    check_positive(max_rotation=max_rotation)
+    if not isinstance(reference, NormHistory | str | Path):
+        raise InputError(f"reference is a NormHistory or a path, got {reference!r}.")
+
+
+def check_positive(**settings: object) -> None:
+    """Raise InputError for anything but a positive number, or None, which stands for none."""
+    for name, value in settings.items():
+        if value is not None and not (is_number(value) and value > 0):  # type: ignore[operator]
+            raise InputError(f"{name} is a positive number, or None, got {value!r}.")

@@ -1,25 +1,32 @@
 """Hooks around an optimizer's step, by which a rule changes the step that was taken."""
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
-from nmlightning.errors import InputError, check_choice, check_lists, is_number
-from nmlightning.optim.families import Power, choose_power
+from nmlightning.errors import InputError, check_lists
+from nmlightning.optim.families import Power, choose_power, find_steps
 from nmlightning.optim.nonfinite_steps import NonfiniteSteps
-from nmlightning.optim.parameters import OptimizedWeight, RecordedNorms
+from nmlightning.optim.parameters import (
+    OptimizedWeight,
+    RecordedNorms,
+    State,
+    gather_state,
+    scatter_state,
+)
 from nmlightning.optim.scope import CONVOLUTIONS, Model, Scope, choose_weights
 from nmlightning.weights.channel_norms import ChannelLayout
 from nmlightning.weights.history import Alignment, Moment, NormHistory, RecordPlace
 
-State = dict[str, Any]
-"""The state of one weight: (C,) tensors of this rank's channels, scalars and numbers."""
+StepCall = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class StepRule(ABC):
@@ -85,7 +92,7 @@ class StepRule(ABC):
         """Work on every step of `optimizer` from now on; later changes of settings have no effect.
 
         Args:
-            optimizer: its weight decay must be 0 for what is steered.
+            optimizer: its weight decay must be 0 for what is steered. It may wrap the one that steps.
             named_parameters: of the model, as `model.named_parameters()` gives them, or the model
                 itself. From names alone a convolution is not known from another parameter of three
                 or more dimensions, nor a transposed one.
@@ -97,10 +104,11 @@ class StepRule(ABC):
 
         Raises:
             InputError: no weight to steer; one that decays, or that is steered already; an
-                optimizer that the rule is not for, or of which it is not known what norms do; a
-                recording that cannot be read, or of another model.
+                optimizer that the rule is not for, or of which it is not known what norms do; one
+                that calls no step hooks; a recording that cannot be read, or of another model.
         """
-        given = self.reference
+        steps = find_steps(optimizer)
+        optimizer, given = steps[-1], self.reference
         history = given if isinstance(given, NormHistory | None) else NormHistory.load(given)
         weights = choose_weights(
             optimizer,
@@ -115,11 +123,13 @@ class StepRule(ABC):
         if history is not None:
             rule.power = choose_power(optimizer, self.power)
             recorded = RecordedNorms(history, weights, self.align)
-        return StepHookHandle(optimizer, rule, weights, recorded)
+        return StepHookHandle(steps, rule, weights, recorded)
 
 
 class StepHookHandle:
-    """A rule at work on an optimizer's step hooks; `remove` undoes it.
+    """A rule at work on the step hooks of nested optimizers, outermost first; `remove` undoes it.
+
+    A step is what the outermost does that is called, if the last one steps meanwhile.
 
     Raises:
         InputError: a rule steers the optimizer's steps of one of the weights already.
@@ -136,11 +146,12 @@ class StepHookHandle:
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizers: Sequence[Optimizer],
         rule: StepRule,
         weights: Sequence[OptimizedWeight],
         recorded: RecordedNorms | None = None,
     ) -> None:
+        optimizer = optimizers[-1]
         self.name = type(rule).__name__
         self.weights = list(weights)
         self._states = {weight.name: rule.init_state(weight) for weight in weights}
@@ -154,10 +165,12 @@ class StepHookHandle:
         self._of_gradients: list[State] = []
         self._is_first = True
         self._skipped = NonfiniteSteps(weights, self.name)
-        self._hooks = [
-            optimizer.register_step_pre_hook(lambda _, *call: self.before_step(*call)),
-            optimizer.register_step_post_hook(lambda *_: self.after_step()),
-        ]
+        self._innermost, self._stepped = len(optimizers) - 1, False
+        self._level = math.inf  # that of the call which began the step
+        self._hooks = []
+        for level, each in enumerate(optimizers):
+            enter, leave = partial(self._enter, level), partial(self._leave, level)
+            self._hooks += [each.register_step_pre_hook(enter), each.register_step_post_hook(leave)]
 
     @property
     def skipped(self) -> int:
@@ -234,7 +247,7 @@ class StepHookHandle:
             "steps": self.steps,
             "undone": self._skipped.state_dict(),
             "scope": self.scope.state_dict(),
-            "weights": {w.name: _gather(w, self._states[w.name]) for w in self.weights},
+            "weights": {w.name: gather_state(w, self._states[w.name]) for w in self.weights},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -251,7 +264,7 @@ class StepHookHandle:
         self._skipped.load_state_dict(state["undone"])
         self.scope.load_state_dict(state["scope"])
         for weight in self.weights:
-            _scatter(weight, state["weights"][weight.name], self._states[weight.name])
+            scatter_state(weight, state["weights"][weight.name], self._states[weight.name])
 
     def _settings(self) -> dict[str, Any]:
         """Return what of the rule must stay as it is in a run that resumes this one."""
@@ -272,9 +285,22 @@ class StepHookHandle:
             "start from the weights alone."
         )
 
-    def before_step(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _enter(self, level: int, _: Optimizer, *call: Any) -> StepCall | None:
+        """Begin a step, unless this is within one of an optimizer further out."""
+        self._stepped = level == self._innermost or (self._stepped and level > self._level)
+        if level > self._level:
+            return None
+        self._level = level  # it was that already where an error ended the step before
+        return self.before_step(*call)
+
+    def _leave(self, level: int, *_: Any) -> None:
+        """End it where it began; a wrapper that only gathers gradients took none."""
+        if level == self._level:
+            self._level = math.inf
+            if self._stepped:
+                self.after_step()
+
+    def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepCall | None:
         """Keep the weights, and measure the gradients; the optimizer calls it.
 
         A closure makes the gradients within the step: they are measured when it returns.
@@ -336,7 +362,7 @@ class StepHookHandle:
 
 def call_before_step(
     action: Callable[[], None], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+) -> StepCall | None:
     """Call `action` before a step moves anything: now, or after the closure that it is given.
 
     Returns what a hook before the step returns for its closure to be another, else None.
@@ -372,44 +398,3 @@ def _steered(optimizer: Optimizer) -> dict[Tensor, str]:
     """Return the names of the rules that steer an optimizer's parameters."""
     notes: dict[Tensor, str] = optimizer.__dict__.setdefault("_nmlightning_steered", {})
     return notes
-
-
-def _gather(weight: OptimizedWeight, state: State) -> State:
-    """Return a copy of the state, of all ranks' channels."""
-    gathered = dict(state)
-    for key, value in state.items():
-        if isinstance(value, Tensor):
-            gathered[key] = (weight.all_channels(value) if value.dim() else value).clone()
-    return gathered
-
-
-def _scatter(weight: OptimizedWeight, kept: Mapping[str, Any], state: State) -> None:
-    """Resume a state from what `_gather` returned."""
-    for key, value in kept.items():
-        if not isinstance(value, Tensor):
-            state[key] = value
-        else:
-            state[key].copy_(weight.local_channels(value) if value.dim() else value)
-
-
-def check_single_steps(rule: StepRule, optimizer: Optimizer) -> None:
-    """Raise InputError for LBFGS."""
-    if isinstance(optimizer, LBFGS):
-        raise InputError(
-            f"{type(rule).__name__} works on single steps, and LBFGS takes several in one."
-        )
-
-
-def check_reference(reference: object, align: str, max_rotation: float | None) -> None:
-    """Raise InputError for what are no settings of a rule that follows a recording."""
-    check_choice("align", align, get_args(Alignment))
-    check_positive(max_rotation=max_rotation)
-    if not isinstance(reference, NormHistory | str | Path):
-        raise InputError(f"reference is a NormHistory or a path, got {reference!r}.")
-
-
-def check_positive(**settings: object) -> None:
-    """Raise InputError for anything but a positive number, or None, which stands for none."""
-    for name, value in settings.items():
-        if value is not None and not (is_number(value) and value > 0):  # type: ignore[operator]
-            raise InputError(f"{name} is a positive number, or None, got {value!r}.")

@@ -309,7 +309,7 @@ def _validate_parametrizations(weight: NormalisableWeight) -> str | None:
     if weight.norm:
         return "is normalised already; remove_weight_norm undoes that."
     if weight.parametrizations:
-        return f"has a parametrization already ({weight.kinds}); remove it first."
+        return f"has a parametrization already ({weight.kinds}); remove or exclude it."
     return None
 
 

@@ -189,6 +189,18 @@ def _notes(module: nn.Module, change: Change) -> list[Recipe]:
     return list(module.__dict__.get(_NOTES, {}).get(change.key, ()))
 
 
+def forget_undone_swaps(module: nn.Module) -> None:
+    """Drop from the notes the norms that are of another class by now, as after a swap by hand."""
+    now = {name: type(layer).__name__ for name, layer in module.named_modules()}
+    kept = []
+    for recipe in _notes(module, NORM_SWAP):
+        made = {k: cls for k, cls in recipe["modules"].items() if now.get(k, cls) == cls}
+        if made or not recipe["modules"]:
+            kept.append({**recipe, "modules": made})
+    if _NOTES in module.__dict__:
+        module.__dict__[_NOTES] = {**module.__dict__[_NOTES], NORM_SWAP.key: kept}
+
+
 def changed_modules(module: nn.Module, change: Change) -> dict[str, Any]:
     """Return what each changed module, by name, was made last."""
     return {

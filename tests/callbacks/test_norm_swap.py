@@ -23,6 +23,7 @@ from lightning_modules import (
     norm_types,
     package_of,
 )
+from nmlightning import swap_norms
 from nmlightning.callbacks import NormSwap
 from nmlightning.callbacks.norm_swap import BackendNote
 from nmlightning.errors import InputError
@@ -474,3 +475,14 @@ def test_norm_swap_logs_backends_once(module_class: type, caplog: pytest.LogCapt
     assert len(said) == 1
     assert said[0].startswith("NormSwap: 2 L1BatchNorm2d by ")
     assert "(float32, NCHW)" in said[0]
+
+
+@pytest.mark.parametrize("by_hand", ["linf", "l2"])
+def test_second_norm_swap_trains_after_a_swap_by_hand(by_hand: str) -> None:
+    module = make(PlModule)
+    fit(module, NormSwap("l1"))
+    swap_norms(module.net, by_hand)
+    fit(module, NormSwap("linf", include=["net.1"]))
+    left = LInfBatchNorm2d if by_hand == "linf" else nn.BatchNorm2d
+    assert norm_types(module) == [LInfBatchNorm2d, left]
+    assert [recipe["norm"] for recipe in recipes_of(module, NORM_SWAP)] == ["linf"]

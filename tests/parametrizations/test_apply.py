@@ -381,7 +381,7 @@ def wrapped() -> nn.Module:
         (lambda: conv(0.0), r"weight has 1 of 4 channels that are zero \(1\)"),
         (lambda: conv(math.nan), "values that are not finite"),
         (wrapped, "normalised already; remove_weight_norm undoes that"),
-        (lambda: parametrizations.weight_norm(conv()), "has a parametrization already"),
+        (lambda: parametrizations.weight_norm(conv()), "parametrization already .*exclude"),
         (lambda: nn.Conv2d(2, 4, 1, dtype=torch.complex64), "torch.complex64"),
         (lambda: nn.Conv2d(2, 4, 1, device="meta"), "no values yet"),
         (lambda: nn.LazyConv2d(4, 1), "no values yet"),

@@ -1,0 +1,170 @@
+"""Rules on optimizers that wrap others: the one that steps is found, or refused by name."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning.core.optimizer import LightningOptimizer
+from torch import nn
+from torch.optim import SGD, Optimizer
+
+from nmlightning.errors import InputError
+from nmlightning.optim import Hyperball, LRCorrection
+from optim_rules import CONVOLUTIONS, find_loss, make_net, random_history
+
+
+class PassingOn(Optimizer):
+    """A wrapper without hooks, as accelerate's: it leaves out what `Optimizer.__init__` does."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.param_groups, self.state = optimizer.param_groups, optimizer.state
+        self.zero_grad = optimizer.zero_grad  # type: ignore[method-assign]
+
+    def step(self, closure: Any = None) -> None:
+        self.optimizer.step()
+
+
+class Gathering(PassingOn):
+    """It has hooks, and steps in every second call only."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        Optimizer.__init__(self, optimizer.param_groups, {})
+        super().__init__(optimizer)
+        self.calls = 0
+
+    def step(self, closure: Any = None) -> None:
+        self.calls += 1
+        if self.calls % 2 == 0:
+            self.optimizer.step()
+
+
+class Lookahead(PassingOn):
+    """As timm's it has dicts of hooks that nothing calls; it moves the weights after a step."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__(optimizer)
+        self._optimizer_step_pre_hooks: Any = OrderedDict()
+        self._optimizer_step_post_hooks: Any = OrderedDict()
+        self.slow = [q.detach().clone() for group in self.param_groups for q in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for q, slow in zip(self.param_groups[0]["params"], self.slow, strict=True):
+            q.copy_(slow.lerp_(q, 0.5))
+
+
+class SAM(Gathering):
+    """Sharpness-aware minimization in two steps, or in one by a closure."""
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        for q in self.param_groups[0]["params"]:
+            self.state[q]["old"] = q.clone()
+            q.add_(q.grad, alpha=0.05)
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        for q in self.param_groups[0]["params"]:
+            q.copy_(self.state[q].pop("old"))
+        self.optimizer.step()
+
+    def step(self, closure: Any = None) -> None:
+        self.first_step()
+        with torch.enable_grad():
+            closure()
+        self.second_step()
+
+
+class NoOptimizer:
+    """As schedulefree's wrappers, which step with copies of the weights."""
+
+    def __init__(self, base: Optimizer) -> None:
+        self.base, self.state, self.zero_grad = base, base.state, base.zero_grad
+
+    @property
+    def param_groups(self) -> Any:
+        return self.base.param_groups
+
+    def step(self) -> None:
+        self.base.step()
+
+
+class Split(PassingOn):
+    """As torchao's CPUOffloadOptimizer, with an optimizer for each weight."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__(optimizer)
+        groups = [{"params": [q]} for q in self.param_groups[0]["params"]]
+        self.optimizer = {group["params"][0]: SGD([group], lr=0.1) for group in groups}  # type: ignore[assignment]
+
+
+def norms(net: nn.Module) -> torch.Tensor:
+    return torch.stack([net.get_parameter(name).detach().norm() for name in CONVOLUTIONS])
+
+
+def train(net: nn.Module, optimizer: Any, steps: int) -> None:
+    """Step as SAM does by two methods, or by a closure, where there is one, or plainly."""
+    for step in range(steps):
+        optimizer.zero_grad()
+        find_loss(net, step).backward()
+        if isinstance(optimizer, SAM) and step % 2:
+            optimizer.first_step()
+            optimizer.zero_grad()
+            find_loss(net, step).backward()
+            optimizer.second_step()
+        elif isinstance(optimizer, SAM):
+            optimizer.step(lambda step=step: find_loss(net, step).backward())
+        else:
+            optimizer.step()
+
+
+WRAPPERS: list[Callable[[Optimizer], Any]] = [
+    PassingOn,
+    Gathering,
+    Lookahead,
+    SAM,
+    LightningOptimizer,
+    lambda optimizer: PassingOn(SAM(optimizer)).optimizer,
+    lambda optimizer: PassingOn(Lookahead(PassingOn(optimizer))),
+]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_rule_holds_norms_of_wrapped_optimizer(wrap: Callable[[Optimizer], Any]) -> None:
+    net = make_net()
+    inner = SGD(net.parameters(), lr=0.5, momentum=0.9)
+    optimizer = wrap(inner)
+    before, handle = norms(net), Hyperball().attach(optimizer, net)
+    train(net, inner if isinstance(optimizer, LightningOptimizer) else optimizer, 6)
+    torch.testing.assert_close(norms(net), before)
+    assert handle.steps == (3 if type(optimizer) is Gathering else 6)
+    with pytest.raises(InputError, match="is steered by Hyperball already"):
+        Hyperball().attach(inner, net)
+    handle.remove()
+    train(net, inner, 3)
+    assert not torch.allclose(norms(net), before)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (NoOptimizer, "NoOptimizer is not: attach it to the SGD in it"),
+        (lambda inner: PassingOn(NoOptimizer(inner)), "PassingOn is not: .* NoOptimizer in it"),
+        (Split, r"Split steps with 8 optimizers \(SGD\): attach a rule to each"),
+        (lambda inner: "sgd", "which str is not"),
+    ],
+)
+def test_wrapper_without_hooks_is_refused_by_name(wrap: Any, message: str) -> None:
+    net = make_net()
+    with pytest.raises(InputError, match=message):
+        Hyperball().attach(wrap(SGD(net.parameters(), lr=0.1)), net)
+
+
+def test_power_is_that_of_the_wrapped_optimizer() -> None:
+    net = make_net()
+    handle = LRCorrection(random_history(net)).attach(PassingOn(SGD(net.parameters(), lr=0.1)), net)
+    assert handle.state_dict()["settings"]["power"] == 2
