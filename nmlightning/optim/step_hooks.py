@@ -92,7 +92,7 @@ class StepRule(ABC):
         """Work on every step of `optimizer` from now on; later changes of settings have no effect.
 
         Args:
-            optimizer: its weight decay must be 0 for what is steered. It may wrap the one that steps.
+            optimizer: its weight decay must be 0 for what is steered. It may wrap what steps.
             named_parameters: of the model, as `model.named_parameters()` gives them, or the model
                 itself. From names alone a convolution is not known from another parameter of three
                 or more dimensions, nor a transposed one.
