@@ -15,6 +15,8 @@ RENAMED = {
     "checkpoints": "surgery.checkpoints",
     "fusing": "surgery.fuse",
     "fusing.rewriting": "surgery.fuse.patterns",
+    "datamodules.batch_transform": "datamodules.image_data",
+    "datamodules.hub_pairs": "translation.sources",
     "datamodules.number_names": "translation.datamodules",
     "datamodules.parallel_text": "translation.datamodules",
     "datamodules.wmt14": "translation.datamodules",
@@ -36,15 +38,24 @@ RENAMED = {
     "swap_report": "surgery.swap",
     "tasks.inverse_square_root": "optim.schedules",
     "tasks.line_translation": "translation.task",
+    "tasks.mean_loss": "tasks.classification",
+    "tasks.perplexity": "translation.metrics",
+    "tasks.training_window": "translation.metrics",
     "tasks.translation": "translation.task",
+    "tasks.translation_metrics": "translation.metrics",
+    "text": "translation",
+    "text.encoded_pairs": "translation.corpus",
+    "text.number_names": "translation.sources",
+    "text.parallel_files": "translation.sources",
     "weights.parameter_groups": "optim.param_groups",
     "weights.steering": "optim",
     "weights.weight_norm": "parametrizations",
     "export.folding": "export.fold",
     "export.network": "export.export",
 }
-"""Former modules of public names, which class paths in YAML, checkpoints and pickles may hold. Of a
-package that was renamed all modules are found that it still has."""
+"""Former modules of public names and of what their objects hold, which class paths in YAML,
+checkpoints and pickles may name. Of a package that was renamed all modules are found that it still
+has."""
 
 
 def lazy_exports(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:

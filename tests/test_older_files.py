@@ -81,7 +81,7 @@ def test_nm_test_measures_an_older_checkpoint(name: str, capsys: Any) -> None:
 
 
 @pytest.mark.parametrize("name", MEASURED)
-def test_fit_goes_on_from_an_older_checkpoint(name: str) -> None:
+def test_fit_resumes_an_older_checkpoint(name: str) -> None:
     words = [*FULL_PATHS, *OPTIONS[name], "--ckpt_path", f"{name}.ckpt", "--trainer.max_epochs=3"]
     assert main(["fit", *words]) == 0
     (path,) = Path("runs/full_paths").glob("version_*/checkpoints/last.ckpt")

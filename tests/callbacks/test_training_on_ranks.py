@@ -59,7 +59,7 @@ def make_strategy(kind: str) -> Any:
 def train(
     folder: Path, kind: str, precision: str, steering: StepRule | None, epochs: int = EPOCHS
 ) -> None:
-    """Train, or go on from the checkpoint in the folder, and leave one there."""
+    """Train, or resume from the checkpoint in the folder, and leave one there."""
     ranks, last = 1 if kind == "one" else 2, folder / "last.ckpt"
     trainer = quiet_trainer(
         NormSwap("l1"),

@@ -59,7 +59,7 @@ class Ranked(pl.LightningModule):
 
 
 def train(folder: Path, strategy: Any, form: str, devices: int) -> None:
-    """Train for two epochs, or go on with the second from a checkpoint of the first."""
+    """Train for two epochs, or resume with the second from a checkpoint of the first."""
     for epochs in (1, 2):
         last = folder / form / "last.ckpt"
         trainer = quiet_trainer(
