@@ -242,7 +242,8 @@ def total_scale(scale: Tensor, eps: float) -> Tensor:
     That is m · √(1 + (l/m)²) with the larger m and the lesser l of ŝ and √eps.
     """
     if not is_half(scale.dtype):
-        return (scale.square() + eps).sqrt()
+        # A square of more than 1.8e19 is infinite in float32, and eps is nothing to one of 2^60.
+        return torch.where(scale > 2.0**60, scale, (scale.square() + eps).sqrt())
     root = torch.full_like(scale, eps**0.5)
     larger, lesser = torch.maximum(scale, root), torch.minimum(scale, root)
     ratio = lesser / torch.where(larger > 0, larger, 1.0)

@@ -124,12 +124,13 @@ def _make(ours: type, replaced: type, form: NormForm) -> Any:
 
 def make_foreign(template: nn.Module, module: nn.Module, form: NormForm, has_eps: bool) -> None:
     """Give the template of a swap of `module` the class and the name of eps that it shall have."""
-    replaced = type(module).replaced if isinstance(module, SwappedNorm) else type(module)
+    replaced: type = type(module).replaced if isinstance(module, SwappedNorm) else type(module)
+    own_class: type = type(template)
     ours = isinstance(template, (LpLayerNorm, LpRMSNorm))
     eps = vars(template).pop("eps")
     if isinstance(form.eps, str) or (has_eps and ours):
         vars(template)[form.eps if isinstance(form.eps, str) else "eps"] = eps
-    template.__class__ = swapped_class(type(template), replaced, form) if ours else replaced
+    template.__class__ = swapped_class(own_class, replaced, form) if ours else replaced
 
 
 def is_known(cls: type) -> bool:
