@@ -68,7 +68,7 @@ class _Shape:
 
 class _Eps:
     def __get__(self, module: Any, cls: Any) -> float | None:
-        return None if module is None else cls.form.eps_of(module)  # type: ignore[no-any-return]
+        return None if module is None else cls.form.eps_of(module)
 
 
 class SwappedNorm:
