@@ -8,6 +8,7 @@ import math
 import re
 import textwrap
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ NOT_RUN = "not run yet"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B6B6B")
 DECAY_RATE = 5e-4  # η λ / (1 − m) of the study at η = 0.1: per step, of ‖w‖ where no gradient is
 LARGEST_FLOAT32 = 3.4e38
-OPTIMIZERS = {"rotation_sgd": "SGD", "rotation_momentum": "momentum", "rotation_adamw": "AdamW"}
+OPTIMIZERS = {"sgd": "SGD", "momentum": "momentum", "adamw": "AdamW"}
 RULES = {
     "lr_correction": "stable rule",
     "paper_official": "literal, norms of the epoch's end",
@@ -68,17 +69,19 @@ def write_equilibrium(recordings: Recordings) -> Iterator[str]:
 
 
 def write_optimizers(recordings: Recordings) -> Iterator[str]:
-    """Yield the table of the angles of three optimizers in their last three epochs."""
+    """Yield the table of the angles of three optimizers in the last 3/8 of their epochs."""
     yield "| | formula, rad | measured | ratio | layers | logged steps | layers within 5 % |"
     yield "|---|---|---|---|---|---|---|"
-    for name, label in OPTIMIZERS.items():
-        if (run := recordings.get(name)) is None:
+    for prefix, (name, label) in product(("rotation", "digits"), OPTIMIZERS.items()):
+        label = f"{label}, digits" if prefix == "digits" else label
+        if (run := recordings.get(f"{prefix}_{name}")) is None:
             yield f"| {label} | {NOT_RUN} |" + " |" * 5
             continue
         formula = run.columns["equilibrium"][-1, 0]
-        ratios = run.mean_ratio(-3)
+        late = len(run) * 3 // 8
+        ratios = run.mean_ratio(-late)
         ratio = math.sqrt(np.mean(ratios**2))
-        steps = run.columns["logged_steps"][-3:, 0].sum()
+        steps = run.columns["logged_steps"][-late:, 0].sum()
         within = sum(abs(ratios - 1) <= 0.05)
         yield (
             f"| {label} | {formula:.5f} | {ratio * formula:.5f} | {ratio:.3f} |"
@@ -150,11 +153,15 @@ def draw_equilibrium(picture: Figure, recordings: Recordings) -> None:
 
 def draw_optimizers(picture: Figure, recordings: Recordings) -> None:
     panels = picture.subplots(1, len(OPTIMIZERS), sharey=True)
-    for axes, (name, label), colour in zip(panels, OPTIMIZERS.items(), COLOURS, strict=False):
+    for axes, (name, label) in zip(panels, OPTIMIZERS.items(), strict=True):
         axes.set_title(label)
         draw_band(axes)
-        if (run := recordings.get(name)) is not None:
-            draw_layers(axes, run, run.ratio, color=colour, label="median of layers")
+        for prefix, data, colour in zip(
+            ("digits", "rotation"), ("digits", "CIFAR-10"), COLOURS, strict=False
+        ):
+            if (run := recordings.get(f"{prefix}_{name}")) is not None:
+                draw_layers(axes, run, run.ratio, color=colour, label=data)
+        axes.legend(frameon=False, fontsize=8)
     panels[0].set_ylabel("angle of a step / formula")
 
 
