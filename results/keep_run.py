@@ -149,8 +149,9 @@ def recording_rows(run: Logged) -> Iterable[dict[str, Any]]:
                 "factor_min": least.min(initial=np.inf) if len(least) else np.nan,
                 "factor_max": most.max(initial=0) if len(most) else np.nan,
             }
+            clock = {"step": ends.steps[place], "epoch": epoch}
             values = {key: f"{value:.5g}" for key, value in row.items()}
-            yield {"epoch": int(epoch), "layer": layer, "logged_steps": len(angles), **values}
+            yield {**clock, "layer": layer, "logged_steps": len(angles), **values}
 
 
 def values_of_epoch(series: Series | None, ends: NDArray[np.int64], place: int) -> NDArray[Any]:

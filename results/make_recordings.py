@@ -116,10 +116,10 @@ def write_norms(recordings: Recordings) -> Iterator[str]:
 
 
 def draw_layers(axes: Axes, run: Recording, values: NDArray[np.float64], **style: Any) -> None:
-    """Draw a strong line of the median and a faint one of each layer."""
-    label = style.pop("label")
-    axes.plot(run.epochs, values, alpha=0.3, linewidth=0.7, **style)
-    axes.plot(run.epochs, np.median(values, axis=1), linewidth=1.8, label=label, **style)
+    """Draw a strong line of the median and a faint one of each layer, over epochs or else `x`."""
+    label, x = style.pop("label"), style.pop("x", run.epochs)
+    axes.plot(x, values, alpha=0.3, linewidth=0.7, **style)
+    axes.plot(x, np.median(values, axis=1), linewidth=1.8, label=label, **style)
 
 
 def draw_rates(picture: Figure, recordings: Recordings) -> None:
@@ -156,11 +156,12 @@ def draw_optimizers(picture: Figure, recordings: Recordings) -> None:
     for axes, (name, label) in zip(panels, OPTIMIZERS.items(), strict=True):
         axes.set_title(label)
         draw_band(axes)
-        for prefix, data, colour in zip(
-            ("digits", "rotation"), ("digits", "CIFAR-10"), COLOURS, strict=False
-        ):
+        axes.set_xlabel("step")
+        data = {"digits": "digits", "rotation": "CIFAR-10"}
+        for (prefix, text), colour in zip(data.items(), COLOURS, strict=False):
             if (run := recordings.get(f"{prefix}_{name}")) is not None:
-                draw_layers(axes, run, run.ratio, color=colour, label=data)
+                steps = run.columns["step"][:, 0]
+                draw_layers(axes, run, run.ratio, x=steps, color=colour, label=text)
         axes.legend(frameon=False, fontsize=8)
     panels[0].set_ylabel("angle of a step / formula")
 
@@ -214,7 +215,7 @@ WRITERS: dict[str, Callable[[Recordings], Iterator[str]]] = {
 def save_picture(picture: Figure, file: Path) -> None:
     """Write an SVG, with coordinates to 0.01 points; its bytes follow from what was drawn."""
     for axes in picture.axes:
-        axes.set_xlabel("epoch")
+        axes.set_xlabel(axes.get_xlabel() or "epoch")
         axes.grid(alpha=0.3)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nmlightning"}):
         svg = io.StringIO()
