@@ -162,7 +162,10 @@ def draw_optimizers(picture: Figure, recordings: Recordings) -> None:
             if (run := recordings.get(f"{prefix}_{name}")) is not None:
                 steps = run.columns["step"][:, 0]
                 draw_layers(axes, run, run.ratio, x=steps, color=colour, label=text)
-        axes.legend(frameon=False, fontsize=8)
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=8)
+        else:
+            axes.text(0.5, 0.5, NOT_RUN, ha="center", transform=axes.transAxes)
     panels[0].set_ylabel("angle of a step / formula")
 
 
@@ -172,6 +175,7 @@ def draw_band(axes: Axes) -> None:
     axes.set_yscale("log")
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_yticks([], minor=True)
+    axes.set_ylim(0.15, 2.5)
     axes.axhspan(0.95, 1.05, color="#999999", alpha=0.3, linewidth=0)
 
 
