@@ -1,0 +1,88 @@
+"""Writes the tables of a sweep over zoos into a page of the documentation."""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- zoo: begin -->", "<!-- zoo: end -->"
+SHOWN = 3  # names of examples
+
+Row = Mapping[str, Any]
+COLUMNS: Mapping[str, Callable[[Row], bool]] = {
+    "tried": lambda row: True,
+    "too large": lambda row: "too_large" in row,
+    "not built": lambda row: "unbuilt" in row,
+    "refused": lambda row: "refused" in row,
+    "swapped": lambda row: "swapped" in row,
+    "a finite step": lambda row: row.get("step") == "done",
+    "undone": lambda row: row.get("undone") == "done",
+    "exported": lambda row: row.get("export") == "done",
+    "not exported, nor before": lambda row: row.get("export", "").startswith("as without"),
+    "folded, of those with batch norms": lambda row: row.get("fold", "").startswith("done"),
+}
+
+
+def write_tables(page: Path, rows: Iterable[Row], totals: Mapping[str, int]) -> None:
+    """Replace what is between the markers of `page`; the same rows give the same text."""
+    rows = sorted(rows, key=lambda row: (row["zoo"], row["name"]))
+    text = "\n\n".join((_counts(rows, totals), _norms(rows), _reasons(rows)))
+    before, _, rest = page.read_text().partition(BEGIN)
+    after = rest.partition(END)[2]
+    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+
+
+def _table(head: Iterable[str], lines: Iterable[Iterable[object]]) -> str:
+    cells = [list(map(str, head)), *([str(x).replace("|", "\\|") for x in y] for y in lines)]
+    cells.insert(1, ["---"] * len(cells[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def _counts(rows: list[Row], totals: Mapping[str, int]) -> str:
+    def line(zoo: str, total: int, chosen: list[Row]) -> list[object]:
+        counts = [sum(map(has, chosen)) for has in COLUMNS.values()]
+        batch = sum("fold" in row for row in chosen)
+        return [zoo, total, *counts[:-1], f"{counts[-1]} of {batch}"]
+
+    lines = [line(zoo, n, [row for row in rows if row["zoo"] == zoo]) for zoo, n in totals.items()]
+    return _table(("zoo", "architectures", *COLUMNS), [*lines, line("all", sum(totals.values()), rows)])
+
+
+def _norms(rows: list[Row]) -> str:
+    """Count the layers of each class that were swapped or left, and in how many architectures."""
+    found: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for row in rows:
+        for key, count in row.get("swapped", {}).items():
+            found[tuple(key.split(" → "))].append(count)
+        for key, count in row.get("left", {}).items():
+            before, _, reason = key.partition(": ")
+            found[before, f"left: {reason}"].append(count)
+    lines = [(*key, sum(counts), len(counts)) for key, counts in found.items()]
+    return _table(("norm", "becomes", "layers", "architectures"), sorted(lines, key=lambda x: (-x[2], x)))
+
+
+def _reasons(rows: list[Row]) -> str:
+    """Group what was refused or did not work by its reason, with examples."""
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for row in rows:
+        for stage in ("unbuilt", "refused", "failed", "step", "export", "fold", "undone"):
+            what = row.get(stage, "done")
+            if not what.startswith("done"):
+                found[stage, _without_names(what)].append(row["name"])
+        if row.get("evaluates") is False:
+            found["evaluates", "not to the same bits"].append(row["name"])
+    lines = [(*key, len(names), _examples(names)) for key, names in found.items()]
+    return _table(("stage", "reason", "architectures", "such as"), sorted(lines))
+
+
+def _without_names(reason: str) -> str:
+    """Return a reason without the names and numbers of one architecture, so that they group."""
+    reason = re.sub(r"^InputError: ", "", reason)
+    reason = re.sub(r"There is no (.*?) to swap in \w+\. Its norm layers are.*", r"no \1", reason)
+    reason = re.sub(r"There is no (.*?) to swap in \w+\. It has no norm layers.*", "no norms", reason)
+    return re.sub(r"\d+(\.\d+)*", "N", reason)
+
+
+def _examples(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
