@@ -10,7 +10,7 @@ REQUIREMENTS := setup.cfg pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart kernels study results tables bench test proofs check format lint types clean
+.PHONY: help quickstart kernels study results tables bench zoo test proofs check format lint types clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-12s%s\n", $$1, $$2 }'
@@ -40,6 +40,10 @@ tables: $(VENV)/core ## docs/results.md, its pictures and README's table from re
 
 bench: $(VENV)/test ## every target of speed and memory as a ratio (ten minutes); OPTIONS='--only C1 C2'
 	$(VENV)/bin/python benchmarks/speed.py $(OPTIONS)
+
+zoo: $(VENV)/zoo ## swap the norms of every model of timm, torchvision and more (hours; it goes on where it stopped)
+	$(VENV)/bin/python benchmarks/zoo.py $(OPTIONS)
+	$(VENV)/bin/python benchmarks/zoo.py --write docs/compatibility.md $(OPTIONS)
 
 test: $(VENV)/test ## install with the test extra, then run the tests
 	$(PYTEST) -m "not slow"
@@ -85,6 +89,11 @@ $(VENV)/core: $(REQUIREMENTS) | $(VENV)/bin/pip
 $(VENV)/test: $(REQUIREMENTS) | $(VENV)/bin/pip
 	@echo "Installing nmlightning with its tests (a few minutes the first time)"
 	$(INSTALL) '.[test]'
+	@touch $(VENV)/core $@
+
+$(VENV)/zoo: $(REQUIREMENTS) | $(VENV)/bin/pip
+	@echo "Installing nmlightning with the zoos of models (a few minutes the first time)"
+	$(INSTALL) '.[zoo]'
 	@touch $(VENV)/core $@
 
 $(VENV)/dev: $(REQUIREMENTS) | $(VENV)/bin/pip

@@ -199,7 +199,9 @@ def take_step(model: nn.Module, case: Case, norms: list[str]) -> str:
     if not loss.isfinite():
         return "the loss is not finite"
     parameters = {name: list(model.get_submodule(name).parameters(recurse=False)) for name in norms}
-    unseen = [n for n, qs in parameters.items() if any(q.grad is None for q in qs if q.requires_grad)]
+    unseen = [
+        n for n, qs in parameters.items() if any(q.grad is None for q in qs if q.requires_grad)
+    ]
     if unseen:
         return f"without gradients: {len(unseen)} norms such as {unseen[0]}"
     if not all(q.grad.isfinite().all() for q in model.parameters() if q.grad is not None):
@@ -243,7 +245,9 @@ def undo(model: nn.Module, original: nn.Module, case: Case) -> str:
     if changed:
         return changed[0]
     original.load_state_dict(model.state_dict())
-    return "done" if same_bits(outputs_of(model, case), outputs_of(original, case)) else "other bits"
+    return (
+        "done" if same_bits(outputs_of(model, case), outputs_of(original, case)) else "other bits"
+    )
 
 
 if __name__ == "__main__":

@@ -46,7 +46,9 @@ def _counts(rows: list[Row], totals: Mapping[str, int]) -> str:
         return [zoo, total, *counts[:-1], f"{counts[-1]} of {batch}"]
 
     lines = [line(zoo, n, [row for row in rows if row["zoo"] == zoo]) for zoo, n in totals.items()]
-    return _table(("zoo", "architectures", *COLUMNS), [*lines, line("all", sum(totals.values()), rows)])
+    return _table(
+        ("zoo", "architectures", *COLUMNS), [*lines, line("all", sum(totals.values()), rows)]
+    )
 
 
 def _norms(rows: list[Row]) -> str:
@@ -59,7 +61,9 @@ def _norms(rows: list[Row]) -> str:
             before, _, reason = key.partition(": ")
             found[before, f"left: {reason}"].append(count)
     lines = [(*key, sum(counts), len(counts)) for key, counts in found.items()]
-    return _table(("norm", "becomes", "layers", "architectures"), sorted(lines, key=lambda x: (-x[2], x)))
+    return _table(
+        ("norm", "becomes", "layers", "architectures"), sorted(lines, key=lambda x: (-x[2], x))
+    )
 
 
 def _reasons(rows: list[Row]) -> str:
@@ -80,7 +84,9 @@ def _without_names(reason: str) -> str:
     """Return a reason without the names and numbers of one architecture, so that they group."""
     reason = re.sub(r"^InputError: ", "", reason)
     reason = re.sub(r"There is no (.*?) to swap in \w+\. Its norm layers are.*", r"no \1", reason)
-    reason = re.sub(r"There is no (.*?) to swap in \w+\. It has no norm layers.*", "no norms", reason)
+    reason = re.sub(
+        r"There is no (.*?) to swap in \w+\. It has no norm layers.*", "no norms", reason
+    )
     return re.sub(r"\d+(\.\d+)*", "N", reason)
 
 
