@@ -11,6 +11,7 @@ Each is tried in a process of its own, on one thread, with limits of time and me
 import argparse
 import copy
 import fnmatch
+import itertools
 import json
 import multiprocessing
 import os
@@ -56,8 +57,9 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     _warm_up()
-    todo = [(zoo, name) for zoo, names in zoos.items() for name in names]
-    random.Random(0).shuffle(todo)
+    shuffled = {zoo: random.Random(0).sample(names, len(names)) for zoo, names in zoos.items()}
+    turns = itertools.zip_longest(*shuffled.values())  # each of the zoos in turn
+    todo = [(zoo, x) for turn in turns for zoo, x in zip(zoos, turn, strict=True) if x is not None]
     done = {(row["zoo"], row["name"]) for row in rows}
     for zoo, name in todo:
         if (zoo, name) not in done and _matches(f"{zoo}/{name}", options.only):
