@@ -152,7 +152,9 @@ def _objects() -> dict[str, torch.Tensor]:
 
 def _build_hugging_face(name: str) -> Case:
     known = HUGGING_FACE[name]
-    config = AutoConfig.for_model(name, **({} if "config" in str(known) or known is STAGES else TINY) | known)
+    config = AutoConfig.for_model(
+        name, **({} if "config" in str(known) or known is STAGES else TINY) | known
+    )
     model = AutoModel.from_config(config)
     words = torch.randint(3, 99, (BATCH, 16))
     pixels = torch.randn(BATCH, 3, 32, 32)

@@ -1,4 +1,4 @@
-"""Batch normalisation by any statistic: analytic forward and backward, differentiable once.
+"""Batch normalisation by any statistic: analytic forward and backward; `plain` differentiates it.
 
 With d = x − μ, ŝ = c · m(d), σ = √(ŝ² + eps), x̂ = d / σ and y = weight · x̂ + bias, and with the
 slope t = ∂m/∂d of the statistic, the gradient of a loss whose derivative by y is g is
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from nmlightning.functional.constants import Constant
+from nmlightning.functional.plain import Plain, is_transformed, plain_batch_norm
 from nmlightning.functional.reductions import mean_of, share_mean, sum_of, sum_over_ranks
 from nmlightning.functional.selection import Selection
 from nmlightning.functional.statistics import (
@@ -63,23 +64,30 @@ def _is_fast_in_torch(grad: Tensor, x: Tensor) -> bool:
     return grad.stride() == x.stride() and x.movedim(1, -1).is_contiguous()
 
 
-def differentiable_once(backward: Backward) -> Backward:
-    """Make a second derivative through `backward` of an autograd function a RuntimeError.
+def differentiable(backward: Backward) -> Backward:
+    """Let the backward of an autograd function be differentiated, and mapped by `torch.func`.
 
-    Torch's own `once_differentiable` leaves the gradients unconnected to what they depend on. So
+    By plain operations, where its forward put a `Plain` into `ctx.plain`. Elsewhere a second
+    derivative is a RuntimeError. Torch's own
+    `once_differentiable` leaves the gradients unconnected to what they depend on. So
     `torch.autograd.grad(loss + penalty(gradient), x)` would leave the penalty out, unnoticed.
     """
 
     @functools.wraps(backward)
-    def backward_once(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if not torch.is_grad_enabled():
+    def backward_again(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        again = torch.is_grad_enabled()
+        if not torch.compiler.is_compiling() and (again or is_transformed()):
+            plain = getattr(ctx, "plain", None)
+            if plain is not None:
+                return plain.gradients(ctx, grads[0])  # type: ignore[no-any-return]
+        if not again:
             return backward(ctx, *grads)
         with torch.no_grad():
             results = backward(ctx, *grads)
         sources = [*ctx.saved_tensors, *grads]
         return tuple(r if r is None else _DifferentiatedOnce.apply(r, *sources) for r in results)
 
-    return backward_once
+    return backward_again
 
 
 class _DifferentiatedOnce(torch.autograd.Function):
@@ -92,7 +100,8 @@ class _DifferentiatedOnce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
         raise RuntimeError(
-            "nmlightning's norms can be differentiated once, and a second derivative was asked for."
+            "This norm can be differentiated once, and a second derivative was asked for: norms "
+            "that share statistics among ranks, are fused, or compute in half, have none."
         )
 
 
@@ -128,13 +137,18 @@ class BatchNormFunction(torch.autograd.Function):
         ctx.mark_non_differentiable(mean, variance)
         shared_count = share.total if isinstance(share.total, Tensor) else None
         ctx.save_for_backward(x, weight, mean, magnitude, total, shared_count, *(selection or ()))
+        if group is None and not torch.compiler.is_compiling():
+            again = functools.partial(
+                plain_batch_norm, statistic=statistic, constant=ctx.constant, eps=eps, dtype=dtype
+            )
+            ctx.plain = Plain(again, None if bias is None else (bias.shape, bias.dtype))
         ctx.statistic, ctx.group = statistic, group
         ctx.bias_dtype = None if bias is None else bias.dtype
         # Dynamo of torch 2.11 loses the gradients of a result that a cast returned as it was.
         return y if y.dtype == x.dtype else y.to(x.dtype), mean, variance
 
     @staticmethod
-    @differentiable_once
+    @differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, magnitude, total, shared_count, *selected = ctx.saved_tensors
         shape = channel_shape(x)
@@ -212,7 +226,7 @@ class HalfBatchNormFunction(torch.autograd.Function):
         return y.to(x.dtype), wide_mean, variance
 
     @staticmethod
-    @differentiable_once
+    @differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, magnitude, shared_count, *selected = ctx.saved_tensors
         dims, shape = reduced_dims(x), channel_shape(x)
@@ -260,7 +274,7 @@ class HalfCentreFunction(torch.autograd.Function):
         return y.to(x.dtype), wide_mean
 
     @staticmethod
-    @differentiable_once
+    @differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         half, dims = grad.to(ctx.dtype), reduced_dims(grad)
         grad_x = half - mean_of(half, dims, ctx.share).view(channel_shape(grad))

@@ -1,18 +1,21 @@
-"""Autograd functions over a backend's kernels: batch, layer and RMS norm, differentiable once.
+"""Autograd functions over a backend's kernels: batch, layer and RMS norm.
 
 On several ranks: the stages of the kernels with the collectives of `functional.reductions` between
 them, as in the formula of `functional.batch_norm`, so that N ranks equal one process on their
 batches concatenated. The ranks wait for each other twice in forward and once in backward.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from nmlightning.functional.batch_norm import differentiable_once
+from nmlightning.functional.batch_norm import differentiable
 from nmlightning.functional.constants import Constant
+from nmlightning.functional.plain import Plain, plain_batch_norm
 from nmlightning.functional.reductions import (
     Share,
     keep_largest_of_ranks,
@@ -50,15 +53,19 @@ class KernelBatchNormFunction(torch.autograd.Function):
         residual = None if residual is None else lay_out_like(residual, x)
         y, mean, variance, saved = kernels.forward(x, residual, _wide(weight), _wide(bias), spec)
         ctx.mark_non_differentiable(mean, variance)
-        ctx.save_for_backward(*saved)
+        ctx.save_for_backward(x, weight, *saved)
         ctx.kernels, ctx.spec = kernels, spec
+        if spec.fused is None:
+            settings = {"statistic": spec.statistic, "constant": spec.constant, "eps": spec.eps}
+            again = partial(plain_batch_norm, **settings, dtype=torch.float32)
+            ctx.plain = Plain(again, None if bias is None else (bias.shape, bias.dtype), (0, 2, 3))
         ctx.dtypes = [None if q is None else q.dtype for q in (weight, bias)]
         return y, mean, variance
 
     @staticmethod
-    @differentiable_once
+    @differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = ctx.kernels.backward(grad, ctx.saved_tensors, ctx.spec)
+        gradients = ctx.kernels.backward(grad, ctx.saved_tensors[2:], ctx.spec)
         weight_dtype, bias_dtype = ctx.dtypes
         return (
             gradients.x,
@@ -115,7 +122,7 @@ class RankBatchNormFunction(torch.autograd.Function):
         return y, mean, variance
 
     @staticmethod
-    @differentiable_once
+    @differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, y, mean, total, gain, strength, count, *selected = ctx.saved_tensors
         selection = Selection(*selected) if selected else None
@@ -166,23 +173,26 @@ class KernelLayerNormFunction(torch.autograd.Function):
         kernels: LayerNormKernels,
         constant: float,
         eps: float,
+        plain: Callable[..., Tensor],
     ) -> Tensor:
         ctx.features = x.shape[x.dim() - rank :].numel()
-        wide = _wide(weight)
-        y, rows = kernels.forward(x, ctx.features, wide, _wide(bias), constant, eps)
-        ctx.save_for_backward(x, wide, rows)
+        y, rows = kernels.forward(x, ctx.features, _wide(weight), _wide(bias), constant, eps)
+        ctx.save_for_backward(x, weight, rows)
         ctx.kernels = kernels
+        ctx.plain = Plain(plain, None if bias is None else (bias.shape, bias.dtype))
         ctx.learned = [None if q is None else (q.shape, q.dtype) for q in (weight, bias)]
         return y
 
     @staticmethod
-    @differentiable_once
+    @differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rows = ctx.saved_tensors
         learned = ctx.learned != [None, None]
-        grad_x, *by_learned = ctx.kernels.backward(grad, x, ctx.features, weight, rows, learned)
+        grad_x, *by_learned = ctx.kernels.backward(
+            grad, x, ctx.features, _wide(weight), rows, learned
+        )
         gradients = [
             None if form is None else by.view(form[0]).to(form[1])
             for form, by in zip(ctx.learned, by_learned, strict=True)
         ]
-        return grad_x, *gradients, *(None,) * 4
+        return grad_x, *gradients, *(None,) * 5

@@ -11,6 +11,7 @@ from nmlightning.functional.batch_norm import (
     apply_without_autocast,
 )
 from nmlightning.functional.constants import Constant, check_constant, check_power
+from nmlightning.functional.plain import is_transformed, plain_batch_norm
 from nmlightning.functional.reductions import is_half
 from nmlightning.functional.statistics import LargestMean, PowerMean, RangeMean, Statistic
 from nmlightning.kernels.autograd import KernelBatchNormFunction, RankBatchNormFunction
@@ -29,8 +30,8 @@ class StatisticBatchNorm(BatchNormBase):
     ŝ² with Bessel's factor n/(n−1), both averaged with torch's momentum convention, and the five
     state keys are those of `torch.nn.BatchNorm2d`, into which a checkpoint loads. A channel whose
     batch statistics are not finite leaves its running statistics as they were; where all batches
-    are averaged equally, such a batch is left out of the average in every channel. It can be
-    differentiated once. Use a subclass: this one has no statistic.
+    are averaged equally, such a batch is left out of the average in every channel. Use a
+    subclass: this one has no statistic.
 
     Args:
         num_features: C.
@@ -87,10 +88,17 @@ class StatisticBatchNorm(BatchNormBase):
     def _normalise(
         self, input: Tensor, residual: Tensor | None, group: ProcessGroup | None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = accumulation_dtype(input.dtype, self.stats_dtype)
+        if group is None and is_transformed():
+            constant = self.statistic.constant(input.numel() // input.shape[1], self.constant)
+            y, mean, variance = plain_batch_norm(
+                input, self.weight, self.bias, statistic=self.statistic, constant=constant,
+                eps=self.eps, dtype=dtype,
+            )  # fmt: skip
+            return activate(y, residual, self.fused), mean, variance
         kernels = self.backend_for(input).kernels
         if kernels is not None:
             return self._normalise_by_kernels(input, residual, kernels, group)
-        dtype = accumulation_dtype(input.dtype, self.stats_dtype)
         learned = (self.weight, self.bias)
         settings = (self.statistic, self.constant, self.eps, dtype, group)
         if is_half(dtype):

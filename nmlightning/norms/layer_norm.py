@@ -11,14 +11,16 @@ An RMS norm has μ = 0, and so neither mean h nor mean s.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nmlightning.errors import InputError, check_flag
-from nmlightning.functional.batch_norm import apply_without_autocast, differentiable_once
+from nmlightning.functional.batch_norm import apply_without_autocast, differentiable
 from nmlightning.functional.constants import Constant, check_constant, check_power
+from nmlightning.functional.plain import Plain, is_transformed, plain_layer_norm
 from nmlightning.functional.reductions import Share, is_half, mean_of, share_mean, sum_of
 from nmlightning.functional.statistics import PowerMean, power_mean, power_mean_slope, total_scale
 from nmlightning.kernels.autograd import KernelLayerNormFunction
@@ -70,12 +72,16 @@ def normalise_features(
     if eps is None:
         eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
     constant = layer.statistic.constant(math.prod(sizes), layer.constant)
+    dtype = accumulation_dtype(x.dtype, layer.stats_dtype)
+    settings = {"p": layer.p, "constant": constant, "eps": eps, "dtype": dtype, "centred": centred}
+    plain = partial(plain_layer_norm, rank=len(sizes), **settings)
+    if is_transformed():
+        return plain(x, weight, bias)
     kernels = layer.backend_for(x).kernels
     if kernels is not None:
         return KernelLayerNormFunction.apply(  # type: ignore[no-any-return]
-            x, weight, bias, len(sizes), kernels, constant, eps
+            x, weight, bias, len(sizes), kernels, constant, eps, plain
         )
-    dtype = accumulation_dtype(x.dtype, layer.stats_dtype)
     arguments = (weight, bias, len(sizes), layer.p, constant, eps, dtype, centred)
     if is_half(dtype):
         return apply_without_autocast(LayerNormFunction, x, *arguments)  # type: ignore[no-any-return]
@@ -109,13 +115,17 @@ class LayerNormFunction(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, magnitude)
         ctx.dims, ctx.p, ctx.constant, ctx.eps = dims, p, constant, eps
         ctx.bias_dtype = None if bias is None else bias.dtype
+        if not (torch.compiler.is_compiling() or is_half(dtype)):
+            settings = {"p": p, "constant": constant, "eps": eps, "dtype": dtype}
+            again = partial(plain_layer_norm, rank=rank, centred=centred, **settings)
+            ctx.plain = Plain(again, None if bias is None else (bias.shape, bias.dtype))
         y = _give_weight_and_bias(y, weight, bias)
         # Dynamo of torch 2.11 loses the gradients of a result that an operation in place returned,
         # or a cast that left it as it was.
         return y if dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod
-    @differentiable_once
+    @differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, magnitude = ctx.saved_tensors
         dims, lead = ctx.dims, tuple(range(x.dim() - len(ctx.dims)))
@@ -168,7 +178,7 @@ class LpLayerNorm(nn.LayerNorm):
         y = (x − μ) / √(ŝ² + eps) · weight + bias
 
     μ and ŝ are taken over the last dimensions, those of `normalized_shape`, in `stats_dtype`.
-    p = 2 is torch's own layer norm. It can be differentiated once.
+    p = 2 is torch's own layer norm.
 
     Args:
         normalized_shape: sizes of the last dimensions, or the size of the last one.
@@ -269,7 +279,7 @@ class LpRMSNorm(nn.RMSNorm):
         y = x / √(ŝ² + eps) · weight
 
     ŝ is taken over the last dimensions, those of `normalized_shape`, in `stats_dtype`. p = 2 is
-    torch's own RMS norm. It can be differentiated once; the slope of |x| at 0 is −1.
+    torch's own RMS norm. The slope of |x| at 0 is −1.
 
     Args:
         normalized_shape: sizes of the last dimensions, or the size of the last one.

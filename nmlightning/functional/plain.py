@@ -1,0 +1,131 @@
+"""The norms in operations that torch differentiates itself, as often and in whatever mode.
+
+The functions with a backward of their own are faster, and that backward is not differentiable. So
+these compute under `torch.func` and in forward mode, and a gradient of which another is asked for.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from nmlightning.functional.statistics import (
+    LargestMean,
+    PowerMean,
+    Statistic,
+    channel_shape,
+    chunk_lengths,
+    reduced_dims,
+)
+
+
+def is_transformed() -> bool:
+    """Return whether `torch.func`, or forward mode, transforms what is computed now."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def plain_batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    statistic: Statistic,
+    constant: float,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `BatchNormFunction` does, on one rank."""
+    dims, shape = reduced_dims(x), channel_shape(x)
+    wide = x.to(dtype)
+    mean = wide.mean(dims, keepdim=True)
+    square = constant**2 * _square(wide - mean, statistic, dims)
+    y = (wide - mean) / (square + eps).sqrt()
+    y = y if weight is None else y * weight.to(dtype).view(shape)
+    y = y if bias is None else y + bias.to(dtype).view(shape)
+    count = x.numel() // x.shape[1]
+    variance = square.detach().flatten() * count / (count - 1)
+    return y.to(x.dtype), mean.detach().flatten(), variance
+
+
+def plain_layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    rank: int,
+    p: float,
+    constant: float,
+    eps: float,
+    dtype: torch.dtype,
+    centred: bool,
+) -> Tensor:
+    """Return what `LayerNormFunction` does."""
+    dims = tuple(range(-rank, 0))
+    wide = x.to(dtype)
+    deviations = wide - wide.mean(dims, keepdim=True) if centred else wide
+    y = deviations / (constant**2 * _square(deviations, PowerMean(p), dims) + eps).sqrt()
+    y = y if weight is None else y * weight.to(dtype)
+    y = y if bias is None else y + bias.to(dtype)
+    return y.to(x.dtype)
+
+
+def _square(deviations: Tensor, statistic: Statistic, dims: tuple[int, ...]) -> Tensor:
+    """Return m² with dimensions of size 1 for `dims`; the slope of |d| at 0 is −1."""
+    if isinstance(statistic, PowerMean) and statistic.p == 2.0:
+        return deviations.square().mean(dims, keepdim=True)
+    sizes = torch.where(deviations > 0, deviations, -deviations)
+    if isinstance(statistic, PowerMean):
+        if statistic.p == 1.0:
+            return sizes.mean(dims, keepdim=True).square()
+        largest = sizes.detach().amax(dims, keepdim=True)
+        ratios = sizes / torch.where(largest > 0, largest, 1.0)
+        mean = ratios.pow(statistic.p).mean(dims, keepdim=True)
+        root = torch.where(mean > 0, mean, 1.0).pow(2 / statistic.p)
+        return torch.where(mean > 0, largest.square() * root, 0.0)
+    if isinstance(statistic, LargestMean):
+        magnitude = sizes.transpose(0, 1).flatten(1).topk(statistic.k, 1).values.mean(1)
+    else:
+        rows = deviations.transpose(0, 1).flatten(1)
+        parts = rows.split(chunk_lengths(rows.shape[1], statistic.chunks), 1)
+        ranges = [part.max(1).values - part.min(1).values for part in parts]
+        magnitude = torch.stack(ranges).mean(0) / 2
+    return magnitude.square().view(channel_shape(deviations))
+
+
+class Plain(NamedTuple):
+    """What an autograd function, whose first saved tensors are x and the weight, computes.
+
+    Attributes:
+        function: of x, the weight and the bias.
+        bias: the shape and the dtype of the bias, if there is one; no derivative depends on it.
+        places: where the function's arguments have the three.
+    """
+
+    function: Callable[..., Any]
+    bias: tuple[torch.Size, torch.dtype] | None
+    places: tuple[int, int, int] = (0, 1, 2)
+
+    def gradients(self, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients by all arguments, connected to x, the weight and `grad`."""
+        x, weight = ctx.saved_tensors[:2]
+        bias = None if self.bias is None else x.new_zeros(self.bias[0], dtype=self.bias[1])
+        create_graph = torch.is_grad_enabled()
+        gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        with torch.enable_grad():
+            # Aliases, since one of the inputs may depend on another.
+            given = [
+                q if q is None else q.view_as(q) if q.requires_grad else q.detach().requires_grad_()
+                for q in (x, weight, bias)
+            ]
+            y = self.function(*given)
+            y = y[0] if isinstance(y, tuple) else y
+            wanted = [(i, q) for i, q in zip(self.places, given, strict=True) if q is not None]
+            tensors = [q for _, q in wanted]
+            found = torch.autograd.grad(y, tensors, grad, create_graph=create_graph)
+        for (place, _), gradient in zip(wanted, found, strict=True):
+            gradients[place] = gradient
+        return tuple(gradients)
