@@ -53,8 +53,8 @@ class KernelBatchNormFunction(torch.autograd.Function):
         residual = None if residual is None else lay_out_like(residual, x)
         y, mean, variance, saved = kernels.forward(x, residual, _wide(weight), _wide(bias), spec)
         ctx.mark_non_differentiable(mean, variance)
-        ctx.save_for_backward(x, weight, *saved)
         ctx.kernels, ctx.spec = kernels, spec
+        ctx.save_for_backward(*(x, weight) if spec.fused is None else (None, None), *saved)
         if spec.fused is None:
             settings = {"statistic": spec.statistic, "constant": spec.constant, "eps": spec.eps}
             again = partial(plain_batch_norm, **settings, dtype=torch.float32)

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nmlightning.errors import InputError, check_flag, is_number, nearest
+from nmlightning.functional.plain import is_transformed
 from nmlightning.functional.reductions import is_half
 from nmlightning.kernels.dispatch import NO_KERNELS, select_tracking
 from nmlightning.kernels.interface import Dispatch, Fused
@@ -228,7 +229,7 @@ class BatchNormBase(_BatchNorm):
         running_mean, running_var = self.running_mean, self.running_var
         assert running_mean is not None, "the caller tracks"
         assert running_var is not None, "it comes with the mean"
-        tracking = select_tracking((running_mean, running_var), mean)
+        tracking = None if is_transformed() else select_tracking((running_mean, running_var), mean)
         if tracking is not None and self.momentum is not None:
             count = self.num_batches_tracked
             tracking(running_mean, running_var, count, mean, variance, self.momentum)
