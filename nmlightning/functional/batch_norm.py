@@ -76,7 +76,7 @@ def differentiable(backward: Backward) -> Backward:
     @functools.wraps(backward)
     def backward_again(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         again = torch.is_grad_enabled()
-        if not torch.compiler.is_compiling() and (again or is_transformed()):
+        if not torch.compiler.is_compiling() and (again or is_transformed(*grads)):
             plain = getattr(ctx, "plain", None)
             if plain is not None:
                 return plain.gradients(ctx, grads[0])  # type: ignore[no-any-return]

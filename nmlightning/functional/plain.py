@@ -21,11 +21,16 @@ from nmlightning.functional.statistics import (
 )
 
 
-def is_transformed() -> bool:
-    """Return whether `torch.func`, or forward mode, transforms what is computed now."""
+def is_transformed(*tensors: Tensor) -> bool:
+    """Return whether `torch.func`, or forward mode, transforms what is computed now.
+
+    Also whether one of the tensors is many: `torch.autograd.grad(…, is_grads_batched=True)`.
+    """
     if torch.compiler.is_compiling():
         return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return any(torch._C._functorch.is_legacy_batchedtensor(q) for q in tensors)
 
 
 def plain_batch_norm(

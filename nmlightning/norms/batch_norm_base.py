@@ -152,6 +152,8 @@ class BatchNormBase(_BatchNorm):
         if group is None and input.numel() <= input.shape[1]:
             # Torch's own answers for an empty batch and for one value per channel.
             y = F.batch_norm(input, None, None, self.weight, self.bias, training=True)
+            if self.training and self.num_batches_tracked is not None and self.momentum is not None:
+                self.num_batches_tracked.add_(1)
             return activate(y, residual, self.fused)
         output, mean, variance = self._normalise(input, residual, group)
         if self.training and self.track_running_stats and self.running_mean is not None:

@@ -69,9 +69,6 @@ def test_second_derivatives_pass_gradgradcheck(norm: Norm) -> None:
 def test_second_derivative_is_an_error_where_there_is_none() -> None:
     x = torch.randn(12, 3, requires_grad=True)
     layer = norms.L1BatchNorm1d(3, stats_dtype="bfloat16")
-    with pytest.raises(RuntimeError, match="can be differentiated once, and a second"):
-        (grad,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
-        grad.sum().backward()
     y = layer(x)
     (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     for derive in (torch.Tensor.backward, lambda loss: torch.autograd.grad(loss, x)):

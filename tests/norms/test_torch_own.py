@@ -29,6 +29,12 @@ from nmlightning.norms import (
 )
 
 pytest.importorskip("expecttest", reason="torch.testing imports it")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Fail to import hypothesis:ImportWarning"),
+    # Forward mode scripts torch's own decompositions.
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),
+]
 
 OURS: dict[str, Any] = {
     "BatchNorm1d": LpBatchNorm1d,
@@ -331,7 +337,6 @@ def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_backend")
-@pytest.mark.filterwarnings("ignore:Fail to import hypothesis:ImportWarning")
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize(("name", "training"), MODES)
 def test_as_torchs_module(name: str, training: bool, check: str) -> None:
@@ -341,7 +346,6 @@ def test_as_torchs_module(name: str, training: bool, check: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_backend")
-@pytest.mark.filterwarnings("ignore:Fail to import hypothesis:ImportWarning")
 @pytest.mark.parametrize("operator", ["batch_norm", "layer_norm", "rms_norm"])
 def test_as_torchs_operator(operator: str) -> None:
     failed = tally_operator(operator).failed
