@@ -344,7 +344,6 @@ def test_as_torchs_module(name: str, training: bool, check: str) -> None:
     assert not failed, "\n".join(f"{key}: {why}" for key, why in failed.items())
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("_backend")
 @pytest.mark.parametrize("operator", ["batch_norm", "layer_norm", "rms_norm"])
 def test_as_torchs_operator(operator: str) -> None:
