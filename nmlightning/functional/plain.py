@@ -95,7 +95,7 @@ def _square(deviations: Tensor, statistic: Statistic, dims: tuple[int, ...]) -> 
         magnitude = sizes.transpose(0, 1).flatten(1).topk(statistic.k, 1).values.mean(1)
     else:
         rows = deviations.transpose(0, 1).flatten(1)
-        parts = rows.split(chunk_lengths(rows.shape[1], statistic.chunks), 1)
+        parts = torch.split(rows, chunk_lengths(rows.shape[1], statistic.chunks), 1)
         ranges = [part.max(1).values - part.min(1).values for part in parts]
         magnitude = torch.stack(ranges).mean(0) / 2
     return magnitude.square().view(channel_shape(deviations))

@@ -56,8 +56,10 @@ class KernelBatchNormFunction(torch.autograd.Function):
         ctx.kernels, ctx.spec = kernels, spec
         ctx.save_for_backward(*(x, weight) if spec.fused is None else (None, None), *saved)
         if spec.fused is None:
-            settings = {"statistic": spec.statistic, "constant": spec.constant, "eps": spec.eps}
-            again = partial(plain_batch_norm, **settings, dtype=torch.float32)
+            again = partial(
+                plain_batch_norm, statistic=spec.statistic, constant=spec.constant, eps=spec.eps,
+                dtype=torch.float32,
+            )  # fmt: skip
             ctx.plain = Plain(again, None if bias is None else (bias.shape, bias.dtype), (0, 2, 3))
         ctx.dtypes = [None if q is None else q.dtype for q in (weight, bias)]
         return y, mean, variance

@@ -73,8 +73,10 @@ def normalise_features(
         eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
     constant = layer.statistic.constant(math.prod(sizes), layer.constant)
     dtype = accumulation_dtype(x.dtype, layer.stats_dtype)
-    settings = {"p": layer.p, "constant": constant, "eps": eps, "dtype": dtype, "centred": centred}
-    plain = partial(plain_layer_norm, rank=len(sizes), **settings)
+    plain = partial(
+        plain_layer_norm, rank=len(sizes), p=layer.p, constant=constant, eps=eps, dtype=dtype,
+        centred=centred,
+    )  # fmt: skip
     if is_transformed():
         return plain(x, weight, bias)
     kernels = layer.backend_for(x).kernels
@@ -116,8 +118,10 @@ class LayerNormFunction(torch.autograd.Function):
         ctx.dims, ctx.p, ctx.constant, ctx.eps = dims, p, constant, eps
         ctx.bias_dtype = None if bias is None else bias.dtype
         if not (torch.compiler.is_compiling() or is_half(dtype)):
-            settings = {"p": p, "constant": constant, "eps": eps, "dtype": dtype}
-            again = partial(plain_layer_norm, rank=rank, centred=centred, **settings)
+            again = partial(
+                plain_layer_norm, rank=rank, p=p, constant=constant, eps=eps, dtype=dtype,
+                centred=centred,
+            )  # fmt: skip
             ctx.plain = Plain(again, None if bias is None else (bias.shape, bias.dtype))
         y = _give_weight_and_bias(y, weight, bias)
         # Dynamo of torch 2.11 loses the gradients of a result that an operation in place returned,
