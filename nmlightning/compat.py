@@ -79,6 +79,15 @@ def in_added_epoch(trainer: Any) -> bool:
     return epochs is not None and trainer.current_epoch >= epochs
 
 
+def copying_strategy(trainer: Any) -> str | None:
+    """Return the name of a strategy whose processes train copies of the module; None of others."""
+    launcher = trainer.strategy.launcher
+    if not _is_a(launcher, "_MultiProcessingLauncher"):
+        return None
+    names = {"fork": "ddp_fork (or ddp_notebook)"}
+    return names.get(launcher._start_method, f"ddp_{launcher._start_method}")
+
+
 def logging_is_due(trainer: Any) -> bool:
     """Return whether the Trainer logs what this batch gives: every `log_every_n_steps` batches."""
     return bool(trainer._logger_connector.should_update_logs or trainer.fast_dev_run)

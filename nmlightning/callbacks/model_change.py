@@ -3,13 +3,18 @@
 import functools
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from nmlightning.compat import CallbackBase, builds_in_configure_model, rebuild_copies
+from nmlightning.compat import (
+    CallbackBase,
+    builds_in_configure_model,
+    copying_strategy,
+    rebuild_copies,
+)
 from nmlightning.errors import InputError
 from nmlightning.surgery.recipes import Recipe, keep_in_checkpoints, register_after
 
@@ -22,7 +27,12 @@ class ModelChange(CallbackBase):
 
     It is done before the optimizer exists and before weights are loaded; where the net is built
     in `configure_model`, at the end of that; and callbacks that copied the module copy it again.
+
+    Attributes:
+        function: the name of the function that does it without a Trainer.
     """
+
+    function: ClassVar[str]
 
     @abstractmethod
     def change(self, module: nn.Module) -> bool:
@@ -33,12 +43,17 @@ class ModelChange(CallbackBase):
         """Return the keywords as plain data."""
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        """Change the module, or have it done when it is built."""
+        """Change the module, or have it done when it is built.
+
+        Raises:
+            InputError: there is something to change under a strategy that trains copies.
+        """
+        strategy = copying_strategy(trainer)
         late = builds_in_configure_model(pl_module)
         if late:
             callbacks = trainer.callbacks  # type: ignore[attr-defined]  # A connector sets them.
             changes = [callback for callback in callbacks if isinstance(callback, ModelChange)]
-            change_all = functools.partial(_change_all, changes, pl_module)
+            change_all = functools.partial(_change_all, changes, pl_module, strategy)
             register_after(pl_module, "configure_model", change_all, key="change")
         keep_in_checkpoints(pl_module)
         try:
@@ -47,8 +62,19 @@ class ModelChange(CallbackBase):
             if not late:
                 raise
             changed = False  # It may fit what configure_model is yet to build, or raise there.
+        self.check_is_kept(changed, strategy)
         if changed:
             rebuild_copies(trainer, pl_module, before=self, stage=stage)
+
+    def check_is_kept(self, changed: bool, strategy: str | None) -> None:
+        """Raise InputError where a copy of the module was changed, by the name of its strategy."""
+        if changed and strategy:
+            raise InputError(
+                f"{type(self).__name__} changes the module in the processes of the strategy "
+                f"{strategy}, which are copies, and yours would stay as it is: use "
+                f'strategy="ddp", or call nmlightning.{self.function}(module, …) before '
+                "trainer.fit in place of the callback."
+            )
 
     @property
     def state_key(self) -> str:
@@ -60,9 +86,9 @@ class ModelChange(CallbackBase):
         return self.recipe()
 
 
-def _change_all(changes: Sequence[ModelChange], module: nn.Module) -> None:
+def _change_all(changes: Sequence[ModelChange], module: nn.Module, strategy: str | None) -> None:
     for change in changes:
-        change.change(module)
+        change.check_is_kept(change.change(module), strategy)
 
 
 def warn_of_forgotten(

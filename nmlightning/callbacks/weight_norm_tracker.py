@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -12,10 +13,11 @@ from nmlightning.callbacks.epoch_clock import AttemptedSteps
 from nmlightning.callbacks.norm_dashboard import NormDashboard
 from nmlightning.callbacks.provenance import describe_run
 from nmlightning.callbacks.steering import SteeredRun, warn_of_other_steering
-from nmlightning.compat import CallbackBase, in_added_epoch, is_trial_run
+from nmlightning.compat import CallbackBase, copying_strategy, in_added_epoch, is_trial_run
 from nmlightning.errors import InputError, check_choice, check_lists
 from nmlightning.name_patterns import some
 from nmlightning.optim.step_hooks import StepHookHandle, StepRule
+from nmlightning.surgery.recipes import register_after
 from nmlightning.weights.layer_weights import (
     LAZY_WAY_OUT,
     find_lazy_weights,
@@ -77,7 +79,8 @@ class RunRecording:
             left = [f"{name} ({reason})" for name, reason in tracker.left.items()]
             rank_zero_info(f"WeightNormTracker leaves {some(left, 3)}; include records more.")
         folder = Path(trainer.log_dir or trainer.default_root_dir)
-        kept, earlier = keep_recording(folder, state)
+        others = [other.path for other in _trackers(trainer) if other is not tracker]
+        kept, earlier = keep_recording(folder, state, taken=others)
         self._kept = trainer.strategy.broadcast(kept)
         self.file: Path = self._kept.file
         provenance = {**describe_run(trainer, folder), "run": self._kept.run}
@@ -215,6 +218,39 @@ class WeightNormTracker(CallbackBase):
         """The former name of `handles`."""
         return self.handles
 
+    @property
+    def state_key(self) -> str:
+        """Its name in a checkpoint, one for each choice of weights, moments and rule."""
+        chosen: dict[str, Any] = {
+            "every": self.every,
+            "include": self.include,
+            "exclude": self.exclude,
+        }
+        if self.steering is not None:
+            chosen[type(self.steering).__name__] = {
+                k: str(v) for k, v in vars(self.steering).items()
+            }
+        usual = {"every": "epoch", "include": (), "exclude": ()}
+        return super().state_key if chosen == usual else self._generate_state_key(**chosen)
+
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        """Have the state of a checkpoint found that is of other settings, or of an older release.
+
+        Raises:
+            InputError: the strategy trains copies, from which neither `path` nor state comes back.
+        """
+        strategy = copying_strategy(trainer)
+        if stage == "fit" and strategy:
+            raise InputError(
+                "WeightNormTracker works in the processes of the strategy "
+                f"{strategy}, which are copies: your tracker would get neither path nor state. Use "
+                'strategy="ddp".'
+            )
+        keys = [tracker.state_key for tracker in _trackers(trainer)]
+        register_after(
+            pl_module, "on_load_checkpoint", partial(_rename_states, keys), key="trackers"
+        )
+
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Take the first record, and steer from the first step on."""
         state = self._resumed.get("recording", {})
@@ -308,6 +344,22 @@ class WeightNormTracker(CallbackBase):
             self._steps.remove()
         for part in reversed(self._parts.values()):
             part.close(finished=finished)
+
+
+def _trackers(trainer: "pl.Trainer") -> list[WeightNormTracker]:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # A connector sets them.
+    return [callback for callback in callbacks if isinstance(callback, WeightNormTracker)]
+
+
+def _rename_states(keys: Sequence[str], checkpoint: dict[str, Any]) -> None:
+    """Give the trackers' states of a checkpoint the names of the trackers that are here."""
+    states = checkpoint.get("callbacks") or {}
+    names = {key.partition("{")[0] for key in keys}
+    here = [key for key in keys if key not in states]
+    there = [k for k in states if k not in keys and str(k).partition("{")[0] in names]
+    if len(here) == len(there):
+        for new, old in zip(here, there, strict=True):
+            states[new] = states.pop(old)
 
 
 @rank_zero_only

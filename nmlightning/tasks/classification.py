@@ -19,11 +19,13 @@ from nmlightning.tasks.checkpoint_match import check_same_network, remember_argu
 from nmlightning.tasks.compilation_notice import CompilationNotice
 from nmlightning.tasks.optimization import (
     KEY,
+    FoundLearningRate,
     add_schedule,
     check_same_batch,
     global_batch_size,
     make_optimizer,
     scale_learning_rates,
+    set_learning_rate,
 )
 from nmlightning.weights.channel_norms import is_sharded
 
@@ -92,6 +94,10 @@ class ImageClassifier(pl.LightningModule):
         channels_last: compute with images and weights that lie in memory with the channels next to
             each other. Results differ by rounding.
 
+    Attributes:
+        lr: the rate that `LearningRateFinder` or `Tuner.lr_find` has set, as it is used: it is not
+            multiplied for `lr_batch_size`. None is that of the optimizer.
+
     Raises:
         InputError: for a label_smoothing out of its range or an lr_batch_size below 1; in training
             for labels outside the classes or a network with another number of outputs, or if the
@@ -104,6 +110,8 @@ class ImageClassifier(pl.LightningModule):
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
         >>> task = ImageClassifier(net, optimizer=lambda groups: SGD(groups, lr=0.1))
     """
+
+    lr = FoundLearningRate()
 
     def __init__(
         self,
@@ -179,6 +187,7 @@ class ImageClassifier(pl.LightningModule):
         if self.lr_batch_size:
             images = global_batch_size(self._trainer)
             scale_learning_rates(optimizer, self.lr_batch_size, images)
+        set_learning_rate(optimizer, self.lr)
         return add_schedule(optimizer, self.lr_scheduler, "epoch")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -21,6 +21,30 @@ def make_optimizer(make: OptimizerCallable, groups: list[dict[str, Any]]) -> Opt
         raise InputError(f"optimizer: {error}.") from error
 
 
+class FoundLearningRate:
+    """The attribute `lr` of a task, which Lightning's LearningRateFinder looks for and sets.
+
+    It is the rate of all parameter groups, as found with batches of the run's size, and None as
+    long as that of the optimizer holds. Schedules that exist go by it from then on.
+    """
+
+    def __get__(self, task: Any, owner: type | None = None) -> Any:
+        return self if task is None else task.__dict__.get("_found_lr")
+
+    def __set__(self, task: Any, lr: float | None) -> None:
+        task.__dict__["_found_lr"] = lr
+        for config in task._trainer.lr_scheduler_configs if task._trainer and lr else ():
+            for scheduler in getattr(config.scheduler, "_schedulers", [config.scheduler]):
+                set_learning_rate(scheduler.optimizer, lr, "initial_lr")
+                scheduler.base_lrs = [lr] * len(scheduler.optimizer.param_groups)
+
+
+def set_learning_rate(optimizer: Optimizer, lr: float | None, key: str = "lr") -> None:
+    """Give every parameter group this rate, unless it is None."""
+    for group in optimizer.param_groups if lr is not None else ():
+        group[key] = lr
+
+
 def add_schedule(optimizer: Optimizer, make: LRSchedulerCallable | None, interval: Interval) -> Any:
     """Return what `configure_optimizers` returns: the optimizer and, if there is one, its schedule.
 

@@ -16,7 +16,13 @@ from nmlightning.optim.param_groups import WeightDecayScope, parameter_groups
 from nmlightning.surgery.recipes import check_recipes
 from nmlightning.tasks.checkpoint_match import check_same_network, remember_arguments
 from nmlightning.tasks.compilation_notice import CompilationNotice
-from nmlightning.tasks.optimization import Interval, add_schedule, make_optimizer
+from nmlightning.tasks.optimization import (
+    FoundLearningRate,
+    Interval,
+    add_schedule,
+    make_optimizer,
+    set_learning_rate,
+)
 from nmlightning.translation.corpus import TranslationBatch
 from nmlightning.translation.decoding import (
     SequenceModel,
@@ -71,6 +77,7 @@ class Translator(pl.LightningModule):
     Attributes:
         tokenizer: the data module's, from `setup` on, or the checkpoint's. It is in every
             checkpoint, so that one alone is enough to translate.
+        lr: the rate that `LearningRateFinder` or `Tuner.lr_find` has set; None is the optimizer's.
 
     Raises:
         InputError: for a setting outside what is allowed or a network that is no sequence model; in
@@ -84,6 +91,8 @@ class Translator(pl.LightningModule):
         >>> net = Transformer(vocab_size=100, width=32, hidden=64, heads=2)
         >>> task = Translator(net, optimizer=lambda groups: Adam(groups, lr=7e-4))
     """
+
+    lr = FoundLearningRate()
 
     def __init__(
         self,
@@ -230,6 +239,7 @@ class Translator(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(self.net, None, self.weight_decay_scope)
         optimizer = make_optimizer(self.optimizer, groups)
+        set_learning_rate(optimizer, self.lr)
         return add_schedule(optimizer, self.lr_scheduler, self.lr_interval)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

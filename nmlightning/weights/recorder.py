@@ -1,7 +1,7 @@
 """Records the norms of weights during a run, on its device, and keeps them in a file."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,7 @@ class KeptRecording:
 
 
 def keep_recording(
-    folder: Path, state: Mapping[str, Any]
+    folder: Path, state: Mapping[str, Any], taken: Collection[Path | None] = ()
 ) -> tuple[KeptRecording, NormHistory | None]:
     """Return where a run in `folder` keeps its records, and those it continues.
 
@@ -135,13 +135,14 @@ def keep_recording(
     Args:
         folder: of the run.
         state: of the run that it resumes, by `state_dict`; empty for a new one.
+        taken: files that others are about to write.
     """
     file = _file_of(folder, state) if state else None
     if file is None:
-        return KeptRecording(_free_file(folder), uuid4().hex), None
+        return KeptRecording(_free_file(folder, taken), uuid4().hex), None
     earlier = NormHistory.load(file, finite=False).until(int(state["step"]))
     at_home = file.parent.resolve() == folder.resolve()
-    return KeptRecording(file if at_home else _free_file(folder), state["run"]), earlier
+    return KeptRecording(file if at_home else _free_file(folder, taken), state["run"]), earlier
 
 
 def _file_of(folder: Path, state: Mapping[str, Any]) -> Path | None:
@@ -158,8 +159,9 @@ def _file_of(folder: Path, state: Mapping[str, Any]) -> Path | None:
     return None
 
 
-def _free_file(folder: Path) -> Path:
-    """Return a file name in `folder` that nothing has yet."""
+def _free_file(folder: Path, taken: Collection[Path | None]) -> Path:
+    """Return a file name in `folder` that nothing has yet, nor will have."""
     stem, suffix = FILE_NAME.split(".")
     names = (FILE_NAME, *(f"{stem}-v{version}.{suffix}" for version in range(1, 10_000)))
-    return next(folder / name for name in names if not (folder / name).exists())
+    files = (folder / name for name in names)
+    return next(file for file in files if file not in taken and not file.exists())

@@ -10,11 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import pytorch_lightning
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from lightning_modules import small_net
 from nmlightning.callbacks import WeightNormTracker
+from nmlightning.optim import DecayEquivalentLR, Hyperball
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.recording_file import FILE_NAME
-from recorded_runs import BATCHES, Trains, make_data, make_trainer
+from recorded_runs import BATCHES, StepsByHand, Trains, make_data, make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists")
 
@@ -125,3 +130,59 @@ def test_fast_dev_run_writes_nothing(
     options = {"fast_dev_run": True, "logger": logger}  # Lightning makes it a DummyLogger
     make_trainer(tmp_path, WeightNormTracker(1), **options).fit(Trains(), make_data())
     assert not list(tmp_path.iterdir())
+
+
+class Adversaries(StepsByHand):
+    """Two nets, of an optimizer each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = small_net()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(net.parameters(), lr=0.05) for net in (self.net, self.other)]
+
+    def training_step(self, batch: list[Tensor], index: int) -> None:
+        for net, optimizer in zip((self.net, self.other), self.optimizers(), strict=True):  # type: ignore[arg-type]
+            self.manual_backward(F.cross_entropy(net(batch[0]), batch[1]))
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_each_of_two_trackers_has_a_file_and_a_state(tmp_path: Path) -> None:
+    def run(folder: Path, epochs: int, start: Path | None = None) -> list[WeightNormTracker]:
+        trackers = [
+            WeightNormTracker(
+                include=[f"{net}.?.weight"], steering=Hyperball(include=[f"{net}.0.weight"])
+            )
+            for net in ("net", "other")
+        ]
+        trackers[0].steering = DecayEquivalentLR(0.01, include=["net.0.weight"])
+        trainer = make_trainer(folder, *trackers, max_epochs=epochs)
+        trainer.fit(Adversaries(), make_data(), ckpt_path=start)
+        trainer.save_checkpoint(folder / "last.ckpt")
+        return trackers
+
+    run(tmp_path, 1)
+    trackers = run(tmp_path, 2, tmp_path / "last.ckpt")
+    assert sorted(str(t.path and t.path.name) for t in trackers) == recordings(tmp_path)
+    for tracker, net in zip(trackers, ("net", "other"), strict=True):
+        history = NormHistory.load(str(tracker.path))
+        assert {name.partition(".")[0] for name in history.norms} == {net}
+        assert history.steps.tolist() == [0, 2 * BATCHES, 4 * BATCHES]
+        assert [handle.steps for handle in tracker.handles] == [2 * BATCHES]
+    states = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]
+    assert len([key for key in states if key.startswith("WeightNormTracker")]) == 2
+
+
+def test_tracker_finds_the_state_of_an_older_key(tmp_path: Path) -> None:
+    for epochs, start in ((1, None), (2, tmp_path / "last.ckpt")):
+        trainer = make_trainer(tmp_path, WeightNormTracker(2), max_epochs=epochs)
+        trainer.fit(Trains(), make_data(), ckpt_path=start)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+        (key,) = checkpoint["callbacks"]
+        checkpoint["callbacks"] = {"WeightNormTracker": checkpoint["callbacks"][key]}
+        torch.save(checkpoint, tmp_path / "last.ckpt")
+    assert recordings(tmp_path) == [FILE_NAME]
+    assert steps_of(tmp_path) == [0, 2, 4, 6, 8]

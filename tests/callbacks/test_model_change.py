@@ -1,0 +1,32 @@
+"""Test that strategies whose processes train copies of the module are refused."""
+
+from typing import Any
+
+import pytest
+
+from nmlightning import swap_norms
+from nmlightning.callbacks import NormSwap, WeightNormSwap, WeightNormTracker
+from nmlightning.errors import InputError
+from recorded_runs import Trains
+from trainers import quiet_trainer
+
+
+@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn", "ddp_notebook"])
+@pytest.mark.parametrize("callback", [NormSwap("l1"), WeightNormSwap(), WeightNormTracker()])
+def test_strategies_that_train_copies_are_refused(strategy: str, callback: Any) -> None:
+    trainer = quiet_trainer(callback, strategy=strategy, devices=2)
+    module = Trains()
+    trainer.strategy.connect(module)  # type: ignore[attr-defined]
+    named = "ddp_fork" if strategy == "ddp_notebook" else strategy
+    with pytest.raises(InputError, match=f'{strategy}.*copies.*strategy="ddp"') as caught:
+        callback.setup(trainer, module, stage="fit")
+    assert named in str(caught.value)
+
+
+def test_swapped_by_hand_trains_under_a_strategy_that_copies() -> None:
+    module = Trains()
+    swap_norms(module, "l1")
+    callback = NormSwap("l1")
+    trainer = quiet_trainer(callback, strategy="ddp_fork", devices=2)
+    trainer.strategy.connect(module)  # type: ignore[attr-defined]
+    callback.setup(trainer, module, stage="fit")
