@@ -1,7 +1,6 @@
 """Norms of activations: the layers, and the constants that make them estimate σ."""
 
 from nmlightning.functional.constants import gaussian_constant as gaussian_constant
-from nmlightning.norms import fast_path as fast_path  # hooks into torch's encoders
 from nmlightning.norms.batch_norm import L1BatchNorm as L1BatchNorm
 from nmlightning.norms.batch_norm import L1BatchNorm1d as L1BatchNorm1d
 from nmlightning.norms.batch_norm import L1BatchNorm2d as L1BatchNorm2d

@@ -32,6 +32,7 @@ from nmlightning.norms.batch_norm_base import (
     check_stats_dtype,
     describe_settings,
 )
+from nmlightning.norms.fast_path import watch_encoders
 
 
 def check_normalized_shape(normalized_shape: int | Sequence[int]) -> list[int]:
@@ -231,6 +232,7 @@ class LpLayerNorm(nn.LayerNorm):
         self.statistic = PowerMean(self.p)
         self.constant = check_constant(constant)
         self.stats_dtype = check_stats_dtype(stats_dtype)
+        watch_encoders()
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the normalised input, in its dtype."""
@@ -246,6 +248,7 @@ class LpLayerNorm(nn.LayerNorm):
         """Restore a layer, also one that was pickled before layers kept their statistic."""
         state = {"statistic": PowerMean(state["p"]), **state}
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        watch_encoders()
 
     def extra_repr(self) -> str:
         """Return the arguments that differ from the defaults, so that the repr evaluates."""
@@ -329,6 +332,7 @@ class LpRMSNorm(nn.RMSNorm):
         self.statistic = PowerMean(self.p)
         self.constant = check_constant(constant)
         self.stats_dtype = check_stats_dtype(stats_dtype)
+        watch_encoders()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised input, in its dtype."""
@@ -344,6 +348,7 @@ class LpRMSNorm(nn.RMSNorm):
         """Restore a layer, also one that was pickled before layers kept their statistic."""
         state = {"statistic": PowerMean(state["p"]), **state}
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        watch_encoders()
 
     def extra_repr(self) -> str:
         """Return the arguments that differ from the defaults, so that the repr evaluates."""

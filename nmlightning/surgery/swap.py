@@ -13,7 +13,7 @@ from torch import nn
 from nmlightning.errors import InputError, check_flag, check_lists, nearest
 from nmlightning.kernels.interface import Fused, NormKind
 from nmlightning.name_patterns import matches, some, unmatched
-from nmlightning.norms.fast_path import guard_fast_paths
+from nmlightning.norms.fast_path import guard_encoders
 from nmlightning.norms.registry import (
     TITLES,
     check_fuse,
@@ -195,7 +195,8 @@ def swap_norms(
             convert_in_place(module, template)
         if fusing is not None:
             fusing.apply()
-        guard_fast_paths(model.modules())
+        if any(x.kind != "batch" for x in picked):
+            guard_encoders(model.modules())
     return SwapReport(swapped, left, dry_run, fused, not_fused)
 
 
