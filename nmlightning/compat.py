@@ -137,11 +137,12 @@ class _SyncKeepingOurs:
             if isinstance(layer, BatchNormBase)
         }
         with self._unfused(model):
+            for name in ours:
+                model.set_submodule(name, nn.Identity())  # the converter takes all that it finds
             model = self.original.apply(model)
             for name, layer in ours.items():
                 layer.sync = True
-                parent, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(parent), leaf, layer)
+                model.set_submodule(name, layer)
         return model
 
     def revert(self, model: nn.Module) -> nn.Module:

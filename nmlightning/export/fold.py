@@ -18,7 +18,8 @@ from torch.nn.utils import parametrize
 from nmlightning.errors import InputError, check_flag
 from nmlightning.surgery.fuse.fuse import unfuse
 from nmlightning.surgery.fuse.trace import TracedGraph, first_line
-from nmlightning.surgery.norm_layers import NormLayer, find_norm_layers, is_norm_with_activation
+from nmlightning.surgery.norm_act import has_activation
+from nmlightning.surgery.norm_layers import NormLayer, find_norm_layers
 from nmlightning.weights.layer_weights import WeightLocation
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ def _tensor(value: object) -> Tensor:
 def _replace(model: nn.Module, norm: nn.Module) -> None:
     """Replace the norm by what is left of it, under every name that it has."""
     rest: nn.Module = nn.Identity()
-    if is_norm_with_activation(type(norm)):
+    if has_activation(type(norm)):
         rest = nn.Sequential(norm.drop, norm.act).eval()  # type: ignore[arg-type]
     for parent in list(model.modules()):
         for name, child in parent._modules.items():

@@ -32,6 +32,7 @@ BACKENDS: tuple[Backend, ...] = (CpuBackend(), TritonBackend())
 
 _COMPILING = Dispatch(FORMULA, "traced code")
 _SUBCLASS = Dispatch(FORMULA, "no plain tensor")
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 _PLAIN = (Tensor, nn.Parameter)
 _requested: ContextVar[str] = ContextVar("norm_backend", default="auto")
 
@@ -62,7 +63,7 @@ def select_backend_for(
     """Return the backend that computes the norm of x, now."""
     if torch.compiler.is_compiling():
         return _COMPILING
-    if type(x) not in _PLAIN:
+    if type(x) not in _PLAIN or torch._C._get_dispatch_mode(_FAKE) is not None:
         return _SUBCLASS
     key = DispatchKey(kind, statistic, x.device.type, x.dtype, stats_dtype, layout_of(x))
     return select_backend(key)
@@ -73,13 +74,26 @@ def select_backend(key: DispatchKey) -> Dispatch:
     return _select(key, _requested.get())
 
 
-def select_tracking(running: Sequence[Tensor], values: Tensor) -> Tracking | None:
-    """Return the kernel that moves running statistics towards such values, now, if there is one."""
-    if torch.compiler.is_compiling() or values.dtype != torch.float32:
+def select_tracking(
+    running: Sequence[Tensor], count: Tensor | None, values: Sequence[Tensor]
+) -> Tracking | None:
+    """Return the kernel that moves running statistics towards such values, now, if it reads them.
+
+    It takes plain, contiguous float32 tensors of one shape and device, and an int64 count there.
+    """
+    first = values[0]
+    if torch.compiler.is_compiling() or not all(_is_as(q, first) for q in (*running, *values)):
         return None
-    if not all(type(r) in _PLAIN and r.dtype == torch.float32 for r in running):
+    if count is not None and not (
+        type(count) in _PLAIN and count.dtype == torch.int64 and count.device == first.device
+    ):
         return None
-    return _select_tracking(values.device.type, _requested.get())
+    return _select_tracking(first.device.type, _requested.get())
+
+
+def _is_as(tensor: Tensor, first: Tensor) -> bool:
+    plain = type(tensor) in _PLAIN and tensor.dtype == torch.float32 and tensor.is_contiguous()
+    return plain and tensor.shape == first.shape and tensor.device == first.device
 
 
 def clear_dispatch_cache() -> None:

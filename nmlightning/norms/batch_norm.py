@@ -1,7 +1,7 @@
 """Batch norms by any statistic, and the names people know them by."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from nmlightning.errors import check_whole_number
@@ -56,17 +56,18 @@ class StatisticBatchNorm(BatchNormBase):
     Source: Hoffer et al. 2018, §4 (arXiv 1803.01814).
     """
 
+    __jit_ignored_attributes__ = ("statistic",)
     statistic: Statistic
 
     def __init__(
         self,
         num_features: int,
-        *,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
-        bias: bool = True,
         track_running_stats: bool = True,
+        *,
+        bias: bool = True,
         constant: Constant | float = "exact",
         stats_dtype: torch.dtype | str | None = None,
         sync: bool = False,
@@ -156,13 +157,13 @@ class LpBatchNorm(StatisticBatchNorm):
     def __init__(
         self,
         num_features: int,
-        p: float = 1.0,
-        *,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
-        bias: bool = True,
         track_running_stats: bool = True,
+        *,
+        p: float = 1.0,
+        bias: bool = True,
         constant: Constant | float = "exact",
         stats_dtype: torch.dtype | str | None = None,
         sync: bool = False,
@@ -184,13 +185,13 @@ class TopKBatchNorm(StatisticBatchNorm):
     def __init__(
         self,
         num_features: int,
-        k: int = 10,
-        *,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
-        bias: bool = True,
         track_running_stats: bool = True,
+        *,
+        k: int = 10,
+        bias: bool = True,
         constant: Constant | float = "exact",
         stats_dtype: torch.dtype | str | None = None,
         sync: bool = False,
@@ -206,13 +207,13 @@ class TopKBatchNorm(StatisticBatchNorm):
         self.statistic = LargestMean(self.k)
 
 
-class L1BatchNorm1d(L1BatchNorm):
+class L1BatchNorm1d(L1BatchNorm, nn.BatchNorm1d):
     """`L1BatchNorm` of (N, C) or (N, C, L) inputs."""
 
     input_dims = (2, 3)
 
 
-class L1BatchNorm2d(L1BatchNorm):
+class L1BatchNorm2d(L1BatchNorm, nn.BatchNorm2d):
     """`L1BatchNorm` of (N, C, H, W) inputs.
 
     >>> L1BatchNorm2d(16)(torch.randn(8, 16, 4, 4)).shape
@@ -222,61 +223,61 @@ class L1BatchNorm2d(L1BatchNorm):
     input_dims = (4,)
 
 
-class L1BatchNorm3d(L1BatchNorm):
+class L1BatchNorm3d(L1BatchNorm, nn.BatchNorm3d):
     """`L1BatchNorm` of (N, C, D, H, W) inputs."""
 
     input_dims = (5,)
 
 
-class LInfBatchNorm1d(LInfBatchNorm):
+class LInfBatchNorm1d(LInfBatchNorm, nn.BatchNorm1d):
     """`LInfBatchNorm` of (N, C) or (N, C, L) inputs."""
 
     input_dims = (2, 3)
 
 
-class LInfBatchNorm2d(LInfBatchNorm):
+class LInfBatchNorm2d(LInfBatchNorm, nn.BatchNorm2d):
     """`LInfBatchNorm` of (N, C, H, W) inputs."""
 
     input_dims = (4,)
 
 
-class LInfBatchNorm3d(LInfBatchNorm):
+class LInfBatchNorm3d(LInfBatchNorm, nn.BatchNorm3d):
     """`LInfBatchNorm` of (N, C, D, H, W) inputs."""
 
     input_dims = (5,)
 
 
-class LpBatchNorm1d(LpBatchNorm):
+class LpBatchNorm1d(LpBatchNorm, nn.BatchNorm1d):
     """`LpBatchNorm` of (N, C) or (N, C, L) inputs."""
 
     input_dims = (2, 3)
 
 
-class LpBatchNorm2d(LpBatchNorm):
+class LpBatchNorm2d(LpBatchNorm, nn.BatchNorm2d):
     """`LpBatchNorm` of (N, C, H, W) inputs."""
 
     input_dims = (4,)
 
 
-class LpBatchNorm3d(LpBatchNorm):
+class LpBatchNorm3d(LpBatchNorm, nn.BatchNorm3d):
     """`LpBatchNorm` of (N, C, D, H, W) inputs."""
 
     input_dims = (5,)
 
 
-class TopKBatchNorm1d(TopKBatchNorm):
+class TopKBatchNorm1d(TopKBatchNorm, nn.BatchNorm1d):
     """`TopKBatchNorm` of (N, C) or (N, C, L) inputs."""
 
     input_dims = (2, 3)
 
 
-class TopKBatchNorm2d(TopKBatchNorm):
+class TopKBatchNorm2d(TopKBatchNorm, nn.BatchNorm2d):
     """`TopKBatchNorm` of (N, C, H, W) inputs."""
 
     input_dims = (4,)
 
 
-class TopKBatchNorm3d(TopKBatchNorm):
+class TopKBatchNorm3d(TopKBatchNorm, nn.BatchNorm3d):
     """`TopKBatchNorm` of (N, C, D, H, W) inputs."""
 
     input_dims = (5,)
@@ -295,13 +296,13 @@ class RangeBatchNorm(StatisticBatchNorm):
     def __init__(
         self,
         num_features: int,
-        chunks: int = 16,
-        *,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
-        bias: bool = True,
         track_running_stats: bool = True,
+        *,
+        chunks: int = 16,
+        bias: bool = True,
         constant: Constant | float = "exact",
         stats_dtype: torch.dtype | str | None = None,
         sync: bool = False,
@@ -317,19 +318,19 @@ class RangeBatchNorm(StatisticBatchNorm):
         self.statistic = RangeMean(self.chunks)
 
 
-class RangeBatchNorm1d(RangeBatchNorm):
+class RangeBatchNorm1d(RangeBatchNorm, nn.BatchNorm1d):
     """`RangeBatchNorm` of (N, C) or (N, C, L) inputs."""
 
     input_dims = (2, 3)
 
 
-class RangeBatchNorm2d(RangeBatchNorm):
+class RangeBatchNorm2d(RangeBatchNorm, nn.BatchNorm2d):
     """`RangeBatchNorm` of (N, C, H, W) inputs."""
 
     input_dims = (4,)
 
 
-class RangeBatchNorm3d(RangeBatchNorm):
+class RangeBatchNorm3d(RangeBatchNorm, nn.BatchNorm3d):
     """`RangeBatchNorm` of (N, C, D, H, W) inputs."""
 
     input_dims = (5,)

@@ -2,7 +2,11 @@
 
 import inspect
 import math
-from collections.abc import Mapping, MutableMapping
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, MutableMapping
+from traceback import walk_stack
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.fx import Proxy
+from torch.jit import TracerWarning
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nmlightning.errors import InputError, check_flag, is_number, nearest
@@ -25,6 +31,8 @@ STATS_DTYPES = {
     "float64": torch.float64,
 }
 RUNNING = ("running_mean", "running_var")
+_CONVERTS_TO_SYNC = re.compile("convert.*sync_?b", re.IGNORECASE)
+_FUSES_EXACT_CLASSES = ("torch.fx.experimental.optimization", "torch.ao.quantization")
 
 
 def activate(y: Tensor, residual: Tensor | None, fused: Fused | None) -> Tensor:
@@ -33,6 +41,16 @@ def activate(y: Tensor, residual: Tensor | None, fused: Fused | None) -> Tensor:
         return y
     in_place = not torch.compiler.is_compiling()  # y is nobody else's; a compiler sees to it itself
     return F.relu(y if residual is None else y + residual, inplace=in_place)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def warn_of_export(name: str) -> None:
+    """Warn of an export in training mode, also where the compiler traces the call."""
+    warnings.warn(
+        f"{name} is exported in training mode and will always normalise by the batch's own "
+        "statistics, whatever is done to the exported model: call eval() before the export.",
+        stacklevel=3,
+    )
 
 
 def check_residual(residual: Tensor | None, fused: Fused | None) -> None:
@@ -107,18 +125,19 @@ class BatchNormBase(_BatchNorm):
     """
 
     input_dims: ClassVar[tuple[int, ...]] = ()
+    has_scale: ClassVar[bool] = True
     process_group: ProcessGroup | None = None
     fused: Fused | None = None  # what the layer also does, see `swap_norms`
 
     def __init__(
         self,
         num_features: int,
-        *,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
-        bias: bool = True,
         track_running_stats: bool = True,
+        *,
+        bias: bool = True,
         stats_dtype: torch.dtype | str | None = None,
         sync: bool = False,
         device: torch.device | str | None = None,
@@ -130,8 +149,8 @@ class BatchNormBase(_BatchNorm):
             check_momentum(momentum),
             check_flag("affine", affine),
             check_flag("track_running_stats", track_running_stats),
-            device,
-            dtype,
+            device=device,
+            dtype=dtype,
         )
         if not check_flag("bias", bias):  # Torch 2.11 has no such argument.
             self.register_parameter("bias", None)
@@ -144,10 +163,77 @@ class BatchNormBase(_BatchNorm):
 
         Where the layer is `fused`, what follows it is done, too: ReLU(y) or ReLU(y + residual).
         """
+        if torch.jit.is_scripting():  # of the other branches TorchScript then compiles nothing
+            output = self.evaluate_scripted(input)
+        elif isinstance(input, Proxy):
+            output = self._record(input, residual)
+        elif torch.jit.is_tracing():
+            with warnings.catch_warnings():  # a trace holds for other batches where torch's does
+                warnings.simplefilter("ignore", TracerWarning)
+                self._check_onnx()
+                output = self._compute(input, residual)
+        else:
+            output = self._compute(input, residual)
+        return output
+
+    def evaluate_scripted(self, input: Tensor) -> Tensor:
+        """Return the evaluated norm, by what TorchScript and torch.fx can read."""
+        if self.training:
+            raise RuntimeError("A scripted batch norm of nmlightning only evaluates: call eval().")
+        return F.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+        )
+
+    def __prepare_scriptable__(self) -> "BatchNormBase":
+        """Refuse, for `torch.jit.script`, what it cannot compile."""
+        if self.training or self.running_mean is None or self.fused is not None:
+            raise InputError(
+                f"torch.jit.script takes a {type(self).__name__} in evaluation, with running "
+                "statistics and not fused: call eval(), and swap_norms without fuse."
+            )
+        return self
+
+    def _check_onnx(self) -> None:
+        if self.training and torch.onnx.is_in_onnx_export():
+            raise InputError(
+                f"ONNX has no {type(self).__name__} in training: leave training=TRAINING out, or "
+                "export with dynamo=True, which writes the formula."
+            )
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the children's names and modules; InputError if they are to be another norm's."""
+        caller = sys._getframe(1).f_code.co_name
+        if _CONVERTS_TO_SYNC.search(caller):
+            raise InputError(
+                f"{caller} would make an L2 norm of a {type(self).__name__}, which synchronises "
+                "itself: leave that out, and set its sync to True, as swap_norms(model, norm, "
+                '{"sync": True}) and NormSwap under Trainer(sync_batchnorm=True) do.'
+            )
+        return super().named_children()
+
+    def _record(self, input: Proxy, residual: Tensor | None) -> Any:
+        """Record one call of the layer in a torch.fx trace, as of torch's own norms."""
+        if input.tracer.root is self:
+            return self.evaluate_scripted(input)  # type: ignore[arg-type]
+        frames = (frame.f_globals.get("__name__", "") for frame, _ in walk_stack(None))
+        for caller in (name for name in frames if name.startswith(_FUSES_EXACT_CLASSES)):
+            warnings.warn(
+                f"{caller} fuses torch's own classes alone, and leaves {type(self).__name__}: "
+                'fold_norms(model) folds it, or swap_norms(model, "l2") comes first.',
+                stacklevel=2,
+            )
+            break
+        arguments = (input,) if residual is None else (input, residual)
+        path = input.tracer.path_of_module(self)
+        return input.tracer.create_proxy("call_module", path, arguments, {})
+
+    def _compute(self, input: Tensor, residual: Tensor | None) -> Tensor:
         self._check_input_dim(input)
         check_residual(residual, self.fused)
         if not self.training and self.running_mean is not None:
             return activate(self._evaluate(input), residual, self.fused)
+        if self.training and torch.compiler.is_exporting():
+            warn_of_export(type(self).__name__)
         group = self._group()
         if group is None and input.numel() <= input.shape[1]:
             # Torch's own answers for an empty batch and for one value per channel.
@@ -189,7 +275,7 @@ class BatchNormBase(_BatchNorm):
 
     def _evaluate(self, input: Tensor) -> Tensor:
         mean, variance = self.running_mean, self.running_var
-        weight: Tensor | None = self.weight
+        weight: Tensor | None = self.weight if self.has_scale else None
         bias: Tensor | None = self.bias
         if is_half(input.dtype) and mean is not None:
             # Torch takes half inputs with parameters and statistics of one dtype.
@@ -231,9 +317,10 @@ class BatchNormBase(_BatchNorm):
         running_mean, running_var = self.running_mean, self.running_var
         assert running_mean is not None, "the caller tracks"
         assert running_var is not None, "it comes with the mean"
-        tracking = None if is_transformed() else select_tracking((running_mean, running_var), mean)
+        count, tracking = self.num_batches_tracked, None
+        if not is_transformed():
+            tracking = select_tracking((running_mean, running_var), count, (mean, variance))
         if tracking is not None and self.momentum is not None:
-            count = self.num_batches_tracked
             tracking(running_mean, running_var, count, mean, variance, self.momentum)
             return
         finite = mean.isfinite() & variance.isfinite()

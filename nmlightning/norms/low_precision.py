@@ -46,12 +46,12 @@ class HalfL2BatchNorm(BatchNormBase):
     def __init__(
         self,
         num_features: int,
-        *,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
-        bias: bool = True,
         track_running_stats: bool = True,
+        *,
+        bias: bool = True,
         sync: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -86,13 +86,13 @@ class HalfL2BatchNorm(BatchNormBase):
         return output, mean.detach().float(), unbiased
 
 
-class HalfL2BatchNorm1d(HalfL2BatchNorm):
+class HalfL2BatchNorm1d(HalfL2BatchNorm, nn.BatchNorm1d):
     """`HalfL2BatchNorm` of (N, C) or (N, C, L) inputs."""
 
     input_dims = (2, 3)
 
 
-class HalfL2BatchNorm2d(HalfL2BatchNorm):
+class HalfL2BatchNorm2d(HalfL2BatchNorm, nn.BatchNorm2d):
     """`HalfL2BatchNorm` of (N, C, H, W) inputs.
 
     >>> HalfL2BatchNorm2d(16)(torch.randn(8, 16, 4, 4)).shape
@@ -102,7 +102,7 @@ class HalfL2BatchNorm2d(HalfL2BatchNorm):
     input_dims = (4,)
 
 
-class HalfL2BatchNorm3d(HalfL2BatchNorm):
+class HalfL2BatchNorm3d(HalfL2BatchNorm, nn.BatchNorm3d):
     """`HalfL2BatchNorm` of (N, C, D, H, W) inputs."""
 
     input_dims = (5,)

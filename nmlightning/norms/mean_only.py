@@ -4,7 +4,7 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from nmlightning.functional.batch_norm import HalfCentreFunction, apply_without_autocast
@@ -27,6 +27,7 @@ class MeanOnlyBatchNorm(BatchNormBase):
     would stop DistributedDataParallel), and `running_var` is 1 − eps. So evaluation is torch's
     batch norm, into which a checkpoint loads and computes the same. The other way, from the
     checkpoint of another norm, the layer takes the mean, the bias and the count, not the scale.
+    A weight set to anything else has no effect; `eval()` and `state_dict()` make it 1 again.
 
     One value per channel is an error in training, as in torch, though the formula allows it: the
     output would be the bias, whatever the input. Use a subclass for a fixed number of dimensions.
@@ -51,6 +52,14 @@ class MeanOnlyBatchNorm(BatchNormBase):
     Source: Salimans and Kingma 2016, §4 (arXiv 1602.07868).
     """
 
+    has_scale = False
+
+    def scales(self) -> list[nn.Parameter]:
+        """Return the weight, or what a pruned or otherwise computed one is computed of."""
+        return [
+            q for name, q in self._parameters.items() if name.startswith("weight") and q is not None
+        ]
+
     def reset_parameters(self) -> None:
         """Make the layer what it was when it was new."""
         super().reset_parameters()
@@ -65,11 +74,22 @@ class MeanOnlyBatchNorm(BatchNormBase):
     @torch.no_grad()
     def drop_scale(self) -> None:
         """Make `weight` and `running_var` those of a batch norm that divides by 1."""
-        if self.weight is not None:
-            self.weight.requires_grad_(False).fill_(1)
-            self.weight.grad = None
+        for scale in self.scales():
+            scale.requires_grad_(False).fill_(1)
+            scale.grad = None
         if self.running_var is not None:
             self.running_var.fill_(1 - self.eps)
+
+    def train(self, mode: bool = True) -> "MeanOnlyBatchNorm":
+        """Set the mode; in evaluation, what reads the state shall find no scale."""
+        super().train(mode)
+        if not mode:
+            self.drop_scale()
+        return self
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        self.drop_scale()
+        super()._save_to_state_dict(*arguments)
 
     def _normalise(
         self, input: Tensor, residual: Tensor | None, group: ProcessGroup | None
@@ -100,13 +120,13 @@ class MeanOnlyBatchNorm(BatchNormBase):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
 
 
-class MeanOnlyBatchNorm1d(MeanOnlyBatchNorm):
+class MeanOnlyBatchNorm1d(MeanOnlyBatchNorm, nn.BatchNorm1d):
     """`MeanOnlyBatchNorm` of (N, C) or (N, C, L) inputs."""
 
     input_dims = (2, 3)
 
 
-class MeanOnlyBatchNorm2d(MeanOnlyBatchNorm):
+class MeanOnlyBatchNorm2d(MeanOnlyBatchNorm, nn.BatchNorm2d):
     """`MeanOnlyBatchNorm` of (N, C, H, W) inputs.
 
     >>> MeanOnlyBatchNorm2d(16)(torch.randn(8, 16, 4, 4)).shape
@@ -116,7 +136,7 @@ class MeanOnlyBatchNorm2d(MeanOnlyBatchNorm):
     input_dims = (4,)
 
 
-class MeanOnlyBatchNorm3d(MeanOnlyBatchNorm):
+class MeanOnlyBatchNorm3d(MeanOnlyBatchNorm, nn.BatchNorm3d):
     """`MeanOnlyBatchNorm` of (N, C, D, H, W) inputs."""
 
     input_dims = (5,)

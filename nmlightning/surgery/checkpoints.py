@@ -49,7 +49,8 @@ def load_from_checkpoint(module_class: type[Module], path: str | Path, **argumen
         module: Module = module_class.load_from_checkpoint(path, **arguments)  # type: ignore[attr-defined]
     for recipe in recipes_in(checkpoint, NORM_SWAP):
         modules = recipe.pop("modules")
-        swap_norms(module, **recipe)
+        report = swap_norms(module, **recipe)
+        modules |= {swap.name: swap.after for swap in report.swapped}  # classes as named today
         note_recipe(module, recipe, modules, NORM_SWAP)
         keep_in_checkpoints(module)
     return module

@@ -1,10 +1,12 @@
 """Finds the norm layers of a model, and converts them in place."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase, _NormBase
 
@@ -21,6 +23,7 @@ from nmlightning.surgery.foreign_norms import (
     find_form,
     is_known,
 )
+from nmlightning.surgery.norm_act import class_with_activation, has_activation
 
 _NAMED_LIKE_A_NORM = re.compile(
     r"(Batch|Layer|Group|Instance|RMS|Response|L2)_?Norm", re.IGNORECASE
@@ -34,8 +37,6 @@ _RMS_NORMS = {norm.rms for norm in NORMS.values() if norm.rms is not None}
 # Instance attributes that only our layers have; what a layer no longer needs is deleted.
 _OWN_SETTINGS = ("p", "k", "chunks", "statistic", "constant", "stats_dtype", "sync")
 FUSION = "_nmlightning_fusion"  # of the class of a module whose norms are fused
-_ORIGINAL_CLASS = "_class_before_swap"
-_ACTIVATION_HOOK = "_drop_and_act_hook"
 _FROZEN_WEIGHT = "_weight_was_frozen_before_swap"
 
 
@@ -106,7 +107,7 @@ def convert_in_place(module: nn.Module, template: nn.Module) -> None:
 
     Except where the norm has no scale: see `MeanOnlyBatchNorm.drop_scale`.
     """
-    before, after = type(module), class_to_take(module, template)
+    after = class_to_take(module, template)
     if isinstance(module, MeanOnlyBatchNorm):
         _give_scale_back(module)
     for name in _settings(module):
@@ -118,17 +119,40 @@ def convert_in_place(module: nn.Module, template: nn.Module) -> None:
     elif isinstance(module, _BatchNorm):
         _cast_statistics(module)
     if isinstance(module, MeanOnlyBatchNorm):
-        if module.weight is not None and not module.weight.requires_grad:
+        if any(not scale.requires_grad for scale in module.scales()):
             module.__dict__[_FROZEN_WEIGHT] = True
         module.drop_scale()
-    if after is nn.SyncBatchNorm:
+    if issubclass(after, nn.SyncBatchNorm):
         module.__dict__.setdefault("process_group", None)
-    if is_norm_with_activation(before):
-        setattr(module, _ORIGINAL_CLASS, before)
-        setattr(module, _ACTIVATION_HOOK, module.register_forward_hook(drop_and_act, prepend=True))
-    elif is_norm_with_activation(after):
-        module.__dict__.pop(_ACTIVATION_HOOK).remove()
-        del module.__dict__[_ORIGINAL_CLASS]
+
+
+@contextmanager
+def whole_or_not_at_all(model: nn.Module, norms: Iterable[nn.Module]) -> Iterator[None]:
+    """Leave classes, and attributes and tensors of norms, as they were if anything is raised."""
+    norms = set(norms)
+    before = [(m, type(m), _copy(vars(m))) for m in model.modules()]
+    values = [(q, q.detach().clone(), q.requires_grad, q.grad) for m in norms for q in _tensors(m)]
+    try:
+        yield
+    except BaseException:
+        for module, cls, attributes in before:
+            if module in norms or type(module) is not cls:
+                object.__setattr__(module, "__class__", cls)
+                vars(module).clear()
+                vars(module).update(attributes)
+        for tensor, value, learns, grad in values:
+            with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+                tensor.copy_(value).requires_grad_(learns)
+            tensor.grad = grad
+        raise
+
+
+def _copy(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.copy() if isinstance(v, dict) else v for k, v in attributes.items()}
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
 
 
 def _cast_statistics(module: _BatchNorm) -> None:
@@ -142,8 +166,8 @@ def _cast_statistics(module: _BatchNorm) -> None:
 def _give_scale_back(module: MeanOnlyBatchNorm) -> None:
     """Let the weight, which is 1, learn again, unless it did not before."""
     frozen = module.__dict__.pop(_FROZEN_WEIGHT, False)
-    if module.weight is not None:
-        module.weight.requires_grad_(not frozen)
+    for scale in module.scales():
+        scale.requires_grad_(not frozen)
 
 
 def fused_of(norm: nn.Module) -> Fused | None:
@@ -157,37 +181,10 @@ def has_fused(model: nn.Module) -> bool:
     return any(fused_of(x) is not None or hasattr(type(x), FUSION) for x in model.modules())
 
 
-def drop_and_act(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """Forward hook of a swapped `BatchNormAct2d`: what timm's class does after its norm."""
-    return module.act(module.drop(output))  # type: ignore[no-any-return, operator]
-
-
-def own_activation(module: nn.Module) -> nn.Module | None:
-    """Return what a norm of timm's activates with, swapped or not, if it does anything there."""
-    if not (is_norm_with_activation(type(module)) or _ORIGINAL_CLASS in vars(module)):
-        return None
-    layers = nn.Sequential(module.drop, module.act)  # type: ignore[arg-type]
-    if type(module.drop) is not nn.Identity:
-        return layers
-    return None if type(module.act) is nn.Identity else layers[1]
-
-
-def set_fused_activation(module: nn.Module, fused: bool) -> None:
-    """Let a norm that was timm's activate itself, or by the hook of a swapped one."""
-    vars(module)[_ACTIVATION_HOOK].remove()
-    if fused:
-        vars(module)["fused"] = "relu"
-    else:
-        del vars(module)["fused"]
-        vars(module)[_ACTIVATION_HOOK] = module.register_forward_hook(drop_and_act, prepend=True)
-
-
 def has_hooks(module: nn.Module) -> bool:
-    """Return whether anything but a swap hooks into the calls of a module."""
-    own = vars(module).get(_ACTIVATION_HOOK)
-    forward = module._forward_hooks.keys() - {own.id if own is not None else None}
+    """Return whether anything hooks into the calls of a module."""
     others = (module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return bool(forward) or any(others)
+    return bool(module._forward_hooks) or any(others)
 
 
 def _without_wrappers(name: str) -> str:
@@ -210,7 +207,7 @@ def _describe(name: str, module: nn.Module, named: ForeignKind | None) -> NormLa
         reason = "its forward was replaced on the object, where no class counts"
     elif cls in _DIMS:
         return NormLayer(name, module, "batch", _DIMS[cls])
-    elif is_norm_with_activation(cls):
+    elif has_activation(cls):
         return NormLayer(name, module, "batch", 2)
     elif cls in _LAYER_NORMS:
         return NormLayer(name, module, "layer")
@@ -236,18 +233,10 @@ def _describe(name: str, module: nn.Module, named: ForeignKind | None) -> NormLa
     return NormLayer(name, module, None, unsupported_reason=reason)
 
 
-def is_norm_with_activation(cls: type) -> bool:
-    """Return whether a class is timm's batch norm that also drops and activates."""
-    return cls.__name__ == "BatchNormAct2d" and cls.__module__.startswith("timm.")
-
-
 def class_to_take(module: nn.Module, template: nn.Module) -> type[nn.Module]:
-    """Return the template's class; a layer that goes back to L2 takes the class it came from."""
-    if type(template) is nn.BatchNorm2d and is_norm_with_activation(type(module)):
-        return type(module)
-    if type(template) is nn.BatchNorm2d:
-        return module.__dict__.get(_ORIGINAL_CLASS, nn.BatchNorm2d)  # type: ignore[no-any-return]
-    return type(template)
+    """Return the template's class, with timm's drop and activation if the module has them."""
+    before, after = type(module), type(template)
+    return class_with_activation(before, after) if has_activation(before) else after
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from nmlightning.surgery.norm_layers import (
     has_fused,
     is_like,
     path_of,
+    whole_or_not_at_all,
 )
 from nmlightning.weights.channel_norms import is_sharded
 
@@ -125,11 +126,12 @@ def swap_norms(
     `torch.nn.utils.parametrize` does it. So its parameters, buffers and hooks, the optimizers that
     hold them, and all that shares the module stay valid. A layer is swapped if its class is
     exactly torch's `BatchNorm1d/2d/3d`, `SyncBatchNorm` (which becomes a synchronised norm),
-    `LayerNorm` or `RMSNorm`, one of ours, timm's `BatchNormAct2d` (which keeps its drop and
-    activation), or a layer or RMS norm of timm, torchvision, Hugging Face and others that computes
-    on random inputs what torch's does, but for the axis, 1 + weight or an activation. Calling it
-    twice changes nothing the second time. `norm="l2"` undoes a swap. A swap
-    to `mean`, which has no scale, makes the weights 1 and freezes them until the next swap.
+    `LayerNorm` or `RMSNorm`, one of ours, timm's `BatchNormAct2d` (which becomes a class of both,
+    such as `L1BatchNormAct2d`, with its drop and activation), or a layer or RMS norm of timm,
+    torchvision, Hugging Face and others that computes on random inputs what torch's does, but for
+    the axis, 1 + weight or an activation. Calling it twice changes nothing the second time.
+    `norm="l2"` undoes a swap. A swap to `mean`, which has no scale, makes the weights 1 and freezes
+    them until the next swap. If anything fails, nothing is changed.
 
     With `fuse` a batch norm also does the ReLU that follows it in its module's forward, where it is
     followed by nothing else: one kernel reads and writes what two or three did. The module that
@@ -189,14 +191,15 @@ def swap_norms(
     fusing = _plan_fusing(model, picked, extent)
     fused, not_fused = _list_fused(picked, fusing)
     if not dry_run:
-        if fusing is not None:
-            fusing.unfuse_changed(model)
-        for module, template in {id(x.module): (x.module, t) for x, t in plan}.values():
-            convert_in_place(module, template)
-        if fusing is not None:
-            fusing.apply()
-        if any(x.kind != "batch" for x in picked):
-            guard_encoders(model.modules())
+        with whole_or_not_at_all(model, [x.module for x in picked]):
+            if fusing is not None:
+                fusing.unfuse_changed(model)
+            for module, template in {id(x.module): (x.module, t) for x, t in plan}.values():
+                convert_in_place(module, template)
+            if fusing is not None:
+                fusing.apply()
+            if any(x.kind != "batch" for x in picked):
+                guard_encoders(model.modules())
     return SwapReport(swapped, left, dry_run, fused, not_fused)
 
 

@@ -355,8 +355,10 @@ TOO_EARLY = {"configure_model", "prepare_data"}  # Lightning swaps after these
 
 
 def convert(module: Any) -> None:
-    """Do what a user does who wants synchronised batch norms."""
-    module.net = nn.SyncBatchNorm.convert_sync_batchnorm(module.net)
+    """Do what code does that makes synchronised batch norms of others."""
+    for i, layer in enumerate(module.net):
+        if isinstance(layer, nn.BatchNorm2d):
+            module.net[i] = nn.SyncBatchNorm(layer.num_features)
 
 
 def converting(base: type, hook: str) -> Any:

@@ -44,8 +44,8 @@ class Ranked(pl.LightningModule):
         super().__init__()
         torch.manual_seed(0)
         self.net = nn.Sequential(
-            *(nn.Conv2d(2, 4, 3, bias=False), LpBatchNorm2d(4, 2, sync=True), nn.ReLU()),
-            *(nn.Conv2d(4, 6, 3, bias=False), LpBatchNorm2d(6, 2, sync=True)),
+            *(nn.Conv2d(2, 4, 3, bias=False), LpBatchNorm2d(4, p=2, sync=True), nn.ReLU()),
+            *(nn.Conv2d(4, 6, 3, bias=False), LpBatchNorm2d(6, p=2, sync=True)),
             *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)),
         )
 

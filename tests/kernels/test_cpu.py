@@ -2,13 +2,14 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from built_kernels import load_kernels
@@ -23,7 +24,7 @@ from kernel_contract import (
     check_tracking,
     draw,
 )
-from nmlightning import norms
+from nmlightning import norms, swap_norms
 from nmlightning.functional.constants import gaussian_constant
 from nmlightning.functional.statistics import LargestMean, PowerMean, RangeMean
 from nmlightning.kernels import DispatchKey, norm_backend, select_backend
@@ -303,3 +304,37 @@ def test_residual_on_another_device_is_an_error() -> None:
         layer(x, x.to("meta"))
     with pytest.raises(RuntimeError, match="expected a residual like x"):
         torch.ops.nmlightning.affine(x, x[:2], *torch.ones(3, 4), 2)
+
+
+def _count_as_float(layer: nn.Module) -> None:
+    layer.num_batches_tracked = torch.zeros(())
+
+
+def _stride_statistics(layer: nn.Module) -> None:
+    layer.running_mean = torch.zeros(4, 2)[:, 0]
+
+
+@pytest.mark.parametrize("change", [_count_as_float, _stride_statistics])
+def test_statistics_that_the_kernel_cannot_read_are_tracked(
+    change: Callable[[nn.Module], None],
+) -> None:
+    layer, formula, x = norms.L1BatchNorm2d(4), norms.L1BatchNorm2d(4), torch.randn(3, 4, 5, 5)
+    change(layer)
+    with norm_backend("auto"):
+        layer(x)
+    with norm_backend("formula"):
+        formula(x)
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        found, expected = getattr(layer, name), getattr(formula, name)
+        torch.testing.assert_close(found, expected.to(found.dtype))
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_fake_tensors_take_the_formula(p: int) -> None:
+    layer, norm = norms.LpBatchNorm2d(4, p=p), nn.LayerNorm(5)
+    swap_norms(norm_net := nn.Sequential(norm), "l1", kinds=["layer"])
+    x = torch.randn(3, 4, 5, 5)
+    with norm_backend("auto"), FakeTensorMode(allow_non_fake_inputs=True):
+        assert type(layer(x)) is FakeTensor
+        assert norm_net(x).shape == x.shape
+    assert torch.equal(layer.running_mean, torch.zeros(4))

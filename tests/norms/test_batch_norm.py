@@ -134,7 +134,7 @@ def test_p_2_equals_torchs_batch_norm(layout: str) -> None:
 def test_top_n_equals_l1() -> None:
     """Top(n) is L1, in values and gradients."""
     x = torch.randn(2, 3, 2, 3, dtype=torch.float64, requires_grad=True)
-    top = norms.TopKBatchNorm2d(3, 12, constant="none", dtype=torch.float64)
+    top = norms.TopKBatchNorm2d(3, k=12, constant="none", dtype=torch.float64)
     one = norms.L1BatchNorm2d(3, constant="none", dtype=torch.float64)
     torch.testing.assert_close(top(x), one(x), **EXACT)
     torch.testing.assert_close(gradients(top(x), [x]), gradients(one(x), [x]), **EXACT)
@@ -329,18 +329,18 @@ def test_constructor_rejects_bad_settings(
 @pytest.mark.parametrize("p", [0.99, 0, -1, math.inf, math.nan, "2", True])
 def test_constructor_rejects_bad_powers(p: Any) -> None:
     with pytest.raises(InputError, match=f"p must be finite and at least 1, got {p!r}"):
-        norms.LpBatchNorm2d(3, p)
+        norms.LpBatchNorm2d(3, p=p)
 
 
 @pytest.mark.parametrize("k", [0, -1, 2.5, 10.0, "10", True, None])
 def test_constructor_rejects_bad_counts(k: Any) -> None:
     with pytest.raises(InputError, match=f"k must be a whole number of at least 1, got {k!r}"):
-        norms.TopKBatchNorm2d(3, k)
+        norms.TopKBatchNorm2d(3, k=k)
 
 
 @pytest.mark.parametrize("constant", ["exact", "paper", "none", 0.5])
 def test_top_k_rejects_fewer_values_than_k(constant: Any) -> None:
-    layer = norms.TopKBatchNorm2d(3, 10, constant=constant)
+    layer = norms.TopKBatchNorm2d(3, k=10, constant=constant)
     with pytest.raises(InputError, match="k = 10 largest of n = 8 values a channel"):
         layer(torch.randn(2, 3, 2, 2))
     assert layer.num_batches_tracked == 0

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from batch_norm_contract import EXACT, TORCH, gradients, learned
 from nmlightning import norms
@@ -154,3 +155,25 @@ def test_classes_take_their_number_of_dimensions(dims: int) -> None:
         layer(x) / x.transpose(0, 1).flatten(1).std(1, correction=0).view(-1, *[1] * dims),
         TORCH[dims](3, eps=1e-12)(x),
     )
+
+
+def test_weight_set_later_has_no_effect() -> None:
+    """As an initialisation by class does, which writes into `.data`, and pruning, by a hook."""
+    for set_weight in (
+        lambda layer: nn.init.normal_(layer.weight.data, 1.0, 0.5),
+        lambda layer: prune.random_unstructured(layer, "weight", amount=2),
+        lambda layer: layer.weight.requires_grad_(True),
+    ):
+        for mode in (True, False):
+            layer, plain = MeanOnlyBatchNorm2d(4).train(mode), nn.BatchNorm2d(4).eval()
+            set_weight(layer)
+            layer.running_mean.normal_()
+            x = images().repeat(1, 2, 1, 1)[:, :4]
+            training = x - x.mean((0, 2, 3), keepdim=True)
+            torch.testing.assert_close(layer.train()(x), training)
+            state = layer.state_dict()
+            y = layer.eval()(x)
+            torch.testing.assert_close(y, x - layer.running_mean.view(-1, 1, 1))
+            if "weight" in state:
+                plain.load_state_dict(state)
+                torch.testing.assert_close(plain(x), y)

@@ -81,7 +81,7 @@ def test_load_from_checkpoint_restores_the_trained_module(
     save(module, tmp_path / "a.ckpt", swap, weights_only=weights_only)
     loaded = load_from_checkpoint(module_class, tmp_path / "a.ckpt", map_location="cpu")
     assert type(loaded) is module_class
-    assert "TopKBatchNorm2d(\n      3, k=3" in repr(loaded)
+    assert "TopKBatchNormAct2d(\n      3, k=3" in repr(loaded)
     assert_same(loaded, module)
 
 

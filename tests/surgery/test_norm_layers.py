@@ -34,7 +34,6 @@ class TestTimm:
         swap_norms(net, "l2")
         assert type(net[1]) is timm.layers.BatchNormAct2d
         assert net[1].__dict__.keys() == original[1].__dict__.keys()
-        assert not net[1]._forward_hooks
         assert len(swap_norms(net, "l2")) == 0
 
     def test_copy_reverts_on_its_own(self, net: nn.Sequential, images: Tensor) -> None:
@@ -45,7 +44,7 @@ class TestTimm:
             swap_norms(twin, "l2")
             assert type(twin[1]) is timm.layers.BatchNormAct2d
             torch.testing.assert_close(twin(images), expected)
-        assert type(net[1]) is norms.L1BatchNorm2d
+        assert isinstance(net[1], norms.L1BatchNorm2d)
         torch.testing.assert_close(net(images), expected)
 
 

@@ -12,6 +12,7 @@ import torch
 import torchvision
 from rich.console import Console
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from nmlightning import norms, swap_norms
 from nmlightning.errors import InputError
@@ -445,3 +446,34 @@ def test_architectures_swap_and_train_a_step(library: str, name: str, norm: str)
     assert all(q.isfinite().all() for q in net.state_dict().values())
     # Not all of them: behind a residual branch that starts at zero there is no gradient yet.
     assert any(not torch.equal(m.bias, b) for m, b in zip(norms, before, strict=True))
+
+
+@pytest.mark.parametrize("fuse", [None, "relu"])
+def test_swap_that_fails_leaves_the_model_as_it_was(net: nn.Sequential, fuse: str | None) -> None:
+    nn.init.normal_(net[1].weight)
+    if fuse:
+        swap_norms(net, "l1", fuse=fuse)
+    with torch.inference_mode():
+        net[3][1].weight = nn.Parameter(torch.randn(4), requires_grad=False)
+    before = copy.deepcopy(net.state_dict())
+    classes = [type(m) for m in net.modules()]
+    learns = [q.requires_grad for q in net.parameters()]
+    attributes = [dict(vars(m)) for m in net.modules()]
+    with pytest.raises(RuntimeError, match="inference tensor"):
+        swap_norms(net, "mean")
+    assert [type(m) for m in net.modules()] == classes
+    assert [q.requires_grad for q in net.parameters()] == learns
+    assert [vars(m).keys() for m in net.modules()] == [a.keys() for a in attributes]
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+def test_pruned_norm_becomes_mean_and_comes_back(net: nn.Sequential, images: Tensor) -> None:
+    prune.random_unstructured(net[3][1], "weight", amount=2)
+    swap_norms(net, "mean")
+    assert not net[3][1].weight_orig.requires_grad
+    means = net(images).mean((0, 2, 3)) - net[3][1].bias
+    torch.testing.assert_close(means, torch.zeros(4), rtol=0, atol=1e-6)
+    swap_norms(net, "l2")
+    assert net[3][1].weight_orig.requires_grad
+    assert torch.count_nonzero(net(images).std((0, 2, 3)) > 1e-3) == 2

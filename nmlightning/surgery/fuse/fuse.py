@@ -18,12 +18,8 @@ from nmlightning.surgery.fuse.fused_class import (
 )
 from nmlightning.surgery.fuse.patterns import find_patterns, is_relu, rewrite
 from nmlightning.surgery.fuse.trace import trace_block
-from nmlightning.surgery.norm_layers import (
-    fused_of,
-    has_hooks,
-    own_activation,
-    set_fused_activation,
-)
+from nmlightning.surgery.norm_act import own_activation
+from nmlightning.surgery.norm_layers import fused_of, has_hooks
 
 Callers = dict[nn.Module, list[tuple[nn.Module, str]]]
 
@@ -53,7 +49,7 @@ class FusingPlan:
             unfuse_block(module)
         for norm in _self_fused(model):
             if self.fused.get(norm) is None:
-                set_fused_activation(norm, fused=False)
+                del vars(norm)["fused"]
 
     def apply(self) -> None:
         """Fuse what is planned and is not fused yet."""
@@ -62,7 +58,7 @@ class FusingPlan:
                 fuse_block(module, fusion)
         for norm, fused in self.fused.items():
             if fused is not None and own_activation(norm) is not None and fused_of(norm) is None:
-                set_fused_activation(norm, fused=True)
+                vars(norm)["fused"] = "relu"
 
     def _changed(self, model: nn.Module) -> list[nn.Module]:
         return [m for m, fusion in _fused_modules(model) if self.fusions.get(m) != fusion]
@@ -219,7 +215,7 @@ def unfused(model: nn.Module) -> Iterator[None]:
         for module, fusion in fusions:
             fuse_block(module, fusion)
         for norm in own:
-            set_fused_activation(norm, fused=True)
+            vars(norm)["fused"] = "relu"
 
 
 def _fused_modules(model: nn.Module) -> list[tuple[nn.Module, Fusion]]:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from nmlightning.errors import InputError
 from nmlightning.kernels.interface import Fused
 from nmlightning.surgery.fuse.patterns import Code
-from nmlightning.surgery.norm_layers import FUSION, own_activation
+from nmlightning.surgery.norm_act import own_activation
+from nmlightning.surgery.norm_layers import FUSION
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ def fused_class(fusion: Fusion) -> type[nn.Module]:
         "__qualname__": f"_Fused.{original.__qualname__}",
         "__doc__": original.__doc__,
         "__reduce_ex__": _reduce,
+        "__prepare_scriptable__": _refuse_script,
         "__setattr__": _after_check(original.__setattr__),
         "__delattr__": _after_check(original.__delattr__),
         "add_module": _after_check(original.add_module),
@@ -115,6 +117,13 @@ def _compile(code: Code) -> Callable[..., Any]:
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     """Pickle an object of a class that no import finds."""
     return (_make, (fusion_of(self),), *object.__reduce_ex__(self, protocol)[2:])
+
+
+def _refuse_script(self: nn.Module) -> None:
+    raise InputError(
+        f"torch.jit.script reads no forward of a {type(self).__name__} with fused norms: "
+        "swap_norms without fuse before it."
+    )
 
 
 def _make(fusion: Fusion) -> Any:

@@ -163,13 +163,26 @@ def test_other_changes_keep_norms_fused() -> None:
     assert len(fused_norms(net)) == 2
 
 
-def test_convert_sync_batchnorm_unfuses() -> None:
+def test_replacing_fused_norms_unfuses() -> None:
     """Else the network would lose its ReLUs without a word."""
     net = make()
-    with pytest.warns(UserWarning, match="was changed, on which"):
-        nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    for norm in fused_norms(net):
+        parent, name = next(
+            (m, n) for m in net.modules() for n, x in m.named_children() if x is norm
+        )
+        with pytest.warns(UserWarning, match="was changed, on which"):
+            parent.add_module(name, nn.SyncBatchNorm(4))
     assert fused_norms(net) == {}
     assert type(net[4]) is Residual
+
+
+def test_script_and_sync_conversion_are_refused() -> None:
+    net = make()
+    with pytest.raises(InputError, match="which synchronises itself"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    assert len(fused_norms(net)) == 2
+    with pytest.warns(FutureWarning), pytest.raises(InputError, match="swap_norms without fuse"):
+        torch.jit.script(net.eval())
 
 
 def test_slices_of_a_fused_sequential_compute_the_same() -> None:

@@ -1,0 +1,78 @@
+"""Swaps of norms that also drop and activate: classes that are both ours and timm's.
+
+Code that asks for timm's `BatchNormAct2d`, or builds another norm of its `drop` and `act`, finds
+what it looks for. Such a class is made when it is first needed; its objects copy and pickle.
+"""
+
+import sys
+from functools import cache
+from types import new_class
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+_TIMM = ("BatchNormAct2d", "SyncBatchNormAct")
+_BASES = "_swapped_norm_act_bases"
+
+
+class _DropAndAct:
+    """The first base of such a class: its norm is the second's, its drop and activation timm's."""
+
+    def forward(self: Any, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return what the norm does, dropped and activated, unless the norm does that itself."""
+        if torch.jit.is_scripting():
+            output = self.act(self.drop(self.evaluate_scripted(input)))
+        else:
+            output = super().forward(input, residual)  # type: ignore[misc]
+            recorded = isinstance(input, Proxy) and input.tracer.root is not self
+            if self.fused is None and not recorded:
+                output = self.act(self.drop(output))
+        return output  # type: ignore[no-any-return]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle an object of a class that no import finds."""
+        return (_make, getattr(type(self), _BASES), *object.__reduce_ex__(self, protocol)[2:])
+
+
+def has_activation(cls: type) -> bool:
+    """Return whether a class is timm's batch norm that also drops and activates, or a swapped."""
+    is_timms = cls.__name__ in _TIMM and cls.__module__.startswith("timm.")
+    return is_timms or issubclass(cls, _DropAndAct)
+
+
+def class_with_activation(before: type[nn.Module], norm: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that one with an activation becomes where its norm becomes `norm`."""
+    bases = getattr(before, _BASES, (None, before))
+    timm: Any = sys.modules[bases[1].__module__]
+    if norm is nn.SyncBatchNorm:
+        return timm.SyncBatchNormAct  # type: ignore[no-any-return]
+    theirs = timm.BatchNormAct2d
+    return theirs if norm is nn.BatchNorm2d else _class_of_both(norm, theirs)
+
+
+def own_activation(module: nn.Module) -> nn.Module | None:
+    """Return what a norm activates with itself, swapped or not, if it does anything there."""
+    if not has_activation(type(module)):
+        return None
+    layers = nn.Sequential(module.drop, module.act)  # type: ignore[arg-type]
+    if type(module.drop) is not nn.Identity:
+        return layers
+    return None if type(module.act) is nn.Identity else layers[1]
+
+
+@cache
+def _class_of_both(ours: type[nn.Module], theirs: type[nn.Module]) -> type[nn.Module]:
+    name = ours.__name__.replace("BatchNorm2d", theirs.__name__)
+    # By such a path jsonargparse leaves it out, which offers all subclasses to configs.
+    members = {"__module__": __name__, "__qualname__": f"_Swapped.{name}", _BASES: (ours, theirs)}
+    members["__doc__"] = (
+        f"`{ours.__name__}`, then the drop and the activation of `{theirs.__name__}`."
+    )
+    return new_class(name, (_DropAndAct, ours, theirs), exec_body=lambda body: body.update(members))
+
+
+def _make(ours: type[nn.Module], theirs: type[nn.Module]) -> Any:
+    cls = _class_of_both(ours, theirs)
+    return cls.__new__(cls)

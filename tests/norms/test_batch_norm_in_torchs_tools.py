@@ -1,0 +1,152 @@
+"""Batch norms where other code expects torch's: by class, by position, traced and exported."""
+
+import io
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental import optimization
+from torch.nn.utils import prune
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from batch_norm_contract import NORMS, TORCH, Norm, each_kind, every_norm
+from nmlightning import norms, swap_norms
+from nmlightning.errors import InputError
+from nmlightning.export.fold import fold_norms
+
+ALL = {**NORMS, "half_l2": Norm("HalfL2")}
+deprecated = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+ONNX = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:It is recommended that const"
+)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(4, 3, 8, 8)
+
+
+def make_net(norm: str = "l1", images: Tensor | None = None) -> nn.Sequential:
+    """Return a swapped net whose running statistics are something."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    net.append(nn.BatchNorm2d(4))
+    swap_norms(net, norm)
+    net(torch.randn(4, 3, 8, 8) if images is None else images)
+    return net
+
+
+@pytest.mark.parametrize("norm", ALL.values(), ids=ALL)
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_is_torchs_batch_norm_of_its_dimension(norm: Norm, dims: int) -> None:
+    layer = norm.layer(dims=dims)
+    assert [d for d, cls in TORCH.items() if isinstance(layer, cls)] == [dims]
+    assert type(layer) is not TORCH[dims]
+
+
+@pytest.mark.parametrize("norm", ALL.values(), ids=ALL)
+def test_positional_arguments_are_torchs(norm: Norm) -> None:
+    cls = type(norm.layer())
+    layer, theirs = cls(8, 1e-3, None, False, False), nn.BatchNorm2d(8, 1e-3, None, False, False)
+    for name in ("num_features", "eps", "momentum", "affine", "track_running_stats"):
+        assert getattr(layer, name) == getattr(theirs, name)
+
+
+@pytest.mark.parametrize("norm", ["l1", "range", "mean", "half_l2"])
+def test_freezing_by_class_stops_running_statistics(norm: str, images: Tensor) -> None:
+    net = make_net(norm)
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.eval()
+    before = [b.clone() for b in net.buffers()]
+    net(images)
+    assert all(map(torch.equal, before, net.buffers()))
+
+
+@every_norm
+@deprecated
+def test_script_and_trace_evaluate(norm: Norm, images: Tensor) -> None:
+    layer = norm.layer()
+    layer(images)
+    expected = layer.eval()(images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(layer, images)
+        if norm.k in (None, 1):  # torch's tracer cannot record a view as another dtype
+            torch.jit.trace(norm.layer(), images, check_trace=False)
+    scripted = torch.jit.script(layer)
+    for other in (traced, scripted, torch.jit.freeze(scripted)):
+        torch.testing.assert_close(other(images), expected)
+    with pytest.raises(torch.jit.Error, match="only evaluates: call eval"):
+        scripted.train()(images)
+    with pytest.raises(InputError, match="in evaluation, with running statistics and not fused"):
+        torch.jit.script(layer.train())
+
+
+@each_kind
+@pytest.mark.parametrize("training", [False, True])
+def test_fx_records_one_call(norm: Norm, training: bool, images: Tensor) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), norm.layer(), nn.ReLU()).train(training)
+    traced = torch.fx.symbolic_trace(net)
+    assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["0", "1", "2"]
+    torch.testing.assert_close(traced(images), net(images))
+    features = create_feature_extractor(net, {"1": "norm"}).train(training)
+    torch.testing.assert_close(features(images)["norm"], net[1](net[0](images)))
+    alone = torch.fx.symbolic_trace(net[1].eval())
+    torch.testing.assert_close(alone(images), net[1](images))
+
+
+def test_fusing_by_torch_computes_the_same_or_says_so(images: Tensor) -> None:
+    net = make_net().eval()
+    expected = net(images)
+    fused = nn.utils.fusion.fuse_conv_bn_eval(net[0], net[1])
+    torch.testing.assert_close(fused(images), net[1](net[0](images)), rtol=1e-4, atol=1e-5)
+    with pytest.warns(UserWarning, match=r"leaves L1BatchNorm2d: fold_norms\(model\) folds it"):
+        torch.testing.assert_close(optimization.fuse(net)(images), expected)
+    assert len(fold_norms(net)) == 2
+    torch.testing.assert_close(net(images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_in_training_warns(strict: bool, images: Tensor) -> None:
+    net = make_net()
+    with pytest.warns(UserWarning, match=r"L1BatchNorm2d is exported in training mode .* eval"):
+        torch.export.export(net, (images,), strict=strict)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        program = torch.export.export(net.eval(), (images,), strict=strict)
+    torch.testing.assert_close(program.module()(images), net(images))
+
+
+@ONNX
+def test_onnx_takes_evaluation_and_refuses_training(images: Tensor) -> None:
+    net, file = make_net(), io.BytesIO()
+    torch.onnx.export(net, (images,), file, dynamo=False)  # puts it in evaluation meanwhile
+    assert b"BatchNormalization" in file.getvalue() or b"Conv" in file.getvalue()
+    training: Any = torch.onnx.TrainingMode.TRAINING
+    with pytest.raises(InputError, match="ONNX has no L1BatchNorm2d in training: leave training="):
+        torch.onnx.export(net, (images,), io.BytesIO(), dynamo=False, training=training)
+
+
+@pytest.mark.parametrize("norm", ["l1", "mean"])
+def test_sync_conversion_is_refused(norm: str) -> None:
+    timm = pytest.importorskip("timm")
+    converters: list[Callable[[nn.Module], nn.Module]] = [
+        nn.SyncBatchNorm.convert_sync_batchnorm,
+        timm.layers.convert_sync_batchnorm,
+    ]
+    for convert in converters:
+        with pytest.raises(InputError, match=r"convert_sync_batchnorm would make .* set its sync"):
+            convert(make_net(norm))
+
+
+def test_pruned_norm_trains_and_evaluates() -> None:
+    layer, x = norms.LpBatchNorm2d(4, p=2), torch.randn(8, 4, 3, 3)
+    theirs = nn.BatchNorm2d(4)
+    for each in (layer, theirs):
+        prune.random_unstructured(each, "weight", amount=0.0)
+        each.weight_mask[1:3] = 0
+        assert torch.count_nonzero(each(x)[:, 1:3]) == 0
+    torch.testing.assert_close(layer.eval()(x), theirs.eval()(x))
