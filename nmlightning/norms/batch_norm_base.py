@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.fx import Proxy
-from torch.jit import TracerWarning
+from torch.jit._trace import TracerWarning, is_tracing
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nmlightning.errors import InputError, check_flag, is_number, nearest
@@ -163,11 +163,12 @@ class BatchNormBase(_BatchNorm):
 
         Where the layer is `fused`, what follows it is done, too: ReLU(y) or ReLU(y + residual).
         """
-        if torch.jit.is_scripting():  # of the other branches TorchScript then compiles nothing
+        # TorchScript compiles nothing of the other branches.
+        if torch.jit.is_scripting():  # type: ignore[attr-defined, unused-ignore]
             output = self.evaluate_scripted(input)
         elif isinstance(input, Proxy):
             output = self._record(input, residual)
-        elif torch.jit.is_tracing():
+        elif is_tracing():
             with warnings.catch_warnings():  # a trace holds for other batches where torch's does
                 warnings.simplefilter("ignore", TracerWarning)
                 self._check_onnx()
@@ -211,10 +212,11 @@ class BatchNormBase(_BatchNorm):
             )
         return super().named_children()
 
-    def _record(self, input: Proxy, residual: Tensor | None) -> Any:
+    def _record(self, input: Any, residual: Tensor | None) -> Any:
         """Record one call of the layer in a torch.fx trace, as of torch's own norms."""
-        if input.tracer.root is self:
-            return self.evaluate_scripted(input)  # type: ignore[arg-type]
+        tracer: Any = input.tracer
+        if tracer.root is self:
+            return self.evaluate_scripted(input)
         frames = (frame.f_globals.get("__name__", "") for frame, _ in walk_stack(None))
         for caller in (name for name in frames if name.startswith(_FUSES_EXACT_CLASSES)):
             warnings.warn(
@@ -224,8 +226,7 @@ class BatchNormBase(_BatchNorm):
             )
             break
         arguments = (input,) if residual is None else (input, residual)
-        path = input.tracer.path_of_module(self)
-        return input.tracer.create_proxy("call_module", path, arguments, {})
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), arguments, {})
 
     def _compute(self, input: Tensor, residual: Tensor | None) -> Tensor:
         self._check_input_dim(input)

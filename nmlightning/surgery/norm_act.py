@@ -22,7 +22,7 @@ class _DropAndAct:
 
     def forward(self: Any, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return what the norm does, dropped and activated, unless the norm does that itself."""
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # type: ignore[attr-defined, unused-ignore]
             output = self.act(self.drop(self.evaluate_scripted(input)))
         else:
             output = super().forward(input, residual)  # type: ignore[misc]
@@ -65,11 +65,13 @@ def own_activation(module: nn.Module) -> nn.Module | None:
 @cache
 def _class_of_both(ours: type[nn.Module], theirs: type[nn.Module]) -> type[nn.Module]:
     name = ours.__name__.replace("BatchNorm2d", theirs.__name__)
-    # By such a path jsonargparse leaves it out, which offers all subclasses to configs.
-    members = {"__module__": __name__, "__qualname__": f"_Swapped.{name}", _BASES: (ours, theirs)}
-    members["__doc__"] = (
-        f"`{ours.__name__}`, then the drop and the activation of `{theirs.__name__}`."
-    )
+    members: dict[str, Any] = {
+        "__module__": __name__,
+        # By its path jsonargparse leaves it out, which offers all subclasses to configs.
+        "__qualname__": f"_Swapped.{name}",
+        "__doc__": f"`{ours.__name__}`, then the drop and the activation of `{theirs.__name__}`.",
+        _BASES: (ours, theirs),
+    }
     return new_class(name, (_DropAndAct, ours, theirs), exec_body=lambda body: body.update(members))
 
 

@@ -191,7 +191,7 @@ def swap_norms(
     fusing = _plan_fusing(model, picked, extent)
     fused, not_fused = _list_fused(picked, fusing)
     if not dry_run:
-        with whole_or_not_at_all(model, [x.module for x in picked]):
+        with whole_or_not_at_all(model, [x.module for x in picked if x.kind is not None]):
             if fusing is not None:
                 fusing.unfuse_changed(model)
             for module, template in {id(x.module): (x.module, t) for x, t in plan}.values():

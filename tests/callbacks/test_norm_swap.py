@@ -41,6 +41,17 @@ class HeadLate(PlModule):
             self.net[0] = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4))
 
 
+class GroupingByClass(PlModule):
+    """Exempts norms from decay by the idiom that is in most training scripts."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        norms = [m for m in self.modules() if isinstance(m, nn.BatchNorm2d)]
+        exempt = [q for m in norms for q in m.parameters(recurse=False)]
+        decayed = [q for q in self.parameters() if all(q is not other for other in exempt)]
+        groups = [{"params": decayed, "weight_decay": 0.1}, {"params": exempt, "weight_decay": 0.0}]
+        return torch.optim.SGD(groups, lr=0.1)
+
+
 class Forgetful(PlModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.net[0].parameters(), lr=0.1)
@@ -335,6 +346,12 @@ def test_resume_without_the_callback_warns(module_class: type, tmp_path: Path) -
         fit(make(module_class), max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
 
 
+@pytest.mark.parametrize("swap", [[], [NormSwap("l1")], [NormSwap("half_l2")]])
+def test_grouping_by_class_finds_the_swapped_norms(swap: list[NormSwap]) -> None:
+    (optimizer,) = fit(make(GroupingByClass), *swap).optimizers
+    assert [len(group["params"]) for group in optimizer.param_groups][1] == 4
+
+
 # ---- No hook turns a swapped norm back into L2 unseen. ----
 
 REPLACED = (
@@ -358,7 +375,8 @@ def convert(module: Any) -> None:
     """Do what code does that makes synchronised batch norms of others."""
     for i, layer in enumerate(module.net):
         if isinstance(layer, nn.BatchNorm2d):
-            module.net[i] = nn.SyncBatchNorm(layer.num_features)
+            module.net[i] = nn.SyncBatchNorm(layer.num_features).train(layer.training)
+            module.net[i].load_state_dict(layer.state_dict())
 
 
 def converting(base: type, hook: str) -> Any:
