@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._jit_internal import is_scripting
 from torch.distributed import ProcessGroup
 from torch.fx import Proxy
-from torch.jit._trace import TracerWarning, is_tracing
+from torch.jit._trace import TracerWarning
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nmlightning.errors import InputError, check_flag, is_number, nearest
@@ -164,11 +165,11 @@ class BatchNormBase(_BatchNorm):
         Where the layer is `fused`, what follows it is done, too: ReLU(y) or ReLU(y + residual).
         """
         # TorchScript compiles nothing of the other branches.
-        if torch.jit.is_scripting():  # type: ignore[attr-defined, unused-ignore]
+        if is_scripting():
             output = self.evaluate_scripted(input)
         elif isinstance(input, Proxy):
             output = self._record(input, residual)
-        elif is_tracing():
+        elif torch._C._is_tracing():
             with warnings.catch_warnings():  # a trace holds for other batches where torch's does
                 warnings.simplefilter("ignore", TracerWarning)
                 self._check_onnx()

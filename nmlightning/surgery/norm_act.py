@@ -9,8 +9,8 @@ from functools import cache
 from types import new_class
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch._jit_internal import is_scripting
 from torch.fx import Proxy
 
 _TIMM = ("BatchNormAct2d", "SyncBatchNormAct")
@@ -22,7 +22,7 @@ class _DropAndAct:
 
     def forward(self: Any, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return what the norm does, dropped and activated, unless the norm does that itself."""
-        if torch.jit.is_scripting():  # type: ignore[attr-defined, unused-ignore]
+        if is_scripting():
             output = self.act(self.drop(self.evaluate_scripted(input)))
         else:
             output = super().forward(input, residual)  # type: ignore[misc]
@@ -63,7 +63,7 @@ def own_activation(module: nn.Module) -> nn.Module | None:
 
 
 @cache
-def _class_of_both(ours: type[nn.Module], theirs: type[nn.Module]) -> type[nn.Module]:
+def _class_of_both(ours: type, theirs: type) -> type[nn.Module]:
     name = ours.__name__.replace("BatchNorm2d", theirs.__name__)
     members: dict[str, Any] = {
         "__module__": __name__,
@@ -75,6 +75,6 @@ def _class_of_both(ours: type[nn.Module], theirs: type[nn.Module]) -> type[nn.Mo
     return new_class(name, (_DropAndAct, ours, theirs), exec_body=lambda body: body.update(members))
 
 
-def _make(ours: type[nn.Module], theirs: type[nn.Module]) -> Any:
+def _make(ours: type, theirs: type) -> Any:
     cls = _class_of_both(ours, theirs)
     return cls.__new__(cls)
