@@ -42,7 +42,7 @@ def has_activation(cls: type) -> bool:
     return is_timms or issubclass(cls, _DropAndAct)
 
 
-def class_with_activation(before: type[nn.Module], norm: type[nn.Module]) -> type[nn.Module]:
+def class_with_activation(before: type, norm: type) -> type[nn.Module]:
     """Return the class that one with an activation becomes where its norm becomes `norm`."""
     bases = getattr(before, _BASES, (None, before))
     timm: Any = sys.modules[bases[1].__module__]
