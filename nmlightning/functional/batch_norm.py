@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 
 from nmlightning.functional.constants import Constant
-from nmlightning.functional.plain import Plain, is_transformed, plain_batch_norm
+from nmlightning.functional.plain import Plain, plain_batch_norm
 from nmlightning.functional.reductions import mean_of, share_mean, sum_of, sum_over_ranks
 from nmlightning.functional.selection import Selection
 from nmlightning.functional.statistics import (
@@ -62,6 +63,18 @@ def _is_fast_in_torch(grad: Tensor, x: Tensor) -> bool:
     if x.is_contiguous():
         return grad.is_contiguous()
     return grad.stride() == x.stride() and x.movedim(1, -1).is_contiguous()
+
+
+def is_transformed(*tensors: Tensor) -> bool:
+    """Return whether `torch.func`, or forward mode, transforms what is computed now.
+
+    Also whether one of the tensors is many: `torch.autograd.grad(…, is_grads_batched=True)`.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return any(torch._C._functorch.is_legacy_batchedtensor(q) for q in tensors)
 
 
 def differentiable(backward: Backward) -> Backward:

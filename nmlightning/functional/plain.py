@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from nmlightning.functional.statistics import (
     LargestMean,
@@ -19,18 +18,6 @@ from nmlightning.functional.statistics import (
     chunk_lengths,
     reduced_dims,
 )
-
-
-def is_transformed(*tensors: Tensor) -> bool:
-    """Return whether `torch.func`, or forward mode, transforms what is computed now.
-
-    Also whether one of the tensors is many: `torch.autograd.grad(…, is_grads_batched=True)`.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return True
-    return any(torch._C._functorch.is_legacy_batchedtensor(q) for q in tensors)
 
 
 def plain_batch_norm(

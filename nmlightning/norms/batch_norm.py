@@ -9,9 +9,10 @@ from nmlightning.functional.batch_norm import (
     BatchNormFunction,
     HalfBatchNormFunction,
     apply_without_autocast,
+    is_transformed,
 )
 from nmlightning.functional.constants import Constant, check_constant, check_power
-from nmlightning.functional.plain import is_transformed, plain_batch_norm
+from nmlightning.functional.plain import plain_batch_norm
 from nmlightning.functional.reductions import is_half
 from nmlightning.functional.statistics import LargestMean, PowerMean, RangeMean, Statistic
 from nmlightning.kernels.autograd import KernelBatchNormFunction, RankBatchNormFunction

@@ -20,7 +20,7 @@ from torch.jit._trace import TracerWarning
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nmlightning.errors import InputError, check_flag, is_number, nearest
-from nmlightning.functional.plain import is_transformed
+from nmlightning.functional.batch_norm import is_transformed
 from nmlightning.functional.reductions import is_half
 from nmlightning.kernels.dispatch import NO_KERNELS, select_tracking
 from nmlightning.kernels.interface import Dispatch, Fused

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from nmlightning.errors import InputError, check_flag
-from nmlightning.functional.batch_norm import apply_without_autocast, differentiable
+from nmlightning.functional.batch_norm import apply_without_autocast, differentiable, is_transformed
 from nmlightning.functional.constants import Constant, check_constant, check_power
-from nmlightning.functional.plain import Plain, is_transformed, plain_layer_norm
+from nmlightning.functional.plain import Plain, plain_layer_norm
 from nmlightning.functional.reductions import Share, is_half, mean_of, share_mean, sum_of
 from nmlightning.functional.statistics import PowerMean, power_mean, power_mean_slope, total_scale
 from nmlightning.kernels.autograd import KernelLayerNormFunction

@@ -236,7 +236,8 @@ def _describe(name: str, module: nn.Module, named: ForeignKind | None) -> NormLa
 def class_to_take(module: nn.Module, template: nn.Module) -> type[nn.Module]:
     """Return the template's class, with timm's drop and activation if the module has them."""
     before, after = type(module), type(template)
-    return class_with_activation(before, after) if has_activation(before) else after
+    plain = before in _DIMS or not has_activation(before)
+    return after if plain else class_with_activation(before, after)
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
