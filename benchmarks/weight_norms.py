@@ -90,7 +90,7 @@ def make_hooks(
     handle.remove()
 
     def run() -> None:
-        handle.before_step()
+        handle.before_step((), {})
         handle.after_step()
 
     return run

@@ -146,24 +146,19 @@ def train(folder: Path, run: str, **options: Any) -> None:
     norm, sync = RUNS[run]
     module = make(Ranked)
     module.folder = folder / run
-    module.folder.mkdir(parents=True)
+    module.folder.mkdir(parents=True, exist_ok=True)
     options = {"max_epochs": 2, "sync_batchnorm": sync, "use_distributed_sampler": False, **options}
     make_trainer(type(module), NormSwap(norm), **options).fit(module)
 
 
-def train_on_two_ranks(folder: Path) -> None:
-    for run in RUNS:
-        train(folder, run, strategy="ddp_fork", devices=2)
-
-
-@pytest.mark.usefixtures("_forks")
 class TestTwoRanks:
     @pytest.fixture(scope="class")
     @staticmethod
     def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """The folder of all runs' reports; a new process forks the ranks, before it trains."""
+        """The folder of all runs' reports; each run is a script, which starts the other rank."""
         folder = tmp_path_factory.mktemp("ranks")
-        run_as_script(__file__, folder)
+        for run in RUNS:
+            run_as_script(__file__, folder, run)
         return folder
 
     @pytest.mark.parametrize("run", SYNCHRONISED)
@@ -212,4 +207,4 @@ def test_unswapped_norms_convert_to_sync_batch_norm() -> None:
 
 
 if __name__ == "__main__":
-    train_on_two_ranks(Path(sys.argv[1]))
+    train(Path(sys.argv[1]), sys.argv[2], strategy="ddp", devices=2)
