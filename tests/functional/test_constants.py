@@ -8,6 +8,7 @@ import torch
 from scipy import special
 
 from nmlightning.errors import InputError
+from nmlightning.functional.constants import STATISTICS
 from nmlightning.norms import gaussian_constant
 
 # What is asked of the constants, and what the docstring claims beyond it.
@@ -106,12 +107,7 @@ def test_constant_takes_none_and_numbers(statistic: str) -> None:
 @pytest.mark.parametrize(
     ("statistic", "n", "options", "message"),
     [
-        (
-            "linff",
-            9,
-            {},
-            r"one of l1, l2, lp, linf, topk, range, got 'linff'\. Did you mean 'linf'\?",
-        ),
+        ("linff", 9, {}, rf"{', '.join(STATISTICS)}, got 'linff'\. Did you mean 'linf'\?"),
         ("l1", 0, {}, "n must be a whole number of at least 1, got 0"),
         ("l1", "9", {}, "n must be a whole number of at least 1, got '9'"),
         ("lp", 9, {"p": 0.5}, "p must be finite and at least 1, got 0.5"),
