@@ -3,7 +3,7 @@
 import functools
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import nn
@@ -27,12 +27,7 @@ class ModelChange(CallbackBase):
 
     It is done before the optimizer exists and before weights are loaded; where the net is built
     in `configure_model`, at the end of that; and callbacks that copied the module copy it again.
-
-    Attributes:
-        function: the name of the function that does it without a Trainer.
     """
-
-    function: ClassVar[str]
 
     @abstractmethod
     def change(self, module: nn.Module) -> bool:
@@ -72,8 +67,8 @@ class ModelChange(CallbackBase):
             raise InputError(
                 f"{type(self).__name__} changes the module in the processes of the strategy "
                 f"{strategy}, which are copies, and yours would stay as it is: use "
-                f'strategy="ddp", or call nmlightning.{self.function}(module, …) before '
-                "trainer.fit in place of the callback."
+                f'strategy="ddp", or call {type(self).__name__}(…).change(module) before '
+                "trainer.fit, too."
             )
 
     @property

@@ -74,8 +74,6 @@ class NormSwap(ModelChange):
         >>> trainer = Trainer(callbacks=[NormSwap("l1")], logger=False)
     """
 
-    function = "swap_norms"
-
     def __init__(
         self,
         norm: str = "l1",

@@ -58,8 +58,6 @@ class WeightNormSwap(ModelChange):
         >>> trainer = Trainer(callbacks=[WeightNormSwap("bounded", p=1)], logger=False)
     """
 
-    function = "apply_weight_norm"
-
     def __init__(
         self,
         kind: Kind = "bounded",

@@ -15,7 +15,6 @@ from nmlightning.surgery.recipes import (
     NORM_SWAP,
     WEIGHT_NORM,
     Recipe,
-    keep_in_checkpoints,
     keywords_of,
     note_recipe,
     recipes_in,
@@ -52,7 +51,6 @@ def load_from_checkpoint(module_class: type[Module], path: str | Path, **argumen
         report = swap_norms(module, **recipe)
         modules |= {swap.name: swap.after for swap in report.swapped}  # classes as named today
         note_recipe(module, recipe, modules, NORM_SWAP)
-        keep_in_checkpoints(module)
     return module
 
 
@@ -71,7 +69,6 @@ def _normalising_first(module_class: type[nn.Module], recipes: Sequence[Recipe])
             names = [escape(name) for name in recipe["modules"]]
             prepare_for_weights(module, settings_of(recipe), names)
             note_recipe(module, keywords_of(recipe), recipe["modules"], WEIGHT_NORM)
-            keep_in_checkpoints(module)
 
     with (
         _before(

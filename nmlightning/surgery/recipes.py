@@ -168,8 +168,10 @@ def note_recipe(
     """Remember on `module` what `recipe` made of which of its modules; once for each.
 
     The notes are in the order of the changes: a recipe that is followed again, and does something,
-    becomes the last.
+    becomes the last. A LightningModule keeps them in its checkpoints.
     """
+    if hasattr(module, "on_save_checkpoint"):
+        keep_in_checkpoints(module)
     notes = recipes_of(module, change)
     known = next((note for note in notes if keywords_of(note) == recipe), None)
     if known is None:

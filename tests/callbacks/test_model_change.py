@@ -1,10 +1,10 @@
 """Test that strategies whose processes train copies of the module are refused."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 
-from nmlightning import swap_norms
 from nmlightning.callbacks import NormSwap, WeightNormSwap, WeightNormTracker
 from nmlightning.errors import InputError
 from recorded_runs import Trains
@@ -23,10 +23,13 @@ def test_strategies_that_train_copies_are_refused(strategy: str, callback: Any) 
     assert named in str(caught.value)
 
 
-def test_swapped_by_hand_trains_under_a_strategy_that_copies() -> None:
+@pytest.mark.parametrize("make", [partial(NormSwap, "l1"), WeightNormSwap])
+def test_change_before_the_fit_passes_a_strategy_that_copies(make: Any) -> None:
     module = Trains()
-    swap_norms(module, "l1")
-    callback = NormSwap("l1")
-    trainer = quiet_trainer(callback, strategy="ddp_fork", devices=2)
+    make().change(module)
+    trainer = quiet_trainer(make(), strategy="ddp_fork", devices=2)
     trainer.strategy.connect(module)  # type: ignore[attr-defined]
-    callback.setup(trainer, module, stage="fit")
+    trainer.callbacks[0].setup(trainer, module, stage="fit")  # type: ignore[attr-defined]
+    checkpoint: dict[str, Any] = {}
+    module.on_save_checkpoint(checkpoint)
+    assert set(checkpoint["nmlightning"]) > {"version"}
