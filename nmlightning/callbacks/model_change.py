@@ -27,7 +27,12 @@ class ModelChange(CallbackBase):
 
     It is done before the optimizer exists and before weights are loaded; where the net is built
     in `configure_model`, at the end of that; and callbacks that copied the module copy it again.
+
+    Attributes:
+        keeps_picklable: whether a module that is changed can be sent to a process that is spawned.
     """
+
+    keeps_picklable = True
 
     @abstractmethod
     def change(self, module: nn.Module) -> bool:
@@ -64,11 +69,13 @@ class ModelChange(CallbackBase):
     def check_is_kept(self, changed: bool, strategy: str | None) -> None:
         """Raise InputError where a copy of the module was changed, by the name of its strategy."""
         if changed and strategy:
+            name = type(self).__name__
+            can_be_sent = self.keeps_picklable or not strategy.startswith("ddp_spawn")
+            before = f", or call {name}(…).change(module) before trainer.fit, too"
             raise InputError(
-                f"{type(self).__name__} changes the module in the processes of the strategy "
-                f"{strategy}, which are copies, and yours would stay as it is: use "
-                f'strategy="ddp", or call {type(self).__name__}(…).change(module) before '
-                "trainer.fit, too."
+                f"{name} changes the module in the processes of the strategy {strategy}, which "
+                "are copies, and yours would stay as it is: use "
+                f'strategy="ddp"{before if can_be_sent else ""}.'
             )
 
     @property

@@ -58,6 +58,8 @@ class WeightNormSwap(ModelChange):
         >>> trainer = Trainer(callbacks=[WeightNormSwap("bounded", p=1)], logger=False)
     """
 
+    keeps_picklable = False  # torch pickles no parametrized module
+
     def __init__(
         self,
         kind: Kind = "bounded",

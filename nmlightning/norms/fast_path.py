@@ -2,7 +2,7 @@
 
 `nn.TransformerEncoderLayer` hands its norms' weights to a fused kernel, whatever class they have,
 unless its activation is neither ReLU nor GELU: that flag is the switch it offers. A whole
-`nn.TransformerEncoder` makes nested tensors for that kernel, unless it is told not to.
+`nn.TransformerEncoder` makes nested tensors for that kernel, unless `use_nested_tensor` is false.
 """
 
 import functools
