@@ -147,6 +147,7 @@ def draw_equilibrium(picture: Figure, recordings: Recordings) -> None:
         axes.plot(first + 1 + np.arange(len(expected)), expected, "k--", linewidth=1.2)
         start = expected[-1] / math.sqrt(10)
     draw_band(axes)
+    axes.set_ylim(bottom=0.05)
     axes.set_ylabel("angle of a step / formula")
     axes.legend(frameon=False, fontsize=7, ncols=3)
 
@@ -171,7 +172,7 @@ def draw_optimizers(picture: Figure, recordings: Recordings) -> None:
 
 def draw_band(axes: Axes) -> None:
     """Mark ±5 % about 1 on an axis for ratios."""
-    ticks = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0)
+    ticks = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0)
     axes.set_yscale("log")
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_yticks([], minor=True)

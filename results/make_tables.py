@@ -183,7 +183,8 @@ def draw_figure(
             axes.plot(epochs, each, color=colour, alpha=0.25, linewidth=0.8)
         axes.plot(epochs, values.mean(axis=0), color=colour, label=row["label"], linewidth=1.6)
     axes.set_ylabel(figure["label"] + (", %" if is_share(figure["metric"]) else ""))
-    axes.set_yscale("log" if figure.get("log") else "linear")
+    low, high = axes.dataLim.intervaly
+    axes.set_yscale("log" if figure.get("log") and high > 10 * low else "linear")
     axes.legend(frameon=False, fontsize=8)
     save_picture(picture, file)
 
