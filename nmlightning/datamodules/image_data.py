@@ -137,9 +137,10 @@ class BatchTransform:
             images = crop(images, batch.corners, self.pad)
         if batch.flips is not None:
             images = mirror(images, batch.flips)
-        scale, shift = self._scale_and_shift(images.device, dtype)
+        exact = torch.promote_types(dtype, torch.float32)  # half is for the result alone
+        scale, shift = self._scale_and_shift(images.device, exact)
         # In three operations, since one of uint8 with a float takes twice as long on a CPU.
-        return images.to(dtype).mul_(scale).add_(shift), batch.labels
+        return images.to(exact).mul_(scale).add_(shift).to(dtype), batch.labels
 
     def _scale_and_shift(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return 1 / (255·std) and −mean / std as (1, C, 1, 1), copied to each device once."""

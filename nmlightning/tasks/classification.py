@@ -17,6 +17,7 @@ from nmlightning.optim.param_groups import WeightDecayScope, parameter_groups
 from nmlightning.surgery.recipes import check_recipes
 from nmlightning.tasks.checkpoint_match import check_same_network, remember_arguments
 from nmlightning.tasks.compilation_notice import CompilationNotice
+from nmlightning.tasks.numerics import apply_exactly, exact_zero
 from nmlightning.tasks.optimization import (
     KEY,
     FoundLearningRate,
@@ -33,7 +34,8 @@ from nmlightning.weights.channel_norms import is_sharded
 class MeanLoss(Metric):
     """Σ images · loss / Σ images, over all batches and all processes.
 
-    Sums are kept in float32. NaN where a loss was NaN, and where nothing was added.
+    Sums are kept in float32, also in a module that is half. NaN where a loss was NaN, and where
+    nothing was added.
 
     Example:
         >>> metric = MeanLoss()
@@ -46,11 +48,12 @@ class MeanLoss(Metric):
     full_state_update = False
     total: Tensor
     images: Tensor
+    _apply = apply_exactly
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("images", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("total", exact_zero(), dist_reduce_fx="sum")
+        self.add_state("images", exact_zero(), dist_reduce_fx="sum")
 
     def update(self, loss: Tensor, images: int) -> None:
         """Add the mean loss of a batch, a scalar, and the number of its images."""
@@ -232,7 +235,8 @@ class ImageClassifier(pl.LightningModule):
         images, labels = batch
         logits = self(images)
         self._check_classes(logits, labels, batch_idx)
-        loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = F.cross_entropy(exact, labels, label_smoothing=label_smoothing)
         self._log_step(stage, loss, logits, labels)
         return loss
 

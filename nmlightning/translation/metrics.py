@@ -10,6 +10,7 @@ from torch import Tensor, distributed, nn
 from torchmetrics import Metric
 from torchmetrics.text import SacreBLEUScore
 
+from nmlightning.tasks.numerics import apply_exactly, exact_zero
 from nmlightning.translation.sources import import_text_package
 from nmlightning.translation.tokenizer import PAD
 
@@ -18,7 +19,7 @@ class Perplexity(Metric):
     """exp(−Σ log p(target) / units), over all batches and all processes.
 
     Units are subwords, or words, whose perplexity does not depend on how words are split and so
-    compares vocabularies. Sums are kept in float32.
+    compares vocabularies. Sums are kept in float32, also in a module that is half.
 
     Example:
         >>> metric = Perplexity()
@@ -30,11 +31,12 @@ class Perplexity(Metric):
     full_state_update = False
     negative_log_likelihood: Tensor
     units: Tensor
+    _apply = apply_exactly
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.add_state("negative_log_likelihood", torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("units", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("negative_log_likelihood", exact_zero(), dist_reduce_fx="sum")
+        self.add_state("units", exact_zero(), dist_reduce_fx="sum")
 
     def update(self, negative_log_likelihood: Tensor, units: Tensor) -> None:
         """Add −Σ log p of a batch, in nats, and the number of its units; both scalars."""
@@ -44,6 +46,12 @@ class Perplexity(Metric):
     def compute(self) -> Tensor:
         """Return the perplexity; NaN without units."""
         return (self.negative_log_likelihood / self.units).exp()
+
+
+class BLEU(SacreBLEUScore):
+    """torchmetrics', which counts words and matches in float32 also in a module that is half."""
+
+    _apply = apply_exactly
 
 
 class TokenLoss(NamedTuple):
@@ -97,7 +105,7 @@ class TranslationMetrics(nn.Module):
         super().__init__()
         self.ppl = Perplexity()
         self.word_ppl = Perplexity()
-        self.bleu = SacreBLEUScore(tokenize="13a")
+        self.bleu = BLEU(tokenize="13a")
 
     def add(self, step: TokenLoss, words: Tensor) -> None:
         """Add the likelihood of a batch whose translations have so many words, (N,)."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import MultiStepLR
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from nmlightning.callbacks.norm_swap import NormSwap
 from nmlightning.datamodules.digits import Digits
@@ -167,6 +167,16 @@ def test_classifier_trains_in_a_true_precision(digits: Digits, precision: Any) -
     trainer = quiet_trainer(precision=precision)
     trainer.fit(make_task(), digits)
     assert trainer.callback_metrics["train/loss"].isfinite()
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_classifier_counts_exactly_in_half(precision: Any) -> None:
+    logits = torch.randn(40_000, 10).bfloat16().float()
+    loader = DataLoader(TensorDataset(logits, torch.randint(10, (40_000,))), batch_size=100)
+    (exact,) = quiet_trainer().validate(make_task(Fixed()), loader, verbose=False)
+    trainer = quiet_trainer(precision=precision)
+    (half,) = trainer.validate(make_task(Fixed()), loader, verbose=False)
+    assert half == pytest.approx(exact, rel=1e-5)
 
 
 def test_classifier_logs_a_nan() -> None:

@@ -105,6 +105,19 @@ def test_metrics_bleu_equals_sacrebleus() -> None:
     assert metrics.compute()["bleu"].item() == pytest.approx(expected.score, rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_metrics_of_a_half_module_count_exactly(dtype: torch.dtype) -> None:
+    exact, half = TranslationMetrics(), TranslationMetrics()
+    for batch in range(200):
+        half.to(dtype)  # also in the middle of an epoch
+        for each in (exact, half):
+            each.add(make_loss(0.0, 700.1, 300), torch.tensor([280]))
+            each.add_translations(FOUND[batch % 4 :], REFERENCES[batch % 4 :])
+    assert half.compute() == exact.compute()
+    after_reset = [v for metric in half.children() for v in metric.metric_state.values()]
+    assert {value.dtype for value in after_reset} == {torch.float32}
+
+
 def test_metrics_reset_after_compute() -> None:
     metrics = TranslationMetrics()
     metrics.add(make_loss(0.0, 1.0, 1), torch.tensor([1]))
