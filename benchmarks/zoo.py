@@ -169,6 +169,15 @@ def outputs_of(model: nn.Module, case: Case) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
+def with_weights(original: nn.Module, model: nn.Module) -> nn.Module:
+    """Give a network another's weights and return it, in evaluation.
+
+    Training mode drops what some networks of timm keep of their weights for evaluation.
+    """
+    original.load_state_dict(model.state_dict())
+    return original.train().eval()
+
+
 def same_bits(outputs: list[Tensor], expected: list[Tensor]) -> bool:
     """Return whether two evaluations gave the same, NaNs included."""
     return len(outputs) == len(expected) and all(
@@ -228,8 +237,7 @@ def try_export(model: nn.Module, original: nn.Module, case: Case) -> str:
 
 def try_fold(model: nn.Module, original: nn.Module, case: Case) -> str:
     """Fold the batch norms of copies, swapped and not; return how many, or what was wrong."""
-    folded, plain = copy.deepcopy(model), copy.deepcopy(original)
-    plain.load_state_dict(model.state_dict())
+    folded, plain = copy.deepcopy(model), with_weights(copy.deepcopy(original), model)
     report, expected = fold_norms(folded), len(fold_norms(plain))
     if len(report) != expected:
         return f"{len(report)} folded, {expected} without a swap"
@@ -252,10 +260,8 @@ def undo(model: nn.Module, original: nn.Module, case: Case) -> str:
     ]
     if changed:
         return changed[0]
-    original.load_state_dict(model.state_dict())
-    return (
-        "done" if same_bits(outputs_of(model, case), outputs_of(original, case)) else "other bits"
-    )
+    expected = outputs_of(with_weights(original, model), case)
+    return "done" if same_bits(outputs_of(model, case), expected) else "other bits"
 
 
 if __name__ == "__main__":
