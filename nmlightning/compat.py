@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
+from lightning_fabric.plugins import TorchCheckpointIO
 from torch import nn
 
 from nmlightning.norms.batch_norm_base import BatchNormBase
@@ -24,14 +25,19 @@ _COPIES_IN_SETUP = ("WeightAveraging", "StochasticWeightAveraging")
 
 if TYPE_CHECKING:
     CallbackBase = pl.Callback
+    CheckpointIOBase = TorchCheckpointIO
 else:
-    _bases = [pl.Callback]
+    _bases = [(pl.Callback, TorchCheckpointIO)]
     if find_spec("lightning") is not None:
+        import lightning.fabric.plugins
         import lightning.pytorch
 
-        _bases.append(lightning.pytorch.Callback)
-    CallbackBase = type("CallbackBase", tuple(_bases), {"__module__": __name__})
+        _bases.append((lightning.pytorch.Callback, lightning.fabric.plugins.TorchCheckpointIO))
+    _callbacks, _ios = zip(*_bases, strict=True)
+    CallbackBase = type("CallbackBase", _callbacks, {"__module__": __name__})
     """A callback for the Trainer of either package."""
+    CheckpointIOBase = type("CheckpointIOBase", _ios, {"__module__": __name__})
+    """A writer and reader of checkpoints for either, which writes as torch does."""
 
 
 def builds_in_configure_model(module: nn.Module) -> bool:

@@ -1,5 +1,6 @@
 """Test what a user of `nm` sees: the runs it keeps, the lines it prints, the exit codes."""
 
+import json
 import os
 import re
 import shlex
@@ -384,6 +385,25 @@ def test_ckpt_path_last_is_of_the_newest_run(nm: Nm, trained: Path) -> None:
     assert has(" 1 epoch after 1 of an earlier run in ", resumed.out)
     assert resumed.err == [f"nm: --ckpt_path last is runs/quickstart/version_0/{LAST}"]
     assert saved_config("runs/quickstart/version_2")["ckpt_path"].endswith(f"version_0/{LAST}")
+
+
+def test_fit_keeps_its_end_and_last_passes_over_damage(nm: Nm) -> None:
+    kept = json.dumps({"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": 2}})
+    words = [*FIT, "--trainer.callbacks+", kept, "--trainer.limit_train_batches", "3"]
+    first = nm(*words)
+    assert first.out[-1] == " checkpoint  runs/quickstart/version_0/checkpoints/last.ckpt"
+    assert torch.load("runs/quickstart/version_0" / LAST, weights_only=True)["global_step"] == 3
+    last = "runs/quickstart/version_0" / LAST
+    last.write_bytes(last.read_bytes()[:1000])
+    Path(last.parent, ".last.ckpt.0.unfinished").touch()
+    answer = nm(*words, "--ckpt_path", "last", "--trainer.max_epochs", "2")
+    older = last.with_name("epoch=0-step=2.ckpt")
+    passed = f"nm: {last} is damaged, and passed over."
+    assert answer.err == [passed, f"nm: --ckpt_path last is {older}"]
+    assert (
+        answer.out[-1] == " checkpoint  runs/quickstart/version_1/checkpoints/epoch=1-step=6.ckpt"
+    )
+    assert not list(Path("runs").rglob("*.unfinished"))
 
 
 def test_ckpt_path_last_of_a_run_named_by_its_config(nm: Nm, trained: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import zipfile
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -12,12 +11,11 @@ import torch
 from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.cli import instantiate_module
 
-from nmlightning.commands.files import config_of, read_config
+from nmlightning.commands.files import SHARED_FILE, config_of, is_whole, read_config
 from nmlightning.commands.parser import Parser
 from nmlightning.errors import InputError
 from nmlightning.surgery.checkpoints import load_from_checkpoint
 
-_SHARED_FILE = "meta.pt"  # in a checkpoint that is a folder with a file of each rank
 _INSTANTIATOR = f"{instantiate_module.__module__}.{instantiate_module.__name__}"
 
 
@@ -33,7 +31,7 @@ def checkpoint_hparams(checkpoint: str) -> list[str]:
         return []
     path = Path(checkpoint)
     if path.is_dir():
-        path /= _SHARED_FILE
+        path /= SHARED_FILE
         if not path.exists():
             return []
     try:
@@ -135,7 +133,7 @@ def _load_with_weights(path: Path) -> dict[str, Any]:
 
 def _load(path: Path, option: str = "") -> Any:
     broken = InputError(f"{option}{str(path)!r} is no checkpoint, or a truncated one.")
-    if not zipfile.is_zipfile(path):
+    if not is_whole(path):
         raise broken
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)

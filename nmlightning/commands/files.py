@@ -5,13 +5,17 @@ Nothing here needs torch: a misspelt path is reported at once.
 
 import argparse
 import re
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from nmlightning.atomic_file import UnwritableError, replace_file
 from nmlightning.errors import InputError, nearest
 
 
@@ -73,15 +77,40 @@ def is_config_text(value: str) -> bool:
 
 RUNS = Path("runs")
 CHECKPOINTS = "checkpoints"  # Lightning's name
+SHARED_FILE = "meta.pt"  # in a checkpoint that is a folder with a file of each rank
+LAST = "last"  # of Lightning's keywords for --ckpt_path
 
 
-def last_checkpoint(runs: Path) -> Path | None:
-    """Return the newest checkpoint in `runs` that is called last, as Lightning's keyword has it.
+def last_checkpoint(runs: Path) -> tuple[Path | None, list[Path]]:
+    """Return the newest whole checkpoint in `runs`, and the damaged ones that are newer.
 
-    Lightning looks in the folder of the new run, which with `nm` is always a new one.
+    Of a run that has a whole one that is called last, as Lightning's keyword has it, the others do
+    not count. Lightning looks in the folder of the new run, which with `nm` is always a new one.
     """
-    found = runs.glob(f"version_*/{CHECKPOINTS}/*last*.ckpt")
-    return max(found, key=time_written, default=None)
+    found = [path for path in runs.glob(f"version_*/{CHECKPOINTS}/[!.]*.ckpt") if path.exists()]
+    whole = cache(is_whole)
+    damaged: list[Path] = []
+    for path in sorted(found, key=time_written, reverse=True):
+        lasts = [other for other in found if LAST in other.name and other.parent == path.parent]
+        if path not in lasts and any(map(whole, lasts)):
+            continue
+        if whole(path):
+            return path, damaged
+        damaged.append(path)
+    return None, damaged
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Return whether a checkpoint's checksums are right; of a folder of files, those of the one
+    that all ranks share, and whether it lists the others.
+    """
+    if checkpoint.is_dir():
+        return (checkpoint / ".metadata").is_file() and is_whole(checkpoint / SHARED_FILE)
+    try:
+        with zipfile.ZipFile(checkpoint) as file:
+            return file.testzip() is None
+    except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, RuntimeError):
+        return False  # a flipped bit may ask for a compression or an encryption
 
 
 def time_written(checkpoint: Path) -> float:
@@ -109,8 +138,6 @@ def new_version(run_name: str) -> Path:
     return RUNS / run_name / f"version_{number}"
 
 
-# Lightning's keywords for --ckpt_path.
-LAST = "last"
 OTHER_KEYWORDS = ("best", "hpc")
 _RUN_FOLDER_OPTION = re.compile(r"--trainer\.logger\.(init_args\.)?(save_dir|name|root_dir)\b")
 
@@ -118,8 +145,9 @@ _RUN_FOLDER_OPTION = re.compile(r"--trainer\.logger\.(init_args\.)?(save_dir|nam
 class RunPaths:
     """The paths that `--config` and `--ckpt_path` name.
 
-    `--ckpt_path last` is the newest last checkpoint of this experiment's runs. Where there is none
-    a fit starts anew, so that the command which begins a training also resumes it.
+    `--ckpt_path last` is the newest whole checkpoint of this experiment's runs, and `damaged` what
+    it passes over. Where there is none a fit starts anew, so that the command which begins a
+    training also resumes it.
 
     Raises:
         InputError: a file that is named does not exist, or a config is no YAML.
@@ -141,13 +169,13 @@ class RunPaths:
         self.runs = config.parent.parent if is_of_a_run else RUNS / self.run_name
         checkpoint = next(filter(None, [given.ckpt_path, *reversed(in_configs)]), None)
         self.wants_last = checkpoint == LAST
+        self.damaged: list[Path] = []
         if self.wants_last:
             self._check_run_folder(arguments, configs)
-            found = last_checkpoint(self.runs)
+            found, self.damaged = last_checkpoint(self.runs)
             if found is None and arguments[0] != "fit":
-                raise InputError(
-                    f"--ckpt_path: {self.runs} has no checkpoint yet; give the path of one."
-                )
+                lack = "whole checkpoint" if self.damaged else "checkpoint yet"
+                raise InputError(f"--ckpt_path: {self.runs} has no {lack}; give the path of one.")
             self.checkpoint = str(found) if found else None
         else:
             self.checkpoint = _existing(checkpoint)
@@ -207,6 +235,7 @@ def check_replaceable(option: str, file: Path, mark: str, what: str) -> None:
 def write_file(option: str, file: Path, text: str) -> None:
     """Write the file, or raise InputError."""
     try:
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{option}: {file} cannot be written: {error.strerror}.") from error
+        with replace_file(file) as opened:
+            opened.write(text.encode())
+    except UnwritableError as error:
+        raise InputError(f"{option}: {error}") from error

@@ -15,16 +15,23 @@ from typing import Any
 
 import torch.distributed as dist
 from jsonargparse import Namespace, dict_to_namespace
+from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import BasePredictionWriter, ModelCheckpoint, RichProgressBar
 from pytorch_lightning.callbacks.progress import ProgressBar
 from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
+from nmlightning.callbacks.checkpoints import AtomicCheckpointIO, EndCheckpoint, end_checkpoint
 from nmlightning.commands import run_report
 from nmlightning.commands.argument_parser import INTERRUPTED, LOST_PROCESS, TERMINATED
 from nmlightning.commands.checkpoint import checkpoint_hparams
-from nmlightning.commands.files import RunPaths, default_logger, new_version, time_written
+from nmlightning.commands.files import (
+    RunPaths,
+    default_logger,
+    new_version,
+    time_written,
+)
 from nmlightning.commands.parser import ConfigFile, Parser
 from nmlightning.commands.run_report import filter_logs
 from nmlightning.errors import InputError
@@ -50,7 +57,10 @@ def run(arguments: list[str], paths: RunPaths) -> int:
             resolved: list[str] = []
             if paths.wants_last:
                 found = paths.checkpoint
-                nothing = f"{paths.runs} has no checkpoint yet, so training starts anew."
+                for damaged in paths.damaged:
+                    run_report.print_notice(f"{damaged} is damaged, and passed over.")
+                lack = "whole checkpoint" if paths.damaged else "checkpoint yet"
+                nothing = f"{paths.runs} has no {lack}, so training starts anew."
                 run_report.print_notice(f"--ckpt_path last is {found}" if found else nothing)
                 resolved = ["--ckpt_path", found or "null"]
             TrainingCLI([command, *stored, *options, *resolved], paths.run_name)
@@ -71,6 +81,7 @@ class TrainingCLI(LightningCLI):
         self._run_name = run_name
         self._logger_is_given = any(word.startswith("--trainer.logger") for word in arguments)
         self._watch = run_report.Stopwatch()
+        self._began = 0.0  # by the clock of the file system
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -134,6 +145,8 @@ class TrainingCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError) as error:
             raise InputError(f"trainer: {error}") from error
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if options.precision in ("16-mixed", "16", 16) and trainer.precision == "bf16-mixed":
             run_report.print_notice(
                 "there is no GPU for 16-mixed; bf16-mixed runs instead (--trainer.precision 32-true"
@@ -144,10 +157,12 @@ class TrainingCLI(LightningCLI):
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
         """Train, and report; after Ctrl-C or SIGTERM say how to resume."""
         folder = self._make_folder() if self.trainer.is_global_zero else None
+        if folder:
+            self._began = time_written(folder)
         run_report.print_start(self.trainer, folder)
         check_restarts()
         earlier = kwargs.get("ckpt_path")
-        self.trainer.callbacks.insert(0, SameStart(earlier))  # type: ignore[attr-defined]
+        self.trainer.callbacks[:0] = [SameStart(earlier), EndCheckpoint()]  # type: ignore[attr-defined]
         try:
             with failing_together(self.trainer, lambda: self._last_checkpoint() or earlier):
                 self.trainer.fit(model, **kwargs)
@@ -213,9 +228,12 @@ class TrainingCLI(LightningCLI):
         return folder
 
     def _last_checkpoint(self) -> Path | None:
+        """Return the last one that this run has written: a resume takes over names of earlier."""
         callbacks = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         paths = [Path(path) for c in callbacks for path in (c.last_model_path, c.best_model_path)]
+        paths.append(end_checkpoint(self.trainer) or Path())
         written = [path for path in paths if path.name and path.exists()]
+        written = [path for path in written if time_written(path) >= self._began]
         return max(written, key=time_written, default=None)
 
 

@@ -11,6 +11,7 @@ from typing import get_args
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from nmlightning.atomic_file import explain_failure
 from nmlightning.commands.argument_parser import ArgumentParser, print_line
 from nmlightning.datamodules.decoded_images import Damaged
 from nmlightning.datamodules.image_folder import FolderImages, common_classes
@@ -88,7 +89,8 @@ def _new_folder(out: Path) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"{unfinished} cannot be made: {error.strerror}.") from error
     try:
-        yield unfinished
+        with explain_failure(unfinished):
+            yield unfinished
         if out.exists():
             out.rmdir()
         unfinished.rename(out)

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from nmlightning.atomic_file import explain_failure, replace_file
 from nmlightning.errors import InputError, check_flag, check_whole_number
 from nmlightning.export.fold import FoldReport, fold_norms
 from nmlightning.export.formats import FORMATS, check_target
@@ -128,24 +128,22 @@ def _write(
     """Write, compare, and only then give the file its name; return difference and size."""
     example = _draw_inputs(shape, _BATCH_OF_EXAMPLE)
     unread = f"the {format} cannot be read back to be compared, so nothing was written"
-    try:
-        with tempfile.TemporaryDirectory(prefix=".export", dir=file.parent) as folder:
-            draft = Path(folder) / f"network{FORMATS[format].suffix}"
-            with _explain_errors(f"torch cannot export this network to {format}"):
-                WRITERS[format](plain, example, draft)
-            with _explain_errors(unread):
-                difference = _largest_difference(READERS[format](draft, plain), expected, shape)
-            if difference > TOLERANCE:
-                raise InputError(
-                    f"the {format} differs from the trained network by {difference:.1e} of its "
-                    f"largest output, more than {TOLERANCE:.0e}; nothing was written. If it folds "
-                    "norms, it may be right without: --no_fold."
-                )
-            size = draft.stat().st_size
-            os.replace(draft, file)
-    except OSError as error:
-        raise InputError(f"{str(file)!r} cannot be written: {error.strerror}.") from error
-    return difference, size
+    with tempfile.TemporaryDirectory(prefix="nmlightning") as folder:
+        draft = Path(folder) / f"network{FORMATS[format].suffix}"
+        cannot = f"torch cannot export this network to {format}"
+        with explain_failure(draft), _explain_errors(cannot):
+            WRITERS[format](plain, example, draft)
+        with _explain_errors(unread):
+            difference = _largest_difference(READERS[format](draft, plain), expected, shape)
+        if difference > TOLERANCE:
+            raise InputError(
+                f"the {format} differs from the trained network by {difference:.1e} of its "
+                f"largest output, more than {TOLERANCE:.0e}; nothing was written. If it folds "
+                "norms, it may be right without: --no_fold."
+            )
+        with replace_file(file) as opened:
+            opened.write(draft.read_bytes())
+        return difference, draft.stat().st_size
 
 
 @contextmanager

@@ -5,7 +5,6 @@ options make another file. Damaged files are written again. Without a folder not
 """
 
 import json
-import os
 from array import array
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
@@ -17,9 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from torch import Tensor
 
+from nmlightning.atomic_file import replace_file
 from nmlightning.errors import InputError
 from nmlightning.translation.sources import PairSource, SentencePair
 from nmlightning.translation.tokenizer import BOS, EOS, PAD, JointBPE
@@ -203,12 +203,8 @@ def write_pairs(path: Path, pairs: EncodedPairs) -> None:
         "digest": pairs.digest,
         "omitted": json.dumps(pairs.omitted._asdict()),
     }
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(arrays, unfinished, metadata)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replace_file(path) as file:
+        file.write(save(arrays, metadata))
 
 
 def read_pairs(path: Path) -> EncodedPairs | None:

@@ -1,7 +1,6 @@
 """Byte-level byte-pair encoding of both languages together."""
 
 import json
-import os
 import zipfile
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -9,6 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from nmlightning.atomic_file import replace_file
 from nmlightning.errors import InputError, check_whole_number
 from nmlightning.translation.sources import import_text_package
 
@@ -97,13 +97,8 @@ class JointBPE:
 
     def save(self, path: str | Path) -> None:
         """Write one JSON file, at once or not at all."""
-        path = Path(path)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            unfinished.write_text(self.to_json(), encoding="utf-8")
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with replace_file(path) as file:
+            file.write(self.to_json().encode())
 
     def to_json(self) -> str:
         return str(self._tokenizer.to_str())

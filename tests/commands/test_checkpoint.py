@@ -4,28 +4,56 @@ import json
 import os
 from pathlib import Path
 
+import pytest
 import torch
 
 from nmlightning.commands.checkpoint import checkpoint_hparams
 from nmlightning.commands.files import last_checkpoint
+from nmlightning.errors import InputError
 
 
 def write(runs: Path, version: int, seconds: int, *, sharded: bool) -> Path:
     """Write a checkpoint as of that many seconds, in a folder that is older."""
     path = runs / f"version_{version}" / "checkpoints" / "last.ckpt"
-    file = path / "__0_0.distcp" if sharded else path
+    file = path / "meta.pt" if sharded else path
     file.parent.mkdir(parents=True)
-    file.touch()
-    for each, when in ((path, 0), (file, seconds)):
+    torch.save({"step": torch.arange(100)}, file)
+    (file.parent / ".metadata").touch()
+    for each, when in ((path, 0), (file.parent / ".metadata", 0), (file, seconds)):
         os.utime(each, (when, when))
     return path
 
 
-def test_last_checkpoint_has_the_newest_file(tmp_path: Path) -> None:
-    write(tmp_path, 0, 1, sharded=False)
-    newest = write(tmp_path, 1, 3, sharded=True)
-    write(tmp_path, 2, 2, sharded=True)
-    assert last_checkpoint(tmp_path) == newest
+def damage(checkpoint: Path) -> None:
+    """Flip a bit of the tensor's content; the time stays."""
+    when = checkpoint.stat().st_mtime
+    content = bytearray(checkpoint.read_bytes())
+    content[content.index(b"\x07\0\0\0\0\0\0\0")] ^= 16
+    checkpoint.write_bytes(content)
+    os.utime(checkpoint, (when, when))
+
+
+def test_last_checkpoint_is_the_newest_whole_one(tmp_path: Path) -> None:
+    oldest = write(tmp_path, 0, 1, sharded=False)
+    newest = write(tmp_path, 1, 4, sharded=True)
+    between = write(tmp_path, 2, 3, sharded=True)
+    step = write(tmp_path, 3, 2, sharded=False).rename(oldest.with_name("step=5.ckpt"))
+    assert last_checkpoint(tmp_path) == (newest, [])
+    (newest / ".metadata").unlink()
+    damage(between / "meta.pt")
+    assert last_checkpoint(tmp_path) == (oldest, [newest, between])
+    damage(oldest)
+    assert last_checkpoint(tmp_path) == (step, [newest, between])
+    damage(step)
+    (step.parent / ".last.ckpt.0.unfinished").touch()
+    assert last_checkpoint(tmp_path)[0] is None
+
+
+def test_checkpoint_with_a_flipped_bit_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, 0, 1, sharded=False)
+    damage(path)
+    with pytest.raises(InputError, match="is no checkpoint, or a truncated one"):
+        checkpoint_hparams(str(path))
 
 
 def test_checkpoint_hparams_of_a_folder(tmp_path: Path) -> None:

@@ -373,6 +373,6 @@ def test_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nmlightning.export.export.os.replace", fail)
-    with pytest.raises(InputError, match=r"net.pt' cannot be written: No space left on device"):
+    monkeypatch.setattr("nmlightning.atomic_file.os.replace", fail)
+    with pytest.raises(InputError, match=r"net.pt cannot be written: No space left on device"):
         export_network(nn.Linear(4, 4), tmp_path / "net.pt", "state_dict", (4,))

@@ -49,8 +49,8 @@ EXCEPTIONS = {
 }
 # Of the targets that are missed: what was reached, which must not be left again.
 REACHED = {
-    "lines of nmlightning, Python and C++": 27_300,
-    "lines of tests": 27_300,
+    "lines of nmlightning, Python and C++": 27_450,
+    "lines of tests": 27_500,
     "files a config meets before Trainer.fit": 17,
 }
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from nmlightning.atomic_file import explain_failure
 from nmlightning.errors import InputError
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -128,8 +129,9 @@ def build_library(folder: Path) -> Path:
     check_folder(folder)
     with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=folder) as unfinished:
         made = _compile(Path(unfinished), folder / LOG)
-        seal(made)
-        return made.replace(library_path(folder))
+        with explain_failure(library_path(folder)):
+            seal(made)
+            return made.replace(library_path(folder))
 
 
 def check_folder(folder: Path) -> None:

@@ -1,0 +1,70 @@
+"""Files that are replaced: by umask, whole after a kill or on a full disk, and no draft left."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nmlightning.atomic_file import UnwritableError, remove_drafts, replace_file
+from nmlightning.callbacks import AtomicCheckpointIO
+
+WRITE_UNTIL_KILLED = """
+import os, signal
+from nmlightning.atomic_file import replace_file
+with replace_file("a.bin") as file:
+    file.write(b"new" * 100_000)
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_replace_file_by_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with replace_file(tmp_path / "a [1].bin") as file:
+            file.write(b"content")
+    finally:
+        os.umask(before)
+    assert names(tmp_path) == ["a [1].bin"]
+    assert (tmp_path / "a [1].bin").stat().st_mode & 0o777 == 0o640
+
+
+def test_killed_writer_leaves_the_old_file_and_a_draft_for_the_next(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(b"old")
+    code = [sys.executable, "-c", WRITE_UNTIL_KILLED]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    assert subprocess.run(code, cwd=tmp_path, env=env).returncode == -signal.SIGKILL
+    assert (tmp_path / "a.bin").read_bytes() == b"old"
+    assert len(names(tmp_path)) == 2
+    with replace_file(tmp_path / "b.bin"):
+        assert len(remove_drafts(tmp_path.parent, below=True)) == 1, "but for b's, being written"
+    assert names(tmp_path) == ["a.bin", "b.bin"]
+
+
+def test_full_disk_is_a_line_and_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    path, io = tmp_path / "deep" / "last.ckpt", AtomicCheckpointIO()
+    io.save_checkpoint({"step": 1}, path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UnwritableError, match=r"last.ckpt cannot be written: .*; the earlier"):
+            io.save_checkpoint({"step": 2, "weights": torch.zeros(100_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert io.load_checkpoint(path) == {"step": 1}
+    assert names(path.parent) == ["last.ckpt"]
+
+
+def test_errors_of_the_body_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), replace_file(tmp_path / "a"):
+        raise ZeroDivisionError
+    assert names(tmp_path) == []
