@@ -16,7 +16,12 @@ LAYERS = [
     ["nmlightning.parametrizations"],
     ["nmlightning.optim", "nmlightning.norms", "nmlightning.reports"],
     ["nmlightning.weights", "nmlightning.kernels"],
-    [f"nmlightning.{name}" for name in ("functional", "models", "datamodules", "atomic_file")],
+    [
+        "nmlightning.functional",
+        "nmlightning.models",
+        "nmlightning.datamodules",
+        "nmlightning.atomic_file",
+    ],
     ["nmlightning.name_patterns", "nmlightning.errors", "nmlightning.lazy_exports"],
 ]
 USE_LIGHTNING = {
