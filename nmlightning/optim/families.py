@@ -1,7 +1,7 @@
 """Optimizer families: how norms and decay act under each; which one steps inside a wrapper."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from torch import Tensor, optim
@@ -115,6 +115,52 @@ def find_steps(optimizer: Any) -> list[optim.Optimizer]:
     if not steps or len(inner) > 1:
         raise InputError(_refusal(outermost, [x for x in inner if x is not outermost]))
     return steps
+
+
+class PartHook:
+    """Calls a function before or after a method of an optimizer, until it is removed."""
+
+    def __init__(
+        self, optimizer: optim.Optimizer, name: str, **functions: Callable[..., Any]
+    ) -> None:
+        self._optimizer, self._name, self._method = optimizer, name, getattr(optimizer, name)
+        self._functions = functions
+        setattr(optimizer, name, self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if "before" in self._functions:
+            self._functions["before"](self._optimizer, (self._optimizer,), {})
+        answer = self._method(*args, **kwargs)
+        if "after" in self._functions:
+            self._functions["after"](self._optimizer)
+        return answer
+
+    def remove(self) -> None:
+        """Call the method alone."""
+        self._functions = {}
+        if vars(self._optimizer)[self._name] is self:
+            setattr(self._optimizer, self._name, self._method)
+
+
+def hook_steps(
+    optimizer: optim.Optimizer, enter: Callable[..., Any], leave: Callable[..., Any]
+) -> list[Any]:
+    """Return removable hooks around a step, also one that SAM takes in `first_step` and others.
+
+    Between those the weights stand elsewhere: the step begins before the first, and ends after the
+    last.
+    """
+    hooks: list[Any] = [
+        optimizer.register_step_pre_hook(enter),
+        optimizer.register_step_post_hook(leave),
+    ]
+    last = "third_step" if hasattr(optimizer, "third_step") else "second_step"
+    if hasattr(optimizer, "first_step") and hasattr(optimizer, last):
+        hooks += [
+            PartHook(optimizer, "first_step", before=enter),
+            PartHook(optimizer, last, after=leave),
+        ]
+    return hooks
 
 
 def _calls_hooks(optimizer: optim.Optimizer) -> bool:

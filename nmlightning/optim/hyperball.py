@@ -59,6 +59,7 @@ class Hyperball(StepRule):
     def init_state(self, weight: OptimizedWeight) -> State:
         """Return the radius R."""
         check_single_steps(self, weight.optimizer)
+        _ = weight.learning_rate  # has it any?
         radius = _whole_norm(weight, weight.values)
         if not 0 < float(radius) < torch.inf:
             raise InputError(

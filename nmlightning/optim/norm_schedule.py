@@ -73,7 +73,7 @@ class NormSchedule(StepRule):
 
     def init_state(self, weight: OptimizedWeight) -> State:
         """Return η₀."""
-        initial = float(weight.group.get("initial_lr", weight.group["lr"]))
+        initial = float(weight.group.get("initial_lr", weight.learning_rate))
         return {"base_lr": self.base_lr or initial}
 
     def after_step(

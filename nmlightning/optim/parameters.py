@@ -89,7 +89,12 @@ class OptimizedWeight:
 
     @property
     def learning_rate(self) -> float:
-        """η of the next or of the last step."""
+        """η of the next or of the last step; InputError for an optimizer that has none."""
+        if "lr" not in self.group:
+            name = type(self.optimizer).__name__
+            raise InputError(
+                f'{name} has no "lr" in its parameter groups, which this rule follows.'
+            )
         return float(self.group["lr"])
 
     @property
@@ -137,7 +142,9 @@ class OptimizedWeight:
         for name in self.optimizer.state.get(self.parameter, {}):
             buffer, degree = self.buffer(name), scaling_degree(self.optimizer, name)
             if buffer is not None and degree:
-                buffer.mul_(self.layout.spread(factors**degree, buffer))
+                scales = factors**degree
+                by_channel = buffer.shape[:1] == self.values.shape[:1]  # NovoGrad has one number
+                buffer.mul_(self.layout.spread(scales, buffer) if by_channel else scales.mean())
 
     @torch.no_grad()
     def reset_nonfinite_state(self, skipped: Tensor) -> None:

@@ -117,10 +117,15 @@ def choose_weights(
     if recorded is not None and weights.layers is None and not include:
         names = _leave_unrecorded(names, recorded)
     if not names:
-        held = some(name for name, q in weights.parameters.items() if q in groups)
+        held = [name for name, q in weights.parameters.items() if q in groups]
+        if not held:
+            raise InputError(
+                f"The {type(optimizer).__name__} that steps has none of these parameters: it has "
+                "copies of them, as in SafeFP16Optimizer, or is of another model."
+            )
         raise InputError(
             f"There is no weight to steer: by default these are the {_DEFAULTS[least_dims][0]} "
-            f"in the optimizer; name others by include. It has {held}."
+            f"in the optimizer; name others by include. It has {some(held)}."
         )
     chosen = []
     for name in names:

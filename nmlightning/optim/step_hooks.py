@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nmlightning.errors import InputError, check_lists
-from nmlightning.optim.families import Power, choose_power, find_steps
+from nmlightning.optim.families import Power, choose_power, find_steps, hook_steps
 from nmlightning.optim.nonfinite_steps import NonfiniteSteps
 from nmlightning.optim.parameters import (
     OptimizedWeight,
@@ -170,7 +170,7 @@ class StepHookHandle:
         self._hooks = []
         for level, each in enumerate(optimizers):
             enter, leave = partial(self._enter, level), partial(self._leave, level)
-            self._hooks += [each.register_step_pre_hook(enter), each.register_step_post_hook(leave)]
+            self._hooks += hook_steps(each, enter, leave)
 
     @property
     def skipped(self) -> int:

@@ -190,6 +190,16 @@ def test_weight_decay_inside_the_step_is_refused(make_rule: MakeRule) -> None:
         make_rule(random_history(net)).attach(sgd(net, weight_decay=5e-4), net.named_parameters())
 
 
+@pytest.mark.parametrize("rule_name", ["schedule", "decay", "hyperball"])
+def test_optimizer_without_a_learning_rate_is_refused(make_rule: MakeRule) -> None:
+    """pytorch_optimizer's A2Grad has none."""
+    net = make_net()
+    optimizer = sgd(net)
+    del optimizer.param_groups[0]["lr"]
+    with pytest.raises(InputError, match='SGD has no "lr" in its parameter groups'):
+        make_rule(random_history(net)).attach(optimizer, net)
+
+
 def test_flat_shard_of_fsdp1_is_refused(make_rule: MakeRule) -> None:
     net = make_net()
     net.head.weight._is_flat_param = True

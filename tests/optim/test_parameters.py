@@ -61,3 +61,12 @@ def test_scale_scales_the_average_of_weights() -> None:
     weight.scale(FACTORS)
     after = weight.optimizer.state[weight.parameter]["ax"]
     torch.testing.assert_close(after, before * FACTORS[:, None])
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 4), (0,)])
+def test_scale_takes_the_mean_for_an_average_over_channels(shape: tuple[int, ...]) -> None:
+    """Such as NovoGrad's, which is one number."""
+    weight = train("Adam", torch.ones(3, dtype=torch.float64), torch.ones(1, 3, 4))
+    average = weight.optimizer.state[weight.parameter]["exp_avg_sq"] = torch.ones(shape).double()
+    weight.scale(FACTORS)
+    torch.testing.assert_close(average, FACTORS.pow(-2).mean().expand(shape))

@@ -12,6 +12,7 @@ from torch.optim import SGD, Optimizer
 
 from nmlightning.errors import InputError
 from nmlightning.optim import Hyperball, LRCorrection
+from nmlightning.weights.channel_norms import channel_norms
 from optim_rules import CONVOLUTIONS, find_loss, make_net, random_history
 
 
@@ -79,6 +80,43 @@ class SAM(Gathering):
         self.second_step()
 
 
+class Decoupled(SAM):
+    """As WSAM it moves the weights after the step of the optimizer in it, too."""
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        super().second_step()
+        for q in self.param_groups[0]["params"]:
+            q.sub_(q.grad, alpha=0.02)
+
+
+class Alone(SAM):
+    """As bSAM it steps without another optimizer, and in three parts."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__(optimizer)
+        self.taken = optimizer.step
+        del self.optimizer
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        for q in self.param_groups[0]["params"]:
+            q.sub_(q.grad, alpha=0.1)
+
+    @torch.no_grad()
+    def third_step(self) -> None:
+        for q in self.param_groups[0]["params"]:
+            q.copy_(self.state[q].pop("old"))
+        self.taken()
+
+    def step(self, closure: Any = None) -> None:
+        self.first_step()
+        for part in (self.second_step, self.third_step):
+            with torch.enable_grad():
+                closure()
+            part()
+
+
 class NoOptimizer:
     """As schedulefree's wrappers, which step with copies of the weights."""
 
@@ -102,13 +140,22 @@ class Split(PassingOn):
         self.optimizer = {group["params"][0]: SGD([group], lr=0.1) for group in groups}  # type: ignore[assignment]
 
 
+class Copies(PassingOn):
+    """As SafeFP16Optimizer of pytorch_optimizer, it steps with copies in float32."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        for group in optimizer.param_groups:
+            group["params"] = [nn.Parameter(q.detach().float()) for q in group["params"]]
+        super().__init__(optimizer)
+
+
 def norms(net: nn.Module) -> torch.Tensor:
     return torch.stack([net.get_parameter(name).detach().norm() for name in CONVOLUTIONS])
 
 
-def train(net: nn.Module, optimizer: Any, steps: int) -> None:
+def train(net: nn.Module, optimizer: Any, steps: int, first: int = 0) -> None:
     """Step as SAM does by two methods, or by a closure, where there is one, or plainly."""
-    for step in range(steps):
+    for step in range(first, first + steps):
         optimizer.zero_grad()
         find_loss(net, step).backward()
         if isinstance(optimizer, SAM) and step % 2:
@@ -116,6 +163,8 @@ def train(net: nn.Module, optimizer: Any, steps: int) -> None:
             optimizer.zero_grad()
             find_loss(net, step).backward()
             optimizer.second_step()
+            if isinstance(optimizer, Alone):
+                optimizer.third_step()
         elif isinstance(optimizer, SAM):
             optimizer.step(lambda step=step: find_loss(net, step).backward())
         else:
@@ -127,6 +176,7 @@ WRAPPERS: list[Callable[[Optimizer], Any]] = [
     Gathering,
     Lookahead,
     SAM,
+    Decoupled,
     LightningOptimizer,
     lambda optimizer: PassingOn(SAM(optimizer)).optimizer,
     lambda optimizer: PassingOn(Lookahead(PassingOn(optimizer))),
@@ -156,12 +206,34 @@ def test_rule_holds_norms_of_wrapped_optimizer(wrap: Callable[[Optimizer], Any])
         (lambda inner: PassingOn(NoOptimizer(inner)), "PassingOn is not: .* NoOptimizer in it"),
         (Split, r"Split steps with 8 optimizers \(SGD\): attach a rule to each"),
         (lambda inner: "sgd", "which str is not"),
+        (Copies, "SGD that steps has none of these parameters: it has copies of them"),
     ],
 )
 def test_wrapper_without_hooks_is_refused_by_name(wrap: Any, message: str) -> None:
     net = make_net()
     with pytest.raises(InputError, match=message):
         Hyperball().attach(wrap(SGD(net.parameters(), lr=0.1)), net)
+
+
+@pytest.mark.parametrize("wrap", [SAM, Decoupled, Alone])
+@pytest.mark.parametrize("first", [0, 1], ids=["by a closure", "by parts"])
+def test_step_in_parts_is_measured_where_it_begins(wrap: Any, first: int) -> None:
+    """Between them the weights stand elsewhere, and gradients point along where they stood."""
+    net = make_net()
+    optimizer = wrap(SGD(net.parameters(), lr=0.1, momentum=0.9))
+    before = [channel_norms(net.get_parameter(name)) for name in CONVOLUTIONS]
+    handle = LRCorrection(random_history(net), power=2).attach(optimizer, net)
+    again = Hyperball(include=["head.weight"]).attach(optimizer, net)
+    for step in range(first, 8, 2):
+        train(net, optimizer, 1, step)
+    assert handle.steps == again.steps == 4
+    assert all(share < 1e-10 for share in handle.scope.shares.values())
+    after = [channel_norms(net.get_parameter(name)) for name in CONVOLUTIONS]
+    torch.testing.assert_close(after, before)
+    handle.remove()
+    again.remove()
+    train(net, optimizer, 1, first)
+    assert handle.steps == again.steps == 4
 
 
 def test_power_is_that_of_the_wrapped_optimizer() -> None:
