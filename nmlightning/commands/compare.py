@@ -10,34 +10,42 @@ from rich.table import Column, Table
 
 from nmlightning.commands.argument_parser import ArgumentParser, print_line
 from nmlightning.commands.files import check_replaceable, write_file
+from nmlightning.errors import InputError
 from nmlightning.reports.comparison import (
     SETTING_HEADINGS,
     Group,
     choose_metric,
     group_runs,
     join_resumed,
+    leave_out_unmeasured,
     result_columns,
     setting_rows,
 )
 from nmlightning.reports.page import GENERATOR, write_page
-from nmlightning.reports.run import find_runs, read_run
+from nmlightning.reports.run import read_runs
 
 
 def run(arguments: list[str]) -> int:
     """Run `nm compare` and return its exit code.
 
     Raises:
-        InputError: no runs, runs that cannot be compared, or a page that would replace other work.
+        InputError: no runs that can be read or compared, or a page that would replace other work.
     """
     given = _parse(arguments)
     check_replaceable("--report", given.report, GENERATOR, "page of nm compare")
-    runs = join_resumed([read_run(folder) for folder in find_runs(given.run)])
+    readable, left_out = read_runs(given.run)
+    runs, unmeasured = leave_out_unmeasured(join_resumed(readable), given.metric)
+    left_out |= unmeasured
+    if not runs:
+        raise InputError(next(iter(left_out.values())))
     metric = choose_metric(runs, given.metric)
     groups = group_runs(runs, metric)
     _print_tables(groups)
     for joined in runs:
         for earlier, later in pairwise(joined.parts):
             print_line("resumed", f"{later} resumes {earlier}; they are one run")
+    for reason in left_out.values():
+        print_line("left out", " ".join(reason.split()))
     write_file("--report", given.report, write_page(groups))
     print_line("page", given.report)
     return 0

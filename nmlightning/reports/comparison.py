@@ -1,5 +1,6 @@
 """Comparison of runs: what differs between them, and how well each setting did over its seeds."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from nmlightning.reports.run import Run, Series
 
 SETTING_HEADINGS = ["run", "seeds", "epochs", "what differs"]
 _LAST_EPOCHS = 10  # are averaged, as the paper's figures are
+_LENGTHS = [f"trainer.{end}_{of}" for end in ("max", "min") for of in ("epochs", "steps", "time")]
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,29 +184,59 @@ def _in_common(tags: Sequence[str]) -> str:
     return f"In common they have {shown}." if tags else "They have nothing in common."
 
 
+def leave_out_unmeasured(
+    runs: Sequence[Run], wanted: str | None
+) -> tuple[Sequence[Run], dict[Path, str]]:
+    """Return the runs that got as far as a validation, or else have logged `wanted`; and why not.
+
+    Where no run has, all are returned, for `choose_metric` to judge.
+    """
+    measured = [
+        run for run in runs if any("val" in tag.lower() or tag == wanted for tag in run.scalars)
+    ]
+    others = [run.folder for run in runs if run not in measured] if measured else []
+    reasons = {folder: f"{folder} has logged nothing in validation yet." for folder in others}
+    return measured or runs, reasons
+
+
 def join_resumed(runs: Sequence[Run]) -> list[Run]:
     """Return the runs, each with what was logged before it in the run that it resumes.
 
-    A run resumes another of its settings and seed if its config names a checkpoint of that one,
-    or if their recordings are of one run. The other is then left out, unless it got as far itself.
+    A run resumes another of its settings and seed, but for how long it goes on, if its config names
+    a checkpoint of that one, or if their recordings are of one run. Both are one, and so are
+    several that resume the same: it is shown as it got furthest, and last.
     """
     resumed = {run.folder: _resumed_run(run, runs) for run in runs}
-    chains = [_chain(run, resumed) for run in runs]
-    left_behind = {
-        earlier.folder
-        for *others, run in chains
-        for earlier in others
-        if _last_step(earlier) < _last_step(run)
-    }
-    return [reduce(_join, chain) for chain in chains if chain[-1].folder not in left_behind]
+    families: dict[Path, list[Run]] = {}
+    for run in runs:
+        chain = _chain(run, resumed)
+        families.setdefault(chain[0].folder, []).append(reduce(_join, chain))
+    return [_furthest(family) for family in families.values()]
+
+
+def _furthest(family: Sequence[Run]) -> Run:
+    """Return the run whose last step is the largest, with the folders of all."""
+    best = max(reversed(family), key=_last_step)
+    parts = dict.fromkeys([*best.parts, *(part for run in family for part in run.parts)])
+    return replace(best, parts=tuple(parts))
 
 
 def _resumed_run(run: Run, runs: Sequence[Run]) -> Run | None:
     """Return the run that this one resumes; the latest one where several could be."""
-    alike = [r for r in runs if r is not run and (r.settings, r.seed) == (run.settings, run.seed)]
+    alike = [r for r in runs if r is not run and r.seed == run.seed and _is_as(r, run)]
     by_checkpoint = [r for r in alike if _holds_checkpoint_of(r, run)]
     by_recording = [r for r in alike if _is_recorded_by(r, run)]
-    return max(by_checkpoint or by_recording, key=_first_step, default=None)
+    # The checkpoint may have been kept elsewhere, or moved.
+    by_steps = [r for r in alike if run.checkpoint and _first_step(r) < _first_step(run) < math.inf]
+    return max(by_checkpoint or by_recording or by_steps, key=_first_step, default=None)
+
+
+def _is_as(one: Run, other: Run) -> bool:
+    """Return whether the settings of two runs are the same, but for how long they go on."""
+    settings = [
+        {k: v for k, v in run.settings.items() if k not in _LENGTHS} for run in (one, other)
+    ]
+    return settings[0] == settings[1]
 
 
 def _holds_checkpoint_of(earlier: Run, run: Run) -> bool:
@@ -244,7 +276,7 @@ def _join(joined: Run, later: Run) -> Run:
     return replace(
         later,
         scalars=scalars,
-        seconds=joined.seconds + later.seconds,
+        seconds=joined.seconds + later.seconds if later.scalars else joined.seconds,
         norms=later.norms or joined.norms,
         parts=(*joined.parts, later.folder),
     )

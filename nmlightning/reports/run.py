@@ -1,39 +1,25 @@
-"""The scalars and settings that a run left in its folder.
-
-TensorBoard's own reader checks every byte in Python, which takes seconds for a run with pictures;
-here records are framed without that, and their messages are parsed by protobuf in C.
-"""
+"""The scalars and settings that a run left in its folder."""
 
 import csv
 import json
 import math
+import os
 import re
-import struct
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import yaml
-from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
 
 from nmlightning.errors import InputError
+from nmlightning.reports.event_file import Point, read_event_file
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.recording_file import FILE_NAME
-
-
-class Point(NamedTuple):
-    """One logged number; `time` is in seconds since 1970, NaN where it was not logged."""
-
-    tag: str
-    step: int
-    value: float
-    time: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,45 +52,6 @@ def make_series(points: Iterable[Point]) -> dict[str, Series]:
         )
         for tag, values in by_tag.items()
     }
-
-
-# A record is its length, the checksum of that, its content, and the checksum of that.
-_HEADER = struct.Struct("<QI")
-_FOOTER_SIZE = 4
-
-
-def read_event_file(file: Path) -> Iterator[Point]:
-    """Yield the scalars. A record that is not whole, as of a run that still writes, is the end.
-
-    Raises:
-        InputError: the file holds something else.
-    """
-    for record in _records(file.read_bytes()):
-        try:
-            event = Event.FromString(record)
-        except DecodeError as error:
-            raise InputError(f"{file} is damaged, or no event file of TensorBoard.") from error
-        for value in event.summary.value:
-            number = _number(value)
-            if number is not None:
-                yield Point(value.tag, event.step, number, event.wall_time)
-
-
-def _records(content: bytes) -> Iterator[bytes]:
-    start = 0
-    while start + _HEADER.size <= len(content):
-        length, _ = _HEADER.unpack_from(content, start)
-        begin, start = start + _HEADER.size, start + _HEADER.size + length + _FOOTER_SIZE
-        if start <= len(content):
-            yield content[begin : begin + length]
-
-
-def _number(value: Summary.Value) -> float | None:
-    if value.HasField("simple_value"):
-        return float(value.simple_value)
-    if value.metadata.plugin_data.plugin_name == "scalars" and len(value.tensor.float_val) == 1:
-        return float(value.tensor.float_val[0])
-    return None
 
 
 def read_csv_file(file: Path) -> Iterator[Point]:
@@ -145,12 +92,12 @@ def read_saved_config(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: the file is no YAML.
     """
-    file = next((f for f in (folder / "config.yaml", folder / "hparams.yaml") if f.is_file()), None)
+    file = next((folder / name for name in _CONFIGS if (folder / name).is_file()), None)
     if file is None:
         return {}
     try:
         content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{file} is no YAML: {error}.") from error
     return content if isinstance(content, dict) else {}
 
@@ -187,7 +134,7 @@ def _flatten(value: Any, key: str) -> Iterator[tuple[str, Any]]:
             yield _join(key, _class_name(inner)), "yes"
             yield from _flatten(inner.get("init_args") or {}, _join(key, _class_name(inner)))
     else:
-        yield key, str(value) if isinstance(value, list) else value
+        yield key, value if isinstance(value, bool | int | float | str | None) else str(value)
 
 
 def _is_class(value: Any) -> bool:
@@ -203,6 +150,7 @@ def _join(key: str, name: str) -> str:
 
 
 _EVENTS, _CSV = "events.out.tfevents.*", "metrics.csv"
+_CONFIGS = ("config.yaml", "hparams.yaml")
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,9 +207,9 @@ def find_runs(paths: Sequence[str | Path]) -> list[Path]:
     for path in map(Path, paths):
         if not path.is_dir():
             raise InputError(f"there is no folder {str(path)!r} in {Path.cwd()}.")
-        logs = [file for pattern in (_EVENTS, _CSV) for file in path.rglob(pattern)]
-        kept = {file.with_suffix("") for file in path.rglob("*.csv") if _is_kept(file)}
-        found = kept | {log.parent for log in logs}
+        found = _find_logs(path).keys() | {
+            file.with_suffix("") for file in path.rglob("*.csv") if _is_kept(file)
+        }
         if not found:
             raise InputError(
                 f"{path} holds no run: there is neither an event file of TensorBoard nor a "
@@ -269,6 +217,38 @@ def find_runs(paths: Sequence[str | Path]) -> list[Path]:
             )
         folders |= dict.fromkeys(sorted(found, key=_natural_order))
     return list(folders)
+
+
+def read_runs(paths: Sequence[str | Path]) -> tuple[list[Run], dict[Path, str]]:
+    """Return the runs at and below these paths, and of each that cannot be read the reason.
+
+    Raises:
+        InputError: as `find_runs`.
+    """
+    runs, left_out = [], {}
+    for folder in find_runs(paths):
+        try:
+            runs.append(read_run(folder))
+        except InputError as error:
+            left_out[folder] = str(error)
+    return runs, left_out
+
+
+def _find_logs(path: Path) -> dict[Path, list[Path]]:
+    """Return the folders of runs at and below a path; of each those that it has logged to.
+
+    A folder within a run, without a config or a CSV of its own, is of the run, as those are that
+    `add_scalars` and `add_hparams` make. One that may not be read counts, for `read_run` to say so.
+    """
+    found: dict[Path, list[Path]] = {}
+    hidden: list[Path] = []
+    for place, _, files in os.walk(path, onerror=lambda error: hidden.append(Path(error.filename))):
+        folder = Path(place)
+        if any(fnmatch(name, _EVENTS) or name == _CSV for name in files):
+            outer = next((parent for parent in folder.parents if parent in found), folder)
+            is_own = {_CSV, *_CONFIGS} & set(files)
+            found.setdefault(folder if is_own else outer, []).append(folder)
+    return found | {folder: [folder] for folder in hidden}
 
 
 def _is_kept(file: Path) -> bool:
@@ -282,13 +262,21 @@ def has_events(folder: Path) -> bool:
 
 
 def read_run(folder: Path) -> Run:
-    """Return what is in a run's folder, or raise InputError where a file is damaged."""
+    """Return what is in a run's folder, or raise InputError for one that cannot be read."""
     if not folder.is_dir():
         return _read_kept(folder)
+    try:
+        os.listdir(folder)  # which glob would take for empty
+        return _read_folder(folder)
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}.") from error
+
+
+def _read_folder(folder: Path) -> Run:
     config = read_saved_config(folder)
-    points = [p for file in sorted(folder.glob(_EVENTS)) for p in read_event_file(file)]
-    if (folder / _CSV).is_file():
-        points += read_csv_file(folder / _CSV)
+    logs = {place: list(_read_logs(place, folder)) for place in _find_logs(folder).get(folder, [])}
+    own = {point.tag for point in logs.get(folder, [])}  # of `add_hparams` it has the end alone
+    points = [p for place, x in logs.items() for p in x if place == folder or p.tag not in own]
     times = [point.time for point in points]
     recording = folder / FILE_NAME
     seed, checkpoint = config.get("seed_everything"), config.get("ckpt_path")
@@ -302,6 +290,21 @@ def read_run(folder: Path) -> Run:
         checkpoint=Path(checkpoint) if isinstance(checkpoint, str) else None,
         parts=(folder,),
     )
+
+
+def _read_logs(place: Path, run: Path) -> Iterator[Point]:
+    """Yield what a run has logged to one of its folders.
+
+    `add_scalars("loss", {"a": …})` logs "loss" to `loss_a`, which is the tag `loss/a` here.
+    """
+    for file in sorted(place.glob(_EVENTS)):
+        for point in read_event_file(file):
+            start = point.tag.replace("/", "_") + "_"
+            if place != run and place.name.startswith(start):
+                point = point._replace(tag=f"{point.tag}/{place.name.removeprefix(start)}")
+            yield point
+    if (place / _CSV).is_file():
+        yield from read_csv_file(place / _CSV)
 
 
 def _read_kept(place: Path) -> Run:

@@ -1,10 +1,12 @@
 import base64
 import json
+import os
 import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,42 @@ def test_compare_joins_a_resumed_run(make_run: MakeRun, capsys: pytest.CaptureFi
     assert re.search(r"a +│ 1 +│ 3 ", text)
     assert "resumed     runs/a/version_1 resumes runs/a/version_0" in text
     assert "<title>Comparison of 1 run</title>" in Path("comparison.html").read_text()
+
+
+def test_compare_leaves_out_what_it_cannot_read_with_a_line_each(
+    runs: Path, make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run("runs/killed", [])
+    make_run("runs/early", [], scalars={"train/loss": [1.0]})
+    (make_run("runs/odd") / "config.yaml").write_text("a: [2001-99-99")
+    (events,) = make_run("runs/damaged").glob("events*")
+    content = events.read_bytes()
+    events.write_bytes(content[:-30] + bytes([content[-30] ^ 1]) + content[-29:])
+    assert main(["compare", "runs"]) == 0
+    text = capsys.readouterr().out
+    assert re.findall(r"left out +(.+?)[.:] ?", text) == [
+        *("runs/damaged/events", "runs/odd/config"),
+        *("runs/early has logged nothing in validation yet",),
+        *("runs/killed has logged nothing in validation yet",),
+    ]
+    assert "<title>Comparison of 3 runs</title>" in Path("comparison.html").read_text()
+    assert main(["compare", "runs/damaged"]) == 2
+    assert "is damaged, or no event file" in capsys.readouterr().err
+
+
+def test_compare_leaves_out_a_folder_that_may_not_be_read(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(read: Any, path: Any) -> Any:
+        if Path(path).name == "version_0":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    for name in ("scandir", "listdir"):  # the tests may run as root, who reads everything
+        monkeypatch.setattr(os, name, partial(refuse, getattr(os, name)))
+    assert main(["compare", "runs"]) == 0
+    text = capsys.readouterr().out
+    assert "runs/[red]<off>/version_0 cannot be read: Permission denied." in text
 
 
 def test_compare_names_a_deviation_over_repeated_seeds_one_over_runs(

@@ -210,12 +210,34 @@ def test_join_resumed_keeps_runs_of_other_settings_or_seeds(
     assert len(join(first, second)) == 2
 
 
-def test_join_resumed_keeps_a_run_that_got_as_far(make_run: MakeRun) -> None:
-    first = make_run("a/version_0", [0.1, 0.2, 0.3], CONFIG)
-    second = make_run("a/version_1", [0.25, 0.4], resume(first), first_epoch=1)
-    runs = join(first, second)
-    curves = [list(values(run).values()) for run in runs]
-    assert curves == [pytest.approx([0.1, 0.2, 0.3]), pytest.approx([0.1, 0.25, 0.4])]
+@pytest.mark.parametrize(
+    ("first", "start", "second", "joined"),
+    [
+        ([0.1, 0.2, 0.3], 3, [], [0.1, 0.2, 0.3]),  # there was nothing left to do
+        ([0.1, 0.2, 0.3], 1, [0.2, 0.3], [0.1, 0.2, 0.3]),
+        ([0.1, 0.2, 0.3], 1, [0.2], [0.1, 0.2, 0.3]),  # was killed
+        ([0.1, 0.2], 2, [0.3, 0.4], [0.1, 0.2, 0.3, 0.4]),
+    ],
+)
+def test_join_resumed_makes_a_run_and_its_resume_one(
+    first: list[float], start: int, second: list[float], joined: list[float], make_run: MakeRun
+) -> None:
+    length = {"trainer": {"max_epochs": 3}}
+    begun = make_run("a/version_0", first, CONFIG | length)
+    ours = resume(begun) | {"trainer": {"max_epochs": 4}}
+    other = make_run("a/version_1", second, ours, first_epoch=start)
+    (run,) = join(begun, other)
+    assert list(values(run).values()) == pytest.approx(joined)
+    assert set(run.parts) == {begun, other}
+
+
+def test_join_resumed_goes_by_steps_where_the_checkpoint_was_kept_elsewhere(
+    make_run: MakeRun,
+) -> None:
+    first = make_run("a/version_0", [0.1, 0.2], CONFIG)
+    config = {**CONFIG, "ckpt_path": "kept/last.ckpt"}
+    second = make_run("a/version_1", [0.3], config, first_epoch=1)
+    assert [run.parts for run in join(first, second)] == [(first, second)]
 
 
 def test_group_seeds_show_repeats(make_run: MakeRun) -> None:

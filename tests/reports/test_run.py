@@ -9,10 +9,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from nmlightning.errors import InputError
+from nmlightning.reports.event_file import read_event_file
 from nmlightning.reports.run import (
     find_runs,
     flatten_settings,
-    read_event_file,
     read_run,
     read_saved_config,
 )
@@ -80,6 +80,21 @@ def test_find_runs_orders_by_number_and_lists_each_once(
     folders = [make_run(f"runs/a/version_{number}") for number in (10, 9)] + [make_run("runs/b")]
     found = find_runs([tmp_path / "runs" / "b", tmp_path / "runs"])
     assert found == [folders[2], folders[1], folders[0]]
+
+
+def test_folders_of_add_scalars_and_add_hparams_are_of_their_run(tmp_path: Path) -> None:
+    with SummaryWriter(str(tmp_path / "a")) as writer:
+        writer.add_scalar("val/top1", 0.5, 9)
+        writer.add_scalars("val/loss", {"ema": 1.0, "last": 2.0}, 9)
+        writer.add_hparams({"lr": 0.1}, {"val/top1": 0.9, "hparam/best": 0.75})
+        other = SummaryWriter(str(tmp_path / "a" / "version_0"))
+    other.add_scalar("val/top1", 0.25, 9)
+    other.close()
+    (tmp_path / "a" / "version_0" / "hparams.yaml").write_text("lr: 1")
+    assert find_runs([tmp_path]) == [tmp_path / "a", tmp_path / "a" / "version_0"]
+    scalars = {tag: list(x.values) for tag, x in read_run(tmp_path / "a").scalars.items()}
+    losses = {"val/loss/ema": [1.0], "val/loss/last": [2.0]}
+    assert scalars == {"val/top1": [0.5], "hparam/best": [0.75], **losses}
 
 
 def test_kept_runs_are_read_without_folders(tmp_path: Path) -> None:
@@ -186,6 +201,17 @@ def test_read_event_file_refuses_other_files(tmp_path: Path) -> None:
     file.write_bytes(length + b"\xff" * 10 + bytes(4))
     with pytest.raises(InputError, match="is damaged, or no event file of TensorBoard"):
         list(read_event_file(file))
+
+
+def test_read_event_file_refuses_any_changed_bit(tmp_path: Path) -> None:
+    file = write_events(tmp_path)
+    content = file.read_bytes()
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 1 << place % 8
+        file.write_bytes(changed)
+        with pytest.raises(InputError, match="is damaged, or no event file of TensorBoard"):
+            list(read_event_file(file))
 
 
 def test_read_event_file_skips_pictures_fast(tmp_path: Path) -> None:
