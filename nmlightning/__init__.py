@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from nmlightning.parametrizations import remove_weight_norm as remove_weight_norm
     from nmlightning.probe.probe import probe_norms as probe_norms
     from nmlightning.surgery.checkpoints import load_from_checkpoint as load_from_checkpoint
+    from nmlightning.surgery.checkpoints import swap_like as swap_like
     from nmlightning.surgery.swap import SwapReport as SwapReport
     from nmlightning.surgery.swap import swap_norms as swap_norms
     from nmlightning.tasks import ImageClassifier as ImageClassifier

@@ -15,6 +15,7 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from torch import nn
 
 from nmlightning.norms.batch_norm_base import BatchNormBase
+from nmlightning.surgery.lightning_hooks import watch_loading
 
 Unfused = Callable[[nn.Module], AbstractContextManager[None]]
 
@@ -38,6 +39,8 @@ else:
     """A callback for the Trainer of either package."""
     CheckpointIOBase = type("CheckpointIOBase", _ios, {"__module__": __name__})
     """A writer and reader of checkpoints for either, which writes as torch does."""
+
+watch_loading()
 
 
 def builds_in_configure_model(module: nn.Module) -> bool:

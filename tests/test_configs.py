@@ -308,7 +308,7 @@ def test_study_configs_run(family: str, tmp_path: Path, monkeypatch: pytest.Monk
         assert NormHistory.load(folder).provenance["seed"] == int(seed)
     assert main(["compare", "runs"]) == 0
     written = set(tmp_path.rglob("*"))
-    for name in ("wd_on", "lr_correction"):
+    for name in STUDY:
         config = ["--config", f"{family}_{name}", "--seed_everything", "2"]
         assert main(["fit", *config, *words, "--trainer.fast_dev_run", "true"]) == 0
     assert set(tmp_path.rglob("*")) == written

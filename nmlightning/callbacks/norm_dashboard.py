@@ -120,6 +120,8 @@ class NormDashboard:
     beside the one at equilibrium, and the factors of steering; all of them wait for the device
     once. At the end of an epoch, in TensorBoard: a histogram of each layer's norms, and ten times a
     run a picture of them over the epochs.
+
+    All tags begin with `prefix`; the layout of earlier trackers, `beside`, is shown with its own.
     """
 
     def __init__(
@@ -129,15 +131,18 @@ class NormDashboard:
         handles: Sequence[StepHookHandle] = (),
         *,
         by_layer: bool = False,
+        prefix: str = "",
+        beside: tags.Layout | None = None,
     ) -> None:
-        self._trainer, self._by_layer = trainer, by_layer
+        self._trainer, self._by_layer, self._prefix = trainer, by_layer, prefix
         self._recorder = recorder
         self._handles = handles
         self._weights = {tags.layer_of(weight.name): weight for weight in recorder.weights}
         self._skipped = SkippedSteps(trainer)
         self._steps: dict[str, _Step] = {}
+        self.layout = {**(beside or {}), **tags.dashboard_layout(list(self._weights), prefix)}
         for writer in self._writers():
-            writer.add_custom_scalars(tags.dashboard_layout(list(self._weights)))
+            writer.add_custom_scalars(self.layout)  # the last one counts
 
     def begin_batch(self, batch: int) -> None:
         """Do nothing."""
@@ -176,7 +181,11 @@ class NormDashboard:
         self._steps = {}
         if self._trainer.is_global_zero:
             others = values if self._by_layer else pool_layers(values, list(self._weights))
-            log_scalars(self._trainer, values, others, logged_step(self._trainer))
+            all_tags, few = (
+                {self._prefix + tag: value for tag, value in logged.items()}
+                for logged in (values, others)
+            )
+            log_scalars(self._trainer, all_tags, few, logged_step(self._trainer))
 
     def end_epoch(self) -> None:
         """Show the recorded norms in TensorBoard."""
@@ -187,11 +196,12 @@ class NormDashboard:
             for layer, weight in self._weights.items():
                 norms = ends.norms[weight.name]
                 if np.isfinite(norms[-1]).all():  # others have no histogram
-                    tag = tags.norm_tag(layer)
+                    tag = self._prefix + tags.norm_tag(layer)
                     writer.add_histogram(tag, norms[-1], step, bins=_HISTOGRAM_BINS)
                 if pictures_are_due:
                     picture = draw_heatmap(norms, layer)
-                    writer.add_image(tags.NORM_MAP + layer, picture, step, dataformats="HWC")
+                    tag = self._prefix + tags.NORM_MAP + layer
+                    writer.add_image(tag, picture, step, dataformats="HWC")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts that a resumed run starts from."""

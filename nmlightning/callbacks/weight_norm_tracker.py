@@ -163,7 +163,8 @@ class WeightNormTracker(CallbackBase):
         log_norms: show the norms, effective learning rates, rotations and factors at the steps the
             Trainer logs at: in TensorBoard of each layer, also as histograms and pictures, in other
             loggers over all layers. None does so if there is a logger, True insists on one, and
-            "layers" logs each layer everywhere.
+            "layers" logs each layer everywhere. The tags of a Trainer's second tracker begin with
+            `tracker2/`.
 
     Raises:
         InputError: on construction for another `every`; at the start of a fit for a pattern that
@@ -264,8 +265,18 @@ class WeightNormTracker(CallbackBase):
             self.handles, steering = steered.handles, {"steering": steered}
         self._parts = {**steering, "recording": recording}  # where a step changed the weights first
         if self._logs(trainer):
-            by_layer = self.log_norms == "layers"
-            dashboard = NormDashboard(trainer, recording.recorder, self.handles, by_layer=by_layer)
+            trackers = _trackers(trainer)
+            number = trackers.index(self) + 1
+            parts = [tracker._parts.get("dashboard") for tracker in trackers[: number - 1]]
+            layouts = [part.layout for part in parts if isinstance(part, NormDashboard)]
+            dashboard = NormDashboard(
+                trainer,
+                recording.recorder,
+                self.handles,
+                by_layer=self.log_norms == "layers",
+                prefix="" if number == 1 else f"tracker{number}/",
+                beside=layouts[-1] if layouts else {},
+            )
             self._parts["dashboard"] = dashboard
         states = {name: state for name, state in self._resumed.items() if state is not None}
         warn_of_other_steering(self.handles, states.get("steering"), self._steps.count)

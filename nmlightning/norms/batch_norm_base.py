@@ -6,6 +6,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, MutableMapping
+from numbers import Integral, Real
 from traceback import walk_stack
 from typing import Any, ClassVar
 
@@ -32,6 +33,9 @@ STATS_DTYPES = {
     "float64": torch.float64,
 }
 RUNNING = ("running_mean", "running_var")
+# What a swapped layer takes from the layer that it replaces, and so is no option of a swap.
+INHERITED = {"num_features", "normalized_shape", "affine", "elementwise_affine", "bias"}
+INHERITED |= {"track_running_stats", "device", "dtype", "process_group"}
 _CONVERTS_TO_SYNC = re.compile("convert.*sync_?b", re.IGNORECASE)
 _FUSES_EXACT_CLASSES = ("torch.fx.experimental.optimization", "torch.ao.quantization")
 
@@ -116,6 +120,33 @@ def describe_settings(layer: nn.Module, shape: str) -> str:
         if value != argument.default:
             settings.append(f"{argument.name}={value!r}")
     return ", ".join(settings)
+
+
+def describe_norm(layer: nn.Module) -> dict[str, Any] | None:
+    """Return which class of this package a norm is, and its options, as plain data; None: none."""
+    homes = ((cls, cls.__module__) for cls in type(layer).__mro__)
+    ours = next((cls for cls, home in homes if home.startswith("nmlightning.norms.")), None)
+    if ours is None:
+        return None
+    arguments = inspect.signature(ours).parameters.values()
+    options = [argument for argument in arguments if argument.name not in INHERITED]
+    values = {option.name: getattr(layer, option.name, option.default) for option in options}
+    return {"norm": ours.__name__, "options": {k: as_plain(value) for k, value in values.items()}}
+
+
+def as_plain(value: Any) -> Any:
+    """Return an option as what every checkpoint may hold: also a dtype, and numpy's numbers."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, Real):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return str(value).removeprefix("torch.")
+
+
+def note_norm(layer: nn.Module, state_dict: Any, prefix: str) -> None:
+    """Say in the metadata of a state dict, beside torch's version, what norm a layer is."""
+    metadata = getattr(state_dict, "_metadata", {})
+    metadata.setdefault(prefix[:-1], {})["nmlightning"] = describe_norm(layer)
 
 
 class BatchNormBase(_BatchNorm):
@@ -293,6 +324,10 @@ class BatchNormBase(_BatchNorm):
             if after is not None and is_half(after.dtype) and not is_half(before.dtype):
                 setattr(self, name, before.to(after.device))
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        note_norm(self, destination, prefix)
 
     def _load_from_state_dict(
         self,

@@ -31,6 +31,7 @@ from nmlightning.norms.batch_norm_base import (
     check_eps,
     check_stats_dtype,
     describe_settings,
+    note_norm,
 )
 from nmlightning.norms.fast_path import watch_encoders
 
@@ -244,6 +245,10 @@ class LpLayerNorm(nn.LayerNorm):
         dtype = accumulation_dtype(input.dtype, self.stats_dtype)
         return select_backend_for(input, "layer", self.statistic, dtype)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        note_norm(self, destination, prefix)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a layer, also one that was pickled before layers kept their statistic."""
         state = {"statistic": PowerMean(state["p"]), **state}
@@ -343,6 +348,10 @@ class LpRMSNorm(nn.RMSNorm):
         """Return the backend that computes such an input, and why, without running."""
         dtype = accumulation_dtype(input.dtype, self.stats_dtype)
         return select_backend_for(input, "rms", self.statistic, dtype)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        note_norm(self, destination, prefix)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a layer, also one that was pickled before layers kept their statistic."""

@@ -11,6 +11,7 @@ from torch import nn
 from nmlightning.errors import InputError, check_choice, check_lists, nearest
 from nmlightning.kernels.interface import Fused, NormKind
 from nmlightning.norms import batch_norm, low_precision, mean_only
+from nmlightning.norms.batch_norm_base import INHERITED
 from nmlightning.norms.layer_norm import L1LayerNorm, L1RMSNorm, LpLayerNorm, LpRMSNorm
 
 KINDS: tuple[NormKind, ...] = ("batch", "layer", "rms")
@@ -18,13 +19,6 @@ TITLES: Mapping[NormKind, str] = MappingProxyType(
     {"batch": "batch", "layer": "layer", "rms": "RMS"}
 )
 
-# What a swapped layer takes from the layer that it replaces, and so is no option of a swap.
-_INHERITED = {"num_features", "normalized_shape", "affine", "elementwise_affine", "bias"} | {
-    "track_running_stats",
-    "device",
-    "dtype",
-    "process_group",
-}
 # Options that a swapped layer takes from the layer that it replaces unless they are given.
 INHERITED_UNLESS_GIVEN = {"eps", "momentum", "sync"}
 
@@ -96,6 +90,16 @@ def layer_class(name: str, kind: NormKind, dims: int | None = None) -> type[nn.M
     return cls
 
 
+def find_class(class_name: str) -> tuple[str, NormKind]:
+    """Return the name and the kind of the norm whose class has a name, or raise InputError."""
+    for name, norm in NORMS.items():
+        classes = {"batch": norm.batch.values(), "layer": [norm.layer], "rms": [norm.rms]}
+        for kind in KINDS:
+            if class_name in {getattr(cls, "__name__", None) for cls in classes[kind]}:
+                return name, kind
+    raise InputError(f"There is no norm class {class_name!r}: install the release that has it.")
+
+
 def _by_kind(norm: Norm, kind: NormKind) -> type[nn.Module] | None:
     return norm.layer if kind == "layer" else norm.rms
 
@@ -126,7 +130,7 @@ def check_options(name: str, kind: NormKind, options: Mapping[str, Any]) -> dict
     norm = find_norm(name)
     if not isinstance(options, Mapping):
         raise InputError(f"options map names to values, such as {{'eps': 1e-5}}, got {options!r}.")
-    allowed = set(inspect.signature(layer_class(name, kind, None)).parameters) - _INHERITED
+    allowed = set(inspect.signature(layer_class(name, kind, None)).parameters) - INHERITED
     for option in options:
         if option in norm.fixed:
             raise InputError(f"The norm {name!r} has {option} = {norm.fixed[option]} by its name.")

@@ -30,13 +30,15 @@ def layer_of(weight: str) -> str:
     return weight.removesuffix(".weight")
 
 
-def dashboard_layout(layers: Sequence[str]) -> Layout:
+def dashboard_layout(layers: Sequence[str], prefix: str = "") -> Layout:
     """Return the page of TensorBoard's Custom Scalars: categories of charts of tags.
+
+    With a prefix, the part of it that is of the tags, and titles, that have that prefix.
 
     "Margin" is a line within a band, of three tags; "Multiline" has a line for each tag that one of
     its regular expressions matches.
     """
-    return {
+    layout: Layout = {
         "Run": {
             "accuracy or BLEU": _lines(r".*(top1|acc|bleu)"),
             "loss": _lines(r".*loss"),
@@ -57,6 +59,16 @@ def dashboard_layout(layers: Sequence[str]) -> Layout:
             layer: _lines(*(re.escape(tag + layer) + "$" for tag in (ROTATION, EQUILIBRIUM)))
             for layer in layers
         },
+    }
+    if not prefix:
+        return layout
+    del layout["Run"]
+    return {
+        prefix + category: {
+            title: [kind, [prefix + tag for tag in shown]]
+            for title, (kind, shown) in charts.items()
+        }
+        for category, charts in layout.items()
     }
 
 

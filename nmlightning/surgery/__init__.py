@@ -6,6 +6,7 @@ from nmlightning.lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
     from nmlightning.surgery.checkpoints import load_from_checkpoint as load_from_checkpoint
+    from nmlightning.surgery.checkpoints import swap_like as swap_like
     from nmlightning.surgery.swap import SwapReport as SwapReport
     from nmlightning.surgery.swap import swap_norms as swap_norms
 

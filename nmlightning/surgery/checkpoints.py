@@ -1,5 +1,6 @@
 """Loads a checkpoint of a changed model without a Trainer."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from glob import escape
@@ -9,19 +10,26 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from nmlightning.errors import InputError
 from nmlightning.name_patterns import plain_name
+from nmlightning.norms.batch_norm_base import describe_norm
+from nmlightning.norms.registry import find_class
 from nmlightning.parametrizations.apply import prepare_for_weights
+from nmlightning.surgery.lightning_hooks import LEFT_OUT
+from nmlightning.surgery.norm_layers import path_of
 from nmlightning.surgery.recipes import (
     NORM_SWAP,
     WEIGHT_NORM,
     Recipe,
+    is_so,
     keywords_of,
+    norms_in,
     note_recipe,
     recipes_in,
     recipes_of,
     settings_of,
 )
-from nmlightning.surgery.swap import swap_norms
+from nmlightning.surgery.swap import Swap, SwapReport, swap_norms
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
@@ -29,8 +37,8 @@ Module = TypeVar("Module", bound=torch.nn.Module)
 def load_from_checkpoint(module_class: type[Module], path: str | Path, **arguments: Any) -> Module:
     """Return the LightningModule of a checkpoint, with norms and weights as they were in training.
 
-    Its norms are swapped, its weights normalised, as the checkpoint says, and its next checkpoints
-    say so too, also without the callbacks.
+    Its norms are swapped, its weights normalised, as the checkpoint says, whoever swapped them, and
+    its next checkpoints say so too, also without the callbacks.
 
     Args:
         module_class: a LightningModule class, of `pytorch_lightning` or `lightning.pytorch`.
@@ -44,14 +52,69 @@ def load_from_checkpoint(module_class: type[Module], path: str | Path, **argumen
     """
     only_weights = arguments.get("weights_only") is not False
     checkpoint = torch.load(path, map_location="cpu", weights_only=only_weights, mmap=True)
-    with _normalising_first(module_class, recipes_in(checkpoint, WEIGHT_NORM)):
+    with (
+        _normalising_first(module_class, recipes_in(checkpoint, WEIGHT_NORM)),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", LEFT_OUT)  # what follows puts them in
         module: Module = module_class.load_from_checkpoint(path, **arguments)  # type: ignore[attr-defined]
+    notes, covered = norms_in(checkpoint), set[str]()
     for recipe in recipes_in(checkpoint, NORM_SWAP):
         modules = recipe.pop("modules")
         report = swap_norms(module, **recipe)
         modules |= {swap.name: swap.after for swap in report.swapped}  # classes as named today
         note_recipe(module, recipe, modules, NORM_SWAP)
+        covered |= modules.keys()
+    layers = {plain_name(name): x for name, x in module.named_modules(remove_duplicate=False)}
+    for name in covered & notes.keys() & layers.keys():
+        if is_so(layers[name], notes[name]):  # the rest the model may set otherwise today
+            del notes[name]
+    _follow(module, notes)
     return module
+
+
+def swap_like(model: nn.Module, state_dict: Mapping[str, Any]) -> SwapReport:
+    """Swap the norms of `model` to those that a state dict was saved with, and report it.
+
+    The state dict of a model with norms of this package says in its metadata what they are; of a
+    model with torch's own norms it says nothing, and nothing is swapped.
+
+    Args:
+        model: the model, as it is built, also with other norms.
+        state_dict: what `state_dict()` of such a model gave, or `torch.load` of that.
+
+    Raises:
+        InputError: a dict without metadata, as one that was put together anew has none.
+
+    Example:
+        >>> nets = [nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)) for _ in range(2)]
+        >>> _ = swap_norms(nets[0], "topk", {"k": 3})
+        >>> print(swap_like(nets[1], nets[0].state_dict()))
+        swapped 1 BatchNorm2d → TopKBatchNorm2d
+    """
+    if not hasattr(state_dict, "_metadata"):
+        raise InputError(
+            "swap_like got a dict without _metadata, which say what the norms are: give what "
+            "model.state_dict() returned, or torch.load of that, not a checkpoint or a copy."
+        )
+    return _follow(model, norms_in({"state_dict": state_dict}))
+
+
+def _follow(model: nn.Module, notes: Mapping[str, Recipe]) -> SwapReport:
+    """Make the norms of a model, by name, what their notes say."""
+    layers = {plain_name(name): x for name, x in model.named_modules(remove_duplicate=False)}
+    due = {x: note for x, note in notes.items() if x in layers and describe_norm(layers[x]) != note}
+    swapped: tuple[Swap, ...] = ()
+    for note in {repr(note): note for note in due.values()}.values():
+        names = [name for name, other in due.items() if other == note]
+        norm, kind = find_class(note["norm"])
+        classes = {type(layers[name]) for name in names} if kind != "batch" else ()
+        types = {path_of(getattr(cls, "replaced", cls)): kind for cls in classes}
+        include = [escape(name) for name in names]
+        swapped += swap_norms(
+            model, norm, note["options"], kinds=kind, include=include, types=types
+        ).swapped
+    return SwapReport(swapped, ())
 
 
 @contextmanager

@@ -5,6 +5,8 @@ A checkpoint holds, under the key `nmlightning`,
 the keywords of `swap_norms` or `apply_weight_norm`, in one spelling of those that come to the same,
 and under `modules` what became of each module. A swap of which later ones left nothing is not kept,
 nor a weight norm that was removed; weight norms, each of other weights, are in the order of those.
+
+The metadata of a state dict also say what each norm is, whoever swapped it: see `describe_norm`.
 """
 
 import functools
@@ -15,6 +17,8 @@ from typing import Any
 from torch import nn
 
 from nmlightning.errors import InputError
+from nmlightning.name_patterns import plain_name
+from nmlightning.norms.batch_norm_base import as_plain, describe_norm
 from nmlightning.norms.registry import INHERITED_UNLESS_GIVEN, check_kinds, drop_defaults, norm_name
 from nmlightning.parametrizations.layers import choose_layers, normalised_weights
 from nmlightning.parametrizations.weight_norm import Settings
@@ -64,7 +68,7 @@ def make_recipe(
 
     What comes to the same is equal: options at their default are left out, lists are sorted.
     """
-    plain = {option: _plain(value) for option, value in options.items()}
+    plain = {option: as_plain(value) for option, value in options.items()}
     recipe = {
         "norm": norm_name(norm),
         "options": drop_defaults(norm, plain),
@@ -194,9 +198,10 @@ def _notes(module: nn.Module, change: Change) -> list[Recipe]:
 def forget_undone_swaps(module: nn.Module) -> None:
     """Drop from the notes the norms that are of another class by now, as after a swap by hand."""
     now = {name: type(layer).__name__ for name, layer in module.named_modules()}
-    kept = []
+    last, kept = changed_modules(module, NORM_SWAP), []
+    undone = {name for name, cls in last.items() if now.get(name, cls) != cls}
     for recipe in _notes(module, NORM_SWAP):
-        made = {k: cls for k, cls in recipe["modules"].items() if now.get(k, cls) == cls}
+        made = {k: cls for k, cls in recipe["modules"].items() if k not in undone}
         if made or not recipe["modules"]:
             kept.append({**recipe, "modules": made})
     if _NOTES in module.__dict__:
@@ -238,6 +243,7 @@ def keep_in_checkpoints(module: nn.Module) -> None:
 
 def write_recipes(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     """Put what was noted on `module` into `checkpoint`."""
+    forget_undone_swaps(module)
     noted = {change.key: recipes_of(module, change) for change in CHANGES}
     if any(noted.values()):
         checkpoint[KEY] = {"version": VERSION, **{key: r for key, r in noted.items() if r}}
@@ -248,11 +254,44 @@ def check_recipes(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     for change in CHANGES:
         here = [keywords_of(recipe) for recipe in recipes_of(module, change)]
         there = [keywords_of(recipe) for recipe in recipes_in(checkpoint, change)]
-        if here != there:
+        if here != there and not (change is NORM_SWAP and not there and _same(module, checkpoint)):
             raise InputError(
                 f"The checkpoint was trained with {_first_difference(there, here, change)}. Resume "
                 f"with the same {change.noun}, or start from its weights with load_from_checkpoint."
             )
+
+
+def norms_in(checkpoint: Mapping[str, Any]) -> dict[str, Recipe]:
+    """Return what the metadata of a checkpoint's state dicts say about its norms, by name.
+
+    Lightning's WeightAveraging moves the one that has metadata.
+    """
+    noted: dict[str, Recipe] = {}
+    for key in ("current_model_state", "state_dict"):
+        metadata = getattr(checkpoint.get(key), "_metadata", {})
+        noted |= {plain_name(x): own[KEY] for x, own in metadata.items() if own.get(KEY)}
+    return noted
+
+
+def is_so(layer: nn.Module, note: Recipe) -> bool:
+    """Return whether a norm trains as the note of one says, but for what is its model's own."""
+    here = describe_norm(layer)
+    return here is not None and _what_trains(here) == _what_trains(note)
+
+
+def _what_trains(note: Recipe) -> tuple[str, Recipe]:
+    options = note["options"].items()
+    return note["norm"], {k: value for k, value in options if k not in INHERITED_UNLESS_GIVEN}
+
+
+def _same(module: nn.Module, checkpoint: Mapping[str, Any]) -> bool:
+    """Return whether a checkpoint, whoever swapped its norms, says that they are as in `module`."""
+    here = {plain_name(name): describe_norm(layer) for name, layer in module.named_modules()}
+    both = [
+        {name: _what_trains(note) for name, note in notes.items() if note and name in here}
+        for notes in (here, norms_in(checkpoint))
+    ]
+    return both[0] == both[1] != {}
 
 
 def _first_difference(there: list[Recipe], here: list[Recipe], change: Change) -> str:
@@ -276,8 +315,3 @@ def _titles(recipes: list[Recipe], change: Change) -> str:
 def keywords_of(recipe: Recipe) -> Recipe:
     """Return it without what it did to which modules."""
     return {key: value for key, value in recipe.items() if key != "modules"}
-
-
-def _plain(value: Any) -> Any:
-    plain = value is None or isinstance(value, bool | int | float)
-    return value if plain else str(value).removeprefix("torch.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from nmlightning.norms.registry import (
     norm_name,
 )
 from nmlightning.surgery.foreign_norms import make_foreign
+from nmlightning.surgery.lightning_hooks import watch_loading
 from nmlightning.surgery.norm_layers import (
     NormLayer,
     class_to_take,
@@ -200,6 +202,8 @@ def swap_norms(
                 fusing.apply()
             if any(x.kind != "batch" for x in picked):
                 guard_encoders(model.modules())
+        if "nmlightning.compat" not in sys.modules:  # it watches from the start
+            watch_loading()
     return SwapReport(swapped, left, dry_run, fused, not_fused)
 
 

@@ -182,6 +182,31 @@ def test_dashboard_logs_pictures_histograms_and_layout(tmp_path: Path) -> None:
     assert "effective learning rate, median over channels" in titles
 
 
+def test_second_tracker_logs_under_its_own_tags(tmp_path: Path) -> None:
+    trackers = [WeightNormTracker(include=["*.0.weight", "*.3.weight"]), WeightNormTracker(3)]
+    fit(tmp_path, trackers[0], callbacks=trackers)
+    events = read_events(tmp_path)
+    for kind in ("scalars", "histograms", "images"):
+        tags = set(events.Tags()[kind])
+        seconds = {tag for tag in tags if tag.startswith("tracker2/")}
+        firsts = {f"tracker2/{tag}" for tag in tags - seconds - {"epoch"}}
+        assert len(firsts) > 1
+        assert firsts < seconds
+    steps = [point.step for point in events.Scalars("weight_norm/net.0/mean")]
+    assert len(steps) == len(set(steps))
+    layout = events.Tensors("custom_scalars__config__")[-1]
+    shown = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0]).category
+    tags = [tag for c in shown for chart in c.chart for tag in chart.multiline.tag]
+    assert {"effective_lr/", "tracker2/effective_lr/"} < set(tags)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_trackers_of_the_same_settings_are_refused(package: str, tmp_path: Path) -> None:
+    trackers = [WeightNormTracker(3), WeightNormTracker(3)]
+    with pytest.raises(InputError, match=r"has 2 WeightNormTracker of the same settings.*include"):
+        fit(tmp_path, trackers[0], package, callbacks=trackers)
+
+
 def test_dashboard_logs_ten_pictures_and_the_last_of_a_long_run(tmp_path: Path) -> None:
     fit(tmp_path, WeightNormTracker(), max_epochs=23)
     images = read_events(tmp_path).Images("weight_norm_map/net.0")

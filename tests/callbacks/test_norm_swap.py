@@ -24,7 +24,7 @@ from lightning_modules import (
     package_of,
 )
 from nmlightning import swap_norms
-from nmlightning.callbacks import NormSwap
+from nmlightning.callbacks import NormSwap, WeightNormSwap, WeightNormTracker
 from nmlightning.callbacks.norm_swap import BackendNote
 from nmlightning.errors import InputError
 from nmlightning.kernels import norm_backend
@@ -342,8 +342,38 @@ class TestTheModuleAfterwards:
 def test_resume_without_the_callback_warns(module_class: type, tmp_path: Path) -> None:
     swaps = [NormSwap("l1"), NormSwap("l1", include=["net.1"])]
     fit(make(module_class), *swaps).save_checkpoint(tmp_path / "a.ckpt")
-    with pytest.warns(UserWarning, match=r"Please add the following callbacks: .*NormSwap"):
+    with pytest.warns(UserWarning, match="add NormSwap") as caught:
         fit(make(module_class), max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
+    (line,) = [str(w.message) for w in caught if "heckpoint" in str(w.message)]
+    assert "2 L1BatchNorm2d; 2 of them not here (net.1 is BatchNorm2d, not L1BatchNorm2d)" in line
+    by_hand = make(module_class)
+    swap_norms(by_hand, "l1")
+    trainer = fit(by_hand, max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
+    trainer.save_checkpoint(tmp_path / "b.ckpt")
+    fit(make(module_class), NormSwap("l1"), max_epochs=3, ckpt_path=tmp_path / "b.ckpt")
+
+
+@pytest.mark.parametrize("module_class", [PlModule, UnifiedModule])
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (WeightNormTracker(), "a WeightNormTracker, and this run goes without: its recording ends"),
+        (
+            WeightNormSwap(),
+            r"weight norm on net\.0\.weight, net\.3\.weight, and here there",
+        ),
+    ],
+    ids=["tracker", "weight norm"],
+)
+def test_resume_without_another_callback_says_what_is_left_out(
+    module_class: type, callback: Any, message: str, tmp_path: Path
+) -> None:
+    callback, path = copy.deepcopy(callback), tmp_path / "a.ckpt"
+    fit(make(module_class), callback, default_root_dir=tmp_path).save_checkpoint(path)
+    warns = pytest.warns(UserWarning, match=f"{message}.*: add WeightNormTracker to the")
+    refuses = pytest.raises(InputError, match=f"{message}.*: add WeightNormSwap to the")
+    with refuses if isinstance(callback, WeightNormSwap) else warns:
+        fit(make(module_class), max_epochs=2, ckpt_path=path)
 
 
 @pytest.mark.parametrize("swap", [[], [NormSwap("l1")], [NormSwap("half_l2")]])

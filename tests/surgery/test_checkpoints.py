@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch
+import numpy as np
 import pytest
 import pytorch_lightning
 import timm
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_modules import BuildsLate, Classifies, make_trainer
-from nmlightning import load_from_checkpoint, swap_norms
+from nmlightning import load_from_checkpoint, swap_like, swap_norms
 from nmlightning.callbacks import NormSwap
 from nmlightning.errors import InputError
 from nmlightning.surgery.recipes import NORM_SWAP, recipes_in
@@ -104,6 +105,62 @@ def test_load_from_checkpoint_restores_swaps(
     assert_same(loaded, module)
 
 
+@pytest.mark.parametrize("module_class", [PlModule, UnifiedModule])
+def test_load_from_checkpoint_restores_swaps_by_hand(module_class: type, tmp_path: Path) -> None:
+    module: Any = module_class()
+    swap_norms(module.net, "topk", {"k": 3, "eps": 0.1, "stats_dtype": torch.float64})
+    swap_norms(module, "linf", include=["*.4"])
+    save(module, tmp_path / "a.ckpt", weights_only=True)
+    with pytest.warns(UserWarning, match=r"1 TopK.* 1 LInf.*; 2 of them not here \(net\.1 is"):
+        module_class.load_from_checkpoint(tmp_path / "a.ckpt")  # type: ignore[attr-defined]
+    loaded = load_from_checkpoint(module_class, tmp_path / "a.ckpt")
+    assert_same(loaded, module)
+    save(loaded, tmp_path / "b.ckpt")
+    assert_same(load_from_checkpoint(module_class, tmp_path / "b.ckpt"), loaded)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_swap_by_hand_outlives_the_recipe_before_it(norm: str, tmp_path: Path) -> None:
+    module = PlModule()
+    save(module, tmp_path / "a.ckpt", NormSwap("l1"))
+    swap_norms(module, norm)
+    save(module, tmp_path / "b.ckpt")
+    assert_same(load_from_checkpoint(PlModule, tmp_path / "b.ckpt"), module)
+
+
+@pytest.mark.parametrize(
+    ("norm", "options", "kinds"),
+    [
+        ("top10", {"constant": "paper"}, ["batch"]),
+        ("lp", {"p": 1.5, "eps": np.float64(0.5)}, ["batch", "layer", "rms"]),
+        ("range", {"chunks": 2, "momentum": None, "sync": True}, ["batch"]),
+        ("mean", {"stats_dtype": "float16"}, ["batch"]),
+        ("half_l2", {}, ["batch"]),
+        ("l1", {"constant": 1, "stats_dtype": torch.float64}, ["layer", "rms"]),
+    ],
+)
+def test_swap_like_follows_a_saved_state_dict(
+    norm: str, options: Any, kinds: list[str], tmp_path: Path
+) -> None:
+    def build() -> nn.Module:
+        batch_norms = [nn.BatchNorm1d(4), nn.BatchNorm3d(4, affine=False)]
+        others = [timm.layers.BatchNormAct2d, timm.layers.LayerNorm2d, timm.layers.RmsNorm]
+        plain = [nn.LayerNorm(4), nn.RMSNorm(4)]
+        return nn.Sequential(*batch_norms, *plain, *(cls(4) for cls in others))
+
+    net, other = build(), build()
+    keys = list(net.state_dict())
+    swap_norms(net, norm, options, kinds=kinds)
+    torch.save(torch.compile(net).state_dict(), tmp_path / "net.pt")
+    state = torch.load(tmp_path / "net.pt", weights_only=True)
+    assert list(net.state_dict()) == keys
+    assert "swapped" in str(swap_like(other, state))
+    assert repr(other) == repr(net)
+    assert not swap_like(other, state)
+    with pytest.raises(InputError, match=r"without _metadata.* what model.state_dict\(\) return"):
+        swap_like(other, dict(state))
+
+
 @pytest.mark.parametrize("norm", ["l1", "linf"])
 def test_loaded_module_saves_its_own_recipe(norm: str, tmp_path: Path) -> None:
     save(PlModule(), tmp_path / "a.ckpt", NormSwap("l1"))
@@ -130,7 +187,8 @@ def test_load_from_checkpoint_loads_object_hyper_parameters(tmp_path: Path) -> N
 def test_swapped_checkpoint_loads_into_the_plain_model(norm: str, tmp_path: Path) -> None:
     module = PlModule()
     save(module, tmp_path / "a.ckpt", NormSwap(norm))
-    plain = PlModule.load_from_checkpoint(tmp_path / "a.ckpt")
+    with pytest.warns(UserWarning, match="net.1 is BatchNorm2d, .*nmlightning.load_from_checkp"):
+        plain = PlModule.load_from_checkpoint(tmp_path / "a.ckpt")
     assert type(plain.net[1]) is nn.BatchNorm2d
     torch.testing.assert_close(plain.eval()(images()), module.eval()(images()))
     swap_norms(module, "l2")

@@ -1,0 +1,133 @@
+"""Says in words what Lightning leaves out where it loads the checkpoint of a changed model itself.
+
+`Lit.load_from_checkpoint`, and a Trainer without our callbacks, call nothing of this package: two
+of Lightning's functions are wrapped, once, and the one that refuses two callbacks of one name. A
+release that has not got them says what Lightning says.
+"""
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+from torch import nn
+
+from nmlightning.errors import InputError
+from nmlightning.name_patterns import plain_name, some
+from nmlightning.norms.batch_norm_base import describe_norm
+from nmlightning.surgery.recipes import NORM_SWAP, WEIGHT_NORM, is_so, norms_in, recipes_in
+
+LEFT_OUT = "The checkpoint was trained with "
+_OURS = ("NormSwap", "WeightNormSwap", "WeightNormTracker")
+
+
+def watch_loading() -> None:
+    """Wrap what loads checkpoints in each of Lightning's packages that is imported."""
+    for package in ("pytorch_lightning", "lightning.pytorch"):
+        connector = sys.modules.get(f"{package}.trainer.connectors.checkpoint_connector")
+        callbacks = sys.modules.get(f"{package}.trainer.connectors.callback_connector")
+        _wrap(sys.modules.get(f"{package}.core.saving"), "_load_state", _load_state)
+        _wrap(callbacks, "_validate_callbacks_list", _check_callbacks)
+        _wrap(getattr(connector, "_CheckpointConnector", None), "restore_model", _restore_model)
+
+
+def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    original = getattr(owner, name, None)
+    if original is None or hasattr(original, "_nmlightning_original"):
+        return
+
+    @wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
+
+    call._nmlightning_original = original  # type: ignore[attr-defined]
+    setattr(owner, name, call)
+
+
+def _check_callbacks(original: Any, callbacks: Sequence[Any]) -> None:
+    """Raise InputError for two of our callbacks that only a state key of Lightning's could name."""
+    keys = [x.state_key for x in callbacks if type(x).__name__ in _OURS]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise InputError(
+                f"The Trainer has {keys.count(key)} {key.partition('{')[0]} of the same settings, "
+                "which do the same to the same weights: leave one out, or give it another include."
+            )
+    original(callbacks)
+
+
+def _load_state(original: Any, cls: type, checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
+    way_out = "load it by nmlightning.load_from_checkpoint."
+    with _weights_in_words(checkpoint, way_out):
+        loaded = original(cls, checkpoint, *args, **kwargs)
+    if isinstance(loaded, nn.Module) and (left := _find_left_norms(loaded, checkpoint)):
+        _warn(f"{left}: {way_out}")
+    return loaded
+
+
+def _restore_model(original: Any, connector: Any) -> None:
+    trainer, checkpoint = connector.trainer, getattr(connector, "_loaded_checkpoint", {})
+    with _weights_in_words(checkpoint, "add WeightNormSwap to the Trainer's callbacks."):
+        original(connector)
+    if left := _find_left_norms(trainer.lightning_module, checkpoint):
+        _warn(f"{left}: add NormSwap to the Trainer's callbacks.")
+    # Lightning would name what is missing by the raw keys.
+    states, here = checkpoint.get("callbacks") or {}, {c.state_key for c in trainer.callbacks}
+    for key in [key for key in states if str(key).partition("{")[0] in _OURS and key not in here]:
+        del states[key]
+        if key.startswith("WeightNormTracker"):
+            _warn(
+                f"{LEFT_OUT}a WeightNormTracker, and this run goes without: its recording ends and "
+                "no rule of it steers: add WeightNormTracker to the Trainer's callbacks."
+            )
+
+
+@contextmanager
+def _weights_in_words(checkpoint: Mapping[str, Any], way_out: str) -> Iterator[None]:
+    """Raise InputError in place of torch's error where only the checkpoint has weight norm."""
+    try:
+        yield
+    except RuntimeError as error:
+        weights = [x for recipe in recipes_in(checkpoint, WEIGHT_NORM) for x in recipe["modules"]]
+        if weights and re.search(r"Unexpected key.*\.parametrizations\.", str(error)):
+            raise InputError(
+                f"{LEFT_OUT}weight norm on {some(weights, 2)}, and here there is none: {way_out}"
+            ) from error
+        raise
+
+
+def _find_left_norms(module: nn.Module, checkpoint: Mapping[str, Any]) -> str | None:
+    """Return in words which norms of a checkpoint are others in a module, if any."""
+    notes = norms_in(checkpoint) or _norms_of_recipes(checkpoint)
+    layers = {plain_name(name): x for name, x in module.named_modules(remove_duplicate=False)}
+    left = [
+        name
+        for name, note in notes.items()
+        if name in layers
+        and not (is_so(layers[name], note) if "options" in note else describe_norm(layers[name]))
+    ]
+    if not left:
+        return None
+    counts = Counter(note["norm"] for note in notes.values()).items()
+    norms = ", ".join(f"{count} {norm}" for norm, count in counts)
+    here, there = type(layers[left[0]]).__name__, notes[left[0]]["norm"]
+    here = f"{here} of other options" if here == there else f"{here}, not {there}"
+    return f"{LEFT_OUT}{norms}; {len(left)} of them not here ({left[0]} is {here})"
+
+
+def _norms_of_recipes(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the classes of norms where no state dict says it, as those of older releases."""
+    made: dict[str, dict[str, Any]] = {}
+    for recipe in recipes_in(checkpoint, NORM_SWAP):
+        for name, cls in recipe["modules"].items():
+            made.pop(name, None) if recipe["norm"] == "l2" else made.update({name: {"norm": cls}})
+    return made
+
+
+def _warn(message: str) -> None:
+    from lightning_utilities.core.rank_zero import rank_zero_warn  # which Lightning has brought
+
+    rank_zero_warn(message)
