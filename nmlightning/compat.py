@@ -107,6 +107,60 @@ def logged_step(trainer: Any) -> int:
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
+def takes_loaders_from_hooks(trainer: Any) -> bool:
+    """Return whether `fit` calls `train_dataloader`, rather than having been given loaders."""
+    return bool(trainer.fit_loop._data_source.is_module())
+
+
+def training_sums(trainer: Any) -> dict[str, dict[str, Any]]:
+    """Return what the means over a training epoch are made of so far, on this process, by name."""
+    sums = {}
+    for key, result in trainer.fit_loop.epoch_loop._results.items():
+        if result.meta.on_epoch and not result.has_reset:
+            metric = result if result.is_tensor else result.value
+            state = _on_device(metric.metric_state, "cpu")
+            attribute, updates = result.meta.metric_attribute, metric.update_count
+            sums[key] = {"attribute": attribute, "updates": updates, "state": state}
+    return sums
+
+
+def add_training_sums(trainer: Any, sums: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Add what `training_sums` returned before a resume; return what has no place yet.
+
+    A metric of the module is set before it is updated. What is made when it is first logged, as
+    Lightning's own means are, then holds one batch, and is added to.
+    """
+    results, rest = trainer.fit_loop.epoch_loop._results, {}
+    modules = dict(trainer.lightning_module.named_modules())
+    for key, saved in sums.items():
+        result = results.get(key)
+        logged = result if result is None or result.is_tensor else result.value
+        metric = modules.get(saved["attribute"], logged)
+        if metric is None:
+            rest[key] = saved
+            continue
+        state = _on_device(saved["state"], metric.device)
+        if metric.update_count == 0:
+            for name, value in state.items():
+                setattr(metric, name, value)
+        elif metric is result and (result.meta.is_max_reduction or result.meta.is_min_reduction):
+            metric.value = result.meta.reduce_fx(state["value"], metric.value)
+        else:
+            metric._reduce_states(state)
+        metric._update_count += saved["updates"]
+    return rest
+
+
+def _on_device(state: dict[str, Any], device: Any) -> dict[str, Any]:
+    """Return a copy of a metric's state, of tensors and lists of them."""
+    return {
+        name: [value.detach().clone().to(device) for value in values]
+        if isinstance(values, list)
+        else values.detach().clone().to(device)
+        for name, values in state.items()
+    }
+
+
 def keep_through_sync(trainer: Any, unfused: Unfused) -> None:
     """Let `Trainer(sync_batchnorm=True)` synchronise our norms instead of replacing them.
 

@@ -1,16 +1,35 @@
-"""Checkpoints that are written whole or not at all, and one of the end of a fit."""
+"""Checkpoints that are whole, one of the end of a fit, and what else an exact resume needs."""
 
+import inspect
+import math
+import random
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from nmlightning.atomic_file import remove_drafts, replace_file
-from nmlightning.compat import CallbackBase, CheckpointIOBase
+from nmlightning.compat import (
+    CallbackBase,
+    CheckpointIOBase,
+    add_training_sums,
+    global_seed,
+    takes_loaders_from_hooks,
+    training_sums,
+)
+from nmlightning.datamodules.training_batches import count_batches_done
 from nmlightning.errors import InputError
+from nmlightning.surgery.recipes import register_after
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -100,3 +119,199 @@ def end_checkpoint(trainer: "pl.Trainer") -> Path | None:
     if not trainer.checkpoint_callbacks or trainer.fast_dev_run or not trainer.log_dir:  # type: ignore[attr-defined]
         return None
     return Path(trainer.log_dir) / "checkpoints" / "last.ckpt"
+
+
+_KEY = "nmlightning.ExactResume"
+
+
+class ExactResume(CallbackBase):
+    """Lets a resumed run be bit for bit the one that was not interrupted; `nm fit` has it.
+
+    What Lightning leaves out of a checkpoint comes in, of every process, as plain tensors:
+
+    - the states of random numbers, of torch, its CUDA device, numpy and Python, as they are when
+      the checkpoint is written, that is after a step, before the next batch is taken. They are set
+      before the next batch is taken, at the end of an epoch before its loader begins to shuffle.
+    - the sums of the means that are logged at the end of a training epoch, within one.
+
+    It needs as many processes and the same order of the data: of this package's data modules and of
+    loaders with a `state_dict` anywhere, of others at the end of an epoch. After a checkpoint of an
+    epoch's last step, Lightning begins the next epoch without the validation between, so that
+    validation is made to leave the random numbers as they are.
+
+    The options of optimizers and schedules and the seed are those of the checkpoint: a run that
+    asks for others is refused.
+
+    Raises:
+        InputError: at the start of a fit that asks for other options than the checkpoint's.
+
+    Example:
+        >>> from pytorch_lightning import Trainer
+        >>> trainer = Trainer(callbacks=[ExactResume()], logger=False)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._settings: dict[str, Any] = {}
+        self._loaded: dict[str, Any] = {}  # of the run that is resumed
+        self._random: list[RandomStates] = []  # until they are set
+        self._sums: dict[str, Any] = {}  # that are not yet among those of this run
+
+    def on_load_checkpoint(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
+    ) -> None:
+        """Have the random numbers set before the loader of an epoch begins, but after it is made.
+
+        What makes loaders may split data at random, as it did in the run that is resumed.
+        """
+        self._loaded = checkpoint.get(_KEY) or {}
+        ranks = self._loaded.get("ranks", [])
+        if trainer.state.fn != "fit" or len(ranks) != trainer.world_size:
+            return
+        mine = ranks[trainer.global_rank]
+        self._random, self._sums = [mine["random"]], mine["sums"]
+        if self._loaded["within_epoch"]:
+            return
+        set_states = partial(_set_once, self._random, trainer.strategy.root_device)
+        if not takes_loaders_from_hooks(trainer):
+            set_states()
+        for source in filter(None, (getattr(trainer, "datamodule", None), pl_module)):
+            register_after(source, "train_dataloader", set_states, key=_KEY)
+
+    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Note what this run asks for, before it is replaced by what the checkpoint has."""
+        self._settings = _asked_for(trainer)
+
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Resume, or raise InputError."""
+        loaded, self._loaded = self._loaded, {}
+        _refuse_other_settings(loaded.get("settings", {}), self._settings)
+        if loaded and len(loaded["ranks"]) != trainer.world_size:
+            rank_zero_warn(
+                f"The checkpoint is of {len(loaded['ranks'])} processes, and this run has "
+                f"{trainer.world_size}: random numbers are others than without the interruption."
+            )
+        _set_once(self._random, trainer.strategy.root_device)
+        self._sums = add_training_sums(trainer, self._sums)
+
+    def on_train_batch_end(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *_: Any, **__: Any
+    ) -> None:
+        """Add the sums to those of metrics that the first batch has made."""
+        if self._sums:
+            self._sums = add_training_sums(trainer, self._sums)
+
+    def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Forget what was not logged any more."""
+        self._sums = {}
+
+    def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Note the random numbers, of which training draws on as if there were no validation."""
+        self._before_validation = random_states(trainer.strategy.root_device)
+
+    def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Set them again."""
+        set_random_states(self._before_validation, trainer.strategy.root_device)
+
+    def on_save_checkpoint(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the states of all processes, and what this run asked for."""
+        within_epoch = count_batches_done(trainer) > 0
+        mine: dict[str, Any] = {
+            "random": random_states(trainer.strategy.root_device),
+            "sums": {**self._sums, **training_sums(trainer)} if within_epoch else {},
+        }
+        ranks = [mine] * trainer.world_size
+        if trainer.world_size > 1:
+            dist.all_gather_object(ranks, mine)
+        checkpoint[_KEY] = {
+            "ranks": ranks,
+            "within_epoch": within_epoch,
+            "settings": self._settings,
+        }
+
+
+RandomStates = dict[str, Tensor]
+
+
+def random_states(device: torch.device) -> RandomStates:
+    """Return the states of torch, of its CUDA device, of numpy and of Python, as tensors."""
+    _, words, gauss = random.getstate()
+    kind, keys, *rest = np.random.get_state()
+    assert kind == "MT19937", "numpy's own generator"
+    states = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor(words),
+        "python_gauss": torch.tensor(math.nan if gauss is None else gauss, dtype=torch.float64),
+        "numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+        "numpy_gauss": torch.tensor(rest, dtype=torch.float64),
+    }
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_states(states: RandomStates, device: torch.device) -> None:
+    """Set them; a device that has none of its own in there is left."""
+    states = {name: state.cpu() for name, state in states.items()}
+    gauss = states["python_gauss"].item()
+    random.setstate((3, tuple(states["python"].tolist()), None if math.isnan(gauss) else gauss))
+    position, has_gauss, cached = states["numpy_gauss"].tolist()
+    keys = states["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def _set_once(states: list[RandomStates], device: torch.device, *_: Any) -> None:
+    while states:
+        set_random_states(states.pop(), device)
+
+
+# How a step is computed, not what it computes.
+_HOW = ("params", "param_names", "foreach", "fused", "capturable", "differentiable")
+
+
+def _asked_for(trainer: "pl.Trainer") -> dict[str, Any]:
+    """Return, by name, the seed and the options of optimizers and schedules, as plain values."""
+    asked: dict[str, Any] = {} if global_seed() is None else {"seed": global_seed()}
+    for optimizer in trainer.optimizers:
+        name = type(optimizer).__name__
+        for number, group in enumerate(optimizer.param_groups):
+            place = f"{name} group {number}" if len(optimizer.param_groups) > 1 else name
+            options = {**group, "lr": group.get("initial_lr", group.get("lr"))}
+            options.pop("initial_lr", None)
+            asked |= {f"{place} {k}": v for k, v in options.items() if k not in _HOW}
+    for config in trainer.lr_scheduler_configs:
+        schedule = config.scheduler
+        names = inspect.signature(type(schedule).__init__).parameters.keys() - {"last_epoch"}
+        asked |= {
+            f"{type(schedule).__name__} {name}": getattr(schedule, name)
+            for name in sorted(names)
+            if hasattr(schedule, name)
+        }
+    plain = {name: _plain(value) for name, value in asked.items()}
+    return {name: value for name, value in plain.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    """Return a number, a text or a list of those; None of everything else."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    if isinstance(value, Counter):
+        return sorted(value.elements())
+    if isinstance(value, list | tuple) and all(isinstance(x, int | float | str) for x in value):
+        return list(value)
+    return value if isinstance(value, int | float | str) else None
+
+
+def _refuse_other_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    names = [name for name in theirs if name in ours and theirs[name] != ours[name]]
+    if names:
+        there, here = (", ".join(f"{n} {each[n]}" for n in names) for each in (theirs, ours))
+        raise InputError(
+            f"The checkpoint is of a run with {there}, which a resume follows, and this one asks "
+            f"for {here}: give the same."
+        )

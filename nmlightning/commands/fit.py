@@ -22,7 +22,12 @@ from pytorch_lightning.callbacks.progress import ProgressBar
 from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from nmlightning.callbacks.checkpoints import AtomicCheckpointIO, EndCheckpoint, end_checkpoint
+from nmlightning.callbacks.checkpoints import (
+    AtomicCheckpointIO,
+    EndCheckpoint,
+    ExactResume,
+    end_checkpoint,
+)
 from nmlightning.commands import run_report
 from nmlightning.commands.argument_parser import INTERRUPTED, LOST_PROCESS, TERMINATED
 from nmlightning.commands.checkpoint import checkpoint_hparams
@@ -162,7 +167,9 @@ class TrainingCLI(LightningCLI):
         run_report.print_start(self.trainer, folder)
         check_restarts()
         earlier = kwargs.get("ckpt_path")
-        self.trainer.callbacks[:0] = [SameStart(earlier), EndCheckpoint()]  # type: ignore[attr-defined]
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        exact = [] if any(isinstance(c, ExactResume) for c in callbacks) else [ExactResume()]
+        callbacks[:0] = [SameStart(earlier), EndCheckpoint(), *exact]
         try:
             with failing_together(self.trainer, lambda: self._last_checkpoint() or earlier):
                 self.trainer.fit(model, **kwargs)

@@ -1,0 +1,143 @@
+"""Runs that are resumed, and are bit for bit what they would have been."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import DataLoader, TensorDataset, random_split
+from torchmetrics import MaxMetric
+
+from nmlightning import Digits, ImageClassifier, QuantizationNoise
+from nmlightning.callbacks import AtomicCheckpointIO, ExactResume
+from nmlightning.errors import InputError
+from trainers import quiet_trainer
+
+EPOCHS, BATCHES = 3, 4
+
+
+class Noisy(nn.Module):
+    """Draws from all generators, in validation too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 8), nn.Dropout(), QuantizationNoise(0.1), nn.Linear(8, 10)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = random.gauss(0, 1) + float(np.random.randn())
+        logits: Tensor = self.layers(x.mean(1)) * (1 + 0.01 * noise)
+        return logits
+
+
+class Logs(ImageClassifier):
+    """Logs means of its own, too: of Lightning's, and of a metric that is no sum."""
+
+    def __init__(self, net: nn.Module, **options: Any) -> None:
+        super().__init__(net, **options)
+        self.largest = MaxMetric()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.log("train/mean", loss, on_epoch=True, on_step=False)
+        self.log("train/most", loss, on_epoch=True, on_step=False, reduce_fx="max")
+        self.largest(loss)
+        self.log("train/largest", self.largest, on_epoch=True, on_step=False)
+        return loss
+
+
+class Keep(pl.Callback):
+    """Keeps a checkpoint of each step and of each epoch's end, and what was logged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.logged: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        trainer.save_checkpoint(self.folder / f"step={trainer.global_step}.ckpt")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.folder / f"epoch={trainer.current_epoch}.ckpt")
+        values = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        self.logged.append(values)
+
+
+def fit(
+    folder: Path, start: Path | None = None, data: Any = None, lr: float = 0.1, seed: int = 1
+) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    """Return the weights at the end, and what each epoch logged."""
+    pl.seed_everything(seed)
+    task = Logs(
+        Noisy(),
+        optimizer=lambda groups: SGD(groups, lr=lr, momentum=0.9),
+        lr_scheduler=lambda optimizer: StepLR(optimizer, 2),
+    )
+    keep = Keep(folder)
+    options = {"limit_train_batches": BATCHES, "limit_val_batches": 1, "num_sanity_val_steps": 0}
+    trainer = quiet_trainer(
+        ExactResume(), keep, max_epochs=EPOCHS, plugins=[AtomicCheckpointIO()], **options
+    )
+    given = {"datamodule": Digits(batch_size=32, image_size=8)} if data is None else data
+    trainer.fit(task, **given, ckpt_path=start)
+    return {name: w.clone() for name, w in task.state_dict().items()}, keep.logged
+
+
+def assert_resumes(tmp_path: Path, name: str, data: Any = lambda: None) -> None:
+    weights, logged = fit(tmp_path, data=data())
+    (tmp_path / "again").mkdir()
+    random.seed(7)
+    found, again = fit(tmp_path / "again", tmp_path / name, data=data())
+    assert logged[-len(again) :] == again
+    assert 1 <= len(again) <= EPOCHS
+    for key, weight in weights.items():
+        assert torch.equal(found[key], weight), key
+
+
+@pytest.mark.parametrize("name", ["step=2.ckpt", "step=5.ckpt", "step=8.ckpt", "epoch=0.ckpt"])
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_resume_is_exact(tmp_path: Path, name: str) -> None:
+    assert_resumes(tmp_path, name)
+    checkpoint = torch.load(tmp_path / name, weights_only=True)
+    within = name in ("step=2.ckpt", "step=5.ckpt")
+    assert checkpoint["nmlightning.ExactResume"]["within_epoch"] is within
+
+
+@pytest.mark.parametrize("gives", ["loader", "module"])
+def test_resume_shuffles_as_before_at_the_end_of_an_epoch(tmp_path: Path, gives: str) -> None:
+    def data() -> dict[str, Any]:
+        images = torch.randn(128, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+        rows = TensorDataset(images, torch.arange(128) % 10)
+        loaders = DataLoader(rows, 32, shuffle=True), DataLoader(rows, 32)
+        if gives == "module":
+            module: Any = pl.LightningDataModule()
+            module.train_dataloader = lambda: [loaders[0], random_split(rows, [64, 64])][0]
+            module.val_dataloader = lambda: loaders[1]
+            return {"datamodule": module}
+        return {"train_dataloaders": loaders[0], "val_dataloaders": loaders[1]}
+
+    assert_resumes(tmp_path, "epoch=1.ckpt", data)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": 0.2}, r"of a run with SGD lr 0.1, which .* asks for SGD lr 0.2: give the same"),
+        (
+            {"seed": 2},
+            r"of a run with seed 1, which a resume follows, and this one asks for seed 2",
+        ),
+    ],
+)
+def test_resume_refuses_what_it_would_not_follow(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    fit(tmp_path)
+    with pytest.raises(InputError, match=message):
+        fit(tmp_path, tmp_path / "epoch=0.ckpt", **change)
