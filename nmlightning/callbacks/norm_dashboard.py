@@ -189,7 +189,7 @@ class NormDashboard:
 
     def end_epoch(self) -> None:
         """Show the recorded norms in TensorBoard."""
-        step, ends = logged_step(self._trainer), self._recorder.history().epoch_ends()
+        step, ends = logged_step(self._trainer), self._recorder.epoch_ends()
         expected = max(self._trainer.max_epochs or 0, 1)
         pictures_are_due = len(ends) % -(-expected // _HEATMAPS) == 0 or len(ends) == expected
         for writer in self._writers():

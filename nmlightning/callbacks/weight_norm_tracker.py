@@ -80,7 +80,8 @@ class RunRecording:
             rank_zero_info(f"WeightNormTracker leaves {some(left, 3)}; include records more.")
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         others = [other.path for other in _trackers(trainer) if other is not tracker]
-        kept, earlier = keep_recording(folder, state, taken=others)
+        checkpoint = trainer.ckpt_path and Path(trainer.ckpt_path)
+        kept, earlier = keep_recording(folder, state, others, checkpoint or None)
         self._kept = trainer.strategy.broadcast(kept)
         self.file: Path = self._kept.file
         provenance = {**describe_run(trainer, folder), "run": self._kept.run}
@@ -89,7 +90,9 @@ class RunRecording:
         self._writes = trainer.is_global_zero and not is_trial_run(trainer)
         for optimizer in trainer.optimizers:
             self.before_step(optimizer)
-        self._record()
+        if earlier is None:
+            self._record()
+        self.after_batch()  # what was due at a checkpoint that came before it
 
     def begin_batch(self, batch: int) -> None:
         """Do nothing."""
@@ -136,6 +139,8 @@ class RunRecording:
     def _save(self) -> None:
         if self._writes:
             self.recorder.save(self._kept.file)
+        else:
+            self.recorder.forget()
 
 
 class WeightNormTracker(CallbackBase):

@@ -261,7 +261,7 @@ class NormHistory:
 
     def until(self, step: int) -> "NormHistory":
         """Return the records that were made after at most `step` optimizer steps."""
-        return self._records(self.steps <= step)
+        return self._records(slice(int(np.searchsorted(self.steps, step, side="right"))))
 
     def epoch_ends(self) -> "NormHistory":
         """Return the last record of each epoch."""
@@ -287,7 +287,7 @@ class NormHistory:
                     f"there and {count} here."
                 )
 
-    def _records(self, kept: NDArray[np.bool_]) -> "NormHistory":
+    def _records(self, kept: NDArray[np.bool_] | slice) -> "NormHistory":
         return NormHistory(
             {name: values[kept] for name, values in self.norms.items()},
             self.steps[kept],

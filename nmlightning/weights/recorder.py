@@ -1,8 +1,9 @@
 """Records the norms of weights during a run, on its device, and keeps them in a file."""
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -12,9 +13,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nmlightning.errors import InputError
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.layer_weights import LayerWeight
-from nmlightning.weights.recording_file import FILE_NAME
+from nmlightning.weights.recording_file import (
+    FILE_NAME,
+    GrowingRecording,
+    read_recording,
+    record_type,
+    split_records,
+)
 
 Rates = Mapping[int, tuple[float, float]]
 """Learning rate and weight decay by the id of a parameter."""
@@ -30,6 +38,7 @@ class Recorder:
 
     Attributes:
         weights: the same list.
+        last_step: the step of the latest record, or -1.
     """
 
     def __init__(
@@ -39,18 +48,20 @@ class Recorder:
         earlier: NormHistory | None = None,
     ) -> None:
         self.weights = list(weights)
+        self._channels = {weight.name: weight.channels for weight in self.weights}
+        self._type = record_type(list(self._channels.values()))
         self._provenance = {**provenance, "finished": False}
-        self._clock: list[tuple[int, int]] = []
-        self._rates: list[NDArray[np.float64]] = []
-        self._pending: list[Tensor] = []
-        self._norms: list[NDArray[np.float32]] = []
-        if earlier is not None:
-            self._take_over(earlier)
-
-    @property
-    def last_step(self) -> int:
-        """The step of the latest record, or -1."""
-        return self._clock[-1][0] if self._clock else -1
+        self._earlier = earlier
+        self._file: GrowingRecording | None = None
+        self._pending: list[Tensor] = []  # on the device, and when and by which rates
+        self._moments: list[tuple[int, int, NDArray[np.float64]]] = []
+        self._unsaved: list[NDArray[Any]] = []
+        self._ends: dict[int, NDArray[Any]] = {}  # the last record of each epoch, by its number
+        self.last_step = -1
+        if earlier is not None and len(earlier):
+            earlier.check_weights(self._channels)
+            self.last_step = int(earlier.steps[-1])
+            self._note_ends(next(self._records_of(earlier.epoch_ends(), len(earlier))))
 
     def record(self, step: int, epoch: int, rates: Rates) -> None:
         """Record the norms as they are now, after `step` attempted steps, within `epoch`.
@@ -60,51 +71,87 @@ class Recorder:
         if step == self.last_step:
             return
         self._pending.append(torch.cat([weight.norms().float() for weight in self.weights]))
-        self._clock.append((step, epoch))
         unknown = (np.nan, np.nan)
-        self._rates.append(np.array([rates.get(id(w.parameter), unknown) for w in self.weights]))
+        now = np.array([rates.get(id(w.parameter), unknown) for w in self.weights])
+        self._moments.append((step, epoch, now))
+        self.last_step = step
 
     def end_epoch(self) -> None:
         """Note how many steps the epoch had that is over, unlike one that a run stops inside."""
-        last_step, epoch = self._clock[-1]
-        begin = max((step for step, other in self._clock if other < epoch), default=0)
-        self._provenance["steps_per_epoch"] = last_step - begin
+        self._collect()
+        *_, epoch = self._ends
+        before = [record for other, record in self._ends.items() if other < epoch]
+        begin = int(before[-1]["step"][0]) if before else 0
+        self._provenance["steps_per_epoch"] = self.last_step - begin
+
+    def epoch_ends(self) -> NormHistory:
+        """Return the last record of each epoch so far."""
+        self._collect()
+        return self._history(list(self._ends.values()))
 
     def history(self) -> NormHistory:
         """Return all records so far."""
-        if self._pending:
-            self._norms.append(torch.stack(self._pending).cpu().numpy())
-            self._pending = []
-        counts = [weight.channels for weight in self.weights]
-        rows = np.concatenate([np.zeros((0, sum(counts)), np.float32), *self._norms])
-        self._norms = [rows]
-        columns = np.split(rows, np.cumsum(counts)[:-1], axis=1)
-        rates = np.array(self._rates).reshape(len(self._rates), len(self.weights), 2)
-        return NormHistory.from_arrays(
-            {w.name: values for w, values in zip(self.weights, columns, strict=True)},
-            [step for step, _ in self._clock],
-            [epoch for _, epoch in self._clock],
-            learning_rates=rates[:, :, 0],
-            weight_decays=rates[:, :, 1],
-            provenance=self._provenance,
-        )
+        self._collect()
+        earlier = NormHistory.load(self._file.file, finite=False) if self._file else self._earlier
+        parts = list(self._records_of(earlier)) if earlier else []
+        return self._history([*parts, *self._unsaved])
 
     def finish(self) -> None:
         """Note that these are all records of the run, unlike those of one that was stopped."""
         self._provenance["finished"] = True
 
-    def save(self, file: Path) -> None:
-        """Write all records so far."""
-        self.history().save(file)
+    def forget(self) -> None:
+        """Drop the records, on a process that saves none."""
+        self._collect()
+        self._unsaved = []
 
-    def _take_over(self, earlier: NormHistory) -> None:
-        earlier.check_weights({weight.name: weight.channels for weight in self.weights})
-        names = list(earlier.norms)
-        order = [names.index(weight.name) for weight in self.weights]
-        self._norms = [np.concatenate([earlier.norms[w.name] for w in self.weights], axis=1)]
-        self._clock = list(zip(earlier.steps.tolist(), earlier.epochs.tolist(), strict=True))
-        both = np.stack([earlier.learning_rates, earlier.weight_decays], axis=2)
-        self._rates = list(both[:, order])
+    def save(self, file: Path) -> None:
+        """Write the records since the last save, behind those in the file."""
+        self._collect()
+        unsaved = np.concatenate([np.zeros(0, self._type), *self._unsaved])
+        if self._file is not None:
+            self._file.append(unsaved, self._provenance)
+        else:
+            count = len(unsaved) + (len(self._earlier) if self._earlier else 0)
+            parts = chain(self._records_of(self._earlier) if self._earlier else (), [unsaved])
+            self._file = GrowingRecording(file, self._channels, self._provenance, count, parts)
+        self._unsaved, self._earlier = [], None
+
+    def _collect(self) -> None:
+        """Bring what was recorded from the device."""
+        if not self._pending:
+            return
+        records = np.zeros(len(self._pending), self._type)
+        records["norms"] = torch.stack(self._pending).cpu().numpy()
+        records["step"], records["epoch"], records["rates"] = map(
+            np.array, zip(*self._moments, strict=True)
+        )
+        self._pending, self._moments = [], []
+        self._unsaved.append(records)
+        self._note_ends(records)
+
+    def _note_ends(self, records: NDArray[Any]) -> None:
+        last = np.append(np.diff(records["epoch"]) > 0, True)
+        self._ends |= {int(r["epoch"][0]): r for r in np.split(records[last].copy(), last.sum())}
+
+    def _records_of(self, history: NormHistory, at_once: int = 1024) -> Iterator[NDArray[Any]]:
+        """Yield the records of a history that has these weights, among others or in any order."""
+        order = [list(history.norms).index(name) for name in self._channels]
+        for start in range(0, len(history), at_once):
+            some = slice(start, start + at_once)
+            records = np.zeros(len(history.steps[some]), self._type)
+            records["step"], records["epoch"] = history.steps[some], history.epochs[some]
+            records["rates"][:, :, 0] = history.learning_rates[some][:, order]
+            records["rates"][:, :, 1] = history.weight_decays[some][:, order]
+            norms = [history.norms[name][some] for name in self._channels]
+            records["norms"] = np.concatenate(norms, axis=1)
+            yield records
+
+    def _history(self, parts: Sequence[NDArray[Any]]) -> NormHistory:
+        records = np.concatenate([np.zeros(0, self._type), *parts])
+        return NormHistory.from_arrays(
+            provenance=self._provenance, **split_records(records, self._channels)
+        )
 
 
 @dataclass(frozen=True)
@@ -125,7 +172,10 @@ class KeptRecording:
 
 
 def keep_recording(
-    folder: Path, state: Mapping[str, Any], taken: Collection[Path | None] = ()
+    folder: Path,
+    state: Mapping[str, Any],
+    taken: Collection[Path | None] = (),
+    checkpoint: Path | None = None,
 ) -> tuple[KeptRecording, NormHistory | None]:
     """Return where a run in `folder` keeps its records, and those it continues.
 
@@ -136,8 +186,9 @@ def keep_recording(
         folder: of the run.
         state: of the run that it resumes, by `state_dict`; empty for a new one.
         taken: files that others are about to write.
+        checkpoint: that it resumes from; its project may have been moved, or copied.
     """
-    file = _file_of(folder, state) if state else None
+    file = _file_of(folder, state, checkpoint) if state else None
     if file is None:
         return KeptRecording(_free_file(folder, taken), uuid4().hex), None
     earlier = NormHistory.load(file, finite=False).until(int(state["step"]))
@@ -145,12 +196,16 @@ def keep_recording(
     return KeptRecording(file if at_home else _free_file(folder, taken), state["run"]), earlier
 
 
-def _file_of(folder: Path, state: Mapping[str, Any]) -> Path | None:
-    """Return the file of a run, also from a folder that was moved."""
+def _file_of(folder: Path, state: Mapping[str, Any], checkpoint: Path | None) -> Path | None:
+    """Return the file of a run, of several that nearest to the checkpoint."""
     noted = Path(state["file"])
-    for file in filter(Path.is_file, (noted, folder / noted.name)):
-        if NormHistory.load(file, finite=False).provenance.get("run") == state["run"]:
-            return file
+    beside = [] if checkpoint is None else list(checkpoint.absolute().parents)[:2]
+    for file in (*(place / noted.name for place in beside), noted, folder / noted.name):
+        try:
+            if file.is_file() and read_recording(file)["provenance"].get("run") == state["run"]:
+                return file
+        except InputError as error:
+            warnings.warn(f"{str(error).rstrip('.')}; it is passed over.", stacklevel=2)
     warnings.warn(
         f"The recording that the checkpoint continues is gone: {noted}. The new one "
         f"starts at step {state['step']}.",

@@ -1,24 +1,32 @@
-"""The file of a recording: checked arrays in safetensors, with their origin as metadata."""
+"""The file of a recording: checked arrays, with their origin as metadata and a checksum.
+
+One that is written at once is a safetensors file. One that grows with a run begins as one without
+arrays; behind it are the records, of one size each, so that readers map them into memory.
+"""
 
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
+from nmlightning.atomic_file import explain_failure, replace_file
 from nmlightning.errors import InputError
 
 FILE_NAME = "weight_norms.safetensors"
 FORMAT = "nmlightning weight norms"
 VERSION = 1
+GROWING_VERSION = 3
 _ARRAYS = ("steps", "epochs", "learning_rates", "weight_decays")
 _NORMS = "norms/"
+_FINISHED, _REPEATED = 1, 2  # marks of a record: the run finished; the record before, once more
 
 
 def write_recording(
@@ -29,20 +37,105 @@ def write_recording(
 ) -> None:
     """Write the file at once or not at all, so that a reader never finds half of it."""
     arrays |= {_NORMS + name: values for name, values in norms.items()}
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
         "names": json.dumps(list(norms)),
         "provenance": json.dumps(dict(provenance)),
     }
+    metadata["crc32"] = _checksum(metadata, contiguous)
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        save_file(contiguous, unfinished, metadata)
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replace_file(file) as opened:
+        opened.write(save(contiguous, metadata))
+
+
+def _checksum(metadata: Mapping[str, str], arrays: Mapping[str, NDArray[Any]]) -> str:
+    checksum = zlib.crc32((metadata["names"] + metadata["provenance"]).encode())
+    for name in sorted(arrays):
+        checksum = zlib.crc32(np.ascontiguousarray(arrays[name]).view(np.uint8).data, checksum)
+    return str(checksum)
+
+
+def record_type(channels: Sequence[int]) -> np.dtype[Any]:
+    """Return the type of the records of weights with these channels; a multiple of 8 bytes."""
+    pad = [("pad", "<u4")] if sum(channels) % 2 else []
+    counts = [("crc32", "<u4"), ("marks", "<u4"), ("steps_per_epoch", "<i8")]
+    rates = ("rates", "<f8", (len(channels), 2))
+    clock = [("step", "<i8"), ("epoch", "<i8")]
+    return np.dtype([*counts, *clock, rates, ("norms", "<f4", (sum(channels),)), *pad])
+
+
+class GrowingRecording:
+    """A recording in a file, to which a run appends: what is in there is not written again.
+
+    Args:
+        file: written at once; an earlier one is replaced.
+        channels: the number of each weight's, by name.
+        provenance: of the run.
+        count: of the records to begin with.
+        records: these, of `record_type`, in parts.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        channels: Mapping[str, int],
+        provenance: Mapping[str, Any],
+        count: int,
+        records: Iterable[NDArray[Any]],
+    ) -> None:
+        self.file = file
+        self._size = record_type(list(channels.values())).itemsize
+        content = {"channels": dict(channels), "provenance": dict(provenance), "whole": count}
+        text = json.dumps(content)
+        metadata = {
+            "format": FORMAT,
+            "version": str(GROWING_VERSION),
+            "content": text,
+            "crc32": str(zlib.crc32(text.encode())),
+        }
+        header = save({}, metadata)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._last = b""
+        with replace_file(file) as opened:
+            opened.write(header)
+            for part in records:
+                opened.write(sealed := _seal(part, provenance).tobytes())
+                self._last = sealed[-self._size :] or self._last
+            self._inode = os.fstat(opened.fileno()).st_ino
+        self._end = len(header) + count * self._size
+
+    def append(self, records: NDArray[Any], provenance: Mapping[str, Any]) -> None:
+        """Write records behind those that are there, and whether the run finished."""
+        if not len(records) and provenance.get("finished") and self._last:
+            records = np.frombuffer(self._last, records.dtype).copy()
+            records["marks"] = _REPEATED
+        content = _seal(records, provenance).tobytes()
+        fate = "; the records that were in there are whole"
+        with explain_failure(self.file, fate), self.file.open("r+b") as opened:
+            if os.fstat(opened.fileno()).st_ino != self._inode:
+                raise InputError(f"{self.file} was replaced by another run; end one of them.")
+            opened.seek(self._end)  # over what an append that failed has left
+            opened.write(content)
+            opened.flush()
+            os.fsync(opened.fileno())
+        self._end += len(content)
+        self._last = content[-self._size :] or self._last
+
+
+def _seal(records: NDArray[Any], provenance: Mapping[str, Any]) -> NDArray[Any]:
+    """Note in records what is known of the run by now, and their checksums."""
+    known = provenance.get("steps_per_epoch")
+    records["steps_per_epoch"] = known if type(known) is int else -1
+    records["marks"] |= _FINISHED if provenance.get("finished") is True else 0
+    records["crc32"] = _checksums(records)
+    return records
+
+
+def _checksums(records: NDArray[Any]) -> NDArray[np.uint32]:
+    content = records.view(np.uint8).reshape(len(records), records.itemsize)[:, 4:]
+    return np.array([zlib.crc32(each.data) for each in content], dtype=np.uint32)
 
 
 def find_recording(path: Path, seed: int | None) -> Path:
@@ -79,21 +172,72 @@ def find_recording(path: Path, seed: int | None) -> Path:
 
 def read_recording(file: Path) -> dict[str, Any]:
     """Return `norms` by name, `provenance` and the other arrays, or raise InputError."""
-    arrays, metadata = _read(file)
+    metadata, start = _read_metadata(file)
     if metadata.get("format") != FORMAT:
         raise InputError(f"{file} is a safetensors file, but no recording of weight norms.")
-    if metadata.get("version") != str(VERSION):
+    if metadata.get("version") not in (str(VERSION), str(GROWING_VERSION)):
         raise InputError(
             f"{file} has version {metadata.get('version')} of the format, and this release reads "
-            f"{VERSION}: install the release that wrote it."
+            f"{VERSION} and {GROWING_VERSION}: install the release that wrote it."
         )
     try:
+        if metadata["version"] == str(GROWING_VERSION):
+            return _read_growing(file, metadata, start)
+        arrays = _read_arrays(file)
         names, provenance = (json.loads(metadata[key]) for key in ("names", "provenance"))
         recording = {name: arrays[name] for name in _ARRAYS}
         norms = {name: arrays[_NORMS + name] for name in names}
     except (KeyError, ValueError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{file} is damaged: {error} is missing or unreadable.") from error
+    if metadata.get("crc32", expected := _checksum(metadata, arrays)) != expected:
+        raise InputError(f"{file} is damaged: its checksum is another.")
     return {**recording, "norms": norms, "provenance": provenance}
+
+
+def _read_growing(file: Path, metadata: Mapping[str, str], start: int) -> dict[str, Any]:
+    """Return views of the records in the file; those that a killed process left torn do not count.
+
+    They can only be the last ones, and none of those that were written at once.
+    """
+    if str(zlib.crc32(metadata["content"].encode())) != metadata["crc32"]:
+        raise InputError(f"{file} is damaged: the checksum of its head is another.")
+    head = json.loads(metadata["content"])
+    channels, provenance = head["channels"], head["provenance"]
+    kind = record_type(list(channels.values()))
+    count = (file.stat().st_size - start) // kind.itemsize
+    records: NDArray[Any] = np.zeros(0, kind)
+    if count:
+        records = np.asarray(np.memmap(file, kind, "c", offset=start, shape=(count,)))
+    good = records["crc32"] == _checksums(records)
+    count = len(good) if good.all() else int(good.argmin())
+    if good[count:].any() or (count < head["whole"] and len(good) > count):
+        raise InputError(f"{file} is damaged: the checksum of record {count} is another.")
+    if count < head["whole"]:
+        raise InputError(
+            f"{file} is truncated or no safetensors file ({count} of {head['whole']} records)."
+        )
+    records = records[:count]
+    if count:
+        last = records[-1]
+        known = {"steps_per_epoch": int(last["steps_per_epoch"])}
+        provenance |= known if known["steps_per_epoch"] >= 0 else {}
+        provenance |= {"finished": bool(last["marks"] & _FINISHED)}
+        records = records[: count - bool(last["marks"] & _REPEATED)]
+    return {**split_records(records, channels), "provenance": provenance}
+
+
+def split_records(records: NDArray[Any], channels: Mapping[str, int]) -> dict[str, Any]:
+    """Return views of `record_type` records: `norms` by name, and the other arrays."""
+    columns = np.split(records["norms"], np.cumsum(list(channels.values()))[:-1], axis=1)
+    return {
+        "norms": dict(zip(channels, columns, strict=False)),
+        "steps": records["step"],
+        "epochs": records["epoch"],
+        "learning_rates": records["rates"][:, :, 0],
+        "weight_decays": records["rates"][:, :, 1],
+    }
 
 
 def _read_origin(file: Path) -> Mapping[str, Any] | None:
@@ -109,13 +253,23 @@ def _read_origin(file: Path) -> Mapping[str, Any] | None:
     return None
 
 
-def _read(file: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+def _read_metadata(file: Path) -> tuple[dict[str, str], int]:
+    """Return the metadata of a safetensors file, and where its header ends."""
     if not file.is_file():
         raise InputError(f"There is no recording of weight norms at {file}.")
     try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(min(length, file.stat().st_size)))
+        return dict(header.get("__metadata__", {})), 8 + length
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise InputError(f"{file} is truncated or no safetensors file ({error}).") from error
+
+
+def _read_arrays(file: Path) -> dict[str, NDArray[Any]]:
+    try:
         with safe_open(file, framework="np") as content:
-            names = list(content.keys())
-            return {name: content.get_tensor(name) for name in names}, content.metadata() or {}
+            return {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise InputError(f"{file} is truncated or no safetensors file ({error}).") from error
 
@@ -143,7 +297,10 @@ def make_arrays(
         raise InputError(f"norms has the name {strange!r}, which is no string")
     if not isinstance(provenance, Mapping) or not _is_plain(dict(provenance)):
         raise InputError(f"provenance is a mapping of plain data, got {repr(provenance)[:60]}")
-    arrays = {name: _numbers(name, values).astype(np.float32) for name, values in norms.items()}
+    arrays = {
+        name: _numbers(name, values).astype(np.float32, copy=False)
+        for name, values in norms.items()
+    }
     clock = {"steps": _whole_numbers("steps", steps), "epochs": _whole_numbers("epochs", epochs)}
     shape = (len(clock["steps"]), len(norms))
     rates = {
@@ -185,13 +342,13 @@ def _whole_numbers(name: str, values: ArrayLike) -> NDArray[np.int64]:
     broken = array[~(np.isfinite(array) & (array == np.floor(array)))]
     if len(broken):
         raise InputError(f"{name} are whole numbers, got {broken[0]:g}")
-    return array.astype(np.int64)
+    return array.astype(np.int64, copy=False)
 
 
 def _rates(name: str, values: ArrayLike | None, shape: tuple[int, int]) -> NDArray[np.float64]:
     if values is None:
         return np.full(shape, np.nan)
-    rates: NDArray[np.float64] = _numbers(name, values).astype(np.float64)
+    rates: NDArray[np.float64] = _numbers(name, values).astype(np.float64, copy=False)
     return rates
 
 

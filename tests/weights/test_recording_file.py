@@ -1,4 +1,5 @@
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -6,10 +7,13 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from torch import nn
 
 from nmlightning.errors import InputError
 from nmlightning.weights.history import NormHistory
-from nmlightning.weights.recording_file import FILE_NAME, find_recording
+from nmlightning.weights.layer_weights import find_layer_weights
+from nmlightning.weights.recorder import Recorder
+from nmlightning.weights.recording_file import FILE_NAME, find_recording, record_type
 from two_epochs import assert_same, make_history
 
 
@@ -127,7 +131,85 @@ def test_files_with_a_bad_clock_are_refused(array: Any, message: str, tmp_path: 
     file = tmp_path / FILE_NAME
     make_history().save(file)
     with safe_open(file, framework="np") as content:
-        metadata = content.metadata()
+        metadata = {k: v for k, v in content.metadata().items() if k != "crc32"}
     save_file({**load_file(file), "steps": np.asarray(array)}, file, metadata)
     with pytest.raises(InputError, match=f"{FILE_NAME} cannot be used: {message}"):
         NormHistory.load(file)
+
+
+NET = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Linear(5, 3))
+
+
+def grow(file: Path, saves: int, start: int = 0, earlier: NormHistory | None = None) -> Recorder:
+    """Record and save again and again; the file is closed as that of a run that was stopped."""
+    recorder = Recorder(find_layer_weights(NET), {"seed": 3, "config": "a: 1\n" * 200}, earlier)
+    for step in range(start, start + saves):
+        recorder.record(step, step // 5, {})
+        recorder.save(file)
+    return recorder
+
+
+def written_by(operation: Callable[[], object]) -> int:
+    def count() -> int:
+        return int(Path("/proc/self/io").read_text().split("wchar: ")[1].split()[0])
+
+    before = count()
+    operation()
+    return count() - before
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts by Linux")
+@pytest.mark.parametrize("saves", [3, 40, 400])
+def test_growing_recording_writes_nothing_twice(tmp_path: Path, saves: int) -> None:
+    file = tmp_path / FILE_NAME
+    written = written_by(lambda: grow(file, saves))
+    assert written <= 1.1 * file.stat().st_size
+    assert NormHistory.load(file).steps.tolist() == list(range(saves))
+    assert NormHistory.load(file).norms["0.weight"].base is not None, "it is in the file"
+    assert file.stat().st_mode & 0o077 == 0o077 & ~os.umask(os.umask(0o022)) & 0o666
+
+
+def test_torn_tail_costs_the_torn_records(tmp_path: Path) -> None:
+    file = tmp_path / FILE_NAME
+    whole = grow(file, 7)
+    whole.end_epoch()
+    whole.finish()
+    whole.save(file)
+    content = file.read_bytes()
+    size = record_type([4, 3]).itemsize
+    history = NormHistory.load(file)
+    assert history.provenance["finished"] is True
+    assert (len(history), history.provenance["steps_per_epoch"]) == (7, 2)
+    for cut, left in ((1, 7), (size, 7), (size + 1, 6), (3 * size, 5), (7 * size - 1, 1)):
+        file.write_bytes(content[:-cut])
+        torn = NormHistory.load(file)
+        assert (len(torn), torn.provenance["finished"]) == (left, False)
+    file.write_bytes(content[: -7 * size - 1])
+    with pytest.raises(InputError, match="is truncated or no safetensors file"):
+        NormHistory.load(file)
+    file.write_bytes(content[: -3 * size - 1])
+    grow(file, 3, 4, NormHistory.load(file, finite=False))
+    assert NormHistory.load(file).steps.tolist() == list(range(7))
+
+
+@pytest.mark.parametrize("grown", [True, False])
+def test_flipped_bits_are_refused_or_harmless(tmp_path: Path, grown: bool) -> None:
+    file = tmp_path / FILE_NAME
+    history = grow(file, 6).history()
+    if not grown:
+        history.save(file)
+    content = file.read_bytes()
+    generator = np.random.default_rng(1)
+    refused = 0
+    for bit in generator.choice(8 * len(content), 200, replace=False):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(flipped)
+        try:
+            found = NormHistory.load(file)
+        except InputError:
+            refused += 1
+            continue
+        assert 5 <= len(found) <= 6, bit  # the last record counts as torn
+        assert_same(found, history.until(int(found.steps[-1])))
+    assert refused > 150
