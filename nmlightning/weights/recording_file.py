@@ -108,8 +108,10 @@ class GrowingRecording:
 
     def append(self, records: NDArray[Any], provenance: Mapping[str, Any]) -> None:
         """Write records behind those that are there, and whether the run finished."""
-        if not len(records) and provenance.get("finished") and self._last:
+        if not len(records):
             records = np.frombuffer(self._last, records.dtype).copy()
+            if not provenance.get("finished") or (records["marks"] & _FINISHED).all():
+                return
             records["marks"] = _REPEATED
         content = _seal(records, provenance).tobytes()
         fate = "; the records that were in there are whole"
