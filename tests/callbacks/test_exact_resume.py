@@ -1,6 +1,11 @@
-"""Runs that are resumed, and are bit for bit what they would have been."""
+"""Runs that are resumed, and are bit for bit what they would have been.
 
+As a script it is one of two ranks, which train in a folder: `python test_exact_resume.py FOLDER`.
+"""
+
+import os
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +22,7 @@ from torchmetrics import MaxMetric
 from nmlightning import Digits, ImageClassifier, QuantizationNoise
 from nmlightning.callbacks import AtomicCheckpointIO, ExactResume
 from nmlightning.errors import InputError
-from trainers import quiet_trainer
+from trainers import quiet_trainer, run_as_script
 
 EPOCHS, BATCHES = 3, 4
 
@@ -70,7 +75,12 @@ class Keep(pl.Callback):
 
 
 def fit(
-    folder: Path, start: Path | None = None, data: Any = None, lr: float = 0.1, seed: int = 1
+    folder: Path,
+    start: Path | None = None,
+    data: Any = None,
+    lr: float = 0.1,
+    seed: int = 1,
+    **options: Any,
 ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """Return the weights at the end, and what each epoch logged."""
     pl.seed_everything(seed)
@@ -80,20 +90,21 @@ def fit(
         lr_scheduler=lambda optimizer: StepLR(optimizer, 2),
     )
     keep = Keep(folder)
-    options = {"limit_train_batches": BATCHES, "limit_val_batches": 1, "num_sanity_val_steps": 0}
+    options |= {"limit_train_batches": BATCHES, "limit_val_batches": 1, "num_sanity_val_steps": 0}
     trainer = quiet_trainer(
         ExactResume(), keep, max_epochs=EPOCHS, plugins=[AtomicCheckpointIO()], **options
     )
+    torch.manual_seed(seed + int(os.environ.get("LOCAL_RANK", 0)))  # other numbers on each rank
     given = {"datamodule": Digits(batch_size=32, image_size=8)} if data is None else data
     trainer.fit(task, **given, ckpt_path=start)
     return {name: w.clone() for name, w in task.state_dict().items()}, keep.logged
 
 
-def assert_resumes(tmp_path: Path, name: str, data: Any = lambda: None) -> None:
-    weights, logged = fit(tmp_path, data=data())
-    (tmp_path / "again").mkdir()
+def assert_resumes(tmp_path: Path, name: str, data: Any = lambda: None, **options: Any) -> None:
+    weights, logged = fit(tmp_path, data=data(), **options)
+    (tmp_path / "again").mkdir(exist_ok=True)
     random.seed(7)
-    found, again = fit(tmp_path / "again", tmp_path / name, data=data())
+    found, again = fit(tmp_path / "again", tmp_path / name, data=data(), **options)
     assert logged[-len(again) :] == again
     assert 1 <= len(again) <= EPOCHS
     for key, weight in weights.items():
@@ -107,6 +118,11 @@ def test_resume_is_exact(tmp_path: Path, name: str) -> None:
     checkpoint = torch.load(tmp_path / name, weights_only=True)
     within = name in ("step=2.ckpt", "step=5.ckpt")
     assert checkpoint["nmlightning.ExactResume"]["within_epoch"] is within
+
+
+@pytest.mark.slow
+def test_resume_is_exact_on_two_ranks(tmp_path: Path) -> None:
+    run_as_script(__file__, tmp_path)
 
 
 @pytest.mark.parametrize("gives", ["loader", "module"])
@@ -141,3 +157,7 @@ def test_resume_refuses_what_it_would_not_follow(
     fit(tmp_path)
     with pytest.raises(InputError, match=message):
         fit(tmp_path, tmp_path / "epoch=0.ckpt", **change)
+
+
+if __name__ == "__main__":
+    assert_resumes(Path(sys.argv[1]), "step=6.ckpt", strategy="ddp", devices=2)
