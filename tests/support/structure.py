@@ -50,8 +50,8 @@ EXCEPTIONS = {
 # Of the targets that are missed: what was reached, which must not be left again.
 REACHED = {
     "Python files": 153,
-    "lines of nmlightning, Python and C++": 28_000,
-    "lines of tests": 27_800,
+    "lines of nmlightning, Python and C++": 28_650,
+    "lines of tests": 28_200,
     "files a config meets before Trainer.fit": 18,
 }
 
