@@ -41,9 +41,9 @@ tables: $(VENV)/core ## docs/results.md, its pictures and README's table from re
 bench: $(VENV)/test ## every target of speed and memory as a ratio (ten minutes); OPTIONS='--only C1 C2'
 	$(VENV)/bin/python benchmarks/speed.py $(OPTIONS)
 
-zoo: $(VENV)/zoo ## swap the norms of every model of timm, torchvision and more (hours; it resumes where it stopped)
-	$(VENV)/bin/python benchmarks/zoo.py $(OPTIONS)
-	$(VENV)/bin/python benchmarks/zoo.py --write docs/compatibility.md $(OPTIONS)
+zoo: $(VENV)/zoo ## try every model of timm and more, optimizers and loops (hours; it resumes where it stopped)
+	for zoo in zoo_optimizers zoo_loops zoo; do $(VENV)/bin/python benchmarks/$$zoo.py $(OPTIONS) && \
+	$(VENV)/bin/python benchmarks/$$zoo.py --write docs/compatibility.md $(OPTIONS) || exit; done
 
 test: $(VENV)/test ## install with the test extra, then run the tests
 	$(PYTEST) -m "not slow"

@@ -17,9 +17,12 @@ import multiprocessing
 import os
 import random
 import resource
+import signal
+import sys
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -44,26 +47,40 @@ Row = dict[str, Any]
 
 def main() -> None:
     """Try what has no row yet, or write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=Path, default=Path("zoo.jsonl"))
-    parser.add_argument("--only", nargs="*", default=["*"], help="patterns on zoo/architecture")
+    sweep(list_zoos(), try_architecture, write_tables, "zoo.jsonl", _warm_up)
+
+
+def sweep(
+    zoos: Mapping[str, Iterable[str]],
+    work: Callable[[str, str, Row], None],
+    write: Callable[[Path, list[Row], Mapping[str, int]], None],
+    rows: str,
+    warm_up: Callable[[], None] = lambda: None,
+) -> None:
+    """Try in processes what has no row in a file yet, or write the tables, as the command says.
+
+    `work` fills the row of a zoo and a name; `write` takes the page, the rows and all counts.
+    """
+    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
+    parser.add_argument("--rows", type=Path, default=Path(rows))
+    parser.add_argument("--only", nargs="*", default=["*"], help="patterns on zoo/name")
     parser.add_argument("--seconds", type=float, default=300, help="the limit of each")
     parser.add_argument("--write", type=Path, help="write the tables into this page and stop")
     options = parser.parse_args()
-    zoos = list_zoos()
-    rows = read_rows(options.rows)
+    zoos = {zoo: list(names) for zoo, names in zoos.items()}
+    known = read_rows(options.rows)
     if options.write is not None:
-        write_tables(options.write, rows, {zoo: len(names) for zoo, names in zoos.items()})
+        write(options.write, known, {zoo: len(names) for zoo, names in zoos.items()})
         return
     torch.set_num_threads(1)
-    _warm_up()
+    warm_up()
     shuffled = {zoo: random.Random(0).sample(names, len(names)) for zoo, names in zoos.items()}
     turns = itertools.zip_longest(*shuffled.values())  # each of the zoos in turn
     todo = [(zoo, x) for turn in turns for zoo, x in zip(zoos, turn, strict=True) if x is not None]
-    done = {(row["zoo"], row["name"]) for row in rows}
+    done = {(row["zoo"], row["name"]) for row in known}
     for zoo, name in todo:
         if (zoo, name) not in done and _matches(f"{zoo}/{name}", options.only):
-            row = try_in_process(zoo, name, options.seconds)
+            row = try_in_process(work, zoo, name, options.seconds)
             with options.rows.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)
@@ -87,11 +104,13 @@ def _warm_up() -> None:
     fold_norms(net)
 
 
-def try_in_process(zoo: str, name: str, seconds: float) -> Row:
-    """Return the row of an architecture, also where its process ends without one."""
+def try_in_process(
+    work: Callable[[str, str, Row], None], zoo: str, name: str, seconds: float
+) -> Row:
+    """Return the row that `work` fills, also where its process ends without one."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(sender, zoo, name))
+    process = context.Process(target=_work, args=(sender, work, zoo, name))
     start = time.monotonic()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a fork of threads that only torch has
@@ -101,12 +120,13 @@ def try_in_process(zoo: str, name: str, seconds: float) -> Row:
         row = receiver.recv() if receiver.poll(seconds) else {"failed": f"over {seconds:.0f} s"}
     except EOFError:
         row = {"failed": "the process died"}
-    process.kill()
+    os.killpg(process.pid, signal.SIGKILL)  # with the ranks that it may have started
     process.join()
     return {"zoo": zoo, "name": name, "took": round(time.monotonic() - start, 1), **row}
 
 
-def _work(sender: Connection, zoo: str, name: str) -> None:
+def _work(sender: Connection, work: Callable[[str, str, Row], None], zoo: str, name: str) -> None:
+    os.setsid()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
@@ -114,17 +134,22 @@ def _work(sender: Connection, zoo: str, name: str) -> None:
     warnings.simplefilter("ignore")
     row: Row = {}
     try:
+        work(zoo, name, row)
+    except Exception as error:
+        row["failed"] = first_words(error)
+    sender.send(row)
+
+
+def try_architecture(zoo: str, name: str, row: Row) -> None:
+    """Build it and try it."""
+    try:
         case = build(zoo, name)
     except TooLarge:
         row["too_large"] = True
     except Exception as error:
         row["unbuilt"] = first_words(error)
     else:
-        try:
-            try_case(case, row)
-        except Exception as error:
-            row["failed"] = first_words(error)
-    sender.send(row)
+        try_case(case, row)
 
 
 def first_words(error: BaseException) -> str:

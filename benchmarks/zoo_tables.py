@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- zoo: begin -->", "<!-- zoo: end -->"
 SHOWN = 3  # names of examples
 
 Row = Mapping[str, Any]
@@ -28,9 +27,13 @@ def write_tables(page: Path, rows: Iterable[Row], totals: Mapping[str, int]) -> 
     """Replace what is between the markers of `page`; the same rows give the same text."""
     rows = sorted(rows, key=lambda row: (row["zoo"], row["name"]))
     text = "\n\n".join((_counts(rows, totals), _norms(rows), _reasons(rows)))
-    before, _, rest = page.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+    _replace(page, "zoo", text)
+
+
+def _replace(page: Path, name: str, text: str) -> None:
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, _, rest = page.read_text().partition(begin)
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}")
 
 
 def _table(head: Iterable[str], lines: Iterable[Iterable[object]]) -> str:
@@ -92,3 +95,62 @@ def _without_names(reason: str) -> str:
 
 def _examples(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+
+
+def write_optimizers(page: Path, rows: Iterable[Row], totals: Mapping[str, int]) -> None:
+    """Replace the tables of the rules with optimizers."""
+    rows = sorted(rows, key=lambda row: (row["zoo"], row["name"]))
+    rules = list(next(iter(next(row["ways"] for row in rows if "ways" in row).values())))
+    lines: list[list[object]] = []
+    reasons: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for zoo, total in totals.items():
+        chosen = [row for row in rows if row["zoo"] == zoo]
+        ways = [way for row in chosen for way in row.get("ways", {}).values()]
+        held = [f"{sum(way[rule] == 'held' for way in ways)} of {len(ways)}" for rule in rules]
+        lines.append([zoo, total, len(chosen), sum("ways" not in row for row in chosen), *held])
+    for row in rows:
+        without = row.get("unbuilt") or row.get("failed") or "it took no step"
+        if "ways" not in row:
+            reasons[f"no step without a rule: {_shorten(without)}"]["–"].add(row["name"])
+        for way, outcomes in row.get("ways", {}).items():
+            name = row["name"] if way == "plain" else f"{row['name']} ({way})"
+            for rule, outcome in outcomes.items():
+                if outcome != "held":
+                    reasons[_shorten(outcome)][rule].add(name)
+    head = ("package", "optimizers", "tried", "no step without a rule", *rules)
+    grouped = [
+        (reason, ", ".join(by_rule), len(names), _examples(sorted(names)))
+        for reason, by_rule in sorted(reasons.items())
+        for names in [set().union(*by_rule.values())]
+    ]
+    reason_head = ("otherwise", "rules", "optimizers", "such as")
+    _replace(page, "optimizers", f"{_table(head, lines)}\n\n{_table(reason_head, grouped)}")
+
+
+def _shorten(reason: str) -> str:
+    """Return a reason without the name of the optimizer and without numbers."""
+    reason = re.sub(r"(got|the|which) [A-Z]\w+( is|\.| in it)", r"\1 …\2", reason)
+    return re.sub(r"^(refused: )[A-Z]\w+ (steps|has|works)", r"\1… \2", reason)
+
+
+def write_loops(page: Path, rows: Iterable[Row], totals: Mapping[str, int]) -> None:
+    """Replace the tables of what a fit was tried with."""
+    rows = sorted(rows, key=lambda row: (row["zoo"], row["name"]))
+    same: dict[str, list[str]] = defaultdict(list)
+    others: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for row in rows:
+        outcomes = row.get("outcomes") or {"any": [f"wrong: {row.get('failed')}"]}
+        if all(found == ["same bits"] for found in outcomes.values()):
+            same[row["zoo"]].append(f"`{row['name']}`")
+        for part, found in outcomes.items():
+            for outcome in found:
+                if outcome != "same bits":
+                    others[row["zoo"], outcome, row["name"]].append(part)
+    lines = [
+        (zoo, total, sum(row["zoo"] == zoo for row in rows), len(same[zoo]), ", ".join(same[zoo]))
+        for zoo, total in totals.items()
+    ]
+    head = ("group", "cases", "tried", "same bits", "which")
+    rest = [(zoo, name, "; ".join(p), why) for (zoo, why, name), p in sorted(others.items())]
+    other_head = ("group", "case", "with", "otherwise")
+    _replace(page, "loops", f"{_table(head, lines)}\n\n{_table(other_head, rest)}")

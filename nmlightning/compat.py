@@ -56,6 +56,11 @@ def rebuild_copies(trainer: Any, module: nn.Module, before: Any, stage: str) -> 
             callback.setup(trainer, module, stage=stage)
 
 
+def stands_behind(trainer: Any, callback: Any, name: str) -> bool:
+    """Return whether a callback of a class of that name stands before `callback`."""
+    return any(_is_a(each, name) for each in trainer.callbacks[: trainer.callbacks.index(callback)])
+
+
 def _is_a(callback: Any, *names: str) -> bool:
     return any(cls.__name__ in names for cls in type(callback).__mro__)
 

@@ -7,6 +7,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from nmlightning.callbacks.model_change import ModelChange, warn_of_forgotten
+from nmlightning.compat import stands_behind
 from nmlightning.errors import InputError, check_lists
 from nmlightning.parametrizations import WeightNorm, apply_weight_norm
 from nmlightning.parametrizations.layers import LayerKind, normalised_weights
@@ -85,6 +86,19 @@ class WeightNormSwap(ModelChange):
             "exclude": tuple(exclude),
         }
         self.recipe()  # raises where a setting is not allowed
+
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        """Change the module, as the base does.
+
+        Raises:
+            InputError: also where ModelPruning stands before this, whose weights would be gone.
+        """
+        if stands_behind(trainer, self, "ModelPruning"):
+            raise InputError(
+                "ModelPruning stands before WeightNormSwap, and chose weights that are then "
+                "computed from others: put WeightNormSwap before it in the callbacks."
+            )
+        super().setup(trainer, pl_module, stage)
 
     def change(self, module: nn.Module) -> bool:
         """Normalise weights of `module`, note it there, and return whether that did anything."""

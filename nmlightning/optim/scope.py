@@ -119,10 +119,11 @@ def choose_weights(
     if not names:
         held = [name for name, q in weights.parameters.items() if q in groups]
         if not held:
-            raise InputError(
-                f"The {type(optimizer).__name__} that steps has none of these parameters: it has "
-                "copies of them, as in SafeFP16Optimizer, or is of another model."
-            )
+            why = "it has copies of them, as in SafeFP16Optimizer, or is of another model"
+            if not any(parameter.requires_grad for parameter in groups):
+                why = "there is nothing that it trains"
+            name = type(optimizer).__name__
+            raise InputError(f"The {name} that steps has none of these parameters: {why}.")
         raise InputError(
             f"There is no weight to steer: by default these are the {_DEFAULTS[least_dims][0]} "
             f"in the optimizer; name others by include. It has {some(held)}."

@@ -14,38 +14,22 @@ from pytorch_lightning.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import optim_rules
 from nmlightning.callbacks import WeightNormTracker
 from nmlightning.errors import InputError
-from nmlightning.optim import (
-    DecayEquivalentLR,
-    Hyperball,
-    LRCorrection,
-    NormSchedule,
-    RadialProjection,
-)
+from nmlightning.optim import DecayEquivalentLR
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.recording_file import FILE_NAME
+from optim_rules import ANY_MATRIX, IMPLEMENTATIONS, LBFGS_REFUSALS
 from trainers import quiet_trainer
 
-RULES: dict[str, Callable[..., Any]] = {
-    "stable": LRCorrection,
-    "paper": lambda history: LRCorrection(history, mode="paper"),
-    "schedule": NormSchedule,
-    "decay": lambda _: DecayEquivalentLR(0.05),
-    "hyperball": lambda _: Hyperball(),
-    "projection": lambda _: RadialProjection(),
-}
+RULES = {name: make for name, make in optim_rules.RULES.items() if name != "layer"}
 REFERENCED = ("stable", "paper", "schedule")
 CONVOLUTIONS = ("net.0.weight", "net.3.weight")
 EPOCHS, BATCHES = 2, 6
 OVERFLOWS = (0, 4, 5, 8)
 BOUND = 0.02
-IMPLEMENTATIONS: dict[str, dict[str, bool]] = {
-    "foreach": {"foreach": True},
-    "one by one": {"foreach": False},
-    "fused": {"fused": True},
-}
 pytestmark = pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. has no brake")
 
 
@@ -227,7 +211,7 @@ def test_steering_of_two_optimizers(rule_name: str, second: str, tmp_path: Path)
     module = TwoOptimizers(lambda name: name.startswith(second))
     trainer = make_trainer(tmp_path, rule)
     trainer.fit(module, make_data())
-    both = second == "net.3" or rule_name in ("hyperball", "projection")
+    both = second == "net.3" or rule_name in ANY_MATRIX
     assert len(trainer.callbacks[0].handles) == 1 + both  # type: ignore[attr-defined]
     assert_close(module, train_by_hand(rule))
 
@@ -290,12 +274,7 @@ def test_lbfgs_is_refused(rule_name: str, tmp_path: Path) -> None:
         def configure_optimizers(self) -> Any:
             return torch.optim.LBFGS(self.parameters())
 
-    messages = {
-        "decay": "SGD only, got LBFGS",
-        "hyperball": "and LBFGS takes several in one",
-        "projection": "and LBFGS takes several in one",
-    }
-    with pytest.raises(InputError, match=messages.get(rule_name, "power for LBFGS is not known")):
+    with pytest.raises(InputError, match=LBFGS_REFUSALS[rule_name]):
         make_trainer(tmp_path, RULES[rule_name](make_history())).fit(ByLBFGS(), make_data())
 
 

@@ -19,22 +19,17 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
+import optim_rules
 from nmlightning.callbacks import WeightNormTracker
 from nmlightning.norms.batch_norm import LpBatchNorm2d
-from nmlightning.optim import (
-    DecayEquivalentLR,
-    Hyperball,
-    LRCorrection,
-    NormSchedule,
-    RadialProjection,
-)
 from nmlightning.reports.run import read_run
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.recording_file import FILE_NAME
 from trainers import quiet_trainer, run_as_script
 
 EPOCHS = 3
-RULES = ("none", "channel", "layer", "paper", "schedule", "decay", "hyperball", "projection")
+RULES = ("none", *optim_rules.RULES)
+pytestmark = pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. has no brake")
 
 
 class Ranked(pl.LightningModule):
@@ -72,23 +67,9 @@ class Ranked(pl.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
 
 
-def make_rule(name: str, reference: Path) -> Any:
-    return {
-        "none": lambda: None,
-        "channel": lambda: LRCorrection(reference),
-        "layer": lambda: LRCorrection(reference, granularity="layer"),
-        "paper": lambda: LRCorrection(reference, mode="paper"),
-        "schedule": lambda: NormSchedule(reference),
-        "decay": lambda: DecayEquivalentLR(0.01),
-        "hyperball": Hyperball,
-        "projection": RadialProjection,
-    }[name]()
-
-
 def train(folder: Path, strategy: Any, rule: str, devices: int) -> None:
-    tracker = WeightNormTracker(
-        every=1, steering=make_rule(rule, folder / "reference"), other_run=True
-    )
+    steering = None if rule == "none" else optim_rules.RULES[rule](folder / "reference")
+    tracker = WeightNormTracker(every=1, steering=steering, other_run=True)
     trainer = quiet_trainer(
         tracker,
         strategy=strategy,
@@ -133,14 +114,18 @@ def two_ranks(
     return folder
 
 
-@pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. has no brake")
-@pytest.mark.parametrize("rule", RULES)
-def test_tracker_on_two_ranks_records_as_one_process(
-    rule: str, two_ranks: Path, one_process: Path
-) -> None:
-    if not (one_process / rule).exists():
-        train(one_process, "auto", rule, 1)
-    one, two = (NormHistory.load(folder / rule) for folder in (one_process, two_ranks))
+@pytest.fixture(params=RULES)
+def folders(
+    request: pytest.FixtureRequest, two_ranks: Path, one_process: Path
+) -> tuple[Path, Path]:
+    """Those of a rule's runs, in one process and on two ranks."""
+    if not (one_process / request.param).exists():
+        train(one_process, "auto", request.param, 1)
+    return one_process / request.param, two_ranks / request.param
+
+
+def test_tracker_on_two_ranks_records_as_one_process(folders: tuple[Path, Path]) -> None:
+    one, two = map(NormHistory.load, folders)
     assert two.provenance["world_size"] == 2
     assert two.steps.tolist() == one.steps.tolist() == list(range(2 * EPOCHS + 1))
     np.testing.assert_array_equal(two.learning_rates, one.learning_rates)
@@ -149,16 +134,10 @@ def test_tracker_on_two_ranks_records_as_one_process(
         np.testing.assert_allclose(two.norms[name], values, rtol=1e-4, err_msg=name)
 
 
-@pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. has no brake")
-@pytest.mark.parametrize("rule", RULES)
-def test_tracker_on_two_ranks_logs_as_one_process(
-    rule: str, two_ranks: Path, one_process: Path
-) -> None:
-    if not (one_process / rule).exists():
-        train(one_process, "auto", rule, 1)
-    one, two = (read_run(folder / rule).scalars for folder in (one_process, two_ranks))
+def test_tracker_on_two_ranks_logs_as_one_process(folders: tuple[Path, Path]) -> None:
+    one, two = (read_run(folder).scalars for folder in folders)
     assert list(two) == list(one)
-    assert any(tag.startswith("correction_factor") for tag in one) == (rule != "none")
+    assert any(tag.startswith("correction_factor") for tag in one) == (folders[0].name != "none")
     for tag, series in one.items():
         assert two[tag].steps.tolist() == series.steps.tolist()
         np.testing.assert_allclose(two[tag].values, series.values, rtol=1e-3, err_msg=tag)

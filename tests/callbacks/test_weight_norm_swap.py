@@ -1,6 +1,7 @@
 """Test WeightNormSwap on LightningModules that have never heard of it, under both packages."""
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,17 @@ def fit(module: Any, *callbacks: Any, ckpt_path: Any = None, **options: Any) -> 
     trainer = make_trainer(type(module), *callbacks, **options)
     trainer.fit(module, batches(), batches(), ckpt_path=ckpt_path)
     return trainer
+
+
+@pytest.mark.parametrize("module_class", [PlModule, UnifiedModule])
+def test_model_pruning_stands_behind_weight_norm_swap(module_class: type) -> None:
+    """It chooses weights in its setup, which are parameters no more after a swap."""
+    make_pruning = partial(
+        package_of(module_class).callbacks.ModelPruning, "l1_unstructured", amount=0.3
+    )
+    fit(make(module_class), WeightNormSwap(), make_pruning())
+    with pytest.raises(InputError, match="ModelPruning stands before WeightNormSwap"):
+        fit(make(module_class), make_pruning(), WeightNormSwap())
 
 
 def norms_of(module: Any, p: float = 2) -> Tensor:

@@ -3,7 +3,6 @@
 import importlib
 import math
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import optim_rules
 import recorded_runs
-from nmlightning import optim
 from nmlightning.callbacks import WeightNormTracker
 from nmlightning.errors import InputError
 from nmlightning.weights.channel_norms import channel_norms
@@ -28,7 +27,7 @@ from trainers import QUIET
 PACKAGES = ("pytorch_lightning", "lightning.pytorch")
 NAMES = ["net.0.weight", "net.3.weight", "net.7.weight"]
 EPOCHS, BATCHES = 3, 4
-STEERING = ("correction", "schedule", "decay", "hyperball", "projection")
+STEERING = ("stable", "schedule", "decay", "hyperball", "projection")
 
 
 class Classifies:
@@ -265,25 +264,16 @@ def test_killed_run_keeps_finished_epochs(tmp_path: Path) -> None:
     assert history.provenance["finished"] is False
 
 
-def make_steering_tracker(rule: str, reference: Path, align: Any) -> WeightNormTracker:
-    steering: Any = {
-        "correction": lambda: optim.LRCorrection(reference),
-        "schedule": lambda: optim.NormSchedule(reference, align=align),
-        "decay": lambda: optim.DecayEquivalentLR(0.01),
-        "hyperball": optim.Hyperball,
-        "projection": optim.RadialProjection,
-    }[rule]
-    return WeightNormTracker(steering=steering())
-
-
 @pytest.mark.parametrize("package", PACKAGES)
 @pytest.mark.parametrize("steering", STEERING)
 def test_tracker_steers(package: str, steering: str, tmp_path: Path) -> None:
     reference = record(tmp_path / "reference", package, weight_decay=0.05)
-    tracker = make_steering_tracker(steering, tmp_path / "reference", "official")
+    options = {"align": "official"} if steering == "schedule" else {}
+    rule = optim_rules.RULES[steering](tmp_path / "reference", **options)
+    tracker = WeightNormTracker(steering=rule)
     make_trainer(package, tmp_path / "steered", tracker).fit(make_module(package), make_data())
     history = NormHistory.load(tmp_path / "steered")
-    if steering == "correction":
+    if steering == "stable":
         for name in NAMES[:2]:
             np.testing.assert_allclose(history.norms[name], history.norms[name][[0] * 4], rtol=1e-5)
     if steering == "schedule":
@@ -303,7 +293,10 @@ def test_tracker_steers(package: str, steering: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("rule", STEERING)
 def test_tracker_resumes_a_steered_run_bit_for_bit(rule: str, tmp_path: Path) -> None:
     record(tmp_path / "reference", weight_decay=0.05)
-    make_tracker = partial(make_steering_tracker, rule, tmp_path / "reference", "interpolate")
+
+    def make_tracker() -> WeightNormTracker:
+        return WeightNormTracker(steering=optim_rules.RULES[rule](tmp_path / "reference"))
+
     whole = PlModule()
     make_trainer("pytorch_lightning", tmp_path / "whole", make_tracker()).fit(whole, make_data())
     half = make_trainer("pytorch_lightning", tmp_path / "half", make_tracker(), max_epochs=2)
@@ -317,7 +310,7 @@ def test_tracker_resumes_a_steered_run_bit_for_bit(rule: str, tmp_path: Path) ->
 
 
 def test_tracker_ends_steering_with_the_fit(tmp_path: Path) -> None:
-    tracker = WeightNormTracker(steering=optim.DecayEquivalentLR(0.01))
+    tracker = WeightNormTracker(steering=optim_rules.RULES["decay"](None))
     trainer = make_trainer("pytorch_lightning", tmp_path, tracker)
     trainer.fit(PlModule(), make_data())
     assert not trainer.optimizers[0]._optimizer_step_post_hooks

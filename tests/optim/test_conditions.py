@@ -16,7 +16,17 @@ from nmlightning.optim import LRCorrection
 from nmlightning.optim.step_hooks import StepHookHandle
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
-from optim_rules import CONVOLUTIONS, REFERENCED, RULES, MakeRule, find_loss, make_net, sgd
+from optim_rules import (
+    CONVOLUTIONS,
+    IMPLEMENTATIONS,
+    LBFGS_REFUSALS,
+    REFERENCED,
+    RULES,
+    MakeRule,
+    find_loss,
+    make_net,
+    sgd,
+)
 
 Array = NDArray[np.float64]
 STEPS, EPOCH = 12, 3
@@ -24,11 +34,6 @@ RATE, MOMENTUM, DECAY = 0.02, 0.9, 0.01  # those of the net's optimizer, and of 
 OVERFLOWS = (0, 4, 5, 10)
 BOUND = 0.02
 CONDITIONS = ["none", "norm", "value", "accumulation", "skipped"]
-IMPLEMENTATIONS: dict[str, dict[str, bool]] = {
-    "foreach": {"foreach": True},
-    "one by one": {"foreach": False},
-    "fused": {"fused": True},
-}
 pytestmark = pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. has no brake")
 
 
@@ -261,13 +266,7 @@ def test_step_by_a_closure(history: NormHistory, make_rule: MakeRule, rule_name:
 
 
 def test_lbfgs_is_refused(history: NormHistory, make_rule: MakeRule, rule_name: str) -> None:
-    """LBFGS takes several steps in one, so nothing is known of their length."""
     net = make_net()
     optimizer = torch.optim.LBFGS(net.parameters(), lr=0.01, max_iter=3)
-    messages = {
-        "decay": "exact for SGD only",
-        "hyperball": "Hyperball works on single steps, and LBFGS takes several in one",
-        "projection": "RadialProjection works on single steps, and LBFGS takes several in one",
-    }
-    with pytest.raises(InputError, match=messages.get(rule_name, "power for LBFGS is not known")):
+    with pytest.raises(InputError, match=LBFGS_REFUSALS[rule_name]):
         make_rule(history).attach(optimizer, net.named_parameters())

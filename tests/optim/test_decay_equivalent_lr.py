@@ -1,7 +1,7 @@
 """DecayEquivalentLR against SGD with weight decay."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -61,18 +61,24 @@ def test_directions_match_weight_decay(schedule: str, momentum: float) -> None:
     torch.testing.assert_close(*heads, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("without", [range(3), range(20, 30), range(0, 60, 2)])
-def test_steps_without_a_gradient_do_not_decay(without: range) -> None:
-    """SGD leaves a weight without a gradient alone."""
-    nets = [make_net(), make_net()]
+def after_each_backward(nets: list[nn.Module]) -> Iterator[tuple[int, Any, torch.optim.SGD]]:
+    """Train by `make_optimizers`; give what is about to step."""
     optimizers = make_optimizers(nets)
     for step in range(60):
         for net, optimizer in zip(nets, optimizers, strict=True):
             optimizer.zero_grad()
             net(draw_batch(step)[0]).logsumexp(1).mean().backward()
-            if step in without:
-                net.conv1.weight.grad = None
+            yield step, net, optimizer
             optimizer.step()
+
+
+@pytest.mark.parametrize("without", [range(3), range(20, 30), range(0, 60, 2)])
+def test_steps_without_a_gradient_do_not_decay(without: range) -> None:
+    """SGD leaves a weight without a gradient alone."""
+    nets = [make_net(), make_net()]
+    for step, net, _ in after_each_backward(nets):
+        if step in without:
+            net.conv1.weight.grad = None
     assert_same_directions(nets, "conv1.weight")
 
 
@@ -80,17 +86,12 @@ def test_steps_without_a_gradient_do_not_decay(without: range) -> None:
 def test_steps_after_a_skipped_one_decay() -> None:
     """A skipped step is one that weight decay did not take either, its momentum empty."""
     nets = [make_net(), make_net()]
-    optimizers = make_optimizers(nets)
-    for step in range(60):
-        for net, optimizer in zip(nets, optimizers, strict=True):
-            optimizer.zero_grad()
-            net(draw_batch(step)[0]).logsumexp(1).mean().backward()
-            if step == 20 and net is nets[0]:
-                optimizer.state[net.conv1.weight]["momentum_buffer"].zero_()
-                net.conv1.weight.grad = None
-            elif step == 20:
-                net.conv1.weight.grad.fill_(torch.nan)
-            optimizer.step()
+    for step, net, optimizer in after_each_backward(nets):
+        if step == 20 and net is nets[0]:
+            optimizer.state[net.conv1.weight]["momentum_buffer"].zero_()
+            net.conv1.weight.grad = None
+        elif step == 20:
+            net.conv1.weight.grad.fill_(torch.nan)
     assert_same_directions(nets, "conv1.weight")
 
 

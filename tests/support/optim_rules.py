@@ -31,6 +31,17 @@ RULES: dict[str, MakeRule] = {
 REFERENCED = ("stable", "paper", "layer", "schedule")
 SCALE_INVARIANT = (*REFERENCED, "decay")
 ANY_MATRIX = ("hyperball", "projection")
+IMPLEMENTATIONS: dict[str, dict[str, bool]] = {
+    "foreach": {"foreach": True},
+    "one by one": {"foreach": False},
+    "fused": {"fused": True},
+}
+# Of what takes several steps in one, so that nothing is known of their length.
+LBFGS_REFUSALS = dict.fromkeys(RULES, "power for LBFGS is not known") | {
+    "decay": "exact for SGD only, got LBFGS",
+    "hyperball": "Hyperball works on single steps, and LBFGS takes several in one",
+    "projection": "RadialProjection works on single steps, and LBFGS takes several in one",
+}
 CONVOLUTIONS = ("conv1.weight", "conv2.weight")
 
 

@@ -1,0 +1,282 @@
+"""Fits with Lightning's flags, callbacks and strategies, and in other loops: same bits as by hand?
+
+    python benchmarks/zoo_loops.py [--rows zoo_loops.jsonl] [--only 'flag/precision*']
+    python benchmarks/zoo_loops.py --write docs/compatibility.md    # the tables
+
+Each is run with this package's callbacks, and with what they do done by hand in the module.
+"""
+
+import io
+import multiprocessing
+import os
+import socket
+import tempfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning import callbacks as cb
+from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.multiprocessing import ProcessRaisedException
+from zoo import Row, first_words, sweep
+from zoo_fits import LOOPS, Case, Run, Sharded, fit, fit_synced
+from zoo_tables import write_loops
+
+from nmlightning.errors import InputError
+from nmlightning.weights.channel_norms import local_part
+
+PARTS = ("norms, steered", "norms, weights")  # what is changed: which callbacks are there
+
+FLAGS: Mapping[str, Mapping[str, Any]] = {
+    "none": {},
+    "accumulate_grad_batches": {"accumulate_grad_batches": 2},
+    "accumulate_grad_batches=3 (a rest)": {"accumulate_grad_batches": 3},
+    "gradient_clip_val": {"gradient_clip_val": 0.1},
+    "gradient_clip_algorithm=value": {
+        "gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+    **{f"precision={p}": {"precision": p} for p in (
+        "64-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "transformer-engine")},
+    "deterministic": {"deterministic": True},
+    "deterministic=warn": {"deterministic": "warn"},
+    "benchmark": {"benchmark": True},
+    "detect_anomaly": {"detect_anomaly": True},
+    "inference_mode=False": {"inference_mode": False},
+    "overfit_batches": {"overfit_batches": 2},
+    "fast_dev_run": {"fast_dev_run": True},
+    "fast_dev_run=3": {"fast_dev_run": 3},
+    "barebones": {"barebones": True},
+    "val_check_interval": {"val_check_interval": 2},
+    "val_check_interval=0.25": {"val_check_interval": 0.25},
+    "check_val_every_n_epoch": {"check_val_every_n_epoch": 2},
+    "check_val_every_n_epoch=None": {"check_val_every_n_epoch": None, "val_check_interval": 3},
+    "limit_train_batches": {"limit_train_batches": 3},
+    "limit_train_batches=0.5": {"limit_train_batches": 0.5},
+    "limit_train_batches=0": {"limit_train_batches": 0},
+    "limit_val_batches=0": {"limit_val_batches": 0},
+    "limit_test_batches": {"limit_test_batches": 1},
+    "limit_predict_batches": {"limit_predict_batches": 1},
+    "max_time": {"max_time": "00:00:10:00"},
+    "max_steps": {"max_steps": 5},
+    "max_epochs=0": {"max_epochs": 0},
+    "min_epochs, min_steps": {"min_epochs": 1, "min_steps": 3},
+    "num_sanity_val_steps=-1": {"num_sanity_val_steps": -1},
+    "num_sanity_val_steps=0": {"num_sanity_val_steps": 0},
+    "reload_dataloaders_every_n_epochs": {"reload_dataloaders_every_n_epochs": 1},
+    "use_distributed_sampler=False": {"use_distributed_sampler": False},
+    "enable_checkpointing=False": {"enable_checkpointing": False},
+    "enable_model_summary": {"enable_model_summary": True},
+    "enable_progress_bar": {"enable_progress_bar": True},
+    "enable_autolog_hparams=False": {"enable_autolog_hparams": False},
+    "logger=False": {"logger": False},
+    "log_every_n_steps=1": {"log_every_n_steps": 1},
+    "devices=auto": {"devices": "auto"},
+    **{f"profiler={p}": {"profiler": p} for p in ("simple", "advanced", "pytorch")},
+    **{f"plugins={p}": {"plugins": p} for p in ("async checkpoints",)},
+}  # fmt: skip
+
+
+def flag(flags: Mapping[str, Any]) -> Case:
+    def run_flag(run: Run) -> nn.Module:
+        options = dict(flags)
+        if options.get("plugins") == "async checkpoints":
+            options["plugins"] = [pl.plugins.io.AsyncCheckpointIO()]
+        return fit(run, **options)
+
+    return run_flag
+
+
+def loggers() -> dict[str, Case]:
+    """Each logger that is installed."""
+    makers = {
+        "TensorBoardLogger": lambda f: pl.loggers.TensorBoardLogger(f),
+        "CSVLogger": lambda f: pl.loggers.CSVLogger(f),
+        "several": lambda f: [pl.loggers.CSVLogger(f), pl.loggers.TensorBoardLogger(f)],
+    }
+    return {
+        f"logger={name}": lambda run, make=make: fit(run, logger=make(run.folder))
+        for name, make in makers.items()
+    }
+
+
+CALLBACKS: Mapping[str, Callable[[], Any]] = {
+    "BackboneFinetuning": lambda: cb.BackboneFinetuning(1, verbose=False),
+    "BatchSizeFinder": lambda: cb.BatchSizeFinder(steps_per_trial=1, max_trials=1),
+    "DeviceStatsMonitor": lambda: cb.DeviceStatsMonitor(cpu_stats=True),
+    "EMAWeightAveraging": lambda: cb.EMAWeightAveraging(),
+    "EarlyStopping": lambda: cb.EarlyStopping("val_loss", patience=0),
+    "GradientAccumulationScheduler": lambda: cb.GradientAccumulationScheduler({0: 1, 1: 2}),
+    "LambdaCallback": lambda: cb.LambdaCallback(on_fit_start=lambda *_: None),
+    "LearningRateFinder": lambda: cb.LearningRateFinder(num_training_steps=8),
+    "LearningRateMonitor": lambda: cb.LearningRateMonitor(),
+    "ModelCheckpoint": lambda: cb.ModelCheckpoint(monitor="val_loss", every_n_train_steps=2),
+    "ModelPruning": lambda: cb.ModelPruning("l1_unstructured", amount=0.3),
+    "ModelPruning (norms)": lambda: cb.ModelPruning(
+        "random_unstructured", parameter_names=["weight", "bias"], amount=0.3
+    ),
+    "ModelSummary": lambda: cb.ModelSummary(-1),
+    "OnExceptionCheckpoint": lambda: cb.OnExceptionCheckpoint(tempfile.gettempdir()),
+    "RichModelSummary": lambda: cb.RichModelSummary(),
+    "RichProgressBar": lambda: cb.RichProgressBar(),
+    "SpikeDetection": lambda: cb.SpikeDetection(warmup=1),
+    "StochasticWeightAveraging": lambda: cb.StochasticWeightAveraging(1e-2, swa_epoch_start=1),
+    "TQDMProgressBar": lambda: cb.TQDMProgressBar(),
+    "ThroughputMonitor": lambda: cb.ThroughputMonitor(lambda batch: len(batch[0])),
+    "Timer": lambda: cb.Timer("00:00:10:00"),
+    "WeightAveraging": lambda: cb.WeightAveraging(),
+}
+BASES = ("BaseFinetuning", "BasePredictionWriter", "Callback", "Checkpoint", "ProgressBar")
+
+
+def with_callback(make: Callable[[], Any], first: bool) -> Case:
+    def run_callback(run: Run) -> nn.Module:
+        callback = make()
+        shows = isinstance(callback, cb.ProgressBar)
+        return fit(run, callback, first=first, enable_progress_bar=shows)
+
+    return run_callback
+
+
+STRATEGIES: Mapping[str, Any] = {
+    "auto": "auto",
+    **{name: name for name in (
+        "ddp", "ddp_find_unused_parameters_true", "ddp_spawn", "ddp_fork", "ddp_notebook")},
+    "DDPStrategy(gradient_as_bucket_view, static_graph)": lambda: DDPStrategy(
+        gradient_as_bucket_view=True, static_graph=True
+    ),
+    "fsdp": lambda: FSDPStrategy(),
+}  # fmt: skip
+
+
+def shard() -> ModelParallelStrategy:
+    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+
+
+def with_strategy(strategy: Any, fit: Callable[..., nn.Module] = fit) -> Case:
+    """Fit in two processes, but for "auto"; what trains copies starts them itself."""
+
+    def run_strategy(run: Run) -> nn.Module:
+        made = strategy() if callable(strategy) else strategy
+        starts = made != "auto" and not str(made).startswith(("ddp_spawn", "ddp_fork", "ddp_note"))
+        rank = start_ranks() if starts else 0
+        try:
+            devices = 1 if made == "auto" else 2
+            return fit(run, strategy=made, devices=devices)
+        finally:
+            if rank:
+                os._exit(0)
+
+    return run_strategy
+
+
+def start_ranks() -> int:
+    """Make this process the first of two, as torchrun would; return the rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    rank = int(os.fork() == 0)
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0",
+        "TORCHELASTIC_RUN_ID": "zoo",
+    }  # fmt: skip
+    return rank
+
+
+def list_cases() -> dict[str, dict[str, list[Case]]]:
+    """Return the cases of each group; each is run in several ways."""
+    there = set(cb.__all__) - set(BASES) - set(CALLBACKS)
+    assert not there, there
+    return {
+        "flag": {name: [flag(flags)] for name, flags in FLAGS.items()}
+        | {name: [case] for name, case in loggers().items()}
+        | {"sync_batchnorm": [fit_synced]},
+        "callback": {
+            name: [with_callback(make, first) for first in (False, True)]
+            for name, make in CALLBACKS.items()
+        },
+        "strategy": {name: [with_strategy(made)] for name, made in STRATEGIES.items()}
+        | {
+            "ddp, sync_batchnorm": [with_strategy("ddp", fit_synced)],
+            "ModelParallelStrategy": [with_strategy(shard, partial(fit, cls=Sharded))],
+        },
+        "loop": {name: [case] for name, case in LOOPS.items()},
+    }
+
+
+def try_case(group: str, name: str, row: Row) -> None:
+    """Put into the row what became of each part, with each way of running the case."""
+    for part in PARTS:
+        ways = range(len(list_cases()[group][name]))
+        found = {outcome_of(part, group, name, way) for way in ways}
+        row.setdefault("outcomes", {})[part] = sorted(found)
+
+
+def outcome_of(*case: Any) -> str:
+    """Return "same bits", or in words what was refused or is not as by hand."""
+    ours = attempt("callbacks", *case)
+    if isinstance(ours, InputError):
+        return f"refused: {ours}"
+    by_hand = attempt("hand", *case)
+    if isinstance(ours, Exception):
+        without = attempt("nothing", *case)
+        if str(without) == str(ours):
+            return f"as without: {without}"
+        return f"{'as' if str(ours) == str(by_hand) else 'wrong, not'} by hand: {ours}"
+    if isinstance(by_hand, Exception):
+        return f"only by callbacks; by hand: {by_hand}"
+    differ = [name for name, q in by_hand.items() if not same(q, ours.get(name))]
+    if differ or len(ours) != len(by_hand):
+        return f"wrong: {len(differ)} of {len(by_hand)} differ, such as {next(iter(differ), '')}"
+    return "same bits"
+
+
+def same(one: Tensor, other: Tensor | None) -> bool:
+    return other is not None and torch.allclose(one, other, 0, 0, equal_nan=True)
+
+
+def attempt(*case: Any) -> Any:
+    """Return the state of the module after a run, or its error; each of ranks has a process."""
+    if "strategy" in case:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as executor:
+            answer = executor.submit(run_once, *case).result()
+    else:
+        answer = run_once(*case)
+    return answer if isinstance(answer, Exception) else torch.load(io.BytesIO(answer))
+
+
+def run_once(by: str, part: str, group: str, name: str, way: int) -> bytes | Exception:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(1)
+        try:
+            state = list_cases()[group][name][way](Run(part, by, folder)).state_dict()
+            state = {key: local_part(value) for key, value in state.items()}
+        except ProcessRaisedException as error:  # of a worker, in words
+            text = str(error).strip().splitlines()[-1]
+            return InputError(text.partition("InputError: ")[2]) if "InputError" in text else error
+        except Exception as error:
+            return (
+                type(error)(str(error))
+                if isinstance(error, InputError)
+                else Failure(first_words(error))
+            )
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+class Failure(Exception):
+    """Another error, in words."""
+
+
+def warm_up() -> None:
+    """Import once, for all processes, what a fit imports."""
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # the other one forbids ddp_fork
+    run_once("callbacks", PARTS[1], "flag", "none", 0)
+
+
+if __name__ == "__main__":
+    sweep(list_cases(), try_case, write_loops, "zoo_loops.jsonl", warm_up)
