@@ -48,8 +48,15 @@ def choose_power(optimizer: optim.Optimizer, power: Power | int | str) -> int:
     )
 
 
+def find_keeper(optimizer: optim.Optimizer) -> optim.Optimizer:
+    """Return what keeps the state: ZeroRedundancyOptimizer has another for each rank's weights."""
+    inner = getattr(optimizer, "optim", None)
+    return inner if isinstance(inner, optim.Optimizer) else optimizer
+
+
 def known_power(optimizer: optim.Optimizer) -> int | None:
     """Return the power of the optimizer's family, or None where it is of none that is known."""
+    optimizer = find_keeper(optimizer)
     if isinstance(optimizer, _GRADIENT):
         return 2
     return 1 if isinstance(optimizer, _NORMALISED) or _is_adam(optimizer) else None

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer, RMSprop
 
 from nmlightning.errors import InputError, check_choice, is_number
+from nmlightning.optim.families import find_keeper
 from nmlightning.weights.channel_norms import (
     ROWS,
     ChannelLayout,
@@ -82,9 +83,15 @@ class OptimizedWeight:
         """The gradient, of the weight's shape; dense also where that of an embedding is not."""
         return None if self.parameter.grad is None else local_part(self.parameter.grad).to_dense()
 
+    @property
+    def state(self) -> Mapping[str, Any]:
+        """What the optimizer keeps for it, on this rank."""
+        state: Mapping[str, Any] = find_keeper(self.optimizer).state.get(self.parameter, {})
+        return state
+
     def buffer(self, name: str) -> Tensor | None:
         """Return what the optimizer keeps for the weight under a name, such as `exp_avg`."""
-        kept = self.optimizer.state.get(self.parameter, {}).get(name)
+        kept = self.state.get(name)
         return local_part(kept) if isinstance(kept, Tensor) else None
 
     @property
@@ -139,8 +146,9 @@ class OptimizedWeight:
     def scale(self, factors: Tensor) -> None:
         """Multiply channel i by factor i, and the optimizer's averages as its gradients change."""
         self.values.mul_(self.spread(factors))
-        for name in self.optimizer.state.get(self.parameter, {}):
-            buffer, degree = self.buffer(name), scaling_degree(self.optimizer, name)
+        optimizer = find_keeper(self.optimizer)
+        for name in self.state:
+            buffer, degree = self.buffer(name), scaling_degree(optimizer, name)
             if buffer is not None and degree:
                 scales = factors**degree
                 by_channel = buffer.shape[:1] == self.values.shape[:1]  # NovoGrad has one number
@@ -155,10 +163,9 @@ class OptimizedWeight:
         """
         if not maybe_any(skipped):
             return
-        state = self.optimizer.state.get(self.parameter, {}).values()
         averages = [
             local_part(kept)
-            for kept in state
+            for kept in self.state.values()
             if isinstance(kept, Tensor) and kept.shape == self.parameter.shape
         ]
         lost = self.layout.spread(skipped, self.values)

@@ -17,8 +17,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 
+import optim_rules
 from nmlightning.errors import InputError
 from nmlightning.optim import DecayEquivalentLR
 from nmlightning.optim.nonfinite_steps import MAX_SKIPPED_STEPS
@@ -63,6 +65,24 @@ def step_until_it_stops(rank: int) -> dict[str, Any]:
     }
 
 
+def compare_with_zero() -> dict[str, float]:
+    """Return how far ZeroRedundancyOptimizer, whose ranks share the state, is from its SGD."""
+    errors = {}
+    for name, make_rule in optim_rules.RULES.items():
+        nets = [optim_rules.make_net(), optim_rules.make_net()]
+        options = {"lr": 0.02, "momentum": 0.9}
+        optimizers = (
+            torch.optim.SGD(nets[0].parameters(), **options),
+            ZeroRedundancyOptimizer(nets[1].parameters(), torch.optim.SGD, **options),
+        )
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            make_rule(optim_rules.random_history(net)).attach(optimizer, net)
+            optim_rules.train(net, optimizer, 6)
+        parameters = zip(*(net.parameters() for net in nets), strict=True)
+        errors[name] = max(float((one - other).abs().max()) for one, other in parameters)
+    return errors
+
+
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Return the report of each of two ranks."""
@@ -101,6 +121,11 @@ def test_resume_keeps_channels_of_both_ranks(reports: list[dict[str, Any]]) -> N
         assert rank["initial here"] == rank["initial"]
 
 
+def test_rules_on_a_zero_redundancy_optimizer(reports: list[dict[str, Any]]) -> None:
+    for report in reports:
+        assert report["zero"] == pytest.approx(dict.fromkeys(optim_rules.RULES, 0.0), abs=1e-12)
+
+
 def test_ranks_count_together(reports: list[dict[str, Any]]) -> None:
     assert reports[0]["counts"] == [3 * max(0, step - 1) for step in range(124)]
     assert reports[0]["resumed"] == 3 * 29
@@ -111,5 +136,6 @@ def test_ranks_count_together(reports: list[dict[str, Any]]) -> None:
 if __name__ == "__main__":
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    (folder / f"{rank}.json").write_text(json.dumps(step_until_it_stops(rank)))
+    report = {**step_until_it_stops(rank), "zero": compare_with_zero()}
+    (folder / f"{rank}.json").write_text(json.dumps(report))
     dist.destroy_process_group()
