@@ -73,7 +73,8 @@ class Net(nn.Module):
         return self.head(F.silu(self.norm3(self.linear(x.mean((2, 3))))))
 
 
-BY_DIMS = ("adago", "muon", "normuon")  # those that ask for groups by `use_muon`
+# Those that ask for groups by `use_muon`.
+BY_DIMS = ("adago", "adamuon", "distributedmuon", "muon", "muonclip", "normuon")
 
 
 def build(cls: Any, net: nn.Module, **options: Any) -> Any:
@@ -292,7 +293,7 @@ def try_optimizer(zoo: str, name: str, row: Row) -> None:
         try:
             plain = moves(make, way)
         except Exception as error:
-            row["unbuilt"] = first_words(error)
+            row.setdefault("unbuilt", first_words(error))
             continue
         row.setdefault("ways", {})[way] = {
             rule: outcome_of(rule, make, way, plain) for rule in RULES

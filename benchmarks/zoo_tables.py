@@ -129,7 +129,7 @@ def write_optimizers(page: Path, rows: Iterable[Row], totals: Mapping[str, int])
 
 def _shorten(reason: str) -> str:
     """Return a reason without the name of the optimizer and without numbers."""
-    reason = re.sub(r"(got|the|which) [A-Z]\w+( is|\.| in it)", r"\1 …\2", reason)
+    reason = re.sub(r"(got|the|which) [A-Z_]\w+( is|\.| in it)", r"\1 …\2", reason)
     return re.sub(r"^(refused: )[A-Z]\w+ (steps|has|works)", r"\1… \2", reason)
 
 

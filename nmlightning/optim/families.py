@@ -107,9 +107,14 @@ def find_steps(optimizer: Any) -> list[optim.Optimizer]:
     its own, as SAM does in `second_step`; or have no hooks, as accelerate's `AcceleratedOptimizer`.
 
     Raises:
-        InputError: it is none of torch's, steps with several, or calls no hooks and wraps none
-            that does.
+        InputError: it is none of torch's, steps with several or in `fused_backward`, or calls no
+            hooks and wraps none that does.
     """
+    if hasattr(optimizer, "fused_backward"):
+        raise InputError(
+            f"{type(optimizer).__name__} moves the weights in fused_backward, with no step that a "
+            "rule could hook into: take another optimizer."
+        )
     steps: list[optim.Optimizer] = []
     outermost, inner = optimizer, [optimizer]
     while len(inner) == 1 and isinstance(inner[0], optim.Optimizer):

@@ -140,6 +140,13 @@ class Split(PassingOn):
         self.optimizer = {group["params"][0]: SGD([group], lr=0.1) for group in groups}  # type: ignore[assignment]
 
 
+class Fused(PassingOn):
+    """As LOMO."""
+
+    def fused_backward(self, loss: torch.Tensor, lr: float) -> None:
+        """Would step."""
+
+
 class Copies(PassingOn):
     """As SafeFP16Optimizer of pytorch_optimizer, it steps with copies in float32."""
 
@@ -206,6 +213,7 @@ def test_rule_holds_norms_of_wrapped_optimizer(wrap: Callable[[Optimizer], Any])
         (lambda inner: PassingOn(NoOptimizer(inner)), "PassingOn is not: .* NoOptimizer in it"),
         (Split, r"Split steps with 8 optimizers \(SGD\): attach a rule to each"),
         (lambda inner: "sgd", "which str is not"),
+        (Fused, "Fused moves the weights in fused_backward, with no step"),
         (Copies, "SGD that steps has none of these parameters: it has copies of them"),
     ],
 )
