@@ -56,6 +56,14 @@ def rebuild_copies(trainer: Any, module: nn.Module, before: Any, stage: str) -> 
             callback.setup(trainer, module, stage=stage)
 
 
+def reshard(module: nn.Module) -> None:
+    """Give FSDP2 its sharded parameters back: its root keeps them gathered after evaluation."""
+    for part in module.modules():
+        reshard_part: Any = getattr(part, "reshard", None)
+        if reshard_part is not None:
+            reshard_part()
+
+
 def stands_behind(trainer: Any, callback: Any, name: str) -> bool:
     """Return whether a callback of a class of that name stands before `callback`."""
     return any(_is_a(each, name) for each in trainer.callbacks[: trainer.callbacks.index(callback)])

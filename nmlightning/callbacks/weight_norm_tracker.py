@@ -13,7 +13,7 @@ from nmlightning.callbacks.epoch_clock import AttemptedSteps
 from nmlightning.callbacks.norm_dashboard import NormDashboard
 from nmlightning.callbacks.provenance import describe_run
 from nmlightning.callbacks.steering import SteeredRun, warn_of_other_steering
-from nmlightning.compat import CallbackBase, copying_strategy, in_added_epoch, is_trial_run
+from nmlightning.compat import CallbackBase, copying_strategy, in_added_epoch, is_trial_run, reshard
 from nmlightning.errors import InputError, check_choice, check_lists
 from nmlightning.name_patterns import some
 from nmlightning.optim.step_hooks import StepHookHandle, StepRule
@@ -259,6 +259,7 @@ class WeightNormTracker(CallbackBase):
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Take the first record, and steer from the first step on."""
+        reshard(pl_module)
         state = self._resumed.get("recording", {})
         uncounted = state.get("uncounted_steps", 0)
         self._steps = AttemptedSteps(trainer, pl_module, self._before_step, uncounted)

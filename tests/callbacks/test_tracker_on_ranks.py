@@ -62,6 +62,11 @@ class Ranked(pl.LightningModule):
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
         return F.cross_entropy(self.net(batch[0]), batch[1])
 
+    def validation_step(self, batch: list[Tensor], _: int) -> None:
+        self.net(batch[0])  # FSDP2's root keeps its weights gathered after it
+
+    val_dataloader = train_dataloader
+
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, foreach=False)
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
