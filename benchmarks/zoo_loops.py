@@ -21,7 +21,6 @@ import torch
 from pytorch_lightning import callbacks as cb
 from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
-from torch.multiprocessing import ProcessRaisedException
 from zoo import Row, first_words, sweep
 from zoo_fits import LOOPS, Case, Run, Sharded, fit, fit_synced
 from zoo_tables import write_loops
@@ -142,8 +141,8 @@ def with_callback(make: Callable[[], Any], first: bool) -> Case:
 
 STRATEGIES: Mapping[str, Any] = {
     "auto": "auto",
-    **{name: name for name in (
-        "ddp", "ddp_find_unused_parameters_true", "ddp_spawn", "ddp_fork", "ddp_notebook")},
+    "ddp": "ddp",
+    "ddp_find_unused_parameters_true": "ddp_find_unused_parameters_true",
     "DDPStrategy(gradient_as_bucket_view, static_graph)": lambda: DDPStrategy(
         gradient_as_bucket_view=True, static_graph=True
     ),
@@ -156,14 +155,13 @@ def shard() -> ModelParallelStrategy:
 
 
 def with_strategy(strategy: Any, fit: Callable[..., nn.Module] = fit) -> Case:
-    """Fit in two processes, but for "auto"; what trains copies starts them itself."""
+    """Fit in two processes, but for "auto"."""
 
     def run_strategy(run: Run) -> nn.Module:
         made = strategy() if callable(strategy) else strategy
-        starts = made != "auto" and not str(made).startswith(("ddp_spawn", "ddp_fork", "ddp_note"))
-        rank = start_ranks() if starts else 0
+        devices = 1 if made == "auto" else 2
+        rank = start_ranks() if devices > 1 else 0
         try:
-            devices = 1 if made == "auto" else 2
             return fit(run, strategy=made, devices=devices)
         finally:
             if rank:
@@ -254,9 +252,6 @@ def run_once(by: str, part: str, group: str, name: str, way: int) -> bytes | Exc
         try:
             state = list_cases()[group][name][way](Run(part, by, folder)).state_dict()
             state = {key: local_part(value) for key, value in state.items()}
-        except ProcessRaisedException as error:  # of a worker, in words
-            text = str(error).strip().splitlines()[-1]
-            return InputError(text.partition("InputError: ")[2]) if "InputError" in text else error
         except Exception as error:
             return (
                 type(error)(str(error))
@@ -274,7 +269,6 @@ class Failure(Exception):
 
 def warm_up() -> None:
     """Import once, for all processes, what a fit imports."""
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # the other one forbids ddp_fork
     run_once("callbacks", PARTS[1], "flag", "none", 0)
 
 
