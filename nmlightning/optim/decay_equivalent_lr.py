@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.optim import SGD
 
 from nmlightning.errors import InputError, is_number
-from nmlightning.optim.families import find_keeper
 from nmlightning.optim.parameters import OptimizedWeight, State, maybe_any, project, scale_step
 from nmlightning.optim.step_hooks import StepRule
 
@@ -131,7 +130,7 @@ def _reset_momentum(
 
 def _check_heavy_ball(weight: OptimizedWeight) -> None:
     group = weight.group
-    if not isinstance(find_keeper(weight.optimizer), SGD):
+    if not isinstance(weight.optimizer, SGD):
         raise InputError(
             f"DecayEquivalentLR is exact for SGD only, got {type(weight.optimizer).__name__}."
         )
