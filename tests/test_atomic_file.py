@@ -1,17 +1,22 @@
 """Files that are replaced: by umask, whole after a kill or on a full disk, and no draft left."""
 
 import os
+import pickle
 import resource
 import signal
 import subprocess
 import sys
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
 
 from nmlightning.atomic_file import UnwritableError, remove_drafts, replace_file
 from nmlightning.callbacks import AtomicCheckpointIO
+from nmlightning.errors import InputError
 
 WRITE_UNTIL_KILLED = """
 import os, signal
@@ -62,6 +67,25 @@ def test_full_disk_is_a_line_and_leaves_the_old_checkpoint(tmp_path: Path) -> No
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert io.load_checkpoint(path) == {"step": 1}
     assert names(path.parent) == ["last.ckpt"]
+
+
+def test_each_address_is_its_own_checkpoint(tmp_path: Path) -> None:
+    io = AtomicCheckpointIO()
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        for name in "aba":
+            io.save_checkpoint({"of": name}, tmp_path / name / "last.ckpt")
+            assert io.load_checkpoint(f"{address}/{name}/last.ckpt") == {"of": name}
+        io.save_checkpoint({"of": "later"}, tmp_path / "a" / "last.ckpt")
+        assert io.load_checkpoint(f"{address}/a/last.ckpt") == {"of": "later"}
+        with pytest.raises(InputError, match=r"/c/last.ckpt cannot be read: HTTP Error 404"):
+            io.load_checkpoint(f"{address}/c/last.ckpt")
+        torch.save(tmp_path, tmp_path / "object.ckpt")
+        with pytest.raises(pickle.UnpicklingError):
+            io.load_checkpoint(f"{address}/object.ckpt")
+        server.shutdown()
 
 
 def test_errors_of_the_body_stay_what_they_are(tmp_path: Path) -> None:

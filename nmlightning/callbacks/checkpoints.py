@@ -132,7 +132,8 @@ class ExactResume(CallbackBase):
     - the states of random numbers, of torch, its CUDA device, numpy and Python, as they are when
       the checkpoint is written, that is after a step, before the next batch is taken. They are set
       before the next batch is taken, at the end of an epoch before its loader begins to shuffle.
-    - the sums of the means that are logged at the end of a training epoch, within one.
+    - the sums of the means that are logged at the end of a training epoch, within one; and what a
+      module returns from `training_sums()`, for its `load_training_sums(sums)`.
 
     It needs as many processes and the same order of the data: of this package's data modules and of
     loaders with a `state_dict` anywhere, of others at the end of an epoch. After a checkpoint of an
@@ -156,6 +157,7 @@ class ExactResume(CallbackBase):
         self._loaded: dict[str, Any] = {}  # of the run that is resumed
         self._random: list[RandomStates] = []  # until they are set
         self._sums: dict[str, Any] = {}  # that are not yet among those of this run
+        self._own_sums: dict[str, Any] = {}  # that the module adds up by itself
 
     def on_load_checkpoint(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
@@ -170,6 +172,7 @@ class ExactResume(CallbackBase):
             return
         mine = ranks[trainer.global_rank]
         self._random, self._sums = [mine["random"]], mine["sums"]
+        self._own_sums = mine["own_sums"]
         if self._loaded["within_epoch"]:
             return
         set_states = partial(_set_once, self._random, trainer.strategy.root_device)
@@ -193,6 +196,8 @@ class ExactResume(CallbackBase):
             )
         _set_once(self._random, trainer.strategy.root_device)
         self._sums = add_training_sums(trainer, self._sums)
+        if self._own_sums:
+            pl_module.load_training_sums(self._own_sums)  # type: ignore[operator]
 
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *_: Any, **__: Any
@@ -221,6 +226,7 @@ class ExactResume(CallbackBase):
         mine: dict[str, Any] = {
             "random": random_states(trainer.strategy.root_device),
             "sums": {**self._sums, **training_sums(trainer)} if within_epoch else {},
+            "own_sums": getattr(pl_module, "training_sums", dict)(),
         }
         ranks = [mine] * trainer.world_size
         if trainer.world_size > 1:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -194,6 +194,18 @@ class TrainingWindow:
             "ppl": float(torch.tensor(likelihood / targets).exp()),
             "tokens_per_s": tokens / self._seconds if self._seconds else math.nan,
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums and the seconds so far."""
+        return {"sums": self._sums, "seconds": self._seconds}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Resume from there."""
+        sums = state.get("sums")
+        self._sums, self._seconds = (
+            None if sums is None else sums.to(device),
+            state.get("seconds", 0.0),
+        )
 
     def clear(self) -> None:
         """Forget the batches, and the time that they took."""

@@ -206,8 +206,7 @@ class Translator(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: TranslationBatch, batch_idx: int) -> None:
         """Log when the loggers do, after the step; before the first time what there is so far."""
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        is_due = self.global_step % every == 0 and self.global_step != self._last_step
+        is_due = self._ends_window(self._last_step)
         self._last_step = self.global_step
         if not (is_due or self._is_first_window):
             return
@@ -216,6 +215,22 @@ class Translator(pl.LightningModule):
         if is_due:
             self._window.clear()
             self._is_first_window = False
+
+    def training_sums(self) -> dict[str, Any]:
+        """Return what `ExactResume` keeps: the means since the last logging."""
+        window, is_first = self._window.state_dict(), self._is_first_window
+        return {"window": window, "last_step": self._last_step, "is_first": is_first}
+
+    def load_training_sums(self, sums: dict[str, Any]) -> None:
+        """Resume from there; the checkpoint may come before `on_train_batch_end` of its step."""
+        is_due = self._ends_window(sums["last_step"])
+        self._window.load_state_dict({} if is_due else sums["window"], self.device)
+        self._is_first_window = sums["is_first"] and not is_due
+        self._last_step = self.global_step
+
+    def _ends_window(self, last_step: int) -> bool:
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return self.global_step % every == 0 and self.global_step != last_step
 
     def validation_step(self, batch: TranslationBatch, batch_idx: int) -> None:
         self._evaluate("val", batch, beam_size=1)

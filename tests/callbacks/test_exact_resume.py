@@ -3,6 +3,7 @@
 As a script it is one of two ranks, which train in a folder: `python test_exact_resume.py FOLDER`.
 """
 
+import csv
 import os
 import random
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
@@ -23,6 +25,7 @@ from nmlightning import Digits, ImageClassifier, QuantizationNoise
 from nmlightning.callbacks import AtomicCheckpointIO, ExactResume
 from nmlightning.errors import InputError
 from trainers import quiet_trainer, run_as_script
+from translation_runs import make_net, make_text, make_translator
 
 EPOCHS, BATCHES = 3, 4
 
@@ -118,6 +121,26 @@ def test_resume_is_exact(tmp_path: Path, name: str) -> None:
     checkpoint = torch.load(tmp_path / name, weights_only=True)
     within = name in ("step=2.ckpt", "step=5.ckpt")
     assert checkpoint["nmlightning.ExactResume"]["within_epoch"] is within
+
+
+@pytest.mark.parametrize("step", [4, 7])
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_translator_resumes_its_means(tmp_path: Path, step: int) -> None:
+    def run(folder: Path, start: Path | None = None) -> tuple[Any, Any]:
+        pl.seed_everything(1)
+        task = make_translator(make_net(dropout=0.3))
+        options = {"max_steps": 11, "limit_val_batches": 0, "log_every_n_steps": 4}
+        logger = CSVLogger(folder)
+        trainer = quiet_trainer(ExactResume(), Keep(folder), **options | {"logger": logger})
+        trainer.fit(task, make_text(tmp_path), ckpt_path=start)
+        rows = csv.DictReader((Path(logger.log_dir) / "metrics.csv").read_text().splitlines())
+        logged = {row["step"]: (row["train/loss"], row["train/ppl"]) for row in rows}
+        return [w.clone() for w in task.parameters()], logged
+
+    weights, logged = run(tmp_path)
+    found, again = run(tmp_path / "again", tmp_path / f"step={step}.ckpt")
+    assert again == {at: means for at, means in logged.items() if int(at) >= step}
+    assert all(map(torch.equal, weights, found))
 
 
 @pytest.mark.slow

@@ -97,6 +97,46 @@ def test_resume_in_a_moved_folder(tmp_path: Path) -> None:
     assert steps_of(tmp_path / "moved") == list(range(3 * BATCHES + 1))
 
 
+@pytest.mark.parametrize("layout", ["", "checkpoints"])
+def test_resume_of_a_renamed_project_finds_the_recording(tmp_path: Path, layout: str) -> None:
+    start = fit(tmp_path / "project" / "first", 1)
+    place = start.parent / layout
+    place.mkdir(exist_ok=True)
+    start.rename(place / "last.ckpt")
+    (tmp_path / "project").rename(tmp_path / "renamed")
+    fit(tmp_path / "other", 3, tmp_path / "renamed" / "first" / layout / "last.ckpt")
+    assert steps_of(tmp_path / "other") == list(range(3 * BATCHES + 1))
+
+
+class SaveAt(pytorch_lightning.Callback):
+    """Saves at a step, before the tracker that comes behind it records that."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+@pytest.mark.parametrize("every", ["epoch", 2])
+@pytest.mark.parametrize("step", [5, 6])
+def test_resume_between_two_records_takes_no_extra_one(
+    tmp_path: Path, every: Any, step: int
+) -> None:
+    def run(folder: Path, start: Path | None = None) -> NormHistory:
+        callbacks = SaveAt(step, tmp_path / "at.ckpt"), WeightNormTracker(every)
+        trainer = make_trainer(folder, *callbacks, max_epochs=3)
+        trainer.fit(Trains(), make_data(), ckpt_path=start)
+        return NormHistory.load(folder)
+
+    whole, resumed = run(tmp_path / "whole"), run(tmp_path / "again", tmp_path / "at.ckpt")
+    assert resumed.steps.tolist() == whole.steps.tolist()
+    assert resumed.epochs.tolist() == whole.epochs.tolist()
+    np.testing.assert_array_equal(resumed.learning_rates, whole.learning_rates)
+
+
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
 def test_resume_after_a_kill(tmp_path: Path) -> None:
     code = (
