@@ -434,6 +434,8 @@ REFUSED = {
     "--trainer.callbacks.norm=linf": r"norm.* 'l1', .* 'linf'",
     "--trainer.callbacks.options={constant: none}": r"constant.*'none'",
     "--trainer.callbacks=null": r"'l1', this run has nothing",
+    "--model.optimizer.lr=0.3": r"SGD lr 0\.\d+, which a resume follows, .* asks for SGD lr 0.3:",
+    "--seed_everything=9": r"of a run with seed 1, .* asks for seed 9: give the same",
 }
 
 

@@ -182,8 +182,12 @@ class ExactResume(CallbackBase):
             register_after(source, "train_dataloader", set_states, key=_KEY)
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Note what this run asks for, before it is replaced by what the checkpoint has."""
+        """Note what this run asks for, before it is replaced by what the checkpoint has.
+
+        Of a sharded model, the checkpoint is loaded after this.
+        """
         self._settings = _asked_for(trainer)
+        _refuse_other_settings(self._loaded.get("settings", {}), self._settings)
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Resume, or raise InputError."""
@@ -319,5 +323,6 @@ def _refuse_other_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -
         there, here = (", ".join(f"{n} {each[n]}" for n in names) for each in (theirs, ours))
         raise InputError(
             f"The checkpoint is of a run with {there}, which a resume follows, and this one asks "
-            f"for {here}: give the same."
+            f"for {here}: give the same, or begin anew with its weights, by "
+            "nmlightning.load_from_checkpoint."
         )
