@@ -21,6 +21,7 @@ LAYERS = [
         "nmlightning.models",
         "nmlightning.datamodules",
         "nmlightning.atomic_file",
+        "nmlightning.yaml_text",
     ],
     ["nmlightning.name_patterns", "nmlightning.errors", "nmlightning.lazy_exports"],
 ]

@@ -13,10 +13,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nmlightning.atomic_file import UnwritableError, replace_file
 from nmlightning.errors import InputError, nearest
+from nmlightning.yaml_text import load_yaml
 
 
 def find_config(name: str) -> Path:
@@ -57,14 +56,11 @@ def read_config(name: str) -> dict[str, Any]:
     """
     try:
         text = name if is_config_text(name) else find_config(name).read_text("utf-8")
-        content = yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise InputError(f"--config: {name!r} is no YAML: {error.problem}{line}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise InputError(f"--config: {name!r} is no YAML text: {error}.") from None
     except OSError as error:
         raise InputError(f"--config: {name!r} cannot be read: {error.strerror}.") from None
+    content = load_yaml(text, f"--config: {name!r}")
     if not isinstance(content, dict):
         raise InputError(f"--config: {name!r} holds no options, but {content!r}.")
     return content

@@ -13,15 +13,17 @@ from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile, get_loader, set_loader
 from pytorch_lightning import Callback, LightningDataModule, LightningModule
 from pytorch_lightning.cli import LightningArgumentParser
 from pytorch_lightning.loggers import Logger
 from torch.optim.lr_scheduler import LRScheduler
+from yaml import YAMLError
 
 from nmlightning.commands.files import find_config, is_config_text, shipped_configs
 from nmlightning.errors import InputError, nearest
 from nmlightning.optim import StepRule
+from nmlightning.yaml_text import check_yaml, describe_error
 
 
 class Kind(NamedTuple):
@@ -247,13 +249,24 @@ def _type_name(name: str) -> str:
     return {"NoneType": "null", "Iterable": "a list"}.get(name, name)
 
 
+def _load(text: str) -> Any:
+    try:
+        check_yaml(text)
+        return get_loader("yaml")(text)
+    except Exception as error:  # of any kind, as in `load_yaml`
+        raise YAMLError(describe_error(error)) from error
+
+
+set_loader("checked_yaml", _load, (YAMLError,))
+
+
 class Parser(LightningArgumentParser):
     """LightningCLI's parser, except that a parse error is an InputError of one line."""
 
     def __init__(self, **kwargs: Any) -> None:
         for kind in KINDS.values():
             exported_classes(kind)  # jsonargparse finds a class by its name once it is imported
-        super().__init__(**kwargs)
+        super().__init__(**{"parser_mode": "checked_yaml", **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from nmlightning.errors import InputError
 from nmlightning.reports.event_file import Point, read_event_file
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.recording_file import FILE_NAME
+from nmlightning.yaml_text import load_yaml
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,19 +63,13 @@ def read_csv_file(file: Path) -> Iterator[Point]:
     try:
         with file.open(encoding="utf-8", newline="") as lines:
             for row in csv.DictReader(lines):
-                step = int(row.pop("step"))
+                step = int(np.int64(int(row.pop("step"))))  # or OverflowError
                 for tag, text in row.items():
                     if text:
                         yield Point(tag, step, float(text), math.nan)
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, csv.Error) as error:
         raise InputError(f"{file} is damaged, or not of Lightning's CSVLogger.") from error
 
-
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Reads what any project's hyper-parameters hold; of an object it takes the type's name."""
-
-
-_Loader.add_multi_constructor("", lambda loader, suffix, node: suffix)
 
 # Keys that say who ran it and where, not what was run.
 _IGNORED_KEYS = (
@@ -96,9 +90,10 @@ def read_saved_config(folder: Path) -> dict[str, Any]:
     if file is None:
         return {}
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{file} is no YAML: {error}.") from error
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is no YAML text: {error}.") from error
+    content = load_yaml(text, str(file), objects=True)
     return content if isinstance(content, dict) else {}
 
 
@@ -313,14 +308,18 @@ def _read_kept(place: Path) -> Run:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         settings, seed, minutes = (content[key] for key in ("settings", "seed", "cpu_minutes"))
-    except (ValueError, KeyError, TypeError) as error:
+        settings = dict(_flatten(dict(settings), ""))
+        seconds = 60 * float(minutes)
+        if not (seed is None or type(seed) is int):
+            raise TypeError(seed)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(f"{file} is damaged, or not of a run.") from error
     return Run(
         folder=place,
         settings=settings,
         seed=seed,
         scalars=make_series(read_csv_file(place.with_suffix(".csv"))),
-        seconds=60 * minutes,
+        seconds=seconds,
         norms=None,
         checkpoint=None,
         parts=(place,),

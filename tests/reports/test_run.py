@@ -51,7 +51,13 @@ def test_read_run_reads_a_csv(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"a,b\n1,2\n", b"step,loss\n1,x\n", b"step,loss\n,1\n", b"step,val/top1\n1,\xff\n"],
+    [
+        b"step,loss\n1%030d,1\n" % 0,
+        b"a,b\n1,2\n",
+        b"step,loss\n1,x\n",
+        b"step,loss\n,1\n",
+        b"step,val/top1\n1,\xff\n",
+    ],
 )
 def test_read_run_refuses_a_damaged_csv(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_bytes(content)
@@ -109,7 +115,15 @@ def test_kept_runs_are_read_without_folders(tmp_path: Path) -> None:
     assert first.scalars["val/top1"].values.tolist() == [0.5, 0.75]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"seed": 1}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("{", "[]", '{"seed": 1}', "[" * 100_000),
+        '{"settings": 1, "seed": 1, "cpu_minutes": 1}',
+        '{"settings": {}, "seed": [1], "cpu_minutes": 1}',
+        '{"settings": {}, "seed": 1, "cpu_minutes": "x"}',
+    ],
+)
 def test_read_run_refuses_a_damaged_kept_run(content: str, tmp_path: Path) -> None:
     (tmp_path / "l1-1.json").write_text(content)
     with pytest.raises(InputError, match=r"l1-1.json is damaged, or not of a run"):
