@@ -33,8 +33,12 @@ def replace_file(path: str | Path) -> Iterator[BinaryIO]:
         UnwritableError: what was written met an OSError; the earlier file is whole.
     """
     path = Path(path)
+    with explain_failure(path):
+        earlier = path.exists()
+        if "\0" in str(path) or (earlier and not path.is_file()):
+            raise UnwritableError(f"{path} cannot be written: it is no name of a file.")
     draft = path.with_name(f".{path.name}.{uuid4().hex[:12]}{_DRAFT}")
-    with explain_failure(path, f"; the earlier {path.name} is whole" if path.exists() else ""):
+    with explain_failure(path, f"; the earlier {path.name} is whole" if earlier else ""):
         try:
             remove_drafts(path.parent, glob.escape(path.name))
             with draft.open("xb") as file:

@@ -4,14 +4,16 @@
 user gave ends here as one line on stderr and exit code 2; any other exception keeps its traceback.
 """
 
+import errno
 import os
 import sys
 import textwrap
 from importlib import import_module
+from typing import Any
 
 from nmlightning.commands.argument_parser import BAD_INPUT, INTERRUPTED
 from nmlightning.commands.files import RunPaths, shipped_configs
-from nmlightning.errors import InputError, nearest
+from nmlightning.errors import InputError, input_error_in, nearest
 
 COMMANDS = {
     "fit": "train, and validate after every epoch",
@@ -31,6 +33,11 @@ COMMANDS = {
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 # Where torchrun, SLURM and Lightning, in this order, say which of several processes this one is.
 _RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REPORT = (
+    "this was not expected, and is a bug unless it arose in code of your own; please report it "
+    "with the lines above and what nm doctor prints."
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,14 +57,17 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        if any("\0" in word for word in arguments):
+            raise InputError("a NUL character is in the command line, which no name can have.")
         return _run(arguments)
     except KeyboardInterrupt:
         fate = "; no checkpoint exists yet" if arguments[0] == "fit" else ""
         print(f"{_name()}: interrupted{fate}.", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        bad_input = _input_error_in(error)
-        if bad_input is None:
+        bad_input = input_error_in(error) or _line_for_file(error)
+        if not bad_input:
+            sys.excepthook = _ask_for_report
             raise
         print(f"{_name()}: {' '.join(str(bad_input).split())}", file=sys.stderr)
         return BAD_INPUT
@@ -119,8 +129,14 @@ shipped configs
 {configs}"""
 
 
-def _input_error_in(error: BaseException | None) -> InputError | None:
-    """Return the InputError that `error` is or was raised from; parsers wrap what they catch."""
-    while error is not None and not isinstance(error, InputError):
-        error = error.__cause__
-    return error
+def _line_for_file(error: Exception) -> str:
+    """Return a line for what the system says of a file, or of a disk that is full; else `""`."""
+    if not isinstance(error, OSError) or (error.filename is None and error.errno not in _FULL):
+        return ""
+    return f"{error.filename or 'a file cannot be written'}: {error.strerror}."
+
+
+def _ask_for_report(*error: Any) -> None:
+    """Print the traceback of an error that no input accounts for, and whom to tell of it."""
+    sys.__excepthook__(*error)
+    print(f"{_name()}: {_REPORT}", file=sys.stderr)

@@ -12,6 +12,13 @@ class InputError(ValueError):
     """
 
 
+def input_error_in(error: BaseException | None) -> InputError | None:
+    """Return the InputError that `error` is or was raised from; parsers wrap what they catch."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__
+    return error
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the allowed name closest to `name`, or `""`.
 

@@ -92,3 +92,11 @@ def test_errors_of_the_body_stay_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), replace_file(tmp_path / "a"):
         raise ZeroDivisionError
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("path", [".", "/", "/dev/null", "a\0b", 300 * "x", "/dev/null/x"])
+def test_only_files_are_replaced(path: str) -> None:
+    reason = "cannot be written: .*(no name of a file|too long|Not a directory)"
+    with pytest.raises(UnwritableError, match=reason), replace_file(path):
+        pass
+    assert Path("/dev/null").is_char_device()

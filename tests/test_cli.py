@@ -109,6 +109,9 @@ BAD_INPUT = {
     "fit --config configs/cifar_l3.yaml": "Did you mean 'cifar_l2'?",
     "fit --config elsewhere/cifar_l1.yaml": "no file 'elsewhere/cifar_l1.yaml'",
     "fit --config 'trainer: [\n'": "is no YAML: .* in line 2",
+    "fit --config 'a: &a [*a]\n'": "is no YAML: .a stands inside of what it names in line 1",
+    "--trainer '{max_epochs: 1, max_epochs: 2}'": "trainer: the key 'max_epochs' is there twice",
+    f"fit --config {'x' * 300}": "--config: 'x+' cannot be read: File name too long.",
     "fit --config '{}' --ckpt_path nope.ckpt": "--ckpt_path: there is no file 'nope.ckpt' in ",
     "fit --config '{}' --ckpt_path best": "'best' .* give the path of a checkpoint, or 'last' for",
     "fit --config '{}' --ckpt_path hpc": "'hpc' .* give the path of a checkpoint, or 'last' for",
@@ -190,6 +193,12 @@ BAD_INPUT = {
     # Data
     "--data CIFAR10 --data.download false": "CIFAR-10 is not in .*--data.root.*--data Digits",
     "--data.batch_size 0": "batch_size must be a whole number of at least 1, got 0.",
+    # What only the libraries notice
+    "--trainer.limit_train_batches 0.0001": "0.0001",
+    "--model.net.num_classes 1000000000000": "not enough memory; a smaller network, image or batch",
+    "--data.image_size 20000": "not enough memory; a smaller network, image or batch",
+    "--model.net.in_channels 4": "channels",
+    "--trainer.max_time x": "trainer: ",
 }
 
 
@@ -229,14 +238,20 @@ def test_cli_reports_bad_input_in_one_line(nm: Nm, words: str, expected: str) ->
 
 
 def test_cli_keeps_the_traceback_of_an_unexpected_error(
-    nm: Nm, monkeypatch: pytest.MonkeyPatch
+    nm: Nm, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(ImageClassifier, "training_step", fail)
-    with pytest.raises(RuntimeError, match="a bug"):
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    with pytest.raises(RuntimeError, match="a bug") as raised:
         nm(*FIT)
+    sys.excepthook(raised.type, raised.value, raised.tb)
+    *_, bug, report = capfd.readouterr().err.splitlines()
+    assert bug == "RuntimeError: a bug"
+    assert report.startswith("nm: this was not expected")
+    assert "nm doctor" in report
 
 
 # ---- configs by name ----

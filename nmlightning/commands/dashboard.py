@@ -17,6 +17,8 @@ def run(arguments: list[str]) -> NoReturn:
         InputError: there are no runs to show, or a name that TensorBoard cannot be given.
     """
     given = _parse(arguments)
+    if not 0 <= given.port < 2**16:
+        raise InputError(f"--port is from 0, to have one chosen, to {2**16 - 1}; got {given.port}.")
     command = [sys.executable, "-m", "tensorboard.main", *_logdir(given.run)]
     command += ["--port", str(given.port), "--host", given.host]
     if given.port:  # 0 lets TensorBoard choose

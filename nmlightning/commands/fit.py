@@ -6,10 +6,7 @@ Lightning, torchrun or SLURM may start several processes with the same command l
 
 import os
 import shutil
-import subprocess
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +26,9 @@ from nmlightning.callbacks.checkpoints import (
     end_checkpoint,
 )
 from nmlightning.commands import run_report
-from nmlightning.commands.argument_parser import INTERRUPTED, LOST_PROCESS, TERMINATED
+from nmlightning.commands.argument_parser import INTERRUPTED, TERMINATED
 from nmlightning.commands.checkpoint import checkpoint_hparams
+from nmlightning.commands.failures import explain_failures, failing_together
 from nmlightning.commands.files import (
     RunPaths,
     default_logger,
@@ -40,13 +38,6 @@ from nmlightning.commands.files import (
 from nmlightning.commands.parser import ConfigFile, Parser
 from nmlightning.commands.run_report import filter_logs
 from nmlightning.errors import InputError
-
-SECONDS_TO_END = 10  # for a launched process that is about to say what went wrong
-# What gloo says of a process that is gone or silent; NCCL and the store have exceptions for it.
-_LOSSES = (
-    *("Connection closed by peer", "Connection reset by peer"),
-    *("Broken pipe", "Timed out waiting"),
-)
 
 
 def run(arguments: list[str], paths: RunPaths) -> int:
@@ -142,6 +133,11 @@ class TrainingCLI(LightningCLI):
         elif trainer.logger in (True, None):
             trainer.logger = dict_to_namespace(default_logger(self._run_name))
 
+    def instantiate_classes(self) -> None:
+        """Make the model, the data and the Trainer."""
+        with explain_failures():
+            super().instantiate_classes()
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Return the Trainer, with the last checkpoint kept and the time measured."""
         options = self.config_init[self.subcommand].trainer
@@ -161,7 +157,8 @@ class TrainingCLI(LightningCLI):
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
         """Train, and report; after Ctrl-C or SIGTERM say how to resume."""
-        folder = self._make_folder() if self.trainer.is_global_zero else None
+        made: list[Path] = []
+        folder = self._make_folder(made) if self.trainer.is_global_zero else None
         if folder:
             self._began = time_written(folder)
         run_report.print_start(self.trainer, folder)
@@ -171,13 +168,14 @@ class TrainingCLI(LightningCLI):
         exact = [] if any(isinstance(c, ExactResume) for c in callbacks) else [ExactResume()]
         callbacks[:0] = [SameStart(earlier), EndCheckpoint(), *exact]
         try:
-            with failing_together(self.trainer, lambda: self._last_checkpoint() or earlier):
+            with (
+                explain_failures(lambda: not self._watch.steps),
+                failing_together(self.trainer, lambda: self._last_checkpoint() or earlier),
+            ):
                 self.trainer.fit(model, **kwargs)
-        except InputError:
-            if folder and not any(folder.rglob("*.ckpt")):
-                shutil.rmtree(folder, ignore_errors=True)  # nothing was learned
-            raise
-        except (SystemExit, RuntimeError) as error:
+        except BaseException as error:
+            if not (self._watch.steps or self._last_checkpoint()):
+                remove_made(made)  # nothing was learned
             code = self._interruption(error)
             if code is None:
                 raise
@@ -205,7 +203,10 @@ class TrainingCLI(LightningCLI):
             run_report.print_notice("no --ckpt_path is given; these weights are untrained.")
         if "verbose" in kwargs:
             kwargs["verbose"] = False  # our table says the same
-        with failing_together(self.trainer, lambda: kwargs.get("ckpt_path")):
+        with (
+            explain_failures(),
+            failing_together(self.trainer, lambda: kwargs.get("ckpt_path")),
+        ):
             measure(model, **kwargs)
         run_report.print_metrics(self.trainer.callback_metrics)
         run_report.print_paths(checkpoint=kwargs.get("ckpt_path"))
@@ -220,8 +221,11 @@ class TrainingCLI(LightningCLI):
         terminated = isinstance(error, SIGTERMException) or self.trainer.received_sigterm
         return TERMINATED if terminated else None
 
-    def _make_folder(self) -> Path | None:
-        """Make the run's folder, or raise InputError before anything is computed for it."""
+    def _make_folder(self, made: list[Path]) -> Path | None:
+        """Make the run's folder, or raise InputError before anything is computed for it.
+
+        Whatever had to be made for it is added to `made`, the inner folders first.
+        """
         options = self.config_init[self.subcommand].trainer
         if options.fast_dev_run or not self.trainer.log_dir:
             return None
@@ -229,6 +233,7 @@ class TrainingCLI(LightningCLI):
         if (folder / "config.yaml").exists():
             raise InputError(f"{folder} holds another run; leave trainer.logger.version out.")
         try:
+            made += [place for place in (folder, *folder.parents) if not place.exists()]
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"the run's folder cannot be made: {error}.") from error
@@ -242,6 +247,18 @@ class TrainingCLI(LightningCLI):
         written = [path for path in paths if path.name and path.exists()]
         written = [path for path in written if time_written(path) >= self._began]
         return max(written, key=time_written, default=None)
+
+
+def remove_made(folders: list[Path]) -> None:
+    """Delete a run's folder, and those above it that were made for it and hold no other run.
+
+    One that was there before the run, such as the current folder, is not among them.
+    """
+    for folder in folders[:1]:
+        shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        for folder in folders[1:]:
+            folder.rmdir()
 
 
 def standard_callbacks(options: Namespace) -> list[Callback]:
@@ -292,20 +309,6 @@ def is_ctrl_c(stop: SystemExit) -> bool:
     return isinstance(stop.__context__, KeyboardInterrupt)
 
 
-def stop_launched_processes(trainer: Trainer) -> None:
-    """End the processes that Lightning started, which it leaves running after an exception.
-
-    On a GPU they may wait inside a collective, where no other signal reaches them.
-    """
-    launched: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
-    deadline = time.monotonic() + SECONDS_TO_END
-    for process in launched:
-        try:
-            process.wait(timeout=max(0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
 class SameStart(Callback):
     """Refuses a fit whose processes do not all start from the same checkpoint.
 
@@ -327,37 +330,6 @@ class SameStart(Callback):
                 f"--ckpt_path: rank 0 starts from {found[0]}, rank {other} from {found[other]}: "
                 "let all nodes share the folder of the runs, or give the path of a checkpoint."
             )
-
-
-@contextmanager
-def failing_together(
-    trainer: Trainer, checkpoint: Callable[[], Path | str | None]
-) -> Iterator[None]:
-    """Say in a line that another process is lost, and leave none running that this one started.
-
-    `checkpoint` returns the last one that there is, of what the body runs.
-
-    Raises:
-        SystemExit: with LOST_PROCESS, in place of what torch's collective raised.
-    """
-    try:
-        yield
-    except BaseException as error:
-        lost = trainer.world_size > 1 and is_loss(error)
-        if lost:
-            run_report.print_loss(trainer.global_rank, str(error), checkpoint())
-        stop_launched_processes(trainer)
-        if lost:
-            raise SystemExit(LOST_PROCESS) from None
-        raise
-
-
-def is_loss(error: BaseException) -> bool:
-    """Return True for what a collective raises when another process is gone or silent."""
-    if isinstance(error, dist.DistError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and "gloo" in text and any(x in text for x in _LOSSES)
 
 
 def check_restarts() -> None:

@@ -27,10 +27,11 @@ STAGES = ("train", "val", "test")
 
 
 class Stopwatch(Callback):
-    """Count the examples and the seconds of training, without its validation."""
+    """Count the batches, the examples and the seconds of training, without its validation."""
 
     def __init__(self) -> None:
         self.epochs = 0
+        self.steps = 0
         self.examples = 0
         self.training_seconds = 0.0
         self.total_seconds = 0.0
@@ -45,6 +46,7 @@ class Stopwatch(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self.steps += 1
         if isinstance(batch, (tuple, list)):
             self.examples += len(batch[0]) * trainer.world_size
 

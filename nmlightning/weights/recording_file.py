@@ -189,7 +189,7 @@ def read_recording(file: Path) -> dict[str, Any]:
         names, provenance = (json.loads(metadata[key]) for key in ("names", "provenance"))
         recording = {name: arrays[name] for name in _ARRAYS}
         norms = {name: arrays[_NORMS + name] for name in names}
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{file} is damaged: {error} is missing or unreadable.") from error
@@ -272,7 +272,7 @@ def _read_arrays(file: Path) -> dict[str, NDArray[Any]]:
     try:
         with safe_open(file, framework="np") as content:
             return {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, TypeError, AttributeError) as error:  # a dtype that numpy lacks
         raise InputError(f"{file} is truncated or no safetensors file ({error}).") from error
 
 

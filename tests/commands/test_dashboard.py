@@ -71,6 +71,7 @@ def test_dashboard_refuses_runs_without_event_files(
     [
         (["nowhere"], "there is no folder 'nowhere' in"),
         (["runs", "--port", "x"], "argument --port: invalid int value: 'x'"),
+        (["--port", "-5"], "--port is from 0, to have one chosen, to 65535; got -5."),
         (["runs", "a,b"], "TensorBoard cannot be given 'a,b': a comma or colon is in it."),
     ],
 )

@@ -10,9 +10,10 @@ import pytest
 import torch.distributed as dist
 
 from nmlightning.cli import main
-from nmlightning.commands import fit
+from nmlightning.commands import failures
 from nmlightning.commands.argument_parser import LOST_PROCESS
-from nmlightning.commands.fit import SameStart, check_restarts, failing_together, is_loss
+from nmlightning.commands.failures import failing_together, is_loss
+from nmlightning.commands.fit import SameStart, check_restarts
 from nmlightning.errors import InputError
 
 GLOO = "[…/gloo/transport/tcp/pair.cc:561] "
@@ -71,7 +72,7 @@ def test_failing_together_with_one_process() -> None:
 def test_failing_together_ends_launched_processes(
     patience: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit, "SECONDS_TO_END", patience)
+    monkeypatch.setattr(failures, "SECONDS_TO_END", patience)
     seconds = 60 if patience == 0 else 0.1
     command = [sys.executable, "-c", f"import time; time.sleep({seconds})"]
     process = subprocess.Popen(command)

@@ -1,3 +1,4 @@
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,13 @@ from nmlightning.errors import InputError
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.layer_weights import find_layer_weights
 from nmlightning.weights.recorder import Recorder
-from nmlightning.weights.recording_file import FILE_NAME, find_recording, record_type
+from nmlightning.weights.recording_file import (
+    FILE_NAME,
+    FORMAT,
+    VERSION,
+    find_recording,
+    record_type,
+)
 from two_epochs import assert_same, make_history
 
 
@@ -39,6 +46,17 @@ def test_truncated_file_is_refused(tmp_path: Path, share: float) -> None:
     file.write_bytes(content[: int(share * len(content))])
     with pytest.raises(InputError, match=f"{FILE_NAME} is truncated or no safetensors file"):
         NormHistory.load(file)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F8_E4M3", "F4"])
+def test_file_of_a_dtype_that_numpy_lacks_is_refused(tmp_path: Path, dtype: str) -> None:
+    steps = {"dtype": dtype, "shape": [2], "data_offsets": [0, {"BF16": 4, "F4": 1}.get(dtype, 2)]}
+    metadata = {"format": FORMAT, "version": str(VERSION)}
+    header = json.dumps({"steps": steps, "__metadata__": metadata}).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(steps["data_offsets"][1])
+    (tmp_path / FILE_NAME).write_bytes(content)
+    with pytest.raises(InputError, match=f"{FILE_NAME} is .*no safetensors file"):
+        NormHistory.load(tmp_path)
 
 
 def write_runs(folder: Path, *provenances: dict[str, Any]) -> list[Path]:

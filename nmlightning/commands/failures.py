@@ -1,0 +1,131 @@
+"""What a run that fails says: a line for what the user gave, a traceback for what nobody expected.
+
+torch, Lightning and other libraries complain in exceptions of every kind about a network that does
+not fit the data, or a number that is no number. If such a complaint comes before the first step is
+done, and no code of the user's own is on the way to it, it is about what the config says.
+"""
+
+import pickle
+import re
+import subprocess
+import sysconfig
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from pytorch_lightning import Trainer
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from nmlightning.commands import run_report
+from nmlightning.commands.argument_parser import LOST_PROCESS
+from nmlightning.errors import InputError, input_error_in
+
+SECONDS_TO_END = 10  # for a launched process that is about to say what went wrong
+# What gloo says of a process that is gone or silent; NCCL and the store have exceptions for it.
+_LOSSES = (
+    *("Connection closed by peer", "Connection reset by peer"),
+    *("Broken pipe", "Timed out waiting"),
+)
+
+_PACKAGE = Path(__file__).parents[1]
+_LIBRARIES = [Path(sysconfig.get_path(name)) for name in ("purelib", "platlib", "stdlib")]
+_COMPLAINTS = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError)
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "Storage size calculation overflow")
+
+
+@contextmanager
+def explain_failures(is_start: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Turn what the body raises because of what the user gave into an InputError of one line.
+
+    Args:
+        is_start: whether the first step is still to be done.
+
+    Raises:
+        InputError: from what the body raised.
+    """
+    try:
+        yield
+    except Exception as error:
+        line = None if input_error_in(error) else explain(error, is_start())
+        if line is None:
+            raise
+        raise InputError(line) from error
+
+
+def explain(error: Exception, is_start: bool) -> str | None:
+    """Return the line for an exception that the user's input accounts for, else None."""
+    message = " ".join(str(error).split()).partition(" Exception raised from ")[0]
+    tried = re.search("Union subtypes .*?Errors: - (.*?) - Expected", message)  # by jsonargparse
+    message = (tried[1] if tried else message)[:400]
+    is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if is_memory or any(text in message for text in _OUT_OF_MEMORY):
+        return f"there is not enough memory; a smaller network, image or batch may fit: {message}"
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            "the checkpoint holds objects, and to load these may run code: give --weights_only "
+            f"false if you trust it. {message.partition(' Please file an issue')[0][:200]}"
+        )
+    if isinstance(error, MisconfigurationException):
+        return message
+    *_, last = traceback.extract_tb(error.__traceback__)
+    frames = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    is_library = not _is_below(frames[-1], _PACKAGE)
+    is_known = all(_is_below(frame, _PACKAGE, *_LIBRARIES) for frame in frames)
+    if is_start and is_library and is_known and isinstance(error, _COMPLAINTS):
+        where = f"{last.name} of {Path(last.filename).name}:{last.lineno}"
+        return f"what is configured does not work together: {message or repr(error)} (in {where})"
+    return None
+
+
+def _is_below(file: Path, *folders: Path) -> bool:
+    """Return whether a file is in one of the folders, or is made up, as `<string>` is."""
+    return file.name.startswith("<") or any(folder in file.parents for folder in folders)
+
+
+def stop_launched_processes(trainer: Trainer) -> None:
+    """End the processes that Lightning started, which it leaves running after an exception.
+
+    On a GPU they may wait inside a collective, where no other signal reaches them.
+    """
+    launched: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
+    deadline = time.monotonic() + SECONDS_TO_END
+    for process in launched:
+        try:
+            process.wait(timeout=max(0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+@contextmanager
+def failing_together(
+    trainer: Trainer, checkpoint: Callable[[], Path | str | None]
+) -> Iterator[None]:
+    """Say in a line that another process is lost, and leave none running that this one started.
+
+    `checkpoint` returns the last one that there is, of what the body runs.
+
+    Raises:
+        SystemExit: with LOST_PROCESS, in place of what torch's collective raised.
+    """
+    try:
+        yield
+    except BaseException as error:
+        lost = trainer.world_size > 1 and is_loss(error)
+        if lost:
+            run_report.print_loss(trainer.global_rank, str(error), checkpoint())
+        stop_launched_processes(trainer)
+        if lost:
+            raise SystemExit(LOST_PROCESS) from None
+        raise
+
+
+def is_loss(error: BaseException) -> bool:
+    """Return True for what a collective raises when another process is gone or silent."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and "gloo" in text and any(x in text for x in _LOSSES)
