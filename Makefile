@@ -10,7 +10,7 @@ REQUIREMENTS := setup.cfg pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart kernels study results tables bench zoo test proofs check format lint types clean
+.PHONY: help quickstart kernels study results tables bench storm zoo test proofs check format lint types clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-12s%s\n", $$1, $$2 }'
@@ -40,6 +40,9 @@ tables: $(VENV)/core ## docs/results.md, its pictures and README's table from re
 
 bench: $(VENV)/test ## every target of speed and memory as a ratio (ten minutes); OPTIONS='--only C1 C2'
 	$(VENV)/bin/python benchmarks/speed.py $(OPTIONS)
+
+storm: $(VENV)/test ## bad inputs, random kills and full disks, under ten minutes; OPTIONS='--seed 2 --only kills'
+	$(VENV)/bin/python benchmarks/storm.py $(OPTIONS)
 
 zoo: $(VENV)/zoo ## try every model of timm and more, optimizers and loops (hours; it resumes where it stopped)
 	for zoo in zoo_optimizers zoo_loops zoo; do $(VENV)/bin/python benchmarks/$$zoo.py $(OPTIONS) && \

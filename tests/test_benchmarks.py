@@ -35,6 +35,15 @@ def run_script(name: str, *words: str) -> str:
     return answer.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["inputs", "kills", "disk"])
+def test_a_storm_loses_nothing(part: str) -> None:
+    words = ("--seed", "2", "--inputs", "100", "--kills", "7", "--processes", "1")
+    assert re.search(
+        rf"{part} +[1-9]\d* +[1-9]\d* +0 ", run_script("storm", "--only", part, *words)
+    )
+
+
 @pytest.mark.parametrize("name", LINES)
 def test_shares_of_a_step_print_a_line_each(name: str) -> None:
     printed = run_script(name, "--net", "resnet20", "--batch", "2", "--rounds", "2")

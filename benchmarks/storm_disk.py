@@ -1,0 +1,125 @@
+"""Writes each kind of file where the disk is full: the earlier one must stay, and a line say so."""
+
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import yaml
+from PIL import Image
+from storm import Trial, Verdict, fork, try_all, wait
+from storm_inputs import GOOD
+
+from nmlightning.cli import main
+from nmlightning.errors import InputError
+from nmlightning.weights.history import NormHistory
+
+SECONDS = 120
+
+
+def fit() -> int:
+    """Write a checkpoint, always to the same place."""
+    place = {"dirpath": "kept", "filename": "last", "enable_version_counter": False}
+    keep = {"class_path": "ModelCheckpoint", "init_args": place}
+    trainer = GOOD["trainer"] | {"enable_checkpointing": True, "callbacks": [keep]}
+    Path("config.yaml").write_text(yaml.safe_dump(GOOD | {"trainer": trainer}))
+    return main(["fit", "--config", "config.yaml"])
+
+
+def export(form: str, file: str) -> Callable[[], int]:
+    """Return what exports a checkpoint to a file."""
+
+    def write() -> int:
+        words = ["export", "../checkpoint/kept/last.ckpt", "--format", form, "--output", file]
+        return main([*words, "--overwrite", "--input_shape", "3,8,8"])
+
+    return write
+
+
+def record() -> int:
+    """Write a recording."""
+    try:
+        NormHistory.from_arrays({"a": np.ones((100, 64))}, range(100), [0] * 100).save(
+            "a.safetensors"
+        )
+    except InputError as error:
+        print(f"nm: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def compare() -> int:
+    """Write a page."""
+    Path("run").mkdir(exist_ok=True)
+    if not Path("run/metrics.csv").exists():
+        Path("run/metrics.csv").write_text("step,val/top1\n9,0.5\n19,0.75\n")
+    return main(["compare", "run", "--report", "page.html"])
+
+
+def shard() -> int:
+    """Write shards, always to a new folder."""
+    for part in ("train", "val"):
+        for name in "ab":
+            folder = Path("images", part, name)
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
+            if not (folder / "0.png").exists():
+                Image.fromarray(pixels).save(folder / "0.png")
+    return main(["shard", "images", "shards"])
+
+
+# The file that is written, None where nothing is replaced, and what writes it.
+FILES: dict[str, tuple[str | None, Callable[[], int]]] = {
+    "checkpoint": ("kept/last.ckpt", fit),
+    "recording": ("a.safetensors", record),
+    "page": ("page.html", compare),
+    "export pt": ("net.pt", export("state_dict", "net.pt")),
+    "export onnx": ("net.onnx", export("onnx", "net.onnx")),
+    "export torch.export": ("net.pt2", export("torch_export", "net.pt2")),
+    "shards": (None, shard),
+}
+
+
+def try_file(write: Callable[[], int], name: str | None) -> str:
+    """Write a file, and again with no more room than half of it; return what is wrong."""
+    if name and (code := wait(fork(write), SECONDS)):
+        return f"the first one exits with {code}"
+    good = Path(name).read_bytes() if name else b" " * 4096
+    before = {path for path in Path().rglob("*") if path.name != "log"}
+    log = Path("full").absolute()
+
+    def fill() -> int:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        room = len(good) // 2
+        os.environ["TMPDIR"] = str(Path().absolute())
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+        return write()
+
+    code = wait(fork(fill, log), SECONDS)
+    said = log.read_text(errors="replace").strip().splitlines()
+    if name and Path(name).read_bytes() != good:
+        return "the earlier file is not whole"
+    if code != 2 or "Traceback" in " ".join(said):
+        return f"exit {code}: {said[-1:]}"
+    left = set(Path().rglob("*")) - before - {log, Path("full")}
+    drafts = [str(path) for path in left if "unfinished" in path.name or path.name.startswith(".")]
+    return f"{drafts} are left" if drafts else ""
+
+
+def run() -> list[Verdict]:
+    """Return what became of each kind of file."""
+
+    def try_each() -> str:
+        reasons = []
+        for kind, (name, write) in FILES.items():
+            Path(kind.replace(" ", "-")).mkdir()
+            os.chdir(kind.replace(" ", "-"))
+            reasons.append(f"{kind}: {try_file(write, name)}")
+            os.chdir("..")
+        return "\n".join(reasons)
+
+    found = try_all([Trial("disk", try_each)], 8 * SECONDS)
+    return [Verdict(*(part.strip() for part in x.reason.partition(": ")[::2])) for x in found]
