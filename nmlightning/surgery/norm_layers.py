@@ -26,7 +26,8 @@ from nmlightning.surgery.foreign_norms import (
 from nmlightning.surgery.norm_act import class_with_activation, has_activation
 
 _NAMED_LIKE_A_NORM = re.compile(
-    r"(Batch|Layer|Group|Instance|RMS|Response|L2)_?Norm", re.IGNORECASE
+    r"(?i:(Batch|Layer|Group|Instance|RMS|Response|L2)_?Norm)"
+    r"|(?<!Weight)(?<!Spectral)Norm(?![a-z]|Linear)"
 )
 _NAMED_LAYER_OR_RMS = re.compile(r"(Layer|RMS|L2)_?Norm", re.IGNORECASE)
 _DIMS: dict[type, int | None] = {

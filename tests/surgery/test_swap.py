@@ -395,6 +395,7 @@ class TestRMSNorm:
             (MyRMSNorm(), UNKNOWN % "MyRMSNorm"),
             (MyNorm(8), UNKNOWN % "MyNorm"),
             (timm.layers.GroupNorm(8, 2), "no swap is defined for this norm"),
+            (timm.layers.SimpleNorm(8), "no swap is defined for this norm"),
         ],
     )
     def test_other_rms_norms_are_left_with_the_reason(self, norm: nn.Module, reason: str) -> None:
