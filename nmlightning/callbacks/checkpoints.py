@@ -24,6 +24,7 @@ from nmlightning.compat import (
     CheckpointIOBase,
     add_training_sums,
     global_seed,
+    is_trial_run,
     takes_loaders_from_hooks,
     training_sums,
 )
@@ -90,14 +91,19 @@ class EndCheckpoint(CallbackBase):
 
     Attributes:
         step: of the last checkpoint, or else that the fit started at.
+        file: where the end is kept, None where there are no checkpoints.
     """
 
     step = 0
+    file: Path | None = None
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Delete what killed processes left of files in the runs beside this one."""
-        if trainer.is_global_zero and end_checkpoint(trainer):
-            remove_drafts(Path(str(trainer.log_dir)).parent, below=True)
+        folder = trainer.log_dir  # for which all processes wait
+        if trainer.checkpoint_callbacks and folder and not is_trial_run(trainer):
+            self.file = Path(folder) / "checkpoints" / "last.ckpt"
+            if trainer.is_global_zero:
+                remove_drafts(Path(folder).parent, below=True)
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self.step = trainer.global_step
@@ -109,16 +115,8 @@ class EndCheckpoint(CallbackBase):
 
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Save, before other callbacks put averaged weights into the module."""
-        file = end_checkpoint(trainer)
-        if file and self.step != trainer.global_step:
-            trainer.save_checkpoint(file)
-
-
-def end_checkpoint(trainer: "pl.Trainer") -> Path | None:
-    """Return where the end of a fit is kept, None where there are no checkpoints."""
-    if not trainer.checkpoint_callbacks or trainer.fast_dev_run or not trainer.log_dir:  # type: ignore[attr-defined]
-        return None
-    return Path(trainer.log_dir) / "checkpoints" / "last.ckpt"
+        if self.file and self.step != trainer.global_step:
+            trainer.save_checkpoint(self.file)
 
 
 _KEY = "nmlightning.ExactResume"

@@ -23,7 +23,6 @@ from nmlightning.callbacks.checkpoints import (
     AtomicCheckpointIO,
     EndCheckpoint,
     ExactResume,
-    end_checkpoint,
 )
 from nmlightning.commands import run_report
 from nmlightning.commands.argument_parser import INTERRUPTED, TERMINATED
@@ -78,6 +77,7 @@ class TrainingCLI(LightningCLI):
         self._logger_is_given = any(word.startswith("--trainer.logger") for word in arguments)
         self._watch = run_report.Stopwatch()
         self._began = 0.0  # by the clock of the file system
+        self._end = EndCheckpoint()
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -166,7 +166,7 @@ class TrainingCLI(LightningCLI):
         earlier = kwargs.get("ckpt_path")
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         exact = [] if any(isinstance(c, ExactResume) for c in callbacks) else [ExactResume()]
-        callbacks[:0] = [SameStart(earlier), EndCheckpoint(), *exact]
+        callbacks[:0] = [SameStart(earlier), self._end, *exact]
         try:
             with (
                 explain_failures(lambda: not self._watch.steps),
@@ -243,7 +243,7 @@ class TrainingCLI(LightningCLI):
         """Return the last one that this run has written: a resume takes over names of earlier."""
         callbacks = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         paths = [Path(path) for c in callbacks for path in (c.last_model_path, c.best_model_path)]
-        paths.append(end_checkpoint(self.trainer) or Path())
+        paths.append(self._end.file or Path())
         written = [path for path in paths if path.name and path.exists()]
         written = [path for path in written if time_written(path) >= self._began]
         return max(written, key=time_written, default=None)
