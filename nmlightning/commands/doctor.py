@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import nmlightning
 from nmlightning.commands.argument_parser import FAILED_CHECK, ArgumentParser
-from nmlightning.kernels.cpu.build import cache_folder, is_whole, library_path
+from nmlightning.kernels.cpu.build import cache_folder, library_path, unusable_reason
 from nmlightning.kernels.interface import Fused
 from nmlightning.norms import (
     L1BatchNorm2d,
@@ -74,7 +74,7 @@ def describe_kernels() -> Rows:
     path = library_path(cache_folder())
     if not path.exists():
         return [("C++ kernels", "not built: nm kernels build")]
-    return [("C++ kernels", f"{path} {'' if is_whole(path) else 'is damaged: nm kernels build'}")]
+    return [("C++ kernels", unusable_reason(path) or str(path))]
 
 
 def _describe_gpu(index: int) -> str:

@@ -38,12 +38,12 @@ def _build(folder: Path) -> None:
         build_library,
         check_folder,
         check_toolchain,
-        is_whole,
         library_path,
+        unusable_reason,
     )
 
     path = library_path(folder)
-    if is_whole(path):
+    if not unusable_reason(path):
         print_line("kernels", f"{path}, built already")
         return
     check_toolchain()
@@ -55,15 +55,14 @@ def _build(folder: Path) -> None:
 
 
 def _show(folder: Path) -> None:
-    from nmlightning.kernels.cpu.build import is_whole, library_path
+    from nmlightning.kernels.cpu.build import library_path, unusable_reason
 
     path = library_path(folder)
-    if is_whole(path):
-        print_line("kernels", f"{path}, {path.stat().st_size / 2**20:.1f} MB")
-    elif path.exists():
-        print_line("kernels", f"{path} is damaged: nm kernels build")
-    else:
+    if not path.exists():
         print_line("kernels", "not built for this CPU and this torch: nm kernels build")
+    else:
+        size = f"{path}, {path.stat().st_size / 2**20:.1f} MB"
+        print_line("kernels", unusable_reason(path) or size)
     others = [other for other in folder.glob("torch-*.so") if other != path]
     for other in others:
         print_line("other", f"{other}, for another CPU, torch or nmlightning")

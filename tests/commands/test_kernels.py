@@ -1,9 +1,13 @@
 """`nm kernels`: what it says, and what is missing where it cannot build."""
 
 import os
+import re
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,7 +70,8 @@ def test_kernels_load_no_truncated_library(nm: Nm) -> None:
     path = build.library_path(build.cache_folder())
     path.parent.mkdir(parents=True)
     path.write_bytes(bytes(2**10))
-    assert nm("show")[1] == f" kernels     {path} is damaged: nm kernels build\n"
+    damaged = f"the kernels in {path} are damaged: nm kernels build"
+    assert nm("show")[1] == f" kernels     {damaged}\n"
     assert not build.is_whole(path)
     build.seal(path)
     assert build.is_whole(path)
@@ -143,7 +148,74 @@ def test_kernels_are_not_built_by_a_fit(nm: Nm) -> None:
         path = build.library_path(build.cache_folder())
         path.parent.mkdir(parents=True)
         path.write_text("half a file")
-        assert backend._missing() == f"the kernels in {path} are damaged: nm kernels build"
+        damaged = f"the kernels in {path} are damaged: nm kernels build"
+        with pytest.warns(UserWarning, match=re.escape(f"The norms use the formula: {damaged}")):
+            assert backend._missing() == damaged
         build.seal(path)
-        assert backend._missing() == f"the kernels in {path} do not load: nm kernels remove"
+        unreadable = f"the kernels in {path} do not load: nm kernels remove"
+        with pytest.warns(UserWarning, match=re.escape(unreadable)):
+            assert backend._missing() == unreadable
     assert os.listdir(Path.home()) in ([], [".cache"])
+
+
+def make_library(folder: Path) -> Path:
+    """Write what is taken for a whole library, and is none."""
+    path = build.library_path(folder)
+    path.parent.mkdir(parents=True, mode=0o700)
+    path.write_bytes(b"no code")
+    build.seal(path)
+    assert build.unusable_reason(path) == ""
+    return path
+
+
+def test_kernels_of_others_are_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_library(tmp_path / "kernels")
+    for place in (path, path.parent):
+        place.chmod(place.stat().st_mode | 0o020)
+        assert build.unusable_reason(path) == f"others may write to {place}: nm kernels build"
+        place.chmod(0o700)
+    monkeypatch.setattr(os, "getuid", lambda: path.stat().st_uid + 1)
+    if path.stat().st_uid:  # root's are trusted
+        assert build.unusable_reason(path).startswith(f"{path.parent} belongs to another user: set")
+    else:
+        os.chown(path, 1, -1)
+        assert build.unusable_reason(path).startswith(f"{path} belongs to another user: set XDG_C")
+
+
+def test_kernels_without_the_operators_are_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nmlightning.kernels.cpu import backend
+
+    path = make_library(tmp_path / "kernels")
+    monkeypatch.setattr(backend, "is_loaded", lambda: False)
+    monkeypatch.setattr(backend, "load_library", lambda path: None)
+    with pytest.warns(UserWarning, match="The norms use the formula: .* holds other operators"):
+        assert "holds other operators" in backend.CpuBackend(path.parent)._missing()
+
+
+def test_kernels_lie_in_the_cache_of_the_user(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert build.cache_folder() == tmp_path / "nmlightning" / "kernels"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # which the specification ignores
+    assert build.cache_folder() == Path.home() / ".cache" / "nmlightning" / "kernels"
+
+
+@pytest.mark.usefixtures("_toolchain")
+def test_kernels_build_leaves_nothing_when_it_is_killed(tmp_path: Path) -> None:
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    words = [sys.executable, "-m", "nmlightning", "kernels", "build"]
+    folder = tmp_path / "nmlightning" / "kernels"
+    with subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL) as process:
+        wait_until(lambda: any(folder.glob("unfinished-*")))
+        time.sleep(1)  # until the compilers' process has begun
+        process.kill()
+    wait_until(lambda: not os.listdir(folder))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -14,7 +14,9 @@ mean square of y in a channel. Where it does not hold in every channel of a laye
 this pass, for the layer. So it is after the addition in bfloat16.
 """
 
+import warnings
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,12 @@ from torch import Tensor
 
 from nmlightning.functional.statistics import LargestMean, Statistic
 from nmlightning.kernels.cpu.build import (
+    NOT_BUILT,
     cache_folder,
     is_loaded,
-    is_whole,
     library_path,
     load_library,
+    unusable_reason,
 )
 from nmlightning.kernels.interface import (
     DispatchKey,
@@ -41,7 +44,6 @@ from nmlightning.kernels.interface import (
     unsupported_norm,
 )
 
-NOT_BUILT = "the kernels are not built: nm kernels build"
 _DTYPES = (torch.float32, torch.bfloat16)
 # The tolerance · √3 / u, with u = 2^-24 and 2^-8.
 X_FREE_REACH = {torch.float32: 14.5, torch.bfloat16: 1.77}
@@ -184,13 +186,26 @@ class CpuBackend:
     def _missing(self) -> str:
         if is_loaded():
             return ""
-        path = library_path(self.folder)
-        if not path.exists():
-            return NOT_BUILT
-        if not is_whole(path):
-            return f"the kernels in {path} are damaged: nm kernels build"
+        reason = _load(library_path(self.folder))
+        if reason and reason != NOT_BUILT:
+            _warn(reason)
+        return reason
+
+
+def _load(path: Path) -> str:
+    """Load the library, or return why not."""
+    reason = unusable_reason(path)
+    if not reason:
         try:
             load_library(path)
         except OSError:
             return f"the kernels in {path} do not load: nm kernels remove"
-        return ""
+    if reason or is_loaded():
+        return reason
+    return f"{path} holds other operators than the kernels': nm kernels remove"
+
+
+@cache
+def _warn(reason: str) -> None:
+    """Say it once, since norms are then slower than the user has reason to expect."""
+    warnings.warn(f"The norms use the formula: {reason}.", stacklevel=2)

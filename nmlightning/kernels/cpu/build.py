@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -35,20 +36,53 @@ _PROCESSOR = (
     "Features",
 )
 LOG = "build.log"
+NOT_BUILT = "the kernels are not built: nm kernels build"
 _UNFINISHED = "unfinished-"
 _FORMULA = "The norms use the formula"
 # In a process of its own, which is given the folder of ninja in its PATH and leaves nothing loaded.
-# That it loads what it has built is a first test of it.
+# That it loads what it has built is a first test of it. Its input ends with the process that asked
+# for it, however that ends; then it ends the compilers, which are in its group, and removes their
+# folder.
 _COMPILE = """
-import json, sys
-from torch.utils.cpp_extension import load
-load(**json.loads(sys.argv[1]), is_python_module=False, verbose=True)
+import json, os, shutil, signal, sys, threading, time, traceback
+arguments = json.loads(sys.argv[1])
+folder = arguments["build_directory"]
+def clean_up():
+    sys.stdin.read()
+    os.killpg(0, signal.SIGTERM)
+    for _ in range(100):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not os.path.exists(folder):
+            break
+        time.sleep(0.1)
+    os._exit(0)
+signal.signal(signal.SIGTERM, lambda *_: None)
+cleaner = threading.Thread(target=clean_up)
+cleaner.start()
+try:
+    from torch.utils.cpp_extension import load
+    load(**arguments, is_python_module=False, verbose=True)
+    open(os.path.join(folder, "done"), "w").close()
+except BaseException:
+    traceback.print_exc()
+sys.stdout.flush()
+os.close(1)
+os.close(2)
+cleaner.join()
 """
+_OPERATORS = (
+    *("l1_forward", "l1_backward", "largest_forward", "largest_backward", "sums", "sums_of_sizes"),
+    *("largest", "affine", "gradient_sums", "gradient", "track"),
+    *("layer_norm_forward", "layer_norm_backward"),
+)
+_OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def cache_folder() -> Path:
-    """Return the user's folder for what can be made again."""
-    return Path.home() / ".cache" / "nmlightning" / "kernels"
+    """Return the user's folder for what can be made again, in `$XDG_CACHE_HOME` if that is set."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    home = given if given.is_absolute() else Path.home() / ".cache"
+    return home / "nmlightning" / "kernels"
 
 
 def library_path(folder: Path) -> Path:
@@ -58,7 +92,7 @@ def library_path(folder: Path) -> Path:
 
 def is_loaded() -> bool:
     """Return whether the operators are there."""
-    return hasattr(torch.ops.nmlightning, "l1_forward")
+    return all(hasattr(torch.ops.nmlightning, name) for name in _OPERATORS)
 
 
 def seal(path: Path) -> None:
@@ -73,6 +107,22 @@ def is_whole(path: Path) -> bool:
         return False
     content = path.read_bytes()
     return content[-_SEAL:] == hashlib.sha256(content[:-_SEAL]).digest()
+
+
+def unusable_reason(path: Path) -> str:
+    """Return why a library is not to be loaded, which runs what is in it; nothing if it is.
+
+    It and its folder belong to the user or to root, and nobody else may write to them.
+    """
+    if not path.exists():
+        return NOT_BUILT
+    for place in dict.fromkeys((path.parent, path.resolve().parent, path)):
+        status = place.stat()
+        if status.st_uid not in (os.getuid(), 0):
+            return f"{place} belongs to another user: set XDG_CACHE_HOME to a folder of your own"
+        if status.st_mode & _OTHERS_MAY_WRITE:
+            return f"others may write to {place}: nm kernels build"
+    return "" if is_whole(path) else f"the kernels in {path} are damaged: nm kernels build"
 
 
 def load_library(path: Path) -> None:
@@ -119,7 +169,7 @@ def build_library(folder: Path) -> Path:
     """Compile the kernels for this machine and this torch, and return the library.
 
     What is being built is in a new folder of its own, and moved into place whole at the end: two
-    processes may build at once, and what a killed one leaves is never taken for a library.
+    processes may build at once, and one that is killed leaves nothing.
 
     Raises:
         InputError: a system other than Linux; no compiler or no ninja; a folder that cannot be
@@ -135,9 +185,10 @@ def build_library(folder: Path) -> Path:
 
 
 def check_folder(folder: Path) -> None:
-    """Make the folder, or raise InputError unless things can be put into it."""
+    """Make the folder, the user's alone, or raise InputError unless things can be put into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"{folder} cannot be written to: {error.strerror}. {_FORMULA}.") from error
@@ -169,7 +220,8 @@ def remove_libraries(folder: Path) -> list[Path]:
     return found
 
 
-def _compile(build_folder: Path, log: Path) -> Path:
+def _compile(build_folder: Path, library: Path) -> Path:
+    """Compile in a folder, which is gone at the end, and put the library in its place."""
     sources = [str(path) for path in source_files() if path.suffix == ".cpp"]
     arguments = {
         "name": "nmlightning_kernels",
@@ -177,22 +229,29 @@ def _compile(build_folder: Path, log: Path) -> Path:
         "extra_cflags": list(flags()),
         "build_directory": str(build_folder),
     }
-    result = subprocess.run(
+    log = library.parent / LOG
+    with subprocess.Popen(
         [sys.executable, "-c", _COMPILE, json.dumps(arguments)],
         env=os.environ | {"PATH": _search_path()},
-        stdin=subprocess.DEVNULL,
+        cwd=build_folder,  # from which it imports, too
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-    )
-    made = build_folder / f"{arguments['name']}.so"
-    if result.returncode or not made.exists():
-        log.write_text(result.stdout)
-        raise InputError(
-            f"the kernels did not compile; the compiler's words are in {log}. {_FORMULA}."
-        )
-    log.unlink(missing_ok=True)
-    return made
+        start_new_session=True,
+    ) as compiling:
+        assert compiling.stdout is not None, "asked for"
+        words = compiling.stdout.read()
+        if not (build_folder / "done").exists():
+            log.write_text(words)
+            raise InputError(
+                f"the kernels did not compile; the compiler's words are in {log}. {_FORMULA}."
+            )
+        log.unlink(missing_ok=True)
+        made = build_folder / f"{arguments['name']}.so"
+        seal(made)
+        made.chmod(0o755)
+        return made.replace(library)
 
 
 def _compiler() -> str:
