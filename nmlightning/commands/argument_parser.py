@@ -7,6 +7,7 @@ from nmlightning.errors import InputError
 
 FAILED_CHECK = 1
 BAD_INPUT = 2
+DIVERGED = 3  # what was asked for is done, and a loss ended as NaN or infinity
 LOST_PROCESS = 75  # EX_TEMPFAIL of sysexits.h: the same command may well succeed
 INTERRUPTED = 130  # 128 + SIGINT, as shells report a program that Ctrl-C ended
 TERMINATED = 143  # 128 + SIGTERM, which schedulers send before they take the machine away

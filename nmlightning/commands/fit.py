@@ -4,6 +4,7 @@ Lightning, torchrun or SLURM may start several processes with the same command l
 0, keeps the run and prints; a process that fails ends the others with it.
 """
 
+import math
 import os
 import shutil
 from contextlib import suppress
@@ -25,7 +26,7 @@ from nmlightning.callbacks.checkpoints import (
     ExactResume,
 )
 from nmlightning.commands import run_report
-from nmlightning.commands.argument_parser import INTERRUPTED, TERMINATED
+from nmlightning.commands.argument_parser import DIVERGED, INTERRUPTED, TERMINATED
 from nmlightning.commands.checkpoint import checkpoint_hparams
 from nmlightning.commands.failures import explain_failures, failing_together
 from nmlightning.commands.files import (
@@ -34,9 +35,10 @@ from nmlightning.commands.files import (
     new_version,
     time_written,
 )
-from nmlightning.commands.parser import ConfigFile, Parser
+from nmlightning.commands.parser import ConfigFile, Parser, check_numbers
 from nmlightning.commands.run_report import filter_logs
 from nmlightning.errors import InputError
+from nmlightning.tasks.numerics import SoundNumerics
 
 
 def run(arguments: list[str], paths: RunPaths) -> int:
@@ -48,7 +50,7 @@ def run(arguments: list[str], paths: RunPaths) -> int:
     command, *options = arguments
     with filter_logs():
         try:
-            stored = checkpoint_hparams(paths.checkpoint) if paths.checkpoint else []
+            stored = checkpoint_hparams(paths.checkpoint, paths.words) if paths.checkpoint else []
             resolved: list[str] = []
             if paths.wants_last:
                 found = paths.checkpoint
@@ -113,6 +115,11 @@ class TrainingCLI(LightningCLI):
         seed = options.get("seed_everything")
         if type(seed) is int and not 0 <= seed < 2**32:
             raise InputError(f"seed_everything must be between 0 and {2**32 - 1}, got {seed}.")
+        check_numbers(options)
+        if "://" in str(options.get("ckpt_path")):
+            if options.weights_only is False:
+                raise InputError("--weights_only false: download the checkpoint before, if at all.")
+            options.weights_only = True  # Lightning would unpickle what an address holds
 
     def _parse_ckpt_path(self) -> None:
         """Leave the options as they were parsed: `checkpoint_hparams` come before them.
@@ -182,6 +189,7 @@ class TrainingCLI(LightningCLI):
             run_report.print_interruption(folder, self._last_checkpoint() or earlier)
             raise SystemExit(code) from None
         run_report.print_fit(self.trainer, self._watch, folder, self._last_checkpoint())
+        self._check_losses()
 
     def validate(self, model: LightningModule, **kwargs: Any) -> None:
         """Measure on the validation data."""
@@ -210,6 +218,19 @@ class TrainingCLI(LightningCLI):
             measure(model, **kwargs)
         run_report.print_metrics(self.trainer.callback_metrics)
         run_report.print_paths(checkpoint=kwargs.get("ckpt_path"))
+        self._check_losses()
+
+    def _check_losses(self) -> None:
+        """Exit with DIVERGED, and say so, if a loss ended as NaN or infinity."""
+        losses = {k: x for k, x in self.trainer.callback_metrics.items() if "loss" in k.lower()}
+        ended = {"the loss of the last batch": self._watch.last_loss, **losses}
+        bad = [f"{name} is {float(x)}" for name, x in ended.items() if not math.isfinite(x)]
+        if bad:
+            run_report.print_notice(
+                f"{bad[-1]} at the end: the weights are of no use; lower the learning rate, clip "
+                "the gradients, or look for the first value that is not finite."
+            )
+            raise SystemExit(DIVERGED)
 
     def _interruption(self, error: BaseException) -> int | None:
         """Return what to exit with if somebody stopped the run, else None.
@@ -264,7 +285,7 @@ def remove_made(folders: list[Path]) -> None:
 def standard_callbacks(options: Namespace) -> list[Callback]:
     """Return what the Trainer's `options` leave open: the progress bar and the last checkpoint."""
     given = given_callbacks(options)
-    added: list[Callback] = []
+    added: list[Callback] = [SoundNumerics()]
     if not options.barebones:
         added.append(run_report.SkippedStepCount())
     if not (any(isinstance(c, ProgressBar) for c in given) or _off(options, "progress_bar")):

@@ -5,6 +5,7 @@ classes on the way to the first complaint say where, and the complaint says what
 """
 
 import inspect
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -13,7 +14,7 @@ from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from jsonargparse import ActionConfigFile, get_loader, set_loader
+from jsonargparse import ActionConfigFile, Namespace, get_loader, set_loader
 from pytorch_lightning import Callback, LightningDataModule, LightningModule
 from pytorch_lightning.cli import LightningArgumentParser
 from pytorch_lightning.loggers import Logger
@@ -258,6 +259,25 @@ def _load(text: str) -> Any:
 
 
 set_loader("checked_yaml", _load, (YAMLError,))
+
+
+def check_numbers(options: Any, key: str = "") -> None:
+    """Raise InputError for a NaN in the parsed options, an infinite schedule or a clipping below 0.
+
+    Elsewhere an infinity may be meant, such as no limit; the optimizers are asked when they exist.
+    """
+    options = vars(options) if isinstance(options, Namespace) else options
+    if isinstance(options, dict | list):
+        items = options.items() if isinstance(options, dict) else enumerate(options)
+        for name, value in items:
+            check_numbers(value, f"{key}.{name}".removeprefix(".").removesuffix(".init_args"))
+    elif isinstance(options, float | int):
+        clips = key == "trainer.gradient_clip_val"
+        must_end = clips or "lr_scheduler" in key
+        if options != options or (must_end and options in (math.inf, -math.inf)):
+            raise InputError(f"{key} is {options}; give a finite number.")
+        if clips and options < 0:
+            raise InputError(f"{key} is at least 0, got {options}; 0 does not clip.")
 
 
 class Parser(LightningArgumentParser):

@@ -33,6 +33,7 @@ class Stopwatch(Callback):
         self.epochs = 0
         self.steps = 0
         self.examples = 0
+        self.last_loss: Any = 0.0
         self.training_seconds = 0.0
         self.total_seconds = 0.0
         self._fit_started = self._resumed = 0.0
@@ -47,6 +48,8 @@ class Stopwatch(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.steps += 1
+        if isinstance(outputs, Mapping):  # what the training step returned, if it did
+            self.last_loss = outputs.get("loss", 0.0)
         if isinstance(batch, (tuple, list)):
             self.examples += len(batch[0]) * trainer.world_size
 

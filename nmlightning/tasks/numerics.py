@@ -1,13 +1,91 @@
-"""Keeps the states of metrics out of half precision, in which sums soon stand still."""
+"""Refuses numbers with which no training is sound, and computes exactly what half would spoil."""
 
 import functools
+import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchmetrics import Metric
+
+from nmlightning.errors import InputError
+
+_LEAST_EPS = 3e-8  # what is below rounds to 0 in float16, whose smallest number is 2^-24
+_LARGEST_HALF = torch.finfo(torch.float16).max
+
+
+class SoundNumerics(pl.Callback):
+    """Refuses settings of optimizers that are not finite, or an eps that is 0 in float16.
+
+    In float16, gradients whose norm would overflow there, and so be clipped to 0, are first clipped
+    by their norm in float32. Metrics count in float32 whatever the module's precision. The tasks
+    add it by `configure_callbacks`, and `nm fit` for any module.
+
+    Raises:
+        InputError: at the start of a fit.
+    """
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check the optimizers, and what the Trainer's precision has made of the metrics."""
+        self._lift_metrics(trainer, pl_module)
+        for optimizer in trainer.optimizers:
+            check_optimizer(optimizer)
+
+    def _lift_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        with exact_metrics(pl_module):
+            pass
+
+    on_validation_start = on_test_start = _lift_metrics
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Clip what Lightning, which does so next, could not."""
+        limit = trainer.gradient_clip_val
+        if limit and trainer.gradient_clip_algorithm in (None, "norm"):
+            clip_half(optimizer, float(limit))
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Raise InputError for a setting that is not finite, or is 0 in the parameters' float16.
+
+    What an optimizer's class has by default, such as a `growth_rate` of infinity, may be so.
+    """
+    name, defaults = type(optimizer).__name__, inspect.signature(type(optimizer)).parameters
+    for group in optimizer.param_groups:
+        for key, value in group.items():
+            numbers = value if isinstance(value, list | tuple) else [value]
+            bad = [x for x in numbers if isinstance(x, float | Tensor) and not _is_finite(x)]
+            if bad and key != "params" and (key not in defaults or defaults[key].default != value):
+                raise InputError(f"optimizer: {key} of {name} is {value}; give a finite number.")
+        eps, halves = group.get("eps"), [p for p in group["params"] if p.dtype == torch.float16]
+        if halves and isinstance(eps, float | int) and eps < _LEAST_EPS:
+            raise InputError(
+                f"optimizer: eps={eps} of {name} is 0 in float16, as {len(halves)} of its "
+                "parameters are, and to divide by it gives NaN: give eps=1e-4, or a precision of "
+                "bf16-true or 16-mixed."
+            )
+
+
+def clip_half(optimizer: Optimizer, limit: float) -> None:
+    """Clip gradients in float16 by their norm, of float32, if it is too large for float16."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    halves = [g for g in gradients if type(g) is Tensor and g.dtype == torch.float16]
+    if not halves:
+        return
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in halves]
+    norm = float(torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms])))
+    if _LARGEST_HALF < norm < math.inf:
+        torch._foreach_mul_(halves, min(limit, _LARGEST_HALF / 2) / norm)
+
+
+def _is_finite(value: float | Tensor) -> bool:
+    return math.isfinite(value) if isinstance(value, float) else bool(value.isfinite().all())
 
 
 @contextmanager
