@@ -31,6 +31,8 @@ COMMANDS = {
 }
 # Every other command is a module of its own, with a parser of its own.
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
+# These take class paths: of the user's own classes, too, in the current folder.
+CLASS_COMMANDS = (*LIGHTNING_COMMANDS, "probe", "export", "translate")
 # Where torchrun, SLURM and Lightning, in this order, say which of several processes this one is.
 _RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -47,8 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         argv: the words after `nm`; by default those the program was started with.
 
     Returns:
-        0, or 1 if `nm doctor` found a norm to be wrong, 2 for bad input, 75 if another process of
-        the run was lost, 130 after Ctrl-C, 143 after SIGTERM.
+        0, or 1 if `nm doctor` found a norm to be wrong, 2 for bad input, 3 for a loss that ended as
+        NaN or infinity, 75 if another process of the run was lost, 130 after Ctrl-C, 143 after
+        SIGTERM.
 
     Example:
         >>> main(["--version"])
@@ -85,8 +88,9 @@ def _run(arguments: list[str]) -> int:
         allowed = ", ".join(COMMANDS)
         hint = nearest(command, COMMANDS)
         raise InputError(f"there is no command {command!r}; the commands are {allowed}.{hint}")
-    if "" not in sys.path:  # as for `python -m`: a class of the user's own, in the current folder
-        sys.path.insert(0, "")
+    is_safe = getattr(sys.flags, "safe_path", False) or os.environ.get("PYTHONSAFEPATH")
+    if command in CLASS_COMMANDS and "" not in sys.path and not is_safe:
+        sys.path.append("")  # last, so that nothing in the current folder stands for another module
     if command not in LIGHTNING_COMMANDS:
         module = import_module(f"nmlightning.commands.{command}")
         return int(module.run(arguments[1:]))

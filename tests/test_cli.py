@@ -87,6 +87,33 @@ def test_cli_answers_without_importing_torch(words: list[str]) -> None:
     assert {"torch", "pytorch_lightning", "jsonargparse"}.isdisjoint(out.stdout.split())
 
 
+@pytest.mark.parametrize(
+    ("words", "safe", "runs_here"),
+    [
+        ("compare nowhere", "", False),
+        ("fit --model mine.Net --data Digits", "", True),
+        ("fit --model mine.Net --data Digits", "1", False),
+    ],
+)
+def test_cli_imports_from_the_current_folder_only_classes_that_it_is_given(
+    words: str, safe: str, runs_here: bool, tmp_path: Path
+) -> None:
+    for name in ("csv", "statistics", "mine"):
+        (tmp_path / f"{name}.py").write_text(f"print('{name} has run')")
+    program = [
+        sys.executable,
+        "-c",
+        "import sys; del sys.path[0]; " * (not safe) + "from nmlightning.cli import main; main()",
+    ]
+    env = os.environ | {"PYTHONPATH": str(Path(nmlightning.__file__).parents[1])}
+    env |= {"PYTHONSAFEPATH": safe} if safe else {}
+    answer = subprocess.run(
+        [*program, *words.split()], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert ("mine has run" in answer.stdout) == runs_here, answer
+    assert not re.search("(csv|statistics) has run", answer.stdout)
+
+
 def test_cli_help_names_commands_and_configs(nm: Nm) -> None:
     help_text = " ".join(nm("--help").out)
     assert all(name in help_text for name in ("fit", "validate", "test", "predict"))
@@ -166,6 +193,15 @@ BAD_INPUT = {
     "--trainer.precision 16-mixd": "received '16-mixd'. Did you mean '16-mixed'?",
     "--trainer.strategy dpp": "trainer: You selected an invalid strategy name",
     "--model.optimizer.lr -1": "optimizer: Invalid learning rate: -1.0.",
+    "--model.optimizer.lr .nan": "model.optimizer.lr is nan; give a finite number.",
+    "--model.optimizer.lr .inf": "optimizer: lr of SGD is inf; give a finite number.",
+    "--model.optimizer.weight_decay .nan": "optimizer.weight_decay is nan; give a finite number.",
+    "--model.lr_scheduler.gamma .inf": "model.lr_scheduler.gamma is inf; give a finite number.",
+    "--trainer.gradient_clip_val -1": "gradient_clip_val is at least 0, got -1; 0 does not clip.",
+    "--trainer.gradient_clip_val .nan": "trainer.gradient_clip_val is nan; give a finite number.",
+    "--model.optimizer Adam --trainer.precision 16-true": (
+        "optimizer: eps=1e-08 of Adam is 0 in float16, as .* parameters are, .*: give eps=1e-4"
+    ),
     "--seed_everything -5": "seed_everything must be between 0 and 4294967295, got -5.",
     "--seed_everything x": "seed_everything: expected bool or int, received 'x'.",
     # Norms
@@ -315,6 +351,15 @@ def test_fit_reports_and_keeps_a_run(nm: Nm) -> None:
     (events,) = run.glob("events.out.tfevents.*")
     assert b"val/top1" in events.read_bytes()
     assert b"hp_metric" not in events.read_bytes()
+
+
+def test_fit_says_that_its_loss_is_no_number(nm: Nm) -> None:
+    answer = nm(*FIT, "--model.optimizer.lr", "1e30")
+    assert answer.code == 3
+    (line,) = answer.err
+    assert re.match("nm: (val|train)/loss is (nan|inf) at the end: the weights are of no use", line)
+    checkpoint = next(Path("runs").rglob("*.ckpt"))
+    assert nm("test", "--config", "quickstart", *SHORT, "--ckpt_path", str(checkpoint)).code == 3
 
 
 @pytest.mark.parametrize("logger", [[], ["--trainer.logger=false"], ["--trainer.logger=CSVLogger"]])

@@ -14,18 +14,22 @@ from pytorch_lightning.cli import instantiate_module
 from nmlightning.commands.files import SHARED_FILE, config_of, is_whole, read_config
 from nmlightning.commands.parser import Parser
 from nmlightning.errors import InputError
-from nmlightning.surgery.checkpoints import load_from_checkpoint
+from nmlightning.surgery.checkpoints import check_named_code, load_from_checkpoint
 
 _INSTANTIATOR = f"{instantiate_module.__module__}.{instantiate_module.__name__}"
 
 
-def checkpoint_hparams(checkpoint: str) -> list[str]:
+def checkpoint_hparams(checkpoint: str, given: str = "") -> list[str]:
     """Return the model's hyper-parameters in `checkpoint` as a `--config`, to be placed first.
 
     Whatever comes after it on the command line, in configs or as options, wins.
 
+    Args:
+        checkpoint: its path.
+        given: the configs and options, whose classes the user trusts.
+
     Raises:
-        InputError: the file cannot be read.
+        InputError: the file cannot be read, or names code that was neither installed nor given.
     """
     if "://" in checkpoint:
         return []
@@ -39,6 +43,7 @@ def checkpoint_hparams(checkpoint: str) -> list[str]:
     except pickle.UnpicklingError:
         return []  # objects of the user's own, which the Trainer judges when it loads them
     model = _model_config(content.get("hyper_parameters", {}))
+    check_named_code(model, f"--ckpt_path: {checkpoint}", given)
     return ["--config", json.dumps({"model": model})] if model else []
 
 
@@ -49,17 +54,20 @@ class Checkpoint:
     beside it. A config that is given, with a `model`, a `data` or both, wins over both.
 
     Raises:
-        InputError: the file is no checkpoint, or holds no weights.
+        InputError: the file is no checkpoint, or holds no weights, or it or the config beside it
+            names code that was neither installed nor is named in the config that is given.
     """
 
     def __init__(self, path: Path, config: str | None) -> None:
         self.path = path
-        saved = config_of(path)
+        saved, given = config_of(path), read_config(config) if config else {}
         self._settings = read_config(str(saved)) if saved else {}
+        used = [self._settings.get(key) for key in ("model", "data")]
+        check_named_code(used, str(saved), str(given))
         if model := _model_config(_load_with_weights(path).get("hyper_parameters", {})):
+            check_named_code(model, str(path), str(given))
             self._settings["model"] = model
-        if config:
-            self._settings.update(read_config(config))
+        self._settings.update(given)
 
     def load_module(self) -> LightningModule:
         """Return the module, with norms and weights as they were in training, on the CPU.

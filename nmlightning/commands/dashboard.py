@@ -24,7 +24,8 @@ def run(arguments: list[str]) -> NoReturn:
     if given.port:  # 0 lets TensorBoard choose
         page = f"http://{given.host}:{given.port}/#custom_scalars"
         print(f"nm: weight norms are at {page}", flush=True)
-    os.execv(sys.executable, command)
+    safe = {"PYTHONSAFEPATH": "1"}  # or -m would import from the current folder first
+    os.execve(sys.executable, command, os.environ | safe)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

@@ -143,7 +143,7 @@ class RunPaths:
 
     `--ckpt_path last` is the newest whole checkpoint of this experiment's runs, and `damaged` what
     it passes over. Where there is none a fit starts anew, so that the command which begins a
-    training also resumes it.
+    training also resumes it. `words` is all that the user gave, with what is in the configs.
 
     Raises:
         InputError: a file that is named does not exist, or a config is no YAML.
@@ -157,6 +157,7 @@ class RunPaths:
         names = [name for name in given.config if name]
         files = [Path(name) for name in names if not is_config_text(name)]
         configs = [read_config(name) for name in names]
+        self.words = f"{arguments} {configs}"
         in_configs = [config.get("ckpt_path") for config in configs]
         config = files[0] if files else Path("run")
         self.run_name = config.stem

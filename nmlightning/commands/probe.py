@@ -14,7 +14,13 @@ from rich.padding import Padding
 from rich.table import Table
 
 from nmlightning.commands.argument_parser import ArgumentParser, print_line
-from nmlightning.commands.files import RunPaths, check_replaceable, config_of, write_file
+from nmlightning.commands.files import (
+    RunPaths,
+    check_replaceable,
+    config_of,
+    read_config,
+    write_file,
+)
 from nmlightning.errors import InputError
 from nmlightning.probe.chart import GENERATOR, Band, draw_ranges
 from nmlightning.probe.report import (
@@ -97,6 +103,10 @@ def _experiment(name: str, options: Sequence[str]) -> list[str]:
     config = config_of(Path(name))
     if config is None and Path(name).exists():
         raise InputError(f"{name} is in no folder of a run with a config.yaml; give --config.")
+    if config:  # which nobody has named
+        from nmlightning.surgery.checkpoints import check_named_code
+
+        check_named_code(read_config(str(config)), str(config))
     return [*(["--config", str(config)] if config else []), "--ckpt_path", name]
 
 

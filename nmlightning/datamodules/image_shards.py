@@ -29,6 +29,7 @@ LITDATA_INDEX = "index.json"
 FORMAT = 2
 UNREADABLE = (RuntimeError, ValueError, struct.error)  # litdata's, of shards that were overwritten
 Item = tuple[int, str, bytes]  # label, <class>/<file>, the file's content
+ITEM_FORMAT, INDEX_FORMAT = ["int", "str", "bytes"], ["bytes"]
 
 
 class ShardIndex(NamedTuple):
@@ -63,10 +64,11 @@ class ShardedImages:
         self._shards: Any = None  # opened in the process that reads
         if not is_remote(root):
             _check_files(Path(self.place), self.length)
+            _check_format(Path(self.place, LITDATA_INDEX), ITEM_FORMAT)
 
     def fetch(self, row: int) -> EncodedImage:
         if self._shards is None:
-            self._shards = open_shards(self.place)
+            self._shards = open_shards(self.place, ITEM_FORMAT)
         try:
             label, name, content = self._shards[row]
         except UNREADABLE as error:
@@ -101,8 +103,10 @@ def read_index(root: str) -> ShardIndex:
     if not is_remote(root):
         _check_files(Path(place), images=1)
     try:
-        (content,) = open_shards(place)[0]
+        (content,) = open_shards(place, INDEX_FORMAT)[0]
         index = json.loads(bytes(content))
+    except InputError:
+        raise
     except (OSError, *UNREADABLE) as error:
         raise InputError(
             f"{place} cannot be read as nm shard wrote it ({error}): copy it again, or give "
@@ -113,16 +117,38 @@ def read_index(root: str) -> ShardIndex:
     return ShardIndex(**index)
 
 
-def open_shards(place: str) -> Any:
-    """Return litdata's reader of a folder or address, whose items are fetched by shards."""
+def open_shards(place: str, data_format: list[str]) -> Any:
+    """Return litdata's reader of a folder or address, whose items are fetched by shards.
+
+    Raises:
+        InputError: the items are of another format, such as pickle, which runs what it names.
+    """
     require_litdata()
     from litdata import StreamingDataset
 
     # Otherwise it reads the whole shard again for every item.
     shards = StreamingDataset(place, batch_decode="all")
+    _check_format(Path(shards.input_dir.path, LITDATA_INDEX), data_format)
     shards[0]  # opens it
     shards.on_demand_bytes = False  # a shard at a time, not two requests an image
     return shards
+
+
+def _check_format(index: Path, data_format: list[str]) -> None:
+    """Refuse an index, where a remote one was copied to, by which litdata would run code."""
+    try:
+        config = json.loads(index.read_text(encoding="utf-8"))["config"]
+        nodes: list[dict[str, Any]] = []
+        json.loads(config["data_spec"], object_hook=nodes.append)
+        plain = {str(node["type"]) for node in nodes} <= {"builtins.tuple", "None"}
+        found = config["data_format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{index} is cut off or damaged: copy it again.") from error
+    if not plain or found != data_format:
+        raise InputError(
+            f"{index} describes items of {found} where nm shard writes {data_format}; others may "
+            "run code, and are not opened."
+        )
 
 
 def require_litdata() -> None:

@@ -1,4 +1,4 @@
-"""Test checkpoints that are a folder with a file of each rank."""
+"""Test checkpoints that are a folder with a file of each rank, and what they may name."""
 
 import json
 import os
@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from nmlightning.commands.checkpoint import checkpoint_hparams
+from nmlightning.commands.checkpoint import Checkpoint, checkpoint_hparams
 from nmlightning.commands.files import last_checkpoint
 from nmlightning.errors import InputError
+from nmlightning.surgery.checkpoints import load_from_checkpoint
+from nmlightning.tasks import ImageClassifier
 
 
 def write(runs: Path, version: int, seconds: int, *, sharded: bool) -> Path:
@@ -66,3 +68,29 @@ def test_checkpoint_hparams_of_a_folder(tmp_path: Path) -> None:
 
 def test_checkpoint_hparams_of_another_folder(tmp_path: Path) -> None:
     assert checkpoint_hparams(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize("place", ["_class_path", "net"])
+@pytest.mark.parametrize("named", ["evil.Net", "os.system", "antigravity.fly"])
+def test_nothing_is_imported_that_a_checkpoint_alone_names(
+    named: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "evil.py").write_text("raise AssertionError")
+    path = tmp_path / "last.ckpt"
+    arguments = {"net": {"class_path": "torch.nn.Linear", "init_args": {}}, "label": "version.txt"}
+    arguments |= {"_class_path": "nmlightning.tasks.ImageClassifier"}
+    arguments |= {"_instantiator": "pytorch_lightning.cli.instantiate_module"}
+    torch.save({"state_dict": {"x": torch.ones(1)}, "hyper_parameters": arguments}, path)
+    assert checkpoint_hparams(str(path))
+    content = {**arguments, place: named if place != "net" else {"class_path": named}}
+    torch.save({"state_dict": {"x": torch.ones(1)}, "hyper_parameters": content}, path)
+    message = f"last.ckpt names {named}, of no installed package, and to import that runs it"
+    for refused in (
+        lambda: checkpoint_hparams(str(path)),
+        lambda: Checkpoint(path, None),
+        lambda: load_from_checkpoint(ImageClassifier, path),
+    ):
+        with pytest.raises(InputError, match=message):
+            refused()
+    assert checkpoint_hparams(str(path), f"--model {named}")

@@ -18,12 +18,13 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The commands that took the place of this process, none of which runs."""
     commands: list[list[str]] = []
 
-    def replace_process(program: str, command: list[str]) -> None:
+    def replace_process(program: str, command: list[str], env: dict[str, str]) -> None:
         assert program == command[0]
+        assert env["PYTHONSAFEPATH"]
         commands.append(command)
         raise SystemExit(0)
 
-    monkeypatch.setattr(os, "execv", replace_process)
+    monkeypatch.setattr(os, "execve", replace_process)
     return commands
 
 

@@ -179,6 +179,11 @@ def test_export_writes_a_users_module(nm: Nm, monkeypatch: pytest.MonkeyPatch) -
     config = {"model": {"class_path": "own_module.Own", "init_args": {"width": 5}}}
     Path("version_3/config.yaml").write_text(yaml.safe_dump(config))
     (line,) = nm(*words).err
+    assert line.startswith(
+        "nm: version_3/config.yaml names own_module.Own, of no installed package"
+    )
+    words += ("--config", "version_3/config.yaml")
+    (line,) = nm(*words).err
     assert line == "nm: --module: Own has no module 'net'; it has body."
     answer = nm(*words, "--module", "body")
     assert answer.out[2].startswith(" batch norms 1 folded")

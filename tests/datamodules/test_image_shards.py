@@ -174,9 +174,28 @@ def age(root: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b'"format": 2', b'"format": 1'))
 
 
+def rename_format(part: str, before: str, after: str) -> Callable[[Path], object]:
+    """Have litdata read the items of a part otherwise."""
+
+    def rename(root: Path) -> None:
+        path = root / part / "index.json"
+        assert before in path.read_text()
+        path.write_text(path.read_text().replace(before, after))
+
+    return rename
+
+
+FACTORY = "collections.defaultdict"  # of which litdata imports what its context names
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        *(
+            (rename_format(part, *change), f"{{root}}/{part}/index.json describes items of .* code")
+            for part in ("classes", "train")
+            for change in (('"bytes"', '"pickle"'), ("builtins.tuple", FACTORY))
+        ),
         (remove("classes"), "{root}/classes holds no shards: write them again with nm shard"),
         (remove("train"), "{root}/train holds no shards: write them again"),
         (remove("val"), "{root}/val holds no shards: write them again"),
