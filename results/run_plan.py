@@ -23,6 +23,8 @@ from typing import Any
 from keep_run import keep_run
 from plan import HERE, Run, read_plan
 
+from nmlightning.commands.argument_parser import DIVERGED
+
 SECONDS_TO_END = 60  # for a run that was asked to
 LOWEST_PRIORITY = 19
 
@@ -65,7 +67,7 @@ class Folder:
         as_expected = bool(code and stopped and stopped in self.log.read_text("utf-8"))
         attempt = {
             "commit": commit(),
-            "ended": code == 0 or as_expected,
+            "ended": code in (0, DIVERGED) or as_expected,
             "code": code,
             "cpu_seconds": round(seconds, 1),
         }
