@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from nmlightning.cli import main
+from nmlightning.commands.argument_parser import DIVERGED
 from nmlightning.commands.files import find_config, shipped_configs
 from nmlightning.errors import InputError
 from nmlightning.weights.history import NormHistory
@@ -133,10 +134,11 @@ def fit_imagenet(
     words += ["--data.root", str(root), "--data.image_size", "32", "--data.batch_size", "4"]
 
     def fit(name: str, *more: str) -> dict[str, Any]:
-        assert main(["fit", "--config", name, *words, *more]) == 0
+        fails = name.endswith("l2_fp16")  # in half, L2's gradient overflows at a small deviation
+        assert main(["fit", "--config", name, *words, *more]) in ((0, DIVERGED) if fails else (0,))
         last = tmp_path / "runs" / name / "version_0" / "checkpoints" / "last.ckpt"
         checkpoint: dict[str, Any] = torch.load(last, weights_only=True)
-        if not name.endswith("l2_fp16"):  # in half, L2's gradient overflows at a small deviation
+        if not fails:
             assert all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values())
         return checkpoint
 
