@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from pytorch_lightning.cli import LightningCLI
 
 import nmlightning
 from nmlightning import callbacks, datamodules, optim
+from nmlightning.callbacks.checkpoints import AtomicCheckpointIO
 from nmlightning.cli import COMMANDS, main
 from nmlightning.commands.files import shipped_configs
 from nmlightning.commands.fit import TrainingCLI
@@ -193,6 +195,9 @@ BAD_INPUT = {
     "--trainer.precision 16-mixd": "received '16-mixd'. Did you mean '16-mixed'?",
     "--trainer.strategy dpp": "trainer: You selected an invalid strategy name",
     "--model.optimizer.lr -1": "optimizer: Invalid learning rate: -1.0.",
+    "--ckpt_path http://localhost:9/a.ckpt --weights_only false": (
+        "--weights_only false: download the checkpoint before, if at all."
+    ),
     "--model.optimizer.lr .nan": "model.optimizer.lr is nan; give a finite number.",
     "--model.optimizer.lr .inf": "optimizer: lr of SGD is inf; give a finite number.",
     "--model.optimizer.weight_decay .nan": "optimizer.weight_decay is nan; give a finite number.",
@@ -405,6 +410,19 @@ def test_predict_notices_a_missing_writer(nm: Nm, trained: Path) -> None:
     answer = nm("predict", "--config", config, "--ckpt_path", last)
     assert answer.code == 0
     assert has("nm: no BasePredictionWriter is among the callbacks", answer.err)
+
+
+def test_checkpoints_from_an_address_hold_no_objects(nm: Nm, monkeypatch: Any) -> None:
+    asked: list[Any] = []
+
+    def load(self: Any, path: str, map_location: Any = None, weights_only: Any = None) -> None:
+        asked.append(weights_only)
+        raise OSError("there is no such host")
+
+    monkeypatch.setattr(AtomicCheckpointIO, "load_checkpoint", load)
+    with suppress(OSError):
+        nm("test", "--config", "quickstart", *SHORT, "--ckpt_path", "http://localhost:9/a.ckpt")
+    assert asked == [True]
 
 
 def test_evaluation_notices_untrained_weights(nm: Nm) -> None:
