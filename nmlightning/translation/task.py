@@ -208,8 +208,7 @@ class Translator(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: TranslationBatch, batch_idx: int) -> None:
         """Log when the loggers do, after the step; before the first time what there is so far."""
-        is_due = self._ends_window(self._last_step)
-        self._last_step = self.global_step
+        is_due, self._last_step = self._ends_window(self._last_step), self.global_step
         if not (is_due or self._is_first_window):
             return
         for name, value in self._window.read(self._add_processes).items():
@@ -225,10 +224,9 @@ class Translator(pl.LightningModule):
 
     def load_training_sums(self, sums: dict[str, Any]) -> None:
         """Resume from there; the checkpoint may come before `on_train_batch_end` of its step."""
-        is_due = self._ends_window(sums["last_step"])
+        is_due, self._last_step = self._ends_window(sums["last_step"]), self.global_step
         self._window.load_state_dict({} if is_due else sums["window"], self.device)
         self._is_first_window = sums["is_first"] and not is_due
-        self._last_step = self.global_step
 
     def _ends_window(self, last_step: int) -> bool:
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
