@@ -29,6 +29,7 @@ from nmlightning.functional.statistics import (
     Slope,
     Statistic,
     channel_shape,
+    is_too_large,
     reduced_dims,
     total_scale,
 )
@@ -142,6 +143,12 @@ class BatchNormFunction(torch.autograd.Function):
         mean, share = share_mean(wide, reduced_dims(x), group)
         deviations = wide - mean.view(shape)
         magnitude, selection = statistic.measure(deviations, share)
+        if group is None and is_too_large(magnitude):
+            settings = (statistic, convention, eps, torch.float64, group)
+            y, *values = BatchNormFunction.forward(ctx, x, weight, bias, *settings)
+            mean, variance = (value.float() for value in values)
+            ctx.mark_non_differentiable(mean, variance)
+            return y, mean, variance
         ctx.constant = statistic.constant(share.total, convention)
         scale = magnitude * ctx.constant
         total = total_scale(scale, eps)

@@ -236,14 +236,28 @@ class RangeMean:
 Statistic = PowerMean | LargestMean | RangeMean
 
 
+HUGE = 2.0**60  # squares and sums of larger values may be infinite in float32; eps is nothing to it
+
+
+def is_too_large(magnitude: Tensor) -> bool:
+    """Return whether a statistic in float32 says that the sums behind it may have overflown.
+
+    Not where to look would wait for a device, or be traced: torch's norms overflow there, too.
+    """
+    if magnitude.dtype != torch.float32 or torch.compiler.is_compiling():
+        return False
+    if type(magnitude) is not Tensor or not magnitude.is_cpu or torch.jit.is_tracing():
+        return False
+    return not bool((magnitude < HUGE).all())
+
+
 def total_scale(scale: Tensor, eps: float) -> Tensor:
     """Return √(ŝ² + eps); in half without squares, which half cannot hold.
 
     That is m · √(1 + (l/m)²) with the larger m and the lesser l of ŝ and √eps.
     """
     if not is_half(scale.dtype):
-        # A square of more than 1.8e19 is infinite in float32, and eps is nothing to one of 2^60.
-        return torch.where(scale > 2.0**60, scale, (scale.square() + eps).sqrt())
+        return torch.where(scale > HUGE, scale, (scale.square() + eps).sqrt())
     root = torch.full_like(scale, eps**0.5)
     larger, lesser = torch.maximum(scale, root), torch.minimum(scale, root)
     ratio = lesser / torch.where(larger > 0, larger, 1.0)

@@ -20,7 +20,7 @@ from torch.fx import Proxy
 from torch.jit._trace import TracerWarning
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nmlightning.errors import InputError, check_flag, is_number, nearest
+from nmlightning.errors import InputError, check_flag, check_whole_number, is_number, nearest
 from nmlightning.functional.batch_norm import is_transformed
 from nmlightning.functional.reductions import is_half
 from nmlightning.kernels.dispatch import NO_KERNELS, select_tracking
@@ -176,7 +176,7 @@ class BatchNormBase(_BatchNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            num_features,
+            check_whole_number("num_features", num_features),
             check_eps(eps),
             check_momentum(momentum),
             check_flag("affine", affine),

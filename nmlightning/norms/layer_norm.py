@@ -22,7 +22,13 @@ from nmlightning.functional.batch_norm import apply_without_autocast, differenti
 from nmlightning.functional.constants import Constant, check_constant, check_power
 from nmlightning.functional.plain import Plain, plain_layer_norm
 from nmlightning.functional.reductions import Share, is_half, mean_of, share_mean, sum_of
-from nmlightning.functional.statistics import PowerMean, power_mean, power_mean_slope, total_scale
+from nmlightning.functional.statistics import (
+    PowerMean,
+    is_too_large,
+    power_mean,
+    power_mean_slope,
+    total_scale,
+)
 from nmlightning.kernels.autograd import KernelLayerNormFunction
 from nmlightning.kernels.dispatch import select_backend_for
 from nmlightning.kernels.interface import Dispatch
@@ -115,6 +121,9 @@ class LayerNormFunction(torch.autograd.Function):
         mean = share_mean(wide, dims, None)[0].view(column) if centred else None
         deviations = wide if mean is None else wide - mean
         magnitude = power_mean(deviations, p, dims, share).view(column)
+        if is_too_large(magnitude):
+            settings = (rank, p, constant, eps, torch.float64, centred)
+            return LayerNormFunction.forward(ctx, x, weight, bias, *settings)
         y = deviations / total_scale(magnitude * constant, eps)
         ctx.save_for_backward(x, weight, mean, magnitude)
         ctx.dims, ctx.p, ctx.constant, ctx.eps = dims, p, constant, eps
