@@ -22,14 +22,14 @@ from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 
 from nmlightning.functional.constants import Constant
-from nmlightning.functional.plain import Plain, plain_batch_norm
+from nmlightning.functional.plain import plain_batch_norm, plain_gradients
 from nmlightning.functional.reductions import mean_of, share_mean, sum_of, sum_over_ranks
 from nmlightning.functional.selection import Selection
 from nmlightning.functional.statistics import (
     Slope,
     Statistic,
     channel_shape,
-    is_too_large,
+    is_bounded,
     reduced_dims,
     total_scale,
 )
@@ -66,42 +66,50 @@ def _is_fast_in_torch(grad: Tensor, x: Tensor) -> bool:
     return grad.stride() == x.stride() and x.movedim(1, -1).is_contiguous()
 
 
-def is_transformed(*tensors: Tensor) -> bool:
+def is_transformed(grad: Tensor | None = None) -> bool:
     """Return whether `torch.func`, or forward mode, transforms what is computed now.
 
-    Also whether one of the tensors is many: `torch.autograd.grad(…, is_grads_batched=True)`.
+    Also whether a gradient is many: `torch.autograd.grad(…, is_grads_batched=True)`.
     """
     if torch.compiler.is_compiling():
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
-    return any(torch._C._functorch.is_legacy_batchedtensor(q) for q in tensors)
+    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
-def differentiable(backward: Backward) -> Backward:
+def differentiable(
+    plain: Callable[..., Any] | None = None, places: tuple[int, int, int] = (0, 1, 2)
+) -> Callable[[Backward], Backward]:
     """Let the backward of an autograd function be differentiated, and mapped by `torch.func`.
 
-    By plain operations, where its forward put a `Plain` into `ctx.plain`. Elsewhere a second
-    derivative is a RuntimeError. Torch's own
-    `once_differentiable` leaves the gradients unconnected to what they depend on. So
-    `torch.autograd.grad(loss + penalty(gradient), x)` would leave the penalty out, unnoticed.
+    By the function `plain`, with x, the weight and the bias in `places` of the arguments, where its
+    forward put the other arguments into `ctx.plain`. Elsewhere a second derivative is a
+    RuntimeError. Torch's own `once_differentiable` leaves the gradients unconnected to what they
+    depend on. So `torch.autograd.grad(loss + penalty(gradient), x)` would leave the penalty out,
+    unnoticed.
     """
 
-    @functools.wraps(backward)
-    def backward_again(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        again = torch.is_grad_enabled()
-        if not torch.compiler.is_compiling() and (again or is_transformed(*grads)):
-            plain = getattr(ctx, "plain", None)
-            if plain is not None:
-                return plain.gradients(ctx, grads[0])  # type: ignore[no-any-return]
-        if not again:
-            return backward(ctx, *grads)
-        with torch.no_grad():
-            results = backward(ctx, *grads)
-        sources = [*ctx.saved_tensors, *grads]
-        return tuple(r if r is None else _DifferentiatedOnce.apply(r, *sources) for r in results)
+    def decorate(backward: Backward) -> Backward:
+        @functools.wraps(backward)
+        def backward_again(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            again = torch.is_grad_enabled()
+            if not (again or is_transformed(grads[0])):
+                return backward(ctx, *grads)
+            if plain is not None and ctx.plain is not None and not torch.compiler.is_compiling():
+                return plain_gradients(plain, places, ctx, grads[0])
+            if not again:
+                return backward(ctx, *grads)
+            with torch.no_grad():
+                results = backward(ctx, *grads)
+            sources = [*ctx.saved_tensors, *grads]
+            return tuple(
+                r if r is None else _DifferentiatedOnce.apply(r, *sources) for r in results
+            )
 
-    return backward_again
+        return backward_again
+
+    return decorate
 
 
 class _DifferentiatedOnce(torch.autograd.Function):
@@ -115,7 +123,7 @@ class _DifferentiatedOnce(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
         raise RuntimeError(
             "This norm can be differentiated once, and a second derivative was asked for: norms "
-            "that share statistics among ranks, are fused, or compute in half, have none."
+            "that share statistics among ranks or are fused, and the mean in pure half, have none."
         )
 
 
@@ -143,32 +151,29 @@ class BatchNormFunction(torch.autograd.Function):
         mean, share = share_mean(wide, reduced_dims(x), group)
         deviations = wide - mean.view(shape)
         magnitude, selection = statistic.measure(deviations, share)
-        if group is None and is_too_large(magnitude):
+        ctx.constant = statistic.constant(share.total, convention)
+        scale = magnitude * ctx.constant
+        bounded = is_bounded(scale) if group is None else None
+        if bounded is False:
             settings = (statistic, convention, eps, torch.float64, group)
             y, *values = BatchNormFunction.forward(ctx, x, weight, bias, *settings)
             mean, variance = (value.float() for value in values)
             ctx.mark_non_differentiable(mean, variance)
             return y, mean, variance
-        ctx.constant = statistic.constant(share.total, convention)
-        scale = magnitude * ctx.constant
-        total = total_scale(scale, eps)
+        total = total_scale(scale, eps, bounded)
         y = _apply_affine(deviations, total, weight, bias, shape)
         variance = scale.square() * share.total / (share.total - 1)
         ctx.mark_non_differentiable(mean, variance)
         shared_count = share.total if isinstance(share.total, Tensor) else None
         ctx.save_for_backward(x, weight, mean, magnitude, total, shared_count, *(selection or ()))
-        if group is None and not torch.compiler.is_compiling():
-            again = functools.partial(
-                plain_batch_norm, statistic=statistic, constant=ctx.constant, eps=eps, dtype=dtype
-            )
-            ctx.plain = Plain(again, None if bias is None else (bias.shape, bias.dtype))
+        ctx.plain = None if group is not None else (statistic, ctx.constant, eps, dtype)
         ctx.statistic, ctx.group = statistic, group
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         # Dynamo of torch 2.11 loses the gradients of a result that a cast returned as it was.
         return y if y.dtype == x.dtype else y.to(x.dtype), mean, variance
 
     @staticmethod
-    @differentiable
+    @differentiable(plain_batch_norm)
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, magnitude, total, shared_count, *selected = ctx.saved_tensors
         shape = channel_shape(x)
@@ -187,7 +192,7 @@ class BatchNormFunction(torch.autograd.Function):
         return (
             slope.add_to(grad_x, -pull).to(x.dtype),
             None if weight is None else grad_weight.to(weight.dtype),
-            None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype),
+            None if ctx.bias is None else grad_bias.to(ctx.bias[1]),
             *(None,) * 5,
         )
 
@@ -241,12 +246,13 @@ class HalfBatchNormFunction(torch.autograd.Function):
         ctx.mark_non_differentiable(wide_mean, variance)
         shared_count = share.total if isinstance(share.total, Tensor) else None
         ctx.save_for_backward(x, weight, mean, magnitude, shared_count, *(selection or ()))
+        ctx.plain = None if group is not None else (statistic, ctx.constant, eps, torch.float32)
         ctx.statistic, ctx.eps, ctx.group = statistic, eps, group
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         return y.to(x.dtype), wide_mean, variance
 
     @staticmethod
-    @differentiable
+    @differentiable(plain_batch_norm)
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, magnitude, shared_count, *selected = ctx.saved_tensors
         dims, shape = reduced_dims(x), channel_shape(x)
@@ -268,7 +274,7 @@ class HalfBatchNormFunction(torch.autograd.Function):
         return (
             (grad_x / total.view(shape)).to(x.dtype),
             None if weight is None else grad_weight.to(weight.dtype),
-            None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype),
+            None if ctx.bias is None else grad_bias.to(ctx.bias[1]),
             *(None,) * 5,
         )
 
@@ -294,7 +300,7 @@ class HalfCentreFunction(torch.autograd.Function):
         return y.to(x.dtype), wide_mean
 
     @staticmethod
-    @differentiable
+    @differentiable()
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         half, dims = grad.to(ctx.dtype), reduced_dims(grad)
         grad_x = half - mean_of(half, dims, ctx.share).view(channel_shape(grad))

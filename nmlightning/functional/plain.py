@@ -4,8 +4,8 @@ The functions with a backward of their own are faster, and that backward is not 
 these compute under `torch.func` and in forward mode, and a gradient of which another is asked for.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,20 +24,16 @@ def plain_batch_norm(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    *,
     statistic: Statistic,
     constant: float,
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what `BatchNormFunction` does, on one rank."""
-    dims, shape = reduced_dims(x), channel_shape(x)
-    wide = x.to(dtype)
+    wide, dims = x.to(dtype), reduced_dims(x)
     mean = wide.mean(dims, keepdim=True)
     square = constant**2 * _square(wide - mean, statistic, dims)
-    y = (wide - mean) / (square + eps).sqrt()
-    y = y if weight is None else y * weight.to(dtype).view(shape)
-    y = y if bias is None else y + bias.to(dtype).view(shape)
+    y = _apply_affine((wide - mean) / (square + eps).sqrt(), weight, bias, channel_shape(x))
     count = x.numel() // x.shape[1]
     variance = square.detach().flatten() * count / (count - 1)
     return y.to(x.dtype), mean.detach().flatten(), variance
@@ -47,7 +43,6 @@ def plain_layer_norm(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    *,
     rank: int,
     p: float,
     constant: float,
@@ -56,13 +51,18 @@ def plain_layer_norm(
     centred: bool,
 ) -> Tensor:
     """Return what `LayerNormFunction` does."""
-    dims = tuple(range(-rank, 0))
-    wide = x.to(dtype)
+    wide, dims = x.to(dtype), tuple(range(-rank, 0))
     deviations = wide - wide.mean(dims, keepdim=True) if centred else wide
-    y = deviations / (constant**2 * _square(deviations, PowerMean(p), dims) + eps).sqrt()
-    y = y if weight is None else y * weight.to(dtype)
-    y = y if bias is None else y + bias.to(dtype)
+    square = constant**2 * _square(deviations, PowerMean(p), dims)
+    y = _apply_affine(deviations / (square + eps).sqrt(), weight, bias, x.shape[-rank:])
     return y.to(x.dtype)
+
+
+def _apply_affine(
+    y: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int]
+) -> Tensor:
+    y = y if weight is None else y * weight.to(y.dtype).view(shape)
+    return y if bias is None else y + bias.to(y.dtype).view(shape)
 
 
 def _square(deviations: Tensor, statistic: Statistic, dims: tuple[int, ...]) -> Tensor:
@@ -88,36 +88,35 @@ def _square(deviations: Tensor, statistic: Statistic, dims: tuple[int, ...]) -> 
     return magnitude.square().view(channel_shape(deviations))
 
 
-class Plain(NamedTuple):
-    """What an autograd function, whose first saved tensors are x and the weight, computes.
+def plain_gradients(
+    function: Callable[..., Any], places: tuple[int, int, int], ctx: Any, grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Return an autograd function's gradients by all arguments, connected to x, the weight, `grad`.
 
-    Attributes:
-        function: of x, the weight and the bias.
-        bias: the shape and the dtype of the bias, if there is one; no derivative depends on it.
-        places: where the function's arguments have the three.
+    Its first saved tensors are x and the weight; `ctx.bias` is the shape and the dtype of the bias,
+    if there is one (no derivative depends on it).
+
+    Args:
+        function: computes the same of x, the weight, the bias and `ctx.plain`.
+        places: where the autograd function's arguments have those three.
+        ctx: of the autograd function.
+        grad: by its first result.
     """
-
-    function: Callable[..., Any]
-    bias: tuple[torch.Size, torch.dtype] | None
-    places: tuple[int, int, int] = (0, 1, 2)
-
-    def gradients(self, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients by all arguments, connected to x, the weight and `grad`."""
-        x, weight = ctx.saved_tensors[:2]
-        bias = None if self.bias is None else x.new_zeros(self.bias[0], dtype=self.bias[1])
-        create_graph = torch.is_grad_enabled()
-        gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        with torch.enable_grad():
-            # Aliases, since one of the inputs may depend on another.
-            given = [
-                q if q is None else q.view_as(q) if q.requires_grad else q.detach().requires_grad_()
-                for q in (x, weight, bias)
-            ]
-            y = self.function(*given)
-            y = y[0] if isinstance(y, tuple) else y
-            wanted = [(i, q) for i, q in zip(self.places, given, strict=True) if q is not None]
-            tensors = [q for _, q in wanted]
-            found = torch.autograd.grad(y, tensors, grad, create_graph=create_graph)
-        for (place, _), gradient in zip(wanted, found, strict=True):
-            gradients[place] = gradient
-        return tuple(gradients)
+    x, weight = ctx.saved_tensors[:2]
+    bias = None if ctx.bias is None else x.new_zeros(ctx.bias[0], dtype=ctx.bias[1])
+    create_graph = torch.is_grad_enabled()
+    gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    with torch.enable_grad():
+        # Aliases, since one of the inputs may depend on another.
+        given = [
+            q if q is None else q.view_as(q) if q.requires_grad else q.detach().requires_grad_()
+            for q in (x, weight, bias)
+        ]
+        y = function(*given, *ctx.plain)
+        y = y[0] if isinstance(y, tuple) else y
+        wanted = [(i, q) for i, q in zip(places, given, strict=True) if q is not None]
+        tensors = [q for _, q in wanted]
+        found = torch.autograd.grad(y, tensors, grad, create_graph=create_graph)
+    for (place, _), gradient in zip(wanted, found, strict=True):
+        gradients[place] = gradient
+    return tuple(gradients)

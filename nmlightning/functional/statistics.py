@@ -239,25 +239,26 @@ Statistic = PowerMean | LargestMean | RangeMean
 HUGE = 2.0**60  # squares and sums of larger values may be infinite in float32; eps is nothing to it
 
 
-def is_too_large(magnitude: Tensor) -> bool:
-    """Return whether a statistic in float32 says that the sums behind it may have overflown.
+def is_bounded(scale: Tensor) -> bool | None:
+    """Return whether all ŝ in float32 are so small that the sums behind them are finite.
 
-    Not where to look would wait for a device, or be traced: torch's norms overflow there, too.
+    None where to look would wait for a device, or be traced: torch's norms overflow there, too.
     """
-    if magnitude.dtype != torch.float32 or torch.compiler.is_compiling():
-        return False
-    if type(magnitude) is not Tensor or not magnitude.is_cpu or torch.jit.is_tracing():
-        return False
-    return not bool((magnitude < HUGE).all())
+    if scale.dtype != torch.float32 or torch.compiler.is_compiling():
+        return None
+    if type(scale) is not Tensor or not (scale.is_cpu and scale.numel()) or torch._C._is_tracing():
+        return None
+    return float(scale.max()) < HUGE  # of NaN, too, it is false
 
 
-def total_scale(scale: Tensor, eps: float) -> Tensor:
+def total_scale(scale: Tensor, eps: float, bounded: bool | None = None) -> Tensor:
     """Return √(ŝ² + eps); in half without squares, which half cannot hold.
 
     That is m · √(1 + (l/m)²) with the larger m and the lesser l of ŝ and √eps.
     """
     if not is_half(scale.dtype):
-        return torch.where(scale > HUGE, scale, (scale.square() + eps).sqrt())
+        root = (scale.square() + eps).sqrt()
+        return root if bounded else torch.where(scale > HUGE, scale, root)
     root = torch.full_like(scale, eps**0.5)
     larger, lesser = torch.maximum(scale, root), torch.minimum(scale, root)
     ratio = lesser / torch.where(larger > 0, larger, 1.0)

@@ -5,8 +5,6 @@ them, as in the formula of `functional.batch_norm`, so that N ranks equal one pr
 batches concatenated. The ranks wait for each other twice in forward and once in backward.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from torch.distributed import ProcessGroup
 
 from nmlightning.functional.batch_norm import differentiable
 from nmlightning.functional.constants import Constant
-from nmlightning.functional.plain import Plain, plain_batch_norm
+from nmlightning.functional.plain import plain_batch_norm, plain_layer_norm
 from nmlightning.functional.reductions import (
     Share,
     keep_largest_of_ranks,
@@ -55,25 +53,21 @@ class KernelBatchNormFunction(torch.autograd.Function):
         ctx.mark_non_differentiable(mean, variance)
         ctx.kernels, ctx.spec = kernels, spec
         ctx.save_for_backward(*(x, weight) if spec.fused is None else (None, None), *saved)
-        if spec.fused is None:
-            again = partial(
-                plain_batch_norm, statistic=spec.statistic, constant=spec.constant, eps=spec.eps,
-                dtype=torch.float32,
-            )  # fmt: skip
-            ctx.plain = Plain(again, None if bias is None else (bias.shape, bias.dtype), (0, 2, 3))
-        ctx.dtypes = [None if q is None else q.dtype for q in (weight, bias)]
+        settings = (spec.statistic, spec.constant, spec.eps, torch.float32)
+        ctx.plain = settings if spec.fused is None else None
+        ctx.weight_dtype = None if weight is None else weight.dtype
+        ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         return y, mean, variance
 
     @staticmethod
-    @differentiable
+    @differentiable(plain_batch_norm, (0, 2, 3))
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         gradients = ctx.kernels.backward(grad, ctx.saved_tensors[2:], ctx.spec)
-        weight_dtype, bias_dtype = ctx.dtypes
         return (
             gradients.x,
             gradients.residual,
-            None if weight_dtype is None else gradients.weight.to(weight_dtype),
-            None if bias_dtype is None else gradients.bias.to(bias_dtype),
+            None if ctx.weight_dtype is None else gradients.weight.to(ctx.weight_dtype),
+            None if ctx.bias is None else gradients.bias.to(ctx.bias[1]),
             None,
             None,
         )
@@ -124,7 +118,7 @@ class RankBatchNormFunction(torch.autograd.Function):
         return y, mean, variance
 
     @staticmethod
-    @differentiable
+    @differentiable()
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, y, mean, total, gain, strength, count, *selected = ctx.saved_tensors
         selection = Selection(*selected) if selected else None
@@ -175,26 +169,28 @@ class KernelLayerNormFunction(torch.autograd.Function):
         kernels: LayerNormKernels,
         constant: float,
         eps: float,
-        plain: Callable[..., Tensor],
+        centred: bool,
     ) -> Tensor:
         ctx.features = x.shape[x.dim() - rank :].numel()
         y, rows = kernels.forward(x, ctx.features, _wide(weight), _wide(bias), constant, eps)
         ctx.save_for_backward(x, weight, rows)
         ctx.kernels = kernels
-        ctx.plain = Plain(plain, None if bias is None else (bias.shape, bias.dtype))
-        ctx.learned = [None if q is None else (q.shape, q.dtype) for q in (weight, bias)]
+        ctx.plain = (rank, 1.0, constant, eps, torch.float32, centred)
+        ctx.weight = None if weight is None else (weight.shape, weight.dtype)
+        ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         return y
 
     @staticmethod
-    @differentiable
+    @differentiable(plain_layer_norm)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rows = ctx.saved_tensors
-        learned = ctx.learned != [None, None]
+        forms = (ctx.weight, ctx.bias)
+        learned = forms != (None, None)
         grad_x, *by_learned = ctx.kernels.backward(
             grad, x, ctx.features, _wide(weight), rows, learned
         )
         gradients = [
             None if form is None else by.view(form[0]).to(form[1])
-            for form, by in zip(ctx.learned, by_learned, strict=True)
+            for form, by in zip(forms, by_learned, strict=True)
         ]
         return grad_x, *gradients, *(None,) * 5

@@ -75,25 +75,29 @@ def select_backend(key: DispatchKey) -> Dispatch:
 
 
 def select_tracking(
-    running: Sequence[Tensor], count: Tensor | None, values: Sequence[Tensor]
+    running: Sequence[Tensor], count: Tensor | None, mean: Tensor
 ) -> Tracking | None:
-    """Return the kernel that moves running statistics towards such values, now, if it reads them.
+    """Return the kernel that moves running statistics towards a batch's, now, if it reads them.
 
     It takes plain, contiguous float32 tensors of one shape and device, and an int64 count there.
+    Of the batch's own the mean tells, since a norm makes its variance like it.
     """
-    first = values[0]
-    if torch.compiler.is_compiling() or not all(_is_as(q, first) for q in (*running, *values)):
+    if torch.compiler.is_compiling():
         return None
+    shape, device = mean.shape, mean.device
+    tracking = _select_tracking(device.type, _requested.get())
+    if tracking is None:
+        return None
+    for tensor in (mean, *running):
+        if not (type(tensor) in _PLAIN and tensor.dtype == torch.float32):
+            return None
+        if not (tensor.is_contiguous() and tensor.shape == shape and tensor.device == device):
+            return None
     if count is not None and not (
-        type(count) in _PLAIN and count.dtype == torch.int64 and count.device == first.device
+        type(count) in _PLAIN and count.dtype == torch.int64 and count.device == device
     ):
         return None
-    return _select_tracking(first.device.type, _requested.get())
-
-
-def _is_as(tensor: Tensor, first: Tensor) -> bool:
-    plain = type(tensor) in _PLAIN and tensor.dtype == torch.float32 and tensor.is_contiguous()
-    return plain and tensor.shape == first.shape and tensor.device == first.device
+    return tracking
 
 
 def clear_dispatch_cache() -> None:

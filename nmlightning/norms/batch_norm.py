@@ -93,22 +93,18 @@ class StatisticBatchNorm(BatchNormBase):
         dtype = accumulation_dtype(input.dtype, self.stats_dtype)
         if group is None and is_transformed():
             constant = self.statistic.constant(input.numel() // input.shape[1], self.constant)
-            y, mean, variance = plain_batch_norm(
-                input, self.weight, self.bias, statistic=self.statistic, constant=constant,
-                eps=self.eps, dtype=dtype,
-            )  # fmt: skip
+            settings = (self.statistic, constant, self.eps, dtype)
+            y, mean, variance = plain_batch_norm(input, self.weight, self.bias, *settings)
             return activate(y, residual, self.fused), mean, variance
-        kernels = self.backend_for(input).kernels
+        kernels = select_backend_for(input, "batch", self.statistic, dtype).kernels
         if kernels is not None:
             return self._normalise_by_kernels(input, residual, kernels, group)
         learned = (self.weight, self.bias)
-        settings = (self.statistic, self.constant, self.eps, dtype, group)
+        arguments = (*learned, self.statistic, self.constant, self.eps, dtype, group)
         if is_half(dtype):
-            y, mean, variance = apply_without_autocast(
-                HalfBatchNormFunction, input, *learned, *settings
-            )
+            y, mean, variance = apply_without_autocast(HalfBatchNormFunction, input, *arguments)
         else:
-            y, mean, variance = BatchNormFunction.apply(input, *learned, *settings)
+            y, mean, variance = BatchNormFunction.apply(input, *arguments)
         return activate(y, residual, self.fused), mean, variance
 
     def _normalise_by_kernels(

@@ -5,7 +5,7 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from numbers import Integral, Real
 from traceback import walk_stack
 from typing import Any, ClassVar
@@ -275,7 +275,7 @@ class BatchNormBase(_BatchNorm):
                 self.num_batches_tracked.add_(1)
             return activate(y, residual, self.fused)
         output, mean, variance = self._normalise(input, residual, group)
-        if self.training and self.track_running_stats and self.running_mean is not None:
+        if self.training and self.track_running_stats:
             self._track(mean, variance)
         return output
 
@@ -348,25 +348,29 @@ class BatchNormBase(_BatchNorm):
         """
         raise NotImplementedError
 
-    @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor) -> None:
         """Move the running statistics towards the batch's, in channels where both are finite."""
-        running_mean, running_var = self.running_mean, self.running_var
-        assert running_mean is not None, "the caller tracks"
-        assert running_var is not None, "it comes with the mean"
-        count, tracking = self.num_batches_tracked, None
-        if not is_transformed():
-            tracking = select_tracking((running_mean, running_var), count, (mean, variance))
-        if tracking is not None and self.momentum is not None:
-            tracking(running_mean, running_var, count, mean, variance, self.momentum)
+        running_mean, running_var, tracking = self.running_mean, self.running_var, None
+        if running_mean is None or running_var is None:
             return
-        finite = mean.isfinite() & variance.isfinite()
+        if self.momentum is not None and not is_transformed():
+            count = self.num_batches_tracked
+            tracking = select_tracking((running_mean, running_var), count, mean)
+            if tracking is not None:
+                tracking(running_mean, running_var, count, mean, variance, self.momentum)
+        if tracking is None:
+            self._track_by_formula(((running_mean, mean), (running_var, variance)))
+
+    @torch.no_grad()
+    def _track_by_formula(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        (_, mean), (_, variance) = pairs
+        finite = torch.maximum(mean.abs(), variance) < math.inf  # isfinite() takes four operations
         if self.momentum is None:
             finite = finite.all()  # The channels have one count, so a batch counts for all or none.
         newest = self._count_batch(finite, mean.dtype)
-        for running, value in ((running_mean, mean), (running_var, variance)):
+        for running, value in pairs:
             moved = (running + newest * (value - running)).to(running.dtype)
-            running.copy_(torch.where(finite & moved.isfinite(), moved, running))
+            running.copy_(torch.where(finite & (moved.abs() < math.inf), moved, running))
 
     def _count_batch(self, finite: Tensor, dtype: torch.dtype) -> float | Tensor:
         """Count a batch, and return its weight in the running statistics."""

@@ -11,7 +11,6 @@ An RMS norm has μ = 0, and so neither mean h nor mean s.
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,18 +19,18 @@ from torch import Tensor, nn
 from nmlightning.errors import InputError, check_flag
 from nmlightning.functional.batch_norm import apply_without_autocast, differentiable, is_transformed
 from nmlightning.functional.constants import Constant, check_constant, check_power
-from nmlightning.functional.plain import Plain, plain_layer_norm
+from nmlightning.functional.plain import plain_layer_norm
 from nmlightning.functional.reductions import Share, is_half, mean_of, share_mean, sum_of
 from nmlightning.functional.statistics import (
     PowerMean,
-    is_too_large,
+    is_bounded,
     power_mean,
     power_mean_slope,
     total_scale,
 )
 from nmlightning.kernels.autograd import KernelLayerNormFunction
 from nmlightning.kernels.dispatch import select_backend_for
-from nmlightning.kernels.interface import Dispatch
+from nmlightning.kernels.interface import Dispatch, NormKind
 from nmlightning.norms.batch_norm_base import (
     accumulation_dtype,
     check_eps,
@@ -72,7 +71,7 @@ def normalise_features(
         parts = [normalise_features(part, *settings, centred=centred) for part in x.unbind()]
         nested: Tensor = torch.nested.as_nested_tensor(parts, layout=x.layout)
         return nested
-    if tuple(x.shape[-len(sizes) :]) != sizes:
+    if x.shape[-len(sizes) :] != sizes:
         raise InputError(
             f"{type(layer).__name__} normalises the last dimensions {sizes}, "
             f"got an input of shape {tuple(x.shape)}."
@@ -81,18 +80,15 @@ def normalise_features(
         eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
     constant = layer.statistic.constant(math.prod(sizes), layer.constant)
     dtype = accumulation_dtype(x.dtype, layer.stats_dtype)
-    plain = partial(
-        plain_layer_norm, rank=len(sizes), p=layer.p, constant=constant, eps=eps, dtype=dtype,
-        centred=centred,
-    )  # fmt: skip
+    arguments = (weight, bias, len(sizes), layer.p, constant, eps, dtype, centred)
     if is_transformed():
-        return plain(x, weight, bias)
-    kernels = layer.backend_for(x).kernels
+        return plain_layer_norm(x, *arguments)
+    kind: NormKind = "layer" if centred else "rms"
+    kernels = select_backend_for(x, kind, layer.statistic, dtype).kernels
     if kernels is not None:
         return KernelLayerNormFunction.apply(  # type: ignore[no-any-return]
-            x, weight, bias, len(sizes), kernels, constant, eps, plain
+            x, weight, bias, len(sizes), kernels, constant, eps, centred
         )
-    arguments = (weight, bias, len(sizes), layer.p, constant, eps, dtype, centred)
     if is_half(dtype):
         return apply_without_autocast(LayerNormFunction, x, *arguments)  # type: ignore[no-any-return]
     return LayerNormFunction.apply(x, *arguments)  # type: ignore[no-any-return]
@@ -121,34 +117,30 @@ class LayerNormFunction(torch.autograd.Function):
         mean = share_mean(wide, dims, None)[0].view(column) if centred else None
         deviations = wide if mean is None else wide - mean
         magnitude = power_mean(deviations, p, dims, share).view(column)
-        if is_too_large(magnitude):
+        scale = magnitude * constant
+        bounded = is_bounded(scale)
+        if bounded is False:
             settings = (rank, p, constant, eps, torch.float64, centred)
             return LayerNormFunction.forward(ctx, x, weight, bias, *settings)
-        y = deviations / total_scale(magnitude * constant, eps)
-        ctx.save_for_backward(x, weight, mean, magnitude)
-        ctx.dims, ctx.p, ctx.constant, ctx.eps = dims, p, constant, eps
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        if not (torch.compiler.is_compiling() or is_half(dtype)):
-            again = partial(
-                plain_layer_norm, rank=rank, p=p, constant=constant, eps=eps, dtype=dtype,
-                centred=centred,
-            )  # fmt: skip
-            ctx.plain = Plain(again, None if bias is None else (bias.shape, bias.dtype))
-        y = _give_weight_and_bias(y, weight, bias)
+        total = total_scale(scale, eps, bounded)
+        ctx.save_for_backward(x, weight, mean, magnitude, total)
+        ctx.dims, ctx.p, ctx.constant = dims, p, constant
+        ctx.plain = (rank, p, constant, eps, torch.promote_types(dtype, torch.float32), centred)
+        ctx.bias = None if bias is None else (bias.shape, bias.dtype)
+        y = _give_weight_and_bias(deviations / total, weight, bias)
         # Dynamo of torch 2.11 loses the gradients of a result that an operation in place returned,
         # or a cast that left it as it was.
         return y if dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod
-    @differentiable
+    @differentiable(plain_layer_norm)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, magnitude = ctx.saved_tensors
+        x, weight, mean, magnitude, total = ctx.saved_tensors
         dims, lead = ctx.dims, tuple(range(x.dim() - len(ctx.dims)))
         share = Share(x.shape[-len(dims) :].numel())
         dtype = magnitude.dtype
         wide, wide_grad = x.to(dtype), grad.to(dtype)
         scale = magnitude * ctx.constant
-        total = total_scale(scale, ctx.eps)
         # 0 − x and not −x: what copysign makes of a 0 is to be the same for both norms.
         reflected = 0 - wide if mean is None else mean - wide
         slope = power_mean_slope(reflected, magnitude, ctx.p)
@@ -160,8 +152,8 @@ class LayerNormFunction(torch.autograd.Function):
             wide_weight = weight.to(dtype)
             grad_weight = _sum_leading(product, lead).to(weight.dtype)
             inner, along = wide_grad * wide_weight, product.mul_(wide_weight)
-        if ctx.bias_dtype is not None:
-            grad_bias = _sum_leading(wide_grad, lead).to(ctx.bias_dtype)
+        if ctx.bias is not None:
+            grad_bias = _sum_leading(wide_grad, lead).to(ctx.bias[1])
         pull = ctx.constant * (scale / total) * _mean(along, dims, share)
         grad_x = slope.mul_(pull).add_(inner)
         if mean is not None:

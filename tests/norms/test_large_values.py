@@ -14,6 +14,7 @@ from nmlightning.kernels.dispatch import norm_backend
 NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "batch l1": (lambda: norms.L1BatchNorm2d(8), (8, 8, 8, 8)),
     "batch linf": (lambda: norms.LInfBatchNorm2d(8), (8, 8, 8, 8)),
+    "batch topk": (lambda: norms.TopKBatchNorm2d(8), (8, 8, 8, 8)),
     "batch range": (lambda: norms.RangeBatchNorm2d(8), (8, 8, 8, 8)),
     "batch p2": (lambda: norms.LpBatchNorm2d(8, p=2.0), (8, 8, 8, 8)),
     "batch p3": (lambda: norms.LpBatchNorm2d(8, p=3.0), (8, 8, 8, 8)),
