@@ -58,7 +58,8 @@ def test_non_finite_channels_leave_running_statistics_alone(norm: Norm, bad: flo
     for name in ("running_mean", "running_var"):
         after, expected = getattr(layer, name), getattr(clean, name)
         assert after[1] == before[name][1]
-        assert torch.equal(after[[0, 2]], expected[[0, 2]])
+        # Beside a sum that is not finite the formula computes in float64.
+        torch.testing.assert_close(after[[0, 2]], expected[[0, 2]], rtol=1e-6, atol=0)
 
 
 @every_norm
