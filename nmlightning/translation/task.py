@@ -383,8 +383,7 @@ def translate_lines(
     if on_translated:
         on_translated(len(lines) - len(rows))
     while rows:
-        longest = len(tokens[rows[0]]) + 1
-        count = max(1, options.tokens_a_batch // longest)
+        count = max(1, options.tokens_a_batch // (len(tokens[rows[0]]) + 1))
         batch, rows = rows[:count], rows[count:]
         ended = [torch.tensor([*tokens[row], EOS]) for row in batch]
         source = pad_sequence(ended, batch_first=True, padding_value=PAD).to(task.device)
