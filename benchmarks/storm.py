@@ -120,7 +120,7 @@ def _verdicts(trial: Trial, folder: Path, code: int | None) -> list[Verdict]:
     if code != 0:
         tail = (folder / "log").read_text(errors="replace").strip().splitlines()[-1:]
         return [Verdict(trial.name, "hangs" if code is None else f"exit {code}: {tail}")]
-    lines = (folder / "answer").read_text().splitlines() or [""]
+    lines = (folder / "answer").read_text().split("\n")
     return [Verdict(trial.name, line) for line in lines]
 
 
