@@ -18,6 +18,18 @@ from nmlightning.surgery.checkpoints import check_named_code, load_from_checkpoi
 
 _INSTANTIATOR = f"{instantiate_module.__module__}.{instantiate_module.__name__}"
 
+_ENTRIES: dict[str, type] = {
+    "hyper_parameters": dict,
+    "state_dict": dict,
+    "callbacks": dict,
+    "loops": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "pytorch-lightning_version": str,
+    "epoch": int,
+    "global_step": int,
+}
+
 
 def checkpoint_hparams(checkpoint: str, given: str = "") -> list[str]:
     """Return the model's hyper-parameters in `checkpoint` as a `--config`, to be placed first.
@@ -144,9 +156,16 @@ def _load(path: Path, option: str = "") -> Any:
     if not is_whole(path):
         raise broken
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError as error:  # a zip file of something else
         raise broken from error
+    for key, expected in _ENTRIES.items() if isinstance(content, dict) else ():
+        if not isinstance(content.get(key, expected()), expected):
+            raise InputError(
+                f"{option}{str(path)!r} is damaged: its {key!r} is of type "
+                f"{type(content[key]).__name__}, not {expected.__name__}."
+            )
+    return content
 
 
 def _parser() -> Parser:

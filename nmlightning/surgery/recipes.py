@@ -220,12 +220,18 @@ def recipes_in(checkpoint: Mapping[str, Any], change: Change) -> list[Recipe]:
     entry = checkpoint.get(KEY)
     if entry is None:
         return []
+    if not isinstance(entry, Mapping):
+        raise InputError(f"The checkpoint's {KEY!r} entry is a {type(entry).__name__}: damaged.")
     if entry.get("version") != VERSION:
         raise InputError(
             f"The checkpoint's {KEY!r} entry has version {entry.get('version')}, and this release "
             f"reads {VERSION}: install the release that wrote it."
         )
     recipes = entry.get(change.key, ())
+    if not all(isinstance(recipe, Mapping) and "modules" in recipe for recipe in recipes):
+        raise InputError(
+            f"The checkpoint's {KEY!r} entry is damaged: its {change.key} say nothing."
+        )
     return change.tidy(
         [{**change.make(**keywords_of(recipe)), "modules": recipe["modules"]} for recipe in recipes]
     )
