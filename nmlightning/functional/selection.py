@@ -169,7 +169,7 @@ def _first_largest(sizes: Tensor, k: int) -> Tensor:
     if k == 1:
         return sizes.argmax(1, keepdim=True)
     k = min(k, sizes.shape[1])
-    if sizes.dtype == torch.float64:
+    if sizes.dtype == torch.float64 or torch._C._is_tracing():  # which has no bits
         return torch.sort(sizes, dim=1, descending=True, stable=True).indices[:, :k]
     bits = sizes.float().view(torch.int32).long() << 32
     keys = bits - torch.arange(sizes.shape[1], device=sizes.device)

@@ -61,7 +61,7 @@ def select_backend_for(
     x: Tensor, kind: NormKind, statistic: Statistic, stats_dtype: torch.dtype
 ) -> Dispatch:
     """Return the backend that computes the norm of x, now."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return _COMPILING
     if type(x) not in _PLAIN or torch._C._get_dispatch_mode(_FAKE) is not None:
         return _SUBCLASS
@@ -82,7 +82,7 @@ def select_tracking(
     It takes plain, contiguous float32 tensors of one shape and device, and an int64 count there.
     Of the batch's own the mean tells, since a norm makes its variance like it.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return None
     shape, device = mean.shape, mean.device
     tracking = _select_tracking(device.type, _requested.get())

@@ -355,18 +355,17 @@ class BatchNormBase(_BatchNorm):
             return
         if self.momentum is not None and not is_transformed():
             count = self.num_batches_tracked
-            tracking = select_tracking((running_mean, running_var), count, mean)
-            if tracking is not None:
+            if tracking := select_tracking((running_mean, running_var), count, mean):
                 tracking(running_mean, running_var, count, mean, variance, self.momentum)
         if tracking is None:
             self._track_by_formula(((running_mean, mean), (running_var, variance)))
 
     @torch.no_grad()
     def _track_by_formula(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        (_, mean), (_, variance) = pairs
+        mean, variance = (value for _, value in pairs)
         finite = torch.maximum(mean.abs(), variance) < math.inf  # isfinite() takes four operations
-        if self.momentum is None:
-            finite = finite.all()  # The channels have one count, so a batch counts for all or none.
+        # Without a momentum channels have one count, so a batch counts for all or none.
+        finite = finite.all() if self.momentum is None else finite
         newest = self._count_batch(finite, mean.dtype)
         for running, value in pairs:
             moved = (running + newest * (value - running)).to(running.dtype)

@@ -1,4 +1,4 @@
-"""Keeps torch's encoder layers from computing L2 in evaluation where their norms are ours.
+"""Layer and RMS norms in torch's encoder layers, and where torch.fx and torch.jit read them.
 
 `nn.TransformerEncoderLayer` hands its norms' weights to a fused kernel, whatever class they have,
 unless its activation is neither ReLU nor GELU: that flag is the switch it offers. A whole
@@ -6,11 +6,17 @@ unless its activation is neither ReLU nor GELU: that flag is the switch it offer
 """
 
 import functools
-from collections.abc import Iterable
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.jit._trace import TracerWarning
 from torch.nn.modules.module import register_module_module_registration_hook
+
+from nmlightning.errors import InputError
 
 
 def guard_encoders(modules: Iterable[nn.Module]) -> None:
@@ -45,3 +51,29 @@ def watch_encoders() -> None:
             _switch(module, "activation_relu_or_gelu", (child, *others))
 
     register_module_module_registration_hook(guard)
+
+
+def traceable(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """Let torch.fx record a call of a layer as of torch's own norms, and tracing not warn of it."""
+
+    @functools.wraps(forward)
+    def call(self: Any, input: Tensor) -> Any:
+        if isinstance(input, Proxy):
+            tracer: Any = input.tracer
+            path = tracer.path_of_module(self)
+            return tracer.create_proxy("call_module", path, (input,), {})
+        if torch._C._is_tracing():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", TracerWarning)
+                return forward(self, input)
+        return forward(self, input)
+
+    return call
+
+
+def refuse_scripting(layer: nn.Module) -> NoReturn:
+    """Say for `torch.jit.script`, which calls it, that it cannot compile such a layer."""
+    raise InputError(
+        f"torch.jit.script cannot compile {type(layer).__name__}: use torch.jit.trace or "
+        'torch.export, or swap_norms(model, "l2", kinds=["layer", "rms"]) first.'
+    )

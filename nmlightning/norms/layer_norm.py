@@ -38,7 +38,7 @@ from nmlightning.norms.batch_norm_base import (
     describe_settings,
     note_norm,
 )
-from nmlightning.norms.fast_path import watch_encoders
+from nmlightning.norms.fast_path import refuse_scripting, traceable, watch_encoders
 
 
 def check_normalized_shape(normalized_shape: int | Sequence[int]) -> list[int]:
@@ -236,10 +236,13 @@ class LpLayerNorm(nn.LayerNorm):
         self.stats_dtype = check_stats_dtype(stats_dtype)
         watch_encoders()
 
+    @traceable
     def forward(self, input: Tensor) -> Tensor:
         """Return the normalised input, in its dtype."""
         settings = (self.normalized_shape, self.eps)
         return normalise_features(input, self, self.weight, self.bias, *settings, centred=True)
+
+    __prepare_scriptable__ = refuse_scripting
 
     def backend_for(self, input: Tensor) -> Dispatch:
         """Return the backend that computes such an input, and why, without running."""
@@ -340,10 +343,13 @@ class LpRMSNorm(nn.RMSNorm):
         self.stats_dtype = check_stats_dtype(stats_dtype)
         watch_encoders()
 
+    @traceable
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised input, in its dtype."""
         settings = (self.normalized_shape, self.eps)
         return normalise_features(x, self, self.weight, None, *settings, centred=False)
+
+    __prepare_scriptable__ = refuse_scripting
 
     def backend_for(self, input: Tensor) -> Dispatch:
         """Return the backend that computes such an input, and why, without running."""

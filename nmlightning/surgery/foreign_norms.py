@@ -9,7 +9,7 @@ import copy
 import inspect
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from typing import Any, Literal
@@ -17,6 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from nmlightning.functional.reductions import is_half
+from nmlightning.norms.fast_path import traceable
 from nmlightning.norms.layer_norm import LpLayerNorm, LpRMSNorm, normalise_features
 
 KNOWN_PACKAGES = {
@@ -43,6 +45,8 @@ class NormForm:
         eps: the name of the attribute, or the number.
         apart: it normalises the last dimension, whatever the shape of the weight.
         activates: it calls its `drop` and `act` on the result.
+        widens: of a half input, a weight of float32 makes float32.
+        narrows: of an input of float32, a half weight makes half.
     """
 
     kind: ForeignKind
@@ -51,6 +55,8 @@ class NormForm:
     eps: str | float
     apart: bool
     activates: bool
+    widens: bool = False
+    narrows: bool = False
 
     def eps_of(self, module: nn.Module) -> float | None:
         """Return the eps of a module, of which another may be set on a swapped one."""
@@ -80,10 +86,12 @@ class SwappedNorm:
     normalized_shape = _Shape()
     eps = _Eps()
 
+    @traceable
     def forward(self: Any, input: Tensor) -> Tensor:
-        """Return the normalised input, in its dtype, as the library's class has it."""
+        """Return the normalised input, in the dtype that the library's class gives."""
         form = type(self).form
         weight, bias = getattr(self, "weight", None), getattr(self, "bias", None)
+        learned = input.dtype if weight is None else weight.dtype
         if weight is not None and form.offset:
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + form.offset
         x = input.movedim(1, -1).contiguous() if form.channels_first else input
@@ -93,6 +101,8 @@ class SwappedNorm:
         if form.apart:
             y = _give_affine(y, weight, bias).to(y.dtype)
         y = y.movedim(-1, 1) if form.channels_first else y
+        if learned != input.dtype and (form.narrows if is_half(learned) else form.widens):
+            y = y.to(learned)
         return self.act(self.drop(y)) if form.activates else y
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -158,10 +168,26 @@ def find_form(module: nn.Module, kinds: tuple[ForeignKind, ...]) -> NormForm | s
         for form in _candidates(twin, kinds, channels_first):
             closest = min(closest, deviation := _deviation(form, twin, inputs, found))
             if deviation < _TOLERANCE:
-                return form
+                half, wide = torch.bfloat16, torch.float32
+                widens = _output_dtype(twin, wide, x.to(half)) == wide
+                narrows = _output_dtype(twin, half, x) == half
+                return replace(form, widens=widens, narrows=narrows)
     title = " or ".join({"layer": "layer", "rms": "RMS"}[kind] for kind in kinds)
     off = f"on a random input it is {closest:.2g} off" if closest < float("inf") else error
     return f"it does not compute a {title} norm: {off}"
+
+
+def _output_dtype(twin: Any, learned: torch.dtype, input: Tensor) -> torch.dtype | None:
+    """Return the dtype of the output with parameters of a dtype, None where it cannot be."""
+    other = copy.copy(twin)
+    for stored in ("_parameters", "_buffers"):
+        cast = {name: q if q is None else q.to(learned) for name, q in vars(twin)[stored].items()}
+        vars(other)[stored] = cast
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return other.forward(input).dtype  # type: ignore[no-any-return]
+    except Exception:
+        return None
 
 
 def _twin_of(module: nn.Module) -> Any:

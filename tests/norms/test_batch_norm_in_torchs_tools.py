@@ -150,3 +150,31 @@ def test_pruned_norm_trains_and_evaluates() -> None:
         each.weight_mask[1:3] = 0
         assert torch.count_nonzero(each(x)[:, 1:3]) == 0
     torch.testing.assert_close(layer.eval()(x), theirs.eval()(x))
+
+
+@deprecated
+def test_layer_norms_are_recorded_traced_and_refuse_scripting() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.RMSNorm(8)).eval()
+    swap_norms(net, "l1", kinds=["layer", "rms"])
+    x = torch.randn(2, 8)
+    graph = torch.fx.symbolic_trace(net)
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == [
+        "0",
+        "1",
+        "2",
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(net, x)
+    for copy_of_it in (graph, traced):
+        torch.testing.assert_close(copy_of_it(2 * x), net(2 * x))
+    with pytest.raises(InputError, match=r"torch.jit.script cannot compile L1LayerNorm: use"):
+        torch.jit.script(net)
+
+
+@deprecated
+@every_norm
+def test_trace_in_training(norm: Norm, images: Tensor) -> None:
+    layer = norm.layer(3)
+    traced = torch.jit.trace(layer, images, check_trace=False)
+    torch.testing.assert_close(traced(images), layer(images))

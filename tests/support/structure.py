@@ -50,8 +50,8 @@ EXCEPTIONS = {
 # Of the targets that are missed: what was reached, which must not be left again.
 REACHED = {
     "Python files": 155,
-    "lines of nmlightning, Python and C++": 29_150,
-    "lines of tests": 28_550,
+    "lines of nmlightning, Python and C++": 29_250,
+    "lines of tests": 28_650,
     "files a config meets before Trainer.fit": 21,
 }
 

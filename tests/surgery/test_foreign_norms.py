@@ -123,6 +123,21 @@ def test_half_input_is_normalised_in_float32() -> None:
     torch.testing.assert_close(y, expected, rtol=4e-3, atol=4e-3)  # a rounding to bfloat16
 
 
+@pytest.mark.parametrize("learned", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "make", [hugging_face(name, 8) for name in ("t5.T5LayerNorm", "llama.LlamaRMSNorm")]
+)
+def test_output_has_the_dtype_that_the_class_gives(
+    make: Callable[[], nn.Module], given: torch.dtype, learned: torch.dtype
+) -> None:
+    net, x = nn.Sequential(make().to(learned)), torch.randn(2, 8, dtype=given)
+    expected = net(x)
+    swap_norms(net, "lp", {"p": 2.0}, kinds="rms")
+    assert net(x).dtype == expected.dtype
+    torch.testing.assert_close(net(x), expected, rtol=1e-2, atol=1e-2)
+
+
 def test_class_is_known_on_the_meta_device() -> None:
     net = nn.Sequential(timm.layers.LayerNorm2d(8)).to("meta")
     assert len(swap_norms(net, "l1", kinds="layer")) == 1
