@@ -109,7 +109,9 @@ class LRCorrection(StepRule):
         if self.max_factor is not None:
             factors = factors.clamp(max=self.max_factor)
         skipped, factors = scale_step(weight, before, factors, self.max_rotation)
-        project(weight, state["initial"].where(is_usable(recorded), 0.0))
+        initial = state["initial"]  # also the norms before the step
+        bounded = None if self.max_rotation is None else initial
+        project(weight, initial.where(is_usable(recorded), 0.0), bounded)
         return skipped, factors
 
     def _factors(self, weight: OptimizedWeight, norms: Tensor, recorded: Tensor) -> Tensor:

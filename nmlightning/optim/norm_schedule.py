@@ -16,7 +16,7 @@ from nmlightning.optim.parameters import (
     scale_step,
 )
 from nmlightning.optim.step_hooks import StepRule
-from nmlightning.weights.channel_norms import is_usable
+from nmlightning.weights.channel_norms import channel_norms, is_usable
 from nmlightning.weights.history import Alignment, NormHistory
 
 
@@ -87,5 +87,7 @@ class NormSchedule(StepRule):
         share = state["base_lr"] / rate
         factors = torch.full_like(recorded, share).where(is_usable(recorded), 1.0)
         skipped, factors = scale_step(weight, before, factors, self.max_rotation)
-        project(weight, recorded * share ** (1 / int(self.power)))
+        bounded = self.max_rotation is not None
+        norms = channel_norms(before, layout=weight.layout) if bounded else None
+        project(weight, recorded * share ** (1 / int(self.power)), norms)
         return skipped, factors

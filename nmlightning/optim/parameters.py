@@ -143,9 +143,13 @@ class OptimizedWeight:
         return self.layout.spread(values, self.values).to(self.norms_dtype)
 
     @torch.no_grad()
-    def scale(self, factors: Tensor) -> None:
-        """Multiply channel i by factor i, and the optimizer's averages as its gradients change."""
+    def scale(self, factors: Tensor, least: Tensor | None = None) -> None:
+        """Multiply channel i by factor i, and the optimizer's averages as its gradients change.
+
+        The averages as if no factor was below `least`, if that is given.
+        """
         self.values.mul_(self.spread(factors))
+        factors = factors if least is None else torch.maximum(factors, least)
         optimizer = find_keeper(self.optimizer)
         for name in self.state:
             buffer, degree = self.buffer(name), scaling_degree(optimizer, name)
@@ -215,14 +219,22 @@ def scale_step(
     return skipped, factors
 
 
+MAX_GROWTH = 1.02
+
+
 @torch.no_grad()
-def project(weight: OptimizedWeight, norms: Tensor) -> Tensor:
+def project(weight: OptimizedWeight, norms: Tensor, before: Tensor | None = None) -> Tensor:
     """Scale each channel to the norm that is asked of it, and the optimizer's averages inversely.
+
+    A momentum that points along its weight lengthens it, and would so be multiplied by more than it
+    decays by, without end. `before` is the remedy of rules that bound a step's rotation.
 
     Args:
         weight: it is changed in place.
         norms: (C,) ‖w_i‖₂ to have. A channel stays as it is where that or its own norm is zero or
             not finite, or where the weight's dtype does not reach that far.
+        before: (C,) norms before the step; the averages are multiplied as if it had lengthened the
+            channel by no more than MAX_GROWTH, which a step of 0.2 rad across it does.
 
     Returns:
         (C,) what each channel was multiplied by.
@@ -230,7 +242,10 @@ def project(weight: OptimizedWeight, norms: Tensor) -> Tensor:
     factors = norms / weight.norms()
     reached = factors.isfinite() & (factors > 0) & (norms < torch.finfo(weight.values.dtype).max)
     factors = factors.where(reached, 1.0)
-    weight.scale(factors)
+    least = None
+    if before is not None:
+        least = (norms / (MAX_GROWTH * before)).where(reached & (before > 0), 0.0)
+    weight.scale(factors, least)
     return factors
 
 

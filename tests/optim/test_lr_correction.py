@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from nmlightning.optim.lr_correction import LRCorrection
+from nmlightning.optim.norm_schedule import NormSchedule
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
 from optim_rules import (
@@ -111,3 +112,17 @@ def test_paper_mode_diverges_and_stable_mode_does_not() -> None:
         )
         # 1e19 is where float32 can no longer form the square of a norm.
         assert growth == pytest.approx(1.0) if stays else growth > 1e19
+
+
+@pytest.mark.parametrize("rule", [LRCorrection, NormSchedule])
+def test_momentum_along_the_weight_dies_out(rule: type[LRCorrection | NormSchedule]) -> None:
+    """Lengthened by it and scaled back, a weight multiplied it by up to 1.2 · 0.9 a step."""
+    net = make_net()
+    weight, optimizer = net.conv1.weight, sgd(net)
+    rule(random_history(net), power=2).attach(optimizer, net.named_parameters())
+    train(net, optimizer, 3)
+    momentum = optimizer.state[weight]["momentum_buffer"]
+    momentum[0] = -100 * weight.detach()[0]
+    train(net, optimizer, 90, first=3)
+    along = (momentum[0] * weight.detach()[0]).sum() / weight.detach()[0].norm()
+    assert along.abs() < 1  # 0.9 · 1.02 to the power of 90 is 0.0004
