@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import Tensor, optim
 
 from nmlightning.errors import InputError
+from nmlightning.optim.parameters import find_keeper
 from nmlightning.weights.channel_norms import equilibrium_rotation
 
 Power = Literal["auto", 1, 2]
@@ -46,12 +47,6 @@ def choose_power(optimizer: optim.Optimizer, power: Power | int | str) -> int:
         "proportional to the gradient, as that of SGD, or power=1 if it does not depend on the "
         "gradient's size, as that of Adam."
     )
-
-
-def find_keeper(optimizer: optim.Optimizer) -> optim.Optimizer:
-    """Return what keeps the state: ZeroRedundancyOptimizer has another for each rank's weights."""
-    inner = getattr(optimizer, "optim", None)
-    return inner if isinstance(inner, optim.Optimizer) else optimizer
 
 
 def known_power(optimizer: optim.Optimizer) -> int | None:

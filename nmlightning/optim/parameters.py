@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.optim import Optimizer, RMSprop
 
 from nmlightning.errors import InputError, check_choice, is_number
-from nmlightning.optim.families import find_keeper
 from nmlightning.weights.channel_norms import (
     ROWS,
     ChannelLayout,
@@ -42,6 +41,12 @@ _DEGREES = {
     "step_size": 0,
     "ax": 1,
 }
+
+
+def find_keeper(optimizer: Optimizer) -> Optimizer:
+    """Return what keeps the state: ZeroRedundancyOptimizer has another for each rank's weights."""
+    inner = getattr(optimizer, "optim", None)
+    return inner if isinstance(inner, Optimizer) else optimizer
 
 
 def scaling_degree(optimizer: Optimizer, name: str) -> int:
