@@ -55,7 +55,8 @@ def test_file_of_a_dtype_that_numpy_lacks_is_refused(tmp_path: Path, dtype: str)
     header = json.dumps({"steps": steps, "__metadata__": metadata}).encode()
     content = len(header).to_bytes(8, "little") + header + bytes(steps["data_offsets"][1])
     (tmp_path / FILE_NAME).write_bytes(content)
-    with pytest.raises(InputError, match=f"{FILE_NAME} is .*no safetensors file"):
+    # With ml_dtypes imported, as onnx does, numpy has the first.
+    with pytest.raises(InputError, match=f"{FILE_NAME} is (damaged|.*no safetensors file)"):
         NormHistory.load(tmp_path)
 
 
