@@ -274,10 +274,10 @@ class L1LayerNorm(LpLayerNorm):
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
-        *,
         eps: float = 1e-5,
         elementwise_affine: bool = True,
         bias: bool = True,
+        *,
         constant: Constant | float = "exact",
         stats_dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
@@ -381,9 +381,9 @@ class L1RMSNorm(LpRMSNorm):
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
-        *,
         eps: float | None = None,
         elementwise_affine: bool = True,
+        *,
         constant: Constant | float = "exact",
         stats_dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,

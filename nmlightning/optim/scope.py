@@ -169,8 +169,11 @@ def unsteered_reason(
         return "no optimizer has it"
     if matches(name, exclude):
         return "exclude names it"
+    if include and not matches(name, include):
+        return "include does not name it"
     if include:
-        return None if matches(name, include) else "include does not name it"
+        is_passed_over = parameter.dim() < 2 and name not in include
+        return "a pattern passes over what has one dimension" if is_passed_over else None
     fits = weights.is_convolution(name) if least_dims == CONVOLUTIONS else parameter.dim() > 1
     return None if fits else _DEFAULTS[least_dims][1]
 

@@ -52,6 +52,8 @@ def test_positional_arguments_are_torchs(norm: Norm) -> None:
     layer, theirs = cls(8, 1e-3, None, False, False), nn.BatchNorm2d(8, 1e-3, None, False, False)
     for name in ("num_features", "eps", "momentum", "affine", "track_running_stats"):
         assert getattr(layer, name) == getattr(theirs, name)
+    assert norms.L1LayerNorm(8, 1e-3, True, False).bias is None
+    assert norms.L1RMSNorm(8, 1e-3, False).eps == 1e-3
 
 
 @pytest.mark.parametrize("norm", ["l1", "range", "mean", "half_l2"])

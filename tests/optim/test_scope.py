@@ -82,6 +82,12 @@ def test_names_alone_are_compared_with_the_recording(make_rule: MakeRule) -> Non
         make_rule(other).attach(sgd(net), net)
 
 
+def test_pattern_passes_over_what_has_one_dimension(make_rule: MakeRule) -> None:
+    net = Mixed()
+    handle = make_rule(record(net), include=["*.weight"]).attach(sgd(net), net)
+    assert list(steered(handle)) == ["conv.weight", "up.weight", "head.weight"]
+
+
 @pytest.mark.parametrize("rule_name", REFERENCED)
 def test_transposed_convolution_without_layout_is_refused(make_rule: MakeRule) -> None:
     net = Mixed()
