@@ -130,7 +130,7 @@ def fit(run: Run, *others: Any, cls: type[Net] = Net, **flags: Any) -> nn.Module
 
 
 class Synced(Net):
-    """By hand a norm is told to synchronise; the Trainer tells those of callbacks."""
+    """Set sync on norms swapped by hand, as the Trainer has callbacks do."""
 
     def __init__(self, by_hand: str = "") -> None:
         super().__init__(by_hand.replace("norms", ""))

@@ -33,10 +33,7 @@ _LOSSES = (
 
 _PACKAGE = Path(__file__).parents[1]
 _LIBRARIES = [Path(sysconfig.get_path(name)) for name in ("purelib", "platlib", "stdlib")]
-_COMPLAINTS = (
-    *(RuntimeError, ValueError, TypeError, LookupError, ArithmeticError),
-    *(AttributeError, AssertionError),
-)
+_COMPLAINTS = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError)
 _RESTORES = re.compile(r"load_.*state|load_checkpoint|restore")
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "Storage size calculation overflow")
 
@@ -78,13 +75,14 @@ def explain(error: Exception, is_start: bool) -> str | None:
     frames = traceback.extract_tb(error.__traceback__)
     last = frames[-1]
     is_known = all(_is_below(Path(frame.filename), _PACKAGE, *_LIBRARIES) for frame in frames)
-    if not (is_start and is_known and isinstance(error, _COMPLAINTS)):
+    if not (is_start and is_known):
         return None
     where = f"{message or repr(error)} (in {last.name} of {Path(last.filename).name}:{last.lineno})"
     if any(_RESTORES.search(frame.name) for frame in frames):
         return f"the checkpoint is damaged, or of something else: {where}"
-    is_library = not _is_below(Path(last.filename), _PACKAGE)
-    return f"what is configured does not work together: {where}" if is_library else None
+    if isinstance(error, _COMPLAINTS) and not _is_below(Path(last.filename), _PACKAGE):
+        return f"what is configured does not work together: {where}"
+    return None
 
 
 def _is_below(file: Path, *folders: Path) -> bool:

@@ -202,7 +202,7 @@ def leave_out_unmeasured(
 def join_resumed(runs: Sequence[Run]) -> list[Run]:
     """Return the runs, each with what was logged before it in the run that it resumes.
 
-    A run resumes another of its settings and seed, but for how long it goes on, if its config names
+    A run resumes another of its settings, but for its length, and seed, if its config names
     a checkpoint of that one, or if their recordings are of one run. Both are one, and so are
     several that resume the same: it is shown as it got furthest, and last.
     """
