@@ -256,6 +256,7 @@ def _watching(module: nn.Module, cls: type[nn.Module]) -> Iterator[set[str]]:
 
     before = type(module)
     members = {"__getattribute__": note, "__setattr__": refuse, "__module__": cls.__module__}
+    members["__qualname__"] = f"_Watched.{cls.__qualname__}"  # left out as in `fused_class`
     module.__class__ = type(cls.__name__, (cls,), members)
     try:
         yield read

@@ -1,6 +1,7 @@
 """Test that a module whose norms are fused is otherwise what it was, and can be it again."""
 
 import copy
+import gc
 import io
 import pickle
 from typing import Any
@@ -95,6 +96,15 @@ def test_blocks_fused_alike_share_a_class() -> None:
     net = CifarResNet(20)
     swap_norms(net, "l1", fuse="add_relu")
     assert len({type(block) for stage in (net.layer1, net.layer2) for block in stage}) == 1
+
+
+def test_fusing_leaves_class_names_of_configs_alone() -> None:
+    """Configs take a network by its class name, of which there must be one."""
+    gc.disable()
+    swap_norms(CifarResNet(20), "l1", fuse="add_relu")
+    names = {cls.__qualname__ for cls in CifarResNet.__subclasses__()}
+    gc.enable()
+    assert CifarResNet.__qualname__ not in names
 
 
 @pytest.mark.parametrize("norm", ["l2", "l1", "linf"])
