@@ -68,6 +68,7 @@ def test_translate_writes_a_line_for_each_line(translate: Translate) -> None:
     alone = [translate(line.encode()).out for line in ("einundzwanzig", "zwei", "neunhundert")]
     assert [f"{found[0]}\n", f"{found[2]}\n", f"{found[3]}\n"] == alone
     assert "4/4" in whole.err
+    assert translate(b"")[:2] == (0, "")
 
 
 def test_translate_ends_lines_at_line_feeds_only(translate: Translate) -> None:
@@ -79,14 +80,7 @@ def test_translate_drops_a_byte_order_mark(translate: Translate) -> None:
     assert translate("\ufeffeins\n".encode()).out == translate(b"eins\n").out
 
 
-def test_translate_writes_nothing_for_nothing(translate: Translate) -> None:
-    assert translate(b"")[:2] == (0, "")
-    assert translate(b"\n")[:2] == (0, "\n")
-
-
-def test_translate_writes_many_lines_in_parts(
-    translate: Translate, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_translate_writes_in_parts(translate: Translate, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = "".join(f"{word}\n" for word in ["eins", "zweiundzwanzig", "drei", "vierzig", "fünf"])
     whole = translate(lines.encode())
     monkeypatch.setattr("nmlightning.commands.translate.LINES_AT_ONCE", 2)
@@ -122,9 +116,7 @@ def test_translate_runs_in_half(dtype: str, translate: Translate) -> None:
         ("--beam 3", "unrecognized arguments: --beam 3; nm translate --help"),
     ],
 )
-def test_translate_reports_bad_options_in_one_line(
-    words: str, message: str, translate: Translate
-) -> None:
+def test_translate_reports_bad_options(words: str, message: str, translate: Translate) -> None:
     answer = translate(b"eins\n", *words.split())
     assert (answer.code, answer.out) == (2, "")
     assert answer.err.count("\n") == 1
@@ -176,9 +168,7 @@ def test_nm_test_prints_the_bleu_to_publish(trained: Path) -> None:
 
 
 @pytest.mark.slow
-def test_translate_quickstart_learns_number_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_quickstart_learns_number_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     words = "--config translate_quickstart --trainer.logger CSVLogger --trainer.logger.save_dir ."
     assert main(["fit", *words.split()]) == 0

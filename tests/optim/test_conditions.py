@@ -1,7 +1,7 @@
-"""Every rule under clipping, accumulation and skipped steps, against a port; and under closures."""
+"""Every rule under clipping, accumulation and skipped steps, against a port; and by closures."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import product
 from typing import Any
 
@@ -11,12 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+import optim_rules
 from nmlightning.errors import InputError
 from nmlightning.optim import LRCorrection
 from nmlightning.optim.step_hooks import StepHookHandle
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
 from optim_rules import (
+    ANY_MATRIX,
     CONVOLUTIONS,
     IMPLEMENTATIONS,
     LBFGS_REFUSALS,
@@ -33,7 +35,13 @@ STEPS, EPOCH = 12, 3
 RATE, MOMENTUM, DECAY = 0.02, 0.9, 0.01  # those of the net's optimizer, and of the row "decay"
 OVERFLOWS = (0, 4, 5, 10)
 BOUND = 0.02
-CONDITIONS = ["none", "norm", "value", "accumulation", "skipped"]
+CONDITIONS = ["norm", "value", "accumulation", "skipped", *IMPLEMENTATIONS]
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "SGD": lambda q, lr: torch.optim.SGD(q, lr, momentum=0.9, nesterov=True),
+    "Adam": torch.optim.Adam,
+    "RMSprop": torch.optim.RMSprop,
+    "Rprop": torch.optim.Rprop,
+}
 pytestmark = pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. has no brake")
 
 
@@ -84,7 +92,7 @@ class Port:
                 weight -= rate * direction
 
     def turn(self, name: str, weight: Array, rate: float, direction: Array) -> Array:
-        moved = weight - rate * self.radii[name] * direction / np.linalg.norm(direction)
+        moved = weight - rate * self.radii[name] * direction / (np.linalg.norm(direction) or 1)
         return self.radii[name] * moved / np.linalg.norm(moved)
 
     def decay(self, name: str, weight: Array, velocity: Array, rate: float, grad: Array) -> None:
@@ -160,10 +168,7 @@ def train_port(port: Port, net: nn.Module, condition: str) -> None:
 
 
 def train(
-    net: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    handle: StepHookHandle,
-    condition: str,
+    net: nn.Module, optimizer: torch.optim.Optimizer, handle: StepHookHandle, condition: str
 ) -> None:
     """Train as users do."""
     parts = 2 if condition == "accumulation" else 1
@@ -195,7 +200,7 @@ def train(
 def test_rule_matches_numpy_port(history: NormHistory, rule_name: str, condition: str) -> None:
     net, other = make_net(), make_net()
     nesterov = condition == "nesterov"
-    optimizer = sgd(net, nesterov=nesterov)
+    optimizer = sgd(net, nesterov=nesterov, **IMPLEMENTATIONS.get(condition, {}))
     if rule_name == "paper layer":
         rule: Any = LRCorrection(history, mode="paper", granularity="layer")
     else:
@@ -206,6 +211,33 @@ def test_rule_matches_numpy_port(history: NormHistory, rule_name: str, condition
     assert not handle.scope.dropped()
     for (name, one), two in zip(net.named_parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("family", OPTIMIZERS)
+@pytest.mark.parametrize("rule_name", ANY_MATRIX)
+def test_rule_of_matrices_by_definition_around_any_optimizer(
+    history: NormHistory, make_rule: MakeRule, rule_name: str, family: str
+) -> None:
+    """A free optimizer that is shown the same gradients at the same weights gives the step."""
+    net, shown = make_net(), make_net()
+    optimizer, free = (OPTIMIZERS[family](n.parameters(), lr=RATE) for n in (net, shown))
+    make_rule(None).attach(optimizer, net.named_parameters())
+    port = Port(rule_name, make_net(), history, nesterov=False)
+
+    def follow(_: int) -> None:
+        for (name, q), other in zip(net.named_parameters(), shown.parameters(), strict=True):
+            other.data, other.grad = torch.tensor(port.weights[name]), q.grad
+        free.step()
+        for (name, q), other in zip(net.named_parameters(), shown.parameters(), strict=True):
+            weight = port.weights[name]
+            step = weight - other.detach().numpy()
+            if q.dim() > 1 and rule_name == "hyperball":
+                weight[:] = port.turn(name, weight, RATE, step)
+            else:
+                weight -= step if q.dim() == 1 else find_tangent(weight, q.grad.numpy(), step)
+            np.testing.assert_allclose(q.detach(), weight, rtol=1e-9, atol=1e-10)
+
+    optim_rules.train(net, optimizer, 50, each=follow)
 
 
 def find_state(net: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:

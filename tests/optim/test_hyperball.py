@@ -1,31 +1,19 @@
-"""Hyperball against its definition: the norm held, the length of a step, weights left alone."""
+"""Hyperball: the norm held, the length of a step, weights left alone.
 
-from collections.abc import Callable
+Its numpy port is in test_conditions.py.
+"""
+
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nmlightning.errors import InputError
 from nmlightning.optim import Hyperball
 from nmlightning.weights.channel_norms import ChannelLayout
-from optim_rules import make_net, train
 
-Array = NDArray[np.float64]
 RATE = 0.03
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "SGD": lambda q, lr: torch.optim.SGD(q, lr, momentum=0.9, nesterov=True),
-    "Adam": torch.optim.Adam,
-    "RMSprop": torch.optim.RMSprop,
-    "Rprop": torch.optim.Rprop,
-}
-
-
-def normalise(values: Array) -> Array:
-    return values / np.sqrt(np.square(values).sum())
 
 
 def attach(weight: Tensor, lr: float = RATE, **options: Any) -> tuple[torch.optim.SGD, Any]:
@@ -36,33 +24,6 @@ def attach(weight: Tensor, lr: float = RATE, **options: Any) -> tuple[torch.opti
 def make_weight(*shape: int, dtype: torch.dtype = torch.float64) -> nn.Parameter:
     generator = torch.Generator().manual_seed(0)
     return nn.Parameter(torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype))
-
-
-@pytest.mark.parametrize("family", OPTIMIZERS)
-def test_hyperball_definition_around_any_optimizer(family: str) -> None:
-    """A free optimizer that is shown the same gradients at the same weights gives u."""
-    net, shown = make_net(), make_net()
-    optimizer = OPTIMIZERS[family](net.parameters(), lr=RATE)
-    free = OPTIMIZERS[family](shown.parameters(), lr=RATE)
-    Hyperball().attach(optimizer, net.named_parameters())
-    radii = {name: float(q.detach().norm()) for name, q in net.named_parameters()}
-    expected = {name: q.detach().numpy().copy() for name, q in net.named_parameters()}
-
-    def follow(_: int) -> None:
-        for (name, q), other in zip(net.named_parameters(), shown.parameters(), strict=True):
-            other.data = torch.tensor(expected[name])
-            other.grad = q.grad
-        before = {name: values.copy() for name, values in expected.items()}
-        free.step()
-        for (name, q), other in zip(net.named_parameters(), shown.parameters(), strict=True):
-            after, radius = other.detach().numpy(), radii[name]
-            expected[name] = after.copy()
-            if q.dim() > 1:
-                moved = before[name] - RATE * radius * normalise(before[name] - after)
-                expected[name] = radius * normalise(moved)
-            np.testing.assert_allclose(q.detach(), expected[name], rtol=1e-9, atol=1e-10)
-
-    train(net, optimizer, 50, each=follow)
 
 
 def test_norm_and_step_length_are_fixed() -> None:
@@ -98,22 +59,6 @@ def test_unmoved_weight_stays(reason: str) -> None:
     assert handle.factors()["weight"].tolist() == [0.0] * 4
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_nonfinite_step_is_skipped_for_the_whole_weight(bad: float) -> None:
-    weight = make_weight(4, 3)
-    optimizer, handle = attach(weight)
-    before = weight.detach().clone()
-    weight.grad = torch.ones_like(weight)
-    weight.grad[1, 1] = bad
-    optimizer.step()
-    assert torch.equal(weight.detach(), before)
-    assert handle.skipped == 4
-    weight.grad = torch.ones_like(weight)
-    optimizer.step()
-    assert not torch.equal(weight.detach(), before)
-    assert handle.skipped == 4
-
-
 def test_step_to_zero_and_back() -> None:
     weight = make_weight(1, 1)
     optimizer, _ = attach(weight, lr=1.0)
@@ -130,18 +75,6 @@ def test_zero_or_nonfinite_weight_is_refused(size: float, word: str) -> None:
     weight = nn.Parameter(torch.full((2, 3), size))
     with pytest.raises(InputError, match=rf"weight has norm {word}, which Hyperball cannot hold: "):
         attach(weight)
-
-
-def test_hyperball_leaves_the_optimizers_state() -> None:
-    nets = [make_net(), make_net()]
-    for net in nets:
-        optimizer = torch.optim.SGD(net.parameters(), RATE, momentum=0.9)
-        if net is nets[0]:
-            Hyperball().attach(optimizer, net.named_parameters())
-        train(net, optimizer, 1)
-        net.momenta = [optimizer.state[q]["momentum_buffer"] for q in net.parameters()]
-    for one, other in zip(*(net.momenta for net in nets), strict=True):
-        assert torch.equal(one, other)
 
 
 def test_resume_holds_the_first_radius() -> None:

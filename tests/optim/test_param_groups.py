@@ -183,19 +183,11 @@ def attends() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "expected", "doubt"),
     [
-        (
-            towers,
-            ["text_projection", "image_projection"],
-            "image_projection beside it may not lead",
-        ),
+        (towers, ["text_projection", "image_projection"], "image_projection beside it may not"),
         (lambda: towers(4), ["text_projection", "image_projection"], "beside it"),
         (lambda: towers(7, "last"), ["last", "image_projection"], "beside it"),
         (two_heads, ["value", "policy"], "policy beside it may not lead into it"),
-        (
-            segments,
-            ["classifier"],
-            r"classifier \(Conv2d\) is its last, and its last nn.Linear proj",
-        ),
+        (segments, ["classifier"], r"classifier \(Conv2d\) is its last, and its last nn.Linear"),
         (mlp, ["fc3"], ""),
         (encoder, ["1.linear2"], "1.linear2 is its last, in the last of like blocks"),
         (lambda: nn.Sequential(encoder(), nn.Linear(4, 2)), ["1"], ""),
@@ -255,8 +247,6 @@ def test_weight_decay_none_keeps_the_optimizers() -> None:
         (nn.ReLU(), DECAY, "all", "ReLU has no trainable parameter"),
     ],
 )
-def test_parameter_groups_refuses_bad_input(
-    model: nn.Module, decay: float, scope: str, message: str
-) -> None:
+def test_groups_refuse_bad_input(model: nn.Module, decay: float, scope: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         parameter_groups(model, decay, scope)

@@ -1,115 +1,21 @@
-"""RadialProjection against ports of SGDP and AdamP, and the steps that it leaves alone."""
+"""RadialProjection by hand: what it takes out, and the steps that it leaves alone.
+
+Its numpy port is in test_conditions.py.
+"""
 
 import math
-from collections import Counter
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nmlightning.optim import RadialProjection
 from nmlightning.weights.channel_norms import ChannelLayout
-from optim_rules import find_loss
 
 Array = NDArray[np.float64]
-RATE, STEPS = 0.05, 50
-
-
-class Net(nn.Module):
-    """Under its norms a convolution is invariant by channels, a linear layer only as a whole."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv = nn.Conv2d(2, 4, 3, bias=False)
-        self.norm = nn.BatchNorm2d(4, eps=1e-30)
-        self.linear = nn.Linear(4, 5, bias=False)
-        self.layer_norm = nn.LayerNorm(5, eps=1e-30)
-        self.head = nn.Linear(5, 3)
-        self.double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm(self.conv(x))).mean((2, 3))
-        return self.head(F.relu(self.layer_norm(self.linear(x))))
-
-
-class Port:
-    """SGDP and AdamP without weight decay, from the algorithms in the paper, in numpy."""
-
-    def __init__(self, family: str, nesterov: bool, delta: float) -> None:
-        self.family, self.nesterov, self.delta = family, nesterov, delta
-        self.moments: dict[str, tuple[Array, Array]] = {}
-        self.branches: Counter[tuple[str, str]] = Counter()
-        self.steps = 0
-
-    def step(self, weights: dict[str, Array], gradients: dict[str, Array]) -> None:
-        self.steps += 1
-        for name, weight in weights.items():
-            direction = self.find_direction(name, gradients[name])
-            if weight.ndim > 1:
-                direction = self.project(name, weight, gradients[name], direction)
-            weight -= RATE * direction
-
-    def find_direction(self, name: str, grad: Array) -> Array:
-        first, second = self.moments.setdefault(name, (0 * grad, 0 * grad))
-        if self.family == "SGD":
-            first[:] = 0.9 * first + grad
-            return grad + 0.9 * first if self.nesterov else first
-        first[:] = 0.9 * first + 0.1 * grad
-        second[:] = 0.999 * second + 0.001 * grad**2
-        unbiased = first / (1 - 0.9**self.steps), second / (1 - 0.999**self.steps)
-        return unbiased[0] / (np.sqrt(unbiased[1]) + 1e-8)
-
-    def project(self, name: str, weight: Array, grad: Array, direction: Array) -> Array:
-        channels = list(zip(weight, grad, direction, strict=True))
-        if all(self.lies_across(w, g) for w, g, _ in channels):
-            self.branches[name, "channels"] += 1
-            return np.stack([remove(w, d) for w, _, d in channels])
-        if self.lies_across(weight, grad):
-            self.branches[name, "layer"] += 1
-            return remove(weight, direction)
-        self.branches[name, "neither"] += 1
-        return direction
-
-    def lies_across(self, w: Array, g: Array) -> bool:
-        cosine = np.vdot(w, g) / (np.linalg.norm(w) * np.linalg.norm(g))
-        return bool(abs(cosine) < self.delta / math.sqrt(w.size))
-
-
-def remove(weight: Array, direction: Array) -> Array:
-    unit = weight / np.linalg.norm(weight)
-    return direction - np.vdot(unit, direction) * unit
-
-
-@pytest.mark.parametrize("delta", [0.1, 0.5, math.inf])
-@pytest.mark.parametrize("family", ["SGD", "Nesterov", "Adam"])
-def test_projection_makes_sgdp_and_adamp(family: str, delta: float) -> None:
-    net, other = Net(), Net()
-    optimizer: torch.optim.Optimizer = torch.optim.Adam(net.parameters(), RATE)
-    if family != "Adam":
-        nesterov = family == "Nesterov"
-        optimizer = torch.optim.SGD(net.parameters(), RATE, momentum=0.9, nesterov=nesterov)
-    RadialProjection(delta=delta).attach(optimizer, net.named_parameters())
-    port = Port("Adam" if family == "Adam" else "SGD", family == "Nesterov", delta)
-    weights = {name: q.detach().numpy() for name, q in other.named_parameters()}
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        find_loss(net, step).backward()
-        gradients = torch.autograd.grad(find_loss(other, step), list(other.parameters()))
-        optimizer.step()
-        port.step(weights, dict(zip(weights, (g.numpy() for g in gradients), strict=True)))
-    for name, q in net.named_parameters():
-        np.testing.assert_allclose(q.detach(), weights[name], rtol=0, atol=1e-12, err_msg=name)
-    assert port.branches["conv.weight", "channels"] == STEPS
-    if delta == 0.1:
-        assert port.branches["linear.weight", "layer"] > STEPS / 2
-        assert port.branches["head.weight", "neither"] > STEPS / 2
-    if delta == math.inf:
-        assert port.branches["head.weight", "channels"] == STEPS
 
 
 def step_once(
@@ -124,31 +30,35 @@ def step_once(
 
 
 WEIGHT = np.array([[2.0, 0.0], [0.0, 1.0]])
+NEARLY_ACROSS = np.array([[0.05, 1.0], [2.0, 0.06]])
+CANCELLING = np.array([[1.0, 1.0], [0.0, -1.99]])
 
 
-def test_projection_by_channels() -> None:
-    """cos = 0.05 and 0.03, both below 0.1 / √2."""
-    step, handle = step_once(WEIGHT, np.array([[0.05, 1.0], [2.0, 0.06]]))
-    torch.testing.assert_close(step, torch.tensor([[0.0, -1.0], [-2.0, 0.0]]).double())
-    left = torch.tensor([1 / math.hypot(0.05, 1), 2 / math.hypot(2, 0.06)]).double()
-    torch.testing.assert_close(handle.factors()["weight"], left)
+@pytest.mark.parametrize(
+    ("grad", "expected", "left", "delta"),
+    [
+        # cos = 0.05 and 0.03, both below 0.1 / √2
+        (
+            NEARLY_ACROSS,
+            [[0.0, 1.0], [2.0, 0.0]],
+            [1 / math.hypot(0.05, 1), 2 / math.hypot(2, 0.06)],
+            0.1,
+        ),
+        # The channels' shares, 2 · 1 and 1 · −2, cancel, so that nothing is along the whole.
+        (CANCELLING, CANCELLING - 0.01 / 5 * WEIGHT, None, 0.1),
+        (NEARLY_ACROSS, NEARLY_ACROSS, [1.0, 1.0], 0.02),
+        (CANCELLING, [[0.0, 1.0], [0.0, 0.0]], [0.5**0.5, 0.0], math.inf),
+    ],
+    ids=["channels", "whole", "neither", "any"],
+)
+def test_projection_by_channels_of_the_whole_or_of_neither(
+    grad: Array, expected: Any, left: list[float] | None, delta: float
+) -> None:
+    step, handle = step_once(WEIGHT, grad, delta=delta)
+    torch.testing.assert_close(step, -torch.tensor(expected).double(), rtol=1e-12, atol=1e-15)
+    if left:
+        torch.testing.assert_close(handle.factors()["weight"], torch.tensor(left).double())
     assert handle.skipped == 0
-
-
-def test_projection_of_the_whole_weight() -> None:
-    """The channels' shares, 2 · 1 and 1 · −2, cancel, so that nothing is along the whole."""
-    step, handle = step_once(WEIGHT, np.array([[1.0, 1.0], [0.0, -1.99]]))
-    along = 0.01 / 5 * WEIGHT
-    expected = -np.array([[1.0, 1.0], [0.0, -1.99]]) + along
-    torch.testing.assert_close(step, torch.tensor(expected))
-    assert handle.skipped == 0
-
-
-def test_projection_of_neither() -> None:
-    grad = np.array([[1.0, 1.0], [0.0, 1.0]])
-    step, handle = step_once(WEIGHT, grad)
-    assert torch.equal(step, -torch.tensor(grad))
-    assert handle.factors()["weight"].tolist() == [1.0, 1.0]
 
 
 def test_zero_gradient_is_projected() -> None:

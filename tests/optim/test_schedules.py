@@ -26,13 +26,6 @@ def test_schedule_is_the_formula_of_the_paper() -> None:
     assert rates(200, warmup, lr=(width * warmup) ** -0.5) == pytest.approx(paper)
 
 
-def test_schedule_peaks_at_the_end_of_warm_up() -> None:
-    found = rates(100, 25, lr=0.5)
-    assert max(found) == found[24] == 0.5
-    assert found[0] == pytest.approx(0.5 / 25)
-    assert found[99] == pytest.approx(0.25)
-
-
 def test_schedule_scales_each_groups_rate() -> None:
     groups = [{"params": [torch.zeros(1)], "lr": lr} for lr in (1.0, 0.1)]
     schedule = InverseSquareRootLR(torch.optim.SGD(groups, lr=1.0), 10)

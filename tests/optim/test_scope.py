@@ -58,10 +58,7 @@ def test_model_gives_convolutions_and_layouts(make_rule: MakeRule) -> None:
     net = Mixed()
     for model in (net, torch.compile(net, backend="eager")):
         handle = make_rule(record(net)).attach(sgd(net), model)
-        assert steered(handle) == {
-            "conv.weight": ChannelLayout(),
-            "up.weight": ChannelLayout(2),
-        }
+        assert steered(handle) == {"conv.weight": ChannelLayout(), "up.weight": ChannelLayout(2)}
 
 
 @pytest.mark.parametrize("rule_name", REFERENCED)
@@ -102,10 +99,7 @@ def test_transposed_convolution_without_layout_is_refused(make_rule: MakeRule) -
 @pytest.mark.parametrize(
     ("include", "message"),
     [
-        (
-            ["norm.weight"],
-            r"norm.weight cannot be steered: expected a .* of shape \(4,\)\. Take it",
-        ),
+        (["norm.weight"], r"norm.weight cannot be steered: expected a .* of shape \(4,\)\. Take"),
         ("norm.weight", r"include is a list, got the string 'norm.weight'"),
         ([3], r"include is a list of strings, got \[3\]"),
     ],
@@ -119,9 +113,7 @@ def test_bad_include_is_refused(make_rule: MakeRule, include: Any, message: str)
 @pytest.mark.parametrize(
     "given", [lambda net: net.parameters(), lambda net: 3, lambda net: net.state_dict()]
 )
-def test_attach_refuses_other_than_a_model(
-    make_rule: MakeRule, given: Callable[[nn.Module], Any]
-) -> None:
+def test_attach_needs_a_model(make_rule: MakeRule, given: Callable[[nn.Module], Any]) -> None:
     net = Mixed()
     with pytest.raises(InputError, match=r"attach takes the model or its named_parameters\(\), go"):
         make_rule(record(net)).attach(sgd(net), given(net))
@@ -169,7 +161,6 @@ def test_second_rule_is_refused() -> None:
 
 
 def test_attach_takes_an_iterator_of_names(make_rule: MakeRule) -> None:
-    """It yields them only once."""
     net = Mixed()
     pairs: list[tuple[str, Tensor]] = [("conv.weight", net.conv.weight)]
     handle = make_rule(record(net)).attach(sgd(net), iter(pairs))

@@ -1,5 +1,6 @@
 """Sentence pairs of many lengths, in files, and runs over them, for the tests of text data."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def make_pairs(length: int, seed: int = 0) -> list[SentencePair]:
     ]
 
 
-def write_pairs(folder: Path, name: str, pairs: list[SentencePair]) -> list[str]:
+def write_pairs(folder: Path, name: str, pairs: Sequence[tuple[str, str]]) -> list[str]:
     """Write a file of each side and return their paths."""
     files = [folder / f"{name}.{language}" for language in ("de", "en")]
     for path, side in zip(files, zip(*pairs, strict=True), strict=True):
@@ -66,19 +67,6 @@ class CountTokens(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-class SaveAt(pl.Callback):
-    """Writes a checkpoint when a number of steps is done, in the hook `when`."""
-
-    def __init__(self, step: int, path: Path, when: str = "on_train_batch_end") -> None:
-        self.step = step
-        self.path = path
-        setattr(self, when, self.save)
-
-    def save(self, trainer: pl.Trainer, *_: object) -> None:
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
 
 
 def fit(data: pl.LightningDataModule, *, seed: int = 1, **options: Any) -> CountTokens:

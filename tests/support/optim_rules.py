@@ -101,12 +101,9 @@ def train(
 
 def split_groups(net: nn.Module, decay: float, head_decay: float = 0.0) -> list[dict[str, Any]]:
     """Return the convolutions' group with its weight decay, and that of the others."""
-    steered = [net.get_parameter(name) for name in CONVOLUTIONS]
+    convs = [net.get_parameter(name) for name in CONVOLUTIONS]
     rest = [q for name, q in net.named_parameters() if name not in CONVOLUTIONS]
-    return [
-        {"params": steered, "weight_decay": decay},
-        {"params": rest, "weight_decay": head_decay},
-    ]
+    return [{"params": convs, "weight_decay": decay}, {"params": rest, "weight_decay": head_decay}]
 
 
 class NormRows:

@@ -1,4 +1,4 @@
-"""A Trainer that says and keeps nothing, and test files run as the ranks that they test."""
+"""A Trainer that says and keeps nothing, a checkpoint at a step, and test files run as ranks."""
 
 import os
 import subprocess
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+
+from nmlightning.compat import CallbackBase
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -20,6 +22,19 @@ QUIET: dict[str, Any] = {
 def quiet_trainer(*callbacks: Any, **options: Any) -> pl.Trainer:
     """Return a Trainer on the CPU, for one epoch."""
     return pl.Trainer(**{"max_epochs": 1, "callbacks": list(callbacks), **QUIET, **options})
+
+
+class SaveAt(CallbackBase):  # type: ignore[misc]
+    """Writes a checkpoint when a number of steps is done, in the hook `when`."""
+
+    def __init__(self, step: int, path: Path, when: str = "on_train_batch_end") -> None:
+        self.step = step
+        self.path = path
+        setattr(self, when, self.save)
+
+    def save(self, trainer: pl.Trainer, *_: object) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
 
 
 def run_as_script(file: str, *words: object) -> None:

@@ -1,13 +1,12 @@
 """A language of eight words to translate from, and tasks that are small enough for a test."""
 
-import gzip
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from made_sentences import write_pairs
 from nmlightning.models import Transformer
 from nmlightning.optim.schedules import InverseSquareRootLR
 from nmlightning.translation.datamodules import ParallelText
@@ -15,14 +14,6 @@ from nmlightning.translation.task import Translator
 
 WORDS = {"eins": "one", "zwei": "two", "drei": "three", "vier": "four"}
 VOCABULARY = 280
-
-
-def write_pairs(folder: Path, part: str, pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """Write sentence pairs as two files, and return their names."""
-    files = [folder / f"{part}.de.gz", folder / f"{part}.en.gz"]
-    for file, side in zip(files, zip(*pairs, strict=True), strict=True):
-        file.write_bytes(gzip.compress("".join(f"{line}\n" for line in side).encode()))
-    return [str(file) for file in files]
 
 
 def draw_pairs(count: int, seed: int, longest: int = 4) -> list[tuple[str, str]]:

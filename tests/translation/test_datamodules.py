@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from made_sentences import SaveAt, assert_same, fit, make_pairs, make_text, write_pairs
+from made_sentences import assert_same, fit, make_pairs, make_text, write_pairs
 from nmlightning import WMT14, NumberNames, ParallelText
 from nmlightning.datamodules.training_batches import WHOLE_SET, Shard
 from nmlightning.errors import InputError
 from nmlightning.translation import corpus
 from nmlightning.translation.batches import StreamedBatches
-from nmlightning.translation.corpus import TrainingLimits, TranslationBatch
+from nmlightning.translation.corpus import TranslationBatch
 from nmlightning.translation.tokenizer import PAD, JointBPE
+from trainers import SaveAt
 
 
 def prepare(data: Any) -> Any:
@@ -33,25 +34,7 @@ def count_padding(batches: list[TranslationBatch]) -> float:
     return sum(int((side == PAD).sum()) for side in sides) / sum(side.numel() for side in sides)
 
 
-def test_parallel_text_batches_hold_the_files(tmp_path: Path) -> None:
-    data = prepare(make_text(tmp_path))
-    assert data.tokenizer is not None
-    assert data.vocab_size == data.tokenizer.vocab_size == 300
-    read = {}
-    for batch in data.train_dataloader():
-        assert max(batch.source.numel(), batch.target.numel()) <= 200
-        assert batch.references == ()
-        sides = (data.tokenizer.decode(side.tolist()) for side in batch[:2])
-        read |= dict(zip(*sides, strict=True))
-        assert batch.words.tolist() == [
-            len(read[source].split()) + 1 for source in data.tokenizer.decode(batch.source.tolist())
-        ]
-    assert sorted(read.items()) == sorted(make_pairs(90))
-
-
-def test_parallel_text_caches_tokenizer_and_pairs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_text_caches_tokenizer_and_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare(make_text(tmp_path))
     monkeypatch.setattr(corpus.JointBPE, "train", None)
     monkeypatch.setattr(corpus, "encode_pairs", None)
@@ -77,20 +60,15 @@ def test_parallel_text_loads_a_given_tokenizer(tmp_path: Path) -> None:
     assert data.vocab_size == bpe.vocab_size < 300
 
 
-@pytest.mark.parametrize("given", [False, True])
-def test_parallel_text_tests_with_test_files_or_validation(tmp_path: Path, given: bool) -> None:
-    data = make_text(tmp_path)
-    if given:
-        files = write_pairs(tmp_path, "test", make_pairs(5, seed=2))
-        data = ParallelText(
-            list(data.train_files), ["no", "file"], files, vocab_size=300, root=str(tmp_path)
-        )
+def test_parallel_text_tests_with_test_files(tmp_path: Path) -> None:
+    files = write_pairs(tmp_path, "test", make_pairs(5, seed=2))
+    train = list(make_text(tmp_path).train_files)
+    data = ParallelText(train, ["no", "file"], files, vocab_size=300, root=str(tmp_path))
     data.setup("test")
     assert data.train is None
     for loader in (data.test_dataloader(), data.predict_dataloader()):
         references = [reference for batch in loader for reference in batch.references]
-        expected = make_pairs(5, seed=2) if given else make_pairs(23, seed=1)
-        assert sorted(references) == sorted(pair.target for pair in expected)
+        assert sorted(references) == sorted(pair.target for pair in make_pairs(5, seed=2))
 
 
 def test_parallel_text_warns_once_of_omitted_pairs(tmp_path: Path) -> None:
@@ -114,57 +92,35 @@ def test_parallel_text_warns_once_of_omitted_pairs(tmp_path: Path) -> None:
 
 FILES = {"train": ["a", "b"], "val": ["a", "b"]}
 
-BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
-    ({"train": ["a"]}, r"train is two files, of sentences and of their translations, got \['a'\]"),
-    ({"val": "ab"}, "val is two files, .* got 'ab'"),
-    ({"too_long": "skip"}, "too_long is 'drop' or 'truncate', got 'skip'"),
-    ({"tokens_a_batch": 257}, "tokens_a_batch 257 is too few for a sentence of max_length 256"),
-    ({"tokens_a_batch": 0}, "tokens_a_batch must be a whole number"),
-    ({"max_length": 0}, "max_length must be a whole number"),
-    ({"vocab_size": 100}, "vocab_size must be a whole number of at least 260"),
+BAD_SETTINGS: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
+    (ParallelText, {"train": ["a"]}, r"train is two files, of sentences and .*, got \['a'"),
+    (ParallelText, {"val": "ab"}, "val is two files, .* got 'ab'"),
+    (ParallelText, {"too_long": "skip"}, "too_long is 'drop' or 'truncate', got 'skip'"),
+    (ParallelText, {"tokens_a_batch": 257}, "tokens_a_batch 257 is too few .* of max_length 256"),
+    (ParallelText, {"tokens_a_batch": 0}, "tokens_a_batch must be a whole number"),
+    (ParallelText, {"max_length": 0}, "max_length must be a whole number"),
+    (ParallelText, {"vocab_size": 100}, "vocab_size must be a whole number of at least 260"),
+    (WMT14, {"pool": 0}, "pool must be a whole number"),
+    (WMT14, {"streaming": "yes"}, "streaming is True or False"),
+    (NumberNames, {"pairs": 0}, "pairs must be a whole number of at least 1, got 0"),
 ]
 
 
-@pytest.mark.parametrize(("options", "message"), BAD_SETTINGS)
-def test_parallel_text_refuses_bad_settings(options: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(("make", "options", "message"), BAD_SETTINGS)
+def test_text_data_refuse_bad_settings(make: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        ParallelText(**{**FILES, **options})
+        make(**{**(FILES if make is ParallelText else {}), **options})
 
 
-def _shorten(folder: Path) -> None:
-    write_pairs(folder, "other", make_pairs(89))
-    (folder / "other.en").rename(folder / "train.en")
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda folder: (folder / "train.en").unlink(), r"there is no file .*train.en"),
-        (_shorten, r"train.de has 90 lines and .*train.en 89"),
-        (
-            lambda folder: (folder / "train.de").write_bytes(b"a\n\xe4\n"),
-            "train.de, line 2: byte 1",
-        ),
-        (lambda folder: (folder / "bpe.json").write_text("{}"), "bpe.json is no tokenizer"),
-    ],
-)
-def test_parallel_text_refuses_bad_files(
-    tmp_path: Path, damage: Callable[[Path], object], message: str
-) -> None:
+def test_parallel_text_refuses_bad_files(tmp_path: Path) -> None:
     data = make_text(tmp_path)
-    damage(tmp_path)
-    if (tmp_path / "bpe.json").exists():
-        data.tokenizer_path = str(tmp_path / "bpe.json")
-    with pytest.raises(InputError, match=message):
+    (tmp_path / "train.en").unlink()
+    with pytest.raises(InputError, match=r"there is no file .*train.en"):
         data.prepare_data()
-
-
-def test_parallel_text_names_the_missing_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(InputError, match=r"pip install 'nmlightning\[text\]'"):
-        make_text(tmp_path).prepare_data()
+    data.tokenizer_path = str(tmp_path / "bpe.json")
+    (tmp_path / "bpe.json").write_text("{}")
+    with pytest.raises(InputError, match=r"bpe.json is no tokenizer"):
+        data.prepare_data()
 
 
 @pytest.mark.real_data("multi30k")
@@ -255,26 +211,35 @@ def make_wmt14(copy: Path, tmp_path: Path) -> Callable[..., WMT14]:
     return make_data
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_wmt14_reads_every_split(make_wmt14: Callable[..., WMT14], streaming: bool) -> None:
-    data = prepare(make_wmt14(streaming=streaming))
-    assert data.tokenizer is not None
-    assert data.vocab_size == 300
+@pytest.fixture(params=["files", "wmt14", "stream"])
+def make_data(
+    make_wmt14: Callable[..., WMT14], tmp_path: Path, request: pytest.FixtureRequest
+) -> Callable[[], Any]:
+    """Make a data module of the same pairs."""
+    if request.param == "files":
+        return lambda: make_text(tmp_path)
+    return lambda: make_wmt14(streaming=request.param == "stream")
+
+
+def test_text_data_read_every_split(make_data: Callable[[], Any]) -> None:
+    data = prepare(make_data())
+    assert data.vocab_size == data.tokenizer.vocab_size == 300
     read: dict[str, str] = {}
     for batch in data.train_dataloader():
         assert max(batch.source.numel(), batch.target.numel()) <= 200
-        sides = (data.tokenizer.decode(side.tolist()) for side in batch[:2])
+        assert batch.references == ()
+        sides = [data.tokenizer.decode(side.tolist()) for side in batch[:2]]
         read |= dict(zip(*sides, strict=True))
+        assert batch.words.tolist() == [len(target.split()) + 1 for target in sides[1]]
     assert sorted(read.items()) == sorted(make_pairs(90))
+    seeds = (1, 2, 2) if isinstance(data, WMT14) else (1, 1, 1)
     loaders = (data.val_dataloader(), data.test_dataloader(), data.predict_dataloader())
-    for loader, seed in zip(loaders, (1, 2, 2), strict=True):
+    for loader, seed in zip(loaders, seeds, strict=True):
         references = [reference for batch in loader for reference in batch.references]
         assert sorted(references) == sorted(p.target for p in make_pairs(len(references), seed))
 
 
-def test_wmt14_stream_caches_the_tokenizer_alone(
-    make_wmt14: Callable[..., WMT14], tmp_path: Path
-) -> None:
+def test_stream_caches_a_tokenizer_alone(make_wmt14: Callable[..., WMT14], tmp_path: Path) -> None:
     prepare(make_wmt14(streaming=True))
     (kept,) = (tmp_path / "data/translation").iterdir()
     assert kept.name.startswith("tokenizer")
@@ -314,36 +279,33 @@ def test_wmt14_stream_is_shared_by_ranks(make_wmt14: Callable[..., WMT14], world
     read = [batch for batches in ranks for batch in batches]
     assert len(read) == len(set(read))
     assert set(read) < set(stream(data))
-    with pytest.raises(
-        InputError, match="no 40 sentence pairs of the stream make a batch for each"
-    ):
+    with pytest.raises(InputError, match="no 40 sentence pairs of the stream make a batch for"):
         stream(data, Shard(0, 99))
 
 
 def test_wmt14_stream_warns_once_of_omitted_pairs(make_wmt14: Callable[..., WMT14]) -> None:
     data = prepare(make_wmt14(streaming=True, max_length=8))
-    with pytest.warns(
-        UserWarning, match=r"Of 40 pairs of the stream \d+ of more than 8 to"
-    ) as told:
+    with pytest.warns(UserWarning, match=r"Of 40 pairs of the stream \d+ of more than 8") as told:
         stream(data)
     assert len(told) == 1
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("make_data", ["files", "stream"], indirect=True)
 @pytest.mark.parametrize(
     "when",
     ["on_train_batch_end", "on_train_batch_start", "on_validation_end", "on_train_epoch_end"],
 )
-def test_wmt14_resumes_within_an_epoch(
-    make_wmt14: Callable[..., WMT14], tmp_path: Path, streaming: bool, when: str
+def test_run_on_text_resumes_within_and_between_epochs(
+    make_data: Callable[[], Any], tmp_path: Path, when: str
 ) -> None:
-    whole = fit(make_wmt14(streaming=streaming), max_epochs=2)
+    """With the very next batch, token by token."""
+    whole = fit(make_data(), max_epochs=2)
     first = whole.epochs.index(1)
     ends = not when.startswith("on_train_batch")
     for after in (0,) if ends else (0, 1, first // 2, first - 1):
         save = SaveAt(first + after, tmp_path / f"{after}.ckpt", when)
-        fit(make_wmt14(streaming=streaming), callbacks=[save], max_epochs=2)
-        resumed = fit(make_wmt14(streaming=streaming), seed=2, ckpt_path=save.path, max_epochs=2)
+        fit(make_data(), callbacks=[save], max_epochs=1 if ends else 2)
+        resumed = fit(make_data(), seed=2, ckpt_path=save.path, max_epochs=2)
         rest = {step: tokens for step, tokens in whole.seen.items() if step >= save.step}
         assert_same(resumed.seen, rest)
 
@@ -404,20 +366,6 @@ def test_wmt14_refuses_a_folder_without_the_data_set(tmp_path: Path) -> None:
         WMT14(root=str(tmp_path), dataset=str(tmp_path / "none")).prepare_data()
 
 
-def test_wmt14_names_the_missing_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(InputError, match="needs the package datasets: pip install"):
-        WMT14(root=str(tmp_path)).prepare_data()
-
-
-def test_wmt14_refuses_bad_settings() -> None:
-    with pytest.raises(InputError, match="pool must be a whole number"):
-        WMT14(pool=0)
-    with pytest.raises(InputError, match="streaming is True or False"):
-        WMT14(streaming="yes")  # type: ignore[arg-type]
-    assert WMT14().limits == TrainingLimits(256, "drop")
-
-
 def test_number_names_train_a_tokenizer_in_memory() -> None:
     data = NumberNames(pairs=200)
     data.prepare_data()
@@ -435,13 +383,19 @@ def test_number_names_train_a_tokenizer_in_memory() -> None:
     assert tested.isdisjoint(validated)
 
 
-@pytest.mark.parametrize("package", ["num2words", "tokenizers"])
-def test_number_names_name_the_missing_extra(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("package", "make"),
+    [
+        ("tokenizers", lambda folder: make_text(folder)),
+        ("tokenizers", lambda _: NumberNames(pairs=1)),
+        ("num2words", lambda _: NumberNames(pairs=1)),
+        ("datasets", lambda folder: WMT14(root=str(folder))),
+    ],
+)
+def test_text_data_name_the_missing_extra(
+    package: str, make: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(InputError, match=f"needs the package {package}: pip install"):
-        NumberNames(pairs=1).setup("fit")
-
-
-def test_number_names_refuse_bad_settings() -> None:
-    with pytest.raises(InputError, match="pairs must be a whole number of at least 1, got 0"):
-        NumberNames(pairs=0)
+    message = rf"needs the package {package}: pip install 'nmlightning\[text\]'"
+    with pytest.raises(InputError, match=message):
+        prepare(make(tmp_path))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nmlightning import apply_weight_norm
 from nmlightning.errors import InputError
-from nmlightning.translation.lstm import AttentionLSTM, RecurrentLayer, reverse_sentences
+from nmlightning.translation.lstm import AttentionLSTM, RecurrentLayer
 
 SOURCE = torch.tensor([[5, 6, 7, 8, 2], [9, 4, 2, 0, 0]])
 TARGET = torch.tensor([[1, 6, 7, 8, 9], [1, 5, 4, 2, 0]])
@@ -71,30 +71,6 @@ def test_lstm_equals_the_equations(layers: int, layer_norm: bool) -> None:
     parameters = list(net.parameters())
     expected = torch.autograd.grad(loop, parameters, [upstream[0], upstream[1, :4]])
     torch.testing.assert_close(torch.autograd.grad(logits, parameters, upstream), expected)
-
-
-def test_reverse_sentences_leaves_padding_at_the_end() -> None:
-    x = torch.arange(10.0).view(2, 5, 1)
-    expected = torch.tensor([[4.0, 3, 2, 1, 0], [7, 6, 5, 8, 9]])
-    assert torch.equal(reverse_sentences(x, torch.tensor([5, 3]))[:, :, 0], expected)
-
-
-def test_lstm_layers_have_their_inputs() -> None:
-    net = AttentionLSTM(11, 8, layers=3)
-    lstms = {name: m for name, m in net.named_modules() if isinstance(m, nn.LSTM)}
-    assert {name: m.input_size for name, m in lstms.items()} == {
-        "forwards.lstm": 8,
-        "backwards.lstm": 8,
-        "encoder.0.lstm": 16,
-        "encoder.1.lstm": 8,
-        "first_decoder.lstm": 8,
-        "decoder.0.lstm": 16,
-        "decoder.1.lstm": 16,
-    }
-    assert all(m.hidden_size == 8 for m in lstms.values())
-    assert not any(isinstance(m, nn.LayerNorm) for m in net.modules())
-    with_norms = AttentionLSTM(11, 8, layers=3, layer_norm=True)
-    assert sum(isinstance(m, nn.LayerNorm) for m in with_norms.modules()) == len(lstms)
 
 
 def test_lstm_weight_norm_bounds_each_row_of_each_gate() -> None:

@@ -1,4 +1,4 @@
-"""A run on text, resumed within an epoch, resumes with the very next batch, token by token."""
+"""A run on text: the order of its batches, resumed in another way, and on two processes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +8,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from made_sentences import CountTokens, SaveAt, assert_same, fit, make_pairs, make_text, write_pairs
+from made_sentences import CountTokens, assert_same, fit, make_pairs, make_text, write_pairs
 from nmlightning.errors import InputError
-from nmlightning.translation.datamodules import NumberNames
 from nmlightning.translation.tokenizer import JointBPE
+from trainers import SaveAt
 
 
 def test_text_runs_are_reproducible_and_epochs_differ(tmp_path: Path) -> None:
@@ -26,27 +26,6 @@ def test_text_runs_are_reproducible_and_epochs_differ(tmp_path: Path) -> None:
 def test_text_validation_reads_every_reference(tmp_path: Path) -> None:
     model = fit(make_text(tmp_path), max_epochs=1, num_sanity_val_steps=0)
     assert sorted(model.references) == sorted(pair.target for pair in make_pairs(23, seed=1))
-
-
-@pytest.mark.parametrize("when", ["on_train_batch_end", "on_train_batch_start"])
-def test_text_run_resumes_within_an_epoch(tmp_path: Path, when: str) -> None:
-    whole = fit(make_text(tmp_path))
-    middle = whole.epochs.count(0) + 3
-    fit(make_text(tmp_path), callbacks=[SaveAt(middle, tmp_path / "mid.ckpt", when)], max_epochs=2)
-    resumed = fit(make_text(tmp_path), seed=2, ckpt_path=tmp_path / "mid.ckpt")
-    assert_same(resumed.seen, {s: tokens for s, tokens in whole.seen.items() if s >= middle})
-
-
-ENDS = ["on_train_batch_end", "on_validation_end", "on_train_epoch_end"]
-
-
-@pytest.mark.parametrize("when", ENDS)
-def test_text_run_resumes_between_epochs(tmp_path: Path, when: str) -> None:
-    whole = fit(make_text(tmp_path))
-    save = SaveAt(len(whole.seen) // 3, tmp_path / "end.ckpt", when)
-    fit(make_text(tmp_path), callbacks=[save], max_epochs=1)
-    resumed = fit(make_text(tmp_path), seed=2, ckpt_path=tmp_path / "end.ckpt")
-    assert_same(resumed.seen, {s: tokens for s, tokens in whole.seen.items() if s >= save.step})
 
 
 @pytest.mark.parametrize("when", ["on_train_batch_end", "on_train_epoch_end"])
@@ -140,12 +119,3 @@ def test_text_batches_are_shared_by_two_processes(tmp_path: Path) -> None:
         seen = torch.load(tmp_path / f"seen.{rank}.pt", weights_only=True)
         mine = list(whole.values())[rank : len(whole) // 2 * 2 : 2]
         assert_same(seen, dict(enumerate(mine)))
-
-
-def test_number_names_resume_within_an_epoch(tmp_path: Path) -> None:
-    settings = {"pairs": 100, "tokens_a_batch": 300}
-    whole = fit(NumberNames(**settings), max_epochs=1)
-    save = SaveAt(2, tmp_path / "mid.ckpt")
-    fit(NumberNames(**settings), max_epochs=1, callbacks=[save])
-    resumed = fit(NumberNames(**settings), seed=2, max_epochs=1, ckpt_path=save.path)
-    assert_same(resumed.seen, {s: tokens for s, tokens in whole.seen.items() if s >= 2})

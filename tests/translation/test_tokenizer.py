@@ -142,14 +142,3 @@ def test_tokenizer_refuses_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "latin.json").write_bytes(b"\xe4")
     with pytest.raises(InputError, match=r"latin.json cannot be read"):
         JointBPE.load(tmp_path / "latin.json")
-
-
-def test_tokenizer_refuses_too_small_a_vocabulary() -> None:
-    with pytest.raises(InputError, match="vocab_size must be a whole number of at least 260"):
-        JointBPE.train(SENTENCES, vocab_size=259)
-
-
-def test_tokenizer_names_the_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(InputError, match=r"needs the package tokenizers: pip install 'nmlightning"):
-        JointBPE.train(SENTENCES)
