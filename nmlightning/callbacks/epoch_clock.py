@@ -3,8 +3,9 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pytorch_lightning as pl
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -17,14 +18,10 @@ from nmlightning.optim.families import group_numbers
 from nmlightning.optim.step_hooks import call_before_step
 from nmlightning.weights.history import NormHistory
 
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
-
-
 _SHORTLY = 1e-9  # before an epoch's end, in epochs
 
 
-def steps_per_epoch(trainer: "pl.Trainer") -> int | None:
+def steps_per_epoch(trainer: pl.Trainer) -> int | None:
     """Return how many steps the Trainer attempts in an epoch, None where only the epoch shows it.
 
     It does not know that of data without a length, nor of modules that step by hand.
@@ -56,8 +53,8 @@ class AttemptedSteps:
 
     def __init__(
         self,
-        trainer: "pl.Trainer",
-        module: "pl.LightningModule",
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
         before_step: Callable[[Optimizer], None],
         uncounted: int = 0,
     ) -> None:
@@ -134,7 +131,7 @@ class EpochClock:
     recording.
     """
 
-    def __init__(self, trainer: "pl.Trainer", followed: NormHistory | None = None) -> None:
+    def __init__(self, trainer: pl.Trainer, followed: NormHistory | None = None) -> None:
         self._trainer = trainer
         self._followed = followed
         self._epoch = -1

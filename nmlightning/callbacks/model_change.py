@@ -3,8 +3,9 @@
 import functools
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pytorch_lightning as pl
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
@@ -17,9 +18,6 @@ from nmlightning.compat import (
 )
 from nmlightning.errors import InputError
 from nmlightning.surgery.recipes import Recipe, keep_in_checkpoints, register_after
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
 
 
 class ModelChange(CallbackBase):
@@ -42,7 +40,7 @@ class ModelChange(CallbackBase):
     def recipe(self) -> Recipe:
         """Return the keywords as plain data."""
 
-    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Change the module, or have it done when it is built.
 
         Raises:

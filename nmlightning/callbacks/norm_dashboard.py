@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pytorch_lightning as pl
 import torch
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
@@ -25,9 +26,6 @@ from nmlightning.weights.channel_norms import (
 )
 from nmlightning.weights.layer_weights import LayerWeight
 from nmlightning.weights.recorder import Recorder
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
 
 
 class DeviceReading:
@@ -53,7 +51,7 @@ class DeviceReading:
 
 
 def log_scalars(
-    trainer: "pl.Trainer", values: Mapping[str, float], others: Mapping[str, float], step: int
+    trainer: pl.Trainer, values: Mapping[str, float], others: Mapping[str, float], step: int
 ) -> None:
     """Log all values under their tags in TensorBoard, as a single event: many are cheap so.
 
@@ -126,7 +124,7 @@ class NormDashboard:
 
     def __init__(
         self,
-        trainer: "pl.Trainer",
+        trainer: pl.Trainer,
         recorder: Recorder,
         handles: Sequence[StepHookHandle] = (),
         *,

@@ -2,8 +2,9 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pytorch_lightning as pl
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -31,10 +32,6 @@ from nmlightning.surgery.recipes import (
     note_recipe,
 )
 from nmlightning.surgery.swap import swap_norms
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
-
 
 _WAY_OUT = {
     "SyncBatchNorm": "Trainer(sync_batchnorm=True) synchronises swapped norms and keeps them."
@@ -99,7 +96,7 @@ class NormSwap(ModelChange):
         self._unnoted: Mapping[str, nn.Module] = {}
         self._backends: BackendNote | None = None
 
-    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Swap, and let `sync_batchnorm` keep what it gets."""
         keep_through_sync(trainer, unfused)
         swaps = [c for c in trainer.callbacks if isinstance(c, NormSwap)]  # type: ignore[attr-defined]
@@ -107,19 +104,19 @@ class NormSwap(ModelChange):
             forget_undone_swaps(pl_module)
         super().setup(trainer, pl_module, stage)
 
-    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that nothing replaced a swapped layer, and that an optimizer trains it."""
         synchronise_norms(trainer, pl_module)
         swapped = _find_swapped(pl_module)
         warn_of_forgotten("swapped norms", trainer.optimizers, swapped)
         self._unnoted = swapped
 
-    def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Have the layers checked once more when this epoch's first forward is over."""
         self._unchecked = True
 
     def on_train_batch_start(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Have the swapped norms say, in the first batch, who computes them."""
         if self._unnoted:
@@ -127,7 +124,7 @@ class NormSwap(ModelChange):
             self._unnoted = {}
 
     def on_before_backward(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
         """Check, before a step is taken with it, that no other hook replaced a swapped layer."""
         if self._unchecked:
@@ -138,7 +135,7 @@ class NormSwap(ModelChange):
                 rank_zero_info(f"NormSwap: {line}")
             self._backends = None
 
-    def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check for what happened since the first step."""
         _find_swapped(pl_module)
 

@@ -4,9 +4,10 @@ import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pytorch_lightning as pl
 from torch.optim import Optimizer
 
 from nmlightning.callbacks.epoch_clock import steps_per_epoch
@@ -15,13 +16,10 @@ from nmlightning.errors import InputError
 from nmlightning.name_patterns import some
 from nmlightning.weights.history import NormHistory
 
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
-
 _ROUNDING = 1e-9  # of a number of epochs that is no whole one
 
 
-def describe_run(trainer: "pl.Trainer", folder: Path) -> dict[str, Any]:
+def describe_run(trainer: pl.Trainer, folder: Path) -> dict[str, Any]:
     """Return seed, world size, steps per epoch, optimizers, versions and, if it has one, config."""
     config = folder / "config.yaml"
     return {
@@ -37,7 +35,7 @@ def describe_run(trainer: "pl.Trainer", folder: Path) -> dict[str, Any]:
     }
 
 
-def check_same_run(history: NormHistory, trainer: "pl.Trainer", *, other_run: bool) -> None:
+def check_same_run(history: NormHistory, trainer: pl.Trainer, *, other_run: bool) -> None:
     """Raise InputError if the run lasts longer than the recording, or has another seed or size.
 
     What is not noted in the recording is not compared. `other_run` lets another seed and another
@@ -60,7 +58,7 @@ def check_same_run(history: NormHistory, trainer: "pl.Trainer", *, other_run: bo
             )
 
 
-def _epochs_of(trainer: "pl.Trainer", history: NormHistory) -> float | None:
+def _epochs_of(trainer: pl.Trainer, history: NormHistory) -> float | None:
     """Return how many epochs the run will have, or None if it has no limit.
 
     Epochs of unknown length are taken to be as long as those of the recording.

@@ -1,13 +1,11 @@
 """Counts the optimizer steps that a GradScaler skipped."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
 
 
 class SkippedSteps:
@@ -23,7 +21,7 @@ class SkippedSteps:
         watches: whether there is a GradScaler.
     """
 
-    def __init__(self, trainer: "pl.Trainer") -> None:
+    def __init__(self, trainer: pl.Trainer) -> None:
         self.watches = getattr(trainer.precision_plugin, "scaler", None) is not None
         self._missed = 0  # attempts that the optimizer never saw
         self._found_on_device: Tensor | None = None

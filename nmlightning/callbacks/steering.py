@@ -4,8 +4,9 @@ import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pytorch_lightning as pl
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
@@ -24,9 +25,6 @@ from nmlightning.parametrizations import WeightNorm
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.recording_file import find_recording
 
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
-
 
 class SteeredRun:
     """Attaches a rule where a Trainer's optimizers have weights for it, and gives it the moment.
@@ -41,12 +39,7 @@ class SteeredRun:
     """
 
     def __init__(
-        self,
-        rule: StepRule,
-        trainer: "pl.Trainer",
-        module: "pl.LightningModule",
-        *,
-        other_run: bool,
+        self, rule: StepRule, trainer: pl.Trainer, module: pl.LightningModule, *, other_run: bool
     ) -> None:
         self._trainer = trainer
         self._module = module
@@ -168,7 +161,7 @@ def warn_of_other_steering(
         )
 
 
-def _check_projection(rule: StepRule, module: "pl.LightningModule") -> None:
+def _check_projection(rule: StepRule, module: pl.LightningModule) -> None:
     projected = any(isinstance(m, WeightNorm) and m.settings.project for m in module.modules())
     if projected and isinstance(rule, NormSchedule):
         raise InputError(

@@ -1,8 +1,9 @@
 """WeightNormSwap: train a model that exists already with weights that are normalised."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pytorch_lightning as pl
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import nn
 
@@ -21,9 +22,6 @@ from nmlightning.surgery.recipes import (
     note_recipe,
     recipes_of,
 )
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
 
 
 class WeightNormSwap(ModelChange):
@@ -87,7 +85,7 @@ class WeightNormSwap(ModelChange):
         }
         self.recipe()  # raises where a setting is not allowed
 
-    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Change the module, as the base does.
 
         Raises:
@@ -110,7 +108,7 @@ class WeightNormSwap(ModelChange):
         rank_zero_info(f"WeightNormSwap: {report}")
         return True
 
-    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that nothing replaced a normalised weight, and that an optimizer trains it."""
         names = normalised_weights(pl_module)
         for name in changed_modules(pl_module, WEIGHT_NORM):

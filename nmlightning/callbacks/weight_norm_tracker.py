@@ -4,8 +4,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
+import pytorch_lightning as pl
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch.optim import Optimizer
 
@@ -25,9 +26,6 @@ from nmlightning.weights.layer_weights import (
     find_recorded_weights,
 )
 from nmlightning.weights.recorder import Recorder, keep_recording
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
 
 
 class Part(Protocol):
@@ -63,8 +61,8 @@ class RunRecording:
 
     def __init__(
         self,
-        trainer: "pl.Trainer",
-        module: "pl.LightningModule",
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
         tracker: "WeightNormTracker",
         steps: AttemptedSteps,
         state: Mapping[str, Any],
@@ -239,7 +237,7 @@ class WeightNormTracker(CallbackBase):
         usual = {"every": "epoch", "include": (), "exclude": ()}
         return super().state_key if chosen == usual else self._generate_state_key(**chosen)
 
-    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Have the state of a checkpoint found that is of other settings, or of an older release.
 
         Raises:
@@ -257,7 +255,7 @@ class WeightNormTracker(CallbackBase):
             pl_module, "on_load_checkpoint", partial(_rename_states, keys), key="trackers"
         )
 
-    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the first record, and steer from the first step on."""
         reshard(pl_module)
         state = self._resumed.get("recording", {})
@@ -291,7 +289,7 @@ class WeightNormTracker(CallbackBase):
         self._resumed = {}
 
     def on_train_batch_start(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Note how far the epoch is."""
         if self._steps is not None:
@@ -300,7 +298,7 @@ class WeightNormTracker(CallbackBase):
             part.begin_batch(batch_idx)
 
     def on_before_optimizer_step(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Note the rates, the gradients and the weights of this step."""
         if self._steps is not None:
@@ -309,8 +307,8 @@ class WeightNormTracker(CallbackBase):
 
     def on_train_batch_end(
         self,
-        trainer: "pl.Trainer",
-        pl_module: "pl.LightningModule",
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
         outputs: Any,
         batch: Any,
         batch_idx: int,
@@ -319,17 +317,17 @@ class WeightNormTracker(CallbackBase):
         for part in self._parts.values():
             part.after_batch()
 
-    def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Record, write and show."""
         for part in self._parts.values():
             part.end_epoch()
 
-    def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write, and let the optimizers step freely again."""
         self._close(finished=True)
 
     def on_exception(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Let the optimizers step freely again."""
         self._close(finished=False)
@@ -344,7 +342,7 @@ class WeightNormTracker(CallbackBase):
         """Resume the records and the steering of a checkpoint."""
         self._resumed = state_dict
 
-    def _logs(self, trainer: "pl.Trainer") -> bool:
+    def _logs(self, trainer: pl.Trainer) -> bool:
         if self.log_norms and not trainer.loggers:
             raise InputError(
                 f"WeightNormTracker(log_norms={self.log_norms!r}) finds no logger to log to: give "
@@ -363,7 +361,7 @@ class WeightNormTracker(CallbackBase):
             part.close(finished=finished)
 
 
-def _trackers(trainer: "pl.Trainer") -> list[WeightNormTracker]:
+def _trackers(trainer: pl.Trainer) -> list[WeightNormTracker]:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]  # A connector sets them.
     return [callback for callback in callbacks if isinstance(callback, WeightNormTracker)]
 
