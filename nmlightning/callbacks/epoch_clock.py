@@ -1,4 +1,4 @@
-"""The attempted steps of a run's optimizers, and the position that they give it in its epochs."""
+"""Counts the attempted and the skipped steps of a run, and gives its position in its epochs."""
 
 import math
 from collections.abc import Callable
@@ -6,6 +6,8 @@ from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -203,3 +205,48 @@ class EpochClock:
                 "no length, continues: record a longer run, or set limit_train_batches."
             )
         return steps
+
+
+class SkippedSteps:
+    """Counts, without waiting for the device, the steps that 16-bit mixed precision skipped.
+
+    A GradScaler does not call an optimizer whose gradients overflowed; one that is fused it calls
+    all the same, with the finding on the device.
+
+    Args:
+        trainer: whose optimizers are watched, if its precision has a GradScaler.
+
+    Attributes:
+        watches: whether there is a GradScaler.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self.watches = getattr(trainer.precision_plugin, "scaler", None) is not None
+        self._missed = 0  # attempts that the optimizer never saw
+        self._found_on_device = torch.tensor(0.0)
+        optimizers = trainer.optimizers if self.watches else []
+        self._hooks = [o.register_step_post_hook(self._note) for o in optimizers]
+
+    def attempt(self) -> None:
+        """Count a step that is about to be taken."""
+        self._missed += 1
+
+    def count(self) -> Tensor:
+        """Return how many of the attempted steps were skipped, on the device."""
+        return self._found_on_device + float(self._missed)
+
+    def resume_from(self, count: int) -> None:
+        """Begin with the steps that were skipped before a resume."""
+        self._missed += count
+
+    def remove(self) -> None:
+        """Stop watching."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _note(self, optimizer: Optimizer, *_: Any) -> None:
+        self._missed -= 1
+        found = getattr(optimizer, "found_inf", None)
+        if found is not None:
+            skipped = found.detach().reshape(())
+            self._found_on_device = self._found_on_device.to(skipped.device) + skipped

@@ -11,7 +11,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nmlightning.callbacks.skipped_steps import SkippedSteps
+from nmlightning.callbacks.epoch_clock import SkippedSteps
 from nmlightning.compat import logged_step, logging_is_due
 from nmlightning.optim.families import expected_rotation, group_numbers, known_power
 from nmlightning.optim.step_hooks import StepHookHandle

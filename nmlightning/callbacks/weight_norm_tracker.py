@@ -12,8 +12,7 @@ from torch.optim import Optimizer
 
 from nmlightning.callbacks.epoch_clock import AttemptedSteps
 from nmlightning.callbacks.norm_dashboard import NormDashboard
-from nmlightning.callbacks.provenance import describe_run
-from nmlightning.callbacks.steering import SteeredRun, warn_of_other_steering
+from nmlightning.callbacks.steering import SteeredRun, describe_run, warn_of_other_steering
 from nmlightning.compat import CallbackBase, copying_strategy, in_added_epoch, is_trial_run, reshard
 from nmlightning.errors import InputError, check_choice, check_lists
 from nmlightning.name_patterns import some

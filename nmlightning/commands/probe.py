@@ -22,14 +22,16 @@ from nmlightning.commands.files import (
     write_file,
 )
 from nmlightning.errors import InputError
-from nmlightning.probe.chart import GENERATOR, Band, draw_ranges
 from nmlightning.probe.report import (
     FAILING,
     FAILURE_LABELS,
+    GENERATOR,
     NAMES,
     REMEDY,
+    Band,
     LayerRanges,
     NormRanges,
+    draw_ranges,
     verdict,
 )
 from nmlightning.reports.formatting import format_loss

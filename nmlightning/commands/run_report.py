@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from nmlightning.callbacks.skipped_steps import SkippedSteps
+from nmlightning.callbacks.epoch_clock import SkippedSteps
 from nmlightning.reports.formatting import format_seconds, format_value
 
 STAGES = ("train", "val", "test")

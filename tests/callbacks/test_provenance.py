@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from nmlightning.callbacks.provenance import check_same_optimizer
+from nmlightning.callbacks.steering import check_same_optimizer
 from nmlightning.weights.history import NormHistory
 
 SGD = {"name": "SGD", "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}

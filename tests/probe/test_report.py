@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from nmlightning.probe.chart import GENERATOR, Band, draw_ranges, plot_ranges
+from nmlightning.probe.report import GENERATOR, Band, draw_ranges, plot_ranges
 from nmlightning.probe.report import CAVEAT, LayerRanges, NormRanges, verdict
 from nmlightning.reports.formatting import format_loss
 
