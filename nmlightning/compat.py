@@ -175,13 +175,9 @@ def _on_device(state: dict[str, Any], device: Any) -> dict[str, Any]:
 
 
 def keep_through_sync(trainer: Any, unfused: Unfused) -> None:
-    """Let `Trainer(sync_batchnorm=True)` synchronise our norms instead of replacing them.
+    """Let `Trainer(sync_batchnorm=True)` synchronise our norms instead of replacing them by L2.
 
-    It turns every subclass of `_BatchNorm` into torch's SyncBatchNorm, which is L2.
-
-    Args:
-        trainer: of either package.
-        unfused: see `nmlightning.surgery.fuse.fuse`; it is entered with the model meanwhile.
+    Meanwhile `unfused` of `nmlightning.surgery.fuse.fuse` is entered with the model.
     """
     layer_sync = getattr(trainer.strategy, "_layer_sync", None)
     if layer_sync is not None and not isinstance(layer_sync, _SyncKeepingOurs):

@@ -6,10 +6,7 @@ from numbers import Integral
 
 
 class InputError(ValueError):
-    """Input that cannot be right; the message is one line that says what to do instead.
-
-    The command line prints it without a traceback. Any other exception is a bug and keeps its own.
-    """
+    """Input that cannot be right; its one line, which says what to do, stands for a traceback."""
 
 
 def input_error_in(error: BaseException | None) -> InputError | None:
@@ -40,10 +37,7 @@ def check_choice(what: str, value: object, allowed: Iterable[str]) -> None:
 
 
 def check_flag(what: str, value: bool) -> bool:
-    """Return `value`, the setting called `what`, if it is True or False, or raise InputError.
-
-    Python takes any text for true, "no" and "false" as well.
-    """
+    """Return `value`, the setting called `what`, if it is True or False: to Python "no" is true."""
     if value not in (True, False):
         raise InputError(f"{what} is True or False, got {value!r}.")
     return bool(value)

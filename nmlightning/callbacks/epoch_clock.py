@@ -24,10 +24,7 @@ _SHORTLY = 1e-9  # before an epoch's end, in epochs
 
 
 def steps_per_epoch(trainer: pl.Trainer) -> int | None:
-    """Return how many steps the Trainer attempts in an epoch, None where only the epoch shows it.
-
-    It does not know that of data without a length, nor of modules that step by hand.
-    """
+    """Return the attempted steps of an epoch; None where the Trainer does not know them."""
     batches = trainer.num_training_batches
     if not trainer.lightning_module.automatic_optimization or not math.isfinite(batches):
         return None
@@ -38,19 +35,10 @@ class AttemptedSteps:
     """Counts the attempted steps of whatever optimizes a module's parameters.
 
     Lightning counts, and announces, those that are taken through its own LightningOptimizer. To
-    them come the steps of an optimizer itself (`use_pl_optimizer=False`), of the one inside a
-    wrapper, such as SAM's, and of one that the Trainer has not been given. What steps within
-    another step is a part of that.
-
-    Args:
-        trainer: of the run.
-        module: its module, whose parameters are there.
-        before_step: called before a step that Lightning does not announce moves anything, with the
-            Trainer's optimizer of these parameters if there is one.
-        uncounted: steps before a resume that Lightning did not count.
-
-    Attributes:
-        uncounted: steps that Lightning has not counted.
+    them come the `uncounted`: steps of an optimizer itself (`use_pl_optimizer=False`), of the one
+    inside a wrapper, such as SAM's, and of one that the Trainer has not been given. What steps
+    within another step is a part of that. Before a step that is not announced moves anything,
+    `before_step` is called with the Trainer's optimizer of these parameters, if there is one.
     """
 
     def __init__(
@@ -211,13 +199,7 @@ class SkippedSteps:
     """Counts, without waiting for the device, the steps that 16-bit mixed precision skipped.
 
     A GradScaler does not call an optimizer whose gradients overflowed; one that is fused it calls
-    all the same, with the finding on the device.
-
-    Args:
-        trainer: whose optimizers are watched, if its precision has a GradScaler.
-
-    Attributes:
-        watches: whether there is a GradScaler.
+    all the same, with the finding on the device. `watches` says whether there is a GradScaler.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:

@@ -25,12 +25,9 @@ class ModelChange(CallbackBase):
 
     It is done before the optimizer exists and before weights are loaded; where the net is built
     in `configure_model`, at the end of that; and callbacks that copied the module copy it again.
-
-    Attributes:
-        keeps_picklable: whether a module that is changed can be sent to a process that is spawned.
     """
 
-    keeps_picklable = True
+    keeps_picklable = True  # whether a changed module can be sent to a process that is spawned
 
     @abstractmethod
     def change(self, module: nn.Module) -> bool:
@@ -41,11 +38,7 @@ class ModelChange(CallbackBase):
         """Return the keywords as plain data."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Change the module, or have it done when it is built.
-
-        Raises:
-            InputError: there is something to change under a strategy that trains copies.
-        """
+        """Change the module, or have it done when `configure_model` has built it."""
         strategy = copying_strategy(trainer)
         late = builds_in_configure_model(pl_module)
         if late:

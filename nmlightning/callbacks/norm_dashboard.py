@@ -53,10 +53,7 @@ class DeviceReading:
 def log_scalars(
     trainer: pl.Trainer, values: Mapping[str, float], others: Mapping[str, float], step: int
 ) -> None:
-    """Log all values under their tags in TensorBoard, as a single event: many are cheap so.
-
-    Loggers of other kinds, which may make a column of each, are given `others`.
-    """
+    """Log all values to TensorBoard, as one event, and `others` to other kinds of loggers."""
     for logger in trainer.loggers:
         writer = _tensorboard_writer(logger)
         if writer is None:
@@ -97,10 +94,7 @@ def pool_layers(values: Mapping[str, float], layers: Sequence[str]) -> dict[str,
 
 
 def _tensorboard_writer(logger: Any) -> Any | None:
-    """Return the SummaryWriter of a TensorBoard logger, None of another.
-
-    It goes by the type: an experiment may have every attribute, as that of a DummyLogger.
-    """
+    """Return the SummaryWriter of a logger by its type: a DummyLogger's has every attribute."""
     experiment = getattr(logger, "experiment", None)
     homes = (cls.__module__ for cls in type(experiment).__mro__)
     return experiment if "torch.utils.tensorboard.writer" in homes else None

@@ -32,12 +32,6 @@ class SteeredRun:
     """Attaches a rule where a Trainer's optimizers have weights for it, and gives it the moment.
 
     With `other_run` it also follows the recording of another seed or number of processes.
-
-    Raises:
-        InputError: a reference that does not fit the model or is shorter than the run.
-
-    Attributes:
-        handles: the rule at work on each optimizer that it steers.
     """
 
     def __init__(
@@ -192,11 +186,7 @@ def describe_run(trainer: pl.Trainer, folder: Path) -> dict[str, Any]:
 
 
 def check_same_run(history: NormHistory, trainer: pl.Trainer, *, other_run: bool) -> None:
-    """Raise InputError if the run lasts longer than the recording, or has another seed or size.
-
-    What is not noted in the recording is not compared. `other_run` lets another seed and another
-    number of processes pass.
-    """
+    """Raise InputError if the run is longer than the recording, or has another seed or size."""
     recorded, epochs = history.clock.covered, _epochs_of(trainer, history)
     if epochs is not None and epochs > recorded + _ROUNDING:
         shorter = f", or set max_epochs to {int(recorded)}" if recorded >= 1 else ""
@@ -215,13 +205,11 @@ def check_same_run(history: NormHistory, trainer: pl.Trainer, *, other_run: bool
 
 
 def _epochs_of(trainer: pl.Trainer, history: NormHistory) -> float | None:
-    """Return how many epochs the run will have, or None if it has no limit.
-
-    Epochs of unknown length are taken to be as long as those of the recording.
-    """
+    """Return how many epochs the run will have, or None if it has no limit."""
     most = epochs_to_train(trainer)
     limits = [] if most is None else [float(most)]
     if trainer.max_steps >= 0 and len(history):
+        # Epochs of unknown length are taken to be as long as the recording's.
         recorded = history.clock.length_of(int(history.epochs[-1]))
         limits.append(trainer.max_steps / (steps_per_epoch(trainer) or max(recorded, 1)))
     return min(limits, default=None)
@@ -240,11 +228,8 @@ def check_same_optimizer(
 ) -> None:
     """Compare optimizers, learning rates and decays with those of a recording, where it has them.
 
-    A warning names another learning rate, and a recording without weight decay of the weights that
-    follow it, which have these `names`.
-
-    Raises:
-        InputError: an optimizer of a class that the recorded run did not have.
+    Another class raises InputError; another rate, and a recording that does not decay the weights
+    of these `names`, are warned of.
     """
     recorded = history.provenance.get("optimizers") or []
     names_there = [each.get("name") for each in recorded]

@@ -86,11 +86,7 @@ class WeightNormSwap(ModelChange):
         self.recipe()  # raises where a setting is not allowed
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Change the module, as the base does.
-
-        Raises:
-            InputError: also where ModelPruning stands before this, whose weights would be gone.
-        """
+        """Change the module, as the base does; ModelPruning may not stand before this."""
         if stands_behind(trainer, self, "ModelPruning"):
             raise InputError(
                 "ModelPruning stands before WeightNormSwap, and chose weights that are then "

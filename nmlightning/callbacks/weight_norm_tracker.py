@@ -53,10 +53,7 @@ class Part(Protocol):
 
 
 class RunRecording:
-    """The records of one fit, at its start, at every N-th step and at the ends of its epochs.
-
-    `state` is that of the run that is resumed, empty for a new one.
-    """
+    """The records of one fit, and before them those of the run in `state` that it resumes."""
 
     def __init__(
         self,
@@ -237,11 +234,7 @@ class WeightNormTracker(CallbackBase):
         return super().state_key if chosen == usual else self._generate_state_key(**chosen)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Have the state of a checkpoint found that is of other settings, or of an older release.
-
-        Raises:
-            InputError: the strategy trains copies, from which neither `path` nor state comes back.
-        """
+        """Find the state of a checkpoint that is of other settings, or of an older release."""
         strategy = copying_strategy(trainer)
         if stage == "fit" and strategy:
             raise InputError(

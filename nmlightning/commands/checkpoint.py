@@ -34,14 +34,8 @@ _ENTRIES: dict[str, type] = {
 def checkpoint_hparams(checkpoint: str, given: str = "") -> list[str]:
     """Return the model's hyper-parameters in `checkpoint` as a `--config`, to be placed first.
 
-    Whatever comes after it on the command line, in configs or as options, wins.
-
-    Args:
-        checkpoint: its path.
-        given: the configs and options, whose classes the user trusts.
-
-    Raises:
-        InputError: the file cannot be read, or names code that was neither installed nor given.
+    Whatever comes after it on the command line, in configs or as options, wins. The user trusts the
+    classes of what is `given`.
     """
     if "://" in checkpoint:
         return []
@@ -64,10 +58,6 @@ class Checkpoint:
 
     The settings are the checkpoint's hyper-parameters, then the config that `nm fit` has saved
     beside it. A config that is given, with a `model`, a `data` or both, wins over both.
-
-    Raises:
-        InputError: the file is no checkpoint, or holds no weights, or it or the config beside it
-            names code that was neither installed nor is named in the config that is given.
     """
 
     def __init__(self, path: Path, config: str | None) -> None:
@@ -82,11 +72,7 @@ class Checkpoint:
         self._settings.update(given)
 
     def load_module(self) -> LightningModule:
-        """Return the module, with norms and weights as they were in training, on the CPU.
-
-        Raises:
-            InputError: it is not known of what class it is, or it is another class's.
-        """
+        """Return the module, with norms and weights as they were in training, on the CPU."""
         settings = self._settings.get("model")
         if settings is None:
             raise InputError(
@@ -111,11 +97,7 @@ class Checkpoint:
             raise InputError(f"{str(self.path)!r} does not fit: {reason}") from error
 
     def input_shape(self) -> tuple[int, ...]:
-        """Return the shape of the model's input, from the data's `image_shape`.
-
-        Raises:
-            InputError: there are no settings of the data, or these have no shape.
-        """
+        """Return the shape of the model's input, from the data's `image_shape`."""
         settings = self._settings.get("data")
         shape, reason = None, "no config.yaml of its run is beside it"
         if settings is not None:

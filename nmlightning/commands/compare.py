@@ -26,11 +26,7 @@ from nmlightning.reports.run import read_runs
 
 
 def run(arguments: list[str]) -> int:
-    """Run `nm compare` and return its exit code.
-
-    Raises:
-        InputError: no runs that can be read or compared, or a page that would replace other work.
-    """
+    """Run `nm compare` and return its exit code."""
     given = _parse(arguments)
     check_replaceable("--report", given.report, GENERATOR, "page of nm compare")
     readable, left_out = read_runs(given.run)

@@ -11,11 +11,7 @@ from nmlightning.reports.run import find_runs, has_events
 
 
 def run(arguments: list[str]) -> NoReturn:
-    """Let TensorBoard take the place of this process.
-
-    Raises:
-        InputError: there are no runs to show, or a name that TensorBoard cannot be given.
-    """
+    """Let TensorBoard take the place of this process."""
     given = _parse(arguments)
     if not 0 <= given.port < 2**16:
         raise InputError(f"--port is from 0, to have one chosen, to {2**16 - 1}; got {given.port}.")

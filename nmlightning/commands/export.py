@@ -17,12 +17,7 @@ if TYPE_CHECKING:
 
 
 def run(arguments: list[str]) -> int:
-    """Run `nm export` and return its exit code.
-
-    Raises:
-        InputError: a checkpoint, a format or a file that cannot be right, or a network that is not
-            the same afterwards.
-    """
+    """Run `nm export` and return its exit code."""
     given = _parse(arguments)
     check_choice("--format", given.format, FORMATS)
     _check_checkpoint(given.checkpoint)

@@ -19,13 +19,10 @@ from nmlightning.yaml_text import load_yaml
 
 
 def find_config(name: str) -> Path:
-    """Return the file that `--config name` means.
+    """Return the file that `--config name` means, or list the shipped configs in an InputError.
 
     A file on disk wins. Else `configs/cifar_l1.yaml`, `cifar_l1.yaml` and `cifar_l1` all name the
     shipped config, from any folder.
-
-    Raises:
-        InputError: there is neither; the message lists the shipped configs.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -49,11 +46,7 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def read_config(name: str) -> dict[str, Any]:
-    """Return the content of the config that `--config name` means.
-
-    Raises:
-        InputError: there is no such config, or it is no YAML.
-    """
+    """Return the content of the config that `--config name` means."""
     try:
         text = name if is_config_text(name) else find_config(name).read_text("utf-8")
     except UnicodeDecodeError as error:
@@ -97,9 +90,7 @@ def last_checkpoint(runs: Path) -> tuple[Path | None, list[Path]]:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Return whether a checkpoint's checksums are right; of a folder of files, those of the one
-    that all ranks share, and whether it lists the others.
-    """
+    """Return whether a checkpoint's checksums are right; of a folder those of its shared file."""
     if checkpoint.is_dir():
         return (checkpoint / ".metadata").is_file() and is_whole(checkpoint / SHARED_FILE)
     try:
@@ -139,14 +130,11 @@ _RUN_FOLDER_OPTION = re.compile(r"--trainer\.logger\.(init_args\.)?(save_dir|nam
 
 
 class RunPaths:
-    """The paths that `--config` and `--ckpt_path` name.
+    """The paths that `--config` and `--ckpt_path` name; InputError for one that does not exist.
 
     `--ckpt_path last` is the newest whole checkpoint of this experiment's runs, and `damaged` what
     it passes over. Where there is none a fit starts anew, so that the command which begins a
     training also resumes it. `words` is all that the user gave, with what is in the configs.
-
-    Raises:
-        InputError: a file that is named does not exist, or a config is no YAML.
     """
 
     def __init__(self, arguments: list[str]) -> None:
@@ -215,14 +203,7 @@ def _existing(checkpoint: str | None) -> str | None:
 
 
 def check_replaceable(option: str, file: Path, mark: str, what: str) -> None:
-    """Raise InputError if `file` is a folder, or exists without the mark of what is written there.
-
-    Args:
-        option: that named it.
-        file: which may exist from an earlier call.
-        mark: text that everything written there holds.
-        what: it is called, such as "page of nm compare".
-    """
+    """Raise InputError if `file` is a folder, or exists without the mark of what is written."""
     if file.is_dir():
         raise InputError(f"{option}: {file} is a folder; name a file in it.")
     if file.exists() and mark not in file.read_text(encoding="utf-8", errors="replace"):

@@ -10,11 +10,7 @@ ACTIONS = ("build", "show", "remove")
 
 
 def run(arguments: list[str]) -> int:
-    """Run `nm kernels` and return its exit code.
-
-    Raises:
-        InputError: no compiler or ninja, or another reason why nothing can be built.
-    """
+    """Run `nm kernels` and return its exit code."""
     action = _parse(arguments).action
     from nmlightning.kernels.cpu.build import cache_folder
 

@@ -69,12 +69,7 @@ class Place(NamedTuple):
 
 
 def explain_parse_error(message: str, options: Iterable[str]) -> str:
-    """Return one line for jsonargparse's `message`: the key, what was given, what is allowed.
-
-    Args:
-        message: what jsonargparse passed to `ArgumentParser.error`.
-        options: every key of the command, without dashes, such as `trainer.max_epochs`.
-    """
+    """Return one line for jsonargparse's `message`; `options` are the keys of the command."""
     if message.startswith(EXPLAINED):  # by the call for what is inside the config
         return message.removeprefix(EXPLAINED)
     place = Place()
@@ -141,10 +136,7 @@ def _classes_instead(key: str, name: str) -> str:
 
 @cache
 def exported_classes(kind: Kind) -> list[str]:
-    """Return the names of the classes of a kind that our package exports, after importing them.
-
-    One without arguments, such as an activation, is nothing to configure.
-    """
+    """Import our package of a kind, and return the names of its classes that take arguments."""
     if not kind.package:
         return []
     package = import_module(kind.package)
@@ -262,10 +254,7 @@ set_loader("checked_yaml", _load, (YAMLError,))
 
 
 def check_numbers(options: Any, key: str = "") -> None:
-    """Raise InputError for a NaN in the parsed options, an infinite schedule or a clipping below 0.
-
-    Elsewhere an infinity may be meant, such as no limit; the optimizers are asked when they exist.
-    """
+    """Raise InputError for a NaN, a schedule that is infinite, or clipping below 0."""
     options = vars(options) if isinstance(options, Namespace) else options
     if isinstance(options, dict | list):
         items = options.items() if isinstance(options, dict) else enumerate(options)

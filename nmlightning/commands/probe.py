@@ -41,12 +41,7 @@ _JSON_MARK = '"generator": "nm probe"'
 
 
 def run(arguments: list[str]) -> int:
-    """Run `nm probe` and return its exit code: 0, whatever the norms would do.
-
-    Raises:
-        InputError: a config or checkpoint that does not exist, a network without norms, no data,
-            or a file that would replace other work.
-    """
+    """Run `nm probe` and return its exit code: 0, whatever the norms would do."""
     given, options = _parse(arguments)
     check_replaceable("--picture", given.picture, GENERATOR, "picture of nm probe")
     if given.json:

@@ -76,9 +76,8 @@ class Stopwatch(Callback):
 class SkippedStepCount(Callback):
     """Logs `train/skipped_steps` after each epoch, where a GradScaler may skip any.
 
-    It is the number of optimizer steps since training began, also before a resume, that were left
-    out since gradients overflowed in half precision. A few at the start, while the scale is found,
-    are normal; a number that keeps growing is not.
+    It is the number of optimizer steps since training began, also before a resume, whose gradients
+    overflowed. A few at the start, while the scale is found, are normal; a growing number is not.
     """
 
     def __init__(self) -> None:
@@ -171,10 +170,7 @@ def print_interruption(run: Path | None, checkpoint: Path | None) -> None:
 
 
 def print_loss(rank: int, error: str, checkpoint: Path | str | None) -> None:
-    """Say, in the process of that rank, that another one is lost, and what can be resumed.
-
-    Every process that is left says it: rank 0 may be the one that is lost.
-    """
+    """Say, in each process that is left, that another is lost, and what can be resumed."""
     name = f"nm (rank {rank})"
     kept = f"the last checkpoint is {checkpoint}" if checkpoint else "no checkpoint exists yet"
     text = f"{name}: lost another process, which may have said why. Here: {error}\n{name}: {kept}."

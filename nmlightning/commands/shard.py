@@ -22,13 +22,7 @@ PARTS = ("train", "val")
 
 
 def run(arguments: list[str]) -> int:
-    """Run `nm shard` and return its exit code.
-
-    Raises:
-        InputError: without litdata; if OUT holds something already, or lies where it would become a
-            class or an image; for folders that are not laid out as ImageNet's; for a file that is
-            no image, unless these are left out.
-    """
+    """Run `nm shard` and return its exit code."""
     given = _parse(arguments)
     check_whole_number("--shard_size", given.shard_size)
     _refuse_inside(given.out, given.imagefolder)

@@ -20,12 +20,7 @@ LINES_AT_ONCE = 10_000  # sorted by length together, and written together
 
 
 def run(arguments: list[str]) -> int:
-    """Run `nm translate` and return its exit code.
-
-    Raises:
-        InputError: a checkpoint that translates nothing, an option or a device that is not there, a
-            line that is not UTF-8.
-    """
+    """Run `nm translate` and return its exit code."""
     given = _parse(arguments)
     if not given.checkpoint.is_file():
         raise InputError(f"there is no checkpoint {str(given.checkpoint)!r} in {Path.cwd()}.")

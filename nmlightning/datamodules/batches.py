@@ -100,20 +100,9 @@ class AugmentedShuffle:
     All ranks draw the same numbers for the whole epoch and each takes its own part of every batch:
     W ranks with batch size B see what one process with batch size W·B sees, in rank order. The
     last, incomplete batch is dropped, as in the paper's code; a set that is smaller than one batch
-    is a single batch.
-
-    Args:
-        length: number of images.
-        batch_size: images a batch on each rank.
-        augmentation: of the training images.
-        seed: 0 or more; the same on every rank.
-        shard: this process's part.
-        shuffle: False keeps the images in order (Lightning's `overfit_batches`).
-        shard_size: rows that lie together, see `shuffle_rows`.
-        digest: identifies the images when a run is resumed; nothing is drawn from it.
-
-    Raises:
-        InputError: if there are fewer images than ranks.
+    is a single batch. `shuffle` = False keeps the images in order (Lightning's `overfit_batches`),
+    rows that lie together are a `shard_size` (see `shuffle_rows`), and the `digest` identifies the
+    images when a run is resumed.
     """
 
     follows_from = MappingProxyType(
@@ -197,9 +186,6 @@ class EvaluationBatches:
     Nothing is padded or repeated. Rank r of W reads images r, r + W, r + 2W, …, split into as many
     batches as the largest shard needs: all ranks do the same number of steps, which collective
     operations rely on, and batch sizes differ by at most one.
-
-    Raises:
-        InputError: if there are too few images to give every rank something in every batch.
     """
 
     def __init__(self, data: ImageSource, batch_size: int, shard: Shard = WHOLE_SET) -> None:

@@ -102,24 +102,14 @@ Transform = Callable[[Image.Image], Tensor]
 class DecodedImages:
     """Stored images, decoded and transformed by workers while the device trains.
 
-    What is random in the transform of an image is drawn from the seed that the image has in its
-    `Draw` and from nothing else, whichever worker decodes it.
+    What is random in the transform of an image, to (C, H, W) uint8, is drawn from the seed that the
+    image has in its `Draw` and from nothing else, whichever worker decodes it; without workers this
+    process does.
 
     Of `damaged` images each is named in one warning where they are skipped. In training the next
     readable row takes its place, under its seed: every batch keeps its size and every process its
     number of steps, whoever reads it. In evaluation it is left out of its batch, so that no image
     counts twice.
-
-    Args:
-        images: the images as they are stored.
-        transform: returns (C, H, W) uint8.
-        num_workers: processes that decode; 0 decodes in this one.
-        pin_memory: whether to hand out page-locked memory, which a CUDA device copies faster.
-        damaged: what to do about an image that cannot be decoded.
-
-    Raises:
-        InputError: in iterating, if an image is damaged and that is an error, or if there is no
-            other; it names the image.
     """
 
     def __init__(

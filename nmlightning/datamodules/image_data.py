@@ -117,10 +117,8 @@ class ResidentImages:
 class BatchTransform:
     """Turns a `RawBatch` into `(x, y)`: x = (crop(images) / 255 − mean) / std, (N, C, H, W).
 
-    Args:
-        mean: a value per channel, of images scaled to 0 … 1.
-        std: likewise.
-        pad: pixels of zeros around an image before it is cropped.
+    Mean and std, of each channel, are of images scaled to 0 … 1; `pad` pixels of zeros go around an
+    image before it is cropped.
     """
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], pad: int) -> None:
@@ -155,10 +153,7 @@ class BatchTransform:
 
 
 def crop(images: Tensor, corners: Tensor, pad: int) -> Tensor:
-    """Return each image (N, C, H, W) padded with zeros and cut back to H×W.
-
-    `corners` (N, 2) are the rows and columns, 0 … 2·pad, of the top left pixels; pad is the middle.
-    """
+    """Return images (N, C, H, W) padded and cut back to H×W; `corners` (N, 2) are in 0 … 2·pad."""
     height, width = images.shape[-2:]
     padded = F.pad(images, (pad, pad, pad, pad))
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view (N, C, 2p+1, 2p+1, H, W)
@@ -174,17 +169,7 @@ def mirror(images: Tensor, flips: Tensor) -> Tensor:
 
 
 class ImageData(ResumableData, ABC):
-    """The base of the data modules of images; test and prediction read the validation images.
-
-    Args:
-        batch_size: images a batch, on each process.
-        augmentation: of a training image, on the device.
-        device_resident: keep the images, which are in memory, on the device that trains.
-
-    Attributes:
-        train, validation: the images, from `setup` on.
-        transform: the arithmetic, from `setup` on at the latest.
-    """
+    """The base of the data modules of images; test and prediction read the validation images."""
 
     train: ImageSource | None = None
     validation: ImageSource | None = None
@@ -209,10 +194,7 @@ class ImageData(ResumableData, ABC):
         """Find the images that the stage needs."""
 
     def images_a_batch(self, processes: int) -> int:
-        """Return the images of each training batch on each process.
-
-        It is the `batch_size`, or less if the set, which `setup` finds, is smaller than a batch.
-        """
+        """Return the images of a training batch on each process: all, if these are fewer."""
         if self.train is None:
             return self.batch_size
         return images_a_batch(self.train.length, self.batch_size, processes)

@@ -16,18 +16,10 @@ MENTIONED = 3  # names in an error
 
 
 class FolderImages:
-    """The images below `folder/<class>/`, in the order of their paths.
+    """The images below `folder/<class>/`, in the order of their paths; classes count by name.
 
-    Files and folders whose name begins with a dot are passed over: they are other programs'.
-
-    Args:
-        folder: holds a folder for each class; their order by name numbers the classes.
-        damaged: what to do about files that are no images by the ending of their name: an error,
-            or a warning that counts and names them.
-
-    Raises:
-        InputError: for a class without images, for a file that is no image, or for a folder that a
-            link leads to again.
+    Files and folders whose name begins with a dot are passed over: they are other programs'. Files
+    that are no images by their ending are an error, or counted and named in a warning.
     """
 
     shard_size = 1
@@ -69,12 +61,7 @@ class FolderImages:
 
 
 def common_classes(train: Path, validation: Path) -> set[str]:
-    """Return the names of the classes of two folders, which both must have.
-
-    Raises:
-        InputError: if a folder is absent or without classes, if they are the same folder, or if
-            their classes differ.
-    """
+    """Return the names of the classes of two folders, which have to be the same."""
     classes, others = _classes(train), _classes(validation)
     if train.samefile(validation):
         raise InputError(
@@ -108,10 +95,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _list_files(folder: str, seen: dict[str, str]) -> Iterator[str]:
-    """Yield the files below a folder, also through links, in the order of their paths.
-
-    `seen` holds each folder that was listed, by its real path, and grows.
-    """
+    """Yield the files below a folder, also through links, by path; `seen` has the real paths."""
     listed = []
     for place, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)

@@ -42,18 +42,10 @@ class ShardIndex(NamedTuple):
 
 
 class ShardedImages:
-    """The images of one part below a root of shards.
+    """The images of one part, train or val, below a root of shards.
 
-    Where the root is remote, litdata keeps what it has fetched in its cache, shard by shard.
-
-    Args:
-        root: a folder, or an address that begins with one of `REMOTE`.
-        part: train or val.
-        index: what `read_index` returned for the root.
-
-    Raises:
-        InputError: if shards of a local root are absent, cut off or of another part; in fetching,
-            if a shard cannot be read.
+    Where the root is remote, one of `REMOTE`, litdata keeps what it has fetched in its cache, shard
+    by shard.
     """
 
     def __init__(self, root: str, part: str, index: ShardIndex) -> None:
@@ -94,11 +86,7 @@ def join_root(root: str, name: str) -> str:
 
 
 def read_index(root: str) -> ShardIndex:
-    """Return what the shards below a root hold.
-
-    Raises:
-        InputError: without litdata, or if the root lacks the index, or has another kind.
-    """
+    """Return what the shards below a root hold."""
     place = join_root(root, INDEX)
     if not is_remote(root):
         _check_files(Path(place), images=1)
@@ -118,11 +106,7 @@ def read_index(root: str) -> ShardIndex:
 
 
 def open_shards(place: str, data_format: list[str]) -> Any:
-    """Return litdata's reader of a folder or address, whose items are fetched by shards.
-
-    Raises:
-        InputError: the items are of another format, such as pickle, which runs what it names.
-    """
+    """Return litdata's reader; InputError for items such as pickle, which runs what it names."""
     require_litdata()
     from litdata import StreamingDataset
 
@@ -195,22 +179,11 @@ ORDER_SEED = 0
 
 
 class ShardWriter:
-    """Writes parts of a data set below a folder.
+    """Writes parts of a data set below an empty folder; `skipped` are damaged images, with reasons.
 
     Training images are written in an order drawn once, since an epoch mixes few shards at a time:
     in the order of the folder these would be of few classes. Every image is decoded once, to know
     that it can be.
-
-    Args:
-        out: an empty folder.
-        shard_size: images a shard.
-        damaged: whether an image that cannot be decoded is an error or left out.
-
-    Attributes:
-        skipped: of images that were left out the reason, by name.
-
-    Raises:
-        InputError: without litdata; in writing, for a damaged image.
     """
 
     def __init__(self, out: Path, shard_size: int, damaged: Damaged) -> None:

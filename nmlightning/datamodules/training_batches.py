@@ -60,16 +60,8 @@ class TrainingBatches(Generic[Draw, Batch]):
 
     Lightning calls `load_state_dict` where a run is resumed, before it reads anything. The epoch
     then starts after the `batches_done` that Lightning has counted, not after those that were read:
-    the batch during which a run was interrupted was read but not trained on.
-
-    Args:
-        data: reads the batches.
-        sampler: the content of each batch.
-        batches_done: returns the number of batches of an unfinished epoch that were trained on.
-        interrupted: the `state_dict` of the sampler of the run that is resumed, if any.
-
-    Raises:
-        InputError: in resuming within an epoch, with other data or batches of another size.
+    the batch during which a run was interrupted was read but not trained on. The order must be that
+    of the run that was `interrupted`, as its sampler's state says.
     """
 
     def __init__(
@@ -120,11 +112,7 @@ def _refuse(difference: str) -> NoReturn:
 
 
 def order_seed(trainer: pl.Trainer | None, interrupted: Mapping[str, int | str] | None) -> int:
-    """Return the seed of the order: of the run that was interrupted, or torch's.
-
-    The latter is the one last given to `seed_everything` or `torch.manual_seed`, rank 0's on every
-    rank.
-    """
+    """Return the seed of the order: of the run that was interrupted, or torch's on rank 0."""
     seed = int((interrupted or {}).get("seed", torch.initial_seed()))
     return int(trainer.strategy.broadcast(seed)) if trainer else seed
 
@@ -144,11 +132,7 @@ def epoch_generator(seed: int, *place: int) -> torch.Generator:
 
 
 def find_epoch(trainer: pl.Trainer | None, interrupted: Mapping[str, int | str] | None) -> int:
-    """Return the first epoch, which a trainer that resumes knows only later.
-
-    It is the `epoch` of the state of the run that was `interrupted`, or the next if that was
-    finished.
-    """
+    """Return the first epoch, which a trainer that resumes knows only later."""
     if trainer is None:
         return 0
     if interrupted is None:
@@ -182,14 +166,10 @@ class ResumableData(pl.LightningDataModule):
 
     Lightning's checkpoint holds how many batches of the epoch are done, and the state of this
     module what determines their order.
-
-    Attributes:
-        sampler: of the latest training loader, by which each sets it.
-        interrupted: the state of the sampler of the run that is resumed, if any.
     """
 
-    sampler: ResumableOrder | None = None
-    interrupted: OrderState | None = None
+    sampler: ResumableOrder | None = None  # of the latest training loader, which each sets
+    interrupted: OrderState | None = None  # the state of that of the run that is resumed
 
     @property
     def pins_memory(self) -> bool:

@@ -253,10 +253,7 @@ def _remove_parametrizations(net: nn.Module) -> list[str]:
 
 
 def _swap_back(net: nn.Module) -> list[str]:
-    """Give batch norms torch's classes where evaluation is torch's; return the other norms' names.
-
-    Those are layer norms, RMS norms, and batch norms that keep no running statistics.
-    """
+    """Give batch norms torch's classes where evaluation is torch's; return the others' names."""
     own_classes = (BatchNormBase, LpLayerNorm, LpRMSNorm)
     ours = [x for x in find_norm_layers(net) if isinstance(x.module, own_classes)]
     batch_norms = [x for x in ours if x.kind == "batch" and not x.unsupported_reason]

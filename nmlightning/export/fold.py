@@ -279,11 +279,7 @@ class _Tracer(Tracer):
 
 
 def _trace(model: nn.Module, whole: Collection[nn.Module]) -> TracedGraph:
-    """Trace a network in evaluation; `whole` modules are one call each, as torch's own are.
-
-    A symbolic trace holds for any values: where the flow of control depends on them, or on a
-    shape, there is none, and an exception of any class.
-    """
+    """Trace a network in evaluation; `whole` modules are one call each, as torch's own are."""
     # What has a default stays at it: else a None would be traced as a tensor.
     arguments = inspect.signature(model.forward).parameters.values()
     defaults = {a.name: a.default for a in arguments if a.default is not a.empty}

@@ -31,9 +31,6 @@ def choose_power(optimizer: optim.Optimizer, power: Power | int | str) -> int:
 
     The effective learning rate of a scale-invariant weight is η / ‖w‖^power: 2 for SGD, 1 where
     the gradient's size is divided out (Adam, AdamW, NAdam, RAdam, Adamax, RMSprop).
-
-    Raises:
-        InputError: another power; "auto" for another optimizer.
     """
     if power in (1, 2):
         return int(power)
@@ -100,10 +97,6 @@ def find_steps(optimizer: Any) -> list[optim.Optimizer]:
 
     A wrapper may be stepped as a whole, as Lookahead is, or have what it wraps step in a method of
     its own, as SAM does in `second_step`; or have no hooks, as accelerate's `AcceleratedOptimizer`.
-
-    Raises:
-        InputError: it is none of torch's, steps with several or in `fused_backward`, or calls no
-            hooks and wraps none that does.
     """
     if hasattr(optimizer, "fused_backward"):
         raise InputError(

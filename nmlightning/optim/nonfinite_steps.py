@@ -46,17 +46,11 @@ class NonfiniteSteps:
             self.warn_if_skipped(step)
 
     def totals(self) -> Tensor:
-        """Return how many channels' steps of each weight were skipped so far, on all ranks.
-
-        Every rank has to call it; nothing waits for the device.
-        """
+        """Return the skipped steps of each weight's channels, on all ranks, which all call it."""
         return self._earlier + self._over_ranks(self._counts)
 
     def warn_if_skipped(self, step: int) -> None:
-        """Warn of what was skipped since the last check; raise InputError after too many in a row.
-
-        Every rank has to call it.
-        """
+        """Warn of what was skipped since the last check, or stop; every rank has to call it."""
         totals = self.totals()
         if torch.equal(totals, self._reported):
             return

@@ -21,17 +21,11 @@ from nmlightning.weights.layer_weights import find_layer_form, plain_modules
 
 @dataclass(frozen=True)
 class OutputLayers:
-    """The layers whose weights give a model's output.
-
-    Attributes:
-        layers: one for most models, none where none does.
-        doubt: a line that says why they are a guess that may be wrong; empty for the others.
-        candidates: the paths of those that may be meant, where there is a doubt.
-    """
+    """The layers whose weights give a model's output: one for most models, none where none does."""
 
     layers: list[nn.Module]
-    doubt: str = ""
-    candidates: tuple[str, ...] = ()
+    doubt: str = ""  # why they are a guess that may be wrong
+    candidates: tuple[str, ...] = ()  # the paths of those that may then be meant
 
 
 def find_output_layers(model: nn.Module) -> OutputLayers:

@@ -50,10 +50,7 @@ def find_keeper(optimizer: Optimizer) -> Optimizer:
 
 
 def scaling_degree(optimizer: Optimizer, name: str) -> int:
-    """Return the degree of a buffer, such as `exp_avg`, in an optimizer's state; 0 if unknown.
-
-    A weight scaled by c scales it by c**degree.
-    """
+    """Return d for a buffer of the optimizer's state that a weight scaled by c scales by c**d."""
     if isinstance(optimizer, RMSprop) and name == "momentum_buffer":
         return 0  # it adds up gradients that were divided by their size
     return _DEGREES.get(name, 0)
@@ -193,17 +190,12 @@ def maybe_any(flags: Tensor) -> bool:
 def scale_step(
     weight: OptimizedWeight, before: Tensor, factors: Tensor, max_rotation: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Turn the step Δw_i that led from `before` to the weight into f_i · Δw_i.
+    """Turn the step Δw_i that led from `before` to the weight into f_i · Δw_i, in place.
 
     A channel whose step, factor or scaled weight is not finite, in float32 or in the dtype of the
-    weight, goes back to where it was; one that did not move may have any factor.
-
-    Args:
-        weight: the weight after the optimizer's step; it is changed in place.
-        before: its values before.
-        factors: (C,) f_i.
-        max_rotation: f_i is lowered until ‖f_i Δw_i‖ ≤ max_rotation · ‖w_i‖, in radians for small
-            angles; None for no bound.
+    weight, goes back to where it was; one that did not move may have any factor. With a
+    `max_rotation` f_i is lowered until ‖f_i Δw_i‖ ≤ max_rotation · ‖w_i‖, in radians for small
+    angles.
 
     Returns:
         (C,) bool, the channels whose step was skipped; and (C,) the factors as they were applied,
@@ -229,20 +221,15 @@ MAX_GROWTH = 1.02
 
 @torch.no_grad()
 def project(weight: OptimizedWeight, norms: Tensor, before: Tensor | None = None) -> Tensor:
-    """Scale each channel to the norm that is asked of it, and the optimizer's averages inversely.
+    """Scale each channel to the norm (C,) that is asked of it, and the averages inversely.
+
+    A channel stays as it is where that or its own norm is zero or not finite, or where the weight's
+    dtype does not reach that far. Returned is what each was multiplied by, (C,).
 
     A momentum that points along its weight lengthens it, and would so be multiplied by more than it
-    decays by, without end. `before` is the remedy of rules that bound a step's rotation.
-
-    Args:
-        weight: it is changed in place.
-        norms: (C,) ‖w_i‖₂ to have. A channel stays as it is where that or its own norm is zero or
-            not finite, or where the weight's dtype does not reach that far.
-        before: (C,) norms before the step; the averages are multiplied as if it had lengthened the
-            channel by no more than MAX_GROWTH, which a step of 0.2 rad across it does.
-
-    Returns:
-        (C,) what each channel was multiplied by.
+    decays by, without end. The remedy of rules that bound a step's rotation are the norms `before`
+    it, (C,): the averages are multiplied as if it had lengthened a channel by no more than
+    MAX_GROWTH, which a step of 0.2 rad across it does.
     """
     factors = norms / weight.norms()
     reached = factors.isfinite() & (factors > 0) & (norms < torch.finfo(weight.values.dtype).max)
@@ -273,13 +260,7 @@ def scatter_state(weight: OptimizedWeight, kept: Mapping[str, Any], state: State
 
 
 class RecordedNorms:
-    """The norms of one recording, for the weights that follow it, on their devices.
-
-    `align` is how a moment finds its record; see `NormHistory.place`.
-
-    Raises:
-        InputError: a recording of another model, or an empty one.
-    """
+    """The norms of one recording, for the weights that follow it, found by `NormHistory.place`."""
 
     def __init__(
         self, history: NormHistory, weights: Sequence[OptimizedWeight], align: Alignment

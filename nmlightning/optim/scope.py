@@ -34,13 +34,10 @@ Model = nn.Module | Iterable[tuple[str, Tensor]]
 
 @dataclass(frozen=True)
 class NamedWeights:
-    """The parameters of a model.
+    """The parameters of a model by plain name, and where their output channels are, if not along 0.
 
-    Attributes:
-        parameters: by plain name.
-        layouts: where the output channels are; along dimension 0 if unknown.
-        layers: the names of the weights of convolutions and linear layers; None where only names
-            and shapes are known.
+    `layers` are the names of the weights of convolutions and linear layers; None where names and
+    shapes alone are known.
     """
 
     parameters: Mapping[str, Tensor]
@@ -88,18 +85,9 @@ def choose_weights(
 ) -> list[OptimizedWeight]:
     """Return the weights of `optimizer` to steer, under their plain names.
 
-    Args:
-        optimizer: parameters that it does not have are left out.
-        model: the model, or its named parameters.
-        include: glob patterns on plain names; empty means every weight of `least_dims` or more. A
-            convolution is a layer's weight of three; where only names and shapes are known every
-            parameter of so many.
-        exclude: glob patterns on names that are left alone.
-        layouts: the layouts of weights whose output channels are not along dimension 0, where only
-            names and shapes are known.
-        recorded: the names that a recording has; parameters that only look like convolutions are
-            left if it has others, with a warning.
-        least_dims: CONVOLUTIONS or MATRICES.
+    `include`, `exclude` and `layouts` are as in `StepRule.attach`, and `least_dims` is CONVOLUTIONS
+    or MATRICES. A convolution is a layer's weight of three or more dimensions; where only names and
+    shapes are known, every parameter of so many that is among the names `recorded`, if any is.
 
     Raises:
         InputError: nothing to steer; a pattern that matches nothing; a parameter that FSDP1
@@ -158,10 +146,7 @@ def unsteered_reason(
     exclude: Sequence[str],
     least_dims: int = CONVOLUTIONS,
 ) -> str | None:
-    """Return in words why a parameter is not to be steered, or None if it is.
-
-    `optimized` are the parameters of an optimizer; the choice is that of `choose_weights`.
-    """
+    """Return in words why a parameter of the model is not to be steered, or None if it is."""
     parameter = weights.parameters[name]
     if not parameter.requires_grad:
         return "it is frozen, and stays unsteered if it is trained later"

@@ -174,10 +174,7 @@ class StepHookHandle:
 
     @property
     def skipped(self) -> int:
-        """The number of channels' steps that were skipped: they or their factors were not finite.
-
-        It is that of all ranks, and every rank has to ask for it.
-        """
+        """The channels' steps that were skipped, on all ranks, each of which has to ask for it."""
         return int(self.skipped_on_device)
 
     undone = skipped  # its former name
@@ -211,10 +208,7 @@ class StepHookHandle:
         return [weight.name for weight in self.weights if self.scope.holds(weight)]
 
     def factors(self) -> dict[str, Tensor]:
-        """Return for each weight that is steered the (C,) factors of its last step, on all ranks.
-
-        Every rank has to call it.
-        """
+        """Return (C,) the factors of the last step of each weight; every rank has to call it."""
         return {
             weight.name: weight.all_channels(self._factors[weight.name])
             for weight in self.weights
@@ -222,13 +216,7 @@ class StepHookHandle:
         }
 
     def warn_if_skipped(self) -> None:
-        """Warn of steps that were skipped now, not at the next 25th step.
-
-        Every rank has to call it.
-
-        Raises:
-            InputError: steps were skipped for too many steps in a row.
-        """
+        """Warn now of steps that were skipped, or stop; every rank has to call it."""
         self._skipped.warn_if_skipped(self.steps)
 
     def remove(self) -> None:
@@ -301,10 +289,7 @@ class StepHookHandle:
                 self.after_step()
 
     def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepCall | None:
-        """Keep the weights, and measure the gradients; the optimizer calls it.
-
-        A closure makes the gradients within the step: they are measured when it returns.
-        """
+        """Keep the weights, and measure the gradients, which a closure makes within the step."""
         self._before = [weight.values.clone() for weight in self.weights]
         self._of_gradients = [{} for _ in self.weights]
         self._is_first = not self._optimizer.state

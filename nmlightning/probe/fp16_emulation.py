@@ -49,20 +49,14 @@ _WIDEST_LINE = 64
 
 @dataclass(frozen=True)
 class HalfNorm:
-    """A norm in half precision and what it is compared with.
-
-    Attributes:
-        options: those of the layer in half precision.
-        exact: the name and the options of what it should compute.
-        picks: how many elements of a channel its gradient singles out, where a tie in float16 is
-            none in float32: so many, twice, may differ, and all others by the same.
-        kinds: of norm layers that it can replace.
-    """
+    """A norm in half precision, by its options, and by name and options what it should compute."""
 
     options: Mapping[str, Any]
     exact: tuple[str, Mapping[str, Any]]
+    # How many elements of a channel its gradient singles out, where a tie in float16 is none in
+    # float32: so many, twice, may differ, and all others by the same.
     picks: int = 0
-    kinds: tuple[NormKind, ...] = ("batch", "layer")
+    kinds: tuple[NormKind, ...] = ("batch", "layer")  # that it can replace
 
 
 _IN_HALF = {"stats_dtype": torch.float16}
@@ -80,13 +74,10 @@ def run_in_fp16(
 ) -> dict[str, Tensor]:
     """Return for each norm what would become of each channel, (C,) indices of `OUTCOMES`.
 
-    Args:
-        rows: (C, n) what the layer got.
-        gradients: (C, n) of the loss by (x − μ)/√(ŝ² + eps), or None to try the forward alone.
-            Each channel's are scaled, as a loss scale would, so that they and what they become
-            are as far from both ends of float16 as they can be.
-        eps: of the layer.
-        norms: their names; one that takes more than n values a channel is left out.
+    Given are (C, n) what the layer got, and of the loss by (x − μ)/√(ŝ² + eps) the gradients, None
+    to try the forward alone. Each channel's are scaled, as a loss scale would, so that they and
+    what they become are as far from both ends of float16 as they can be. A norm that takes more
+    than n values a channel is left out.
     """
     names = [name for name in norms if HALF_NORMS[name].picks <= rows.shape[1]]
     parts = max(1, rows.numel() // _ELEMENTS_AT_ONCE)
@@ -205,12 +196,7 @@ OF_SQUARES = ("l2", "half_l2")
 
 @dataclass(frozen=True)
 class Fp16Limits:
-    """The deviations of a channel that a norm can take in float16.
-
-    Attributes:
-        smallest_scale: of σ, a lower bound.
-        largest_deviation: of max |x − μ|, an upper bound.
-    """
+    """The deviations of a channel that a norm can take in float16: least σ, most |x − μ|."""
 
     smallest_scale: float
     largest_deviation: float

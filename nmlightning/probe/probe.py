@@ -62,9 +62,6 @@ class NormWatch:
     """Looks into the norm layers of a model while any code trains it; a context manager.
 
     `end_batch` is to be called after each backward, and `ranges` returns what was seen.
-
-    Raises:
-        InputError: the model has no norm layer that could be measured.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -103,11 +100,7 @@ class NormWatch:
             layer.end_batch()
 
     def ranges(self) -> NormRanges:
-        """Return what was measured in the batches so far.
-
-        Raises:
-            InputError: there was no batch, or no norm layer saw one in training mode.
-        """
+        """Return what was measured in the batches so far; InputError if that is nothing."""
         seen = [layer for layer in self._layers.values() if layer.scales]
         if not self._batches:
             raise InputError("No batch was run: the data are empty.")

@@ -1,4 +1,4 @@
-"""The ranges that a probe measured, and what norms that keep every value in float16 lose: a chart."""
+"""The ranges that a probe measured, what norms lose that keep all in float16, and a chart of it."""
 
 import io
 from collections import Counter
@@ -256,13 +256,8 @@ def draw_ranges(layers: Sequence[LayerRanges], wide: Band, narrow: Band) -> str:
     """Return a picture as SVG, with a row for each layer and a logarithmic axis.
 
     A bar goes from the smallest to the largest σ of the layer, with a gap at the median; the line
-    to its right reaches to max |x − μ|. It is blue where the narrow norm loses nothing and
+    to its right reaches to max |x − μ|. It is blue where the norm that takes less loses nothing and
     vermilion where it does; what either loses stands at the end of the row.
-
-    Args:
-        layers: at least one.
-        wide: the norm that takes more.
-        narrow: the norm that takes less.
     """
     import matplotlib
 

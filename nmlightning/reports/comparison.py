@@ -21,13 +21,7 @@ _LENGTHS = [f"trainer.{end}_{of}" for end in ("max", "min") for of in ("epochs",
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """The runs of one setting, which differ in their seeds only.
-
-    Attributes:
-        name: of the experiment.
-        runs: one or more.
-        metric: the tag that the figures are of.
-    """
+    """The runs of one setting, which differ in their seeds only, with the tag of their figures."""
 
     name: str
     runs: Sequence[Run]
@@ -88,11 +82,7 @@ def is_loss(metric: str) -> bool:
 
 
 def choose_metric(runs: Sequence[Run], wanted: str | None = None) -> str:
-    """Return the tag to compare: `wanted`, or else an accuracy, BLEU or a loss in validation.
-
-    Raises:
-        InputError: a run has not logged it, or none is found in all runs.
-    """
+    """Return the tag to compare: `wanted`, or else an accuracy, BLEU or a loss in validation."""
     common = [tag for tag in runs[0].scalars if all(tag in run.scalars for run in runs)]
     if wanted is not None:
         lacking = next((run for run in runs if wanted not in run.scalars), None)
@@ -154,10 +144,7 @@ def setting_rows(groups: Sequence[Group]) -> list[list[str]]:
 
 
 def result_columns(groups: Sequence[Group]) -> dict[str, list[str]]:
-    """Return how well and how fast each group did: the cells under each heading.
-
-    There is no column of means of the last epochs where no run has so many.
-    """
+    """Return how well and how fast each group did: the cells under each heading."""
     columns: dict[str, list[MeanStd | None]] = {
         "final": [group.final for group in groups],
         "best": [group.best for group in groups],
@@ -187,10 +174,7 @@ def _in_common(tags: Sequence[str]) -> str:
 def leave_out_unmeasured(
     runs: Sequence[Run], wanted: str | None
 ) -> tuple[Sequence[Run], dict[Path, str]]:
-    """Return the runs that got as far as a validation, or else have logged `wanted`; and why not.
-
-    Where no run has, all are returned, for `choose_metric` to judge.
-    """
+    """Return the runs that got to a validation, or all if none has, and why the others did not."""
     measured = [
         run for run in runs if any("val" in tag.lower() or tag == wanted for tag in run.scalars)
     ]

@@ -33,11 +33,7 @@ _ONES = 0xFFFFFFFF
 
 
 def read_event_file(file: Path) -> Iterator[Point]:
-    """Yield the scalars. A record that is cut off, as of a run that still writes, is the end.
-
-    Raises:
-        InputError: the file holds something else, or is not as its checksums say.
-    """
+    """Yield the scalars. A record that is cut off, as of a run that still writes, is the end."""
     try:
         for record in _records(file.read_bytes()):
             event = Event.FromString(record)

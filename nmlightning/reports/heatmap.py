@@ -9,17 +9,11 @@ _LOGARITHMIC_FROM = 10.0  # largest norm over smallest
 
 
 def draw_heatmap(norms: NDArray[np.float32], title: str) -> NDArray[np.uint8]:
-    """Return a picture with epochs to the right, channels downwards, and a scale of colours.
+    """Return a picture (H, W, 3): epochs to the right, channels downwards, and a scale of colours.
 
-    Colours are logarithmic where the norms span more than a decade; what is zero then has the
-    colour of the smallest positive norm. What is not finite is red.
-
-    Args:
-        norms: (T, C) ‖w_i‖ of C channels at T moments, at least one of each.
-        title: what stands above the picture.
-
-    Returns:
-        (H, W, 3), red, green and blue.
+    Colours are logarithmic where the norms (T, C), of C channels at T moments, span more than a
+    decade; what is zero then has the colour of the smallest positive norm. What is not finite is
+    red.
     """
     from matplotlib.colors import LogNorm, Normalize
 

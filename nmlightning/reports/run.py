@@ -24,12 +24,7 @@ from nmlightning.yaml_text import load_yaml
 
 @dataclass(frozen=True, eq=False)
 class Series:
-    """The numbers that were logged under one tag.
-
-    Attributes:
-        steps: (T,) int64, increasing.
-        values: (T,) float64.
-    """
+    """The numbers that were logged under one tag: steps (T,), increasing, and values (T,)."""
 
     steps: NDArray[np.int64]
     values: NDArray[np.float64]
@@ -55,11 +50,7 @@ def make_series(points: Iterable[Point]) -> dict[str, Series]:
 
 
 def read_csv_file(file: Path) -> Iterator[Point]:
-    """Yield the scalars.
-
-    Raises:
-        InputError: there is no column `step`, or something that is no number.
-    """
+    """Yield the scalars of Lightning's CSVLogger."""
     try:
         with file.open(encoding="utf-8", newline="") as lines:
             for row in csv.DictReader(lines):
@@ -81,11 +72,7 @@ _IGNORED_NAMES = ("reference", "_instantiator")
 
 
 def read_saved_config(folder: Path) -> dict[str, Any]:
-    """Return what `config.yaml`, or else `hparams.yaml`, in a run's folder says; {} without them.
-
-    Raises:
-        InputError: the file is no YAML.
-    """
+    """Return what a run's `config.yaml`, or else `hparams.yaml`, says; {} without them."""
     file = next((folder / name for name in _CONFIGS if (folder / name).is_file()), None)
     if file is None:
         return {}
@@ -174,10 +161,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The name of the experiment: that of the folder, or of the one above `version_3`.
-
-        A seed at its end, as in `wd_on-1`, is left out.
-        """
+        """The name of the folder, or of that above `version_3`, without the seed in `wd_on-1`."""
         folder = self.folder.resolve()
         name = folder.parent.name if folder.name.startswith("version_") else folder.name
         return name.removesuffix(f"-{self.seed}")
@@ -194,9 +178,6 @@ def find_runs(paths: Sequence[str | Path]) -> list[Path]:
     """Return the folders of runs at and below these paths, each once, in a natural order.
 
     A run of which only `a.csv` and `a.json` are kept, as in `results/`, counts as a folder `a`.
-
-    Raises:
-        InputError: a path that does not exist or has no run at or below it.
     """
     folders: dict[Path, None] = {}
     for path in map(Path, paths):
@@ -215,11 +196,7 @@ def find_runs(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def read_runs(paths: Sequence[str | Path]) -> tuple[list[Run], dict[Path, str]]:
-    """Return the runs at and below these paths, and of each that cannot be read the reason.
-
-    Raises:
-        InputError: as `find_runs`.
-    """
+    """Return the runs at and below these paths, and of each that cannot be read the reason."""
     runs, left_out = [], {}
     for folder in find_runs(paths):
         try:

@@ -307,14 +307,8 @@ def shard_blocks(net: nn.Module, mesh: DeviceMesh) -> None:
 
     A block is a module with parts in a `Sequential` or a `ModuleList`, such as the residual blocks
     of a ResNet. Each of N processes then holds 1/N of the weights, gradients and optimizer's state,
-    and gathers the weights of one block while it computes with them.
-
-    Args:
-        net: not sharded, with its norms swapped and its weights normalised.
-        mesh: of Lightning's `ModelParallelStrategy`.
-
-    Raises:
-        InputError: if the strategy splits tensors, too.
+    and gathers the weights of one block while it computes with them. The norms of `net` are swapped
+    and its weights normalised before; the mesh is of Lightning's `ModelParallelStrategy`.
     """
     if mesh["tensor_parallel"].size() > 1:
         raise InputError(

@@ -11,8 +11,7 @@ class CompilationNotice(pl.Callback):
     """Announces the first batch of each stage, in which `torch.compile` works, and its time.
 
     Training and evaluation are compiled separately, and a sanity check before the first epoch is
-    evaluation. A task adds it by `configure_callbacks`, for as long as its network is compiled, and
-    gives the name that the lines begin with.
+    evaluation. The lines begin with the name of the task.
     """
 
     def __init__(self, task: str) -> None:

@@ -52,10 +52,7 @@ class SoundNumerics(pl.Callback):
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """Raise InputError for a setting that is not finite, or is 0 in the parameters' float16.
-
-    What an optimizer's class has by default, such as a `growth_rate` of infinity, may be so.
-    """
+    """Raise InputError for a setting, but a default, that is not finite, or is 0 in float16."""
     name, defaults = type(optimizer).__name__, inspect.signature(type(optimizer)).parameters
     for group in optimizer.param_groups:
         for key, value in group.items():

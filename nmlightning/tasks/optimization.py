@@ -74,9 +74,6 @@ def global_batch_size(trainer: pl.Trainer | None) -> int:
 
     A data module that has `images_a_batch(processes)`, as those of nmlightning, says with it how
     many a batch holds in fact, which are fewer than `batch_size` if it has no more.
-
-    Raises:
-        InputError: if there is no data module with a `batch_size`.
     """
     data: Any = getattr(trainer, "datamodule", None)
     size = getattr(data, "batch_size", None)

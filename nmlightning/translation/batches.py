@@ -109,16 +109,9 @@ class ShuffledBatches:
     batches r, r + W, r + 2W, …: every epoch has as many on each rank. The up to W − 1 batches that
     are left over are dropped, others in each epoch.
 
-    Args:
-        pairs: all pairs.
-        tokens_a_batch: at most so many tokens, padding included, on either side of a batch.
-        tokenizer: the digest of the pairs' tokenizer.
-        seed: 0 or more; the same on every rank.
-        shard: this process's part.
-        shuffle: False repeats the first epoch (Lightning's `overfit_batches`).
-
-    Raises:
-        InputError: if there are fewer batches than ranks.
+    Neither side of a batch has more than `tokens_a_batch`, padding included. `tokenizer` is the
+    digest of the pairs' own, and `shuffle` = False repeats the first epoch (Lightning's
+    `overfit_batches`).
     """
 
     follows_from: Mapping[str, str] = MappingProxyType(
@@ -195,25 +188,12 @@ class StreamedBatches:
     """Iterates over batches of a stream, in pools of pairs that are encoded and batched together.
 
     Pools come in the order of the stream, the same in every epoch. The order within a pool follows
-    from (seed, epoch, pool). All ranks read the whole stream, and rank r of W takes the batches
-    r, r + W, … of each pool; the up to W − 1 that are left over are dropped. There is no `len`, so
+    from (seed, epoch, pool). All ranks read the whole stream, and rank r of W takes the batches r,
+    r + W, … of each pool; the up to W − 1 that are left over are dropped. There is no `len`, so
     Lightning needs `max_steps` for a schedule that depends on the length of the run.
 
-    A run resumed within an epoch begins with the pool in which it stopped, not with the stream.
-
-    Args:
-        pairs: the stream.
-        tokenizer: of both sides.
-        limits: which pairs are fit to train with.
-        tokens_a_batch: at most so many tokens, padding included, on either side of a batch.
-        pool: pairs that are read and sorted together.
-        seed, shard, shuffle: as for `ShuffledBatches`.
-        pin_memory: as for `TrainingPairs`.
-        batches_done, interrupted: as for `TrainingBatches`.
-
-    Raises:
-        InputError: in resuming within an epoch with other data or batches; in iterating, if no pool
-            has a batch for each process.
+    A run resumed within an epoch begins with the pool in which it stopped, not with the stream. The
+    other arguments are those of `ShuffledBatches` and `TrainingBatches`.
     """
 
     follows_from: Mapping[str, str] = MappingProxyType(
@@ -333,19 +313,9 @@ class EvaluationSentences:
 
     Sorted by length, the longest first, since padding is slow. All ranks do the same number of
     steps, which collective operations rely on; to that end some batches may have a pair too many.
-
-    Args:
-        pairs: all pairs, as they are.
-        references: the translations as they were written.
-        tokens_a_batch: as for training; a pair that is longer is a batch of its own.
-        max_length: tokens of a source; the rest of a longer one is not read.
-        shard, pin_memory: as for training.
-
-    Attributes:
-        rows: of each batch the rows of its pairs in the file, to put predictions back in order.
-
-    Raises:
-        InputError: if there are fewer pairs than ranks.
+    Of a source longer than `max_length` the rest is not read, and a pair longer than
+    `tokens_a_batch` is a batch of its own. `rows` are those of each batch's pairs in the file, to
+    put predictions back in order.
     """
 
     def __init__(

@@ -133,12 +133,7 @@ class EncodedPairs(NamedTuple):
 
 
 class TrainingLimits(NamedTuple):
-    """Limits for training pairs, which have something on both sides, and not too much.
-
-    Attributes:
-        max_length: tokens of a sentence, without BOS and EOS.
-        too_long: `drop` pairs with more on a side, or `truncate` these to `max_length`.
-    """
+    """Most tokens of a side of a training pair, and whether longer pairs are cut or dropped."""
 
     max_length: int
     too_long: TooLong
@@ -250,17 +245,9 @@ def cached_pairs(
     *,
     check: bool = False,
 ) -> EncodedPairs:
-    """Return the pairs within the limits, encoded if they are not cached.
+    """Return the pairs within the limits, encoded if they are not cached in `folder`.
 
-    Args:
-        folder: the cache; None caches nothing.
-        pairs: all pairs.
-        tokenizer: of both sides.
-        limits: for training.
-        check: read all of a cached file, to know that it is intact.
-
-    Raises:
-        InputError: if no pair is within the limits.
+    With `check` all of a cached file is read, to know that it is intact.
     """
     if folder is None:
         return _encode(pairs, tokenizer, limits)

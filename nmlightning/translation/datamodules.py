@@ -46,21 +46,13 @@ from nmlightning.translation.tokenizer import SMALLEST, JointBPE
 
 
 class TranslationData(ResumableData, ABC):
-    """The base of the data modules of sentence pairs.
+    """The base of the data modules of sentence pairs; see `ParallelText` for the arguments.
 
-    Args:
-        folder: the cache of the tokenizer and the encoded training pairs; None caches nothing.
-        vocab_size, tokenizer, tokens_a_batch, max_length, too_long: see `ParallelText`.
-
-    Attributes:
-        unit: the unit of a training rate.
-        encodes_all: whether all training pairs are encoded beforehand.
-        tokenizer: from `setup` on.
-        train: the encoded training pairs, from `setup("fit")` on.
+    The tokenizer and the encoded training pairs are cached in `folder`; None caches nothing.
     """
 
-    unit = "sentences"
-    encodes_all = True
+    unit = "sentences"  # of a training rate
+    encodes_all = True  # all training pairs, beforehand
     tokenizer: JointBPE | None = None
     train: EncodedPairs | None = None
 

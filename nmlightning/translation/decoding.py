@@ -35,14 +35,7 @@ class SequenceModel(Protocol[State]):
 
 
 def longest_translations(net: SequenceModel[State], source: Tensor, extra_length: int) -> Tensor:
-    """Return the most tokens that each translation may have, (N,) int64.
-
-    It is those of its source, padding aside, and `extra_length` more.
-
-    Raises:
-        InputError: for a net in training mode, with dropout; for a source that is not (N, S) int64
-            or has a sentence without a token; for an `extra_length` that is no whole number.
-    """
+    """Return (N,) int64 the most tokens of each translation: `extra_length` over its source."""
     name = type(net).__name__
     check_whole_number("extra_length", extra_length, least=0)
     if net.training:

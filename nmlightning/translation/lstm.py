@@ -14,14 +14,7 @@ Cells = list[Cell | None]
 
 
 class RecurrentLayer(nn.Module):
-    """norm(lstm(dropout(x))): (N, T, inputs) → (N, T, width), and h and c after the last token.
-
-    Args:
-        inputs: numbers in a vector that is read.
-        width: units.
-        dropout: share of the inputs that are set to zero in training.
-        layer_norm: whether there is a norm.
-    """
+    """norm(lstm(dropout(x))): (N, T, inputs) → (N, T, width), and h and c after the last token."""
 
     def __init__(self, inputs: int, width: int, dropout: float, layer_norm: bool) -> None:
         super().__init__()
@@ -35,10 +28,7 @@ class RecurrentLayer(nn.Module):
 
 
 def reverse_sentences(x: Tensor, lengths: Tensor) -> Tensor:
-    """Return (N, S, width) x with the first lengths[i] vectors of row i in reverse order.
-
-    The padding stays at the end.
-    """
+    """Return (N, S, width) x with the first lengths[i] of row i reversed; the padding stays."""
     places = torch.arange(x.shape[1], device=x.device)
     mirrored = lengths[:, None] - 1 - places
     order = torch.where(mirrored >= 0, mirrored, places)
@@ -48,10 +38,8 @@ def reverse_sentences(x: Tensor, lengths: Tensor) -> Tensor:
 class LSTMState:
     """The encoded source, and the cells of the decoder; a row for each translation.
 
-    Args:
-        memory: the encoded source, (N, S, width).
-        mask: (N, 1, S) bool, True where it may be read.
-        cells: h and c of each layer of the decoder; None before the first token.
+    `memory` (N, S, width) may be read where `mask` (N, 1, S) is True. `cells` are h and c of each
+    layer of the decoder; None before the first token.
     """
 
     def __init__(self, memory: Tensor, mask: Tensor, cells: Cells) -> None:

@@ -132,13 +132,7 @@ Translation = tuple[str, str]  # the output, and the reference
 
 
 def published_bleu(translations: Sequence[Translation]) -> str:
-    """Return `BLEU 27.31 (nrefs:1|case:mixed|…)` of the translations of all processes.
-
-    Args:
-        translations: this process's, detokenized.
-
-    Raises:
-        InputError: sacrebleu is not installed.
+    """Return `BLEU 27.31 (nrefs:1|case:mixed|…)` of the detokenized translations of all processes.
 
     Source: Post (2018), https://aclanthology.org/W18-6319.
     """
@@ -180,11 +174,7 @@ class TrainingWindow:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def read(self, add_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Return `loss`, `ppl` and `tokens_per_s` of the batches; it waits for the device once.
-
-        Args:
-            add_processes: maps the sums (5,) of this process to those of all.
-        """
+        """Return `loss`, `ppl` and `tokens_per_s` of the batches; it waits for the device once."""
         assert self._sums is not None, "add comes first"
         loss, likelihood, targets, tokens, batches = add_processes(self._sums).tolist()
         self.pause()

@@ -55,17 +55,9 @@ UNREACHABLE = (OSError, ValueError)  # no network, no such data set, no such con
 def open_split(
     dataset: str, pair: tuple[str, str], split: str, folder: Path, *, streaming: bool
 ) -> Any:
-    """Return a split, read from disk, where it is downloaded to, or streamed.
+    """Return a split of a data set on the Hub, or in a folder: from disk, downloaded or streamed.
 
-    Args:
-        dataset: its name on the Hub, or a folder with a copy.
-        pair: the languages, source and target; the configuration is named by them.
-        split: train, validation or test.
-        folder: `datasets` keeps what it downloads there.
-        streaming: whether to download nothing beforehand.
-
-    Raises:
-        InputError: without the package; if the data set is neither at hand nor reachable.
+    The configuration is named by the pair of languages; `datasets` keeps downloads in `folder`.
     """
     datasets = import_text_package("datasets")
     configuration = "-".join(pair)
@@ -100,13 +92,7 @@ class StoredPairs:
 
 
 class StreamedPairs:
-    """The pairs of a split as they arrive; each iteration resumes where the state says.
-
-    Args:
-        split: an `IterableDataset`.
-        pair: the languages, source and target.
-        first: how many pairs to stop after; None reads all.
-    """
+    """The `first` pairs, or all, of an `IterableDataset`, from where the state says on."""
 
     def __init__(self, split: Any, pair: tuple[str, str], first: int | None = None) -> None:
         self.split = split
@@ -151,14 +137,6 @@ class ParallelFiles:
 
     A line ends with \\n or \\r\\n and with nothing else, such as U+2028. A byte order mark is left
     out.
-
-    Args:
-        source: the file of the sentences.
-        target: the file of their translations, line by line.
-
-    Raises:
-        InputError: if a file is absent; in iterating, if one is damaged, not UTF-8 or empty, or if
-            one has more lines than the other.
     """
 
     def __init__(self, source: str | Path, target: str | Path) -> None:
@@ -185,11 +163,7 @@ class ParallelFiles:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a UTF-8 file, plain or gzipped, without their ends.
-
-    Raises:
-        InputError: if the file cannot be read, is cut off or damaged, or not UTF-8.
-    """
+    """Yield the lines of a UTF-8 file, plain or gzipped, without their ends."""
     number = 0
     try:
         with _open(path) as file:
@@ -202,11 +176,7 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def decode_line(line: bytes, number: int, name: str) -> str:
-    """Return a line of UTF-8 without its end, the first, of number 1, without a byte order mark.
-
-    Raises:
-        InputError: it is not UTF-8; named are the line's number and what it is read from.
-    """
+    """Return a line of UTF-8 without its end, the first, of number 1, without a byte order mark."""
     try:
         text = line.removesuffix(b"\n").removesuffix(b"\r").decode()
     except UnicodeDecodeError as error:
@@ -244,14 +214,7 @@ _SPELLING = 2  # of the names, counted up with each change, so that no cache ser
 
 
 class NamedNumbers:
-    """The German and English names of numbers, in their order: of 21 einundzwanzig, twenty-one.
-
-    Args:
-        numbers: each from 0 to 999,999.
-
-    Raises:
-        InputError: in iterating, without the package `num2words`.
-    """
+    """The German and English names of numbers below a million: of 21 einundzwanzig, twenty-one."""
 
     def __init__(self, numbers: Sequence[int]) -> None:
         self.numbers = numbers

@@ -196,8 +196,8 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         """Return the same for one more position, (N, 1, width) → (N, 1, width).
 
-        `append` takes the keys and values of this position and returns those of all so far;
-        `source` are the keys and values of the encoded source.
+        `append` returns keys and values of all positions, given this one's; `source` has the
+        source's.
         """
         own = self.attention
         x = self.attention_sum(x, lambda y: own.attend(y, *append(*own.keys_and_values(y))))
@@ -212,13 +212,10 @@ FIRST_CAPACITY = 16  # tokens
 class TransformerState:
     """A cache of keys and values of the source and of the tokens so far; a row a translation.
 
-    Those of the source are computed once. The buffer for the target's doubles whenever it is full,
-    so that those of a new token are written in place. Rows move between two buffers, since fresh
-    memory costs several times as much as the copying.
-
-    Args:
-        source: keys and values of the source in each layer, (N, heads, S, d) each.
-        mask: (N, 1, 1, S) bool, True where the source may be read; None if all of it may.
+    Those of the source are computed once, (N, heads, S, d) each, in each layer, and may be read
+    where the mask (N, 1, 1, S) is True, or everywhere. The buffer for the target's doubles whenever
+    it is full, so that those of a new token are written in place. Rows move between two buffers,
+    since fresh memory costs several times as much as the copying.
     """
 
     def __init__(self, source: list[tuple[Tensor, Tensor]], mask: Tensor | None) -> None:
