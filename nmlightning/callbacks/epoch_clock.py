@@ -74,7 +74,6 @@ class AttemptedSteps:
         self._announced.add(optimizer)
 
     def remove(self) -> None:
-        """Stop watching."""
         for hook in self._hooks:
             hook.remove()
 
@@ -122,17 +121,14 @@ class EpochClock:
     """
 
     def __init__(self, trainer: pl.Trainer, followed: NormHistory | None = None) -> None:
-        self._trainer = trainer
-        self._followed = followed
-        self._epoch = -1
-        self._batch = 0
+        self._trainer, self._followed = trainer, followed
+        self._epoch, self._batch = -1, 0
         self._attempts = [0] * len(trainer.optimizers)
         self._last_epoch = list(self._attempts)
         self._next_batch = list(self._attempts)  # the first one that counts for the next step
         self._begins = list(self._attempts)
 
     def begin_batch(self, batch: int) -> None:
-        """Note the number of a batch in the epoch."""
         self._batch = batch
         if self._trainer.current_epoch != self._epoch:
             self._epoch = self._trainer.current_epoch
@@ -141,7 +137,6 @@ class EpochClock:
             self._next_batch = list(self._attempts)
 
     def attempt(self, optimizer: Optimizer) -> None:
-        """Count a step that is about to be taken."""
         if optimizer not in self._trainer.optimizers:  # whose steps no rule is attached to
             return
         number = self._trainer.optimizers.index(optimizer)
@@ -167,7 +162,6 @@ class EpochClock:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from there."""
         self._epoch = state["epoch"]
         self._attempts = list(state["attempts"])
         self._last_epoch = list(state["last_epoch"])
@@ -210,7 +204,6 @@ class SkippedSteps:
         self._hooks = [o.register_step_post_hook(self._note) for o in optimizers]
 
     def attempt(self) -> None:
-        """Count a step that is about to be taken."""
         self._missed += 1
 
     def count(self) -> Tensor:
@@ -222,7 +215,6 @@ class SkippedSteps:
         self._missed += count
 
     def remove(self) -> None:
-        """Stop watching."""
         for hook in self._hooks:
             hook.remove()
 

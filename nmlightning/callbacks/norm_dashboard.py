@@ -196,15 +196,12 @@ class NormDashboard:
                     writer.add_image(tag, picture, step, dataformats="HWC")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counts that a resumed run starts from."""
         return {"skipped_steps": int(self._skipped.count())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from there."""
         self._skipped.resume_from(state["skipped_steps"])
 
     def close(self, *, finished: bool) -> None:
-        """Stop watching the optimizers."""
         self._skipped.remove()
 
     def _add_weights(self, reading: DeviceReading) -> None:

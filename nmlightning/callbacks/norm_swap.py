@@ -160,7 +160,6 @@ class NormSwap(ModelChange):
         return changed
 
     def recipe(self) -> Recipe:
-        """Return the keywords as plain data."""
         patterns = (self.include, self.exclude)
         return make_recipe(self.norm, self.options, self.kinds, *patterns, self.types)
 
@@ -188,7 +187,8 @@ class BackendNote:
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         self._answers: dict[nn.Module, str] = {}
         self._handles: list[RemovableHandle] = []
-        compiled = any(map(_is_compiled, model.modules()))
+        parts = list(model.modules())
+        compiled = any(p._compiled_call_impl or hasattr(p, "_orig_mod") for p in parts)
         for layer in dict.fromkeys(layers.values()):
             if compiled:
                 self._answers[layer] = f"{type(layer).__name__} by the formula, compiled"
@@ -218,7 +218,3 @@ def _layout_word(x: Tensor) -> str:
     if layout == "other":
         return "strided"
     return layout if x.dim() > 3 else "contiguous"
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None

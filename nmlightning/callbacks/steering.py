@@ -40,7 +40,12 @@ class SteeredRun:
         self._trainer = trainer
         self._module = module
         self._has_printed = False
-        _check_projection(rule, module)
+        norms = [part for part in module.modules() if isinstance(part, WeightNorm)]
+        if isinstance(rule, NormSchedule) and any(norm.settings.project for norm in norms):
+            raise InputError(
+                "NormSchedule sets the norms that project=True sets, too: normalise the weights "
+                "without it."
+            )
         followed = rule.reference
         if isinstance(followed, str | Path):
             followed = NormHistory.load(find_recording(Path(followed), global_seed()))
@@ -50,16 +55,14 @@ class SteeredRun:
             check_same_run(followed, trainer, other_run=other_run)
         self._rule = rule
         self._clock = EpochClock(trainer, followed)
-        choice = rule.include, rule.exclude, rule.least_dims
         optimizers = trainer.optimizers
-        optimizers = [o for o in optimizers if has_weights(o, module, *choice)] or optimizers
+        optimizers = [o for o in optimizers if has_weights(o, module, rule.choice)] or optimizers
         self.handles = [self._attach(optimizer) for optimizer in optimizers]
         if followed is not None and not other_run:
             names = [weight.name for handle in self.handles for weight in handle.weights]
             check_same_optimizer(followed, names, optimizers)
 
     def begin_batch(self, batch: int) -> None:
-        """Note how far the epoch is."""
         self._clock.begin_batch(batch)
 
     def before_step(self, optimizer: Optimizer) -> None:
@@ -80,19 +83,16 @@ class SteeredRun:
             handle.warn_if_skipped()
 
     def close(self, *, finished: bool) -> None:
-        """Let the optimizers step freely again."""
         for handle in self.handles:
             handle.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a run needs to resume bit for bit."""
         return {
             "clock": self._clock.state_dict(),
             "attachments": [handle.state_dict() for handle in self.handles],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from there."""
         kept = state["attachments"]
         if len(self.handles) != len(kept):
             raise InputError(
@@ -123,10 +123,9 @@ def print_scope(
 ) -> None:
     """Print to stderr which convolutions and linear layers are steered or left, and why."""
     optimized = {q for optimizer in optimizers for q in group_numbers(optimizer)}
-    choice = rule.include, rule.exclude, rule.least_dims
     weights = NamedWeights.of(model)
     reasons = {
-        name: f"left: {unsteered_reason(weights, name, optimized, *choice)}"
+        name: f"left: {unsteered_reason(weights, name, optimized, rule.choice)}"
         for name in weights.parameters
         if name in (weights.layers or ())
     }
@@ -154,15 +153,6 @@ def warn_of_other_steering(
             f"The checkpoint was not steered; {handles[0].name} steers this run from step {step} "
             "on.",
             stacklevel=2,
-        )
-
-
-def _check_projection(rule: StepRule, module: pl.LightningModule) -> None:
-    projected = any(isinstance(m, WeightNorm) and m.settings.project for m in module.modules())
-    if projected and isinstance(rule, NormSchedule):
-        raise InputError(
-            "NormSchedule sets the norms that project=True sets, too: normalise the weights "
-            "without it."
         )
 
 

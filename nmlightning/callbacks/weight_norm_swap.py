@@ -117,5 +117,4 @@ class WeightNormSwap(ModelChange):
         warn_of_forgotten("weight norms", trainer.optimizers, norms)
 
     def recipe(self) -> Recipe:
-        """Return the keywords as plain data."""
         return make_weight_norm_recipe(**self._settings)

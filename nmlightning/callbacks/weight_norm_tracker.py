@@ -1,13 +1,12 @@
 """WeightNormTracker: record the norms of the weights, and let a recording steer a run."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import pytorch_lightning as pl
-from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from nmlightning.callbacks.epoch_clock import AttemptedSteps
@@ -67,7 +66,11 @@ class RunRecording:
         self._steps = steps
         self._every = tracker.every
         weights = find_recorded_weights(module, tracker.include, tracker.exclude)
-        _warn_of_lazy(find_lazy_weights(module, tracker.include, tracker.exclude))
+        lazy = find_lazy_weights(module, tracker.include, tracker.exclude)
+        if lazy:
+            have, are = ("have", "are") if len(lazy) > 1 else ("has", "is")
+            fate = f"{have} no shape yet and {are} not recorded: {LAZY_WAY_OUT}."
+            rank_zero_warn(f"{' and '.join(lazy)} {fate}")
         tracker.left = {} if tracker.include else find_left_weights(module, tracker.exclude)
         if tracker.left:
             left = [f"{name} ({reason})" for name, reason in tracker.left.items()]
@@ -105,14 +108,12 @@ class RunRecording:
                 self._record()
 
     def end_epoch(self) -> None:
-        """Record, and write."""
         self._record()
         if self._trainer.is_last_batch:
             self.recorder.end_epoch()
         self._save()
 
     def close(self, *, finished: bool) -> None:
-        """Write that the run finished, if it did."""
         if finished:
             self.recorder.finish()
             self._save()
@@ -283,7 +284,6 @@ class WeightNormTracker(CallbackBase):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Note how far the epoch is."""
         if self._steps is not None:
             self._steps.begin_batch()
         for part in self._parts.values():
@@ -310,18 +310,15 @@ class WeightNormTracker(CallbackBase):
             part.after_batch()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Record, write and show."""
         for part in self._parts.values():
             part.end_epoch()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write, and let the optimizers step freely again."""
         self._close(finished=True)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Let the optimizers step freely again."""
         self._close(finished=False)
 
     def state_dict(self) -> dict[str, Any]:
@@ -331,7 +328,6 @@ class WeightNormTracker(CallbackBase):
         return {name: part.state_dict() for name, part in self._parts.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume the records and the steering of a checkpoint."""
         self._resumed = state_dict
 
     def _logs(self, trainer: pl.Trainer) -> bool:
@@ -367,11 +363,3 @@ def _rename_states(keys: Sequence[str], checkpoint: dict[str, Any]) -> None:
     if len(here) == len(there):
         for new, old in zip(here, there, strict=True):
             states[new] = states.pop(old)
-
-
-@rank_zero_only
-def _warn_of_lazy(names: Sequence[str]) -> None:
-    if names:
-        each = f"{' and '.join(names)} {'have' if len(names) > 1 else 'has'} no shape yet and"
-        fate = f"{'are' if len(names) > 1 else 'is'} not recorded: {LAZY_WAY_OUT}."
-        warnings.warn(f"{each} {fate}", stacklevel=2)

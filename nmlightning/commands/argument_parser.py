@@ -28,3 +28,12 @@ def print_line(heading: str, text: object) -> None:
     from rich.console import Console
 
     Console().print(f" {heading:<11} {text}", soft_wrap=True, highlight=False, markup=False)
+
+
+def progress_bar(label: str) -> Any:
+    """Return a bar on stderr, which counts how many of all are done, behind rich's label."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = (label, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))

@@ -23,17 +23,6 @@ import nmlightning
 from nmlightning.commands.argument_parser import FAILED_CHECK, ArgumentParser
 from nmlightning.kernels.cpu.build import cache_folder, library_path, unusable_reason
 from nmlightning.kernels.interface import Fused
-from nmlightning.norms import (
-    L1BatchNorm2d,
-    L1LayerNorm,
-    L1RMSNorm,
-    LInfBatchNorm2d,
-    LpBatchNorm2d,
-    LpLayerNorm,
-    LpRMSNorm,
-    RangeBatchNorm2d,
-    TopKBatchNorm2d,
-)
 from nmlightning.norms.batch_norm_base import BatchNormBase
 from nmlightning.norms.self_check import TOLERANCES, disagreement, exact_input, time_ratios
 
@@ -112,7 +101,7 @@ TIMED = {4: (32, WIDTH, 28, 28), 2: (4096, 256)}
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 ROUNDS = 12
 
-OurNorm = BatchNormBase | LpLayerNorm | LpRMSNorm
+OurNorm = BatchNormBase | nmlightning.LpLayerNorm | nmlightning.LpRMSNorm
 
 
 class Subject(NamedTuple):
@@ -127,21 +116,21 @@ class Subject(NamedTuple):
 
 def _make_fused(fused: Fused, width: int) -> BatchNormBase:
     """Return a norm that does the ReLU, or the addition and the ReLU, behind it."""
-    layer = L1BatchNorm2d(width)
+    layer = nmlightning.L1BatchNorm2d(width)
     layer.fused = fused
     return layer
 
 
 SUBJECTS = (
-    Subject("L1 batch norm", L1BatchNorm2d),
+    Subject("L1 batch norm", nmlightning.L1BatchNorm2d),
     Subject("L1 and ReLU", partial(_make_fused, "relu"), timed=False),
     Subject("L1, addition and ReLU", partial(_make_fused, "add_relu"), timed=False),
-    Subject("L∞ batch norm", LInfBatchNorm2d),
-    Subject("Top(10) batch norm", TopKBatchNorm2d),
-    Subject("Lp batch norm, p = 3", lambda width: LpBatchNorm2d(width, p=3.0), timed=False),
-    Subject("range batch norm", RangeBatchNorm2d, timed=False),
-    Subject("L1 layer norm", L1LayerNorm, nn.LayerNorm, 2),
-    Subject("L1 RMS norm", L1RMSNorm, nn.RMSNorm, 2),
+    Subject("L∞ batch norm", nmlightning.LInfBatchNorm2d),
+    Subject("Top(10) batch norm", nmlightning.TopKBatchNorm2d),
+    Subject("Lp batch norm, p = 3", partial(nmlightning.LpBatchNorm2d, p=3.0), timed=False),
+    Subject("range batch norm", nmlightning.RangeBatchNorm2d, timed=False),
+    Subject("L1 layer norm", nmlightning.L1LayerNorm, nn.LayerNorm, 2),
+    Subject("L1 RMS norm", nmlightning.L1RMSNorm, nn.RMSNorm, 2),
 )
 
 
@@ -267,15 +256,15 @@ def _print_times(console: Console, device: str) -> None:
     """Print, of each norm that has kernels, the quartiles of its time against torch's norm."""
     shapes = " and ".join(map(str, TIMED.values()))
     console.print(f" {device}: time against torch's norm, float32, {shapes}, {ROUNDS} rounds each")
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    rows: Rows = []
     for subject in (subject for subject in SUBJECTS if subject.timed):
         x = torch.randn(TIMED[subject.dims], device=device)
         layer, torchs = (make(x.shape[1]).to(device) for make in (subject.make, subject.torchs))
         ratios = time_ratios(layer, torchs, x, ROUNDS)
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         ratio = f"{middle:.2f} ({low:.2f} to {high:.2f})"
-        table.add_row(f" {subject.name}", f"{ratio} of {subject.torchs.__name__}")
-    console.print(table)
+        rows.append((subject.name, f"{ratio} of {subject.torchs.__name__}"))
+    _print_rows(console, rows)
 
 
 def _name(dtype: torch.dtype) -> str:

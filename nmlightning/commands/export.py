@@ -20,7 +20,13 @@ def run(arguments: list[str]) -> int:
     """Run `nm export` and return its exit code."""
     given = _parse(arguments)
     check_choice("--format", given.format, FORMATS)
-    _check_checkpoint(given.checkpoint)
+    if given.checkpoint.is_dir():
+        raise InputError(
+            f"{str(given.checkpoint)!r} is a folder; of a sharded checkpoint make a file by "
+            "python -m pytorch_lightning.utilities.consolidate_checkpoint."
+        )
+    if not given.checkpoint.is_file():
+        raise InputError(f"there is no file {str(given.checkpoint)!r} in {Path.cwd()}.")
     given.output = given.output or given.checkpoint.with_suffix(FORMATS[given.format].suffix)
     check_target(given.output, given.format, given.overwrite)
     _export(given)
@@ -68,18 +74,7 @@ def _shape(text: str) -> tuple[int, ...]:
     return tuple(map(int, sizes))
 
 
-def _check_checkpoint(path: Path) -> None:
-    if path.is_dir():
-        raise InputError(
-            f"{str(path)!r} is a folder; of a sharded checkpoint make a file by python -m "
-            "pytorch_lightning.utilities.consolidate_checkpoint."
-        )
-    if not path.is_file():
-        raise InputError(f"there is no file {str(path)!r} in {Path.cwd()}.")
-
-
 def _export(given: argparse.Namespace) -> None:
-    """Load, write and report."""
     from nmlightning.commands.checkpoint import Checkpoint
     from nmlightning.commands.run_report import filter_logs
     from nmlightning.export.export import export_network

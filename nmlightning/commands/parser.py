@@ -100,10 +100,6 @@ def _arguments_of(configured: Callable[..., Any]) -> list[str]:
     return names[1:] if names[:1] and names[0] in GIVEN_BY_THE_TASK else names
 
 
-def _missing_argument(place: Place, arguments: str) -> str:
-    return f"{place.key}: {place.class_path.rpartition('.')[2]} needs {arguments}."
-
-
 def _unknown_class(place: Place, name: str) -> str:
     if place.types and _last_word(place.key) not in KINDS:
         return f"{place.key}: expected {' or '.join(place.types)}, received {name!r}."
@@ -111,8 +107,7 @@ def _unknown_class(place: Place, name: str) -> str:
 
 
 def _not_importable(place: Place, reason: str) -> str:
-    name = place.class_path.rpartition(".")[2]
-    instead = _classes_instead(place.key, name)
+    instead = _classes_instead(place.key, _last_word(place.class_path))
     return f"{place.key}: cannot import {place.class_path!r} ({reason}){instead}"
 
 
@@ -154,27 +149,25 @@ def _subclasses(base: type) -> set[type]:
     return set(children).union(*map(_subclasses, children))
 
 
-def _ambiguous_class(place: Place, name: str, class_paths: str) -> str:
-    return f"{place.key}: there are several classes {name!r}; give one of {class_paths}."
-
-
-def _wrong_class(place: Place, class_path: str, base: str) -> str:
-    return f"{place.key}: {class_path!r} is no subclass of {base}."
-
-
-def _wrong_type(place: Place, expected: str, value: str) -> str:
-    return _expected(place.key, _type_name(expected), value, expected)
-
-
 _COMPLAINTS: dict[str, Callable[..., str]] = {
     r"Option '([^']+)' is not accepted": _unknown_argument,
-    r"arguments are required: (.+)": _missing_argument,
+    r"arguments are required: (.+)": (
+        lambda place, names: f"{place.key}: {_last_word(place.class_path)} needs {names}."
+    ),
     r"Expected a dot import path string: (\S+)": _unknown_class,
     r"(?:Not a valid subclass of \w+|import path or .*)\. Got value: (.+)": _unknown_class,
     r"(No module named '.+'|module '.+' has no attribute '.+')": _not_importable,
-    r"Multiple subclasses with name (\w+)\..*: (.+)\.$": _ambiguous_class,
-    r"Import path (\S+) does not correspond to a subclass of (\w+)": _wrong_class,
-    r"Expected an? (.+?)\. Got value: (.+?)(?:\. Got value: .*)?$": _wrong_type,
+    r"Multiple subclasses with name (\w+)\..*: (.+)\.$": (
+        lambda place, name, paths: (
+            f"{place.key}: there are several classes {name!r}; give one of {paths}."
+        )
+    ),
+    r"Import path (\S+) does not correspond to a subclass of (\w+)": (
+        lambda place, path, base: f"{place.key}: {path!r} is no subclass of {base}."
+    ),
+    r"Expected an? (.+?)\. Got value: (.+?)(?:\. Got value: .*)?$": (
+        lambda place, types, value: _expected(place.key, _type_name(types), value, types)
+    ),
 }
 
 

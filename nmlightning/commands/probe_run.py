@@ -43,7 +43,6 @@ class _ProbeCLI(TrainingCLI):
         super().__init__(arguments, run_name)
 
     def before_instantiate_classes(self) -> None:
-        """Make no folder."""
         self.save_config_callback = None
         self.config[self.subcommand].trainer.logger = False
 
@@ -66,7 +65,6 @@ class _ProbeCLI(TrainingCLI):
         )
 
     def fit(self, model: pl.LightningModule, **kwargs: Any) -> None:
-        """Run the batches."""
         if self._watcher.checkpoint is None:
             print_notice("no checkpoint is given; these weights are untrained.")
         with suppress(_EnoughError):

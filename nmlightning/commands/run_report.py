@@ -29,14 +29,10 @@ STAGES = ("train", "val", "test")
 class Stopwatch(Callback):
     """Count the batches, the examples and the seconds of training, without its validation."""
 
-    def __init__(self) -> None:
-        self.epochs = 0
-        self.steps = 0
-        self.examples = 0
-        self.last_loss: Any = 0.0
-        self.training_seconds = 0.0
-        self.total_seconds = 0.0
-        self._fit_started = self._resumed = 0.0
+    epochs = steps = examples = 0
+    last_loss: Any = 0.0
+    training_seconds = total_seconds = 0.0
+    _fit_started = _resumed = 0.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._fit_started = self._resumed = time.monotonic()
@@ -80,12 +76,10 @@ class SkippedStepCount(Callback):
     overflowed. A few at the start, while the scale is found, are normal; a growing number is not.
     """
 
-    def __init__(self) -> None:
-        self._earlier = 0
-        self._skipped: SkippedSteps | None = None
+    _earlier = 0
+    _skipped: SkippedSteps | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Watch the optimizers of a precision that has a GradScaler."""
         skipped = SkippedSteps(trainer)
         if skipped.watches:
             skipped.resume_from(self._earlier)
@@ -94,35 +88,29 @@ class SkippedStepCount(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
-        """Count a step that is about to be taken."""
         if self._skipped is not None:
             self._skipped.attempt()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the count, for which the device is waited for."""
         if self._skipped is not None:
             pl_module.log("train/skipped_steps", self._skipped.count(), prog_bar=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop watching."""
         if self._skipped is not None:
             self._earlier = int(self._skipped.count())
             self._skipped.remove()
             self._skipped = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the count that a resumed run starts from."""
         count = self._earlier if self._skipped is None else int(self._skipped.count())
         return {"skipped_steps": count}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Resume from there."""
         self._earlier = state_dict["skipped_steps"]
 
 
 @rank_zero_only
 def print_start(trainer: Trainer, run: Path | None) -> None:
-    """Print what runs on what, and where it is kept."""
     kept = f" → {escape(str(run))}" if run else ""
     device = trainer.strategy.root_device
     copies = f" × {trainer.world_size}" if trainer.world_size > 1 else ""

@@ -8,11 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
 from nmlightning.atomic_file import explain_failure
-from nmlightning.commands.argument_parser import ArgumentParser, print_line
+from nmlightning.commands.argument_parser import ArgumentParser, print_line, progress_bar
 from nmlightning.datamodules.decoded_images import Damaged
 from nmlightning.datamodules.image_folder import FolderImages, common_classes
 from nmlightning.datamodules.image_shards import ShardWriter
@@ -28,7 +25,8 @@ def run(arguments: list[str]) -> int:
     _refuse_inside(given.out, given.imagefolder)
     common_classes(*(given.imagefolder / part for part in PARTS))
     parts = {part: FolderImages(given.imagefolder / part, given.damaged) for part in PARTS}
-    with _new_folder(given.out.absolute()) as unfinished, _progress() as progress:
+    bar = progress_bar("{task.description}")
+    with _new_folder(given.out.absolute()) as unfinished, bar as progress:
         writer = ShardWriter(unfinished, given.shard_size, given.damaged)
         for part, images in parts.items():
             task = progress.add_task(part, total=images.length)
@@ -91,16 +89,6 @@ def _new_folder(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(unfinished)
         raise
-
-
-def _progress() -> Progress:
-    return Progress(
-        "{task.description}",
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
 
 
 def _print_result(writer: ShardWriter, out: Path) -> None:

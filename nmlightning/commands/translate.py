@@ -4,12 +4,11 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nmlightning.commands.argument_parser import ArgumentParser
+from nmlightning.commands.argument_parser import ArgumentParser, progress_bar
 from nmlightning.errors import InputError
 from nmlightning.name_patterns import some
 
@@ -123,7 +122,8 @@ def _translate_all(translate: Callable[..., tuple[list[str], list[int]]], length
 
     lines = list(_read_lines())
     cut: list[int] = []
-    with _progress(len(lines)) as advance:
+    with progress_bar("translating") as progress:
+        advance = partial(progress.advance, progress.add_task("", total=len(lines)))
         for start in range(0, len(lines), LINES_AT_ONCE):
             found, cut_here = translate(lines[start : start + LINES_AT_ONCE], on_translated=advance)
             cut += [start + row for row in cut_here]
@@ -140,15 +140,3 @@ def _write(lines: Sequence[str]) -> None:
     text = "".join(line.replace("\n", " ") + "\n" for line in lines)
     sys.stdout.buffer.write(text.encode("utf-8"))
     sys.stdout.buffer.flush()
-
-
-@contextmanager
-def _progress(lines: int) -> Iterator[Callable[[int], object]]:
-    """Show on stderr how many lines are done; yield what to call with how many more are."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    columns = ("translating", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=lines)
-        yield lambda count: progress.advance(task, count)

@@ -1,8 +1,8 @@
 """The rows and the augmentation of each batch of images, by seed, epoch and process."""
 
-from collections.abc import Iterable, Iterator
-from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -94,6 +94,7 @@ def images_a_batch(length: int, batch_size: int, processes: int) -> int:
     return min(batch_size, length // processes)
 
 
+@dataclass
 class AugmentedShuffle:
     """The order and the augmentation of one epoch, drawn from (seed, epoch) and nothing else.
 
@@ -105,41 +106,31 @@ class AugmentedShuffle:
     images when a run is resumed.
     """
 
-    follows_from = MappingProxyType(
-        {
-            "images": "images",
-            "shard_size": "images a shard",
-            "world_batch": "images a batch on all processes",
-        }
-    )
-    other_data = "of other images, by their names, labels or order"
+    follows_from: ClassVar[Mapping[str, str]] = {
+        "images": "images",
+        "shard_size": "images a shard",
+        "world_batch": "images a batch on all processes",
+    }
+    other_data: ClassVar[str] = "of other images, by their names, labels or order"
 
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        augmentation: Augmentation,
-        *,
-        seed: int,
-        shard: Shard = WHOLE_SET,
-        shuffle: bool = True,
-        shard_size: int = 1,
-        digest: str = "",
-    ) -> None:
-        if length < shard.world_size:
-            raise InputError(f"{length} images cannot be shared by {shard.world_size} processes.")
-        self.length = length
-        self.batch_size = images_a_batch(length, batch_size, shard.world_size)
-        self.augmentation = augmentation
-        self.seed = seed
-        self.shard = shard
-        self.shuffle = shuffle
-        self.shard_size = shard_size
-        self.digest = digest
-        self.epoch = 0
+    length: int
+    batch_size: int
+    augmentation: Augmentation
+    _: KW_ONLY
+    seed: int
+    shard: Shard = WHOLE_SET
+    shuffle: bool = True
+    shard_size: int = 1
+    digest: str = ""
+    epoch: int = 0
+
+    def __post_init__(self) -> None:
+        processes = self.shard.world_size
+        if self.length < processes:
+            raise InputError(f"{self.length} images cannot be shared by {processes} processes.")
+        self.batch_size = images_a_batch(self.length, self.batch_size, processes)
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the next epoch; Lightning does so before each."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -151,7 +142,6 @@ class AugmentedShuffle:
         return self.batch_size * self.shard.world_size
 
     def state_dict(self) -> OrderState:
-        """Return what determines the batches, but for the epoch."""
         return {
             "seed": self.seed,
             "images": self.length,

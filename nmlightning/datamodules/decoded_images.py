@@ -3,6 +3,7 @@
 import struct
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from hashlib import sha256
 from io import BytesIO
 from typing import Literal, NamedTuple, Protocol
@@ -168,13 +169,13 @@ class _DecodedBatch(NamedTuple):
     damaged: dict[str, str]  # why, by name
 
 
+@dataclass
 class _Reader(Dataset[_DecodedBatch | InputError]):
     """Reads a batch at once; returns an InputError, which thus crosses processes."""
 
-    def __init__(self, images: EncodedImages, transform: Transform, skips_damaged: bool) -> None:
-        self.images = images
-        self.transform = transform
-        self.skips_damaged = skips_damaged
+    images: EncodedImages
+    transform: Transform
+    skips_damaged: bool
 
     def __getitem__(self, draw: _PlainDraw) -> _DecodedBatch | InputError:
         try:
@@ -188,7 +189,9 @@ class _Reader(Dataset[_DecodedBatch | InputError]):
         read: dict[int, tuple[Tensor, int]] = {}
         # In the order of the rows, in which the rows of a shard come together.
         for place in sorted(range(len(draw.rows)), key=draw.rows.__getitem__):
-            rows = self._candidates(draw.rows[place], replace=draw.seeds is not None)
+            row, length = draw.rows[place], self.images.length
+            others = range(row, row + length) if draw.seeds is not None else (row,)
+            rows = (other % length for other in others)
             image = self._read_first(rows, seeds[place], damaged)
             if image is not None:
                 read[place] = image
@@ -199,11 +202,6 @@ class _Reader(Dataset[_DecodedBatch | InputError]):
             )
         images, labels = zip(*(read[place] for place in sorted(read)), strict=True)
         return _DecodedBatch(torch.stack(images), torch.tensor(labels), damaged)
-
-    def _candidates(self, row: int, replace: bool) -> Iterable[int]:
-        """Return the row and, if it may be replaced, those after it and from the beginning."""
-        length = self.images.length
-        return (other % length for other in range(row, row + length)) if replace else (row,)
 
     def _read_first(
         self, rows: Iterable[int], seed: int, damaged: dict[str, str]

@@ -49,7 +49,6 @@ class Digits(ImageData):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the images that the model gets."""
         return self.channels, self.image_size, self.image_size
 
     def setup(self, stage: str | None = None) -> None:

@@ -52,7 +52,6 @@ class LabelledImages(NamedTuple):
         return ""  # these sets are published ones, always the same
 
     def batches(self, draws: Iterable[Draw]) -> Iterator[RawBatch]:
-        """Yield the batch of each draw, in their order."""
         for draw in draws:
             images, labels = self.images[draw.rows], self.labels[draw.rows]
             yield RawBatch(images, labels, draw.corners, draw.flips)
@@ -122,9 +121,7 @@ class BatchTransform:
     """
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], pad: int) -> None:
-        self.mean = mean
-        self.std = std
-        self.pad = pad
+        self.mean, self.std, self.pad = mean, std, pad
         self._constants: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def __call__(

@@ -44,7 +44,15 @@ class FolderImages:
                 "the folder of that name in train and in val."
             )
         self.length = len(self.files)
-        _report_other_files(folder, not_images, damaged)
+        if not_images:
+            what = (
+                f"{folder} holds files that are no images by their names, {len(not_images)} in all"
+            )
+            names = [printable(str(Path(path).relative_to(folder))) for path in not_images]
+            if damaged == "error":
+                delete = "Delete them, or leave them out with damaged: skip."
+                raise InputError(f"{what}: {some(names, MENTIONED)}. {delete}")
+            rank_zero_warn(f"Skipped: {what}: {', '.join(names)}")
 
     @cached_property
     def digest(self) -> str:
@@ -80,7 +88,7 @@ def common_classes(train: Path, validation: Path) -> set[str]:
 def _classes(folder: Path) -> set[str]:
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}: give the folder that holds train and val.")
-    entries = [path for path in folder.iterdir() if not _is_hidden(path.name)]
+    entries = [path for path in folder.iterdir() if path.name[0] != "."]
     classes = {path.name for path in entries if path.is_dir()}
     if not classes:
         raise InputError(
@@ -88,10 +96,6 @@ def _classes(folder: Path) -> set[str]:
             "give another folder."
         )
     return classes
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".")
 
 
 def _list_files(folder: str, seen: dict[str, str]) -> Iterator[str]:
@@ -105,18 +109,7 @@ def _list_files(folder: str, seen: dict[str, str]) -> Iterator[str]:
                 "delete the link."
             )
         seen[real] = place
-        folders[:] = [name for name in folders if not _is_hidden(name)]
+        folders[:] = [name for name in folders if name[0] != "."]
         listed.append((place, files))
     for place, files in sorted(listed):
-        yield from (os.path.join(place, name) for name in sorted(files) if not _is_hidden(name))
-
-
-def _report_other_files(folder: Path, paths: list[str], damaged: Damaged) -> None:
-    if not paths:
-        return
-    what = f"{folder} holds files that are no images by their names, {len(paths)} in all"
-    names = [printable(str(Path(path).relative_to(folder))) for path in paths]
-    if damaged == "error":
-        listed = some(names, MENTIONED)
-        raise InputError(f"{what}: {listed}. Delete them, or leave them out with damaged: skip.")
-    rank_zero_warn(f"Skipped: {what}: {', '.join(names)}")
+        yield from (os.path.join(place, name) for name in sorted(files) if name[0] != ".")

@@ -213,7 +213,8 @@ class ShardWriter:
                 report(len(fetched))
         if not written:
             raise InputError(f"none of the {images.length} images in {images.folder} can be read.")
-        _finish(writer)
+        writer.done()
+        writer.merge()
         self.images[part] = len(written)
         self.digests[part] = digest_of(written)
 
@@ -228,7 +229,8 @@ class ShardWriter:
         }
         writer = _new_writer(self.out / INDEX, shard_size=1)
         writer[0] = (json.dumps(index).encode(),)
-        _finish(writer)
+        writer.done()
+        writer.merge()
 
     def _encode(self, images: FolderImages, image: EncodedImage) -> Item | None:
         """Return the item of an image, or None if it is damaged and left out."""
@@ -252,8 +254,3 @@ def _new_writer(folder: Path, shard_size: int) -> Any:
 
     folder.mkdir()
     return Cache(str(folder), chunk_size=shard_size)
-
-
-def _finish(writer: Any) -> None:
-    writer.done()
-    writer.merge()

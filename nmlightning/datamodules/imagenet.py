@@ -84,7 +84,6 @@ class ImageNet(ImageData):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the images that the model gets."""
         return len(MEAN), self.image_size, self.image_size
 
     def setup(self, stage: str | None = None) -> None:

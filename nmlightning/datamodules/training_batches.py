@@ -5,6 +5,7 @@ nor asks for workers.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Generic, NamedTuple, NoReturn, Protocol, TypeVar
 
@@ -55,6 +56,7 @@ class EpochOrder(ResumableOrder, Protocol[Drawn]):
     def __iter__(self) -> Iterator[Drawn]: ...
 
 
+@dataclass(eq=False)
 class TrainingBatches(Generic[Draw, Batch]):
     """Iterates over training batches; a run resumed within an epoch resumes that epoch.
 
@@ -64,18 +66,11 @@ class TrainingBatches(Generic[Draw, Batch]):
     of the run that was `interrupted`, as its sampler's state says.
     """
 
-    def __init__(
-        self,
-        data: BatchReader[Draw, Batch],
-        sampler: EpochOrder[Draw],
-        batches_done: Callable[[], int] = int,
-        interrupted: Mapping[str, int | str] | None = None,
-    ) -> None:
-        self.data = data
-        self.sampler = sampler
-        self.batches_done = batches_done
-        self.interrupted = interrupted
-        self._skip = 0  # batches, in the next epoch alone
+    data: BatchReader[Draw, Batch]
+    sampler: EpochOrder[Draw]
+    batches_done: Callable[[], int] = int
+    interrupted: Mapping[str, int | str] | None = None
+    _skip: int = field(default=0, init=False)  # batches, in the next epoch alone
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -185,5 +180,4 @@ class ResumableData(pl.LightningDataModule):
         self.interrupted = dict(state_dict)
 
     def teardown(self, stage: str) -> None:
-        """Forget the interrupted run: the next one may be another."""
-        self.interrupted = None
+        self.interrupted = None  # the next run may be another

@@ -6,10 +6,10 @@ import inspect
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Tracer
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -112,63 +112,36 @@ def fold_norms(model: nn.Module, *, keep_norms: bool = False) -> FoldReport:
     unfuse(model)
     pairs, left = _find_pairs(model)
     for pair in pairs:
-        if keep_norms:
-            _fold_scale(pair)
-        else:
-            _fold_whole(pair)
+        _fold(pair, keep_norms)
+        if not keep_norms:
             _replace(model, pair.norm)
     return FoldReport(tuple(Folded(p.norm_name, p.layer_name) for p in pairs), tuple(left))
 
 
 @torch.no_grad()
-def _fold_whole(pair: _Pair) -> None:
-    norm, layer, scale = pair.norm, pair.layer, _scale(pair.norm)
-    shift = -_wide(norm.running_mean) * scale
-    if norm.bias is not None:
-        shift += _wide(norm.bias)
-    if layer.bias is not None:
-        shift += _wide(layer.bias) * scale
-    _scale_weight(pair, scale)
-    if layer.bias is None:
-        layer.register_parameter("bias", nn.Parameter(shift.to(_weight(layer).dtype)))
-    else:
-        _tensor(layer.bias).copy_(shift)
-
-
-@torch.no_grad()
-def _fold_scale(pair: _Pair) -> None:
-    norm, layer, scale = pair.norm, pair.layer, _scale(pair.norm)
-    _scale_weight(pair, scale)
-    if layer.bias is not None:
-        _tensor(layer.bias).copy_(_wide(layer.bias) * scale)
-    _tensor(norm.running_mean).copy_(_wide(norm.running_mean) * scale)
-    _tensor(norm.running_var).fill_(1 - norm.eps)
+def _fold(pair: _Pair, keep_norm: bool) -> None:
+    norm: Any = pair.norm
+    layer: Any = pair.layer
+    scale = (norm.running_var.double() + norm.eps).rsqrt()  # s, (C,)
     if norm.weight is not None:
-        norm.weight.fill_(1)
-
-
-def _scale(norm: _BatchNorm) -> Tensor:
-    """Return s, (C,), in float64."""
-    scale = (_wide(norm.running_var) + norm.eps).rsqrt()
-    return scale if norm.weight is None else scale * _wide(norm.weight)
-
-
-def _scale_weight(pair: _Pair, scale: Tensor) -> None:
-    weight, layout = _weight(pair.layer), WeightLocation(pair.layer, "", "weight").layout
-    weight.copy_(_wide(weight) * layout.spread(scale, weight))
-
-
-def _weight(layer: nn.Module) -> Tensor:
-    return _tensor(layer.weight)
-
-
-def _wide(tensor: object) -> Tensor:
-    return _tensor(tensor).double()
-
-
-def _tensor(value: object) -> Tensor:
-    assert isinstance(value, Tensor), "a pair has one"
-    return value
+        scale = scale * norm.weight.double()
+    shift = -norm.running_mean.double() * scale
+    bias = None if layer.bias is None else layer.bias.double() * scale
+    layout = WeightLocation(layer, "", "weight").layout
+    layer.weight.copy_(layer.weight.double() * layout.spread(scale, layer.weight))
+    if keep_norm:
+        norm.running_mean.copy_(-shift)
+        norm.running_var.fill_(1 - norm.eps)
+        if norm.weight is not None:
+            norm.weight.fill_(1)
+    else:
+        if norm.bias is not None:
+            shift += norm.bias.double()
+        bias = shift if bias is None else shift + bias
+    if layer.bias is not None:
+        layer.bias.copy_(bias)
+    elif bias is not None:
+        layer.register_parameter("bias", nn.Parameter(bias.to(layer.weight.dtype)))
 
 
 def _replace(model: nn.Module, norm: nn.Module) -> None:

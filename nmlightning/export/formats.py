@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from types import MappingProxyType
 
 from nmlightning.errors import InputError, check_choice, check_flag
 
@@ -28,21 +27,17 @@ class Format:
     needs: tuple[str, ...] = ()
 
 
-FORMATS: Mapping[str, Format] = MappingProxyType(
-    {
-        "state_dict": Format(
-            ".pt", "net.load_state_dict(torch.load({file!r}, weights_only=True))", keeps_code=True
-        ),
-        "onnx": Format(
-            ".onnx",
-            "onnxruntime.InferenceSession({file!r}).run(None, {{'input': x.numpy()}})",
-            needs=("onnx", "onnxscript"),
-        ),
-        "torch_export": Format(
-            ".pt2", "torch.export.load({file!r}).module()(x)", needs_suffix=True
-        ),
-    }
-)
+FORMATS: Mapping[str, Format] = {
+    "state_dict": Format(
+        ".pt", "net.load_state_dict(torch.load({file!r}, weights_only=True))", keeps_code=True
+    ),
+    "onnx": Format(
+        ".onnx",
+        "onnxruntime.InferenceSession({file!r}).run(None, {{'input': x.numpy()}})",
+        needs=("onnx", "onnxscript"),
+    ),
+    "torch_export": Format(".pt2", "torch.export.load({file!r}).module()(x)", needs_suffix=True),
+}
 
 
 def check_target(file: Path, format: str, overwrite: bool) -> None:

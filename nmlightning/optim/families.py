@@ -178,16 +178,12 @@ def _lacks_weights(optimizer: optim.Optimizer, outermost: optim.Optimizer) -> bo
 
 def _optimizers_in(values: Iterable[Any]) -> Iterator[Any]:
     for value in values:
-        if isinstance(value, optim.Optimizer) or _looks_like_one(value):
+        if callable(getattr(value, "step", None)) and hasattr(value, "param_groups"):
             yield value
         elif isinstance(value, list | tuple):
             yield from _optimizers_in(value)
         elif isinstance(value, Mapping) and not isinstance(next(iter(value), None), str):
             yield from _optimizers_in(value.values())
-
-
-def _looks_like_one(value: Any) -> bool:
-    return callable(getattr(value, "step", None)) and hasattr(value, "param_groups")
 
 
 def _refusal(optimizer: Any, inner: list[Any]) -> str:

@@ -70,7 +70,6 @@ class NonfiniteSteps:
         return {"counts": self.totals(), "in_a_row": self._over_ranks(self._in_a_row, "max")}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from these counts."""
         self._counts.zero_()
         self._reported_here.zero_()
         self._earlier.copy_(state["counts"])
@@ -83,9 +82,18 @@ class NonfiniteSteps:
         gradients = [weight.gradient for weight in self._weights]
         nonfinite = [0 if g is None else int(not bool(g.isfinite().all())) for g in gradients]
         counts = self._over_ranks(torch.tensor(nonfinite, device=self._counts.device))
+        advice = (
+            "their steps or factors are not finite, so the run has diverged. Lower the learning "
+            'rate, or follow a finer recording (every few steps, align="interpolate").'
+        )
+        if counts.any():
+            advice = (
+                "their gradients are not finite. Find the operation that makes them so, for "
+                "instance by torch.autograd.set_detect_anomaly(True), or lower the learning rate."
+            )
         raise InputError(
             f"{self._rule} had to skip the steps of {self._names(worst)} {int(rows.max())} times "
-            f"in a row (now of {int(now.sum())} channels): {_advice(bool(counts.any()))}"
+            f"in a row (now of {int(now.sum())} channels): {advice}"
         )
 
     def _warn(self, new: Tensor, step: int) -> None:
@@ -103,15 +111,3 @@ class NonfiniteSteps:
 
     def _over_ranks(self, values: Tensor, operation: Any = "sum") -> Tensor:
         return join_shards(values, [weight.parameter for weight in self._weights], operation)
-
-
-def _advice(gradients_are_nonfinite: bool) -> str:
-    if gradients_are_nonfinite:
-        return (
-            "their gradients are not finite. Find the operation that makes them so, for instance "
-            "by torch.autograd.set_detect_anomaly(True), or lower the learning rate."
-        )
-    return (
-        "their steps or factors are not finite, so the run has diverged. Lower the learning rate, "
-        'or follow a finer recording (every few steps, align="interpolate").'
-    )

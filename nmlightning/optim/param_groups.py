@@ -42,15 +42,12 @@ def find_output_layers(model: nn.Module) -> OutputLayers:
         for getter in ("get_output_embeddings", *["get_classifier"] * of_timm):
             called = getattr(module, getter, None)
             given = called() if callable(called) else ()
-            found = nn.ModuleList([m for m in _as_tuple(given) if isinstance(m, nn.Module)])
+            heads = given if isinstance(given, tuple | list) else (given,)
+            found = nn.ModuleList([m for m in heads if isinstance(m, nn.Module)])
             layers = [m for m in found.modules() if _is_layer(m) or isinstance(m, nn.Embedding)]
             if layers:
                 return OutputLayers(layers)
     return _guess_output_layers(model)
-
-
-def _as_tuple(given: Any) -> tuple[Any, ...]:
-    return tuple(given) if isinstance(given, tuple | list) else (given,)
 
 
 def _is_layer(module: nn.Module) -> bool:

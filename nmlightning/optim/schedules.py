@@ -45,7 +45,6 @@ class InverseSquareRootLR(LRScheduler):
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float | Tensor]:
-        """Return the rate of each group for the step that comes next."""
         step, warmup = self.last_epoch + 1, self.warmup_steps
         factor = min(step / warmup, math.sqrt(warmup / step))
         return [float(base) * factor for base in self.base_lrs]

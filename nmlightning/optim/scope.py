@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,14 @@ _DEFAULTS = {
     CONVOLUTIONS: ("convolutions", "not a convolution; name it by include"),
     MATRICES: ("weights of two or more dimensions", "it has fewer than two dimensions"),
 }
+
+
+class Choice(NamedTuple):
+    """Glob patterns on plain names, and the fewest dimensions of what is steered without any."""
+
+    include: Sequence[str]
+    exclude: Sequence[str]
+    least_dims: int = CONVOLUTIONS
 
 
 Model = nn.Module | Iterable[tuple[str, Tensor]]
@@ -77,17 +85,15 @@ def _plain_names(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Te
 def choose_weights(
     optimizer: Optimizer,
     model: Model,
-    include: Sequence[str],
-    exclude: Sequence[str],
+    choice: Choice,
     layouts: Mapping[str, ChannelLayout] | None = None,
     recorded: Container[str] | None = None,
-    least_dims: int = CONVOLUTIONS,
 ) -> list[OptimizedWeight]:
     """Return the weights of `optimizer` to steer, under their plain names.
 
-    `include`, `exclude` and `layouts` are as in `StepRule.attach`, and `least_dims` is CONVOLUTIONS
-    or MATRICES. A convolution is a layer's weight of three or more dimensions; where only names and
-    shapes are known, every parameter of so many that is among the names `recorded`, if any is.
+    `layouts` are as in `StepRule.attach`. A convolution is a layer's weight of three or more
+    dimensions; where only names and shapes are known, every parameter of so many that is among the
+    names `recorded`, if any is.
 
     Raises:
         InputError: nothing to steer; a pattern that matches nothing; a parameter that FSDP1
@@ -96,13 +102,13 @@ def choose_weights(
     """
     weights = NamedWeights.of(model, layouts)
     groups = group_numbers(optimizer)
-    _check_names(weights, (*include, *exclude))
+    _check_names(weights, (*choice.include, *choice.exclude))
     names = [
         name
         for name in weights.parameters
-        if unsteered_reason(weights, name, groups, include, exclude, least_dims) is None
+        if unsteered_reason(weights, name, groups, choice) is None
     ]
-    if recorded is not None and weights.layers is None and not include:
+    if recorded is not None and weights.layers is None and not choice.include:
         names = _leave_unrecorded(names, recorded)
     if not names:
         held = [name for name, q in weights.parameters.items() if q in groups]
@@ -112,9 +118,10 @@ def choose_weights(
                 why = "there is nothing that it trains"
             name = type(optimizer).__name__
             raise InputError(f"The {name} that steps has none of these parameters: {why}.")
+        default = _DEFAULTS[choice.least_dims][0]
         raise InputError(
-            f"There is no weight to steer: by default these are the {_DEFAULTS[least_dims][0]} "
-            f"in the optimizer; name others by include. It has {some(held)}."
+            f"There is no weight to steer: by default these are the {default} in the optimizer; "
+            f"name others by include. It has {some(held)}."
         )
     chosen = []
     for name in names:
@@ -124,30 +131,18 @@ def choose_weights(
     return chosen
 
 
-def has_weights(
-    optimizer: Optimizer,
-    model: Model,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    least_dims: int = CONVOLUTIONS,
-) -> bool:
+def has_weights(optimizer: Optimizer, model: Model, choice: Choice) -> bool:
     """Return whether `choose_weights` finds any weight to steer."""
     weights, groups = NamedWeights.of(model), group_numbers(optimizer)
-    choice = include, exclude, least_dims
-    reasons = (unsteered_reason(weights, name, groups, *choice) for name in weights.parameters)
+    reasons = (unsteered_reason(weights, name, groups, choice) for name in weights.parameters)
     return None in reasons
 
 
 def unsteered_reason(
-    weights: NamedWeights,
-    name: str,
-    optimized: Container[Tensor],
-    include: Sequence[str],
-    exclude: Sequence[str],
-    least_dims: int = CONVOLUTIONS,
+    weights: NamedWeights, name: str, optimized: Container[Tensor], choice: Choice
 ) -> str | None:
     """Return in words why a parameter of the model is not to be steered, or None if it is."""
-    parameter = weights.parameters[name]
+    parameter, (include, exclude, least_dims) = weights.parameters[name], choice
     if not parameter.requires_grad:
         return "it is frozen, and stays unsteered if it is trained later"
     if parameter not in optimized:
@@ -337,9 +332,7 @@ class Scope:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was measured."""
         return {"shares": dict(self.shares), "samples": dict(self.samples)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from what was measured."""
         self.shares, self.samples = dict(state["shares"]), dict(state["samples"])

@@ -22,7 +22,7 @@ from nmlightning.optim.parameters import (
     gather_state,
     scatter_state,
 )
-from nmlightning.optim.scope import CONVOLUTIONS, Model, Scope, choose_weights
+from nmlightning.optim.scope import CONVOLUTIONS, Choice, Model, Scope, choose_weights
 from nmlightning.weights.channel_norms import ChannelLayout
 from nmlightning.weights.history import Alignment, Moment, NormHistory, RecordPlace
 
@@ -57,6 +57,11 @@ class StepRule(ABC):
         check_lists(include=include, exclude=exclude)
         self.include = tuple(include)
         self.exclude = tuple(exclude)
+
+    @property
+    def choice(self) -> Choice:
+        """The weights to steer, by name and shape."""
+        return Choice(self.include, self.exclude, self.least_dims)
 
     @abstractmethod
     def init_state(self, weight: OptimizedWeight) -> State:
@@ -110,15 +115,8 @@ class StepRule(ABC):
         steps = find_steps(optimizer)
         optimizer, given = steps[-1], self.reference
         history = given if isinstance(given, NormHistory | None) else NormHistory.load(given)
-        weights = choose_weights(
-            optimizer,
-            named_parameters,
-            self.include,
-            self.exclude,
-            layouts,
-            recorded=None if history is None else history.norms,
-            least_dims=self.least_dims,
-        )
+        recorded_names = None if history is None else history.norms
+        weights = choose_weights(optimizer, named_parameters, self.choice, layouts, recorded_names)
         rule, recorded = copy.copy(self), None
         if history is not None:
             rule.power = choose_power(optimizer, self.power)

@@ -195,19 +195,19 @@ def join_resumed(runs: Sequence[Run]) -> list[Run]:
     for run in runs:
         chain = _chain(run, resumed)
         families.setdefault(chain[0].folder, []).append(reduce(_join, chain))
-    return [_furthest(family) for family in families.values()]
-
-
-def _furthest(family: Sequence[Run]) -> Run:
-    """Return the run whose last step is the largest, with the folders of all."""
-    best = max(reversed(family), key=_last_step)
-    parts = dict.fromkeys([*best.parts, *(part for run in family for part in run.parts)])
-    return replace(best, parts=tuple(parts))
+    furthest = []
+    for family in families.values():
+        best = max(reversed(family), key=_last_step)
+        parts = dict.fromkeys([*best.parts, *(part for run in family for part in run.parts)])
+        furthest.append(replace(best, parts=tuple(parts)))
+    return furthest
 
 
 def _resumed_run(run: Run, runs: Sequence[Run]) -> Run | None:
     """Return the run that this one resumes; the latest one where several could be."""
-    alike = [r for r in runs if r is not run and r.seed == run.seed and _is_as(r, run)]
+    settings = _settings_but_length(run)
+    others = [r for r in runs if r is not run and r.seed == run.seed]
+    alike = [r for r in others if _settings_but_length(r) == settings]
     by_checkpoint = [r for r in alike if _holds_checkpoint_of(r, run)]
     by_recording = [r for r in alike if _is_recorded_by(r, run)]
     # The checkpoint may have been kept elsewhere, or moved.
@@ -215,12 +215,8 @@ def _resumed_run(run: Run, runs: Sequence[Run]) -> Run | None:
     return max(by_checkpoint or by_recording or by_steps, key=_first_step, default=None)
 
 
-def _is_as(one: Run, other: Run) -> bool:
-    """Return whether the settings of two runs are the same, but for how long they go on."""
-    settings = [
-        {k: v for k, v in run.settings.items() if k not in _LENGTHS} for run in (one, other)
-    ]
-    return settings[0] == settings[1]
+def _settings_but_length(run: Run) -> dict[str, Any]:
+    return {key: value for key, value in run.settings.items() if key not in _LENGTHS}
 
 
 def _holds_checkpoint_of(earlier: Run, run: Run) -> bool:

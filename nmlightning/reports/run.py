@@ -183,9 +183,9 @@ def find_runs(paths: Sequence[str | Path]) -> list[Path]:
     for path in map(Path, paths):
         if not path.is_dir():
             raise InputError(f"there is no folder {str(path)!r} in {Path.cwd()}.")
-        found = _find_logs(path).keys() | {
-            file.with_suffix("") for file in path.rglob("*.csv") if _is_kept(file)
-        }
+        tables = [file for file in path.rglob("*.csv") if file.name != _CSV]
+        kept = {x.with_suffix("") for x in tables if x.with_suffix(".json").is_file()}
+        found = _find_logs(path).keys() | kept
         if not found:
             raise InputError(
                 f"{path} holds no run: there is neither an event file of TensorBoard nor a "
@@ -221,11 +221,6 @@ def _find_logs(path: Path) -> dict[Path, list[Path]]:
             is_own = {_CSV, *_CONFIGS} & set(files)
             found.setdefault(folder if is_own else outer, []).append(folder)
     return found | {folder: [folder] for folder in hidden}
-
-
-def _is_kept(file: Path) -> bool:
-    """Whether a CSV has a JSON of its name beside it, as `results/` has for each run."""
-    return file.name != _CSV and file.with_suffix(".json").is_file()
 
 
 def has_events(folder: Path) -> bool:

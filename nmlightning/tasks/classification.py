@@ -61,7 +61,6 @@ class MeanLoss(Metric):
         self.images = self.images + images  # not in place: validate() leaves inference tensors
 
     def compute(self) -> Tensor:
-        """Return the mean."""
         return self.total / self.images
 
 

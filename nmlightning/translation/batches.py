@@ -3,10 +3,9 @@
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from itertools import islice, starmap
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -97,11 +96,11 @@ class TrainingPairs:
     pin_memory: bool = False
 
     def batches(self, draws: Iterable[Tensor]) -> Iterator[TranslationBatch]:
-        """Yield the batch of each list of rows (N,)."""
         for rows in draws:
             yield _pinned(self.pairs.batch(rows), self.pin_memory)
 
 
+@dataclass(eq=False)
 class ShuffledBatches:
     """The batches of one epoch, drawn from (seed, epoch) and nothing else.
 
@@ -114,42 +113,32 @@ class ShuffledBatches:
     `overfit_batches`).
     """
 
-    follows_from: Mapping[str, str] = MappingProxyType(
-        {
-            "tokens_a_batch": "tokens a batch",
-            "processes": "processes",
-            "tokenizer": "as its tokenizer",
-            "pairs": "sentence pairs",
-        }
-    )
-    other_data = "of other sentence pairs"
+    follows_from: ClassVar[Mapping[str, str]] = {
+        "tokens_a_batch": "tokens a batch",
+        "processes": "processes",
+        "tokenizer": "as its tokenizer",
+        "pairs": "sentence pairs",
+    }
+    other_data: ClassVar[str] = "of other sentence pairs"
 
-    def __init__(
-        self,
-        pairs: EncodedPairs,
-        tokens_a_batch: int,
-        tokenizer: str,
-        *,
-        seed: int,
-        shard: Shard = WHOLE_SET,
-        shuffle: bool = True,
-    ) -> None:
-        self.plan = plan_batches(*pairs.padded_lengths(), tokens_a_batch)
-        self.pairs = pairs
-        self.tokens_a_batch = tokens_a_batch
-        self.tokenizer = tokenizer
-        self.seed = seed
-        self.shard = shard
-        self.shuffle = shuffle
-        self.epoch = 0
+    pairs: EncodedPairs
+    tokens_a_batch: int
+    tokenizer: str
+    _: KW_ONLY
+    seed: int
+    shard: Shard = WHOLE_SET
+    shuffle: bool = True
+    epoch: int = 0
+
+    def __post_init__(self) -> None:
+        self.plan = plan_batches(*self.pairs.padded_lengths(), self.tokens_a_batch)
         if not len(self):
             raise InputError(
-                f"{len(self.plan)} batches of {pairs.length} sentence pairs cannot be shared by "
-                f"{shard.world_size} processes: use fewer, or a smaller tokens_a_batch."
+                f"{len(self.plan)} batches of {self.pairs.length} sentence pairs cannot be shared "
+                f"by {self.shard.world_size} processes: use fewer, or a smaller tokens_a_batch."
             )
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the next epoch; Lightning does so before each."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -161,7 +150,6 @@ class ShuffledBatches:
         yield from batches[rank : len(self) * world_size : world_size]
 
     def state_dict(self) -> OrderState:
-        """Return what determines the batches, but for the epoch."""
         return {
             "seed": self.seed,
             "tokens_a_batch": self.tokens_a_batch,
@@ -184,6 +172,7 @@ class Pool(NamedTuple):
     stream: str
 
 
+@dataclass(eq=False)
 class StreamedBatches:
     """Iterates over batches of a stream, in pools of pairs that are encoded and batched together.
 
@@ -196,45 +185,31 @@ class StreamedBatches:
     other arguments are those of `ShuffledBatches` and `TrainingBatches`.
     """
 
-    follows_from: Mapping[str, str] = MappingProxyType(
-        {
-            "tokens_a_batch": "tokens a batch",
-            "pool": "pairs a pool",
-            "max_length": "tokens a sentence at most",
-            "too_long": "as what becomes of longer ones",
-            "processes": "processes",
-            "tokenizer": "as its tokenizer",
-        }
-    )
-    other_data = "of other sentence pairs"
+    follows_from: ClassVar[Mapping[str, str]] = {
+        "tokens_a_batch": "tokens a batch",
+        "pool": "pairs a pool",
+        "max_length": "tokens a sentence at most",
+        "too_long": "as what becomes of longer ones",
+        "processes": "processes",
+        "tokenizer": "as its tokenizer",
+    }
+    other_data: ClassVar[str] = "of other sentence pairs"
 
-    def __init__(
-        self,
-        pairs: StreamedPairs,
-        tokenizer: JointBPE,
-        limits: TrainingLimits,
-        tokens_a_batch: int,
-        pool: int,
-        *,
-        seed: int,
-        shard: Shard = WHOLE_SET,
-        shuffle: bool = True,
-        pin_memory: bool = False,
-        batches_done: Callable[[], int] = int,
-        interrupted: Mapping[str, int | str] | None = None,
-    ) -> None:
-        self.pairs = pairs
-        self.tokenizer = tokenizer
-        self.limits = limits
-        self.tokens_a_batch = tokens_a_batch
-        self.pool = pool
-        self.seed = seed
-        self.shard = shard
-        self.shuffle = shuffle
-        self.pin_memory = pin_memory
-        self.batches_done = batches_done
-        self.interrupted = interrupted
-        self.epoch = 0
+    pairs: StreamedPairs
+    tokenizer: JointBPE
+    limits: TrainingLimits
+    tokens_a_batch: int
+    pool: int
+    _: KW_ONLY
+    seed: int
+    shard: Shard = WHOLE_SET
+    shuffle: bool = True
+    pin_memory: bool = False
+    batches_done: Callable[[], int] = int
+    interrupted: Mapping[str, int | str] | None = None
+    epoch: int = 0
+
+    def __post_init__(self) -> None:
         self._begun: deque[Pool] = deque(maxlen=REMEMBERED)
         self._skip = 0  # batches, in the next epoch alone
         self._has_warned = False
@@ -245,7 +220,6 @@ class StreamedBatches:
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the next epoch; Lightning does so before each."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[TranslationBatch]:
@@ -308,6 +282,7 @@ class StreamedBatches:
             refuse_another_order(self, self.interrupted or {})
 
 
+@dataclass(eq=False)
 class EvaluationSentences:
     """Iterates over batches of all pairs, each once, also with several processes.
 
@@ -318,25 +293,18 @@ class EvaluationSentences:
     put predictions back in order.
     """
 
-    def __init__(
-        self,
-        pairs: EncodedPairs,
-        references: Sequence[str],
-        tokens_a_batch: int,
-        max_length: int,
-        shard: Shard = WHOLE_SET,
-        pin_memory: bool = False,
-    ) -> None:
-        if pairs.length < shard.world_size:
-            raise InputError(
-                f"{pairs.length} sentence pairs cannot be shared by {shard.world_size} processes."
-            )
-        self.pairs = pairs
-        self.references = references
-        self.max_length = max_length
-        self.shard = shard
-        self.pin_memory = pin_memory
-        self.rows = self._share_out(tokens_a_batch)
+    pairs: EncodedPairs
+    references: Sequence[str]
+    tokens_a_batch: int
+    max_length: int
+    shard: Shard = WHOLE_SET
+    pin_memory: bool = False
+
+    def __post_init__(self) -> None:
+        pairs, processes = self.pairs.length, self.shard.world_size
+        if pairs < processes:
+            raise InputError(f"{pairs} sentence pairs cannot be shared by {processes} processes.")
+        self.rows = self._share_out()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -347,7 +315,7 @@ class EvaluationSentences:
             references = tuple(self.references[row] for row in rows.tolist())
             yield _pinned(batch._replace(references=references), self.pin_memory)
 
-    def _share_out(self, tokens_a_batch: int) -> list[Tensor]:
+    def _share_out(self) -> list[Tensor]:
         """Return the rows of each batch of this process."""
         rank, world_size = self.shard
         source, target = self.pairs.padded_lengths()
@@ -355,7 +323,7 @@ class EvaluationSentences:
         order = np.argsort(lengths, kind="stable")
         left_over = self.pairs.length % world_size
         steps = order[left_over:].reshape(-1, world_size)  # a pair for each process
-        bounds = cut_sorted(lengths[steps[:, -1]], tokens_a_batch)
+        bounds = cut_sorted(lengths[steps[:, -1]], self.tokens_a_batch)
         batches = np.split(steps[:, rank], bounds[1:-1])
         if rank < left_over:
             batches[0] = np.append(batches[0], order[rank])

@@ -111,7 +111,6 @@ class EncodedPairs(NamedTuple):
 
     @property
     def length(self) -> int:
-        """The number of pairs."""
         return len(self.words)
 
     def batch(self, rows: Tensor, source_limit: int | None = None) -> TranslationBatch:

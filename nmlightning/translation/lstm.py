@@ -43,9 +43,7 @@ class LSTMState:
     """
 
     def __init__(self, memory: Tensor, mask: Tensor, cells: Cells) -> None:
-        self.memory = memory
-        self.mask = mask
-        self.cells = cells
+        self.memory, self.mask, self.cells = memory, mask, cells
         self._sentences = torch.arange(len(memory), device=memory.device)
 
     def select(self, rows: Tensor) -> None:
@@ -130,7 +128,6 @@ class AttentionLSTM(nn.Module):
         self.decoder = nn.ModuleList(RecurrentLayer(inputs, *settings) for inputs in widths)
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
         reset_parts(self)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:

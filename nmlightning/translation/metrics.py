@@ -150,13 +150,11 @@ def published_bleu(translations: Sequence[Translation]) -> str:
 class TrainingWindow:
     """Means over the batches since the last logging: sums on the device, and a clock."""
 
-    def __init__(self) -> None:
-        self._sums: Tensor | None = None  # loss, −log p, targets, tokens on both sides, batches
-        self._seconds = 0.0
-        self._running_since: float | None = None
+    _sums: Tensor | None = None  # loss, −log p, targets, tokens on both sides, batches
+    _seconds = 0.0
+    _running_since: float | None = None
 
     def resume(self) -> None:
-        """Start the clock."""
         if self._running_since is None:
             self._running_since = time.monotonic()
 
@@ -186,17 +184,11 @@ class TrainingWindow:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums and the seconds so far."""
         return {"sums": self._sums, "seconds": self._seconds}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Resume from there."""
-        sums = state.get("sums")
-        self._sums, self._seconds = (
-            None if sums is None else sums.to(device),
-            state.get("seconds", 0.0),
-        )
+        sums, self._seconds = state.get("sums"), state.get("seconds", 0.0)
+        self._sums = None if sums is None else sums.to(device)
 
     def clear(self) -> None:
-        """Forget the batches, and the time that they took."""
         self._sums, self._seconds = None, 0.0

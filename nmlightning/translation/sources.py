@@ -78,8 +78,7 @@ class StoredPairs:
     """The pairs of a split on disk."""
 
     def __init__(self, split: Any, pair: tuple[str, str]) -> None:
-        self.split = split
-        self.pair = pair
+        self.split, self.pair = split, pair
 
     @property
     def digest(self) -> str:
@@ -95,9 +94,7 @@ class StreamedPairs:
     """The `first` pairs, or all, of an `IterableDataset`, from where the state says on."""
 
     def __init__(self, split: Any, pair: tuple[str, str], first: int | None = None) -> None:
-        self.split = split
-        self.pair = pair
-        self.first = first
+        self.split, self.pair, self.first = split, pair, first
         self.beginning = deepcopy(split.state_dict())
 
     @property

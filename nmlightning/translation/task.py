@@ -109,7 +109,13 @@ class Translator(pl.LightningModule):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        _check_sequence_model(net)
+        missing = [n for n in ("vocab_size", "begin", "next_logits") if not hasattr(net, n)]
+        if missing:
+            raise InputError(
+                f"{type(net).__name__} is no sequence model, since it has no {missing[0]}: give "
+                "one of nmlightning.models, such as Transformer or AttentionLSTM, or one of that "
+                "interface."
+            )
         self.label_smoothing = check_share("label_smoothing", label_smoothing)
         self.beam_size = check_whole_number("beam_size", beam_size)
         self.extra_length = check_whole_number("extra_length", extra_length, 0)
@@ -139,7 +145,12 @@ class Translator(pl.LightningModule):
             import_text_package("sacrebleu")  # an error here comes before all is translated
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         if tokenizer is not None:
-            _check_vocab_size(self.net, tokenizer)
+            rows, entries = cast(int, self.net.vocab_size), tokenizer.vocab_size
+            if rows < entries:
+                raise InputError(
+                    f"the tokenizer has {entries:,} entries and {type(self.net).__name__} "
+                    f"embeddings for {rows:,}: set the network's vocab_size to {entries}."
+                )
             self.tokenizer = tokenizer
         if self.compile_network and not self._is_compiled:
             self.net.compile(dynamic=True)
@@ -267,7 +278,13 @@ class Translator(pl.LightningModule):
         check_same_network(self, checkpoint)
         if CHECKPOINT_KEY in checkpoint:
             stored = JointBPE.from_json(checkpoint[CHECKPOINT_KEY])
-            _check_same_vocabulary(stored, self.tokenizer)
+            current = self.tokenizer
+            if current is not None and current.digest != stored.digest:
+                raise InputError(
+                    f"the checkpoint was trained with another vocabulary ({stored.vocab_size:,} "
+                    f"entries, {stored.digest}) than the data's ({current.vocab_size:,} entries, "
+                    f"{current.digest}): set data.tokenizer to the checkpoint, which holds its own."
+                )
             self.tokenizer = stored
         if self._trainer is not None:
             check_recipes(self, checkpoint)
@@ -297,33 +314,6 @@ class Translator(pl.LightningModule):
         metrics: Any = self.metrics[f"of_{stage}"]
         for name, value in metrics.compute().items():
             self.log(f"{stage}/{name}", value, prog_bar=name in ("ppl", "bleu"), sync_dist=True)
-
-
-def _check_sequence_model(net: nn.Module) -> None:
-    missing = [n for n in ("vocab_size", "begin", "next_logits") if not hasattr(net, n)]
-    if missing:
-        raise InputError(
-            f"{type(net).__name__} is no sequence model, since it has no {missing[0]}: give one of "
-            "nmlightning.models, such as Transformer or AttentionLSTM, or one of that interface."
-        )
-
-
-def _check_vocab_size(net: nn.Module, tokenizer: JointBPE) -> None:
-    rows = getattr(net, "vocab_size", None)
-    if rows is not None and rows < tokenizer.vocab_size:
-        raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size:,} entries and {type(net).__name__} "
-            f"embeddings for {rows:,}: set the network's vocab_size to {tokenizer.vocab_size}."
-        )
-
-
-def _check_same_vocabulary(stored: JointBPE, current: JointBPE | None) -> None:
-    if current is not None and current.digest != stored.digest:
-        raise InputError(
-            f"the checkpoint was trained with another vocabulary ({stored.vocab_size:,} entries, "
-            f"{stored.digest}) than the data's ({current.vocab_size:,} entries, {current.digest}): "
-            "set data.tokenizer to the checkpoint, which holds its own."
-        )
 
 
 @dataclass(frozen=True)

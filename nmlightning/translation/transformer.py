@@ -341,7 +341,6 @@ class Transformer(nn.Module):
         self._scale_branches()
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
         reset_parts(self)
         self._scale_branches()
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from nmlightning.probe.report import GENERATOR, Band, draw_ranges, plot_ranges
+from nmlightning.probe import report
 from nmlightning.probe.report import CAVEAT, LayerRanges, NormRanges, verdict
 from nmlightning.reports.formatting import format_loss
 
 NORMS = ("half_l2", "l1", "linf", "top10")
 BANDS = (
-    Band("l1", "L1 in half", 6.1e-5, 65504.0),
-    Band("half_l2", "L2 in half, op by op", 0.0246, 255.97),
+    report.Band("l1", "L1 in half", 6.1e-5, 65504.0),
+    report.Band("half_l2", "L2 in half, op by op", 0.0246, 255.97),
 )
 
 
@@ -124,7 +124,7 @@ def bars_of(figure: Figure) -> list[tuple[float, float, Any]]:
 def test_plot_ranges_has_a_bar_from_the_least_to_the_largest_scale() -> None:
     small, large = layer("<small>", [0.01, 0.1, 0.1, 1]), layer("large", [1, 10, 10, 100])
     failing = layer("fails", [1e-3, 1e-3, 1e-3, 1e-2], lost={"half_l2": {"dead": 1}})
-    figure = plot_ranges([small, large, failing], *BANDS)
+    figure = report.plot_ranges([small, large, failing], *BANDS)
     bars = bars_of(figure)
     ends = [end for bar in bars for end in bar[:2]]
     assert ends == pytest.approx([0.01, 1, 1, 100, 1e-3, 1e-2])
@@ -136,17 +136,17 @@ def test_plot_ranges_has_a_bar_from_the_least_to_the_largest_scale() -> None:
 
 
 def test_draw_ranges_writes_svg_with_text_and_its_mark() -> None:
-    picture = draw_ranges([layer("<a & b>")], *BANDS)
+    picture = report.draw_ranges([layer("<a & b>")], *BANDS)
     texts = {text.text for text in ET.fromstring(picture).iter("{http://www.w3.org/2000/svg}text")}
     assert {"<a & b>", "0 %", "L1 in half", "L2 in half, op by op"} <= texts
-    assert GENERATOR in picture
-    assert picture == draw_ranges([layer("<a & b>")], *BANDS)
+    assert report.GENERATOR in picture
+    assert picture == report.draw_ranges([layer("<a & b>")], *BANDS)
 
 
 @pytest.mark.parametrize(
     "scales", [[0.0] * 4, [0.0, 1e-30, 1.0, 1e30], [math.nan] * 4, [math.inf, 1.0, 1.0, 1.0]]
 )
 def test_draw_ranges_takes_extremes(scales: list[float]) -> None:
-    assert "nan" not in draw_ranges([layer("bn", scales)], *BANDS).lower()
-    for left, end, _ in bars_of(plot_ranges([layer("bn", scales)], *BANDS)):
+    assert "nan" not in report.draw_ranges([layer("bn", scales)], *BANDS).lower()
+    for left, end, _ in bars_of(report.plot_ranges([layer("bn", scales)], *BANDS)):
         assert 0 < left <= end < 1.01e30
