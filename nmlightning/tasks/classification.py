@@ -16,8 +16,7 @@ from nmlightning.errors import InputError, check_flag, check_share, check_whole_
 from nmlightning.optim.param_groups import WeightDecayScope, parameter_groups
 from nmlightning.surgery.recipes import check_recipes
 from nmlightning.tasks.checkpoint_match import check_same_network, remember_arguments
-from nmlightning.tasks.compilation_notice import CompilationNotice
-from nmlightning.tasks.numerics import SoundNumerics, apply_exactly, exact_zero
+from nmlightning.tasks.numerics import apply_exactly, exact_zero, task_callbacks
 from nmlightning.tasks.optimization import (
     KEY,
     FoundLearningRate,
@@ -154,9 +153,7 @@ class ImageClassifier(pl.LightningModule):
             self._is_compiled = True
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Check the numbers, and announce that the network is compiled, where it is to be."""
-        notices = [CompilationNotice("ImageClassifier")] if self.compile_mode else []
-        return [SoundNumerics(), *notices]
+        return task_callbacks("ImageClassifier", bool(self.compile_mode))
 
     def configure_model(self) -> None:
         """Shard the network once, under Lightning's `ModelParallelStrategy`, which has a mesh."""

@@ -15,8 +15,7 @@ from nmlightning.errors import InputError, check_share, check_whole_number
 from nmlightning.optim.param_groups import WeightDecayScope, parameter_groups
 from nmlightning.surgery.recipes import check_recipes
 from nmlightning.tasks.checkpoint_match import check_same_network, remember_arguments
-from nmlightning.tasks.compilation_notice import CompilationNotice
-from nmlightning.tasks.numerics import SoundNumerics
+from nmlightning.tasks.numerics import task_callbacks
 from nmlightning.tasks.optimization import (
     FoundLearningRate,
     Interval,
@@ -157,9 +156,7 @@ class Translator(pl.LightningModule):
             self._is_compiled = True
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Check the numbers, and announce that the network is compiled, where it is to be."""
-        notices = [CompilationNotice("Translator")] if self.compile_network else []
-        return [SoundNumerics(), *notices]
+        return task_callbacks("Translator", self.compile_network)
 
     def configure_model(self) -> None:
         """Refuse Lightning's `ModelParallelStrategy`: processes search for different lengths."""

@@ -3,7 +3,7 @@ import pytest
 from matplotlib import colormaps
 from numpy.typing import NDArray
 
-from nmlightning.reports.heatmap import draw_heatmap
+from nmlightning.callbacks.norm_dashboard import draw_heatmap
 
 FIRST, MIDDLE, LAST = (tuple(colormaps["viridis"](x, bytes=True))[:3] for x in (0.0, 0.5, 1.0))
 RED = (255, 0, 0)
