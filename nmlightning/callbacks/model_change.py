@@ -10,17 +10,12 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from nmlightning.compat import (
-    CallbackBase,
-    builds_in_configure_model,
-    copying_strategy,
-    rebuild_copies,
-)
+from nmlightning import compat
 from nmlightning.errors import InputError
 from nmlightning.surgery.recipes import Recipe, keep_in_checkpoints, register_after
 
 
-class ModelChange(CallbackBase):
+class ModelChange(compat.CallbackBase):
     """Changes the LightningModule when the Trainer sets it up, and keeps that in checkpoints.
 
     It is done before the optimizer exists and before weights are loaded; where the net is built
@@ -39,8 +34,8 @@ class ModelChange(CallbackBase):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Change the module, or have it done when `configure_model` has built it."""
-        strategy = copying_strategy(trainer)
-        late = builds_in_configure_model(pl_module)
+        strategy = compat.copying_strategy(trainer)
+        late = compat.builds_in_configure_model(pl_module)
         if late:
             callbacks = trainer.callbacks  # type: ignore[attr-defined]  # A connector sets them.
             changes = [callback for callback in callbacks if isinstance(callback, ModelChange)]
@@ -55,7 +50,7 @@ class ModelChange(CallbackBase):
             changed = False  # It may fit what configure_model is yet to build, or raise there.
         self.check_is_kept(changed, strategy)
         if changed:
-            rebuild_copies(trainer, pl_module, before=self, stage=stage)
+            compat.rebuild_copies(trainer, pl_module, before=self, stage=stage)
 
     def check_is_kept(self, changed: bool, strategy: str | None) -> None:
         """Raise InputError where a copy of the module was changed, by the name of its strategy."""

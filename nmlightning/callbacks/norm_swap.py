@@ -14,23 +14,10 @@ from nmlightning.compat import keep_through_sync, synchronise_norms
 from nmlightning.errors import InputError, check_lists
 from nmlightning.kernels.dispatch import NO_KERNELS
 from nmlightning.kernels.interface import layout_of
-from nmlightning.norms.registry import (
-    check_fuse,
-    check_kinds,
-    check_options,
-    check_types,
-    norm_name,
-)
+from nmlightning.norms import registry
+from nmlightning.surgery import recipes
 from nmlightning.surgery.fuse.fuse import unfused
 from nmlightning.surgery.norm_layers import find_norm_layers
-from nmlightning.surgery.recipes import (
-    NORM_SWAP,
-    Recipe,
-    changed_modules,
-    forget_undone_swaps,
-    make_recipe,
-    note_recipe,
-)
 from nmlightning.surgery.swap import swap_norms
 
 _WAY_OUT = {
@@ -83,15 +70,15 @@ class NormSwap(ModelChange):
     ) -> None:
         super().__init__()
         check_lists(include=include, exclude=exclude)
-        self.norm = norm_name(norm)
-        self.kinds = check_kinds(kinds)
+        self.norm = registry.norm_name(norm)
+        self.kinds = registry.check_kinds(kinds)
         for kind in self.kinds:
-            check_options(norm, kind, options or {})
+            registry.check_options(norm, kind, options or {})
         self.options: Mapping[str, Any] = dict(options or {})
         self.include = tuple(include)
         self.exclude = tuple(exclude)
-        self.fuse = check_fuse(fuse, norm, self.kinds)
-        self.types = check_types(types)
+        self.fuse = registry.check_fuse(fuse, norm, self.kinds)
+        self.types = registry.check_types(types)
         self._unchecked = False
         self._unnoted: Mapping[str, nn.Module] = {}
         self._backends: BackendNote | None = None
@@ -101,7 +88,7 @@ class NormSwap(ModelChange):
         keep_through_sync(trainer, unfused)
         swaps = [c for c in trainer.callbacks if isinstance(c, NormSwap)]  # type: ignore[attr-defined]
         if self is swaps[0]:  # what others did since the last run's swaps was meant
-            forget_undone_swaps(pl_module)
+            recipes.forget_undone_swaps(pl_module)
         super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -151,23 +138,26 @@ class NormSwap(ModelChange):
             fuse=self.fuse,
             types=self.types,
         )
-        note_recipe(
-            module, self.recipe(), {swap.name: swap.after for swap in report.swapped}, NORM_SWAP
+        recipes.note_recipe(
+            module,
+            self.recipe(),
+            {swap.name: swap.after for swap in report.swapped},
+            recipes.NORM_SWAP,
         )
         changed = bool(report.swapped or report.fused)
         if changed:
             rank_zero_info(f"NormSwap: {report}")
         return changed
 
-    def recipe(self) -> Recipe:
+    def recipe(self) -> recipes.Recipe:
         patterns = (self.include, self.exclude)
-        return make_recipe(self.norm, self.options, self.kinds, *patterns, self.types)
+        return recipes.make_recipe(self.norm, self.options, self.kinds, *patterns, self.types)
 
 
 def _find_swapped(module: nn.Module) -> dict[str, nn.Module]:
     """Return the layers that were swapped, by name, or raise InputError if one was replaced."""
     layers = {layer.name: layer for layer in find_norm_layers(module)}
-    swapped = changed_modules(module, NORM_SWAP)
+    swapped = recipes.changed_modules(module, recipes.NORM_SWAP)
     for name, expected in swapped.items():
         if name not in layers or layers[name].type_name != expected:
             now = layers[name].type_name if name in layers else "gone"

@@ -14,14 +14,7 @@ from nmlightning.parametrizations import WeightNorm, apply_weight_norm
 from nmlightning.parametrizations.layers import LayerKind, normalised_weights
 from nmlightning.parametrizations.optimizers import live_optimizers
 from nmlightning.parametrizations.weight_norm import Gain, Kind
-from nmlightning.surgery.recipes import (
-    WEIGHT_NORM,
-    Recipe,
-    changed_modules,
-    make_weight_norm_recipe,
-    note_recipe,
-    recipes_of,
-)
+from nmlightning.surgery import recipes
 
 
 class WeightNormSwap(ModelChange):
@@ -97,17 +90,20 @@ class WeightNormSwap(ModelChange):
     def change(self, module: nn.Module) -> bool:
         """Normalise weights of `module`, note it there, and return whether that did anything."""
         recipe = self.recipe()
-        if any(recipe.items() <= note.items() for note in recipes_of(module, WEIGHT_NORM)):
+        if any(
+            recipe.items() <= note.items()
+            for note in recipes.recipes_of(module, recipes.WEIGHT_NORM)
+        ):
             return False
         report = apply_weight_norm(module, **self._settings, optimizers=live_optimizers(module))
-        note_recipe(module, recipe, report.weights, WEIGHT_NORM)
+        recipes.note_recipe(module, recipe, report.weights, recipes.WEIGHT_NORM)
         rank_zero_info(f"WeightNormSwap: {report}")
         return True
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that nothing replaced a normalised weight, and that an optimizer trains it."""
         names = normalised_weights(pl_module)
-        for name in changed_modules(pl_module, WEIGHT_NORM):
+        for name in recipes.changed_modules(pl_module, recipes.WEIGHT_NORM):
             if name not in names:
                 raise InputError(
                     f"WeightNormSwap normalised {name}, and now it is not: something replaced it "
@@ -116,5 +112,5 @@ class WeightNormSwap(ModelChange):
         norms = {n: m for n, m in pl_module.named_modules() if isinstance(m, WeightNorm)}
         warn_of_forgotten("weight norms", trainer.optimizers, norms)
 
-    def recipe(self) -> Recipe:
-        return make_weight_norm_recipe(**self._settings)
+    def recipe(self) -> recipes.Recipe:
+        return recipes.make_weight_norm_recipe(**self._settings)

@@ -11,16 +11,7 @@ from rich.table import Column, Table
 from nmlightning.commands.argument_parser import ArgumentParser, print_line
 from nmlightning.commands.files import check_replaceable, write_file
 from nmlightning.errors import InputError
-from nmlightning.reports.comparison import (
-    SETTING_HEADINGS,
-    Group,
-    choose_metric,
-    group_runs,
-    join_resumed,
-    leave_out_unmeasured,
-    result_columns,
-    setting_rows,
-)
+from nmlightning.reports import comparison
 from nmlightning.reports.page import GENERATOR, write_page
 from nmlightning.reports.run import read_runs
 
@@ -30,12 +21,14 @@ def run(arguments: list[str]) -> int:
     given = _parse(arguments)
     check_replaceable("--report", given.report, GENERATOR, "page of nm compare")
     readable, left_out = read_runs(given.run)
-    runs, unmeasured = leave_out_unmeasured(join_resumed(readable), given.metric)
+    runs, unmeasured = comparison.leave_out_unmeasured(
+        comparison.join_resumed(readable), given.metric
+    )
     left_out |= unmeasured
     if not runs:
         raise InputError(next(iter(left_out.values())))
-    metric = choose_metric(runs, given.metric)
-    groups = group_runs(runs, metric)
+    metric = comparison.choose_metric(runs, given.metric)
+    groups = comparison.group_runs(runs, metric)
     _print_tables(groups)
     for joined in runs:
         for earlier, later in pairwise(joined.parts):
@@ -66,14 +59,14 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _print_tables(groups: list[Group]) -> None:
-    name = Column(SETTING_HEADINGS[0], overflow="fold")
-    settings = Table(name, *SETTING_HEADINGS[1:], title="Settings", show_lines=True)
-    for cells in setting_rows(groups):
+def _print_tables(groups: list[comparison.Group]) -> None:
+    name = Column(comparison.SETTING_HEADINGS[0], overflow="fold")
+    settings = Table(name, *comparison.SETTING_HEADINGS[1:], title="Settings", show_lines=True)
+    for cells in comparison.setting_rows(groups):
         settings.add_row(*map(escape, cells))
     over = "runs" if any(group.repeats_seeds for group in groups) else "seeds"
     results = Table(name.copy(), title=f"{escape(groups[0].metric)}: mean ± deviation over {over}")
-    columns = result_columns(groups)
+    columns = comparison.result_columns(groups)
     for heading in columns:
         results.add_column(heading, justify="right", no_wrap=True)
     for group, *row in zip(groups, *columns.values(), strict=True):

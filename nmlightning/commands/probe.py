@@ -13,27 +13,10 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
+from nmlightning.commands import files
 from nmlightning.commands.argument_parser import ArgumentParser, print_line
-from nmlightning.commands.files import (
-    RunPaths,
-    check_replaceable,
-    config_of,
-    read_config,
-    write_file,
-)
 from nmlightning.errors import InputError
-from nmlightning.probe.report import (
-    FAILING,
-    FAILURE_LABELS,
-    GENERATOR,
-    NAMES,
-    REMEDY,
-    Band,
-    LayerRanges,
-    NormRanges,
-    draw_ranges,
-    verdict,
-)
+from nmlightning.probe import report
 from nmlightning.reports.formatting import format_loss
 
 _NARROWEST_NAME = 16  # characters
@@ -43,16 +26,16 @@ _JSON_MARK = '"generator": "nm probe"'
 def run(arguments: list[str]) -> int:
     """Run `nm probe` and return its exit code: 0, whatever the norms would do."""
     given, options = _parse(arguments)
-    check_replaceable("--picture", given.picture, GENERATOR, "picture of nm probe")
+    files.check_replaceable("--picture", given.picture, report.GENERATOR, "picture of nm probe")
     if given.json:
-        check_replaceable("--json", given.json, _JSON_MARK, "answer of nm probe")
+        files.check_replaceable("--json", given.json, _JSON_MARK, "answer of nm probe")
     words = ["probe", *_experiment(given.experiment, options), *options]
-    paths = RunPaths(words)  # a misspelt path is reported before torch is imported
+    paths = files.RunPaths(words)  # a misspelt path is reported before torch is imported
     from nmlightning.commands.probe_run import run_batches
 
     ranges = run_batches(words[1:], paths, given.batches)
     _print_table(ranges)
-    for sentence in verdict(ranges):
+    for sentence in report.verdict(ranges):
         Console().print(Padding(escape(sentence), (0, 0, 0, 1), expand=False), highlight=False)
     _write(given, ranges)
     return 0
@@ -97,25 +80,25 @@ def _experiment(name: str, options: Sequence[str]) -> list[str]:
         return ["--config", name]
     if any(word.split("=")[0] in ("-c", "--config") for word in options):
         return ["--ckpt_path", name]
-    config = config_of(Path(name))
+    config = files.config_of(Path(name))
     if config is None and Path(name).exists():
         raise InputError(f"{name} is in no folder of a run with a config.yaml; give --config.")
     if config:  # which nobody has named
         from nmlightning.surgery.checkpoints import check_named_code
 
-        check_named_code(read_config(str(config)), str(config))
+        check_named_code(files.read_config(str(config)), str(config))
     return [*(["--config", str(config)] if config else []), "--ckpt_path", name]
 
 
-def _print_table(ranges: NormRanges) -> None:
+def _print_table(ranges: report.NormRanges) -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("norm layer", overflow="fold", min_width=_NARROWEST_NAME)
-    losses = [NAMES[norm] for norm in ranges.norms]
+    losses = [report.NAMES[norm] for norm in ranges.norms]
     lost_in_input = ranges.input_share() > 0
     for heading in ("σ min", "σ max", "max |x − μ|", *losses, *["input"] * lost_in_input):
-        table.add_column(heading, justify="right", no_wrap=heading != NAMES[FAILING])
+        table.add_column(heading, justify="right", no_wrap=heading != report.NAMES[report.FAILING])
     for layer in ranges.layers:
-        cells = [_norm_cell(layer, norm, how=norm == FAILING) for norm in ranges.norms]
+        cells = [_norm_cell(layer, norm, how=norm == report.FAILING) for norm in ranges.norms]
         if lost_in_input:
             cells.append(_coloured(layer.input_share(), format_loss(layer.input_share())))
         scales = layer.finite_scales
@@ -128,9 +111,11 @@ def _print_table(ranges: NormRanges) -> None:
         print_line("left out", f"{first}{f' and {count - 1} more' * (count > 1)}: {reason}")
 
 
-def _norm_cell(layer: LayerRanges, norm: str, *, how: bool) -> str:
+def _norm_cell(layer: report.LayerRanges, norm: str, *, how: bool) -> str:
     share, lost = layer.lost_share(norm), layer.lost(norm)
-    label = f" {FAILURE_LABELS[max(lost, key=lambda key: lost[key])]}" if how and lost else ""
+    label = (
+        f" {report.FAILURE_LABELS[max(lost, key=lambda key: lost[key])]}" if how and lost else ""
+    )
     others = ", …" if label and len(lost) > 1 else ""
     return _coloured(share, format_loss(share) + label + others)
 
@@ -139,23 +124,25 @@ def _coloured(share: float | None, text: str) -> str:
     return f"[red]{text}[/red]" if share else text
 
 
-def _write(given: argparse.Namespace, ranges: NormRanges) -> None:
-    write_file("--picture", given.picture, draw_ranges(ranges.layers, *_bands(ranges)))
+def _write(given: argparse.Namespace, ranges: report.NormRanges) -> None:
+    files.write_file("--picture", given.picture, report.draw_ranges(ranges.layers, *_bands(ranges)))
     print_line("picture", given.picture)
     if given.json:
         content = {"generator": "nm probe", **ranges.as_plain()}
-        write_file("--json", given.json, json.dumps(content, indent=1, allow_nan=False) + "\n")
+        files.write_file(
+            "--json", given.json, json.dumps(content, indent=1, allow_nan=False) + "\n"
+        )
         print_line("numbers", given.json)
 
 
-def _bands(ranges: NormRanges) -> list[Band]:
+def _bands(ranges: report.NormRanges) -> list[report.Band]:
     """Return what the norms can take, at the smallest eps of the layers."""
     from nmlightning.probe.fp16_emulation import fp16_limits
 
     eps = min(layer.eps for layer in ranges.layers)
-    limits = {norm: fp16_limits(norm, eps) for norm in (REMEDY, FAILING)}
-    names = {REMEDY: "L1 in half", FAILING: "L2 in half, op by op"}
+    limits = {norm: fp16_limits(norm, eps) for norm in (report.REMEDY, report.FAILING)}
+    names = {report.REMEDY: "L1 in half", report.FAILING: "L2 in half, op by op"}
     return [
-        Band(norm, names[norm], limit.smallest_scale, limit.largest_deviation)
+        report.Band(norm, names[norm], limit.smallest_scale, limit.largest_deviation)
         for norm, limit in limits.items()
     ]

@@ -13,13 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nmlightning.datamodules.decoded_images import (
-    Damaged,
-    DamagedImage,
-    EncodedImage,
-    decode,
-    digest_of,
-)
+from nmlightning.datamodules import decoded_images
 from nmlightning.datamodules.image_folder import FolderImages
 from nmlightning.errors import InputError
 
@@ -58,7 +52,7 @@ class ShardedImages:
             _check_files(Path(self.place), self.length)
             _check_format(Path(self.place, LITDATA_INDEX), ITEM_FORMAT)
 
-    def fetch(self, row: int) -> EncodedImage:
+    def fetch(self, row: int) -> decoded_images.EncodedImage:
         if self._shards is None:
             self._shards = open_shards(self.place, ITEM_FORMAT)
         try:
@@ -66,7 +60,7 @@ class ShardedImages:
         except UNREADABLE as error:
             shard = join_root(self.place, f"chunk-0-{row // self.shard_size}.bin")
             raise InputError(f"{shard} cannot be read ({error}): copy it again.") from error
-        return EncodedImage(join_root(self.place, name), BytesIO(content), label)
+        return decoded_images.EncodedImage(join_root(self.place, name), BytesIO(content), label)
 
 
 def is_remote(root: str) -> bool:
@@ -186,7 +180,7 @@ class ShardWriter:
     that it can be.
     """
 
-    def __init__(self, out: Path, shard_size: int, damaged: Damaged) -> None:
+    def __init__(self, out: Path, shard_size: int, damaged: decoded_images.Damaged) -> None:
         require_litdata()
         self.out = out
         self.shard_size = shard_size
@@ -216,7 +210,7 @@ class ShardWriter:
         writer.done()
         writer.merge()
         self.images[part] = len(written)
-        self.digests[part] = digest_of(written)
+        self.digests[part] = decoded_images.digest_of(written)
 
     def write_index(self, classes: Sequence[str]) -> None:
         """Write what was written; the last step, without which the rest is not read."""
@@ -232,16 +226,16 @@ class ShardWriter:
         writer.done()
         writer.merge()
 
-    def _encode(self, images: FolderImages, image: EncodedImage) -> Item | None:
+    def _encode(self, images: FolderImages, image: decoded_images.EncodedImage) -> Item | None:
         """Return the item of an image, or None if it is damaged and left out."""
         try:
             assert isinstance(image.file, str), "of a folder"
             try:
                 content = Path(image.file).read_bytes()
             except OSError as error:
-                raise DamagedImage(image.name, str(error)) from error
-            decode(image._replace(file=BytesIO(content)))
-        except DamagedImage as error:
+                raise decoded_images.DamagedImage(image.name, str(error)) from error
+            decoded_images.decode(image._replace(file=BytesIO(content)))
+        except decoded_images.DamagedImage as error:
             if self.damaged == "error":
                 raise
             self.skipped[error.name] = error.reason

@@ -7,18 +7,11 @@ from lightning_fabric.utilities.data import suggested_max_num_workers
 from torch import nn
 from torchvision.transforms import v2
 
+from nmlightning.datamodules import image_shards
 from nmlightning.datamodules.batches import NO_AUGMENTATION
 from nmlightning.datamodules.decoded_images import Damaged, DecodedImages, EncodedImages
 from nmlightning.datamodules.image_data import BatchTransform, ImageData
 from nmlightning.datamodules.image_folder import FolderImages, common_classes
-from nmlightning.datamodules.image_shards import (
-    REMOTE,
-    ShardedImages,
-    ShardIndex,
-    holds_shards,
-    is_remote,
-    read_index,
-)
 from nmlightning.errors import InputError, check_choice, check_whole_number
 
 # Of the training images, scaled to 0 … 1: https://docs.pytorch.org/vision/stable/models.html.
@@ -70,10 +63,11 @@ class ImageNet(ImageData):
         damaged: Damaged = "error",
     ) -> None:
         super().__init__(batch_size, NO_AUGMENTATION)  # nothing is left for the device
-        if "://" in root and not is_remote(root):
-            known = ", ".join(REMOTE)
+        is_remote = image_shards.is_remote(root)
+        if "://" in root and not is_remote:
+            known = ", ".join(image_shards.REMOTE)
             raise InputError(f"shards are streamed from addresses in {known}; got {root!r}.")
-        self.root = root if is_remote(root) else str(Path(root).expanduser().absolute())
+        self.root = root if is_remote else str(Path(root).expanduser().absolute())
         if num_workers is not None:
             check_whole_number("num_workers", num_workers, least=0)
         self.num_workers = num_workers
@@ -88,7 +82,8 @@ class ImageNet(ImageData):
 
     def setup(self, stage: str | None = None) -> None:
         """Check the folders or shards and list the images that the stage needs."""
-        shards = read_index(self.root) if holds_shards(self.root) else None
+        holds_shards = image_shards.holds_shards(self.root)
+        shards = image_shards.read_index(self.root) if holds_shards else None
         folders = Path(self.root, "train"), Path(self.root, "val")
         self.num_classes = len(shards.classes if shards else common_classes(*folders))
         size = self.image_size
@@ -100,11 +95,11 @@ class ImageNet(ImageData):
             self.validation = self._decode("val", shards, steps)
 
     def _decode(
-        self, part: str, shards: ShardIndex | None, steps: list[nn.Module]
+        self, part: str, shards: image_shards.ShardIndex | None, steps: list[nn.Module]
     ) -> DecodedImages:
         images: EncodedImages
         if shards:
-            images = ShardedImages(self.root, part, shards)
+            images = image_shards.ShardedImages(self.root, part, shards)
         else:
             images = FolderImages(Path(self.root, part), self.damaged)
         processes = self.trainer.num_devices if self.trainer else 1

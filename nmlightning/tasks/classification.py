@@ -15,18 +15,9 @@ from torchmetrics.classification import MulticlassAccuracy
 from nmlightning.errors import InputError, check_flag, check_share, check_whole_number
 from nmlightning.optim.param_groups import WeightDecayScope, parameter_groups
 from nmlightning.surgery.recipes import check_recipes
+from nmlightning.tasks import optimization
 from nmlightning.tasks.checkpoint_match import check_same_network, remember_arguments
 from nmlightning.tasks.numerics import apply_exactly, exact_zero, task_callbacks
-from nmlightning.tasks.optimization import (
-    KEY,
-    FoundLearningRate,
-    add_schedule,
-    check_same_batch,
-    global_batch_size,
-    make_optimizer,
-    scale_learning_rates,
-    set_learning_rate,
-)
 from nmlightning.weights.channel_norms import is_sharded
 
 
@@ -112,7 +103,7 @@ class ImageClassifier(pl.LightningModule):
         >>> task = ImageClassifier(net, optimizer=lambda groups: SGD(groups, lr=0.1))
     """
 
-    lr = FoundLearningRate()
+    lr = optimization.FoundLearningRate()
 
     def __init__(
         self,
@@ -183,12 +174,12 @@ class ImageClassifier(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(self.net, None, self.weight_decay_scope)
-        optimizer = make_optimizer(self.optimizer, groups)
+        optimizer = optimization.make_optimizer(self.optimizer, groups)
         if self.lr_batch_size:
-            images = global_batch_size(self._trainer)
-            scale_learning_rates(optimizer, self.lr_batch_size, images)
-        set_learning_rate(optimizer, self.lr)
-        return add_schedule(optimizer, self.lr_scheduler, "epoch")
+            images = optimization.global_batch_size(self._trainer)
+            optimization.scale_learning_rates(optimizer, self.lr_batch_size, images)
+        optimization.set_learning_rate(optimizer, self.lr)
+        return optimization.add_schedule(optimizer, self.lr_scheduler, "epoch")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another network or, in a Trainer, of another recipe.
@@ -200,12 +191,12 @@ class ImageClassifier(pl.LightningModule):
             return
         check_recipes(self, checkpoint)
         if self.lr_batch_size is not None and self.trainer.training:
-            check_same_batch(checkpoint, global_batch_size(self.trainer))
+            optimization.check_same_batch(checkpoint, optimization.global_batch_size(self.trainer))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep how many images a step the learning rates are for, where they were scaled."""
         if self.lr_batch_size is not None:
-            checkpoint[KEY] = global_batch_size(self._trainer)
+            checkpoint[optimization.KEY] = optimization.global_batch_size(self._trainer)
 
     def _check_classes(self, logits: Tensor, labels: Tensor, batch_idx: int) -> None:
         """Compare labels, outputs and data; on a GPU the labels of an epoch's first batch only."""

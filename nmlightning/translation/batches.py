@@ -13,20 +13,9 @@ from numpy.typing import NDArray
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from nmlightning.datamodules.training_batches import (
-    WHOLE_SET,
-    OrderState,
-    Shard,
-    epoch_generator,
-    refuse_another_order,
-)
+from nmlightning.datamodules import training_batches
 from nmlightning.errors import InputError
-from nmlightning.translation.corpus import (
-    EncodedPairs,
-    TrainingLimits,
-    TranslationBatch,
-    encode_pairs,
-)
+from nmlightning.translation import corpus
 from nmlightning.translation.sources import SentencePair, StreamedPairs
 from nmlightning.translation.tokenizer import JointBPE
 
@@ -92,10 +81,10 @@ def cut_sorted(lengths: Lengths, tokens: int) -> list[int]:
 class TrainingPairs:
     """Reads batches of encoded pairs, into page-locked memory for a CUDA device (`pin_memory`)."""
 
-    pairs: EncodedPairs
+    pairs: corpus.EncodedPairs
     pin_memory: bool = False
 
-    def batches(self, draws: Iterable[Tensor]) -> Iterator[TranslationBatch]:
+    def batches(self, draws: Iterable[Tensor]) -> Iterator[corpus.TranslationBatch]:
         for rows in draws:
             yield _pinned(self.pairs.batch(rows), self.pin_memory)
 
@@ -121,12 +110,12 @@ class ShuffledBatches:
     }
     other_data: ClassVar[str] = "of other sentence pairs"
 
-    pairs: EncodedPairs
+    pairs: corpus.EncodedPairs
     tokens_a_batch: int
     tokenizer: str
     _: KW_ONLY
     seed: int
-    shard: Shard = WHOLE_SET
+    shard: training_batches.Shard = training_batches.WHOLE_SET
     shuffle: bool = True
     epoch: int = 0
 
@@ -145,11 +134,13 @@ class ShuffledBatches:
         return len(self.plan) // self.shard.world_size
 
     def __iter__(self) -> Iterator[Tensor]:
-        batches = self.plan.draw(epoch_generator(self.seed, self.epoch if self.shuffle else 0))
+        batches = self.plan.draw(
+            training_batches.epoch_generator(self.seed, self.epoch if self.shuffle else 0)
+        )
         rank, world_size = self.shard
         yield from batches[rank : len(self) * world_size : world_size]
 
-    def state_dict(self) -> OrderState:
+    def state_dict(self) -> training_batches.OrderState:
         return {
             "seed": self.seed,
             "tokens_a_batch": self.tokens_a_batch,
@@ -197,12 +188,12 @@ class StreamedBatches:
 
     pairs: StreamedPairs
     tokenizer: JointBPE
-    limits: TrainingLimits
+    limits: corpus.TrainingLimits
     tokens_a_batch: int
     pool: int
     _: KW_ONLY
     seed: int
-    shard: Shard = WHOLE_SET
+    shard: training_batches.Shard = training_batches.WHOLE_SET
     shuffle: bool = True
     pin_memory: bool = False
     batches_done: Callable[[], int] = int
@@ -222,7 +213,7 @@ class StreamedBatches:
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def __iter__(self) -> Iterator[TranslationBatch]:
+    def __iter__(self) -> Iterator[corpus.TranslationBatch]:
         done, self._skip = self._skip, 0
         epoch = self.epoch if self.shuffle else 0
         pools = json.loads(str((self.interrupted or {}).get("begun", "[]")))
@@ -231,7 +222,7 @@ class StreamedBatches:
         self._begun.clear()
         yield from islice(self._read(begin, epoch), done - begin.batches_before, None)
 
-    def _read(self, pool: Pool, epoch: int) -> Iterator[TranslationBatch]:
+    def _read(self, pool: Pool, epoch: int) -> Iterator[corpus.TranslationBatch]:
         """Yield the batches from a pool on."""
         self.pairs.load_state_dict(json.loads(pool.stream))
         stream = iter(self.pairs)
@@ -250,18 +241,18 @@ class StreamedBatches:
 
     def _batches(
         self, few: list[SentencePair], epoch: int, number: int
-    ) -> Iterator[TranslationBatch]:
-        encoded = encode_pairs(few, self.tokenizer, self.limits)
+    ) -> Iterator[corpus.TranslationBatch]:
+        encoded = corpus.encode_pairs(few, self.tokenizer, self.limits)
         if not self._has_warned and (omitted := encoded.omitted.describe(self.limits)):
             self._has_warned = True
             rank_zero_warn(f"Of {self.pool} pairs of the stream {omitted}, and more may follow.")
         plan = plan_batches(*encoded.padded_lengths(), self.tokens_a_batch)
-        rows = plan.draw(epoch_generator(self.seed, epoch, number))
+        rows = plan.draw(training_batches.epoch_generator(self.seed, epoch, number))
         rank, world_size = self.shard
         whole = len(rows) // world_size * world_size
         return TrainingPairs(encoded, self.pin_memory).batches(rows[rank:whole:world_size])
 
-    def state_dict(self) -> OrderState:
+    def state_dict(self) -> training_batches.OrderState:
         """Return what determines the batches, and where pools began."""
         return {
             "seed": self.seed,
@@ -279,7 +270,7 @@ class StreamedBatches:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._skip = self.batches_done()
         if self._skip:
-            refuse_another_order(self, self.interrupted or {})
+            training_batches.refuse_another_order(self, self.interrupted or {})
 
 
 @dataclass(eq=False)
@@ -293,11 +284,11 @@ class EvaluationSentences:
     put predictions back in order.
     """
 
-    pairs: EncodedPairs
+    pairs: corpus.EncodedPairs
     references: Sequence[str]
     tokens_a_batch: int
     max_length: int
-    shard: Shard = WHOLE_SET
+    shard: training_batches.Shard = training_batches.WHOLE_SET
     pin_memory: bool = False
 
     def __post_init__(self) -> None:
@@ -309,7 +300,7 @@ class EvaluationSentences:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __iter__(self) -> Iterator[TranslationBatch]:
+    def __iter__(self) -> Iterator[corpus.TranslationBatch]:
         for rows in self.rows:
             batch = self.pairs.batch(rows, source_limit=self.max_length)
             references = tuple(self.references[row] for row in rows.tolist())
@@ -330,7 +321,7 @@ class EvaluationSentences:
         return [torch.from_numpy(batch) for batch in reversed(batches)]
 
 
-def _pinned(batch: TranslationBatch, pin_memory: bool) -> TranslationBatch:
+def _pinned(batch: corpus.TranslationBatch, pin_memory: bool) -> corpus.TranslationBatch:
     if not pin_memory:
         return batch
     source, target, words = (side.pin_memory() for side in batch[:3])

@@ -8,44 +8,19 @@ from typing import Any, get_args
 
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
-from nmlightning.datamodules.training_batches import (
-    ResumableData,
-    TrainingBatches,
-    count_batches_done,
-    find_epoch,
-    order_seed,
-    shard_of,
-)
+from nmlightning.datamodules import training_batches
 from nmlightning.errors import InputError, check_choice, check_flag, check_whole_number
+from nmlightning.translation import corpus, sources
 from nmlightning.translation.batches import (
     EvaluationSentences,
     ShuffledBatches,
     StreamedBatches,
     TrainingPairs,
 )
-from nmlightning.translation.corpus import (
-    EncodedPairs,
-    TooLong,
-    TrainingLimits,
-    TranslationBatch,
-    cached_pairs,
-    cached_tokenizer,
-    encode_pairs,
-)
-from nmlightning.translation.sources import (
-    NamedNumbers,
-    PairSource,
-    ParallelFiles,
-    SentencePair,
-    StoredPairs,
-    StreamedPairs,
-    open_split,
-    split_numbers,
-)
 from nmlightning.translation.tokenizer import SMALLEST, JointBPE
 
 
-class TranslationData(ResumableData, ABC):
+class TranslationData(training_batches.ResumableData, ABC):
     """The base of the data modules of sentence pairs; see `ParallelText` for the arguments.
 
     The tokenizer and the encoded training pairs are cached in `folder`; None caches nothing.
@@ -54,7 +29,7 @@ class TranslationData(ResumableData, ABC):
     unit = "sentences"  # of a training rate
     encodes_all = True  # all training pairs, beforehand
     tokenizer: JointBPE | None = None
-    train: EncodedPairs | None = None
+    train: corpus.EncodedPairs | None = None
 
     def __init__(
         self,
@@ -63,14 +38,14 @@ class TranslationData(ResumableData, ABC):
         tokenizer: str | None,
         tokens_a_batch: int,
         max_length: int,
-        too_long: TooLong,
+        too_long: corpus.TooLong,
     ) -> None:
         super().__init__()
-        check_choice("too_long", too_long, get_args(TooLong))
+        check_choice("too_long", too_long, get_args(corpus.TooLong))
         self.folder = folder
         self.new_vocab_size = check_whole_number("vocab_size", vocab_size, SMALLEST)
         self.tokenizer_path = tokenizer
-        self.limits = TrainingLimits(check_whole_number("max_length", max_length), too_long)
+        self.limits = corpus.TrainingLimits(check_whole_number("max_length", max_length), too_long)
         self.tokens_a_batch = check_whole_number("tokens_a_batch", tokens_a_batch)
         if tokens_a_batch < max_length + 2:
             raise InputError(
@@ -79,11 +54,11 @@ class TranslationData(ResumableData, ABC):
             )
 
     @abstractmethod
-    def training_pairs(self) -> PairSource:
+    def training_pairs(self) -> sources.PairSource:
         """Return the pairs to train the network and the tokenizer with."""
 
     @abstractmethod
-    def evaluation_pairs(self, part: str) -> Sequence[SentencePair]:
+    def evaluation_pairs(self, part: str) -> Sequence[sources.SentencePair]:
         """Return all pairs of `validation` or `test`."""
 
     @property
@@ -98,7 +73,7 @@ class TranslationData(ResumableData, ABC):
             tokenizer = self._find_tokenizer()
             if self.encodes_all and (self.trainer is None or self.trainer.state.fn == "fit"):
                 pairs = self.training_pairs()
-                cached_pairs(self.folder, pairs, tokenizer, self.limits, check=True)
+                corpus.cached_pairs(self.folder, pairs, tokenizer, self.limits, check=True)
 
     def setup(self, stage: str | None = None) -> None:
         """Find the tokenizer and, for a fit, the training pairs."""
@@ -106,7 +81,7 @@ class TranslationData(ResumableData, ABC):
             self.tokenizer = self._find_tokenizer()
         if self.encodes_all and self.train is None and stage in (None, "fit"):
             pairs = self.training_pairs()
-            self.train = cached_pairs(self.folder, pairs, self.tokenizer, self.limits)
+            self.train = corpus.cached_pairs(self.folder, pairs, self.tokenizer, self.limits)
             if omitted := self.train.omitted.describe(self.limits):
                 used = self.train.length
                 rank_zero_warn(f"Of the training pairs {omitted}; {used} are used.")
@@ -114,9 +89,9 @@ class TranslationData(ResumableData, ABC):
     def _find_tokenizer(self) -> JointBPE:
         if self.tokenizer_path is not None:
             return JointBPE.load(Path(self.tokenizer_path).expanduser())
-        return cached_tokenizer(self.folder, self.training_pairs(), self.new_vocab_size)
+        return corpus.cached_tokenizer(self.folder, self.training_pairs(), self.new_vocab_size)
 
-    def train_dataloader(self) -> Iterable[TranslationBatch]:
+    def train_dataloader(self) -> Iterable[corpus.TranslationBatch]:
         assert self.tokenizer is not None, "setup('fit') comes first"
         assert self.train is not None, "setup('fit') comes first"
         trainer = self.trainer
@@ -124,14 +99,14 @@ class TranslationData(ResumableData, ABC):
             self.train,
             self.tokens_a_batch,
             self.tokenizer.digest,
-            seed=order_seed(trainer, self.interrupted),
-            shard=shard_of(trainer),
+            seed=training_batches.order_seed(trainer, self.interrupted),
+            shard=training_batches.shard_of(trainer),
             shuffle=not getattr(trainer, "overfit_batches", 0),
         )
         self.sampler = sampler
         pairs = TrainingPairs(self.train, self.pins_memory)
-        batches_done = partial(count_batches_done, trainer)
-        return TrainingBatches(pairs, sampler, batches_done, self.interrupted)
+        batches_done = partial(training_batches.count_batches_done, trainer)
+        return training_batches.TrainingBatches(pairs, sampler, batches_done, self.interrupted)
 
     def val_dataloader(self) -> EvaluationSentences:
         return self._evaluate("validation")
@@ -145,14 +120,14 @@ class TranslationData(ResumableData, ABC):
     def _evaluate(self, part: str) -> EvaluationSentences:
         assert self.tokenizer is not None, "setup() comes first"
         pairs = self.evaluation_pairs(part)
-        encoded = encode_pairs(pairs, self.tokenizer)
+        encoded = corpus.encode_pairs(pairs, self.tokenizer)
         longest = self.limits.max_length
         if cut := int((encoded.source.lengths > longest).sum()):
             rank_zero_warn(
                 f"Of the {part} sentences {cut} have more than {longest} tokens and are read up to "
                 "there."
             )
-        references, shard = [pair.target for pair in pairs], shard_of(self.trainer)
+        references, shard = [pair.target for pair in pairs], training_batches.shard_of(self.trainer)
         return EvaluationSentences(
             encoded, references, self.tokens_a_batch, longest, shard, self.pins_memory
         )
@@ -200,7 +175,7 @@ class ParallelText(TranslationData):
         tokenizer: str | None = None,
         tokens_a_batch: int = 25000,
         max_length: int = 256,
-        too_long: TooLong = "drop",
+        too_long: corpus.TooLong = "drop",
         root: str = "data",
     ) -> None:
         folder = Path(root).expanduser().absolute() / "translation"
@@ -211,11 +186,11 @@ class ParallelText(TranslationData):
             "test": _check_pair("test", val if test is None else test),
         }
 
-    def training_pairs(self) -> ParallelFiles:
-        return ParallelFiles(*self.train_files)
+    def training_pairs(self) -> sources.ParallelFiles:
+        return sources.ParallelFiles(*self.train_files)
 
-    def evaluation_pairs(self, part: str) -> Sequence[SentencePair]:
-        return list(ParallelFiles(*self.evaluation_files[part]))
+    def evaluation_pairs(self, part: str) -> Sequence[sources.SentencePair]:
+        return list(sources.ParallelFiles(*self.evaluation_files[part]))
 
 
 def _check_pair(what: str, files: Sequence[str]) -> tuple[str, str]:
@@ -270,7 +245,7 @@ class WMT14(TranslationData):
         tokenizer: str | None = None,
         tokens_a_batch: int = 25000,
         max_length: int = 256,
-        too_long: TooLong = "drop",
+        too_long: corpus.TooLong = "drop",
         root: str = "data",
     ) -> None:
         place = Path(root).expanduser().absolute()
@@ -282,39 +257,41 @@ class WMT14(TranslationData):
         self.dataset = dataset
         self.downloads = place / "wmt14"
 
-    def training_pairs(self) -> PairSource:
+    def training_pairs(self) -> sources.PairSource:
         if self.streaming:  # only the tokenizer is trained on them
-            return StreamedPairs(self._open("train"), LANGUAGES, TOKENIZER_PAIRS)
-        return StoredPairs(self._open("train"), LANGUAGES)
+            return sources.StreamedPairs(self._open("train"), LANGUAGES, TOKENIZER_PAIRS)
+        return sources.StoredPairs(self._open("train"), LANGUAGES)
 
-    def evaluation_pairs(self, part: str) -> Sequence[SentencePair]:
-        return list(StoredPairs(self._open(part), LANGUAGES))
+    def evaluation_pairs(self, part: str) -> Sequence[sources.SentencePair]:
+        return list(sources.StoredPairs(self._open(part), LANGUAGES))
 
-    def train_dataloader(self) -> Iterable[TranslationBatch]:
+    def train_dataloader(self) -> Iterable[corpus.TranslationBatch]:
         if not self.streaming:
             return super().train_dataloader()
         assert self.tokenizer is not None, "setup('fit') comes first"
         trainer = self.trainer
         batches = StreamedBatches(
-            StreamedPairs(self._open("train"), LANGUAGES),
+            sources.StreamedPairs(self._open("train"), LANGUAGES),
             self.tokenizer,
             self.limits,
             self.tokens_a_batch,
             self.pool,
-            seed=order_seed(trainer, self.interrupted),
-            shard=shard_of(trainer),
+            seed=training_batches.order_seed(trainer, self.interrupted),
+            shard=training_batches.shard_of(trainer),
             shuffle=not getattr(trainer, "overfit_batches", 0),
             pin_memory=self.pins_memory,
-            batches_done=partial(count_batches_done, trainer),
+            batches_done=partial(training_batches.count_batches_done, trainer),
             interrupted=self.interrupted,
         )
         # Lightning reads a batch of a loader without a length before it says which epoch comes.
-        batches.set_epoch(find_epoch(trainer, self.interrupted))
+        batches.set_epoch(training_batches.find_epoch(trainer, self.interrupted))
         self.sampler = batches
         return batches
 
     def _open(self, split: str) -> Any:
-        return open_split(self.dataset, LANGUAGES, split, self.downloads, streaming=self.streaming)
+        return sources.open_split(
+            self.dataset, LANGUAGES, split, self.downloads, streaming=self.streaming
+        )
 
 
 HELD_OUT = 500  # numbers to validate with, and to test with
@@ -346,12 +323,14 @@ class NumberNames(TranslationData):
         self, *, pairs: int = 6_000, vocab_size: int = VOCAB_SIZE, tokens_a_batch: int = 1024
     ) -> None:
         super().__init__(None, vocab_size, None, tokens_a_batch, LONGEST, "drop")
-        training, *held_out = split_numbers(check_whole_number("pairs", pairs), HELD_OUT)
-        self._training = NamedNumbers(training)
-        self._held_out = dict(zip(("validation", "test"), map(NamedNumbers, held_out), strict=True))
+        training, *held_out = sources.split_numbers(check_whole_number("pairs", pairs), HELD_OUT)
+        self._training = sources.NamedNumbers(training)
+        self._held_out = dict(
+            zip(("validation", "test"), map(sources.NamedNumbers, held_out), strict=True)
+        )
 
-    def training_pairs(self) -> NamedNumbers:
+    def training_pairs(self) -> sources.NamedNumbers:
         return self._training
 
-    def evaluation_pairs(self, part: str) -> Sequence[SentencePair]:
+    def evaluation_pairs(self, part: str) -> Sequence[sources.SentencePair]:
         return list(self._held_out[part])

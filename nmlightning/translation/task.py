@@ -14,22 +14,11 @@ from torch.nn.utils.rnn import pad_sequence
 from nmlightning.errors import InputError, check_share, check_whole_number
 from nmlightning.optim.param_groups import WeightDecayScope, parameter_groups
 from nmlightning.surgery.recipes import check_recipes
+from nmlightning.tasks import optimization
 from nmlightning.tasks.checkpoint_match import check_same_network, remember_arguments
 from nmlightning.tasks.numerics import task_callbacks
-from nmlightning.tasks.optimization import (
-    FoundLearningRate,
-    Interval,
-    add_schedule,
-    make_optimizer,
-    set_learning_rate,
-)
+from nmlightning.translation import decoding
 from nmlightning.translation.corpus import TranslationBatch
-from nmlightning.translation.decoding import (
-    SequenceModel,
-    beam_search,
-    check_length_penalty,
-    greedy_search,
-)
 from nmlightning.translation.metrics import (
     TokenLoss,
     TrainingWindow,
@@ -92,14 +81,14 @@ class Translator(pl.LightningModule):
         >>> task = Translator(net, optimizer=lambda groups: Adam(groups, lr=7e-4))
     """
 
-    lr = FoundLearningRate()
+    lr = optimization.FoundLearningRate()
 
     def __init__(
         self,
         net: nn.Module,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None = None,
-        lr_interval: Interval = "step",
+        lr_interval: optimization.Interval = "step",
         label_smoothing: float = 0.1,
         beam_size: int = 4,
         length_penalty: float = 0.6,
@@ -127,7 +116,7 @@ class Translator(pl.LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
-        self.length_penalty = check_length_penalty(length_penalty)
+        self.length_penalty = decoding.check_length_penalty(length_penalty)
         self.weight_decay_scope = weight_decay_scope
         self.compile_network = compile
         self._is_compiled = False
@@ -190,11 +179,11 @@ class Translator(pl.LightningModule):
                 "checkpoint, or set its attribute."
             )
         beam = self.beam_size if beam_size is None else beam_size
-        net = cast(SequenceModel[Any], self.net)
+        net = cast(decoding.SequenceModel[Any], self.net)
         if beam == 1:
-            found = greedy_search(net, source, extra_length=self.extra_length)
+            found = decoding.greedy_search(net, source, extra_length=self.extra_length)
         else:
-            found = beam_search(
+            found = decoding.beam_search(
                 net,
                 source,
                 beam_size=beam,
@@ -261,9 +250,9 @@ class Translator(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(self.net, None, self.weight_decay_scope)
-        optimizer = make_optimizer(self.optimizer, groups)
-        set_learning_rate(optimizer, self.lr)
-        return add_schedule(optimizer, self.lr_scheduler, self.lr_interval)
+        optimizer = optimization.make_optimizer(self.optimizer, groups)
+        optimization.set_learning_rate(optimizer, self.lr)
+        return optimization.add_schedule(optimizer, self.lr_scheduler, self.lr_interval)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the tokenizer, as text."""
@@ -336,7 +325,7 @@ class LineOptions:
         if self.beam_size is not None:
             check_whole_number("beam_size", self.beam_size)
         if self.length_penalty is not None:
-            check_length_penalty(self.length_penalty)
+            decoding.check_length_penalty(self.length_penalty)
 
 
 def translate_lines(
