@@ -297,14 +297,7 @@ class WeightNormTracker(CallbackBase):
             self._steps.announce(optimizer)
         self._before_step(optimizer)
 
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, *_: Any) -> None:
         """Record at every N-th step, log, and print once what is steered."""
         for part in self._parts.values():
             part.after_batch()
@@ -316,9 +309,7 @@ class WeightNormTracker(CallbackBase):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close(finished=True)
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, *_: Any) -> None:
         self._close(finished=False)
 
     def state_dict(self) -> dict[str, Any]:

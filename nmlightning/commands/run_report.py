@@ -85,9 +85,7 @@ class SkippedStepCount(Callback):
             skipped.resume_from(self._earlier)
             self._skipped = skipped
 
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
-    ) -> None:
+    def on_before_optimizer_step(self, *_: Any) -> None:
         if self._skipped is not None:
             self._skipped.attempt()
 
