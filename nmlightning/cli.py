@@ -11,6 +11,7 @@ import textwrap
 from importlib import import_module
 from typing import Any
 
+import nmlightning
 from nmlightning.commands.argument_parser import BAD_INPUT, INTERRUPTED
 from nmlightning.commands.files import RunPaths, shipped_configs
 from nmlightning.errors import InputError, input_error_in, nearest
@@ -43,10 +44,7 @@ _REPORT = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one `nm` command and return its exit code.
-
-    Args:
-        argv: the words after `nm`; by default those the program was started with.
+    """Run one `nm` command, by default the words that the program was started with.
 
     Returns:
         0, or 1 if `nm doctor` found a norm to be wrong, 2 for bad input, 3 for a loss that ended as
@@ -82,7 +80,7 @@ def _run(arguments: list[str]) -> int:
         print(_help())
         return 0
     if command in ("-V", "--version"):
-        print(f"nmlightning {_version()}")
+        print(f"nmlightning {nmlightning.__version__}")
         return 0
     if command not in COMMANDS:
         allowed = ", ".join(COMMANDS)
@@ -106,19 +104,13 @@ def _name() -> str:
     return "nm" if rank == "0" else f"nm (rank {rank})"
 
 
-def _version() -> str:
-    import nmlightning
-
-    return str(nmlightning.__version__)
-
-
 def _help() -> str:
     commands = "\n".join(f"  {name:<10}{purpose}" for name, purpose in COMMANDS.items())
     configs = textwrap.fill(
         "  ".join(shipped_configs()), 78, initial_indent="  ", subsequent_indent="  "
     )
     return f"""\
-nm {_version()}: normalisation in other norms than L2, for PyTorch Lightning
+nm {nmlightning.__version__}: normalisation in other norms than L2, for PyTorch Lightning
 
   nm fit --config configs/quickstart.yaml             train on the digits in scikit-learn
   nm fit --config configs/cifar_l1.yaml               the main experiment, on CIFAR-10

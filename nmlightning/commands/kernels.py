@@ -30,23 +30,17 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _build(folder: Path) -> None:
-    from nmlightning.kernels.cpu.build import (
-        build_library,
-        check_folder,
-        check_toolchain,
-        library_path,
-        unusable_reason,
-    )
+    from nmlightning.kernels.cpu import build
 
-    path = library_path(folder)
-    if not unusable_reason(path):
+    path = build.library_path(folder)
+    if not build.unusable_reason(path):
         print_line("kernels", f"{path}, built already")
         return
-    check_toolchain()
-    check_folder(folder)
+    build.check_toolchain()
+    build.check_folder(folder)
     print_line("building", "the kernels for this CPU, about a minute on two cores")
     begin = time.monotonic()
-    path = build_library(folder)
+    path = build.build_library(folder)
     print_line("kernels", f"{path}, built in {time.monotonic() - begin:.0f} s")
 
 

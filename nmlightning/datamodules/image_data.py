@@ -61,11 +61,8 @@ class ResidentImages:
     """Labelled images on a device, with every crop of every image as a view.
 
     They take N·C·(H + 2·pad)·(W + 2·pad) bytes there, and twice that if they are mirrored: the
-    mirror images lie behind the others, so that a flip is another row of the same gather.
-
-    Attributes:
-        windows: the view (N or 2N, C, 2·pad + 1, 2·pad + 1, H, W).
-        labels: (N or 2N,), on the device.
+    mirror images lie behind the others, so that a flip is another row of the same gather. `windows`
+    are the view (N or 2N, C, 2·pad + 1, 2·pad + 1, H, W).
     """
 
     def __init__(

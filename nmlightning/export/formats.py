@@ -10,21 +10,13 @@ from nmlightning.errors import InputError, check_choice, check_flag
 
 @dataclass(frozen=True)
 class Format:
-    """One format.
-
-    Attributes:
-        suffix: of its files.
-        needs_suffix: whether a file of another is not read.
-        use: the line of Python that uses the file called {file}.
-        keeps_code: whether its reader has the network's class, so that keys and classes count.
-        needs: packages that no other format needs.
-    """
+    """A format: its files' suffix, and the line of Python that uses the file called {file}."""
 
     suffix: str
     use: str
-    needs_suffix: bool = False
-    keeps_code: bool = False
-    needs: tuple[str, ...] = ()
+    needs_suffix: bool = False  # a file of another is not read
+    keeps_code: bool = False  # its reader has the network's class, so that keys and classes count
+    needs: tuple[str, ...] = ()  # packages that no other format needs
 
 
 FORMATS: Mapping[str, Format] = {

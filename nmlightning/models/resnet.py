@@ -88,7 +88,12 @@ class CifarResNet(nn.Module):
         scale_branches: bool = False,
     ) -> None:
         super().__init__()
-        blocks = _blocks_per_stage(depth)
+        if not isinstance(depth, int) or depth < 8 or (depth - 2) % 6:
+            raise InputError(
+                f"CifarResNet depth {depth!r} is not 6n + 2: choose 20, 32, 44, 56, 110 or another "
+                "such."
+            )
+        blocks = (depth - 2) // 6  # in a stage
         self.activation = activation
         self.scale_branches = scale_branches
         narrow, middle, wide = WIDTHS
@@ -113,15 +118,6 @@ class CifarResNet(nn.Module):
         x = self.layer3(self.layer2(self.layer1(x)))
         logits: Tensor = self.fc(self.pool(x).flatten(1))
         return logits
-
-
-def _blocks_per_stage(depth: int) -> int:
-    if not isinstance(depth, int) or depth < 8 or (depth - 2) % 6:
-        raise InputError(
-            f"CifarResNet depth {depth!r} is not 6n + 2: choose 20, 32, 44, 56, 110 or another "
-            "such."
-        )
-    return (depth - 2) // 6
 
 
 def _stage(

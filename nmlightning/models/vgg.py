@@ -49,7 +49,17 @@ class VGG(nn.Module):
             raise InputError(f"There is no VGG of depth {depth}: choose 11, 13, 16 or 19.")
         check_whole_number("width", width)
         self.activation = activation
-        layers = _layers(CONVS_PER_STAGE[depth], in_channels, width, activation)
+        layers: list[nn.Module] = []
+        for convs, relative_width in zip(CONVS_PER_STAGE[depth], STAGE_WIDTHS, strict=True):
+            channels = relative_width * width
+            for _ in range(convs):
+                layers += [
+                    nn.Conv2d(in_channels, channels, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(channels),
+                    make_activation(activation),
+                ]
+                in_channels = channels
+            layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(STAGE_WIDTHS[-1] * width, num_classes)
@@ -62,20 +72,3 @@ class VGG(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.classifier(self.pool(self.features(x)).flatten(1))
         return logits
-
-
-def _layers(
-    convs_per_stage: tuple[int, ...], in_channels: int, width: int, activation: Activation
-) -> list[nn.Module]:
-    layers: list[nn.Module] = []
-    for convs, relative_width in zip(convs_per_stage, STAGE_WIDTHS, strict=True):
-        channels = relative_width * width
-        for _ in range(convs):
-            layers += [
-                nn.Conv2d(in_channels, channels, 3, padding=1, bias=False),
-                nn.BatchNorm2d(channels),
-                make_activation(activation),
-            ]
-            in_channels = channels
-        layers.append(nn.MaxPool2d(2))
-    return layers

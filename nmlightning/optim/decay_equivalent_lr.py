@@ -19,14 +19,11 @@ class DecayRate:
 
     α is the larger root of z² − (1 + m − ηλ) z + m = 0, and the step without decay that turns the
     direction alike has the rate η / (α a²) for a weight that is 1/a of the decayed one.
-
-    Attributes:
-        alpha: α, by which the decayed weight shrinks per step if no gradient acts.
-        pull: κ = (1 − α) / (ηα), the share of the weight that its momentum buffer carries; at
-            η = 0 its limit λ / (1 − m).
     """
 
-    alpha: float
+    alpha: float  # by which the decayed weight shrinks per step if no gradient acts
+    # κ = (1 − α) / (ηα), the share of the weight that its momentum buffer carries; at η = 0 its
+    # limit λ / (1 − m).
     pull: float
 
     @classmethod

@@ -94,11 +94,6 @@ def choose_weights(
     `layouts` are as in `StepRule.attach`. A convolution is a layer's weight of three or more
     dimensions; where only names and shapes are known, every parameter of so many that is among the
     names `recorded`, if any is.
-
-    Raises:
-        InputError: nothing to steer; a pattern that matches nothing; a parameter that FSDP1
-            flattened, that has no channels, that is split within channels, or that decays inside
-            the optimizer's step.
     """
     weights = NamedWeights.of(model, layouts)
     groups = group_numbers(optimizer)
@@ -242,20 +237,15 @@ class Scope:
     soon as it can: for most weights at the first step, and for one of few channels after several
     where it is small, yet may be so by chance. Until then the weight is left.
 
-    Args:
-        insists: steer the others too, for they were named; a warning is due.
-        measures: False steers every weight without measuring.
-
-    Attributes:
-        shares: the radial share of each weight that has had a gradient.
-        samples: how many channels' gradients it is of.
+    A scope that `insists` steers the others too, for they were named, with a warning; one that does
+    not measure steers every weight.
     """
 
     def __init__(self, *, insists: bool, measures: bool = True) -> None:
         self.insists = insists
         self.measures = measures
-        self.shares: dict[str, float] = {}
-        self.samples: dict[str, int] = {}
+        self.shares: dict[str, float] = {}  # the radial share of each weight that has had gradients
+        self.samples: dict[str, int] = {}  # how many channels' gradients it is of
         self._pending: dict[str, tuple[float, float]] = {}
 
     def measure(self, weight: OptimizedWeight, *, again: bool = True) -> None:

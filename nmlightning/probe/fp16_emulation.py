@@ -128,7 +128,9 @@ def _judge_gradients(
     known = gradients.isfinite().all(1, keepdim=True)
     wide = torch.where(known, gradients, 0.0).float()
     right = exact.gradient(wide)
-    scale = _loss_scale(wide, right)
+    # A power of two that brings the largest of both to equal distances from 1, (C, 1).
+    sizes = [tensor.abs().amax(1, keepdim=True).log2() for tensor in (wide, right)]
+    scale = torch.exp2((-0.5 * (sizes[0] + sizes[1])).nan_to_num(0.0, 0.0, 0.0).round())
     got = tried.gradient((wide * scale).half()).float()
     finite = got.isfinite().all(1)
     errors = (got - right * scale).nan_to_num()
@@ -139,12 +141,6 @@ def _judge_gradients(
     passed_on = _rms(wide * scale) / (exact.input.var(1, correction=0) + exact.eps).sqrt()
     outcome[_rms(errors) > TOLERANCE * passed_on] = GRADIENT_WRONG
     outcome[~finite] = GRADIENT_NOT_FINITE
-
-
-def _loss_scale(gradients: Tensor, results: Tensor) -> Tensor:
-    """Return (C, 1) powers of two that bring the largest of both to equal distances from 1."""
-    sizes = [tensor.abs().amax(1, keepdim=True).log2() for tensor in (gradients, results)]
-    return torch.exp2((-0.5 * (sizes[0] + sizes[1])).nan_to_num(0.0, 0.0, 0.0).round())
 
 
 def _rms(rows: Tensor) -> Tensor:

@@ -69,8 +69,10 @@ class NormWatch:
         self._model = model
         self._layers: dict[int, _WatchedLayer] = {}
         for found in find_norm_layers(model):
-            reason = _unsupported_reason(found.module)
-            if reason:
+            if isinstance(found.module, MeanOnlyBatchNorm):
+                self.left_out[found.name] = f"{found.type_name} has no scale"
+            elif not isinstance(found.module, _BatchNorm | nn.LayerNorm):
+                reason = "is neither a batch norm nor a layer norm"
                 self.left_out[found.name] = f"{found.type_name} {reason}"
             elif id(found.module) not in self._layers:
                 self._layers[id(found.module)] = _WatchedLayer(found.name, found.module)
@@ -210,15 +212,6 @@ class _WatchedLayer:
         """Return the gradient by what a weight multiplies, but for a factor that a row shares."""
         weight: Tensor | None = self.module.weight  # type: ignore[assignment]
         return gradient if weight is None or self.kind == "batch" else gradient * weight
-
-
-def _unsupported_reason(module: nn.Module) -> str:
-    """Return why a norm layer cannot be measured, or nothing."""
-    if isinstance(module, MeanOnlyBatchNorm):
-        return "has no scale"
-    if not isinstance(module, _BatchNorm | nn.LayerNorm):
-        return "is neither a batch norm nor a layer norm"
-    return ""
 
 
 @contextmanager

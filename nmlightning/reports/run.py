@@ -137,27 +137,16 @@ _CONFIGS = ("config.yaml", "hparams.yaml")
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One run.
-
-    Attributes:
-        folder: where it is kept.
-        settings: as `flatten_settings` has them; empty if it left no config.
-        seed: of `seed_everything`, if its config says it.
-        scalars: what it logged, by tag.
-        seconds: from the first to the last number it logged, NaN if that was not noted.
-        norms: its recording of weight norms, if it has one.
-        checkpoint: that it resumed from, if its config says it.
-        parts: the folders of this run, and before it of those that it resumes.
-    """
+    """One run."""
 
     folder: Path
-    settings: Mapping[str, Any]
-    seed: int | None
-    scalars: Mapping[str, Series]
-    seconds: float
+    settings: Mapping[str, Any]  # as `flatten_settings` has them; empty if it left no config
+    seed: int | None  # of `seed_everything`, if its config says it
+    scalars: Mapping[str, Series]  # by tag
+    seconds: float  # from the first to the last number it logged, NaN if that was not noted
     norms: NormHistory | None
-    checkpoint: Path | None
-    parts: tuple[Path, ...]
+    checkpoint: Path | None  # that it resumed from, if its config says it
+    parts: tuple[Path, ...]  # the folders of this run, and before it of those that it resumes
 
     @property
     def name(self) -> str:

@@ -25,11 +25,7 @@ class SoundNumerics(pl.Callback):
     """Refuses settings of optimizers that are not finite, or an eps that is 0 in float16.
 
     In float16, gradients whose norm would overflow there, and so be clipped to 0, are first clipped
-    by their norm in float32. Metrics count in float32 whatever the module's precision. The tasks
-    add it by `configure_callbacks`, and `nm fit` for any module.
-
-    Raises:
-        InputError: at the start of a fit.
+    by their norm in float32. Metrics count in float32 whatever the module's precision.
     """
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -31,14 +31,10 @@ class BatchPlan:
     Pairs are sorted by their longer side L = max(S, T), then by the difference of their sides, up
     and down in turn, and in any order among equals. Where a batch ends follows from the sequence of
     L alone, which is the same in every order: so all epochs have the same number of batches.
-
-    Attributes:
-        cells: (P,) float64 whole numbers, the sort keys of the pairs.
-        bounds: (batches + 1,): batch i holds the pairs bounds[i] … bounds[i + 1] − 1 of the order.
     """
 
-    cells: Tensor
-    bounds: list[int]
+    cells: Tensor  # (P,) float64 whole numbers, the sort keys of the pairs
+    bounds: list[int]  # batch i holds the pairs bounds[i] … bounds[i + 1] − 1 of the order
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -52,10 +48,7 @@ class BatchPlan:
 
 
 def plan_batches(source: Lengths, target: Lengths, tokens: int) -> BatchPlan:
-    """Return the plan for pairs of the padded lengths S and T, each (P,).
-
-    A pair whose longer side is over `tokens` is a batch of its own.
-    """
+    """Return the plan for pairs of padded lengths (P,) S and T; one of over `tokens` is alone."""
     longest = np.maximum(source, target)
     difference = (target - source) // DIFFERENCE_STEP
     turning = np.where(longest % 2, difference, -difference)

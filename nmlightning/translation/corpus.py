@@ -26,19 +26,12 @@ from nmlightning.translation.tokenizer import BOS, EOS, PAD, JointBPE
 
 
 class TranslationBatch(NamedTuple):
-    """Sentence pairs as tokens, padded at the end with `PAD`.
+    """Sentence pairs as tokens, padded at the end with `PAD`."""
 
-    Attributes:
-        source: (N, S) int64: the tokens of each sentence and EOS.
-        target: (N, T) int64: BOS, the tokens of each translation, and EOS.
-        words: (N,) int64: the words of each translation, split at white space, and one for its end.
-        references: the translations as they were written; empty in training.
-    """
-
-    source: Tensor
-    target: Tensor
-    words: Tensor
-    references: tuple[str, ...] = ()
+    source: Tensor  # (N, S) int64: the tokens of each sentence and EOS
+    target: Tensor  # (N, T) int64: BOS, the tokens of each translation, and EOS
+    words: Tensor  # (N,) int64: of each translation, split at white space, and one for its end
+    references: tuple[str, ...] = ()  # the translations as they were written; not in training
 
 
 TooLong = Literal["drop", "truncate"]
@@ -47,15 +40,10 @@ ENCODED_TOGETHER = 10_000  # sentences that the tokenizer shares out among threa
 
 
 class EncodedSide(NamedTuple):
-    """Sentences as tokens, without BOS and EOS.
+    """Sentences as tokens, without BOS and EOS."""
 
-    Attributes:
-        tokens: of all sentences, one after the other; uint16, or uint32 of a large vocabulary.
-        bounds: (P + 1,) int64: sentence i is tokens[bounds[i]:bounds[i + 1]].
-    """
-
-    tokens: NDArray[Any]
-    bounds: NDArray[np.int64]
+    tokens: NDArray[Any]  # of all sentences in a row; uint16, or uint32 of a large vocabulary
+    bounds: NDArray[np.int64]  # (P + 1,): sentence i is tokens[bounds[i]:bounds[i + 1]]
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -94,20 +82,13 @@ class Omissions(NamedTuple):
 
 
 class EncodedPairs(NamedTuple):
-    """Sentence pairs as tokens.
-
-    Attributes:
-        source, target: the sentences and their translations.
-        words: (P,) int32: the words of each translation, and one for its end.
-        omitted: the pairs left out or shortened.
-        digest: 32 hexadecimal digits of all arrays.
-    """
+    """Sentence pairs as tokens."""
 
     source: EncodedSide
     target: EncodedSide
-    words: NDArray[np.int32]
+    words: NDArray[np.int32]  # (P,) of each translation, and one for its end
     omitted: Omissions
-    digest: str
+    digest: str  # 32 hexadecimal digits of all arrays
 
     @property
     def length(self) -> int:

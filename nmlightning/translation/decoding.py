@@ -142,19 +142,12 @@ def beam_search(
 
 @dataclass(frozen=True)
 class _Beams:
-    """Translations that are being written, k of each of n sentences, the likeliest first.
+    """Translations that are being written, k of each of n sentences, the likeliest first."""
 
-    Attributes:
-        sentences: (n,) which of the sentences they translate.
-        scores: (n, k) float32, their log-probabilities; −∞ for what cannot be.
-        tokens: (n, k, t) int64, from BOS on.
-        rows: (n·k,) the row of the step before that each continues.
-    """
-
-    sentences: Tensor
-    scores: Tensor
-    tokens: Tensor
-    rows: Tensor
+    sentences: Tensor  # (n,) which of the sentences they translate
+    scores: Tensor  # (n, k) float32, their log-probabilities; −∞ for what cannot be
+    tokens: Tensor  # (n, k, t) int64, from BOS on
+    rows: Tensor  # (n·k,) the row of the step before that each continues
 
     @classmethod
     def start(cls, source: Tensor) -> "_Beams":
@@ -164,11 +157,7 @@ class _Beams:
         return cls(sentences, scores, torch.full_like(source[:, :1, None], BOS), sentences)
 
     def grow(self, log_p: Tensor, count: int) -> "_Beams":
-        """Return the `count` likeliest translations that are longer by a token.
-
-        Those are among the `count` likeliest of each translation. `log_p`: (n·k, vocab_size), the
-        log-probabilities of the next token.
-        """
+        """Return the `count` likeliest, a token longer, given `log_p` (n·k, vocab_size) of it."""
         n, k, t = self.tokens.shape
         best, words = log_p.topk(min(count, log_p.shape[1]))
         best = best.view(n, k, -1)
@@ -197,21 +186,13 @@ class _Beams:
 
 @dataclass
 class _Finished:
-    """The best finished translation of each sentence so far.
-
-    Attributes:
-        translations: their tokens, without BOS and EOS.
-        scores: (N,) divided by the penalty; −∞ where none has ended.
-        counts: (N,) how many have ended.
-        limits: (N,) int64, the most tokens of each.
-        alpha: of the penalty.
-    """
+    """The best finished translation of each sentence so far, without BOS and EOS."""
 
     translations: list[list[int]]
-    scores: Tensor
-    counts: Tensor
-    limits: Tensor
-    alpha: float
+    scores: Tensor  # (N,) divided by the penalty; −∞ where none has ended
+    counts: Tensor  # (N,) how many have ended
+    limits: Tensor  # (N,) int64, the most tokens of each
+    alpha: float  # of the penalty
 
     @classmethod
     def start(cls, source: Tensor, limits: Tensor, alpha: float) -> "_Finished":
@@ -232,12 +213,9 @@ class _Finished:
         self._write(grown.sentences[better], first[better, places[better], 1:-1])
 
     def find_open(self, beams: _Beams, length: int, beam_size: int) -> Tensor:
-        """Return (n,) bool, the sentences that are not done, and keep what is cut off if need be.
-
-        Log-probabilities only decrease, so no score exceeds that of the current log-probability at
-        the longest length.
-        """
+        """Return which sentences are not done, (n,) bool, and keep what is cut off if need be."""
         limits, scores = self.limits[beams.sentences], self.scores[beams.sentences]
+        # Log-probabilities only decrease: no score exceeds that of now at the longest length.
         bounds = beams.scores[:, 0] / length_penalty_of(limits, self.alpha)
         is_cut = length >= limits
         cut = (is_cut & scores.isneginf()).nonzero().flatten()

@@ -20,17 +20,10 @@ class TiedEmbedding(nn.Module):
     Vectors have the variance 1, and so have the logits of an x that has it (Vaswani et al. 2017,
     section 3.4, https://arxiv.org/abs/1706.03762).
 
-    An output layer that is tied to an embedding (Press & Wolf 2017, arXiv 1608.05859) is no module
-    but reads the embedding's weight, so that a weight norm of it counts for both. PAD has a vector
-    like the others: its value never counts, and a row of zeros could not be normalised.
-
-    Args:
-        vocab_size: number of tokens, with the special ones.
-        width: numbers in a vector.
-        tied: the matrices that are one; see `Transformer`.
-
-    Raises:
-        InputError: for another `tied`, or a vocabulary without a word.
+    An output layer that is tied to an embedding (Press & Wolf 2017, arXiv 1608.05859; see `tied` of
+    `Transformer`) is no module but reads the embedding's weight, so that a weight norm of it counts
+    for both. PAD has a vector like the others: its value never counts, and a row of zeros could not
+    be normalised.
     """
 
     def __init__(self, vocab_size: int, width: int, tied: Tied) -> None:

@@ -55,17 +55,11 @@ class BLEU(SacreBLEUScore):
 
 
 class TokenLoss(NamedTuple):
-    """Scalars of a batch, in float32.
+    """Scalars of a batch, in float32."""
 
-    Attributes:
-        loss: the training loss: the mean over the tokens, smoothed.
-        negative_log_likelihood: −Σ log p(target), in nats, without smoothing or gradient.
-        tokens: their number, without padding.
-    """
-
-    loss: Tensor
-    negative_log_likelihood: Tensor
-    tokens: Tensor
+    loss: Tensor  # the mean over the tokens, smoothed
+    negative_log_likelihood: Tensor  # −Σ log p(target), in nats, without smoothing or gradient
+    tokens: Tensor  # their number, without padding
 
 
 def token_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> TokenLoss:

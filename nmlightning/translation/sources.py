@@ -9,7 +9,7 @@ from hashlib import sha256
 from importlib import import_module
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 
@@ -163,7 +163,9 @@ def read_lines(path: Path) -> Iterator[str]:
     """Yield the lines of a UTF-8 file, plain or gzipped, without their ends."""
     number = 0
     try:
-        with _open(path) as file:
+        with path.open("rb") as file:
+            gzipped = file.read(len(GZIP)) == GZIP
+        with gzip.open(path) if gzipped else path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 yield decode_line(line, number, str(path))
     except (OSError, EOFError, zlib.error) as error:
@@ -189,12 +191,6 @@ def _find_file(path: str | Path) -> Path:
     if not found.is_file():
         raise InputError(f"there is no file {found}: give one with a sentence in each line.")
     return found
-
-
-def _open(path: Path) -> BinaryIO:
-    with path.open("rb") as file:
-        gzipped = file.read(len(GZIP)) == GZIP
-    return cast(BinaryIO, gzip.open(path)) if gzipped else path.open("rb")
 
 
 def _digest_of(path: Path) -> str:

@@ -75,7 +75,13 @@ class JointBPE:
             raise InputError(
                 f"{name} is no tokenizer ({error}): give a file that JointBPE.save wrote."
             ) from error
-        _refuse_other_kinds(json.loads(text), name)
+        content = json.loads(text)
+        parts = (content[part] or {} for part in ("model", "pre_tokenizer", "decoder"))
+        if tuple(part.get("type") for part in parts) != KIND or content["normalizer"]:
+            raise InputError(
+                f"{name} is a tokenizer of another kind, not of byte-level byte-pair encodings: "
+                "give a file that JointBPE.save wrote."
+            )
         first = tuple(map(tokenizer.id_to_token, range(len(SPECIAL_TOKENS))))
         if first != SPECIAL_TOKENS:
             raise InputError(
@@ -136,13 +142,3 @@ def _read_checkpoint(path: str | Path) -> str:
     if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint:
         raise InputError(f"the checkpoint {path} has no tokenizer: it is of another task.")
     return str(checkpoint[CHECKPOINT_KEY])
-
-
-def _refuse_other_kinds(content: dict[str, Any], name: str) -> None:
-    parts = (content[part] or {} for part in ("model", "pre_tokenizer", "decoder"))
-    kind = tuple(part.get("type") for part in parts)
-    if kind != KIND or content["normalizer"]:
-        raise InputError(
-            f"{name} is a tokenizer of another kind, not of byte-level byte-pair encodings: give a "
-            "file that JointBPE.save wrote."
-        )

@@ -229,10 +229,7 @@ class TransformerState:
         self._sentences = torch.arange(rows, device=keys.device)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add those of one more token, (N, heads, 1, d) each, and return all of the layer.
-
-        The caller adds one to `length` after the last layer.
-        """
+        """Add those of one more token, (N, heads, 1, d) each, and return all of the layer."""
         end = self.length + 1
         if end > self._own.shape[4]:
             self._own = torch.cat((self._own, torch.empty_like(self._own)), 4)
