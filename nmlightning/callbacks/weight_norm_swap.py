@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import nn
 
-from nmlightning.callbacks.model_change import ModelChange, warn_of_forgotten
+from nmlightning.callbacks.norm_swap import ModelChange, warn_of_forgotten
 from nmlightning.compat import stands_behind
 from nmlightning.errors import InputError, check_lists
 from nmlightning.parametrizations import WeightNorm, apply_weight_norm

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch.optim import Optimizer
 
-from nmlightning.callbacks.model_change import ModelChange
+from nmlightning.callbacks.norm_swap import ModelChange
 from nmlightning.commands.checkpoint import checkpoint_hparams
 from nmlightning.commands.files import RunPaths
 from nmlightning.commands.fit import TrainingCLI, given_callbacks, is_ctrl_c
