@@ -6,7 +6,7 @@ from numbers import Integral
 
 
 class InputError(ValueError):
-    """Input that cannot be right; its one line, which says what to do, stands for a traceback."""
+    """Input that cannot be right; one line says what to do instead, and no traceback is shown."""
 
 
 def input_error_in(error: BaseException | None) -> InputError | None:

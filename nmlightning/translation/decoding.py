@@ -157,9 +157,9 @@ class _Beams:
         return cls(sentences, scores, torch.full_like(source[:, :1, None], BOS), sentences)
 
     def grow(self, log_p: Tensor, count: int) -> "_Beams":
-        """Return the `count` likeliest, a token longer, given `log_p` (n·k, vocab_size) of it."""
+        """Return the `count` likeliest translations that are longer by a token."""
         n, k, t = self.tokens.shape
-        best, words = log_p.topk(min(count, log_p.shape[1]))
+        best, words = log_p.topk(min(count, log_p.shape[1]))  # log_p is (n·k, vocab_size)
         best = best.view(n, k, -1)
         totals = (self.scores[:, :, None] + best).flatten(1)
         scores, columns = totals.topk(min(count, best[0].numel()))
