@@ -256,13 +256,9 @@ class ImageClassifier(pl.LightningModule):
             )
 
     def on_train_epoch_start(self) -> None:
-        self._logged.discard("train")
+        self._logged.clear()
 
-    def on_validation_epoch_start(self) -> None:
-        self._logged.discard("val")
-
-    def on_test_epoch_start(self) -> None:
-        self._logged.discard("test")
+    on_validation_epoch_start = on_test_epoch_start = on_train_epoch_start
 
     @torch.inference_mode(False)  # the first logits come from a validation, the last from training
     def _make_metrics(self, logits: Tensor) -> None:
