@@ -144,6 +144,6 @@ def test_shard_leaves_nothing_when_interrupted(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nmlightning.datamodules.image_shards.decode", interrupt)
+    monkeypatch.setattr("nmlightning.datamodules.decoded_images.decode", interrupt)
     assert main(["shard", str(folder), "out"]) == 130
     assert not list(Path().glob("out*"))
