@@ -206,11 +206,7 @@ def _epochs_of(trainer: pl.Trainer, history: NormHistory) -> float | None:
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: value
-        for name, value in options.items()
-        if value is None or isinstance(value, bool | int | float | str)
-    }
+    return {k: v for k, v in options.items() if isinstance(v, int | float | str | None)}
 
 
 def check_same_optimizer(

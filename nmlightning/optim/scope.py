@@ -281,12 +281,6 @@ class Scope:
         """Return whether the weight is steered."""
         return self.insists or weight.name not in self.shares or self._passes(weight.name)
 
-    def dropped(self) -> dict[str, float]:
-        """Return the shares of the weights that are not steered, for the loss feels their norm."""
-        if self.insists:
-            return {}
-        return {name: share for name, share in self.shares.items() if self._felt(name)}
-
     def reason(self, name: str) -> str:
         """Return in words what was decided about a weight."""
         if not self.measures:
