@@ -26,12 +26,7 @@ def check_optimizers(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimi
 def param_groups_for_gains(
     weights: Iterable[NormalisableWeight], optimizers: Sequence[Optimizer]
 ) -> dict[str, list[Group]]:
-    """Return by the name of each weight the parameter groups that its gains belong to.
-
-    Raises:
-        InputError: an optimizer that exists, but is not among `optimizers`, moves the weight, and
-            would not move the gains; or one that cannot take any.
-    """
+    """Return by the name of each weight the parameter groups that its gains belong to."""
     given = {id(optimizer) for optimizer in optimizers}
     other_optimizers = [x for x in _all_optimizers() if id(x) not in given]
     groups = {}

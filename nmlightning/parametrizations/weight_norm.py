@@ -15,11 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nmlightning.errors import InputError, check_choice, check_flag, is_number
-from nmlightning.parametrizations.normalize import (
-    is_recorded,
-    normalise_channels,
-    normalise_weight,
-)
+from nmlightning.parametrizations.normalize import is_recorded, normalise_channels, normalise_weight
 from nmlightning.weights.channel_norms import (
     ROWS,
     ChannelLayout,
@@ -41,11 +37,7 @@ _GAINS: dict[Kind, tuple[Gain, ...]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of `apply_weight_norm`; `rho` is None for "init".
-
-    Raises:
-        InputError: from `of`, for what is not allowed.
-    """
+    """The arguments of `apply_weight_norm`; `rho` is None for "init"."""
 
     kind: Kind
     p: float

@@ -207,14 +207,10 @@ STATISTICS = ("min", "mean", "max", "median")
 
 
 def summarise_channels(values: Sequence[Tensor]) -> Tensor:
-    """Return the smallest, mean, largest and median value of the channels of each layer.
+    """Return (L, 4) the smallest, mean, largest and median of (C_l,) values of each of L layers.
 
-    Args:
-        values: (C_l,) of each of L layers, at least one each, on one device.
-
-    Returns:
-        (L, 4), as `STATISTICS` names them, in the dtype of the values. Where a layer has a NaN, all
-        but its median, which leaves it out, are NaN. The median of an even number is the lower one.
+    Where a layer has a NaN, all but its median, which leaves it out, are NaN. The median of an even
+    number is the lower one.
     """
     rows = pad_sequence(list(values), batch_first=True, padding_value=math.nan)
     counts = torch.tensor([len(v) for v in values], device=rows.device)

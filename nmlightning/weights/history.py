@@ -29,16 +29,11 @@ RecordPlace = tuple[int, int, float]
 
 @dataclass(frozen=True, eq=False)
 class RecordedClock:
-    """The moments of T records.
+    """The moments of T records."""
 
-    Attributes:
-        steps: (T,) int64, increasing.
-        epochs: (T,) int64, never decreasing.
-        steps_per_epoch: of the run; None means that its last epoch is as long as the one before.
-    """
-
-    steps: NDArray[np.int64]
-    epochs: NDArray[np.int64]
+    steps: NDArray[np.int64]  # (T,) int64, increasing
+    epochs: NDArray[np.int64]  # (T,) int64, never decreasing
+    # Of the run; None means that its last epoch is as long as the one before.
     steps_per_epoch: int | None = None
 
     def __len__(self) -> int:

@@ -29,17 +29,7 @@ Rates = Mapping[int, tuple[float, float]]
 
 
 class Recorder:
-    """Takes records of the norms of some weights, and brings them to the CPU when they are saved.
-
-    Args:
-        weights: what is recorded.
-        provenance: what the recording is of; plain data.
-        earlier: the records of the run that this one resumes.
-
-    Attributes:
-        weights: the same list.
-        last_step: the step of the latest record, or -1.
-    """
+    """Takes records of the norms of weights, and brings them to the CPU when they are saved."""
 
     def __init__(
         self,
@@ -57,7 +47,7 @@ class Recorder:
         self._moments: list[tuple[int, int, NDArray[np.float64]]] = []
         self._unsaved: list[NDArray[Any]] = []
         self._ends: dict[int, NDArray[Any]] = {}  # the last record of each epoch, by its number
-        self.last_step = -1
+        self.last_step = -1  # of the latest record
         if earlier is not None and len(earlier):
             earlier.check_weights(self._channels)
             self.last_step = int(earlier.steps[-1])
@@ -156,15 +146,10 @@ class Recorder:
 
 @dataclass(frozen=True)
 class KeptRecording:
-    """The file in which a run keeps its records.
+    """The file in which a run keeps its records."""
 
-    Attributes:
-        file: nothing but this run is in it.
-        run: a name that a run and those that resume it share, and no other.
-    """
-
-    file: Path
-    run: str
+    file: Path  # nothing but this run is in it
+    run: str  # a name that a run and those that resume it share, and no other
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """Return what a run needs that resumes from the record at `step`."""
@@ -180,13 +165,8 @@ def keep_recording(
     """Return where a run in `folder` keeps its records, and those it continues.
 
     A run continues its own file if that is in this folder; what it recorded there after the
-    checkpoint is then replaced. Every other run gets a name that nothing has yet.
-
-    Args:
-        folder: of the run.
-        state: of the run that it resumes, by `state_dict`; empty for a new one.
-        taken: files that others are about to write.
-        checkpoint: that it resumes from; its project may have been moved, or copied.
+    checkpoint is then replaced. Every other run gets a name that nothing has yet, and that no other
+    has `taken`. A project may have been moved, or copied, since its checkpoint.
     """
     file = _file_of(folder, state, checkpoint) if state else None
     if file is None:

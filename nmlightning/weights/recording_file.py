@@ -69,12 +69,7 @@ def record_type(channels: Sequence[int]) -> np.dtype[Any]:
 class GrowingRecording:
     """A recording in a file, to which a run appends: what is in there is not written again.
 
-    Args:
-        file: written at once; an earlier one is replaced.
-        channels: the number of each weight's, by name.
-        provenance: of the run.
-        count: of the records to begin with.
-        records: these, of `record_type`, in parts.
+    It is written at once, with the records to begin with, in parts; an earlier file is replaced.
     """
 
     def __init__(
@@ -146,9 +141,6 @@ def find_recording(path: Path, seed: int | None) -> Path:
     That is the path itself if it is a file, the file in a run's folder, or that of the latest run
     with the seed in the folder of an experiment, which has a folder `version_N` for each run. A run
     that finished goes before one that was stopped; a damaged file is passed over with a warning.
-
-    Raises:
-        InputError: there is no recording, or none with this seed.
     """
     if path.is_file():
         return path
@@ -285,12 +277,7 @@ def make_arrays(
     *,
     provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the arguments of a `NormHistory`; rates that are None are unknown.
-
-    Raises:
-        InputError: what is no number, no whole number or no plain data; shapes that do not fit
-            together; a clock that runs backwards; a negative norm.
-    """
+    """Return the arguments of a `NormHistory`; rates that are None are unknown."""
     if not isinstance(norms, Mapping):
         kind = type(norms).__name__
         raise InputError(f"norms is a mapping from names of weights to arrays, got a {kind}")

@@ -126,11 +126,7 @@ def unusable_reason(path: Path) -> str:
 
 
 def load_library(path: Path) -> None:
-    """Make the built library's operators torch's, once in a process.
-
-    Raises:
-        OSError: a file that is no library for this machine.
-    """
+    """Make the built library's operators torch's, once in a process."""
     if not is_loaded():
         torch.ops.load_library(path)  # type: ignore[no-untyped-call]
 

@@ -26,16 +26,13 @@ Callers = dict[nn.Module, list[tuple[nn.Module, str]]]
 
 @dataclass(frozen=True)
 class FusingPlan:
-    """The fused modules and norms that a model shall have, and why some norms only normalise.
+    """The fused modules and norms that a model shall have, and why some norms only normalise."""
 
-    Attributes:
-        fusions: of every module whose norms do what follows them in its forward.
-        fused: what each norm does, None for nothing more.
-        reasons: why it does less than it was wanted to, of those of which that is so.
-    """
-
+    # Of every module whose norms do what follows them in its forward.
     fusions: dict[nn.Module, Fusion] = field(default_factory=dict)
+    # What each norm does, None for nothing more.
     fused: dict[nn.Module, Fused | None] = field(default_factory=dict)
+    # Why it does less than it was wanted to, of those of which that is so.
     reasons: dict[nn.Module, str] = field(default_factory=dict)
 
     def check(self, model: nn.Module) -> None:
@@ -65,12 +62,7 @@ class FusingPlan:
 
 
 def plan_fusing(model: nn.Module, wanted: Mapping[nn.Module, Fused | None]) -> FusingPlan:
-    """Return how norms can do of what follows them as much as is wanted of each, and no more.
-
-    Args:
-        model: is neither changed nor run.
-        wanted: the most that each norm may do. Those that are left out stay as they are.
-    """
+    """Return how norms can do of what follows them as much as is `wanted` of each, and no more."""
     plan = FusingPlan()
     callers = _find_callers(model)
     blocks: dict[nn.Module, dict[str, Fused]] = {}
@@ -195,11 +187,7 @@ def fused_norms(model: nn.Module) -> dict[nn.Module, Fused]:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Let every norm of a model only normalise, and what follows it do the rest, in place.
-
-    Raises:
-        InputError: a module that has become of another class since; nothing is changed then.
-    """
+    """Let every norm of a model only normalise, and what follows it do the rest, in place."""
     FusingPlan().check(model)
     FusingPlan().unfuse_changed(model)
 

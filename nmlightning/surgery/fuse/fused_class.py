@@ -24,19 +24,13 @@ from nmlightning.surgery.norm_layers import FUSION
 
 @dataclass(frozen=True)
 class Fusion:
-    """All that a fused class is made of.
+    """All that a fused class is made of."""
 
-    Attributes:
-        original: the class that the module had.
-        norms: what each fused norm does, by its name in the module.
-        watched: the attributes that the forward depends on; setting another unfuses it.
-        code: of the forward, None for that of a Sequential.
-    """
-
-    original: type[nn.Module]
-    norms: tuple[tuple[str, Fused], ...]
+    original: type[nn.Module]  # the class that the module had
+    norms: tuple[tuple[str, Fused], ...]  # what each fused norm does, by its name in the module
+    # The attributes that the forward depends on; setting another unfuses it.
     watched: frozenset[str]
-    code: Code | None = None
+    code: Code | None = None  # of the forward, None for that of a Sequential
 
 
 def fusion_of(module: nn.Module) -> Fusion | None:

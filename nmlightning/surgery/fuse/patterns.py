@@ -24,32 +24,19 @@ _METHODS = {"relu": F.relu, "relu_": F.relu_, "add": torch.add, "add_": operator
 
 @dataclass(frozen=True)
 class FusablePattern:
-    """A norm's call, the calls that it takes over, in order, and what it then does.
+    """A norm's call, the calls that it takes over, in order, and what it then does."""
 
-    Attributes:
-        call: of the norm.
-        taken: the calls from the one behind the norm's to that of the ReLU.
-        fused: what they come to.
-        residual: what is added, where something is.
-        in_place: whether that is added to the norm's output, whose dtype then stays.
-    """
-
-    call: Node
-    taken: tuple[Node, ...]
-    fused: Fused
-    residual: Node | None = None
-    in_place: bool = False
+    call: Node  # of the norm
+    taken: tuple[Node, ...]  # the calls from the one behind the norm's to that of the ReLU
+    fused: Fused  # what they come to
+    residual: Node | None = None  # what is added, where something is
+    in_place: bool = False  # whether that is added to the norm's output, whose dtype then stays
 
 
 def find_patterns(
     traced: TracedGraph, wanted: Mapping[str, Fused]
 ) -> tuple[dict[str, FusablePattern], dict[str, str]]:
-    """Return the pattern of each norm, one at most for each ReLU, and why others have none.
-
-    Args:
-        traced: a module's forward, with its children as whole calls.
-        wanted: the most that each norm may do, by its name in the module.
-    """
+    """Return the pattern of each norm, one at most for each ReLU, and why others have none."""
     calls = {name: traced.calls(traced.root.get_submodule(name)) for name in wanted}
     found: dict[str, FusablePattern] = {}
     reasons: dict[str, str] = {}

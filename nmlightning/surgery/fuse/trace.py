@@ -23,12 +23,7 @@ from torch.fx import Graph, Node, Proxy, Tracer
 
 
 class TracedGraph:
-    """A traced forward: which modules it calls, and what goes from one to another.
-
-    Args:
-        graph: of the forward.
-        root: the module that has it.
-    """
+    """A traced forward: which modules it calls, and what goes from one to another."""
 
     def __init__(self, graph: Graph, root: nn.Module) -> None:
         self.graph = graph
