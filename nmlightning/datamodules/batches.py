@@ -110,8 +110,8 @@ class AugmentedShuffle:
         "images": "images",
         "shard_size": "images a shard",
         "world_batch": "images a batch on all processes",
+        "digest": "of other images, by their names, labels or order",
     }
-    other_data: ClassVar[str] = "of other images, by their names, labels or order"
 
     length: int
     batch_size: int

@@ -7,7 +7,7 @@ nor asks for workers.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Generic, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import pytorch_lightning as pl
@@ -35,11 +35,10 @@ class ResumableOrder(Protocol):
 
     @property
     def follows_from(self) -> Mapping[str, str]:
-        """The keys of the state that must not change within an epoch, in words."""
+        """What must not change within an epoch, by its key in the state, in words.
 
-    @property
-    def other_data(self) -> str:
-        """The words for another `digest` in the state."""
+        Those of the `digest` say what another one means.
+        """
 
     def set_epoch(self, epoch: int) -> None:
         """Set the next epoch; Lightning does so before each."""
@@ -93,17 +92,12 @@ def refuse_another_order(sampler: ResumableOrder, theirs: Mapping[str, int | str
     ours = sampler.state_dict()
     for key, what in sampler.follows_from.items():
         if theirs.get(key, ours[key]) != ours[key]:
-            _refuse(f"with {theirs[key]} {what}, and this run has {ours[key]}")
-    if theirs.get("digest", ours["digest"]) != ours["digest"]:
-        _refuse(sampler.other_data)
-
-
-def _refuse(difference: str) -> NoReturn:
-    raise InputError(
-        f"The checkpoint was written within an epoch {difference}, so the rest of that epoch "
-        "is not known: resume with the same data and batch, or from a checkpoint at the end of "
-        "an epoch."
-    )
+            both = f"with {theirs[key]} {what}, and this run has {ours[key]}"
+            raise InputError(
+                f"The checkpoint was written within an epoch {what if key == 'digest' else both}, "
+                "so the rest of that epoch is not known: resume with the same data and batch, or "
+                "from a checkpoint at the end of an epoch."
+            )
 
 
 def order_seed(trainer: pl.Trainer | None, interrupted: Mapping[str, int | str] | None) -> int:

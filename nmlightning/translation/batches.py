@@ -100,8 +100,8 @@ class ShuffledBatches:
         "processes": "processes",
         "tokenizer": "as its tokenizer",
         "pairs": "sentence pairs",
+        "digest": "of other sentence pairs",
     }
-    other_data: ClassVar[str] = "of other sentence pairs"
 
     pairs: corpus.EncodedPairs
     tokens_a_batch: int
@@ -176,8 +176,8 @@ class StreamedBatches:
         "too_long": "as what becomes of longer ones",
         "processes": "processes",
         "tokenizer": "as its tokenizer",
+        "digest": "of other sentence pairs",
     }
-    other_data: ClassVar[str] = "of other sentence pairs"
 
     pairs: StreamedPairs
     tokenizer: JointBPE
