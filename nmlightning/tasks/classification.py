@@ -256,9 +256,13 @@ class ImageClassifier(pl.LightningModule):
             )
 
     def on_train_epoch_start(self) -> None:
-        self._logged.clear()
+        self._logged.discard("train")
 
-    on_validation_epoch_start = on_test_epoch_start = on_train_epoch_start
+    def on_validation_epoch_start(self) -> None:
+        self._logged.discard("val")
+
+    def on_test_epoch_start(self) -> None:
+        self._logged.discard("test")
 
     @torch.inference_mode(False)  # the first logits come from a validation, the last from training
     def _make_metrics(self, logits: Tensor) -> None:
