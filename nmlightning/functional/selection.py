@@ -20,15 +20,10 @@ _FAST_ROW = 128  # elements next to each other that a reduction needs to be vect
 
 @dataclass(frozen=True)
 class Blocks:
-    """(N, C, *spatial), cut into blocks of a channel's neighbours in the order of (N, *spatial).
+    """(N, C, *spatial), cut into blocks of a channel's neighbours in the order of (N, *spatial)."""
 
-    Attributes:
-        rows: the values, (N, C, blocks, size) as they lie in memory, or (blocks, size, C).
-        size: elements of a block.
-    """
-
-    rows: Tensor
-    size: int
+    rows: Tensor  # the values, (N, C, blocks, size) as they lie in memory, or (blocks, size, C)
+    size: int  # elements of a block
 
     @classmethod
     def of(cls, values: Tensor) -> "Blocks":

@@ -34,29 +34,17 @@ WIDE_FROM = 2**30  # elements; from there on offsets are int64
 
 @dataclass(frozen=True)
 class Partition:
-    """The kernels' arguments and compile-time constants that depend on the shape.
+    """The kernels' arguments and compile-time constants that depend on the shape."""
 
-    Args:
-        rows: elements of a channel, N · spatial.
-        channels: C.
-        spatial: elements of a channel that lie together in NCHW.
-        blocks: programs along a channel.
-        tiles: that each of them goes through.
-        height: of a tile, a power of 2.
-        width: of a tile, a power of 2.
-        vector: elements that are surely aligned with each other, a power of 2.
-        channels_last: whether the layout is NHWC.
-    """
-
-    rows: int
-    channels: int
-    spatial: int
-    blocks: int
-    tiles: int
-    height: int
-    width: int
-    vector: int
-    channels_last: bool
+    rows: int  # elements of a channel, N · spatial
+    channels: int  # C
+    spatial: int  # elements of a channel that lie together in NCHW
+    blocks: int  # programs along a channel
+    tiles: int  # that each of them goes through
+    height: int  # of a tile, a power of 2
+    width: int  # of a tile, a power of 2
+    vector: int  # elements that are surely aligned with each other, a power of 2
+    channels_last: bool  # whether the layout is NHWC
 
     @property
     def grid(self) -> tuple[int, int]:
