@@ -2,6 +2,7 @@
 
 import glob
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,12 +38,12 @@ def replace_file(path: str | Path) -> Iterator[BinaryIO]:
         earlier = path.exists()
         if "\0" in str(path) or (earlier and not path.is_file()):
             raise UnwritableError(f"{path} cannot be written: it is no name of a file.")
-    draft = path.with_name(f".{path.name}.{uuid4().hex[:12]}{_DRAFT}")
+    draft = draft_of(path)
     with explain_failure(path, f"; the earlier {path.name} is whole" if earlier else ""):
         try:
             remove_drafts(path.parent, glob.escape(path.name))
             with draft.open("xb") as file:
-                _lock(file)
+                _lock(file.fileno())
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -50,16 +51,57 @@ def replace_file(path: str | Path) -> Iterator[BinaryIO]:
         finally:
             with suppress(FileNotFoundError, NotADirectoryError):
                 draft.unlink()
-        _sync_folder(path.parent)
+        _sync(path.parent)
+
+
+@contextmanager
+def replace_folder(path: Path, draft: Path) -> Iterator[None]:
+    """Make the folder `draft`; what of the name of `path` is in it at the end becomes that.
+
+    Two folders cannot be exchanged at once. Whoever is killed between leaves the earlier one whole,
+    with a name that begins with `earlier-`.
+
+    Raises:
+        UnwritableError: as `replace_file`.
+    """
+    earlier = path.with_name(f"earlier-{path.name}")
+    with explain_failure(path, f"; the earlier {path.name} is whole" if path.exists() else ""):
+        remove_drafts(path.parent, glob.escape(path.name))
+        draft.mkdir(parents=True)
+        try:
+            with _opened(draft) as folder:
+                _lock(folder)
+                yield
+            for file in draft.rglob("*"):
+                _sync(file)
+            if path.exists():
+                _remove(earlier)
+                path.rename(earlier)
+            (draft / path.name).rename(path)
+            _sync(path.parent)
+            _remove(earlier)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def draft_of(path: Path) -> Path:
+    """Return a new name beside `path`, by which `remove_drafts` finds what is left of it."""
+    return path.with_name(f".{path.name}.{uuid4().hex[:12]}{_DRAFT}")
 
 
 @contextmanager
 def explain_failure(path: Path, fate: str = "") -> Iterator[None]:
-    """Turn an OSError of the body, or one behind what torch or safetensors raise, into a line."""
+    """Turn an OSError of the body, or one behind what torch or safetensors raise, into a line.
+
+    `torch.distributed.checkpoint` raises what is no Exception, with those of the ranks in it.
+    """
     try:
         yield
-    except Exception as error:
-        cause: BaseException | None = error
+    except BaseException as error:
+        of_ranks = list(getattr(error, "failures", {}).values())
+        if not (of_ranks or isinstance(error, Exception)):
+            raise
+        cause: BaseException | None = of_ranks[0][0] if of_ranks else error
         while cause is not None and not isinstance(cause, OSError):
             cause = cause.__cause__ or cause.__context__
         if cause is None or isinstance(error, InputError):
@@ -75,11 +117,17 @@ def remove_drafts(folder: Path, name: str = "*", *, below: bool = False) -> list
     found = folder.rglob(pattern) if below else folder.glob(pattern)
     left = [draft for draft in found if _is_left(draft)]
     for draft in left:
-        draft.unlink(missing_ok=True)
+        _remove(draft)
     return left
 
 
-def _lock(file: BinaryIO) -> bool:
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def _lock(file: int) -> bool:
     """Lock a file, until it is closed or its process ends; False if another process has it."""
     if fcntl is not None:
         try:
@@ -90,16 +138,21 @@ def _lock(file: BinaryIO) -> bool:
 
 
 def _is_left(draft: Path) -> bool:
-    with suppress(OSError), draft.open("rb") as file:
+    with suppress(OSError), _opened(draft) as file:
         return _lock(file)
     return False
 
 
-def _sync_folder(folder: Path) -> None:
-    """Have the folder's entry on the disk, too, where its file system knows how."""
-    with suppress(OSError):
-        entry = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(entry)
-        finally:
-            os.close(entry)
+def _sync(path: Path) -> None:
+    """Have a file, or a folder's entries, on the disk, where the file system knows how."""
+    with suppress(OSError), _opened(path) as file:
+        os.fsync(file)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        yield file
+    finally:
+        os.close(file)

@@ -1,5 +1,6 @@
 """Files that are replaced: by umask, whole after a kill or on a full disk, and no draft left."""
 
+import errno
 import os
 import pickle
 import resource
@@ -13,9 +14,11 @@ from threading import Thread
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nmlightning.atomic_file import UnwritableError, remove_drafts, replace_file
 from nmlightning.callbacks import AtomicCheckpointIO
+from nmlightning.callbacks.checkpoints import replace_whole
 from nmlightning.errors import InputError
 
 WRITE_UNTIL_KILLED = """
@@ -67,6 +70,59 @@ def test_full_disk_is_a_line_and_leaves_the_old_checkpoint(tmp_path: Path) -> No
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert io.load_checkpoint(path) == {"step": 1}
     assert names(path.parent) == ["last.ckpt"]
+
+
+class Killed(BaseException):
+    """What ends a process at once."""
+
+
+class FoldersOfRanks:
+    """The only one of the ranks of a strategy that writes a folder, and may not come to the end."""
+
+    is_global_zero, error = True, None
+
+    def broadcast(self, value: Path) -> Path:
+        return value
+
+    def barrier(self) -> None:
+        pass
+
+    def save_checkpoint(self, step: int, path: Path, _: None) -> None:
+        path.mkdir()
+        (path / "__0_0.distcp").write_text(str(step))
+        if self.error is not None:
+            raise self.error
+
+
+def test_folder_of_ranks_replaces_the_last_one_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strategy, path = FoldersOfRanks(), tmp_path / "last.ckpt"
+    replace_whole(strategy)
+    for step in (1, 2):
+        strategy.save_checkpoint(step, path, None)
+    full = CheckpointException("", {0: (OSError(errno.ENOSPC, "No space left on device"), None)})
+    said = "No space left on device; the earlier last.ckpt is whole"
+    for error, expected, words in ((full, UnwritableError, said), (Killed(), Killed, None)):
+        strategy.error = error
+        with pytest.raises(expected, match=words):
+            strategy.save_checkpoint(3, path, None)
+        assert names(tmp_path) == ["last.ckpt"]
+        assert (path / "__0_0.distcp").read_text() == "2"
+    strategy.error, rename = None, Path.rename
+
+    def rename_the_earlier(one: Path, other: Path) -> None:
+        if other == path:
+            raise Killed
+        rename(one, other)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename_the_earlier)
+        with pytest.raises(Killed):
+            strategy.save_checkpoint(4, path, None)
+    assert names(tmp_path) == ["earlier-last.ckpt"]
+    strategy.save_checkpoint(5, path, None)
+    assert names(tmp_path) == ["last.ckpt"]
 
 
 def test_each_address_is_its_own_checkpoint(tmp_path: Path) -> None:

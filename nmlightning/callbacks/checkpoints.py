@@ -18,7 +18,13 @@ import torch.distributed as dist
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from nmlightning.atomic_file import remove_drafts, replace_file
+from nmlightning.atomic_file import (
+    draft_of,
+    explain_failure,
+    remove_drafts,
+    replace_file,
+    replace_folder,
+)
 from nmlightning.compat import (
     CallbackBase,
     CheckpointIOBase,
@@ -84,6 +90,25 @@ class AtomicCheckpointIO(CheckpointIOBase):
             file.seek(0)
             whole: dict[str, Any] = torch.load(file, map_location, weights_only=weights_only)
             return whole
+
+
+def replace_whole(strategy: Any) -> None:
+    """Let a strategy that writes checkpoints by itself, as folders, write them beside the target.
+
+    Those of FSDP and `ModelParallelStrategy` have a file of each rank, and no CheckpointIO writes.
+    """
+    save = strategy.save_checkpoint
+
+    def save_beside(checkpoint: Any, filepath: str | Path, storage_options: Any = None) -> None:
+        path = Path(strategy.broadcast(filepath))
+        draft = strategy.broadcast(draft_of(path))
+        writing = replace_folder(path, draft) if strategy.is_global_zero else explain_failure(path)
+        with writing:
+            strategy.barrier()
+            save(checkpoint, draft / path.name, storage_options)
+            strategy.barrier()
+
+    strategy.save_checkpoint = save_beside
 
 
 class EndCheckpoint(CallbackBase):

@@ -172,7 +172,7 @@ class WeightNormTracker(CallbackBase):
             the model or is shorter than the run.
 
     Attributes:
-        path: the file of the records, once the fit has started.
+        path: the file of the records, once the fit has started; None of `fast_dev_run`.
         handles: the rule at work on each optimizer that it steers.
         left: matrices that are not recorded, since their class is not known, with that reason.
 
@@ -255,7 +255,7 @@ class WeightNormTracker(CallbackBase):
         uncounted = state.get("uncounted_steps", 0)
         self._steps = AttemptedSteps(trainer, pl_module, self._before_step, uncounted)
         recording = RunRecording(trainer, pl_module, self, self._steps, state)
-        self.path = recording.file
+        self.path = None if is_trial_run(trainer) else recording.file
         self.handles, steering = [], {}
         if self.steering is not None:
             steered = SteeredRun(self.steering, trainer, pl_module, other_run=self.other_run)

@@ -11,6 +11,7 @@ import torch
 from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.cli import instantiate_module
 
+from nmlightning.commands.failures import explain_failures
 from nmlightning.commands.files import SHARED_FILE, config_of, is_whole, read_config
 from nmlightning.commands.parser import Parser
 from nmlightning.errors import InputError
@@ -71,6 +72,7 @@ class Checkpoint:
             self._settings["model"] = model
         self._settings.update(given)
 
+    @explain_failures()
     def load_module(self) -> LightningModule:
         """Return the module, with norms and weights as they were in training, on the CPU."""
         settings = self._settings.get("model")
@@ -96,6 +98,7 @@ class Checkpoint:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{str(self.path)!r} does not fit: {reason}") from error
 
+    @explain_failures()
     def input_shape(self) -> tuple[int, ...]:
         """Return the shape of the model's input, from the data's `image_shape`."""
         settings = self._settings.get("data")

@@ -1,8 +1,9 @@
 """What a run that fails says: a line for what the user gave, a traceback for what nobody expected.
 
 torch, Lightning and other libraries complain in exceptions of every kind about a network that does
-not fit the data, or a number that is no number. If such a complaint comes before the first step is
-done, and no code of the user's own is on the way to it, it is about what the config says.
+not fit the data, or a number that is no number. If such a complaint comes before the first epoch is
+done, or from what only configures, and no code of the user's own is on the way to it, it is about
+what the config says.
 """
 
 import pickle
@@ -33,7 +34,16 @@ _LOSSES = (
 
 _PACKAGE = Path(__file__).parents[1]
 _LIBRARIES = [Path(sysconfig.get_path(name)) for name in ("purelib", "platlib", "stdlib")]
-_COMPLAINTS = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError)
+_SITE = _LIBRARIES[0]
+# Who complains at any time of a name, a schedule or an interval, rather than of numbers.
+_CONFIGURED = [
+    *(_SITE / name for name in ("pytorch_lightning", "lightning", "lightning_fabric")),
+    *(_SITE / name for name in ("torchmetrics", "torch/optim", "torch/nn/utils")),
+]
+_COMPLAINTS = (
+    *(RuntimeError, ValueError, TypeError, LookupError, ArithmeticError),
+    *(AttributeError, ImportError),
+)
 _RESTORES = re.compile(r"load_.*state|load_checkpoint|restore")
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "Storage size calculation overflow")
 
@@ -43,7 +53,7 @@ def explain_failures(is_start: Callable[[], bool] = lambda: True) -> Iterator[No
     """Turn what the body raises because of what the user gave into an InputError of one line.
 
     Args:
-        is_start: whether the first step is still to be done.
+        is_start: whether the first epoch is still to be done.
 
     Raises:
         InputError: from what the body raised.
@@ -60,7 +70,9 @@ def explain_failures(is_start: Callable[[], bool] = lambda: True) -> Iterator[No
 def explain(error: Exception, is_start: bool) -> str | None:
     """Return the line for an exception that the user's input accounts for, else None."""
     message = " ".join(str(error).split()).partition(" Exception raised from ")[0]
-    tried = re.search("Union subtypes .*?Errors: - (.*?) - Expected", message)  # by jsonargparse
+    tried = re.search(
+        "Union subtypes .*?Errors: - (.*?) - (?:Expected|Not a valid)", message
+    )  # by jsonargparse
     message = (tried[1] if tried else message)[:400]
     is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
     if is_memory or any(text in message for text in _OUT_OF_MEMORY):
@@ -73,9 +85,9 @@ def explain(error: Exception, is_start: bool) -> str | None:
     if isinstance(error, MisconfigurationException):
         return message
     frames = traceback.extract_tb(error.__traceback__)
-    last = frames[-1]
+    last = next(frame for frame in reversed(frames) if frame.name != "__getattr__")
     is_known = all(_is_below(Path(frame.filename), _PACKAGE, *_LIBRARIES) for frame in frames)
-    if not (is_start and is_known):
+    if not (is_known and (is_start or _is_below(Path(last.filename), *_CONFIGURED))):
         return None
     where = f"{message or repr(error)} (in {last.name} of {Path(last.filename).name}:{last.lineno})"
     if any(_RESTORES.search(frame.name) for frame in frames):

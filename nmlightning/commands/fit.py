@@ -18,12 +18,14 @@ from pytorch_lightning import Callback, LightningDataModule, LightningModule, Tr
 from pytorch_lightning.callbacks import BasePredictionWriter, ModelCheckpoint, RichProgressBar
 from pytorch_lightning.callbacks.progress import ProgressBar
 from pytorch_lightning.cli import LightningCLI
+from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from nmlightning.callbacks.checkpoints import (
     AtomicCheckpointIO,
     EndCheckpoint,
     ExactResume,
+    replace_whole,
 )
 from nmlightning.commands import run_report
 from nmlightning.commands.argument_parser import DIVERGED, INTERRUPTED, TERMINATED
@@ -39,6 +41,8 @@ from nmlightning.commands.parser import ConfigFile, Parser, check_numbers
 from nmlightning.commands.run_report import filter_logs
 from nmlightning.errors import InputError
 from nmlightning.tasks.numerics import SoundNumerics
+
+MOST_DEVICES = 64  # of a machine, where the CPU has fewer cores
 
 
 def run(arguments: list[str], paths: RunPaths) -> int:
@@ -107,7 +111,8 @@ class TrainingCLI(LightningCLI):
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse `args` without LightningCLI's warning that the program has arguments, too."""
-        self.config = parser.parse_args(args)
+        with explain_failures():
+            self.config = parser.parse_args(args)
         options = self.config[self.config.subcommand]
         if not isinstance(options.trainer, Namespace):
             received = f"received {options.trainer!r}"
@@ -116,6 +121,9 @@ class TrainingCLI(LightningCLI):
         if type(seed) is int and not 0 <= seed < 2**32:
             raise InputError(f"seed_everything must be between 0 and {2**32 - 1}, got {seed}.")
         check_numbers(options)
+        devices, most = str(options.trainer.get("devices")), max(MOST_DEVICES, os.cpu_count() or 1)
+        if devices.isdecimal() and int(devices) > most:
+            raise InputError(f"trainer.devices is at most {most} on this machine, got {devices}.")
         if "://" in str(options.get("ckpt_path")):
             if options.weights_only is False:
                 raise InputError("--weights_only false: download the checkpoint before, if at all.")
@@ -155,6 +163,8 @@ class TrainingCLI(LightningCLI):
             raise InputError(f"trainer: {error}") from error
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if type(trainer.strategy).save_checkpoint is not Strategy.save_checkpoint:
+            replace_whole(trainer.strategy)
         if options.precision in ("16-mixed", "16", 16) and trainer.precision == "bf16-mixed":
             run_report.print_notice(
                 "there is no GPU for 16-mixed; bf16-mixed runs instead (--trainer.precision 32-true"
@@ -176,13 +186,13 @@ class TrainingCLI(LightningCLI):
         callbacks[:0] = [SameStart(earlier), self._end, *exact]
         try:
             with (
-                explain_failures(lambda: not self._watch.steps),
+                explain_failures(lambda: not self._watch.epochs),
                 failing_together(self.trainer, lambda: self._last_checkpoint() or earlier),
             ):
                 self.trainer.fit(model, **kwargs)
         except BaseException as error:
-            if not (self._watch.steps or self._last_checkpoint()):
-                remove_made(made)  # nothing was learned
+            if self._watch.steps < 2 and not self._last_checkpoint():
+                remove_made(made)  # a start that failed
             code = self._interruption(error)
             if code is None:
                 raise

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from nmlightning.callbacks.norm_swap import ModelChange
 from nmlightning.commands.checkpoint import checkpoint_hparams
+from nmlightning.commands.failures import explain_failures
 from nmlightning.commands.files import RunPaths
 from nmlightning.commands.fit import TrainingCLI, given_callbacks, is_ctrl_c
 from nmlightning.commands.run_report import filter_logs, print_notice
@@ -67,7 +68,7 @@ class _ProbeCLI(TrainingCLI):
     def fit(self, model: pl.LightningModule, **kwargs: Any) -> None:
         if self._watcher.checkpoint is None:
             print_notice("no checkpoint is given; these weights are untrained.")
-        with suppress(_EnoughError):
+        with explain_failures(), suppress(_EnoughError):
             self.trainer.fit(model, datamodule=kwargs.get("datamodule"))
 
 

@@ -7,7 +7,6 @@ release that has not got them says what Lightning says.
 
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -18,7 +17,14 @@ from torch import nn
 from nmlightning.errors import InputError
 from nmlightning.name_patterns import plain_name, some
 from nmlightning.norms.batch_norm_base import describe_norm
-from nmlightning.surgery.recipes import NORM_SWAP, WEIGHT_NORM, is_so, norms_in, recipes_in
+from nmlightning.surgery.recipes import (
+    NORM_SWAP,
+    WEIGHT_NORM,
+    count_norms,
+    is_so,
+    norms_in,
+    recipes_in,
+)
 
 LEFT_OUT = "The checkpoint was trained with "
 _OURS = ("NormSwap", "WeightNormSwap", "WeightNormTracker")
@@ -91,18 +97,22 @@ def _weights_in_words(checkpoint: Mapping[str, Any], way_out: str) -> Iterator[N
     try:
         yield
     except RuntimeError as error:
+        if not re.search(r"Unexpected key.*\.parametrizations\.", str(error)):
+            raise
         weights = [x for recipe in recipes_in(checkpoint, WEIGHT_NORM) for x in recipe["modules"]]
-        if weights and re.search(r"Unexpected key.*\.parametrizations\.", str(error)):
-            raise InputError(
-                f"{LEFT_OUT}weight norm on {some(weights, 2)}, and here there is none: {way_out}"
-            ) from error
-        raise
+        if not weights:  # by hand, on a part of the module, or by torch's
+            ends = re.compile(r"\.parametrizations\.([^.]+)\.original0?$")
+            weights = [ends.sub(r".\1", x) for x in checkpoint["state_dict"] if ends.search(x)]
+            way_out = "normalise them before, as where it was trained; WeightNormSwap notes how."
+        raise InputError(
+            f"{LEFT_OUT}weight norm on {some(weights, 2)}, and here there is none: {way_out}"
+        ) from error
 
 
 def _find_left_norms(module: nn.Module, checkpoint: Mapping[str, Any]) -> str | None:
     """Return in words which norms of a checkpoint are others in a module, if any."""
-    notes = norms_in(checkpoint) or _norms_of_recipes(checkpoint)
     layers = {plain_name(name): x for name, x in module.named_modules(remove_duplicate=False)}
+    notes = norms_in(checkpoint) or _norms_of_recipes(checkpoint)
     left = [
         name
         for name, note in notes.items()
@@ -111,11 +121,20 @@ def _find_left_norms(module: nn.Module, checkpoint: Mapping[str, Any]) -> str | 
     ]
     if not left:
         return None
-    counts = Counter(note["norm"] for note in notes.values()).items()
-    norms = ", ".join(f"{count} {norm}" for norm, count in counts)
+    notes = {x: {"norm": _class_on(layers.get(x), note["norm"])} for x, note in notes.items()}
+    norms = count_norms(notes)
     here, there = type(layers[left[0]]).__name__, notes[left[0]]["norm"]
     here = f"{here} of other options" if here == there else f"{here}, not {there}"
     return f"{LEFT_OUT}{norms}; {len(left)} of them not here ({left[0]} is {here})"
+
+
+def _class_on(layer: nn.Module | None, norm: str) -> str:
+    """Return the name of the class that a swap to a norm makes of a layer, L1LayerNorm2d of timm's
+    LayerNorm2d.
+    """
+    cls = getattr(type(layer), "replaced", type(layer))
+    is_torchs = layer is None or cls.__module__.startswith("torch.") or describe_norm(layer)
+    return norm if is_torchs else re.sub("(Batch|Layer|RMS)Norm.*$", "", norm) + cls.__name__
 
 
 def _norms_of_recipes(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -10,8 +10,10 @@ The metadata of a state dict also say what each norm is, whoever swapped it: see
 """
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from glob import escape
 from typing import Any
 
 from torch import nn
@@ -104,16 +106,15 @@ def settings_of(recipe: Recipe) -> Settings:
 def _drop_overwritten(recipes: list[Recipe]) -> list[Recipe]:
     """Return the swaps without those whose every module a later one changed.
 
-    One that set what a swap takes over from the layer, such as eps, still shows then.
+    What a swap takes over from the layer, such as eps, still shows then, unless it was given anew.
     """
     kept: list[Recipe] = []
-    changed: set[str] = set()
+    given: dict[str, set[str]] = {}  # later, by module
     for recipe in reversed(recipes):
-        modules = set(recipe["modules"])
-        lasts = INHERITED_UNLESS_GIVEN & recipe["options"].keys()
-        if lasts or not modules or modules - changed:
+        modules, lasts = recipe["modules"], INHERITED_UNLESS_GIVEN & recipe["options"].keys()
+        if not modules or any(name not in given or lasts - given[name] for name in modules):
             kept.insert(0, recipe)
-        changed |= modules
+        given |= {name: given.get(name, set()) | lasts for name in modules}
     return kept
 
 
@@ -196,16 +197,26 @@ def _notes(module: nn.Module, change: Change) -> list[Recipe]:
 
 
 def forget_undone_swaps(module: nn.Module) -> None:
-    """Drop from the notes the norms that are of another class by now, as after a swap by hand."""
-    now = {name: type(layer).__name__ for name, layer in module.named_modules()}
+    """Drop from the notes the norms that are of another class by now, as after a swap by hand.
+
+    Of those that are torch's again, such a swap back is noted where eps shows what was undone.
+    """
+    layers = dict(module.named_modules())
+    now = {name: type(layer).__name__ for name, layer in layers.items()}
     last, kept = changed_modules(module, NORM_SWAP), []
     undone = {name for name, cls in last.items() if now.get(name, cls) != cls}
     for recipe in _notes(module, NORM_SWAP):
         made = {k: cls for k, cls in recipe["modules"].items() if k not in undone}
         if made or not recipe["modules"]:
             kept.append({**recipe, "modules": made})
+        back = [x for x in recipe["modules"].keys() & undone if describe_norm(layers[x]) is None]
+        lasts = {k: v for k, v in recipe["options"].items() if k in INHERITED_UNLESS_GIVEN}
+        if back and lasts:
+            noted = make_recipe("l2", lasts, recipe["kinds"], map(escape, back), ())
+            kept.append({**noted, "modules": {name: now[name] for name in back}})
     if _NOTES in module.__dict__:
-        module.__dict__[_NOTES] = {**module.__dict__[_NOTES], NORM_SWAP.key: kept}
+        tidy = _drop_overwritten(kept)
+        module.__dict__[_NOTES] = {**module.__dict__[_NOTES], NORM_SWAP.key: tidy}
 
 
 def changed_modules(module: nn.Module, change: Change) -> dict[str, Any]:
@@ -260,11 +271,25 @@ def check_recipes(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     for change in CHANGES:
         here = [keywords_of(recipe) for recipe in recipes_of(module, change)]
         there = [keywords_of(recipe) for recipe in recipes_in(checkpoint, change)]
-        if here != there and not (change is NORM_SWAP and not there and _same(module, checkpoint)):
-            raise InputError(
-                f"The checkpoint was trained with {_first_difference(there, here, change)}. Resume "
-                f"with the same {change.noun}, or start from its weights with load_from_checkpoint."
+        by_hand = count_norms(norms_in(checkpoint)) if change is NORM_SWAP and not there else ""
+        if here != there and not (by_hand and _same(module, checkpoint)):
+            ours = count_norms(_norms_of(module))
+            what = "them with other options" if ours == by_hand else ours or "none"
+            difference = (
+                f"{by_hand}, swapped by hand, this run has {what}"
+                if by_hand
+                else _first_difference(there, here, change)
             )
+            raise InputError(
+                f"The checkpoint was trained with {difference}. Resume with the same {change.noun},"
+                " or start from its weights with load_from_checkpoint."
+            )
+
+
+def count_norms(notes: Mapping[str, Recipe]) -> str:
+    """Return how many norms of which classes there are, in words."""
+    counts = Counter(note["norm"] for note in notes.values())
+    return ", ".join(f"{count} {norm}" for norm, count in counts.items())
 
 
 def norms_in(checkpoint: Mapping[str, Any]) -> dict[str, Recipe]:
@@ -292,12 +317,17 @@ def _what_trains(note: Recipe) -> tuple[str, Recipe]:
 
 def _same(module: nn.Module, checkpoint: Mapping[str, Any]) -> bool:
     """Return whether a checkpoint, whoever swapped its norms, says that they are as in `module`."""
-    here = {plain_name(name): describe_norm(layer) for name, layer in module.named_modules()}
+    names = {plain_name(name) for name, _ in module.named_modules()}
     both = [
-        {name: _what_trains(note) for name, note in notes.items() if note and name in here}
-        for notes in (here, norms_in(checkpoint))
+        {name: _what_trains(note) for name, note in notes.items() if name in names}
+        for notes in (_norms_of(module), norms_in(checkpoint))
     ]
     return both[0] == both[1] != {}
+
+
+def _norms_of(module: nn.Module) -> dict[str, Recipe]:
+    found = {plain_name(name): describe_norm(layer) for name, layer in module.named_modules()}
+    return {name: note for name, note in found.items() if note}
 
 
 def _first_difference(there: list[Recipe], here: list[Recipe], change: Change) -> str:

@@ -351,6 +351,10 @@ def test_resume_without_the_callback_warns(module_class: type, tmp_path: Path) -
     trainer = fit(by_hand, max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
     trainer.save_checkpoint(tmp_path / "b.ckpt")
     fit(make(module_class), NormSwap("l1"), max_epochs=3, ckpt_path=tmp_path / "b.ckpt")
+    others = {"2 LInfBatchNorm2d": ("linf", {}), "them with": ("l1", {"constant": "none"})}
+    for here, swap in others.items():
+        with pytest.raises(InputError, match=f"2 L1BatchNorm2d, swapped by hand, .* has {here}"):
+            fit(make(module_class), NormSwap(*swap), ckpt_path=tmp_path / "b.ckpt")
 
 
 @pytest.mark.parametrize("module_class", [PlModule, UnifiedModule])

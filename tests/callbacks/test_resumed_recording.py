@@ -168,8 +168,10 @@ def test_fast_dev_run_writes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     options = {"fast_dev_run": True, "logger": logger}  # Lightning makes it a DummyLogger
-    make_trainer(tmp_path, WeightNormTracker(1), **options).fit(Trains(), make_data())
+    tracker = WeightNormTracker(1)
+    make_trainer(tmp_path, tracker, **options).fit(Trains(), make_data())
     assert not list(tmp_path.iterdir())
+    assert tracker.path is None
 
 
 class Adversaries(StepsByHand):

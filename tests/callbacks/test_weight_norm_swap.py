@@ -30,6 +30,7 @@ from nmlightning import (
     NormSwap,
     WeightNormSwap,
     WeightNormTracker,
+    apply_weight_norm,
     channel_norms,
     load_from_checkpoint,
     remove_weight_norm,
@@ -142,12 +143,24 @@ def test_weight_norm_swap_refuses_to_resume_with_another_recipe(
     assert torch.equal(before["net.7.weight"], module.state_dict()["net.7.weight"])
 
 
-def test_weight_norm_swap_checkpoint_is_refused_by_a_plain_module(tmp_path: Path) -> None:
-    path = tmp_path / "a.ckpt"
-    fit(make(PlModule), WeightNormSwap()).save_checkpoint(path)
-    with pytest.raises(
-        InputError, match=r"norm on net\.0\.weight,.*nmlightning.load_from_checkpoi"
-    ):
+@pytest.mark.parametrize(
+    ("by", "way_out"),
+    [
+        (WeightNormSwap, "nmlightning.load_from_checkpoint"),
+        (apply_weight_norm, "normalise them before"),
+        (lambda net: torch.nn.utils.parametrizations.weight_norm(net[0]), "normalise them before"),
+    ],
+)
+def test_checkpoint_with_weight_norm_is_refused_by_a_plain_module(
+    by: Any, way_out: str, tmp_path: Path
+) -> None:
+    path, module, callbacks = tmp_path / "a.ckpt", make(PlModule), []
+    if by is WeightNormSwap:
+        callbacks.append(by())
+    else:
+        by(module.net)  # which notes nothing on the LightningModule
+    fit(module, *callbacks).save_checkpoint(path)
+    with pytest.raises(InputError, match=rf"weight norm on net\.0\.weight.*: .*{way_out}"):
         PlModule.load_from_checkpoint(path)
 
 

@@ -109,6 +109,7 @@ def test_note_recipe_moves_a_repeated_recipe_last() -> None:
         ([(recipe("l1"), "ab"), (recipe("linf"), "a"), (recipe("topk"), "b")], ["linf", "topk"]),
         # The next norm takes over what the last one set of these.
         ([(recipe("l1", eps=0.1), "a"), (recipe("linf"), "a")], ["l1", "linf"]),
+        ([(recipe("l1", eps=0.1), "ab"), (recipe("linf", eps=0.2), "ab")], ["linf"]),
         # It found what it was to make, which is no reason to forget it.
         ([(recipe("l1"), ""), (recipe("linf"), "a")], ["l1", "linf"]),
     ],
