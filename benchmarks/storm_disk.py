@@ -1,6 +1,7 @@
 """Writes each kind of file where the disk is full: the earlier one must stay, and a line say so."""
 
 import os
+import random
 import resource
 import signal
 import sys
@@ -12,9 +13,11 @@ import yaml
 from PIL import Image
 from storm import Trial, Verdict, fork, try_all, wait
 from storm_inputs import GOOD
+from storm_kills import config_of, make
 
 from nmlightning.cli import main
 from nmlightning.errors import InputError
+from nmlightning.kernels.cpu import build
 from nmlightning.weights.history import NormHistory
 
 SECONDS = 120
@@ -59,8 +62,15 @@ def compare() -> int:
     return main(["compare", "run", "--report", "page.html"])
 
 
-def make_images() -> None:
-    """Write the images that shards are made of."""
+def make_sources() -> None:
+    """Write the images that shards are made of, the sentences of a corpus, and a kernel."""
+    Path("short.cpp").write_text(
+        "#include <torch/library.h>\nTORCH_LIBRARY(nmlightning_short, m) {}\n"
+    )
+    draw = random.Random(1)
+    words = ["".join(draw.choices("abcdefgh", k=5)) for _ in range(400)]
+    lines = [" ".join(draw.choices(words, k=8)) + "\n" for _ in range(2000)]
+    Path("text").write_text("".join(lines))
     for part in ("train", "val"):
         for name in "ab":
             folder = Path("images", part, name)
@@ -74,6 +84,27 @@ def shard() -> int:
     return main(["shard", "images", "shards"])
 
 
+def cache(vocab_size: int) -> Callable[[], int]:
+    """Return what caches the tokenizer and the pairs of a corpus, of which one is the larger."""
+
+    def write() -> int:
+        files, cached = ["text", "text"], {"root": ".", "vocab_size": vocab_size}
+        data = make("ParallelText", train=files, val=files, tokens_a_batch=100, **cached)
+        config = config_of("dropout") | {"data": data}
+        Path("config.yaml").write_text(yaml.safe_dump(config))
+        return main(["fit", "--config", "config.yaml"])
+
+    return write
+
+
+def build_kernels() -> int:
+    """Compile a short source in the place of the kernels'."""
+    os.environ["XDG_CACHE_HOME"] = str(Path().absolute())
+    build.source_files = lambda: [Path("short.cpp").absolute()]
+    build.flags = lambda: ("-O0",)
+    return main(["kernels", "build"])
+
+
 # The file that is written, None where nothing is replaced, and what writes it.
 FILES: dict[str, tuple[str | None, Callable[[], int]]] = {
     "checkpoint": ("kept/last.ckpt", fit),
@@ -83,6 +114,9 @@ FILES: dict[str, tuple[str | None, Callable[[], int]]] = {
     "export onnx": ("net.onnx", export("onnx", "net.onnx")),
     "export torch.export": ("net.pt2", export("torch_export", "net.pt2")),
     "shards": (None, shard),
+    "tokenizer": (None, cache(2000)),
+    "pairs": (None, cache(270)),
+    "kernels": (None, build_kernels),
 }
 
 
@@ -90,8 +124,8 @@ def try_file(write: Callable[[], int], name: str | None) -> str:
     """Write a file, and again with no more room than half of it; return what is wrong."""
     if name and (code := wait(fork(write), SECONDS)):
         return f"the first one exits with {code}"
-    if write is shard:
-        make_images()
+    if name is None:
+        make_sources()
     good = Path(name).read_bytes() if name else b" " * 60_000
     before = {path for path in Path().rglob("*") if path.name != "log"}
     log = Path("full").absolute()

@@ -4,6 +4,7 @@ Both packages hold the same code in two class trees, and a project uses one of t
 belong to both, so nothing here asks for a class of either by import, except their common bases.
 """
 
+import math
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -123,6 +124,18 @@ def logged_step(trainer: Any) -> int:
 def takes_loaders_from_hooks(trainer: Any) -> bool:
     """Return whether `fit` calls `train_dataloader`, rather than having been given loaders."""
     return bool(trainer.fit_loop._data_source.is_module())
+
+
+def restarts_silently(trainer: Any) -> bool:
+    """Return whether Lightning resumes this epoch from its first batch, and does not say so.
+
+    It looks at the steps, which several optimizers take in a batch, and at the batches, if known.
+    """
+    loaders, batches = trainer.fit_loop._combined_loader.flattened, trainer.num_training_batches
+    if all(hasattr(loader, "load_state_dict") for loader in loaders):
+        return False
+    steps = 1 if batches == math.inf else math.ceil(batches / trainer.accumulate_grad_batches)
+    return trainer.global_step % steps == 0
 
 
 def training_sums(trainer: Any) -> dict[str, dict[str, Any]]:

@@ -544,6 +544,12 @@ def test_fit_refuses_a_file_that_is_no_checkpoint(nm: Nm, trained: Path) -> None
     Path("half.ckpt").write_bytes((trained / LAST).read_bytes()[:1000])
     answer = nm(*FIT, "--ckpt_path", "half.ckpt")
     assert answer == (2, [], ["nm: --ckpt_path: 'half.ckpt' is no checkpoint, or a truncated one."])
+    torch.save({**torch.load(trained / LAST, weights_only=True), "object": Path()}, "object.ckpt")
+    for command in ("test", "fit"):
+        code, _, err = nm(command, *FIT[1:], "--ckpt_path", "object.ckpt")
+        assert code == 2
+        assert re.match("nm: the checkpoint holds objects, .*: give --weights_only false", err[-1])
+        assert len(err) == 1
 
 
 # ---- Ctrl-C ----

@@ -31,6 +31,7 @@ from nmlightning.compat import (
     add_training_sums,
     global_seed,
     is_trial_run,
+    restarts_silently,
     takes_loaders_from_hooks,
     training_sums,
 )
@@ -159,9 +160,9 @@ class ExactResume(CallbackBase):
       module returns from `training_sums()`, for its `load_training_sums(sums)`.
 
     It needs as many processes and the same order of the data: of this package's data modules and of
-    loaders with a `state_dict` anywhere, of others at the end of an epoch. After a checkpoint of an
-    epoch's last step, Lightning begins the next epoch without the validation between, so that
-    validation is made to leave the random numbers as they are.
+    loaders with a `state_dict` anywhere, of others at the end of an epoch, with a warning where it
+    is not. After a checkpoint of an epoch's last step, Lightning begins the next epoch without the
+    validation between, so that validation is made to leave the random numbers as they are.
 
     The options of optimizers and schedules and the seed are those of the checkpoint: a run that
     asks for others is refused.
@@ -220,6 +221,12 @@ class ExactResume(CallbackBase):
             rank_zero_warn(
                 f"The checkpoint is of {len(loaded['ranks'])} processes, and this run has "
                 f"{trainer.world_size}: random numbers are others than without the interruption."
+            )
+        if loaded.get("within_epoch") and restarts_silently(trainer):
+            rank_zero_warn(
+                "The checkpoint was written within an epoch, and the training loader has no "
+                "load_state_dict: the rest of the epoch is of other batches than without the "
+                "interruption. Give it one, or resume from the end of an epoch."
             )
         _set_once(self._random, trainer.strategy.root_device)
         self._sums = add_training_sums(trainer, self._sums)

@@ -4,6 +4,7 @@ import functools
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pytorch_lightning as pl
@@ -20,7 +21,7 @@ from nmlightning.norms import registry
 from nmlightning.surgery import recipes
 from nmlightning.surgery.fuse.fuse import unfused
 from nmlightning.surgery.norm_layers import find_norm_layers
-from nmlightning.surgery.swap import swap_norms
+from nmlightning.surgery.swap import SwapReport, swap_norms
 
 
 class ModelChange(compat.CallbackBase):
@@ -35,6 +36,10 @@ class ModelChange(compat.CallbackBase):
     @abstractmethod
     def change(self, module: nn.Module) -> bool:
         """Change the module, note the recipe on it, and return whether that did anything."""
+
+    @abstractmethod
+    def would_change(self, module: nn.Module) -> bool:
+        """Return whether `change` would do anything."""
 
     @abstractmethod
     def recipe(self) -> recipes.Recipe:
@@ -59,6 +64,13 @@ class ModelChange(compat.CallbackBase):
         self.check_is_kept(changed, strategy)
         if changed:
             compat.rebuild_copies(trainer, pl_module, before=self, stage=stage)
+
+    def check_launch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raise InputError, before processes train copies, as `setup` would in each of them."""
+        changes = False
+        with suppress(InputError):  # such as of a net that is yet to be built
+            changes = self.would_change(pl_module)
+        self.check_is_kept(changes, compat.copying_strategy(trainer))
 
     def check_is_kept(self, changed: bool, strategy: str | None) -> None:
         """Raise InputError where a copy of the module was changed, by the name of its strategy."""
@@ -211,9 +223,13 @@ class NormSwap(ModelChange):
         """Check for what happened since the first step."""
         _find_swapped(pl_module)
 
-    def change(self, module: nn.Module) -> bool:
-        """Swap the norms of `module`, note it there, and return whether that did anything."""
-        report = swap_norms(
+    def would_change(self, module: nn.Module) -> bool:
+        """Return whether norms would be swapped or fused."""
+        report = self._swap(module, dry_run=True)
+        return bool(report.swapped or report.fused)
+
+    def _swap(self, module: nn.Module, *, dry_run: bool = False) -> SwapReport:
+        return swap_norms(
             module,
             self.norm,
             self.options,
@@ -222,7 +238,12 @@ class NormSwap(ModelChange):
             exclude=self.exclude,
             fuse=self.fuse,
             types=self.types,
+            dry_run=dry_run,
         )
+
+    def change(self, module: nn.Module) -> bool:
+        """Swap the norms of `module`, note it there, and return whether that did anything."""
+        report = self._swap(module)
         recipes.note_recipe(
             module,
             self.recipe(),

@@ -89,16 +89,17 @@ class WeightNormSwap(ModelChange):
 
     def change(self, module: nn.Module) -> bool:
         """Normalise weights of `module`, note it there, and return whether that did anything."""
-        recipe = self.recipe()
-        if any(
-            recipe.items() <= note.items()
-            for note in recipes.recipes_of(module, recipes.WEIGHT_NORM)
-        ):
+        if not self.would_change(module):
             return False
         report = apply_weight_norm(module, **self._settings, optimizers=live_optimizers(module))
-        recipes.note_recipe(module, recipe, report.weights, recipes.WEIGHT_NORM)
+        recipes.note_recipe(module, self.recipe(), report.weights, recipes.WEIGHT_NORM)
         rank_zero_info(f"WeightNormSwap: {report}")
         return True
+
+    def would_change(self, module: nn.Module) -> bool:
+        """Return whether this has not been done yet."""
+        recipe, noted = self.recipe(), recipes.recipes_of(module, recipes.WEIGHT_NORM)
+        return not any(recipe.items() <= note.items() for note in noted)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that nothing replaced a normalised weight, and that an optimizer trains it."""

@@ -236,17 +236,21 @@ class WeightNormTracker(CallbackBase):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Find the state of a checkpoint that is of other settings, or of an older release."""
+        self.check_launch(trainer, pl_module)
+        keys = [tracker.state_key for tracker in _trackers(trainer)]
+        register_after(
+            pl_module, "on_load_checkpoint", partial(_rename_states, keys), key="trackers"
+        )
+
+    def check_launch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raise InputError, if possible before there are processes, where they train copies."""
         strategy = copying_strategy(trainer)
-        if stage == "fit" and strategy:
+        if trainer.state.fn == "fit" and strategy:
             raise InputError(
                 "WeightNormTracker works in the processes of the strategy "
                 f"{strategy}, which are copies: your tracker would get neither path nor state. Use "
                 'strategy="ddp".'
             )
-        keys = [tracker.state_key for tracker in _trackers(trainer)]
-        register_after(
-            pl_module, "on_load_checkpoint", partial(_rename_states, keys), key="trackers"
-        )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the first record, and steer from the first step on."""

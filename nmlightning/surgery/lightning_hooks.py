@@ -1,8 +1,8 @@
 """Says in words what Lightning leaves out where it loads the checkpoint of a changed model itself.
 
 `Lit.load_from_checkpoint`, and a Trainer without our callbacks, call nothing of this package: two
-of Lightning's functions are wrapped, once, and the one that refuses two callbacks of one name. A
-release that has not got them says what Lightning says.
+of Lightning's functions are wrapped, once, and the one that refuses two callbacks of one name, and
+the one that starts workers. A release that has not got them says what Lightning says.
 """
 
 import re
@@ -35,6 +35,8 @@ def watch_loading() -> None:
     for package in ("pytorch_lightning", "lightning.pytorch"):
         connector = sys.modules.get(f"{package}.trainer.connectors.checkpoint_connector")
         callbacks = sys.modules.get(f"{package}.trainer.connectors.callback_connector")
+        launchers = sys.modules.get(f"{package}.strategies.launchers.multiprocessing")
+        _wrap(getattr(launchers, "_MultiProcessingLauncher", None), "launch", _launch)
         _wrap(sys.modules.get(f"{package}.core.saving"), "_load_state", _load_state)
         _wrap(callbacks, "_validate_callbacks_list", _check_callbacks)
         _wrap(getattr(connector, "_CheckpointConnector", None), "restore_model", _restore_model)
@@ -63,6 +65,14 @@ def _check_callbacks(original: Any, callbacks: Sequence[Any]) -> None:
                 "which do the same to the same weights: leave one out, or give it another include."
             )
     original(callbacks)
+
+
+def _launch(original: Any, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+    """Let callbacks refuse before there are workers, whose tracebacks would come first."""
+    for callback in getattr(trainer, "callbacks", ()):
+        if type(callback).__name__ in _OURS:
+            callback.check_launch(trainer, trainer.lightning_module)
+    return original(*args, trainer=trainer, **kwargs)
 
 
 def _load_state(original: Any, cls: type, checkpoint: Any, *args: Any, **kwargs: Any) -> Any:

@@ -193,13 +193,13 @@ def read_pairs(path: Path) -> EncodedPairs | None:
             if metadata.get("format") != FORMAT:
                 return None
             arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError):
+        source, target = (
+            EncodedSide(arrays[f"{name}/tokens"], arrays[f"{name}/bounds"]) for name in SIDES
+        )
+        omitted = Omissions(**json.loads(metadata["omitted"]))
+        return EncodedPairs(source, target, arrays["words"], omitted, metadata["digest"])
+    except (OSError, SafetensorError, LookupError, ValueError, TypeError, RecursionError):
         return None
-    source, target = (
-        EncodedSide(arrays[f"{name}/tokens"], arrays[f"{name}/bounds"]) for name in SIDES
-    )
-    omitted = Omissions(**json.loads(metadata["omitted"]))
-    return EncodedPairs(source, target, arrays["words"], omitted, metadata["digest"])
 
 
 def cached_tokenizer(folder: Path | None, pairs: PairSource, vocab_size: int) -> JointBPE:

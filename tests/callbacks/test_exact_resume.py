@@ -24,6 +24,7 @@ from torchmetrics import MaxMetric
 from nmlightning import Digits, ImageClassifier, QuantizationNoise
 from nmlightning.callbacks import AtomicCheckpointIO, ExactResume
 from nmlightning.errors import InputError
+from recorded_runs import StepsByHand, Trains, make_data
 from trainers import quiet_trainer, run_as_script
 from translation_runs import make_net, make_text, make_translator
 
@@ -162,6 +163,17 @@ def test_resume_shuffles_as_before_at_the_end_of_an_epoch(tmp_path: Path, gives:
         return {"train_dataloaders": loaders[0], "val_dataloaders": loaders[1]}
 
     assert_resumes(tmp_path, "epoch=1.ckpt", data)
+
+
+@pytest.mark.parametrize(("make", "step"), [(Trains, 2), (StepsByHand, 4)])
+def test_resume_within_an_epoch_says_that_other_batches_follow(
+    make: Any, step: int, tmp_path: Path
+) -> None:
+    """Lightning does for a loader without state; but two optimizers have taken 4 of 4 steps."""
+    quiet_trainer(ExactResume(), Keep(tmp_path)).fit(make(), make_data(4))
+    with pytest.warns(UserWarning, match="your dataloader|the training loader has no") as caught:
+        quiet_trainer(ExactResume()).fit(make(), make_data(4), ckpt_path=tmp_path / f"{step=}.ckpt")
+    assert sum("checkpoint" in str(warning.message) for warning in caught) == 1
 
 
 @pytest.mark.parametrize(

@@ -202,14 +202,15 @@ def test_kernels_lie_in_the_cache_of_the_user(tmp_path: Path, monkeypatch: Any) 
 
 
 @pytest.mark.usefixtures("_toolchain")
-def test_kernels_build_leaves_nothing_when_it_is_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seconds", [0.0, 0.3, 1.0, 4.0])  # the compilers begin after about one
+def test_kernels_build_leaves_nothing_when_it_is_killed(seconds: float, tmp_path: Path) -> None:
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     words = [sys.executable, "-m", "nmlightning", "kernels", "build"]
     folder = tmp_path / "nmlightning" / "kernels"
     with subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL) as process:
         wait_until(lambda: any(folder.glob("unfinished-*")))
-        time.sleep(1)  # until the compilers' process has begun
+        time.sleep(seconds)
         process.kill()
     wait_until(lambda: not os.listdir(folder))
 

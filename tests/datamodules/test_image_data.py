@@ -80,6 +80,17 @@ def test_batch_transform_returns_the_models_dtype(batch: RawBatch, dtype: torch.
     torch.testing.assert_close(x.float(), transform(batch)[0], rtol=0, atol=max(1.01 * eps, 2e-6))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_batch_transform_keeps_all_grey_levels_in_half(dtype: torch.dtype) -> None:
+    levels = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
+    given = RawBatch(levels, torch.zeros(1))
+    transform = BatchTransform((0.48, 0.5, 0.49), (0.24, 0.25, 0.24), 0)
+    x, exact = (transform(given, of)[0].double() for of in (dtype, torch.float64))
+    assert [len(channel.unique()) for channel in x[0]] == [256] * 3
+    assert (x - exact).abs().max() <= 2**-7  # 0.0078, half of what lies between two from 2 on
+    assert (x - exact).mean().abs() < 1e-4
+
+
 AUGMENTATIONS = [Augmentation(4, True), Augmentation(2, False), Augmentation(0, True)]
 
 

@@ -36,6 +36,7 @@ class Grows(torch.optim.SGD):
             "eps=1e-08 of RMSprop is 0 in float16, as 1 of its .* eps=1e-4",
         ),
         (torch.optim.Adam(HALF, eps=2.9e-8), "eps=2.9e-08 of Adam is 0 in float16"),
+        (torch.optim.AdamW(HALF, eps=1e-9), "eps=1e-09 of AdamW is 0 in float16"),
     ],
 )
 def test_check_optimizer_refuses_what_cannot_train(

@@ -1,5 +1,6 @@
 """Encoded pairs: the limits, padding, and the cache."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -167,19 +168,25 @@ def test_cached_pairs_of_other_options_are_other_files(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 5
 
 
-@pytest.mark.parametrize("damage", ["cut off", "emptied", "no such file", "changed"])
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "cut off": lambda content: content[:-1],
+    "emptied": lambda content: b"",
+    "no such file": lambda content: b"\xff" * 100,
+    "changed": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+    "other metadata": lambda content: content.replace(b'\\"empty\\"', b'\\"emptx\\"'),
+    "no JSON": lambda content: content.replace(b"{\\", b"[\\"),
+    "no digest": lambda content: content.replace(b'"digest"', b'"digesx"'),
+    "no words": lambda content: content.replace(b'"words"', b'"wordz"'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_cached_pairs_replace_damaged_files(tmp_path: Path, damage: str) -> None:
     encoded = keep(tmp_path)
     (path,) = tmp_path.iterdir()
     content = path.read_bytes()
-    damaged = {
-        "cut off": content[:-1],
-        "emptied": b"",
-        "no such file": b"\xff" * 100,
-        "changed": content[:-1] + bytes([content[-1] ^ 1]),
-    }
     path.unlink()  # the pairs still map the old file
-    path.write_bytes(damaged[damage])
+    path.write_bytes(DAMAGES[damage](content))
     assert_same(encoded, keep(tmp_path, check=True))
     assert_same(encoded, keep(tmp_path))
 

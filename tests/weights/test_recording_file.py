@@ -48,14 +48,15 @@ def test_truncated_file_is_refused(tmp_path: Path, share: float) -> None:
         NormHistory.load(file)
 
 
-@pytest.mark.parametrize("dtype", ["BF16", "F8_E4M3", "F4"])
-def test_file_of_a_dtype_that_numpy_lacks_is_refused(tmp_path: Path, dtype: str) -> None:
+@pytest.mark.parametrize("names", ['["a"]', "[" * 100_000])
+@pytest.mark.parametrize("dtype", ["BF16", "F8_E4M3", "F4", "I16"])
+def test_odd_dtypes_and_metadata_are_refused(tmp_path: Path, dtype: str, names: str) -> None:
     steps = {"dtype": dtype, "shape": [2], "data_offsets": [0, {"BF16": 4, "F4": 1}.get(dtype, 2)]}
-    metadata = {"format": FORMAT, "version": str(VERSION)}
+    metadata = {"format": FORMAT, "version": str(VERSION), "names": names, "provenance": "{}"}
     header = json.dumps({"steps": steps, "__metadata__": metadata}).encode()
     content = len(header).to_bytes(8, "little") + header + bytes(steps["data_offsets"][1])
     (tmp_path / FILE_NAME).write_bytes(content)
-    # With ml_dtypes imported, as onnx does, numpy has the first.
+    # Numpy lacks all but the last, and with ml_dtypes imported, as onnx does, has the first.
     with pytest.raises(InputError, match=f"{FILE_NAME} is (damaged|.*no safetensors file)"):
         NormHistory.load(tmp_path)
 

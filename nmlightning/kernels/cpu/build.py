@@ -11,6 +11,7 @@ import sys
 import tempfile
 from functools import lru_cache
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 
@@ -42,11 +43,12 @@ _FORMULA = "The norms use the formula"
 # In a process of its own, which is given the folder of ninja in its PATH and leaves nothing loaded.
 # That it loads what it has built is a first test of it. Its input ends with the process that asked
 # for it, however that ends; then it ends the compilers, which are in its group, and removes their
-# folder.
+# folder, which it has made itself.
 _COMPILE = """
 import json, os, shutil, signal, sys, threading, time, traceback
 arguments = json.loads(sys.argv[1])
 folder = arguments["build_directory"]
+os.mkdir(folder)
 def clean_up():
     sys.stdin.read()
     os.killpg(0, signal.SIGTERM)
@@ -173,11 +175,11 @@ def build_library(folder: Path) -> Path:
     """
     check_toolchain()
     check_folder(folder)
-    with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=folder) as unfinished:
-        made = _compile(Path(unfinished), folder / LOG)
-        with explain_failure(library_path(folder)):
-            seal(made)
-            return made.replace(library_path(folder))
+    unfinished = folder / f"{_UNFINISHED}{uuid4().hex[:12]}"
+    try:
+        return _compile(unfinished, library_path(folder))
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def check_folder(folder: Path) -> None:
@@ -217,7 +219,7 @@ def remove_libraries(folder: Path) -> list[Path]:
 
 
 def _compile(build_folder: Path, library: Path) -> Path:
-    """Compile in a folder, which is gone at the end, and put the library in its place."""
+    """Compile in a folder, new and gone at the end, and put the library in its place."""
     sources = [str(path) for path in source_files() if path.suffix == ".cpp"]
     arguments = {
         "name": "nmlightning_kernels",
@@ -229,7 +231,7 @@ def _compile(build_folder: Path, library: Path) -> Path:
     with subprocess.Popen(
         [sys.executable, "-c", _COMPILE, json.dumps(arguments)],
         env=os.environ | {"PATH": _search_path()},
-        cwd=build_folder,  # from which it imports, too
+        cwd=library.parent,  # the user's own, from which it imports, too
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -238,16 +240,17 @@ def _compile(build_folder: Path, library: Path) -> Path:
     ) as compiling:
         assert compiling.stdout is not None, "asked for"
         words = compiling.stdout.read()
-        if not (build_folder / "done").exists():
-            log.write_text(words)
-            raise InputError(
-                f"the kernels did not compile; the compiler's words are in {log}. {_FORMULA}."
-            )
-        log.unlink(missing_ok=True)
-        made = build_folder / f"{arguments['name']}.so"
-        seal(made)
-        made.chmod(0o755)
-        return made.replace(library)
+        with explain_failure(library):
+            if not (build_folder / "done").exists():
+                log.write_text(words)
+                raise InputError(
+                    f"the kernels did not compile; the compiler's words are in {log}. {_FORMULA}."
+                )
+            log.unlink(missing_ok=True)
+            made = build_folder / f"{arguments['name']}.so"
+            seal(made)
+            made.chmod(0o755)
+            return made.replace(library)
 
 
 def _compiler() -> str:
