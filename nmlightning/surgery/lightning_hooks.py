@@ -139,12 +139,11 @@ def _find_left_norms(module: nn.Module, checkpoint: Mapping[str, Any]) -> str | 
 
 
 def _class_on(layer: nn.Module | None, norm: str) -> str:
-    """Return the name of the class that a swap to a norm makes of a layer, L1LayerNorm2d of timm's
-    LayerNorm2d.
-    """
-    cls = getattr(type(layer), "replaced", type(layer))
-    is_torchs = layer is None or cls.__module__.startswith("torch.") or describe_norm(layer)
-    return norm if is_torchs else re.sub("(Batch|Layer|RMS)Norm.*$", "", norm) + cls.__name__
+    """Return the class that a swap makes of a layer: of timm's LayerNorm2d, L1LayerNorm2d."""
+    cls = type(layer)
+    if layer is None or cls.__module__.startswith("torch.") or describe_norm(layer):
+        return norm
+    return re.sub("(Batch|Layer|RMS)Norm.*$", "", norm) + cls.__name__
 
 
 def _norms_of_recipes(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
