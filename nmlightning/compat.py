@@ -135,7 +135,7 @@ def restarts_silently(trainer: Any) -> bool:
     if all(hasattr(loader, "load_state_dict") for loader in loaders):
         return False
     steps = 1 if batches == math.inf else math.ceil(batches / trainer.accumulate_grad_batches)
-    return trainer.global_step % steps == 0
+    return bool(trainer.global_step % steps == 0)
 
 
 def training_sums(trainer: Any) -> dict[str, dict[str, Any]]:

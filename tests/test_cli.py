@@ -194,6 +194,7 @@ BAD_INPUT = {
     "--trainer.max_epochs three": "trainer.max_epochs: expected int or null, received 'three'.",
     "--trainer.precision 16-mixd": "received '16-mixd'. Did you mean '16-mixed'?",
     "--trainer.strategy dpp": "trainer: You selected an invalid strategy name",
+    "--trainer.strategy ddp_spawn": "trainer.strategy: ddp_spawn trains copies of .*; use ddp.",
     "--model.optimizer.lr -1": "optimizer: Invalid learning rate: -1.0.",
     "--ckpt_path http://localhost:9/a.ckpt --weights_only false": (
         "--weights_only false: download the checkpoint before, if at all."
@@ -240,6 +241,7 @@ BAD_INPUT = {
     "--data.image_size 20000": "not enough memory; a smaller network, image or batch",
     "--model.net.in_channels 4": "channels",
     "--trainer.max_time x": "trainer: ",
+    "--data NumberNames --trainer.callbacks null": "takes images and labels, got a Trans",
     "--trainer.val_check_interval 0": "together: integer modulo by zero",
     "--trainer.devices 5000": "trainer.devices is at most .* on this machine, got 5000.",
     "--trainer.precision transformer-engine": "together: Requirement 'transformer_engine",

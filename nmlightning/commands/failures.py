@@ -42,7 +42,7 @@ _CONFIGURED = [
 ]
 _COMPLAINTS = (
     *(RuntimeError, ValueError, TypeError, LookupError, ArithmeticError),
-    *(AttributeError, ImportError),
+    *(AttributeError, ImportError, AssertionError),
 )
 _RESTORES = re.compile(r"load_.*state|load_checkpoint|restore")
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "Storage size calculation overflow")

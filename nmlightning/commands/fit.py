@@ -39,6 +39,7 @@ from nmlightning.commands.files import (
 )
 from nmlightning.commands.parser import ConfigFile, Parser, check_numbers
 from nmlightning.commands.run_report import filter_logs
+from nmlightning.compat import copying_strategy
 from nmlightning.errors import InputError
 from nmlightning.tasks.numerics import SoundNumerics
 
@@ -161,6 +162,10 @@ class TrainingCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError) as error:
             raise InputError(f"trainer: {error}") from error
+        if copies := copying_strategy(trainer):
+            raise InputError(
+                f"trainer.strategy: {copies} trains copies, which report nothing; use ddp."
+            )
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if type(trainer.strategy).save_checkpoint is not Strategy.save_checkpoint:

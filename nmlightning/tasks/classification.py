@@ -220,6 +220,9 @@ class ImageClassifier(pl.LightningModule):
     def _step(
         self, stage: Stage, batch: Batch, batch_idx: int, label_smoothing: float = 0.0
     ) -> Tensor:
+        if not (isinstance(batch, list | tuple) and len(batch) == 2):
+            kind = type(batch).__name__
+            raise InputError(f"{type(self).__name__} takes images and labels, got a {kind}.")
         images, labels = batch
         logits = self(images)
         self._check_classes(logits, labels, batch_idx)

@@ -276,6 +276,9 @@ class Translator(pl.LightningModule):
             check_recipes(self, checkpoint)
 
     def _loss_of(self, batch: TranslationBatch, label_smoothing: float = 0.0) -> TokenLoss:
+        if not isinstance(batch, TranslationBatch):
+            kind = type(batch).__name__
+            raise InputError(f"{type(self).__name__} takes a TranslationBatch, got a {kind}.")
         logits = self(batch.source, batch.target[:, :-1])
         return token_loss(logits, batch.target[:, 1:], label_smoothing)
 
