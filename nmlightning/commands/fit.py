@@ -163,9 +163,7 @@ class TrainingCLI(LightningCLI):
         except (MisconfigurationException, ValueError) as error:
             raise InputError(f"trainer: {error}") from error
         if copies := copying_strategy(trainer):
-            raise InputError(
-                f"trainer.strategy: {copies} trains copies, which report nothing; use ddp."
-            )
+            raise InputError(f"trainer.strategy: {copies} trains copies of what reports; use ddp.")
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if type(trainer.strategy).save_checkpoint is not Strategy.save_checkpoint:

@@ -70,7 +70,7 @@ def _check_callbacks(original: Any, callbacks: Sequence[Any]) -> None:
 def _launch(original: Any, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
     """Let callbacks refuse before there are workers, whose tracebacks would come first."""
     for callback in getattr(trainer, "callbacks", ()):
-        if type(callback).__name__ in _OURS:
+        if hasattr(callback, "check_launch"):
             callback.check_launch(trainer, trainer.lightning_module)
     return original(*args, trainer=trainer, **kwargs)
 

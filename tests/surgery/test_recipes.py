@@ -159,8 +159,8 @@ def test_write_recipes_of_an_unswapped_module() -> None:
         ),
         ([recipe("l1"), recipe("linf")], [recipe("l1")], "'l1', 'linf', this run has 'l1'."),
         (
-            [recipe("l1", eps=0.1), recipe("linf", eps=0.1)],
-            [recipe("linf", eps=0.1), recipe("l1", eps=0.1)],
+            [recipe("l1", eps=0.1), recipe("linf", momentum=0.2)],
+            [recipe("linf", momentum=0.2), recipe("l1", eps=0.1)],
             "norm = 'l1', this run",
         ),
         ([], [recipe("l1")], "trained with no NormSwap, this run has 'l1'."),
