@@ -1,8 +1,12 @@
 """The one error for bad input, and the checks that many settings share."""
 
-from collections.abc import Collection, Iterable
+import functools
+from collections.abc import Callable, Collection, Iterable
 from difflib import get_close_matches
 from numbers import Integral
+from typing import Any, Concatenate, ParamSpec
+
+P = ParamSpec("P")
 
 
 class InputError(ValueError):
@@ -70,3 +74,27 @@ def check_lists(**arguments: object) -> None:
 def is_number(value: object) -> bool:
     """Return True for a real number; True and False, which Python counts as 1 and 0, are none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def given_by_keyword(
+    name: str,
+) -> Callable[[Callable[Concatenate[Any, P], None]], Callable[Concatenate[Any, P], None]]:
+    """Let the constructor of a norm refuse, as its second argument, what is meant as `name`.
+
+    That argument is eps, as it is torch's; a number of 1 or more is none that anyone gives.
+    """
+
+    def decorate(construct: Callable[Concatenate[Any, P], None]) -> Any:
+        @functools.wraps(construct)
+        def checked(self: Any, *arguments: Any, **keywords: Any) -> None:
+            if len(arguments) > 1 and is_number(arguments[1]) and arguments[1] >= 1:
+                shape, value = arguments[:2]
+                raise InputError(
+                    f"The second argument of {type(self).__name__} is eps, as it is torch's, got "
+                    f"{value!r}: write {type(self).__name__}({shape!r}, {name}={value!r})."
+                )
+            construct(self, *arguments, **keywords)
+
+        return checked
+
+    return decorate

@@ -72,10 +72,16 @@ def is_transformed(grad: Tensor | None = None) -> bool:
     Also whether a gradient is many: `torch.autograd.grad(…, is_grads_batched=True)`.
     """
     if torch.compiler.is_compiling():
-        return False
+        return _is_traced_transformed()
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
     return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def _is_traced_transformed() -> bool:
+    """Return the same where a compiler traces, which runs this once and guards the transforms."""
+    return bool(torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
 
 def differentiable(
@@ -156,10 +162,7 @@ class BatchNormFunction(torch.autograd.Function):
         bounded = is_bounded(scale) if group is None else None
         if bounded is False:
             settings = (statistic, convention, eps, torch.float64, group)
-            y, *values = BatchNormFunction.forward(ctx, x, weight, bias, *settings)
-            mean, variance = (value.float() for value in values)
-            ctx.mark_non_differentiable(mean, variance)
-            return y, mean, variance
+            return BatchNormFunction.forward(ctx, x, weight, bias, *settings)
         total = total_scale(scale, eps, bounded)
         y = _apply_affine(deviations, total, weight, bias, shape)
         variance = scale.square() * share.total / (share.total - 1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nmlightning.functional.statistics import (
+    HUGE,
     LargestMean,
     PowerMean,
     Statistic,
@@ -18,6 +19,8 @@ from nmlightning.functional.statistics import (
     chunk_lengths,
     reduced_dims,
 )
+
+LEAST_EPS = 1e-20  # beside squares of about 1; that to the power −3/2 is a float32
 
 
 def plain_batch_norm(
@@ -30,13 +33,14 @@ def plain_batch_norm(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what `BatchNormFunction` does, on one rank."""
-    wide, dims = x.to(dtype), reduced_dims(x)
+    dims, count = reduced_dims(x), x.numel() // x.shape[1]
+    wide, unit, eps_in_it = _in_units(x.to(dtype), dims, eps)
     mean = wide.mean(dims, keepdim=True)
     square = constant**2 * _square(wide - mean, statistic, dims)
-    y = _apply_affine((wide - mean) / (square + eps).sqrt(), weight, bias, channel_shape(x))
-    count = x.numel() // x.shape[1]
-    variance = square.detach().flatten() * count / (count - 1)
-    return y.to(x.dtype), mean.detach().flatten(), variance
+    y = _apply_affine((wide - mean) / (square + eps_in_it).sqrt(), weight, bias, channel_shape(x))
+    tracked = (value.detach().flatten() for value in (mean * unit, square * unit * unit))
+    mean, variance = tracked
+    return y.to(x.dtype), mean, variance * count / (count - 1)
 
 
 def plain_layer_norm(
@@ -51,11 +55,37 @@ def plain_layer_norm(
     centred: bool,
 ) -> Tensor:
     """Return what `LayerNormFunction` does."""
-    wide, dims = x.to(dtype), tuple(range(-rank, 0))
+    dims = tuple(range(-rank, 0))
+    wide, _, eps_in_it = _in_units(x.to(dtype), dims, eps)
     deviations = wide - wide.mean(dims, keepdim=True) if centred else wide
     square = constant**2 * _square(deviations, PowerMean(p), dims)
-    y = _apply_affine(deviations / (square + eps).sqrt(), weight, bias, x.shape[-rank:])
+    y = _apply_affine(deviations / (square + eps_in_it).sqrt(), weight, bias, x.shape[-rank:])
     return y.to(x.dtype)
+
+
+def plain_evaluation(
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Return what torch's batch norm does in evaluation; a compiler cannot transform that."""
+    shape = channel_shape(x)
+    y = (x.to(mean.dtype) - mean.view(shape)) / (variance + eps).sqrt().view(shape)
+    return _apply_affine(y, weight, bias, shape).to(x.dtype)
+
+
+def _in_units(x: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x over a unit, that unit, and eps over its square, of which a norm is the same.
+
+    The unit is 1, or the largest |x| where squares and sums might be infinite. Of a constant x the
+    eps must not be lost.
+    """
+    largest = x.detach().abs().amax(dims, keepdim=True)
+    unit = torch.where(largest > HUGE, largest, 1.0)
+    return x / unit, unit, (eps / unit / unit).clamp_min(min(eps, LEAST_EPS))
 
 
 def _apply_affine(

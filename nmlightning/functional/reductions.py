@@ -120,21 +120,20 @@ def sum_of(values: Tensor, dims: tuple[int, ...]) -> Tensor:
     return half_mean(values, dims).float() * count_along(values, dims)
 
 
-def sum_of_inputs(values: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Return the sum as `sum_of` does, of half values exactly where they are all the same.
+def half_mean_of_inputs(values: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Return the mean as `half_mean` does, exactly where the values are all the same.
 
     They are averaged as distances from the first of them, so that a mean far from 0 is rounded as
     any half number is, and no more: x − μ is to be 0 where x is constant. The distances are halved
     first, since they may be twice as large as the values.
     """
-    if not is_half(values.dtype) or not values.numel():
-        return sum_of(values, dims)
+    if not values.numel():
+        return half_mean(values, dims)
     first = values
     for dim in dims:
         first = first.narrow(dim, 0, 1)
     distance = half_mean(torch.sub(values * 0.5, first, alpha=0.5), dims)
-    mean = torch.add(first.reshape(distance.shape), distance, alpha=2)
-    return mean.float() * count_along(values, dims)
+    return torch.add(first.reshape(distance.shape), distance, alpha=2)
 
 
 def sum_of_sizes(values: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -154,12 +153,20 @@ def share_mean(
 ) -> tuple[Tensor, Share]:
     """Return the mean over `dims` and the ranks, and how many values it is taken over."""
     own = count_along(values, dims)
-    sums, share = share_sums(sum_of_inputs(values, dims), own, group)
+    if not is_half(values.dtype):
+        sums, share = share_sums(values.sum(dims), own, group)
+        return sums / share.total, share
+    mean = half_mean_of_inputs(values, dims)
+    if group is None:
+        return mean, Share(own)  # the sum is what float32 might not hold
+    sums, share = share_sums(mean.float() * own, own, group)
     return (sums / share.total).to(values.dtype), share
 
 
 def mean_of(values: Tensor, dims: tuple[int, ...], share: Share) -> Tensor:
     """Return the mean over `dims` and the ranks, in the dtype of the values."""
+    if share.group is None and is_half(values.dtype):
+        return half_mean(values, dims)  # whose sum float32 might not hold
     return mean_of_sums(sum_of(values, dims), share, values.dtype)
 
 

@@ -42,6 +42,8 @@ from nmlightning.functional.selection import (
     select_largest,
 )
 
+HUGE = 2.0**48  # of larger ŝ, sums of squares may be infinite in float32; eps is nothing to it
+
 
 def power_mean(deviations: Tensor, p: float, dims: tuple[int, ...], share: Share) -> Tensor:
     """Return (mean |d|^p)^(1/p) over `dims` and the ranks.
@@ -49,13 +51,26 @@ def power_mean(deviations: Tensor, p: float, dims: tuple[int, ...], share: Share
     Other powers than 1 and 2 are taken of |d| / max|d|, which neither overflow nor underflow, with
     each rank's own maximum.
     """
-    if p == 1.0:
+    half, alone = is_half(deviations.dtype), share.group is None
+    if p == 1.0 and not half:
         return mean_of_sums(sum_of_sizes(deviations, dims), share, deviations.dtype)
-    if p == 2.0:
-        return mean_of(deviations.square(), dims, share).sqrt()
+    # Float16 is not to hold the squares of what is above 255: that is what the paper shows.
+    scaled = alone and deviations.dtype == torch.bfloat16
+    if p == 2.0 and not scaled:
+        root = mean_of(deviations.square(), dims, share).sqrt()
+        if half or not (alone and torch.compiler.is_compiling()):
+            return root  # whose user looks whether it is finite
+        shrunk = mean_of((deviations / HUGE**2).square(), dims, share).sqrt()  # in the same loop
+        return torch.where(root < torch.inf, root, shrunk * HUGE**2)
     sizes = deviations.abs()
+    if p == 1.0:
+        return mean_of(sizes, dims, share)
     # The sum is that of no elements, with their dimensions: a rank may have none of the batch.
     largest = sizes.amax(dims, True) if sizes.numel() else sizes.sum(dims, True)
+    if p == 2.0:
+        unit = torch.where(largest > HUGE, largest, 1.0)
+        mean = mean_of((sizes / unit).square(), dims, share)
+        return mean.sqrt() * unit.view(mean.shape)
     sums = sum_of((sizes / _nonzero(largest)).pow(p), dims)
     largest = largest.reshape(sums.shape).to(sums.dtype)
     if share.group is not None:
@@ -234,9 +249,6 @@ class RangeMean:
 
 
 Statistic = PowerMean | LargestMean | RangeMean
-
-
-HUGE = 2.0**60  # squares and sums of larger values may be infinite in float32; eps is nothing to it
 
 
 def is_bounded(scale: Tensor) -> bool | None:

@@ -35,7 +35,8 @@ class KernelBatchNormFunction(torch.autograd.Function):
     """Normalise each channel of (N, C, *spatial), and activate if the spec says so.
 
     Returns:
-        y like x; mean (C,); unbiased variance ŝ² · n / (n − 1) (C,), both float32.
+        y like x; mean (C,); unbiased variance ŝ² · n / (n − 1) (C,), both float32; whether all
+        sums are finite.
     """
 
     @staticmethod
@@ -47,9 +48,10 @@ class KernelBatchNormFunction(torch.autograd.Function):
         bias: Tensor | None,
         kernels: BatchNormKernels,
         spec: NormSpec,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, bool]:
         residual = None if residual is None else lay_out_like(residual, x)
-        y, mean, variance, saved = kernels.forward(x, residual, _wide(weight), _wide(bias), spec)
+        result = kernels.forward(x, residual, _wide(weight), _wide(bias), spec)
+        y, mean, variance, saved, bounded = result
         ctx.mark_non_differentiable(mean, variance)
         ctx.kernels, ctx.spec = kernels, spec
         ctx.save_for_backward(*(x, weight) if spec.fused is None else (None, None), *saved)
@@ -57,7 +59,7 @@ class KernelBatchNormFunction(torch.autograd.Function):
         ctx.plain = settings if spec.fused is None else None
         ctx.weight_dtype = None if weight is None else weight.dtype
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
-        return y, mean, variance
+        return y, mean, variance, bounded
 
     @staticmethod
     @differentiable(plain_batch_norm, (0, 2, 3))
@@ -157,7 +159,11 @@ def _measure(
 
 
 class KernelLayerNormFunction(torch.autograd.Function):
-    """Normalise (*, *normalized_shape) over the last `rank` dimensions; y is like x."""
+    """Normalise (*, *normalized_shape) over the last `rank` dimensions.
+
+    Returns:
+        y like x; whether all sums are finite.
+    """
 
     @staticmethod
     def forward(
@@ -170,19 +176,20 @@ class KernelLayerNormFunction(torch.autograd.Function):
         constant: float,
         eps: float,
         centred: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, bool]:
         ctx.features = x.shape[x.dim() - rank :].numel()
-        y, rows = kernels.forward(x, ctx.features, _wide(weight), _wide(bias), constant, eps)
+        learned = (_wide(weight), _wide(bias))
+        y, rows, bounded = kernels.forward(x, ctx.features, *learned, constant, eps)
         ctx.save_for_backward(x, weight, rows)
         ctx.kernels = kernels
         ctx.plain = (rank, 1.0, constant, eps, torch.float32, centred)
         ctx.weight = None if weight is None else (weight.shape, weight.dtype)
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
-        return y
+        return y, bounded
 
     @staticmethod
     @differentiable(plain_layer_norm)
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         x, weight, rows = ctx.saved_tensors
         forms = (ctx.weight, ctx.bias)
         learned = forms != (None, None)

@@ -75,12 +75,16 @@ class NormSpec:
 
 
 class Normalised(NamedTuple):
-    """y like x; mean (C,); unbiased variance ŝ² · n/(n − 1) (C,); what backward needs."""
+    """y like x; mean (C,); unbiased variance ŝ² · n/(n − 1) (C,); what backward needs.
+
+    And whether all sums are finite, in backward, too: else the formula computes the norm instead.
+    """
 
     y: Tensor
     mean: Tensor
     variance: Tensor
     saved: tuple[Tensor | None, ...]
+    bounded: bool = True
 
 
 class Gradients(NamedTuple):
@@ -175,8 +179,8 @@ class LayerNormKernels(Protocol):
         bias: Tensor | None,
         constant: float,
         eps: float,
-    ) -> tuple[Tensor, Tensor]:
-        """Return y like x, and the values of the rows that backward needs.
+    ) -> tuple[Tensor, Tensor, bool]:
+        """Return y like x, the values of the rows that backward needs, and `Normalised.bounded`.
 
         Args:
             x: contiguous, of a dtype that the backend supports.

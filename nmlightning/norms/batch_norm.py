@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from nmlightning.errors import check_whole_number
+from nmlightning.errors import check_whole_number, given_by_keyword
 from nmlightning.functional.batch_norm import (
     BatchNormFunction,
     HalfBatchNormFunction,
@@ -61,20 +61,12 @@ class StatisticBatchNorm(BatchNormBase):
     statistic: Statistic
 
     def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        *,
-        bias: bool = True,
-        constant: Constant | float = "exact",
-        stats_dtype: torch.dtype | str | None = None,
-        sync: bool = False,
-        device: torch.device | str | None = None,
+        self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1,
+        affine: bool = True, track_running_stats: bool = True, *, bias: bool = True,
+        constant: Constant | float = "exact", stats_dtype: torch.dtype | str | None = None,
+        sync: bool = False, device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(
             num_features, eps=eps, momentum=momentum, affine=affine, bias=bias,
             track_running_stats=track_running_stats, stats_dtype=stats_dtype,
@@ -98,7 +90,9 @@ class StatisticBatchNorm(BatchNormBase):
             return activate(y, residual, self.fused), mean, variance
         kernels = select_backend_for(input, "batch", self.statistic, dtype).kernels
         if kernels is not None:
-            return self._normalise_by_kernels(input, residual, kernels, group)
+            result = self._normalise_by_kernels(input, residual, kernels, group)
+            if result is not None:
+                return result
         learned = (self.weight, self.bias)
         arguments = (*learned, self.statistic, self.constant, self.eps, dtype, group)
         if is_half(dtype):
@@ -113,14 +107,17 @@ class StatisticBatchNorm(BatchNormBase):
         residual: Tensor | None,
         kernels: BatchNormKernels,
         group: ProcessGroup | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return the same as `_normalise`, or None where their sums may be infinite."""
         fits = residual is None or _is_like(residual, input)
         fused, added = (self.fused, residual) if fits else (None, None)
         tensors = (input, added, self.weight, self.bias, kernels)
         if group is None:
             constant = self.statistic.constant(input.numel() // input.shape[1], self.constant)
             spec = NormSpec(self.statistic, constant, self.eps, fused)
-            y, mean, variance = KernelBatchNormFunction.apply(*tensors, spec)
+            y, mean, variance, bounded = KernelBatchNormFunction.apply(*tensors, spec)
+            if not bounded:
+                return None
         else:
             settings = (self.statistic, self.constant, self.eps, fused, group)
             y, mean, variance = RankBatchNormFunction.apply(*tensors, *settings)
@@ -151,22 +148,14 @@ class LpBatchNorm(StatisticBatchNorm):
     See `StatisticBatchNorm` for the other arguments.
     """
 
+    @given_by_keyword("p")
     def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        *,
-        p: float = 1.0,
-        bias: bool = True,
-        constant: Constant | float = "exact",
-        stats_dtype: torch.dtype | str | None = None,
-        sync: bool = False,
-        device: torch.device | str | None = None,
+        self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1,
+        affine: bool = True, track_running_stats: bool = True, *, p: float = 1.0, bias: bool = True,
+        constant: Constant | float = "exact", stats_dtype: torch.dtype | str | None = None,
+        sync: bool = False, device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(
             num_features, eps=eps, momentum=momentum, affine=affine, bias=bias,
             track_running_stats=track_running_stats, constant=constant, stats_dtype=stats_dtype,
@@ -179,22 +168,14 @@ class LpBatchNorm(StatisticBatchNorm):
 class TopKBatchNorm(StatisticBatchNorm):
     """Batch norm by ŝ = c(n, k) · mean of the k largest |x − μ|; see `StatisticBatchNorm`."""
 
+    @given_by_keyword("k")
     def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        *,
-        k: int = 10,
-        bias: bool = True,
-        constant: Constant | float = "exact",
-        stats_dtype: torch.dtype | str | None = None,
-        sync: bool = False,
-        device: torch.device | str | None = None,
+        self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1,
+        affine: bool = True, track_running_stats: bool = True, *, k: int = 10, bias: bool = True,
+        constant: Constant | float = "exact", stats_dtype: torch.dtype | str | None = None,
+        sync: bool = False, device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(
             num_features, eps=eps, momentum=momentum, affine=affine, bias=bias,
             track_running_stats=track_running_stats, constant=constant, stats_dtype=stats_dtype,
@@ -207,8 +188,6 @@ class TopKBatchNorm(StatisticBatchNorm):
 class L1BatchNorm1d(L1BatchNorm, nn.BatchNorm1d):
     """`L1BatchNorm` of (N, C) or (N, C, L) inputs."""
 
-    input_dims = (2, 3)
-
 
 class L1BatchNorm2d(L1BatchNorm, nn.BatchNorm2d):
     """`L1BatchNorm` of (N, C, H, W) inputs.
@@ -217,67 +196,45 @@ class L1BatchNorm2d(L1BatchNorm, nn.BatchNorm2d):
     torch.Size([8, 16, 4, 4])
     """
 
-    input_dims = (4,)
-
 
 class L1BatchNorm3d(L1BatchNorm, nn.BatchNorm3d):
     """`L1BatchNorm` of (N, C, D, H, W) inputs."""
-
-    input_dims = (5,)
 
 
 class LInfBatchNorm1d(LInfBatchNorm, nn.BatchNorm1d):
     """`LInfBatchNorm` of (N, C) or (N, C, L) inputs."""
 
-    input_dims = (2, 3)
-
 
 class LInfBatchNorm2d(LInfBatchNorm, nn.BatchNorm2d):
     """`LInfBatchNorm` of (N, C, H, W) inputs."""
-
-    input_dims = (4,)
 
 
 class LInfBatchNorm3d(LInfBatchNorm, nn.BatchNorm3d):
     """`LInfBatchNorm` of (N, C, D, H, W) inputs."""
 
-    input_dims = (5,)
-
 
 class LpBatchNorm1d(LpBatchNorm, nn.BatchNorm1d):
     """`LpBatchNorm` of (N, C) or (N, C, L) inputs."""
-
-    input_dims = (2, 3)
 
 
 class LpBatchNorm2d(LpBatchNorm, nn.BatchNorm2d):
     """`LpBatchNorm` of (N, C, H, W) inputs."""
 
-    input_dims = (4,)
-
 
 class LpBatchNorm3d(LpBatchNorm, nn.BatchNorm3d):
     """`LpBatchNorm` of (N, C, D, H, W) inputs."""
-
-    input_dims = (5,)
 
 
 class TopKBatchNorm1d(TopKBatchNorm, nn.BatchNorm1d):
     """`TopKBatchNorm` of (N, C) or (N, C, L) inputs."""
 
-    input_dims = (2, 3)
-
 
 class TopKBatchNorm2d(TopKBatchNorm, nn.BatchNorm2d):
     """`TopKBatchNorm` of (N, C, H, W) inputs."""
 
-    input_dims = (4,)
-
 
 class TopKBatchNorm3d(TopKBatchNorm, nn.BatchNorm3d):
     """`TopKBatchNorm` of (N, C, D, H, W) inputs."""
-
-    input_dims = (5,)
 
 
 class RangeBatchNorm(StatisticBatchNorm):
@@ -290,22 +247,14 @@ class RangeBatchNorm(StatisticBatchNorm):
     Source: Banner et al. 2018 (arXiv 1805.11046).
     """
 
+    @given_by_keyword("chunks")
     def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        *,
-        chunks: int = 16,
-        bias: bool = True,
-        constant: Constant | float = "exact",
-        stats_dtype: torch.dtype | str | None = None,
-        sync: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1,
+        affine: bool = True, track_running_stats: bool = True, *, chunks: int = 16,
+        bias: bool = True, constant: Constant | float = "exact",
+        stats_dtype: torch.dtype | str | None = None, sync: bool = False,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(
             num_features, eps=eps, momentum=momentum, affine=affine, bias=bias,
             track_running_stats=track_running_stats, constant=constant, stats_dtype=stats_dtype,
@@ -318,16 +267,10 @@ class RangeBatchNorm(StatisticBatchNorm):
 class RangeBatchNorm1d(RangeBatchNorm, nn.BatchNorm1d):
     """`RangeBatchNorm` of (N, C) or (N, C, L) inputs."""
 
-    input_dims = (2, 3)
-
 
 class RangeBatchNorm2d(RangeBatchNorm, nn.BatchNorm2d):
     """`RangeBatchNorm` of (N, C, H, W) inputs."""
 
-    input_dims = (4,)
-
 
 class RangeBatchNorm3d(RangeBatchNorm, nn.BatchNorm3d):
     """`RangeBatchNorm` of (N, C, D, H, W) inputs."""
-
-    input_dims = (5,)

@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nmlightning.errors import InputError, check_flag, check_whole_number, is_number, nearest
 from nmlightning.functional.batch_norm import is_transformed
+from nmlightning.functional.plain import plain_evaluation
 from nmlightning.functional.reductions import is_half
 from nmlightning.kernels.dispatch import NO_KERNELS, select_tracking
 from nmlightning.kernels.interface import Dispatch, Fused
@@ -33,6 +34,7 @@ STATS_DTYPES = {
     "float64": torch.float64,
 }
 RUNNING = ("running_mean", "running_var")
+INPUT_DIMS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
 # What a swapped layer takes from the layer that it replaces, and so is no option of a swap.
 INHERITED = {"num_features", "normalized_shape", "affine", "elementwise_affine", "bias"}
 INHERITED |= {"track_running_stats", "device", "dtype", "process_group"}
@@ -156,25 +158,21 @@ class BatchNormBase(_BatchNorm):
     with statistics that are not finite are those of `StatisticBatchNorm`, but for the constant.
     """
 
-    input_dims: ClassVar[tuple[int, ...]] = ()
+    input_dims: ClassVar[tuple[int, ...]] = ()  # any, or those of torch's class that it is
     has_scale: ClassVar[bool] = True
     process_group: ProcessGroup | None = None
     fused: Fused | None = None  # what the layer also does, see `swap_norms`
 
+    def __init_subclass__(cls) -> None:
+        """Let a class take inputs of the dimensions that torch's class among its bases takes."""
+        cls.input_dims = next((n for base, n in INPUT_DIMS.items() if issubclass(cls, base)), ())
+
     def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        *,
-        bias: bool = True,
-        stats_dtype: torch.dtype | str | None = None,
-        sync: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1,
+        affine: bool = True, track_running_stats: bool = True, *, bias: bool = True,
+        stats_dtype: torch.dtype | str | None = None, sync: bool = False,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(
             check_whole_number("num_features", num_features),
             check_eps(eps),
@@ -310,6 +308,8 @@ class BatchNormBase(_BatchNorm):
         mean, variance = self.running_mean, self.running_var
         weight: Tensor | None = self.weight if self.has_scale else None
         bias: Tensor | None = self.bias
+        if mean is not None and torch.compiler.is_compiling() and is_transformed():
+            return plain_evaluation(input, mean, variance, weight, bias, self.eps)
         if is_half(input.dtype) and mean is not None:
             # Torch takes half inputs with parameters and statistics of one dtype.
             weight, bias = (q if q is None else q.to(mean.dtype) for q in (weight, bias))
@@ -367,9 +367,10 @@ class BatchNormBase(_BatchNorm):
         # Without a momentum channels have one count, so a batch counts for all or none.
         finite = finite.all() if self.momentum is None else finite
         newest = self._count_batch(finite, mean.dtype)
-        for running, value in pairs:
-            moved = (running + newest * (value - running)).to(running.dtype)
-            running.copy_(torch.where(finite & (moved.abs() < math.inf), moved, running))
+        moved = [(run + newest * (value - run)).to(run.dtype) for run, value in pairs]
+        finite = finite & (moved[0].abs() < math.inf) & (moved[1].abs() < math.inf)
+        for (running, _), value in zip(pairs, moved, strict=True):
+            running.copy_(torch.where(finite, value, running))
 
     def _count_batch(self, finite: Tensor, dtype: torch.dtype) -> float | Tensor:
         """Count a batch, and return its weight in the running statistics."""

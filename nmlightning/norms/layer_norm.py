@@ -11,12 +11,12 @@ An RMS norm has μ = 0, and so neither mean h nor mean s.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from nmlightning.errors import InputError, check_flag
+from nmlightning.errors import InputError, check_flag, given_by_keyword
 from nmlightning.functional.batch_norm import apply_without_autocast, differentiable, is_transformed
 from nmlightning.functional.constants import Constant, check_constant, check_power
 from nmlightning.functional.plain import plain_layer_norm
@@ -86,9 +86,10 @@ def normalise_features(
     kind: NormKind = "layer" if centred else "rms"
     kernels = select_backend_for(x, kind, layer.statistic, dtype).kernels
     if kernels is not None:
-        return KernelLayerNormFunction.apply(  # type: ignore[no-any-return]
-            x, weight, bias, len(sizes), kernels, constant, eps, centred
-        )
+        choice = (len(sizes), kernels, constant, eps, centred)
+        y, bounded = KernelLayerNormFunction.apply(x, weight, bias, *choice)
+        if bounded:
+            return y  # type: ignore[no-any-return]
     if is_half(dtype):
         return apply_without_autocast(LayerNormFunction, x, *arguments)  # type: ignore[no-any-return]
     return LayerNormFunction.apply(x, *arguments)  # type: ignore[no-any-return]
@@ -179,7 +180,44 @@ def _sum_leading(values: Tensor, lead: tuple[int, ...]) -> Tensor:
     return sum_of(values, lead) if lead else values.clone()
 
 
-class LpLayerNorm(nn.LayerNorm):
+class FeatureNorm(nn.Module):
+    """What layer and RMS norms by a power mean share."""
+
+    kind: ClassVar[NormKind]
+    normalized_shape: tuple[int, ...]
+
+    __prepare_scriptable__ = refuse_scripting
+
+    def _set_statistic(
+        self, p: float, constant: Constant | float, stats_dtype: torch.dtype | str | None
+    ) -> None:
+        self.p = check_power(p)
+        self.statistic = PowerMean(self.p)
+        self.constant = check_constant(constant)
+        self.stats_dtype = check_stats_dtype(stats_dtype)
+        watch_encoders()
+
+    def backend_for(self, input: Tensor) -> Dispatch:
+        """Return the backend that computes such an input, and why, without running."""
+        dtype = accumulation_dtype(input.dtype, self.stats_dtype)
+        return select_backend_for(input, self.kind, self.statistic, dtype)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        note_norm(self, destination, prefix)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a layer, also one that was pickled before layers kept their statistic."""
+        state = {"statistic": PowerMean(state["p"]), **state}
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        watch_encoders()
+
+    def extra_repr(self) -> str:
+        """Return the arguments that differ from the defaults, so that the repr evaluates."""
+        return describe_settings(self, str(tuple(self.normalized_shape)))
+
+
+class LpLayerNorm(FeatureNorm, nn.LayerNorm):
     """Layer norm that divides by ŝ = c(p) · (mean |x − μ|^p)^(1/p), p ≥ 1.
 
         y = (x − μ) / √(ŝ² + eps) · weight + bias
@@ -189,10 +227,10 @@ class LpLayerNorm(nn.LayerNorm):
 
     Args:
         normalized_shape: sizes of the last dimensions, or the size of the last one.
-        p: the power, at least 1.
         eps: added to the variance ŝ².
         elementwise_affine: learn a weight for each feature.
         bias: learn a bias for each feature too.
+        p: the power, at least 1.
         constant: c. "exact" and "paper" are the Gaussian's, √(π/2) for p = 1; "none" is 1; a
             number is taken as it is.
         stats_dtype: dtype of accumulation: `torch.float32` or `torch.float64`; by default float32,
@@ -209,19 +247,15 @@ class LpLayerNorm(nn.LayerNorm):
     Source: Hoffer et al. 2018, §4 (arXiv 1803.01814).
     """
 
+    kind = "layer"
+
+    @given_by_keyword("p")
     def __init__(
-        self,
-        normalized_shape: int | Sequence[int],
-        p: float = 1.0,
-        *,
-        eps: float = 1e-5,
-        elementwise_affine: bool = True,
-        bias: bool = True,
-        constant: Constant | float = "exact",
-        stats_dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        self, normalized_shape: int | Sequence[int], eps: float = 1e-5,
+        elementwise_affine: bool = True, bias: bool = True, *, p: float = 1.0,
+        constant: Constant | float = "exact", stats_dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(
             check_normalized_shape(normalized_shape),
             check_eps(eps),
@@ -230,38 +264,13 @@ class LpLayerNorm(nn.LayerNorm):
             device=device,
             dtype=dtype,
         )
-        self.p = check_power(p)
-        self.statistic = PowerMean(self.p)
-        self.constant = check_constant(constant)
-        self.stats_dtype = check_stats_dtype(stats_dtype)
-        watch_encoders()
+        self._set_statistic(p, constant, stats_dtype)
 
     @traceable
     def forward(self, input: Tensor) -> Tensor:
         """Return the normalised input, in its dtype."""
         settings = (self.normalized_shape, self.eps)
         return normalise_features(input, self, self.weight, self.bias, *settings, centred=True)
-
-    __prepare_scriptable__ = refuse_scripting
-
-    def backend_for(self, input: Tensor) -> Dispatch:
-        """Return the backend that computes such an input, and why, without running."""
-        dtype = accumulation_dtype(input.dtype, self.stats_dtype)
-        return select_backend_for(input, "layer", self.statistic, dtype)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        note_norm(self, destination, prefix)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a layer, also one that was pickled before layers kept their statistic."""
-        state = {"statistic": PowerMean(state["p"]), **state}
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        watch_encoders()
-
-    def extra_repr(self) -> str:
-        """Return the arguments that differ from the defaults, so that the repr evaluates."""
-        return describe_settings(self, str(tuple(self.normalized_shape)))
 
 
 class L1LayerNorm(LpLayerNorm):
@@ -272,24 +281,18 @@ class L1LayerNorm(LpLayerNorm):
     """
 
     def __init__(
-        self,
-        normalized_shape: int | Sequence[int],
-        eps: float = 1e-5,
-        elementwise_affine: bool = True,
-        bias: bool = True,
-        *,
-        constant: Constant | float = "exact",
-        stats_dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
+        self, normalized_shape: int | Sequence[int], eps: float = 1e-5,
+        elementwise_affine: bool = True, bias: bool = True, *, constant: Constant | float = "exact",
+        stats_dtype: torch.dtype | str | None = None, device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(
             normalized_shape, eps=eps, elementwise_affine=elementwise_affine, bias=bias,
             constant=constant, stats_dtype=stats_dtype, device=device, dtype=dtype,
         )  # fmt: skip
 
 
-class LpRMSNorm(nn.RMSNorm):
+class LpRMSNorm(FeatureNorm, nn.RMSNorm):
     """RMS norm that divides by ŝ = c(p) · (mean |x|^p)^(1/p), p ≥ 1, and does not centre.
 
         y = x / √(ŝ² + eps) · weight
@@ -299,10 +302,10 @@ class LpRMSNorm(nn.RMSNorm):
 
     Args:
         normalized_shape: sizes of the last dimensions, or the size of the last one.
-        p: the power, at least 1.
         eps: added to ŝ². None is torch's: what float32 has between 1 and the next number, 1.2e-7,
             and for float64 inputs 2.2e-16.
         elementwise_affine: learn a weight for each feature.
+        p: the power, at least 1.
         constant: c. "exact" and "paper" make ŝ the standard deviation of Gaussian x of mean 0,
             √(π/2) for p = 1; "none" is 1; a number is taken as it is.
         stats_dtype: as in `LpLayerNorm`.
@@ -318,18 +321,15 @@ class LpRMSNorm(nn.RMSNorm):
     (arXiv 1803.01814).
     """
 
+    kind = "rms"
+
+    @given_by_keyword("p")
     def __init__(
-        self,
-        normalized_shape: int | Sequence[int],
-        p: float = 1.0,
-        *,
-        eps: float | None = None,
-        elementwise_affine: bool = True,
-        constant: Constant | float = "exact",
-        stats_dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
+        self, normalized_shape: int | Sequence[int], eps: float | None = None,
+        elementwise_affine: bool = True, *, p: float = 1.0, constant: Constant | float = "exact",
+        stats_dtype: torch.dtype | str | None = None, device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(
             check_normalized_shape(normalized_shape),
             None if eps is None else check_eps(eps),
@@ -337,38 +337,13 @@ class LpRMSNorm(nn.RMSNorm):
             device=device,
             dtype=dtype,
         )
-        self.p = check_power(p)
-        self.statistic = PowerMean(self.p)
-        self.constant = check_constant(constant)
-        self.stats_dtype = check_stats_dtype(stats_dtype)
-        watch_encoders()
+        self._set_statistic(p, constant, stats_dtype)
 
     @traceable
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised input, in its dtype."""
         settings = (self.normalized_shape, self.eps)
         return normalise_features(x, self, self.weight, None, *settings, centred=False)
-
-    __prepare_scriptable__ = refuse_scripting
-
-    def backend_for(self, input: Tensor) -> Dispatch:
-        """Return the backend that computes such an input, and why, without running."""
-        dtype = accumulation_dtype(input.dtype, self.stats_dtype)
-        return select_backend_for(input, "rms", self.statistic, dtype)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        note_norm(self, destination, prefix)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a layer, also one that was pickled before layers kept their statistic."""
-        state = {"statistic": PowerMean(state["p"]), **state}
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        watch_encoders()
-
-    def extra_repr(self) -> str:
-        """Return the arguments that differ from the defaults, so that the repr evaluates."""
-        return describe_settings(self, str(tuple(self.normalized_shape)))
 
 
 class L1RMSNorm(LpRMSNorm):
@@ -379,16 +354,11 @@ class L1RMSNorm(LpRMSNorm):
     """
 
     def __init__(
-        self,
-        normalized_shape: int | Sequence[int],
-        eps: float | None = None,
-        elementwise_affine: bool = True,
-        *,
-        constant: Constant | float = "exact",
-        stats_dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
+        self, normalized_shape: int | Sequence[int], eps: float | None = None,
+        elementwise_affine: bool = True, *, constant: Constant | float = "exact",
+        stats_dtype: torch.dtype | str | None = None, device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(
             normalized_shape, eps=eps, elementwise_affine=elementwise_affine,
             constant=constant, stats_dtype=stats_dtype, device=device, dtype=dtype,

@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup
 
 from nmlightning.errors import InputError, is_number
 from nmlightning.functional.statistics import channel_shape, reduced_dims
-from nmlightning.norms.batch_norm_base import BatchNormBase, activate
+from nmlightning.norms.batch_norm_base import BatchNormBase, accumulation_dtype, activate
 
 
 class HalfL2BatchNorm(BatchNormBase):
@@ -44,18 +44,11 @@ class HalfL2BatchNorm(BatchNormBase):
     """
 
     def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        *,
-        bias: bool = True,
-        sync: bool = False,
-        device: torch.device | str | None = None,
+        self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1,
+        affine: bool = True, track_running_stats: bool = True, *, bias: bool = True,
+        sync: bool = False, device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(
             num_features, eps=eps, momentum=momentum, affine=affine, bias=bias,
             track_running_stats=track_running_stats, stats_dtype=torch.float16,
@@ -73,7 +66,7 @@ class HalfL2BatchNorm(BatchNormBase):
             )
         dims, shape = reduced_dims(input), channel_shape(input)
         with torch.autocast(input.device.type, enabled=False):
-            half = input.half()
+            half = input.to(accumulation_dtype(input.dtype, self.stats_dtype))
             mean = half.mean(dims)
             deviations = half - mean.view(shape)
             variance = deviations.square().mean(dims)
@@ -89,8 +82,6 @@ class HalfL2BatchNorm(BatchNormBase):
 class HalfL2BatchNorm1d(HalfL2BatchNorm, nn.BatchNorm1d):
     """`HalfL2BatchNorm` of (N, C) or (N, C, L) inputs."""
 
-    input_dims = (2, 3)
-
 
 class HalfL2BatchNorm2d(HalfL2BatchNorm, nn.BatchNorm2d):
     """`HalfL2BatchNorm` of (N, C, H, W) inputs.
@@ -99,13 +90,9 @@ class HalfL2BatchNorm2d(HalfL2BatchNorm, nn.BatchNorm2d):
     torch.Size([8, 16, 4, 4])
     """
 
-    input_dims = (4,)
-
 
 class HalfL2BatchNorm3d(HalfL2BatchNorm, nn.BatchNorm3d):
     """`HalfL2BatchNorm` of (N, C, D, H, W) inputs."""
-
-    input_dims = (5,)
 
 
 class QuantizationNoise(nn.Module):

@@ -7,9 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from nmlightning.functional.batch_norm import HalfCentreFunction, apply_without_autocast
+from nmlightning.functional.batch_norm import (
+    HalfCentreFunction,
+    apply_without_autocast,
+    is_transformed,
+)
 from nmlightning.functional.reductions import is_half, share_sums, sum_over_ranks
-from nmlightning.functional.statistics import reduced_dims
+from nmlightning.functional.statistics import is_bounded, reduced_dims
 from nmlightning.norms.batch_norm_base import BatchNormBase, accumulation_dtype, activate
 
 
@@ -100,7 +104,10 @@ class MeanOnlyBatchNorm(BatchNormBase):
         else:
             wide = input.to(dtype)
             mean = _mean(wide, group)
-            shift = -mean if self.bias is None else self.bias.to(dtype) - mean
+            if not is_transformed() and is_bounded(mean.detach().abs()) is False:
+                wide = input.double()
+                mean = _mean(wide, group)
+            shift = -mean if self.bias is None else self.bias.to(mean.dtype) - mean
             y = (wide + shift.view(-1, *[1] * (input.dim() - 2))).to(input.dtype)
         tracked = mean.detach()
         y = activate(y, residual, self.fused)
@@ -123,8 +130,6 @@ class MeanOnlyBatchNorm(BatchNormBase):
 class MeanOnlyBatchNorm1d(MeanOnlyBatchNorm, nn.BatchNorm1d):
     """`MeanOnlyBatchNorm` of (N, C) or (N, C, L) inputs."""
 
-    input_dims = (2, 3)
-
 
 class MeanOnlyBatchNorm2d(MeanOnlyBatchNorm, nn.BatchNorm2d):
     """`MeanOnlyBatchNorm` of (N, C, H, W) inputs.
@@ -133,13 +138,9 @@ class MeanOnlyBatchNorm2d(MeanOnlyBatchNorm, nn.BatchNorm2d):
     torch.Size([8, 16, 4, 4])
     """
 
-    input_dims = (4,)
-
 
 class MeanOnlyBatchNorm3d(MeanOnlyBatchNorm, nn.BatchNorm3d):
     """`MeanOnlyBatchNorm` of (N, C, D, H, W) inputs."""
-
-    input_dims = (5,)
 
 
 def _mean(wide: Tensor, group: ProcessGroup | None) -> Tensor:

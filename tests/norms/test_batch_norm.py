@@ -13,7 +13,6 @@ from batch_norm_contract import (
     DISTINCT,
     EXACT,
     NORMS,
-    TORCH,
     Norm,
     batch,
     define,
@@ -121,24 +120,6 @@ def test_linf_gives_the_gradient_to_the_first_maximum() -> None:
         others = leaf.grad.flatten()[[7, 17]]
         assert leaf.grad.flatten()[6] != others[0]
         assert others[0] == others[1]
-
-
-@every_layout
-def test_p_2_equals_torchs_batch_norm(layout: str) -> None:
-    x, dims = batch(layout)
-    ours = NORMS["lp2"].layer(dims=dims, dtype=torch.float64, momentum=0.3, eps=1e-3)
-    theirs = TORCH[dims](3, momentum=0.3, eps=1e-3, dtype=torch.float64)
-    theirs.load_state_dict(ours.state_dict())
-    for _ in range(3):
-        leaf = x.detach().requires_grad_()
-        y, expected = ours(leaf), theirs(leaf)
-        torch.testing.assert_close(y, expected, **EXACT)
-        found = gradients(y, [leaf, *ours.parameters()])
-        torch.testing.assert_close(
-            found, gradients(expected, [leaf, *theirs.parameters()]), **EXACT
-        )
-        x = 2 * x + 1
-    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), **EXACT)
 
 
 def test_top_n_equals_l1() -> None:

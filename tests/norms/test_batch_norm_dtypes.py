@@ -58,7 +58,7 @@ def test_non_finite_channels_leave_running_statistics_alone(norm: Norm, bad: flo
     for name in ("running_mean", "running_var"):
         after, expected = getattr(layer, name), getattr(clean, name)
         assert after[1] == before[name][1]
-        # Beside a sum that is not finite the formula computes in float64.
+        # Beside a sum that is not finite all is computed in float64.
         torch.testing.assert_close(after[[0, 2]], expected[[0, 2]], rtol=1e-6, atol=0)
 
 
@@ -131,7 +131,7 @@ def test_stats_dtype_float64_is_precise_far_from_zero(norm: Norm, stats_dtype: A
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
 def test_input_without_real_numbers_is_an_error(dtype: torch.dtype) -> None:
-    for layer in (norms.L1BatchNorm2d(3), norms.MeanOnlyBatchNorm2d(3)):
+    for layer in (norms.L1BatchNorm2d(3), norms.MeanOnlyBatchNorm2d(3), norms.HalfL2BatchNorm2d(3)):
         with pytest.raises(InputError, match=f"real floating-point numbers, got {dtype}"):
             layer(torch.ones(4, 3, 2, 2).to(dtype))
 

@@ -1,6 +1,7 @@
 """Batch norms where other code expects torch's: by class, by position, traced and exported."""
 
 import io
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -52,8 +53,23 @@ def test_positional_arguments_are_torchs(norm: Norm) -> None:
     layer, theirs = cls(8, 1e-3, None, False, False), nn.BatchNorm2d(8, 1e-3, None, False, False)
     for name in ("num_features", "eps", "momentum", "affine", "track_running_stats"):
         assert getattr(layer, name) == getattr(theirs, name)
-    assert norms.L1LayerNorm(8, 1e-3, True, False).bias is None
-    assert norms.L1RMSNorm(8, 1e-3, False).eps == 1e-3
+    for kind in (norms.L1LayerNorm, norms.LpLayerNorm, norms.L1RMSNorm, norms.LpRMSNorm):
+        assert (kind(8, 1e-3, False).eps, kind(8, 1e-3, False).weight) == (1e-3, None)
+    assert norms.LpLayerNorm(8, 1e-3, True, False).bias is None
+
+
+@pytest.mark.parametrize("number", [1, 2.0, math.inf])
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [
+        *((cls, "p") for cls in (norms.LpBatchNorm1d, norms.LpLayerNorm, norms.LpRMSNorm)),
+        *((norms.TopKBatchNorm2d, "k"), (norms.RangeBatchNorm3d, "chunks")),
+    ],
+)
+def test_powers_and_counts_by_position_are_refused(cls: Any, name: str, number: float) -> None:
+    with pytest.raises(InputError, match=rf"is eps, .* {cls.__name__}\(8, {name}={number}\)"):
+        cls(8, number)
+    assert cls(8, eps=2.0).eps == 2  # by its name it is one
 
 
 @pytest.mark.parametrize("norm", ["l1", "range", "mean", "half_l2"])

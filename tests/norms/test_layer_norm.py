@@ -101,18 +101,6 @@ def test_ties_have_the_definitions_gradient(norm: str) -> None:
     torch.testing.assert_close(gradients(layer(x), [x]), expected, **EXACT)
 
 
-@every_shape
-@pytest.mark.parametrize("norm", ["lp2", "rms lp2"])
-def test_p_2_equals_torchs_norm(norm: str, shape: Any, normalized: Any) -> None:
-    ours = make(norm, normalized, dtype=torch.float64)
-    theirs = torchs(norm, normalized, dtype=torch.float64)
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(ours(x), theirs(x), **EXACT)
-    found = gradients(ours(x), [x, *ours.parameters()])
-    torch.testing.assert_close(found, gradients(theirs(x), [x, *theirs.parameters()]), **EXACT)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("sigma", [1e-4, 1.0])
 def test_eps_none_equals_torchs(dtype: torch.dtype, sigma: float) -> None:

@@ -72,11 +72,11 @@ class CpuBatchNorm:
         never = spec.fused == "add_relu" and x.dtype != torch.float32
         reach = _NEVER if never else X_FREE_REACH[x.dtype]
         if isinstance(spec.statistic, LargestMean):
-            y, mean, variance, values, *kept, x_free = self._ops.largest_forward(
+            y, mean, variance, values, *kept, x_free, bounded = self._ops.largest_forward(
                 *inputs, spec.statistic.k, reach
             )
         else:
-            y, mean, variance, values, bits = self._ops.l1_forward(*inputs, reach)
+            y, mean, variance, values, bits, bounded = self._ops.l1_forward(*inputs, reach)
             x_free = bits.numel() > 0
             kept = [bits if x_free else None, None]
         saved = (
@@ -88,7 +88,7 @@ class CpuBatchNorm:
             bias if x_free else None,
             values,
         )
-        return Normalised(y, mean, variance, saved)
+        return Normalised(y, mean, variance, saved, bounded)
 
     def backward(self, grad: Tensor, saved: tuple[Tensor | None, ...], spec: NormSpec) -> Gradients:
         """Return the gradients."""
@@ -138,8 +138,8 @@ class CpuLayerNorm:
         bias: Tensor | None,
         constant: float,
         eps: float,
-    ) -> tuple[Tensor, Tensor]:
-        """Return y like x, and the values of the rows that backward needs."""
+    ) -> tuple[Tensor, Tensor, bool]:
+        """Return y like x, the values of the rows for backward, and whether sums are finite."""
         return torch.ops.nmlightning.layer_norm_forward(  # type: ignore[no-any-return]
             x, features, weight, bias, constant, eps, self.centred
         )

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from nmlightning.kernels.triton.tiles import (
+    HUGE,
     channels_of,
     first_of,
     load_channels,
@@ -83,7 +84,7 @@ def finish_statistics(
     """
     mask = channels < tl.where(writes, C, 0)
     scale = magnitude * constant
-    deviation = tl.sqrt_rn(tl.fma(scale, scale, eps))
+    deviation = tl.where(scale > HUGE, scale, tl.sqrt_rn(tl.fma(scale, scale, eps)))
     gain = tl.div_rn(load_channels(weight, channels, present, 1.0), deviation)
     count = R.to(tl.float32)
     variance = scale * scale * tl.div_rn(count, count - 1)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nmlightning.functional.reductions import next_power_of_two
 from nmlightning.kernels.triton.tiles import (
+    HUGE,
     PROGRAMS_PER_PROCESSOR,
     VECTOR_BYTES,
     on_device_of,
@@ -40,6 +41,7 @@ def normalise_rows(
     deviations = tl.where(here & there, wide - mean, 0.0)
     scale = tl.sum(tl.abs(deviations), 1, keep_dims=True) / D * constant
     total = tl.sqrt_rn(tl.fma(scale, scale, eps + tl.zeros_like(scale)))
+    total = tl.where(scale > HUGE, scale, total)
     inverse = tl.div_rn(1.0 + tl.zeros_like(total), total)
     result = deviations * inverse
     if weight is not None:
@@ -132,8 +134,8 @@ class TritonLayerNorm:
         bias: Tensor | None,
         constant: float,
         eps: float,
-    ) -> tuple[Tensor, Tensor]:
-        """Return y like x, and the values of the rows that backward needs."""
+    ) -> tuple[Tensor, Tensor, bool]:
+        """Return y like x, the values of the rows that backward needs, and True."""
         rows = x.numel() // features
         y = torch.empty_like(x)
         values = x.new_empty(3, rows, dtype=torch.float32)
@@ -144,7 +146,7 @@ class TritonLayerNorm:
                     x, weight, bias, y, values, constant, eps, rows, features // tile["VECTOR"],
                     **tile, CENTRED=self.centred,
                 )  # fmt: skip
-        return y, values
+        return y, values, True
 
     def backward(
         self,

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nmlightning.functional import statistics
 from nmlightning.functional.reductions import next_power_of_two
 from nmlightning.kernels.interface import layout_of
 
@@ -29,6 +30,7 @@ MIN_HEIGHT = 32
 MIN_VECTORS = 128  # of a block to select from in NCHW
 ROWS_AT_ONCE = 2048  # of a block
 SELECTED_TOGETHER = 4  # channels in NHWC, whose extremes lie together
+HUGE = tl.constexpr(statistics.HUGE)
 WIDE_FROM = 2**30  # elements; from there on offsets are int64
 
 

@@ -11,7 +11,7 @@
 namespace nmlightning {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> l1_forward_op(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, bool> l1_forward_op(
     const Tensor& x, const Optional& residual, const Optional& weight, const Optional& bias,
     double constant, double eps, int64_t fused, double limit) {
   check_like(residual, x);
@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> l1_forward_op(
                   to.x_free ? data<uint32_t>(words) : nullptr, to.squares_if_asked());
   });
   if (!to.stays_x_free()) words = at::empty({0}, words.options());
-  return {to.y, to.mean(), to.variance, to.values, words};
+  return {to.y, to.mean(), to.variance, to.values, words, to.bounded()};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> l1_backward_op(
@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> l1_backward_op(
   return to.results();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool> largest_forward_op(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, bool> largest_forward_op(
     const Tensor& x, const Optional& residual, const Optional& weight, const Optional& bias,
     double constant, double eps, int64_t fused, int64_t k, double limit) {
   check_like(residual, x);
@@ -51,7 +51,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool> largest_forward
                        data<int64_t>(positions), data<float>(deviations),
                        to.squares_if_asked());
   });
-  return {to.y, to.mean(), to.variance, to.values, positions, deviations, to.stays_x_free()};
+  return {to.y,      to.mean(),  to.variance,       to.values,
+          positions, deviations, to.stays_x_free(), to.bounded()};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> largest_backward_op(
@@ -177,9 +178,10 @@ Rows rows_of(const Tensor& x, int64_t features, bool centred) {
   return {features ? x.numel() / features : 0, features, centred};
 }
 
-std::tuple<Tensor, Tensor> layer_norm_forward_op(const Tensor& x, int64_t features,
-                                                 const Optional& weight, const Optional& bias,
-                                                 double constant, double eps, bool centred) {
+std::tuple<Tensor, Tensor, bool> layer_norm_forward_op(const Tensor& x, int64_t features,
+                                                       const Optional& weight,
+                                                       const Optional& bias, double constant,
+                                                       double eps, bool centred) {
   const Rows rows = rows_of(x, features, centred);
   const auto options = x.options().dtype(at::kFloat);
   const Values weights(weight || !bias ? weight : at::ones({features}, options), 1);
@@ -189,7 +191,7 @@ std::tuple<Tensor, Tensor> layer_norm_forward_op(const Tensor& x, int64_t featur
     layer_norm_forward<T>(rows, constant, eps, data<T>(x), weights.data, biases.data, data<T>(y),
                           row_values(values));
   });
-  return {y, values};
+  return {y, values, all_within(row_values(values).inverse, rows.rows, 1 / HUGE_SCALE, INFINITY)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_op(const Tensor& given, const Tensor& x,

@@ -15,6 +15,7 @@ using Optional = std::optional<Tensor>;
 
 constexpr int64_t SHORTEST_RUN = 64;  // of NHWC; a few vectors, so that starting a loop costs little
 constexpr float SMALLEST_WEIGHT = 1e-30f;  // its products with gradients are normal floats
+constexpr float HUGE_SCALE = 0x1p48f;  // of larger ŝ, sums in float may be infinite
 
 // Calls part(null pointer of the element's type) for float32 or bfloat16.
 template <class Part>
@@ -108,6 +109,14 @@ inline bool squares_within(double limit, const float* weight, const std::vector<
   return true;
 }
 
+// Whether all values are from low to high; of NaN it is false.
+inline bool all_within(const float* values, int64_t n, float low, float high) {
+  int64_t outside = 0;
+#pragma omp simd reduction(+ : outside)
+  for (int64_t i = 0; i < n; i++) outside += !(low <= values[i] && values[i] <= high);
+  return outside == 0;
+}
+
 // What forward writes, and whether x can be done without.
 struct Forwarding {
   Layout layout;
@@ -133,6 +142,11 @@ struct Forwarding {
 
   bool stays_x_free() const {
     return x_free && squares_within(limit, weight.data, squares, layout.count());
+  }
+
+  bool bounded() const {
+    const float* p = variance.data_ptr<float>();
+    return all_within(p, variance.numel(), 0, HUGE_SCALE * HUGE_SCALE);
   }
 
   // A copy: what is returned to a user may be changed in place.
