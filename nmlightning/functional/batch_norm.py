@@ -72,16 +72,16 @@ def is_transformed(grad: Tensor | None = None) -> bool:
     Also whether a gradient is many: `torch.autograd.grad(…, is_grads_batched=True)`.
     """
     if torch.compiler.is_compiling():
-        return _is_traced_transformed()
+        return bool(_is_traced_transformed())
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
-    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
+    return grad is not None and bool(torch._C._functorch.is_legacy_batchedtensor(grad))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def _is_traced_transformed() -> bool:
     """Return the same where a compiler traces, which runs this once and guards the transforms."""
-    return bool(torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def differentiable(

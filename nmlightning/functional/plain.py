@@ -65,11 +65,11 @@ def plain_layer_norm(
 
 def plain_evaluation(
     x: Tensor,
+    eps: float,
     mean: Tensor,
     variance: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    eps: float,
 ) -> Tensor:
     """Return what torch's batch norm does in evaluation; a compiler cannot transform that."""
     shape = channel_shape(x)

@@ -159,11 +159,7 @@ def _measure(
 
 
 class KernelLayerNormFunction(torch.autograd.Function):
-    """Normalise (*, *normalized_shape) over the last `rank` dimensions.
-
-    Returns:
-        y like x; whether all sums are finite.
-    """
+    """Normalise (*, *normalized_shape) over the last `rank` dimensions; and see `Normalised`."""
 
     @staticmethod
     def forward(

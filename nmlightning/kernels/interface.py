@@ -182,13 +182,7 @@ class LayerNormKernels(Protocol):
     ) -> tuple[Tensor, Tensor, bool]:
         """Return y like x, the values of the rows that backward needs, and `Normalised.bounded`.
 
-        Args:
-            x: contiguous, of a dtype that the backend supports.
-            features: how many elements a row has, at least 1.
-            weight: (features,) float32, or None for 1.
-            bias: (features,) float32, or None for 0.
-            constant: c of ŝ = c · mean |x − μ|.
-            eps: added to ŝ².
+        x is contiguous; weight and bias are (features,) float32, or None; ŝ = c · mean |x − μ|.
         """
 
     def backward(

@@ -164,7 +164,6 @@ class BatchNormBase(_BatchNorm):
     fused: Fused | None = None  # what the layer also does, see `swap_norms`
 
     def __init_subclass__(cls) -> None:
-        """Let a class take inputs of the dimensions that torch's class among its bases takes."""
         cls.input_dims = next((n for base, n in INPUT_DIMS.items() if issubclass(cls, base)), ())
 
     def __init__(
@@ -305,13 +304,12 @@ class BatchNormBase(_BatchNorm):
         return settings if self.fused is None else f"{settings}, fused={self.fused!r}"
 
     def _evaluate(self, input: Tensor) -> Tensor:
-        mean, variance = self.running_mean, self.running_var
-        weight: Tensor | None = self.weight if self.has_scale else None
-        bias: Tensor | None = self.bias
-        if mean is not None and torch.compiler.is_compiling() and is_transformed():
-            return plain_evaluation(input, mean, variance, weight, bias, self.eps)
-        if is_half(input.dtype) and mean is not None:
-            # Torch takes half inputs with parameters and statistics of one dtype.
+        weight = self.weight if self.has_scale else None
+        tensors: list[Any] = [self.running_mean, self.running_var, weight, self.bias]
+        if torch.compiler.is_compiling() and is_transformed():
+            return plain_evaluation(input, self.eps, *tensors)
+        mean, variance, weight, bias = tensors
+        if is_half(input.dtype):  # which torch takes with parameters of the statistics' dtype
             weight, bias = (q if q is None else q.to(mean.dtype) for q in (weight, bias))
         return F.batch_norm(input, mean, variance, weight, bias, eps=self.eps)
 
@@ -362,15 +360,16 @@ class BatchNormBase(_BatchNorm):
 
     @torch.no_grad()
     def _track_by_formula(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        mean, variance = (value for _, value in pairs)
+        (_, mean), (_, variance) = pairs
         finite = torch.maximum(mean.abs(), variance) < math.inf  # isfinite() takes four operations
         # Without a momentum channels have one count, so a batch counts for all or none.
         finite = finite.all() if self.momentum is None else finite
         newest = self._count_batch(finite, mean.dtype)
         moved = [(run + newest * (value - run)).to(run.dtype) for run, value in pairs]
-        finite = finite & (moved[0].abs() < math.inf) & (moved[1].abs() < math.inf)
+        if mean.dtype == torch.float64:  # whose variance float32 may not hold: both move, or none
+            finite = finite & (moved[1] < math.inf)
         for (running, _), value in zip(pairs, moved, strict=True):
-            running.copy_(torch.where(finite, value, running))
+            running.copy_(torch.where(finite & (value.abs() < math.inf), value, running))
 
     def _count_batch(self, finite: Tensor, dtype: torch.dtype) -> float | Tensor:
         """Count a batch, and return its weight in the running statistics."""
@@ -390,8 +389,8 @@ class BatchNormBase(_BatchNorm):
 
     def _check_input_dim(self, input: Tensor) -> None:
         if self.input_dims and input.dim() not in self.input_dims:
-            expected = " or ".join(f"{dims}D" for dims in self.input_dims)
-            raise InputError(f"expected {expected} input (got {input.dim()}D input)")
+            expected = "D or ".join(map(str, self.input_dims))
+            raise InputError(f"expected {expected}D input (got {input.dim()}D input)")
         if input.dim() < 2:
             raise InputError(f"expected at least 2D input (got {input.dim()}D input)")
         if input.shape[1] != self.num_features:

@@ -18,7 +18,6 @@ from batch_norm_contract import (
 )
 from nmlightning import norms
 from nmlightning.errors import InputError
-from nmlightning.surgery.swap import swap_norms
 
 
 @every_norm
@@ -222,10 +221,3 @@ def test_update_bn_averages_all_batches(norm_class: type[nn.Module]) -> None:
     update_bn(batches, net)
     torch.testing.assert_close(net[1].running_var, expected)
     assert net[1].momentum == 0.1
-
-
-def test_swapped_norm_folds_into_a_convolution() -> None:
-    net = trained_net(nn.BatchNorm2d)
-    swap_norms(net, "l1")
-    x = images()
-    torch.testing.assert_close(fuse_conv_bn_eval(net[0], net[1])(x), net(x), rtol=0, atol=1e-12)

@@ -176,11 +176,7 @@ def test_layer_norms_are_recorded_traced_and_refuse_scripting() -> None:
     swap_norms(net, "l1", kinds=["layer", "rms"])
     x = torch.randn(2, 8)
     graph = torch.fx.symbolic_trace(net)
-    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == [
-        "0",
-        "1",
-        "2",
-    ]
+    assert [n.target for n in graph.graph.nodes if n.op == "call_module"] == ["0", "1", "2"]
     with warnings.catch_warnings():
         warnings.simplefilter("error", torch.jit.TracerWarning)
         traced = torch.jit.trace(net, x)
