@@ -4,9 +4,9 @@ import functools
 from collections.abc import Callable, Collection, Iterable
 from difflib import get_close_matches
 from numbers import Integral
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, TypeVar, cast
 
-P = ParamSpec("P")
+Constructor = TypeVar("Constructor", bound=Callable[..., None])
 
 
 class InputError(ValueError):
@@ -76,15 +76,13 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def given_by_keyword(
-    name: str,
-) -> Callable[[Callable[Concatenate[Any, P], None]], Callable[Concatenate[Any, P], None]]:
+def given_by_keyword(name: str) -> Callable[[Constructor], Constructor]:
     """Let the constructor of a norm refuse, as its second argument, what is meant as `name`.
 
     That argument is eps, as it is torch's; a number of 1 or more is none that anyone gives.
     """
 
-    def decorate(construct: Callable[Concatenate[Any, P], None]) -> Any:
+    def decorate(construct: Constructor) -> Constructor:
         @functools.wraps(construct)
         def checked(self: Any, *arguments: Any, **keywords: Any) -> None:
             if len(arguments) > 1 and is_number(arguments[1]) and arguments[1] >= 1:
@@ -95,6 +93,6 @@ def given_by_keyword(
                 )
             construct(self, *arguments, **keywords)
 
-        return checked
+        return cast(Constructor, checked)
 
     return decorate

@@ -38,8 +38,7 @@ def plain_batch_norm(
     mean = wide.mean(dims, keepdim=True)
     square = constant**2 * _square(wide - mean, statistic, dims)
     y = _apply_affine((wide - mean) / (square + eps_in_it).sqrt(), weight, bias, channel_shape(x))
-    tracked = (value.detach().flatten() for value in (mean * unit, square * unit * unit))
-    mean, variance = tracked
+    mean, variance = (v.detach().flatten() for v in (mean * unit, square * unit * unit))
     return y.to(x.dtype), mean, variance * count / (count - 1)
 
 

@@ -11,7 +11,6 @@ from batch_norm_contract import (
     TORCH,
     Norm,
     define,
-    each_kind,
     every_norm,
     gradients,
     learned,
@@ -92,14 +91,6 @@ def test_layer_without_running_statistics_uses_the_batchs(norm: Norm) -> None:
     layer = norm.layer(track_running_stats=False, dtype=torch.float64)
     assert list(layer.state_dict()) == ["weight", "bias"]
     torch.testing.assert_close(layer.eval()(x), layer.train()(x), rtol=0, atol=0)
-
-
-@each_kind
-def test_reset_parameters_restores_the_new_state(norm: Norm) -> None:
-    layer = norm.layer()
-    layer(torch.randn(4, 3, 2, 5))
-    layer.reset_parameters()
-    torch.testing.assert_close(layer.state_dict(), nn.BatchNorm2d(3).state_dict())
 
 
 @every_norm

@@ -24,7 +24,6 @@ from built_kernels import kernel_library, load_kernels
 from nmlightning import norms
 from nmlightning.errors import InputError
 from nmlightning.functional.reductions import (
-    Share,
     keep_first_largest,
     keep_largest_of_ranks,
     share_sums,
@@ -409,14 +408,6 @@ def test_reductions_share_among_ranks(answers: Answers) -> None:
     # Of the two 5s rank 0's comes first, though both are among the three largest.
     assert answers[2][0]["largest"][1].tolist() == [[True, False, False], [False] * 3]
     assert answers[2][1]["largest"][1].tolist() == [[True, True, False], [True] * 3]
-
-
-def test_reductions_without_a_group_return_their_input() -> None:
-    values = torch.randn(2, 3)
-    assert sum_over_ranks(values, None) is values
-    assert share_sums(values, 3, None) == (values, Share(3))
-    assert keep_largest_of_ranks(values, None) == (values, None)
-    assert keep_first_largest(values, None) == (values, None)
 
 
 def main(folder: Path, world: int, rank: int, library: str) -> None:
