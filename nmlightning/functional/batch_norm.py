@@ -40,13 +40,8 @@ Backward = Callable[..., tuple[Tensor | None, ...]]
 def gradient_sums(grad: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """Return Σg and Σ g · (x − μ) of each channel, (C,).
 
-    Eager on a CPU by torch's own batch norm, whose backward reads both tensors once and writes
-    nothing; four passes less than the formula, which traced code fuses.
-
-    Args:
-        grad: g, (N, C, *).
-        x: like g in dtype, float32 or float64.
-        mean: μ, (C,).
+    Eager on a CPU, of float32 or float64, by torch's own batch norm, whose backward reads both
+    tensors once and writes nothing; four passes less than the formula, which traced code fuses.
     """
     if _is_fast_in_torch(grad, x):
         _, product, total = torch.ops.aten.native_batch_norm_backward(

@@ -123,13 +123,8 @@ def plain_gradients(
     """Return an autograd function's gradients by all arguments, connected to x, the weight, `grad`.
 
     Its first saved tensors are x and the weight; `ctx.bias` is the shape and the dtype of the bias,
-    if there is one (no derivative depends on it).
-
-    Args:
-        function: computes the same of x, the weight, the bias and `ctx.plain`.
-        places: where the autograd function's arguments have those three.
-        ctx: of the autograd function.
-        grad: by its first result.
+    if there is one (no derivative depends on it). `function` computes the same of these three,
+    which are in `places` of its arguments, and `ctx.plain`; `grad` is by its first result.
     """
     x, weight = ctx.saved_tensors[:2]
     bias = None if ctx.bias is None else x.new_zeros(ctx.bias[0], dtype=ctx.bias[1])

@@ -122,13 +122,9 @@ class CpuBatchNorm:
 
 @dataclass(frozen=True)
 class CpuLayerNorm:
-    """The interface `LayerNormKernels`, by `torch.ops.nmlightning`.
+    """The interface `LayerNormKernels`, by `torch.ops.nmlightning`."""
 
-    Args:
-        centred: whether the mean is subtracted: a layer norm and no RMS norm.
-    """
-
-    centred: bool
+    centred: bool  # a layer norm and no RMS norm
 
     def forward(
         self,
@@ -161,11 +157,7 @@ class CpuLayerNorm:
 
 @dataclass(frozen=True)
 class CpuBackend:
-    """The kernels in C++. Their library is loaded when it is first asked for, never built.
-
-    Args:
-        folder: where the built library lies.
-    """
+    """The kernels in C++. Their library is loaded when it is first asked for, never built."""
 
     folder: Path = field(default_factory=cache_folder)
     name = "C++"

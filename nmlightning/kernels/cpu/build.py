@@ -168,10 +168,6 @@ def build_library(folder: Path) -> Path:
 
     What is being built is in a new folder of its own, and moved into place whole at the end: two
     processes may build at once, and one that is killed leaves nothing.
-
-    Raises:
-        InputError: a system other than Linux; no compiler or no ninja; a folder that cannot be
-            written to; sources that do not compile, with the path of the compiler's words.
     """
     check_toolchain()
     check_folder(folder)
