@@ -47,15 +47,17 @@ def test_replace_file_by_umask(tmp_path: Path) -> None:
 
 
 def test_killed_writer_leaves_the_old_file_and_a_draft_for_the_next(tmp_path: Path) -> None:
-    (tmp_path / "a.bin").write_bytes(b"old")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "a.bin").write_bytes(b"old")
     code = [sys.executable, "-c", WRITE_UNTIL_KILLED]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    assert subprocess.run(code, cwd=tmp_path, env=env).returncode == -signal.SIGKILL
-    assert (tmp_path / "a.bin").read_bytes() == b"old"
-    assert len(names(tmp_path)) == 2
-    with replace_file(tmp_path / "b.bin"):
-        assert len(remove_drafts(tmp_path.parent, below=True)) == 1, "but for b's, being written"
-    assert names(tmp_path) == ["a.bin", "b.bin"]
+    assert subprocess.run(code, cwd=run, env=env).returncode == -signal.SIGKILL
+    assert (run / "a.bin").read_bytes() == b"old"
+    assert len(names(run)) == 2
+    with replace_file(run / "b.bin"):
+        assert len(remove_drafts(tmp_path, below=True)) == 1, "but for b's, being written"
+    assert names(run) == ["a.bin", "b.bin"]
 
 
 def test_full_disk_is_a_line_and_leaves_the_old_checkpoint(tmp_path: Path) -> None:
