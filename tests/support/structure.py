@@ -49,10 +49,9 @@ EXCEPTIONS = {
 }
 # Of the targets that are missed: what was reached, which must not be left again.
 REACHED = {
-    "Python files": 155,
-    "lines of nmlightning, Python and C++": 29_250,
+    "lines of nmlightning, Python and C++": 28_450,
     "lines of tests": 28_650,
-    "files a config meets before Trainer.fit": 21,
+    "files a config meets before Trainer.fit": 20,
 }
 
 Graph = Mapping[str, Collection[str]]
