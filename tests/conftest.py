@@ -1,9 +1,10 @@
 """A fixed seed for every test, the real data where it is at hand, and made runs and images."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -113,8 +114,37 @@ def _forks() -> None:
 @pytest.fixture
 def _one_process(tmp_path: Path) -> Iterator[None]:
     """A process group of this process alone, so that DTensors can be made."""
-    dist.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
-    )
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+class Answer(NamedTuple):
+    """What a command answered."""
+
+    code: int
+    out: list[str]
+    err: list[str]
+
+
+@pytest.fixture
+def nm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Answer]:
+    """Run `nm` in an empty folder and return what it answers."""
+    from nmlightning.cli import main
+    from nmlightning.commands.run_report import filtered_handlers
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*words: object) -> Answer:
+        for handler in filtered_handlers():
+            monkeypatch.setattr(handler, "stream", sys.stderr)  # not that of another test
+        code = main([*map(str, words)])
+        out, err = capfd.readouterr()
+        # Under pytest, Lightning's loggers end elsewhere; the test with a real Ctrl-C sees all.
+        lines = [line for line in err.splitlines() if "NormSwap: " not in line]
+        return Answer(code, out.splitlines(), lines)
+
+    return run

@@ -5,26 +5,6 @@ import sys
 
 import structure
 
-# From top to bottom. A name stands for a module or a whole folder; the longest match counts. Each
-# may import from the rows below its own, and inside itself, never from a neighbour in its row.
-LAYERS = [
-    ["nmlightning.cli"],
-    ["nmlightning.commands"],
-    ["nmlightning.callbacks", "nmlightning.translation"],
-    ["nmlightning.tasks", "nmlightning.export", "nmlightning.probe", "nmlightning.compat"],
-    ["nmlightning.surgery"],
-    ["nmlightning.parametrizations"],
-    ["nmlightning.optim", "nmlightning.norms", "nmlightning.reports"],
-    ["nmlightning.weights", "nmlightning.kernels"],
-    [
-        "nmlightning.functional",
-        "nmlightning.models",
-        "nmlightning.datamodules",
-        "nmlightning.atomic_file",
-        "nmlightning.yaml_text",
-    ],
-    ["nmlightning.name_patterns", "nmlightning.errors", "nmlightning.lazy_exports"],
-]
 USE_LIGHTNING = {
     "nmlightning.commands",
     "nmlightning.callbacks",
@@ -42,11 +22,11 @@ def assert_none(found: list[str]) -> None:
 
 def test_arrows_point_down() -> None:
     circles = structure.find_circles(PACKAGE.graph())
-    assert_none([*structure.Layers(LAYERS).upward_arrows(PACKAGE), *map(" ⇄ ".join, circles)])
+    assert_none([*structure.Layers().upward_arrows(PACKAGE), *map(" ⇄ ".join, circles)])
 
 
 def test_only_the_upper_layers_import_lightning() -> None:
-    place = structure.Layers(LAYERS).place
+    place = structure.Layers().place
     lower = [name for name in PACKAGE.modules if place(name) not in USE_LIGHTNING]
     tops = {name: {imported.split(".")[0] for imported in PACKAGE.imports(name)} for name in lower}
     assert_none([name for name in lower if tops[name] & {"lightning", "pytorch_lightning"}])

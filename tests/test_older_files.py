@@ -106,10 +106,6 @@ def test_an_older_recording_steers(rule: str) -> None:
     assert nmlightning.NormHistory.load(run).norms.keys() == history.norms.keys()
 
 
-def test_a_config_with_the_paths_of_older_modules_fits() -> None:
-    assert main(["fit", *FULL_PATHS, "--trainer.max_epochs", "1"]) == 0
-
-
 def test_objects_in_an_older_checkpoint_load() -> None:
     holder = nmlightning.load_from_checkpoint(Holder, "pickled.ckpt", weights_only=False)
     names = ("LRCorrection", "NormSchedule", "DecayEquivalentLR", "Hyperball", "RadialProjection")

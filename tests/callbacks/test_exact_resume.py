@@ -180,10 +180,7 @@ def test_resume_within_an_epoch_says_that_other_batches_follow(
     ("change", "message"),
     [
         ({"lr": 0.2}, r"of a run with SGD lr 0.1, which .* asks for SGD lr 0.2: give the same"),
-        (
-            {"seed": 2},
-            r"of a run with seed 1, which a resume follows, and this one asks for seed 2",
-        ),
+        ({"seed": 2}, r"of a run with seed 1, which a resume follows, and this one asks for seed"),
     ],
 )
 def test_resume_refuses_what_it_would_not_follow(

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch import Tensor
 
+from lightning_modules import Trains, make_data
 from nmlightning.callbacks import WeightNormTracker
 from nmlightning.callbacks.norm_dashboard import DeviceReading
 from nmlightning.errors import InputError
@@ -32,26 +32,20 @@ EPOCHS, BATCHES, EVERY = 3, 6, 2
 RATE, MOMENTUM, DECAY = 0.1, 0.5, 0.01
 
 
-class Classifies:
-    """A net whose weights are noted before and after each step."""
+class Notes:
+    """Notes its weights before and after each step."""
 
     def __init__(self, overflow_at: int = -1, **options: Any) -> None:
         super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(
-            *(nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU()),
-            *(nn.Conv2d(4, 5, 3, bias=False), nn.BatchNorm2d(5)),
-            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3)),
-        )
         self.options = {"lr": RATE, "momentum": MOMENTUM, "weight_decay": DECAY} | options
         self.overflow_at = overflow_at
         self.weights = [self.copies()]
 
     def copies(self) -> dict[str, Tensor]:
-        return {layer: self.net[int(layer[4:])].weight.detach().clone() for layer in LAYERS}  # type: ignore[union-attr, operator]
+        return {layer: self.net[int(layer[4:])].weight.detach().clone() for layer in LAYERS}  # type: ignore[attr-defined]
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
-        loss = F.cross_entropy(self.net(batch[0]).float(), batch[1])
+        loss = F.cross_entropy(self.net(batch[0]).float(), batch[1])  # type: ignore[attr-defined]
         return loss * math.inf if index == self.overflow_at else loss
 
     def configure_optimizers(self) -> Any:
@@ -61,11 +55,11 @@ class Classifies:
         self.weights.append(self.copies())
 
 
-class PlModule(Classifies, pytorch_lightning.LightningModule):
+class PlModule(Notes, Trains, pytorch_lightning.LightningModule):
     pass
 
 
-class UnifiedModule(Classifies, lightning.pytorch.LightningModule):
+class UnifiedModule(Notes, Trains, lightning.pytorch.LightningModule):
     pass
 
 
@@ -74,9 +68,8 @@ def fit(
 ) -> Any:
     """Return the module after a run with a logger, `logger` if that is given, in `folder`."""
     lightning_package = importlib.import_module(package)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(4 * BATCHES, 2, 8, 8, generator=generator)
-    data = DataLoader(TensorDataset(images, torch.arange(4 * BATCHES) % 3), batch_size=4)
+    data = make_data(BATCHES)
+    torch.manual_seed(0)
     module = {PACKAGES[0]: PlModule, PACKAGES[1]: UnifiedModule}[package](
         **options.pop("module", {})
     )
@@ -140,7 +133,7 @@ def test_dashboard_logs_what_is_known_of_other_optimizers(tmp_path: Path) -> Non
     module.configure_optimizers = lambda: torch.optim.Adagrad(module.parameters())
     logger = pytorch_lightning.loggers.TensorBoardLogger(tmp_path / "adagrad", "", "")
     trainer = quiet_trainer(WeightNormTracker(), logger=logger, log_every_n_steps=1)
-    trainer.fit(module, DataLoader(TensorDataset(torch.randn(4, 2, 8, 8), torch.arange(4) % 3), 4))
+    trainer.fit(module, make_data(1))
     names = {tag.split("/")[0] for tag in read_scalars(tmp_path / "adagrad")}
     assert names == {"weight_norm", "rotation"}
 
@@ -261,27 +254,19 @@ def make_scaler() -> Any:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_dashboard_logs_skipped_steps(fused: bool, tmp_path: Path) -> None:
-    fit(
-        tmp_path,
-        WeightNormTracker(),
-        plugins=[make_scaler()],
-        module={"overflow_at": 2, "fused": fused},
-    )
+    module = {"overflow_at": 2, "fused": fused}
+    fit(tmp_path, WeightNormTracker(), plugins=[make_scaler()], module=module)
     skipped = read_scalars(tmp_path)["optimizer/skipped_steps"]
     assert list(skipped.values()) == [0, 1, 1, 1, 2, 2, 2, 3, 3]
 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_resume_continues_the_count(fused: bool, tmp_path: Path) -> None:
-    class Saves(pytorch_lightning.Callback):
-        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            trainer.save_checkpoint(tmp_path / "last.ckpt")
-
-    module = {"overflow_at": 2, "fused": fused}
-    callbacks = [WeightNormTracker(), Saves()]
-    for epochs, start in ((2, None), (3, tmp_path / "last.ckpt")):
-        options = {"callbacks": callbacks, "plugins": [make_scaler()], "max_epochs": epochs}
-        fit(tmp_path / str(epochs), callbacks[0], module=module, start=start, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"module": {"overflow_at": 2, "fused": fused}}
+    first = fit(tmp_path, WeightNormTracker(), plugins=[make_scaler()], max_epochs=2, **options)
+    first.trainer.save_checkpoint(tmp_path / "last.ckpt")
+    options |= {"module": {"overflow_at": 2, "fused": fused}, "start": tmp_path / "last.ckpt"}
+    fit(tmp_path / "3", WeightNormTracker(), plugins=[make_scaler()], **options)
     skipped = read_scalars(tmp_path / "3")["optimizer/skipped_steps"]
     assert list(skipped.values()) == [2, 3, 3]
 
@@ -304,9 +289,7 @@ def test_dashboard_logs_once_for_accumulated_batches(tmp_path: Path) -> None:
     assert scalars["rotation/net.0"][1] == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_dashboard_syncs_the_device_once_a_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dashboard_syncs_once_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads = []
     read = DeviceReading.read
     monkeypatch.setattr(DeviceReading, "read", lambda self: reads.append(1) or read(self))
@@ -314,16 +297,13 @@ def test_dashboard_syncs_the_device_once_a_step(
     assert len(reads) == EPOCHS * BATCHES // EVERY
 
 
-def test_dashboard_without_a_logger(tmp_path: Path) -> None:
+def test_dashboard_without_a_logger_or_left_out(tmp_path: Path) -> None:
     fit(tmp_path, WeightNormTracker(), logger=False)
     assert not list(tmp_path.glob("events*"))
-    with pytest.raises(InputError, match="finds no logger to log to: give the Trainer one"):
-        fit(tmp_path, WeightNormTracker(log_norms=True), logger=False)
-
-
-def test_dashboard_can_be_left_out(tmp_path: Path) -> None:
     fit(tmp_path, WeightNormTracker(log_norms=False))
     assert not list(tmp_path.glob("events*")) or not read_scalars(tmp_path)
+    with pytest.raises(InputError, match="finds no logger to log to: give the Trainer one"):
+        fit(tmp_path, WeightNormTracker(log_norms=True), logger=False)
 
 
 def test_dashboard_shows_a_diverged_run(tmp_path: Path) -> None:

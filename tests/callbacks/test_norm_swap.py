@@ -10,7 +10,6 @@ import pytest
 import pytorch_lightning
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_modules import (
     OwnOptimizer,
@@ -18,7 +17,9 @@ from lightning_modules import (
     PlModule,
     UnifiedLate,
     UnifiedModule,
+    fit,
     make,
+    make_data,
     make_trainer,
     norm_types,
     package_of,
@@ -62,19 +63,6 @@ BOTH = pytest.mark.parametrize("module_class", [PlModule, UnifiedModule])
 COMPILES = pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated")
 
 
-def batches() -> DataLoader[tuple[Tensor, ...]]:
-    draw = torch.Generator().manual_seed(3)
-    images, labels = torch.randn(16, 2, 6, 6, generator=draw), torch.arange(16) % 3
-    return DataLoader(TensorDataset(images, labels), batch_size=4)
-
-
-def fit(module: Any, *callbacks: Any, ckpt_path: Any = None, **options: Any) -> Any:
-    """Train `module` on four batches an epoch, with validation, and return its Trainer."""
-    fitted = make_trainer(type(module), *callbacks, **options)
-    fitted.fit(module, batches(), batches(), ckpt_path=ckpt_path)
-    return fitted
-
-
 def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
     torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
 
@@ -87,31 +75,16 @@ class TestARun:
         fitted = fit(module, NormSwap("l1"))
         assert norm_types(module) == [L1BatchNorm2d] * 2
         assert not torch.equal(module.net[1].weight, weight)
-        tested = fitted.test(module, batches(), verbose=False)
+        tested = fitted.test(module, make_data(), verbose=False)
         assert tested[0]["loss"] == pytest.approx(fitted.callback_metrics["loss"].item())
 
-    @pytest.mark.parametrize(
-        ("norm", "expected"), [("top10", TopKBatchNorm2d), ("mean", MeanOnlyBatchNorm2d)]
-    )
-    def test_resumed_run_matches_the_uninterrupted_one(
-        self, module_class: type, norm: str, expected: type, tmp_path: Path
-    ) -> None:
-        whole, first, second = (make(module_class) for _ in range(3))
-        fit(whole, NormSwap(norm), max_epochs=2)
-        fit(first, NormSwap(norm)).save_checkpoint(tmp_path / "a.ckpt")
-        fit(second, NormSwap(norm), max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
-        assert norm_types(second) == [expected] * 2
-        assert_same_weights(second, whole)
-
     @pytest.mark.parametrize("verb", ["validate", "test"])
-    def test_new_trainer_evaluates_a_checkpoint(
-        self, module_class: type, verb: str, tmp_path: Path
-    ) -> None:
+    def test_evaluates_a_checkpoint(self, module_class: type, verb: str, tmp_path: Path) -> None:
         fitted = fit(make(module_class), NormSwap("linf"))
         fitted.save_checkpoint(tmp_path / "a.ckpt")
         module = make(module_class)
         evaluate = getattr(make_trainer(module_class, NormSwap("linf")), verb)
-        metrics = evaluate(module, batches(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+        metrics = evaluate(module, make_data(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
         assert norm_types(module) == [LInfBatchNorm2d] * 2
         assert metrics[0]["loss"] == pytest.approx(fitted.callback_metrics["loss"].item())
 
@@ -136,7 +109,7 @@ class TestARun:
         plain, module = make(module_class), make(module_class)
         fit(plain, NormSwap("l1"))
         compiled = torch.compile(module, backend="eager")
-        make_trainer(module_class, NormSwap("l1")).fit(compiled, batches(), batches())
+        make_trainer(module_class, NormSwap("l1")).fit(compiled, make_data(), make_data())
         assert norm_types(module) == [L1BatchNorm2d] * 2
         torch.testing.assert_close(module.state_dict(), plain.state_dict())
 
@@ -151,12 +124,21 @@ def test_norm_swap_with_a_net_compiled_inside_the_module() -> None:
     torch.testing.assert_close(module.net._orig_mod.state_dict(), plain.net.state_dict())
 
 
-@pytest.mark.parametrize("logger", ["CSVLogger", "TensorBoardLogger"])
-def test_norm_swap_works_with_any_logger(logger: str, tmp_path: Path) -> None:
-    log = getattr(pytorch_lightning.loggers, logger)(tmp_path)
-    module = make(PlModule)
-    fit(module, NormSwap("l1"), logger=log, default_root_dir=tmp_path)
-    assert norm_types(module) == [L1BatchNorm2d] * 2
+@pytest.mark.parametrize("module_class", [PlModule, UnifiedModule, PlLate, UnifiedLate])
+@pytest.mark.parametrize(
+    ("norm", "expected"), [("top10", TopKBatchNorm2d), ("mean", MeanOnlyBatchNorm2d)]
+)
+def test_resumed_run_matches_the_uninterrupted_one(
+    module_class: type, norm: str, expected: type, tmp_path: Path
+) -> None:
+    whole, first, second = (make(module_class) for _ in range(3))
+    torch.manual_seed(2)  # of a net that is built late
+    fit(whole, NormSwap(norm), max_epochs=2)
+    torch.manual_seed(2)
+    fit(first, NormSwap(norm)).save_checkpoint(tmp_path / "a.ckpt")
+    fit(second, NormSwap(norm), max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
+    assert norm_types(second) == [expected] * 2
+    assert_same_weights(second, whole)
 
 
 def test_norm_swap_may_be_the_only_callback() -> None:
@@ -175,26 +157,10 @@ def test_earlier_optimizer_trains_the_swapped_norms() -> None:
 
 
 class TestConfigureModel:
-    @pytest.mark.parametrize("module_class", [PlLate, UnifiedLate])
-    def test_swaps_a_net_built_after_setup(self, module_class: type, tmp_path: Path) -> None:
-        module = make(module_class)
-        fitted = fit(module, NormSwap("l1"))
-        assert norm_types(module) == [L1BatchNorm2d] * 2
-        fitted.save_checkpoint(tmp_path / "a.ckpt")
-        resumed = make(module_class)
-        fit(resumed, NormSwap("l1"), max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
-        fit(module, NormSwap("l1"), max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
-        assert norm_types(resumed) == [L1BatchNorm2d] * 2
-        assert_same_weights(resumed, module)
-
     def test_pattern_matches_a_part_built_after_setup(self) -> None:
         module = make(HeadLate)
         fit(module, NormSwap("l1", include=["net.0.*"]))
         assert norm_types(module) == [L1BatchNorm2d, nn.BatchNorm2d, nn.BatchNorm2d]
-
-    def test_unmatched_pattern_of_a_late_net_is_refused(self) -> None:
-        with pytest.raises(InputError, match=r"'nett' in include .* net\.1 \(BatchNorm2d\)"):
-            fit(make(PlLate), NormSwap("l1", include=["nett"]))
 
     @pytest.mark.parametrize("module_class", [PlModule, PlLate])
     def test_latest_trainer_sets_the_norm(self, module_class: type) -> None:
@@ -202,7 +168,9 @@ class TestConfigureModel:
         for norm, expected in (("l1", L1BatchNorm2d), ("linf", LInfBatchNorm2d)) * 2:
             fit(module, NormSwap(norm))
             assert norm_types(module) == [expected] * 2
-            assert [recipe["norm"] for recipe in recipes_of(module, NORM_SWAP)] == [norm]
+            (recipe,) = recipes_of(module, NORM_SWAP)
+            assert recipe["norm"] == norm
+            assert recipe["modules"] == dict.fromkeys(("net.1", "net.4"), expected.__name__)
 
 
 class TestTwoSwaps:
@@ -238,10 +206,7 @@ class TestResumeWithAnother:
                 [NormSwap("top10", include=["net.1"])],
                 r"include = \[\], this run has include = \['net.1'\]",
             ),
-            (
-                [NormSwap("top10"), NormSwap("l1", include=["net.1"])],
-                "'top10', this run has 'top10', 'l1'",
-            ),
+            ([NormSwap("top10"), NormSwap("l1", include=["net.1"])], "'top10', this run has"),
         ],
         ids=["norm", "option", "pattern", "number"],
     )
@@ -297,29 +262,20 @@ class TestInput:
             (("l1", None, "layer", (), (), None, {"a.B": "batch"}), "kind of a.B in types is"),
         ],
     )
-    def test_bad_arguments_are_refused_on_construction(
-        self, arguments: tuple[Any, ...], answer: str
-    ) -> None:
+    def test_bad_arguments_are_refused(self, arguments: tuple[Any, ...], answer: str) -> None:
         with pytest.raises(InputError, match=answer):
             NormSwap(*arguments)
 
-    def test_unmatched_pattern_is_refused(self) -> None:
-        module = make(PlModule)
-        with pytest.raises(InputError, match=r"Its norm layers are net\.1 \(BatchNorm2d\)"):
+    @pytest.mark.parametrize("module_class", [PlModule, PlLate])
+    def test_unmatched_pattern_is_refused(self, module_class: type) -> None:
+        module = make(module_class)
+        message = r"'layer1.\*' in exclude .* Its norm layers are net\.1 \(BatchNorm2d\)"
+        with pytest.raises(InputError, match=message):
             fit(module, NormSwap("l1", exclude=["layer1.*"]))
         assert norm_types(module) == [nn.BatchNorm2d] * 2
 
 
 class TestTheModuleAfterwards:
-    def test_second_setup_adds_nothing(self) -> None:
-        module = make(PlModule)
-        for _ in range(2):
-            fit(module, NormSwap("l1"))
-            assert len(recipes_of(module, NORM_SWAP)) == 1
-            assert recipes_of(module, NORM_SWAP)[0]["modules"] == dict.fromkeys(
-                ("net.1", "net.4"), "L1BatchNorm2d"
-            )
-
     @pytest.mark.parametrize("module_class", [PlModule, PlLate])
     @pytest.mark.parametrize(
         "duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))]
@@ -362,10 +318,7 @@ def test_resume_without_the_callback_warns(module_class: type, tmp_path: Path) -
     ("callback", "message"),
     [
         (WeightNormTracker(), "a WeightNormTracker, and this run goes without: its recording ends"),
-        (
-            WeightNormSwap(),
-            r"weight norm on net\.0\.weight, net\.3\.weight, and here there",
-        ),
+        (WeightNormSwap(), r"weight norm on net\.0\.weight, net\.3\.weight, and here there"),
     ],
     ids=["tracker", "weight norm"],
 )
@@ -471,7 +424,7 @@ def test_converted_norm_evaluates_the_same(module_class: type, verb: str) -> Non
     for hook in ("on_exception", f"on_{'validation' if verb == 'validate' else verb}_start"):
         other = converting(package_of(module_class).Callback, hook)()
         trainer = make_trainer(module_class, NormSwap("l1"), other)
-        losses += getattr(trainer, verb)(module, batches(), verbose=False)
+        losses += getattr(trainer, verb)(module, make_data(), verbose=False)
     assert [cls.__name__ for cls in norm_types(module)] == ["SyncBatchNorm"] * 2
     assert losses[0] == losses[1]
 

@@ -60,7 +60,6 @@ def fit(
     ckpt_path: Path | None = None,
     **options: Any,
 ) -> Any:
-    """Return the trained module and its Trainer."""
     package = package_of(module_class)
     settings: dict[str, Any] = {"precision": precision}
     if precision == "16-mixed":  # on the CPU Lightning would make bf16-mixed of it
@@ -111,9 +110,7 @@ class HalfTokens(HalfInputs):
 
 @pytest.mark.parametrize("options", [{}, {"stats_dtype": "float16"}], ids=str)
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "16-true"])
-def test_layer_and_rms_norms_train_in_every_precision(
-    options: dict[str, Any], precision: str
-) -> None:
+def test_layer_norms_train_in_every_precision(options: dict[str, Any], precision: str) -> None:
     swap = NormSwap("l1", options, kinds=["layer", "rms"])
     module, _ = fit(HalfTokens, swap, precision)
     assert [type(m).__name__ for m in module.net[1:4:2]] == ["L1LayerNorm", "L1RMSNorm"]
@@ -124,9 +121,7 @@ def test_layer_and_rms_norms_train_in_every_precision(
 
 @pytest.mark.parametrize("module_class", [HalfInputs, HalfInputsLate, HalfInputsUnified])
 @pytest.mark.parametrize("precision", ["16-mixed", "16-true"])
-def test_running_statistics_survive_an_overflowing_batch(
-    module_class: type, precision: str
-) -> None:
+def test_running_statistics_survive_an_overflow(module_class: type, precision: str) -> None:
     """The batch is left out; with the GradScaler, the step is too."""
     module, _ = fit(module_class, "l1", precision, overflow=True)
     for name, buffer in statistics(module).items():

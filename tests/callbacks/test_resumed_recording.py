@@ -20,6 +20,7 @@ from nmlightning.optim import DecayEquivalentLR, Hyperball
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.recording_file import FILE_NAME
 from recorded_runs import BATCHES, StepsByHand, Trains, make_data, make_trainer
+from trainers import SaveAt
 
 pytestmark = pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists")
 
@@ -108,23 +109,10 @@ def test_resume_of_a_renamed_project_finds_the_recording(tmp_path: Path, layout:
     assert steps_of(tmp_path / "other") == list(range(3 * BATCHES + 1))
 
 
-class SaveAt(pytorch_lightning.Callback):
-    """Saves at a step, before the tracker that comes behind it records that."""
-
-    def __init__(self, step: int, path: Path) -> None:
-        self.step, self.path = step, path
-
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
-
-
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
 @pytest.mark.parametrize("every", ["epoch", 2])
 @pytest.mark.parametrize("step", [5, 6])
-def test_resume_between_two_records_takes_no_extra_one(
-    tmp_path: Path, every: Any, step: int
-) -> None:
+def test_resume_between_records_takes_no_extra_one(tmp_path: Path, every: Any, step: int) -> None:
     def run(folder: Path, start: Path | None = None) -> NormHistory:
         callbacks = SaveAt(step, tmp_path / "at.ckpt"), WeightNormTracker(every)
         trainer = make_trainer(folder, *callbacks, max_epochs=3)

@@ -101,9 +101,7 @@ def test_scope_table_with_include(scope_of: Any) -> None:
 
 
 @pytest.mark.parametrize("rule", [Hyperball, RadialProjection])
-def test_scope_table_of_matrix_rules(
-    rule: type[Hyperball | RadialProjection], scope_of: Any
-) -> None:
+def test_scope_of_matrix_rules(rule: type[Hyperball | RadialProjection], scope_of: Any) -> None:
     printed, table = scope_of(rule(exclude=["kept*"]))
     assert f"{rule.__name__} steers 4 of 7 weights" in printed
     assert table == [

@@ -20,8 +20,7 @@ from nmlightning.errors import InputError
 from nmlightning.optim import DecayEquivalentLR
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
-from nmlightning.weights.recording_file import FILE_NAME
-from optim_rules import ANY_MATRIX, IMPLEMENTATIONS, LBFGS_REFUSALS
+from optim_rules import ANY_MATRIX, IMPLEMENTATIONS
 from trainers import quiet_trainer
 
 RULES = {name: make for name, make in optim_rules.RULES.items() if name != "layer"}
@@ -270,46 +269,19 @@ def test_steering_of_compiled_modules(rule_name: str, part: str, tmp_path: Path)
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
-def test_lbfgs_is_refused(rule_name: str, tmp_path: Path) -> None:
-    class ByLBFGS(Classifies):
-        def configure_optimizers(self) -> Any:
-            return torch.optim.LBFGS(self.parameters())
-
-    with pytest.raises(InputError, match=LBFGS_REFUSALS[rule_name]):
-        make_trainer(tmp_path, RULES[rule_name](make_history())).fit(ByLBFGS(), make_data())
-
-
-def write_truncated(file: Path) -> Path:
-    make_history().save(file)
-    file.write_bytes(file.read_bytes()[:-100])
-    return file
-
-
 def lose_channels(history: NormHistory) -> NormHistory:
     norms = {name: values[:, :3] for name, values in history.norms.items()}
     return NormHistory.from_arrays(norms, history.steps, history.epochs)
 
 
 BAD_REFERENCES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "missing": (lambda folder: folder / "gone", "There is no recording of weight norms at .*gone"),
-    "truncated": (
-        lambda folder: write_truncated(folder / FILE_NAME),
-        "is truncated or no safetens",
-    ),
-    "of another model": (
-        lambda _: NormHistory.from_arrays({"layer.weight": [[1.0]] * 2}, [6, 12], [0, 1]),
-        r"of another model: it has no 'net.0.weight'\..* It holds layer.weight",
-    ),
     "of another shape": (
         lambda _: lose_channels(make_history()),
         "another model: net.0.weight has 3 output channels there and 4 here",
     ),
     "shorter": (lambda _: make_history().until(6), "covers 1 epochs, and the run has 2: record a"),
     "empty": (lambda _: make_history().until(-1), "covers 0 epochs, and the run has 2"),
-    "of another seed": (
-        lambda _: make_history(seed=-1),
-        "with seed -1, .* set other_run to follow",
-    ),
+    "of another seed": (lambda _: make_history(seed=-1), "with seed -1, .* set other_run to"),
     "of another optimizer": (
         lambda _: make_history(optimizers=[{"name": "AdamW", "lr": 0.05}]),
         "a run with AdamW, and this one has SGD, .* set other_run to follow it all the same",
@@ -323,9 +295,7 @@ BAD_REFERENCES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("rule_name", REFERENCED)
 @pytest.mark.parametrize("reference", BAD_REFERENCES)
-def test_steering_refuses_a_reference_that_does_not_fit(
-    rule_name: str, reference: str, tmp_path: Path
-) -> None:
+def test_steering_refuses_bad_references(rule_name: str, reference: str, tmp_path: Path) -> None:
     make, message = BAD_REFERENCES[reference]
     module = Classifies()
     trainer = make_trainer(tmp_path / "run", RULES[rule_name](make(tmp_path)))
@@ -339,9 +309,7 @@ def test_steering_refuses_a_reference_that_does_not_fit(
 @pytest.mark.parametrize(
     "provenance", [{"seed": -1}, {"world_size": 8}, {"optimizers": [{"name": "AdamW"}]}]
 )
-def test_other_run_is_followed_if_asked(
-    rule_name: str, provenance: dict[str, Any], tmp_path: Path
-) -> None:
+def test_other_run_is_followed(rule_name: str, provenance: dict[str, Any], tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, None)
     rule = RULES[rule_name](make_history(**provenance))
     trainer.callbacks[0] = WeightNormTracker(steering=rule, other_run=True)  # type: ignore[attr-defined]
@@ -358,23 +326,8 @@ def test_steering_by_a_run_of_the_same_number_of_steps(rule_name: str, tmp_path:
         trainer.fit(Classifies(), make_data())
         assert trainer.global_step == 2 * BATCHES
         trainer = make_trainer(tmp_path, rule, max_epochs=epochs, max_steps=2 * BATCHES + 1)
-        with pytest.raises(
-            InputError, match=r"covers 2 epochs, and the run has 2.167: record a longer"
-        ):
+        with pytest.raises(InputError, match=r"covers 2 epochs, and the run has 2.167: record a"):
             trainer.fit(Classifies(), make_data())
-
-
-@pytest.mark.parametrize("rule_name", REFERENCED)
-def test_zero_recorded_norms_warn(rule_name: str, tmp_path: Path) -> None:
-    history = make_history()
-    history.norms[CONVOLUTIONS[0]][:, 0] = 0.0
-    module = Classifies()
-    message = (
-        "1 of 4 channels of net.0.weight have a recorded norm that is zero or not finite; they"
-    )
-    with pytest.warns(UserWarning, match=message):
-        make_trainer(tmp_path, RULES[rule_name](history)).fit(module, make_data())
-    assert all(bool(q.isfinite().all()) for q in module.parameters())
 
 
 def test_steering_of_another_type_is_refused() -> None:

@@ -43,9 +43,7 @@ def runs(make_run: MakeRun, tmp_path: Path) -> Path:
     return tmp_path / "runs"
 
 
-def test_compare_prints_settings_and_results(
-    runs: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_compare_prints_both_tables(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(runs)]) == 0
     text = capsys.readouterr().out
     rows = [re.split(r"\s*[│┃]\s*", line)[1:-1] for line in text.splitlines() if line[0] in "│┃"]
@@ -153,6 +151,8 @@ def test_page_holds_the_table_and_the_curves(runs: Path) -> None:
     assert values_of(lines[3], "x") == [1, 2]
     assert values_of(lines[3], "y") == pytest.approx([25, 45])
     assert len({line["line"]["color"] for line in lines}) == 2
+    assert not re.search(r"<(script|link|img|iframe)[^>]*\b(src|href)=", page), "no network"
+    assert page.count("* plotly.js v") == 1
 
 
 def test_page_shows_norms_and_factors_on_a_logarithmic_axis(runs: Path) -> None:
@@ -163,13 +163,6 @@ def test_page_shows_norms_and_factors_on_a_logarithmic_axis(runs: Path) -> None:
     assert main(["compare", str(runs / "[red]<off>")]) == 0
     chart = charts_of(Path("comparison.html").read_text())["net.conv"]
     assert values_of(chart["data"][0], "y") == [1, 2]
-
-
-def test_page_needs_no_network(runs: Path) -> None:
-    assert main(["compare", str(runs)]) == 0
-    page = Path("comparison.html").read_text()
-    assert not re.search(r"<(script|link|img|iframe)[^>]*\b(src|href)=", page)
-    assert page.count("* plotly.js v") == 1
 
 
 def test_page_draws_a_dozen_of_many_layers(make_run: MakeRun) -> None:
@@ -209,11 +202,6 @@ def test_compare_reports_bad_input_in_one_line(
     assert message in error
     assert error.count("\n") == 1
     assert notes.read_text() == "mine"
-
-
-def test_compare_replaces_its_own_page(runs: Path) -> None:
-    assert main(["compare", str(runs)]) == 0
-    assert main(["compare", str(runs)]) == 0
 
 
 def test_compare_imports_no_torch_and_plotly_for_the_page_only(runs: Path) -> None:

@@ -34,9 +34,7 @@ def start(*words: str) -> None:
 
 
 def test_dashboard_starts_tensorboard_on_a_folder(
-    make_run: Callable[..., Path],
-    started: list[list[str]],
-    capsys: pytest.CaptureFixture[str],
+    make_run: Callable[..., Path], started: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_run("runs/a/version_0")
     start()

@@ -71,25 +71,12 @@ def leave_unfinished(folder: Path) -> None:
     ("damage", "options", "message"),
     [
         (lambda folder: (folder / "train/a/0.JPEG").write_bytes(b""), [], "train/a/0.JPEG cannot"),
-        (
-            lambda folder: (folder / "val/a/Thumbs.db").touch(),
-            [],
-            "holds files .*, 1 in all: a/Thumbs.db. Del",
-        ),
-        (lambda folder: (folder / "val").rename("gone"), [], "there is no folder .*images/val: "),
-        (
-            lambda folder: (folder / "val/c").rename("c"),
-            [],
-            "3 classes and .*val 2, .* differ in c",
-        ),
+        (lambda folder: (folder / "val/a/Thumbs.db").touch(), [], "holds files .*, 1 in all:"),
+        (lambda folder: (folder / "val/c").rename("c"), [], "3 classes and .*val 2, .* differ in"),
         (empty_train, ["--damaged", "skip"], "none of the 12 images in .*/train can be read"),
         (hold_something, [], "out holds something already: name a folder that does not exist yet"),
         (lambda folder: Path("out").touch(), [], "out holds something already"),
-        (
-            leave_unfinished,
-            [],
-            "out.unfinished is there: .* was killed and left it. In that case del",
-        ),
+        (leave_unfinished, [], "out.unfinished is there: .* was killed and left it. In that case"),
         (lambda folder: None, ["--shard_size", "0"], "--shard_size must be a whole number of at"),
         (lambda folder: None, ["--damaged", "ignore"], "argument --damaged: invalid choice"),
     ],
@@ -114,9 +101,7 @@ def test_shard_refuses_a_target_among_the_images(folder: Path, out: str) -> None
     assert run(["images", "images/shards"]) == 0
 
 
-def test_shard_escapes_a_name_that_is_not_utf_8(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_shard_escapes_names_beyond_utf_8(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         folder = folder.rename(os.fsdecode(b"images\xfe"))
     except OSError:
@@ -132,15 +117,7 @@ def test_shard_escapes_a_name_that_is_not_utf_8(
     assert r"images\udcfe/val/a/bad\udcff.png (of no known" in capsys.readouterr().out
 
 
-def test_shard_needs_litdata(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nmlightning.datamodules.image_shards.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'nmlightning\[stream\]'"):
-        run([str(folder), "out"])
-
-
-def test_shard_leaves_nothing_when_interrupted(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shard_interrupted_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 

@@ -1,6 +1,5 @@
 """Batches transformed on the device: against torchvision, and ResidentImages against the host."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,13 +18,7 @@ from nmlightning.datamodules.batches import (
 )
 from nmlightning.datamodules.cifar10 import CIFAR10
 from nmlightning.datamodules.digits import Digits
-from nmlightning.datamodules.image_data import (
-    BatchTransform,
-    LabelledImages,
-    ResidentImages,
-    crop,
-    mirror,
-)
+from nmlightning.datamodules.image_data import BatchTransform, LabelledImages, ResidentImages
 from nmlightning.datamodules.imagenet import ImageNet
 from nmlightning.datamodules.training_batches import TrainingBatches
 from nmlightning.errors import InputError
@@ -59,16 +52,6 @@ def test_batch_transform_equals_torchvision(batch: RawBatch) -> None:
 def test_batch_transform_only_normalises_in_evaluation(batch: RawBatch) -> None:
     x, _ = BatchTransform(MEAN, STD, PAD)(RawBatch(batch.images, batch.labels))
     torch.testing.assert_close(x, F.normalize(batch.images / 255, MEAN, STD), rtol=0, atol=2e-6)
-
-
-def test_crop_at_the_middle_changes_nothing(batch: RawBatch) -> None:
-    middle = torch.full((20, 2), PAD)
-    assert torch.equal(crop(batch.images, middle, PAD), batch.images)
-
-
-def test_mirror_twice_changes_nothing(batch: RawBatch) -> None:
-    assert batch.flips is not None
-    assert torch.equal(mirror(mirror(batch.images, batch.flips), batch.flips), batch.images)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -122,22 +105,6 @@ def test_resident_images_train_as_on_the_host(
         assert torch.equal(x, expected)
         assert torch.equal(y, labels)
         assert x.is_contiguous()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_resident_images_crop_mirror_scale_and_shift(
-    images: LabelledImages, dtype: torch.dtype
-) -> None:
-    augmentation = AUGMENTATIONS[0]
-    sampler = AugmentedShuffle(50, 8, augmentation, seed=3)
-    sampler.set_epoch(2)
-    mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (MEAN, STD))
-    scale, shift = (1 / (255 * std)).float(), (-mean / std).float()
-    ours = read(ResidentImages(images, augmentation), augmentation, Shard(), dtype)
-    for (x, y), draw in zip(ours, sampler, strict=True):
-        cropped = crop(images.images[draw.rows], draw.corners, augmentation.pad)
-        assert torch.equal(x, (mirror(cropped, draw.flips) * scale + shift).to(dtype))
-        assert torch.equal(y, images.labels[draw.rows])
 
 
 @pytest.mark.parametrize("shard", [Shard(), Shard(1, 3)])
@@ -227,11 +194,7 @@ def test_resident_images_train_after_inference_mode(images: LabelledImages) -> N
     ("make", "options", "message"),
     [
         (CIFAR10, {"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
-        (
-            CIFAR10,
-            {"batch_size": "64"},
-            "batch_size must be a whole number of at least 1, got '64'",
-        ),
+        (CIFAR10, {"batch_size": "64"}, "batch_size must be a whole number of at least 1, got '64"),
         (CIFAR10, {"download": "no"}, "download is True or False, got 'no'"),
         (Digits, {"image_size": 7}, "image_size must be a whole number of at least 8, got 7"),
         (Digits, {"channels": 0}, "channels must be a whole number of at least 1, got 0"),
@@ -241,15 +204,9 @@ def test_resident_images_train_after_inference_mode(images: LabelledImages) -> N
         (ImageNet, {"image_size": 0}, "image_size must be a whole number of at least 1, got 0"),
         (ImageNet, {"num_workers": -1}, "num_workers must be a whole number of at least 0, got -1"),
         (ImageNet, {"damaged": "ignore"}, "damaged is 'error' or 'skip', got 'ignore'"),
-        (
-            ImageNet,
-            {"root": "hf://datasets/imagenet"},
-            "from addresses in s3://, .*local:; got 'hf://data",
-        ),
+        (ImageNet, {"root": "hf://datasets/imagenet"}, "from addresses in s3://, .*local:; got"),
     ],
 )
-def test_image_data_refuse_bad_settings(
-    make: Callable[..., Any], options: dict[str, Any], message: str
-) -> None:
+def test_image_data_refuse_bad_settings(make: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         make(**options)

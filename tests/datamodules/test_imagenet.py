@@ -238,10 +238,7 @@ def cut_off(root: Path) -> None:
         (empty("val"), "{root}/val holds no folders: put .* or give another folder"),
         (empty("train/b"), "{root}/train has no images of b: put some there, or delete the folder"),
         (empty("val/b"), "{root}/val has no images of b: put some there, or delete the folder of"),
-        (
-            link("val/a/self", "."),
-            "{root}/val/a/self and {root}/val/a are the same folder, .*twice",
-        ),
+        (link("val/a/self", "."), "{root}/val/a/self and {root}/val/a are the same folder,"),
         (link("val/b/up", ".."), "{root}/val/b/up and {root}/val are the same folder"),
         (link("val/c/a", "../a"), "{root}/val/c/a and {root}/val/a are the same folder, so its"),
         (remove("val/b"), "train has 3 classes and .*val 2, and they differ in b: make"),
@@ -251,9 +248,7 @@ def cut_off(root: Path) -> None:
         (cut_off, "{root}/val/c/1.JPEG cannot be read as an image .*: replace or delete it"),
     ],
 )
-def test_imagenet_refuses_bad_folders(
-    root: Path, damage: Callable[[Path], None], message: str
-) -> None:
+def test_imagenet_refuses_folders(root: Path, damage: Callable[[Path], None], message: str) -> None:
     damage(root)
     with pytest.raises(InputError, match=message.format(root=root)) as error:
         list(make_data(root).val_dataloader())

@@ -83,9 +83,7 @@ def root(
 
 
 @pytest.mark.parametrize(("workers", "later_workers"), [(0, 0), (2, 2)])
-def test_imagenet_resumes_within_an_epoch(
-    root: Path, tmp_path: Path, workers: int, later_workers: int
-) -> None:
+def test_imagenet_resumes(root: Path, tmp_path: Path, workers: int, later_workers: int) -> None:
     """Whatever the number of workers, and the seed that the resumed run is given."""
     fit(root, tmp_path / "whole", num_workers=workers)
     whole = read(tmp_path / "whole")
@@ -108,9 +106,7 @@ def test_imagenet_resumes_on_two_processes(root: Path, tmp_path: Path) -> None:
     assert_same(read(tmp_path / "resumed", devices=2), rest)
 
 
-def test_imagenet_resumes_with_damaged_images(
-    make_image_folder: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_damaged_images_resume(make_image_folder: Callable[..., Path], tmp_path: Path) -> None:
     root = make_image_folder()
     for name in ("a/1", "b/0", "b/1", "c/3"):
         (root / "train" / f"{name}.JPEG").write_bytes(b"")
@@ -123,9 +119,7 @@ def test_imagenet_resumes_with_damaged_images(
     assert_same(read(tmp_path / "resumed"), rest)
 
 
-def test_imagenet_refuses_to_resume_other_data(
-    make_image_folder: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_resume_refuses_other_data(make_image_folder: Callable[..., Path], tmp_path: Path) -> None:
     root = make_image_folder()
     fit(root, tmp_path / "whole")
     ckpt = tmp_path / "whole" / "mid.ckpt"
@@ -140,9 +134,7 @@ def test_imagenet_refuses_to_resume_other_data(
         fit(root, tmp_path / "fewer", ckpt_path=ckpt)
 
 
-def test_imagenet_state_determines_the_order(
-    make_image_folder: Callable[..., Path],
-) -> None:
+def test_imagenet_state_determines_the_order(make_image_folder: Callable[..., Path]) -> None:
     data = ImageNet(str(make_image_folder()), batch_size=4, num_workers=0)
     data.setup("fit")
     assert data.state_dict() == {}, "of a module that has not been trained with"

@@ -278,9 +278,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_bad_input_is_refused_without_a_file(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_input_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     make, given, message = REFUSED[name]
     settings = {"file": "net", "format": "state_dict", "input_shape": (4,), **given}
@@ -316,15 +314,6 @@ def write_another(net: nn.Module, example: Tensor, file: Path) -> None:
 
 def write_half(net: nn.Module, example: Tensor, file: Path) -> None:
     torch.save({"weight": net.weight}, file)
-
-
-def test_file_is_replaced_only_with_overwrite(own_file: Path) -> None:
-    with pytest.raises(InputError, match=r"net.pt' exists already; name another file, or set over"):
-        export_network(nn.Linear(4, 4), own_file, "state_dict", (4,))
-    assert own_file.read_text() == "mine"
-    export_network(nn.Linear(4, 4), own_file, "state_dict", (4,), overwrite=True)
-    assert torch.load(own_file, weights_only=True).keys() == {"weight", "bias"}
-    assert list(own_file.parent.iterdir()) == [own_file]
 
 
 @pytest.mark.parametrize(

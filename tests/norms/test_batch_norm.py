@@ -46,18 +46,7 @@ def test_output_and_gradients_equal_the_definition(norm: Norm, layout: str) -> N
     assert layer.num_batches_tracked == 1
 
 
-@every_norm
-@pytest.mark.parametrize(
-    "layout", ["1d", "1d-length", "2d", "2d-channels-last", "3d", "3d-channels-last"]
-)
-def test_gradients_pass_gradcheck(norm: Norm, layout: str) -> None:
-    x, dims = batch(layout)
-    layer = norm.layer(dims=dims, dtype=torch.float64, track_running_stats=False)
-    leaves = (x.requires_grad_(), *learned(layer))
-    assert torch.autograd.gradcheck(lambda x, *_: layer(x), leaves)
-
-
-@every_norm
+@every_statistic
 def test_second_derivatives_pass_gradgradcheck(norm: Norm) -> None:
     x = torch.randn(12, 3, dtype=torch.float64, requires_grad=True)
     layer = norm.layer(dims=1, dtype=torch.float64)
@@ -176,12 +165,7 @@ def test_exact_constant_gives_unit_std(norm: Norm, gaussians: tuple[Tensor, floa
 
 @pytest.mark.parametrize(
     ("norm", "n", "std"),
-    [
-        ("linf", 100, 0.72),
-        ("linf", 100_000, 0.686),
-        ("top10", 100, 0.963),
-        ("top10", 10_000, 0.785),
-    ],
+    [("linf", 100, 0.72), ("linf", 10**5, 0.686), ("top10", 100, 0.963), ("top10", 10**4, 0.785)],
 )
 def test_paper_constant_gives_too_small_a_std(norm: str, n: int, std: float) -> None:
     """C(ideal)/C(paper), from the published table; 400 channels leave 0.3 … 0.8 % of noise."""

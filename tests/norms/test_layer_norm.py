@@ -78,14 +78,6 @@ def test_output_and_gradients_equal_the_definition(
 
 
 @every_norm
-@every_shape
-def test_gradients_pass_gradcheck(norm: str, shape: Any, normalized: Any) -> None:
-    layer = make(norm, normalized, dtype=torch.float64)
-    leaves = (torch.randn(shape, dtype=torch.float64, requires_grad=True), *layer.parameters())
-    assert torch.autograd.gradcheck(lambda x, *_: layer(x), leaves)
-
-
-@every_norm
 def test_second_derivatives_pass_gradgradcheck(norm: str) -> None:
     layer = make(norm, 6, dtype=torch.float64)
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
@@ -206,9 +198,8 @@ def test_stats_dtype_float64_is_precise_far_from_zero(norm: str) -> None:
 def test_strided_and_empty_inputs_equal_torchs(norm: str) -> None:
     layer = make(norm, 6)
     x = torch.randn(4, 3, 6)
-    strided = torch.stack([x, x], -1)[..., 0]
-    for arranged in (x.transpose(0, 1), strided, x[:, :2], x.expand(4, 3, 6)):
-        torch.testing.assert_close(layer(arranged), layer(arranged.contiguous()))
+    for other in (x.transpose(0, 1), torch.stack([x, x], -1)[..., 0], x[:, :2], x.expand(4, 3, 6)):
+        torch.testing.assert_close(layer(other), layer(other.contiguous()))
     empty = torch.randn(0, 3, 6, requires_grad=True)
     found = gradients(layer(empty), [empty, *layer.parameters()])
     expected = torchs(norm, 6)

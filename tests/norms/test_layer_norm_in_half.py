@@ -84,16 +84,6 @@ def test_l1_is_right_at_every_scale_and_l2_is_not(kind: str, width: int, sigma: 
         assert min(forward, backward) > 0.9
 
 
-def test_op_by_op_l2_loses_gradients_or_outputs() -> None:
-    """Small σ give no finite gradient; large ones an output of 0, without a NaN."""
-    y, grad = run(lambda x: op_by_op(x, "LayerNorm"), *tokens(512, 1e-2))
-    assert y.isfinite().all()
-    assert not grad.isfinite().any()
-    y, grad = run(lambda x: op_by_op(x, "LayerNorm"), *tokens(512, 1e3))
-    assert not y.any()
-    assert not grad[grad.isfinite()].any()
-
-
 @pytest.mark.parametrize("sigma", [1e-4, 1e-2, 1.0, 1e2, 1e4])
 @pytest.mark.parametrize("name", ["L1LayerNorm", "LpLayerNorm", "L1RMSNorm", "LpRMSNorm"])
 def test_pure_half_with_parameters_is_within_1_percent(name: str, sigma: float) -> None:

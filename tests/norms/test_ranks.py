@@ -23,12 +23,6 @@ from batch_norm_contract import learned
 from built_kernels import kernel_library, load_kernels
 from nmlightning import norms
 from nmlightning.errors import InputError
-from nmlightning.functional.reductions import (
-    keep_first_largest,
-    keep_largest_of_ranks,
-    share_sums,
-    sum_over_ranks,
-)
 from nmlightning.kernels import norm_backend
 from nmlightning.kernels.cpu.build import load_library
 from nmlightning.kernels.interface import Fused
@@ -242,17 +236,6 @@ def answer_of_two(rank: int) -> dict[str, Any]:
         # No rank waits for another: only rank 0 evaluates.
         if rank == 0:
             layer.eval()(BATCHES["uneven"].whole())
-    group = dist.group.WORLD
-    results["sum"] = sum_over_ranks(torch.tensor([1.0, rank]), group)
-    sums, share = share_sums(torch.tensor([1.0, rank]), 3 + rank, group)
-    results["share"] = (sums, (share.total, share.before))
-    results["first"] = keep_first_largest(torch.tensor([2.0, rank, -rank]), group)
-    largest = (
-        torch.tensor([[5.0, 3.0, 3.0], [2.0, 1.0, 0.0]])
-        if rank == 0
-        else torch.tensor([[5.0, 4.0, 3.0], [9.0, 8.0, 7.0]])
-    )
-    results["largest"] = keep_largest_of_ranks(largest, group)
     try:
         norms.HalfL2BatchNorm2d(3, sync=True)(torch.randn(2, 3, 4, 4))
     except InputError as error:
@@ -392,22 +375,6 @@ def test_one_value_on_all_ranks_is_an_error(answers: Answers, norm: str) -> None
 def test_half_l2_rejects_ranks(answers: Answers) -> None:
     for answer in answers[2]:
         assert "HalfL2BatchNorm2d cannot share its statistics among ranks" in answer["half_l2"]
-
-
-def test_reductions_share_among_ranks(answers: Answers) -> None:
-    for rank, answer in enumerate(answers[2]):
-        assert answer["sum"].tolist() == [2, 1]
-        sums, (total, before) = answer["share"]
-        assert sums.tolist() == [2, 1]
-        assert (total.item(), before.item()) == (7, 3 * rank)
-        assert total.dim() == 0
-        largest, mine = answer["first"]
-        assert largest.tolist() == [2, 1, 0]
-        assert mine.tolist() == [[True, False, True], [False, True, False]][rank]
-        assert answer["largest"][0].tolist() == [[5, 5, 4], [9, 8, 7]]
-    # Of the two 5s rank 0's comes first, though both are among the three largest.
-    assert answers[2][0]["largest"][1].tolist() == [[True, False, False], [False] * 3]
-    assert answers[2][1]["largest"][1].tolist() == [[True, True, False], [True] * 3]
 
 
 def main(folder: Path, world: int, rank: int, library: str) -> None:

@@ -113,9 +113,7 @@ def test_choose_metric_refuses_what_a_run_lacks(make_run: MakeRun) -> None:
     ]
     assert choose_metric(runs) == "val/loss"
     assert choose_metric(runs[:1], "epoch") == "epoch"
-    with pytest.raises(
-        InputError, match=r"b has logged no 'val/top1'.* In common they have val/lo"
-    ):
+    with pytest.raises(InputError, match=r"b has logged no 'val/top1'.* In common they have"):
         choose_metric(runs, "val/top1")
     other = read_run(make_run("c", accuracy=[], scalars={"x": [1.0]}))
     message = r"no validation metric in common; choose another by --metric. They have nothing in"
@@ -202,9 +200,7 @@ def test_join_resumed_finds_a_checkpoint_by_the_folders_whole_name(
 
 
 @pytest.mark.parametrize("changes", [{"lr": 0.2}, {"seed_everything": 2}])
-def test_join_resumed_keeps_runs_of_other_settings_or_seeds(
-    changes: dict[str, object], make_run: MakeRun
-) -> None:
+def test_join_resumed_keeps_other_settings(changes: dict[str, object], make_run: MakeRun) -> None:
     first = make_run("a/version_0", [0.1], CONFIG)
     second = make_run("a/version_1", [0.3], {**resume(first), **changes}, first_epoch=1)
     assert len(join(first, second)) == 2
@@ -231,7 +227,7 @@ def test_join_resumed_makes_a_run_and_its_resume_one(
     assert set(run.parts) == {begun, other}
 
 
-def test_join_resumed_goes_by_steps_where_the_checkpoint_was_kept_elsewhere(
+def test_join_resumed_goes_by_steps_for_a_checkpoint_kept_elsewhere(
     make_run: MakeRun,
 ) -> None:
     first = make_run("a/version_0", [0.1, 0.2], CONFIG)

@@ -7,6 +7,7 @@ import pytorch_lightning
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from trainers import QUIET
 
@@ -16,7 +17,7 @@ def small_net() -> nn.Sequential:
     return nn.Sequential(*conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
 
 
-class Classifies:
+class Trains:
     """The module of a user, for either package; images (N, 2, H, W) are of three classes."""
 
     net: Any
@@ -31,13 +32,17 @@ class Classifies:
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
         return F.cross_entropy(self.net(batch[0]), batch[1])
 
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class Classifies(Trains):
+    """Is validated and tested, too."""
+
     def validation_step(self, batch: list[Tensor], _: int) -> None:
         self.log("loss", F.cross_entropy(self.net(batch[0]), batch[1]))
 
     test_step = validation_step
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
 class BuildsLate(Classifies):
@@ -97,3 +102,17 @@ def make_trainer(module_class: type, *callbacks: Any, **options: Any) -> Any:
 
 def norm_types(module: nn.Module) -> list[type]:
     return [type(m) for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+def make_data(batches: int = 4, seed: int = 3) -> DataLoader[Any]:
+    """Return batches of four images."""
+    draw = torch.Generator().manual_seed(seed)
+    images = torch.randn(4 * batches, 2, 8, 8, generator=draw)
+    return DataLoader(TensorDataset(images, torch.arange(4 * batches) % 3), batch_size=4)
+
+
+def fit(module: Any, *callbacks: Any, ckpt_path: Any = None, **options: Any) -> Any:
+    """Train `module` on four batches an epoch, with validation, and return its Trainer."""
+    trainer = make_trainer(type(module), *callbacks, **options)
+    trainer.fit(module, make_data(), make_data(), ckpt_path=ckpt_path)
+    return trainer

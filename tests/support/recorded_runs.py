@@ -8,9 +8,9 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_modules import small_net
+import lightning_modules
 from trainers import quiet_trainer
 
 BATCHES = 4
@@ -22,7 +22,7 @@ class Trains(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(1)
-        self.net = small_net()
+        self.net = lightning_modules.small_net()
 
     def training_step(self, batch: list[Tensor], index: int) -> Any:
         return F.cross_entropy(self.net(batch[0]), batch[1])
@@ -57,7 +57,7 @@ class StepsByHand(Trains):
 class Unsized(IterableDataset[Any]):
     """Images without a number of them."""
 
-    def __init__(self, data: TensorDataset) -> None:
+    def __init__(self, data: Any) -> None:
         self.data = data
 
     def __iter__(self) -> Iterator[Any]:
@@ -66,10 +66,8 @@ class Unsized(IterableDataset[Any]):
 
 def make_data(batches: int = BATCHES, *, sized: bool = True) -> DataLoader[Any]:
     """Return batches of four images."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(4 * batches, 2, 8, 8, generator=generator)
-    data = TensorDataset(images, torch.arange(4 * batches) % 3)
-    return DataLoader(data if sized else Unsized(data), batch_size=4)
+    data: Any = lightning_modules.make_data(batches)
+    return data if sized else DataLoader(Unsized(data.dataset), batch_size=4)
 
 
 def make_trainer(folder: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:

@@ -20,7 +20,6 @@ from trainers import quiet_trainer
 
 
 def fit(folder: Path, ckpt_path: Path | None = None, epochs: int = 1, **options: Any) -> pl.Trainer:
-    """Train a small network for a few steps an epoch."""
     pl.seed_everything(1, verbose=False)
     trainer = quiet_trainer(
         *(NormSwap("l1"), WeightNormTracker()),

@@ -31,15 +31,12 @@ class Grows(torch.optim.SGD):
         (torch.optim.AdamW(FULL, lr=torch.tensor(torch.inf)), "lr of AdamW is inf"),
         (torch.optim.SGD(FULL, lr=0.1, weight_decay=torch.nan), "weight_decay of SGD is nan"),
         (Grows(FULL, growth=torch.nan), "growth of Grows is nan"),
-        (
-            torch.optim.RMSprop(HALF),
-            "eps=1e-08 of RMSprop is 0 in float16, as 1 of its .* eps=1e-4",
-        ),
+        (torch.optim.RMSprop(HALF), "eps=1e-08 of RMSprop is 0 in float16, as 1 of its .* eps=1e-"),
         (torch.optim.Adam(HALF, eps=2.9e-8), "eps=2.9e-08 of Adam is 0 in float16"),
         (torch.optim.AdamW(HALF, eps=1e-9), "eps=1e-09 of AdamW is 0 in float16"),
     ],
 )
-def test_check_optimizer_refuses_what_cannot_train(
+def test_check_optimizer_refuses_bad_numbers(
     optimizer: torch.optim.Optimizer, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):

@@ -11,9 +11,8 @@ import torchvision
 from pytorch_lightning.plugins.layer_sync import TorchSyncBatchNorm
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_modules import PlLate, PlModule, make_trainer
+from lightning_modules import PlLate, PlModule, fit
 from nmlightning import (
     NormSwap,
     export_network,
@@ -172,14 +171,6 @@ def test_averaged_model_stays_fused() -> None:
     average.update_parameters(net)
     assert len(fused_norms(average)) == 7
     torch.testing.assert_close(average.eval()(images()), net.eval()(images()))
-
-
-def fit(module: Any, *callbacks: Any, **options: Any) -> Any:
-    path = options.pop("ckpt_path", None)
-    trainer = make_trainer(type(module), *callbacks, **options)
-    loader = DataLoader(TensorDataset(images(8)[:, :2], torch.arange(4) % 3), batch_size=2)
-    trainer.fit(module, loader, loader, ckpt_path=path)
-    return trainer
 
 
 @pytest.mark.parametrize("made", [PlModule, PlLate])
