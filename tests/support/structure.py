@@ -70,7 +70,7 @@ EXCEPTIONS = {
 # Of the targets that are missed: what was reached, which must not be left again.
 REACHED = {
     "lines of nmlightning, Python and C++": 28_450,
-    "lines of tests": 28_650,
+    "lines of tests": 27_100,
     "files a config meets before Trainer.fit": 20,
 }
 
