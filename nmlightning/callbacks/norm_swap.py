@@ -142,7 +142,7 @@ class NormSwap(ModelChange):
         fuse: "relu" lets batch norms do the ReLU after them, "add_relu" also an addition and the
             ReLU after that. It changes no mathematics and so is no part of the recipe: a run may be
             resumed with another, and a checkpoint is loaded without.
-        types: other classes that are "layer" or "rms" norms, by their paths.
+        types: other classes that are "layer", "rms" or "batch" norms, by their paths.
 
     Raises:
         InputError: on construction for an unknown norm, kind, option or `fuse`; in setup for a

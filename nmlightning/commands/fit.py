@@ -31,7 +31,12 @@ from nmlightning.commands import run_report
 from nmlightning.commands.argument_parser import DIVERGED, INTERRUPTED, TERMINATED
 from nmlightning.commands.checkpoint import checkpoint_hparams
 from nmlightning.commands.failures import explain_failures, failing_together
-from nmlightning.commands.files import RunPaths, default_logger, new_version, time_written
+from nmlightning.commands.files import (
+    RunPaths,
+    default_logger,
+    new_version,
+    time_written,
+)
 from nmlightning.commands.parser import ConfigFile, Parser, check_numbers
 from nmlightning.commands.run_report import filter_logs
 from nmlightning.compat import copying_strategy
@@ -42,7 +47,11 @@ MOST_DEVICES = 64  # of a machine, where the CPU has fewer cores
 
 
 def run(arguments: list[str], paths: RunPaths) -> int:
-    """Run `nm fit`, `validate`, `test` or `predict` and return its exit code."""
+    """Run `nm fit`, `validate`, `test` or `predict` and return its exit code.
+
+    Raises:
+        InputError: an option, a config or a checkpoint cannot be right.
+    """
     command, *options = arguments
     with filter_logs():
         try:
@@ -215,7 +224,10 @@ class TrainingCLI(LightningCLI):
             run_report.print_notice("no --ckpt_path is given; these weights are untrained.")
         if "verbose" in kwargs:
             kwargs["verbose"] = False  # our table says the same
-        with explain_failures(), failing_together(self.trainer, lambda: kwargs.get("ckpt_path")):
+        with (
+            explain_failures(),
+            failing_together(self.trainer, lambda: kwargs.get("ckpt_path")),
+        ):
             measure(model, **kwargs)
         run_report.print_metrics(self.trainer.callback_metrics)
         run_report.print_paths(checkpoint=kwargs.get("ckpt_path"))

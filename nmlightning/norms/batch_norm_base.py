@@ -38,7 +38,7 @@ INPUT_DIMS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)
 # What a swapped layer takes from the layer that it replaces, and so is no option of a swap.
 INHERITED = {"num_features", "normalized_shape", "affine", "elementwise_affine", "bias"}
 INHERITED |= {"track_running_stats", "device", "dtype", "process_group"}
-_CONVERTS_TO_SYNC = re.compile("convert.*sync_?b", re.IGNORECASE)
+_CONVERTS = re.compile("convert.*(sync|split)_?b", re.IGNORECASE)
 _FUSES_EXACT_CLASSES = ("torch.fx.experimental.optimization", "torch.ao.quantization")
 
 
@@ -233,11 +233,11 @@ class BatchNormBase(_BatchNorm):
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the children's names and modules; InputError if they are to be another norm's."""
         caller = sys._getframe(1).f_code.co_name
-        if _CONVERTS_TO_SYNC.search(caller):
+        if _CONVERTS.search(caller):
             raise InputError(
                 f"{caller} would make an L2 norm of a {type(self).__name__}, which synchronises "
-                "itself: leave that out, and set its sync to True, as swap_norms(model, norm, "
-                '{"sync": True}) and NormSwap under Trainer(sync_batchnorm=True) do.'
+                "itself: leave that out, and set its sync to True, as NormSwap does under Trainer("
+                'sync_batchnorm=True) and swap_norms by {"sync": True}, or undo the swap first.'
             )
         return super().named_children()
 

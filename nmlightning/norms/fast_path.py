@@ -53,20 +53,20 @@ def watch_encoders() -> None:
     register_module_module_registration_hook(guard)
 
 
-def traceable(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+def traceable(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Let torch.fx record a call of a layer as of torch's own norms, and tracing not warn of it."""
 
     @functools.wraps(forward)
-    def call(self: Any, input: Tensor) -> Any:
-        if isinstance(input, Proxy):
-            tracer: Any = input.tracer
-            path = tracer.path_of_module(self)
-            return tracer.create_proxy("call_module", path, (input,), {})
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch._C._is_tracing():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", TracerWarning)
-                return forward(self, input)
-        return forward(self, input)
+                return forward(self, *args, **kwargs)
+        input: Any = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(input, Proxy):
+            tracer: Any = input.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+        return forward(self, *args, **kwargs)
 
     return call
 

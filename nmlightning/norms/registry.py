@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType, ModuleType
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -116,12 +116,14 @@ def check_kinds(kinds: str | Sequence[str]) -> tuple[NormKind, ...]:
     return tuple(kinds)  # type: ignore[arg-type]
 
 
-def check_types(types: Mapping[str, str] | None) -> dict[str, Literal["layer", "rms"]]:
+def check_types(types: Mapping[str, str] | None) -> dict[str, NormKind]:
     """Return the kinds of classes by their paths, or raise InputError for another kind."""
     if not isinstance(types or {}, Mapping):
-        raise InputError(f"types maps paths of classes to 'layer' or 'rms', got {types!r}.")
+        raise InputError(
+            f"types maps paths of classes to 'batch', 'layer' or 'rms', got {types!r}."
+        )
     for path, kind in (types or {}).items():
-        check_choice(f"The kind of {path} in types", kind, ("layer", "rms"))
+        check_choice(f"The kind of {path} in types", kind, KINDS)
     return dict(types or {})  # type: ignore[arg-type]
 
 

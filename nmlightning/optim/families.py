@@ -16,14 +16,16 @@ Power = Literal["auto", 1, 2]
 _GRADIENT = (optim.SGD,)
 # The step of these is the gradient divided by its own size, so that only the angle is left: ‖w‖.
 _NORMALISED = (optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax, optim.RMSprop)
-# Classes with Adam's step, of torch and of other packages (torchao, bitsandbytes, apex, timm).
-_ADAM = re.compile(r"(Fused|Paged)?R?Adam(?P<w>W?)(\d+bit|Fp8|Legacy)?")
+# Classes with Adam's step, of torch and of other packages (torchao, bitsandbytes, apex, timm,
+# DeepSpeed, Colossal-AI).
+_ADAM = re.compile(r"_?(Fused|Paged|Hybrid|(DeepSpeed)?CPU)?R?Adam(?P<w>W?)(\d+bit|Fp8|Legacy)?")
 # What a group, or the whole optimizer, calls a decay beside the step.
 _DECOUPLED = (
     *("decoupled_weight_decay", "weight_decouple", "decoupled_decay", "decoupled"),
-    *("is_adamw", "adam_w_mode"),
+    *("is_adamw", "adam_w_mode", "adamw_mode"),
 )
-_OTHER_DECAYS = ("fixed_decay", "corrected_weight_decay")  # λ alone, or times η² / max η
+# λ alone, or times η² / max η; a step with some of its parts left out.
+_OTHERWISE = ("fixed_decay", "decouple_lr", "corrected_weight_decay", "caution", "cautious")
 
 
 def choose_power(optimizer: optim.Optimizer, power: Power | int | str) -> int:
@@ -62,7 +64,7 @@ def _is_adam(optimizer: optim.Optimizer) -> re.Match[str] | None:
 def _is_adamw(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> bool:
     """Return whether a group takes Adam's steps and decays beside them, whatever its class."""
     adam = _is_adam(optimizer)
-    if adam is None or any(group.get(key) for key in _OTHER_DECAYS):
+    if adam is None or any(group.get(key) for key in _OTHERWISE):
         return False
     options = {**vars(optimizer), **group}
     return bool(next((options[key] for key in _DECOUPLED if key in options), adam["w"]))

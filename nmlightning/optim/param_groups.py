@@ -63,6 +63,7 @@ def _guess_output_layers(model: nn.Module) -> OutputLayers:
     *_, last = paths
     path = paths[last]
     heads = [last, *_heads_beside(model, path, list(paths))]
+    heads += _heads_of_blocks(model, path, list(paths))
     name = f"The output layer of {type(model).__name__} is not certain:"
     if len(heads) > 1:
         others = tuple(paths[head] for head in heads[1:])
@@ -116,6 +117,33 @@ def _heads_beside(model: nn.Module, path: str, layers: Sequence[nn.Module]) -> I
         if not apart and (not named or {prefix, kind[0]} & _INNER):
             return
         yield head
+
+
+def _heads_of_blocks(
+    model: nn.Module, path: str, layers: Sequence[nn.Module]
+) -> Iterator[nn.Linear]:
+    """Yield the last layers of blocks directly before that of the last one, as of DETR and SigLIP.
+
+    Of those that take what it takes, or give as many outputs, but cannot lead into it.
+    """
+    parts, last = path.split("."), model.get_submodule(path)
+    for depth in range(len(parts) - 1):
+        parent = model.get_submodule(".".join(parts[:depth]))
+        inner = [[m for m in block.modules() if m in layers] for block in parent.children()]
+        *before, own = [block for block in inner if block]
+        for block in () if isinstance(parent, nn.Sequential | nn.ModuleList) else reversed(before):
+            first, head = block[0], block[-1]
+            if not isinstance(head, nn.Linear) or head.out_features == _inputs(own[0]):
+                break
+            if head.out_features != getattr(last, "out_features", None) and _inputs(
+                first
+            ) != _inputs(own[0]):
+                break
+            yield head
+
+
+def _inputs(layer: Any) -> int:
+    return getattr(layer, "in_features", getattr(layer, "in_channels", 0))
 
 
 _INNER = {*("q", "k", "v", "o", "query", "key", "value"), *("in", "out", "up", "down", "gate")}

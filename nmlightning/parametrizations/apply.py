@@ -1,6 +1,7 @@
 """apply_weight_norm and remove_weight_norm: normalise the weights of a model, and undo it."""
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -18,6 +19,7 @@ from nmlightning.parametrizations.layers import (
     LayerKind,
     NormalisableWeight,
     find_normalised_weights,
+    find_passed_over,
     find_unknown_weights,
     find_weights,
 )
@@ -53,6 +55,7 @@ class WeightNormReport:
         output: the same in words.
         unknown: the names of matrices that it left, and the class of their layer, which is none
             whose output channels are known.
+        passed_over: the weights of linear layers, where `layers` is convolutions by default.
         assumed: those that were named nevertheless, whose channels are taken to be along
             dimension 0.
     """
@@ -63,6 +66,7 @@ class WeightNormReport:
     output: str = ""
     unknown: Mapping[str, str] = field(default_factory=dict)
     assumed: Mapping[str, str] = field(default_factory=dict)
+    passed_over: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         bounded = "bounded " if self.settings.kind == "bounded" else ""
@@ -73,6 +77,8 @@ class WeightNormReport:
             line += f"; not on that of the output layer, {self.output or ' = '.join(self.left)}"
         if self.unknown:
             line += f"; not on {_with_classes(self.unknown)}: name what is a layer by include"
+        if self.passed_over:
+            line += f"; not on {len(self.passed_over)} of linear layers, which layers may name"
         if self.assumed:
             line += f"; along dimension 0 of {_with_classes(self.assumed)}"
         return line
@@ -151,6 +157,14 @@ def apply_weight_norm(
         _validate_weight(weight, settings)
     unknown = find_unknown_weights(model, layers, include, exclude)
     assumed = {w.name: w.layer_name for w in weights if not w.places[0].is_known}
+    passed_over = find_passed_over(model, layers, include, exclude)
+    if len(passed_over) > len(weights):
+        warnings.warn(
+            f"Of {type(model).__name__} weights of convolutions are normalised ({len(weights)}), "
+            f"and none of linear layers ({len(passed_over)}): name what is by layers, such as "
+            '["conv", "linear"], or by include.',
+            stacklevel=2,
+        )
     groups = {}
     if settings.gain != "none":
         groups = param_groups_for_gains(weights, check_optimizers(optimizers))
@@ -161,7 +175,9 @@ def apply_weight_norm(
     rhos = {name: float(norm.rho) for name, norm in norms.items()}
     names_left = [[place.name for place in weight.places] for weight in left]
     output = " and ".join(map(" = ".join, names_left))
-    return WeightNormReport(settings, rhos, (*chain(*names_left),), output, unknown, assumed)
+    return WeightNormReport(
+        settings, rhos, (*chain(*names_left),), output, unknown, assumed, tuple(passed_over)
+    )
 
 
 def prepare_for_weights(model: nn.Module, settings: Settings, names: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ from nmlightning.weights.layer_weights import (
     find_locations,
     matrices,
     plain_modules,
+    weights_of,
 )
 
 LayerKind = Literal["conv", "linear", "recurrent", "embedding"]
@@ -46,28 +47,11 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     form = find_layer_form(module)
     if form is not None:
         return form[0]
-    if isinstance(module, nn.MultiheadAttention):
+    if isinstance(module, nn.MultiheadAttention | nn.Bilinear):
         return "linear"
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return "recurrent"
     return "embedding" if isinstance(module, nn.Embedding | nn.EmbeddingBag) else None
-
-
-def weights_of(module: nn.Module) -> list[str]:
-    """Return the names of the weights that a layer of some kind computes with.
-
-    Those of `nn.MultiheadAttention` are its projections into heads, three where their widths
-    differ; the one out of them is an `nn.Linear` inside it. Those of a recurrent layer are its
-    matrices, those that `proj_size` adds too.
-    """
-    if isinstance(module, nn.MultiheadAttention):
-        names = ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
-        return ["in_proj_weight"] if module._qkv_same_embed_dim else names
-    if isinstance(module, nn.RNNBase):
-        return [name for name in module._flat_weights_names if name.startswith("weight_")]
-    if isinstance(module, nn.RNNCellBase):
-        return ["weight_ih", "weight_hh"]
-    return ["weight"] if kind_of(module) else []
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,8 +175,25 @@ def find_unknown_weights(
     return {
         w.name: w.layer_name
         for w in _all_weights(model)
-        if w.name in left and ("linear" if w.parameter.dim() == 2 else "conv") in kinds
+        if w.name in left
+        and not w.places[0].is_known
+        and ("linear" if w.parameter.dim() == 2 else "conv") in kinds
     }
+
+
+def find_passed_over(
+    model: nn.Module, layers: Sequence[str] | None, include: Sequence[str], exclude: Sequence[str]
+) -> list[str]:
+    """Return the weights of linear layers that `find_weights` leaves by its default of `layers`."""
+    if layers is not None or include:
+        return []
+    output = find_output_layers(model).layers
+    return [
+        w.name
+        for w in _all_weights(model)
+        if w.is_of(("linear",)) and not w.matches(exclude)
+        if not any(place.module in output for place in w.places)
+    ]
 
 
 def find_normalised_weights(

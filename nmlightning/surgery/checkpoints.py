@@ -117,7 +117,7 @@ def _follow(model: nn.Module, notes: Mapping[str, Recipe]) -> SwapReport:
     for note in {repr(note): note for note in due.values()}.values():
         names = [name for name, other in due.items() if other == note]
         norm, kind = find_class(note["norm"])
-        classes = {type(layers[name]) for name in names} if kind != "batch" else ()
+        classes = {type(layers[name]) for name in names}
         types = {path_of(getattr(cls, "replaced", cls)): kind for cls in classes}
         include = [escape(name) for name in names]
         swapped += swap_norms(

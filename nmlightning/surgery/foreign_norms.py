@@ -11,13 +11,16 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import product
-from typing import Any, Literal
+from itertools import permutations, product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from nmlightning.errors import InputError
 from nmlightning.functional.reductions import is_half
+from nmlightning.kernels.interface import NormKind
 from nmlightning.norms.fast_path import traceable
 from nmlightning.norms.layer_norm import LpLayerNorm, LpRMSNorm, normalise_features
 
@@ -27,11 +30,13 @@ KNOWN_PACKAGES = {
 }
 EPS_NAME = re.compile(r"(^|_)eps(ilon)?$")
 ACTIVATION = {"drop", "act"}  # children that timm's norms call, in this order, on their output
-_SCALES = (1.0, 3e-2, 1e-3)  # of the inputs: eps counts in small ones
+_OPTIONAL = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+_USUAL = ("weight", "bias")
+_SCALES = (1.0, 3e-2, 1e-3, 1e-6)  # of the inputs: eps counts in small ones
 _TOLERANCE = 1e-3  # in float32 the right formula is 1e-6 off
-_FIXED_EPS = (1e-5, 1e-6, 1e-8, 0.0)  # where no attribute says it
-
-ForeignKind = Literal["layer", "rms"]
+_FLOAT32 = torch.finfo(torch.float32).eps
+_FIXED_EPS = (1e-5, 1e-6, 1e-8, 1e-12, 1e-3, 1e-4, 1e-7, _FLOAT32, 1e-24)  # if none is an attribute
 
 
 @dataclass(frozen=True)
@@ -45,16 +50,19 @@ class NormForm:
         eps: the name of the attribute, or the number.
         apart: it normalises the last dimension, whatever the shape of the weight.
         activates: it calls its `drop` and `act` on the result.
-        widens: of a half input, a weight of float32 makes float32.
-        narrows: of an input of float32, a half weight makes half.
+        weight, bias: the names of the parameters or buffers, None where there is none.
+        widens: the result has the wider dtype of the input and the weight.
+        narrows: it has that of the weight, if that is half.
     """
 
-    kind: ForeignKind
+    kind: NormKind
     channels_first: bool
     offset: float
     eps: str | float
     apart: bool
     activates: bool
+    weight: str | None = "weight"
+    bias: str | None = "bias"
     widens: bool = False
     narrows: bool = False
 
@@ -63,13 +71,35 @@ class NormForm:
         value = getattr(module, self.eps) if isinstance(self.eps, str) else self.eps
         return vars(module).get("eps", value)  # type: ignore[no-any-return]
 
+    def affine_of(self, module: nn.Module) -> tuple[Any, Any]:
+        """Return the weight and the bias of a module, as it stores them."""
+        weight = getattr(module, self.weight, None) if self.weight else None
+        return weight, getattr(module, self.bias, None) if self.bias else None
+
+    def sizes_of(self, module: nn.Module) -> tuple[int, ...]:
+        """Return the sizes that it normalises; none where only the input says them."""
+        if "normalized_shape" in module.__dict__:
+            return _own_sizes(module)
+        weight, bias = self.affine_of(module)
+        q = bias if weight is None else weight
+        return () if q is None else _sizes(q)
+
+
+def _own_sizes(module: nn.Module) -> tuple[int, ...]:
+    own = vars(module).get("normalized_shape", ())
+    return (own,) if isinstance(own, int) else tuple(own)
+
+
+def _sizes(q: Tensor) -> tuple[int, ...]:
+    """Return the sizes of a weight but for those that only broadcast, as of (1, C, 1, 1)."""
+    return tuple(q.shape) if q.dim() == 1 < q.numel() else tuple(n for n in q.shape if n != 1)
+
 
 class _Shape:
     """The sizes that a class without `normalized_shape` normalises; a module's own comes first."""
 
-    def __get__(self, module: Any, _: type) -> tuple[int, ...]:
-        weight = getattr(module, "weight", None)
-        return () if weight is None else tuple(weight.shape)
+    def __get__(self, module: Any, cls: Any) -> tuple[int, ...]:
+        return () if module is None else cls.form.sizes_of(module)
 
 
 class _Eps:
@@ -87,22 +117,26 @@ class SwappedNorm:
     eps = _Eps()
 
     @traceable
-    def forward(self: Any, input: Tensor) -> Tensor:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Return the normalised input, in the dtype that the library's class gives."""
         form = type(self).form
-        weight, bias = getattr(self, "weight", None), getattr(self, "bias", None)
+        input = args[0] if len(args) == 1 and not kwargs else _only_input(self, args, kwargs)
+        weight, bias = form.affine_of(self)
         learned = input.dtype if weight is None else weight.dtype
-        if weight is not None and form.offset:
+        if form.offset and weight is not None:
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + form.offset
         x = input.movedim(1, -1).contiguous() if form.channels_first else input
-        inside = (None, None) if form.apart else (weight, bias)
-        sizes = x.shape[-1:] if form.apart else tuple(self.normalized_shape) or x.shape[-1:]
-        y = normalise_features(x, self, *inside, sizes, self.eps, centred=form.kind == "layer")
+        sizes = x.shape[-1:] if form.apart else form.sizes_of(self) or x.shape[-1:]
+        inner, shift = (None, None) if form.apart else _flatten(weight, bias, sizes)
+        centred, eps = form.kind == "layer", form.eps_of(self)
+        y = normalise_features(x, self, inner, shift, sizes, eps, centred=centred)
         if form.apart:
             y = _give_affine(y, weight, bias).to(y.dtype)
         y = y.movedim(-1, 1) if form.channels_first else y
-        if learned != input.dtype and (form.narrows if is_half(learned) else form.widens):
+        if form.narrows and is_half(learned):
             y = y.to(learned)
+        elif form.widens:
+            y = y.to(torch.promote_types(learned, input.dtype))
         return self.act(self.drop(y)) if form.activates else y
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -128,6 +162,28 @@ def swapped_class(ours: type, replaced: type, form: NormForm) -> type:
     return type(name, (SwappedNorm, ours, replaced), members)
 
 
+def _only_input(norm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the input of a call that leaves all else as it is by default."""
+    call = inspect.signature(norm.replaced.forward).bind(norm, *args, **kwargs)
+    (_, input), *others = [*call.arguments.items()][1:]
+    for name, value in others:
+        default = call.signature.parameters[name].default
+        if value is not default and (isinstance(value, Tensor) or value != default):
+            raise InputError(
+                f"{type(norm).__name__} normalises one input, and got {name} as well, with which "
+                f"{norm.replaced.__name__} may compute something else: exclude it from the swap."
+            )
+    return input  # type: ignore[no-any-return]
+
+
+def _flatten(weight: Any, bias: Any, sizes: tuple[int, ...]) -> tuple[Any, Any]:
+    if weight is not None and weight.shape != sizes:
+        weight = weight.reshape(sizes)
+    if bias is not None and bias.shape != sizes:
+        bias = bias.reshape(sizes)
+    return weight, bias
+
+
 def _make(ours: type, replaced: type, form: NormForm) -> Any:
     return object.__new__(swapped_class(ours, replaced, form))
 
@@ -148,13 +204,18 @@ def is_known(cls: type) -> bool:
     return cls.__module__.partition(".")[0] in KNOWN_PACKAGES
 
 
-def find_form(module: nn.Module, kinds: tuple[ForeignKind, ...]) -> NormForm | str:
-    """Return how a module differs from torch's norm of one of the kinds, or why it is none."""
-    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    if len(parameters) != 1 or parameters[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+def find_form(module: nn.Module, kinds: tuple[NormKind, ...], named: bool) -> NormForm | str:
+    """Return how a module differs from torch's norm of one of the kinds, or why it is none.
+
+    Of a class that is `named`, optional arguments are left to their defaults.
+    """
+    given = inspect.signature(type(module).forward).parameters.values()
+    optional = {q for q in given if q.default is not q.empty or q.kind in _OPTIONAL}
+    parameters = [q for q in given if not named or q not in optional]
+    if len(parameters) != 2 or parameters[1].kind is inspect.Parameter.KEYWORD_ONLY:
         return "its forward takes more than one input"
-    if not set(dict(module.named_children())) <= ACTIVATION:
-        return "it has modules in it"
+    if not set(module._modules) <= ACTIVATION:
+        return f"it has modules in it ({', '.join(module._modules)}), each of which is looked at"
     twin, closest, error = _twin_of(module), float("inf"), ""
     for channels_first, shape in _input_shapes(twin):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) + 0.5
@@ -163,8 +224,9 @@ def find_form(module: nn.Module, kinds: tuple[ForeignKind, ...]) -> NormForm | s
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
                 found = [twin.forward(x.clone()) for x in inputs]
         except Exception as problem:
-            error = f"{type(problem).__name__} for an input of shape {tuple(shape)}"
+            error = error or f"{type(problem).__name__} for an input of shape {tuple(shape)}"
             continue
+        error = "it gives nothing finite of the input's shape"
         for form in _candidates(twin, kinds, channels_first):
             closest = min(closest, deviation := _deviation(form, twin, inputs, found))
             if deviation < _TOLERANCE:
@@ -175,6 +237,44 @@ def find_form(module: nn.Module, kinds: tuple[ForeignKind, ...]) -> NormForm | s
     title = " or ".join({"layer": "layer", "rms": "RMS"}[kind] for kind in kinds)
     off = f"on a random input it is {closest:.2g} off" if closest < float("inf") else error
     return f"it does not compute a {title} norm: {off}"
+
+
+def find_batch_reason(module: nn.Module, spatial: tuple[int, ...] = (3, 2, 1)) -> str:
+    """Return why a module is no batch norm in training and in evaluation; empty if it is one."""
+    dims = next((n for n, cls in _BATCH_NORMS.items() if isinstance(module, cls)), 2)
+    if not isinstance(module, _BatchNorm):
+        return "it is no subclass of nn.BatchNorm1d, 2d or 3d"
+    if module._modules:
+        return f"it has modules in it ({', '.join(module._modules)})"
+    twin = _twin_of(module)
+    if twin.running_var is not None:
+        twin.running_var.abs_()
+    plain = copy.copy(twin)
+    vars(plain)["_buffers"] = {n: q if q is None else q.clone() for n, q in twin._buffers.items()}
+    plain.__class__ = _BATCH_NORMS[dims]
+    generator, no_norm = torch.Generator().manual_seed(1), "it does not compute a batch norm"
+    for training in (True, True, False):  # few values a channel, where Bessel's factor counts
+        x = torch.randn(2, module.num_features, *spatial[:dims], generator=generator) + 0.5
+        twin.training = plain.training = training
+        try:
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                found = {"output": twin.forward(x), **vars(twin)["_buffers"]}
+                expected = {"output": plain.forward(x), **vars(plain)["_buffers"]}
+            expected = {name: q for name, q in expected.items() if q is not None and q.dim()}
+        except Exception as problem:
+            if dims == 1 and spatial:
+                return find_batch_reason(module, ())
+            line = str(problem).partition("\n")[0]
+            return f"{no_norm}: {type(problem).__name__}: {line}"
+        for name, value in expected.items():
+            other: Any = found[name]
+            if getattr(other, "shape", None) != value.shape:
+                return f"{no_norm}: its {name} is no tensor of that shape"
+            off = float((other.double() - value).abs().max() / value.abs().max().clamp_min(1e-9))
+            if not off < _TOLERANCE:
+                mode = "training" if training else "evaluation"
+                return f"{no_norm}: its {name} in {mode} is {off:.2g} off"
+    return ""
 
 
 def _output_dtype(twin: Any, learned: torch.dtype, input: Tensor) -> torch.dtype | None:
@@ -195,7 +295,11 @@ def _twin_of(module: nn.Module) -> Any:
     twin, generator = copy.copy(module), torch.Generator().manual_seed(0)
 
     def random(q: Tensor | None) -> Tensor | None:
-        return None if q is None else torch.randn(q.shape, generator=generator) + 0.5
+        if q is None:
+            return None
+        if not q.is_floating_point() or (q.dim() == 0 and not isinstance(q, nn.Parameter)):
+            return torch.zeros(q.shape, dtype=q.dtype) if q.is_meta else q.detach().cpu().clone()
+        return torch.randn(q.shape, generator=generator) + 0.5
 
     for stored in ("_parameters", "_buffers"):
         vars(twin)[stored] = {name: random(q) for name, q in vars(module)[stored].items()}
@@ -204,22 +308,33 @@ def _twin_of(module: nn.Module) -> Any:
     return twin
 
 
+def _tensors(twin: nn.Module) -> dict[str, Tensor]:
+    return {n: q for n, q in {**twin._parameters, **twin._buffers}.items() if q is not None}
+
+
 def _input_shapes(twin: Any) -> Iterator[tuple[bool, tuple[int, ...]]]:
-    sizes = tuple(getattr(twin, "normalized_shape", ())) or _Shape().__get__(twin, object)
-    sizes = sizes or (getattr(twin, "dim", 6) if isinstance(getattr(twin, "dim", 6), int) else 6,)
-    yield False, (2, 3, *sizes)
-    if len(sizes) == 1:
-        yield True, (2, *sizes, 3, 4)
-        yield True, (2, *sizes, 5)
+    dim = getattr(twin, "dim", 6)
+    found = [_own_sizes(twin)] if _own_sizes(twin) else [*map(_sizes, _tensors(twin).values())]
+    for sizes in dict.fromkeys([*filter(None, found)] or [(dim if isinstance(dim, int) else 6,)]):
+        yield from ((False, (*others, *sizes)) for others in ((2, 3), (2, 3, 5), (4,)))
+        if len(sizes) == 1:
+            yield from ((True, (2, *sizes, *others)) for others in ((3, 4), (5,), (2, 3, 4)))
+    for q in _tensors(twin).values():  # as of (heads, 1, features)
+        yield False, (3, *(4 if n == 1 else n for n in q.shape))
 
 
-def _candidates(twin: Any, kinds: tuple[ForeignKind, ...], first: bool) -> Iterator[NormForm]:
-    weight = getattr(twin, "weight", None)
+def _candidates(twin: Any, kinds: tuple[NormKind, ...], first: bool) -> Iterator[NormForm]:
+    tensors = _tensors(twin)
+    # A pruned weight is no parameter.
+    usual = tuple(x if isinstance(getattr(twin, x, None), Tensor) else None for x in _USUAL)
+    affines = dict.fromkeys([usual, *permutations([*tensors, None, None], 2)])
     named = [x for x, value in vars(twin).items() if EPS_NAME.search(x) and _is_eps(value)]
+    named += [float(q) for q in twin._buffers.values() if q is not None and q.dim() == 0]
     activates = set(twin._modules) == ACTIVATION
-    offsets = (0.0,) if weight is None else (0.0, 1.0)
-    for kind, offset, eps, apart in product(kinds, offsets, named or _FIXED_EPS, (False, True)):
-        yield NormForm(kind, first, offset, eps, apart, activates)
+    for affine, kind, offset, apart in product(affines, kinds, (0.0, 1.0), (False, True)):
+        if offset == 0 or affine[0] is not None:
+            for eps in (*named, *_FIXED_EPS):
+                yield NormForm(kind, first, offset, eps, apart, activates, *affine)
 
 
 def _is_eps(value: Any) -> bool:
@@ -228,26 +343,28 @@ def _is_eps(value: Any) -> bool:
 
 def _deviation(form: NormForm, twin: Any, inputs: list[Tensor], found: list[Any]) -> float:
     """Return how far the outputs are from what the form says, at most, in parts of their size."""
-    weight, bias = getattr(twin, "weight", None), getattr(twin, "bias", None)
+    weight, bias = form.affine_of(twin)
     weight = weight if weight is None else weight + form.offset
-    worst = 0.0
+    sizes, worst = form.sizes_of(twin)[-1:] if form.apart else form.sizes_of(twin), 0.0
+    dims = tuple(range(-max(1, len(sizes)), 0))
+    eps = form.eps_of(twin)
+    eps = _FLOAT32 if eps is None else eps
     for input, output in zip(inputs, found, strict=True):
         x = input.movedim(1, -1).double() if form.channels_first else input.double()
-        sizes = tuple(getattr(twin, "normalized_shape", ())) or _Shape().__get__(twin, object)
-        dims = tuple(range(-max(1, 1 if form.apart else len(sizes)), 0))
         x = x - x.mean(dims, True) if form.kind == "layer" else x
-        eps = form.eps_of(twin)
-        eps = torch.finfo(torch.float32).eps if eps is None else eps
         try:
-            y = _give_affine(x / (x.square().mean(dims, True) + eps).sqrt(), weight, bias)
+            affine = (weight, bias) if form.apart else _flatten(weight, bias, sizes or x.shape[-1:])
+            y = _give_affine(x / (x.square().mean(dims, True) + eps).sqrt(), *affine)
         except RuntimeError:  # a weight that does not fit this form
             return float("inf")
         y = y.movedim(-1, 1) if form.channels_first else y
         y = y.tanh() if form.activates else y
-        if not isinstance(output, Tensor) or output.shape != y.shape:
+        if not isinstance(output, Tensor) or not output.shape == y.shape == input.shape:
             return float("inf")
         worst = max(worst, float((output.double() - y).abs().max() / y.abs().max()))
-    return worst
+        if not worst < 0.01:  # also of what is no number; another eps does not mend it
+            break
+    return worst if worst < float("inf") else float("inf")
 
 
 def _give_affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

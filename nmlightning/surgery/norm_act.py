@@ -1,9 +1,10 @@
-"""Swaps of norms that also drop and activate: classes that are both ours and timm's.
+"""Swaps of other people's batch norms: classes that are both ours and theirs.
 
 Code that asks for timm's `BatchNormAct2d`, or builds another norm of its `drop` and `act`, finds
 what it looks for. Such a class is made when it is first needed; its objects copy and pickle.
 """
 
+import re
 import sys
 from functools import cache
 from types import new_class
@@ -17,8 +18,16 @@ _TIMM = ("BatchNormAct2d", "SyncBatchNormAct")
 _BASES = "_swapped_norm_act_bases"
 
 
-class _DropAndAct:
-    """The first base of such a class: its norm is the second's, its drop and activation timm's."""
+class _OfBoth:
+    """The first base of such a class: it computes the second's norm, and is of the third."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle an object of a class that no import finds."""
+        return (_make, getattr(type(self), _BASES), *object.__reduce_ex__(self, protocol)[2:])
+
+
+class _DropAndAct(_OfBoth):
+    """The same of timm's: it also drops and activates."""
 
     def forward(self: Any, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return what the norm does, dropped and activated, unless the norm does that itself."""
@@ -31,10 +40,6 @@ class _DropAndAct:
                 output = self.act(self.drop(output))
         return output  # type: ignore[no-any-return]
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickle an object of a class that no import finds."""
-        return (_make, getattr(type(self), _BASES), *object.__reduce_ex__(self, protocol)[2:])
-
 
 def has_activation(cls: type) -> bool:
     """Return whether a class is timm's batch norm that also drops and activates, or a swapped."""
@@ -42,10 +47,17 @@ def has_activation(cls: type) -> bool:
     return is_timms or issubclass(cls, _DropAndAct)
 
 
-def class_with_activation(before: type, norm: type) -> type[nn.Module]:
-    """Return the class that one with an activation becomes where its norm becomes `norm`."""
-    bases = getattr(before, _BASES, (None, before))
-    timm: Any = sys.modules[bases[1].__module__]
+def is_of_both(cls: type) -> bool:
+    """Return whether a class is such a one."""
+    return issubclass(cls, _OfBoth)
+
+
+def class_of_both(before: type, norm: type) -> type[nn.Module]:
+    """Return the class that another library's becomes where its norm becomes `norm`."""
+    theirs = getattr(before, _BASES, (None, before))[1]
+    if not has_activation(theirs):
+        return _class_of_both(norm, theirs) if hasattr(norm, "backend_for") else theirs
+    timm: Any = sys.modules[theirs.__module__]
     if norm is nn.SyncBatchNorm:
         return timm.SyncBatchNormAct  # type: ignore[no-any-return]
     theirs = timm.BatchNormAct2d
@@ -64,15 +76,17 @@ def own_activation(module: nn.Module) -> nn.Module | None:
 
 @cache
 def _class_of_both(ours: type, theirs: type) -> type[nn.Module]:
-    name = ours.__name__.replace("BatchNorm2d", theirs.__name__)
+    name = re.sub(r"BatchNorm(\dd)?$", "", ours.__name__) + theirs.__name__
     members: dict[str, Any] = {
         "__module__": __name__,
         # By its path jsonargparse leaves it out, which offers all subclasses to configs.
         "__qualname__": f"_Swapped.{name}",
-        "__doc__": f"`{ours.__name__}`, then the drop and the activation of `{theirs.__name__}`.",
+        "__doc__": theirs.__doc__,
+        "replaced": theirs,
         _BASES: (ours, theirs),
     }
-    return new_class(name, (_DropAndAct, ours, theirs), exec_body=lambda body: body.update(members))
+    first = _DropAndAct if has_activation(theirs) else _OfBoth
+    return new_class(name, (first, ours, theirs), exec_body=lambda body: body.update(members))
 
 
 def _make(ours: type, theirs: type) -> Any:

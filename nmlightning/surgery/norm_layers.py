@@ -17,13 +17,13 @@ from nmlightning.norms.registry import NORMS
 from nmlightning.surgery.foreign_norms import (
     ACTIVATION,
     EPS_NAME,
-    ForeignKind,
     NormForm,
     SwappedNorm,
+    find_batch_reason,
     find_form,
     is_known,
 )
-from nmlightning.surgery.norm_act import class_with_activation, has_activation
+from nmlightning.surgery.norm_act import class_of_both, has_activation, is_of_both
 
 _NAMED_LIKE_A_NORM = re.compile(
     r"(?i:(Batch|Layer|Group|Instance|RMS|Response|L2)_?Norm)"
@@ -78,18 +78,27 @@ class NormLayer:
 
 
 def find_norm_layers(
-    model: nn.Module, types: Mapping[str, ForeignKind] | None = None
+    model: nn.Module, types: Mapping[str, NormKind] | None = None
 ) -> list[NormLayer]:
     """Return every norm layer of `model`, a shared one under each of its names.
 
     Those whose class `types` names are of the kind it says, if they compute that.
     """
     types = types or {}
-    return [
+    layers = [
         _describe(_without_wrappers(name), module, types.get(path_of(type(module))))
         for name, module in model.named_modules(remove_duplicate=False)
-        if _is_norm(module) or path_of(type(module)) in types
+        if is_norm(module) or path_of(type(module)) in types
     ]
+    left = [x for x in layers if x.unsupported_reason]
+    outer = {m: x for x in left for m in x.module.modules() if m is not x.module}
+    return [_leave(x, outer[x.module]) if x.module in outer else x for x in layers]
+
+
+def _leave(layer: NormLayer, outer: NormLayer) -> NormLayer:
+    """Return a norm within another one that is left, so that neither is swapped by half."""
+    reason = f"a part of {outer.name}, a {outer.type_name} that is left"
+    return NormLayer(layer.name, layer.module, None, unsupported_reason=reason)
 
 
 def path_of(cls: type) -> str:
@@ -193,14 +202,15 @@ def _without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
+    """Return whether a module is a norm of torch's, or named like one."""
     if isinstance(module, (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
         return True
     named_like_one = _NAMED_LIKE_A_NORM.search(type(module).__name__) is not None
     return named_like_one and module._modules.keys() <= ACTIVATION
 
 
-def _describe(name: str, module: nn.Module, named: ForeignKind | None) -> NormLayer:
+def _describe(name: str, module: nn.Module, named: NormKind | None) -> NormLayer:
     cls = type(module)
     like_torchs = isinstance(module, nn.LayerNorm | nn.RMSNorm)
     like_torchs = like_torchs or _NAMED_LAYER_OR_RMS.search(cls.__name__) is not None
@@ -208,20 +218,25 @@ def _describe(name: str, module: nn.Module, named: ForeignKind | None) -> NormLa
         reason = "its forward was replaced on the object, where no class counts"
     elif cls in _DIMS:
         return NormLayer(name, module, "batch", _DIMS[cls])
-    elif has_activation(cls):
-        return NormLayer(name, module, "batch", 2)
+    elif has_activation(cls) or is_of_both(cls):
+        return NormLayer(name, module, "batch", _dims_of(module))
     elif cls in _LAYER_NORMS:
         return NormLayer(name, module, "layer")
     elif cls in _RMS_NORMS:
         return NormLayer(name, module, "rms")
     elif isinstance(module, _LazyNormBase):
         reason = "not initialised, run one batch through it"
-    elif isinstance(module, _BatchNorm):
-        reason = "a subclass, and only exact types are swapped"
+    elif named == "batch" or isinstance(module, _BatchNorm):
+        reason = f"a subclass, which types={{'{path_of(cls)}': 'batch'}} names"
+        if module._modules:
+            reason = f"a subclass with modules in it ({', '.join(module._modules)})"
+        reason = find_batch_reason(module) if named == "batch" else reason
+        if not reason:
+            return NormLayer(name, module, "batch", _dims_of(module))
     elif isinstance(module, SwappedNorm):
         return NormLayer(name, module, module.form.kind, form=module.form)
     elif named is not None or (is_known(cls) and like_torchs):
-        form = find_form(module, (named,) if named is not None else ("layer", "rms"))
+        form = find_form(module, (named,) if named else ("layer", "rms"), bool(named))
         if isinstance(form, NormForm):
             return NormLayer(name, module, form.kind, form=form)
         reason = form
@@ -234,11 +249,16 @@ def _describe(name: str, module: nn.Module, named: ForeignKind | None) -> NormLa
     return NormLayer(name, module, None, unsupported_reason=reason)
 
 
+def _dims_of(module: nn.Module) -> int | None:
+    own = NORMS["l2"].batch.items()
+    return next((dims for dims, cls in own if dims and isinstance(module, cls)), None)
+
+
 def class_to_take(module: nn.Module, template: nn.Module) -> type[nn.Module]:
-    """Return the template's class, with timm's drop and activation if the module has them."""
+    """Return the template's class, or one of both where the module's is another library's."""
     before, after = type(module), type(template)
-    plain = before in _DIMS or not has_activation(before)
-    return after if plain else class_with_activation(before, after)
+    plain = before in _DIMS or not isinstance(module, _BatchNorm)
+    return after if plain else class_of_both(before, after)
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:

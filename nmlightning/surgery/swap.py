@@ -25,7 +25,7 @@ from nmlightning.norms.registry import (
     norm_name,
 )
 from nmlightning.surgery.foreign_norms import make_foreign
-from nmlightning.surgery.lightning_hooks import watch_loading
+from nmlightning.surgery.lightning_hooks import watch_loading, watch_other_code
 from nmlightning.surgery.norm_layers import (
     NormLayer,
     class_to_take,
@@ -152,8 +152,8 @@ def swap_norms(
         exclude: glob patterns on module names that are left alone.
         fuse: "relu" lets these batch norms do the ReLU after them, "add_relu" also an addition
             and the ReLU after that; None lets them do neither, also those that did.
-        types: other classes that are "layer" or "rms" norms, by their paths, such as
-            `{"my.package.MyNorm": "rms"}`; they are tried on random inputs, too.
+        types: other classes that are "layer", "rms" or, of torch's subclasses, "batch" norms, by
+            their paths, such as `{"my.package.MyNorm": "rms"}`; they are tried on random inputs.
         dry_run: report only.
 
     Returns:
@@ -202,6 +202,7 @@ def swap_norms(
                 fusing.apply()
             if any(x.kind != "batch" for x in picked):
                 guard_encoders(model.modules())
+        watch_other_code()
         if "nmlightning.compat" not in sys.modules:  # it watches from the start
             watch_loading()
     return SwapReport(swapped, left, dry_run, fused, not_fused)

@@ -48,6 +48,24 @@ def find_layer_form(module: nn.Module) -> LayerForm | None:
     return next((_OTHERS[name] for name in names if name in _OTHERS), None)
 
 
+def weights_of(module: nn.Module) -> list[str]:
+    """Return the names of the weights that a layer of some kind computes with.
+
+    Those of `nn.MultiheadAttention` are its projections into heads, three where their widths
+    differ; the one out of them is an `nn.Linear` inside it. Those of a recurrent layer are its
+    matrices, those that `proj_size` adds too.
+    """
+    if isinstance(module, nn.MultiheadAttention):
+        names = ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
+        return ["in_proj_weight"] if module._qkv_same_embed_dim else names
+    if isinstance(module, nn.RNNBase):
+        return [name for name in module._flat_weights_names if name.startswith("weight_")]
+    if isinstance(module, nn.RNNCellBase):
+        return ["weight_ih", "weight_hh"]
+    known = isinstance(module, nn.Bilinear | nn.Embedding | nn.EmbeddingBag)
+    return ["weight"] if known or find_layer_form(module) is not None else []
+
+
 @dataclass(frozen=True, eq=False)
 class WeightLocation:
     """An attribute of a module that is a weight; layers may share one weight."""
@@ -110,7 +128,7 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 _SUFFIX = "_v"
-_BEHIND = ("weight_v", "weight_orig", "weight_v_orig", "weight_orig_orig")
+_BEHIND = ("_v", "_orig", "_v_orig", "_orig_orig")
 LAZY_WAY_OUT = "run a batch through the model before the fit"
 
 
@@ -144,7 +162,11 @@ class LayerWeight:
 
 
 def find_layer_weights(
-    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()
+    model: nn.Module,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    *,
+    recorded: bool = False,
 ) -> list[LayerWeight]:
     """Return the weights of all convolutions and linear layers, and all that are normalised.
 
@@ -156,6 +178,8 @@ def find_layer_weights(
         include: glob patterns on names of parameters of two or more dimensions, such as
             `layer1.*.weight`, also those of an embedding or an LSTM; empty means those above.
         exclude: glob patterns on names that are left out.
+        recorded: by default also the projections into heads of attention, and the weights of
+            `nn.Bilinear` and of recurrent layers, whose output channels are rows.
 
     Raises:
         InputError: a pattern that matches no such weight; none left.
@@ -168,7 +192,7 @@ def find_layer_weights(
             f"The pattern {wrong!r} matches no weight of two or more dimensions in "
             f"{type(model).__name__}; there is {some([place.name for place in places], 8)}."
         )
-    chosen = [place for place in places if place.is_chosen(include, exclude)]
+    chosen = [place for place in places if place.is_chosen(include, exclude, recorded)]
     held = [place for place in chosen if place.original is not None]
     weights = {id(place.original): place.weight() for place in reversed(held)}
     if not weights:
@@ -189,7 +213,7 @@ def find_recorded_weights(
     """
     places = {id(p.original): p for p in reversed(list(_places(model))) if p.is_computed}
     computed, held = [], []
-    for weight in find_layer_weights(model, include, exclude):
+    for weight in find_layer_weights(model, include, exclude, recorded=True):
         place = places.get(id(weight.parameter))
         if place is not None:
             computed.append(replace(weight, name=place.name, computed=place.norms_of))
@@ -199,17 +223,21 @@ def find_recorded_weights(
 
 
 def find_left_weights(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, str]:
-    """Return the matrices that are recorded only where they are named, by class unknown; and why.
+    """Return the matrices that are recorded only where they are named, and why.
 
-    They are of two or more dimensions, none of which the channels would leave alone.
+    Those of unknown classes are of two or more dimensions, none of which the channels would leave
+    alone.
     """
-    left = {}
-    for place in _places(model):
+    left, places = {}, list(_places(model))
+    held = {id(place.original) for place in places if place.is_recorded}
+    for place in places:
         parameter = place.original
         if place.norm is not None or matches(place.name, exclude):
             continue
-        if parameter is None:
-            if place.is_of_layer and not place.is_lazy and place.is_computed:
+        if isinstance(place.module, nn.Embedding | nn.EmbeddingBag) and id(parameter) not in held:
+            left[place.name] = "an embedding's rows are no output channels"
+        elif parameter is None:
+            if place.is_recorded and not place.is_lazy and place.is_computed:
                 left[place.name] = "it is computed from parameters of other shapes"
         elif not place.is_known and parameter.dim() > 1 < parameter.shape[0] < parameter.numel():
             left[place.name] = f"{type(place.module).__name__} is no layer that is known"
@@ -229,6 +257,12 @@ class _RecordedLocation(WeightLocation):
     @property
     def is_of_layer(self) -> bool:
         return find_layer_form(self.module) is not None
+
+    @property
+    def is_recorded(self) -> bool:
+        others = nn.MultiheadAttention | nn.Bilinear | nn.RNNBase | nn.RNNCellBase
+        is_weight = isinstance(self.module, others) and self.attribute in weights_of(self.module)
+        return self.is_of_layer or is_weight
 
     @property
     def is_computed(self) -> bool:
@@ -294,7 +328,7 @@ class _RecordedLocation(WeightLocation):
             return None
         computed = self.parametrizations
         if computed is None:
-            names = [self.attribute, *(_BEHIND if self.is_of_layer else ())]
+            names = [self.attribute + suffix for suffix in ("", *_BEHIND)]
             held = (self.module._parameters.get(name) for name in names)
             return next((parameter for parameter in held if parameter is not None), None)
         originals = list(computed.parameters(recurse=False))
@@ -306,8 +340,11 @@ class _RecordedLocation(WeightLocation):
             shape = tuple(self._compute().shape)
         return next((original for original in originals if original.shape == shape), None)
 
-    def is_chosen(self, include: Sequence[str], exclude: Sequence[str]) -> bool:
-        by_default = self.is_of_layer or self.norm is not None
+    def is_chosen(
+        self, include: Sequence[str], exclude: Sequence[str], recorded: bool = False
+    ) -> bool:
+        is_layer = self.is_recorded if recorded else self.is_of_layer
+        by_default = is_layer or self.norm is not None
         is_included = matches(self.name, include) if include else by_default
         return is_included and not matches(self.name, exclude)
 
@@ -321,8 +358,11 @@ class _RecordedLocation(WeightLocation):
 def _places(model: nn.Module) -> Iterator[_RecordedLocation]:
     """Yield the weight of each layer, also where it is no parameter, and all others."""
     for path, module in plain_modules(model):
-        is_layer = find_layer_form(module) is not None
-        for attribute in ["weight"] if is_layer else matrices(module):
+        names = weights_of(module)
+        if find_layer_form(module) is None:
+            behind = {name + suffix for name in names for suffix in (*_BEHIND, "_g")}
+            names += [name for name in matrices(module) if name not in {*names, *behind}]
+        for attribute in names:
             yield _RecordedLocation(module, path, attribute)
 
 

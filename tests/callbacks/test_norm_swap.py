@@ -33,6 +33,8 @@ from nmlightning.norms import L1LayerNorm, MeanOnlyBatchNorm2d
 from nmlightning.norms.batch_norm import L1BatchNorm2d, LInfBatchNorm2d, TopKBatchNorm2d
 from nmlightning.surgery.recipes import NORM_SWAP, recipes_of
 
+pytestmark = pytest.mark.filterwarnings("ignore:A .*Norm.* is replaced by a .*Norm")
+
 
 class HeadLate(PlModule):
     """Has another norm after `configure_model`."""
@@ -259,7 +261,7 @@ class TestInput:
             (("l1", None, ["batch"], [1]), r"include is a list of strings, got \[1\]"),
             (("linf", None, ["layer"]), "'linf' is not defined for layer norms"),
             (("l1", None, "bach"), "got 'bach'. Did you mean 'batch'"),
-            (("l1", None, "layer", (), (), None, {"a.B": "batch"}), "kind of a.B in types is"),
+            (("l1", None, "layer", (), (), None, {"a.B": "group"}), "kind of a.B in types is"),
         ],
     )
     def test_bad_arguments_are_refused(self, arguments: tuple[Any, ...], answer: str) -> None:

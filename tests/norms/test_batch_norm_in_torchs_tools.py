@@ -3,12 +3,12 @@
 import io
 import math
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.ao.quantization import fuse_modules, fuse_modules_qat
 from torch.fx.experimental import optimization
 from torch.nn.utils import prune
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -17,6 +17,7 @@ from batch_norm_contract import NORMS, TORCH, Norm, each_kind, every_norm
 from nmlightning import norms, swap_norms
 from nmlightning.errors import InputError
 from nmlightning.export.fold import fold_norms
+from nmlightning.norms import registry
 
 ALL = {**NORMS, "half_l2": Norm("HalfL2")}
 deprecated = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
@@ -149,15 +150,46 @@ def test_onnx_takes_evaluation_and_refuses_training(images: Tensor) -> None:
 
 
 @pytest.mark.parametrize("norm", ["l1", "mean"])
-def test_sync_conversion_is_refused(norm: str) -> None:
-    timm = pytest.importorskip("timm")
-    converters: list[Callable[[nn.Module], nn.Module]] = [
-        nn.SyncBatchNorm.convert_sync_batchnorm,
-        timm.layers.convert_sync_batchnorm,
-    ]
-    for convert in converters:
-        with pytest.raises(InputError, match=r"convert_sync_batchnorm would make .* set its sync"):
+def test_conversion_to_another_norm_is_refused(norm: str) -> None:
+    layers = pytest.importorskip("timm.layers")
+    convert_sync, convert_split = layers.convert_sync_batchnorm, layers.convert_splitbn_model
+    for convert in (nn.SyncBatchNorm.convert_sync_batchnorm, convert_sync, convert_split):
+        with pytest.raises(
+            InputError, match=r"convert_s.* would make .* its sync .* undo the swap"
+        ):
             convert(make_net(norm))
+
+
+def test_freezing_keeps_the_outputs_and_unfreezing_warns(images: Tensor) -> None:
+    layers = pytest.importorskip("timm.layers")
+    net = make_net().eval()
+    expected = net(images)
+    layers.freeze_batch_norm_2d(net)
+    torch.testing.assert_close(net(images), expected)
+    line = "A L1BatchNorm2d of a Sequential is replaced by a BatchNorm2d"
+    with pytest.warns(UserWarning, match=line) as caught:
+        layers.unfreeze_batch_norm_2d(net)
+    assert len(caught) == 2
+    assert len(swap_norms(net, "l1")) == 2
+    net[1] = norms.LInfBatchNorm2d(8)  # of ours, and no norm: both are meant
+    net[1] = nn.Identity()
+    with pytest.warns(UserWarning, match=line):
+        net[4] = nn.BatchNorm2d(4)
+
+
+@pytest.mark.parametrize("norm", [*registry.NORMS][1:])
+def test_eager_fusing_of_torch_ao_is_that_of_its_own_norm(norm: str, images: Tensor) -> None:
+    net = make_net("l2").append(nn.BatchNorm2d(4)).append(nn.ReLU())
+    swap_norms(net, norm, {"k": 3} if norm == "topk" else {})
+    net(images)
+    expected = net.eval()(images)
+    fused = fuse_modules(net, [["0", "1", "2"], ["3", "4"], ["5", "6"]])
+    assert [type(layer).__name__ for layer in fused][::3] == ["ConvReLU2d", "Conv2d", "Identity"]
+    torch.testing.assert_close(fused(images), expected, rtol=1e-4, atol=1e-5)
+    line = f"torch fuses a {type(net[1]).__name__} in evaluation only, and without a ReLU of its"
+    for fuse in (fuse_modules, fuse_modules_qat):
+        with pytest.raises(InputError, match=line):
+            fuse(net.train(), [["0", "1"]])
 
 
 def test_pruned_norm_trains_and_evaluates() -> None:

@@ -20,6 +20,10 @@ class AdamW8bit(Adam8bit):
     pass
 
 
+class _AdamW(Adam8bit):
+    """As torchao's."""
+
+
 class FusedAdam(Adam8bit):
     adam_w_mode = 0
 
@@ -53,6 +57,8 @@ def test_choose_power_knows_the_family(name: str) -> None:
         (torch.optim.Adam(WEIGHTS, weight_decay=0.1, decoupled_weight_decay=True), 0.0032444),
         (torch.optim.RAdam(WEIGHTS, weight_decay=0.1, decoupled_weight_decay=True), 0.0032444),
         (AdamW8bit(weight_decay=0.1), 0.0032444),
+        (_AdamW(weight_decay=0.1), 0.0032444),
+        (_AdamW(weight_decay=0.1, caution=True), None),
         (Adam8bit(weight_decay=0.1), None),
         (Adam8bit(weight_decay=0.1, weight_decouple=True), 0.0032444),
         (Adam8bit(weight_decay=0.1, decoupled_decay=True), 0.0032444),

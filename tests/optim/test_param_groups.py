@@ -172,6 +172,11 @@ def mlp() -> nn.Module:
     )
 
 
+def detector() -> nn.Module:
+    boxes = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
+    return nn.ModuleDict({"net": nn.Conv2d(3, 6, 1), "kind": nn.Linear(6, 5), "box": boxes})
+
+
 def encoder() -> nn.Module:
     return nn.Sequential(*(nn.TransformerEncoderLayer(4, 1, 8) for _ in range(2)))
 
@@ -188,6 +193,7 @@ def attends() -> nn.Module:
         (lambda: towers(7, "last"), ["last", "image_projection"], "beside it"),
         (two_heads, ["value", "policy"], "policy beside it may not lead into it"),
         (segments, ["classifier"], r"classifier \(Conv2d\) is its last, and its last nn.Linear"),
+        (detector, ["box.1", "kind"], "box.1 is its last, and kind beside it may not lead into it"),
         (mlp, ["fc3"], ""),
         (encoder, ["1.linear2"], "1.linear2 is its last, in the last of like blocks"),
         (lambda: nn.Sequential(encoder(), nn.Linear(4, 2)), ["1"], ""),

@@ -206,6 +206,15 @@ def test_channels_of_layers_of_other_packages() -> None:
     assert line in str(named)
 
 
+def test_linear_layers_that_the_default_passes_over_are_said() -> None:
+    blocks = [nn.Linear(4, 4) for _ in range(3)]
+    with pytest.warns(
+        UserWarning, match=r"convolutions are normalised \(1\), and none of .* \(2\)"
+    ):
+        report = apply_weight_norm(nn.Sequential(nn.Conv2d(3, 4, 2), *blocks))
+    assert "on 1 weight; not on 2 of linear layers, which layers may name" in str(report)
+
+
 def test_output_layer_in_doubt_is_said_once_and_by_name_settled() -> None:
     def make() -> nn.Module:
         return nn.ModuleDict(

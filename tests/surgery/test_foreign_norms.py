@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from nmlightning import swap_norms
 from nmlightning.errors import InputError
-from nmlightning.norms import LpLayerNorm, LpRMSNorm
+from nmlightning.norms import L1BatchNorm2d, LpLayerNorm, LpRMSNorm
+from nmlightning.surgery.checkpoints import swap_like
 from nmlightning.surgery.recipes import make_recipe
 
 
@@ -44,6 +45,69 @@ class Unlike(HardCoded):
         return super().forward(x) * self.scale
 
 
+class Nowhere(HardCoded):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 0
+
+
+class Named(nn.Module):
+    """A layer norm, or without a bias an RMS norm, along `dim`, under names of its own."""
+
+    def __init__(self, weight: str, bias: str, shape: tuple[int, ...] = (8,), dim: int = -1):
+        super().__init__()
+        self.names, self.axis = (weight, bias), dim
+        for name in filter(None, self.names):
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, upcast: bool = True) -> Tensor:
+        weight, bias = (getattr(self, name) if name else 0 for name in self.names)
+        x = x if mask is None else x * mask
+        if self.names[1]:
+            x = x - x.mean(self.axis, True)
+        return x * (x.square().mean(self.axis, True) + 1e-12).rsqrt() * weight + bias
+
+
+class Lucid(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(2, 1, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.normalize(x, dim=-1) * 8**0.5 * (self.gamma + 1)
+
+
+class Batch(nn.BatchNorm2d):
+    """A batch norm by hand, whose variance for evaluation is that of `bessel`."""
+
+    bessel, factor = True, 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            var, mean = torch.var_mean(x, (0, 2, 3), unbiased=self.bessel)
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var, self.momentum)
+            var = x.var((0, 2, 3), unbiased=False)
+        y = (x - mean.view(-1, 1, 1)) * (var.view(-1, 1, 1) + self.eps).rsqrt()
+        return self.factor * y * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+
+
+class Biased(Batch):
+    bessel = False
+
+
+class Doubled(Batch):
+    factor = 2.0
+
+
+class Split(nn.BatchNorm2d):
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.aux = nn.BatchNorm2d(3)
+
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 TOKENS, IMAGES, SERIES = (2, 3, 8), (2, 8, 3, 4), (2, 8, 5)
 TYPES = {f"{__name__}.HardCoded": "rms"}
 NORMS: list[tuple[Callable[[], nn.Module], str, tuple[int, ...]]] = [
@@ -66,6 +130,11 @@ NORMS: list[tuple[Callable[[], nn.Module], str, tuple[int, ...]]] = [
     (hugging_face("olmo.OlmoLayerNorm", 8), "layer", TOKENS),
     (hugging_face("squeezebert.SqueezeBertLayerNorm", 8), "layer", SERIES),
     (HardCoded, "rms", SERIES),
+    (lambda: Named("g", ""), "rms", TOKENS),
+    (lambda: Named("gamma", "beta"), "layer", TOKENS),
+    (lambda: Named("scale", "b", (1, 8, 1, 1), 1), "layer", IMAGES),
+    (lambda: Named("g", "", (8, 1, 1), 1), "rms", IMAGES),
+    (Lucid, "rms", (4, 2, 5, 8)),
 ]
 
 
@@ -78,7 +147,7 @@ def test_p_2_equals_the_class_and_l2_gives_its_bits_back(
         nn.init.normal_(parameter, 1)
     norm, own, x = net[0], type(net[0]), torch.randn(shape)
     state, expected = dict(vars(norm)), net(x)
-    types = TYPES if own is HardCoded else {}
+    types = {f"{__name__}.{own.__name__}": kind} if own.__module__ == __name__ else {}
     swap_norms(net, "lp", {"p": 2}, kinds=kind, types=types)
     assert isinstance(norm, own)
     assert isinstance(norm, LpLayerNorm if kind == "layer" else LpRMSNorm)
@@ -123,8 +192,8 @@ def test_half_input_is_normalised_in_float32() -> None:
     torch.testing.assert_close(y, expected, rtol=4e-3, atol=4e-3)  # a rounding to bfloat16
 
 
-@pytest.mark.parametrize("learned", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("learned", DTYPES)
+@pytest.mark.parametrize("given", DTYPES)
 @pytest.mark.parametrize(
     "make", [hugging_face(name, 8) for name in ("t5.T5LayerNorm", "llama.LlamaRMSNorm")]
 )
@@ -149,12 +218,18 @@ def test_class_is_known_on_the_meta_device() -> None:
         ({f"{__name__}.Unlike": "rms"}, r"Unlike, but it does not compute a RMS norm: .* 1 off"),
         ({f"{__name__}.HardCoded": "layer"}, "HardCoded, but it does not compute a layer norm"),
         ({f"{__name__}.HardCodet": "rms"}, "no module is of that class. Did you mean '.*HardCoded"),
-        ({f"{__name__}.HardCoded": "batch"}, "is 'layer' or 'rms', got 'batch'"),
+        ({f"{__name__}.HardCoded": "group"}, "is 'batch' or 'layer' or 'rms', got 'group'"),
+        ({f"{__name__}.HardCoded": "batch"}, "HardCoded, but it is no subclass of nn.BatchNorm1d"),
+        ({f"{__name__}.Nowhere": "rms"}, "RMS norm: it gives nothing finite of the input's shape"),
+        ({f"{__name__}.Biased": "batch"}, "batch norm: its running_var in training is 0.* off"),
+        ({f"{__name__}.Doubled": "batch"}, "batch norm: its output in training is 1 off"),
+        ({f"{__name__}.Split": "batch"}, r"Split, but it has modules in it \(aux\)"),
         ([f"{__name__}.HardCoded"], "types maps paths of classes"),
     ],
 )
 def test_types_that_cannot_be_right_are_refused(types: dict[str, str], message: str) -> None:
-    net = nn.Sequential(nn.RMSNorm(8), HardCoded(), Unlike())
+    net = nn.Sequential(nn.RMSNorm(8), HardCoded(), Unlike(), Nowhere(), Split())
+    net.extend([Biased(4), Doubled(4)])
     with pytest.raises(InputError, match=message):
         swap_norms(net, "l1", kinds=["rms", "layer"], types=types)
 
@@ -163,6 +238,48 @@ def test_norm_that_takes_a_gate_is_left() -> None:
     net = nn.Sequential(nn.RMSNorm(8), hugging_face("qwen3_next.Qwen3NextRMSNormGated", 8)())
     (left,) = swap_norms(net, "l1", kinds="rms").left
     assert left.reason == "its forward takes more than one input"
+
+
+def test_batch_norm_of_ones_own_is_taken_if_it_computes_one() -> None:
+    net, x = nn.Sequential(Batch(4), nn.ReLU(), Batch(4)), torch.randn(6, 4, 3, 5)
+    assert f"types={{'{__name__}.Batch': 'batch'}} names" in str(refusal(net))
+    twin = copy.deepcopy(net)
+    assert len(swap_norms(net, "lp", {"p": 2}, types={f"{__name__}.Batch": "batch"})) == 2
+    torch.testing.assert_close(net(x), twin(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(net.eval()(x), twin.eval()(x), rtol=1e-4, atol=1e-5)
+    swap_norms(net, "l1", fuse="relu")  # a swapped class needs no types
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(net)))
+    assert isinstance(copied[0], Batch)
+    assert isinstance(copied[0], L1BatchNorm2d)
+    torch.testing.assert_close(copied.train()(x), net.train()(x))
+    assert len(swap_like(twin, net.state_dict())) == 2
+    swap_norms(net, "l2")
+    assert type(net[0]) is Batch
+    swap_norms(twin, "l2")
+    assert vars(net[0]).keys() == vars(twin[0]).keys()
+
+
+def test_norm_with_norms_in_it_is_left_as_a_whole() -> None:
+    report = swap_norms(nn.Sequential(nn.BatchNorm2d(3), Split()))
+    assert [(x.name, x.reason) for x in report.left] == [
+        ("1", "a subclass with modules in it (aux)"),
+        ("1.aux", "a part of 1, a Split that is left"),
+    ]
+
+
+def test_optional_argument_is_left_to_its_default() -> None:
+    net = nn.Sequential(Named("g", ""))
+    swap_norms(net, "l1", kinds="rms", types={f"{__name__}.Named": "rms"})
+    x = torch.randn(2, 8)
+    assert torch.equal(net[0](x), net[0](x=x, mask=None, upcast=True))
+    with pytest.raises(InputError, match="L1Named normalises one input, and got mask as well"):
+        net[0](x, torch.ones(8))
+
+
+def refusal(net: nn.Module) -> InputError:
+    with pytest.raises(InputError) as caught:
+        swap_norms(net)
+    return caught.value
 
 
 def test_recipe_holds_the_types() -> None:

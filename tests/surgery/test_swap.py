@@ -17,6 +17,7 @@ from torch.nn.utils import prune
 from nmlightning import norms, swap_norms
 from nmlightning.errors import InputError
 from nmlightning.norms.batch_norm_base import BatchNormBase
+from nmlightning.surgery.norm_layers import path_of
 
 # The norm of each is a batch norm, as plain nn layers, timm's BatchNormAct2d, or both.
 ARCHITECTURES = [
@@ -190,7 +191,7 @@ class TestWhichLayers:
         net = nn.Sequential(nn.BatchNorm2d(3), Mine(3))
         report = swap_norms(net, "l1")
         assert [(left.name, left.before, left.reason) for left in report.left] == [
-            ("1", "Mine", "a subclass, and only exact types are swapped")
+            ("1", "Mine", f"a subclass, which types={{'{path_of(Mine)}': 'batch'}} names")
         ]
         assert type(net[1]) is Mine
         assert "1 (Mine: a subclass" in refusal(net, "linf", include=["*"])

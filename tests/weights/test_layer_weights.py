@@ -229,10 +229,11 @@ def test_matrices_of_unknown_layers_are_left_with_a_reason() -> None:
     assert [weight.name for weight in find_recorded_weights(net)] == ["0.weight"]
     reasons = {
         "1.weight": "Matrix is no layer that is known",
+        "2.weight": "an embedding's rows are no output channels",
         "3.weight": "it is computed from parameters of other shapes",
     }
     assert find_left_weights(net) == reasons
-    assert find_left_weights(net, exclude=["1.*", "3.*"]) == {}
+    assert find_left_weights(net, exclude=["[123].*"]) == {}
     (weight,) = find_recorded_weights(net, ["1.weight"])
     assert weight.channels == 4
 
@@ -254,21 +255,27 @@ def test_other_weights_by_name_or_once_normalised() -> None:
             "embed": nn.Embedding(7, 4),
             "lstm": nn.LSTM(4, 3),
             "attention": nn.MultiheadAttention(4, 2),
+            "bilinear": nn.Bilinear(2, 3, 5),
             "out": nn.Linear(4, 7),
         }
     )
+    prune.random_unstructured(net["bilinear"], "weight", 0.5)
     net["out"].weight = net["embed"].weight
     names = ["lstm.weight_hh_l0", "attention.in_proj_weight"]
     weights = find_layer_weights(net, names)
     assert [weight.name for weight in weights] == names
     assert [weight.channels for weight in weights] == [12, 12]
     assert [w.name for w in find_layer_weights(net)] == ["attention.out_proj.weight", "out.weight"]
+    channels = {w.name: w.channels for w in find_recorded_weights(net)}
+    lstm = {"lstm.weight_ih_l0": 12, "lstm.weight_hh_l0": 12, "attention.in_proj_weight": 12}
+    others = {"bilinear.weight": 5, "bilinear.weight_v": 5}
+    assert channels == {**lstm, **others, "attention.out_proj.weight": 4, "out.weight": 7}
+    assert find_left_weights(net) == {}, "the embedding is recorded where it is tied"
     apply_weight_norm(net, include=["lstm.weight_*", "embed.weight", "attention.in_proj_weight"])
     recorded = {weight.name: weight for weight in find_recorded_weights(net)}
     normalised = ["embed.weight", "lstm.weight_ih_l0", "lstm.weight_hh_l0"]
     normalised.append("attention.in_proj_weight")
-    assert sorted(recorded) == sorted(
-        [*normalised, *(f"{n}_v" for n in normalised), "attention.out_proj.weight"]
-    )
+    plain = [*others, "attention.out_proj.weight"]
+    assert sorted(recorded) == sorted([*normalised, *(f"{n}_v" for n in normalised), *plain])
     exact = channel_norms(net["lstm"].weight_hh_l0)
     torch.testing.assert_close(recorded["lstm.weight_hh_l0"].norms(), exact)

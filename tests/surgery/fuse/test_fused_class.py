@@ -16,6 +16,8 @@ from nmlightning.models import CifarResNet
 from nmlightning.surgery.fuse.fuse import fused_norms, unfuse, unfused
 from nmlightning.surgery.fuse.fused_class import fusion_of
 
+pytestmark = pytest.mark.filterwarnings("ignore:A .*Norm.* is replaced by a .*Norm")
+
 
 class Residual(nn.Module):
     """A block that a pickle finds by its name."""
