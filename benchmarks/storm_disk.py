@@ -69,7 +69,7 @@ def make_sources() -> None:
         "#include <torch/library.h>\nTORCH_LIBRARY(nmlightning_short, m) {}\n"
     )
     draw = random.Random(1)
-    words = ["".join(draw.choices("abcdefgh", k=5)) for _ in range(400)]
+    words = ["".join(draw.choices("abcdefgh", k=5)) for _ in range(2000)]
     lines = [" ".join(draw.choices(words, k=8)) + "\n" for _ in range(2000)]
     Path("text").write_text("".join(lines))
     for part in ("train", "val"):

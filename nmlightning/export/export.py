@@ -131,7 +131,7 @@ def _write(
     with tempfile.TemporaryDirectory(prefix="nmlightning") as folder:
         draft = Path(folder) / f"network{FORMATS[format].suffix}"
         cannot = f"torch cannot export this network to {format}"
-        with explain_failure(draft), _explain_errors(cannot):
+        with _explain_errors(cannot), explain_failure(draft):
             WRITERS[format](plain, example, draft)
         with _explain_errors(unread):
             difference = _largest_difference(READERS[format](draft, plain), expected, shape)
@@ -161,7 +161,8 @@ def _explain_errors(message: str) -> Iterator[None]:
 
 
 def _write_state_dict(net: nn.Module, example: Tensor, file: Path) -> None:
-    torch.save(net.state_dict(), file)  # with its _metadata, which some classes load by
+    with file.open("wb") as opened:  # which says that a disk is full; torch's own does not
+        torch.save(net.state_dict(), opened)  # with its _metadata, which some classes load by
 
 
 def _read_state_dict(file: Path, net: nn.Module) -> Network:
@@ -192,7 +193,8 @@ def _read_onnx(file: Path, net: nn.Module) -> Network:
 
 
 def _write_torch_export(net: nn.Module, example: Tensor, file: Path) -> None:
-    torch.export.save(torch.export.export(net, (example,), dynamic_shapes=_any_batch()), file)
+    with file.open("wb") as opened:
+        torch.export.save(torch.export.export(net, (example,), dynamic_shapes=_any_batch()), opened)
 
 
 def _read_torch_export(file: Path, net: nn.Module) -> Network:
