@@ -1,6 +1,7 @@
 """Test that what export_network writes is what was trained, for readers without this package."""
 
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -349,10 +350,12 @@ def test_norm_of_other_channels_is_left(tmp_path: Path) -> None:
     assert left.reason == "its 4 channels are not the 5 outputs of 0"
 
 
-def test_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("nmlightning.atomic_file.os.replace", fail)
-    with pytest.raises(InputError, match=r"net.pt cannot be written: No space left on device"):
-        export_network(nn.Linear(4, 4), tmp_path / "net.pt", "state_dict", (4,))
+@pytest.mark.parametrize(("format", "name"), [("state_dict", "a.pt"), ("torch_export", "a.pt2")])
+def test_full_disk_is_reported(format: str, name: str, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"network\.pt2? cannot be written: File too large"):
+            export_network(nn.Linear(200, 200), tmp_path / name, format, (200,))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
