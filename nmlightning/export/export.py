@@ -1,6 +1,7 @@
 """Writes a network in plain torch for other programs, compared with the trained one before."""
 
 import copy
+import io
 import math
 import tempfile
 import warnings
@@ -193,8 +194,9 @@ def _read_onnx(file: Path, net: nn.Module) -> Network:
 
 
 def _write_torch_export(net: nn.Module, example: Tensor, file: Path) -> None:
-    with file.open("wb") as opened:
-        torch.export.save(torch.export.export(net, (example,), dynamic_shapes=_any_batch()), opened)
+    content = io.BytesIO()  # on a full disk, torch 2.15 aborts in this, and not where it saves
+    torch.export.save(torch.export.export(net, (example,), dynamic_shapes=_any_batch()), content)
+    file.write_bytes(content.getbuffer())
 
 
 def _read_torch_export(file: Path, net: nn.Module) -> Network:
