@@ -230,6 +230,7 @@ BAD_INPUT = {
     "--trainer.max_time x": "trainer: ",
     "--data NumberNames --trainer.callbacks null": "takes images and labels, got a Trans",
     "--trainer.val_check_interval 0": "together: integer modulo by zero",
+    "--trainer.num_nodes 3": "num_nodes is 3, and nothing says where .* MASTER_ADDR",
     "--trainer.devices 5000": "trainer.devices is at most .* on this machine, got 5000.",
     "--trainer.precision transformer-engine": "together: Requirement 'transformer_engine",
     "--trainer.callbacks+ BackboneFinetuning": "together: 'ImageClassifier' .* 'backbone'",

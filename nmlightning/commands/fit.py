@@ -14,6 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from jsonargparse import Namespace, dict_to_namespace
 from lightning_fabric.plugins import TorchCheckpointIO
+from lightning_fabric.plugins.environments import LightningEnvironment
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import BasePredictionWriter, ModelCheckpoint, RichProgressBar
 from pytorch_lightning.callbacks.progress import ProgressBar
@@ -164,6 +165,12 @@ class TrainingCLI(LightningCLI):
             raise InputError(f"trainer: {error}") from error
         if copies := copying_strategy(trainer):
             raise InputError(f"trainer.strategy: {copies} trains copies of what reports; use ddp.")
+        nodes, place = trainer.num_nodes, getattr(trainer.strategy, "cluster_environment", None)
+        if nodes > 1 and type(place) is LightningEnvironment and "MASTER_ADDR" not in os.environ:
+            raise InputError(
+                f"trainer.num_nodes is {nodes}, and nothing says where the others are: start all "
+                "by torchrun or SLURM, or set MASTER_ADDR, MASTER_PORT and NODE_RANK."
+            )
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if type(trainer.strategy).save_checkpoint is not Strategy.save_checkpoint:
