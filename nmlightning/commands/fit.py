@@ -14,11 +14,11 @@ from typing import Any
 import torch.distributed as dist
 from jsonargparse import Namespace, dict_to_namespace
 from lightning_fabric.plugins import TorchCheckpointIO
-from lightning_fabric.plugins.environments import LightningEnvironment
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import BasePredictionWriter, ModelCheckpoint, RichProgressBar
 from pytorch_lightning.callbacks.progress import ProgressBar
 from pytorch_lightning.cli import LightningCLI
+from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
