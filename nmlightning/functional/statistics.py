@@ -256,11 +256,14 @@ def is_bounded(scale: Tensor) -> bool | None:
 
     None where to look would wait for a device, or be traced: torch's norms overflow there, too.
     """
-    if scale.dtype != torch.float32 or torch.compiler.is_compiling():
-        return None
-    if type(scale) is not Tensor or not (scale.is_cpu and scale.numel()) or torch._C._is_tracing():
-        return None
-    return float(scale.max()) < HUGE  # of NaN, too, it is false
+    return float(scale.max()) < HUGE if is_readable(scale) else None  # of NaN, too, it is false
+
+
+def is_readable(values: Tensor) -> bool:
+    """Return whether float32 values can be looked at without waiting for a device, untraced."""
+    if values.dtype != torch.float32 or torch.compiler.is_compiling() or torch._C._is_tracing():
+        return False
+    return type(values) is Tensor and values.is_cpu and values.numel() > 0
 
 
 def total_scale(scale: Tensor, eps: float, bounded: bool | None = None) -> Tensor:

@@ -31,12 +31,15 @@ from nmlightning.kernels.interface import (
 )
 
 
+class UnboundedError(ArithmeticError):
+    """Sums may be infinite in float32: the formula is to compute the norm."""
+
+
 class KernelBatchNormFunction(torch.autograd.Function):
     """Normalise each channel of (N, C, *spatial), and activate if the spec says so.
 
     Returns:
-        y like x; mean (C,); unbiased variance ŝ² · n / (n − 1) (C,), both float32; whether all
-        sums are finite.
+        y like x; mean (C,); unbiased variance ŝ² · n / (n − 1) (C,), both float32.
     """
 
     @staticmethod
@@ -48,10 +51,12 @@ class KernelBatchNormFunction(torch.autograd.Function):
         bias: Tensor | None,
         kernels: BatchNormKernels,
         spec: NormSpec,
-    ) -> tuple[Tensor, Tensor, Tensor, bool]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         residual = None if residual is None else lay_out_like(residual, x)
         result = kernels.forward(x, residual, _wide(weight), _wide(bias), spec)
         y, mean, variance, saved, bounded = result
+        if not bounded:
+            raise UnboundedError
         ctx.mark_non_differentiable(mean, variance)
         ctx.kernels, ctx.spec = kernels, spec
         ctx.save_for_backward(*(x, weight) if spec.fused is None else (None, None), *saved)
@@ -59,7 +64,7 @@ class KernelBatchNormFunction(torch.autograd.Function):
         ctx.plain = settings if spec.fused is None else None
         ctx.weight_dtype = None if weight is None else weight.dtype
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
-        return y, mean, variance, bounded
+        return y, mean, variance
 
     @staticmethod
     @differentiable(plain_batch_norm, (0, 2, 3))
@@ -159,7 +164,7 @@ def _measure(
 
 
 class KernelLayerNormFunction(torch.autograd.Function):
-    """Normalise (*, *normalized_shape) over the last `rank` dimensions; and see `Normalised`."""
+    """Normalise (*, *normalized_shape) over the last `rank` dimensions; y is like x."""
 
     @staticmethod
     def forward(
@@ -172,20 +177,22 @@ class KernelLayerNormFunction(torch.autograd.Function):
         constant: float,
         eps: float,
         centred: bool,
-    ) -> tuple[Tensor, bool]:
+    ) -> Tensor:
         ctx.features = x.shape[x.dim() - rank :].numel()
         learned = (_wide(weight), _wide(bias))
         y, rows, bounded = kernels.forward(x, ctx.features, *learned, constant, eps)
+        if not bounded:
+            raise UnboundedError
         ctx.save_for_backward(x, weight, rows)
         ctx.kernels = kernels
         ctx.plain = (rank, 1.0, constant, eps, torch.float32, centred)
         ctx.weight = None if weight is None else (weight.shape, weight.dtype)
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
-        return y, bounded
+        return y
 
     @staticmethod
     @differentiable(plain_layer_norm)
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rows = ctx.saved_tensors
         forms = (ctx.weight, ctx.bias)
         learned = forms != (None, None)

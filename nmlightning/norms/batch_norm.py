@@ -15,7 +15,11 @@ from nmlightning.functional.constants import Constant, check_constant, check_pow
 from nmlightning.functional.plain import plain_batch_norm
 from nmlightning.functional.reductions import is_half
 from nmlightning.functional.statistics import LargestMean, PowerMean, RangeMean, Statistic
-from nmlightning.kernels.autograd import KernelBatchNormFunction, RankBatchNormFunction
+from nmlightning.kernels.autograd import (
+    KernelBatchNormFunction,
+    RankBatchNormFunction,
+    UnboundedError,
+)
 from nmlightning.kernels.dispatch import select_backend_for
 from nmlightning.kernels.interface import BatchNormKernels, Dispatch, NormSpec
 from nmlightning.norms.batch_norm_base import BatchNormBase, accumulation_dtype, activate
@@ -90,9 +94,10 @@ class StatisticBatchNorm(BatchNormBase):
             return activate(y, residual, self.fused), mean, variance
         kernels = select_backend_for(input, "batch", self.statistic, dtype).kernels
         if kernels is not None:
-            result = self._normalise_by_kernels(input, residual, kernels, group)
-            if result is not None:
-                return result
+            try:
+                return self._normalise_by_kernels(input, residual, kernels, group)
+            except UnboundedError:
+                kernels = None
         learned = (self.weight, self.bias)
         arguments = (*learned, self.statistic, self.constant, self.eps, dtype, group)
         if is_half(dtype):
@@ -107,17 +112,14 @@ class StatisticBatchNorm(BatchNormBase):
         residual: Tensor | None,
         kernels: BatchNormKernels,
         group: ProcessGroup | None,
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Return the same as `_normalise`, or None where their sums may be infinite."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
         fits = residual is None or _is_like(residual, input)
         fused, added = (self.fused, residual) if fits else (None, None)
         tensors = (input, added, self.weight, self.bias, kernels)
         if group is None:
             constant = self.statistic.constant(input.numel() // input.shape[1], self.constant)
             spec = NormSpec(self.statistic, constant, self.eps, fused)
-            y, mean, variance, bounded = KernelBatchNormFunction.apply(*tensors, spec)
-            if not bounded:
-                return None
+            y, mean, variance = KernelBatchNormFunction.apply(*tensors, spec)
         else:
             settings = (self.statistic, self.constant, self.eps, fused, group)
             y, mean, variance = RankBatchNormFunction.apply(*tensors, *settings)

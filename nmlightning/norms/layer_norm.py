@@ -28,7 +28,7 @@ from nmlightning.functional.statistics import (
     power_mean_slope,
     total_scale,
 )
-from nmlightning.kernels.autograd import KernelLayerNormFunction
+from nmlightning.kernels.autograd import KernelLayerNormFunction, UnboundedError
 from nmlightning.kernels.dispatch import select_backend_for
 from nmlightning.kernels.interface import Dispatch, NormKind
 from nmlightning.norms.batch_norm_base import (
@@ -87,9 +87,10 @@ def normalise_features(
     kernels = select_backend_for(x, kind, layer.statistic, dtype).kernels
     if kernels is not None:
         choice = (len(sizes), kernels, constant, eps, centred)
-        y, bounded = KernelLayerNormFunction.apply(x, weight, bias, *choice)
-        if bounded:
-            return y  # type: ignore[no-any-return]
+        try:
+            return KernelLayerNormFunction.apply(x, weight, bias, *choice)  # type: ignore[no-any-return]
+        except UnboundedError:
+            kernels = None
     if is_half(dtype):
         return apply_without_autocast(LayerNormFunction, x, *arguments)  # type: ignore[no-any-return]
     return LayerNormFunction.apply(x, *arguments)  # type: ignore[no-any-return]

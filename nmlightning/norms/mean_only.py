@@ -1,5 +1,6 @@
 """Mean-only batch norm: the norm between layers whose weights are normalised already."""
 
+import math
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from nmlightning.functional.batch_norm import (
     is_transformed,
 )
 from nmlightning.functional.reductions import is_half, share_sums, sum_over_ranks
-from nmlightning.functional.statistics import is_bounded, reduced_dims
+from nmlightning.functional.statistics import is_readable, reduced_dims
 from nmlightning.norms.batch_norm_base import BatchNormBase, accumulation_dtype, activate
 
 
@@ -104,7 +105,8 @@ class MeanOnlyBatchNorm(BatchNormBase):
         else:
             wide = input.to(dtype)
             mean = _mean(wide, group)
-            if not is_transformed() and is_bounded(mean.detach().abs()) is False:
+            readable = is_readable(mean) and not is_transformed()
+            if readable and not math.isfinite(mean.detach().sum().item()):
                 wide = input.double()
                 mean = _mean(wide, group)
             shift = -mean if self.bias is None else self.bias.to(mean.dtype) - mean
