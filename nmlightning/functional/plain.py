@@ -63,13 +63,9 @@ def plain_layer_norm(
 
 
 def plain_evaluation(
-    x: Tensor,
-    eps: float,
-    mean: Tensor,
-    variance: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
+    x: Tensor, eps: float, mean: Tensor, variance: Tensor,
+    weight: Tensor | None, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
     """Return what torch's batch norm does in evaluation; a compiler cannot transform that."""
     shape = channel_shape(x)
     y = (x.to(mean.dtype) - mean.view(shape)) / (variance + eps).sqrt().view(shape)

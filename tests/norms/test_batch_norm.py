@@ -271,6 +271,9 @@ def test_constructor_rejects_bad_powers(p: Any) -> None:
 def test_constructor_rejects_bad_counts(k: Any) -> None:
     with pytest.raises(InputError, match=f"k must be a whole number of at least 1, got {k!r}"):
         norms.TopKBatchNorm2d(3, k=k)
+    for cls in (norms.L1BatchNorm2d, norms.LInfBatchNorm1d, norms.MeanOnlyBatchNorm2d):
+        with pytest.raises(InputError, match="num_features must be a whole number of at least 1"):
+            cls(k)
 
 
 @pytest.mark.parametrize("constant", ["exact", "paper", "none", 0.5])

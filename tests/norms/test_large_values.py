@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from built_kernels import load_kernels
 from nmlightning import norms
-from nmlightning.errors import InputError
 from nmlightning.kernels.dispatch import norm_backend
 
 BATCH, LONG, TOKENS, LONG_TOKENS = (8, 8, 8, 8), (64, 3, 40, 40), (8, 64), (2, 6000)
@@ -125,9 +124,3 @@ def test_compiled_gradients_are_finite(name: str) -> None:
     x, grad = batch(name, 1e20, torch.float32)
     found = train(torch.compile(make(name), backend="aot_eager"), x, grad)
     assert all(value.isfinite().all() for value in found.values())
-
-
-def test_no_channels_are_an_error() -> None:
-    for cls in (norms.L1BatchNorm2d, norms.LInfBatchNorm1d, norms.MeanOnlyBatchNorm2d):
-        with pytest.raises(InputError, match="num_features must be a whole number of at least 1"):
-            cls(0)

@@ -289,10 +289,9 @@ def test_constructor_rejects_bad_settings(settings: dict[str, Any], message: str
 
 @pytest.mark.parametrize("normalized", [0, (), (3, 0), -1])
 def test_constructor_rejects_no_features(normalized: Any) -> None:
-    with pytest.raises(InputError, match="normalized_shape must have sizes of at least 1, got"):
-        norms.L1LayerNorm(normalized)
-    with pytest.raises(InputError, match="normalized_shape must have sizes of at least 1, got"):
-        norms.L1RMSNorm(normalized)
+    for cls in (norms.L1LayerNorm, norms.L1RMSNorm):
+        with pytest.raises(InputError, match="normalized_shape must have sizes of at least 1, got"):
+            cls(normalized)
 
 
 @every_norm
