@@ -65,7 +65,7 @@ def compare() -> int:
 
 def make_sources() -> None:
     """Write the images that shards are made of, the sentences of a corpus, and a kernel."""
-    Path("short.cpp").write_text(
+    Path("short.cc").write_text(
         "#include <torch/library.h>\nTORCH_LIBRARY(nmlightning_short, m) {}\n"
     )
     draw = random.Random(1)
@@ -101,7 +101,7 @@ def cache(vocab_size: int) -> Callable[[], int]:
 def build_kernels() -> int:
     """Compile a short source in the place of the kernels'."""
     os.environ["XDG_CACHE_HOME"] = str(Path().absolute())
-    build.source_files = lambda: [Path("short.cpp").absolute()]
+    build.source_files = lambda: [Path("short.cc").absolute()]
     build.flags = lambda: ("-O0",)
     return main(["kernels", "build"])
 
