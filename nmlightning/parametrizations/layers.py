@@ -28,11 +28,7 @@ LAYER_KINDS: tuple[LayerKind, ...] = get_args(LayerKind)
 
 
 def choose_layers(layers: Sequence[str] | None, include: Collection[str]) -> tuple[LayerKind, ...]:
-    """Return the kinds, sorted; None means convolutions, or none where weights are named.
-
-    Raises:
-        InputError: another kind; nothing chosen.
-    """
+    """Return the kinds, sorted; None means convolutions, or none where weights are named."""
     if layers is None:
         return () if include else ("conv",)
     for kind in layers:
@@ -199,12 +195,7 @@ def find_passed_over(
 def find_normalised_weights(
     model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> list[NormalisableWeight]:
-    """Return the weights that are normalised; the patterns as for `find_weights`.
-
-    Raises:
-        InputError: a pattern that matches none of them, none left, or one with other
-            parametrizations, too.
-    """
+    """Return the weights that are normalised, by ours alone; the patterns as for `find_weights`."""
     weights = _all_weights(model)
     _check_patterns(model, weights, (*include, *exclude))
     included = [weight for weight in weights if weight.matches(include)] if include else weights

@@ -134,19 +134,14 @@ LAZY_WAY_OUT = "run a batch through the model before the fit"
 
 @dataclass(frozen=True, eq=False)
 class LayerWeight:
-    """The weight of one layer.
+    """The weight of one layer."""
 
-    Attributes:
-        name: as in `model.named_parameters()`, without what wrappers and parametrizations add; that
-            of the unnormalised weight v behind a normalised one ends in `_v`.
-        parameter: what an optimizer moves; of a parametrized or pruned weight its original.
-        layout: where its output channels are.
-        computed: for a weight that is computed, what computes its norms from `parameter`.
-    """
-
+    # As in `model.named_parameters()`, without what wrappers and parametrizations add; that of the
+    # unnormalised weight v behind a normalised one ends in `_v`.
     name: str
-    parameter: Tensor
-    layout: ChannelLayout = ROWS
+    parameter: Tensor  # what an optimizer moves; of a parametrized or pruned weight its original
+    layout: ChannelLayout = ROWS  # where its output channels are
+    # For a weight that is computed, what computes its norms from `parameter`.
     computed: Callable[[Tensor], Tensor] | None = None
 
     def norms(self) -> Tensor:
