@@ -104,11 +104,10 @@ def explain_failure(path: Path, fate: str = "") -> Iterator[None]:
         cause: BaseException | None = of_ranks[0][0] if of_ranks else error
         while cause is not None and not isinstance(cause, OSError):
             cause = cause.__cause__ or cause.__context__
-        if cause is None or isinstance(error, InputError):
+        if isinstance(error, InputError) or not (cause or of_ranks):
             raise
-        raise UnwritableError(
-            f"{path} cannot be written: {cause.strerror or cause}{fate}."
-        ) from error
+        reason = cause.strerror or cause if cause else of_ranks[0][0]  # which came without a cause
+        raise UnwritableError(f"{path} cannot be written: {reason}{fate}.") from error
 
 
 def remove_drafts(folder: Path, name: str = "*", *, below: bool = False) -> list[Path]:

@@ -105,9 +105,15 @@ def test_folder_of_ranks_replaces_the_last_one_at_once(
         strategy.save_checkpoint(step, path, None)
     full = CheckpointException("", {0: (OSError(errno.ENOSPC, "No space left on device"), None)})
     said = "No space left on device; the earlier last.ckpt is whole"
-    for error, expected, words in ((full, UnwritableError, said), (Killed(), Killed, None)):
+    lost = CheckpointException("", {1: (RuntimeError("unexpected pos 704 vs 598"), None)})
+    errors = {
+        full: (UnwritableError, said),
+        lost: (UnwritableError, "pos 704"),
+        Killed(): (Killed, ""),
+    }
+    for error, (expected, words) in errors.items():
         strategy.error = error
-        with pytest.raises(expected, match=words):
+        with pytest.raises(expected, match=words or None):
             strategy.save_checkpoint(3, path, None)
         assert names(tmp_path) == ["last.ckpt"]
         assert (path / "__0_0.distcp").read_text() == "2"
