@@ -71,7 +71,7 @@ EXCEPTIONS = {
 REACHED = {
     "lines of nmlightning, Python and C++": 28_450,
     "lines of tests": 27_100,
-    "files a config meets before Trainer.fit": 20,
+    "files a config meets before Trainer.fit": 21,
 }
 
 Graph = Mapping[str, Collection[str]]
