@@ -4,6 +4,7 @@ import argparse
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
@@ -16,6 +17,7 @@ from nmlightning.reports.page import GENERATOR, write_page
 from nmlightning.reports.run import read_runs
 
 
+@np.errstate(all="ignore")  # of what has diverged
 def run(arguments: list[str]) -> int:
     """Run `nm compare` and return its exit code."""
     given = _parse(arguments)
@@ -35,6 +37,8 @@ def run(arguments: list[str]) -> int:
             print_line("resumed", f"{later} resumes {earlier}; they are one run")
     for reason in left_out.values():
         print_line("left out", " ".join(reason.split()))
+    for file in (file for each in readable for file in each.cut_off):
+        print_line("left out", f"{file} is cut off within its last line, which does not count.")
     write_file("--report", given.report, write_page(groups))
     print_line("page", given.report)
     return 0

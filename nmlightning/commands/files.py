@@ -203,9 +203,11 @@ def _existing(checkpoint: str | None) -> str | None:
 
 
 def check_replaceable(option: str, file: Path, mark: str, what: str) -> None:
-    """Raise InputError if `file` is a folder, or exists without the mark of what is written."""
+    """Raise InputError if `file` is a folder or a device, or lacks the mark of what is written."""
     if file.is_dir():
         raise InputError(f"{option}: {file} is a folder; name a file in it.")
+    if file.exists() and not file.is_file():
+        raise InputError(f"{option}: {file} is no regular file; give another name.")
     if file.exists() and mark not in file.read_text(encoding="utf-8", errors="replace"):
         raise InputError(f"{option}: {file} is no {what}; give another name.")
 
@@ -214,6 +216,6 @@ def write_file(option: str, file: Path, text: str) -> None:
     """Write the file, or raise InputError."""
     try:
         with replace_file(file) as opened:
-            opened.write(text.encode())
+            opened.write(text.encode(errors="backslashreplace"))  # a name may be no UTF-8
     except UnwritableError as error:
         raise InputError(f"{option}: {error}") from error

@@ -40,7 +40,7 @@ class Group:
     @property
     def best(self) -> MeanStd:
         """The best value of each run: the smallest of a loss, the largest of anything else."""
-        best = np.nanmin if is_loss(self.metric) else np.nanmax
+        best = (np.fmin if is_loss(self.metric) else np.fmax).reduce  # NaN if all are
         return MeanStd.of([float(best(curve.values)) for curve in self.curves])
 
     @property

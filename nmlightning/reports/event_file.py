@@ -32,8 +32,15 @@ _BLOCK = 64  # bytes that are looked up at once
 _ONES = 0xFFFFFFFF
 
 
+def check_regular(file: Path) -> None:
+    """Raise InputError for a pipe or a device, which may never end."""
+    if file.exists() and not file.is_file():
+        raise InputError(f"{file} is no regular file; remove it from the run.")
+
+
 def read_event_file(file: Path) -> Iterator[Point]:
     """Yield the scalars. A record that is cut off, as of a run that still writes, is the end."""
+    check_regular(file)
     try:
         for record in _records(file.read_bytes()):
             event = Event.FromString(record)

@@ -1,9 +1,10 @@
 """Formats numbers, and means with their standard deviations."""
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -12,13 +13,17 @@ class MeanStd:
 
     mean: float
     std: float
+    note: str = ""  # how many of several are not finite, in which case neither is the mean
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "MeanStd":
         """Return those of one or more values."""
-        return cls(
-            statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
-        )
+        count = len(values)
+        lost = count - sum(map(math.isfinite, values))
+        with np.errstate(all="ignore"):
+            std = float(np.std(values, ddof=1)) if count > 1 and not lost else math.nan
+            note = f" ({lost} of {count} runs)" if count > 1 and lost else ""
+            return cls(float(np.mean(values)), std, note)
 
 
 def is_share(metric: str) -> bool:
@@ -41,13 +46,13 @@ def format_mean_std(value: MeanStd | None, metric: str) -> str:
         return "—"
     mean = format_value(value.mean, metric)
     if math.isnan(value.std):
-        return mean
+        return mean + value.note
     return f"{mean.removesuffix(' %')} ± {format_value(value.std, metric)}"
 
 
 def format_seconds(seconds: float) -> str:
     """Return `3 h 2 min`, `1 min 5 s` or `7.2 s`."""
-    if math.isnan(seconds):
+    if not math.isfinite(seconds):
         return "—"
     if seconds < 60:
         return f"{seconds:.1f} s"

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nmlightning.errors import InputError
-from nmlightning.reports.event_file import Point, read_event_file
+from nmlightning.reports.event_file import Point, check_regular, read_event_file
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.recording_file import FILE_NAME
 from nmlightning.yaml_text import load_yaml
@@ -50,10 +50,11 @@ def make_series(points: Iterable[Point]) -> dict[str, Series]:
 
 
 def read_csv_file(file: Path) -> Iterator[Point]:
-    """Yield the scalars of Lightning's CSVLogger."""
+    """Yield the scalars of Lightning's CSVLogger, but for those of a line that has no end."""
+    check_regular(file)
     try:
         with file.open(encoding="utf-8", newline="") as lines:
-            for row in csv.DictReader(lines):
+            for row in csv.DictReader(line for line in lines if line.endswith(("\n", "\r"))):
                 step = int(np.int64(int(row.pop("step"))))  # or OverflowError
                 for tag, text in row.items():
                     if text:
@@ -62,9 +63,16 @@ def read_csv_file(file: Path) -> Iterator[Point]:
         raise InputError(f"{file} is damaged, or not of Lightning's CSVLogger.") from error
 
 
+def _cut_off(files: Iterable[Path]) -> tuple[Path, ...]:
+    """Return the files whose last line has no end."""
+    contents = {file: file.read_bytes() for file in files if file.is_file()}
+    return tuple(f for f, text in contents.items() if text and not text.endswith((b"\n", b"\r")))
+
+
 # Keys that say who ran it and where, not what was run.
 _IGNORED_KEYS = (
     *("seed_everything", "ckpt_path", "weights_only", "data.root", "trainer.logger"),
+    *("trainer.log_every_n_steps", "trainer.num_sanity_val_steps", "trainer.profiler"),
     *("trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary"),
 )
 # A reference of another seed belongs to the same setting.
@@ -147,6 +155,7 @@ class Run:
     norms: NormHistory | None
     checkpoint: Path | None  # that it resumed from, if its config says it
     parts: tuple[Path, ...]  # the folders of this run, and before it of those that it resumes
+    cut_off: tuple[Path, ...] = ()  # CSV files that end within a line
 
     @property
     def name(self) -> str:
@@ -219,9 +228,9 @@ def has_events(folder: Path) -> bool:
 
 def read_run(folder: Path) -> Run:
     """Return what is in a run's folder, or raise InputError for one that cannot be read."""
-    if not folder.is_dir():
-        return _read_kept(folder)
     try:
+        if not folder.is_dir():
+            return _read_kept(folder)
         os.listdir(folder)  # which glob would take for empty
         return _read_folder(folder)
     except OSError as error:
@@ -233,7 +242,7 @@ def _read_folder(folder: Path) -> Run:
     logs = {place: list(_read_logs(place, folder)) for place in _find_logs(folder).get(folder, [])}
     own = {point.tag for point in logs.get(folder, [])}  # of `add_hparams` it has the end alone
     points = [p for place, x in logs.items() for p in x if place == folder or p.tag not in own]
-    times = [point.time for point in points]
+    times = [point.time for point in points if math.isfinite(point.time)]
     recording = folder / FILE_NAME
     seed, checkpoint = config.get("seed_everything"), config.get("ckpt_path")
     return Run(
@@ -245,6 +254,7 @@ def _read_folder(folder: Path) -> Run:
         norms=NormHistory.load(recording, finite=False) if recording.is_file() else None,
         checkpoint=Path(checkpoint) if isinstance(checkpoint, str) else None,
         parts=(folder,),
+        cut_off=_cut_off(place / _CSV for place in logs),
     )
 
 
@@ -259,7 +269,7 @@ def _read_logs(place: Path, run: Path) -> Iterator[Point]:
             if place != run and place.name.startswith(start):
                 point = point._replace(tag=f"{point.tag}/{place.name.removeprefix(start)}")
             yield point
-    if (place / _CSV).is_file():
+    if (place / _CSV).exists():
         yield from read_csv_file(place / _CSV)
 
 
@@ -269,9 +279,9 @@ def _read_kept(place: Path) -> Run:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         settings, seed, minutes = (content[key] for key in ("settings", "seed", "cpu_minutes"))
-        settings = dict(_flatten(dict(settings), ""))
+        settings = flatten_settings(dict(settings))
         seconds = 60 * float(minutes)
-        if not (seed is None or type(seed) is int):
+        if not (seed is None or type(seed) is int) or math.isinf(seconds):
             raise TypeError(seed)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(f"{file} is damaged, or not of a run.") from error
@@ -284,6 +294,7 @@ def _read_kept(place: Path) -> Run:
         norms=None,
         checkpoint=None,
         parts=(place,),
+        cut_off=_cut_off([place.with_suffix(".csv")]),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch.utils.tensorboard import SummaryWriter
 
 from nmlightning.cli import main
 
@@ -106,6 +107,23 @@ def test_compare_leaves_out_a_folder_that_may_not_be_read(
     assert "runs/[red]<off>/version_0 cannot be read: Permission denied." in text
 
 
+@pytest.mark.filterwarnings("error")
+def test_compare_shows_what_is_infinite_and_says_what_is_cut_off(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, end in ((1, float("inf")), (2, float("-inf"))):
+        folder = make_run(f"runs/a/version_{seed}", [0.5, end], {"seed_everything": seed, "lr": 1})
+        with SummaryWriter(str(folder)) as writer:
+            writer.add_scalar("x", 1, walltime=end)
+    (tmp_path / "runs/b").mkdir()
+    (tmp_path / "runs/b/metrics.csv").write_text("step,val/top1\n1,0.75\n2,0.")
+    assert main(["compare", "runs"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"a +│ +nan % \(2 of 2 runs\) .* 30.0 s", text)
+    assert re.search(r"b +│ +75.00 %", text)
+    assert "left out    runs/b/metrics.csv is cut off within its last line, which" in text
+
+
 def test_compare_names_a_deviation_over_repeated_seeds_one_over_runs(
     make_run: MakeRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,6 +207,7 @@ def test_page_thins_a_long_curve_and_keeps_its_ends(make_run: MakeRun) -> None:
         (["runs", "--metric", "val/top2"], "has logged no 'val/top2'. Did you mean 'val/top1'?"),
         (["runs", "--report", "notes.html"], "--report: notes.html is no page of nm compare"),
         (["runs", "--report", "runs"], "--report: runs is a folder; name a file in it."),
+        (["runs", "--report", "/dev/full"], "--report: /dev/full is no regular file"),
         (["runs", "--report", "no/page.html"], "--report: no/page.html cannot be written: No such"),
     ],
 )

@@ -76,6 +76,28 @@ def test_group_best_of_a_loss_is_the_smallest(make_run: MakeRun) -> None:
     assert (columns["final"], columns["best"]) == (["1.5000"], ["1.0000"])
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("ends", "final", "best"),
+    [
+        ([math.inf, 1.0], "inf (1 of 2 runs)", "1.0000 ± 0.0000"),
+        ([math.nan, math.nan], "nan (2 of 2 runs)", "1.0000 ± 0.0000"),
+        ([math.nan], "nan", "1.0000"),
+        ([math.inf, -math.inf], "nan (2 of 2 runs)", "-inf (1 of 2 runs)"),
+    ],
+)
+def test_results_show_runs_that_diverge(
+    ends: list[float], final: str, best: str, make_run: MakeRun
+) -> None:
+    runs = [
+        read_run(make_run(str(n), scalars={"val/loss": [1.0, x], "x/loss": [math.nan]}))
+        for n, x in enumerate(ends)
+    ]
+    columns = result_columns([Group("a", runs, "val/loss")])
+    assert (columns["final"], columns["best"]) == ([final], [best])
+    assert result_columns([Group("a", runs, "x/loss")])["best"][0].startswith("nan")
+
+
 def test_group_late_needs_ten_epochs(make_run: MakeRun) -> None:
     short, long = (Group("a", [read_run(make_run(str(n), [0.5] * n))], "val/top1") for n in (9, 10))
     assert short.late is None

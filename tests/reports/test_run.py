@@ -1,4 +1,5 @@
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +62,30 @@ def test_read_run_refuses_a_damaged_csv(content: bytes, tmp_path: Path) -> None:
         read_run(tmp_path)
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_read_run_leaves_out_a_line_without_an_end(kept: bool, tmp_path: Path) -> None:
+    file = tmp_path / ("l1-1.csv" if kept else "metrics.csv")
+    file.write_text("step,val/top1\n1,0.5\n2,0.")
+    (tmp_path / "l1-1.json").write_text('{"settings": {}, "seed": 1, "cpu_minutes": 1}')
+    run = read_run(tmp_path / "l1-1" if kept else tmp_path)
+    assert run.scalars["val/top1"].values.tolist() == [0.5]
+    assert run.cut_off == (file,)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["events.out.tfevents.1", "metrics.csv", "l1-1.csv"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_read_run_refuses_what_is_no_regular_file(name: str, kind: str, tmp_path: Path) -> None:
+    (tmp_path / "l1-1.json").write_text('{"settings": {}, "seed": 1, "cpu_minutes": 1}')
+    if kind == "pipe":
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).symlink_to("/dev/zero")
+    (folder,) = find_runs([tmp_path])
+    with pytest.raises(InputError, match=f"{name} is no regular file"):
+        read_run(folder)
+
+
 def test_epochs_at_gives_steps_where_no_epochs_are_logged(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("step,val/top1\n3,0.5\n")
     run = read_run(tmp_path)
@@ -115,6 +140,7 @@ def test_kept_runs_are_read_without_folders(tmp_path: Path) -> None:
         '{"settings": 1, "seed": 1, "cpu_minutes": 1}',
         '{"settings": {}, "seed": [1], "cpu_minutes": 1}',
         '{"settings": {}, "seed": 1, "cpu_minutes": "x"}',
+        '{"settings": {}, "seed": 1, "cpu_minutes": "1e999"}',
     ],
 )
 def test_read_run_refuses_a_damaged_kept_run(content: str, tmp_path: Path) -> None:
