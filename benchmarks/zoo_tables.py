@@ -111,13 +111,13 @@ def write_optimizers(page: Path, rows: Iterable[Row], totals: Mapping[str, int])
     for row in rows:
         without = row.get("unbuilt") or row.get("failed") or "it took no step"
         if "ways" not in row:
-            reasons[f"no step without a rule: {_shorten(without)}"]["–"].add(row["name"])
+            reasons[f"fails on its own: {_shorten(without)}"]["–"].add(row["name"])
         for way, outcomes in row.get("ways", {}).items():
             name = row["name"] if way == "plain" else f"{row['name']} ({way})"
             for rule, outcome in outcomes.items():
                 if outcome != "held":
                     reasons[_shorten(outcome)][rule].add(name)
-    head = ("package", "optimizers", "tried", "no step without a rule", *rules)
+    head = ("package", "optimizers", "tried", "fails on its own", *rules)
     grouped = [
         (reason, ", ".join(by_rule), len(names), _examples(sorted(names)))
         for reason, by_rule in sorted(reasons.items())

@@ -142,7 +142,7 @@ class NormSwap(ModelChange):
         fuse: "relu" lets batch norms do the ReLU after them, "add_relu" also an addition and the
             ReLU after that. It changes no mathematics and so is no part of the recipe: a run may be
             resumed with another, and a checkpoint is loaded without.
-        types: other classes that are "layer", "rms" or "batch" norms, by their paths.
+        types: other classes that are "layer", "rms" or "batch" norms, by class or path.
 
     Raises:
         InputError: on construction for an unknown norm, kind, option or `fuse`; in setup for a
@@ -268,7 +268,7 @@ def _find_swapped(module: nn.Module) -> dict[str, nn.Module]:
         if name not in layers or layers[name].type_name != expected:
             now = layers[name].type_name if name in layers else "gone"
             raise InputError(
-                f"NormSwap made {name} a {expected}, but it is {now}: something replaced it "
+                f"NormSwap made {name} {expected}, but it is {now}: something replaced it "
                 f"after the swap; {_WAY_OUT.get(now, 'let that run before NormSwap.')}"
             )
     return {name: layers[name].module for name in swapped}

@@ -218,7 +218,7 @@ class BatchNormBase(_BatchNorm):
         """Refuse, for `torch.jit.script`, what it cannot compile."""
         if self.training or self.running_mean is None or self.fused is not None:
             raise InputError(
-                f"torch.jit.script takes a {type(self).__name__} in evaluation, with running "
+                f"torch.jit.script takes {type(self).__name__} in evaluation, with running "
                 "statistics and not fused: call eval(), and swap_norms without fuse."
             )
         return self
@@ -234,10 +234,10 @@ class BatchNormBase(_BatchNorm):
         """Yield the children's names and modules; InputError if they are to be another norm's."""
         caller = sys._getframe(1).f_code.co_name
         if _CONVERTS.search(caller):
+            switch = "its sync is on" if self.sync else 'set its sync, by {"sync": True}'
             raise InputError(
-                f"{caller} would make an L2 norm of a {type(self).__name__}, which synchronises "
-                "itself: leave that out, and set its sync to True, as NormSwap does under Trainer("
-                'sync_batchnorm=True) and swap_norms by {"sync": True}, or undo the swap first.'
+                f"{caller} would make an L2 norm of this {type(self).__name__}, which synchronises "
+                f"itself: leave that out ({switch}), or undo the swap first."
             )
         return super().named_children()
 

@@ -116,15 +116,23 @@ def check_kinds(kinds: str | Sequence[str]) -> tuple[NormKind, ...]:
     return tuple(kinds)  # type: ignore[arg-type]
 
 
-def check_types(types: Mapping[str, str] | None) -> dict[str, NormKind]:
+def path_of(cls: type) -> str:
+    """Return the path of a class, as `types` has it."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def check_types(types: Mapping[Any, str] | None) -> dict[str, NormKind]:
     """Return the kinds of classes by their paths, or raise InputError for another kind."""
-    if not isinstance(types or {}, Mapping):
+    types = types or {}
+    if not isinstance(types, Mapping) or not all(isinstance(x, str | type) for x in types):
         raise InputError(
-            f"types maps paths of classes to 'batch', 'layer' or 'rms', got {types!r}."
+            "types maps classes or their paths to 'batch', 'layer' or 'rms', such as "
+            f"{{'my.package.MyNorm': 'rms'}}, got {types!r}."
         )
-    for path, kind in (types or {}).items():
+    kinds = {path_of(x) if isinstance(x, type) else x: kind for x, kind in types.items()}
+    for path, kind in kinds.items():
         check_choice(f"The kind of {path} in types", kind, KINDS)
-    return dict(types or {})  # type: ignore[arg-type]
+    return kinds  # type: ignore[return-value]
 
 
 def check_options(name: str, kind: NormKind, options: Mapping[str, Any]) -> dict[str, Any]:

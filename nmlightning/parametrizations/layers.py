@@ -142,9 +142,10 @@ def find_weights(
             if any(place.path in output.candidates for place in weight.places):
                 doubts.add(output.doubt)
     for doubt in doubts:
+        names = some([w.name for w in left]) + (" is" if len(left) == 1 else " are")
         warnings.warn(
-            f"{doubt}; {some([w.name for w in left])} is left out: name by include or exclude what "
-            "is normalised and what is not.",
+            f"{doubt}; {names} left out: name by include or exclude what is normalised and what is "
+            "not.",
             stacklevel=3,
         )
     if not chosen:

@@ -18,10 +18,9 @@ from torch import nn
 from nmlightning.errors import InputError
 from nmlightning.name_patterns import plain_name
 from nmlightning.norms.batch_norm_base import describe_norm
-from nmlightning.norms.registry import find_class
+from nmlightning.norms.registry import find_class, path_of
 from nmlightning.parametrizations.apply import prepare_for_weights
 from nmlightning.surgery.lightning_hooks import LEFT_OUT
-from nmlightning.surgery.norm_layers import path_of
 from nmlightning.surgery.recipes import (
     NORM_SWAP,
     WEIGHT_NORM,

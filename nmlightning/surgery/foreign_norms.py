@@ -8,7 +8,9 @@ a class computes is found out on random inputs; names alone decide nothing.
 import copy
 import inspect
 import re
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import permutations, product
@@ -16,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softsign
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nmlightning.errors import InputError
@@ -33,6 +36,7 @@ ACTIVATION = {"drop", "act"}  # children that timm's norms call, in this order, 
 _OPTIONAL = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _USUAL = ("weight", "bias")
+_TITLES = {"layer": "a layer", "rms": "an RMS", "batch": "a batch"}
 _SCALES = (1.0, 3e-2, 1e-3, 1e-6)  # of the inputs: eps counts in small ones
 _TOLERANCE = 1e-3  # in float32 the right formula is 1e-6 off
 _FLOAT32 = torch.finfo(torch.float32).eps
@@ -177,11 +181,8 @@ def _only_input(norm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ten
 
 
 def _flatten(weight: Any, bias: Any, sizes: tuple[int, ...]) -> tuple[Any, Any]:
-    if weight is not None and weight.shape != sizes:
-        weight = weight.reshape(sizes)
-    if bias is not None and bias.shape != sizes:
-        bias = bias.reshape(sizes)
-    return weight, bias
+    weight = weight if weight is None or weight.shape == sizes else weight.reshape(sizes)
+    return weight, bias if bias is None or bias.shape == sizes else bias.reshape(sizes)
 
 
 def _make(ours: type, replaced: type, form: NormForm) -> Any:
@@ -221,8 +222,7 @@ def find_form(module: nn.Module, kinds: tuple[NormKind, ...], named: bool) -> No
         x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) + 0.5
         inputs = [scale * x for scale in _SCALES]
         try:
-            with torch.no_grad(), torch.autocast("cpu", enabled=False):
-                found = [twin.forward(x.clone()) for x in inputs]
+            found = _outputs(twin, inputs)
         except Exception as problem:
             error = error or f"{type(problem).__name__} for an input of shape {tuple(shape)}"
             continue
@@ -230,13 +230,42 @@ def find_form(module: nn.Module, kinds: tuple[NormKind, ...], named: bool) -> No
         for form in _candidates(twin, kinds, channels_first):
             closest = min(closest, deviation := _deviation(form, twin, inputs, found))
             if deviation < _TOLERANCE:
-                half, wide = torch.bfloat16, torch.float32
-                widens = _output_dtype(twin, wide, x.to(half)) == wide
-                narrows = _output_dtype(twin, half, x) == half
-                return replace(form, widens=widens, narrows=narrows)
-    title = " or ".join({"layer": "layer", "rms": "RMS"}[kind] for kind in kinds)
+                widens = _output_dtype(twin, torch.float32, x.bfloat16()) == torch.float32
+                narrows = _output_dtype(twin, torch.bfloat16, x) == torch.bfloat16
+                reason = _training_reason(form, twin, inputs)
+                return reason or replace(form, widens=widens, narrows=narrows)
     off = f"on a random input it is {closest:.2g} off" if closest < float("inf") else error
-    return f"it does not compute a {title} norm: {off}"
+    return f"it does not compute {' or '.join(_TITLES[kind] for kind in kinds)} norm: {off}"
+
+
+def _training_reason(form: NormForm, twin: Any, inputs: list[Tensor]) -> str:
+    """Return why a module is another norm in training, tried with two random states, or ""."""
+    twin.training = True
+    try:
+        off = max(_deviation(form, twin, inputs, _outputs(twin, inputs, seed)) for seed in (0, 1))
+    except Exception as problem:
+        return f"in training it raises {type(problem).__name__}"
+    title = f"it does not compute {_TITLES[form.kind]} norm in training"
+    return "" if off < _TOLERANCE else f"{title}: on a random input it is {off:.2g} off"
+
+
+def _outputs(twin: Any, inputs: list[Tensor], seed: int = 0) -> list[Any]:
+    with _probing(seed):
+        return [twin.forward(x.clone()) for x in inputs]
+
+
+@contextmanager
+def _probing(seed: int = 0) -> Iterator[None]:
+    """Try a module without a graph, a warning or a change of the random state."""
+    with (
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.random.fork_rng(devices=[]),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        torch.default_generator.manual_seed(seed)  # of the CPU alone
+        yield
 
 
 def find_batch_reason(module: nn.Module, spatial: tuple[int, ...] = (3, 2, 1)) -> str:
@@ -257,7 +286,7 @@ def find_batch_reason(module: nn.Module, spatial: tuple[int, ...] = (3, 2, 1)) -
         x = torch.randn(2, module.num_features, *spatial[:dims], generator=generator) + 0.5
         twin.training = plain.training = training
         try:
-            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            with _probing():
                 found = {"output": twin.forward(x), **vars(twin)["_buffers"]}
                 expected = {"output": plain.forward(x), **vars(plain)["_buffers"]}
             expected = {name: q for name, q in expected.items() if q is not None and q.dim()}
@@ -284,7 +313,7 @@ def _output_dtype(twin: Any, learned: torch.dtype, input: Tensor) -> torch.dtype
         cast = {name: q if q is None else q.to(learned) for name, q in vars(twin)[stored].items()}
         vars(other)[stored] = cast
     try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with _probing():
             return other.forward(input).dtype  # type: ignore[no-any-return]
     except Exception:
         return None
@@ -303,7 +332,7 @@ def _twin_of(module: nn.Module) -> Any:
 
     for stored in ("_parameters", "_buffers"):
         vars(twin)[stored] = {name: random(q) for name, q in vars(module)[stored].items()}
-    children = {name: nn.Tanh() if name == "act" else nn.Identity() for name in module._modules}
+    children = {n: nn.Tanh() if n == "act" else nn.Softsign() for n in module._modules}
     vars(twin).update(_modules=children, training=False)
     return twin
 
@@ -347,8 +376,7 @@ def _deviation(form: NormForm, twin: Any, inputs: list[Tensor], found: list[Any]
     weight = weight if weight is None else weight + form.offset
     sizes, worst = form.sizes_of(twin)[-1:] if form.apart else form.sizes_of(twin), 0.0
     dims = tuple(range(-max(1, len(sizes)), 0))
-    eps = form.eps_of(twin)
-    eps = _FLOAT32 if eps is None else eps
+    eps = _FLOAT32 if (own := form.eps_of(twin)) is None else own
     for input, output in zip(inputs, found, strict=True):
         x = input.movedim(1, -1).double() if form.channels_first else input.double()
         x = x - x.mean(dims, True) if form.kind == "layer" else x
@@ -358,7 +386,7 @@ def _deviation(form: NormForm, twin: Any, inputs: list[Tensor], found: list[Any]
         except RuntimeError:  # a weight that does not fit this form
             return float("inf")
         y = y.movedim(-1, 1) if form.channels_first else y
-        y = y.tanh() if form.activates else y
+        y = softsign(y).tanh() if form.activates else y
         if not isinstance(output, Tensor) or not output.shape == y.shape == input.shape:
             return float("inf")
         worst = max(worst, float((output.double() - y).abs().max() / y.abs().max()))

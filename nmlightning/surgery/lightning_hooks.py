@@ -59,7 +59,7 @@ def _fuse(fuse: Any, ours: type, plain: type, is_qat: bool, *modules: nn.Module)
         is_ours = type(module) is ours
         if is_ours and (is_qat or module.training or fused_of(module) is not None):
             raise InputError(
-                f"torch fuses a {ours.__name__} in evaluation only, and without a ReLU of its own: "
+                f"torch fuses {ours.__name__} in evaluation only, and without a ReLU of its own: "
                 'call eval(), swap_norms without fuse, or swap_norms(model, "l2") first.'
             )
         stand_ins.append(copy.copy(module) if is_ours else module)
@@ -71,16 +71,17 @@ def _fuse(fuse: Any, ours: type, plain: type, is_qat: bool, *modules: nn.Module)
 def _check_replacement(parent: nn.Module, name: str, new: nn.Module | None) -> None:
     """Warn where a norm of ours is replaced by one that is not, also after it was frozen."""
     old: Any = parent._modules.get(name)
-    was = vars(old).get(_FROZEN_NORM) or describe_norm(old) if old is not None else None
-    if new is None or new is old or was is None or describe_norm(new) is not None:
+    norm = type(old).__name__ if old is not None and describe_norm(old) is not None else None
+    norm = vars(old).get(_FROZEN_NORM, norm) if old is not None else None
+    if new is None or new is old or norm is None or describe_norm(new) is not None:
         return
     if not is_norm(new) or isinstance(new, nn.GroupNorm | _InstanceNorm):
         return
     if not isinstance(new, _NormBase | nn.LayerNorm | nn.RMSNorm) and hasattr(new, "running_var"):
-        vars(new)[_FROZEN_NORM] = was  # which evaluates as ours does
+        vars(new)[_FROZEN_NORM] = norm  # which evaluates as ours does
         return
     warnings.warn(
-        f"A {was['norm']} of a {type(parent).__name__} is replaced by a {type(new).__name__}, "
+        f"{norm} in {type(parent).__name__} is replaced by {type(new).__name__}, "
         "which computes another norm: call swap_norms again after this.",
         stacklevel=3,
     )

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase, _NormBase
 from nmlightning.kernels.interface import Fused, NormKind
 from nmlightning.norms.batch_norm_base import RUNNING, BatchNormBase
 from nmlightning.norms.mean_only import MeanOnlyBatchNorm
-from nmlightning.norms.registry import NORMS
+from nmlightning.norms.registry import NORMS, path_of
 from nmlightning.surgery.foreign_norms import (
     ACTIVATION,
     EPS_NAME,
@@ -97,13 +97,8 @@ def find_norm_layers(
 
 def _leave(layer: NormLayer, outer: NormLayer) -> NormLayer:
     """Return a norm within another one that is left, so that neither is swapped by half."""
-    reason = f"a part of {outer.name}, a {outer.type_name} that is left"
+    reason = f"a part of {outer.name} ({outer.type_name}), which is left"
     return NormLayer(layer.name, layer.module, None, unsupported_reason=reason)
-
-
-def path_of(cls: type) -> str:
-    """Return the path of a class, as `types` has it."""
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def is_like(module: nn.Module, template: nn.Module) -> bool:
@@ -227,7 +222,7 @@ def _describe(name: str, module: nn.Module, named: NormKind | None) -> NormLayer
     elif isinstance(module, _LazyNormBase):
         reason = "not initialised, run one batch through it"
     elif named == "batch" or isinstance(module, _BatchNorm):
-        reason = f"a subclass, which types={{'{path_of(cls)}': 'batch'}} names"
+        reason = f"a subclass: name it by types={{'{path_of(cls)}': 'batch'}}"
         if module._modules:
             reason = f"a subclass with modules in it ({', '.join(module._modules)})"
         reason = find_batch_reason(module) if named == "batch" else reason
@@ -243,7 +238,7 @@ def _describe(name: str, module: nn.Module, named: NormKind | None) -> NormLayer
     elif like_torchs:
         rms = isinstance(module, nn.RMSNorm) or "rms" in cls.__name__.lower()
         kind = "rms" if rms else "layer"
-        reason = f"an unknown class, which types={{'{path_of(cls)}': '{kind}'}} names"
+        reason = f"an unknown class: name it by types={{'{path_of(cls)}': '{kind}'}}"
     else:
         reason = "no swap is defined for this norm"
     return NormLayer(name, module, None, unsupported_reason=reason)

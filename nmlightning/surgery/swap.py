@@ -23,6 +23,7 @@ from nmlightning.norms.registry import (
     check_types,
     layer_class,
     norm_name,
+    path_of,
 )
 from nmlightning.surgery.foreign_norms import make_foreign
 from nmlightning.surgery.lightning_hooks import watch_loading, watch_other_code
@@ -34,7 +35,6 @@ from nmlightning.surgery.norm_layers import (
     fused_of,
     has_fused,
     is_like,
-    path_of,
     whole_or_not_at_all,
 )
 from nmlightning.weights.channel_norms import is_sharded
@@ -67,7 +67,7 @@ class SwapReport:
     """The modules that `swap_norms` swapped, or would swap, and the norms it left alone.
 
     Likewise the norms that it fused with what follows them, or no longer, and those that it could
-    not fuse. It prints as a table under rich, and as one line otherwise.
+    not fuse. It prints as a table under rich; otherwise as a line, and one for each reason.
     """
 
     swapped: tuple[Swap, ...]
@@ -80,6 +80,13 @@ class SwapReport:
         return len(self.swapped)
 
     def __str__(self) -> str:
+        names: dict[str, list[str]] = {}
+        for swap in self.left:
+            names.setdefault(swap.reason, []).append(swap.name)
+        reasons = [f"left {some(named, 2)}: {reason}" for reason, named in names.items()]
+        return "\n".join([self._counts(), *reasons])
+
+    def _counts(self) -> str:
         kinds = Counter((swap.before, swap.after) for swap in self.swapped)
         counts = [f"{count} {before} → {after}" for (before, after), count in kinds.items()]
         left = f"; {len(self.left)} left as they are" if self.left else ""
@@ -99,7 +106,7 @@ class SwapReport:
         from rich.markup import escape
         from rich.table import Table
 
-        table = Table("module", "from", "to", title=escape(str(self)))
+        table = Table("module", "from", "to", title=escape(self._counts()))
         for swap in (*self.swapped, *self.left):
             fate = escape(swap.after) or f"[dim]left: {escape(swap.reason)}[/dim]"
             table.add_row(escape(swap.name), escape(swap.before), fate)
@@ -119,7 +126,7 @@ def swap_norms(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     fuse: str | None = None,
-    types: Mapping[str, str] | None = None,
+    types: Mapping[Any, str] | None = None,
     dry_run: bool = False,
 ) -> SwapReport:
     """Turn the norm layers of `model` into the norm called `norm`, in place, and report it.
@@ -153,7 +160,7 @@ def swap_norms(
         fuse: "relu" lets these batch norms do the ReLU after them, "add_relu" also an addition
             and the ReLU after that; None lets them do neither, also those that did.
         types: other classes that are "layer", "rms" or, of torch's subclasses, "batch" norms, by
-            their paths, such as `{"my.package.MyNorm": "rms"}`; they are tried on random inputs.
+            class or path, as `{"my.package.MyNorm": "rms"}`; they are tried on random inputs.
         dry_run: report only.
 
     Returns:
@@ -178,8 +185,8 @@ def swap_norms(
     chosen = check_kinds(kinds)
     settings = {kind: check_options(norm, kind, options or {}) for kind in chosen}
     extent = check_fuse(fuse, norm, chosen)
-    layers = find_norm_layers(model, check_types(types))
-    _check_types(model, layers, types or {})
+    layers = find_norm_layers(model, paths := check_types(types))
+    _check_types(model, layers, paths)
     _check_patterns(model, layers, chosen, include, exclude)
     picked = _pick(layers, include, exclude)
     _check_picked(model, layers, picked, chosen, include)
@@ -196,8 +203,7 @@ def swap_norms(
         with whole_or_not_at_all(model, [x.module for x in picked if x.kind is not None]):
             if fusing is not None:
                 fusing.unfuse_changed(model)
-            for module, template in {id(x.module): (x.module, t) for x, t in plan}.values():
-                convert_in_place(module, template)
+            _convert(plan)
             if fusing is not None:
                 fusing.apply()
             if any(x.kind != "batch" for x in picked):
@@ -261,6 +267,17 @@ def _make_plan(
     return plan
 
 
+def _convert(plan: list[tuple[NormLayer, nn.Module]]) -> None:
+    for layer, template in {id(x.module): (x, template) for x, template in plan}.values():
+        try:
+            convert_in_place(layer.module, template)
+        except RuntimeError as error:  # such as of an inference tensor
+            raise InputError(
+                f"{layer.name} cannot become {type(template).__name__}: "
+                f"{str(error).partition('.')[0]}. Clone its tensors first, or exclude it."
+            ) from error
+
+
 def _template(layer: NormLayer, norm: str, options: Mapping[str, Any]) -> nn.Module:
     """Return a new layer, without storage, that is what `layer` shall become."""
     assert layer.kind is not None, "others are not planned"
@@ -270,7 +287,12 @@ def _template(layer: NormLayer, norm: str, options: Mapping[str, Any]) -> nn.Mod
         dims = None
     elif layer.synchronised:
         settings.setdefault("sync", True)
-    template = layer_class(norm, layer.kind, dims)(**settings, device="meta")
+    try:
+        template = layer_class(norm, layer.kind, dims)(**settings, device="meta")
+    except InputError as error:
+        if settings.get("num_features", 1) > 0:
+            raise
+        raise InputError(f"{layer.name} has no channels: exclude it. {error}") from error
     if layer.form is not None:
         has_eps = "eps" in options or "eps" in vars(layer.module)
         make_foreign(template, layer.module, layer.form, has_eps)
@@ -292,7 +314,8 @@ def _check_types(model: nn.Module, layers: list[NormLayer], types: Iterable[str]
     paths |= {path_of(type(x.module)): x.unsupported_reason for x in layers}
     for path in types:
         if path not in paths:
-            near = nearest(path, paths)
+            full = next((x for x in paths if x.endswith(f".{path}")), None)
+            near = f" Name it {full!r}, its full path." if full else nearest(path, paths)
             raise InputError(f"types names {path}, and no module is of that class.{near}")
         if paths[path]:
             raise InputError(f"types names {path}, but {paths[path]}.")

@@ -33,7 +33,7 @@ from nmlightning.norms import L1LayerNorm, MeanOnlyBatchNorm2d
 from nmlightning.norms.batch_norm import L1BatchNorm2d, LInfBatchNorm2d, TopKBatchNorm2d
 from nmlightning.surgery.recipes import NORM_SWAP, recipes_of
 
-pytestmark = pytest.mark.filterwarnings("ignore:A .*Norm.* is replaced by a .*Norm")
+pytestmark = pytest.mark.filterwarnings("ignore:.*Norm.* is replaced by .*Norm")
 
 
 class HeadLate(PlModule):

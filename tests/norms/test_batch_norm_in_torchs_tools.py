@@ -155,9 +155,13 @@ def test_conversion_to_another_norm_is_refused(norm: str) -> None:
     convert_sync, convert_split = layers.convert_sync_batchnorm, layers.convert_splitbn_model
     for convert in (nn.SyncBatchNorm.convert_sync_batchnorm, convert_sync, convert_split):
         with pytest.raises(
-            InputError, match=r"convert_s.* would make .* its sync .* undo the swap"
+            InputError, match=r"convert_s.* would make .* its sync, .* undo the swap"
         ):
             convert(make_net(norm))
+    synchronised = make_net(norm)
+    swap_norms(synchronised, norm, {"sync": True})
+    with pytest.raises(InputError, match=r"leave that out \(its sync is on\), or undo the swap"):
+        convert_sync(synchronised)
 
 
 def test_freezing_keeps_the_outputs_and_unfreezing_warns(images: Tensor) -> None:
@@ -166,10 +170,15 @@ def test_freezing_keeps_the_outputs_and_unfreezing_warns(images: Tensor) -> None
     expected = net(images)
     layers.freeze_batch_norm_2d(net)
     torch.testing.assert_close(net(images), expected)
-    line = "A L1BatchNorm2d of a Sequential is replaced by a BatchNorm2d"
+    line = "L1BatchNorm2d in Sequential is replaced by BatchNorm2d"
     with pytest.warns(UserWarning, match=line) as caught:
         layers.unfreeze_batch_norm_2d(net)
     assert len(caught) == 2
+    both = nn.Sequential(layers.BatchNormAct2d(8))
+    swap_norms(both, "l1")
+    layers.freeze_batch_norm_2d(both)
+    with pytest.warns(UserWarning, match=r"^L1BatchNormAct2d in Sequential is replaced by"):
+        layers.unfreeze_batch_norm_2d(both)
     assert len(swap_norms(net, "l1")) == 2
     net[1] = norms.LInfBatchNorm2d(8)  # of ours, and no norm: both are meant
     net[1] = nn.Identity()
@@ -186,7 +195,7 @@ def test_eager_fusing_of_torch_ao_is_that_of_its_own_norm(norm: str, images: Ten
     fused = fuse_modules(net, [["0", "1", "2"], ["3", "4"], ["5", "6"]])
     assert [type(layer).__name__ for layer in fused][::3] == ["ConvReLU2d", "Conv2d", "Identity"]
     torch.testing.assert_close(fused(images), expected, rtol=1e-4, atol=1e-5)
-    line = f"torch fuses a {type(net[1]).__name__} in evaluation only, and without a ReLU of its"
+    line = f"torch fuses {type(net[1]).__name__} in evaluation only, and without a ReLU of its"
     for fuse in (fuse_modules, fuse_modules_qat):
         with pytest.raises(InputError, match=line):
             fuse(net.train(), [["0", "1"]])

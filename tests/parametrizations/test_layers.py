@@ -221,7 +221,7 @@ def test_output_layer_in_doubt_is_said_once_and_by_name_settled() -> None:
             {"a": nn.Linear(3, 6), "image_head": nn.Linear(6, 4), "text_head": nn.Linear(5, 4)}
         )
 
-    with pytest.warns(UserWarning, match="; image_head.weight, text_head.weight is left out: n"):
+    with pytest.warns(UserWarning, match="; image_head.weight, text_head.weight are left out: n"):
         report = apply_weight_norm(make(), layers=["linear"])
     assert report.left == ("image_head.weight", "text_head.weight")
     assert "of the output layer, image_head.weight and text_head.weight" in str(report)

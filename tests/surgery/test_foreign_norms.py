@@ -107,6 +107,13 @@ class Split(nn.BatchNorm2d):
         self.aux = nn.BatchNorm2d(3)
 
 
+class Noisy(HardCoded):
+    """A norm that drops values in training alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 TOKENS, IMAGES, SERIES = (2, 3, 8), (2, 8, 3, 4), (2, 8, 5)
 TYPES = {f"{__name__}.HardCoded": "rms"}
@@ -215,7 +222,7 @@ def test_class_is_known_on_the_meta_device() -> None:
 @pytest.mark.parametrize(
     ("types", "message"),
     [
-        ({f"{__name__}.Unlike": "rms"}, r"Unlike, but it does not compute a RMS norm: .* 1 off"),
+        ({f"{__name__}.Unlike": "rms"}, r"Unlike, but it does not compute an RMS norm: .* 1 off"),
         ({f"{__name__}.HardCoded": "layer"}, "HardCoded, but it does not compute a layer norm"),
         ({f"{__name__}.HardCodet": "rms"}, "no module is of that class. Did you mean '.*HardCoded"),
         ({f"{__name__}.HardCoded": "group"}, "is 'batch' or 'layer' or 'rms', got 'group'"),
@@ -224,14 +231,26 @@ def test_class_is_known_on_the_meta_device() -> None:
         ({f"{__name__}.Biased": "batch"}, "batch norm: its running_var in training is 0.* off"),
         ({f"{__name__}.Doubled": "batch"}, "batch norm: its output in training is 1 off"),
         ({f"{__name__}.Split": "batch"}, r"Split, but it has modules in it \(aux\)"),
-        ([f"{__name__}.HardCoded"], "types maps paths of classes"),
+        ({Noisy: "rms"}, "Noisy, but it does not compute an RMS norm in training: .* 1 off"),
+        ({"HardCoded": "rms"}, f"that class. Name it '{__name__}.HardCoded', its full path"),
+        ({3: "rms"}, "types maps classes or their paths"),
+        ([f"{__name__}.HardCoded"], "types maps classes or their paths"),
     ],
 )
 def test_types_that_cannot_be_right_are_refused(types: dict[str, str], message: str) -> None:
-    net = nn.Sequential(nn.RMSNorm(8), HardCoded(), Unlike(), Nowhere(), Split())
+    net = nn.Sequential(nn.RMSNorm(8), HardCoded(), Unlike(), Nowhere(), Split(), Noisy())
     net.extend([Biased(4), Doubled(4)])
     with pytest.raises(InputError, match=message):
         swap_norms(net, "l1", kinds=["rms", "layer"], types=types)
+
+
+@pytest.mark.filterwarnings("error")
+def test_class_is_a_key_and_trying_it_leaves_no_trace() -> None:
+    norm = timm.layers.LayerNorm(8)
+    net = nn.Sequential(norm, HardCoded())
+    state = torch.get_rng_state()
+    assert len(swap_norms(net, "l1", kinds=["layer", "rms"], types={HardCoded: "rms"})) == 2
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_norm_that_takes_a_gate_is_left() -> None:
@@ -242,7 +261,7 @@ def test_norm_that_takes_a_gate_is_left() -> None:
 
 def test_batch_norm_of_ones_own_is_taken_if_it_computes_one() -> None:
     net, x = nn.Sequential(Batch(4), nn.ReLU(), Batch(4)), torch.randn(6, 4, 3, 5)
-    assert f"types={{'{__name__}.Batch': 'batch'}} names" in str(refusal(net))
+    assert f"name it by types={{'{__name__}.Batch': 'batch'}}" in str(refusal(net))
     twin = copy.deepcopy(net)
     assert len(swap_norms(net, "lp", {"p": 2}, types={f"{__name__}.Batch": "batch"})) == 2
     torch.testing.assert_close(net(x), twin(x), rtol=1e-4, atol=1e-5)
@@ -263,7 +282,7 @@ def test_norm_with_norms_in_it_is_left_as_a_whole() -> None:
     report = swap_norms(nn.Sequential(nn.BatchNorm2d(3), Split()))
     assert [(x.name, x.reason) for x in report.left] == [
         ("1", "a subclass with modules in it (aux)"),
-        ("1.aux", "a part of 1, a Split that is left"),
+        ("1.aux", "a part of 1 (Split), which is left"),
     ]
 
 

@@ -17,7 +17,7 @@ from torch.nn.utils import prune
 from nmlightning import norms, swap_norms
 from nmlightning.errors import InputError
 from nmlightning.norms.batch_norm_base import BatchNormBase
-from nmlightning.surgery.norm_layers import path_of
+from nmlightning.norms.registry import path_of
 
 # The norm of each is a batch norm, as plain nn layers, timm's BatchNormAct2d, or both.
 ARCHITECTURES = [
@@ -63,7 +63,10 @@ class TestReport:
         net = nn.Sequential(*net, nn.GroupNorm(2, 4))
         report = swap_norms(net, "top10")
         assert len(report) == 2
-        assert str(report) == ("swapped 2 BatchNorm2d → TopKBatchNorm2d; 1 left as they are")
+        assert str(report).splitlines() == [
+            "swapped 2 BatchNorm2d → TopKBatchNorm2d; 1 left as they are",
+            "left 4: no swap is defined for this norm",
+        ]
         console = Console(width=120, record=True, file=io.StringIO())
         console.print(report)
         table = console.export_text()
@@ -191,7 +194,7 @@ class TestWhichLayers:
         net = nn.Sequential(nn.BatchNorm2d(3), Mine(3))
         report = swap_norms(net, "l1")
         assert [(left.name, left.before, left.reason) for left in report.left] == [
-            ("1", "Mine", f"a subclass, which types={{'{path_of(Mine)}': 'batch'}} names")
+            ("1", "Mine", f"a subclass: name it by types={{'{path_of(Mine)}': 'batch'}}")
         ]
         assert type(net[1]) is Mine
         assert "1 (Mine: a subclass" in refusal(net, "linf", include=["*"])
@@ -357,6 +360,11 @@ class TestSynchronised:
         assert net[0].eval()(images).shape == (4, 3, 8, 8)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_norm_without_channels_is_named() -> None:
+    assert refusal(nn.Sequential(nn.BatchNorm2d(0))).startswith("0 has no channels: exclude it.")
+
+
 class MyRMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x / x.square().mean(-1, keepdim=True).sqrt()
@@ -366,7 +374,7 @@ class MyNorm(nn.RMSNorm):
     pass
 
 
-UNKNOWN = f"an unknown class, which types={{'{__name__}.%s': 'rms'}} names"
+UNKNOWN = f"an unknown class: name it by types={{'{__name__}.%s': 'rms'}}"
 
 
 class TestRMSNorm:
@@ -461,7 +469,7 @@ def test_swap_that_fails_leaves_the_model_as_it_was(net: nn.Sequential, fuse: st
     classes = [type(m) for m in net.modules()]
     learns = [q.requires_grad for q in net.parameters()]
     attributes = [dict(vars(m)) for m in net.modules()]
-    with pytest.raises(RuntimeError, match="inference tensor"):
+    with pytest.raises(InputError, match=r"^3.1 cannot become Mean.* inference tensor .* Clone"):
         swap_norms(net, "mean")
     assert [type(m) for m in net.modules()] == classes
     assert [q.requires_grad for q in net.parameters()] == learns

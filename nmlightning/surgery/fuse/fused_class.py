@@ -56,7 +56,7 @@ def check_class(module: nn.Module) -> None:
     fusion = fusion_of(module)
     if fusion is not None and type(module) is not fused_class(fusion):
         raise InputError(
-            f"A {fusion.original.__name__} with fused norms has become a {type(module).__name__} "
+            f"{fusion.original.__name__} with fused norms has become {type(module).__name__} "
             "since, so the norms cannot be unfused: do that before it is sharded or "
             "parametrized."
         )
@@ -115,7 +115,7 @@ def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
 
 def _refuse_script(self: nn.Module) -> None:
     raise InputError(
-        f"torch.jit.script reads no forward of a {type(self).__name__} with fused norms: "
+        f"torch.jit.script reads no forward of {type(self).__name__} with fused norms: "
         "swap_norms without fuse before it."
     )
 
@@ -133,7 +133,7 @@ def _after_check(change: Callable[..., Any]) -> Callable[..., Any]:
         if fusion is not None and name in fusion.watched and _differs(self, name, *value):
             unfuse_block(self)
             warnings.warn(
-                f"{name} of a {type(self).__name__} was changed, on which its fused norms depend: "
+                f"{name} of {type(self).__name__} was changed, on which its fused norms depend: "
                 "they are fused no longer. Call swap_norms again, with fuse, if they may be.",
                 stacklevel=2,
             )
