@@ -5,6 +5,7 @@ user gave ends here as one line on stderr and exit code 2; any other exception k
 """
 
 import errno
+import io
 import os
 import sys
 import textwrap
@@ -57,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
         0
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # of names that are no UTF-8
     try:
         if any("\0" in word for word in arguments):
             raise InputError("a NUL character is in the command line, which no name can have.")

@@ -1,7 +1,6 @@
 """`nm compare`: a table and a page of what differs between runs, and of how well each did."""
 
 import argparse
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +31,10 @@ def run(arguments: list[str]) -> int:
     metric = comparison.choose_metric(runs, given.metric)
     groups = comparison.group_runs(runs, metric)
     _print_tables(groups)
-    for joined in runs:
-        for earlier, later in pairwise(joined.parts):
-            print_line("resumed", f"{later} resumes {earlier}; they are one run")
+    resumed = comparison.find_resumed(readable)
+    for part in (part for joined in runs for part in joined.parts):
+        if (earlier := resumed[part]) is not None:
+            print_line("resumed", f"{part} resumes {earlier.folder}; they are one run")
     for reason in left_out.values():
         print_line("left out", " ".join(reason.split()))
     for file in (file for each in readable for file in each.cut_off):

@@ -1,10 +1,12 @@
 """Comparison of runs: what differs between them, and how well each setting did over its seeds."""
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 
 from nmlightning.errors import InputError, nearest
 from nmlightning.reports.formatting import MeanStd, format_mean_std, format_seconds
-from nmlightning.reports.run import Run, Series
+from nmlightning.reports.run import Run, Series, event_files
 
 SETTING_HEADINGS = ["run", "seeds", "epochs", "what differs"]
 _LAST_EPOCHS = 10  # are averaged, as the paper's figures are
@@ -83,6 +85,8 @@ def is_loss(metric: str) -> bool:
 
 def choose_metric(runs: Sequence[Run], wanted: str | None = None) -> str:
     """Return the tag to compare: `wanted`, or else an accuracy, BLEU or a loss in validation."""
+    if not any(run.scalars for run in runs):
+        raise InputError(f"{runs[0].folder} has no metrics yet: nothing was logged to it.")
     common = [tag for tag in runs[0].scalars if all(tag in run.scalars for run in runs)]
     if wanted is not None:
         lacking = next((run for run in runs if wanted not in run.scalars), None)
@@ -174,10 +178,14 @@ def _in_common(tags: Sequence[str]) -> str:
 def leave_out_unmeasured(
     runs: Sequence[Run], wanted: str | None
 ) -> tuple[Sequence[Run], dict[Path, str]]:
-    """Return the runs that got to a validation, or all if none has, and why the others did not."""
+    """Return the runs that got to a validation, and why the others did not.
+
+    Where none has, those that have logged anything, or else all.
+    """
     measured = [
         run for run in runs if any("val" in tag.lower() or tag == wanted for tag in run.scalars)
     ]
+    measured = measured or [run for run in runs if run.scalars]
     others = [run.folder for run in runs if run not in measured] if measured else []
     reasons = {folder: f"{folder} has logged nothing in validation yet." for folder in others}
     return measured or runs, reasons
@@ -190,7 +198,7 @@ def join_resumed(runs: Sequence[Run]) -> list[Run]:
     a checkpoint of that one, or if their recordings are of one run. Both are one, and so are
     several that resume the same: it is shown as it got furthest, and last.
     """
-    resumed = {run.folder: _resumed_run(run, runs) for run in runs}
+    resumed = find_resumed(runs)
     families: dict[Path, list[Run]] = {}
     for run in runs:
         chain = _chain(run, resumed)
@@ -203,28 +211,55 @@ def join_resumed(runs: Sequence[Run]) -> list[Run]:
     return furthest
 
 
+def find_resumed(runs: Sequence[Run]) -> dict[Path, Run | None]:
+    """Return for the folder of each run the run that it resumes."""
+    return {run.folder: _resumed_run(run, runs) for run in runs}
+
+
 def _resumed_run(run: Run, runs: Sequence[Run]) -> Run | None:
-    """Return the run that this one resumes; the latest one where several could be."""
+    """Return the run that this one resumes; the latest one beside it where several could be."""
     settings = _settings_but_length(run)
     others = [r for r in runs if r is not run and r.seed == run.seed]
     alike = [r for r in others if _settings_but_length(r) == settings]
-    by_checkpoint = [r for r in alike if _holds_checkpoint_of(r, run)]
+    shared = [_shared_with_checkpoint(r, run) for r in alike]
+    most = max(shared, default=0)
+    by_checkpoint = [r for r, parts in zip(alike, shared, strict=True) if 0 < parts == most]
     by_recording = [r for r in alike if _is_recorded_by(r, run)]
     # The checkpoint may have been kept elsewhere, or moved.
-    by_steps = [r for r in alike if run.checkpoint and _first_step(r) < _first_step(run) < math.inf]
-    return max(by_checkpoint or by_recording or by_steps, key=_first_step, default=None)
+    is_lost = run.checkpoint and not os.path.isfile(run.checkpoint.parent.parent / "config.yaml")
+    by_steps = [r for r in alike if is_lost and _first_step(r) < _first_step(run) < math.inf]
+    return max(
+        by_checkpoint or by_recording or by_steps,
+        key=lambda r: (r.folder.parent == run.folder.parent, _first_step(r)),
+        default=None,
+    )
 
 
 def _settings_but_length(run: Run) -> dict[str, Any]:
     return {key: value for key, value in run.settings.items() if key not in _LENGTHS}
 
 
-def _holds_checkpoint_of(earlier: Run, run: Run) -> bool:
-    """Return whether the checkpoint is in the earlier run's folder, wherever that was then."""
-    folder = earlier.folder.resolve().parts[-2:]
-    return run.checkpoint is not None and any(
-        parent.parts[-2:] == folder for parent in run.checkpoint.parents
-    )
+def _shared_with_checkpoint(earlier: Run, run: Run) -> int:
+    """Return how many last parts of the earlier run's folder one above the checkpoint has, or 0.
+
+    Two at least count, since runs are moved; where the checkpoint exists, its own folder and copies
+    of that alone.
+    """
+    if run.checkpoint is None:
+        return 0
+    folder, above = earlier.folder.resolve(), list(run.checkpoint.parents)
+    if os.path.exists(run.checkpoint):
+        above = [p for p in run.checkpoint.resolve().parents if _is_same_or_copy(p, folder)]
+    pairs = [zip(reversed(folder.parts), reversed(p.parts), strict=False) for p in above]
+    shared = [len(list(takewhile(lambda pair: pair[0] == pair[1], each))) for each in pairs]
+    return max((count for count in shared if count > 1), default=0)
+
+
+def _is_same_or_copy(place: Path, folder: Path) -> bool:
+    """Return whether both are one, or have an event file of one name, which no two runs have."""
+    if place == folder or place.name != folder.name:
+        return place == folder
+    return bool({e.name for e in event_files(place)} & {e.name for e in event_files(folder)})
 
 
 def _is_recorded_by(earlier: Run, run: Run) -> bool:

@@ -124,7 +124,13 @@ def _flatten(value: Any, key: str) -> Iterator[tuple[str, Any]]:
             yield _join(key, _class_name(inner)), "yes"
             yield from _flatten(inner.get("init_args") or {}, _join(key, _class_name(inner)))
     else:
-        yield key, value if isinstance(value, bool | int | float | str | None) else str(value)
+        plain = value if isinstance(value, bool | int | float | None) else _clean(str(value))
+        yield _clean(key), plain
+
+
+def _clean(text: str) -> str:
+    """Return the text with an escape for what no file can hold, half of a surrogate pair."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _is_class(value: Any) -> bool:
@@ -208,22 +214,33 @@ def _find_logs(path: Path) -> dict[Path, list[Path]]:
     """Return the folders of runs at and below a path; of each those that it has logged to.
 
     A folder within a run, without a config or a CSV of its own, is of the run, as those are that
-    `add_scalars` and `add_hparams` make. One that may not be read counts, for `read_run` to say so.
+    `add_scalars` and `add_hparams` make. One that may not be read counts, for `read_run` to say so,
+    and so does a `version_3` that has its config alone, as of a run that was killed at its start.
     """
     found: dict[Path, list[Path]] = {}
     hidden: list[Path] = []
+    begun: list[Path] = []
     for place, _, files in os.walk(path, onerror=lambda error: hidden.append(Path(error.filename))):
         folder = Path(place)
         if any(fnmatch(name, _EVENTS) or name == _CSV for name in files):
             outer = next((parent for parent in folder.parents if parent in found), folder)
             is_own = {_CSV, *_CONFIGS} & set(files)
             found.setdefault(folder if is_own else outer, []).append(folder)
-    return found | {folder: [folder] for folder in hidden}
+        elif _CONFIGS[0] in files and folder.name.startswith("version_"):
+            begun.append(folder)
+    inner = {parent for folder in found for parent in folder.parents}
+    begun = [x for x in begun if x not in inner and not found.keys() & set(x.parents)]
+    return found | {folder: [folder] for folder in (*hidden, *begun)}
 
 
 def has_events(folder: Path) -> bool:
     """Return whether a run left anything for TensorBoard."""
-    return any(folder.glob(_EVENTS))
+    return any(event_files(folder))
+
+
+def event_files(folder: Path) -> list[Path]:
+    """Return the event files of TensorBoard in a folder, in order."""
+    return sorted(folder.glob(_EVENTS))
 
 
 def read_run(folder: Path) -> Run:
@@ -263,7 +280,7 @@ def _read_logs(place: Path, run: Path) -> Iterator[Point]:
 
     `add_scalars("loss", {"a": …})` logs "loss" to `loss_a`, which is the tag `loss/a` here.
     """
-    for file in sorted(place.glob(_EVENTS)):
+    for file in event_files(place):
         for point in read_event_file(file):
             start = point.tag.replace("/", "_") + "_"
             if place != run and place.name.startswith(start):

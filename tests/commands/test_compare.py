@@ -2,6 +2,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -64,10 +65,14 @@ def test_compare_joins_a_resumed_run(make_run: MakeRun, capsys: pytest.CaptureFi
     make_run("runs/a/version_0", [0.1, 0.2], config)
     resume = {**config, "ckpt_path": "runs/a/version_0/checkpoints/last.ckpt"}
     make_run("runs/a/version_1", [0.3, 0.4], resume, first_epoch=1)
+    make_run("runs/a/version_2", [0.3], resume, first_epoch=1)
     assert main(["compare", "runs"]) == 0
     text = capsys.readouterr().out
     assert re.search(r"a +│ 1 +│ 3 ", text)
-    assert "resumed     runs/a/version_1 resumes runs/a/version_0" in text
+    assert re.findall(r"resumed +(.*);", text) == [
+        "runs/a/version_1 resumes runs/a/version_0",
+        "runs/a/version_2 resumes runs/a/version_0",
+    ]
     assert "<title>Comparison of 1 run</title>" in Path("comparison.html").read_text()
 
 
@@ -75,6 +80,8 @@ def test_compare_leaves_out_what_it_cannot_read_with_a_line_each(
     runs: Path, make_run: MakeRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_run("runs/killed", [])
+    Path("runs/only/version_0").mkdir(parents=True)
+    Path("runs/only/version_0/config.yaml").write_text("seed_everything: 1")
     make_run("runs/early", [], scalars={"train/loss": [1.0]})
     (make_run("runs/odd") / "config.yaml").write_text("a: [2001-99-99")
     (events,) = make_run("runs/damaged").glob("events*")
@@ -86,8 +93,12 @@ def test_compare_leaves_out_what_it_cannot_read_with_a_line_each(
         *("runs/damaged/events", "runs/odd/config"),
         *("runs/early has logged nothing in validation yet",),
         *("runs/killed has logged nothing in validation yet",),
+        *("runs/only/version_0 has logged nothing in validation yet",),
     ]
     assert "<title>Comparison of 3 runs</title>" in Path("comparison.html").read_text()
+    for folder in ("runs/killed", "runs/only"):
+        assert main(["compare", folder]) == 2
+        assert " has no metrics yet" in capsys.readouterr().err
     assert main(["compare", "runs/damaged"]) == 2
     assert "is damaged, or no event file" in capsys.readouterr().err
 
@@ -122,6 +133,21 @@ def test_compare_shows_what_is_infinite_and_says_what_is_cut_off(
     assert re.search(r"a +│ +nan % \(2 of 2 runs\) .* 30.0 s", text)
     assert re.search(r"b +│ +75.00 %", text)
     assert "left out    runs/b/metrics.csv is cut off within its last line, which" in text
+
+
+def test_compare_writes_an_escape_for_what_is_no_text(make_run: MakeRun) -> None:
+    shutil.move(make_run("x"), b"\xff-1")
+    for seed, setting in enumerate(("\\ud800", "b")):
+        Path(f"k-{seed}.csv").write_text("step,val/top1\n1,0.75\n")
+        settings = f'{{"\\udc00": "{setting}"}}'
+        content = f'{{"settings": {settings}, "seed": {seed}, "cpu_minutes": 1}}'
+        Path(f"k-{seed}.json").write_text(content)
+    command = [sys.executable, "-m", "nmlightning", "compare", "."]
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    out = subprocess.run(command, check=True, capture_output=True, env=strict).stdout
+    for text in (out.decode(), Path("comparison.html").read_text(encoding="utf-8")):
+        assert "\\udcff-1" in text
+        assert "\\udc00: \\ud800" in text
 
 
 def test_compare_names_a_deviation_over_repeated_seeds_one_over_runs(

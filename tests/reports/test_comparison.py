@@ -1,4 +1,5 @@
 import math
+import shutil
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -137,6 +138,8 @@ def test_choose_metric_refuses_what_a_run_lacks(make_run: MakeRun) -> None:
     assert choose_metric(runs[:1], "epoch") == "epoch"
     with pytest.raises(InputError, match=r"b has logged no 'val/top1'.* In common they have"):
         choose_metric(runs, "val/top1")
+    with pytest.raises(InputError, match="d has no metrics yet"):
+        choose_metric([read_run(make_run("d", []))])
     other = read_run(make_run("c", accuracy=[], scalars={"x": [1.0]}))
     message = r"no validation metric in common; choose another by --metric. They have nothing in"
     with pytest.raises(InputError, match=message):
@@ -221,6 +224,33 @@ def test_join_resumed_finds_a_checkpoint_by_the_folders_whole_name(
     assert [run.parts for run in join(decoy, first, second)] == [(decoy,), (first, second)]
 
 
+@pytest.mark.parametrize("exists", [True, False])
+def test_join_resumed_takes_the_checkpoint_of_the_longest_common_path(
+    exists: bool, make_run: MakeRun
+) -> None:
+    other, first = make_run("A/q/version_0", [0.5] * 3, CONFIG), make_run("B/q/version_0", [0.1])
+    config = {**CONFIG, "ckpt_path": f"/gone{first}/checkpoints/last.ckpt"}
+    if exists:
+        (first / "checkpoints").mkdir()
+        (first / "checkpoints" / "last.ckpt").touch()
+        config = resume(first)
+    (first / "config.yaml").write_bytes((other / "config.yaml").read_bytes())
+    second = make_run("B/q/version_1", [0.3], config, first_epoch=1)
+    assert [run.parts for run in join(other, first, second)] == [(other,), (first, second)]
+    assert len(join(other, second)) == (2 if exists else 1)
+
+
+def test_join_resumed_knows_a_copy_though_the_checkpoint_exists(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    first = make_run("a/q/version_0", [0.1], CONFIG)
+    make_run("a/q/version_1", [0.3], resume(first), first_epoch=1)
+    (first / "checkpoints").mkdir()
+    (first / "checkpoints" / "last.ckpt").touch()
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert len(join(*sorted((tmp_path / "b" / "q").iterdir()))) == 1
+
+
 @pytest.mark.parametrize("changes", [{"lr": 0.2}, {"seed_everything": 2}])
 def test_join_resumed_keeps_other_settings(changes: dict[str, object], make_run: MakeRun) -> None:
     first = make_run("a/version_0", [0.1], CONFIG)
@@ -240,9 +270,9 @@ def test_join_resumed_keeps_other_settings(changes: dict[str, object], make_run:
 def test_join_resumed_makes_a_run_and_its_resume_one(
     first: list[float], start: int, second: list[float], joined: list[float], make_run: MakeRun
 ) -> None:
-    length = {"trainer": {"max_epochs": 3}}
+    length = {"trainer": {"max_epochs": 3, "log_every_n_steps": 50}}
     begun = make_run("a/version_0", first, CONFIG | length)
-    ours = resume(begun) | {"trainer": {"max_epochs": 4}}
+    ours = resume(begun) | {"trainer": {"max_epochs": 4, "log_every_n_steps": 5}}
     other = make_run("a/version_1", second, ours, first_epoch=start)
     (run,) = join(begun, other)
     assert list(values(run).values()) == pytest.approx(joined)
