@@ -343,9 +343,7 @@ def test_grouping_by_class_finds_the_swapped_norms(swap: list[NormSwap]) -> None
 
 # ---- No hook turns a swapped norm back into L2 unseen. ----
 
-REPLACED = (
-    r"NormSwap made net\.1 a L1BatchNorm2d, but it is SyncBatchNorm: .* after the swap; Train"
-)
+REPLACED = r"NormSwap made net\.1 L1BatchNorm2d, but it is SyncBatchNorm: .* after the swap; Train"
 HOOKS = {
     "setup",
     "on_fit_start",
