@@ -2,7 +2,7 @@
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from nmlightning.commands.failures import explain_failures
 from nmlightning.commands.files import SHARED_FILE, config_of, is_whole, read_config
 from nmlightning.commands.parser import Parser
 from nmlightning.errors import InputError
-from nmlightning.surgery.checkpoints import check_named_code, load_from_checkpoint
+from nmlightning.named_code import check_named_code, typed_classes
+from nmlightning.surgery.checkpoints import load_from_checkpoint
 
 _INSTANTIATOR = f"{instantiate_module.__module__}.{instantiate_module.__name__}"
 
@@ -32,11 +33,11 @@ _ENTRIES: dict[str, type] = {
 }
 
 
-def checkpoint_hparams(checkpoint: str, given: str = "") -> list[str]:
+def checkpoint_hparams(checkpoint: str, typed: Collection[str] = ()) -> list[str]:
     """Return the model's hyper-parameters in `checkpoint` as a `--config`, to be placed first.
 
     Whatever comes after it on the command line, in configs or as options, wins. The user trusts the
-    classes of what is `given`.
+    classes that they have `typed`.
     """
     if "://" in checkpoint:
         return []
@@ -49,8 +50,10 @@ def checkpoint_hparams(checkpoint: str, given: str = "") -> list[str]:
         content = _load(path, "--ckpt_path: ")
     except pickle.UnpicklingError:
         return []  # objects of the user's own, which the Trainer judges when it loads them
+    if not isinstance(content, dict):
+        raise InputError(f"--ckpt_path: {str(path)!r} is no checkpoint of Lightning.")
     model = _model_config(content.get("hyper_parameters", {}))
-    check_named_code(model, f"--ckpt_path: {checkpoint}", given)
+    check_named_code(model, f"--ckpt_path: {checkpoint}", typed)
     return ["--config", json.dumps({"model": model})] if model else []
 
 
@@ -65,10 +68,11 @@ class Checkpoint:
         self.path = path
         saved, given = config_of(path), read_config(config) if config else {}
         self._settings = read_config(str(saved)) if saved else {}
-        used = [self._settings.get(key) for key in ("model", "data")]
-        check_named_code(used, str(saved), str(given))
+        used, named = ([x.get("model"), x.get("data")] for x in (self._settings, given))
+        typed = typed_classes(named)
+        check_named_code(used, str(saved), typed)
         if model := _model_config(_load_with_weights(path).get("hyper_parameters", {})):
-            check_named_code(model, str(path), str(given))
+            check_named_code(model, str(path), typed)
             self._settings["model"] = model
         self._settings.update(given)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from nmlightning.atomic_file import UnwritableError, replace_file
 from nmlightning.errors import InputError, nearest
+from nmlightning.named_code import typed_classes
 from nmlightning.yaml_text import load_yaml
 
 
@@ -127,6 +128,7 @@ def new_version(run_name: str) -> Path:
 
 OTHER_KEYWORDS = ("best", "hpc")
 _RUN_FOLDER_OPTION = re.compile(r"--trainer\.logger\.(init_args\.)?(save_dir|name|root_dir)\b")
+_NAMES_CODE = re.compile(r"--(model|data)\b")
 
 
 class RunPaths:
@@ -134,7 +136,7 @@ class RunPaths:
 
     `--ckpt_path last` is the newest whole checkpoint of this experiment's runs, and `damaged` what
     it passes over. Where there is none a fit starts anew, so that the command which begins a
-    training also resumes it. `words` is all that the user gave, with what is in the configs.
+    training also resumes it. `typed` are the class paths that the user gave, also in configs.
     """
 
     def __init__(self, arguments: list[str]) -> None:
@@ -145,7 +147,9 @@ class RunPaths:
         names = [name for name in given.config if name]
         files = [Path(name) for name in names if not is_config_text(name)]
         configs = [read_config(name) for name in names]
-        self.words = f"{arguments} {configs}"
+        words = zip(arguments, [*arguments[1:], ""], strict=True)
+        values = [x.partition("=")[2] or after for x, after in words if _NAMES_CODE.match(x)]
+        self.typed = typed_classes(values, *([x.get("model"), x.get("data")] for x in configs))
         in_configs = [config.get("ckpt_path") for config in configs]
         config = files[0] if files else Path("run")
         self.run_name = config.stem

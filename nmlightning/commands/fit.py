@@ -56,7 +56,7 @@ def run(arguments: list[str], paths: RunPaths) -> int:
     command, *options = arguments
     with filter_logs():
         try:
-            stored = checkpoint_hparams(paths.checkpoint, paths.words) if paths.checkpoint else []
+            stored = checkpoint_hparams(paths.checkpoint, paths.typed) if paths.checkpoint else []
             resolved: list[str] = []
             if paths.wants_last:
                 found = paths.checkpoint

@@ -16,6 +16,7 @@ from rich.table import Table
 from nmlightning.commands import files
 from nmlightning.commands.argument_parser import ArgumentParser, print_line
 from nmlightning.errors import InputError
+from nmlightning.named_code import check_named_code
 from nmlightning.probe import report
 from nmlightning.reports.formatting import format_loss
 
@@ -84,8 +85,6 @@ def _experiment(name: str, options: Sequence[str]) -> list[str]:
     if config is None and Path(name).exists():
         raise InputError(f"{name} is in no folder of a run with a config.yaml; give --config.")
     if config:  # which nobody has named
-        from nmlightning.surgery.checkpoints import check_named_code
-
         check_named_code(files.read_config(str(config)), str(config))
     return [*(["--config", str(config)] if config else []), "--ckpt_path", name]
 

@@ -1,14 +1,9 @@
 """Loads a checkpoint of a changed model without a Trainer."""
 
-import re
-import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
 from glob import escape
-from importlib.metadata import packages_distributions
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +12,7 @@ from torch import nn
 
 from nmlightning.errors import InputError
 from nmlightning.name_patterns import plain_name
+from nmlightning.named_code import check_named_code
 from nmlightning.norms.batch_norm_base import describe_norm
 from nmlightning.norms.registry import find_class, path_of
 from nmlightning.parametrizations.apply import prepare_for_weights
@@ -35,7 +31,6 @@ from nmlightning.surgery.recipes import (
 )
 from nmlightning.surgery.swap import Swap, SwapReport, swap_norms
 
-_IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 Module = TypeVar("Module", bound=torch.nn.Module)
 
 
@@ -123,44 +118,6 @@ def _follow(model: nn.Module, notes: Mapping[str, Recipe]) -> SwapReport:
             model, norm, note["options"], kinds=kind, include=include, types=types
         ).swapped
     return SwapReport(swapped, ())
-
-
-def check_named_code(settings: Any, file: str, trusted: str = "") -> None:
-    """Raise InputError if settings from a file name what could be imported, and was not installed.
-
-    To import a module runs it. A class may be of an installed package, of a module that is imported
-    already, but for Python's own, or be in `trusted`, which the user wrote.
-    """
-    for path in filter(_IMPORT_PATH.fullmatch, _texts(settings)):
-        top = path.partition(".")[0]
-        known = top in sys.modules and top not in sys.stdlib_module_names
-        if known or path in trusted or top in _installed_packages() or _find_module(top) is None:
-            continue
-        raise InputError(
-            f"{file} names {path}, of no installed package, and to import that runs it: if you "
-            "trust it, name it yourself, by --config or --model, or import it before."
-        )
-
-
-def _texts(settings: Any) -> Iterator[str]:
-    if isinstance(settings, str):
-        yield settings
-    elif isinstance(settings, Mapping | list | tuple):
-        for value in settings.values() if isinstance(settings, Mapping) else settings:
-            yield from _texts(value)
-
-
-@cache
-def _installed_packages() -> Collection[str]:
-    return packages_distributions().keys()
-
-
-def _find_module(name: str) -> object:
-    """Return whether a top-level module could be imported, without doing so."""
-    try:
-        return find_spec(name)
-    except ValueError:  # such as __main__
-        return name
 
 
 @contextmanager

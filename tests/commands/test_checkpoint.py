@@ -2,13 +2,14 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from nmlightning.commands.checkpoint import Checkpoint, checkpoint_hparams
-from nmlightning.commands.files import last_checkpoint
+from nmlightning.commands.files import RunPaths, last_checkpoint
 from nmlightning.errors import InputError
 from nmlightning.surgery.checkpoints import load_from_checkpoint
 from nmlightning.tasks import ImageClassifier
@@ -66,6 +67,13 @@ def test_checkpoint_hparams_of_a_folder(tmp_path: Path) -> None:
     assert (option, json.loads(config)) == ("--config", {"model": model})
 
 
+@pytest.mark.parametrize("content", [[1], "x", torch.zeros(3)])
+def test_checkpoint_hparams_of_something_else(content: object, tmp_path: Path) -> None:
+    torch.save(content, path := tmp_path / "x.ckpt")
+    with pytest.raises(InputError, match=r"x.ckpt' is no checkpoint of Lightning\.$"):
+        checkpoint_hparams(str(path))
+
+
 def test_checkpoint_hparams_of_another_folder(tmp_path: Path) -> None:
     assert checkpoint_hparams(str(tmp_path)) == []
 
@@ -93,4 +101,45 @@ def test_nothing_is_imported_that_a_checkpoint_alone_names(
     ):
         with pytest.raises(InputError, match=message):
             refused()
-    assert checkpoint_hparams(str(path), f"--model {named}")
+    assert checkpoint_hparams(str(path), {named})
+
+
+CLASS_PATHS = [
+    *("last.ckpt", "évil.Net", "google.évil.Net", "google.évil", "evil.Net ", ".evil.Net"),
+    *("evil:Net", " {class_path: évil.Net}", "evil-2.Net"),
+]
+
+
+@pytest.mark.parametrize("named", CLASS_PATHS)
+@pytest.mark.parametrize("place", ["_class_path", "net", "class_path", "_instantiator"])
+def test_no_class_path_makes_a_file_of_the_current_folder_run(
+    named: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if place == "net" and named in (".evil.Net", "evil:Net", "evil-2.Net"):
+        pytest.skip("a text that nobody takes for a class path")
+    monkeypatch.setattr(sys, "path", [*sys.path, ""])
+    monkeypatch.chdir(tmp_path)
+    Path("google").mkdir()
+    for file in ("last", "évil", "evil", "evil-2", "google/évil"):
+        Path(f"{file}.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
+    stored = {"_class_path": "nmlightning.tasks.ImageClassifier", "_instantiator": "a.b"}
+    stored |= {"net": {"class_path": named}} if place == "class_path" else {place: named}
+    torch.save({"state_dict": {"x": torch.ones(1)}, "hyper_parameters": stored}, "last.ckpt")
+    paths = RunPaths(["test", "--config", "quickstart", "--ckpt_path", "last.ckpt"])
+    for refused in (
+        lambda: load_from_checkpoint(ImageClassifier, "last.ckpt"),
+        lambda: checkpoint_hparams("last.ckpt", paths.typed),
+        lambda: Checkpoint(Path("last.ckpt"), None),
+    )[: 1 if place == "_instantiator" else 3]:  # which a command replaces by its own
+        with pytest.raises(InputError, match=r"of no installed package|is no class path"):
+            refused()
+    assert not Path("marker").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--model", "my.Net"], ["--model.net=my.Net"], ["--model", "{net: {class_path: my.Net}}"]],
+)
+def test_class_paths_of_the_user_are_those_of_model_and_data(words: list[str]) -> None:
+    config = ["--config", "{data: {class_path: my.Data}, seed_everything: other.thing}"]
+    assert RunPaths(["fit", *words, *config]).typed == {"my.Net", "my.Data"}
