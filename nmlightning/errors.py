@@ -30,13 +30,13 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
-def check_choice(what: str, value: object, allowed: Iterable[str]) -> None:
+def check_choice(what: str, value: object, allowed: Iterable[object]) -> None:
     """Raise InputError unless `value`, the setting called `what`, is one of `allowed`."""
     choices = list(allowed)
     if value not in choices:
         raise InputError(
             f"{what} is {' or '.join(map(repr, choices))}, got {value!r}."
-            f"{nearest(str(value), choices)}"
+            f"{nearest(str(value), map(str, choices))}"
         )
 
 

@@ -31,11 +31,18 @@ from nmlightning.weights.recording_file import find_recording
 class SteeredRun:
     """Attaches a rule where a Trainer's optimizers have weights for it, and gives it the moment.
 
-    With `other_run` it also follows the recording of another seed or number of processes.
+    With `other_run` it also follows the recording of another seed or number of processes. A rule
+    that includes nothing works `within` the patterns to include and to exclude.
     """
 
     def __init__(
-        self, rule: StepRule, trainer: pl.Trainer, module: pl.LightningModule, *, other_run: bool
+        self,
+        rule: StepRule,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        *,
+        other_run: bool,
+        within: tuple[Sequence[str], Sequence[str]] = ((), ()),
     ) -> None:
         self._trainer = trainer
         self._module = module
@@ -49,8 +56,9 @@ class SteeredRun:
         followed = rule.reference
         if isinstance(followed, str | Path):
             followed = NormHistory.load(find_recording(Path(followed), global_seed()))
+        rule = copy.copy(rule)
+        rule.within = ((), ()) if rule.include else within
         if followed is not None:
-            rule = copy.copy(rule)
             rule.reference = followed
             check_same_run(followed, trainer, other_run=other_run)
         self._rule = rule
@@ -81,6 +89,12 @@ class SteeredRun:
         self._log_scope()
         for handle in self.handles:
             handle.warn_if_skipped()
+            if not handle.steps and any(w.parameter.grad is not None for w in handle.weights):
+                warnings.warn(
+                    f"There are gradients, and no step of the optimizer has called {handle.name} "
+                    "yet: only step() does, no method of another name.",
+                    stacklevel=2,
+                )
 
     def close(self, *, finished: bool) -> None:
         for handle in self.handles:

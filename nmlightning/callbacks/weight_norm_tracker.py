@@ -156,8 +156,9 @@ class WeightNormTracker(CallbackBase):
             records. A reference may be the folder of an experiment, `runs/wd_on`; it then is its
             latest run with the seed of this one, one that finished if there is any.
         include: glob patterns on weight names to record, such as `net.layer1.*`, also those of an
-            embedding or an LSTM; empty means those above.
-        exclude: glob patterns on names that are not recorded.
+            embedding or an LSTM; empty means those above. A rule without an include of its own
+            steers none of the others, either.
+        exclude: glob patterns on names that are not recorded, and then not steered, either.
         other_run: steer also by the recording of a run with another seed or another number of
             processes, whose moments then are epochs of other batches.
         log_norms: show the norms, effective learning rates, rotations and factors at the steps the
@@ -199,8 +200,7 @@ class WeightNormTracker(CallbackBase):
             raise InputError(
                 f"steering is a rule, such as LRCorrection(…), or None, got {steering!r}."
             )
-        if log_norms is not None and not isinstance(log_norms, bool):
-            check_choice("log_norms", log_norms, ("layers",))
+        check_choice("log_norms", log_norms, (None, True, False, "layers"))
         self.every = every
         self.steering = steering
         self.include = tuple(include)
@@ -262,7 +262,10 @@ class WeightNormTracker(CallbackBase):
         self.path = None if is_trial_run(trainer) else recording.file
         self.handles, steering = [], {}
         if self.steering is not None:
-            steered = SteeredRun(self.steering, trainer, pl_module, other_run=self.other_run)
+            limits = (self.include, self.exclude)
+            steered = SteeredRun(
+                self.steering, trainer, pl_module, other_run=self.other_run, within=limits
+            )
             self.handles, steering = steered.handles, {"steering": steered}
         self._parts = {**steering, "recording": recording}  # where a step changed the weights first
         if self._logs(trainer):

@@ -19,6 +19,11 @@ _NORMALISED = (optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax, 
 # Classes with Adam's step, of torch and of other packages (torchao, bitsandbytes, apex, timm,
 # DeepSpeed, Colossal-AI).
 _ADAM = re.compile(r"_?(Fused|Paged|Hybrid|(DeepSpeed)?CPU)?R?Adam(?P<w>W?)(\d+bit|Fp8|Legacy)?")
+# Whose classes are what their names say: an AdamW from elsewhere may step as it likes.
+_KNOWN = (
+    *("torch", "torch_xla", "torchao", "timm", "transformers", "pytorch_optimizer", "heavyball"),
+    *("bitsandbytes", "apex", "deepspeed", "colossalai", "fairscale", "fairseq", "megatron"),
+)
 # What a group, or the whole optimizer, calls a decay beside the step.
 _DECOUPLED = (
     *("decoupled_weight_decay", "weight_decouple", "decoupled_decay", "decoupled"),
@@ -56,14 +61,20 @@ def known_power(optimizer: optim.Optimizer) -> int | None:
     return 1 if isinstance(optimizer, _NORMALISED) or _is_adam(optimizer) else None
 
 
-def _is_adam(optimizer: optim.Optimizer) -> re.Match[str] | None:
-    names = (cls.__name__ for cls in type(optimizer).__mro__)
+def _is_known(part: Any) -> bool:
+    return str(part.__module__).partition(".")[0] in _KNOWN
+
+
+def _is_adam(optimizer: optim.Optimizer, *, known: bool = False) -> re.Match[str] | None:
+    """Return the match of a class's name, of a `known` package only if so asked."""
+    classes = type(optimizer).__mro__
+    names = (cls.__name__ for cls in classes if not known or _is_known(cls))
     return next(filter(None, map(_ADAM.fullmatch, names)), None)
 
 
 def _is_adamw(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> bool:
     """Return whether a group takes Adam's steps and decays beside them, whatever its class."""
-    adam = _is_adam(optimizer)
+    adam = _is_adam(optimizer, known=True)
     if adam is None or any(group.get(key) for key in _OTHERWISE):
         return False
     options = {**vars(optimizer), **group}
@@ -75,10 +86,11 @@ def expected_rotation(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> f
 
     None without weight decay, where there is no equilibrium, and for optimizers of which no formula
     is known: all but SGD without dampening, and Adam, RAdam and AdamW in a group that decays beside
-    the step, as those with `decoupled_weight_decay` do.
+    the step, as those with `decoupled_weight_decay` do; also classes of these names, of known
+    packages. A class from elsewhere that extends one has the same only without a step of its own.
     """
     rate, decay = float(group["lr"]), float(group.get("weight_decay", 0.0))
-    if not decay:
+    if not (decay and _is_known(type(optimizer).step)):
         return None
     if isinstance(optimizer, optim.SGD) and not (group["momentum"] and group["dampening"]):
         return equilibrium_rotation(
@@ -196,7 +208,14 @@ def _refusal(optimizer: Any, inner: list[Any]) -> str:
         return f"{name} steps with {len(inner)} optimizers ({names}): attach a rule to each."
     way_out = "attach it to the optimizer itself"
     if inner:
-        way_out = f"attach it to the {type(inner[0]).__name__} in it, whose steps it then changes"
+        way_out = (
+            f"attach it to the {type(inner[0]).__name__} in it, if nothing else moves the weights"
+        )
+        if type(optimizer).__module__.startswith("schedulefree"):
+            way_out = (
+                "its weights are averages, whose norms no rule holds; take schedulefree's "
+                "SGDScheduleFree or RAdamScheduleFree"
+            )
     return f"A rule hooks into the steps of a torch Optimizer, which {name} is not: {way_out}."
 
 

@@ -2,12 +2,13 @@
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrizations import _WeightNorm
@@ -46,7 +47,7 @@ def find_output_layers(model: nn.Module) -> OutputLayers:
             found = nn.ModuleList([m for m in heads if isinstance(m, nn.Module)])
             layers = [m for m in found.modules() if _is_layer(m) or isinstance(m, nn.Embedding)]
             if layers:
-                return OutputLayers(layers)
+                return OutputLayers(layers, *_doubt_of_later(model, layers))
     return _guess_output_layers(model)
 
 
@@ -59,11 +60,12 @@ def _guess_output_layers(model: nn.Module) -> OutputLayers:
     paths = {module: path for path, module in plain_modules(model) if _is_layer(module)}
     linears = [layer for layer in paths if isinstance(layer, nn.Linear)]
     if not linears:
-        return OutputLayers([])
+        return _doubt_of_convolutions(model, paths)
     *_, last = paths
     path = paths[last]
     heads = [last, *_heads_beside(model, path, list(paths))]
     heads += _heads_of_blocks(model, path, list(paths))
+    heads += [m for m in _auxiliary_heads(model, path, list(paths)) if m not in heads]
     name = f"The output layer of {type(model).__name__} is not certain:"
     if len(heads) > 1:
         others = tuple(paths[head] for head in heads[1:])
@@ -80,6 +82,38 @@ def _guess_output_layers(model: nn.Module) -> OutputLayers:
             heads, f"{name} {path} is its last, in the last of like blocks", (path,)
         )
     return OutputLayers(heads)
+
+
+def _doubt_of_later(
+    model: nn.Module, found: Sequence[nn.Module]
+) -> tuple[str, tuple[str, ...]] | tuple[()]:
+    """Return the doubt where a linear layer outside of blocks is registered after those found."""
+    paths = {module: path for path, module in plain_modules(model) if _is_layer(module)}
+    *_, last = paths
+    later = list(paths).index(last) > max(list(paths).index(m) if m in paths else -1 for m in found)
+    known = [paths[m] for m in found if m in paths]
+    if not (known and later and isinstance(last, nn.Linear)):
+        return ()
+    path = paths[last]
+    if _is_in_last_block(model, path):
+        return ()
+    name = f"The output layer of {type(model).__name__} is not certain:"
+    doubt = f"{name} {path} stands after {some(known)}, and may give an output, too"
+    return doubt, (*known, path)
+
+
+def _doubt_of_convolutions(model: nn.Module, paths: Mapping[nn.Module, str]) -> OutputLayers:
+    """Return no layer, and the doubt where a convolution is last, with no norm behind it."""
+    if len(paths) < 2:
+        return OutputLayers([])
+    *_, last = paths
+    if any(_is_norm(m) for m in list(model.modules())[list(model.modules()).index(last) :]):
+        return OutputLayers([])
+    path = paths[last]
+    heads = (path, *(paths[m] for m in _heads_of_blocks(model, path, list(paths), _ConvNd)))
+    gives = "gives" if len(heads) == 1 else "give"
+    doubt = f"{type(model).__name__} has no nn.Linear, and maybe {some(heads)} {gives} its output"
+    return OutputLayers([], doubt, heads)
 
 
 def _is_in_last_block(model: nn.Module, path: str) -> bool:
@@ -119,9 +153,24 @@ def _heads_beside(model: nn.Module, path: str, layers: Sequence[nn.Module]) -> I
         yield head
 
 
-def _heads_of_blocks(
+def _auxiliary_heads(
     model: nn.Module, path: str, layers: Sequence[nn.Module]
 ) -> Iterator[nn.Linear]:
+    """Yield what ends blocks at the top with as many outputs as the last layer, as GoogLeNet's."""
+    parent, last = model.get_submodule(path.rpartition(".")[0]), model.get_submodule(path)
+    if isinstance(parent, nn.Sequential) or not set(layers) <= set(parent.modules()):
+        return
+    for block in parent.children():
+        head = [None, *(m for m in block.modules() if m in layers)][-1]
+        if not isinstance(head, nn.Linear) or head in (block, last):
+            continue
+        if head.out_features == _outputs(last) != _inputs(last):
+            yield head
+
+
+def _heads_of_blocks(
+    model: nn.Module, path: str, layers: Sequence[nn.Module], kind: type[nn.Module] = nn.Linear
+) -> Iterator[nn.Module]:
     """Yield the last layers of blocks directly before that of the last one, as of DETR and SigLIP.
 
     Of those that take what it takes, or give as many outputs, but cannot lead into it.
@@ -133,17 +182,19 @@ def _heads_of_blocks(
         *before, own = [block for block in inner if block]
         for block in () if isinstance(parent, nn.Sequential | nn.ModuleList) else reversed(before):
             first, head = block[0], block[-1]
-            if not isinstance(head, nn.Linear) or head.out_features == _inputs(own[0]):
+            if not isinstance(head, kind) or _outputs(head) == _inputs(own[0]):
                 break
-            if head.out_features != getattr(last, "out_features", None) and _inputs(
-                first
-            ) != _inputs(own[0]):
+            if _outputs(head) != _outputs(last) and _inputs(first) != _inputs(own[0]):
                 break
             yield head
 
 
 def _inputs(layer: Any) -> int:
     return getattr(layer, "in_features", getattr(layer, "in_channels", 0))
+
+
+def _outputs(layer: Any) -> int:
+    return getattr(layer, "out_features", getattr(layer, "out_channels", -1))
 
 
 _INNER = {*("q", "k", "v", "o", "query", "key", "value"), *("in", "out", "up", "down", "gate")}

@@ -29,11 +29,15 @@ _DEFAULTS = {
 
 
 class Choice(NamedTuple):
-    """Glob patterns on plain names, and the fewest dimensions of what is steered without any."""
+    """Glob patterns on plain names, and the fewest dimensions of what is steered without any.
+
+    `within` are the patterns to include and to exclude of a tracker, which limit it, too.
+    """
 
     include: Sequence[str]
     exclude: Sequence[str]
     least_dims: int = CONVOLUTIONS
+    within: tuple[Sequence[str], Sequence[str]] = ((), ())
 
 
 Model = nn.Module | Iterable[tuple[str, Tensor]]
@@ -114,6 +118,8 @@ def choose_weights(
             name = type(optimizer).__name__
             raise InputError(f"The {name} that steps has none of these parameters: {why}.")
         default = _DEFAULTS[choice.least_dims][0]
+        if any(choice.within):
+            default += " that the tracker's include and exclude choose"
         raise InputError(
             f"There is no weight to steer: by default these are the {default} in the optimizer; "
             f"name others by include. It has {some(held)}."
@@ -137,7 +143,7 @@ def unsteered_reason(
     weights: NamedWeights, name: str, optimized: Container[Tensor], choice: Choice
 ) -> str | None:
     """Return in words why a parameter of the model is not to be steered, or None if it is."""
-    parameter, (include, exclude, least_dims) = weights.parameters[name], choice
+    parameter, (include, exclude, least_dims, within) = weights.parameters[name], choice
     if not parameter.requires_grad:
         return "it is frozen, and stays unsteered if it is trained later"
     if parameter not in optimized:
@@ -146,6 +152,9 @@ def unsteered_reason(
         return "exclude names it"
     if include and not matches(name, include):
         return "include does not name it"
+    recorded = name.removesuffix("_v")  # as a tracker calls a normalised weight
+    if matches(recorded, within[1]) or (within[0] and not matches(recorded, within[0])):
+        return "the tracker's include and exclude leave it out"
     if include:
         is_passed_over = parameter.dim() < 2 and name not in include
         return "a pattern passes over what has one dimension" if is_passed_over else None

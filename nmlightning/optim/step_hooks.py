@@ -26,6 +26,7 @@ from nmlightning.optim.scope import CONVOLUTIONS, Choice, Model, Scope, choose_w
 from nmlightning.weights.channel_norms import ChannelLayout
 from nmlightning.weights.history import Alignment, Moment, NormHistory, RecordPlace
 
+_OF_WEIGHTS = ("reference", "include", "exclude", "within")
 StepCall = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -39,6 +40,7 @@ class StepRule(ABC):
         include: glob patterns on the names of the weights to steer; empty means those of
             `least_dims` or more dimensions.
         exclude: glob patterns on names that are left alone.
+        within: a tracker's patterns to include and to exclude; empty where the rule includes.
         least_dims: CONVOLUTIONS, of which those are steered that are scale-invariant in fact, or
             MATRICES, which are all.
         reference: a recording to follow, its file, or the folder of the run that made it.
@@ -49,6 +51,7 @@ class StepRule(ABC):
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     least_dims: ClassVar[int] = CONVOLUTIONS
+    within: tuple[Sequence[str], Sequence[str]] = ((), ())
     reference: NormHistory | str | Path | None = None
     power: Power | int
     align: Alignment
@@ -61,7 +64,7 @@ class StepRule(ABC):
     @property
     def choice(self) -> Choice:
         """The weights to steer, by name and shape."""
-        return Choice(self.include, self.exclude, self.least_dims)
+        return Choice(self.include, self.exclude, self.least_dims, self.within)
 
     @abstractmethod
     def init_state(self, weight: OptimizedWeight) -> State:
@@ -255,7 +258,7 @@ class StepHookHandle:
     def _settings(self) -> dict[str, Any]:
         """Return what of the rule must stay as it is in a run that resumes this one."""
         named = vars(self._rule).items()
-        return {k: v for k, v in named if k not in ("reference", "include", "exclude")}
+        return {k: v for k, v in named if k not in _OF_WEIGHTS}
 
     def _check_rule(self, state: Mapping[str, Any]) -> None:
         there, here = f"by {state['rule']}", f"by {self.name}"

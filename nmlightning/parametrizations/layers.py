@@ -1,7 +1,7 @@
 """The weights of a model that can be normalised, by the class of their layer."""
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -125,8 +125,10 @@ def find_weights(
             weight is no parameter, as pruning leaves it.
     """
     kinds, weights = choose_layers(layers, include), _all_weights(model)
-    _check_patterns(model, weights, (*include, *exclude))
-    _check_no_computed_weight(model, kinds, exclude)
+    computed = _find_computed(model)
+    spared = [pattern for pattern in exclude if any(matches(x, [pattern]) for x in computed)]
+    _check_patterns(model, weights, (*include, *(x for x in exclude if x not in spared)))
+    _check_no_computed_weight(computed, kinds, exclude)
     output = find_output_layers(model)
     chosen: list[NormalisableWeight] = []
     left: list[NormalisableWeight] = []
@@ -225,25 +227,30 @@ def _check_patterns(
             )
 
 
-def _check_no_computed_weight(
-    model: nn.Module, kinds: Sequence[LayerKind], exclude: Sequence[str]
-) -> None:
+def _find_computed(model: nn.Module) -> dict[str, tuple[nn.Module, list[str]]]:
+    """Return each weight that is no parameter, its layer, and the names of what is behind it."""
+    found = {}
     for path, module in plain_modules(model):
-        names = weights_of(module) if kind_of(module) in kinds else []
-        for weight in names:
+        for weight in weights_of(module):
             if weight in module._parameters or parametrize.is_parametrized(module, weight):
                 continue
-            parts = [
-                WeightLocation(module, path, own).name
-                for own in matrices(module)
-                if own.startswith(weight)
-            ]
-            if not any(matches(part, exclude) for part in parts):
-                name = WeightLocation(module, path, weight).name
-                raise InputError(
-                    f"{name} is computed from {some(parts)}, as pruning and torch's old "
-                    f"weight_norm do it: make it plain first, or exclude {parts[0]!r}."
-                )
+            own = [each for each in matrices(module) if each.startswith(weight)]
+            parts = [WeightLocation(module, path, each).name for each in own]
+            found[WeightLocation(module, path, weight).name] = module, parts
+    return found
+
+
+def _check_no_computed_weight(
+    computed: Mapping[str, tuple[nn.Module, list[str]]],
+    kinds: Sequence[LayerKind],
+    exclude: Sequence[str],
+) -> None:
+    for name, (module, parts) in computed.items():
+        if kind_of(module) in kinds and not any(matches(x, exclude) for x in (name, *parts)):
+            raise InputError(
+                f"{name} is computed from {some(parts)}, as pruning and torch's old "
+                f"weight_norm do it: make it plain first, or exclude {name!r}."
+            )
 
 
 def _all_weights(model: nn.Module) -> list[NormalisableWeight]:

@@ -151,7 +151,7 @@ def _restore_model(original: Any, connector: Any) -> None:
     states, here = checkpoint.get("callbacks") or {}, {c.state_key for c in trainer.callbacks}
     for key in [key for key in states if str(key).partition("{")[0] in _OURS and key not in here]:
         del states[key]
-        if key.startswith("WeightNormTracker"):
+        if trainer.state.fn == "fit" and key.startswith("WeightNormTracker"):
             _warn(
                 f"{LEFT_OUT}a WeightNormTracker, and this run goes without: its recording ends and "
                 "no rule of it steers: add WeightNormTracker to the Trainer's callbacks."

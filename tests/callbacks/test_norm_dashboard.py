@@ -241,7 +241,9 @@ def test_dashboard_logs_to_csv(by_layer: bool, tmp_path: Path) -> None:
 
 
 def test_log_norms_is_checked() -> None:
-    with pytest.raises(InputError, match=r"log_norms is 'layers', got 'layer'\. Did you mean"):
+    with pytest.raises(
+        InputError, match=r"log_norms is None or True or False or 'layers', got 'layer'\. "
+    ):
         WeightNormTracker(log_norms="layer")  # type: ignore[arg-type]
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,32 @@ def test_each_of_two_trackers_has_a_file_and_a_state(tmp_path: Path) -> None:
         assert [handle.steps for handle in tracker.handles] == [2 * BATCHES]
     states = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]
     assert len([key for key in states if key.startswith("WeightNormTracker")]) == 2
+
+
+@pytest.mark.parametrize("own", [(), ["other.3.weight"]])
+def test_trackers_patterns_limit_a_rule_that_includes_nothing(
+    own: Sequence[str], tmp_path: Path
+) -> None:
+    trackers = [
+        WeightNormTracker(include=["net.*"], exclude=["net.3.*"], steering=Hyperball()),
+        WeightNormTracker(exclude=["net.*", "other.3.*"], steering=Hyperball(include=own)),
+    ]
+    make_trainer(tmp_path, *trackers, max_epochs=1).fit(Adversaries(), make_data())
+    steered = [[name for h in tracker.handles for name in h.steered] for tracker in trackers]
+    kept = {name for name, q in Adversaries().named_parameters() if q.dim() > 1}
+    assert set(steered[0]) == {x for x in kept if x.startswith("net.")} - {"net.3.weight"}
+    left = {x for x in kept if x.startswith("other.")} - {"other.3.weight"}
+    assert set(steered[1]) == (set(own) or left)
+
+
+def test_gradients_without_a_step_that_calls_the_rule_are_warned_of(tmp_path: Path) -> None:
+    class OtherName(Adversaries):
+        def training_step(self, batch: list[Tensor], index: int) -> None:
+            self.manual_backward(F.cross_entropy(self.net(batch[0]), batch[1]))
+
+    tracker = WeightNormTracker(steering=Hyperball(include=["net.0.weight"]))
+    with pytest.warns(UserWarning, match=r"no step of the optimizer has called Hyperball yet"):
+        make_trainer(tmp_path, tracker, max_epochs=1).fit(OtherName(), make_data())
 
 
 def test_tracker_finds_the_state_of_an_older_key(tmp_path: Path) -> None:

@@ -12,24 +12,50 @@ WEIGHTS = [torch.nn.Parameter(torch.ones(2, 2))]
 class Adam8bit(torch.optim.Optimizer):
     """Of another package, known by its name and by what its groups hold."""
 
+    __module__ = "torchao.optim"
+
     def __init__(self, weights: Any = WEIGHTS, **options: Any) -> None:
         super().__init__(weights, {"lr": 1e-3, "betas": (0.9, 0.999), **options})
 
 
 class AdamW8bit(Adam8bit):
-    pass
+    __module__ = "torchao.optim"
 
 
 class _AdamW(Adam8bit):
     """As torchao's."""
 
+    __module__ = "torchao.optim"
+
 
 class FusedAdam(Adam8bit):
+    __module__ = "apex.optimizers"
     adam_w_mode = 0
 
     def __init__(self, **options: object) -> None:
         super().__init__(**options)
         self.adam_w_mode = 1
+
+
+class AdamW(torch.optim.Optimizer):
+    """Of nobody's, by the name alone."""
+
+    def __init__(self) -> None:
+        groups = {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}
+        super().__init__(WEIGHTS, groups)
+
+
+class Extends(torch.optim.Adam):
+    """With the step that it inherits."""
+
+
+class Signs(torch.optim.AdamW):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Would step by signs."""
+
+
+class OtherSGD(torch.optim.SGD):
+    step = Signs.step  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "AdamW8bit"])
@@ -65,6 +91,11 @@ def test_choose_power_knows_the_family(name: str) -> None:
         (Adam8bit(weight_decay=0.1, weight_decouple=True, fixed_decay=True), None),
         (Adam8bit(weight_decay=0.1, decoupled=True, corrected_weight_decay=True), None),
         (FusedAdam(weight_decay=0.1), 0.0032444),
+        (AdamW(), None),
+        (Signs(WEIGHTS, 1e-3, weight_decay=0.1), None),
+        (OtherSGD(WEIGHTS, 0.1, weight_decay=0.01), None),
+        (Extends(WEIGHTS, 1e-3, weight_decay=0.1, decoupled_weight_decay=True), 0.0032444),
+        (Extends(WEIGHTS, 1e-3, weight_decay=0.1), None),
     ],
 )
 def test_expected_rotation_takes_the_optimizers_settings(

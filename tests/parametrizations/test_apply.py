@@ -356,7 +356,7 @@ def wrapped() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (pruned, r"1\.weight is computed from 1\.weight_orig, .* exclude '1\.weight_orig'"),
+        (pruned, r"1\.weight is computed from 1\.weight_orig, .* exclude '1\.weight'"),
         (
             lambda: with_weight(torch.ones(4, 2, 1, 1).to(torch.float8_e4m3fn)),
             "weight is of torch.float8_e4m3fn, and only real floating-point",

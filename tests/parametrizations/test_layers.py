@@ -229,6 +229,50 @@ def test_output_layer_in_doubt_is_said_once_and_by_name_settled() -> None:
         assert not apply_weight_norm(make(), layers=["linear"], **names).left
 
 
+class Heads(nn.Module):
+    """Of convolutions, as FCN; of linear layers, as GoogLeNet; or named in part, as BERT's."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        if kind == "conv":
+            self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+            self.main = nn.Sequential(nn.Conv2d(8, 6, 1), nn.Conv2d(6, 4, 1))
+            self.aux = nn.Sequential(nn.Conv2d(8, 5, 1), nn.Conv2d(5, 4, 1))
+        elif kind == "linear":
+            self.body = nn.Sequential(nn.Linear(3, 8))
+            self.aux = nn.Sequential(nn.Linear(8, 5), nn.Linear(5, 4))
+            self.more, self.fc = nn.Sequential(nn.Conv2d(8, 8, 1)), nn.Linear(8, 4)
+        else:
+            self.main, self.fc = nn.Linear(3, 8), nn.Linear(3, 2)
+            self.get_output_embeddings = lambda: self.main
+
+
+@pytest.mark.parametrize(
+    ("kind", "doubt", "left"),
+    [
+        (
+            "conv",
+            r"Heads has no nn.Linear, and maybe aux.1, main.1 give its output; nothing is",
+            (),
+        ),
+        ("linear", r"fc is its last, and aux.1 beside it", ("aux.1.weight", "fc.weight")),
+        ("named", r"fc stands after main, and may give an output, too; main", ("main.weight",)),
+    ],
+)
+def test_other_outputs_are_said(kind: str, doubt: str, left: tuple[str, ...]) -> None:
+    with pytest.warns(UserWarning, match=doubt):
+        report = apply_weight_norm(Heads(kind), layers=["conv", "linear"])
+    assert report.left == left
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", ["0.weight", "0.weight_g"])
+def test_computed_weight_is_excluded_by_its_name_or_a_part_of_it(name: str) -> None:
+    net = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(2, 4, 1)), nn.Conv2d(4, 4, 1), nn.ReLU())
+    net.append(nn.BatchNorm2d(4))
+    assert [*apply_weight_norm(net, exclude=[name]).weights] == ["1.weight"]
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 def test_transformer_fast_path_computes_the_same() -> None:
     layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0, batch_first=True)
