@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 from lightning_fabric.plugins import TorchCheckpointIO
-from torch import nn
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
 
 from nmlightning.norms.batch_norm_base import BatchNormBase
 from nmlightning.surgery.lightning_hooks import watch_loading
@@ -139,9 +140,17 @@ def restarts_silently(trainer: Any) -> bool:
 
 
 def training_sums(trainer: Any) -> dict[str, dict[str, Any]]:
-    """Return what the means over a training epoch are made of so far, on this process, by name."""
-    sums = {}
-    for key, result in trainer.fit_loop.epoch_loop._results.items():
+    """Return what the means over a training epoch are made of so far, on this process, by name.
+
+    Those that the module updates by hand, without logging them, have its name for them as theirs.
+    """
+    loop, sums = trainer.fit_loop.epoch_loop, {}
+    logged = [*loop._results.values(), *loop.val_loop._results.values()]
+    for name, metric in _own_metrics(trainer.lightning_module).items():
+        if metric.update_count and all(each.meta.metric_attribute != name for each in logged):
+            state = _on_device(metric.metric_state, "cpu")
+            sums[name] = {"attribute": name, "updates": metric.update_count, "state": state}
+    for key, result in loop._results.items():
         if result.meta.on_epoch and not result.has_reset:
             metric = result if result.is_tensor else result.value
             state = _on_device(metric.metric_state, "cpu")
@@ -166,9 +175,10 @@ def add_training_sums(trainer: Any, sums: dict[str, dict[str, Any]]) -> dict[str
             rest[key] = saved
             continue
         state = _on_device(saved["state"], metric.device)
-        if metric.update_count == 0:
+        if metric.update_count == 0 or key == saved["attribute"]:
             for name, value in state.items():
                 setattr(metric, name, value)
+            metric._computed, metric._update_count = None, 0
         elif metric is result and (result.meta.is_max_reduction or result.meta.is_min_reduction):
             metric.value = result.meta.reduce_fx(state["value"], metric.value)
         else:
@@ -177,12 +187,22 @@ def add_training_sums(trainer: Any, sums: dict[str, dict[str, Any]]) -> dict[str
     return rest
 
 
+def _own_metrics(module: nn.Module) -> dict[str, Metric]:
+    """Return the metrics in a module, those of collections with the state that they share."""
+    for part in module.modules():
+        if isinstance(part, MetricCollection):
+            part.values(copy_state=False)  # else only the first of a group has the newest
+    return {name: part for name, part in module.named_modules() if isinstance(part, Metric)}
+
+
 def _on_device(state: dict[str, Any], device: Any) -> dict[str, Any]:
     """Return a copy of a metric's state, of tensors and lists of them."""
+
+    def copy(value: Any) -> Any:
+        return value.detach().clone().to(device) if isinstance(value, Tensor) else value
+
     return {
-        name: [value.detach().clone().to(device) for value in values]
-        if isinstance(values, list)
-        else values.detach().clone().to(device)
+        name: [copy(value) for value in values] if isinstance(values, list) else copy(values)
         for name, values in state.items()
     }
 

@@ -156,8 +156,9 @@ class ExactResume(CallbackBase):
     - the states of random numbers, of torch, its CUDA device, numpy and Python, as they are when
       the checkpoint is written, that is after a step, before the next batch is taken. They are set
       before the next batch is taken, at the end of an epoch before its loader begins to shuffle.
-    - the sums of the means that are logged at the end of a training epoch, within one; and what a
-      module returns from `training_sums()`, for its `load_training_sums(sums)`.
+    - the sums of the means that are logged at the end of a training epoch, within one, and the
+      states of metrics that the module holds and updates by hand; and what a module returns from
+      `training_sums()`, for its `load_training_sums(sums)`.
 
     It needs as many processes and the same order of the data: of this package's data modules and of
     loaders with a `state_dict` anywhere, of others at the end of an epoch, with a warning where it

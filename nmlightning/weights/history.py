@@ -15,6 +15,7 @@ from nmlightning.name_patterns import some
 from nmlightning.weights.recording_file import (
     FILE_NAME,
     check_finite,
+    explain_unreadable,
     make_arrays,
     read_recording,
     write_recording,
@@ -190,8 +191,9 @@ class NormHistory:
                 'written and use NormHistory.from_arrays, as "A pickle of norms" in '
                 "docs/weight_norms.md shows."
             )
-        file = file / FILE_NAME if file.is_dir() else file
-        content = read_recording(file)
+        with explain_unreadable(file):
+            file = file / FILE_NAME if file.is_dir() else file
+            content = read_recording(file)
         try:
             arrays = make_arrays(**content)
             if finite:

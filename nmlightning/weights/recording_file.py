@@ -9,6 +9,7 @@ import os
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from nmlightning.errors import InputError
 
 FILE_NAME = "weight_norms.safetensors"
 FORMAT = "nmlightning weight norms"
-VERSION = 1
+UNCHECKED_VERSION = 1  # may have no checksum
 GROWING_VERSION = 3
+VERSION = 4
 _ARRAYS = ("steps", "epochs", "learning_rates", "weight_decays")
 _NORMS = "norms/"
 _FINISHED, _REPEATED = 1, 2  # marks of a record: the run finished; the record before, once more
@@ -53,7 +55,10 @@ def write_recording(
 def _checksum(metadata: Mapping[str, str], arrays: Mapping[str, NDArray[Any]]) -> str:
     checksum = zlib.crc32((metadata["names"] + metadata["provenance"]).encode())
     for name in sorted(arrays):
-        checksum = zlib.crc32(np.ascontiguousarray(arrays[name]).view(np.uint8).data, checksum)
+        array = np.ascontiguousarray(arrays[name])
+        if metadata["version"] != str(UNCHECKED_VERSION):
+            checksum = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), checksum)
+        checksum = zlib.crc32(array.view(np.uint8).data, checksum)
     return str(checksum)
 
 
@@ -142,10 +147,11 @@ def find_recording(path: Path, seed: int | None) -> Path:
     with the seed in the folder of an experiment, which has a folder `version_N` for each run. A run
     that finished goes before one that was stopped; a damaged file is passed over with a warning.
     """
-    if path.is_file():
-        return path
-    if (path / FILE_NAME).is_file():
-        return path / FILE_NAME
+    with explain_unreadable(path):
+        if path.is_file():
+            return path
+        if (path / FILE_NAME).is_file():
+            return path / FILE_NAME
     files = sorted(path.glob(f"version_*/{FILE_NAME}"), key=lambda file: file.stat().st_mtime)
     found = {file: origin for file in files if (origin := _read_origin(file)) is not None}
     fitting = [file for file, origin in found.items() if origin.get("seed") == seed]
@@ -164,15 +170,25 @@ def find_recording(path: Path, seed: int | None) -> Path:
     )
 
 
+@contextmanager
+def explain_unreadable(path: Path) -> Iterator[None]:
+    """Turn an OSError of the body, as for a name that is too long, into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
 def read_recording(file: Path) -> dict[str, Any]:
     """Return `norms` by name, `provenance` and the other arrays, or raise InputError."""
     metadata, start = _read_metadata(file)
     if metadata.get("format") != FORMAT:
         raise InputError(f"{file} is a safetensors file, but no recording of weight norms.")
-    if metadata.get("version") not in (str(VERSION), str(GROWING_VERSION)):
+    if metadata.get("version") not in map(str, (UNCHECKED_VERSION, GROWING_VERSION, VERSION)):
         raise InputError(
             f"{file} has version {metadata.get('version')} of the format, and this release reads "
-            f"{VERSION} and {GROWING_VERSION}: install the release that wrote it."
+            f"{UNCHECKED_VERSION}, {GROWING_VERSION} and {VERSION}: install the release that wrote "
+            "it."
         )
     try:
         if metadata["version"] == str(GROWING_VERSION):
@@ -181,6 +197,8 @@ def read_recording(file: Path) -> dict[str, Any]:
         names, provenance = (json.loads(metadata[key]) for key in ("names", "provenance"))
         recording = {name: arrays[name] for name in _ARRAYS}
         norms = {name: arrays[_NORMS + name] for name in names}
+        if metadata["version"] == str(VERSION):
+            metadata["crc32"]  # is there, or KeyError
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
@@ -191,9 +209,9 @@ def read_recording(file: Path) -> dict[str, Any]:
 
 
 def _read_growing(file: Path, metadata: Mapping[str, str], start: int) -> dict[str, Any]:
-    """Return views of the records in the file; those that a killed process left torn do not count.
+    """Return views of the records in the file; one that a killed process left torn does not count.
 
-    They can only be the last ones, and none of those that were written at once.
+    It can only be the last one, too short, and none of those that were written at once.
     """
     if str(zlib.crc32(metadata["content"].encode())) != metadata["crc32"]:
         raise InputError(f"{file} is damaged: the checksum of its head is another.")
@@ -205,14 +223,22 @@ def _read_growing(file: Path, metadata: Mapping[str, str], start: int) -> dict[s
     if count:
         records = np.asarray(np.memmap(file, kind, "c", offset=start, shape=(count,)))
     good = records["crc32"] == _checksums(records)
-    count = len(good) if good.all() else int(good.argmin())
-    if good[count:].any() or (count < head["whole"] and len(good) > count):
-        raise InputError(f"{file} is damaged: the checksum of record {count} is another.")
+    if not good.all():
+        bad, end = int(good.argmin()), start + int(good.argmin()) * kind.itemsize
+        cut = f"; those before it are whole: truncate -s {end} {file} leaves them"
+        raise InputError(
+            f"{file} is damaged: the checksum of record {bad} is another"
+            f"{cut if bad >= max(1, head['whole']) else ''}."
+        )
     if count < head["whole"]:
         raise InputError(
             f"{file} is truncated or no safetensors file ({count} of {head['whole']} records)."
         )
-    records = records[:count]
+    if torn := (file.stat().st_size - start) % kind.itemsize:
+        warnings.warn(
+            f"{file} ends in {torn} bytes of a record that was not written whole; it is left out.",
+            stacklevel=4,
+        )
     if count:
         last = records[-1]
         known = {"steps_per_epoch": int(last["steps_per_epoch"])}

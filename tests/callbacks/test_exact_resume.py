@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset, random_split
-from torchmetrics import MaxMetric
+from torchmetrics import CatMetric, MaxMetric, MeanMetric, MetricCollection, SumMetric
 
 from nmlightning import Digits, ImageClassifier, QuantizationNoise
 from nmlightning.callbacks import AtomicCheckpointIO, ExactResume
@@ -52,6 +52,8 @@ class Logs(ImageClassifier):
     def __init__(self, net: nn.Module, **options: Any) -> None:
         super().__init__(net, **options)
         self.largest = MaxMetric()
+        self.by_hand = MetricCollection([MeanMetric(), SumMetric(), MaxMetric(), CatMetric()])
+        self.logged_by_hand: list[dict[str, float]] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
@@ -59,7 +61,12 @@ class Logs(ImageClassifier):
         self.log("train/most", loss, on_epoch=True, on_step=False, reduce_fx="max")
         self.largest(loss)
         self.log("train/largest", self.largest, on_epoch=True, on_step=False)
+        self.by_hand.update(loss.detach())
         return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.logged_by_hand.append({k: v.sum().item() for k, v in self.by_hand.compute().items()})
+        self.by_hand.reset()
 
 
 class Keep(pl.Callback):
@@ -101,7 +108,8 @@ def fit(
     torch.manual_seed(seed + int(os.environ.get("LOCAL_RANK", 0)))  # other numbers on each rank
     given = {"datamodule": Digits(batch_size=32, image_size=8)} if data is None else data
     trainer.fit(task, **given, ckpt_path=start)
-    return {name: w.clone() for name, w in task.state_dict().items()}, keep.logged
+    logged = [x | y for x, y in zip(keep.logged, task.logged_by_hand, strict=True)]
+    return {name: w.clone() for name, w in task.state_dict().items()}, logged
 
 
 def assert_resumes(tmp_path: Path, name: str, data: Any = lambda: None, **options: Any) -> None:
