@@ -3,6 +3,8 @@
 import glob
 import os
 import shutil
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -82,6 +84,15 @@ def replace_folder(path: Path, draft: Path) -> Iterator[None]:
             _remove(earlier)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
+
+
+def is_whole_zip(file: Path | BinaryIO) -> bool:
+    """Return whether all checksums in a file as `torch.save` writes it are right."""
+    try:
+        with zipfile.ZipFile(file) as content:
+            return content.testzip() is None
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError):
+        return False  # a flipped bit may ask for a compression or an encryption
 
 
 def draft_of(path: Path) -> Path:

@@ -207,6 +207,18 @@ def _on_device(state: dict[str, Any], device: Any) -> dict[str, Any]:
     }
 
 
+def replace_torch_io(strategy: Any, io: TorchCheckpointIO) -> None:
+    """Let `io` do what Lightning's own does, also inside those that wrap it, as AsyncCheckpointIO.
+
+    Lightning sets the inner one of these when its getter is called, and never again.
+    """
+    outer, inner = strategy, strategy.checkpoint_io
+    while getattr(inner, "checkpoint_io", None) is not None:
+        outer, inner = inner, inner.checkpoint_io
+    if type(inner) is TorchCheckpointIO:
+        outer._checkpoint_io = io
+
+
 def keep_through_sync(trainer: Any, unfused: Unfused) -> None:
     """Let `Trainer(sync_batchnorm=True)` synchronise our norms instead of replacing them by L2.
 

@@ -146,6 +146,11 @@ def test_each_address_is_its_own_checkpoint(tmp_path: Path) -> None:
         assert io.load_checkpoint(f"{address}/a/last.ckpt") == {"of": "later"}
         with pytest.raises(InputError, match=r"/c/last.ckpt cannot be read: HTTP Error 404"):
             io.load_checkpoint(f"{address}/c/last.ckpt")
+        content = (tmp_path / "b" / "last.ckpt").read_bytes()
+        flipped = content.replace(b"of", b"og", 1)
+        (tmp_path / "b" / "last.ckpt").write_bytes(flipped)
+        with pytest.raises(InputError, match=r"/b/last.ckpt is damaged: a checksum is wrong"):
+            io.load_checkpoint(f"{address}/b/last.ckpt")
         torch.save(tmp_path, tmp_path / "object.ckpt")
         with pytest.raises(pickle.UnpicklingError):
             io.load_checkpoint(f"{address}/object.ckpt")

@@ -9,7 +9,7 @@ import lightning.pytorch
 import pytest
 import pytorch_lightning
 import torch
-from pytorch_lightning.plugins import TorchSyncBatchNorm
+from pytorch_lightning.plugins import AsyncCheckpointIO, TorchCheckpointIO, TorchSyncBatchNorm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
@@ -25,8 +25,8 @@ from lightning_modules import (
     norm_types,
     package_of,
 )
-from nmlightning.callbacks import NormSwap
-from nmlightning.compat import CallbackBase, builds_in_configure_model
+from nmlightning.callbacks import AtomicCheckpointIO, NormSwap
+from nmlightning.compat import CallbackBase, builds_in_configure_model, replace_torch_io
 from nmlightning.norms.batch_norm import L1BatchNorm2d, TopKBatchNorm2d
 from trainers import SaveAt, run_as_script
 
@@ -40,6 +40,30 @@ def test_builds_in_configure_model(module_class: type, late: bool) -> None:
     assert builds_in_configure_model(module) is late
     fit(module, NormSwap("l1"))
     assert builds_in_configure_model(module) is late
+
+
+class Other(TorchCheckpointIO):
+    """Somebody's own, which stays."""
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (None, AtomicCheckpointIO),
+        (AsyncCheckpointIO(), AtomicCheckpointIO),
+        (AsyncCheckpointIO(AsyncCheckpointIO()), AtomicCheckpointIO),
+        (AsyncCheckpointIO(Other()), Other),
+        (Other(), Other),
+    ],
+)
+def test_our_io_stands_inside_those_that_wrap(given: Any, kept: type) -> None:
+    strategy = pytorch_lightning.strategies.SingleDeviceStrategy(checkpoint_io=given)
+    replace_torch_io(strategy, AtomicCheckpointIO())
+    inner: Any = strategy.checkpoint_io
+    assert given in (None, inner)
+    while isinstance(inner, AsyncCheckpointIO):
+        inner = inner.checkpoint_io
+    assert type(inner) is kept
 
 
 def test_callbacks_belong_to_both_packages() -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from nmlightning.atomic_file import (
     draft_of,
     explain_failure,
+    is_whole_zip,
     remove_drafts,
     replace_file,
     replace_folder,
@@ -56,7 +57,7 @@ class AtomicCheckpointIO(CheckpointIOBase):
     Of a checkpoint at a web address nothing is kept, and no pickled object in it is loaded.
 
     Raises:
-        InputError: the file cannot be written, such as on a full disk, or the address not read.
+        InputError: a file cannot be written, as on a full disk; an address not read, or damaged.
 
     Example:
         >>> from pytorch_lightning import Trainer
@@ -88,6 +89,8 @@ class AtomicCheckpointIO(CheckpointIOBase):
                         file.write(chunk)
             except (URLError, OSError) as error:
                 raise InputError(f"the checkpoint {path} cannot be read: {error}.") from error
+            if not is_whole_zip(file):
+                raise InputError(f"the checkpoint {path} is damaged: a checksum is wrong.")
             file.seek(0)
             whole: dict[str, Any] = torch.load(file, map_location, weights_only=weights_only)
             return whole

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch.distributed as dist
 from jsonargparse import Namespace, dict_to_namespace
-from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import BasePredictionWriter, ModelCheckpoint, RichProgressBar
 from pytorch_lightning.callbacks.progress import ProgressBar
@@ -40,7 +39,7 @@ from nmlightning.commands.files import (
 )
 from nmlightning.commands.parser import ConfigFile, Parser, check_numbers
 from nmlightning.commands.run_report import filter_logs
-from nmlightning.compat import copying_strategy
+from nmlightning.compat import copying_strategy, replace_torch_io
 from nmlightning.errors import InputError
 from nmlightning.tasks.numerics import SoundNumerics
 
@@ -171,8 +170,7 @@ class TrainingCLI(LightningCLI):
                 f"trainer.num_nodes is {nodes}, and nothing says where the others are: start all "
                 "by torchrun or SLURM, or set MASTER_ADDR, MASTER_PORT and NODE_RANK."
             )
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        replace_torch_io(trainer.strategy, AtomicCheckpointIO())
         if type(trainer.strategy).save_checkpoint is not Strategy.save_checkpoint:
             replace_whole(trainer.strategy)
         if options.precision in ("16-mixed", "16", 16) and trainer.precision == "bf16-mixed":

@@ -23,9 +23,7 @@ from nmlightning.errors import InputError
 
 FILE_NAME = "weight_norms.safetensors"
 FORMAT = "nmlightning weight norms"
-UNCHECKED_VERSION = 1  # may have no checksum
-GROWING_VERSION = 3
-VERSION = 4
+VERSIONS = UNCHECKED_VERSION, GROWING_VERSION, VERSION = 1, 3, 4  # the first may lack a checksum
 _ARRAYS = ("steps", "epochs", "learning_rates", "weight_decays")
 _NORMS = "norms/"
 _FINISHED, _REPEATED = 1, 2  # marks of a record: the run finished; the record before, once more
@@ -184,7 +182,7 @@ def read_recording(file: Path) -> dict[str, Any]:
     metadata, start = _read_metadata(file)
     if metadata.get("format") != FORMAT:
         raise InputError(f"{file} is a safetensors file, but no recording of weight norms.")
-    if metadata.get("version") not in map(str, (UNCHECKED_VERSION, GROWING_VERSION, VERSION)):
+    if metadata.get("version") not in {str(each) for each in VERSIONS}:
         raise InputError(
             f"{file} has version {metadata.get('version')} of the format, and this release reads "
             f"{UNCHECKED_VERSION}, {GROWING_VERSION} and {VERSION}: install the release that wrote "
