@@ -240,7 +240,7 @@ class TestAudit:
         ("layer", "now"), [(nn.BatchNorm2d(4), "BatchNorm2d"), (nn.Identity(), "gone")]
     )
     def test_layer_replaced_after_the_swap_is_refused(self, layer: nn.Module, now: str) -> None:
-        with pytest.raises(InputError, match=f"made net.1 a L1BatchNorm2d, but it is {now}"):
+        with pytest.raises(InputError, match=f"made net.1 L1BatchNorm2d, but it is {now}"):
             fit(make(PlModule), NormSwap("l1"), Replaces(layer))
         fit(make(PlModule), Replaces(nn.BatchNorm2d(4)), NormSwap("l1"))
 
