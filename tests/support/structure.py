@@ -69,9 +69,9 @@ EXCEPTIONS = {
 }
 # Of the targets that are missed: what was reached, which must not be left again.
 REACHED = {
-    "lines of nmlightning, Python and C++": 28_450,
-    "lines of tests": 27_100,
-    "files a config meets before Trainer.fit": 21,
+    "lines of nmlightning, Python and C++": 28_825,
+    "lines of tests": 27_480,
+    "files a config meets before Trainer.fit": 22,
 }
 
 Graph = Mapping[str, Collection[str]]
