@@ -56,8 +56,9 @@ def _texts(settings: Any, key: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(settings, str):
         yield key, settings
         try:
-            inner = load_yaml(settings, key)
-        except InputError:
+            is_file = Path(settings).is_file()  # which jsonargparse reads as a config
+            inner = load_yaml(Path(settings).read_text("utf-8") if is_file else settings, key)
+        except (InputError, OSError, ValueError):
             return
         if inner != settings and isinstance(inner, str | dict | list):
             yield from _texts(inner)

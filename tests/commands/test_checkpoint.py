@@ -106,7 +106,7 @@ def test_nothing_is_imported_that_a_checkpoint_alone_names(
 
 CLASS_PATHS = [
     *("last.ckpt", "évil.Net", "google.évil.Net", "google.évil", "evil.Net ", ".evil.Net"),
-    *("evil:Net", " {class_path: évil.Net}", "evil-2.Net"),
+    *("evil:Net", " {class_path: évil.Net}", "evil-2.Net", "net.yaml"),
 ]
 
 
@@ -120,6 +120,7 @@ def test_no_class_path_makes_a_file_of_the_current_folder_run(
     monkeypatch.setattr(sys, "path", [*sys.path, ""])
     monkeypatch.chdir(tmp_path)
     Path("google").mkdir()
+    Path("net.yaml").write_text("class_path: evil.Net")
     for file in ("last", "évil", "evil", "evil-2", "google/évil"):
         Path(f"{file}.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
     stored = {"_class_path": "nmlightning.tasks.ImageClassifier", "_instantiator": "a.b"}

@@ -69,8 +69,8 @@ EXCEPTIONS = {
 }
 # Of the targets that are missed: what was reached, which must not be left again.
 REACHED = {
-    "lines of nmlightning, Python and C++": 28_825,
-    "lines of tests": 27_480,
+    "lines of nmlightning, Python and C++": 28_830,
+    "lines of tests": 27_490,
     "files a config meets before Trainer.fit": 22,
 }
 
