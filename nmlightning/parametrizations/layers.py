@@ -144,7 +144,7 @@ def find_weights(
             if any(place.path in output.candidates for place in weight.places):
                 doubts.add(output.doubt)
     for doubt in doubts:
-        names = some([w.name for w in left]) + (" is" if len(left) == 1 else " are")
+        names = some([w.name for w in left]) + (" are" if len(left) > 1 else " is")
         warnings.warn(
             f"{doubt}; {names} left out: name by include or exclude what is normalised and what is "
             "not.",

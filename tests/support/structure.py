@@ -52,7 +52,7 @@ LAYERS = [
     ["nmlightning.surgery"],
     ["nmlightning.parametrizations"],
     ["nmlightning.optim", "nmlightning.norms", "nmlightning.reports"],
-    ["nmlightning.weights", "nmlightning.kernels"],
+    ["nmlightning.weights", "nmlightning.kernels", "nmlightning.named_code"],
     [
         "nmlightning.functional",
         "nmlightning.models",
