@@ -57,6 +57,10 @@ class LayerRanges:
         finite = self.deviations[np.isfinite(self.deviations)]
         return float(finite.max()) if len(finite) else float("nan")
 
+    def count(self, norm: str, outcome: str) -> int:
+        """Return how many entries came out so; 0 if the norm was not tried on this layer."""
+        return self.outcomes.get(norm, {}).get(outcome, 0)
+
     def lost(self, norm: str) -> dict[str, int]:
         """Return how many entries the norm itself loses, by how they fail."""
         counts = self.outcomes.get(norm, {})

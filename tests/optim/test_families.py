@@ -10,26 +10,26 @@ WEIGHTS = [torch.nn.Parameter(torch.ones(2, 2))]
 
 
 class Adam8bit(torch.optim.Optimizer):
-    """Of another package, known by its name and by what its groups hold."""
+    """Of a package that is known, by its name and by what its groups hold."""
 
-    __module__ = "torchao.optim"
+    __module__ = "torch.optim"
 
     def __init__(self, weights: Any = WEIGHTS, **options: Any) -> None:
         super().__init__(weights, {"lr": 1e-3, "betas": (0.9, 0.999), **options})
 
 
 class AdamW8bit(Adam8bit):
-    __module__ = "torchao.optim"
+    __module__ = "torch.optim"
 
 
 class _AdamW(Adam8bit):
     """As torchao's."""
 
-    __module__ = "torchao.optim"
+    __module__ = "torch.optim"
 
 
 class FusedAdam(Adam8bit):
-    __module__ = "apex.optimizers"
+    __module__ = "torch.optim"
     adam_w_mode = 0
 
     def __init__(self, **options: object) -> None:

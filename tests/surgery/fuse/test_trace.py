@@ -182,6 +182,6 @@ def test_class_attributes_are_watched_on_the_module() -> None:
     net = type("Block", (nn.Module,), {"forward": forward, "act": True})()
     net.norm = nn.BatchNorm2d(3)
     assert len(swap_norms(net, "l1", fuse="relu").fused) == 1
-    with pytest.warns(UserWarning, match="act of a Block was changed"):
+    with pytest.warns(UserWarning, match="act of Block was changed"):
         net.act = False
     assert (net(torch.randn(4, 3, 5, 5)) < 0).any()
