@@ -24,15 +24,9 @@ _AnyLoader.add_multi_constructor("", lambda loader, suffix, node: suffix)
 
 
 def load_yaml(text: str, what: str, *, objects: bool = False) -> Any:
-    """Return the content of a YAML text.
+    """Return the content of a YAML text, which is called `what` in an error.
 
-    Args:
-        text: one document.
-        what: the text is called in an error.
-        objects: take a value of an unknown type for the type's name, not refuse it.
-
-    Raises:
-        InputError: it is no YAML, or `check_yaml` refuses it.
+    With `objects` a value of an unknown type stands for the type's name, and is not refused.
     """
     try:
         check_yaml(text, objects=objects)

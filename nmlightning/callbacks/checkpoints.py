@@ -116,15 +116,10 @@ def replace_whole(strategy: Any) -> None:
 
 
 class EndCheckpoint(CallbackBase):
-    """Keeps the end of a fit as `last.ckpt` where no other callback has a checkpoint of its step.
+    """Keeps the end of a fit as `last.ckpt` where no callback has a checkpoint of its step."""
 
-    Attributes:
-        step: of the last checkpoint, or else that the fit started at.
-        file: where the end is kept, None where there are no checkpoints.
-    """
-
-    step = 0
-    file: Path | None = None
+    step = 0  # of the last checkpoint, or else that the fit started at
+    file: Path | None = None  # where the end is kept, None where there are no checkpoints
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Delete what killed processes left of files in the runs beside this one."""

@@ -50,14 +50,7 @@ _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "Storage size ca
 
 @contextmanager
 def explain_failures(is_start: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Turn what the body raises because of what the user gave into an InputError of one line.
-
-    Args:
-        is_start: whether the first epoch is still to be done.
-
-    Raises:
-        InputError: from what the body raised.
-    """
+    """Turn what the body raises because of what the user gave into an InputError of one line."""
     try:
         yield
     except Exception as error:
@@ -123,9 +116,6 @@ def failing_together(
     """Say in a line that another process is lost, and leave none running that this one started.
 
     `checkpoint` returns the last one that there is, of what the body runs.
-
-    Raises:
-        SystemExit: with LOST_PROCESS, in place of what torch's collective raised.
     """
     try:
         yield

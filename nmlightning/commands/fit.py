@@ -47,11 +47,7 @@ MOST_DEVICES = 64  # of a machine, where the CPU has fewer cores
 
 
 def run(arguments: list[str], paths: RunPaths) -> int:
-    """Run `nm fit`, `validate`, `test` or `predict` and return its exit code.
-
-    Raises:
-        InputError: an option, a config or a checkpoint cannot be right.
-    """
+    """Run `nm fit`, `validate`, `test` or `predict` and return its exit code."""
     command, *options = arguments
     with filter_logs():
         try:

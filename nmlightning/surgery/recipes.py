@@ -125,24 +125,15 @@ def _is_normalised_so(module: nn.Module, recipe: Recipe) -> bool:
 
 @dataclass(frozen=True)
 class Change:
-    """One of the things that are done to a model.
+    """One of the things that are done to a model."""
 
-    Attributes:
-        key: what its recipes are under in a checkpoint.
-        callback: the name of what does it in a Trainer.
-        noun: what it changes.
-        title: the keyword that an error names its recipes by.
-        make: returns a recipe in its one spelling.
-        tidy: drops the recipes that came to nothing.
-        holds: whether a recipe that was followed still is true of a module.
-    """
-
-    key: str
-    callback: str
-    noun: str
-    title: str
-    make: Callable[..., Recipe]
-    tidy: Callable[[list[Recipe]], list[Recipe]]
+    key: str  # what its recipes are under in a checkpoint
+    callback: str  # the name of what does it in a Trainer
+    noun: str  # what it changes
+    title: str  # the keyword that an error names its recipes by
+    make: Callable[..., Recipe]  # returns a recipe in its one spelling
+    tidy: Callable[[list[Recipe]], list[Recipe]]  # drops the recipes that came to nothing
+    # Whether a recipe that was followed still is true of a module.
     holds: Callable[[nn.Module, Recipe], bool]
 
 

@@ -14,11 +14,7 @@ OPTIONAL_BUFFER = "num_batches_tracked"
 
 
 def check_same_network(module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
-    """Compare the network that a checkpoint holds with `module.net`, by arguments and by shapes.
-
-    Raises:
-        InputError: naming the first difference and both values.
-    """
+    """Refuse another network in a checkpoint than `module.net`, by arguments and by shapes."""
     stored = checkpoint.get(module.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("net")
     _check_arguments(stored, module.hparams.get("net"))
     _check_tensors(checkpoint.get("state_dict", {}), module)
@@ -90,9 +86,7 @@ def _difference(key: str, checkpoint: Any, this_run: Any) -> InputError:
 def remember_arguments(task: pl.LightningModule, *plain: str) -> None:
     """Keep the arguments of the constructor that calls this, from which a checkpoint is rebuilt.
 
-    Args:
-        task: the module under construction.
-        plain: the arguments that are plain data, even where Python has given the others as objects.
+    Those that are `plain` data are kept even where Python has given the others as objects.
     """
     caller = inspect.currentframe()
     frame = None if caller is None else caller.f_back
