@@ -8,16 +8,18 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
 import numpy as np
+import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from nmlightning import compat
 from nmlightning.atomic_file import (
     draft_of,
     explain_failure,
@@ -26,27 +28,14 @@ from nmlightning.atomic_file import (
     replace_file,
     replace_folder,
 )
-from nmlightning.compat import (
-    CallbackBase,
-    CheckpointIOBase,
-    add_training_sums,
-    global_seed,
-    is_trial_run,
-    restarts_silently,
-    takes_loaders_from_hooks,
-    training_sums,
-)
 from nmlightning.datamodules.training_batches import count_batches_done
 from nmlightning.errors import InputError
 from nmlightning.surgery.recipes import register_after
 
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
-
 _WEB = ("http://", "https://")
 
 
-class AtomicCheckpointIO(CheckpointIOBase):
+class AtomicCheckpointIO(compat.CheckpointIOBase):
     """Writes a checkpoint beside its target, on the disk, and then gives it the target's name.
 
     Lightning's own writes into the temporary folder and, where that is on another file system,
@@ -115,29 +104,29 @@ def replace_whole(strategy: Any) -> None:
     strategy.save_checkpoint = save_beside
 
 
-class EndCheckpoint(CallbackBase):
+class EndCheckpoint(compat.CallbackBase):
     """Keeps the end of a fit as `last.ckpt` where no callback has a checkpoint of its step."""
 
     step = 0  # of the last checkpoint, or else that the fit started at
     file: Path | None = None  # where the end is kept, None where there are no checkpoints
 
-    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Delete what killed processes left of files in the runs beside this one."""
         folder = trainer.log_dir  # for which all processes wait
-        if trainer.checkpoint_callbacks and folder and not is_trial_run(trainer):
+        if trainer.checkpoint_callbacks and folder and not compat.is_trial_run(trainer):
             self.file = Path(folder) / "checkpoints" / "last.ckpt"
             if trainer.is_global_zero:
                 remove_drafts(Path(folder).parent, below=True)
 
-    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.step = trainer.global_step
 
     def on_save_checkpoint(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self.step = trainer.global_step
 
-    def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save, before other callbacks put averaged weights into the module."""
         if self.file and self.step != trainer.global_step:
             trainer.save_checkpoint(self.file)
@@ -146,7 +135,7 @@ class EndCheckpoint(CallbackBase):
 _KEY = "nmlightning.ExactResume"
 
 
-class ExactResume(CallbackBase):
+class ExactResume(compat.CallbackBase):
     """Lets a resumed run be bit for bit the one that was not interrupted; `nm fit` has it.
 
     What Lightning leaves out of a checkpoint comes in, of every process, as plain tensors:
@@ -183,7 +172,7 @@ class ExactResume(CallbackBase):
         self._own_sums: dict[str, Any] = {}  # that the module adds up by itself
 
     def on_load_checkpoint(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Have the random numbers set before the loader of an epoch begins, but after it is made.
 
@@ -199,12 +188,12 @@ class ExactResume(CallbackBase):
         if self._loaded["within_epoch"]:
             return
         set_states = partial(_set_once, self._random, trainer.strategy.root_device)
-        if not takes_loaders_from_hooks(trainer):
+        if not compat.takes_loaders_from_hooks(trainer):
             set_states()
         for source in filter(None, (getattr(trainer, "datamodule", None), pl_module)):
             register_after(source, "train_dataloader", set_states, key=_KEY)
 
-    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note what this run asks for, before it is replaced by what the checkpoint has.
 
         Of a sharded model, the checkpoint is loaded after this.
@@ -212,7 +201,7 @@ class ExactResume(CallbackBase):
         self._settings = _asked_for(trainer)
         _refuse_other_settings(self._loaded.get("settings", {}), self._settings)
 
-    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Resume, or raise InputError."""
         loaded, self._loaded = self._loaded, {}
         _refuse_other_settings(loaded.get("settings", {}), self._settings)
@@ -221,44 +210,44 @@ class ExactResume(CallbackBase):
                 f"The checkpoint is of {len(loaded['ranks'])} processes, and this run has "
                 f"{trainer.world_size}: random numbers are others than without the interruption."
             )
-        if loaded.get("within_epoch") and restarts_silently(trainer):
+        if loaded.get("within_epoch") and compat.restarts_silently(trainer):
             rank_zero_warn(
                 "The checkpoint was written within an epoch, and the training loader has no "
                 "load_state_dict: the rest of the epoch is of other batches than without the "
                 "interruption. Give it one, or resume from the end of an epoch."
             )
         _set_once(self._random, trainer.strategy.root_device)
-        self._sums = add_training_sums(trainer, self._sums)
+        self._sums = compat.add_training_sums(trainer, self._sums)
         if self._own_sums:
             pl_module.load_training_sums(self._own_sums)  # type: ignore[operator]
 
     def on_train_batch_end(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *_: Any, **__: Any
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any
     ) -> None:
         """Add the sums to those of metrics that the first batch has made."""
         if self._sums:
-            self._sums = add_training_sums(trainer, self._sums)
+            self._sums = compat.add_training_sums(trainer, self._sums)
 
-    def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget what was not logged any more."""
         self._sums = {}
 
-    def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note the random numbers, of which training draws on as if there were no validation."""
         self._before_validation = random_states(trainer.strategy.root_device)
 
-    def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Set them again."""
         set_random_states(self._before_validation, trainer.strategy.root_device)
 
     def on_save_checkpoint(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep the states of all processes, and what this run asked for."""
         within_epoch = count_batches_done(trainer) > 0
         mine: dict[str, Any] = {
             "random": random_states(trainer.strategy.root_device),
-            "sums": {**self._sums, **training_sums(trainer)} if within_epoch else {},
+            "sums": {**self._sums, **compat.training_sums(trainer)} if within_epoch else {},
             "own_sums": getattr(pl_module, "training_sums", dict)(),
         }
         ranks = [mine] * trainer.world_size
@@ -313,9 +302,9 @@ def _set_once(states: list[RandomStates], device: torch.device, *_: Any) -> None
 _HOW = ("params", "param_names", "foreach", "fused", "capturable", "differentiable")
 
 
-def _asked_for(trainer: "pl.Trainer") -> dict[str, Any]:
+def _asked_for(trainer: pl.Trainer) -> dict[str, Any]:
     """Return, by name, the seed and the options of optimizers and schedules, as plain values."""
-    asked: dict[str, Any] = {} if global_seed() is None else {"seed": global_seed()}
+    asked: dict[str, Any] = {} if compat.global_seed() is None else {"seed": compat.global_seed()}
     for optimizer in trainer.optimizers:
         name = type(optimizer).__name__
         for number, group in enumerate(optimizer.param_groups):

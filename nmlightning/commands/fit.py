@@ -31,12 +31,7 @@ from nmlightning.commands import run_report
 from nmlightning.commands.argument_parser import DIVERGED, INTERRUPTED, TERMINATED
 from nmlightning.commands.checkpoint import checkpoint_hparams
 from nmlightning.commands.failures import explain_failures, failing_together
-from nmlightning.commands.files import (
-    RunPaths,
-    default_logger,
-    new_version,
-    time_written,
-)
+from nmlightning.commands.files import RunPaths, default_logger, new_version, time_written
 from nmlightning.commands.parser import ConfigFile, Parser, check_numbers
 from nmlightning.commands.run_report import filter_logs
 from nmlightning.compat import copying_strategy, replace_torch_io
@@ -225,10 +220,7 @@ class TrainingCLI(LightningCLI):
             run_report.print_notice("no --ckpt_path is given; these weights are untrained.")
         if "verbose" in kwargs:
             kwargs["verbose"] = False  # our table says the same
-        with (
-            explain_failures(),
-            failing_together(self.trainer, lambda: kwargs.get("ckpt_path")),
-        ):
+        with explain_failures(), failing_together(self.trainer, lambda: kwargs.get("ckpt_path")):
             measure(model, **kwargs)
         run_report.print_metrics(self.trainer.callback_metrics)
         run_report.print_paths(checkpoint=kwargs.get("ckpt_path"))
