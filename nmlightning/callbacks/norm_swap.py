@@ -185,7 +185,7 @@ class NormSwap(ModelChange):
         compat.keep_through_sync(trainer, unfused)
         swaps = [c for c in trainer.callbacks if isinstance(c, NormSwap)]  # type: ignore[attr-defined]
         if self is swaps[0]:  # what others did since the last run's swaps was meant
-            recipes.forget_undone_swaps(pl_module)
+            recipes.forget_reverted_swaps(pl_module)
         super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -187,20 +187,20 @@ def _notes(module: nn.Module, change: Change) -> list[Recipe]:
     return list(module.__dict__.get(_NOTES, {}).get(change.key, ()))
 
 
-def forget_undone_swaps(module: nn.Module) -> None:
+def forget_reverted_swaps(module: nn.Module) -> None:
     """Drop from the notes the norms that are of another class by now, as after a swap by hand.
 
-    Of those that are torch's again, such a swap back is noted where eps shows what was undone.
+    Of those that are torch's again, such a swap back is noted where eps shows what was reverted.
     """
     layers = dict(module.named_modules())
     now = {name: type(layer).__name__ for name, layer in layers.items()}
     last, kept = changed_modules(module, NORM_SWAP), []
-    undone = {name for name, cls in last.items() if now.get(name, cls) != cls}
+    reverted = {name for name, cls in last.items() if now.get(name, cls) != cls}
     for recipe in _notes(module, NORM_SWAP):
-        made = {k: cls for k, cls in recipe["modules"].items() if k not in undone}
+        made = {k: cls for k, cls in recipe["modules"].items() if k not in reverted}
         if made or not recipe["modules"]:
             kept.append({**recipe, "modules": made})
-        back = [x for x in recipe["modules"].keys() & undone if describe_norm(layers[x]) is None]
+        back = [x for x in recipe["modules"].keys() & reverted if describe_norm(layers[x]) is None]
         lasts = {k: v for k, v in recipe["options"].items() if k in INHERITED_UNLESS_GIVEN}
         if back and lasts:
             noted = make_recipe("l2", lasts, recipe["kinds"], map(escape, back), ())
@@ -251,7 +251,7 @@ def keep_in_checkpoints(module: nn.Module) -> None:
 
 def write_recipes(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     """Put what was noted on `module` into `checkpoint`."""
-    forget_undone_swaps(module)
+    forget_reverted_swaps(module)
     noted = {change.key: recipes_of(module, change) for change in CHANGES}
     if any(noted.values()):
         checkpoint[KEY] = {"version": VERSION, **{key: r for key, r in noted.items() if r}}
