@@ -93,7 +93,6 @@ def _version(package: str) -> str:
         return "–"
 
 
-CONSOLE_WIDTH = 100
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WIDTH = 64
 CHECKED = {4: (16, WIDTH, 8, 16), 2: (128, WIDTH)}
@@ -199,7 +198,7 @@ def run(arguments: list[str]) -> int:
         "the result of a self-check: forward and backward against the formula in float64, and the "
         "time against torch's norms. It takes about ten seconds. Paste it into a bug report.",
     ).parse_args(arguments)
-    console = Console(width=CONSOLE_WIDTH, highlight=False)
+    console = Console(highlight=False)
     _print_rows(console, [*describe_versions(), *describe_devices(), *describe_kernels()])
     wrong = False
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
@@ -255,7 +254,7 @@ def _print_checks(console: Console, device: str, checks: Sequence[Check]) -> Non
 def _print_times(console: Console, device: str) -> None:
     """Print, of each norm that has kernels, the quartiles of its time against torch's norm."""
     shapes = " and ".join(map(str, TIMED.values()))
-    console.print(f" {device}: time against torch's norm, float32, {shapes}, {ROUNDS} rounds each")
+    console.print(f" {device}: times of {shapes}, float32, {ROUNDS} rounds each")
     rows: Rows = []
     for subject in (subject for subject in SUBJECTS if subject.timed):
         x = torch.randn(TIMED[subject.dims], device=device)
