@@ -248,6 +248,12 @@ class _SyncKeepingOurs:
         self._unfused = unfused
 
     def apply(self, model: nn.Module) -> nn.Module:
+        return self._keep_ours(model, self.original.apply)
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        return self._keep_ours(model, self.original.revert)
+
+    def _keep_ours(self, model: nn.Module, convert: Any) -> nn.Module:
         ours = {
             name: layer
             for name, layer in model.named_modules(remove_duplicate=False)
@@ -255,12 +261,9 @@ class _SyncKeepingOurs:
         }
         with self._unfused(model):
             for name in ours:
-                model.set_submodule(name, nn.Identity())  # the converter takes all that it finds
-            model = self.original.apply(model)
+                model.set_submodule(name, nn.Identity())  # convert takes all that it finds
+            model = convert(model)
             for name, layer in ours.items():
                 layer.sync = True
                 model.set_submodule(name, layer)
         return model
-
-    def revert(self, model: nn.Module) -> nn.Module:
-        return self.original.revert(model)  # type: ignore[no-any-return]

@@ -25,6 +25,7 @@ from lightning_modules import (
     norm_types,
     package_of,
 )
+from nmlightning import swap_norms
 from nmlightning.callbacks import AtomicCheckpointIO, NormSwap
 from nmlightning.compat import CallbackBase, builds_in_configure_model, replace_torch_io
 from nmlightning.norms.batch_norm import L1BatchNorm2d, TopKBatchNorm2d
@@ -176,9 +177,11 @@ def test_unswapped_norms_convert_to_sync_batch_norm() -> None:
     assert norm_types(synchronised) == [L1BatchNorm2d, nn.SyncBatchNorm]
     assert synchronised.net[1].sync
     assert synchronised.net[1].weight is weight
-    reverted = trainer.strategy._layer_sync.revert(synchronised)
+    for norm in ("topk", "l2"):  # ours is a SyncBatchNorm, too, and stays
+        swap_norms(synchronised, norm, include=["net.4"])
+        reverted = trainer.strategy._layer_sync.revert(synchronised)
+        assert isinstance(reverted.net[4], nn.SyncBatchNorm) == (norm == "topk")
     assert reverted.net[1].weight is weight
-    assert not isinstance(reverted.net[4], nn.SyncBatchNorm)
 
 
 if __name__ == "__main__":

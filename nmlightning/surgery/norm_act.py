@@ -47,11 +47,6 @@ def has_activation(cls: type) -> bool:
     return is_timms or issubclass(cls, _DropAndAct)
 
 
-def is_of_both(cls: type) -> bool:
-    """Return whether a class is such a one."""
-    return issubclass(cls, _OfBoth)
-
-
 def class_of_both(before: type, norm: type) -> type[nn.Module]:
     """Return the class that another library's becomes where its norm becomes `norm`."""
     theirs = getattr(before, _BASES, (None, before))[1]

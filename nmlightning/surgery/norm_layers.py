@@ -23,7 +23,7 @@ from nmlightning.surgery.foreign_norms import (
     find_form,
     is_known,
 )
-from nmlightning.surgery.norm_act import class_of_both, has_activation, is_of_both
+from nmlightning.surgery.norm_act import class_of_both, has_activation
 
 _NAMED_LIKE_A_NORM = re.compile(
     r"(?i:(Batch|Layer|Group|Instance|RMS|Response|L2)_?Norm)"
@@ -60,9 +60,7 @@ class NormLayer:
     @property
     def synchronised(self) -> bool:
         """True if it shares its statistics among ranks."""
-        return isinstance(self.module, nn.SyncBatchNorm) or bool(
-            getattr(self.module, "sync", False)
-        )
+        return bool(getattr(self.module, "sync", isinstance(self.module, nn.SyncBatchNorm)))
 
     def inherited(self) -> dict[str, Any]:
         """Return the constructor arguments that whatever it becomes takes from it."""
@@ -213,7 +211,7 @@ def _describe(name: str, module: nn.Module, named: NormKind | None) -> NormLayer
         reason = "its forward was replaced on the object, where no class counts"
     elif cls in _DIMS:
         return NormLayer(name, module, "batch", _DIMS[cls])
-    elif has_activation(cls) or is_of_both(cls):
+    elif has_activation(cls) or (isinstance(module, BatchNormBase) and hasattr(cls, "replaced")):
         return NormLayer(name, module, "batch", _dims_of(module))
     elif cls in _LAYER_NORMS:
         return NormLayer(name, module, "layer")
@@ -252,8 +250,8 @@ def _dims_of(module: nn.Module) -> int | None:
 def class_to_take(module: nn.Module, template: nn.Module) -> type[nn.Module]:
     """Return the template's class, or one of both where the module's is another library's."""
     before, after = type(module), type(template)
-    plain = before in _DIMS or not isinstance(module, _BatchNorm)
-    return after if plain else class_of_both(before, after)
+    plain = before in _DIMS and before is not nn.SyncBatchNorm
+    return after if plain or not isinstance(module, _BatchNorm) else class_of_both(before, after)
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:

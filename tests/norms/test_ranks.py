@@ -145,7 +145,8 @@ def train_net(norm: str, samples: tuple[int, ...], rank: int | None, wrapper: st
     """Return the state of a swapped net after three steps on this rank's share, or on all."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Tanh(), nn.Conv2d(4, 3, 1)]
-    net = nn.Sequential(*layers, nn.BatchNorm2d(3)).double()
+    last = nn.SyncBatchNorm if wrapper == "fsdp2" else nn.BatchNorm2d  # which torch's DDP refuses
+    net = nn.Sequential(*layers, last(3)).double()
     swap_norms(net, norm, {"sync": True})
     wrapped: nn.Module = net
     if wrapper == "ddp":

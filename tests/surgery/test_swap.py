@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import pickle
 import re
 from typing import Any
 
@@ -341,13 +342,20 @@ class TestSynchronised:
         group = object()
         net = nn.Sequential(nn.SyncBatchNorm(3))
         net[0].process_group = group
-        swap_norms(net, "l1")
-        assert type(net[0]) is norms.L1BatchNorm
+        assert str(swap_norms(net, "l1")) == "swapped 1 SyncBatchNorm → L1SyncBatchNorm"
+        assert isinstance(net[0], norms.L1BatchNorm)
+        assert isinstance(net[0], nn.SyncBatchNorm)
+        x = 2 * torch.randn(4, 3, 5) + 1
+        torch.testing.assert_close(net(x), norms.L1BatchNorm(3)(x))
+        for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net[:1]))):
+            assert type(twin[0]) is type(net[0])
+            torch.testing.assert_close(twin(x), net(x))
         assert net[0].sync
         assert net[0].process_group is group
         assert len(swap_norms(net, "l1")) == 0
-        swap_norms(net, "top10")
-        assert net[0].sync
+        for norm in ("top10", "mean"):
+            swap_norms(net, norm)
+            assert net[0].sync
         swap_norms(net, "l2")
         assert type(net[0]) is nn.SyncBatchNorm
         assert net[0].process_group is group
