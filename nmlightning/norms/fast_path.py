@@ -1,56 +1,46 @@
 """Layer and RMS norms in torch's encoder layers, and where torch.fx and torch.jit read them.
 
 `nn.TransformerEncoderLayer` hands its norms' weights to a fused kernel, whatever class they have,
-unless its activation is neither ReLU nor GELU: that flag is the switch it offers. A whole
-`nn.TransformerEncoder` makes nested tensors for that kernel, unless `use_nested_tensor` is false.
+unless one of its `modules()` has hooks. A whole `nn.TransformerEncoder` makes nested tensors for
+that kernel, unless `use_nested_tensor` is false.
 """
 
 import functools
 import warnings
 from collections.abc import Callable, Iterable
+from itertools import islice
+from traceback import walk_stack
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.jit._trace import TracerWarning
-from torch.nn.modules.module import register_module_module_registration_hook
 
 from nmlightning.errors import InputError
 
+HOOKED = nn.Identity()
+HOOKED.register_forward_pre_hook(lambda *_: None)
+
+
+def is_in_encoder_layer() -> bool:
+    """Return whether torch's encoder layer is what looks through modules, or a compiler may be."""
+    frames = (frame for frame, _ in islice(walk_stack(None), 8))
+    home = nn.TransformerEncoderLayer.__module__
+    return torch.compiler.is_compiling() or any(x.f_globals.get("__name__") == home for x in frames)
+
 
 def guard_encoders(modules: Iterable[nn.Module]) -> None:
-    """Switch the fast paths off where a norm is ours, and back on where none is any more."""
-    watch_encoders()
-    for module in modules:
-        if isinstance(module, nn.TransformerEncoderLayer):
-            _switch(module, "activation_relu_or_gelu", module.children())
-        elif isinstance(module, nn.TransformerEncoder):
-            norms = (child for layer in module.layers for child in layer.children())
-            _switch(module, "use_nested_tensor", norms)
-
-
-def _switch(module: nn.Module, flag: str, norms: Iterable[nn.Module]) -> None:
-    # Of the layer and RMS norms only ours have a backend.
-    classes = nn.LayerNorm | nn.RMSNorm
-    off = any(isinstance(norm, classes) and hasattr(norm, "backend_for") for norm in norms)
-    state, before = vars(module), f"_{flag}_before_swap"
-    if off and flag in state and before not in state:
-        state[before], state[flag] = state[flag], 0
-    elif not off and before in state:
-        state[flag] = state.pop(before)
-
-
-@functools.cache
-def watch_encoders() -> None:
-    """Guard a layer from now on when a norm is put into it by hand; set once for the process."""
-
-    def guard(module: nn.Module, name: str, child: Any) -> None:
-        if isinstance(module, nn.TransformerEncoderLayer):
-            others = (other for key, other in module.named_children() if key != name)
-            _switch(module, "activation_relu_or_gelu", (child, *others))
-
-    register_module_module_registration_hook(guard)
+    """Switch nested tensors off where a norm is ours, and back on where none is any more."""
+    before = "_use_nested_tensor_before_swap"
+    for encoder in modules:
+        if isinstance(encoder, nn.TransformerEncoder):
+            norms = [x for x in encoder.layers.modules() if hasattr(x, "normalized_shape")]
+            state, ours = vars(encoder), any(hasattr(norm, "backend_for") for norm in norms)
+            if ours and before not in state and "use_nested_tensor" in state:
+                state[before], state["use_nested_tensor"] = state["use_nested_tensor"], False
+            elif not ours and before in state:
+                state["use_nested_tensor"] = state.pop(before)
 
 
 def traceable(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -10,7 +10,7 @@ An RMS norm has μ = 0, and so neither mean h nor mean s.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -38,7 +38,7 @@ from nmlightning.norms.batch_norm_base import (
     describe_settings,
     note_norm,
 )
-from nmlightning.norms.fast_path import refuse_scripting, traceable, watch_encoders
+from nmlightning.norms.fast_path import HOOKED, is_in_encoder_layer, refuse_scripting, traceable
 
 
 def check_normalized_shape(normalized_shape: int | Sequence[int]) -> list[int]:
@@ -196,7 +196,12 @@ class FeatureNorm(nn.Module):
         self.statistic = PowerMean(self.p)
         self.constant = check_constant(constant)
         self.stats_dtype = check_stats_dtype(stats_dtype)
-        watch_encoders()
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Yield what torch yields; for its encoder layer also a hook, so that it calls forward."""
+        yield from super().named_modules(*args, **kwargs)
+        if is_in_encoder_layer():
+            yield "", HOOKED
 
     def backend_for(self, input: Tensor) -> Dispatch:
         """Return the backend that computes such an input, and why, without running."""
@@ -211,7 +216,6 @@ class FeatureNorm(nn.Module):
         """Restore a layer, also one that was pickled before layers kept their statistic."""
         state = {"statistic": PowerMean(state["p"]), **state}
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        watch_encoders()
 
     def extra_repr(self) -> str:
         """Return the arguments that differ from the defaults, so that the repr evaluates."""

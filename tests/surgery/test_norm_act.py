@@ -64,6 +64,9 @@ def test_frozen_copied_saved_and_scripted_nets_compute_the_same(net: nn.Module, 
     for other in (frozen, loaded, plain, lambda x: features(x)["classifier"]):
         torch.testing.assert_close(other(x), expected, rtol=1e-4, atol=1e-5)
     assert type(loaded.bn1) is type(net.bn1)
+    swap_norms(loaded, "l2")
+    assert type(loaded.bn1) is timm.layers.BatchNormAct2d
+    torch.testing.assert_close(loaded(x), expected, rtol=1e-4, atol=1e-5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         torch.testing.assert_close(torch.jit.script(net)(x), expected)
@@ -77,10 +80,7 @@ def test_sync_conversion_is_refused_after_the_swap_and_kept_before(x: Tensor) ->
     net = timm.create_model("efficientnet_b0", num_classes=10)
     twin = copy.deepcopy(net)
     swap_norms(net, "l1")
-    for convert in (
-        nn.SyncBatchNorm.convert_sync_batchnorm,
-        timm.layers.convert_sync_batchnorm,
-    ):
+    for convert in (nn.SyncBatchNorm.convert_sync_batchnorm, timm.layers.convert_sync_batchnorm):
         with pytest.raises(InputError, match="L1BatchNormAct2d, which synchronises itself"):
             convert(net)
     synchronised = timm.layers.convert_sync_batchnorm(twin)

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import warnings
 from typing import Any
 
 import pytest
@@ -37,18 +36,18 @@ class TestTimm:
         assert net[1].__dict__.keys() == original[1].__dict__.keys()
         assert len(swap_norms(net, "l2")) == 0
 
-    def test_copy_reverts_on_its_own(self, net: nn.Sequential, images: Tensor) -> None:
-        expected = net.eval()(images)
-        swap_norms(net, "l1")
-        for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
-            torch.testing.assert_close(twin(images), expected)
-            swap_norms(twin, "l2")
-            assert type(twin[1]) is timm.layers.BatchNormAct2d
-            torch.testing.assert_close(twin(images), expected)
-        assert isinstance(net[1], norms.L1BatchNorm2d)
-        torch.testing.assert_close(net(images), expected)
+
+def _reload(net: nn.Module) -> Any:
+    return pickle.loads(pickle.dumps(net))
 
 
+def _compile(net: nn.Module) -> Any:
+    torch.compiler.reset()
+    return torch.compile(net, backend="eager", fullgraph=True)
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 class TestTransformerEncoder:
     """Its fused kernel computes L2 by the norms' weights, whatever class they have."""
 
@@ -57,8 +56,6 @@ class TestTransformerEncoder:
         settings = {"dropout": 0.0, "batch_first": True, "norm_first": request.param}
         return nn.TransformerEncoderLayer(8, 2, 16, **settings)
 
-    @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
-    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
     @pytest.mark.parametrize(("norm", "options"), [("l1", {}), ("lp", {"p": 3})])
     @pytest.mark.parametrize("depth", [0, 2])
     @torch.no_grad()
@@ -78,34 +75,31 @@ class TestTransformerEncoder:
         assert torch.equal(net.eval()(x, src_key_padding_mask=padding), l2)
         assert [vars(module).keys() for module in net.modules()] == [s.keys() for s in state]
 
-    @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
-    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-    @pytest.mark.parametrize("when", ["before", "after"])
+    @pytest.mark.parametrize("then", [lambda net: net, copy.deepcopy, _reload, _compile])
+    @pytest.mark.parametrize("put", [setattr, lambda part, *norm: part._modules.update([norm])])
     @torch.no_grad()
-    def test_norm_put_there_by_hand_is_what_evaluates(self, layer: Any, when: str) -> None:
-        net: Any = nn.TransformerEncoder(layer, 2) if when == "after" else None
-        for part in net.layers if net else [layer]:
-            part.norm1, part.norm2 = norms.L1LayerNorm(8), norms.L1LayerNorm(8)
-        net = net or nn.TransformerEncoder(layer, 2)
+    def test_norm_put_there_by_hand_is_what_evaluates(
+        self, layer: Any, put: Any, then: Any
+    ) -> None:
         x, padding = torch.randn(2, 5, 8), torch.arange(5) >= torch.tensor([[5], [3]])
-        for mask in (None, padding):
-            y, expected = (net.train(mode)(x, src_key_padding_mask=mask) for mode in (False, True))
-            seen = slice(None) if mask is None else ~mask  # torch makes the others 0
-            torch.testing.assert_close(y[seen], expected[seen], rtol=0, atol=1e-5)
-        with warnings.catch_warnings():  # where a swap was made, that it is one of torch's again
-            warnings.simplefilter("ignore", UserWarning)
-            net.layers[0].norm1 = net.layers[0].norm2 = nn.LayerNorm(8)
-        assert net.layers[0].activation_relu_or_gelu == 1
+        net: Any = nn.TransformerEncoder(layer, 2)
+        for part in (layer, net.layers[1]):
+            put(part, "norm1", norms.L1LayerNorm(8))
+        for other in (layer, nn.TransformerEncoder(layer, 1), net):
+            for mask in (None, padding):
+                expected = other.train()(x, src_key_padding_mask=mask)
+                y = then(other.eval())(x, src_key_padding_mask=mask)
+                seen = slice(None) if mask is None else ~mask  # torch makes the others 0
+                torch.testing.assert_close(y[seen], expected[seen], rtol=0, atol=1e-5)
+        assert [*layer.modules()][-1] is layer.dropout2
 
 
 class TestCompiled:
     def test_names_leave_out_the_compile_prefix(self, net: nn.Sequential) -> None:
         net = nn.Sequential(torch.compile(net, backend="eager"))
         norm = torch.compile(nn.BatchNorm2d(3), backend="eager")
-        assert [s.name for s in swap_norms(net, include=["0.1", "0.3.*"]).swapped] == [
-            "0.1",
-            "0.3.1",
-        ]
+        swapped = swap_norms(net, include=["0.1", "0.3.*"]).swapped
+        assert [s.name for s in swapped] == ["0.1", "0.3.1"]
         assert [s.name for s in swap_norms(nn.Sequential(norm), include=["0"]).swapped] == ["0"]
 
     # What torch 2.11's compiler does with an autograd function, and warns of itself.
@@ -203,10 +197,3 @@ class TestMeanOnly:
         torch.testing.assert_close(net(images), images - images.mean((0, 2, 3), keepdim=True))
         swap_norms(net, "l2")
         torch.testing.assert_close(net(images), nn.BatchNorm2d(3, **settings)(images))
-
-    def test_sync_batch_norm_reverts(self) -> None:
-        net = nn.Sequential(nn.SyncBatchNorm(3))
-        swap_norms(net, "mean")
-        assert (type(net[0]), net[0].sync) == (norms.MeanOnlyBatchNorm, True)
-        swap_norms(net, "l2")
-        assert type(net[0]) is nn.SyncBatchNorm
