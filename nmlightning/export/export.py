@@ -62,6 +62,12 @@ class ExportReport:
     made_plain: tuple[str, ...]
     difference: float
 
+    def __str__(self) -> str:
+        folded = "no batch norm folded, as asked" if self.fold is None else str(self.fold)
+        plain = f", {len(self.made_plain)} weights made plain" if self.made_plain else ""
+        size = f"{self.format}, {self.size / 1e6:.1f} MB"
+        return f"{self.file} ({size}): {folded}{plain}; outputs differ by {self.difference:.1e}"
+
 
 def export_network(
     net: nn.Module,

@@ -226,8 +226,8 @@ class BatchNormBase(_BatchNorm):
     def _check_onnx(self) -> None:
         if self.training and torch.onnx.is_in_onnx_export():
             raise InputError(
-                f"ONNX has no {type(self).__name__} in training: leave training=TRAINING out, or "
-                "export with dynamo=True, which writes the formula."
+                f"ONNX has no {type(self).__name__} in training: call eval() and leave training= "
+                "out, or export with dynamo=True, which writes the formula."
             )
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:

@@ -43,8 +43,7 @@ def choose_power(optimizer: optim.Optimizer, power: Power | int | str) -> int:
         return int(power)
     if power != "auto":
         raise InputError(f"power is 'auto', 1 or 2, got {power!r}.")
-    known = known_power(optimizer)
-    if known is not None:
+    if (known := known_power(optimizer)) is not None:
         return known
     raise InputError(
         f"The power for {type(optimizer).__name__} is not known: give power=2 if its step is "
@@ -84,10 +83,10 @@ def _is_adamw(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> bool:
 def expected_rotation(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> float | None:
     """Return the `equilibrium_rotation` of weights in a parameter group of `optimizer`.
 
-    None without weight decay, where there is no equilibrium, and for optimizers of which no formula
-    is known: all but SGD without dampening, and Adam, RAdam and AdamW in a group that decays beside
-    the step, as those with `decoupled_weight_decay` do; also classes of these names, of known
-    packages. A class from elsewhere that extends one has the same only without a step of its own.
+    None without weight decay, where there is no equilibrium, and for all but SGD without dampening,
+    and Adam, RAdam and AdamW in a group that decays beside the step, as with
+    `decoupled_weight_decay`; also classes of these names, of known packages. A class from elsewhere
+    has it only if it extends one without a step of its own, for no step is tried out.
     """
     rate, decay = float(group["lr"]), float(group.get("weight_decay", 0.0))
     if not (decay and _is_known(type(optimizer).step)):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -124,6 +125,13 @@ class StepRule(ABC):
         if history is not None:
             rule.power = choose_power(optimizer, self.power)
             recorded = RecordedNorms(history, weights, self.align)
+        if any(hasattr(each, "train") and hasattr(each, "eval") for each in steps):
+            warnings.warn(
+                f"{type(self).__name__} acts on the weights that {type(optimizer).__name__} trains "
+                "with, and its eval() puts averages in their place, whose norms are others: read "
+                "norms after its train(), or take an optimizer without averages.",
+                stacklevel=2,
+            )
         return StepHookHandle(steps, rule, weights, recorded)
 
 
@@ -131,9 +139,6 @@ class StepHookHandle:
     """A rule at work on the step hooks of nested optimizers, outermost first; `remove` undoes it.
 
     A step is what the outermost does that is called, if the last one steps meanwhile.
-
-    Raises:
-        InputError: a rule steers the optimizer's steps of one of the weights already.
 
     Attributes:
         name: of the rule.
@@ -257,8 +262,7 @@ class StepHookHandle:
 
     def _settings(self) -> dict[str, Any]:
         """Return what of the rule must stay as it is in a run that resumes this one."""
-        named = vars(self._rule).items()
-        return {k: v for k, v in named if k not in _OF_WEIGHTS}
+        return {k: v for k, v in vars(self._rule).items() if k not in _OF_WEIGHTS}
 
     def _check_rule(self, state: Mapping[str, Any]) -> None:
         there, here = f"by {state['rule']}", f"by {self.name}"

@@ -1,6 +1,7 @@
 """Test that what export_network writes is what was trained, for readers without this package."""
 
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -75,6 +76,11 @@ def test_state_dict_has_keys_and_outputs_of_the_plain_network(name: str, tmp_pat
     report = export_network(net, tmp_path / "a.pt", "state_dict", IMAGES)
     assert len(report.fold or ()) == 7
     assert len(report.made_plain) == (7 if " " in name else 0)
+    plain_weights = ", 7 weights made plain" if " " in name else ""
+    line = (
+        rf"\S+a\.pt \(state_dict, 0\.\d MB\): folded 7 batch norms{plain_weights}; outputs differ"
+    )
+    assert re.match(line, str(report))
     plain = CifarResNet(8)
     plain.load_state_dict(torch.load(tmp_path / "a.pt", weights_only=True))
     assert_close(outputs(plain, x), outputs(net, x))

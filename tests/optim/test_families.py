@@ -18,14 +18,8 @@ class Adam8bit(torch.optim.Optimizer):
         super().__init__(weights, {"lr": 1e-3, "betas": (0.9, 0.999), **options})
 
 
-class AdamW8bit(Adam8bit):
-    __module__ = "torch.optim"
-
-
-class _AdamW(Adam8bit):
-    """As torchao's."""
-
-    __module__ = "torch.optim"
+AdamW8bit: Any = type("AdamW8bit", (Adam8bit,), {"__module__": "torch.optim"})
+_AdamW: Any = type("_AdamW", (Adam8bit,), {"__module__": "torch.optim"})  # as torchao's
 
 
 class FusedAdam(Adam8bit):
@@ -45,17 +39,13 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(WEIGHTS, groups)
 
 
-class Extends(torch.optim.Adam):
-    """With the step that it inherits."""
-
-
 class Signs(torch.optim.AdamW):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Would step by signs."""
 
 
-class OtherSGD(torch.optim.SGD):
-    step = Signs.step  # type: ignore[assignment]
+OtherSGD: Any = type("OtherSGD", (torch.optim.SGD,), {"step": Signs.step})
+Extends: Any = type("Extends", (torch.optim.Adam,), {})  # with the step that it inherits
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "AdamW8bit"])
@@ -104,11 +94,6 @@ def test_expected_rotation_takes_the_optimizers_settings(
     found = expected_rotation(optimizer, optimizer.param_groups[0])
     assert found == (expected if expected is None else pytest.approx(expected, rel=1e-4))
 
-
-@pytest.mark.parametrize(("decoupled", "expected"), [(True, 0.0032444), (False, None)])
-def test_expected_rotation_goes_by_the_group(decoupled: bool, expected: float | None) -> None:
-    optimizer = torch.optim.AdamW(WEIGHTS, 1e-3, weight_decay=0.1)
-    optimizer.param_groups[0]["decoupled_weight_decay"] = decoupled
-    assert expected_rotation(optimizer, optimizer.param_groups[0]) == (
-        expected and pytest.approx(expected, rel=1e-4)
-    )
+    if type(optimizer) is torch.optim.AdamW:  # it goes by the group
+        optimizer.param_groups[0]["decoupled_weight_decay"] = False
+        assert expected_rotation(optimizer, optimizer.param_groups[0]) is None
