@@ -30,10 +30,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from zoo_models import Case, TooLarge, build, list_zoos
+from zoo_models import Case, TooLarge, build, build_without_values, list_zoos
 from zoo_tables import write_tables
 
-from nmlightning import swap_norms
+from nmlightning import SwapReport, swap_norms
 from nmlightning.errors import InputError
 from nmlightning.export.fold import fold_norms
 from nmlightning.surgery.norm_layers import find_norm_layers
@@ -146,6 +146,7 @@ def try_architecture(zoo: str, name: str, row: Row) -> None:
         case = build(zoo, name)
     except TooLarge:
         row["too_large"] = True
+        try_without_values(build_without_values(zoo, name), row)
     except Exception as error:
         row["unbuilt"] = first_words(error)
     else:
@@ -162,17 +163,9 @@ def try_case(case: Case, row: Row) -> None:
     model, original = case.model.eval(), copy.deepcopy(case.model).eval()
     row |= {"parameters": sum(q.numel() for q in model.parameters()), "size": case.size}
     reference = outputs_of(original, case)
-    try:
-        report = swap_norms(model, "l1", kinds=KINDS)
-    except InputError as refusal:
-        layers = find_norm_layers(model)
-        row["refused"] = "only norms that are left" if layers else "no norm layers"
-        if any(layer.kind for layer in layers):
-            row["refused"] = first_words(refusal)
-        row["left"] = dict(Counter(f"{x.type_name}: {x.unsupported_reason}" for x in layers))
+    report = try_swap(model, row)
+    if report is None:
         return
-    row["swapped"] = dict(Counter(f"{swap.before} → {swap.after}" for swap in report.swapped))
-    row["left"] = dict(Counter(f"{swap.before}: {swap.reason}" for swap in report.left))
     if all("BatchNorm" in swap.before for swap in report.swapped):
         row["evaluates"] = same_bits(outputs_of(model, case), reference)
     names = [swap.name for swap in report.swapped]
@@ -184,6 +177,37 @@ def try_case(case: Case, row: Row) -> None:
     if any("BatchNorm" in swap.before for swap in report.swapped):
         row["fold"] = try_fold(model, original, case)
     row["undone"] = undo(model, original, case)
+
+
+def try_swap(model: nn.Module, row: Row) -> SwapReport | None:
+    """Swap all norms, and put into the row which were swapped and left; None if it is refused."""
+    try:
+        report = swap_norms(model, "l1", kinds=KINDS)
+    except InputError as refusal:
+        layers = find_norm_layers(model)
+        row["refused"] = "only norms that are left" if layers else "no norm layers"
+        if any(layer.kind for layer in layers):
+            row["refused"] = first_words(refusal)
+        row["left"] = dict(Counter(f"{x.type_name}: {x.unsupported_reason}" for x in layers))
+        return None
+    row["swapped"] = dict(Counter(f"{swap.before} → {swap.after}" for swap in report.swapped))
+    row["left"] = dict(Counter(f"{swap.before}: {swap.reason}" for swap in report.left))
+    return report
+
+
+def try_without_values(model: nn.Module, row: Row) -> None:
+    """Swap one that is too large to run, and undo it: names, shapes and classes stay."""
+
+    def describe() -> list[Any]:
+        return [(name, q.shape, q.dtype) for name, q in model.state_dict().items()]
+
+    row["parameters"] = sum(q.numel() for q in model.parameters())
+    state, classes = describe(), [type(module) for module in model.modules()]
+    if try_swap(model, row) is not None:
+        row["meta"] = "done" if describe() == state else "another state"
+        swap_norms(model, "l2", kinds=KINDS)
+        if classes != [type(module) for module in model.modules()] or describe() != state:
+            row["meta"] = "not undone"
 
 
 def outputs_of(model: nn.Module, case: Case) -> list[Tensor]:

@@ -107,12 +107,33 @@ def _build_timm(name: str) -> Case:
     raise last
 
 
-def _build_torchvision(name: str) -> Case:
-    models = torchvision.models
-    builder = models.get_model_builder(name).__module__
+def build_without_values(zoo: str, name: str) -> nn.Module:
+    """Return an architecture on the meta device, or with values where it computes with them."""
+    for device in ("meta", "cpu"):
+        try:
+            with torch.device(device):
+                if zoo == "timm":
+                    return timm.create_model(name, num_classes=CLASSES)
+                return torchvision.models.get_model(name, **_weightless(name)[1])
+        except (RuntimeError, NotImplementedError) as problem:
+            last = problem
+    raise last
+
+
+def _weightless(name: str) -> tuple[str, dict[str, Any]]:
+    """Return the module of a builder of torchvision's, and what keeps it from a download."""
+    builder = torchvision.models.get_model_builder(name).__module__
     keywords: dict[str, Any] = {"weights": None}
     if "detection" in builder or "segmentation" in builder:
         keywords["weights_backbone"] = None
+    if "googlenet" in name or "inception" in name:
+        keywords["init_weights"] = False  # which takes a minute
+    return builder, keywords
+
+
+def _build_torchvision(name: str) -> Case:
+    models = torchvision.models
+    builder, keywords = _weightless(name)
     if "detection" in builder:
         keywords |= {"num_classes": CLASSES, "min_size": 96, "max_size": 128}
         if "ssd" in name:
@@ -123,8 +144,6 @@ def _build_torchvision(name: str) -> Case:
     if "optical_flow" in builder:
         pair = (torch.rand(BATCH, 3, 128, 128), torch.rand(BATCH, 3, 128, 128))
         return Case(models.get_model(name, **keywords), pair, {"num_flow_updates": 2}, size=128)
-    if "googlenet" in name or "inception" in name:
-        keywords["init_weights"] = False  # which takes a minute
     model = models.get_model(name, **keywords).eval()
     for shape in _shapes("video" in builder):
         images = torch.randn(BATCH, 3, *shape)
