@@ -146,7 +146,12 @@ def training_sums(trainer: Any) -> dict[str, dict[str, Any]]:
     """
     loop, sums = trainer.fit_loop.epoch_loop, {}
     logged = [*loop._results.values(), *loop.val_loop._results.values()]
-    for name, metric in _own_metrics(trainer.lightning_module).items():
+    modules = dict(trainer.lightning_module.named_modules())
+    for part in modules.values():
+        if isinstance(part, MetricCollection):
+            part.values(copy_state=False)  # else only the first of a group has the newest
+    metrics = {name: part for name, part in modules.items() if isinstance(part, Metric)}
+    for name, metric in metrics.items():
         if metric.update_count and all(each.meta.metric_attribute != name for each in logged):
             state = _on_device(metric.metric_state, "cpu")
             sums[name] = {"attribute": name, "updates": metric.update_count, "state": state}
@@ -185,14 +190,6 @@ def add_training_sums(trainer: Any, sums: dict[str, dict[str, Any]]) -> dict[str
             metric._reduce_states(state)
         metric._update_count += saved["updates"]
     return rest
-
-
-def _own_metrics(module: nn.Module) -> dict[str, Metric]:
-    """Return the metrics in a module, those of collections with the state that they share."""
-    for part in module.modules():
-        if isinstance(part, MetricCollection):
-            part.values(copy_state=False)  # else only the first of a group has the newest
-    return {name: part for name, part in module.named_modules() if isinstance(part, Metric)}
 
 
 def _on_device(state: dict[str, Any], device: Any) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from nmlightning.reports.run import read_runs
 
 @np.errstate(all="ignore")  # of what has diverged
 def run(arguments: list[str]) -> int:
-    """Run `nm compare` and return its exit code."""
     given = _parse(arguments)
     check_replaceable("--report", given.report, GENERATOR, "page of nm compare")
     readable, left_out = read_runs(given.run)

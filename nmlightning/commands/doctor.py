@@ -49,7 +49,6 @@ def describe_versions() -> Rows:
 
 
 def describe_devices() -> Rows:
-    """Return the CPU and the GPUs."""
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
     cpu = f"{_cpu_name()}, {threads}, {torch.backends.cpu.get_cpu_capability()}"
     if not torch.cuda.is_available():

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 
 def run(arguments: list[str]) -> int:
-    """Run `nm export` and return its exit code."""
     given = _parse(arguments)
     check_choice("--format", given.format, FORMATS)
     if given.checkpoint.is_dir():

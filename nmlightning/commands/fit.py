@@ -141,7 +141,6 @@ class TrainingCLI(LightningCLI):
             trainer.logger = dict_to_namespace(default_logger(self._run_name))
 
     def instantiate_classes(self) -> None:
-        """Make the model, the data and the Trainer."""
         with explain_failures():
             super().instantiate_classes()
 
@@ -201,11 +200,9 @@ class TrainingCLI(LightningCLI):
         self._check_losses()
 
     def validate(self, model: LightningModule, **kwargs: Any) -> None:
-        """Measure on the validation data."""
         self._evaluate(self.trainer.validate, model, kwargs)
 
     def test(self, model: LightningModule, **kwargs: Any) -> None:
-        """Measure on the test data."""
         self._evaluate(self.trainer.test, model, kwargs)
 
     def predict(self, model: LightningModule, **kwargs: Any) -> None:

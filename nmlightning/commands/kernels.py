@@ -10,7 +10,6 @@ ACTIONS = ("build", "show", "remove")
 
 
 def run(arguments: list[str]) -> int:
-    """Run `nm kernels` and return its exit code."""
     action = _parse(arguments).action
     from nmlightning.kernels.cpu.build import cache_folder
 

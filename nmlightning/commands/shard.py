@@ -19,7 +19,6 @@ PARTS = ("train", "val")
 
 
 def run(arguments: list[str]) -> int:
-    """Run `nm shard` and return its exit code."""
     given = _parse(arguments)
     check_whole_number("--shard_size", given.shard_size)
     _refuse_inside(given.out, given.imagefolder)

@@ -19,7 +19,6 @@ LINES_AT_ONCE = 10_000  # sorted by length together, and written together
 
 
 def run(arguments: list[str]) -> int:
-    """Run `nm translate` and return its exit code."""
     given = _parse(arguments)
     if not given.checkpoint.is_file():
         raise InputError(f"there is no checkpoint {str(given.checkpoint)!r} in {Path.cwd()}.")

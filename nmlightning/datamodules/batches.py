@@ -1,13 +1,14 @@
 """The rows and the augmentation of each batch of images, by seed, epoch and process."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from nmlightning.datamodules.training_batches import WHOLE_SET, OrderState, Shard, epoch_generator
+from nmlightning.datamodules import training_batches
+from nmlightning.datamodules.training_batches import WHOLE_SET, Shard
 from nmlightning.errors import InputError
 
 SHARDS_MIXED = 16  # a thousand images by nm shard's default, of which a batch takes some
@@ -106,13 +107,6 @@ class AugmentedShuffle:
     images when a run is resumed.
     """
 
-    follows_from: ClassVar[Mapping[str, str]] = {
-        "images": "images",
-        "shard_size": "images a shard",
-        "world_batch": "images a batch on all processes",
-        "digest": "of other images, by their names, labels or order",
-    }
-
     length: int
     batch_size: int
     augmentation: Augmentation
@@ -141,14 +135,16 @@ class AugmentedShuffle:
         """Images a batch on all ranks together."""
         return self.batch_size * self.shard.world_size
 
-    def state_dict(self) -> OrderState:
+    def terms(self) -> dict[str, tuple[int | str, str]]:
         return {
-            "seed": self.seed,
-            "images": self.length,
-            "shard_size": self.shard_size,
-            "world_batch": self.world_batch,
-            "digest": self.digest,
+            "images": (self.length, "images"),
+            "shard_size": (self.shard_size, "images a shard"),
+            "world_batch": (self.world_batch, "images a batch on all processes"),
+            "digest": (self.digest, "of other images, by their names, labels or order"),
         }
+
+    def state_dict(self) -> training_batches.OrderState:
+        return training_batches.order_state(self.seed, self.terms())
 
     def __iter__(self) -> Iterator[Draw]:
         epoch = self._draw_epoch()
@@ -159,7 +155,7 @@ class AugmentedShuffle:
             yield Draw(*(drawn[part] for drawn in epoch))
 
     def _draw_epoch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        generator = epoch_generator(self.seed, self.epoch)
+        generator = training_batches.epoch_generator(self.seed, self.epoch)
         rows = shuffle_rows(self.length, self.shard_size, generator)
         if not self.shuffle:
             rows = torch.arange(self.length)

@@ -6,7 +6,6 @@ The host only picks rows; `BatchTransform` does the arithmetic on the training d
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,13 +22,7 @@ from nmlightning.datamodules.batches import (
     RawBatch,
     images_a_batch,
 )
-from nmlightning.datamodules.training_batches import (
-    ResumableData,
-    TrainingBatches,
-    count_batches_done,
-    order_seed,
-    shard_of,
-)
+from nmlightning.datamodules.training_batches import ResumableData, TrainingBatches, shard_of
 from nmlightning.errors import check_flag, check_whole_number
 
 
@@ -193,22 +186,12 @@ class ImageData(ResumableData, ABC):
             return self.batch_size
         return images_a_batch(self.train.length, self.batch_size, processes)
 
-    def train_dataloader(self) -> TrainingBatches[Draw, RawBatch]:
+    def train_dataloader(self) -> TrainingBatches:
         assert self.train is not None, "setup('fit') comes first"
-        images, trainer = self._place("train", self.train, self.augmentation), self.trainer
-        sampler = AugmentedShuffle(
-            images.length,
-            self.batch_size,
-            self.augmentation,
-            seed=order_seed(trainer, self.interrupted),
-            shard=shard_of(trainer),
-            shuffle=not getattr(trainer, "overfit_batches", 0),
-            shard_size=images.shard_size,
-            digest=images.digest,
-        )
-        self.sampler = sampler
-        batches_done = partial(count_batches_done, trainer)
-        return TrainingBatches(images, sampler, batches_done, self.interrupted)
+        images = self._place("train", self.train, self.augmentation)
+        sizes = {"shard_size": images.shard_size, "digest": images.digest, **self.order_options()}
+        order = AugmentedShuffle(images.length, self.batch_size, self.augmentation, **sizes)
+        return self.load(images, order)
 
     def val_dataloader(self) -> EvaluationBatches:
         assert self.validation is not None, "setup() comes first"

@@ -64,7 +64,6 @@ class ShardedImages:
 
 
 def is_remote(root: str) -> bool:
-    """Return True for an address from which litdata streams."""
     return root.startswith(REMOTE)
 
 
@@ -130,7 +129,6 @@ def _check_format(index: Path, data_format: list[str]) -> None:
 
 
 def require_litdata() -> None:
-    """Raise InputError unless litdata is installed."""
     if find_spec("litdata") is None:
         raise InputError("shards need litdata: pip install 'nmlightning[stream]'.")
 

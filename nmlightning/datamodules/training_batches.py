@@ -4,10 +4,10 @@ The loaders are plain iterables and shard themselves, so Lightning neither repla
 nor asks for workers.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pytorch_lightning as pl
@@ -16,26 +16,13 @@ import torch
 from nmlightning.errors import InputError
 
 OrderState = dict[str, int | str]
-Draw = TypeVar("Draw")
-Batch = TypeVar("Batch")
-Read = TypeVar("Read", contravariant=True)
-Drawn = TypeVar("Drawn", covariant=True)
-Made = TypeVar("Made", covariant=True)
-
-
-class BatchReader(Protocol[Read, Made]):
-    """Data of which batches are read."""
-
-    def batches(self, draws: Iterable[Read]) -> Iterator[Made]:
-        """Yield the batch of each draw, in their order."""
 
 
 class ResumableOrder(Protocol):
     """An order of batches that a resumed run may take over."""
 
-    @property
-    def follows_from(self) -> Mapping[str, str]:
-        """What must not change within an epoch, by its key in the state, in words.
+    def terms(self) -> Mapping[str, tuple[int | str, str]]:
+        """Return what must not change within an epoch, by its key in the state, and in words.
 
         Those of the `digest` say what another one means.
         """
@@ -47,26 +34,27 @@ class ResumableOrder(Protocol):
         """Return what determines the batches, but for the epoch."""
 
 
-class EpochOrder(ResumableOrder, Protocol[Drawn]):
+class EpochOrder(ResumableOrder, Protocol):
     """The content of each batch of an epoch, on this process."""
 
     def __len__(self) -> int: ...
 
-    def __iter__(self) -> Iterator[Drawn]: ...
+    def __iter__(self) -> Iterator[Any]: ...
 
 
 @dataclass(eq=False)
-class TrainingBatches(Generic[Draw, Batch]):
+class TrainingBatches:
     """Iterates over training batches; a run resumed within an epoch resumes that epoch.
 
-    Lightning calls `load_state_dict` where a run is resumed, before it reads anything. The epoch
-    then starts after the `batches_done` that Lightning has counted, not after those that were read:
-    the batch during which a run was interrupted was read but not trained on. The order must be that
-    of the run that was `interrupted`, as its sampler's state says.
+    `data.batches` reads those that the sampler draws. Lightning calls `load_state_dict` where a run
+    is resumed, before it reads anything. The epoch then starts after the `batches_done` that
+    Lightning has counted, not after those that were read: the batch during which a run was
+    interrupted was read but not trained on. The order must be that of the run that was
+    `interrupted`, as its sampler's state says.
     """
 
-    data: BatchReader[Draw, Batch]
-    sampler: EpochOrder[Draw]
+    data: Any
+    sampler: EpochOrder
     batches_done: Callable[[], int] = int
     interrupted: Mapping[str, int | str] | None = None
     _skip: int = field(default=0, init=False)  # batches, in the next epoch alone
@@ -74,7 +62,7 @@ class TrainingBatches(Generic[Draw, Batch]):
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         skip, self._skip = self._skip, 0
         yield from self.data.batches(islice(self.sampler, skip, None))
 
@@ -87,23 +75,21 @@ class TrainingBatches(Generic[Draw, Batch]):
             refuse_another_order(self.sampler, self.interrupted or {})
 
 
-def refuse_another_order(sampler: ResumableOrder, theirs: Mapping[str, int | str]) -> None:
-    """Raise InputError if the state `theirs` of another run's sampler means other batches."""
-    ours = sampler.state_dict()
-    for key, what in sampler.follows_from.items():
-        if theirs.get(key, ours[key]) != ours[key]:
-            both = f"with {theirs[key]} {what}, and this run has {ours[key]}"
+def order_state(seed: int, terms: Mapping[str, tuple[int | str, str]]) -> OrderState:
+    """Return the state of an order of this seed."""
+    return {"seed": seed, **{key: value for key, (value, _) in terms.items()}}
+
+
+def refuse_another_order(order: ResumableOrder, theirs: Mapping[str, int | str]) -> None:
+    """Raise InputError if the state `theirs` of another run's order means other batches."""
+    for key, (ours, what) in order.terms().items():
+        if theirs.get(key, ours) != ours:
+            both = f"with {theirs[key]} {what}, and this run has {ours}"
             raise InputError(
                 f"The checkpoint was written within an epoch {what if key == 'digest' else both}, "
                 "so the rest of that epoch is not known: resume with the same data and batch, or "
                 "from a checkpoint at the end of an epoch."
             )
-
-
-def order_seed(trainer: pl.Trainer | None, interrupted: Mapping[str, int | str] | None) -> int:
-    """Return the seed of the order: of the run that was interrupted, or torch's on rank 0."""
-    seed = int((interrupted or {}).get("seed", torch.initial_seed()))
-    return int(trainer.strategy.broadcast(seed)) if trainer else seed
 
 
 def count_batches_done(trainer: pl.Trainer | None) -> int:
@@ -164,6 +150,25 @@ class ResumableData(pl.LightningDataModule):
     def pins_memory(self) -> bool:
         """True for batches in page-locked memory, which a CUDA device copies faster."""
         return bool(self.trainer and self.trainer.strategy.root_device.type == "cuda")
+
+    def order_options(self) -> dict[str, Any]:
+        """Return `seed`, `shard` and `shuffle` of an order: of the run, or of one it resumes."""
+        trainer = self.trainer
+        seed = int((self.interrupted or {}).get("seed", torch.initial_seed()))
+        return {
+            "seed": int(trainer.strategy.broadcast(seed)) if trainer else seed,  # that of rank 0
+            "shard": shard_of(trainer),
+            "shuffle": not getattr(trainer, "overfit_batches", 0),
+        }
+
+    def batches_done(self) -> int:
+        """Return the batches of a resumed epoch that were trained on; 0 where it was finished."""
+        return count_batches_done(self.trainer)
+
+    def load(self, data: Any, sampler: EpochOrder) -> TrainingBatches:
+        """Return the training loader of data whose batches the sampler draws."""
+        self.sampler = sampler
+        return TrainingBatches(data, sampler, self.batches_done, self.interrupted)
 
     def state_dict(self) -> OrderState:
         """Return the seed of the order, the digest of the data and the sizes of batches."""

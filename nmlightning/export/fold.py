@@ -174,7 +174,11 @@ class _Pair:
 def _find_pairs(model: nn.Module) -> tuple[list[_Pair], list[Left]]:
     """Return the batch norms that can be folded into what precedes them, and those that cannot."""
     norms = find_norm_layers(model)
-    found = {x.module: x for x in reversed(norms) if _is_batch_norm(x)}
+    found = {
+        x.module: x
+        for x in reversed(norms)
+        if isinstance(x.module, _BatchNorm) or "BatchNorm" in x.type_name
+    }
     layers = list(reversed(found.values()))  # once each, under the first name
     try:
         traced = _trace(model, [x.module for x in norms])
@@ -184,10 +188,6 @@ def _find_pairs(model: nn.Module) -> tuple[list[_Pair], list[Left]]:
     results = [_pair(layer, traced) for layer in layers]
     pairs = [result for result in results if isinstance(result, _Pair)]
     return pairs, [result for result in results if isinstance(result, Left)]
-
-
-def _is_batch_norm(layer: NormLayer) -> bool:
-    return isinstance(layer.module, _BatchNorm) or "BatchNorm" in layer.type_name
 
 
 def _pair(found: NormLayer, traced: TracedGraph) -> _Pair | Left:

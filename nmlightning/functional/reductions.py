@@ -200,5 +200,4 @@ def _mean_by_pairs(rows: Tensor) -> Tensor:
 
 
 def next_power_of_two(count: int) -> int:
-    """Return the smallest power of two that is not below `count`."""
     return 1 << (count - 1).bit_length()

@@ -204,7 +204,6 @@ class LargestMean:
 
     @property
     def name(self) -> str:
-        """The statistic in a few words, for messages."""
         return "the largest value" if self.k == 1 else f"the {self.k} largest values"
 
     def constant(self, count: Count, convention: Constant | float) -> float:
@@ -220,7 +219,6 @@ class LargestMean:
         return float(_largest_mean_constant(operator.index(n), self.k, convention))
 
     def measure(self, deviations: Tensor, share: Share) -> tuple[Tensor, Selection]:
-        """Return m of each channel of (N, C, *), (C,), and the elements that it depends on."""
         return select_largest(deviations, self.k, share)
 
 
@@ -244,7 +242,6 @@ class RangeMean:
         return 2 * float(_range_mean_constant(operator.index(n), self.chunks, convention))
 
     def measure(self, deviations: Tensor, share: Share) -> tuple[Tensor, Selection]:
-        """Return m of each channel of (N, C, *), (C,), and the elements that it depends on."""
         return select_extremes(deviations, self.chunks, share)
 
 

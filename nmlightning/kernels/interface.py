@@ -216,7 +216,6 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def is_l1(statistic: Statistic) -> bool:
-    """Return whether the statistic is the mean of |d|."""
     return statistic == PowerMean(1.0)
 
 

@@ -205,7 +205,10 @@ def _normalise(weights: Sequence[NormalisableWeight], settings: Settings) -> dic
 def _register(place: WeightLocation, norm: WeightNorm) -> FastParametrizationList:
     _unshare_class(place.module)
     parametrize.register_parametrization(place.module, place.attribute, norm)
-    _let_copy(place.module)
+    cls: Any = type(place.module)  # of its own, as it is parametrized
+    if isinstance(place.module, nn.RNNBase) and cls.__deepcopy__ is not _copy_recurrent:
+        cls._copy_parametrized = cls.__deepcopy__
+        cls.__deepcopy__ = _copy_recurrent
     computed: Any = place.parametrizations
     computed.__class__ = FastParametrizationList  # Torch takes no other class than its own.
     register_post_step(computed)
@@ -269,19 +272,12 @@ def _unshare_class(module: nn.Module) -> None:
         module.__class__ = type(cls.__name__, cls.__bases__, kept)
 
 
-def _let_copy(module: nn.Module) -> None:
-    """Let a recurrent layer be deep-copied though it holds weights that were computed.
+def _copy_recurrent(self: Any, memo: dict[int, Any]) -> Any:
+    """Deep-copy a recurrent layer though it holds weights that were computed.
 
     It keeps those of its last forward in a list, where torch refuses to copy what has a graph. The
     copy computes its own before they are used.
     """
-    cls: Any = type(module)  # of its own, as it is parametrized
-    if isinstance(module, nn.RNNBase) and cls.__deepcopy__ is not _copy_recurrent:
-        cls._copy_parametrized = cls.__deepcopy__
-        cls.__deepcopy__ = _copy_recurrent
-
-
-def _copy_recurrent(self: Any, memo: dict[int, Any]) -> Any:
     for w in self._flat_weights:
         if w is not None and not w.is_leaf:
             memo[id(w)] = w.detach()

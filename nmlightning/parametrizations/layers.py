@@ -64,7 +64,6 @@ class NormalisableWeight:
 
     @property
     def layout(self) -> ChannelLayout:
-        """The layout of its output channels."""
         return self.places[0].layout
 
     @property
@@ -84,7 +83,6 @@ class NormalisableWeight:
 
     @property
     def norm(self) -> WeightNorm | None:
-        """Its weight norm, if it has one."""
         return next((x for x in self.parametrizations if isinstance(x, WeightNorm)), None)
 
     @property

@@ -121,21 +121,17 @@ class WeightNorm(nn.Module):
             norms = torch.full_like(norms, settings.rho)
         self.register_buffer("rho", _power_mean(norms, settings.p))
         self.register_buffer("order", torch.full_like(self.rho, settings.p))
-        self.register_parameter("gain", self._first_gain(norms, v))
+        self.register_parameter("gain", None)
+        if settings.gain != "none":
+            gains = norms if settings.gain == "channel" else self.rho.reshape(1)
+            self.gain = nn.Parameter(gains.to(v.dtype, copy=True), requires_grad=v.requires_grad)
         bounded = self.gain is not None and settings.kind == "bounded"
         whole = torch.linalg.vector_norm(norms) if bounded else None
         self.register_buffer("initial_gain_norm", whole)
         self.positions: list[int] = []
         self.is_registered = False
 
-    def _first_gain(self, norms: Tensor, v: Tensor) -> nn.Parameter | None:
-        if self.settings.gain == "none":
-            return None
-        gains = norms if self.settings.gain == "channel" else self.rho.reshape(1)
-        return nn.Parameter(gains.to(v.dtype, copy=True), requires_grad=v.requires_grad)
-
     def forward(self, v: Tensor) -> Tensor:
-        """Return w."""
         if is_recorded() or v.is_inference():
             return self._compute(v, normalise_channels)
         if not parametrize._cache_enabled:
@@ -197,7 +193,6 @@ class WeightNorm(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
 
     def extra_repr(self) -> str:
-        """Return the settings."""
         by_channel = "" if self.gain is None else f", gain of {len(self.gain)}"
         settings = self.settings
         return (
@@ -216,7 +211,6 @@ class FastParametrizationList(ParametrizationList):
     """A `ParametrizationList` with a fast path for one parametrization."""
 
     def forward(self) -> Tensor:
-        """Return w."""
         if len(self._modules) > 1:
             return super().forward()
         return self._modules["0"](self._parameters["original"])  # type: ignore[no-any-return]

@@ -86,17 +86,12 @@ def run_in_fp16(
     outcomes: dict[str, list[Tensor]] = {name: [] for name in names}
     for chunk, slope in zip(chunks, slopes, strict=True):
         half = chunk.half()
-        lost = _lost_in_input(chunk, half, eps)
+        right, rounded = _normalise(chunk.float(), eps), _normalise(half.float(), eps)
+        lost = ~(_rms(rounded - right) <= TOLERANCE * _rms(right).clamp(min=_FLOOR))
         for name in names:
             tried = _run_norm_in_fp16(HALF_NORMS[name], name, half, slope, eps)
             outcomes[name].append(torch.where(lost, INPUT, tried))
     return {name: torch.cat(parts) for name, parts in outcomes.items()}
-
-
-def _lost_in_input(rows: Tensor, half: Tensor, eps: float) -> Tensor:
-    """Return (C,) whether the deviations from the mean change when x is rounded to float16."""
-    right, rounded = _normalise(rows.float(), eps), _normalise(half.float(), eps)
-    return ~(_rms(rounded - right) <= TOLERANCE * _rms(right).clamp(min=_FLOOR))
 
 
 def _normalise(rows: Tensor, eps: float) -> Tensor:

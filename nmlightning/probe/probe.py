@@ -165,7 +165,6 @@ class _WatchedLayer:
         self.calls.clear()
 
     def ranges(self) -> LayerRanges:
-        """Return what was measured."""
         return LayerRanges(
             name=self.name,
             type_name=type(self.module).__name__,
@@ -199,7 +198,10 @@ class _WatchedLayer:
     def _judge(self, call: _Call, gradient: Tensor | None) -> None:
         """Try the norms on what the layer got; the hook on the gradient of its output."""
         call.judged = True
-        slopes = None if gradient is None else self._rows(self._before_affine(gradient))
+        weight: Tensor | None = self.module.weight  # type: ignore[assignment]
+        if gradient is not None and weight is not None and self.kind == "layer":
+            gradient = gradient * weight  # a batch norm's is a factor that a row shares
+        slopes = None if gradient is None else self._rows(gradient)
         norms = [name for name, norm in HALF_NORMS.items() if self.kind in norm.kinds]
         with torch.autocast(call.input.device.type, enabled=False):
             tried = run_in_fp16(self._rows(call.input), slopes, float(self.module.eps), norms)  # type: ignore[arg-type]
@@ -207,11 +209,6 @@ class _WatchedLayer:
             counts = torch.bincount(outcomes.long(), minlength=len(OUTCOMES)).tolist()
             names = dict(zip(OUTCOMES, counts, strict=True))
             self.outcomes.setdefault(norm, Counter()).update(names)
-
-    def _before_affine(self, gradient: Tensor) -> Tensor:
-        """Return the gradient by what a weight multiplies, but for a factor that a row shares."""
-        weight: Tensor | None = self.module.weight  # type: ignore[assignment]
-        return gradient if weight is None or self.kind == "batch" else gradient * weight
 
 
 @contextmanager

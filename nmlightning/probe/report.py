@@ -77,7 +77,6 @@ class LayerRanges:
         return max(counts.get(INPUT, 0) for counts in self.outcomes.values()) / len(self.scales)
 
     def as_plain(self) -> dict[str, Any]:
-        """Return the layer as JSON holds it."""
         finite = self.finite_scales
         low, middle, high = np.quantile(finite, [0, 0.5, 1]) if len(finite) else (np.nan,) * 3
         return {
@@ -121,7 +120,6 @@ class NormRanges:
         return sum(sum(layer.lost(norm).values()) for layer in layers) / total if total else 0.0
 
     def losing_layers(self, norm: str) -> list[LayerRanges]:
-        """Return the layers in which the norm loses anything."""
         return [layer for layer in self.layers if layer.lost(norm)]
 
     def input_share(self) -> float:
@@ -130,7 +128,6 @@ class NormRanges:
         return sum(layer.input_share() * len(layer.scales) for layer in self.layers) / total
 
     def as_plain(self) -> dict[str, Any]:
-        """Return all of it as JSON holds it."""
         return {
             "batches": self.batches,
             "lost": {norm: self.lost_share(norm) for norm in self.norms},

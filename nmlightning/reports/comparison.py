@@ -31,7 +31,6 @@ class Group:
 
     @property
     def curves(self) -> list[Series]:
-        """The metric of each run."""
         return [run.scalars[self.metric] for run in self.runs]
 
     @property
@@ -55,7 +54,6 @@ class Group:
 
     @property
     def seconds(self) -> MeanStd:
-        """The time that a run took."""
         return MeanStd.of([run.seconds for run in self.runs])
 
     @property

@@ -1,18 +1,14 @@
 """The scalars in TensorBoard's event files, whose checksums are compared.
 
-TensorBoard's own reader checks every byte in Python, which takes seconds for a run with pictures;
-here numpy checks blocks of them, and protobuf parses the messages in C.
+TensorBoard's own reader checks every byte in Python, which takes seconds for a run with pictures.
 """
 
-from collections.abc import Iterator, Sequence
-from functools import cache
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
+import google_crc32c
 from google.protobuf.message import DecodeError
-from numpy.typing import NDArray
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -26,10 +22,6 @@ class Point(NamedTuple):
     step: int
     value: float
     time: float
-
-
-_BLOCK = 64  # bytes that are looked up at once
-_ONES = 0xFFFFFFFF
 
 
 def check_regular(file: Path) -> None:
@@ -52,57 +44,23 @@ def read_event_file(file: Path) -> Iterator[Point]:
         raise InputError(f"{file} is damaged, or no event file of TensorBoard.") from error
 
 
-def _records(content: bytes) -> list[bytes]:
-    """Return the records that are whole, or raise ValueError if a checksum is wrong."""
-    parts: list[bytes] = []  # a length of 8 bytes, a record, a length, …; each before its checksum
-    stored: list[int] = []
-    start, size = 0, 8
+def _records(content: bytes) -> Iterator[bytes]:
+    """Yield the records that are whole, or raise ValueError if a checksum is wrong."""
+    start, size, is_length = 0, 8, True  # a length of 8 bytes, a record, …; a checksum behind each
     while (end := start + size) + 4 <= len(content):
-        parts.append(content[start:end])
-        stored.append(int.from_bytes(content[end : end + 4], "little"))
-        start, size = end + 4, int.from_bytes(parts[-1], "little") if len(parts) % 2 else 8
-    if stored != _checksums(parts):
-        raise ValueError("a checksum differs")
-    return parts[1::2]
+        part = content[start:end]
+        if _checksum(part) != int.from_bytes(content[end : end + 4], "little"):
+            raise ValueError("a checksum differs")
+        if not is_length:
+            yield part
+        start, size = end + 4, int.from_bytes(part, "little") if is_length else 8
+        is_length = not is_length
 
 
-def _checksums(messages: Sequence[bytes]) -> list[int]:
-    """Return the masked CRC-32C of each message of four bytes and more, as TensorBoard has it.
-
-    Source: RFC 3720, appendix B.4; each byte acts by its value and its distance from the end.
-    """
-    counts = [-(-max(len(message), 4) // _BLOCK) for message in messages]
-    # The sum begins with ones, which is to flip the first bytes; zeros before them change nothing.
-    flipped = [(_ONES ^ int.from_bytes(m[:4], "little")).to_bytes(4, "little") for m in messages]
-    padded = b"".join(
-        (first + message[4:]).rjust(count * _BLOCK, b"\0")
-        for first, message, count in zip(flipped, messages, counts, strict=True)
-    )
-    table, blocks = _checksum_table(), np.frombuffer(padded, np.uint8).reshape(-1, _BLOCK)
-    alone: list[int] = []  # the sum of each block
-    for few in np.array_split(blocks, len(blocks) // 4096 + 1):
-        alone += np.bitwise_xor.reduce(table[np.arange(_BLOCK), few], axis=1).tolist()
-    a, b, c, d = table[:4].tolist()  # a sum acts on the next block by its first four bytes
-    found, remaining = [], iter(alone)
-    for count in counts:
-        crc = 0
-        for block in islice(remaining, count):
-            crc = block ^ a[crc & 255] ^ b[crc >> 8 & 255] ^ c[crc >> 16 & 255] ^ d[crc >> 24]
-        crc ^= _ONES
-        found.append(((crc >> 15 | crc << 17) + 0xA282EAD8) & _ONES)
-    return found
-
-
-@cache
-def _checksum_table() -> NDArray[np.uint32]:
-    """Return what a byte adds to the checksum of a block, by its place and value."""
-    crc = np.arange(256, dtype=np.uint32)
-    for _ in range(8):
-        crc = np.where(crc & 1, crc >> 1 ^ np.uint32(0x82F63B78), crc >> 1)
-    rows = [crc]
-    while len(rows) < _BLOCK:
-        rows.append(crc[rows[-1] & 255] ^ rows[-1] >> 8)
-    return np.array(rows[::-1])
+def _checksum(message: bytes) -> int:
+    """Return the CRC-32C, masked as TensorBoard has it."""
+    crc = int(google_crc32c.value(message))
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def _number(value: Summary.Value) -> float | None:

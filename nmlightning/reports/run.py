@@ -239,7 +239,6 @@ def has_events(folder: Path) -> bool:
 
 
 def event_files(folder: Path) -> list[Path]:
-    """Return the event files of TensorBoard in a folder, in order."""
     return sorted(folder.glob(_EVENTS))
 
 

@@ -26,13 +26,10 @@ def _check_arguments(stored: Any, current: Any) -> None:
         return
     ours = dict(_flatten("net", current))
     for key, value in _flatten("net", stored):
-        if key in ours and ours[key] != value and not _is_same_class(key, ours[key], value):
-            raise _difference(key, value, ours[key])
-
-
-def _is_same_class(key: str, first: Any, second: Any) -> bool:
-    """Return True if two class paths name one class, which a package may export as several."""
-    return key.endswith(".class_path") and _resolve(first) is _resolve(second) is not None
+        if key in ours and ours[key] != value:
+            is_path = key.endswith(".class_path")  # of which a class may have several
+            if not (is_path and _resolve(ours[key]) is _resolve(value) is not None):
+                raise _difference(key, value, ours[key])
 
 
 def _resolve(class_path: str) -> Any:
@@ -50,14 +47,9 @@ def _check_tensors(stored: Mapping[str, Any], module: pl.LightningModule) -> Non
     for key in stored.keys() & ours.keys():
         if stored[key].shape != ours[key].shape:
             raise _difference(key, tuple(stored[key].shape), tuple(ours[key].shape))
-    if module.strict_loading:
-        _check_names(stored, ours)
-
-
-def _check_names(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     missing = [key for key in ours if key not in stored and not key.endswith(OPTIONAL_BUFFER)]
     surplus = [key for key in stored if key not in ours]
-    if missing or surplus:
+    if module.strict_loading and (missing or surplus):
         raise InputError(
             f"The checkpoint is of another network: it lacks {_count(missing)} of this run's and "
             f"has {_count(surplus)} that this run has not. Resume with the model it was made with."

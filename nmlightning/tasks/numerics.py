@@ -55,8 +55,14 @@ def check_optimizer(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         for key, value in group.items():
             numbers = value if isinstance(value, list | tuple) else [value]
-            bad = [x for x in numbers if isinstance(x, float | Tensor) and not _is_finite(x)]
-            if bad and key != "params" and (key not in defaults or defaults[key].default != value):
+            sound = all(
+                math.isfinite(x) if isinstance(x, float) else bool(x.isfinite().all())
+                for x in numbers
+                if isinstance(x, float | Tensor)
+            )
+            if sound or key == "params":
+                continue
+            if key not in defaults or defaults[key].default != value:
                 raise InputError(f"optimizer: {key} of {name} is {value}; give a finite number.")
         eps, halves = group.get("eps"), [p for p in group["params"] if p.dtype == torch.float16]
         if halves and isinstance(eps, float | int) and eps < _LEAST_EPS:
@@ -77,10 +83,6 @@ def clip_half(optimizer: Optimizer, limit: float) -> None:
     norm = float(torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms])))
     if _LARGEST_HALF < norm < math.inf:
         torch._foreach_mul_(halves, min(limit, _LARGEST_HALF / 2) / norm)
-
-
-def _is_finite(value: float | Tensor) -> bool:
-    return math.isfinite(value) if isinstance(value, float) else bool(value.isfinite().all())
 
 
 @contextmanager
@@ -138,22 +140,7 @@ class CompilationNotice(pl.Callback):
         self._started: dict[str, float] = {}
         self._finished: set[str] = set()
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        self._begin("training")
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self._end("training")
-
-    def on_validation_batch_start(self, *_: Any, **__: Any) -> None:
-        self._begin("evaluation")
-
-    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
-        self._end("evaluation")
-
-    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
-    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
-
-    def _begin(self, stage: str) -> None:
+    def _begin(self, stage: str, *_: Any) -> None:
         if stage not in self._started:
             self._started[stage] = time.perf_counter()
             rank_zero_info(
@@ -161,12 +148,19 @@ class CompilationNotice(pl.Callback):
                 "more."
             )
 
-    def _end(self, stage: str) -> None:
+    def _end(self, stage: str, *_: Any) -> None:
         if stage not in self._finished:
             self._finished.add(stage)
             seconds = time.perf_counter() - self._started[stage]
             step = f"the first step of {stage}, compiled,"
             rank_zero_info(f"{self.task}: {step} took {seconds:.0f} s.")
+
+    on_train_batch_start: Any = functools.partialmethod(_begin, "training")
+    on_train_batch_end: Any = functools.partialmethod(_end, "training")
+    on_validation_batch_start: Any = functools.partialmethod(_begin, "evaluation")
+    on_validation_batch_end: Any = functools.partialmethod(_end, "evaluation")
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
 
 def task_callbacks(task: str, compiled: bool) -> list[pl.Callback]:

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from itertools import islice, starmap
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -95,14 +95,6 @@ class ShuffledBatches:
     `overfit_batches`).
     """
 
-    follows_from: ClassVar[Mapping[str, str]] = {
-        "tokens_a_batch": "tokens a batch",
-        "processes": "processes",
-        "tokenizer": "as its tokenizer",
-        "pairs": "sentence pairs",
-        "digest": "of other sentence pairs",
-    }
-
     pairs: corpus.EncodedPairs
     tokens_a_batch: int
     tokenizer: str
@@ -133,15 +125,17 @@ class ShuffledBatches:
         rank, world_size = self.shard
         yield from batches[rank : len(self) * world_size : world_size]
 
-    def state_dict(self) -> training_batches.OrderState:
+    def terms(self) -> dict[str, tuple[int | str, str]]:
         return {
-            "seed": self.seed,
-            "tokens_a_batch": self.tokens_a_batch,
-            "processes": self.shard.world_size,
-            "tokenizer": self.tokenizer,
-            "pairs": self.pairs.length,
-            "digest": self.pairs.digest,
+            "tokens_a_batch": (self.tokens_a_batch, "tokens a batch"),
+            "processes": (self.shard.world_size, "processes"),
+            "tokenizer": (self.tokenizer, "as its tokenizer"),
+            "pairs": (self.pairs.length, "sentence pairs"),
+            "digest": (self.pairs.digest, "of other sentence pairs"),
         }
+
+    def state_dict(self) -> training_batches.OrderState:
+        return training_batches.order_state(self.seed, self.terms())
 
 
 REMEMBERED = 4  # pools: Lightning reads a batch or two ahead of those that are done
@@ -169,16 +163,6 @@ class StreamedBatches:
     other arguments are those of `ShuffledBatches` and `TrainingBatches`.
     """
 
-    follows_from: ClassVar[Mapping[str, str]] = {
-        "tokens_a_batch": "tokens a batch",
-        "pool": "pairs a pool",
-        "max_length": "tokens a sentence at most",
-        "too_long": "as what becomes of longer ones",
-        "processes": "processes",
-        "tokenizer": "as its tokenizer",
-        "digest": "of other sentence pairs",
-    }
-
     pairs: StreamedPairs
     tokenizer: JointBPE
     limits: corpus.TrainingLimits
@@ -205,6 +189,17 @@ class StreamedBatches:
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+
+    def terms(self) -> dict[str, tuple[int | str, str]]:
+        return {
+            "tokens_a_batch": (self.tokens_a_batch, "tokens a batch"),
+            "pool": (self.pool, "pairs a pool"),
+            "max_length": (self.limits.max_length, "tokens a sentence at most"),
+            "too_long": (self.limits.too_long, "as what becomes of longer ones"),
+            "processes": (self.shard.world_size, "processes"),
+            "tokenizer": (self.tokenizer.digest, "as its tokenizer"),
+            "digest": (self.pairs.digest, "of other sentence pairs"),
+        }
 
     def __iter__(self) -> Iterator[corpus.TranslationBatch]:
         done, self._skip = self._skip, 0
@@ -247,18 +242,11 @@ class StreamedBatches:
 
     def state_dict(self) -> training_batches.OrderState:
         """Return what determines the batches, and where pools began."""
-        return {
-            "seed": self.seed,
-            "tokens_a_batch": self.tokens_a_batch,
-            "pool": self.pool,
-            "max_length": self.limits.max_length,
-            "too_long": self.limits.too_long,
-            "processes": self.shard.world_size,
-            "tokenizer": self.tokenizer.digest,
-            "digest": self.pairs.digest,
+        place: training_batches.OrderState = {
             "epoch": self.epoch,
             "begun": json.dumps(list(self._begun)),
         }
+        return training_batches.order_state(self.seed, self.terms()) | place
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._skip = self.batches_done()

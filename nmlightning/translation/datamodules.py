@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -94,19 +93,9 @@ class TranslationData(training_batches.ResumableData, ABC):
     def train_dataloader(self) -> Iterable[corpus.TranslationBatch]:
         assert self.tokenizer is not None, "setup('fit') comes first"
         assert self.train is not None, "setup('fit') comes first"
-        trainer = self.trainer
-        sampler = ShuffledBatches(
-            self.train,
-            self.tokens_a_batch,
-            self.tokenizer.digest,
-            seed=training_batches.order_seed(trainer, self.interrupted),
-            shard=training_batches.shard_of(trainer),
-            shuffle=not getattr(trainer, "overfit_batches", 0),
-        )
-        self.sampler = sampler
-        pairs = TrainingPairs(self.train, self.pins_memory)
-        batches_done = partial(training_batches.count_batches_done, trainer)
-        return training_batches.TrainingBatches(pairs, sampler, batches_done, self.interrupted)
+        what = (self.train, self.tokens_a_batch, self.tokenizer.digest)
+        order = ShuffledBatches(*what, **self.order_options())
+        return self.load(TrainingPairs(self.train, self.pins_memory), order)
 
     def val_dataloader(self) -> EvaluationSentences:
         return self._evaluate("validation")
@@ -269,22 +258,19 @@ class WMT14(TranslationData):
         if not self.streaming:
             return super().train_dataloader()
         assert self.tokenizer is not None, "setup('fit') comes first"
-        trainer = self.trainer
         batches = StreamedBatches(
             sources.StreamedPairs(self._open("train"), LANGUAGES),
             self.tokenizer,
             self.limits,
             self.tokens_a_batch,
             self.pool,
-            seed=training_batches.order_seed(trainer, self.interrupted),
-            shard=training_batches.shard_of(trainer),
-            shuffle=not getattr(trainer, "overfit_batches", 0),
+            **self.order_options(),
             pin_memory=self.pins_memory,
-            batches_done=partial(training_batches.count_batches_done, trainer),
+            batches_done=self.batches_done,
             interrupted=self.interrupted,
         )
         # Lightning reads a batch of a loader without a length before it says which epoch comes.
-        batches.set_epoch(training_batches.find_epoch(trainer, self.interrupted))
+        batches.set_epoch(training_batches.find_epoch(self.trainer, self.interrupted))
         self.sampler = batches
         return batches
 

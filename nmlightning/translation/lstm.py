@@ -47,7 +47,6 @@ class LSTMState:
         self._sentences = torch.arange(len(memory), device=memory.device)
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows, (M,) int64, in this order; any may be left out or repeated."""
         self.cells = [
             None if cell is None else (cell[0][:, rows], cell[1][:, rows]) for cell in self.cells
         ]

@@ -165,10 +165,11 @@ class TrainingWindow:
         sums = torch.stack((loss, batch.negative_log_likelihood, *counts))
         self._sums = sums if self._sums is None else self._sums + sums
 
-    def read(self, add_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    def read(self, gather: Callable[[Tensor], Any]) -> dict[str, float]:
         """Return `loss`, `ppl` and `tokens_per_s` of the batches; it waits for the device once."""
         assert self._sums is not None, "add comes first"
-        loss, likelihood, targets, tokens, batches = add_processes(self._sums).tolist()
+        of_processes = gather(self._sums).view(-1, len(self._sums))
+        loss, likelihood, targets, tokens, batches = of_processes.sum(0).tolist()
         self.pause()
         self.resume()
         return {

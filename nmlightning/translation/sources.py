@@ -23,7 +23,6 @@ class SentencePair(NamedTuple):
     target: str
 
     def is_empty(self) -> bool:
-        """Return True if a side holds nothing but white space."""
         return not (self.source.strip() and self.target.strip())
 
 

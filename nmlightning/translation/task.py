@@ -208,7 +208,7 @@ class Translator(pl.LightningModule):
         is_due, self._last_step = self._ends_window(self._last_step), self.global_step
         if not (is_due or self._is_first_window):
             return
-        for name, value in self._window.read(self._add_processes).items():
+        for name, value in self._window.read(lambda sums: self.all_gather(sums)).items():
             self.log(f"train/{name}", value, prog_bar=name == "ppl", batch_size=1)
         if is_due:
             self._window.clear()
@@ -281,11 +281,6 @@ class Translator(pl.LightningModule):
             raise InputError(f"{type(self).__name__} takes a TranslationBatch, got a {kind}.")
         logits = self(batch.source, batch.target[:, :-1])
         return token_loss(logits, batch.target[:, 1:], label_smoothing)
-
-    def _add_processes(self, sums: Tensor) -> Tensor:
-        gathered = self.all_gather(sums)
-        assert isinstance(gathered, Tensor)
-        return gathered.view(-1, len(sums)).sum(0)
 
     def _evaluate(
         self, stage: Stage, batch: TranslationBatch, beam_size: int

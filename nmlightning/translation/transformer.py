@@ -141,7 +141,6 @@ class FeedForward(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the matrices by Glorot."""
         for layer in (self.inner, self.outer):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -239,7 +238,6 @@ class TransformerState:
         return own[0], own[1]
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows, (M,) int64, in this order; any may be left out or repeated."""
         layers, kinds, _, *rest = self._own.shape
         if self._spare.shape[2] < len(rows) or self._spare.shape[4] < self._own.shape[4]:
             self._spare = self._own.new_empty(layers, kinds, len(rows), *rest)

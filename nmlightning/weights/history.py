@@ -204,7 +204,6 @@ class NormHistory:
 
     @property
     def clock(self) -> RecordedClock:
-        """The moments of its records."""
         known = self.provenance.get("steps_per_epoch")
         return RecordedClock(self.steps, self.epochs, known if type(known) is int else None)
 

@@ -81,7 +81,6 @@ class WeightLocation:
 
     @property
     def layout(self) -> ChannelLayout:
-        """The place of its output channels."""
         form = find_layer_form(self.module)
         return form[1] if form is not None and self.attribute == "weight" else ROWS
 
@@ -95,14 +94,12 @@ class WeightLocation:
 
     @property
     def parametrizations(self) -> ParametrizationList | None:
-        """The parametrizations that compute it, if any."""
         if not parametrize.is_parametrized(self.module, self.attribute):
             return None
         return self.module.parametrizations[self.attribute]  # type: ignore[index, return-value]
 
 
 def find_locations(model: nn.Module) -> Iterator[WeightLocation]:
-    """Yield every location of a weight."""
     for path, module in plain_modules(model):
         for attribute in matrices(module):
             yield WeightLocation(module, path, attribute)
@@ -152,7 +149,6 @@ class LayerWeight:
 
     @property
     def channels(self) -> int:
-        """The number of output channels."""
         return self.layout.channels(self.parameter.shape)
 
 

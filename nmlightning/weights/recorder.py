@@ -80,7 +80,6 @@ class Recorder:
         return self._history(list(self._ends.values()))
 
     def history(self) -> NormHistory:
-        """Return all records so far."""
         self._collect()
         earlier = NormHistory.load(self._file.file, finite=False) if self._file else self._earlier
         parts = list(self._records_of(earlier)) if earlier else []

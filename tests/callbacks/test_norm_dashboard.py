@@ -1,7 +1,6 @@
 """Test what a run's logs show of its weight norms."""
 
 import csv
-import importlib
 import itertools
 import math
 from pathlib import Path
@@ -17,17 +16,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch import Tensor
 
-from lightning_modules import Trains, make_data
+from lightning_modules import Trains, make_data, make_trainer, package_of
 from nmlightning.callbacks import WeightNormTracker
 from nmlightning.callbacks.norm_dashboard import DeviceReading
 from nmlightning.errors import InputError
 from nmlightning.optim import LRCorrection
 from nmlightning.weights.channel_norms import channel_norms, equilibrium_rotation, rotations
 from nmlightning.weights.history import NormHistory
-from trainers import QUIET, quiet_trainer
+from trainers import quiet_trainer
 
 LAYERS = ["net.0", "net.3", "net.7"]
-PACKAGES = ("pytorch_lightning", "lightning.pytorch")
 EPOCHS, BATCHES, EVERY = 3, 6, 2
 RATE, MOMENTUM, DECAY = 0.1, 0.5, 0.01
 
@@ -63,27 +61,19 @@ class UnifiedModule(Notes, Trains, lightning.pytorch.LightningModule):
     pass
 
 
-def fit(
-    folder: Path, tracker: WeightNormTracker, package: str = PACKAGES[0], **options: Any
-) -> Any:
+def fit(folder: Path, tracker: WeightNormTracker, make: Any = PlModule, **options: Any) -> Any:
     """Return the module after a run with a logger, `logger` if that is given, in `folder`."""
-    lightning_package = importlib.import_module(package)
-    data = make_data(BATCHES)
     torch.manual_seed(0)
-    module = {PACKAGES[0]: PlModule, PACKAGES[1]: UnifiedModule}[package](
-        **options.pop("module", {})
-    )
-    tensorboard = importlib.import_module(f"{package}.loggers").TensorBoardLogger
+    module = make(**options.pop("module", {}))
+    start = options.pop("start", None)
     settings: dict[str, Any] = {
-        **QUIET,
         "max_epochs": EPOCHS,
         "default_root_dir": folder,
-        "logger": tensorboard(folder, "", ""),
+        "logger": package_of(make).loggers.TensorBoardLogger(folder, "", ""),
         "log_every_n_steps": EVERY,
-        "callbacks": [tracker],
     }
-    start = options.pop("start", None)
-    lightning_package.Trainer(**settings | options).fit(module, data, ckpt_path=start)
+    trainer = make_trainer(make, tracker, **settings | options)
+    trainer.fit(module, make_data(BATCHES), ckpt_path=start)
     return module
 
 
@@ -102,9 +92,9 @@ def read_scalars(folder: Path) -> dict[str, dict[int, float]]:
     }
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_dashboard_logs_scalars(package: str, tmp_path: Path) -> None:
-    module = fit(tmp_path, WeightNormTracker(), package)
+@pytest.mark.parametrize("make", [PlModule, UnifiedModule])
+def test_dashboard_logs_scalars(make: Any, tmp_path: Path) -> None:
+    module = fit(tmp_path, WeightNormTracker(), make)
     scalars = read_scalars(tmp_path)
     logged = range(EVERY - 1, EPOCHS * BATCHES, EVERY)
     equilibrium = equilibrium_rotation(RATE, DECAY, momentum=MOMENTUM)
@@ -193,11 +183,11 @@ def test_second_tracker_logs_under_its_own_tags(tmp_path: Path) -> None:
     assert {"effective_lr/", "tracker2/effective_lr/"} < set(tags)
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_trackers_of_the_same_settings_are_refused(package: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [PlModule, UnifiedModule])
+def test_trackers_of_the_same_settings_are_refused(make: Any, tmp_path: Path) -> None:
     trackers = [WeightNormTracker(3), WeightNormTracker(3)]
     with pytest.raises(InputError, match=r"has 2 WeightNormTracker of the same settings.*include"):
-        fit(tmp_path, trackers[0], package, callbacks=trackers)
+        fit(tmp_path, trackers[0], make, callbacks=trackers)
 
 
 def test_dashboard_logs_ten_pictures_and_the_last_of_a_long_run(tmp_path: Path) -> None:

@@ -84,13 +84,6 @@ def test_file_of_another_run_is_kept(tmp_path: Path) -> None:
     )
 
 
-def test_resume_in_another_folder_keeps_the_first_file(tmp_path: Path) -> None:
-    start = fit(tmp_path / "first", 1)
-    fit(tmp_path / "second", 3, start)
-    assert steps_of(tmp_path / "first") == list(range(BATCHES + 1))
-    assert steps_of(tmp_path / "second") == list(range(3 * BATCHES + 1))
-
-
 def test_resume_in_a_moved_folder(tmp_path: Path) -> None:
     fit(tmp_path / "first", 1)
     (tmp_path / "first").rename(tmp_path / "moved")

@@ -1,6 +1,5 @@
 """Test WeightNormTracker on LightningModules of both Lightning packages."""
 
-import importlib
 import math
 import re
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytorch_lightning
 import torch
 from torch import Tensor, nn
 
+import lightning_modules
 import recorded_runs
 from lightning_modules import Trains, make_data
 from nmlightning.callbacks import WeightNormTracker
@@ -21,9 +21,7 @@ from nmlightning.optim import DecayEquivalentLR, LRCorrection
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.recording_file import FILE_NAME
-from trainers import QUIET
 
-PACKAGES = ("pytorch_lightning", "lightning.pytorch")
 NAMES = ["net.0.weight", "net.3.weight", "net.7.weight"]
 EPOCHS, BATCHES = 3, 4
 
@@ -55,30 +53,28 @@ class UnifiedModule(Notes, Trains, lightning.pytorch.LightningModule):
     pass
 
 
-def make_module(package: str, **options: Any) -> Any:
-    return {"pytorch_lightning": PlModule, "lightning.pytorch": UnifiedModule}[package](**options)
+MODULES = (PlModule, UnifiedModule)
 
 
-def make_trainer(package: str, folder: Path, tracker: WeightNormTracker, **options: Any) -> Any:
-    own = {"max_epochs": EPOCHS, "default_root_dir": folder, "callbacks": [tracker]}
-    settings: dict[str, Any] = {**QUIET, **own}
-    return importlib.import_module(package).Trainer(**settings | options)
+def make_trainer(module: type, folder: Path, *callbacks: Any, **options: Any) -> Any:
+    settings = {"max_epochs": EPOCHS, "default_root_dir": folder, **options}
+    return lightning_modules.make_trainer(module, *callbacks, **settings)
 
 
 def record(
-    folder: Path, package: str = "pytorch_lightning", every: Any = "epoch", **options: Any
+    folder: Path, module: type = PlModule, every: Any = "epoch", **options: Any
 ) -> NormHistory:
-    module = make_module(package, **options)
-    make_trainer(package, folder, WeightNormTracker(every)).fit(module, make_data())
+    trainer = make_trainer(module, folder, WeightNormTracker(every))
+    trainer.fit(module(**options), make_data())
     return NormHistory.load(folder)
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_tracker_records_norms_at_each_epoch(package: str, tmp_path: Path) -> None:
-    module = make_module(package, weight_decay=1e-3)
+@pytest.mark.parametrize("make", MODULES)
+def test_tracker_records_norms_at_each_epoch(make: Any, tmp_path: Path) -> None:
+    module = make(weight_decay=1e-3)
     initial = {n: channel_norms(q) for n, q in module.named_parameters() if q.dim() > 1}
     tracker = WeightNormTracker()
-    make_trainer(package, tmp_path, tracker).fit(module, make_data())
+    make_trainer(make, tmp_path, tracker).fit(module, make_data())
     assert tracker.path == tmp_path / FILE_NAME
     history = NormHistory.load(tmp_path)
     assert list(history.norms) == NAMES
@@ -102,7 +98,7 @@ def test_tracker_records_every_n_steps(every: int, steps: list[int], tmp_path: P
 
 def test_tracker_counts_optimizer_steps_under_accumulation(tmp_path: Path) -> None:
     tracker = WeightNormTracker(1)
-    trainer = make_trainer("pytorch_lightning", tmp_path, tracker, accumulate_grad_batches=2)
+    trainer = make_trainer(PlModule, tmp_path, tracker, accumulate_grad_batches=2)
     trainer.fit(PlModule(), make_data())
     assert NormHistory.load(tmp_path).steps.tolist() == [0, 1, 2, 3, 4, 5, 6]
 
@@ -140,14 +136,14 @@ def test_tracker_keeps_the_file_of_an_earlier_run(tmp_path: Path) -> None:
 
 def test_tracker_records_what_patterns_name(tmp_path: Path) -> None:
     tracker = WeightNormTracker(include=["net.?.weight"], exclude=["net.7.*"])
-    make_trainer("pytorch_lightning", tmp_path, tracker).fit(PlModule(), make_data())
+    make_trainer(PlModule, tmp_path, tracker).fit(PlModule(), make_data())
     assert list(NormHistory.load(tmp_path).norms) == NAMES[:2]
     tracker = WeightNormTracker(include=["conv*"])
     with pytest.raises(
         InputError,
         match=re.escape("'conv*' matches no weight of two or more dimensions in PlModule; there"),
     ):
-        make_trainer("pytorch_lightning", tmp_path, tracker).fit(PlModule(), make_data())
+        make_trainer(PlModule, tmp_path, tracker).fit(PlModule(), make_data())
 
 
 def test_tracker_names_lazy_layers_once(tmp_path: Path) -> None:
@@ -156,7 +152,7 @@ def test_tracker_names_lazy_layers_once(tmp_path: Path) -> None:
             super().__init__()
             self.net[7] = nn.LazyLinear(3)
 
-    trainer = make_trainer("pytorch_lightning", tmp_path, WeightNormTracker())
+    trainer = make_trainer(PlModule, tmp_path, WeightNormTracker())
     message = "net.7.weight has no shape yet and is not recorded: run a batch through the model bef"
     with pytest.warns(UserWarning, match=message) as caught:
         trainer.fit(Lazy(), make_data())
@@ -172,32 +168,22 @@ def test_bad_every_is_refused(every: Any) -> None:
         WeightNormTracker(every)
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("make", MODULES)
 @pytest.mark.parametrize("every", ["epoch", 1, 3])
-def test_resume_continues_the_records(package: str, every: Any, tmp_path: Path) -> None:
-    whole = record(tmp_path / "whole", package, every)
-    trainer = make_trainer(package, tmp_path / "first", WeightNormTracker(every), max_epochs=2)
-    trainer.fit(make_module(package), make_data())
+def test_resume_continues_the_records(make: Any, every: Any, tmp_path: Path) -> None:
+    whole = record(tmp_path / "whole", make, every)
+    trainer = make_trainer(make, tmp_path / "first", WeightNormTracker(every), max_epochs=2)
+    trainer.fit(make(), make_data())
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    trainer = make_trainer(package, tmp_path / "second", WeightNormTracker(every))
-    trainer.fit(make_module(package), make_data(), ckpt_path=tmp_path / "last.ckpt")
-    resumed = NormHistory.load(tmp_path / "second")
+    trainer = make_trainer(make, tmp_path / "second", WeightNormTracker(every))
+    trainer.fit(make(), make_data(), ckpt_path=tmp_path / "last.ckpt")
+    first, resumed = (NormHistory.load(tmp_path / name) for name in ("first", "second"))
+    assert first.steps[-1] == 2 * BATCHES, "its file stays as it was"
     assert resumed.steps.tolist() == whole.steps.tolist()
     assert resumed.epochs.tolist() == whole.epochs.tolist()
     for name in NAMES:
         np.testing.assert_array_equal(resumed.norms[name], whole.norms[name])
     np.testing.assert_array_equal(resumed.learning_rates, whole.learning_rates)
-
-
-def test_resume_without_the_records_warns(tmp_path: Path) -> None:
-    trainer = make_trainer("pytorch_lightning", tmp_path, WeightNormTracker(), max_epochs=1)
-    trainer.fit(PlModule(), make_data())
-    trainer.save_checkpoint(tmp_path / "last.ckpt")
-    (tmp_path / FILE_NAME).unlink()
-    trainer = make_trainer("pytorch_lightning", tmp_path, WeightNormTracker())
-    with pytest.warns(UserWarning, match="is gone: .*weight_norms.safetensors. The new one starts"):
-        trainer.fit(PlModule(), make_data(), ckpt_path=tmp_path / "last.ckpt")
-    assert NormHistory.load(tmp_path).steps.tolist() == [4, 8, 12]
 
 
 def test_killed_run_keeps_finished_epochs(tmp_path: Path) -> None:
@@ -208,37 +194,29 @@ def test_killed_run_keeps_finished_epochs(tmp_path: Path) -> None:
             return super().training_step(batch, index)
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        make_trainer("pytorch_lightning", tmp_path, WeightNormTracker(1)).fit(Dies(), make_data())
+        make_trainer(PlModule, tmp_path, WeightNormTracker(1)).fit(Dies(), make_data())
     history = NormHistory.load(tmp_path)
     assert history.steps.tolist() == list(range(9))
     assert history.provenance["finished"] is False
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_tracker_steers(package: str, tmp_path: Path) -> None:
-    record(tmp_path / "reference", package, weight_decay=0.05)
+@pytest.mark.parametrize("make", MODULES)
+def test_tracker_steers(make: Any, tmp_path: Path) -> None:
+    record(tmp_path / "reference", make, weight_decay=0.05)
     tracker = WeightNormTracker(steering=LRCorrection(tmp_path / "reference"))
-    make_trainer(package, tmp_path / "steered", tracker).fit(make_module(package), make_data())
+    make_trainer(make, tmp_path / "steered", tracker).fit(make(), make_data())
     history = NormHistory.load(tmp_path / "steered")
     for name in NAMES[:2]:
         np.testing.assert_allclose(history.norms[name], history.norms[name][[0] * 4], rtol=1e-5)
-    free = record(tmp_path / "free", package)
+    free = record(tmp_path / "free", make)
     assert not np.allclose(free.norms[NAMES[1]][-1], history.norms[NAMES[1]][-1])
 
 
 def test_tracker_ends_steering_with_the_fit(tmp_path: Path) -> None:
     tracker = WeightNormTracker(steering=DecayEquivalentLR(0.01))
-    trainer = make_trainer("pytorch_lightning", tmp_path, tracker)
+    trainer = make_trainer(PlModule, tmp_path, tracker)
     trainer.fit(PlModule(), make_data())
     assert not trainer.optimizers[0]._optimizer_step_post_hooks
-
-
-def test_tracker_writes_into_the_folder_of_the_logger(tmp_path: Path) -> None:
-    logger = pytorch_lightning.loggers.CSVLogger(tmp_path, "run")
-    tracker = WeightNormTracker()
-    make_trainer("pytorch_lightning", tmp_path, tracker, logger=logger).fit(PlModule(), make_data())
-    assert tracker.path == Path(logger.log_dir) / FILE_NAME
-    assert tracker.path.is_file()
 
 
 @pytest.mark.parametrize(
@@ -247,16 +225,10 @@ def test_tracker_writes_into_the_folder_of_the_logger(tmp_path: Path) -> None:
 def test_tracker_records_what_computes_and_advances_nothing(computed: Any, tmp_path: Path) -> None:
     states = []
     for folder in (tmp_path / "plain", tmp_path / "tracked"):
-        module = make_module(PACKAGES[0])
+        module = PlModule()
         computed(module.net[0])
-        tracker = WeightNormTracker(every=1)
-        trainer = pytorch_lightning.Trainer(
-            max_epochs=2,
-            default_root_dir=folder,
-            callbacks=[tracker] * (folder.name == "tracked"),
-            **QUIET,
-        )
-        trainer.fit(module, make_data())
+        trackers = [WeightNormTracker(every=1)] * (folder.name == "tracked")
+        make_trainer(PlModule, folder, *trackers, max_epochs=2).fit(module, make_data())
         states.append(module.state_dict())
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
     norms = NormHistory.load(tmp_path / "tracked").norms
@@ -276,12 +248,11 @@ def test_tracker_names_left_matrices(tmp_path: Path, caplog: pytest.LogCaptureFi
         def forward(self, x: Tensor) -> Tensor:
             return x @ self.matrix
 
-    module = make_module(PACKAGES[0])
+    module = PlModule()
     module.net.append(Bilinear())
     tracker = WeightNormTracker()
-    options = {"callbacks": [tracker], "default_root_dir": tmp_path, **QUIET}
     with caplog.at_level("INFO"):
-        pytorch_lightning.Trainer(max_epochs=1, **options).fit(module, make_data())
+        make_trainer(PlModule, tmp_path, tracker, max_epochs=1).fit(module, make_data())
     assert tracker.left == {"net.8.matrix": "Bilinear is no layer that is known"}
     line = "WeightNormTracker leaves net.8.matrix (Bilinear is no layer that is known); include"
     assert line in caplog.text

@@ -165,7 +165,7 @@ def test_training_window_adds_processes(clock: Clock) -> None:
     window.add(make_loss(2.0, 30.0, 10), torch.tensor(25))
     clock.now = 5.0
     other = torch.tensor([4.0, 10.0, 30.0, 75.0, 1.0])
-    values = window.read(lambda sums: sums + other)
+    values = window.read(lambda sums: torch.stack([sums, other]))
     assert values == pytest.approx({"loss": 3.0, "ppl": math.exp(1), "tokens_per_s": 20.0})
 
 

@@ -1,31 +1,16 @@
-"""A run on text: the order of its batches, resumed in another way, and on two processes."""
+"""A run on text whose batches are others when it is resumed."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
 
-from made_sentences import CountTokens, assert_same, fit, make_pairs, make_text, write_pairs
+from made_sentences import fit, make_pairs, make_text, write_pairs
 from nmlightning.errors import InputError
 from nmlightning.translation.tokenizer import JointBPE
 from trainers import SaveAt
-
-
-def test_text_runs_are_reproducible_and_epochs_differ(tmp_path: Path) -> None:
-    first, again = fit(make_text(tmp_path)), fit(make_text(tmp_path))
-    assert_same(first.seen, again.seen)
-    other = fit(make_text(tmp_path), seed=2)
-    assert len(other.seen) == len(first.seen) == 3 * first.epochs.count(0), "as many in each"
-    for step, tokens in other.seen.items():
-        assert not torch.equal(tokens, first.seen[step])
-
-
-def test_text_validation_reads_every_reference(tmp_path: Path) -> None:
-    model = fit(make_text(tmp_path), max_epochs=1, num_sanity_val_steps=0)
-    assert sorted(model.references) == sorted(pair.target for pair in make_pairs(23, seed=1))
 
 
 @pytest.mark.parametrize("when", ["on_train_batch_end", "on_train_epoch_end"])
@@ -80,42 +65,3 @@ def test_text_run_refuses_another_order(
     data.train_files = tuple(files) if files else data.train_files
     with pytest.raises(InputError, match=f"written within an epoch .*{message}"):
         fit(data, ckpt_path=interrupted)
-
-
-def test_text_run_refuses_another_number_of_processes(interrupted: Path, tmp_path: Path) -> None:
-    checkpoint = torch.load(interrupted, weights_only=True)
-    checkpoint["ParallelText"]["processes"] = 2
-    torch.save(checkpoint, tmp_path / "two.ckpt")
-    with pytest.raises(InputError, match="with 2 processes, and this run has 1"):
-        fit(make_text(tmp_path), ckpt_path=tmp_path / "two.ckpt")
-
-
-def test_text_overfitting_repeats_the_same_batches(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="turning off the train dataloader shuffling"):
-        model = fit(make_text(tmp_path), overfit_batches=2)
-    assert model.epochs == [0, 0, 1, 1, 2, 2]
-    for step in range(2, 6):
-        assert torch.equal(model.seen[step], model.seen[step % 2])
-
-
-class SaveSeen(pl.Callback):
-    """Leaves what each rank saw in a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, CountTokens)
-        torch.save(pl_module.seen, self.folder / f"seen.{trainer.global_rank}.pt")
-
-
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-@pytest.mark.usefixtures("_forks")
-def test_text_batches_are_shared_by_two_processes(tmp_path: Path) -> None:
-    whole = fit(make_text(tmp_path), max_epochs=1).seen
-    options = {"strategy": "ddp_fork", "devices": 2, "max_epochs": 1}
-    fit(make_text(tmp_path), callbacks=[SaveSeen(tmp_path)], **options)
-    for rank in range(2):
-        seen = torch.load(tmp_path / f"seen.{rank}.pt", weights_only=True)
-        mine = list(whole.values())[rank : len(whole) // 2 * 2 : 2]
-        assert_same(seen, dict(enumerate(mine)))

@@ -91,7 +91,6 @@ class CpuBatchNorm:
         return Normalised(y, mean, variance, saved, bounded)
 
     def backward(self, grad: Tensor, saved: tuple[Tensor | None, ...], spec: NormSpec) -> Gradients:
-        """Return the gradients."""
         x, y, residual, first, second, *rest = saved
         added = spec.fused == "add_relu"
         if is_largest(spec.statistic):
@@ -110,13 +109,11 @@ class CpuBatchNorm:
         bias: Tensor,
         fused: Fused | None,
     ) -> Tensor:
-        """Return (x − μ) · gain + bias, and what is fused."""
         return self._ops.affine(x, residual, mean, gain, bias, _NUMBERS[fused])  # type: ignore[no-any-return]
 
     def gradient_sums(
         self, grad: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, statistic: Statistic
     ) -> Tensor:
-        """Return Σg, Σ g · (x − μ) and Σs."""
         return self._ops.gradient_sums(grad, x, y, mean, is_l1(statistic))  # type: ignore[no-any-return]
 
 
@@ -135,7 +132,6 @@ class CpuLayerNorm:
         constant: float,
         eps: float,
     ) -> tuple[Tensor, Tensor, bool]:
-        """Return y like x, the values of the rows for backward, and whether sums are finite."""
         return torch.ops.nmlightning.layer_norm_forward(  # type: ignore[no-any-return]
             x, features, weight, bias, constant, eps, self.centred
         )
@@ -149,7 +145,6 @@ class CpuLayerNorm:
         rows: Tensor,
         learned: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients by x and, if any is learned, by weight and bias, (features,)."""
         return torch.ops.nmlightning.layer_norm_backward(  # type: ignore[no-any-return]
             grad, x, features, weight, rows, learned, self.centred
         )
@@ -164,11 +159,9 @@ class CpuBackend:
     device = "cpu"
 
     def unsupported_reason(self, key: DispatchKey) -> str:
-        """Return in a few words why they do not support the key; nothing if they do."""
         return unsupported_norm(key, _DTYPES) or self._missing()
 
     def kernels(self, key: DispatchKey) -> Any:
-        """Return the kernels of a key that is supported."""
         return CpuBatchNorm() if key.kind == "batch" else CpuLayerNorm(key.kind == "layer")
 
     def tracking(self) -> Tracking | None:

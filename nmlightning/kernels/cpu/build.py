@@ -93,7 +93,6 @@ def library_path(folder: Path) -> Path:
 
 
 def is_loaded() -> bool:
-    """Return whether the operators are there."""
     return all(hasattr(torch.ops.nmlightning, name) for name in _OPERATORS)
 
 
@@ -134,7 +133,6 @@ def load_library(path: Path) -> None:
 
 
 def flags() -> tuple[str, ...]:
-    """Return the compiler's flags on this machine."""
     return _FLAGS + _FLAGS_OF_MACHINE.get(platform.machine(), ())
 
 
@@ -250,7 +248,6 @@ def _compile(build_folder: Path, library: Path) -> Path:
 
 
 def _compiler() -> str:
-    """Return the command that torch calls."""
     return os.environ.get("CXX") or "c++"
 
 

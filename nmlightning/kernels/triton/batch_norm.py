@@ -43,7 +43,6 @@ class TritonBatchNorm:
         bias: Tensor | None,
         spec: NormSpec,
     ) -> Normalised:
-        """See `BatchNormKernels`."""
         statistics = x.new_empty(STATISTICS, x.shape[1], dtype=torch.float32)
         y, relu = torch.empty_like(x), spec.fused is not None
         with on_device_of(x):
@@ -63,7 +62,6 @@ class TritonBatchNorm:
         return Normalised(y, statistics[0], statistics[1], (x, kept, statistics, bias, *selected))
 
     def backward(self, grad: Tensor, saved: tuple[Tensor | None, ...], spec: NormSpec) -> Gradients:
-        """See `BatchNormKernels`."""
         x, y, statistics, bias, positions, deviations = saved
         assert x is not None, "forward keeps it"
         assert statistics is not None, "forward keeps them"
@@ -85,7 +83,6 @@ class TritonBatchNorm:
         return Gradients(out, passed, learned[0], learned[1])
 
     def sums(self, x: Tensor) -> Tensor:
-        """See `BatchNormKernels`."""
         if not x.numel():
             return x.new_zeros(x.shape[1], dtype=torch.float32)
         with on_device_of(x):
@@ -94,7 +91,6 @@ class TritonBatchNorm:
             return _fold(parts, partition) + first.float() * partition.rows
 
     def sums_of_sizes(self, x: Tensor, mean: Tensor) -> Tensor:
-        """See `BatchNormKernels`."""
         if not x.numel():
             return torch.zeros_like(mean)
         with on_device_of(x):
@@ -102,7 +98,6 @@ class TritonBatchNorm:
             return _fold(_sum_sizes(x, mean.contiguous(), None, partition), partition)
 
     def largest(self, x: Tensor, mean: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """See `BatchNormKernels`."""
         if not x.numel():
             nothing = mean.new_zeros(x.shape[1], k)
             return nothing.long(), nothing
@@ -118,7 +113,6 @@ class TritonBatchNorm:
         bias: Tensor,
         fused: Fused | None,
     ) -> Tensor:
-        """See `BatchNormKernels`."""
         y = torch.empty_like(x)
         if x.numel():
             mean, gain, bias = (q.contiguous() for q in (mean, gain, bias))
@@ -129,7 +123,6 @@ class TritonBatchNorm:
     def gradient_sums(
         self, grad: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, statistic: Statistic
     ) -> Tensor:
-        """See `BatchNormKernels`."""
         sums = mean.new_zeros(3, x.shape[1])
         if not x.numel():
             return sums
@@ -155,7 +148,6 @@ class TritonBatchNorm:
         offset: Tensor,
         pull: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """See `BatchNormKernels`."""
         grad = lay_out_like(grad, x)
         out = torch.empty_like(x)
         passed = None if y is None else torch.empty_like(grad)

@@ -135,7 +135,6 @@ class TritonLayerNorm:
         constant: float,
         eps: float,
     ) -> tuple[Tensor, Tensor, bool]:
-        """Return y like x, the values of the rows that backward needs, and True."""
         rows = x.numel() // features
         y = torch.empty_like(x)
         values = x.new_empty(3, rows, dtype=torch.float32)
@@ -157,7 +156,6 @@ class TritonLayerNorm:
         values: Tensor,
         learned: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients by x and, if `learned`, by weight and bias, float32, else empty."""
         rows = x.numel() // features
         out = torch.empty_like(x)
         found = values.new_zeros(2, features if learned else 0)
