@@ -93,13 +93,6 @@ def test_evaluation_leaves_out_a_damaged_image(root: Path) -> None:
         list(open_images(root, batch_size=1).val_dataloader())
 
 
-def test_set_without_a_readable_image_is_refused(root: Path) -> None:
-    for path in (root / "train").glob("*/*"):
-        path.write_bytes(b"")
-    with pytest.raises(InputError, match="no image of a batch can be read"):
-        read_training(open_images(root))
-
-
 def test_folder_reports_files_that_are_no_images(root: Path) -> None:
     for name in ("train/a/notes.txt", "train/c/Thumbs.db", "train/readme.md"):
         (root / name).touch()

@@ -60,9 +60,3 @@ def test_digits_training_pixels_are_normalised() -> None:
     x, _ = digits.on_after_batch_transfer(batch, 0)
     assert x.mean().item() == pytest.approx(0, abs=1e-5)
     assert x.std().item() == pytest.approx(1, abs=1e-5)
-
-
-def test_digits_stages_share_the_validation_images() -> None:
-    digits = make_digits(image_size=8)
-    assert digits.test_dataloader().data is digits.val_dataloader().data
-    assert digits.predict_dataloader().data is digits.val_dataloader().data

@@ -194,13 +194,9 @@ def test_resident_images_train_after_inference_mode(images: LabelledImages) -> N
     ("make", "options", "message"),
     [
         (CIFAR10, {"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
-        (CIFAR10, {"batch_size": "64"}, "batch_size must be a whole number of at least 1, got '64"),
         (CIFAR10, {"download": "no"}, "download is True or False, got 'no'"),
         (Digits, {"image_size": 7}, "image_size must be a whole number of at least 8, got 7"),
         (Digits, {"channels": 0}, "channels must be a whole number of at least 1, got 0"),
-        (Digits, {"channels": 1.5}, "channels must be a whole number of at least 1, got 1.5"),
-        (Digits, {"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
-        (ImageNet, {"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
         (ImageNet, {"image_size": 0}, "image_size must be a whole number of at least 1, got 0"),
         (ImageNet, {"num_workers": -1}, "num_workers must be a whole number of at least 0, got -1"),
         (ImageNet, {"damaged": "ignore"}, "damaged is 'error' or 'skip', got 'ignore'"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from nmlightning import InputError, apply_weight_norm, fold_norms
+from nmlightning import InputError, fold_norms
 from nmlightning.norms import L1BatchNorm2d, LInfBatchNorm1d, MeanOnlyBatchNorm2d
 
 # Of the outputs, which are of order 1: float32 rounds each of some hundred terms to 6e-8.
@@ -194,12 +194,6 @@ def hooked(part: str) -> nn.Module:
     return net
 
 
-def normalised_conv() -> nn.Module:
-    conv = nn.Conv2d(4, 4, 3)
-    apply_weight_norm(conv)
-    return conv
-
-
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     **{name: (partial(block, forward), reason) for name, (forward, reason) in FORWARDS.items()},
     "tied": (tied, "the weight of 0 is used elsewhere, too"),
@@ -217,10 +211,6 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "hooked conv": (lambda: hooked("conv"), "conv has hooks"),
     "torch's weight norm": (
         lambda: straight(conv=parametrizations.weight_norm(nn.Conv2d(4, 4, 3))),
-        "it follows ParametrizedConv2d with a parametrized weight",
-    ),
-    "our weight norm": (
-        lambda: straight(conv=normalised_conv()),
         "it follows ParametrizedConv2d with a parametrized weight",
     ),
 }

@@ -10,7 +10,6 @@ from nmlightning.functional.constants import Constant
 from nmlightning.functional.reductions import Share
 from nmlightning.functional.selection import Blocks, select_largest
 from nmlightning.functional.statistics import (
-    LargestMean,
     RangeMean,
     power_mean,
     select_extremes,
@@ -74,15 +73,6 @@ def test_select_largest_takes_the_first_among_equals(shape: tuple[int, ...], k: 
             chosen = flat.gather(1, selection.positions)
             torch.testing.assert_close(mean, chosen.abs().mean(1))
             assert torch.equal(selection.slopes, torch.where(chosen > 0, 1.0, -1.0).double() / k)
-
-
-@pytest.mark.parametrize("convention", ["exact", "paper", "none", 0.5])
-@pytest.mark.parametrize("count", [10, torch.tensor(10)], ids=["alone", "ranks"])
-def test_largest_mean_rejects_fewer_values_than_k(
-    convention: Constant | float, count: int | Tensor
-) -> None:
-    with pytest.raises(InputError, match=r"The k = 11 largest of n = 10 values a channel .* lower"):
-        LargestMean(11).constant(count, convention)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

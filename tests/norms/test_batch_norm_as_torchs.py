@@ -33,16 +33,6 @@ def test_state_loads_into_torchs_batch_norm(norm: Norm, dims: int) -> None:
 
 
 @every_norm
-def test_evaluation_has_torchs_gradients(norm: Norm) -> None:
-    ours, theirs = norm.layer().eval(), nn.BatchNorm2d(3).eval()
-    theirs.load_state_dict(ours.state_dict())
-    theirs.weight.requires_grad_(ours.weight.requires_grad)
-    x = torch.randn(4, 3, 2, 5, requires_grad=True)
-    found = gradients(ours(x), [x, *learned(ours)])
-    torch.testing.assert_close(found, gradients(theirs(x), [x, *learned(theirs)]))
-
-
-@every_norm
 def test_momentum_none_averages_all_batches_equally(norm: Norm) -> None:
     layer = norm.layer(momentum=None, dtype=torch.float64)
     x = torch.randn(3, 8, 3, 2, 2, dtype=torch.float64) * torch.tensor([1.0, 2, 5]).view(
@@ -82,14 +72,6 @@ def test_frozen_parameters_get_no_gradient(norm: Norm) -> None:
     layer.bias.requires_grad_()
     (grad,) = torch.autograd.grad(layer(x.detach()).sum(), layer.bias)
     torch.testing.assert_close(grad, torch.full((3,), 40.0))
-
-
-@every_norm
-def test_layer_without_running_statistics_uses_the_batchs(norm: Norm) -> None:
-    x = torch.randn(4, 3, 2, 5, dtype=torch.float64)
-    layer = norm.layer(track_running_stats=False, dtype=torch.float64)
-    assert list(layer.state_dict()) == ["weight", "bias"]
-    torch.testing.assert_close(layer.eval()(x), layer.train()(x), rtol=0, atol=0)
 
 
 @every_norm

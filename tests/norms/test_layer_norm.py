@@ -105,16 +105,6 @@ def test_eps_none_equals_torchs(dtype: torch.dtype, sigma: float) -> None:
     )
 
 
-@every_norm
-def test_state_dict_equals_torchs(norm: str) -> None:
-    ours, theirs = make(norm, (2, 5)), torchs(norm, (2, 5))
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-    assert isinstance(ours, type(theirs))
-    assert list(make(norm, 5, bias=False).state_dict()) == ["weight"]
-    assert list(make(norm, 5, elementwise_affine=False).state_dict()) == []
-
-
 @every_layer_norm
 def test_exact_constant_gives_unit_std(norm: str) -> None:
     """ŝ of 1,024 features varies by a few per cent; the mean over 4,000 tokens by 0.1 %."""
@@ -269,10 +259,7 @@ def test_repr_copies_and_pickles_equal_the_layer(
         ({"eps": -1e-5}, "eps must be finite and at least 0, got -1e-05"),
         ({"constant": "exakt"}, r"got 'exakt'\. Did you mean 'exact'\?"),
         ({"constant": -1.0}, "constant must be a finite number above 0, got -1.0"),
-        (
-            {"stats_dtype": "half"},
-            "stats_dtype is None or one of float16, bfloat16, float32, float64, got 'half'",
-        ),
+        ({"stats_dtype": "float46"}, r"float64, got 'float46'\. Did you mean 'float64'\?"),
         ({"p": 0.5}, "p must be finite and at least 1, got 0.5"),
         ({"p": math.inf}, "p must be finite and at least 1, got inf"),
         ({"elementwise_affine": "no"}, "elementwise_affine is True or False, got 'no'"),

@@ -100,10 +100,8 @@ def test_check_options_takes_the_common_ones(name: str) -> None:
         ("l1", "batch", "constnat", "no option 'constnat' for batch norms; it has constant, eps, "),
         ("l1", "batch", "constnat", "Did you mean 'constant'?"),
         ("l1", "batch", "p", "The norm 'l1' has no option 'p' for batch norms"),
-        ("l1", "batch", "k", "The norm 'l1' has no option 'k' for batch norms"),
         ("l1", "layer", "sync", "'sync' for layer norms; it has constant, eps, stats_dtype."),
         ("l1", "rms", "sync", "'sync' for RMS norms; it has constant, eps, stats_dtype."),
-        ("l1", "layer", "momentum", "The norm 'l1' has no option 'momentum' for layer norms"),
         ("mean", "batch", "constant", "'constant' for batch norms; it has eps, momentum, "),
         ("top10", "batch", "k", "The norm 'top10' has k = 10 by its name."),
         # What a layer takes from the one that it replaces is no option.
