@@ -10,15 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nmlightning.functional.statistics import (
-    HUGE,
-    LargestMean,
-    PowerMean,
-    Statistic,
-    channel_shape,
-    chunk_lengths,
-    reduced_dims,
-)
+from nmlightning.functional import statistics
 
 LEAST_EPS = 1e-20  # beside squares of about 1; that to the power −3/2 is a float32
 
@@ -27,17 +19,19 @@ def plain_batch_norm(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    statistic: Statistic,
+    statistic: statistics.Statistic,
     constant: float,
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what `BatchNormFunction` does, on one rank."""
-    dims, count = reduced_dims(x), x.numel() // x.shape[1]
+    dims, count = statistics.reduced_dims(x), x.numel() // x.shape[1]
     wide, unit, eps_in_it = _in_units(x.to(dtype), dims, eps)
     mean = wide.mean(dims, keepdim=True)
     square = constant**2 * _square(wide - mean, statistic, dims)
-    y = _apply_affine((wide - mean) / (square + eps_in_it).sqrt(), weight, bias, channel_shape(x))
+    y = _apply_affine(
+        (wide - mean) / (square + eps_in_it).sqrt(), weight, bias, statistics.channel_shape(x)
+    )
     mean, variance = (v.detach().flatten() for v in (mean * unit, square * unit * unit))
     return y.to(x.dtype), mean, variance * count / (count - 1)
 
@@ -57,7 +51,7 @@ def plain_layer_norm(
     dims = tuple(range(-rank, 0))
     wide, _, eps_in_it = _in_units(x.to(dtype), dims, eps)
     deviations = wide - wide.mean(dims, keepdim=True) if centred else wide
-    square = constant**2 * _square(deviations, PowerMean(p), dims)
+    square = constant**2 * _square(deviations, statistics.PowerMean(p), dims)
     y = _apply_affine(deviations / (square + eps_in_it).sqrt(), weight, bias, x.shape[-rank:])
     return y.to(x.dtype)
 
@@ -67,7 +61,7 @@ def plain_evaluation(
     weight: Tensor | None, bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Return what torch's batch norm does in evaluation; a compiler cannot transform that."""
-    shape = channel_shape(x)
+    shape = statistics.channel_shape(x)
     y = (x.to(mean.dtype) - mean.view(shape)) / (variance + eps).sqrt().view(shape)
     return _apply_affine(y, weight, bias, shape).to(x.dtype)
 
@@ -79,7 +73,7 @@ def _in_units(x: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Ten
     eps must not be lost.
     """
     largest = x.detach().abs().amax(dims, keepdim=True)
-    unit = torch.where(largest > HUGE, largest, 1.0)
+    unit = torch.where(largest > statistics.HUGE, largest, 1.0)
     return x / unit, unit, (eps / unit / unit).clamp_min(min(eps, LEAST_EPS))
 
 
@@ -90,12 +84,12 @@ def _apply_affine(
     return y if bias is None else y + bias.to(y.dtype).view(shape)
 
 
-def _square(deviations: Tensor, statistic: Statistic, dims: tuple[int, ...]) -> Tensor:
+def _square(deviations: Tensor, statistic: statistics.Statistic, dims: tuple[int, ...]) -> Tensor:
     """Return m² with dimensions of size 1 for `dims`; the slope of |d| at 0 is −1."""
-    if isinstance(statistic, PowerMean) and statistic.p == 2.0:
+    if isinstance(statistic, statistics.PowerMean) and statistic.p == 2.0:
         return deviations.square().mean(dims, keepdim=True)
     sizes = torch.where(deviations > 0, deviations, -deviations)
-    if isinstance(statistic, PowerMean):
+    if isinstance(statistic, statistics.PowerMean):
         if statistic.p == 1.0:
             return sizes.mean(dims, keepdim=True).square()
         largest = sizes.detach().amax(dims, keepdim=True)
@@ -103,14 +97,14 @@ def _square(deviations: Tensor, statistic: Statistic, dims: tuple[int, ...]) -> 
         mean = ratios.pow(statistic.p).mean(dims, keepdim=True)
         root = torch.where(mean > 0, mean, 1.0).pow(2 / statistic.p)
         return torch.where(mean > 0, largest.square() * root, 0.0)
-    if isinstance(statistic, LargestMean):
+    if isinstance(statistic, statistics.LargestMean):
         magnitude = sizes.transpose(0, 1).flatten(1).topk(statistic.k, 1).values.mean(1)
     else:
         rows = deviations.transpose(0, 1).flatten(1)
-        parts = torch.split(rows, chunk_lengths(rows.shape[1], statistic.chunks), 1)
+        parts = torch.split(rows, statistics.chunk_lengths(rows.shape[1], statistic.chunks), 1)
         ranges = [part.max(1).values - part.min(1).values for part in parts]
         magnitude = torch.stack(ranges).mean(0) / 2
-    return magnitude.square().view(channel_shape(deviations))
+    return magnitude.square().view(statistics.channel_shape(deviations))
 
 
 def plain_gradients(

@@ -22,13 +22,7 @@ from nmlightning.functional.reductions import (
 )
 from nmlightning.functional.selection import Selection, add_at_selection, mean_of_row
 from nmlightning.functional.statistics import LargestMean, Statistic, total_scale
-from nmlightning.kernels.interface import (
-    BatchNormKernels,
-    Fused,
-    LayerNormKernels,
-    NormSpec,
-    lay_out_like,
-)
+from nmlightning.kernels import interface
 
 
 class UnboundedError(ArithmeticError):
@@ -49,10 +43,10 @@ class KernelBatchNormFunction(torch.autograd.Function):
         residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        kernels: BatchNormKernels,
-        spec: NormSpec,
+        kernels: interface.BatchNormKernels,
+        spec: interface.NormSpec,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        residual = None if residual is None else lay_out_like(residual, x)
+        residual = None if residual is None else interface.lay_out_like(residual, x)
         result = kernels.forward(x, residual, _wide(weight), _wide(bias), spec)
         y, mean, variance, saved, bounded = result
         if not bounded:
@@ -98,14 +92,14 @@ class RankBatchNormFunction(torch.autograd.Function):
         residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        kernels: BatchNormKernels,
+        kernels: interface.BatchNormKernels,
         statistic: Statistic,
         convention: Constant | float,
         eps: float,
-        fused: Fused | None,
+        fused: interface.Fused | None,
         group: ProcessGroup,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        residual = None if residual is None else lay_out_like(residual, x)
+        residual = None if residual is None else interface.lay_out_like(residual, x)
         sums, share = share_sums(kernels.sums(x), x.numel() // x.shape[1], group)
         mean = sums / share.total
         magnitude, selection = _measure(kernels, x, mean, statistic, share)
@@ -150,7 +144,7 @@ class RankBatchNormFunction(torch.autograd.Function):
 
 
 def _measure(
-    kernels: BatchNormKernels, x: Tensor, mean: Tensor, statistic: Statistic, share: Share
+    kernels: interface.BatchNormKernels, x: Tensor, mean: Tensor, statistic: Statistic, share: Share
 ) -> tuple[Tensor, Selection | None]:
     """Return m of all ranks' elements, and this rank's share of those it was selected by."""
     if not isinstance(statistic, LargestMean):
@@ -173,7 +167,7 @@ class KernelLayerNormFunction(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         rank: int,
-        kernels: LayerNormKernels,
+        kernels: interface.LayerNormKernels,
         constant: float,
         eps: float,
         centred: bool,

@@ -17,27 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from nmlightning.errors import InputError, check_flag, given_by_keyword
+from nmlightning.functional import statistics
 from nmlightning.functional.batch_norm import apply_without_autocast, differentiable, is_transformed
 from nmlightning.functional.constants import Constant, check_constant, check_power
 from nmlightning.functional.plain import plain_layer_norm
 from nmlightning.functional.reductions import Share, is_half, mean_of, share_mean, sum_of
-from nmlightning.functional.statistics import (
-    PowerMean,
-    is_bounded,
-    power_mean,
-    power_mean_slope,
-    total_scale,
-)
 from nmlightning.kernels.autograd import KernelLayerNormFunction, UnboundedError
 from nmlightning.kernels.dispatch import select_backend_for
 from nmlightning.kernels.interface import Dispatch, NormKind
-from nmlightning.norms.batch_norm_base import (
-    accumulation_dtype,
-    check_eps,
-    check_stats_dtype,
-    describe_settings,
-    note_norm,
-)
+from nmlightning.norms import batch_norm_base
 from nmlightning.norms.fast_path import HOOKED, is_in_encoder_layer, refuse_scripting, traceable
 
 
@@ -79,7 +67,7 @@ def normalise_features(
     if eps is None:
         eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
     constant = layer.statistic.constant(math.prod(sizes), layer.constant)
-    dtype = accumulation_dtype(x.dtype, layer.stats_dtype)
+    dtype = batch_norm_base.accumulation_dtype(x.dtype, layer.stats_dtype)
     arguments = (weight, bias, len(sizes), layer.p, constant, eps, dtype, centred)
     if is_transformed():
         return plain_layer_norm(x, *arguments)
@@ -118,13 +106,13 @@ class LayerNormFunction(torch.autograd.Function):
         column = (*x.shape[:-rank], *[1] * rank)
         mean = share_mean(wide, dims, None)[0].view(column) if centred else None
         deviations = wide if mean is None else wide - mean
-        magnitude = power_mean(deviations, p, dims, share).view(column)
+        magnitude = statistics.power_mean(deviations, p, dims, share).view(column)
         scale = magnitude * constant
-        bounded = is_bounded(scale)
+        bounded = statistics.is_bounded(scale)
         if bounded is False:
             settings = (rank, p, constant, eps, torch.float64, centred)
             return LayerNormFunction.forward(ctx, x, weight, bias, *settings)
-        total = total_scale(scale, eps, bounded)
+        total = statistics.total_scale(scale, eps, bounded)
         ctx.save_for_backward(x, weight, mean, magnitude, total)
         ctx.dims, ctx.p, ctx.constant = dims, p, constant
         ctx.plain = (rank, p, constant, eps, torch.promote_types(dtype, torch.float32), centred)
@@ -145,7 +133,7 @@ class LayerNormFunction(torch.autograd.Function):
         scale = magnitude * ctx.constant
         # 0 − x and not −x: what copysign makes of a 0 is to be the same for both norms.
         reflected = 0 - wide if mean is None else mean - wide
-        slope = power_mean_slope(reflected, magnitude, ctx.p)
+        slope = statistics.power_mean_slope(reflected, magnitude, ctx.p)
         product = reflected.div_(-total).mul_(wide_grad)  # that is g · x̂
         grad_weight = grad_bias = None
         if weight is None:
@@ -193,9 +181,9 @@ class FeatureNorm(nn.Module):
         self, p: float, constant: Constant | float, stats_dtype: torch.dtype | str | None
     ) -> None:
         self.p = check_power(p)
-        self.statistic = PowerMean(self.p)
+        self.statistic = statistics.PowerMean(self.p)
         self.constant = check_constant(constant)
-        self.stats_dtype = check_stats_dtype(stats_dtype)
+        self.stats_dtype = batch_norm_base.check_stats_dtype(stats_dtype)
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """Yield what torch yields; for its encoder layer also a hook, so that it calls forward."""
@@ -205,21 +193,21 @@ class FeatureNorm(nn.Module):
 
     def backend_for(self, input: Tensor) -> Dispatch:
         """Return the backend that computes such an input, and why, without running."""
-        dtype = accumulation_dtype(input.dtype, self.stats_dtype)
+        dtype = batch_norm_base.accumulation_dtype(input.dtype, self.stats_dtype)
         return select_backend_for(input, self.kind, self.statistic, dtype)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        note_norm(self, destination, prefix)
+        batch_norm_base.note_norm(self, destination, prefix)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a layer, also one that was pickled before layers kept their statistic."""
-        state = {"statistic": PowerMean(state["p"]), **state}
+        state = {"statistic": statistics.PowerMean(state["p"]), **state}
         super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """Return the arguments that differ from the defaults, so that the repr evaluates."""
-        return describe_settings(self, str(tuple(self.normalized_shape)))
+        return batch_norm_base.describe_settings(self, str(tuple(self.normalized_shape)))
 
 
 class LpLayerNorm(FeatureNorm, nn.LayerNorm):
@@ -263,7 +251,7 @@ class LpLayerNorm(FeatureNorm, nn.LayerNorm):
     ) -> None:  # fmt: skip
         super().__init__(
             check_normalized_shape(normalized_shape),
-            check_eps(eps),
+            batch_norm_base.check_eps(eps),
             check_flag("elementwise_affine", elementwise_affine),
             bias=check_flag("bias", bias),
             device=device,
@@ -337,7 +325,7 @@ class LpRMSNorm(FeatureNorm, nn.RMSNorm):
     ) -> None:  # fmt: skip
         super().__init__(
             check_normalized_shape(normalized_shape),
-            None if eps is None else check_eps(eps),
+            None if eps is None else batch_norm_base.check_eps(eps),
             check_flag("elementwise_affine", elementwise_affine),
             device=device,
             dtype=dtype,

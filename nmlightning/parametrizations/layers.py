@@ -12,16 +12,8 @@ from nmlightning.errors import InputError, check_choice
 from nmlightning.name_patterns import matches, some
 from nmlightning.optim.param_groups import find_output_layers
 from nmlightning.parametrizations.weight_norm import Settings, WeightNorm
+from nmlightning.weights import layer_weights
 from nmlightning.weights.channel_norms import ChannelLayout
-from nmlightning.weights.layer_weights import (
-    WeightLocation,
-    find_layer_form,
-    find_left_weights,
-    find_locations,
-    matrices,
-    plain_modules,
-    weights_of,
-)
 
 LayerKind = Literal["conv", "linear", "recurrent", "embedding"]
 LAYER_KINDS: tuple[LayerKind, ...] = get_args(LayerKind)
@@ -40,7 +32,7 @@ def choose_layers(layers: Sequence[str] | None, include: Collection[str]) -> tup
 
 def kind_of(module: nn.Module) -> LayerKind | None:
     """Return of which kind a layer is; None for what has no weight of its own, and for others."""
-    form = find_layer_form(module)
+    form = layer_weights.find_layer_form(module)
     if form is not None:
         return form[0]
     if isinstance(module, nn.MultiheadAttention | nn.Bilinear):
@@ -55,7 +47,7 @@ class NormalisableWeight:
     """One weight, and all places that it is in: several where it is tied."""
 
     parameter: nn.Parameter
-    places: list[WeightLocation] = field(default_factory=list)
+    places: list[layer_weights.WeightLocation] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -93,7 +85,8 @@ class NormalisableWeight:
     def is_of(self, kinds: Sequence[LayerKind]) -> bool:
         """Return whether it is the weight of a layer of one of the kinds, in one of its places."""
         return any(
-            kind_of(place.module) in kinds and place.attribute in weights_of(place.module)
+            kind_of(place.module) in kinds
+            and place.attribute in layer_weights.weights_of(place.module)
             for place in self.places
         )
 
@@ -168,7 +161,10 @@ def find_unknown_weights(
     They are matrices, where linear layers are meant, and what has more dimensions, where
     convolutions are.
     """
-    kinds, left = choose_layers(layers, include), find_left_weights(model, (*include, *exclude))
+    kinds, left = (
+        choose_layers(layers, include),
+        layer_weights.find_left_weights(model, (*include, *exclude)),
+    )
     return {
         w.name: w.layer_name
         for w in _all_weights(model)
@@ -228,13 +224,13 @@ def _check_patterns(
 def _find_computed(model: nn.Module) -> dict[str, tuple[nn.Module, list[str]]]:
     """Return each weight that is no parameter, its layer, and the names of what is behind it."""
     found = {}
-    for path, module in plain_modules(model):
-        for weight in weights_of(module):
+    for path, module in layer_weights.plain_modules(model):
+        for weight in layer_weights.weights_of(module):
             if weight in module._parameters or parametrize.is_parametrized(module, weight):
                 continue
-            own = [each for each in matrices(module) if each.startswith(weight)]
-            parts = [WeightLocation(module, path, each).name for each in own]
-            found[WeightLocation(module, path, weight).name] = module, parts
+            own = [each for each in layer_weights.matrices(module) if each.startswith(weight)]
+            parts = [layer_weights.WeightLocation(module, path, each).name for each in own]
+            found[layer_weights.WeightLocation(module, path, weight).name] = module, parts
     return found
 
 
@@ -253,7 +249,7 @@ def _check_no_computed_weight(
 
 def _all_weights(model: nn.Module) -> list[NormalisableWeight]:
     weights: dict[int, NormalisableWeight] = {}
-    for place in find_locations(model):
+    for place in layer_weights.find_locations(model):
         computed, own = place.parametrizations, place.module._parameters
         parameter: Any = (
             own[place.attribute] if computed is None else next(computed.parameters(recurse=False))

@@ -12,14 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from nmlightning.errors import InputError, check_choice, check_whole_number, nearest
 from nmlightning.name_patterns import some
-from nmlightning.weights.recording_file import (
-    FILE_NAME,
-    check_finite,
-    explain_unreadable,
-    make_arrays,
-    read_recording,
-    write_recording,
-)
+from nmlightning.weights import recording_file
 
 Moment = Mapping[str, float]
 """`{"step": …}` or `{"epoch": …}`, as `NormHistory.place` takes it."""
@@ -168,7 +161,9 @@ class NormHistory:
         origin = {} if provenance is None else provenance
         rates = (learning_rates, weight_decays)
         try:
-            return cls(**make_arrays(norms, steps, epochs, *rates, provenance=origin))
+            return cls(
+                **recording_file.make_arrays(norms, steps, epochs, *rates, provenance=origin)
+            )
         except InputError as error:
             raise InputError(f"This is no history of weight norms: {error}.") from None
 
@@ -191,13 +186,13 @@ class NormHistory:
                 'written and use NormHistory.from_arrays, as "A pickle of norms" in '
                 "docs/weight_norms.md shows."
             )
-        with explain_unreadable(file):
-            file = file / FILE_NAME if file.is_dir() else file
-            content = read_recording(file)
+        with recording_file.explain_unreadable(file):
+            file = file / recording_file.FILE_NAME if file.is_dir() else file
+            content = recording_file.read_recording(file)
         try:
-            arrays = make_arrays(**content)
+            arrays = recording_file.make_arrays(**content)
             if finite:
-                check_finite(arrays["norms"], arrays["epochs"])
+                recording_file.check_finite(arrays["norms"], arrays["epochs"])
         except InputError as error:
             raise InputError(f"{file} cannot be used: {error}.") from None
         return cls(**arrays)
@@ -209,7 +204,7 @@ class NormHistory:
 
     def save(self, path: str | Path) -> None:
         """Write the file at once or not at all, so that a reader never finds half of it."""
-        write_recording(Path(path), **vars(self))
+        recording_file.write_recording(Path(path), **vars(self))
 
     def __len__(self) -> int:
         return len(self.steps)

@@ -5,16 +5,11 @@ import torch
 from torch import Tensor
 
 from nmlightning.errors import InputError
+from nmlightning.functional import statistics
 from nmlightning.functional.batch_norm import gradient_sums
 from nmlightning.functional.constants import Constant
 from nmlightning.functional.reductions import Share
 from nmlightning.functional.selection import Blocks, select_largest
-from nmlightning.functional.statistics import (
-    RangeMean,
-    power_mean,
-    select_extremes,
-    total_scale,
-)
 
 # One to three spatial dimensions and none; the last is long rows, where few rows hold the largest.
 SHAPES = [
@@ -87,7 +82,7 @@ def test_select_extremes_takes_the_first_of_each_chunk(shape: tuple[int, ...], c
         for s in (1, -1)
     ]
     for layout in layouts(d):
-        mean, selection = select_extremes(layout, chunks, Share(flat.shape[1]))
+        mean, selection = statistics.select_extremes(layout, chunks, Share(flat.shape[1]))
         assert selection.positions.view(-1, chunks).tolist() == expected
         ranges = flat.gather(1, selection.positions) * selection.slopes
         torch.testing.assert_close(mean, ranges.sum(1))
@@ -97,14 +92,14 @@ def test_select_extremes_takes_the_first_of_each_chunk(shape: tuple[int, ...], c
 @pytest.mark.parametrize("convention", ["exact", "paper", "none", 0.5])
 def test_range_mean_rejects_chunks_of_less_than_two(convention: Constant | float) -> None:
     with pytest.raises(InputError, match=r"The 16 chunks of n = 31 values a channel .* lower"):
-        RangeMean(16).constant(31, convention)
+        statistics.RangeMean(16).constant(31, convention)
 
 
 def test_total_scale_in_half_needs_no_squares() -> None:
     scales = torch.tensor([0.0, 1e-5, 1e-3, 1.0, 3e4], dtype=torch.float16)
     for eps in (0.0, 1e-10, 1e-5):
         expected = (scales.double().square() + eps).sqrt()
-        found = total_scale(scales, eps).double()
+        found = statistics.total_scale(scales, eps).double()
         # Half's spacing below 6e-5 is 6e-8: 0.3 % of √1e-10.
         torch.testing.assert_close(found, expected, rtol=2**-10, atol=6e-8)
 
@@ -113,8 +108,8 @@ def test_total_scale_in_half_needs_no_squares() -> None:
 @pytest.mark.parametrize("p", [1.0, 1.5, 3.7, 60.0])
 def test_power_mean_neither_overflows_nor_underflows(p: float, size: float) -> None:
     d = torch.randn(1000, 2)
-    expected = power_mean(d.double(), p, (0,), Share(1000)) * size
-    found = power_mean(d * size, p, (0,), Share(1000))
+    expected = statistics.power_mean(d.double(), p, (0,), Share(1000)) * size
+    found = statistics.power_mean(d * size, p, (0,), Share(1000))
     # float32 powers near 60 cost about 60 roundings.
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=0)
 

@@ -12,18 +12,8 @@ from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+import kernel_contract
 from built_kernels import load_kernels
-from kernel_contract import (
-    CASES,
-    WIDTHS,
-    Case,
-    check,
-    check_nonfinite,
-    check_rows,
-    check_stages,
-    check_tracking,
-    draw,
-)
 from nmlightning import norms, swap_norms
 from nmlightning.functional.constants import gaussian_constant
 from nmlightning.functional.statistics import LargestMean, PowerMean, RangeMean
@@ -58,22 +48,22 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_threads")
-@pytest.mark.parametrize("case", [*CASES, *WIDTHS], ids=str)
-def test_kernels_equal_the_definition(case: Case) -> None:
-    check(case, CpuBatchNorm())
+@pytest.mark.parametrize("case", [*kernel_contract.CASES, *kernel_contract.WIDTHS], ids=str)
+def test_kernels_equal_the_definition(case: kernel_contract.Case) -> None:
+    kernel_contract.check(case, CpuBatchNorm())
 
 
 @pytest.mark.parametrize("statistic", ["l1", "linf", "top3"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_non_finite_values_stay_in_their_channel(statistic: str, value: float) -> None:
-    check_nonfinite(statistic, value, CpuBatchNorm())
+    kernel_contract.check_nonfinite(statistic, value, CpuBatchNorm())
 
 
 @pytest.mark.parametrize(
     ("shape", "channels_last"), [((3, 4, 5, 2), False), ((3, 4, 5, 2), True), ((9, 4), False)]
 )
 def test_stages_equal_the_definition(shape: tuple[int, ...], channels_last: bool) -> None:
-    check_stages(shape, channels_last, CpuBatchNorm())
+    kernel_contract.check_stages(shape, channels_last, CpuBatchNorm())
 
 
 def test_stages_take_a_rank_without_elements() -> None:
@@ -94,11 +84,11 @@ def test_stages_take_a_rank_without_elements() -> None:
 def test_layer_norm_kernels_equal_the_definition(
     shape: tuple[int, ...], dtype: torch.dtype, centred: bool, learned: bool
 ) -> None:
-    check_rows(shape, dtype, centred, learned, CpuLayerNorm(centred))
+    kernel_contract.check_rows(shape, dtype, centred, learned, CpuLayerNorm(centred))
 
 
 def test_track_moves_running_statistics() -> None:
-    check_tracking(torch.ops.nmlightning.track)
+    kernel_contract.check_tracking(torch.ops.nmlightning.track)
 
 
 # ---- what is kept ----
@@ -107,7 +97,9 @@ def test_track_moves_running_statistics() -> None:
 def kept_x(
     fused: Fused | None, weight: float, bias: float, dtype: torch.dtype, spec: NormSpec = L1
 ) -> bool:
-    (x, residual, *_), _ = draw(Case((4, 3, 5, 5), fused="add_relu", dtype=dtype), "cpu")
+    (x, residual, *_), _ = kernel_contract.draw(
+        kernel_contract.Case((4, 3, 5, 5), fused="add_relu", dtype=dtype), "cpu"
+    )
     assert x is not None
     learned = torch.tensor([1.0, weight, 1.0]), torch.tensor([0.0, bias, 0.0])
     spec = NormSpec(spec.statistic, spec.constant, spec.eps, fused)
@@ -144,8 +136,8 @@ def test_x_free_reach_keeps_the_tolerance(dtype: torch.dtype) -> None:
     half_last_place = torch.finfo(dtype).eps / 2
     tolerance = {torch.float32: 5e-7, torch.bfloat16: 4e-3}[dtype]
     assert X_FREE_REACH[dtype] == pytest.approx(tolerance * 3**0.5 / half_last_place, rel=0.02)
-    case = Case((64, 2, 16, 16), fused="relu", dtype=dtype)
-    (x, *_), grad = draw(case, "cpu")
+    case = kernel_contract.Case((64, 2, 16, 16), fused="relu", dtype=dtype)
+    (x, *_), grad = kernel_contract.draw(case, "cpu")
     assert x is not None
     weight = torch.ones(2)
     bias = weight * X_FREE_REACH[dtype] * 0.99

@@ -12,22 +12,16 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 import kernel_contract as contract
+from nmlightning import norms
 from nmlightning.kernels import norm_backend
 from nmlightning.kernels.interface import NormSpec
 from nmlightning.kernels.triton import tiles
 from nmlightning.kernels.triton.batch_norm import TritonBatchNorm, track
 from nmlightning.kernels.triton.layer_norm import TritonLayerNorm
-from nmlightning.norms import (
-    L1BatchNorm2d,
-    L1LayerNorm,
-    L1RMSNorm,
-    LInfBatchNorm2d,
-    TopKBatchNorm2d,
-)
 
 CUDA = "cuda"
 KERNELS = TritonBatchNorm()
-LAYERS = [L1BatchNorm2d, LInfBatchNorm2d, TopKBatchNorm2d]
+LAYERS = [norms.L1BatchNorm2d, norms.LInfBatchNorm2d, norms.TopKBatchNorm2d]
 LARGE = [
     contract.Case(shape, statistic, fused, dtype, channels_last)
     for shape in [(32, 64, 56, 56), (64, 24, 14, 14), (128, 256, 7, 7), (8, 2048, 7, 7)]
@@ -123,7 +117,7 @@ def test_cuda_graph_replays_batch_norms(layer: Any) -> None:
         assert torch.equal(replayed, eager)
 
 
-@pytest.mark.parametrize("norm", [L1LayerNorm, L1RMSNorm])
+@pytest.mark.parametrize("norm", [norms.L1LayerNorm, norms.L1RMSNorm])
 def test_cuda_graph_replays_layer_norms(norm: Any) -> None:
     x = torch.randn(64, 768, device=CUDA, dtype=torch.bfloat16)
     layer = norm(768, device=CUDA)

@@ -18,15 +18,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 from built_kernels import load_kernels
+from nmlightning import norms
 from nmlightning.errors import InputError
 from nmlightning.kernels import norm_backend
-from nmlightning.norms import (
-    LpBatchNorm1d,
-    LpBatchNorm2d,
-    LpBatchNorm3d,
-    LpLayerNorm,
-    LpRMSNorm,
-)
 
 pytest.importorskip("expecttest", reason="torch.testing imports it")
 pytestmark = [
@@ -37,11 +31,11 @@ pytestmark = [
 ]
 
 OURS: dict[str, Any] = {
-    "BatchNorm1d": LpBatchNorm1d,
-    "BatchNorm2d": LpBatchNorm2d,
-    "BatchNorm3d": LpBatchNorm3d,
-    "LayerNorm": LpLayerNorm,
-    "RMSNorm": LpRMSNorm,
+    "BatchNorm1d": norms.LpBatchNorm1d,
+    "BatchNorm2d": norms.LpBatchNorm2d,
+    "BatchNorm3d": norms.LpBatchNorm3d,
+    "LayerNorm": norms.LpLayerNorm,
+    "RMSNorm": norms.LpRMSNorm,
 }
 MODES = [(name, training) for name in OURS for training in (True, False)]
 HALVES = (torch.float16, torch.bfloat16)

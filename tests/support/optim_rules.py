@@ -7,26 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nmlightning.optim import (
-    DecayEquivalentLR,
-    Hyperball,
-    LRCorrection,
-    NormSchedule,
-    RadialProjection,
-)
+from nmlightning import optim
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
 
 MakeRule = Callable[..., Any]
 # Each rule, from the history of norms that it follows, if it follows one.
 RULES: dict[str, MakeRule] = {
-    "stable": lambda history, **options: LRCorrection(history, **options),
-    "paper": lambda history, **options: LRCorrection(history, mode="paper", **options),
-    "layer": lambda history, **options: LRCorrection(history, granularity="layer", **options),
-    "schedule": lambda history, **options: NormSchedule(history, **options),
-    "decay": lambda _, **options: DecayEquivalentLR(0.01, **options),
-    "hyperball": lambda _, **options: Hyperball(**options),
-    "projection": lambda _, **options: RadialProjection(**options),
+    "stable": lambda history, **options: optim.LRCorrection(history, **options),
+    "paper": lambda history, **options: optim.LRCorrection(history, mode="paper", **options),
+    "layer": lambda history, **options: optim.LRCorrection(history, granularity="layer", **options),
+    "schedule": lambda history, **options: optim.NormSchedule(history, **options),
+    "decay": lambda _, **options: optim.DecayEquivalentLR(0.01, **options),
+    "hyperball": lambda _, **options: optim.Hyperball(**options),
+    "projection": lambda _, **options: optim.RadialProjection(**options),
 }
 REFERENCED = ("stable", "paper", "layer", "schedule")
 SCALE_INVARIANT = (*REFERENCED, "decay")

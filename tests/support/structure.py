@@ -9,7 +9,6 @@ that misses its target counts is below it. The exit code is 1 for one that misse
   `__init__` for the types only. Of the modules with one importer those are left out that the
   `__init__` of their package imports, since they are public. The longest chain leaves out imports
   in functions, and nmlightning's own `__init__`, which is lazy.
-- The longest chain counts modules; in a circle, of which none is the first, it counts all.
 - A file is met where a function of it runs; what an `import` executes does not count.
 - The batch is a layer's second: the first loads the kernels. The model is a ResNet-20. A file of
   norms is met by the constructor of `LRCorrection` and `attach`, then in a step of SGD without
@@ -19,6 +18,7 @@ that misses its target counts is below it. The exit code is 1 for one that misse
 import argparse
 import ast
 import functools
+import graphlib
 import io
 import logging
 import os
@@ -199,28 +199,22 @@ def find_lonely(graph: Graph) -> list[str]:
     return [name for name in names if name not in graph.get(name.rpartition(".")[0], ())]
 
 
-def find_circles(graph: Graph) -> list[tuple[str, ...]]:
-    """Return the sets of modules that all import one another, directly or not."""
-    reached = {name: set(imported) for name, imported in graph.items()}
-    for middle in graph:
-        for names in reached.values():
-            names |= reached[middle] if middle in names else set()
-    members = [name for name in graph if name in reached[name]]
-    both_ways = [[n for n in members if n in reached[m] and m in reached[n]] for m in members]
-    return sorted({tuple(circle) for circle in both_ways})
+def find_circle(graph: Graph) -> list[str]:
+    """Return modules each of which imports the one before it and the first the last, or none."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
 
 
 def longest_chain(graph: Graph) -> tuple[str, ...]:
-    """Return the most modules of which each imports the next; a circle is one link of all its."""
-    links: dict[str, tuple[str, ...]] = {name: (name,) for name in graph}
-    links |= {name: circle for circle in find_circles(graph) for name in circle}
-
-    @functools.cache
-    def chain_from(link: tuple[str, ...]) -> tuple[str, ...]:
-        below = {links[imported] for name in link for imported in graph[name]} - {link}
-        return link + max(map(chain_from, sorted(below)), key=len, default=())
-
-    return max(map(chain_from, links.values()), key=len)
+    """Return the most modules of which each imports the next, where there is no circle."""
+    chains: dict[str, tuple[str, ...]] = {}
+    for name in graphlib.TopologicalSorter(graph).static_order():
+        below = [chains[imported] for imported in sorted(graph[name])]
+        chains[name] = (name, *max(below, key=len, default=()))
+    return max(chains.values(), key=len)
 
 
 def source_figures(package: Package) -> list[Figure]:
@@ -229,7 +223,7 @@ def source_figures(package: Package) -> list[Figure]:
     graph = package.graph(in_functions=False)
     lonely = find_lonely(package.graph())
     chain = longest_chain(graph)
-    circles = [" ⇄ ".join(circle) for circle in find_circles(package.graph())]
+    circle = find_circle(package.graph())
     arrows = Layers().upward_arrows(package)
     largest = max(package.lines, key=lambda file: package.lines[file])
     long = package.long_files()
@@ -242,7 +236,7 @@ def source_figures(package: Package) -> list[Figure]:
         Figure("modules with one importer", len(lonely), 29, lonely),
         Figure("longest import chain", len(chain), 18, chain),
         Figure("rows of the layer table", len(LAYERS), 10),
-        Figure("circles", len(circles), 0, circles),
+        Figure("modules in a circle", len(circle), 0, circle),
         Figure("arrows that run up", len(arrows), 0, arrows),
         Figure("lines of the largest file", package.lines[largest], MAX_LINES, [largest]),
         Figure(f"files over {MAX_LINES} lines", len(long), 0, long),

@@ -24,31 +24,14 @@ import torch
 from torch import Tensor
 
 from nmlightning.functional.statistics import LargestMean, Statistic
-from nmlightning.kernels.cpu.build import (
-    NOT_BUILT,
-    cache_folder,
-    is_loaded,
-    library_path,
-    load_library,
-    unusable_reason,
-)
-from nmlightning.kernels.interface import (
-    DispatchKey,
-    Fused,
-    Gradients,
-    Normalised,
-    NormSpec,
-    Tracking,
-    is_l1,
-    is_largest,
-    unsupported_norm,
-)
+from nmlightning.kernels import interface
+from nmlightning.kernels.cpu import build
 
 _DTYPES = (torch.float32, torch.bfloat16)
 # The tolerance · √3 / u, with u = 2^-24 and 2^-8.
 X_FREE_REACH = {torch.float32: 14.5, torch.bfloat16: 1.77}
 _NEVER = -1.0
-_NUMBERS: dict[Fused | None, int] = {None: 0, "relu": 1, "add_relu": 2}
+_NUMBERS: dict[interface.Fused | None, int] = {None: 0, "relu": 1, "add_relu": 2}
 
 
 class CpuBatchNorm:
@@ -65,8 +48,8 @@ class CpuBatchNorm:
         residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        spec: NormSpec,
-    ) -> Normalised:
+        spec: interface.NormSpec,
+    ) -> interface.Normalised:
         """Return the normalised x, and of x or what stands for it what backward needs."""
         inputs = (x, residual, weight, bias, spec.constant, spec.eps, _NUMBERS[spec.fused])
         never = spec.fused == "add_relu" and x.dtype != torch.float32
@@ -88,17 +71,19 @@ class CpuBatchNorm:
             bias if x_free else None,
             values,
         )
-        return Normalised(y, mean, variance, saved, bounded)
+        return interface.Normalised(y, mean, variance, saved, bounded)
 
-    def backward(self, grad: Tensor, saved: tuple[Tensor | None, ...], spec: NormSpec) -> Gradients:
+    def backward(
+        self, grad: Tensor, saved: tuple[Tensor | None, ...], spec: interface.NormSpec
+    ) -> interface.Gradients:
         x, y, residual, first, second, *rest = saved
         added = spec.fused == "add_relu"
-        if is_largest(spec.statistic):
+        if interface.is_largest(spec.statistic):
             results = self._ops.largest_backward(grad, x, y, residual, first, second, *rest, added)
         else:
             results = self._ops.l1_backward(grad, x, y, residual, first, *rest, added)
         grad_x, grad_residual, grad_weight, grad_bias = results
-        return Gradients(grad_x, grad_residual if added else None, grad_weight, grad_bias)
+        return interface.Gradients(grad_x, grad_residual if added else None, grad_weight, grad_bias)
 
     def affine(
         self,
@@ -107,14 +92,14 @@ class CpuBatchNorm:
         mean: Tensor,
         gain: Tensor,
         bias: Tensor,
-        fused: Fused | None,
+        fused: interface.Fused | None,
     ) -> Tensor:
         return self._ops.affine(x, residual, mean, gain, bias, _NUMBERS[fused])  # type: ignore[no-any-return]
 
     def gradient_sums(
         self, grad: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, statistic: Statistic
     ) -> Tensor:
-        return self._ops.gradient_sums(grad, x, y, mean, is_l1(statistic))  # type: ignore[no-any-return]
+        return self._ops.gradient_sums(grad, x, y, mean, interface.is_l1(statistic))  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -154,38 +139,38 @@ class CpuLayerNorm:
 class CpuBackend:
     """The kernels in C++. Their library is loaded when it is first asked for, never built."""
 
-    folder: Path = field(default_factory=cache_folder)
+    folder: Path = field(default_factory=build.cache_folder)
     name = "C++"
     device = "cpu"
 
-    def unsupported_reason(self, key: DispatchKey) -> str:
-        return unsupported_norm(key, _DTYPES) or self._missing()
+    def unsupported_reason(self, key: interface.DispatchKey) -> str:
+        return interface.unsupported_norm(key, _DTYPES) or self._missing()
 
-    def kernels(self, key: DispatchKey) -> Any:
+    def kernels(self, key: interface.DispatchKey) -> Any:
         return CpuBatchNorm() if key.kind == "batch" else CpuLayerNorm(key.kind == "layer")
 
-    def tracking(self) -> Tracking | None:
+    def tracking(self) -> interface.Tracking | None:
         """Return what moves running statistics, or None where it is not built."""
         return None if self._missing() else torch.ops.nmlightning.track
 
     def _missing(self) -> str:
-        if is_loaded():
+        if build.is_loaded():
             return ""
-        reason = _load(library_path(self.folder))
-        if reason and reason != NOT_BUILT:
+        reason = _load(build.library_path(self.folder))
+        if reason and reason != build.NOT_BUILT:
             _warn(reason)
         return reason
 
 
 def _load(path: Path) -> str:
     """Load the library, or return why not."""
-    reason = unusable_reason(path)
+    reason = build.unusable_reason(path)
     if not reason:
         try:
-            load_library(path)
+            build.load_library(path)
         except OSError:
             return f"the kernels in {path} do not load: nm kernels remove"
-    if reason or is_loaded():
+    if reason or build.is_loaded():
         return reason
     return f"{path} holds other operators than the kernels': nm kernels remove"
 
