@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from nmlightning.optim.step_hooks import call_before_step
 from nmlightning.weights.history import NormHistory
 
 _SHORTLY = 1e-9  # before an epoch's end, in epochs
+_KEPT = ("epoch", "attempts", "last_epoch", "next_batch")  # of a clock, in checkpoints
 
 
 def steps_per_epoch(trainer: pl.Trainer) -> int | None:
@@ -154,18 +156,11 @@ class EpochClock:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the steps that a resumed run does not see."""
-        return {
-            "epoch": self._epoch,
-            "attempts": list(self._attempts),
-            "last_epoch": list(self._last_epoch),
-            "next_batch": list(self._next_batch),
-        }
+        return {name: copy(getattr(self, f"_{name}")) for name in _KEPT}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._epoch = state["epoch"]
-        self._attempts = list(state["attempts"])
-        self._last_epoch = list(state["last_epoch"])
-        self._next_batch = list(state["next_batch"])
+        for name in _KEPT:
+            setattr(self, f"_{name}", copy(state[name]))
 
     def _progress(self, number: int) -> tuple[int, int]:
         """Return how many steps of the epoch are over, of how many."""

@@ -136,7 +136,7 @@ class DecodedImages:
         loader = DataLoader(
             self.reader,
             batch_size=None,  # a draw is a batch already
-            sampler=map(_PlainDraw.of, draws),
+            sampler=map(_in_numbers, draws),
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
         )
@@ -152,15 +152,12 @@ class DecodedImages:
             yield RawBatch(batch.images, batch.labels)
 
 
-class _PlainDraw(NamedTuple):
-    """A `Draw` as numbers, which cross processes without shared memory."""
+# A `Draw` as numbers, which cross processes without shared memory: rows, and seeds or None.
+_PlainDraw = tuple[list[int], list[int] | None]
 
-    rows: list[int]
-    seeds: list[int] | None  # None where nothing is random: in evaluation
 
-    @classmethod
-    def of(cls, draw: Draw) -> "_PlainDraw":
-        return cls(draw.rows.tolist(), None if draw.seeds is None else draw.seeds.tolist())
+def _in_numbers(draw: Draw) -> _PlainDraw:
+    return draw.rows.tolist(), None if draw.seeds is None else draw.seeds.tolist()
 
 
 class _DecodedBatch(NamedTuple):
@@ -184,13 +181,14 @@ class _Reader(Dataset[_DecodedBatch | InputError]):
             return error
 
     def _read(self, draw: _PlainDraw) -> _DecodedBatch:
-        seeds = draw.seeds or [0] * len(draw.rows)
+        drawn, given = draw
+        seeds = given or [0] * len(drawn)
         damaged: dict[str, str] = {}
         read: dict[int, tuple[Tensor, int]] = {}
         # In the order of the rows, in which the rows of a shard come together.
-        for place in sorted(range(len(draw.rows)), key=draw.rows.__getitem__):
-            row, length = draw.rows[place], self.images.length
-            others = range(row, row + length) if draw.seeds is not None else (row,)
+        for place in sorted(range(len(drawn)), key=drawn.__getitem__):
+            row, length = drawn[place], self.images.length
+            others = range(row, row + length) if given is not None else (row,)
             rows = (other % length for other in others)
             image = self._read_first(rows, seeds[place], damaged)
             if image is not None:

@@ -118,14 +118,6 @@ class NormWatch:
 
 
 @dataclass
-class _Call:
-    """The input of a layer in one call, until the gradient of its output comes."""
-
-    input: Tensor
-    judged: bool = False
-
-
-@dataclass
 class _WatchedLayer:
     """A norm layer with what was measured of it."""
 
@@ -136,7 +128,7 @@ class _WatchedLayer:
     scales: list[Tensor] = field(default_factory=list)
     deviations: list[Tensor] = field(default_factory=list)
     outcomes: dict[str, Counter[str]] = field(default_factory=dict)
-    calls: list[_Call] = field(default_factory=list)
+    waiting: list[Tensor] = field(default_factory=list)  # inputs whose gradients are to come
 
     @property
     def kind(self) -> NormKind:
@@ -152,17 +144,14 @@ class _WatchedLayer:
         if not module.training or rows.shape[1] < 2 or not rows.numel():
             return
         self._measure(rows)
-        call = _Call(input)
-        self.calls.append(call)
+        self.waiting.append(input)
         if output.requires_grad:
-            output.register_hook(partial(self._judge, call))  # type: ignore[no-untyped-call, unused-ignore]
+            output.register_hook(partial(self._judge, input))  # type: ignore[no-untyped-call, unused-ignore]
 
     def end_batch(self) -> None:
         """Judge the calls that got no gradient."""
-        for call in self.calls:
-            if not call.judged:
-                self._judge(call, None)
-        self.calls.clear()
+        for input in list(self.waiting):
+            self._judge(input, None)
 
     def ranges(self) -> LayerRanges:
         return LayerRanges(
@@ -195,16 +184,16 @@ class _WatchedLayer:
         self.offset = max(self.offset, float(offsets.nan_to_num(0.0, 0.0).max()))
 
     @torch.no_grad()
-    def _judge(self, call: _Call, gradient: Tensor | None) -> None:
+    def _judge(self, input: Tensor, gradient: Tensor | None) -> None:
         """Try the norms on what the layer got; the hook on the gradient of its output."""
-        call.judged = True
+        self.waiting = [each for each in self.waiting if each is not input]
         weight: Tensor | None = self.module.weight  # type: ignore[assignment]
         if gradient is not None and weight is not None and self.kind == "layer":
             gradient = gradient * weight  # a batch norm's is a factor that a row shares
         slopes = None if gradient is None else self._rows(gradient)
         norms = [name for name, norm in HALF_NORMS.items() if self.kind in norm.kinds]
-        with torch.autocast(call.input.device.type, enabled=False):
-            tried = run_in_fp16(self._rows(call.input), slopes, float(self.module.eps), norms)  # type: ignore[arg-type]
+        with torch.autocast(input.device.type, enabled=False):
+            tried = run_in_fp16(self._rows(input), slopes, float(self.module.eps), norms)  # type: ignore[arg-type]
         for norm, outcomes in tried.items():
             counts = torch.bincount(outcomes.long(), minlength=len(OUTCOMES)).tolist()
             names = dict(zip(OUTCOMES, counts, strict=True))

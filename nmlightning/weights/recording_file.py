@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
 
 from nmlightning.atomic_file import explain_failure, replace_file
 from nmlightning.errors import InputError
@@ -286,8 +286,7 @@ def _read_metadata(file: Path) -> tuple[dict[str, str], int]:
 
 def _read_arrays(file: Path) -> dict[str, NDArray[Any]]:
     try:
-        with safe_open(file, framework="np") as content:
-            return {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+        return load_file(file)
     except (SafetensorError, TypeError, AttributeError) as error:  # a dtype that numpy lacks
         raise InputError(f"{file} is truncated or no safetensors file ({error}).") from error
 
