@@ -125,11 +125,11 @@ def test_kernels_build_reports_a_missing_tool_in_one_line(
 
 
 def test_kernels_are_not_built_by_a_fit(nm: Nm) -> None:
-    from nmlightning.kernels.cpu.backend import NOT_BUILT, CpuBackend
+    from nmlightning.kernels.cpu.backend import CpuBackend
 
     backend = CpuBackend(build.cache_folder())
     if not build.is_loaded():
-        assert backend._missing() == NOT_BUILT
+        assert backend._missing() == build.NOT_BUILT
         assert backend.tracking() is None
         path = build.library_path(build.cache_folder())
         path.parent.mkdir(parents=True)
@@ -173,8 +173,8 @@ def test_kernels_need_the_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     from nmlightning.kernels.cpu import backend
 
     path = make_library(tmp_path / "kernels")
-    monkeypatch.setattr(backend, "is_loaded", lambda: False)
-    monkeypatch.setattr(backend, "load_library", lambda path: None)
+    monkeypatch.setattr(build, "is_loaded", lambda: False)
+    monkeypatch.setattr(build, "load_library", lambda path: None)
     with pytest.warns(UserWarning, match="The norms use the formula: .* holds other operators"):
         assert "holds other operators" in backend.CpuBackend(path.parent)._missing()
 
