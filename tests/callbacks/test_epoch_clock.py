@@ -67,10 +67,6 @@ TWO_EPOCHS = make_history([0, 4, 8], [0, 0, 1])
 STEPS = [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75]
 
 
-def test_clock_gives_parts_of_an_epoch(tmp_path: Path) -> None:
-    assert follow(tmp_path, TWO_EPOCHS, max_epochs=2) == STEPS
-
-
 def test_clock_of_other_batch_sizes(tmp_path: Path) -> None:
     assert follow(tmp_path, TWO_EPOCHS, data=make_data(2), max_epochs=2) == STEPS[::2]
 

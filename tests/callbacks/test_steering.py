@@ -13,15 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader
 
+from nmlightning import optim
 from nmlightning.callbacks import WeightNormTracker
 from nmlightning.errors import InputError
-from nmlightning.optim import (
-    DecayEquivalentLR,
-    Hyperball,
-    LRCorrection,
-    NormSchedule,
-    RadialProjection,
-)
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
 from recorded_runs import Trains, make_data, make_trainer
@@ -73,7 +67,7 @@ def scope_of(
 
 
 def test_scope_table_lists_every_layer_once(scope_of: Any) -> None:
-    printed, table = scope_of(DecayEquivalentLR(0.01, exclude=["kept*"]))
+    printed, table = scope_of(optim.DecayEquivalentLR(0.01, exclude=["kept*"]))
     assert "DecayEquivalentLR steers 2 of 7 weights" in printed
     assert table == [
         ("plain.weight", "steered: scale-invariant (radial share)"),
@@ -88,7 +82,7 @@ def test_scope_table_lists_every_layer_once(scope_of: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:head.weight is steered, but the loss feels its norm")
 def test_scope_table_with_include(scope_of: Any) -> None:
-    _, table = scope_of(DecayEquivalentLR(0.01, include=["head.weight", "plain.*"]))
+    _, table = scope_of(optim.DecayEquivalentLR(0.01, include=["head.weight", "plain.*"]))
     assert table == [
         ("plain.weight", "steered: scale-invariant (radial share)"),
         ("kept.weight", "left: include does not name it"),
@@ -100,8 +94,10 @@ def test_scope_table_with_include(scope_of: Any) -> None:
     ]
 
 
-@pytest.mark.parametrize("rule", [Hyperball, RadialProjection])
-def test_scope_of_matrix_rules(rule: type[Hyperball | RadialProjection], scope_of: Any) -> None:
+@pytest.mark.parametrize("rule", [optim.Hyperball, optim.RadialProjection])
+def test_scope_of_matrix_rules(
+    rule: type[optim.Hyperball | optim.RadialProjection], scope_of: Any
+) -> None:
     printed, table = scope_of(rule(exclude=["kept*"]))
     assert f"{rule.__name__} steers 4 of 7 weights" in printed
     assert table == [
@@ -116,7 +112,7 @@ def test_scope_of_matrix_rules(rule: type[Hyperball | RadialProjection], scope_o
 
 
 def test_scope_is_printed_once_a_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tracker = WeightNormTracker(steering=DecayEquivalentLR(0.01))
+    tracker = WeightNormTracker(steering=optim.DecayEquivalentLR(0.01))
     for number in range(2):
         make_trainer(tmp_path / str(number), tracker).fit(Trains(), make_data())
         assert "DecayEquivalentLR steers 2 of 3 weights" in capsys.readouterr().err
@@ -149,7 +145,7 @@ def test_originals_are_recorded_and_steered_by_weight_name(
     norms = history.norms["net.0.weight_v"]
     np.testing.assert_array_equal(norms[-1], channel_norms(original))
     assert (norms[-1] != norms[0]).any()
-    tracker = WeightNormTracker(steering=LRCorrection(history, exclude=exclude))
+    tracker = WeightNormTracker(steering=optim.LRCorrection(history, exclude=exclude))
     make_trainer(tmp_path / "steered", tracker).fit(make(), make_data())
     assert "net.0.weight" in tracker.handles[0].reasons()
 
@@ -172,28 +168,28 @@ def fit(folder: Path, tracker: WeightNormTracker | None, start: Path | None = No
     ("first", "second", "message"),
     [
         (
-            LRCorrection(HISTORY),
-            NormSchedule(HISTORY),
+            optim.LRCorrection(HISTORY),
+            optim.NormSchedule(HISTORY),
             "was steered by LRCorrection, and this run is by NormSchedule: resume with the same",
         ),
         (
-            DecayEquivalentLR(0.01),
-            LRCorrection(HISTORY),
+            optim.DecayEquivalentLR(0.01),
+            optim.LRCorrection(HISTORY),
             "was steered by DecayEquivalentLR, and this run is by LRCorrection: resume with",
         ),
         (
-            DecayEquivalentLR(0.01),
-            DecayEquivalentLR(0.02),
+            optim.DecayEquivalentLR(0.01),
+            optim.DecayEquivalentLR(0.02),
             "by DecayEquivalentLR with weight_decay=0.01, and this run is with weight_decay=0.02",
         ),
         (
-            LRCorrection(HISTORY),
-            LRCorrection(HISTORY, max_rotation=None),
+            optim.LRCorrection(HISTORY),
+            optim.LRCorrection(HISTORY, max_rotation=None),
             "by LRCorrection with max_rotation=0.2, and this run is with max_rotation=None: resume",
         ),
         (
-            DecayEquivalentLR(0.01),
-            DecayEquivalentLR(0.01, exclude=["net.0.*"]),
+            optim.DecayEquivalentLR(0.01),
+            optim.DecayEquivalentLR(0.01, exclude=["net.0.*"]),
             "state of DecayEquivalentLR is of other weights; net.0.weight differs",
         ),
     ],
@@ -208,7 +204,7 @@ def test_resume_with_another_rule_is_refused(
 
 
 def test_resume_without_steering_warns(tmp_path: Path) -> None:
-    start = fit(tmp_path / "first", WeightNormTracker(steering=DecayEquivalentLR(0.01)))
+    start = fit(tmp_path / "first", WeightNormTracker(steering=optim.DecayEquivalentLR(0.01)))
     message = "checkpoint was steered by DecayEquivalentLR, and this run is not steered"
     with pytest.warns(UserWarning, match=message):
         fit(tmp_path / "second", WeightNormTracker(), start)
@@ -219,11 +215,11 @@ def test_resume_with_new_steering_warns(tracker: WeightNormTracker | None, tmp_p
     start = fit(tmp_path / "first", tracker)
     message = "The checkpoint was not steered; DecayEquivalentLR steers this run from step 4 on"
     with pytest.warns(UserWarning, match=message):
-        fit(tmp_path / "second", WeightNormTracker(steering=DecayEquivalentLR(0.01)), start)
+        fit(tmp_path / "second", WeightNormTracker(steering=optim.DecayEquivalentLR(0.01)), start)
 
 
 def test_resume_of_more_optimizers_is_refused(tmp_path: Path) -> None:
-    start = fit(tmp_path / "first", WeightNormTracker(steering=DecayEquivalentLR(0.01)))
+    start = fit(tmp_path / "first", WeightNormTracker(steering=optim.DecayEquivalentLR(0.01)))
     checkpoint = torch.load(start, weights_only=True)
     (tracked,) = (
         checkpoint["callbacks"][key] for key in checkpoint["callbacks"] if "Tracker" in key
@@ -233,4 +229,4 @@ def test_resume_of_more_optimizers_is_refused(tmp_path: Path) -> None:
     torch.save(checkpoint, start)
     message = "The checkpoint was steered in 2 optimizers, and this run is in 1"
     with pytest.raises(InputError, match=message):
-        fit(tmp_path / "second", WeightNormTracker(steering=DecayEquivalentLR(0.01)), start)
+        fit(tmp_path / "second", WeightNormTracker(steering=optim.DecayEquivalentLR(0.01)), start)

@@ -5,15 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from batch_norm_contract import (
-    EXACT,
-    TORCH,
-    Norm,
-    define,
-    every_norm,
-    gradients,
-    learned,
-)
+from batch_norm_contract import EXACT, TORCH, Norm, define, every_norm, gradients, learned
 from nmlightning import norms
 from nmlightning.errors import InputError
 

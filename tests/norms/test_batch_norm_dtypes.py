@@ -8,14 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from batch_norm_contract import (
-    Norm,
-    define,
-    every_norm,
-    every_statistic,
-    gradients,
-    learned,
-)
+from batch_norm_contract import Norm, define, every_norm, every_statistic, gradients, learned
 from nmlightning import norms
 from nmlightning.errors import InputError
 from nmlightning.surgery.swap import swap_norms

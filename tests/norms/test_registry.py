@@ -9,27 +9,20 @@ from torch import nn
 from nmlightning import norms
 from nmlightning.errors import InputError
 from nmlightning.kernels.interface import NormKind
-from nmlightning.norms.registry import (
-    KINDS,
-    NORMS,
-    check_kinds,
-    check_options,
-    find_norm,
-    layer_class,
-)
+from nmlightning.norms import registry
 
-OURS = [name for name in NORMS if name != "l2"]
+OURS = [name for name in registry.NORMS if name != "l2"]
 OTHERWISE = {"top10": "TopK", "mean": "MeanOnly"}  # the other classes are called as the norms are
 
 
 @pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize(("dims", "suffix"), [(None, ""), (1, "1d"), (2, "2d"), (3, "3d")])
 def test_layer_class_finds_batch_norms(name: str, dims: int | None, suffix: str) -> None:
-    cls = layer_class(name, "batch", dims)
+    cls = registry.layer_class(name, "batch", dims)
     called = OTHERWISE.get(name, name.replace("_", ""))
     assert cls.__name__.lower() == f"{called}BatchNorm{suffix}".lower()
     assert cls is getattr(norms, cls.__name__)
-    layer = cls(3, **check_options(name, "batch", {}))
+    layer = cls(3, **registry.check_options(name, "batch", {}))
     assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
 
 
@@ -51,7 +44,7 @@ def test_layer_class_finds_batch_norms(name: str, dims: int | None, suffix: str)
 def test_layer_class_is_torchs_for_l2_and_ours_else(
     name: str, kind: NormKind, dims: int | None, expected: type
 ) -> None:
-    assert layer_class(name, kind, dims) is expected
+    assert registry.layer_class(name, kind, dims) is expected
 
 
 @pytest.mark.parametrize("name", ["linf", "topk", "top10", "range", "mean", "half_l2"])
@@ -59,7 +52,7 @@ def test_layer_class_is_torchs_for_l2_and_ours_else(
 def test_layer_class_rejects_undefined_kinds(name: str, kind: NormKind, title: str) -> None:
     message = f"The norm '{name}' is not defined for {title} norms; l2, l1, lp are."
     with pytest.raises(InputError, match=message):
-        layer_class(name, kind)
+        registry.layer_class(name, kind)
 
 
 @pytest.mark.parametrize(
@@ -72,15 +65,18 @@ def test_layer_class_rejects_undefined_kinds(name: str, kind: NormKind, title: s
 def test_find_norm_lists_the_names_and_suggests_the_nearest(name: Any, nearest: str) -> None:
     hint = f" Did you mean '{nearest}'?" if nearest else ""
     with pytest.raises(InputError) as error:
-        find_norm(name)
-    assert str(error.value) == f"There is no norm {name!r}; there are {', '.join(NORMS)}.{hint}"
+        registry.find_norm(name)
+    assert (
+        str(error.value)
+        == f"There is no norm {name!r}; there are {', '.join(registry.NORMS)}.{hint}"
+    )
 
 
 def test_check_options_adds_the_fixed_ones() -> None:
-    assert check_options("top10", "batch", {}) == {"k": 10}
-    assert check_options("top10", "batch", {"eps": 1e-3}) == {"k": 10, "eps": 1e-3}
+    assert registry.check_options("top10", "batch", {}) == {"k": 10}
+    assert registry.check_options("top10", "batch", {"eps": 1e-3}) == {"k": 10, "eps": 1e-3}
     given = {"p": 1.5, "constant": "none", "stats_dtype": "float64"}
-    assert check_options("lp", "layer", given) == given
+    assert registry.check_options("lp", "layer", given) == given
     assert given == {"p": 1.5, "constant": "none", "stats_dtype": "float64"}
 
 
@@ -91,7 +87,7 @@ def test_check_options_takes_the_common_ones(name: str) -> None:
         options["stats_dtype"] = None
     if name not in ("mean", "half_l2"):
         options["constant"] = "none"
-    assert check_options(name, "batch", options).items() >= options.items()
+    assert registry.check_options(name, "batch", options).items() >= options.items()
 
 
 @pytest.mark.parametrize(
@@ -116,20 +112,20 @@ def test_check_options_rejects_unknown_ones(
     name: str, kind: str, option: Any, message: str
 ) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
-        check_options(name, kind, {option: 1})
+        registry.check_options(name, kind, {option: 1})
 
 
 @pytest.mark.parametrize("options", [3, "k", [["k", 5]]])
 def test_check_options_rejects_other_than_mappings(options: Any) -> None:
     message = f"options map names to values, such as {{'eps': 1e-5}}, got {options!r}."
     with pytest.raises(InputError, match=re.escape(message)):
-        check_options("topk", "batch", options)
+        registry.check_options("topk", "batch", options)
 
 
 def test_check_kinds_rejects_unknown_and_none() -> None:
-    assert check_kinds(("batch",)) == ("batch",)
-    assert check_kinds(KINDS) == ("batch", "layer", "rms")
+    assert registry.check_kinds(("batch",)) == ("batch",)
+    assert registry.check_kinds(registry.KINDS) == ("batch", "layer", "rms")
     with pytest.raises(InputError, match=r"batch, layer, rms, got 'bach'\. Did you mean 'batch'\?"):
-        check_kinds(("batch", "bach"))
+        registry.check_kinds(("batch", "bach"))
     with pytest.raises(InputError, match="kinds is empty: name batch, layer, rms or several"):
-        check_kinds(())
+        registry.check_kinds(())

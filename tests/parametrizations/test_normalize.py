@@ -9,11 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nmlightning.parametrizations.normalize import (
-    is_recorded,
-    normalise_channels,
-    normalise_weight,
-)
+from nmlightning.parametrizations.normalize import is_recorded, normalise_channels, normalise_weight
 from nmlightning.weights.channel_norms import ROWS, ChannelLayout, channel_norms
 
 Apply = Callable[..., Tensor]

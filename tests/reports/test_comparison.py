@@ -279,9 +279,7 @@ def test_join_resumed_makes_a_run_and_its_resume_one(
     assert set(run.parts) == {begun, other}
 
 
-def test_join_resumed_goes_by_steps_for_a_checkpoint_kept_elsewhere(
-    make_run: MakeRun,
-) -> None:
+def test_join_resumed_goes_by_steps_for_a_checkpoint_kept_elsewhere(make_run: MakeRun) -> None:
     first = make_run("a/version_0", [0.1, 0.2], CONFIG)
     config = {**CONFIG, "ckpt_path": "kept/last.ckpt"}
     second = make_run("a/version_1", [0.3], config, first_epoch=1)

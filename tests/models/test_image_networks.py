@@ -1,4 +1,4 @@
-"""CifarResNet against the published sizes; ResNet18 and ResNet50 against torchvision's."""
+"""CifarResNet against the published sizes; ResNet18, ResNet50 and VGG against torchvision's."""
 
 from collections import Counter
 from functools import partial
@@ -12,6 +12,7 @@ from torch import nn
 from nmlightning.errors import InputError
 from nmlightning.models.activation import TReLU
 from nmlightning.models.resnet import CifarResNet, ResNet18, ResNet50, ZeroPadShortcut
+from nmlightning.models.vgg import VGG
 
 
 def count_by_hand(depth: int, num_classes: int = 10) -> int:
@@ -40,9 +41,11 @@ def test_cifar_resnet_depth_counts_weighted_layers(depth: int) -> None:
     assert {type(m) for m in modules if "Norm" in type(m).__name__} == {nn.BatchNorm2d}
 
 
-def test_cifar_resnet_takes_classes_and_channels() -> None:
-    net = CifarResNet(20, num_classes=7, in_channels=1)
-    assert net(torch.randn(2, 1, 16, 16)).shape == (2, 7)
+@pytest.mark.parametrize("make", [partial(CifarResNet, 20), partial(VGG, 11)])
+def test_network_takes_classes_and_channels(make: Any) -> None:
+    net = make(num_classes=7, in_channels=1)
+    assert sum(isinstance(module, nn.Linear) for module in net.modules()) == 1
+    assert net(torch.randn(2, 1, 32, 32)).shape == (2, 7)
 
 
 @pytest.mark.parametrize("depth", [21, 2, 0, -4, 20.0, "20", None])
@@ -68,14 +71,15 @@ def test_cifar_resnet_is_initialised_as_by_he_et_al(activation: Any, second_mome
     assert weight.std().item() == pytest.approx(expected, rel=0.02)
 
 
-def test_cifar_resnet_activation_leaves_the_keys() -> None:
-    plain, translated = CifarResNet(20), CifarResNet(20, activation="trelu")
+@pytest.mark.parametrize(("make", "count"), [(partial(CifarResNet, 20), 19), (partial(VGG, 11), 8)])
+def test_activation_leaves_the_keys(make: Any, count: int) -> None:
+    plain, translated = make(), make(activation="trelu")
     types = [Counter(map(type, net.modules())) for net in (plain, translated)]
-    assert types[0][nn.ReLU] == types[1][TReLU] == 19
+    assert types[0][nn.ReLU] == types[1][TReLU] == count
     assert types[0][TReLU] == types[1][nn.ReLU] == 0
     assert list(plain.state_dict()) == list(translated.state_dict())
     with pytest.raises(InputError, match=r"activation is 'relu' or 'trelu', got 'trulu'\. Did you"):
-        CifarResNet(20, activation="trulu")  # type: ignore[arg-type]
+        make(activation="trulu")
 
 
 @pytest.mark.parametrize("activation", ["relu", "trelu"])
@@ -126,3 +130,27 @@ def test_resnet_scales_its_branches(make: Any, last: str, blocks: int, factor: f
     for name, weight in plain.items():
         expected = weight * factor if name.endswith(last) else weight
         torch.testing.assert_close(scaled[name], expected, msg=name)
+
+
+@pytest.mark.parametrize("depth", [11, 13, 16, 19])
+def test_vgg_features_equal_torchvisions(depth: int) -> None:
+    with torch.device("meta"):
+        theirs = getattr(torchvision.models, f"vgg{depth}_bn")(init_weights=False).features
+        ours = VGG(depth).features
+    assert [type(layer) for layer in ours] == [type(layer) for layer in theirs]
+    shapes = [m.weight.shape for m in theirs if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
+    assert [m.weight.shape for m in ours if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))] == shapes
+
+
+def test_vgg_refuses_another_depth() -> None:
+    with pytest.raises(InputError, match="no VGG of depth 12: choose 11, 13, 16 or 19"):
+        VGG(12)
+
+
+def test_vgg_width() -> None:
+    net = VGG(11, width=16)
+    widths = [m.out_channels for m in net.modules() if isinstance(m, nn.Conv2d)]
+    assert widths == [16, 32, 64, 64, 128, 128, 128, 128]
+    assert net(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    with pytest.raises(InputError, match="width must be a whole number of at least 1, got 0"):
+        VGG(11, width=0)
