@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import pytorch_lightning
 import torch
-from pytorch_lightning.callbacks import StochasticWeightAveraging
 from torch import Tensor, nn
 
 from lightning_modules import (
@@ -198,20 +197,16 @@ def test_load_leaves_other_loads_alone(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("module_class", [PlModule, UnifiedModule])
 @pytest.mark.parametrize("first", [True, False])
 def test_weight_norm_swap_with_weight_averaging(module_class: type, first: bool) -> None:
-    package = package_of(module_class)
-    averaging = package.callbacks.EMAWeightAveraging(decay=0.5)
-    callbacks = [averaging, WeightNormSwap(p=1)] if first else [WeightNormSwap(p=1), averaging]
-    module = make(module_class)
-    fit(module, *callbacks)
-    norms = norms_of(module, 1)
-    torch.testing.assert_close(norms, norms[:1].expand(4), rtol=1e-6, atol=0)
-
-
-def test_weight_norm_swap_with_stochastic_weight_averaging() -> None:
-    module = make(PlModule)
-    fit(module, StochasticWeightAveraging(0.1, swa_epoch_start=1), WeightNormSwap(), max_epochs=3)
-    norms = norms_of(module)
-    torch.testing.assert_close(norms, norms[:1].expand(4), rtol=1e-6, atol=0)
+    package = package_of(module_class).callbacks
+    for averaging in (
+        package.EMAWeightAveraging(decay=0.5),
+        package.StochasticWeightAveraging(0.1, swa_epoch_start=1),
+    ):
+        callbacks = [averaging, WeightNormSwap(p=1)]
+        module = make(module_class)
+        fit(module, *callbacks[:: 1 if first else -1], max_epochs=3)
+        norms = norms_of(module, 1)
+        torch.testing.assert_close(norms, norms[:1].expand(4), rtol=1e-6, atol=0)
 
 
 def test_weight_norm_swap_adds_gains_to_an_earlier_optimizer() -> None:
@@ -247,11 +242,6 @@ def test_weight_norm_swap_refuses_a_weight_that_was_replaced() -> None:
 def test_weight_norm_swap_validates_settings_at_once(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         WeightNormSwap(**options)
-
-
-def test_weight_norm_swap_refuses_a_pattern_without_a_match() -> None:
-    with pytest.raises(InputError, match=r"'head\.\*' matches no weight"):
-        fit(make(PlModule), WeightNormSwap(include=["head.*"]))
 
 
 def test_tracker_records_both_norms_and_follows_the_unnormalised_one(tmp_path: Path) -> None:

@@ -13,14 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_modules import PlLate, PlModule, fit
-from nmlightning import (
-    NormSwap,
-    export_network,
-    fold_norms,
-    load_from_checkpoint,
-    probe_norms,
-    swap_norms,
-)
+from nmlightning import NormSwap, export_network, probe_norms, swap_norms
 from nmlightning.compat import _SyncKeepingOurs
 from nmlightning.models import VGG, CifarResNet
 from nmlightning.surgery.fuse.fuse import fused_norms, unfuse, unfused
@@ -145,13 +138,6 @@ def test_export_network_leaves_the_network_fused(suffix: str, tmp_path: Path) ->
     assert len(fused_norms(net)) == 7
 
 
-def test_fold_norms_unfuses() -> None:
-    net = fused_resnet().eval()
-    expected = net(images())
-    assert len(fold_norms(net)) == 7
-    torch.testing.assert_close(net(images()), expected, rtol=1e-4, atol=1e-4)
-
-
 def test_probe_norms_measures_unfused_norms() -> None:
     net = fused_resnet()
     twin = unfused_copy(net)
@@ -188,15 +174,6 @@ def test_norm_swap_resumes_with_or_without_fuse(made: Any, tmp_path: Path) -> No
     assert fused_norms(plain) == {}
     for ours, theirs in zip(module.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
-
-
-def test_load_from_checkpoint_does_not_fuse(tmp_path: Path) -> None:
-    module = PlModule()
-    fit(module, NormSwap("l1", fuse="relu")).save_checkpoint(tmp_path / "a.ckpt")
-    loaded = load_from_checkpoint(PlModule, tmp_path / "a.ckpt")
-    assert fused_norms(loaded) == {}
-    x = torch.randn(2, 2, 8, 8)
-    torch.testing.assert_close(loaded.eval().net(x), module.eval().net(x))
 
 
 def test_sync_batchnorm_keeps_norms_fused() -> None:
