@@ -21,18 +21,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 
+from nmlightning.functional import statistics
 from nmlightning.functional.constants import Constant
 from nmlightning.functional.plain import plain_batch_norm, plain_gradients
 from nmlightning.functional.reductions import mean_of, share_mean, sum_of, sum_over_ranks
 from nmlightning.functional.selection import Selection
-from nmlightning.functional.statistics import (
-    Slope,
-    Statistic,
-    channel_shape,
-    is_bounded,
-    reduced_dims,
-    total_scale,
-)
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
@@ -48,8 +41,8 @@ def gradient_sums(grad: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor
             grad, x, None, None, None, mean, torch.ones_like(mean), True, 0.0, [False, True, True]
         )
         return total, product
-    dims = reduced_dims(x)
-    return grad.sum(dims), (grad * (x - mean.view(channel_shape(x)))).sum(dims)
+    dims = statistics.reduced_dims(x)
+    return grad.sum(dims), (grad * (x - mean.view(statistics.channel_shape(x)))).sum(dims)
 
 
 def _is_fast_in_torch(grad: Tensor, x: Tensor) -> bool:
@@ -141,24 +134,24 @@ class BatchNormFunction(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        statistic: Statistic,
+        statistic: statistics.Statistic,
         convention: Constant | float,
         eps: float,
         dtype: torch.dtype,
         group: ProcessGroup | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        shape = channel_shape(x)
+        shape = statistics.channel_shape(x)
         wide = x.to(dtype)
-        mean, share = share_mean(wide, reduced_dims(x), group)
+        mean, share = share_mean(wide, statistics.reduced_dims(x), group)
         deviations = wide - mean.view(shape)
         magnitude, selection = statistic.measure(deviations, share)
         ctx.constant = statistic.constant(share.total, convention)
         scale = magnitude * ctx.constant
-        bounded = is_bounded(scale) if group is None else None
+        bounded = statistics.is_bounded(scale) if group is None else None
         if bounded is False:
             settings = (statistic, convention, eps, torch.float64, group)
             return BatchNormFunction.forward(ctx, x, weight, bias, *settings)
-        total = total_scale(scale, eps, bounded)
+        total = statistics.total_scale(scale, eps, bounded)
         y = _apply_affine(deviations, total, weight, bias, shape)
         variance = scale.square() * share.total / (share.total - 1)
         ctx.mark_non_differentiable(mean, variance)
@@ -174,14 +167,14 @@ class BatchNormFunction(torch.autograd.Function):
     @differentiable(plain_batch_norm)
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, magnitude, total, shared_count, *selected = ctx.saved_tensors
-        shape = channel_shape(x)
+        shape = statistics.channel_shape(x)
         count = x.numel() // x.shape[1] if shared_count is None else shared_count
         wide_grad = grad.to(mean.dtype)
         wide = x.to(mean.dtype)
         grad_bias, products = gradient_sums(wide_grad, wide, mean)
         grad_weight = products / total
         selection = Selection(*selected) if selected else None
-        slope = Slope(wide, mean, magnitude, ctx.statistic, count, selection)
+        slope = statistics.Slope(wide, mean, magnitude, ctx.statistic, count, selection)
         sums = sum_over_ranks(torch.stack([grad_bias, grad_weight, slope.sum()]), ctx.group)
         gain = 1 / total if weight is None else weight.to(mean.dtype) / total
         pull = gain * sums[1] * (magnitude / total) * ctx.constant**2
@@ -223,20 +216,20 @@ class HalfBatchNormFunction(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        statistic: Statistic,
+        statistic: statistics.Statistic,
         convention: Constant | float,
         eps: float,
         dtype: torch.dtype,
         group: ProcessGroup | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        shape = channel_shape(x)
+        shape = statistics.channel_shape(x)
         half = x.to(dtype)
-        mean, share = share_mean(half, reduced_dims(x), group)
+        mean, share = share_mean(half, statistics.reduced_dims(x), group)
         deviations = half - mean.view(shape)
         magnitude, selection = statistic.measure(deviations, share)
         ctx.constant = statistic.constant(share.total, convention)
         scale = magnitude * ctx.constant
-        y = deviations / total_scale(scale, eps).view(shape)
+        y = deviations / statistics.total_scale(scale, eps).view(shape)
         y = y if weight is None else y * weight.to(dtype).view(shape)
         y = y if bias is None else y + bias.to(dtype).view(shape)
         variance = scale.float().square() * share.total / (share.total - 1)
@@ -253,17 +246,17 @@ class HalfBatchNormFunction(torch.autograd.Function):
     @differentiable(plain_batch_norm)
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, magnitude, shared_count, *selected = ctx.saved_tensors
-        dims, shape = reduced_dims(x), channel_shape(x)
+        dims, shape = statistics.reduced_dims(x), statistics.channel_shape(x)
         count = x.numel() // x.shape[1] if shared_count is None else shared_count
         half_grad = grad.to(mean.dtype)
         reflected = mean.view(shape) - x.to(mean.dtype)
         scale = magnitude * ctx.constant
-        total = total_scale(scale, ctx.eps)
+        total = statistics.total_scale(scale, ctx.eps)
         grad_bias = sum_of(half_grad, dims)
         grad_weight = -sum_of(half_grad * (reflected / total.view(shape)), dims)
         selection = Selection(*selected) if selected else None
         half = x.to(mean.dtype)
-        slope = Slope(half, mean, magnitude, ctx.statistic, count, selection)
+        slope = statistics.Slope(half, mean, magnitude, ctx.statistic, count, selection)
         sums = sum_over_ranks(torch.stack([grad_bias, grad_weight, slope.sum().float()]), ctx.group)
         pull = sums[1] * (ctx.constant * (scale / total))
         offset = ((pull * sums[2] - sums[0]) / count).to(mean.dtype)
@@ -289,9 +282,9 @@ class HalfCentreFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, bias: Tensor | None, dtype: torch.dtype, group: ProcessGroup | None
     ) -> tuple[Tensor, Tensor]:
         half = x.to(dtype)
-        mean, ctx.share = share_mean(half, reduced_dims(x), group)
-        y = half - mean.view(channel_shape(x))
-        y = y if bias is None else y + bias.to(dtype).view(channel_shape(x))
+        mean, ctx.share = share_mean(half, statistics.reduced_dims(x), group)
+        y = half - mean.view(statistics.channel_shape(x))
+        y = y if bias is None else y + bias.to(dtype).view(statistics.channel_shape(x))
         wide_mean = mean.float()
         ctx.mark_non_differentiable(wide_mean)
         ctx.dtype, ctx.bias_dtype = dtype, None if bias is None else bias.dtype
@@ -300,8 +293,8 @@ class HalfCentreFunction(torch.autograd.Function):
     @staticmethod
     @differentiable()
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        half, dims = grad.to(ctx.dtype), reduced_dims(grad)
-        grad_x = half - mean_of(half, dims, ctx.share).view(channel_shape(grad))
+        half, dims = grad.to(ctx.dtype), statistics.reduced_dims(grad)
+        grad_x = half - mean_of(half, dims, ctx.share).view(statistics.channel_shape(grad))
         grad_bias = None if ctx.bias_dtype is None else sum_of(half, dims).to(ctx.bias_dtype)
         return grad_x.to(grad.dtype), grad_bias, None, None
 

@@ -18,12 +18,7 @@ import torch
 from torch import Tensor
 
 from nmlightning.errors import InputError
-from nmlightning.functional.constants import (
-    Constant,
-    power_mean_constant,
-    range_constant,
-    top_k_constant,
-)
+from nmlightning.functional import constants
 from nmlightning.functional.reductions import (
     Count,
     Share,
@@ -179,13 +174,13 @@ class PowerMean:
         return f"p = {self.p:g}"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_constant", power_mean_constant(self.p))
+        object.__setattr__(self, "_constant", constants.power_mean_constant(self.p))
 
     def __setstate__(self, state: dict[str, float]) -> None:  # version 0.1.0 pickled p alone
         object.__setattr__(self, "p", state["p"])
         self.__post_init__()
 
-    def constant(self, count: Count, convention: Constant | float) -> float:
+    def constant(self, count: Count, convention: constants.Constant | float) -> float:
         """Return c of ŝ = c · m; it does not depend on the count."""
         if isinstance(convention, float):
             return convention
@@ -206,7 +201,7 @@ class LargestMean:
     def name(self) -> str:
         return "the largest value" if self.k == 1 else f"the {self.k} largest values"
 
-    def constant(self, count: Count, convention: Constant | float) -> float:
+    def constant(self, count: Count, convention: constants.Constant | float) -> float:
         """Return c of ŝ = c · m for `count` elements; InputError if those are fewer than k."""
         n = _as_int(count)
         if self.k > n:
@@ -229,7 +224,7 @@ class RangeMean:
     chunks: int
     name = "the range"
 
-    def constant(self, count: Count, convention: Constant | float) -> float:
+    def constant(self, count: Count, convention: constants.Constant | float) -> float:
         """Return 2c of ŝ = c · range = 2c · m; InputError for chunks of less than two elements."""
         n = _as_int(count)
         if n < 2 * self.chunks:
@@ -286,13 +281,15 @@ def _as_int(count: Count) -> int:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
-def _largest_mean_constant(n: int, k: int, convention: Constant) -> float:
-    return top_k_constant(n, k, convention)
+def _largest_mean_constant(n: int, k: int, convention: constants.Constant) -> float:
+    return constants.top_k_constant(n, k, convention)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
-def _range_mean_constant(n: int, chunks: int, convention: Constant) -> float:
-    expected = [1 / range_constant(length, convention) for length in chunk_lengths(n, chunks)]
+def _range_mean_constant(n: int, chunks: int, convention: constants.Constant) -> float:
+    expected = [
+        1 / constants.range_constant(length, convention) for length in chunk_lengths(n, chunks)
+    ]
     return chunks / sum(expected)
 
 

@@ -15,23 +15,16 @@ from torch import Tensor, nn
 
 from nmlightning.errors import InputError
 from nmlightning.functional.statistics import Statistic
+from nmlightning.kernels import interface
 from nmlightning.kernels.cpu.backend import CpuBackend
-from nmlightning.kernels.interface import (
-    Backend,
-    Dispatch,
-    DispatchKey,
-    NormKind,
-    Tracking,
-    layout_of,
-)
 from nmlightning.kernels.triton.backend import TritonBackend
 
 FORMULA = "formula"
-NO_KERNELS = Dispatch(FORMULA, "no kernels for this norm")
-BACKENDS: tuple[Backend, ...] = (CpuBackend(), TritonBackend())
+NO_KERNELS = interface.Dispatch(FORMULA, "no kernels for this norm")
+BACKENDS: tuple[interface.Backend, ...] = (CpuBackend(), TritonBackend())
 
-_COMPILING = Dispatch(FORMULA, "traced code")
-_SUBCLASS = Dispatch(FORMULA, "no plain tensor")
+_COMPILING = interface.Dispatch(FORMULA, "traced code")
+_SUBCLASS = interface.Dispatch(FORMULA, "no plain tensor")
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 _PLAIN = (Tensor, nn.Parameter)
 _requested: ContextVar[str] = ContextVar("norm_backend", default="auto")
@@ -58,25 +51,27 @@ def norm_backend(name: Literal["auto", "formula"]) -> Iterator[None]:
 
 
 def select_backend_for(
-    x: Tensor, kind: NormKind, statistic: Statistic, stats_dtype: torch.dtype
-) -> Dispatch:
+    x: Tensor, kind: interface.NormKind, statistic: Statistic, stats_dtype: torch.dtype
+) -> interface.Dispatch:
     """Return the backend that computes the norm of x, now."""
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         return _COMPILING
     if type(x) not in _PLAIN or torch._C._get_dispatch_mode(_FAKE) is not None:
         return _SUBCLASS
-    key = DispatchKey(kind, statistic, x.device.type, x.dtype, stats_dtype, layout_of(x))
+    key = interface.DispatchKey(
+        kind, statistic, x.device.type, x.dtype, stats_dtype, interface.layout_of(x)
+    )
     return select_backend(key)
 
 
-def select_backend(key: DispatchKey) -> Dispatch:
+def select_backend(key: interface.DispatchKey) -> interface.Dispatch:
     """Return the backend for a key in eager mode."""
     return _select(key, _requested.get())
 
 
 def select_tracking(
     running: Sequence[Tensor], count: Tensor | None, mean: Tensor
-) -> Tracking | None:
+) -> interface.Tracking | None:
     """Return the kernel that moves running statistics towards a batch's, now, if it reads them.
 
     It takes plain, contiguous float32 tensors of one shape and device, and an int64 count there.
@@ -107,20 +102,20 @@ def clear_dispatch_cache() -> None:
 
 
 @lru_cache(maxsize=1024)
-def _select(key: DispatchKey, requested: str) -> Dispatch:
+def _select(key: interface.DispatchKey, requested: str) -> interface.Dispatch:
     if requested == FORMULA:
-        return Dispatch(FORMULA, "asked for")
+        return interface.Dispatch(FORMULA, "asked for")
     for backend in BACKENDS:
         if backend.device == key.device:
             reason = backend.unsupported_reason(key)
             if reason:
-                return Dispatch(FORMULA, reason)
-            return Dispatch(backend.name, "", backend.kernels(key))
-    return Dispatch(FORMULA, f"no kernels for {key.device}")
+                return interface.Dispatch(FORMULA, reason)
+            return interface.Dispatch(backend.name, "", backend.kernels(key))
+    return interface.Dispatch(FORMULA, f"no kernels for {key.device}")
 
 
 @lru_cache(maxsize=64)
-def _select_tracking(device: str, requested: str) -> Tracking | None:
+def _select_tracking(device: str, requested: str) -> interface.Tracking | None:
     if requested == FORMULA:
         return None
     return next((backend.tracking() for backend in BACKENDS if backend.device == device), None)
