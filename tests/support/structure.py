@@ -69,8 +69,8 @@ EXCEPTIONS = {
 }
 # Of the targets that are missed: what was reached, which must not be left again.
 REACHED = {
-    "lines of nmlightning, Python and C++": 28_769,
-    "lines of tests": 27_481,
+    "lines of nmlightning, Python and C++": 28_508,
+    "lines of tests": 26_875,
     "files a config meets before Trainer.fit": 22,
 }
 
