@@ -24,10 +24,11 @@ HOOKED.register_forward_pre_hook(lambda *_: None)
 
 
 def is_in_encoder_layer() -> bool:
-    """Return whether torch's encoder layer is what looks through modules, or a compiler may be."""
-    frames = (frame for frame, _ in islice(walk_stack(None), 8))
-    home = nn.TransformerEncoderLayer.__module__
-    return torch.compiler.is_compiling() or any(x.f_globals.get("__name__") == home for x in frames)
+    """Return whether torch's encoder layer looks through modules, or whatever is compiled does."""
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    frames, home = islice(walk_stack(None), 8), nn.TransformerEncoderLayer.__module__
+    return any(frame.f_globals.get("__name__") == home for frame, _ in frames)
 
 
 def guard_encoders(modules: Iterable[nn.Module]) -> None:

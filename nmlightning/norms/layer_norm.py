@@ -10,7 +10,7 @@ An RMS norm has μ = 0, and so neither mean h nor mean s.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -185,11 +185,11 @@ class FeatureNorm(nn.Module):
         self.constant = check_constant(constant)
         self.stats_dtype = batch_norm_base.check_stats_dtype(stats_dtype)
 
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+    def named_modules(self, memo: Any = None, prefix: str = "", *args: Any, **kwargs: Any) -> Any:
         """Yield what torch yields; for its encoder layer also a hook, so that it calls forward."""
-        yield from super().named_modules(*args, **kwargs)
+        yield from super().named_modules(memo, prefix, *args, **kwargs)
         if is_in_encoder_layer():
-            yield "", HOOKED
+            yield f"{prefix}.hooked", HOOKED
 
     def backend_for(self, input: Tensor) -> Dispatch:
         """Return the backend that computes such an input, and why, without running."""
