@@ -128,8 +128,8 @@ class StepRule(ABC):
         if any(hasattr(each, "train") and hasattr(each, "eval") for each in steps):
             warnings.warn(
                 f"{type(self).__name__} acts on the weights that {type(optimizer).__name__} trains "
-                "with, and its eval() puts averages in their place, whose norms are others: read "
-                "norms after its train(), or take an optimizer without averages.",
+                "with; its eval() puts others in their place, such as averages, whose norms no "
+                "rule holds: read norms after its train(), or take an optimizer without them.",
                 stacklevel=2,
             )
         return StepHookHandle(steps, rule, weights, recorded)
