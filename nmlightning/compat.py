@@ -251,11 +251,8 @@ class _SyncKeepingOurs:
         return self._keep_ours(model, self.original.revert)
 
     def _keep_ours(self, model: nn.Module, convert: Any) -> nn.Module:
-        ours = {
-            name: layer
-            for name, layer in model.named_modules(remove_duplicate=False)
-            if isinstance(layer, BatchNormBase)
-        }
+        named = model.named_modules(remove_duplicate=False)
+        ours = {name: layer for name, layer in named if isinstance(layer, BatchNormBase)}
         with self._unfused(model):
             for name in ours:
                 model.set_submodule(name, nn.Identity())  # convert takes all that it finds
