@@ -9,7 +9,12 @@ import io
 import os
 import sys
 import textwrap
+import threading
+import traceback
+import warnings
+from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import nmlightning
@@ -48,9 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one `nm` command, by default the words that the program was started with.
 
     Returns:
-        0, or 1 if `nm doctor` found a norm to be wrong, 2 for bad input, 3 for a loss that ended as
-        NaN or infinity, 75 if another process of the run was lost, 130 after Ctrl-C, 143 after
-        SIGTERM.
+        The exit code, of those in `docs/security.md`.
 
     Example:
         >>> main(["--version"])
@@ -60,10 +63,18 @@ def main(argv: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # of names that are no UTF-8
+    failed: list[Any] = []  # in a thread, such as that which writes TensorBoard's events
+    hook = threading.excepthook
+    threading.excepthook = lambda x: (failed.append if _line_for_file(x.exc_value) else hook)(x)
     try:
         if any("\0" in word for word in arguments):
             raise InputError("a NUL character is in the command line, which no name can have.")
-        return _run(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = partial(show_warning, warnings.showwarning)
+            code = _run(arguments)
+        if failed:
+            raise failed[0].exc_value
+        return code
     except KeyboardInterrupt:
         fate = "; no checkpoint exists yet" if arguments[0] == "fit" else ""
         print(f"{_name()}: interrupted{fate}.", file=sys.stderr)
@@ -75,6 +86,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"{_name()}: {' '.join(str(bad_input).split())}", file=sys.stderr)
         return BAD_INPUT
+    finally:
+        threading.excepthook = hook
 
 
 def _run(arguments: list[str]) -> int:
@@ -128,11 +141,24 @@ shipped configs
 {configs}"""
 
 
-def _line_for_file(error: Exception) -> str:
+def show_warning(show: Any, message: Any, category: Any, filename: str, *rest: Any) -> None:
+    """Print a warning that arises in this package without place and code; others by `show`."""
+    if Path(__file__).parent in Path(filename).parents:
+        print(f"nm: {' '.join(str(message).split())}", file=sys.stderr)
+    else:
+        show(message, category, filename, *rest)
+
+
+def _line_for_file(error: BaseException | None) -> str:
     """Return a line for what the system says of a file, or of a disk that is full; else `""`."""
     if not isinstance(error, OSError) or (error.filename is None and error.errno not in _FULL):
         return ""
-    return f"{error.filename or 'a file cannot be written'}: {error.strerror}."
+    if error.filename is not None:
+        return f"{error.filename}: {error.strerror}."
+    known = [frame.f_locals.values() for frame, _ in traceback.walk_tb(error.__traceback__)]
+    opened = [x for values in known for x in values if isinstance(x, io.IOBase)]
+    name = getattr(opened[-1], "name", None) if opened else None
+    return f"{name or 'a file'} cannot be written: {error.strerror}."
 
 
 def _ask_for_report(*error: Any) -> None:

@@ -45,23 +45,25 @@ def _is_path(text: str) -> bool:
     return all(part.isidentifier() for part in text.split("."))
 
 
-def _texts(settings: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yield each text with its key, and those within a text that is YAML, as a parser may do."""
+def _texts(settings: Any, key: str = "", within: Any = ()) -> Iterator[tuple[str, str]]:
+    """Yield each text with its key, and those in a text that is YAML or a file, once each way."""
     if isinstance(settings, Mapping):
         for name, value in settings.items():
-            yield from _texts(value, str(name))
+            yield from _texts(value, str(name), within)
     elif isinstance(settings, list | tuple):
         for value in settings:
-            yield from _texts(value, key)
+            yield from _texts(value, key, within)
     elif isinstance(settings, str):
         yield key, settings
+        if settings in within:
+            return
         try:
             is_file = Path(settings).is_file()  # which jsonargparse reads as a config
             inner = load_yaml(Path(settings).read_text("utf-8") if is_file else settings, key)
         except (InputError, OSError, ValueError):
             return
         if inner != settings and isinstance(inner, str | dict | list):
-            yield from _texts(inner)
+            yield from _texts(inner, "", (*within, settings))
 
 
 def _runs_what_is_not_installed(path: str) -> bool:

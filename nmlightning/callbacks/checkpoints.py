@@ -2,14 +2,15 @@
 
 import inspect
 import math
+import pickle
 import random
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
-from urllib.error import URLError
 from urllib.request import urlopen
 
 import numpy as np
@@ -19,15 +20,7 @@ import torch.distributed as dist
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from nmlightning import compat
-from nmlightning.atomic_file import (
-    draft_of,
-    explain_failure,
-    is_whole_zip,
-    remove_drafts,
-    replace_file,
-    replace_folder,
-)
+from nmlightning import atomic_file, compat
 from nmlightning.datamodules.training_batches import count_batches_done
 from nmlightning.errors import InputError
 from nmlightning.surgery.recipes import register_after
@@ -38,12 +31,9 @@ _WEB = ("http://", "https://")
 class AtomicCheckpointIO(compat.CheckpointIOBase):
     """Writes a checkpoint beside its target, on the disk, and then gives it the target's name.
 
-    Lightning's own writes into the temporary folder and, where that is on another file system,
-    copies over the checkpoint that is there: a process that is killed meanwhile, or a full disk,
-    leaves neither the old one nor the new. With this one the old one is whole until the new one is.
-    Other places than files, such as `s3://…`, are written as Lightning does.
-
-    Of a checkpoint at a web address nothing is kept, and no pickled object in it is loaded.
+    Lightning's own writes into the temporary folder and may copy over the checkpoint that is there,
+    of which a kill or a full disk leaves nothing. Here the old one is whole until the new one is.
+    Other places, such as `s3://…`, are written as Lightning does, and no objects loaded from them.
 
     Raises:
         InputError: a file cannot be written, as on a full disk; an address not read, or damaged.
@@ -61,28 +51,35 @@ class AtomicCheckpointIO(compat.CheckpointIOBase):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with replace_file(path) as file:
+        with atomic_file.replace_file(path) as file:
             torch.save(checkpoint, file)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read a checkpoint; one at a web address anew each time, as it may be another by now."""
-        if not str(path).startswith(_WEB):
-            loaded: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only)
+        loaded: dict[str, Any]
+        if "://" not in str(path):
+            loaded = super().load_checkpoint(path, map_location, weights_only)
             return loaded
-        with TemporaryFile() as file:
-            try:
+        try:
+            if not str(path).startswith(_WEB):
+                loaded = super().load_checkpoint(path, map_location, weights_only is not False)
+                return loaded
+            with TemporaryFile() as file:
                 with urlopen(str(path)) as content:
-                    while chunk := content.read(1 << 24):
-                        file.write(chunk)
-            except (URLError, OSError) as error:
-                raise InputError(f"the checkpoint {path} cannot be read: {error}.") from error
-            if not is_whole_zip(file):
-                raise InputError(f"the checkpoint {path} is damaged: a checksum is wrong.")
-            file.seek(0)
-            whole: dict[str, Any] = torch.load(file, map_location, weights_only=weights_only)
-            return whole
+                    shutil.copyfileobj(content, file)
+                if not atomic_file.is_whole_zip(file):
+                    raise InputError(f"the checkpoint {path} is damaged: a checksum is wrong.")
+                file.seek(0)
+                loaded = torch.load(file, map_location, weights_only=weights_only)
+                return loaded
+        except pickle.UnpicklingError as error:
+            raise InputError(f"{path} holds objects, and none are loaded from there.") from error
+        except (OSError, ValueError, ImportError) as error:  # of what names no file system
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"the checkpoint {path} cannot be read: {error}.") from error
 
 
 def replace_whole(strategy: Any) -> None:
@@ -94,9 +91,9 @@ def replace_whole(strategy: Any) -> None:
 
     def save_beside(checkpoint: Any, filepath: str | Path, storage_options: Any = None) -> None:
         path = Path(strategy.broadcast(filepath))
-        draft = strategy.broadcast(draft_of(path))
-        writing = replace_folder(path, draft) if strategy.is_global_zero else explain_failure(path)
-        with writing:
+        draft = strategy.broadcast(atomic_file.draft_of(path))
+        is_first, replace = strategy.is_global_zero, atomic_file.replace_folder
+        with replace(path, draft) if is_first else atomic_file.explain_failure(path):
             strategy.barrier()
             save(checkpoint, draft / path.name, storage_options)
             strategy.barrier()
@@ -116,7 +113,7 @@ class EndCheckpoint(compat.CallbackBase):
         if trainer.checkpoint_callbacks and folder and not compat.is_trial_run(trainer):
             self.file = Path(folder) / "checkpoints" / "last.ckpt"
             if trainer.is_global_zero:
-                remove_drafts(Path(folder).parent, below=True)
+                atomic_file.remove_drafts(Path(folder).parent, below=True)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.step = trainer.global_step
@@ -149,14 +146,11 @@ class ExactResume(compat.CallbackBase):
 
     It needs as many processes and the same order of the data: of this package's data modules and of
     loaders with a `state_dict` anywhere, of others at the end of an epoch, with a warning where it
-    is not. After a checkpoint of an epoch's last step, Lightning begins the next epoch without the
-    validation between, so that validation is made to leave the random numbers as they are.
-
-    The options of optimizers and schedules and the seed are those of the checkpoint: a run that
-    asks for others is refused.
+    is not. Validation, which a resume may leave out, leaves random numbers as they are.
 
     Raises:
-        InputError: at the start of a fit that asks for other options than the checkpoint's.
+        InputError: at the start of a fit that asks for another seed, other optimizers or schedules,
+            or options of these, than the checkpoint's.
 
     Example:
         >>> from pytorch_lightning import Trainer
@@ -200,6 +194,9 @@ class ExactResume(compat.CallbackBase):
         """
         self._settings = _asked_for(trainer)
         _refuse_other_settings(self._loaded.get("settings", {}), self._settings)
+        refuse = partial(_refuse_fewer_states, trainer)
+        strategy: Any = trainer.strategy
+        register_after(strategy, "load_optimizer_state_dict", refuse, key=_KEY)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Resume, or raise InputError."""
@@ -337,10 +334,25 @@ def _plain(value: Any) -> Any:
 
 def _refuse_other_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     names = [name for name in theirs if name in ours and theirs[name] != ours[name]]
-    if names:
-        there, here = (", ".join(f"{n} {each[n]}" for n in names) for each in (theirs, ours))
+    there, here = (", ".join(f"{n} {each[n]}" for n in names) for each in (theirs, ours))
+    classes = [sorted({n.partition(" ")[0] for n in x} - {"seed"}) for x in (theirs, ours)]
+    if theirs and classes[0] != classes[1]:
+        there, here = (" and ".join(each) or "none" for each in classes)
+    if there != here:
         raise InputError(
             f"The checkpoint is of a run with {there}, which a resume follows, and this one asks "
-            f"for {here}: give the same, or begin anew with its weights, by "
-            "nmlightning.load_from_checkpoint."
+            f"for {here}: give the same, {ANEW}"
+        )
+
+
+ANEW = "or begin anew with its weights, by nmlightning.load_from_checkpoint."
+
+
+def _refuse_fewer_states(trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> None:
+    """Raise InputError if Lightning, which loads what there is, has left an optimizer as new."""
+    states, ours = len(checkpoint["optimizer_states"]), len(trainer.optimizers)
+    if states != ours:
+        raise InputError(
+            f"The checkpoint has the state of {states} optimizers, and this run has {ours}: give "
+            f"one of the whole run, {ANEW}"
         )

@@ -21,15 +21,9 @@ from nmlightning.surgery.checkpoints import load_from_checkpoint
 _INSTANTIATOR = f"{instantiate_module.__module__}.{instantiate_module.__name__}"
 
 _ENTRIES: dict[str, type] = {
-    "hyper_parameters": dict,
-    "state_dict": dict,
-    "callbacks": dict,
-    "loops": dict,
-    "optimizer_states": list,
-    "lr_schedulers": list,
-    "pytorch-lightning_version": str,
-    "epoch": int,
-    "global_step": int,
+    **dict.fromkeys(("hyper_parameters", "state_dict", "callbacks", "loops"), dict),
+    **dict.fromkeys(("optimizer_states", "lr_schedulers"), list),
+    **{"pytorch-lightning_version": str, "epoch": int, "global_step": int},
 }
 
 

@@ -1,9 +1,7 @@
 """What a run that fails says: a line for what the user gave, a traceback for what nobody expected.
 
-torch, Lightning and other libraries complain in exceptions of every kind about a network that does
-not fit the data, or a number that is no number. If such a complaint comes before the first epoch is
-done, or from what only configures, and no code of the user's own is on the way to it, it is about
-what the config says.
+torch, Lightning and others complain in exceptions of every kind. A complaint before the first epoch
+is done, or from what only configures, with no code of the user's own on the way, is of the config.
 """
 
 import pickle
@@ -21,16 +19,14 @@ import torch.distributed as dist
 from pytorch_lightning import Trainer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from nmlightning.callbacks.checkpoints import ANEW
 from nmlightning.commands import run_report
 from nmlightning.commands.argument_parser import LOST_PROCESS
 from nmlightning.errors import InputError, input_error_in
 
 SECONDS_TO_END = 10  # for a launched process that is about to say what went wrong
 # What gloo says of a process that is gone or silent; NCCL and the store have exceptions for it.
-_LOSSES = (
-    *("Connection closed by peer", "Connection reset by peer"),
-    *("Broken pipe", "Timed out waiting"),
-)
+_LOSSES = "Connection closed by peer|Connection reset by peer|Broken pipe|Timed out waiting"
 
 _PACKAGE = Path(__file__).parents[1]
 _LIBRARIES = [Path(sysconfig.get_path(name)) for name in ("purelib", "platlib", "stdlib")]
@@ -67,13 +63,16 @@ def explain(error: Exception, is_start: bool) -> str | None:
         "Union subtypes .*?Errors: - (.*?) - (?:Expected|Not a valid)", message
     )  # by jsonargparse
     message = (tried[1] if tried else message)[:400]
+    if isinstance(error, KeyError) and " " not in message:
+        message = f"there is no {message}"
     is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
     if is_memory or any(text in message for text in _OUT_OF_MEMORY):
         return f"there is not enough memory; a smaller network, image or batch may fit: {message}"
     if isinstance(error, pickle.UnpicklingError):
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
         return (
-            "the checkpoint holds objects, and to load these may run code: give --weights_only "
-            f"false if you trust it. {message.partition(' Please file an issue')[0][:200]}"
+            f"the checkpoint holds objects{f' such as {named[1]}' if named else ''}, and to load "
+            "these may run code: give --weights_only false if you trust it."
         )
     if isinstance(error, MisconfigurationException):
         return message
@@ -84,7 +83,9 @@ def explain(error: Exception, is_start: bool) -> str | None:
         return None
     where = f"{message or repr(error)} (in {last.name} of {Path(last.filename).name}:{last.lineno})"
     if any(_RESTORES.search(frame.name) for frame in frames):
-        return f"the checkpoint is damaged, or of something else: {where}"
+        if "contains only the model" in message:
+            return f"the checkpoint has weights only: give one of the whole run, {ANEW}"
+        return f"the checkpoint is damaged, or of another model or optimizer: {where}"
     if isinstance(error, _COMPLAINTS) and not _is_below(Path(last.filename), _PACKAGE):
         return f"what is configured does not work together: {where}"
     return None
@@ -113,10 +114,7 @@ def stop_launched_processes(trainer: Trainer) -> None:
 def failing_together(
     trainer: Trainer, checkpoint: Callable[[], Path | str | None]
 ) -> Iterator[None]:
-    """Say in a line that another process is lost, and leave none running that this one started.
-
-    `checkpoint` returns the last one that there is, of what the body runs.
-    """
+    """Say in a line that another process is lost, and what is kept, and leave none running."""
     try:
         yield
     except BaseException as error:
@@ -131,7 +129,7 @@ def failing_together(
 
 def is_loss(error: BaseException) -> bool:
     """Return True for what a collective raises when another process is gone or silent."""
-    if isinstance(error, dist.DistError):
-        return True
     text = str(error)
-    return isinstance(error, RuntimeError) and "gloo" in text and any(x in text for x in _LOSSES)
+    if isinstance(error, dist.DistError):
+        return "EADDRINUSE" not in text  # where there is no other process yet
+    return isinstance(error, RuntimeError) and "gloo" in text and bool(re.search(_LOSSES, text))

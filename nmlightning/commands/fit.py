@@ -21,12 +21,7 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from nmlightning.callbacks.checkpoints import (
-    AtomicCheckpointIO,
-    EndCheckpoint,
-    ExactResume,
-    replace_whole,
-)
+from nmlightning.callbacks import checkpoints
 from nmlightning.commands import run_report
 from nmlightning.commands.argument_parser import DIVERGED, INTERRUPTED, TERMINATED
 from nmlightning.commands.checkpoint import checkpoint_hparams
@@ -35,7 +30,7 @@ from nmlightning.commands.files import RunPaths, default_logger, new_version, ti
 from nmlightning.commands.parser import ConfigFile, Parser, check_numbers
 from nmlightning.commands.run_report import filter_logs
 from nmlightning.compat import copying_strategy, replace_torch_io
-from nmlightning.errors import InputError
+from nmlightning.errors import InputError, input_error_in
 from nmlightning.tasks.numerics import SoundNumerics
 
 MOST_DEVICES = 64  # of a machine, where the CPU has fewer cores
@@ -75,7 +70,7 @@ class TrainingCLI(LightningCLI):
         self._logger_is_given = any(word.startswith("--trainer.logger") for word in arguments)
         self._watch = run_report.Stopwatch()
         self._began = 0.0  # by the clock of the file system
-        self._end = EndCheckpoint()
+        self._end = checkpoints.EndCheckpoint()
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -122,11 +117,7 @@ class TrainingCLI(LightningCLI):
             options.weights_only = True  # Lightning would unpickle what an address holds
 
     def _parse_ckpt_path(self) -> None:
-        """Leave the options as they were parsed: `checkpoint_hparams` come before them.
-
-        Lightning 2.6 overwrites them with a checkpoint's `hyper_parameters` after parsing, so that
-        an option on the command line has no effect with `--ckpt_path`.
-        """
+        """Let no `hyper_parameters` of a checkpoint overwrite options, as Lightning 2.6 does."""
 
     def before_instantiate_classes(self) -> None:
         """Decide where the run is kept: only a fit makes a folder, and always a new one."""
@@ -160,9 +151,9 @@ class TrainingCLI(LightningCLI):
                 f"trainer.num_nodes is {nodes}, and nothing says where the others are: start all "
                 "by torchrun or SLURM, or set MASTER_ADDR, MASTER_PORT and NODE_RANK."
             )
-        replace_torch_io(trainer.strategy, AtomicCheckpointIO())
+        replace_torch_io(trainer.strategy, checkpoints.AtomicCheckpointIO())
         if type(trainer.strategy).save_checkpoint is not Strategy.save_checkpoint:
-            replace_whole(trainer.strategy)
+            checkpoints.replace_whole(trainer.strategy)
         if options.precision in ("16-mixed", "16", 16) and trainer.precision == "bf16-mixed":
             run_report.print_notice(
                 "there is no GPU for 16-mixed; bf16-mixed runs instead (--trainer.precision 32-true"
@@ -180,7 +171,11 @@ class TrainingCLI(LightningCLI):
         check_restarts()
         earlier = kwargs.get("ckpt_path")
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        exact = [] if any(isinstance(c, ExactResume) for c in callbacks) else [ExactResume()]
+        exact = (
+            []
+            if any(isinstance(c, checkpoints.ExactResume) for c in callbacks)
+            else [checkpoints.ExactResume()]
+        )
         callbacks[:0] = [SameStart(earlier), self._end, *exact]
         try:
             with (
@@ -189,8 +184,9 @@ class TrainingCLI(LightningCLI):
             ):
                 self.trainer.fit(model, **kwargs)
         except BaseException as error:
-            if self._watch.steps < 2 and not self._last_checkpoint():
-                remove_made(made)  # a start that failed
+            is_start = self._watch.steps < 2 or (input_error_in(error) and self._watch.epochs < 2)
+            if is_start and not self._last_checkpoint():
+                remove_made(made)
             code = self._interruption(error)
             if code is None:
                 raise
@@ -236,20 +232,14 @@ class TrainingCLI(LightningCLI):
             raise SystemExit(DIVERGED)
 
     def _interruption(self, error: BaseException) -> int | None:
-        """Return what to exit with if somebody stopped the run, else None.
-
-        SIGTERM may reach the workers first, of which their loader then complains.
-        """
+        """Return what to exit with if somebody stopped the run, or a worker first, else None."""
         if isinstance(error, SystemExit) and is_ctrl_c(error):
             return INTERRUPTED
         terminated = isinstance(error, SIGTERMException) or self.trainer.received_sigterm
         return TERMINATED if terminated else None
 
     def _make_folder(self, made: list[Path]) -> Path | None:
-        """Make the run's folder, or raise InputError before anything is computed for it.
-
-        Whatever had to be made for it is added to `made`, the inner folders first.
-        """
+        """Make the run's folder, or raise InputError; `made` gets all made for it, inner first."""
         options = self.config_init[self.subcommand].trainer
         if options.fast_dev_run or not self.trainer.log_dir:
             return None
@@ -274,10 +264,7 @@ class TrainingCLI(LightningCLI):
 
 
 def remove_made(folders: list[Path]) -> None:
-    """Delete a run's folder, and those above it that were made for it and hold no other run.
-
-    One that was there before the run, such as the current folder, is not among them.
-    """
+    """Delete a run's folder, and those above it that were made for it and hold no other run."""
     for folder in folders[:1]:
         shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):
@@ -334,10 +321,7 @@ def is_ctrl_c(stop: SystemExit) -> bool:
 
 
 class SameStart(Callback):
-    """Refuses a fit whose processes do not all start from the same checkpoint.
-
-    Each finds `--ckpt_path last` by itself, and one whose file system is another finds another.
-    """
+    """Refuses a fit whose processes find other checkpoints, each on its own file system."""
 
     def __init__(self, checkpoint: str | None) -> None:
         self.checkpoint = checkpoint

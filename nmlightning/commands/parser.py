@@ -9,7 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, reduce
 from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
 
@@ -78,7 +78,8 @@ def explain_parse_error(message: str, options: Iterable[str]) -> str:
         for pattern, explain in _COMPLAINTS.items():
             if place.key and (complaint := re.search(pattern, line)):
                 return explain(place, *complaint.groups())
-    return _explain_option(message, list(options)) or _explain_value(place.key, message)
+    first = reduce(Place.after, message.partition("Given value:")[0].splitlines(), Place())
+    return _explain_option(message, list(options)) or _explain_value(first.key, message)
 
 
 def _unknown_argument(place: Place, argument: str) -> str:
@@ -165,7 +166,7 @@ _COMPLAINTS: dict[str, Callable[..., str]] = {
     r"Import path (\S+) does not correspond to a subclass of (\w+)": (
         lambda place, path, base: f"{place.key}: {path!r} is no subclass of {base}."
     ),
-    r"Expected an? (.+?)\. Got value: (.+?)(?:\. Got value: .*)?$": (
+    r"Expected an? (.+?)\. Got value: ?(.*?)(?:\. Got value: .*)?$": (
         lambda place, types, value: _expected(place.key, _type_name(types), value, types)
     ),
 }
@@ -177,10 +178,11 @@ def _explain_option(message: str, options: list[str]) -> str:
         example = next(iter(shipped_configs()), "my.yaml")
         keys = ", ".join(f"--{key.partition('.')[2]}" for key in missing[1].split(", "))
         return f"required: {keys}; or give a config that has them, such as --config {example}."
-    unknown = re.search(r"unrecognized arguments: (\S+)|does not accept option '([^']+)'", message)
+    other = r"does not accept option '([^']+)'|Key must be a string, got: (.+)\."
+    unknown = re.search(rf"unrecognized arguments: (\S+)|{other}", message)
     if not unknown:
         return ""
-    given = (unknown[1] or unknown[2]).partition("=")[0]
+    given = (unknown[1] or unknown[2] or unknown[3]).partition("=")[0]
     if unknown[1] and not given.startswith("-"):
         return f"unexpected argument {given!r}; options start with --."
     dashes, name = ("--", given.lstrip("-")) if unknown[1] else ("", given)
@@ -198,21 +200,22 @@ def _candidates(name: str, options: list[str]) -> list[str]:
 
 def _explain_value(key: str, message: str) -> str:
     """Return the line for a value of no allowed type; else what the first attempt ended with."""
-    value = re.search(r"Given value: (?!NestedArg)(.+)", message)
-    tried = re.findall(r"Expected an? (?!path)(.+)", message)
-    if not (key and value and tried):
+    found = re.search(r"([\s\S]*?)Given value: ?(?!NestedArg)(.*)", message)
+    account, value = found.groups() if found else ("", "")
+    tried = re.findall(r"Expected an? (?!path)(.+)", account)
+    if not (key and tried):
         first_attempt = message.partition("- Expected a <class 'NoneType'>")[0].strip()
         reason = first_attempt.splitlines()[-1].strip(" -") if key else message
         return " ".join([f"{key}:" if key else "", *reason.split()]).strip()
-    if "Not a valid subclass of" in message:
-        return _unknown_class(Place(key), value[1])
+    if "Not a valid subclass of" in account:
+        return _unknown_class(Place(key), value)
     types = [
         name for name in dict.fromkeys(map(_type_name, tried)) if not name.startswith("one of")
     ]
     literals = _literals(" ".join(tried))
     if literals:
         types.insert(0, f"one of {', '.join(map(repr, literals))}")
-    return _expected(key, " or ".join(types), value[1], message)
+    return _expected(key, " or ".join(types), value, account)
 
 
 def _expected(key: str, types: str, value: str, account: str) -> str:
@@ -246,20 +249,26 @@ def _load(text: str) -> Any:
 set_loader("checked_yaml", _load, (YAMLError,))
 
 
+_BATCHES = "accumulate_grad_batches|check_val_every_n_epoch|val_check_interval"
+_ABOVE_0 = re.compile(rf"trainer\.({_BATCHES})|.*\blr_scheduler\.(step_size\w*|T_\w+)")
+_FROM_0 = re.compile(r"trainer\.(gradient_clip_val|log_every_n_steps|min_epochs|min_steps)")
+
+
 def check_numbers(options: Any, key: str = "") -> None:
-    """Raise InputError for a NaN, a schedule that is infinite, or clipping below 0."""
+    """Raise InputError for a NaN, a schedule that is infinite, or less than a setting's least."""
     options = vars(options) if isinstance(options, Namespace) else options
     if isinstance(options, dict | list):
         items = options.items() if isinstance(options, dict) else enumerate(options)
         for name, value in items:
             check_numbers(value, f"{key}.{name}".removeprefix(".").removesuffix(".init_args"))
     elif isinstance(options, float | int):
-        clips = key == "trainer.gradient_clip_val"
-        must_end = clips or "lr_scheduler" in key
+        must_end = key == "trainer.gradient_clip_val" or "lr_scheduler" in key
         if options != options or (must_end and options in (math.inf, -math.inf)):
             raise InputError(f"{key} is {options}; give a finite number.")
-        if clips and options < 0:
-            raise InputError(f"{key} is at least 0, got {options}; 0 does not clip.")
+        if options < 0 and _FROM_0.fullmatch(key):
+            raise InputError(f"{key} is at least 0, got {options}.")
+        if options <= 0 and _ABOVE_0.fullmatch(key):
+            raise InputError(f"{key} is above 0, got {options}.")
 
 
 class Parser(LightningArgumentParser):

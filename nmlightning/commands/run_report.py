@@ -1,12 +1,10 @@
 """The report of a run: its folder, its results, how to resume; and the filters of other messages.
 
-Only the first of several processes prints. A warning of this package is a line that begins with
-`nm:`, without its line of code. Under another Trainer than that of `nm` nothing is filtered.
+Only the first of several processes prints. Under another Trainer nothing is filtered.
 """
 
 import logging
 import shlex
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -231,7 +229,6 @@ def filter_logs() -> Iterator[None]:
         warnings.filterwarnings(
             "ignore", category=DeprecationWarning, module="pytorch_lightning.cli"
         )
-        _shorten_own_warnings()
         for handler in handlers:
             handler.addFilter(_is_kept)
         try:
@@ -248,18 +245,3 @@ def filtered_handlers() -> list[logging.Handler]:
 
 def _is_kept(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.WARNING or record.getMessage().startswith(OWN_MESSAGES)
-
-
-def _shorten_own_warnings() -> None:
-    """Print warnings that arise in this package without place and code; the others as before."""
-    package, show = Path(__file__).parents[1], warnings.showwarning
-
-    def show_short(
-        message: Warning | str, category: type[Warning], filename: str, *place: Any, **options: Any
-    ) -> None:
-        if package in Path(filename).parents:
-            print(f"nm: {' '.join(str(message).split())}", file=sys.stderr)
-        else:
-            show(message, category, filename, *place, **options)
-
-    warnings.showwarning = show_short

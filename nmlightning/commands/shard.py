@@ -1,14 +1,13 @@
 """`nm shard`: writes a folder of images as shards, which ImageNet reads and streams."""
 
 import argparse
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import get_args
 
-from nmlightning.atomic_file import explain_failure
+from nmlightning.atomic_file import draft_of, replace_folder
 from nmlightning.commands.argument_parser import ArgumentParser, print_line, progress_bar
 from nmlightning.datamodules.decoded_images import Damaged
 from nmlightning.datamodules.image_folder import FolderImages, common_classes
@@ -67,27 +66,17 @@ def _refuse_inside(out: Path, imagefolder: Path) -> None:
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
     """Give a folder that becomes `out` at the end, and is deleted if that is not reached."""
+    _refuse_full(out)
+    draft = draft_of(out)
+    with replace_folder(out, draft):
+        (draft / out.name).mkdir()
+        yield draft / out.name
+        _refuse_full(out)  # another nm shard may have been faster
+
+
+def _refuse_full(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} holds something already: name a folder that does not exist yet.")
-    unfinished = out.with_name(f"{out.name}.unfinished")
-    try:
-        unfinished.mkdir(parents=True)
-    except FileExistsError as error:
-        raise InputError(
-            f"{unfinished} is there: an nm shard is writing it, or was killed and left it. In that "
-            "case delete it."
-        ) from error
-    except OSError as error:
-        raise InputError(f"{unfinished} cannot be made: {error.strerror}.") from error
-    try:
-        with explain_failure(unfinished):
-            yield unfinished
-        if out.exists():
-            out.rmdir()
-        unfinished.rename(out)
-    except BaseException:
-        shutil.rmtree(unfinished)
-        raise
 
 
 def _print_result(writer: ShardWriter, out: Path) -> None:

@@ -119,6 +119,11 @@ def select_extremes(deviations: Tensor, chunks: int, share: Share) -> tuple[Tens
 
 def chunk_lengths(count: int, chunks: int) -> list[int]:
     """Return how many of `count` elements each chunk has; the first have one more, if any."""
+    if count < 2 * chunks:
+        raise InputError(
+            f"The {chunks} chunks of n = {count} values a channel have fewer than two each; "
+            "lower chunks."
+        )
     length, longer = count // chunks, count % chunks  # torch.compile does not know divmod
     return [length + 1] * longer + [length] * (chunks - longer)
 
@@ -227,11 +232,7 @@ class RangeMean:
     def constant(self, count: Count, convention: constants.Constant | float) -> float:
         """Return 2c of ŝ = c · range = 2c · m; InputError for chunks of less than two elements."""
         n = _as_int(count)
-        if n < 2 * self.chunks:
-            raise InputError(
-                f"The {self.chunks} chunks of n = {n} values a channel have fewer than two each; "
-                "lower chunks."
-            )
+        chunk_lengths(n, self.chunks)  # which raises
         if isinstance(convention, float):
             return 2 * convention
         return 2 * float(_range_mean_constant(operator.index(n), self.chunks, convention))

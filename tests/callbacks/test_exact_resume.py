@@ -185,18 +185,21 @@ def test_resume_within_an_epoch_says_that_other_batches_follow(
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "missing", "message"),
     [
-        ({"lr": 0.2}, r"of a run with SGD lr 0.1, which .* asks for SGD lr 0.2: give the same"),
-        ({"seed": 2}, r"of a run with seed 1, which a resume follows, and this one asks for seed"),
+        ({"lr": 0.2}, {}, "with SGD lr 0.1, which .* asks for SGD lr 0.2: give the same"),
+        ({"seed": 2}, {}, "with seed 1, which a resume follows, and this one asks for seed 2"),
+        ({}, {"optimizer_states": []}, "of 0 optimizers, and this run has 1: give one of the w"),
     ],
 )
 def test_resume_refuses_what_it_would_not_follow(
-    tmp_path: Path, change: dict[str, Any], message: str
+    tmp_path: Path, change: dict[str, Any], missing: dict[str, Any], message: str
 ) -> None:
     fit(tmp_path)
+    content = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)
+    torch.save(content | missing, tmp_path / "start.ckpt")
     with pytest.raises(InputError, match=message):
-        fit(tmp_path, tmp_path / "epoch=0.ckpt", **change)
+        fit(tmp_path, tmp_path / "start.ckpt", **change)
 
 
 if __name__ == "__main__":

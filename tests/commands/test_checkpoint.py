@@ -60,6 +60,7 @@ def test_checkpoint_with_a_flipped_bit_is_refused(tmp_path: Path) -> None:
 
 
 def test_checkpoint_hparams_of_a_folder(tmp_path: Path) -> None:
+    assert checkpoint_hparams(str(tmp_path)) == []
     stored = {"_class_path": "ImageClassifier", "label_smoothing": 0.25}
     torch.save({"hyper_parameters": stored}, tmp_path / "meta.pt")
     option, config = checkpoint_hparams(str(tmp_path))
@@ -74,39 +75,22 @@ def test_checkpoint_hparams_of_something_else(content: object, tmp_path: Path) -
         checkpoint_hparams(str(path))
 
 
-def test_checkpoint_hparams_of_another_folder(tmp_path: Path) -> None:
-    assert checkpoint_hparams(str(tmp_path)) == []
-
-
-@pytest.mark.parametrize("place", ["_class_path", "net"])
-@pytest.mark.parametrize("named", ["evil.Net", "os.system", "antigravity.fly"])
-def test_nothing_is_imported_that_a_checkpoint_alone_names(
-    named: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "evil.py").write_text("raise AssertionError")
+def test_checkpoint_may_name_what_is_installed_or_typed(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     arguments = {"net": {"class_path": "torch.nn.Linear", "init_args": {}}, "label": "version.txt"}
     arguments |= {"_class_path": "nmlightning.tasks.ImageClassifier"}
     arguments |= {"_instantiator": "pytorch_lightning.cli.instantiate_module"}
     torch.save({"state_dict": {"x": torch.ones(1)}, "hyper_parameters": arguments}, path)
     assert checkpoint_hparams(str(path))
-    content = {**arguments, place: named if place != "net" else {"class_path": named}}
-    torch.save({"state_dict": {"x": torch.ones(1)}, "hyper_parameters": content}, path)
-    message = f"last.ckpt names {named}, of no installed package, and to import that runs it"
-    for refused in (
-        lambda: checkpoint_hparams(str(path)),
-        lambda: Checkpoint(path, None),
-        lambda: load_from_checkpoint(ImageClassifier, path),
-    ):
-        with pytest.raises(InputError, match=message):
-            refused()
-    assert checkpoint_hparams(str(path), {named})
+    arguments["net"] = {"class_path": "os.system"}
+    torch.save({"state_dict": {"x": torch.ones(1)}, "hyper_parameters": arguments}, path)
+    assert checkpoint_hparams(str(path), {"os.system"})
 
 
 CLASS_PATHS = [
     *("last.ckpt", "évil.Net", "google.évil.Net", "google.évil", "evil.Net ", ".evil.Net"),
     *("evil:Net", " {class_path: évil.Net}", "evil-2.Net", "net.yaml"),
+    *("a.yaml", "os.system", "antigravity.fly"),
 ]
 
 
@@ -121,6 +105,8 @@ def test_no_class_path_makes_a_file_of_the_current_folder_run(
     monkeypatch.chdir(tmp_path)
     Path("google").mkdir()
     Path("net.yaml").write_text("class_path: evil.Net")
+    Path("a.yaml").write_text("[b.yaml]")
+    Path("b.yaml").write_text("[a.yaml, {class_path: evil.Net}]")
     for file in ("last", "évil", "evil", "evil-2", "google/évil"):
         Path(f"{file}.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
     stored = {"_class_path": "nmlightning.tasks.ImageClassifier", "_instantiator": "a.b"}

@@ -106,11 +106,7 @@ def test_same_start_compares_checkpoints(
     ("restarts", "shared", "notices"), [("1", "True", 1), ("1", "False", 0), ("0", "True", 0)]
 )
 def test_check_restarts_notices_those_that_cannot_work(
-    restarts: str,
-    shared: str,
-    notices: int,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    restarts: str, shared: str, notices: int, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
@@ -123,11 +119,7 @@ def test_check_restarts_notices_those_that_cannot_work(
 @pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID", "LOCAL_RANK"])
 @pytest.mark.parametrize(("rank", "name"), [("0", "nm"), ("3", "nm (rank 3)")])
 def test_error_names_the_process(
-    variable: str,
-    rank: str,
-    name: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    variable: str, rank: str, name: str, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     monkeypatch.setenv(variable, rank)
     assert main(["fitt"]) == 2

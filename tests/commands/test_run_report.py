@@ -1,24 +1,27 @@
 """Test the filters of messages and the stopwatch."""
 
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import nmlightning
-from nmlightning.commands.run_report import Stopwatch, filter_logs
+from nmlightning.cli import show_warning
+from nmlightning.commands.run_report import Stopwatch
 
 OURS = str(Path(nmlightning.__file__).parent / "datamodules" / "some_data.py")
 
 
 def warn_of_both() -> None:
-    with filter_logs():
+    with warnings.catch_warnings():
+        warnings.showwarning = partial(show_warning, warnings.showwarning)
         warnings.simplefilter("always")
         warnings.warn_explicit("Of 9 pairs\n 2 are left out.", UserWarning, OURS, 7)
         warnings.warn_explicit("Look out.", UserWarning, "/elsewhere/module.py", 7)
 
 
-def test_filter_logs_makes_own_warnings_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_own_warnings_are_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     before = warnings.showwarning
     with pytest.warns(UserWarning, match=r"^Look out\.$") as others:
         warn_of_both()

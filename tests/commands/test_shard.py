@@ -2,14 +2,14 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from nmlightning.cli import main
 from nmlightning.commands.shard import run
-from nmlightning.datamodules.image_shards import ShardedImages, read_index
+from nmlightning.datamodules.image_shards import ShardedImages, ShardWriter, read_index
 from nmlightning.errors import InputError
 
 pytest.importorskip("litdata")
@@ -38,13 +38,15 @@ def test_shard_prints_what_it_wrote(folder: Path, capsys: pytest.CaptureFixture[
     assert not list(Path().glob("*.unfinished"))
 
 
+@pytest.mark.filterwarnings("default:Skipped")
 def test_shard_leaves_out_damaged_images(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "train/b/2.JPEG").write_bytes(b"")
     (folder / "val/c/1.JPEG").write_bytes(b"no image")
     (folder / "val/c/notes.txt").touch()
-    with pytest.warns(UserWarning, match=r"/val holds files .*, 1 in all: c/notes.txt$"):
-        assert main(["shard", str(folder), "out", "--damaged", "skip"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    assert main(["shard", str(folder), "out", "--damaged", "skip"]) == 0
+    out, err = capsys.readouterr()
+    assert re.search(r"nm: .*/val holds files .*, 1 in all: c/notes.txt\n", err)
+    lines = out.splitlines()
     assert [line.split()[:2] for line in lines[:2]] == [["train", "11"], ["val", "5"]]
     assert lines[2:5] == [
         " skipped     damaged images, 2 in all:",
@@ -63,10 +65,6 @@ def hold_something(folder: Path) -> None:
     Path("out/mine.txt").touch()
 
 
-def leave_unfinished(folder: Path) -> None:
-    Path("out.unfinished").mkdir()
-
-
 @pytest.mark.parametrize(
     ("damage", "options", "message"),
     [
@@ -76,7 +74,6 @@ def leave_unfinished(folder: Path) -> None:
         (empty_train, ["--damaged", "skip"], "none of the 12 images in .*/train can be read"),
         (hold_something, [], "out holds something already: name a folder that does not exist yet"),
         (lambda folder: Path("out").touch(), [], "out holds something already"),
-        (leave_unfinished, [], "out.unfinished is there: .* was killed and left it. In that case"),
         (lambda folder: None, ["--shard_size", "0"], "--shard_size must be a whole number of at"),
         (lambda folder: None, ["--damaged", "ignore"], "argument --damaged: invalid choice"),
     ],
@@ -85,10 +82,28 @@ def test_shard_reports_bad_input_in_one_line(
     folder: Path, damage: Callable[[Path], object], options: list[str], message: str
 ) -> None:
     damage(folder)
-    before = sorted(Path().glob("out*"))
+    before = sorted(Path().iterdir())
     with pytest.raises(InputError, match=message):
         run([str(folder), "out", *options])
-    assert sorted(Path().glob("out*")) == before, "nothing is left of what was not finished"
+    assert sorted(Path().iterdir()) == before, "nothing is left of what was not finished"
+
+
+def test_shard_beside_another_leaves_one_whole(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(".out.0.unfinished").mkdir()  # of a process that was killed
+    write_index = ShardWriter.write_index
+
+    def be_second(self: ShardWriter, classes: Sequence[str]) -> None:
+        monkeypatch.setattr(ShardWriter, "write_index", write_index)
+        assert run([str(folder), "out"]) == 0
+        write_index(self, classes)
+
+    monkeypatch.setattr(ShardWriter, "write_index", be_second)
+    with pytest.raises(InputError, match="out holds something already"):
+        run([str(folder), "out"])
+    assert ShardedImages("out", "val", read_index("out")).length
+    assert not list(Path().glob("*.unfinished"))
 
 
 @pytest.mark.parametrize("out", ["images/train/d", "images/val/a", "images/val", "link/new/er"])
@@ -115,12 +130,3 @@ def test_shard_escapes_names_beyond_utf_8(folder: Path, capsys: pytest.CaptureFi
     named.write_bytes(b"")
     assert main(["shard", str(folder), "skipped", "--damaged", "skip"]) == 0
     assert r"images\udcfe/val/a/bad\udcff.png (of no known" in capsys.readouterr().out
-
-
-def test_shard_interrupted_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("nmlightning.datamodules.decoded_images.decode", interrupt)
-    assert main(["shard", str(folder), "out"]) == 130
-    assert not list(Path().glob("out*"))
