@@ -16,6 +16,7 @@ from nmlightning.functional.statistics import LargestMean, PowerMean, Statistic
 NormKind = Literal["batch", "layer", "rms"]
 Fused = Literal["relu", "add_relu"]
 Layout = Literal["NCHW", "NHWC", "other"]
+OptTensor = Tensor | None
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -38,7 +39,7 @@ class Dispatch(NamedTuple):
     kernels: Any = None
 
 
-Tracking = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], None]
+Tracking = Callable[[Tensor, Tensor, OptTensor, Tensor, Tensor, float], None]
 """Given running mean and variance, the count of batches, the batch's mean and variance, momentum:
 moves, in channels where both are finite, each running value that stays so, and counts the batch."""
 
@@ -83,7 +84,7 @@ class Normalised(NamedTuple):
     y: Tensor
     mean: Tensor
     variance: Tensor
-    saved: tuple[Tensor | None, ...]
+    saved: tuple[OptTensor, ...]
     bounded: bool = True
 
 
@@ -91,7 +92,7 @@ class Gradients(NamedTuple):
     """By x and the residual, like them; by weight and bias, (C,) float32."""
 
     x: Tensor
-    residual: Tensor | None
+    residual: OptTensor
     weight: Tensor
     bias: Tensor
 
@@ -100,12 +101,7 @@ class BatchNormKernels(Protocol):
     """The kernels of a backend for (N, C, *spatial), contiguous or with the channels last."""
 
     def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        spec: NormSpec,
+        self, x: Tensor, residual: OptTensor, weight: OptTensor, bias: OptTensor, spec: NormSpec
     ) -> Normalised:
         """Return the normalised x, with n > 1 elements a channel.
 
@@ -117,7 +113,7 @@ class BatchNormKernels(Protocol):
             spec: the norm.
         """
 
-    def backward(self, grad: Tensor, saved: tuple[Tensor | None, ...], spec: NormSpec) -> Gradients:
+    def backward(self, grad: Tensor, saved: tuple[OptTensor, ...], spec: NormSpec) -> Gradients:
         """Return the gradients that follow from `grad`, like y in dtype, of any strides."""
 
     # The stages of the same, for ranks that share their statistics between them. A rank may have
@@ -139,7 +135,7 @@ class BatchNormKernels(Protocol):
     def affine(
         self,
         x: Tensor,
-        residual: Tensor | None,
+        residual: OptTensor,
         mean: Tensor,
         gain: Tensor,
         bias: Tensor,
@@ -148,7 +144,7 @@ class BatchNormKernels(Protocol):
         """Return (x − μ) · gain + bias, plus the residual and through ReLU if fused."""
 
     def gradient_sums(
-        self, grad: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, statistic: Statistic
+        self, grad: Tensor, x: Tensor, y: OptTensor, mean: Tensor, statistic: Statistic
     ) -> Tensor:
         """Return Σg, Σ g · (x − μ) and, for L1, Σs (0 for others), (3, C).
 
@@ -159,11 +155,11 @@ class BatchNormKernels(Protocol):
         self,
         grad: Tensor,
         x: Tensor,
-        y: Tensor | None,
+        y: OptTensor,
         mean: Tensor,
         gain: Tensor,
         offset: Tensor,
-        pull: Tensor | None,
+        pull: OptTensor,
     ) -> tuple[Tensor, Tensor]:
         """Return gain · g + offset − pull · s (without the last if there is no pull), and g."""
 
@@ -175,8 +171,8 @@ class LayerNormKernels(Protocol):
         self,
         x: Tensor,
         features: int,
-        weight: Tensor | None,
-        bias: Tensor | None,
+        weight: OptTensor,
+        bias: OptTensor,
         constant: float,
         eps: float,
     ) -> tuple[Tensor, Tensor, bool]:
@@ -186,13 +182,7 @@ class LayerNormKernels(Protocol):
         """
 
     def backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        features: int,
-        weight: Tensor | None,
-        rows: Tensor,
-        learned: bool,
+        self, grad: Tensor, x: Tensor, features: int, weight: OptTensor, rows: Tensor, learned: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients by x, like it, and, if `learned`, by weight and bias, float32."""
 

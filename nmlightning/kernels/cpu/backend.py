@@ -26,6 +26,7 @@ from torch import Tensor
 from nmlightning.functional.statistics import LargestMean, Statistic
 from nmlightning.kernels import interface
 from nmlightning.kernels.cpu import build
+from nmlightning.kernels.interface import OptTensor
 
 _DTYPES = (torch.float32, torch.bfloat16)
 # The tolerance · √3 / u, with u = 2^-24 and 2^-8.
@@ -45,9 +46,9 @@ class CpuBatchNorm:
     def forward(
         self,
         x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
+        residual: OptTensor,
+        weight: OptTensor,
+        bias: OptTensor,
         spec: interface.NormSpec,
     ) -> interface.Normalised:
         """Return the normalised x, and of x or what stands for it what backward needs."""
@@ -74,7 +75,7 @@ class CpuBatchNorm:
         return interface.Normalised(y, mean, variance, saved, bounded)
 
     def backward(
-        self, grad: Tensor, saved: tuple[Tensor | None, ...], spec: interface.NormSpec
+        self, grad: Tensor, saved: tuple[OptTensor, ...], spec: interface.NormSpec
     ) -> interface.Gradients:
         x, y, residual, first, second, *rest = saved
         added = spec.fused == "add_relu"
@@ -88,7 +89,7 @@ class CpuBatchNorm:
     def affine(
         self,
         x: Tensor,
-        residual: Tensor | None,
+        residual: OptTensor,
         mean: Tensor,
         gain: Tensor,
         bias: Tensor,
@@ -97,7 +98,7 @@ class CpuBatchNorm:
         return self._ops.affine(x, residual, mean, gain, bias, _NUMBERS[fused])  # type: ignore[no-any-return]
 
     def gradient_sums(
-        self, grad: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, statistic: Statistic
+        self, grad: Tensor, x: Tensor, y: OptTensor, mean: Tensor, statistic: Statistic
     ) -> Tensor:
         return self._ops.gradient_sums(grad, x, y, mean, interface.is_l1(statistic))  # type: ignore[no-any-return]
 
@@ -112,8 +113,8 @@ class CpuLayerNorm:
         self,
         x: Tensor,
         features: int,
-        weight: Tensor | None,
-        bias: Tensor | None,
+        weight: OptTensor,
+        bias: OptTensor,
         constant: float,
         eps: float,
     ) -> tuple[Tensor, Tensor, bool]:
@@ -122,13 +123,7 @@ class CpuLayerNorm:
         )
 
     def backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        features: int,
-        weight: Tensor | None,
-        rows: Tensor,
-        learned: bool,
+        self, grad: Tensor, x: Tensor, features: int, weight: OptTensor, rows: Tensor, learned: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ops.nmlightning.layer_norm_backward(  # type: ignore[no-any-return]
             grad, x, features, weight, rows, learned, self.centred

@@ -10,6 +10,7 @@ from nmlightning.kernels.interface import (
     Gradients,
     Normalised,
     NormSpec,
+    OptTensor,
     is_l1,
     lay_out_like,
 )
@@ -36,18 +37,13 @@ class TritonBatchNorm:
     """
 
     def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        spec: NormSpec,
+        self, x: Tensor, residual: OptTensor, weight: OptTensor, bias: OptTensor, spec: NormSpec
     ) -> Normalised:
         statistics = x.new_empty(STATISTICS, x.shape[1], dtype=torch.float32)
         y, relu = torch.empty_like(x), spec.fused is not None
         with on_device_of(x):
             if is_l1(spec.statistic):
-                selected: tuple[Tensor | None, ...] = (None, None)
+                selected: tuple[OptTensor, ...] = (None, None)
                 differences, partition = _sum_differences(x)
                 sizes = _sum_sizes(x, None, differences, partition)
                 write_l1_output[partition.grid](
@@ -61,7 +57,7 @@ class TritonBatchNorm:
         kept = y if spec.fused == "add_relu" else None
         return Normalised(y, statistics[0], statistics[1], (x, kept, statistics, bias, *selected))
 
-    def backward(self, grad: Tensor, saved: tuple[Tensor | None, ...], spec: NormSpec) -> Gradients:
+    def backward(self, grad: Tensor, saved: tuple[OptTensor, ...], spec: NormSpec) -> Gradients:
         x, y, statistics, bias, positions, deviations = saved
         assert x is not None, "forward keeps it"
         assert statistics is not None, "forward keeps them"
@@ -107,7 +103,7 @@ class TritonBatchNorm:
     def affine(
         self,
         x: Tensor,
-        residual: Tensor | None,
+        residual: OptTensor,
         mean: Tensor,
         gain: Tensor,
         bias: Tensor,
@@ -121,7 +117,7 @@ class TritonBatchNorm:
         return y
 
     def gradient_sums(
-        self, grad: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, statistic: Statistic
+        self, grad: Tensor, x: Tensor, y: OptTensor, mean: Tensor, statistic: Statistic
     ) -> Tensor:
         sums = mean.new_zeros(3, x.shape[1])
         if not x.numel():
@@ -142,11 +138,11 @@ class TritonBatchNorm:
         self,
         grad: Tensor,
         x: Tensor,
-        y: Tensor | None,
+        y: OptTensor,
         mean: Tensor,
         gain: Tensor,
         offset: Tensor,
-        pull: Tensor | None,
+        pull: OptTensor,
     ) -> tuple[Tensor, Tensor]:
         grad = lay_out_like(grad, x)
         out = torch.empty_like(x)
@@ -164,7 +160,7 @@ class TritonBatchNorm:
 def track(
     running_mean: Tensor,
     running_var: Tensor,
-    batches: Tensor | None,
+    batches: OptTensor,
     mean: Tensor,
     variance: Tensor,
     momentum: float,
@@ -188,9 +184,7 @@ def _sum_differences(x: Tensor) -> tuple[Tensor, Partition]:
     return parts, partition
 
 
-def _sum_sizes(
-    x: Tensor, mean: Tensor | None, differences: Tensor | None, partition: Partition
-) -> Tensor:
+def _sum_sizes(x: Tensor, mean: OptTensor, differences: OptTensor, partition: Partition) -> Tensor:
     parts = _parts(x, partition)
     sum_sizes[partition.grid](
         x, mean, differences, parts, *partition.sizes, **partition.constants, FOLD=partition.fold
@@ -200,10 +194,10 @@ def _sum_sizes(
 
 def _select(
     x: Tensor,
-    mean: Tensor | None,
+    mean: OptTensor,
     k: int,
-    statistics: Tensor | None,
-    weight: Tensor | None,
+    statistics: OptTensor,
+    weight: OptTensor,
     spec: NormSpec | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the positions and x − μ of the k largest |x − μ|, (C, k); fill the statistics."""
@@ -224,11 +218,11 @@ def _select(
 
 def _write_output(
     x: Tensor,
-    residual: Tensor | None,
+    residual: OptTensor,
     y: Tensor,
-    mean: Tensor | None,
+    mean: OptTensor,
     gain: Tensor,
-    shift: Tensor | None,
+    shift: OptTensor,
     relu: bool,
 ) -> None:
     partition = divide(x, 1 if residual is None else 2)
@@ -240,10 +234,10 @@ def _write_output(
 def _sum_gradients(
     grad: Tensor,
     x: Tensor,
-    y: Tensor | None,
-    passed: Tensor | None,
+    y: OptTensor,
+    passed: OptTensor,
     statistics: Tensor,
-    bias: Tensor | None,
+    bias: OptTensor,
     relu: bool,
     signs: bool,
 ) -> tuple[Tensor, Partition]:
