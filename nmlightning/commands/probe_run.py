@@ -1,6 +1,5 @@
 """Training batches of an experiment, in which its norms are measured and nothing is learned."""
 
-from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -97,12 +96,7 @@ class _Watcher(pl.Callback):
         self._watch.__enter__()
 
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: torch.Tensor | Mapping[str, Any] | None,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert self._watch is not None, "training has started"
         self._watch.end_batch()

@@ -66,32 +66,30 @@ def scope_of(
     return fit_mixed
 
 
+TABLE = {
+    "plain.weight": "steered: scale-invariant (radial share)",
+    "kept.weight": "left: exclude names it",
+    "frozen.weight": "left: it is frozen, and stays unsteered if it is trained later",
+    "other.weight": "left: no optimizer has it",
+    "free.weight": "left: the loss feels its norm (radial share)",
+    "unused.weight": "steered; it has had no gradient yet",
+    "head.weight": "left: not a convolution; name it by include",
+}
+
+
 def test_scope_table_lists_every_layer_once(scope_of: Any) -> None:
     printed, table = scope_of(optim.DecayEquivalentLR(0.01, exclude=["kept*"]))
     assert "DecayEquivalentLR steers 2 of 7 weights" in printed
-    assert table == [
-        ("plain.weight", "steered: scale-invariant (radial share)"),
-        ("kept.weight", "left: exclude names it"),
-        ("frozen.weight", "left: it is frozen, and stays unsteered if it is trained later"),
-        ("other.weight", "left: no optimizer has it"),
-        ("free.weight", "left: the loss feels its norm (radial share)"),
-        ("unused.weight", "steered; it has had no gradient yet"),
-        ("head.weight", "left: not a convolution; name it by include"),
-    ]
+    assert table == list(TABLE.items())
 
 
 @pytest.mark.filterwarnings("ignore:head.weight is steered, but the loss feels its norm")
 def test_scope_table_with_include(scope_of: Any) -> None:
     _, table = scope_of(optim.DecayEquivalentLR(0.01, include=["head.weight", "plain.*"]))
-    assert table == [
-        ("plain.weight", "steered: scale-invariant (radial share)"),
-        ("kept.weight", "left: include does not name it"),
-        ("frozen.weight", "left: it is frozen, and stays unsteered if it is trained later"),
-        ("other.weight", "left: no optimizer has it"),
-        ("free.weight", "left: include does not name it"),
-        ("unused.weight", "left: include does not name it"),
-        ("head.weight", "steered, as include asks for: the loss feels its norm (radial share)"),
-    ]
+    left = ("kept.weight", "free.weight", "unused.weight")
+    changed = dict.fromkeys(left, "left: include does not name it")
+    head = "steered, as include asks for: the loss feels its norm (radial share)"
+    assert table == list({**TABLE, **changed, "head.weight": head}.items())
 
 
 @pytest.mark.parametrize("rule", [optim.Hyperball, optim.RadialProjection])
@@ -100,15 +98,8 @@ def test_scope_of_matrix_rules(
 ) -> None:
     printed, table = scope_of(rule(exclude=["kept*"]))
     assert f"{rule.__name__} steers 4 of 7 weights" in printed
-    assert table == [
-        ("plain.weight", "steered"),
-        ("kept.weight", "left: exclude names it"),
-        ("frozen.weight", "left: it is frozen, and stays unsteered if it is trained later"),
-        ("other.weight", "left: no optimizer has it"),
-        ("free.weight", "steered"),
-        ("unused.weight", "steered"),
-        ("head.weight", "steered"),
-    ]
+    steered = ("plain.weight", "free.weight", "unused.weight", "head.weight")
+    assert table == list({**TABLE, **dict.fromkeys(steered, "steered")}.items())
 
 
 def test_scope_is_printed_once_a_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
