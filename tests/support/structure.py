@@ -69,8 +69,8 @@ EXCEPTIONS = {
 }
 # Of the targets that are missed: what was reached, which must not be left again.
 REACHED = {
-    "lines of nmlightning, Python and C++": 28_503,
-    "lines of tests": 26_870,
+    "lines of nmlightning, Python and C++": 28_476,
+    "lines of tests": 26_858,
     "files a config meets before Trainer.fit": 22,
 }
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_modules import PlLate, PlModule, fit
-from nmlightning import NormSwap, export_network, probe_norms, swap_norms
+from nmlightning import NormSwap, export_network, fold_norms, probe_norms, swap_norms
 from nmlightning.compat import _SyncKeepingOurs
 from nmlightning.models import VGG, CifarResNet
 from nmlightning.surgery.fuse.fuse import fused_norms, unfuse, unfused
@@ -136,6 +136,13 @@ def test_export_network_leaves_the_network_fused(suffix: str, tmp_path: Path) ->
     assert report.difference < 1e-5
     assert len(report.fold.folded) == 7
     assert len(fused_norms(net)) == 7
+
+
+def test_fold_norms_unfuses() -> None:
+    net = fused_resnet().eval()
+    expected = net(images())
+    assert len(fold_norms(net)) == 7
+    torch.testing.assert_close(net(images()), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_probe_norms_measures_unfused_norms() -> None:
