@@ -254,7 +254,7 @@ def register_post_step(computed: FastParametrizationList) -> None:
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     del args, kwargs
-    if _PROJECTED:
+    if _PROJECTED and {x.get("lr") for x in optimizer.param_groups} != {0}:  # as torch loads state
         moved = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         tied = {computed._parameters["original"]: computed for computed in _PROJECTED}
         for v, computed in tied.items():

@@ -65,7 +65,8 @@ class Logs(ImageClassifier):
         return loss
 
     def on_train_epoch_end(self) -> None:
-        self.logged_by_hand.append({k: v.sum().item() for k, v in self.by_hand.compute().items()})
+        logged = {k: v.sum().item() for k, v in self.by_hand.compute().items()}
+        self.logged_by_hand.append(logged | {"updates": self.by_hand["MeanMetric"].update_count})
         self.by_hand.reset()
 
 
