@@ -17,12 +17,7 @@ from nmlightning.errors import InputError, check_choice, check_lists
 from nmlightning.name_patterns import some
 from nmlightning.optim.step_hooks import StepHookHandle, StepRule
 from nmlightning.surgery.recipes import register_after
-from nmlightning.weights.layer_weights import (
-    LAZY_WAY_OUT,
-    find_lazy_weights,
-    find_left_weights,
-    find_recorded_weights,
-)
+from nmlightning.weights import layer_weights
 from nmlightning.weights.recorder import Recorder, keep_recording
 
 
@@ -65,13 +60,15 @@ class RunRecording:
         self._trainer = trainer
         self._steps = steps
         self._every = tracker.every
-        weights = find_recorded_weights(module, tracker.include, tracker.exclude)
-        lazy = find_lazy_weights(module, tracker.include, tracker.exclude)
+        weights = layer_weights.find_recorded_weights(module, tracker.include, tracker.exclude)
+        lazy = layer_weights.find_lazy_weights(module, tracker.include, tracker.exclude)
         if lazy:
             have, are = ("have", "are") if len(lazy) > 1 else ("has", "is")
-            fate = f"{have} no shape yet and {are} not recorded: {LAZY_WAY_OUT}."
+            fate = f"{have} no shape yet and {are} not recorded: {layer_weights.LAZY_WAY_OUT}."
             rank_zero_warn(f"{' and '.join(lazy)} {fate}")
-        tracker.left = {} if tracker.include else find_left_weights(module, tracker.exclude)
+        tracker.left = (
+            {} if tracker.include else layer_weights.find_left_weights(module, tracker.exclude)
+        )
         if tracker.left:
             left = [f"{name} ({reason})" for name, reason in tracker.left.items()]
             rank_zero_info(f"WeightNormTracker leaves {some(left, 3)}; include records more.")

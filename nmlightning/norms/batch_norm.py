@@ -5,21 +5,12 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from nmlightning.errors import check_whole_number, given_by_keyword
-from nmlightning.functional.batch_norm import (
-    BatchNormFunction,
-    HalfBatchNormFunction,
-    apply_without_autocast,
-    is_transformed,
-)
+from nmlightning.functional import batch_norm
 from nmlightning.functional.constants import Constant, check_constant, check_power
 from nmlightning.functional.plain import plain_batch_norm
 from nmlightning.functional.reductions import is_half
 from nmlightning.functional.statistics import LargestMean, PowerMean, RangeMean, Statistic
-from nmlightning.kernels.autograd import (
-    KernelBatchNormFunction,
-    RankBatchNormFunction,
-    UnboundedError,
-)
+from nmlightning.kernels import autograd
 from nmlightning.kernels.dispatch import select_backend_for
 from nmlightning.kernels.interface import BatchNormKernels, Dispatch, NormSpec
 from nmlightning.norms.batch_norm_base import BatchNormBase, accumulation_dtype, activate
@@ -87,7 +78,7 @@ class StatisticBatchNorm(BatchNormBase):
         self, input: Tensor, residual: Tensor | None, group: ProcessGroup | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = accumulation_dtype(input.dtype, self.stats_dtype)
-        if group is None and is_transformed():
+        if group is None and batch_norm.is_transformed():
             constant = self.statistic.constant(input.numel() // input.shape[1], self.constant)
             settings = (self.statistic, constant, self.eps, dtype)
             y, mean, variance = plain_batch_norm(input, self.weight, self.bias, *settings)
@@ -96,14 +87,16 @@ class StatisticBatchNorm(BatchNormBase):
         if kernels is not None:
             try:
                 return self._normalise_by_kernels(input, residual, kernels, group)
-            except UnboundedError:
+            except autograd.UnboundedError:
                 kernels = None
         learned = (self.weight, self.bias)
         arguments = (*learned, self.statistic, self.constant, self.eps, dtype, group)
         if is_half(dtype):
-            y, mean, variance = apply_without_autocast(HalfBatchNormFunction, input, *arguments)
+            y, mean, variance = batch_norm.apply_without_autocast(
+                batch_norm.HalfBatchNormFunction, input, *arguments
+            )
         else:
-            y, mean, variance = BatchNormFunction.apply(input, *arguments)
+            y, mean, variance = batch_norm.BatchNormFunction.apply(input, *arguments)
         return activate(y, residual, self.fused), mean, variance
 
     def _normalise_by_kernels(
@@ -119,10 +112,10 @@ class StatisticBatchNorm(BatchNormBase):
         if group is None:
             constant = self.statistic.constant(input.numel() // input.shape[1], self.constant)
             spec = NormSpec(self.statistic, constant, self.eps, fused)
-            y, mean, variance = KernelBatchNormFunction.apply(*tensors, spec)
+            y, mean, variance = autograd.KernelBatchNormFunction.apply(*tensors, spec)
         else:
             settings = (self.statistic, self.constant, self.eps, fused, group)
-            y, mean, variance = RankBatchNormFunction.apply(*tensors, *settings)
+            y, mean, variance = autograd.RankBatchNormFunction.apply(*tensors, *settings)
         return (y if fits else activate(y, residual, self.fused)), mean, variance
 
 

@@ -6,15 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nmlightning.optim import parameters
 from nmlightning.optim.families import Power
-from nmlightning.optim.parameters import (
-    OptimizedWeight,
-    State,
-    check_positive,
-    check_reference,
-    project,
-    scale_step,
-)
 from nmlightning.optim.step_hooks import StepRule
 from nmlightning.weights.channel_norms import channel_norms, is_usable
 from nmlightning.weights.history import Alignment, NormHistory
@@ -62,22 +55,26 @@ class NormSchedule(StepRule):
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
     ) -> None:
-        check_positive(base_lr=base_lr)
+        parameters.check_positive(base_lr=base_lr)
         super().__init__(include, exclude)
-        check_reference(reference, align, max_rotation)
+        parameters.check_reference(reference, align, max_rotation)
         self.reference = reference
         self.base_lr = base_lr
         self.max_rotation = max_rotation
         self.power = power
         self.align = align
 
-    def init_state(self, weight: OptimizedWeight) -> State:
+    def init_state(self, weight: parameters.OptimizedWeight) -> parameters.State:
         """Return η₀."""
         initial = float(weight.group.get("initial_lr", weight.learning_rate))
         return {"base_lr": self.base_lr or initial}
 
     def after_step(
-        self, weight: OptimizedWeight, before: Tensor, recorded: Tensor | None, state: State
+        self,
+        weight: parameters.OptimizedWeight,
+        before: Tensor,
+        recorded: Tensor | None,
+        state: parameters.State,
     ) -> tuple[Tensor, Tensor] | None:
         """Take the step at the rate η₀, then set the norms."""
         rate = weight.learning_rate
@@ -86,8 +83,8 @@ class NormSchedule(StepRule):
         assert recorded is not None, "there is a reference"
         share = state["base_lr"] / rate
         factors = torch.full_like(recorded, share).where(is_usable(recorded), 1.0)
-        skipped, factors = scale_step(weight, before, factors, self.max_rotation)
+        skipped, factors = parameters.scale_step(weight, before, factors, self.max_rotation)
         bounded = self.max_rotation is not None
         norms = channel_norms(before, layout=weight.layout) if bounded else None
-        project(weight, recorded * share ** (1 / int(self.power)), norms)
+        parameters.project(weight, recorded * share ** (1 / int(self.power)), norms)
         return skipped, factors

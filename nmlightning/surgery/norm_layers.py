@@ -14,15 +14,7 @@ from nmlightning.kernels.interface import Fused, NormKind
 from nmlightning.norms.batch_norm_base import RUNNING, BatchNormBase
 from nmlightning.norms.mean_only import MeanOnlyBatchNorm
 from nmlightning.norms.registry import NORMS, path_of
-from nmlightning.surgery.foreign_norms import (
-    ACTIVATION,
-    EPS_NAME,
-    NormForm,
-    SwappedNorm,
-    find_batch_reason,
-    find_form,
-    is_known,
-)
+from nmlightning.surgery import foreign_norms
 from nmlightning.surgery.norm_act import class_of_both, has_activation
 
 _NAMED_LIKE_A_NORM = re.compile(
@@ -50,7 +42,7 @@ class NormLayer:
     kind: NormKind | None
     dims: int | None = None
     unsupported_reason: str = ""
-    form: NormForm | None = None  # of another library's layer or RMS norm
+    form: foreign_norms.NormForm | None = None  # of another library's layer or RMS norm
 
     @property
     def type_name(self) -> str:
@@ -200,7 +192,7 @@ def is_norm(module: nn.Module) -> bool:
     if isinstance(module, (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
         return True
     named_like_one = _NAMED_LIKE_A_NORM.search(type(module).__name__) is not None
-    return named_like_one and module._modules.keys() <= ACTIVATION
+    return named_like_one and module._modules.keys() <= foreign_norms.ACTIVATION
 
 
 def _describe(name: str, module: nn.Module, named: NormKind | None) -> NormLayer:
@@ -223,14 +215,14 @@ def _describe(name: str, module: nn.Module, named: NormKind | None) -> NormLayer
         reason = f"a subclass: name it by types={{'{path_of(cls)}': 'batch'}}"
         if module._modules:
             reason = f"a subclass with modules in it ({', '.join(module._modules)})"
-        reason = find_batch_reason(module) if named == "batch" else reason
+        reason = foreign_norms.find_batch_reason(module) if named == "batch" else reason
         if not reason:
             return NormLayer(name, module, "batch", _dims_of(module))
-    elif isinstance(module, SwappedNorm):
+    elif isinstance(module, foreign_norms.SwappedNorm):
         return NormLayer(name, module, module.form.kind, form=module.form)
-    elif named is not None or (is_known(cls) and like_torchs):
-        form = find_form(module, (named,) if named else ("layer", "rms"), bool(named))
-        if isinstance(form, NormForm):
+    elif named is not None or (foreign_norms.is_known(cls) and like_torchs):
+        form = foreign_norms.find_form(module, (named,) if named else ("layer", "rms"), bool(named))
+        if isinstance(form, foreign_norms.NormForm):
             return NormLayer(name, module, form.kind, form=form)
         reason = form
     elif like_torchs:
@@ -256,4 +248,8 @@ def class_to_take(module: nn.Module, template: nn.Module) -> type[nn.Module]:
 
 def _settings(module: nn.Module) -> dict[str, Any]:
     own = ("momentum", *_OWN_SETTINGS)
-    return {x: value for x, value in vars(module).items() if x in own or EPS_NAME.search(x)}
+    return {
+        x: value
+        for x, value in vars(module).items()
+        if x in own or foreign_norms.EPS_NAME.search(x)
+    }

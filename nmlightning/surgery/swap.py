@@ -14,17 +14,8 @@ from torch import nn
 from nmlightning.errors import InputError, check_flag, check_lists, nearest
 from nmlightning.kernels.interface import Fused, NormKind
 from nmlightning.name_patterns import matches, some, unmatched
+from nmlightning.norms import registry
 from nmlightning.norms.fast_path import guard_encoders
-from nmlightning.norms.registry import (
-    TITLES,
-    check_fuse,
-    check_kinds,
-    check_options,
-    check_types,
-    layer_class,
-    norm_name,
-    path_of,
-)
 from nmlightning.surgery.foreign_norms import make_foreign
 from nmlightning.surgery.lightning_hooks import watch_loading, watch_other_code
 from nmlightning.surgery.norm_layers import (
@@ -179,13 +170,13 @@ def swap_norms(
         >>> print(swap_norms(net, "top10", {"constant": "paper"}))
         swapped 1 BatchNorm2d → TopKBatchNorm2d
     """
-    norm = norm_name(norm)
+    norm = registry.norm_name(norm)
     check_flag("dry_run", dry_run)
     check_lists(include=include, exclude=exclude)
-    chosen = check_kinds(kinds)
-    settings = {kind: check_options(norm, kind, options or {}) for kind in chosen}
-    extent = check_fuse(fuse, norm, chosen)
-    layers = find_norm_layers(model, paths := check_types(types))
+    chosen = registry.check_kinds(kinds)
+    settings = {kind: registry.check_options(norm, kind, options or {}) for kind in chosen}
+    extent = registry.check_fuse(fuse, norm, chosen)
+    layers = find_norm_layers(model, paths := registry.check_types(types))
     _check_types(model, layers, paths)
     _check_patterns(model, layers, chosen, include, exclude)
     picked = _pick(layers, include, exclude)
@@ -288,7 +279,7 @@ def _template(layer: NormLayer, norm: str, options: Mapping[str, Any]) -> nn.Mod
     elif layer.synchronised:
         settings.setdefault("sync", True)
     try:
-        template = layer_class(norm, layer.kind, dims)(**settings, device="meta")
+        template = registry.layer_class(norm, layer.kind, dims)(**settings, device="meta")
     except InputError as error:
         if settings.get("num_features", 1) > 0:
             raise
@@ -310,8 +301,8 @@ def _pick(
 
 def _check_types(model: nn.Module, layers: list[NormLayer], types: Iterable[str]) -> None:
     classes = [getattr(x, "replaced", type(x)) for x in model.modules()]
-    paths = {path_of(cls): "" for cls in classes}
-    paths |= {path_of(type(x.module)): x.unsupported_reason for x in layers}
+    paths = {registry.path_of(cls): "" for cls in classes}
+    paths |= {registry.path_of(type(x.module)): x.unsupported_reason for x in layers}
     for path in types:
         if path not in paths:
             full = next((x for x in paths if x.endswith(f".{path}")), None)
@@ -352,7 +343,7 @@ def _check_patterns(
 
 
 def _title(kinds: Iterable[NormKind]) -> str:
-    return f"{' or '.join(TITLES[kind] for kind in kinds)} norm"
+    return f"{' or '.join(registry.TITLES[kind] for kind in kinds)} norm"
 
 
 def _describe(layer: NormLayer) -> str:

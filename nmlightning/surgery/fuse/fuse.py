@@ -7,15 +7,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from nmlightning.kernels.interface import Fused
-from nmlightning.surgery.fuse.fused_class import (
-    Fusion,
-    check_class,
-    fuse_block,
-    fusion_of,
-    is_reducible,
-    original_class,
-    unfuse_block,
-)
+from nmlightning.surgery.fuse import fused_class
 from nmlightning.surgery.fuse.patterns import find_patterns, is_relu, rewrite
 from nmlightning.surgery.fuse.trace import trace_block
 from nmlightning.surgery.norm_act import own_activation
@@ -29,7 +21,7 @@ class FusingPlan:
     """The fused modules and norms that a model shall have, and why some norms only normalise."""
 
     # Of every module whose norms do what follows them in its forward.
-    fusions: dict[nn.Module, Fusion] = field(default_factory=dict)
+    fusions: dict[nn.Module, fused_class.Fusion] = field(default_factory=dict)
     # What each norm does, None for nothing more.
     fused: dict[nn.Module, Fused | None] = field(default_factory=dict)
     # Why it does less than it was wanted to, of those of which that is so.
@@ -38,12 +30,12 @@ class FusingPlan:
     def check(self, model: nn.Module) -> None:
         """Raise InputError if a module is not to stay fused as it is, and cannot be unfused."""
         for module in self._changed(model):
-            check_class(module)
+            fused_class.check_class(module)
 
     def unfuse_changed(self, model: nn.Module) -> None:
         """Unfuse what is not to stay fused as it is."""
         for module in self._changed(model):
-            unfuse_block(module)
+            fused_class.unfuse_block(module)
         for norm in _self_fused(model):
             if self.fused.get(norm) is None:
                 del vars(norm)["fused"]
@@ -51,8 +43,8 @@ class FusingPlan:
     def apply(self) -> None:
         """Fuse what is planned and is not fused yet."""
         for module, fusion in self.fusions.items():
-            if fusion_of(module) is None:
-                fuse_block(module, fusion)
+            if fused_class.fusion_of(module) is None:
+                fused_class.fuse_block(module, fusion)
         for norm, fused in self.fused.items():
             if fused is not None and own_activation(norm) is not None and fused_of(norm) is None:
                 vars(norm)["fused"] = "relu"
@@ -126,11 +118,11 @@ def _plan_own_activation(plan: FusingPlan, norm: nn.Module) -> None:
 
 def _plan_block(plan: FusingPlan, module: nn.Module, most: Mapping[str, Fused]) -> None:
     """Plan for a module whose own forward calls norms, given the most that each may do."""
-    original = original_class(module)
+    original = fused_class.original_class(module)
     plan_norms = _fuse_in_turn if original.forward is nn.Sequential.forward else _fuse_traced
     if "forward" in vars(module):
-        found: Fusion | str = "its forward was replaced on the object"
-    elif not is_reducible(original):
+        found: fused_class.Fusion | str = "its forward was replaced on the object"
+    elif not fused_class.is_reducible(original):
         found = "it copies and pickles in a way of its own"
     else:
         found, reasons = plan_norms(module, original, most)
@@ -144,7 +136,7 @@ def _plan_block(plan: FusingPlan, module: nn.Module, most: Mapping[str, Fused]) 
 
 def _fuse_in_turn(
     module: nn.Module, original: type[nn.Module], most: Mapping[str, Fused]
-) -> tuple[Fusion, dict[str, str]]:
+) -> tuple[fused_class.Fusion, dict[str, str]]:
     """Return the fusion of a Sequential's norms before a ReLU, and why others are left."""
     fused: list[str] = []
     reasons: dict[str, str] = {}
@@ -163,12 +155,14 @@ def _fuse_in_turn(
         else:
             fused.append(name)
             watched |= {name, *(n for n, _ in rest[: end + 1])}
-    return Fusion(original, tuple((name, "relu") for name in fused), frozenset(watched)), reasons
+    return fused_class.Fusion(
+        original, tuple((name, "relu") for name in fused), frozenset(watched)
+    ), reasons
 
 
 def _fuse_traced(
     module: nn.Module, original: type[nn.Module], most: Mapping[str, Fused]
-) -> tuple[Fusion | str, dict[str, str]]:
+) -> tuple[fused_class.Fusion | str, dict[str, str]]:
     """Return the fusion of the norms that a forward calls, and why others are left."""
     trace = trace_block(module, original)
     if isinstance(trace, str):
@@ -177,7 +171,9 @@ def _fuse_traced(
     norms = tuple((name, pattern.fused) for name, pattern in found.items())
     taken = {str(n.target) for pattern in found.values() for n in pattern.taken}
     watched = frozenset(name.split(".")[0] for name in (*trace.read, *found, *taken))
-    return Fusion(original, norms, watched, rewrite(trace.traced, found.values())), reasons
+    return fused_class.Fusion(
+        original, norms, watched, rewrite(trace.traced, found.values())
+    ), reasons
 
 
 def fused_norms(model: nn.Module) -> dict[nn.Module, Fused]:
@@ -201,13 +197,13 @@ def unfused(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, fusion in fusions:
-            fuse_block(module, fusion)
+            fused_class.fuse_block(module, fusion)
         for norm in own:
             vars(norm)["fused"] = "relu"
 
 
-def _fused_modules(model: nn.Module) -> list[tuple[nn.Module, Fusion]]:
-    found = ((module, fusion_of(module)) for module in model.modules())
+def _fused_modules(model: nn.Module) -> list[tuple[nn.Module, fused_class.Fusion]]:
+    found = ((module, fused_class.fusion_of(module)) for module in model.modules())
     return [(module, fusion) for module, fusion in found if fusion is not None]
 
 
