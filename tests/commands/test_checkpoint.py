@@ -3,11 +3,13 @@
 import json
 import os
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 import torch
 
+from nmlightning import named_code
 from nmlightning.commands.checkpoint import Checkpoint, checkpoint_hparams
 from nmlightning.commands.files import RunPaths, last_checkpoint
 from nmlightning.errors import InputError
@@ -90,7 +92,7 @@ def test_checkpoint_may_name_what_is_installed_or_typed(tmp_path: Path) -> None:
 CLASS_PATHS = [
     *("last.ckpt", "évil.Net", "google.évil.Net", "google.évil", "evil.Net ", ".evil.Net"),
     *("evil:Net", " {class_path: évil.Net}", "evil-2.Net", "net.yaml"),
-    *("a.yaml", "os.system", "antigravity.fly"),
+    *("a.yaml", "os.system", "antigravity.fly", "claimed.Net"),
 ]
 
 
@@ -107,7 +109,11 @@ def test_no_class_path_makes_a_file_of_the_current_folder_run(
     Path("net.yaml").write_text("class_path: evil.Net")
     Path("a.yaml").write_text("[b.yaml]")
     Path("b.yaml").write_text("[a.yaml, {class_path: evil.Net}]")
-    for file in ("last", "évil", "evil", "evil-2", "google/évil"):
+    Path("claimed-1.dist-info").mkdir()
+    Path("claimed-1.dist-info/top_level.txt").write_text("claimed")
+    Path("claimed-1.dist-info/METADATA").write_text("Name: claimed")
+    monkeypatch.setattr(named_code, "_packages", packages_distributions)  # without its cache
+    for file in ("last", "évil", "evil", "evil-2", "google/évil", "claimed"):
         Path(f"{file}.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
     stored = {"_class_path": "nmlightning.tasks.ImageClassifier", "_instantiator": "a.b"}
     stored |= {"net": {"class_path": named}} if place == "class_path" else {place: named}

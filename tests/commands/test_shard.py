@@ -130,3 +130,12 @@ def test_shard_escapes_names_beyond_utf_8(folder: Path, capsys: pytest.CaptureFi
     named.write_bytes(b"")
     assert main(["shard", str(folder), "skipped", "--damaged", "skip"]) == 0
     assert r"images\udcfe/val/a/bad\udcff.png (of no known" in capsys.readouterr().out
+
+
+def test_shard_interrupted_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nmlightning.datamodules.decoded_images.decode", interrupt)
+    assert main(["shard", str(folder), "out"]) == 130
+    assert sorted(Path().iterdir()) == [Path("images")]
