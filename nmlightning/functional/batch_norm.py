@@ -57,18 +57,18 @@ def _is_fast_in_torch(grad: Tensor, x: Tensor) -> bool:
 def is_transformed(grad: Tensor | None = None) -> bool:
     """Return whether `torch.func`, or forward mode, transforms what is computed now.
 
-    Also whether a gradient is many: `torch.autograd.grad(…, is_grads_batched=True)`.
+    Also whether a tracer records it, as for ONNX, which knows no function with its own backward;
+    and whether a gradient is many: `torch.autograd.grad(…, is_grads_batched=True)`.
     """
     if torch.compiler.is_compiling():
-        return bool(_is_traced_transformed())
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return True
-    return grad is not None and bool(torch._C._functorch.is_legacy_batchedtensor(grad))
+        return bool(_is_transforming())
+    many = grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
+    return bool(many or torch._C._is_tracing() or _is_transforming())
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
-def _is_traced_transformed() -> bool:
-    """Return the same where a compiler traces, which runs this once and guards the transforms."""
+def _is_transforming() -> bool:
+    """Return whether a transform is active; a compiler runs this once and guards the transforms."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 

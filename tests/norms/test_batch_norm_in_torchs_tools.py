@@ -91,8 +91,7 @@ def test_script_and_trace_evaluate(norm: Norm, images: Tensor) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", torch.jit.TracerWarning)
         traced = torch.jit.trace(layer, images)
-        if norm.k in (None, 1):  # torch's tracer cannot record a view as another dtype
-            torch.jit.trace(norm.layer(), images, check_trace=False)
+        torch.jit.trace(norm.layer(), images, check_trace=False)
     scripted = torch.jit.script(layer)
     for other in (traced, scripted, torch.jit.freeze(scripted)):
         torch.testing.assert_close(other(images), expected)
@@ -147,6 +146,33 @@ def test_onnx_takes_evaluation_and_refuses_training(images: Tensor) -> None:
             InputError, match=r"ONNX has no L1BatchNorm2d in training: call eval\(\)"
         ):
             torch.onnx.export(net, (images,), io.BytesIO(), dynamo=False, training=training)
+
+
+@ONNX
+@pytest.mark.parametrize(
+    "layer",
+    [
+        norms.L1LayerNorm(8),
+        norms.LpLayerNorm((5, 8), p=3.0),
+        norms.LpRMSNorm(8, p=1.5),
+        *(
+            cls(4, track_running_stats=False)
+            for name, cls in vars(norms).items()
+            if name.endswith("BatchNorm2d") and "Half" not in name
+        ),
+    ],
+    ids=str,
+)
+def test_norms_of_the_inputs_own_statistics_are_exported_and_saved(layer: nn.Module) -> None:
+    reference, x, file = (
+        pytest.importorskip("onnx.reference"),
+        torch.randn(2, 4, 5, 8),
+        io.BytesIO(),
+    )
+    torch.onnx.export(layer.eval(), (x,), file, dynamo=False, input_names=["x"])
+    (y,) = reference.ReferenceEvaluator(file.getvalue()).run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), layer(x).detach(), atol=1e-5, rtol=0)
+    torch.jit.save(torch.jit.trace(layer, x), io.BytesIO())
 
 
 @pytest.mark.parametrize("norm", ["l1", "mean"])
