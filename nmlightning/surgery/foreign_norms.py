@@ -82,11 +82,9 @@ class NormForm:
 
     def sizes_of(self, module: nn.Module) -> tuple[int, ...]:
         """Return the sizes that it normalises; none where only the input says them."""
-        if "normalized_shape" in module.__dict__:
-            return _own_sizes(module)
         weight, bias = self.affine_of(module)
         q = bias if weight is None else weight
-        return () if q is None else _sizes(q)
+        return _own_sizes(module) or (() if q is None else _sizes(q))
 
 
 def _own_sizes(module: nn.Module) -> tuple[int, ...]:
@@ -145,16 +143,14 @@ class SwappedNorm:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copy and pickle an object of a class that no import finds."""
-        cls = type(self)
-        made_of = (cls.ours, cls.replaced, cls.form)
+        made_of = (type(self).ours, type(self).replaced, type(self).form)
         return (_make, made_of, *object.__reduce_ex__(self, protocol)[2:])
 
 
 @cache
 def swapped_class(ours: type, replaced: type, form: NormForm) -> type:
     """Return the class of a module that was of class `replaced` and is one of our norms."""
-    prefix = re.sub("(Layer|RMS)Norm$", "", ours.__name__)
-    name = prefix + replaced.__name__
+    name = re.sub("(Layer|RMS)Norm$", "", ours.__name__) + replaced.__name__
     members = {
         "__module__": __name__,
         "__qualname__": f"_Swapped.{name}",  # a path that jsonargparse does not offer to configs
@@ -232,21 +228,31 @@ def find_form(module: nn.Module, kinds: tuple[NormKind, ...], named: bool) -> No
             if deviation < _TOLERANCE:
                 widens = _output_dtype(twin, torch.float32, x.bfloat16()) == torch.float32
                 narrows = _output_dtype(twin, torch.bfloat16, x) == torch.bfloat16
-                reason = _training_reason(form, twin, inputs)
+                reason = _other_reason(form, module, twin, inputs)
                 return reason or replace(form, widens=widens, narrows=narrows)
     off = f"on a random input it is {closest:.2g} off" if closest < float("inf") else error
     return f"it does not compute {' or '.join(_TITLES[kind] for kind in kinds)} norm: {off}"
 
 
-def _training_reason(form: NormForm, twin: Any, inputs: list[Tensor]) -> str:
-    """Return why a module is another norm in training, tried with two random states, or ""."""
-    twin.training = True
-    try:
-        off = max(_deviation(form, twin, inputs, _outputs(twin, inputs, seed)) for seed in (0, 1))
-    except Exception as problem:
-        return f"in training it raises {type(problem).__name__}"
-    title = f"it does not compute {_TITLES[form.kind]} norm in training"
-    return "" if off < _TOLERANCE else f"{title}: on a random input it is {off:.2g} off"
+def _other_reason(form: NormForm, module: nn.Module, twin: Any, inputs: list[Tensor]) -> str:
+    """Return why a module is no such norm in training or of large values, or ""; scales `twin`."""
+    fresh, tensors = _tensors(_twin_of(module)), _tensors(twin)
+    for seed, factor in ((0, 1.0), (1, 1.0), (0, 1e3)):
+        twin.training = factor == 1.0
+        when = "in training" if twin.training else "of large values"
+        try:
+            if changed := [n for n, q in _tensors(twin).items() if not torch.equal(q, fresh[n])]:
+                return f"its forward changes {changed[0]}"
+            for name in tensors.keys() & {form.weight, form.bias}:
+                tensors[name].mul_(factor)
+            inputs = [factor * x for x in inputs]
+            off = _deviation(form, twin, inputs, _outputs(twin, inputs, seed))
+        except Exception as problem:
+            return f"{when} it raises {type(problem).__name__}"
+        if not off < _TOLERANCE:
+            title = f"it does not compute {_TITLES[form.kind]} norm {when}"
+            return f"{title}: on a random input it is {off:.2g} off"
+    return ""
 
 
 def _outputs(twin: Any, inputs: list[Tensor], seed: int = 0) -> list[Any]:
@@ -257,15 +263,11 @@ def _outputs(twin: Any, inputs: list[Tensor], seed: int = 0) -> list[Any]:
 @contextmanager
 def _probing(seed: int = 0) -> Iterator[None]:
     """Try a module without a graph, a warning or a change of the random state."""
-    with (
-        torch.no_grad(),
-        torch.autocast("cpu", enabled=False),
-        torch.random.fork_rng(devices=[]),
-        warnings.catch_warnings(),
-    ):
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         torch.default_generator.manual_seed(seed)  # of the CPU alone
-        yield
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            yield
 
 
 def find_batch_reason(module: nn.Module, spatial: tuple[int, ...] = (3, 2, 1)) -> str:
@@ -357,17 +359,14 @@ def _candidates(twin: Any, kinds: tuple[NormKind, ...], first: bool) -> Iterator
     # A pruned weight is no parameter.
     usual = tuple(x if isinstance(getattr(twin, x, None), Tensor) else None for x in _USUAL)
     affines = dict.fromkeys([usual, *permutations([*tensors, None, None], 2)])
-    named = [x for x, value in vars(twin).items() if EPS_NAME.search(x) and _is_eps(value)]
+    kinds_of_eps = (float, int, type(None))
+    named = [x for x, v in vars(twin).items() if EPS_NAME.search(x) and type(v) in kinds_of_eps]
     named += [float(q) for q in twin._buffers.values() if q is not None and q.dim() == 0]
     activates = set(twin._modules) == ACTIVATION
     for affine, kind, offset, apart in product(affines, kinds, (0.0, 1.0), (False, True)):
         if offset == 0 or affine[0] is not None:
             for eps in (*named, *_FIXED_EPS):
                 yield NormForm(kind, first, offset, eps, apart, activates, *affine)
-
-
-def _is_eps(value: Any) -> bool:
-    return value is None or (isinstance(value, float | int) and not isinstance(value, bool))
 
 
 def _deviation(form: NormForm, twin: Any, inputs: list[Tensor], found: list[Any]) -> float:
@@ -389,7 +388,7 @@ def _deviation(form: NormForm, twin: Any, inputs: list[Tensor], found: list[Any]
         y = softsign(y).tanh() if form.activates else y
         if not isinstance(output, Tensor) or not output.shape == y.shape == input.shape:
             return float("inf")
-        worst = max(worst, float((output.double() - y).abs().max() / y.abs().max()))
+        worst = max(float((output.double() - y).abs().max() / y.abs().max()), worst)
         if not worst < 0.01:  # also of what is no number; another eps does not mend it
             break
     return worst if worst < float("inf") else float("inf")

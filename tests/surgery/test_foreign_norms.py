@@ -114,6 +114,21 @@ class Noisy(HardCoded):
         return nn.functional.dropout(super().forward(x), 0.5, self.training)
 
 
+class Clamped(HardCoded):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(-50, 50)
+
+
+class Counting(HardCoded):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += self.training
+        return super().forward(x)
+
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 TOKENS, IMAGES, SERIES = (2, 3, 8), (2, 8, 3, 4), (2, 8, 5)
 TYPES = {f"{__name__}.HardCoded": "rms"}
@@ -232,6 +247,8 @@ def test_class_is_known_on_the_meta_device() -> None:
         ({f"{__name__}.Doubled": "batch"}, "batch norm: its output in training is 1 off"),
         ({f"{__name__}.Split": "batch"}, r"Split, but it has modules in it \(aux\)"),
         ({Noisy: "rms"}, "Noisy, but it does not compute an RMS norm in training: .* 1 off"),
+        ({Clamped: "rms"}, "Clamped, but it does not compute an RMS norm of large values: .* off"),
+        ({Counting: "rms"}, "Counting, but its forward changes count"),
         ({"HardCoded": "rms"}, f"that class. Name it '{__name__}.HardCoded', its full path"),
         ({3: "rms"}, "types maps classes or their paths"),
         ([f"{__name__}.HardCoded"], "types maps classes or their paths"),
@@ -239,7 +256,7 @@ def test_class_is_known_on_the_meta_device() -> None:
 )
 def test_types_that_cannot_be_right_are_refused(types: dict[str, str], message: str) -> None:
     net = nn.Sequential(nn.RMSNorm(8), HardCoded(), Unlike(), Nowhere(), Split(), Noisy())
-    net.extend([Biased(4), Doubled(4)])
+    net.extend([Biased(4), Doubled(4), Clamped(), Counting()])
     with pytest.raises(InputError, match=message):
         swap_norms(net, "l1", kinds=["rms", "layer"], types=types)
 
