@@ -51,6 +51,7 @@ class AttemptedSteps:
         uncounted: int = 0,
     ) -> None:
         self.uncounted = uncounted
+        self.stranger = ""  # the class of an optimizer that the Trainer has not been given
         self._trainer, self._before_step = trainer, before_step
         self._parameters = {id(parameter) for parameter in module.parameters()}
         self._announced: set[Optimizer] = set()
@@ -95,6 +96,7 @@ class AttemptedSteps:
     def _note(self, optimizer: Optimizer) -> None:
         known = self._trainer.optimizers
         if optimizer not in known:
+            self.stranger = type(optimizer).__name__
             owned = {id(q) for group in optimizer.param_groups for q in group["params"]}
             sharing = [o for o in known if any(id(q) in owned for q in group_numbers(o))]
             optimizer = next(iter(sharing), optimizer)

@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import nn
 from torch.optim import Optimizer
 
-from nmlightning.callbacks.epoch_clock import EpochClock, steps_per_epoch
+from nmlightning.callbacks.epoch_clock import AttemptedSteps, EpochClock, steps_per_epoch
 from nmlightning.compat import epochs_to_train, global_seed
 from nmlightning.errors import InputError
 from nmlightning.name_patterns import some
@@ -46,7 +46,8 @@ class SteeredRun:
     ) -> None:
         self._trainer = trainer
         self._module = module
-        self._has_printed = False
+        self._has_printed = self._has_warned = False
+        self.steps: AttemptedSteps | None = None  # what tells whose steps they are
         norms = [part for part in module.modules() if isinstance(part, WeightNorm)]
         if isinstance(rule, NormSchedule) and any(norm.settings.project for norm in norms):
             raise InputError(
@@ -89,10 +90,16 @@ class SteeredRun:
         self._log_scope()
         for handle in self.handles:
             handle.warn_if_skipped()
-            if not handle.steps and any(w.parameter.grad is not None for w in handle.weights):
+            learns = any(w.parameter.grad is not None for w in handle.weights)
+            if learns and not handle.steps and not self._has_warned:
+                self._has_warned = True
+                other = self.steps and self.steps.stranger
+                reason = "only step() does, no method of another name"
+                if other:
+                    reason = f"{other} steps, which configure_optimizers has to return"
                 warnings.warn(
                     f"There are gradients, and no step of the optimizer has called {handle.name} "
-                    "yet: only step() does, no method of another name.",
+                    f"yet: {reason}.",
                     stacklevel=2,
                 )
 

@@ -224,6 +224,8 @@ class WeightNormTracker(CallbackBase):
             "include": self.include,
             "exclude": self.exclude,
         }
+        if self.log_norms is not None:
+            chosen["log_norms"] = self.log_norms
         if self.steering is not None:
             chosen[type(self.steering).__name__] = {
                 k: str(v) for k, v in vars(self.steering).items()
@@ -263,6 +265,7 @@ class WeightNormTracker(CallbackBase):
             steered = SteeredRun(
                 self.steering, trainer, pl_module, other_run=self.other_run, within=limits
             )
+            steered.steps = self._steps
             self.handles, steering = steered.handles, {"steering": steered}
         self._parts = {**steering, "recording": recording}  # where a step changed the weights first
         if self._logs(trainer):

@@ -2,14 +2,14 @@
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
@@ -17,7 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm as HookedWeightNorm
 
 from nmlightning.errors import InputError, is_number, nearest
 from nmlightning.name_patterns import some
-from nmlightning.weights.layer_weights import find_layer_form, plain_modules
+from nmlightning.weights.layer_weights import find_layer_form, is_norm, plain_modules
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,9 @@ def find_output_layers(model: nn.Module) -> OutputLayers:
     They are what `get_output_embeddings()` of the model, or of a part of it, returns, as in Hugging
     Face's models: an embedding, where the output is computed with its weight; or what timm's
     `get_classifier()` does. Of a model with neither they are the layer that is registered last, if
-    any is an `nn.Linear` outside of an `nn.MultiheadAttention`, with those directly before it that
-    do not lead into it, as CLIP's two projections.
+    any is an `nn.Linear` outside of an `nn.MultiheadAttention`, and those whose outputs no layer
+    takes, by their number, or that are named like a head; a last layer whose outputs one of these
+    takes is none.
     """
     for module in model.modules():
         of_timm = any(cls.__module__.startswith("timm.") for cls in type(module).__mro__)
@@ -62,149 +63,124 @@ def _guess_output_layers(model: nn.Module) -> OutputLayers:
     if not linears:
         return _doubt_of_convolutions(model, paths)
     *_, last = paths
-    path = paths[last]
-    heads = [last, *_heads_beside(model, path, list(paths))]
-    heads += _heads_of_blocks(model, path, list(paths))
-    heads += [m for m in _auxiliary_heads(model, path, list(paths)) if m not in heads]
-    name = f"The output layer of {type(model).__name__} is not certain:"
-    if len(heads) > 1:
-        others = tuple(paths[head] for head in heads[1:])
-        doubt = f"{name} {path} is its last, and {some(others)} beside it may not lead into it"
-        return OutputLayers(heads, doubt, (path, *others))
-    if last is not linears[-1]:
-        linear = paths[linears[-1]]
-        doubt = (
-            f"{name} {path} ({type(last).__name__}) is its last, and its last nn.Linear {linear}"
-        )
-        return OutputLayers(heads, doubt, (path, linear))
-    if _is_in_last_block(model, path):
-        return OutputLayers(
-            heads, f"{name} {path} is its last, in the last of like blocks", (path,)
-        )
-    return OutputLayers(heads)
+    kinds = nn.Linear if last is linears[-1] else nn.Module
+    ends = [end for end in _find_ends(model, paths, kinds) if end is not last]
+    n = _outputs(last)
+    leads = any(n in _inputs(end) and n != _outputs(end) for end in ends)
+    heads = ends if leads else [last, *ends]
+    before = some([paths[end] for end in ends])
+    doubt, others = "", [last] * leads
+    if leads:
+        doubt = f"by its shape may lead into {before}"
+    elif ends:
+        doubt = f"and {before} beside it may not lead into it"
+    elif last is not linears[-1]:
+        doubt, others = f"and its last nn.Linear {paths[linears[-1]]}", [*linears[-1:]]
+    elif _is_of_blocks(last, model) or "pooler" in paths[last]:
+        doubt = "and may give what other layers take"
+    if not doubt:
+        return OutputLayers(heads)
+    kind = "" if last is linears[-1] else f" ({type(last).__name__})"
+    name = f"The output layer of {type(model).__name__} is not certain: {paths[last]}{kind}"
+    paths_of = tuple(paths[layer] for layer in (*heads, *others))
+    return OutputLayers(heads, f"{name} is its last, {doubt}", paths_of)
 
 
 def _doubt_of_later(
     model: nn.Module, found: Sequence[nn.Module]
 ) -> tuple[str, tuple[str, ...]] | tuple[()]:
-    """Return the doubt where a linear layer outside of blocks is registered after those found."""
+    """Return the doubt where linear layers beside those found may give an output, too."""
     paths = {module: path for path, module in plain_modules(model) if _is_layer(module)}
-    *_, last = paths
-    later = list(paths).index(last) > max(list(paths).index(m) if m in paths else -1 for m in found)
     known = [paths[m] for m in found if m in paths]
-    if not (known and later and isinstance(last, nn.Linear)):
-        return ()
-    path = paths[last]
-    if _is_in_last_block(model, path):
+    ends = [paths[m] for m in _find_ends(model, paths, nn.Linear) if m not in found]
+    if not (known and ends):
         return ()
     name = f"The output layer of {type(model).__name__} is not certain:"
-    doubt = f"{name} {path} stands after {some(known)}, and may give an output, too"
-    return doubt, (*known, path)
+    doubt = f"{name} beside {some(known)}, {some(ends)} may give an output, too"
+    return doubt, (*known, *ends)
 
 
 def _doubt_of_convolutions(model: nn.Module, paths: Mapping[nn.Module, str]) -> OutputLayers:
-    """Return no layer, and the doubt where a convolution is last, with no norm behind it."""
+    """Return no layer, and the doubt where convolutions with no norm behind them may be last."""
     if len(paths) < 2:
         return OutputLayers([])
-    *_, last = paths
-    if any(_is_norm(m) for m in list(model.modules())[list(model.modules()).index(last) :]):
-        return OutputLayers([])
-    path = paths[last]
-    heads = (path, *(paths[m] for m in _heads_of_blocks(model, path, list(paths), _ConvNd)))
+    modules = [m for m in model.modules() if m in paths or is_norm(m)]
+    normalised = {m for m, after in pairwise(modules) if is_norm(after)}
+    heads = tuple(paths[m] for m in _find_ends(model, paths, _ConvNd) if m not in normalised)
     gives = "gives" if len(heads) == 1 else "give"
     doubt = f"{type(model).__name__} has no nn.Linear, and maybe {some(heads)} {gives} its output"
-    return OutputLayers([], doubt, heads)
+    return OutputLayers([], doubt, heads) if heads else OutputLayers([])
 
 
-def _is_in_last_block(model: nn.Module, path: str) -> bool:
-    """Return whether it is a layer within the last of several blocks, as an encoder's last is."""
-    parts = path.split(".")
-    for depth in range(len(parts) - 1):
-        blocks = model.get_submodule(".".join(parts[:depth]))
-        kinds = [type(block) for block in blocks.children()][-2:]
-        in_list = isinstance(blocks, nn.ModuleList | nn.Sequential) and nn.Sequential not in kinds
-        if in_list and len(kinds) == 2 and kinds[0] is kinds[1]:
-            return True
-    return False
+def _find_ends(
+    model: nn.Module, paths: Mapping[nn.Module, str], kind: type[nn.Module]
+) -> list[nn.Module]:
+    """Return the layers outside of like blocks that may give an output, from the last one on.
 
-
-def _heads_beside(model: nn.Module, path: str, layers: Sequence[nn.Module]) -> Iterator[nn.Linear]:
-    """Yield layers registered directly before the last one that give outputs of their own.
-
-    Those that take what it takes, or give as many outputs, but cannot lead into it; and, at the top
-    of a model, those of its name but for what is before an underscore, of as many outputs.
+    Those are that one, those whose outputs no other layer takes, by their number, and those of as
+    many outputs that are named like a head or that end a module with such a name.
     """
-    parent, last = model.get_submodule(path.rpartition(".")[0]), model.get_submodule(path)
-    holds_all = set(layers) <= set(parent.modules())
-    before = [(n, m) for n, m in parent.named_children() if any(x in m.modules() for x in layers)]
-    kind = path.rpartition(".")[2].rpartition("_")
-    if not isinstance(last, nn.Linear) or isinstance(parent, nn.Sequential):
-        return
-    for name, child in reversed(before[:-1]):
-        linears = [m for m in child.modules() if isinstance(m, nn.Linear) and m in layers]
-        if not linears:
-            return
-        head, (prefix, _, suffix) = linears[-1], name.rpartition("_")
-        same = head.in_features == last.in_features, head.out_features == last.out_features
-        apart = child is head and head.out_features != last.in_features and any(same)
-        named = holds_all and prefix and suffix == kind[2] and same[1]
-        if not apart and (not named or {prefix, kind[0]} & _INNER):
-            return
-        yield head
+    named = {
+        [None, *(m for m in module.modules() if m in paths)][-1]: found["own"]
+        for path, module in plain_modules(model)
+        if (found := _HEAD.search(path))
+    }
+    *_, last = paths
+    takes = {m: _inputs(m) for m in model.modules()}
+    inner, ends = _in_blocks(model), []
+    for layer, after in pairwise([*paths, None]):
+        if isinstance(layer, kind) and layer not in inner:
+            n = _outputs(layer)
+            is_image = isinstance(after, _ConvNd) and n % after.in_channels == 0  # a view of it
+            taken = is_image or any(n in takes[m] for m in takes if m is not layer)
+            is_named = layer in named and (named[layer] or n == _outputs(last))
+            if is_named or not taken or layer is last:
+                ends.append(layer)
+        if isinstance(layer, _ConvNd):
+            del takes[layer]  # what comes later it does not take: classes are no image's colours
+    return ends[::-1]
 
 
-def _auxiliary_heads(
-    model: nn.Module, path: str, layers: Sequence[nn.Module]
-) -> Iterator[nn.Linear]:
-    """Yield what ends blocks at the top with as many outputs as the last layer, as GoogLeNet's."""
-    parent, last = model.get_submodule(path.rpartition(".")[0]), model.get_submodule(path)
-    if isinstance(parent, nn.Sequential) or not set(layers) <= set(parent.modules()):
-        return
-    for block in parent.children():
-        head = [None, *(m for m in block.modules() if m in layers)][-1]
-        if not isinstance(head, nn.Linear) or head in (block, last):
-            continue
-        if head.out_features == _outputs(last) != _inputs(last):
-            yield head
+def _in_blocks(model: nn.Module) -> set[nn.Module]:
+    """Return what is within one of several blocks of a class, as in an encoder."""
+    inner = set()
+    for blocks in model.modules():
+        if isinstance(blocks, nn.ModuleList | nn.Sequential):
+            kinds = Counter(type(m) for m in blocks.children() if not isinstance(m, nn.Sequential))
+            alike = [m for m in blocks.children() if kinds[type(m)] > 1]
+            inner |= {m for block in alike for m in block.modules() if m is not block}
+    return inner
 
 
-def _heads_of_blocks(
-    model: nn.Module, path: str, layers: Sequence[nn.Module], kind: type[nn.Module] = nn.Linear
-) -> Iterator[nn.Module]:
-    """Yield the last layers of blocks directly before that of the last one, as of DETR and SigLIP.
-
-    Of those that take what it takes, or give as many outputs, but cannot lead into it.
-    """
-    parts, last = path.split("."), model.get_submodule(path)
-    for depth in range(len(parts) - 1):
-        parent = model.get_submodule(".".join(parts[:depth]))
-        inner = [[m for m in block.modules() if m in layers] for block in parent.children()]
-        *before, own = [block for block in inner if block]
-        for block in () if isinstance(parent, nn.Sequential | nn.ModuleList) else reversed(before):
-            first, head = block[0], block[-1]
-            if not isinstance(head, kind) or _outputs(head) == _inputs(own[0]):
-                break
-            if _outputs(head) != _outputs(last) and _inputs(first) != _inputs(own[0]):
-                break
-            yield head
+def _is_of_blocks(last: nn.Module, model: nn.Module) -> bool:
+    """Return whether it is within blocks, or they take as many features as it gives."""
+    inner = _in_blocks(model)
+    linears = (m for m in inner if isinstance(m, nn.Linear))
+    return last in inner or any(_outputs(last) in _inputs(m) for m in linears)
 
 
-def _inputs(layer: Any) -> int:
-    return getattr(layer, "in_features", getattr(layer, "in_channels", 0))
+def _inputs(module: nn.Module) -> set[int]:
+    return {n for name in _INPUTS if isinstance(n := getattr(module, name, None), int)}
 
 
 def _outputs(layer: Any) -> int:
-    return getattr(layer, "out_features", getattr(layer, "out_channels", -1))
+    n: int = getattr(layer, "out_features", getattr(layer, "out_channels", -1))
+    return n
 
 
-_INNER = {*("q", "k", "v", "o", "query", "key", "value"), *("in", "out", "up", "down", "gate")}
+_INPUTS = (
+    *("in_features", "in_channels", "input_size", "embed_dim", "kdim", "vdim"),
+    *("in1_features", "in2_features"),
+)
+_HEAD = re.compile(
+    r"(^|[._])(heads?|classifier|policy|actor|critic|projection|fc_out|(?P<own>g|generator))$",
+    re.IGNORECASE,
+)
 
 
 WeightDecayScope = Literal["all", "no_norm", "no_conv", "last_layer"]
 
-NORMS = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-THIRD_PARTY_NORM = re.compile(r"norm(act)?(\dd)?$", re.IGNORECASE)  # RmsNorm2d, LlamaRMSNorm, …
-HOOKED = re.compile(r"(_orig|_v|_g)+$")  # pruning, torch's old spectral norm and weight norm
+HOOKED = re.compile(r"(?<=^weight)_\w+$|(?<=^bias)_\w+$|(_orig|_v|_g)+$")  # weight_v, weight_bar
 PARAMETRIZED = re.compile(r"(^|\.)parametrizations\.(\w+)\..*$")  # bn.….weight.original
 
 
@@ -284,7 +260,7 @@ def _decaying(model: nn.Module, scope: WeightDecayScope) -> Iterator[nn.Paramete
         gains = set(_gains(model))
         for layer, name, parameter in _uses(model):
             is_bias = "bias" in name.split("_")  # as in in_proj_bias and bias_hh_l0
-            if not (_is_norm(layer) or is_bias or id(parameter) in gains):
+            if not (is_norm(layer) or is_bias or id(parameter) in gains):
                 yield parameter
 
 
@@ -308,10 +284,5 @@ def _gains(model: nn.Module) -> Iterator[int]:
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, HookedWeightNorm):
                 yield id(getattr(module, f"{hook.name}_g"))
-        if type(module).__name__ == "WeightNorm" and "gain" in module._parameters:
+        if hasattr(module, "channel_norms") and module.gain is not None:  # as a `WeightNorm`
             yield id(module.gain)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    """Return whether a module normalises: torch's norms by class, others by their name."""
-    return isinstance(module, NORMS) or THIRD_PARTY_NORM.search(type(module).__name__) is not None

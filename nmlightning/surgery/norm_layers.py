@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase, _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from nmlightning.kernels.interface import Fused, NormKind
 from nmlightning.norms.batch_norm_base import RUNNING, BatchNormBase
@@ -16,11 +16,8 @@ from nmlightning.norms.mean_only import MeanOnlyBatchNorm
 from nmlightning.norms.registry import NORMS, path_of
 from nmlightning.surgery import foreign_norms
 from nmlightning.surgery.norm_act import class_of_both, has_activation
+from nmlightning.weights import layer_weights
 
-_NAMED_LIKE_A_NORM = re.compile(
-    r"(?i:(Batch|Layer|Group|Instance|RMS|Response|L2)_?Norm)"
-    r"|(?<!Weight)(?<!Spectral)Norm(?![a-z]|Linear)"
-)
 _NAMED_LAYER_OR_RMS = re.compile(r"(Layer|RMS|L2)_?Norm", re.IGNORECASE)
 _DIMS: dict[type, int | None] = {
     cls: dims for norm in NORMS.values() for dims, cls in norm.batch.items()
@@ -188,11 +185,10 @@ def _without_wrappers(name: str) -> str:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Return whether a module is a norm of torch's, or named like one."""
-    if isinstance(module, (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
-        return True
-    named_like_one = _NAMED_LIKE_A_NORM.search(type(module).__name__) is not None
-    return named_like_one and module._modules.keys() <= foreign_norms.ACTIVATION
+    """Return whether a module is a norm as a whole; in others each module is looked at."""
+    whole = module._modules.keys() <= foreign_norms.ACTIVATION
+    whole = whole or isinstance(module, layer_weights.TORCH_NORMS)
+    return whole and layer_weights.is_norm(module)
 
 
 def _describe(name: str, module: nn.Module, named: NormKind | None) -> NormLayer:

@@ -1,12 +1,14 @@
 """The weights of a model's layers: their names, the tensors that hold them, their channels."""
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
@@ -66,6 +68,21 @@ def weights_of(module: nn.Module) -> list[str]:
     return ["weight"] if known or find_layer_form(module) is not None else []
 
 
+TORCH_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_NAMED_LIKE_A_NORM = re.compile(
+    r"(?i:(Batch|Layer|Group|Instance|RMS|Response|L2)_?Norm|(?<!Weight)(?<!Spectral)Norm(\dd)?$)"
+    r"|(?<!Weight)(?<!Spectral)Norm(?![a-z]|Linear)|GRN$"
+)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Return whether it is a norm of torch's, or named like one, with no layer of weights in it."""
+    if isinstance(module, TORCH_NORMS):
+        return True
+    named_like_one = _NAMED_LIKE_A_NORM.search(type(module).__name__) is not None
+    return named_like_one and not any(map(weights_of, module.modules()))
+
+
 @dataclass(frozen=True, eq=False)
 class WeightLocation:
     """An attribute of a module that is a weight; layers may share one weight."""
@@ -87,10 +104,12 @@ class WeightLocation:
     @property
     def is_known(self) -> bool:
         """Whether its layer is of a class whose output channels are known."""
-        known = (
+        known = [
             cls.__module__.startswith("torch.nn.modules.") for cls in type(self.module).__mro__
-        )
-        return find_layer_form(self.module) is not None or sum(known) > 1  # nn.Module is one
+        ]
+        is_list = isinstance(self.module, nn.ParameterList | nn.ParameterDict)
+        has_form = find_layer_form(self.module) is not None
+        return has_form or (sum(known) > 1 and not is_list)  # nn.Module is one
 
     @property
     def parametrizations(self) -> ParametrizationList | None:
@@ -216,8 +235,7 @@ def find_recorded_weights(
 def find_left_weights(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, str]:
     """Return the matrices that are recorded only where they are named, and why.
 
-    Those of unknown classes are of two or more dimensions, none of which the channels would leave
-    alone.
+    Those of unknown classes have more than one element along two or more dimensions.
     """
     left, places = {}, list(_places(model))
     held = {id(place.original) for place in places if place.is_recorded}
@@ -229,8 +247,10 @@ def find_left_weights(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str
             left[place.name] = "an embedding's rows are no output channels"
         elif parameter is None:
             if place.is_recorded and not place.is_lazy and place.is_computed:
-                left[place.name] = "it is computed from parameters of other shapes"
-        elif not place.is_known and parameter.dim() > 1 < parameter.shape[0] < parameter.numel():
+                known = place.parametrizations is not None
+                how = "from parameters of other shapes" if known else "in a way that is not known"
+                left[place.name] = f"it is computed {how}"
+        elif not place.is_known and sum(length > 1 for length in parameter.shape) > 1:
             left[place.name] = f"{type(place.module).__name__} is no layer that is known"
     return left
 

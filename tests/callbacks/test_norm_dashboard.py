@@ -190,6 +190,12 @@ def test_trackers_of_the_same_settings_are_refused(make: Any, tmp_path: Path) ->
         fit(tmp_path, trackers[0], make, callbacks=trackers)
 
 
+def test_trackers_that_differ_in_what_they_log_stand_together(tmp_path: Path) -> None:
+    trackers = [WeightNormTracker(), WeightNormTracker(log_norms="layers")]
+    fit(tmp_path, trackers[0], callbacks=trackers)
+    assert trackers[0].path != trackers[1].path
+
+
 def test_dashboard_logs_ten_pictures_and_the_last_of_a_long_run(tmp_path: Path) -> None:
     fit(tmp_path, WeightNormTracker(), max_epochs=23)
     images = read_events(tmp_path).Images("weight_norm_map/net.0")

@@ -215,14 +215,23 @@ def test_trackers_patterns_limit_a_rule_that_includes_nothing(
     assert set(steered[1]) == (set(own) or left)
 
 
-def test_gradients_without_a_step_that_calls_the_rule_are_warned_of(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("own", "reason"),
+    [(False, "only step"), (True, "SGD steps, which configure_opt")],
+)
+def test_gradients_without_a_step_that_calls_the_rule_are_warned_of(
+    own: bool, reason: str, tmp_path: Path
+) -> None:
     class OtherName(Adversaries):
         def training_step(self, batch: list[Tensor], index: int) -> None:
             self.manual_backward(F.cross_entropy(self.net(batch[0]), batch[1]))
+            if own:
+                torch.optim.SGD(self.net.parameters(), 0.1).step()
 
     tracker = WeightNormTracker(steering=Hyperball(include=["net.0.weight"]))
-    with pytest.warns(UserWarning, match=r"no step of the optimizer has called Hyperball yet"):
-        make_trainer(tmp_path, tracker, max_epochs=1).fit(OtherName(), make_data())
+    with pytest.warns(UserWarning, match="has called Hyperball yet: " + reason) as seen:
+        make_trainer(tmp_path, tracker, max_epochs=2).fit(OtherName(), make_data())
+    assert sum("has called Hyperball" in str(warning.message) for warning in seen) == 1
 
 
 def test_tracker_finds_the_state_of_an_older_key(tmp_path: Path) -> None:

@@ -17,12 +17,11 @@ from nmlightning.optim.param_groups import find_output_layers, parameter_groups
 DECAY = 5e-4
 
 
-class RmsNorm2d(nn.Module):
-    """A norm of another package, known by its name alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(4))
+def named_like_a_norm(name: str) -> nn.Module:
+    """Return a norm of another package, known by its name alone."""
+    module = type(name, (nn.Module,), {})()
+    module.weight = nn.Parameter(torch.ones(4))
+    return module
 
 
 def decay_of(model: nn.Module, scope: str, decay: float = DECAY) -> dict[str, float]:
@@ -59,7 +58,8 @@ def test_scope_exempts_parameters_of_a_resnet(scope: str, decaying: object) -> N
         nn.LayerNorm(4),
         nn.GroupNorm(2, 4),
         nn.RMSNorm(4),
-        RmsNorm2d(),
+        *map(named_like_a_norm, ["RmsNorm2d", "RmsNormFp32", "EvoNorm2dS0", "ConvNextV2GRN"]),
+        *map(named_like_a_norm, ["MambaRMSNormGated", "FilterResponseNormTlu2d", "instancenorm"]),
         type("Scaled", (nn.BatchNorm2d,), {})(4),
     ],
     ids=lambda norm: type(norm).__name__,
@@ -115,6 +115,11 @@ def test_parametrizations_parameters_are_grouped_with_their_tensor(
         assert decay == (DECAY if decaying(name.removeprefix("_orig_mod.")) else 0.0), name
 
 
+def by_hand(layer: nn.Module) -> nn.Module:
+    layer.weight_bar = nn.Parameter(layer._parameters.pop("weight").detach())
+    return layer
+
+
 COMPUTED = {
     "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
     "spectral": nn.utils.spectral_norm,
@@ -123,6 +128,7 @@ COMPUTED = {
     "pruned spectral": lambda layer: prune.l1_unstructured(
         nn.utils.spectral_norm(layer), "weight_orig", 0.5
     ),
+    "by hand": by_hand,
 }
 
 
@@ -174,11 +180,28 @@ def mlp() -> nn.Module:
 
 def detector() -> nn.Module:
     boxes = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
-    return nn.ModuleDict({"net": nn.Conv2d(3, 6, 1), "kind": nn.Linear(6, 5), "box": boxes})
+    return nn.ModuleDict({"net": nn.Conv2d(3, 6, 1), "kind": nn.Linear(6, 3), "box": boxes})
 
 
 def encoder() -> nn.Module:
     return nn.Sequential(*(nn.TransformerEncoderLayer(4, 1, 8) for _ in range(2)))
+
+
+def linears(**shapes: tuple[int, int]) -> nn.Module:
+    return nn.ModuleDict({name: nn.Linear(*shape) for name, shape in shapes.items()})
+
+
+def gan() -> nn.Module:
+    net = nn.ModuleDict({"g": nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))})
+    net["d"] = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 1))
+    return net
+
+
+def semantic() -> nn.Module:
+    """Like BEiT's: convolutions give the outputs of a model with linear layers."""
+    net = nn.ModuleDict({"body": nn.Linear(3, 8), "decode": nn.Sequential(nn.Conv2d(8, 5, 1))})
+    net["auxiliary"] = nn.Sequential(nn.Conv2d(8, 6, 1), nn.Conv2d(6, 5, 1))
+    return net
 
 
 def attends() -> nn.Module:
@@ -195,9 +218,30 @@ def attends() -> nn.Module:
         (segments, ["classifier"], r"classifier \(Conv2d\) is its last, and its last nn.Linear"),
         (detector, ["box.1", "kind"], "box.1 is its last, and kind beside it may not lead into it"),
         (mlp, ["fc3"], ""),
-        (encoder, ["1.linear2"], "1.linear2 is its last, in the last of like blocks"),
+        (encoder, ["1.linear2"], "1.linear2 is its last, and may give what"),
         (lambda: nn.Sequential(encoder(), nn.Linear(4, 2)), ["1"], ""),
         (attends, ["out_proj"], ""),
+        (lambda: linears(head=(8, 3), body=(4, 8)), ["head"], "body is its last, by its shape may"),
+        (lambda: linears(final=(8, 3), fc1=(4, 8), fc2=(8, 8)), ["final"], "may lead into final"),
+        (
+            lambda: linears(policy=(8, 3), body=(4, 8), value=(8, 1)),
+            ["value", "policy"],
+            "policy beside it",
+        ),
+        (
+            lambda: linears(classifier=(8, 10), backbone=(20, 8), projector=(8, 4)),
+            ["projector", "classifier"],
+            "classifier beside it",
+        ),
+        (lambda: linears(pre_classifier=(8, 8), classifier=(8, 3)), ["classifier"], ""),
+        (gan, ["d.1", "g.1"], "g.1 beside it"),
+        (
+            lambda: nn.ModuleDict({"encoder": encoder(), "dense": nn.Linear(4, 4)}),
+            ["dense"],
+            "dense is its last, and may give what other",
+        ),
+        (lambda: linears(body=(3, 4), pooler=(4, 4)), ["pooler"], "pooler is its last"),
+        (semantic, ["auxiliary.1", "decode.0"], "decode.0 beside it"),
         (lambda: nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4)), ["1"], ""),
         (lambda: nn.Sequential(nn.Conv2d(4, 6, 1)), [], ""),
     ],
@@ -222,8 +266,9 @@ def test_no_norm_exempts_a_parametrized_norm() -> None:
     assert set(decay_of(norm, "no_norm").values()) == {0.0}
 
 
-def test_layer_named_like_a_norm_decays() -> None:
-    layer = type("NormalizedLinear", (nn.Linear,), {})(4, 4, bias=False)
+@pytest.mark.parametrize("name", ["NormalizedLinear", "NormHead"])
+def test_layer_named_like_a_norm_decays(name: str) -> None:
+    layer = type(name, (nn.Linear,), {})(4, 4, bias=False)
     assert decay_of(layer, "no_norm") == {"weight": DECAY}
 
 

@@ -256,7 +256,7 @@ class Heads(nn.Module):
             (),
         ),
         ("linear", r"fc is its last, and aux.1 beside it", ("aux.1.weight", "fc.weight")),
-        ("named", r"fc stands after main, and may give an output, too; main", ("main.weight",)),
+        ("named", r"beside main, fc may give an output, too; main", ("main.weight",)),
     ],
 )
 def test_other_outputs_are_said(kind: str, doubt: str, left: tuple[str, ...]) -> None:

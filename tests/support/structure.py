@@ -69,8 +69,8 @@ EXCEPTIONS = {
 }
 # Of the targets that are missed: what was reached, which must not be left again.
 REACHED = {
-    "lines of nmlightning, Python and C++": 28_445,
-    "lines of tests": 26_916,
+    "lines of nmlightning, Python and C++": 28_444,
+    "lines of tests": 26_981,
     "files a config meets before Trainer.fit": 22,
 }
 

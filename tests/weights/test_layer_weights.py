@@ -225,15 +225,20 @@ class LowRank(nn.Module):
 
 def test_matrices_of_unknown_layers_are_left_with_a_reason() -> None:
     net = nn.ModuleList([nn.Linear(3, 3), Matrix(), nn.Embedding(4, 3), nn.Linear(3, 3)])
+    net += [nn.ParameterList([torch.ones(8, 4), torch.ones(8)]), nn.Linear(3, 3)]
+    net[5].weight_bar = nn.Parameter(net[5]._parameters.pop("weight").detach())
     parametrize.register_parametrization(net[3], "weight", LowRank(), unsafe=True)
     assert [weight.name for weight in find_recorded_weights(net)] == ["0.weight"]
     reasons = {
         "1.weight": "Matrix is no layer that is known",
+        "1.position": "Matrix is no layer that is known",
         "2.weight": "an embedding's rows are no output channels",
         "3.weight": "it is computed from parameters of other shapes",
+        "4.0": "ParameterList is no layer that is known",
+        "5.weight": "it is computed in a way that is not known",
     }
     assert find_left_weights(net) == reasons
-    assert find_left_weights(net, exclude=["[123].*"]) == {}
+    assert find_left_weights(net, exclude=["[1-5].*"]) == {}
     (weight,) = find_recorded_weights(net, ["1.weight"])
     assert weight.channels == 4
 
