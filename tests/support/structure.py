@@ -70,7 +70,8 @@ EXCEPTIONS = {
 # Of the targets that are missed: what was reached, which must not be left again.
 REACHED = {
     "lines of nmlightning, Python and C++": 28_444,
-    "lines of tests": 26_981,
+    "lines of tests": 26_982,
+    "files a model meets in NormSwap.setup": 13,
     "files a config meets before Trainer.fit": 22,
 }
 
