@@ -3,7 +3,7 @@
 import math
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from nmlightning.weights.channel_norms import (
 Kind = Literal["weight", "bounded"]
 Gain = Literal["none", "layer", "channel"]
 
+NOTE = "nmlightning_weight_norm"
 NAMES = {1.0: "L1", 2.0: "L2", math.inf: "L∞"}
 _GAINS: dict[Kind, tuple[Gain, ...]] = {
     "bounded": ("none", "channel"),
@@ -182,6 +183,12 @@ class WeightNorm(nn.Module):
             if torch.finfo(after.dtype).bits < 32:
                 setattr(self, name, before.to(after.device))
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Say in the metadata, too, how the weight is normalised."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        own = getattr(destination, "_metadata", {}).setdefault(prefix[:-1], {})
+        own[NOTE] = {**asdict(self.settings), "rho": self.settings.rho or "init"}
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *lists: list[str]

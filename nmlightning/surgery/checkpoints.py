@@ -1,7 +1,7 @@
 """Loads a checkpoint of a changed model without a Trainer."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
@@ -28,6 +28,7 @@ from nmlightning.surgery.recipes import (
     recipes_in,
     recipes_of,
     settings_of,
+    weight_norms_in,
 )
 from nmlightning.surgery.swap import Swap, SwapReport, swap_norms
 
@@ -56,7 +57,7 @@ def load_from_checkpoint(module_class: type[Module], path: str | Path, **argumen
     if "_instantiator" in (stored := checkpoint.get("hyper_parameters", {})):  # makes what it names
         check_named_code({**stored, **arguments}, str(path))
     with (
-        _normalising_first(module_class, recipes_in(checkpoint, WEIGHT_NORM)),
+        _normalising_first(module_class, checkpoint),
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("ignore", LEFT_OUT)  # what follows puts them in
@@ -121,12 +122,16 @@ def _follow(model: nn.Module, notes: Mapping[str, Recipe]) -> SwapReport:
 
 
 @contextmanager
-def _normalising_first(module_class: type[nn.Module], recipes: Sequence[Recipe]) -> Iterator[None]:
-    """Let objects of the class follow the recipes before they load weights that are normalised so.
+def _normalising_first(
+    module_class: type[nn.Module], checkpoint: Mapping[str, Any]
+) -> Iterator[None]:
+    """Let objects of the class normalise weights, as it says, before they load those of it.
 
     They cannot when they are built: what they build from other checkpoints is not meant. A module
     may compare itself with the checkpoint in `on_load_checkpoint`, and another may not have that.
     """
+
+    recipes, by_hand = recipes_in(checkpoint, WEIGHT_NORM), weight_norms_in(checkpoint)
 
     def normalise(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
         normalised = {plain_name(key) for key in state_dict if key.endswith(".original")}
@@ -135,6 +140,11 @@ def _normalising_first(module_class: type[nn.Module], recipes: Sequence[Recipe])
             names = [escape(name) for name in recipe["modules"]]
             prepare_for_weights(module, settings_of(recipe), names)
             note_recipe(module, keywords_of(recipe), recipe["modules"], WEIGHT_NORM)
+        names = [x for x, _ in module.named_parameters(remove_duplicate=False)]
+        plain = normalised & {plain_name(x) for x in names if ".parametrizations." not in f".{x}"}
+        for settings in {settings_of(by_hand[x]) for x in plain & by_hand.keys()}:
+            own = [escape(x) for x in plain & by_hand.keys() if settings_of(by_hand[x]) == settings]
+            prepare_for_weights(module, settings, own)
 
     with (
         _before(

@@ -31,6 +31,7 @@ from nmlightning.surgery.recipes import (
     is_so,
     norms_in,
     recipes_in,
+    weight_norms_in,
 )
 
 _FUSER_MAPPINGS = "torch.ao.quantization.fuser_method_mappings"  # imported with torch
@@ -167,10 +168,11 @@ def _weights_in_words(checkpoint: Mapping[str, Any], way_out: str) -> Iterator[N
         if not re.search(r"Unexpected key.*\.parametrizations\.", str(error)):
             raise
         weights = [x for recipe in recipes_in(checkpoint, WEIGHT_NORM) for x in recipe["modules"]]
-        if not weights:  # by hand, on a part of the module, or by torch's
+        weights = weights or [*weight_norms_in(checkpoint)]
+        if not weights:  # by torch's, or by hand in an older release
             ends = re.compile(r"\.parametrizations\.([^.]+)\.original0?$")
             weights = [ends.sub(r".\1", x) for x in checkpoint["state_dict"] if ends.search(x)]
-            way_out = "normalise them before, as where it was trained; WeightNormSwap notes how."
+            way_out = "normalise them in its __init__, as where it was trained."
         raise InputError(
             f"{LEFT_OUT}weight norm on {some(weights, 2)}, and here there is none: {way_out}"
         ) from error

@@ -19,13 +19,18 @@ from typing import Any
 from torch import nn
 
 from nmlightning.errors import InputError
-from nmlightning.name_patterns import plain_name
+from nmlightning.name_patterns import plain_name, some
 from nmlightning.norms.batch_norm_base import as_plain, describe_norm
 from nmlightning.norms.registry import INHERITED_UNLESS_GIVEN, check_kinds, drop_defaults, norm_name
 from nmlightning.parametrizations.layers import choose_layers, normalised_weights
-from nmlightning.parametrizations.weight_norm import Settings
+from nmlightning.parametrizations.weight_norm import NOTE, Settings
 
+KEY = "nmlightning"
+VERSION = 1
+_NOTES = "_nmlightning_recipes"
 _ACTIONS = "_nmlightning_actions"
+
+Recipe = dict[str, Any]
 
 
 def register_after(module: nn.Module, method: str, action: Callable[..., Any], key: str) -> None:
@@ -49,13 +54,6 @@ def _call_all(
     for action in actions.values():
         action(*args, **kwargs)
     return result
-
-
-KEY = "nmlightning"
-VERSION = 1
-_NOTES = "_nmlightning_recipes"
-
-Recipe = dict[str, Any]
 
 
 def make_recipe(
@@ -263,6 +261,11 @@ def check_recipes(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         here = [keywords_of(recipe) for recipe in recipes_of(module, change)]
         there = [keywords_of(recipe) for recipe in recipes_in(checkpoint, change)]
         by_hand = count_norms(norms_in(checkpoint)) if change is NORM_SWAP and not there else ""
+        weights = weight_norms_in(checkpoint) if change is WEIGHT_NORM and not there else {}
+        if weights and normalised_weights(module) == {
+            name: settings_of(note) for name, note in weights.items()
+        }:
+            continue
         if here != there and not (by_hand and _same(module, checkpoint)):
             ours = count_norms(_norms_of(module))
             what = "them with other options" if ours == by_hand else ours or "none"
@@ -271,6 +274,8 @@ def check_recipes(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
                 if by_hand
                 else _first_difference(there, here, change)
             )
+            if weights:
+                difference = f"weight norm by hand on {some(weights, 2)} of other settings"
             raise InputError(
                 f"The checkpoint was trained with {difference}. Resume with the same {change.noun},"
                 " or start from its weights with load_from_checkpoint."
@@ -288,11 +293,18 @@ def norms_in(checkpoint: Mapping[str, Any]) -> dict[str, Recipe]:
 
     Lightning's WeightAveraging moves the one that has metadata.
     """
-    noted: dict[str, Recipe] = {}
-    for key in ("current_model_state", "state_dict"):
-        metadata = getattr(checkpoint.get(key), "_metadata", {})
-        noted |= {plain_name(x): own[KEY] for x, own in metadata.items() if own.get(KEY)}
-    return noted
+    return {plain_name(name): note for name, note in _notes_in(checkpoint, KEY)}
+
+
+def weight_norms_in(checkpoint: Mapping[str, Any]) -> dict[str, Recipe]:
+    """Return the same of its normalised weights: the settings of each."""
+    return {plain_name(f"{x[:-1]}original"): note for x, note in _notes_in(checkpoint, NOTE)}
+
+
+def _notes_in(checkpoint: Mapping[str, Any], key: str) -> list[tuple[str, Recipe]]:
+    states = (checkpoint.get(name) for name in ("current_model_state", "state_dict"))
+    pairs = [pair for state in states for pair in getattr(state, "_metadata", {}).items()]
+    return [(name, own[key]) for name, own in pairs if own.get(key)]
 
 
 def is_so(layer: nn.Module, note: Recipe) -> bool:

@@ -127,8 +127,8 @@ def test_weight_norm_swap_refuses_to_resume_with_another_recipe(
     ("by", "way_out"),
     [
         (WeightNormSwap, "nmlightning.load_from_checkpoint"),
-        (apply_weight_norm, "normalise them before"),
-        (lambda net: torch.nn.utils.parametrizations.weight_norm(net[0]), "normalise them before"),
+        (apply_weight_norm, "nmlightning.load_from_checkpoint"),
+        (lambda net: torch.nn.utils.parametrizations.weight_norm(net[0]), "in its __init__"),
     ],
 )
 def test_checkpoint_with_weight_norm_is_refused_by_a_plain_module(
@@ -163,6 +163,20 @@ def test_load_from_checkpoint_restores_weight_norms(
     fit(restored.train(), *callbacks).save_checkpoint(again)  # which it has already
     saved = torch.load(again)["nmlightning"]["weight_norms"]
     assert saved == torch.load(path)["nmlightning"]["weight_norms"]
+
+
+@pytest.mark.parametrize("options", [{}, {"kind": "weight", "p": "inf", "rho": 2.0}])
+def test_weight_norm_by_hand_is_loaded_and_resumed(options: dict[str, Any], tmp_path: Path) -> None:
+    path, module = tmp_path / "a.ckpt", make(PlModule)
+    apply_weight_norm(module.net, **options)
+    fit(module).save_checkpoint(path)
+    restored = load_from_checkpoint(PlModule, path)
+    images = torch.randn(4, 2, 8, 8)
+    assert torch.equal(restored.eval().net(images), module.eval().net(images))
+    fit(restored.train(), ckpt_path=path)
+    fit(make(PlModule), WeightNormSwap(**options), ckpt_path=path)
+    with pytest.raises(InputError, match=r"weight norm by hand on net\.0\.weight.* of other"):
+        fit(make(PlModule), WeightNormSwap(p=1), ckpt_path=path)
 
 
 class FromOthers(PlModule):
