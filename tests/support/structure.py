@@ -70,7 +70,7 @@ EXCEPTIONS = {
 # Of the targets that are missed: what was reached, which must not be left again.
 REACHED = {
     "lines of nmlightning, Python and C++": 28_475,
-    "lines of tests": 26_995,
+    "lines of tests": 26_996,
     "files a model meets in NormSwap.setup": 13,
     "files a config meets before Trainer.fit": 22,
 }
