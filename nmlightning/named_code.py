@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import distribution, packages_distributions
 from importlib.util import find_spec
@@ -27,7 +28,7 @@ def check_named_code(settings: Any, file: str, typed: Collection[str] = ()) -> N
         is_path = _is_path(text)
         if key in _CLASS_KEYS and not is_path:
             raise InputError(f"{file} has the {key} {text!r}, which is no class path.")
-        if is_path and "." in text and text not in typed and _runs_what_is_not_installed(text):
+        if is_path and "." in text and text not in typed and runs_what_is_not_installed(text):
             raise InputError(
                 f"{file} names {text}, of no installed package, and to import that runs it: if you "
                 "trust it, name it yourself, by --config or --model, or import it before."
@@ -45,28 +46,35 @@ def _is_path(text: str) -> bool:
     return all(part.isidentifier() for part in text.split("."))
 
 
-def _texts(settings: Any, key: str = "", within: Any = ()) -> Iterator[tuple[str, str]]:
-    """Yield each text with its key, and those in a text that is YAML or a file, once each way."""
+def _texts(settings: Any, key: str = "", read: tuple[Path, ...] = ()) -> Iterator[tuple[str, str]]:
+    """Yield each text with its key, and those within a text that is YAML, as a parser may do.
+
+    One that names a file, beside the last of those `read` or in the current folder, is a config.
+    """
     if isinstance(settings, Mapping):
         for name, value in settings.items():
-            yield from _texts(value, str(name), within)
+            yield from _texts(value, str(name), read)
     elif isinstance(settings, list | tuple):
         for value in settings:
-            yield from _texts(value, key, within)
+            yield from _texts(value, key, read)
     elif isinstance(settings, str):
         yield key, settings
-        if settings in within:
-            return
-        try:
-            is_file = Path(settings).is_file()  # which jsonargparse reads as a config
-            inner = load_yaml(Path(settings).read_text("utf-8") if is_file else settings, key)
-        except (InputError, OSError, ValueError):
-            return
-        if inner != settings and isinstance(inner, str | dict | list):
-            yield from _texts(inner, "", (*within, settings))
+        texts = [(settings, read)]
+        for folder in (Path(), *(file.parent for file in read[-1:])):
+            with suppress(OSError, RuntimeError, ValueError):  # such as a home that nobody has
+                file = (folder / Path(settings).expanduser()).resolve()
+                if file.is_file() and file not in read:
+                    texts.append((file.read_text("utf-8"), (*read, file)))
+        for text, files in texts:
+            try:
+                inner = load_yaml(text, key)
+            except (InputError, ValueError):
+                continue
+            if inner != settings and isinstance(inner, str | dict | list):
+                yield from _texts(inner, "", files)
 
 
-def _runs_what_is_not_installed(path: str) -> bool:
+def runs_what_is_not_installed(path: str) -> bool:
     """Return whether to import a class path would run a module that is Python's or nobody's.
 
     What contains it is imported on the way, once it is known to be installed.

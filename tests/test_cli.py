@@ -188,6 +188,7 @@ BAD_INPUT = {
     "--trainer.max_epochs ''": "trainer.max_epochs: expected int or null, received ''.",
     "--trainer.callbacks '{class_path: WeightNormTracker, init_args: {every: []}}'": "backs.every:",
     "--config '{trainer: {1: 2}}'": "nm: there is no option '1'.",
+    "--ckpt_path /dev/zero": "--ckpt_path: '/dev/zero' is neither a file nor a folder.",
     "--ckpt_path foo://a.ckpt": "the checkpoint foo://a.ckpt cannot be read: Protocol not known",
     "--trainer.gradient_clip_val .nan": "trainer.gradient_clip_val is nan; give a finite number.",
     "--model.optimizer Adam --trainer.precision 16-true": (

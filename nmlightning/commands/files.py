@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from nmlightning.atomic_file import UnwritableError, is_whole_zip, replace_file
@@ -76,7 +77,7 @@ def last_checkpoint(runs: Path) -> tuple[Path | None, list[Path]]:
     not count. Lightning looks in the folder of the new run, which with `nm` is always a new one.
     """
     found = [path for path in runs.glob(f"version_*/{CHECKPOINTS}/[!.]*.ckpt") if path.exists()]
-    whole = cache(is_whole)
+    whole = cache(_opens)
     damaged: list[Path] = []
     for path in sorted(found, key=time_written, reverse=True):
         lasts = [other for other in found if LAST in other.name and other.parent == path.parent]
@@ -93,6 +94,21 @@ def is_whole(checkpoint: Path) -> bool:
     if checkpoint.is_dir():
         return (checkpoint / ".metadata").is_file() and is_whole(checkpoint / SHARED_FILE)
     return is_whole_zip(checkpoint)
+
+
+def _opens(checkpoint: Path) -> bool:
+    """Return whether a checkpoint is whole, also to torch, which reads the directory, too."""
+    import torch
+
+    if not is_whole(checkpoint):
+        return False
+    file = checkpoint / SHARED_FILE if checkpoint.is_dir() else checkpoint
+    try:
+        return isinstance(torch.load(file, "cpu", weights_only=True, mmap=True), dict)
+    except RuntimeError:
+        return False
+    except UnpicklingError:  # objects of the user's own
+        return True
 
 
 def time_written(checkpoint: Path) -> float:
@@ -195,8 +211,12 @@ def _existing(checkpoint: str | None) -> str | None:
             f"--ckpt_path: {checkpoint!r} means something only to the Trainer that wrote it; give "
             f"the path of a checkpoint, or {LAST!r} for the newest of earlier runs."
         )
-    if checkpoint and "://" not in checkpoint and not Path(checkpoint).exists():
-        raise InputError(f"--ckpt_path: there is no file {checkpoint!r} in {Path.cwd()}.")
+    if checkpoint and "://" not in checkpoint:
+        path = Path(checkpoint)
+        if not path.exists():
+            raise InputError(f"--ckpt_path: there is no file {checkpoint!r} in {Path.cwd()}.")
+        if not (path.is_file() or path.is_dir()):
+            raise InputError(f"--ckpt_path: {checkpoint!r} is neither a file nor a folder.")
     return checkpoint
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from nmlightning.errors import InputError
+from nmlightning.named_code import runs_what_is_not_installed
 
 # Absent from old checkpoints, which torch loads nevertheless.
 OPTIONAL_BUFFER = "num_batches_tracked"
@@ -28,11 +29,13 @@ def _check_arguments(stored: Any, current: Any) -> None:
     for key, value in _flatten("net", stored):
         if key in ours and ours[key] != value:
             is_path = key.endswith(".class_path")  # of which a class may have several
-            if not (is_path and _resolve(ours[key]) is _resolve(value) is not None):
+            if not (is_path and _resolve(ours[key]) is _resolve(str(value)) is not None):
                 raise _difference(key, value, ours[key])
 
 
 def _resolve(class_path: str) -> Any:
+    if runs_what_is_not_installed(class_path):
+        return None
     module, _, name = class_path.rpartition(".")
     try:
         return getattr(import_module(module), name)

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.optim import SGD
 
 from nmlightning import named_code
 from nmlightning.commands.checkpoint import Checkpoint, checkpoint_hparams
-from nmlightning.commands.files import RunPaths, last_checkpoint
+from nmlightning.commands.files import RunPaths, is_whole, last_checkpoint
 from nmlightning.errors import InputError
+from nmlightning.models import CifarResNet
 from nmlightning.surgery.checkpoints import load_from_checkpoint
 from nmlightning.tasks import ImageClassifier
 
@@ -59,6 +61,27 @@ def test_checkpoint_with_a_flipped_bit_is_refused(tmp_path: Path) -> None:
     damage(path)
     with pytest.raises(InputError, match="is no checkpoint, or a truncated one"):
         checkpoint_hparams(str(path))
+    content = bytearray(write(tmp_path, 1, 2, sharded=False).read_bytes())
+    content[-30] ^= 8  # in the directory of the zip file, which has no checksum
+    path.write_bytes(content)
+    assert is_whole(path)
+    assert last_checkpoint(tmp_path) == (tmp_path / "version_1/checkpoints/last.ckpt", [path])
+
+
+@pytest.mark.parametrize("named", ["evil.Net", ".evil.Net", "antigravity.fly", 3])
+def test_network_of_a_checkpoint_is_not_imported_to_compare_it(
+    named: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "evil.py").write_text("raise AssertionError")
+    monkeypatch.syspath_prepend(tmp_path)
+    module = ImageClassifier(CifarResNet(8), lambda parameters: SGD(parameters, lr=0.1))
+    module.hparams["net"] = {"class_path": f"{CifarResNet.__module__}.CifarResNet"}
+    module.on_load_checkpoint(
+        {"hyper_parameters": {"net": {"class_path": "nmlightning.models.CifarResNet"}}}
+    )
+    with pytest.raises(InputError, match=r"net\.class_path: checkpoint"):
+        module.on_load_checkpoint({"hyper_parameters": {"net": {"class_path": named}}})
+    assert "antigravity" not in sys.modules
 
 
 def test_checkpoint_hparams_of_a_folder(tmp_path: Path) -> None:
@@ -92,7 +115,7 @@ def test_checkpoint_may_name_what_is_installed_or_typed(tmp_path: Path) -> None:
 CLASS_PATHS = [
     *("last.ckpt", "évil.Net", "google.évil.Net", "google.évil", "evil.Net ", ".evil.Net"),
     *("evil:Net", " {class_path: évil.Net}", "evil-2.Net", "net.yaml"),
-    *("a.yaml", "os.system", "antigravity.fly", "claimed.Net"),
+    *("a.yaml", "os.system", "antigravity.fly", "claimed.Net", "inner/net.yaml", "~/net.yaml"),
 ]
 
 
@@ -105,7 +128,11 @@ def test_no_class_path_makes_a_file_of_the_current_folder_run(
         pytest.skip("a text that nobody takes for a class path")
     monkeypatch.setattr(sys, "path", [*sys.path, ""])
     monkeypatch.chdir(tmp_path)
-    Path("google").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in ("google", "inner"):
+        Path(folder).mkdir()
+    Path("inner/net.yaml").write_text("{class_path: torch.nn.Linear, init_args: {a: c.yaml}}")
+    Path("inner/c.yaml").write_text("class_path: evil.Net")
     Path("net.yaml").write_text("class_path: evil.Net")
     Path("a.yaml").write_text("[b.yaml]")
     Path("b.yaml").write_text("[a.yaml, {class_path: evil.Net}]")
