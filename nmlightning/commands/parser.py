@@ -200,7 +200,7 @@ def _candidates(name: str, options: list[str]) -> list[str]:
 
 def _explain_value(key: str, message: str) -> str:
     """Return the line for a value of no allowed type; else what the first attempt ended with."""
-    found = re.search(r"([\s\S]*?)Given value: ?(?!NestedArg)(.*)", message)
+    found = re.search(r"([\s\S]*?)Given value:(?! NestedArg) ?(.*)", message)
     account, value = found.groups() if found else ("", "")
     tried = re.findall(r"Expected an? (?!path)(.+)", account)
     if not (key and tried):
