@@ -20,6 +20,16 @@ def input_error_in(error: BaseException | None) -> InputError | None:
     return error
 
 
+def cut(value: object, length: int = 60) -> str:
+    """Return the repr of what was given, without what is after the first characters.
+
+    >>> cut("abcdef", length=5)
+    "'abc…"
+    """
+    text = repr(value)
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the allowed name closest to `name`, or `""`.
 

@@ -1,6 +1,7 @@
 """`nm export`: writes a checkpoint's network for programs without this package or Python."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 def run(arguments: list[str]) -> int:
     given = _parse(arguments)
     check_choice("--format", given.format, FORMATS)
+    if re.match(r"\w+:/", str(given.checkpoint)):
+        raise InputError(f"nm export takes a file, not an address: download {given.checkpoint}.")
     if given.checkpoint.is_dir():
         raise InputError(
             f"{str(given.checkpoint)!r} is a folder; of a sharded checkpoint make a file by "

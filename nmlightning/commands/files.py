@@ -13,7 +13,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 from nmlightning.atomic_file import UnwritableError, is_whole_zip, replace_file
-from nmlightning.errors import InputError, nearest
+from nmlightning.errors import InputError, cut, nearest
 from nmlightning.named_code import typed_classes
 from nmlightning.yaml_text import load_yaml
 
@@ -30,7 +30,9 @@ def find_config(name: str) -> Path:
     shipped = shipped_configs()
     if path.parent in (Path(), Path("configs")) and path.stem in shipped:
         return shipped[path.stem]
-    where = f"there is no file {name!r} in {Path.cwd()}"
+    if path.exists():
+        raise InputError(f"--config: {name!r} is no regular file, as what is read twice must be.")
+    where = f"there is no file {cut(name)} in {Path.cwd()}"
     hint = nearest(path.stem, shipped)
     raise InputError(f"--config: {where}; the shipped configs are {', '.join(shipped)}.{hint}")
 
@@ -55,7 +57,7 @@ def read_config(name: str) -> dict[str, Any]:
         raise InputError(f"--config: {name!r} cannot be read: {error.strerror}.") from None
     content = load_yaml(text, f"--config: {name!r}")
     if not isinstance(content, dict):
-        raise InputError(f"--config: {name!r} holds no options, but {content!r}.")
+        raise InputError(f"--config: {name!r} holds no options, but {cut(content)}.")
     return content
 
 
@@ -211,13 +213,22 @@ def _existing(checkpoint: str | None) -> str | None:
             f"--ckpt_path: {checkpoint!r} means something only to the Trainer that wrote it; give "
             f"the path of a checkpoint, or {LAST!r} for the newest of earlier runs."
         )
+    scheme, _, rest = (checkpoint or "").partition("://")
+    if rest and scheme != scheme.lower():
+        raise InputError(f"--ckpt_path: write {scheme.lower()}:// for {scheme}://.")
     if checkpoint and "://" not in checkpoint:
         path = Path(checkpoint)
         if not path.exists():
             raise InputError(f"--ckpt_path: there is no file {checkpoint!r} in {Path.cwd()}.")
-        if not (path.is_file() or path.is_dir()):
-            raise InputError(f"--ckpt_path: {checkpoint!r} is neither a file nor a folder.")
+        if not (path.is_file() or _is_sharded(path)):
+            odd = "neither a file nor a folder"
+            kind = "a folder without a sharded checkpoint" if path.is_dir() else odd
+            raise InputError(f"--ckpt_path: {checkpoint!r} is {kind}.")
     return checkpoint
+
+
+def _is_sharded(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (".metadata", SHARED_FILE, "checkpoint"))
 
 
 def check_replaceable(option: str, file: Path, mark: str, what: str) -> None:

@@ -30,10 +30,11 @@ from nmlightning.commands.files import RunPaths, default_logger, new_version, ti
 from nmlightning.commands.parser import ConfigFile, Parser, check_numbers
 from nmlightning.commands.run_report import filter_logs
 from nmlightning.compat import copying_strategy, replace_torch_io
-from nmlightning.errors import InputError, input_error_in
-from nmlightning.tasks.numerics import SoundNumerics
+from nmlightning.errors import InputError, cut, input_error_in
+from nmlightning.tasks.numerics import SoundNumerics, larger_eps
 
 MOST_DEVICES = 64  # of a machine, where the CPU has fewer cores
+ORDERS = ("min", "max")  # of the metric of a ModelCheckpoint
 
 
 def run(arguments: list[str], paths: RunPaths) -> int:
@@ -102,7 +103,7 @@ class TrainingCLI(LightningCLI):
             self.config = parser.parse_args(args)
         options = self.config[self.config.subcommand]
         if not isinstance(options.trainer, Namespace):
-            received = f"received {options.trainer!r}"
+            received = f"received {cut(options.trainer)}"
             raise InputError(f"trainer holds options, such as {{max_epochs: 3}}, {received}.")
         seed = options.get("seed_everything")
         if type(seed) is int and not 0 <= seed < 2**32:
@@ -226,8 +227,9 @@ class TrainingCLI(LightningCLI):
         bad = [f"{name} is {float(x)}" for name, x in ended.items() if not math.isfinite(x)]
         if bad:
             run_report.print_notice(
-                f"{bad[-1]} at the end: the weights are of no use; lower the learning rate, clip "
-                "the gradients, or look for the first value that is not finite."
+                f"{bad[-1]} at the end: the weights are of no use; lower the learning rate, "
+                f"{larger_eps(self.trainer.optimizers)}clip the gradients, or look for the first "
+                "value that is not finite."
             )
             raise SystemExit(DIVERGED)
 
@@ -282,11 +284,10 @@ def standard_callbacks(options: Namespace) -> list[Callback]:
         added.append(MetricsBar())
     if not (any(_keeps_last(c) for c in given) or _off(options, "checkpointing")):
         # One file that each epoch replaces; save_last would write everything twice.
-        added.append(
-            ModelCheckpoint(
-                filename="last", save_on_train_epoch_end=True, enable_version_counter=False
-            )
-        )
+        names: dict[str, Any] = {"filename": "last", "enable_version_counter": False}
+        ours = [ModelCheckpoint(**names, mode=m, save_on_train_epoch_end=True) for m in ORDERS]
+        taken = {c.state_key for c in given}  # Lightning refuses two; without a metric both do
+        added.append(next((c for c in ours if c.state_key not in taken), ours[0]))
     return added
 
 
@@ -310,9 +311,14 @@ def _off(options: Namespace, what: str) -> bool:
 
 
 def _keeps_last(callback: Callback) -> bool:
-    if not isinstance(callback, ModelCheckpoint):
+    """Return whether a callback regularly writes all that a resume needs."""
+    if not isinstance(callback, ModelCheckpoint) or callback.save_weights_only:
         return False
-    return bool(callback.save_last or callback.monitor is None)
+    keeps_some, by_epochs = callback.save_top_k != 0, callback.every_n_epochs
+    by_steps = callback._every_n_train_steps or callback._train_time_interval
+    if callback.save_last:  # which follows another that is written, but for steps and times
+        return bool(by_steps or (by_epochs and keeps_some))
+    return bool(callback.monitor is None and keeps_some and (by_steps or by_epochs))
 
 
 def is_ctrl_c(stop: SystemExit) -> bool:

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from yaml import YAMLError
 
 from nmlightning.commands.files import find_config, is_config_text, shipped_configs
-from nmlightning.errors import InputError, nearest
+from nmlightning.errors import InputError, cut, nearest
 from nmlightning.optim import StepRule
 from nmlightning.yaml_text import check_yaml, describe_error
 
@@ -103,13 +103,15 @@ def _arguments_of(configured: Callable[..., Any]) -> list[str]:
 
 def _unknown_class(place: Place, name: str) -> str:
     if place.types and _last_word(place.key) not in KINDS:
-        return f"{place.key}: expected {' or '.join(place.types)}, received {name!r}."
-    return f"{place.key}: there is no class {name!r}{_classes_instead(place.key, name)}"
+        return f"{place.key}: expected {' or '.join(place.types)}, received {cut(name)}."
+    return f"{place.key}: there is no class {cut(name)}{_classes_instead(place.key, name)}"
 
 
 def _not_importable(place: Place, reason: str) -> str:
-    instead = _classes_instead(place.key, _last_word(place.class_path))
-    return f"{place.key}: cannot import {place.class_path!r} ({reason}){instead}"
+    path = ".".join(re.findall("'(.+?)'", reason))  # of an inner class where the place has none
+    path = place.class_path if place.class_path.startswith(path) else path
+    instead = _classes_instead(place.key, _last_word(path))
+    return f"{place.key}: cannot import {path!r} ({reason}){instead}"
 
 
 def _classes_instead(key: str, name: str) -> str:
@@ -219,7 +221,7 @@ def _explain_value(key: str, message: str) -> str:
 
 
 def _expected(key: str, types: str, value: str, account: str) -> str:
-    return f"{key}: expected {types}, received {value!r}.{nearest(value, _literals(account))}"
+    return f"{key}: expected {types}, received {cut(value)}.{nearest(value, _literals(account))}"
 
 
 def _literals(account: str) -> list[str]:

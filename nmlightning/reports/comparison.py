@@ -14,7 +14,7 @@ import numpy as np
 
 from nmlightning.errors import InputError, nearest
 from nmlightning.reports.formatting import MeanStd, format_mean_std, format_seconds
-from nmlightning.reports.run import Run, Series, event_files
+from nmlightning.reports.run import CSV_FILE, Run, Series, event_files
 
 SETTING_HEADINGS = ["run", "seeds", "epochs", "what differs"]
 _LAST_EPOCHS = 10  # are averaged, as the paper's figures are
@@ -224,7 +224,7 @@ def _resumed_run(run: Run, runs: Sequence[Run]) -> Run | None:
     by_checkpoint = [r for r, parts in zip(alike, shared, strict=True) if 0 < parts == most]
     by_recording = [r for r in alike if _is_recorded_by(r, run)]
     # The checkpoint may have been kept elsewhere, or moved.
-    is_lost = run.checkpoint and not os.path.isfile(run.checkpoint.parent.parent / "config.yaml")
+    is_lost = run.checkpoint and not _place_of(run, run.checkpoint.parent.parent / "config.yaml")
     by_steps = [r for r in alike if is_lost and _first_step(r) < _first_step(run) < math.inf]
     return max(
         by_checkpoint or by_recording or by_steps,
@@ -246,17 +246,26 @@ def _shared_with_checkpoint(earlier: Run, run: Run) -> int:
     if run.checkpoint is None:
         return 0
     folder, above = earlier.folder.resolve(), list(run.checkpoint.parents)
-    if os.path.exists(run.checkpoint):
-        above = [p for p in run.checkpoint.resolve().parents if _is_same_or_copy(p, folder)]
+    if found := _place_of(run, run.checkpoint):
+        above = [p for p in found.resolve().parents if _is_same_or_copy(p, folder)]
     pairs = [zip(reversed(folder.parts), reversed(p.parts), strict=False) for p in above]
     shared = [len(list(takewhile(lambda pair: pair[0] == pair[1], each))) for each in pairs]
     return max((count for count in shared if count > 1), default=0)
 
 
+def _place_of(run: Run, path: Path) -> Path | None:
+    """Return where a path is that a run's config names, a relative one from the run's project."""
+    places = (above / path for above in Path(os.path.abspath(run.folder)).parents)
+    return next(filter(os.path.exists, places), None)
+
+
 def _is_same_or_copy(place: Path, folder: Path) -> bool:
-    """Return whether both are one, or have an event file of one name, which no two runs have."""
+    """Return whether both are one, or share the name of an event file or what a CSV holds."""
     if place == folder or place.name != folder.name:
         return place == folder
+    tables = [p / CSV_FILE for p in (place, folder)]
+    if all(map(os.path.isfile, tables)):
+        return tables[0].read_bytes() == tables[1].read_bytes()
     return bool({e.name for e in event_files(place)} & {e.name for e in event_files(folder)})
 
 

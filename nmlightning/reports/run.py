@@ -145,7 +145,7 @@ def _join(key: str, name: str) -> str:
     return f"{key}.{name}" if key else name
 
 
-_EVENTS, _CSV = "events.out.tfevents.*", "metrics.csv"
+_EVENTS, CSV_FILE = "events.out.tfevents.*", "metrics.csv"
 _CONFIGS = ("config.yaml", "hparams.yaml")
 
 
@@ -187,7 +187,7 @@ def find_runs(paths: Sequence[str | Path]) -> list[Path]:
     for path in map(Path, paths):
         if not path.is_dir():
             raise InputError(f"there is no folder {str(path)!r} in {Path.cwd()}.")
-        tables = [file for file in path.rglob("*.csv") if file.name != _CSV]
+        tables = [file for file in path.rglob("*.csv") if file.name != CSV_FILE]
         kept = {x.with_suffix("") for x in tables if x.with_suffix(".json").is_file()}
         found = _find_logs(path).keys() | kept
         if not found:
@@ -213,18 +213,24 @@ def read_runs(paths: Sequence[str | Path]) -> tuple[list[Run], dict[Path, str]]:
 def _find_logs(path: Path) -> dict[Path, list[Path]]:
     """Return the folders of runs at and below a path; of each those that it has logged to.
 
-    A folder within a run, without a config or a CSV of its own, is of the run, as those are that
-    `add_scalars` and `add_hparams` make. One that may not be read counts, for `read_run` to say so,
-    and so does a `version_3` that has its config alone, as of a run that was killed at its start.
+    A folder within a run that looks like none is of the run, as those are that `add_scalars` and
+    `add_hparams` make; deeper than they do only where the run has a config. One that may not be
+    read counts, for `read_run` to say so, and so does a `version_3` that has its config alone, as
+    of a run that was killed at its start.
     """
     found: dict[Path, list[Path]] = {}
     hidden: list[Path] = []
     begun: list[Path] = []
-    for place, _, files in os.walk(path, onerror=lambda error: hidden.append(Path(error.filename))):
+    for place, folders, files in os.walk(
+        path, onerror=lambda error: hidden.append(Path(error.filename))
+    ):
         folder = Path(place)
-        if any(fnmatch(name, _EVENTS) or name == _CSV for name in files):
+        if any(fnmatch(name, _EVENTS) or name == CSV_FILE for name in files):
             outer = next((parent for parent in folder.parents if parent in found), folder)
-            is_own = {_CSV, *_CONFIGS} & set(files)
+            is_own = {CSV_FILE, *_CONFIGS, "checkpoints"} & {*files, *folders} or (
+                re.fullmatch(r"version_\d+", folder.name)
+                or (folder.parent != outer and not any((outer / x).is_file() for x in _CONFIGS))
+            )
             found.setdefault(folder if is_own else outer, []).append(folder)
         elif _CONFIGS[0] in files and folder.name.startswith("version_"):
             begun.append(folder)
@@ -270,7 +276,7 @@ def _read_folder(folder: Path) -> Run:
         norms=NormHistory.load(recording, finite=False) if recording.is_file() else None,
         checkpoint=Path(checkpoint) if isinstance(checkpoint, str) else None,
         parts=(folder,),
-        cut_off=_cut_off(place / _CSV for place in logs),
+        cut_off=_cut_off(place / CSV_FILE for place in logs),
     )
 
 
@@ -285,8 +291,8 @@ def _read_logs(place: Path, run: Path) -> Iterator[Point]:
             if place != run and place.name.startswith(start):
                 point = point._replace(tag=f"{point.tag}/{place.name.removeprefix(start)}")
             yield point
-    if (place / _CSV).exists():
-        yield from read_csv_file(place / _CSV)
+    if (place / CSV_FILE).exists():
+        yield from read_csv_file(place / CSV_FILE)
 
 
 def _read_kept(place: Path) -> Run:

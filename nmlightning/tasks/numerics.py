@@ -3,6 +3,7 @@
 import functools
 import inspect
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -64,13 +65,27 @@ def check_optimizer(optimizer: Optimizer) -> None:
                 continue
             if key not in defaults or defaults[key].default != value:
                 raise InputError(f"optimizer: {key} of {name} is {value}; give a finite number.")
-        eps, halves = group.get("eps"), [p for p in group["params"] if p.dtype == torch.float16]
-        if halves and isinstance(eps, float | int) and eps < _LEAST_EPS:
-            raise InputError(
-                f"optimizer: eps={eps} of {name} is 0 in float16, as {len(halves)} of its "
-                "parameters are, and to divide by it gives NaN: give eps=1e-4, or a precision of "
-                "bf16-true or 16-mixed."
-            )
+        halves = [p for p in group["params"] if p.dtype == torch.float16]
+        for key, eps in group.items():
+            numbers = eps if isinstance(eps, list | tuple) else [eps]
+            small = any(isinstance(x, float | int) and x < _LEAST_EPS for x in numbers)
+            if halves and small and re.fullmatch(r"eps\d?", key):
+                raise InputError(
+                    f"optimizer: {key}={eps} of {name} is 0 in float16, as {len(halves)} of its "
+                    f"parameters are, and to divide by it gives NaN: give {key}=1e-4, or a "
+                    "precision of bf16-true or 16-mixed."
+                )
+
+
+def larger_eps(optimizers: Sequence[Optimizer]) -> str:
+    """Return the advice to raise an eps that float16 may lose beside what it is added to, or ""."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            eps = [key for key in group if re.fullmatch(r"eps\d?", key)]
+            if eps and any(p.dtype == torch.float16 for p in group["params"]):
+                name = type(optimizer).__name__
+                return f"raise {eps[0]}={group[eps[0]]} of {name}, which is small in float16, "
+    return ""
 
 
 def clip_half(optimizer: Optimizer, limit: float) -> None:

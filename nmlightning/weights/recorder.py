@@ -187,7 +187,7 @@ def _file_of(folder: Path, state: Mapping[str, Any], checkpoint: Path | None) ->
             warnings.warn(f"{str(error).rstrip('.')}; it is passed over.", stacklevel=2)
     warnings.warn(
         f"The recording that the checkpoint continues is gone: {noted}. The new one "
-        f"starts at step {state['step']}.",
+        f"starts after step {state['step']}.",
         stacklevel=2,
     )
     return None

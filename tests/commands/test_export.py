@@ -182,6 +182,7 @@ def test_export_writes_a_users_module(nm: Nm, monkeypatch: pytest.MonkeyPatch) -
 
 BAD_INPUT = {
     "": "required: CHECKPOINT, --format; nm export --help lists what there is",
+    "http://h/a.ckpt --format onnx": "takes a file, not an address: download http:/h/a.ckpt",
     "nope.ckpt --format onnx": "there is no file 'nope.ckpt' in /",
     ". --format onnx": r"'\.' is a folder; of a sharded checkpoint make a file by python -m",
     "LAST": "required: --format",

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from jsonargparse import Namespace
+from pytorch_lightning import Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
 
 from nmlightning.cli import main
 from nmlightning.commands import failures
 from nmlightning.commands.argument_parser import LOST_PROCESS
 from nmlightning.commands.failures import failing_together, is_loss
-from nmlightning.commands.fit import SameStart, check_restarts
+from nmlightning.commands.fit import SameStart, check_restarts, standard_callbacks
 from nmlightning.errors import InputError
 
 GLOO = "[…/gloo/transport/tcp/pair.cc:561] "
@@ -82,6 +85,32 @@ def test_failing_together_ends_launched_processes(
     ):
         raise ZeroDivisionError
     assert process.wait(timeout=10) == (-9 if patience == 0 else 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "keeps"),
+    [
+        ({}, True),
+        ({"every_n_train_steps": 2}, True),
+        ({"every_n_train_steps": 2, "save_top_k": 0, "save_last": True}, True),
+        ({"monitor": "x", "save_last": True}, True),
+        ({"monitor": "x"}, False),
+        ({"save_weights_only": True}, False),
+        ({"save_weights_only": True, "save_last": True}, False),
+        ({"save_top_k": 0}, False),
+        ({"save_top_k": 0, "save_last": True}, False),
+        ({"every_n_epochs": 0}, False),
+    ],
+)
+def test_last_checkpoint_is_added_to_those_that_do_not_keep_it(
+    given: dict[str, Any], keeps: bool
+) -> None:
+    mine = ModelCheckpoint(**given)
+    options = Namespace(callbacks=mine, barebones=False, enable_progress_bar=False)
+    added = standard_callbacks(Namespace(**vars(options), enable_checkpointing=None))
+    names = [c.filename for c in added if isinstance(c, ModelCheckpoint)]
+    assert names == ["last"] * (not keeps)
+    Trainer(callbacks=[mine, *added], logger=False, enable_progress_bar=False)
 
 
 @pytest.mark.parametrize("found", [["a.ckpt", "a.ckpt"], ["a.ckpt", None], ["a.ckpt", "b.ckpt"]])

@@ -240,15 +240,34 @@ def test_join_resumed_takes_the_checkpoint_of_the_longest_common_path(
     assert len(join(other, second)) == (2 if exists else 1)
 
 
+@pytest.mark.parametrize("csv", [False, True])
 def test_join_resumed_knows_a_copy_though_the_checkpoint_exists(
-    make_run: MakeRun, tmp_path: Path
+    csv: bool, make_run: MakeRun, tmp_path: Path
 ) -> None:
     first = make_run("a/q/version_0", [0.1], CONFIG)
     make_run("a/q/version_1", [0.3], resume(first), first_epoch=1)
     (first / "checkpoints").mkdir()
     (first / "checkpoints" / "last.ckpt").touch()
+    for file in (tmp_path / "a").rglob("events*") if csv else ():
+        file.with_name("metrics.csv").write_text(f"step,x\n{9 + (first != file.parent)},1\n")
+        file.unlink()
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     assert len(join(*sorted((tmp_path / "b" / "q").iterdir()))) == 1
+
+
+@pytest.mark.parametrize("cwd", [".", "a", "b"])
+def test_join_resumed_finds_a_relative_checkpoint_from_the_runs_project(
+    cwd: str, make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for project in "ab":
+        first = make_run(f"{project}/runs/q/version_0", [0.1], CONFIG)
+        (first / "checkpoints").mkdir()
+        (first / "checkpoints" / "last.ckpt").touch()
+        config = resume(Path("runs/q/version_0"))
+        second = make_run(f"{project}/runs/q/version_1", [0.3], config, first_epoch=1)
+    monkeypatch.chdir(tmp_path / cwd)
+    assert [run.parts for run in join(first, second)] == [(first, second)]
+    assert len(join(*sorted(tmp_path.glob("*/runs/q/*")))) == 2
 
 
 @pytest.mark.parametrize("changes", [{"lr": 0.2}, {"seed_everything": 2}])

@@ -121,6 +121,17 @@ def test_folders_of_add_scalars_and_add_hparams_are_of_their_run(tmp_path: Path)
     assert scalars == {"val/top1": [0.5], "hparam/best": [0.75], **losses}
 
 
+@pytest.mark.parametrize("name", ["x/run", "version_0", "kept"])
+def test_runs_below_a_stray_writer_are_shown(name: str, tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / name):
+        with SummaryWriter(str(folder)) as writer:
+            writer.add_scalar("val/top1", 0.5, 9)
+            writer.add_scalars("val/loss", {"ema": 1.0}, 9)
+        if name == "kept":
+            (tmp_path / name / "checkpoints").mkdir(parents=True, exist_ok=True)
+    assert find_runs([tmp_path]) == [tmp_path, tmp_path / name]
+
+
 def test_kept_runs_are_read_without_folders(tmp_path: Path) -> None:
     for seed in (10, 9):
         (tmp_path / f"l1-{seed}.csv").write_text(CSV)

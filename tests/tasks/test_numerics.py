@@ -23,6 +23,12 @@ class Grows(torch.optim.SGD):
         self.param_groups[0]["growth"] = growth
 
 
+class Factored(torch.optim.SGD):
+    def __init__(self, params: Any, **eps: Any) -> None:
+        super().__init__(params, lr=0.1)
+        self.param_groups[0] |= eps
+
+
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
@@ -34,6 +40,8 @@ class Grows(torch.optim.SGD):
         (torch.optim.RMSprop(HALF), "eps=1e-08 of RMSprop is 0 in float16, as 1 of its .* eps=1e-"),
         (torch.optim.Adam(HALF, eps=2.9e-8), "eps=2.9e-08 of Adam is 0 in float16"),
         (torch.optim.AdamW(HALF, eps=1e-9), "eps=1e-09 of AdamW is 0 in float16"),
+        (Factored(HALF, eps1=1e-30), "eps1=1e-30 of Factored is 0 .* give eps1=1e-4"),
+        (Factored(HALF, eps=(1e-3, 1e-9)), r"eps=\(0.001, 1e-09\) of Factored is 0 in float16"),
     ],
 )
 def test_check_optimizer_refuses_bad_numbers(
