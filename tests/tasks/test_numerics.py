@@ -52,8 +52,9 @@ def test_check_optimizer_refuses_bad_numbers(
 
 
 def test_check_optimizer_takes_what_can_train() -> None:
-    for optimizer in (torch.optim.Adam(FULL), torch.optim.Adam(HALF, eps=3e-8), Grows(FULL)):
-        check_optimizer(optimizer)
+    adafactor = type("Adafactor", (Factored,), {})(HALF, eps=(1e-30, 1e-3))
+    for each in (torch.optim.Adam(FULL), torch.optim.Adam(HALF, eps=3e-8), Grows(FULL), adafactor):
+        check_optimizer(each)
 
 
 class Steep(pl.LightningModule):
