@@ -1,4 +1,4 @@
-"""Swaps the norms of every model of public zoos, trains a step, undoes it and exports.
+"""Swaps the norms of every model of public zoos, trains a step, reverts the swap and exports.
 
     python benchmarks/zoo.py [--rows zoo.jsonl] [--only 'timm/resnet*'] [--seconds 300]
     python benchmarks/zoo.py --write docs/compatibility.md    # the tables of what there is
@@ -176,7 +176,7 @@ def try_case(case: Case, row: Row) -> None:
     row["export"] = try_export(model, original, case)
     if any("BatchNorm" in swap.before for swap in report.swapped):
         row["fold"] = try_fold(model, original, case)
-    row["undone"] = undo(model, original, case)
+    row["reverted"] = revert(model, original, case)
 
 
 def try_swap(model: nn.Module, row: Row) -> SwapReport | None:
@@ -196,7 +196,7 @@ def try_swap(model: nn.Module, row: Row) -> SwapReport | None:
 
 
 def try_without_values(model: nn.Module, row: Row) -> None:
-    """Swap one that is too large to run, and undo it: names, shapes and classes stay."""
+    """Swap one that is too large to run, and revert that: names, shapes and classes stay."""
 
     def describe() -> list[Any]:
         return [(name, q.shape, q.dtype) for name, q in model.state_dict().items()]
@@ -207,7 +207,7 @@ def try_without_values(model: nn.Module, row: Row) -> None:
         row["meta"] = "done" if describe() == state else "another state"
         swap_norms(model, "l2", kinds=KINDS)
         if classes != [type(module) for module in model.modules()] or describe() != state:
-            row["meta"] = "not undone"
+            row["meta"] = "not reverted"
 
 
 def outputs_of(model: nn.Module, case: Case) -> list[Tensor]:
@@ -299,7 +299,7 @@ def try_fold(model: nn.Module, original: nn.Module, case: Case) -> str:
     return f"done: {len(report)} of {len(report) + len(report.left)}"
 
 
-def undo(model: nn.Module, original: nn.Module, case: Case) -> str:
+def revert(model: nn.Module, original: nn.Module, case: Case) -> str:
     """Swap back; return "done" if the model then is the original with the trained weights."""
     swap_norms(model, "l2", kinds=KINDS)
     changed = [

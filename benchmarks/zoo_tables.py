@@ -12,7 +12,7 @@ Row = Mapping[str, Any]
 COLUMNS: Mapping[str, Callable[[Row], bool]] = {
     "tried": lambda row: True,
     "too large": lambda row: "too_large" in row,
-    "of these on the meta device, not trained: swapped and undone": lambda row: (
+    "of these on the meta device, not trained: swapped and reverted": lambda row: (
         row.get("meta") == "done"
     ),
     "of these refused": lambda row: "too_large" in row and "refused" in row,
@@ -20,7 +20,7 @@ COLUMNS: Mapping[str, Callable[[Row], bool]] = {
     "refused": lambda row: "refused" in row and "too_large" not in row,
     "swapped": lambda row: "swapped" in row and "too_large" not in row,
     "a finite step": lambda row: row.get("step") == "done",
-    "undone": lambda row: row.get("undone") == "done",
+    "reverted": lambda row: row.get("reverted") == "done",
     "exported": lambda row: row.get("export") == "done",
     "not exported, nor before": lambda row: row.get("export", "").startswith("as without"),
     "folded, of those with batch norms": lambda row: row.get("fold", "").startswith("done"),
@@ -77,7 +77,7 @@ def _reasons(rows: list[Row]) -> str:
     """Group what was refused or did not work by its reason, with examples."""
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for row in rows:
-        for stage in ("unbuilt", "refused", "failed", "meta", "step", "export", "fold", "undone"):
+        for stage in ("unbuilt", "refused", "failed", "meta", "step", "export", "fold", "reverted"):
             what = row.get(stage, "done")
             if not what.startswith("done"):
                 found[stage, _without_names(what)].append(row["name"])

@@ -192,7 +192,7 @@ def test_p_2_equals_the_class_and_l2_gives_its_bits_back(
     ("name", "count"),
     [("vit_tiny_patch16_224", 25), ("deit_tiny_patch16_224", 25), ("convnext_atto", 17)],
 )
-def test_models_train_as_l1_and_are_undone(name: str, count: int) -> None:
+def test_models_train_as_l1_and_are_reverted(name: str, count: int) -> None:
     net = timm.create_model(name, pretrained=False).eval()
     x, classes = torch.randn(1, 3, 224, 224), [type(module) for module in net.modules()]
     expected = net(x)
