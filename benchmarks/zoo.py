@@ -185,7 +185,7 @@ def try_swap(model: nn.Module, row: Row) -> SwapReport | None:
         report = swap_norms(model, "l1", kinds=KINDS)
     except InputError as refusal:
         layers = find_norm_layers(model)
-        row["refused"] = "only norms that are left" if layers else "no norm layers"
+        row["refused"] = "only norms without a swap" if layers else "no norm layers"
         if any(layer.kind for layer in layers):
             row["refused"] = first_words(refusal)
         row["left"] = dict(Counter(f"{x.type_name}: {x.unsupported_reason}" for x in layers))

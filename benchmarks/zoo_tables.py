@@ -12,17 +12,15 @@ Row = Mapping[str, Any]
 COLUMNS: Mapping[str, Callable[[Row], bool]] = {
     "tried": lambda row: True,
     "too large": lambda row: "too_large" in row,
-    "of these on the meta device, not trained: swapped and reverted": lambda row: (
-        row.get("meta") == "done"
-    ),
-    "of these refused": lambda row: "too_large" in row and "refused" in row,
+    "too large: swapped and reverted on the meta device": lambda row: row.get("meta") == "done",
+    "too large: refused": lambda row: "too_large" in row and "refused" in row,
     "not built": lambda row: "unbuilt" in row,
     "refused": lambda row: "refused" in row and "too_large" not in row,
     "swapped": lambda row: "swapped" in row and "too_large" not in row,
     "a finite step": lambda row: row.get("step") == "done",
     "reverted": lambda row: row.get("reverted") == "done",
     "exported": lambda row: row.get("export") == "done",
-    "not exported, nor before": lambda row: row.get("export", "").startswith("as without"),
+    "not exported, as without a swap": lambda row: row.get("export", "").startswith("as without"),
     "folded, of those with batch norms": lambda row: row.get("fold", "").startswith("done"),
 }
 

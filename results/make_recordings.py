@@ -238,7 +238,7 @@ def make_recordings(page: dict[str, Any], tables: dict[str, str], folder: Path, 
         docs: of the repository that is written to.
     """
     recordings = read_recordings(folder, tables)
-    lines = ["# What the recordings say", "", textwrap.fill(page["introduction"], 118)]
+    lines = ["# Recorded norms", "", textwrap.fill(page["introduction"], 118)]
     for name, text in page["sections"].items():
         lines += ["", f"## {text['title']}", "", *textwrap.wrap(text["about"], 118)]
         lines += ["", *textwrap.wrap(state_of(recordings, *text["runs"]), 118)]
@@ -249,5 +249,6 @@ def make_recordings(page: dict[str, Any], tables: dict[str, str], folder: Path, 
             save_picture(picture, docs / "pictures" / f"recordings_{name}.svg")
         if table := list(WRITERS.get(name, lambda _: iter(()))(recordings)):
             lines += ["", *table]
-        lines += ["", *textwrap.wrap(f"**Found**: {text['found']}", 118)]
+        found, _, figures = f"**Found**: {text['found']}".partition("\n\n")
+        lines += ["", *textwrap.wrap(found, 118), *(["", figures] if figures else [])]
     (docs / "recordings.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -94,8 +94,8 @@ def write_page(page: dict[str, Any], expected: dict[str, str], results: Results)
         "",
         f"- **What holds**: {page['holds']}",
         f"- **What does not**: {page['does_not']}",
-        f"- **Open**: {results.missing} of {total} runs are not made yet; WMT14, ImageNet and"
-        " ResNet-56 are out of reach here ([below](#out-of-reach)).",
+        f"- **Open**: {results.missing} of {total} runs; WMT14, ImageNet and ResNet-56 are out of reach"
+        " here ([below](#out-of-reach)).",
         "",
         *INTRODUCTION.splitlines(),
     ]
@@ -113,20 +113,19 @@ def write_page(page: dict[str, Any], expected: dict[str, str], results: Results)
 
 
 INTRODUCTION = """\
-Every run is in `results/plan.yaml`, with what was expected of it, both written before the first of
-them; nothing was chosen by their outcome. In brackets is n, the number of seeds; ± is the deviation
-over them (n − 1). Accuracy is that of the 10,000 test images, as the paper reports it.
+Every run and its expectation is in `results/plan.yaml`, written before the first run; nothing was
+chosen by an outcome. In brackets is n, the number of seeds; ± is the deviation over them (n − 1).
+Accuracy is that of the 10,000 test images, as in the paper.
 
 ```
-make results OPTIONS='--data-root DIR'                  # what is not done: two at a time, resumed
-make results OPTIONS='--only wd_on-1 --again'           # a row, on another machine
+make results OPTIONS='--data-root DIR'                  # missing runs, two at a time, resumed
+make results OPTIONS='--only wd_on-1 --again'           # one run, on another machine
 make tables                                             # this page, its pictures, README's table
 nm compare results/weight_decay                         # the curves, zoomable
 ```
 
 `results/<table>/<run>-<seed>.csv` has a row for each epoch, the `.json` beside it the command,
-commit, versions, device, precision, threads and minutes: those of CPU time, since runs were made at
-the lowest priority beside other work."""
+commit, versions, device, precision, threads and minutes of CPU time."""
 
 
 def fill(heading: str, text: str) -> str:
