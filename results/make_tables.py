@@ -94,8 +94,8 @@ def write_page(page: dict[str, Any], expected: dict[str, str], results: Results)
         "",
         f"- **What holds**: {page['holds']}",
         f"- **What does not**: {page['does_not']}",
-        f"- **Open**: {results.missing} of {total} runs; WMT14, ImageNet and ResNet-56 are out of reach"
-        " here ([below](#out-of-reach)).",
+        f"- **Open**: {results.missing} of {total} runs; WMT14, ImageNet and ResNet-56 are out of"
+        " reach here ([below](#out-of-reach)).",
         "",
         *INTRODUCTION.splitlines(),
     ]
