@@ -1,5 +1,5 @@
-# Everything lives in one virtual environment, .venv. The files core, test and dev in it are stamps:
-# nothing is installed twice until setup.cfg, pyproject.toml or constraints.txt changes.
+# Everything lives in one virtual environment, .venv. The files core, test, docs and dev in it are
+# stamps: nothing is installed twice until setup.cfg, pyproject.toml or constraints.txt changes.
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +10,7 @@ REQUIREMENTS := setup.cfg pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart kernels study results tables bench storm zoo test proofs check format lint types clean
+.PHONY: help quickstart kernels study results tables bench storm zoo docs test proofs check format lint types clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-12s%s\n", $$1, $$2 }'
@@ -48,13 +48,17 @@ zoo: $(VENV)/zoo ## try every model of timm and more, optimizers and loops (hour
 	for zoo in zoo_optimizers zoo_loops zoo; do $(VENV)/bin/python benchmarks/$$zoo.py $(OPTIONS) && \
 	$(VENV)/bin/python benchmarks/$$zoo.py --write docs/compatibility.md $(OPTIONS) || exit; done
 
+docs: $(VENV)/docs ## the site, in site/; a dead link or anchor is an error, and so is what needs another host
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	@! grep -rnoE '<(script|link|img|iframe)[^>]+(src|href)="?(https?:)?//[^ >]*' site --include=*.html
+
 test: $(VENV)/test ## install with the test extra, then run the tests
 	$(PYTEST) -m "not slow"
 
 proofs: $(VENV)/test ## the tests that take long, which make test leaves out
 	$(PYTEST) -m slow
 
-check: format lint types test ## format, lint, types and tests: run it before a pull request
+check: format lint types docs test ## format, lint, types, site and tests: run it before a pull request
 
 format: $(VENV)/dev ## rewrite the code in the house format
 	$(VENV)/bin/ruff check --fix-only --quiet .
@@ -68,7 +72,7 @@ types: $(VENV)/dev ## mypy --strict
 	$(VENV)/bin/mypy
 
 clean: ## remove what make and the tools have made; runs/ and data/ stay
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # Debian's python3 comes without ensurepip; then the pip beside it equips the environment.
 $(VENV)/bin/pip:
@@ -99,7 +103,12 @@ $(VENV)/zoo: $(REQUIREMENTS) | $(VENV)/bin/pip
 	$(INSTALL) '.[zoo]'
 	@touch $(VENV)/core $@
 
+$(VENV)/docs: $(REQUIREMENTS) | $(VENV)/bin/pip
+	@echo "Installing nmlightning with what writes its site (a few minutes the first time)"
+	$(INSTALL) '.[docs]'
+	@touch $(VENV)/core $@
+
 $(VENV)/dev: $(REQUIREMENTS) | $(VENV)/bin/pip
 	@echo "Installing nmlightning with its tests and tools (a few minutes the first time)"
 	$(INSTALL) '.[dev]'
-	@touch $(VENV)/core $(VENV)/test $@
+	@touch $(VENV)/core $(VENV)/docs $(VENV)/test $@

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code, of those in `docs/security.md`.
 
-    Example:
+    Examples:
         >>> main(["--version"])
         nmlightning 0.1.0
         0

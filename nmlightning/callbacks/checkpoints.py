@@ -38,7 +38,7 @@ class AtomicCheckpointIO(compat.CheckpointIOBase):
     Raises:
         InputError: a file cannot be written, as on a full disk; an address not read, or damaged.
 
-    Example:
+    Examples:
         >>> from pytorch_lightning import Trainer
         >>> trainer = Trainer(plugins=[AtomicCheckpointIO()], logger=False)
     """
@@ -152,7 +152,7 @@ class ExactResume(compat.CallbackBase):
         InputError: at the start of a fit that asks for another seed, other optimizers or schedules,
             or options of these, than the checkpoint's.
 
-    Example:
+    Examples:
         >>> from pytorch_lightning import Trainer
         >>> trainer = Trainer(callbacks=[ExactResume()], logger=False)
     """

@@ -150,7 +150,7 @@ class NormSwap(ModelChange):
             recipe; in training, if something replaced a swapped layer since, such as a call of
             `SyncBatchNorm.convert_sync_batchnorm`.
 
-    Example:
+    Examples:
         >>> from pytorch_lightning import Trainer
         >>> trainer = Trainer(callbacks=[NormSwap("l1")], logger=False)
     """

@@ -45,7 +45,7 @@ class WeightNormSwap(ModelChange):
             matches nothing or a weight that cannot be normalised; on resuming with another recipe;
             when training starts, if something replaced a normalised weight since.
 
-    Example:
+    Examples:
         >>> from pytorch_lightning import Trainer
         >>> trainer = Trainer(callbacks=[WeightNormSwap("bounded", p=1)], logger=False)
     """

@@ -174,7 +174,7 @@ class WeightNormTracker(CallbackBase):
         handles: the rule at work on each optimizer that it steers.
         left: matrices that are not recorded, since their class is not known, with that reason.
 
-    Example:
+    Examples:
         >>> from pytorch_lightning import Trainer
         >>> trainer = Trainer(callbacks=[WeightNormTracker()], logger=False)
     """

@@ -102,7 +102,7 @@ def export_network(
             does not take such inputs, returns no tensor, or cannot be exported; norms that need
             this package to evaluate, for a state dict; a difference beyond 1e-5.
 
-    Example:
+    Examples:
         >>> export_network(net, "net.onnx", "onnx", (3, 32, 32)).file
         PosixPath('net.onnx')
     """

@@ -96,7 +96,7 @@ def fold_norms(model: nn.Module, *, keep_norms: bool = False) -> FoldReport:
     Raises:
         InputError: a module of the model is in training mode.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)).eval()
         >>> print(fold_norms(net))
         folded 1 batch norm

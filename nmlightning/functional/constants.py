@@ -53,7 +53,7 @@ def gaussian_constant(
     Raises:
         InputError: an unknown statistic or convention, n < 1, p < 1, k < 1 or k > n.
 
-    Example:
+    Examples:
         >>> round(gaussian_constant("l1", 100), 4)
         1.2533
         >>> round(gaussian_constant("topk", 1000, k=10), 3)

@@ -36,7 +36,7 @@ def norm_backend(name: Literal["auto", "formula"]) -> Iterator[None]:
 
     Backward passes take what the forward pass took.
 
-    Example:
+    Examples:
         >>> layer = nmlightning.norms.L1BatchNorm2d(8)
         >>> with norm_backend("formula"):
         ...     y = layer(torch.randn(4, 8, 5, 5))

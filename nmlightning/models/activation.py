@@ -27,7 +27,7 @@ class TReLU(nn.Module):
     Source: Arpit et al. 2016 (arXiv 1603.01431); Hoffer et al. 2018 (arXiv 1803.01814) have it in
     networks with normalised weights.
 
-    Example:
+    Examples:
         >>> import torch
         >>> TReLU()(torch.tensor([-1.0, 0.0, 1.0]))
         tensor([-0.6834, -0.6834,  1.0297])

@@ -73,7 +73,7 @@ class CifarResNet(nn.Module):
     Raises:
         InputError: if the depth is not 6n + 2, or there is no such activation.
 
-    Example:
+    Examples:
         >>> import torch
         >>> CifarResNet(depth=20)(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
@@ -136,7 +136,7 @@ class ResNet18(resnet.ResNet):  # type: ignore[misc]  # torchvision ships no typ
     Args:
         num_classes: number of outputs.
 
-    Example:
+    Examples:
         >>> import torch
         >>> ResNet18()(torch.zeros(2, 3, 64, 64)).shape
         torch.Size([2, 1000])
@@ -156,7 +156,7 @@ class ResNet50(resnet.ResNet):  # type: ignore[misc]  # torchvision ships no typ
         scale_branches: draw the last convolution of each of the n = 16 blocks 1/√n times as large;
             see `CifarResNet`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> ResNet50()(torch.zeros(2, 3, 64, 64)).shape
         torch.Size([2, 1000])

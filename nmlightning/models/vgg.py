@@ -30,7 +30,7 @@ class VGG(nn.Module):
     Raises:
         InputError: if there is no VGG of that depth or no such activation, or for a width below 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> VGG(depth=11)(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])

@@ -187,8 +187,9 @@ class L1BatchNorm1d(L1BatchNorm, nn.BatchNorm1d):
 class L1BatchNorm2d(L1BatchNorm, nn.BatchNorm2d):
     """`L1BatchNorm` of (N, C, H, W) inputs.
 
-    >>> L1BatchNorm2d(16)(torch.randn(8, 16, 4, 4)).shape
-    torch.Size([8, 16, 4, 4])
+    Examples:
+        >>> L1BatchNorm2d(16)(torch.randn(8, 16, 4, 4)).shape
+        torch.Size([8, 16, 4, 4])
     """
 
 

@@ -233,7 +233,7 @@ class LpLayerNorm(FeatureNorm, nn.LayerNorm):
     Raises:
         InputError: a setting outside what is allowed; an input that ends in other sizes.
 
-    Example:
+    Examples:
         >>> LpLayerNorm(8, p=1.5)(torch.randn(2, 3, 8)).shape
         torch.Size([2, 3, 8])
 
@@ -269,8 +269,9 @@ class LpLayerNorm(FeatureNorm, nn.LayerNorm):
 class L1LayerNorm(LpLayerNorm):
     """Layer norm by ŝ = √(π/2) · mean |x − μ|; see `LpLayerNorm`, without its p.
 
-    >>> L1LayerNorm(8)(torch.randn(2, 3, 8)).shape
-    torch.Size([2, 3, 8])
+    Examples:
+        >>> L1LayerNorm(8)(torch.randn(2, 3, 8)).shape
+        torch.Size([2, 3, 8])
     """
 
     def __init__(
@@ -306,7 +307,7 @@ class LpRMSNorm(FeatureNorm, nn.RMSNorm):
     Raises:
         InputError: a setting outside what is allowed; an input that ends in other sizes.
 
-    Example:
+    Examples:
         >>> LpRMSNorm(8, p=1.5)(torch.randn(2, 3, 8)).shape
         torch.Size([2, 3, 8])
 
@@ -342,8 +343,9 @@ class LpRMSNorm(FeatureNorm, nn.RMSNorm):
 class L1RMSNorm(LpRMSNorm):
     """RMS norm by ŝ = √(π/2) · mean |x|; see `LpRMSNorm`, without its p.
 
-    >>> L1RMSNorm(8)(torch.randn(2, 3, 8)).shape
-    torch.Size([2, 3, 8])
+    Examples:
+        >>> L1RMSNorm(8)(torch.randn(2, 3, 8)).shape
+        torch.Size([2, 3, 8])
     """
 
     def __init__(

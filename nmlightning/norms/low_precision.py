@@ -26,12 +26,11 @@ class HalfL2BatchNorm(BatchNormBase):
       infinite or NaN.
 
     (N, C, *) in, the same out. Evaluation is torch's batch norm. Use a subclass for a fixed number
-    of dimensions.
+    of dimensions. Arguments that are not listed are those of `StatisticBatchNorm`.
 
     Args:
         num_features: C.
         eps: added to the variance; below 3e-8 it is 0 in float16.
-        momentum, affine, bias, track_running_stats: as in `StatisticBatchNorm`.
         sync: must be False where several ranks train; it does not share its statistics.
 
     Raises:
@@ -86,8 +85,9 @@ class HalfL2BatchNorm1d(HalfL2BatchNorm, nn.BatchNorm1d):
 class HalfL2BatchNorm2d(HalfL2BatchNorm, nn.BatchNorm2d):
     """`HalfL2BatchNorm` of (N, C, H, W) inputs.
 
-    >>> HalfL2BatchNorm2d(16)(torch.randn(8, 16, 4, 4)).shape
-    torch.Size([8, 16, 4, 4])
+    Examples:
+        >>> HalfL2BatchNorm2d(16)(torch.randn(8, 16, 4, 4)).shape
+        torch.Size([8, 16, 4, 4])
     """
 
 
@@ -111,7 +111,7 @@ class QuantizationNoise(nn.Module):
     Raises:
         InputError: a ratio that is negative, not finite or no number.
 
-    Example:
+    Examples:
         >>> noisy = nn.Sequential(nn.Conv2d(3, 8, 3), QuantizationNoise(0.1), nn.BatchNorm2d(8))
         >>> noisy(torch.randn(2, 3, 8, 8)).shape
         torch.Size([2, 8, 6, 6])

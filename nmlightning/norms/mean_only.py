@@ -136,8 +136,9 @@ class MeanOnlyBatchNorm1d(MeanOnlyBatchNorm, nn.BatchNorm1d):
 class MeanOnlyBatchNorm2d(MeanOnlyBatchNorm, nn.BatchNorm2d):
     """`MeanOnlyBatchNorm` of (N, C, H, W) inputs.
 
-    >>> MeanOnlyBatchNorm2d(16)(torch.randn(8, 16, 4, 4)).shape
-    torch.Size([8, 16, 4, 4])
+    Examples:
+        >>> MeanOnlyBatchNorm2d(16)(torch.randn(8, 16, 4, 4)).shape
+        torch.Size([8, 16, 4, 4])
     """
 
 

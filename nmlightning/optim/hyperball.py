@@ -41,7 +41,7 @@ class Hyperball(StepRule):
 
     Source: Wen et al. 2026 (arXiv 2606.16899).
 
-    Example:
+    Examples:
         >>> weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
         >>> optimizer = torch.optim.SGD([weight], lr=0.75)
         >>> handle = Hyperball().attach(optimizer, [("weight", weight)])

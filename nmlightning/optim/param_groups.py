@@ -206,7 +206,7 @@ def parameter_groups(
         InputError: for another scope, a negative λ, a model in which nothing can be trained, or
             `last_layer` where the model has no `nn.Linear`.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 10))
         >>> [len(group["params"]) for group in parameter_groups(model, 5e-4, "no_norm")]
         [2, 4]

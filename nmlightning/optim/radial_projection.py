@@ -43,7 +43,7 @@ class RadialProjection(StepRule):
 
     Source: Heo et al. 2021, algorithms 1 and 2 (arXiv 2006.08217).
 
-    Example:
+    Examples:
         >>> weight = torch.nn.Parameter(torch.tensor([[3.0, 0.0]]))
         >>> optimizer = torch.optim.SGD([weight], lr=1.0)
         >>> handle = RadialProjection().attach(optimizer, [("weight", weight)])

@@ -27,7 +27,7 @@ class InverseSquareRootLR(LRScheduler):
 
     Source: Vaswani et al. (2017), section 5.3, https://arxiv.org/abs/1706.03762.
 
-    Example:
+    Examples:
         >>> import torch
         >>> optimizer = torch.optim.Adam([torch.zeros(1)], lr=1.0)
         >>> schedule = InverseSquareRootLR(optimizer, warmup_steps=4)

@@ -145,7 +145,7 @@ def apply_weight_norm(
 
     Source: Hoffer et al. 2018, §5 (arXiv 1803.01814); Salimans & Kingma 2016 (arXiv 1602.07868).
 
-    Example:
+    Examples:
         >>> print(apply_weight_norm(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())))
         bounded weight norm (L2) on 1 weight
     """

@@ -37,7 +37,7 @@ def normalise_channels(v: Tensor, scales: Tensor, p: float, layout: ChannelLayou
         w, of the shape and dtype of v. Norms accumulate in float32, in float64 for float64, and the
         product with them is rounded to the dtype of v once.
 
-    Example:
+    Examples:
         >>> normalise_channels(torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor(10.0), 2)
         tensor([[ 6.,  8.],
                 [ 0., 10.]])

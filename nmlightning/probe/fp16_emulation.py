@@ -196,7 +196,7 @@ class Fp16Limits:
 def fp16_limits(norm: str, eps: float) -> Fp16Limits:
     """Return the limits of a norm, called as in a swap, whose statistics are in float16.
 
-    Example:
+    Examples:
         >>> fp16_limits("half_l2", eps=0.0)
         Fp16Limits(smallest_scale=0.024805..., largest_deviation=255.96...)
     """

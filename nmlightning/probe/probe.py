@@ -41,7 +41,7 @@ def probe_norms(
     Raises:
         InputError: a model without norm layers in training mode, or no batch.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
         >>> images = torch.randn(4, 3, 16, 16)
         >>> ranges = probe_norms(net, [images], lambda net, x: net(x).square().mean())

@@ -90,7 +90,7 @@ def swap_like(model: nn.Module, state_dict: Mapping[str, Any]) -> SwapReport:
     Raises:
         InputError: a dict without metadata, as one that was put together anew has none.
 
-    Example:
+    Examples:
         >>> nets = [nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)) for _ in range(2)]
         >>> _ = swap_norms(nets[0], "topk", {"k": 3})
         >>> print(swap_like(nets[1], nets[0].state_dict()))

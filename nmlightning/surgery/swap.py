@@ -165,7 +165,7 @@ def swap_norms(
             parameters that are sharded already; `fuse` with "l2", which is torch's own, or without
             batch norms. The model is then unchanged.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         >>> print(swap_norms(net, "top10", {"constant": "paper"}))
         swapped 1 BatchNorm2d → TopKBatchNorm2d

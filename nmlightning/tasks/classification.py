@@ -27,7 +27,7 @@ class MeanLoss(Metric):
     Sums are kept in float32, also in a module that is half. NaN where a loss was NaN, and where
     nothing was added.
 
-    Example:
+    Examples:
         >>> metric = MeanLoss()
         >>> metric.update(torch.tensor(1.0), 3)
         >>> metric.update(torch.tensor(2.0), 1)
@@ -97,7 +97,7 @@ class ImageClassifier(pl.LightningModule):
             checkpoint of another network or, in a Trainer, of another recipe of norms or, to
             resume with scaled rates, of another number of images a step.
 
-    Example:
+    Examples:
         >>> from torch.optim import SGD
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
         >>> task = ImageClassifier(net, optimizer=lambda groups: SGD(groups, lr=0.1))

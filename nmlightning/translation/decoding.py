@@ -114,7 +114,7 @@ def beam_search(
     Raises:
         InputError: for a beam of less than 1 or a negative α; see also `longest_translations`.
 
-    Example:
+    Examples:
         >>> from nmlightning.models import Transformer
         >>> net = Transformer(50, width=32, hidden=64, heads=2).eval()
         >>> len(beam_search(net, torch.tensor([[7, 8, 2], [9, 2, 0]])))
@@ -249,7 +249,7 @@ def greedy_search(
     Raises:
         InputError: see `longest_translations`.
 
-    Example:
+    Examples:
         >>> from nmlightning.models import Transformer
         >>> net = Transformer(50, width=32, hidden=64, heads=2).eval()
         >>> len(greedy_search(net, torch.tensor([[7, 8, 2], [9, 2, 0]])))

@@ -93,7 +93,7 @@ class AttentionLSTM(nn.Module):
     Raises:
         InputError: for a setting out of its range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> net = AttentionLSTM(100, width=32)
         >>> net(torch.tensor([[7, 8, 2]]), torch.tensor([[1, 9, 9, 2]])).shape

@@ -21,7 +21,7 @@ class Perplexity(Metric):
     Units are subwords, or words, whose perplexity does not depend on how words are split and so
     compares vocabularies. Sums are kept in float32, also in a module that is half.
 
-    Example:
+    Examples:
         >>> metric = Perplexity()
         >>> metric.update(torch.tensor(6.0), torch.tensor(3))
         >>> metric.compute()

@@ -74,7 +74,7 @@ class Translator(pl.LightningModule):
             `ModelParallelStrategy`; on loading for a checkpoint of another network, of another
             vocabulary or, in a Trainer, of another recipe of norms.
 
-    Example:
+    Examples:
         >>> from torch.optim import Adam
         >>> from nmlightning.models import Transformer
         >>> net = Transformer(vocab_size=100, width=32, hidden=64, heads=2)

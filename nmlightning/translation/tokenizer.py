@@ -32,7 +32,7 @@ class JointBPE:
 
     The tokenizer is one of the package `tokenizers`, and so is its file.
 
-    Example:
+    Examples:
         >>> bpe = JointBPE.train(["ein Haus", "a house"], vocab_size=262)
         >>> bpe.decode(bpe.encode(["ein Haus"]))
         ['ein Haus']

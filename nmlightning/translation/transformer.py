@@ -298,7 +298,7 @@ class Transformer(nn.Module):
     Raises:
         InputError: for a setting out of its range; `width` that is odd or no multiple of `heads`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> net = Transformer(100, width=32, hidden=64, heads=2, encoder_layers=1, decoder_layers=1)
         >>> net(torch.tensor([[7, 8, 2]]), torch.tensor([[1, 9, 9, 2]])).shape

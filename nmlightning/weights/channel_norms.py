@@ -67,7 +67,7 @@ def channel_norms(weight: Tensor, p: float = 2.0, layout: ChannelLayout = ROWS) 
         InputError: p below 1; a weight that is no floating-point matrix or higher; channels that
             are split over ranks.
 
-    Example:
+    Examples:
         >>> channel_norms(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
         tensor([5., 2.])
     """

@@ -127,7 +127,7 @@ class NormHistory:
         provenance: what made it: seed, world size, optimizer, config, versions, steps per epoch;
             plain data.
 
-    Example:
+    Examples:
         >>> history = NormHistory.from_arrays({"conv.weight": [[3.0], [1.0]]}, [10, 20], [0, 1])
         >>> history.at(epoch=1)["conv.weight"]
         array([1.], dtype=float32)
