@@ -272,16 +272,27 @@ DRAWN: tuple[Callable[[Axes], None], ...] = (
 
 
 def main() -> None:
-    """Write an SVG for each of DRAWN, the same bytes whenever it is run."""
+    """Write an SVG for each of DRAWN and one for README, the same bytes whenever it is run."""
     with matplotlib.rc_context(STYLE):
         for draw in DRAWN:
             picture = Figure(figsize=(4.4, 1.9), layout="constrained")
             draw(picture.add_subplot())
-            svg = io.StringIO()
-            about = {"Creator": None, "Date": None}
-            picture.savefig(svg, format="svg", transparent=True, metadata=about)
-            text = re.sub(r"(\.\d\d)\d+", r"\1", svg.getvalue())
-            (HERE / f"pictures/concept_{draw.__name__}.svg").write_text(text, encoding="utf-8")
+            save(picture, f"concept_{draw.__name__}")
+        picture = Figure(figsize=(8.8, 2.4), layout="constrained")
+        left, right = picture.subplots(1, 2)
+        half_range(left)
+        left.set_title("Other norms: L1 suits float16, L2 does not", fontsize=10)
+        lr_correction(right)
+        right.set_title("Weights' norms: decay acts through them", fontsize=10)
+        save(picture, "overview")
+
+
+def save(picture: Figure, name: str) -> None:
+    svg = io.StringIO()
+    about = {"Creator": None, "Date": None}
+    picture.savefig(svg, format="svg", transparent=True, metadata=about)
+    text = re.sub(r"(\.\d\d)\d+", r"\1", svg.getvalue())
+    (HERE / f"pictures/{name}.svg").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -147,12 +147,15 @@ def write_table(table: dict[str, Any], results: Results) -> Iterator[str]:
 
 
 def write_readme_table(page: dict[str, Any], results: Results) -> str:
-    """Return the rows of some tables, with the first of their figures."""
-    lines = ["| | the paper | here |", "|---|---|---|"]
+    """Return the rows that have runs of some tables, with the first of their figures."""
+    lines = ["| test accuracy | the paper | here (n) |", "|---|---|---|"]
     for table in (page["tables"][name] for name in page["readme"]):
-        lines.append(f"| **{table['title']}** | | {table['columns'][0]['heading']} |")
-        for name, row in table["rows"].items():
-            cell = results.cell(name, table["columns"][0])
+        column = table["columns"][0]
+        cells = {name: results.cell(name, column) for name in table["rows"] if results.kept[name]}
+        if cells:
+            lines.append(f"| **{table['title']}** | | {column['heading']} |")
+        for name, cell in cells.items():
+            row = table["rows"][name]
             lines.append(f"| {row['label']} | {row['paper']} | {cell} |")
     return "\n".join(lines) + "\n"
 
