@@ -1,5 +1,6 @@
 """Weight norms and effective learning rates in the logs of a run, and a picture of them."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,7 +102,7 @@ def _tensorboard_writer(logger: Any) -> Any | None:
 
 
 _HEATMAPS = 10  # in a run
-_HISTOGRAM_BINS = 30
+_HISTOGRAM_BINS = 30  # at most; TensorBoard shows 30
 
 
 class NormDashboard:
@@ -113,7 +114,8 @@ class NormDashboard:
     once. At the end of an epoch, in TensorBoard: a histogram of each layer's norms, and ten times a
     run a picture of them over the epochs.
 
-    All tags begin with `prefix`; the layout of earlier trackers, `beside`, is shown with its own.
+    All tags begin with `prefix`. The page of Custom Scalars shows what has been logged so far; the
+    charts of several trackers are on one, `layout`.
     """
 
     def __init__(
@@ -124,7 +126,7 @@ class NormDashboard:
         *,
         by_layer: bool = False,
         prefix: str = "",
-        beside: tags.Layout | None = None,
+        layout: tags.Layout | None = None,
     ) -> None:
         self._trainer, self._by_layer, self._prefix = trainer, by_layer, prefix
         self._recorder = recorder
@@ -132,9 +134,9 @@ class NormDashboard:
         self._weights = {tags.layer_of(weight.name): weight for weight in recorder.weights}
         self._skipped = SkippedSteps(trainer)
         self._steps: dict[str, _Step] = {}
-        self.layout = {**(beside or {}), **tags.dashboard_layout(list(self._weights), prefix)}
-        for writer in self._writers():
-            writer.add_custom_scalars(self.layout)  # the last one counts
+        self.layout: tags.Layout = {} if layout is None else layout
+        self._logged: dict[str, None] = {}  # the tags, in order
+        self._metrics: set[str] = set()
 
     def begin_batch(self, batch: int) -> None:
         """Do nothing."""
@@ -178,20 +180,23 @@ class NormDashboard:
                 for logged in (values, others)
             )
             log_scalars(self._trainer, all_tags, few, logged_step(self._trainer))
+        self._lay_out(values)
 
     def end_epoch(self) -> None:
         """Show the recorded norms in TensorBoard."""
-        step, ends = logged_step(self._trainer), self._recorder.epoch_ends()
+        step, records = logged_step(self._trainer), self._recorder.start_and_epoch_ends()
+        epochs = len(records) - 1
         expected = max(self._trainer.max_epochs or 0, 1)
-        pictures_are_due = len(ends) % -(-expected // _HEATMAPS) == 0 or len(ends) == expected
+        pictures_are_due = epochs % -(-expected // _HEATMAPS) == 0 or epochs == expected
         for writer in self._writers():
             for layer, weight in self._weights.items():
-                norms = ends.norms[weight.name]
+                norms = records.norms[weight.name]
                 if np.isfinite(norms[-1]).all():  # others have no histogram
                     tag = self._prefix + tags.norm_tag(layer)
-                    writer.add_histogram(tag, norms[-1], step, bins=_HISTOGRAM_BINS)
+                    bins = min(math.isqrt(weight.channels - 1) + 1, _HISTOGRAM_BINS)
+                    writer.add_histogram(tag, norms[-1], step, bins=bins)
                 if pictures_are_due:
-                    picture = draw_heatmap(norms, layer)
+                    picture = draw_heatmap(norms)
                     tag = self._prefix + tags.NORM_MAP + layer
                     writer.add_image(tag, picture, step, dataformats="HWC")
 
@@ -203,6 +208,8 @@ class NormDashboard:
 
     def close(self, *, finished: bool) -> None:
         self._skipped.remove()
+        if finished:
+            self._lay_out({})
 
     def _add_weights(self, reading: DeviceReading) -> None:
         norms = [weight.norms().float() for weight in self._weights.values()]
@@ -220,6 +227,17 @@ class NormDashboard:
         if self._handles:
             counts = [handle.skipped_on_device for handle in self._handles]
             reading.add([tags.STEERING_SKIPPED], torch.stack(counts).sum())
+
+    def _lay_out(self, values: Mapping[str, float]) -> None:
+        """Show what was logged since the last time as well."""
+        metrics = set() if self._prefix else set(self._trainer.logged_metrics)
+        if values.keys() <= self._logged.keys() and metrics <= self._metrics:
+            return
+        self._logged |= dict.fromkeys(values)
+        self._metrics |= metrics
+        self.layout |= tags.dashboard_layout(self._logged, self._metrics, self._prefix)
+        for writer in self._writers():
+            writer.add_custom_scalars(self.layout)  # the last one counts
 
     def _writers(self) -> list[Any]:
         loggers = self._trainer.loggers if self._trainer.is_global_zero else []
@@ -256,46 +274,46 @@ class _Step:
         return rates
 
 
-_LOGARITHMIC_FROM = 10.0  # largest norm over smallest
+_TICKS = {0.125: "1/8", 0.25: "1/4", 0.5: "1/2", 1 / 1.2: "1/1.2"}
+_TICKS |= {1: "1", 1.2: "1.2", 2: "2", 4: "4", 8: "8"}
 
 
-def draw_heatmap(norms: NDArray[np.float32], title: str) -> NDArray[np.uint8]:
+def draw_heatmap(norms: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Return a picture (H, W, 3): epochs to the right, channels downwards, and a scale of colours.
 
-    Colours are logarithmic where the norms (T, C), of C channels at T moments, span more than a
-    decade; what is zero then has the colour of the smallest positive norm. What is not finite is
-    red.
+    A colour stands for a multiple of the mean norm of the layer's channels at the start, and for
+    the same one in all pictures: white is 1, the ends are 1/8 or less and 8 or more. It changes
+    fastest about 1, as the root of the logarithm does. What is not finite is grey.
+
+    Args:
+        norms: (1 + T, C), of C channels at the start and at the end of T epochs.
     """
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
-    low, high, scale = _choose_scale(norms)
-    spread = (LogNorm if scale == "logarithmic" else Normalize)(low, high)
-    if low == high:
-        spread = Normalize(low - 1, high + 1)  # the middle of the colours
-    figure = Figure((6.4, 3.4), dpi=100)
-    axes = figure.add_axes((0.1, 0.13, 0.75, 0.76), xlabel="epoch", ylabel="channel")
-    shown = np.where(np.isfinite(norms), np.maximum(norms, low), np.nan).T
-    colours = colormaps["viridis"].with_extremes(bad="red")
-    image = axes.imshow(shown, colours, spread, aspect="auto")
-    axes.set(xticks=[0, len(norms) - 1], yticks=[0, len(shown) - 1])
-    axes.set_title(f"{title}: norm of each channel, {scale}", loc="left", fontsize="medium")
-    place = figure.add_axes((0.87, 0.13, 0.025, 0.76))
-    figure.colorbar(image, place, ticks=[low, high], format="%.3g").minorticks_off()
+    begin = norms[0][np.isfinite(norms[0]) & (norms[0] > 0)]
+    start = begin.mean(dtype=np.float64) if len(begin) else 1.0
+    figure = Figure((4.4, 3.1), dpi=100)
+    axes = figure.add_axes((0.15, 0.16, 0.6, 0.8), xlabel="epoch", ylabel="channel")
+    colours = colormaps["RdBu_r"].with_extremes(bad="grey")
+    places = _place_colours(norms.T / start)
+    image = axes.imshow(places, colours, Normalize(-1, 1), aspect="auto")
+    axes.set(xticks=sorted({0, len(norms) - 1}), yticks=sorted({0, len(places) - 1}))
+    ticks = _place_colours(np.array(list(_TICKS)))
+    bar = figure.colorbar(image, figure.add_axes((0.78, 0.16, 0.04, 0.8)))
+    bar.set_ticks(ticks.tolist(), labels=list(_TICKS.values()))
+    bar.set_label("norm / mean norm at the start")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.array(canvas.buffer_rgba())[..., :3]
 
 
-def _choose_scale(norms: NDArray[np.float32]) -> tuple[float, float, str]:
-    """Return which norm has the first and which the last colour, and what is between them."""
-    finite = norms[np.isfinite(norms)]
-    positive = finite[finite > 0]
-    if not len(positive):
-        return 0.0, 0.0, "linear"
-    high = float(positive.max())
-    if high > _LOGARITHMIC_FROM * finite.min():
-        return float(positive.min()), high, "logarithmic"
-    return float(finite.min()), high, "linear"
+def _place_colours(ratios: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Return where ratios are in the colours, from -1 to 1; NaN for what is not finite."""
+    with np.errstate(all="ignore"):
+        shares = np.log2(ratios, dtype=np.float64).clip(-3, 3) / 3
+    places: NDArray[np.float64] = np.sign(shares) * np.sqrt(np.abs(shares))
+    places[~np.isfinite(ratios)] = np.nan
+    return places

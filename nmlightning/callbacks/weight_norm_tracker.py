@@ -279,7 +279,7 @@ class WeightNormTracker(CallbackBase):
                 self.handles,
                 by_layer=self.log_norms == "layers",
                 prefix="" if number == 1 else f"tracker{number}/",
-                beside=layouts[-1] if layouts else {},
+                layout=layouts[-1] if layouts else {},
             )
             self._parts["dashboard"] = dashboard
         states = {name: state for name, state in self._resumed.items() if state is not None}

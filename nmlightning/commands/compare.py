@@ -38,8 +38,9 @@ def run(arguments: list[str]) -> int:
         print_line("left out", " ".join(reason.split()))
     for file in (file for each in readable for file in each.cut_off):
         print_line("left out", f"{file} is cut off within its last line, which does not count.")
-    write_file("--report", given.report, write_page(groups))
-    print_line("page", given.report)
+    page = write_page(groups, given.report.parent)
+    write_file("--report", given.report, page)
+    print_line("page", f"{given.report}, {len(page) / 1e6:.1f} MB, which needs no network")
     return 0
 
 

@@ -1,16 +1,28 @@
 """A comparison of runs as one page of HTML, whose charts need no network."""
 
+import math
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nmlightning.reports import tags
-from nmlightning.reports.comparison import SETTING_HEADINGS, Group, result_columns, setting_rows
+from nmlightning.reports.comparison import (
+    SETTING_HEADINGS,
+    Group,
+    is_loss,
+    result_columns,
+    result_values,
+    setting_rows,
+)
 from nmlightning.reports.formatting import is_share
-from nmlightning.reports.run import Run
+from nmlightning.reports.run import CONFIGS, Run
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -20,23 +32,49 @@ GENERATOR = '<meta name="generator" content="nmlightning">'
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B6B6B")
 _MOST_LAYERS = 12
 _MOST_POINTS = 2000
+_EPOCHS_TICKED = 10  # each of them; of more plotly chooses some
+_STAGE = re.compile(r"(train|valid|val)[a-z]*[/_]?", re.IGNORECASE)
+# Of the first lines in these colours, the next and the last: in a chart, and in CSS.
+_DASHES = (("solid", "solid"), ("dash", "dashed"), ("dot", "dotted"))
+_MOST_LINES_HOVERED = 8
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --quiet: #6b7280; --rule: #e5e7eb; --page: #fff }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e5e7eb; --quiet: #9ca3af; --rule: #374151; --page: #15181c }
 }
+html { overflow-y: scroll }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page);
-  max-width: 1440px; margin: 2rem auto; padding: 0 1.5rem }
-h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin: 2rem 0 0 }
+  margin: 1.5rem clamp(.75rem, 2vw, 2rem); overflow-wrap: break-word }
+h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin: 2rem 0 0 } a { color: inherit }
 p { color: var(--quiet); margin: 0 0 .75rem }
-.table { overflow-x: auto }
+.table { overflow: auto; max-height: 75vh }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .35rem 1.25rem .35rem 0; border-bottom: 1px solid var(--rule);
   vertical-align: top; white-space: nowrap }
-.key { display: inline-block; width: 1rem; height: .25rem; margin-right: .5rem;
+th { position: sticky; top: 0; background: var(--page) }
+th button { all: unset; cursor: pointer; font-weight: 600 }
+th button:focus-visible { outline: 2px solid }
+[aria-sort=ascending] button::after { content: " ↑" }
+[aria-sort=descending] button::after { content: " ↓" }
+.key { display: inline-block; width: 1.25rem; height: 0; margin-right: .5rem;
   vertical-align: middle }
 .charts { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)) }
+.charts > div { min-width: 0 }
+.js-plotly-plot text { fill: var(--ink) !important }
+.js-plotly-plot .hoverlayer .bg { fill: var(--page) !important }
+"""
+_SORT = """
+document.querySelectorAll("th button").forEach((button, column) => button.onclick = () => {
+  const head = button.parentNode, body = head.closest("table").tBodies[0];
+  const key = row => row.cells[column].dataset.sort ?? row.cells[column].textContent;
+  const compare = (x, y) => isNaN(x - y) ? x.localeCompare(y, undefined, {numeric: true}) : x - y;
+  const rows = [...body.rows].sort((a, b) => compare(key(a), key(b)));
+  const order = head.ariaSort === "ascending" ? "descending" : "ascending";
+  for (const other of head.parentNode.cells) other.ariaSort = null;
+  head.ariaSort = order;
+  body.append(...order === "ascending" ? rows : rows.reverse());
+});
 """
 # Greys that can be read on a white page and on a dark one.
 _LAYOUT: dict[str, Any] = {
@@ -44,14 +82,18 @@ _LAYOUT: dict[str, Any] = {
     "paper_bgcolor": "rgba(0,0,0,0)",
     "plot_bgcolor": "rgba(0,0,0,0)",
     "font": {"color": "#838a96", "size": 11},
-    "hoverlabel": {"bgcolor": "#fff", "font": {"color": "#1c2024"}, "namelength": -1},
-    "hovermode": "x unified",
+    "hoverlabel": {"namelength": -1},
     "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#838a96", "activecolor": _COLOURS[0]},
-    "margin": {"l": 58, "r": 12, "t": 36, "b": 40},
+    "margin": {"l": 62, "r": 12, "t": 36, "b": 40},
     "showlegend": False,
     "title": {"x": 0, "xref": "paper", "font": {"size": 13}},
-    "xaxis": {"gridcolor": "rgba(128,128,128,.25)", "zeroline": False},
-    "yaxis": {"gridcolor": "rgba(128,128,128,.25)", "zeroline": False, "nticks": 5},
+    "xaxis": {"gridcolor": "rgba(128,128,128,.25)", "zeroline": False, "nticks": 8},
+    "yaxis": {
+        "gridcolor": "rgba(128,128,128,.25)",
+        "zeroline": False,
+        "nticks": 5,
+        "hoverformat": ".4g",
+    },
 }
 _CONFIG = {
     "displaylogo": False,
@@ -62,8 +104,13 @@ _CONFIG = {
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
-def write_page(groups: Sequence[Group]) -> str:
-    """Return the page: the table, the curves of the metric, the norms and the factors."""
+def write_page(groups: Sequence[Group], place: Path) -> str:
+    """Return the page: the table, the curves of training and validation, norms and factors.
+
+    Args:
+        groups: the runs, by setting.
+        place: the folder that the page is for, from which it links to the runs.
+    """
     from plotly.offline import get_plotlyjs
 
     count = sum(len(group.runs) for group in groups)
@@ -72,32 +119,56 @@ def write_page(groups: Sequence[Group]) -> str:
     several = "" if alone else "Faint: each run. Strong: their mean."
     means, first_runs = "the mean over the channels of a layer", "Of the first run of each setting."
     steering = f"What steering multiplied steps by: {means}. {first_runs}"
+    curves = [_plot_metric(groups, tag) for tag in _choose_curves(groups)]
     sections = [
-        _section("Metric", several, [_plot_metric(groups)]),
-        _section("Norms of weights", f"{means}. {first_runs}", _plot_layers(groups, _norms)),
-        _section("Correction factors", steering, _plot_layers(groups, _factors)),
+        _section("Curves", several, curves),
+        _section(
+            "Norms of weights", f"{means}. {first_runs}", _plot_layers(groups, _norms, "norm")
+        ),
+        _section("Correction factors", steering, _plot_layers(groups, _factors, "factor")),
     ]
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{GENERATOR}'
-        f'<meta name="viewport" content="width=device-width"><title>{title}</title>'
-        f"<style>{_STYLE}</style><script>{get_plotlyjs()}</script></head>"
-        f"<body><h1>{title}</h1>{_table(groups)}{''.join(sections)}</body></html>\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{_STYLE}</style><script>{get_plotlyjs()}</script></head>"
+        f"<body><h1>{title}</h1>{_table(groups, place)}{''.join(sections)}"
+        f"<script>{_SORT}</script></body></html>\n"
     )
 
 
-def _table(groups: Sequence[Group]) -> str:
-    *results_of, time = columns = result_columns(groups)
-    headings = [*SETTING_HEADINGS, *(f"{groups[0].metric}, {h}" for h in results_of), time]
-    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
+def _table(groups: Sequence[Group], place: Path) -> str:
+    columns, values = result_columns(groups), result_values(groups)
+    *results_of, time = columns
+    headings = [*SETTING_HEADINGS, *(f"{groups[0].metric}, {h}" for h in results_of), time, "files"]
+    head = "".join(f'<th><button type="button">{escape(h)}</button></th>' for h in headings)
     rows = []
-    cells_of = zip(setting_rows(groups), *columns.values(), strict=True)
-    for number, (settings, *results) in enumerate(cells_of):
-        key = f'<span class="key" style="background:{_colour(number)}"></span>'
-        texts = [escape(cell).replace("\n", "<br/>") for cell in (*settings, *results)]
-        cells = "</td><td>".join(texts)
-        rows.append(f"<tr><td>{key}{cells}</td></tr>")
+    for number, (group, settings) in enumerate(zip(groups, setting_rows(groups), strict=True)):
+        key = f"border-top: 4px {_dash(number)[1]} {_colour(number)}"
+        texts = [escape(cell).replace("\n", "<br/>") for cell in settings]
+        texts[0] = f'<span class="key" style="{key}"></span>{texts[0]}'
+        cells = [f"<td>{text}</td>" for text in texts]
+        for heading, column in columns.items():
+            value = values[heading][number]
+            sort = math.nan if value is None else value.mean
+            cells.append(f'<td data-sort="{sort}">{escape(column[number])}</td>')
+        links = "<br/>".join(_links(part, place) for run in group.runs for part in run.parts)
+        rows.append(f"<tr>{''.join(cells)}<td>{links}</td></tr>")
     body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
-    return f'<div class="table"><table>{body}</table></div>'
+    return f'<div class="table" tabindex="0"><table>{body}</table></div>'
+
+
+def _links(folder: Path, place: Path) -> str:
+    """Return links to the folder of a run and to its config, or to the two files kept of it."""
+    if folder.is_dir():
+        configs = [folder / name for name in CONFIGS if (folder / name).is_file()]
+        files = {folder.name: folder} | ({"config": configs[0]} if configs else {})
+    else:
+        kept = [folder.with_name(f"{folder.name}.{end}") for end in ("csv", "json")]
+        files = {file.name: file for file in kept}
+    return " ".join(
+        f'<a href="{quote(os.fsencode(os.path.relpath(file, place)))}">{escape(name)}</a>'
+        for name, file in files.items()
+    )
 
 
 def _section(title: str, note: str, figures: Sequence["Figure"]) -> str:
@@ -116,23 +187,47 @@ def _section(title: str, note: str, figures: Sequence["Figure"]) -> str:
     return f'{heading}<div class="{layout}">{charts}</div>' if charts else ""
 
 
-def _plot_metric(groups: Sequence[Group]) -> "Figure":
-    """Return the curve of each run, and of several runs of a setting their mean."""
-    scale, unit = (100.0, ", %") if is_share(groups[0].metric) else (1.0, "")
+def _choose_curves(groups: Sequence[Group]) -> list[str]:
+    """Return the metric and what else was logged of its kind, training beside validation."""
+    runs = [run for group in groups for run in group.runs]
+    logged = dict.fromkeys(tag for run in runs for tag in run.scalars)
+    metric = groups[0].metric
+    tags = [t for t in logged if _STAGE.search(t) and (is_share(t) or is_loss(t) or "bleu" in t)]
+    quantity = {tag: _STAGE.sub("", tag) for tag in [metric, *tags]}
+    order = [quantity[metric], *sorted({*quantity.values()} - {quantity[metric]})]
+    return sorted(quantity, key=lambda tag: (order.index(quantity[tag]), "val" not in tag.lower()))
+
+
+def _plot_metric(groups: Sequence[Group], metric: str) -> "Figure":
+    """Return the curve of each run that has one, and of several runs of a setting their mean.
+
+    Over epochs, counted from 1, or over steps where several values are of one epoch.
+    """
+    scale, unit = (100.0, ", %") if is_share(metric) else (1.0, "")
     faint: list[dict[str, Any]] = []
     strong: list[dict[str, Any]] = []
-    for number, group in enumerate(groups):
+    having = {number: [r for r in g.runs if metric in r.scalars] for number, g in enumerate(groups)}
+    runs = [run for of_group in having.values() for run in of_group]
+    epochs = {run.folder: run.epochs_at(run.scalars[metric].steps) for run in runs}
+    by_epoch = all("epoch" in r.scalars and (np.diff(epochs[r.folder]) > 0).all() for r in runs)
+    for number, of_group in having.items():
+        name = groups[number].name
+        series = [run.scalars[metric] for run in of_group]
         curves = [
-            (run.epochs_at(curve.steps), scale * curve.values)
-            for run, curve in zip(group.runs, group.curves, strict=True)
+            (epochs[run.folder] if by_epoch else each.steps.astype(np.float64), scale * each.values)
+            for run, each in zip(of_group, series, strict=True)
         ]
         several = len(curves) > 1
-        for run, curve in zip(group.runs, curves, strict=True):
-            line = _line(f"{group.name}, {run.folder}", number, curve, faint=several)
+        for run, curve in zip(of_group, curves, strict=True):
+            line = _line(f"{name}, {run.folder}", number, curve, faint=several)
             (faint if several else strong).append(line)
         if several:
-            strong.append(_line(f"{group.name}, mean", number, _mean_curve(curves)))
-    return _plot([*faint, *strong], groups[0].metric + unit, "epoch", height=400)
+            strong.append(_line(f"{name}, mean", number, _mean_curve(curves)))
+    figure = _plot([*faint, *strong], metric + unit, "epoch" if by_epoch else "step", height=320)
+    longest = max((values.max() for values in epochs.values() if len(values)), default=0)
+    if by_epoch and longest <= _EPOCHS_TICKED:
+        figure.update_xaxes(dtick=1)
+    return figure
 
 
 def _mean_curve(curves: Sequence[Curve]) -> Curve:
@@ -144,52 +239,43 @@ def _mean_curve(curves: Sequence[Curve]) -> Curve:
 
 
 def _plot_layers(
-    groups: Sequence[Group], curves_of: Callable[[Run], Mapping[str, Curve]]
+    groups: Sequence[Group], curves_of: Callable[[Run], Mapping[str, Curve]], quantity: str
 ) -> list["Figure"]:
     """Return a chart for each layer, or for a dozen of them spread over the depth."""
     by_group = [curves_of(group.runs[0]) for group in groups]
     layers = list(dict.fromkeys(layer for curves in by_group for layer in curves))
-    return [
-        _plot(
-            [
-                _line(group.name, number, curves[layer])
-                for number, (group, curves) in enumerate(zip(groups, by_group, strict=True))
-                if layer in curves
-            ],
-            layer,
-            "step",
-            height=280,
-            logarithmic=True,
-        )
-        for layer in [layers[place] for place in _spread_out(len(layers), _MOST_LAYERS)]
-    ]
+    figures = []
+    for layer in [layers[place] for place in _spread_out(len(layers), _MOST_LAYERS)]:
+        lines = [
+            _line(group.name, number, curves[layer])
+            for number, (group, curves) in enumerate(zip(groups, by_group, strict=True))
+            if layer in curves
+        ]
+        figure = _plot(lines, layer, "step", height=280)
+        figures.append(figure.update_yaxes(type="log", title_text=f"{quantity}, log scale"))
+    return figures
 
 
-def _plot(
-    lines: Sequence[Mapping[str, Any]],
-    title: str,
-    x_label: str,
-    *,
-    height: int,
-    logarithmic: bool = False,
-) -> "Figure":
+def _plot(lines: Sequence[Mapping[str, Any]], title: str, x_label: str, height: int) -> "Figure":
     from plotly.graph_objects import Figure
 
     figure = Figure(lines, _LAYOUT)
-    figure.update_layout(height=height, title_text=escape(title), xaxis_title_text=x_label)
-    return figure.update_yaxes(type="log" if logarithmic else "linear")
+    hover = "x unified" if len(lines) <= _MOST_LINES_HOVERED else "closest"
+    figure.update_layout(height=height, title_text=escape(title), hovermode=hover)
+    return figure.update_xaxes(title_text=x_label)
 
 
 def _line(name: str, number: int, curve: Curve, *, faint: bool = False) -> dict[str, Any]:
     """Return a line for plotly; a faint one is one of several that another line sums up."""
     kept = _spread_out(len(curve[0]), _MOST_POINTS)
     x, y = (values[kept] for values in curve)
+    width = 1 if faint else 2
     return {
         "name": escape(name),
         "x": x,
         "y": y,
         "mode": "lines" if len(x) > 1 else "markers",
-        "line": {"color": _colour(number), "width": 1 if faint else 2},
+        "line": {"color": _colour(number), "width": width, "dash": _dash(number)[0]},
         "opacity": 0.4 if faint else 1,
     }
 
@@ -220,3 +306,7 @@ def _factors(run: Run) -> dict[str, Curve]:
 
 def _colour(number: int) -> str:
     return _COLOURS[number % len(_COLOURS)]
+
+
+def _dash(number: int) -> tuple[str, str]:
+    return _DASHES[number // len(_COLOURS) % len(_DASHES)]

@@ -81,7 +81,7 @@ _IGNORED_NAMES = ("reference", "_instantiator")
 
 def read_saved_config(folder: Path) -> dict[str, Any]:
     """Return what a run's `config.yaml`, or else `hparams.yaml`, says; {} without them."""
-    file = next((folder / name for name in _CONFIGS if (folder / name).is_file()), None)
+    file = next((folder / name for name in CONFIGS if (folder / name).is_file()), None)
     if file is None:
         return {}
     try:
@@ -146,7 +146,7 @@ def _join(key: str, name: str) -> str:
 
 
 _EVENTS, CSV_FILE = "events.out.tfevents.*", "metrics.csv"
-_CONFIGS = ("config.yaml", "hparams.yaml")
+CONFIGS = ("config.yaml", "hparams.yaml")
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,12 +227,12 @@ def _find_logs(path: Path) -> dict[Path, list[Path]]:
         folder = Path(place)
         if any(fnmatch(name, _EVENTS) or name == CSV_FILE for name in files):
             outer = next((parent for parent in folder.parents if parent in found), folder)
-            is_own = {CSV_FILE, *_CONFIGS, "checkpoints"} & {*files, *folders} or (
+            is_own = {CSV_FILE, *CONFIGS, "checkpoints"} & {*files, *folders} or (
                 re.fullmatch(r"version_\d+", folder.name)
-                or (folder.parent != outer and not any((outer / x).is_file() for x in _CONFIGS))
+                or (folder.parent != outer and not any((outer / x).is_file() for x in CONFIGS))
             )
             found.setdefault(folder if is_own else outer, []).append(folder)
-        elif _CONFIGS[0] in files and folder.name.startswith("version_"):
+        elif CONFIGS[0] in files and folder.name.startswith("version_"):
             begun.append(folder)
     inner = {parent for folder in found for parent in folder.parents}
     begun = [x for x in begun if x not in inner and not found.keys() & set(x.parents)]

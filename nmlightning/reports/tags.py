@@ -1,7 +1,8 @@
 """The names that weight norms have in a run's logs, and the TensorBoard page that shows them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable
+from itertools import product
 from typing import Any
 
 SKIPPED_STEPS = "optimizer/skipped_steps"
@@ -13,6 +14,8 @@ ROTATION = "rotation/"  # of the channels in one step, root mean square
 EQUILIBRIUM = "rotation_equilibrium/"  # where weight decay and learning balance
 
 Layout = dict[str, dict[str, list[Any]]]
+
+_MOST_LAYERS = 24  # in a chart
 
 
 def norm_tag(layer: str, statistic: str = "") -> str:
@@ -30,47 +33,83 @@ def layer_of(weight: str) -> str:
     return weight.removesuffix(".weight")
 
 
-def dashboard_layout(layers: Sequence[str], prefix: str = "") -> Layout:
+_OVERVIEW = {
+    "Norm, mean over channels": norm_tag("{layer}", "mean"),
+    "Effective learning rate, median over channels": EFFECTIVE_LR + "{layer}",
+    "Rotation per step, radians": ROTATION + "{layer}",
+    "Correction factor, mean over channels": factor_tag("{layer}", "mean"),
+    "Correction factor, largest channel": factor_tag("{layer}", "max"),
+}
+_BAND = ("mean", "min", "max")
+_DETAILS = {
+    "norms, the mean and from smallest to largest channel": [
+        norm_tag("{layer}", name) for name in _BAND
+    ],
+    "rotation per step beside its equilibrium, radians": [
+        ROTATION + "{layer}",
+        EQUILIBRIUM + "{layer}",
+    ],
+    "correction factors, the mean and from smallest to largest channel": [
+        factor_tag("{layer}", name) for name in _BAND
+    ],
+}
+
+
+def group_by_stage(layers: Iterable[str]) -> dict[str, list[str]]:
+    """Return the layers of each stage of a network, such as `net.layer1` of a ResNet.
+
+    A stage is what shares the first parts of its names; where that would be everything, or more
+    layers than one chart can show, one part more, down to blocks and layers.
+    """
+    return _split(list(layers), 1)
+
+
+def _split(layers: list[str], parts: int) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for layer in layers:
+        groups.setdefault(".".join(layer.split(".")[:parts]), []).append(layer)
+    if len(groups) == len(layers) > 1:  # of single layers
+        return {".".join(layers[0].split(".")[: parts - 1]) or "all layers": layers}
+    stages: dict[str, list[str]] = {}
+    for name, group in groups.items():
+        is_whole = len(group) == 1 or (len(groups) > 1 and len(group) <= _MOST_LAYERS)
+        stages |= {name: group} if is_whole else _split(group, parts + 1)
+    return stages
+
+
+def dashboard_layout(logged: Collection[str], metrics: Collection[str], prefix: str = "") -> Layout:
     """Return the page of TensorBoard's Custom Scalars: categories of charts of tags.
 
-    With a prefix, the part of it that is of the tags, and titles, that have that prefix.
+    Its charts are of the tags that are `logged`, where those have the prefix, and of `metrics`.
 
     "Margin" is a line within a band, of three tags; "Multiline" has a line for each tag that one of
-    its regular expressions matches.
+    its regular expressions matches. TensorBoard gives all lines of a run one colour, hence charts
+    for each stage of the network, and then for each layer.
     """
-    layout: Layout = {
-        "Run": {
-            "accuracy or BLEU": _lines(r".*(top1|acc|bleu)"),
-            "loss": _lines(r".*loss"),
-            "skipped (non-finite) steps": _lines(SKIPPED_STEPS, STEERING_SKIPPED),
-        },
-        "All layers": {
-            "norm, mean over channels": _lines(norm_tag(".*", "mean")),
-            "effective learning rate, median over channels": _lines(EFFECTIVE_LR),
-            "rotation per step, radians": _lines(ROTATION),
-            "correction factor, mean over channels": _lines(factor_tag(".*", "mean")),
-            "correction factor, largest channel": _lines(factor_tag(".*", "max")),
-        },
-        "Norms: mean, from the smallest channel to the largest": {
-            layer: ["Margin", [norm_tag(layer, name) for name in ("mean", "min", "max")]]
-            for layer in layers
-        },
-        "Rotation per step against its equilibrium, radians": {
-            layer: _lines(*(re.escape(tag + layer) + "$" for tag in (ROTATION, EQUILIBRIUM)))
-            for layer in layers
-        },
-    }
-    if not prefix:
-        return layout
-    del layout["Run"]
-    return {
-        prefix + category: {
-            title: [kind, [prefix + tag for tag in shown]]
-            for title, (kind, shown) in charts.items()
-        }
-        for category, charts in layout.items()
-    }
+    begin, end = norm_tag("\n", "mean").split("\n")
+    layers = [t[len(begin) : -len(end)] for t in logged if t.startswith(begin) and t.endswith(end)]
+    stages = group_by_stage(layers)
+    layout: Layout = {"Validation": {}, "Training": {}}
+    skipped = [prefix + tag for tag in (SKIPPED_STEPS, STEERING_SKIPPED) if tag in logged]
+    for metric in (*sorted(metrics), *skipped):
+        stage = "Validation" if "val" in metric.lower() else "Training"
+        layout[stage][metric] = _lines(metric)
+    for title, tag in _OVERVIEW.items():
+        start, end = map(re.escape, (prefix + tag).split("{layer}"))
+        charts = layout[f"{title}: a line a layer"] = {}
+        for stage, members in stages.items():
+            if any(tag.replace("{layer}", layer) in logged for layer in members):
+                names = ".+" if len(stages) == 1 else re.escape(stage) + r"(\..+)?"
+                charts[stage] = ["Multiline", [f"{start}{names}{end}$"]]
+    for (stage, members), (title, tags) in product(stages.items(), _DETAILS.items()):
+        charts = layout[f"{stage}: {title}"] = {}
+        for layer in members:
+            shown = [t.replace("{layer}", layer) for t in tags]
+            if all(tag in logged for tag in shown):
+                shown = [prefix + tag for tag in shown]
+                charts[layer] = ["Margin", shown] if len(shown) == 3 else _lines(*shown)
+    return {prefix + title: charts for title, charts in layout.items() if charts}
 
 
-def _lines(*patterns: str) -> list[Any]:
-    return ["Multiline", list(patterns)]
+def _lines(*tags: str) -> list[Any]:
+    return ["Multiline", [f"{re.escape(tag)}$" for tag in tags]]

@@ -46,11 +46,13 @@ class Recorder:
         self._pending: list[Tensor] = []  # on the device, and when and by which rates
         self._moments: list[tuple[int, int, NDArray[np.float64]]] = []
         self._unsaved: list[NDArray[Any]] = []
+        self._start: NDArray[Any] | None = None  # the first record
         self._ends: dict[int, NDArray[Any]] = {}  # the last record of each epoch, by its number
         self.last_step = -1  # of the latest record
         if earlier is not None and len(earlier):
             earlier.check_weights(self._channels)
             self.last_step = int(earlier.steps[-1])
+            self._start = next(self._records_of(earlier, 1))
             self._note_ends(next(self._records_of(earlier.epoch_ends(), len(earlier))))
 
     def record(self, step: int, epoch: int, rates: Rates) -> None:
@@ -74,10 +76,11 @@ class Recorder:
         begin = int(before[-1]["step"][0]) if before else 0
         self._provenance["steps_per_epoch"] = self.last_step - begin
 
-    def epoch_ends(self) -> NormHistory:
-        """Return the last record of each epoch so far."""
+    def start_and_epoch_ends(self) -> NormHistory:
+        """Return the first record, and the last one of each epoch so far."""
         self._collect()
-        return self._history(list(self._ends.values()))
+        start = [] if self._start is None else [self._start]
+        return self._history([*start, *self._ends.values()])
 
     def history(self) -> NormHistory:
         self._collect()
@@ -117,6 +120,7 @@ class Recorder:
         )
         self._pending, self._moments = [], []
         self._unsaved.append(records)
+        self._start = records[:1].copy() if self._start is None else self._start
         self._note_ends(records)
 
     def _note_ends(self, records: NDArray[Any]) -> None:

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from nmlightning.callbacks import WeightNormTracker
 from nmlightning.callbacks.norm_dashboard import DeviceReading
 from nmlightning.errors import InputError
 from nmlightning.optim import LRCorrection
+from nmlightning.reports.tags import dashboard_layout, group_by_stage, norm_tag
 from nmlightning.weights.channel_norms import channel_norms, equilibrium_rotation, rotations
 from nmlightning.weights.history import NormHistory
 from trainers import quiet_trainer
@@ -145,7 +147,7 @@ def test_dashboard_logs_factors_of_steering(tmp_path: Path) -> None:
     assert set(scalars["steering/skipped_steps"].values()) == {0.0}
 
 
-def test_dashboard_logs_pictures_histograms_and_layout(tmp_path: Path) -> None:
+def test_dashboard_logs_pictures_and_histograms(tmp_path: Path) -> None:
     fit(tmp_path, WeightNormTracker())
     events = read_events(tmp_path)
     history = NormHistory.load(tmp_path)
@@ -154,15 +156,73 @@ def test_dashboard_logs_pictures_histograms_and_layout(tmp_path: Path) -> None:
         histograms = events.Histograms(f"weight_norm/{layer}")
         for histogram, norms in zip(histograms, history.norms[f"{layer}.weight"][1:], strict=True):
             assert histogram.histogram_value.num == len(norms)
+            assert len(histogram.histogram_value.bucket) <= len(norms) ** 0.5 + 3
             assert histogram.histogram_value.max == pytest.approx(norms.max())
     names = events.Tags()
     for kind, other in itertools.combinations(("scalars", "histograms", "images"), 2):
         assert set(names[kind]).isdisjoint(names[other])  # TensorBoard shows one kind alone
-    (layout,) = events.Tensors("custom_scalars__config__")
-    categories = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0]).category
-    titles = [chart.title for category in categories for chart in category.chart]
-    assert set(LAYERS) < set(titles)
-    assert "effective learning rate, median over channels" in titles
+
+
+def read_layout(events: EventAccumulator) -> dict[str, dict[str, Any]]:
+    """Return the last page of Custom Scalars: charts by category and title."""
+    layout = events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]
+    categories = layout_pb2.Layout.FromString(layout).category
+    return {each.title: {chart.title: chart for chart in each.chart} for each in categories}
+
+
+def test_layout_shows_what_was_logged_and_nothing_else(tmp_path: Path) -> None:
+    def training_step(self: Any, batch: list[Tensor], index: int) -> Tensor:
+        self.log_dict({"train/loss": float(index), "val_ppl": 1.0}, on_step=False, on_epoch=True)
+        self.log("train/loss_step", float(index), logger=index > 0)
+        return Notes.training_step(self, batch, index)
+
+    make = type("Logs", (PlModule,), {"training_step": training_step})
+    for folder, options in (("a", {}), ("b", {"weight_decay": 0, "dampening": 0.1})):
+        fit(tmp_path / folder, WeightNormTracker(), make, module=options, max_epochs=1)
+    events = read_events(tmp_path / "a")
+    layout, lacking = read_layout(events), read_layout(read_events(tmp_path / "b"))
+    assert layout["Validation"].keys() == {"val_ppl"}
+    assert layout["Training"].keys() == {"train/loss", "train/loss_step"}
+    assert {title.split(":")[0] for title in layout.keys() - lacking.keys()} == {"net"}
+    for charts in layout.values():
+        for chart in charts.values():
+            for band in chart.margin.series:
+                assert {band.value, band.lower, band.upper} < set(events.Tags()["scalars"])
+            for pattern in chart.multiline.tag:
+                assert any(re.match(pattern, tag) for tag in events.Tags()["scalars"]), pattern
+
+
+LAYERS_OF = {
+    "ResNet": ["net.conv1", "net.layer1.0.conv1", "net.layer1.0.conv2", "net.layer2.0.conv1"],
+    "VGG": ["net.features.0", "net.features.4", "net.classifier"],
+    "Transformer": [f"net.{n}.{i}.query" for n in ("encoder", "decoder") for i in range(2)],
+    "deep": [f"net.encoder.{i}.{n}" for i in range(7) for n in ("a", "b", "c", "d")],
+    "sequential": ["net.0", "net.3"],
+    "flat": ["conv", "fc"],
+    "empty": [],
+}
+STAGES_OF = {
+    "ResNet": ["net.conv1", "net.layer1", "net.layer2"],
+    "VGG": ["net.features", "net.classifier"],
+    "Transformer": ["net.encoder", "net.decoder"],
+    "deep": [f"net.encoder.{i}" for i in range(7)],
+    "sequential": ["net"],
+    "flat": ["all layers"],
+    "empty": [],
+}
+
+
+@pytest.mark.parametrize("net", LAYERS_OF)
+def test_layout_tells_layers_apart_by_stages_of_the_network(net: str) -> None:
+    layers = LAYERS_OF[net]
+    assert list(group_by_stage(layers)) == STAGES_OF[net]
+    layout = dashboard_layout([norm_tag(x, n) for x in layers for n in ("mean", "min", "max")], [])
+    shown = [layer for title, charts in layout.items() if ": norms" in title for layer in charts]
+    assert shown == layers
+    for stage, chart in layout.get("Norm, mean over channels: a line a layer", {}).items():
+        (pattern,) = chart[1]
+        matched = [x for x in layers if re.match(pattern, norm_tag(x, "mean"))]
+        assert matched == group_by_stage(layers)[stage]
 
 
 def test_second_tracker_logs_under_its_own_tags(tmp_path: Path) -> None:
@@ -177,10 +237,10 @@ def test_second_tracker_logs_under_its_own_tags(tmp_path: Path) -> None:
         assert firsts < seconds
     steps = [point.step for point in events.Scalars("weight_norm/net.0/mean")]
     assert len(steps) == len(set(steps))
-    layout = events.Tensors("custom_scalars__config__")[-1]
-    shown = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0]).category
-    tags = [tag for c in shown for chart in c.chart for tag in chart.multiline.tag]
-    assert {"effective_lr/", "tracker2/effective_lr/"} < set(tags)
+    titles = read_layout(events).keys()
+    norms = "Norm, mean over channels: a line a layer"
+    assert {norms, f"tracker2/{norms}"} < titles
+    assert len({title for title in titles if "Training" in title}) == 0
 
 
 @pytest.mark.parametrize("make", [PlModule, UnifiedModule])

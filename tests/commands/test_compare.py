@@ -1,5 +1,6 @@
 import base64
 import json
+import math
 import os
 import re
 import shutil
@@ -8,8 +9,10 @@ import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from functools import partial
+from html import unescape
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from nmlightning.cli import main
 
 MakeRun = Callable[..., Path]
+KEPT = '{"settings": {"a": 1}, "seed": 1, "cpu_minutes": 1}'
 
 
 @pytest.fixture(autouse=True)
@@ -183,7 +187,7 @@ def test_page_holds_the_table_and_the_curves(runs: Path) -> None:
     body = re.sub("(?s)<script.*?</script>", "", page[page.index("<body>") : -len("</html>\n")])
     tree = ET.fromstring(body)
     headings = [heading.text for heading in tree.iter("h2")]
-    assert headings == ["Metric", "Norms of weights", "Correction factors"]
+    assert headings == ["Curves", "Norms of weights", "Correction factors"]
     cells = [cell.text for cell in tree.iter("td")]
     assert {"45.00 ± 7.07 %", "decay: 0.1"} < set(cells)
     charts = charts_of(page)
@@ -202,11 +206,104 @@ def test_page_holds_the_table_and_the_curves(runs: Path) -> None:
 def test_page_shows_norms_and_factors_on_a_logarithmic_axis(runs: Path) -> None:
     assert main(["compare", str(runs / "wd_on" / "version_1")]) == 0
     chart = charts_of(Path("comparison.html").read_text())["net.conv"]
-    assert chart["yaxis"]["type"] == "log"
+    assert (chart["yaxis"]["type"], chart["yaxis"]["title"]["text"]) == ("log", "norm, log scale")
     assert values_of(chart["data"][0], "y") == [1.5, 0.75, 0.375]
     assert main(["compare", str(runs / "[red]<off>")]) == 0
     chart = charts_of(Path("comparison.html").read_text())["net.conv"]
     assert values_of(chart["data"][0], "y") == [1, 2]
+
+
+def test_page_has_training_beside_validation_over_epochs_from_1(make_run: MakeRun) -> None:
+    for name in ("b", "a"):
+        values = [math.nan] * 9 + [1.0] + [math.nan] * 9 + [2.0]
+        logged = {f"{stage}/{x}": values for stage in ("train", "val") for x in ("loss", "top1")}
+        steps = {"train/loss_step": [1.0] * 20, "epoch": [0.0] * 10 + [1.0] * 10}
+        lone = {"val/bleu": values, "test/loss": values} if name == "b" else {}
+        folder = make_run(name, [], scalars={})
+        with SummaryWriter(str(folder)) as writer:
+            for tag, points in {**logged, **lone, **steps}.items():
+                for step, value in enumerate(points):
+                    if not math.isnan(value):
+                        writer.add_scalar(tag, value, step)
+    assert main(["compare", "b", "a"]) == 0
+    charts = charts_of(Path("comparison.html").read_text())
+    assert list(charts) == [
+        *("val/top1, %", "train/top1, %", "val/bleu", "val/loss", "train/loss", "train/loss_step")
+    ]
+    axes = [chart["xaxis"] for chart in charts.values()]
+    assert [axis["title"]["text"] for axis in axes] == ["epoch"] * 5 + ["step"]
+    assert [axis.get("dtick") for axis in axes] == [1] * 5 + [None]
+    assert values_of(charts["val/loss"]["data"][1], "x") == [1, 2]
+    assert [len(chart["data"]) for chart in charts.values()] == [2, 2, 1, 2, 2, 2]
+
+
+def test_page_links_to_each_run_from_where_it_is_written(make_run: MakeRun, tmp_path: Path) -> None:
+    folder = make_run("runs/a b%/version_0", config={"seed_everything": 1})
+    for end, text in (("csv", "step,val/top1\n1,0.75\n"), ("json", KEPT)):
+        (tmp_path / f"runs/k-1.{end}").write_text(text)
+    (tmp_path / "pages").mkdir()
+    assert main(["compare", "runs", "--report", "pages/page.html"]) == 0
+    links = re.findall(
+        '<a href="(.*?)">(.*?)</a>', Path("pages/page.html").read_text().split("<body>")[1]
+    )
+    assert [name for _, name in links] == ["version_0", "config", "k-1.csv", "k-1.json"]
+    targets = [(tmp_path / "pages" / unquote(link)).resolve() for link, _ in links]
+    assert targets[:2] == [folder, folder / "config.yaml"]
+    assert all(target.exists() for target in targets)
+
+
+PROBE = """
+const errors = [];
+console.error = (...words) => errors.push(words.join(" "));
+onerror = message => errors.push(message);
+onload = () => setTimeout(() => {
+  const sizes = [innerWidth, document.documentElement.scrollWidth];
+  const first = () => document.querySelector("tbody td").textContent;
+  const button = [...document.querySelectorAll("th button")].find(
+    each => each.textContent.includes("final"));
+  const firsts = [1, 2].map(() => (button.click(), button.parentNode.ariaSort + " " + first()));
+  button.focus();
+  parent.postMessage({
+    errors, sizes, firsts,
+    focused: document.activeElement === button,
+    drawn: document.querySelectorAll(".main-svg .trace path.js-line").length,
+    widths: [...document.querySelectorAll(".js-plotly-plot")].map(
+      each => each.querySelector(".main-svg").clientWidth - each.parentNode.clientWidth),
+    page: getComputedStyle(document.body).backgroundColor,
+    ink: getComputedStyle(document.querySelector(".xtick text")).fill,
+    sets: [...document.querySelectorAll(".table")].map(each => each.clientWidth <= innerWidth),
+  }, "*");
+}, 500);
+"""
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="there is no chromium here")
+@pytest.mark.parametrize(("scheme", "page", "ink"), [(1, 255, 28), (0, 21, 229)])
+def test_page_works_in_a_browser(scheme: int, page: int, ink: int, runs: Path) -> None:
+    assert main(["compare", str(runs)]) == 0
+    page_text, probe = Path("comparison.html").read_text(), f"<script>{PROBE}</script><title>"
+    text = page_text.replace("<title>", probe, 1)
+    Path("probed.html").write_text(text)
+    Path("frames.html").write_text(
+        '<body><iframe src="probed.html" style="width:1280px;height:900px"></iframe>'
+        '<iframe src="probed.html" style="width:420px;height:900px"></iframe><script>onmessage = '
+        'e => document.body.append("REPORT" + JSON.stringify(e.data) + "END")</script></body>'
+    )
+    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += [f"--blink-settings=preferredColorScheme={scheme}", "--virtual-time-budget=9000"]
+    address = Path("frames.html").resolve().as_uri()
+    dom = subprocess.run([*command, address], check=True, capture_output=True, text=True).stdout
+    reports = [json.loads(unescape(x)) for x in re.findall("REPORT({.*?})END", dom)]
+    assert sorted(report["sizes"][0] for report in reports) == [420, 1280]
+    for report in reports:
+        assert report["errors"] == []
+        assert report["sizes"][1] <= report["sizes"][0]
+        assert report["sets"] == [True]
+        assert report["firsts"] == ["ascending [red]<off>", "descending wd_on"]
+        assert report["focused"]
+        assert report["drawn"] == 4 + 1 + 1
+        assert report["widths"] == [0] * 3
+        assert (f"({page}," in report["page"], f"({ink}," in report["ink"]) == (True, True)
 
 
 def test_page_draws_a_dozen_of_many_layers(make_run: MakeRun) -> None:
