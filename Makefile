@@ -10,7 +10,7 @@ REQUIREMENTS := setup.cfg pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart kernels study results tables bench storm zoo docs test proofs check format lint types clean
+.PHONY: help quickstart kernels study results tables pictures bench storm zoo docs test proofs check format lint types clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-12s%s\n", $$1, $$2 }'
@@ -37,6 +37,9 @@ results: $(VENV)/test ## the runs of results/plan.yaml that are not done; OPTION
 
 tables: $(VENV)/core ## docs/results.md, its pictures and README's table from results/
 	$(VENV)/bin/python results/make_tables.py
+
+pictures: $(VENV)/core ## all pictures of docs but those of long runs, from short runs (needs Chromium)
+	$(VENV)/bin/python docs/take_pictures.py $(OPTIONS)
 
 bench: $(VENV)/test ## every target of speed and memory as a ratio (ten minutes); OPTIONS='--only C1 C2'
 	$(VENV)/bin/python benchmarks/speed.py $(OPTIONS)
