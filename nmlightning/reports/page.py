@@ -33,10 +33,11 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _MOST_LAYERS = 12
 _MOST_POINTS = 2000
 _EPOCHS_TICKED = 10  # each of them; of more plotly chooses some
-_STAGE = re.compile(r"(train|valid|val)[a-z]*[/_]?", re.IGNORECASE)
+_STAGE = re.compile(r"(?<![a-z])(train(ing)?|val(id(ation)?)?)(?![a-z])[/_]?", re.IGNORECASE)
 # Of the first lines in these colours, the next and the last: in a chart, and in CSS.
 _DASHES = (("solid", "solid"), ("dash", "dashed"), ("dot", "dotted"))
 _MOST_LINES_HOVERED = 8
+_MOST_SETTINGS = 6  # that are shown before a click
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --quiet: #6b7280; --rule: #e5e7eb; --page: #fff }
 @media (prefers-color-scheme: dark) {
@@ -61,8 +62,7 @@ th button:focus-visible { outline: 2px solid }
 .charts { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)) }
 .charts > div { min-width: 0 }
-.js-plotly-plot text { fill: var(--ink) !important }
-.js-plotly-plot .hoverlayer .bg { fill: var(--page) !important }
+.js-plotly-plot text:not(.hoverlayer text) { fill: var(--ink) !important }
 """
 _SORT = """
 document.querySelectorAll("th button").forEach((button, column) => button.onclick = () => {
@@ -82,7 +82,7 @@ _LAYOUT: dict[str, Any] = {
     "paper_bgcolor": "rgba(0,0,0,0)",
     "plot_bgcolor": "rgba(0,0,0,0)",
     "font": {"color": "#838a96", "size": 11},
-    "hoverlabel": {"namelength": -1},
+    "hoverlabel": {"bgcolor": "#fff", "font": {"color": "#1c2024"}, "namelength": -1},
     "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#838a96", "activecolor": _COLOURS[0]},
     "margin": {"l": 62, "r": 12, "t": 36, "b": 40},
     "showlegend": False,
@@ -145,6 +145,8 @@ def _table(groups: Sequence[Group], place: Path) -> str:
     for number, (group, settings) in enumerate(zip(groups, setting_rows(groups), strict=True)):
         key = f"border-top: 4px {_dash(number)[1]} {_colour(number)}"
         texts = [escape(cell).replace("\n", "<br/>") for cell in settings]
+        if (count := texts[-1].count("<br/>") + 1) > _MOST_SETTINGS:
+            texts[-1] = f"<details><summary>{count} settings</summary>{texts[-1]}</details>"
         texts[0] = f'<span class="key" style="{key}"></span>{texts[0]}'
         cells = [f"<td>{text}</td>" for text in texts]
         for heading, column in columns.items():
@@ -219,7 +221,8 @@ def _plot_metric(groups: Sequence[Group], metric: str) -> "Figure":
         ]
         several = len(curves) > 1
         for run, curve in zip(of_group, curves, strict=True):
-            line = _line(f"{name}, {run.folder}", number, curve, faint=several)
+            line_name = f"{name}, {run.folder.name}" if several else name
+            line = _line(line_name, number, curve, faint=several)
             (faint if several else strong).append(line)
         if several:
             strong.append(_line(f"{name}, mean", number, _mean_curve(curves)))

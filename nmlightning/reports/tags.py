@@ -42,16 +42,9 @@ _OVERVIEW = {
 }
 _BAND = ("mean", "min", "max")
 _DETAILS = {
-    "norms, the mean and from smallest to largest channel": [
-        norm_tag("{layer}", name) for name in _BAND
-    ],
-    "rotation per step beside its equilibrium, radians": [
-        ROTATION + "{layer}",
-        EQUILIBRIUM + "{layer}",
-    ],
-    "correction factors, the mean and from smallest to largest channel": [
-        factor_tag("{layer}", name) for name in _BAND
-    ],
+    "norms, mean and smallest to largest channel": [norm_tag("{layer}", x) for x in _BAND],
+    "rotation and its equilibrium, radians": [x + "{layer}" for x in (ROTATION, EQUILIBRIUM)],
+    "correction factors, mean and smallest to largest": [factor_tag("{layer}", x) for x in _BAND],
 }
 
 

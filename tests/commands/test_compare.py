@@ -193,8 +193,9 @@ def test_page_holds_the_table_and_the_curves(runs: Path) -> None:
     charts = charts_of(page)
     assert list(charts) == ["val/top1, %", "net.conv"]
     lines = charts["val/top1, %"]["data"]
-    escaped = f"[red]&lt;off&gt;, {runs}/[red]&lt;off&gt;/version_0"
-    assert [line["name"] for line in lines][2:] == [escaped, "wd_on, mean"]
+    assert [line["name"] for line in lines] == [
+        *("wd_on, version_1", "wd_on, version_2", "[red]&lt;off&gt;", "wd_on, mean")
+    ]
     assert [line["opacity"] for line in lines] == [0.4, 0.4, 1, 1]
     assert values_of(lines[3], "x") == [1, 2]
     assert values_of(lines[3], "y") == pytest.approx([25, 45])
