@@ -208,28 +208,26 @@ def _plot_metric(groups: Sequence[Group], metric: str) -> "Figure":
     scale, unit = (100.0, ", %") if is_share(metric) else (1.0, "")
     faint: list[dict[str, Any]] = []
     strong: list[dict[str, Any]] = []
-    having = {number: [r for r in g.runs if metric in r.scalars] for number, g in enumerate(groups)}
-    runs = [run for of_group in having.values() for run in of_group]
-    epochs = {run.folder: run.epochs_at(run.scalars[metric].steps) for run in runs}
-    by_epoch = all("epoch" in r.scalars and (np.diff(epochs[r.folder]) > 0).all() for r in runs)
-    for number, of_group in having.items():
-        name = groups[number].name
-        series = [run.scalars[metric] for run in of_group]
-        curves = [
-            (epochs[run.folder] if by_epoch else each.steps.astype(np.float64), scale * each.values)
-            for run, each in zip(of_group, series, strict=True)
-        ]
+    having = [[run for run in group.runs if metric in run.scalars] for group in groups]
+    steps = {run: run.scalars[metric].steps for runs in having for run in runs}
+    x_of = {run: run.epochs_at(each) for run, each in steps.items()}  # the steps if not known
+    by_epoch = all(
+        (np.diff(x) > 0).all() and not np.array_equal(x, steps[run]) for run, x in x_of.items()
+    )
+    if not by_epoch:
+        x_of = {run: each.astype(np.float64) for run, each in steps.items()}
+    for number, (group, runs) in enumerate(zip(groups, having, strict=True)):
+        curves = [(x_of[run], scale * run.scalars[metric].values) for run in runs]
         several = len(curves) > 1
-        for run, curve in zip(of_group, curves, strict=True):
-            line_name = f"{name}, {run.folder.name}" if several else name
+        for run, curve in zip(runs, curves, strict=True):
+            line_name = f"{group.name}, {run.folder.name}" if several else group.name
             line = _line(line_name, number, curve, faint=several)
             (faint if several else strong).append(line)
         if several:
-            strong.append(_line(f"{name}, mean", number, _mean_curve(curves)))
+            strong.append(_line(f"{group.name}, mean", number, _mean_curve(curves)))
     figure = _plot([*faint, *strong], metric + unit, "epoch" if by_epoch else "step", height=320)
-    longest = max((values.max() for values in epochs.values() if len(values)), default=0)
-    if by_epoch and longest <= _EPOCHS_TICKED:
-        figure.update_xaxes(dtick=1)
+    if by_epoch and max(x.max(initial=0) for x in x_of.values()) <= _EPOCHS_TICKED:
+        figure.update_xaxes(dtick=1, minallowed=0.5)
     return figure
 
 

@@ -173,7 +173,8 @@ def read_layout(events: EventAccumulator) -> dict[str, dict[str, Any]]:
 def test_layout_shows_what_was_logged_and_nothing_else(tmp_path: Path) -> None:
     def training_step(self: Any, batch: list[Tensor], index: int) -> Tensor:
         self.log_dict({"train/loss": float(index), "val_ppl": 1.0}, on_step=False, on_epoch=True)
-        self.log("train/loss_step", float(index), logger=index > 0)
+        self.log("train/loss_step", float(index))
+        self.log("hidden", float(index), logger=False)
         return Notes.training_step(self, batch, index)
 
     make = type("Logs", (PlModule,), {"training_step": training_step})
