@@ -48,6 +48,7 @@ def make_log(net: nn.Module, optimizer: torch.optim.Optimizer) -> Call:
         optimizers=[optimizer],
         precision_plugin=None,
         is_global_zero=True,
+        logged_metrics={},
         fast_dev_run=True,
         _logger_connector=SimpleNamespace(should_update_logs=True),
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=0)),
