@@ -19,8 +19,6 @@ from nmlightning.parametrizations.layers import (
     LayerKind,
     NormalisableWeight,
     find_normalised_weights,
-    find_passed_over,
-    find_unknown_weights,
     find_weights,
 )
 from nmlightning.parametrizations.optimizers import (
@@ -152,12 +150,11 @@ def apply_weight_norm(
     settings = Settings.of(kind, p, rho, gain, project)
     check_lists(layers=layers or (), include=include, exclude=exclude)
     _validate_model(model)
-    weights, left = find_weights(model, layers, include, exclude)
+    choice = find_weights(model, layers, include, exclude)
+    weights, passed_over = choice.chosen, tuple(choice.passed_over)
     for weight in weights:
         _validate_weight(weight, settings)
-    unknown = find_unknown_weights(model, layers, include, exclude)
     assumed = {w.name: w.layer_name for w in weights if not w.places[0].is_known}
-    passed_over = find_passed_over(model, layers, include, exclude)
     if len(passed_over) > len(weights):
         warnings.warn(
             f"Of {type(model).__name__} weights of convolutions are normalised ({len(weights)}), "
@@ -173,16 +170,15 @@ def apply_weight_norm(
         if norm.gain is not None:
             add_to_param_groups(norm.gain, f"{name} gain", groups[name])
     rhos = {name: float(norm.rho) for name, norm in norms.items()}
-    names_left = [[place.name for place in weight.places] for weight in left]
+    names_left = [[place.name for place in weight.places] for weight in choice.left]
     output = " and ".join(map(" = ".join, names_left))
-    return WeightNormReport(
-        settings, rhos, (*chain(*names_left),), output, unknown, assumed, tuple(passed_over)
-    )
+    left = (*chain(*names_left),)
+    return WeightNormReport(settings, rhos, left, output, choice.unknown, assumed, passed_over)
 
 
 def prepare_for_weights(model: nn.Module, settings: Settings, names: Sequence[str]) -> None:
     """Normalise weights that are about to be loaded, whatever values they have yet."""
-    weights, _ = find_weights(model, include=names)
+    weights = find_weights(model, include=names).chosen
     for weight in weights:
         _validate_weight(weight, settings, spare_zeros=True)
     _normalise(weights, settings)

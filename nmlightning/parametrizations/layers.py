@@ -2,11 +2,10 @@
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
 
 from torch import nn
-from torch.nn.utils import parametrize
 
 from nmlightning.errors import InputError, check_choice
 from nmlightning.name_patterns import matches, some
@@ -14,8 +13,8 @@ from nmlightning.optim.param_groups import find_output_layers
 from nmlightning.parametrizations.weight_norm import Settings, WeightNorm
 from nmlightning.weights import layer_weights
 from nmlightning.weights.channel_norms import ChannelLayout
+from nmlightning.weights.layer_weights import LayerKind as LayerKind
 
-LayerKind = Literal["conv", "linear", "recurrent", "embedding"]
 LAYER_KINDS: tuple[LayerKind, ...] = get_args(LayerKind)
 
 
@@ -28,18 +27,6 @@ def choose_layers(layers: Sequence[str] | None, include: Collection[str]) -> tup
     if not layers and not include:
         raise InputError(f"layers is empty: name {', '.join(LAYER_KINDS)} or several.")
     return tuple(kind for kind in LAYER_KINDS if kind in layers)
-
-
-def kind_of(module: nn.Module) -> LayerKind | None:
-    """Return of which kind a layer is; None for what has no weight of its own, and for others."""
-    form = layer_weights.find_layer_form(module)
-    if form is not None:
-        return form[0]
-    if isinstance(module, nn.MultiheadAttention | nn.Bilinear):
-        return "linear"
-    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
-        return "recurrent"
-    return "embedding" if isinstance(module, nn.Embedding | nn.EmbeddingBag) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,15 +71,23 @@ class NormalisableWeight:
 
     def is_of(self, kinds: Sequence[LayerKind]) -> bool:
         """Return whether it is the weight of a layer of one of the kinds, in one of its places."""
-        return any(
-            kind_of(place.module) in kinds
-            and place.attribute in layer_weights.weights_of(place.module)
-            for place in self.places
-        )
+        return any(place.kind in kinds for place in self.places)
 
     def matches(self, patterns: Sequence[str]) -> bool:
         """Return whether a glob pattern is true of one of its names."""
         return any(matches(place.name, patterns) for place in self.places)
+
+
+@dataclass(frozen=True)
+class WeightChoice:
+    """The weights to normalise, and those that are left for a reason."""
+
+    chosen: list[NormalisableWeight] = field(default_factory=list)
+    left: list[NormalisableWeight] = field(default_factory=list)  # of the output layer
+    # Of classes that are not known, with their names: matrices, where linear layers are meant, and
+    # what has more dimensions, where convolutions are.
+    unknown: dict[str, str] = field(default_factory=dict)
+    passed_over: list[str] = field(default_factory=list)  # of linear layers, by default
 
 
 def find_weights(
@@ -100,8 +95,8 @@ def find_weights(
     layers: Sequence[str] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-) -> tuple[list[NormalisableWeight], list[NormalisableWeight]]:
-    """Return the weights to normalise, and those of the output layer that are not for that.
+) -> WeightChoice:
+    """Return the weights to normalise, and those that are left.
 
     Args:
         model: any module.
@@ -117,76 +112,49 @@ def find_weights(
     """
     kinds, weights = choose_layers(layers, include), _all_weights(model)
     computed = _find_computed(model)
-    spared = [pattern for pattern in exclude if any(matches(x, [pattern]) for x in computed)]
-    _check_patterns(model, weights, (*include, *(x for x in exclude if x not in spared)))
+    _check_patterns(model, weights, include)
+    _check_patterns(model, weights, exclude, [place.name for place in computed])
     _check_no_computed_weight(computed, kinds, exclude)
-    output = find_output_layers(model)
-    chosen: list[NormalisableWeight] = []
-    left: list[NormalisableWeight] = []
-    doubts: set[str] = set()
+    output, choice, is_doubtful = find_output_layers(model), WeightChoice(), False
+    left = layer_weights.find_left_weights(model, (*include, *exclude)) if kinds else {}
     for weight in weights:
+        gives_output = any(place.module in output.layers for place in weight.places)
+        is_unknown = weight.name in left and not weight.places[0].is_known
+        if is_unknown and ("linear" if weight.parameter.dim() == 2 else "conv") in kinds:
+            choice.unknown[weight.name] = weight.layer_name
         if weight.matches(exclude):
             continue
         if weight.matches(include):
-            chosen.append(weight)
+            choice.chosen.append(weight)
         elif weight.is_of(kinds):
-            gives_output = any(place.module in output.layers for place in weight.places)
-            (left if gives_output else chosen).append(weight)
-            if any(place.path in output.candidates for place in weight.places):
-                doubts.add(output.doubt)
-    for doubt in doubts:
-        names = some([w.name for w in left]) + (" are" if len(left) > 1 else " is")
+            (choice.left if gives_output else choice.chosen).append(weight)
+            is_doubtful |= any(place.path in output.candidates for place in weight.places)
+        elif layers is None and not include and weight.is_of(("linear",)) and not gives_output:
+            choice.passed_over.append(weight.name)
+    if is_doubtful:
+        names = some([w.name for w in choice.left]) + (" are" if len(choice.left) > 1 else " is")
         warnings.warn(
-            f"{doubt}; {names} left out: name by include or exclude what is normalised and what is "
-            "not.",
+            f"{output.doubt}; {names} left out: name by include or exclude what is normalised and "
+            "what is not.",
             stacklevel=3,
         )
-    if not chosen:
-        output_layer = [
-            f", and {w.name} is of the output layer, which include has to name" for w in left
-        ]
-        raise InputError(
-            f"{type(model).__name__} has no weight to normalise: layers is {list(kinds)}"
-            f"{''.join(output_layer[:1])}; "
-            f"choose others, or name weights by include. It has {some([w.name for w in weights])}."
-        )
-    return chosen, left
+    if not choice.chosen:
+        raise InputError(_explain_none(model, kinds, weights, choice.left))
+    return choice
 
 
-def find_unknown_weights(
-    model: nn.Module, layers: Sequence[str] | None, include: Sequence[str], exclude: Sequence[str]
-) -> dict[str, str]:
-    """Return what `find_weights` leaves since its class is not known, with the class's name.
-
-    They are matrices, where linear layers are meant, and what has more dimensions, where
-    convolutions are.
-    """
-    kinds, left = (
-        choose_layers(layers, include),
-        layer_weights.find_left_weights(model, (*include, *exclude)),
+def _explain_none(
+    model: nn.Module,
+    kinds: Sequence[LayerKind],
+    weights: Sequence[NormalisableWeight],
+    left: Sequence[NormalisableWeight],
+) -> str:
+    output = left and f", and {left[0].name} is of the output layer, which include has to name"
+    return (
+        f"{type(model).__name__} has no weight to normalise: layers is {list(kinds)}"
+        f"{output or ''}; "
+        f"choose others, or name weights by include. It has {some([w.name for w in weights])}."
     )
-    return {
-        w.name: w.layer_name
-        for w in _all_weights(model)
-        if w.name in left
-        and not w.places[0].is_known
-        and ("linear" if w.parameter.dim() == 2 else "conv") in kinds
-    }
-
-
-def find_passed_over(
-    model: nn.Module, layers: Sequence[str] | None, include: Sequence[str], exclude: Sequence[str]
-) -> list[str]:
-    """Return the weights of linear layers that `find_weights` leaves by its default of `layers`."""
-    if layers is not None or include:
-        return []
-    output = find_output_layers(model).layers
-    return [
-        w.name
-        for w in _all_weights(model)
-        if w.is_of(("linear",)) and not w.matches(exclude)
-        if not any(place.module in output for place in w.places)
-    ]
 
 
 def find_normalised_weights(
@@ -211,39 +179,39 @@ def normalised_weights(model: nn.Module) -> dict[str, Settings]:
 
 
 def _check_patterns(
-    model: nn.Module, weights: Sequence[NormalisableWeight], patterns: Sequence[str]
+    model: nn.Module,
+    weights: Sequence[NormalisableWeight],
+    patterns: Sequence[str],
+    others: Sequence[str] = (),
 ) -> None:
-    for pattern in patterns:
-        if not any(weight.matches([pattern]) for weight in weights):
-            raise InputError(
-                f"The pattern {pattern!r} matches no weight of two or more dimensions in "
-                f"{type(model).__name__}; there is {some([w.name for w in weights])}."
-            )
+    names = [place.name for weight in weights for place in weight.places]
+    known = some([weight.name for weight in weights])
+    layer_weights.check_patterns(model, patterns, [*names, *others], known)
 
 
-def _find_computed(model: nn.Module) -> dict[str, tuple[nn.Module, list[str]]]:
-    """Return each weight that is no parameter, its layer, and the names of what is behind it."""
-    found = {}
-    for path, module in layer_weights.plain_modules(model):
-        for weight in layer_weights.weights_of(module):
-            if weight in module._parameters or parametrize.is_parametrized(module, weight):
-                continue
-            own = [each for each in layer_weights.matrices(module) if each.startswith(weight)]
-            parts = [layer_weights.WeightLocation(module, path, each).name for each in own]
-            found[layer_weights.WeightLocation(module, path, weight).name] = module, parts
-    return found
+def _find_computed(model: nn.Module) -> dict[layer_weights.WeightLocation, list[str]]:
+    """Return the weights that are no parameters, and the names of what is behind each."""
+    return {
+        place: [
+            replace(place, attribute=each).name
+            for each in layer_weights.matrices(place.module)
+            if each.startswith(place.attribute)
+        ]
+        for place in layer_weights.find_places(model)
+        if place.attribute not in place.module._parameters and place.parametrizations is None
+    }
 
 
 def _check_no_computed_weight(
-    computed: Mapping[str, tuple[nn.Module, list[str]]],
+    computed: Mapping[layer_weights.WeightLocation, list[str]],
     kinds: Sequence[LayerKind],
     exclude: Sequence[str],
 ) -> None:
-    for name, (module, parts) in computed.items():
-        if kind_of(module) in kinds and not any(matches(x, exclude) for x in (name, *parts)):
+    for place, parts in computed.items():
+        if place.kind in kinds and not any(matches(x, exclude) for x in (place.name, *parts)):
             raise InputError(
-                f"{name} is computed from {some(parts)}, as pruning and torch's old "
-                f"weight_norm do it: make it plain first, or exclude {name!r}."
+                f"{place.name} is computed from {some(parts)}, as pruning and torch's old "
+                f"weight_norm do it: make it plain first, or exclude {place.name!r}."
             )
 
 

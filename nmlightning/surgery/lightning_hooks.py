@@ -5,25 +5,18 @@ of Lightning's functions are wrapped, once, and the one that refuses two callbac
 the one that starts workers. A release that has not got them says what Lightning says.
 """
 
-import copy
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, partial, wraps
+from functools import wraps
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.nn.modules.module import register_module_module_registration_hook
 
 from nmlightning.errors import InputError
 from nmlightning.name_patterns import plain_name, some
 from nmlightning.norms.batch_norm_base import describe_norm
-from nmlightning.norms.registry import NORMS
-from nmlightning.surgery.norm_layers import fused_of, is_norm
 from nmlightning.surgery.recipes import (
     NORM_SWAP,
     WEIGHT_NORM,
@@ -34,58 +27,8 @@ from nmlightning.surgery.recipes import (
     weight_norms_in,
 )
 
-_FUSER_MAPPINGS = "torch.ao.quantization.fuser_method_mappings"  # imported with torch
-_FROZEN_NORM = "_swapped_norm_before_it_was_frozen"
 LEFT_OUT = "The checkpoint was trained with "
 _OURS = ("NormSwap", "WeightNormSwap", "WeightNormTracker")
-
-
-@cache
-def watch_other_code() -> None:
-    """Teach torch's `fuse_modules` our norms, and warn where other code puts another in place."""
-    register_module_module_registration_hook(_check_replacement)
-    plain, mappings = NORMS["l2"].batch, sys.modules.get(_FUSER_MAPPINGS)
-    fusers: dict[Any, Any] = getattr(mappings, "_DEFAULT_OP_LIST_TO_FUSER_METHOD", {})
-    for classes, fuse in list(fusers.items()):
-        dims = next((n for n, cls in plain.items() if cls in classes), None)
-        for norm in NORMS.values() if dims else ():
-            own = tuple(norm.batch[dims] if cls is plain[dims] else cls for cls in classes)
-            fusers.setdefault(own, partial(_fuse, fuse, norm.batch[dims], plain[dims]))
-
-
-def _fuse(fuse: Any, ours: type, plain: type, is_qat: bool, *modules: nn.Module) -> nn.Module:
-    """Fuse evaluated modules as torch does those of its own norm."""
-    stand_ins = []
-    for module in modules:
-        is_ours = type(module) is ours
-        if is_ours and (is_qat or module.training or fused_of(module) is not None):
-            raise InputError(
-                f"torch fuses {ours.__name__} in evaluation only, and without a ReLU of its own: "
-                'call eval(), swap_norms without fuse, or swap_norms(model, "l2") first.'
-            )
-        stand_ins.append(copy.copy(module) if is_ours else module)
-        stand_ins[-1].__class__ = plain if is_ours else type(module)
-    fused: nn.Module = fuse(is_qat, *stand_ins)
-    return fused
-
-
-def _check_replacement(parent: nn.Module, name: str, new: nn.Module | None) -> None:
-    """Warn where a norm of ours is replaced by one that is not, also after it was frozen."""
-    old: Any = parent._modules.get(name)
-    norm = type(old).__name__ if old is not None and describe_norm(old) is not None else None
-    norm = vars(old).get(_FROZEN_NORM, norm) if old is not None else None
-    if new is None or new is old or norm is None or describe_norm(new) is not None:
-        return
-    if not is_norm(new) or isinstance(new, nn.GroupNorm | _InstanceNorm):
-        return
-    if not isinstance(new, _NormBase | nn.LayerNorm | nn.RMSNorm) and hasattr(new, "running_var"):
-        vars(new)[_FROZEN_NORM] = norm  # which evaluates as ours does
-        return
-    warnings.warn(
-        f"{norm} in {type(parent).__name__} is replaced by {type(new).__name__}, "
-        "which computes another norm: call swap_norms again after this.",
-        stacklevel=3,
-    )
 
 
 def watch_loading() -> None:

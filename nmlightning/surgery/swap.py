@@ -17,7 +17,7 @@ from nmlightning.name_patterns import matches, some, unmatched
 from nmlightning.norms import registry
 from nmlightning.norms.fast_path import guard_encoders
 from nmlightning.surgery.foreign_norms import make_foreign
-from nmlightning.surgery.lightning_hooks import watch_loading, watch_other_code
+from nmlightning.surgery.lightning_hooks import watch_loading
 from nmlightning.surgery.norm_layers import (
     NormLayer,
     class_to_take,
@@ -26,6 +26,7 @@ from nmlightning.surgery.norm_layers import (
     fused_of,
     has_fused,
     is_like,
+    watch_other_code,
     whole_or_not_at_all,
 )
 from nmlightning.weights.channel_norms import is_sharded

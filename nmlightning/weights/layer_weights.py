@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -28,7 +28,8 @@ from nmlightning.weights.channel_norms import (
     is_sharded,
 )
 
-LayerForm = tuple[Literal["conv", "linear"], ChannelLayout]
+LayerKind = Literal["conv", "linear", "recurrent", "embedding"]
+LayerForm = tuple[LayerKind, ChannelLayout]
 _INPUTS_FIRST: LayerForm = "linear", ChannelLayout(transposed_groups=1)
 # Layers of other packages, by class: their kind, and where the output channels of `weight` are.
 _OTHERS: dict[str, LayerForm] = {
@@ -50,6 +51,18 @@ def find_layer_form(module: nn.Module) -> LayerForm | None:
     return next((_OTHERS[name] for name in names if name in _OTHERS), None)
 
 
+def kind_of(module: nn.Module) -> LayerKind | None:
+    """Return of which kind a layer is; None for what has no weight of its own, and for others."""
+    form = find_layer_form(module)
+    if form is not None:
+        return form[0]
+    if isinstance(module, nn.MultiheadAttention | nn.Bilinear):
+        return "linear"
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return "recurrent"
+    return "embedding" if isinstance(module, nn.Embedding | nn.EmbeddingBag) else None
+
+
 def weights_of(module: nn.Module) -> list[str]:
     """Return the names of the weights that a layer of some kind computes with.
 
@@ -64,8 +77,7 @@ def weights_of(module: nn.Module) -> list[str]:
         return [name for name in module._flat_weights_names if name.startswith("weight_")]
     if isinstance(module, nn.RNNCellBase):
         return ["weight_ih", "weight_hh"]
-    known = isinstance(module, nn.Bilinear | nn.Embedding | nn.EmbeddingBag)
-    return ["weight"] if known or find_layer_form(module) is not None else []
+    return [] if kind_of(module) is None else ["weight"]
 
 
 TORCH_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -81,6 +93,10 @@ def is_norm(module: nn.Module) -> bool:
         return True
     named_like_one = _NAMED_LIKE_A_NORM.search(type(module).__name__) is not None
     return named_like_one and not any(map(weights_of, module.modules()))
+
+
+_SUFFIX = "_v"
+_BEHIND = ("_v", "_orig", "_v_orig", "_orig_orig")
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,163 +133,14 @@ class WeightLocation:
             return None
         return self.module.parametrizations[self.attribute]  # type: ignore[index, return-value]
 
-
-def find_locations(model: nn.Module) -> Iterator[WeightLocation]:
-    for path, module in plain_modules(model):
-        for attribute in matrices(module):
-            yield WeightLocation(module, path, attribute)
-
-
-def matrices(module: nn.Module) -> Iterator[str]:
-    """Yield the parameters of two or more dimensions, then those that are computed.
-
-    Parameters that have no shape yet, or that FSDP1 flattened, may be weights, too.
-    """
-    for attribute, q in module._parameters.items():
-        if q is not None and (is_lazy(q) or q.dim() >= 2 or is_flat(q)):
-            yield attribute
-    if parametrize.is_parametrized(module):
-        yield from module.parametrizations  # type: ignore[misc]
-
-
-def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules with their paths, but for those that compute weights."""
-    for path, module in model.named_modules():
-        if "parametrizations" not in path.split("."):
-            yield path, module
-
-
-_SUFFIX = "_v"
-_BEHIND = ("_v", "_orig", "_v_orig", "_orig_orig")
-LAZY_WAY_OUT = "run a batch through the model before the fit"
-
-
-@dataclass(frozen=True, eq=False)
-class LayerWeight:
-    """The weight of one layer."""
-
-    # As in `model.named_parameters()`, without what wrappers and parametrizations add; that of the
-    # unnormalised weight v behind a normalised one ends in `_v`.
-    name: str
-    parameter: Tensor  # what an optimizer moves; of a parametrized or pruned weight its original
-    layout: ChannelLayout = ROWS  # where its output channels are
-    # For a weight that is computed, what computes its norms from `parameter`.
-    computed: Callable[[Tensor], Tensor] | None = None
-
-    def norms(self) -> Tensor:
-        """Return ‖w_i‖₂, (C,), of all ranks' channels; every rank has to ask."""
-        if self.computed is not None:
-            return self.computed(self.parameter)
-        return gather_channels(channel_norms(self.parameter, layout=self.layout))
-
     @property
-    def channels(self) -> int:
-        return self.layout.channels(self.parameter.shape)
-
-
-def find_layer_weights(
-    model: nn.Module,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    *,
-    recorded: bool = False,
-) -> list[LayerWeight]:
-    """Return the weights of all convolutions and linear layers, and all that are normalised.
-
-    A weight that layers share appears once, under its first name. A lazy layer has none before its
-    first batch.
-
-    Args:
-        model: any module.
-        include: glob patterns on names of parameters of two or more dimensions, such as
-            `layer1.*.weight`, also those of an embedding or an LSTM; empty means those above.
-        exclude: glob patterns on names that are left out.
-        recorded: by default also the projections into heads of attention, and the weights of
-            `nn.Bilinear` and of recurrent layers, whose output channels are rows.
-
-    Raises:
-        InputError: a pattern that matches no such weight; none left.
-    """
-    check_lists(include=include, exclude=exclude)
-    places = list(_places(model))
-    wrong = unmatched((*include, *exclude), [place.name for place in places])
-    if wrong is not None:
-        raise InputError(
-            f"The pattern {wrong!r} matches no weight of two or more dimensions in "
-            f"{type(model).__name__}; there is {some([place.name for place in places], 8)}."
-        )
-    chosen = [place for place in places if place.is_chosen(include, exclude, recorded)]
-    held = [place for place in chosen if place.original is not None]
-    weights = {id(place.original): place.weight() for place in reversed(held)}
-    if not weights:
-        lazy = find_lazy_weights(model)
-        but = f" but {lazy[0]}, which has no shape yet; {LAZY_WAY_OUT}" if lazy else ""
-        raise InputError(
-            f"{type(model).__name__} has no convolution or linear layer to watch{but}."
-        )
-    return list(reversed(weights.values()))
-
-
-def find_recorded_weights(
-    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()
-) -> list[LayerWeight]:
-    """Return the same, and for each that is computed both the weight w and, as `…_v`, what from.
-
-    See `find_layer_weights`.
-    """
-    places = {id(p.original): p for p in reversed(list(_places(model))) if p.is_computed}
-    computed, held = [], []
-    for weight in find_layer_weights(model, include, exclude, recorded=True):
-        place = places.get(id(weight.parameter))
-        if place is not None:
-            computed.append(replace(weight, name=place.name, computed=place.norms_of))
-            weight = replace(weight, name=place.name + _SUFFIX)
-        held.append(weight)
-    return [*computed, *held]
-
-
-def find_left_weights(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, str]:
-    """Return the matrices that are recorded only where they are named, and why.
-
-    Those of unknown classes have more than one element along two or more dimensions.
-    """
-    left, places = {}, list(_places(model))
-    held = {id(place.original) for place in places if place.is_recorded}
-    for place in places:
-        parameter = place.original
-        if place.norm is not None or matches(place.name, exclude):
-            continue
-        if isinstance(place.module, nn.Embedding | nn.EmbeddingBag) and id(parameter) not in held:
-            left[place.name] = "an embedding's rows are no output channels"
-        elif parameter is None:
-            if place.is_recorded and not place.is_lazy and place.is_computed:
-                known = place.parametrizations is not None
-                how = "from parameters of other shapes" if known else "in a way that is not known"
-                left[place.name] = f"it is computed {how}"
-        elif not place.is_known and sum(length > 1 for length in parameter.shape) > 1:
-            left[place.name] = f"{type(place.module).__name__} is no layer that is known"
-    return left
-
-
-def find_lazy_weights(
-    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()
-) -> list[str]:
-    """Return the names of the weights, chosen so, that have no shape before their first batch."""
-    return [p.name for p in _places(model) if p.is_lazy and p.is_chosen(include, exclude)]
-
-
-class _RecordedLocation(WeightLocation):
-    """One, as a recording sees it."""
-
-    @property
-    def is_of_layer(self) -> bool:
-        return find_layer_form(self.module) is not None
+    def kind(self) -> LayerKind | None:
+        """The kind of its layer, if that computes with it."""
+        return kind_of(self.module) if self.attribute in weights_of(self.module) else None
 
     @property
     def is_recorded(self) -> bool:
-        others = nn.MultiheadAttention | nn.Bilinear | nn.RNNBase | nn.RNNCellBase
-        is_weight = isinstance(self.module, others) and self.attribute in weights_of(self.module)
-        return self.is_of_layer or is_weight
+        return self.kind not in (None, "embedding")
 
     @property
     def is_computed(self) -> bool:
@@ -354,19 +221,25 @@ class _RecordedLocation(WeightLocation):
     def is_chosen(
         self, include: Sequence[str], exclude: Sequence[str], recorded: bool = False
     ) -> bool:
-        is_layer = self.is_recorded if recorded else self.is_of_layer
+        is_layer = self.is_recorded if recorded else find_layer_form(self.module) is not None
         by_default = is_layer or self.norm is not None
         is_included = matches(self.name, include) if include else by_default
         return is_included and not matches(self.name, exclude)
 
-    def weight(self) -> LayerWeight:
+    def weight(self) -> "LayerWeight":
         """Return it, as the unnormalised weight if it is normalised."""
         parameter = self.original
         assert parameter is not None
         return LayerWeight(self.name + _SUFFIX * (self.norm is not None), parameter, self.layout)
 
 
-def _places(model: nn.Module) -> Iterator[_RecordedLocation]:
+def find_locations(model: nn.Module) -> Iterator[WeightLocation]:
+    for path, module in plain_modules(model):
+        for attribute in matrices(module):
+            yield WeightLocation(module, path, attribute)
+
+
+def find_places(model: nn.Module) -> Iterator[WeightLocation]:
     """Yield the weight of each layer, also where it is no parameter, and all others."""
     for path, module in plain_modules(model):
         names = weights_of(module)
@@ -374,7 +247,151 @@ def _places(model: nn.Module) -> Iterator[_RecordedLocation]:
             behind = {name + suffix for name in names for suffix in (*_BEHIND, "_g")}
             names += [name for name in matrices(module) if name not in {*names, *behind}]
         for attribute in names:
-            yield _RecordedLocation(module, path, attribute)
+            yield WeightLocation(module, path, attribute)
+
+
+def matrices(module: nn.Module) -> Iterator[str]:
+    """Yield the parameters of two or more dimensions, then those that are computed.
+
+    Parameters that have no shape yet, or that FSDP1 flattened, may be weights, too.
+    """
+    for attribute, q in module._parameters.items():
+        if q is not None and (is_lazy(q) or q.dim() >= 2 or is_flat(q)):
+            yield attribute
+    if parametrize.is_parametrized(module):
+        yield from module.parametrizations  # type: ignore[misc]
+
+
+def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules with their paths, but for those that compute weights."""
+    for path, module in model.named_modules():
+        if "parametrizations" not in path.split("."):
+            yield path, module
+
+
+LAZY_WAY_OUT = "run a batch through the model before the fit"
+
+
+@dataclass(frozen=True, eq=False)
+class LayerWeight:
+    """The weight of one layer."""
+
+    # As in `model.named_parameters()`, without what wrappers and parametrizations add; that of the
+    # unnormalised weight v behind a normalised one ends in `_v`.
+    name: str
+    parameter: Tensor  # what an optimizer moves; of a parametrized or pruned weight its original
+    layout: ChannelLayout = ROWS  # where its output channels are
+    # For a weight that is computed, what computes its norms from `parameter`.
+    computed: Callable[[Tensor], Tensor] | None = None
+
+    def norms(self) -> Tensor:
+        """Return ‖w_i‖₂, (C,), of all ranks' channels; every rank has to ask."""
+        if self.computed is not None:
+            return self.computed(self.parameter)
+        return gather_channels(channel_norms(self.parameter, layout=self.layout))
+
+    @property
+    def channels(self) -> int:
+        return self.layout.channels(self.parameter.shape)
+
+
+def find_layer_weights(
+    model: nn.Module,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    *,
+    recorded: bool = False,
+) -> list[LayerWeight]:
+    """Return the weights of all convolutions and linear layers, and all that are normalised.
+
+    A weight that layers share appears once, under its first name. A lazy layer has none before its
+    first batch.
+
+    Args:
+        model: any module.
+        include: glob patterns on names of parameters of two or more dimensions, such as
+            `layer1.*.weight`, also those of an embedding or an LSTM; empty means those above.
+        exclude: glob patterns on names that are left out.
+        recorded: by default also the projections into heads of attention, and the weights of
+            `nn.Bilinear` and of recurrent layers, whose output channels are rows.
+
+    Raises:
+        InputError: a pattern that matches no such weight; none left.
+    """
+    check_lists(include=include, exclude=exclude)
+    places = list(find_places(model))
+    names = [place.name for place in places]
+    check_patterns(model, (*include, *exclude), names, some(names, 8))
+    chosen = [place for place in places if place.is_chosen(include, exclude, recorded)]
+    held = [place for place in chosen if place.original is not None]
+    weights = {id(place.original): place.weight() for place in reversed(held)}
+    if not weights:
+        lazy = find_lazy_weights(model)
+        but = f" but {lazy[0]}, which has no shape yet; {LAZY_WAY_OUT}" if lazy else ""
+        raise InputError(
+            f"{type(model).__name__} has no convolution or linear layer to watch{but}."
+        )
+    return list(reversed(weights.values()))
+
+
+def check_patterns(
+    model: nn.Module, patterns: Sequence[str], names: Collection[str], known: str
+) -> None:
+    """Raise InputError for the first pattern that matches none of the names of weights."""
+    wrong = unmatched(patterns, names)
+    if wrong is not None:
+        raise InputError(
+            f"The pattern {wrong!r} matches no weight of two or more dimensions in "
+            f"{type(model).__name__}; there is {known}."
+        )
+
+
+def find_recorded_weights(
+    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> list[LayerWeight]:
+    """Return the same, and for each that is computed both the weight w and, as `…_v`, what from.
+
+    See `find_layer_weights`.
+    """
+    places = {id(p.original): p for p in reversed(list(find_places(model))) if p.is_computed}
+    computed, held = [], []
+    for weight in find_layer_weights(model, include, exclude, recorded=True):
+        place = places.get(id(weight.parameter))
+        if place is not None:
+            computed.append(replace(weight, name=place.name, computed=place.norms_of))
+            weight = replace(weight, name=place.name + _SUFFIX)
+        held.append(weight)
+    return [*computed, *held]
+
+
+def find_left_weights(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, str]:
+    """Return the matrices that are recorded only where they are named, and why.
+
+    Those of unknown classes have more than one element along two or more dimensions.
+    """
+    left, places = {}, list(find_places(model))
+    held = {id(place.original) for place in places if place.is_recorded}
+    for place in places:
+        parameter = place.original
+        if place.norm is not None or matches(place.name, exclude):
+            continue
+        if kind_of(place.module) == "embedding" and id(parameter) not in held:
+            left[place.name] = "an embedding's rows are no output channels"
+        elif parameter is None:
+            if place.is_recorded and not place.is_lazy and place.is_computed:
+                known = place.parametrizations is not None
+                how = "from parameters of other shapes" if known else "in a way that is not known"
+                left[place.name] = f"it is computed {how}"
+        elif not place.is_known and sum(length > 1 for length in parameter.shape) > 1:
+            left[place.name] = f"{type(place.module).__name__} is no layer that is known"
+    return left
+
+
+def find_lazy_weights(
+    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> list[str]:
+    """Return the names of the weights, chosen so, that have no shape before their first batch."""
+    return [p.name for p in find_places(model) if p.is_lazy and p.is_chosen(include, exclude)]
 
 
 def _weight_shape(module: nn.Linear | _ConvNd) -> tuple[int, ...]:
