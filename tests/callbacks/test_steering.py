@@ -159,11 +159,6 @@ def fit(folder: Path, tracker: WeightNormTracker | None, start: Path | None = No
     ("first", "second", "message"),
     [
         (
-            optim.LRCorrection(HISTORY),
-            optim.NormSchedule(HISTORY),
-            "was steered by LRCorrection, and this run is by NormSchedule: resume with the same",
-        ),
-        (
             optim.DecayEquivalentLR(0.01),
             optim.LRCorrection(HISTORY),
             "was steered by DecayEquivalentLR, and this run is by LRCorrection: resume with",
@@ -172,16 +167,6 @@ def fit(folder: Path, tracker: WeightNormTracker | None, start: Path | None = No
             optim.DecayEquivalentLR(0.01),
             optim.DecayEquivalentLR(0.02),
             "by DecayEquivalentLR with weight_decay=0.01, and this run is with weight_decay=0.02",
-        ),
-        (
-            optim.LRCorrection(HISTORY),
-            optim.LRCorrection(HISTORY, max_rotation=None),
-            "by LRCorrection with max_rotation=0.2, and this run is with max_rotation=None: resume",
-        ),
-        (
-            optim.DecayEquivalentLR(0.01),
-            optim.DecayEquivalentLR(0.01, exclude=["net.0.*"]),
-            "state of DecayEquivalentLR is of other weights; net.0.weight differs",
         ),
     ],
 )

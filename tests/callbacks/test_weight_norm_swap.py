@@ -104,11 +104,6 @@ def test_weight_norm_swap_resumes_bit_for_bit(module_class: type, tmp_path: Path
         ([WeightNormSwap()], [WeightNormSwap(p=1)], "WeightNormSwap p = 2.0, this run has p = 1.0"),
         ([WeightNormSwap()], [], "WeightNormSwap 'bounded', this run has nothing"),
         ([], [WeightNormSwap()], "no WeightNormSwap, this run has 'bounded'"),
-        (
-            [WeightNormSwap()],
-            [WeightNormSwap(project=True)],
-            "WeightNormSwap project = False, this run has project = True",
-        ),
     ],
 )
 def test_weight_norm_swap_refuses_to_resume_with_another_recipe(

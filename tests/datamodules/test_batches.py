@@ -1,12 +1,8 @@
 """The order and the draws: reproducible, different each epoch, and shared out among ranks."""
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import pytest
-import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nmlightning.datamodules.batches import (
     WHOLE_SET,
@@ -16,12 +12,9 @@ from nmlightning.datamodules.batches import (
     RawBatch,
     Shard,
 )
-from nmlightning.datamodules.digits import Digits
 from nmlightning.datamodules.image_data import LabelledImages
 from nmlightning.datamodules.training_batches import TrainingBatches
 from nmlightning.errors import InputError
-from nmlightning.tasks.classification import ImageClassifier
-from trainers import SaveAt, quiet_trainer
 
 AUGMENTATION = Augmentation(pad=4, flip=True)
 
@@ -139,79 +132,3 @@ def test_evaluation_reads_every_image_once(length: int, world_size: int, batch_s
 def test_batches_refuse_too_few_images(make: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         make()  # type: ignore[operator]
-
-
-class Recorder(pl.Callback):
-    """Keeps a fingerprint of every training batch, by epoch; stops after a number of batches."""
-
-    def __init__(self) -> None:
-        self.epochs: dict[int, list[float]] = {}
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: list[Tensor], *_: object
-    ) -> None:
-        seen = self.epochs.setdefault(trainer.current_epoch, [])
-        seen.append(batch[0].double().pow(2).sum().item())
-
-
-def fit(
-    epochs: int,
-    *,
-    seed: int = 5,
-    ckpt_path: str | None = None,
-    batch_size: int = 300,
-    callbacks: Sequence[pl.Callback] = (),
-    **options: object,
-) -> tuple[Recorder, pl.Trainer]:
-    """Train a linear model on the digits; return what it saw."""
-    pl.seed_everything(seed, verbose=False)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    task = ImageClassifier(net, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1))
-    recorder = Recorder()
-    trainer = quiet_trainer(*(callbacks or [recorder]), max_epochs=epochs, **options)
-    torch.rand(seed)  # what else draws numbers must not matter
-    trainer.fit(task, Digits(batch_size=batch_size, image_size=8, channels=1), ckpt_path=ckpt_path)
-    return recorder, trainer
-
-
-def test_image_run_is_reproducible_and_epochs_differ() -> None:
-    first, _ = fit(2)
-    again, _ = fit(2)
-    assert first.epochs == again.epochs
-    assert len(first.epochs[0]) == 4
-    assert set(first.epochs[0]).isdisjoint(first.epochs[1])
-    assert set(first.epochs[0]).isdisjoint(fit(1, seed=6)[0].epochs[0])
-
-
-def test_image_run_resumes_between_epochs(tmp_path: Path) -> None:
-    whole, _ = fit(3)
-    _, trainer = fit(1)
-    trainer.save_checkpoint(f"{tmp_path}/last.ckpt")
-    resumed, _ = fit(3, ckpt_path=f"{tmp_path}/last.ckpt")
-    assert resumed.epochs == {1: whole.epochs[1], 2: whole.epochs[2]}
-
-
-@pytest.mark.parametrize("when", ["on_train_batch_end", "on_train_batch_start"])
-def test_image_run_resumes_within_an_epoch(tmp_path: Path, when: str) -> None:
-    whole, _ = fit(3)  # of four batches each
-    fit(2, callbacks=[SaveAt(6, tmp_path / "mid.ckpt", when)])
-    resumed, trainer = fit(3, ckpt_path=f"{tmp_path}/mid.ckpt")
-    assert resumed.epochs == {1: whole.epochs[1][2:], 2: whole.epochs[2]}
-    assert trainer.global_step == 12
-
-
-def test_image_overfitting_repeats_the_same_batches() -> None:
-    with pytest.warns(UserWarning, match="turning off the train dataloader shuffling"):
-        recorder, trainer = fit(2, overfit_batches=1)
-    assert [len(batches) for batches in recorder.epochs.values()] == [1, 1]
-    assert not trainer.train_dataloader.sampler.shuffle  # type: ignore[union-attr]
-
-
-@pytest.mark.usefixtures("_forks")
-def test_two_processes_train_as_one_with_twice_the_batch() -> None:
-    _, one = fit(2, batch_size=128)
-    _, two = fit(2, batch_size=64, strategy="ddp_fork", devices=2)
-    assert set(two.callback_metrics) == set(one.callback_metrics)
-    for name, value in one.callback_metrics.items():
-        # Sums of gradients and losses in another order, in float32, over 22 steps.
-        torch.testing.assert_close(two.callback_metrics[name], value, rtol=1e-4, atol=1e-5)

@@ -88,6 +88,7 @@ def test_imagenet_resumes(root: Path, tmp_path: Path, workers: int, later_worker
     fit(root, tmp_path / "whole", num_workers=workers)
     whole = read(tmp_path / "whole")
     assert list(whole) == list(range(WHOLE))
+    assert not torch.equal(whole[0][1], whole[WHOLE // 3][1]), "another epoch, another order"
     ckpt = tmp_path / "whole" / "mid.ckpt"
     fit(root, tmp_path / "resumed", 2, ckpt_path=ckpt, num_workers=later_workers)
     rest = {step: batch for step, batch in whole.items() if step >= SAVED_AT}

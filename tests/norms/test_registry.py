@@ -120,12 +120,3 @@ def test_check_options_rejects_other_than_mappings(options: Any) -> None:
     message = f"options map names to values, such as {{'eps': 1e-5}}, got {options!r}."
     with pytest.raises(InputError, match=re.escape(message)):
         registry.check_options("topk", "batch", options)
-
-
-def test_check_kinds_rejects_unknown_and_none() -> None:
-    assert registry.check_kinds(("batch",)) == ("batch",)
-    assert registry.check_kinds(registry.KINDS) == ("batch", "layer", "rms")
-    with pytest.raises(InputError, match=r"batch, layer, rms, got 'bach'\. Did you mean 'batch'\?"):
-        registry.check_kinds(("batch", "bach"))
-    with pytest.raises(InputError, match="kinds is empty: name batch, layer, rms or several"):
-        registry.check_kinds(())

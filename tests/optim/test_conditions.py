@@ -271,32 +271,6 @@ def test_skipped_steps_change_nothing(
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-def test_step_by_a_closure(history: NormHistory, make_rule: MakeRule, rule_name: str) -> None:
-    """The gradients come into being within the step, after the weights were kept."""
-    ours, plain = make_net(), make_net()
-    for net, by_closure in ((ours, True), (plain, False)):
-        optimizer = sgd(net)
-        handle = make_rule(history).attach(optimizer, net.named_parameters())
-        for step in range(STEPS):
-
-            def closure(
-                net: nn.Module = net, step: int = step, optimizer: Any = optimizer
-            ) -> Tensor:
-                optimizer.zero_grad()
-                loss = find_loss(net, step)
-                loss.backward()
-                return loss
-
-            if by_closure:
-                optimizer.step(closure)
-            else:
-                closure()
-                optimizer.step()
-        assert all(share < 1e-10 for share in handle.scope.shares.values())
-    for one, other in zip(ours.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(one, other)
-
-
 def test_lbfgs_is_refused(history: NormHistory, make_rule: MakeRule, rule_name: str) -> None:
     net = make_net()
     optimizer = torch.optim.LBFGS(net.parameters(), lr=0.01, max_iter=3)

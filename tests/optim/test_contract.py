@@ -61,15 +61,6 @@ def test_rule_steers_any_matrix(make_rule: MakeRule) -> None:
         make_rule(None, include=["head.bias"]).attach(optimizer, net.named_parameters())
 
 
-def test_removed_rule_changes_nothing(make_rule: MakeRule) -> None:
-    net, optimizer, handle = attach(make_rule)
-    handle.remove()
-    plain = make_net()
-    train(net, optimizer, 2)
-    train(plain, sgd(plain), 2)
-    assert_equal(net, plain)
-
-
 @pytest.mark.parametrize("interrupted_after", [1, 13])
 def test_resume_is_bit_for_bit(make_rule: MakeRule, interrupted_after: int) -> None:
     history = random_history(make_net())
@@ -167,20 +158,6 @@ def test_flat_shard_of_fsdp1_is_refused(make_rule: MakeRule) -> None:
     net.head.weight._is_flat_param = True
     with pytest.raises(InputError, match=r"head.weight is a flat shard of FSDP1, which has no ch"):
         attach(make_rule, net)
-
-
-def test_rule_attaches_to_several_optimizers(make_rule: MakeRule) -> None:
-    """Each handle takes what its optimizer has."""
-    net = make_net()
-    rule = make_rule(random_history(net))
-    optimizers = [
-        torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.5) for m in (net.conv1, net.conv2)
-    ]
-    for optimizer, name in zip(optimizers, ("conv1.weight", "conv2.weight"), strict=True):
-        handle = rule.attach(optimizer, net.named_parameters())
-        assert [weight.name for weight in handle.weights] == [name]
-    with pytest.raises(InputError, match="There is no weight to steer"):
-        rule.attach(torch.optim.SGD([net.head.bias], momentum=0.1), net.named_parameters())
 
 
 def test_compiled_and_parametrized_modules_keep_their_names(make_rule: MakeRule) -> None:

@@ -273,19 +273,6 @@ def test_computed_weight_is_excluded_by_its_name_or_a_part_of_it(name: str) -> N
     assert [*apply_weight_norm(net, exclude=[name]).weights] == ["1.weight"]
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
-def test_transformer_fast_path_computes_the_same() -> None:
-    layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0, batch_first=True)
-    net = nn.TransformerEncoder(layer, 2)
-    apply_weight_norm(net, layers=["linear"], include=["layers.1.linear2.weight"])
-    x, padding = torch.randn(3, 5, WIDTH), torch.zeros(3, 5, dtype=torch.bool)
-    padding[0, 3:] = True
-    slow = net(x, src_key_padding_mask=padding)
-    with torch.no_grad():
-        fast = net.eval()(x, src_key_padding_mask=padding)
-    torch.testing.assert_close(fast[~padding], slow[~padding])
-
-
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [

@@ -118,12 +118,6 @@ class TestWhatIsKept:
         net(images)
         assert seen == ["before", "forward"]
 
-    def test_swapped_layer_evaluates_as_torchs(self, net: nn.Sequential, images: Tensor) -> None:
-        net, x = net.eval(), images
-        expected = net(x)
-        swap_norms(net, "linf")
-        torch.testing.assert_close(net(x), expected, rtol=0, atol=0)
-
     def test_training_mode_and_frozen_parameters_stay(self, net: nn.Sequential) -> None:
         net[1].eval().weight.requires_grad_(False)
         swap_norms(net, "l1")

@@ -54,6 +54,13 @@ def test_classifier_learns_the_digits(digits: Digits) -> None:
     assert metrics["val/top1"] < metrics["val/top5"] <= 1
 
 
+def test_classifier_overfits_batches_in_one_order(digits: Digits) -> None:
+    trainer = quiet_trainer(overfit_batches=1)
+    with pytest.warns(UserWarning, match="turning off the train dataloader shuffling"):
+        trainer.fit(make_task(), digits)
+    assert not trainer.train_dataloader.sampler.shuffle  # type: ignore[union-attr]
+
+
 def test_classifier_is_fitted_after_it_was_validated(digits: Digits) -> None:
     task, trainer = make_task(), quiet_trainer()
     quiet_trainer().validate(task, digits, verbose=False)

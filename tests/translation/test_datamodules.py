@@ -361,11 +361,6 @@ def test_wmt14_names_the_remedy_without_a_network(
     assert "name the folder of a copy as dataset" in str(raised.value)
 
 
-def test_wmt14_refuses_a_folder_without_the_data_set(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"none \(de-en, train\) is not in"):
-        WMT14(root=str(tmp_path), dataset=str(tmp_path / "none")).prepare_data()
-
-
 def test_number_names_train_a_tokenizer_in_memory() -> None:
     data = NumberNames(pairs=200)
     data.prepare_data()

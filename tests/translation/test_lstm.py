@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nmlightning import apply_weight_norm
 from nmlightning.errors import InputError
 from nmlightning.translation.lstm import AttentionLSTM, RecurrentLayer
 
@@ -71,21 +70,6 @@ def test_lstm_equals_the_equations(layers: int, layer_norm: bool) -> None:
     parameters = list(net.parameters())
     expected = torch.autograd.grad(loop, parameters, [upstream[0], upstream[1, :4]])
     torch.testing.assert_close(torch.autograd.grad(logits, parameters, upstream), expected)
-
-
-def test_lstm_weight_norm_bounds_each_row_of_each_gate() -> None:
-    torch.manual_seed(0)
-    net = AttentionLSTM(11, 8, dropout=0.0)
-    apply_weight_norm(net, include=["*lstm.weight_*"], rho=0.5)
-    before = net(SOURCE, TARGET)
-    for module in net.modules():
-        if isinstance(module, nn.LSTM):
-            norms = [module.weight_ih_l0.norm(dim=1), module.weight_hh_l0.norm(dim=1)]
-            torch.testing.assert_close(norms, [torch.full((32,), 0.5)] * 2)
-    before.logsumexp(2).sum().backward()
-    assert all(q.grad is not None and q.grad.any() for q in net.parameters())
-    torch.optim.SGD(net.parameters(), lr=0.1).step()
-    assert (net(SOURCE, TARGET) - before).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from nmlightning.errors import InputError
 from nmlightning.weights.channel_norms import (
-    ROWS,
     ChannelLayout,
     channel_norms,
     effective_learning_rates,
@@ -31,13 +30,6 @@ def test_channel_norms_equal_the_definition(shape: tuple[int, ...], p: float) ->
     weight = torch.randn(shape)
     expected = torch.tensor([norm_by_definition(row, p) for row in weight])
     torch.testing.assert_close(channel_norms(weight, p), expected)
-
-
-@pytest.mark.parametrize("p", POWERS)
-def test_channel_norms_take_channels_last(p: float) -> None:
-    weight = torch.randn(4, 6, 3, 3)
-    last = weight.contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(channel_norms(last, p), channel_norms(weight, p))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -73,13 +65,6 @@ def test_transposed_convolution(dims: int, groups: int) -> None:
     spread = layout.spread(norms, layer.weight)
     unit = channel_norms(layer.weight.detach() / spread, layout=layout)
     torch.testing.assert_close(unit, torch.ones(12))
-
-
-def test_rows_spread() -> None:
-    values, weight = torch.rand(4), torch.randn(4, 3, 2, 2)
-    torch.testing.assert_close(
-        channel_norms(weight * ROWS.spread(values, weight)), values * channel_norms(weight)
-    )
 
 
 @pytest.mark.parametrize("p", [0, 0.5, -1, math.nan])

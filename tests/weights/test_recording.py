@@ -320,7 +320,3 @@ def test_recorder_continues_earlier_records(tmp_path: Path) -> None:
     other = find_layer_weights(nn.Sequential(nn.Conv2d(2, 9, 3)))
     with pytest.raises(InputError, match=r"0.weight has 3 output channels there and 9 here"):
         Recorder(other, {}, earlier)
-
-
-def test_recorder_without_records() -> None:
-    assert len(Recorder(find_layer_weights(make_model()), {}).history()) == 0
