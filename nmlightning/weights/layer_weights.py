@@ -120,12 +120,11 @@ class WeightLocation:
     @property
     def is_known(self) -> bool:
         """Whether its layer is of a class whose output channels are known."""
-        known = [
-            cls.__module__.startswith("torch.nn.modules.") for cls in type(self.module).__mro__
-        ]
+        modules = (cls.__module__ for cls in type(self.module).__mro__)
+        known = sum(name.startswith("torch.nn.modules.") for name in modules)
         is_list = isinstance(self.module, nn.ParameterList | nn.ParameterDict)
         has_form = find_layer_form(self.module) is not None
-        return has_form or (sum(known) > 1 and not is_list)  # nn.Module is one
+        return has_form or (known > 1 and not is_list)  # nn.Module is one
 
     @property
     def parametrizations(self) -> ParametrizationList | None:
@@ -322,9 +321,8 @@ def find_layer_weights(
     places = list(find_places(model))
     names = [place.name for place in places]
     check_patterns(model, (*include, *exclude), names, some(names, 8))
-    chosen = [place for place in places if place.is_chosen(include, exclude, recorded)]
-    held = [place for place in chosen if place.original is not None]
-    weights = {id(place.original): place.weight() for place in reversed(held)}
+    chosen = [place for place in reversed(places) if place.is_chosen(include, exclude, recorded)]
+    weights = {id(p.original): p.weight() for p in chosen if p.original is not None}
     if not weights:
         lazy = find_lazy_weights(model)
         but = f" but {lazy[0]}, which has no shape yet; {LAZY_WAY_OUT}" if lazy else ""

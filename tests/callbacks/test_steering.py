@@ -143,7 +143,6 @@ def test_originals_are_recorded_and_steered_by_weight_name(
 
 NORMS = {"net.0.weight": [[1.0] * 4] * 2, "net.3.weight": [[1.0] * 4] * 2}
 HISTORY = NormHistory.from_arrays(NORMS, [4, 8], [0, 1])
-CONVOLUTIONS = ["net.0.weight", "net.3.weight"]
 
 
 def fit(folder: Path, tracker: WeightNormTracker | None, start: Path | None = None) -> Path:

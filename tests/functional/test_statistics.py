@@ -32,7 +32,6 @@ BLOCK_SHAPES = [
     (2, 4, 3, 4, 16),
 ]
 ALONE = Share(0)  # selecting needs no count
-POWERS = [1.0, 1.5, 2.0, 3.7]
 
 
 def by_channel(x: Tensor) -> Tensor:

@@ -91,7 +91,9 @@ def test_script_and_trace_evaluate(norm: Norm, images: Tensor) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", torch.jit.TracerWarning)
         traced = torch.jit.trace(layer, images)
-        torch.jit.trace(norm.layer(), images, check_trace=False)
+        trained = norm.layer()
+        in_training = torch.jit.trace(trained, images, check_trace=False)
+    torch.testing.assert_close(in_training(images), trained(images))
     scripted = torch.jit.script(layer)
     for other in (traced, scripted, torch.jit.freeze(scripted)):
         torch.testing.assert_close(other(images), expected)
@@ -251,11 +253,3 @@ def test_layer_norms_are_recorded_traced_and_refuse_scripting() -> None:
         torch.testing.assert_close(copy_of_it(2 * x), net(2 * x))
     with pytest.raises(InputError, match=r"torch.jit.script cannot compile L1LayerNorm: use"):
         torch.jit.script(net)
-
-
-@deprecated
-@every_norm
-def test_trace_in_training(norm: Norm, images: Tensor) -> None:
-    layer = norm.layer(3)
-    traced = torch.jit.trace(layer, images, check_trace=False)
-    torch.testing.assert_close(traced(images), layer(images))

@@ -251,13 +251,14 @@ def run_figures(package: Package) -> list[Figure]:
     sys.path.insert(0, str(package.root))
     formula, kernel = (_meet_batch(package, backend) for backend in ("formula", "auto"))
     attach, step = _meet_recording(package)
+    config = _meet_config(package)  # before the model's swap, which watches modules from then on
     runs = [
         ("a batch meets in an L1 norm, formula", 8, formula),
         ("a batch meets in an L1 norm, kernel", 8, kernel),
         ("a model meets in NormSwap.setup", 12, _meet_model(package)),
         ("a recording meets in LRCorrection.attach", 12, attach),
         ("a recording meets in a step", 7, step),
-        ("a config meets before Trainer.fit", 15, _meet_config(package)),
+        ("a config meets before Trainer.fit", 15, config),
     ]
     figures = [Figure(f"files {name}", len(met), goal, sorted(met)) for name, goal, met in runs]
     figures[1] = figures[1]._replace(now=None if kernel == formula else len(kernel))  # not built
