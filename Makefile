@@ -10,7 +10,7 @@ REQUIREMENTS := setup.cfg pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart kernels study results tables pictures bench storm zoo docs test proofs check format lint types clean
+.PHONY: help quickstart kernels study results tables pictures bench storm zoo docs test proofs check format lint types dist clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-12s%s\n", $$1, $$2 }'
@@ -73,6 +73,9 @@ lint: $(VENV)/dev ## look for mistakes and for code that is not formatted
 
 types: $(VENV)/dev ## mypy --strict
 	$(VENV)/bin/mypy
+
+dist: $(VENV)/dev ## the files of a release in dist/, and what an index would say of them
+	rm -rf dist && $(VENV)/bin/python -m build && $(VENV)/bin/twine check --strict dist/*
 
 clean: ## remove what make and the tools have made; runs/ and data/ stay
 	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache

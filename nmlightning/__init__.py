@@ -72,6 +72,6 @@ if TYPE_CHECKING:
     from nmlightning.weights.channel_norms import channel_norms as channel_norms
     from nmlightning.weights.history import NormHistory as NormHistory
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __getattr__, __dir__, __all__ = lazy_exports(__name__)
 sys.meta_path.insert(0, RenamedModules())

@@ -7,6 +7,8 @@ user gave ends here as one line on stderr and exit code 2; any other exception k
 import errno
 import io
 import os
+import re
+import signal
 import sys
 import textwrap
 import threading
@@ -20,15 +22,15 @@ from typing import Any
 import nmlightning
 from nmlightning.commands.argument_parser import BAD_INPUT, INTERRUPTED
 from nmlightning.commands.files import RunPaths, shipped_configs
-from nmlightning.errors import InputError, input_error_in, nearest
+from nmlightning.errors import InputError, cut, input_error_in, nearest
 
 COMMANDS = {
     "fit": "train, and validate after every epoch",
     "validate": "measure a checkpoint on the validation images",
     "test": "measure a checkpoint on the test images",
-    "predict": "run a checkpoint on images, for a BasePredictionWriter callback to keep",
+    "predict": "run a checkpoint on images, for a BasePredictionWriter to keep",
     "probe": "say what the norms of a network would do in half precision",
-    "doctor": "say what is installed and which backend computes which norm, and check it",
+    "doctor": "say what is installed and what computes each norm, and check it",
     "compare": "print a table of runs, and write a page with their curves and norms",
     "dashboard": "start TensorBoard on runs",
     "kernels": "build the norms' kernels for this CPU, show or remove them",
@@ -40,6 +42,23 @@ COMMANDS = {
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 # These take class paths: of the user's own classes, too, in the current folder.
 CLASS_COMMANDS = (*LIGHTNING_COMMANDS, "probe", "export", "translate")
+# What the shipped configs are, by the beginning of their names.
+CONFIG_GROUPS = {
+    "quickstart": "ResNet-20 by L1 on the digits: the first run",
+    "translate_quickstart": "Transformer on number names, German to English",
+    "cifar_": "ResNet-56 on CIFAR-10",
+    "imagenet_resnet18_": "ResNet-18, ImageNet",
+    "imagenet_resnet50_": "ResNet-50, ImageNet",
+    "multi30k_transformer_": "small Transformer on Multi30k",
+    "wmt14_transformer_": "base Transformer on WMT14",
+    "wmt14_lstm_": "LSTM with attention on WMT14",
+    "study_short_": "weight decay, in minutes",
+    "study_": "weight decay, the paper's schedule",
+}
+# The options of the symbol listers of binutils, LLVM and macOS, which are called nm, too.
+_OPTION_OF_OTHERS = re.compile(r"@.|-(?!c$)\w+$|--(?!config|data|model|trainer)[a-z-]*(=|$)")
+_OUR_SUFFIXES = (".yaml", ".yml", ".ckpt")
+_TRIED = "NMLIGHTNING_TRIED"  # in the environment: programs that have led back here, as shims do
 # Where torchrun, SLURM and Lightning, in this order, say which of several processes this one is.
 _RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -57,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Examples:
         >>> main(["--version"])
-        nmlightning 0.1.0
+        nmlightning 0.2.0
         0
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -71,6 +90,8 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError("a NUL character is in the command line, which no name can have.")
         with warnings.catch_warnings():
             warnings.showwarning = partial(show_warning, warnings.showwarning)
+            if argv is None and Path(sys.argv[0]).name == "nm" and _is_for_others(arguments):
+                _run_other_nm(arguments)
             code = _run(arguments)
         if failed:
             raise failed[0].exc_value
@@ -99,9 +120,8 @@ def _run(arguments: list[str]) -> int:
         print(f"nmlightning {nmlightning.__version__}")
         return 0
     if command not in COMMANDS:
-        allowed = ", ".join(COMMANDS)
         hint = nearest(command, COMMANDS)
-        raise InputError(f"there is no command {command!r}; the commands are {allowed}.{hint}")
+        raise InputError(f"there is no command {cut(command)}.{hint} nm --help lists them.")
     is_safe = getattr(sys.flags, "safe_path", False) or os.environ.get("PYTHONSAFEPATH")
     if command in CLASS_COMMANDS and "" not in sys.path and not is_safe:
         sys.path.append("")  # last, so that nothing in the current folder stands for another module
@@ -114,6 +134,32 @@ def _run(arguments: list[str]) -> int:
     return run(arguments, paths)
 
 
+def _is_for_others(arguments: list[str]) -> bool:
+    """Return whether another nm is meant: its option comes first, or the name of a file."""
+    word = arguments[0] if arguments else "help"
+    if word in COMMANDS or word in ("-h", "--help", "help", "-V", "--version"):
+        return False
+    is_file = any(mark in word for mark in "./") or Path(word).is_file()
+    is_ours = word.startswith("-") or Path(word).suffix in _OUR_SUFFIXES
+    return bool(_OPTION_OF_OTHERS.match(word)) or (is_file and not is_ours)
+
+
+def _run_other_nm(arguments: list[str]) -> None:
+    """Become the first nm on PATH that is not this package's, if there is one."""
+    tried = os.environ.get(_TRIED, "").split(os.pathsep)
+    for folder in os.get_exec_path():
+        nm = Path(folder, "nm")
+        if str(nm) in tried or not (nm.is_file() and os.access(nm, os.X_OK)):
+            continue
+        with nm.open("rb") as file:
+            if b"nmlightning" in file.read(4096):  # as pip writes into its scripts
+                continue
+        for name in ("SIGPIPE", "SIGXFSZ"):  # Python ignores them, and so would the other
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+        environment = os.environ | {_TRIED: os.pathsep.join([*tried, str(nm)])}
+        os.execve(nm, ["nm", *arguments], environment)
+
+
 def _name() -> str:
     """Return what a line of an error begins with: which process it is, but for the first."""
     rank = next((os.environ[name] for name in _RANKS if name in os.environ), "0")
@@ -122,22 +168,32 @@ def _name() -> str:
 
 def _help() -> str:
     commands = "\n".join(f"  {name:<10}{purpose}" for name, purpose in COMMANDS.items())
-    configs = textwrap.fill(
-        "  ".join(shipped_configs()), 78, initial_indent="  ", subsequent_indent="  "
+    ends: dict[str, list[str]] = {start: [] for start in CONFIG_GROUPS}
+    for name in shipped_configs():
+        start = max(filter(name.startswith, CONFIG_GROUPS), key=len)
+        ends[start].append(name.removeprefix(start))
+    configs = "\n".join(
+        textwrap.fill(
+            f"{f'{start}…' if rest[0] else start:<23} {CONFIG_GROUPS[start]}: {' '.join(rest)}",
+            width=79,
+            initial_indent="  ",
+            subsequent_indent=" " * 26,
+        ).rstrip(" :")
+        for start, rest in ends.items()
     )
     return f"""\
 nm {nmlightning.__version__}: normalisation in other norms than L2, for PyTorch Lightning
 
-  nm fit --config configs/quickstart.yaml             train on the digits in scikit-learn
-  nm fit --config configs/cifar_l1.yaml               the main experiment, on CIFAR-10
-  nm fit --config configs/cifar_l1.yaml --data Digits the same network, on the digits
-  nm probe configs/cifar_l2.yaml                      would its norms survive half precision?
-  nm compare runs                                     what differed, and how it went
+  nm fit --config quickstart              train on the digits in scikit-learn
+  nm fit --config cifar_l1                the main experiment, on CIFAR-10
+  nm fit --config cifar_l1 --data Digits  the same network, on the digits
+  nm probe cifar_l2                       would its norms survive in half?
+  nm compare runs                         what differed, and the results
 
 commands (nm <command> --help lists its options)
 {commands}
 
-shipped configs
+configs (nm fit --config NAME, such as cifar_l1)
 {configs}"""
 
 

@@ -105,9 +105,57 @@ def test_cli_imports_from_the_current_folder_only_classes_that_it_is_given(
 
 
 def test_cli_help_names_commands_and_configs(nm: Nm) -> None:
-    help_text = " ".join(nm("--help").out)
-    assert all(name in help_text for name in ("fit", "validate", "test", "predict"))
-    assert all(name in help_text for name in shipped_configs())
+    lines = nm("--help").out
+    assert max(map(len, lines)) <= 80
+    assert all(any(line.split()[:1] == [name] for line in lines) for name in COMMANDS)
+    text = " ".join(line.strip() for line in lines)
+    groups = re.findall(r"(\w+_)…[^:]*: ([\w ]+?)(?= \w+_…|$)", text)
+    names = {start + end for start, ends in groups for end in ends.split()}
+    assert names | {"quickstart", "translate_quickstart"} == set(shipped_configs())
+
+
+MAIN = "import sys\nfrom nmlightning.cli import main\nsys.exit(main())\n"
+SCRIPTS = {
+    "mine": MAIN,
+    "shim": "import os, sys\nos.execvp('nm', sys.argv)\n",  # it finds ours again, as pyenv's does
+    "copy": MAIN,
+    "other": "import sys\nprint('other', *sys.argv[1:], input())\nsys.exit('exits')\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("words", "passed"),
+    [(w, True) for w in (["a file"], ["-D", "x"], ["--demangle", "fit"], ["@args"], ["gone.o"])]
+    + [(w, False) for w in (["fitt"], ["--config", "a file"], ["b.yaml"], [], ["-V"])],
+)
+def test_nm_hands_files_and_options_of_the_other_nm_to_it(
+    words: list[str], passed: bool, tmp_path: Path
+) -> None:
+    for name, text in SCRIPTS.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "nm").write_text(f"#!{sys.executable}\n{text}")
+        (tmp_path / name / "nm").chmod(0o755)
+    (tmp_path / "linked").symlink_to(tmp_path / "copy")
+    (tmp_path / "a file").touch()
+    (tmp_path / "nmlightning").symlink_to(tmp_path / "mine" / "nm")
+    root = str(Path(nmlightning.__file__).parents[1])
+
+    def run(program: str, *folders: str) -> tuple[int, str, str]:
+        path = os.pathsep.join(str(tmp_path / name) for name in folders)
+        env = {**os.environ, "PATH": path, "PYTHONPATH": root}
+        command = [tmp_path / program, *words]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=env, input="in", capture_output=True, text=True
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    answer = run("mine/nm", "mine", "shim", "linked", "other")
+    alone = run("mine/nm", "mine", "linked")
+    assert answer == ((1, f"other {' '.join(words)} in\n", "exits\n") if passed else alone)
+    assert run("nmlightning", "other") == alone
+    if passed:
+        line = f"nm: there is no command {words[0]!r}. nm --help lists them.\n"
+        assert alone == (2, "", line)
 
 
 # ---- bad input: one line on stderr, exit code 2 ----
@@ -120,10 +168,10 @@ CORRECT = (
 ALL = nmlightning.__all__
 RULES = sorted(vars(optim).keys() & set(ALL) - {"InverseSquareRootLR"})
 BAD_INPUT = {
-    "fitt": f"no command 'fitt'; the commands are {', '.join(COMMANDS)}. Did you mean 'fit'?",
+    "fitt": "no command 'fitt'. Did you mean 'fit'? nm --help lists them.",
     "fit": "required: --data, --model; or give a config that has them, such as --config quickstart",
-    "fit --config nope.yaml": "no file 'nope.yaml' in .*; the shipped configs are quickstart",
-    "fit --config configs/cifar_l3.yaml": "Did you mean 'cifar_l2'?",
+    "fit --config nope.yaml": "no file 'nope.yaml'. Files are .* nm --help lists the shipped",
+    "fit --config configs/cifar_l3.yaml": "'configs/cifar_l3.yaml'. Did you mean 'cifar_l2'? Files",
     "fit --config elsewhere/cifar_l1.yaml": "no file 'elsewhere/cifar_l1.yaml'",
     "fit --config 'trainer: [\n'": "is no YAML: .* in line 2",
     "fit --config 'a: &a [*a]\n'": "is no YAML: .a stands inside of what it names in line 1",

@@ -1,14 +1,23 @@
 """Builds the wheel, leaves the source behind, and tries what a user would have installed."""
 
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
 import zipfile
+from configparser import ConfigParser
+from email.parser import HeaderParser
 from pathlib import Path
 
 import pytest
+import yaml
+
+import nmlightning
+from nmlightning.export.formats import FORMATS
+from nmlightning.translation.sources import TEXT_PACKAGES
 
 ROOT = Path(__file__).parents[1]
 SHORT = [
@@ -41,7 +50,7 @@ def pip_install(*arguments: object, target: Path) -> None:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what is built from, so that no build folder is left in the checkout."""
     copy = tmp_path_factory.mktemp("source")
-    for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md"):
+    for name in ("setup.cfg", "setup.py", "pyproject.toml", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, copy)
     for name in ("nmlightning", "configs", "tests"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -74,6 +83,67 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     shipped = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert shipped == package | configs
     assert {"nmlightning/py.typed", "nmlightning/configs/quickstart.yaml"} <= shipped
+
+
+def test_wheel_says_who_and_where_and_links_to_no_file_beside_it(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+    metadata = HeaderParser().parsestr(archive.read(name).decode())
+    assert metadata["Version"] == nmlightning.__version__
+    assert metadata["Author"] == "nmlightning contributors"
+    assert metadata["Project-URL"] == "Paper, https://arxiv.org/abs/1803.01814"
+    assert metadata["Keywords"]
+    assert "Typing :: Typed" in metadata.get_all("Classifier", [])
+    prose = re.sub(r"```.*?```", "", str(metadata.get_payload()), flags=re.DOTALL)
+    assert prose.startswith("# nmlightning")
+    assert re.findall(r"\]\((?!https?:)[^)]*\)|<(?:img|source|a)\b[^>]*>", prose) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "described"),
+    [
+        ("![a\nb](docs/a.png) [c](https://c.org)", "*a\nb* [c](https://c.org)"),
+        ('<p><img src="a.svg" alt="a"></p>', "*a*"),
+        ("![license](https://a.org/b.svg)", "![license](https://a.org/b.svg)"),
+        ("[![a](docs/a.png)](docs/a.md), [`b`](#b)", "*a*, `b`"),
+        ("[a](a.md)\n```\nx[0](y)\n```\n[b](b.md)", "a\n```\nx[0](y)\n```\nb"),
+    ],
+)
+def test_description_has_captions_for_pictures_and_words_for_links(
+    text: str, described: str
+) -> None:
+    assert runpy.run_path(str(ROOT / "setup.py"))["describe"](text) == described
+
+
+@pytest.mark.slow
+def test_build_and_twine_pass(source: Path) -> None:
+    pytest.importorskip("build")
+    pytest.importorskip("twine")
+    run(sys.executable, "-m", "build", "--no-isolation", cwd=source)
+    run(sys.executable, "-m", "twine", "check", "--strict", *source.glob("dist/*"), cwd=source)
+
+
+def test_texts_install_nothing_that_no_index_has() -> None:
+    """Until there is a release an extra is installed from a checkout, and by messages as packages.
+
+    Remove this test with the first upload to an index.
+    """
+    found = (ROOT.glob(x) for x in ("*.md", "docs/**/*.md", "examples/*", "nmlightning/**/*.py"))
+    texts = {path: path.read_text("utf-8") for paths in found for path in paths}
+    wanting = r"install (-\w+ )*['\"]?nmlightning\b"
+    assert [str(path) for path, text in texts.items() if re.search(wanting, text)] == []
+    extras = ConfigParser()
+    extras.read(ROOT / "setup.cfg")
+    needed = {"text": TEXT_PACKAGES, "export": FORMATS["onnx"].needs, "stream": ("litdata",)}
+    for extra, packages in needed.items():
+        lines = extras["options.extras_require"][extra]
+        assert set(re.findall(r"^([\w-]+)>=", lines, flags=re.MULTILINE)) == set(packages)
+
+
+def test_citation_names_this_version_and_the_paper() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == nmlightning.__version__
+    assert citation["preferred-citation"]["url"] == "https://arxiv.org/abs/1803.01814"
 
 
 @pytest.mark.parametrize("command", ["nm", "nmlightning"])

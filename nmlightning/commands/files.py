@@ -32,9 +32,9 @@ def find_config(name: str) -> Path:
         return shipped[path.stem]
     if path.exists():
         raise InputError(f"--config: {name!r} is no regular file, as what is read twice must be.")
-    where = f"there is no file {cut(name)} in {Path.cwd()}"
-    hint = nearest(path.stem, shipped)
-    raise InputError(f"--config: {where}; the shipped configs are {', '.join(shipped)}.{hint}")
+    where = f"there is no file {cut(name)}.{nearest(path.stem, shipped)}"
+    lists = f"Files are looked for in {Path.cwd()}; nm --help lists the shipped configs."
+    raise InputError(f"--config: {where} {lists}")
 
 
 def shipped_configs() -> dict[str, Path]:

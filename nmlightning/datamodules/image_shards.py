@@ -130,7 +130,7 @@ def _check_format(index: Path, data_format: list[str]) -> None:
 
 def require_litdata() -> None:
     if find_spec("litdata") is None:
-        raise InputError("shards need litdata: pip install 'nmlightning[stream]'.")
+        raise InputError("shards need litdata: pip install litdata.")
 
 
 def _check_files(folder: Path, images: int) -> None:

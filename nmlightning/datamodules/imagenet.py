@@ -24,7 +24,7 @@ class ImageNet(ImageData):
     """ImageNet, or any images laid out like it: `root/train/<class>/*` and `root/val/<class>/*`.
 
     The root may also hold the shards that `nm shard` makes of such folders, here or behind an
-    address such as s3://bucket/imagenet; those need `pip install 'nmlightning[stream]'`.
+    address such as s3://bucket/imagenet; those need `pip install litdata`.
 
     Training images are cropped at random (8 to 100 % of the area, sides 3:4 to 4:3), resized to
     `image_size` and mirrored at random (Szegedy et al. 2015, https://arxiv.org/abs/1409.4842). The

@@ -38,7 +38,7 @@ def check_target(file: Path, format: str, overwrite: bool) -> None:
     absent = [package for package in FORMATS[format].needs if find_spec(package) is None]
     if absent:
         raise InputError(
-            f"the format {format} needs {' and '.join(absent)}: pip install 'nmlightning[export]'."
+            f"the format {format} needs {' and '.join(absent)}: pip install {' '.join(absent)}."
         )
     check_flag("overwrite", overwrite)
     suffix = FORMATS[format].suffix

@@ -36,15 +36,18 @@ class PairSource(Protocol):
     def __iter__(self) -> Iterator[SentencePair]: ...
 
 
+TEXT_PACKAGES = ("datasets", "num2words", "sacrebleu", "tokenizers")  # the extra text
+
+
 def import_text_package(name: str) -> Any:
-    """Return the package `name`, or raise InputError that names the extra it comes with."""
+    """Return the package `name`, or raise InputError that says what to install."""
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name:  # something is wrong with the package itself
             raise
         raise InputError(
-            f"this needs the package {name}: pip install 'nmlightning[text]'."
+            f"this needs the package {name}: pip install {' '.join(TEXT_PACKAGES)}."
         ) from error
 
 

@@ -212,7 +212,7 @@ def test_shards_refuse_an_empty_remote_root(tmp_path: Path, cache: Path) -> None
 
 def test_shards_name_the_missing_extra(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nmlightning.datamodules.image_shards.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'nmlightning\[stream\]'"):
+    with pytest.raises(InputError, match=r"pip install litdata"):
         open_images(shards)
 
 

@@ -302,7 +302,7 @@ def test_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         lambda name, *rest: None if name == "onnxscript" else find(name, *rest),
     )
     monkeypatch.delitem(sys.modules, "onnxscript", raising=False)
-    message = r"onnx needs onnxscript: pip install 'nmlightning\[export\]'"
+    message = r"onnx needs onnxscript: pip install onnxscript"
     with pytest.raises(InputError, match=message):
         export_network(nn.Linear(4, 4), tmp_path / "net.onnx", "onnx", (4,))
 

@@ -391,6 +391,6 @@ def test_text_data_name_the_missing_extra(
     package: str, make: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    message = rf"needs the package {package}: pip install 'nmlightning\[text\]'"
+    message = rf"needs the package {package}: pip install datasets num2words sacrebleu tokenizers"
     with pytest.raises(InputError, match=message):
         prepare(make(tmp_path))
