@@ -64,7 +64,7 @@ def _norms(rows: list[Row]) -> str:
             found[tuple(key.split(" → "))].append(count)
         for key, count in row.get("left", {}).items():
             before, _, reason = key.partition(": ")
-            found[before, f"left: {reason}"].append(count)
+            found[before, f"not swapped: {reason}"].append(count)
     lines = [(*key, sum(counts), len(counts)) for key, counts in found.items()]
     return _table(
         ("norm", "becomes", "layers", "architectures"), sorted(lines, key=lambda x: (-x[2], x))

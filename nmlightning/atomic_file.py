@@ -39,9 +39,9 @@ def replace_file(path: str | Path) -> Iterator[BinaryIO]:
     with explain_failure(path):
         earlier = path.exists()
         if "\0" in str(path) or (earlier and not path.is_file()):
-            raise UnwritableError(f"{path} cannot be written: it is no name of a file.")
+            raise UnwritableError(f"{path} cannot be written: it is not a file name.")
     draft = draft_of(path)
-    with explain_failure(path, f"; the earlier {path.name} is whole" if earlier else ""):
+    with explain_failure(path, f"; the earlier {path.name} is intact" if earlier else ""):
         try:
             remove_drafts(path.parent, glob.escape(path.name))
             with draft.open("xb") as file:
@@ -67,7 +67,7 @@ def replace_folder(path: Path, draft: Path) -> Iterator[None]:
         UnwritableError: as `replace_file`.
     """
     earlier = path.with_name(f"earlier-{path.name}")
-    with explain_failure(path, f"; the earlier {path.name} is whole" if path.exists() else ""):
+    with explain_failure(path, f"; the earlier {path.name} is intact" if path.exists() else ""):
         remove_drafts(path.parent, glob.escape(path.name))
         draft.mkdir(parents=True)
         try:

@@ -26,11 +26,11 @@ from nmlightning.errors import InputError, cut, input_error_in, nearest
 
 COMMANDS = {
     "fit": "train, and validate after every epoch",
-    "validate": "measure a checkpoint on the validation images",
-    "test": "measure a checkpoint on the test images",
+    "validate": "evaluate a checkpoint on the validation data",
+    "test": "evaluate a checkpoint on the test data",
     "predict": "run a checkpoint on images, for a BasePredictionWriter to keep",
-    "probe": "say what the norms of a network would do in half precision",
-    "doctor": "say what is installed and what computes each norm, and check it",
+    "probe": "test whether the norms of a network survive half precision",
+    "doctor": "print versions and the backend of each norm, and check them",
     "compare": "print a table of runs, and write a page with their curves and norms",
     "dashboard": "start TensorBoard on runs",
     "kernels": "build the norms' kernels for this CPU, show or remove them",
@@ -63,8 +63,8 @@ _TRIED = "NMLIGHTNING_TRIED"  # in the environment: programs that have led back 
 _RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REPORT = (
-    "this was not expected, and is a bug unless it arose in code of your own; please report it "
-    "with the lines above and what nm doctor prints."
+    "unexpected error, a bug unless it comes from your own code; please report it with the lines "
+    "above and the output of nm doctor."
 )
 
 

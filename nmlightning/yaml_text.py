@@ -32,7 +32,7 @@ def load_yaml(text: str, what: str, *, objects: bool = False) -> Any:
         check_yaml(text, objects=objects)
         return yaml.load(text, _AnyLoader if objects else _Loader)
     except Exception as error:  # ValueError for the 99th of a month, KeyError for !!bool x
-        raise InputError(f"{what} is no YAML: {describe_error(error)}.") from None
+        raise InputError(f"{what} is not YAML: {describe_error(error)}.") from None
 
 
 def describe_error(error: Exception) -> str:
@@ -74,7 +74,7 @@ class _Nodes:
         """Return the nodes in what begins with `event`, which is read to its end."""
         if isinstance(event, yaml.AliasEvent):
             named = self.named.get(event.anchor, 1)
-            _refuse(not named, f"*{event.anchor} stands inside of what it names", event)
+            _refuse(not named, f"*{event.anchor} refers to itself", event)
             return named
         self._check_type(event)
         _refuse(depth > MAX_DEPTH, f"more than {MAX_DEPTH} levels are nested", event)
@@ -86,7 +86,7 @@ class _Nodes:
                 break
             is_key = isinstance(event, yaml.MappingStartEvent) and place % 2 == 0
             if is_key and isinstance(inner, yaml.ScalarEvent):
-                _refuse(inner.value in keys, f"the key {inner.value!r} is there twice", inner)
+                _refuse(inner.value in keys, f"the key {inner.value!r} is given twice", inner)
                 keys.add(inner.value)
             count, place = count + self.count(inner, depth + 1), place + 1
             _refuse(count > MAX_NODES, f"more than {MAX_NODES:,} values", inner)

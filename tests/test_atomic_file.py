@@ -103,7 +103,7 @@ def test_folder_of_ranks_replaces_the_last_one_at_once(
     for step in (1, 2):
         strategy.save_checkpoint(step, path, None)
     full = CheckpointException("", {0: (OSError(errno.ENOSPC, "No space left on device"), None)})
-    said = "No space left on device; the earlier last.ckpt is whole"
+    said = "No space left on device; the earlier last.ckpt is intact"
     lost = CheckpointException("", {1: (RuntimeError("unexpected pos 704 vs 598"), None)})
     errors = {
         full: (UnwritableError, said),
@@ -151,7 +151,7 @@ def test_each_address_is_its_own_checkpoint(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"/b/last.ckpt is damaged: a checksum is wrong"):
             io.load_checkpoint(f"{address}/b/last.ckpt")
         torch.save(tmp_path, tmp_path / "object.ckpt")
-        with pytest.raises(InputError, match=r"/object.ckpt holds objects, and none are loaded"):
+        with pytest.raises(InputError, match=r"/object.ckpt holds objects, which are not"):
             io.load_checkpoint(f"{address}/object.ckpt")
         server.shutdown()
 

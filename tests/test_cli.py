@@ -173,9 +173,9 @@ BAD_INPUT = {
     "fit --config nope.yaml": "no file 'nope.yaml'. Files are .* nm --help lists the shipped",
     "fit --config configs/cifar_l3.yaml": "'configs/cifar_l3.yaml'. Did you mean 'cifar_l2'? Files",
     "fit --config elsewhere/cifar_l1.yaml": "no file 'elsewhere/cifar_l1.yaml'",
-    "fit --config 'trainer: [\n'": "is no YAML: .* in line 2",
-    "fit --config 'a: &a [*a]\n'": "is no YAML: .a stands inside of what it names in line 1",
-    "--trainer '{max_epochs: 1, max_epochs: 2}'": "trainer: the key 'max_epochs' is there twice",
+    "fit --config 'trainer: [\n'": "is not YAML: .* in line 2",
+    "fit --config 'a: &a [*a]\n'": "is not YAML: .a refers to itself in line 1",
+    "--trainer '{max_epochs: 1, max_epochs: 2}'": "trainer: the key 'max_epochs' is given twice",
     f"fit --config {'x' * 300}": "--config: 'x+' cannot be read: File name too long.",
     "fit --config '{}' --ckpt_path nope.ckpt": "--ckpt_path: there is no file 'nope.ckpt' in ",
     "fit --config '{}' --ckpt_path best": "'best' .* give the path of a checkpoint, or 'last' for",
@@ -201,7 +201,7 @@ BAD_INPUT = {
     "--model.net foo.Bar": "net: cannot import 'foo.Bar' .No module named 'foo'.; give .*Cifar",
     "--model.optimizer nmlightning.optim.Spare": "cannot import 'nmlightning.optim.Spare' ",
     "--model nmlightning.ImageClassifier --model.net torch.nn.Lin": "import 'torch.nn.Lin' .module",
-    "--config /dev/null": "--config: '/dev/null' is no regular file",
+    "--config /dev/null": "--config: '/dev/null' is not a regular file",
     "--ckpt_path .": "--ckpt_path: '.' is a folder without a sharded checkpoint",
     "--ckpt_path HTTPS://h/a.ckpt": "--ckpt_path: write https:// for HTTPS://",
     f"--trainer.max_epochs {'x' * 99}": f"received '{'x' * 58}….$",
@@ -326,7 +326,7 @@ def test_cli_keeps_the_traceback_of_an_unexpected_error(
     sys.excepthook(raised.type, raised.value, raised.tb)
     *_, bug, report = capfd.readouterr().err.splitlines()
     assert bug == "RuntimeError: a bug"
-    assert report.startswith("nm: this was not expected")
+    assert report.startswith("nm: unexpected error")
     assert "nm doctor" in report
 
 
@@ -445,7 +445,7 @@ def test_checkpoints_from_an_address_hold_no_objects(
     monkeypatch.setattr("nmlightning.callbacks.checkpoints.urlopen", lambda _: content)
     path = f"{address}{Path('a.ckpt').absolute()}"
     answer = nm("test", "--config", "quickstart", *SHORT, "--ckpt_path", path)
-    assert answer.err[-1:] == [f"nm: {path} holds objects, and none are loaded from there."]
+    assert answer.err[-1:] == [f"nm: {path} holds objects, which are not loaded from there."]
 
 
 # ---- resuming ----
@@ -519,7 +519,7 @@ REFUSED = {
     "--trainer.callbacks.norm=linf": r"norm.* 'l1', .* 'linf'",
     "--trainer.callbacks.options={constant: none}": r"constant.*'none'",
     "--trainer.callbacks=null": r"'l1', this run has nothing",
-    "--model.optimizer.lr=0.3": r"SGD lr 0\.\d+, which a resume follows, .* asks for SGD lr 0.3:",
+    "--model.optimizer.lr=0.3": r"SGD lr 0\.\d+, and .* asks for SGD lr 0.3:",
     "--seed_everything=9": r"of a run with seed 1, .* asks for seed 9: give the same",
     "--model.optimizer=Adam": r"with MultiStepLR and SGD, .* asks for Adam and MultiStepLR: give",
 }
@@ -538,7 +538,7 @@ def test_resume_of_another_model_fails(nm: Nm, trained: Path, change: str, expec
 def test_fit_refuses_a_file_that_is_no_checkpoint(nm: Nm, trained: Path) -> None:
     Path("half.ckpt").write_bytes((trained / LAST).read_bytes()[:1000])
     answer = nm(*FIT, "--ckpt_path", "half.ckpt")
-    assert answer == (2, [], ["nm: --ckpt_path: 'half.ckpt' is no checkpoint, or a truncated one."])
+    assert answer == (2, [], ["nm: --ckpt_path: 'half.ckpt' is not a checkpoint, or is truncated."])
     torch.save({**torch.load(trained / LAST, weights_only=True), "object": Path()}, "object.ckpt")
     for command in ("test", "fit"):
         code, _, err = nm(command, *FIT[1:], "--ckpt_path", "object.ckpt")
@@ -657,4 +657,4 @@ def test_fit_refuses_a_config_that_is_no_text(nm: Nm) -> None:
     for name in ("last.ckpt", "control.yaml"):
         code, _, err = nm("fit", "--config", name)
         assert (code, len(err)) == (2, 1)
-        assert err[0].startswith(f"nm: --config: '{name}' is no YAML")
+        assert err[0].startswith(f"nm: --config: '{name}' is not YAML")

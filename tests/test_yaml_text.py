@@ -17,15 +17,15 @@ MAPS = "a0: &a0 {x: 1}\n" + "".join(
 REFUSED = {
     LISTS: "more than 100,000 values in line 6",
     MAPS: "more than 100,000 values in line 6",
-    "a: &a [1, *a]": r"\*a stands inside of what it names in line 1",
-    "a: &a\n  b: *a": r"\*a stands inside of what it names in line 2",
+    "a: &a [1, *a]": r"\*a refers to itself in line 1",
+    "a: &a\n  b: *a": r"\*a refers to itself in line 2",
     "a: " + "[" * 3000 + "]" * 3000: f"more than {MAX_DEPTH} levels are nested in line 1",
     "a:\n  b: !!set {c, d}": "a value of type 'set' in line 2",
     "a: !!python/object:os.x {}": "a value of type 'python/object:os.x'",
     "a: 2001-99-99": ": month must be in 1..12",
     "a: !!bool x": ": 'x'",
     "a: " + "9" * 5000: "a number of 5000 digits in line 1",
-    "a: 1\nb: {c: 1,\n c: 2}": "the key 'c' is there twice in line 3",
+    "a: 1\nb: {c: 1,\n c: 2}": "the key 'c' is given twice in line 3",
     'a: "x\\0"': "a NUL character in line 1",
     "a: *b": "found undefined alias in line 1",
     "a: 1\n---\nb: 1": "but found another document in line 2",
@@ -36,7 +36,7 @@ REFUSED = {
 @pytest.mark.parametrize("text", REFUSED, ids=lambda text: text[:20])
 def test_load_yaml_refuses(text: str) -> None:
     start = time.monotonic()
-    with pytest.raises(InputError, match=f"^x.yaml is no YAML.*{REFUSED[text]}"):
+    with pytest.raises(InputError, match=f"^x.yaml is not YAML.*{REFUSED[text]}"):
         load_yaml(text, "x.yaml")
     assert time.monotonic() - start < 2
 

@@ -75,7 +75,7 @@ class AtomicCheckpointIO(compat.CheckpointIOBase):
                 loaded = torch.load(file, map_location, weights_only=weights_only)
                 return loaded
         except pickle.UnpicklingError as error:
-            raise InputError(f"{path} holds objects, and none are loaded from there.") from error
+            raise InputError(f"{path} holds objects, which are not loaded from there.") from error
         except (OSError, ValueError, ImportError) as error:  # of what names no file system
             if isinstance(error, InputError):
                 raise
@@ -133,20 +133,19 @@ _KEY = "nmlightning.ExactResume"
 
 
 class ExactResume(compat.CallbackBase):
-    """Lets a resumed run be bit for bit the one that was not interrupted; `nm fit` has it.
+    """Makes a resumed run equal the uninterrupted one, bit for bit; `nm fit` includes it.
 
-    What Lightning leaves out of a checkpoint comes in, of every process, as plain tensors:
+    It adds to a checkpoint, for every process and as plain tensors:
 
-    - the states of random numbers, of torch, its CUDA device, numpy and Python, as they are when
-      the checkpoint is written, that is after a step, before the next batch is taken. They are set
-      before the next batch is taken, at the end of an epoch before its loader begins to shuffle.
-    - the sums of the means that are logged at the end of a training epoch, within one, and the
-      states of metrics that the module holds and updates by hand; and what a module returns from
-      `training_sums()`, for its `load_training_sums(sums)`.
+    - the random states of torch, its CUDA device, numpy and Python after the step. They are set
+      before the next batch is taken, and at the end of an epoch before its loader shuffles.
+    - within an epoch, the sums of the logged training means and the states of metrics that the
+      module updates by hand; and what a module returns from `training_sums()`, for its
+      `load_training_sums(sums)`.
 
-    It needs as many processes and the same order of the data: of this package's data modules and of
-    loaders with a `state_dict` anywhere, of others at the end of an epoch, with a warning where it
-    is not. Validation, which a resume may leave out, leaves random numbers as they are.
+    It needs the same number of processes and the same order of the data. This package's data
+    modules and loaders with a `state_dict` keep it anywhere, others at the end of an epoch, and a
+    warning says so within one. Validation does not change random numbers.
 
     Raises:
         InputError: at the start of a fit that asks for another seed, other optimizers or schedules,
@@ -205,13 +204,13 @@ class ExactResume(compat.CallbackBase):
         if loaded and len(loaded["ranks"]) != trainer.world_size:
             rank_zero_warn(
                 f"The checkpoint is of {len(loaded['ranks'])} processes, and this run has "
-                f"{trainer.world_size}: random numbers are others than without the interruption."
+                f"{trainer.world_size}: its random numbers differ from an uninterrupted run's."
             )
         if loaded.get("within_epoch") and compat.restarts_silently(trainer):
             rank_zero_warn(
                 "The checkpoint was written within an epoch, and the training loader has no "
-                "load_state_dict: the rest of the epoch is of other batches than without the "
-                "interruption. Give it one, or resume from the end of an epoch."
+                "load_state_dict: the rest of the epoch has other batches than in an uninterrupted "
+                "run. Give it one, or resume from the end of an epoch."
             )
         _set_once(self._random, trainer.strategy.root_device)
         self._sums = compat.add_training_sums(trainer, self._sums)
@@ -340,12 +339,11 @@ def _refuse_other_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -
         there, here = (" and ".join(each) or "none" for each in classes)
     if there != here:
         raise InputError(
-            f"The checkpoint is of a run with {there}, which a resume follows, and this one asks "
-            f"for {here}: give the same, {ANEW}"
+            f"The checkpoint's run has {there}, and this one asks for {here}: give the same, {ANEW}"
         )
 
 
-ANEW = "or begin anew with its weights, by nmlightning.load_from_checkpoint."
+ANEW = "or start from its weights with nmlightning.load_from_checkpoint."
 
 
 def _refuse_fewer_states(trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> None:

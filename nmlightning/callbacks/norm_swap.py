@@ -79,9 +79,8 @@ class ModelChange(compat.CallbackBase):
             can_be_sent = self.keeps_picklable or not strategy.startswith("ddp_spawn")
             before = f", or call {name}(…).change(module) before trainer.fit, too"
             raise InputError(
-                f"{name} changes the module in the processes of the strategy {strategy}, which "
-                "are copies, and yours would stay as it is: use "
-                f'strategy="ddp"{before if can_be_sent else ""}.'
+                f"The strategy {strategy} trains copies of the module, and {name} would not change "
+                f'yours: use strategy="ddp"{before if can_be_sent else ""}.'
             )
 
     @property
@@ -125,11 +124,11 @@ _WAY_OUT = {
 class NormSwap(ModelChange):
     """Swaps the norm layers of the LightningModule when the Trainer sets it up.
 
-    It works for every LightningModule, of `pytorch_lightning` and of `lightning.pytorch`, whether
-    the net is built in `__init__` or in `configure_model`, with any optimizer, and wherever it
-    stands among the callbacks. What it did travels in every checkpoint under the key `nmlightning`:
-    a resume with another recipe is refused, and `nmlightning.load_from_checkpoint` restores the
-    swapped model without a Trainer. `Trainer(sync_batchnorm=True)` synchronises the swapped norms.
+    It works with `pytorch_lightning` and `lightning.pytorch`, with nets built in `__init__` or in
+    `configure_model`, with any optimizer, and anywhere among the callbacks. Checkpoints hold its
+    recipe under the key `nmlightning`: a resume with another recipe is refused, and
+    `nmlightning.load_from_checkpoint` restores the swapped model without a Trainer.
+    `Trainer(sync_batchnorm=True)` synchronises the swapped norms.
 
     The keywords are those of `nmlightning.swap_norms`.
 
@@ -138,10 +137,9 @@ class NormSwap(ModelChange):
         options: the norm's constructor options, such as `constant` or `k`.
         kinds: `batch`, `layer`, `rms` or several.
         include: glob patterns on the names of modules in the LightningModule; empty means all.
-        exclude: glob patterns on names that are left alone.
+        exclude: glob patterns on names of modules that are not swapped.
         fuse: "relu" lets batch norms do the ReLU after them, "add_relu" also an addition and the
-            ReLU after that. It changes no mathematics and so is no part of the recipe: a run may be
-            resumed with another, and a checkpoint is loaded without.
+            ReLU after that. It is not part of the recipe: a run may resume with another.
         types: other classes that are "layer", "rms" or "batch" norms, by class or path.
 
     Raises:

@@ -94,9 +94,9 @@ class SteeredRun:
             if learns and not handle.steps and not self._has_warned:
                 self._has_warned = True
                 other = self.steps and self.steps.stranger
-                reason = "only step() does, no method of another name"
+                reason = "only step() calls it, no other method"
                 if other:
-                    reason = f"{other} steps, which configure_optimizers has to return"
+                    reason = f"{other} steps instead; return it from configure_optimizers"
                 warnings.warn(
                     f"There are gradients, and no step of the optimizer has called {handle.name} "
                     f"yet: {reason}.",
@@ -142,11 +142,11 @@ def print_scope(
     model: nn.Module,
     optimizers: Sequence[Optimizer],
 ) -> None:
-    """Print to stderr which convolutions and linear layers are steered or left, and why."""
+    """Print to stderr which convolutions and linear layers are steered or not, and why."""
     optimized = {q for optimizer in optimizers for q in group_numbers(optimizer)}
     weights = NamedWeights.of(model)
     reasons = {
-        name: f"left: {unsteered_reason(weights, name, optimized, rule.choice)}"
+        name: f"not steered: {unsteered_reason(weights, name, optimized, rule.choice)}"
         for name in weights.parameters
         if name in (weights.layers or ())
     }
@@ -211,7 +211,7 @@ def check_same_run(history: NormHistory, trainer: pl.Trainer, *, other_run: bool
         if there != value and not other_run:
             raise InputError(
                 f"The recording is of a run with {key} {there}, and this one has {value}; set "
-                "other_run to follow it all the same."
+                "other_run=True to follow it."
             )
 
 
@@ -245,8 +245,8 @@ def check_same_optimizer(
         if names_there and name not in names_there:
             raise InputError(
                 f"The recording is of a run with {' and '.join(map(str, names_there))}, and this "
-                f"one has {name}, whose steps follow norms otherwise; set other_run to follow it "
-                "all the same."
+                f"one has {name}, whose steps depend on norms in another way; set "
+                "other_run=True to follow it."
             )
         rates = [each["lr"] for each in recorded if each.get("name") == name and "lr" in each]
         if rates and rate not in rates:
@@ -259,5 +259,5 @@ def check_same_optimizer(
 
 def _warn(difference: str) -> None:
     warnings.warn(
-        f"The recording is of a run {difference}; set other_run if that is meant.", stacklevel=2
+        f"The recording is of a run {difference}; set other_run=True if you mean it.", stacklevel=2
     )

@@ -20,12 +20,12 @@ from nmlightning.surgery import recipes
 class WeightNormSwap(ModelChange):
     """Normalises weights of the LightningModule when the Trainer sets it up.
 
-    It works for every LightningModule as `NormSwap` does, beside which it may stand. What it did
-    travels in every checkpoint under the key `nmlightning`: a resume with another recipe is
-    refused, and `nmlightning.load_from_checkpoint` restores the model without a Trainer.
+    It works with every LightningModule, also beside `NormSwap`. Checkpoints hold its recipe under
+    the key `nmlightning`: a resume with another recipe is refused, and
+    `nmlightning.load_from_checkpoint` restores the model without a Trainer.
 
-    The keywords, but for `cache`, are those of `nmlightning.apply_weight_norm`. Optimizers that
-    exist already move the gains, too.
+    The keywords, but for `cache`, are those of `nmlightning.apply_weight_norm`. Existing optimizers
+    train the gains, too.
 
     Args:
         kind: "bounded" or "weight".
@@ -37,7 +37,7 @@ class WeightNormSwap(ModelChange):
             "linear", "recurrent", "embedding". None means convolutions, or none where `include`
             names weights.
         include: glob patterns on names of parameters that are normalised as well.
-        exclude: glob patterns on names that are left alone.
+        exclude: glob patterns on names of parameters that are not normalised.
         cache: without effect; configs that older runs saved have it.
 
     Raises:
@@ -82,8 +82,8 @@ class WeightNormSwap(ModelChange):
         """Change the module, as the base does; ModelPruning may not stand before this."""
         if stands_behind(trainer, self, "ModelPruning"):
             raise InputError(
-                "ModelPruning stands before WeightNormSwap, and chose weights that are then "
-                "computed from others: put WeightNormSwap before it in the callbacks."
+                "ModelPruning stands before WeightNormSwap and chose weights that are computed "
+                "from others now: put WeightNormSwap before it in the callbacks."
             )
         super().setup(trainer, pl_module, stage)
 
@@ -107,8 +107,8 @@ class WeightNormSwap(ModelChange):
         for name in recipes.changed_modules(pl_module, recipes.WEIGHT_NORM):
             if name not in names:
                 raise InputError(
-                    f"WeightNormSwap normalised {name}, and now it is not: something replaced it "
-                    "since; let that run before WeightNormSwap."
+                    f"WeightNormSwap normalised {name}, but something replaced it since: let that "
+                    "run before WeightNormSwap."
                 )
         norms = {n: m for n, m in pl_module.named_modules() if isinstance(m, WeightNorm)}
         warn_of_forgotten("weight norms", trainer.optimizers, norms)

@@ -71,7 +71,7 @@ class RunRecording:
         )
         if tracker.left:
             left = [f"{name} ({reason})" for name, reason in tracker.left.items()]
-            rank_zero_info(f"WeightNormTracker leaves {some(left, 3)}; include records more.")
+            rank_zero_info(f"WeightNormTracker does not record {some(left, 3)}: use include.")
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         others = [other.path for other in _trackers(trainer) if other is not tracker]
         checkpoint = trainer.ckpt_path and Path(trainer.ckpt_path)
@@ -138,24 +138,23 @@ class RunRecording:
 class WeightNormTracker(CallbackBase):
     """Records the norm of every output channel of all convolutions and linear layers.
 
-    Also, twice, that of each weight that is computed, by weight norm, spectral norm, pruning or any
-    parametrization: of w as it is in evaluation, and as `…_v` of the parameter behind it.
+    A weight that is computed, by weight norm, spectral norm, pruning or any parametrization, is
+    recorded twice: as it is in evaluation, and as `…_v` the parameter behind it.
 
-    The recording is `weight_norms.safetensors` in the run's folder, with or without a logger. It is
-    written at the end of every epoch and with every checkpoint, at once or not at all; a resumed
-    run continues the records of the one before it, in its file where the folder is the same.
-    Read it with `nmlightning.NormHistory`.
+    The recording is `weight_norms.safetensors` in the run's folder, written at the end of every
+    epoch and with every checkpoint. A resumed run continues the records of the run before it. Read
+    it with `nmlightning.NormHistory`.
 
     Args:
         every: record at the start and the end of each "epoch", or at every N-th optimizer step too.
-        steering: what moves the weights by a recording, or by a rule: `LRCorrection`,
-            `NormSchedule`, `DecayEquivalentLR`, `Hyperball` or `RadialProjection`; None only
-            records. A reference may be the folder of an experiment, `runs/wd_on`; it then is its
-            latest run with the seed of this one, one that finished if there is any.
+        steering: a rule that changes the optimizer's steps: `LRCorrection`, `NormSchedule`,
+            `DecayEquivalentLR`, `Hyperball` or `RadialProjection`; None only records. A reference
+            may be the folder of an experiment, `runs/wd_on`: then it is the latest run with this
+            run's seed, a finished one if there is any.
         include: glob patterns on weight names to record, such as `net.layer1.*`, also those of an
             embedding or an LSTM; empty means those above. A rule without an include of its own
-            steers none of the others, either.
-        exclude: glob patterns on names that are not recorded, and then not steered, either.
+            steers none of the others.
+        exclude: glob patterns on names that are not recorded and not steered.
         other_run: steer also by the recording of a run with another seed or another number of
             processes, whose moments then are epochs of other batches.
         log_norms: show the norms, effective learning rates, rotations and factors at the steps the
@@ -172,7 +171,7 @@ class WeightNormTracker(CallbackBase):
     Attributes:
         path: the file of the records, once the fit has started; None of `fast_dev_run`.
         handles: the rule at work on each optimizer that it steers.
-        left: matrices that are not recorded, since their class is not known, with that reason.
+        left: matrices of unknown classes, which are not recorded, with the reason.
 
     Examples:
         >>> from pytorch_lightning import Trainer
@@ -246,9 +245,8 @@ class WeightNormTracker(CallbackBase):
         strategy = copying_strategy(trainer)
         if trainer.state.fn == "fit" and strategy:
             raise InputError(
-                "WeightNormTracker works in the processes of the strategy "
-                f"{strategy}, which are copies: your tracker would get neither path nor state. Use "
-                'strategy="ddp".'
+                f"The strategy {strategy} trains copies of the callbacks, and your "
+                'WeightNormTracker would get neither path nor state: use strategy="ddp".'
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -331,7 +329,7 @@ class WeightNormTracker(CallbackBase):
     def _logs(self, trainer: pl.Trainer) -> bool:
         if self.log_norms and not trainer.loggers:
             raise InputError(
-                f"WeightNormTracker(log_norms={self.log_norms!r}) finds no logger to log to: give "
+                f"WeightNormTracker(log_norms={self.log_norms!r}) has no logger to log to: give "
                 "the Trainer one, for instance logger=True, or leave log_norms out."
             )
         return bool(trainer.loggers if self.log_norms is None else self.log_norms)

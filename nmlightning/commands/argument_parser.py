@@ -20,7 +20,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; {self.prog} --help lists what there is.")
+        raise InputError(f"{message}; {self.prog} --help lists the options.")
 
 
 def print_line(heading: str, text: object) -> None:

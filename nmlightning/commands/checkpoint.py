@@ -76,8 +76,8 @@ class Checkpoint:
         settings = self._settings.get("model")
         if settings is None:
             raise InputError(
-                f"{str(self.path)!r} does not say of what class its model is, and no config.yaml "
-                "of its run is beside it: give one that has a model by --config, or load it in "
+                f"{str(self.path)!r} does not name the class of its model, and there is no "
+                "config.yaml of its run: give one that has a model by --config, or load it in "
                 "Python and call nmlightning.export_network."
             )
         module, _, name = (
@@ -107,7 +107,7 @@ class Checkpoint:
             shape, reason = getattr(data, "image_shape", None), f"{type(data).__name__} has none"
         if shape is None:
             raise InputError(
-                f"the shape of an input is not known: {reason}. Say it by --input_shape, such as "
+                f"the shape of an input is not known: {reason}. Give it by --input_shape, such as "
                 "3,32,32."
             )
         return tuple(shape)
@@ -126,8 +126,8 @@ def _load_with_weights(path: Path) -> dict[str, Any]:
         content = _load(path)
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"{str(path)!r} holds objects, and to load these may run code: load it in Python with "
-            "weights_only=False if you trust it, and call nmlightning.export_network."
+            f"{str(path)!r} holds objects, which may run code: if you trust it, load it in Python "
+            "with weights_only=False and call nmlightning.export_network."
         ) from error
     if not (isinstance(content, dict) and content.get("state_dict")):
         raise InputError(f"{str(path)!r} holds no weights: it has no state_dict, or an empty one.")
@@ -135,7 +135,7 @@ def _load_with_weights(path: Path) -> dict[str, Any]:
 
 
 def _load(path: Path, option: str = "") -> Any:
-    broken = InputError(f"{option}{str(path)!r} is no checkpoint, or a truncated one.")
+    broken = InputError(f"{option}{str(path)!r} is not a checkpoint, or is truncated.")
     if not is_whole(path):
         raise broken
     try:

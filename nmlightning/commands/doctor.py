@@ -222,7 +222,7 @@ def _print_backends(console: Console, device: str) -> None:
     """Print a table of norms by dtypes, and below it why it is the formula."""
     marks: dict[str, str] = {}  # of each reason
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
-    for heading in (f" {device}: who computes", *map(_name, DTYPES)):
+    for heading in (f" {device}: backends", *map(_name, DTYPES)):
         table.add_column(heading)
     for subject in SUBJECTS:
         cells = [_describe(_choices(subject, dtype, device), marks) for dtype in DTYPES]
@@ -230,7 +230,7 @@ def _print_backends(console: Console, device: str) -> None:
     console.print(table)
     for reason, mark in marks.items():
         console.print(f" {mark} {reason}")
-    console.print(" In compiled networks it is the formula, which the compiler fuses.\n")
+    console.print(" Compiled networks use the formula, which the compiler fuses.\n")
 
 
 def _print_checks(console: Console, device: str, checks: Sequence[Check]) -> None:
@@ -244,7 +244,7 @@ def _print_checks(console: Console, device: str, checks: Sequence[Check]) -> Non
         wrong = [check for check in group if check.failed]
         fate = f"{len(wrong)} WRONG" if wrong else "right"
         what = f"{backend}, {_name(dtype)}: {len(group)} cases {fate}"
-        console.print(f" {what}, at most {error:.1e} of the largest value apart")
+        console.print(f" {what}, largest error {error:.1e} of the largest value")
         for check in wrong:
             console.print(f"   WRONG: {check.subject} {check.layout}: {check.error:.1e}")
     console.print()

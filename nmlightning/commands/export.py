@@ -40,31 +40,30 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         prog="nm export",
         usage="nm export CHECKPOINT --format FORMAT [--KEY VALUE ...]",
         description="Write the network of a checkpoint with its batch norms folded and its weights "
-        "made plain. The file is compared with the checkpoint before it is kept.",
+        "made plain. The file is first compared with the checkpoint.",
     )
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", type=Path, help="what nm fit has written: a last.ckpt"
+        "checkpoint", metavar="CHECKPOINT", type=Path, help="written by nm fit, such as last.ckpt"
     )
     parser.add_argument("--format", required=True, help=", ".join(FORMATS))
     parser.add_argument(
         "--output", type=Path, help="the file to write (default: beside the checkpoint)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     parser.add_argument(
         "--no_fold", action="store_true", help="keep batch norms as torch's, to train further"
     )
     parser.add_argument(
         "--input_shape",
         type=_shape,
-        help="of one input, such as 3,32,32 (default: what the data of the run says)",
+        help="of one input, such as 3,32,32 (default: from the data of the run)",
     )
     parser.add_argument(
         "--module", default="net", help="the part of the model to write (default: %(default)s)"
     )
     parser.add_argument(
         "--config",
-        help="a config whose model, data or both count instead of what the checkpoint and the "
-        "config.yaml of its run say",
+        help="a config whose model and data replace those of the checkpoint and its run",
     )
     return parser.parse_args(arguments)
 
@@ -87,8 +86,8 @@ def _export(given: argparse.Namespace) -> None:
         module = checkpoint.load_module()
         if isinstance(module, Translator):
             raise InputError(
-                f"{str(given.checkpoint)!r} is of Translator, whose network has two inputs and "
-                "writes token by token, which nm export does not write: nm translate runs it."
+                f"{str(given.checkpoint)!r} is of Translator, whose network takes two inputs: nm "
+                "export cannot write it. Run it with nm translate."
             )
         shape = given.input_shape or checkpoint.input_shape()
         net = _choose(module, given.module)
@@ -129,14 +128,14 @@ def _print(report: "ExportReport", network: str, shape: tuple[int, ...]) -> None
 
 def _print_norms(report: "ExportReport") -> None:
     if report.fold is None:
-        print_line("batch norms", "none folded, as asked")
+        print_line("batch norms", "none folded (--no_fold)")
         return
     folded = f"{len(report.fold)} folded into the layers before them"
     if FORMATS[report.format].keeps_code and len(report.fold):
-        folded += "; each stays as a shift, so that the keys do (--no_fold to train further)"
+        folded += "; each stays as a shift, to keep its keys (--no_fold to train further)"
     print_line("batch norms", folded)
     reasons: dict[str, list[str]] = {}
     for left in report.fold.left:
         reasons.setdefault(left.reason, []).append(left.norm)
     for reason, names in reasons.items():
-        print_line("", f"{len(names)} left, {reason}: {some(names, 3)}")
+        print_line("", f"{len(names)} not folded, {reason}: {some(names, 3)}")

@@ -71,8 +71,8 @@ def explain(error: Exception, is_start: bool) -> str | None:
     if isinstance(error, pickle.UnpicklingError):
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         return (
-            f"the checkpoint holds objects{f' such as {named[1]}' if named else ''}, and to load "
-            "these may run code: give --weights_only false if you trust it."
+            f"the checkpoint holds objects{f' such as {named[1]}' if named else ''}, which may run "
+            "code: give --weights_only false if you trust it."
         )
     if isinstance(error, MisconfigurationException):
         return message
@@ -87,7 +87,7 @@ def explain(error: Exception, is_start: bool) -> str | None:
             return f"the checkpoint has weights only: give one of the whole run, {ANEW}"
         return f"the checkpoint is damaged, or of another model or optimizer: {where}"
     if isinstance(error, _COMPLAINTS) and not _is_below(Path(last.filename), _PACKAGE):
-        return f"what is configured does not work together: {where}"
+        return f"these settings do not work together: {where}"
     return None
 
 

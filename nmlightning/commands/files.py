@@ -31,7 +31,7 @@ def find_config(name: str) -> Path:
     if path.parent in (Path(), Path("configs")) and path.stem in shipped:
         return shipped[path.stem]
     if path.exists():
-        raise InputError(f"--config: {name!r} is no regular file, as what is read twice must be.")
+        raise InputError(f"--config: {name!r} is not a regular file, which a config must be.")
     where = f"there is no file {cut(name)}.{nearest(path.stem, shipped)}"
     lists = f"Files are looked for in {Path.cwd()}; nm --help lists the shipped configs."
     raise InputError(f"--config: {where} {lists}")
@@ -52,7 +52,7 @@ def read_config(name: str) -> dict[str, Any]:
     try:
         text = name if is_config_text(name) else find_config(name).read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"--config: {name!r} is no YAML text: {error}.") from None
+        raise InputError(f"--config: {name!r} is not YAML text: {error}.") from None
     except OSError as error:
         raise InputError(f"--config: {name!r} cannot be read: {error.strerror}.") from None
     content = load_yaml(text, f"--config: {name!r}")

@@ -145,7 +145,7 @@ class TrainingCLI(LightningCLI):
         except (MisconfigurationException, ValueError) as error:
             raise InputError(f"trainer: {error}") from error
         if copies := copying_strategy(trainer):
-            raise InputError(f"trainer.strategy: {copies} trains copies of what reports; use ddp.")
+            raise InputError(f"trainer.strategy: {copies} trains copies of the callbacks; use ddp.")
         nodes, place = trainer.num_nodes, getattr(trainer.strategy, "cluster_environment", None)
         if nodes > 1 and type(place) is LightningEnvironment and "MASTER_ADDR" not in os.environ:
             raise InputError(
@@ -207,7 +207,7 @@ class TrainingCLI(LightningCLI):
         self._evaluate(self.trainer.predict, model, kwargs)
         callbacks = given_callbacks(self.config_init[self.subcommand].trainer)
         if not any(isinstance(callback, BasePredictionWriter) for callback in callbacks):
-            run_report.print_notice("no BasePredictionWriter is among the callbacks; nothing kept.")
+            run_report.print_notice("nothing is kept: add a BasePredictionWriter to the callbacks.")
 
     def _evaluate(self, measure: Any, model: LightningModule, kwargs: dict[str, Any]) -> None:
         if not kwargs.get("ckpt_path"):
@@ -351,7 +351,7 @@ def check_restarts() -> None:
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         run_report.print_notice(
-            f"torchrun's --max-restarts {restarts} will not bring lost processes back, since new "
-            "ones meet the addresses of the old (https://github.com/pytorch/pytorch/issues/135712)"
+            f"torchrun's --max-restarts {restarts} cannot replace lost processes, since new ones "
+            "find the addresses of the old (https://github.com/pytorch/pytorch/issues/135712)"
             ": set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1."
         )

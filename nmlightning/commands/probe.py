@@ -83,7 +83,7 @@ def _experiment(name: str, options: Sequence[str]) -> list[str]:
         return ["--ckpt_path", name]
     config = files.config_of(Path(name))
     if config is None and Path(name).exists():
-        raise InputError(f"{name} is in no folder of a run with a config.yaml; give --config.")
+        raise InputError(f"there is no config.yaml of the run of {name}; give one by --config.")
     if config:  # which nobody has named
         check_named_code(files.read_config(str(config)), str(config))
     return [*(["--config", str(config)] if config else []), "--ckpt_path", name]

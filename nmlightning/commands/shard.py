@@ -38,7 +38,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         prog="nm shard",
         description="Write train and val, a folder of images for each class, as shards that "
-        "--data.root of ImageNet reads: the files as they are, many in one, to copy and to stream.",
+        "--data.root of ImageNet reads: the same files, many in one, to copy and to stream.",
     )
     parser.add_argument("imagefolder", type=Path, help="the folder that holds train and val")
     parser.add_argument("out", type=Path, help="the folder to write, which does not exist yet")
@@ -46,7 +46,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "--damaged",
         choices=get_args(Damaged),
         default="error",
-        help="what to do about files that are no images or damaged (default: %(default)s)",
+        help="what to do with damaged images and other files (default: %(default)s)",
     )
     parser.add_argument(
         "--shard_size", type=int, default=64, help="images a shard (default: %(default)s)"

@@ -34,7 +34,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "in their order.",
     )
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", type=Path, help="what nm fit has written: a last.ckpt"
+        "checkpoint", metavar="CHECKPOINT", type=Path, help="written by nm fit, such as last.ckpt"
     )
     parser.add_argument("--beam_size", type=int, help="1 is greedy (default: the checkpoint's)")
     parser.add_argument(
@@ -61,9 +61,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         default="float32",
         help="of weights and activations (default: %(default)s)",
     )
-    parser.add_argument(
-        "--config", help="a config whose model counts instead of what the checkpoint says"
-    )
+    parser.add_argument("--config", help="a config whose model replaces that of the checkpoint")
     return parser.parse_args(arguments)
 
 

@@ -120,8 +120,8 @@ def export_network(
     remaining = _swap_back(plain)
     if keeps_code and remaining:
         raise InputError(
-            f"no state dict says how {some(remaining)} evaluates: torch's norm of the same keys "
-            "computes something else. Export to onnx or torch_export."
+            f"a state dict cannot hold {some(remaining)}: torch's norm of the same keys computes "
+            "something else. Export to onnx or torch_export."
         )
     report = fold_norms(plain, keep_norms=keeps_code) if fold else None
     plain.requires_grad_(False)
@@ -146,7 +146,7 @@ def _write(
             raise InputError(
                 f"the {format} differs from the trained network by {difference:.1e} of its "
                 f"largest output, more than {TOLERANCE:.0e}; nothing was written. If it folds "
-                "norms, it may be right without: --no_fold."
+                "norms, try --no_fold."
             )
         with replace_file(file) as opened:
             opened.write(draft.read_bytes())

@@ -57,7 +57,7 @@ class FoldReport:
 
     def __str__(self) -> str:
         count = len(self.folded)
-        left = f"; {len(self.left)} left as they are" if self.left else ""
+        left = f"; {len(self.left)} not folded" if self.left else ""
         return f"folded {count} batch norm{'s' * (count != 1)}{left}"
 
     def __rich__(self) -> Table:
@@ -68,7 +68,7 @@ class FoldReport:
         for fold in self.folded:
             table.add_row(escape(fold.norm), escape(fold.into))
         for left in self.left:
-            table.add_row(escape(left.norm), f"[dim]left: {escape(left.reason)}[/dim]")
+            table.add_row(escape(left.norm), f"[dim]not folded: {escape(left.reason)}[/dim]")
         return table
 
 
@@ -208,7 +208,7 @@ def _pair(found: NormLayer, traced: TracedGraph) -> _Pair | Left:
     if not reason and channels != norm.num_features:
         reason = f"its {norm.num_features} channels are not the {channels} outputs of {name}"
     if not reason and len(call.users) > 1:
-        reason = f"the output of {name} also goes elsewhere"
+        reason = f"the output of {name} is used elsewhere, too"
     if reason:
         return Left(found.name, reason)
     return _Pair(found.name, norm, name, layer)
@@ -217,7 +217,7 @@ def _pair(found: NormLayer, traced: TracedGraph) -> _Pair | Left:
 def _unsupported_norm(found: NormLayer, traced: TracedGraph) -> str:
     norm = found.module
     if found.kind != "batch":
-        return f"{found.type_name} is none of torch's own batch norms, nor of this package's"
+        return f"{found.type_name} is neither a batch norm of torch nor of this package"
     if norm.running_mean is None or norm.running_var is None:
         return "it keeps no running statistics"
     if _has_hooks(norm):

@@ -37,8 +37,8 @@ class StatisticBatchNorm(BatchNormBase):
         bias: learn that bias too; without effect where `affine` is False.
         track_running_stats: keep running statistics; else evaluation uses the batch's own.
         constant: c. "exact" makes ŝ estimate a Gaussian's standard deviation without bias (for Lp
-            as n → ∞; see `gaussian_constant`), "paper" is the constant as published, "none" is 1,
-            and a number is taken as it is.
+            as n → ∞; see `gaussian_constant`), "paper" is the published constant, "none" is 1, and
+            a number is c itself.
         stats_dtype: dtype of accumulation: `torch.float32` or `torch.float64`; by default float32,
             and float64 for float64 inputs. Or `torch.float16` or `torch.bfloat16`: then all is
             computed in that dtype, whatever the input's (pure half).

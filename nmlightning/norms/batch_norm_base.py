@@ -237,7 +237,7 @@ class BatchNormBase(_BatchNorm):
             switch = "its sync is on" if self.sync else 'set its sync, by {"sync": True}'
             raise InputError(
                 f"{caller} would make an L2 norm of this {type(self).__name__}, which synchronises "
-                f"itself: leave that out ({switch}), or undo the swap first."
+                f"itself: do not call it ({switch}), or revert the swap first."
             )
         return super().named_children()
 
@@ -249,8 +249,8 @@ class BatchNormBase(_BatchNorm):
         frames = (frame.f_globals.get("__name__", "") for frame, _ in walk_stack(None))
         for caller in (name for name in frames if name.startswith(_FUSES_EXACT_CLASSES)):
             warnings.warn(
-                f"{caller} fuses torch's own classes alone, and leaves {type(self).__name__}: "
-                'fold_norms(model) folds it, or swap_norms(model, "l2") comes first.',
+                f"{caller} fuses torch's own classes only, not {type(self).__name__}: "
+                'call fold_norms(model), or swap_norms(model, "l2") first.',
                 stacklevel=2,
             )
             break

@@ -19,7 +19,7 @@ from nmlightning.norms.batch_norm_base import BatchNormBase, accumulation_dtype,
 
 
 class MeanOnlyBatchNorm(BatchNormBase):
-    """Batch norm that subtracts the mean and leaves the scale as it is.
+    """Batch norm that subtracts the mean and keeps the scale.
 
         y = x − μ + bias
 
@@ -27,15 +27,14 @@ class MeanOnlyBatchNorm(BatchNormBase):
     gradient is g − mean g, also of a second derivative (but not in pure half), and nothing is kept
     for it.
 
-    The state has torch's five keys, and its scale is that of no scale: `weight` is 1 and
-    `requires_grad` False (the norm learns no scale, and a weight that is trained but never used
-    would stop DistributedDataParallel), and `running_var` is 1 − eps. So evaluation is torch's
-    batch norm, into which a checkpoint loads and computes the same. The other way, from the
-    checkpoint of another norm, the layer takes the mean, the bias and the count, not the scale.
-    A weight set to anything else has no effect; `eval()` and `state_dict()` make it 1 again.
+    The state has torch's five keys: `weight` is 1 with `requires_grad` False, since a trained
+    weight that is never used stops DistributedDataParallel, and `running_var` is 1 − eps. So
+    evaluation is torch's batch norm, into which a checkpoint loads. From the checkpoint of another
+    norm the layer takes the mean, the bias and the count, not the scale. A weight set to anything
+    else has no effect; `eval()` and `state_dict()` make it 1 again.
 
-    One value per channel is an error in training, as in torch, though the formula allows it: the
-    output would be the bias, whatever the input. Use a subclass for a fixed number of dimensions.
+    One value per channel is an error in training, as in torch: the output would be the bias alone.
+    Use a subclass for a fixed number of dimensions.
 
     Args:
         num_features: C.

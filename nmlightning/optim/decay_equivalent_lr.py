@@ -60,8 +60,8 @@ class DecayEquivalentLR(StepRule):
         weight_decay: λ of what is steered. The optimizer must not decay these weights; the other
             parameters keep their decay in it.
         include: glob patterns on weight names; empty means every convolution that is
-            scale-invariant in fact.
-        exclude: glob patterns on weight names that are left alone.
+            scale-invariant by its gradients.
+        exclude: glob patterns on names of weights that are not steered.
 
     Raises:
         InputError: λ is negative. In `attach`: an optimizer other than SGD, or one with Nesterov

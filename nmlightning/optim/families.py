@@ -212,7 +212,7 @@ def _refusal(optimizer: Any, inner: list[Any]) -> str:
         )
         if type(optimizer).__module__.startswith("schedulefree"):
             way_out = (
-                "its weights are averages, whose norms no rule holds; take schedulefree's "
+                "its weights are averages, whose norms a rule cannot hold; use schedulefree's "
                 "SGDScheduleFree or RAdamScheduleFree"
             )
     return f"A rule hooks into the steps of a torch Optimizer, which {name} is not: {way_out}."

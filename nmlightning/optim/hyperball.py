@@ -23,17 +23,16 @@ class Hyperball(StepRule):
     where ‖·‖ is the Frobenius norm of the whole weight, of all its output channels together. So the
     learning rate is the length of a step relative to the weight, about the angle in radians that
     it turns; the authors start from √(ηλ) of the run with weight decay λ that is replaced. The
-    optimizer's averages stay as they are.
+    optimizer's averages do not change.
 
-    u is the difference that the step made to the weight. Where that rounds to nothing the weight
-    stays, as it does at η = 0: keep the weights themselves in float32, as mixed precision does.
-    A step that is not finite is skipped for the whole weight.
+    u is the difference that the step made to the weight. It must not round to nothing: keep the
+    weights in float32, as mixed precision does. A step that is not finite is skipped for the whole
+    weight.
 
     Args:
         include: glob patterns on weight names; empty means every weight of two or more dimensions,
-            also where the loss feels its norm. The authors leave embeddings to the optimizer
-            alone: name them in `exclude`.
-        exclude: glob patterns on weight names that are left alone.
+            scale-invariant or not. The authors do not steer embeddings: name them in `exclude`.
+        exclude: glob patterns on names of weights that are not steered.
 
     Raises:
         InputError: in `attach`, a weight that is zero or not finite at first; no weight to steer;

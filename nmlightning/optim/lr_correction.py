@@ -35,9 +35,9 @@ class LRCorrection(StepRule):
         stable:  Δw_i ← Δw_i · min((‖w_i(0)‖ / ‖r_i‖)^q, max_factor),
                  no longer than max_rotation · ‖w_i‖; then w_i ← w_i · ‖w_i(0)‖ / ‖w_i‖
 
-    The paper's rule takes ‖w_i‖ out of the step, and with it the brake that a growing norm is: a
-    channel whose reference decayed to almost nothing grows geometrically. The stable rule holds the
-    norm where it started, which changes nothing for a scale-invariant weight.
+    The paper's rule takes ‖w_i‖ out of the step: a channel whose reference decayed to almost
+    nothing grows geometrically. The stable rule holds the norm where it started, which changes
+    nothing for a scale-invariant weight.
 
     Args:
         reference: the recording of a run with weight decay: a `NormHistory`, its file, or the
@@ -51,8 +51,8 @@ class LRCorrection(StepRule):
         align: which record a moment has; see `NormHistory.place`. By default "official" in mode
             "paper", and "interpolate" in mode "stable".
         include: glob patterns on weight names; empty means every convolution that is
-            scale-invariant in fact.
-        exclude: glob patterns on weight names that are left alone.
+            scale-invariant by its gradients.
+        exclude: glob patterns on names of weights that are not steered.
 
     Raises:
         InputError: a setting outside what is allowed. In `attach`: as `StepRule.attach` says.
@@ -81,8 +81,8 @@ class LRCorrection(StepRule):
         check_reference(reference, align, max_rotation)
         if mode == "paper":
             warnings.warn(
-                'LRCorrection(mode="paper") has no brake: where a reference norm decays to almost '
-                'nothing the weights grow without bound. Use mode="stable" unless you study that.',
+                'LRCorrection(mode="paper") lets weights grow without bound if a reference norm '
+                'decays to almost nothing. Use mode="stable" unless you study that.',
                 stacklevel=2,
             )
         self.reference = reference

@@ -35,8 +35,8 @@ class NormSchedule(StepRule):
         power: q, 1 or 2; "auto" takes that of the optimizer's family.
         align: which record a moment has; see `NormHistory.place`.
         include: glob patterns on weight names; empty means every convolution that is
-            scale-invariant in fact.
-        exclude: glob patterns on weight names that are left alone.
+            scale-invariant by its gradients.
+        exclude: glob patterns on names of weights that are not steered.
 
     Raises:
         InputError: a setting outside what is allowed. In `attach`: as `StepRule.attach` says.

@@ -297,7 +297,7 @@ class RecordedNorms:
         if dead > self._dead.get(name, 0):
             warnings.warn(
                 f"{dead} of {len(norms)} channels of {name} have a recorded norm that is zero or "
-                "not finite; they are left unsteered.",
+                "not finite; they are not steered.",
                 stacklevel=2,
             )
         self._dead[name] = dead

@@ -17,16 +17,16 @@ from nmlightning.weights.channel_norms import channel_norms, unit_rows
 class RadialProjection(StepRule):
     """Remove the radial part of each step, as SGDP and AdamP do around SGD and Adam.
 
-    Where the gradient g lies across every output channel w_i of d elements, the weight counts
-    as scale-invariant by channels; else, where g lies across the whole weight W of D elements,
-    as a whole; else its step is left as it is:
+    If the gradient g is nearly orthogonal to every output channel w_i of d elements, the weight
+    counts as scale-invariant by channels; if only to the whole weight W of D elements, as a whole;
+    otherwise its step does not change:
 
         |cos(w_i, g_i)| < δ/√d for all i:   Δw_i ← Δw_i − (ŵ_i · Δw_i) ŵ_i,    ŵ_i = w_i / ‖w_i‖
         else |cos(W, g)| < δ/√D:            ΔW ← ΔW − (Ŵ · ΔW) Ŵ,              Ŵ = W / ‖W‖
 
-    w and g are those that the step was taken at; a gradient of zero lies across any weight. The
-    optimizer's averages stay as they are. The factors of a dashboard are what is left of the length
-    of each channel's step. A channel whose step is not finite goes back to where it was.
+    w and g are those before the step; a gradient of zero is orthogonal to any weight. The
+    optimizer's averages do not change. The factors of a dashboard are the remaining shares of the
+    length of each channel's step. A channel whose step is not finite goes back to where it was.
 
     The authors' optimizers decay projected weights by a tenth. A hook cannot take the decay out
     of the step, so weight decay is refused, as with the other rules.
@@ -35,7 +35,7 @@ class RadialProjection(StepRule):
         delta: δ > 0; infinity projects the channels of every weight.
         include: glob patterns on weight names; empty means every weight of two or more dimensions,
             as in the authors' code.
-        exclude: glob patterns on weight names that are left alone.
+        exclude: glob patterns on names of weights that are not steered.
 
     Raises:
         InputError: δ is not positive. In `attach`: no weight to steer; weight decay in its

@@ -23,7 +23,7 @@ from nmlightning.weights.layer_weights import find_layer_weights
 CONVOLUTIONS, MATRICES = 3, 2
 """The fewest dimensions of a weight that a rule works on where nothing is included by name."""
 _DEFAULTS = {
-    CONVOLUTIONS: ("convolutions", "not a convolution; name it by include"),
+    CONVOLUTIONS: ("convolutions", "not a convolution (add it by include)"),
     MATRICES: ("weights of two or more dimensions", "it has fewer than two dimensions"),
 }
 
@@ -145,7 +145,7 @@ def unsteered_reason(
     """Return in words why a parameter of the model is not to be steered, or None if it is."""
     parameter, (include, exclude, least_dims, within) = weights.parameters[name], choice
     if not parameter.requires_grad:
-        return "it is frozen, and stays unsteered if it is trained later"
+        return "it is frozen at the start"
     if parameter not in optimized:
         return "no optimizer has it"
     if matches(name, exclude):
@@ -157,7 +157,7 @@ def unsteered_reason(
         return "the tracker's include and exclude leave it out"
     if include:
         is_passed_over = parameter.dim() < 2 and name not in include
-        return "a pattern passes over what has one dimension" if is_passed_over else None
+        return "patterns skip weights of one dimension" if is_passed_over else None
     fits = weights.is_convolution(name) if least_dims == CONVOLUTIONS else parameter.dim() > 1
     return None if fits else _DEFAULTS[least_dims][1]
 
@@ -182,7 +182,7 @@ def _leave_unrecorded(names: list[str], recorded: Container[str]) -> list[str]:
     if not left or len(left) == len(names):
         return names
     warnings.warn(
-        f"The recording has no {some(left)}, by its shape a convolution; it is left alone: "
+        f"The recording has no {some(left)}, by its shape a convolution, which is not steered: "
         "exclude it, or give attach the model itself.",
         stacklevel=4,
     )
@@ -200,7 +200,7 @@ def _check_weight(weight: OptimizedWeight) -> None:
     try:
         channel_norms(weight.parameter, layout=weight.layout)
     except InputError as error:
-        raise InputError(f"{weight.name} cannot be steered: {error} Take it out.") from error
+        raise InputError(f"{weight.name} cannot be steered: {error} Exclude it.") from error
 
 
 TOLERANCE = 0.1
@@ -295,13 +295,13 @@ class Scope:
         if not self.measures:
             return "steered"
         if name not in self.shares:
-            return "steered; it has had no gradient yet"
+            return "steered; no gradient yet"
         share = f"{self.shares[name]:.1e}"
         if self._passes(name):
             return f"steered: scale-invariant (radial share {share})"
-        verdict = "steered, as include asks for" if self.insists else "left"
+        verdict = "steered by include" if self.insists else "not steered"
         if self._felt(name):
-            return f"{verdict}: the loss feels its norm (radial share {share})"
+            return f"{verdict}: the loss depends on its norm (radial share {share})"
         few = f"in {self.samples[name]} channels' gradients may be chance"
         return f"{verdict}{'' if self.insists else ' so far'}: a radial share of {share} {few}"
 
@@ -318,8 +318,8 @@ class Scope:
         self.shares[name] = math.sqrt(total / self.samples[name])
         if self.insists and self._felt(name):
             warnings.warn(
-                f"{name} is steered, but the loss feels its norm (is there no norm layer after "
-                "it?), so its learning rate does not depend on the norm alone; take it out of "
+                f"{name} is steered, but the loss depends on its norm (is there no norm layer "
+                "after it?), which then does not set the learning rate alone; remove it from "
                 "include.",
                 stacklevel=2,
             )

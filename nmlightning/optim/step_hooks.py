@@ -98,10 +98,10 @@ class StepRule(ABC):
         named_parameters: Model,
         layouts: Mapping[str, ChannelLayout] | None = None,
     ) -> "StepHookHandle":
-        """Work on every step of `optimizer` from now on; later changes of settings have no effect.
+        """Change every step of `optimizer` from now on; later changes of settings have no effect.
 
         Args:
-            optimizer: its weight decay must be 0 for what is steered. It may wrap what steps.
+            optimizer: its weight decay must be 0 for steered weights. It may wrap another.
             named_parameters: of the model, as `model.named_parameters()` gives them, or the model
                 itself. From names alone a convolution is not known from another parameter of three
                 or more dimensions, nor a transposed one.
@@ -109,7 +109,7 @@ class StepRule(ABC):
                 names alone need them.
 
         Returns:
-            The handle, whose `remove` undoes it.
+            The handle, whose `remove` detaches the rule.
 
         Raises:
             InputError: no weight to steer; one that decays, or that is steered already; an
@@ -127,16 +127,16 @@ class StepRule(ABC):
             recorded = RecordedNorms(history, weights, self.align)
         if any(hasattr(each, "train") and hasattr(each, "eval") for each in steps):
             warnings.warn(
-                f"{type(self).__name__} acts on the weights that {type(optimizer).__name__} trains "
-                "with; its eval() puts others in their place, such as averages, whose norms no "
-                "rule holds: read norms after its train(), or take an optimizer without them.",
+                f"{type(self).__name__} steers the weights that {type(optimizer).__name__} trains; "
+                "its eval() replaces them by others, such as averages, with other norms: read "
+                "norms after its train(), or use an optimizer without eval().",
                 stacklevel=2,
             )
         return StepHookHandle(steps, rule, weights, recorded)
 
 
 class StepHookHandle:
-    """A rule at work on the step hooks of nested optimizers, outermost first; `remove` undoes it.
+    """A rule attached to the step hooks of nested optimizers, outermost first.
 
     A step is what the outermost does that is called, if the last one steps meanwhile.
 
@@ -196,10 +196,10 @@ class StepHookHandle:
         return all(self.scope.decided(weight.name) for weight in self.weights)
 
     def measure(self) -> None:
-        """Measure on the gradients as they are now which weights the loss feels the norm of.
+        """Measure on the current gradients on which weights' norms the loss depends.
 
-        Otherwise the step does, before it moves anything. Call it before gradients are clipped by
-        value: what is left of them points along the weights, too.
+        Otherwise the step measures. Call it before you clip gradients by value, which bends them
+        towards the weights.
         """
         for weight in self.weights:
             self.scope.measure(weight)

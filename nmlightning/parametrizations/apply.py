@@ -1,4 +1,4 @@
-"""apply_weight_norm and remove_weight_norm: normalise the weights of a model, and undo it."""
+"""apply_weight_norm and remove_weight_norm: normalise the weights of a model, and revert it."""
 
 import math
 import warnings
@@ -72,11 +72,11 @@ class WeightNormReport:
         name = f"{bounded}weight norm ({NAMES[self.settings.p]})"
         line = f"{name} on {count} weight{'s' * (count != 1)}"
         if self.left:
-            line += f"; not on that of the output layer, {self.output or ' = '.join(self.left)}"
+            line += f"; not on the output layer, {self.output or ' = '.join(self.left)}"
         if self.unknown:
-            line += f"; not on {_with_classes(self.unknown)}: name what is a layer by include"
+            line += f"; not on {_with_classes(self.unknown)}: name layers by include"
         if self.passed_over:
-            line += f"; not on {len(self.passed_over)} of linear layers, which layers may name"
+            line += f"; not on {len(self.passed_over)} of linear layers (add them by layers)"
         if self.assumed:
             line += f"; along dimension 0 of {_with_classes(self.assumed)}"
         return line
@@ -105,18 +105,18 @@ def apply_weight_norm(
         bounded:  w_i = ρ v_i / ‖v_i‖_p,     with gains  w_i = g_i ‖g⁰‖₂ / ‖g‖₂ · v_i / ‖v_i‖_p
         weight:   w_i = g_i v_i / ‖v_i‖_p
 
-    w_i is the weight of output channel i; v_i and g_i are learned; ρ is one number for each weight,
-    which stays. The weights are parametrized (`torch.nn.utils.parametrize`): v is the `Parameter`
-    that the weight was before, so that optimizers made before move it. Norms accumulate in float32,
-    in float64 for float64. A weight is computed at each read; where a forward pass reads one often,
-    as cells in a loop do, `with torch.nn.utils.parametrize.cached():` computes it once.
+    w_i is the weight of output channel i; v_i and g_i are learned; ρ is one constant for each
+    weight. The weights are parametrized (`torch.nn.utils.parametrize`): v is the `Parameter` that
+    the weight was, so existing optimizers train it. Norms accumulate in float32, in float64 for
+    float64. A weight is computed at each read; `with torch.nn.utils.parametrize.cached():` computes
+    it once where a forward pass reads it often.
 
     Args:
-        model: initialised before; it is changed in place.
+        model: an initialised one, which is changed in place.
         kind: "bounded" or "weight".
         p: 1, 2, or `math.inf`, also as "inf".
         rho: "init" for ρ = ‖V‖_p / N^(1/p) of the N channels that the weight V has now, and
-            g_i = ‖v_i‖_p, so that with gains a channel the net computes what it did; or a number
+            g_i = ‖v_i‖_p, so that with gains for channels the outputs do not change; or a number
             for ρ and each g_i.
         gain: "none", one for each "channel", or, for kind "weight", one for each "layer". None
             means "none" for "bounded", which may have one for each channel whose common norm
@@ -129,16 +129,16 @@ def apply_weight_norm(
             weights.
         include: glob patterns on the names of parameters that are normalised as well, whatever they
             are of. A tied weight is normalised once and stays tied.
-        exclude: glob patterns on names that are left alone.
-        optimizers: those made before, which then move the gains too, in the group of v.
+        exclude: glob patterns on names of parameters that are not normalised.
+        optimizers: existing ones, which then train the gains too, in the group of v.
 
     Returns:
-        What was done.
+        A report of the normalised weights and of those that were left out.
 
     Raises:
         InputError: a setting that is not allowed; a pattern that matches nothing; no weight, or one
             that is zero in some channel, not finite, complex or integer, sharded, without values,
-            or normalised already; gains that an optimizer made before would not move. Nothing was
+            or normalised already; gains that an existing optimizer would not train. Nothing was
             changed then.
 
     Source: Hoffer et al. 2018, §5 (arXiv 1803.01814); Salimans & Kingma 2016 (arXiv 1602.07868).
@@ -157,8 +157,8 @@ def apply_weight_norm(
     assumed = {w.name: w.layer_name for w in weights if not w.places[0].is_known}
     if len(passed_over) > len(weights):
         warnings.warn(
-            f"Of {type(model).__name__} weights of convolutions are normalised ({len(weights)}), "
-            f"and none of linear layers ({len(passed_over)}): name what is by layers, such as "
+            f"{type(model).__name__}: {len(weights)} weights of convolutions are normalised, and "
+            f"none of its {len(passed_over)} linear layers: choose by layers, such as "
             '["conv", "linear"], or by include.',
             stacklevel=2,
         )
@@ -214,9 +214,9 @@ def _register(place: WeightLocation, norm: WeightNorm) -> FastParametrizationLis
 def remove_weight_norm(
     model: nn.Module, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> list[str]:
-    """Make plain parameters of normalised weights again, with exactly the values they have.
+    """Turn normalised weights back into plain parameters of exactly the same values.
 
-    Each is the `Parameter` that it was, and optimizers forget the gains.
+    Each is the `Parameter` that it was, and the gains are removed from the optimizers.
 
     Args:
         model: it is changed in place.
@@ -290,8 +290,8 @@ def _validate_model(model: Any) -> None:
         )
     if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         raise InputError(
-            "The model is wrapped by DistributedDataParallel already, which holds on to the "
-            "weights as they were: normalise them before."
+            "The model is wrapped by DistributedDataParallel already, which keeps the old weights: "
+            "normalise them before."
         )
 
 

@@ -134,9 +134,7 @@ def find_weights(
     if is_doubtful:
         names = some([w.name for w in choice.left]) + (" are" if len(choice.left) > 1 else " is")
         warnings.warn(
-            f"{output.doubt}; {names} left out: name by include or exclude what is normalised and "
-            "what is not.",
-            stacklevel=3,
+            f"{output.doubt}; {names} left out: choose by include or exclude.", stacklevel=3
         )
     if not choice.chosen:
         raise InputError(_explain_none(model, kinds, weights, choice.left))
@@ -149,7 +147,7 @@ def _explain_none(
     weights: Sequence[NormalisableWeight],
     left: Sequence[NormalisableWeight],
 ) -> str:
-    output = left and f", and {left[0].name} is of the output layer, which include has to name"
+    output = left and f", and {left[0].name} is of the output layer (add it by include)"
     return (
         f"{type(model).__name__} has no weight to normalise: layers is {list(kinds)}"
         f"{output or ''}; "

@@ -124,8 +124,8 @@ class NormalisedWeight(torch.autograd.Function):
         v_needs, scales_need, _ = ctx.needs_input_grad
         if (v._version, scales._version) != ctx.versions:
             raise RuntimeError(
-                "A weight that is normalised was changed in place since the forward pass, so the "
-                "gradient of that pass cannot be computed any more."
+                "A normalised weight was changed in place since the forward pass, so the gradient "
+                "of that pass can no longer be computed."
             )
         if torch.is_grad_enabled():
             return *_differentiable_gradients(dw, v_needs, scales_need, v, scales, form), None

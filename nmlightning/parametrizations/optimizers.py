@@ -33,12 +33,12 @@ def param_groups_for_gains(
     for weight in weights:
         if any(_groups_with(weight.parameter, [x]) for x in optimizers if isinstance(x, LBFGS)):
             raise InputError(
-                "LBFGS cannot take gains in that it was not made with: make it afterwards."
+                "LBFGS cannot add gains later: make it after the weights are normalised."
             )
         if _groups_with(weight.parameter, other_optimizers):
             raise InputError(
-                f"An optimizer that exists already moves {weight.name}, and it would not move the "
-                "gain: hand it over as optimizers=…, or make it afterwards."
+                f"An existing optimizer trains {weight.name} and would not train its gain: give it "
+                "as optimizers=…, or make it afterwards."
             )
         groups[weight.name] = _groups_with(weight.parameter, optimizers)
     return groups

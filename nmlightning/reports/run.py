@@ -87,7 +87,7 @@ def read_saved_config(folder: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{file} is no YAML text: {error}.") from error
+        raise InputError(f"{file} is not YAML text: {error}.") from error
     content = load_yaml(text, str(file), objects=True)
     return content if isinstance(content, dict) else {}
 

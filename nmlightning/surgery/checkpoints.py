@@ -38,8 +38,8 @@ Module = TypeVar("Module", bound=torch.nn.Module)
 def load_from_checkpoint(module_class: type[Module], path: str | Path, **arguments: Any) -> Module:
     """Return the LightningModule of a checkpoint, with norms and weights as they were in training.
 
-    Its norms are swapped, its weights normalised, as the checkpoint says, whoever swapped them, and
-    its next checkpoints say so too, also without the callbacks.
+    Its norms are swapped and its weights normalised as in the checkpoint, by a callback or by hand.
+    Its next checkpoints hold the same recipe, also without the callbacks.
 
     Args:
         module_class: a LightningModule class, of `pytorch_lightning` or `lightning.pytorch`.
@@ -80,15 +80,15 @@ def load_from_checkpoint(module_class: type[Module], path: str | Path, **argumen
 def swap_like(model: nn.Module, state_dict: Mapping[str, Any]) -> SwapReport:
     """Swap the norms of `model` to those that a state dict was saved with, and report it.
 
-    The state dict of a model with norms of this package says in its metadata what they are; of a
-    model with torch's own norms it says nothing, and nothing is swapped.
+    The metadata of a state dict name the norms of this package. If there are none, nothing is
+    swapped.
 
     Args:
-        model: the model, as it is built, also with other norms.
-        state_dict: what `state_dict()` of such a model gave, or `torch.load` of that.
+        model: a new model, also with other norms.
+        state_dict: from `state_dict()` of such a model, or `torch.load` of that.
 
     Raises:
-        InputError: a dict without metadata, as one that was put together anew has none.
+        InputError: a dict without metadata, such as one that you put together.
 
     Examples:
         >>> nets = [nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)) for _ in range(2)]

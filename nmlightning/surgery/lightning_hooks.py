@@ -97,8 +97,8 @@ def _restore_model(original: Any, connector: Any) -> None:
         del states[key]
         if trainer.state.fn == "fit" and key.startswith("WeightNormTracker"):
             _warn(
-                f"{LEFT_OUT}a WeightNormTracker, and this run goes without: its recording ends and "
-                "no rule of it steers: add WeightNormTracker to the Trainer's callbacks."
+                f"{LEFT_OUT}a WeightNormTracker, which this run lacks: it records no norms and no "
+                "rule steers. Add WeightNormTracker to the Trainer's callbacks."
             )
 
 

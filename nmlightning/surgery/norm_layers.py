@@ -91,7 +91,7 @@ def find_norm_layers(
 
 def _leave(layer: NormLayer, outer: NormLayer) -> NormLayer:
     """Return a norm within another one that is left, so that neither is swapped by half."""
-    reason = f"a part of {outer.name} ({outer.type_name}), which is left"
+    reason = f"a part of {outer.name} ({outer.type_name}), which is not swapped"
     return NormLayer(layer.name, layer.module, None, unsupported_reason=reason)
 
 

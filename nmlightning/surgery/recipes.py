@@ -230,7 +230,7 @@ def recipes_in(checkpoint: Mapping[str, Any], change: Change) -> list[Recipe]:
     recipes = entry.get(change.key, ())
     if not all(isinstance(recipe, Mapping) and "modules" in recipe for recipe in recipes):
         raise InputError(
-            f"The checkpoint's {KEY!r} entry is damaged: its {change.key} say nothing."
+            f"The checkpoint's {KEY!r} entry is damaged: its {change.key} are unreadable."
         )
     return change.tidy(
         [{**change.make(**keywords_of(recipe)), "modules": recipe["modules"]} for recipe in recipes]

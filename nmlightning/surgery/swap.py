@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 _FUSED_WORDS = {
     "relu": "with the ReLU after them",
     "add_relu": "with the addition and the ReLU after them",
-    "": "with nothing any more",
 }
 
 
@@ -56,10 +55,10 @@ class Swap:
 
 @dataclass(frozen=True)
 class SwapReport:
-    """The modules that `swap_norms` swapped, or would swap, and the norms it left alone.
+    """The modules that `swap_norms` swapped, or would swap, and the norms that it did not.
 
-    Likewise the norms that it fused with what follows them, or no longer, and those that it could
-    not fuse. It prints as a table under rich; otherwise as a line, and one for each reason.
+    Likewise the norms that it fused, unfused and could not fuse. rich prints it as a table, `print`
+    as a line and one for each reason.
     """
 
     swapped: tuple[Swap, ...]
@@ -75,21 +74,24 @@ class SwapReport:
         names: dict[str, list[str]] = {}
         for swap in self.left:
             names.setdefault(swap.reason, []).append(swap.name)
-        reasons = [f"left {some(named, 2)}: {reason}" for reason, named in names.items()]
+        reasons = [f"not swapped {some(named, 2)}: {reason}" for reason, named in names.items()]
         return "\n".join([self._counts(), *reasons])
 
     def _counts(self) -> str:
         kinds = Counter((swap.before, swap.after) for swap in self.swapped)
         counts = [f"{count} {before} → {after}" for (before, after), count in kinds.items()]
-        left = f"; {len(self.left)} left as they are" if self.left else ""
+        left = f"; {len(self.left)} not swapped" if self.left else ""
         swapped = ("would swap " if self.dry_run else "swapped ") + (", ".join(counts) or "0")
         return swapped + left + self._fused()
 
     def _fused(self) -> str:
         kinds = Counter(swap.after for swap in self.fused)
+        unfused = kinds.pop("", 0)
         counts = [f"{count} {_FUSED_WORDS[after]}" for after, count in kinds.items()]
         if counts:
             counts[0] = ("would fuse " if self.dry_run else "fused ") + counts[0]
+        if unfused:
+            counts.append(f"{'would unfuse' if self.dry_run else 'unfused'} {unfused}")
         if self.not_fused:
             counts.append(f"{len(self.not_fused)} not fused")
         return f"; {', '.join(counts)}" if counts else ""
@@ -100,7 +102,7 @@ class SwapReport:
 
         table = Table("module", "from", "to", title=escape(self._counts()))
         for swap in (*self.swapped, *self.left):
-            fate = escape(swap.after) or f"[dim]left: {escape(swap.reason)}[/dim]"
+            fate = escape(swap.after) or f"[dim]not swapped: {escape(swap.reason)}[/dim]"
             table.add_row(escape(swap.name), escape(swap.before), fate)
         for swap in (*self.fused, *self.not_fused):
             does = f"fused {_FUSED_WORDS[swap.after]}" if swap.after else "not fused"
@@ -121,25 +123,20 @@ def swap_norms(
     types: Mapping[Any, str] | None = None,
     dry_run: bool = False,
 ) -> SwapReport:
-    """Turn the norm layers of `model` into the norm called `norm`, in place, and report it.
+    """Swap the norm layers of `model` for the norm called `norm`, in place, and report it.
 
-    A swapped layer stays the same module object and takes another class, as
-    `torch.nn.utils.parametrize` does it. So its parameters, buffers and hooks, the optimizers that
-    hold them, and all that shares the module stay valid. A layer is swapped if its class is
-    exactly torch's `BatchNorm1d/2d/3d`, `SyncBatchNorm` (which becomes a synchronised norm),
-    `LayerNorm` or `RMSNorm`, one of ours, timm's `BatchNormAct2d` (which becomes a class of both,
-    such as `L1BatchNormAct2d`, with its drop and activation), or a layer or RMS norm of timm,
-    torchvision, Hugging Face and others that computes on random inputs what torch's does, but for
-    the axis, 1 + weight or an activation. Calling it twice changes nothing the second time.
-    `norm="l2"` undoes a swap. A swap to `mean`, which has no scale, makes the weights 1 and freezes
-    them until the next swap. If anything fails, nothing is changed.
+    A swapped layer stays the same object and changes its class, so its parameters, buffers and
+    hooks, the optimizers that hold them, and all that shares the module stay valid. Swapped are
+    torch's `BatchNorm1d/2d/3d`, `SyncBatchNorm` (which becomes a synchronised norm), `LayerNorm`
+    and `RMSNorm`, our norms, timm's `BatchNormAct2d` (which becomes a class of both, such as
+    `L1BatchNormAct2d`), and layer and RMS norms of timm, torchvision, Hugging Face and others that
+    equal torch's on random inputs but for the axis, 1 + weight or an activation. Subclasses are
+    not. A second call changes nothing, and `norm="l2"` reverts a swap. A swap to `mean`, which has
+    no scale, makes the weights 1 and freezes them. If anything fails, nothing is changed.
 
-    With `fuse` a batch norm also does the ReLU that follows it in its module's forward, where it is
-    followed by nothing else: one kernel reads and writes what two or three did. The module that
-    calls it takes a class of its own, with another forward; its state stays what it was. That
-    changes nothing but the rounding of results, and hooks that are added to such a norm later see
-    the activated output, those of such a ReLU nothing. What cannot be fused is reported with the
-    reason, and computes what it did.
+    With `fuse` a batch norm also does the ReLU that alone follows it in its module's forward, in
+    one kernel. The calling module gets a class of its own with another forward. Results differ by
+    rounding. Hooks added to such a norm later see the activated output, those of its ReLU nothing.
 
     Args:
         model: any module, also one that `torch.compile` wraps.
@@ -148,15 +145,15 @@ def swap_norms(
             `stats_dtype`, `sync`. By default eps and momentum stay those of the layer.
         kinds: `batch`, `layer`, `rms` or several.
         include: glob patterns on module names, such as `layer1.*`; empty means all.
-        exclude: glob patterns on module names that are left alone.
+        exclude: glob patterns on names of modules that are not swapped.
         fuse: "relu" lets these batch norms do the ReLU after them, "add_relu" also an addition
-            and the ReLU after that; None lets them do neither, also those that did.
+            and the ReLU after that; None unfuses them.
         types: other classes that are "layer", "rms" or, of torch's subclasses, "batch" norms, by
             class or path, as `{"my.package.MyNorm": "rms"}`; they are tried on random inputs.
         dry_run: report only.
 
     Returns:
-        What was swapped, and which norm layers were left alone, with the reason.
+        A report of the norm layers that were swapped, and of the others with the reason.
 
     Raises:
         InputError: an unknown norm, kind or option; a pattern that matches nothing; nothing to

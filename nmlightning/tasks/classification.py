@@ -77,8 +77,8 @@ class ImageClassifier(pl.LightningModule):
         weight_decay_scope: `all`, `no_norm` (norms, gains and biases exempt), `no_conv` (the
             weights of convolutions exempt) or `last_layer`.
         lr_batch_size: the images a step that the optimizer's learning rate is meant for. It is
-            multiplied by (batch size × processes × accumulated batches) / lr_batch_size; None
-            leaves it as it is.
+            multiplied by (batch size × processes × accumulated batches) / lr_batch_size, unless
+            this is None.
         compile: the mode that `torch.compile` compiles the network with, after the callbacks have
             swapped its norms; None leaves it eager. "reduce-overhead" replays CUDA graphs, several
             times faster for a network of many small layers. The first steps then take a minute,
@@ -87,8 +87,8 @@ class ImageClassifier(pl.LightningModule):
             each other. Results differ by rounding.
 
     Attributes:
-        lr: the rate that `LearningRateFinder` or `Tuner.lr_find` has set, as it is used: it is not
-            multiplied for `lr_batch_size`. None is that of the optimizer.
+        lr: the rate that `LearningRateFinder` or `Tuner.lr_find` has set, which `lr_batch_size`
+            does not scale. None is that of the optimizer.
 
     Raises:
         InputError: for a label_smoothing out of its range or an lr_batch_size below 1; in training

@@ -188,7 +188,7 @@ def _file_of(folder: Path, state: Mapping[str, Any], checkpoint: Path | None) ->
             if file.is_file() and read_recording(file)["provenance"].get("run") == state["run"]:
                 return file
         except InputError as error:
-            warnings.warn(f"{str(error).rstrip('.')}; it is passed over.", stacklevel=2)
+            warnings.warn(f"{str(error).rstrip('.')}; it is skipped.", stacklevel=2)
     warnings.warn(
         f"The recording that the checkpoint continues is gone: {noted}. The new one "
         f"starts after step {state['step']}.",

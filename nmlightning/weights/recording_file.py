@@ -112,10 +112,10 @@ class GrowingRecording:
                 return
             records["marks"] = _REPEATED
         content = _seal(records, provenance).tobytes()
-        fate = "; the records that were in there are whole"
+        fate = "; the earlier records are intact"
         with explain_failure(self.file, fate), self.file.open("r+b") as opened:
             if os.fstat(opened.fileno()).st_ino != self._inode:
-                raise InputError(f"{self.file} was replaced by another run; end one of them.")
+                raise InputError(f"{self.file} was replaced by another run; stop one of them.")
             opened.seek(self._end)  # over what an append that failed has left
             opened.write(content)
             opened.flush()
@@ -202,7 +202,7 @@ def read_recording(file: Path) -> dict[str, Any]:
             raise
         raise InputError(f"{file} is damaged: {error} is missing or unreadable.") from error
     if metadata.get("crc32", expected := _checksum(metadata, arrays)) != expected:
-        raise InputError(f"{file} is damaged: its checksum is another.")
+        raise InputError(f"{file} is damaged: its checksum differs.")
     return {**recording, "norms": norms, "provenance": provenance}
 
 
@@ -212,7 +212,7 @@ def _read_growing(file: Path, metadata: Mapping[str, str], start: int) -> dict[s
     It can only be the last one, too short, and none of those that were written at once.
     """
     if str(zlib.crc32(metadata["content"].encode())) != metadata["crc32"]:
-        raise InputError(f"{file} is damaged: the checksum of its head is another.")
+        raise InputError(f"{file} is damaged: the checksum of its head differs.")
     head = json.loads(metadata["content"])
     channels, provenance = head["channels"], head["provenance"]
     kind = record_type(list(channels.values()))
@@ -223,9 +223,9 @@ def _read_growing(file: Path, metadata: Mapping[str, str], start: int) -> dict[s
     good = records["crc32"] == _checksums(records)
     if not good.all():
         bad, end = int(good.argmin()), start + int(good.argmin()) * kind.itemsize
-        cut = f"; those before it are whole: truncate -s {end} {file} leaves them"
+        cut = f"; to keep those before it: truncate -s {end} {file}"
         raise InputError(
-            f"{file} is damaged: the checksum of record {bad} is another"
+            f"{file} is damaged: the checksum of record {bad} differs"
             f"{cut if bad >= max(1, head['whole']) else ''}."
         )
     if count < head["whole"]:
@@ -234,7 +234,7 @@ def _read_growing(file: Path, metadata: Mapping[str, str], start: int) -> dict[s
         )
     if torn := (file.stat().st_size - start) % kind.itemsize:
         warnings.warn(
-            f"{file} ends in {torn} bytes of a record that was not written whole; it is left out.",
+            f"{file} ends in {torn} bytes of an incomplete record, which is left out.",
             stacklevel=4,
         )
     if count:
@@ -267,7 +267,7 @@ def _read_origin(file: Path) -> Mapping[str, Any] | None:
         reason = f"{file} is damaged"
     except InputError as error:
         reason = str(error).rstrip(".")
-    warnings.warn(f"{reason}; it is passed over.", stacklevel=3)
+    warnings.warn(f"{reason}; it is skipped.", stacklevel=3)
     return None
 
 

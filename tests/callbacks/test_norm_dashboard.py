@@ -361,7 +361,7 @@ def test_dashboard_without_a_logger_or_left_out(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("events*"))
     fit(tmp_path, WeightNormTracker(log_norms=False))
     assert not list(tmp_path.glob("events*")) or not read_scalars(tmp_path)
-    with pytest.raises(InputError, match="finds no logger to log to: give the Trainer one"):
+    with pytest.raises(InputError, match="has no logger to log to: give the Trainer one"):
         fit(tmp_path, WeightNormTracker(log_norms=True), logger=False)
 
 

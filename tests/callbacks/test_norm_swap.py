@@ -289,7 +289,7 @@ def test_resume_without_the_callback_warns(module_class: type, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("callback", "message"),
     [
-        (WeightNormTracker(), "a WeightNormTracker, and this run goes without: its recording ends"),
+        (WeightNormTracker(), "a WeightNormTracker, which this run lacks: it records no norms"),
         (WeightNormSwap(), r"weight norm on net\.0\.weight, net\.3\.weight, and here there"),
     ],
     ids=["tracker", "weight norm"],

@@ -68,12 +68,12 @@ def scope_of(
 
 TABLE = {
     "plain.weight": "steered: scale-invariant (radial share)",
-    "kept.weight": "left: exclude names it",
-    "frozen.weight": "left: it is frozen, and stays unsteered if it is trained later",
-    "other.weight": "left: no optimizer has it",
-    "free.weight": "left: the loss feels its norm (radial share)",
-    "unused.weight": "steered; it has had no gradient yet",
-    "head.weight": "left: not a convolution; name it by include",
+    "kept.weight": "not steered: exclude names it",
+    "frozen.weight": "not steered: it is frozen at the start",
+    "other.weight": "not steered: no optimizer has it",
+    "free.weight": "not steered: the loss depends on its norm (radial share)",
+    "unused.weight": "steered; no gradient yet",
+    "head.weight": "not steered: not a convolution (add it by include)",
 }
 
 
@@ -83,12 +83,12 @@ def test_scope_table_lists_every_layer_once(scope_of: Any) -> None:
     assert table == list(TABLE.items())
 
 
-@pytest.mark.filterwarnings("ignore:head.weight is steered, but the loss feels its norm")
+@pytest.mark.filterwarnings("ignore:head.weight is steered, but the loss depends on its norm")
 def test_scope_table_with_include(scope_of: Any) -> None:
     _, table = scope_of(optim.DecayEquivalentLR(0.01, include=["head.weight", "plain.*"]))
     left = ("kept.weight", "free.weight", "unused.weight")
-    changed = dict.fromkeys(left, "left: include does not name it")
-    head = "steered, as include asks for: the loss feels its norm (radial share)"
+    changed = dict.fromkeys(left, "not steered: include does not name it")
+    head = "steered by include: the loss depends on its norm (radial share)"
     assert table == list({**TABLE, **changed, "head.weight": head}.items())
 
 

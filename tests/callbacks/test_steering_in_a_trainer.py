@@ -29,7 +29,7 @@ CONVOLUTIONS = ("net.0.weight", "net.3.weight")
 EPOCHS, BATCHES = 2, 6
 OVERFLOWS = (0, 4, 5, 8)
 BOUND = 0.02
-pytestmark = pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. has no brake")
+pytestmark = pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. lets weights")
 
 
 class Classifies(pl.LightningModule):
@@ -284,11 +284,11 @@ BAD_REFERENCES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "of another seed": (lambda _: make_history(seed=-1), "with seed -1, .* set other_run to"),
     "of another optimizer": (
         lambda _: make_history(optimizers=[{"name": "AdamW", "lr": 0.05}]),
-        "a run with AdamW, and this one has SGD, .* set other_run to follow it all the same",
+        "a run with AdamW, and this one has SGD, .* set other_run=True to follow it",
     ),
     "of more processes": (
         lambda _: make_history(world_size=8),
-        "a run with world_size 8, and this one has 1; set other_run to follow it all the same",
+        "a run with world_size 8, and this one has 1; set other_run=True to follow it",
     ),
 }
 

@@ -32,7 +32,7 @@ from trainers import quiet_trainer, run_as_script
 
 EPOCHS = 2
 STEPS = 2  # an epoch
-pytestmark = pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. has no brake")
+pytestmark = pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. lets weights")
 STRATEGIES = ("ddp", "fsdp2")
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 RULES = {"none": lambda _: None, **optim_rules.RULES}

@@ -240,5 +240,5 @@ def test_tracker_names_left_matrices(tmp_path: Path, caplog: pytest.LogCaptureFi
     with caplog.at_level("INFO"):
         make_trainer(PlModule, tmp_path, tracker, max_epochs=1).fit(module, make_data())
     assert tracker.left == {"net.8.matrix": "Bilinear is no layer that is known"}
-    line = "WeightNormTracker leaves net.8.matrix (Bilinear is no layer that is known); include"
+    line = "WeightNormTracker does not record net.8.matrix (Bilinear is no layer that is known)"
     assert line in caplog.text

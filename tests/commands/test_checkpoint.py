@@ -59,7 +59,7 @@ def test_last_checkpoint_is_the_newest_whole_one(tmp_path: Path) -> None:
 def test_checkpoint_with_a_flipped_bit_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, 0, 1, sharded=False)
     damage(path)
-    with pytest.raises(InputError, match="is no checkpoint, or a truncated one"):
+    with pytest.raises(InputError, match="is not a checkpoint, or is truncated"):
         checkpoint_hparams(str(path))
     content = bytearray(write(tmp_path, 1, 2, sharded=False).read_bytes())
     content[-30] ^= 8  # in the directory of the zip file, which has no checksum

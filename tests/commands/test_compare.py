@@ -325,7 +325,7 @@ def test_page_thins_a_long_curve_and_keeps_its_ends(make_run: MakeRun) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: run; nm compare --help lists what there is."),
+        ([], "the following arguments are required: run; nm compare --help lists the options."),
         (["nowhere"], "there is no folder 'nowhere' in"),
         (["runs", "--metrics", "x"], "unrecognized arguments: --metrics x"),
         (["runs", "--metric", "val/top2"], "has logged no 'val/top2'. Did you mean 'val/top1'?"),

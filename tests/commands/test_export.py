@@ -92,7 +92,7 @@ def test_export_writes_a_torch_export_program(nm: Nm, trained: Path) -> None:
 
 def test_export_keeps_norms_without_folding(nm: Nm, trained: Path) -> None:
     answer = nm(trained, "--format", "state_dict", "--output", "a.pt", "--no_fold")
-    assert answer.out[2] == " batch norms none folded, as asked"
+    assert answer.out[2] == " batch norms none folded (--no_fold)"
     saved = torch.load("a.pt", weights_only=True)
     module = load_from_checkpoint(ImageClassifier, trained)
     assert torch.equal(saved["bn1.running_var"], module.net.bn1.running_var)
@@ -137,7 +137,7 @@ def test_export_needs_the_shape_for_a_checkpoint_without_a_run(nm: Nm, trained: 
     assert " inputs N × 3 × 12 × 12" in given.out[0]
     Path("data.yaml").write_text("data: LightningDataModule")
     (line,) = nm(*words, "--config", "data.yaml", "--overwrite").err
-    assert "is not known: LightningDataModule has none. Say it by --input_shape" in line
+    assert "is not known: LightningDataModule has none. Give it by --input_shape" in line
 
 
 OWN = """
@@ -161,7 +161,7 @@ def test_export_writes_a_users_module(nm: Nm, monkeypatch: pytest.MonkeyPatch) -
     torch.save({"state_dict": {**state, **norm}, "pytorch-lightning_version": "2.6.0"}, checkpoint)
     words = (checkpoint, "--format", "state_dict", "--input_shape", "5", "--output", "own.pt")
     (line,) = nm(*words).err
-    assert "last.ckpt' does not say of what class its model is, and no config.yaml of its" in line
+    assert "last.ckpt' does not name the class of its model, and there is no config.yaml of" in line
     config = {"model": {"class_path": "own_module.Own", "init_args": {"width": 5}}}
     Path("version_3/config.yaml").write_text(yaml.safe_dump(config))
     (line,) = nm(*words).err
@@ -181,7 +181,7 @@ def test_export_writes_a_users_module(nm: Nm, monkeypatch: pytest.MonkeyPatch) -
 # ---- bad input: one line on stderr, exit code 2 ----
 
 BAD_INPUT = {
-    "": "required: CHECKPOINT, --format; nm export --help lists what there is",
+    "": "required: CHECKPOINT, --format; nm export --help lists the options",
     "http://h/a.ckpt --format onnx": "takes a file, not an address: download http:/h/a.ckpt",
     "nope.ckpt --format onnx": "there is no file 'nope.ckpt' in /",
     ". --format onnx": r"'\.' is a folder; of a sharded checkpoint make a file by python -m",
@@ -197,13 +197,13 @@ BAD_INPUT = {
     "LAST --format onnx --config nope": "--config: there is no file 'nope'",
     "LAST --format onnx --config 'model: {class_path: gone.Net}\n'": "cannot import 'gone.Net'",
     "LAST --format onnx --config cifar_l1": "The checkpoint is of another network",
-    "text.ckpt --format onnx": "'text.ckpt' is no checkpoint, or a truncated one",
-    "zip.ckpt --format onnx": "'zip.ckpt' is no checkpoint, or a truncated one",
+    "text.ckpt --format onnx": "'text.ckpt' is not a checkpoint, or is truncated",
+    "zip.ckpt --format onnx": "'zip.ckpt' is not a checkpoint, or is truncated",
     "empty.ckpt --format onnx": "'empty.ckpt' holds no weights",
     "tensor.ckpt --format onnx": "'tensor.ckpt' holds no weights",
-    "objects.ckpt --format onnx": "'objects.ckpt' holds objects, and to load these may run code",
+    "objects.ckpt --format onnx": "'objects.ckpt' holds objects, which may run code",
     "gone.ckpt --format onnx --input_shape 3,8,8": "model.net: cannot import 'gone.Net' .No module",
-    "python.ckpt --format onnx --input_shape 3,8,8": "does not say of what class its model is",
+    "python.ckpt --format onnx --input_shape 3,8,8": "does not name the class of its model",
 }
 
 

@@ -88,7 +88,7 @@ def test_kernels_build_reports_a_compiler_error(nm: Nm, monkeypatch: pytest.Monk
     log = build.cache_folder() / "build.log"
     assert code == 2
     assert err == (
-        f"nm: the kernels did not compile; the compiler's words are in {log}. The norms use the "
+        f"nm: the kernels did not compile; the compiler's output is in {log}. The norms use the "
         "formula.\n"
     )
     assert "nothing" in log.read_text()

@@ -124,7 +124,7 @@ BAD_INPUT = {
     "--data Digits": "the config or checkpoint comes first, got '--data'",
     "quickstar": "--config: there is no file 'quickstar' in .* Did you mean 'quickstart'.",
     "nope.ckpt": "--ckpt_path: there is no file 'nope.ckpt'",
-    "lonely.ckpt": "lonely.ckpt is in no folder of a run with a config.yaml; give --config.",
+    "lonely.ckpt": "there is no config.yaml of the run of",
     "quickstart --batches 0": "argument --batches: at least 1, got 0",
     "quickstart --bathces 3": "there is no option '--bathces'",
     "quickstart --model.net.depth 7": "CifarResNet depth 7 is not 6n",

@@ -142,7 +142,7 @@ FORWARDS: dict[str, tuple[Callable[..., Any], str]] = {
     "after add": (lambda self, x: self.norm(self.conv(x) + x), "it follows add"),
     "after concat": (after_concat, "it follows cat"),
     "pre-activation": (lambda self, x: self.conv(F.relu(self.norm(x))), "it follows an input of"),
-    "output used twice": (output_used_twice, "the output of conv also goes elsewhere"),
+    "output used twice": (output_used_twice, "the output of conv is used elsewhere, too"),
     "shared convolution": (
         lambda self, x: self.norm(self.conv(self.conv(x))),
         "the network calls conv 2 times",
@@ -202,10 +202,10 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "it keeps no running statistics",
     ),
     "subclass of conv": (lambda: straight(conv=StandardisedConv(4, 4, 3)), "it follows Standardis"),
-    "subclass of norm": (lambda: straight(norm=OwnNorm(4)), "OwnNorm is none of torch's own"),
+    "subclass of norm": (lambda: straight(norm=OwnNorm(4)), "OwnNorm is neither a batch norm"),
     "frozen": (
         lambda: straight(norm=torchvision.ops.FrozenBatchNorm2d(4)),
-        "FrozenBatchNorm2d is none of torch's own batch norms",
+        "FrozenBatchNorm2d is neither a batch norm of torch",
     ),
     "hooked norm": (lambda: hooked("norm"), "it has hooks"),
     "hooked conv": (lambda: hooked("conv"), "conv has hooks"),
@@ -252,14 +252,14 @@ def test_fold_norms_folds_the_rest_and_prints() -> None:
     expected = net(x)
     report = fold_norms(net)
     torch.testing.assert_close(net(x), expected, **CLOSE)
-    assert str(report) == "folded 2 batch norms; 1 left as they are"
+    assert str(report) == "folded 2 batch norms; 1 not folded"
     console = Console(width=80)
     with console.capture() as captured:
         console.print(report)
     lines = captured.get().splitlines()
     assert lines[0].strip() == str(report)
     assert any("│ 0.2 " in line and "│ 0.1 " in line for line in lines)
-    assert any("│ 0.0 " in line and "left: it follows an input of the" in line for line in lines)
+    assert any("│ 0.0 " in line and "not folded: it follows an input" in line for line in lines)
 
 
 @pytest.mark.parametrize("part", ["", "1"])

@@ -121,7 +121,7 @@ def test_fusing_by_torch_computes_the_same_or_says_so(images: Tensor) -> None:
     expected = net(images)
     fused = nn.utils.fusion.fuse_conv_bn_eval(net[0], net[1])
     torch.testing.assert_close(fused(images), net[1](net[0](images)), rtol=1e-4, atol=1e-5)
-    with pytest.warns(UserWarning, match=r"leaves L1BatchNorm2d: fold_norms\(model\) folds it"):
+    with pytest.warns(UserWarning, match=r"not L1BatchNorm2d: call fold_norms\(model\), or"):
         torch.testing.assert_close(optimization.fuse(net)(images), expected)
     assert len(fold_norms(net)) == 2
     torch.testing.assert_close(net(images), expected, rtol=1e-4, atol=1e-5)
@@ -188,7 +188,7 @@ def test_conversion_to_another_norm_is_refused(norm: str) -> None:
             convert(make_net(norm))
     synchronised = make_net(norm)
     swap_norms(synchronised, norm, {"sync": True})
-    with pytest.raises(InputError, match=r"leave that out \(its sync is on\), or undo the swap"):
+    with pytest.raises(InputError, match=r"do not call it \(its sync is on\), or revert the swap"):
         convert_sync(synchronised)
 
 

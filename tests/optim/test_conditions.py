@@ -42,7 +42,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "RMSprop": torch.optim.RMSprop,
     "Rprop": torch.optim.Rprop,
 }
-pytestmark = pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. has no brake")
+pytestmark = pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. lets weights")
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from optim_rules import (
     train,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. has no brake")
+pytestmark = pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. lets weights")
 
 
 def assert_equal(one: nn.Module, other: nn.Module) -> None:

@@ -19,7 +19,7 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "RMSprop": (torch.optim.RMSprop, {"centered": True, "momentum": 0.5}),
 }
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. has no brake"),
+    pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. lets weights"),
     pytest.mark.filterwarnings("ignore:.* skipped . steps of channels of conv1.weight by step 25"),
 ]
 

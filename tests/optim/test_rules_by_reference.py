@@ -87,7 +87,7 @@ def test_corrected_run_follows_decayed_run() -> None:
         torch.testing.assert_close(found, torch.from_numpy(values[0]))
 
 
-@pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. has no brake")
+@pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. lets weights")
 def test_paper_mode_diverges_and_stable_mode_does_not() -> None:
     """Norms that only ever shrink, as of channels that weight decay kills."""
     for mode, stays in (("paper", False), ("stable", True)):

@@ -31,7 +31,7 @@ from optim_rules import (
     train,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. has no brake")
+pytestmark = pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. lets weights")
 
 
 class Mixed(nn.Module):
@@ -68,7 +68,7 @@ def test_model_gives_convolutions_and_layouts(make_rule: MakeRule) -> None:
 def test_names_alone_are_compared_with_the_recording(make_rule: MakeRule) -> None:
     net = Mixed()
     history = record(net)
-    with pytest.warns(UserWarning, match=r"recording has no pos, .* it is left alone: exclude it"):
+    with pytest.warns(UserWarning, match=r"recording has no pos, .* is not steered: exclude it"):
         handle = make_rule(history).attach(
             sgd(net), net.named_parameters(), {"up.weight": ChannelLayout(2)}
         )
@@ -239,7 +239,10 @@ def test_scope_waits_for_more_gradients() -> None:
     assert not handle.measured
     assert not handle.factors()
     reason = handle.reasons()["weight"]
-    assert reason == "left so far: a radial share of 5.0e-02 in 2 channels' gradients may be chance"
+    assert (
+        reason
+        == "not steered so far: a radial share of 5.0e-02 in 2 channels' gradients may be chance"
+    )
     optimizer.step()
 
     resumed, optimizer = start()
@@ -325,7 +328,7 @@ def test_optimizers_that_edit_gradients_are_steered(name: str) -> None:
     net = make_net()
     optimizer = make(net.parameters(), lr=1e-3, weight_decay=0.0)
     averages = hasattr(optimizer, "train")
-    line = r"LRCorrection acts on the weights that AdamWScheduleFree trains .* read norms after"
+    line = r"LRCorrection steers the weights that AdamWScheduleFree trains .* read norms after"
     with pytest.warns(UserWarning, match=line) if averages else nullcontext():
         handle = LRCorrection(random_history(net), power=1).attach(optimizer, net)
     if averages:

@@ -189,7 +189,7 @@ def test_apply_adds_gains_to_param_names(net: nn.Sequential) -> None:
 
 def test_apply_refuses_gains_in_lbfgs(net: nn.Sequential) -> None:
     optimizer = torch.optim.LBFGS(net.parameters())
-    with pytest.raises(InputError, match="LBFGS cannot take gains"):
+    with pytest.raises(InputError, match="LBFGS cannot add gains"):
         apply_weight_norm(net, "weight", optimizers=optimizer)
     apply_weight_norm(net, optimizers=optimizer)
 

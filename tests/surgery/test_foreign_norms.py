@@ -299,7 +299,7 @@ def test_norm_with_norms_in_it_is_left_as_a_whole() -> None:
     report = swap_norms(nn.Sequential(nn.BatchNorm2d(3), Split()))
     assert [(x.name, x.reason) for x in report.left] == [
         ("1", "a subclass with modules in it (aux)"),
-        ("1.aux", "a part of 1 (Split), which is left"),
+        ("1.aux", "a part of 1 (Split), which is not swapped"),
     ]
 
 

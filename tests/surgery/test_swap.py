@@ -65,14 +65,14 @@ class TestReport:
         report = swap_norms(net, "top10")
         assert len(report) == 2
         assert str(report).splitlines() == [
-            "swapped 2 BatchNorm2d → TopKBatchNorm2d; 1 left as they are",
-            "left 4: no swap is defined for this norm",
+            "swapped 2 BatchNorm2d → TopKBatchNorm2d; 1 not swapped",
+            "not swapped 4: no swap is defined for this norm",
         ]
         console = Console(width=120, record=True, file=io.StringIO())
         console.print(report)
         table = console.export_text()
         assert all(word in table for word in ("module", "from", "to", "3.1", "TopKBatchNorm2d"))
-        assert "left: no swap is defined for this norm" in table
+        assert "not swapped: no swap is defined" in table
 
     def test_escapes_names(self) -> None:
         """Rich would take what stands in brackets for a style."""

@@ -97,11 +97,11 @@ def test_find_recording_prefers_finished_runs(tmp_path: Path) -> None:
 def test_find_recording_skips_damaged_files(tmp_path: Path) -> None:
     files = write_runs(tmp_path, {"seed": 1}, {"seed": 1})
     files[1].write_bytes(files[1].read_bytes()[:-1])
-    with pytest.warns(UserWarning, match=r"version_1.* is truncated or .*; it is passed over"):
+    with pytest.warns(UserWarning, match=r"version_1.* is truncated or .*; it is skipped"):
         assert find_recording(tmp_path, 1) == files[0]
     files[0].unlink()
     with (
-        pytest.warns(UserWarning, match="is passed over"),
+        pytest.warns(UserWarning, match="is skipped"),
         pytest.raises(InputError, match=r"There is no recording of weight norms at .* that can be"),
     ):
         find_recording(tmp_path, 1)
@@ -196,7 +196,7 @@ def test_torn_tail_costs_the_torn_records(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is truncated or no safetensors file"):
         NormHistory.load(file)
     file.write_bytes(content[: -3 * size - 1])
-    with pytest.warns(UserWarning, match="not written whole; it is left out"):
+    with pytest.warns(UserWarning, match="an incomplete record, which is left out"):
         grow(file, 3, 4, NormHistory.load(file, finite=False))
     assert NormHistory.load(file).steps.tolist() == list(range(7))
 
@@ -250,7 +250,7 @@ def test_another_dtype_in_the_head_is_refused(tmp_path: Path) -> None:
     file = tmp_path / FILE_NAME
     make_history().save(file)
     file.write_bytes(file.read_bytes().replace(b'"F32"', b'"I32"', 1))
-    with pytest.raises(InputError, match="is damaged: its checksum is another"):
+    with pytest.raises(InputError, match="is damaged: its checksum differs"):
         NormHistory.load(file)
 
 

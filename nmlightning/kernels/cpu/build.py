@@ -238,7 +238,7 @@ def _compile(build_folder: Path, library: Path) -> Path:
             if not (build_folder / "done").exists():
                 log.write_text(words)
                 raise InputError(
-                    f"the kernels did not compile; the compiler's words are in {log}. {_FORMULA}."
+                    f"the kernels did not compile; the compiler's output is in {log}. {_FORMULA}."
                 )
             log.unlink(missing_ok=True)
             made = build_folder / f"{arguments['name']}.so"

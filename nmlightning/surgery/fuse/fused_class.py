@@ -115,8 +115,8 @@ def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
 
 def _refuse_script(self: nn.Module) -> None:
     raise InputError(
-        f"torch.jit.script reads no forward of {type(self).__name__} with fused norms: "
-        "swap_norms without fuse before it."
+        f"torch.jit.script cannot compile {type(self).__name__} with fused norms: call swap_norms "
+        "without fuse first."
     )
 
 
@@ -134,7 +134,7 @@ def _after_check(change: Callable[..., Any]) -> Callable[..., Any]:
             unfuse_block(self)
             warnings.warn(
                 f"{name} of {type(self).__name__} was changed, on which its fused norms depend: "
-                "they are fused no longer. Call swap_norms again, with fuse, if they may be.",
+                "they are no longer fused. Call swap_norms with fuse to fuse them again.",
                 stacklevel=2,
             )
         return change(self, name, *value)
@@ -174,6 +174,6 @@ def _call_in_turn(norms: Container[str]) -> Callable[..., Any]:
 def _check_order(norm: str) -> None:
     if norm:
         raise InputError(
-            f"The norm {norm} of a Sequential is fused with a ReLU that does not follow it any "
-            "more: put modules in or take them out before swap_norms fuses."
+            f"The norm {norm} of a Sequential is fused with a ReLU that no longer follows it: add "
+            "and remove modules before swap_norms fuses."
         )
