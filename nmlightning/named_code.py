@@ -27,7 +27,7 @@ def check_named_code(settings: Any, file: str, typed: Collection[str] = ()) -> N
     for key, text in _texts(settings):
         is_path = _is_path(text)
         if key in _CLASS_KEYS and not is_path:
-            raise InputError(f"{file} has the {key} {text!r}, which is no class path.")
+            raise InputError(f"{file} has the {key} {text!r}, which is not a class path.")
         if is_path and "." in text and text not in typed and runs_what_is_not_installed(text):
             raise InputError(
                 f"{file} names {text}, of no installed package, and to import that runs it: if you "

@@ -206,7 +206,7 @@ BAD_INPUT = {
     "--ckpt_path HTTPS://h/a.ckpt": "--ckpt_path: write https:// for HTTPS://",
     f"--trainer.max_epochs {'x' * 99}": f"received '{'x' * 58}….$",
     "--model.net nmlightning.models.CifarResNt": "cannot import .* Did you mean 'CifarResNet'?",
-    "--model.net torch.nn.functional.relu": "model.net: '.*relu' is no subclass of Module.",
+    "--model.net torch.nn.functional.relu": "model.net: '.*relu' is not a subclass of Module.",
     "--model.net torch.relu": "model.net: no signature found for builtin",
     "--model.optimizer Sdg": "no class 'Sdg'; give .*ASGD, .*Did you mean 'SGD'?",
     "--trainer.logger CSVLoggr": "Did you mean 'CSVLogger'?",

@@ -210,7 +210,7 @@ def check_same_run(history: NormHistory, trainer: pl.Trainer, *, other_run: bool
         there = history.provenance.get(key, value)
         if there != value and not other_run:
             raise InputError(
-                f"The recording is of a run with {key} {there}, and this one has {value}; set "
+                f"The recording is from a run with {key} {there}, and this one has {value}; set "
                 "other_run=True to follow it."
             )
 
@@ -244,7 +244,7 @@ def check_same_optimizer(
         name, rate = type(optimizer).__name__, float(optimizer.defaults["lr"])
         if names_there and name not in names_there:
             raise InputError(
-                f"The recording is of a run with {' and '.join(map(str, names_there))}, and this "
+                f"The recording is from a run with {' and '.join(map(str, names_there))}, and this "
                 f"one has {name}, whose steps depend on norms in another way; set "
                 "other_run=True to follow it."
             )
@@ -259,5 +259,5 @@ def check_same_optimizer(
 
 def _warn(difference: str) -> None:
     warnings.warn(
-        f"The recording is of a run {difference}; set other_run=True if you mean it.", stacklevel=2
+        f"The recording is from a run {difference}; if intended set other_run=True.", stacklevel=2
     )

@@ -45,7 +45,7 @@ def checkpoint_hparams(checkpoint: str, typed: Collection[str] = ()) -> list[str
     except pickle.UnpicklingError:
         return []  # objects of the user's own, which the Trainer judges when it loads them
     if not isinstance(content, dict):
-        raise InputError(f"--ckpt_path: {str(path)!r} is no checkpoint of Lightning.")
+        raise InputError(f"--ckpt_path: {str(path)!r} is not a checkpoint of Lightning.")
     model = _model_config(content.get("hyper_parameters", {}))
     check_named_code(model, f"--ckpt_path: {checkpoint}", typed)
     return ["--config", json.dumps({"model": model})] if model else []

@@ -236,7 +236,7 @@ def check_replaceable(option: str, file: Path, mark: str, what: str) -> None:
     if file.is_dir():
         raise InputError(f"{option}: {file} is a folder; name a file in it.")
     if file.exists() and not file.is_file():
-        raise InputError(f"{option}: {file} is no regular file; give another name.")
+        raise InputError(f"{option}: {file} is not a regular file; give another name.")
     if file.exists() and mark not in file.read_text(encoding="utf-8", errors="replace"):
         raise InputError(f"{option}: {file} is no {what}; give another name.")
 

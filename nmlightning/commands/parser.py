@@ -166,7 +166,7 @@ _COMPLAINTS: dict[str, Callable[..., str]] = {
         )
     ),
     r"Import path (\S+) does not correspond to a subclass of (\w+)": (
-        lambda place, path, base: f"{place.key}: {path!r} is no subclass of {base}."
+        lambda place, path, base: f"{place.key}: {path!r} is not a subclass of {base}."
     ),
     r"Expected an? (.+?)\. Got value: ?(.*?)(?:\. Got value: .*)?$": (
         lambda place, types, value: _expected(place.key, _type_name(types), value, types)

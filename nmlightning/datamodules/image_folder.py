@@ -46,7 +46,7 @@ class FolderImages:
         self.length = len(self.files)
         if not_images:
             what = (
-                f"{folder} holds files that are no images by their names, {len(not_images)} in all"
+                f"{folder} holds files that are not images by their names, {len(not_images)} in all"
             )
             names = [printable(str(Path(path).relative_to(folder))) for path in not_images]
             if damaged == "error":

@@ -139,7 +139,7 @@ def _check_files(folder: Path, images: int) -> None:
     found = sum(count for count, _ in shards.values())
     if found != images:
         raise InputError(
-            f"{folder} holds {found} images where {images} were written: it is of other shards."
+            f"{folder} holds {found} images where {images} were written: it is from other shards."
         )
     sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
     damaged = [name for name, (_, size) in shards.items() if sizes.get(name) != size]

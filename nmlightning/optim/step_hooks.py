@@ -253,7 +253,7 @@ class StepHookHandle:
         self._check_rule(state)
         if set(state["weights"]) != set(self._states):
             other = sorted(set(state["weights"]) ^ set(self._states))
-            raise InputError(f"The state of {self.name} is of other weights; {other[0]} differs.")
+            raise InputError(f"The state of {self.name} is for other weights; {other[0]} differs.")
         self.steps = state["steps"]
         self._skipped.load_state_dict(state["undone"])
         self.scope.load_state_dict(state["scope"])

@@ -350,7 +350,7 @@ def _validate_rho(dtype: torch.dtype, rho: float | None) -> str | None:
     limits = torch.finfo(dtype)
     if rho is None or limits.tiny <= rho <= limits.max:
         return None
-    return f"is of {dtype}, in which rho = {rho:g} is no number: {limits.tiny:g} to {limits.max:g}."
+    return f"is of {dtype}, without the number rho = {rho:g}: {limits.tiny:g} to {limits.max:g}."
 
 
 def _validate_values(weight: NormalisableWeight, spare_zeros: bool) -> str | None:

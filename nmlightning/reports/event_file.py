@@ -27,7 +27,7 @@ class Point(NamedTuple):
 def check_regular(file: Path) -> None:
     """Raise InputError for a pipe or a device, which may never end."""
     if file.exists() and not file.is_file():
-        raise InputError(f"{file} is no regular file; remove it from the run.")
+        raise InputError(f"{file} is not a regular file; remove it from the run.")
 
 
 def read_event_file(file: Path) -> Iterator[Point]:
@@ -41,7 +41,7 @@ def read_event_file(file: Path) -> Iterator[Point]:
                 if number is not None:
                     yield Point(value.tag, event.step, number, event.wall_time)
     except (DecodeError, ValueError) as error:
-        raise InputError(f"{file} is damaged, or no event file of TensorBoard.") from error
+        raise InputError(f"{file} is damaged, or not an event file of TensorBoard.") from error
 
 
 def _records(content: bytes) -> Iterator[bytes]:

@@ -274,7 +274,7 @@ def find_batch_reason(module: nn.Module, spatial: tuple[int, ...] = (3, 2, 1)) -
     """Return why a module is no batch norm in training and in evaluation; empty if it is one."""
     dims = next((n for n, cls in _BATCH_NORMS.items() if isinstance(module, cls)), 2)
     if not isinstance(module, _BatchNorm):
-        return "it is no subclass of nn.BatchNorm1d, 2d or 3d"
+        return "it is not a subclass of nn.BatchNorm1d, 2d or 3d"
     if module._modules:
         return f"it has modules in it ({', '.join(module._modules)})"
     twin = _twin_of(module)
@@ -300,7 +300,7 @@ def find_batch_reason(module: nn.Module, spatial: tuple[int, ...] = (3, 2, 1)) -
         for name, value in expected.items():
             other: Any = found[name]
             if getattr(other, "shape", None) != value.shape:
-                return f"{no_norm}: its {name} is no tensor of that shape"
+                return f"{no_norm}: its {name} is not a tensor of that shape"
             off = float((other.double() - value).abs().max() / value.abs().max().clamp_min(1e-9))
             if not off < _TOLERANCE:
                 mode = "training" if training else "evaluation"

@@ -54,8 +54,8 @@ def _check_tensors(stored: Mapping[str, Any], module: pl.LightningModule) -> Non
     surplus = [key for key in stored if key not in ours]
     if module.strict_loading and (missing or surplus):
         raise InputError(
-            f"The checkpoint is of another network: it lacks {_count(missing)} of this run's and "
-            f"has {_count(surplus)} that this run has not. Resume with the model it was made with."
+            f"The checkpoint is from another network: it lacks {_count(missing)} of this run's and "
+            f"has {_count(surplus)} that this run lacks. Resume with the model it was made with."
         )
 
 

@@ -100,7 +100,7 @@ class Translator(pl.LightningModule):
         missing = [n for n in ("vocab_size", "begin", "next_logits") if not hasattr(net, n)]
         if missing:
             raise InputError(
-                f"{type(net).__name__} is no sequence model, since it has no {missing[0]}: give "
+                f"{type(net).__name__} is not a sequence model, since it has no {missing[0]}: give "
                 "one of nmlightning.models, such as Transformer or AttentionLSTM, or one of that "
                 "interface."
             )

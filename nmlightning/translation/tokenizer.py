@@ -73,7 +73,7 @@ class JointBPE:
             tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the package raises nothing more special
             raise InputError(
-                f"{name} is no tokenizer ({error}): give a file that JointBPE.save wrote."
+                f"{name} is not a tokenizer ({error}): give a file that JointBPE.save wrote."
             ) from error
         content = json.loads(text)
         parts = (content[part] or {} for part in ("model", "pre_tokenizer", "decoder"))
@@ -140,5 +140,5 @@ def _read_checkpoint(path: str | Path) -> str:
 
     checkpoint = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint:
-        raise InputError(f"the checkpoint {path} has no tokenizer: it is of another task.")
+        raise InputError(f"the checkpoint {path} has no tokenizer: it is from another task.")
     return str(checkpoint[CHECKPOINT_KEY])

@@ -165,7 +165,7 @@ class NormHistory:
                 **recording_file.make_arrays(norms, steps, epochs, *rates, provenance=origin)
             )
         except InputError as error:
-            raise InputError(f"This is no history of weight norms: {error}.") from None
+            raise InputError(f"This is not a history of weight norms: {error}.") from None
 
     @classmethod
     def load(cls, path: str | Path, *, finite: bool = True) -> "NormHistory":
@@ -268,13 +268,13 @@ class NormHistory:
         for name, count in channels.items():
             if name not in self.norms:
                 raise InputError(
-                    f"The recording is of another model: it has no {name!r}."
+                    f"The recording is from another model: it has no {name!r}."
                     f"{nearest(name, self.norms)} It holds {some(self.norms, 3)}."
                 )
             recorded = self.norms[name].shape[1]
             if recorded != count:
                 raise InputError(
-                    f"The recording is of another model: {name} has {recorded} output channels "
+                    f"The recording is from another model: {name} has {recorded} output channels "
                     f"there and {count} here."
                 )
 

@@ -230,7 +230,7 @@ def _read_growing(file: Path, metadata: Mapping[str, str], start: int) -> dict[s
         )
     if count < head["whole"]:
         raise InputError(
-            f"{file} is truncated or no safetensors file ({count} of {head['whole']} records)."
+            f"{file} is truncated or not a safetensors file ({count} of {head['whole']} records)."
         )
     if torn := (file.stat().st_size - start) % kind.itemsize:
         warnings.warn(
@@ -281,14 +281,14 @@ def _read_metadata(file: Path) -> tuple[dict[str, str], int]:
             header = json.loads(opened.read(min(length, file.stat().st_size)))
         return dict(header.get("__metadata__", {})), 8 + length
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise InputError(f"{file} is truncated or no safetensors file ({error}).") from error
+        raise InputError(f"{file} is truncated or not a safetensors file ({error}).") from error
 
 
 def _read_arrays(file: Path) -> dict[str, NDArray[Any]]:
     try:
         return load_file(file)
     except (SafetensorError, TypeError, AttributeError) as error:  # a dtype that numpy lacks
-        raise InputError(f"{file} is truncated or no safetensors file ({error}).") from error
+        raise InputError(f"{file} is truncated or not a safetensors file ({error}).") from error
 
 
 def make_arrays(
@@ -306,7 +306,7 @@ def make_arrays(
         raise InputError(f"norms is a mapping from names of weights to arrays, got a {kind}")
     strange = next((name for name in norms if not isinstance(name, str)), None)
     if strange is not None:
-        raise InputError(f"norms has the name {strange!r}, which is no string")
+        raise InputError(f"norms has the name {strange!r}, which is not a string")
     if not isinstance(provenance, Mapping) or not _is_plain(dict(provenance)):
         raise InputError(f"provenance is a mapping of plain data, got {repr(provenance)[:60]}")
     arrays = {

@@ -16,7 +16,7 @@ from nmlightning.optim import LRCorrection
 from nmlightning.weights.history import NormHistory
 from recorded_runs import StepsByHand, Trains, make_data, make_trainer
 
-pytestmark = pytest.mark.filterwarnings("ignore:The recording is of a run without weight decay")
+pytestmark = pytest.mark.filterwarnings("ignore:The recording is from a run without weight decay")
 
 
 class Moments(pl.Callback):

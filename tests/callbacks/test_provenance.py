@@ -38,7 +38,7 @@ def test_same_or_unknown_optimizer_passes(history: NormHistory) -> None:
 
 
 def test_other_learning_rate_warns() -> None:
-    message = "a run with learning rate 0.1, and this one has 0.05; set other_run=True if"
+    message = "a run with learning rate 0.1, and this one has 0.05; if intended"
     with pytest.warns(UserWarning, match=message):
         check_same_optimizer(make_history(5e-4, SGD), ["weight"], [make_sgd(0.05)])
 

@@ -109,7 +109,7 @@ def test_scope_is_printed_once_a_fit(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert "DecayEquivalentLR steers 2 of 3 weights" in capsys.readouterr().err
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:The recording is of a run without weight decay")
+pytestmark = pytest.mark.filterwarnings("ignore:The recording is from a run without weight decay")
 
 
 def weight_normed() -> Trains:

@@ -239,6 +239,6 @@ def test_tracker_names_left_matrices(tmp_path: Path, caplog: pytest.LogCaptureFi
     tracker = WeightNormTracker()
     with caplog.at_level("INFO"):
         make_trainer(PlModule, tmp_path, tracker, max_epochs=1).fit(module, make_data())
-    assert tracker.left == {"net.8.matrix": "Bilinear is no layer that is known"}
-    line = "WeightNormTracker does not record net.8.matrix (Bilinear is no layer that is known)"
+    assert tracker.left == {"net.8.matrix": "Bilinear is not a known layer"}
+    line = "WeightNormTracker does not record net.8.matrix (Bilinear is not a known layer)"
     assert line in caplog.text

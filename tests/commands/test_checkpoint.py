@@ -96,7 +96,7 @@ def test_checkpoint_hparams_of_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [[1], "x", torch.zeros(3)])
 def test_checkpoint_hparams_of_something_else(content: object, tmp_path: Path) -> None:
     torch.save(content, path := tmp_path / "x.ckpt")
-    with pytest.raises(InputError, match=r"x.ckpt' is no checkpoint of Lightning\.$"):
+    with pytest.raises(InputError, match=r"x.ckpt' is not a checkpoint of Lightning\.$"):
         checkpoint_hparams(str(path))
 
 
@@ -151,7 +151,7 @@ def test_no_class_path_makes_a_file_of_the_current_folder_run(
         lambda: checkpoint_hparams("last.ckpt", paths.typed),
         lambda: Checkpoint(Path("last.ckpt"), None),
     )[: 1 if place == "_instantiator" else 3]:  # which a command replaces by its own
-        with pytest.raises(InputError, match=r"of no installed package|is no class path"):
+        with pytest.raises(InputError, match=r"of no installed package|is not a class path"):
             refused()
     assert not Path("marker").exists()
 

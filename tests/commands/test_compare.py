@@ -104,7 +104,7 @@ def test_compare_leaves_out_what_it_cannot_read_with_a_line_each(
         assert main(["compare", folder]) == 2
         assert " has no metrics yet" in capsys.readouterr().err
     assert main(["compare", "runs/damaged"]) == 2
-    assert "is damaged, or no event file" in capsys.readouterr().err
+    assert "is damaged, or not an event file" in capsys.readouterr().err
 
 
 def test_compare_leaves_out_a_folder_that_may_not_be_read(
@@ -331,7 +331,7 @@ def test_page_thins_a_long_curve_and_keeps_its_ends(make_run: MakeRun) -> None:
         (["runs", "--metric", "val/top2"], "has logged no 'val/top2'. Did you mean 'val/top1'?"),
         (["runs", "--report", "notes.html"], "--report: notes.html is no page of nm compare"),
         (["runs", "--report", "runs"], "--report: runs is a folder; name a file in it."),
-        (["runs", "--report", "/dev/full"], "--report: /dev/full is no regular file"),
+        (["runs", "--report", "/dev/full"], "--report: /dev/full is not a regular file"),
         (["runs", "--report", "no/page.html"], "--report: no/page.html cannot be written: No such"),
     ],
 )

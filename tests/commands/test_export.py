@@ -196,7 +196,7 @@ BAD_INPUT = {
     "LAST --format onnx --input_shape 5": "does not take inputs of shape 5: ",
     "LAST --format onnx --config nope": "--config: there is no file 'nope'",
     "LAST --format onnx --config 'model: {class_path: gone.Net}\n'": "cannot import 'gone.Net'",
-    "LAST --format onnx --config cifar_l1": "The checkpoint is of another network",
+    "LAST --format onnx --config cifar_l1": "The checkpoint is from another network",
     "text.ckpt --format onnx": "'text.ckpt' is not a checkpoint, or is truncated",
     "zip.ckpt --format onnx": "'zip.ckpt' is not a checkpoint, or is truncated",
     "empty.ckpt --format onnx": "'empty.ckpt' holds no weights",

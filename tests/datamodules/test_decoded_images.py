@@ -96,7 +96,7 @@ def test_evaluation_leaves_out_a_damaged_image(root: Path) -> None:
 def test_folder_reports_files_that_are_no_images(root: Path) -> None:
     for name in ("train/a/notes.txt", "train/c/Thumbs.db", "train/readme.md"):
         (root / name).touch()
-    message = r"^{}/train holds files that are no images by their names, 2 in all: a/notes.txt, c/"
+    message = r"^{}/train holds files that are not images by their names, 2 in all: a/notes.txt, c/"
     with pytest.raises(InputError, match=message.format(root)):
         ImageNet(str(root)).setup("fit")
     with pytest.warns(UserWarning, match=r"names, 2 in all: a/notes.txt, c/Thumbs.db$"):

@@ -96,7 +96,7 @@ def test_resume_is_bit_for_bit(make_rule: MakeRule, interrupted_after: int) -> N
 
 def test_state_of_other_weights_is_refused(make_rule: MakeRule) -> None:
     one, other = attach(make_rule)[2], attach(make_rule, exclude=["conv2*"])[2]
-    with pytest.raises(InputError, match=r"is of other weights; conv2.weight differs"):
+    with pytest.raises(InputError, match=r"is for other weights; conv2.weight differs"):
         other.load_state_dict(one.state_dict())
 
 

@@ -82,7 +82,7 @@ def test_read_run_refuses_what_is_no_regular_file(name: str, kind: str, tmp_path
     else:
         (tmp_path / name).symlink_to("/dev/zero")
     (folder,) = find_runs([tmp_path])
-    with pytest.raises(InputError, match=f"{name} is no regular file"):
+    with pytest.raises(InputError, match=f"{name} is not a regular file"):
         read_run(folder)
 
 
@@ -233,7 +233,7 @@ def test_read_event_file_refuses_other_files(tmp_path: Path) -> None:
     file = tmp_path / "events.out.tfevents.1"
     length = (10).to_bytes(8, "little") + bytes(4)
     file.write_bytes(length + b"\xff" * 10 + bytes(4))
-    with pytest.raises(InputError, match="is damaged, or no event file of TensorBoard"):
+    with pytest.raises(InputError, match="is damaged, or not an event file of TensorBoard"):
         list(read_event_file(file))
 
 
@@ -244,7 +244,7 @@ def test_read_event_file_refuses_any_changed_bit(tmp_path: Path) -> None:
         changed = bytearray(content)
         changed[place] ^= 1 << place % 8
         file.write_bytes(changed)
-        with pytest.raises(InputError, match="is damaged, or no event file of TensorBoard"):
+        with pytest.raises(InputError, match="is damaged, or not an event file of TensorBoard"):
             list(read_event_file(file))
 
 

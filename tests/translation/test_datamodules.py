@@ -119,7 +119,7 @@ def test_parallel_text_refuses_bad_files(tmp_path: Path) -> None:
         data.prepare_data()
     data.tokenizer_path = str(tmp_path / "bpe.json")
     (tmp_path / "bpe.json").write_text("{}")
-    with pytest.raises(InputError, match=r"bpe.json is no tokenizer"):
+    with pytest.raises(InputError, match=r"bpe.json is not a tokenizer"):
         data.prepare_data()
 
 

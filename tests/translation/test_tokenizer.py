@@ -111,9 +111,9 @@ def _rename_begin(content: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("no json", "bpe.json is no tokenizer .*: give a file that JointBPE.save wrote"),
-        ("{}", "bpe.json is no tokenizer"),
-        ("\x00", "bpe.json is no tokenizer"),
+        ("no json", "bpe.json is not a tokenizer .*: give a file that JointBPE.save wrote"),
+        ("{}", "bpe.json is not a tokenizer"),
+        ("\x00", "bpe.json is not a tokenizer"),
         (_changed(_rename_begin), r"begins with <pad> \[CLS\] </s> <unk> and not with <pad> <s>"),
         (_changed(lambda c: c.update(pre_tokenizer=None)), "is a tokenizer of another kind"),
         (_changed(lambda c: c.update(normalizer={"type": "NFC"})), "of another kind"),
@@ -132,7 +132,7 @@ def test_tokenizer_loads_from_a_checkpoint(bpe: JointBPE, tmp_path: Path) -> Non
     torch.save({"tokenizer": bpe.to_json(), "state_dict": {"w": torch.zeros(3)}}, translator)
     torch.save({"state_dict": {}}, other)
     assert JointBPE.load(translator).digest == bpe.digest
-    with pytest.raises(InputError, match=r"other\.ckpt has no tokenizer: it is of another task"):
+    with pytest.raises(InputError, match=r"other\.ckpt has no tokenizer: it is from another task"):
         JointBPE.load(other)
 
 

@@ -184,7 +184,7 @@ def test_clock_of_a_run_recorded_late() -> None:
         ({"norms": {"a": [["x"]]}}, "a holds no array of numbers"),
         ({"norms": {"a": None}}, "a holds no array of numbers"),
         ({"norms": [[1.0]]}, "norms is a mapping from names of weights to arrays, got a list"),
-        ({"norms": {3: np.ones((5, 1))}}, "norms has the name 3, which is no string"),
+        ({"norms": {3: np.ones((5, 1))}}, "norms has the name 3, which is not a string"),
         ({"steps": [0.0, 5.0, 10.5, 15.0, 20.0]}, "steps are whole numbers, got 10.5"),
         ({"epochs": [0.2, 0.2, 0.2, 1.7, 1.7]}, "epochs are whole numbers, got 0.2"),
         ({"steps": [0.0, 5.0, np.nan, 15.0, 20.0]}, "steps are whole numbers, got nan"),

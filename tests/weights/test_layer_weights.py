@@ -230,11 +230,11 @@ def test_matrices_of_unknown_layers_are_left_with_a_reason() -> None:
     parametrize.register_parametrization(net[3], "weight", LowRank(), unsafe=True)
     assert [weight.name for weight in find_recorded_weights(net)] == ["0.weight"]
     reasons = {
-        "1.weight": "Matrix is no layer that is known",
-        "1.position": "Matrix is no layer that is known",
-        "2.weight": "an embedding's rows are no output channels",
+        "1.weight": "Matrix is not a known layer",
+        "1.position": "Matrix is not a known layer",
+        "2.weight": "an embedding's rows are not output channels",
         "3.weight": "it is computed from parameters of other shapes",
-        "4.0": "ParameterList is no layer that is known",
+        "4.0": "ParameterList is not a known layer",
         "5.weight": "it is computed in a way that is not known",
     }
     assert find_left_weights(net) == reasons

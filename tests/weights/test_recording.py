@@ -46,7 +46,7 @@ def test_truncated_file_is_refused(tmp_path: Path, share: float) -> None:
     make_history().save(file)
     content = file.read_bytes()
     file.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(InputError, match=f"{FILE_NAME} is truncated or no safetensors file"):
+    with pytest.raises(InputError, match=f"{FILE_NAME} is truncated or not a safetensors file"):
         NormHistory.load(file)
 
 
@@ -193,7 +193,7 @@ def test_torn_tail_costs_the_torn_records(tmp_path: Path) -> None:
             torn = NormHistory.load(file)
         assert (len(torn), torn.provenance["finished"]) == (left, False)
     file.write_bytes(content[: -7 * size - 1])
-    with pytest.raises(InputError, match="is truncated or no safetensors file"):
+    with pytest.raises(InputError, match="is truncated or not a safetensors file"):
         NormHistory.load(file)
     file.write_bytes(content[: -3 * size - 1])
     with pytest.warns(UserWarning, match="an incomplete record, which is left out"):

@@ -90,7 +90,7 @@ def _find_addition(
     output = before[-1] if before else call
     residual = _other_operand(add, output)
     if residual is None:
-        return "what is added to it is no tensor of the same forward, or is scaled"
+        return "what is added to it is not a tensor of the same forward, or is scaled"
     in_place = _function(add) in _ADDITIONS_IN_PLACE
     if in_place and add.args[0] is not output:
         return "it is added to another tensor in place"
@@ -109,7 +109,7 @@ def _unsupported_move(traced: TracedGraph, call: Node, add: Node) -> str:
     """Return why a norm cannot be called as late as its addition, or nothing."""
     source, late = traced.input_of(call), call
     if source is None:
-        return "its input is no tensor of the same forward"
+        return "its input is not a tensor of the same forward"
     while late.next is not add:
         late = late.next
         # It might be changed in between, by another name.

@@ -128,7 +128,7 @@ _ASKED = {
 def _unsupported_forward(cls: type[nn.Module]) -> str:
     """Return why the forward of a class need not be traced, or nothing."""
     if not isinstance(cls.forward, FunctionType):
-        return "its forward is no plain function"
+        return "its forward is not a plain function"
     kinds = inspect.Parameter
     plain = (kinds.POSITIONAL_OR_KEYWORD, kinds.POSITIONAL_ONLY)
     for argument in list(inspect.signature(cls.forward).parameters.values())[1:]:

@@ -117,7 +117,7 @@ def alias_changes(self: Any, x: Tensor) -> Tensor:
     return F.relu(out + inner.mul_(2))
 
 
-NO_TENSOR = "what is added to it is no tensor of the same forward, or is scaled"
+NO_TENSOR = "what is added to it is not a tensor of the same forward, or is scaled"
 REFUSED: dict[str, tuple[Forward, str]] = {
     "other activation": (
         lambda self, x: F.relu6(self.a(x)) + F.leaky_relu(self.b(x)),
