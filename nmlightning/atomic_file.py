@@ -122,7 +122,7 @@ def explain_failure(path: Path, fate: str = "") -> Iterator[None]:
 
 
 def remove_drafts(folder: Path, name: str = "*", *, below: bool = False) -> list[Path]:
-    """Delete the drafts in a folder, or also below it, that no process is writing any more."""
+    """Delete the drafts in a folder, or also below it, that no process is still writing."""
     pattern = f".{name}.*{_DRAFT}"
     found = folder.rglob(pattern) if below else folder.glob(pattern)
     left = [draft for draft in found if _is_left(draft)]

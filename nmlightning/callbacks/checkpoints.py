@@ -162,7 +162,7 @@ class ExactResume(compat.CallbackBase):
         self._loaded: dict[str, Any] = {}  # of the run that is resumed
         self._random: list[RandomStates] = []  # until they are set
         self._sums: dict[str, Any] = {}  # that are not yet among those of this run
-        self._own_sums: dict[str, Any] = {}  # that the module adds up by itself
+        self._own_sums: dict[str, Any] = {}  # that the module adds up itself
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -225,7 +225,7 @@ class ExactResume(compat.CallbackBase):
             self._sums = compat.add_training_sums(trainer, self._sums)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget what was not logged any more."""
+        """Forget sums that are no longer logged."""
         self._sums = {}
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -219,7 +219,7 @@ class ImageData(ResumableData, ABC):
         self._resident = {}
 
     def _place(self, part: str, images: ImageSource, augmentation: Augmentation) -> ImageSource:
-        """Return the images as they are or, once for all loaders of a run, on its device."""
+        """Return the images unchanged or, once for all loaders of a run, on its device."""
         if not self.device_resident:
             return images
         assert isinstance(images, LabelledImages), "only images in memory can be moved"

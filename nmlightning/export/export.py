@@ -95,7 +95,7 @@ def export_network(
         overwrite: replace a file that is there.
 
     Returns:
-        What was written.
+        A report of the file.
 
     Raises:
         InputError: a setting that is not allowed; a file that cannot be written; a network that

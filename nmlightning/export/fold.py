@@ -91,7 +91,7 @@ def fold_norms(model: nn.Module, *, keep_norms: bool = False) -> FoldReport:
             becomes s μ, γ 1 and σ² 1 − eps. So the state dict keeps its keys and shapes.
 
     Returns:
-        What was folded, and which batch norms were left, with the reason.
+        A report of the folded batch norms, and of the others with the reason.
 
     Raises:
         InputError: a module of the model is in training mode.

@@ -1,4 +1,4 @@
-"""Expected values of scale statistics of Gaussian samples, and the constants that undo them.
+"""Expected values of scale statistics of Gaussian samples, and the constants that correct them.
 
 A norm layer divides by ŝ = c · statistic(x − μ). With c = 1 / E[statistic of n standard normals],
 ŝ estimates the standard deviation of normal data, whichever statistic was chosen.
@@ -38,7 +38,7 @@ def gaussian_constant(
     z are n independent standard normals. `"paper"` gives the closed form of the paper for `linf`
     and for every k of `topk`, ½ (1 + √(π ln 4)) / √(2 ln n), which overestimates σ by up to 47 %,
     and for `range` the 1 / √(2 ln n) of Banner et al., which overestimates it by about 80 %;
-    `"none"` gives 1; a number is returned as it is. "exact" is that of n independent values for L∞,
+    `"none"` gives 1; a number is returned. "exact" is that of n independent values for L∞,
     Top(k) and the range, within 0.1 % for 2 ≤ n ≤ 10⁷, and that of n → ∞ for Lp, as √(mean d²) is
     for L2: at p = 4 the output's deviation is 1.2 % above 1 at n = 64, at p = 10 it is 10 %.
 

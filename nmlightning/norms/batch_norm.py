@@ -25,7 +25,7 @@ class StatisticBatchNorm(BatchNormBase):
     In evaluation it is exactly torch's batch norm: `running_mean` holds μ and `running_var` holds
     ŝ² with Bessel's factor n/(n−1), both averaged with torch's momentum convention, and the five
     state keys are those of `torch.nn.BatchNorm2d`, into which a checkpoint loads. A channel whose
-    batch statistics are not finite leaves its running statistics as they were; where all batches
+    batch statistics are not finite keeps its running statistics; where all batches
     are averaged equally, such a batch is left out of the average in every channel. Use a
     subclass: this one has no statistic.
 

@@ -288,7 +288,7 @@ class BatchNormBase(_BatchNorm):
                 setattr(self, name, running.to(torch.promote_types(running.dtype, torch.float32)))
 
     def reset_parameters(self) -> None:
-        """Make the layer what it was when it was new; torch 2.11's own asks for a bias."""
+        """Reset all parameters and statistics; torch 2.11's own needs a bias."""
         self.reset_running_stats()
         if self.weight is not None:
             nn.init.ones_(self.weight)

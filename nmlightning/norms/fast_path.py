@@ -32,7 +32,7 @@ def is_in_encoder_layer() -> bool:
 
 
 def guard_encoders(modules: Iterable[nn.Module]) -> None:
-    """Switch nested tensors off where a norm is ours, and back on where none is any more."""
+    """Switch nested tensors off where a norm is ours, and back on without any of ours."""
     before = "_use_nested_tensor_before_swap"
     for encoder in modules:
         if isinstance(encoder, nn.TransformerEncoder):

@@ -225,7 +225,7 @@ class LpLayerNorm(FeatureNorm, nn.LayerNorm):
         bias: learn a bias for each feature too.
         p: the power, at least 1.
         constant: c. "exact" and "paper" are the Gaussian's, √(π/2) for p = 1; "none" is 1; a
-            number is taken as it is.
+            number is c itself.
         stats_dtype: dtype of accumulation: `torch.float32` or `torch.float64`; by default float32,
             and float64 for float64 inputs. Or `torch.float16` or `torch.bfloat16`: then all is
             computed in that dtype, whatever the input's (pure half).
@@ -301,7 +301,7 @@ class LpRMSNorm(FeatureNorm, nn.RMSNorm):
         elementwise_affine: learn a weight for each feature.
         p: the power, at least 1.
         constant: c. "exact" and "paper" make ŝ the standard deviation of Gaussian x of mean 0,
-            √(π/2) for p = 1; "none" is 1; a number is taken as it is.
+            √(π/2) for p = 1; "none" is 1; a number is c itself.
         stats_dtype: as in `LpLayerNorm`.
 
     Raises:

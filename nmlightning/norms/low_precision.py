@@ -101,7 +101,7 @@ class QuantizationNoise(nn.Module):
         y = x + r · σ · z,   z ~ N(0, 1)
 
     σ is the standard deviation of the whole tensor, taken in float32 or wider; the noise has no
-    gradient, so that of x passes as it is. It is added in training and in evaluation, since a
+    gradient, so that of x passes unchanged. It is added in training and in evaluation, since a
     quantised network rounds in both. (B, *) in, the same out. Uniform quantisation to b bits over
     ±a·σ has r = a / (√3 · 2^b), 0.007 for b = 8 and a = 3. Non-finite inputs make all of y so.
 

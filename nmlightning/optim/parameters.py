@@ -26,7 +26,7 @@ State = dict[str, Any]
 """What a rule keeps of a weight: (C,) tensors of this rank's channels, scalars and numbers."""
 
 # With the weight scaled by c its gradients are scaled by 1/c. Averages of steps that the
-# gradient's size was divided out of stay as they are.
+# gradient's size was divided out of do not change.
 _DEGREES = {
     "momentum_buffer": -1,
     "exp_avg": -1,
@@ -223,7 +223,7 @@ MAX_GROWTH = 1.02
 def project(weight: OptimizedWeight, norms: Tensor, before: Tensor | None = None) -> Tensor:
     """Scale each channel to the norm (C,) that is asked of it, and the averages inversely.
 
-    A channel stays as it is where that or its own norm is zero or not finite, or where the weight's
+    A channel does not change if that or its own norm is zero or not finite, or if the weight's
     dtype does not reach that far. Returned is what each was multiplied by, (C,).
 
     A momentum that points along its weight lengthens it, and would so be multiplied by more than it

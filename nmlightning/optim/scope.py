@@ -1,4 +1,4 @@
-"""Scope of a rule: weights chosen by name and shape, then by scale invariance in fact.
+"""Scope of a rule: weights chosen by name and shape, then by measured scale invariance.
 
 A weight is scale-invariant if |⟨g, w⟩| ≤ tol·‖g‖‖w‖ on the first gradients g of its channels.
 """
@@ -260,7 +260,7 @@ class Scope:
     def measure(self, weight: OptimizedWeight, *, again: bool = True) -> None:
         """Measure the gradient of the next step at the weight as it is; the last call counts.
 
-        Unless it is to be measured `again`, the first call counts. Nothing is measured any more
+        Unless it is to be measured `again`, the first call counts. Measuring ends
         once it is decided.
         """
         if not again and weight.name in self._pending:
@@ -282,7 +282,7 @@ class Scope:
         self._pending.clear()
 
     def decided(self, name: str) -> bool:
-        """Return whether it is known if the loss feels the norm of a weight."""
+        """Return whether it is known if the loss depends on the norm of a weight."""
         known = name in self.shares and (self._felt(name) or self._passes(name))
         return known or not self.measures
 

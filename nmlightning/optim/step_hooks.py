@@ -42,7 +42,7 @@ class StepRule(ABC):
             `least_dims` or more dimensions.
         exclude: glob patterns on names that are left alone.
         within: a tracker's patterns to include and to exclude; empty where the rule includes.
-        least_dims: CONVOLUTIONS, of which those are steered that are scale-invariant in fact, or
+        least_dims: CONVOLUTIONS, of which the scale-invariant ones are steered, or
             MATRICES, which are all.
         reference: a recording to follow, its file, or the folder of the run that made it.
         power: with a reference, 1 or 2; "auto" takes that of the optimizer's family.
@@ -89,7 +89,7 @@ class StepRule(ABC):
 
         Returns:
             (C,) bool, the channels whose step was skipped, and (C,) what the step of each channel
-            was multiplied by; None where the step stays as it is.
+            was multiplied by; None where the step does not change.
         """
 
     def attach(

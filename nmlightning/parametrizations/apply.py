@@ -315,7 +315,7 @@ def _validate_weight(
 
 def _validate_parametrizations(weight: NormalisableWeight) -> str | None:
     if weight.norm:
-        return "is normalised already; remove_weight_norm undoes that."
+        return "is normalised already; remove_weight_norm reverts that."
     if weight.parametrizations:
         return f"has a parametrization already ({weight.kinds}); remove or exclude it."
     return None

@@ -244,7 +244,7 @@ def join_shards(
 ) -> Tensor:
     """Return (N,) values of N parameters, joined over the ranks that hold parts of each.
 
-    Every rank has to call it. Of a parameter that each rank holds whole the value stays as it is.
+    Every rank has to call it. The value of a parameter that each rank holds whole does not change.
     """
     joined, places = values.clone(), dict[tuple[Any, Any], list[int]]()
     for number, parameter in enumerate(parameters):

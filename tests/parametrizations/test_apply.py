@@ -356,7 +356,7 @@ def wrapped() -> nn.Module:
         (lambda: "x", "model is a torch.nn.Module, got 'x'"),
         (lambda: conv(0.0), r"weight has 1 of 4 channels that are zero \(1\)"),
         (lambda: conv(math.nan), "values that are not finite"),
-        (wrapped, "normalised already; remove_weight_norm undoes that"),
+        (wrapped, "normalised already; remove_weight_norm reverts that"),
         (lambda: parametrizations.weight_norm(conv()), "parametrization already .*exclude"),
         (lambda: nn.Conv2d(2, 4, 1, dtype=torch.complex64), "torch.complex64"),
         (lambda: nn.Conv2d(2, 4, 1, device="meta"), "no values yet"),

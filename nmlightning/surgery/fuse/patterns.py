@@ -119,7 +119,7 @@ def _unsupported_move(traced: TracedGraph, call: Node, add: Node) -> str:
 
 
 def _only_reads(traced: TracedGraph, node: Node) -> bool:
-    """Return whether a node is sure to leave its inputs as they are."""
+    """Return whether a node surely does not change its inputs."""
     if node.op == "call_method":
         return not str(node.target).endswith("_")
     if node.op == "call_function" and isinstance(node.target, BuiltinFunctionType):

@@ -114,14 +114,14 @@ _ASKED = {
     "checkpoint": "computes parts of it again in backward",
     "enable_grad": "switches gradients",
     "inference_mode": "switches gradients",
-    "is_autocast_enabled": "asks for autocast",
-    "is_grad_enabled": "asks for gradients",
-    "is_tensor": "asks for types",
-    "isinstance": "asks for types",
+    "is_autocast_enabled": "checks autocast",
+    "is_grad_enabled": "checks for gradients",
+    "is_tensor": "checks types",
+    "isinstance": "checks types",
     "no_grad": "switches gradients",
     "random": "draws random numbers",
     "set_grad_enabled": "switches gradients",
-    "type": "asks for types",
+    "type": "checks types",
 }
 
 

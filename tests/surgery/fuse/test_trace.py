@@ -72,7 +72,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
         "its forward reads settings, whose content may change",
     ),
     "of a global": (of_a_global, "its of_a_global reads FLAGS"),
-    "of a helper": (lambda self, x: on_types(self, x), "its on_types asks for types"),
+    "of a helper": (lambda self, x: on_types(self, x), "its on_types checks types"),
     "in training": (
         lambda self, x: F.relu(self.norm(x)) if self.training else self.norm(x),
         IN_TRAINING,
@@ -82,7 +82,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
         lambda self, x: F.relu(self.norm(x)) if x.sum() > 0 else x,
         "torch.fx cannot trace its forward: symbolically traced variables",
     ),
-    "on types": (on_types, "its on_types asks for types"),
+    "on types": (on_types, "its on_types checks types"),
     "without gradients": (without_gradients, "its without_gradients switches gradients"),
     "remembers": (remembers, "its forward sets attributes"),
     "collects": (collects, "its forward reads calls, whose content may change"),
