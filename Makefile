@@ -32,7 +32,7 @@ study: $(VENV)/core ## the weight-decay study on SEEDS='1 2 3', short; whole wit
 	        $(OPTIONS) || exit 1; done; done
 	$(VENV)/bin/nm compare $(foreach rule,$(RULES),runs/$(STUDY)_$(rule))
 
-results: $(VENV)/test ## the runs of results/plan.yaml that are not done; OPTIONS='--only wd_on --data-root DIR'
+results: $(VENV)/test ## make the missing runs of results/plan.yaml; OPTIONS='--only wd_on --data-root DIR'
 	$(VENV)/bin/python results/run_plan.py $(OPTIONS)
 
 tables: $(VENV)/core ## docs/results.md, its pictures and README's table from results/
@@ -41,7 +41,7 @@ tables: $(VENV)/core ## docs/results.md, its pictures and README's table from re
 pictures: $(VENV)/core ## all pictures of docs but those of long runs, from short runs (needs Chromium)
 	$(VENV)/bin/python docs/take_pictures.py $(OPTIONS)
 
-bench: $(VENV)/test ## every target of speed and memory as a ratio (ten minutes); OPTIONS='--only C1 C2'
+bench: $(VENV)/test ## measure every target of speed and memory (ten minutes); OPTIONS='--only C1 C2'
 	$(VENV)/bin/python benchmarks/speed.py $(OPTIONS)
 
 storm: $(VENV)/test ## bad inputs, random kills and full disks, under ten minutes; OPTIONS='--seed 2 --only kills'
@@ -58,26 +58,26 @@ docs: $(VENV)/docs ## the site, in site/; a dead link or anchor is an error, and
 test: $(VENV)/test ## install with the test extra, then run the tests
 	$(PYTEST) -m "not slow"
 
-proofs: $(VENV)/test ## the tests that take long, which make test leaves out
+proofs: $(VENV)/test ## the slow tests, which make test skips
 	$(PYTEST) -m slow
 
 check: format lint types docs test ## format, lint, types, site and tests: run it before a pull request
 
-format: $(VENV)/dev ## rewrite the code in the house format
+format: $(VENV)/dev ## format the code
 	$(VENV)/bin/ruff check --fix-only --quiet .
 	$(VENV)/bin/ruff format .
 
-lint: $(VENV)/dev ## look for mistakes and for code that is not formatted
+lint: $(VENV)/dev ## check style and formatting
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
 types: $(VENV)/dev ## mypy --strict
 	$(VENV)/bin/mypy
 
-dist: $(VENV)/dev ## the files of a release in dist/, and what an index would say of them
+dist: $(VENV)/dev ## build and check a release in dist/
 	rm -rf dist && $(VENV)/bin/python -m build && $(VENV)/bin/twine check --strict dist/*
 
-clean: ## remove what make and the tools have made; runs/ and data/ stay
+clean: ## remove build outputs, but not runs/ and data/
 	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # Debian's python3 comes without ensurepip; then the pip beside it equips the environment.

@@ -374,14 +374,14 @@ def find_left_weights(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str
         if place.norm is not None or matches(place.name, exclude):
             continue
         if kind_of(place.module) == "embedding" and id(parameter) not in held:
-            left[place.name] = "an embedding's rows are no output channels"
+            left[place.name] = "an embedding's rows are not output channels"
         elif parameter is None:
             if place.is_recorded and not place.is_lazy and place.is_computed:
                 known = place.parametrizations is not None
                 how = "from parameters of other shapes" if known else "in a way that is not known"
                 left[place.name] = f"it is computed {how}"
         elif not place.is_known and sum(length > 1 for length in parameter.shape) > 1:
-            left[place.name] = f"{type(place.module).__name__} is no layer that is known"
+            left[place.name] = f"{type(place.module).__name__} is not a known layer"
     return left
 
 
