@@ -29,11 +29,10 @@ _WEB = ("http://", "https://")
 
 
 class AtomicCheckpointIO(compat.CheckpointIOBase):
-    """Writes a checkpoint beside its target, on the disk, and then gives it the target's name.
+    """Writes a checkpoint beside its target, on the disk, and then renames it.
 
-    Lightning's own writes into the temporary folder and may copy over the checkpoint that is there,
-    of which a kill or a full disk leaves nothing. Here the old one is whole until the new one is.
-    Other places, such as `s3://…`, are written as Lightning does, and no objects loaded from them.
+    So a kill or a full disk never destroys the earlier checkpoint, as Lightning's own writing may.
+    Other places, such as `s3://…`, are written by Lightning, and no objects are loaded from them.
 
     Raises:
         InputError: a file cannot be written, as on a full disk; an address not read, or damaged.

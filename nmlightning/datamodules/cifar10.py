@@ -35,8 +35,8 @@ class CIFAR10(ImageData):
             host.
 
     Raises:
-        InputError: if the files are absent and cannot be had, or are not what was published; for
-            less than one image a batch.
+        InputError: if the files are absent and cannot be downloaded, or differ from the published
+            ones; for less than one image a batch.
     """
 
     num_classes = 10

@@ -43,13 +43,13 @@ class ImageNet(ImageData):
         num_workers: processes that decode, for each process that trains; 0 decodes in the latter,
             None takes the cores that it has, but one.
         image_size: height and width in pixels of what the model gets.
-        damaged: `error`, or `skip` to leave out files that are no images or damaged, with a warning
+        damaged: `error`, or `skip` to leave out damaged images and other files, with a warning
             that counts and names them (see `DecodedImages`).
 
     Raises:
         InputError: if train or val is absent, both are one folder or their classes differ; for a
             class without images; for less than one image a batch or one pixel; in iterating, for a
-            file that is no image.
+            file that is not an image.
     """
 
     num_classes: int  # known from `setup` on

@@ -80,19 +80,19 @@ def export_network(
 ) -> ExportReport:
     """Write a network without its parametrizations and this package's norms, its norms folded.
 
-    What is written was read back and compared with the network, in float32 on the CPU, on standard
-    normal inputs x of several batch sizes: max |written(x) − net(x)| ≤ 1e-5 · max |net(x)|. Where
-    that does not hold no file is written, and one that is there stays.
+    The file is read back and compared with the network, in float32 on the CPU, on standard normal
+    inputs x of several batch sizes: max |written(x) − net(x)| ≤ 1e-5 · max |net(x)|. Otherwise no
+    file is written, and an existing one stays.
 
     Args:
         net: maps (N, *input_shape) to one tensor; it is not changed.
         file: where; its folder exists.
-        format: "state_dict", for the network's own class in plain torch, in which the scale alone
-            of a norm is folded, so that all keys stay (see `fold_norms`); "onnx" or "torch_export",
-            which hold the whole computation, for any N.
+        format: "state_dict", for the network's class in plain torch: only the scale of a norm is
+            folded, so that all keys stay (see `fold_norms`); "onnx" or "torch_export", which hold
+            the whole computation, for any N.
         input_shape: the shape of one input, such as (3, 32, 32).
         fold: fold batch norms; else they are kept as torch's.
-        overwrite: replace a file that is there.
+        overwrite: replace an existing file.
 
     Returns:
         A report of the file.

@@ -86,8 +86,8 @@ def fold_norms(model: nn.Module, *, keep_norms: bool = False) -> FoldReport:
     `swap_norms` fused with a ReLU are unfused first.
 
     Args:
-        model: in evaluation; afterwards it computes there what it did, and training differs.
-        keep_norms: fold the scale alone and leave the norm to shift: W and b become s W and s b, μ
+        model: in evaluation, where it computes the same afterwards; training differs.
+        keep_norms: fold the scale alone and let the norm shift: W and b become s W and s b, μ
             becomes s μ, γ 1 and σ² 1 − eps. So the state dict keeps its keys and shapes.
 
     Returns:

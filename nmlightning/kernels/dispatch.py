@@ -32,9 +32,9 @@ _requested: ContextVar[str] = ContextVar("norm_backend", default="auto")
 
 @contextmanager
 def norm_backend(name: Literal["auto", "formula"]) -> Iterator[None]:
-    """Within it, forward passes take the kernels where there are any ("auto"), or the formula.
+    """Select the backend of forward passes: "auto", kernels if there are any, or "formula".
 
-    Backward passes take what the forward pass took.
+    A backward pass uses the backend of its forward pass.
 
     Examples:
         >>> layer = nmlightning.norms.L1BatchNorm2d(8)

@@ -17,8 +17,8 @@ class HalfL2BatchNorm(BatchNormBase):
         y = (x − μ) · (var + eps)^(−½) · weight + bias,   var = mean (x − μ)²
 
     Each result is rounded to float16, whatever the input's dtype; only the means accumulate in
-    float32. It is meant to show what `LpBatchNorm(p=2, stats_dtype=torch.float16)`, which divides
-    and has an analytic gradient, and torch's own batch norm, which computes in float32, are spared:
+    float32. It shows failures that `LpBatchNorm(p=2, stats_dtype=torch.float16)` avoids, by
+    divisions and an analytic gradient, and torch's own batch norm by float32:
 
     - (x − μ)² overflows where |x − μ| > 255.9, and makes the channel's output 0, without a NaN:
       from σ = 60 on, for some channels of 4096 values;

@@ -26,12 +26,12 @@ Batch = Any
 def probe_norms(
     model: nn.Module, batches: Iterable[Batch], loss: Callable[[nn.Module, Batch], Tensor]
 ) -> NormRanges:
-    """Return what the norm layers of a model get, and what each norm would make of it in half.
+    """Measure the inputs of a model's norm layers, and what each norm would lose in half.
 
     Every batch goes forward and backward once, in training mode. In every batch norm and layer norm
-    the range of σ is taken, and L2 op by op, L1, L∞, Top(10) and range, with all their values in
-    float16, are tried on the very x and gradients that the layer got: see `HALF_NORMS`. Nothing
-    changes: weights, gradients, buffers, modes and random numbers are afterwards what they were.
+    the range of σ is measured, and L2 op by op, L1, L∞, Top(10) and range, with all their values in
+    float16, are tried on the x and the gradients of the layer: see `HALF_NORMS`. Weights,
+    gradients, buffers, modes and random numbers do not change.
 
     Args:
         model: any torch model, on any device.

@@ -128,8 +128,8 @@ class ParallelText(TranslationData):
     One joint byte-pair tokenizer (`JointBPE`) is trained on the training files or loaded. The
     training pairs are encoded once; they and the tokenizer are cached below `root`, and mapped into
     memory. Pairs with an empty side and pairs that are too long are left out of training, with one
-    warning that counts them. In evaluation every line counts; only of a source longer than
-    `max_length` the rest is not read.
+    warning that counts them. In evaluation every line counts; a source is read up to `max_length`
+    tokens.
 
     Batches are `TranslationBatch`es of pairs of about one length, bounded by their tokens. The
     order follows from `seed_everything` and the epoch, also after a resume (see
@@ -150,8 +150,8 @@ class ParallelText(TranslationData):
 
     Raises:
         InputError: without the extra `text`; for files that are absent, damaged, not UTF-8, empty
-            or of unequal length; for a tokenizer that is none; if a sentence does not fit in a
-            batch.
+            or of unequal length; for a file that is not a tokenizer; if a sentence does not fit in
+            a batch.
     """
 
     def __init__(
@@ -221,7 +221,7 @@ class WMT14(TranslationData):
 
     Raises:
         InputError: without the extra `text`; if the data set is neither at hand nor reachable; for
-            a tokenizer that is none; if a sentence does not fit in a batch.
+            a file that is not a tokenizer; if a sentence does not fit in a batch.
     """
 
     def __init__(

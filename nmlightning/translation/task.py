@@ -46,7 +46,7 @@ class Translator(pl.LightningModule):
     | `val/bleu` | SacreBLEU (13a, mixed case), 0 … 100, of greedy translations |
 
     and the same under `test/`, where BLEU is of beam search and is printed with the signature of
-    `sacrebleu`, for publication. The text is that which the tokenizer gives back, detokenized.
+    `sacrebleu`, for publication. The text is the tokenizer's, detokenized.
 
     Args:
         net: a sequence model, such as `Transformer`; see `nmlightning.models`.
