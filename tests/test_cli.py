@@ -433,7 +433,7 @@ def test_predict_notices_a_missing_writer(nm: Nm, trained: Path) -> None:
     config, last = str(trained / "config.yaml"), str(trained / LAST)
     answer = nm("predict", "--config", config, "--ckpt_path", last)
     assert answer.code == 0
-    assert has("nm: no BasePredictionWriter is among the callbacks", answer.err)
+    assert has("nm: nothing is kept: add a BasePredictionWriter", answer.err)
 
 
 @pytest.mark.parametrize("address", ["http://localhost:9", "local://"])
@@ -551,7 +551,7 @@ def test_fit_refuses_a_file_that_is_no_checkpoint(nm: Nm, trained: Path) -> None
     torch.save({key: content[key] for key in content.keys() - rest}, "weights.ckpt")
     (line,) = nm(*FIT, "--ckpt_path", "weights.ckpt").err
     assert line.startswith(
-        "nm: the checkpoint has weights only: give one of the whole run, or begin"
+        "nm: the checkpoint has weights only: give one of the whole run, or start"
     )
 
 

@@ -299,7 +299,7 @@ def test_resume_without_another_callback_says_what_is_left_out(
 ) -> None:
     callback, path = copy.deepcopy(callback), tmp_path / "a.ckpt"
     fit(make(module_class), callback, default_root_dir=tmp_path).save_checkpoint(path)
-    warns = pytest.warns(UserWarning, match=f"{message}.*: add WeightNormTracker to the")
+    warns = pytest.warns(UserWarning, match=f"{message}.* Add WeightNormTracker to the")
     refuses = pytest.raises(InputError, match=f"{message}.*: add WeightNormSwap to the")
     with refuses if isinstance(callback, WeightNormSwap) else warns:
         fit(make(module_class), max_epochs=2, ckpt_path=path)

@@ -281,7 +281,7 @@ BAD_REFERENCES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "shorter": (lambda _: make_history().until(6), "covers 1 epochs, and the run has 2: record a"),
     "empty": (lambda _: make_history().until(-1), "covers 0 epochs, and the run has 2"),
-    "of another seed": (lambda _: make_history(seed=-1), "with seed -1, .* set other_run to"),
+    "of another seed": (lambda _: make_history(seed=-1), "with seed -1, .* set other_run=True to"),
     "of another optimizer": (
         lambda _: make_history(optimizers=[{"name": "AdamW", "lr": 0.05}]),
         "a run with AdamW, and this one has SGD, .* set other_run=True to follow it",

@@ -68,8 +68,8 @@ def test_export_writes_a_state_dict_beside_the_checkpoint(nm: Nm, trained: Path)
     assert answer.out[:-2] == [
         " network     CifarResNet, inputs N × 3 × 8 × 8",
         f" file        {file} (state_dict, 0.3 MB)",
-        " batch norms 7 folded into the layers before them; each stays as a shift, so that the "
-        "keys do (--no_fold to train further)",
+        " batch norms 7 folded into the layers before them; each stays as a shift, to keep "
+        "its keys (--no_fold to train further)",
         " weights     7 no longer parametrized",
     ]
     difference = r" difference  \d\.\de-\d\d of the largest output, at most 1e-05 \(random inputs, "
@@ -128,7 +128,7 @@ def test_export_needs_the_shape_for_a_checkpoint_without_a_run(nm: Nm, trained: 
     code, _, (line,) = nm(*words)
     assert code == 2
     assert line == (
-        "nm: the shape of an input is not known: no config.yaml of its run is beside it. Say it "
+        "nm: the shape of an input is not known: no config.yaml of its run is beside it. Give it "
         "by --input_shape, such as 3,32,32."
     )
     Path("data.yaml").write_text("data: {class_path: Digits, init_args: {image_size: 9}}")

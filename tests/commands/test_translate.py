@@ -153,7 +153,7 @@ def test_export_refuses_a_translator(
     form: str, trained: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["export", str(trained), "--format", form]) == 2
-    assert "whose network has two inputs" in capfd.readouterr().err
+    assert "whose network takes two inputs" in capfd.readouterr().err
 
 
 def test_nm_test_prints_the_bleu_to_publish(trained: Path) -> None:

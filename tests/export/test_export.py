@@ -274,8 +274,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "inputs": (lambda: nn.Linear(3, 3), {}, "the network does not take inputs of shape 4: .*mat1"),
     "outputs": (Two, {}, "the network returns a tuple; what can be exported returns one tensor"),
     "diverged": (Diverged, {}, "outputs for standard normal inputs of shape 4 are not finite"),
-    "layer norm": (lambda: nn.Sequential(L1LayerNorm(4)), {}, "no state dict says how 0 evaluates"),
-    "RMS norm": (lambda: nn.Sequential(L1RMSNorm(4)), {}, "no state dict says how 0 evaluates"),
+    "layer norm": (
+        lambda: nn.Sequential(L1LayerNorm(4)),
+        {},
+        "a state dict cannot hold 0: torch's",
+    ),
+    "RMS norm": (lambda: nn.Sequential(L1RMSNorm(4)), {}, "a state dict cannot hold 0: torch's"),
     "fixed batch": (
         FixedBatch,
         {"format": "torch_export", "file": "net.pt2"},

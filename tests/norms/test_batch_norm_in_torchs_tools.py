@@ -183,7 +183,7 @@ def test_conversion_to_another_norm_is_refused(norm: str) -> None:
     convert_sync, convert_split = layers.convert_sync_batchnorm, layers.convert_splitbn_model
     for convert in (nn.SyncBatchNorm.convert_sync_batchnorm, convert_sync, convert_split):
         with pytest.raises(
-            InputError, match=r"convert_s.* would make .* its sync, .* undo the swap"
+            InputError, match=r"convert_s.* would make .* its sync, .* revert the swap"
         ):
             convert(make_net(norm))
     synchronised = make_net(norm)

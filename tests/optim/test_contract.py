@@ -113,7 +113,7 @@ def test_scale_variant_weight_is_dropped_unless_named(make_rule: MakeRule, inclu
     include = ["conv2*"] if included else []
     net, optimizer, handle = attach(make_rule, net_of_two_kinds(), include=include)
     if included:
-        with pytest.warns(UserWarning, match="conv2.weight is steered, but the loss feels its no"):
+        with pytest.warns(UserWarning, match="conv2.weight is steered, but the loss depends on"):
             train(net, optimizer, 1)
     else:
         train(net, optimizer, 1)

@@ -214,7 +214,7 @@ def test_rule_holds_norms_of_wrapped_optimizer(wrap: Callable[[Optimizer], Any])
     ("wrap", "message"),
     [
         (NoOptimizer, "NoOptimizer is not: attach it to the SGD in it"),
-        (ScheduleFreeWrapper, "its weights are averages, .*; take schedulefree's SGDScheduleFree"),
+        (ScheduleFreeWrapper, "its weights are averages, .*; use schedulefree's SGDScheduleFree"),
         (lambda inner: PassingOn(NoOptimizer(inner)), "PassingOn is not: .* NoOptimizer in it"),
         (Split, r"Split steps with 8 optimizers \(SGD\): attach a rule to each"),
         (lambda inner: "sgd", "which str is not"),

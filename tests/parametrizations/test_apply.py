@@ -160,7 +160,7 @@ def test_apply_adds_gains_to_given_optimizers(
     convs = [net[0].weight, net[2].weight]
     rest = [q for q in net.parameters() if not any(q is w for w in convs)]
     optimizer = torch.optim.SGD([{"params": rest}, {"params": convs, "lr": 0.5}], 0.1)
-    with pytest.raises(InputError, match=r"moves 0\.weight, and it would not move the gain"):
+    with pytest.raises(InputError, match=r"trains 0\.weight and would not train its gain"):
         apply_weight_norm(net, **FORMS[form])
     assert type(net[0]) is nn.Conv2d
     apply_weight_norm(net, optimizers=optimizer, **FORMS[form])

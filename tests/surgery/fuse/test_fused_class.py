@@ -192,7 +192,7 @@ def test_slices_of_a_fused_sequential_compute_the_same() -> None:
         torch.testing.assert_close(net[part](images()), twin[part](images()))
     rebuilt = nn.Sequential(*net.children())
     torch.testing.assert_close(rebuilt(images()), twin(images()))
-    with pytest.raises(InputError, match="norm 1 of a Sequential is fused with a ReLU that does"):
+    with pytest.raises(InputError, match="norm 1 of a Sequential is fused with a ReLU that no"):
         net[:2](images())
 
 
