@@ -135,7 +135,7 @@ class NormDashboard:
         self._skipped = SkippedSteps(trainer)
         self._steps: dict[str, _Step] = {}
         self.layout: tags.Layout = {} if layout is None else layout
-        self._logged: dict[str, None] = {}  # the tags, in order
+        self._logged: set[str] = set()  # tags
         self._metrics: set[str] = set()
 
     def begin_batch(self, batch: int) -> None:
@@ -231,11 +231,13 @@ class NormDashboard:
     def _lay_out(self, values: Mapping[str, float]) -> None:
         """Show what was logged since the last time as well."""
         metrics = set() if self._prefix else set(self._trainer.logged_metrics)
-        if values.keys() <= self._logged.keys() and metrics <= self._metrics:
+        if values.keys() <= self._logged and metrics <= self._metrics:
             return
-        self._logged |= dict.fromkeys(values)
+        self._logged |= values.keys()
         self._metrics |= metrics
-        self.layout |= tags.dashboard_layout(self._logged, self._metrics, self._prefix)
+        self.layout |= tags.dashboard_layout(
+            self._weights, self._logged, self._metrics, self._prefix
+        )
         for writer in self._writers():
             writer.add_custom_scalars(self.layout)  # the last one counts
 

@@ -53,15 +53,13 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .35rem 1.25rem .35rem 0; border-bottom: 1px solid var(--rule);
   vertical-align: top; white-space: nowrap }
 th { position: sticky; top: 0; background: var(--page) }
-th button { all: unset; cursor: pointer; font-weight: 600 }
-th button:focus-visible { outline: 2px solid }
+th button { font: inherit; color: inherit; background: none; border: 0; padding: 0 }
 [aria-sort=ascending] button::after { content: " ↑" }
 [aria-sort=descending] button::after { content: " ↓" }
 .key { display: inline-block; width: 1.25rem; height: 0; margin-right: .5rem;
   vertical-align: middle }
 .charts { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)) }
-.charts > div { min-width: 0 }
 .js-plotly-plot text:not(.hoverlayer text) { fill: var(--ink) !important }
 """
 _SORT = """
@@ -77,6 +75,7 @@ document.querySelectorAll("th button").forEach((button, column) => button.onclic
 });
 """
 # Greys that can be read on a white page and on a dark one.
+_AXIS = {"gridcolor": "rgba(128,128,128,.25)", "zeroline": False}
 _LAYOUT: dict[str, Any] = {
     "template": "none",
     "paper_bgcolor": "rgba(0,0,0,0)",
@@ -87,13 +86,8 @@ _LAYOUT: dict[str, Any] = {
     "margin": {"l": 62, "r": 12, "t": 36, "b": 40},
     "showlegend": False,
     "title": {"x": 0, "xref": "paper", "font": {"size": 13}},
-    "xaxis": {"gridcolor": "rgba(128,128,128,.25)", "zeroline": False, "nticks": 8},
-    "yaxis": {
-        "gridcolor": "rgba(128,128,128,.25)",
-        "zeroline": False,
-        "nticks": 5,
-        "hoverformat": ".4g",
-    },
+    "xaxis": {**_AXIS, "nticks": 8},
+    "yaxis": {**_AXIS, "nticks": 5, "hoverformat": ".4g"},
 }
 _CONFIG = {
     "displaylogo": False,
@@ -143,15 +137,14 @@ def _table(groups: Sequence[Group], place: Path) -> str:
     head = "".join(f'<th><button type="button">{escape(h)}</button></th>' for h in headings)
     rows = []
     for number, (group, settings) in enumerate(zip(groups, setting_rows(groups), strict=True)):
-        key = f"border-top: 4px {_dash(number)[1]} {_colour(number)}"
+        colour, _, dash = _pen(number)
         texts = [escape(cell).replace("\n", "<br/>") for cell in settings]
         if (count := texts[-1].count("<br/>") + 1) > _MOST_SETTINGS:
             texts[-1] = f"<details><summary>{count} settings</summary>{texts[-1]}</details>"
-        texts[0] = f'<span class="key" style="{key}"></span>{texts[0]}'
+        texts[0] = f'<span class="key" style="border-top: 4px {dash} {colour}"></span>{texts[0]}'
         cells = [f"<td>{text}</td>" for text in texts]
         for heading, column in columns.items():
-            value = values[heading][number]
-            sort = math.nan if value is None else value.mean
+            sort = getattr(values[heading][number], "mean", math.nan)
             cells.append(f'<td data-sort="{sort}">{escape(column[number])}</td>')
         links = "<br/>".join(_links(part, place) for run in group.runs for part in run.parts)
         rows.append(f"<tr>{''.join(cells)}<td>{links}</td></tr>")
@@ -162,11 +155,11 @@ def _table(groups: Sequence[Group], place: Path) -> str:
 def _links(folder: Path, place: Path) -> str:
     """Return links to the folder of a run and to its config, or to the two files kept of it."""
     if folder.is_dir():
-        configs = [folder / name for name in CONFIGS if (folder / name).is_file()]
-        files = {folder.name: folder} | ({"config": configs[0]} if configs else {})
+        config = next(filter(Path.is_file, map(folder.joinpath, CONFIGS)), None)
+        files = {folder.name: folder} | ({"config": config} if config else {})
     else:
-        kept = [folder.with_name(f"{folder.name}.{end}") for end in ("csv", "json")]
-        files = {file.name: file for file in kept}
+        kept = (f"{folder.name}.{end}" for end in ("csv", "json"))
+        files = {name: folder.with_name(name) for name in kept}
     return " ".join(
         f'<a href="{quote(os.fsencode(os.path.relpath(file, place)))}">{escape(name)}</a>'
         for name, file in files.items()
@@ -175,13 +168,9 @@ def _links(folder: Path, place: Path) -> str:
 
 def _section(title: str, note: str, figures: Sequence["Figure"]) -> str:
     """Return a heading and the charts below it, or nothing where there are none."""
+    name, plain = title.replace(" ", "-"), {"full_html": False, "include_plotlyjs": False}
     charts = "".join(
-        figure.to_html(
-            config=_CONFIG,
-            div_id=f"{title}-{number}".replace(" ", "-"),
-            full_html=False,
-            include_plotlyjs=False,
-        )
+        figure.to_html(_CONFIG, div_id=f"{name}-{number}", **plain)
         for number, figure in enumerate(figures)
     )
     heading = f"<h2>{title}</h2><p>{note[:1].upper()}{note[1:]}</p>"
@@ -270,13 +259,13 @@ def _line(name: str, number: int, curve: Curve, *, faint: bool = False) -> dict[
     """Return a line for plotly; a faint one is one of several that another line sums up."""
     kept = _spread_out(len(curve[0]), _MOST_POINTS)
     x, y = (values[kept] for values in curve)
-    width = 1 if faint else 2
+    colour, dash, _ = _pen(number)
     return {
         "name": escape(name),
         "x": x,
         "y": y,
         "mode": "lines" if len(x) > 1 else "markers",
-        "line": {"color": _colour(number), "width": width, "dash": _dash(number)[0]},
+        "line": {"color": colour, "width": 1 if faint else 2, "dash": dash},
         "opacity": 0.4 if faint else 1,
     }
 
@@ -305,9 +294,6 @@ def _factors(run: Run) -> dict[str, Curve]:
     }
 
 
-def _colour(number: int) -> str:
-    return _COLOURS[number % len(_COLOURS)]
-
-
-def _dash(number: int) -> tuple[str, str]:
-    return _DASHES[number // len(_COLOURS) % len(_DASHES)]
+def _pen(number: int) -> tuple[str, str, str]:
+    """Return a colour and a dash for plotly, and the dash for CSS."""
+    return _COLOURS[number % len(_COLOURS)], *_DASHES[number // len(_COLOURS) % len(_DASHES)]

@@ -70,17 +70,17 @@ def _split(layers: list[str], parts: int) -> dict[str, list[str]]:
     return stages
 
 
-def dashboard_layout(logged: Collection[str], metrics: Collection[str], prefix: str = "") -> Layout:
+def dashboard_layout(
+    layers: Iterable[str], logged: Collection[str], metrics: Iterable[str], prefix: str = ""
+) -> Layout:
     """Return the page of TensorBoard's Custom Scalars: categories of charts of tags.
 
-    Its charts are of the tags that are `logged`, where those have the prefix, and of `metrics`.
+    Its charts are of the tags that are `logged`, which have the prefix there, and of `metrics`.
 
     "Margin" is a line within a band, of three tags; "Multiline" has a line for each tag that one of
     its regular expressions matches. TensorBoard gives all lines of a run one colour, hence charts
     for each stage of the network, and then for each layer.
     """
-    begin, end = norm_tag("\n", "mean").split("\n")
-    layers = [t[len(begin) : -len(end)] for t in logged if t.startswith(begin) and t.endswith(end)]
     stages = group_by_stage(layers)
     layout: Layout = {"Validation": {}, "Training": {}}
     skipped = [prefix + tag for tag in (SKIPPED_STEPS, STEERING_SKIPPED) if tag in logged]

@@ -193,31 +193,22 @@ def test_layout_shows_what_was_logged_and_nothing_else(tmp_path: Path) -> None:
                 assert any(re.match(pattern, tag) for tag in events.Tags()["scalars"]), pattern
 
 
-LAYERS_OF = {
-    "ResNet": ["net.conv1", "net.layer1.0.conv1", "net.layer1.0.conv2", "net.layer2.0.conv1"],
-    "VGG": ["net.features.0", "net.features.4", "net.classifier"],
-    "Transformer": [f"net.{n}.{i}.query" for n in ("encoder", "decoder") for i in range(2)],
-    "deep": [f"net.encoder.{i}.{n}" for i in range(7) for n in ("a", "b", "c", "d")],
-    "sequential": ["net.0", "net.3"],
-    "flat": ["conv", "fc"],
-    "empty": [],
-}
-STAGES_OF = {
-    "ResNet": ["net.conv1", "net.layer1", "net.layer2"],
-    "VGG": ["net.features", "net.classifier"],
-    "Transformer": ["net.encoder", "net.decoder"],
-    "deep": [f"net.encoder.{i}" for i in range(7)],
-    "sequential": ["net"],
-    "flat": ["all layers"],
-    "empty": [],
-}
-
-
-@pytest.mark.parametrize("net", LAYERS_OF)
-def test_layout_tells_layers_apart_by_stages_of_the_network(net: str) -> None:
-    layers = LAYERS_OF[net]
-    assert list(group_by_stage(layers)) == STAGES_OF[net]
-    layout = dashboard_layout([norm_tag(x, n) for x in layers for n in ("mean", "min", "max")], [])
+@pytest.mark.parametrize(
+    ("stages", "layers"),
+    [
+        ("conv1 layer1 layer2", ["conv1", "layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1"]),
+        ("features classifier", ["features.0", "features.4", "classifier"]),
+        ("encoder decoder", [f"{n}.{i}.q" for n in ("encoder", "decoder") for i in range(2)]),
+        ("encoder.0 encoder.1 fc", [*(f"encoder.{i // 15}.{i}" for i in range(30)), "fc"]),
+        ("net", ["net.0", "net.3"]),
+        ("all layers", ["conv", "fc"]),
+        ("", []),
+    ],
+)
+def test_layout_tells_layers_apart_by_stages_of_the_network(stages: str, layers: list[str]) -> None:
+    assert list(group_by_stage(layers)) == stages.split("," if stages == "all layers" else None)
+    logged = [norm_tag(x, n) for x in layers for n in ("mean", "min", "max")]
+    layout = dashboard_layout(layers, logged, [])
     shown = [layer for title, charts in layout.items() if ": norms" in title for layer in charts]
     assert shown == layers
     for stage, chart in layout.get("Norm, mean over channels: a line a layer", {}).items():
