@@ -1,6 +1,8 @@
 """The documentation and the comments name no file that is gone."""
 
 import re
+import runpy
+from fnmatch import fnmatch
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -29,3 +31,11 @@ def test_texts_name_no_path_that_is_gone() -> None:
         if not exists(name)
     ]
     assert not gone, "\n".join(["", *gone])
+
+
+def test_every_picture_can_be_taken_anew_and_is_small() -> None:
+    ways = runpy.run_path(str(ROOT / "docs" / "take_pictures.py"))["TAKEN"].values()
+    names = [name for way in ways for name in way.__doc__.split(":")[0].split(", ")]
+    for file in (ROOT / "docs" / "pictures").iterdir():
+        assert any(fnmatch(file.stem, name) for name in names), file.name
+        assert file.stat().st_size < 200_000, file.name
