@@ -115,7 +115,7 @@ class NormDashboard:
     run a picture of them over the epochs.
 
     All tags begin with `prefix`. The page of Custom Scalars shows what has been logged so far; the
-    charts of several trackers are on one, `layout`.
+    charts of several trackers are on one, of `layouts` by prefix.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class NormDashboard:
         *,
         by_layer: bool = False,
         prefix: str = "",
-        layout: tags.Layout | None = None,
+        layouts: dict[str, tags.Layout] | None = None,
     ) -> None:
         self._trainer, self._by_layer, self._prefix = trainer, by_layer, prefix
         self._recorder = recorder
@@ -134,7 +134,8 @@ class NormDashboard:
         self._weights = {tags.layer_of(weight.name): weight for weight in recorder.weights}
         self._skipped = SkippedSteps(trainer)
         self._steps: dict[str, _Step] = {}
-        self.layout: tags.Layout = {} if layout is None else layout
+        self.layouts = {} if layouts is None else layouts
+        self.layouts[prefix] = {}
         self._logged: set[str] = set()  # tags
         self._metrics: set[str] = set()
 
@@ -235,11 +236,12 @@ class NormDashboard:
             return
         self._logged |= values.keys()
         self._metrics |= metrics
-        self.layout |= tags.dashboard_layout(
+        self.layouts[self._prefix] = tags.dashboard_layout(
             self._weights, self._logged, self._metrics, self._prefix
         )
+        layout = {k: v for part in self.layouts.values() for k, v in part.items()}
         for writer in self._writers():
-            writer.add_custom_scalars(self.layout)  # the last one counts
+            writer.add_custom_scalars(layout)  # the last one counts
 
     def _writers(self) -> list[Any]:
         loggers = self._trainer.loggers if self._trainer.is_global_zero else []
@@ -297,16 +299,16 @@ def draw_heatmap(norms: NDArray[np.float32]) -> NDArray[np.uint8]:
 
     begin = norms[0][np.isfinite(norms[0]) & (norms[0] > 0)]
     start = begin.mean(dtype=np.float64) if len(begin) else 1.0
-    figure = Figure((4.4, 3.1), dpi=100)
-    axes = figure.add_axes((0.15, 0.16, 0.6, 0.8), xlabel="epoch", ylabel="channel")
+    figure = Figure((3.4, 2.7), dpi=100)  # as large as TensorBoard shows it
+    axes = figure.add_axes((0.16, 0.17, 0.6, 0.7), xlabel="epoch")
+    axes.set_ylabel("channel", labelpad=-6)  # between the first number and the last
     colours = colormaps["RdBu_r"].with_extremes(bad="grey")
     places = _place_colours(norms.T / start)
     image = axes.imshow(places, colours, Normalize(-1, 1), aspect="auto")
     axes.set(xticks=sorted({0, len(norms) - 1}), yticks=sorted({0, len(places) - 1}))
-    ticks = _place_colours(np.array(list(_TICKS)))
-    bar = figure.colorbar(image, figure.add_axes((0.78, 0.16, 0.04, 0.8)))
-    bar.set_ticks(ticks.tolist(), labels=list(_TICKS.values()))
-    bar.set_label("norm / mean norm at the start")
+    figure.text(0.98, 0.91, "norm / mean at the start", ha="right")
+    bar = figure.colorbar(image, figure.add_axes((0.79, 0.17, 0.05, 0.7)))
+    bar.set_ticks(_place_colours(np.array(list(_TICKS))).tolist(), labels=list(_TICKS.values()))
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.array(canvas.buffer_rgba())[..., :3]

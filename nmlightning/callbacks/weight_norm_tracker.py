@@ -270,14 +270,14 @@ class WeightNormTracker(CallbackBase):
             trackers = _trackers(trainer)
             number = trackers.index(self) + 1
             parts = [tracker._parts.get("dashboard") for tracker in trackers[: number - 1]]
-            layouts = [part.layout for part in parts if isinstance(part, NormDashboard)]
+            layouts = [part.layouts for part in parts if isinstance(part, NormDashboard)]
             dashboard = NormDashboard(
                 trainer,
                 recording.recorder,
                 self.handles,
                 by_layer=self.log_norms == "layers",
                 prefix="" if number == 1 else f"tracker{number}/",
-                layout=layouts[-1] if layouts else {},
+                layouts=layouts[-1] if layouts else {},
             )
             self._parts["dashboard"] = dashboard
         states = {name: state for name, state in self._resumed.items() if state is not None}

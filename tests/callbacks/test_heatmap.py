@@ -14,8 +14,8 @@ def colours_of(norms: NDArray[np.float32]) -> list[list[tuple[int, ...]]]:
     picture = draw_heatmap(norms)
     height, width, _ = picture.shape
     epochs, channels = norms.shape
-    rows = height * (0.04 + 0.8 * (np.arange(channels) + 0.5) / channels)
-    columns = width * (0.15 + 0.6 * (np.arange(epochs) + 0.5) / epochs)
+    rows = height * (0.13 + 0.7 * (np.arange(channels) + 0.5) / channels)
+    columns = width * (0.16 + 0.6 * (np.arange(epochs) + 0.5) / epochs)
     cells = picture[rows.astype(int)][:, columns.astype(int)]
     return [[tuple(cell) for cell in row] for row in cells.tolist()]
 
@@ -46,4 +46,4 @@ def test_heatmap_of_equal_norms_has_one_colour(value: float) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1), (300, 4096), (5000, 3)])
 def test_heatmap_size_is_that_of_any_picture(shape: tuple[int, int]) -> None:
-    assert draw_heatmap(np.ones(shape, np.float32)).shape == (310, 440, 3)
+    assert draw_heatmap(np.ones(shape, np.float32)).shape == (270, 340, 3)

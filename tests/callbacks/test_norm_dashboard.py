@@ -182,6 +182,7 @@ def test_layout_shows_what_was_logged_and_nothing_else(tmp_path: Path) -> None:
         fit(tmp_path / folder, WeightNormTracker(), make, module=options, max_epochs=1)
     events = read_events(tmp_path / "a")
     layout, lacking = read_layout(events), read_layout(read_events(tmp_path / "b"))
+    assert list(layout)[:2] == ["Validation", "Training"]
     assert layout["Validation"].keys() == {"val_ppl"}
     assert layout["Training"].keys() == {"train/loss", "train/loss_step"}
     assert {title.split(":")[0] for title in layout.keys() - lacking.keys()} == {"net"}
