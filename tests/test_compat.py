@@ -29,7 +29,8 @@ from nmlightning import swap_norms
 from nmlightning.callbacks import AtomicCheckpointIO, NormSwap
 from nmlightning.compat import CallbackBase, builds_in_configure_model, replace_torch_io
 from nmlightning.norms.batch_norm import L1BatchNorm2d, TopKBatchNorm2d
-from trainers import SaveAt, run_as_script
+from scripts import run_as_script
+from trainers import SaveAt
 
 
 @pytest.mark.parametrize(

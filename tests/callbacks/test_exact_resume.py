@@ -25,7 +25,8 @@ from nmlightning import Digits, ImageClassifier, QuantizationNoise
 from nmlightning.callbacks import AtomicCheckpointIO, ExactResume
 from nmlightning.errors import InputError
 from recorded_runs import StepsByHand, Trains, make_data
-from trainers import quiet_trainer, run_as_script
+from scripts import run_as_script
+from trainers import quiet_trainer
 from translation_runs import make_net, make_text, make_translator
 
 EPOCHS, BATCHES = 3, 4

@@ -28,7 +28,8 @@ from nmlightning.norms.batch_norm import L1BatchNorm2d
 from nmlightning.reports.run import read_run
 from nmlightning.tasks import ImageClassifier
 from nmlightning.weights.history import NormHistory
-from trainers import quiet_trainer, run_as_script
+from scripts import run_as_script
+from trainers import quiet_trainer
 
 EPOCHS = 2
 STEPS = 2  # an epoch

@@ -16,6 +16,7 @@ from batch_norm_contract import (
     NORMS,
     Norm,
     batch,
+    check_compilation,
     define,
     every_layout,
     every_norm,
@@ -121,19 +122,7 @@ def test_layer_saves_no_more_than_torchs(norm: Norm) -> None:
     "norm", [NORMS[n] for n in ("l1", "top10", "lp3.7", "range5", "mean")], ids=str
 )
 def test_layer_compiles_without_graph_breaks(norm: Norm) -> None:
-    torch._dynamo.reset()
-    layer, plain = norm.layer(), norm.layer()
-    plain.load_state_dict(layer.state_dict())
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for size in (4, 6):
-        x = torch.randn(size, 3, 2, 5, requires_grad=True)
-        y, expected = compiled(x), plain(x)
-        torch.testing.assert_close(y, expected)
-        found = gradients(y, [x, *learned(layer)])
-        torch.testing.assert_close(found, gradients(expected, [x, *learned(plain)]))
-    torch.testing.assert_close(layer.state_dict(), plain.state_dict())
-    torch.testing.assert_close(torch.compile(layer.eval(), backend="aot_eager")(x), plain.eval()(x))
-    torch._dynamo.reset()
+    check_compilation(norm.layer(), 3, 2, 5)
 
 
 SIZES = [(64, 20_000, 3e-2), (1_024, 8_000, 1e-2), (10_000, 1_000, 1e-2), (100_000, 200, 1e-2)]

@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from batch_norm_contract import Norm, define, every_norm, every_statistic, gradients, learned
+from batch_norm_contract import (
+    Norm,
+    check_half,
+    define,
+    every_norm,
+    every_statistic,
+    gradients,
+    learned,
+)
 from nmlightning import norms
 from nmlightning.errors import InputError
 from nmlightning.surgery.swap import swap_norms
@@ -82,22 +90,10 @@ def test_half_inputs_accumulate_in_float32(norm: Norm, dtype: torch.dtype) -> No
 
     32,768 values around 10 would overflow fp16's sum five times, and bf16's would stop at 2,560.
     """
-    x = (torch.randn(32, 3, 32, 32) + 10).to(dtype)
-    low = x.requires_grad_()
-    high = x.detach().double().requires_grad_()
-    layer = norm.layer()
-    y = layer(low)
-    exact = define(norm, high, layer.weight.double(), layer.bias.double())[0]
-    assert y.dtype == dtype
-    # Half of a last place of the output; 1e-5 for float32's x − μ, of 10 with 24 bits.
-    rounding = {torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
-    torch.testing.assert_close(y.double(), exact, rtol=rounding, atol=1e-5)
-    grad = torch.randn_like(y)
-    (found,) = torch.autograd.grad(y, low, grad)
-    (expected,) = torch.autograd.grad(exact, high, grad.double())
-    assert found.dtype == dtype
-    torch.testing.assert_close(found.double(), expected, rtol=rounding, atol=1e-5)
-    torch.testing.assert_close(layer.running_mean.double(), 0.1 * high.mean((0, 2, 3)))
+    x, layer = (torch.randn(32, 3, 32, 32) + 10).to(dtype), norm.layer()
+    weight, bias = layer.weight.double(), layer.bias.double()
+    check_half(layer, lambda high: define(norm, high, weight, bias)[0], x)
+    torch.testing.assert_close(layer.running_mean.double(), 0.1 * x.double().mean((0, 2, 3)))
 
 
 @every_norm

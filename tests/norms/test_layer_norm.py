@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from batch_norm_contract import EXACT, gradients, saved_bytes
+from batch_norm_contract import EXACT, check_compilation, check_half, gradients, saved_bytes
 from nmlightning import norms
 from nmlightning.errors import InputError
 
@@ -160,19 +160,9 @@ def test_single_feature_gives_the_bias(norm: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_inputs_accumulate_in_float32(norm: str, dtype: torch.dtype) -> None:
     """Equal to the float64 formula on the same values up to one rounding of what is returned."""
-    low = (torch.randn(8, 8192) + (0 if is_rms(norm) else 10)).to(dtype).requires_grad_()
-    high = low.detach().double().requires_grad_()
+    x = torch.randn(8, 8192) + (0 if is_rms(norm) else 10)
     layer = make(norm, 8192, eps=1e-5)
-    y, exact = layer(low), define(layer, POWERS[norm], high)
-    # Half of a last place of the output; 1e-5 for float32's x − μ, of 10 with 24 bits.
-    close = {"rtol": {torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype], "atol": 1e-5}
-    assert y.dtype == dtype
-    torch.testing.assert_close(y.double(), exact, **close)
-    grad = torch.randn_like(y)
-    (found,) = torch.autograd.grad(y, low, grad)
-    (expected,) = torch.autograd.grad(exact, high, grad.double())
-    assert found.dtype == dtype
-    torch.testing.assert_close(found.double(), expected, **close)
+    check_half(layer, lambda high: define(layer, POWERS[norm], high), x.to(dtype))
 
 
 @every_norm
@@ -206,16 +196,7 @@ def test_layer_saves_no_more_than_torchs(norm: str) -> None:
 @pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("norm", ["l1", "lp3.7", "rms l1"])
 def test_layer_compiles_without_graph_breaks(norm: str) -> None:
-    torch._dynamo.reset()
-    layer = make(norm, 6)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for size in (4, 7):
-        x = torch.randn(size, 6, requires_grad=True)
-        leaves = [x, *layer.parameters()]
-        y, expected = compiled(x), layer(x)
-        torch.testing.assert_close(y, expected)
-        torch.testing.assert_close(gradients(y, leaves), gradients(expected, leaves))
-    torch._dynamo.reset()
+    check_compilation(make(norm, 6), 6)
 
 
 ATTRIBUTES = ("normalized_shape", "p", "eps", "elementwise_affine", "constant", "stats_dtype")

@@ -3,10 +3,7 @@
 Run as a script, this file is one rank of those that the tests compare with a single process.
 """
 
-import contextlib
 import itertools
-import os
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +24,7 @@ from nmlightning.kernels import norm_backend
 from nmlightning.kernels.cpu.build import load_library
 from nmlightning.kernels.interface import Fused
 from nmlightning.surgery.swap import swap_norms
+from scripts import run_ranks
 
 NORMS: dict[str, dict[str, Any]] = {
     "L1": {},
@@ -251,30 +249,12 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
         library = str(kernel_library())
     except pytest.skip.Exception:
         library = ""  # the tests of the kernels are skipped one by one
-    return {world: run_ranks(world, tmp_path_factory.mktemp("ranks"), library) for world in WORLDS}
-
-
-def run_ranks(world: int, folder: Path, library: str) -> list[dict[str, Any]]:
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, __file__, str(folder), str(world)]
-    with contextlib.ExitStack() as stack:
-        logs = [stack.enter_context(open(folder / f"{rank}.log", "w")) for rank in range(world)]
-        ranks = [
-            stack.enter_context(
-                subprocess.Popen([*command, str(rank), library], env=environment, stderr=logs[rank])
-            )
-            for rank in range(world)
-        ]
-        try:
-            codes = [process.wait(timeout=300) for process in ranks]
-        finally:
-            for process in ranks:
-                process.kill()
-    assert not any(codes), "".join((folder / f"{rank}.log").read_text() for rank in range(world))
-    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+    given = {}
+    for world in WORLDS:
+        folder = tmp_path_factory.mktemp("ranks")
+        run_ranks(world, __file__, folder, world, library)
+        given[world] = [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+    return given
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -378,7 +358,7 @@ def test_half_l2_rejects_ranks(answers: Answers) -> None:
         assert "HalfL2BatchNorm2d cannot share its statistics among ranks" in answer["half_l2"]
 
 
-def main(folder: Path, world: int, rank: int, library: str) -> None:
+def main(folder: Path, world: int, library: str, rank: int) -> None:
     """Be one of the ranks, and leave its answers in the folder."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder / 'meeting'}", rank=rank, world_size=world)
@@ -392,4 +372,4 @@ def main(folder: Path, world: int, rank: int, library: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))

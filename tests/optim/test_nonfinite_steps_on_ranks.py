@@ -4,8 +4,6 @@ Run as a script it is one of the ranks: `python test_nonfinite_steps_on_ranks.py
 """
 
 import json
-import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -25,6 +23,7 @@ from nmlightning.errors import InputError
 from nmlightning.optim import DecayEquivalentLR
 from nmlightning.optim.nonfinite_steps import MAX_SKIPPED_STEPS
 from nmlightning.weights.channel_norms import channel_norms
+from scripts import run_ranks
 
 # DecayEquivalentLR would change the weights of the rank alone that has their momentum.
 ZERO_RULES = sorted(optim_rules.RULES.keys() - {"decay"})
@@ -90,18 +89,7 @@ def compare_with_zero() -> dict[str, float]:
 def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Return the report of each of two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder), str(rank)],
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    run_ranks(2, __file__, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -1,5 +1,6 @@
 """The batch norms that the tests are about, and their naive definition."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -155,3 +156,34 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         layer(x)
     return sum(sizes.values())
+
+
+def check_half(layer: nn.Module, define: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """Compare with the float64 definition, up to one rounding of what is returned."""
+    low, high = x.requires_grad_(), x.detach().double().requires_grad_()
+    y, exact = layer(low), define(high)
+    # Half of a last place of the output; 1e-5 for float32's x − μ, of 10 with 24 bits.
+    close = {"rtol": {torch.float16: 2**-11, torch.bfloat16: 2**-8}[x.dtype], "atol": 1e-5}
+    assert y.dtype == x.dtype
+    torch.testing.assert_close(y.double(), exact, **close)
+    grad = torch.randn_like(y)
+    (found,) = torch.autograd.grad(y, low, grad)
+    (expected,) = torch.autograd.grad(exact, high, grad.double())
+    assert found.dtype == x.dtype
+    torch.testing.assert_close(found.double(), expected, **close)
+
+
+def check_compilation(layer: nn.Module, *shape: int) -> None:
+    """Compare the compiled layer with itself, on inputs of several sizes and that shape."""
+    torch._dynamo.reset()
+    plain = copy.deepcopy(layer)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for size in (4, 7):
+        x = torch.randn(size, *shape, requires_grad=True)
+        y, expected = compiled(x), plain(x)
+        torch.testing.assert_close(y, expected)
+        found = gradients(y, [x, *learned(layer)])
+        torch.testing.assert_close(found, gradients(expected, [x, *learned(plain)]))
+    torch.testing.assert_close(layer.state_dict(), plain.state_dict())
+    torch.testing.assert_close(torch.compile(layer.eval(), backend="aot_eager")(x), plain.eval()(x))
+    torch._dynamo.reset()

@@ -1,8 +1,5 @@
-"""A Trainer that says and keeps nothing, a checkpoint at a step, and test files run as ranks."""
+"""A Trainer that says and keeps nothing, and a checkpoint at a step."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +32,3 @@ class SaveAt(CallbackBase):  # type: ignore[misc]
     def save(self, trainer: pl.Trainer, *_: object) -> None:
         if trainer.global_step == self.step:
             trainer.save_checkpoint(self.path)
-
-
-def run_as_script(file: str, *words: object) -> None:
-    """Run a test file, which then starts ranks or is one."""
-    answer = subprocess.run(
-        [sys.executable, file, *map(str, words)],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True,
-        text=True,
-    )
-    assert answer.returncode == 0, answer.stderr

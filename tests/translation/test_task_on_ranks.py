@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from nmlightning.translation.task import Translator
-from trainers import quiet_trainer, run_as_script
+from scripts import run_as_script
+from trainers import quiet_trainer
 from translation_runs import WORDS, make_net, make_text, make_translator
 
 EVALUATED = ("loss", "ppl", "word_ppl", "bleu")
