@@ -26,10 +26,10 @@ READING_TIME = 20  # s; TensorBoard does not say when it has read all of a run
 BROWSER = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
 COLOURS = 256  # that are kept of a picture
 SIZES = {
-    "custom_scalars": (1300, 1500),
+    "custom_scalars": (1500, 1750),
     "images": (1300, 900),
     "histograms": (1300, 900),
-    "compare": (1100, 1300),
+    "compare": (1200, 1560),
 }
 RULES = ("wd_on", "wd_off", "lr_correction", "norm_schedule", "exponential_lr")
 DIGITS = ["--data", "Digits", "--data.batch_size", "64", "--model.net.width", "8"]
@@ -57,7 +57,10 @@ def take_screens(folder: Path, _: str | None) -> None:
 
 
 def draw_ranges(folder: Path, _: str | None) -> None:
-    """norm_ranges: configs/quickstart.yaml by L2 for an epoch, its convolutions then scaled."""
+    """norm_ranges: configs/quickstart.yaml by L2 for an epoch, its convolutions then scaled.
+
+    What nm probe prints of it is in half_precision.md.
+    """
     options = ["--config", "quickstart", "--trainer.max_epochs", "1", "--trainer.callbacks", "[]"]
     nm(folder, "fit", *options)
     (file,) = (folder / "runs").rglob("last.ckpt")
@@ -66,7 +69,7 @@ def draw_ranges(folder: Path, _: str | None) -> None:
     for number, weight in enumerate(convolutions):
         weight *= 10 ** (-3 + 6.3 * number / (len(convolutions) - 1))
     torch.save(checkpoint, file)
-    nm(folder, "probe", str(file), "--picture", "norm_ranges.svg")
+    run(["-m", "nmlightning", "probe", file, "--picture", "norm_ranges.svg"], cwd=folder)
     shutil.copy(folder / "norm_ranges.svg", PICTURES)
 
 

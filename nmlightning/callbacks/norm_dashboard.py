@@ -278,8 +278,7 @@ class _Step:
         return rates
 
 
-_TICKS = {0.125: "1/8", 0.25: "1/4", 0.5: "1/2", 1 / 1.2: "1/1.2"}
-_TICKS |= {1: "1", 1.2: "1.2", 2: "2", 4: "4", 8: "8"}
+_TICKS = {1 / 8: "1/8", 1 / 2: "1/2", 1 / 1.2: "1/1.2", 1: "1", 1.2: "1.2", 2: "2", 8: "8"}
 
 
 def draw_heatmap(norms: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -299,16 +298,19 @@ def draw_heatmap(norms: NDArray[np.float32]) -> NDArray[np.uint8]:
 
     begin = norms[0][np.isfinite(norms[0]) & (norms[0] > 0)]
     start = begin.mean(dtype=np.float64) if len(begin) else 1.0
-    figure = Figure((3.4, 2.7), dpi=100)  # as large as TensorBoard shows it
+    figure = Figure((3.5, 2.7), dpi=100)  # as large as TensorBoard shows it
     axes = figure.add_axes((0.16, 0.17, 0.6, 0.7), xlabel="epoch")
     axes.set_ylabel("channel", labelpad=-6)  # between the first number and the last
     colours = colormaps["RdBu_r"].with_extremes(bad="grey")
     places = _place_colours(norms.T / start)
-    image = axes.imshow(places, colours, Normalize(-1, 1), aspect="auto")
+    axes.imshow(places, colours, Normalize(-1, 1), aspect="auto")
     axes.set(xticks=sorted({0, len(norms) - 1}), yticks=sorted({0, len(places) - 1}))
     figure.text(0.98, 0.91, "norm / mean at the start", ha="right")
-    bar = figure.colorbar(image, figure.add_axes((0.79, 0.17, 0.05, 0.7)))
-    bar.set_ticks(_place_colours(np.array(list(_TICKS))).tolist(), labels=list(_TICKS.values()))
+    bar = figure.add_axes((0.79, 0.17, 0.05, 0.7), xticks=[])
+    shades = np.linspace(1, -1, 99)[:, None]
+    bar.imshow(shades, colours, aspect="auto", interpolation="nearest", extent=(0, 1, -1, 1))
+    bar.yaxis.tick_right()
+    bar.set_yticks(_place_colours(np.array([*_TICKS])), labels=[*_TICKS.values()])
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.array(canvas.buffer_rgba())[..., :3]

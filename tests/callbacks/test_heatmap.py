@@ -46,4 +46,4 @@ def test_heatmap_of_equal_norms_has_one_colour(value: float) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1), (300, 4096), (5000, 3)])
 def test_heatmap_size_is_that_of_any_picture(shape: tuple[int, int]) -> None:
-    assert draw_heatmap(np.ones(shape, np.float32)).shape == (270, 340, 3)
+    assert draw_heatmap(np.ones(shape, np.float32)).shape == (270, 350, 3)
