@@ -3,7 +3,9 @@
 
 PYTHON ?= python3
 VENV := .venv
-INSTALL := $(VENV)/bin/python -m pip install --constraint constraints.txt --editable
+# CPU=1 leaves CUDA out: torch's own index has builds without, which count as newer than those of PyPI.
+INDEX := $(if $(CPU),--extra-index-url https://download.pytorch.org/whl/cpu)
+INSTALL := $(VENV)/bin/python -m pip install $(INDEX) --constraint constraints.txt --editable
 # A process for each core, so one thread in each.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile
 REQUIREMENTS := setup.cfg pyproject.toml constraints.txt

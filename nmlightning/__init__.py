@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from nmlightning.optim import NormSchedule as NormSchedule
     from nmlightning.optim import RadialProjection as RadialProjection
     from nmlightning.optim.param_groups import parameter_groups as parameter_groups
+    from nmlightning.optim.scope import exempt_from_decay as exempt_from_decay
     from nmlightning.parametrizations import apply_weight_norm as apply_weight_norm
     from nmlightning.parametrizations import remove_weight_norm as remove_weight_norm
     from nmlightning.probe.probe import probe_norms as probe_norms

@@ -90,7 +90,8 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError("a NUL character is in the command line, which no name can have.")
         with warnings.catch_warnings():
             warnings.showwarning = partial(show_warning, warnings.showwarning)
-            if argv is None and Path(sys.argv[0]).name == "nm" and _is_for_others(arguments):
+            is_named_nm = argv is None and Path(sys.argv[0]).name == "nm"
+            if is_named_nm and arguments and _is_for_others(arguments[0]):
                 _run_other_nm(arguments)
             code = _run(arguments)
         if failed:
@@ -134,30 +135,27 @@ def _run(arguments: list[str]) -> int:
     return run(arguments, paths)
 
 
-def _is_for_others(arguments: list[str]) -> bool:
-    """Return whether another nm is meant: its option comes first, or the name of a file."""
-    word = arguments[0] if arguments else "help"
+def _is_for_others(word: str) -> bool:
+    """Return whether another nm is meant: by an option of its, or by the name of a file."""
     if word in COMMANDS or word in ("-h", "--help", "help", "-V", "--version"):
         return False
-    is_file = any(mark in word for mark in "./") or Path(word).is_file()
-    is_ours = word.startswith("-") or Path(word).suffix in _OUR_SUFFIXES
-    return bool(_OPTION_OF_OTHERS.match(word)) or (is_file and not is_ours)
+    path = Path(word)
+    is_path = ("." in word or "/" in word or path.is_file()) and not path.is_dir()
+    is_ours = word.startswith("-") or path.suffix in _OUR_SUFFIXES
+    return bool(_OPTION_OF_OTHERS.match(word)) or (is_path and not is_ours)
 
 
 def _run_other_nm(arguments: list[str]) -> None:
     """Become the first nm on PATH that is not this package's, if there is one."""
     tried = os.environ.get(_TRIED, "").split(os.pathsep)
-    for folder in os.get_exec_path():
-        nm = Path(folder, "nm")
+    for nm in (Path(folder, "nm") for folder in os.get_exec_path()):
         if str(nm) in tried or not (nm.is_file() and os.access(nm, os.X_OK)):
             continue
-        with nm.open("rb") as file:
-            if b"nmlightning" in file.read(4096):  # as pip writes into its scripts
-                continue
-        for name in ("SIGPIPE", "SIGXFSZ"):  # Python ignores them, and so would the other
-            signal.signal(getattr(signal, name), signal.SIG_DFL)
-        environment = os.environ | {_TRIED: os.pathsep.join([*tried, str(nm)])}
-        os.execve(nm, ["nm", *arguments], environment)
+        if b"nmlightning" not in nm.read_bytes()[:4096]:  # as is in the scripts that pip writes
+            for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them
+                signal.signal(number, signal.SIG_DFL)
+            environment = os.environ | {_TRIED: os.pathsep.join([*tried, str(nm)])}
+            os.execve(nm, ["nm", *arguments], environment)
 
 
 def _name() -> str:
@@ -172,15 +170,12 @@ def _help() -> str:
     for name in shipped_configs():
         start = max(filter(name.startswith, CONFIG_GROUPS), key=len)
         ends[start].append(name.removeprefix(start))
-    configs = "\n".join(
-        textwrap.fill(
-            f"{f'{start}…' if rest[0] else start:<23} {CONFIG_GROUPS[start]}: {' '.join(rest)}",
-            width=79,
-            initial_indent="  ",
-            subsequent_indent=" " * 26,
-        ).rstrip(" :")
+    lines = (
+        f"{f'{start}…' if rest[0] else start:<23} {CONFIG_GROUPS[start]}: {' '.join(rest)}"
         for start, rest in ends.items()
     )
+    wrap = textwrap.TextWrapper(79, initial_indent="  ", subsequent_indent=" " * 26)
+    configs = "\n".join(wrap.fill(line).rstrip(" :") for line in lines)
     return f"""\
 nm {nmlightning.__version__}: normalisation in other norms than L2, for PyTorch Lightning
 

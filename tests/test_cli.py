@@ -121,16 +121,12 @@ SCRIPTS = {
     "copy": MAIN,
     "other": "import sys\nprint('other', *sys.argv[1:], input())\nsys.exit('exits')\n",
 }
+FOR_OTHERS = (["a file"], ["-D", "x"], ["--demangle", "fit"], ["@args"], ["gone.o"])
+FOR_US = (["fitt"], ["--config", "a file"], ["b.yaml"], ["mine/"], [], ["-V"])
 
 
-@pytest.mark.parametrize(
-    ("words", "passed"),
-    [(w, True) for w in (["a file"], ["-D", "x"], ["--demangle", "fit"], ["@args"], ["gone.o"])]
-    + [(w, False) for w in (["fitt"], ["--config", "a file"], ["b.yaml"], [], ["-V"])],
-)
-def test_nm_hands_files_and_options_of_the_other_nm_to_it(
-    words: list[str], passed: bool, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("words", [*FOR_OTHERS, *FOR_US], ids=" ".join)
+def test_nm_hands_files_and_options_of_another_nm_to_it(words: list[str], tmp_path: Path) -> None:
     for name, text in SCRIPTS.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "nm").write_text(f"#!{sys.executable}\n{text}")
@@ -138,24 +134,20 @@ def test_nm_hands_files_and_options_of_the_other_nm_to_it(
     (tmp_path / "linked").symlink_to(tmp_path / "copy")
     (tmp_path / "a file").touch()
     (tmp_path / "nmlightning").symlink_to(tmp_path / "mine" / "nm")
-    root = str(Path(nmlightning.__file__).parents[1])
+    env = os.environ | {"PYTHONPATH": str(Path(nmlightning.__file__).parents[1])}
 
     def run(program: str, *folders: str) -> tuple[int, str, str]:
+        given: Any = {"cwd": tmp_path, "input": "in", "capture_output": True, "text": True}
         path = os.pathsep.join(str(tmp_path / name) for name in folders)
-        env = {**os.environ, "PATH": path, "PYTHONPATH": root}
-        command = [tmp_path / program, *words]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=env, input="in", capture_output=True, text=True
-        )
+        done = subprocess.run([tmp_path / program, *words], env=env | {"PATH": path}, **given)
         return done.returncode, done.stdout, done.stderr
 
-    answer = run("mine/nm", "mine", "shim", "linked", "other")
-    alone = run("mine/nm", "mine", "linked")
-    assert answer == ((1, f"other {' '.join(words)} in\n", "exits\n") if passed else alone)
-    assert run("nmlightning", "other") == alone
-    if passed:
-        line = f"nm: there is no command {words[0]!r}. nm --help lists them.\n"
-        assert alone == (2, "", line)
+    alone = run("nmlightning", "other")
+    answer = (1, f"other {' '.join(words)} in\n", "exits\n") if words in FOR_OTHERS else alone
+    assert run("mine/nm", "mine", "shim", "linked", "other") == answer
+    if words in FOR_OTHERS:
+        none = f"nm: there is no command {words[0]!r}. nm --help lists them.\n"
+        assert run("mine/nm", "mine", "linked") == alone == (2, "", none)
 
 
 # ---- bad input: one line on stderr, exit code 2 ----

@@ -6,7 +6,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("benchmarks", "configs", "docs", "findings", "nmlightning", "tests")
+FOLDERS = ("benchmarks", "configs", "docs", "examples", "findings", "nmlightning", "tests")
 # From the root, anything in a folder of the project; from the package or alone, a source.
 FROM_ROOT = rf"(?:{'|'.join(FOLDERS)})/[\w/.-]*\w(?![*\w…{{])"
 SOURCE = r"(?:[\w-]+/)*[\w-]+\.(?:py|cpp)\b"

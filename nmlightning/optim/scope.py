@@ -162,6 +162,41 @@ def unsteered_reason(
     return None if fits else _DEFAULTS[least_dims][1]
 
 
+def exempt_from_decay(groups: Iterable[Any], model: nn.Module, rule: Any) -> list[dict[str, Any]]:
+    """Return an optimizer's groups in which nothing decays that `rule` may steer.
+
+    A group that decays is split in two of the same options, one of them with `weight_decay` 0.
+
+    Args:
+        groups: what an optimizer takes: parameters or dictionaries with `params`, such as those of
+            timm's `param_groups_weight_decay`, with or without names.
+        model: holds the parameters.
+        rule: a `StepRule` to attach to the optimizer, or to give to a `WeightNormTracker`.
+
+    Example:
+        >>> from nmlightning import Hyperball
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+        >>> groups = exempt_from_decay(model.parameters(), model, Hyperball(exclude=["2.*"]))
+        >>> [(len(group["params"]), group.get("weight_decay")) for group in groups]
+        [(5, None), (1, 0.0)]
+    """
+    weights, owned, split = NamedWeights.of(model), set(model.parameters()), []
+    reasons = {x: unsteered_reason(weights, x, owned, rule.choice) for x in weights.parameters}
+    steered = {weights.parameters[name] for name, reason in reasons.items() if reason is None}
+    given = list(groups)
+    for group in given if given and isinstance(given[0], dict) else [{"params": given}]:
+        params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
+        if "param_names" in group:  # an optimizer that got names keeps them so
+            params = list(zip(group["param_names"], params, strict=True))
+        parts: tuple[list[Any], list[Any]] = ([], [])
+        for item in params:
+            is_steered = (item[1] if isinstance(item, tuple) else item) in steered
+            parts[is_steered and group.get("weight_decay") != 0].append(item)
+        split += [{**group, "params": parts[0]}]
+        split += [{**group, "params": parts[1], "weight_decay": 0.0}]
+    return [group for group in split if group["params"]]
+
+
 def _check_names(weights: NamedWeights, patterns: Sequence[str]) -> None:
     for name, parameter in weights.parameters.items():
         if is_flat(parameter):
@@ -194,8 +229,8 @@ def _check_weight(weight: OptimizedWeight) -> None:
     if decay:
         raise InputError(
             f"{weight.name} has weight decay {float(decay):g} in its optimizer, which would be "
-            "steered with the step: put it into a parameter group without, for instance by "
-            'parameter_groups with scope "last_layer".'
+            "steered with the step: give the optimizer the groups of "
+            "`nmlightning.exempt_from_decay(groups, model, rule)`, or weight_decay 0."
         )
     try:
         channel_norms(weight.parameter, layout=weight.layout)

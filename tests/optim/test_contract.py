@@ -1,14 +1,18 @@
 """The contract of every rule: scope, patterns, removal, resuming, clear refusals."""
 
 import io
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
+import timm.optim
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+import nmlightning
 from nmlightning.errors import InputError
 from nmlightning.weights.channel_norms import ChannelLayout, channel_norms
 from nmlightning.weights.history import NormHistory
@@ -137,10 +141,45 @@ def test_patterns_choose_weights(make_rule: MakeRule, rule_name: str) -> None:
         steered(exclude=["conv*", "head*"])
 
 
-def test_weight_decay_inside_the_step_is_refused(make_rule: MakeRule) -> None:
+def split_by_hand(net: nn.Module) -> list[dict[str, Any]]:
+    """As Hugging Face's Trainer and most projects do, with options of their own."""
+    weights, rest = ([q for q in net.parameters() if (q.dim() > 1) is x] for x in (True, False))
+    return [{"params": weights, "weight_decay": 0.05, "lr": 0.2}, {"params": rest, "lr": 0.3}]
+
+
+GROUPS: dict[str, Callable[[nn.Module], Any]] = {
+    "timm": lambda net: timm.optim.param_groups_weight_decay(net, 0.05),
+    "timm, by layer": lambda net: timm.optim.param_groups_layer_decay(net, 0.05),
+    "by hand": split_by_hand,
+    "plain": lambda net: net.parameters(),
+    "named": lambda net: net.named_parameters(),
+    "named, of an optimizer": lambda net: torch.optim.SGD(net.named_parameters(), 0.1).param_groups,
+    "one tensor": lambda net: [{"params": q, "weight_decay": 0.01} for q in net.parameters()],
+}
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+@pytest.mark.parametrize("rule_name", ["stable", "decay", "hyperball"])
+def test_weight_decay_inside_the_step_is_refused_with_a_way_out(
+    make_rule: MakeRule, kind: str
+) -> None:
     net = make_net()
-    with pytest.raises(InputError, match=r"conv1.weight has weight decay 0.0005 in its optimizer"):
-        make_rule(random_history(net)).attach(sgd(net, weight_decay=5e-4), net.named_parameters())
+    rule = make_rule(random_history(net), exclude=["conv2.*"])
+    with pytest.raises(
+        InputError, match=r"conv1.weight has weight decay 0.0\d+ in its opt"
+    ) as raised:
+        rule.attach(sgd(net, weight_decay=0.01), net)
+    make = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01)
+    before = {q: group for group in make(GROUPS[kind](net)).param_groups for q in group["params"]}
+    names = {"groups": GROUPS[kind](net), "model": net, "rule": rule, "nmlightning": nmlightning}
+    optimizer = make(eval(str(raised.value).split("`")[1], names))
+    rule.attach(optimizer, net).remove()
+    after = {q: group for group in optimizer.param_groups for q in group["params"]}
+    steered = {net.conv1.weight} | ({net.head.weight} if rule.least_dims == 2 else set())
+    assert before.keys() == after.keys()
+    for q, group in after.items():
+        assert group["lr"] == before[q]["lr"]
+        assert group["weight_decay"] == (0 if q in steered else before[q]["weight_decay"])
 
 
 @pytest.mark.parametrize("rule_name", ["schedule", "decay", "hyperball"])
