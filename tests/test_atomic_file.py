@@ -164,7 +164,7 @@ def test_errors_of_the_body_stay_what_they_are(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", [".", "/", "/dev/null", "a\0b", 300 * "x", "/dev/null/x"])
 def test_only_files_are_replaced(path: str) -> None:
-    reason = "cannot be written: .*(no name of a file|too long|Not a directory)"
+    reason = "cannot be written: .*(not a file name|too long|Not a directory)"
     with pytest.raises(UnwritableError, match=reason), replace_file(path):
         pass
     assert Path("/dev/null").is_char_device()

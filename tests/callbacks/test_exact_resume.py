@@ -189,7 +189,7 @@ def test_resume_within_an_epoch_says_that_other_batches_follow(
 @pytest.mark.parametrize(
     ("change", "missing", "message"),
     [
-        ({"lr": 0.2}, {}, "with SGD lr 0.1, which .* asks for SGD lr 0.2: give the same"),
+        ({"lr": 0.2}, {}, "run has SGD lr 0.1, .* asks for SGD lr 0.2: give the same"),
         ({"seed": 2}, {}, "run has seed 1, and this one asks for seed 2"),
         ({}, {"optimizer_states": []}, "of 0 optimizers, and this run has 1: give one of the w"),
     ],

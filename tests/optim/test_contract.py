@@ -266,7 +266,7 @@ def test_recording_that_does_not_fit_is_refused(make_rule: MakeRule) -> None:
         make_rule(history.until(0)).attach(sgd(net), net.named_parameters())
     other = {"conv1.weight": history.norms["conv1.weight"]}
     partial = NormHistory.from_arrays(other, history.steps, history.epochs)
-    with pytest.raises(InputError, match=r"of another model: it has no 'conv2.weight'"):
+    with pytest.raises(InputError, match=r"from another model: it has no 'conv2.weight'"):
         make_rule(partial).attach(sgd(net), net)
     optimizer = sgd(net)
     make_rule(history.until(10)).attach(optimizer, net.named_parameters())

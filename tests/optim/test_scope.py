@@ -78,7 +78,7 @@ def test_names_alone_are_compared_with_the_recording(make_rule: MakeRule) -> Non
     other = NormHistory.from_arrays({"layer.weight": [[1.0]]}, [10], [0])
     with pytest.raises(InputError, match="from another model: it has no 'pos'"):
         make_rule(other).attach(sgd(net), net.named_parameters())
-    with pytest.raises(InputError, match=r"of another model: it has no 'conv\.weight'"):
+    with pytest.raises(InputError, match=r"from another model: it has no 'conv\.weight'"):
         make_rule(other).attach(sgd(net), net)
 
 

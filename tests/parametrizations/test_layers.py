@@ -125,7 +125,7 @@ def test_tied_output_layer_is_left_or_normalised_once(include: list[str]) -> Non
     assert ("words.weight" in report.weights) == bool(include)
     assert report.left == (() if include else ("words.weight", "output.weight"))
     if not include:
-        assert str(report).endswith("of the output layer, words.weight = output.weight")
+        assert str(report).endswith("on the output layer, words.weight = output.weight")
     train(net, 3)
     assert torch.equal(net.words.weight, net.output.weight)
     remove_weight_norm(net)
@@ -209,7 +209,7 @@ def test_channels_of_layers_of_other_packages() -> None:
 def test_linear_layers_that_the_default_passes_over_are_said() -> None:
     blocks = [nn.Linear(4, 4) for _ in range(3)]
     with pytest.warns(
-        UserWarning, match=r"convolutions are normalised \(1\), and none of .* \(2\)"
+        UserWarning, match="1 weights of convolutions .* none of its 2 linear layers"
     ):
         report = apply_weight_norm(nn.Sequential(nn.Conv2d(3, 4, 2), *blocks))
     assert "on 1 weight; not on 2 of linear layers (add them by layers)" in str(report)
@@ -224,7 +224,7 @@ def test_output_layer_in_doubt_is_said_once_and_by_name_settled() -> None:
     with pytest.warns(UserWarning, match="; image_head.weight, text_head.weight are left out: c"):
         report = apply_weight_norm(make(), layers=["linear"])
     assert report.left == ("image_head.weight", "text_head.weight")
-    assert "of the output layer, image_head.weight and text_head.weight" in str(report)
+    assert "on the output layer, image_head.weight and text_head.weight" in str(report)
     for names in ({"include": ["*_head.weight"]}, {"exclude": ["*_head.weight"]}):
         assert not apply_weight_norm(make(), layers=["linear"], **names).left
 
@@ -283,7 +283,7 @@ def test_computed_weight_is_excluded_by_its_name_or_a_part_of_it(name: str) -> N
         (
             lambda: nn.Sequential(nn.Linear(3, 2)),
             {"layers": ["linear"]},
-            "0.weight is of the output layer (add it by include)",
+            r"0.weight is of the output layer \(add it by include\)",
         ),
         (
             lambda: prune.random_unstructured(nn.LSTM(3, 2), "weight_hh_l0", 0.5),
