@@ -217,7 +217,7 @@ def test_trackers_patterns_limit_a_rule_that_includes_nothing(
 
 @pytest.mark.parametrize(
     ("own", "reason"),
-    [(False, "only step"), (True, "SGD steps, which configure_opt")],
+    [(False, "only step"), (True, "SGD steps instead; return it")],
 )
 def test_gradients_without_a_step_that_calls_the_rule_are_warned_of(
     own: bool, reason: str, tmp_path: Path

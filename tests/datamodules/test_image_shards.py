@@ -189,7 +189,7 @@ FACTORY = "collections.defaultdict"  # of which litdata imports what its context
             "1 of 4 shards in {root}/train are absent or cut off, such as chunk-0-1.bin: copy",
         ),
         (cut_off, "1 of 4 shards in {root}/train are absent or cut off, such as chunk-0-2.bin"),
-        (link_val_to_train, "{root}/val holds 12 images where 6 were written: it is of other"),
+        (link_val_to_train, "{root}/val holds 12 images where 6 were written: it is from other"),
         *(
             (overwrite(f"{part}/index.json", text), f"{{root}}/{part}/index.json is cut off or da")
             for part in ("train", "classes")
