@@ -145,25 +145,19 @@ def setting_rows(groups: Sequence[Group]) -> list[list[str]]:
     return rows
 
 
-def result_values(groups: Sequence[Group]) -> dict[str, list[MeanStd | None]]:
-    """Return how well and how fast each group did, in s, under each heading."""
+def result_columns(groups: Sequence[Group]) -> dict[str, list[str]]:
+    """Return how well and how fast each group did: the cells under each heading."""
     columns: dict[str, list[MeanStd | None]] = {
         "final": [group.final for group in groups],
         "best": [group.best for group in groups],
         f"mean of last {_LAST_EPOCHS}": [group.late for group in groups],
-        "time": [group.seconds for group in groups],
     }
-    return {heading: column for heading, column in columns.items() if any(column)}
-
-
-def result_columns(groups: Sequence[Group]) -> dict[str, list[str]]:
-    """Return the same as text."""
-    *results, (heading, times) = result_values(groups).items()
     cells = {
         heading: [format_mean_std(x, g.metric) for x, g in zip(column, groups, strict=True)]
-        for heading, column in results
+        for heading, column in columns.items()
+        if any(column)
     }
-    return {**cells, heading: [format_seconds(time.mean) for time in times if time is not None]}
+    return {**cells, "time": [format_seconds(group.seconds.mean) for group in groups]}
 
 
 def _shorten(key: str, others: Sequence[str]) -> str:

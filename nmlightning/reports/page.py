@@ -1,6 +1,5 @@
 """A comparison of runs as one page of HTML, whose charts need no network."""
 
-import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,6 @@ from nmlightning.reports.comparison import (
     Group,
     is_loss,
     result_columns,
-    result_values,
     setting_rows,
 )
 from nmlightning.reports.formatting import is_share
@@ -65,8 +63,9 @@ th button { font: inherit; color: inherit; background: none; border: 0; padding:
 _SORT = """
 document.querySelectorAll("th button").forEach((button, column) => button.onclick = () => {
   const head = button.parentNode, body = head.closest("table").tBodies[0];
-  const key = row => row.cells[column].dataset.sort ?? row.cells[column].textContent;
-  const compare = (x, y) => isNaN(x - y) ? x.localeCompare(y, undefined, {numeric: true}) : x - y;
+  const key = ({cells}) => cells[column].dataset.sort ?? cells[column].textContent;
+  const number = text => parseFloat(text.replace(/,/g, ""));
+  const compare = (x, y) => number(x) - number(y) || x.localeCompare(y, "en", {numeric: true});
   const rows = [...body.rows].sort((a, b) => compare(key(a), key(b)));
   const order = head.ariaSort === "ascending" ? "descending" : "ascending";
   for (const other of head.parentNode.cells) other.ariaSort = null;
@@ -131,23 +130,22 @@ def write_page(groups: Sequence[Group], place: Path) -> str:
 
 
 def _table(groups: Sequence[Group], place: Path) -> str:
-    columns, values = result_columns(groups), result_values(groups)
-    *results_of, time = columns
+    *results_of, time = columns = result_columns(groups)
     headings = [*SETTING_HEADINGS, *(f"{groups[0].metric}, {h}" for h in results_of), time, "files"]
     head = "".join(f'<th><button type="button">{escape(h)}</button></th>' for h in headings)
     rows = []
-    for number, (group, settings) in enumerate(zip(groups, setting_rows(groups), strict=True)):
+    cells_of = zip(groups, setting_rows(groups), *columns.values(), strict=True)
+    for number, (group, (name, *settings), *results, duration) in enumerate(cells_of):
         colour, _, dash = _pen(number)
-        texts = [escape(cell).replace("\n", "<br/>") for cell in settings]
-        if (count := texts[-1].count("<br/>") + 1) > _MOST_SETTINGS:
-            texts[-1] = f"<details><summary>{count} settings</summary>{texts[-1]}</details>"
-        texts[0] = f'<span class="key" style="border-top: 4px {dash} {colour}"></span>{texts[0]}'
-        cells = [f"<td>{text}</td>" for text in texts]
-        for heading, column in columns.items():
-            sort = getattr(values[heading][number], "mean", math.nan)
-            cells.append(f'<td data-sort="{sort}">{escape(column[number])}</td>')
+        key = f'<span class="key" style="border-top: 4px {dash} {colour}"></span>'
+        texts = [escape(cell).replace("\n", "<br/>") for cell in (name, *settings, *results)]
+        if (count := settings[-1].count("\n") + 1) > _MOST_SETTINGS:
+            summary = f"<details><summary>{count} settings</summary>"
+            texts[len(settings)] = f"{summary}{texts[len(settings)]}</details>"
+        cells = "</td><td>".join(texts)
         links = "<br/>".join(_links(part, place) for run in group.runs for part in run.parts)
-        rows.append(f"<tr>{''.join(cells)}<td>{links}</td></tr>")
+        seconds = f'<td data-sort="{group.seconds.mean}">{duration}</td>'
+        rows.append(f"<tr><td>{key}{cells}</td>{seconds}<td>{links}</td></tr>")
     body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
     return f'<div class="table" tabindex="0"><table>{body}</table></div>'
 
@@ -195,8 +193,7 @@ def _plot_metric(groups: Sequence[Group], metric: str) -> "Figure":
     Over epochs, counted from 1, or over steps where several values are of one epoch.
     """
     scale, unit = (100.0, ", %") if is_share(metric) else (1.0, "")
-    faint: list[dict[str, Any]] = []
-    strong: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = []
     having = [[run for run in group.runs if metric in run.scalars] for group in groups]
     steps = {run: run.scalars[metric].steps for runs in having for run in runs}
     x_of = {run: run.epochs_at(each) for run, each in steps.items()}  # the steps if not known
@@ -210,11 +207,11 @@ def _plot_metric(groups: Sequence[Group], metric: str) -> "Figure":
         several = len(curves) > 1
         for run, curve in zip(runs, curves, strict=True):
             line_name = f"{group.name}, {run.folder.name}" if several else group.name
-            line = _line(line_name, number, curve, faint=several)
-            (faint if several else strong).append(line)
+            lines.append(_line(line_name, number, curve, faint=several))
         if several:
-            strong.append(_line(f"{group.name}, mean", number, _mean_curve(curves)))
-    figure = _plot([*faint, *strong], metric + unit, "epoch" if by_epoch else "step", height=320)
+            lines.append(_line(f"{group.name}, mean", number, _mean_curve(curves)))
+    lines.sort(key=lambda line: float(line["opacity"]))  # the faint ones behind
+    figure = _plot(lines, metric + unit, "epoch" if by_epoch else "step", height=320)
     if by_epoch and max(x.max(initial=0) for x in x_of.values()) <= _EPOCHS_TICKED:
         figure.update_xaxes(dtick=1, minallowed=0.5)
     return figure

@@ -48,30 +48,26 @@ _DETAILS = {
 }
 
 
-def group_by_stage(layers: Iterable[str]) -> dict[str, list[str]]:
+def group_by_stage(layers: Collection[str], parts: int = 1) -> dict[str, list[str]]:
     """Return the layers of each stage of a network, such as `net.layer1` of a ResNet.
 
-    A stage is what shares the first parts of its names; where that would be everything, or more
-    layers than one chart can show, one part more, down to blocks and layers.
+    A stage is what shares the first `parts` of its names, split at dots; where that would be
+    everything, or more layers than one chart can show, one part more, down to blocks and layers.
     """
-    return _split(list(layers), 1)
-
-
-def _split(layers: list[str], parts: int) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for layer in layers:
         groups.setdefault(".".join(layer.split(".")[:parts]), []).append(layer)
     if len(groups) == len(layers) > 1:  # of single layers
-        return {".".join(layers[0].split(".")[: parts - 1]) or "all layers": layers}
+        return {".".join(next(iter(layers)).split(".")[: parts - 1]) or "all layers": [*layers]}
     stages: dict[str, list[str]] = {}
     for name, group in groups.items():
         is_whole = len(group) == 1 or (len(groups) > 1 and len(group) <= _MOST_LAYERS)
-        stages |= {name: group} if is_whole else _split(group, parts + 1)
+        stages |= {name: group} if is_whole else group_by_stage(group, parts + 1)
     return stages
 
 
 def dashboard_layout(
-    layers: Iterable[str], logged: Collection[str], metrics: Iterable[str], prefix: str = ""
+    layers: Collection[str], logged: Collection[str], metrics: Iterable[str], prefix: str = ""
 ) -> Layout:
     """Return the page of TensorBoard's Custom Scalars: categories of charts of tags.
 
