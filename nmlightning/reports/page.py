@@ -34,6 +34,7 @@ _EPOCHS_TICKED = 10  # each of them; of more plotly chooses some
 _STAGE = re.compile(r"(?<![a-z])(train(ing)?|val(id(ation)?)?)(?![a-z])[/_]?", re.IGNORECASE)
 # Of the first lines in these colours, the next and the last: in a chart, and in CSS.
 _DASHES = (("solid", "solid"), ("dash", "dashed"), ("dot", "dotted"))
+_KEPT = {"curves": "csv", "settings": "json"}
 _MOST_LINES_HOVERED = 8
 _MOST_SETTINGS = 6  # that are shown before a click
 _STYLE = """
@@ -156,8 +157,7 @@ def _links(folder: Path, place: Path) -> str:
         config = next(filter(Path.is_file, map(folder.joinpath, CONFIGS)), None)
         files = {folder.name: folder} | ({"config": config} if config else {})
     else:
-        kept = (f"{folder.name}.{end}" for end in ("csv", "json"))
-        files = {name: folder.with_name(name) for name in kept}
+        files = {x: folder.with_name(f"{folder.name}.{y}") for x, y in _KEPT.items()}
     return " ".join(
         f'<a href="{quote(os.fsencode(os.path.relpath(file, place)))}">{escape(name)}</a>'
         for name, file in files.items()

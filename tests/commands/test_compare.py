@@ -247,7 +247,7 @@ def test_page_links_to_each_run_from_where_it_is_written(make_run: MakeRun, tmp_
     links = re.findall(
         '<a href="(.*?)">(.*?)</a>', Path("pages/page.html").read_text().split("<body>")[1]
     )
-    assert [name for _, name in links] == ["version_0", "config", "k-1.csv", "k-1.json"]
+    assert [name for _, name in links] == ["version_0", "config", "curves", "settings"]
     targets = [(tmp_path / "pages" / unquote(link)).resolve() for link, _ in links]
     assert targets[:2] == [folder, folder / "config.yaml"]
     assert all(target.exists() for target in targets)
