@@ -20,6 +20,7 @@ import torch
 import torchvision
 import yaml
 from torch import nn
+from torch.utils.data import DataLoader
 
 import nmlightning
 from lightning_modules import PlModule
@@ -82,7 +83,7 @@ class Reads(PlModule):
         self.net = nmlightning.models.CifarResNet(8)
 
     def train_dataloader(self) -> Any:
-        return [(torch.randn(4, 3, 32, 32), torch.arange(4))] * 2
+        return DataLoader([(torch.randn(3, 32, 32), i) for i in range(8)], 4)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def world(
     return {
         **names, **vars(nmlightning.callbacks), "torch": torch, "torchvision": torchvision,
         "nn": nn, "net": net, "model": net, "optimizer": torch.optim.SGD(net.parameters(), 0.1),
-        "Trainer": pytorch_lightning.Trainer, "your_module": Reads(),
+        "Trainer": pytorch_lightning.Trainer, "your_module": Reads(), "nmlightning": nmlightning,
         "batches": [(torch.randn(4, 3, 32, 32), torch.arange(4))],
     }  # fmt: skip
 
