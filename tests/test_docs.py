@@ -83,7 +83,7 @@ class Reads(PlModule):
         self.net = nmlightning.models.CifarResNet(8)
 
     def train_dataloader(self) -> Any:
-        return DataLoader([(torch.randn(3, 32, 32), i) for i in range(8)], 4)  # type: ignore[arg-type]
+        return DataLoader([(torch.randn(3, 32, 32), i) for i in range(8)], 4)
 
 
 @pytest.fixture
