@@ -30,7 +30,7 @@ class TReLU(nn.Module):
     Examples:
         >>> import torch
         >>> TReLU()(torch.tensor([-1.0, 0.0, 1.0]))
-        tensor([-0.6834, -0.6834,  1.0297])
+        tensor([-0.6833, -0.6833,  1.0295])
     """
 
     def forward(self, input: Tensor) -> Tensor:
