@@ -106,14 +106,6 @@ def test_description_has_captions_for_pictures_and_words_for_links() -> None:
     assert made == f"*a* [c](https://c.org) *d* *e*, `f`{code}g"
 
 
-@pytest.mark.slow
-def test_build_and_twine_pass(source: Path) -> None:
-    pytest.importorskip("build")
-    pytest.importorskip("twine")
-    run(sys.executable, "-m", "build", "--no-isolation", cwd=source)
-    run(sys.executable, "-m", "twine", "check", "--strict", *source.glob("dist/*"), cwd=source)
-
-
 def test_texts_install_nothing_that_no_index_has() -> None:
     """Until there is a release an extra is installed from a checkout, and by messages as packages.
 
