@@ -28,7 +28,7 @@ from speed_tables import format_row, make_json, make_markdown, make_table
 from speed_weights import measure_weights
 from targets import Measurement, Result, Skipped
 
-from nmlightning.commands.run_report import filter_logs
+from nmlightning.commands.failures import filter_logs
 
 Measure = Callable[[Plan, Set[str]], Iterator[Result]]
 

@@ -6,7 +6,7 @@ belong to both, so nothing here asks for a class of either by import, except the
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -164,7 +164,9 @@ def training_sums(trainer: Any) -> dict[str, dict[str, Any]]:
     return sums
 
 
-def add_training_sums(trainer: Any, sums: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def add_training_sums(
+    trainer: Any, sums: Mapping[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
     """Add what `training_sums` returned before a resume; return what has no place yet.
 
     A metric of the module is set before it is updated. What is made when it is first logged, as

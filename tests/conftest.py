@@ -133,7 +133,7 @@ def nm(
 ) -> Callable[..., Answer]:
     """Run `nm` in an empty folder and return what it answers."""
     from nmlightning.cli import main
-    from nmlightning.commands.run_report import filtered_handlers
+    from nmlightning.commands.failures import filtered_handlers
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")

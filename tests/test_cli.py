@@ -348,7 +348,7 @@ def test_fit_prints_a_name_in_brackets(nm: Nm) -> None:
     answer = nm("fit", "--config", "a[red]b.yaml", *SHORT)
     run = "runs/a[red]b/version_0"
     assert answer.out[0].endswith(f"→ {run}")
-    assert answer.out[-2:] == [f" run         {run}", f" checkpoint  {run}/{LAST}"]
+    assert answer.out[-6:-4] == [f" run         {run}", f" checkpoint  {run}/{LAST}"]
 
 
 def test_fit_on_other_data_notices_16_mixed_without_a_gpu_once(nm: Nm) -> None:
@@ -356,7 +356,8 @@ def test_fit_on_other_data_notices_16_mixed_without_a_gpu_once(nm: Nm) -> None:
     answer = nm("fit", *words)
     (line,) = answer.err
     assert line.startswith("nm: there is no GPU for 16-mixed; bf16-mixed runs instead")
-    assert answer.out[0] == "nm: cpu, precision bf16-mixed → runs/cifar_l2/version_0"
+    start = "nm: 856 K parameters, 57 BatchNorm2d, bf16-mixed, cpu → runs/cifar_l2/version_0"
+    assert answer.out[0] == start
     assert " run         runs/cifar_l2/version_0" in answer.out
 
 
@@ -369,7 +370,7 @@ def test_fit_reports_and_keeps_a_run(nm: Nm) -> None:
     assert has(r"│ val +│ \d+\.\d+ │ +\d+\.\d\d % │ +\d+\.\d\d %", answer.out)
     assert has(r" 1 epoch in .* s · [\d,]+ images/s in training", answer.out)
     run = Path("runs/quickstart/version_0")
-    assert answer.out[-2:] == [f" run         {run}", f" checkpoint  {run / LAST}"]
+    assert {f" run         {run}", f" checkpoint  {run / LAST}"} < set(answer.out)
     assert answer.err == []
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["last.ckpt"]
     assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_epochs"] == 1
@@ -417,7 +418,7 @@ def test_evaluation_prints_and_keeps_nothing(nm: Nm, trained: Path, command: str
     answer = nm(command, "--config", config, "--ckpt_path", last)
     assert answer.code == 0
     assert has(rf"│ {row} +│ \d+\.\d+ │ +\d+\.\d\d %", answer.out)
-    assert answer.out[-1] == f" checkpoint  {last}"
+    assert f" checkpoint  {last}" in answer.out
     assert not Path("runs").exists()
 
 
@@ -474,7 +475,7 @@ def test_fit_keeps_its_end_and_last_passes_over_damage(nm: Nm) -> None:
     kept = json.dumps({"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": 2}})
     words = [*FIT, "--trainer.callbacks+", kept, "--trainer.limit_train_batches", "3"]
     first = nm(*words)
-    assert first.out[-1] == " checkpoint  runs/quickstart/version_0/checkpoints/last.ckpt"
+    assert " checkpoint  runs/quickstart/version_0/checkpoints/last.ckpt" in first.out
     assert torch.load("runs/quickstart/version_0" / LAST, weights_only=True)["global_step"] == 3
     last = "runs/quickstart/version_0" / LAST
     last.write_bytes(last.read_bytes()[:1000])
@@ -483,7 +484,7 @@ def test_fit_keeps_its_end_and_last_passes_over_damage(nm: Nm) -> None:
     older = last.with_name("epoch=0-step=2.ckpt")
     passed = f"nm: {last} is damaged, and passed over."
     assert answer.err == [passed, f"nm: --ckpt_path last is {older}"]
-    assert answer.out[-1].endswith(" runs/quickstart/version_1/checkpoints/epoch=1-step=6.ckpt")
+    assert has(" runs/quickstart/version_1/checkpoints/epoch=1-step=6.ckpt", answer.out)
     assert not list(Path("runs").rglob("*.unfinished"))
 
 
@@ -491,7 +492,7 @@ def test_ckpt_path_last_of_a_run_named_by_its_config(nm: Nm, trained: Path) -> N
     config = ["--config", str(trained / "config.yaml"), "--config", "ckpt_path: last\n"]
     answer = nm("validate", *config)
     assert answer.code == 0
-    assert answer.out[-1] == f" checkpoint  {trained / LAST}"
+    assert f" checkpoint  {trained / LAST}" in answer.out
     assert answer.err == [f"nm: --ckpt_path last is {trained / LAST}"]
 
 
@@ -599,14 +600,16 @@ def test_fit_keeps_the_last_checkpoint_of_a_stopped_run_and_prints_how_to_resume
     process.send_signal(stop)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code, err
-    swapped, served, before, command = err.splitlines()  # and no other line
+    swapped, served, before, *lines = err.splitlines()  # and no other line
     assert swapped == "NormSwap: swapped 19 BatchNorm2d → L1BatchNorm2d"
     assert served.startswith("NormSwap: 19 L1BatchNorm2d by ")
     assert before == "nm: interrupted; the last checkpoint is kept. To resume:"
     run = run.relative_to(tmp_path)
-    assert command == (
-        f"nm fit --config '{run}/config.yaml' --ckpt_path '{run}/checkpoints/last.ckpt'"
-    )
+    assert lines == [
+        f"nm fit --config '{run}/config.yaml' \\",
+        f"  --ckpt_path '{run}/checkpoints/last.ckpt'",
+    ]
+    command = "".join(lines).replace("\\", "")
     epochs = torch.load(run / LAST, weights_only=True)["epoch"] + 1
     answer = nm(*shlex.split(command)[1:], f"--trainer.max_epochs={epochs + 1}")
     assert has(f" 1 epoch after {epochs} of an earlier run in ", answer.out)

@@ -155,13 +155,12 @@ class ExactResume(compat.CallbackBase):
         >>> trainer = Trainer(callbacks=[ExactResume()], logger=False)
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._settings: dict[str, Any] = {}
-        self._loaded: dict[str, Any] = {}  # of the run that is resumed
-        self._random: list[RandomStates] = []  # until they are set
-        self._sums: dict[str, Any] = {}  # that are not yet among those of this run
-        self._own_sums: dict[str, Any] = {}  # that the module adds up itself
+    # They are replaced, never changed in place.
+    _settings: Mapping[str, Any] = {}
+    _loaded: Mapping[str, Any] = {}  # of the run that is resumed
+    _random: Any = ()  # a list of RandomStates, until they are set
+    _sums: Mapping[str, Any] = {}  # that are not yet among those of this run
+    _own_sums: Mapping[str, Any] = {}  # that the module adds up itself
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -1,7 +1,11 @@
-"""The argument parser and output of commands that train nothing, and the exit codes of all."""
+"""The argument parser and output of commands, and the exit codes of all."""
 
 import argparse
-from typing import Any, NoReturn
+import shlex
+import shutil
+import sys
+import textwrap
+from typing import Any, NoReturn, TextIO
 
 from nmlightning.errors import InputError
 
@@ -21,6 +25,24 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; {self.prog} --help lists the options.")
+
+
+def print_words(text: str, file: TextIO | None = None) -> None:
+    """Print a line, on stdout or in `file`; in a terminal none of its words is cut in two."""
+    file = file or sys.stdout
+    if file.isatty():
+        width = shutil.get_terminal_size().columns
+        text = textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
+    print(text, file=file)
+
+
+def command_to_copy(*words: str) -> str:
+    """Return a command as a shell takes it, in several lines where one would not fit."""
+    whole = shlex.join(words)
+    if len(whole) < 80:
+        return whole
+    pairs = [words[:4], *(words[i : i + 2] for i in range(4, len(words), 2))]
+    return " \\\n  ".join(map(shlex.join, pairs))
 
 
 def print_line(heading: str, text: object) -> None:

@@ -5,9 +5,10 @@ import os
 import sys
 from typing import NoReturn
 
-from nmlightning.commands.argument_parser import ArgumentParser
+from nmlightning.commands.argument_parser import ArgumentParser, print_words
 from nmlightning.errors import InputError
 from nmlightning.reports.run import find_runs, has_events
+from nmlightning.weights.recording_file import FILE_NAME
 
 
 def run(arguments: list[str]) -> NoReturn:
@@ -42,10 +43,17 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def _logdir(paths: list[str]) -> list[str]:
     """Return TensorBoard's option for what to show: one folder, or several with their names."""
-    if not any(has_events(folder) for folder in find_runs(paths)):
+    runs = [folder for folder in find_runs(paths) if has_events(folder)]
+    if not runs:
         raise InputError(
             f"TensorBoard has nothing to show of {', '.join(paths)}: it holds metrics.csv only; "
             "nm compare reads that, and a TensorBoardLogger writes for TensorBoard."
+        )
+    if not any((run / FILE_NAME).is_file() for run in runs):
+        print_words(
+            "nm: none of these runs has recorded norms, so Custom Scalars has curves of loss only: "
+            "add WeightNormTracker to trainer.callbacks.",
+            sys.stderr,
         )
     if len(paths) == 1:
         return ["--logdir", paths[0]]

@@ -77,7 +77,7 @@ def _shape(text: str) -> tuple[int, ...]:
 
 def _export(given: argparse.Namespace) -> None:
     from nmlightning.commands.checkpoint import Checkpoint
-    from nmlightning.commands.run_report import filter_logs
+    from nmlightning.commands.failures import filter_logs
     from nmlightning.export.export import export_network
     from nmlightning.translation.task import Translator
 

@@ -2,14 +2,18 @@
 
 torch, Lightning and others complain in exceptions of every kind. A complaint before the first epoch
 is done, or from what only configures, with no code of the user's own on the way, is of the config.
+What others say of a run that does not fail is filtered here, too, but not under another Trainer.
 """
 
+import logging
 import pickle
 import re
 import subprocess
+import sys
 import sysconfig
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +25,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from nmlightning.callbacks.checkpoints import ANEW
 from nmlightning.commands import run_report
-from nmlightning.commands.argument_parser import LOST_PROCESS
+from nmlightning.commands.argument_parser import LOST_PROCESS, print_words
 from nmlightning.errors import InputError, input_error_in
 
 SECONDS_TO_END = 10  # for a launched process that is about to say what went wrong
@@ -133,3 +137,63 @@ def is_loss(error: BaseException) -> bool:
     if isinstance(error, dist.DistError):
         return "EADDRINUSE" not in text  # where there is no other process yet
     return isinstance(error, RuntimeError) and "gloo" in text and bool(re.search(_LOSSES, text))
+
+
+# Pieces of warnings, as regular expressions for the beginning of the text.
+IGNORED_WARNINGS = [
+    # Our images lie in memory; workers would copy what is already there.
+    r"The '\w+' does not have many workers",
+    # Every fit has a folder of its own, so a resumed run never finds its old one.
+    r"The dirpath has changed from",
+    # The chosen precision is announced once, by ourselves.
+    r"You passed `Trainer\(accelerator='cpu', precision='16-mixed'\)`",
+    # The summary then counts 32 bits a parameter, which is what mixed precision keeps.
+    r"Precision bf16-mixed is not supported by the model summary",
+    # Ten digits batches an epoch are fewer than the 50 steps between two log entries.
+    r"The number of training batches \(\d+\) is smaller than the logging interval",
+    # Lightning asks torch for the leaves of a tree in the old way; nothing the user wrote.
+    r".*isinstance\(treespec, LeafSpec\).* is deprecated",
+    # A run resumed after its last epoch has nothing left to do, which the table shows.
+    r"You're resuming from a checkpoint that ended before the epoch ended",
+]
+# Advertisements, a line for each kind of device, and what the report says again: all below WARNING.
+_LOGGERS = [
+    *("pytorch_lightning", "lightning_fabric"),
+    *("lightning", "lightning.pytorch", "lightning.fabric"),
+]
+# They say through Lightning's loggers what was swapped or normalised, how the learning rate was
+# scaled, and the BLEU to publish.
+OWN_MESSAGES = ("NormSwap", "WeightNormSwap", "ImageClassifier", "Translator")
+
+
+@contextmanager
+def filter_logs() -> Iterator[None]:
+    """Leave out what is listed above, and nothing else, while the body runs."""
+    handlers = filtered_handlers()
+    with warnings.catch_warnings():
+        for message in IGNORED_WARNINGS:
+            warnings.filterwarnings("ignore", message)
+        # LightningCLI calls jsonargparse by names that jsonargparse will drop in version 5.
+        warnings.filterwarnings(
+            "ignore", category=DeprecationWarning, module="pytorch_lightning.cli"
+        )
+        for handler in handlers:
+            handler.addFilter(_is_kept)
+        try:
+            yield
+        finally:
+            for handler in handlers:
+                handler.removeFilter(_is_kept)
+
+
+def filtered_handlers() -> list[logging.Handler]:
+    """Return the handlers of Lightning's loggers."""
+    return [handler for name in _LOGGERS for handler in logging.getLogger(name).handlers]
+
+
+def _is_kept(record: logging.LogRecord) -> bool:
+    """Print our own message, which a handler would write into the progress bar; keep warnings."""
+    text = record.getMessage()
+    if record.levelno < logging.WARNING and text.startswith(OWN_MESSAGES):
+        print_words(text, sys.stderr)
+    return record.levelno >= logging.WARNING

@@ -14,8 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from jsonargparse import Namespace, dict_to_namespace
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
-from pytorch_lightning.callbacks import BasePredictionWriter, ModelCheckpoint, RichProgressBar
-from pytorch_lightning.callbacks.progress import ProgressBar
+from pytorch_lightning.callbacks import BasePredictionWriter, ModelCheckpoint, ProgressBar
 from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies import Strategy
@@ -25,10 +24,9 @@ from nmlightning.callbacks import checkpoints
 from nmlightning.commands import run_report
 from nmlightning.commands.argument_parser import DIVERGED, INTERRUPTED, TERMINATED
 from nmlightning.commands.checkpoint import checkpoint_hparams
-from nmlightning.commands.failures import explain_failures, failing_together
+from nmlightning.commands.failures import explain_failures, failing_together, filter_logs
 from nmlightning.commands.files import RunPaths, default_logger, new_version, time_written
 from nmlightning.commands.parser import ConfigFile, Parser, check_numbers
-from nmlightning.commands.run_report import filter_logs
 from nmlightning.compat import copying_strategy, replace_torch_io
 from nmlightning.errors import InputError, cut, input_error_in
 from nmlightning.tasks.numerics import SoundNumerics, larger_eps
@@ -85,7 +83,7 @@ class TrainingCLI(LightningCLI):
                 # The whole list of options follows, each with its meaning.
                 command: {"usage": f"nm {command} --config CONFIG [--KEY VALUE ...]"},
             },
-            trainer_defaults={"logger": default_logger(run_name)},
+            trainer_defaults={"logger": default_logger(run_name), "enable_model_summary": False},
             args=arguments,
         )
 
@@ -168,7 +166,7 @@ class TrainingCLI(LightningCLI):
         folder = self._make_folder(made) if self.trainer.is_global_zero else None
         if folder:
             self._began = time_written(folder)
-        run_report.print_start(self.trainer, folder)
+        self._watch.folder = folder
         check_restarts()
         earlier = kwargs.get("ckpt_path")
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
@@ -222,7 +220,8 @@ class TrainingCLI(LightningCLI):
 
     def _check_losses(self) -> None:
         """Exit with DIVERGED, and say so, if a loss ended as NaN or infinity."""
-        losses = {k: x for k, x in self.trainer.callback_metrics.items() if "loss" in k.lower()}
+        metrics = self.trainer.callback_metrics.items()
+        losses = {k: x for k, x in metrics if "loss" in k.lower() and not k.endswith("_step")}
         ended = {"the loss of the last batch": self._watch.last_loss, **losses}
         bad = [f"{name} is {float(x)}" for name, x in ended.items() if not math.isfinite(x)]
         if bad:
@@ -281,7 +280,7 @@ def standard_callbacks(options: Namespace) -> list[Callback]:
     if not options.barebones:
         added.append(run_report.SkippedStepCount())
     if not (any(isinstance(c, ProgressBar) for c in given) or _off(options, "progress_bar")):
-        added.append(MetricsBar())
+        added.append(run_report.MetricsBar())
     if not (any(_keeps_last(c) for c in given) or _off(options, "checkpointing")):
         # One file that each epoch replaces; save_last would write everything twice.
         names: dict[str, Any] = {"filename": "last", "enable_version_counter": False}
@@ -295,15 +294,6 @@ def given_callbacks(options: Namespace) -> list[Callback]:
     """Return the callbacks in the Trainer's `options`, where one need not be in a list."""
     callbacks = options.callbacks or []
     return callbacks if isinstance(callbacks, list) else [callbacks]
-
-
-class MetricsBar(RichProgressBar):
-    """Lightning's rich progress bar; the version is said once above it, not in every line."""
-
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Return the metrics that the module logs for the bar."""
-        metrics = super().get_metrics(trainer, pl_module)
-        return {name: value for name, value in metrics.items() if name != "v_num"}
 
 
 def _off(options: Namespace, what: str) -> bool:

@@ -9,10 +9,10 @@ from torch.optim import Optimizer
 
 from nmlightning.callbacks.norm_swap import ModelChange
 from nmlightning.commands.checkpoint import checkpoint_hparams
-from nmlightning.commands.failures import explain_failures
+from nmlightning.commands.failures import explain_failures, filter_logs
 from nmlightning.commands.files import RunPaths
 from nmlightning.commands.fit import TrainingCLI, given_callbacks, is_ctrl_c
-from nmlightning.commands.run_report import filter_logs, print_notice
+from nmlightning.commands.run_report import print_notice
 from nmlightning.errors import InputError
 from nmlightning.probe.probe import NormWatch
 from nmlightning.probe.report import NormRanges

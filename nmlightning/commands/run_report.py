@@ -1,39 +1,59 @@
-"""The report of a run: its folder, its results, how to resume; and the filters of other messages.
+"""The report of a run: its size, progress, duration and results, and how to go on with it.
 
-Only the first of several processes prints. Under another Trainer nothing is filtered.
+Only the first of several processes prints.
 """
 
-import logging
-import shlex
+import math
+import sys
 import time
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Mapping
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
+import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import ProgressBar, Timer
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.markup import escape
-from rich.table import Table
+from rich.progress_bar import ProgressBar as RichBar
+from rich.table import Column, Table
+from rich.text import Text
+from torch.nn.parameter import is_lazy
 
 from nmlightning.callbacks.epoch_clock import SkippedSteps
+from nmlightning.commands.argument_parser import command_to_copy, print_words
+from nmlightning.compat import epochs_to_train
 from nmlightning.reports.formatting import format_seconds, format_value
+from nmlightning.reports.run import has_events
+from nmlightning.surgery.norm_layers import is_norm
 
 STAGES = ("train", "val", "test")
+_TIMED_STEPS = (2, 10)  # between which steps are timed: compilation is in those before
+_WORTH_A_LINE = 30  # seconds
+_REFRESH_SECONDS = 0.5
 
 
 class Stopwatch(Callback):
-    """Count the batches, the examples and the seconds of training, without its validation."""
+    """Count the batches, the examples and the seconds of training, without its validation.
+
+    After ten steps it says how long all will take, if that is over half a minute.
+    """
 
     epochs = steps = examples = 0
     last_loss: Any = 0.0
     training_seconds = total_seconds = 0.0
-    _fit_started = _resumed = 0.0
+    folder: Path | None = None  # of the run
+    _fit_started = _resumed = _timed_from = 0.0
+    _validation_batch: float | None = None  # seconds of the last one in a sanity check
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._fit_started = self._resumed = time.monotonic()
+        print_start(trainer, pl_module, self.folder)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._resumed = time.monotonic()
@@ -46,6 +66,22 @@ class Stopwatch(Callback):
             self.last_loss = outputs.get("loss", 0.0)
         if isinstance(batch, (tuple, list)):
             self.examples += len(batch[0]) * trainer.world_size
+        if self.steps in _TIMED_STEPS:
+            float(self.last_loss)  # wait for the device
+            self._pause()
+            if self.steps == _TIMED_STEPS[0]:
+                self._timed_from = self.training_seconds
+            else:
+                self._foretell(trainer, batch_idx + 1)
+
+    def on_validation_batch_start(self, *_: Any) -> None:
+        self._batch_started = time.monotonic()
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.sanity_checking:
+            if trainer.strategy.root_device.type == "cuda":
+                torch.cuda.synchronize()
+            self._validation_batch = time.monotonic() - self._batch_started
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -65,6 +101,146 @@ class Stopwatch(Callback):
         now = time.monotonic()
         self.training_seconds += now - self._resumed
         self._resumed = now
+
+    def _foretell(self, trainer: Trainer, batches_of_epoch: int) -> None:
+        """Print how long the fit will take, or what is left of it after a resume."""
+        first, last = _TIMED_STEPS
+        batch = (self.training_seconds - self._timed_from) / (last - first)
+        train, val = batches_left(trainer, batches_of_epoch)
+        ends = [c.time_remaining() for c in trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]
+        left = train * batch + val * (self._validation_batch or batch)
+        left = min([left, *(seconds for seconds in ends if seconds is not None)])
+        whole = time.monotonic() - self._fit_started + left
+        if _WORTH_A_LINE < whole < math.inf:
+            what = "the rest of the fit" if trainer.ckpt_path else "the whole fit"
+            batches = f"{train + last:,.0f} batches of training, {val:,.0f} of validation"
+            print_notice(f"{what} takes about {format_seconds(round(whole))}: {batches}.")
+
+
+def batches_left(trainer: Trainer, batches_of_epoch: int) -> tuple[float, float]:
+    """Return how many batches of training and of validation are to come; ∞ if nothing ends them."""
+    epochs, an_epoch = epochs_to_train(trainer), trainer.num_training_batches
+    train = math.inf
+    if epochs is not None:
+        train = (epochs - trainer.current_epoch) * an_epoch - batches_of_epoch
+    if trainer.max_steps > 0:
+        steps = trainer.max_steps - trainer.global_step
+        train = min(train, steps * trainer.accumulate_grad_batches)
+    every = (trainer.val_check_batch or math.inf) * (trainer.check_val_every_n_epoch or 1)
+    validations = train / every if every else 0
+    val = sum(trainer.num_val_batches)
+    return train, round(validations) * val if validations < math.inf else math.inf
+
+
+class MetricsBar(ProgressBar):
+    """A line for the batches; below it the loss of the last one and the metrics.
+
+    It reads them twice a second, since each reading waits for the device, where Lightning's bar
+    does so in every step. What it shows is erased when it ends.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._console = Console()
+        self._is_enabled = True
+        self._live: Live | None = None
+        self._loss: Any = None
+        self._metrics = self._stage = ""
+        self._done: tuple[int, float] = 0, math.inf  # batches, of how many
+        self._began = 0, 0.0  # with which batch, and when, the stage did
+        self._drawn = 0.0  # when
+
+    def disable(self) -> None:
+        self._is_enabled = False
+
+    def enable(self) -> None:
+        self._is_enabled = True
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Return the loss of the last batch and what the module logs for the bar, no version."""
+        metrics: dict[str, Any] = {} if self._loss is None else {"loss": float(self._loss)}
+        metrics |= super().get_metrics(trainer, pl_module)
+        return {name: value for name, value in metrics.items() if name != "v_num"}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._is_due(_epoch_of(trainer), 0, self.total_train_batches):
+            self._draw()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if isinstance(outputs, Mapping):
+            self._loss = outputs.get("loss")
+        if self._is_due(_epoch_of(trainer), batch_idx + 1, self.total_train_batches):
+            metrics = self.get_metrics(trainer, pl_module).items()
+            shown = [f"{k}={x:.3f}" if isinstance(x, float) else f"{k}={x}" for k, x in metrics]
+            self._metrics = "  ".join(shown)
+            self._draw()
+
+    def _evaluated(
+        self,
+        part: str,
+        trainer: Trainer,
+        module: Any,
+        out: Any,
+        batch: Any,
+        batch_idx: int,
+        n: int = 0,
+    ) -> None:
+        self.has_dataloader_changed(n)  # whose total is asked for
+        stage = "Sanity check" if trainer.sanity_checking else _PARTS[part]
+        total = getattr(self, f"total_{part}_batches_current_dataloader")
+        if self._is_due(stage, batch_idx + 1, total):
+            self._draw()
+
+    on_validation_batch_end: Any = partialmethod(_evaluated, "val")
+    on_test_batch_end: Any = partialmethod(_evaluated, "test")
+    on_predict_batch_end: Any = partialmethod(_evaluated, "predict")
+
+    def _stop(self, *_: Any, **__: Any) -> None:
+        if self._live is not None:
+            self._live.stop()
+        self._live = None
+
+    teardown = on_exception = _stop
+
+    def _is_due(self, stage: str, done: int, total: float) -> bool:
+        now = time.monotonic()
+        self._done = done, total
+        if stage != self._stage:
+            self._stage, self._began, self._drawn = stage, (done, now), 0.0
+        shows = self._is_enabled and self._console.is_terminal
+        return shows and now >= self._drawn + _REFRESH_SECONDS
+
+    def _draw(self) -> None:
+        if self._live is None:
+            self._live = Live(
+                console=self._console,
+                get_renderable=self._render,
+                auto_refresh=False,
+                transient=True,
+            )
+            self._live.start()
+        self._live.refresh()
+        self._drawn = time.monotonic()
+
+    def _render(self) -> Group:
+        (done, total), (first, began) = self._done, self._began
+        of = f"/{total:.0f}" if total < math.inf else ""
+        speed = (done - first) / (time.monotonic() - began)
+        left = f" · {format_seconds((total - done) / speed)} left" if of and speed else ""
+        row = Table.grid(Column(), Column(ratio=1), Column(), padding=(0, 1), expand=True)
+        bar = RichBar(total if of else 1, done, pulse=not of)
+        row.add_row(self._stage, bar, f"{done}{of}{left}")
+        return Group(row, Text(self._metrics, style="italic"))
+
+
+_PARTS = {"val": "Validation", "test": "Test", "predict": "Prediction"}
+
+
+def _epoch_of(trainer: Trainer) -> str:
+    last = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
+    return f"Epoch {trainer.current_epoch + 1}{last}"
 
 
 class SkippedStepCount(Callback):
@@ -106,11 +282,16 @@ class SkippedStepCount(Callback):
 
 
 @rank_zero_only
-def print_start(trainer: Trainer, run: Path | None) -> None:
-    kept = f" → {escape(str(run))}" if run else ""
-    device = trainer.strategy.root_device
+def print_start(trainer: Trainer, module: LightningModule, run: Path | None) -> None:
+    """Print what is trained, in which precision, on which device, and where it is kept."""
+    count = sum(p.numel() for p in module.parameters() if not is_lazy(p))
+    kinds = Counter(type(part).__name__ for part in module.modules() if is_norm(part))
+    norms = " + ".join(f"{n} {kind}" for kind, n in kinds.items()) or "no norms"
     copies = f" × {trainer.world_size}" if trainer.world_size > 1 else ""
-    _print(f"[bold]nm[/bold]: {device.type}{copies}, precision {trainer.precision}{kept}")
+    device = f"{trainer.strategy.root_device.type}{copies}"
+    kept = f" → {run}" if run else ""
+    size = f"{count / 1e3:,.0f} K" if count < 1e6 else f"{count / 1e6:,.1f} M"
+    print_words(f"nm: {size} parameters, {norms}, {trainer.precision}, {device}{kept}")
 
 
 @rank_zero_only
@@ -129,6 +310,21 @@ def print_fit(
     took = format_seconds(watch.total_seconds)
     _print(f" {watch.epochs} epoch{'s' * (watch.epochs != 1)}{after} in {took}{speed} in training")
     print_paths(run=run, checkpoint=checkpoint)
+    if run:
+        _print_next(trainer, run, checkpoint)
+
+
+def _print_next(trainer: Trainer, run: Path, checkpoint: Path | None) -> None:
+    """Print the commands that show a run and measure its checkpoint."""
+    commands: list[tuple[str, ...]] = [("nm", "compare", str(run))]
+    if has_events(run):
+        commands.insert(0, ("nm", "dashboard", str(run)))
+    config = run / "config.yaml"
+    if checkpoint and config.is_file():
+        data = getattr(trainer, "datamodule", None) or trainer.lightning_module
+        measure = "test" if is_overridden("test_dataloader", data) else "validate"
+        commands.append(("nm", measure, "--config", str(config), "--ckpt_path", str(checkpoint)))
+    print("", *(command_to_copy(*words) for words in commands), sep="\n")
 
 
 @rank_zero_only
@@ -148,8 +344,10 @@ def print_interruption(run: Path | None, checkpoint: Path | None) -> None:
     elif config is None or not config.is_file():
         text = f"interrupted; the last checkpoint is {checkpoint}"
     else:
-        words = ["nm", "fit", "--config", str(config), "--ckpt_path", str(checkpoint)]
-        text = f"interrupted; the last checkpoint is kept. To resume:\n{shlex.join(words)}"
+        words = ("nm", "fit", "--config", str(config), "--ckpt_path", str(checkpoint))
+        print_notice("interrupted; the last checkpoint is kept. To resume:")
+        print(command_to_copy(*words), file=sys.stderr)
+        return
     print_notice(text)
 
 
@@ -157,20 +355,21 @@ def print_loss(rank: int, error: str, checkpoint: Path | str | None) -> None:
     """Say, in each process that is left, that another is lost, and what can be resumed."""
     name = f"nm (rank {rank})"
     kept = f"the last checkpoint is {checkpoint}" if checkpoint else "no checkpoint exists yet"
-    text = f"{name}: lost another process, which may have said why. Here: {error}\n{name}: {kept}."
-    Console(stderr=True).print(text, soft_wrap=True, highlight=False, markup=False)
+    print_words(f"{name}: lost another process, which may have said why. Here: {error}", sys.stderr)
+    print_words(f"{name}: {kept}.", sys.stderr)
 
 
 @rank_zero_only
 def print_notice(text: str) -> None:
     """Print one line to stderr about something that runs otherwise than asked."""
-    Console(stderr=True).print(f"nm: {text}", soft_wrap=True, highlight=False, markup=False)
+    print_words(f"nm: {text}", sys.stderr)
 
 
 @rank_zero_only
 def print_metrics(metrics: Mapping[str, Any]) -> None:
-    """Print the metrics called `<stage>/<name>`: a row a stage, a column a name."""
-    values = {name: float(value) for name, value in metrics.items() if name.count("/") == 1}
+    """Print the metrics called `<stage>/<name>`: a row a stage, a column a name, none of a step."""
+    kept = {k: x for k, x in metrics.items() if k.count("/") == 1 and not k.endswith("_step")}
+    values = {name: float(value) for name, value in kept.items()}
     shown = (name.split("/") for name in values)
     names = list(dict.fromkeys(name for stage, name in shown if stage in STAGES))
     rows = [stage for stage in STAGES if any(name.startswith(f"{stage}/") for name in values)]
@@ -189,59 +388,3 @@ def print_metrics(metrics: Mapping[str, Any]) -> None:
 def _print(text: str = "") -> None:
     # Paths are to be copied: never wrapped.
     Console().print(text, soft_wrap=True, highlight=False)
-
-
-# Pieces of warnings, as regular expressions for the beginning of the text.
-IGNORED_WARNINGS = [
-    # Our images lie in memory; workers would copy what is already there.
-    r"The '\w+' does not have many workers",
-    # Every fit has a folder of its own, so a resumed run never finds its old one.
-    r"The dirpath has changed from",
-    # The chosen precision is announced once, by ourselves.
-    r"You passed `Trainer\(accelerator='cpu', precision='16-mixed'\)`",
-    # The summary then counts 32 bits a parameter, which is what mixed precision keeps.
-    r"Precision bf16-mixed is not supported by the model summary",
-    # Ten digits batches an epoch are fewer than the 50 steps between two log entries.
-    r"The number of training batches \(\d+\) is smaller than the logging interval",
-    # Lightning asks torch for the leaves of a tree in the old way; nothing the user wrote.
-    r".*isinstance\(treespec, LeafSpec\).* is deprecated",
-    # A run resumed after its last epoch has nothing left to do, which the table shows.
-    r"You're resuming from a checkpoint that ended before the epoch ended",
-]
-# Advertisements, a line for each kind of device, and what the report says again: all below WARNING.
-_LOGGERS = [
-    *("pytorch_lightning", "lightning_fabric"),
-    *("lightning", "lightning.pytorch", "lightning.fabric"),
-]
-# They say through Lightning's loggers what was swapped or normalised, how the learning rate was
-# scaled, and the BLEU to publish.
-OWN_MESSAGES = ("NormSwap", "WeightNormSwap", "ImageClassifier", "Translator")
-
-
-@contextmanager
-def filter_logs() -> Iterator[None]:
-    """Leave out what is listed above, and nothing else, while the body runs."""
-    handlers = filtered_handlers()
-    with warnings.catch_warnings():
-        for message in IGNORED_WARNINGS:
-            warnings.filterwarnings("ignore", message)
-        # LightningCLI calls jsonargparse by names that jsonargparse will drop in version 5.
-        warnings.filterwarnings(
-            "ignore", category=DeprecationWarning, module="pytorch_lightning.cli"
-        )
-        for handler in handlers:
-            handler.addFilter(_is_kept)
-        try:
-            yield
-        finally:
-            for handler in handlers:
-                handler.removeFilter(_is_kept)
-
-
-def filtered_handlers() -> list[logging.Handler]:
-    """Return the handlers of Lightning's loggers."""
-    return [handler for name in _LOGGERS for handler in logging.getLogger(name).handlers]
-
-
-def _is_kept(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.WARNING or record.getMessage().startswith(OWN_MESSAGES)

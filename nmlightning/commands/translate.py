@@ -67,7 +67,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def _translate(given: argparse.Namespace) -> None:
     """Load the checkpoint, then translate what comes by standard input."""
-    from nmlightning.commands.run_report import filter_logs
+    from nmlightning.commands.failures import filter_logs
     from nmlightning.translation.task import LineOptions, translate_lines
 
     options = LineOptions(

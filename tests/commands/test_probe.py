@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nmlightning.cli import main
-from nmlightning.commands.run_report import filtered_handlers
+from nmlightning.commands.failures import filtered_handlers
 from nmlightning.probe.report import CAVEAT
 
 SMALL = shlex.split(
