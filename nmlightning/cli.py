@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import nmlightning
-from nmlightning.commands.argument_parser import BAD_INPUT, INTERRUPTED
+from nmlightning.commands.argument_parser import BAD_INPUT, INTERRUPTED, print_words
 from nmlightning.commands.files import RunPaths, shipped_configs
 from nmlightning.errors import InputError, cut, input_error_in, nearest
 
@@ -99,14 +99,14 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         fate = "; no checkpoint exists yet" if arguments[0] == "fit" else ""
-        print(f"{_name()}: interrupted{fate}.", file=sys.stderr)
+        print_words(f"{_name()}: interrupted{fate}.", sys.stderr)
         return INTERRUPTED
     except Exception as error:
         bad_input = input_error_in(error) or _line_for_file(error)
         if not bad_input:
             sys.excepthook = _ask_for_report
             raise
-        print(f"{_name()}: {' '.join(str(bad_input).split())}", file=sys.stderr)
+        print_words(f"{_name()}: {' '.join(str(bad_input).split())}", sys.stderr)
         return BAD_INPUT
     finally:
         threading.excepthook = hook
@@ -195,7 +195,7 @@ configs (nm fit --config NAME, such as cifar_l1)
 def show_warning(show: Any, message: Any, category: Any, filename: str, *rest: Any) -> None:
     """Print a warning that arises in this package without place and code; others by `show`."""
     if Path(__file__).parent in Path(filename).parents:
-        print(f"nm: {' '.join(str(message).split())}", file=sys.stderr)
+        print_words(f"nm: {' '.join(str(message).split())}", sys.stderr)
     else:
         show(message, category, filename, *rest)
 

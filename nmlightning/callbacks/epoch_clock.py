@@ -180,8 +180,8 @@ class EpochClock:
         steps = attempts if self._followed is None else self._followed.clock.length_of(epoch)
         if attempts > steps:
             raise InputError(
-                f"The recording has {steps} steps in epoch {epoch}, and this run, whose data has "
-                "no length, continues: record a longer run, or set limit_train_batches."
+                f"The recording has {steps} steps in epoch {epoch + 1}, and this run, whose data "
+                "has no length, continues: record a longer run, or set limit_train_batches."
             )
         return steps
 

@@ -93,7 +93,7 @@ def test_clock_of_data_without_a_length(tmp_path: Path) -> None:
 
 
 def test_data_longer_than_the_recording_is_refused(tmp_path: Path) -> None:
-    message = "recording has 4 steps in epoch 0, and this run, whose data has no length, continues"
+    message = "recording has 4 steps in epoch 1, and this run, whose data has no length, continues"
     with pytest.raises(InputError, match=message):
         follow(tmp_path, TWO_EPOCHS, data=make_data(5, sized=False))
 

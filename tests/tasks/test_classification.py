@@ -15,6 +15,7 @@ from nmlightning.datamodules.digits import Digits
 from nmlightning.errors import InputError
 from nmlightning.models import VGG, CifarResNet, ResNet50
 from nmlightning.parametrizations import apply_weight_norm
+from nmlightning.reports.run import read_csv_file
 from nmlightning.tasks import classification
 from nmlightning.tasks.classification import ImageClassifier, MeanLoss, shard_blocks
 from trainers import quiet_trainer
@@ -100,6 +101,24 @@ def test_classifier_logs_means_once_an_epoch(monkeypatch: Any) -> None:
         torch.testing.assert_close(trainer.callback_metrics[f"{stage}/top1"], hits)
         epochs = {"train": 2, "val": 5}[stage]  # with the sanity check before the first
         assert logged.count(f"{stage}/loss") == logged.count(f"{stage}/top1") == epochs
+
+
+def test_classifier_logs_the_loss_of_a_batch_when_the_loggers_do(
+    digits: Digits, tmp_path: Path
+) -> None:
+    losses: list[float] = []
+    keep = pl.callbacks.LambdaCallback(
+        on_train_batch_end=lambda trainer, module, outputs, *_: losses.append(
+            float(outputs["loss"])
+        )
+    )
+    options = {"max_epochs": 2, "limit_train_batches": 8, "accumulate_grad_batches": 2}
+    logger = pl.loggers.CSVLogger(tmp_path)
+    trainer = quiet_trainer(keep, logger=logger, log_every_n_steps=3, **options)
+    trainer.fit(make_task(), digits)
+    points = [p for p in read_csv_file(Path(logger.log_dir, "metrics.csv")) if "_step" in p.tag]
+    assert {p.tag for p in points} == {"train/loss_step"}
+    assert {p.step: p.value for p in points} == pytest.approx({2: losses[5], 5: losses[11]})
 
 
 def test_classifier_smooths_labels_in_training_only() -> None:
