@@ -348,7 +348,7 @@ def test_fit_prints_a_name_in_brackets(nm: Nm) -> None:
     answer = nm("fit", "--config", "a[red]b.yaml", *SHORT)
     run = "runs/a[red]b/version_0"
     assert answer.out[0].endswith(f"→ {run}")
-    assert answer.out[-6:-4] == [f" run         {run}", f" checkpoint  {run}/{LAST}"]
+    assert answer.out[-7:-5] == [f" run         {run}", f" checkpoint  {run}/{LAST}"]
 
 
 def test_fit_on_other_data_notices_16_mixed_without_a_gpu_once(nm: Nm) -> None:
@@ -356,7 +356,7 @@ def test_fit_on_other_data_notices_16_mixed_without_a_gpu_once(nm: Nm) -> None:
     answer = nm("fit", *words)
     (line,) = answer.err
     assert line.startswith("nm: there is no GPU for 16-mixed; bf16-mixed runs instead")
-    start = "nm: 856 K parameters, 57 BatchNorm2d, bf16-mixed, cpu → runs/cifar_l2/version_0"
+    start = "nm: 270 K parameters, 19 BatchNorm2d, bf16-mixed, cpu → runs/cifar_l2/version_0"
     assert answer.out[0] == start
     assert " run         runs/cifar_l2/version_0" in answer.out
 

@@ -18,6 +18,11 @@ def run(arguments: list[str]) -> NoReturn:
         raise InputError(f"--port is from 0, to have one chosen, to {2**16 - 1}; got {given.port}.")
     command = [sys.executable, "-m", "tensorboard.main", *_logdir(given.run)]
     command += ["--port", str(given.port), "--host", given.host]
+    if not any((folder / FILE_NAME).is_file() for folder in find_runs(given.run)):
+        print_words(
+            "nm: no run here has recorded norms: add WeightNormTracker to trainer.callbacks.",
+            sys.stderr,
+        )
     if given.port:  # 0 lets TensorBoard choose
         page = f"http://{given.host}:{given.port}/#custom_scalars"
         print(f"nm: weight norms are at {page}", flush=True)
@@ -43,17 +48,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def _logdir(paths: list[str]) -> list[str]:
     """Return TensorBoard's option for what to show: one folder, or several with their names."""
-    runs = [folder for folder in find_runs(paths) if has_events(folder)]
-    if not runs:
+    if not any(has_events(folder) for folder in find_runs(paths)):
         raise InputError(
             f"TensorBoard has nothing to show of {', '.join(paths)}: it holds metrics.csv only; "
             "nm compare reads that, and a TensorBoardLogger writes for TensorBoard."
-        )
-    if not any((run / FILE_NAME).is_file() for run in runs):
-        print_words(
-            "nm: none of these runs has recorded norms, so Custom Scalars has curves of loss only: "
-            "add WeightNormTracker to trainer.callbacks.",
-            sys.stderr,
         )
     if len(paths) == 1:
         return ["--logdir", paths[0]]

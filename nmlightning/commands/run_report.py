@@ -8,7 +8,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
-from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -104,32 +103,32 @@ class Stopwatch(Callback):
 
     def _foretell(self, trainer: Trainer, batches_of_epoch: int) -> None:
         """Print how long the fit will take, or what is left of it after a resume."""
-        first, last = _TIMED_STEPS
-        batch = (self.training_seconds - self._timed_from) / (last - first)
+        batch = (self.training_seconds - self._timed_from) / (_TIMED_STEPS[1] - _TIMED_STEPS[0])
         train, val = batches_left(trainer, batches_of_epoch)
-        ends = [c.time_remaining() for c in trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        ends = [c.time_remaining() for c in callbacks if isinstance(c, Timer)]
         left = train * batch + val * (self._validation_batch or batch)
         left = min([left, *(seconds for seconds in ends if seconds is not None)])
         whole = time.monotonic() - self._fit_started + left
         if _WORTH_A_LINE < whole < math.inf:
             what = "the rest of the fit" if trainer.ckpt_path else "the whole fit"
-            batches = f"{train + last:,.0f} batches of training, {val:,.0f} of validation"
+            batches = f"{train + self.steps:,.0f} batches of training, {val:,.0f} of validation"
             print_notice(f"{what} takes about {format_seconds(round(whole))}: {batches}.")
 
 
 def batches_left(trainer: Trainer, batches_of_epoch: int) -> tuple[float, float]:
     """Return how many batches of training and of validation are to come; ∞ if nothing ends them."""
-    epochs, an_epoch = epochs_to_train(trainer), trainer.num_training_batches
-    train = math.inf
+    epochs, limits = epochs_to_train(trainer), [math.inf]
     if epochs is not None:
-        train = (epochs - trainer.current_epoch) * an_epoch - batches_of_epoch
+        batches = (epochs - trainer.current_epoch) * trainer.num_training_batches
+        limits.append(batches - batches_of_epoch)
     if trainer.max_steps > 0:
         steps = trainer.max_steps - trainer.global_step
-        train = min(train, steps * trainer.accumulate_grad_batches)
+        limits.append(steps * trainer.accumulate_grad_batches)
     every = (trainer.val_check_batch or math.inf) * (trainer.check_val_every_n_epoch or 1)
-    validations = train / every if every else 0
-    val = sum(trainer.num_val_batches)
-    return train, round(validations) * val if validations < math.inf else math.inf
+    train = min(limits)
+    validations = round(train / every) if train < math.inf else 0
+    return train, validations * sum(trainer.num_val_batches)
 
 
 class MetricsBar(ProgressBar):
@@ -142,8 +141,8 @@ class MetricsBar(ProgressBar):
     def __init__(self) -> None:
         super().__init__()
         self._console = Console()
-        self._is_enabled = True
         self._live: Live | None = None
+        self._is_enabled = True
         self._loss: Any = None
         self._metrics = self._stage = ""
         self._done: tuple[int, float] = 0, math.inf  # batches, of how many
@@ -158,44 +157,38 @@ class MetricsBar(ProgressBar):
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Return the loss of the last batch and what the module logs for the bar, no version."""
-        metrics: dict[str, Any] = {} if self._loss is None else {"loss": float(self._loss)}
+        metrics: dict[str, Any] = {}
+        if self._loss is not None:  # which Lightning divides for gradients that add up
+            count = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+            metrics["loss"] = float(self._loss) * count
         metrics |= super().get_metrics(trainer, pl_module)
         return {name: value for name, value in metrics.items() if name != "v_num"}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._is_due(_epoch_of(trainer), 0, self.total_train_batches):
-            self._draw()
+        self._show(trainer, 0, self.total_train_batches)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if isinstance(outputs, Mapping):
             self._loss = outputs.get("loss")
-        if self._is_due(_epoch_of(trainer), batch_idx + 1, self.total_train_batches):
-            metrics = self.get_metrics(trainer, pl_module).items()
-            shown = [f"{k}={x:.3f}" if isinstance(x, float) else f"{k}={x}" for k, x in metrics]
-            self._metrics = "  ".join(shown)
-            self._draw()
+        self._show(trainer, batch_idx + 1, self.total_train_batches, pl_module)
 
-    def _evaluated(
+    def on_validation_batch_end(
         self,
-        part: str,
         trainer: Trainer,
-        module: Any,
-        out: Any,
+        pl_module: LightningModule,
+        outputs: Any,
         batch: Any,
         batch_idx: int,
-        n: int = 0,
+        dataloader_idx: int = 0,
     ) -> None:
-        self.has_dataloader_changed(n)  # whose total is asked for
-        stage = "Sanity check" if trainer.sanity_checking else _PARTS[part]
+        self.has_dataloader_changed(dataloader_idx)  # whose total is asked for
+        part = trainer.state.stage.dataloader_prefix  # type: ignore[union-attr]
         total = getattr(self, f"total_{part}_batches_current_dataloader")
-        if self._is_due(stage, batch_idx + 1, total):
-            self._draw()
+        self._show(trainer, batch_idx + 1, total)
 
-    on_validation_batch_end: Any = partialmethod(_evaluated, "val")
-    on_test_batch_end: Any = partialmethod(_evaluated, "test")
-    on_predict_batch_end: Any = partialmethod(_evaluated, "predict")
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def _stop(self, *_: Any, **__: Any) -> None:
         if self._live is not None:
@@ -204,22 +197,26 @@ class MetricsBar(ProgressBar):
 
     teardown = on_exception = _stop
 
-    def _is_due(self, stage: str, done: int, total: float) -> bool:
-        now = time.monotonic()
+    def _show(
+        self, trainer: Trainer, done: int, total: float, module: LightningModule | None = None
+    ) -> None:
+        now, stage = time.monotonic(), str(trainer.state.stage.value).replace("_", " ").capitalize()  # type: ignore[union-attr]
+        if trainer.training:
+            last = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
+            stage = f"Epoch {trainer.current_epoch + 1}{last}"
         self._done = done, total
         if stage != self._stage:
             self._stage, self._began, self._drawn = stage, (done, now), 0.0
-        shows = self._is_enabled and self._console.is_terminal
-        return shows and now >= self._drawn + _REFRESH_SECONDS
-
-    def _draw(self) -> None:
+        is_early = now < self._drawn + _REFRESH_SECONDS
+        if is_early or not (self._is_enabled and self._console.is_terminal):
+            return
+        if module is not None:
+            metrics = self.get_metrics(trainer, module).items()
+            shown = (f"{k}={x:.3f}" if isinstance(x, float) else f"{k}={x}" for k, x in metrics)
+            self._metrics = "  ".join(shown)
         if self._live is None:
-            self._live = Live(
-                console=self._console,
-                get_renderable=self._render,
-                auto_refresh=False,
-                transient=True,
-            )
+            options: dict[str, Any] = {"auto_refresh": False, "transient": True}
+            self._live = Live(console=self._console, get_renderable=self._render, **options)
             self._live.start()
         self._live.refresh()
         self._drawn = time.monotonic()
@@ -233,14 +230,6 @@ class MetricsBar(ProgressBar):
         bar = RichBar(total if of else 1, done, pulse=not of)
         row.add_row(self._stage, bar, f"{done}{of}{left}")
         return Group(row, Text(self._metrics, style="italic"))
-
-
-_PARTS = {"val": "Validation", "test": "Test", "predict": "Prediction"}
-
-
-def _epoch_of(trainer: Trainer) -> str:
-    last = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
-    return f"Epoch {trainer.current_epoch + 1}{last}"
 
 
 class SkippedStepCount(Callback):

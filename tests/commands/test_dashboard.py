@@ -42,7 +42,7 @@ def test_dashboard_starts_tensorboard_on_a_folder(
     assert started == [[*program, "--logdir", "runs", "--port", "6006", "--host", "localhost"]]
     answer = capsys.readouterr()
     assert "http://localhost:6006/#custom_scalars" in answer.out
-    assert answer.err.startswith("nm: none of these runs has recorded norms")
+    assert answer.err.startswith("nm: no run here has recorded norms")
     assert answer.err.endswith(" add WeightNormTracker to trainer.callbacks.\n")
     make_run("runs/b/version_0").joinpath("weight_norms.safetensors").touch()
     start()

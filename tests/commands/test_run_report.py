@@ -47,9 +47,10 @@ def test_own_warnings_are_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "nm: Of 9 pairs 2 are left out.\n"
 
 
-def test_stopwatch_of_a_fit_resumed_within_an_epoch() -> None:
+def test_stopwatch_of_a_fit_resumed_within_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning does not start the epoch again, of which the rest is timed all the same."""
     watch = Stopwatch()
+    monkeypatch.setattr("nmlightning.commands.run_report.print_start", lambda *_: None)
     watch.on_fit_start(None, None)  # type: ignore[arg-type]
     watch.on_train_epoch_end(None, None)  # type: ignore[arg-type]
     assert 0 <= watch.training_seconds < 10
@@ -87,8 +88,7 @@ def terminal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 KERNELS = "NormSwap: 21 L1BatchNorm2d by the formula (float32, NCHW): the kernels are not built: "
 NOTICES = [
     KERNELS + "nm kernels build",
-    "nm: there is no GPU for 16-mixed; bf16-mixed runs instead (--trainer.precision 32-true for "
-    "full precision).",
+    "ImageClassifier: compiling the network for training: the first step takes a minute or more.",
     "NormSwap: " + ", ".join(f"layer{n}.bn" for n in range(40)),
 ]
 
@@ -99,11 +99,10 @@ def test_notices_are_whole_words_in_a_terminal(
 ) -> None:
     monkeypatch.setattr(sys, "stderr", terminal)
     handler = logging.StreamHandler(terminal)
-    logger = logging.getLogger("lightning.pytorch")
-    monkeypatch.setattr(logger, "handlers", [handler])
+    monkeypatch.setattr("nmlightning.commands.failures.filtered_handlers", lambda: [handler])
     with filter_logs():
-        logger.handle(logger.makeRecord("", logging.INFO, "", 0, notice, (), None))
-        logger.handle(logger.makeRecord("", logging.INFO, "", 0, "GPU available", (), None))
+        for text in (notice, "GPU available: False"):
+            handler.handle(logging.LogRecord("", logging.INFO, "", 0, text, (), None))
     print_words(notice, terminal)
     lines = terminal.lines()
     assert max(map(len, lines)) <= terminal.width
@@ -190,7 +189,7 @@ def make_fit(**settings: Any) -> Any:
         ({"check_val_every_n_epoch": 5}, (990, 40)),
         ({"val_check_batch": 25}, (990, 800)),
         ({"max_epochs": -1, "max_steps": 510, "accumulate_grad_batches": 2}, (1000, 200)),
-        ({"max_epochs": None, "check_val_every_n_epoch": None}, (math.inf, math.inf)),
+        ({"max_epochs": None, "check_val_every_n_epoch": None}, (math.inf, 0)),
         ({"num_val_batches": []}, (990, 0)),
         ({"num_training_batches": math.inf, "max_steps": 110}, (100, 20)),
     ],
@@ -202,8 +201,16 @@ def test_batches_left_of_a_fit(settings: dict[str, Any], left: tuple[float, floa
 @pytest.mark.parametrize(
     ("seconds", "settings", "line"),
     [
-        (2.0, {}, "nm: the whole fit takes about 41 min 2 s: 1,000 batches of training, 200 of va"),
-        (2.0, {"ckpt_path": "a.ckpt", "current_epoch": 9}, "nm: the rest of the fit takes about 4"),
+        (
+            2.0,
+            {},
+            "nm: the whole fit takes about 41 min 28 s: 1,000 batches of training, 200 of va",
+        ),
+        (
+            2.0,
+            {"ckpt_path": "a.ckpt", "current_epoch": 9},
+            "nm: the rest of the fit takes about 5 min 28 s: 100 batches",
+        ),
         (0.02, {}, ""),
         (2.0, {"max_epochs": -1}, ""),
     ],
