@@ -288,7 +288,7 @@ def print_fit(
     trainer: Trainer, watch: Stopwatch, run: Path | None, checkpoint: Path | None
 ) -> None:
     """Print the table of results, the cost, and the paths of the run and its last checkpoint."""
-    _print()
+    print()
     print_metrics(trainer.callback_metrics)
     earlier = trainer.current_epoch - watch.epochs
     after = f" after {earlier} of an earlier run" if earlier > 0 else ""
@@ -297,7 +297,7 @@ def print_fit(
         unit = getattr(getattr(trainer, "datamodule", None), "unit", "images")
         speed = f" · {watch.examples / watch.training_seconds:,.0f} {unit}/s"
     took = format_seconds(watch.total_seconds)
-    _print(f" {watch.epochs} epoch{'s' * (watch.epochs != 1)}{after} in {took}{speed} in training")
+    print(f" {watch.epochs} epoch{'s' * (watch.epochs != 1)}{after} in {took}{speed} in training")
     print_paths(run=run, checkpoint=checkpoint)
     if run:
         _print_next(trainer, run, checkpoint)
@@ -305,15 +305,15 @@ def print_fit(
 
 def _print_next(trainer: Trainer, run: Path, checkpoint: Path | None) -> None:
     """Print the commands that show a run and measure its checkpoint."""
-    commands: list[tuple[str, ...]] = [("nm", "compare", str(run))]
-    if has_events(run):
-        commands.insert(0, ("nm", "dashboard", str(run)))
+    print()
+    for command in ("dashboard",) * has_events(run) + ("compare",):
+        print(command_to_copy("nm", command, str(run)))
     config = run / "config.yaml"
     if checkpoint and config.is_file():
         data = getattr(trainer, "datamodule", None) or trainer.lightning_module
         measure = "test" if is_overridden("test_dataloader", data) else "validate"
-        commands.append(("nm", measure, "--config", str(config), "--ckpt_path", str(checkpoint)))
-    print("", *(command_to_copy(*words) for words in commands), sep="\n")
+        words = ("--config", str(config), "--ckpt_path", str(checkpoint))
+        print(command_to_copy("nm", measure, *words))
 
 
 @rank_zero_only
@@ -321,23 +321,20 @@ def print_paths(**paths: Path | str | None) -> None:
     """Print one line for each path that there is."""
     for name, path in paths.items():
         if path:
-            _print(f" {name:<11} {escape(str(path))}")
+            print(f" {name:<11} {path}")
 
 
 @rank_zero_only
 def print_interruption(run: Path | None, checkpoint: Path | None) -> None:
     """Say which checkpoint an interrupted run leaves, and the command that resumes it."""
-    config = run / "config.yaml" if run else None
     if checkpoint is None:
-        text = "interrupted; no checkpoint exists yet."
-    elif config is None or not config.is_file():
-        text = f"interrupted; the last checkpoint is {checkpoint}"
+        print_notice("interrupted; no checkpoint exists yet.")
+    elif run is None or not (config := run / "config.yaml").is_file():
+        print_notice(f"interrupted; the last checkpoint is {checkpoint}")
     else:
-        words = ("nm", "fit", "--config", str(config), "--ckpt_path", str(checkpoint))
         print_notice("interrupted; the last checkpoint is kept. To resume:")
+        words = ("nm", "fit", "--config", str(config), "--ckpt_path", str(checkpoint))
         print(command_to_copy(*words), file=sys.stderr)
-        return
-    print_notice(text)
 
 
 def print_loss(rank: int, error: str, checkpoint: Path | str | None) -> None:
@@ -372,8 +369,3 @@ def print_metrics(metrics: Mapping[str, Any]) -> None:
         tags = [f"{stage}/{name}" for name in names]
         table.add_row(stage, *(format_value(values[t], t) if t in values else "" for t in tags))
     Console().print(table)
-
-
-def _print(text: str = "") -> None:
-    # Paths are to be copied: never wrapped.
-    Console().print(text, soft_wrap=True, highlight=False)
