@@ -185,13 +185,13 @@ class NormDashboard:
 
     def end_epoch(self) -> None:
         """Show the recorded norms in TensorBoard."""
-        step, records = logged_step(self._trainer), self._recorder.start_and_epoch_ends()
-        epochs = len(records) - 1
+        step, norms_of = logged_step(self._trainer), self._recorder.norms_by_epoch()
+        epochs = max(map(len, norms_of.values()), default=1) - 1
         expected = max(self._trainer.max_epochs or 0, 1)
         pictures_are_due = epochs % -(-expected // _HEATMAPS) == 0 or epochs == expected
         for writer in self._writers():
             for layer, weight in self._weights.items():
-                norms = records.norms[weight.name]
+                norms = norms_of[weight.name]
                 if np.isfinite(norms[-1]).all():  # others have no histogram
                     tag = self._prefix + tags.norm_tag(layer)
                     bins = min(math.isqrt(weight.channels - 1) + 1, _HISTOGRAM_BINS)

@@ -46,13 +46,13 @@ class Recorder:
         self._pending: list[Tensor] = []  # on the device, and when and by which rates
         self._moments: list[tuple[int, int, NDArray[np.float64]]] = []
         self._unsaved: list[NDArray[Any]] = []
-        self._start: NDArray[Any] | None = None  # the first record
-        self._ends: dict[int, NDArray[Any]] = {}  # the last record of each epoch, by its number
+        # The last record of each epoch by its number, and the first of all as -1.
+        self._ends: dict[int, NDArray[Any]] = {}
         self.last_step = -1  # of the latest record
         if earlier is not None and len(earlier):
             earlier.check_weights(self._channels)
             self.last_step = int(earlier.steps[-1])
-            self._start = next(self._records_of(earlier, 1))
+            self._note_ends(next(self._records_of(earlier, 1)))
             self._note_ends(next(self._records_of(earlier.epoch_ends(), len(earlier))))
 
     def record(self, step: int, epoch: int, rates: Rates) -> None:
@@ -72,15 +72,16 @@ class Recorder:
         """Note how many steps the epoch had that is over, unlike one that a run stops inside."""
         self._collect()
         *_, epoch = self._ends
-        before = [record for other, record in self._ends.items() if other < epoch]
+        before = [record for other, record in self._ends.items() if 0 <= other < epoch]
         begin = int(before[-1]["step"][0]) if before else 0
         self._provenance["steps_per_epoch"] = self.last_step - begin
 
-    def start_and_epoch_ends(self) -> NormHistory:
-        """Return the first record, and the last one of each epoch so far."""
+    def norms_by_epoch(self) -> Mapping[str, NDArray[np.float32]]:
+        """Return each weight's norms (1 + T, C), of the first record and the last of T epochs."""
         self._collect()
-        start = [] if self._start is None else [self._start]
-        return self._history([*start, *self._ends.values()])
+        norms: Mapping[str, NDArray[np.float32]]
+        norms = split_records(np.concatenate([*self._ends.values()]), self._channels)["norms"]
+        return norms
 
     def history(self) -> NormHistory:
         self._collect()
@@ -120,10 +121,10 @@ class Recorder:
         )
         self._pending, self._moments = [], []
         self._unsaved.append(records)
-        self._start = records[:1].copy() if self._start is None else self._start
         self._note_ends(records)
 
     def _note_ends(self, records: NDArray[Any]) -> None:
+        self._ends.setdefault(-1, records[:1].copy())
         last = np.append(np.diff(records["epoch"]) > 0, True)
         self._ends |= {int(r["epoch"][0]): r for r in np.split(records[last].copy(), last.sum())}
 

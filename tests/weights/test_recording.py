@@ -303,19 +303,23 @@ def test_recorder_continues_earlier_records(tmp_path: Path) -> None:
     model = make_model()
     weights = find_layer_weights(model)
     recorder = Recorder(weights, {})
-    for step in range(3):
+    recorder.record(0, 0, {})
+    assert [len(norms) for norms in recorder.norms_by_epoch().values()] == [2] * len(weights)
+    for step in (1, 2):
         recorder.record(step, 0, {})
     recorder.save(tmp_path / "weight_norms.safetensors")
     earlier = NormHistory.load(tmp_path)
     resumed = Recorder(weights[1:], {}, earlier)
     assert resumed.last_step == 2
     resumed.record(2, 1, {})
+    model.get_parameter("1.weight").data *= 2
     resumed.record(3, 1, {})
     history = resumed.history()
     assert list(history.norms) == [weight.name for weight in weights[1:]]
     assert history.steps.tolist() == [0, 1, 2, 3]
     assert history.epochs.tolist() == [0, 0, 0, 1]
-    assert resumed.start_and_epoch_ends().steps.tolist() == [0, 2, 3]
+    shown = resumed.norms_by_epoch()["1.weight"]
+    np.testing.assert_array_equal(shown, history.norms["1.weight"][[0, 2, 3]])
     np.testing.assert_array_equal(history.norms["1.weight"][:3], earlier.norms["1.weight"])
     other = find_layer_weights(nn.Sequential(nn.Conv2d(2, 9, 3)))
     with pytest.raises(InputError, match=r"0.weight has 3 output channels there and 9 here"):
