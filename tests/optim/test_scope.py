@@ -307,7 +307,7 @@ def test_gradients_are_measured_before_the_step(make_rule: MakeRule) -> None:
         handle = make_rule(random_history(net)).attach(optimizer, net)
         for step in range(3):
             if with_closure:
-                optimizer.step(partial(compute, net, step))
+                assert optimizer.step(partial(compute, net, step)) > 0, "the loss is returned"
             else:
                 compute(net, step)
                 optimizer.step()
