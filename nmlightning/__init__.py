@@ -24,7 +24,15 @@ if TYPE_CHECKING:
     from nmlightning.export.fold import FoldReport as FoldReport
     from nmlightning.export.fold import fold_norms as fold_norms
     from nmlightning.kernels import norm_backend as norm_backend
+    from nmlightning.models import VGG as VGG
+    from nmlightning.models import AttentionLSTM as AttentionLSTM
+    from nmlightning.models import CifarResNet as CifarResNet
+    from nmlightning.models import ResNet18 as ResNet18
+    from nmlightning.models import ResNet50 as ResNet50
+    from nmlightning.models import Transformer as Transformer
     from nmlightning.models import TReLU as TReLU
+    from nmlightning.models import beam_search as beam_search
+    from nmlightning.models import greedy_search as greedy_search
     from nmlightning.norms import HalfL2BatchNorm1d as HalfL2BatchNorm1d
     from nmlightning.norms import HalfL2BatchNorm2d as HalfL2BatchNorm2d
     from nmlightning.norms import HalfL2BatchNorm3d as HalfL2BatchNorm3d
@@ -68,7 +76,9 @@ if TYPE_CHECKING:
     from nmlightning.surgery.swap import swap_norms as swap_norms
     from nmlightning.tasks import ImageClassifier as ImageClassifier
     from nmlightning.tasks import InverseSquareRootLR as InverseSquareRootLR
+    from nmlightning.tasks import LineOptions as LineOptions
     from nmlightning.tasks import Translator as Translator
+    from nmlightning.tasks import translate_lines as translate_lines
     from nmlightning.weights.channel_norms import ChannelLayout as ChannelLayout
     from nmlightning.weights.channel_norms import channel_norms as channel_norms
     from nmlightning.weights.history import NormHistory as NormHistory

@@ -166,3 +166,10 @@ def _opened(path: Path) -> Iterator[int]:
         yield file
     finally:
         os.close(file)
+
+
+def next_version(folder: Path) -> Path:
+    """Return `version_N` in a folder, after all that exist there, as Lightning's loggers count."""
+    taken = [path.name.removeprefix("version_") for path in folder.glob("version_*")]
+    number = max((int(version) for version in taken if version.isdigit()), default=-1) + 1
+    return folder / f"version_{number}"

@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help", "help"):
-        print(_help())
+        print_words(_help())
         return 0
     if command in ("-V", "--version"):
         print(f"nmlightning {nmlightning.__version__}")
@@ -215,4 +215,4 @@ def _line_for_file(error: BaseException | None) -> str:
 def _ask_for_report(*error: Any) -> None:
     """Print the traceback of an error that no input accounts for, and whom to tell of it."""
     sys.__excepthook__(*error)
-    print(f"{_name()}: {_REPORT}", file=sys.stderr)
+    print_words(f"{_name()}: {_REPORT}", sys.stderr)

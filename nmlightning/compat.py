@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -16,6 +17,8 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from nmlightning.atomic_file import next_version
+from nmlightning.errors import repr_by_arguments
 from nmlightning.norms.batch_norm_base import BatchNormBase
 from nmlightning.surgery.lightning_hooks import watch_loading
 
@@ -37,7 +40,8 @@ else:
 
         _bases.append((lightning.pytorch.Callback, lightning.fabric.plugins.TorchCheckpointIO))
     _callbacks, _ios = zip(*_bases, strict=True)
-    CallbackBase = type("CallbackBase", _callbacks, {"__module__": __name__})
+    _own = {"__module__": __name__, "__repr__": repr_by_arguments}
+    CallbackBase = type("CallbackBase", _callbacks, _own)
     """A callback for the Trainer of either package."""
     CheckpointIOBase = type("CheckpointIOBase", _ios, {"__module__": __name__})
     """A writer and reader of checkpoints for either, which writes as torch does."""
@@ -90,6 +94,24 @@ def epochs_to_train(trainer: Any) -> int | None:
         return None
     averaging = (c for c in trainer.callbacks if _is_a(c, "StochasticWeightAveraging"))
     return int(min([trainer.max_epochs, *(c._max_epochs for c in averaging)]))
+
+
+def run_folder(trainer: Any) -> Path:
+    """Return where a callback writes: the folder of the run in the first logger, or in the root.
+
+    A logger that has none, such as wandb's, has that of Lightning's checkpoints. Without a logger
+    it is the Trainer's root, or `lightning_logs/version_N` in it where that is the current folder.
+    """
+    logger, folder = trainer.logger, Path(trainer.default_root_dir)
+    if logger is not None and logger.log_dir:
+        folder = Path(logger.log_dir)
+    elif logger is not None:
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        folder = Path(logger.save_dir or folder, str(logger.name), version)
+    elif str(folder) == os.getcwd():
+        folder = next_version(folder / "lightning_logs")
+    chosen: Path = trainer.strategy.broadcast(folder)
+    return chosen
 
 
 def is_trial_run(trainer: Any) -> bool:

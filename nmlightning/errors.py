@@ -1,9 +1,15 @@
-"""The one error for bad input, and the checks that many settings share."""
+"""The one error for bad input, the checks that many settings share, and how lines are laid out."""
 
 import functools
-from collections.abc import Callable, Collection, Iterable
+import inspect
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches
 from numbers import Integral
+from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 Constructor = TypeVar("Constructor", bound=Callable[..., None])
@@ -106,3 +112,60 @@ def given_by_keyword(name: str) -> Callable[[Constructor], Constructor]:
         return cast(Constructor, checked)
 
     return decorate
+
+
+def terminal_width(stream: Any = None) -> int | None:
+    """Return the columns of a terminal, stdout by default, or COLUMNS; None for a file or pipe."""
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal():
+        return int(columns) or None
+    try:
+        return os.get_terminal_size((stream or sys.stdout).fileno()).columns or None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def lay_out(text: str, width: int | None, hang: int | None = None) -> str:
+    """Return the text with its lines broken between words where they are longer than `width`.
+
+    A line goes on behind `hang` columns; None means below where its text begins, which is behind
+    a heading and two spaces, or its indent. A word that is longer, such as a path, stays whole.
+    """
+    return "\n".join(_fill(x, width, hang) for x in text.split("\n")) if width else text
+
+
+def _fill(line: str, width: int, hang: int | None) -> str:
+    if hang is None:
+        heading = re.match(r" *(?:\S+(?: \S+)*  +)?", line)
+        hang = len(heading[0]) if heading else 0
+    if hang + max(map(len, line[hang:].split()), default=0) > width:
+        hang = len(line) - len(line.lstrip()) + 2
+    return textwrap.fill(
+        line,
+        width,
+        subsequent_indent=" " * hang,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def describe_arguments(
+    thing: Any, skip: int = 0, known: Mapping[str, Any] = MappingProxyType({})
+) -> str:
+    """Return `name=value, …` of the constructor's arguments behind the first that are to `skip`.
+
+    What is empty, None or False by default and now is left out. `known` are arguments that are not
+    attributes of the same name.
+    """
+    shown = []
+    for name, argument in list(inspect.signature(type(thing)).parameters.items())[skip:]:
+        if name in known or hasattr(thing, name):
+            value = known[name] if name in known else getattr(thing, name)
+            if value or argument.default or name == "eps":
+                shown.append(f"{name}={value!r}")
+    return ", ".join(shown)
+
+
+def repr_by_arguments(thing: Any) -> str:
+    """Return `Name(argument=value, …)`, as `describe_arguments` shows them: a `__repr__`."""
+    return f"{type(thing).__name__}({describe_arguments(thing)})"

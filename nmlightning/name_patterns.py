@@ -1,7 +1,7 @@
 """Names of parameters: plain names, glob patterns on them, and short lists for messages."""
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 
 
@@ -39,3 +39,15 @@ def some(names: Iterable[str], shown: int = 5) -> str:
     listed = list(names)
     more = f" and {len(listed) - shown} more" if len(listed) > shown else ""
     return (", ".join(listed[:shown]) or "nothing") + more
+
+
+def by_reason(reasons: Mapping[str, str], shown: int = 3) -> list[str]:
+    """Return a line for each reason, behind the names that it is of.
+
+    >>> by_reason({"a": "frozen", "b": "frozen", "c": "shared"}, 1)
+    ['a and 1 more: frozen', 'c: shared']
+    """
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return [f"{some(named, shown)}: {reason}" for reason, named in names.items()]

@@ -136,7 +136,7 @@ def nm(
     from nmlightning.commands.failures import filtered_handlers
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("COLUMNS", raising=False)  # a pipe, of any width
 
     def run(*words: object) -> Answer:
         for handler in filtered_handlers():

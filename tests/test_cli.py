@@ -189,7 +189,7 @@ BAD_INPUT = {
     "stray": "unexpected argument 'stray'",
     # Class names
     "--config '{data: {class_path: CIFAR_10}}'": "Did you mean 'CIFAR10'?",
-    "--model.net VGG": "several classes 'VGG'; give one of .*nmlightning.models.VGG",
+    "--model.net VGG": "several classes 'VGG'; give one of .*nmlightning.VGG",
     "--model.net foo.Bar": "net: cannot import 'foo.Bar' .No module named 'foo'.; give .*Cifar",
     "--model.optimizer nmlightning.optim.Spare": "cannot import 'nmlightning.optim.Spare' ",
     "--model nmlightning.ImageClassifier --model.net torch.nn.Lin": "import 'torch.nn.Lin' .module",
@@ -367,7 +367,7 @@ def test_fit_on_other_data_notices_16_mixed_without_a_gpu_once(nm: Nm) -> None:
 def test_fit_reports_and_keeps_a_run(nm: Nm) -> None:
     answer = nm(*FIT)
     assert answer.code == 0
-    assert has(r"│ val +│ \d+\.\d+ │ +\d+\.\d\d % │ +\d+\.\d\d %", answer.out)
+    assert has(r" val +\d+\.\d+ +\d+\.\d\d % +\d+\.\d\d %", answer.out)
     assert has(r" 1 epoch in .* s · [\d,]+ images/s in training", answer.out)
     run = Path("runs/quickstart/version_0")
     assert {f" run         {run}", f" checkpoint  {run / LAST}"} < set(answer.out)
@@ -417,7 +417,7 @@ def test_evaluation_prints_and_keeps_nothing(nm: Nm, trained: Path, command: str
     config, last = str(trained / "config.yaml"), str(trained / LAST)
     answer = nm(command, "--config", config, "--ckpt_path", last)
     assert answer.code == 0
-    assert has(rf"│ {row} +│ \d+\.\d+ │ +\d+\.\d\d %", answer.out)
+    assert has(rf" {row} +\d+\.\d+ +\d+\.\d\d %", answer.out)
     assert f" checkpoint  {last}" in answer.out
     assert not Path("runs").exists()
 

@@ -80,6 +80,14 @@ def test_lazy_exports_lists_and_loads_every_name(package: str) -> None:
     assert {getattr(module, name).__name__ for name in module.__all__} == set(module.__all__)
 
 
+@pytest.mark.parametrize("package", ["models", "datamodules", "tasks"])
+def test_nmlightning_has_what_its_packages_have(package: str) -> None:
+    names = set(import_module(f"nmlightning.{package}").__all__)
+    namespace: dict[str, object] = {}
+    exec("from nmlightning import *", namespace)
+    assert names <= namespace.keys() & set(dir(nmlightning))
+
+
 def test_lazy_exports_refuse_an_unknown_name() -> None:
     with pytest.raises(AttributeError, match="module 'nmlightning' has no attribute 'L3BatchNorm'"):
         nmlightning.L3BatchNorm  # noqa: B018

@@ -108,11 +108,11 @@ class EndCheckpoint(compat.CallbackBase):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Delete what killed processes left of files in the runs beside this one."""
-        folder = trainer.log_dir  # for which all processes wait
-        if trainer.checkpoint_callbacks and folder and not compat.is_trial_run(trainer):
-            self.file = Path(folder) / "checkpoints" / "last.ckpt"
+        folder = compat.run_folder(trainer)  # for which all processes wait
+        if trainer.checkpoint_callbacks and not compat.is_trial_run(trainer):
+            self.file = folder / "checkpoints" / "last.ckpt"
             if trainer.is_global_zero:
-                atomic_file.remove_drafts(Path(folder).parent, below=True)
+                atomic_file.remove_drafts(folder.parent, below=True)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.step = trainer.global_step

@@ -250,7 +250,7 @@ class NormSwap(ModelChange):
         )
         changed = bool(report.swapped or report.fused)
         if changed:
-            rank_zero_info(f"NormSwap: {report}")
+            rank_zero_info(f"NormSwap: {report.describe()}")
         return changed
 
     def recipe(self) -> recipes.Recipe:

@@ -1,6 +1,7 @@
 """Steering: a rule on the optimizers of a Trainer, by a recording whose run is like this one."""
 
 import copy
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -10,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch.optim import Optimizer
 
@@ -21,9 +20,10 @@ from nmlightning.errors import InputError
 from nmlightning.name_patterns import some
 from nmlightning.optim.families import group_numbers
 from nmlightning.optim.norm_schedule import NormSchedule
-from nmlightning.optim.scope import NamedWeights, has_weights, unsteered_reason
+from nmlightning.optim.scope import NamedWeights, has_weights, scope_text, unsteered_reason
 from nmlightning.optim.step_hooks import StepHookHandle, StepRule
 from nmlightning.parametrizations import WeightNorm
+from nmlightning.reports.formatting import Grid, show
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.recording_file import find_recording
 
@@ -48,6 +48,7 @@ class SteeredRun:
         self._module = module
         self._has_printed = self._has_warned = False
         self.steps: AttemptedSteps | None = None  # what tells whose steps they are
+        self.lists_weights = False  # also those that are steered
         norms = [part for part in module.modules() if isinstance(part, WeightNorm)]
         if isinstance(rule, NormSchedule) and any(norm.settings.project for norm in norms):
             raise InputError(
@@ -132,7 +133,8 @@ class SteeredRun:
     def _log_scope(self) -> None:
         if not self._has_printed:
             self._has_printed = True
-            print_scope(self._rule, self.handles, self._module, self._trainer.optimizers)
+            model, optimizers = self._module, self._trainer.optimizers
+            print_scope(self._rule, self.handles, model, optimizers, self.lists_weights)
 
 
 @rank_zero_only
@@ -141,8 +143,9 @@ def print_scope(
     handles: Sequence[StepHookHandle],
     model: nn.Module,
     optimizers: Sequence[Optimizer],
+    whole: bool,
 ) -> None:
-    """Print to stderr which convolutions and linear layers are steered or not, and why."""
+    """Print to stderr how many layers are steered, and which are not and why; or all."""
     optimized = {q for optimizer in optimizers for q in group_numbers(optimizer)}
     weights = NamedWeights.of(model)
     reasons = {
@@ -152,12 +155,11 @@ def print_scope(
     }
     for handle in handles:
         reasons |= handle.reasons()
-    steered = sum(len(handle.steered) for handle in handles)
-    title = f"{type(rule).__name__} steers {steered} of {len(reasons)} weights"
-    table = Table("weight", "steering", title=title)
-    for name, why in reasons.items():
-        table.add_row(name, why)
-    Console(stderr=True).print(table)
+    text = scope_text(type(rule).__name__, reasons, sys.stderr)
+    if whole:
+        show(Grid(("weight", "steering"), list(reasons.items()), text.partition(";")[0]), err=True)
+    else:
+        print(text, file=sys.stderr)
 
 
 def warn_of_other_steering(

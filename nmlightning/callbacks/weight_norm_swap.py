@@ -9,7 +9,7 @@ from torch import nn
 
 from nmlightning.callbacks.norm_swap import ModelChange, warn_of_forgotten
 from nmlightning.compat import stands_behind
-from nmlightning.errors import InputError, check_lists
+from nmlightning.errors import InputError, check_lists, describe_arguments
 from nmlightning.parametrizations import WeightNorm, apply_weight_norm
 from nmlightning.parametrizations.layers import LayerKind, normalised_weights
 from nmlightning.parametrizations.optimizers import live_optimizers
@@ -78,6 +78,9 @@ class WeightNormSwap(ModelChange):
         }
         self.recipe()  # raises where a setting is not allowed
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({describe_arguments(self, known=self._settings)})"
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Change the module, as the base does; ModelPruning may not stand before this."""
         if stands_behind(trainer, self, "ModelPruning"):
@@ -93,7 +96,7 @@ class WeightNormSwap(ModelChange):
             return False
         report = apply_weight_norm(module, **self._settings, optimizers=live_optimizers(module))
         recipes.note_recipe(module, self.recipe(), report.weights, recipes.WEIGHT_NORM)
-        rank_zero_info(f"WeightNormSwap: {report}")
+        rank_zero_info(f"WeightNormSwap: {report.describe()}")
         return True
 
     def would_change(self, module: nn.Module) -> bool:

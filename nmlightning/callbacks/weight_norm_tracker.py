@@ -12,8 +12,15 @@ from torch.optim import Optimizer
 from nmlightning.callbacks.epoch_clock import AttemptedSteps
 from nmlightning.callbacks.norm_dashboard import NormDashboard
 from nmlightning.callbacks.steering import SteeredRun, describe_run, warn_of_other_steering
-from nmlightning.compat import CallbackBase, copying_strategy, in_added_epoch, is_trial_run, reshard
-from nmlightning.errors import InputError, check_choice, check_lists
+from nmlightning.compat import (
+    CallbackBase,
+    copying_strategy,
+    in_added_epoch,
+    is_trial_run,
+    reshard,
+    run_folder,
+)
+from nmlightning.errors import InputError, check_choice, check_flag, check_lists
 from nmlightning.name_patterns import some
 from nmlightning.optim.step_hooks import StepHookHandle, StepRule
 from nmlightning.surgery.recipes import register_after
@@ -72,13 +79,14 @@ class RunRecording:
         if tracker.left:
             left = [f"{name} ({reason})" for name, reason in tracker.left.items()]
             rank_zero_info(f"WeightNormTracker does not record {some(left, 3)}: use include.")
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder = run_folder(trainer)
         others = [other.path for other in _trackers(trainer) if other is not tracker]
         checkpoint = trainer.ckpt_path and Path(trainer.ckpt_path)
         kept, earlier = keep_recording(folder, state, others, checkpoint or None)
         self._kept = trainer.strategy.broadcast(kept)
         self.file: Path = self._kept.file
-        provenance = {**describe_run(trainer, folder), "run": self._kept.run}
+        config = Path(trainer.log_dir or folder)
+        provenance = {**describe_run(trainer, config), "run": self._kept.run}
         self.recorder = Recorder(weights, provenance, earlier)
         self._rates: dict[int, tuple[float, float]] = {}
         self._writes = trainer.is_global_zero and not is_trial_run(trainer)
@@ -114,6 +122,9 @@ class RunRecording:
         if finished:
             self.recorder.finish()
             self._save()
+        if self._writes and self.file.exists():
+            count = len(self.recorder.weights)
+            rank_zero_info(f"WeightNormTracker: the norms of {count} weights are in {self.file}")
 
     def state_dict(self) -> dict[str, Any]:
         """Write, and return where."""
@@ -141,9 +152,11 @@ class WeightNormTracker(CallbackBase):
     A weight that is computed, by weight norm, spectral norm, pruning or any parametrization, is
     recorded twice: as it is in evaluation, and as `…_v` the parameter behind it.
 
-    The recording is `weight_norms.safetensors` in the run's folder, written at the end of every
-    epoch and with every checkpoint. A resumed run continues the records of the run before it. Read
-    it with `nmlightning.NormHistory`.
+    The recording is `weight_norms.safetensors` in the folder of the first logger, or without one in
+    the Trainer's `default_root_dir`; where that is not given either, in `lightning_logs/version_N`,
+    not in the current folder itself. A line at the end of the fit says where. It is written at the
+    end of every epoch and with every checkpoint. A resumed run continues the records of the run
+    before it. Read it with `nmlightning.NormHistory`.
 
     Args:
         every: record at the start and the end of each "epoch", or at every N-th optimizer step too.
@@ -162,6 +175,7 @@ class WeightNormTracker(CallbackBase):
             loggers over all layers. None does so if there is a logger, True insists on one, and
             "layers" logs each layer everywhere. The tags of a Trainer's second tracker begin with
             `tracker2/`.
+        list_weights: print what is decided of each weight, not only which are not steered.
 
     Raises:
         InputError: on construction for another `every`; at the start of a fit for a pattern that
@@ -186,6 +200,7 @@ class WeightNormTracker(CallbackBase):
         exclude: Sequence[str] = (),
         other_run: bool = False,
         log_norms: bool | Literal["layers"] | None = None,
+        list_weights: bool = False,
     ) -> None:
         super().__init__()
         steps = isinstance(every, int) and not isinstance(every, bool) and every >= 1
@@ -203,6 +218,7 @@ class WeightNormTracker(CallbackBase):
         self.exclude = tuple(exclude)
         self.other_run = other_run
         self.log_norms = log_norms
+        self.list_weights = check_flag("list_weights", list_weights)
         self.path: Path | None = None
         self.handles: list[StepHookHandle] = []
         self.left: dict[str, str] = {}
@@ -263,6 +279,7 @@ class WeightNormTracker(CallbackBase):
             steered = SteeredRun(
                 self.steering, trainer, pl_module, other_run=self.other_run, within=limits
             )
+            steered.lists_weights = self.list_weights
             steered.steps = self._steps
             self.handles, steering = steered.handles, {"steering": steered}
         self._parts = {**steering, "recording": recording}  # where a step changed the weights first

@@ -2,12 +2,9 @@
 
 import argparse
 import shlex
-import shutil
-import sys
-import textwrap
 from typing import Any, NoReturn, TextIO
 
-from nmlightning.errors import InputError
+from nmlightning.errors import InputError, lay_out, terminal_width
 
 FAILED_CHECK = 1
 BAD_INPUT = 2
@@ -15,6 +12,8 @@ DIVERGED = 3  # what was asked for is done, and a loss ended as NaN or infinity
 LOST_PROCESS = 75  # EX_TEMPFAIL of sysexits.h: the same command may well succeed
 INTERRUPTED = 130  # 128 + SIGINT, as shells report a program that Ctrl-C ended
 TERMINATED = 143  # 128 + SIGTERM, which schedulers send before they take the machine away
+
+HELP_WIDTH = 80  # of a file or pipe, as argparse has it
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -26,14 +25,13 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; {self.prog} --help lists the options.")
 
+    def format_help(self) -> str:
+        return lay_out(super().format_help(), terminal_width() or HELP_WIDTH)
+
 
 def print_words(text: str, file: TextIO | None = None) -> None:
-    """Print a line, on stdout or in `file`; in a terminal none of its words is cut in two."""
-    file = file or sys.stdout
-    if file.isatty():
-        width = shutil.get_terminal_size().columns
-        text = textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
-    print(text, file=file)
+    """Print to stdout or a file; in a terminal no line is too long and no word is cut in two."""
+    print(lay_out(text, terminal_width(file)), file=file)
 
 
 def command_to_copy(*words: str) -> str:
@@ -46,10 +44,8 @@ def command_to_copy(*words: str) -> str:
 
 
 def print_line(heading: str, text: object) -> None:
-    """Print a heading and what is under it; a path in it is not wrapped."""
-    from rich.console import Console
-
-    Console().print(f" {heading:<11} {text}", soft_wrap=True, highlight=False, markup=False)
+    """Print a heading and what is beside it; a path in it stays whole."""
+    print(lay_out(f" {heading:<11} {text}", terminal_width(), hang=13))
 
 
 def progress_bar(label: str) -> Any:

@@ -4,14 +4,12 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Column, Table
 
 from nmlightning.commands.argument_parser import ArgumentParser, print_line
 from nmlightning.commands.files import check_replaceable, write_file
 from nmlightning.errors import InputError
 from nmlightning.reports import comparison
+from nmlightning.reports.formatting import Grid, show
 from nmlightning.reports.page import GENERATOR, write_page
 from nmlightning.reports.run import read_runs
 
@@ -64,15 +62,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _print_tables(groups: list[comparison.Group]) -> None:
-    name = Column(comparison.SETTING_HEADINGS[0], overflow="fold")
-    settings = Table(name, *comparison.SETTING_HEADINGS[1:], title="Settings", show_lines=True)
-    for cells in comparison.setting_rows(groups):
-        settings.add_row(*map(escape, cells))
+    show(Grid(comparison.SETTING_HEADINGS, comparison.setting_rows(groups), "Settings"))
     over = "runs" if any(group.repeats_seeds for group in groups) else "seeds"
-    results = Table(name.copy(), title=f"{escape(groups[0].metric)}: mean ± deviation over {over}")
-    columns = comparison.result_columns(groups)
-    for heading in columns:
-        results.add_column(heading, justify="right", no_wrap=True)
-    for group, *row in zip(groups, *columns.values(), strict=True):
-        results.add_row(escape(group.name), *row)
-    Console().print(settings, results)
+    columns = {"run": [group.name for group in groups], **comparison.result_columns(groups)}
+    rows = list(zip(*columns.values(), strict=True))
+    title = f"{groups[0].metric}: mean ± deviation over {over}"
+    show(Grid(list(columns), rows, title, numbers=True))

@@ -14,17 +14,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import nmlightning
-from nmlightning.commands.argument_parser import FAILED_CHECK, ArgumentParser
+from nmlightning.commands.argument_parser import FAILED_CHECK, ArgumentParser, print_words
 from nmlightning.kernels.cpu.build import cache_folder, library_path, unusable_reason
 from nmlightning.kernels.interface import Fused
 from nmlightning.norms.batch_norm_base import BatchNormBase
 from nmlightning.norms.self_check import TOLERANCES, disagreement, exact_input, time_ratios
+from nmlightning.reports.formatting import Grid, show
 
 Rows = list[tuple[str, str]]
 
@@ -197,63 +195,57 @@ def run(arguments: list[str]) -> int:
         "the result of a self-check: forward and backward against the formula in float64, and the "
         "time against torch's norms. It takes about ten seconds. Paste it into a bug report.",
     ).parse_args(arguments)
-    console = Console(highlight=False)
-    _print_rows(console, [*describe_versions(), *describe_devices(), *describe_kernels()])
+    _print_rows([*describe_versions(), *describe_devices(), *describe_kernels()])
     wrong = False
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
-        _print_backends(console, device)
+        _print_backends(device)
         checks = list(check_norms(device))
-        _print_checks(console, device, checks)
-        _print_times(console, device)
+        _print_checks(device, checks)
+        _print_times(device)
         wrong = wrong or any(check.failed for check in checks)
     return FAILED_CHECK if wrong else 0
 
 
-def _print_rows(console: Console, rows: Rows) -> None:
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column()
-    table.add_column(overflow="fold")
+def _print_rows(rows: Rows) -> None:
+    width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        table.add_row(f" {name}", value)
-    console.print(table)
+        print_words(f" {name:<{width}}  {value}")
 
 
-def _print_backends(console: Console, device: str) -> None:
+def _print_backends(device: str) -> None:
     """Print a table of norms by dtypes, and below it why it is the formula."""
     marks: dict[str, str] = {}  # of each reason
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
-    for heading in (f" {device}: backends", *map(_name, DTYPES)):
-        table.add_column(heading)
-    for subject in SUBJECTS:
-        cells = [_describe(_choices(subject, dtype, device), marks) for dtype in DTYPES]
-        table.add_row(f" {subject.name}", *cells)
-    console.print(table)
+    rows = [
+        [subject.name, *(_describe(_choices(subject, x, device), marks) for x in DTYPES)]
+        for subject in SUBJECTS
+    ]
+    show(Grid([f"{device}: backends", *map(_name, DTYPES)], rows))
     for reason, mark in marks.items():
-        console.print(f" {mark} {reason}")
-    console.print(" Compiled networks use the formula, which the compiler fuses.\n")
+        print_words(f" {mark}  {reason}")
+    print_words(" Compiled networks use the formula, which the compiler fuses.\n")
 
 
-def _print_checks(console: Console, device: str, checks: Sequence[Check]) -> None:
+def _print_checks(device: str, checks: Sequence[Check]) -> None:
     """Print the worst of each backend and dtype, and everything that is wrong."""
     worst: dict[tuple[str, torch.dtype], list[Check]] = defaultdict(list)
     for check in checks:
         worst[check.backend, check.dtype].append(check)
-    console.print(f" {device}: forward and backward against the formula in float64")
+    print_words(f" {device}: forward and backward against the formula in float64")
     for (backend, dtype), group in worst.items():
         error = max(check.error for check in group)
         wrong = [check for check in group if check.failed]
         fate = f"{len(wrong)} WRONG" if wrong else "right"
         what = f"{backend}, {_name(dtype)}: {len(group)} cases {fate}"
-        console.print(f" {what}, largest error {error:.1e} of the largest value")
+        print_words(f" {what}, largest error {error:.1e} of the largest value")
         for check in wrong:
-            console.print(f"   WRONG: {check.subject} {check.layout}: {check.error:.1e}")
-    console.print()
+            print_words(f"   WRONG: {check.subject} {check.layout}: {check.error:.1e}")
+    print_words("")
 
 
-def _print_times(console: Console, device: str) -> None:
+def _print_times(device: str) -> None:
     """Print, of each norm that has kernels, the quartiles of its time against torch's norm."""
     shapes = " and ".join(map(str, TIMED.values()))
-    console.print(f" {device}: times of {shapes}, float32, {ROUNDS} rounds each")
+    print_words(f" {device}: times of {shapes}, float32, {ROUNDS} rounds each")
     rows: Rows = []
     for subject in (subject for subject in SUBJECTS if subject.timed):
         x = torch.randn(TIMED[subject.dims], device=device)
@@ -262,7 +254,7 @@ def _print_times(console: Console, device: str) -> None:
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         ratio = f"{middle:.2f} ({low:.2f} to {high:.2f})"
         rows.append((subject.name, f"{ratio} of {subject.torchs.__name__}"))
-    _print_rows(console, rows)
+    _print_rows(rows)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from nmlightning.commands.argument_parser import ArgumentParser, print_line
 from nmlightning.errors import InputError, check_choice, nearest
 from nmlightning.export.formats import FORMATS, check_target
-from nmlightning.name_patterns import some
+from nmlightning.name_patterns import by_reason, some
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule
@@ -134,8 +134,5 @@ def _print_norms(report: "ExportReport") -> None:
     if FORMATS[report.format].keeps_code and len(report.fold):
         folded += "; each stays as a shift, to keep its keys (--no_fold to train further)"
     print_line("batch norms", folded)
-    reasons: dict[str, list[str]] = {}
-    for left in report.fold.left:
-        reasons.setdefault(left.reason, []).append(left.norm)
-    for reason, names in reasons.items():
-        print_line("", f"{len(names)} not folded, {reason}: {some(names, 3)}")
+    for line in by_reason({left.norm: left.reason for left in report.fold.left}):
+        print_line("not folded", line)

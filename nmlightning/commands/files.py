@@ -12,7 +12,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from nmlightning.atomic_file import UnwritableError, is_whole_zip, replace_file
+from nmlightning.atomic_file import UnwritableError, is_whole_zip, next_version, replace_file
 from nmlightning.errors import InputError, cut, nearest
 from nmlightning.named_code import typed_classes
 from nmlightning.yaml_text import load_yaml
@@ -133,9 +133,7 @@ def default_logger(run_name: str) -> dict[str, Any]:
 
 def new_version(run_name: str) -> Path:
     """Return `runs/<run_name>/version_N` after all that exist, as the loggers count them."""
-    taken = [path.name.removeprefix("version_") for path in (RUNS / run_name).glob("version_*")]
-    number = max((int(version) for version in taken if version.isdigit()), default=-1) + 1
-    return RUNS / run_name / f"version_{number}"
+    return next_version(RUNS / run_name)
 
 
 OTHER_KEYWORDS = ("best", "hpc")

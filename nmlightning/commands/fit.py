@@ -28,7 +28,7 @@ from nmlightning.commands.failures import explain_failures, failing_together, fi
 from nmlightning.commands.files import RunPaths, default_logger, new_version, time_written
 from nmlightning.commands.parser import ConfigFile, Parser, check_numbers
 from nmlightning.compat import copying_strategy, replace_torch_io
-from nmlightning.errors import InputError, cut, input_error_in
+from nmlightning.errors import InputError, cut, input_error_in, repr_by_arguments
 from nmlightning.tasks.numerics import SoundNumerics, larger_eps
 
 MOST_DEVICES = 64  # of a machine, where the CPU has fewer cores
@@ -318,6 +318,8 @@ def is_ctrl_c(stop: SystemExit) -> bool:
 
 class SameStart(Callback):
     """Refuses a fit whose processes find other checkpoints, each on its own file system."""
+
+    __repr__ = repr_by_arguments
 
     def __init__(self, checkpoint: str | None) -> None:
         self.checkpoint = checkpoint

@@ -14,15 +14,16 @@ from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from jsonargparse import ActionConfigFile, Namespace, get_loader, set_loader
+from jsonargparse import ActionConfigFile, DefaultHelpFormatter, Namespace, get_loader, set_loader
 from pytorch_lightning import Callback, LightningDataModule, LightningModule
 from pytorch_lightning.cli import LightningArgumentParser
 from pytorch_lightning.loggers import Logger
 from torch.optim.lr_scheduler import LRScheduler
 from yaml import YAMLError
 
+from nmlightning.commands.argument_parser import HELP_WIDTH
 from nmlightning.commands.files import find_config, is_config_text, shipped_configs
-from nmlightning.errors import InputError, cut, nearest
+from nmlightning.errors import InputError, cut, lay_out, nearest, terminal_width
 from nmlightning.optim import StepRule
 from nmlightning.yaml_text import check_yaml, describe_error
 
@@ -273,13 +274,26 @@ def check_numbers(options: Any, key: str = "") -> None:
             raise InputError(f"{key} is above 0, got {options}.")
 
 
+class HelpFormatter(DefaultHelpFormatter):
+    """jsonargparse's, with a line for each text, since `lay_out` breaks no word."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        ours = {"max_help_position": 8, "width": 100_000}
+        super().__init__(prog, **{**options, **ours})  # type: ignore[no-untyped-call]
+
+
 class Parser(LightningArgumentParser):
     """LightningCLI's parser, except that a parse error is an InputError of one line."""
 
     def __init__(self, **kwargs: Any) -> None:
         for kind in KINDS.values():
             exported_classes(kind)  # jsonargparse finds a class by its name once it is imported
-        super().__init__(**{"parser_mode": "checked_yaml", **kwargs})
+        ours = {"parser_mode": "checked_yaml", "formatter_class": HelpFormatter}
+        super().__init__(**{**ours, **kwargs})
+
+    def format_help(self, *formatter: Any) -> str:
+        plain = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"\1", super().format_help(*formatter))
+        return lay_out(plain, terminal_width() or HELP_WIDTH)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:

@@ -3,24 +3,16 @@
 import argparse
 import json
 import zipfile
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.padding import Padding
-from rich.table import Table
-
 from nmlightning.commands import files
-from nmlightning.commands.argument_parser import ArgumentParser, print_line
+from nmlightning.commands.argument_parser import ArgumentParser, print_line, print_words
 from nmlightning.errors import InputError
 from nmlightning.named_code import check_named_code
 from nmlightning.probe import report
-from nmlightning.reports.formatting import format_loss
+from nmlightning.reports.formatting import show
 
-_NARROWEST_NAME = 16  # characters
 _JSON_MARK = '"generator": "nm probe"'
 
 
@@ -35,9 +27,8 @@ def run(arguments: list[str]) -> int:
     from nmlightning.commands.probe_run import run_batches
 
     ranges = run_batches(words[1:], paths, given.batches)
-    _print_table(ranges)
-    for sentence in report.verdict(ranges):
-        Console().print(Padding(escape(sentence), (0, 0, 0, 1), expand=False), highlight=False)
+    show(ranges.table())
+    print_words(ranges.describe())
     _write(given, ranges)
     return 0
 
@@ -87,40 +78,6 @@ def _experiment(name: str, options: Sequence[str]) -> list[str]:
     if config:  # which nobody has named
         check_named_code(files.read_config(str(config)), str(config))
     return [*(["--config", str(config)] if config else []), "--ckpt_path", name]
-
-
-def _print_table(ranges: report.NormRanges) -> None:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("norm layer", overflow="fold", min_width=_NARROWEST_NAME)
-    losses = [report.NAMES[norm] for norm in ranges.norms]
-    lost_in_input = ranges.input_share() > 0
-    for heading in ("σ min", "σ max", "max |x − μ|", *losses, *["input"] * lost_in_input):
-        table.add_column(heading, justify="right", no_wrap=heading != report.NAMES[report.FAILING])
-    for layer in ranges.layers:
-        cells = [_norm_cell(layer, norm, how=norm == report.FAILING) for norm in ranges.norms]
-        if lost_in_input:
-            cells.append(_coloured(layer.input_share(), format_loss(layer.input_share())))
-        scales = layer.finite_scales
-        sizes = [scales.min(), scales.max()] if len(scales) else [float("nan")] * 2
-        sizes.append(layer.largest_deviation)
-        table.add_row(escape(layer.name), *(f"{size:.3g}" for size in sizes), *cells)
-    Console().print(table)
-    for reason, count in Counter(ranges.left_out.values()).items():
-        first = next(name for name, why in ranges.left_out.items() if why == reason)
-        print_line("left out", f"{first}{f' and {count - 1} more' * (count > 1)}: {reason}")
-
-
-def _norm_cell(layer: report.LayerRanges, norm: str, *, how: bool) -> str:
-    share, lost = layer.lost_share(norm), layer.lost(norm)
-    label = (
-        f" {report.FAILURE_LABELS[max(lost, key=lambda key: lost[key])]}" if how and lost else ""
-    )
-    others = ", …" if label and len(lost) > 1 else ""
-    return _coloured(share, format_loss(share) + label + others)
-
-
-def _coloured(share: float | None, text: str) -> str:
-    return f"[red]{text}[/red]" if share else text
 
 
 def _write(given: argparse.Namespace, ranges: report.NormRanges) -> None:

@@ -18,7 +18,6 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console, Group
 from rich.live import Live
-from rich.markup import escape
 from rich.progress_bar import ProgressBar as RichBar
 from rich.table import Column, Table
 from rich.text import Text
@@ -27,7 +26,8 @@ from torch.nn.parameter import is_lazy
 from nmlightning.callbacks.epoch_clock import SkippedSteps
 from nmlightning.commands.argument_parser import command_to_copy, print_words
 from nmlightning.compat import epochs_to_train
-from nmlightning.reports.formatting import format_seconds, format_value
+from nmlightning.errors import repr_by_arguments
+from nmlightning.reports.formatting import Grid, format_seconds, format_value, show
 from nmlightning.reports.run import has_events
 from nmlightning.surgery.norm_layers import is_norm
 
@@ -46,6 +46,7 @@ class Stopwatch(Callback):
     epochs = steps = examples = 0
     last_loss: Any = 0.0
     training_seconds = total_seconds = 0.0
+    __repr__ = repr_by_arguments
     folder: Path | None = None  # of the run
     _fit_started = _resumed = _timed_from = 0.0
     _validation_batch: float | None = None  # seconds of the last one in a sanity check
@@ -241,6 +242,7 @@ class SkippedStepCount(Callback):
 
     _earlier = 0
     _skipped: SkippedSteps | None = None
+    __repr__ = repr_by_arguments
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         skipped = SkippedSteps(trainer)
@@ -361,11 +363,6 @@ def print_metrics(metrics: Mapping[str, Any]) -> None:
     rows = [stage for stage in STAGES if any(name.startswith(f"{stage}/") for name in values)]
     if not rows:
         return
-    table = Table()
-    table.add_column("")
-    for name in names:
-        table.add_column(escape(name), justify="right")
-    for stage in rows:
-        tags = [f"{stage}/{name}" for name in names]
-        table.add_row(stage, *(format_value(values[t], t) if t in values else "" for t in tags))
-    Console().print(table)
+    texts = {tag: format_value(value, tag) for tag, value in values.items()}
+    cells = [[stage, *(texts.get(f"{stage}/{name}", "") for name in names)] for stage in rows]
+    show(Grid(["", *names], cells, numbers=True))

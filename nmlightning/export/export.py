@@ -23,6 +23,7 @@ from nmlightning.export.formats import FORMATS, check_target
 from nmlightning.name_patterns import some
 from nmlightning.norms.batch_norm_base import BatchNormBase
 from nmlightning.norms.layer_norm import LpLayerNorm, LpRMSNorm
+from nmlightning.reports.formatting import Report
 from nmlightning.surgery.fuse.fuse import unfuse
 from nmlightning.surgery.fuse.trace import first_line
 from nmlightning.surgery.norm_layers import find_norm_layers
@@ -42,8 +43,8 @@ _SEED = 0
 _BATCH_OF_EXAMPLE = 2  # torch.export would fix a batch of 1
 
 
-@dataclass(frozen=True)
-class ExportReport:
+@dataclass(frozen=True, repr=False)
+class ExportReport(Report):
     """The file that was written.
 
     Attributes:
@@ -62,11 +63,14 @@ class ExportReport:
     made_plain: tuple[str, ...]
     difference: float
 
-    def __str__(self) -> str:
-        folded = "no batch norm folded, as asked" if self.fold is None else str(self.fold)
+    def describe(self) -> str:
+        """Return file, size, what was folded and changed, and why norms were left."""
+        fold = "no batch norm folded, as asked" if self.fold is None else self.fold.describe()
+        counts, *reasons = fold.splitlines()
         plain = f", {len(self.made_plain)} weights made plain" if self.made_plain else ""
         size = f"{self.format}, {self.size / 1e6:.1f} MB"
-        return f"{self.file} ({size}): {folded}{plain}; outputs differ by {self.difference:.1e}"
+        line = f"{self.file} ({size}): {counts}{plain}; outputs differ by {self.difference:.1e}"
+        return "\n".join([line, *reasons])
 
 
 def export_network(

@@ -6,7 +6,7 @@ import inspect
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,14 +16,13 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from nmlightning.errors import InputError, check_flag
+from nmlightning.name_patterns import by_reason
+from nmlightning.reports.formatting import Grid, Report
 from nmlightning.surgery.fuse.fuse import unfuse
 from nmlightning.surgery.fuse.trace import TracedGraph, first_line
 from nmlightning.surgery.norm_act import has_activation
 from nmlightning.surgery.norm_layers import NormLayer, find_norm_layers
 from nmlightning.weights.layer_weights import WeightLocation
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,11 @@ class Left:
     reason: str
 
 
-@dataclass(frozen=True)
-class FoldReport:
+@dataclass(frozen=True, repr=False)
+class FoldReport(Report):
     """The batch norms that `fold_norms` folded, and those left, with the reason.
 
-    It prints as a table under rich, and as one line otherwise.
+    It prints as a table under rich; otherwise as a line, and one for each reason.
     """
 
     folded: tuple[Folded, ...]
@@ -55,21 +54,21 @@ class FoldReport:
     def __len__(self) -> int:
         return len(self.folded)
 
-    def __str__(self) -> str:
+    def counts(self) -> str:
+        """Return how many norms were folded and left."""
         count = len(self.folded)
         left = f"; {len(self.left)} not folded" if self.left else ""
         return f"folded {count} batch norm{'s' * (count != 1)}{left}"
 
-    def __rich__(self) -> Table:
-        from rich.markup import escape
-        from rich.table import Table
+    def describe(self) -> str:
+        """Return the counts, and a line for each reason why norms were left."""
+        reasons = by_reason({left.norm: left.reason for left in self.left})
+        return "\n".join([self.counts(), *(f"not folded {line}" for line in reasons)])
 
-        table = Table("batch norm", "folded into", title=escape(str(self)))
-        for fold in self.folded:
-            table.add_row(escape(fold.norm), escape(fold.into))
-        for left in self.left:
-            table.add_row(escape(left.norm), f"[dim]not folded: {escape(left.reason)}[/dim]")
-        return table
+    def __rich__(self) -> Grid:
+        rows = [(fold.norm, fold.into) for fold in self.folded]
+        rows += [(left.norm, f"not folded: {left.reason}") for left in self.left]
+        return Grid(("batch norm", "folded into"), rows, self.counts())
 
 
 def fold_norms(model: nn.Module, *, keep_norms: bool = False) -> FoldReport:

@@ -20,7 +20,14 @@ from torch.fx import Proxy
 from torch.jit._trace import TracerWarning
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nmlightning.errors import InputError, check_flag, check_whole_number, is_number, nearest
+from nmlightning.errors import (
+    InputError,
+    check_flag,
+    check_whole_number,
+    describe_arguments,
+    is_number,
+    nearest,
+)
 from nmlightning.functional.batch_norm import is_transformed
 from nmlightning.functional.plain import plain_evaluation
 from nmlightning.functional.reductions import is_half
@@ -112,16 +119,11 @@ def accumulation_dtype(input_dtype: torch.dtype, stats_dtype: torch.dtype | None
 
 
 def describe_settings(layer: nn.Module, shape: str) -> str:
-    """Return `shape` and the layer's other arguments that differ from their defaults."""
-    arguments = list(inspect.signature(type(layer).__init__).parameters.values())[2:]
-    settings = [shape]
-    for argument in arguments:
-        value = getattr(layer, argument.name, argument.default)
-        if argument.name == "bias":  # A flag of the constructor, a parameter of the layer.
-            value = value is not None or getattr(layer, "weight", None) is None
-        if value != argument.default:
-            settings.append(f"{argument.name}={value!r}")
-    return ", ".join(settings)
+    """Return `shape` and the layer's other arguments, as torch's norms do."""
+    known = {}
+    if hasattr(layer, "bias"):  # a flag of the constructor, a parameter of the layer
+        known["bias"] = layer.bias is not None or layer.weight is None
+    return f"{shape}, {describe_arguments(layer, 1, known)}"
 
 
 def describe_norm(layer: nn.Module) -> dict[str, Any] | None:
@@ -296,10 +298,7 @@ class BatchNormBase(_BatchNorm):
             nn.init.zeros_(self.bias)
 
     def extra_repr(self) -> str:
-        """Return the arguments that differ from the defaults, so that the repr evaluates.
-
-        Unless the layer is fused, which `swap_norms` does and no argument.
-        """
+        """Return the arguments, so that the repr evaluates, and what `swap_norms` fused."""
         settings = describe_settings(self, str(self.num_features))
         return settings if self.fused is None else f"{settings}, fused={self.fused!r}"
 

@@ -206,7 +206,7 @@ class FeatureNorm(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
-        """Return the arguments that differ from the defaults, so that the repr evaluates."""
+        """Return the arguments, so that the repr evaluates."""
         return batch_norm_base.describe_settings(self, str(tuple(self.normalized_shape)))
 
 

@@ -4,6 +4,7 @@ A weight is scale-invariant if |⟨g, w⟩| ≤ tol·‖g‖‖w‖ on the first
 """
 
 import math
+import re
 import warnings
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nmlightning.errors import InputError
-from nmlightning.name_patterns import matches, plain_name, some, unmatched
+from nmlightning.errors import InputError, lay_out, terminal_width
+from nmlightning.name_patterns import by_reason, matches, plain_name, some, unmatched
 from nmlightning.optim.families import group_numbers
 from nmlightning.optim.parameters import OptimizedWeight
 from nmlightning.weights.channel_norms import ROWS, ChannelLayout, channel_norms, is_flat
@@ -238,6 +239,15 @@ def _check_weight(weight: OptimizedWeight) -> None:
         raise InputError(f"{weight.name} cannot be steered: {error} Exclude it.") from error
 
 
+def scope_text(rule: str, reasons: Mapping[str, str], stream: Any = None) -> str:
+    """Return for a stream how many weights a rule steers, and below it the others by the reason."""
+    left = {name: why for name, why in reasons.items() if why.startswith("not steered")}
+    count = f"{rule} steers {len(reasons) - len(left)} of {len(reasons)} weights"
+    alike = {name: re.sub(r"^not steered: | \(radial share .*\)", "", left[name]) for name in left}
+    lines = [f"{count}; not steered:" if left else count, *by_reason(alike)]
+    return lay_out("\n ".join(lines), terminal_width(stream))
+
+
 TOLERANCE = 0.1
 """Of random directions in D dimensions the cosine is about 1/√D: a tenth of it passes for zero."""
 CHANCE = 1e-5
@@ -337,8 +347,8 @@ class Scope:
         verdict = "steered by include" if self.insists else "not steered"
         if self._felt(name):
             return f"{verdict}: the loss depends on its norm (radial share {share})"
-        few = f"in {self.samples[name]} channels' gradients may be chance"
-        return f"{verdict}{'' if self.insists else ' so far'}: a radial share of {share} {few}"
+        share = f"radial share {share} in {self.samples[name]} channels' gradients"
+        return f"{verdict}{'' if self.insists else ' so far'}: that may be chance ({share})"
 
     def _felt(self, name: str) -> bool:
         return self.shares[name] > TOLERANCE

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nmlightning.errors import InputError, check_lists
+from nmlightning.errors import InputError, check_lists, repr_by_arguments
 from nmlightning.optim.families import Power, choose_power, find_steps, hook_steps
 from nmlightning.optim.nonfinite_steps import NonfiniteSteps
 from nmlightning.optim.parameters import (
@@ -23,7 +23,7 @@ from nmlightning.optim.parameters import (
     gather_state,
     scatter_state,
 )
-from nmlightning.optim.scope import CONVOLUTIONS, Choice, Model, Scope, choose_weights
+from nmlightning.optim.scope import CONVOLUTIONS, Choice, Model, Scope, choose_weights, scope_text
 from nmlightning.weights.channel_norms import ChannelLayout
 from nmlightning.weights.history import Alignment, Moment, NormHistory, RecordPlace
 
@@ -61,6 +61,8 @@ class StepRule(ABC):
         check_lists(include=include, exclude=exclude)
         self.include = tuple(include)
         self.exclude = tuple(exclude)
+
+    __repr__ = repr_by_arguments
 
     @property
     def choice(self) -> Choice:
@@ -203,6 +205,9 @@ class StepHookHandle:
         """
         for weight in self.weights:
             self.scope.measure(weight)
+
+    def __repr__(self) -> str:
+        return scope_text(self.name, self.reasons())
 
     def reasons(self) -> dict[str, str]:
         """Return for each weight why it is steered, or why it is not."""

@@ -36,14 +36,15 @@ from nmlightning.parametrizations.weight_norm import (
     WeightNorm,
     register_post_step,
 )
+from nmlightning.reports.formatting import Report
 from nmlightning.weights.channel_norms import channel_norms, is_flat, is_sharded
 from nmlightning.weights.layer_weights import WeightLocation
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-@dataclass(frozen=True)
-class WeightNormReport:
+@dataclass(frozen=True, repr=False)
+class WeightNormReport(Report):
     """The outcome of `apply_weight_norm`.
 
     Attributes:
@@ -66,7 +67,8 @@ class WeightNormReport:
     assumed: Mapping[str, str] = field(default_factory=dict)
     passed_over: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
+    def describe(self) -> str:
+        """Return what was normalised, and on which weights it was not, with the reason."""
         bounded = "bounded " if self.settings.kind == "bounded" else ""
         count = len(self.weights)
         name = f"{bounded}weight norm ({NAMES[self.settings.p]})"

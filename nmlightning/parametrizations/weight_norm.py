@@ -200,11 +200,9 @@ class WeightNorm(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
 
     def extra_repr(self) -> str:
-        by_channel = "" if self.gain is None else f", gain of {len(self.gain)}"
-        settings = self.settings
-        return (
-            f"p={settings.p:g}, rho={float(self.rho):.4g}{by_channel}, project={settings.project}"
-        )
+        known, rho = self.settings, f"rho={float(self.rho):.4g}"
+        settings = f"kind={known.kind!r}, p={known.p:g}, {rho}, gain={known.gain!r}"
+        return f"{settings}, project={known.project}"
 
 
 def _power_mean(norms: Tensor, p: float) -> Tensor:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nmlightning.reports.formatting import format_loss
+from nmlightning.name_patterns import by_reason
+from nmlightning.reports.formatting import Grid, Report, format_loss
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.text import Text
 
 
 RIGHT, INPUT = "right", "input"
@@ -97,9 +99,11 @@ class LayerRanges:
         }
 
 
-@dataclass(frozen=True)
-class NormRanges:
+@dataclass(frozen=True, repr=False)
+class NormRanges(Report):
     """All norm layers of a network; the answer of `nmlightning.probe_norms`.
+
+    It prints as `nm probe` does: the table of the layers, and the verdict.
 
     Attributes:
         layers: in the order in which the network calls them first.
@@ -126,6 +130,30 @@ class NormRanges:
         """Return the share of entries that no norm brings back."""
         total = sum(len(layer.scales) for layer in self.layers)
         return sum(layer.input_share() * len(layer.scales) for layer in self.layers) / total
+
+    def table(self) -> Grid:
+        """Return a row for each layer: σ, max |x − μ|, and the share that each norm loses."""
+        lost_in_input = self.input_share() > 0
+        headings = ["norm layer", "σ min", "σ max", "max |x − μ|"]
+        headings += [*(NAMES[norm] for norm in self.norms), *["input"] * lost_in_input]
+        rows: list[list[str | Text]] = []
+        for layer in self.layers:
+            cells = [_norm_cell(layer, norm) for norm in self.norms]
+            if lost_in_input:
+                cells.append(_loss_cell(layer.input_share()))
+            scales = layer.finite_scales
+            sizes = [scales.min(), scales.max()] if len(scales) else [float("nan")] * 2
+            sizes.append(layer.largest_deviation)
+            rows.append([layer.name, *(f"{size:.3g}" for size in sizes), *cells])
+        return Grid(headings, rows, numbers=True)
+
+    def describe(self) -> str:
+        """Return which layers were not measured and why, and the verdict."""
+        left_out = [f"left out    {line}" for line in by_reason(self.left_out, 1)]
+        return "\n".join(f" {line}" for line in [*left_out, *verdict(self)])
+
+    def __str__(self) -> str:
+        return f"{self.table()}\n\n{super().__str__()}"
 
     def as_plain(self) -> dict[str, Any]:
         return {
@@ -155,6 +183,18 @@ CAVEAT = (
     "This is about norms that keep every value in float16. Under 16-mixed torch's norms, and ours "
     "unless stats_dtype is float16, compute in float32 and are safe."
 )
+
+
+def _norm_cell(layer: LayerRanges, norm: str) -> "Text":
+    lost = layer.lost(norm) if norm == FAILING else {}
+    label = f" {FAILURE_LABELS[max(lost, key=lambda key: lost[key])]}" if lost else ""
+    return _loss_cell(layer.lost_share(norm), label + ", …" * (len(lost) > 1))
+
+
+def _loss_cell(share: float | None, label: str = "") -> "Text":
+    from rich.text import Text
+
+    return Text(format_loss(share) + label, "red" if share else "")
 
 
 def verdict(ranges: NormRanges) -> list[str]:

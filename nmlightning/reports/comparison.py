@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from nmlightning.errors import InputError, nearest
-from nmlightning.reports.formatting import MeanStd, format_mean_std, format_seconds
+from nmlightning.reports.formatting import MeanStd, Report, format_mean_std, format_seconds
 from nmlightning.reports.run import CSV_FILE, Run, Series, event_files
 
 SETTING_HEADINGS = ["run", "seeds", "epochs", "what differs"]
@@ -21,13 +21,18 @@ _LAST_EPOCHS = 10  # are averaged, as the paper's figures are
 _LENGTHS = [f"trainer.{end}_{of}" for end in ("max", "min") for of in ("epochs", "steps", "time")]
 
 
-@dataclass(frozen=True, eq=False)
-class Group:
+@dataclass(frozen=True, eq=False, repr=False)
+class Group(Report):
     """The runs of one setting, which differ in their seeds only, with the tag of their figures."""
 
     name: str
     runs: Sequence[Run]
     metric: str
+
+    def describe(self) -> str:
+        """Return the runs, their seeds, and how well they did."""
+        final, best = (format_mean_std(value, self.metric) for value in (self.final, self.best))
+        return f"{self.name} (seeds {self.seeds}): {self.metric} {final}, at best {best}"
 
     @property
     def curves(self) -> list[Series]:

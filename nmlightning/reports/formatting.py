@@ -1,10 +1,21 @@
-"""Formats numbers, and means with their standard deviations."""
+"""Formats numbers, means with their standard deviations, and tables for the width there is."""
 
+import io
 import math
-from collections.abc import Sequence
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
+
+from nmlightning.errors import lay_out, terminal_width
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -70,3 +81,109 @@ def format_loss(share: float | None) -> str:
     if 99 < percent < 100:
         return ">99 %"
     return f"{percent:.0f} %"
+
+
+_FILE_WIDTH = 10_000  # columns of what is no terminal, where nothing is cut
+_GAP = 2  # columns between two of a table, and around all
+
+
+class Report:
+    """What a function did: `print` and the end of a notebook's cell show what it describes."""
+
+    def describe(self) -> str:
+        """Return it in words, with the reasons, in lines as long as they are."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return lay_out(self.describe(), terminal_width())
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+class Grid:
+    """A table for `rich.print` and `print` whose words stay whole in any width.
+
+    Where the columns do not fit side by side they come in parts below each other, each of which
+    begins with the first column. `numbers` are aligned to the right, and their cells stay whole.
+    """
+
+    def __init__(
+        self,
+        headings: Sequence[str],
+        rows: Sequence[Sequence[Union[str, "Text"]]],
+        title: str = "",
+        *,
+        numbers: bool = False,
+    ) -> None:
+        self.columns = list(zip(headings, *rows, strict=True))
+        self.title, self.numbers = title, numbers
+
+    def __rich_console__(
+        self, console: "Console", options: "ConsoleOptions"
+    ) -> Iterator["RenderableType"]:
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        if self.title:
+            yield Text(lay_out(f" {self.title}", options.max_width))
+        columns = [[Text(x) if isinstance(x, str) else x for x in each] for each in self.columns]
+        sizes = [self._sizes(column) for column in columns]
+        room = options.max_width - 2 * _GAP - max(least for least, _ in sizes[1:])
+        if sizes[0][0] > room:
+            columns[0] = [Text(_break_at_dots(str(name), room)) for name in columns[0]]
+            sizes[0] = self._sizes(columns[0])
+        while len(columns) > 1:
+            totals = accumulate(least + _GAP for least, _ in sizes)
+            count = max(2, sum(total <= options.max_width for total in totals))
+            table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+            widths = _share_out(sizes[:count], options.max_width - _GAP * count)
+            for number, (column, width) in enumerate(zip(columns, widths, strict=False)):
+                justify: Any = "right" if number and self.numbers else "left"
+                table.add_column(column[0], width=width, justify=justify, overflow="fold")
+            for row in zip(*(column[1:] for column in columns[:count]), strict=True):
+                table.add_row(*row)
+            table.leading = int(any("\n" in str(x) for column in columns[1:count] for x in column))
+            yield table
+            del columns[1:count], sizes[1:count]
+
+    def _sizes(self, column: Sequence["Text"]) -> tuple[int, int]:
+        """Return how wide a column has to be, and would be."""
+        lines = [line for cell in column for line in str(cell).splitlines() or [""]]
+        whole = [*lines[0].split(), *(lines[1:] if self.numbers else " ".join(lines).split())]
+        return max(map(len, whole), default=0), max(map(len, lines))
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        file = io.StringIO()
+        width = terminal_width() or _FILE_WIDTH
+        Console(file=file, width=width, color_system=None, highlight=False).print(self)
+        return "\n".join(map(str.rstrip, file.getvalue().splitlines())).strip("\n")
+
+
+def _break_at_dots(name: str, width: int) -> str:
+    """Return a name whose lines end with dots, so far as there are any, within the width."""
+    lines = textwrap.wrap(name.replace(".", ". "), max(width, 1), break_long_words=False)
+    return "\n".join(lines).replace(". ", ".")
+
+
+def _share_out(sizes: Sequence[tuple[int, int]], room: int) -> list[int]:
+    """Return widths from the least to the most that each may have; who needs least gets it all."""
+    widths = [least for least, _ in sizes]
+    spare = room - sum(widths)
+    order = sorted(range(len(sizes)), key=lambda number: sizes[number][1] - widths[number])
+    for rank, number in enumerate(order):
+        extra = max(0, min(sizes[number][1] - widths[number], spare // (len(sizes) - rank)))
+        widths[number] += extra
+        spare -= extra
+    return widths
+
+
+def show(what: Grid, *, err: bool = False) -> None:
+    """Print a table in colours, to stdout or stderr, in the width of that."""
+    from rich.console import Console
+
+    width = terminal_width(sys.stderr if err else sys.stdout) or _FILE_WIDTH
+    Console(stderr=err, width=width, highlight=False).print(what)

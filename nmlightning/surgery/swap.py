@@ -13,9 +13,10 @@ from torch import nn
 
 from nmlightning.errors import InputError, check_flag, check_lists, nearest
 from nmlightning.kernels.interface import Fused, NormKind
-from nmlightning.name_patterns import matches, some, unmatched
+from nmlightning.name_patterns import by_reason, matches, some, unmatched
 from nmlightning.norms import registry
 from nmlightning.norms.fast_path import guard_encoders
+from nmlightning.reports.formatting import Grid, Report
 from nmlightning.surgery.foreign_norms import make_foreign
 from nmlightning.surgery.lightning_hooks import watch_loading
 from nmlightning.surgery.norm_layers import (
@@ -32,8 +33,6 @@ from nmlightning.surgery.norm_layers import (
 from nmlightning.weights.channel_norms import is_sharded
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from nmlightning.surgery.fuse.fuse import FusingPlan
 
 
@@ -53,8 +52,8 @@ class Swap:
     reason: str = ""
 
 
-@dataclass(frozen=True)
-class SwapReport:
+@dataclass(frozen=True, repr=False)
+class SwapReport(Report):
     """The modules that `swap_norms` swapped, or would swap, and the norms that it did not.
 
     Likewise the norms that it fused, unfused and could not fuse. rich prints it as a table, `print`
@@ -70,12 +69,14 @@ class SwapReport:
     def __len__(self) -> int:
         return len(self.swapped)
 
-    def __str__(self) -> str:
-        names: dict[str, list[str]] = {}
-        for swap in self.left:
-            names.setdefault(swap.reason, []).append(swap.name)
-        reasons = [f"not swapped {some(named, 2)}: {reason}" for reason, named in names.items()]
-        return "\n".join([self._counts(), *reasons])
+    def describe(self) -> str:
+        """Return the counts, and a line for each reason why norms were not swapped or fused."""
+        reasons = {
+            fate: by_reason({swap.name: swap.reason for swap in swaps}, 2)
+            for fate, swaps in (("not swapped", self.left), ("not fused", self.not_fused))
+        }
+        lines = [f"{fate} {line}" for fate, lines in reasons.items() for line in lines]
+        return "\n".join([self._counts(), *lines])
 
     def _counts(self) -> str:
         kinds = Counter((swap.before, swap.after) for swap in self.swapped)
@@ -96,19 +97,15 @@ class SwapReport:
             counts.append(f"{len(self.not_fused)} not fused")
         return f"; {', '.join(counts)}" if counts else ""
 
-    def __rich__(self) -> Table:
-        from rich.markup import escape
-        from rich.table import Table
-
-        table = Table("module", "from", "to", title=escape(self._counts()))
-        for swap in (*self.swapped, *self.left):
-            fate = escape(swap.after) or f"[dim]not swapped: {escape(swap.reason)}[/dim]"
-            table.add_row(escape(swap.name), escape(swap.before), fate)
+    def __rich__(self) -> Grid:
+        rows = [
+            (swap.name, swap.before, swap.after or f"not swapped: {swap.reason}")
+            for swap in (*self.swapped, *self.left)
+        ]
         for swap in (*self.fused, *self.not_fused):
             does = f"fused {_FUSED_WORDS[swap.after]}" if swap.after else "not fused"
-            reason = f"[dim]not fused: {escape(swap.reason)}[/dim]"
-            table.add_row(escape(swap.name), escape(swap.before), reason if swap.reason else does)
-        return table
+            rows.append((swap.name, swap.before, f"{does}: {swap.reason}" if swap.reason else does))
+        return Grid(("module", "from", "to"), rows, self._counts())
 
 
 def swap_norms(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from nmlightning.errors import InputError
+from nmlightning.errors import InputError, repr_by_arguments
 
 _LEAST_EPS = 3e-8  # what is below rounds to 0 in float16, whose smallest number is 2^-24
 _LARGEST_HALF = torch.finfo(torch.float16).max
@@ -28,6 +28,8 @@ class SoundNumerics(pl.Callback):
     In float16, gradients whose norm would overflow there, and so be clipped to 0, are first clipped
     by their norm in float32. Metrics count in float32 whatever the module's precision.
     """
+
+    __repr__ = repr_by_arguments
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the optimizers, and what the Trainer's precision has made of the metrics."""
@@ -150,6 +152,8 @@ class CompilationNotice(pl.Callback):
     Training and evaluation are compiled separately, and a sanity check before the first epoch is
     evaluation. The lines begin with the name of the task.
     """
+
+    __repr__ = repr_by_arguments
 
     def __init__(self, task: str) -> None:
         self.task = task

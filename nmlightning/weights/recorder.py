@@ -184,7 +184,9 @@ def _file_of(folder: Path, state: Mapping[str, Any], checkpoint: Path | None) ->
     """Return the file of a run, of several that nearest to the checkpoint."""
     noted = Path(state["file"])
     beside = [] if checkpoint is None else list(checkpoint.absolute().parents)[:2]
-    for file in (*(place / noted.name for place in beside), noted, folder / noted.name):
+    ends = [Path(*noted.parts[-parts:]) for parts in (1, 3)]  # 3: `lightning_logs/version_N`
+    moved = [place / end for place in beside for end in ends]
+    for file in (*moved, noted, folder / noted.name):
         try:
             if file.is_file() and read_recording(file)["provenance"].get("run") == state["run"]:
                 return file

@@ -92,9 +92,14 @@ def test_resume_in_a_moved_folder(tmp_path: Path) -> None:
     assert steps_of(tmp_path / "moved") == list(range(3 * BATCHES + 1))
 
 
+@pytest.mark.parametrize("is_here", [False, True])
 @pytest.mark.parametrize("layout", ["", "checkpoints"])
-def test_resume_of_a_renamed_project_finds_the_recording(tmp_path: Path, layout: str) -> None:
-    start = fit(tmp_path / "project" / "first", 1)
+def test_resume_of_a_renamed_project_finds_the_recording(
+    tmp_path: Path, layout: str, is_here: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder := tmp_path / "project" / "first").mkdir(parents=True)
+    monkeypatch.chdir(folder if is_here else tmp_path)  # here records go to lightning_logs
+    start = fit(folder, 1)
     place = start.parent / layout
     place.mkdir(exist_ok=True)
     start.rename(place / "last.ckpt")
@@ -131,7 +136,7 @@ def test_resume_after_a_kill(tmp_path: Path) -> None:
         "        if trainer.global_step == 6:\n"
         "            trainer.save_checkpoint('killed.ckpt')\n"
         "            os.kill(os.getpid(), signal.SIGKILL)\n"
-        "fit(Path.cwd(), 3, others=(Kill(),))\n"
+        "fit(Path(), 3, others=(Kill(),))\n"
     )
     path = os.pathsep.join((str(Path(__file__).parent), *filter(None, sys.path)))
     killed = subprocess.run(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import pytorch_lightning
 import torch
+from pytorch_lightning.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
 import lightning_modules
@@ -242,3 +243,39 @@ def test_tracker_names_left_matrices(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert tracker.left == {"net.8.matrix": "Bilinear is not a known layer"}
     line = "WeightNormTracker does not record net.8.matrix (Bilinear is not a known layer)"
     assert line in caplog.text
+
+
+class Elsewhere(DummyLogger):
+    """A logger like wandb's: it has a folder to save in, a name and a version, and no log_dir."""
+
+    save_dir, name, version = "logs", "project", "abc"
+
+
+@pytest.mark.parametrize(
+    ("options", "folders"),
+    [
+        ({}, ["lightning_logs/version_0", "lightning_logs/version_1"]),
+        ({"default_root_dir": "."}, [".", "."]),
+        ({"default_root_dir": "root"}, ["root", "root"]),
+        ({"logger": Elsewhere()}, ["logs/project/abc"] * 2),
+    ],
+    ids=["nothing given", "here", "a root", "a logger without a folder of its own"],
+)
+def test_tracker_writes_where_it_is_asked_to_and_says_so(
+    options: dict[str, Any],
+    folders: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number, folder in enumerate(folders):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            trainer = lightning_modules.make_trainer(PlModule, WeightNormTracker(), **options)
+            trainer.fit(PlModule(), make_data())
+        name = "weight_norms-v1.safetensors" if number and len({*folders}) < 2 else FILE_NAME
+        assert Path(folder, name).is_file()
+        lines = [r.getMessage() for r in caplog.records if "safetensors" in r.getMessage()]
+        said = [Path(line.partition(" are in ")[2]).resolve() for line in lines]
+        assert said == [Path(folder, name).resolve()]

@@ -25,9 +25,9 @@ KEPT = '{"settings": {"a": 1}, "seed": 1, "cpu_minutes": 1}'
 
 
 @pytest.fixture(autouse=True)
-def _in_a_narrow_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("COLUMNS", raising=False)
 
 
 @pytest.fixture
@@ -52,8 +52,8 @@ def runs(make_run: MakeRun, tmp_path: Path) -> Path:
 def test_compare_prints_both_tables(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(runs)]) == 0
     text = capsys.readouterr().out
-    rows = [re.split(r"\s*[│┃]\s*", line)[1:-1] for line in text.splitlines() if line[0] in "│┃"]
-    assert rows == [
+    rows = [re.split("  +", line.strip()) for line in text.splitlines() if "  " in line.strip()]
+    assert rows[:-1] == [
         ["run", "seeds", "epochs", "what differs"],
         ["[red]<off>", "1", "2", "decay: 0"],
         ["wd_on", "1, 2", "2", "decay: 0.1"],
@@ -61,7 +61,6 @@ def test_compare_prints_both_tables(runs: Path, capsys: pytest.CaptureFixture[st
         ["[red]<off>", "35.00 %", "35.00 %", "30.0 s"],
         ["wd_on", "45.00 ± 7.07 %", "45.00 ± 7.07 %", "30.0 s"],
     ]
-    assert "comparison.html" in text
 
 
 def test_compare_joins_a_resumed_run(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,7 +71,7 @@ def test_compare_joins_a_resumed_run(make_run: MakeRun, capsys: pytest.CaptureFi
     make_run("runs/a/version_2", [0.3], resume, first_epoch=1)
     assert main(["compare", "runs"]) == 0
     text = capsys.readouterr().out
-    assert re.search(r"a +│ 1 +│ 3 ", text)
+    assert re.search(r"a +1 +3 ", text)
     assert re.findall(r"resumed +(.*);", text) == [
         "runs/a/version_1 resumes runs/a/version_0",
         "runs/a/version_2 resumes runs/a/version_0",
@@ -134,8 +133,8 @@ def test_compare_shows_what_is_infinite_and_says_what_is_cut_off(
     (tmp_path / "runs/b/metrics.csv").write_text("step,val/top1\n1,0.75\n2,0.")
     assert main(["compare", "runs"]) == 0
     text = capsys.readouterr().out
-    assert re.search(r"a +│ +nan % \(2 of 2 runs\) .* 30.0 s", text)
-    assert re.search(r"b +│ +75.00 %", text)
+    assert re.search(r"a +nan % \(2 of 2 runs\) .* 30.0 s", text)
+    assert re.search(r"b +75.00 %", text)
     assert "left out    runs/b/metrics.csv is cut off within its last line, which" in text
 
 

@@ -22,7 +22,7 @@ Nm = Callable[..., tuple[int, str, str]]
 def nm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Nm:
     """Run `nm kernels` with a home of its own, and return its code and what it prints."""
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("COLUMNS", raising=False)
 
     def run(*words: str) -> tuple[int, str, str]:
         code = main(["kernels", *words])

@@ -60,6 +60,7 @@ def test_group_final_best_and_late_are_over_its_runs(make_run: MakeRun) -> None:
     assert group.best.mean == pytest.approx(0.55)
     assert group.late.mean == pytest.approx((0.49 + 0.6) / 2)
     assert group.epochs == "15"
+    assert str(group) == "0, 1 (seeds 0, 1): val/top1 50.00 ± 14.14 %, at best 55.00 ± 7.07 %"
     assert result_columns([group]) == {
         "final": ["50.00 ± 14.14 %"],
         "best": ["55.00 ± 7.07 %"],

@@ -1,5 +1,6 @@
 """Test that a checkpoint of a swapped model loads without a Trainer, for both packages."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +83,15 @@ def test_load_from_checkpoint_restores_the_trained_module(
     save(module, tmp_path / "a.ckpt", swap, weights_only=weights_only)
     loaded = load_from_checkpoint(module_class, tmp_path / "a.ckpt", map_location="cpu")
     assert type(loaded) is module_class
-    assert "TopKBatchNormAct2d(\n      3, k=3" in repr(loaded)
+    assert re.search(r"TopKBatchNormAct2d\(\n +3, eps=1e-05, .*k=3", repr(loaded))
     assert_same(loaded, module)
 
 
 @pytest.mark.parametrize(
     ("swaps", "norm"),
     [
-        ([NormSwap("mean")], "MeanOnlyBatchNorm2d(4)"),
-        ([NormSwap("l1", {"eps": 0.1}), NormSwap("linf")], "LInfBatchNorm2d(4, eps=0.1)"),
+        ([NormSwap("mean")], "MeanOnlyBatchNorm2d(4, "),
+        ([NormSwap("l1", {"eps": 0.1}), NormSwap("linf")], "LInfBatchNorm2d(4, eps=0.1, "),
         ([], "BatchNorm2d(4, eps=1e-05"),
     ],
     ids=["mean only", "in order", "without a recipe"],

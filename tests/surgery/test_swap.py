@@ -108,7 +108,7 @@ class TestWhatIsKept:
 
     def test_eps_and_momentum_are_those_of_the_layer_unless_given(self, net: nn.Sequential) -> None:
         swap_norms(net, "l1", {"momentum": 0.5})
-        assert repr(net[1]) == "L1BatchNorm2d(8, eps=0.001, momentum=0.5)"
+        assert repr(net[1]).startswith("L1BatchNorm2d(8, eps=0.001, momentum=0.5, ")
 
     def test_hooks_still_run(self, net: nn.Sequential, images: Tensor) -> None:
         seen: list[str] = []
@@ -314,7 +314,7 @@ class TestUndo:
         swap_norms(net, "l1")
         assert not hasattr(net[1], "k")
         assert net[1].constant == "exact"
-        assert repr(net[1]) == "L1BatchNorm2d(8, eps=0.001, momentum=0.2)"
+        assert repr(net[1]).startswith("L1BatchNorm2d(8, eps=0.001, momentum=0.2, ")
 
 
 class TestSynchronised:

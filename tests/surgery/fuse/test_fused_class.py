@@ -74,7 +74,7 @@ def test_fused_class_changes_only_the_forward() -> None:
     assert isinstance(net[4], Residual)
     assert type(net[4]).__module__ == __name__
     assert list(net.state_dict()) == list(plain.state_dict())
-    assert repr(net[4].norm) == "L1BatchNorm2d(4, fused='add_relu')"
+    assert repr(net[4].norm).endswith(", fused='add_relu')")
     assert repr(net).replace(", fused='add_relu'", "").replace(", fused='relu'", "") == repr(plain)
     torch.testing.assert_close(net(images()), plain(images()))
 
@@ -121,10 +121,10 @@ def test_swap_without_fuse_unfuses(norm: str) -> None:
 
 def test_swap_again_changes_norm_and_extent() -> None:
     net = make("relu")
-    assert str(swap_norms(net, "l1", fuse="relu")) == "swapped 0; 1 not fused"
+    assert str(swap_norms(net, "l1", fuse="relu")).startswith("swapped 0; 1 not fused\nnot fused 4")
     assert [s.name for s in swap_norms(net, "linf", fuse="add_relu").fused] == ["4.norm"]
     assert [s.after for s in swap_norms(net, "linf", fuse="relu").fused] == [""]
-    assert repr(net[1]) == "LInfBatchNorm2d(4, fused='relu')"
+    assert repr(net[1]).endswith(", fused='relu')")
     torch.testing.assert_close(net(images()), unfused_copy(net)(images()))
 
 
