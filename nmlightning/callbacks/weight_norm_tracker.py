@@ -122,9 +122,11 @@ class RunRecording:
         if finished:
             self.recorder.finish()
             self._save()
-        if self._writes and self.file.exists():
-            count = len(self.recorder.weights)
-            rank_zero_info(f"WeightNormTracker: the norms of {count} weights are in {self.file}")
+            if self._writes:
+                count = len(self.recorder.weights)
+                rank_zero_info(
+                    f"WeightNormTracker: the norms of {count} weights are in {self.file}"
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """Write, and return where."""

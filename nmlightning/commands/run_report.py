@@ -24,7 +24,8 @@ from rich.text import Text
 from torch.nn.parameter import is_lazy
 
 from nmlightning.callbacks.epoch_clock import SkippedSteps
-from nmlightning.commands.argument_parser import command_to_copy, print_words
+from nmlightning.callbacks.weight_norm_tracker import WeightNormTracker
+from nmlightning.commands.argument_parser import command_to_copy, print_line, print_words
 from nmlightning.compat import epochs_to_train
 from nmlightning.errors import repr_by_arguments
 from nmlightning.reports.formatting import Grid, format_seconds, format_value, show
@@ -300,7 +301,9 @@ def print_fit(
         speed = f" · {watch.examples / watch.training_seconds:,.0f} {unit}/s"
     took = format_seconds(watch.total_seconds)
     print(f" {watch.epochs} epoch{'s' * (watch.epochs != 1)}{after} in {took}{speed} in training")
-    print_paths(run=run, checkpoint=checkpoint)
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # a connector sets them
+    recordings = [c.path for c in callbacks if isinstance(c, WeightNormTracker) and c.path]
+    print_paths(run=run, checkpoint=checkpoint, norms=next(iter(recordings), None))
     if run:
         _print_next(trainer, run, checkpoint)
 
@@ -323,7 +326,7 @@ def print_paths(**paths: Path | str | None) -> None:
     """Print one line for each path that there is."""
     for name, path in paths.items():
         if path:
-            print(f" {name:<11} {path}")
+            print_line(name, path)
 
 
 @rank_zero_only
