@@ -16,7 +16,7 @@ import pytest
 
 from nmlightning.cli import COMMANDS, main
 from nmlightning.commands import doctor
-from nmlightning.commands.run_report import filtered_handlers
+from nmlightning.commands.failures import filtered_handlers
 from nmlightning.errors import lay_out, terminal_width
 from nmlightning.reports.formatting import Grid, show
 
