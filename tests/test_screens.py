@@ -27,7 +27,7 @@ SMALL = (
 )
 STEERS = (
     "--trainer.callbacks+ WeightNormTracker --trainer.callbacks.steering Hyperball "
-    "--trainer.callbacks.list_weights"
+    "--model.optimizer.weight_decay 0 --trainer.callbacks.list_weights"
 )
 LAST = "runs/quickstart/version_0/checkpoints/last.ckpt"
 SCREENS = [
