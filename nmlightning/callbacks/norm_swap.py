@@ -200,7 +200,7 @@ class NormSwap(ModelChange):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Have the swapped norms say, in the first batch, who computes them."""
+        """Log the backends of the swapped norms in the first batch."""
         if self._unnoted:
             self._backends = BackendNote(pl_module, self._unnoted)
             self._unnoted = {}
