@@ -10,6 +10,7 @@ import runpy
 import shlex
 from collections import Counter
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,7 @@ def try_nm(words: list[str]) -> None:
         assert main([*words, "--print_config"]) == 0
 
 
+@cache  # several pages have the same
 def try_line(line: str) -> str:
     """Try what can be tried of a line without doing it; return what it is."""
     words = shlex.split(re.split(r" [|] | [<>] ", line)[-1 if " | " in line else 0], comments=True)
