@@ -33,6 +33,7 @@ SETTINGS: list[tuple[Any, str]] = [
     (callbacks.checkpoints.EndCheckpoint(), "EndCheckpoint()"),
     (numerics.CompilationNotice("Net"), "CompilationNotice(task='Net')"),
     (run_report.SkippedStepCount(), "SkippedStepCount()"),
+    (run_report.MetricsBar(), "MetricsBar()"),
 ]
 
 

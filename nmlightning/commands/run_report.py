@@ -140,6 +140,8 @@ class MetricsBar(ProgressBar):
     does so in every step. What it shows is erased when it ends.
     """
 
+    __repr__ = repr_by_arguments
+
     def __init__(self) -> None:
         super().__init__()
         self._console = Console()

@@ -107,6 +107,7 @@ def test_notices_are_whole_words_in_a_terminal(
     lines = terminal.lines()
     assert max(map(len, lines)) <= terminal.width
     assert " ".join(lines).split() == [*notice.split(), *notice.split()]
+    monkeypatch.delenv("COLUMNS")
     file = io.StringIO()
     print_words(notice, file)
     assert file.getvalue() == f"{notice}\n"
