@@ -281,7 +281,7 @@ def test_fit_ends_both_ranks_on_ctrl_c(tmp_path: Path) -> None:
     assert answer.code == INTERRUPTED, answer
     assert [line for line in answer.err if "nm" in line] == [
         "nm: interrupted; the last checkpoint is kept. To resume:",
-        f"nm fit --config {RUN}/config.yaml --ckpt_path {RUN / LAST}",
+        f"nm fit --config {RUN}/config.yaml \\",
     ]
 
 
