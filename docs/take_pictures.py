@@ -29,7 +29,7 @@ SIZES = {
     "custom_scalars": (1500, 1750),
     "images": (1300, 900),
     "histograms": (1300, 900),
-    "compare": (1200, 1560),
+    "compare": (1200, 1890),
 }
 RULES = ("wd_on", "wd_off", "lr_correction", "norm_schedule", "exponential_lr")
 DIGITS = ["--data", "Digits", "--data.batch_size", "64", "--model.net.width", "8"]
