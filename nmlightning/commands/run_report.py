@@ -24,7 +24,6 @@ from rich.text import Text
 from torch.nn.parameter import is_lazy
 
 from nmlightning.callbacks.epoch_clock import SkippedSteps
-from nmlightning.callbacks.weight_norm_tracker import WeightNormTracker
 from nmlightning.commands.argument_parser import command_to_copy, print_line, print_words
 from nmlightning.compat import epochs_to_train
 from nmlightning.errors import repr_by_arguments
@@ -292,7 +291,9 @@ def print_start(trainer: Trainer, module: LightningModule, run: Path | None) -> 
 def print_fit(
     trainer: Trainer, watch: Stopwatch, run: Path | None, checkpoint: Path | None
 ) -> None:
-    """Print the table of results, the cost, and the paths of the run and its last checkpoint."""
+    """Print the table of results, the cost, and the paths of the run and what is in it."""
+    from nmlightning.callbacks import WeightNormTracker
+
     print()
     print_metrics(trainer.callback_metrics)
     earlier = trainer.current_epoch - watch.epochs
