@@ -514,7 +514,7 @@ REFUSED = {
     "--trainer.callbacks=null": r"'l1', this run has nothing",
     "--model.optimizer.lr=0.3": r"SGD lr 0\.\d+, and .* asks for SGD lr 0.3:",
     "--seed_everything=9": r"run has seed 1, .* asks for seed 9: give the same",
-    "--model.optimizer=Adam": r"with MultiStepLR and SGD, .* asks for Adam and MultiStepLR: give",
+    "--model.optimizer=Adam": r"has MultiStepLR and SGD, .* asks for Adam and MultiStepLR: give",
 }
 
 
