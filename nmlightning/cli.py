@@ -8,6 +8,7 @@ import errno
 import io
 import os
 import re
+import select
 import signal
 import sys
 import textwrap
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import nmlightning
-from nmlightning.commands.argument_parser import BAD_INPUT, INTERRUPTED, print_words
+from nmlightning.commands.argument_parser import BAD_INPUT, INTERRUPTED, UNREAD, print_words
 from nmlightning.commands.files import RunPaths, shipped_configs
 from nmlightning.errors import InputError, cut, input_error_in, nearest
 
@@ -96,7 +97,12 @@ def main(argv: list[str] | None = None) -> int:
             code = _run(arguments)
         if failed:
             raise failed[0].exc_value
+        sys.stdout.flush()
         return code
+    except BrokenPipeError:
+        if not _close_unread_output():
+            raise
+        return UNREAD
     except KeyboardInterrupt:
         fate = "; no checkpoint exists yet" if arguments[0] == "fit" else ""
         print_words(f"{_name()}: interrupted{fate}.", sys.stderr)
@@ -110,6 +116,16 @@ def main(argv: list[str] | None = None) -> int:
         return BAD_INPUT
     finally:
         threading.excepthook = hook
+
+
+def _close_unread_output() -> bool:
+    """Return whether nobody, such as a `head` that has enough, reads stdout, which then ends."""
+    output = select.poll()
+    output.register(sys.stdout, 0)  # errors are told without being asked for
+    is_unread = bool(output.poll(0))
+    if is_unread:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return is_unread
 
 
 def _run(arguments: list[str]) -> int:

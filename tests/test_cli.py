@@ -77,6 +77,16 @@ def test_cli_answers_without_importing_torch(words: str, answer: str, tmp_path: 
     assert {"torch", "pytorch_lightning", "jsonargparse", "onnx"}.isdisjoint(done.stdout.split())
 
 
+@pytest.mark.parametrize("words", ["--help", "kernels show"])
+def test_output_that_nobody_reads_ends_a_command_as_sigpipe_does(words: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "nmlightning", *words.split()]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
 @pytest.mark.parametrize(
     ("words", "safe", "runs_here"),
     [

@@ -11,6 +11,7 @@ BAD_INPUT = 2
 DIVERGED = 3  # what was asked for is done, and a loss ended as NaN or infinity
 LOST_PROCESS = 75  # EX_TEMPFAIL of sysexits.h: the same command may well succeed
 INTERRUPTED = 130  # 128 + SIGINT, as shells report a program that Ctrl-C ended
+UNREAD = 141  # 128 + SIGPIPE: who read the output, such as head, has enough
 TERMINATED = 143  # 128 + SIGTERM, which schedulers send before they take the machine away
 
 HELP_WIDTH = 80  # of a file or pipe, as argparse has it

@@ -1,7 +1,6 @@
 """`nm translate`: lines of text through a checkpoint."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -75,14 +74,11 @@ def _translate(given: argparse.Namespace) -> None:
     )
     with filter_logs():
         task = _load(given)
-    try:
-        if sys.stdin.isatty():
-            for line in _read_lines():  # each is answered as it is typed
-                _write(translate_lines(task, [line], options)[0])
-        else:
-            _translate_all(partial(translate_lines, task, options=options), given.max_length)
-    except BrokenPipeError:  # who reads, such as head, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if sys.stdin.isatty():
+        for line in _read_lines():  # each is answered as it is typed
+            _write(translate_lines(task, [line], options)[0])
+    else:
+        _translate_all(partial(translate_lines, task, options=options), given.max_length)
 
 
 def _load(given: argparse.Namespace) -> "Translator":
