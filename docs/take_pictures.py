@@ -1,6 +1,6 @@
 """Take the pictures of this documentation anew, but for those of long runs; `make pictures`.
 
-    python docs/take_pictures.py [screens|ranges|concepts|results|half]… [--data-root DIR]
+    python docs/take_pictures.py [compare|screens|ranges|concepts|results|half]… [--data-root DIR]
 
 What each is made from is printed. The short runs are made first; the screens need Chromium.
 """
@@ -27,20 +27,23 @@ BROWSER = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--hid
 COLOURS = 256  # that are kept of a picture
 SIZES = {
     "custom_scalars": (1500, 1750),
-    "compare": (1200, 1890),
+    "compare": (1200, 1570),
 }
 RULES = ("wd_on", "wd_off", "lr_correction", "norm_schedule", "exponential_lr")
 DIGITS = ["--data", "Digits", "--data.batch_size", "64", "--model.net.width", "8"]
 DIGITS += ["--trainer.limit_train_batches", "10", "--trainer.log_every_n_steps", "2"]
 
 
+def take_compare(folder: Path, _: str | None) -> None:
+    """compare: the kept runs of results/weight_decay."""
+    nm(folder, "compare", HERE.parent / "results" / "weight_decay", "--report", "comparison.html")
+    take("compare", (folder / "comparison.html").as_uri())
+
+
 def take_screens(folder: Path, _: str | None) -> None:
-    """compare, custom_scalars: five runs of configs/study_short_* on digits."""
+    """custom_scalars: five runs of configs/study_short_* on digits."""
     for rule in RULES:
         nm(folder, "fit", "--config", f"study_short_{rule}", *DIGITS)
-    runs = [f"runs/study_short_{rule}" for rule in RULES]
-    nm(folder, "compare", *runs, "--report", "comparison.html")
-    take("compare", (folder / "comparison.html").as_uri())
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "nmlightning", "dashboard", "runs", "--port", str(port)]
@@ -90,6 +93,7 @@ def draw_half(_: object, data_root: str | None) -> None:
 
 
 TAKEN: dict[str, Callable[[Path, str | None], None]] = {
+    "compare": take_compare,
     "screens": take_screens,
     "ranges": draw_ranges,
     "concepts": draw_concepts,
@@ -110,7 +114,7 @@ def main() -> None:
             TAKEN[name](Path(folder), options.data_root)
 
 
-def nm(folder: Path, *words: str) -> None:
+def nm(folder: Path, *words: str | Path) -> None:
     run(["-m", "nmlightning", *words], cwd=folder, stdout=subprocess.DEVNULL)
 
 

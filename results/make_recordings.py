@@ -40,6 +40,13 @@ RULES = {
 }
 
 
+def fill(text: str) -> str:
+    """Return its paragraphs in lines, and its tables as they are."""
+    parts = text.rstrip().split("\n\n")
+    wrap = textwrap.TextWrapper(118, break_on_hyphens=False).fill
+    return "\n\n".join(part if part.startswith("|") else wrap(part) for part in parts)
+
+
 def state_of(recordings: Recordings, *names: str) -> str:
     """Return how far runs are: `wd_on 80 epochs, wd_off 46 epochs so far, l1 not run yet`."""
     words = []
@@ -240,7 +247,7 @@ def make_recordings(page: dict[str, Any], tables: dict[str, str], folder: Path, 
     recordings = read_recordings(folder, tables)
     lines = ["# Recorded norms", "", textwrap.fill(page["introduction"], 118)]
     for name, text in page["sections"].items():
-        lines += ["", f"## {text['title']}", "", *textwrap.wrap(text["about"], 118)]
+        lines += ["", f"## {text['title']}", "", fill(text["about"])]
         lines += ["", *textwrap.wrap(state_of(recordings, *text["runs"]), 118)]
         if set(text["drawn"]) <= recordings.keys():
             lines += ["", f"![{text['title']}](pictures/recordings_{name}.svg)"]
@@ -249,6 +256,5 @@ def make_recordings(page: dict[str, Any], tables: dict[str, str], folder: Path, 
             save_picture(picture, docs / "pictures" / f"recordings_{name}.svg")
         if table := list(WRITERS.get(name, lambda _: iter(()))(recordings)):
             lines += ["", *table]
-        found, _, figures = f"**Found**: {text['found']}".partition("\n\n")
-        lines += ["", *textwrap.wrap(found, 118), *(["", figures] if figures else [])]
+        lines += ["", fill(f"**Found**: {text['found']}")]
     (docs / "recordings.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

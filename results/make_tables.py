@@ -6,7 +6,6 @@ python results/make_tables.py
 import csv
 import json
 import sys
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from make_recordings import COLOURS, NOT_RUN, make_recordings, save_picture
+from make_recordings import COLOURS, NOT_RUN, fill, make_recordings, save_picture
 from matplotlib.figure import Figure
 from plan import HERE, read_plan
 
@@ -97,13 +96,20 @@ def write_page(page: dict[str, Any], expected: dict[str, str], results: Results)
         f"- **Open**: {results.missing} of {total} runs; WMT14, ImageNet and ResNet-56 are out of"
         " reach here ([below](#out-of-reach)).",
         "",
+        page["claims"],
         *INTRODUCTION.splitlines(),
     ]
     for name, table in page["tables"].items():
-        lines += ["", f"## {table['title']}", "", fill("The paper", table["published"]), ""]
+        lines += ["", f"## {table['title']}", "", fill(f"**The paper**: {table['published']}"), ""]
         lines += write_table(table, results)
-        lines += ["", fill("What differs", table["differs"]), "", fill("Expected", expected[name])]
-        lines += ["", fill("Found", table.get("found", "not judged yet."))]
+        lines += ["", fill(f"**What differs**: {table['differs']}"), ""]
+        lines += ["<details><summary>Expected, before the first run</summary>"]
+        lines += [
+            fill(expected[name]),
+            "</details>",
+            "",
+            fill(f"**Found**: {table.get('found', NOT_JUDGED)}"),
+        ]
         for figure in table.get("figures", []):
             if any(results.kept[run] for run in table["rows"]):
                 lines += ["", f"![{figure['label']}](pictures/results_{figure['name']}.svg)"]
@@ -112,6 +118,7 @@ def write_page(page: dict[str, Any], expected: dict[str, str], results: Results)
     return "\n".join(lines) + "\n"
 
 
+NOT_JUDGED = "not judged yet: its runs are open."
 INTRODUCTION = """\
 Every run and its expectation is in `results/plan.yaml`, written before the first run; nothing was
 chosen by an outcome. In brackets is n, the number of seeds; ± is the deviation over them (n − 1).
@@ -126,11 +133,6 @@ nm compare results/weight_decay                         # the curves, zoomable
 
 `results/<table>/<run>-<seed>.csv` has a row for each epoch, the `.json` beside it the command,
 commit, versions, device, precision, threads and minutes of CPU time."""
-
-
-def fill(heading: str, text: str) -> str:
-    """Return a paragraph."""
-    return textwrap.fill(f"**{heading}**: {text}", 118, break_on_hyphens=False)
 
 
 def write_table(table: dict[str, Any], results: Results) -> Iterator[str]:

@@ -229,9 +229,10 @@ def _check_weight(weight: OptimizedWeight) -> None:
     decay = weight.group.get("weight_decay")
     if decay:
         raise InputError(
-            f"{weight.name} has weight decay {float(decay):g} in its optimizer, which would be "
-            "steered with the step: give the optimizer the groups of "
-            "`nmlightning.exempt_from_decay(groups, model, rule)`, or weight_decay 0."
+            f"{weight.name} has weight decay {float(decay):g} in its optimizer. It is a part of "
+            "the step, which the rule changes: give the optimizer the groups of "
+            "`nmlightning.exempt_from_decay(groups, model, rule)`, or weight_decay 0 (docs: Train "
+            "without weight decay)."
         )
     try:
         channel_norms(weight.parameter, layout=weight.layout)
