@@ -54,7 +54,7 @@ zoo: $(VENV)/zoo ## try every model of timm and more, optimizers and loops (hour
 	$(VENV)/bin/python benchmarks/$$zoo.py --write docs/compatibility.md $(OPTIONS) || exit; done
 
 docs: $(VENV)/docs ## the site, in site/; a dead link or anchor is an error, and so is what needs another host
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 	@! grep -rnoE '<(script|link|img|iframe)[^>]+(src|href)="?(https?:)?//[^ >]*' site --include=*.html
 
 test: $(VENV)/test ## install with the test extra, then run the tests
@@ -63,7 +63,7 @@ test: $(VENV)/test ## install with the test extra, then run the tests
 proofs: $(VENV)/test ## the slow tests, which make test skips
 	$(PYTEST) -m slow
 
-check: format lint types docs test ## format, lint, types, site and tests: run it before a pull request
+check: format lint types docs test ## format, lint, types, site and tests, as CI: run it before a pull request
 
 format: $(VENV)/dev ## format the code
 	$(VENV)/bin/ruff check --fix-only --quiet .

@@ -1,6 +1,7 @@
 """Makes the description on an index's page of README.md; all else is in setup.cfg.
 
-An index has no files beside the text: a picture becomes its caption, a relative link its words.
+An index has no files beside the text: a picture becomes its caption, and a sentence that links to
+a file is left out, with its heading if nothing else is under it.
 """
 
 import re
@@ -16,8 +17,12 @@ def describe(readme: str) -> str:
         text = re.sub(r'<img\b[^>]*?alt="([^"]*)"[^>]*>', r"*\1*", parts[i])
         text = re.sub(r"!\[([^]]*)\]\((?!https?:)[^)]*\)", r"*\1*", text)
         text = re.sub(r"</?(picture|source|p|div|a)\b[^>]*>\n?", "", text)
-        parts[i] = re.sub(r"\[([^][]*)\]\((?!https?:)[^)]*\)", r"\1", text)
-    return "".join(parts)
+        text = re.sub(r"\[[^][]*\]\((?!https?:)[^)]*\)", "\0", text)
+        sentence = r"(?:(?!\.\s|\n\n)[\s\S])*"
+        start = r"(?:\A|(?<=\n\n)|(?<=\.\s))"
+        text = re.sub(rf"{start}(?={sentence}\0){sentence}\.?", "", text)
+        parts[i] = re.sub(r"\n{3,}", "\n\n", text)
+    return re.sub(r"^#+ [^\n]*\n+(?=#|\Z)", "", "".join(parts), flags=re.MULTILINE)
 
 
 if __name__ == "__main__":

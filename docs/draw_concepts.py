@@ -109,24 +109,25 @@ def recipe(axes: Axes) -> None:
 def half_range(axes: Axes) -> None:
     """Deviations at which a norm in float16 is right: the table of docs/half_precision.md."""
     for y, (name, low, high, colour) in enumerate(
-        (("L2", 0.0246, 60, ORANGE), ("L1", 1e-4, 1e4, BLUE))
+        (("L2", 0.1, 50, ORANGE), ("L1", 1e-4, 1e4, BLUE))
     ):
         axes.barh(y, high - low, left=low, height=0.5, color=colour)
         axes.text(np.sqrt(low * high), y, name, ha="center", va="center", color="white")
     axes.set(xscale="log", xlim=(1e-5, 1e6), yticks=[], ylim=(-0.6, 1.6))
-    axes.set_xlabel("standard deviation of the input; bars: float16 suffices")
+    axes.set_xlabel("deviations of the input where float16 is right")
     axes.spines.left.set_visible(False)
 
 
 def effective_rate(axes: Axes) -> None:
-    """One step turns a short weight further than a long one."""
-    for x, length, colour in ((0.0, 0.8, ORANGE), (1.8, 2.2, BLUE)):
+    """At one rate: a weight of twice the length has half the gradient, so a fourth of the angle."""
+    for x, length, colour in ((0.0, 1.1, ORANGE), (1.8, 2.2, BLUE)):
+        step = 0.75 / length
         pull(axes, (x, 0), (x + length, 0), colour)
-        pull(axes, (x + length, 0), (x + length, 0.5), GREEN)
-        pull(axes, (x, 0), (x + length, 0.5), colour, linestyle="--")
-        angle = np.degrees(np.arctan2(0.5, length))
+        pull(axes, (x + length, 0), (x + length, step), GREEN)
+        pull(axes, (x, 0), (x + length, step), colour, linestyle="--")
+        angle = np.degrees(np.arctan2(step, length))
         axes.text(x + length / 2, -0.24, f"turns by {angle:.0f}°", ha="center", color=colour)
-    axes.text(0.86, 0.6, "the same step", color=GREEN)
+    axes.text(1.15, 0.62, "η times the gradient", color=GREEN)
     plain(axes, (-0.1, 4.3), (-0.4, 0.85))
 
 
@@ -278,12 +279,12 @@ def main() -> None:
             picture = Figure(figsize=(4.4, 1.9), layout="constrained")
             draw(picture.add_subplot())
             save(picture, f"concept_{draw.__name__}")
-        picture = Figure(figsize=(8.8, 2.4), layout="constrained")
+        picture = Figure(figsize=(6.6, 1.9), layout="constrained")
         left, right = picture.subplots(1, 2)
         half_range(left)
-        left.set_title("Other norms: L1 suits float16, L2 does not", fontsize=10)
+        left.set_title("L1 suits float16, L2 does not", fontsize=9.5)
         lr_correction(right)
-        right.set_title("Weights' norms: decay acts through them", fontsize=10)
+        right.set_title("Decay acts through norms of weights", fontsize=9.5)
         save(picture, "overview")
 
 

@@ -30,6 +30,11 @@ from recordings import (
 NOT_RUN = "not run yet"
 # Okabe and Ito's colours, which colour-blind people tell apart, without the yellow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B6B6B")
+# Read on white and on black.
+GREY = "#808891"
+STYLE = {"savefig.transparent": True, "svg.fonttype": "none", "svg.hashsalt": "nmlightning"}
+STYLE |= dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "legend.labelcolor"), GREY)
+STYLE |= dict.fromkeys(("text.color", "xtick.color", "ytick.color"), GREY)
 DECAY_RATE = 5e-4  # η λ / (1 − m) of the study at η = 0.1: per step, of ‖w‖ where no gradient is
 LARGEST_FLOAT32 = 3.4e38
 OPTIMIZERS = {"sgd": "SGD", "momentum": "momentum", "adamw": "AdamW"}
@@ -144,14 +149,14 @@ def draw_rates(picture: Figure, recordings: Recordings) -> None:
 
 def draw_equilibrium(picture: Figure, recordings: Recordings) -> None:
     axes, run = picture.subplots(), recordings["wd_on"]
-    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(run.layers)))
+    colours = matplotlib.colormaps["viridis"](np.linspace(0.3, 0.9, len(run.layers)))
     for layer, values, colour in zip(run.layers, run.ratio.T, colours, strict=True):
         label = layer.removeprefix("net.")
         axes.plot(run.epochs, values, color=colour, linewidth=1, label=label)
     start = run.ratio[0].min()
     for phase, first in enumerate(range(0, len(run), 20)):
         expected = predicted_ratio(start, DECAY_RATE / 10**phase, min(20, len(run) - first))
-        axes.plot(first + 1 + np.arange(len(expected)), expected, "k--", linewidth=1.2)
+        axes.plot(first + 1 + np.arange(len(expected)), expected, "--", color=GREY, linewidth=1.2)
         start = expected[-1] / math.sqrt(10)
     draw_band(axes)
     axes.set_ylim(bottom=0.05)
@@ -195,7 +200,7 @@ def draw_factors(picture: Figure, recordings: Recordings) -> None:
             factors = layer_factors(run)
             draw_layers(axes, run, factors, color=colour, label=label)
             if factors.max() > 1e20:
-                axes.axhline(LARGEST_FLOAT32, color="black", linewidth=0.8)
+                axes.axhline(LARGEST_FLOAT32, color=GREY, linewidth=0.8)
     axes.set(yscale="log", ylabel="largest factor of a channel")
     axes.legend(frameon=False, fontsize=8)
 
@@ -229,10 +234,9 @@ def save_picture(picture: Figure, file: Path) -> None:
     for axes in picture.axes:
         axes.set_xlabel(axes.get_xlabel() or "epoch")
         axes.grid(alpha=0.3)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nmlightning"}):
-        svg = io.StringIO()
-        picture.savefig(svg, format="svg", metadata={"Creator": None, "Date": None})
-    file.write_text(re.sub(r"(\.\d\d)\d+", r"\1", svg.getvalue()), encoding="utf-8")
+    svg = io.StringIO()
+    picture.savefig(svg, format="svg", metadata={"Creator": None, "Date": None})
+    file.write_text(re.sub(r"(\.\d\d)\d+(?=[^<>]*>)", r"\1", svg.getvalue()), encoding="utf-8")
 
 
 def make_recordings(page: dict[str, Any], tables: dict[str, str], folder: Path, docs: Path) -> None:

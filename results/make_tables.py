@@ -12,9 +12,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import matplotlib
 import numpy as np
 import yaml
-from make_recordings import COLOURS, NOT_RUN, fill, make_recordings, save_picture
+from make_recordings import COLOURS, NOT_RUN, STYLE, fill, make_recordings, save_picture
 from matplotlib.figure import Figure
 from plan import HERE, read_plan
 
@@ -150,16 +151,20 @@ def write_table(table: dict[str, Any], results: Results) -> Iterator[str]:
 
 def write_readme_table(page: dict[str, Any], results: Results) -> str:
     """Return the rows that have runs of some tables, with the first of their figures."""
-    lines = ["| test accuracy | the paper | here (n) |", "|---|---|---|"]
+    lines: list[str] = []
     for table in (page["tables"][name] for name in page["readme"]):
         column = table["columns"][0]
         cells = {name: results.cell(name, column) for name in table["rows"] if results.kept[name]}
         if cells:
-            lines.append(f"| **{table['title']}** | | {column['heading']} |")
+            lines += [
+                "",
+                f"| {table['title']} | the paper | here: {column['heading']} | seeds run |",
+            ]
+            lines.append("|---|---|---|---|")
         for name, cell in cells.items():
-            row = table["rows"][name]
-            lines.append(f"| {row['label']} | {row['paper']} | {cell} |")
-    return "\n".join(lines) + "\n"
+            row, (value, seeds) = table["rows"][name], cell.removesuffix(")").split(" (")
+            lines.append(f"| {row['label']} | {row['paper']} | {value} | {seeds} |")
+    return "\n".join(lines[1:]) + "\n"
 
 
 def replace_between(text: str, marks: tuple[str, str], new: str) -> str:
@@ -193,6 +198,7 @@ def draw_figure(
     save_picture(picture, file)
 
 
+@matplotlib.rc_context(STYLE)
 def make_tables(folder: Path, root: Path) -> None:
     """Write everything.
 

@@ -98,12 +98,14 @@ def test_wheel_says_who_and_where_and_links_to_no_file_beside_it(wheel: Path) ->
     assert re.findall(r"\]\((?!https?:)[^)]*\)|<(?:img|source|a)\b[^>]*>", prose) == []
 
 
-def test_description_has_captions_for_pictures_and_words_for_links() -> None:
-    given = '![a](b.png) [c](https://c.org) <p><img src="b" alt="d"></p> '
-    given += "[![e](e.png)](e.md), [`f`](#f)"
+def test_description_has_captions_for_pictures_and_no_sentence_with_a_dead_link() -> None:
+    given = (
+        '![a](b.png) [c](https://c.org) <p><img src="b" alt="d"></p>. See [`f`](#f), and\n[e](e.md)'
+    )
     code = "\n```\nx[0](y)\n```\n"
-    made = runpy.run_path(str(ROOT / "setup.py"))["describe"](f"{given}{code}[g](g.md)")
-    assert made == f"*a* [c](https://c.org) *d* *e*, `f`{code}g"
+    given += f".\nStay 1.5.\n\n# Gone\n\n[g](g.md).\n\n# Code\n{code}[![h](h.png)](h.md)"
+    made = runpy.run_path(str(ROOT / "setup.py"))["describe"](given)
+    assert made == f"*a* [c](https://c.org) *d*. \nStay 1.5.\n\n# Code\n{code}"
 
 
 def test_texts_install_nothing_that_no_index_has() -> None:

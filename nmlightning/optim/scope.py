@@ -174,7 +174,7 @@ def exempt_from_decay(groups: Iterable[Any], model: nn.Module, rule: Any) -> lis
         model: holds the parameters.
         rule: a `StepRule` to attach to the optimizer, or to give to a `WeightNormTracker`.
 
-    Example:
+    Examples:
         >>> from nmlightning import Hyperball
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 2))
         >>> groups = exempt_from_decay(model.parameters(), model, Hyperball(exclude=["2.*"]))

@@ -17,7 +17,7 @@ from nmlightning.norms import QuantizationNoise
 
 CHANNELS = 32
 EPS = 1e-10
-SIGMAS = [1e-4, 1e-3, 2e-2, 0.1, 1.0, 10.0, 60.0, 80.0, 1e3, 1e4]
+SIGMAS = [1e-4, 1e-3, 2e-2, 0.1, 1.0, 10.0, 50.0, 60.0, 80.0, 1e3, 1e4]
 HALF = {"stats_dtype": torch.float16}
 LAYERS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "op-by-op L2": (norms.HalfL2BatchNorm2d, {}),
@@ -38,9 +38,9 @@ RIGHT_FORWARD = dict.fromkeys(LAYERS, ALL)
 RIGHT_BACKWARD = dict(RIGHT_FORWARD)
 # At 1e-4 the gradient at the maxima, of 4096 unit gradients, is itself beyond 65504.
 RIGHT_BACKWARD["L∞"] = RIGHT_BACKWARD["Top(10)"] = ALL - {1e-4}
-RIGHT_FORWARD["op-by-op L2"] = {2e-2, 0.1, 1.0, 10.0}
-RIGHT_BACKWARD["op-by-op L2"] = {0.1, 1.0, 10.0}
-RIGHT_FORWARD["compact L2"] = RIGHT_BACKWARD["compact L2"] = {2e-2, 0.1, 1.0, 10.0}
+RIGHT_FORWARD["op-by-op L2"] = {2e-2, 0.1, 1.0, 10.0, 50.0}
+RIGHT_BACKWARD["op-by-op L2"] = {0.1, 1.0, 10.0, 50.0}
+RIGHT_FORWARD["compact L2"] = RIGHT_BACKWARD["compact L2"] = RIGHT_FORWARD["op-by-op L2"]
 
 
 def batch(sigma: float) -> tuple[Tensor, Tensor]:
