@@ -150,17 +150,13 @@ def write_table(table: dict[str, Any], results: Results) -> Iterator[str]:
 
 
 def write_readme_table(page: dict[str, Any], results: Results) -> str:
-    """Return the rows that have runs of some tables, with the first of their figures."""
+    """Return tables of the rows that have runs, with the first of their figures."""
     lines: list[str] = []
     for table in (page["tables"][name] for name in page["readme"]):
         column = table["columns"][0]
         cells = {name: results.cell(name, column) for name in table["rows"] if results.kept[name]}
         if cells:
-            lines += [
-                "",
-                f"| {table['title']} | the paper | here: {column['heading']} | seeds run |",
-            ]
-            lines.append("|---|---|---|---|")
+            lines += ["", f"| {table['title']} | the paper | here | seeds run |", f"|{'---|' * 4}"]
         for name, cell in cells.items():
             row, (value, seeds) = table["rows"][name], cell.removesuffix(")").split(" (")
             lines.append(f"| {row['label']} | {row['paper']} | {value} | {seeds} |")

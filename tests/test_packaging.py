@@ -105,7 +105,7 @@ def test_description_has_captions_for_pictures_and_no_sentence_with_a_dead_link(
     code = "\n```\nx[0](y)\n```\n"
     given += f".\nStay 1.5.\n\n# Gone\n\n[g](g.md).\n\n# Code\n{code}[![h](h.png)](h.md)"
     made = runpy.run_path(str(ROOT / "setup.py"))["describe"](given)
-    assert made == f"*a* [c](https://c.org) *d*. \nStay 1.5.\n\n# Code\n{code}"
+    assert made == f"*a* [c](https://c.org) *d*. \nStay 1.5.\n\n# Code\n{code.rstrip()}"
 
 
 def test_texts_install_nothing_that_no_index_has() -> None:
