@@ -1,6 +1,7 @@
 """A fixed seed for every test, the real data where it is at hand, and made runs and images."""
 
 import os
+import readline  # noqa: F401  # puts the terminal's width into the environment of processes
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch.utils.tensorboard import SummaryWriter
 from nmlightning.kernels import norm_backend
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.recording_file import FILE_NAME
+
+os.environ["COLUMNS"] = "0"  # a pipe, of any width
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -358,7 +358,7 @@ def test_fit_prints_a_name_in_brackets(nm: Nm) -> None:
     answer = nm("fit", "--config", "a[red]b.yaml", *SHORT)
     run = "runs/a[red]b/version_0"
     assert answer.out[0].endswith(f"→ {run}")
-    assert answer.out[-7:-5] == [f" run         {run}", f" checkpoint  {run}/{LAST}"]
+    assert answer.out[-8:-6] == [f" run         {run}", f" checkpoint  {run}/{LAST}"]
 
 
 def test_fit_on_other_data_notices_16_mixed_without_a_gpu_once(nm: Nm) -> None:

@@ -64,7 +64,7 @@ class ImageClassifier(pl.LightningModule):
 
     Logged are `train/loss` and `train/top1`, and `loss`, `top1`, `top5` under `val/` and `test/`:
     means over the epoch and over all processes. Top-5 is top-all where there are fewer classes.
-    `train/loss_step` is the loss of one batch, of the first process, every `log_every_n_steps`.
+    `train/loss_step` is the loss of one batch, the mean over processes, every `log_every_n_steps`.
     The number of classes is the data module's `num_classes`, or the network's number of outputs
     where the data does not say. The learning rate changes after epochs, so milestones are epochs.
 
@@ -162,7 +162,7 @@ class ImageClassifier(pl.LightningModule):
         loss = self._step("train", batch, batch_idx, self.label_smoothing)
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:  # to log each would be dear
-            self.log("train/loss_step", loss)
+            self.log("train/loss_step", loss, sync_dist=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
