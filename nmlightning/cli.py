@@ -22,7 +22,7 @@ from typing import Any
 
 import nmlightning
 from nmlightning.commands.argument_parser import BAD_INPUT, INTERRUPTED, UNREAD, print_words
-from nmlightning.commands.files import RunPaths, shipped_configs
+from nmlightning.commands.files import CONFIG_GROUPS, RunPaths, config_group, shipped_configs
 from nmlightning.errors import InputError, cut, input_error_in, nearest
 
 COMMANDS = {
@@ -43,19 +43,6 @@ COMMANDS = {
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 # These take class paths: of the user's own classes, too, in the current folder.
 CLASS_COMMANDS = (*LIGHTNING_COMMANDS, "probe", "export", "translate")
-# What the shipped configs are, by the beginning of their names.
-CONFIG_GROUPS = {
-    "quickstart": "ResNet-20 by L1 on the digits: the first run",
-    "translate_quickstart": "Transformer on number names, German to English",
-    "cifar_": "ResNet-56 on CIFAR-10",
-    "imagenet_resnet18_": "ResNet-18, ImageNet",
-    "imagenet_resnet50_": "ResNet-50, ImageNet",
-    "multi30k_transformer_": "small Transformer on Multi30k",
-    "wmt14_transformer_": "base Transformer on WMT14",
-    "wmt14_lstm_": "LSTM with attention on WMT14",
-    "study_short_": "weight decay, in minutes",
-    "study_": "weight decay, the paper's schedule",
-}
 # The options of the symbol listers of binutils, LLVM and macOS, which are called nm, too.
 _OPTION_OF_OTHERS = re.compile(r"@.|-(?!c$)\w+$|--(?!config|data|model|trainer)[a-z-]*(=|$)")
 _OUR_SUFFIXES = (".yaml", ".yml", ".ckpt")
@@ -184,7 +171,7 @@ def _help() -> str:
     commands = "\n".join(f"  {name:<10}{purpose}" for name, purpose in COMMANDS.items())
     ends: dict[str, list[str]] = {start: [] for start in CONFIG_GROUPS}
     for name in shipped_configs():
-        start = max(filter(name.startswith, CONFIG_GROUPS), key=len)
+        start = config_group(name)
         ends[start].append(name.removeprefix(start))
     lines = (
         f"{f'{start}…' if rest[0] else start:<23} {CONFIG_GROUPS[start]}: {' '.join(rest)}"
@@ -196,8 +183,8 @@ def _help() -> str:
 nm {nmlightning.__version__}: normalisation in other norms than L2, for PyTorch Lightning
 
   nm fit --config quickstart              train on the digits in scikit-learn
-  nm fit --config cifar_l1                the main experiment, on CIFAR-10
-  nm fit --config cifar_l1 --data Digits  the same network, on the digits
+  nm fit --config study_short_wd_on       VGG-11 on CIFAR-10, in two minutes
+  nm fit --config cifar_l1 --data Digits  any config, on other data
   nm probe cifar_l2                       would its norms survive in half?
   nm compare runs                         what differed, and the results
 

@@ -122,6 +122,11 @@ class EndCheckpoint(compat.CallbackBase):
     ) -> None:
         self.step = trainer.global_step
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save where a fit stops within an epoch, before the epoch's means are reset."""
+        if count_batches_done(trainer):
+            self.on_train_end(trainer, pl_module)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save, before other callbacks put averaged weights into the module."""
         if self.file and self.step != trainer.global_step:
@@ -239,6 +244,10 @@ class ExactResume(compat.CallbackBase):
     ) -> None:
         """Keep the states of all processes, and what this run asked for."""
         within_epoch = count_batches_done(trainer) > 0
+        if within_epoch:  # Lightning takes an epoch that max_time or max_steps cuts for a whole one
+            for count in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+                done = count["started"] - 1
+                count |= {x: min(count[x], done) for x in ("processed", "completed")}
         mine: dict[str, Any] = {
             "random": random_states(trainer.strategy.root_device),
             "sums": {**self._sums, **compat.training_sums(trainer)} if within_epoch else {},

@@ -18,14 +18,16 @@ def run(arguments: list[str]) -> NoReturn:
         raise InputError(f"--port is from 0, to have one chosen, to {2**16 - 1}; got {given.port}.")
     command = [sys.executable, "-m", "tensorboard.main", *_logdir(given.run)]
     command += ["--port", str(given.port), "--host", given.host]
-    if not any((folder / FILE_NAME).is_file() for folder in find_runs(given.run)):
+    has_norms = any((folder / FILE_NAME).is_file() for folder in find_runs(given.run))
+    if not has_norms:
         print_words(
-            "nm: no run here has recorded norms: add WeightNormTracker to trainer.callbacks.",
+            "nm: no run here has recorded norms, which have a page of their own, Custom Scalars: "
+            "add WeightNormTracker to trainer.callbacks.",
             sys.stderr,
         )
     if given.port:  # 0 lets TensorBoard choose
-        page = f"http://{given.host}:{given.port}/#custom_scalars"
-        print(f"nm: weight norms are at {page}", flush=True)
+        what, page = ("weight norms", "#custom_scalars") if has_norms else ("the runs", "")
+        print(f"nm: {what} are at http://{given.host}:{given.port}/{page}", flush=True)
     safe = {"PYTHONSAFEPATH": "1"}  # or -m would import from the current folder first
     os.execve(sys.executable, command, os.environ | safe)
 

@@ -6,6 +6,7 @@ Nothing here needs torch: a misspelt path is reported at once.
 import argparse
 import re
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -13,9 +14,24 @@ from pickle import UnpicklingError
 from typing import Any
 
 from nmlightning.atomic_file import UnwritableError, is_whole_zip, next_version, replace_file
-from nmlightning.errors import InputError, cut, nearest
+from nmlightning.errors import InputError, cut
+from nmlightning.name_patterns import some
 from nmlightning.named_code import typed_classes
 from nmlightning.yaml_text import load_yaml
+
+# What the shipped configs are, by the beginning of their names.
+CONFIG_GROUPS = {
+    "quickstart": "ResNet-20 by L1 on the digits: the first run",
+    "translate_quickstart": "Transformer on number names, German to English",
+    "cifar_": "ResNet-56 on CIFAR-10",
+    "imagenet_resnet18_": "ResNet-18, ImageNet",
+    "imagenet_resnet50_": "ResNet-50, ImageNet",
+    "multi30k_transformer_": "small Transformer on Multi30k",
+    "wmt14_transformer_": "base Transformer on WMT14",
+    "wmt14_lstm_": "LSTM with attention on WMT14",
+    "study_short_": "weight decay, in minutes",
+    "study_": "weight decay, the paper's schedule",
+}
 
 
 def find_config(name: str) -> Path:
@@ -32,9 +48,30 @@ def find_config(name: str) -> Path:
         return shipped[path.stem]
     if path.exists():
         raise InputError(f"--config: {name!r} is not a regular file, which a config must be.")
-    where = f"there is no file {cut(name)}.{nearest(path.stem, shipped)}"
     lists = f"Files are looked for in {Path.cwd()}; nm --help lists the shipped configs."
-    raise InputError(f"--config: {where} {lists}")
+    raise InputError(f"--config: no config {cut(name)}.{_nearest_configs(path.stem)} {lists}")
+
+
+def _nearest_configs(name: str) -> str:
+    """Return `" Did you mean …?"` of one, or else of all whose name or title has it; or `""`."""
+    word = _letters(name)
+    names = {_letters(config): config for config in shipped_configs()}
+    if not (near := get_close_matches(word, names, n=1, cutoff=0.9)):
+        titles = {key: _letters(CONFIG_GROUPS[config_group(x)]) for key, x in names.items()}
+        near = [key for key in names if word in key] or [x for x in names if word in titles[x]]
+        if len(near) > 1:
+            return f" Did you mean one of {some((names[key] for key in near), 12)}?"
+        near = near or get_close_matches(word, names, n=1, cutoff=0.5)
+    return f" Did you mean {names[near[0]]!r}?" if near else ""
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]", "", name.lower())
+
+
+def config_group(name: str) -> str:
+    """Return the key of CONFIG_GROUPS that a shipped config belongs to."""
+    return max(filter(name.startswith, CONFIG_GROUPS), key=len)
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -57,7 +94,10 @@ def read_config(name: str) -> dict[str, Any]:
         raise InputError(f"--config: {name!r} cannot be read: {error.strerror}.") from None
     content = load_yaml(text, f"--config: {name!r}")
     if not isinstance(content, dict):
-        raise InputError(f"--config: {name!r} holds no options, but {cut(content)}.")
+        held = "is empty" if content is None else f"holds no options, but {cut(content)}"
+        shadows = not is_config_text(name) and Path(name).stem in shipped_configs()
+        way_out = "; it stands before the shipped config of that name: rename it" if shadows else ""
+        raise InputError(f"--config: {name!r} {held}{way_out}.")
     return content
 
 

@@ -21,7 +21,16 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class DispatchKey(NamedTuple):
-    """All that the choice of a backend depends on."""
+    """All that the choice of a backend depends on.
+
+    Attributes:
+        kind: batch, layer or RMS norm.
+        statistic: what it divides by.
+        device: its type.
+        dtype: of the input.
+        stats_dtype: of the sums.
+        layout: of the input in memory.
+    """
 
     kind: NormKind
     statistic: Statistic
@@ -32,7 +41,13 @@ class DispatchKey(NamedTuple):
 
 
 class Dispatch(NamedTuple):
-    """A backend's name, and its kernels; or "formula", the reason for that, and no kernels."""
+    """The choice of a backend.
+
+    Attributes:
+        backend: its name, or "formula".
+        reason: why it is the formula.
+        kernels: of the backend.
+    """
 
     backend: str
     reason: str

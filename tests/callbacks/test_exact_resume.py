@@ -74,12 +74,13 @@ class Logs(ImageClassifier):
 class Keep(pl.Callback):
     """Keeps a checkpoint of each step and of each epoch's end, and what was logged."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, last: int | None = None) -> None:
+        self.folder, self.last = folder, last
         self.logged: list[dict[str, float]] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         trainer.save_checkpoint(self.folder / f"step={trainer.global_step}.ckpt")
+        trainer.should_stop = trainer.global_step == self.last  # as max_time does
 
     def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         trainer.save_checkpoint(self.folder / f"epoch={trainer.current_epoch}.ckpt")
@@ -93,6 +94,7 @@ def fit(
     data: Any = None,
     lr: float = 0.1,
     seed: int = 1,
+    last: int | None = None,
     **options: Any,
 ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """Return the weights at the end, and what each epoch logged."""
@@ -102,7 +104,7 @@ def fit(
         optimizer=lambda groups: SGD(groups, lr=lr, momentum=0.9),
         lr_scheduler=lambda optimizer: StepLR(optimizer, 2),
     )
-    keep = Keep(folder)
+    keep = Keep(folder, last)
     options |= {"limit_train_batches": BATCHES, "limit_val_batches": 1, "num_sanity_val_steps": 0}
     trainer = quiet_trainer(
         ExactResume(), keep, max_epochs=EPOCHS, plugins=[AtomicCheckpointIO()], **options
@@ -132,6 +134,17 @@ def test_resume_is_exact(tmp_path: Path, name: str) -> None:
     checkpoint = torch.load(tmp_path / name, weights_only=True)
     within = name in ("step=2.ckpt", "step=5.ckpt")
     assert checkpoint["nmlightning.ExactResume"]["within_epoch"] is within
+
+
+@pytest.mark.parametrize("stop", [{"last": 6}, {"max_steps": 6}, {"last": 8}], ids=str)
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_resume_is_exact_where_a_fit_was_stopped(tmp_path: Path, stop: dict[str, int]) -> None:
+    weights, logged = fit(tmp_path / "whole")
+    fit(tmp_path, **stop)
+    found, again = fit(tmp_path / "again", tmp_path / "epoch=1.ckpt")
+    assert logged[-len(again) :] == again
+    assert len(again) == 1 + (6 in stop.values())
+    assert all(torch.equal(found[key], weight) for key, weight in weights.items())
 
 
 @pytest.mark.parametrize("step", [4, 7])

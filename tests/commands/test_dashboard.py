@@ -41,12 +41,14 @@ def test_dashboard_starts_tensorboard_on_a_folder(
     program = [sys.executable, "-m", "tensorboard.main"]
     assert started == [[*program, "--logdir", "runs", "--port", "6006", "--host", "localhost"]]
     answer = capsys.readouterr()
-    assert "http://localhost:6006/#custom_scalars" in answer.out
+    assert answer.out == "nm: the runs are at http://localhost:6006/\n"
     assert answer.err.startswith("nm: no run here has recorded norms")
     assert answer.err.endswith(" add WeightNormTracker to trainer.callbacks.\n")
     make_run("runs/b/version_0").joinpath("weight_norms.safetensors").touch()
     start()
-    assert not capsys.readouterr().err
+    answer = capsys.readouterr()
+    assert answer.out == "nm: weight norms are at http://localhost:6006/#custom_scalars\n"
+    assert not answer.err
 
 
 def test_dashboard_names_several_folders(

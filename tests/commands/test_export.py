@@ -194,7 +194,7 @@ BAD_INPUT = {
     "LAST --format onnx --fold": "unrecognized arguments: --fold",
     "LAST --format onnx --module nte": "ImageClassifier has no module 'nte'; it has net.*'net'",
     "LAST --format onnx --input_shape 5": "does not take inputs of shape 5: ",
-    "LAST --format onnx --config nope": "--config: there is no file 'nope'",
+    "LAST --format onnx --config nope": "--config: no config 'nope'",
     "LAST --format onnx --config 'model: {class_path: gone.Net}\n'": "cannot import 'gone.Net'",
     "LAST --format onnx --config cifar_l1": "The checkpoint is from another network",
     "text.ckpt --format onnx": "'text.ckpt' is not a checkpoint, or is truncated",

@@ -122,7 +122,7 @@ def test_probe_moves_no_weight(capfd: pytest.CaptureFixture[str]) -> None:
 BAD_INPUT = {
     "": "the following arguments are required: CONFIG.CHECKPOINT; nm probe --help",
     "--data Digits": "the config or checkpoint comes first, got '--data'",
-    "quickstar": "--config: there is no file 'quickstar'. Did you mean 'quickstart'?",
+    "quickstar": "--config: no config 'quickstar'. Did you mean 'quickstart'?",
     "nope.ckpt": "--ckpt_path: there is no file 'nope.ckpt'",
     "lonely.ckpt": "there is no config.yaml of the run of",
     "quickstart --batches 0": "argument --batches: at least 1, got 0",
