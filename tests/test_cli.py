@@ -174,14 +174,12 @@ BAD_INPUT = {
     "fit": "required: --data, --model; or give a config that has them, such as --config quickstart",
     "fit --config nope.yaml": "no config 'nope.yaml'. Files are .* nm --help lists the shipped",
     "fit --config configs/cifar_l3.yaml": "'configs/cifar_l3.yaml'. Did you mean 'cifar_l2'?",
-    "fit --config elsewhere/cifar_l1.yaml": "no config 'elsewhere/.*' mean 'cifar_l1'? Files are",
+    "fit --config elsewhere/cifar_l1.yaml": "no config 'elsewhere/.* mean 'cifar_l1'? Files are",
     "fit --config cifarl1": "--config: no config 'cifarl1'. Did you mean 'cifar_l1'? Files are",
     "fit --config CIFAR_L1": "no config 'CIFAR_L1'. Did you mean 'cifar_l1'?",
     "fit --config cifar": "mean one of cifar_bwn, .*, cifar_wn?",
     "fit --config resnet56": "mean one of cifar_bwn, .*, cifar_wn?",
     "fit --config resnet": "mean one of imagenet_resnet18_l1, .*, imagenet_resnet50_wn?",
-    "fit --config ResNet-50": "mean one of imagenet_resnet50_bwn, .*, imagenet_resnet50_wn?",
-    "fit --config lstm": "mean one of wmt14_lstm_bwn, wmt14_lstm_l1, wmt14_lstm_ln?",
     "fit --config 'trainer: [\n'": "is not YAML: .* in line 2",
     "fit --config 'a: &a [*a]\n'": "is not YAML: .a refers to itself in line 1",
     "--trainer '{max_epochs: 1, max_epochs: 2}'": "trainer: the key 'max_epochs' is given twice",
@@ -358,13 +356,9 @@ def test_fit_prefers_a_file_to_a_shipped_config(nm: Nm) -> None:
     (line,) = nm("fit", "--config", "quickstart.yaml").err
     assert "trainer.max_epoch" in line
     assert nm("fit", "--config", "configs/quickstart.yaml", *SHORT).code == 0
-
-
-def test_fit_says_that_an_empty_file_stands_before_a_shipped_config(nm: Nm) -> None:
-    Path("cifar_l1").write_text("# nothing\n")
+    Path("cifar_l1").touch()
     (line,) = nm("fit", "--config", "cifar_l1").err
-    shadows = "it stands before the shipped config of that name: rename it."
-    assert line == f"nm: --config: 'cifar_l1' is empty; {shadows}"
+    assert line.endswith("is empty; it stands before the shipped config of that name: rename it.")
 
 
 def test_fit_prints_a_name_in_brackets(nm: Nm) -> None:

@@ -7,7 +7,7 @@ import argparse
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from pickle import UnpicklingError
@@ -54,19 +54,15 @@ def find_config(name: str) -> Path:
 
 def _nearest_configs(name: str) -> str:
     """Return `" Did you mean …?"` of one, or else of all whose name or title has it; or `""`."""
-    word = _letters(name)
-    names = {_letters(config): config for config in shipped_configs()}
+    letters = partial(re.sub, r"[\W_]", "")
+    word, names = letters(name.lower()), {letters(config): config for config in shipped_configs()}
     if not (near := get_close_matches(word, names, n=1, cutoff=0.9)):
-        titles = {key: _letters(CONFIG_GROUPS[config_group(x)]) for key, x in names.items()}
+        titles = {x: letters(CONFIG_GROUPS[config_group(names[x])].lower()) for x in names}
         near = [key for key in names if word in key] or [x for x in names if word in titles[x]]
         if len(near) > 1:
             return f" Did you mean one of {some((names[key] for key in near), 12)}?"
         near = near or get_close_matches(word, names, n=1, cutoff=0.5)
     return f" Did you mean {names[near[0]]!r}?" if near else ""
-
-
-def _letters(name: str) -> str:
-    return re.sub(r"[\W_]", "", name.lower())
 
 
 def config_group(name: str) -> str:

@@ -46,10 +46,6 @@ class FoldReport(Report):
     """The batch norms that `fold_norms` folded, and those left, with the reason.
 
     It prints as a table under rich; otherwise as a line, and one for each reason.
-
-    Attributes:
-        folded: the norms that are gone, and the layers that do their work.
-        left: those that stayed, with the reason.
     """
 
     folded: tuple[Folded, ...]

@@ -21,16 +21,7 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class DispatchKey(NamedTuple):
-    """All that the choice of a backend depends on.
-
-    Attributes:
-        kind: batch, layer or RMS norm.
-        statistic: what it divides by.
-        device: its type.
-        dtype: of the input.
-        stats_dtype: of the sums.
-        layout: of the input in memory.
-    """
+    """All that the choice of a backend depends on."""
 
     kind: NormKind
     statistic: Statistic
@@ -41,13 +32,7 @@ class DispatchKey(NamedTuple):
 
 
 class Dispatch(NamedTuple):
-    """The choice of a backend.
-
-    Attributes:
-        backend: its name, or "formula".
-        reason: why it is the formula.
-        kernels: of the backend.
-    """
+    """A backend's name, and its kernels; or "formula", the reason for that, and no kernels."""
 
     backend: str
     reason: str

@@ -58,13 +58,6 @@ class SwapReport(Report):
 
     Likewise the norms that it fused, unfused and could not fuse. rich prints it as a table, `print`
     as a line and one for each reason.
-
-    Attributes:
-        swapped: the norms that were swapped.
-        left: those that were not, with the reason.
-        dry_run: whether it says what a swap would do.
-        fused: the norms that now do the activation behind them, or no longer do.
-        not_fused: those that could not, with the reason.
     """
 
     swapped: tuple[Swap, ...]
