@@ -4,18 +4,13 @@ import contextlib
 import doctest
 import importlib
 import io
-import os
 import pickle
 import re
 import runpy
 import shlex
-import shutil
-import subprocess
-import sys
 from collections import Counter
 from fnmatch import fnmatch
-from functools import cache, partial
-from importlib.util import find_spec
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -228,24 +223,6 @@ def test_examples_of_the_reference_give_what_they_say(world: dict[str, Any]) -> 
         )
     ]
     assert [case.name for case in cases if doctest.DocTestRunner().run(case).failed] == []
-
-
-@pytest.mark.skipif(not find_spec("mkdocstrings"), reason="the extra docs is not installed")
-def test_site_refuses_a_dead_link_and_is_searched_from_its_folder(tmp_path: Path) -> None:
-    (tmp_path / "docs").mkdir()
-    shutil.copy(ROOT / "docs/iframe-worker.js", tmp_path / "docs")
-    settings = {"INHERIT": str(ROOT / "mkdocs.yml"), "nav": ["index.md"]}
-    (tmp_path / "mkdocs.yml").write_text(yaml.safe_dump(settings))
-    run = partial(subprocess.run, stdout=subprocess.PIPE, text=True)
-    plan = run(["make", "-n", "docs"], cwd=ROOT, env=os.environ | {"MAKEFLAGS": ""}).stdout
-    words = re.findall(r"/mkdocs (build .*)", plan)[0].split()
-    for link, code in (("gone.md", 1), ("index.md", 0)):
-        (tmp_path / "docs/index.md").write_text(f"# Equilibrium\n\n[link]({link})\n")
-        assert run([sys.executable, "-m", "mkdocs", *words], cwd=tmp_path).returncode == code
-    if shutil.which("chromium"):
-        browser = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-        page = f"{(tmp_path / 'site/index.html').as_uri()}?q=equilibrium"
-        assert "1 matching document" in run([*browser, "--virtual-time-budget=9000", page]).stdout
 
 
 def test_readme_is_short_and_every_config_has_a_row() -> None:

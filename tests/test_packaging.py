@@ -10,6 +10,7 @@ import sysconfig
 import zipfile
 from configparser import ConfigParser
 from email.parser import HeaderParser
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,7 @@ from nmlightning.export.formats import FORMATS
 from nmlightning.translation.sources import TEXT_PACKAGES
 
 ROOT = Path(__file__).parents[1]
-SHORT = [
-    "--trainer.max_epochs=1",
-    "--trainer.limit_train_batches=2",
-    "--trainer.limit_val_batches=1",
-    "--trainer.enable_progress_bar=false",
-]
+SHORT = [f"--trainer.{x}" for x in ("max_epochs=1", "limit_train_batches=2", "limit_val_batches=1")]
 
 
 def run(*command: object, cwd: Path, **env: str) -> str:
@@ -62,8 +58,7 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation")
     run(*pip, "--wheel-dir", folder, source, cwd=folder)
-    (path,) = folder.glob("*.whl")
-    return path
+    return next(folder.glob("*.whl"))
 
 
 @pytest.fixture(scope="session")
@@ -131,10 +126,27 @@ def test_make_installs_without_cuda_if_asked(words: list[str]) -> None:
     assert (option in plan) == bool(words)
 
 
+@pytest.mark.skipif(not find_spec("mkdocstrings"), reason="the extra docs is not installed")
+def test_site_refuses_a_dead_link_and_is_searched_from_its_folder(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("*.[!j]*"))
+    (tmp_path / "mkdocs.yml").write_text(f"INHERIT: {ROOT}/mkdocs.yml\nnav: [index.md]")
+    plan = run("make", "-n", "docs", cwd=ROOT, MAKEFLAGS="")
+    build = [sys.executable, "-m", "mkdocs", *re.findall(r"/mkdocs (build .*)", plan)[0].split()]
+    (tmp_path / "docs/index.md").write_text("[link](gone.md)")
+    with pytest.raises(AssertionError, match=r"gone\.md"):
+        run(*build, cwd=tmp_path)
+    (tmp_path / "docs/index.md").write_text("# Equilibrium")
+    run(*build, cwd=tmp_path)
+    if shutil.which("chromium"):
+        browser = "chromium --headless=new --no-sandbox --disable-gpu --virtual-time-budget=9000"
+        page = f"{(tmp_path / 'site/index.html').as_uri()}?q=equilibrium"
+        assert "1 matching" in run(*browser.split(), "--dump-dom", page, cwd=tmp_path)
+
+
 @pytest.mark.parametrize("command", ["nm", "nmlightning"])
 def test_wheel_has_both_commands(installed: Path, tmp_path: Path, command: str) -> None:
-    help_text = run(installed / "bin" / command, "--help", cwd=tmp_path, PYTHONPATH=str(installed))
-    assert "fit" in help_text
+    nm = installed / "bin" / command
+    assert "fit" in run(nm, "--help", cwd=tmp_path, PYTHONPATH=str(installed))
 
 
 def test_quickstart_runs_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
