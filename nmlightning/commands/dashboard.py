@@ -20,11 +20,8 @@ def run(arguments: list[str]) -> NoReturn:
     command += ["--port", str(given.port), "--host", given.host]
     has_norms = any((folder / FILE_NAME).is_file() for folder in find_runs(given.run))
     if not has_norms:
-        print_words(
-            "nm: no run here has recorded norms, which have a page of their own, Custom Scalars: "
-            "add WeightNormTracker to trainer.callbacks.",
-            sys.stderr,
-        )
+        way_out = "add WeightNormTracker to trainer.callbacks."
+        print_words(f"nm: no run here has recorded norms: {way_out}", sys.stderr)
     if given.port:  # 0 lets TensorBoard choose
         what, page = ("weight norms", "#custom_scalars") if has_norms else ("the runs", "")
         print(f"nm: {what} are at http://{given.host}:{given.port}/{page}", flush=True)
