@@ -303,7 +303,7 @@ def draw_heatmap(norms: NDArray[np.float32]) -> NDArray[np.uint8]:
     axes.set_ylabel("channel", labelpad=-6)  # between the first number and the last
     colours = colormaps["RdBu_r"].with_extremes(bad="grey")
     places = _place_colours(norms.T / start)
-    axes.imshow(places, colours, Normalize(-1, 1), aspect="auto")
+    axes.imshow(places, colours, Normalize(-1, 1), aspect="auto", interpolation="nearest")
     axes.set(xticks=sorted({0, len(norms) - 1}), yticks=sorted({0, len(places) - 1}))
     figure.text(0.98, 0.91, "norm / mean at the start", ha="right")
     bar = figure.add_axes((0.79, 0.17, 0.05, 0.7), xticks=[])

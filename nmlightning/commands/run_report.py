@@ -149,6 +149,7 @@ class MetricsBar(ProgressBar):
         self._loss: Any = None
         self._metrics = self._stage = ""
         self._done: tuple[int, float] = 0, math.inf  # batches, of how many
+        self._total = math.inf  # batches of this epoch; Lightning's figure falls towards max_steps
         self._began = 0, 0.0  # with which batch, and when, the stage did
         self._drawn = 0.0  # when
 
@@ -167,15 +168,18 @@ class MetricsBar(ProgressBar):
         metrics |= super().get_metrics(trainer, pl_module)
         return {name: value for name, value in metrics.items() if name != "v_num"}
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._show(trainer, 0, self.total_train_batches)
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        batches = trainer.num_training_batches
+        done = int(trainer.fit_loop.epoch_loop.batch_progress.current.ready % batches)
+        self._total = min(batches, done + batches_left(trainer, done)[0])
+        self._show(trainer, done, self._total)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if isinstance(outputs, Mapping):
             self._loss = outputs.get("loss")
-        self._show(trainer, batch_idx + 1, self.total_train_batches, pl_module)
+        self._show(trainer, batch_idx + 1, self._total, pl_module)
 
     def on_validation_batch_end(
         self,
@@ -303,7 +307,8 @@ def print_fit(
         unit = getattr(getattr(trainer, "datamodule", None), "unit", "images")
         speed = f" · {watch.examples / watch.training_seconds:,.0f} {unit}/s"
     took = format_seconds(watch.total_seconds)
-    print(f" {watch.epochs} epoch{'s' * (watch.epochs != 1)}{after} in {took}{speed} in training")
+    epochs = f"{watch.epochs} epoch{'s' * (watch.epochs != 1)}"
+    print_words(f" {epochs}{after} in {took}{speed} in training")
     callbacks = trainer.callbacks  # type: ignore[attr-defined]  # a connector sets them
     recordings = [c.path for c in callbacks if isinstance(c, WeightNormTracker) and c.path]
     print_paths(run=run, checkpoint=checkpoint, norms=next(iter(recordings), None))
@@ -314,7 +319,7 @@ def print_fit(
 def _print_next(trainer: Trainer, run: Path, checkpoint: Path | None) -> None:
     """Print the commands that show a run and measure its checkpoint."""
     print()
-    for command in ("dashboard",) * has_events(run) + ("compare",):
+    for command in ("dashboard",) * has_events(run) + ("compare",) * bool(trainer.loggers):
         print(command_to_copy("nm", command, str(run)))
     config = run / "config.yaml"
     if checkpoint and config.is_file():

@@ -87,7 +87,7 @@ def is_loss(metric: str) -> bool:
 
 
 def choose_metric(runs: Sequence[Run], wanted: str | None = None) -> str:
-    """Return the tag to compare: `wanted`, or else an accuracy, BLEU or a loss in validation."""
+    """Return the tag to compare: `wanted`, or an accuracy, BLEU or loss, of validation first."""
     if not any(run.scalars for run in runs):
         raise InputError(f"{runs[0].folder} has no metrics yet: nothing was logged to it.")
     common = [tag for tag in runs[0].scalars if all(tag in run.scalars for run in runs)]
@@ -99,14 +99,14 @@ def choose_metric(runs: Sequence[Run], wanted: str | None = None) -> str:
             f"{lacking.folder} has logged no {wanted!r}.{nearest(wanted, lacking.scalars)} "
             f"{_in_common(common)}"
         )
-    validation = [tag for tag in common if "val" in tag.lower()]
     words = ("top1", "acc", "bleu")
-    accuracies = [tag for tag in validation if any(word in tag.lower() for word in words)]
-    losses = [tag for tag in validation if is_loss(tag)]
-    for tag in (*accuracies, *losses, *validation):
-        return tag
+    for part in ("val", "train"):
+        tags = [tag for tag in common if part in tag.lower()]
+        accuracies = [tag for tag in tags if any(word in tag.lower() for word in words)]
+        for tag in (*accuracies, *filter(is_loss, tags), *tags):
+            return tag
     raise InputError(
-        f"the runs have no validation metric in common; choose another by --metric. "
+        f"the runs have no metric of validation or training in common; choose another by --metric. "
         f"{_in_common(common)}"
     )
 

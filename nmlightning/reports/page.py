@@ -197,7 +197,7 @@ def _plot_metric(groups: Sequence[Group], metric: str) -> "Figure":
     having = [[run for run in group.runs if metric in run.scalars] for group in groups]
     steps = {run: run.scalars[metric].steps for runs in having for run in runs}
     x_of = {run: run.epochs_at(each) for run, each in steps.items()}  # the steps if not known
-    by_epoch = all(
+    by_epoch = not metric.endswith("_step") and all(
         (np.diff(x) > 0).all() and not np.array_equal(x, steps[run]) for run, x in x_of.items()
     )
     if not by_epoch:

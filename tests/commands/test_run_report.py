@@ -129,6 +129,11 @@ def _keep_sigint() -> Iterator[None]:
     signal.signal(signal.SIGINT, handler)
 
 
+def heads_of(seen: list[list[str]]) -> list[str]:
+    """Return what stands before the bar in each picture of it, and the count behind it."""
+    return [re.sub(" ━.*━ ", " ", line).partition(" ·")[0] for line, _ in seen]
+
+
 MOMENTS = ["on_sanity_check_end", "on_train_start", "on_train_batch_end", "on_validation_batch_end"]
 
 
@@ -143,7 +148,7 @@ def test_bar_counts_from_one_shows_results_and_is_erased(
 
     class Look(Callback):
         def on_train_batch_end(self, *_: Any) -> None:
-            seen.append(terminal.lines()[-2:])
+            seen.append([line for line in terminal.lines() if line][-2:])
 
     def interrupt(trainer: Any, *_: Any) -> None:
         if not (trainer.sanity_checking and "batch" in moment):
@@ -162,13 +167,21 @@ def test_bar_counts_from_one_shows_results_and_is_erased(
             trainer.fit(module, make_data(), make_data())
     else:
         trainer.fit(module, make_data(), make_data())
-        heads = [re.sub(" ━.*━ ", " ", line).partition(" ·")[0] for line, _ in seen]
-        assert heads == ["Epoch 1/2 1/2", "Epoch 1/2 2/2", "Epoch 2/2 1/2", "Epoch 2/2 2/2"]
+        assert heads_of(seen) == [
+            "Epoch 1/2 1/2",
+            "Epoch 1/2 2/2",
+            "Epoch 2/2 1/2",
+            "Epoch 2/2 2/2",
+        ]
         assert [re.sub(r"=\S+", "", line) for _, line in seen] == [
             *["loss"] * 2,  # nothing of the sanity check
             *["loss  val/loss"] * 2,
         ]
         assert {len(line) for line, _ in seen} == {terminal.width}
+        seen.clear()
+        steps = {"max_epochs": -1, "max_steps": 3, "limit_train_batches": 2}
+        quiet_trainer(bar, look, **steps, **options).fit(module, make_data(), make_data())
+        assert heads_of(seen) == ["Epoch 1 1/2", "Epoch 1 2/2", "Epoch 2 1/1"]
     assert set(terminal.lines()) == {""}
     assert terminal.getvalue().count("\x1b[?25l") == terminal.getvalue().count("\x1b[?25h") > 0
 

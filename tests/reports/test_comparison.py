@@ -142,7 +142,7 @@ def test_choose_metric_refuses_what_a_run_lacks(make_run: MakeRun) -> None:
     with pytest.raises(InputError, match="d has no metrics yet"):
         choose_metric([read_run(make_run("d", []))])
     other = read_run(make_run("c", accuracy=[], scalars={"x": [1.0]}))
-    message = r"no validation metric in common; choose another by --metric. They have nothing in"
+    message = r"no metric of validation or training in common; .* by --metric. They have nothing in"
     with pytest.raises(InputError, match=message):
         choose_metric([*runs, other])
 
