@@ -59,7 +59,7 @@ class Group(Report):
 
     @property
     def seconds(self) -> MeanStd:
-        return MeanStd.of([run.seconds for run in self.runs])
+        return MeanStd.of([run.seconds or math.nan for run in self.runs])  # of one moment none
 
     @property
     def seeds(self) -> str:
@@ -112,15 +112,19 @@ def choose_metric(runs: Sequence[Run], wanted: str | None = None) -> str:
 
 
 def group_runs(runs: Iterable[Run], metric: str) -> list[Group]:
-    """Return the runs of each setting, in the order given; a run without a config stays alone."""
+    """Return the runs of each setting, in the order given; a run without a config stays alone.
+
+    Settings whose runs have one name are numbered.
+    """
     members: dict[Any, list[Run]] = {}
     for run in runs:
         key = frozenset(run.settings.items()) if run.settings else run.folder
         members.setdefault(key, []).append(run)
-    return [
-        Group(", ".join(dict.fromkeys(run.name for run in group)), group, metric)
-        for group in members.values()
-    ]
+    names = [", ".join(dict.fromkeys(run.name for run in group)) for group in members.values()]
+    for name in {name for name in names if names.count(name) > 1}:
+        for number in range(1, names.count(name) + 1):
+            names[names.index(name)] = f"{name} ({number})"
+    return [Group(name, runs, metric) for name, runs in zip(names, members.values(), strict=True)]
 
 
 def differing_settings(groups: Sequence[Group]) -> Mapping[str, str]:

@@ -158,6 +158,8 @@ def test_differing_settings_leaves_out_arguments_of_a_differing_class(make_run: 
         {"optimizer.lr": 0.2, "scheduler.lr": 0.3},
     ]
     groups = compare(*(make_run(str(n), config=c) for n, c in enumerate(configs)))
+    twice = compare(*(make_run(f"{n}/one", config=c) for n, c in enumerate(configs[:2])))
+    assert [group.name for group in twice] == ["one (1)", "one (2)"]
     assert differing_settings(groups) == {
         "rule": "rule",
         "rule.mode": "mode",
