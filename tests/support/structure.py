@@ -68,9 +68,8 @@ EXCEPTIONS = {
 }
 # Of the targets that are missed: what was reached, which must not be left again.
 REACHED = {
-    "lines of nmlightning, Python and C++": 29_400,
-    "lines of tests": 27_900,
-    "files a model meets in NormSwap.setup": 13,
+    "lines of nmlightning, Python and C++": 29_297,
+    "lines of tests": 27_859,
     "files a config meets before Trainer.fit": 22,
 }
 
