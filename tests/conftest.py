@@ -19,7 +19,8 @@ from nmlightning.kernels import norm_backend
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.recording_file import FILE_NAME
 
-os.environ["COLUMNS"] = "0"  # a pipe, of any width
+os.environ.pop("COLUMNS", None)  # a pipe, of any width
+os.unsetenv("COLUMNS")  # as readline set it, behind os.environ
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

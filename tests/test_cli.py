@@ -64,7 +64,7 @@ def has(pattern: str, lines: list[str]) -> bool:
         ("--version", "nmlightning"),
         ("--help", "nm fit --config"),
         ("", "nm fit --config"),
-        ("probe nope", "no file 'nope'"),
+        ("probe nope", "no config 'nope'"),
         ("export a.ckpt --format onxx", "Did you mean 'onnx'?"),
     ],
 )

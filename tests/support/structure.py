@@ -69,7 +69,7 @@ EXCEPTIONS = {
 # Of the targets that are missed: what was reached, which must not be left again.
 REACHED = {
     "lines of nmlightning, Python and C++": 29_297,
-    "lines of tests": 27_859,
+    "lines of tests": 27_860,
     "files a config meets before Trainer.fit": 22,
 }
 
