@@ -128,8 +128,8 @@ def terminal_width(stream: Any = None) -> int | None:
 def lay_out(text: str, width: int | None, hang: int | None = None) -> str:
     """Return the text with its lines broken between words where they are longer than `width`.
 
-    A line goes on behind `hang` columns; None means below where its text begins, which is behind
-    a heading and two spaces, or its indent. A word that is longer, such as a path, stays whole.
+    Later lines are indented by `hang` columns; None means as far as the text, which begins after
+    a heading and two spaces, or after its indent. A longer word, such as a path, stays whole.
     """
     return "\n".join(_fill(x, width, hang) for x in text.split("\n")) if width else text
 

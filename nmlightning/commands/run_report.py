@@ -1,4 +1,4 @@
-"""The report of a run: its size, progress, duration and results, and how to go on with it.
+"""The report of a run: its size, progress, duration and results, and the commands for it.
 
 Only the first of several processes prints.
 """
