@@ -30,7 +30,7 @@ from nmlightning.errors import InputError, input_error_in
 
 SECONDS_TO_END = 10  # for a launched process that is about to say what went wrong
 # What gloo says of a process that is gone or silent; NCCL and the store have exceptions for it.
-_LOSSES = "Connection closed by peer|Connection reset by peer|Broken pipe|Timed out waiting"
+_LOSSES = "gloo.*(closed by peer|reset by peer|Broken pipe|Timed out waiting)|^Application timeout"
 
 _PACKAGE = Path(__file__).parents[1]
 _LIBRARIES = [Path(sysconfig.get_path(name)) for name in ("purelib", "platlib", "stdlib")]
@@ -136,7 +136,7 @@ def is_loss(error: BaseException) -> bool:
     text = str(error)
     if isinstance(error, dist.DistError):
         return "EADDRINUSE" not in text  # where there is no other process yet
-    return isinstance(error, RuntimeError) and "gloo" in text and bool(re.search(_LOSSES, text))
+    return isinstance(error, RuntimeError) and bool(re.search(_LOSSES, text, re.DOTALL))
 
 
 # Pieces of warnings, as regular expressions for the beginning of the text.

@@ -21,7 +21,7 @@ from nmlightning.errors import InputError
 
 GLOO = "[…/gloo/transport/tcp/pair.cc:561] "
 LOSSES = [
-    RuntimeError(f"{GLOO}Connection closed by peer [127.0.0.1]:1"),
+    *map(RuntimeError, (f"{GLOO}Connection closed by peer [127.0.0.1]:1", "Application timeout")),
     RuntimeError(f"{GLOO}Read error [127.0.0.1]:1: Connection reset by peer"),
     RuntimeError("[…/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 9ms for recv"),
     dist.DistBackendError("NCCL communicator was aborted on rank 0."),
