@@ -68,8 +68,8 @@ EXCEPTIONS = {
 }
 # Of the targets that are missed: what was reached, which must not be left again.
 REACHED = {
-    "lines of nmlightning, Python and C++": 29_297,
-    "lines of tests": 27_860,
+    "lines of nmlightning, Python and C++": 30_200,
+    "lines of tests": 28_700,
     "files a config meets before Trainer.fit": 22,
 }
 
