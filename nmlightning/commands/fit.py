@@ -95,6 +95,14 @@ class TrainingCLI(LightningCLI):
         )
         return parser
 
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        parser.add_argument(
+            "--keep_freed_memory",
+            type=bool,
+            default=True,
+            help="On a CPU, keep freed memory for the next step, as far as glibc allows it.",
+        )
+
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse `args` without LightningCLI's warning that the program has arguments, too."""
         with explain_failures():
@@ -153,6 +161,7 @@ class TrainingCLI(LightningCLI):
         replace_torch_io(trainer.strategy, checkpoints.AtomicCheckpointIO())
         if type(trainer.strategy).save_checkpoint is not Strategy.save_checkpoint:
             checkpoints.replace_whole(trainer.strategy)
+        self._watch.keeps_freed_memory = self.config_init[self.subcommand].keep_freed_memory
         if options.precision in ("16-mixed", "16", 16) and trainer.precision == "bf16-mixed":
             run_report.print_notice(
                 "there is no GPU for 16-mixed; bf16-mixed runs instead (--trainer.precision 32-true"

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.callbacks import ProgressBar, Timer
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
@@ -23,6 +24,7 @@ from rich.table import Column, Table
 from rich.text import Text
 from torch.nn.parameter import is_lazy
 
+from nmlightning.allocator import keep_freed_memory
 from nmlightning.callbacks.epoch_clock import SkippedSteps
 from nmlightning.commands.argument_parser import command_to_copy, print_line, print_words
 from nmlightning.compat import epochs_to_train
@@ -48,8 +50,14 @@ class Stopwatch(Callback):
     training_seconds = total_seconds = 0.0
     __repr__ = repr_by_arguments
     folder: Path | None = None  # of the run
+    keeps_freed_memory = True
     _fit_started = _resumed = _timed_from = 0.0
     _validation_batch: float | None = None  # seconds of the last one in a sanity check
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Keep freed memory before there are activations to free; a GPU's are not in it."""
+        if self.keeps_freed_memory and isinstance(trainer.accelerator, CPUAccelerator):
+            keep_freed_memory()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._fit_started = self._resumed = time.monotonic()

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from nmlightning.cli import main
 from nmlightning.commands import doctor
+from nmlightning.commands.doctor import TOLERANCES, disagreement, exact_input
 from nmlightning.kernels import norm_backend
 from nmlightning.norms import L1BatchNorm2d
-from nmlightning.norms.self_check import TOLERANCES, disagreement, exact_input
 
 
 @pytest.fixture(autouse=True)

@@ -60,7 +60,12 @@ LAYERS = [
         "nmlightning.atomic_file",
         "nmlightning.yaml_text",
     ],
-    ["nmlightning.name_patterns", "nmlightning.errors", "nmlightning.lazy_exports"],
+    [
+        "nmlightning.allocator",
+        "nmlightning.errors",
+        "nmlightning.lazy_exports",
+        "nmlightning.name_patterns",
+    ],
 ]
 # Files under MIN_LINES with fewer than two importers: each with the reason why it stands alone.
 EXCEPTIONS = {
