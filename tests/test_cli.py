@@ -379,6 +379,27 @@ def test_fit_on_other_data_notices_16_mixed_without_a_gpu_once(nm: Nm) -> None:
     assert " run         runs/cifar_l2/version_0" in answer.out
 
 
+@pytest.mark.parametrize(
+    ("config", "instructions", "options", "expected"),
+    [
+        ("quickstart", True, "", ("bf16-mixed", True, "add_relu")),
+        ("cifar_l2", True, "--trainer.precision 32-true", ("32-true", True, None)),
+        ("quickstart", False, "", (None, False, None)),
+    ],
+)
+def test_fast_sets_what_is_fast_on_this_cpu(
+    config: str, instructions: bool, options: str, expected: Any, nm: Nm, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("nmlightning.commands.fit.has_bfloat16", lambda: instructions)
+    words = ["--data", "Digits", *SHORT, *options.split(), "--model.net.depth", "8"]
+    answer = nm("fit", "--config", config, *words, "--model.fast", "auto")
+    assert has("nm: model.fast" if instructions else "changes nothing: this CPU has", answer.err)
+    chosen = yaml.safe_load(Path(f"runs/{config}/version_0/config.yaml").read_text())
+    swaps = [c["init_args"].get("fuse") for c in chosen["trainer"]["callbacks"]]
+    channels_last = chosen["model"]["init_args"]["channels_last"]
+    assert (chosen["trainer"]["precision"], channels_last, swaps[-1]) == expected
+
+
 # ---- what a run keeps ----
 
 

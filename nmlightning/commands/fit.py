@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from jsonargparse import Namespace, dict_to_namespace
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
@@ -29,9 +30,11 @@ from nmlightning.commands.files import RunPaths, default_logger, new_version, ti
 from nmlightning.commands.parser import ConfigFile, Parser, check_numbers
 from nmlightning.compat import copying_strategy, replace_torch_io
 from nmlightning.errors import InputError, cut, input_error_in, repr_by_arguments
+from nmlightning.norms.registry import check_fuse
 from nmlightning.tasks.numerics import SoundNumerics, larger_eps
 
 MOST_DEVICES = 64  # of a machine, where the CPU has fewer cores
+HALF = ("16-mixed", "16", 16)  # which Lightning makes bf16-mixed without a GPU
 ORDERS = ("min", "max")  # of the metric of a ModelCheckpoint
 
 
@@ -128,6 +131,7 @@ class TrainingCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Decide where the run is kept: only a fit makes a folder, and always a new one."""
+        set_fast(self.config[self.subcommand])
         trainer = self.config[self.subcommand].trainer
         if self.subcommand != "fit":
             self.save_config_callback = None
@@ -162,7 +166,7 @@ class TrainingCLI(LightningCLI):
         if type(trainer.strategy).save_checkpoint is not Strategy.save_checkpoint:
             checkpoints.replace_whole(trainer.strategy)
         self._watch.keeps_freed_memory = self.config_init[self.subcommand].keep_freed_memory
-        if options.precision in ("16-mixed", "16", 16) and trainer.precision == "bf16-mixed":
+        if options.precision in HALF and trainer.precision == "bf16-mixed":
             run_report.print_notice(
                 "there is no GPU for 16-mixed; bf16-mixed runs instead (--trainer.precision 32-true"
                 " for full precision)."
@@ -271,6 +275,40 @@ class TrainingCLI(LightningCLI):
         written = [path for path in paths if path.name and path.exists()]
         written = [path for path in written if time_written(path) >= self._began]
         return max(written, key=time_written, default=None)
+
+
+def set_fast(options: Namespace) -> None:
+    """Set what is fast on this CPU, where the model's `fast` asks for it, and say what."""
+    settings = options.model.get("init_args", {})
+    if settings.get("fast") is None:
+        return
+    trainer = options.trainer
+    gpu = trainer.accelerator not in ("auto", "cpu") or (
+        trainer.accelerator == "auto" and torch.accelerator.is_available()
+    )
+    if gpu or not has_bfloat16():
+        why = "this is no fit on a CPU" if gpu else "this CPU has no instructions for bfloat16"
+        run_report.print_notice(f"model.fast changes nothing: {why}.")
+        return
+    if trainer.precision in (None, *HALF):
+        trainer.precision = "bf16-mixed"
+    settings.channels_last = True
+    chosen = ["channels_last", trainer.precision]
+    for swap in trainer.callbacks or []:
+        given = swap.get("init_args", {})
+        if swap.class_path.endswith(".NormSwap") and not given.fuse:
+            with suppress(InputError):  # of norms that cannot be fused
+                given.fuse = check_fuse("add_relu", given.norm, given.kinds)
+                chosen.append("norms with additions and ReLU")
+    run_report.print_notice(f"model.fast: {', '.join(chosen)}.")
+
+
+def has_bfloat16() -> bool:
+    """Return whether the CPU computes with bfloat16; without, it is slower than float32."""
+    if not hasattr(torch.cpu, "get_capabilities"):  # torch 2.11
+        return torch.cpu._is_avx512_bf16_supported()
+    known = torch.cpu.get_capabilities()
+    return any(known.get(name) for name in ("bf16", "avx512_bf16"))
 
 
 def remove_made(folders: list[Path]) -> None:

@@ -86,6 +86,10 @@ class ImageClassifier(pl.LightningModule):
             which is announced.
         channels_last: compute with images and weights that lie in memory with the channels next to
             each other. Results differ by rounding.
+        fast: with "auto", `nm fit` sets what makes training on a CPU with bfloat16 instructions
+            fast: channels_last, `precision: bf16-mixed`, and NormSwap's `fuse: add_relu`. It keeps
+            another precision that is given, and elsewhere leaves all as it is. A Trainer of your
+            own is given these three by you.
 
     Attributes:
         lr: the rate that `LearningRateFinder` or `Tuner.lr_find` has set, which `lr_batch_size`
@@ -116,6 +120,7 @@ class ImageClassifier(pl.LightningModule):
         lr_batch_size: int | None = None,
         compile: CompileMode | None = None,
         channels_last: bool = False,
+        fast: Literal["auto"] | None = None,
     ) -> None:
         super().__init__()
         check_share("label_smoothing", label_smoothing)
