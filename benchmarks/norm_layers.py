@@ -86,5 +86,11 @@ def layer_step(layer: nn.Module, x: Tensor, grad: Tensor) -> Call:
     return lambda: torch.autograd.grad(layer(x), (x, *learned), grad)
 
 
+def backend_of(layer: nn.Module, x: Tensor) -> str:
+    """Return what serves a norm for an input of this device, type and layout."""
+    backend: str = layer.backend_for(x).backend  # type: ignore[operator]
+    return backend
+
+
 if __name__ == "__main__":
     main()

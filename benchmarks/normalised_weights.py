@@ -2,7 +2,7 @@
 
     python benchmarks/normalised_weights.py [--net resnet56] [--batch 128] [--device cuda]
 
-`share_of_step` says how it is measured. Each computes all weights, and the gradients of what
+`training_step` says how it is measured. Each computes all weights, and the gradients of what
 they are computed from, once, and what ours do after a step. `torch` is
 `torch.nn.utils.parametrizations.weight_norm`, `formula` plain operations under autograd.
 """
@@ -14,10 +14,9 @@ from collections.abc import Callable
 
 import torch
 from interleaved import Call
-from share_of_step import main
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
-from training_step import Step
+from training_step import Step, main
 
 from nmlightning import apply_weight_norm
 from nmlightning.parametrizations.normalize import normalise_channels
@@ -32,6 +31,17 @@ class Formula(nn.Module):
 
     def forward(self, v: Tensor) -> Tensor:
         return normalise_channels(v, self.rho, 2)  # type: ignore[arg-type]
+
+
+class Weights(nn.Module):
+    """A network whose forward does nothing but compute the weights of its convolutions."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self) -> list[Tensor]:
+        return [conv.weight for conv in convs(self.net)]
 
 
 def by_torch(net: nn.Module) -> None:
@@ -65,14 +75,15 @@ def make_additions(step: Step) -> dict[str, Call]:
 
 def make_addition(net: nn.Module, normalise: Callable[[nn.Module], object]) -> Call:
     """Return what computes all weights and the gradients behind them, as in a later step."""
-    normalise(net)
+    weights = Weights(net)
+    normalise(weights)
     layers = convs(net)
     originals = [q for layer in layers for q in layer.parametrizations.parameters()]  # type: ignore[union-attr]
     grads = [torch.randn_like(layer.weight) for layer in layers]
     idle = torch.optim.SGD(originals, 0.0)  # It has no gradients: its step calls the hooks alone.
 
     def run() -> None:
-        torch.autograd.grad([layer.weight for layer in layers], originals, grads)
+        torch.autograd.grad(weights(), originals, grads)
         idle.step()
 
     return run

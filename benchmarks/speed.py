@@ -1,8 +1,9 @@
 """Every target of speed and memory, as ratios from interleaved rounds, beside their targets.
 
-    python benchmarks/speed.py [--only C1 C4] [--rounds 20] [--json FILE] [--markdown FILE]
+    python benchmarks/speed.py [--only N2 N3] [--rounds 12] [--json FILE] [--markdown FILE]
 
-C1 to C11 are measured on the CPU, H1 to H7 on a GPU where there is one. See `docs/speed.md`.
+N1 to N12 and C2 to C11 are measured on the CPU, H1 to H7 on a GPU where there is one. Freed memory
+is kept, as in `nm fit`. See `docs/speed.md`.
 """
 
 import argparse
@@ -18,28 +19,40 @@ import pytorch_lightning as pl
 import torch
 import torchvision
 from rich.console import Console
-from speed_data import measure_data
 from speed_gpu_layers import measure_gpu_layers
 from speed_gpu_training import measure_cifar, measure_large_step
-from speed_layers import list_backends, measure_fused, measure_norms
+from speed_layers import (
+    list_backends,
+    measure_fused,
+    measure_norms,
+    measure_small,
+    measure_tokens,
+)
 from speed_networks import measure_activations, measure_compiled, measure_step
 from speed_plan import QUICK, Plan
-from speed_tables import format_row, make_json, make_markdown, make_table
-from speed_weights import measure_weights
+from speed_processes import measure_allocator, measure_fits, measure_starts
+from speed_tables import format_row, make_json, make_markdown, make_table, write_markdown
+from speed_weights import measure_records, measure_weight_norm
 from targets import Measurement, Result, Skipped
 
+from nmlightning.allocator import keep_freed_memory, unsupported_reason
 from nmlightning.commands.failures import filter_logs
 
 Measure = Callable[[Plan, Set[str]], Iterator[Result]]
 
 ON_CPU: dict[tuple[str, ...], Measure] = {
-    ("C1", "C4", "C5"): measure_norms,
+    ("N1",): measure_allocator,
+    ("N2",): measure_small,
+    ("N3", "N4", "N5", "C4", "C5"): measure_norms,
     ("C2", "C3"): measure_fused,
-    ("C6",): measure_step,
+    ("N6",): measure_weight_norm,
+    ("N7",): measure_step,
     ("C7",): measure_activations,
-    ("C8",): measure_compiled,
-    ("C9",): measure_data,
-    ("C10", "C11"): measure_weights,
+    ("N8", "C9"): measure_fits,
+    ("N9",): measure_tokens,
+    ("N10",): measure_compiled,
+    ("N11", "C11"): measure_records,
+    ("N12",): measure_starts,
 }
 ON_GPU: dict[tuple[str, ...], Measure] = {
     ("H1", "H2", "H3", "H4"): measure_gpu_layers,
@@ -53,10 +66,11 @@ TARGETS = [name for names in (*ON_CPU, *ON_GPU) for name in names]
 def main() -> None:
     """Measure what was asked for, print each row when it is known, and the table at the end."""
     options = parse(sys.argv[1:])
+    memory = "kept" if keep_freed_memory() else f"given back: {unsupported_reason()}"
     plan = QUICK if options.quick else Plan()
     plan = replace(plan, rounds=options.rounds or plan.rounds)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
-    header = [*describe_machine(), *list_backends(plan)]
+    header = [*describe_machine(), f"freed memory: {memory}", *list_backends(plan)]
     for line in header:
         console.print(line, markup=False, soft_wrap=True)
     results = []
@@ -69,17 +83,17 @@ def main() -> None:
     if options.json:
         options.json.write_text(json.dumps(make_json(results, header), indent=1), encoding="utf-8")
     if options.markdown:
-        options.markdown.write_text(make_markdown(results, header), encoding="utf-8")
+        write_markdown(options.markdown, "speed", make_markdown(results, header))
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=TARGETS, default=TARGETS, metavar="TARGET")
-    parser.add_argument("--rounds", type=int, help="of a layer; networks get a quarter as many")
+    parser.add_argument("--rounds", type=int, help="of a layer; networks get half as many")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--json", type=Path, help="write every case to this file")
-    parser.add_argument("--markdown", type=Path, help="write the table to this file")
+    parser.add_argument("--markdown", type=Path, help="or into this page, between its markers")
     return parser.parse_args(words)
 
 

@@ -8,9 +8,8 @@ from collections.abc import Iterator, Set
 from functools import partial
 
 import torch
-from backends import backend_of
 from interleaved import quartiles_of, quartiles_of_ratio, seconds_of, time_rounds
-from norm_layers import LAYOUTS, layer_step
+from norm_layers import LAYOUTS, backend_of, layer_step
 from speed_layers import NORMS, fuse
 from speed_plan import Plan, Shape
 from targets import Bound, Measurement, Result, Skipped

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
-from backends import backend_of
 from epoch_by_trainer import TakeTurns, time_epochs
 from interleaved import quartiles_of, quartiles_of_ratio, time_rounds
+from norm_layers import backend_of
 from normalised_weights import make_addition
+from plain_training import Tutorial
 from speed_data import RandomCIFAR
 from speed_plan import Plan
 from speed_weights import EVERY, percent
 from targets import Bound, Measurement, Result
-from torch import Tensor, nn
+from torch import nn
 from torchvision_pipeline import torchvision_loader
 from training_step import NETS, draw_images, make_step_of
 from weight_norms import make_record
@@ -93,22 +93,6 @@ def _time_plain_lightning(net: nn.Module, data: CIFAR10, trainer: dict[str, Any]
         callbacks=[turns],
     ).fit(Tutorial(net), loader)
     return turns.times["trainer"][1:]
-
-
-class Tutorial(pl.LightningModule):
-    """Cross-entropy, logged each step."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        loss = F.cross_entropy(self.net(batch[0]), batch[1])
-        self.log("train/loss", loss)
-        return loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.net.parameters(), lr=0.01, momentum=0.9)
 
 
 def _measure_additions(plan: Plan, device: str) -> Iterator[Result]:

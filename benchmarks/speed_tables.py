@@ -1,64 +1,83 @@
 """Writes measurements as a table for a terminal, as Markdown and as JSON."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
+from interleaved import Quartiles
+from rich import box
 from rich.table import Table
-from targets import Measurement, Result, Skipped
+from sampled import Figure
+from targets import Measurement, Result, Skipped, average, judge
+from zoo_tables import replace_between
 
-COLUMNS = ("", "what", "measured", "spread", "target", "limit", "", "backend")
-DECIMALS = {"×": 2, "%": 3, "images/s": 0}
-COLOURS = {"met": "green", "mis": "red"}
+COLUMNS = ("", "what", "one thread, CPU", "all threads, wall", "target", "", "rounds", "faults")
+DECIMALS = {"×": 2, "%": 2, "images/s": 0}
+COLOURS = {"met": "green", "missed": "red", "not decided": "yellow"}
 
 
 def format_figure(value: float, unit: str) -> str:
-    """Return a figure with its unit, ratios plainly."""
+    """Return a figure with its unit, ratios plainly, and a dash for none."""
+    if value != value:
+        return "–"
     return f"{value:,.{DECIMALS[unit]}f}" + ("" if unit == "×" else f" {unit}")
+
+
+def format_spread(spread: Quartiles, unit: str) -> str:
+    """Return the median and, in brackets, the other quartiles."""
+    middle = format_figure(spread.median, unit)
+    low, high = (format_figure(v, "×" if unit == "%" else unit) for v in (spread.low, spread.high))
+    return middle if spread.low == spread.high or middle == "–" else f"{middle} ({low} to {high})"
 
 
 def format_row(row: Measurement) -> str:
     """Return one case, as it is printed when it was measured."""
-    low, middle, high = (format_figure(value, row.unit) for value in row.quartiles)
-    bound = f", target {row.bound}: {row.verdict}" if row.bound else ""
-    return f"{row.target:4} {row.what}, {row.case}: {middle} ({low} to {high}){bound}"
+    figures = " | ".join(format_spread(spread, row.unit) for spread in row.spreads)
+    backend = f", {row.backend}" if row.backend else ""
+    kept, faults = describe_rounds([row]), describe_faults([row])
+    kept = f"; rounds {kept}; faults {faults}" if kept else ""
+    return f"{row.target:4}{row.what}, {row.case}{backend}: {figures}{kept}"
+
+
+def describe_rounds(rows: Sequence[Measurement]) -> str:
+    """Return how many rounds were kept, with one thread and with all: of the worst case."""
+    figures = [row.quartiles for row in rows if isinstance(row.quartiles, Figure)]
+    if not figures:
+        return ""
+    worst = [min((f.kept[i], -f.tried[i]) for f in figures) for i in (0, 1)]
+    return ", ".join(f"{kept} of {-tried}" for kept, tried in worst)
+
+
+def describe_faults(rows: Sequence[Measurement]) -> str:
+    """Return the page faults of a call of ours and of its rival, on average over the cases."""
+    figures = [row.quartiles for row in rows if isinstance(row.quartiles, Figure)]
+    if not figures:
+        return ""
+    pairs = zip(*(f.faults for f in figures), strict=True)
+    return " / ".join(f"{sum(counts) / len(figures):,.0f}" for counts in pairs)
 
 
 def summarise(rows: Sequence[Measurement]) -> tuple[str, ...]:
-    """Return the cases of one comparison as one line.
-
-    The figure is the geometric mean of their medians, the spread goes from the lowest first
-    quartile to the highest third. A target is met if every case meets it.
-    """
+    """Return the cases of one comparison as one line: the geometric mean, and the worst case."""
     first = rows[0]
-    middle = math.exp(sum(math.log(row.quartiles.median) for row in rows) / len(rows))
-    low, high = min(row.quartiles.low for row in rows), max(row.quartiles.high for row in rows)
     cases = first.case if len(rows) == 1 else f"{len(rows)} cases"
+    worst = min if first.bound is not None and first.bound.is_least else max
+    figures = []
+    for number, spread in enumerate(average(rows)):
+        text = format_spread(spread, first.unit)
+        if len(rows) > 1:
+            one = worst(row.spreads[number].median for row in rows)
+            text += f", worst {format_figure(one, first.unit)}"
+        figures.append(text)
     bound = "" if first.bound is None else str(first.bound)
-    if bound and first.unit != "×":
-        bound += f" {first.unit}"
     return (
         first.target,
-        f"{first.what} ({cases})",
-        format_figure(middle, first.unit),
-        f"{format_figure(low, first.unit)} to {format_figure(high, first.unit)}",
-        bound,
-        first.limit,
-        _format_verdict(rows, middle),
-        ", ".join(dict.fromkeys(row.backend for row in rows)),
-    )
-
-
-def _format_verdict(rows: Sequence[Measurement], middle: float) -> str:
-    bound = rows[0].bound
-    if bound is None:
-        return ""
-    met = sum(row.verdict == "met" for row in rows)
-    if met == len(rows):
-        return "met"
-    count = f" in {met} of {len(rows)}" if met else ""
-    return (
-        f"met on average,{count}" if bound.is_met(middle) else f"missed{count and ', met'}{count}"
+        f"{first.what} ({cases}{', formula' * (first.backend == 'formula')})",
+        *(["", *figures] if len(figures) == 1 else figures),
+        f"{bound} %" if bound and first.unit == "%" else bound,
+        judge(rows),
+        describe_rounds(rows),
+        describe_faults(rows),
     )
 
 
@@ -72,39 +91,53 @@ def summarise_all(results: Iterable[Result]) -> list[tuple[str, ...]]:
         else:
             skipped.setdefault(row.why, []).append(row.target)
     table = [summarise(rows) for rows in lines.values()]
-    table += [(", ".join(n), why, "not measured", *[""] * 5) for why, n in skipped.items()]
+    table += [(", ".join(n), why, "", "", "", "not measured", "", "") for why, n in skipped.items()]
     return sorted(table, key=lambda line: _place(line[0]))
 
 
-def _place(targets: str) -> tuple[str, int]:
+def _place(targets: str) -> tuple[int, int]:
     first = targets.split(",")[0]
-    return first[0], int(first[1:])
+    return "NCH".index(first[0]), int(first[1:])
 
 
 def make_table(results: Sequence[Result]) -> Table:
-    """Return the summary for a terminal."""
-    table = Table(*COLUMNS)
+    """Return the summary for a terminal, which 80 columns are enough for."""
+    table = Table(*COLUMNS, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_lines=False)
     for line in summarise_all(results):
-        colour = COLOURS.get(line[6][:3], "")
-        table.add_row(*line[:6], f"[{colour}]{line[6]}[/]" if colour else line[6], line[7])
+        colour = COLOURS.get(line[5], "")
+        table.add_row(*line[:5], f"[{colour}]{line[5]}[/]" if colour else line[5], *line[6:])
     return table
 
 
 def make_markdown(results: Sequence[Result], header: Sequence[str]) -> str:
-    """Return the summary for `docs/speed.md`, under what it was measured with."""
-    rows = [COLUMNS, ["---"] * len(COLUMNS), *summarise_all(results)]
+    """Return the summary under what it was measured with."""
+    head = list(COLUMNS)
+    head[5] = "verdict"
+    rows = [head, ["---"] * len(head), *summarise_all(results)]
     lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
-    return "\n".join([*(f"    {line}" for line in header), "", *lines, ""])
+    return "\n".join([*(f"    {line}" for line in header), "", *lines])
+
+
+def write_markdown(file: Path, name: str, text: str) -> None:
+    """Write a text into a page, between the markers of this name, or into a file of its own."""
+    if file.exists() and f"<!-- {name}: begin -->" in file.read_text("utf-8"):
+        replace_between(file, name, text)
+    else:
+        file.write_text(f"{text}\n", encoding="utf-8")
 
 
 def make_json(results: Sequence[Result], header: Sequence[str]) -> dict[str, object]:
     """Return every case as plain data."""
     return {
         "header": list(header),
-        "measured": [
-            {**asdict(r), "quartiles": r.quartiles._asdict(), "verdict": r.verdict}
-            for r in results
-            if isinstance(r, Measurement)
-        ],
+        "measured": [_plain(r) for r in results if isinstance(r, Measurement)],
         "skipped": [asdict(r) for r in results if isinstance(r, Skipped)],
     }
+
+
+def _plain(row: Measurement) -> dict[str, object]:
+    figure = row.quartiles
+    names = ("one_thread", "all_threads") if isinstance(figure, Figure) else ("all_threads",)
+    spreads = {n: q._asdict() for n, q in zip(names, row.spreads, strict=True)}
+    more = {n: getattr(figure, n, None) for n in ("kept", "tried", "faults")}
+    return {**asdict(row), "quartiles": spreads, **more, "verdict": judge([row])}

@@ -1,10 +1,13 @@
-"""C10 and C11: recording the norms of weights and normalising them, as shares of a step."""
+"""N6, N11 and C11: normalising weights and recording their norms, as shares of a step."""
 
 import copy
+import functools
+import math
 from collections.abc import Iterator, Set
 
-from interleaved import Quartiles, quartiles_of_ratio, time_rounds
-from normalised_weights import make_addition
+from interleaved import Quartiles
+from normalised_weights import by_torch, make_addition
+from sampled import Rounds, sample_rounds
 from speed_plan import Plan
 from targets import Bound, Measurement, Result
 from training_step import make_step
@@ -15,51 +18,59 @@ from nmlightning import apply_weight_norm
 from nmlightning.models import Transformer
 
 EVERY = 10  # steps between two records of the second figure
+POWERS = {"1": 1, "2": 2, "∞": math.inf}
 
 
-def measure_weights(plan: Plan, targets: Set[str]) -> Iterator[Result]:
-    """Yield C10 and C11, of both networks for images and, C10 alone, of the Transformer."""
-    images = ((plan.net, plan.batch, Bound(0.2)), (plan.large_net, plan.large_batch, Bound(2.5)))
-    for name, batch, bound in images:
+def measure_weight_norm(plan: Plan, targets: Set[str]) -> Iterator[Result]:
+    """Yield N6: bounded weight norm of a step, and against torch's weight norm."""
+    batch = plan.batch // 2
+    step = make_step(plan.net, batch, "cpu")
+    forms = {name: functools.partial(apply_weight_norm, p=p) for name, p in POWERS.items()}
+    calls = {n: make_addition(copy.deepcopy(step.net), form) for n, form in forms.items()}
+    calls["torch"] = make_addition(copy.deepcopy(step.net), by_torch)
+    rounds = sample_rounds({"step": step.run, **calls}, plan.net_pace)
+    row = functools.partial(Measurement, "N6", case=f"{plan.net}, batch {batch}", backend="")
+    for name in forms:
+        share = rounds.figure(name, to="step").times(100)
+        what = f"bounded weight norm, p = {name}, of a step"
+        yield row(what, quartiles=share, bound=Bound(0.2), unit="%")
+        what = f"bounded weight norm, p = {name} / torch's weight_norm"
+        yield row(what, quartiles=rounds.figure(name, to="torch"), bound=Bound(1))
+
+
+def measure_records(plan: Plan, targets: Set[str]) -> Iterator[Result]:
+    """Yield N11, of two networks for images and the Transformer, and C11 of the larger."""
+    for name, batch in ((plan.net, plan.batch), (plan.large_net, plan.large_batch)):
         step = make_step(name, batch, "cpu")
-        step.run()
         calls = {"step": step.run}
-        if "C10" in targets:
+        if "N11" in targets:
             calls["record"] = make_record(step.net)
-        if "C11" in targets:
+        if "C11" in targets and name == plan.large_net:
             calls["bounded"] = make_addition(copy.deepcopy(step.net), apply_weight_norm)
-        times = time_rounds(calls, plan.net_rounds, warm_up=1)
-        if "C10" in targets:
-            yield from rows_of_recording(
-                name, f"batch {batch}", quartiles_of_ratio(times, "record", to="step")
-            )
-        if "C11" in targets:
-            share = percent(quartiles_of_ratio(times, "bounded", to="step"))
-            what = f"bounded weight norm, of a step of {name}"
-            yield Measurement(
-                "C11", what, f"batch {batch}", "", share, bound, "two row passes", "%"
-            )
-    if "C10" in targets:
-        yield from _measure_transformer(plan)
+        if len(calls) > 1:
+            rounds = sample_rounds(calls, plan.net_pace)
+            case = f"batch {batch}"
+            if "record" in calls:
+                yield from rows_of_recording(name, case, rounds)
+            if "bounded" in calls:
+                share = rounds.figure("bounded", to="step").times(100)
+                what = f"bounded weight norm, of a step of {name}"
+                yield Measurement("C11", what, case, "", share, Bound(2.5), "", "%")
+    if "N11" in targets:
+        sizes = {"encoder_layers": plan.layers, "decoder_layers": plan.layers}
+        net = Transformer(plan.vocabulary, width=plan.width, hidden=4 * plan.width, **sizes)
+        calls = {"step": make_translation_step(net, plan.sentences, plan.words)}
+        rounds = sample_rounds({**calls, "record": make_record(net)}, plan.net_pace)
+        case = f"{plan.sentences} pairs of {plan.words} tokens"
+        yield from rows_of_recording("Transformer-base", case, rounds)
 
 
-def _measure_transformer(plan: Plan) -> Iterator[Result]:
-    sizes = {"hidden": 4 * plan.width, "encoder_layers": plan.layers, "decoder_layers": plan.layers}
-    net = Transformer(plan.vocabulary, width=plan.width, **sizes)
-    step = make_translation_step(net, plan.sentences, plan.words)
-    times = time_rounds({"step": step, "record": make_record(net)}, plan.net_rounds, warm_up=1)
-    case = f"{plan.sentences} pairs of {plan.words} tokens"
-    yield from rows_of_recording(
-        "Transformer-base", case, quartiles_of_ratio(times, "record", to="step")
-    )
-
-
-def rows_of_recording(net: str, case: str, share: Quartiles) -> Iterator[Measurement]:
+def rows_of_recording(net: str, case: str, rounds: Rounds) -> Iterator[Measurement]:
     """Yield the share of a record each step and, a tenth of it, of one each 10 steps."""
+    share = rounds.figure("record", to="step").times(100)
     for moment, steps, bound in (("step", 1, Bound(0.6)), (f"{EVERY} steps", EVERY, Bound(0.1))):
         what = f"recording the norms every {moment}, of a step of {net}"
-        spread = Quartiles(*(value / steps for value in percent(share)))
-        yield Measurement("C10", what, case, "", spread, bound, "one read", "%")
+        yield Measurement("N11", what, case, "", share.times(1 / steps), bound, "one read", "%")
 
 
 def percent(share: Quartiles) -> Quartiles:

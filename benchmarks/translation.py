@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from interleaved import Call, quartiles_of_ratio, time_rounds
 from torch import Tensor, nn
-from torch_transformer import TorchTransformer
-from uncached_decoder import UncachedDecoder
+from translation_rivals import TorchTransformer, UncachedDecoder
 
 from nmlightning.models import Transformer, beam_search
 from nmlightning.translation.tokenizer import EOS, PAD, SPECIAL_TOKENS

@@ -2,7 +2,7 @@
 
     python benchmarks/weight_norms.py [--net resnet56] [--batch 128] [--device cuda] [--rounds 10]
 
-`share_of_step` says how it is measured. What is logged is written for TensorBoard; by default that
+`training_step` says how it is measured. What is logged is written for TensorBoard; by default that
 happens at every 50th step.
 """
 
@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from interleaved import Call
 from pytorch_lightning.loggers import TensorBoardLogger
-from share_of_step import main
 from torch import nn
-from training_step import Step
+from training_step import Step, main
 
 from nmlightning.callbacks.norm_dashboard import NormDashboard
 from nmlightning.optim import DecayEquivalentLR, LRCorrection, NormSchedule

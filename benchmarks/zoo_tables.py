@@ -29,10 +29,10 @@ def write_tables(page: Path, rows: Iterable[Row], totals: Mapping[str, int]) -> 
     """Replace what is between the markers of `page`; the same rows give the same text."""
     rows = sorted(rows, key=lambda row: (row["zoo"], row["name"]))
     text = "\n\n".join((_counts(rows, totals), _norms(rows), _reasons(rows)))
-    _replace(page, "zoo", text)
+    replace_between(page, "zoo", text)
 
 
-def _replace(page: Path, name: str, text: str) -> None:
+def replace_between(page: Path, name: str, text: str) -> None:
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     before, _, rest = page.read_text().partition(begin)
     page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}")
@@ -126,7 +126,7 @@ def write_optimizers(page: Path, rows: Iterable[Row], totals: Mapping[str, int])
         for names in [set().union(*by_rule.values())]
     ]
     reason_head = ("otherwise", "rules", "optimizers", "such as")
-    _replace(page, "optimizers", f"{_table(head, lines)}\n\n{_table(reason_head, grouped)}")
+    replace_between(page, "optimizers", f"{_table(head, lines)}\n\n{_table(reason_head, grouped)}")
 
 
 def _shorten(reason: str) -> str:
@@ -155,4 +155,4 @@ def write_loops(page: Path, rows: Iterable[Row], totals: Mapping[str, int]) -> N
     head = ("group", "cases", "tried", "same bits", "which")
     rest = [(zoo, name, "; ".join(p), why) for (zoo, why, name), p in sorted(others.items())]
     other_head = ("group", "case", "with", "otherwise")
-    _replace(page, "loops", f"{_table(head, lines)}\n\n{_table(other_head, rest)}")
+    replace_between(page, "loops", f"{_table(head, lines)}\n\n{_table(other_head, rest)}")

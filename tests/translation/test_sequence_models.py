@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from uncached_decoder import UncachedDecoder
+from translation_rivals import UncachedDecoder
 
 from nmlightning import swap_norms
 from nmlightning.errors import InputError

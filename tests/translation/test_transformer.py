@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch_transformer import TorchTransformer
+from translation_rivals import TorchTransformer
 
 from nmlightning import apply_weight_norm
 from nmlightning.errors import InputError

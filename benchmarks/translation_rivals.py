@@ -1,4 +1,6 @@
-"""The network of `nmlightning.models.Transformer`, written with `nn.Transformer…` layers."""
+"""What our Transformer is measured against: torch's layers, and decoding without a cache."""
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from nmlightning.translation.tokenizer import PAD
 
 
 class TorchTransformer(nn.Module):
-    """Encoder and decoder of torch's layers, with one embedding for source, target and output.
+    """The network of `nmlightning.models.Transformer`, written with `nn.Transformer…` layers.
 
     Dropout is where ours has it: torch's layers have two more in each, on the attention's weights
     and inside the feed-forward network, which are set to 0.
@@ -70,3 +72,40 @@ class TorchTransformer(nn.Module):
         positions[:, 0::2], positions[:, 1::2] = angles.sin(), angles.cos()
         entered: Tensor = self.dropout(self.embedding(tokens) * width**0.5 + positions)
         return entered
+
+
+@dataclass
+class Prefixes:
+    """A state that keeps no work of the decoder.
+
+    `encoded` is what `encode` has returned for the source, (N, …) each; `target` is (N, t).
+    """
+
+    encoded: list[Tensor]
+    target: Tensor
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, (M,) int64."""
+        self.encoded = [each[rows] for each in self.encoded]
+        self.target = self.target[rows]
+
+
+class UncachedDecoder(nn.Module):
+    """Offers what searches ask for by `encode` and `decode` of `net`, whose training needs them."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.vocab_size: int = net.vocab_size  # type: ignore[assignment]
+
+    @torch.no_grad()
+    def begin(self, source: Tensor) -> Prefixes:
+        """Encode the source."""
+        return Prefixes([*self.net.encode(source)], source.new_empty(len(source), 0))  # type: ignore[operator]
+
+    @torch.no_grad()
+    def next_logits(self, tokens: Tensor, state: Prefixes) -> Tensor:
+        """Run over all tokens so far, (N,) the new ones, and return the last logits."""
+        state.target = torch.cat((state.target, tokens[:, None]), 1)
+        logits: Tensor = self.net.decode(state.target, *state.encoded)[:, -1]  # type: ignore[operator]
+        return logits
