@@ -43,7 +43,7 @@ tables: $(VENV)/core ## docs/results.md, its pictures and README's table from re
 pictures: $(VENV)/core ## all pictures of docs but those of long runs, from short runs (needs Chromium)
 	$(VENV)/bin/python docs/take_pictures.py $(OPTIONS)
 
-bench: $(VENV)/test ## measure every target of speed and memory (ten minutes); OPTIONS='--only C1 C2'
+bench: $(VENV)/test ## measure every target of speed and memory (15 minutes); OPTIONS='--only N2 N3'
 	$(VENV)/bin/python benchmarks/speed.py $(OPTIONS)
 
 storm: $(VENV)/test ## bad inputs, random kills and full disks, under ten minutes; OPTIONS='--seed 2 --only kills'
