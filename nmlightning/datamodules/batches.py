@@ -169,15 +169,17 @@ class AugmentedShuffle:
 class EvaluationBatches:
     """Iterates over raw batches in order, every image once, also with several processes.
 
-    Nothing is padded or repeated. Rank r of W reads images r, r + W, r + 2W, …, split into as many
-    batches as the largest shard needs: all ranks do the same number of steps, which collective
-    operations rely on, and batch sizes differ by at most one.
+    Nothing is padded or repeated. Rank r of W reads images r, r + W, r + 2W, …, in full batches and
+    one of what is left, since a compiled network is compiled for each size. All ranks do the same
+    number of steps, which collective operations rely on: where that leaves one nothing for its
+    last, the batch before gives it an image.
     """
 
     def __init__(self, data: ImageSource, batch_size: int, shard: Shard = WHOLE_SET) -> None:
         length = data.length
         largest = -(-length // shard.world_size)
         self.data = data
+        self.batch_size = batch_size
         self.shard = shard
         self.batches = -(-largest // batch_size)
         if length // shard.world_size < self.batches:
@@ -191,4 +193,6 @@ class EvaluationBatches:
 
     def __iter__(self) -> Iterator[RawBatch]:
         rows = torch.arange(self.shard.rank, self.data.length, self.shard.world_size)
-        yield from self.data.batches(Draw(part) for part in rows.tensor_split(self.batches))
+        last = min((self.batches - 1) * self.batch_size, len(rows) - 1)
+        parts = (*torch.split(rows[:last], self.batch_size), rows[last:])
+        yield from self.data.batches(Draw(part) for part in parts if len(part))

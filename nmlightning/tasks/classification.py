@@ -146,7 +146,7 @@ class ImageClassifier(pl.LightningModule):
         if self.channels_last:
             self.net.to(memory_format=torch.channels_last)
         if self.compile_mode is not None and not self._is_compiled:
-            self.net.compile(mode=self.compile_mode)
+            self.net.compile(mode=self.compile_mode, dynamic=False)  # batches have two sizes
             self._is_compiled = True
 
     def configure_callbacks(self) -> list[pl.Callback]:

@@ -179,7 +179,7 @@ def test_classifier_compiles_once_after_the_callbacks(digits: Digits, monkeypatc
 
     task = make_task(compile="reduce-overhead")
     keys = set(task.state_dict())
-    monkeypatch.setattr(task.net, "compile", lambda mode: events.append(mode))
+    monkeypatch.setattr(task.net, "compile", lambda mode, dynamic: events.append(mode))
     trainer = quiet_trainer(Swap())
     trainer.fit(task, digits)
     trainer.validate(task, digits, verbose=False)

@@ -53,9 +53,9 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let networks be traced and differentiated, but not translated, which takes a minute."""
     modes, compile_in_place = [], nn.Module.compile
 
-    def trace(self: nn.Module, mode: str) -> None:
+    def trace(self: nn.Module, mode: str, dynamic: bool) -> None:
         modes.append(mode)
-        compile_in_place(self, backend="aot_eager")
+        compile_in_place(self, backend="aot_eager", dynamic=dynamic)
 
     monkeypatch.setattr(nn.Module, "compile", trace)
     torch.compiler.reset()
@@ -95,6 +95,27 @@ def test_compiled_run_equals_the_eager_one(
     loaded = load_from_checkpoint(ImageClassifier, path, net=make_net(), optimizer=sgd)
     assert set(loaded.state_dict()) == set(eager.lightning_module.state_dict())
     assert type(loaded.net[1]).__name__ == "L1BatchNorm2d"
+
+
+def test_a_fit_compiles_one_graph_for_each_size_of_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, compile_in_place = [], nn.Module.compile
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        images = [
+            q for q in inputs if isinstance(q, Tensor) and q.shape[-1:] == (8,) and q.dim() > 2
+        ]
+        sizes.extend(str(q.shape[0]) for q in images)
+        return graph.forward
+
+    def trace(self: nn.Module, mode: str, **options: Any) -> None:
+        compile_in_place(self, backend=count, **options)
+
+    monkeypatch.setattr(nn.Module, "compile", trace)
+    torch.compiler.reset()
+    task, data = make_task(compile="default"), Digits(32, image_size=8)
+    limits = {"limit_train_batches": 2, "limit_val_batches": 1.0}
+    quiet_trainer(NormSwap("l1"), max_epochs=2, **limits).fit(task, data)
+    assert sizes == ["32", "32", str(len(data.validation.labels) % 32)]  # else with symbols
 
 
 def test_channels_last_run_equals_the_plain_one(tmp_path: Path) -> None:
