@@ -113,6 +113,23 @@ def test_partition_covers_a_channel_once(
         assert (channels if parts.channels_last else spatial) % parts.vector == 0
 
 
+@pytest.mark.parametrize(
+    ("rows", "channels", "spatial", "last", "blocks"),
+    [
+        (8192, 64, 64, True, range(16, 33)),  # (128, 64, 8, 8)
+        (32_768, 32, 256, True, range(16, 33)),
+        (8192, 64, 64, False, [1]),
+        (2048, 16, 64, True, [1]),
+        (32, 16, 16, True, [1]),
+    ],
+)
+def test_a_small_tensor_is_for_few_programs(
+    rows: int, channels: int, spatial: int, last: bool, blocks: object
+) -> None:
+    for streams in (1, 2, 3):
+        assert tiles._divide(rows, channels, spatial, last, 2, streams, 132).blocks in blocks
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_partition_of_a_large_tensor_fills_the_processors(channels_last: bool) -> None:
     parts = tiles._divide(256 * 112 * 112, 64, 112 * 112, channels_last, 2, 1, 132)

@@ -25,9 +25,9 @@ from nmlightning.kernels.triton.layer_norm import TritonLayerNorm  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 PROCESSORS = 132
-L1, TOP10 = PowerMean(1.0), LargestMean(10)
+L1, LINF, TOP10 = PowerMean(1.0), LargestMean(1), LargestMean(10)
 REGISTERS = 65_536  # of a multiprocessor
-SHARED = 40_960  # bytes of a program; two are to fit beside a cache of the first level
+SHARED = 49_152  # bytes of a program; two are to fit beside a cache of the first level
 
 pytestmark = [
     pytest.mark.skipif(not CUOBJDUMP.exists(), reason="this Triton is not for NVIDIA"),
@@ -108,7 +108,7 @@ def _batch_norm(
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def launch() -> None:
-        x = torch.zeros(shape, dtype=dtype).contiguous(memory_format=memory_format)
+        x = torch.empty(shape, dtype=dtype, memory_format=memory_format)
         residual = x if spec.fused == "add_relu" else None
         channel = torch.zeros(shape[1])
         kernels = TritonBatchNorm()
@@ -128,16 +128,17 @@ def _layer_norm(features: int, dtype: torch.dtype) -> Callable[[], object]:
     return launch
 
 
-def _check(kernels: list[Compiled], programs: int = 2, spilled: int = 0) -> None:
+def _check(kernels: list[Compiled], programs: float = 2, spilled: int = 0) -> None:
     for kernel in kernels:
         assert kernel.stack <= spilled, f"{kernel.name} spills {kernel.stack} bytes"
         assert kernel.registers * kernel.threads * programs <= REGISTERS, kernel
         assert kernel.shared <= SHARED, kernel
         assert "atom." not in kernel.ptx, kernel.name
-        assert "red.global" not in kernel.ptx, kernel.name
+        assert not re.search(r"\bred\.global", kernel.ptx), kernel.name
         # The selection reads single elements of blocks that lie anywhere.
         if kernel.name not in ("select_largest", "track_kernel"):
-            assert re.search(r"ld\.global[.\w:]*\.(v4\.b32|v2\.b64|v8\.b16)", kernel.ptx), kernel
+            wide = r"ld\.global[.\w:]*\.(v4\.b32|v2\.b64|v8\.b16)|cp\.async\.cg"
+            assert re.search(wide, kernel.ptx), kernel
         if kernel.name.startswith("write") or kernel.name == "normalise_rows":
             assert re.search(r"st\.global[.\w:]*\.(v4\.b32|v2\.b64|v8\.b16)", kernel.ptx), kernel
 
@@ -147,10 +148,23 @@ TOP_K_KERNELS = ["find_extremes", "select_largest", "write_output"]
 BACKWARD = ["sum_gradients", "write_whole_gradient"]
 
 
-def test_l1_and_relu_compiles(compile_ahead: Any) -> None:
-    spec = NormSpec(L1, 1.25, 1e-5, "relu")
-    kernels = compile_ahead(90, _batch_norm((32, 64, 56, 56), True, torch.bfloat16, spec))
-    assert [kernel.name for kernel in kernels] == [*L1_KERNELS, *BACKWARD]
+@pytest.mark.parametrize(("statistic", "fused"), [(L1, "relu"), (L1, None), (LINF, None)])
+def test_layers_of_the_targets_compile(statistic: Any, fused: Any, compile_ahead: Any) -> None:
+    spec = NormSpec(statistic, 1.25, 1e-5, fused)
+    kernels = compile_ahead(90, _batch_norm((256, 64, 112, 112), True, torch.bfloat16, spec))
+    forward = L1_KERNELS if statistic is L1 else TOP_K_KERNELS
+    assert [kernel.name for kernel in kernels] == [*forward, *BACKWARD]
+    # Triton 3.6 takes 145 registers where 3.9 takes 128: an eighth is left for others.
+    _check(kernels, programs=2.25)
+    pipelined = [kernel.name for kernel in kernels if "cp.async" in kernel.ptx]
+    assert pipelined == [name for name in (*forward, *BACKWARD) if name != "select_largest"]
+
+
+@pytest.mark.parametrize("fused", ["relu", "add_relu"])
+def test_one_launch_each_way_compiles(fused: Any, compile_ahead: Any) -> None:
+    spec = NormSpec(L1, 1.25, 1e-5, fused)
+    kernels = compile_ahead(90, _batch_norm((128, 64, 8, 8), False, torch.float16, spec))
+    assert [kernel.name for kernel in kernels] == ["write_l1_output", "write_whole_gradient"]
     _check(kernels)
 
 

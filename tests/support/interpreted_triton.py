@@ -4,16 +4,18 @@ TRITON_INTERPRET=1 python -m pytest tests/support/interpreted_triton.py
 """
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import triton
+import triton.language as tl
 from triton.runtime import interpreter
 
 import kernel_contract as contract
 from nmlightning.kernels import dispatch
-from nmlightning.kernels.triton import tiles
+from nmlightning.kernels.triton import batch_norm, tiles
 from nmlightning.kernels.triton.backend import TritonBackend
 from nmlightning.kernels.triton.batch_norm import TritonBatchNorm, track
 from nmlightning.kernels.triton.layer_norm import TritonLayerNorm
@@ -46,14 +48,84 @@ def _formula() -> None:
     """Let the kernels compute, which are tested here."""
 
 
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Share each channel between programs, as of a larger tensor."""
+    monkeypatch.setattr(tiles, "ALONE_BYTES", 0)
+    tiles._divide.cache_clear()
+    yield
+    tiles._divide.cache_clear()
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]]]:
+    """Return what collects the kernels that are launched, with their arguments."""
+    kernels, run = [], interpreter.InterpretedFunction.run
+
+    def note(self: Any, *arguments: Any, **options: Any) -> Any:
+        kernels.append((self.fn.__name__, arguments))
+        return run(self, *arguments, **options)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "run", note)
+    return kernels
+
+
 @pytest.mark.parametrize("case", [*contract.CASES, *contract.FLOAT16], ids=str)
-def test_kernels_equal_the_definition(case: contract.Case) -> None:
+def test_kernels_equal_the_definition(case: contract.Case, shared: None) -> None:
     contract.check(case, KERNELS, slack=slack(case.dtype))
+
+
+@pytest.mark.parametrize("case", [c for c in contract.CASES if c.statistic == "l1"], ids=str)
+def test_one_launch_each_way_equals_the_definition(case: contract.Case, launched: Any) -> None:
+    contract.check(case, KERNELS, slack=slack(case.dtype))
+    assert [name for name, _ in launched] == ["write_l1_output", "write_whole_gradient"]
+
+
+@pytest.mark.parametrize("fused", [None, "relu", "add_relu"])
+@pytest.mark.parametrize("statistic", ["l1", "top3"])
+@pytest.mark.parametrize(
+    ("shape", "channels_last", "dtype", "bits"),
+    [
+        ((7, 16, 5, 5), True, torch.float16, 1),
+        ((5, 1, 8, 9), False, torch.float32, 2),
+        ((4, 12, 5, 5), True, torch.bfloat16, 2),
+    ],
+)
+def test_codes_tell_the_gradient_what_x_would(
+    shape: Any, channels_last: bool, dtype: Any, bits: int, statistic: str, fused: Any,
+    shared: None, launched: Any, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    case = contract.Case(shape, statistic, fused, dtype, channels_last, "tied")
+    inputs, grad = contract.draw(case, "cpu")
+    spec = batch_norm.NormSpec(contract.STATISTICS[statistic], 1.25, 1e-5, fused)
+    saved = KERNELS.forward(*inputs, spec).saved
+    by_codes = KERNELS.backward(grad, saved, spec)
+    codes = launched[-1][1][4]
+    assert (codes is None) == (statistic == "top3" and fused != "relu")
+    if codes is not None:
+        most = bits * 2 if fused == "relu" else bits
+        assert codes.numel() * codes.element_size() * 8 <= most * grad.numel()
+    monkeypatch.setattr(batch_norm, "LEAST_CODED", 100)
+    by_x = KERNELS.backward(grad, saved, spec)
+    assert launched[-1][1][4] is None
+    assert all(torch.equal(a, b) for a, b in zip(by_codes, by_x, strict=True) if a is not None)
+
+
+def test_a_channel_begins_beyond_what_int32_counts() -> None:
+    found = torch.zeros(4, dtype=torch.int64)
+    _store_offset[(1,)](found, 37, 40, 384**3, tiles.Tile(False, 1, 1, False, 1, 1))
+    assert found.tolist() == [(37 + channel) * 384**3 for channel in range(4)]
+
+
+@triton.jit
+def _store_offset(found, first, C, S, TILE: tl.constexpr):
+    channels = first + tl.arange(0, 4)
+    tl.store(found + tl.arange(0, 4), tiles.offsets_at(0 * channels, channels, C, S, TILE))
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_parts_are_summed_in_several_steps(
-    channels_last: bool, monkeypatch: pytest.MonkeyPatch
+    channels_last: bool, shared: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiles.Partition, "fold", 2)
     contract.check(contract.Case((3, 1, 10, 14), "l1", channels_last=channels_last), KERNELS)
@@ -104,3 +176,15 @@ def test_layer_norm_kernels_equal_the_definition(
 
 def test_track_moves_running_statistics() -> None:
     contract.check_tracking(track)
+
+
+@pytest.mark.parametrize("statistic", ["l1", "linf"])
+def test_forward_moves_running_statistics(statistic: str) -> None:
+    x, running = torch.randn(20, 3), [torch.zeros(3), torch.ones(3), torch.tensor(2)]
+    x[4, 1] = float("nan")
+    spec = batch_norm.NormSpec(contract.STATISTICS[statistic], 1.25, 1e-5)
+    expected = [q.clone() for q in running]
+    found = KERNELS.forward(x, None, None, None, spec, (*running, 0.25))
+    track(*expected, found.mean, found.variance, 0.25)
+    assert all(map(torch.equal, running, expected))
+    assert running[0].bool().tolist() == [True, False, True]

@@ -1,5 +1,7 @@
 """Batch norm by Triton kernels: which are launched, with which partition and memory."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -22,11 +24,23 @@ from nmlightning.kernels.triton.forward import (
     write_l1_output,
     write_output,
 )
-from nmlightning.kernels.triton.tiles import Partition, divide, divide_to_select, on_device_of
+from nmlightning.kernels.triton.tiles import (
+    Launcher,
+    Partition,
+    divide,
+    divide_to_select,
+    on_device_of,
+)
 from nmlightning.kernels.triton.top_k import find_extremes, select_largest
 
 STATISTICS = 5  # μ, unbiased variance, σ, ŝ, gain
+LEAST_CODED = 4  # elements of a vector, whose codes are one integer
 TRACKED_TOGETHER = 1024  # channels of a program that moves running statistics
+
+
+# Running mean and variance, the count of batches, momentum: what forward moves, if it is there.
+Running = tuple[OptTensor, OptTensor, OptTensor, float | None]
+NONE: Running = (None, None, None, None)
 
 
 class TritonBatchNorm:
@@ -37,22 +51,31 @@ class TritonBatchNorm:
     """
 
     def forward(
-        self, x: Tensor, residual: OptTensor, weight: OptTensor, bias: OptTensor, spec: NormSpec
+        self,
+        x: Tensor,
+        residual: OptTensor,
+        weight: OptTensor,
+        bias: OptTensor,
+        spec: NormSpec,
+        running: Running = NONE,
     ) -> Normalised:
         statistics = x.new_empty(STATISTICS, x.shape[1], dtype=torch.float32)
         y, relu = torch.empty_like(x), spec.fused is not None
         with on_device_of(x):
             if is_l1(spec.statistic):
                 selected: tuple[OptTensor, ...] = (None, None)
-                differences, partition = _sum_differences(x)
-                sizes = _sum_sizes(x, None, differences, partition)
-                write_l1_output[partition.grid](
-                    x, residual, y, differences, sizes, statistics, weight, bias, spec.constant,
-                    spec.eps, *partition.sizes, **partition.constants, RELU=relu,
-                    FOLD=partition.fold,
+                differences, sizes, partition = None, None, divide(x, 1 if residual is None else 2)
+                if partition.blocks > 1:
+                    differences = _sum_differences(x, partition)
+                    sizes = _sum_sizes(x, None, differences, partition)
+                partition.launch(
+                    write_l1_output, x, residual, y, differences, sizes, statistics, *running[:3],
+                    weight, bias, running[3], spec.constant, spec.eps, RELU=relu,
                 )  # fmt: skip
             else:
-                selected = _select(x, None, _k_of(spec.statistic), statistics, weight, spec)
+                selected = _select(
+                    x, None, _k_of(spec.statistic), statistics, weight, spec, running
+                )
                 _write_output(x, residual, y, statistics[0], statistics[4], bias, relu)
         kept = y if spec.fused == "add_relu" else None
         return Normalised(y, statistics[0], statistics[1], (x, kept, statistics, bias, *selected))
@@ -64,25 +87,32 @@ class TritonBatchNorm:
         grad = lay_out_like(grad, x)
         relu = spec.fused == "relu"
         k = 0 if is_l1(spec.statistic) else _k_of(spec.statistic)
-        passed = None if y is None else torch.empty_like(grad)
-        out = torch.empty_like(x)
+        passed = given = None if y is None else torch.empty_like(grad)
+        out, codes, parts = torch.empty_like(x), None, None
         learned = statistics.new_empty(2, x.shape[1])
+        partition = summed = divide(x, 2 if spec.fused is None else 3)  # ReLU wants registers
         with on_device_of(x):
-            parts, summed = _sum_gradients(grad, x, y, passed, statistics, bias, relu, signs=not k)
-            partition = divide(x, 1 if k and not relu else 2)
-            write_whole_gradient[partition.grid](
-                grad if passed is None else passed, x, out, statistics, bias, parts, learned,
-                positions, deviations, spec.constant, *partition.sizes, summed.blocks,
-                **partition.constants, RELU=relu, FOLD=partition.fold, K=k,
+            if summed.blocks > 1:
+                codes = _codes(x, summed, relu) if relu or not k else None
+                parts = _sum_gradients(
+                    summed, grad, x, y, passed, codes, statistics, bias, relu, signs=not k
+                )
+                if passed is not None:
+                    grad, y, passed = passed, None, None
+                partition = divide(x, 2 if codes is None and (relu or not k) else 1)
+            partition.launch(
+                write_whole_gradient, grad, x, y, passed, codes, out, statistics, bias, parts,
+                learned, positions, deviations, spec.constant, summed.blocks, RELU=relu, K=k,
                 SELECTED=next_power_of_two(max(1, k)),
             )  # fmt: skip
-        return Gradients(out, passed, learned[0], learned[1])
+        return Gradients(out, given, learned[0], learned[1])
 
     def sums(self, x: Tensor) -> Tensor:
         if not x.numel():
             return x.new_zeros(x.shape[1], dtype=torch.float32)
         with on_device_of(x):
-            parts, partition = _sum_differences(x)
+            partition = divide(x, 1)
+            parts = _sum_differences(x, partition)
             first = x.select(0, 0).flatten(1)[:, 0] if x.dim() > 2 else x[0]
             return _fold(parts, partition) + first.float() * partition.rows
 
@@ -125,8 +155,9 @@ class TritonBatchNorm:
         signs = is_l1(statistic)
         grad, statistics = lay_out_like(grad, x), mean.contiguous().unsqueeze(0)
         with on_device_of(x):
-            parts, partition = _sum_gradients(
-                grad, x, y, None, statistics, bias=None, relu=False, signs=signs
+            partition = divide(x, 2 if y is None else 3)
+            parts = _sum_gradients(
+                partition, grad, x, y, None, None, statistics, bias=None, relu=False, signs=signs
             )
             for row in range(len(parts)):
                 sums[row] = _fold(parts[row], partition)
@@ -148,12 +179,9 @@ class TritonBatchNorm:
         out = torch.empty_like(x)
         passed = None if y is None else torch.empty_like(grad)
         if x.numel():
-            partition = divide(x, 2)
             channels = [q if q is None else q.contiguous() for q in (mean, gain, offset, pull)]
             with on_device_of(x):
-                write_gradient[partition.grid](
-                    grad, x, y, passed, out, *channels, *partition.sizes, **partition.constants
-                )
+                divide(x, 2).launch(write_gradient, grad, x, y, passed, out, *channels)
         return out, (grad if passed is None else passed)
 
 
@@ -168,27 +196,29 @@ def track(
     """Do in one launch what `Tracking` says, with (C,) float32, contiguous, and () int64."""
     channels = mean.numel()
     with on_device_of(mean), torch.no_grad():
-        move_statistics[-(-channels // TRACKED_TOGETHER),](
-            running_mean, running_var, batches, mean, variance, momentum, channels,
-            CHANNELS=TRACKED_TOGETHER, enable_fp_fusion=True,
-        )  # fmt: skip
+        _launcher_of(channels)(
+            move_statistics, running_mean, running_var, batches, mean, variance, momentum
+        )
     for changed in (running_mean, running_var, batches):
         if changed is not None:
             torch.autograd.graph.increment_version(changed)
 
 
-def _sum_differences(x: Tensor) -> tuple[Tensor, Partition]:
-    partition = divide(x, 1)
+@lru_cache(maxsize=1024)
+def _launcher_of(channels: int) -> Launcher:
+    constants = {"CHANNELS": TRACKED_TOGETHER, "enable_fp_fusion": True}
+    return Launcher((-(-channels // TRACKED_TOGETHER),), (channels,), constants)
+
+
+def _sum_differences(x: Tensor, partition: Partition) -> Tensor:
     parts = _parts(x, partition)
-    sum_differences[partition.grid](x, parts, *partition.sizes, **partition.constants)
-    return parts, partition
+    partition.launch(sum_differences, x, parts)
+    return parts
 
 
 def _sum_sizes(x: Tensor, mean: OptTensor, differences: OptTensor, partition: Partition) -> Tensor:
     parts = _parts(x, partition)
-    sum_sizes[partition.grid](
-        x, mean, differences, parts, *partition.sizes, **partition.constants, FOLD=partition.fold
-    )
+    partition.launch(sum_sizes, x, mean, differences, parts)
     return parts
 
 
@@ -199,19 +229,19 @@ def _select(
     statistics: OptTensor,
     weight: OptTensor,
     spec: NormSpec | None,
+    running: Running = NONE,
 ) -> tuple[Tensor, Tensor]:
     """Return the positions and x − μ of the k largest |x − μ|, (C, k); fill the statistics."""
     partition = divide_to_select(x)
     parts = _parts(x, partition, 3)
-    find_extremes[partition.grid](x, *parts, *partition.sizes, **partition.constants)
+    partition.launch(find_extremes, x, *parts)
     channels = x.shape[1]
     positions = x.new_empty(channels, k, dtype=torch.int64)
     deviations = x.new_empty(channels, k, dtype=torch.float32)
-    rows, vectors, spatial, _, blocks = partition.sizes
     constant, eps = (1.0, 0.0) if spec is None else (spec.constant, spec.eps)
-    select_largest[partition.selection_grid](
-        x, mean, *parts, positions, deviations, statistics, weight, constant, eps,
-        rows, vectors, spatial, partition.span, blocks, K=k, **partition.selection_constants,
+    partition.launch_selection(
+        select_largest, x, mean, *parts, positions, deviations, statistics, *running[:3], weight,
+        running[3], constant, eps, K=k,
     )  # fmt: skip
     return positions, deviations
 
@@ -226,29 +256,37 @@ def _write_output(
     relu: bool,
 ) -> None:
     partition = divide(x, 1 if residual is None else 2)
-    write_output[partition.grid](
-        x, residual, y, mean, gain, shift, *partition.sizes, **partition.constants, RELU=relu
-    )
+    partition.launch(write_output, x, residual, y, mean, gain, shift, RELU=relu)
 
 
 def _sum_gradients(
+    partition: Partition,
     grad: Tensor,
     x: Tensor,
     y: OptTensor,
     passed: OptTensor,
+    codes: OptTensor,
     statistics: Tensor,
     bias: OptTensor,
     relu: bool,
     signs: bool,
-) -> tuple[Tensor, Partition]:
-    partition = divide(x, 2 if y is None else 3)
+) -> Tensor:
     parts = _parts(x, partition, 3 if signs else 2)
     gain = statistics[4] if relu else None
-    sum_gradients[partition.grid](
-        grad, x, y, passed, statistics[0], gain, bias, parts,
-        *partition.sizes, **partition.constants, RELU=relu, SIGNS=signs,
+    partition.launch(
+        sum_gradients, grad, x, y, passed, codes, statistics[0], gain, bias, parts,
+        RELU=relu, SIGNS=signs,
     )  # fmt: skip
-    return parts, partition
+    return parts
+
+
+def _codes(x: Tensor, partition: Partition, relu: bool) -> OptTensor:
+    """Return room for a code of each element, or None where that saves little of reading x."""
+    if partition.vector < LEAST_CODED:
+        return None
+    bits = partition.vector * (2 if relu else 1)
+    count = x.numel() // partition.vector
+    return x.new_empty(count, dtype=torch.uint8 if bits <= 8 else torch.int16)
 
 
 def _parts(x: Tensor, partition: Partition, kinds: int = 1) -> Tensor:

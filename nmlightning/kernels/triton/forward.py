@@ -5,7 +5,8 @@ import triton.language as tl
 
 from nmlightning.kernels.triton.tiles import (
     HUGE,
-    channels_of,
+    STAGES,
+    begin,
     first_of,
     load_channels,
     place,
@@ -16,68 +17,67 @@ from nmlightning.kernels.triton.tiles import (
 
 
 @triton.jit
-def sum_differences(
-    x, parts, R, C, S, tiles, blocks,
-    SPATIAL_VECTOR: tl.constexpr, CHANNEL_VECTOR: tl.constexpr, LAST: tl.constexpr,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+def sum_differences(x, parts, R, C, S, tiles, blocks, TILE: tl.constexpr):
     """Store Σ(x − x₀) of each block; x₀ is the channel's first element.
 
     So a constant channel has exactly its value as mean, and a mean far from 0 costs no digits.
     """
-    C, S = C * CHANNEL_VECTOR, S * SPATIAL_VECTOR
-    column, block = tl.program_id(0), tl.program_id(1)
-    channels, present = channels_of(column, C, LAST, WIDTH)
-    origin = first_of(x, channels, present, S, LAST)
-    total = tl.zeros((HEIGHT, WIDTH), tl.float32)
-    for tile in range(0, tiles):
-        offsets, mask, _ = place(block * tiles + tile, column, R, C, S, LAST, HEIGHT, WIDTH, WIDE)
+    C, S, column, block, channels, present = begin(C, S, TILE)
+    origin = first_of(x, channels, present, S, TILE)
+    total = add_differences(x, origin, column, block, R, C, S, tiles, TILE)
+    store_part(parts, total, block, blocks, channels, present, C, TILE)
+
+
+@triton.jit
+def add_differences(x, origin, column, block, R, C, S, tiles, TILE: tl.constexpr):
+    """Return Σ(x − x₀) of a block."""
+    total = tl.zeros((TILE.HEIGHT, TILE.WIDTH), tl.float32)
+    for tile in tl.range(0, tiles, num_stages=STAGES):
+        offsets, mask, _ = place(block * tiles + tile, column, R, C, S, TILE)
         values = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
         total += tl.where(mask, values - origin, 0.0)
-    store_part(parts, sum_tile(total, LAST), block, blocks, channels, present, C, LAST)
+    return sum_tile(total, TILE)
 
 
 @triton.jit
-def sum_sizes(
-    x, mean, differences, parts,
-    R, C, S, tiles, blocks,
-    SPATIAL_VECTOR: tl.constexpr, CHANNEL_VECTOR: tl.constexpr, LAST: tl.constexpr,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, FOLD: tl.constexpr,
-):  # fmt: skip
-    """Store Σ|x − μ| of each block; μ is `mean`, or follows from the blocks' differences.
-
-    It goes from the end to the beginning, where the previous pass has left the cache filled.
-    """
-    C, S = C * CHANNEL_VECTOR, S * SPATIAL_VECTOR
-    column, block = tl.program_id(0), tl.program_id(1)
-    channels, present = channels_of(column, C, LAST, WIDTH)
+def sum_sizes(x, mean, differences, parts, R, C, S, tiles, blocks, TILE: tl.constexpr):
+    """Store Σ|x − μ| of each block; μ is `mean`, or follows from the blocks' differences."""
+    C, S, column, block, channels, present = begin(C, S, TILE)
     if mean is None:
-        centre = mean_from(x, differences, R, C, S, blocks, channels, present, LAST, FOLD)
+        centre = mean_from(x, differences, R, C, S, blocks, channels, present, TILE)
     else:
         centre = load_channels(mean, channels, present, 0.0)
-    total = tl.zeros((HEIGHT, WIDTH), tl.float32)
-    for tile in range(0, tiles):
-        number = block * tiles + (tiles - 1 - tile)
-        offsets, mask, _ = place(number, column, R, C, S, LAST, HEIGHT, WIDTH, WIDE)
-        values = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
-        total += tl.where(mask, tl.abs(values - centre), 0.0)
-    store_part(parts, sum_tile(total, LAST), block, blocks, channels, present, C, LAST)
+    total = add_sizes(x, centre, column, block, R, C, S, tiles, TILE)
+    store_part(parts, total, block, blocks, channels, present, C, TILE)
 
 
 @triton.jit
-def mean_from(
-    x, differences, R, C, S, blocks, channels, present, LAST: tl.constexpr, FOLD: tl.constexpr
-):
+def add_sizes(x, centre, column, block, R, C, S, tiles, TILE: tl.constexpr):
+    """Return Σ|x − μ| of a block, from its end, where the last pass has left the cache filled."""
+    total = tl.zeros((TILE.HEIGHT, TILE.WIDTH), tl.float32)
+    for tile in tl.range(0, tiles, num_stages=STAGES):
+        number = block * tiles + (tiles - 1 - tile)
+        offsets, mask, _ = place(number, column, R, C, S, TILE)
+        values = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+        total += tl.where(mask, tl.abs(values - centre), 0.0)
+    return sum_tile(total, TILE)
+
+
+@triton.jit
+def mean_from(x, differences, R, C, S, blocks, channels, present, TILE: tl.constexpr):
     """Return μ of each channel, from the parts of Σ(x − x₀)."""
-    total = sum_parts(differences, blocks, channels, present, C, LAST, FOLD)
-    return first_of(x, channels, present, S, LAST) + tl.div_rn(total, R.to(tl.float32))
+    total = sum_parts(differences, blocks, channels, present, C, TILE)
+    return first_of(x, channels, present, S, TILE) + tl.div_rn(total, R.to(tl.float32))
 
 
 @triton.jit
 def finish_statistics(
-    statistics, mean, magnitude, weight, constant, eps, R, C, channels, present, writes
-):
+    statistics, running_mean, running_var, batches, momentum, mean, magnitude, weight, constant,
+    eps, R, C, channels, present, writes,
+):  # fmt: skip
     """Store μ, unbiased variance, σ, ŝ and the gain weight/σ of each channel; return the gain.
+
+    And move running statistics, if there are any, towards the first two.
 
     `statistics` is (5, C), and every kernel takes the gain from there, so that what follows from it
     is the same to the last bit. Only a program that `writes` stores anything.
@@ -93,6 +93,8 @@ def finish_statistics(
     tl.store(statistics + 2 * C + channels, deviation, mask=mask)
     tl.store(statistics + 3 * C + channels, scale, mask=mask)
     tl.store(statistics + 4 * C + channels, gain, mask=mask)
+    if running_mean is not None:
+        move_both(running_mean, running_var, batches, momentum, mean, variance, channels, mask)
     return gain
 
 
@@ -110,65 +112,56 @@ def relu(values):
 
 @triton.jit
 def write_output(
-    x, residual, y, mean, gain, shift,
-    R, C, S, tiles, blocks,
-    SPATIAL_VECTOR: tl.constexpr, CHANNEL_VECTOR: tl.constexpr, LAST: tl.constexpr,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, RELU: tl.constexpr,
+    x, residual, y, mean, gain, shift, R, C, S, tiles, blocks, TILE: tl.constexpr,
+    RELU: tl.constexpr,
 ):  # fmt: skip
     """Store y = (x − μ) · gain + shift, plus the residual if there is one, through ReLU if asked.
 
     Without a mean it is x · gain + shift, without a shift nothing is added.
     """
-    C, S = C * CHANNEL_VECTOR, S * SPATIAL_VECTOR
-    column, block = tl.program_id(0), tl.program_id(1)
-    channels, present = channels_of(column, C, LAST, WIDTH)
+    C, S, column, block, channels, present = begin(C, S, TILE)
     centre = load_channels(mean, channels, present, 0.0)
     slope = load_channels(gain, channels, present, 1.0)
     offset = load_channels(shift, channels, present, 0.0)
-    write_tiles(
-        x, residual, y, centre, slope, offset, column, block, R, C, S, tiles,
-        LAST, HEIGHT, WIDTH, WIDE, RELU,
-    )  # fmt: skip
+    write_tiles(x, residual, y, centre, slope, offset, column, block, R, C, S, tiles, TILE, RELU)
 
 
 @triton.jit
 def write_l1_output(
-    x, residual, y, differences, sizes, statistics, weight, bias, constant, eps,
-    R, C, S, tiles, blocks,
-    SPATIAL_VECTOR: tl.constexpr, CHANNEL_VECTOR: tl.constexpr, LAST: tl.constexpr,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, RELU: tl.constexpr,
-    FOLD: tl.constexpr,
+    x, residual, y, differences, sizes, statistics, running_mean, running_var, batches, weight,
+    bias, momentum, constant, eps, R, C, S, tiles, blocks, TILE: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """Do what `write_output` does, with μ and the gain from the parts of L1's sums.
 
     Every program folds all parts of its channels, in one order, and the first stores what follows.
+    Without parts there is one block, of which it takes the sums itself.
     """
-    C, S = C * CHANNEL_VECTOR, S * SPATIAL_VECTOR
-    column, block = tl.program_id(0), tl.program_id(1)
-    channels, present = channels_of(column, C, LAST, WIDTH)
-    mean = mean_from(x, differences, R, C, S, blocks, channels, present, LAST, FOLD)
-    total = sum_parts(sizes, blocks, channels, present, C, LAST, FOLD)
+    C, S, column, block, channels, present = begin(C, S, TILE)
+    if sizes is None:
+        mean = first_of(x, channels, present, S, TILE)
+        total = add_differences(x, mean, column, block, R, C, S, tiles, TILE)
+        mean += tl.div_rn(total, R.to(tl.float32))
+        total = add_sizes(x, mean, column, block, R, C, S, tiles, TILE)
+    else:
+        mean = mean_from(x, differences, R, C, S, blocks, channels, present, TILE)
+        total = sum_parts(sizes, blocks, channels, present, C, TILE)
     gain = finish_statistics(
-        statistics, mean, tl.div_rn(total, R.to(tl.float32)), weight, constant, eps,
-        R, C, channels, present, block == 0,
+        statistics, running_mean, running_var, batches, momentum, mean,
+        tl.div_rn(total, R.to(tl.float32)), weight, constant, eps, R, C, channels, present,
+        block == 0,
     )  # fmt: skip
     shift = load_channels(bias, channels, present, 0.0)
-    write_tiles(
-        x, residual, y, mean, gain, shift, column, block, R, C, S, tiles,
-        LAST, HEIGHT, WIDTH, WIDE, RELU,
-    )  # fmt: skip
+    write_tiles(x, residual, y, mean, gain, shift, column, block, R, C, S, tiles, TILE, RELU)
 
 
 @triton.jit
 def write_tiles(
-    x, residual, y, mean, gain, shift, column, block,
-    R, C, S, tiles,
-    LAST: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
+    x, residual, y, mean, gain, shift, column, block, R, C, S, tiles, TILE: tl.constexpr,
     RELU: tl.constexpr,
 ):  # fmt: skip
     """Write a block of y, with the values of its channels at hand."""
-    for tile in range(0, tiles):
-        offsets, mask, _ = place(block * tiles + tile, column, R, C, S, LAST, HEIGHT, WIDTH, WIDE)
+    for tile in tl.range(0, tiles, num_stages=STAGES):
+        offsets, mask, _ = place(block * tiles + tile, column, R, C, S, TILE)
         values = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
         values = apply_gain(values, mean, gain, shift)
         if residual is not None:
@@ -182,17 +175,21 @@ def write_tiles(
 def move_statistics(
     running_mean, running_var, batches, mean, variance, momentum, C, CHANNELS: tl.constexpr
 ):
-    """Move both statistics, in channels where the batch's and the result are finite."""
+    """Do for ranks, whose statistics are shared, what `finish_statistics` does for one."""
     channels = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    mask = channels < C
-    new_mean = tl.load(mean + channels, mask=mask, other=0.0)
-    new_variance = tl.load(variance + channels, mask=mask, other=0.0)
-    mask = mask & is_finite(new_mean) & is_finite(new_variance)
-    move(running_mean + channels, new_mean, momentum, mask)
-    move(running_var + channels, new_variance, momentum, mask)
+    mean = tl.load(mean + channels, mask=channels < C, other=0.0)
+    variance = tl.load(variance + channels, mask=channels < C, other=0.0)
+    move_both(running_mean, running_var, batches, momentum, mean, variance, channels, channels < C)
+
+
+@triton.jit
+def move_both(running_mean, running_var, batches, momentum, mean, variance, channels, mask):
+    """Move both statistics, in channels where the batch's and the result are finite; count it."""
+    finite = mask & is_finite(mean) & is_finite(variance)
+    move(running_mean + channels, mean, momentum, finite)
+    move(running_var + channels, variance, momentum, finite)
     if batches is not None:
-        count = batches + tl.arange(0, 1)
-        first = tl.arange(0, 1) == tl.program_id(0)
+        count, first = batches + 0 * channels, mask & (channels == 0)
         tl.store(count, tl.load(count, mask=first, other=0) + 1, mask=first)
 
 

@@ -3,6 +3,8 @@
 Of each row (μ, 1/σ, c · ŝ/σ) is kept, (3, rows) float32; an RMS norm does not centre, its μ is 0.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +14,9 @@ from nmlightning.functional.reductions import next_power_of_two
 from nmlightning.kernels.triton.tiles import (
     HUGE,
     PROGRAMS_PER_PROCESSOR,
+    STAGES,
     VECTOR_BYTES,
+    Launcher,
     on_device_of,
     processors_of,
 )
@@ -51,7 +55,7 @@ def normalise_rows(
     tl.store(y + offsets, result.to(y.dtype.element_ty), mask=here & there)
     tl.store(values + rows, mean, mask=here)
     tl.store(values + M + rows, inverse, mask=here)
-    tl.store(values + 2 * M + rows, constant * scale * inverse, mask=here)
+    tl.store(values + M + M + rows, constant * scale * inverse, mask=here)
 
 
 @triton.jit
@@ -67,7 +71,7 @@ def write_row_gradients(
     program, programs = tl.program_id(0), tl.num_programs(0)
     products = tl.zeros((HEIGHT, WIDTH), tl.float32)
     totals = tl.zeros((HEIGHT, WIDTH), tl.float32)
-    for tile in range(0, tiles):
+    for tile in tl.range(0, tiles, num_stages=STAGES):
         number = program * tiles + tile
         rows, columns, here, there = place_rows(number, M, D, HEIGHT, WIDTH)
         mask, offsets = here & there, rows * D + columns
@@ -75,7 +79,7 @@ def write_row_gradients(
         inner = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(values + rows, mask=here, other=0.0)
         inverse = tl.load(values + M + rows, mask=here, other=0.0)
-        pull = tl.load(values + 2 * M + rows, mask=here, other=0.0)
+        pull = tl.load(values + M + M + rows, mask=here, other=0.0)
         deviations = tl.where(mask, wide - mean, 0.0)
         normal = deviations * inverse
         if parts is not None:
@@ -139,12 +143,11 @@ class TritonLayerNorm:
         y = torch.empty_like(x)
         values = x.new_empty(3, rows, dtype=torch.float32)
         if rows:
-            tile = _tile(features, x.element_size())
+            launch, _ = _divide(rows, features, x.element_size())
             with on_device_of(x):
-                normalise_rows[-(-rows // tile["HEIGHT"]),](
-                    x, weight, bias, y, values, constant, eps, rows, features // tile["VECTOR"],
-                    **tile, CENTRED=self.centred,
-                )  # fmt: skip
+                launch(
+                    normalise_rows, x, weight, bias, y, values, constant, eps, CENTRED=self.centred
+                )
         return y, values, True
 
     def backward(
@@ -160,15 +163,13 @@ class TritonLayerNorm:
         out = torch.empty_like(x)
         found = values.new_zeros(2, features if learned else 0)
         if rows:
-            tile = _tile(features, x.element_size())
-            all_tiles = -(-rows // tile["HEIGHT"])
-            tiles = -(-all_tiles // (PROGRAMS_PER_PROCESSOR * processors_of(x.device)))
-            programs = -(-all_tiles // tiles)
+            resident = PROGRAMS_PER_PROCESSOR * processors_of(x.device)
+            launch, programs = _divide(rows, features, x.element_size(), resident)
             parts = values.new_empty(2, programs, features) if learned else None
             with on_device_of(x):
-                write_row_gradients[programs,](
-                    grad.contiguous(), x, weight, values, out, parts, rows,
-                    features // tile["VECTOR"], tiles, **tile, CENTRED=self.centred,
+                launch(
+                    write_row_gradients, grad.contiguous(), x, weight, values, out, parts,
+                    CENTRED=self.centred,
                 )  # fmt: skip
                 if learned:
                     grid = (-(-features // FOLD["WIDTH"]), 2)
@@ -176,13 +177,21 @@ class TritonLayerNorm:
         return out, found[0], found[1]
 
 
-def _tile(features: int, item: int) -> dict[str, int]:
+@lru_cache(maxsize=4096)
+def _divide(rows: int, features: int, item: int, resident: int = 0) -> tuple[Launcher, int]:
+    """Return what launches a program for each tile, or at most `resident`; and how many."""
     width = next_power_of_two(features)
     height = max(1, TILE // width)
-    return {
+    constants = {
         "VECTOR": min(VECTOR_BYTES // item, features & -features),
         "HEIGHT": height,
         "WIDTH": width,
         "num_warps": max(1, min(32, height * width // (32 * ELEMENTS_PER_THREAD))),
         "enable_fp_fusion": True,
     }
+    numbers: tuple[int, ...] = (rows, features // constants["VECTOR"])
+    programs = -(-rows // height)
+    if resident:
+        tiles = -(-programs // resident)
+        programs, numbers = -(-programs // tiles), (*numbers, tiles)
+    return Launcher((programs,), numbers, constants), programs

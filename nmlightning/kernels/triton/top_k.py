@@ -12,8 +12,10 @@ import triton.language as tl
 
 from nmlightning.kernels.triton.forward import finish_statistics, mean_from
 from nmlightning.kernels.triton.tiles import (
-    channels_of,
+    STAGES,
+    begin,
     first_of,
+    in_elements,
     load_channels,
     load_parts,
     max_tile,
@@ -25,55 +27,45 @@ from nmlightning.kernels.triton.tiles import (
 
 
 @triton.jit
-def find_extremes(
-    x, differences, highest, lowest,
-    R, C, S, tiles, blocks,
-    SPATIAL_VECTOR: tl.constexpr, CHANNEL_VECTOR: tl.constexpr, LAST: tl.constexpr,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+def find_extremes(x, differences, highest, lowest, R, C, S, tiles, blocks, TILE: tl.constexpr):
     """Store Σ(x − x₀), max x and min x of each block."""
-    C, S = C * CHANNEL_VECTOR, S * SPATIAL_VECTOR
-    column, block = tl.program_id(0), tl.program_id(1)
-    channels, present = channels_of(column, C, LAST, WIDTH)
-    origin = first_of(x, channels, present, S, LAST)
-    total = tl.zeros((HEIGHT, WIDTH), tl.float32)
-    above = tl.full((HEIGHT, WIDTH), float("-inf"), tl.float32)
-    below = tl.full((HEIGHT, WIDTH), float("-inf"), tl.float32)
-    for tile in range(0, tiles):
-        offsets, mask, _ = place(block * tiles + tile, column, R, C, S, LAST, HEIGHT, WIDTH, WIDE)
+    C, S, column, block, channels, present = begin(C, S, TILE)
+    origin = first_of(x, channels, present, S, TILE)
+    total = tl.zeros((TILE.HEIGHT, TILE.WIDTH), tl.float32)
+    above = tl.full((TILE.HEIGHT, TILE.WIDTH), float("-inf"), tl.float32)
+    below = tl.full((TILE.HEIGHT, TILE.WIDTH), float("-inf"), tl.float32)
+    for tile in tl.range(0, tiles, num_stages=STAGES):
+        offsets, mask, _ = place(block * tiles + tile, column, R, C, S, TILE)
         values = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
         total += tl.where(mask, values - origin, 0.0)
         above = tl.maximum(above, tl.where(mask, values, float("-inf")))
         below = tl.maximum(below, tl.where(mask, -values, float("-inf")))
-    store_part(differences, sum_tile(total, LAST), block, blocks, channels, present, C, LAST)
-    store_part(highest, max_tile(above, LAST), block, blocks, channels, present, C, LAST)
-    store_part(lowest, -max_tile(below, LAST), block, blocks, channels, present, C, LAST)
+    store_part(differences, sum_tile(total, TILE), block, blocks, channels, present, C, TILE)
+    store_part(highest, max_tile(above, TILE), block, blocks, channels, present, C, TILE)
+    store_part(lowest, -max_tile(below, TILE), block, blocks, channels, present, C, TILE)
 
 
 @triton.jit
 def select_largest(
-    x, mean, differences, highest, lowest, positions, deviations, statistics, weight, constant,
-    eps,
-    R, C, S, span, blocks,
-    K: tl.constexpr, SPATIAL_VECTOR: tl.constexpr, CHANNEL_VECTOR: tl.constexpr,
-    LAST: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
-    FOLD: tl.constexpr,
+    x, mean, differences, highest, lowest, positions, deviations, statistics, running_mean,
+    running_var, batches, weight, momentum, constant, eps, R, C, S, span, blocks, K: tl.constexpr,
+    TILE: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Store the positions and x − μ of the k largest |x − μ|, (C, k), and what follows from them.
 
     Without a mean it follows from the differences, and the statistics are stored; with one, only
     what was selected. NaN counts as infinite: then the statistics are not finite, as they should.
     """
-    C, S = C * CHANNEL_VECTOR, S * SPATIAL_VECTOR
+    C, S = in_elements(C, S, TILE)
     channels = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     present = channels < C
     if mean is None:
-        centre = mean_from(x, differences, R, C, S, blocks, channels, present, LAST, FOLD)
+        centre = mean_from(x, differences, R, C, S, blocks, channels, present, TILE)
     else:
         centre = load_channels(mean, channels, present, 0.0)
     numbers = tl.arange(0, BLOCKS)[:, None]
-    above = load_parts(highest, numbers, blocks, channels, present, C, 0.0, LAST) - centre
-    below = centre - load_parts(lowest, numbers, blocks, channels, present, C, 0.0, LAST)
+    above = load_parts(highest, numbers, blocks, channels, present, C, 0.0, TILE) - centre
+    below = centre - load_parts(lowest, numbers, blocks, channels, present, C, 0.0, TILE)
     heads = tl.where((numbers < blocks) & present, size_of(tl.maximum(above, below)), -1.0)
     last_size = tl.full((1, CHANNELS), float("inf"), tl.float32)
     last_position = tl.full((1, CHANNELS), -1, tl.int64)
@@ -84,7 +76,7 @@ def select_largest(
         position = tl.full((1, CHANNELS), 2**62, tl.int64)
         for first in range(0, span, ROWS):
             _, sizes, at = look_at(
-                x, number, first, span, centre, channels, present, R, C, S, LAST, ROWS
+                x, number, first, span, centre, channels, present, R, C, S, TILE, ROWS
             )
             left = (sizes < last_size) | ((sizes == last_size) & (at > last_position))
             found = tl.where(left & (sizes == size), at, 2**62)
@@ -92,7 +84,7 @@ def select_largest(
         rest = tl.full((1, CHANNELS), -1.0, tl.float32)
         for first in range(0, span, ROWS):
             _, sizes, at = look_at(
-                x, number, first, span, centre, channels, present, R, C, S, LAST, ROWS
+                x, number, first, span, centre, channels, present, R, C, S, TILE, ROWS
             )
             left = (sizes < size) | ((sizes == size) & (at > position))
             behind = tl.where(left, sizes, -1.0)
@@ -101,23 +93,23 @@ def select_largest(
         last_size, last_position = size, position
         exists = size >= 0
         where = tl.where(exists, position, 0)
-        there = tl.load(x + offsets_at(where, channels, C, S, LAST), mask=present, other=0.0)
+        there = tl.load(x + offsets_at(where, channels, C, S, TILE), mask=present, other=0.0)
         deviation = tl.where(exists, there.to(tl.float32) - centre, 0.0)
         tl.store(positions + channels * K + rank, where, mask=present)
         tl.store(deviations + channels * K + rank, deviation, mask=present)
         total += tl.where(exists, size, 0.0)
     if mean is None:
         finish_statistics(
-            statistics, centre, tl.div_rn(total, K + tl.zeros_like(total)), weight, constant, eps,
-            R, C, channels, present, tl.program_id(0) >= 0,
+            statistics, running_mean, running_var, batches, momentum, centre,
+            tl.div_rn(total, K + tl.zeros_like(total)), weight, constant, eps, R, C, channels,
+            present, tl.program_id(0) >= 0,
         )  # fmt: skip
 
 
 @triton.jit
 def look_at(
-    x, number, first, span, centre, channels, present,
-    R, C, S,
-    LAST: tl.constexpr, ROWS: tl.constexpr,
+    x, number, first, span, centre, channels, present, R, C, S, TILE: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """Return x − μ, |x − μ| and positions of some rows of one block of each channel.
 
@@ -125,7 +117,7 @@ def look_at(
     """
     at = number.to(tl.int64) * span + first + tl.arange(0, ROWS)[:, None]
     mask = (at < R) & present
-    offsets = offsets_at(at, channels, C, S, LAST)
+    offsets = offsets_at(at, channels, C, S, TILE)
     deviations = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) - centre
     return deviations, tl.where(mask, size_of(tl.abs(deviations)), -1.0), at
 
