@@ -25,6 +25,8 @@ CIFAR = {
     "cifar_linf_paper": ("linf", "paper"),
     "cifar_top10_paper": ("top10", "paper"),
     "cifar_l1_unscaled": ("l1", "none"),
+    "cifar_l1_cuda": ("l1", "exact"),
+    "cifar_l2_cuda": None,
 }
 NORMALISED = {
     "cifar_wn": ("weight", 2),
@@ -130,6 +132,7 @@ WHOLE = ["--trainer.precision", "32-true"]
 @pytest.mark.parametrize("name", ["quickstart", *CIFAR, *NORMALISED])
 def test_config_runs(fit: Fit, name: str) -> None:
     words = WHOLE if name in NORMALISED else []
+    words += ["--model.compile", "null"] if name.endswith("cuda") else []  # which takes a minute
     _, swaps, normalised = fit(f"configs/{name}.yaml", *SHORT, *words)
     expected = ("mean", "exact") if name in NORMALISED else CIFAR.get(name, ("l1", "exact"))
     constants = [(swap["norm"], swap["options"].get("constant", "exact")) for swap in swaps]
