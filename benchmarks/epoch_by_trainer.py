@@ -101,7 +101,7 @@ def make_loop(
     mean, std = (255 * torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (MEAN, STD))
     net = net.to(device).train()
     if compiled is not None:
-        net.compile(mode=compiled)
+        net.compile(mode=compiled, dynamic=False)
     optimizer = _make_optimizer(net.parameters())
 
     def run() -> None:

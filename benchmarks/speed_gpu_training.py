@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Iterator, Set
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -10,7 +11,6 @@ import torch
 from epoch_by_trainer import TakeTurns, time_epochs
 from interleaved import quartiles_of, quartiles_of_ratio, time_rounds
 from norm_layers import backend_of
-from normalised_weights import make_addition
 from plain_training import Tutorial
 from speed_data import RandomCIFAR
 from speed_plan import Plan
@@ -34,18 +34,21 @@ def measure_large_step(plan: Plan, targets: Set[str], device: str = "cuda") -> I
     """Yield H5: ResNet-50 in channels_last and bf16, with L1 and with batch norm."""
     images = draw_images(plan.large_net, plan.gpu_large_batch, device, torch.channels_last)
     nets = {"BN": NETS[plan.large_net][0]().to(device, memory_format=torch.channels_last)}
-    nets["L1"] = copy.deepcopy(nets["BN"])
-    swap_norms(nets["L1"], "l1")
+    for fuse in (None, "add_relu"):
+        name = f"L1, {fuse}" if fuse else "L1"
+        nets[name] = copy.deepcopy(nets["BN"])
+        swap_norms(nets[name], "l1", fuse=fuse)
     steps = {n: make_step_of(net, images, torch.bfloat16).run for n, net in nets.items()}
     times = time_rounds(steps, plan.rounds, device=device)
-    yield Measurement(
-        "H5",
-        "step with L1 / BN",
-        f"{plan.large_net}, batch {plan.gpu_large_batch}, NHWC, bf16",
-        backend_of(nets["L1"].bn1, images.to(torch.bfloat16)),
-        quartiles_of_ratio(times, "L1", to="BN"),
-        Bound(1.0),
-    )
+    for name in set(nets) - {"BN"}:
+        yield Measurement(
+            "H5",
+            f"step with {name} / BN",
+            f"{plan.large_net}, batch {plan.gpu_large_batch}, NHWC, bf16",
+            backend_of(nets[name].bn1, images.to(torch.bfloat16)),
+            quartiles_of_ratio(times, name, to="BN"),
+            Bound(1.0) if name != "L1" else None,
+        )
 
 
 def measure_cifar(plan: Plan, targets: Set[str], device: str = "cuda") -> Iterator[Result]:
@@ -98,20 +101,19 @@ def _time_plain_lightning(net: nn.Module, data: CIFAR10, trainer: dict[str, Any]
 def _measure_additions(plan: Plan, device: str) -> Iterator[Result]:
     images = draw_images(plan.net, plan.batch, device)
     net = NETS[plan.net][0]().to(device)
-    additions = {
-        "record": make_record(net),
-        "bounded": make_addition(copy.deepcopy(net), apply_weight_norm),
-    }
-    if device == "cuda":
-        net.compile(mode=COMPILED)
-    step = make_step_of(net, images, torch.bfloat16)
+    bounded, record = copy.deepcopy(net), make_record(net)
+    apply_weight_norm(bounded)
+    nets = {"step": net, "bounded": bounded}
+    for each in nets.values() if device == "cuda" else ():
+        each.compile(mode=COMPILED, dynamic=False)
+    calls = {name: make_step_of(each, images, torch.bfloat16).run for name, each in nets.items()}
     times = time_rounds(
-        {"step": step.run, **additions}, plan.rounds, device=device, repeats=STEPS_IN_A_ROW
+        {**calls, "record": record}, plan.rounds, device=device, repeats=STEPS_IN_A_ROW
     )
-    record, bounded = (percent(quartiles_of_ratio(times, name, to="step")) for name in additions)
-    tenth = type(record)(*(value / EVERY for value in record))
-    row = {"case": f"{plan.net}, batch {plan.batch}", "backend": "", "unit": "%"}
-    what = f"recording the norms every {EVERY} steps, of a step"
-    yield Measurement("H7", what, quartiles=tenth, bound=Bound(0.3), **row)
-    what = "bounded weight norm, of a step"
-    yield Measurement("H7", what, quartiles=bounded, bound=Bound(0.3), **row)
+    shares = [a / b / EVERY for a, b in zip(times["record"], times["step"], strict=True)]
+    row = partial(Measurement, "H7", case=f"{plan.net}, batch {plan.batch}", backend="")
+    what = f"recording the norms every {EVERY} steps, of a compiled step"
+    yield row(what=what, quartiles=percent(quartiles_of(shares)), bound=Bound(0.3), unit="%")
+    ratio = quartiles_of_ratio(times, "bounded", to="step")
+    what = "compiled step with bounded weight norm / without"
+    yield row(what=what, quartiles=ratio, bound=Bound(1.005))
