@@ -18,6 +18,7 @@ from torch import nn
 from training_step import Step, main
 
 from nmlightning.callbacks.norm_dashboard import NormDashboard
+from nmlightning.kernels.dispatch import cpu_operators
 from nmlightning.optim import DecayEquivalentLR, LRCorrection, NormSchedule
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
@@ -36,6 +37,7 @@ def make_additions(step: Step) -> dict[str, Call]:
 
 def make_record(net: nn.Module) -> Call:
     """Return what takes one record of all weights, at the next step."""
+    cpu_operators()  # loads the kernels, as a fit does
     recorder = Recorder(find_layer_weights(net), {})
     return lambda: recorder.record(recorder.last_step + 1, 0, {})
 

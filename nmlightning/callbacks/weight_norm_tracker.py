@@ -21,6 +21,7 @@ from nmlightning.compat import (
     run_folder,
 )
 from nmlightning.errors import InputError, check_choice, check_flag, check_lists
+from nmlightning.kernels.dispatch import cpu_operators
 from nmlightning.name_patterns import some
 from nmlightning.optim.step_hooks import StepHookHandle, StepRule
 from nmlightning.surgery.recipes import register_after
@@ -87,6 +88,7 @@ class RunRecording:
         self.file: Path = self._kept.file
         config = Path(trainer.log_dir or folder)
         provenance = {**describe_run(trainer, config), "run": self._kept.run}
+        cpu_operators()  # loads the kernels, if they are built
         self.recorder = Recorder(weights, provenance, earlier)
         self._rates: dict[int, tuple[float, float]] = {}
         self._writes = trainer.is_global_zero and not is_trial_run(trainer)

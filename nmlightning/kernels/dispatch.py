@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -95,9 +95,15 @@ def select_tracking(
     return tracking
 
 
+def cpu_operators() -> Any:
+    """Return `torch.ops.nmlightning`, or None by the formula and where they are not built."""
+    return _select_operators(_requested.get())
+
+
 def clear_dispatch_cache() -> None:
     """Select anew, since kernels have been built or loaded in this process."""
     _select.cache_clear()
+    _select_operators.cache_clear()
     _select_tracking.cache_clear()
 
 
@@ -112,6 +118,11 @@ def _select(key: interface.DispatchKey, requested: str) -> interface.Dispatch:
                 return interface.Dispatch(FORMULA, reason)
             return interface.Dispatch(backend.name, "", backend.kernels(key))
     return interface.Dispatch(FORMULA, f"no kernels for {key.device}")
+
+
+@lru_cache(maxsize=4)
+def _select_operators(requested: str) -> Any:
+    return None if requested == FORMULA or CpuBackend()._missing() else torch.ops.nmlightning
 
 
 @lru_cache(maxsize=64)

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -31,9 +32,11 @@ from nmlightning.parametrizations.weight_norm import (
     NAMES,
     FastParametrizationList,
     Gain,
+    JointForward,
     Kind,
     Settings,
     WeightNorm,
+    faster,
     register_post_step,
 )
 from nmlightning.reports.formatting import Report
@@ -167,7 +170,7 @@ def apply_weight_norm(
     groups = {}
     if settings.gain != "none":
         groups = param_groups_for_gains(weights, check_optimizers(optimizers))
-    norms = _normalise(weights, settings)
+    norms = _normalise(model, weights, settings)
     for name, norm in norms.items():
         if norm.gain is not None:
             add_to_param_groups(norm.gain, f"{name} gain", groups[name])
@@ -183,10 +186,12 @@ def prepare_for_weights(model: nn.Module, settings: Settings, names: Sequence[st
     weights = find_weights(model, include=names).chosen
     for weight in weights:
         _validate_weight(weight, settings, spare_zeros=True)
-    _normalise(weights, settings)
+    _normalise(model, weights, settings)
 
 
-def _normalise(weights: Sequence[NormalisableWeight], settings: Settings) -> dict[str, WeightNorm]:
+def _normalise(
+    model: nn.Module, weights: Sequence[NormalisableWeight], settings: Settings
+) -> dict[str, WeightNorm]:
     norms = {}
     positions = [weight.positions for weight in weights]  # before any is moved
     for weight, own_positions in zip(weights, positions, strict=True):
@@ -197,13 +202,26 @@ def _normalise(weights: Sequence[NormalisableWeight], settings: Settings) -> dic
         if settings.project:
             computed[0].project()
         norms[weight.name] = norm
+    _watch_forwards(model, [place.path for weight in weights for place in weight.places])
     return norms
+
+
+def _watch_forwards(model: nn.Module, layers: Sequence[str]) -> None:
+    """Compute weights jointly in the module that holds the layers, and in those just below it."""
+    paths = [layer.split(".") for layer in layers]
+    steps = enumerate(zip(*paths, strict=False))
+    depth = next((n for n, names in steps if len(set(names)) > 1), min(map(len, paths)))
+    above = [{".".join(path[:end]) for end in (depth, depth + 1)} for path in paths]
+    for path, count in Counter(chain(*above)).items():
+        if count > 1:
+            JointForward.watch(model.get_submodule(path))
 
 
 def _register(place: WeightLocation, norm: WeightNorm) -> FastParametrizationList:
     _unshare_class(place.module)
     parametrize.register_parametrization(place.module, place.attribute, norm)
     cls: Any = type(place.module)  # of its own, as it is parametrized
+    setattr(cls, place.attribute, faster(vars(cls)[place.attribute], place.attribute))
     if isinstance(place.module, nn.RNNBase) and cls.__deepcopy__ is not _copy_recurrent:
         cls._copy_parametrized = cls.__deepcopy__
         cls.__deepcopy__ = _copy_recurrent
@@ -239,6 +257,9 @@ def remove_weight_norm(
     for weight in weights:
         _make_plain(weight)
     remove_from_optimizers([n.gain for n in norms if n is not None and n.gain is not None])
+    for module in model.modules():
+        if not any(isinstance(each, WeightNorm) for each in module.modules()):
+            JointForward.unwatch(module)
     return [weight.name for weight in weights]
 
 

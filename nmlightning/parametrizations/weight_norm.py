@@ -2,7 +2,8 @@
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
@@ -15,7 +16,13 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nmlightning.errors import InputError, check_choice, check_flag, is_number
-from nmlightning.parametrizations.normalize import is_recorded, normalise_channels, normalise_weight
+from nmlightning.kernels.dispatch import cpu_operators
+from nmlightning.parametrizations.normalize import (
+    is_recorded,
+    normalise_channels,
+    normalise_weight,
+    normalise_weights,
+)
 from nmlightning.weights.channel_norms import (
     ROWS,
     ChannelLayout,
@@ -94,7 +101,7 @@ class WeightNorm(nn.Module):
     | weight | layer | g | v, g |
 
     It is computed at each read; inside `torch.nn.utils.parametrize.cached()` once, also where the
-    weight is tied.
+    weight is tied, and with the CPU's kernels once a forward of the model (`JointForward`).
 
     Args:
         v: the weight as it is before; its norms give ρ and g where `rho` does not.
@@ -145,9 +152,15 @@ class WeightNorm(nn.Module):
             parametrize._cache[key] = w
         return w
 
+    @property
+    def source(self) -> Tensor:
+        """What its scales are computed from: g, or else ρ."""
+        gain = self._parameters["gain"]
+        return self._buffers["rho"] if gain is None else gain  # type: ignore[return-value]
+
     def _compute(self, v: Tensor, normalise: Callable[..., Tensor]) -> Tensor:
-        scales = self.rho if self.gain is None else self.gain
-        if self.initial_gain_norm is not None:
+        scales = self.source
+        if self._buffers["initial_gain_norm"] is not None:
             scales = normalise(scales[None], self.initial_gain_norm, 2)[0]
         return normalise(v, scales, *self.form)
 
@@ -218,7 +231,7 @@ class FastParametrizationList(ParametrizationList):
     def forward(self) -> Tensor:
         if len(self._modules) > 1:
             return super().forward()
-        return self._modules["0"](self._parameters["original"])  # type: ignore[no-any-return]
+        return self._modules["0"].forward(self._parameters["original"])  # type: ignore[no-any-return]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -240,6 +253,111 @@ class FastParametrizationList(ParametrizationList):
             channel_norms(v, *norm.form)  # raises where they are split
         local = local_part(v)
         local.copy_(normalise_weight(local, norm.rho, *norm.form))
+
+
+class JointForward:
+    """Hooks of a module: in its forward, one call of the CPU's kernels computes the weights.
+
+    These are the weights that its last forward read, at the first read of one; any other is
+    computed alone. A weight is computed once a forward, unless what it is computed from changes.
+    """
+
+    def __init__(self) -> None:
+        self._last: list[FastParametrizationList] = []
+        self._read: dict[Any, FastParametrizationList] = {}
+        # Of each norm the weight, what it was computed from, and their identities and versions.
+        self._made: dict[Any, tuple[Tensor, tuple[Tensor, Tensor], tuple[int, ...]]] = {}
+
+    def __deepcopy__(self, memo: Any) -> "JointForward":
+        return JointForward()
+
+    @classmethod
+    def watch(cls, module: nn.Module) -> None:
+        cls.unwatch(module)
+        joint = cls()
+        module.register_forward_pre_hook(joint.begin)
+        module.register_forward_hook(joint.end, always_call=True)
+
+    @staticmethod
+    def unwatch(module: nn.Module) -> None:
+        hooked: list[dict[int, Any]] = [module._forward_pre_hooks, module._forward_hooks]
+        for hooks in hooked:
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), JointForward):
+                    del hooks[key]
+
+    def begin(self, *_: Any) -> None:
+        """Begin, unless around this module another began, or processes reduce single gradients."""
+        if is_recorded() or _FORWARD.get() not in (None, self) or cpu_operators() is None:
+            return
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            self._read, self._made = {}, {}
+            _FORWARD.set(self)
+
+    def end(self, *_: Any) -> None:
+        """Forget the weights, and remember which they were."""
+        if not is_recorded() and _FORWARD.get() is self:
+            _FORWARD.set(None)
+            self._last, self._read, self._made = list(self._read.values()), {}, {}
+
+    def weight_of(self, computed: FastParametrizationList) -> Tensor | None:
+        """Return a weight, or None if it is not for the kernels."""
+        if self._last:
+            together, self._last = self._last, []
+            self._compute(together)
+        norm: Any = computed._modules["0"]
+        v: Any = computed._parameters["original"]
+        source, made = norm.source, self._made.get(norm)
+        if v.is_inference():
+            return None
+        needs_grad = torch.is_grad_enabled() and (v.requires_grad or source.requires_grad)
+        state = id(v), v._version, id(source), source._version
+        if made is None or made[2] != state or (needs_grad and not made[0].requires_grad):
+            self._made.pop(norm, None)
+            self._compute([computed])
+            made = self._made.get(norm)
+            if made is None:
+                return None
+        self._read[norm] = computed
+        w = made[0]
+        return w if needs_grad == w.requires_grad else w.detach()
+
+    def _compute(self, lists: Sequence[FastParametrizationList]) -> None:
+        norms: list[Any] = [computed._modules["0"] for computed in lists]
+        vs: list[Any] = [computed._parameters["original"] for computed in lists]
+        sources = [norm.source for norm in norms]
+        scales, wholes = [*sources], [norm._buffers["initial_gain_norm"] for norm in norms]
+        bounded = [k for k, whole in enumerate(wholes) if whole is not None]
+        if bounded:
+            gains = normalise_weights(
+                [scales[k] for k in bounded],
+                [wholes[k] for k in bounded],
+                [(2.0, ROWS)] * len(bounded),
+            )
+            if not gains:
+                return
+            for k, gain in zip(bounded, gains, strict=True):
+                scales[k] = gain
+        ws = normalise_weights(vs, scales, [norm.form for norm in norms])
+        for norm, w, v, source in zip(norms, ws, vs, sources, strict=False):
+            self._made[norm] = w, (v, source), (id(v), v._version, id(source), source._version)
+
+
+_FORWARD: ContextVar[JointForward | None] = ContextVar("joint_forward", default=None)
+
+
+def faster(read: property, name: str) -> property:
+    """Return torch's property of a parametrized tensor, with a fast path to our parametrization."""
+
+    def get(module: nn.Module) -> Any:
+        computed: Any = module._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
+        if not (is_recorded() or parametrize._cache_enabled or len(computed._modules) > 1):
+            joint = _FORWARD.get()
+            w = None if joint is None else joint.weight_of(computed)
+            return computed.forward() if w is None else w
+        return read.fget(module)  # type: ignore[misc]
+
+    return property(get, read.fset)
 
 
 # Torch calls hooks of one optimizer or of all. Weights are projected under optimizers that are made

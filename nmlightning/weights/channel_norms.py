@@ -1,12 +1,12 @@
 """Norms of weights per output channel and their summaries, of whole weights and of shards."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from nmlightning.errors import InputError
@@ -35,6 +35,13 @@ class ChannelLayout:
         groups = self.transposed_groups
         by_group = weight.reshape(groups, -1, *weight.shape[1:])
         return by_group.transpose(1, 2).flatten(0, 1)
+
+    def from_rows(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
+        """Return the weight of this shape whose `rows` are given."""
+        if self.transposed_groups is None:
+            return rows
+        by_group = rows.view(self.transposed_groups, -1, *rows.shape[1:])
+        return by_group.transpose(1, 2).contiguous().view(shape)
 
     def spread(self, values: Tensor, weight: Tensor) -> Tensor:
         """Return the (C,) values in a shape that broadcasts against `weight`."""
@@ -227,6 +234,11 @@ def summarise_channels(values: Sequence[Tensor]) -> Tensor:
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether it is a DTensor, without importing what makes them."""
     return type(tensor).__name__ == "DTensor"
+
+
+def are_plain(tensors: Iterable[Tensor]) -> bool:
+    """Return whether they are of no class but torch's own, as kernels take them."""
+    return {type(tensor) for tensor in tensors} <= {Tensor, nn.Parameter}
 
 
 def is_flat(tensor: Tensor) -> bool:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nmlightning.errors import InputError
+from nmlightning.weights.channel_norms import are_plain
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.layer_weights import LayerWeight
 from nmlightning.weights.recording_file import (
@@ -62,7 +63,7 @@ class Recorder:
         """
         if step == self.last_step:
             return
-        self._pending.append(torch.cat([weight.norms().float() for weight in self.weights]))
+        self._pending.append(_norms_of(self.weights))
         unknown = (np.nan, np.nan)
         now = np.array([rates.get(id(w.parameter), unknown) for w in self.weights])
         self._moments.append((step, epoch, now))
@@ -146,6 +147,20 @@ class Recorder:
         return NormHistory.from_arrays(
             provenance=self._provenance, **split_records(records, self._channels)
         )
+
+
+def _norms_of(weights: Sequence[LayerWeight]) -> Tensor:
+    """Return all norms in float32, by one call of the CPU's kernels if they are loaded."""
+    kernel = vars(torch.ops.nmlightning).get("row_norms")
+    held = [weight for weight in weights if weight.computed is None]
+    together = torch.empty(0)
+    if kernel is not None and are_plain(weight.parameter for weight in held):
+        rows = [weight.layout.rows(weight.parameter.detach()) for weight in held]
+        together = kernel(rows, 2.0)
+    if not len(together):
+        return torch.cat([weight.norms().float() for weight in weights])
+    parts = iter(torch.split(together, [weight.channels for weight in held]))
+    return torch.cat([next(parts) if w.computed is None else w.norms().float() for w in weights])
 
 
 @dataclass(frozen=True)

@@ -279,3 +279,38 @@ def test_gains_may_be_zero(net: nn.Sequential) -> None:
     with torch.no_grad():
         net[0].parametrizations.weight[0].gain.zero_()  # type: ignore[index, union-attr]
     assert not net[0].weight.any()  # type: ignore[operator, union-attr]
+
+
+class Branches(nn.Module):
+    """Layers in parts that may be checkpointed, one in both parts and one in none."""
+
+    def __init__(self, reentrant: bool | None = None) -> None:
+        super().__init__()
+        self.first, self.second, self.unused = (nn.Linear(3, 3) for _ in range(3))
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        parts: list[Any] = [self.first, lambda x: self.second(self.first(x).relu())]
+        if self.reentrant is None:
+            return parts[0](x), parts[1](x)
+        a, b = (checkpoint(part, x, use_reentrant=self.reentrant) for part in parts)  # type: ignore[no-untyped-call]
+        return a, b
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+@pytest.mark.parametrize("form", [{}, {"gain": "channel"}, {"kind": "weight", "p": 1}])
+def test_weights_of_a_forward_are_those_of_single_reads(form: Any, reentrant: bool | None) -> None:
+    net = Branches(reentrant)
+    apply_weight_norm(net, layers=["linear"], include=["unused.weight"], **form)
+    alone = copy.deepcopy(net)
+    alone._forward_pre_hooks.clear()
+    x, grads = torch.randn(2, 3, requires_grad=True), []
+    for each in (net, alone):
+        for _ in range(3):  # from the second on all weights that were read are computed at once
+            a, b = each(x)
+            a.square().sum().backward()
+            b.sum().backward()  # a second backward pass through the same weights
+            x.grad = None
+        grads.append([q.grad for q in each.parameters()])
+        assert each.unused.parametrizations.weight.original.grad is None
+    torch.testing.assert_close(*grads)
