@@ -38,10 +38,10 @@ class Weights(nn.Module):
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.layers = net, convs(net)
 
     def forward(self) -> list[Tensor]:
-        return [conv.weight for conv in convs(self.net)]
+        return [layer.weight for layer in self.layers]
 
 
 def by_torch(net: nn.Module) -> None:

@@ -37,8 +37,7 @@ def make_additions(step: Step) -> dict[str, Call]:
 
 def make_record(net: nn.Module) -> Call:
     """Return what takes one record of all weights, at the next step."""
-    cpu_operators()  # loads the kernels, as a fit does
-    recorder = Recorder(find_layer_weights(net), {})
+    recorder = Recorder(find_layer_weights(net), {}, operators=cpu_operators())
     return lambda: recorder.record(recorder.last_step + 1, 0, {})
 
 

@@ -88,8 +88,7 @@ class RunRecording:
         self.file: Path = self._kept.file
         config = Path(trainer.log_dir or folder)
         provenance = {**describe_run(trainer, config), "run": self._kept.run}
-        cpu_operators()  # loads the kernels, if they are built
-        self.recorder = Recorder(weights, provenance, earlier)
+        self.recorder = Recorder(weights, provenance, earlier, cpu_operators())
         self._rates: dict[int, tuple[float, float]] = {}
         self._writes = trainer.is_global_zero and not is_trial_run(trainer)
         for optimizer in trainer.optimizers:

@@ -207,11 +207,11 @@ def _normalise(
 
 
 def _watch_forwards(model: nn.Module, layers: Sequence[str]) -> None:
-    """Compute weights jointly in the module that holds the layers, and in those just below it."""
+    """Compute weights jointly in the model, in the module that holds them, and just below it."""
     paths = [layer.split(".") for layer in layers]
     steps = enumerate(zip(*paths, strict=False))
     depth = next((n for n, names in steps if len(set(names)) > 1), min(map(len, paths)))
-    above = [{".".join(path[:end]) for end in (depth, depth + 1)} for path in paths]
+    above = [{".".join(path[:end]) for end in (0, depth, depth + 1)} for path in paths]
     for path, count in Counter(chain(*above)).items():
         if count > 1:
             JointForward.watch(model.get_submodule(path))

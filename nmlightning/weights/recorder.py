@@ -37,8 +37,10 @@ class Recorder:
         weights: Sequence[LayerWeight],
         provenance: Mapping[str, Any],
         earlier: NormHistory | None = None,
+        operators: Any = None,  # of the CPU's kernels, which then read all weights in one call
     ) -> None:
         self.weights = list(weights)
+        self._operators = operators
         self._channels = {weight.name: weight.channels for weight in self.weights}
         self._type = record_type(list(self._channels.values()))
         self._provenance = {**provenance, "finished": False}
@@ -63,11 +65,24 @@ class Recorder:
         """
         if step == self.last_step:
             return
-        self._pending.append(_norms_of(self.weights))
+        self._pending.append(self._norms())
         unknown = (np.nan, np.nan)
         now = np.array([rates.get(id(w.parameter), unknown) for w in self.weights])
         self._moments.append((step, epoch, now))
         self.last_step = step
+
+    def _norms(self) -> Tensor:
+        """Return all weights' norms, in float32."""
+        held = [weight for weight in self.weights if weight.computed is None]
+        together = torch.empty(0)
+        if self._operators is not None and are_plain(weight.parameter for weight in held):
+            rows = [weight.layout.rows(weight.parameter.detach()) for weight in held]
+            together = self._operators.row_norms(rows, 2.0)
+        if not len(together):
+            return torch.cat([weight.norms().float() for weight in self.weights])
+        parts = iter(torch.split(together, [weight.channels for weight in held]))
+        norms = [next(parts) if w.computed is None else w.norms().float() for w in self.weights]
+        return torch.cat(norms)
 
     def end_epoch(self) -> None:
         """Note how many steps the epoch had that is over, unlike one that a run stops inside."""
@@ -147,20 +162,6 @@ class Recorder:
         return NormHistory.from_arrays(
             provenance=self._provenance, **split_records(records, self._channels)
         )
-
-
-def _norms_of(weights: Sequence[LayerWeight]) -> Tensor:
-    """Return all norms in float32, by one call of the CPU's kernels if they are loaded."""
-    kernel = vars(torch.ops.nmlightning).get("row_norms")
-    held = [weight for weight in weights if weight.computed is None]
-    together = torch.empty(0)
-    if kernel is not None and are_plain(weight.parameter for weight in held):
-        rows = [weight.layout.rows(weight.parameter.detach()) for weight in held]
-        together = kernel(rows, 2.0)
-    if not len(together):
-        return torch.cat([weight.norms().float() for weight in weights])
-    parts = iter(torch.split(together, [weight.channels for weight in held]))
-    return torch.cat([next(parts) if w.computed is None else w.norms().float() for w in weights])
 
 
 @dataclass(frozen=True)
