@@ -156,7 +156,12 @@ class BatchNormFunction(torch.autograd.Function):
         variance = scale.square() * share.total / (share.total - 1)
         ctx.mark_non_differentiable(mean, variance)
         shared_count = share.total if isinstance(share.total, Tensor) else None
-        ctx.save_for_backward(x, weight, mean, magnitude, total, shared_count, *(selection or ()))
+        slopes = None
+        if selection is None and torch.compiler.is_compiling():  # in the loop that measures
+            slope = statistics.Slope(wide, mean, magnitude, statistic, share.total, None)
+            slopes = slope.sum()
+        kept = (magnitude, total, shared_count, slopes)
+        ctx.save_for_backward(x, weight, mean, *kept, *(selection or ()))
         ctx.plain = None if group is not None else (statistic, ctx.constant, eps, dtype)
         ctx.statistic, ctx.group = statistic, group
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
@@ -166,7 +171,7 @@ class BatchNormFunction(torch.autograd.Function):
     @staticmethod
     @differentiable(plain_batch_norm)
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, magnitude, total, shared_count, *selected = ctx.saved_tensors
+        x, weight, mean, magnitude, total, shared_count, slopes, *selected = ctx.saved_tensors
         shape = statistics.channel_shape(x)
         count = x.numel() // x.shape[1] if shared_count is None else shared_count
         wide_grad = grad.to(mean.dtype)
@@ -175,13 +180,17 @@ class BatchNormFunction(torch.autograd.Function):
         grad_weight = products / total
         selection = Selection(*selected) if selected else None
         slope = statistics.Slope(wide, mean, magnitude, ctx.statistic, count, selection)
-        sums = sum_over_ranks(torch.stack([grad_bias, grad_weight, slope.sum()]), ctx.group)
+        slopes = slope.sum() if slopes is None else slopes
+        sums = sum_over_ranks(torch.stack([grad_bias, grad_weight, slopes]), ctx.group)
         gain = 1 / total if weight is None else weight.to(mean.dtype) / total
         pull = gain * sums[1] * (magnitude / total) * ctx.constant**2
         offset = (pull * sums[2] - gain * sums[0]) / count
+        each = slope.scaled(-pull)
+        if torch.compiler.is_compiling():  # and would compute these anew for each element
+            gain, offset, each = torch.stack([gain, offset, each]).unbind()
         grad_x = torch.addcmul(offset.view(shape), wide_grad, gain.view(shape))
         return (
-            slope.add_to(grad_x, -pull).to(x.dtype),
+            slope.add_to(grad_x, each).to(x.dtype),
             None if weight is None else grad_weight.to(weight.dtype),
             None if ctx.bias is None else grad_bias.to(ctx.bias[1]),
             *(None,) * 5,
@@ -260,7 +269,7 @@ class HalfBatchNormFunction(torch.autograd.Function):
         sums = sum_over_ranks(torch.stack([grad_bias, grad_weight, slope.sum().float()]), ctx.group)
         pull = sums[1] * (ctx.constant * (scale / total))
         offset = ((pull * sums[2] - sums[0]) / count).to(mean.dtype)
-        grad_x = slope.add_to(half_grad + offset.view(shape), -pull)
+        grad_x = slope.add_to(half_grad + offset.view(shape), slope.scaled(-pull))
         grad_x = grad_x if weight is None else grad_x * weight.to(mean.dtype).view(shape)
         return (
             (grad_x / total.view(shape)).to(x.dtype),

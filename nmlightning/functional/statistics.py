@@ -329,12 +329,16 @@ class Slope:
             return self.selection.slopes.sum(1)
         return -sum_of(self.reflected, self.dims) / self.count
 
-    def add_to(self, tensor: Tensor, factor: Tensor) -> Tensor:
-        """Add factor · t to `tensor`, in place, with a factor for each channel."""
+    def scaled(self, factor: Tensor) -> Tensor:
+        """Return what makes `add_to` add factor · t, with a factor for each channel, (C,)."""
+        return -factor / self.count if self.selection is None else factor
+
+    def add_to(self, tensor: Tensor, scaled: Tensor) -> Tensor:
+        """Add factor · t to `tensor`, in place."""
         if self.selection is None:
-            each = (-factor / self.count).to(tensor.dtype)
-            return tensor.addcmul_(self.reflected, each.view(self.shape))
-        return add_at_selection(tensor, self.selection, factor.unsqueeze(1) * self.selection.slopes)
+            each = scaled.to(tensor.dtype).view(self.shape)
+            return tensor.addcmul_(self.reflected, each)
+        return add_at_selection(tensor, self.selection, scaled.unsqueeze(1) * self.selection.slopes)
 
 
 def reduced_dims(x: Tensor) -> tuple[int, ...]:

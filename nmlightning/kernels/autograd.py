@@ -158,43 +158,41 @@ def _measure(
 
 
 class KernelLayerNormFunction(torch.autograd.Function):
-    """Normalise (*, *normalized_shape) over the last `rank` dimensions; y is like x."""
+    """Normalise (*, *normalized_shape) over the last `rank` dimensions; y is like x, contiguous."""
 
     @staticmethod
     def forward(
         ctx: Any,
+        kernels: Any,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         rank: int,
-        kernels: interface.LayerNormKernels,
         constant: float,
         eps: float,
         centred: bool,
     ) -> Tensor:
         ctx.features = x.shape[x.dim() - rank :].numel()
         learned = (_wide(weight), _wide(bias))
-        y, rows, bounded = kernels.forward(x, ctx.features, *learned, constant, eps)
-        if not bounded:
-            raise UnboundedError
+        y, rows, _ = kernels.forward(x.contiguous(), ctx.features, *learned, constant, eps)
         ctx.save_for_backward(x, weight, rows)
         ctx.kernels = kernels
         ctx.plain = (rank, 1.0, constant, eps, torch.float32, centred)
         ctx.weight = None if weight is None else (weight.shape, weight.dtype)
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
-        return y
+        return y  # type: ignore[no-any-return]
 
     @staticmethod
-    @differentiable(plain_layer_norm)
+    @differentiable(plain_layer_norm, (1, 2, 3))
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rows = ctx.saved_tensors
         forms = (ctx.weight, ctx.bias)
         learned = forms != (None, None)
         grad_x, *by_learned = ctx.kernels.backward(
-            grad, x, ctx.features, _wide(weight), rows, learned
+            grad, x.contiguous(), ctx.features, _wide(weight), rows, learned
         )
         gradients = [
             None if form is None else by.view(form[0]).to(form[1])
             for form, by in zip(forms, by_learned, strict=True)
         ]
-        return grad_x, *gradients, *(None,) * 5
+        return None, grad_x, *gradients, *(None,) * 4

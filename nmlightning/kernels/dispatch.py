@@ -4,11 +4,11 @@ Traced code (`torch.compile`, `torch.export`) always takes the formula, which th
 with its neighbours. Eager code takes the kernels of the input's device where they support the norm.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from nmlightning.kernels import interface
 from nmlightning.kernels.cpu.backend import CpuBackend
 from nmlightning.kernels.triton.backend import TritonBackend
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 FORMULA = "formula"
 NO_KERNELS = interface.Dispatch(FORMULA, "no kernels for this norm")
 BACKENDS: tuple[interface.Backend, ...] = (CpuBackend(), TritonBackend())
@@ -27,7 +29,15 @@ _COMPILING = interface.Dispatch(FORMULA, "traced code")
 _SUBCLASS = interface.Dispatch(FORMULA, "no plain tensor")
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 _PLAIN = (Tensor, nn.Parameter)
+_choices: list[Any] = []
 _requested: ContextVar[str] = ContextVar("norm_backend", default="auto")
+
+
+def remember_choice(choose: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Call a function once for each arguments, until kernels have been built or loaded."""
+    choice = lru_cache(maxsize=1024)(choose)
+    _choices.append(choice)
+    return choice  # type: ignore[return-value]
 
 
 @contextmanager
@@ -54,14 +64,26 @@ def select_backend_for(
     x: Tensor, kind: interface.NormKind, statistic: Statistic, stats_dtype: torch.dtype
 ) -> interface.Dispatch:
     """Return the backend that computes the norm of x, now."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
-        return _COMPILING
-    if type(x) not in _PLAIN or torch._C._get_dispatch_mode(_FAKE) is not None:
-        return _SUBCLASS
+    if formula := needs_formula(x):
+        return formula
     key = interface.DispatchKey(
         kind, statistic, x.device.type, x.dtype, stats_dtype, interface.layout_of(x)
     )
     return select_backend(key)
+
+
+def needs_formula(x: Tensor) -> interface.Dispatch | None:
+    """Return the choice of the formula where no kernel reads such an x, now; else None."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return _COMPILING
+    if type(x) not in _PLAIN or torch._C._get_dispatch_mode(_FAKE) is not None:
+        return _SUBCLASS
+    return None
+
+
+def requested_backend() -> str:
+    """Return what `norm_backend` asks for."""
+    return _requested.get()
 
 
 def select_backend(key: interface.DispatchKey) -> interface.Dispatch:
@@ -102,12 +124,11 @@ def cpu_operators() -> Any:
 
 def clear_dispatch_cache() -> None:
     """Select anew, since kernels have been built or loaded in this process."""
-    _select.cache_clear()
-    _select_operators.cache_clear()
-    _select_tracking.cache_clear()
+    for choice in _choices:
+        choice.cache_clear()
 
 
-@lru_cache(maxsize=1024)
+@remember_choice
 def _select(key: interface.DispatchKey, requested: str) -> interface.Dispatch:
     if requested == FORMULA:
         return interface.Dispatch(FORMULA, "asked for")
@@ -120,12 +141,12 @@ def _select(key: interface.DispatchKey, requested: str) -> interface.Dispatch:
     return interface.Dispatch(FORMULA, f"no kernels for {key.device}")
 
 
-@lru_cache(maxsize=4)
+@remember_choice
 def _select_operators(requested: str) -> Any:
     return None if requested == FORMULA or CpuBackend()._missing() else torch.ops.nmlightning
 
 
-@lru_cache(maxsize=64)
+@remember_choice
 def _select_tracking(device: str, requested: str) -> interface.Tracking | None:
     if requested == FORMULA:
         return None

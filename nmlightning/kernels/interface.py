@@ -59,7 +59,7 @@ class Backend(Protocol):
         """Return in a few words why it has no kernels for the key; nothing if it has."""
 
     def kernels(self, key: DispatchKey) -> Any:
-        """Return the `BatchNormKernels` or `LayerNormKernels` of a key that is supported."""
+        """Return the `BatchNormKernels` or the `LayerNorm` of a key that is supported."""
 
     def tracking(self) -> Tracking | None:
         """Return what moves running statistics, or None where torch's own operations do."""
@@ -164,27 +164,9 @@ class BatchNormKernels(Protocol):
         """Return gain · g + offset − pull · s (without the last if there is no pull), and g."""
 
 
-class LayerNormKernels(Protocol):
-    """The kernels of a backend for the norm of rows of `features` contiguous elements."""
-
-    def forward(
-        self,
-        x: Tensor,
-        features: int,
-        weight: OptTensor,
-        bias: OptTensor,
-        constant: float,
-        eps: float,
-    ) -> tuple[Tensor, Tensor, bool]:
-        """Return y like x, the values of the rows that backward needs, and `Normalised.bounded`.
-
-        x is contiguous; weight and bias are (features,) float32, or None; ŝ = c · mean |x − μ|.
-        """
-
-    def backward(
-        self, grad: Tensor, x: Tensor, features: int, weight: OptTensor, rows: Tensor, learned: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients by x, like it, and, if `learned`, by weight and bias, float32."""
+LayerNorm = Callable[[Tensor, OptTensor, OptTensor, int, float, float, bool], OptTensor]
+"""Given x, weight, bias, the number of normalised dimensions, c, eps, and whether to centre: y,
+which autograd connects to them; None where sums may not be finite (see `Normalised`)."""
 
 
 def unsupported_norm(key: DispatchKey, dtypes: Collection[torch.dtype]) -> str:
@@ -196,7 +178,7 @@ def unsupported_norm(key: DispatchKey, dtypes: Collection[torch.dtype]) -> str:
         return f"no kernel for {_name(key.dtype)}"
     if key.stats_dtype != torch.float32:
         return f"no kernel for statistics in {_name(key.stats_dtype)}"
-    if key.layout not in (("NCHW", "NHWC") if batch else ("NCHW",)):
+    if batch and key.layout == "other":
         return "no kernel for elements in this order"
     return ""
 

@@ -22,9 +22,14 @@ from nmlightning.functional.batch_norm import apply_without_autocast, differenti
 from nmlightning.functional.constants import Constant, check_constant, check_power
 from nmlightning.functional.plain import plain_layer_norm
 from nmlightning.functional.reductions import Share, is_half, mean_of, share_mean, sum_of
-from nmlightning.kernels.autograd import KernelLayerNormFunction, UnboundedError
-from nmlightning.kernels.dispatch import select_backend_for
-from nmlightning.kernels.interface import Dispatch, NormKind
+from nmlightning.kernels.dispatch import (
+    needs_formula,
+    remember_choice,
+    requested_backend,
+    select_backend,
+    select_backend_for,
+)
+from nmlightning.kernels.interface import Dispatch, DispatchKey, LayerNorm, NormKind
 from nmlightning.norms import batch_norm_base
 from nmlightning.norms.fast_path import HOOKED, is_in_encoder_layer, refuse_scripting, traceable
 
@@ -55,8 +60,8 @@ def normalise_features(
         InputError: an input that ends in other sizes, or is not of real floating-point numbers.
     """
     if x.is_nested:
-        settings = (layer, weight, bias, sizes, eps)
-        parts = [normalise_features(part, *settings, centred=centred) for part in x.unbind()]
+        same = (layer, weight, bias, sizes, eps)
+        parts = [normalise_features(part, *same, centred=centred) for part in x.unbind()]
         nested: Tensor = torch.nested.as_nested_tensor(parts, layout=x.layout)
         return nested
     if x.shape[-len(sizes) :] != sizes:
@@ -64,24 +69,43 @@ def normalise_features(
             f"{type(layer).__name__} normalises the last dimensions {sizes}, "
             f"got an input of shape {tuple(x.shape)}."
         )
-    if eps is None:
-        eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
-    constant = layer.statistic.constant(math.prod(sizes), layer.constant)
-    dtype = batch_norm_base.accumulation_dtype(x.dtype, layer.stats_dtype)
-    arguments = (weight, bias, len(sizes), layer.p, constant, eps, dtype, centred)
-    if is_transformed():
-        return plain_layer_norm(x, *arguments)
     kind: NormKind = "layer" if centred else "rms"
-    kernels = select_backend_for(x, kind, layer.statistic, dtype).kernels
-    if kernels is not None:
-        choice = (len(sizes), kernels, constant, eps, centred)
-        try:
-            return KernelLayerNormFunction.apply(x, weight, bias, *choice)  # type: ignore[no-any-return]
-        except UnboundedError:
-            kernels = None
+    settings = (layer.constant, sizes, eps, x.dtype, layer.stats_dtype)
+    transformed = is_transformed()
+    if not transformed and needs_formula(x) is None:
+        key = (kind, layer.p, x.device.type, requested_backend())
+        kernel, constant, added = _choose(*settings, *key)
+        y = kernel and kernel(x, weight, bias, len(sizes), constant, added, centred)
+        if y is not None:
+            return y
+    constant, added, dtype = _settle(layer.statistic, *settings)
+    arguments = (weight, bias, len(sizes), layer.p, constant, added, dtype, centred)
+    if transformed:
+        return plain_layer_norm(x, *arguments)
     if is_half(dtype):
         return apply_without_autocast(LayerNormFunction, x, *arguments)  # type: ignore[no-any-return]
     return LayerNormFunction.apply(x, *arguments)  # type: ignore[no-any-return]
+
+
+def _settle(
+    statistic: statistics.PowerMean, convention: Constant | float, sizes: tuple[int, ...],
+    eps: float | None, dtype: torch.dtype, stats_dtype: torch.dtype | None,
+) -> tuple[float, float, torch.dtype]:  # fmt: skip
+    """Return c, eps, and the dtype of accumulation."""
+    if eps is None:
+        eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    constant = statistic.constant(math.prod(sizes), convention)
+    return constant, eps, batch_norm_base.accumulation_dtype(dtype, stats_dtype)
+
+
+@remember_choice
+def _choose(*arguments: Any) -> tuple[LayerNorm | None, float, float]:
+    """Return the kernel for the settings, kind, p, device and what is requested; c; eps."""
+    *settings, kind, p, device, _ = arguments
+    statistic = statistics.PowerMean(p)
+    constant, eps, dtype = _settle(statistic, *settings)
+    key = DispatchKey(kind, statistic, device, settings[3], dtype, "NCHW")
+    return select_backend(key).kernels, constant, eps
 
 
 class LayerNormFunction(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """Triton's kernels on a GPU: the same contract, larger inputs, the same bits twice, CUDA graphs."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ pytest.importorskip("triton")
 import kernel_contract as contract
 from nmlightning import norms
 from nmlightning.kernels import norm_backend
+from nmlightning.kernels.autograd import KernelLayerNormFunction
 from nmlightning.kernels.interface import NormSpec
 from nmlightning.kernels.triton import tiles
 from nmlightning.kernels.triton.batch_norm import TritonBatchNorm, track
@@ -62,8 +64,8 @@ def test_stages_equal_the_definition(shape: tuple[int, ...], channels_last: bool
 def test_layer_norm_kernels_equal_the_definition(
     shape: tuple[int, ...], dtype: torch.dtype, centred: bool, learned: bool
 ) -> None:
-    kernels = TritonLayerNorm(centred)
-    contract.check_rows(shape, dtype, centred, learned, kernels, CUDA)
+    norm = partial(KernelLayerNormFunction.apply, TritonLayerNorm(centred))
+    contract.check_rows(shape, dtype, centred, learned, norm, CUDA)
 
 
 def test_track_moves_running_statistics() -> None:

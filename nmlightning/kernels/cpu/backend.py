@@ -18,11 +18,13 @@ import warnings
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nmlightning.functional.plain import plain_gradients, plain_layer_norm
 from nmlightning.functional.statistics import LargestMean, Statistic
 from nmlightning.kernels import interface
 from nmlightning.kernels.cpu import build
@@ -103,31 +105,29 @@ class CpuBatchNorm:
         return self._ops.gradient_sums(grad, x, y, mean, interface.is_l1(statistic))  # type: ignore[no-any-return]
 
 
-@dataclass(frozen=True)
-class CpuLayerNorm:
-    """The interface `LayerNormKernels`, by `torch.ops.nmlightning`."""
+def _plain_layer_norm_gradients(
+    grad: Tensor, x: Tensor, weight: OptTensor, bias: torch.dtype | None, *settings: Any
+) -> list[Tensor]:
+    """Return the gradients of the operator `layer_norm` where they are to be differentiated."""
+    rank, constant, eps, centred = settings
+    context = SimpleNamespace(
+        saved_tensors=(x, weight),
+        bias=None if bias is None else (x.shape[-rank:], bias),
+        plain=(rank, 1.0, constant, eps, torch.float32, centred),
+        needs_input_grad=(True,) * 3,
+    )
+    found = plain_gradients(plain_layer_norm, (0, 1, 2), context, grad)
+    return [gradient for gradient in found if gradient is not None]
 
-    centred: bool  # a layer norm and no RMS norm
 
-    def forward(
-        self,
-        x: Tensor,
-        features: int,
-        weight: OptTensor,
-        bias: OptTensor,
-        constant: float,
-        eps: float,
-    ) -> tuple[Tensor, Tensor, bool]:
-        return torch.ops.nmlightning.layer_norm_forward(  # type: ignore[no-any-return]
-            x, features, weight, bias, constant, eps, self.centred
-        )
-
-    def backward(
-        self, grad: Tensor, x: Tensor, features: int, weight: OptTensor, rows: Tensor, learned: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.nmlightning.layer_norm_backward(  # type: ignore[no-any-return]
-            grad, x, features, weight, rows, learned, self.centred
-        )
+_LIBRARY: Any = torch.library.Library("nmlightning", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define(
+    "plain_layer_norm_gradients(Tensor grad, Tensor x, Tensor? weight, ScalarType? bias, int rank, "
+    "float constant, float eps, bool centred) -> Tensor[]"
+)
+_LIBRARY.impl(
+    "plain_layer_norm_gradients", _plain_layer_norm_gradients, "CompositeImplicitAutograd"
+)
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class CpuBackend:
         return interface.unsupported_norm(key, _DTYPES) or self._missing()
 
     def kernels(self, key: interface.DispatchKey) -> Any:
-        return CpuBatchNorm() if key.kind == "batch" else CpuLayerNorm(key.kind == "layer")
+        return CpuBatchNorm() if key.kind == "batch" else torch.ops.nmlightning.layer_norm.default
 
     def tracking(self) -> interface.Tracking | None:
         """Return what moves running statistics, or None where it is not built."""

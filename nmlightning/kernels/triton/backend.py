@@ -1,12 +1,13 @@
 """The Triton backend: the norms it supports. Triton and the kernels are imported on first use."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from nmlightning.functional.statistics import LargestMean
+from nmlightning.kernels import autograd
 from nmlightning.kernels.interface import DispatchKey, Tracking, unsupported_norm
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -34,7 +35,8 @@ class TritonBackend:
             return TritonBatchNorm()
         from nmlightning.kernels.triton.layer_norm import TritonLayerNorm
 
-        return TritonLayerNorm(centred=key.kind == "layer")
+        centred = key.kind == "layer"
+        return partial(autograd.KernelLayerNormFunction.apply, TritonLayerNorm(centred))
 
     def tracking(self) -> Tracking | None:
         """Return what moves running statistics, or None where torch's own operations do."""

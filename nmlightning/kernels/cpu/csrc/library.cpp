@@ -1,10 +1,8 @@
 // The operators torch.ops.nmlightning.*: they check tensors and call the kernels.
 //
 // Each is registered for all dispatch keys, because autograd functions call them.
-#include <ATen/ops/ones.h>
 #include <torch/library.h>
 
-#include "layer_norm.h"
 #include "sign_bits.h"
 #include "tensors.h"
 
@@ -167,52 +165,6 @@ void track_op(const Tensor& running_mean, const Tensor& running_var, const Optio
   batches->unsafeGetTensorImpl()->bump_version();
 }
 
-RowValues row_values(const Tensor& values) {
-  const int64_t rows = values.size(1);
-  float* p = values.data_ptr<float>();
-  return {p, p + rows, p + 2 * rows};
-}
-
-Rows rows_of(const Tensor& x, int64_t features, bool centred) {
-  TORCH_CHECK(x.is_contiguous(), "expected contiguous elements");
-  return {features ? x.numel() / features : 0, features, centred};
-}
-
-std::tuple<Tensor, Tensor, bool> layer_norm_forward_op(const Tensor& x, int64_t features,
-                                                       const Optional& weight,
-                                                       const Optional& bias, double constant,
-                                                       double eps, bool centred) {
-  const Rows rows = rows_of(x, features, centred);
-  const auto options = x.options().dtype(at::kFloat);
-  const Values weights(weight || !bias ? weight : at::ones({features}, options), 1);
-  const Values biases(bias || !weights.data ? bias : at::zeros({features}, options), 1);
-  Tensor y = at::empty_like(x), values = at::empty({3, rows.rows}, options);
-  with_type(x, [&]<class T>(T*) {
-    layer_norm_forward<T>(rows, constant, eps, data<T>(x), weights.data, biases.data, data<T>(y),
-                          row_values(values));
-  });
-  return {y, values, all_within(row_values(values).inverse, rows.rows, 1 / HUGE_SCALE, INFINITY)};
-}
-
-std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_op(const Tensor& given, const Tensor& x,
-                                                          int64_t features,
-                                                          const Optional& weight,
-                                                          const Tensor& values, bool learned,
-                                                          bool centred) {
-  const Rows rows = rows_of(x, features, centred);
-  const auto options = x.options().dtype(at::kFloat);
-  const Values weights(weight || !learned ? weight : at::ones({features}, options), 1);
-  const Tensor grad = given.contiguous();
-  Tensor grad_x = at::empty_like(x);
-  Tensor grad_weight = at::empty({learned ? features : 0}, options);
-  Tensor grad_bias = at::empty({learned ? features : 0}, options);
-  with_type(x, [&]<class T>(T*) {
-    layer_norm_backward<T>(rows, data<T>(grad), data<T>(x), weights.data, row_values(values),
-                           data<T>(grad_x), data<float>(grad_weight), data<float>(grad_bias));
-  });
-  return {grad_x, grad_weight, grad_bias};
-}
-
 }  // namespace
 
 TORCH_LIBRARY(nmlightning, m) {
@@ -227,8 +179,6 @@ TORCH_LIBRARY(nmlightning, m) {
   m.def("gradient_sums", gradient_sums_op);
   m.def("gradient", gradient_op);
   m.def("track", track_op);
-  m.def("layer_norm_forward", layer_norm_forward_op);
-  m.def("layer_norm_backward", layer_norm_backward_op);
 }
 
 }  // namespace nmlightning
