@@ -156,12 +156,7 @@ class BatchNormFunction(torch.autograd.Function):
         variance = scale.square() * share.total / (share.total - 1)
         ctx.mark_non_differentiable(mean, variance)
         shared_count = share.total if isinstance(share.total, Tensor) else None
-        slopes = None
-        if selection is None and torch.compiler.is_compiling():  # in the loop that measures
-            slope = statistics.Slope(wide, mean, magnitude, statistic, share.total, None)
-            slopes = slope.sum()
-        kept = (magnitude, total, shared_count, slopes)
-        ctx.save_for_backward(x, weight, mean, *kept, *(selection or ()))
+        ctx.save_for_backward(x, weight, mean, magnitude, total, shared_count, *(selection or ()))
         ctx.plain = None if group is not None else (statistic, ctx.constant, eps, dtype)
         ctx.statistic, ctx.group = statistic, group
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
@@ -171,7 +166,7 @@ class BatchNormFunction(torch.autograd.Function):
     @staticmethod
     @differentiable(plain_batch_norm)
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, magnitude, total, shared_count, slopes, *selected = ctx.saved_tensors
+        x, weight, mean, magnitude, total, shared_count, *selected = ctx.saved_tensors
         shape = statistics.channel_shape(x)
         count = x.numel() // x.shape[1] if shared_count is None else shared_count
         wide_grad = grad.to(mean.dtype)
@@ -180,8 +175,7 @@ class BatchNormFunction(torch.autograd.Function):
         grad_weight = products / total
         selection = Selection(*selected) if selected else None
         slope = statistics.Slope(wide, mean, magnitude, ctx.statistic, count, selection)
-        slopes = slope.sum() if slopes is None else slopes
-        sums = sum_over_ranks(torch.stack([grad_bias, grad_weight, slopes]), ctx.group)
+        sums = sum_over_ranks(torch.stack([grad_bias, grad_weight, slope.sum()]), ctx.group)
         gain = 1 / total if weight is None else weight.to(mean.dtype) / total
         pull = gain * sums[1] * (magnitude / total) * ctx.constant**2
         offset = (pull * sums[2] - gain * sums[0]) / count

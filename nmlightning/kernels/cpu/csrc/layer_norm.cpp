@@ -18,7 +18,7 @@ typedef int32_t LaneBits __attribute__((vector_size(64)));
 typedef uint16_t HalfLanes __attribute__((vector_size(32)));
 constexpr int64_t LANES = 16, UNROLLED = 4;
 constexpr int64_t ROWS_IN_FLOAT = 64;  // whose gradients are summed in float before double
-constexpr int64_t ROWS_AT_ONCE = 2;    // whose gradients by weight and bias are added in registers
+constexpr int64_t ROWS_AT_ONCE = 4;    // whose gradients by weight and bias are added in registers
 constexpr int64_t MOST_PARTS = 32;     // of the rows, for threads; sums do not depend on threads
 
 // What elements are read as and written from: V is float, or Lanes of consecutive elements.
