@@ -16,9 +16,10 @@ namespace {
 typedef float Lanes __attribute__((vector_size(64)));
 typedef int32_t LaneBits __attribute__((vector_size(64)));
 typedef uint16_t HalfLanes __attribute__((vector_size(32)));
-constexpr int64_t LANES = 16, UNROLLED = 4;
+constexpr int64_t LANES = 16;
 constexpr int64_t ROWS_IN_FLOAT = 64;  // whose gradients are summed in float before double
-constexpr int64_t ROWS_AT_ONCE = 4;    // whose gradients by weight and bias are added in registers
+constexpr int64_t ROWS_AT_ONCE = 4;    // so that sums of gradients are read and written less often
+constexpr int64_t LONG_ROW = 2048;     // of which those sums leave the first cache
 constexpr int64_t MOST_PARTS = 32;     // of the rows, for threads; sums do not depend on threads
 
 // What elements are read as and written from: V is float, or Lanes of consecutive elements.
@@ -73,6 +74,7 @@ inline void each_element(int64_t from, int64_t to, Part part) {
 // Adds K sums over a row to the totals, in float in a block: part(i, sums) adds its i-th terms.
 template <int K, class Part>
 inline void add_sums(int64_t n, Part part, double* totals) {
+  constexpr int64_t UNROLLED = K == 1 ? 4 : 2;
   for (int64_t from = 0; from < n; from += ELEMENTS_A_BLOCK) {
     const int64_t to = std::min(n, from + ELEMENTS_A_BLOCK);
     Lanes sums[UNROLLED][K] = {};
@@ -82,8 +84,10 @@ inline void add_sums(int64_t n, Part part, double* totals) {
       for (int64_t u = 0; u < UNROLLED; u++) part(i + u * LANES, sums[u]);
     for (; i + LANES <= to; i += LANES) part(i, sums[0]);
     for (; i < to; i++) part(i, rest);
-    for (int k = 0; k < K; k++)
-      totals[k] += sum_of((sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k])) + rest[k];
+    for (int k = 0; k < K; k++) {
+      for (int64_t u = 1; u < UNROLLED; u++) sums[0][k] += sums[u][k];
+      totals[k] += sum_of(sums[0][k]) + rest[k];
+    }
   }
 }
 
@@ -111,6 +115,7 @@ template <bool weighted, bool biased, class T>
 void normalise_row(const Rows& of, double constant, double eps, const T* x, const float* weight,
                    const float* bias, T* y, const RowValues& to, int64_t row) {
   const int64_t n = of.features;
+  const double share = 1 / double(n);
   float mean = 0;
   if (of.centred) {  // by distances from the first element: exact where all are the same
     double total = 0;
@@ -119,18 +124,18 @@ void normalise_row(const Rows& of, double constant, double eps, const T* x, cons
       sums[0] += get<std::remove_reference_t<decltype(*sums)>>(x + i) - first;
     };
     add_sums<1>(n, distances, &total);
-    mean = float(first + total / double(n));
+    mean = float(first + total * share);
   }
   double size = 0;
   const auto sizes = [=](int64_t i, auto* sums) {
     sums[0] += size_of(get<std::remove_reference_t<decltype(*sums)>>(x + i) - mean);
   };
   add_sums<1>(n, sizes, &size);
-  const double scale = constant * size / double(n), sigma = std::sqrt(scale * scale + eps);
-  const float inverse = float(1 / sigma);
+  const double scale = constant * size * share, exact = 1 / std::sqrt(scale * scale + eps);
+  const float inverse = float(exact);
   to.mean[row] = mean;
   to.inverse[row] = inverse;
-  to.pull[row] = float(constant * scale / sigma);
+  to.pull[row] = float(constant * scale * exact);
   each_element(0, n, [=](int64_t i, auto v) {
     using V = decltype(v);
     V result = (get<V>(x + i) - mean) * inverse;
@@ -161,6 +166,7 @@ void differentiate_rows(const Rows& of, const T* grad, const T* x, const float* 
                         const RowValues& values, int64_t row, T* grad_x, float* weight_sums,
                         float* bias_sums) {
   const int64_t n = of.features;
+  const double share = 1 / double(n);
   float mean[R], inverse[R], above[R], below[R];
   for (int r = 0; r < R; r++) {
     const T *g = grad + (row + r) * n, *p = x + (row + r) * n;
@@ -176,8 +182,8 @@ void differentiate_rows(const Rows& of, const T* grad, const T* x, const float* 
     };
     add_sums<3>(n, terms, totals);
     inverse[r] = values.inverse[row + r];
-    const double each = values.pull[row + r] * (totals[1] * inverse[r] / double(n));
-    const double shift = of.centred ? (each * totals[2] - totals[0]) / double(n) : 0;
+    const double each = values.pull[row + r] * (totals[1] * inverse[r] * share);
+    const double shift = of.centred ? (each * totals[2] - totals[0]) * share : 0;
     above[r] = float(inverse[r] * (shift - each));
     below[r] = float(inverse[r] * (shift + each));
   }
@@ -223,7 +229,7 @@ void differentiate(const Rows& of, const T* grad, const T* x, const float* weigh
         with_flag(weight != nullptr, [&](auto weighted) {
           float *first_sum = block.data(), *second_sum = first_sum + n;
           int64_t row = from;
-          for (; row + ROWS_AT_ONCE <= to; row += ROWS_AT_ONCE)
+          for (; n >= LONG_ROW && row + ROWS_AT_ONCE <= to; row += ROWS_AT_ONCE)
             differentiate_rows<ROWS_AT_ONCE, weighted>(of, grad, x, weight, values, row, grad_x,
                                                        first_sum, second_sum);
           for (; row < to; row++)
