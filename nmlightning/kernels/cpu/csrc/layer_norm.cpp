@@ -281,10 +281,16 @@ bool is_transformed(const Tensor& grad) {
          grad.key_set().has_any(wrapped);
 }
 
-struct RowNorm {
+struct RowNorm : torch::CustomClassHolder {
   int64_t rank;
   double constant, eps;
   bool centred;
+  std::optional<at::ScalarType> bias;  // its type, if there is one
+
+  RowNorm(int64_t rank, double constant, double eps, bool centred, const Optional& bias)
+      : rank(rank), constant(constant), eps(eps), centred(centred) {
+    if (bias) this->bias = bias->scalar_type();
+  }
 };
 
 struct Output {
@@ -310,13 +316,11 @@ struct LayerNorm : torch::autograd::Function<LayerNorm> {
   using Tensors = torch::autograd::variable_list;
 
   static Tensor forward(Context* ctx, const Tensor& x, const Optional& weight, const Optional& bias,
-                        const RowNorm& of, bool* bounded) {
-    const Output output = compute(x, weight, bias, of);
+                        const c10::intrusive_ptr<RowNorm>& of, bool* bounded) {
+    const Output output = compute(x, weight, bias, *of);
     *bounded = output.bounded;
     ctx->save_for_backward({x, weight.value_or(Tensor()), output.values});
-    const double form = bias ? double(bias->scalar_type()) : -1;
-    ctx->saved_data["settings"] =
-        std::vector<double>{double(of.rank), of.constant, of.eps, double(of.centred), form};
+    ctx->saved_data["norm"] = at::IValue::make_capsule(of);
     return output.y;
   }
 
@@ -324,26 +328,23 @@ struct LayerNorm : torch::autograd::Function<LayerNorm> {
     const Tensors saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &values = saved[2];
     const Optional weight = saved[1].defined() ? Optional(saved[1]) : std::nullopt;
-    const auto settings = ctx->saved_data["settings"].toDoubleVector();
-    const int64_t rank = int64_t(settings[0]);
-    const bool centred = settings[3] != 0;
-    std::optional<at::ScalarType> bias;
-    if (settings[4] >= 0) bias = at::ScalarType(settings[4]);
+    const auto held = ctx->saved_data["norm"].toCapsule();
+    const auto& of = static_cast<const RowNorm&>(*held);
     Tensors found(5);
     if (is_transformed(grads[0])) {
-      const auto all = plain_gradients(grads[0], x, weight, bias, rank, settings[1], settings[2],
-                                       centred);
+      const auto all = plain_gradients(grads[0], x, weight, of.bias, of.rank, of.constant, of.eps,
+                                       of.centred);
       found[0] = all[0];
       if (weight) found[1] = all[1];
-      if (bias) found[2] = all.back();
+      if (of.bias) found[2] = all.back();
       return found;
     }
     const Tensor grad = grads[0].contiguous();
     TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.sizes() == x.sizes(),
                 "expected a gradient like y");
-    const Rows rows(x, rank, centred);
-    const Optional weights = in_float(weight, bias.has_value(), rows.features);
-    const auto shape = x.sizes().slice(x.dim() - rank);
+    const Rows rows(x, of.rank, of.centred);
+    const Optional weights = in_float(weight, of.bias.has_value(), rows.features);
+    const auto shape = x.sizes().slice(x.dim() - of.rank);
     found[0] = empty(x.sizes(), x.scalar_type());
     Tensor by_weight = empty(shape, at::kFloat), by_bias = empty(shape, at::kFloat);
     with_type(x, [&]<class T>(T*) {
@@ -351,7 +352,7 @@ struct LayerNorm : torch::autograd::Function<LayerNorm> {
                        data<T>(found[0]), data<float>(by_weight), data<float>(by_bias));
     });
     if (weight) found[1] = by_weight.to(weight->scalar_type());
-    if (bias) found[2] = by_bias.to(*bias);
+    if (of.bias) found[2] = by_bias.to(*of.bias);
     return found;
   }
 };
@@ -360,10 +361,10 @@ struct LayerNorm : torch::autograd::Function<LayerNorm> {
 Optional layer_norm(const Tensor& given, const Optional& weight, const Optional& bias, int64_t rank,
                     double constant, double eps, bool centred) {
   const Tensor x = given.contiguous();
-  const RowNorm of{rank, constant, eps, centred};
+  const auto of = c10::make_intrusive<RowNorm>(rank, constant, eps, centred, bias);
   const auto learns = [](const Optional& tensor) { return tensor && tensor->requires_grad(); };
   if (!(at::GradMode::is_enabled() && (x.requires_grad() || learns(weight) || learns(bias)))) {
-    const Output output = compute(x, weight, bias, of);
+    const Output output = compute(x, weight, bias, *of);
     return output.bounded ? Optional(output.y) : std::nullopt;
   }
   bool bounded = false;
