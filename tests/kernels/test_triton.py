@@ -46,7 +46,6 @@ def test_interpreted_kernels_keep_the_contract() -> None:
         ({"stats_dtype": torch.float16}, "no kernel for statistics in float16"),
         ({"layout": "other"}, "no kernel for elements in this order"),
         ({"kind": "rms", "layout": "NCHW"}, ""),
-        ({"kind": "layer"}, "no kernel for elements in this order"),
         ({"kind": "layer", "layout": "NCHW", "statistic": PowerMean(3.0)}, "no kernel for"),
     ],
     ids=str,
