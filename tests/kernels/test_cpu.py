@@ -16,7 +16,7 @@ import kernel_contract
 from built_kernels import load_kernels
 from nmlightning import norms, swap_norms
 from nmlightning.functional.constants import gaussian_constant
-from nmlightning.functional.statistics import LargestMean, PowerMean, RangeMean
+from nmlightning.functional.statistics import LargestMean, PowerMean, RangeMean, Statistic
 from nmlightning.kernels import DispatchKey, norm_backend, select_backend
 from nmlightning.kernels.cpu.backend import X_FREE_REACH, CpuBatchNorm
 from nmlightning.kernels.interface import Fused, NormSpec
@@ -35,16 +35,15 @@ L1 = NormSpec(PowerMean(1.0), gaussian_constant("lp", 100, p=1), 1e-5, "relu")
 @pytest.fixture(autouse=True)
 def _formula() -> Iterator[None]:
     load_kernels()
+    before = torch.get_num_threads()
     with norm_backend("auto"):
         yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=[1, 2])
-def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
+def _threads(request: pytest.FixtureRequest) -> None:
     torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("_threads")
@@ -64,6 +63,32 @@ def test_non_finite_values_stay_in_their_channel(statistic: str, value: float) -
 )
 def test_stages_equal_the_definition(shape: tuple[int, ...], channels_last: bool) -> None:
     kernel_contract.check_stages(shape, channels_last, CpuBatchNorm())
+
+
+def test_kernels_round_to_bfloat16_as_torch() -> None:
+    """All upper halves of a float, with lower halves around a tie, as biases of 0."""
+    lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
+    bits = (torch.arange(2**16, dtype=torch.int32)[:, None] << 16 | lower).flatten()
+    bias, zeros = bits.view(torch.float32), torch.zeros(len(bits))
+    found = CpuBatchNorm().affine(zeros[None].bfloat16(), None, zeros, zeros, bias, None)[0]
+    torch.testing.assert_close(found, bias.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shape", [(64, 1, 24, 24), (16, 24, 30, 30), (40, 65, 16, 16)])
+@pytest.mark.parametrize("statistic", [L1.statistic, LargestMean(3)])
+def test_threads_do_not_change_a_bit(
+    shape: tuple[int, ...], channels_last: bool, statistic: Statistic
+) -> None:
+    case = kernel_contract.Case(shape, fused="add_relu", channels_last=channels_last)
+    (x, *others), grad = kernel_contract.draw(case, "cpu")
+    assert x is not None
+    kernels, spec, found = CpuBatchNorm(), NormSpec(statistic, 1.25, 1e-5, "add_relu"), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        made = kernels.forward(x, others[0], others[1], others[2], spec)
+        found.append([made.y, made.mean, made.variance, *kernels.backward(grad, made.saved, spec)])
+    assert all(map(torch.equal, *found))
 
 
 def test_stages_take_a_rank_without_elements() -> None:

@@ -94,6 +94,7 @@ WIDTHS = [
         ((2, 2, 37, 41), False),
         ((36, 5, 7, 7), False),
         ((2, 3, 5, 3, 2), True),
+        *(((3, c, 4, 5), last) for c in (1, 3, 15, 17, 33, 65) for last in (False, True)),
     ]
     for statistic in ("l1", "top3")
     for fused in (None, "relu", "add_relu")

@@ -36,12 +36,10 @@ struct Backward {
   float *grad_weight, *grad_bias;
 };
 
-// The derivative of what is before the ReLU: grad where y > 0, if there is a y. NaN lets it pass.
-template <bool masked, class T>
-inline float given(const T* grad, const T* y, int64_t i) {
-  const float all = load(grad[i]);
-  if constexpr (masked) return load(y[i]) <= 0.f ? 0.f : all;
-  return all;
+// The derivative of what is before the ReLU: grad where y > 0. NaN lets it pass.
+template <class F>
+inline F given(F grad, F y) {
+  return y <= 0.f ? F{} : grad;
 }
 
 // Calls part(constant) with `value` as a constant of the compiler's.

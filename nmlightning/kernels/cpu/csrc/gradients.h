@@ -1,94 +1,102 @@
-// The passes of backward that every statistic has.
+// The passes of backward that every statistic has. The first leaves bits for the second: whether
+// x > μ, and, where no gradient of a residual tells, what the ReLU let pass.
 #pragma once
 
+#include <memory>
+
 #include "batch_norm.h"
+#include "sign_bits.h"
 
 namespace nmlightning {
 
-template <bool masked, class T>
-inline void copy_given(const T* grad, const T* y, T* to, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) store(to + i, given<masked>(grad, y, i));
+inline Fused fused_of(const auto& of) {
+  return !of.y ? NOTHING : of.grad_residual ? ADD_RELU : RELU;
 }
 
-template <class T>
-const T* from(const T* array, int64_t offset) {
-  return array ? array + offset : nullptr;
+struct BackwardBits {
+  std::unique_ptr<Bits[]> own;
+  Bits *above, *passed;  // or null
+
+  // Of x > μ those given, or, if they are asked for, others to be written.
+  BackwardBits(const Layout& layout, const uint32_t* given, bool asked, bool relu) {
+    const int64_t words = SignBits{layout}.words() * 4 / sizeof(Bits);
+    const bool writes = asked && !given;
+    own.reset(new Bits[(writes + relu) * words]);
+    above = asked && given ? reinterpret_cast<Bits*>(const_cast<uint32_t*>(given)) : writes ? own.get() : nullptr;
+    passed = relu ? own.get() + writes * words : nullptr;
+  }
+};
+
+// Returns Σg and Σ g · (x − mean), or, without x, Σ g · (y − bias − residual): where g is not 0 that
+// is weight · x̂; (2, width). Writes bits, and g for the residual.
+template <Fused fused, bool by_x, bool marks, class T>
+std::vector<double> first_pass(const Slab& slab, const Backward<T>& of, const BackwardBits& bits) {
+  const int64_t length = slab.run_length();
+  return slab.sums([&](auto at) {
+    return [&, centre = at(by_x ? of.channels.mean : of.bias)](Run run) {
+      const T *grad = of.grad + run.offset, *y = of.y + run.offset, *x = of.x + run.offset;
+      const T* residual = of.residual + run.offset;
+      T* grad_residual = of.grad_residual + run.offset;
+      Bits *above = bits_of(bits.above, run, length), *passed = bits_of(bits.passed, run, length);
+      return [=, &centre](auto in) {
+        auto g = in(grad);
+        if constexpr (fused != NOTHING) g = given(g, in(y));
+        if constexpr (fused == RELU) in.mark(passed, in(y), decltype(g){});
+        if constexpr (fused == ADD_RELU) in.write(grad_residual, g);
+        auto d = in(by_x ? x : y) - in(centre);
+        if constexpr (marks) in.mark(above, in(x), in(centre));
+        if constexpr (fused == ADD_RELU && !by_x) d -= in(residual);
+        return Terms{g, g * d};
+      };
+    };
+  });
 }
 
-// Returns Σg and Σ g · (x − mean), (2, width).
+// Writes the gradients by weight and bias, by x where it is kept, and what first_pass does.
 template <class T>
-std::vector<double> sums_by_x(const Slab& slab, const Backward<T>& of) {
+void write_gradients_of_learned(const Slab& slab, const Backward<T>& to, const BackwardBits& bits) {
   std::vector<double> totals;
-  with_flag(of.y != nullptr, [&](auto masked) {
-    constexpr bool M = decltype(masked)::value;
-    totals = slab.sums([&](int64_t offset, auto at) {
-      const T *g = of.grad + offset, *y = from(of.y, offset), *x = of.x + offset;
-      const auto mean = at(of.channels.mean);
-      return Terms{[=](int64_t i) { return given<M>(g, y, i); },
-                   [=](int64_t i) { return given<M>(g, y, i) * (load(x[i]) - mean[i]); }};
+  with_fused(fused_of(to), [&](auto fused) {
+    if constexpr (fused != NOTHING)
+      if (!to.x) return void(totals = first_pass<fused, false, false>(slab, to, bits));
+    with_flag(bits.above != nullptr, [&](auto marks) {
+      totals = first_pass<fused, true, marks>(slab, to, bits);
     });
   });
-  return totals;
-}
-
-// Returns Σg and Σ g · (y − bias − residual), (2, width): where g is not 0 that is weight · x̂.
-template <class T>
-std::vector<double> sums_by_y(const Slab& slab, const Backward<T>& of) {
-  std::vector<double> totals;
-  with_flag(of.residual != nullptr, [&](auto added) {
-    totals = slab.sums([&](int64_t offset, auto at) {
-      const T *g = of.grad + offset, *y = of.y + offset, *r = from(of.residual, offset);
-      const auto bias = at(of.bias);
-      return Terms{[=](int64_t i) { return given<true>(g, y, i); }, [=](int64_t i) {
-                     const float sum = load(y[i]) - bias[i];
-                     if constexpr (decltype(added)::value)
-                       return given<true>(g, y, i) * (sum - load(r[i]));
-                     return given<true>(g, y, i) * sum;
-                   }};
-    });
-  });
-  return totals;
-}
-
-// Writes the gradients by weight and bias, by x where it is kept.
-template <class T>
-void write_gradients_of_learned(const Slab& slab, const Backward<T>& to) {
-  const auto totals = to.x ? sums_by_x(slab, to) : sums_by_y(slab, to);
   for (int64_t c = slab.first(), i = 0; c < slab.last(); c++, i++) {
     const double product = totals[slab.width() + i];
     to.grad_bias[c] = float(totals[i]);
-    to.grad_weight[c] = float(to.x         ? product * to.channels.inverse[c]
+    to.grad_weight[c] = float(to.x        ? product * to.channels.inverse[c]
                               : to.weight ? product / to.weight[c]
                                           : product);
   }
 }
 
-// Writes grad_x = gain · g + (x > mean ? above : below), or + below if there is no above, and g.
+// Writes grad_x = gain · g + (x > mean ? above : below), or + below where there are no such bits.
 template <class T>
-void write_gradient(const Slab& slab, const Backward<T>& to, const float* above,
-                    const float* below) {
-  with_flag(to.y != nullptr, [&](auto masked) {
+void write_gradient(const Slab& slab, const Backward<T>& to, const BackwardBits& bits,
+                    const float* above, const float* below) {
+  const int64_t length = slab.run_length();
+  with_flag(bits.passed != nullptr, [&](auto masked) {
     with_flag(above != nullptr, [&](auto two_valued) {
-      constexpr bool M = decltype(masked)::value;
-      slab.each_run([&](int64_t offset, auto at) {
-        const T *g = to.grad + offset, *y = from(to.y, offset);
-        const auto gain = at(to.channels.gain), low = at(below);
-        const int64_t n = slab.run_length();
-        T* grad_x = to.grad_x + offset;
-        if constexpr (two_valued) {
-          const auto mean = at(to.channels.mean), high = at(above);
-          const T* x = to.x + offset;
-#pragma omp simd
-          for (int64_t i = 0; i < n; i++)
-            store(grad_x + i, given<M>(g, y, i) * gain[i] +
-                                  (load(x[i]) > mean[i] ? high[i] : low[i]));
-        } else {
-#pragma omp simd
-          for (int64_t i = 0; i < n; i++)
-            store(grad_x + i, given<M>(g, y, i) * gain[i] + low[i]);
-        }
-        if (to.grad_residual) copy_given<M>(g, y, to.grad_residual + offset, n);
+      slab.each_place_in_parallel([&](auto at) {
+        return [&, gain = at(to.channels.gain), low = at(below),
+                high = at(two_valued ? above : below)](Run run) {
+          const T* grad = (to.grad_residual ? to.grad_residual : to.grad) + run.offset;
+          T* grad_x = to.grad_x + run.offset;
+          const Bits* sign = bits_of(bits.above, run, length);
+          const Bits* passed = bits_of(bits.passed, run, length);
+          return [=, &gain, &low, &high](auto in) {
+            auto g = in(grad);
+            if constexpr (masked) g = in.choose(passed, g, decltype(g){});
+            g *= in(gain);
+            if constexpr (two_valued)
+              g += in.choose(sign, in(high), in(low));
+            else
+              g += in(low);
+            in.write(grad_x, g);
+          };
+        };
       });
     });
   });

@@ -14,8 +14,8 @@ namespace nmlightning {
 
 constexpr int64_t SHORTEST_BLOCK = 32, LONGEST_BLOCK = 256;
 
-// The elements of a channel in blocks: stretches of a long plane; else what is at one place in the
-// runs of a few samples that follow each other.
+// The elements of a channel in blocks: each LANES-th of a stretch of a long plane; else what is at one
+// place in the runs of a few samples that follow each other.
 struct Blocks {
   Slab slab;
   bool by_place;
@@ -26,7 +26,7 @@ struct Blocks {
     length = std::clamp(int64_t(balanced), SHORTEST_BLOCK, LONGEST_BLOCK);
     samples = by_place ? length : 1;
     groups = (slab.samples() + samples - 1) / samples;
-    in_run = by_place ? slab.run_length() : (slab.layout.size + length - 1) / length;
+    in_run = by_place ? slab.run_length() : (slab.layout.size + LANES * length - 1) / (LANES * length) * LANES;
   }
 
   bool rows() const { return slab.layout.channels_last; }
@@ -48,8 +48,9 @@ struct Blocks {
     const int64_t group = b / in_sample, place = b % in_sample;
     const auto call = [&](int64_t position) { part(position, layout.offset(position, c)); };
     if (!by_place) {
-      const int64_t end = std::min((place + 1) * length, layout.size);
-      for (int64_t i = place * length; i < end; i++) call(group * layout.size + i);
+      const int64_t lane = place % LANES, from = (place - lane) * length;
+      const int64_t end = std::min(from + LANES * length, layout.size);
+      for (int64_t i = from + lane; i < end; i += LANES) call(group * layout.size + i);
       return;
     }
     const int64_t end = std::min((group + 1) * samples, slab.samples());
@@ -63,94 +64,95 @@ struct Extremes {
   std::vector<double> totals;
 };
 
+template <class F>
+inline F higher(F a, F b) {
+  return a > b ? a : b;
+}
+
+template <class F>
+inline F lower(F a, F b) {
+  return a < b ? a : b;
+}
+
+// Finds the extremes in each block of a plane.
 template <class T>
 void find_in_plane(const Blocks& blocks, const T* plane, float first, float* highest,
                    float* lowest, double* total) {
-  for (int64_t b = 0; b < blocks.in_run; b++) {
-    const T* p = plane + b * blocks.length;
-    const int64_t n = std::min(blocks.length, blocks.slab.layout.size - b * blocks.length);
-    float sum = 0, high = -std::numeric_limits<float>::infinity(), low = -high;
-#pragma omp simd reduction(+ : sum) reduction(max : high) reduction(min : low)
-    for (int64_t i = 0; i < n; i++) {
-      const float value = load(p[i]);
-      sum += value - first;
-      high = value > high ? value : high;
-      low = value < low ? value : low;
+  const int64_t stretch = LANES * blocks.length, size = blocks.slab.layout.size;
+  for (int64_t b = 0, i = 0; i < size; b += LANES) {
+    const int64_t end = std::min(i + stretch, size);
+    Floats<LANES> sum{}, high = sum - INFINITY, low = sum + INFINITY;
+    for (; i + LANES <= end; i += LANES) {
+      const auto values = load<LANES>(plane + i);
+      sum += values - first;
+      high = higher(values, high);
+      low = lower(values, low);
     }
-    highest[b] = high;
-    lowest[b] = low;
-    *total += sum;
+    for (int lane = 0; i < end; i++, lane++) {
+      const float value = load(plane[i]);
+      sum[lane] += value - first;
+      high[lane] = higher(value, high[lane]);
+      low[lane] = lower(value, low[lane]);
+    }
+    store<LANES>(highest + b, high);
+    store<LANES>(lowest + b, low);
+    for (int lane = 0; lane < LANES; lane++) *total += sum[lane];
   }
 }
 
-inline float higher(float a, float b) { return a > b ? a : b; }
-inline float lower(float a, float b) { return a < b ? a : b; }
-
-template <class T, class First>
-void find_in_four_runs(int64_t n, const T* p, const T* q, const T* r, const T* s, First first,
-                       float* sums, float* highest, float* lowest) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) {
-    const float a = load(p[i]), b = load(q[i]), c = load(r[i]), d = load(s[i]), f = first[i];
-    sums[i] += ((a - f) + (b - f)) + ((c - f) + (d - f));
-    highest[i] = higher(higher(higher(a, b), higher(c, d)), highest[i]);
-    lowest[i] = lower(lower(lower(a, b), lower(c, d)), lowest[i]);
+// Finds the extremes over the samples of a group at G places of a run, the j-th of its sample.
+template <int G, int W, class T>
+void find_in_group(const Blocks& blocks, const T* x, auto first, int64_t group, int64_t j,
+                   Place<W> from, Extremes& to, double* totals) {
+  Floats<W> sums[G] = {}, highest[G], lowest[G];
+  for (int g = 0; g < G; g++) highest[g] = Floats<W>{} - INFINITY, lowest[g] = -highest[g];
+  const int64_t end = std::min((group + 1) * blocks.samples, blocks.slab.samples());
+  for (int64_t sample = group * blocks.samples; sample < end; sample++) {
+    const T* run = x + blocks.slab.place(sample, j).offset;
+#pragma GCC unroll 8
+    for (int g = 0; g < G; g++) {
+      const Place<W> in{from.i + g * W, g};
+      sums[g] += in(run) - in(first);
+      highest[g] = higher(in(run), highest[g]);
+      lowest[g] = lower(in(run), lowest[g]);
+    }
   }
-}
-
-template <class T, class First>
-void find_in_run(int64_t n, const T* p, First first, float* sums, float* highest, float* lowest) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) {
-    const float value = load(p[i]);
-    sums[i] += value - first[i];
-    highest[i] = higher(value, highest[i]);
-    lowest[i] = lower(value, lowest[i]);
+  const int64_t at = group * blocks.in_group() + j * blocks.in_run;
+  for (int g = 0; g < G; g++) {
+    const Place<W> in{from.i + g * W};
+    in.write(&to.highest[at], highest[g]);
+    in.write(&to.lowest[at], lowest[g]);
+    add_to<W>(totals + in.i, sums[g]);
   }
-}
-
-// Finds the extremes at each place of a run, the j-th of its sample, over the samples of a group.
-template <class T, class First>
-void find_in_group(const Blocks& blocks, const T* x, First first, int64_t group, int64_t j,
-                   Extremes& to, float* sums, double* totals) {
-  const Slab& slab = blocks.slab;
-  const int64_t n = blocks.in_run, at = group * blocks.in_group() + j * n;
-  float *highest = &to.highest[at], *lowest = &to.lowest[at];
-  std::fill(sums, sums + n, 0.f);
-  std::fill(highest, highest + n, -std::numeric_limits<float>::infinity());
-  std::fill(lowest, lowest + n, std::numeric_limits<float>::infinity());
-  const auto run = [&](int64_t sample) {
-    return x + slab.offset(sample * slab.runs_of_sample() + j);
-  };
-  const int64_t end = std::min((group + 1) * blocks.samples, slab.samples());
-  int64_t sample = group * blocks.samples;
-  for (; sample + 4 <= end; sample += 4)
-    find_in_four_runs(n, run(sample), run(sample + 1), run(sample + 2), run(sample + 3), first,
-                      sums, highest, lowest);
-  for (; sample < end; sample++) find_in_run(n, run(sample), first, sums, highest, lowest);
-  for (int64_t i = 0; i < n; i++) totals[slab.layout.channels_last ? i % slab.layout.channels : j] += sums[i];
 }
 
 template <class T>
 Extremes find_extremes(const Blocks& blocks, const T* x, const float* first) {
   const Slab& slab = blocks.slab;
   Extremes to{std::vector<float>(blocks.all()), std::vector<float>(blocks.all()),
-              std::vector<double>(slab.threads * slab.width())};
-  slab.in_parallel(blocks.samples, [&](int64_t begin, int64_t end, int task) {
-    double* totals = &to.totals[task * slab.width()];
-    std::vector<float> sums(blocks.in_run);
+              std::vector<double>(slab.parts() * slab.width())};
+  const bool rows = blocks.rows();
+  slab.in_parallel(blocks.samples, [&](int64_t begin, int64_t end, int64_t part) {
+    double* totals = &to.totals[part * slab.width()];
+    std::vector<double> sums(blocks.in_run);
     for (int64_t group = begin / blocks.samples; group * blocks.samples < end; group++)
       for (int64_t j = 0; j < slab.runs_of_sample(); j++) {
-        const Same own{first[slab.first() + j]};
         const int64_t at = group * blocks.in_group() + j * blocks.in_run;
-        if (slab.layout.channels_last)
-          find_in_group(blocks, x, first, group, j, to, sums.data(), totals);
-        else if (blocks.by_place)
-          find_in_group(blocks, x, own, group, j, to, sums.data(), totals);
+        if (blocks.by_place)
+          each_at_once(blocks.in_run, [&]<int W, int G>(Place<W> in, SomeChannels<W, G> columns) {
+            if (rows)
+              find_in_group<G>(blocks, x, columns(first), group, j, in, to, sums.data());
+            else
+              find_in_group<G>(blocks, x, Same{first[slab.first() + j]}, group, j, in, to,
+                               sums.data());
+          });
         else
-          find_in_plane(blocks, x + slab.offset(group * slab.runs_of_sample() + j), own.value,
-                        &to.highest[at], &to.lowest[at], totals + j);
+          find_in_plane(blocks, x + slab.place(group, j).offset,
+                        first[slab.first() + j], &to.highest[at], &to.lowest[at], totals + j);
+        if (!rows)
+          for (double& sum : sums) totals[j] += std::exchange(sum, 0.);
       }
+    for (int64_t i = 0; rows && i < blocks.in_run; i++) totals[i % slab.width()] += sums[i];
   });
   to.totals = slab.fold(std::move(to.totals), slab.width());
   return to;
@@ -213,10 +215,7 @@ void find_largest(const Blocks& blocks, const Extremes& extremes, const T* x, co
     for (int64_t c = begin; c < end; c++)
       select(blocks, extremes, x, mean[c], c, k, positions + c * k, deviations + c * k);
   };
-  if (slab.threads == 1)
-    find(slab.first(), slab.last());
-  else
-    at::parallel_for(slab.first(), slab.last(), 1, find);
+  at::parallel_for(slab.first(), slab.last(), slab.width() / slab.parts() + 1, find);
 }
 
 template <class T>
@@ -247,9 +246,10 @@ void largest_forward(const Layout& layout, const Settings& settings, const Forwa
 template <class T>
 void largest_backward(const Layout& layout, const Backward<T>& to, int64_t k,
                       const int64_t* positions, const float* deviations) {
+  const BackwardBits bits(layout, nullptr, false, fused_of(to) == RELU);
   std::vector<float> offset(layout.length());
   in_slabs(layout, [&](const Slab& slab) {
-    write_gradients_of_learned(slab, to);
+    write_gradients_of_learned(slab, to, bits);
     const auto slope = [&](int64_t at) { return (deviations[at] > 0.f ? 1. : -1.) / double(k); };
     const auto pull = [&](int64_t c) {
       return double(to.channels.gain[c]) * to.channels.pull[c] * to.grad_weight[c];
@@ -261,11 +261,11 @@ void largest_backward(const Layout& layout, const Backward<T>& to, int64_t k,
       offset[c] = float(all / double(layout.count()));
     }
     layout.repeat(offset.data());
-    write_gradient(slab, to, nullptr, offset.data());
+    write_gradient(slab, to, bits, nullptr, offset.data());
     for (int64_t c = slab.first(); c < slab.last(); c++)
       for (int64_t i = 0; i < k; i++) {
         const int64_t at = layout.offset(positions[c * k + i], c);
-        const float grad = to.y ? given<true>(to.grad, to.y, at) : load(to.grad[at]);
+        const float grad = to.y ? given(load(to.grad[at]), load(to.y[at])) : load(to.grad[at]);
         const double rest = offset[c] - pull(c) * slope(c * k + i);
         store(to.grad_x + at, float(double(grad) * to.channels.gain[c] + rest));
       }

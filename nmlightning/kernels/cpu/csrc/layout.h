@@ -12,9 +12,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
 #include <utility>
 #include <vector>
+
+#include "vectors.h"
 
 namespace nmlightning {
 
@@ -40,103 +41,67 @@ struct Layout {
   }
 };
 
-// A value of the one channel of a run, indexed as the values of all channels are.
-struct Same {
-  float value;
-  float operator[](int64_t) const { return value; }
-};
-
-// What a run makes of an array with a value for each channel.
+// What loops make of an array with a value for each channel: that of one, or those of G · W from the
+// first on. They are in registers, which compilers would not dare where a loop writes.
 struct OneChannel {
   int64_t channel;
   Same operator()(const float* values) const { return {values[channel]}; }
 };
 
-struct EachChannel {
-  const float* operator()(const float* values) const { return values; }
+constexpr int AT_ONCE = LANES == 16 ? 8 : 4;  // vectors of a row, for which there are registers
+
+template <int W, int G>
+struct SomeChannels {
+  int64_t first;
+  Each<W, G> operator()(const float* values) const {
+    Each<W, G> each;
+    for (int g = 0; g < G; g++) each.values[g] = load<W>(values + first + g * W);
+    return each;
+  }
 };
 
-constexpr int64_t RUNS_A_BLOCK = 256;       // summed in float, place by place, and then in double
-constexpr int64_t ELEMENTS_A_BLOCK = 4096;  // of long runs, the same
+// Calls part(place, its channels) for all of a run of NHWC, for as many at once as there is room for.
+template <class Part>
+inline void each_at_once(int64_t length, Part part) {
+  int64_t i = 0;
+  for (; i + AT_ONCE * LANES <= length; i += AT_ONCE * LANES)
+    part(Place<LANES>{i}, SomeChannels<LANES, AT_ONCE>{i});
+  each_place(i, length, [&]<int W>(Place<W> in) { part(in, SomeChannels<W, 1>{in.i}); });
+}
+
+constexpr int64_t ELEMENTS_A_BLOCK = 8192;  // whose sums are in float; over the blocks, in double
+constexpr int64_t ROWS_A_BLOCK = 16;        // at least
 constexpr int64_t LONGEST_SHORT_PLANE = 1024;
 constexpr int64_t ELEMENTS_A_STRETCH = 1024;  // of the channels of a slab in a sample, at least
 constexpr int64_t ELEMENTS_A_SLAB = 65536;    // at most, where a channel has not more itself
-constexpr int64_t ELEMENTS_A_THREAD = 16384;
+constexpr int64_t ELEMENTS_A_THREAD = 16384, ELEMENTS_A_PART = 16384, RUNS_A_PART = 256, PARTS = 64;
+constexpr int64_t PLANES_AT_ONCE = 4;
 
-// What is summed up: up to three functions of an element's place in a run. The loops take each as an
-// argument of its own, by value; else compilers read its pointers anew for each element.
-struct Nothing {
-  float operator()(int64_t) const { return 0.f; }
-};
-
-template <class A, class B = Nothing, class C = Nothing>
+// What is summed up.
+template <class F, int K>
 struct Terms {
-  static constexpr int64_t number = std::is_same_v<B, Nothing> ? 1 : std::is_same_v<C, Nothing> ? 2 : 3;
-  A a;
-  B b = {};
-  C c = {};
+  static constexpr int number = K;
+  F of[K];
 };
 
-template <class A>
-Terms(A) -> Terms<A>;
-template <class A, class B>
-Terms(A, B) -> Terms<A, B>;
-template <class A, class B, class C>
-Terms(A, B, C) -> Terms<A, B, C>;
+template <class F, class... Rest>
+Terms(F, Rest...) -> Terms<F, 1 + sizeof...(Rest)>;
 
-template <class A, class B, class C>
-inline void add_run(int64_t n, A a, B b, C c, double* totals, int64_t stride) {
-  for (int64_t from = 0; from < n; from += ELEMENTS_A_BLOCK) {
-    const int64_t to = std::min(n, from + ELEMENTS_A_BLOCK);
-    float first = 0, second = 0, third = 0;
-#pragma omp simd reduction(+ : first, second, third)
-    for (int64_t i = from; i < to; i++) {
-      first += a(i);
-      second += b(i);
-      third += c(i);
-    }
-    totals[0] += first;
-    if constexpr (Terms<A, B, C>::number > 1) totals[stride] += second;
-    if constexpr (Terms<A, B, C>::number > 2) totals[2 * stride] += third;
-  }
+template <int W>
+inline void add_to(double* totals, Floats<W> values) {
+  float each[W];
+  std::memcpy(each, &values, sizeof each);
+  for (int i = 0; i < W; i++) totals[i] += each[i];
 }
 
-// Adds the terms of n elements to the totals, which are a stride apart, each in float in a block.
-template <class A, class B, class C>
-inline void add_run(int64_t n, const Terms<A, B, C>& terms, double* totals, int64_t stride = 1) {
-  add_run(n, terms.a, terms.b, terms.c, totals, stride);
-}
-
-// Adds the terms of the i-th elements of four rows to the i-th sums.
-template <class A, class B, class C>
-inline void add_four_rows(int64_t n, A a0, A a1, A a2, A a3, B b0, B b1, B b2, B b3, C c0, C c1,
-                          C c2, C c3, float* sums) {
-  constexpr int64_t K = Terms<A, B, C>::number;
-  float *first = sums, *second = sums + n, *third = sums + 2 * n;
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) {
-    first[i] += (a0(i) + a1(i)) + (a2(i) + a3(i));
-    if constexpr (K > 1) second[i] += (b0(i) + b1(i)) + (b2(i) + b3(i));
-    if constexpr (K > 2) third[i] += (c0(i) + c1(i)) + (c2(i) + c3(i));
-  }
-}
-
-template <class A, class B, class C>
-inline void add_row(int64_t n, A a, B b, C c, float* sums) {
-  constexpr int64_t K = Terms<A, B, C>::number;
-  float *first = sums, *second = sums + n, *third = sums + 2 * n;
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) {
-    first[i] += a(i);
-    if constexpr (K > 1) second[i] += b(i);
-    if constexpr (K > 2) third[i] += c(i);
-  }
-}
+// A run, how many there are before it in memory, and elements.
+struct Run {
+  int64_t index, offset;
+};
 
 struct Slab {
   Layout layout;
   int64_t channel, channels;
-  int threads;
 
   int64_t first() const { return channel; }
   int64_t width() const { return channels; }
@@ -148,114 +113,177 @@ struct Slab {
   int64_t run_length() const {
     return layout.channels_last ? layout.length() : layout.size;
   }
-  int64_t run_channel(int64_t run) const { return channel + run % runs_of_sample(); }
-  int64_t offset(int64_t run) const {
-    if (layout.channels_last) return run * layout.length();
-    return (run / channels * layout.channels + run_channel(run)) * layout.size;
+  // The j-th run of a sample.
+  Run place(int64_t sample, int64_t j) const {
+    const int64_t index = layout.channels_last ? sample : sample * layout.channels + channel + j;
+    return {index, index * run_length()};
   }
 
-  // Calls part(begin, end, task) with the samples of each task; but for the last, a multiple of
+  // How many parts all passes are made in, which does not depend on how many threads there are.
+  int64_t parts() const {
+    const int64_t useful = layout.count() * channels / ELEMENTS_A_PART;
+    const int64_t most = layout.channels_last ? samples() / RUNS_A_PART : samples();
+    return std::max<int64_t>(1, std::min({useful, most, PARTS}));
+  }
+
+  // Calls part(begin, end, index) with the samples of each part; but for the last, a multiple of
   // align. In NHWC a run counts as a sample.
   template <class Part>
   void in_parallel(int64_t align, Part part) const {
-    if (threads == 1) return part(int64_t(0), samples(), 0);
-    const int64_t groups = (samples() + align - 1) / align;
-    at::parallel_for(0, threads, 1, [&](int64_t from, int64_t to) {
-      for (int64_t task = from; task < to; task++) {
-        const int64_t begin = groups * task / threads * align;
-        const int64_t end = std::min(groups * (task + 1) / threads * align, samples());
-        part(begin, end, int(task));
-      }
+    const int64_t groups = (samples() + align - 1) / align, all = parts();
+    at::parallel_for(0, all, 1, [&](int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; i++)
+        part(groups * i / all * align, std::min(groups * (i + 1) / all * align, samples()), i);
     });
   }
 
-  // Calls part(offset, at) for a run, where at(array) is indexed by the element's place in the run.
+  // Calls what part(at)(run) returns with each place of the runs of samples, where at(array) has the
+  // values of its places.
   template <class Part>
-  void with_run(int64_t run, Part part) const {
+  void each_place_of(int64_t begin, int64_t end, Part part) const {
     if (layout.channels_last)
-      part(offset(run), EachChannel{});
-    else
-      part(offset(run), OneChannel{run_channel(run)});
+      return each_columns(begin, end, [&]<int W, int G>(Place<W> first, SomeChannels<W, G> at,
+                                                        int64_t from, int64_t to) {
+        const auto of_run = part(at);
+        for (int64_t row = from; row < to; row++) {
+          const auto of_place = of_run(place(row, 0));
+#pragma GCC unroll 8
+          for (int g = 0; g < G; g++) of_place(Place<W>{first.i + g * W, g});
+        }
+      });
+    for (int64_t sample = begin; sample < end; sample++)
+      for (int64_t j = 0; j < channels; j++)
+        each_place(0, layout.size, part(OneChannel{channel + j})(place(sample, j)));
   }
 
   template <class Part>
-  void each_run(Part part) const {
-    const int64_t runs = runs_of_sample();
-    in_parallel(1, [&](int64_t begin, int64_t end, int) {
-      for (int64_t run = begin * runs; run < end * runs; run++) with_run(run, part);
-    });
+  void each_place_in_parallel(Part part) const {
+    in_parallel(1, [&](int64_t begin, int64_t end, int64_t) { each_place_of(begin, end, part); });
   }
 
-  // Whether sums are held apart for each place in a run, until they are added up: in NHWC, and in
-  // short planes, which hardly fill a loop of vectors.
+  // Whether extremes are held apart for each place in a run: in NHWC, and in short planes, which
+  // hardly fill a loop of vectors.
   bool by_place() const { return layout.channels_last || layout.size <= LONGEST_SHORT_PLANE; }
 
-  // Adds the terms that terms_of(offset, at) returns for the runs of samples to (K, width) totals.
+  // Adds what terms_of(at)(run) returns for each place of the runs of samples to (K, width) totals.
   template <class TermsOf>
   void add(int64_t begin, int64_t end, TermsOf terms_of, double* totals) const {
     if (layout.channels_last)
-      return add_by_place(
-          begin, end, [&](int64_t run) { return terms_of(offset(run), EachChannel{}); }, totals);
-    const auto terms = [&](int64_t run) {
-      return terms_of(offset(run), OneChannel{run_channel(run)});
-    };
-    if (by_place()) return add_by_place(begin, end, terms, totals);
-    for (int64_t run = begin * channels; run < end * channels; run++)
-      add_run(layout.size, terms(run), totals + run % channels, channels);
+      add_rows(begin, end, terms_of, totals);
+    else
+      add_planes(begin, end, terms_of, totals);
   }
 
-  // Returns the same over all runs, each sum in float in a block and in double over the blocks.
+  // Returns the same over all runs.
   template <class TermsOf>
   std::vector<double> sums(TermsOf terms_of) const {
     const int64_t length = number_of<TermsOf>() * width();
-    std::vector<double> totals(threads * length);
-    in_parallel(1, [&](int64_t begin, int64_t end, int task) {
-      add(begin, end, terms_of, &totals[task * length]);
+    std::vector<double> totals(parts() * length);
+    in_parallel(1, [&](int64_t begin, int64_t end, int64_t part) {
+      add(begin, end, terms_of, &totals[part * length]);
     });
     return fold(std::move(totals), length);
   }
 
-  // Returns the totals of all tasks added up.
-  std::vector<double> fold(std::vector<double> totals, int64_t length) const {
-    for (int task = 1; task < threads; task++)
-      for (int64_t i = 0; i < length; i++) totals[i] += totals[task * length + i];
+  // Returns the totals of all parts added up.
+  std::vector<double> fold(std::vector<double> totals, size_t length) const {
+    for (size_t from = length; from < totals.size(); from += length)
+      for (size_t i = 0; i < length; i++) totals[i] += totals[from + i];
     totals.resize(length);
     return totals;
   }
 
- private:
   template <class TermsOf>
-  static constexpr int64_t number_of() {
-    return decltype(std::declval<TermsOf>()(int64_t(0), EachChannel{}))::number;
+  static constexpr int number_of() {
+    return decltype(std::declval<TermsOf>()(OneChannel{})(Run{})(Place<1>{}))::number;
   }
 
-  template <class TermsOfRun>
-  void add_by_place(int64_t begin, int64_t end, TermsOfRun terms, double* totals) const {
-    constexpr int64_t K = decltype(terms(int64_t(0)))::number;
-    const int64_t n = run_length(), runs = runs_of_sample();
-    std::vector<float> block(K * n * runs);
-    for (int64_t from = begin; from < end; from += RUNS_A_BLOCK) {
-      const int64_t to = std::min(end, from + RUNS_A_BLOCK);
-      std::fill(block.begin(), block.end(), 0.f);
-      int64_t sample = from;
-      for (; sample + 4 <= to; sample += 4)
-        for (int64_t j = 0; j < runs; j++) {
-          const int64_t run = sample * runs + j;
-          const auto t = terms(run), u = terms(run + runs), v = terms(run + 2 * runs);
-          const auto w = terms(run + 3 * runs);
-          add_four_rows(n, t.a, u.a, v.a, w.a, t.b, u.b, v.b, w.b, t.c, u.c, v.c, w.c,
-                        &block[j * K * n]);
+  // Calls part(place, its channels, begin, end) for places at once of a few of the rows at a time.
+  template <class Part>
+  void each_columns(int64_t begin, int64_t end, Part part) const {
+    const int64_t few = ELEMENTS_A_BLOCK / std::max<int64_t>(run_length(), 1);
+    for (int64_t from = begin, to; from < end; from = to) {
+      to = std::min(end, from + std::max(ROWS_A_BLOCK, few));
+      each_at_once(run_length(), [&](auto in, auto at) { part(in, at, from, to); });
+    }
+  }
+
+  template <class TermsOf>
+  void add_rows(int64_t begin, int64_t end, TermsOf terms_of, double* totals) const {
+    constexpr int K = number_of<TermsOf>();
+    const int64_t n = run_length();
+    std::vector<double> each(K * n);
+    each_columns(begin, end, [&]<int W, int G>(Place<W> first, SomeChannels<W, G> at,
+                                               int64_t from, int64_t to) {
+      const auto terms_of_run = terms_of(at);
+      Floats<W> sums[K][G] = {};
+      for (int64_t row = from; row < to; row++) {
+        const auto terms = terms_of_run(place(row, 0));
+#pragma GCC unroll 8
+        for (int g = 0; g < G; g++) {
+          const auto values = terms(Place<W>{first.i + g * W, g});
+          for (int k = 0; k < K; k++) sums[k][g] += values.of[k];
         }
-      for (; sample < to; sample++)
-        for (int64_t j = 0; j < runs; j++) {
-          const auto t = terms(sample * runs + j);
-          add_row(n, t.a, t.b, t.c, &block[j * K * n]);
-        }
-      for (int64_t j = 0; j < runs; j++)
+      }
+      for (int k = 0; k < K; k++)
+        for (int g = 0; g < G; g++) add_to<W>(&each[k * n + first.i + g * W], sums[k][g]);
+    });
+    for (int64_t row = 0; row < K * layout.repeats; row++)
+      for (int64_t c = 0; c < channels; c++)
+        totals[row / layout.repeats * channels + c] += each[row * channels + c];
+  }
+
+  template <class TermsOf>
+  void add_planes(int64_t begin, int64_t end, TermsOf terms_of, double* totals) const {
+    constexpr int K = number_of<TermsOf>();
+    std::vector<float> sums(channels * K * LANES);
+    const int64_t block = std::max<int64_t>(1, ELEMENTS_A_BLOCK / std::max<int64_t>(layout.size, 1));
+    for (int64_t from = begin, to; from < end; from = to) {
+      to = std::min(end, from + block);
+      for (int64_t sample = from; sample < to; sample += PLANES_AT_ONCE)
+        for (int64_t j = 0; j < channels; j++)
+          for (int64_t i = 0; i < layout.size; i += ELEMENTS_A_BLOCK)
+            add_stretches(sample, std::min(to, sample + PLANES_AT_ONCE), j, i, terms_of,
+                          &sums[j * K * LANES]);
+      for (int64_t j = 0; j < channels; j++)
         for (int64_t k = 0; k < K; k++)
-          for (int64_t i = 0; i < n; i++)
-            totals[k * channels + (layout.channels_last ? i % channels : j)] +=
-                block[(j * K + k) * n + i];
+          for (int64_t i = 0; i < LANES; i++)
+            totals[k * channels + j] += std::exchange(sums[(j * K + k) * LANES + i], 0.f);
+    }
+  }
+
+  // Adds the terms of a stretch of planes to K times LANES sums.
+  template <class TermsOf>
+  void add_stretches(int64_t begin, int64_t end, int64_t j, int64_t from, TermsOf terms_of,
+                     float* sums) const {
+    constexpr int K = number_of<TermsOf>(), G = 2;
+    const int64_t to = std::min(layout.size, from + ELEMENTS_A_BLOCK);
+    const auto terms_of_run = terms_of(OneChannel{channel + j});
+    Floats<LANES> own[K][G] = {};
+    Floats<FEW> few[K] = {};
+    for (int64_t sample = begin; sample < end; sample++) {
+      const auto terms = terms_of_run(place(sample, j));
+      int64_t i = from;
+      for (; i + G * LANES <= to; i += G * LANES)
+#pragma GCC unroll 8
+        for (int g = 0; g < G; g++) {
+          const auto values = terms(Place<LANES>{i + g * LANES});
+          for (int k = 0; k < K; k++) own[k][g] += values.of[k];
+        }
+      each_place(i, to, [&]<int W>(Place<W> in) {
+        const auto values = terms(in);
+        for (int k = 0; k < K; k++)
+          if constexpr (W == LANES)
+            own[k][0] += values.of[k];
+          else if constexpr (W == FEW)
+            few[k] += values.of[k];
+          else
+            few[k][0] += values.of[k];
+      });
+    }
+    for (int k = 0; k < K; k++) {
+      Place<LANES>{k * LANES}.add(sums, own[k][0] + own[k][1]);
+      Place<FEW>{k * LANES}.add(sums, few[k]);
     }
   }
 };
@@ -264,23 +292,18 @@ struct Slab {
 // there are fewer channels than threads, and the rows of NHWC.
 template <class Part>
 void in_slabs(const Layout& layout, Part part) {
-  const int64_t elements = layout.count() * layout.channels;
-  const int64_t useful = (elements + ELEMENTS_A_THREAD - 1) / ELEMENTS_A_THREAD;
-  const int threads = int(std::clamp<int64_t>(useful, 1, at::get_num_threads()));
-  if (layout.channels_last) return part(Slab{layout, 0, layout.channels, threads});
-  if (layout.channels < threads) {
-    for (int64_t channel = 0; channel < layout.channels; channel++)
-      part(Slab{layout, channel, 1, threads});
-    return;
-  }
+  if (layout.channels_last) return part(Slab{layout, 0, layout.channels});
   const int64_t wanted = ELEMENTS_A_STRETCH / std::max<int64_t>(layout.size, 1);
   const int64_t fitting = ELEMENTS_A_SLAB / std::max<int64_t>(layout.count(), 1);
   const int64_t width = std::max<int64_t>(1, std::min(wanted, fitting));
-  const int64_t grain = (layout.channels + threads - 1) / threads;
-  at::parallel_for(0, layout.channels, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t channel = begin; channel < end; channel += width)
-      part(Slab{layout, channel, std::min(width, end - channel), 1});
-  });
+  const int64_t slabs = (layout.channels + width - 1) / width, threads = at::get_num_threads();
+  const auto all = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++)
+      part(Slab{layout, i * width, std::min(width, layout.channels - i * width)});
+  };
+  if (slabs < threads) return all(0, slabs);
+  const int64_t elements = std::max<int64_t>(1, layout.count() * width);
+  at::parallel_for(0, slabs, std::max<int64_t>(1, ELEMENTS_A_PART / elements), all);
 }
 
 }  // namespace nmlightning

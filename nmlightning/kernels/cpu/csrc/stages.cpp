@@ -11,8 +11,10 @@ std::vector<double> distances_from_first(const Slab& slab, const T* x, float* fi
   for (int64_t c = slab.first(); c < slab.last(); c++)
     first[c] = slab.layout.count() ? load(x[slab.layout.offset(0, c)]) : 0.f;
   slab.layout.repeat(first);
-  return slab.sums([&](int64_t offset, auto at) {
-    return Terms{[p = x + offset, f = at(first)](int64_t i) { return load(p[i]) - f[i]; }};
+  return slab.sums([&](auto at) {
+    return [x, first = at(first)](Run run) {
+      return [&first, p = x + run.offset](auto in) { return Terms{in(p) - in(first)}; };
+    };
   });
 }
 
@@ -37,10 +39,10 @@ void sums(const Layout& layout, const T* x, float* totals) {
 template <class T>
 void sums_of_sizes(const Layout& layout, const T* x, const float* mean, float* totals) {
   in_slabs(layout, [&](const Slab& slab) {
-    const auto sizes = slab.sums([&](int64_t offset, auto at) {
-      return Terms{[p = x + offset, m = at(mean)](int64_t i) {
-        return std::fabs(load(p[i]) - m[i]);
-      }};
+    const auto sizes = slab.sums([&](auto at) {
+      return [x, mean = at(mean)](Run run) {
+        return [&mean, p = x + run.offset](auto in) { return Terms{magnitude(in(p) - in(mean))}; };
+      };
     });
     std::copy(sizes.begin(), sizes.end(), totals + slab.first());
   });
@@ -58,13 +60,15 @@ void gradient_sums(const Layout& layout, const T* grad, const T* x, const T* y, 
                    bool slopes, float* totals) {
   in_slabs(layout, [&](const Slab& slab) {
     with_flag(y != nullptr, [&](auto masked) {
-      const auto sums = slab.sums([&](int64_t offset, auto at) {
-        constexpr bool M = decltype(masked)::value;
-        const T *g = grad + offset, *z = from(y, offset), *p = x + offset;
-        const auto m = at(mean);
-        return Terms{[=](int64_t i) { return given<M>(g, z, i); },
-                     [=](int64_t i) { return given<M>(g, z, i) * (load(p[i]) - m[i]); },
-                     [=](int64_t i) { return load(p[i]) > m[i] ? 1.f : -1.f; }};
+      const auto sums = slab.sums([&](auto at) {
+        return [=, mean = at(mean)](Run run) {
+          const T *own = grad + run.offset, *out = y + run.offset, *p = x + run.offset;
+          return [=, &mean](auto in) {
+            auto g = in(own);
+            if constexpr (masked) g = given(g, in(out));
+            return Terms{g, g * (in(p) - in(mean)), in(p) > in(mean) ? 1.f : -1.f};
+          };
+        };
       });
       for (int64_t c = slab.first(), i = 0; c < slab.last(); c++, i++)
         for (int64_t k = 0; k < 3; k++)
@@ -83,7 +87,20 @@ void gradient(const Layout& layout, const Backward<T>& to, const float* offset,
     below[c] = offset[c] + (pull ? pull[c] : 0.f);
   }
   in_slabs(layout, [&](const Slab& slab) {
-    write_gradient(slab, to, pull ? above.data() : nullptr, below.data());
+    with_flag(to.y != nullptr, [&](auto masked) {
+      slab.each_place_in_parallel([&](auto at) {
+        return [&, mean = at(to.channels.mean), gain = at(to.channels.gain),
+                high = at(above.data()), low = at(below.data())](Run run) {
+          const T *grad = to.grad + run.offset, *y = to.y + run.offset, *x = to.x + run.offset;
+          T *grad_x = to.grad_x + run.offset, *passed = to.grad_residual + run.offset;
+          return [=, &mean, &gain, &high, &low](auto in) {
+            auto g = in(grad);
+            if constexpr (masked) in.write(passed, g = given(g, in(y)));
+            in.write(grad_x, g * in(gain) + (in(x) > in(mean) ? in(high) : in(low)));
+          };
+        };
+      });
+    });
   });
 }
 
