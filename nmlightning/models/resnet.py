@@ -1,5 +1,6 @@
 """Residual networks for CIFAR and ImageNet (He et al., 2016): https://arxiv.org/abs/1512.03385."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import resnet
@@ -24,7 +25,12 @@ class ZeroPadShortcut(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         before = self.new_channels // 2
         after = self.new_channels - before
-        strided = x[:, :, :: self.stride, :: self.stride]
+        pixels = slice(None, None, self.stride)
+        if x.is_contiguous(memory_format=torch.channels_last):
+            # The gradient of a slice is contiguous in the order of the dimensions that are sliced.
+            strided = x.movedim(1, 3)[:, pixels, pixels].movedim(3, 1)
+        else:
+            strided = x[:, :, pixels, pixels]
         return F.pad(strided, (0, 0, 0, 0, before, after))
 
     def extra_repr(self) -> str:

@@ -54,9 +54,11 @@ def test_cifar_resnet_refuses_another_depth(depth: Any) -> None:
         CifarResNet(depth)
 
 
-def test_shortcut_strides_and_pads_with_zeros() -> None:
-    x = torch.randn(2, 4, 6, 6)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_shortcut_strides_and_pads_with_zeros(layout: torch.memory_format) -> None:
+    x = torch.randn(2, 4, 6, 6).contiguous(memory_format=layout).requires_grad_()
     y = ZeroPadShortcut(4, 8, stride=2)(x)
+    assert torch.autograd.grad(y.sum(), x)[0].is_contiguous(memory_format=layout)
     assert y.shape == (2, 8, 3, 3)
     torch.testing.assert_close(y[:, 2:6], x[:, :, ::2, ::2], rtol=0, atol=0)
     assert not y[:, :2].any()
