@@ -18,7 +18,7 @@ from torch import nn
 from training_step import Step, main
 
 from nmlightning.callbacks.norm_dashboard import NormDashboard
-from nmlightning.kernels.dispatch import cpu_operators
+from nmlightning.kernels.dispatch import weight_kernels
 from nmlightning.optim import DecayEquivalentLR, LRCorrection, NormSchedule
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
@@ -37,7 +37,7 @@ def make_additions(step: Step) -> dict[str, Call]:
 
 def make_record(net: nn.Module) -> Call:
     """Return what takes one record of all weights, at the next step."""
-    recorder = Recorder(find_layer_weights(net), {}, operators=cpu_operators())
+    recorder = Recorder(find_layer_weights(net), {}, kernels=weight_kernels)
     return lambda: recorder.record(recorder.last_step + 1, 0, {})
 
 

@@ -21,7 +21,7 @@ from nmlightning.compat import (
     run_folder,
 )
 from nmlightning.errors import InputError, check_choice, check_flag, check_lists
-from nmlightning.kernels.dispatch import cpu_operators
+from nmlightning.kernels.dispatch import weight_kernels
 from nmlightning.name_patterns import some
 from nmlightning.optim.step_hooks import StepHookHandle, StepRule
 from nmlightning.surgery.recipes import register_after
@@ -88,7 +88,7 @@ class RunRecording:
         self.file: Path = self._kept.file
         config = Path(trainer.log_dir or folder)
         provenance = {**describe_run(trainer, config), "run": self._kept.run}
-        self.recorder = Recorder(weights, provenance, earlier, cpu_operators())
+        self.recorder = Recorder(weights, provenance, earlier, weight_kernels)
         self._rates: dict[int, tuple[float, float]] = {}
         self._writes = trainer.is_global_zero and not is_trial_run(trainer)
         for optimizer in trainer.optimizers:

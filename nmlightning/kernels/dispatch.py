@@ -117,9 +117,9 @@ def select_tracking(
     return tracking
 
 
-def cpu_operators() -> Any:
-    """Return `torch.ops.nmlightning`, or None by the formula and where they are not built."""
-    return _select_operators(_requested.get())
+def weight_kernels(device: str = "cpu") -> Any:
+    """Return what has `normalise_weights` and `row_norms` of many weights; None: the formula."""
+    return _select_weight_kernels(device, _requested.get())
 
 
 def clear_dispatch_cache() -> None:
@@ -142,8 +142,10 @@ def _select(key: interface.DispatchKey, requested: str) -> interface.Dispatch:
 
 
 @remember_choice
-def _select_operators(requested: str) -> Any:
-    return None if requested == FORMULA or CpuBackend()._missing() else torch.ops.nmlightning
+def _select_weight_kernels(device: str, requested: str) -> Any:
+    if requested == FORMULA:
+        return None
+    return next((backend.weights() for backend in BACKENDS if backend.device == device), None)
 
 
 @remember_choice

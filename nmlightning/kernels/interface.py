@@ -64,6 +64,9 @@ class Backend(Protocol):
     def tracking(self) -> Tracking | None:
         """Return what moves running statistics, or None where torch's own operations do."""
 
+    def weights(self) -> Any:
+        """Return what has `normalise_weights` and `row_norms` of many weights, or None."""
+
 
 @dataclass(frozen=True)
 class NormSpec:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nmlightning.kernels.dispatch import cpu_operators
+from nmlightning.kernels.dispatch import weight_kernels
 from nmlightning.weights.channel_norms import ROWS, ChannelLayout, are_plain, row_norms
 
 Form = tuple[float, ChannelLayout]
@@ -72,12 +72,12 @@ def normalise_weight(
 def normalise_weights(
     vs: Sequence[Tensor], scales: Sequence[Tensor], forms: Sequence[Form]
 ) -> list[Tensor]:
-    """Return `normalise_channels` of weights from one node of autograd, by the CPU's kernels.
+    """Return `normalise_channels` of weights from one node of autograd, by kernels.
 
     Several backward passes may use it; it saves nothing that a checkpoint counts. The list is empty
     where the kernels are not built, or a weight is not for them.
     """
-    operators = cpu_operators()
+    operators = weight_kernels(vs[0].device.type) if vs else None
     if operators is None or not are_plain((*vs, *scales)) or _is_mode_active():
         return []
     rows = [layout.rows(v) for v, (_, layout) in zip(vs, forms, strict=True)]

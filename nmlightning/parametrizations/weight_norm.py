@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nmlightning.errors import InputError, check_choice, check_flag, is_number
-from nmlightning.kernels.dispatch import cpu_operators
+from nmlightning.kernels.dispatch import weight_kernels
 from nmlightning.parametrizations.normalize import (
     is_recorded,
     normalise_channels,
@@ -101,7 +101,7 @@ class WeightNorm(nn.Module):
     | weight | layer | g | v, g |
 
     It is computed at each read; inside `torch.nn.utils.parametrize.cached()` once, also where the
-    weight is tied, and with the CPU's kernels once a forward of the model (`JointForward`).
+    weight is tied, and with kernels once a forward of the model (`JointForward`).
 
     Args:
         v: the weight as it is before; its norms give ρ and g where `rho` does not.
@@ -256,7 +256,7 @@ class FastParametrizationList(ParametrizationList):
 
 
 class JointForward:
-    """Hooks of a module: in its forward, one call of the CPU's kernels computes the weights.
+    """Hooks of a module: in its forward, one call of kernels computes the weights.
 
     These are the weights that its last forward read, at the first read of one; any other is
     computed alone. A weight is computed once a forward, unless what it is computed from changes.
@@ -288,7 +288,9 @@ class JointForward:
 
     def begin(self, *_: Any) -> None:
         """Begin, unless around this module another began, or processes reduce single gradients."""
-        if is_recorded() or _FORWARD.get() not in (None, self) or cpu_operators() is None:
+        if is_recorded() or _FORWARD.get() not in (None, self):
+            return
+        if weight_kernels() is None and weight_kernels("cuda") is None:
             return
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             self._read, self._made = {}, {}

@@ -1,7 +1,7 @@
 """Records the norms of weights during a run, on its device, and keeps them in a file."""
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -37,10 +37,10 @@ class Recorder:
         weights: Sequence[LayerWeight],
         provenance: Mapping[str, Any],
         earlier: NormHistory | None = None,
-        operators: Any = None,  # of the CPU's kernels, which then read all weights in one call
+        kernels: Callable[[str], Any] | None = None,  # of a type of device, for all weights at once
     ) -> None:
         self.weights = list(weights)
-        self._operators = operators
+        self._kernels = kernels
         self._channels = {weight.name: weight.channels for weight in self.weights}
         self._type = record_type(list(self._channels.values()))
         self._provenance = {**provenance, "finished": False}
@@ -75,9 +75,10 @@ class Recorder:
         """Return all weights' norms, in float32."""
         held = [weight for weight in self.weights if weight.computed is None]
         together = torch.empty(0)
-        if self._operators is not None and are_plain(weight.parameter for weight in held):
+        kernels = self._kernels(held[0].parameter.device.type) if self._kernels and held else None
+        if kernels is not None and are_plain(weight.parameter for weight in held):
             rows = [weight.layout.rows(weight.parameter.detach()) for weight in held]
-            together = self._operators.row_norms(rows, 2.0)
+            together = kernels.row_norms(rows, 2.0)
         if not len(together):
             return torch.cat([weight.norms().float() for weight in self.weights])
         parts = iter(torch.split(together, [weight.channels for weight in held]))

@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from nmlightning.functional.statistics import LargestMean, PowerMean  # noqa: E402
 from nmlightning.kernels.interface import NormSpec  # noqa: E402
-from nmlightning.kernels.triton import layer_norm, tiles  # noqa: E402
+from nmlightning.kernels.triton import layer_norm, tiles, weights  # noqa: E402
 from nmlightning.kernels.triton.batch_norm import TritonBatchNorm  # noqa: E402
 from nmlightning.kernels.triton.layer_norm import TritonLayerNorm  # noqa: E402
 
@@ -173,6 +173,17 @@ def test_layer_norm_compiles(compile_ahead: Any) -> None:
     names = [kernel.name for kernel in kernels]
     assert names == ["normalise_rows", "write_row_gradients", "fold_parts"]
     _check(kernels)
+
+
+def test_kernels_of_weights_compile(compile_ahead: Any) -> None:
+    def launch() -> None:
+        v = torch.zeros(64, 64, 3, 3, requires_grad=True)
+        (w,) = weights.normalise_weights([v], [torch.ones(64)], [2.0])
+        w.sum().backward()
+
+    kernels = compile_ahead(90, launch)
+    assert [kernel.name for kernel in kernels] == ["normalise_rows", "write_row_gradients"]
+    assert not any(kernel.stack for kernel in kernels)
 
 
 @pytest.mark.slow

@@ -12,16 +12,19 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from torch import nn
 from triton.runtime import interpreter
 
 import kernel_contract as contract
+from nmlightning import apply_weight_norm
 from nmlightning.kernels import dispatch
 from nmlightning.kernels.autograd import KernelLayerNormFunction
-from nmlightning.kernels.triton import batch_norm, tiles
+from nmlightning.kernels.triton import batch_norm, tiles, weights
 from nmlightning.kernels.triton.backend import TritonBackend
 from nmlightning.kernels.triton.batch_norm import TritonBatchNorm, track
 from nmlightning.kernels.triton.layer_norm import TritonLayerNorm
 from nmlightning.norms import L1BatchNorm2d
+from nmlightning.parametrizations import normalize, weight_norm
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 # numpy tells of the infinities and NaN that kernels are to get along with.
@@ -191,3 +194,38 @@ def test_forward_moves_running_statistics(statistic: str) -> None:
     track(*expected, found.mean, found.variance, 0.25)
     assert all(map(torch.equal, running, expected))
     assert running[0].bool().tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, float("inf")])
+def test_all_weights_take_one_launch_each_way(
+    p: float, launched: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 5, 3), nn.Conv2d(5, 2, 2)
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 2))
+    net = net.to(memory_format=torch.channels_last)
+    apply_weight_norm(net, p=p)
+    rows = [layer.parametrizations.weight.original for layer in layers]
+    x, results = torch.randn(2, 3, 5, 5), []
+    for kernels in (None, weights):
+        for module in (normalize, weight_norm):
+            monkeypatch.setattr(module, "weight_kernels", lambda device="cpu", k=kernels: k)
+        net(x)  # a forward knows its weights by the last
+        launched.clear()
+        y = net(x).square().sum()
+        grads = torch.autograd.grad(y, rows, retain_graph=True)
+        names = [name for name, _ in launched]
+        again = torch.autograd.grad(y, rows, create_graph=True)
+        second = torch.autograd.grad(again[0].square().sum(), rows)
+        results.append([y, *grads, *again, *second])
+    assert names == ["normalise_rows", "write_row_gradients"]
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+    expected = torch.cat([torch.linalg.vector_norm(v.flatten(1), p, dim=1) for v in rows])
+    torch.testing.assert_close(weights.row_norms(rows, p), expected)
+
+
+def test_normalised_weights_of_zeros_and_ties() -> None:
+    v = torch.tensor([[0.0, 0, 0], [2, -2, 1]], requires_grad=True)
+    (w,) = weights.normalise_weights([v], [torch.tensor(3.0)], [float("inf")])
+    assert w.tolist() == [[0, 0, 0], [3, -3, 1.5]]
+    (found,) = torch.autograd.grad(w.sum(), v)
+    assert found.tolist() == [[0, 0, 0], [0.75, 1.5, 1.5]]

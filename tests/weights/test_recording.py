@@ -13,8 +13,7 @@ from torch import nn
 
 from built_kernels import load_kernels
 from nmlightning.errors import InputError
-from nmlightning.kernels import norm_backend
-from nmlightning.kernels.dispatch import cpu_operators
+from nmlightning.kernels.dispatch import weight_kernels
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.layer_weights import find_layer_weights
@@ -279,8 +278,8 @@ def test_recorder_records(backend: Any) -> None:
     weights = find_layer_weights(model)
     if backend == "auto":
         load_kernels()
-    with norm_backend(backend):
-        recorder = Recorder(weights, {"seed": 3}, operators=cpu_operators())
+    kernels = weight_kernels if backend == "auto" else None
+    recorder = Recorder(weights, {"seed": 3}, kernels=kernels)
     assert recorder.last_step == -1
     rates = {id(weights[0].parameter): (0.1, 5e-4)}
     expected = []

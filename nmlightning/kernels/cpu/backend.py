@@ -148,6 +148,9 @@ class CpuBackend:
         """Return what moves running statistics, or None where it is not built."""
         return None if self._missing() else torch.ops.nmlightning.track
 
+    def weights(self) -> Any:
+        return None if self._missing() else torch.ops.nmlightning
+
     def _missing(self) -> str:
         if build.is_loaded():
             return ""

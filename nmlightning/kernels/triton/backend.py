@@ -46,6 +46,14 @@ class TritonBackend:
 
         return track
 
+    def weights(self) -> Any:
+        """Return what `weight_kernels` does, or None."""
+        if _unsupported_machine() or not torch.cuda.is_available():
+            return None
+        from nmlightning.kernels.triton import weights
+
+        return weights
+
 
 @lru_cache(maxsize=1)
 def has_triton() -> bool:

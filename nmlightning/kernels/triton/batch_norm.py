@@ -206,8 +206,8 @@ def track(
 
 @lru_cache(maxsize=1024)
 def _launcher_of(channels: int) -> Launcher:
-    constants = {"CHANNELS": TRACKED_TOGETHER, "enable_fp_fusion": True}
-    return Launcher((-(-channels // TRACKED_TOGETHER),), (channels,), constants)
+    grid = (-(-channels // TRACKED_TOGETHER),)
+    return Launcher(grid, (channels,), {"CHANNELS": TRACKED_TOGETHER})
 
 
 def _sum_differences(x: Tensor, partition: Partition) -> Tensor:

@@ -187,7 +187,6 @@ def _divide(rows: int, features: int, item: int, resident: int = 0) -> tuple[Lau
         "HEIGHT": height,
         "WIDTH": width,
         "num_warps": max(1, min(32, height * width // (32 * ELEMENTS_PER_THREAD))),
-        "enable_fp_fusion": True,
     }
     numbers: tuple[int, ...] = (rows, features // constants["VECTOR"])
     programs = -(-rows // height)

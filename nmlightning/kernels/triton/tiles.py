@@ -48,7 +48,7 @@ class Launcher:
     def __init__(self, grid: tuple[int, ...], numbers: tuple[int, ...], constants: Any) -> None:
         self._grid = (*grid, 1, 1)[:3]
         self._numbers = numbers
-        self._constants = dict(constants)
+        self._constants = {"enable_fp_fusion": True, **constants}
         self._compiled: dict[Any, tuple[Any, ...]] = {}
 
     def __call__(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
@@ -114,7 +114,6 @@ class Partition:
                 VECTOR=self.vector,
             ),
             "num_warps": min(8, max(1, self.height * self.width // 256)),
-            "enable_fp_fusion": True,
         }
 
     @property
