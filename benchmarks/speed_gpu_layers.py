@@ -86,6 +86,7 @@ def _measure_norms(
 
 def _measure_fused(plan: Plan, x: Tensor, grad: Tensor, case: str) -> Iterator[Measurement]:
     """Compare with cuDNN or ATen, torch.compile and, where it can be imported, attorch."""
+    torch.compiler.reset()
     device = str(x.device)
     plain = nn.Sequential(nn.BatchNorm2d(x.shape[1]), nn.ReLU()).to(x.device)
     compiled, fused = copy.deepcopy(plain), fuse(plain, "relu")

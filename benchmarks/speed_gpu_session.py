@@ -73,7 +73,7 @@ def run_stage(options: argparse.Namespace, stage: str) -> None:
     name, _, seconds = stage.partition(":")
     device, plan = ("cpu", QUICK) if options.quick else ("cuda", Plan())
     if name == "compile":
-        compile_ahead(options.out, plan, options.quick)
+        compile_ahead(options.out, plan, device)
     elif name == "correct":
         check(options.out, device)
     elif name == "train":
@@ -93,16 +93,20 @@ def write(out: Path, item: str, **values: Any) -> None:
     print(line, flush=True)
 
 
-def compile_ahead(out: Path, plan: Plan, quick: bool) -> None:
+def compile_ahead(out: Path, plan: Plan, device: str) -> None:
     """Fill Triton's cache by all processors at once: a process alone compiles one kernel a time."""
     started = time.monotonic()
-    jobs = [*product(plan.gpu_shapes, (True, False))]
+    capability, processors = 90, 132
+    if device == "cuda":
+        about = torch.cuda.get_device_properties(0)
+        capability, processors = 10 * about.major + about.minor, about.multi_processor_count
+    jobs = [*product(plan.gpu_shapes, (True, False), [capability], [processors])]
     with get_context("spawn").Pool(min(len(jobs), os.cpu_count() or 1)) as pool:
         kernels = sum(pool.map(compile_shape, jobs, chunksize=1))
     write(out, "compiled", kernels=kernels, seconds=time.monotonic() - started)
 
 
-def compile_shape(job: tuple[Shape, bool]) -> int:
+def compile_shape(job: tuple[Shape, bool, int, int]) -> int:
     """Compile what the layers launch for a shape, by the driver of a GPU that need not be there."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -111,11 +115,11 @@ def compile_shape(job: tuple[Shape, bool]) -> int:
     from nmlightning.kernels.triton import tiles
     from nmlightning.kernels.triton.batch_norm import TritonBatchNorm
 
-    shape, channels_last = job
+    shape, channels_last, capability, processors = job
     count = 0
 
     class Ahead:
-        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", capability, 32))
         get_current_device = staticmethod(lambda: 0)
         get_current_stream = staticmethod(lambda device=None: 0)
 
@@ -129,7 +133,7 @@ def compile_shape(job: tuple[Shape, bool]) -> int:
 
     triton.runtime.driver._active = Ahead()
     JITFunction.__getitem__ = only_compile
-    tiles.processors_of = lambda device: 132
+    tiles.processors_of = lambda device: processors
     torch.set_num_threads(1)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.empty(shape, dtype=torch.bfloat16, memory_format=memory_format)

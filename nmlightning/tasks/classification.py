@@ -80,10 +80,10 @@ class ImageClassifier(pl.LightningModule):
         lr_batch_size: the images a step that the optimizer's learning rate is meant for. It is
             multiplied by (batch size × processes × accumulated batches) / lr_batch_size, unless
             this is None.
-        compile: the mode that `torch.compile` compiles the network with, after the callbacks have
-            swapped its norms; None leaves it eager. "reduce-overhead" replays CUDA graphs, several
-            times faster for a network of many small layers. The first steps then take a minute,
-            which is announced.
+        compile: the mode that `torch.compile` compiles the network with, for each size of a batch,
+            after the callbacks have swapped its norms; None leaves it eager. "reduce-overhead"
+            replays CUDA graphs, several times faster for a network of many small layers. The first
+            steps then take a minute, which is announced.
         channels_last: compute with images and weights that lie in memory with the channels next to
             each other. Results differ by rounding.
         fast: with "auto", `nm fit` sets what makes training on a CPU with bfloat16 instructions
