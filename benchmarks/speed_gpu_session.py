@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import product
 from multiprocessing import get_context
@@ -53,18 +54,20 @@ def main() -> None:
         return
     paths = [str(ROOT), str(ROOT / "tests/support"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     write(options.out, "machine", lines=describe_machine())
     for name, _, seconds in (stage.partition(":") for stage in options.stages):
         started, limit = time.monotonic(), float(seconds or STAGES[name])
         command = [sys.executable, __file__, str(options.out), f"{name}:{limit}", "--here"]
         command += ["--data-root", str(options.data_root), *(["--quick"] * options.quick)]
         process = subprocess.Popen(command, env=environment, start_new_session=True)
-        try:
-            code: int | str = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            code = "stopped"
-            os.killpg(process.pid, signal.SIGKILL)  # it and what it has started
-            process.wait()
+        code: int | str = "stopped"
+        with suppress(subprocess.TimeoutExpired):
+            try:
+                code = process.wait(limit)
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # it and what it has started
         write(options.out, "stage", name=name, ended=code, seconds=time.monotonic() - started)
 
 
