@@ -35,8 +35,8 @@ ROOT = Path(__file__).parents[1]
 PLAN = ROOT / "results/plan_gpu.yaml"
 STAGES = {"compile": 60, "correct": 60, "layers": 90, "steps": 110, "train": 320}
 STATISTICS = (PowerMean(1.0), LargestMean(1), LargestMean(10))
-SHORT = "--data Digits --data.image_size 8 --trainer.max_epochs 1 --trainer.limit_train_batches 2"
-LIMITS = "--trainer.limit_val_batches 1 --trainer.accelerator cpu --trainer.precision 32-true"
+SHORT = "--data Digits --data.image_size 32 --data.batch_size 8 --trainer.max_epochs 1"
+LIMITS = "--trainer.limit_train_batches 2 --trainer.limit_val_batches 1 --trainer.accelerator cpu"
 
 
 def main() -> None:
@@ -165,8 +165,9 @@ def train(out: Path, data_root: Path, seconds: float, quick: bool) -> NoReturn:
     plan = yaml.safe_load(PLAN.read_text("utf-8"))
     for table in plan["tables"].values():
         for run in table["runs"].values():
-            compiled = "cuda" in run["config"]
-            run["options"] += [SHORT, LIMITS, *["--model.compile null"] * compiled] * quick
+            small = "--model.compile null --model.net.depth 8"
+            small = small if "cuda" in run["config"] else "--model.net.width 4"
+            run["options"] += [SHORT, LIMITS, small] * quick
     file = out / "plan.yaml"
     file.write_text(yaml.safe_dump(plan), "utf-8")
     command = [str(ROOT / "results/run_plan.py"), "--plan", str(file), "--results", str(out)]
