@@ -165,25 +165,30 @@ class NormalisedWeights(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *dws: Tensor | None) -> tuple[Tensor | None, ...]:
         ps, tensors, (flat, table, norms, spread), launch = ctx.kept
-        rows, scales, needs = tensors[: len(ps)], tensors[len(ps) :], ctx.needs_input_grad[1:]
+        rows, scales = tensors[: len(ps)], tensors[len(ps) :]
+        needs = [
+            n and q is not None for n, q in zip(ctx.needs_input_grad[1:], 2 * dws, strict=True)
+        ]
+        versions = zip(tensors, ctx.versions, 2 * dws, strict=True)
+        if any(q._version != version for q, version, dw in versions if dw is not None):
+            raise RuntimeError(
+                "A normalised weight was changed in place since the forward pass, so the gradient "
+                "of that pass can no longer be computed."
+            )
         if torch.is_grad_enabled():
-            if ctx.versions != [q._version for q in tensors]:
-                raise RuntimeError("A normalised weight was changed in place since its forward.")
             each = zip(dws, rows, scales, ps, strict=True)
-            used = [(_formula(*of), dw) for dw, *of in each if dw is not None]
+            ws, arriving = zip(
+                *((_formula(*of), q) for q, *of in each if q is not None), strict=True
+            )
             inputs = [q for q, need in zip(tensors, needs, strict=True) if need]
-            ws, arriving = zip(*used, strict=True)
-            found = torch.autograd.grad(ws, inputs, arriving, create_graph=True, allow_unused=True)
-            left = iter(found)
-            return None, *(next(left) if need else None for need in needs)
+            found = iter(torch.autograd.grad(ws, inputs, arriving, create_graph=True))
+            return None, *(next(found) if need else None for need in needs)
         given = [torch.zeros_like(v) if q is None else q for q, v in zip(dws, rows, strict=True)]
         grads = torch.cat([_in_memory(q, v).reshape(-1) for q, v in zip(given, rows, strict=True)])
         dv, ds = torch.empty_like(flat), torch.empty_like(norms)
         with on_device_of(flat):
             launch(write_row_gradients, grads, flat, table, norms, spread, dv, ds)
-        parts = ds.split([_channels(v) for v in rows])
-        by_scale = [
-            (part.sum() if s.numel() == 1 else part).view(s.shape) if need else None
-            for part, s, need in zip(parts, scales, needs[len(ps) :], strict=True)
-        ]
-        return None, *_scatter(dv, rows), *by_scale
+        parts = zip(ds.split([_channels(v) for v in rows]), scales, strict=True)
+        by_scale = [(part.sum() if s.numel() == 1 else part).view(s.shape) for part, s in parts]
+        found_all = zip([*_scatter(dv, rows), *by_scale], needs, strict=True)
+        return None, *(gradient if need else None for gradient, need in found_all)
