@@ -18,7 +18,9 @@ from nmlightning.kernels.interface import (
 )
 from nmlightning.kernels.triton.backward import sum_gradients, write_gradient, write_whole_gradient
 from nmlightning.kernels.triton.forward import (
+    find_extremes,
     move_statistics,
+    select_largest,
     sum_differences,
     sum_sizes,
     write_l1_output,
@@ -31,7 +33,6 @@ from nmlightning.kernels.triton.tiles import (
     divide_to_select,
     on_device_of,
 )
-from nmlightning.kernels.triton.top_k import find_extremes, select_largest
 
 STATISTICS = 5  # μ, unbiased variance, σ, ŝ, gain
 LEAST_CODED = 4  # elements of a vector, whose codes are one integer
