@@ -1,4 +1,4 @@
-"""Autograd functions over a backend's kernels: batch, layer and RMS norm.
+"""Autograd functions over a backend's kernels: batch norms.
 
 On several ranks: the stages of the kernels with the collectives of `functional.reductions` between
 them, as in the formula of `functional.batch_norm`, so that N ranks equal one process on their
@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 
 from nmlightning.functional.batch_norm import differentiable
 from nmlightning.functional.constants import Constant
-from nmlightning.functional.plain import plain_batch_norm, plain_layer_norm
+from nmlightning.functional.plain import plain_batch_norm
 from nmlightning.functional.reductions import (
     Share,
     keep_largest_of_ranks,
@@ -155,44 +155,3 @@ def _measure(
     slopes = torch.where(signed > 0, 1.0, -1.0) / statistic.k
     assert mine is not None, "there is a group"
     return mean_of_row(values), Selection(positions, slopes * mine)
-
-
-class KernelLayerNormFunction(torch.autograd.Function):
-    """Normalise (*, *normalized_shape) over the last `rank` dimensions; y is like x, contiguous."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        kernels: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        rank: int,
-        constant: float,
-        eps: float,
-        centred: bool,
-    ) -> Tensor:
-        ctx.features = x.shape[x.dim() - rank :].numel()
-        learned = (_wide(weight), _wide(bias))
-        y, rows, _ = kernels.forward(x.contiguous(), ctx.features, *learned, constant, eps)
-        ctx.save_for_backward(x, weight, rows)
-        ctx.kernels = kernels
-        ctx.plain = (rank, 1.0, constant, eps, torch.float32, centred)
-        ctx.weight = None if weight is None else (weight.shape, weight.dtype)
-        ctx.bias = None if bias is None else (bias.shape, bias.dtype)
-        return y  # type: ignore[no-any-return]
-
-    @staticmethod
-    @differentiable(plain_layer_norm, (1, 2, 3))
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, rows = ctx.saved_tensors
-        forms = (ctx.weight, ctx.bias)
-        learned = forms != (None, None)
-        grad_x, *by_learned = ctx.kernels.backward(
-            grad, x.contiguous(), ctx.features, _wide(weight), rows, learned
-        )
-        gradients = [
-            None if form is None else by.view(form[0]).to(form[1])
-            for form, by in zip(forms, by_learned, strict=True)
-        ]
-        return None, grad_x, *gradients, *(None,) * 4

@@ -1,13 +1,12 @@
 """The Triton backend: the norms it supports. Triton and the kernels are imported on first use."""
 
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from nmlightning.functional.statistics import LargestMean
-from nmlightning.kernels import autograd
 from nmlightning.kernels.interface import DispatchKey, Tracking, unsupported_norm
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -35,8 +34,7 @@ class TritonBackend:
             return TritonBatchNorm()
         from nmlightning.kernels.triton.layer_norm import TritonLayerNorm
 
-        centred = key.kind == "layer"
-        return partial(autograd.KernelLayerNormFunction.apply, TritonLayerNorm(centred))
+        return TritonLayerNorm.apply
 
     def tracking(self) -> Tracking | None:
         """Return what moves running statistics, or None where torch's own operations do."""

@@ -4,12 +4,15 @@ Of each row (μ, 1/σ, c · ŝ/σ) is kept, (3, rows) float32; an RMS norm does 
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from nmlightning.functional.batch_norm import differentiable
+from nmlightning.functional.plain import plain_layer_norm
 from nmlightning.functional.reductions import next_power_of_two
 from nmlightning.kernels.triton.tiles import (
     HUGE,
@@ -124,57 +127,49 @@ def place_rows(number, M, D, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     return rows, columns, rows < M, columns < D
 
 
-class TritonLayerNorm:
-    """L1 layer norm, or RMS norm if not centred, of contiguous rows of `features` elements."""
+class TritonLayerNorm(torch.autograd.Function):
+    """L1 layer norm, or RMS norm if not centred, of the last `rank` dimensions; y is contiguous."""
 
-    def __init__(self, centred: bool) -> None:
-        self.centred = centred
-
+    @staticmethod
     def forward(
-        self,
-        x: Tensor,
-        features: int,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        constant: float,
-        eps: float,
-    ) -> tuple[Tensor, Tensor, bool]:
-        rows = x.numel() // features
-        y = torch.empty_like(x)
-        values = x.new_empty(3, rows, dtype=torch.float32)
-        if rows:
-            launch, _ = _divide(rows, features, x.element_size())
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None,
+        rank: int, constant: float, eps: float, centred: bool,
+    ) -> Tensor:  # fmt: skip
+        features = x.shape[x.dim() - rank :].numel()
+        y = torch.empty_like(rows := x.contiguous())
+        values = x.new_empty(3, x.numel() // features, dtype=torch.float32)
+        if x.numel():
+            launch, _ = _divide(values.shape[1], features, x.element_size())
+            learned = [None if q is None else q.float() for q in (weight, bias)]
             with on_device_of(x):
-                launch(
-                    normalise_rows, x, weight, bias, y, values, constant, eps, CENTRED=self.centred
-                )
-        return y, values, True
+                launch(normalise_rows, rows, *learned, y, values, constant, eps, CENTRED=centred)
+        ctx.save_for_backward(x, weight, values)
+        ctx.plain = (rank, 1.0, constant, eps, torch.float32, centred)
+        ctx.bias = None if bias is None else (bias.shape, bias.dtype)
+        return y
 
-    def backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        features: int,
-        weight: Tensor | None,
-        values: Tensor,
-        learned: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        rows = x.numel() // features
-        out = torch.empty_like(x)
-        found = values.new_zeros(2, features if learned else 0)
-        if rows:
-            resident = PROGRAMS_PER_PROCESSOR * processors_of(x.device)
-            launch, programs = _divide(rows, features, x.element_size(), resident)
+    @staticmethod
+    @differentiable(plain_layer_norm)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, values = ctx.saved_tensors
+        rank, *_, centred = ctx.plain
+        shape, learned = x.shape[x.dim() - rank :], weight is not None or ctx.bias is not None
+        out = torch.empty_like(rows := x.contiguous())
+        found = values.new_zeros(2, *shape)
+        if x.numel():
+            features, resident = shape.numel(), PROGRAMS_PER_PROCESSOR * processors_of(x.device)
+            launch, programs = _divide(values.shape[1], features, x.element_size(), resident)
             parts = values.new_empty(2, programs, features) if learned else None
+            scale = None if weight is None else weight.float()
+            arrays = (grad.contiguous(), rows, scale, values, out, parts)
             with on_device_of(x):
-                launch(
-                    write_row_gradients, grad.contiguous(), x, weight, values, out, parts,
-                    CENTRED=self.centred,
-                )  # fmt: skip
+                launch(write_row_gradients, *arrays, CENTRED=centred)
                 if learned:
                     grid = (-(-features // FOLD["WIDTH"]), 2)
                     fold_parts[grid](parts, found, features, programs, **FOLD)
-        return out, found[0], found[1]
+        by_weight = None if weight is None else found[0].to(weight.dtype)
+        by_bias = None if ctx.bias is None else found[1].to(ctx.bias[1])
+        return out, by_weight, by_bias, *(None,) * 4
 
 
 @lru_cache(maxsize=4096)
