@@ -1,89 +1,46 @@
 // L1 layer and RMS norms of rows of features: loops, autograd and the operator layer_norm. An RMS
 // norm does not centre, its μ is 0. All passes over a row are made while it is in the cache.
-#include <ATen/ops/ones.h>
+#include <ATen/EmptyTensor.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include "tensors.h"
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-
 namespace nmlightning {
 namespace {
 
-typedef float Lanes __attribute__((vector_size(64)));
-typedef int32_t LaneBits __attribute__((vector_size(64)));
-typedef uint16_t HalfLanes __attribute__((vector_size(32)));
-constexpr int64_t LANES = 16;
-constexpr int64_t ROWS_IN_FLOAT = 64;  // whose gradients are summed in float before double
-constexpr int64_t ROWS_AT_ONCE = 4;    // so that sums of gradients are read and written less often
-constexpr int64_t LONG_ROW = 2048;     // of which those sums leave the first cache
-constexpr int64_t MOST_PARTS = 32;     // of the rows, for threads; sums do not depend on threads
+constexpr int64_t ELEMENTS_IN_FLOAT = 4096;  // of a row, summed in float before double
+constexpr int64_t ROWS_IN_FLOAT = 64;        // whose gradients are, too
+constexpr int64_t ROWS_AT_ONCE = 4;  // of long ones, so that sums are read and written less often
+constexpr int64_t LONG_ROW = 4096;   // bytes, of which a few leave the first cache
+constexpr int64_t MOST_PARTS = 32;   // of the rows, for threads; sums do not depend on threads
 
-// What elements are read as and written from: V is float, or Lanes of consecutive elements.
-template <class V, class T>
-inline V get(const T* from) {
-  if constexpr (std::is_same_v<V, float>) {
-    return load(*from);
-  } else if constexpr (std::is_same_v<T, float>) {
-    Lanes lanes;
-    std::memcpy(&lanes, from, sizeof lanes);
-    return lanes;
-  } else {
-    HalfLanes half;
-    std::memcpy(&half, from, sizeof half);
-    return (Lanes)(__builtin_convertvector(half, LaneBits) << 16);
-  }
-}
+template <int value>
+using Number = std::integral_constant<int, value>;
 
-inline void put(float* to, Lanes lanes) { std::memcpy(to, &lanes, sizeof lanes); }
-inline void put(auto* to, float value) { store(to, value); }
-
-inline void put(BFloat16* to, Lanes lanes) {
-#ifdef __AVX512BF16__
-  const __m256bh half = _mm512_cvtneps_pbh((__m512)lanes);
-  std::memcpy(to, &half, sizeof half);
-#else
-  for (int64_t i = 0; i < LANES; i++) store(to + i, lanes[i]);
-#endif
-}
-
-inline float size_of(float value) { return std::fabs(value); }
-inline Lanes size_of(Lanes lanes) { return (Lanes)((LaneBits)lanes & 0x7fffffff); }
-
-inline float sum_of(Lanes lanes) {
+inline float sum_of(Floats<LANES> values) {
 #ifdef __AVX512F__
-  return _mm512_reduce_add_ps((__m512)lanes);
+  return _mm512_reduce_add_ps(same_bits<__m512>(values));
 #else
   float sum = 0;
-  for (int64_t i = 0; i < LANES; i++) sum += lanes[i];
+  for (int i = 0; i < LANES; i++) sum += values[i];
   return sum;
 #endif
 }
 
-// Calls part(i, V) for all elements, V being Lanes or, of those left over, float.
-template <class Part>
-inline void each_element(int64_t from, int64_t to, Part part) {
-  int64_t i = from;
-  for (; i + LANES <= to; i += LANES) part(i, Lanes{});
-  for (; i < to; i++) part(i, float{});
-}
-
-// Adds K sums over a row to the totals, in float in a block: part(i, sums) adds its i-th terms.
+// Adds K sums over a row to the totals: part(place, sums) adds the terms of its elements.
 template <int K, class Part>
 inline void add_sums(int64_t n, Part part, double* totals) {
   constexpr int64_t UNROLLED = K == 1 ? 4 : 2;
-  for (int64_t from = 0; from < n; from += ELEMENTS_A_BLOCK) {
-    const int64_t to = std::min(n, from + ELEMENTS_A_BLOCK);
-    Lanes sums[UNROLLED][K] = {};
+  for (int64_t from = 0; from < n; from += ELEMENTS_IN_FLOAT) {
+    const int64_t to = std::min(n, from + ELEMENTS_IN_FLOAT);
+    Floats<LANES> sums[UNROLLED][K] = {};
     float rest[K] = {};
     int64_t i = from;
     for (; i + UNROLLED * LANES <= to; i += UNROLLED * LANES)
-      for (int64_t u = 0; u < UNROLLED; u++) part(i + u * LANES, sums[u]);
-    for (; i + LANES <= to; i += LANES) part(i, sums[0]);
-    for (; i < to; i++) part(i, rest);
+      for (int64_t u = 0; u < UNROLLED; u++) part(Place<LANES>{i + u * LANES}, sums[u]);
+    for (; i + LANES <= to; i += LANES) part(Place<LANES>{i}, sums[0]);
+    for (; i < to; i++) part(Place<1>{i}, rest);
     for (int k = 0; k < K; k++) {
       for (int64_t u = 1; u < UNROLLED; u++) sums[0][k] += sums[u][k];
       totals[k] += sum_of(sums[0][k]) + rest[k];
@@ -91,13 +48,20 @@ inline void add_sums(int64_t n, Part part, double* totals) {
   }
 }
 
-struct Rows {
-  int64_t features, number;
-  bool centred;
+// Settings: how many dimensions, c, eps, whether it centres, the type of its bias or −1.
+using Packed = std::vector<double>;
 
-  Rows(const Tensor& x, int64_t rank, bool centred) : features(1), centred(centred) {
+struct RowNorm {
+  int64_t rank, features = 1, rows;
+  double constant, eps;
+  bool centred;
+  std::optional<at::ScalarType> bias;
+
+  RowNorm(const Tensor& x, const Packed& of)
+      : rank(int64_t(of[0])), constant(of[1]), eps(of[2]), centred(of[3] != 0) {
     for (int64_t dim = x.dim() - rank; dim < x.dim(); dim++) features *= x.size(dim);
-    number = x.numel() / features;
+    rows = x.numel() / features;
+    if (of[4] >= 0) bias = at::ScalarType(of[4]);
   }
 };
 
@@ -112,73 +76,65 @@ struct RowValues {
 };
 
 template <bool weighted, bool biased, class T>
-void normalise_row(const Rows& of, double constant, double eps, const T* x, const float* weight,
-                   const float* bias, T* y, const RowValues& to, int64_t row) {
+void normalise_row(const RowNorm& of, const T* x, const float* weight, const float* bias, T* y,
+                   const RowValues& to, int64_t row) {
   const int64_t n = of.features;
   const double share = 1 / double(n);
   float mean = 0;
   if (of.centred) {  // by distances from the first element: exact where all are the same
     double total = 0;
     const float first = load(x[0]);
-    const auto distances = [=](int64_t i, auto* sums) {
-      sums[0] += get<std::remove_reference_t<decltype(*sums)>>(x + i) - first;
-    };
-    add_sums<1>(n, distances, &total);
+    add_sums<1>(n, [=](auto in, auto* sums) { sums[0] += in(x) - first; }, &total);
     mean = float(first + total * share);
   }
   double size = 0;
-  const auto sizes = [=](int64_t i, auto* sums) {
-    sums[0] += size_of(get<std::remove_reference_t<decltype(*sums)>>(x + i) - mean);
-  };
-  add_sums<1>(n, sizes, &size);
-  const double scale = constant * size * share, exact = 1 / std::sqrt(scale * scale + eps);
+  add_sums<1>(n, [=](auto in, auto* sums) { sums[0] += magnitude(in(x) - mean); }, &size);
+  const double scale = of.constant * size * share;
+  const double exact = 1 / std::sqrt(scale * scale + of.eps);
   const float inverse = float(exact);
   to.mean[row] = mean;
   to.inverse[row] = inverse;
-  to.pull[row] = float(constant * scale * exact);
-  each_element(0, n, [=](int64_t i, auto v) {
-    using V = decltype(v);
-    V result = (get<V>(x + i) - mean) * inverse;
-    if constexpr (weighted) result *= get<V>(weight + i);
-    if constexpr (biased) result += get<V>(bias + i);
-    put(y + i, result);
+  to.pull[row] = float(of.constant * scale * exact);
+  each_place(0, n, [=](auto in) {
+    auto result = (in(x) - mean) * inverse;
+    if constexpr (weighted) result *= in(weight);
+    if constexpr (biased) result += in(bias);
+    in.write(y, result);
   });
 }
 
 template <class T>
-void normalise(const Rows& of, double constant, double eps, const T* x, const float* weight,
-               const float* bias, T* y, const RowValues& to) {
+void normalise(const RowNorm& of, const T* x, const float* weight, const float* bias, T* y,
+               const RowValues& to) {
   const int64_t n = of.features, grain = std::max<int64_t>(1, ELEMENTS_A_THREAD / n);
   with_flag(weight != nullptr, [&](auto weighted) {
     with_flag(bias != nullptr, [&](auto biased) {
-      at::parallel_for(0, of.number, grain, [&](int64_t begin, int64_t end) {
+      at::parallel_for(0, of.rows, grain, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row++)
-          normalise_row<weighted, biased>(of, constant, eps, x + row * n, weight, bias, y + row * n,
-                                          to, row);
+          normalise_row<weighted, biased>(of, x + row * n, weight, bias, y + row * n, to, row);
       });
     });
   });
 }
 
-// Writes the gradients by R rows of x, and adds to the sums of weight and bias, if there is a weight.
+// Writes the gradients by R rows of x, and adds to the sums of weight and bias, if there are any.
 template <int R, bool weighted, class T>
-void differentiate_rows(const Rows& of, const T* grad, const T* x, const float* weight,
+void differentiate_rows(const RowNorm& of, const T* grad, const T* x, const float* weight,
                         const RowValues& values, int64_t row, T* grad_x, float* weight_sums,
                         float* bias_sums) {
   const int64_t n = of.features;
   const double share = 1 / double(n);
   float mean[R], inverse[R], above[R], below[R];
   for (int r = 0; r < R; r++) {
-    const T *g = grad + (row + r) * n, *p = x + (row + r) * n;
-    const float middle = mean[r] = values.mean[row + r];
     double totals[3] = {0, 0, 0};
-    const auto terms = [=](int64_t i, auto* sums) {
-      using V = std::remove_reference_t<decltype(*sums)>;
-      V inner = get<V>(g + i), d = get<V>(p + i) - middle;
-      if constexpr (weighted) inner *= get<V>(weight + i);
+    const float middle = mean[r] = values.mean[row + r];
+    const auto terms = [=, g = grad + r * n, p = x + r * n](auto in, auto* sums) {
+      auto inner = in(g);
+      if constexpr (weighted) inner *= in(weight);
+      const auto d = in(p) - middle;
       sums[0] += inner;
       sums[1] += inner * d;
-      sums[2] += d > 0.f ? V{} + 1.f : V{} - 1.f;
+      sums[2] += d > 0.f ? in(Same{1.f}) : in(Same{-1.f});
     };
     add_sums<3>(n, terms, totals);
     inverse[r] = values.inverse[row + r];
@@ -187,56 +143,50 @@ void differentiate_rows(const Rows& of, const T* grad, const T* x, const float* 
     above[r] = float(inverse[r] * (shift - each));
     below[r] = float(inverse[r] * (shift + each));
   }
-  const T *g = grad + row * n, *p = x + row * n;
-  T* to = grad_x + row * n;
-  each_element(0, n, [=](int64_t i, auto v) {
-    using V = decltype(v);
-    V products{}, sums{}, scale{};
-    if constexpr (weighted) scale = get<V>(weight + i);
+  each_place(0, n, [=](auto in) {
+    decltype(in(x)) products{}, sums{};
     for (int r = 0; r < R; r++) {
-      const V given = get<V>(g + r * n + i), d = get<V>(p + r * n + i) - mean[r];
-      const V sided = d > 0.f ? V{} + above[r] : V{} + below[r];
+      const auto given = in(grad + r * n), d = in(x + r * n) - mean[r];
+      auto inner = given * inverse[r];
       if constexpr (weighted) {
-        put(to + r * n + i, given * scale * inverse[r] + sided);
+        inner *= in(weight);
         products += given * (d * inverse[r]);
         sums += given;
-      } else {
-        put(to + r * n + i, given * inverse[r] + sided);
       }
+      in.write(grad_x + r * n, inner + (d > 0.f ? in(Same{above[r]}) : in(Same{below[r]})));
     }
     if constexpr (weighted) {
-      put(weight_sums + i, get<V>(weight_sums + i) + products);
-      put(bias_sums + i, get<V>(bias_sums + i) + sums);
+      in.add(weight_sums, products);
+      in.add(bias_sums, sums);
     }
   });
 }
 
 // Writes the gradients by x and, where there is a weight, by weight and bias, (features,).
 template <class T>
-void differentiate(const Rows& of, const T* grad, const T* x, const float* weight,
+void differentiate(const RowNorm& of, const T* grad, const T* x, const float* weight,
                    const RowValues& values, T* grad_x, float* grad_weight, float* grad_bias) {
   const int64_t n = of.features, length = weight ? 2 * n : 0;
-  const int64_t wanted = std::min(of.number * n / ELEMENTS_A_THREAD, of.number / ROWS_IN_FLOAT);
+  const int64_t wanted = std::min(of.rows * n / ELEMENTS_A_THREAD, of.rows / ROWS_IN_FLOAT);
   const int64_t parts = std::clamp<int64_t>(wanted, 1, MOST_PARTS);
   std::vector<double> totals(parts * length);
   at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-    std::vector<float> block(length);
+    std::vector<float> sums(length);
     for (int64_t part = first; part < last; part++) {
-      const int64_t end = of.number * (part + 1) / parts;
-      for (int64_t from = of.number * part / parts; from < end; from += ROWS_IN_FLOAT) {
-        const int64_t to = std::min(end, from + ROWS_IN_FLOAT);
-        std::fill(block.begin(), block.end(), 0.f);
+      const int64_t end = of.rows * (part + 1) / parts;
+      for (int64_t row = of.rows * part / parts, to; row < end;) {
+        std::fill(sums.begin(), sums.end(), 0.f);
         with_flag(weight != nullptr, [&](auto weighted) {
-          float *first_sum = block.data(), *second_sum = first_sum + n;
-          int64_t row = from;
-          for (; n >= LONG_ROW && row + ROWS_AT_ONCE <= to; row += ROWS_AT_ONCE)
-            differentiate_rows<ROWS_AT_ONCE, weighted>(of, grad, x, weight, values, row, grad_x,
-                                                       first_sum, second_sum);
-          for (; row < to; row++)
-            differentiate_rows<1, weighted>(of, grad, x, weight, values, row, grad_x, first_sum,
-                                            second_sum);
+          const auto write = [&]<int R>(Number<R>) {
+            for (; row + R <= to; row += R)
+              differentiate_rows<R, weighted>(of, grad + row * n, x + row * n, weight, values, row,
+                                              grad_x + row * n, sums.data(), sums.data() + n);
+          };
+          to = std::min(end, row + ROWS_IN_FLOAT);
+          if (n * int64_t(sizeof(T)) >= LONG_ROW) write(Number<ROWS_AT_ONCE>{});
+          write(Number<1>{});
         });
-        for (int64_t i = 0; i < length; i++) totals[part * length + i] += block[i];
+        for (int64_t i = 0; i < length; i++) totals[part * length + i] += sums[i];
       }
     }
   });
@@ -247,17 +197,16 @@ void differentiate(const Rows& of, const T* grad, const T* x, const float* weigh
   }
 }
 
-Tensor empty(at::IntArrayRef sizes, at::ScalarType type) {  // without the dispatcher, which takes long
+// Without the dispatcher, which takes as long as a small norm.
+Tensor empty(at::IntArrayRef sizes, at::ScalarType type = at::kFloat) {
   return Tensor(at::detail::empty_cpu(sizes, type));
 }
 
-// Returns weight or bias in float32; ones for a weight that is not there where a bias is.
-Optional in_float(const Optional& learned, bool other, int64_t features) {
-  if (!learned) return other ? Optional(at::ones({features}, at::kFloat)) : learned;
+Optional in_float(const Optional& learned, int64_t features) {
+  if (!learned) return learned;
   TORCH_CHECK(learned->is_cpu() && learned->numel() == features,
               "expected a weight and a bias for each feature");
   if (learned->scalar_type() == at::kFloat && learned->is_contiguous()) return learned;
-  const at::AutoDispatchBelowADInplaceOrView guard;
   return learned->to(at::kFloat).contiguous();
 }
 
@@ -281,95 +230,69 @@ bool is_transformed(const Tensor& grad) {
          grad.key_set().has_any(wrapped);
 }
 
-struct RowNorm : torch::CustomClassHolder {
-  int64_t rank;
-  double constant, eps;
-  bool centred;
-  std::optional<at::ScalarType> bias;  // its type, if there is one
-
-  RowNorm(int64_t rank, double constant, double eps, bool centred, const Optional& bias)
-      : rank(rank), constant(constant), eps(eps), centred(centred) {
-    if (bias) this->bias = bias->scalar_type();
-  }
-};
-
-struct Output {
-  Tensor y, values;
-  bool bounded;
-};
-
-Output compute(const Tensor& x, const Optional& weight, const Optional& bias, const RowNorm& of) {
-  const Rows rows(x, of.rank, of.centred);
-  const Optional weights = in_float(weight, bias.has_value(), rows.features);
-  const Optional biases = in_float(bias, false, rows.features);
-  const Tensor y = empty(x.sizes(), x.scalar_type()), values = empty({3, rows.number}, at::kFloat);
-  const RowValues to(values);
-  with_type(x, [&]<class T>(T*) {
-    normalise<T>(rows, of.constant, of.eps, data<T>(x), data<float>(weights), data<float>(biases),
-                 data<T>(y), to);
-  });
-  return {y, values, all_within(to.inverse, rows.number, 1 / HUGE_SCALE, INFINITY)};
-}
-
 struct LayerNorm : torch::autograd::Function<LayerNorm> {
   using Context = torch::autograd::AutogradContext;
   using Tensors = torch::autograd::variable_list;
 
-  static Tensor forward(Context* ctx, const Tensor& x, const Optional& weight, const Optional& bias,
-                        const c10::intrusive_ptr<RowNorm>& of, bool* bounded) {
-    const Output output = compute(x, weight, bias, *of);
-    *bounded = output.bounded;
-    ctx->save_for_backward({x, weight.value_or(Tensor()), output.values});
-    ctx->saved_data["norm"] = at::IValue::make_capsule(of);
-    return output.y;
+  // Takes what has been computed.
+  static Tensor forward(Context* ctx, const Tensor& x, const Optional& weight, const Optional&,
+                        const Tensor* y, const Tensor* values, const Packed& settings) {
+    ctx->save_for_backward({x, weight.value_or(Tensor()), *values});
+    ctx->saved_data["settings"] = settings;
+    return *y;
   }
 
   static Tensors backward(Context* ctx, const Tensors& grads) {
     const Tensors saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &values = saved[2];
+    const Tensor& x = saved[0];
     const Optional weight = saved[1].defined() ? Optional(saved[1]) : std::nullopt;
-    const auto held = ctx->saved_data["norm"].toCapsule();
-    const auto& of = static_cast<const RowNorm&>(*held);
-    Tensors found(5);
+    const RowNorm of(x, ctx->saved_data["settings"].toDoubleVector());
+    Tensors found;
     if (is_transformed(grads[0])) {
-      const auto all = plain_gradients(grads[0], x, weight, of.bias, of.rank, of.constant, of.eps,
-                                       of.centred);
-      found[0] = all[0];
-      if (weight) found[1] = all[1];
-      if (of.bias) found[2] = all.back();
-      return found;
+      found = plain_gradients(grads[0], x, weight, of.bias, of.rank, of.constant, of.eps,
+                              of.centred);
+    } else {
+      const Tensor grad = grads[0].contiguous();
+      TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.sizes() == x.sizes(),
+                  "expected a gradient like y");
+      const Optional weights = in_float(weight, of.features);
+      const auto shape = x.sizes().slice(x.dim() - of.rank);
+      found = {empty(x.sizes(), x.scalar_type()), empty(shape), empty(shape)};
+      with_type(x, [&]<class T>(T*) {
+        differentiate<T>(of, data<T>(grad), data<T>(x), data<float>(weights), RowValues(saved[2]),
+                         data<T>(found[0]), data<float>(found[1]), data<float>(found[2]));
+      });
+      found[1] = weight ? found[1].to(weight->scalar_type()) : Tensor();
+      found[2] = of.bias ? found[2].to(*of.bias) : Tensor();
     }
-    const Tensor grad = grads[0].contiguous();
-    TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.sizes() == x.sizes(),
-                "expected a gradient like y");
-    const Rows rows(x, of.rank, of.centred);
-    const Optional weights = in_float(weight, of.bias.has_value(), rows.features);
-    const auto shape = x.sizes().slice(x.dim() - of.rank);
-    found[0] = empty(x.sizes(), x.scalar_type());
-    Tensor by_weight = empty(shape, at::kFloat), by_bias = empty(shape, at::kFloat);
-    with_type(x, [&]<class T>(T*) {
-      differentiate<T>(rows, data<T>(grad), data<T>(x), data<float>(weights), RowValues(values),
-                       data<T>(found[0]), data<float>(by_weight), data<float>(by_bias));
-    });
-    if (weight) found[1] = by_weight.to(weight->scalar_type());
-    if (of.bias) found[2] = by_bias.to(*of.bias);
+    found.resize(6);
     return found;
   }
 };
 
-// Returns y like x, or nothing where sums may be infinite in float: the formula is to compute it.
+// Returns y like x, or nothing where the formula is to compute it: sums may be infinite in float.
 Optional layer_norm(const Tensor& given, const Optional& weight, const Optional& bias, int64_t rank,
                     double constant, double eps, bool centred) {
+  if (bias && !weight) return std::nullopt;
   const Tensor x = given.contiguous();
-  const auto of = c10::make_intrusive<RowNorm>(rank, constant, eps, centred, bias);
-  const auto learns = [](const Optional& tensor) { return tensor && tensor->requires_grad(); };
-  if (!(at::GradMode::is_enabled() && (x.requires_grad() || learns(weight) || learns(bias)))) {
-    const Output output = compute(x, weight, bias, *of);
-    return output.bounded ? Optional(output.y) : std::nullopt;
+  const Packed settings{double(rank), constant, eps, double(centred),
+                        bias ? double(bias->scalar_type()) : -1};
+  const RowNorm norm(x, settings);
+  const Tensor y = empty(x.sizes(), x.scalar_type()), values = empty({3, norm.rows});
+  const RowValues to(values);
+  {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    const Optional weights = in_float(weight, norm.features);
+    const Optional biases = in_float(bias, norm.features);
+    with_type(x, [&]<class T>(T*) {
+      normalise<T>(norm, data<T>(x), data<float>(weights), data<float>(biases), data<T>(y), to);
+    });
   }
-  bool bounded = false;
-  const Tensor y = LayerNorm::apply(x, weight, bias, of, &bounded);
-  return bounded ? Optional(y) : std::nullopt;
+  if (!all_within(to.inverse, norm.rows, 1 / HUGE_SCALE, INFINITY)) return std::nullopt;
+  const auto learns = [](const Optional& tensor) { return tensor && tensor->requires_grad(); };
+  const bool recorded = x.requires_grad() || learns(weight) || learns(bias);
+  if (!(recorded && at::GradMode::is_enabled())) return y;
+  return LayerNorm::apply(x, weight, bias, &y, &values, settings);
 }
 
 }  // namespace
