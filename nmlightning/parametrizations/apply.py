@@ -36,7 +36,7 @@ from nmlightning.parametrizations.weight_norm import (
     Kind,
     Settings,
     WeightNorm,
-    faster,
+    fast_property,
     register_post_step,
 )
 from nmlightning.reports.formatting import Report
@@ -221,7 +221,7 @@ def _register(place: WeightLocation, norm: WeightNorm) -> FastParametrizationLis
     _unshare_class(place.module)
     parametrize.register_parametrization(place.module, place.attribute, norm)
     cls: Any = type(place.module)  # of its own, as it is parametrized
-    setattr(cls, place.attribute, faster(vars(cls)[place.attribute], place.attribute))
+    setattr(cls, place.attribute, fast_property(vars(cls)[place.attribute], place.attribute))
     if isinstance(place.module, nn.RNNBase) and cls.__deepcopy__ is not _copy_recurrent:
         cls._copy_parametrized = cls.__deepcopy__
         cls.__deepcopy__ = _copy_recurrent

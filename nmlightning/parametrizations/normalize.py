@@ -19,7 +19,8 @@ from nmlightning.kernels.dispatch import weight_kernels
 from nmlightning.weights.channel_norms import ROWS, ChannelLayout, are_plain, row_norms
 
 Form = tuple[float, ChannelLayout]
-_MODES, _active_mode = torch._C._TorchDispatchModeKey, torch._C._get_dispatch_mode
+_FAKE, _PROXY = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY
+_active_mode = torch._C._get_dispatch_mode
 
 
 def normalise_channels(v: Tensor, scales: Tensor, p: float, layout: ChannelLayout = ROWS) -> Tensor:
@@ -47,7 +48,8 @@ def normalise_channels(v: Tensor, scales: Tensor, p: float, layout: ChannelLayou
         return normalise_channels(v[None], scales, p, layout)[0]
     x = v.to(torch.promote_types(v.dtype, torch.float32))
     factors, norms = _spare_zeros(scales, _norms_by_first(layout.rows(x), p))
-    return (x * layout.spread(factors / norms, x)).to(v.dtype)
+    # The norm divides first: a scale over its square, of the gradients, may be infinite.
+    return (x / layout.spread(norms, x) * layout.spread(factors, x)).to(v.dtype)
 
 
 def normalise_weight(
@@ -55,11 +57,19 @@ def normalise_weight(
 ) -> Tensor:
     """Return `normalise_channels` in less time, of a v that nothing records or transforms.
 
-    With `is_kept` its graph may serve several backward passes.
+    An inference tensor has the formula; with `is_kept` its graph may serve several backward passes.
     """
     form = p, layout
-    for by_kernels in normalise_weights([v], [scales], [form]):
-        return by_kernels
+    if v.is_inference():
+        return normalise_channels(v, scales.flatten(), p, layout)
+    kernels = _kernels_for((v, scales))
+    if hasattr(kernels, "normalise_weight"):  # on a CPU, in less time than a list of one
+        by_kernels = kernels.normalise_weight(layout.rows(v), scales, p)
+        if by_kernels is not None:
+            return layout.from_rows(by_kernels, v.shape)
+    elif kernels is not None:
+        for each in normalise_weights([v], [scales], [form]):
+            return each
     if not is_kept and _has_kernel(v, scales, form):
         w = _by_kernel(v, scales, form)
         if w is not None:
@@ -77,18 +87,24 @@ def normalise_weights(
     Several backward passes may use it; it saves nothing that a checkpoint counts. The list is empty
     where the kernels are not built, or a weight is not for them.
     """
-    operators = weight_kernels(vs[0].device.type) if vs else None
-    if operators is None or not are_plain((*vs, *scales)) or _is_mode_active():
+    kernels = _kernels_for((*vs, *scales)) if vs else None
+    if kernels is None:
         return []
     rows = [layout.rows(v) for v, (_, layout) in zip(vs, forms, strict=True)]
-    ws = operators.normalise_weights(rows, scales, [p for p, _ in forms])
+    ws = kernels.normalise_weights(rows, scales, [p for p, _ in forms])
     each = zip(ws, vs, forms, strict=False)
     return [layout.from_rows(w, v.shape) for w, v, (_, layout) in each]
 
 
-def _is_mode_active() -> bool:
-    """Return whether tensors are made that have no values, or operations are noted."""
-    return _active_mode(_MODES.FAKE) is not None or _active_mode(_MODES.PROXY) is not None
+def _kernels_for(tensors: Sequence[Tensor]) -> Any:
+    """Return the kernels of the first tensor's device, or None unless they may take all tensors.
+
+    That they do not where tensors are made that have no values, or operations are noted.
+    """
+    kernels = weight_kernels(tensors[0].device.type)
+    if kernels is None or not are_plain(tensors) or _active_mode(_FAKE) or _active_mode(_PROXY):
+        return None
+    return kernels
 
 
 def _has_kernel(v: Tensor, scales: Tensor, form: Form) -> bool:

@@ -140,15 +140,15 @@ class WeightNorm(nn.Module):
         self.is_registered = False
 
     def forward(self, v: Tensor) -> Tensor:
-        if is_recorded() or v.is_inference():
-            return self._compute(v, normalise_channels)
+        if is_recorded():
+            return self.compute(v, normalise_channels)
         if not parametrize._cache_enabled:
-            return self._compute(v, normalise_weight)
+            return self.compute(v, normalise_weight)
         # Torch keeps a weight for each layer that it is in; this one is for all of them.
         key = id(self), f"with gradients: {torch.is_grad_enabled()}"
         w = parametrize._cache.get(key)
         if w is None:
-            w = self._compute(v, partial(normalise_weight, is_kept=True))
+            w = self.compute(v, partial(normalise_weight, is_kept=True))
             parametrize._cache[key] = w
         return w
 
@@ -158,7 +158,7 @@ class WeightNorm(nn.Module):
         gain = self._parameters["gain"]
         return self._buffers["rho"] if gain is None else gain  # type: ignore[return-value]
 
-    def _compute(self, v: Tensor, normalise: Callable[..., Tensor]) -> Tensor:
+    def compute(self, v: Tensor, normalise: Callable[..., Tensor]) -> Tensor:
         scales = self.source
         if self._buffers["initial_gain_norm"] is not None:
             scales = normalise(scales[None], self.initial_gain_norm, 2)[0]
@@ -231,7 +231,7 @@ class FastParametrizationList(ParametrizationList):
     def forward(self) -> Tensor:
         if len(self._modules) > 1:
             return super().forward()
-        return self._modules["0"].forward(self._parameters["original"])  # type: ignore[no-any-return]
+        return self._modules["0"](self._parameters["original"])  # type: ignore[no-any-return]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -310,7 +310,7 @@ class JointForward:
         norm: Any = computed._modules["0"]
         v: Any = computed._parameters["original"]
         source, made = norm.source, self._made.get(norm)
-        if v.is_inference():
+        if v.is_inference() or source.is_inference():
             return None
         needs_grad = torch.is_grad_enabled() and (v.requires_grad or source.requires_grad)
         state = id(v), v._version, id(source), source._version
@@ -348,7 +348,7 @@ class JointForward:
 _FORWARD: ContextVar[JointForward | None] = ContextVar("joint_forward", default=None)
 
 
-def faster(read: property, name: str) -> property:
+def fast_property(read: property, name: str) -> property:
     """Return torch's property of a parametrized tensor, with a fast path to our parametrization."""
 
     def get(module: nn.Module) -> Any:
@@ -356,7 +356,8 @@ def faster(read: property, name: str) -> property:
         if not (is_recorded() or parametrize._cache_enabled or len(computed._modules) > 1):
             joint = _FORWARD.get()
             w = None if joint is None else joint.weight_of(computed)
-            return computed.forward() if w is None else w
+            v = computed._parameters["original"]
+            return computed._modules["0"].compute(v, normalise_weight) if w is None else w
         return read.fget(module)  # type: ignore[misc]
 
     return property(get, read.fset)

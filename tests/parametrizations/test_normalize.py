@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nmlightning.kernels.dispatch import weight_kernels
 from nmlightning.parametrizations.normalize import is_recorded, normalise_channels, normalise_weight
 from nmlightning.weights.channel_norms import ROWS, ChannelLayout, channel_norms
 
@@ -175,6 +176,13 @@ def test_weight_may_be_larger_than_the_cpu_cache(p: float) -> None:
     gradients = [torch.autograd.grad(w, (v, scales), dw) for w in (ours, theirs)]
     # Of p = ∞ the largest element has the sum of a row, of up to 1e4.
     torch.testing.assert_close(*gradients, rtol=2e-6, atol=1e-3 if p == math.inf else 1e-5)
+    if weight_kernels() is not None:  # the kernels: any number of threads gives the same bits
+        threads = torch.get_num_threads()
+        torch.set_num_threads(3 - min(threads, 2))
+        again = normalise_weight(v, scales, p, ROWS)
+        same = [again, *torch.autograd.grad(again, (v, scales), dw)]
+        torch.set_num_threads(threads)
+        torch.testing.assert_close(same, [ours, *gradients[0]], rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated:FutureWarning")

@@ -75,7 +75,7 @@ cleaner.join()
 _OPERATORS = (
     *("l1_forward", "l1_backward", "largest_forward", "largest_backward", "sums", "sums_of_sizes"),
     *("largest", "affine", "gradient_sums", "gradient", "track", "layer_norm"),
-    *("normalise_weights", "row_norms"),
+    *("normalise_weights", "normalise_weight", "row_norms"),
 )
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 

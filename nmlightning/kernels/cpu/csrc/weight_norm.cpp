@@ -6,10 +6,9 @@
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <torch/csrc/autograd/autograd.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
-#include <bit>
 #include <cmath>
 #include <numeric>
 
@@ -18,11 +17,12 @@ namespace {
 
 using at::Tensor;
 using at::TensorList;
-using torch::autograd::AutogradContext;
+using torch::autograd::Node;
 using torch::autograd::variable_list;
 using Orders = at::ArrayRef<double>;  // p of each weight: 1, 2 or infinity
 
 constexpr int64_t ELEMENTS_A_SUM = 1024;  // in the type of the norm, before they are added in double
+constexpr int64_t ELEMENTS_A_LOOK = 64;
 constexpr int64_t ELEMENTS_A_THREAD = 32768;
 
 #define WITH_TYPE(tensor, ...) \
@@ -31,12 +31,13 @@ constexpr int64_t ELEMENTS_A_THREAD = 32768;
 bool is_readable(const Tensor& x) {
   const auto type = x.scalar_type();
   return x.is_cpu() && x.layout() == at::kStrided && x.numel() && !x.is_neg() &&
+         !torch::autograd::isFwGradDefined(x) &&
          (type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16);
 }
 
 // Returns the weights with each channel in one piece, or nothing where one is not for the kernels.
-std::vector<Tensor> in_rows(TensorList vs) {
-  std::vector<Tensor> found;
+variable_list in_rows(TensorList vs) {
+  variable_list found;
   for (const Tensor& v : vs) {
     if (!is_readable(v)) return {};
     const bool fits = v.dim() < 2 || v.size(0) == 1 || v.stride(0) == v.numel() / v.size(0);
@@ -78,22 +79,15 @@ void each_rows(TensorList vs, const std::vector<Rows>& all, Work work) {
   });
 }
 
-// Sums in four parts of a block, which do not wait for each other.
 template <class A, class Term>
 A sum(int64_t n, Term term) {
   double total = 0;
   for (int64_t from = 0; from < n; from += ELEMENTS_A_SUM) {
-    const int64_t size = std::min(n - from, ELEMENTS_A_SUM), part = size / 4;
-    A a = 0, b = 0, c = 0, d = 0;
-#pragma omp simd reduction(+ : a, b, c, d)
-    for (int64_t i = from; i < from + part; i++) {
-      a += term(i);
-      b += term(i + part);
-      c += term(i + 2 * part);
-      d += term(i + 3 * part);
-    }
-    for (int64_t i = from + 4 * part; i < from + size; i++) a += term(i);
-    total += (a + b) + (c + d);
+    A part = 0;
+    const int64_t to = std::min(n, from + ELEMENTS_A_SUM);
+#pragma omp simd reduction(+ : part)
+    for (int64_t i = from; i < to; i++) part += term(i);
+    total += part;
   }
   return A(total);
 }
@@ -102,11 +96,15 @@ template <class A, class T>
 A norm_of(const T* x, int64_t n, double p) {
   if (p == 1) return sum<A>(n, [=](int64_t i) { return std::abs(A(x[i])); });
   if (p == 2) return std::sqrt(sum<A>(n, [=](int64_t i) { return A(x[i]) * A(x[i]); }));
-  using Bits = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;  // those of NaN are the largest
-  Bits largest = 0;
-#pragma omp simd reduction(max : largest)
-  for (int64_t i = 0; i < n; i++) largest = std::max(largest, std::bit_cast<Bits>(std::abs(A(x[i]))));
-  return std::bit_cast<A>(largest);
+  A largest = 0;
+  int64_t nans = 0;
+#pragma omp simd reduction(max : largest) reduction(+ : nans)
+  for (int64_t i = 0; i < n; i++) {
+    const A size = std::abs(A(x[i]));
+    largest = size > largest ? size : largest;
+    nans += size != size;
+  }
+  return nans ? std::numeric_limits<A>::quiet_NaN() : largest;
 }
 
 template <class A, class T>
@@ -118,6 +116,19 @@ template <class A, class T>
 void scale_row(const T* v, T* w, int64_t n, A factor) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) w[i] = T(A(v[i]) * factor);
+}
+
+// Returns the first element of this size, or else the last of all.
+template <class A, class T>
+int64_t find_size(const T* x, int64_t n, A size) {
+  int64_t from = 0;
+  for (int found = 0; from + ELEMENTS_A_LOOK <= n; from += ELEMENTS_A_LOOK) {
+#pragma omp simd reduction(| : found)
+    for (int64_t i = from; i < from + ELEMENTS_A_LOOK; i++) found |= std::abs(A(x[i])) == size;
+    if (found) break;
+  }
+  while (from < n - 1 && std::abs(A(x[from])) != size) from++;
+  return std::min(from, n - 1);
 }
 
 // Writes dv = factor (dw - dot ∂‖v‖), perhaps over dw; of p = ∞, the first of several largest moves.
@@ -132,10 +143,10 @@ void differentiate_row(const T* v, const T* dw, T* dv, int64_t n, double p, A no
     for (int64_t i = 0; i < n; i++)
       dv[i] = T(A(dw[i]) * factor - (A(v[i]) > 0 ? along : A(v[i]) < 0 ? -along : A(0)));
   } else {
-    const int64_t largest = std::find_if(v, v + n - 1, [=](T x) { return std::abs(A(x)) == norm; }) - v;
-    const T moved = T(A(dw[largest]) * factor - (A(v[largest]) > 0 ? along : -along));
+    const int64_t i = find_size(v, n, norm);
+    const T moved = T(A(dw[i]) * factor - (A(v[i]) > 0 ? along : -along));
     scale_row(dw, dv, n, factor);
-    dv[largest] = moved;
+    dv[i] = moved;
   }
 }
 
@@ -147,27 +158,17 @@ Tensor formula(const Tensor& v, const Tensor& scales, double p) {
                        : p == 2 ? at::linalg_vector_norm(x, 2, 1, true, type)
                                 : x.gather(1, x.detach().abs().argmax(1, true)).abs().to(type);
   const Tensor zero = norms == 0;
-  const Tensor factors = scales.reshape({-1, 1}) * zero.logical_not() / norms.masked_fill(zero, 1);
-  return (x * factors).to(v.scalar_type()).view(v.sizes());
+  const Tensor factors = scales.reshape({-1, 1}) * zero.logical_not();
+  return (x / norms.masked_fill(zero, 1) * factors).to(v.scalar_type()).view(v.sizes());
 }
 
-struct Inputs : torch::CustomClassHolder {
-  std::vector<Tensor> vs, scales;
-  std::vector<double> orders, factors, norms;  // p of each weight; s_i, and ‖v_i‖, of each row
+// The node. It holds its inputs as they are, not as saved variables: several backward passes may use
+// it, and none of what it holds counts in a checkpointed part of a network.
+struct NormalisedWeights : Node {
+  variable_list vs, scales;
+  std::vector<double> orders, norms;  // p of each weight, and ‖v_i‖ of each row
   std::vector<Rows> rows;
   std::vector<uint32_t> versions;
-
-  Inputs(TensorList vs, TensorList scales, Orders orders)
-      : vs(vs.vec()), scales(scales.vec()), orders(orders.vec()), rows(rows_of(vs)),
-        versions(count_changes()) {
-    norms.resize(rows.back().row + rows.back().count);
-    for (size_t k = 0; k < vs.size(); k++)
-      WITH_TYPE(scales[k], [&] {
-        const scalar_t* s = scales[k].const_data_ptr<scalar_t>();
-        const bool each = scales[k].numel() > 1;
-        for (int64_t i = 0; i < rows[k].count; i++) factors.push_back(double(s[each ? i : 0]));
-      });
-  }
 
   std::vector<uint32_t> count_changes() const {
     std::vector<uint32_t> changes;
@@ -175,53 +176,40 @@ struct Inputs : torch::CustomClassHolder {
       for (const Tensor& tensor : *tensors) changes.push_back(tensor._version());
     return changes;
   }
-};
 
-// The node. What it needs is held as data, not as saved variables: several backward passes may use
-// it, and none of what it holds counts in a checkpointed part of a network.
-struct NormaliseWeights : torch::autograd::Function<NormaliseWeights> {
-  static variable_list forward(AutogradContext* ctx, TensorList vs, TensorList scales, Orders orders) {
-    auto held = c10::make_intrusive<Inputs>(vs, scales, orders);
-    Inputs& of = *held;
-    variable_list ws, constant;
-    for (size_t k = 0; k < vs.size(); k++) {
-      ws.push_back(at::empty_like(vs[k]));
-      if (!vs[k].requires_grad() && !scales[k].requires_grad()) constant.push_back(ws[k]);
+  template <class T>
+  void normalise(const Tensor& w, size_t k, int64_t row, int64_t last) {
+    using A = at::opmath_type<T>;
+    const int64_t n = rows[k].length;
+    const T* v = vs[k].const_data_ptr<T>();
+    T* to = w.mutable_data_ptr<T>();
+    for (; row < last; row++) {
+      const A norm = norm_of<A>(v + row * n, n, orders[k]);
+      norms[rows[k].row + row] = norm;
+      scale_row(v + row * n, to + row * n, n, factor(k, row, norm));
     }
-    each_rows(vs, of.rows, [&]<class T>(size_t k, int64_t row, int64_t last, T*) {
-      using A = at::opmath_type<T>;
-      const int64_t n = of.rows[k].length, first = of.rows[k].row;
-      const T* v = vs[k].const_data_ptr<T>();
-      T* w = ws[k].mutable_data_ptr<T>();
-      for (; row < last; row++) {
-        const A norm = norm_of<A>(v + row * n, n, orders[k]);
-        of.norms[first + row] = norm;
-        scale_row(v + row * n, w + row * n, n, norm == 0 ? A(0) : A(of.factors[first + row]) / norm);
-      }
-    });
-    ctx->mark_non_differentiable(constant);
-    ctx->set_materialize_grads(false);
-    ctx->saved_data["inputs"] = at::IValue::make_capsule(std::move(held));
-    return ws;
   }
 
-  static variable_list backward(AutogradContext* ctx, variable_list& dws) {
-    const auto held = ctx->saved_data["inputs"].toCapsule();
-    const Inputs& of = static_cast<const Inputs&>(*held);
-    const auto &vs = of.vs, &scales = of.scales;
+  template <class A>
+  A factor(size_t k, int64_t row, A norm) const {
+    const int64_t i = scales[k].numel() == 1 ? 0 : row;
+    return norm == 0 ? A(0) : WITH_TYPE(scales[k], [&] { return A(scales[k].const_data_ptr<scalar_t>()[i]) / norm; });
+  }
+
+  variable_list apply(variable_list&& dws) override {
     const size_t count = vs.size();
-    variable_list grads(2 * count + 1), dvs(count);
-    std::vector<double> dots(of.norms.size());
-    const auto versions = of.count_changes();
+    variable_list grads(2 * count), dvs(count);
+    std::vector<double> dots(norms.size());
+    const auto changes = count_changes();
     for (size_t k = 0; k < count; k++) {
       if (!dws[k].defined()) continue;
-      TORCH_CHECK(versions[k] == of.versions[k] && versions[count + k] == of.versions[count + k],
+      TORCH_CHECK(changes[k] == versions[k] && changes[count + k] == versions[count + k],
                   "A normalised weight was changed in place since the forward pass, so the gradient "
                   "of that pass can no longer be computed.");
       if (at::GradMode::is_enabled()) {
-        const Tensor w = formula(vs[k], scales[k], of.orders[k]);
+        const Tensor w = formula(vs[k], scales[k], orders[k]);
         for (size_t i : {k, count + k})
-          if (ctx->needs_input_grad(i))
+          if (task_should_compute_output(i))
             grads[i] = torch::autograd::grad({w}, {i == k ? vs[k] : scales[k]}, {dws[k]}, true, true)[0];
         continue;
       }
@@ -231,27 +219,31 @@ struct NormaliseWeights : torch::autograd::Function<NormaliseWeights> {
       dvs[k] = is_ours || !is_alike ? dws[k] : at::empty_like(vs[k]);
     }
     if (at::GradMode::is_enabled()) return grads;
-    each_rows(vs, of.rows, [&]<class T>(size_t k, int64_t row, int64_t last, T*) {
-      if (!dws[k].defined()) return;
-      using A = at::opmath_type<T>;
-      const int64_t n = of.rows[k].length, first = of.rows[k].row;
-      const T *v = vs[k].const_data_ptr<T>(), *dw = dws[k].const_data_ptr<T>();
-      T* dv = dvs[k].mutable_data_ptr<T>();
-      for (; row < last; row++) {
-        const A saved = A(of.norms[first + row]), norm = saved == 0 ? A(1) : saved;
-        const A factor = saved == 0 ? A(0) : A(of.factors[first + row]) / norm;
-        const int64_t at = row * n;
-        const A dot = dot_of<A>(v + at, dw + at, n) / norm;
-        dots[first + row] = dot;
-        differentiate_row(v + at, dw + at, dv + at, n, of.orders[k], norm, factor, dot);
-      }
+    each_rows(vs, rows, [&]<class T>(size_t k, int64_t row, int64_t last, T*) {
+      if (dws[k].defined()) differentiate<T>(dws[k], dvs[k], dots, k, row, last);
     });
     for (size_t k = 0; k < count; k++) {
-      if (dws[k].defined() && ctx->needs_input_grad(k)) grads[k] = dvs[k];
-      if (dws[k].defined() && ctx->needs_input_grad(count + k))
-        grads[count + k] = scale_gradient(scales[k], &dots[of.rows[k].row], of.rows[k].count);
+      if (dws[k].defined() && task_should_compute_output(k)) grads[k] = dvs[k];
+      if (dws[k].defined() && task_should_compute_output(count + k))
+        grads[count + k] = scale_gradient(scales[k], &dots[rows[k].row], rows[k].count);
     }
     return grads;
+  }
+
+  template <class T>
+  void differentiate(const Tensor& dw, const Tensor& dv, std::vector<double>& dots, size_t k,
+                     int64_t row, int64_t last) const {
+    using A = at::opmath_type<T>;
+    const int64_t n = rows[k].length;
+    const T *v = vs[k].const_data_ptr<T>(), *from = dw.const_data_ptr<T>();
+    T* to = dv.mutable_data_ptr<T>();
+    for (; row < last; row++) {
+      const A saved = A(norms[rows[k].row + row]), norm = saved == 0 ? A(1) : saved;
+      const A dot = dot_of<A>(v + row * n, from + row * n, n) / norm;
+      dots[rows[k].row + row] = dot;
+      differentiate_row(v + row * n, from + row * n, to + row * n, n, orders[k], norm,
+                        factor(k, row, saved), dot);
+    }
   }
 
   static Tensor scale_gradient(const Tensor& scales, const double* dots, int64_t rows) {
@@ -265,20 +257,50 @@ struct NormaliseWeights : torch::autograd::Function<NormaliseWeights> {
   }
 };
 
+// Torch holds nodes by another pointer from 2.15 on.
+template <class Made, class Pointer = decltype(torch::autograd::Edge::function)>
+auto make_node() {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>) return std::make_shared<Made>();
+  else return c10::make_intrusive<Made>();
+}
+
 // Returns nothing where a weight is not for it.
-std::vector<Tensor> normalise_weights(TensorList vs, TensorList scales, Orders orders) {
-  for (size_t k = 0; k < vs.size(); k++) {
+variable_list normalise_weights(TensorList given, TensorList scales, Orders orders) {
+  for (size_t k = 0; k < given.size(); k++) {
     if (!is_readable(scales[k]) || !scales[k].is_contiguous()) return {};
-    if (vs[k].is_inference() || scales[k].is_inference()) return {};
+    if (given[k].is_inference() || scales[k].is_inference()) return {};
   }
-  const std::vector<Tensor> rows = in_rows(vs);
-  if (rows.empty()) return {};
-  return NormaliseWeights::apply(TensorList(rows), scales, orders);
+  auto node = make_node<NormalisedWeights>();
+  node->vs = in_rows(given);
+  if (node->vs.empty()) return {};
+  const variable_list& vs = node->vs;
+  node->scales = scales.vec();
+  node->orders = orders.vec();
+  node->rows = rows_of(vs);
+  node->norms.resize(node->rows.back().row + node->rows.back().count);
+  node->versions = node->count_changes();
+  variable_list ws;
+  for (const Tensor& v : vs) ws.push_back(at::empty_like(v));
+  each_rows(vs, node->rows, [&]<class T>(size_t k, int64_t row, int64_t last, T*) {
+    node->template normalise<T>(ws[k], k, row, last);
+  });
+  if (!torch::autograd::compute_requires_grad(vs, scales)) return ws;
+  node->set_next_edges(torch::autograd::collect_next_edges(vs, scales));
+  for (size_t k = 0; k < ws.size(); k++) {
+    const bool learned = vs[k].requires_grad() || scales[k].requires_grad();
+    torch::autograd::set_history(learned ? ws[k] : Tensor(), node);
+  }
+  return ws;
+}
+
+std::optional<Tensor> normalise_weight(const Tensor& v, const Tensor& scales, double p) {
+  const variable_list ws = normalise_weights(v, scales, p);
+  return ws.empty() ? std::nullopt : std::optional<Tensor>(ws[0]);
 }
 
 // Returns ‖w_i‖_p of all channels of all weights in float32; there is none in an empty one.
 Tensor row_norms(TensorList given, double p) {
-  const std::vector<Tensor> ws = in_rows(given);
+  const variable_list ws = in_rows(given);
   if (ws.empty()) return at::empty({0}, at::kFloat);
   const std::vector<Rows> rows = rows_of(ws);
   Tensor norms = at::empty({rows.back().row + rows.back().count}, at::kFloat);
@@ -295,6 +317,7 @@ Tensor row_norms(TensorList given, double p) {
 
 TORCH_LIBRARY_FRAGMENT(nmlightning, m) {
   m.def("normalise_weights", normalise_weights);
+  m.def("normalise_weight", normalise_weight);
   m.def("row_norms", row_norms);
 }
 
