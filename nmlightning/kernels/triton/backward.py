@@ -16,6 +16,7 @@ from nmlightning.kernels.triton.forward import apply_gain
 from nmlightning.kernels.triton.tiles import (
     STAGES,
     begin,
+    fill,
     load_channels,
     load_codes,
     offsets_at,
@@ -54,9 +55,9 @@ def add_gradients(
     RELU: tl.constexpr, SIGNS: tl.constexpr,
 ):  # fmt: skip
     """Return Σg, Σ g · (x − μ) and, if asked, the number of x > μ in a block."""
-    total = tl.zeros((TILE.HEIGHT, TILE.WIDTH), tl.float32)
-    product = tl.zeros((TILE.HEIGHT, TILE.WIDTH), tl.float32)
-    above = tl.zeros((TILE.HEIGHT, TILE.WIDTH), tl.float32)
+    total = fill(0.0, TILE)
+    product = fill(0.0, TILE)
+    above = fill(0.0, TILE)
     for tile in tl.range(0, tiles, num_stages=STAGES):
         number = block * tiles + tile
         offsets, mask, _ = place(number, column, R, C, S, TILE)
@@ -184,7 +185,7 @@ def write_gradient_tiles(
             if RELU:
                 arriving = tl.where(code > 1, arriving, tl.zeros_like(arriving))
         else:
-            values = tl.zeros((TILE.HEIGHT, TILE.WIDTH), tl.float32)
+            values = fill(0.0, TILE)
             if SIGNS or RELU:
                 values = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
             arriving, _ = let_pass(arriving, values, y, offsets, mask, mean, gain, shift, RELU)

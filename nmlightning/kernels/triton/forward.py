@@ -15,6 +15,7 @@ from nmlightning.kernels.triton.tiles import (
     HUGE,
     STAGES,
     begin,
+    fill,
     first_of,
     in_elements,
     load_channels,
@@ -43,7 +44,7 @@ def sum_differences(x, parts, R, C, S, tiles, blocks, TILE: tl.constexpr):
 @triton.jit
 def add_differences(x, origin, column, block, R, C, S, tiles, TILE: tl.constexpr):
     """Return Σ(x − x₀) of a block."""
-    total = tl.zeros((TILE.HEIGHT, TILE.WIDTH), tl.float32)
+    total = fill(0.0, TILE)
     for tile in tl.range(0, tiles, num_stages=STAGES):
         offsets, mask, _ = place(block * tiles + tile, column, R, C, S, TILE)
         values = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -66,7 +67,7 @@ def sum_sizes(x, mean, differences, parts, R, C, S, tiles, blocks, TILE: tl.cons
 @triton.jit
 def add_sizes(x, centre, column, block, R, C, S, tiles, TILE: tl.constexpr):
     """Return Σ|x − μ| of a block, from its end, where the last pass has left the cache filled."""
-    total = tl.zeros((TILE.HEIGHT, TILE.WIDTH), tl.float32)
+    total = fill(0.0, TILE)
     for tile in tl.range(0, tiles, num_stages=STAGES):
         number = block * tiles + (tiles - 1 - tile)
         offsets, mask, _ = place(number, column, R, C, S, TILE)
@@ -224,9 +225,9 @@ def find_extremes(x, differences, highest, lowest, R, C, S, tiles, blocks, TILE:
     """Store Σ(x − x₀), max x and min x of each block."""
     C, S, column, block, channels, present = begin(C, S, TILE)
     origin = first_of(x, channels, present, S, TILE)
-    total = tl.zeros((TILE.HEIGHT, TILE.WIDTH), tl.float32)
-    above = tl.full((TILE.HEIGHT, TILE.WIDTH), float("-inf"), tl.float32)
-    below = tl.full((TILE.HEIGHT, TILE.WIDTH), float("-inf"), tl.float32)
+    total = fill(0.0, TILE)
+    above = fill(float("-inf"), TILE)
+    below = fill(float("-inf"), TILE)
     for tile in tl.range(0, tiles, num_stages=STAGES):
         offsets, mask, _ = place(block * tiles + tile, column, R, C, S, TILE)
         values = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)

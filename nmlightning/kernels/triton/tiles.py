@@ -294,6 +294,14 @@ def in_elements(C, S, TILE: tl.constexpr):
 
 
 @triton.jit
+def fill(value, TILE: tl.constexpr):
+    """Return a tile of one value."""
+    HEIGHT: tl.constexpr = TILE.HEIGHT
+    WIDTH: tl.constexpr = TILE.WIDTH
+    return tl.full((HEIGHT, WIDTH), value, tl.float32)
+
+
+@triton.jit
 def sum_tile(tile, TILE: tl.constexpr):
     """Return the sum of each channel of a tile."""
     if not TILE.LAST:
@@ -360,9 +368,11 @@ def first_of(x, channels, present, S, TILE: tl.constexpr):
 def store_codes(codes, values, number, column, R, C, S, TILE: tl.constexpr, BITS: tl.constexpr):
     """Store values of so many bits, those of a vector in one integer."""
     at, mask, _ = place(number, column, R, C, S, TILE, TILE.VECTOR)
-    shape: tl.constexpr = (TILE.HEIGHT, TILE.WIDTH // TILE.VECTOR, TILE.VECTOR)
-    shifts = BITS * tl.arange(0, TILE.VECTOR)[None, None, :]
-    words = tl.sum(tl.reshape(values, shape) << shifts, 2)
+    HEIGHT: tl.constexpr = TILE.HEIGHT  # a field in a tuple is none for Triton 3.6
+    VECTOR: tl.constexpr = TILE.VECTOR
+    VECTORS: tl.constexpr = TILE.WIDTH // TILE.VECTOR
+    shifts = BITS * tl.arange(0, VECTOR)[None, None, :]
+    words = tl.sum(tl.reshape(values, (HEIGHT, VECTORS, VECTOR)) << shifts, 2)
     tl.store(codes + at, words.to(codes.dtype.element_ty), mask=mask)
 
 
@@ -372,7 +382,9 @@ def load_codes(codes, number, column, R, C, S, TILE: tl.constexpr, BITS: tl.cons
     at, mask, _ = place(number, column, R, C, S, TILE, TILE.VECTOR)
     words = tl.load(codes + at, mask=mask, other=0).to(tl.int32)
     shifts = BITS * tl.arange(0, TILE.VECTOR)[None, None, :]
-    return tl.reshape(words[:, :, None] >> shifts, (TILE.HEIGHT, TILE.WIDTH)) & ((1 << BITS) - 1)
+    HEIGHT: tl.constexpr = TILE.HEIGHT
+    WIDTH: tl.constexpr = TILE.WIDTH
+    return tl.reshape(words[:, :, None] >> shifts, (HEIGHT, WIDTH)) & ((1 << BITS) - 1)
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
