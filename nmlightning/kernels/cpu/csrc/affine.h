@@ -23,42 +23,26 @@ struct AffineArrays {
   const float *mean, *gain, *bias;
 };
 
-constexpr int64_t RUNS_AT_A_TIME = 128;  // of NHWC, written, then read again for their squares
-
-// Writes y, and Σy² of each channel while y is in the cache, if that is asked for, and marks
-// x > mean in the bits of `above`, if they are there.
+// Writes y, and Σy² of each channel if that is asked for, and marks x > mean in the bits of `above`,
+// if they are there.
 template <Fused fused, bool marked, class T>
 void write_affine(const Slab& slab, const AffineArrays<T>& of, Bits* above, double* squares) {
-  const int64_t together = slab.layout.channels_last ? RUNS_AT_A_TIME : 1;
-  const int64_t length = slab.run_length();
-  std::vector<double> totals(slab.parts() * slab.width());
-  slab.in_parallel(together, [&](int64_t begin, int64_t end, int64_t part) {
-    for (int64_t from = begin; from < end; from += together) {
-      const int64_t to = std::min(end, from + together);
-      slab.each_place_of(from, to, [&](auto at) {
-        return [=, mean = at(of.mean), gain = at(of.gain), bias = at(of.bias)](Run run) {
-          const T *x = of.x + run.offset, *residual = of.residual + run.offset;
-          Bits* bits = bits_of(above, run, length);
-          return [&, x, residual, bits, y = of.y + run.offset](auto in) {
-            auto value = (in(x) - in(mean)) * in(gain) + in(bias);
-            if constexpr (fused == ADD_RELU) value += in(residual);
-            if constexpr (fused != NOTHING) value = relu(value);
-            if constexpr (marked) in.mark(bits, in(x), in(mean));
-            in.write(y, value);
-          };
-        };
-      });
-      if (!squares) continue;
-      const auto square = [y = of.y](auto) {
-        return [=](Run run) {
-          return [p = y + run.offset](auto in) { return Terms{in(p) * in(p)}; };
-        };
+  const auto write = [&, length = slab.run_length()](auto at) {
+    return [=, &of, mean = at(of.mean), gain = at(of.gain), bias = at(of.bias)](Run run) {
+      const T *x = of.x + run.offset, *residual = of.residual + run.offset;
+      Bits* bits = bits_of(above, run, length);
+      return [&, x, residual, bits, y = of.y + run.offset](auto in) {
+        auto value = (in(x) - in(mean)) * in(gain) + in(bias);
+        if constexpr (fused == ADD_RELU) value += in(residual);
+        if constexpr (fused != NOTHING) value = relu(value);
+        if constexpr (marked) in.mark(bits, in(x), in(mean));
+        in.write(y, value);
+        return Terms{value * value};
       };
-      slab.add(from, to, square, &totals[part * slab.width()]);
-    }
-  });
-  if (!squares) return;
-  totals = slab.fold(std::move(totals), slab.width());
+    };
+  };
+  if (!squares) return slab.each_place_in_parallel(write);
+  const auto totals = slab.sums(write);
   std::copy(totals.begin(), totals.end(), squares + slab.first());
 }
 

@@ -17,12 +17,12 @@ struct BackwardBits {
   std::unique_ptr<Bits[]> own;
   Bits *above, *passed;  // or null
 
-  // Of x > μ those given, or, if they are asked for, others to be written.
+  // Of x > μ those given, or own ones to be written if any are asked for.
   BackwardBits(const Layout& layout, const uint32_t* given, bool asked, bool relu) {
     const int64_t words = SignBits{layout}.words() * 4 / sizeof(Bits);
     const bool writes = asked && !given;
     own.reset(new Bits[(writes + relu) * words]);
-    above = asked && given ? reinterpret_cast<Bits*>(const_cast<uint32_t*>(given)) : writes ? own.get() : nullptr;
+    above = writes ? own.get() : reinterpret_cast<Bits*>(const_cast<uint32_t*>(given));
     passed = relu ? own.get() + writes * words : nullptr;
   }
 };

@@ -14,8 +14,8 @@ namespace nmlightning {
 
 constexpr int64_t SHORTEST_BLOCK = 32, LONGEST_BLOCK = 256;
 
-// The elements of a channel in blocks: each LANES-th of a stretch of a long plane; else what is at one
-// place in the runs of a few samples that follow each other.
+// The elements of a channel in blocks: each LANES-th of a stretch of a long plane; else what is at
+// one place in the runs of a few samples that follow each other.
 struct Blocks {
   Slab slab;
   bool by_place;
@@ -26,7 +26,8 @@ struct Blocks {
     length = std::clamp(int64_t(balanced), SHORTEST_BLOCK, LONGEST_BLOCK);
     samples = by_place ? length : 1;
     groups = (slab.samples() + samples - 1) / samples;
-    in_run = by_place ? slab.run_length() : (slab.layout.size + LANES * length - 1) / (LANES * length) * LANES;
+    const int64_t stretch = LANES * length;
+    in_run = by_place ? slab.run_length() : (slab.layout.size + stretch - 1) / stretch * LANES;
   }
 
   bool rows() const { return slab.layout.channels_last; }
@@ -100,59 +101,84 @@ void find_in_plane(const Blocks& blocks, const T* plane, float first, float* hig
   }
 }
 
-// Finds the extremes over the samples of a group at G places of a run, the j-th of its sample.
+// Takes samples from one on, each a step from the next, into the extremes and sums at G places of
+// their j-th runs.
 template <int G, int W, class T>
-void find_in_group(const Blocks& blocks, const T* x, auto first, int64_t group, int64_t j,
-                   Place<W> from, Extremes& to, double* totals) {
-  Floats<W> sums[G] = {}, highest[G], lowest[G];
-  for (int g = 0; g < G; g++) highest[g] = Floats<W>{} - INFINITY, lowest[g] = -highest[g];
-  const int64_t end = std::min((group + 1) * blocks.samples, blocks.slab.samples());
-  for (int64_t sample = group * blocks.samples; sample < end; sample++) {
-    const T* run = x + blocks.slab.place(sample, j).offset;
+void find_in_runs(const Slab& slab, const T* x, auto first, int64_t from, int64_t end, int64_t step,
+                  int64_t j, Place<W> at, float* highest, float* lowest, float* sums) {
+  Floats<W> sum[G], high[G], low[G];
+  for (int g = 0; g < G; g++) {
+    const Place<W> in = at.plus(g * W);
+    sum[g] = in(sums), high[g] = in(highest), low[g] = in(lowest);
+  }
+  for (int64_t sample = from; sample < end; sample += step) {
+    const T* run = x + slab.place(sample, j).offset;
 #pragma GCC unroll 8
     for (int g = 0; g < G; g++) {
-      const Place<W> in{from.i + g * W, g};
-      sums[g] += in(run) - in(first);
-      highest[g] = higher(in(run), highest[g]);
-      lowest[g] = lower(in(run), lowest[g]);
+      const Place<W> in{at.i + g * W, g};
+      sum[g] += in(run) - in(first);
+      high[g] = higher(in(run), high[g]);
+      low[g] = lower(in(run), low[g]);
     }
   }
-  const int64_t at = group * blocks.in_group() + j * blocks.in_run;
   for (int g = 0; g < G; g++) {
-    const Place<W> in{from.i + g * W};
-    in.write(&to.highest[at], highest[g]);
-    in.write(&to.lowest[at], lowest[g]);
-    add_to<W>(totals + in.i, sums[g]);
+    const Place<W> in = at.plus(g * W);
+    in.write(sums, sum[g]);
+    in.write(highest, high[g]);
+    in.write(lowest, low[g]);
   }
+}
+
+// Finds the extremes at each place of the j-th runs of a group of samples, and adds to their sums.
+template <class T>
+void find_in_group(const Blocks& blocks, const T* x, const float* first, int64_t group, int64_t j,
+                   float* highest, float* lowest, float* sums) {
+  const Slab& slab = blocks.slab;
+  const int64_t from = group * blocks.samples, to = std::min(from + blocks.samples, slab.samples());
+  if (slab.is_row_in_registers())
+    return find_in_runs<AT_ONCE>(slab, x, SomeChannels<LANES, AT_ONCE>{0}(first), from, to, 1, j,
+                                 Place<LANES>{0}, highest, lowest, sums);
+  // A few together, of rows far from each other: see Slab::add_together.
+  const int64_t together = blocks.rows() ? 4 : 16, step = (to - from) / together;
+  const int64_t rest = from + together * step;
+  const auto find = [&](auto values) {
+    const auto take = [&](int64_t sample, int64_t end, int64_t by) {
+      each_place(0, blocks.in_run, [&](auto in) {
+        find_in_runs<1>(slab, x, values, sample, end, by, j, in, highest, lowest, sums);
+      });
+    };
+    for (int64_t sample = from; sample < from + step; sample++) take(sample, rest, step);
+    if (rest < to) take(rest, to, 1);
+  };
+  if (blocks.rows())
+    find(first);
+  else
+    find(Same{first[slab.first() + j]});
 }
 
 template <class T>
 Extremes find_extremes(const Blocks& blocks, const T* x, const float* first) {
   const Slab& slab = blocks.slab;
-  Extremes to{std::vector<float>(blocks.all()), std::vector<float>(blocks.all()),
+  Extremes to{std::vector<float>(blocks.all(), -INFINITY),
+              std::vector<float>(blocks.all(), INFINITY),
               std::vector<double>(slab.parts() * slab.width())};
-  const bool rows = blocks.rows();
   slab.in_parallel(blocks.samples, [&](int64_t begin, int64_t end, int64_t part) {
     double* totals = &to.totals[part * slab.width()];
-    std::vector<double> sums(blocks.in_run);
+    std::vector<float> sums(blocks.in_run);
     for (int64_t group = begin / blocks.samples; group * blocks.samples < end; group++)
       for (int64_t j = 0; j < slab.runs_of_sample(); j++) {
         const int64_t at = group * blocks.in_group() + j * blocks.in_run;
+        float *highest = &to.highest[at], *lowest = &to.lowest[at];
         if (blocks.by_place)
-          each_at_once(blocks.in_run, [&]<int W, int G>(Place<W> in, SomeChannels<W, G> columns) {
-            if (rows)
-              find_in_group<G>(blocks, x, columns(first), group, j, in, to, sums.data());
-            else
-              find_in_group<G>(blocks, x, Same{first[slab.first() + j]}, group, j, in, to,
-                               sums.data());
-          });
+          find_in_group(blocks, x, first, group, j, highest, lowest, sums.data());
         else
-          find_in_plane(blocks, x + slab.place(group, j).offset,
-                        first[slab.first() + j], &to.highest[at], &to.lowest[at], totals + j);
-        if (!rows)
-          for (double& sum : sums) totals[j] += std::exchange(sum, 0.);
+          find_in_plane(blocks, x + slab.place(group, j).offset, first[slab.first() + j], highest,
+                        lowest, totals + j);
+        for (int64_t i = 0, c = j; i < int64_t(sums.size()); i++, c += blocks.rows()) {
+          if (c == slab.width()) c = 0;
+          totals[c] += std::exchange(sums[i], 0.f);
+        }
       }
-    for (int64_t i = 0; rows && i < blocks.in_run; i++) totals[i % slab.width()] += sums[i];
   });
   to.totals = slab.fold(std::move(to.totals), slab.width());
   return to;

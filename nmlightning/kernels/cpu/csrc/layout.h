@@ -41,14 +41,16 @@ struct Layout {
   }
 };
 
-// What loops make of an array with a value for each channel: that of one, or those of G · W from the
-// first on. They are in registers, which compilers would not dare where a loop writes.
+// What loops make of an array with a value for each channel: that of one channel; those of all; those
+// of G · W from the first on, in registers, which compilers would not dare where a loop writes.
 struct OneChannel {
   int64_t channel;
   Same operator()(const float* values) const { return {values[channel]}; }
 };
 
-constexpr int AT_ONCE = LANES == 16 ? 8 : 4;  // vectors of a row, for which there are registers
+struct EachChannel {
+  const float* operator()(const float* values) const { return values; }
+};
 
 template <int W, int G>
 struct SomeChannels {
@@ -60,17 +62,9 @@ struct SomeChannels {
   }
 };
 
-// Calls part(place, its channels) for all of a run of NHWC, for as many at once as there is room for.
-template <class Part>
-inline void each_at_once(int64_t length, Part part) {
-  int64_t i = 0;
-  for (; i + AT_ONCE * LANES <= length; i += AT_ONCE * LANES)
-    part(Place<LANES>{i}, SomeChannels<LANES, AT_ONCE>{i});
-  each_place(i, length, [&]<int W>(Place<W> in) { part(in, SomeChannels<W, 1>{in.i}); });
-}
-
+constexpr int AT_ONCE = LANES == 16 ? 8 : 4;  // vectors for which there are registers
 constexpr int64_t ELEMENTS_A_BLOCK = 8192;  // whose sums are in float; over the blocks, in double
-constexpr int64_t ROWS_A_BLOCK = 16;        // at least
+constexpr int64_t ROWS_A_BLOCK = 128;       // the same of NHWC
 constexpr int64_t LONGEST_SHORT_PLANE = 1024;
 constexpr int64_t ELEMENTS_A_STRETCH = 1024;  // of the channels of a slab in a sample, at least
 constexpr int64_t ELEMENTS_A_SLAB = 65536;    // at most, where a channel has not more itself
@@ -113,6 +107,11 @@ struct Slab {
   int64_t run_length() const {
     return layout.channels_last ? layout.length() : layout.size;
   }
+  // Whether there are registers for the values of all places of a run of NHWC.
+  bool is_row_in_registers() const {
+    return layout.channels_last && layout.length() == AT_ONCE * LANES;
+  }
+
   // The j-th run of a sample.
   Run place(int64_t sample, int64_t j) const {
     const int64_t index = layout.channels_last ? sample : sample * layout.channels + channel + j;
@@ -141,19 +140,22 @@ struct Slab {
   // values of its places.
   template <class Part>
   void each_place_of(int64_t begin, int64_t end, Part part) const {
-    if (layout.channels_last)
-      return each_columns(begin, end, [&]<int W, int G>(Place<W> first, SomeChannels<W, G> at,
-                                                        int64_t from, int64_t to) {
-        const auto of_run = part(at);
-        for (int64_t row = from; row < to; row++) {
-          const auto of_place = of_run(place(row, 0));
+    if (is_row_in_registers()) {
+      const auto of_run = part(SomeChannels<LANES, AT_ONCE>{0});
+      for (int64_t row = begin; row < end; row++) {
+        const auto of_place = of_run(place(row, 0));
 #pragma GCC unroll 8
-          for (int g = 0; g < G; g++) of_place(Place<W>{first.i + g * W, g});
-        }
-      });
-    for (int64_t sample = begin; sample < end; sample++)
-      for (int64_t j = 0; j < channels; j++)
-        each_place(0, layout.size, part(OneChannel{channel + j})(place(sample, j)));
+        for (int g = 0; g < AT_ONCE; g++) of_place(Place<LANES>{g * LANES, g});
+      }
+    } else if (layout.channels_last) {
+      const auto of_run = part(EachChannel{});
+      for (int64_t row = begin; row < end; row++)
+        each_place(0, layout.length(), of_run(place(row, 0)));
+    } else {
+      for (int64_t sample = begin; sample < end; sample++)
+        for (int64_t j = 0; j < channels; j++)
+          each_place(0, layout.size, part(OneChannel{channel + j})(place(sample, j)));
+    }
   }
 
   template <class Part>
@@ -198,39 +200,60 @@ struct Slab {
     return decltype(std::declval<TermsOf>()(OneChannel{})(Run{})(Place<1>{}))::number;
   }
 
-  // Calls part(place, its channels, begin, end) for places at once of a few of the rows at a time.
-  template <class Part>
-  void each_columns(int64_t begin, int64_t end, Part part) const {
-    const int64_t few = ELEMENTS_A_BLOCK / std::max<int64_t>(run_length(), 1);
-    for (int64_t from = begin, to; from < end; from = to) {
-      to = std::min(end, from + std::max(ROWS_A_BLOCK, few));
-      each_at_once(run_length(), [&](auto in, auto at) { part(in, at, from, to); });
+  template <class TermsOf>
+  void add_rows(int64_t begin, int64_t end, TermsOf terms_of, double* totals) const {
+    constexpr int K = number_of<TermsOf>();
+    std::vector<Floats<LANES>> held(K * run_length() / LANES + 1);  // which is aligned
+    float* sums = reinterpret_cast<float*>(held.data());
+    for (int64_t from = begin; from < end; from += ROWS_A_BLOCK) {
+      const int64_t to = std::min(end, from + ROWS_A_BLOCK);
+      if (is_row_in_registers())
+        add_in_registers(from, to, terms_of, sums);
+      else
+        add_together(from, to, terms_of(EachChannel{}), sums);
+      for (int64_t row = 0; row < K * layout.repeats; row++)
+        for (int64_t c = 0; c < channels; c++)
+          totals[row / layout.repeats * channels + c] +=
+              std::exchange(sums[row * channels + c], 0.f);
     }
   }
 
   template <class TermsOf>
-  void add_rows(int64_t begin, int64_t end, TermsOf terms_of, double* totals) const {
-    constexpr int K = number_of<TermsOf>();
-    const int64_t n = run_length();
-    std::vector<double> each(K * n);
-    each_columns(begin, end, [&]<int W, int G>(Place<W> first, SomeChannels<W, G> at,
-                                               int64_t from, int64_t to) {
-      const auto terms_of_run = terms_of(at);
-      Floats<W> sums[K][G] = {};
-      for (int64_t row = from; row < to; row++) {
-        const auto terms = terms_of_run(place(row, 0));
+  void add_in_registers(int64_t begin, int64_t end, TermsOf terms_of, float* sums) const {
+    constexpr int K = number_of<TermsOf>(), G = AT_ONCE;
+    const auto terms_of_run = terms_of(SomeChannels<LANES, G>{0});
+    Floats<LANES> own[K][G] = {};
+    for (int64_t row = begin; row < end; row++) {
+      const auto terms = terms_of_run(place(row, 0));
 #pragma GCC unroll 8
-        for (int g = 0; g < G; g++) {
-          const auto values = terms(Place<W>{first.i + g * W, g});
-          for (int k = 0; k < K; k++) sums[k][g] += values.of[k];
-        }
+      for (int g = 0; g < G; g++) {
+        const auto values = terms(Place<LANES>{g * LANES, g});
+        for (int k = 0; k < K; k++) own[k][g] += values.of[k];
       }
-      for (int k = 0; k < K; k++)
-        for (int g = 0; g < G; g++) add_to<W>(&each[k * n + first.i + g * W], sums[k][g]);
-    });
-    for (int64_t row = 0; row < K * layout.repeats; row++)
-      for (int64_t c = 0; c < channels; c++)
-        totals[row / layout.repeats * channels + c] += each[row * channels + c];
+    }
+    for (int k = 0; k < K; k++)
+      for (int g = 0; g < G; g++) Place<LANES>{(k * G + g) * LANES}.add(sums, own[k][g]);
+  }
+
+  // Adds the terms of four rows together, which are far from each other, so that memory is read in
+  // its order.
+  template <class TermsOfRun>
+  void add_together(int64_t begin, int64_t end, TermsOfRun terms_of_run, float* sums) const {
+    constexpr int K = decltype(terms_of_run(Run{})(Place<1>{}))::number;
+    const int64_t n = run_length(), step = (end - begin) / 4;
+    const auto terms_of = [&](int64_t row) { return terms_of_run(place(row, 0)); };
+    for (int64_t row = begin; row < begin + step; row++)
+      each_place(0, n, [&, a = terms_of(row), b = terms_of(row + step),
+                        c = terms_of(row + 2 * step), d = terms_of(row + 3 * step)](auto in) {
+        const auto p = a(in), q = b(in), r = c(in), s = d(in);
+        for (int k = 0; k < K; k++)
+          in.plus(k * n).add(sums, (p.of[k] + q.of[k]) + (r.of[k] + s.of[k]));
+      });
+    for (int64_t row = begin + 4 * step; row < end; row++)
+      each_place(0, n, [&, a = terms_of(row)](auto in) {
+        const auto p = a(in);
+        for (int k = 0; k < K; k++) in.plus(k * n).add(sums, p.of[k]);
+      });
   }
 
   template <class TermsOf>

@@ -13,7 +13,7 @@ namespace nmlightning {
 using at::Tensor;
 using Optional = std::optional<Tensor>;
 
-constexpr int64_t SHORTEST_RUN = 128;  // of NHWC; a few vectors, so that starting a loop costs little
+constexpr int64_t SHORTEST_RUN = AT_ONCE * LANES;  // of NHWC, for which there are registers
 constexpr float SMALLEST_WEIGHT = 1e-30f;  // its products with gradients are normal floats
 constexpr float HUGE_SCALE = 0x1p48f;  // of larger ŝ, sums in float may be infinite
 

@@ -145,6 +145,8 @@ struct Place {
   template <int G>
   Floats<W> operator()(const Each<W, G>& each) const { return each.values[g]; }
 
+  Place plus(int64_t distance) const { return {i + distance}; }
+
   template <class T>
   void write(T* to, Floats<W> values) const {
     store<W>(to + i, values);
