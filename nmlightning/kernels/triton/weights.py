@@ -36,10 +36,11 @@ def normalise_rows(flat, table, norms, scales, w, BLOCK: tl.constexpr):
     norm = tl.where(p == 1, total, tl.where(p == 2, tl.sqrt_rn(tl.sum(squares, 0)), largest))
     tl.store(norms + row, norm)
     if w is not None:
-        factor = tl.where(norm == 0, 0.0, tl.load(scales + row) / norm)
+        scale, spared = tl.load(scales + row) * (norm != 0), tl.where(norm == 0, 1.0, norm)
         for first in range(0, length, BLOCK):
             mask, at = first + columns < length, start + first + columns
-            tl.store(w + at, tl.load(flat + at, mask=mask, other=0.0) * factor, mask=mask)
+            v = tl.load(flat + at, mask=mask, other=0.0)
+            tl.store(w + at, v / spared * scale, mask=mask)
 
 
 @triton.jit
@@ -57,7 +58,7 @@ def write_row_gradients(grads, flat, table, norms, scales, dv, ds, BLOCK: tl.con
         found = tl.minimum(found, tl.where(is_largest, first + columns, 2**31 - 1))
     spared, where = tl.where(norm == 0, 1.0, norm), tl.min(found, 0)
     dot = tl.sum(products, 0) / spared
-    factor = tl.where(norm == 0, 0.0, tl.load(scales + row) / spared)
+    scale = tl.load(scales + row) * (norm != 0)
     tl.store(ds + row, dot)
     for first in range(0, length, BLOCK):
         mask, at = first + columns < length, start + first + columns
@@ -65,8 +66,8 @@ def write_row_gradients(grads, flat, table, norms, scales, dv, ds, BLOCK: tl.con
         slope = tl.where(v > 0, 1.0, tl.where(v < 0, -1.0, 0.0))
         slope = tl.where((p == 1) | (first + columns == where), slope, 0.0)
         slope = tl.where(p == 2, v / spared, slope)
-        gradient = factor * (tl.load(grads + at, mask=mask, other=0.0) - dot * slope)
-        tl.store(dv + at, gradient, mask=mask)
+        gradient = tl.load(grads + at, mask=mask, other=0.0) - dot * slope
+        tl.store(dv + at, gradient / spared * scale, mask=mask)
 
 
 @lru_cache(maxsize=64)
@@ -122,7 +123,7 @@ def _formula(v: Tensor, scales: Tensor, p: float) -> Tensor:
     else:
         norms = torch.linalg.vector_norm(flat, p, dim=1, keepdim=True)
     zero, columns = norms == 0, scales.expand(len(flat)).unsqueeze(1)
-    return (flat * (columns * ~zero / norms.masked_fill(zero, 1))).view(v.shape)
+    return (flat / norms.masked_fill(zero, 1) * (columns * ~zero)).view(v.shape)
 
 
 def row_norms(rows: Sequence[Tensor], p: float) -> Tensor:
