@@ -206,8 +206,8 @@ def test_every_batch_norm_compiles(
     kernels = compile_ahead(capability, _batch_norm((32, 64, 56, 56), channels_last, dtype, spec))
     forward = L1_KERNELS if statistic is L1 else TOP_K_KERNELS
     assert [kernel.name for kernel in kernels] == [*forward, *BACKWARD]
-    # For 8.0 ptxas spills 8 bytes of one kernel, though it has registers left.
-    _check(kernels, spilled=8 if capability == 80 else 0)
+    # In some ptxas reserves 8 bytes of stack, which no instruction reads or writes.
+    _check(kernels, spilled=8)
 
 
 @pytest.mark.slow

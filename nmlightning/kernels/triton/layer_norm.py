@@ -17,7 +17,6 @@ from nmlightning.functional.reductions import next_power_of_two
 from nmlightning.kernels.triton.tiles import (
     HUGE,
     PROGRAMS_PER_PROCESSOR,
-    STAGES,
     VECTOR_BYTES,
     Launcher,
     on_device_of,
@@ -74,7 +73,7 @@ def write_row_gradients(
     program, programs = tl.program_id(0), tl.num_programs(0)
     products = tl.zeros((HEIGHT, WIDTH), tl.float32)
     totals = tl.zeros((HEIGHT, WIDTH), tl.float32)
-    for tile in tl.range(0, tiles, num_stages=STAGES):
+    for tile in range(0, tiles):
         number = program * tiles + tile
         rows, columns, here, there = place_rows(number, M, D, HEIGHT, WIDTH)
         mask, offsets = here & there, rows * D + columns
