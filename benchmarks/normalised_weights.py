@@ -33,17 +33,6 @@ class Formula(nn.Module):
         return normalise_channels(v, self.rho, 2)  # type: ignore[arg-type]
 
 
-class Weights(nn.Module):
-    """A network whose forward does nothing but compute the weights of its convolutions."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net, self.layers = net, convs(net)
-
-    def forward(self) -> list[Tensor]:
-        return [layer.weight for layer in self.layers]
-
-
 def by_torch(net: nn.Module) -> None:
     """Weight norm by torch."""
     for conv in convs(net):
@@ -75,15 +64,15 @@ def make_additions(step: Step) -> dict[str, Call]:
 
 def make_addition(net: nn.Module, normalise: Callable[[nn.Module], object]) -> Call:
     """Return what computes all weights and the gradients behind them, as in a later step."""
-    weights = Weights(net)
-    normalise(weights)
+    normalise(net)
     layers = convs(net)
     originals = [q for layer in layers for q in layer.parametrizations.parameters()]  # type: ignore[union-attr]
     grads = [torch.randn_like(layer.weight) for layer in layers]
     idle = torch.optim.SGD(originals, 0.0)  # It has no gradients: its step calls the hooks alone.
+    net.forward = lambda: [layer.weight for layer in layers]  # what a forward reads
 
     def run() -> None:
-        torch.autograd.grad(weights(), originals, grads)
+        torch.autograd.grad(net(), originals, grads)
         idle.step()
 
     return run
