@@ -1,5 +1,6 @@
 """Writes measurements as a table for a terminal, as Markdown and as JSON."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -91,21 +92,25 @@ def summarise_all(results: Iterable[Result]) -> list[tuple[str, ...]]:
         else:
             skipped.setdefault(row.why, []).append(row.target)
     table = [summarise(rows) for rows in lines.values()]
-    table += [(", ".join(n), why, "", "", "", "not measured", "", "") for why, n in skipped.items()]
+    for why, names in skipped.items():
+        what = f"{', '.join(names)}: {why}"
+        table.append((names[0], what, "", "", "", "not measured", "", ""))
     return sorted(table, key=lambda line: _place(line[0]))
 
 
-def _place(targets: str) -> tuple[int, int]:
-    first = targets.split(",")[0]
-    return "NCH".index(first[0]), int(first[1:])
+def _place(target: str) -> tuple[int, int]:
+    return "NCH".index(target[0]), int(target[1:])
 
 
 def make_table(results: Sequence[Result]) -> Table:
     """Return the summary for a terminal, which 80 columns are enough for."""
-    table = Table(*COLUMNS, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_lines=False)
-    for line in summarise_all(results):
-        colour = COLOURS.get(line[5], "")
-        table.add_row(*line[:5], f"[{colour}]{line[5]}[/]" if colour else line[5], *line[6:])
+    head = [name.replace(", ", "\n") for name in COLUMNS[:5]]
+    table = Table(*head, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for target, what, *cells, verdict, rounds, faults in summarise_all(results):
+        more = f"\n[dim]rounds {rounds}; faults {faults}[/]" if rounds else ""
+        *figures, bound = (re.sub(r"\),? ?| \(|, ", "\n", cell).strip() for cell in cells)
+        colour = COLOURS.get(verdict, "default")
+        table.add_row(target, what + more, *figures, f"{bound}\n[{colour}]{verdict}[/]".strip())
     return table
 
 
