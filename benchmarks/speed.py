@@ -1,6 +1,6 @@
 """Every target of speed and memory, as ratios from interleaved rounds, beside their targets.
 
-    python benchmarks/speed.py [--only N2 N3] [--rounds 12] [--json FILE] [--markdown FILE]
+    python benchmarks/speed.py [--only N2 N3] [--rounds 20] [--json FILE] [--markdown FILE]
 
 N1 to N12 and C2 to C11 are measured on the CPU, H1 to H7 on a GPU where there is one. Freed memory
 is kept, as in `nm fit`. See `docs/speed.md`.

@@ -1,12 +1,18 @@
 """C9: the images of an epoch on the CPU, against torchvision's pipeline."""
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from sampled import sample_rounds
 from speed_plan import Plan
 from targets import Bound, Measurement
-from torchvision_pipeline import torchvision_loader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
 
 from nmlightning import CIFAR10
+from nmlightning.datamodules.cifar10 import AUGMENTATION, MEAN, STD
 from nmlightning.datamodules.image_data import LabelledImages
 
 
@@ -40,3 +46,40 @@ class RandomCIFAR(CIFAR10):
 def _read(data: CIFAR10) -> None:
     for batch in data.train_dataloader():
         data.on_after_batch_transfer(batch, 0)
+
+
+class Pictures(Dataset[tuple[Tensor, int]]):
+    """Pixels (N, H, W, C) uint8 in memory, read as most programs do: a PIL image at a time."""
+
+    def __init__(self, pixels: NDArray[np.uint8], labels: list[int]) -> None:
+        self.pixels = pixels
+        self.labels = labels
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(pixels.shape[1], padding=AUGMENTATION.pad),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(MEAN, STD),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.pixels[row])), self.labels[row]
+
+
+def torchvision_loader(
+    images: Tensor, labels: Tensor, batch_size: int, num_workers: int = 0
+) -> DataLoader[tuple[Tensor, int]]:
+    """Return a shuffling loader of images (N, C, H, W) uint8."""
+    return DataLoader(
+        Pictures(images.permute(0, 2, 3, 1).contiguous().numpy(), labels.tolist()),
+        batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=num_workers,
+        pin_memory=num_workers > 0,
+        persistent_workers=num_workers > 0,
+    )

@@ -12,12 +12,11 @@ from epoch_by_trainer import TakeTurns, time_epochs
 from interleaved import quartiles_of, quartiles_of_ratio, time_rounds
 from norm_layers import backend_of
 from plain_training import Tutorial
-from speed_data import RandomCIFAR
+from speed_data import RandomCIFAR, torchvision_loader
 from speed_plan import Plan
 from speed_weights import EVERY, percent
 from targets import Bound, Measurement, Result
 from torch import nn
-from torchvision_pipeline import torchvision_loader
 from training_step import NETS, draw_images, make_step_of
 from weight_norms import make_record
 

@@ -29,7 +29,7 @@ def measure_step(plan: Plan, targets: Set[str]) -> Iterator[Result]:
     """Yield N7: the step in both layouts, and in bf16."""
     for name, batch in ((plan.small_net, min(SMALL_BATCH, plan.batch)), (plan.net, plan.batch)):
         nets = {"BN": NETS[name][0]()}
-        for how in (None, "add_relu"):
+        for how in (None, "add_relu") if name == plan.small_net else ("add_relu",):
             nets[FUSED[how][0]] = swapped(nets["BN"], how)
         nets["no norm"] = without_norms(nets["BN"])
         for (dtype, layout), bound in SETTINGS.items():
@@ -78,7 +78,7 @@ def measure_compiled(plan: Plan, targets: Set[str]) -> Iterator[Result]:
     for net in nets.values():
         net.compile(backend=plan.compiler)
     steps = {name: make_step_of(net, images).run for name, net in nets.items()}
-    rounds = sample_rounds(steps, plan.layer_pace)
+    rounds = sample_rounds(steps, plan.net_pace)
     case = f"{plan.small_net}, batch {plan.batch}, fp32 NCHW"
     figure = rounds.figure("L1", to="BN")
     yield Measurement(

@@ -19,7 +19,7 @@ class Plan:
         shapes: of the layers' inputs on the CPU, (N, C, H, W); `small_shapes` are N2's.
         widths: of the rows of a layer norm; `elements` are in all of its rows.
         net: the CIFAR network that is trained, with `batch` images.
-        small_net: the same for N7's other step and N8, and compiled, since that takes minutes.
+        small_net: the same for N7's other step, N8 and C9, and compiled, since that takes minutes.
         compiler: the backend of torch.compile.
         large_net: the one for ImageNet, with `large_batch` images.
         sentences, words: of the batch of the Transformer; `layers`, `width` and `vocabulary` are
@@ -29,7 +29,7 @@ class Plan:
         gpu_shapes: of the layers' inputs on a GPU; `gpu_large_batch` is ResNet-50's there.
     """
 
-    rounds: int = 12
+    rounds: int = 10
     pace: Pace = field(default_factory=Pace)
     shapes: tuple[Shape, ...] = (
         (128, 16, 32, 32),
@@ -52,7 +52,7 @@ class Plan:
     width: int = 512
     vocabulary: int = 32_000
     images: int = 6_400
-    steps: int = 6
+    steps: int = 4
     gpu_shapes: tuple[Shape, ...] = (
         (256, 64, 112, 112),
         (256, 256, 56, 56),

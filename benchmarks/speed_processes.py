@@ -25,11 +25,10 @@ from interleaved import Call
 from norm_layers import LAYOUTS
 from plain_training import Tutorial
 from sampled import Sample, Stopwatch, sample, sample_all, set_threads
-from speed_data import RandomCIFAR, measure_data
+from speed_data import RandomCIFAR, measure_data, torchvision_loader
 from speed_plan import TYPES, Plan
 from targets import Bound, Measurement, Result
 from torch import optim
-from torchvision_pipeline import torchvision_loader
 from training_step import NETS, draw_images, make_step_of
 
 from nmlightning import ImageClassifier, NormSwap
@@ -51,7 +50,7 @@ def measure_allocator(plan: Plan, targets: Set[str]) -> Iterator[Result]:
                 processes.enter_context(Process("step", kept=kept, **setting))
                 for kept in (True, False)
             )
-            rounds = sample_all({"own": own, "": other}, plan.layer_pace)
+            rounds = sample_all({"own": own, "": other}, plan.net_pace)
         what = f"step with freed memory kept / given back, {dtype} {layout}"
         case = f"{plan.small_net}, batch {batch}, BN"
         yield Measurement("N1", what, case, "", rounds.figure("own", to=""), Bound(0.9))
@@ -77,11 +76,11 @@ def measure_fits(plan: Plan, targets: Set[str]) -> Iterator[Result]:
         yield measure_data(plan)
         with ExitStack() as processes:
             fits = {
-                name: processes.enter_context(Process(name, net=plan.net, **epoch, kept=True))
+                name: processes.enter_context(Process(name, net=plan.small_net, **epoch, kept=True))
                 for name in ("trainer", "loop")
             }
             figure = sample_all(fits, plan.net_pace).figure("trainer", to="loop")
-        case = f"{plan.net} with BN, {plan.steps} steps, batch {plan.batch}"
+        case = f"{plan.small_net} with BN, {plan.steps} steps, batch {plan.batch}"
         yield Measurement("C9", "epoch by Trainer.fit / bare loop", case, "", figure, Bound(1.1))
 
 
