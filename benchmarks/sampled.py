@@ -7,8 +7,8 @@ thread, wall time where there are several. A process uses a share of what it cou
 
 1. A yardstick, torch's multiplication of a million numbers, keeps all threads busy. Where its share
    is below `Pace.share`, somebody else had the cores, though every round looks alike.
-2. A call that is Python in parts cannot reach all. Where its share is below `Pace.share` of its own
-   best, it was interrupted.
+2. A call that is Python in parts cannot reach all. Where its share is below `Pace.share` of what it
+   has in the best quarter of the rounds, it was interrupted.
 
 More rounds take the place of those thrown away, up to twice as many as wanted.
 """
@@ -124,7 +124,7 @@ class Rounds:
     def kept(self, threads: int) -> list[int]:
         """Return the rounds that count."""
         shares = {
-            name: [s.cpu / s.wall / threads for s in samples]
+            name: [min(1.0, s.cpu / s.wall / threads) for s in samples]
             for name, samples in self.samples[threads].items()
         }
         return undisturbed(shares, self.pace.share)
@@ -144,11 +144,11 @@ class Rounds:
 
 
 def undisturbed(shares: Mapping[str, Sequence[float]], least: float) -> list[int]:
-    """Return the rounds in which nothing disturbed any call, by the share that each used."""
+    """Return the rounds in which nothing disturbed any call, by the shares that they used."""
     rounds = [i for i, share in enumerate(shares[YARDSTICK]) if share >= least]
     for values in shares.values():
-        best = max((values[i] for i in rounds), default=0.0)
-        rounds = [i for i in rounds if values[i] >= least * best]
+        best = sorted((values[i] for i in rounds), reverse=True)
+        rounds = [i for i in rounds if values[i] >= least * best[len(best) // 4]]
     return rounds
 
 

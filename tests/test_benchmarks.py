@@ -105,6 +105,7 @@ def test_count_saved_bytes_counts_once_and_without_parameters() -> None:
         ({"yardstick": [1.0, 0.6, 1.0], "a": [1.0, 1.0, 1.0]}, [0, 2]),
         ({"yardstick": [1.0, 1.0, 1.0], "python": [0.55, 0.5, 0.4]}, [0, 1]),
         ({"yardstick": [0.67, 0.67], "two barriers": [0.6, 0.6], "one": [0.6, 0.6]}, []),
+        ({"yardstick": [1.0] * 5, "a": [0.5, 0.7, 0.5, 0.5, 0.3]}, [0, 1, 2, 3]),
         ({"yardstick": [], "a": []}, []),
     ],
 )
