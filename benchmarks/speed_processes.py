@@ -37,6 +37,13 @@ from nmlightning.allocator import keep_freed_memory
 HERE = Path(__file__).parent
 STEPS = (("fp32", "NCHW"), ("fp32", "NHWC"), ("bf16", "NHWC"))
 STEP_BATCH = 64  # of N1
+DOCTOR = """
+import sys
+from unittest import mock
+from nmlightning.cli import main
+with mock.patch("nmlightning.commands.doctor._print_times"):
+    sys.exit(main(["doctor"]))
+"""
 MALLOC = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
 
@@ -86,20 +93,19 @@ def measure_fits(plan: Plan, targets: Set[str]) -> Iterator[Result]:
 
 def measure_starts(plan: Plan, targets: Set[str]) -> Iterator[Result]:
     """Yield N12: whole processes, which use one thread until a first step."""
-    nm = ("-m", "nmlightning")
     end = ("--trainer.callbacks+", "plain_training.EndAtFirstStep")
     commands = {
         "import": ("-c", "import torch, pytorch_lightning"),
-        "doctor": (*nm, "doctor"),
+        "doctor": ("-c", DOCTOR),
         "plain": (str(HERE / "plain_training.py"),),
-        "fit": (*nm, "fit", "--config", "quickstart", *end),
+        "fit": ("-m", "nmlightning", "fit", "--config", "quickstart", *end),
     }
     pace = plan.net_pace._replace(block=0, threads=plan.pace.threads[-1:])
     with tempfile.TemporaryDirectory() as folder:
         starts = {name: partial(start, words, folder) for name, words in commands.items()}
         rounds = sample_all(starts, pace)
     for name, other, what, bound in (
-        ("doctor", "import", "nm doctor / import of torch and Lightning", 1.3),
+        ("doctor", "import", "nm doctor without times / import of torch and Lightning", 1.3),
         ("fit", "plain", "nm fit until the first step / plain Lightning", 1.2),
     ):
         seconds = statistics.median(s.wall for s in rounds.samples[pace.threads[0]][name])
