@@ -22,7 +22,6 @@ from nmlightning.functional import constants
 from nmlightning.functional.reductions import (
     Count,
     Share,
-    constant_in_traces,
     gather_from_ranks,
     is_half,
     keep_first_largest,
@@ -282,12 +281,12 @@ def _as_int(count: Count) -> int:
 # callers pass counts through operator.index, which makes it specialise on a batch's size.
 
 
-@constant_in_traces
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def _largest_mean_constant(n: int, k: int, convention: constants.Constant) -> float:
     return constants.top_k_constant(n, k, convention)
 
 
-@constant_in_traces
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def _range_mean_constant(n: int, chunks: int, convention: constants.Constant) -> float:
     expected = [
         1 / constants.range_constant(length, convention) for length in chunk_lengths(n, chunks)

@@ -1,5 +1,7 @@
 """Autograd functions over a backend's kernels: batch norms.
 
+A batch norm of one process in C++ is in none of them: its operator makes its own node.
+
 On several ranks: the stages of the kernels with the collectives of `functional.reductions` between
 them, as in the formula of `functional.batch_norm`, so that N ranks equal one process on their
 batches concatenated. The ranks wait for each other twice in forward and once in backward.
@@ -25,10 +27,6 @@ from nmlightning.functional.statistics import LargestMean, Statistic, total_scal
 from nmlightning.kernels import interface
 
 
-class UnboundedError(ArithmeticError):
-    """Sums may be infinite in float32: the formula is to compute the norm."""
-
-
 class KernelBatchNormFunction(torch.autograd.Function):
     """Normalise each channel of (N, C, *spatial), and activate if the spec says so.
 
@@ -43,14 +41,11 @@ class KernelBatchNormFunction(torch.autograd.Function):
         residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        kernels: interface.BatchNormKernels,
+        kernels: Any,
         spec: interface.NormSpec,
     ) -> tuple[Tensor, Tensor, Tensor]:
         residual = None if residual is None else interface.lay_out_like(residual, x)
-        result = kernels.forward(x, residual, _wide(weight), _wide(bias), spec)
-        y, mean, variance, saved, bounded = result
-        if not bounded:
-            raise UnboundedError
+        y, mean, variance, saved = kernels.forward(x, residual, _wide(weight), _wide(bias), spec)
         ctx.mark_non_differentiable(mean, variance)
         ctx.kernels, ctx.spec = kernels, spec
         ctx.save_for_backward(*(x, weight) if spec.fused is None else (None, None), *saved)
@@ -72,6 +67,29 @@ class KernelBatchNormFunction(torch.autograd.Function):
             None,
             None,
         )
+
+
+def normalise_by(
+    kernels: Any,
+    statistic: Statistic,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *state_and_settings: Any,
+) -> list[Tensor]:
+    """Return what `interface.Normalise` says, by kernels that are called from Python."""
+    *_, constant, eps, _, fused = state_and_settings
+    if residual is not None and not is_like(residual, x):
+        return []
+    spec = interface.NormSpec(statistic, constant, eps, fused)
+    return list(KernelBatchNormFunction.apply(x, residual, weight, bias, kernels, spec))
+
+
+def is_like(tensor: Tensor, other: Tensor) -> bool:
+    """Return whether a kernel may read both by the same indices."""
+    ours, theirs = ((q.shape, q.dtype, q.device, type(q)) for q in (tensor, other))
+    return ours == theirs
 
 
 def _wide(learned: Tensor | None) -> Tensor | None:

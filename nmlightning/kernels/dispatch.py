@@ -4,7 +4,7 @@ Traced code (`torch.compile`, `torch.export`) always takes the formula, which th
 with its neighbours. Eager code takes the kernels of the input's device where they support the norm.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from nmlightning.errors import InputError
+from nmlightning.functional.batch_norm import is_transformed
 from nmlightning.functional.statistics import Statistic
 from nmlightning.kernels import interface
-from nmlightning.kernels.cpu.backend import CpuBackend, first_missing
+from nmlightning.kernels.cpu.backend import CpuBackend
 from nmlightning.kernels.triton.backend import TritonBackend
 
 _P = ParamSpec("_P")
@@ -29,7 +30,7 @@ _COMPILING = interface.Dispatch(FORMULA, "traced code")
 _SUBCLASS = interface.Dispatch(FORMULA, "no plain tensor")
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 _PLAIN = (Tensor, nn.Parameter)
-_choices: list[Any] = [first_missing]
+_choices: list[Any] = []
 _requested: ContextVar[str] = ContextVar("norm_backend", default="auto")
 
 
@@ -91,30 +92,26 @@ def select_backend(key: interface.DispatchKey) -> interface.Dispatch:
     return _select(key, _requested.get())
 
 
-def select_tracking(
-    running: Sequence[Tensor], count: Tensor | None, mean: Tensor
-) -> interface.Tracking | None:
-    """Return the kernel that moves running statistics towards a batch's, now, if it reads them.
+def select_batch_norm(
+    x: Tensor, statistic: Statistic, stats_dtype: torch.dtype | None
+) -> interface.Normalise | None:
+    """Return the batch norm of one process by kernels, now, which may leave x to the formula.
 
-    It takes plain, contiguous float32 tensors of one shape and device, and an int64 count there.
-    Of the batch's own the mean tells, since a norm makes its variance like it.
+    In C++ it sees itself to what x is, to modes and to transforms.
     """
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN:
         return None
-    shape, device = mean.shape, mean.device
-    tracking = _select_tracking(device.type, _requested.get())
-    if tracking is None:
+    if x.is_cpu:
+        return _select_on_cpu(statistic, stats_dtype or torch.float32, _requested.get())
+    if is_transformed() or not x.is_floating_point():
         return None
-    for tensor in (mean, *running):
-        if not (type(tensor) in _PLAIN and tensor.dtype == torch.float32):
-            return None
-        if not (tensor.is_contiguous() and tensor.shape == shape and tensor.device == device):
-            return None
-    if count is not None and not (
-        type(count) in _PLAIN and count.dtype == torch.int64 and count.device == device
-    ):
-        return None
-    return tracking
+    wide = torch.promote_types(x.dtype, stats_dtype or torch.float32)
+    return _batch_norm(select_backend_for(x, "batch", statistic, wide), statistic)
+
+
+def select_tracking(device: str) -> interface.Tracking | None:
+    """Return the kernel that moves running statistics on a type of device, now, if there is one."""
+    return None if torch.compiler.is_compiling() else _select_tracking(device, _requested.get())
 
 
 def weight_kernels(device: str = "cpu") -> Any:
@@ -146,6 +143,18 @@ def _select_weight_kernels(device: str, requested: str) -> Any:
     if requested == FORMULA:
         return None
     return next((backend.weights() for backend in BACKENDS if backend.device == device), None)
+
+
+@remember_choice
+def _select_on_cpu(
+    statistic: Statistic, stats_dtype: torch.dtype, requested: str
+) -> interface.Normalise | None:
+    key = interface.DispatchKey("batch", statistic, "cpu", torch.float32, stats_dtype, "NCHW")
+    return _batch_norm(_select(key, requested), statistic)
+
+
+def _batch_norm(chosen: interface.Dispatch, statistic: Statistic) -> interface.Normalise | None:
+    return chosen.kernels.batch_norm(statistic) if chosen.kernels else None
 
 
 @remember_choice

@@ -39,9 +39,14 @@ class Dispatch(NamedTuple):
     kernels: Any = None
 
 
-Tracking = Callable[[Tensor, Tensor, OptTensor, Tensor, Tensor, float], None]
+Normalise = Callable[..., list[Tensor]]
+"""Given x, residual, weight, bias, running mean and variance, the count of batches, the constant c,
+eps, momentum and `Fused`: returns y; and μ and the unbiased variance ŝ² · n/(n − 1), (C,) float32,
+unless it has moved the running statistics. Or nothing, where it cannot, and has changed nothing."""
+Tracking = Callable[[Tensor, Tensor, OptTensor, Tensor, Tensor, float | None], bool]
 """Given running mean and variance, the count of batches, the batch's mean and variance, momentum:
-moves, in channels where both are finite, each running value that stays so, and counts the batch."""
+moves, in channels where both are finite, each running value that stays so, and counts the batch.
+Returns whether it could, which it cannot without a momentum; else it has changed nothing."""
 
 
 class Backend(Protocol):
@@ -79,16 +84,12 @@ class NormSpec:
 
 
 class Normalised(NamedTuple):
-    """y like x; mean (C,); unbiased variance ŝ² · n/(n − 1) (C,); what backward needs.
-
-    And whether all sums are finite, in backward, too: else the formula computes the norm instead.
-    """
+    """y like x; mean (C,); unbiased variance ŝ² · n/(n − 1) (C,); what backward needs."""
 
     y: Tensor
     mean: Tensor
     variance: Tensor
     saved: tuple[OptTensor, ...]
-    bounded: bool = True
 
 
 class Gradients(NamedTuple):
@@ -103,21 +104,8 @@ class Gradients(NamedTuple):
 class BatchNormKernels(Protocol):
     """The kernels of a backend for (N, C, *spatial), contiguous or with the channels last."""
 
-    def forward(
-        self, x: Tensor, residual: OptTensor, weight: OptTensor, bias: OptTensor, spec: NormSpec
-    ) -> Normalised:
-        """Return the normalised x, with n > 1 elements a channel.
-
-        Args:
-            x: of a dtype that the backend supports.
-            residual: like x, with the same strides; None unless `spec.fused` is "add_relu".
-            weight: (C,) float32, or None for 1.
-            bias: (C,) float32, or None for 0.
-            spec: the norm.
-        """
-
-    def backward(self, grad: Tensor, saved: tuple[OptTensor, ...], spec: NormSpec) -> Gradients:
-        """Return the gradients that follow from `grad`, like y in dtype, of any strides."""
+    def batch_norm(self, statistic: Statistic) -> Normalise:
+        """Return the batch norm of one process."""
 
     # The stages of the same, for ranks that share their statistics between them. A rank may have
     # no elements.
@@ -169,7 +157,7 @@ class BatchNormKernels(Protocol):
 
 LayerNorm = Callable[[Tensor, OptTensor, OptTensor, int, float, float, bool], OptTensor]
 """Given x, weight, bias, the number of normalised dimensions, c, eps, and whether to centre: y,
-which autograd connects to them; None where sums may not be finite (see `Normalised`)."""
+which autograd connects to them; None where sums may not be finite."""
 
 
 def unsupported_norm(key: DispatchKey, dtypes: Collection[torch.dtype]) -> str:

@@ -1,5 +1,7 @@
 """Batch norms by any statistic, and the names people know them by."""
 
+from operator import attrgetter, itemgetter
+
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -11,9 +13,13 @@ from nmlightning.functional.plain import plain_batch_norm
 from nmlightning.functional.reductions import is_half
 from nmlightning.functional.statistics import LargestMean, PowerMean, RangeMean, Statistic
 from nmlightning.kernels import autograd
-from nmlightning.kernels.dispatch import select_backend_for
-from nmlightning.kernels.interface import BatchNormKernels, Dispatch, NormSpec
+from nmlightning.kernels.dispatch import select_backend_for, select_batch_norm
+from nmlightning.kernels.interface import Dispatch
 from nmlightning.norms.batch_norm_base import BatchNormBase, accumulation_dtype, activate
+
+# By far faster from the dictionaries than through torch's __getattr__.
+_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+_read, _look_up = itemgetter(*_TENSORS), attrgetter(*_TENSORS)
 
 
 class StatisticBatchNorm(BatchNormBase):
@@ -74,6 +80,30 @@ class StatisticBatchNorm(BatchNormBase):
         dtype = accumulation_dtype(input.dtype, self.stats_dtype)
         return select_backend_for(input, "batch", self.statistic, dtype)
 
+    def _at_once(self, input: Tensor, residual: Tensor | None) -> Tensor | None:
+        normalise = select_batch_norm(input, self.statistic, self.stats_dtype)
+        if normalise is None or (self.sync and self._group() is not None):
+            return None
+        shape, channels = input.shape, self.num_features
+        count = input.numel() // channels
+        if len(shape) not in (self.input_dims or range(2, 64)) or shape[1] != channels or count < 2:
+            return None
+        try:
+            tensors = _read({**self._parameters, **self._buffers})
+        except KeyError:  # one is computed: pruned, or a parametrization's
+            tensors = _look_up(self)
+        tracked = self.training and self.track_running_stats
+        if not tracked:
+            tensors = (*tensors[:2], None, None, None)
+        constant = self.statistic.constant(count, self.constant)
+        settings = (*tensors, constant, self.eps, self.momentum)
+        found, fused = normalise(input, residual, *settings, self.fused), None
+        if not found and residual is not None and self.fused == "add_relu":  # it is not like x
+            found, fused = normalise(input, None, *settings, None), self.fused
+        if tracked and len(found) > 1:
+            self._track(*found[1:])
+        return activate(found[0], residual, fused) if found else None
+
     def _normalise(
         self, input: Tensor, residual: Tensor | None, group: ProcessGroup | None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,14 +113,16 @@ class StatisticBatchNorm(BatchNormBase):
             settings = (self.statistic, constant, self.eps, dtype)
             y, mean, variance = plain_batch_norm(input, self.weight, self.bias, *settings)
             return activate(y, residual, self.fused), mean, variance
-        kernels = select_backend_for(input, "batch", self.statistic, dtype).kernels
+        requested = (self.statistic, self.constant, self.eps)
+        kernels = None if group is None else self.backend_for(input).kernels
         if kernels is not None:
-            try:
-                return self._normalise_by_kernels(input, residual, kernels, group)
-            except autograd.UnboundedError:
-                kernels = None
-        learned = (self.weight, self.bias)
-        arguments = (*learned, self.statistic, self.constant, self.eps, dtype, group)
+            fits = residual is None or autograd.is_like(residual, input)
+            fused, added = (self.fused, residual) if fits else (None, None)
+            y, mean, variance = autograd.RankBatchNormFunction.apply(
+                input, added, self.weight, self.bias, kernels, *requested, fused, group
+            )
+            return (y if fits else activate(y, residual, self.fused)), mean, variance
+        arguments = (self.weight, self.bias, *requested, dtype, group)
         if is_half(dtype):
             y, mean, variance = batch_norm.apply_without_autocast(
                 batch_norm.HalfBatchNormFunction, input, *arguments
@@ -98,31 +130,6 @@ class StatisticBatchNorm(BatchNormBase):
         else:
             y, mean, variance = batch_norm.BatchNormFunction.apply(input, *arguments)
         return activate(y, residual, self.fused), mean, variance
-
-    def _normalise_by_kernels(
-        self,
-        input: Tensor,
-        residual: Tensor | None,
-        kernels: BatchNormKernels,
-        group: ProcessGroup | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        fits = residual is None or _is_like(residual, input)
-        fused, added = (self.fused, residual) if fits else (None, None)
-        tensors = (input, added, self.weight, self.bias, kernels)
-        if group is None:
-            constant = self.statistic.constant(input.numel() // input.shape[1], self.constant)
-            spec = NormSpec(self.statistic, constant, self.eps, fused)
-            y, mean, variance = autograd.KernelBatchNormFunction.apply(*tensors, spec)
-        else:
-            settings = (self.statistic, self.constant, self.eps, fused, group)
-            y, mean, variance = autograd.RankBatchNormFunction.apply(*tensors, *settings)
-        return (y if fits else activate(y, residual, self.fused)), mean, variance
-
-
-def _is_like(tensor: Tensor, other: Tensor) -> bool:
-    """Return whether a kernel may read both by the same indices."""
-    ours, theirs = ((q.shape, q.dtype, q.device, type(q)) for q in (tensor, other))
-    return ours == theirs
 
 
 class L1BatchNorm(StatisticBatchNorm):

@@ -30,7 +30,7 @@ from nmlightning.errors import (
 )
 from nmlightning.functional.batch_norm import is_transformed
 from nmlightning.functional.plain import plain_evaluation
-from nmlightning.functional.reductions import constant_in_traces, is_half
+from nmlightning.functional.reductions import is_half
 from nmlightning.kernels.dispatch import NO_KERNELS, select_tracking
 from nmlightning.kernels.interface import Dispatch, Fused
 
@@ -57,7 +57,7 @@ def activate(y: Tensor, residual: Tensor | None, fused: Fused | None) -> Tensor:
     return F.relu(y if residual is None else y + residual, inplace=in_place)
 
 
-@constant_in_traces
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def warn_of_export(name: str) -> None:
     """Warn of an export in training mode, also where the compiler traces the call."""
     warnings.warn(
@@ -260,9 +260,12 @@ class BatchNormBase(_BatchNorm):
         return tracer.create_proxy("call_module", tracer.path_of_module(self), arguments, {})
 
     def _compute(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        whole = self.training or self.running_mean is None
+        if whole and (output := self._at_once(input, residual)) is not None:
+            return output
         self._check_input_dim(input)
         check_residual(residual, self.fused)
-        if not self.training and self.running_mean is not None:
+        if not whole:
             return activate(self._evaluate(input), residual, self.fused)
         if self.training and torch.compiler.is_exporting():
             warn_of_export(type(self).__name__)
@@ -336,26 +339,23 @@ class BatchNormBase(_BatchNorm):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
         self.keep_statistics_wide()  # with assign=True they are now what another model had
 
+    def _at_once(self, input: Tensor, residual: Tensor | None) -> Tensor | None:
+        """Return the output by one call, which tracks, too; or None, and nothing has been done."""
+        return None
+
     def _normalise(
         self, input: Tensor, residual: Tensor | None, group: ProcessGroup | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the output for (N, C, *), and the mean and the variance (C,) to be tracked.
-
-        The layer adds the residual before its ReLU; the ranks of the group share statistics.
-        """
+        """Return the output for (N, C, *), and the mean and the variance (C,) to be tracked."""
         raise NotImplementedError
 
     def _track(self, mean: Tensor, variance: Tensor) -> None:
         """Move the running statistics towards the batch's, in channels where both are finite."""
-        running_mean, running_var, tracking = self.running_mean, self.running_var, None
-        if running_mean is None or running_var is None:
+        if self.running_mean is None or self.running_var is None:
             return
-        if self.momentum is not None and not is_transformed():
-            count = self.num_batches_tracked
-            if tracking := select_tracking((running_mean, running_var), count, mean):
-                tracking(running_mean, running_var, count, mean, variance, self.momentum)
-        if tracking is None:
-            self._track_by_formula(((running_mean, mean), (running_var, variance)))
+        running, track = (self.running_mean, self.running_var), select_tracking(mean.device.type)
+        if not (track and track(*running, self.num_batches_tracked, mean, variance, self.momentum)):
+            self._track_by_formula(tuple(zip(running, (mean, variance), strict=True)))
 
     @torch.no_grad()
     def _track_by_formula(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:

@@ -1,5 +1,6 @@
 """The contract of every backend's kernels: the float64 definition, to rounding."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,6 @@ from nmlightning.kernels.interface import (
     BatchNormKernels,
     Fused,
     LayerNorm,
-    NormSpec,
     Tracking,
 )
 from nmlightning.norms.layer_norm import LayerNormFunction
@@ -153,6 +153,46 @@ def define_wide(
     return y.detach(), mean.detach(), scale.detach(), gradients
 
 
+@dataclass
+class Step:
+    """What a backend's batch norm makes of x, residual, weight and bias, and of a gradient."""
+
+    y: Tensor
+    mean: Tensor
+    variance: Tensor
+    saved: list[Tensor]
+    gradients: list[Tensor | None]
+
+    def keeps(self, x: Tensor) -> bool:
+        """Return whether x is kept for backward."""
+        return any(q.data_ptr() == x.data_ptr() for q in self.saved)
+
+
+def run(
+    kernels: BatchNormKernels,
+    statistic: Statistic,
+    inputs: Sequence[Tensor | None],
+    grad: Tensor | None = None,
+    fused: Fused | None = None,
+    constant: float = 1.25,
+) -> Step:
+    """Run the batch norm of a backend forward, and backward from a gradient, by default ones."""
+    leaves = [None if q is None else q.detach().requires_grad_() for q in inputs]
+    given, saved = [q for q in leaves if q is not None], []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y, mean, variance = kernels.batch_norm(statistic)(
+            *leaves, None, None, None, constant, EPS, None, fused
+        )
+    found = iter(torch.autograd.grad(y, given, torch.ones_like(y) if grad is None else grad))
+    gradients = [None if q is None else next(found) for q in leaves]
+    return Step(y.detach(), mean, variance, saved, gradients)
+
+
 def check(case: Case, kernels: BatchNormKernels, device: str = "cpu", slack: float = 1.0) -> None:
     """Compare outputs and gradients with the definition in float64, channel by channel.
 
@@ -162,9 +202,9 @@ def check(case: Case, kernels: BatchNormKernels, device: str = "cpu", slack: flo
     assert x is not None
     norm = NORMS[case.statistic]
     count = x.numel() // x.shape[1]
-    spec = NormSpec(STATISTICS[case.statistic], norm.constant(count), EPS, case.fused)
-    normalised = kernels.forward(x, residual, weight, bias, spec)
-    found = kernels.backward(grad, normalised.saved, spec)
+    inputs, statistic = (x, residual, weight, bias), STATISTICS[case.statistic]
+    normalised = run(kernels, statistic, inputs, grad, case.fused, norm.constant(count))
+    by_x, by_residual, by_weight, by_bias = normalised.gradients
 
     wide = x.double()
     # What ReLU lets pass is told by the output itself: in float64, an output of 1e-9 may be −1e-9.
@@ -173,11 +213,12 @@ def check(case: Case, kernels: BatchNormKernels, device: str = "cpu", slack: flo
     size = y.abs() if residual is None else (y - residual.double()).abs() + residual.double().abs()
     y = y if case.fused is None else y.relu()
 
-    assert normalised.y.dtype == found.x.dtype == x.dtype
-    assert normalised.y.stride() == found.x.stride() == x.stride()
+    assert by_x is not None
+    assert normalised.y.dtype == by_x.dtype == x.dtype
+    assert normalised.y.stride() == by_x.stride() == x.stride()
     tolerance = slack * TOLERANCES[case.dtype]
     # Without x, what is learned is found by the rounded output.
-    learned = WIDE if any(q is x for q in normalised.saved) else tolerance
+    learned = WIDE if normalised.keeps(x) else tolerance
     deviation = spread((scale**2 + EPS).sqrt(), x)
     gain = (1 if weight is None else spread(weight.double().abs(), x)) / deviation
     # The mean is known to the last bit of the largest x only.
@@ -190,15 +231,14 @@ def check(case: Case, kernels: BatchNormKernels, device: str = "cpu", slack: flo
     terms = torch.maximum(gain * grad.double().abs(), gradients[0].abs())
     unsure = (deviations <= 2 * WIDE * wide.abs()) & (wide != spread(mean, x))  # of their sign
     limits = (tolerance + WIDE * wide.abs() / deviation) * terms
-    close(torch.where(unsure, gradients[0], found.x), gradients[0], limits)
-    if residual is not None:
-        assert found.residual is not None
-        assert torch.equal(found.residual, passed)
+    close(torch.where(unsure, gradients[0], by_x), gradients[0], limits)
+    if by_residual is not None:
+        assert torch.equal(by_residual, passed)
     sizes = count * WIDE * grad.double().abs()
-    if weight is not None:
-        close(found.weight, gradients[2], sizes * (learned / WIDE) * (1 + deviations / deviation))
-    if bias is not None:
-        close(found.bias, gradients[3], sizes)
+    if by_weight is not None:
+        close(by_weight, gradients[2], sizes * (learned / WIDE) * (1 + deviations / deviation))
+    if by_bias is not None:
+        close(by_bias, gradients[3], sizes)
 
 
 def check_nonfinite(
@@ -207,30 +247,30 @@ def check_nonfinite(
     """Hold a channel with NaN or an infinity to the formula's answers, and the others to theirs."""
     x = torch.randn(20, 3)
     x[4, 1] = value
-    x = x.to(device)
-    spec = NormSpec(STATISTICS[statistic], 1.25, EPS, "relu")
-    normalised = kernels.forward(x, None, None, None, spec)
-    found = kernels.backward(torch.ones_like(x), normalised.saved, spec)
-    clean = kernels.forward(x.nan_to_num(0, 0, 0), None, None, None, spec)
+    x, learned = x.to(device), torch.ones(3, device=device)
+    normalised, clean = (
+        run(kernels, STATISTICS[statistic], (q, None, learned, None), None, "relu")
+        for q in (x, x.nan_to_num(0, 0, 0))
+    )
     for values in (normalised.mean, normalised.variance):
         assert values.isfinite().tolist() == [True, False, True]
+    by_x = normalised.gradients[0]
+    assert by_x is not None
     for index in (0, 2):
         assert torch.equal(normalised.y[:, index], clean.y[:, index])
-        assert found.x[:, index].isfinite().all()
+        assert by_x[:, index].isfinite().all()
     assert normalised.y[:, 1].isnan().all()
-    assert found.x[:, 1].isnan().any()
+    assert by_x[:, 1].isnan().any()
 
 
 def check_mask(kernels: BatchNormKernels, device: str = "cpu") -> None:
     """Count what ReLU lets pass where outputs are so small that many are rounded to 0."""
     x = torch.randn(64, 3).half().to(device)
-    weight = torch.full((3,), 3e-8, device=device)
-    spec = NormSpec(STATISTICS["l1"], 1.25, EPS, "relu")
-    normalised = kernels.forward(x, None, weight, None, spec)
-    found = kernels.backward(torch.ones_like(x), normalised.saved, spec)
+    weight, bias = torch.full((3,), 3e-8, device=device), torch.zeros(3, device=device)
+    normalised = run(kernels, STATISTICS["l1"], (x, None, weight, bias), None, "relu")
     passed = (normalised.y > 0).sum(0)
     assert (passed < (x > normalised.mean).sum(0)).all(), "no output was rounded to 0"
-    assert torch.equal(found.bias, passed.float())
+    assert torch.equal(normalised.gradients[3], passed.float())
 
 
 def check_stages(
@@ -330,7 +370,7 @@ def check_tracking(track: Tracking, device: str = "cpu") -> None:
     running = torch.zeros(6, device=device), torch.full((6,), -3e38, device=device)
     batches = torch.tensor(3, device=device)
     before = running[0]._version
-    track(*running, batches, mean, variance, 0.5)
+    assert track(*running, batches, mean, variance, 0.5)
     assert running[0].tolist() == [0.5, 0, 0, 2, 0, 0.5]
     assert running[1][[1, 2, 4, 5]].tolist() == torch.full((4,), -3e38).tolist()
     assert running[1][0] > -3e38

@@ -8,15 +8,16 @@ layer keeps anyway, and x is not.
 The rounding of y to u of its size, the half of its last place, is then an error in x̂ of u · |y| /
 (√3 · |weight|) in the root mean square. Of many different values its sign is random; of a constant
 channel it is one and the same. It is at most the difference allowed between backends (5e-7 in
-float32, 4e-3 in bfloat16) while y is below `X_FREE_REACH` times the weight. For a ReLU alone that
-is bias ≤ reach · |weight|, since a negative bias makes y smaller; after an addition, it is the root
-mean square of y in a channel. Where it does not hold in every channel of a layer, x is kept, in
-this pass, for the layer. So it is after the addition in bfloat16.
+float32, 4e-3 in bfloat16) while y is below `reach_without_x` times the weight: the tolerance · √3 /
+u, with u = 2^-24 and 2^-8. For a ReLU alone that is bias ≤ reach · |weight|, since a negative bias
+makes y smaller; after an addition, it is the root mean square of y in a channel. Where it does not
+hold in every channel of a layer, x is kept, in this pass, for the layer. So it is after the
+addition in bfloat16.
 """
 
 import warnings
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,16 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nmlightning.functional.plain import plain_gradients, plain_layer_norm
-from nmlightning.functional.statistics import LargestMean, Statistic
+from nmlightning.functional.batch_norm import differentiable
+from nmlightning.functional.plain import plain_batch_norm, plain_gradients, plain_layer_norm
+from nmlightning.functional.statistics import LargestMean, PowerMean, Statistic
 from nmlightning.kernels import interface
 from nmlightning.kernels.cpu import build
 from nmlightning.kernels.interface import OptTensor
 
 _DTYPES = (torch.float32, torch.bfloat16)
-# The tolerance · √3 / u, with u = 2^-24 and 2^-8.
-X_FREE_REACH = {torch.float32: 14.5, torch.bfloat16: 1.77}
-_NEVER = -1.0
 _NUMBERS: dict[interface.Fused | None, int] = {None: 0, "relu": 1, "add_relu": 2}
 
 
@@ -45,48 +44,10 @@ class CpuBatchNorm:
         self.sums, self.sums_of_sizes, self.largest = ops.sums, ops.sums_of_sizes, ops.largest
         self.gradient = ops.gradient
 
-    def forward(
-        self,
-        x: Tensor,
-        residual: OptTensor,
-        weight: OptTensor,
-        bias: OptTensor,
-        spec: interface.NormSpec,
-    ) -> interface.Normalised:
-        """Return the normalised x, and of x or what stands for it what backward needs."""
-        inputs = (x, residual, weight, bias, spec.constant, spec.eps, _NUMBERS[spec.fused])
-        never = spec.fused == "add_relu" and x.dtype != torch.float32
-        reach = _NEVER if never else X_FREE_REACH[x.dtype]
-        if isinstance(spec.statistic, LargestMean):
-            y, mean, variance, values, *kept, x_free, bounded = self._ops.largest_forward(
-                *inputs, spec.statistic.k, reach
-            )
-        else:
-            y, mean, variance, values, bits, bounded = self._ops.l1_forward(*inputs, reach)
-            x_free = bits.numel() > 0
-            kept = [bits if x_free else None, None]
-        saved = (
-            None if x_free else x,
-            y if spec.fused else None,
-            residual if x_free else None,
-            *kept,
-            weight,
-            bias if x_free else None,
-            values,
-        )
-        return interface.Normalised(y, mean, variance, saved, bounded)
-
-    def backward(
-        self, grad: Tensor, saved: tuple[OptTensor, ...], spec: interface.NormSpec
-    ) -> interface.Gradients:
-        x, y, residual, first, second, *rest = saved
-        added = spec.fused == "add_relu"
-        if interface.is_largest(spec.statistic):
-            results = self._ops.largest_backward(grad, x, y, residual, first, second, *rest, added)
-        else:
-            results = self._ops.l1_backward(grad, x, y, residual, first, *rest, added)
-        grad_x, grad_residual, grad_weight, grad_bias = results
-        return interface.Gradients(grad_x, grad_residual if added else None, grad_weight, grad_bias)
+    def batch_norm(self, statistic: Statistic) -> interface.Normalise:
+        """Return one operator: forward, its node in autograd's graph, and running statistics."""
+        k = statistic.k if isinstance(statistic, LargestMean) else 0
+        return partial(self._ops.batch_norm.default, k)
 
     def affine(
         self,
@@ -120,6 +81,22 @@ def _plain_layer_norm_gradients(
     return [gradient for gradient in found if gradient is not None]
 
 
+def _batch_norm_backward(grad: Tensor, *saved: Any) -> tuple[Tensor, ...]:
+    """Return the gradients by x, residual, weight and bias, to be differentiated."""
+    k, constant, eps, fused, _, bias = saved[-1][-6:].tolist()
+    statistic = LargestMean(int(k)) if k else PowerMean(1.0)
+    ctx = SimpleNamespace(saved_tensors=saved, needs_input_grad=(True,) * 4)
+    ctx.plain = None if fused else (statistic, constant, eps, torch.float32)
+    ctx.bias = None if bias < 0 else (grad.shape[1:2], torch.float32)
+    return tuple(grad.new_empty(0) if q is None else q for q in _backward(ctx, grad))
+
+
+@differentiable(plain_batch_norm, (0, 2, 3))
+def _backward(ctx: Any, grad: Tensor) -> tuple[OptTensor, ...]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.nmlightning.batch_norm_backward(grad, *ctx.saved_tensors)  # type: ignore[no-any-return]
+
+
 _LIBRARY: Any = torch.library.Library("nmlightning", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
     "plain_layer_norm_gradients(Tensor grad, Tensor x, Tensor? weight, ScalarType? bias, int rank, "
@@ -128,6 +105,7 @@ _LIBRARY.define(
 _LIBRARY.impl(
     "plain_layer_norm_gradients", _plain_layer_norm_gradients, "CompositeImplicitAutograd"
 )
+_LIBRARY.impl("batch_norm_backward", _batch_norm_backward, "AutogradCPU")
 
 
 @dataclass(frozen=True)
@@ -139,31 +117,25 @@ class CpuBackend:
     device = "cpu"
 
     def unsupported_reason(self, key: interface.DispatchKey) -> str:
-        return interface.unsupported_norm(key, _DTYPES) or first_missing(self)
+        return interface.unsupported_norm(key, _DTYPES) or self._missing()
 
     def kernels(self, key: interface.DispatchKey) -> Any:
         return CpuBatchNorm() if key.kind == "batch" else torch.ops.nmlightning.layer_norm.default
 
     def tracking(self) -> interface.Tracking | None:
         """Return what moves running statistics, or None where it is not built."""
-        return None if first_missing(self) else torch.ops.nmlightning.track
+        return None if self._missing() else torch.ops.nmlightning.track
 
     def weights(self) -> Any:
-        return None if first_missing(self) else torch.ops.nmlightning
+        return None if self._missing() else torch.ops.nmlightning
 
     def _missing(self) -> str:
         if build.is_loaded():
             return ""
         reason = _load(build.library_path(self.folder))
-        if reason not in ("", build.NOT_BUILT, build.BEING_BUILT):
+        if reason and reason != build.NOT_BUILT:
             _warn(reason)
         return reason
-
-
-@cache
-def first_missing(backend: CpuBackend) -> str:
-    """Return why there is no library, for good: a run goes on without one that is built then."""
-    return backend._missing()
 
 
 def _load(path: Path) -> str:

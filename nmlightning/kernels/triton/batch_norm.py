@@ -1,15 +1,18 @@
 """Batch norm by Triton kernels: which are launched, with which partition and memory."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from nmlightning.functional.batch_norm import is_transformed
 from nmlightning.functional.reductions import next_power_of_two
 from nmlightning.functional.statistics import LargestMean, Statistic
+from nmlightning.kernels.autograd import normalise_by
 from nmlightning.kernels.interface import (
     Fused,
     Gradients,
+    Normalise,
     Normalised,
     NormSpec,
     OptTensor,
@@ -50,6 +53,9 @@ class TritonBatchNorm:
     Forward keeps x, and y only where a residual was added: without one, what ReLU let pass follows
     from x. On a CPU, where Triton is interpreted, it is for the tests.
     """
+
+    def batch_norm(self, statistic: Statistic) -> Normalise:
+        return partial(normalise_by, self, statistic)
 
     def forward(
         self,
@@ -192,9 +198,19 @@ def track(
     batches: OptTensor,
     mean: Tensor,
     variance: Tensor,
-    momentum: float,
-) -> None:
+    momentum: float | None,
+) -> bool:
     """Do in one launch what `Tracking` says, with (C,) float32, contiguous, and () int64."""
+    device = mean.device
+    taken = momentum is not None and not is_transformed()
+    for tensor in (mean, running_mean, running_var):
+        taken = taken and type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == torch.float32
+        taken = taken and tensor.is_contiguous() and tensor.shape == mean.shape
+        taken = taken and tensor.device == device
+    if batches is not None:
+        taken = taken and batches.dtype == torch.int64 and batches.device == device
+    if not taken:
+        return False
     channels = mean.numel()
     with on_device_of(mean), torch.no_grad():
         _launcher_of(channels)(
@@ -203,6 +219,7 @@ def track(
     for changed in (running_mean, running_var, batches):
         if changed is not None:
             torch.autograd.graph.increment_version(changed)
+    return True
 
 
 @lru_cache(maxsize=1024)
