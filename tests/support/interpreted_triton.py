@@ -78,10 +78,11 @@ def test_kernels_equal_the_definition(case: contract.Case, shared: None) -> None
     contract.check(case, KERNELS, slack=slack(case.dtype))
 
 
-@pytest.mark.parametrize("case", [c for c in contract.CASES if c.statistic == "l1"], ids=str)
+@pytest.mark.parametrize("case", [c for c in contract.CASES if c.statistic != "linf"], ids=str)
 def test_one_launch_each_way_equals_the_definition(case: contract.Case, launched: Any) -> None:
     contract.check(case, KERNELS, slack=slack(case.dtype))
-    assert [name for name, _ in launched] == ["write_l1_output", "write_whole_gradient"]
+    forward = 1 if case.statistic == "l1" else 3
+    assert [name for name, _ in launched][forward:] == ["write_whole_gradient"]
 
 
 @pytest.mark.parametrize("fused", [None, "relu", "add_relu"])
