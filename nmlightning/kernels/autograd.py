@@ -43,9 +43,11 @@ class KernelBatchNormFunction(torch.autograd.Function):
         bias: Tensor | None,
         kernels: Any,
         spec: interface.NormSpec,
+        *running: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         residual = None if residual is None else interface.lay_out_like(residual, x)
-        y, mean, variance, saved = kernels.forward(x, residual, _wide(weight), _wide(bias), spec)
+        learned = _wide(weight), _wide(bias)
+        y, mean, variance, saved = kernels.forward(x, residual, *learned, spec, *running)
         ctx.mark_non_differentiable(mean, variance)
         ctx.kernels, ctx.spec = kernels, spec
         ctx.save_for_backward(*(x, weight) if spec.fused is None else (None, None), *saved)
@@ -64,8 +66,7 @@ class KernelBatchNormFunction(torch.autograd.Function):
             gradients.residual,
             None if ctx.weight_dtype is None else gradients.weight.to(ctx.weight_dtype),
             None if ctx.bias is None else gradients.bias.to(ctx.bias[1]),
-            None,
-            None,
+            *(None,) * (len(ctx.needs_input_grad) - 4),
         )
 
 
@@ -79,11 +80,14 @@ def normalise_by(
     *state_and_settings: Any,
 ) -> list[Tensor]:
     """Return what `interface.Normalise` says, by kernels that are called from Python."""
-    *_, constant, eps, _, fused = state_and_settings
+    *state, constant, eps, momentum, fused = state_and_settings
     if residual is not None and not is_like(residual, x):
         return []
     spec = interface.NormSpec(statistic, constant, eps, fused)
-    return list(KernelBatchNormFunction.apply(x, residual, weight, bias, kernels, spec))
+    running = (*state, momentum)
+    moved = (running,) if kernels.can_move(running, x) else ()
+    found = KernelBatchNormFunction.apply(x, residual, weight, bias, kernels, spec, *moved)
+    return list(found[:1] if moved else found)
 
 
 def is_like(tensor: Tensor, other: Tensor) -> bool:

@@ -112,7 +112,8 @@ def _batch_norm(
         residual = x if spec.fused == "add_relu" else None
         channel = torch.zeros(shape[1])
         kernels = TritonBatchNorm()
-        saved = kernels.forward(x, residual, channel, channel, spec).saved
+        running = channel, channel, torch.tensor(0), 0.1
+        saved = kernels.forward(x, residual, channel, channel, spec, running).saved
         kernels.backward(x, saved, spec)
 
     return launch

@@ -135,20 +135,22 @@ def test_parts_are_summed_in_several_steps(
     contract.check(contract.Case((3, 1, 10, 14), "l1", channels_last=channels_last), KERNELS)
 
 
-def test_layers_use_the_interpreted_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_use_the_interpreted_kernels(launched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     interpreted = TritonBackend()
     monkeypatch.setattr(interpreted, "device", "cpu")
     monkeypatch.setattr(dispatch, "BACKENDS", (interpreted,))
     dispatch.clear_dispatch_cache()
-    layer, x = L1BatchNorm2d(2), torch.randn(2, 2, 3, 3)
-    assert layer.backend_for(x).backend == "Triton"
-    outputs = []
+    x, outputs = torch.randn(2, 2, 3, 3), []
+    assert L1BatchNorm2d(2).backend_for(x).backend == "Triton"
     for name in ("auto", "formula"):
-        leaf = x.clone().requires_grad_()
+        layer, leaf = L1BatchNorm2d(2), x.clone().requires_grad_()
         with dispatch.norm_backend(name):
             y = layer(leaf)
-        outputs.append([y, *torch.autograd.grad(y, [leaf, *layer.parameters()], x + 1)])
+        grads = torch.autograd.grad(y, [leaf, *layer.parameters()], x + 1)
+        outputs.append([y, *grads, *layer.buffers()])
     dispatch.clear_dispatch_cache()
+    # The running statistics are moved by the kernel of the output.
+    assert [kernel for kernel, _ in launched] == ["write_l1_output", "write_whole_gradient"]
     torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
 
 

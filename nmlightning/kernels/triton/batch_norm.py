@@ -84,8 +84,13 @@ class TritonBatchNorm:
                     x, None, _k_of(spec.statistic), statistics, weight, spec, running
                 )
                 _write_output(x, residual, y, statistics[0], statistics[4], bias, relu)
+        _note_moved(running)
         kept = y if spec.fused == "add_relu" else None
         return Normalised(y, statistics[0], statistics[1], (x, kept, statistics, bias, *selected))
+
+    def can_move(self, running: Running, x: Tensor) -> bool:
+        """Return whether forward moves these running statistics."""
+        return can_move(running, x, 1)
 
     def backward(self, grad: Tensor, saved: tuple[OptTensor, ...], spec: NormSpec) -> Gradients:
         x, y, statistics, bias, positions, deviations = saved
@@ -200,26 +205,35 @@ def track(
     variance: Tensor,
     momentum: float | None,
 ) -> bool:
-    """Do in one launch what `Tracking` says, with (C,) float32, contiguous, and () int64."""
-    device = mean.device
-    taken = momentum is not None and not is_transformed()
-    for tensor in (mean, running_mean, running_var):
-        taken = taken and type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == torch.float32
-        taken = taken and tensor.is_contiguous() and tensor.shape == mean.shape
-        taken = taken and tensor.device == device
-    if batches is not None:
-        taken = taken and batches.dtype == torch.int64 and batches.device == device
-    if not taken:
+    """Do in one launch what `Tracking` says."""
+    running = running_mean, running_var, batches, momentum
+    if mean.dtype != torch.float32 or not (mean.is_contiguous() and can_move(running, mean, 0)):
         return False
-    channels = mean.numel()
     with on_device_of(mean), torch.no_grad():
-        _launcher_of(channels)(
-            move_statistics, running_mean, running_var, batches, mean, variance, momentum
-        )
-    for changed in (running_mean, running_var, batches):
+        _launcher_of(mean.numel())(move_statistics, *running[:3], mean, variance, momentum)
+    _note_moved(running)
+    return True
+
+
+def can_move(running: Running, like: Tensor, dim: int) -> bool:
+    """Return whether kernels move them: plain (C,) float32, contiguous, and () int64, there."""
+    *statistics, batches, momentum = running
+    if momentum is None or is_transformed():
+        return False
+    for tensor in statistics:
+        if tensor is None or type(tensor) not in (Tensor, nn.Parameter):
+            return False
+        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+            return False
+        if tensor.shape != like.shape[dim : dim + 1] or tensor.device != like.device:
+            return False
+    return batches is None or (batches.dtype == torch.int64 and batches.device == like.device)
+
+
+def _note_moved(running: Running) -> None:
+    for changed in running[:3]:
         if changed is not None:
             torch.autograd.graph.increment_version(changed)
-    return True
 
 
 @lru_cache(maxsize=1024)
