@@ -42,7 +42,8 @@ def gradient_sums(grad: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor
         )
         return total, product
     dims = statistics.reduced_dims(x)
-    return grad.sum(dims), (grad * (x - mean.view(statistics.channel_shape(x)))).sum(dims)
+    deviations = x - mean.view(statistics.channel_shape(x))
+    return sum_of(grad, dims), sum_of(grad * deviations, dims)
 
 
 def _is_fast_in_torch(grad: Tensor, x: Tensor) -> bool:

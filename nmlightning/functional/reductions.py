@@ -114,8 +114,14 @@ def count_along(values: Tensor, dims: tuple[int, ...]) -> int:
 
 
 def sum_of(values: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Return the sum over `dims`; that of half values in float32: n times their mean in half."""
+    """Return the sum over `dims`; that of half values in float32: n times their mean in half.
+
+    For a CPU it is compiled for each sample of a batch, and then over these: a loop over all for 16
+    channels at a time would read memory in steps, once for each 16.
+    """
     if not is_half(values.dtype):
+        if torch.compiler.is_compiling() and values.is_cpu and len(dims) > 1 and dims[0] == 0:
+            return values.sum(dims[1:]).sum(0)
         return values.sum(dims)
     return half_mean(values, dims).float() * count_along(values, dims)
 
@@ -154,7 +160,7 @@ def share_mean(
     """Return the mean over `dims` and the ranks, and how many values it is taken over."""
     own = count_along(values, dims)
     if not is_half(values.dtype):
-        sums, share = share_sums(values.sum(dims), own, group)
+        sums, share = share_sums(sum_of(values, dims), own, group)
         return sums / share.total, share
     mean = half_mean_of_inputs(values, dims)
     if group is None:
