@@ -24,7 +24,13 @@ from torch.distributed import ProcessGroup
 from nmlightning.functional import statistics
 from nmlightning.functional.constants import Constant
 from nmlightning.functional.plain import plain_batch_norm, plain_gradients
-from nmlightning.functional.reductions import mean_of, share_mean, sum_of, sum_over_ranks
+from nmlightning.functional.reductions import (
+    constant_in_traces,
+    mean_of,
+    share_mean,
+    sum_of,
+    sum_over_ranks,
+)
 from nmlightning.functional.selection import Selection
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
@@ -67,7 +73,7 @@ def is_transformed(grad: Tensor | None = None) -> bool:
     return bool(many or torch._C._is_tracing() or _is_transforming())
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+@constant_in_traces
 def _is_transforming() -> bool:
     """Return whether a transform is active; a compiler runs this once and guards the transforms."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -303,7 +309,7 @@ class HalfCentreFunction(torch.autograd.Function):
         return grad_x.to(grad.dtype), grad_bias, None, None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+@torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator, unused-ignore]
 def apply_without_autocast(
     function: type[torch.autograd.Function], x: Tensor, *arguments: Any
 ) -> Any:

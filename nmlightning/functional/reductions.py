@@ -8,7 +8,8 @@ bit: at n = 100,000 it is 90 % low. So half values are averaged in blocks of 256
 means again, by pairs (a + b)/2, each rounded to half.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,8 +19,15 @@ from torch.distributed import ProcessGroup
 
 HALF_DTYPES = frozenset({torch.float16, torch.bfloat16})
 BLOCK = 256
+Function = TypeVar("Function", bound=Callable[..., Any])
 Count = int | Tensor
 """A number of values; a 0-dimensional int64 tensor where ranks share the batch."""
+
+
+def constant_in_traces(function: Function) -> Function:
+    """Mark a function as does `torch.compiler.assume_constant_result`, which loads the compiler."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 class Share(NamedTuple):

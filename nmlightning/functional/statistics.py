@@ -22,6 +22,7 @@ from nmlightning.functional import constants
 from nmlightning.functional.reductions import (
     Count,
     Share,
+    constant_in_traces,
     gather_from_ranks,
     is_half,
     keep_first_largest,
@@ -281,12 +282,12 @@ def _as_int(count: Count) -> int:
 # callers pass counts through operator.index, which makes it specialise on a batch's size.
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+@constant_in_traces
 def _largest_mean_constant(n: int, k: int, convention: constants.Constant) -> float:
     return constants.top_k_constant(n, k, convention)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+@constant_in_traces
 def _range_mean_constant(n: int, chunks: int, convention: constants.Constant) -> float:
     expected = [
         1 / constants.range_constant(length, convention) for length in chunk_lengths(n, chunks)

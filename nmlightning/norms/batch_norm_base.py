@@ -30,7 +30,7 @@ from nmlightning.errors import (
 )
 from nmlightning.functional.batch_norm import is_transformed
 from nmlightning.functional.plain import plain_evaluation
-from nmlightning.functional.reductions import is_half
+from nmlightning.functional.reductions import constant_in_traces, is_half
 from nmlightning.kernels.dispatch import NO_KERNELS, select_tracking
 from nmlightning.kernels.interface import Dispatch, Fused
 
@@ -57,7 +57,7 @@ def activate(y: Tensor, residual: Tensor | None, fused: Fused | None) -> Tensor:
     return F.relu(y if residual is None else y + residual, inplace=in_place)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+@constant_in_traces
 def warn_of_export(name: str) -> None:
     """Warn of an export in training mode, also where the compiler traces the call."""
     warnings.warn(

@@ -54,7 +54,7 @@ class HalfL2BatchNorm(BatchNormBase):
             sync=sync, device=device, dtype=dtype,
         )  # fmt: skip
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]  # it would not round
+    @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator, unused-ignore]  # it would not round
     def _normalise(
         self, input: Tensor, residual: Tensor | None, group: ProcessGroup | None
     ) -> tuple[Tensor, Tensor, Tensor]:
