@@ -21,7 +21,6 @@ quickstart: $(VENV)/core ## install, then train on the embedded digits (half a m
 	$(VENV)/bin/nm fit --config configs/quickstart.yaml
 
 kernels: $(VENV)/core ## build the norms' kernels for this CPU (needs a C++ compiler)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt ninja
 	$(VENV)/bin/nm kernels build
 
 STUDY := study_short

@@ -21,6 +21,7 @@ from nmlightning.weights.recording_file import FILE_NAME
 
 os.environ.pop("COLUMNS", None)  # a pipe, of any width
 os.unsetenv("COLUMNS")  # as readline set it, behind os.environ
+os.environ["CI"] = "true"  # nm fit builds no kernels in the background
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -15,7 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from nmlightning import compat
 from nmlightning.errors import InputError, check_lists
-from nmlightning.kernels.dispatch import NO_KERNELS
+from nmlightning.kernels.cpu.build import BEING_BUILT, NOT_BUILT, cache_folder, start_build
+from nmlightning.kernels.dispatch import FORMULA, NO_KERNELS
 from nmlightning.kernels.interface import layout_of
 from nmlightning.norms import registry
 from nmlightning.surgery import recipes
@@ -176,7 +177,9 @@ class NormSwap(ModelChange):
         self.types = registry.check_types(types)
         self._unchecked = False
         self._unnoted: Mapping[str, nn.Module] = {}
-        self._backends: BackendNote | None = None
+        self._note: BackendNote | None = None
+        self.backends: list[str] = []  # which have computed the norms, here or before a resume
+        self.builds_kernels = False  # in the background, if the CPU's are missed
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Swap, and let `sync_batchnorm` keep what it gets."""
@@ -202,7 +205,7 @@ class NormSwap(ModelChange):
     ) -> None:
         """Log the backends of the swapped norms in the first batch."""
         if self._unnoted:
-            self._backends = BackendNote(pl_module, self._unnoted)
+            self._note = BackendNote(pl_module, self._unnoted)
             self._unnoted = {}
 
     def on_before_backward(
@@ -212,10 +215,23 @@ class NormSwap(ModelChange):
         if self._unchecked:
             self._unchecked = False
             _find_swapped(pl_module)
-        if self._backends is not None:
-            for line in self._backends.describe():
+        if self._note is not None:
+            lines, backends = self._note.describe(), sorted(self._note.backends)
+            if self.builds_kernels and any(NOT_BUILT in line for line in lines):
+                reason = start_build(cache_folder()) if trainer.is_global_zero else BEING_BUILT
+                lines = [line.replace(NOT_BUILT, reason) for line in lines]
+            if self.backends not in ([], backends):
+                then, now = (" and ".join(names) for names in (self.backends, backends))
+                lines.append(f"{now} resumes a run by {then}: equal to rounding, not bit for bit")
+            for line in lines:
                 rank_zero_info(f"NormSwap: {line}")
-            self._backends = None
+            self._note, self.backends = None, backends
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "backends": self.backends}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.backends = state_dict.get("backends", [])
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check for what happened since the first step."""
@@ -280,11 +296,13 @@ class BackendNote:
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         self._answers: dict[nn.Module, str] = {}
+        self.backends: set[str] = set()
         self._handles: list[RemovableHandle] = []
         parts = list(model.modules())
         compiled = any(p._compiled_call_impl or hasattr(p, "_orig_mod") for p in parts)
         for layer in dict.fromkeys(layers.values()):
             if compiled:
+                self.backends.add(FORMULA)
                 self._answers[layer] = f"{type(layer).__name__} by the formula, compiled"
             else:
                 self._handles.append(layer.register_forward_pre_hook(self._ask))
@@ -305,6 +323,7 @@ class BackendNote:
         by_formula = f"by the formula ({what}): {dispatch.reason}"
         by = by_formula if dispatch.kernels is None else f"by {dispatch.backend} kernels ({what})"
         self._answers[layer] = f"{type(layer).__name__} {by}"
+        self.backends.add(dispatch.backend)
 
 
 def _layout_word(x: Tensor) -> str:

@@ -34,10 +34,10 @@ Rows = list[tuple[str, str]]
 
 NEEDED = (
     *("torch", "pytorch-lightning", "torchmetrics", "torchvision", "tensorboard"),
-    *("jsonargparse", "numpy", "rich"),
+    *("jsonargparse", "numpy", "ninja", "rich"),
 )
 OPTIONAL = (
-    *("lightning", "triton", "ninja", "timm", "litdata", "onnx", "datasets"),
+    *("lightning", "triton", "timm", "litdata", "onnx", "datasets"),
     *("tokenizers", "sacrebleu"),
 )
 

@@ -5,7 +5,9 @@ Nothing here needs torch: a misspelt path is reported at once.
 
 import argparse
 import re
+import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from functools import cache, partial
 from importlib.resources import files
@@ -175,6 +177,15 @@ def new_version(run_name: str) -> Path:
 OTHER_KEYWORDS = ("best", "hpc")
 _RUN_FOLDER_OPTION = re.compile(r"--trainer\.logger\.(init_args\.)?(save_dir|name|root_dir)\b")
 _NAMES_CODE = re.compile(r"--(model|data)\b")
+
+
+def remove_made(folders: list[Path]) -> None:
+    """Delete a run's folder, and those above it that were made for it and hold no other run."""
+    for folder in folders[:1]:
+        shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        for folder in folders[1:]:
+            folder.rmdir()
 
 
 class RunPaths:

@@ -6,7 +6,6 @@ Lightning, torchrun or SLURM may start several processes with the same command l
 
 import math
 import os
-import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,18 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from nmlightning.callbacks import checkpoints
+from nmlightning.callbacks import NormSwap, checkpoints
 from nmlightning.commands import run_report
 from nmlightning.commands.argument_parser import DIVERGED, INTERRUPTED, TERMINATED
 from nmlightning.commands.checkpoint import checkpoint_hparams
 from nmlightning.commands.failures import explain_failures, failing_together, filter_logs
-from nmlightning.commands.files import RunPaths, default_logger, new_version, time_written
+from nmlightning.commands.files import (
+    RunPaths,
+    default_logger,
+    new_version,
+    remove_made,
+    time_written,
+)
 from nmlightning.commands.parser import ConfigFile, Parser, check_numbers
 from nmlightning.compat import copying_strategy, replace_torch_io
 from nmlightning.errors import InputError, cut, input_error_in, repr_by_arguments
@@ -35,6 +40,10 @@ from nmlightning.tasks.numerics import SoundNumerics, larger_eps
 
 MOST_DEVICES = 64  # of a machine, where the CPU has fewer cores
 HALF = ("16-mixed", "16", 16)  # which Lightning makes bf16-mixed without a GPU
+SWITCHES = {  # both are on
+    "keep_freed_memory": "On a CPU, keep freed memory for the next step, where it is glibc's.",
+    "build_kernels": "Build the kernels for this CPU in the background, if a fit misses them.",
+}
 ORDERS = ("min", "max")  # of the metric of a ModelCheckpoint
 
 
@@ -67,7 +76,7 @@ class TrainingCLI(LightningCLI):
     """LightningCLI for any model and data; its constructor runs the command, in `runs/run_name`."""
 
     def __init__(self, arguments: list[str], run_name: str) -> None:
-        command = arguments[0]
+        self._command = command = arguments[0]
         self._run_name = run_name
         self._logger_is_given = any(word.startswith("--trainer.logger") for word in arguments)
         self._watch = run_report.Stopwatch()
@@ -98,13 +107,13 @@ class TrainingCLI(LightningCLI):
         )
         return parser
 
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Return the command that runs, alone: a parser of all takes a second to make."""
+        return {self._command: LightningCLI.subcommands()[self._command]}
+
     def add_arguments_to_parser(self, parser: Any) -> None:
-        parser.add_argument(
-            "--keep_freed_memory",
-            type=bool,
-            default=True,
-            help="On a CPU, keep freed memory for the next step, as far as glibc allows it.",
-        )
+        for name, meaning in SWITCHES.items():
+            parser.add_argument(f"--{name}", type=bool, default=True, help=meaning)
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse `args` without LightningCLI's warning that the program has arguments, too."""
@@ -183,6 +192,10 @@ class TrainingCLI(LightningCLI):
         check_restarts()
         earlier = kwargs.get("ckpt_path")
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        options = self.config_init[self.subcommand]
+        for swap in (c for c in callbacks if isinstance(c, NormSwap)):
+            is_trial = options.trainer.fast_dev_run or "CI" in os.environ
+            swap.builds_kernels = options.build_kernels and not is_trial
         exact = (
             []
             if any(isinstance(c, checkpoints.ExactResume) for c in callbacks)
@@ -309,15 +322,6 @@ def has_bfloat16() -> bool:
         return torch.cpu._is_avx512_bf16_supported()
     known = torch.cpu.get_capabilities()
     return any(known.get(name) for name in ("bf16", "avx512_bf16"))
-
-
-def remove_made(folders: list[Path]) -> None:
-    """Delete a run's folder, and those above it that were made for it and hold no other run."""
-    for folder in folders[:1]:
-        shutil.rmtree(folder, ignore_errors=True)
-    with suppress(OSError):
-        for folder in folders[1:]:
-            folder.rmdir()
 
 
 def standard_callbacks(options: Namespace) -> list[Callback]:

@@ -17,7 +17,7 @@ from nmlightning.errors import InputError
 from nmlightning.functional.batch_norm import is_transformed
 from nmlightning.functional.statistics import Statistic
 from nmlightning.kernels import interface
-from nmlightning.kernels.cpu.backend import CpuBackend
+from nmlightning.kernels.cpu.backend import CpuBackend, first_missing
 from nmlightning.kernels.triton.backend import TritonBackend
 
 _P = ParamSpec("_P")
@@ -30,7 +30,7 @@ _COMPILING = interface.Dispatch(FORMULA, "traced code")
 _SUBCLASS = interface.Dispatch(FORMULA, "no plain tensor")
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 _PLAIN = (Tensor, nn.Parameter)
-_choices: list[Any] = []
+_choices: list[Any] = [first_missing]
 _requested: ContextVar[str] = ContextVar("norm_backend", default="auto")
 
 

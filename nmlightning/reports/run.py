@@ -74,7 +74,7 @@ _IGNORED_KEYS = (
     *("seed_everything", "ckpt_path", "weights_only", "data.root", "trainer.logger"),
     *("trainer.log_every_n_steps", "trainer.num_sanity_val_steps", "trainer.profiler"),
     *("trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary"),
-    "keep_freed_memory",
+    *("keep_freed_memory", "build_kernels"),
 )
 # A reference of another seed belongs to the same setting.
 _IGNORED_NAMES = ("reference", "_instantiator")

@@ -25,10 +25,12 @@ from lightning_modules import (
     package_of,
 )
 from nmlightning import swap_norms
-from nmlightning.callbacks import NormSwap, WeightNormSwap, WeightNormTracker
+from nmlightning.callbacks import NormSwap, WeightNormSwap, WeightNormTracker, norm_swap
 from nmlightning.callbacks.norm_swap import BackendNote
 from nmlightning.errors import InputError
 from nmlightning.kernels import norm_backend
+from nmlightning.kernels.cpu import build
+from nmlightning.kernels.interface import Dispatch
 from nmlightning.norms import L1LayerNorm, MeanOnlyBatchNorm2d
 from nmlightning.norms.batch_norm import L1BatchNorm2d, LInfBatchNorm2d, TopKBatchNorm2d
 from nmlightning.surgery.recipes import NORM_SWAP, recipes_of
@@ -456,6 +458,23 @@ def test_norm_swap_logs_backends_once(module_class: type, caplog: pytest.LogCapt
     assert len(said) == 1
     assert said[0].startswith("NormSwap: 2 L1BatchNorm2d by ")
     assert "(float32, NCHW)" in said[0]
+
+
+def test_norm_swap_builds_kernels_if_told_and_says_what_a_resume_changes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    dispatch = Dispatch("formula", build.NOT_BUILT)
+    monkeypatch.setattr(L1BatchNorm2d, "backend_for", lambda *_: dispatch)
+    monkeypatch.setattr(norm_swap, "start_build", lambda _: "they are being built")
+    before, swap = NormSwap("l1"), NormSwap("l1")
+    before.backends, swap.builds_kernels = ["C++"], True
+    swap.load_state_dict(before.state_dict())
+    with caplog.at_level(logging.INFO):
+        fit(make(PlModule), swap)
+    backends, resumed = [x.getMessage() for x in caplog.records if "formula" in x.getMessage()]
+    assert backends.endswith(" by the formula (float32, NCHW): they are being built")
+    assert resumed == ("NormSwap: formula resumes a run by C++: equal to rounding, not bit for bit")
+    assert swap.state_dict()["backends"] == ["formula"]
 
 
 @pytest.mark.parametrize("by_hand", ["linf", "l2"])

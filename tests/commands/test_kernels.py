@@ -200,6 +200,50 @@ def test_kernels_build_leaves_nothing_when_it_is_killed(seconds: float, tmp_path
     wait_until(lambda: not os.listdir(folder))
 
 
+# Compiles nothing, after a second, and ends with the exit code.
+COMPILER = """\
+#!/bin/sh
+sleep 1
+for word; do shift; case $word in
+    *.cpp) set -- "$@" -x c++ /dev/null;;
+    *) set -- "$@" "$word";; esac; done
+c++ "$@" && exit %s
+"""
+
+
+@pytest.mark.usefixtures("_toolchain")
+@pytest.mark.parametrize("code", [0, 1])
+def test_kernels_are_built_in_the_background(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cxx").write_text(COMPILER % code)
+    (tmp_path / "cxx").chmod(0o755)
+    monkeypatch.setenv("CXX", str(tmp_path / "cxx"))
+    folder = tmp_path / "kernels"
+    path, log = build.library_path(folder), folder / build.LOG
+    assert build.start_build(folder) == build.BEING_BUILT
+    wait_until(lambda: any(folder.glob("unfinished-*")))
+    assert build.unusable_reason(path) == build.start_build(folder) == build.BEING_BUILT
+    assert len(list(folder.iterdir())) == 1
+    wait_until(path.exists if code == 0 else log.exists)
+    wait_until(lambda: len(list(folder.iterdir())) == 1)
+    assert build.unusable_reason(path) == ("" if code == 0 else build.NOT_BUILT)
+    if code:
+        assert build.start_build(folder).startswith(f"the kernels did not compile, see {log}; ")
+
+
+def test_kernels_say_why_they_are_not_built_in_the_background(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    for folder, reason in {
+        "file": "file cannot be written to: ",
+        "new": "there is no C++ comp",
+    }.items():
+        assert reason in build.start_build(tmp_path / folder)
+        monkeypatch.setenv("CXX", "no-such-compiler")
+
+
 def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while not condition():

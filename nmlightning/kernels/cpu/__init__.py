@@ -1,1 +1,1 @@
-"""Kernels for the CPU, in C++, which one command builds: `nm kernels build`."""
+"""Kernels for the CPU, in C++, built by the first `nm fit` or by `nm kernels build`."""

@@ -117,14 +117,14 @@ class CpuBackend:
     device = "cpu"
 
     def unsupported_reason(self, key: interface.DispatchKey) -> str:
-        return interface.unsupported_norm(key, _DTYPES) or self._missing()
+        return interface.unsupported_norm(key, _DTYPES) or first_missing(self)
 
     def kernels(self, key: interface.DispatchKey) -> Any:
         return CpuBatchNorm() if key.kind == "batch" else torch.ops.nmlightning.layer_norm.default
 
     def tracking(self) -> interface.Tracking | None:
         """Return what moves running statistics, or None where it is not built."""
-        return None if self._missing() else torch.ops.nmlightning.track
+        return None if first_missing(self) else torch.ops.nmlightning.track
 
     def weights(self) -> Any:
         return None if self._missing() else torch.ops.nmlightning
@@ -133,9 +133,15 @@ class CpuBackend:
         if build.is_loaded():
             return ""
         reason = _load(build.library_path(self.folder))
-        if reason and reason != build.NOT_BUILT:
+        if reason not in ("", build.NOT_BUILT, build.BEING_BUILT):
             _warn(reason)
         return reason
+
+
+@cache
+def first_missing(backend: CpuBackend) -> str:
+    """Return why there is no library, for good: a run goes on without one that is built then."""
+    return backend._missing()
 
 
 def _load(path: Path) -> str:

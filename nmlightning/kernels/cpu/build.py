@@ -1,5 +1,6 @@
 """Builds, finds and loads the library of the CPU's kernels."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -9,6 +10,8 @@ import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from uuid import uuid4
@@ -38,8 +41,18 @@ _PROCESSOR = (
 )
 LOG = "build.log"
 NOT_BUILT = "the kernels are not built: nm kernels build"
+BEING_BUILT = "the kernels are being built in the background, for the next start"
 _UNFINISHED = "unfinished-"
 _FORMULA = "The norms use the formula"
+# In a process of its own, which takes one core where nothing else wants it.
+_BUILD = """
+import os, sys
+from pathlib import Path
+sys.path = [*filter(None, sys.path), sys.argv[1]]
+os.nice(19)
+from nmlightning.kernels.cpu.build import build_library
+build_library(Path(sys.argv[2]))
+"""
 # In a process of its own, which is given the folder of ninja in its PATH and leaves nothing loaded.
 # That it loads what it has built is a first test of it. Its input ends with the process that asked
 # for it, however that ends; then it ends the compilers, which are in its group, and removes their
@@ -48,6 +61,7 @@ _COMPILE = """
 import json, os, shutil, signal, sys, threading, time, traceback
 arguments = json.loads(sys.argv[1])
 folder = arguments["build_directory"]
+os.setpgid(0, 0)  # no new session, in which some kernels would count niceness anew
 os.mkdir(folder)
 def clean_up():
     sys.stdin.read()
@@ -116,7 +130,7 @@ def unusable_reason(path: Path) -> str:
     It and its folder belong to the user or to root, and nobody else may write to them.
     """
     if not path.exists():
-        return NOT_BUILT
+        return BEING_BUILT if _is_locked(path.parent) else NOT_BUILT
     for place in dict.fromkeys((path.parent, path.resolve().parent, path)):
         status = place.stat()
         if status.st_uid not in (os.getuid(), 0):
@@ -164,16 +178,69 @@ def _processor() -> list[str]:
 def build_library(folder: Path) -> Path:
     """Compile the kernels for this machine and this torch, and return the library.
 
-    What is being built is in a new folder of its own, and moved into place whole at the end: two
-    processes may build at once, and one that is killed leaves nothing.
+    What is being built is in a new folder of its own, and moved into place whole at the end: one
+    process that is killed leaves nothing. A second waits for the first, and takes what it has made.
     """
+    library = library_path(folder)
+    is_new = not library.exists()
     check_toolchain()
     check_folder(folder)
     unfinished = folder / f"{_UNFINISHED}{uuid4().hex[:12]}"
+    with _locked(folder):
+        if is_new and not unusable_reason(library):
+            return library
+        try:
+            return _compile(unfinished, library)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def start_build(folder: Path) -> str:
+    """Have the library built by another process, which this one need not outlive.
+
+    Returns:
+        What to say of it: `BEING_BUILT`, or why it is not built.
+    """
+    log = folder / LOG
     try:
-        return _compile(unfinished, library_path(folder))
+        if log.is_file() and library_path(folder).name in log.read_text(errors="replace"):
+            return f"the kernels did not compile, see {log}; nm kernels build tries again"
+        check_toolchain()
+        check_folder(folder)
+    except (InputError, OSError) as error:
+        return str(error).removesuffix(f". {_FORMULA}.")
+    if not _is_locked(folder):
+        command = [sys.executable, "-c", _BUILD, str(SOURCES.parents[3]), str(folder)]
+        silent = [(os.POSIX_SPAWN_OPEN, i, os.devnull, os.O_RDWR, 0) for i in range(3)]
+        environment = {"MAX_JOBS": "1"} | os.environ
+        os.posix_spawn(command[0], command, environment, file_actions=silent, setpgroup=0)
+    return BEING_BUILT
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, where its file system has locks, or wait for who does."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _is_locked(folder: Path) -> bool:
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def check_folder(folder: Path) -> None:
@@ -230,13 +297,12 @@ def _compile(build_folder: Path, library: Path) -> Path:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     ) as compiling:
         assert compiling.stdout is not None, "asked for"
         words = compiling.stdout.read()
         with explain_failure(library):
             if not (build_folder / "done").exists():
-                log.write_text(words)
+                log.write_text(f"{library.name}\n{words}")
                 raise InputError(
                     f"the kernels did not compile; the compiler's output is in {log}. {_FORMULA}."
                 )
