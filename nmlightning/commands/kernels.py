@@ -47,11 +47,8 @@ def _show(folder: Path) -> None:
     from nmlightning.kernels.cpu.build import library_path, unusable_reason
 
     path = library_path(folder)
-    if not path.exists():
-        print_line("kernels", "not built for this CPU and this torch: nm kernels build")
-    else:
-        size = f"{path}, {path.stat().st_size / 2**20:.1f} MB"
-        print_line("kernels", unusable_reason(path) or size)
+    reason = unusable_reason(path)
+    print_line("kernels", reason or f"{path}, {path.stat().st_size / 2**20:.1f} MB")
     others = [other for other in folder.glob("torch-*.so") if other != path]
     for other in others:
         print_line("other", f"{other}, for another CPU, torch or nmlightning")

@@ -41,7 +41,7 @@ def _toolchain() -> None:
 
 
 def test_kernels_show_without_a_build(nm: Nm, tmp_path: Path) -> None:
-    shown = " kernels     not built for this CPU and this torch: nm kernels build\n"
+    shown = " kernels     the kernels are not built: nm kernels build\n"
     assert nm("show") == (0, shown, "")
     assert nm("remove")[1] == f" kernels     there are none in {build.cache_folder()}\n"
     assert tmp_path in build.cache_folder().parents

@@ -127,7 +127,7 @@ class CpuBackend:
         return None if first_missing(self) else torch.ops.nmlightning.track
 
     def weights(self) -> Any:
-        return None if self._missing() else torch.ops.nmlightning
+        return None if first_missing(self) else torch.ops.nmlightning
 
     def _missing(self) -> str:
         if build.is_loaded():
