@@ -226,7 +226,8 @@ def test_kernels_are_built_in_the_background(
     assert build.unusable_reason(path) == build.start_build(folder) == build.BEING_BUILT
     assert len(list(folder.iterdir())) == 1
     wait_until(path.exists if code == 0 else log.exists)
-    wait_until(lambda: len(list(folder.iterdir())) == 1)
+    wait_until(lambda: build.unusable_reason(path) != build.BEING_BUILT)
+    assert len(list(folder.iterdir())) == 1
     assert build.unusable_reason(path) == ("" if code == 0 else build.NOT_BUILT)
     if code:
         assert build.start_build(folder).startswith(f"the kernels did not compile, see {log}; ")
