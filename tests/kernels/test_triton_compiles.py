@@ -166,7 +166,7 @@ def test_one_launch_each_way_compiles(fused: Any, compile_ahead: Any) -> None:
     spec = NormSpec(L1, 1.25, 1e-5, fused)
     kernels = compile_ahead(90, _batch_norm((128, 64, 8, 8), False, torch.float16, spec))
     assert [kernel.name for kernel in kernels] == ["write_l1_output", "write_whole_gradient"]
-    _check(kernels)
+    _check(kernels, spilled=8)  # one value in one of them
 
 
 def test_layer_norm_compiles(compile_ahead: Any) -> None:

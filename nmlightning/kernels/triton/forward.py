@@ -101,13 +101,13 @@ def finish_statistics(
     gain = tl.div_rn(load_channels(weight, channels, present, 1.0), deviation)
     count = R.to(tl.float32)
     variance = scale * scale * tl.div_rn(count, count - 1)
+    if running_mean is not None:
+        move_both(running_mean, running_var, batches, momentum, mean, variance, channels, mask)
     tl.store(statistics + channels, mean, mask=mask)
     tl.store(statistics + C + channels, variance, mask=mask)
     tl.store(statistics + 2 * C + channels, deviation, mask=mask)
     tl.store(statistics + 3 * C + channels, scale, mask=mask)
     tl.store(statistics + 4 * C + channels, gain, mask=mask)
-    if running_mean is not None:
-        move_both(running_mean, running_var, batches, momentum, mean, variance, channels, mask)
     return gain
 
 
