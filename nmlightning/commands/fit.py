@@ -20,7 +20,8 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from nmlightning.callbacks import NormSwap, checkpoints
+from nmlightning.callbacks import checkpoints
+from nmlightning.callbacks.norm_swap import NormSwap
 from nmlightning.commands import run_report
 from nmlightning.commands.argument_parser import DIVERGED, INTERRUPTED, TERMINATED
 from nmlightning.commands.checkpoint import checkpoint_hparams

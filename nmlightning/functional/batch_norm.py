@@ -18,14 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 
 from nmlightning.functional import statistics
 from nmlightning.functional.constants import Constant
 from nmlightning.functional.plain import plain_batch_norm, plain_gradients
 from nmlightning.functional.reductions import (
-    constant_in_traces,
+    is_transformed,
     mean_of,
     share_mean,
     sum_of,
@@ -59,24 +58,6 @@ def _is_fast_in_torch(grad: Tensor, x: Tensor) -> bool:
     if x.is_contiguous():
         return grad.is_contiguous()
     return grad.stride() == x.stride() and x.movedim(1, -1).is_contiguous()
-
-
-def is_transformed(grad: Tensor | None = None) -> bool:
-    """Return whether `torch.func`, or forward mode, transforms what is computed now.
-
-    Also whether a tracer records it, as for ONNX, which knows no function with its own backward;
-    and whether a gradient is many: `torch.autograd.grad(…, is_grads_batched=True)`.
-    """
-    if torch.compiler.is_compiling():
-        return bool(_is_transforming())
-    many = grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
-    return bool(many or torch._C._is_tracing() or _is_transforming())
-
-
-@constant_in_traces
-def _is_transforming() -> bool:
-    """Return whether a transform is active; a compiler runs this once and guards the transforms."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def differentiable(

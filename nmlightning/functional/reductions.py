@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 
 HALF_DTYPES = frozenset({torch.float16, torch.bfloat16})
@@ -28,6 +29,24 @@ def constant_in_traces(function: Function) -> Function:
     """Mark a function as does `torch.compiler.assume_constant_result`, which loads the compiler."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def is_transformed(grad: Tensor | None = None) -> bool:
+    """Return whether `torch.func`, or forward mode, transforms what is computed now.
+
+    Also whether a tracer records it, as for ONNX, which knows no function with its own backward;
+    and whether a gradient is many: `torch.autograd.grad(…, is_grads_batched=True)`.
+    """
+    if torch.compiler.is_compiling():
+        return bool(_is_transforming())
+    many = grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
+    return bool(many or torch._C._is_tracing() or _is_transforming())
+
+
+@constant_in_traces
+def _is_transforming() -> bool:
+    """Return whether a transform is active; a compiler runs this once and guards the transforms."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class Share(NamedTuple):

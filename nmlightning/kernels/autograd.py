@@ -1,12 +1,14 @@
 """Autograd functions over a backend's kernels: batch norms.
 
-A batch norm of one process in C++ is in none of them: its operator makes its own node.
+A norm of one process in C++ is in none of them: its operator makes its own node, whose backward is
+here where it is to be differentiated again.
 
 On several ranks: the stages of the kernels with the collectives of `functional.reductions` between
 them, as in the formula of `functional.batch_norm`, so that N ranks equal one process on their
 batches concatenated. The ranks wait for each other twice in forward and once in backward.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch.distributed import ProcessGroup
 
 from nmlightning.functional.batch_norm import differentiable
 from nmlightning.functional.constants import Constant
-from nmlightning.functional.plain import plain_batch_norm
+from nmlightning.functional.plain import plain_batch_norm, plain_gradients, plain_layer_norm
 from nmlightning.functional.reductions import (
     Share,
     keep_largest_of_ranks,
@@ -23,7 +25,7 @@ from nmlightning.functional.reductions import (
     sum_over_ranks,
 )
 from nmlightning.functional.selection import Selection, add_at_selection, mean_of_row
-from nmlightning.functional.statistics import LargestMean, Statistic, total_scale
+from nmlightning.functional.statistics import LargestMean, PowerMean, Statistic, total_scale
 from nmlightning.kernels import interface
 
 
@@ -177,3 +179,45 @@ def _measure(
     slopes = torch.where(signed > 0, 1.0, -1.0) / statistic.k
     assert mine is not None, "there is a group"
     return mean_of_row(values), Selection(positions, slopes * mine)
+
+
+def _plain_layer_norm_gradients(
+    grad: Tensor, x: Tensor, weight: interface.OptTensor, bias: torch.dtype | None, *settings: Any
+) -> list[Tensor]:
+    """Return the gradients of the operator `layer_norm` where they are to be differentiated."""
+    rank, constant, eps, centred = settings
+    context = SimpleNamespace(
+        saved_tensors=(x, weight),
+        bias=None if bias is None else (x.shape[-rank:], bias),
+        plain=(rank, 1.0, constant, eps, torch.float32, centred),
+        needs_input_grad=(True,) * 3,
+    )
+    found = plain_gradients(plain_layer_norm, (0, 1, 2), context, grad)
+    return [gradient for gradient in found if gradient is not None]
+
+
+def _batch_norm_backward(grad: Tensor, *saved: Any) -> tuple[Tensor, ...]:
+    """Return the gradients by x, residual, weight and bias, to be differentiated."""
+    k, constant, eps, fused, _, bias = saved[-1][-6:].tolist()
+    statistic = LargestMean(int(k)) if k else PowerMean(1.0)
+    ctx = SimpleNamespace(saved_tensors=saved, needs_input_grad=(True,) * 4)
+    ctx.plain = None if fused else (statistic, constant, eps, torch.float32)
+    ctx.bias = None if bias < 0 else (grad.shape[1:2], torch.float32)
+    return tuple(grad.new_empty(0) if q is None else q for q in _backward(ctx, grad))
+
+
+@differentiable(plain_batch_norm, (0, 2, 3))
+def _backward(ctx: Any, grad: Tensor) -> tuple[interface.OptTensor, ...]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.nmlightning.batch_norm_backward(grad, *ctx.saved_tensors)  # type: ignore[no-any-return]
+
+
+_LIBRARY: Any = torch.library.Library("nmlightning", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define(
+    "plain_layer_norm_gradients(Tensor grad, Tensor x, Tensor? weight, ScalarType? bias, int rank, "
+    "float constant, float eps, bool centred) -> Tensor[]"
+)
+_LIBRARY.impl(
+    "plain_layer_norm_gradients", _plain_layer_norm_gradients, "CompositeImplicitAutograd"
+)
+_LIBRARY.impl("batch_norm_backward", _batch_norm_backward, "AutogradCPU")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nmlightning.errors import InputError
-from nmlightning.functional.batch_norm import is_transformed
+from nmlightning.functional.reductions import is_transformed
 from nmlightning.functional.statistics import Statistic
 from nmlightning.kernels import interface
 from nmlightning.kernels.cpu.backend import CpuBackend, first_missing

@@ -10,7 +10,7 @@ from nmlightning.errors import check_whole_number, given_by_keyword
 from nmlightning.functional import batch_norm
 from nmlightning.functional.constants import Constant, check_constant, check_power
 from nmlightning.functional.plain import plain_batch_norm
-from nmlightning.functional.reductions import is_half
+from nmlightning.functional.reductions import is_half, is_transformed
 from nmlightning.functional.statistics import LargestMean, PowerMean, RangeMean, Statistic
 from nmlightning.kernels import autograd
 from nmlightning.kernels.dispatch import select_backend_for, select_batch_norm
@@ -108,7 +108,7 @@ class StatisticBatchNorm(BatchNormBase):
         self, input: Tensor, residual: Tensor | None, group: ProcessGroup | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = accumulation_dtype(input.dtype, self.stats_dtype)
-        if group is None and batch_norm.is_transformed():
+        if group is None and is_transformed():
             constant = self.statistic.constant(input.numel() // input.shape[1], self.constant)
             settings = (self.statistic, constant, self.eps, dtype)
             y, mean, variance = plain_batch_norm(input, self.weight, self.bias, *settings)

@@ -28,9 +28,8 @@ from nmlightning.errors import (
     is_number,
     nearest,
 )
-from nmlightning.functional.batch_norm import is_transformed
 from nmlightning.functional.plain import plain_evaluation
-from nmlightning.functional.reductions import constant_in_traces, is_half
+from nmlightning.functional.reductions import constant_in_traces, is_half, is_transformed
 from nmlightning.kernels.dispatch import NO_KERNELS, select_tracking
 from nmlightning.kernels.interface import Dispatch, Fused
 

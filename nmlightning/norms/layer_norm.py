@@ -18,10 +18,17 @@ from torch import Tensor, nn
 
 from nmlightning.errors import InputError, check_flag, given_by_keyword
 from nmlightning.functional import statistics
-from nmlightning.functional.batch_norm import apply_without_autocast, differentiable, is_transformed
+from nmlightning.functional.batch_norm import apply_without_autocast, differentiable
 from nmlightning.functional.constants import Constant, check_constant, check_power
 from nmlightning.functional.plain import plain_layer_norm
-from nmlightning.functional.reductions import Share, is_half, mean_of, share_mean, sum_of
+from nmlightning.functional.reductions import (
+    Share,
+    is_half,
+    is_transformed,
+    mean_of,
+    share_mean,
+    sum_of,
+)
 from nmlightning.kernels.dispatch import (
     needs_formula,
     remember_choice,

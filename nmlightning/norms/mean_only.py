@@ -8,12 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from nmlightning.functional.batch_norm import (
-    HalfCentreFunction,
-    apply_without_autocast,
-    is_transformed,
-)
-from nmlightning.functional.reductions import is_half, share_sums, sum_over_ranks
+from nmlightning.functional.batch_norm import HalfCentreFunction, apply_without_autocast
+from nmlightning.functional.reductions import is_half, is_transformed, share_sums, sum_over_ranks
 from nmlightning.functional.statistics import is_readable, reduced_dims
 from nmlightning.norms.batch_norm_base import BatchNormBase, accumulation_dtype, activate
 

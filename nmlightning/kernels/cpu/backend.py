@@ -19,15 +19,12 @@ import warnings
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nmlightning.functional.batch_norm import differentiable
-from nmlightning.functional.plain import plain_batch_norm, plain_gradients, plain_layer_norm
-from nmlightning.functional.statistics import LargestMean, PowerMean, Statistic
+from nmlightning.functional.statistics import LargestMean, Statistic
 from nmlightning.kernels import interface
 from nmlightning.kernels.cpu import build
 from nmlightning.kernels.interface import OptTensor
@@ -66,48 +63,6 @@ class CpuBatchNorm:
         return self._ops.gradient_sums(grad, x, y, mean, interface.is_l1(statistic))  # type: ignore[no-any-return]
 
 
-def _plain_layer_norm_gradients(
-    grad: Tensor, x: Tensor, weight: OptTensor, bias: torch.dtype | None, *settings: Any
-) -> list[Tensor]:
-    """Return the gradients of the operator `layer_norm` where they are to be differentiated."""
-    rank, constant, eps, centred = settings
-    context = SimpleNamespace(
-        saved_tensors=(x, weight),
-        bias=None if bias is None else (x.shape[-rank:], bias),
-        plain=(rank, 1.0, constant, eps, torch.float32, centred),
-        needs_input_grad=(True,) * 3,
-    )
-    found = plain_gradients(plain_layer_norm, (0, 1, 2), context, grad)
-    return [gradient for gradient in found if gradient is not None]
-
-
-def _batch_norm_backward(grad: Tensor, *saved: Any) -> tuple[Tensor, ...]:
-    """Return the gradients by x, residual, weight and bias, to be differentiated."""
-    k, constant, eps, fused, _, bias = saved[-1][-6:].tolist()
-    statistic = LargestMean(int(k)) if k else PowerMean(1.0)
-    ctx = SimpleNamespace(saved_tensors=saved, needs_input_grad=(True,) * 4)
-    ctx.plain = None if fused else (statistic, constant, eps, torch.float32)
-    ctx.bias = None if bias < 0 else (grad.shape[1:2], torch.float32)
-    return tuple(grad.new_empty(0) if q is None else q for q in _backward(ctx, grad))
-
-
-@differentiable(plain_batch_norm, (0, 2, 3))
-def _backward(ctx: Any, grad: Tensor) -> tuple[OptTensor, ...]:
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.nmlightning.batch_norm_backward(grad, *ctx.saved_tensors)  # type: ignore[no-any-return]
-
-
-_LIBRARY: Any = torch.library.Library("nmlightning", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define(
-    "plain_layer_norm_gradients(Tensor grad, Tensor x, Tensor? weight, ScalarType? bias, int rank, "
-    "float constant, float eps, bool centred) -> Tensor[]"
-)
-_LIBRARY.impl(
-    "plain_layer_norm_gradients", _plain_layer_norm_gradients, "CompositeImplicitAutograd"
-)
-_LIBRARY.impl("batch_norm_backward", _batch_norm_backward, "AutogradCPU")
-
-
 @dataclass(frozen=True)
 class CpuBackend:
     """The kernels in C++. Their library is loaded when it is first asked for, never built."""
@@ -120,6 +75,8 @@ class CpuBackend:
         return interface.unsupported_norm(key, _DTYPES) or first_missing(self)
 
     def kernels(self, key: interface.DispatchKey) -> Any:
+        from nmlightning.kernels import autograd  # noqa: F401  # which registers second derivatives
+
         return CpuBatchNorm() if key.kind == "batch" else torch.ops.nmlightning.layer_norm.default
 
     def tracking(self) -> interface.Tracking | None:

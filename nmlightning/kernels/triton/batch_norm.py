@@ -5,8 +5,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor, nn
 
-from nmlightning.functional.batch_norm import is_transformed
-from nmlightning.functional.reductions import next_power_of_two
+from nmlightning.functional.reductions import is_transformed, next_power_of_two
 from nmlightning.functional.statistics import LargestMean, Statistic
 from nmlightning.kernels.autograd import normalise_by
 from nmlightning.kernels.interface import (
