@@ -62,7 +62,7 @@ def _nearest_configs(name: str) -> str:
         titles = {x: letters(CONFIG_GROUPS[config_group(names[x])].lower()) for x in names}
         near = [key for key in names if word in key] or [x for x in names if word in titles[x]]
         if len(near) > 1:
-            return f" Did you mean one of {some((names[key] for key in near), 12)}?"
+            return f" Did you mean one of {some((names[key] for key in near), 16)}?"
         near = near or get_close_matches(word, names, n=1, cutoff=0.5)
     return f" Did you mean {names[near[0]]!r}?" if near else ""
 

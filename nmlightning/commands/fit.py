@@ -296,10 +296,8 @@ def set_fast(options: Namespace) -> None:
     settings = options.model.get("init_args", {})
     if settings.get("fast") is None:
         return
-    trainer = options.trainer
-    gpu = trainer.accelerator not in ("auto", "cpu") or (
-        trainer.accelerator == "auto" and torch.accelerator.is_available()
-    )
+    trainer, kind = options.trainer, options.trainer.accelerator
+    gpu = torch.accelerator.is_available() if kind == "auto" else kind != "cpu"
     if gpu or not has_bfloat16():
         why = "this is no fit on a CPU" if gpu else "this CPU has no instructions for bfloat16"
         run_report.print_notice(f"model.fast changes nothing: {why}.")
