@@ -11,6 +11,15 @@ from nmlightning.models.activation import Activation, initialise, make_activatio
 WIDTHS = (16, 32, 64)
 
 
+@torch.fx.wrap  # type: ignore[untyped-decorator, unused-ignore]
+def take_every(x: Tensor, stride: int) -> Tensor:
+    """Return every `stride`-th row and column of (N, C, H, W); the gradient has the layout of x."""
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return x[:, :, ::stride, ::stride]
+    # The gradient of a slice is contiguous in the order of the dimensions that are sliced.
+    return x.movedim(1, 3)[:, ::stride, ::stride].movedim(3, 1)
+
+
 class ZeroPadShortcut(nn.Module):
     """The paper's option A: every `stride`-th pixel, and zeros for the channels that are new.
 
@@ -25,13 +34,7 @@ class ZeroPadShortcut(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         before = self.new_channels // 2
         after = self.new_channels - before
-        pixels = slice(None, None, self.stride)
-        if x.is_contiguous(memory_format=torch.channels_last):
-            # The gradient of a slice is contiguous in the order of the dimensions that are sliced.
-            strided = x.movedim(1, 3)[:, pixels, pixels].movedim(3, 1)
-        else:
-            strided = x[:, :, pixels, pixels]
-        return F.pad(strided, (0, 0, 0, 0, before, after))
+        return F.pad(take_every(x, self.stride), (0, 0, 0, 0, before, after))
 
     def extra_repr(self) -> str:
         return f"new_channels={self.new_channels}, stride={self.stride}"
