@@ -306,6 +306,7 @@ def set_fast(options: Namespace) -> None:
         trainer.precision = "bf16-mixed"
     settings.channels_last = True
     chosen = ["channels_last", trainer.precision]
+    swap: Any
     for swap in given_callbacks(trainer):
         given = swap.get("init_args", {})
         if swap.class_path.endswith(".NormSwap") and not given.fuse:

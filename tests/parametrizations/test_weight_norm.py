@@ -295,3 +295,14 @@ def test_weights_of_a_forward_are_those_of_single_reads(form: Any, reentrant: bo
         assert original(each.unused).grad is None
         grads.append([q.grad for q in each.parameters()])
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("p", [1, 2, float("inf")])
+def test_many_gradients_at_once_equal_single_ones(net: nn.Module, images: Tensor, p: float) -> None:
+    apply_weight_norm(net, p=p)
+    y, of = net(images), list(net.parameters())
+    rows = torch.eye(5)[:, None].expand(5, 4, 5)
+    many = torch.autograd.grad(y, of, rows, retain_graph=True, is_grads_batched=True)
+    single = [torch.autograd.grad(y, of, row, retain_graph=True) for row in rows]
+    for own, others in zip(many, zip(*single, strict=True), strict=True):
+        torch.testing.assert_close(own, torch.stack(others))

@@ -9,8 +9,11 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <numeric>
+
+#include "tensors.h"
 
 namespace nmlightning {
 namespace {
@@ -201,16 +204,22 @@ struct NormalisedWeights : Node {
     variable_list grads(2 * count), dvs(count);
     std::vector<double> dots(norms.size());
     const auto changes = count_changes();
+    // By operations: gradients that are differentiated again, and many in one.
+    const bool again = at::GradMode::is_enabled();
+    const bool plainly = !again && std::all_of(dws.begin(), dws.end(), [](const Tensor& dw) {
+      return !dw.defined() || is_plain(dw);
+    });
     for (size_t k = 0; k < count; k++) {
       if (!dws[k].defined()) continue;
       TORCH_CHECK(changes[k] == versions[k] && changes[count + k] == versions[count + k],
                   "A normalised weight was changed in place since the forward pass, so the gradient "
                   "of that pass can no longer be computed.");
-      if (at::GradMode::is_enabled()) {
+      if (!plainly) {
+        at::AutoGradMode enabled(true);
         const Tensor w = formula(vs[k], scales[k], orders[k]);
         for (size_t i : {k, count + k})
           if (task_should_compute_output(i))
-            grads[i] = torch::autograd::grad({w}, {i == k ? vs[k] : scales[k]}, {dws[k]}, true, true)[0];
+            grads[i] = torch::autograd::grad({w}, {i == k ? vs[k] : scales[k]}, {dws[k]}, true, again)[0];
         continue;
       }
       const bool is_ours = dws[k].use_count() == 1 && dws[k].storage().use_count() == 1;
@@ -218,7 +227,7 @@ struct NormalisedWeights : Node {
       if (!is_alike) dws[k] = at::empty_like(vs[k]).copy_(dws[k]);
       dvs[k] = is_ours || !is_alike ? dws[k] : at::empty_like(vs[k]);
     }
-    if (at::GradMode::is_enabled()) return grads;
+    if (!plainly) return grads;
     each_rows(vs, rows, [&]<class T>(size_t k, int64_t row, int64_t last, T*) {
       if (dws[k].defined()) differentiate<T>(dws[k], dvs[k], dots, k, row, last);
     });
