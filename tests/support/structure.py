@@ -73,8 +73,8 @@ EXCEPTIONS = {
 }
 # Of the targets that are missed: what was reached, which must not be left again.
 REACHED = {
-    "lines of nmlightning, Python and C++": 31_200,
-    "lines of tests": 29_000,
+    "lines of nmlightning, Python and C++": 30_800,
+    "lines of tests": 28_652,
     "files a config meets before Trainer.fit": 22,
 }
 
