@@ -50,8 +50,10 @@ import os, sys
 from pathlib import Path
 sys.path = [*filter(None, sys.path), sys.argv[1]]
 os.nice(19)
-from nmlightning.kernels.cpu.build import build_library
-build_library(Path(sys.argv[2]))
+from nmlightning.kernels.cpu.build import build_library, library_path, unusable_reason
+folder = Path(sys.argv[2])
+if unusable_reason(library_path(folder)):  # still, since starting takes long beside other work
+    build_library(folder)
 """
 # In a process of its own, which is given the folder of ninja in its PATH and leaves nothing loaded.
 # That it loads what it has built is a first test of it. Its input ends with the process that asked
