@@ -383,7 +383,7 @@ def test_fit_on_other_data_notices_16_mixed_without_a_gpu_once(nm: Nm) -> None:
     ("config", "instructions", "options", "expected"),
     [
         ("quickstart", True, "", ("bf16-mixed", True, "add_relu")),
-        ("cifar_l2", True, "--trainer.precision 32-true", ("32-true", True, None)),
+        ("cifar_l2", True, "--trainer.precision 32", (32, True, None)),
         ("quickstart", False, "", (None, False, None)),
     ],
 )

@@ -305,7 +305,7 @@ def set_fast(options: Namespace) -> None:
     if trainer.precision in (None, *HALF):
         trainer.precision = "bf16-mixed"
     settings.channels_last = True
-    chosen = ["channels_last", trainer.precision]
+    chosen = ["channels_last", str(trainer.precision)]
     swap: Any
     for swap in given_callbacks(trainer):
         given = swap.get("init_args", {})

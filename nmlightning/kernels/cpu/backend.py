@@ -97,7 +97,7 @@ class CpuBackend:
 
 @cache
 def first_missing(backend: CpuBackend) -> str:
-    """Return why there is no library, for good: a run goes on without one that is built then."""
+    """Return why there is no library, once and for all: a later one is for the next start."""
     return backend._missing()
 
 
