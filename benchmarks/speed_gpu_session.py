@@ -2,10 +2,10 @@
 
     python benchmarks/speed_gpu_session.py OUT [STAGE:SECONDS ...] [--quick] [--data-root data]
 
-Every result is a line of JSON in OUT/results.jsonl as soon as it is known; a stage that fails or
-takes longer is told, and the next begins. The trainings are those of results/plan_gpu.yaml, whose
-curves are in OUT/runs. With --quick all runs on a CPU, which finds mistakes and measures nothing.
-attorch is a rival where its checkout is on PYTHONPATH.
+Every result is a line of JSON in OUT/results.jsonl as soon as it is known. A stage that fails or
+takes longer is reported, and the next begins. The trainings are those of results/plan_gpu.yaml,
+whose curves are in OUT/runs. With --quick all runs on a CPU, which finds mistakes and measures
+nothing. attorch is a rival where its checkout is on PYTHONPATH.
 """
 
 import argparse
@@ -156,9 +156,9 @@ def check(out: Path, device: str) -> None:
     tests = "test_triton_on_cuda.py" if device == "cuda" else "test_triton.py"
     command = [sys.executable, "-m", "pytest", "-q", "--tb=line", f"tests/kernels/{tests}"]
     command += ["-n", str(os.cpu_count())] if device == "cuda" else ["-k", "partition"]
-    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    failed = [line for line in told.stdout.splitlines() if line.startswith("FAILED")]
-    write(out, "correct", code=told.returncode, failed=failed, end=told.stdout[-200:])
+    tests = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    failed = [line for line in tests.stdout.splitlines() if line.startswith("FAILED")]
+    write(out, "correct", code=tests.returncode, failed=failed, end=tests.stdout[-200:])
 
 
 def train(out: Path, data_root: Path, seconds: float, quick: bool) -> NoReturn:
