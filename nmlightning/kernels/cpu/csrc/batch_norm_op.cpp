@@ -178,7 +178,7 @@ Gradients batch_norm_backward_op(const Tensor& grad, const Optional& x, const Op
   return found;
 }
 
-// By the dispatcher: mapped by torch, and differentiated by what kernels/cpu/backend.py registers.
+// By the dispatcher: mapped by torch, and differentiated by what kernels/autograd.py registers.
 Gradients dispatched(const Tensor& grad, const variable_list& saved) {
   static const auto backward = c10::Dispatcher::singleton()
                                    .findSchemaOrThrow("nmlightning::batch_norm_backward", "")

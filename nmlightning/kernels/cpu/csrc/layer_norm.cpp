@@ -1,6 +1,5 @@
 // L1 layer and RMS norms of rows of features: loops, autograd and the operator layer_norm. An RMS
 // norm does not centre, its μ is 0. All passes over a row are made while it is in the cache.
-#include <ATen/EmptyTensor.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -197,11 +196,6 @@ void differentiate(const RowNorm& of, const T* grad, const T* x, const float* we
   }
 }
 
-// Without the dispatcher, which takes as long as a small norm.
-Tensor empty(at::IntArrayRef sizes, at::ScalarType type = at::kFloat) {
-  return Tensor(at::detail::empty_cpu(sizes, type));
-}
-
 Optional in_float(const Optional& learned, int64_t features) {
   if (!learned) return learned;
   TORCH_CHECK(learned->is_cpu() && learned->numel() == features,
@@ -219,15 +213,6 @@ std::vector<Tensor> plain_gradients(const Tensor& grad, const Tensor& x, const O
                                 .typed<decltype(plain_gradients)>();
   return plain.redispatch(c10::DispatchKeySet(c10::DispatchKey::AutogradCPU), grad, x, weight,
                           bias, rank, constant, eps, centred);
-}
-
-// Whether more than the elements of a gradient is asked for: its own derivative, or many at once.
-bool is_transformed(const Tensor& grad) {
-  using Key = c10::DispatchKey;
-  const c10::DispatchKeySet wrapped{Key::Batched, Key::FuncTorchBatched, Key::FuncTorchGradWrapper,
-                                    Key::Python};
-  return at::GradMode::is_enabled() || grad._fw_grad(0).defined() ||
-         grad.key_set().has_any(wrapped);
 }
 
 struct LayerNorm : torch::autograd::Function<LayerNorm> {
@@ -248,7 +233,7 @@ struct LayerNorm : torch::autograd::Function<LayerNorm> {
     const Optional weight = saved[1].defined() ? Optional(saved[1]) : std::nullopt;
     const RowNorm of(x, ctx->saved_data["settings"].toDoubleVector());
     Tensors found;
-    if (is_transformed(grads[0])) {
+    if (at::GradMode::is_enabled() || !is_plain(grads[0]) || grads[0]._fw_grad(0).defined()) {
       found = plain_gradients(grads[0], x, weight, of.bias, of.rank, of.constant, of.eps,
                               of.centred);
     } else {
@@ -257,7 +242,7 @@ struct LayerNorm : torch::autograd::Function<LayerNorm> {
                   "expected a gradient like y");
       const Optional weights = in_float(weight, of.features);
       const auto shape = x.sizes().slice(x.dim() - of.rank);
-      found = {empty(x.sizes(), x.scalar_type()), empty(shape), empty(shape)};
+      found = {allocate(x.sizes(), x.scalar_type()), allocate(shape), allocate(shape)};
       with_type(x, [&]<class T>(T*) {
         differentiate<T>(of, data<T>(grad), data<T>(x), data<float>(weights), RowValues(saved[2]),
                          data<T>(found[0]), data<float>(found[1]), data<float>(found[2]));
@@ -278,7 +263,7 @@ Optional layer_norm(const Tensor& given, const Optional& weight, const Optional&
   const Packed settings{double(rank), constant, eps, double(centred),
                         bias ? double(bias->scalar_type()) : -1};
   const RowNorm norm(x, settings);
-  const Tensor y = empty(x.sizes(), x.scalar_type()), values = empty({3, norm.rows});
+  const Tensor y = allocate(x.sizes(), x.scalar_type()), values = allocate({3, norm.rows});
   const RowValues to(values);
   {
     const at::AutoDispatchBelowADInplaceOrView guard;
