@@ -37,18 +37,24 @@ def sum_differences(x, parts, R, C, S, tiles, blocks, TILE: tl.constexpr):
     """
     C, S, column, block, channels, present = begin(C, S, TILE)
     origin = first_of(x, channels, present, S, TILE)
-    total = add_differences(x, origin, column, block, R, C, S, tiles, TILE)
+    total = add_up(x, origin, column, block, R, C, S, tiles, TILE, False)
     store_part(parts, total, block, blocks, channels, present, C, TILE)
 
 
 @triton.jit
-def add_differences(x, origin, column, block, R, C, S, tiles, TILE: tl.constexpr):
-    """Return Σ(x − x₀) of a block."""
+def add_up(
+    x, centre, column, block, R, C, S, tiles, TILE: tl.constexpr, SIZES: tl.constexpr
+):  # fmt: skip
+    """Return Σ(x − centre) of a block, or its sizes' Σ|x − centre|.
+
+    The sizes are read from the block's end, where the last pass has left the cache filled.
+    """
     total = fill(0.0, TILE)
     for tile in tl.range(0, tiles, num_stages=STAGES):
-        offsets, mask, _ = place(block * tiles + tile, column, R, C, S, TILE)
-        values = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
-        total += tl.where(mask, values - origin, 0.0)
+        number = block * tiles + ((tiles - 1 - tile) if SIZES else tile)
+        offsets, mask, _ = place(number, column, R, C, S, TILE)
+        values = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) - centre
+        total += tl.where(mask, tl.abs(values) if SIZES else values, 0.0)
     return sum_tile(total, TILE)
 
 
@@ -60,20 +66,8 @@ def sum_sizes(x, mean, differences, parts, R, C, S, tiles, blocks, TILE: tl.cons
         centre = mean_from(x, differences, R, C, S, blocks, channels, present, TILE)
     else:
         centre = load_channels(mean, channels, present, 0.0)
-    total = add_sizes(x, centre, column, block, R, C, S, tiles, TILE)
+    total = add_up(x, centre, column, block, R, C, S, tiles, TILE, True)
     store_part(parts, total, block, blocks, channels, present, C, TILE)
-
-
-@triton.jit
-def add_sizes(x, centre, column, block, R, C, S, tiles, TILE: tl.constexpr):
-    """Return Σ|x − μ| of a block, from its end, where the last pass has left the cache filled."""
-    total = fill(0.0, TILE)
-    for tile in tl.range(0, tiles, num_stages=STAGES):
-        number = block * tiles + (tiles - 1 - tile)
-        offsets, mask, _ = place(number, column, R, C, S, TILE)
-        values = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
-        total += tl.where(mask, tl.abs(values - centre), 0.0)
-    return sum_tile(total, TILE)
 
 
 @triton.jit
@@ -152,9 +146,9 @@ def write_l1_output(
     C, S, column, block, channels, present = begin(C, S, TILE)
     if sizes is None:
         mean = first_of(x, channels, present, S, TILE)
-        total = add_differences(x, mean, column, block, R, C, S, tiles, TILE)
+        total = add_up(x, mean, column, block, R, C, S, tiles, TILE, False)
         mean += tl.div_rn(total, R.to(tl.float32))
-        total = add_sizes(x, mean, column, block, R, C, S, tiles, TILE)
+        total = add_up(x, mean, column, block, R, C, S, tiles, TILE, True)
     else:
         mean = mean_from(x, differences, R, C, S, blocks, channels, present, TILE)
         total = sum_parts(sizes, blocks, channels, present, C, TILE)
