@@ -31,7 +31,7 @@ from speed_layers import (
 from speed_networks import measure_activations, measure_compiled, measure_step
 from speed_plan import QUICK, Plan
 from speed_processes import measure_allocator, measure_fits, measure_starts
-from speed_tables import format_row, make_json, make_markdown, make_table, write_markdown
+from speed_tables import format_row, make_json, make_table, write_results
 from speed_weights import measure_records, measure_weight_norm
 from targets import Measurement, Result, Skipped
 
@@ -85,7 +85,7 @@ def main() -> None:
     if options.json:
         options.json.write_text(json.dumps(make_json(results, header), indent=1), encoding="utf-8")
     if options.markdown:
-        write_markdown(options.markdown, "speed", make_markdown(results, header))
+        write_results(options.markdown, results, header)
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:

@@ -114,13 +114,30 @@ def make_table(results: Sequence[Result]) -> Table:
     return table
 
 
-def make_markdown(results: Sequence[Result], header: Sequence[str]) -> str:
-    """Return the summary under what it was measured with."""
+def make_markdown(results: Sequence[Result], header: Iterable[str], earlier: str = "") -> str:
+    """Return the summary under what it was measured with.
+
+    The lines of an earlier one stay where they are of other targets, and with them its header.
+    """
     head = list(COLUMNS)
     head[5] = "verdict"
-    rows = [head, ["---"] * len(head), *summarise_all(results)]
-    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
-    return "\n".join([*(f"    {line}" for line in header), "", *lines])
+    title, rule, *lines = (
+        f"| {' | '.join(cell.replace('|', '/') for cell in row)} |"
+        for row in (head, ["---"] * len(head), *summarise_all(results))
+    )
+    measured = {row.target for row in results}
+    old = re.findall(r"^\| [NCH]\d.*", earlier, re.M)
+    if kept := [line for line in old if line.split()[1] not in measured]:
+        header = dict.fromkeys([*re.findall("^    (.*)", earlier, re.M), *header])
+    lines = sorted([*kept, *lines], key=lambda line: _place(line.split()[1]))
+    return "\n".join([*(f"    {line}" for line in header), "", title, rule, *lines])
+
+
+def write_results(file: Path, results: Sequence[Result], header: Sequence[str]) -> None:
+    """Write the summary into a page, where the lines of targets that were not measured stay."""
+    earlier = file.read_text("utf-8") if file.exists() else ""
+    earlier = earlier.rpartition("<!-- speed: begin -->")[2].partition("<!-- speed: end -->")[0]
+    write_markdown(file, "speed", make_markdown(results, header, earlier))
 
 
 def write_markdown(file: Path, name: str, text: str) -> None:

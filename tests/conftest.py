@@ -2,6 +2,7 @@
 
 import os
 import readline  # noqa: F401  # puts the terminal's width into the environment of processes
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ import yaml
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from built_kernels import load_kernels
 from nmlightning.kernels import norm_backend
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.recording_file import FILE_NAME
@@ -53,6 +55,24 @@ def _formula() -> Iterator[None]:
     """Compute norms by the formula, whether the kernels are built or not."""
     with norm_backend("formula"):
         yield
+
+
+@pytest.fixture
+def _kernels() -> Iterator[None]:
+    """Compute norms by the kernels in C++ where they serve, on as many threads as a test sets."""
+    load_kernels()
+    threads = torch.get_num_threads()
+    with norm_backend("auto"):
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def _keep_sigint() -> Iterator[None]:
+    """Lightning ignores SIGINT once it has seen one."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture

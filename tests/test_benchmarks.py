@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from speed_gpu_layers import measure_gpu_layers
 from speed_gpu_training import measure_cifar, measure_large_step
 from speed_layers import count_saved_bytes
 from speed_plan import QUICK
-from speed_tables import summarise
-from targets import Bound, Measurement
+from speed_tables import summarise, write_results
+from targets import Bound, Measurement, Skipped
 from torch import nn
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -177,6 +178,22 @@ def test_speed_measures_every_target(wanted: set[str], tmp_path: Path) -> None:
     assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {9}
     assert f"torch {torch.__version__}" in text
     assert "freed memory: " in printed
+
+
+def test_a_page_keeps_the_lines_of_targets_that_were_not_measured(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("| N1 | of the page |\n<!-- speed: begin -->\n<!-- speed: end -->\nafter\n")
+    n3, n4 = (replace(*make_rows(0.5, bound=None), target=name, case="") for name in ("N3", "N4"))
+    write_results(page, [n3, n4, Skipped("H1", "no GPU")], ["first", "torch 2"])
+    write_results(page, [replace(n3, what="new"), Skipped("N1", "no time")], ["then", "torch 2"])
+    text = page.read_text("utf-8")
+    assert text.startswith("| N1 | of the page |\n<!-- speed: begin -->\n\n    first\n    torch 2")
+    assert "    torch 2\n    then\n\n| " in text
+    lines = [" ".join(line.split()[1:5]) for line in text.splitlines() if line.count("|") == 9]
+    assert lines[2:] == ["N1 | N1: no", "N3 | new ()", "N4 | a /", "H1 | H1: no"]
+    write_results(page, [n3, n4, Skipped("N1", "no time"), Skipped("H1", "no GPU")], ["whole"])
+    assert "    whole\n\n| " in page.read_text("utf-8")
+    assert "first" not in page.read_text("utf-8")
 
 
 @pytest.mark.parametrize(

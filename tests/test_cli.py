@@ -12,20 +12,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from pytorch_lightning.cli import LightningCLI
 
 import nmlightning
 from nmlightning import callbacks, datamodules, optim
 from nmlightning.cli import COMMANDS, main
 from nmlightning.commands.files import shipped_configs
-from nmlightning.commands.fit import TrainingCLI
 from nmlightning.tasks.classification import ImageClassifier
 
 SHORT = shlex.split(
@@ -540,11 +538,6 @@ def test_ckpt_path_last_without_a_checkpoint_is_refused(nm: Nm) -> None:
     assert nm("test", "--config", "quickstart", "--ckpt_path", "last") == (2, [], [line])
 
 
-def test_lightning_cli_has_the_overridden_methods() -> None:
-    assert "_parse_ckpt_path" in vars(LightningCLI)
-    assert "_parse_ckpt_path" in vars(TrainingCLI)
-
-
 REFUSED = {
     "--model.net.depth=32": r"depth.* 20, .* 32",
     "--model.net.num_classes=12": r"num_classes.* 10, .* 12",
@@ -588,14 +581,6 @@ def test_fit_refuses_a_file_that_is_no_checkpoint(nm: Nm, trained: Path) -> None
 
 
 # ---- Ctrl-C ----
-
-
-@pytest.fixture
-def _keep_sigint() -> Iterator[None]:
-    """Lightning ignores SIGINT once it has seen one."""
-    handler = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.mark.usefixtures("_keep_sigint")

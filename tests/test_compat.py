@@ -1,7 +1,6 @@
 """Test what hangs on undocumented ways of Lightning: copies of the module, ranks, class trees."""
 
 import pickle
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,7 @@ import pytest
 import pytorch_lightning
 import torch
 from pytorch_lightning.plugins import AsyncCheckpointIO, TorchCheckpointIO, TorchSyncBatchNorm
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch import nn
 
 from lightning_modules import (
     PlLate,
@@ -20,16 +18,19 @@ from lightning_modules import (
     UnifiedModule,
     fit,
     make,
-    make_data,
     make_trainer,
     norm_types,
     package_of,
 )
 from nmlightning import swap_norms
 from nmlightning.callbacks import AtomicCheckpointIO, NormSwap
-from nmlightning.compat import CallbackBase, builds_in_configure_model, replace_torch_io
+from nmlightning.compat import (
+    CallbackBase,
+    builds_in_configure_model,
+    replace_torch_io,
+    synchronise_norms,
+)
 from nmlightning.norms.batch_norm import L1BatchNorm2d, TopKBatchNorm2d
-from scripts import run_as_script
 from trainers import SaveAt
 
 
@@ -121,49 +122,13 @@ def test_stochastic_averaging_has_the_swapped_norms(module_class: type, swa_firs
     assert module.net[1].running_var.isfinite().all()
 
 
-class Ranked(PlModule):
-    """Trains on batches of eight images, shared among the ranks.
-
-    Each rank reports what it holds after each batch, before DDP copies rank 0's buffers to all.
-    """
-
-    folder: Path
-
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        ranks = self.trainer.world_size
-        mine = Subset(make_data().dataset, range(self.trainer.global_rank, 16, ranks))
-        return DataLoader(mine, batch_size=8 // ranks)
-
-    val_dataloader = train_dataloader
-
-    def on_train_batch_end(self, *_: object) -> None:
-        norms = [(type(self.net[i]).__name__, self.net[i].sync) for i in (1, 4)]
-        report = {"norms": norms, "state": self.state_dict()}
-        torch.save(report, self.folder / f"{self.trainer.global_rank}.pt")
-
-
-def train(folder: Path, **options: Any) -> None:
-    """Train without synchronised norms on one rank or more; each leaves its report in a folder."""
-    module = make(Ranked)
-    module.folder = folder
-    options = {"max_epochs": 2, "use_distributed_sampler": False, **options}
-    make_trainer(type(module), NormSwap("l1"), **options).fit(module)
-
-
-def test_unsynchronised_norms_differ_by_rank(tmp_path: Path) -> None:
-    """That synchronised ones do not is in test_training_on_ranks.py."""
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-    train(tmp_path / "one")
-    run_as_script(__file__, tmp_path / "two")
-    files = ("two/0.pt", "two/1.pt", "one/0.pt")
-    first, second, one = (torch.load(tmp_path / file, weights_only=True) for file in files)
-    assert first["norms"] == second["norms"] == [("L1BatchNorm2d", False)] * 2
-    for name in dict(make(Ranked).named_parameters()):
-        torch.testing.assert_close(first["state"][name], second["state"][name], rtol=0, atol=0)
-    statistics = [each["state"]["net.4.running_var"] for each in (first, second, one)]
-    for i, j in ((0, 1), (0, 2), (1, 2)):
-        assert not torch.allclose(statistics[i], statistics[j], rtol=1e-4)
+@pytest.mark.parametrize("sync", [True, False])
+def test_norms_are_synchronised_where_the_trainer_asks_for_it(sync: bool) -> None:
+    module, swap = make(PlModule), NormSwap("l1")
+    trainer = make_trainer(PlModule, swap, strategy="ddp", devices=2, sync_batchnorm=sync)
+    swap.setup(trainer, module, "fit")
+    synchronise_norms(trainer, module)
+    assert module.net[1].sync == sync
 
 
 def test_unswapped_norms_convert_to_sync_batch_norm() -> None:
@@ -183,7 +148,3 @@ def test_unswapped_norms_convert_to_sync_batch_norm() -> None:
         reverted = trainer.strategy._layer_sync.revert(synchronised)
         assert isinstance(reverted.net[4], nn.SyncBatchNorm) == (norm == "topk")
     assert reverted.net[1].weight is weight
-
-
-if __name__ == "__main__":
-    train(Path(sys.argv[1]), strategy="ddp", devices=2)

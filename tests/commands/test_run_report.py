@@ -5,10 +5,8 @@ import logging
 import math
 import re
 import shlex
-import signal
 import sys
 import warnings
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,14 +117,6 @@ def test_command_to_copy_is_quoted_and_fits(run: str) -> None:
     text = command_to_copy(*words)
     assert max(map(len, text.splitlines())) < 80
     assert shlex.split(text.replace("\\\n", "")) == words
-
-
-@pytest.fixture
-def _keep_sigint() -> Iterator[None]:
-    """Lightning ignores SIGINT once it has seen one."""
-    handler = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, handler)
 
 
 def heads_of(seen: list[list[str]]) -> list[str]:

@@ -182,9 +182,6 @@ def test_translate_ends_when_its_reader_closes(trained: Path) -> None:
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stderr is not None
         process.stdout.close()
         process.stdin.write(b"eins\n")
         process.stdin.close()

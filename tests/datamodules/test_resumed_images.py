@@ -141,7 +141,6 @@ def test_imagenet_state_determines_the_order(make_image_folder: Callable[..., Pa
     assert data.state_dict() == {}, "of a module that has not been trained with"
     torch.manual_seed(3)
     data.train_dataloader()
-    assert data.train is not None
     digest = data.train.digest
     state = {"seed": 3, "images": 12, "shard_size": 1, "world_batch": 4, "digest": digest}
     assert data.state_dict() == state
@@ -157,7 +156,6 @@ def test_imagenet_state_determines_the_order(make_image_folder: Callable[..., Pa
 def digest(root: Path) -> str:
     data = ImageNet(str(root))
     data.setup("fit")
-    assert data.train is not None
     return data.train.digest
 
 

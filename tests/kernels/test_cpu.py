@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import kernel_contract
-from built_kernels import load_kernels
 from nmlightning import norms, swap_norms
 from nmlightning.functional.constants import gaussian_constant
 from nmlightning.functional.statistics import LargestMean, PowerMean, RangeMean, Statistic
@@ -29,16 +27,8 @@ class MadeUpMean:
     name: str = "the made-up mean"
 
 
+pytestmark = pytest.mark.usefixtures("_kernels")
 CONSTANT, EPS = gaussian_constant("lp", 100, p=1), 1e-5
-
-
-@pytest.fixture(autouse=True)
-def _formula() -> Iterator[None]:
-    load_kernels()
-    before = torch.get_num_threads()
-    with norm_backend("auto"):
-        yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=[1, 2])
@@ -133,7 +123,6 @@ def kept_x(fused: Fused | None, weight: float, bias: float, dtype: torch.dtype, 
     (x, residual, *_), _ = kernel_contract.draw(
         kernel_contract.Case((4, 3, 5, 5), fused="add_relu", dtype=dtype), "cpu"
     )
-    assert x is not None
     learned = torch.tensor([1.0, weight, 1.0]), torch.tensor([0.0, bias, 0.0])
     inputs = (x, residual if fused == "add_relu" else None, *learned)
     statistic = LargestMean(k) if k else PowerMean(1.0)
@@ -168,7 +157,6 @@ def test_x_free_reach_keeps_the_tolerance(dtype: torch.dtype) -> None:
     assert X_FREE_REACH[dtype] == pytest.approx(tolerance * 3**0.5 / half_last_place, rel=0.02)
     case = kernel_contract.Case((64, 2, 16, 16), fused="relu", dtype=dtype)
     (x, *_), grad = kernel_contract.draw(case, "cpu")
-    assert x is not None
     weight = torch.ones(2)
     bias = weight * X_FREE_REACH[dtype] * 0.99
     step = kernel_contract.run(
@@ -231,16 +219,10 @@ def test_training_differs_from_the_formula_by_rounding_only(norm: str) -> None:
 
 
 @each_net
-def test_training_is_deterministic(norm: str) -> None:
-    assert losses(net(norm), 3) == losses(net(norm), 3)
-
-
-@each_net
 def test_layers_work_under_no_grad_and_checkpoint(norm: str) -> None:
     x = torch.randn(4, 8, 6, 6, requires_grad=True)
     layer = NETS[norm]()
     y = layer(x)
-    assert y.grad_fn is not None
     assert "Norm" in y.grad_fn.name()
     assert "FunctionBackward" not in y.grad_fn.name()
     with torch.no_grad():
@@ -263,12 +245,11 @@ def test_layers_work_under_no_grad_and_checkpoint(norm: str) -> None:
 @pytest.mark.parametrize("make", [norms.L1LayerNorm, norms.L1RMSNorm])
 @pytest.mark.parametrize("shape", [(3000, 90), (130, 900)])
 def test_rows_have_the_same_bits_on_one_thread_and_two(make: Any, shape: tuple[int, int]) -> None:
-    x, grad, found, before = torch.randn(shape), torch.randn(shape), [], torch.get_num_threads()
+    x, grad, found = torch.randn(shape), torch.randn(shape), []
     for threads, strided in ((1, x.t().contiguous().t()), (2, x)):
         torch.set_num_threads(threads)
         y = (layer := make(shape[1]))(leaf := strided.requires_grad_())
         found.append([y, *torch.autograd.grad(y, [leaf, *layer.parameters()], grad)])
-    torch.set_num_threads(before)
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
@@ -276,7 +257,6 @@ def test_layers_take_half_parameters_and_strided_gradients() -> None:
     layer = norms.L1BatchNorm2d(4).to(torch.bfloat16)
     x = torch.randn(3, 4, 5, 5, dtype=torch.bfloat16, requires_grad=True)
     layer(x).sum().backward()
-    assert layer.weight.grad is not None
     assert layer.weight.grad.dtype == torch.bfloat16
     last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     y = layer(last)

@@ -5,7 +5,7 @@ Each row is done by kernels and by the formula, to rounding; batches are counted
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,24 +18,17 @@ from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from built_kernels import load_kernels
 from nmlightning import norms
 from nmlightning.functional.statistics import LargestMean, PowerMean
 from nmlightning.kernels import norm_backend
 
+pytestmark = pytest.mark.usefixtures("_kernels")
 LAYERS: dict[str, Any] = {
     "l1": lambda: norms.L1BatchNorm2d(8),
     "linf": lambda: norms.LInfBatchNorm2d(8),
     "top3": lambda: norms.TopKBatchNorm2d(8, k=3),
 }
 STATE = ("running_mean", "running_var", "num_batches_tracked")
-
-
-@pytest.fixture(autouse=True)
-def _formula() -> Iterator[None]:
-    load_kernels()
-    with norm_backend("auto"):
-        yield
 
 
 def make(norm: str, fused: Any = None) -> Any:

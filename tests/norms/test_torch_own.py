@@ -7,8 +7,8 @@ check here does to it what those tests do. Where we refuse what torch takes, `RE
 import copy
 import inspect
 import io
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -73,6 +73,9 @@ class Case:
         layer = self.construct(dtype=self.x.dtype)
         layer.load_state_dict(self.theirs().state_dict())
         return layer.train(self.training)
+
+    def __str__(self) -> str:
+        return f"{self.x.dtype} {self.arguments} {self.keywords} {tuple(self.x.shape)}"
 
     def construct(self, **more: Any) -> Any:
         """Return our norm as it starts."""
@@ -282,45 +285,16 @@ def operator_samples(operator: str, dtype: torch.dtype) -> list[Any]:
     return list(info.sample_inputs("cpu", dtype, requires_grad=True))
 
 
-@dataclass
-class Tally:
-    """What passed, what is refused as the documentation says, and what failed, with the reason."""
-
-    passed: int = 0
-    refused: int = 0
-    failed: dict[str, str] = field(default_factory=dict)
-
-    def count(self, name: str, check: Callable[[], None]) -> None:
+def hold(checks: Iterable[tuple[str, Callable[[], None]]]) -> None:
+    """Do checks by name, and tell at once all that fail, but for what is said to be refused."""
+    failed = []
+    for name, check in checks:
         try:
             check()
-        except InputError as refusal:
-            if any(str(refusal).startswith(words) for words in REFUSED):
-                self.refused += 1
-            else:
-                self.failed[name] = str(refusal)
-        except Exception as error:  # all that fail are told at once
-            self.failed[name] = f"{type(error).__name__}: {str(error)[:200]}"
-        else:
-            self.passed += 1
-
-
-def tally_module(name: str, training: bool, check: str) -> Tally:
-    function, dtypes = CHECKS[check]
-    tally = Tally()
-    for dtype in dtypes:
-        for case in module_cases(name, training, dtype):
-            key = f"{dtype} {case.arguments} {case.keywords} {tuple(case.x.shape)}"
-            tally.count(key, partial(function, case))
-    return tally
-
-
-def tally_operator(operator: str) -> Tally:
-    tally = Tally()
-    for dtype in (torch.float32, torch.float64):
-        for sample in operator_samples(operator, dtype):
-            key = f"{dtype} {tuple(sample.input.shape)} {sample.kwargs}"
-            tally.count(key, partial(check_operator, operator, sample))
-    return tally
+        except Exception as error:
+            refused = isinstance(error, InputError) and str(error).startswith(tuple(REFUSED))
+            failed += [] if refused else [f"{name}: {type(error).__name__}: {str(error)[:200]}"]
+    assert not failed, "\n".join(failed)
 
 
 @pytest.fixture(params=["formula", "auto"])
@@ -335,12 +309,14 @@ def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize(("name", "training"), MODES)
 def test_as_torchs_module(name: str, training: bool, check: str) -> None:
-    failed = tally_module(name, training, check).failed
-    assert not failed, "\n".join(f"{key}: {why}" for key, why in failed.items())
+    function, dtypes = CHECKS[check]
+    cases = (case for dtype in dtypes for case in module_cases(name, training, dtype))
+    hold((str(case), partial(function, case)) for case in cases)
 
 
 @pytest.mark.usefixtures("_backend")
 @pytest.mark.parametrize("operator", ["batch_norm", "layer_norm", "rms_norm"])
 def test_as_torchs_operator(operator: str) -> None:
-    failed = tally_operator(operator).failed
-    assert not failed, "\n".join(f"{key}: {why}" for key, why in failed.items())
+    dtypes = torch.float32, torch.float64
+    samples = (sample for dtype in dtypes for sample in operator_samples(operator, dtype))
+    hold((str(sample), partial(check_operator, operator, sample)) for sample in samples)

@@ -229,7 +229,6 @@ def test_sharded_weights_are_steered_as_plain_ones(make_rule: MakeRule) -> None:
     def copy_gradients(step: int) -> None:
         for name, q in sharded.items():
             grad = plain.get_parameter(name).grad
-            assert grad is not None
             q.grad = distribute_tensor(grad, mesh, [Shard(0)])
         optimizer.step()
 

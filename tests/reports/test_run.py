@@ -29,7 +29,6 @@ def test_read_run_reads_events_config_and_norms(make_run: Callable[..., Path]) -
     assert run.seconds == 30
     assert run.scalars["val/top1"].values.tolist() == [0.5, 0.75]
     assert run.epochs_at(run.scalars["val/top1"].steps).tolist() == [1, 2]
-    assert run.norms is not None
     assert run.norms.norms["w"].tolist() == [[1], [2]]
 
 

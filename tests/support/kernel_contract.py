@@ -129,7 +129,6 @@ def draw(case: Case, device: str) -> tuple[list[Tensor | None], Tensor]:
         None if case.learned == "none" else weight.to(device),
         None if case.learned in ("none", "weight") else bias.to(device),
     ]
-    assert grad is not None
     return [x, residual, *learned], grad
 
 
@@ -145,7 +144,6 @@ def define_wide(
     """
     leaves = [None if q is None else q.double().requires_grad_() for q in inputs]
     x, residual, weight, bias = leaves
-    assert x is not None
     y, mean, scale = define(norm, x, weight, bias)
     y = y if residual is None else y + residual
     found = iter(torch.autograd.grad(y, [q for q in leaves if q is not None], grad.double()))
@@ -199,7 +197,6 @@ def check(case: Case, kernels: BatchNormKernels, device: str = "cpu", slack: flo
     `slack` times the tolerances, where rounding is not what it should be.
     """
     (x, residual, weight, bias), grad = draw(case, device)
-    assert x is not None
     norm = NORMS[case.statistic]
     count = x.numel() // x.shape[1]
     inputs, statistic = (x, residual, weight, bias), STATISTICS[case.statistic]
@@ -213,7 +210,6 @@ def check(case: Case, kernels: BatchNormKernels, device: str = "cpu", slack: flo
     size = y.abs() if residual is None else (y - residual.double()).abs() + residual.double().abs()
     y = y if case.fused is None else y.relu()
 
-    assert by_x is not None
     assert normalised.y.dtype == by_x.dtype == x.dtype
     assert normalised.y.stride() == by_x.stride() == x.stride()
     tolerance = slack * TOLERANCES[case.dtype]
@@ -255,7 +251,6 @@ def check_nonfinite(
     for values in (normalised.mean, normalised.variance):
         assert values.isfinite().tolist() == [True, False, True]
     by_x = normalised.gradients[0]
-    assert by_x is not None
     for index in (0, 2):
         assert torch.equal(normalised.y[:, index], clean.y[:, index])
         assert by_x[:, index].isfinite().all()
@@ -279,10 +274,6 @@ def check_stages(
     """Hold what ranks compute of their part of a batch to its definition."""
     case = Case(shape, "top3", "add_relu", channels_last=channels_last, values="tied")
     (x, residual, gain, shift), grad = draw(case, device)
-    assert x is not None
-    assert residual is not None
-    assert gain is not None
-    assert shift is not None
     channels = shape[1]
     count = x.numel() // channels
     exactly = {"rtol": 1e-6, "atol": 1e-6}
@@ -340,7 +331,6 @@ def check_rows(
     bias = torch.randn(features, device=device) if learned and centred else None
     given = [None if q is None else q.requires_grad_() for q in (x, weight, bias)]
     y = norm(*given, 1, 1.25, EPS, centred)
-    assert y is not None
     found = torch.autograd.grad(y, [q for q in given if q is not None], grad)
     x, y = x.detach(), y.detach()
     leaves = [None if q is None else q.detach().double().requires_grad_() for q in given]

@@ -136,7 +136,6 @@ def test_classifier_smooths_labels_in_training_only() -> None:
 def test_classifier_predicts_probabilities(digits: Digits) -> None:
     trainer, task = quiet_trainer(), make_task()
     batches = trainer.predict(task, digits)
-    assert batches is not None
     assert torch.cat(batches).shape == (360, 10)  # type: ignore[arg-type]
     torch.testing.assert_close(torch.cat(batches).sum(1), torch.ones(360))  # type: ignore[arg-type]
     assert task.predict_step(torch.zeros(3, 1, 8, 8), 0).shape == (3, 10)

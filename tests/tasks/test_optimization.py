@@ -149,7 +149,6 @@ def test_rate_is_found_and_set(name: str, by: str, tmp_path: Path) -> None:
     trainer = quiet_trainer(*finder, *others, **options)
     if by == "tuner":
         found = Tuner(trainer).lr_find(task, data, num_training=15)
-        assert found is not None
         assert task.lr == found.suggestion()
     trainer.fit(task, data)
     assert 1e-8 < task.lr <= 1

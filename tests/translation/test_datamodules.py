@@ -55,7 +55,6 @@ def test_parallel_text_loads_a_given_tokenizer(tmp_path: Path) -> None:
     bpe = JointBPE.train(["something else"], vocab_size=270)
     bpe.save(tmp_path / "bpe.json")
     data = prepare(make_text(tmp_path, tokenizer=str(tmp_path / "bpe.json"), max_length=190))
-    assert data.tokenizer is not None
     assert data.tokenizer.digest == bpe.digest
     assert data.vocab_size == bpe.vocab_size < 300
 
@@ -84,7 +83,6 @@ def test_parallel_text_warns_once_of_omitted_pairs(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         data.setup("fit")
-    assert data.train is not None
     assert data.train.length == 88
     validated = [reference for batch in data.val_dataloader() for reference in batch.references]
     assert sorted(validated) == sorted(pair.target for pair in pairs)
@@ -148,7 +146,6 @@ def test_parallel_text_reads_multi30k(
     assert sum(len(batch.source) for batch in read) == 29_000
     assert count_padding(read) < most
     assert sum(len(batch.source) for batch in data.val_dataloader()) == 1014
-    assert data.tokenizer is not None
     with gzip.open(data_root / "multi30k/val.de.gz", "rt", encoding="utf-8", newline="\n") as file:
         lines = file.read().split("\n")
     assert data.tokenizer.decode(data.tokenizer.encode(lines)) == [line.lstrip() for line in lines]
@@ -257,7 +254,6 @@ def stream(data: WMT14, shard: Shard = WHOLE_SET, epoch: int = 0) -> list[str]:
 
 def test_wmt14_stream_is_shuffled_in_pools(make_wmt14: Callable[..., WMT14]) -> None:
     data = prepare(make_wmt14(streaming=True))
-    assert data.tokenizer is not None
     first = stream(data)
     assert first == stream(data)
     assert first != stream(data, epoch=1)
@@ -365,7 +361,6 @@ def test_number_names_train_a_tokenizer_in_memory() -> None:
     data = NumberNames(pairs=200)
     data.prepare_data()
     data.setup("fit")
-    assert data.tokenizer is not None
     assert data.tokenizer.vocab_size == data.vocab_size <= 400
     names = [data.tokenizer.decode(batch.source.tolist()) for batch in data.train_dataloader()]
     assert sorted(name for batch in names for name in batch) == sorted(
