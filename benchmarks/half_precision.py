@@ -134,13 +134,9 @@ def first_broken(curve: Curve) -> int | None:
 def describe(curve: Curve, accuracy: float) -> str:
     """Return the last losses' mean, or the first step that has none, and the accuracy."""
     broken = first_broken(curve)
-    last = f"NaN from step {broken}" if broken is not None else f"{mean_of_last(curve):.3f}"
+    end = np.mean(curve.losses[-SMOOTHED:])  # without the noise of single batches
+    last = f"NaN from step {broken}" if broken is not None else f"{end:.3f}"
     return f"loss {last:16} test top-1 {100 * accuracy:.1f} %"
-
-
-def mean_of_last(curve: Curve) -> float:
-    """Return the loss at the end, without the noise of single batches."""
-    return float(np.mean(curve.losses[-SMOOTHED:]))
 
 
 if __name__ == "__main__":

@@ -4,23 +4,22 @@ import copy
 import os
 from collections.abc import Iterator, Set
 from functools import partial
-from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from epoch_by_trainer import TakeTurns, time_epochs
+from epoch_by_trainer import TakeTurns, make_trainer, time_epochs
 from interleaved import quartiles_of, quartiles_of_ratio, time_rounds
 from norm_layers import backend_of
 from plain_training import Tutorial
 from speed_data import RandomCIFAR, torchvision_loader
+from speed_layers import swapped
 from speed_plan import Plan
-from speed_weights import EVERY, percent
+from speed_weights import EVERY
 from targets import Bound, Measurement, Result
 from torch import nn
 from training_step import NETS, draw_images, make_step_of
 from weight_norms import make_record
 
-from nmlightning import CIFAR10, apply_weight_norm, swap_norms
+from nmlightning import CIFAR10, apply_weight_norm
 from nmlightning.datamodules.image_data import LabelledImages
 
 COMPILED = "reduce-overhead"
@@ -34,9 +33,7 @@ def measure_large_step(plan: Plan, targets: Set[str], device: str = "cuda") -> I
     images = draw_images(plan.large_net, plan.gpu_large_batch, device, torch.channels_last)
     nets = {"BN": NETS[plan.large_net][0]().to(device, memory_format=torch.channels_last)}
     for fuse in (None, "add_relu"):
-        name = f"L1, {fuse}" if fuse else "L1"
-        nets[name] = copy.deepcopy(nets["BN"])
-        swap_norms(nets[name], "l1", fuse=fuse)
+        nets[f"L1, {fuse}" if fuse else "L1"] = swapped(nets["BN"], fuse)
     steps = {n: make_step_of(net, images, torch.bfloat16).run for n, net in nets.items()}
     times = time_rounds(steps, plan.rounds, device=device)
     for name in set(nets) - {"BN"}:
@@ -62,15 +59,14 @@ def _measure_epochs(plan: Plan, device: str) -> Iterator[Result]:
     images = CIFAR_IMAGES if device == "cuda" else plan.images
     data = RandomCIFAR(images, plan.batch)
     net = NETS[plan.net][0]()
-    fast: dict[str, Any] = {"task": {"compile": COMPILED}} if device == "cuda" else {}
-    trainer = {"accelerator": "gpu" if device == "cuda" else device, "precision": "bf16-mixed"}
-    times = time_epochs(copy.deepcopy(net), data, EPOCHS, warm_up=2, **fast, **trainer)
-    plain = _time_plain_lightning(net, data, trainer)
+    compiled = COMPILED if device == "cuda" else None
+    times = time_epochs(copy.deepcopy(net), data, EPOCHS, device, compiled)
+    plain = _time_plain_lightning(net, data, device)
     seen = images // plan.batch * plan.batch
     case = f"{plan.net}, batch {plan.batch}, bf16-mixed, compile {COMPILED}"
     speeds = quartiles_of([seen / seconds for seconds in times["trainer"]])
     least = Bound(30_000, is_least=True)
-    yield Measurement("H6", "training", case, "", speeds, least, "~85k", "images/s")
+    yield Measurement("H6", "training", case, "", speeds, least, "images/s")
     faster = quartiles_of([other / own for other, own in zip(plain, times["trainer"], strict=True)])
     what = "plain Lightning with torchvision's loader / epoch by Trainer.fit"
     yield Measurement("H6", what, case, "", faster, Bound(4, is_least=True))
@@ -78,22 +74,13 @@ def _measure_epochs(plan: Plan, device: str) -> Iterator[Result]:
     yield Measurement("H6", "epoch by Trainer.fit / bare loop", case, "", ratio, Bound(1.1))
 
 
-def _time_plain_lightning(net: nn.Module, data: CIFAR10, trainer: dict[str, Any]) -> list[float]:
+def _time_plain_lightning(net: nn.Module, data: CIFAR10, device: str) -> list[float]:
     """Return the seconds of epochs of a module as in a tutorial, with workers and PIL images."""
     assert isinstance(data.train, LabelledImages)
-    workers = min(8, (os.cpu_count() or 1) - 1) if trainer["accelerator"] == "gpu" else 0
+    workers = min(8, (os.cpu_count() or 1) - 1) if device == "cuda" else 0
     loader = torchvision_loader(data.train.images, data.train.labels, data.batch_size, workers)
     turns = TakeTurns(lambda: None)
-    pl.Trainer(
-        **trainer,
-        devices=1,
-        max_epochs=EPOCHS + 1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[turns],
-    ).fit(Tutorial(net), loader)
+    make_trainer(device, EPOCHS + 1, turns).fit(Tutorial(net), loader)
     return turns.times["trainer"][1:]
 
 
@@ -109,10 +96,10 @@ def _measure_additions(plan: Plan, device: str) -> Iterator[Result]:
     times = time_rounds(
         {**calls, "record": record}, plan.rounds, device=device, repeats=STEPS_IN_A_ROW
     )
-    shares = [a / b / EVERY for a, b in zip(times["record"], times["step"], strict=True)]
+    shares = [100 * a / b / EVERY for a, b in zip(times["record"], times["step"], strict=True)]
     row = partial(Measurement, "H7", case=f"{plan.net}, batch {plan.batch}", backend="")
     what = f"recording the norms every {EVERY} steps, of a compiled step"
-    yield row(what=what, quartiles=percent(quartiles_of(shares)), bound=Bound(0.3), unit="%")
+    yield row(what=what, quartiles=quartiles_of(shares), bound=Bound(0.3), unit="%")
     ratio = quartiles_of_ratio(times, "bounded", to="step")
     what = "compiled step with bounded weight norm / without"
     yield row(what=what, quartiles=ratio, bound=Bound(1.005))

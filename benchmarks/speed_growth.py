@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from interleaved import Call
 from norm_layers import LAYOUTS, layer_step
-from normalised_weights import make_addition
 from sampled import Figure, Pace, sample_rounds
 from speed_layers import draw_input
 from speed_networks import swapped
 from speed_tables import format_figure, write_markdown
+from speed_weights import make_addition
 from torch import nn
 from training_step import make_step_of
 from weight_norms import make_record

@@ -7,13 +7,11 @@ from functools import partial
 import torch
 from norm_layers import LAYOUTS, backend_of
 from sampled import sample_rounds
-from speed_layers import count_saved_bytes, exactly
+from speed_layers import count_saved_bytes, exactly, swapped
 from speed_plan import TYPES, Plan
 from targets import Bound, Measurement, Result
 from torch import nn
 from training_step import NETS, draw_images, make_step_of
-
-from nmlightning import swap_norms
 
 # What is fused, and the bound of C7, the saved bytes.
 FUSED: dict[str | None, tuple[str, Bound | None]] = {
@@ -65,7 +63,6 @@ def measure_activations(plan: Plan, targets: Set[str]) -> Iterator[Result]:
             backend_of(net.bn1, images),  # type: ignore[arg-type]
             exactly(count_saved_bytes(net, partial(net, images)) / bytes_of_plain),
             bound,
-            "0.50",
         )
 
 
@@ -84,13 +81,6 @@ def measure_compiled(plan: Plan, targets: Set[str]) -> Iterator[Result]:
     yield Measurement(
         "N10", "compiled step with L1 / BN", case, "compiled formula", figure, Bound(1.02)
     )
-
-
-def swapped(net: nn.Module, how: str | None) -> nn.Module:
-    """Return a copy with L1 norms, fused with what follows them."""
-    copied = copy.deepcopy(net)
-    swap_norms(copied, "l1", fuse=how)
-    return copied
 
 
 def without_norms(net: nn.Module) -> nn.Module:

@@ -12,19 +12,18 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
 from typing import Any
 
 import pytorch_lightning as pl
-from epoch_by_trainer import make_loop
+from epoch_by_trainer import make_loop, make_trainer
 from interleaved import Call
 from norm_layers import LAYOUTS
 from plain_training import Tutorial
-from sampled import Sample, Stopwatch, sample, sample_all, set_threads
+from sampled import Pace, Rounds, Sample, Stopwatch, sample, sample_all, set_threads
 from speed_data import RandomCIFAR, measure_data, torchvision_loader
 from speed_plan import TYPES, Plan
 from targets import Bound, Measurement, Result
@@ -52,12 +51,8 @@ def measure_allocator(plan: Plan, targets: Set[str]) -> Iterator[Result]:
     batch = min(STEP_BATCH, plan.batch)
     for dtype, layout in STEPS:
         setting = {"dtype": dtype, "layout": layout, "net": plan.small_net, "batch": batch}
-        with ExitStack() as processes:
-            own, other = (
-                processes.enter_context(Process("step", kept=kept, **setting))
-                for kept in (True, False)
-            )
-            rounds = sample_all({"own": own, "": other}, plan.net_pace)
+        processes = {n: Process("step", kept=n == "own", **setting) for n in ("own", "")}
+        rounds = sample_processes(processes, plan.net_pace)
         what = f"step with freed memory kept / given back, {dtype} {layout}"
         case = f"{plan.small_net}, batch {batch}, BN"
         yield Measurement("N1", what, case, "", rounds.figure("own", to=""), Bound(0.9))
@@ -65,14 +60,10 @@ def measure_allocator(plan: Plan, targets: Set[str]) -> Iterator[Result]:
 
 def measure_fits(plan: Plan, targets: Set[str]) -> Iterator[Result]:
     """Yield N8, and C9 with the data alone."""
-    epoch = {"steps": plan.steps, "batch": plan.batch}
+    epoch = {"net": plan.small_net, "steps": plan.steps, "batch": plan.batch}
     if "N8" in targets:
-        with ExitStack() as processes:
-            fits = {
-                name: processes.enter_context(Process(name, net=plan.small_net, **epoch, kept=kept))
-                for name, kept in (("best", True), ("plain", False))
-            }
-            rounds = sample_all(fits, plan.net_pace)
+        fits = {n: Process(n, kept=n == "best", **epoch) for n in ("best", "plain")}
+        rounds = sample_processes(fits, plan.net_pace)
         walls = [s.wall for s in rounds.samples[plan.pace.threads[-1]]["best"]]
         speed = plan.steps * plan.batch / statistics.median(walls)
         case = f"{plan.small_net}, batch {plan.batch}, {speed:,.0f} images/s with all threads"
@@ -81,12 +72,8 @@ def measure_fits(plan: Plan, targets: Set[str]) -> Iterator[Result]:
         yield Measurement("N8", what, case, "", figure, least)
     if "C9" in targets:
         yield measure_data(plan)
-        with ExitStack() as processes:
-            fits = {
-                name: processes.enter_context(Process(name, net=plan.small_net, **epoch, kept=True))
-                for name in ("trainer", "loop")
-            }
-            figure = sample_all(fits, plan.net_pace).figure("trainer", to="loop")
+        fits = {n: Process(n, kept=True, **epoch) for n in ("trainer", "loop")}
+        figure = sample_processes(fits, plan.net_pace).figure("trainer", to="loop")
         case = f"{plan.small_net} with BN, {plan.steps} steps, batch {plan.batch}"
         yield Measurement("C9", "epoch by Trainer.fit / bare loop", case, "", figure, Bound(1.1))
 
@@ -143,11 +130,14 @@ class Process:
         print(threads, calls, file=self.process.stdin, flush=True)
         return Sample(*json.loads(self.process.stdout.readline()))
 
-    def __enter__(self) -> "Process":
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.process.communicate()
+def sample_processes(processes: Mapping[str, Process], pace: Pace) -> Rounds:
+    """Sample processes in turns, and end them."""
+    try:
+        return sample_all(processes, pace)
+    finally:
+        for each in processes.values():
+            each.process.communicate()
 
 
 def main() -> None:
@@ -213,15 +203,8 @@ def serve_fit(answer: Any, net: str, steps: int, batch: int, kind: str) -> None:
         task = ImageClassifier(model, make, channels_last=kind == "best")
     if kind == "best":
         callbacks.append(NormSwap("l1", fuse="add_relu"))
-    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    pl.Trainer(
-        accelerator="cpu",
-        max_epochs=-1,
-        limit_val_batches=0,
-        precision="bf16-mixed" if kind == "best" else "32-true",
-        callbacks=callbacks,
-        **dict.fromkeys(off, False),
-    ).fit(task, data)
+    precision = "bf16-mixed" if kind == "best" else "32-true"
+    make_trainer("cpu", -1, *callbacks, limit_val_batches=0, precision=precision).fit(task, data)
 
 
 def serve_loop(answer: Any, net: str, steps: int, batch: int) -> None:

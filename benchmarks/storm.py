@@ -19,7 +19,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -157,6 +157,11 @@ def main() -> int:
         lost += bad
     print(*lost, sep="\n")
     return int(bool(lost))
+
+
+def make(class_path: str, **arguments: Any) -> dict[str, Any]:
+    """Return a class as configs have it."""
+    return {"class_path": class_path, "init_args": arguments}
 
 
 def limit_memory() -> None:

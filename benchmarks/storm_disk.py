@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 from PIL import Image
-from storm import Trial, Verdict, fork, try_all, wait
+from storm import Trial, Verdict, fork, make, try_all, wait
 from storm_inputs import GOOD
-from storm_kills import config_of, make
+from storm_kills import config_of
 
 from nmlightning.cli import main
 from nmlightning.errors import InputError
@@ -27,7 +27,7 @@ SECONDS = 120
 def fit() -> int:
     """Write a checkpoint, always to the same place."""
     place = {"dirpath": "kept", "filename": "last", "enable_version_counter": False}
-    keep = {"class_path": "ModelCheckpoint", "init_args": place}
+    keep = make("ModelCheckpoint", **place)
     trainer = GOOD["trainer"] | {"enable_checkpointing": True, "callbacks": [keep]}
     Path("config.yaml").write_text(yaml.safe_dump(GOOD | {"trainer": trainer}))
     return main(["fit", "--config", "config.yaml"])

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from storm import Trial, Verdict, limit_memory, try_all
+from storm import Trial, Verdict, limit_memory, make, try_all
 from torch.utils.tensorboard import SummaryWriter
 
 from nmlightning.cli import main
@@ -35,22 +35,14 @@ SHORT = {
 }
 GOOD: dict[str, Any] = {
     "seed_everything": 1,
-    "model": {
-        "class_path": "ImageClassifier",
-        "init_args": {
-            "net": {"class_path": "CifarResNet", "init_args": {"depth": 8}},
-            "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}},
-            "lr_scheduler": {
-                "class_path": "torch.optim.lr_scheduler.StepLR",
-                "init_args": {"step_size": 2},
-            },
-        },
-    },
-    "data": {"class_path": "Digits", "init_args": {"batch_size": 16, "image_size": 8}},
-    "trainer": {
-        **SHORT,
-        "callbacks": [{"class_path": "NormSwap", "init_args": {"norm": "l1"}}],
-    },
+    "model": make(
+        "ImageClassifier",
+        net=make("CifarResNet", depth=8),
+        optimizer=make("torch.optim.SGD", lr=0.1),
+        lr_scheduler=make("torch.optim.lr_scheduler.StepLR", step_size=2),
+    ),
+    "data": make("Digits", batch_size=16, image_size=8),
+    "trainer": {**SHORT, "callbacks": [make("NormSwap", norm="l1")]},
 }
 # Whatever comes in the place of a value: never right, whatever the key.
 WRONG = (
@@ -219,22 +211,21 @@ def try_recording(draw: random.Random) -> str:
         entry = header[draw.choice([key for key in header if key != "__metadata__"])]
         metadata = header["__metadata__"]
         if draw.random() < 0.5:
-            entry[draw.choice(list(entry))] = draw.choice(
-                (
-                    "BF16",
-                    "F8_E4M3",
-                    "F4",
-                    "F16",
-                    "I64",
-                    [1],
-                    [2**62, 4],
-                    [0],
-                    [-1],
-                    [0, 8],
-                    "x",
-                    None,
-                )
+            odd = (
+                "BF16",
+                "F8_E4M3",
+                "F4",
+                "F16",
+                "I64",
+                [1],
+                [2**62, 4],
+                [0],
+                [-1],
+                [0, 8],
+                "x",
+                None,
             )
+            entry[draw.choice(list(entry))] = draw.choice(odd)
         else:
             odd = ("[" * 100_000, "", "null", "[1]", "{}", "9" * 5000, '"a"', "\0")
             metadata[draw.choice(list(metadata))] = draw.choice(odd)

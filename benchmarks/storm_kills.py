@@ -11,18 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from storm import Trial, Verdict, nm, try_all, wait
+from storm import Trial, Verdict, make, nm, try_all, wait
 
 from nmlightning.reports.run import find_runs, read_run
 from nmlightning.weights.history import NormHistory
 
 SECONDS = 120  # for one run
 LOST_PROCESS = 75
-
-
-def make(class_path: str, **arguments: Any) -> dict[str, Any]:
-    """Return a class as configs have it."""
-    return {"class_path": class_path, "init_args": arguments}
 
 
 def config_of(kind: str) -> dict[str, Any]:

@@ -52,7 +52,6 @@ class Measurement:
         backend: what computed it.
         quartiles: those of the rounds, in `unit`: with one thread and with all, or of wall time.
         bound: the target; None where a row is shown for comparison.
-        limit: what no implementation can pass, as far as it is known.
         unit: of the quartiles and the bound.
     """
 
@@ -62,7 +61,6 @@ class Measurement:
     backend: str
     quartiles: Quartiles | Figure
     bound: Bound | None = None
-    limit: str = ""
     unit: Unit = "×"
 
     @property

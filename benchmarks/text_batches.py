@@ -7,14 +7,13 @@ Of two neighbours in a batch the share that are neighbours in the next epoch, to
 """
 
 import argparse
-import random
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
 
 import tokenizers
 import torch
+from interleaved import quartiles_of, time_rounds
 
 from nmlightning.datamodules import ParallelText
 from nmlightning.translation.batches import ShuffledBatches
@@ -54,19 +53,13 @@ def main() -> None:
         f"{tokens} tokens a batch": lambda: iter(loader),
         f"{fixed} pairs a batch": lambda: read_shuffled(pairs, fixed),
     }
-    speeds: dict[str, list[float]] = {kind: [] for kind in kinds}
-    sizes: dict[str, tuple[int, int, float]] = {}
-    for _ in range(options.rounds):
-        for kind in random.sample(list(kinds), len(kinds)):
-            start = time.perf_counter()
-            batches = sum(1 for _ in kinds[kind]())
-            speeds[kind].append(pairs.length / (time.perf_counter() - start))
-            sizes[kind] = (batches, *measure(list(kinds[kind]())))
-    for kind, measured in speeds.items():
-        low, middle, high = statistics.quantiles(measured, n=4)
-        batches, largest, padding = sizes[kind]
+    reads = {kind: lambda read=read: sum(1 for _ in read()) for kind, read in kinds.items()}
+    for kind, times in time_rounds(reads, options.rounds, warm_up=0).items():
+        low, middle, high = quartiles_of([pairs.length / seconds for seconds in times])
+        batches = list(kinds[kind]())
+        largest, padding = measure(batches)
         print(
-            f"{kind:22} {batches:6} batches, the largest of {largest} tokens a side, "
+            f"{kind:22} {len(batches):6} batches, the largest of {largest} tokens a side, "
             f"{padding:6.2%} padding, {middle:9,.0f} pairs/s ({low:,.0f} to {high:,.0f})"
         )
     together = share_that_meets_again(loader.sampler, pairs.length)

@@ -2,20 +2,22 @@
 
     python benchmarks/weight_norms.py [--net resnet56] [--batch 128] [--device cuda] [--rounds 10]
 
-`training_step` says how it is measured. What is logged is written for TensorBoard; by default that
-happens at every 50th step.
+The step and each addition to it take turns (see `interleaved`); a share is the time of an addition
+against that of the step in the same round. What is logged is written for TensorBoard; by default
+that happens at every 50th step.
 """
 
+import argparse
 import tempfile
 import warnings
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from interleaved import Call
+from interleaved import Call, quartiles_of_ratio, time_rounds
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import nn
-from training_step import Step, main
+from training_step import NETS, make_step
 
 from nmlightning.callbacks.norm_dashboard import NormDashboard
 from nmlightning.kernels.dispatch import weight_kernels
@@ -26,13 +28,24 @@ from nmlightning.weights.layer_weights import find_layer_weights
 from nmlightning.weights.recorder import Recorder
 
 
-def make_additions(step: Step) -> dict[str, Call]:
-    """Return what the callbacks add to a step."""
-    return {
-        "record": make_record(step.net),
-        "log": make_log(step.net, step.optimizer),
-        **make_steering(step.net, step.optimizer),
-    }
+def main() -> None:
+    """Print a line for each of what callbacks add to a step."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--net", choices=NETS, default="resnet56")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=10)
+    o = parser.parse_args()
+    threads = torch.get_num_threads()
+    print(f"torch {torch.__version__}, {o.device}, {o.net}, batch {o.batch}, {threads} threads")
+    step = make_step(o.net, o.batch, o.device)
+    step.run()
+    calls = {"record": make_record(step.net), "log": make_log(step.net, step.optimizer)}
+    calls |= make_steering(step.net, step.optimizer)
+    times = time_rounds({"": step.run, **calls}, o.rounds, device=o.device)
+    for name in calls:
+        low, middle, high = (100 * share for share in quartiles_of_ratio(times, name, to=""))
+        print(f"{name:24} {middle:6.2f} % of a step ({low:.2f} to {high:.2f})")
 
 
 def make_record(net: nn.Module) -> Call:
@@ -98,4 +111,4 @@ def make_hooks(
 
 
 if __name__ == "__main__":
-    main(__doc__, make_additions)
+    main()

@@ -161,7 +161,6 @@ def first_words(error: BaseException) -> str:
 def try_case(case: Case, row: Row) -> None:
     """Put into the row what became of each stage; what fails without a swap, too, says so."""
     model, original = case.model.eval(), copy.deepcopy(case.model).eval()
-    row |= {"parameters": sum(q.numel() for q in model.parameters()), "size": case.size}
     reference = outputs_of(original, case)
     report = try_swap(model, row)
     if report is None:
@@ -201,7 +200,6 @@ def try_without_values(model: nn.Module, row: Row) -> None:
     def describe() -> list[Any]:
         return [(name, q.shape, q.dtype) for name, q in model.state_dict().items()]
 
-    row["parameters"] = sum(q.numel() for q in model.parameters())
     state, classes = describe(), [type(module) for module in model.modules()]
     if try_swap(model, row) is not None:
         row["meta"] = "done" if describe() == state else "another state"

@@ -49,13 +49,16 @@ class Net(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.rule_state = checkpoint.get("by hand")
 
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
-        loss = F.cross_entropy(self(batch[0]), batch[1])
+        loss = self.loss(batch)
         self.log("loss", loss)
         return loss
 
     def validation_step(self, batch: list[Tensor], _: int) -> None:
-        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+        self.log("val_loss", self.loss(batch))
 
     def predict_step(self, batch: list[Tensor], _: int) -> Tensor:
         return self(batch[0])
@@ -152,9 +155,11 @@ class StepsByHand(Net):
         self.automatic_optimization = False
 
     def training_step(self, batch: list[Tensor], _: int) -> None:
-        optimizer = self.optimizers(use_pl_optimizer=self.pl_optimizer)
+        self.take(self.optimizers(use_pl_optimizer=self.pl_optimizer), batch)
+
+    def take(self, optimizer: Any, batch: list[Tensor]) -> None:
         optimizer.zero_grad()
-        self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+        self.manual_backward(self.loss(batch))
         optimizer.step()
 
 
@@ -164,10 +169,7 @@ class StepsTorch(StepsByHand):
 
 class StepsInside(StepsByHand):
     def training_step(self, batch: list[Tensor], _: int) -> None:
-        optimizer = self.optimizers().optimizer
-        optimizer.zero_grad()
-        F.cross_entropy(self(batch[0]), batch[1]).backward()
-        optimizer.step()
+        self.take(self.optimizers().optimizer, batch)
 
 
 class TwoOptimizers(StepsByHand):
@@ -177,18 +179,14 @@ class TwoOptimizers(StepsByHand):
 
     def training_step(self, batch: list[Tensor], _: int) -> None:
         for optimizer in self.optimizers():
-            optimizer.zero_grad()
-            self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
-            optimizer.step()
+            self.take(optimizer, batch)
 
 
 class Toggles(TwoOptimizers):
     def training_step(self, batch: list[Tensor], index: int) -> None:
         optimizer = self.optimizers()[index % 2]
         self.toggle_optimizer(optimizer)
-        optimizer.zero_grad()
-        self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
-        optimizer.step()
+        self.take(optimizer, batch)
         self.untoggle_optimizer(optimizer)
 
 
@@ -198,7 +196,7 @@ class ByClosure(StepsByHand):
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            loss = F.cross_entropy(self(batch[0]), batch[1])
+            loss = self.loss(batch)
             self.manual_backward(loss)
             return loss
 
@@ -327,25 +325,18 @@ def in_lightning_pytorch(run: Run) -> nn.Module:
     return module.net
 
 
-def find_rate(run: Run) -> nn.Module:
-    module = run.module()
-    trainer = run.trainer()
-    Tuner(trainer).lr_find(module, num_training=8)
-    trainer.fit(module)
-    return module
+def tuned(name: str, **options: Any) -> Case:
+    def run_tuned(run: Run) -> nn.Module:
+        module, trainer = run.module(), run.trainer()
+        getattr(Tuner(trainer), name)(module, **options)
+        trainer.fit(module)
+        return module
 
-
-def scale_batch(run: Run) -> nn.Module:
-    module = run.module()
-    trainer = run.trainer()
-    Tuner(trainer).scale_batch_size(module, steps_per_trial=1, max_trials=2)
-    trainer.fit(module)
-    return module
+    return run_tuned
 
 
 def validate_first(run: Run) -> nn.Module:
-    module = run.module()
-    trainer = run.trainer()
+    module, trainer = run.module(), run.trainer()
     trainer.validate(module, verbose=False)
     trainer.fit(module)
     trainer.validate(module, verbose=False)
@@ -396,8 +387,8 @@ LOOPS: Mapping[str, Case] = {
     "Fabric": by_fabric,
     "accelerate": by_accelerate,
     "transformers.Trainer": by_transformers,
-    "Tuner.lr_find": find_rate,
-    "Tuner.scale_batch_size": scale_batch,
+    "Tuner.lr_find": tuned("lr_find", num_training=8),
+    "Tuner.scale_batch_size": tuned("scale_batch_size", steps_per_trial=1, max_trials=2),
     "validate before and after, predict": validate_first,
     "fit again": fit_again,
     "fit, then more epochs": continue_fit,

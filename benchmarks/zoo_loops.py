@@ -30,51 +30,32 @@ from nmlightning.weights.channel_norms import local_part
 
 PARTS = ("norms, steered", "norms, weights")  # what is changed: which callbacks are there
 
+# Each alone: the name is the flag's, and what tells it from others of the flag.
+VALUES: Mapping[str, Any] = {
+    "accumulate_grad_batches": 2, "accumulate_grad_batches=3 (a rest)": 3,
+    "gradient_clip_val": 0.1, "deterministic": True, "deterministic=warn": "warn",
+    "benchmark": True, "detect_anomaly": True, "inference_mode=False": False,
+    "overfit_batches": 2, "fast_dev_run": True, "fast_dev_run=3": 3, "barebones": True,
+    "val_check_interval": 2, "val_check_interval=0.25": 0.25, "check_val_every_n_epoch": 2,
+    "limit_train_batches": 3, "limit_train_batches=0.5": 0.5, "limit_train_batches=0": 0,
+    "limit_val_batches=0": 0, "limit_test_batches": 1, "limit_predict_batches": 1,
+    "max_time": "00:00:10:00", "max_steps": 5, "max_epochs=0": 0, "num_sanity_val_steps=-1": -1,
+    "num_sanity_val_steps=0": 0, "reload_dataloaders_every_n_epochs": 1,
+    "use_distributed_sampler=False": False, "enable_checkpointing=False": False,
+    "enable_model_summary": True, "enable_progress_bar": True, "log_every_n_steps=1": 1,
+    "enable_autolog_hparams=False": False, "logger=False": False, "devices=auto": "auto",
+    "plugins=async checkpoints": "async checkpoints",
+    **{f"profiler={p}": p for p in ("simple", "advanced", "pytorch")},
+    **{f"precision={p}": p for p in (
+        "64-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "transformer-engine")},
+}  # fmt: skip
 FLAGS: Mapping[str, Mapping[str, Any]] = {
     "none": {},
-    "accumulate_grad_batches": {"accumulate_grad_batches": 2},
-    "accumulate_grad_batches=3 (a rest)": {"accumulate_grad_batches": 3},
-    "gradient_clip_val": {"gradient_clip_val": 0.1},
+    **{name: {name.partition("=")[0]: value} for name, value in VALUES.items()},
     "gradient_clip_algorithm=value": {
         "gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
-    **{f"precision={p}": {"precision": p} for p in (
-        "64-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "transformer-engine")},
-    "deterministic": {"deterministic": True},
-    "deterministic=warn": {"deterministic": "warn"},
-    "benchmark": {"benchmark": True},
-    "detect_anomaly": {"detect_anomaly": True},
-    "inference_mode=False": {"inference_mode": False},
-    "overfit_batches": {"overfit_batches": 2},
-    "fast_dev_run": {"fast_dev_run": True},
-    "fast_dev_run=3": {"fast_dev_run": 3},
-    "barebones": {"barebones": True},
-    "val_check_interval": {"val_check_interval": 2},
-    "val_check_interval=0.25": {"val_check_interval": 0.25},
-    "check_val_every_n_epoch": {"check_val_every_n_epoch": 2},
     "check_val_every_n_epoch=None": {"check_val_every_n_epoch": None, "val_check_interval": 3},
-    "limit_train_batches": {"limit_train_batches": 3},
-    "limit_train_batches=0.5": {"limit_train_batches": 0.5},
-    "limit_train_batches=0": {"limit_train_batches": 0},
-    "limit_val_batches=0": {"limit_val_batches": 0},
-    "limit_test_batches": {"limit_test_batches": 1},
-    "limit_predict_batches": {"limit_predict_batches": 1},
-    "max_time": {"max_time": "00:00:10:00"},
-    "max_steps": {"max_steps": 5},
-    "max_epochs=0": {"max_epochs": 0},
     "min_epochs, min_steps": {"min_epochs": 1, "min_steps": 3},
-    "num_sanity_val_steps=-1": {"num_sanity_val_steps": -1},
-    "num_sanity_val_steps=0": {"num_sanity_val_steps": 0},
-    "reload_dataloaders_every_n_epochs": {"reload_dataloaders_every_n_epochs": 1},
-    "use_distributed_sampler=False": {"use_distributed_sampler": False},
-    "enable_checkpointing=False": {"enable_checkpointing": False},
-    "enable_model_summary": {"enable_model_summary": True},
-    "enable_progress_bar": {"enable_progress_bar": True},
-    "enable_autolog_hparams=False": {"enable_autolog_hparams": False},
-    "logger=False": {"logger": False},
-    "log_every_n_steps=1": {"log_every_n_steps": 1},
-    "devices=auto": {"devices": "auto"},
-    **{f"profiler={p}": {"profiler": p} for p in ("simple", "advanced", "pytorch")},
-    **{f"plugins={p}": {"plugins": p} for p in ("async checkpoints",)},
 }  # fmt: skip
 
 
@@ -101,16 +82,17 @@ def loggers() -> dict[str, Case]:
     }
 
 
+PLAIN = ("EMAWeightAveraging", "LearningRateMonitor", "RichModelSummary", "RichProgressBar",
+         "TQDMProgressBar", "WeightAveraging")  # fmt: skip
 CALLBACKS: Mapping[str, Callable[[], Any]] = {
+    **{name: getattr(cb, name) for name in PLAIN},
     "BackboneFinetuning": lambda: cb.BackboneFinetuning(1, verbose=False),
     "BatchSizeFinder": lambda: cb.BatchSizeFinder(steps_per_trial=1, max_trials=1),
     "DeviceStatsMonitor": lambda: cb.DeviceStatsMonitor(cpu_stats=True),
-    "EMAWeightAveraging": lambda: cb.EMAWeightAveraging(),
     "EarlyStopping": lambda: cb.EarlyStopping("val_loss", patience=0),
     "GradientAccumulationScheduler": lambda: cb.GradientAccumulationScheduler({0: 1, 1: 2}),
     "LambdaCallback": lambda: cb.LambdaCallback(on_fit_start=lambda *_: None),
     "LearningRateFinder": lambda: cb.LearningRateFinder(num_training_steps=8),
-    "LearningRateMonitor": lambda: cb.LearningRateMonitor(),
     "ModelCheckpoint": lambda: cb.ModelCheckpoint(monitor="val_loss", every_n_train_steps=2),
     "ModelPruning": lambda: cb.ModelPruning("l1_unstructured", amount=0.3),
     "ModelPruning (norms)": lambda: cb.ModelPruning(
@@ -118,14 +100,10 @@ CALLBACKS: Mapping[str, Callable[[], Any]] = {
     ),
     "ModelSummary": lambda: cb.ModelSummary(-1),
     "OnExceptionCheckpoint": lambda: cb.OnExceptionCheckpoint(tempfile.gettempdir()),
-    "RichModelSummary": lambda: cb.RichModelSummary(),
-    "RichProgressBar": lambda: cb.RichProgressBar(),
     "SpikeDetection": lambda: cb.SpikeDetection(warmup=1),
     "StochasticWeightAveraging": lambda: cb.StochasticWeightAveraging(1e-2, swa_epoch_start=1),
-    "TQDMProgressBar": lambda: cb.TQDMProgressBar(),
     "ThroughputMonitor": lambda: cb.ThroughputMonitor(lambda batch: len(batch[0])),
     "Timer": lambda: cb.Timer("00:00:10:00"),
-    "WeightAveraging": lambda: cb.WeightAveraging(),
 }
 BASES = ("BaseFinetuning", "BasePredictionWriter", "Callback", "Checkpoint", "ProgressBar")
 

@@ -49,7 +49,6 @@ class Case:
     arguments: tuple[Any, ...] = ()
     keywords: dict[str, Any] = field(default_factory=dict)
     training_arguments: tuple[Any, ...] | None = None
-    size: int | None = None
 
 
 class TooLarge(Exception):
@@ -101,7 +100,7 @@ def _build_timm(name: str) -> Case:
             with torch.no_grad():
                 model(images)
                 torch.manual_seed(0)
-            return Case(model, (images,), size=size)
+            return Case(model, (images,))
         except Exception as problem:  # the next size may do
             last = problem
     raise last
@@ -140,17 +139,17 @@ def _build_torchvision(name: str) -> Case:
             keywords = {k: v for k, v in keywords.items() if "size" not in k}
         images = [torch.rand(3, 96, 96), torch.rand(3, 96, 128)]
         return Case(models.get_model(name, **keywords), (images,),
-                    training_arguments=(images, [_objects() for _ in images]), size=96)  # fmt: skip
+                    training_arguments=(images, [_objects() for _ in images]))  # fmt: skip
     if "optical_flow" in builder:
         pair = (torch.rand(BATCH, 3, 128, 128), torch.rand(BATCH, 3, 128, 128))
-        return Case(models.get_model(name, **keywords), pair, {"num_flow_updates": 2}, size=128)
+        return Case(models.get_model(name, **keywords), pair, {"num_flow_updates": 2})
     model = models.get_model(name, **keywords).eval()
     for shape in _shapes("video" in builder):
         images = torch.randn(BATCH, 3, *shape)
         try:
             with torch.no_grad():
                 model(images)
-            return Case(model, (images,), size=shape[-1])
+            return Case(model, (images,))
         except Exception as problem:  # the next size may do
             last = problem
     raise last

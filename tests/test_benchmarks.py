@@ -27,7 +27,6 @@ from targets import Bound, Measurement, Skipped
 from torch import nn
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-LINES = {"normalised_weights": "bounded, gains", "weight_norms": "record"}
 
 
 def run_script(name: str, *words: str) -> str:
@@ -48,10 +47,9 @@ def test_a_storm_loses_nothing(part: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", LINES)
-def test_shares_of_a_step_print_a_line_each(name: str) -> None:
-    printed = run_script(name, "--net", "resnet20", "--batch", "2", "--rounds", "2")
-    assert f"{LINES[name]} " in printed
+def test_shares_of_a_step_print_a_line_each() -> None:
+    printed = run_script("weight_norms", "--net", "resnet20", "--batch", "2", "--rounds", "2")
+    assert "record " in printed
     assert printed.count("% of a step") > 4
 
 

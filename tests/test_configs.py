@@ -14,6 +14,7 @@ from nmlightning.cli import main
 from nmlightning.commands.argument_parser import DIVERGED
 from nmlightning.commands.files import find_config, shipped_configs
 from nmlightning.weights.history import NormHistory
+from quickstart_runs import SHORT
 from translation_runs import draw_pairs
 
 CONFIGS = shipped_configs()
@@ -67,12 +68,7 @@ IMAGENET: dict[str, tuple[str, dict[str, str]] | None] = {
     "imagenet_resnet50_l1": ("l1", EXACT),
     "imagenet_resnet50_l1_fp16": ("l1", HALF),
 }
-SHORT_RUN = shlex.split(
-    "--trainer.accelerator cpu --trainer.max_epochs 1 --trainer.limit_train_batches 2 "
-    "--trainer.limit_val_batches 1 --trainer.enable_model_summary false "
-    "--trainer.enable_progress_bar false"
-)
-SHORT = [*shlex.split("--data Digits --data.image_size 8 --data.batch_size 8"), *SHORT_RUN]
+ON_DIGITS = [*shlex.split("--data Digits --data.image_size 8 --data.batch_size 8"), *SHORT]
 ONE_PAGE = 50  # lines
 STUDY = {
     "wd_on": ("all", None),
@@ -131,14 +127,14 @@ WHOLE = ["--trainer.precision", "32-true"]
 
 @pytest.mark.parametrize("name", ["quickstart", *CIFAR, *NORMALISED])
 def test_config_runs(fit: Fit, name: str) -> None:
-    words = WHOLE if name in NORMALISED else []
+    words = ["--model.net.depth", "14", *(WHOLE if name in NORMALISED else [])]
     words += ["--model.compile", "null"] if name.endswith("cuda") else []  # which takes a minute
-    _, swaps, normalised = fit(f"configs/{name}.yaml", *SHORT, *words)
+    _, swaps, normalised = fit(f"configs/{name}.yaml", *ON_DIGITS, *words)
     expected = ("mean", "exact") if name in NORMALISED else CIFAR.get(name, ("l1", "exact"))
     constants = [(swap["norm"], swap["options"].get("constant", "exact")) for swap in swaps]
     assert constants == ([expected] if expected else [])
     found = [(recipe["kind"], recipe["p"], len(recipe["modules"])) for recipe in normalised]
-    assert found == ([(*NORMALISED[name], 55)] if name in NORMALISED else [])
+    assert found == ([(*NORMALISED[name], 13)] if name in NORMALISED else [])
 
 
 @pytest.mark.parametrize("name", [*IMAGENET, *NORMALISED_IMAGENET])
@@ -148,7 +144,7 @@ def test_imagenet_config_runs(fit: Fit, make_image_folder: Callable[..., Path], 
     # The ten largest of 4 images need 2×2 places each, which are what is left of 64×64.
     words = ["--data.image_size", "64" if norm == "top10" else "32", "--data.batch_size", "4"]
     words += ["--data.root", str(make_image_folder()), "--data.num_workers", "0"]
-    words += [*SHORT_RUN, "--model.net.num_classes", "3", *(WHOLE if normed else [])]
+    words += [*SHORT, "--model.net.num_classes", "3", *(WHOLE if normed else [])]
     checkpoint, swaps, normalised = fit(name, *words)
     found = [(swap["norm"], {**EXACT, **swap["options"]}) for swap in swaps]
     assert found == ([(norm, {**EXACT, **options})] if norm else [])
@@ -205,8 +201,11 @@ def test_translation_config_runs(fit: Fit, name: str, tmp_path: Path) -> None:
     words = ["--data", "ParallelText", "--data.train", str(train), "--data.val", str(val)]
     words += shlex.split("--data.vocab_size 280 --data.tokens_a_batch 300 --model.net.width 16")
     if "transformer" in name:
-        words += shlex.split("--model.net.heads 2 --model.net.hidden 16")
-    _, swaps, normalised = fit(name, *words, *SHORT_RUN, "--trainer.val_check_interval=2", *WHOLE)
+        words += shlex.split(
+            "--model.net.heads 2 --model.net.hidden 16 --model.net.encoder_layers 2"
+        )
+        words += ["--model.net.decoder_layers", "2"]
+    _, swaps, normalised = fit(name, *words, *SHORT, "--trainer.val_check_interval=2", *WHOLE)
     found = [(swap["norm"], list(swap["kinds"])) for swap in swaps]
     assert found == ([(norm, ["layer"])] if norm else [])
     assert [list(recipe["layers"]) for recipe in normalised] == ([layers] if layers else [])
@@ -278,7 +277,8 @@ def test_study_configs_run(family: str, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     for seed, name in [("1", "wd_on"), *(("2", name) for name in STUDY)]:
         config = f"configs/{family}_{name}.yaml"
-        words = [*SHORT, "--data.image_size", "32", "--trainer.precision", "32-true"]
+        words = [*ON_DIGITS, "--data.image_size", "32", "--trainer.precision", "32-true"]
+        words += ["--model.net.width", "4"]
         assert main(["fit", "--config", config, *words, "--seed_everything", seed]) == 0
         folder = max((tmp_path / "runs" / f"{family}_{name}").glob("version_*"))
         assert NormHistory.load(folder).steps.tolist() == [0, 2]

@@ -19,29 +19,30 @@ from nmlightning.commands import doctor
 from nmlightning.commands.failures import filtered_handlers
 from nmlightning.errors import lay_out, terminal_width
 from nmlightning.reports.formatting import Grid, show
+from quickstart_runs import SMALL, fit_in
 
-SMALL = (
-    "--config quickstart --data.image_size 8 --model.net.depth 8 --trainer.max_epochs 1 "
-    "--trainer.limit_train_batches 2 --trainer.limit_val_batches 1 --trainer.accelerator cpu "
-    "--trainer.enable_model_summary false --trainer.enable_progress_bar false "
-)
+QUICKSTART = " ".join(["quickstart", *SMALL])
 STEERS = (
     "--trainer.callbacks+ WeightNormTracker --trainer.callbacks.steering Hyperball "
     "--model.optimizer.weight_decay 0 --trainer.callbacks.list_weights"
 )
 LAST = "runs/quickstart/version_0/checkpoints/last.ckpt"
 SCREENS = [
-    f"fit {SMALL} {STEERS} false",
-    f"fit {SMALL} {STEERS} true",
-    f"test {SMALL} --ckpt_path {LAST}",
-    f"probe {SMALL.replace('--config ', '')} --batches 1",
+    f"fit --config {QUICKSTART} {STEERS} false",
+    f"fit --config {QUICKSTART} {STEERS} true",
+    f"test --config {QUICKSTART} --ckpt_path {LAST}",
+    f"probe {QUICKSTART} --batches 1",
     "doctor",
     "compare runs",
     "kernels show",
     f"export {LAST} --format state_dict --overwrite",
     "shard images OUT --damaged skip",
     *(f"{command} --help" for command in ("", *COMMANDS)),
-    *("frobnicate", f"fit {SMALL} --trainer.max_epoch 1", "export nope.ckpt --format onnx"),
+    *(
+        "frobnicate",
+        f"fit --config {QUICKSTART} --trainer.max_epoch 1",
+        "export nope.ckpt --format onnx",
+    ),
     *("translate nope.ckpt", f"translate {LAST}", "compare nope", "dashboard nope"),
     *("shard nope shards", "probe quickstar", "kernels rebuild"),
 ]
@@ -55,11 +56,7 @@ def words_of(text: str) -> set[str]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run in it."""
-    folder = tmp_path_factory.mktemp("w")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert main(["fit", *shlex.split(SMALL)]) == 0
-    return folder
+    return fit_in(tmp_path_factory.mktemp("w"), "quickstart", *SMALL).parents[2]
 
 
 @pytest.fixture

@@ -187,16 +187,6 @@ class TestTwoSwaps:
         assert [recipe["norm"] for recipe in recipes_of(module, NORM_SWAP)] == ["l1", "top10"]
 
 
-def test_resume_with_another_recipe_is_refused(tmp_path: Path) -> None:
-    for then, now, answer in (
-        ([NormSwap("top10")], NormSwap("linf"), "norm = 'top10', this run has norm = 'linf'"),
-        ([], NormSwap("l1"), "trained with no NormSwap, this run has 'l1'"),
-    ):
-        fit(make(PlModule), *then).save_checkpoint(tmp_path / "a.ckpt")
-        with pytest.raises(InputError, match=answer):
-            fit(make(PlModule), now, max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
-
-
 class Replaces(pytorch_lightning.Callback):
     """Puts another layer in the place of the first norm, or none."""
 
@@ -225,20 +215,11 @@ class TestAudit:
 
 
 class TestInput:
-    @pytest.mark.parametrize(
-        ("arguments", "answer"),
-        [
-            (("l11",), "no norm 'l11'.* Did you mean 'l1'"),
-            (("l1", {"konstant": "paper"}), "no option 'konstant'.* Did you mean 'constant'"),
-            (("l1", None, ["batch"], [1]), r"include is a list of strings, got \[1\]"),
-            (("linf", None, ["layer"]), "'linf' is not defined for layer norms"),
-            (("l1", None, "bach"), "got 'bach'. Did you mean 'batch'"),
-            (("l1", None, "layer", (), (), None, {"a.B": "group"}), "kind of a.B in types is"),
-        ],
-    )
-    def test_bad_arguments_are_refused(self, arguments: tuple[Any, ...], answer: str) -> None:
-        with pytest.raises(InputError, match=answer):
-            NormSwap(*arguments)
+    def test_bad_arguments_are_refused_before_a_fit(self) -> None:
+        with pytest.raises(InputError, match=r"no option 'konstant'.* Did you mean 'constant'"):
+            NormSwap("l1", {"konstant": "paper"})
+        with pytest.raises(InputError, match=r"kind of a\.B in types is"):
+            NormSwap("l1", kinds="layer", types={"a.B": "group"})
 
     @pytest.mark.parametrize("module_class", [PlModule, PlLate])
     def test_unmatched_pattern_is_refused(self, module_class: type) -> None:

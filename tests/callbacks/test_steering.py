@@ -1,6 +1,7 @@
 """Steering in a fit: its weights, the table of its scope, and a resume with another rule."""
 
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from nmlightning import optim
 from nmlightning.callbacks import WeightNormTracker
+from nmlightning.callbacks.steering import check_same_optimizer
 from nmlightning.errors import InputError
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
@@ -209,3 +211,43 @@ def test_resume_of_more_optimizers_is_refused(tmp_path: Path) -> None:
     message = "The checkpoint was steered in 2 optimizers, and this run is in 1"
     with pytest.raises(InputError, match=message):
         fit(tmp_path / "second", WeightNormTracker(steering=optim.DecayEquivalentLR(0.01)), start)
+
+
+# ---- A recording is compared with the optimizers of the run that follows it. ----
+
+SGD = {"name": "SGD", "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+
+
+def make_history(decay: float = 5e-4, *optimizers: dict[str, Any]) -> NormHistory:
+    return NormHistory.from_arrays(
+        {"weight": [[1.0]], "head.weight": [[1.0]]},
+        [10],
+        [0],
+        weight_decays=[[decay, 5e-4]],
+        provenance={"optimizers": list(optimizers)} if optimizers else {},
+    )
+
+
+def make_sgd(rate: float = 0.1) -> torch.optim.Optimizer:
+    return torch.optim.SGD(nn.Conv2d(1, 1, 1).parameters(), lr=rate, momentum=0.9)
+
+
+@pytest.mark.parametrize(
+    "history",
+    [make_history(5e-4, SGD), make_history(torch.nan), make_history(5e-4, {"name": "SGD"})],
+)
+def test_same_or_unknown_optimizer_passes(history: NormHistory) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_same_optimizer(history, ["weight"], [make_sgd()])
+
+
+def test_other_learning_rate_warns() -> None:
+    message = "a run with learning rate 0.1, and this one has 0.05; if intended"
+    with pytest.warns(UserWarning, match=message):
+        check_same_optimizer(make_history(5e-4, SGD), ["weight"], [make_sgd(0.05)])
+
+
+def test_recording_without_weight_decay_warns() -> None:
+    with pytest.warns(UserWarning, match="a run without weight decay on weight, so there is none"):
+        check_same_optimizer(make_history(0.0, SGD), ["weight"], [make_sgd()])

@@ -117,16 +117,6 @@ def test_tracker_records_provenance(tmp_path: Path) -> None:
     assert provenance["versions"]["torch"]
 
 
-def test_tracker_keeps_the_file_of_an_earlier_run(tmp_path: Path) -> None:
-    first = record(tmp_path)
-    record(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "weight_norms-v1.safetensors",
-        FILE_NAME,
-    ]
-    assert len(NormHistory.load(tmp_path / "weight_norms-v1.safetensors")) == len(first)
-
-
 def test_tracker_records_what_patterns_name(tmp_path: Path) -> None:
     tracker = WeightNormTracker(include=["net.?.weight"], exclude=["net.7.*"])
     make_trainer(PlModule, tmp_path, tracker).fit(PlModule(), make_data())

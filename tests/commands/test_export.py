@@ -14,27 +14,16 @@ import torch
 import yaml
 
 from nmlightning import ImageClassifier, load_from_checkpoint
-from nmlightning.cli import main
 from nmlightning.models import CifarResNet
-
-FIT = shlex.split(
-    "fit --config quickstart --model.net.depth 8 --data.image_size 8 "
-    "--data.batch_size 16 --trainer.accelerator cpu --trainer.max_epochs 1 "
-    "--trainer.limit_train_batches 4 --trainer.limit_val_batches 0 "
-    "--trainer.enable_model_summary false --trainer.enable_progress_bar false "
-    "--trainer.callbacks+ WeightNormSwap --trainer.callbacks.p 1"
-)
-LAST = Path("checkpoints/last.ckpt")
+from quickstart_runs import LAST, SMALL, fit_in
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of a short run, with L1 norms and bounded weights."""
+    bounded = ("--trainer.callbacks+", "WeightNormSwap", "--trainer.callbacks.p", "1")
     folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert main(FIT) == 0
-    return folder / "runs/quickstart/version_0" / LAST
+    return fit_in(folder, "quickstart", *SMALL, *bounded) / LAST
 
 
 Nm = Callable[..., Any]

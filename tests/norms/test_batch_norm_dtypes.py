@@ -152,13 +152,6 @@ def test_running_statistics_stay_float32_in_a_half_model(norm: Norm, dtype: torc
     assert y.dtype == dtype
 
 
-@every_norm
-def test_running_statistics_stay_float32_through_assignment(norm: Norm) -> None:
-    layer = norm.layer()
-    layer.load_state_dict(nn.BatchNorm2d(3).half().state_dict(), assign=True)
-    assert layer.running_mean.dtype == layer.running_var.dtype == torch.float32
-
-
 def test_half_model_can_be_swapped_back() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).half()
     x = torch.randn(8, 3, 6, 6).half()
@@ -172,9 +165,11 @@ def test_half_model_can_be_swapped_back() -> None:
 
 
 @every_norm
-def test_layer_made_half_has_float32_running_statistics(norm: Norm) -> None:
-    layer = norm.layer(dtype=torch.float16)
-    assert layer.running_mean.dtype == layer.running_var.dtype == torch.float32
+def test_running_statistics_are_float32_in_half_layers_and_after_assignment(norm: Norm) -> None:
+    half, layer = norm.layer(dtype=torch.float16), norm.layer()
+    layer.load_state_dict(nn.BatchNorm2d(3).half().state_dict(), assign=True)
+    for each in (half, layer):
+        assert each.running_mean.dtype == each.running_var.dtype == torch.float32
     doubled = norm.layer().double()
     assert doubled.running_var.dtype == torch.float64
     assert norm.layer(track_running_stats=False).half().running_var is None

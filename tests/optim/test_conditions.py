@@ -267,8 +267,7 @@ def test_skipped_steps_change_nothing(
         assert handle.skipped == 0
         state = handle.state_dict()
         results.append([*find_state(net, optimizer), state["scope"], state["weights"]])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 def test_lbfgs_is_refused(history: NormHistory, make_rule: MakeRule, rule_name: str) -> None:

@@ -31,11 +31,6 @@ from optim_rules import (
 pytestmark = pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. lets weights")
 
 
-def assert_equal(one: nn.Module, other: nn.Module) -> None:
-    for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
-
-
 @pytest.mark.parametrize("rule_name", SCALE_INVARIANT)
 def test_rule_moves_only_convolutions(make_rule: MakeRule) -> None:
     net, optimizer, handle = attach(make_rule)
@@ -95,7 +90,7 @@ def test_resume_is_bit_for_bit(make_rule: MakeRule, interrupted_after: int) -> N
     assert handle.steps == interrupted_after
     rest = 25 - interrupted_after
     train(second, optimizer, rest, first=interrupted_after, each=lambda _: scheduler.step())
-    assert_equal(second, whole)
+    torch.testing.assert_close(second.state_dict(), whole.state_dict(), rtol=0, atol=0)
 
 
 def test_state_of_other_weights_is_refused(make_rule: MakeRule) -> None:
@@ -263,10 +258,6 @@ def test_recording_that_does_not_fit_is_refused(make_rule: MakeRule) -> None:
         make_rule("nowhere").attach(sgd(net), net.named_parameters())
     with pytest.raises(InputError, match="The recording is empty"):
         make_rule(history.until(0)).attach(sgd(net), net.named_parameters())
-    other = {"conv1.weight": history.norms["conv1.weight"]}
-    partial = NormHistory.from_arrays(other, history.steps, history.epochs)
-    with pytest.raises(InputError, match=r"from another model: it has no 'conv2.weight'"):
-        make_rule(partial).attach(sgd(net), net)
     optimizer = sgd(net)
     make_rule(history.until(10)).attach(optimizer, net.named_parameters())
     with pytest.raises(InputError, match=r"does not reach step 1[01]"):

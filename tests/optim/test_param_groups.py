@@ -162,20 +162,8 @@ def towers(texts: int = 8, name: str = "text_projection") -> nn.Module:
     return net
 
 
-def two_heads() -> nn.Module:
-    return nn.ModuleDict(
-        {"trunk": nn.Linear(3, 8), "policy": nn.Linear(8, 4), "value": nn.Linear(8, 1)}
-    )
-
-
 def segments() -> nn.Module:
     return nn.ModuleDict({"proj": nn.Linear(3, 8), "classifier": nn.Conv2d(8, 2, 1)})
-
-
-def mlp() -> nn.Module:
-    return nn.ModuleDict(
-        {"fc1": nn.Linear(8, 4), "act": nn.ReLU(), "fc2": nn.Linear(4, 4), "fc3": nn.Linear(4, 4)}
-    )
 
 
 def detector() -> nn.Module:
@@ -204,23 +192,23 @@ def semantic() -> nn.Module:
     return net
 
 
-def attends() -> nn.Module:
-    return nn.ModuleDict({f"{name}_proj": nn.Linear(4, 4) for name in ("q", "k", "v", "out")})
-
-
 @pytest.mark.parametrize(
     ("make", "expected", "doubt"),
     [
         (towers, ["text_projection", "image_projection"], "image_projection beside it may not"),
         (lambda: towers(4), ["text_projection", "image_projection"], "beside it"),
         (lambda: towers(7, "last"), ["last", "image_projection"], "beside it"),
-        (two_heads, ["value", "policy"], "policy beside it may not lead into it"),
+        (
+            lambda: linears(trunk=(3, 8), policy=(8, 4), value=(8, 1)),
+            ["value", "policy"],
+            "policy beside it may not lead into it",
+        ),
         (segments, ["classifier"], r"classifier \(Conv2d\) is its last, and its last nn.Linear"),
         (detector, ["box.1", "kind"], "box.1 is its last, and kind beside it may not lead into it"),
-        (mlp, ["fc3"], ""),
+        (lambda: linears(fc1=(8, 4), fc2=(4, 4), fc3=(4, 4)), ["fc3"], ""),
         (encoder, ["1.linear2"], "1.linear2 is its last, and may give what"),
         (lambda: nn.Sequential(encoder(), nn.Linear(4, 2)), ["1"], ""),
-        (attends, ["out_proj"], ""),
+        (lambda: linears(q_proj=(4, 4), v_proj=(4, 4), out_proj=(4, 4)), ["out_proj"], ""),
         (lambda: linears(head=(8, 3), body=(4, 8)), ["head"], "body is its last, by its shape may"),
         (lambda: linears(final=(8, 3), fc1=(4, 8), fc2=(8, 8)), ["final"], "may lead into final"),
         (

@@ -412,15 +412,10 @@ def test_apply_refuses_inference_mode(net: nn.Sequential) -> None:
         apply_weight_norm(net)
 
 
+@pytest.mark.usefixtures("_one_process")
 def test_apply_refuses_a_ddp_model(net: nn.Sequential) -> None:
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(net)
-        with pytest.raises(InputError, match="wrapped by DistributedDataParallel already"):
-            apply_weight_norm(wrapped)
-    finally:
-        torch.distributed.destroy_process_group()
+    with pytest.raises(InputError, match="wrapped by DistributedDataParallel already"):
+        apply_weight_norm(nn.parallel.DistributedDataParallel(net))
 
 
 def test_exclude_leaves_a_pruned_weight() -> None:

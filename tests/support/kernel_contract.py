@@ -135,12 +135,9 @@ def draw(case: Case, device: str) -> tuple[list[Tensor | None], Tensor]:
 def define_wide(
     norm: Norm, inputs: tuple[Tensor | None, ...], grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
-    """Return in float64 what reaches ReLU, μ, ŝ, and the gradients by the inputs.
+    """Return in float64 what reaches ReLU, μ, ŝ, and the gradients from what comes through it.
 
-    Args:
-        norm: which.
-        inputs: x, residual, weight, bias.
-        grad: what comes through ReLU.
+    The inputs are x, residual, weight and bias.
     """
     leaves = [None if q is None else q.double().requires_grad_() for q in inputs]
     x, residual, weight, bias = leaves
@@ -348,8 +345,8 @@ def check_rows(
     assert ((y - expected).abs() <= 2 * tolerance * terms).all()
     terms = inverse * grad.double().abs().amax(1, keepdim=True) * size + gradients[0].abs()
     assert ((found[0] - gradients[0]).abs() <= 4 * tolerance * terms).all()
-    for own, other in zip(found[1:], gradients[1:], strict=True):
-        torch.testing.assert_close(own.double(), other, rtol=1e-5, atol=1e-5)
+    learned = [own.double() for own in found[1:]]
+    torch.testing.assert_close(learned, [*gradients[1:]], rtol=1e-5, atol=1e-5)
 
 
 def check_tracking(track: Tracking, device: str = "cpu") -> None:

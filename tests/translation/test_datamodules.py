@@ -40,15 +40,12 @@ def test_text_caches_tokenizer_and_pairs(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(corpus, "encode_pairs", None)
     again = make_text(tmp_path)
     again.setup("fit")  # as on the other ranks, where prepare_data is not called
-    for ours, theirs in zip(first.train_dataloader(), make_first(again), strict=True):
+    read = first.train_dataloader()
+    torch.manual_seed(0)
+    for ours, theirs in zip(read, again.train_dataloader(), strict=True):
         assert all(torch.equal(*sides) for sides in zip(ours[:3], theirs[:3], strict=True))
     kept = sorted(path.name.split("-")[0] for path in (tmp_path / "data/translation").iterdir())
     assert kept == ["pairs", "tokenizer"]
-
-
-def make_first(data: ParallelText) -> Any:
-    torch.manual_seed(0)
-    return data.train_dataloader()
 
 
 def test_parallel_text_loads_a_given_tokenizer(tmp_path: Path) -> None:
