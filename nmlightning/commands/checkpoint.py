@@ -65,7 +65,17 @@ class Checkpoint:
         used, named = ([x.get("model"), x.get("data")] for x in (self._settings, given))
         typed = typed_classes(named)
         check_named_code(used, str(saved), typed)
-        if model := _model_config(_load_with_weights(path).get("hyper_parameters", {})):
+        try:
+            content = _load(path)
+        except pickle.UnpicklingError as error:
+            raise InputError(
+                f"{str(path)!r} holds objects, which may run code: if you trust it, load it in "
+                "Python with weights_only=False and call nmlightning.export_network."
+            ) from error
+        if not (isinstance(content, dict) and content.get("state_dict")):
+            reason = "it has no state_dict, or an empty one"
+            raise InputError(f"{str(path)!r} holds no weights: {reason}.")
+        if model := _model_config(content.get("hyper_parameters", {})):
             check_named_code(model, str(path), typed)
             self._settings["model"] = model
         self._settings.update(given)
@@ -119,19 +129,6 @@ def _model_config(hyper_parameters: Mapping[str, Any]) -> dict[str, Any] | None:
     class_path = arguments.pop("_class_path", None)
     arguments.pop("_instantiator", None)
     return None if class_path is None else {"class_path": class_path, "init_args": arguments}
-
-
-def _load_with_weights(path: Path) -> dict[str, Any]:
-    try:
-        content = _load(path)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{str(path)!r} holds objects, which may run code: if you trust it, load it in Python "
-            "with weights_only=False and call nmlightning.export_network."
-        ) from error
-    if not (isinstance(content, dict) and content.get("state_dict")):
-        raise InputError(f"{str(path)!r} holds no weights: it has no state_dict, or an empty one.")
-    return content
 
 
 def _load(path: Path, option: str = "") -> Any:

@@ -9,10 +9,12 @@ import copy
 import os
 import platform
 import random
+import re
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -47,8 +49,8 @@ def describe_versions() -> Rows:
     return [
         ("nmlightning", nmlightning.__version__),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
-        ("needs", _list(NEEDED)),
-        ("may use", _list(OPTIONAL)),
+        ("needs", ", ".join(map(_version, NEEDED))),
+        ("may use", ", ".join(map(_version, OPTIONAL))),
     ]
 
 
@@ -56,45 +58,40 @@ def describe_devices() -> Rows:
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
     cpu = f"{_cpu_name()}, {threads}, {torch.backends.cpu.get_cpu_capability()}"
     if not torch.cuda.is_available():
-        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else ""
-        return [("CPU", cpu), ("GPU", "none" + (f" ({built})" if built else ""))]
-    return [("CPU", cpu), *(("GPU", _describe_gpu(i)) for i in range(torch.cuda.device_count()))]
+        built = f" (torch is built for CUDA {torch.version.cuda})" if torch.version.cuda else ""
+        return [("CPU", cpu), ("GPU", f"none{built}")]
+    rows = [("CPU", cpu)]
+    for gpu in map(torch.cuda.get_device_properties, range(torch.cuda.device_count())):
+        size = f"sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
+        rows.append(("GPU", f"{gpu.name}, {size}, CUDA {torch.version.cuda}"))
+    return rows
 
 
 def describe_kernels() -> Rows:
     """Return whether the kernels for the CPU are built, and where; and what freed memory does."""
     path = library_path(cache_folder())
-    kernels = unusable_reason(path) or str(path)
     reason = allocator.unsupported_reason()
     memory = f"left to the system: {reason}" if reason else "kept by training on a CPU"
-    return [("C++ kernels", kernels), ("freed memory", memory)]
-
-
-def _describe_gpu(index: int) -> str:
-    gpu = torch.cuda.get_device_properties(index)
-    memory = gpu.total_memory / 2**30
-    return f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {memory:.0f} GiB, CUDA {torch.version.cuda}"
+    return [("C++ kernels", unusable_reason(path) or str(path)), ("freed memory", memory)]
 
 
 def _cpu_name() -> str:
     """Return what the CPU calls itself, as far as the system says."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _list(packages: Iterable[str]) -> str:
-    return ", ".join(f"{package} {_version(package)}" for package in packages)
+    with suppress(OSError):
+        named = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text("utf-8"))
+        if named:
+            return named[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str:
+    """Return a package with its version, or a dash where it is not installed."""
     if package == "torch":
-        return str(torch.__version__)  # with what it is built for
+        return f"torch {torch.__version__}"  # with what it is built for
     try:
-        return version(package)
+        return f"{package} {version(package)}"
     except PackageNotFoundError:
-        return "–"
+        return f"{package} –"
 
 
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -144,9 +141,6 @@ SUBJECTS = (
 )
 
 
-Answer = tuple[str, str]  # a backend, and the reason why it is that
-
-
 class Check(NamedTuple):
     """The distance of a norm from its formula in float64, as a share of the largest value."""
 
@@ -163,7 +157,6 @@ class Check(NamedTuple):
 
 
 def check_norms(device: str) -> Iterator[Check]:
-    """Yield a check for each norm, dtype and layout."""
     for subject in SUBJECTS:
         for dtype in TOLERANCES:
             for layout, x in _inputs(subject, dtype, device):
@@ -181,17 +174,14 @@ def _inputs(subject: Subject, dtype: torch.dtype, device: str) -> Iterator[tuple
             yield layout, x.contiguous(memory_format=memory_format)
 
 
-def _choices(subject: Subject, dtype: torch.dtype, device: str) -> dict[Answer, list[str]]:
-    """Return the layouts by the backend that is chosen for them and the reason."""
-    choices: dict[Answer, list[str]] = {}
+def _describe_backends(
+    subject: Subject, dtype: torch.dtype, device: str, marks: dict[str, str]
+) -> str:
+    """Return the backends, with the layouts where these differ, and a mark for each reason."""
+    choices: dict[tuple[str, str], list[str]] = defaultdict(list)
     for layout, x in _inputs(subject, dtype, device):
         dispatch = subject.make(WIDTH).backend_for(x)
-        choices.setdefault((dispatch.backend, dispatch.reason), []).append(layout)
-    return choices
-
-
-def _describe(choices: Mapping[Answer, list[str]], marks: dict[str, str]) -> str:
-    """Return the backends, with the layouts where these differ, and a mark for each reason."""
+        choices[dispatch.backend, dispatch.reason].append(layout)
     words = []
     for (backend, reason), layouts in choices.items():
         mark = marks.setdefault(reason, str(len(marks) + 1)) if reason else ""
@@ -263,7 +253,7 @@ def _step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], float]:
 
 
 def _wait_for(x: Tensor) -> None:
-    if x.device.type == "cuda":
+    if x.is_cuda:
         torch.cuda.synchronize(x.device)
 
 
@@ -296,7 +286,7 @@ def _print_backends(device: str) -> None:
     """Print a table of norms by dtypes, and below it why it is the formula."""
     marks: dict[str, str] = {}  # of each reason
     rows = [
-        [subject.name, *(_describe(_choices(subject, x, device), marks) for x in DTYPES)]
+        [subject.name, *(_describe_backends(subject, x, device, marks) for x in DTYPES)]
         for subject in SUBJECTS
     ]
     show(Grid([f"{device}: backends", *map(_name, DTYPES)], rows))

@@ -31,7 +31,26 @@ def run(arguments: list[str]) -> int:
         raise InputError(f"there is no file {str(given.checkpoint)!r} in {Path.cwd()}.")
     given.output = given.output or given.checkpoint.with_suffix(FORMATS[given.format].suffix)
     check_target(given.output, given.format, given.overwrite)
-    _export(given)
+    from nmlightning.commands.checkpoint import Checkpoint
+    from nmlightning.commands.failures import filter_logs
+    from nmlightning.export.export import export_network
+    from nmlightning.translation.task import Translator
+
+    with filter_logs():
+        checkpoint = Checkpoint(given.checkpoint, given.config)
+        module = checkpoint.load_module()
+        if isinstance(module, Translator):
+            raise InputError(
+                f"{str(given.checkpoint)!r} is of Translator, whose network takes two inputs: nm "
+                "export cannot write it. Run it with nm translate."
+            )
+        shape = given.input_shape or checkpoint.input_shape()
+        net = _choose(module, given.module)
+        fold, overwrite = not given.no_fold, given.overwrite
+        report = export_network(
+            net, given.output, given.format, shape, fold=fold, overwrite=overwrite
+        )
+    _print(report, type(net).__name__, shape)
     return 0
 
 
@@ -62,8 +81,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "--module", default="net", help="the part of the model to write (default: %(default)s)"
     )
     parser.add_argument(
-        "--config",
-        help="a config whose model and data replace those of the checkpoint and its run",
+        "--config", help="a config whose model and data replace those of the checkpoint and its run"
     )
     return parser.parse_args(arguments)
 
@@ -73,29 +91,6 @@ def _shape(text: str) -> tuple[int, ...]:
     if not all(size.strip().isdecimal() and int(size) for size in sizes):
         raise argparse.ArgumentTypeError(f"give sizes such as 3,32,32, got {text!r}")
     return tuple(map(int, sizes))
-
-
-def _export(given: argparse.Namespace) -> None:
-    from nmlightning.commands.checkpoint import Checkpoint
-    from nmlightning.commands.failures import filter_logs
-    from nmlightning.export.export import export_network
-    from nmlightning.translation.task import Translator
-
-    with filter_logs():
-        checkpoint = Checkpoint(given.checkpoint, given.config)
-        module = checkpoint.load_module()
-        if isinstance(module, Translator):
-            raise InputError(
-                f"{str(given.checkpoint)!r} is of Translator, whose network takes two inputs: nm "
-                "export cannot write it. Run it with nm translate."
-            )
-        shape = given.input_shape or checkpoint.input_shape()
-        net = _choose(module, given.module)
-        fold, overwrite = not given.no_fold, given.overwrite
-        report = export_network(
-            net, given.output, given.format, shape, fold=fold, overwrite=overwrite
-        )
-    _print(report, type(net).__name__, shape)
 
 
 def _choose(module: "LightningModule", name: str) -> "nn.Module":

@@ -265,15 +265,12 @@ def _existing(checkpoint: str | None) -> str | None:
         path = Path(checkpoint)
         if not path.exists():
             raise InputError(f"--ckpt_path: there is no file {checkpoint!r} in {Path.cwd()}.")
-        if not (path.is_file() or _is_sharded(path)):
+        parts = (".metadata", SHARED_FILE, "checkpoint")  # of a sharded one
+        if not (path.is_file() or any((path / name).exists() for name in parts)):
             odd = "neither a file nor a folder"
             kind = "a folder without a sharded checkpoint" if path.is_dir() else odd
             raise InputError(f"--ckpt_path: {checkpoint!r} is {kind}.")
     return checkpoint
-
-
-def _is_sharded(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (".metadata", SHARED_FILE, "checkpoint"))
 
 
 def check_replaceable(option: str, file: Path, mark: str, what: str) -> None:
@@ -287,7 +284,6 @@ def check_replaceable(option: str, file: Path, mark: str, what: str) -> None:
 
 
 def write_file(option: str, file: Path, text: str) -> None:
-    """Write the file, or raise InputError."""
     try:
         with replace_file(file) as opened:
             opened.write(text.encode(errors="backslashreplace"))  # a name may be no UTF-8

@@ -197,12 +197,9 @@ class TrainingCLI(LightningCLI):
         for swap in (c for c in callbacks if isinstance(c, NormSwap)):
             is_trial = options.trainer.fast_dev_run or "CI" in os.environ
             swap.builds_kernels = options.build_kernels and not is_trial
-        exact = (
-            []
-            if any(isinstance(c, checkpoints.ExactResume) for c in callbacks)
-            else [checkpoints.ExactResume()]
-        )
-        callbacks[:0] = [SameStart(earlier), self._end, *exact]
+        if not any(isinstance(c, checkpoints.ExactResume) for c in callbacks):
+            callbacks.insert(0, checkpoints.ExactResume())
+        callbacks[:0] = [SameStart(earlier), self._end]
         try:
             with (
                 explain_failures(lambda: not self._watch.epochs),
@@ -213,11 +210,12 @@ class TrainingCLI(LightningCLI):
             is_start = self._watch.steps < 2 or (input_error_in(error) and self._watch.epochs < 2)
             if is_start and not self._last_checkpoint():
                 remove_made(made)
-            code = self._interruption(error)
-            if code is None:
+            is_interrupted = isinstance(error, SystemExit) and is_ctrl_c(error)
+            is_terminated = isinstance(error, SIGTERMException) or self.trainer.received_sigterm
+            if not (is_interrupted or is_terminated):
                 raise
             run_report.print_interruption(folder, self._last_checkpoint() or earlier)
-            raise SystemExit(code) from None
+            raise SystemExit(INTERRUPTED if is_interrupted else TERMINATED) from None
         run_report.print_fit(self.trainer, self._watch, folder, self._last_checkpoint())
         self._check_losses()
 
@@ -258,13 +256,6 @@ class TrainingCLI(LightningCLI):
                 "value that is not finite."
             )
             raise SystemExit(DIVERGED)
-
-    def _interruption(self, error: BaseException) -> int | None:
-        """Return what to exit with if somebody stopped the run, or a worker first, else None."""
-        if isinstance(error, SystemExit) and is_ctrl_c(error):
-            return INTERRUPTED
-        terminated = isinstance(error, SIGTERMException) or self.trainer.received_sigterm
-        return TERMINATED if terminated else None
 
     def _make_folder(self, made: list[Path]) -> Path | None:
         """Make the run's folder, or raise InputError; `made` gets all made for it, inner first."""
@@ -376,11 +367,9 @@ class SameStart(Callback):
         self.checkpoint = checkpoint
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Compare with the others, or raise InputError in all of them."""
-        if trainer.world_size == 1 or not dist.is_initialized():
-            return
         found: list[str | None] = [None] * trainer.world_size
-        dist.all_gather_object(found, self.checkpoint and str(self.checkpoint))
+        if dist.is_initialized():
+            dist.all_gather_object(found, self.checkpoint and str(self.checkpoint))
         if len(set(found)) > 1:
             other = next(rank for rank, path in enumerate(found) if path != found[0])
             raise InputError(

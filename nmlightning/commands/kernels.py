@@ -1,8 +1,6 @@
 """`nm kernels`: builds the norms' kernels for the CPU, shows them, and removes them."""
 
-import argparse
 import time
-from pathlib import Path
 
 from nmlightning.commands.argument_parser import ArgumentParser, print_line
 
@@ -10,14 +8,6 @@ ACTIONS = ("build", "show", "remove")
 
 
 def run(arguments: list[str]) -> int:
-    action = _parse(arguments).action
-    from nmlightning.kernels.cpu.build import cache_folder
-
-    {"build": _build, "show": _show, "remove": _remove}[action](cache_folder())
-    return 0
-
-
-def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         prog="nm kernels",
         description="Build the L1, L∞ and Top(k) norms for this machine's CPU, in C++, once for "
@@ -25,40 +15,30 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "the norms are computed by the formula, in torch's own operations: the same, but slower.",
     )
     parser.add_argument("action", choices=ACTIONS, help="what to do")
-    return parser.parse_args(arguments)
-
-
-def _build(folder: Path) -> None:
+    action = parser.parse_args(arguments).action
     from nmlightning.kernels.cpu import build
 
+    folder = build.cache_folder()
     path = build.library_path(folder)
-    if not build.unusable_reason(path):
+    reason = build.unusable_reason(path)
+    if action == "remove":
+        removed = build.remove_libraries(folder)
+        for library in removed:
+            print_line("removed", library)
+        if not removed:
+            print_line("kernels", f"there are none in {folder}")
+    elif action == "show":
+        print_line("kernels", reason or f"{path}, {path.stat().st_size / 2**20:.1f} MB")
+        for other in folder.glob("torch-*.so"):
+            if other != path:
+                print_line("other", f"{other}, for another CPU, torch or nmlightning")
+    elif not reason:
         print_line("kernels", f"{path}, built already")
-        return
-    build.check_toolchain()
-    build.check_folder(folder)
-    print_line("building", "the kernels for this CPU, about a minute on two cores")
-    begin = time.monotonic()
-    path = build.build_library(folder)
-    print_line("kernels", f"{path}, built in {time.monotonic() - begin:.0f} s")
-
-
-def _show(folder: Path) -> None:
-    from nmlightning.kernels.cpu.build import library_path, unusable_reason
-
-    path = library_path(folder)
-    reason = unusable_reason(path)
-    print_line("kernels", reason or f"{path}, {path.stat().st_size / 2**20:.1f} MB")
-    others = [other for other in folder.glob("torch-*.so") if other != path]
-    for other in others:
-        print_line("other", f"{other}, for another CPU, torch or nmlightning")
-
-
-def _remove(folder: Path) -> None:
-    from nmlightning.kernels.cpu.build import remove_libraries
-
-    removed = remove_libraries(folder)
-    for path in removed:
-        print_line("removed", path)
-    if not removed:
-        print_line("kernels", f"there are none in {folder}")
+    else:
+        build.check_toolchain()
+        build.check_folder(folder)
+        print_line("building", "the kernels for this CPU, about a minute on two cores")
+        begin = time.monotonic()
+        path = build.build_library(folder)
+        print_line("kernels", f"{path}, built in {time.monotonic() - begin:.0f} s")
+    return 0

@@ -27,24 +27,16 @@ from nmlightning.errors import InputError, cut, lay_out, nearest, terminal_width
 from nmlightning.optim import StepRule
 from nmlightning.yaml_text import check_yaml, describe_error
 
-
-class Kind(NamedTuple):
-    """The classes of a key: their base, or its name; our package that exports some."""
-
-    base: type
-    package: str = ""
-
-
-# By the last word of the key.
-KINDS = {
-    "model": Kind(LightningModule, "nmlightning.tasks"),
-    "data": Kind(LightningDataModule, "nmlightning.datamodules"),
-    "callbacks": Kind(Callback, "nmlightning.callbacks"),
-    "net": Kind(torch.nn.Module, "nmlightning.models"),
-    "steering": Kind(StepRule, "nmlightning.optim"),
-    "logger": Kind(Logger),
-    "optimizer": Kind(torch.optim.Optimizer),
-    "lr_scheduler": Kind(LRScheduler),
+# By the last word of a key: the base of its classes, and our package that exports some.
+KINDS: dict[str, tuple[type, str]] = {
+    "model": (LightningModule, "nmlightning.tasks"),
+    "data": (LightningDataModule, "nmlightning.datamodules"),
+    "callbacks": (Callback, "nmlightning.callbacks"),
+    "net": (torch.nn.Module, "nmlightning.models"),
+    "steering": (StepRule, "nmlightning.optim"),
+    "logger": (Logger, ""),
+    "optimizer": (torch.optim.Optimizer, ""),
+    "lr_scheduler": (LRScheduler, ""),
 }
 EXPLAINED = 'Parser key "config": '
 GIVEN_BY_THE_TASK = ("params", "optimizer")  # as the first argument, of optimizer and scheduler
@@ -117,14 +109,14 @@ def _not_importable(place: Place, reason: str) -> str:
 
 def _classes_instead(key: str, name: str) -> str:
     """Return which classes the key takes, and the one that a misspelt name is nearest to."""
-    kind = KINDS.get(_last_word(key))
-    if not kind:
+    if (kind := _last_word(key)) not in KINDS:
         return "; give a class path."
-    count = Counter(child.__name__ for child in _subclasses(kind.base))
+    base, package = KINDS[kind]
+    count = Counter(child.__name__ for child in _subclasses(base))
     known = {each.lower(): each for each in count if not each.startswith("_")}
     ours = {
-        each.lower(): each if count[each] == 1 else f"{kind.package}.{each}"
-        for each in exported_classes(kind)
+        each.lower(): each if count[each] == 1 else f"{package}.{each}"
+        for each in exported_classes(base, package)
     }
     known |= ours
     offered = ", ".join(ours.values() or sorted(known.values()))
@@ -134,13 +126,13 @@ def _classes_instead(key: str, name: str) -> str:
 
 
 @cache
-def exported_classes(kind: Kind) -> list[str]:
-    """Import our package of a kind, and return the names of its classes that take arguments."""
-    if not kind.package:
+def exported_classes(base: type, package: str) -> list[str]:
+    """Import our package, and return the names of its classes of a base that take arguments."""
+    if not package:
         return []
-    package = import_module(kind.package)
-    exported = [getattr(package, name) for name in dir(package)]
-    classes = [each for each in exported if isinstance(each, type) and issubclass(each, kind.base)]
+    module = import_module(package)
+    exported = [getattr(module, name) for name in dir(module)]
+    classes = [each for each in exported if isinstance(each, type) and issubclass(each, base)]
     return [x.__name__ for x in classes if not inspect.isabstract(x) and _arguments_of(x)]
 
 
@@ -286,8 +278,8 @@ class Parser(LightningArgumentParser):
     """LightningCLI's parser, except that a parse error is an InputError of one line."""
 
     def __init__(self, **kwargs: Any) -> None:
-        for kind in KINDS.values():
-            exported_classes(kind)  # jsonargparse finds a class by its name once it is imported
+        for base, package in KINDS.values():
+            exported_classes(base, package)  # jsonargparse finds by its name what is imported
         ours = {"parser_mode": "checked_yaml", "formatter_class": HelpFormatter}
         super().__init__(**{**ours, **kwargs})
 

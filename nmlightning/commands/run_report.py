@@ -320,13 +320,9 @@ def print_fit(
     callbacks = trainer.callbacks  # type: ignore[attr-defined]  # a connector sets them
     recordings = [c.path for c in callbacks if isinstance(c, WeightNormTracker) and c.path]
     print_paths(run=run, checkpoint=checkpoint, norms=next(iter(recordings), None))
-    if run:
-        _print_next(trainer, run, checkpoint)
-
-
-def _print_next(trainer: Trainer, run: Path, checkpoint: Path | None) -> None:
-    """Print the commands that show a run and measure its checkpoint."""
-    print()
+    if run is None:
+        return
+    print()  # and how to look at it, and to measure it
     for command in ("dashboard",) * has_events(run) + ("compare",) * bool(trainer.loggers):
         print(command_to_copy("nm", command, str(run)))
     config = run / "config.yaml"
@@ -339,7 +335,6 @@ def _print_next(trainer: Trainer, run: Path, checkpoint: Path | None) -> None:
 
 @rank_zero_only
 def print_paths(**paths: Path | str | None) -> None:
-    """Print one line for each path that there is."""
     for name, path in paths.items():
         if path:
             print_line(name, path)

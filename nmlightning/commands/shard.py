@@ -20,9 +20,15 @@ PARTS = ("train", "val")
 def run(arguments: list[str]) -> int:
     given = _parse(arguments)
     check_whole_number("--shard_size", given.shard_size)
-    _refuse_inside(given.out, given.imagefolder)
-    common_classes(*(given.imagefolder / part for part in PARTS))
-    parts = {part: FolderImages(given.imagefolder / part, given.damaged) for part in PARTS}
+    folders = {part: given.imagefolder / part for part in PARTS}
+    for folder in folders.values():
+        if given.out.resolve().is_relative_to(folder.resolve()):
+            raise InputError(
+                f"{given.out} is inside {folder}, where it would be taken for images: name a "
+                "folder elsewhere."
+            )
+    common_classes(*folders.values())
+    parts = {part: FolderImages(folder, given.damaged) for part, folder in folders.items()}
     bar = progress_bar("{task.description}")
     with _new_folder(given.out.absolute()) as unfinished, bar as progress:
         writer = ShardWriter(unfinished, given.shard_size, given.damaged)
@@ -52,15 +58,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "--shard_size", type=int, default=64, help="images a shard (default: %(default)s)"
     )
     return parser.parse_args(arguments)
-
-
-def _refuse_inside(out: Path, imagefolder: Path) -> None:
-    for part in PARTS:
-        if out.resolve().is_relative_to((imagefolder / part).resolve()):
-            raise InputError(
-                f"{out} is inside {imagefolder / part}, where it would be taken for images: name "
-                "a folder elsewhere."
-            )
 
 
 @contextmanager

@@ -18,10 +18,23 @@ LINES_AT_ONCE = 10_000  # sorted by length together, and written together
 
 
 def run(arguments: list[str]) -> int:
+    """Load the checkpoint, then translate what comes by standard input."""
     given = _parse(arguments)
     if not given.checkpoint.is_file():
         raise InputError(f"there is no checkpoint {str(given.checkpoint)!r} in {Path.cwd()}.")
-    _translate(given)
+    from nmlightning.commands.failures import filter_logs
+    from nmlightning.translation.task import LineOptions, translate_lines
+
+    options = LineOptions(
+        given.tokens_a_batch, given.max_length, given.beam_size, given.length_penalty
+    )
+    with filter_logs():
+        task = _load(given)
+    if sys.stdin.isatty():
+        for line in _read_lines():  # each is answered as it is typed
+            _write(translate_lines(task, [line], options)[0])
+    else:
+        _translate_all(partial(translate_lines, task, options=options), given.max_length)
     return 0
 
 
@@ -62,23 +75,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--config", help="a config whose model replaces that of the checkpoint")
     return parser.parse_args(arguments)
-
-
-def _translate(given: argparse.Namespace) -> None:
-    """Load the checkpoint, then translate what comes by standard input."""
-    from nmlightning.commands.failures import filter_logs
-    from nmlightning.translation.task import LineOptions, translate_lines
-
-    options = LineOptions(
-        given.tokens_a_batch, given.max_length, given.beam_size, given.length_penalty
-    )
-    with filter_logs():
-        task = _load(given)
-    if sys.stdin.isatty():
-        for line in _read_lines():  # each is answered as it is typed
-            _write(translate_lines(task, [line], options)[0])
-    else:
-        _translate_all(partial(translate_lines, task, options=options), given.max_length)
 
 
 def _load(given: argparse.Namespace) -> "Translator":
