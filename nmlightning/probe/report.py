@@ -25,27 +25,17 @@ class LayerRanges:
     """One norm layer, over all batches.
 
     A channel of a batch norm, or a token of a layer norm, is one entry for each batch.
-
-    Attributes:
-        name: of the layer in the model.
-        type_name: its class.
-        kind: `batch` or `layer`.
-        values: how many values share a mean and a scale.
-        eps: its own.
-        scales: (K,) the standard deviation σ of each entry, in float32.
-        deviations: (K,) max |x − μ| of each entry.
-        offset: the largest |μ|/σ.
-        outcomes: for each norm how many entries came out how; "right" and "input" among them.
     """
 
-    name: str
-    type_name: str
-    kind: str
-    values: int
+    name: str  # of the layer in the model
+    type_name: str  # of its class
+    kind: str  # `batch` or `layer`
+    values: int  # how many share a mean and a scale
     eps: float
-    scales: NDArray[np.float32]
-    deviations: NDArray[np.float32]
-    offset: float
+    scales: NDArray[np.float32]  # (K,) the standard deviation σ of each entry, in float32
+    deviations: NDArray[np.float32]  # (K,) max |x − μ| of each entry
+    offset: float  # the largest |μ|/σ
+    # For each norm how many entries came out how; "right" and "input" among them.
     outcomes: Mapping[str, Mapping[str, int]]
 
     @property
@@ -104,18 +94,12 @@ class NormRanges(Report):
     """All norm layers of a network; the answer of `nmlightning.probe_norms`.
 
     It prints as `nm probe` does: the table of the layers, and the verdict.
-
-    Attributes:
-        layers: in the order in which the network calls them first.
-        norms: what was tried in half precision, the first of them the one to be replaced.
-        batches: how many were run.
-        left_out: norm layers that were not measured, with the reason.
     """
 
-    layers: Sequence[LayerRanges]
-    norms: Sequence[str]
-    batches: int
-    left_out: Mapping[str, str]
+    layers: Sequence[LayerRanges]  # in the order in which the network calls them first
+    norms: Sequence[str]  # that were tried in half precision, first the one to be replaced
+    batches: int  # that were run
+    left_out: Mapping[str, str]  # norm layers that were not measured, with the reason
 
     def lost_share(self, norm: str) -> float:
         """Return the share of entries that a norm loses, of the layers that it was tried on."""

@@ -189,13 +189,10 @@ def leave_out_unmeasured(
 
     Where none has, those that have logged anything, or else all.
     """
-    measured = [
-        run for run in runs if any("val" in tag.lower() or tag == wanted for tag in run.scalars)
-    ]
-    measured = measured or [run for run in runs if run.scalars]
-    others = [run.folder for run in runs if run not in measured] if measured else []
-    reasons = {folder: f"{folder} has logged nothing in validation yet." for folder in others}
-    return measured or runs, reasons
+    with_val = [r for r in runs if any("val" in x.lower() or x == wanted for x in r.scalars)]
+    measured = with_val or [run for run in runs if run.scalars] or runs
+    others = [run.folder for run in runs if run not in measured]
+    return measured, {x: f"{x} has logged nothing in validation yet." for x in others}
 
 
 def join_resumed(runs: Sequence[Run]) -> list[Run]:
@@ -208,7 +205,9 @@ def join_resumed(runs: Sequence[Run]) -> list[Run]:
     resumed = find_resumed(runs)
     families: dict[Path, list[Run]] = {}
     for run in runs:
-        chain = _chain(run, resumed)
+        chain = [run]  # after the one that it resumes, after the one that this resumes, and so on
+        while (earlier := resumed[chain[0].folder]) is not None and earlier not in chain:
+            chain.insert(0, earlier)
         families.setdefault(chain[0].folder, []).append(reduce(_join, chain))
     furthest = []
     for family in families.values():
@@ -219,7 +218,6 @@ def join_resumed(runs: Sequence[Run]) -> list[Run]:
 
 
 def find_resumed(runs: Sequence[Run]) -> dict[Path, Run | None]:
-    """Return for the folder of each run the run that it resumes."""
     return {run.folder: _resumed_run(run, runs) for run in runs}
 
 
@@ -279,19 +277,9 @@ def _is_same_or_copy(place: Path, folder: Path) -> bool:
 
 
 def _is_recorded_by(earlier: Run, run: Run) -> bool:
-    if earlier.norms is None or run.norms is None:
-        return False
-    name = run.norms.provenance.get("run")
-    same = name is not None and name == earlier.norms.provenance.get("run")
+    names = [getattr(x.norms, "provenance", {}).get("run") for x in (earlier, run)]
+    same = names[0] is not None and names[0] == names[1]
     return same and _first_step(earlier) < _first_step(run)
-
-
-def _chain(run: Run, resumed: Mapping[Path, Run | None]) -> list[Run]:
-    """Return a run after the one that it resumes, after the one that this resumes, and so on."""
-    chain = [run]
-    while (earlier := resumed[chain[0].folder]) is not None and earlier not in chain:
-        chain.insert(0, earlier)
-    return chain
 
 
 def _join(joined: Run, later: Run) -> Run:

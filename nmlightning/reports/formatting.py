@@ -6,6 +6,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Union
 
@@ -131,8 +132,10 @@ class Grid:
         columns = [[Text(x) if isinstance(x, str) else x for x in each] for each in self.columns]
         sizes = [self._sizes(column) for column in columns]
         room = options.max_width - 2 * _GAP - max(least for least, _ in sizes[1:])
-        if sizes[0][0] > room:
-            columns[0] = [Text(_break_at_dots(str(name), room)) for name in columns[0]]
+        if sizes[0][0] > room:  # then a name's lines end with dots, so far as there are any
+            wrap = partial(textwrap.wrap, width=max(room, 1), break_long_words=False)
+            lines = ("\n".join(wrap(str(name).replace(".", ". "))) for name in columns[0])
+            columns[0] = [Text(text.replace(". ", ".")) for text in lines]
             sizes[0] = self._sizes(columns[0])
         while len(columns) > 1:
             totals = accumulate(least + _GAP for least, _ in sizes)
@@ -161,12 +164,6 @@ class Grid:
         width = terminal_width() or _FILE_WIDTH
         Console(file=file, width=width, color_system=None, highlight=False).print(self)
         return "\n".join(map(str.rstrip, file.getvalue().splitlines())).strip("\n")
-
-
-def _break_at_dots(name: str, width: int) -> str:
-    """Return a name whose lines end with dots, so far as there are any, within the width."""
-    lines = textwrap.wrap(name.replace(".", ". "), max(width, 1), break_long_words=False)
-    return "\n".join(lines).replace(". ", ".")
 
 
 def _share_out(sizes: Sequence[tuple[int, int]], room: int) -> list[int]:

@@ -119,11 +119,12 @@ def _flatten(value: Any, key: str) -> Iterator[tuple[str, Any]]:
         yield from _flatten(value.get("init_args") or {}, key)
     elif isinstance(value, Mapping):
         for name, inner in value.items():
-            yield from _flatten(inner, _join(key, str(name)))
+            yield from _flatten(inner, f"{key}.{name}".removeprefix("."))
     elif isinstance(value, list) and value and all(map(_is_class, value)):
         for inner in value:
-            yield _join(key, _class_name(inner)), "yes"
-            yield from _flatten(inner.get("init_args") or {}, _join(key, _class_name(inner)))
+            name = f"{key}.{_class_name(inner)}".removeprefix(".")
+            yield name, "yes"
+            yield from _flatten(inner.get("init_args") or {}, name)
     else:
         plain = value if isinstance(value, bool | int | float | None) else _clean(str(value))
         yield _clean(key), plain
@@ -142,10 +143,6 @@ def _class_name(value: Mapping[str, Any]) -> str:
     return str(value["class_path"]).rpartition(".")[2]
 
 
-def _join(key: str, name: str) -> str:
-    return f"{key}.{name}" if key else name
-
-
 _EVENTS, CSV_FILE = "events.out.tfevents.*", "metrics.csv"
 CONFIGS = ("config.yaml", "hparams.yaml")
 
@@ -159,10 +156,10 @@ class Run:
     seed: int | None  # of `seed_everything`, if its config says it
     scalars: Mapping[str, Series]  # by tag
     seconds: float  # from the first to the last number it logged, NaN if that was not noted
-    norms: NormHistory | None
-    checkpoint: Path | None  # that it resumed from, if its config says it
     parts: tuple[Path, ...]  # the folders of this run, and before it of those that it resumes
     cut_off: tuple[Path, ...] = ()  # CSV files that end within a line
+    norms: NormHistory | None = None
+    checkpoint: Path | None = None  # that it resumed from, if its config says it
 
     @property
     def name(self) -> str:
@@ -314,8 +311,6 @@ def _read_kept(place: Path) -> Run:
         seed=seed,
         scalars=make_series(read_csv_file(place.with_suffix(".csv"))),
         seconds=seconds,
-        norms=None,
-        checkpoint=None,
         parts=(place,),
         cut_off=_cut_off([place.with_suffix(".csv")]),
     )

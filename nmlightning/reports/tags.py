@@ -29,7 +29,6 @@ def factor_tag(layer: str, statistic: str) -> str:
 
 
 def layer_of(weight: str) -> str:
-    """Return the name of the layer that a weight belongs to."""
     return weight.removesuffix(".weight")
 
 
