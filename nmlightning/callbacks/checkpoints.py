@@ -201,7 +201,6 @@ class ExactResume(compat.CallbackBase):
         register_after(strategy, "load_optimizer_state_dict", refuse, key=_KEY)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Resume, or raise InputError."""
         loaded, self._loaded = self._loaded, {}
         _refuse_other_settings(loaded.get("settings", {}), self._settings)
         if loaded and len(loaded["ranks"]) != trainer.world_size:
@@ -236,7 +235,6 @@ class ExactResume(compat.CallbackBase):
         self._before_validation = random_states(trainer.strategy.root_device)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Set them again."""
         set_random_states(self._before_validation, trainer.strategy.root_device)
 
     def on_save_checkpoint(

@@ -173,17 +173,14 @@ class EpochClock:
             return self._attempts[number] - 1, self._last_epoch[number]
         if math.isfinite(batches):
             return self._begins[number], int(batches)
-        return sum(self._attempts) - 1, self._recorded_steps(sum(self._attempts))
-
-    def _recorded_steps(self, attempts: int) -> int:
-        epoch = self._trainer.current_epoch
+        attempts, epoch = sum(self._attempts), self._trainer.current_epoch
         steps = attempts if self._followed is None else self._followed.clock.length_of(epoch)
         if attempts > steps:
             raise InputError(
                 f"The recording has {steps} steps in epoch {epoch + 1}, and this run, whose data "
                 "has no length, continues: record a longer run, or set limit_train_batches."
             )
-        return steps
+        return attempts - 1, steps
 
 
 class SkippedSteps:

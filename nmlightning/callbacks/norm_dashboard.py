@@ -139,9 +139,6 @@ class NormDashboard:
         self._logged: set[str] = set()  # tags
         self._metrics: set[str] = set()
 
-    def begin_batch(self, batch: int) -> None:
-        """Do nothing."""
-
     def before_step(self, optimizer: Optimizer) -> None:
         """Keep the weights that this step may turn, if it is one to be logged."""
         self._skipped.attempt()
@@ -268,11 +265,9 @@ class _Step:
         """Return, by tag, the effective learning rate at a norm, and the rotation to expect."""
         rates = {}
         if self.power is not None:
-            momentum, power = self.momentum, self.power
-            rate = effective_learning_rates(
-                torch.tensor(norm), self.learning_rate, power=power, momentum=momentum
-            )
-            rates[tags.EFFECTIVE_LR + layer] = float(rate)
+            norms, rate, momentum = torch.tensor(norm), self.learning_rate, self.momentum
+            effective = effective_learning_rates(norms, rate, power=self.power, momentum=momentum)
+            rates[tags.EFFECTIVE_LR + layer] = float(effective)
         if self.equilibrium is not None:
             rates[tags.EQUILIBRIUM + layer] = self.equilibrium
         return rates

@@ -117,11 +117,6 @@ def warn_of_forgotten(
         )
 
 
-_WAY_OUT = {
-    "SyncBatchNorm": "Trainer(sync_batchnorm=True) synchronises swapped norms and keeps them."
-}
-
-
 class NormSwap(ModelChange):
     """Swaps the norm layers of the LightningModule when the Trainer sets it up.
 
@@ -281,9 +276,12 @@ def _find_swapped(module: nn.Module) -> dict[str, nn.Module]:
     for name, expected in swapped.items():
         if name not in layers or layers[name].type_name != expected:
             now = layers[name].type_name if name in layers else "gone"
+            way_out = "let that run before NormSwap."
+            if now == "SyncBatchNorm":
+                way_out = "Trainer(sync_batchnorm=True) synchronises swapped norms and keeps them."
             raise InputError(
                 f"NormSwap made {name} {expected}, but it is {now}: something replaced it "
-                f"after the swap; {_WAY_OUT.get(now, 'let that run before NormSwap.')}"
+                f"after the swap; {way_out}"
             )
     return {name: layers[name].module for name in swapped}
 
@@ -317,17 +315,12 @@ class BackendNote:
         if layer in self._answers or not inputs:
             return
         x = inputs[0]
-        what = f"{str(x.dtype).removeprefix('torch.')}, {_layout_word(x)}"
+        layout = "strided" if (known := layout_of(x)) == "other" else known
+        where = layout if x.dim() > 3 or layout == "strided" else "contiguous"
+        what = f"{str(x.dtype).removeprefix('torch.')}, {where}"
         backend_for = getattr(layer, "backend_for", None)  # torch's own norms have none
         dispatch = backend_for(x) if backend_for else NO_KERNELS
         by_formula = f"by the formula ({what}): {dispatch.reason}"
         by = by_formula if dispatch.kernels is None else f"by {dispatch.backend} kernels ({what})"
         self._answers[layer] = f"{type(layer).__name__} {by}"
         self.backends.add(dispatch.backend)
-
-
-def _layout_word(x: Tensor) -> str:
-    layout = layout_of(x)
-    if layout == "other":
-        return "strided"
-    return layout if x.dim() > 3 else "contiguous"

@@ -32,9 +32,6 @@ from nmlightning.weights.recorder import Recorder, keep_recording
 class Part(Protocol):
     """A part of a tracked fit: its recording, its steering or its dashboard."""
 
-    def begin_batch(self, batch: int) -> None:
-        """Note the number of a batch in its epoch."""
-
     def before_step(self, optimizer: Optimizer) -> None:
         """Act on the gradients of a step that is about to be taken."""
 
@@ -96,9 +93,6 @@ class RunRecording:
         if earlier is None:
             self._record()
         self.after_batch()  # what was due at a checkpoint that came before it
-
-    def begin_batch(self, batch: int) -> None:
-        """Do nothing."""
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Note the rates of this step, which a scheduler may change before it is recorded."""
@@ -237,18 +231,12 @@ class WeightNormTracker(CallbackBase):
     @property
     def state_key(self) -> str:
         """Its name in a checkpoint, one for each choice of weights, moments and rule."""
-        chosen: dict[str, Any] = {
-            "every": self.every,
-            "include": self.include,
-            "exclude": self.exclude,
-        }
+        usual = {"every": "epoch", "include": (), "exclude": ()}
+        chosen: dict[str, Any] = {name: getattr(self, name) for name in usual}
         if self.log_norms is not None:
             chosen["log_norms"] = self.log_norms
-        if self.steering is not None:
-            chosen[type(self.steering).__name__] = {
-                k: str(v) for k, v in vars(self.steering).items()
-            }
-        usual = {"every": "epoch", "include": (), "exclude": ()}
+        if (rule := self.steering) is not None:
+            chosen[type(rule).__name__] = {k: str(v) for k, v in vars(rule).items()}
         return super().state_key if chosen == usual else self._generate_state_key(**chosen)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -311,8 +299,8 @@ class WeightNormTracker(CallbackBase):
     ) -> None:
         if self._steps is not None:
             self._steps.begin_batch()
-        for part in self._parts.values():
-            part.begin_batch(batch_idx)
+        if isinstance(steering := self._parts.get("steering"), SteeredRun):
+            steering.begin_batch(batch_idx)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
