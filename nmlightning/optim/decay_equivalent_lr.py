@@ -80,7 +80,15 @@ class DecayEquivalentLR(StepRule):
 
     def init_state(self, weight: OptimizedWeight) -> State:
         """Return ‖w_i(0)‖, a_i, and the κ of the last step, 0 while the buffer is empty."""
-        _check_heavy_ball(weight)
+        if not isinstance(weight.optimizer, SGD):
+            raise InputError(
+                f"DecayEquivalentLR is exact for SGD only, got {type(weight.optimizer).__name__}."
+            )
+        for option in ("nesterov", "dampening", "maximize"):
+            if value := weight.group[option]:
+                raise InputError(
+                    f"DecayEquivalentLR needs SGD with plain momentum, got {option}={value}."
+                )
         DecayRate.of(weight.learning_rate, self.weight_decay, weight.group["momentum"])
         initial = weight.norms()
         scales = torch.ones_like(initial, dtype=torch.float64)
@@ -94,45 +102,18 @@ class DecayEquivalentLR(StepRule):
             return None
         rate, momentum = weight.learning_rate, float(weight.group["momentum"])
         now = DecayRate.of(rate, self.weight_decay, momentum)
-        squares = state["scales"].square()
-        if state["pull"] != now.pull:
-            _correct_buffer(weight, before, momentum * (state["pull"] - now.pull) * squares, rate)
+        squares, buffer = state["scales"].square(), weight.buffer("momentum_buffer")
+        if buffer is not None and state["pull"] != now.pull:  # as if it had been other before
+            shares = momentum * (state["pull"] - now.pull) * squares
+            added = before * weight.spread(shares)
+            buffer.add_(added)
+            weight.values.sub_(added, alpha=rate)
         factors = (1 / (now.alpha * squares)).to(state["initial"].dtype)
         skipped, factors = scale_step(weight, before, factors)
         shrunk = now.alpha / project(weight, state["initial"])
-        _reset_momentum(weight, skipped, before, now.pull * squares)
+        if buffer is not None and maybe_any(skipped):  # what stands for none in the decayed run
+            lost = (weight.spread(skipped) != 0) & ~buffer.isfinite()
+            buffer.copy_(buffer.where(~lost, -before * weight.spread(now.pull * squares)))
         state["scales"] *= shrunk.where(~skipped, 1.0)
         state["pull"] = now.pull
         return skipped, factors
-
-
-def _correct_buffer(weight: OptimizedWeight, before: Tensor, shares: Tensor, rate: float) -> None:
-    """Let the step have been taken with shares of the channels added to their momentum."""
-    buffer = weight.buffer("momentum_buffer")
-    if buffer is not None:
-        added = before * weight.spread(shares)
-        buffer.add_(added)
-        weight.values.sub_(added, alpha=rate)
-
-
-def _reset_momentum(
-    weight: OptimizedWeight, skipped: Tensor, before: Tensor, shares: Tensor
-) -> None:
-    """Leave the momentum that stands for none in the decayed run where it is not finite."""
-    buffer = weight.buffer("momentum_buffer")
-    if buffer is not None and maybe_any(skipped):
-        lost = (weight.spread(skipped) != 0) & ~buffer.isfinite()
-        buffer.copy_(buffer.where(~lost, -before * weight.spread(shares)))
-
-
-def _check_heavy_ball(weight: OptimizedWeight) -> None:
-    group = weight.group
-    if not isinstance(weight.optimizer, SGD):
-        raise InputError(
-            f"DecayEquivalentLR is exact for SGD only, got {type(weight.optimizer).__name__}."
-        )
-    for option in ("nesterov", "dampening", "maximize"):
-        if group[option]:
-            raise InputError(
-                f"DecayEquivalentLR needs SGD with plain momentum, got {option}={group[option]}."
-            )

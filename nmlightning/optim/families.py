@@ -118,11 +118,13 @@ def find_steps(optimizer: Any) -> list[optim.Optimizer]:
         )
     steps: list[optim.Optimizer] = []
     outermost, inner = optimizer, [optimizer]
+    known = group_numbers(outermost).keys() if hasattr(outermost, "param_groups") else set()
     while len(inner) == 1 and isinstance(inner[0], optim.Optimizer):
-        if inner[0] is not outermost and _lacks_weights(inner[0], outermost):
-            break  # as in ZeroRedundancyOptimizer, each rank's own
+        if inner[0] is not outermost and not known <= group_numbers(inner[0]).keys():
+            break  # as in ZeroRedundancyOptimizer, each rank's own, or copies of the weights
         optimizer = inner[0]
-        if _calls_hooks(optimizer):
+        if "_optimizer_step_pre_hooks" in vars(optimizer):
+            optimizer._patch_step_function()  # timm's Lookahead has hooks, and does not call them
             steps.append(optimizer)
         inner = list({id(x): x for x in _optimizers_in(vars(optimizer).values())}.values())
     if not steps or len(inner) > 1:
@@ -174,19 +176,6 @@ def hook_steps(
             PartHook(optimizer, last, after=leave),
         ]
     return hooks
-
-
-def _calls_hooks(optimizer: optim.Optimizer) -> bool:
-    if "_optimizer_step_pre_hooks" not in vars(optimizer):
-        return False
-    optimizer._patch_step_function()  # timm's Lookahead has hooks, and does not call them
-    return True
-
-
-def _lacks_weights(optimizer: optim.Optimizer, outermost: optim.Optimizer) -> bool:
-    """Return whether it moves only a part of the weights, or copies of them."""
-    known = group_numbers(outermost) if hasattr(outermost, "param_groups") else {}
-    return not known.keys() <= group_numbers(optimizer).keys()
 
 
 def _optimizers_in(values: Iterable[Any]) -> Iterator[Any]:

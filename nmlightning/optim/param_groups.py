@@ -211,17 +211,6 @@ def parameter_groups(
         >>> [len(group["params"]) for group in parameter_groups(model, 5e-4, "no_norm")]
         [2, 4]
     """
-    _check(model, weight_decay, scope)
-    decaying = set(_decaying(model, scope))
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed: dict[str, Any] = {"params": [p for p in trainable if p in decaying]}
-    if weight_decay is not None:
-        decayed["weight_decay"] = weight_decay
-    exempt = {"params": [p for p in trainable if p not in decaying], "weight_decay": 0.0}
-    return [group for group in (decayed, exempt) if group["params"]]
-
-
-def _check(model: nn.Module, weight_decay: float | None, scope: str) -> None:
     allowed = get_args(WeightDecayScope)
     if scope not in allowed:
         raise InputError(
@@ -232,6 +221,13 @@ def _check(model: nn.Module, weight_decay: float | None, scope: str) -> None:
         raise InputError(f"weight_decay is {weight_decay!r}; it must be 0 or more.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError(f"{type(model).__name__} has no trainable parameter to optimize.")
+    decaying = set(_decaying(model, scope))
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed: dict[str, Any] = {"params": [p for p in trainable if p in decaying]}
+    if weight_decay is not None:
+        decayed["weight_decay"] = weight_decay
+    exempt = {"params": [p for p in trainable if p not in decaying], "weight_decay": 0.0}
+    return [group for group in (decayed, exempt) if group["params"]]
 
 
 def _decaying(model: nn.Module, scope: WeightDecayScope) -> Iterator[nn.Parameter]:

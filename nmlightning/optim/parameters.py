@@ -267,7 +267,10 @@ class RecordedNorms:
     ) -> None:
         self._align: Alignment = align
         self._clock = history.clock
-        names = {w.name: _recorded_name(w, history) for w in weights}
+        # Of a normalised weight, those of the unnormalised one behind it.
+        names = {
+            w.name: f"{w.name}_v" if f"{w.name}_v" in history.norms else w.name for w in weights
+        }
         _check_weights(history, {names[w.name]: w for w in weights})
         if not len(history):
             raise InputError("The recording is empty.")
@@ -288,25 +291,16 @@ class RecordedNorms:
             records = torch.from_numpy(self._norms[weight.name][[below, above]])
             first, second = records.to(weight.norms_dtype)
             norms = torch.lerp(first, second, share)
-            self._warn_of_dead(weight.name, norms)
+            dead = int((~is_usable(norms)).sum())
+            if dead > self._dead.get(weight.name, 0):
+                warnings.warn(
+                    f"{dead} of {len(norms)} channels of {weight.name} have a recorded norm that "
+                    "is zero or not finite; they are not steered.",
+                    stacklevel=2,
+                )
+            self._dead[weight.name] = dead
             known = self._latest[weight.name] = place, weight.local_channels(norms)
         return known[1]
-
-    def _warn_of_dead(self, name: str, norms: Tensor) -> None:
-        dead = int((~is_usable(norms)).sum())
-        if dead > self._dead.get(name, 0):
-            warnings.warn(
-                f"{dead} of {len(norms)} channels of {name} have a recorded norm that is zero or "
-                "not finite; they are not steered.",
-                stacklevel=2,
-            )
-        self._dead[name] = dead
-
-
-def _recorded_name(weight: OptimizedWeight, history: NormHistory) -> str:
-    """Return the name of its norms: those of the unnormalised weight behind a normalised one."""
-    unnormalised = f"{weight.name}_v"
-    return unnormalised if unnormalised in history.norms else weight.name
 
 
 def _check_weights(history: NormHistory, weights: Mapping[str, OptimizedWeight]) -> None:

@@ -64,7 +64,6 @@ class RadialProjection(StepRule):
         self.delta = delta
 
     def init_state(self, weight: OptimizedWeight) -> State:
-        """Return nothing: a step needs no other one."""
         check_single_steps(self, weight.optimizer)
         return {}
 

@@ -61,7 +61,14 @@ class NamedWeights:
     def of(cls, model: Model, layouts: Mapping[str, ChannelLayout] | None = None) -> "NamedWeights":
         """Return those of a model; `layouts` are those of names alone."""
         if not isinstance(model, nn.Module):
-            return cls(_plain_names(model), layouts or {})
+            pairs = list(model) if isinstance(model, Iterable) else [model]
+            for pair in pairs:
+                if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
+                    raise InputError(
+                        "attach takes the model or its named_parameters(), got "
+                        f"{type(pair).__name__}."
+                    )
+            return cls({plain_name(name): q for name, q in pairs}, layouts or {})
         weights = find_layer_weights(model)
         names = {id(weight.parameter): weight.name for weight in weights}
         parameters = {
@@ -70,21 +77,6 @@ class NamedWeights:
         }
         known = {weight.name: weight.layout for weight in weights} | dict(layouts or {})
         return cls(parameters, known, frozenset(weight.name for weight in weights))
-
-    def is_convolution(self, name: str) -> bool:
-        """Return whether it is a convolution's weight: of three or more dimensions, in a layer."""
-        convolves = self.layers is None or name in self.layers
-        return convolves and self.parameters[name].dim() >= 3
-
-
-def _plain_names(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    pairs = list(named_parameters) if isinstance(named_parameters, Iterable) else [named_parameters]
-    for pair in pairs:
-        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
-            raise InputError(
-                f"attach takes the model or its named_parameters(), got {type(pair).__name__}."
-            )
-    return {plain_name(name): parameter for name, parameter in pairs}
 
 
 def choose_weights(
@@ -159,8 +151,8 @@ def unsteered_reason(
     if include:
         is_passed_over = parameter.dim() < 2 and name not in include
         return "patterns skip weights of one dimension" if is_passed_over else None
-    fits = weights.is_convolution(name) if least_dims == CONVOLUTIONS else parameter.dim() > 1
-    return None if fits else _DEFAULTS[least_dims][1]
+    may_fit = least_dims == MATRICES or weights.layers is None or name in weights.layers
+    return None if may_fit and parameter.dim() >= least_dims else _DEFAULTS[least_dims][1]
 
 
 def exempt_from_decay(groups: Iterable[Any], model: nn.Module, rule: Any) -> list[dict[str, Any]]:

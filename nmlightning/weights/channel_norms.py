@@ -130,16 +130,10 @@ def gather_channels(values: Tensor) -> Tensor:
 def effective_learning_rates(
     norms: Tensor, learning_rate: float, *, power: int = 2, momentum: float = 0.0
 ) -> Tensor:
-    """Return η / ((1 − m) ‖w_i‖^power): how fast the direction of a channel learns.
+    """Return η / ((1 − m) ‖w_i‖^power), (C,): how fast the direction of a channel learns.
 
-    Args:
-        norms: (C,) ‖w_i‖₂ of weights that the loss does not feel the norm of.
-        learning_rate: η.
-        power: 2 for SGD, 1 for optimizers of the Adam kind.
-        momentum: m of SGD; 0 for optimizers of the Adam kind, whose average does not add up.
-
-    Returns:
-        (C,), in the dtype of the norms.
+    The norms are ‖w_i‖₂, (C,), of weights that the loss does not feel the norm of; the power is 2
+    for SGD, and 1 for optimizers of the Adam kind, whose average does not add up, so that m is 0.
 
     Source: Hoffer et al. 2018, §3 (arXiv 1803.01814).
     """
@@ -147,18 +141,11 @@ def effective_learning_rates(
 
 
 def rotations(before: Tensor, after: Tensor, layout: ChannelLayout = ROWS) -> Tensor:
-    """Return the angle in radians between each channel's weight before and after.
+    """Return the angle in radians between each channel's weight before and after, (C,).
 
     With unit vectors a and b it is 2 atan2(‖a − b‖, ‖a + b‖), exact for small angles, where the
-    arc cosine of ⟨a, b⟩ in float32 is lost below 3e-4. NaN where a weight is zero.
-
-    Args:
-        before: (C, …), or as `layout` says.
-        after: the same.
-        layout: where the output channels are.
-
-    Returns:
-        (C,), accumulated and returned in float32, in float64 for a float64 weight.
+    arc cosine of ⟨a, b⟩ in float32 is lost below 3e-4. NaN where a weight is zero. It is
+    accumulated and returned in float32, in float64 for a float64 weight.
     """
     a, b = (unit_rows(weight, layout) for weight in (before, after))
     dims = tuple(range(1, a.dim()))
@@ -186,15 +173,9 @@ def equilibrium_rotation(
         SGD: √(2ηλ / (1 + m)),        AdamW: √(2ηλ (1 − β₁) / (1 + β₁))
 
     It is the root mean square over steps, of a scale-invariant weight whose gradients are
-    uncorrelated over time. Nesterov's momentum takes the same way in less even steps: its rotation
-    is √((1 + m)² (1 − m²) + m⁴) times that of SGD.
-
-    Args:
-        learning_rate: η.
-        weight_decay: λ.
-        momentum: m of SGD.
-        nesterov: whether that is Nesterov's.
-        beta1: β₁ of AdamW, which decays the weights beside the step; None for SGD.
+    uncorrelated over time; λ is the weight decay, and of AdamW, which has a `beta1`, beside the
+    step. Nesterov's momentum takes the same way in less even steps: its rotation is
+    √((1 + m)² (1 − m²) + m⁴) times that of SGD.
 
     Source: Wan et al. 2021 (arXiv 2006.08419); Kosson et al. 2023 (arXiv 2305.17212). Nesterov's
     factor: its step is (1 + m) g_t + m² g_(t−1) + m³ g_(t−2) + …, the other g_t + m g_(t−1) + ….

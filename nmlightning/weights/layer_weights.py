@@ -157,8 +157,13 @@ class WeightLocation:
     def _compute(self) -> Tensor:
         """Return the weight as in evaluation, where nothing advances a power iteration."""
         computed = self.parametrizations
-        if computed is None:
-            return self._compute_by_hooks()
+        if computed is None:  # torch's hooks compute it, for a shallow copy
+            stand_in = copy.copy(self.module)
+            stand_in.training = False
+            for hook in self.module._forward_pre_hooks.values():
+                if isinstance(hook, HookedWeightNorm | SpectralNorm | BasePruningMethod):
+                    hook(stand_in, None)
+            return getattr(stand_in, self.attribute)  # type: ignore[no-any-return]
         whole = {
             name: gather_channels(q) for name, q in computed.named_parameters() if is_sharded(q)
         }
@@ -170,16 +175,6 @@ class WeightLocation:
         finally:
             for module in training:
                 module.training = True
-        return w
-
-    def _compute_by_hooks(self) -> Tensor:
-        """Let torch's hooks compute it for a shallow copy, which is in evaluation."""
-        stand_in = copy.copy(self.module)
-        stand_in.training = False
-        for hook in self.module._forward_pre_hooks.values():
-            if isinstance(hook, HookedWeightNorm | SpectralNorm | BasePruningMethod):
-                hook(stand_in, None)
-        w: Tensor = getattr(stand_in, self.attribute)
         return w
 
     @property
@@ -230,12 +225,6 @@ class WeightLocation:
         parameter = self.original
         assert parameter is not None
         return LayerWeight(self.name + _SUFFIX * (self.norm is not None), parameter, self.layout)
-
-
-def find_locations(model: nn.Module) -> Iterator[WeightLocation]:
-    for path, module in plain_modules(model):
-        for attribute in matrices(module):
-            yield WeightLocation(module, path, attribute)
 
 
 def find_places(model: nn.Module) -> Iterator[WeightLocation]:
@@ -304,15 +293,10 @@ def find_layer_weights(
     """Return the weights of all convolutions and linear layers, and all that are normalised.
 
     A weight that layers share appears once, under its first name. A lazy layer has none before its
-    first batch.
-
-    Args:
-        model: any module.
-        include: glob patterns on names of parameters of two or more dimensions, such as
-            `layer1.*.weight`, also those of an embedding or an LSTM; empty means those above.
-        exclude: glob patterns on names that are left out.
-        recorded: by default also the projections into heads of attention, and the weights of
-            `nn.Bilinear` and of recurrent layers, whose output channels are rows.
+    first batch. Patterns to `include` are on names of parameters of two or more dimensions, also
+    those of an embedding or an LSTM. Without any, `recorded` means also the projections into heads
+    of attention, and the weights of `nn.Bilinear` and of recurrent layers, whose output channels
+    are rows.
 
     Raises:
         InputError: a pattern that matches no such weight; none left.

@@ -104,7 +104,9 @@ class Recorder:
         self._collect()
         earlier = NormHistory.load(self._file.file, finite=False) if self._file else self._earlier
         parts = list(self._records_of(earlier)) if earlier else []
-        return self._history([*parts, *self._unsaved])
+        records = np.concatenate([np.zeros(0, self._type), *parts, *self._unsaved])
+        content = split_records(records, self._channels)
+        return NormHistory.from_arrays(provenance=self._provenance, **content)
 
     def finish(self) -> None:
         """Note that these are all records of the run, unlike those of one that was stopped."""
@@ -157,12 +159,6 @@ class Recorder:
             norms = [history.norms[name][some] for name in self._channels]
             records["norms"] = np.concatenate(norms, axis=1)
             yield records
-
-    def _history(self, parts: Sequence[NDArray[Any]]) -> NormHistory:
-        records = np.concatenate([np.zeros(0, self._type), *parts])
-        return NormHistory.from_arrays(
-            provenance=self._provenance, **split_records(records, self._channels)
-        )
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,10 @@ def read_recording(file: Path) -> dict[str, Any]:
     try:
         if metadata["version"] == str(GROWING_VERSION):
             return _read_growing(file, metadata, start)
-        arrays = _read_arrays(file)
+        try:
+            arrays = load_file(file)
+        except (SafetensorError, TypeError, AttributeError) as error:  # a dtype that numpy lacks
+            raise InputError(f"{file} is truncated or not a safetensors file ({error}).") from error
         names, provenance = (json.loads(metadata[key]) for key in ("names", "provenance"))
         recording = {name: arrays[name] for name in _ARRAYS}
         norms = {name: arrays[_NORMS + name] for name in names}
@@ -234,8 +237,7 @@ def _read_growing(file: Path, metadata: Mapping[str, str], start: int) -> dict[s
         )
     if torn := (file.stat().st_size - start) % kind.itemsize:
         warnings.warn(
-            f"{file} ends in {torn} bytes of an incomplete record, which is left out.",
-            stacklevel=4,
+            f"{file} ends in {torn} bytes of an incomplete record, which is left out.", stacklevel=4
         )
     if count:
         last = records[-1]
@@ -284,13 +286,6 @@ def _read_metadata(file: Path) -> tuple[dict[str, str], int]:
         raise InputError(f"{file} is truncated or not a safetensors file ({error}).") from error
 
 
-def _read_arrays(file: Path) -> dict[str, NDArray[Any]]:
-    try:
-        return load_file(file)
-    except (SafetensorError, TypeError, AttributeError) as error:  # a dtype that numpy lacks
-        raise InputError(f"{file} is truncated or not a safetensors file ({error}).") from error
-
-
 def make_arrays(
     norms: Mapping[str, ArrayLike],
     steps: ArrayLike,
@@ -307,7 +302,11 @@ def make_arrays(
     strange = next((name for name in norms if not isinstance(name, str)), None)
     if strange is not None:
         raise InputError(f"norms has the name {strange!r}, which is not a string")
-    if not isinstance(provenance, Mapping) or not _is_plain(dict(provenance)):
+    try:
+        is_plain = isinstance(provenance, Mapping) and json.dumps(dict(provenance)) != ""
+    except (TypeError, ValueError):
+        is_plain = False
+    if not is_plain:
         raise InputError(f"provenance is a mapping of plain data, got {repr(provenance)[:60]}")
     arrays = {
         name: _numbers(name, values).astype(np.float32, copy=False)
@@ -362,14 +361,6 @@ def _rates(name: str, values: ArrayLike | None, shape: tuple[int, int]) -> NDArr
         return np.full(shape, np.nan)
     rates: NDArray[np.float64] = _numbers(name, values).astype(np.float64, copy=False)
     return rates
-
-
-def _is_plain(data: Any) -> bool:
-    try:
-        json.dumps(data)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def _problems(
