@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
@@ -202,19 +202,15 @@ def _normalise(
         if settings.project:
             computed[0].project()
         norms[weight.name] = norm
-    _watch_forwards(model, [place.path for weight in weights for place in weight.places])
-    return norms
-
-
-def _watch_forwards(model: nn.Module, layers: Sequence[str]) -> None:
-    """Compute weights jointly in the model, in the module that holds them, and just below it."""
-    paths = [layer.split(".") for layer in layers]
+    # They are computed jointly in the model, in the module that holds them, and just below it.
+    paths = [place.path.split(".") for weight in weights for place in weight.places]
     steps = enumerate(zip(*paths, strict=False))
     depth = next((n for n, names in steps if len(set(names)) > 1), min(map(len, paths)))
     above = [{".".join(path[:end]) for end in (0, depth, depth + 1)} for path in paths]
-    for path, count in Counter(chain(*above)).items():
+    for name, count in Counter(chain(*above)).items():
         if count > 1:
-            JointForward.watch(model.get_submodule(path))
+            JointForward.watch(model.get_submodule(name))
+    return norms
 
 
 def _register(place: WeightLocation, norm: WeightNorm) -> FastParametrizationList:
@@ -326,25 +322,20 @@ def _validate_weight(
     With `spare_zeros` it may have channels that are zero, as it gets other values yet.
     """
     reason = (
-        _validate_parametrizations(weight)
-        or _validate_parameter(weight.parameter)
+        _validate_parameter(weight, settings.rho)
         or _validate_places(weight)
         or _validate_values(weight, spare_zeros)
-        or _validate_rho(weight.parameter.dtype, settings.rho)
     )
     if reason:
         raise InputError(f"{weight.name} {reason}")
 
 
-def _validate_parametrizations(weight: NormalisableWeight) -> str | None:
+def _validate_parameter(weight: NormalisableWeight, rho: float | None) -> str | None:
+    parameter = weight.parameter
     if weight.norm:
         return "is normalised already; remove_weight_norm reverts that."
     if weight.parametrizations:
         return f"has a parametrization already ({weight.kinds}); remove or exclude it."
-    return None
-
-
-def _validate_parameter(parameter: Tensor) -> str | None:
     if is_lazy(parameter) or parameter.is_meta:
         return "has no values yet: initialise the model first (with a batch, if it is lazy)."
     if is_flat(parameter) or is_sharded(parameter):
@@ -354,6 +345,10 @@ def _validate_parameter(parameter: Tensor) -> str | None:
         )
     if parameter.dtype not in _DTYPES:
         return f"is of {parameter.dtype}, and only real floating-point weights have a norm here."
+    limits = torch.finfo(parameter.dtype)
+    if rho is not None and not limits.tiny <= rho <= limits.max:
+        allowed = f"{limits.tiny:g} to {limits.max:g}"
+        return f"is of {parameter.dtype}, without the number rho = {rho:g}: {allowed}."
     return None if parameter.numel() else "has no elements."
 
 
@@ -367,13 +362,6 @@ def _validate_places(weight: NormalisableWeight) -> str | None:
             if module.sparse:
                 return "has sparse gradients, and that of a normalised weight is dense."
     return None
-
-
-def _validate_rho(dtype: torch.dtype, rho: float | None) -> str | None:
-    limits = torch.finfo(dtype)
-    if rho is None or limits.tiny <= rho <= limits.max:
-        return None
-    return f"is of {dtype}, without the number rho = {rho:g}: {limits.tiny:g} to {limits.max:g}."
 
 
 def _validate_values(weight: NormalisableWeight, spare_zeros: bool) -> str | None:

@@ -96,15 +96,7 @@ def find_weights(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> WeightChoice:
-    """Return the weights to normalise, and those that are left.
-
-    Args:
-        model: any module.
-        layers: kinds of layers, whose weights are meant but for the output layer's; None means
-            convolutions, transposed ones too, or none where `include` names weights.
-        include: glob patterns on the names of parameters, of two or more dimensions, that are
-            meant, too.
-        exclude: glob patterns on names that are left alone.
+    """Return the weights to normalise, and those that are left, as `apply_weight_norm` says.
 
     Raises:
         InputError: another kind; a pattern that matches no weight, or none left; a layer whose
@@ -215,10 +207,14 @@ def _check_no_computed_weight(
 
 def _all_weights(model: nn.Module) -> list[NormalisableWeight]:
     weights: dict[int, NormalisableWeight] = {}
-    for place in layer_weights.find_locations(model):
-        computed, own = place.parametrizations, place.module._parameters
-        parameter: Any = (
-            own[place.attribute] if computed is None else next(computed.parameters(recurse=False))
-        )
-        weights.setdefault(id(parameter), NormalisableWeight(parameter)).places.append(place)
+    for path, module in layer_weights.plain_modules(model):
+        for attribute in layer_weights.matrices(module):
+            place = layer_weights.WeightLocation(module, path, attribute)
+            computed = place.parametrizations
+            q: Any = (
+                module._parameters[attribute]
+                if computed is None
+                else next(computed.parameters(recurse=False))
+            )
+            weights.setdefault(id(q), NormalisableWeight(q)).places.append(place)
     return list(weights.values())

@@ -47,7 +47,9 @@ def normalise_channels(v: Tensor, scales: Tensor, p: float, layout: ChannelLayou
     if v.dim() == 1:
         return normalise_channels(v[None], scales, p, layout)[0]
     x = v.to(torch.promote_types(v.dtype, torch.float32))
-    factors, norms = _spare_zeros(scales, _norms_by_first(layout.rows(x), p))
+    norms = _norms_by_first(layout.rows(x), p)
+    is_zero = norms == 0
+    factors, norms = scales * ~is_zero, norms.masked_fill(is_zero, 1.0)
     # The norm divides first: a scale over its square, of the gradients, may be infinite.
     return (x / layout.spread(norms, x) * layout.spread(factors, x)).to(v.dtype)
 
@@ -70,10 +72,8 @@ def normalise_weight(
     elif kernels is not None:
         for each in normalise_weights([v], [scales], [form]):
             return each
-    if not is_kept and _has_kernel(v, scales, form):
-        w = _by_kernel(v, scales, form)
-        if w is not None:
-            return w
+    if not is_kept and (w := _by_kernel(v, scales, form)) is not None:
+        return w
     if is_kept and torch.is_grad_enabled():
         return NormalisedWeight.apply(v, scales, form)  # type: ignore[no-any-return]
     return normalise_channels(v, scales.flatten(), p, layout)
@@ -107,17 +107,15 @@ def _kernels_for(tensors: Sequence[Tensor]) -> Any:
     return kernels
 
 
-def _has_kernel(v: Tensor, scales: Tensor, form: Form) -> bool:
-    """Return whether torch has a kernel of weight norm, whose check for zeros waits for nothing."""
-    p, layout = form
-    if p != 2 or v.dim() < 2 or not v.is_cpu or layout.transposed_groups is not None:
-        return False
-    in_float = v.dtype == torch.float32 or v.dtype == torch.float64
-    return in_float and scales.dtype == v.dtype and v.is_contiguous()
-
-
 def _by_kernel(v: Tensor, scales: Tensor, form: Form) -> Tensor | None:
-    """Return w from torch's kernel, or None where a channel is zero, of which it makes NaN."""
+    """Return w from torch's kernel, or None where that has none of a form, dtype and device.
+
+    Or where a channel is zero, of which it makes NaN; on a CPU the check waits for nothing.
+    """
+    if form != (2, ROWS) or v.dim() < 2 or not (v.is_cpu and v.is_contiguous()):
+        return None
+    if v.dtype not in (torch.float32, torch.float64) or scales.dtype != v.dtype:
+        return None
     columns = scales.expand(v.shape[0]).contiguous().view(v.shape[0], *[1] * (v.dim() - 1))
     w, norms = torch._weight_norm_interface(v, columns, 0)
     if len(norms) and norms.detach().amin().item() == 0:
@@ -202,9 +200,3 @@ def _norms_by_first(rows: Tensor, p: float) -> Tensor:
     flat = rows.flatten(1)
     largest = flat.detach().abs().argmax(1, keepdim=True)
     return flat.gather(1, largest).abs().squeeze(1)
-
-
-def _spare_zeros(scales: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-    """Return scales that are 0 where the norm is, and norms that are 1 there."""
-    is_zero = norms == 0
-    return scales * ~is_zero, norms.masked_fill(is_zero, 1.0)

@@ -67,25 +67,16 @@ class Settings:
         if gain is None:
             gain = "none" if kind == "bounded" else "channel"
         check_choice(f"gain of {kind!r}", gain, _GAINS[kind])
-        return cls(kind, _check_p(p), _check_rho(rho), gain, check_flag("project", project))
-
-
-def _check_p(p: float | str) -> float:
-    try:
-        number = float(p)
-    except (TypeError, ValueError):
-        number = math.nan
-    if isinstance(p, bool) or number not in NAMES:
-        raise InputError(f"p is 1, 2 or inf, got {p!r}.")
-    return number
-
-
-def _check_rho(rho: float | str) -> float | None:
-    if rho == "init":
-        return None
-    if not is_number(rho) or not 0 < float(rho) < math.inf:
-        raise InputError(f"rho is 'init' or a positive number, got {rho!r}.")
-    return float(rho)
+        try:
+            order = float(p)
+        except (TypeError, ValueError):
+            order = math.nan
+        if isinstance(p, bool) or order not in NAMES:
+            raise InputError(f"p is 1, 2 or inf, got {p!r}.")
+        if rho != "init" and not (is_number(rho) and 0 < float(rho) < math.inf):
+            raise InputError(f"rho is 'init' or a positive number, got {rho!r}.")
+        constant = None if rho == "init" else float(rho)
+        return cls(kind, order, constant, gain, check_flag("project", project))
 
 
 class WeightNorm(nn.Module):
