@@ -141,11 +141,7 @@ def _fill(line: str, width: int, hang: int | None) -> str:
     if hang + max(map(len, line[hang:].split()), default=0) > width:
         hang = len(line) - len(line.lstrip()) + 2
     return textwrap.fill(
-        line,
-        width,
-        subsequent_indent=" " * hang,
-        break_long_words=False,
-        break_on_hyphens=False,
+        line, width, subsequent_indent=" " * hang, break_long_words=False, break_on_hyphens=False
     )
 
 

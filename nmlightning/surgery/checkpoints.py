@@ -56,10 +56,7 @@ def load_from_checkpoint(module_class: type[Module], path: str | Path, **argumen
     checkpoint = torch.load(path, map_location="cpu", weights_only=only_weights, mmap=True)
     if "_instantiator" in (stored := checkpoint.get("hyper_parameters", {})):  # makes what it names
         check_named_code({**stored, **arguments}, str(path))
-    with (
-        _normalising_first(module_class, checkpoint),
-        warnings.catch_warnings(),
-    ):
+    with _normalising_first(module_class, checkpoint), warnings.catch_warnings():
         warnings.filterwarnings("ignore", LEFT_OUT)  # what follows puts them in
         module: Module = module_class.load_from_checkpoint(path, **arguments)  # type: ignore[attr-defined]
     notes, covered = norms_in(checkpoint), set[str]()

@@ -45,30 +45,18 @@ _FIXED_EPS = (1e-5, 1e-6, 1e-8, 1e-12, 1e-3, 1e-4, 1e-7, _FLOAT32, 1e-24)  # if 
 
 @dataclass(frozen=True)
 class NormForm:
-    """How a class differs from torch's norm of its kind.
+    """How a class differs from torch's norm of its kind."""
 
-    Attributes:
-        kind: whether it centres.
-        channels_first: it normalises over dimension 1, as of (N, C, H, W).
-        offset: what is added to the weight, 0 or 1.
-        eps: the name of the attribute, or the number.
-        apart: it normalises the last dimension, whatever the shape of the weight.
-        activates: it calls its `drop` and `act` on the result.
-        weight, bias: the names of the parameters or buffers, None where there is none.
-        widens: the result has the wider dtype of the input and the weight.
-        narrows: it has that of the weight, if that is half.
-    """
-
-    kind: NormKind
-    channels_first: bool
-    offset: float
-    eps: str | float
-    apart: bool
-    activates: bool
-    weight: str | None = "weight"
+    kind: NormKind  # whether it centres
+    channels_first: bool  # it normalises over dimension 1, as of (N, C, H, W)
+    offset: float  # what is added to the weight, 0 or 1
+    eps: str | float  # the name of the attribute, or the number
+    apart: bool  # it normalises the last dimension, whatever the shape of the weight
+    activates: bool  # it calls its `drop` and `act` on the result
+    weight: str | None = "weight"  # the name of the parameter or buffer, if there is one
     bias: str | None = "bias"
-    widens: bool = False
-    narrows: bool = False
+    widens: bool = False  # the result has the wider dtype of the input and the weight
+    narrows: bool = False  # it has that of the weight, if that is half
 
     def eps_of(self, module: nn.Module) -> float | None:
         """Return the eps of a module, of which another may be set on a swapped one."""

@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from nmlightning.errors import InputError
 from nmlightning.kernels.interface import Fused, NormKind
+from nmlightning.name_patterns import plain_name
 from nmlightning.norms.batch_norm_base import RUNNING, BatchNormBase, describe_norm
 from nmlightning.norms.mean_only import MeanOnlyBatchNorm
 from nmlightning.norms.registry import NORMS, path_of
@@ -50,7 +51,6 @@ class NormLayer:
 
     @property
     def type_name(self) -> str:
-        """The name of the class that it has."""
         return type(self.module).__name__
 
     @property
@@ -80,19 +80,24 @@ def find_norm_layers(
     """
     types = types or {}
     layers = [
-        _describe(_without_wrappers(name), module, types.get(path_of(type(module))))
+        _describe(plain_name(name), module, types.get(path_of(type(module))))
         for name, module in model.named_modules(remove_duplicate=False)
         if is_norm(module) or path_of(type(module)) in types
     ]
     left = [x for x in layers if x.unsupported_reason]
-    outer = {m: x for x in left for m in x.module.modules() if m is not x.module}
-    return [_leave(x, outer[x.module]) if x.module in outer else x for x in layers]
-
-
-def _leave(layer: NormLayer, outer: NormLayer) -> NormLayer:
-    """Return a norm within another one that is left, so that neither is swapped by half."""
-    reason = f"a part of {outer.name} ({outer.type_name}), which is not swapped"
-    return NormLayer(layer.name, layer.module, None, unsupported_reason=reason)
+    # Norms within one that is left are left, too, so that none is swapped by half.
+    reasons = {
+        module: f"a part of {x.name} ({x.type_name}), which is not swapped"
+        for x in left
+        for module in x.module.modules()
+        if module is not x.module
+    }
+    return [
+        NormLayer(x.name, x.module, None, unsupported_reason=reasons[x.module])
+        if x.module in reasons
+        else x
+        for x in layers
+    ]
 
 
 def is_like(module: nn.Module, template: nn.Module) -> bool:
@@ -107,8 +112,10 @@ def convert_in_place(module: nn.Module, template: nn.Module) -> None:
     Except where the norm has no scale: see `MeanOnlyBatchNorm.drop_scale`.
     """
     after = class_to_take(module, template)
-    if isinstance(module, MeanOnlyBatchNorm):
-        _give_scale_back(module)
+    if isinstance(module, MeanOnlyBatchNorm):  # its weight, which is 1, learns as it did before
+        frozen = module.__dict__.pop(_FROZEN_WEIGHT, False)
+        for scale in module.scales():
+            scale.requires_grad_(not frozen)
     for name in _settings(module):
         del module.__dict__[name]
     module.__dict__.update(_settings(template))
@@ -129,7 +136,10 @@ def convert_in_place(module: nn.Module, template: nn.Module) -> None:
 def whole_or_not_at_all(model: nn.Module, norms: Iterable[nn.Module]) -> Iterator[None]:
     """Leave classes, and attributes and tensors of norms, as they were if anything is raised."""
     norms = set(norms)
-    before = [(m, type(m), _copy(vars(m))) for m in model.modules()]
+    before = [
+        (m, type(m), {k: v.copy() if isinstance(v, dict) else v for k, v in vars(m).items()})
+        for m in model.modules()
+    ]
     values = [(q, q.detach().clone(), q.requires_grad, q.grad) for m in norms for q in _tensors(m)]
     try:
         yield
@@ -146,10 +156,6 @@ def whole_or_not_at_all(model: nn.Module, norms: Iterable[nn.Module]) -> Iterato
         raise
 
 
-def _copy(attributes: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.copy() if isinstance(v, dict) else v for k, v in attributes.items()}
-
-
 def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
 
@@ -160,13 +166,6 @@ def _cast_statistics(module: _BatchNorm) -> None:
         running = getattr(module, name)
         if running is not None and module.weight is not None:
             setattr(module, name, running.to(module.weight.dtype))
-
-
-def _give_scale_back(module: MeanOnlyBatchNorm) -> None:
-    """Let the weight, which is 1, learn again, unless it did not before."""
-    frozen = module.__dict__.pop(_FROZEN_WEIGHT, False)
-    for scale in module.scales():
-        scale.requires_grad_(not frozen)
 
 
 def fused_of(norm: nn.Module) -> Fused | None:
@@ -184,11 +183,6 @@ def has_hooks(module: nn.Module) -> bool:
     """Return whether anything hooks into the calls of a module."""
     others = (module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return bool(module._forward_hooks) or any(others)
-
-
-def _without_wrappers(name: str) -> str:
-    """Return the name that a module has in the model before `torch.compile` wrapped parts of it."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def is_norm(module: nn.Module) -> bool:

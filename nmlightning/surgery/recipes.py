@@ -97,7 +97,6 @@ def make_weight_norm_recipe(
 
 
 def settings_of(recipe: Recipe) -> Settings:
-    """Return the settings of a recipe for weight norm."""
     return Settings.of(**{name: recipe[name] for name in Settings.__dataclass_fields__})
 
 
@@ -248,7 +247,6 @@ def keep_in_checkpoints(module: nn.Module) -> None:
 
 
 def write_recipes(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Put what was noted on `module` into `checkpoint`."""
     forget_reverted_swaps(module)
     noted = {change.key: recipes_of(module, change) for change in CHANGES}
     if any(noted.values()):

@@ -173,9 +173,7 @@ def swap_norms(
     extent = registry.check_fuse(fuse, norm, chosen)
     layers = find_norm_layers(model, paths := registry.check_types(types))
     _check_types(model, layers, paths)
-    _check_patterns(model, layers, chosen, include, exclude)
-    picked = _pick(layers, include, exclude)
-    _check_picked(model, layers, picked, chosen, include)
+    picked = _pick(model, layers, chosen, include, exclude)
     plan = _make_plan(norm, settings, picked)
     swapped = tuple(
         Swap(x.name, x.type_name, class_to_take(x.module, template).__name__)
@@ -286,12 +284,43 @@ def _template(layer: NormLayer, norm: str, options: Mapping[str, Any]) -> nn.Mod
 
 
 def _pick(
-    layers: list[NormLayer], include: Sequence[str], exclude: Sequence[str]
+    model: nn.Module,
+    layers: list[NormLayer],
+    kinds: tuple[NormKind, ...],
+    include: Sequence[str],
+    exclude: Sequence[str],
 ) -> list[NormLayer]:
     """Return the layers to swap; a shared one is left alone if `exclude` names it anywhere."""
+    wanted = f"{' or '.join(registry.TITLES[kind] for kind in kinds)} norm"
+    name, held = type(model).__name__, f"Its norm layers are {some(map(_describe, layers), 3)}."
+    if not layers:
+        held = "It has no norm layers; is the net built in configure_model?"
+    if not any(layer.kind in kinds for layer in layers):
+        others = list(dict.fromkeys(x.kind for x in layers if x.kind is not None))
+        way_out = f" Swap them with kinds={json.dumps(others)}." if others else ""
+        raise InputError(f"There is no {wanted} to swap in {name}. {held}{way_out}")
+    candidates = [x.name for x in layers if x.kind in kinds or x.unsupported_reason]
+    # To exclude a norm that is not swapped anyway is right, if needless.
+    known = {"include": candidates, "exclude": [layer.name for layer in layers]}
+    for argument, patterns in (("include", include), ("exclude", exclude)):
+        if (wrong := unmatched(patterns, known[argument])) is not None:
+            problem = f"The pattern {wrong!r} in {argument} matches no {wanted} of {name}."
+            raise InputError(f"{problem} {held}")
     excluded = {id(layer.module) for layer in layers if matches(layer.name, exclude)}
     included = [layer for layer in layers if not include or matches(layer.name, include)]
-    return [layer for layer in included if id(layer.module) not in excluded]
+    picked = [layer for layer in included if id(layer.module) not in excluded]
+    unsupported = [layer for layer in picked if layer.unsupported_reason]
+    if include and unsupported:
+        named = some(map(_describe, unsupported), 3)
+        raise InputError(f"include names norms that cannot be swapped: {named}; exclude them.")
+    if not any(layer.kind in kinds for layer in picked):
+        raise InputError(f"include and exclude leave no {wanted} to swap in {name}. {held}")
+    return picked
+
+
+def _describe(layer: NormLayer) -> str:
+    reason = f": {layer.unsupported_reason}" if layer.unsupported_reason else ""
+    return f"{layer.name} ({layer.type_name}{reason})"
 
 
 def _check_types(model: nn.Module, layers: list[NormLayer], types: Iterable[str]) -> None:
@@ -305,66 +334,3 @@ def _check_types(model: nn.Module, layers: list[NormLayer], types: Iterable[str]
             raise InputError(f"types names {path}, and no module is of that class.{near}")
         if paths[path]:
             raise InputError(f"types names {path}, but {paths[path]}.")
-
-
-def _check_patterns(
-    model: nn.Module,
-    layers: list[NormLayer],
-    kinds: tuple[NormKind, ...],
-    include: Sequence[str],
-    exclude: Sequence[str],
-) -> None:
-    wanted = _title(kinds)
-    if not any(layer.kind in kinds for layer in layers):
-        others = list(dict.fromkeys(x.kind for x in layers if x.kind is not None))
-        way_out = f" Swap them with kinds={json.dumps(others)}." if others else ""
-        raise InputError(
-            f"There is no {wanted} to swap in {type(model).__name__}. "
-            f"{_list_norms(layers)}{way_out}"
-        )
-    # To exclude a norm that is not swapped anyway is right, if needless.
-    names = [layer.name for layer in layers]
-    candidates = [x.name for x in layers if x.kind in kinds or x.unsupported_reason]
-    for argument, patterns, known in (
-        ("include", include, candidates),
-        ("exclude", exclude, names),
-    ):
-        wrong = unmatched(patterns, known)
-        if wrong is not None:
-            raise InputError(
-                f"The pattern {wrong!r} in {argument} matches no {wanted} of "
-                f"{type(model).__name__}. {_list_norms(layers)}"
-            )
-
-
-def _title(kinds: Iterable[NormKind]) -> str:
-    return f"{' or '.join(registry.TITLES[kind] for kind in kinds)} norm"
-
-
-def _describe(layer: NormLayer) -> str:
-    reason = f": {layer.unsupported_reason}" if layer.unsupported_reason else ""
-    return f"{layer.name} ({layer.type_name}{reason})"
-
-
-def _list_norms(layers: list[NormLayer]) -> str:
-    if not layers:
-        return "It has no norm layers; is the net built in configure_model?"
-    return f"Its norm layers are {some(map(_describe, layers), 3)}."
-
-
-def _check_picked(
-    model: nn.Module,
-    layers: list[NormLayer],
-    picked: list[NormLayer],
-    kinds: tuple[NormKind, ...],
-    include: Sequence[str],
-) -> None:
-    unsupported = [layer for layer in picked if layer.unsupported_reason]
-    if include and unsupported:
-        named = some(map(_describe, unsupported), 3)
-        raise InputError(f"include names norms that cannot be swapped: {named}; exclude them.")
-    if not any(layer.kind in kinds for layer in picked):
-        raise InputError(
-            f"include and exclude leave no {_title(kinds)} to swap in "
-            f"{type(model).__name__}. {_list_norms(layers)}"
-        )

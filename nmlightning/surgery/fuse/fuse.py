@@ -41,7 +41,6 @@ class FusingPlan:
                 del vars(norm)["fused"]
 
     def apply(self) -> None:
-        """Fuse what is planned and is not fused yet."""
         for module, fusion in self.fusions.items():
             if fused_class.fusion_of(module) is None:
                 fused_class.fuse_block(module, fusion)
@@ -208,5 +207,4 @@ def _fused_modules(model: nn.Module) -> list[tuple[nn.Module, fused_class.Fusion
 
 
 def _self_fused(model: nn.Module) -> list[nn.Module]:
-    """Return the norms that do their own activation."""
     return [norm for norm in fused_norms(model) if own_activation(norm) is not None]

@@ -24,8 +24,6 @@ from nmlightning.surgery.norm_layers import FUSION
 
 @dataclass(frozen=True)
 class Fusion:
-    """All that a fused class is made of."""
-
     original: type[nn.Module]  # the class that the module had
     norms: tuple[tuple[str, Fused], ...]  # what each fused norm does, by its name in the module
     # The attributes that the forward depends on; setting another unfuses it.

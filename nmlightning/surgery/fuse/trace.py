@@ -35,11 +35,9 @@ class TracedGraph:
                 self._calls[module].append(node)
 
     def calls(self, module: nn.Module) -> list[Node]:
-        """Return the calls of a module."""
         return self._calls[module]
 
     def module_of(self, node: Node | None) -> nn.Module | None:
-        """Return the module that a node calls, if it calls one."""
         if node is None or node.op != "call_module":
             return None
         return self.root.get_submodule(str(node.target))
