@@ -79,7 +79,6 @@ def join_root(root: str, name: str) -> str:
 
 
 def read_index(root: str) -> ShardIndex:
-    """Return what the shards below a root hold."""
     place = join_root(root, INDEX)
     if not is_remote(root):
         _check_files(Path(place), images=1)

@@ -76,7 +76,6 @@ class TrainingBatches:
 
 
 def order_state(seed: int, terms: Mapping[str, tuple[int | str, str]]) -> OrderState:
-    """Return the state of an order of this seed."""
     return {"seed": seed, **{key: value for key, (value, _) in terms.items()}}
 
 

@@ -201,7 +201,14 @@ class ImageClassifier(pl.LightningModule):
             return
         check_recipes(self, checkpoint)
         if self.lr_batch_size is not None and self.trainer.training:
-            optimization.check_same_batch(checkpoint, optimization.global_batch_size(self.trainer))
+            ours = optimization.global_batch_size(self.trainer)
+            theirs = checkpoint.get(optimization.KEY, ours)
+            if theirs != ours:  # and so the learning rates that a resume keeps are others
+                raise InputError(
+                    f"The checkpoint has learning rates for {theirs} images a step, and this run "
+                    f"has {ours}: choose data.batch_size, devices and accumulate_grad_batches that "
+                    f"multiply to {theirs}."
+                )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep how many images a step the learning rates are for, where they were scaled."""

@@ -107,17 +107,6 @@ def scale_learning_rates(optimizer: Optimizer, meant_for: int, global_batch: int
     )
 
 
-def check_same_batch(checkpoint: dict[str, Any], global_batch: int) -> None:
-    """Refuse a checkpoint whose learning rates, which a resume keeps, are for another batch."""
-    stored = checkpoint.get(KEY, global_batch)
-    if stored != global_batch:
-        raise InputError(
-            f"The checkpoint has learning rates for {stored} images a step, and this run has "
-            f"{global_batch}: choose data.batch_size, devices and accumulate_grad_batches that "
-            f"multiply to {stored}."
-        )
-
-
 def _learning_rates(optimizer: Optimizer) -> str:
     rates = dict.fromkeys(f"{float(group['lr']):.6g}" for group in optimizer.param_groups)
     return ", ".join(rates)

@@ -273,10 +273,19 @@ class EvaluationSentences:
     pin_memory: bool = False
 
     def __post_init__(self) -> None:
-        pairs, processes = self.pairs.length, self.shard.world_size
-        if pairs < processes:
-            raise InputError(f"{pairs} sentence pairs cannot be shared by {processes} processes.")
-        self.rows = self._share_out()
+        pairs, (rank, world_size) = self.pairs.length, self.shard
+        if pairs < world_size:
+            raise InputError(f"{pairs} sentence pairs cannot be shared by {world_size} processes.")
+        source, target = self.pairs.padded_lengths()
+        lengths = np.maximum(source.clip(max=self.max_length + 1), target)
+        order = np.argsort(lengths, kind="stable")
+        left_over = pairs % world_size
+        steps = order[left_over:].reshape(-1, world_size)  # a pair for each process
+        bounds = cut_sorted(lengths[steps[:, -1]], self.tokens_a_batch)
+        batches = np.split(steps[:, rank], bounds[1:-1])
+        if rank < left_over:
+            batches[0] = np.append(batches[0], order[rank])
+        self.rows = [torch.from_numpy(batch) for batch in reversed(batches)]  # of each batch
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -286,20 +295,6 @@ class EvaluationSentences:
             batch = self.pairs.batch(rows, source_limit=self.max_length)
             references = tuple(self.references[row] for row in rows.tolist())
             yield _pinned(batch._replace(references=references), self.pin_memory)
-
-    def _share_out(self) -> list[Tensor]:
-        """Return the rows of each batch of this process."""
-        rank, world_size = self.shard
-        source, target = self.pairs.padded_lengths()
-        lengths = np.maximum(source.clip(max=self.max_length + 1), target)
-        order = np.argsort(lengths, kind="stable")
-        left_over = self.pairs.length % world_size
-        steps = order[left_over:].reshape(-1, world_size)  # a pair for each process
-        bounds = cut_sorted(lengths[steps[:, -1]], self.tokens_a_batch)
-        batches = np.split(steps[:, rank], bounds[1:-1])
-        if rank < left_over:
-            batches[0] = np.append(batches[0], order[rank])
-        return [torch.from_numpy(batch) for batch in reversed(batches)]
 
 
 def _pinned(batch: corpus.TranslationBatch, pin_memory: bool) -> corpus.TranslationBatch:

@@ -124,7 +124,7 @@ def encode_pairs(
 ) -> EncodedPairs:
     """Return pairs as tokens: all of them as they are, or those within the limits."""
     kind = "H" if tokenizer.vocab_size <= LARGEST_SHORT else "I"
-    source, target = _SideWriter(kind), _SideWriter(kind)
+    tokens, bounds = (array(kind), array(kind)), (array("q", [0]), array("q", [0]))
     words = array("i")
     empty = too_long = 0
     rest = iter(pairs)
@@ -132,29 +132,19 @@ def encode_pairs(
         kept = [pair for pair in chunk if not (limits and pair.is_empty())]
         empty += len(chunk) - len(kept)
         sides = (tokenizer.encode(side) for side in list(zip(*kept, strict=True)) or [(), ()])
-        for pair, ours, theirs in zip(kept, *sides, strict=True):
-            longer = limits is not None and max(len(ours), len(theirs)) > limits.max_length
+        for pair, *both in zip(kept, *sides, strict=True):
+            longer = limits is not None and max(map(len, both)) > limits.max_length
             too_long += longer
             if longer and limits and limits.too_long == "drop":
                 continue
-            source.append(ours[: limits and limits.max_length])
-            target.append(theirs[: limits and limits.max_length])
+            for all_tokens, ends, side in zip(tokens, bounds, both, strict=True):
+                all_tokens.extend(side[: limits and limits.max_length])
+                ends.append(len(all_tokens))
             words.append(len(pair.target.split()) + 1)
-    columns = source.side(), target.side(), np.asarray(words)
+    arrays = (map(np.asarray, side) for side in zip(tokens, bounds, strict=True))
+    source, target = (EncodedSide(*side) for side in arrays)
+    columns = source, target, np.asarray(words)
     return EncodedPairs(*columns, Omissions(empty, too_long), _digest_of(*columns))
-
-
-class _SideWriter:
-    def __init__(self, kind: str) -> None:
-        self.tokens = array(kind)
-        self.bounds = array("q", [0])
-
-    def append(self, tokens: list[int]) -> None:
-        self.tokens.extend(tokens)
-        self.bounds.append(len(self.tokens))
-
-    def side(self) -> EncodedSide:
-        return EncodedSide(np.asarray(self.tokens), np.asarray(self.bounds))
 
 
 def _digest_of(source: EncodedSide, target: EncodedSide, words: NDArray[np.int32]) -> str:

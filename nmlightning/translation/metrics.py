@@ -67,10 +67,7 @@ def token_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) ->
 
         loss = mean over tokens of  −(1 − ε) log p(target) − ε/V Σ_v log p(v)
 
-    Args:
-        logits: (N, T, V), of any dtype.
-        targets: (N, T); `PAD` counts for nothing.
-        label_smoothing: ε.
+    The logits are (N, T, V), of any dtype; in the targets, (N, T), `PAD` counts for nothing.
 
     Source: Szegedy et al. (2016), section 7, https://arxiv.org/abs/1512.00567.
     """

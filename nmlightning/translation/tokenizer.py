@@ -94,12 +94,17 @@ class JointBPE:
     def load(cls, path: str | Path) -> "JointBPE":
         """Return the tokenizer in a file that `save` wrote, or in a checkpoint of a translator."""
         try:
-            is_checkpoint = zipfile.is_zipfile(path)
-            text = _read_checkpoint(path) if is_checkpoint else Path(path).read_text("utf-8")
+            if not zipfile.is_zipfile(path):
+                return cls.from_json(Path(path).read_text("utf-8"), str(path))
+            import torch  # which is not needed to encode a text
+
+            checkpoint = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
         except (OSError, UnicodeDecodeError) as error:
             failure = f"the tokenizer {path} cannot be read ({error})"
             raise InputError(f"{failure}: give a file that JointBPE.save wrote.") from error
-        return cls.from_json(text, str(path))
+        if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint:
+            raise InputError(f"the checkpoint {path} has no tokenizer: it is from another task.")
+        return cls.from_json(str(checkpoint[CHECKPOINT_KEY]), str(path))
 
     def save(self, path: str | Path) -> None:
         """Write one JSON file, at once or not at all."""
@@ -133,12 +138,3 @@ class JointBPE:
         """
         texts = self._tokenizer.decode_batch(tokens, skip_special_tokens=True)
         return [text.removeprefix(" ") for text in texts]
-
-
-def _read_checkpoint(path: str | Path) -> str:
-    import torch  # which is not needed to encode a text
-
-    checkpoint = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-    if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint:
-        raise InputError(f"the checkpoint {path} has no tokenizer: it is from another task.")
-    return str(checkpoint[CHECKPOINT_KEY])
