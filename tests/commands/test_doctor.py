@@ -50,8 +50,7 @@ def test_doctor_names_a_wrong_norm_and_fails(
 
 
 def test_doctor_counts_nan_as_wrong() -> None:
-    check = doctor.Check("L1", "formula", torch.float32, "NCHW", float("nan"))
-    assert check.failed
+    assert doctor.Check("L1", "formula", torch.float32, "NCHW", float("nan")).failed
 
 
 def test_doctor_inputs_have_exact_sums_in_every_dtype() -> None:
