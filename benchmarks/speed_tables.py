@@ -35,27 +35,23 @@ def format_row(row: Measurement) -> str:
     """Return one case, as it is printed when it was measured."""
     figures = " | ".join(format_spread(spread, row.unit) for spread in row.spreads)
     backend = f", {row.backend}" if row.backend else ""
-    kept, faults = describe_rounds([row]), describe_faults([row])
+    kept, faults = describe_rounds([row])
     kept = f"; rounds {kept}; faults {faults}" if kept else ""
     return f"{row.target:4}{row.what}, {row.case}{backend}: {figures}{kept}"
 
 
-def describe_rounds(rows: Sequence[Measurement]) -> str:
-    """Return how many rounds were kept, with one thread and with all: of the worst case."""
+def describe_rounds(rows: Sequence[Measurement]) -> tuple[str, str]:
+    """Return how many rounds were kept, with one thread and with all, and the page faults.
+
+    The rounds are of the worst case, the faults of a call of ours and its rival, on average.
+    """
     figures = [row.quartiles for row in rows if isinstance(row.quartiles, Figure)]
     if not figures:
-        return ""
+        return "", ""
     worst = [min((f.kept[i], -f.tried[i]) for f in figures) for i in (0, 1)]
-    return ", ".join(f"{kept} of {-tried}" for kept, tried in worst)
-
-
-def describe_faults(rows: Sequence[Measurement]) -> str:
-    """Return the page faults of a call of ours and of its rival, on average over the cases."""
-    figures = [row.quartiles for row in rows if isinstance(row.quartiles, Figure)]
-    if not figures:
-        return ""
-    pairs = zip(*(f.faults for f in figures), strict=True)
-    return " / ".join(f"{sum(counts) / len(figures):,.0f}" for counts in pairs)
+    faults = [sum(f.faults[i] for f in figures) / len(figures) for i in (0, 1)]
+    rounds = ", ".join(f"{kept} of {-tried}" for kept, tried in worst)
+    return rounds, " / ".join(f"{mean:,.0f}" for mean in faults)
 
 
 def summarise(rows: Sequence[Measurement]) -> tuple[str, ...]:
@@ -77,8 +73,7 @@ def summarise(rows: Sequence[Measurement]) -> tuple[str, ...]:
         *(["", *figures] if len(figures) == 1 else figures),
         f"{bound} %" if bound and first.unit == "%" else bound,
         judge(rows),
-        describe_rounds(rows),
-        describe_faults(rows),
+        *describe_rounds(rows),
     )
 
 

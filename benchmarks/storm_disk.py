@@ -7,6 +7,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,28 +34,20 @@ def fit() -> int:
     return main(["fit", "--config", "config.yaml"])
 
 
-def log(logger: str) -> Callable[[], int]:
-    """Return what logs norms of weights in a hundred steps."""
-
-    def write() -> int:
-        place = make(logger, save_dir="runs", name="log")
-        steps = {"max_steps": 100, "limit_train_batches": 100, "log_every_n_steps": 1}
-        tracked = {"callbacks": [make("WeightNormTracker", every=1)], "logger": place}
-        config = GOOD | {"trainer": GOOD["trainer"] | steps | tracked}
-        Path("config.yaml").write_text(yaml.safe_dump(config))
-        return main(["fit", "--config", "config.yaml"])
-
-    return write
+def log(logger: str) -> int:
+    """Log norms of weights in a hundred steps."""
+    place = make(logger, save_dir="runs", name="log")
+    steps = {"max_steps": 100, "limit_train_batches": 100, "log_every_n_steps": 1}
+    tracked = {"callbacks": [make("WeightNormTracker", every=1)], "logger": place}
+    config = GOOD | {"trainer": GOOD["trainer"] | steps | tracked}
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    return main(["fit", "--config", "config.yaml"])
 
 
-def export(form: str, file: str) -> Callable[[], int]:
-    """Return what exports a checkpoint to a file."""
-
-    def write() -> int:
-        words = ["export", "../checkpoint/kept/last.ckpt", "--format", form, "--output", file]
-        return main([*words, "--overwrite", "--input_shape", "3,8,8"])
-
-    return write
+def export(form: str, file: str) -> int:
+    """Export a checkpoint to a file."""
+    words = ["export", "../checkpoint/kept/last.ckpt", "--format", form, "--output", file]
+    return main([*words, "--overwrite", "--input_shape", "3,8,8"])
 
 
 def record() -> int:
@@ -99,17 +92,12 @@ def shard() -> int:
     return main(["shard", "images", "shards"])
 
 
-def cache(vocab_size: int) -> Callable[[], int]:
-    """Return what caches the tokenizer and the pairs of a corpus, of which one is the larger."""
-
-    def write() -> int:
-        files, cached = ["text", "text"], {"root": ".", "vocab_size": vocab_size}
-        data = make("ParallelText", train=files, val=files, tokens_a_batch=1000, **cached)
-        config = config_of("dropout") | {"data": data}
-        Path("config.yaml").write_text(yaml.safe_dump(config))
-        return main(["fit", "--config", "config.yaml"])
-
-    return write
+def cache(vocab_size: int) -> int:
+    """Cache the tokenizer and the pairs of a corpus, of which one is the larger."""
+    files, cached = ["text", "text"], {"root": ".", "vocab_size": vocab_size}
+    data = make("ParallelText", train=files, val=files, tokens_a_batch=1000, **cached)
+    Path("config.yaml").write_text(yaml.safe_dump(config_of("dropout") | {"data": data}))
+    return main(["fit", "--config", "config.yaml"])
 
 
 def build_kernels() -> int:
@@ -123,16 +111,16 @@ def build_kernels() -> int:
 # The file that is written, None where nothing is replaced, and what writes it.
 FILES: dict[str, tuple[str | None, Callable[[], int]]] = {
     "checkpoint": ("kept/last.ckpt", fit),
-    "events": (None, log("TensorBoardLogger")),
-    "metrics.csv": (None, log("CSVLogger")),
+    "events": (None, partial(log, "TensorBoardLogger")),
+    "metrics.csv": (None, partial(log, "CSVLogger")),
     "recording": ("a.safetensors", record),
     "page": ("page.html", compare),
-    "export pt": ("net.pt", export("state_dict", "net.pt")),
-    "export onnx": ("net.onnx", export("onnx", "net.onnx")),
-    "export torch.export": ("net.pt2", export("torch_export", "net.pt2")),
+    "export pt": ("net.pt", partial(export, "state_dict", "net.pt")),
+    "export onnx": ("net.onnx", partial(export, "onnx", "net.onnx")),
+    "export torch.export": ("net.pt2", partial(export, "torch_export", "net.pt2")),
     "shards": (None, shard),
-    "tokenizer": (None, cache(2000)),
-    "pairs": (None, cache(270)),
+    "tokenizer": (None, partial(cache, 2000)),
+    "pairs": (None, partial(cache, 270)),
     "kernels": (None, build_kernels),
 }
 

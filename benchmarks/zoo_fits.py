@@ -1,6 +1,7 @@
 """A small net to fit, the ways of running it, and loops other than the plain fit."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -325,14 +326,11 @@ def in_lightning_pytorch(run: Run) -> nn.Module:
     return module.net
 
 
-def tuned(name: str, **options: Any) -> Case:
-    def run_tuned(run: Run) -> nn.Module:
-        module, trainer = run.module(), run.trainer()
-        getattr(Tuner(trainer), name)(module, **options)
-        trainer.fit(module)
-        return module
-
-    return run_tuned
+def tune(run: Run, name: str, **options: Any) -> nn.Module:
+    module, trainer = run.module(), run.trainer()
+    getattr(Tuner(trainer), name)(module, **options)
+    trainer.fit(module)
+    return module
 
 
 def validate_first(run: Run) -> nn.Module:
@@ -387,8 +385,10 @@ LOOPS: Mapping[str, Case] = {
     "Fabric": by_fabric,
     "accelerate": by_accelerate,
     "transformers.Trainer": by_transformers,
-    "Tuner.lr_find": tuned("lr_find", num_training=8),
-    "Tuner.scale_batch_size": tuned("scale_batch_size", steps_per_trial=1, max_trials=2),
+    "Tuner.lr_find": partial(tune, name="lr_find", num_training=8),
+    "Tuner.scale_batch_size": partial(
+        tune, name="scale_batch_size", steps_per_trial=1, max_trials=2
+    ),
     "validate before and after, predict": validate_first,
     "fit again": fit_again,
     "fit, then more epochs": continue_fit,

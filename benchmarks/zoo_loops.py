@@ -59,14 +59,11 @@ FLAGS: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 
 
-def flag(flags: Mapping[str, Any]) -> Case:
-    def run_flag(run: Run) -> nn.Module:
-        options = dict(flags)
-        if options.get("plugins") == "async checkpoints":
-            options["plugins"] = [pl.plugins.io.AsyncCheckpointIO()]
-        return fit(run, **options)
-
-    return run_flag
+def fit_by(flags: Mapping[str, Any], run: Run) -> nn.Module:
+    options = dict(flags)
+    if options.get("plugins") == "async checkpoints":
+        options["plugins"] = [pl.plugins.io.AsyncCheckpointIO()]
+    return fit(run, **options)
 
 
 def loggers() -> dict[str, Case]:
@@ -108,13 +105,10 @@ CALLBACKS: Mapping[str, Callable[[], Any]] = {
 BASES = ("BaseFinetuning", "BasePredictionWriter", "Callback", "Checkpoint", "ProgressBar")
 
 
-def with_callback(make: Callable[[], Any], first: bool) -> Case:
-    def run_callback(run: Run) -> nn.Module:
-        callback = make()
-        shows = isinstance(callback, cb.ProgressBar)
-        return fit(run, callback, first=first, enable_progress_bar=shows)
-
-    return run_callback
+def fit_with(make: Callable[[], Any], first: bool, run: Run) -> nn.Module:
+    callback = make()
+    shows = isinstance(callback, cb.ProgressBar)
+    return fit(run, callback, first=first, enable_progress_bar=shows)
 
 
 STRATEGIES: Mapping[str, Any] = {
@@ -132,20 +126,16 @@ def shard() -> ModelParallelStrategy:
     return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
 
 
-def with_strategy(strategy: Any, fit: Callable[..., nn.Module] = fit) -> Case:
+def fit_on(strategy: Any, run: Run, fit: Callable[..., nn.Module] = fit) -> nn.Module:
     """Fit in two processes, but for "auto"."""
-
-    def run_strategy(run: Run) -> nn.Module:
-        made = strategy() if callable(strategy) else strategy
-        devices = 1 if made == "auto" else 2
-        rank = start_ranks() if devices > 1 else 0
-        try:
-            return fit(run, strategy=made, devices=devices)
-        finally:
-            if rank:
-                os._exit(0)
-
-    return run_strategy
+    made = strategy() if callable(strategy) else strategy
+    devices = 1 if made == "auto" else 2
+    rank = start_ranks() if devices > 1 else 0
+    try:
+        return fit(run, strategy=made, devices=devices)
+    finally:
+        if rank:
+            os._exit(0)
 
 
 def start_ranks() -> int:
@@ -167,17 +157,17 @@ def list_cases() -> dict[str, dict[str, list[Case]]]:
     there = set(cb.__all__) - set(BASES) - set(CALLBACKS)
     assert not there, there
     return {
-        "flag": {name: [flag(flags)] for name, flags in FLAGS.items()}
+        "flag": {name: [partial(fit_by, flags)] for name, flags in FLAGS.items()}
         | {name: [case] for name, case in loggers().items()}
         | {"sync_batchnorm": [fit_synced]},
         "callback": {
-            name: [with_callback(make, first) for first in (False, True)]
+            name: [partial(fit_with, make, first) for first in (False, True)]
             for name, make in CALLBACKS.items()
         },
-        "strategy": {name: [with_strategy(made)] for name, made in STRATEGIES.items()}
+        "strategy": {name: [partial(fit_on, made)] for name, made in STRATEGIES.items()}
         | {
-            "ddp, sync_batchnorm": [with_strategy("ddp", fit_synced)],
-            "ModelParallelStrategy": [with_strategy(shard, partial(fit, cls=Sharded))],
+            "ddp, sync_batchnorm": [partial(fit_on, "ddp", fit=fit_synced)],
+            "ModelParallelStrategy": [partial(fit_on, shard, fit=partial(fit, cls=Sharded))],
         },
         "loop": {name: [case] for name, case in LOOPS.items()},
     }

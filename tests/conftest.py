@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,26 +144,19 @@ def _one_process(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-class Answer(NamedTuple):
-    """What a command answered."""
-
-    code: int
-    out: list[str]
-    err: list[str]
-
-
 @pytest.fixture
 def nm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., Answer]:
+) -> Callable[..., Any]:
     """Run `nm` in an empty folder and return what it answers."""
     from nmlightning.cli import main
     from nmlightning.commands.failures import filtered_handlers
+    from quickstart_runs import Answer
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("COLUMNS", raising=False)  # a pipe, of any width
 
-    def run(*words: object) -> Answer:
+    def run(*words: object) -> Any:
         for handler in filtered_handlers():
             monkeypatch.setattr(handler, "stream", sys.stderr)  # not that of another test
         code = main([*map(str, words)])

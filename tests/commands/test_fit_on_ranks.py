@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from nmlightning.commands.argument_parser import BAD_INPUT, INTERRUPTED, LOST_PROCESS
-from quickstart_runs import LAST, SMALL
+from quickstart_runs import LAST, SMALL, Answer
 
 WORDS = ["fit", "--config", "quickstart", *SMALL, "--trainer.max_epochs", "2"]
 NM = [sys.executable, "-m", "nmlightning", *WORDS]
@@ -53,12 +53,6 @@ class Fate(Callback):
                 raise InputError("7.jpg is no image.")
             os.kill(os.getpid(), getattr(signal, self.how))
 '''
-
-
-class Answer(NamedTuple):
-    code: int
-    out: list[str]
-    err: list[str]
 
 
 def start(*words: str, folder: Path, **environment: str) -> "subprocess.Popen[str]":

@@ -6,30 +6,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nmlightning.cli import main
 from nmlightning.errors import InputError
 from nmlightning.kernels.cpu import build
 
-Nm = Callable[..., tuple[int, str, str]]
+Nm = Callable[..., Any]
 
 
 @pytest.fixture
-def nm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Nm:
-    """Run `nm kernels` with a home of its own, and return its code and what it prints."""
+def nm(nm: Nm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nm:
+    """Run `nm kernels` with a home of its own, and return what it answers."""
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    monkeypatch.delenv("COLUMNS", raising=False)
-
-    def run(*words: str) -> tuple[int, str, str]:
-        code = main(["kernels", *words])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
+    return partial(nm, "kernels")
 
 
 @pytest.fixture
@@ -41,9 +34,9 @@ def _toolchain() -> None:
 
 
 def test_kernels_show_without_a_build(nm: Nm, tmp_path: Path) -> None:
-    shown = " kernels     the kernels are not built: nm kernels build\n"
-    assert nm("show") == (0, shown, "")
-    assert nm("remove")[1] == f" kernels     there are none in {build.cache_folder()}\n"
+    shown = " kernels     the kernels are not built: nm kernels build"
+    assert nm("show") == (0, [shown], [])
+    assert nm("remove").out == [f" kernels     there are none in {build.cache_folder()}"]
     assert tmp_path in build.cache_folder().parents
 
 
@@ -55,11 +48,11 @@ def test_kernels_show_after_a_build(nm: Nm) -> None:
     (path.parent / "torch-1.0-old.so").touch()
     (path.parent / "unfinished-by-a-killed-process").mkdir()
     (path.parent / "of-the-user.so").touch()
-    assert nm("build")[1] == f" kernels     {path}, built already\n"
-    shown = nm("show")[1]
+    assert nm("build").out == [f" kernels     {path}, built already"]
+    shown = "\n".join(nm("show").out)
     assert f"{path}, 1.0 MB" in shown
     assert "torch-1.0-old.so, for another CPU, torch or nmlightning" in shown
-    assert nm("remove")[1].count(" removed ") == 3
+    assert "".join(nm("remove").out).count(" removed ") == 3
     assert [other.name for other in path.parent.iterdir()] == ["of-the-user.so"]
 
 
@@ -70,9 +63,8 @@ def test_kernels_build_makes_a_library(nm: Nm, monkeypatch: pytest.MonkeyPatch) 
     source.write_text('extern "C" void nothing() {}\n')
     monkeypatch.setattr(build, "source_files", lambda: [source])
     monkeypatch.setattr(build, "flags", lambda: ("-O0",))
-    code, out, err = nm("build")
-    assert (code, err) == (0, "")
-    building, built = out.splitlines()
+    code, (building, built), err = nm("build")
+    assert (code, err) == (0, [])
     assert "about a minute" in building
     path = build.library_path(build.cache_folder())
     assert built.startswith(f" kernels     {path}, built in ")
@@ -87,13 +79,11 @@ def test_kernels_build_reports_a_compiler_error(nm: Nm, monkeypatch: pytest.Monk
     code, _, err = nm("build")
     log = build.cache_folder() / "build.log"
     assert code == 2
-    assert err == (
-        f"nm: the kernels did not compile; the compiler's output is in {log}. The norms use the "
-        "formula.\n"
-    )
+    line = f"nm: the kernels did not compile; the compiler's output is in {log}. The norms use the "
+    assert err == [f"{line}formula."]
     assert "nothing" in log.read_text()
     assert [file.name for file in log.parent.iterdir()] == [log.name]
-    assert nm("show")[1].endswith("nm kernels build\n")
+    assert nm("show").out[-1].endswith("nm kernels build")
 
 
 @pytest.mark.parametrize("missing", ["compiler", "ninja", "Linux", "folder"])
@@ -117,11 +107,10 @@ def test_kernels_build_reports_a_missing_tool_in_one_line(
         monkeypatch.setattr(sys, "platform", "win32")
     if missing == "folder":
         (tmp_path / ".cache").write_text("a file")
-    code, _, err = nm("build")
+    code, _, (line,) = nm("build")
     assert code == 2
-    assert err.startswith(f"nm: {expected[missing]}")
-    assert err.endswith("The norms use the formula.\n")
-    assert len(err.splitlines()) == 1
+    assert line.startswith(f"nm: {expected[missing]}")
+    assert line.endswith("The norms use the formula.")
 
 
 def test_kernels_are_not_built_by_a_fit(nm: Nm) -> None:
@@ -137,7 +126,7 @@ def test_kernels_are_not_built_by_a_fit(nm: Nm) -> None:
         damaged = f"the kernels in {path} are damaged: nm kernels build"
         with pytest.warns(UserWarning, match=re.escape(f"The norms use the formula: {damaged}")):
             assert backend._missing() == damaged
-        assert nm("show")[1] == f" kernels     {damaged}\n"
+        assert nm("show").out == [f" kernels     {damaged}"]
         build.seal(path)
         unreadable = f"the kernels in {path} do not load: nm kernels remove"
         with pytest.warns(UserWarning, match=re.escape(unreadable)):

@@ -2,19 +2,19 @@ import json
 import re
 import shlex
 import shutil
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from nmlightning.cli import main
-from nmlightning.commands.failures import filtered_handlers
 from nmlightning.probe.report import CAVEAT
 from quickstart_runs import SMALL, fit_in
 
-UNTRAINED = "nm: no checkpoint is given; these weights are untrained.\n"
+UNTRAINED = "nm: no checkpoint is given; these weights are untrained."
+Nm = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
@@ -23,28 +23,24 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fit_in(tmp_path_factory.mktemp("trained"), "quickstart", *SMALL)
 
 
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("COLUMNS", raising=False)
-    for handler in filtered_handlers():  # whose stream is that of the test they began in
-        monkeypatch.setattr(handler, "stream", sys.stderr)
+@pytest.fixture
+def nm(nm: Nm) -> Nm:
+    """Run `nm probe` in an empty folder and return what it answers."""
+    return partial(nm, "probe")
 
 
-def answer(capfd: pytest.CaptureFixture[str]) -> tuple[str, str]:
-    """Return what was printed, without the line of a swap."""
-    out, err = capfd.readouterr()
-    return " ".join(out.split()), re.sub(r".*NormSwap: .*\n", "", err)
+def text(lines: list[str]) -> str:
+    return " ".join(" ".join(lines).split())
 
 
 def numbers(file: str = "n.json") -> Any:
     return json.loads(Path(file).read_text())
 
 
-def test_probe_reports_on_a_config(capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["probe", "quickstart", *SMALL, "--batches", "3", "--json", "n.json"]) == 0
-    out, err = answer(capfd)
-    assert err == UNTRAINED
+def test_probe_reports_on_a_config(nm: Nm) -> None:
+    answer = nm("quickstart", *SMALL, "--batches", "3", "--json", "n.json")
+    out = text(answer.out)
+    assert (answer.code, answer.err) == (0, [UNTRAINED])
     assert "L2 op by op in half would lose no channel: σ is between" in out
     assert CAVEAT in out
     assert out.endswith("picture norm_ranges.svg numbers n.json")
@@ -56,7 +52,7 @@ def test_probe_reports_on_a_config(capfd: pytest.CaptureFixture[str]) -> None:
     assert sorted(path.name for path in Path().iterdir()) == ["n.json", "norm_ranges.svg"]
 
 
-def test_probe_finds_the_norms_that_fail(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_probe_finds_the_norms_that_fail(trained: Path, nm: Nm) -> None:
     """Scaled convolutions change nothing of the function, and everything of σ."""
     run = Path("runs/x/version_0")
     shutil.copytree(trained, run)
@@ -65,9 +61,9 @@ def test_probe_finds_the_norms_that_fail(trained: Path, capfd: pytest.CaptureFix
     for name, power in (("layer1.0.conv1", -3), ("layer3.0.conv1", 4)):
         checkpoint["state_dict"][f"net.{name}.weight"] *= 10.0**power
     torch.save(checkpoint, last)
-    assert main(["probe", str(last), "--json", "n.json", "--picture", "p.svg"]) == 0
-    out, err = answer(capfd)
-    assert err == ""
+    answer = nm(last, "--json", "n.json", "--picture", "p.svg")
+    out = text(answer.out)
+    assert (answer.code, answer.err) == (0, [])
     lost = {layer["name"]: layer["lost"] for layer in numbers()["layers"]}
     failing = {name: ways["half_l2"] for name, ways in lost.items() if ways["half_l2"]}
     assert failing == {
@@ -81,24 +77,24 @@ def test_probe_finds_the_norms_that_fail(trained: Path, capfd: pytest.CaptureFix
     assert Path("p.svg").read_text().count("100 %") == 2
 
 
-def test_probe_uses_the_weights_of_the_checkpoint(trained: Path) -> None:
+def test_probe_uses_the_weights_of_the_checkpoint(trained: Path, nm: Nm) -> None:
     last = str(trained / "checkpoints" / "last.ckpt")
     before = (trained / "checkpoints" / "last.ckpt").stat().st_mtime_ns
     sizes = []
     for words in ([last], [str(trained / "config.yaml"), "--ckpt_path", last], ["quickstart"]):
         options = SMALL if words == ["quickstart"] else []
-        assert main(["probe", *words, *options, "--batches", "1", "--json", "n.json"]) == 0
+        assert nm(*words, *options, "--batches", "1", "--json", "n.json").code == 0
         sizes.append([layer["sigma"] for layer in numbers()["layers"]])
     assert sizes[0] == sizes[1] != sizes[2]
     assert (trained / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
 
 
-def test_probe_moves_no_weight(capfd: pytest.CaptureFixture[str]) -> None:
+def test_probe_moves_no_weight(nm: Nm) -> None:
     """The first batch of two is the only one of one; a step between would move the second's σ."""
-    words = ["probe", "quickstart", *SMALL, "--json", "n.json", "--batches"]
+    words = ["quickstart", *SMALL, "--json", "n.json", "--batches"]
     found = []
     for rate in ("1e-9", "1e9"):
-        assert main([*words, "3", "--model.optimizer.lr", rate]) == 0
+        assert nm(*words, "3", "--model.optimizer.lr", rate).code == 0
         found.append(numbers()["layers"])
     assert found[0] == found[1]
 
@@ -119,22 +115,22 @@ BAD_INPUT = {
 
 
 def test_probe_prints_whole_names_on_a_narrow_terminal(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    nm: Nm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "72")
-    assert main(["probe", "quickstart", *SMALL, "--batches", "1"]) == 0
-    assert re.search(r"^ net\.layer3\.0\.bn2 .* 0 %", capfd.readouterr().out, re.MULTILINE)
+    lines = nm("quickstart", *SMALL, "--batches", "1").out
+    assert any(re.match(r" net\.layer3\.0\.bn2 .* 0 %", line) for line in lines)
 
 
 @pytest.mark.parametrize(("words", "message"), BAD_INPUT.items())
-def test_probe_reports_bad_input_in_one_line(words: str, message: str, capfd: Any) -> None:
+def test_probe_reports_bad_input_in_one_line(words: str, message: str, nm: Nm) -> None:
     Path("notes.txt").write_text("mine")
     Path("lonely.ckpt").touch()
     Path("bare.yaml").write_text(BARE)
-    assert main(["probe", *shlex.split(words)]) == 2
-    out, err = answer(capfd)
-    assert re.fullmatch(rf"nm: {message}.*\n", err.removeprefix(UNTRAINED)), err
-    assert out == ""
+    code, out, err = nm(*shlex.split(words))
+    assert (code, out) == (2, [])
+    (line,) = [line for line in err if line != UNTRAINED]
+    assert re.fullmatch(f"nm: {message}.*", line)
     assert len(list(Path().iterdir())) == 3
 
 

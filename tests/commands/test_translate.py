@@ -8,12 +8,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import pytest
 
 from nmlightning.cli import main
-from quickstart_runs import LAST, SHORT, SMALL, fit_in
+from quickstart_runs import LAST, SHORT, SMALL, Answer, fit_in
 
 OPTIONS = shlex.split(
     "--model.net.width 32 --model.net.hidden 32 --model.net.encoder_layers 1 "
@@ -21,12 +20,6 @@ OPTIONS = shlex.split(
     "--trainer.limit_train_batches 6 --trainer.limit_val_batches 0 "
     "--trainer.callbacks+ WeightNormSwap --trainer.callbacks.layers [linear]"
 )
-
-
-class Answer(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 Translate = Callable[..., Answer]

@@ -2,6 +2,7 @@
 
 import shlex
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -15,6 +16,14 @@ SHORT = shlex.split(
 DIGITS = [*SHORT, *shlex.split("--data.image_size 8 --data.batch_size 16")]
 SMALL = [*DIGITS, "--model.net.depth", "8"]
 LAST = Path("checkpoints/last.ckpt")
+
+
+class Answer(NamedTuple):
+    """What a command answered: its exit code, and what it printed, in lines or whole."""
+
+    code: int
+    out: Any
+    err: Any
 
 
 def fit_in(folder: Path, config: str, *words: str) -> Path:

@@ -75,7 +75,7 @@ EXCEPTIONS = {
 # Of the targets that are missed: what was reached, which must not be left again.
 REACHED = {
     "lines of nmlightning, Python and C++": 30_417,
-    "lines of tests": 28_320,
+    "lines of tests": 28_294,
     "files a config meets before Trainer.fit": 22,
 }
 
