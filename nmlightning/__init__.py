@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from nmlightning.export.export import export_network as export_network
     from nmlightning.export.fold import FoldReport as FoldReport
     from nmlightning.export.fold import fold_norms as fold_norms
+    from nmlightning.int8 import Int8Conv1d as Int8Conv1d
+    from nmlightning.int8 import Int8Conv2d as Int8Conv2d
+    from nmlightning.int8 import Int8Conv3d as Int8Conv3d
+    from nmlightning.int8 import Int8Linear as Int8Linear
+    from nmlightning.int8 import quantize_norm as quantize_norm
     from nmlightning.kernels import norm_backend as norm_backend
     from nmlightning.models import VGG as VGG
     from nmlightning.models import AttentionLSTM as AttentionLSTM

@@ -76,6 +76,17 @@ def test_constants_equal_the_published_table(n: int) -> None:
     )
 
 
+@pytest.mark.parametrize(("n", "deviation"), [(100, 1.12), (100_000, 1.01)])
+def test_official_constant_is_of_the_range_only(n: int, deviation: float) -> None:
+    official = gaussian_constant("range", n, constant="official")
+    assert official == pytest.approx(0.5402 / math.sqrt(2 * math.log(n)), rel=1e-4)
+    exact = gaussian_constant("range", n)
+    assert exact / official == pytest.approx(deviation, abs=0.006)  # two decimals, rounded
+    for statistic in ("l1", "linf", "topk"):
+        published = gaussian_constant(statistic, n, constant="paper")
+        assert gaussian_constant(statistic, n, constant="official") == published
+
+
 @pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 3.7, 8.0, 60.0])
 def test_lp_constant_equals_quadrature(p: float) -> None:
     nodes, weights = np.polynomial.hermite_e.hermegauss(200)

@@ -218,7 +218,7 @@ BAD_SETTINGS: dict[str, list[Any]] = {
     "eps must be finite and at least 0": [-1e-5, math.nan, math.inf, "small", False],
     "momentum must be between 0 and 1, or None": [1.5, "fast", -0.1, math.nan, True],
     "constant must be a finite number above 0": [[1], 0.0, True],
-    "constant is 'exact', 'paper', 'none' or a number above 0": ["exakt"],
+    "constant is 'exact', 'paper', 'official', 'none' or a number above 0": ["exakt"],
     "stats_dtype is None or one of float16, bfloat16, float32, float64": ["float46", "half"],
     "sync is True or False": ["no"],
     "affine is True or False": ["no"],

@@ -50,7 +50,7 @@ LAYERS = [
     ["nmlightning.callbacks", "nmlightning.translation"],
     ["nmlightning.tasks", "nmlightning.export", "nmlightning.probe", "nmlightning.compat"],
     ["nmlightning.surgery"],
-    ["nmlightning.parametrizations"],
+    ["nmlightning.parametrizations", "nmlightning.int8"],
     ["nmlightning.optim", "nmlightning.norms", "nmlightning.reports"],
     ["nmlightning.weights", "nmlightning.kernels", "nmlightning.named_code"],
     [
@@ -74,8 +74,9 @@ EXCEPTIONS = {
 }
 # Of the targets that are missed: what was reached, which must not be left again.
 REACHED = {
-    "lines of nmlightning, Python and C++": 30_417,
-    "lines of tests": 28_294,
+    "Python files": 157,
+    "lines of nmlightning, Python and C++": 31_501,
+    "lines of tests": 29_080,
     "files a config meets before Trainer.fit": 22,
 }
 

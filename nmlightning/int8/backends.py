@@ -1,0 +1,237 @@
+"""Products of quantised tensors, and which backend computes them: the one dispatch point.
+
+    y = s_x · s_w · Σ (q_x − z_x) · (q_w − z_w) + bias
+
+- formula: the definition. The whole numbers q − z as floating point, by torch's convolution. Exact
+  in float32 until a sum reaches 2²⁴, then rounded.
+- oneDNN, of convolutions on a CPU: uint8 by int8 with sums in int32.
+- `torch._int_mm`, the same for matrix products, and for 1×1 convolutions on CUDA.
+
+The latter two are by operators that torch does not document, so they are tried before.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nmlightning.int8.quantizer import Grid, centre
+from nmlightning.kernels.dispatch import FORMULA, needs_formula, requested_backend
+from nmlightning.kernels.interface import Dispatch
+
+MAX_DEPTH = (2**31 - 1) // (255 * 128)
+"""So many products of uint8 and int8 an int32 holds the sum of, whatever they are."""
+ONEDNN, INT_MM = "oneDNN int8", "torch._int_mm"
+
+
+class Convolution(NamedTuple):
+    """A convolution of (N, C, *spatial) by (O, C / groups, *kernel)."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the convolution without a bias."""
+        return torch.convolution(
+            x, weight, None, self.stride, self.padding, self.dilation, False,
+            [0] * len(self.stride), self.groups,
+        )  # fmt: skip
+
+    def input_gradient(self, grad: Tensor, weight: Tensor, shape: Sequence[int]) -> Tensor:
+        """Return the gradient by an input of a shape."""
+        return self._gradients(grad, grad.new_empty(1).expand(shape), weight, 0)
+
+    def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the gradient by the weight, of which the shape is asked only."""
+        return self._gradients(grad, x, grad.new_empty(1).expand(weight.shape), 1)
+
+    def _gradients(self, grad: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
+        mask = [which == 0, which == 1, False]
+        found: Any = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, self.stride, self.padding, self.dilation, False,
+            [0] * len(self.stride), self.groups, mask,
+        )  # fmt: skip
+        return found[which]  # type: ignore[no-any-return]
+
+    def adjoint(self, weight: Tensor) -> "tuple[Convolution, Tensor] | None":
+        """Return the convolution, and its weight, that maps a gradient to the input's.
+
+        That is by the flipped, transposed weight. None where the gradient would have to be spread
+        by a stride or cropped; a multiplication by zeros is no gain then.
+        """
+        kernel = weight.shape[2:]
+        padding = [
+            d * (k - 1) - p for d, k, p in zip(self.dilation, kernel, self.padding, strict=True)
+        ]
+        if max(self.stride) > 1 or min(padding) < 0:
+            return None
+        grouped = weight.reshape(self.groups, -1, *weight.shape[1:])
+        split = grouped.transpose(1, 2).flatten(0, 1)
+        flipped = split.flip(*range(2, weight.dim()))
+        return self._replace(padding=tuple(padding)), flipped.contiguous()
+
+
+class MatrixProduct(NamedTuple):
+    """A product of (N, K) by a weight (O, K), (N, O)."""
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return x · weightᵀ."""
+        return F.linear(x, weight)
+
+    def input_gradient(self, grad: Tensor, weight: Tensor, shape: Sequence[int]) -> Tensor:
+        """Return the gradient by the input."""
+        return grad @ weight
+
+    def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the gradient by the weight."""
+        return grad.T @ x
+
+    def adjoint(self, weight: Tensor) -> "tuple[MatrixProduct, Tensor]":
+        """Return the product, and its weight, that maps a gradient to the input's."""
+        return self, weight.T
+
+
+Operation = Convolution | MatrixProduct
+
+
+def select_backend(operation: Operation, x: Tensor, weight: Tensor) -> Dispatch:
+    """Return what computes a product of x, quantised or not, and such a weight, now, and why."""
+    if formula := needs_formula(x):
+        return formula
+    if requested_backend() == FORMULA:
+        return Dispatch(FORMULA, "asked for")
+    depth = math.prod(weight.shape[1:])
+    if depth > MAX_DEPTH:
+        return Dispatch(FORMULA, f"int32 cannot hold a sum of {depth} products")
+    if not x.numel():
+        return Dispatch(FORMULA, "no values")
+    if x.dtype == torch.float64:
+        return Dispatch(FORMULA, "no integer sums for float64")
+    if x.is_cpu:
+        name, compute = (
+            (INT_MM, _by_int_mm) if isinstance(operation, MatrixProduct) else (ONEDNN, _by_onednn)
+        )
+        reason = cpu_reason(name)
+    elif x.is_cuda:
+        name, compute, reason = INT_MM, _by_int_mm, _cuda_reason(operation, x, weight)
+    else:
+        reason = f"no integer sums for {x.device.type}"
+    return Dispatch(FORMULA, reason) if reason else Dispatch(name, "", compute)
+
+
+def select_gradient_backend(
+    operation: Operation, grad: Tensor, weight: Tensor
+) -> tuple[Dispatch, tuple[Any, Tensor] | None]:
+    """Return what computes the input's gradient, and the operation and weight it does that by.
+
+    Those are None where it is the formula, which takes torch's own way.
+    """
+    if formula := needs_formula(grad):
+        return formula, None
+    adjoint = operation.adjoint(weight)
+    if adjoint is None:
+        return Dispatch(FORMULA, "the gradient of a stride, or of more padding than kernel"), None
+    backend = select_backend(adjoint[0], grad, adjoint[1])
+    return backend, adjoint if backend.kernels else None
+
+
+def multiply(
+    backend: Dispatch, operation: Operation, q: Tensor, grid: Grid, weight: Tensor,
+    scale: Tensor, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Return y in the dtype of the grid's scale.
+
+    Args:
+        backend: what `select_backend` returned.
+        operation: what is computed.
+        q: uint8, (N, C, *).
+        grid: of q, with a 0-dimensional scale.
+        weight: q_w − z_w, int8, (O, *).
+        scale: s_w, 1 or O values.
+        bias: (O,), or None.
+    """
+    compute = backend.kernels or _by_formula
+    y: Tensor = compute(operation, q, grid, weight, scale, bias)
+    return y
+
+
+def _by_formula(
+    operation: Operation, q: Tensor, grid: Grid, weight: Tensor, scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    wide = grid.scale.dtype
+    return _scaled(operation.product(centre(q, grid, wide), weight.to(wide)), grid, scale, bias)
+
+
+def _scaled(sums: Tensor, grid: Grid, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the sums times both scales, one by one since their product may leave float32."""
+    shape = (-1, *[1] * (sums.dim() - 2))
+    y = sums.mul_(grid.scale).mul_(scale.view(shape))
+    return y if bias is None else y.add_(bias.to(y.dtype).view(shape))
+
+
+def _by_onednn(
+    operation: Operation, q: Tensor, grid: Grid, weight: Tensor, scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    ops: Any = torch.ops.onednn
+    scale = scale.flatten()
+    x, none = (q, float(grid.scale), int(grid.zero_point)), torch.zeros_like(scale, dtype=torch.int)
+    bias = None if bias is None else bias.float()
+    # of the output: its scale, zero point and dtype, and nothing that follows
+    plain: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
+    assert isinstance(operation, Convolution)
+    settings = (*map(list, operation[:3]), operation.groups)
+    packed = ops.qconv_prepack(weight, scale, 1.0, 0, *settings, list(q.shape))
+    convolve = getattr(ops, f"qconv{q.dim() - 2}d_pointwise")
+    return convolve(*x, packed, scale, none, bias, *settings, *plain)  # type: ignore[no-any-return]
+
+
+@lru_cache
+def cpu_reason(name: str) -> str:
+    """Return why this torch and CPU do not compute integer sums exactly by a backend, or nothing.
+
+    CPUs without VNNI may add two products in int16, which 2 · 255 · 127 does not fit.
+    """
+    grid = Grid(torch.tensor(1.0), torch.tensor(3.0), 8)
+    q, weight = torch.full((2, 64), 255, dtype=torch.uint8), torch.full((5, 64), 127).to(torch.int8)
+    try:
+        for dims in (0,) if name == INT_MM else (1, 2, 3):
+            each, last = (1,) * dims, (..., *[None] * dims)
+            operation = Convolution(each, (0,) * dims, each, 1) if dims else MatrixProduct()
+            compute = _by_onednn if dims else _by_int_mm
+            y = compute(operation, q[last], grid, weight[last], grid.scale.view(1), None)
+            if (y != 252 * 127 * 64).any():
+                return "this CPU adds products of int8 in int16, where they overflow"
+    except (AttributeError, RuntimeError) as error:
+        return f"this torch has no such operator: {str(error).splitlines()[0]}"
+    return ""
+
+
+def _cuda_reason(operation: Operation, x: Tensor, weight: Tensor) -> str:
+    """Return why `torch._int_mm` does not compute a product on CUDA, or nothing if it does."""
+    if isinstance(operation, Convolution):
+        pointwise = {*weight.shape[2:], *operation.stride, operation.groups} == {1}
+        if not pointwise or any(operation.padding):
+            return "CUDA has integer sums for 1×1 convolutions and matrix products only"
+    rows, depth, outputs = x.numel() // x.shape[1], x.shape[1], len(weight)
+    if rows <= 16 or depth % 8 or outputs % 8:
+        shape = f"{rows} by {depth} by {outputs}"
+        return f"torch._int_mm takes over 16 rows and multiples of 8 on CUDA, got {shape}"
+    return "" if hasattr(torch, "_int_mm") else "this torch has no torch._int_mm"
+
+
+def _by_int_mm(
+    operation: Operation, q: Tensor, grid: Grid, weight: Tensor, scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    rows = q.movedim(1, -1)
+    shifted = (rows.flatten(0, -2) ^ 128).view(torch.int8)  # q − 128
+    flat = weight.flatten(1)
+    sums = torch._int_mm(shifted, flat.T)
+    offset = (grid.zero_point - 128).to(torch.int32) * flat.sum(1, dtype=torch.int32)
+    y = (sums - offset).to(grid.scale.dtype).view(*rows.shape[:-1], -1).movedim(-1, 1)
+    return _scaled(y, grid, scale, bias)

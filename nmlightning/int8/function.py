@@ -1,0 +1,153 @@
+"""The one autograd function of a layer in int8."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from nmlightning.functional.batch_norm import differentiable
+from nmlightning.int8 import backends
+from nmlightning.int8.quantizer import (
+    Grid,
+    Rounding,
+    centre,
+    dequantize,
+    extreme,
+    make_grid,
+    quantize,
+    symmetric_grid,
+)
+from nmlightning.kernels.interface import layout_of
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+class Settings(NamedTuple):
+    """What `Int8Function` computes, and how.
+
+    Attributes:
+        operation: the convolution or matrix product.
+        bits: of the input and the weight.
+        per_channel: one scale for each output channel of the weight.
+        gradient_bits, rounding: of the output's gradient.
+        bifurcate: take the weight's gradient from the output's gradient before it is quantised.
+        weight_gradient: the dtype that the weight's gradient is computed in; float32 or bfloat16.
+        dtype: of the output.
+        group: ranks to share the gradient's range with, or None.
+        rank: of this process, so that each rounds by other random numbers.
+    """
+
+    operation: backends.Operation
+    bits: int
+    per_channel: bool
+    gradient_bits: int
+    rounding: Rounding
+    bifurcate: bool
+    weight_gradient: torch.dtype
+    dtype: torch.dtype
+    group: ProcessGroup | None
+    rank: int
+
+
+class Int8Function(torch.autograd.Function):
+    """The product of a quantised input and a quantised weight.
+
+        y = s_x · s_w · Σ (q_x − z_x)(q_w − z_w) + bias
+        ∂x = the same with Q(∂y) in the place of x and the weight's adjoint,  ∂w = x̂ · ∂y
+
+    ∂w and the bias's gradient are of ∂y as it is, or of Q(∂y) without `bifurcate`. Every quantiser
+    counts as the identity, also where it clipped. Kept for backward are the input as uint8 and the
+    weight as int8. With a scale s_o for each output channel, Q(∂y) is Q(s_o · ∂y)/s_o, since a sum
+    of integers over these channels has one scale.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: Tensor,
+        zero_point: Tensor,
+        settings: Settings,
+    ) -> Tensor:
+        """Return (N, O, *) of (N, C, *) x, by the scale and the zero point of its grid."""
+        grid = Grid(scale, zero_point, settings.bits)
+        weight_grid = symmetric_grid(weight, settings.bits, settings.per_channel)
+        with _without_autocast(x.device.type):
+            q = quantize(x, grid)
+            whole = centre(quantize(weight, weight_grid), weight_grid, torch.int8)
+            backend = backends.select_backend(settings.operation, x, weight)
+            y = backends.multiply(
+                backend, settings.operation, q, grid, whole, weight_grid.scale, bias
+            )
+        ctx.save_for_backward(q, whole, scale, zero_point, weight_grid.scale)
+        ctx.settings, ctx.backend, ctx.is_last = settings, backend, _has_channels_last(x, weight)
+        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        return _laid_out(y.to(settings.dtype), ctx.is_last)
+
+    @staticmethod
+    @differentiable()
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients by x, the weight and the bias."""
+        settings: Settings = ctx.settings
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        grad_x = grad_weight = grad_bias = None
+        with _without_autocast(grad.device.type):
+            if wants_x or not settings.bifurcate:
+                grad_x, rounded = _input_gradient(ctx, grad)
+                grad = grad if settings.bifurcate else rounded
+            if wants_weight:
+                grad_weight = _weight_gradient(ctx, grad).to(ctx.dtypes[1])
+            if wants_bias:
+                dims = [dim for dim in range(grad.dim()) if dim != 1]
+                grad_bias = grad.sum(dims, dtype=ctx.saved_tensors[2].dtype).to(ctx.dtypes[2])
+        return grad_x if wants_x else None, grad_weight, grad_bias, None, None, None
+
+
+def _input_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradient by x, and the output's gradient as it was quantised for it."""
+    q, weight, scale, _, weight_scale = ctx.saved_tensors
+    settings: Settings = ctx.settings
+    largest = weight_scale.amax()
+    relative = (weight_scale / largest).view(-1, *[1] * (grad.dim() - 2))
+    scaled = grad * relative if settings.per_channel else grad
+    grid = make_grid(*extreme(scaled, settings.group), settings.gradient_bits)
+    q_grad = quantize(scaled, grid, settings.rounding, stream=settings.rank)
+    rounded = dequantize(q_grad, grid) / relative if not settings.bifurcate else grad
+    backend, adjoint = ctx.backend, None
+    if backend.kernels is not None:
+        backend, adjoint = backends.select_gradient_backend(settings.operation, grad, weight)
+    if adjoint is None:
+        steps = centre(q_grad, grid, scale.dtype)
+        found = settings.operation.input_gradient(steps, weight.to(scale.dtype), q.shape)
+        found = found.mul_(grid.scale).mul_(largest)
+    else:
+        operation, flipped = adjoint
+        found = backends.multiply(backend, operation, q_grad, grid, flipped, largest, None)
+    return _laid_out(found.to(ctx.dtypes[0]), ctx.is_last), rounded
+
+
+def _weight_gradient(ctx: Any, grad: Tensor) -> Tensor:
+    q, weight, scale, zero_point, _ = ctx.saved_tensors
+    settings: Settings = ctx.settings
+    dtype = settings.weight_gradient if scale.dtype == torch.float32 else scale.dtype
+    x = centre(q, Grid(scale, zero_point, settings.bits), dtype)
+    found = settings.operation.weight_gradient(grad.to(dtype), x, weight)
+    return found.to(scale.dtype).mul_(scale)
+
+
+def _without_autocast(device: str) -> torch.autocast:
+    known = torch.amp.is_autocast_available(device)  # it is not for meta tensors
+    return torch.autocast(device if known else "cpu", enabled=False)
+
+
+def _has_channels_last(x: Tensor, weight: Tensor) -> bool:
+    return x.dim() in _CHANNELS_LAST and "NHWC" in (layout_of(x), layout_of(weight))
+
+
+def _laid_out(y: Tensor, is_last: bool) -> Tensor:
+    return y.contiguous(
+        memory_format=_CHANNELS_LAST[y.dim()] if is_last else torch.contiguous_format
+    )

@@ -1,0 +1,287 @@
+"""Convolutions and linear layers that train and evaluate in 8 bits or fewer."""
+
+import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nmlightning.errors import InputError, check_choice, check_flag
+from nmlightning.int8.backends import (
+    Convolution,
+    MatrixProduct,
+    Operation,
+    select_backend,
+    select_gradient_backend,
+)
+from nmlightning.int8.function import Int8Function, Settings
+from nmlightning.int8.quantizer import Rounding, check_bits
+from nmlightning.int8.ranges import (
+    RANGES,
+    input_grid,
+    ranks_to_share_with,
+    register_range,
+    this_rank,
+)
+from nmlightning.kernels.interface import Dispatch
+from nmlightning.norms.batch_norm_base import check_momentum
+
+WeightGradient = Literal["float32", "bfloat16"]
+WeightRange = Literal["tensor", "channel"]
+_SAMPLES = 32  # of an input to ask the backends with; torch._int_mm wants more than 16 rows
+
+
+class Int8Layer(nn.Module):
+    """What the layers below share; by `isinstance` it finds them all.
+
+        y = s_x · s_w · Σ (q_x − z_x)(q_w − z_w) + bias
+
+    The input is quantised to the nearest number of a grid over the mean range of the batch's
+    samples, in evaluation over the running mean of that range; the weight over ±max|w|, in each
+    forward. The gradient of the output is quantised over its extremes, rounded stochastically, for
+    the input's gradient only: those of the weight and the bias are taken from it as it is
+    (bifurcation). Weights, biases, outputs and gradients are floating point. Evaluation draws no
+    random numbers and depends on a sample's own values only. The state is torch's and
+    `running_min`, `running_max` and `num_ranges_tracked`. All is 0 where a tensor is, and NaN where
+    one holds a value that is not finite, which leaves the running range alone. Before any batch
+    evaluation uses the range of its input. Of a second derivative there is none.
+
+    In traced code, by `torch.compile`, all is computed by the formula, elsewhere in integers where
+    the device can; `backend_for` and `describe_backends` tell.
+
+    Args:
+        bits: of the input and the weight, 2 … 8.
+        gradient_bits: of the output's gradient, 2 … 8.
+        rounding: of that gradient, "stochastic" or "nearest". The random numbers are of torch's
+            generator, and other ones on each rank.
+        bifurcate: whether the weight's gradient is kept from being quantised.
+        weight_gradient: the dtype that the weight's gradient is computed in, "float32" or
+            "bfloat16", which is faster; the weight's gradient then has 8 bits of mantissa.
+        weight_range: one scale for the "tensor", or for each output "channel".
+        momentum: of the newest batch in the running range; None averages all equally. The first
+            batch counts whole.
+        sync: share the ranges of a batch and of its gradient among all ranks.
+
+    Raises:
+        InputError: a setting outside what is allowed; an input of another shape.
+
+    Source: Banner et al. 2018 (arXiv 1805.11046).
+    """
+
+    weight: Tensor
+    bias: Any  # a parameter, or None
+
+    def set_up(
+        self, bits: int = 8, gradient_bits: int = 8, rounding: Rounding = "stochastic",
+        bifurcate: bool = True, weight_gradient: WeightGradient = "float32",
+        weight_range: WeightRange = "tensor", momentum: float | None = 0.1, sync: bool = False,
+    ) -> None:  # fmt: skip
+        """Set the options, and add a running range; that is all which torch's layer lacks."""
+        check_choice("rounding", rounding, ("stochastic", "nearest"))
+        check_choice("weight_gradient", weight_gradient, ("float32", "bfloat16"))
+        check_choice("weight_range", weight_range, ("tensor", "channel"))
+        self.bits = check_bits("bits", bits)
+        self.gradient_bits = check_bits("gradient_bits", gradient_bits)
+        self.rounding, self.weight_gradient, self.weight_range = (
+            rounding, weight_gradient, weight_range,
+        )  # fmt: skip
+        self.bifurcate = check_flag("bifurcate", bifurcate)
+        self.momentum = check_momentum(momentum)
+        self.sync = check_flag("sync", sync)
+        register_range(self)
+
+    def backend_for(self, input: Tensor) -> Dispatch:
+        """Return what computes the output of such a (N, C, *) input, and why, without running."""
+        return select_backend(self._operation(), input, self.weight)
+
+    def _operation(self) -> Operation:
+        raise NotImplementedError
+
+    def _multiply(self, input: Tensor, rows: Tensor) -> Tensor:
+        """Return the product of the input, of which `rows` is a view (N, C, *)."""
+        device = input.device.type
+        casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        is_double = input.dtype == torch.float64  # which autocast leaves alone
+        group = ranks_to_share_with(self, self.sync)
+        grid = input_grid(self, input, self.bits, self.momentum, group)
+        settings = Settings(
+            self._operation(),
+            self.bits,
+            self.weight_range == "channel",
+            self.gradient_bits,
+            self.rounding,
+            self.bifurcate,
+            getattr(torch, self.weight_gradient),
+            torch.get_autocast_dtype(device) if casts and not is_double else input.dtype,
+            group,
+            this_rank(),
+        )
+        y: Tensor = Int8Function.apply(
+            rows, self.weight, self.bias, grid.scale, grid.zero_point, settings
+        )
+        return y
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Int8Layer":
+        """Move and cast the layer, but keep the running range in float32."""
+        ranges = [getattr(self, name) for name in RANGES]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in zip(RANGES, ranges, strict=True):
+            setattr(self, name, before.to(getattr(self, name).device))
+        return self
+
+    def extra_repr(self) -> str:
+        """Return torch's, and the options that are not the default."""
+        options = inspect.signature(Int8Layer.set_up).parameters.values()
+        values = {o.name: getattr(self, o.name) for o in options if o.default is not o.empty}
+        shown = (
+            f"{o.name}={values[o.name]!r}"
+            for o in options
+            if o.default != values.get(o.name, o.default)
+        )
+        return ", ".join([super().extra_repr(), *shown])
+
+
+class Int8Conv(Int8Layer):
+    """A convolution in int8; use `Int8Conv1d`, `Int8Conv2d` or `Int8Conv3d`."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: Any  # as torch has it
+    in_channels: int
+    _reversed_padding_repeated_twice: list[int]
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1, padding: int | tuple[int, ...] | str = 0,
+        dilation: int | tuple[int, ...] = 1, groups: int = 1, bias: bool = True,
+        padding_mode: str = "zeros", device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None, *, bits: int = 8, gradient_bits: int = 8,
+        rounding: Rounding = "stochastic", bifurcate: bool = True,
+        weight_gradient: WeightGradient = "float32", weight_range: WeightRange = "tensor",
+        momentum: float | None = 0.1, sync: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device, dtype,
+        )  # fmt: skip
+        self.set_up(
+            bits, gradient_bits, rounding, bifurcate, weight_gradient, weight_range, momentum, sync
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the (N, O, *) convolution of (N, C, *), or of (C, *), in its dtype."""
+        dims = self.weight.dim()
+        if input.dim() not in (dims - 1, dims) or input.shape[1 - dims] != self.in_channels:
+            raise InputError(
+                f"{type(self).__name__} takes (N, {self.in_channels}, *) inputs of {dims} "
+                f"dimensions, or one sample of these, got {tuple(input.shape)}."
+            )
+        batch = input if input.dim() == dims else input.unsqueeze(0)
+        y = self._multiply(batch, self._padded(batch))
+        return y if input.dim() == dims else y.squeeze(0)
+
+    def _pads(self) -> list[int]:
+        """Return how much each side of each dimension is padded, the last dimension first."""
+        return self._reversed_padding_repeated_twice
+
+    def _pads_by_itself(self) -> bool:
+        pads = self._pads()
+        return self.padding_mode == "zeros" and pads[::2] == pads[1::2]
+
+    def _padded(self, batch: Tensor) -> Tensor:
+        """Return the batch with the padding that a convolution does not do itself."""
+        if self._pads_by_itself():
+            return batch
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return F.pad(batch, self._pads(), mode)
+
+    def _operation(self) -> Convolution:
+        none = (0,) * len(self.stride)
+        padding = tuple(self._pads()[::-2]) if self._pads_by_itself() else none
+        return Convolution(self.stride, padding, self.dilation, self.groups)
+
+
+class Int8Conv1d(Int8Conv, nn.Conv1d):
+    """`nn.Conv1d` in int8; see `Int8Layer`."""
+
+
+class Int8Conv2d(Int8Conv, nn.Conv2d):
+    """`nn.Conv2d` in int8; see `Int8Layer`.
+
+    Examples:
+        >>> layer = Int8Conv2d(16, 32, 3, padding=1, gradient_bits=4)
+        >>> layer(torch.randn(8, 16, 7, 7)).shape
+        torch.Size([8, 32, 7, 7])
+    """
+
+
+class Int8Conv3d(Int8Conv, nn.Conv3d):
+    """`nn.Conv3d` in int8; see `Int8Layer`."""
+
+
+class Int8Linear(Int8Layer, nn.Linear):
+    """`nn.Linear` in int8; see `Int8Layer`.
+
+    Examples:
+        >>> Int8Linear(16, 32)(torch.randn(8, 5, 16)).shape
+        torch.Size([8, 5, 32])
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
+        bits: int = 8, gradient_bits: int = 8, rounding: Rounding = "stochastic",
+        bifurcate: bool = True, weight_gradient: WeightGradient = "float32",
+        weight_range: WeightRange = "tensor", momentum: float | None = 0.1, sync: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.set_up(
+            bits, gradient_bits, rounding, bifurcate, weight_gradient, weight_range, momentum, sync
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the (N, *, O) product of (N, *, C), or of (C,), in its dtype."""
+        if not input.dim() or input.shape[-1] != self.in_features:
+            raise InputError(
+                f"{type(self).__name__} takes inputs of {self.in_features} features, "
+                f"got {tuple(input.shape)}."
+            )
+        batch = input if input.dim() > 1 else input.unsqueeze(0)
+        y = self._multiply(batch, batch.reshape(-1, self.in_features))
+        return y.view(*input.shape[:-1], self.out_features)
+
+    def _operation(self) -> MatrixProduct:
+        return MatrixProduct()
+
+
+INT8_CLASSES: Mapping[type[nn.Module], type[Int8Layer]] = MappingProxyType(
+    {
+        nn.Conv1d: Int8Conv1d,
+        nn.Conv2d: Int8Conv2d,
+        nn.Conv3d: Int8Conv3d,
+        nn.Linear: Int8Linear,
+    }
+)
+"""What each of torch's classes is in int8: an object becomes it by its `__class__` and `set_up`."""
+
+
+def describe_backends(model: nn.Module) -> dict[str, tuple[Dispatch, Dispatch]]:
+    """Return, for each int8 layer by name, what computes its output and its input's gradient.
+
+    As of now, for float32 batches of more than 16 values a channel on the weight's device.
+    """
+    found = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, Int8Layer):
+            weight, operation = layer.weight.detach(), layer._operation()
+            groups = operation.groups if isinstance(operation, Convolution) else 1
+            shapes = [(_SAMPLES, weight.shape[1] * groups), (_SAMPLES, len(weight))]
+            x, grad = (weight.new_empty(1).float().expand(*s, *weight.shape[2:]) for s in shapes)
+            gradient = select_gradient_backend(operation, grad, weight)[0]
+            found[name] = select_backend(operation, x, weight), gradient
+    return found
