@@ -140,7 +140,8 @@ def test_no_class_path_makes_a_file_of_the_current_folder_run(
     Path("claimed-1.dist-info").mkdir()
     Path("claimed-1.dist-info/top_level.txt").write_text("claimed")
     Path("claimed-1.dist-info/METADATA").write_text("Name: claimed")
-    monkeypatch.setattr(named_code, "_packages", cache(packages_distributions))  # no other test's
+    if named == "claimed.Net":  # what is cached for the others saw no such folder
+        monkeypatch.setattr(named_code, "_packages", cache(packages_distributions))
     for file in ("last", "évil", "evil", "evil-2", "google/évil", "claimed"):
         Path(f"{file}.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
     stored = {"_class_path": "nmlightning.tasks.ImageClassifier", "_instantiator": "a.b"}

@@ -303,5 +303,5 @@ def test_many_gradients_at_once_equal_single_ones(net: nn.Module, images: Tensor
     rows = torch.eye(5)[:, None].expand(5, 4, 5)
     many = torch.autograd.grad(y, of, rows, retain_graph=True, is_grads_batched=True)
     single = [torch.autograd.grad(y, of, row, retain_graph=True) for row in rows]
-    for own, others in zip(many, zip(*single, strict=True), strict=True):
-        torch.testing.assert_close(own, torch.stack(others))
+    stacked = tuple(map(torch.stack, zip(*single, strict=True)))
+    torch.testing.assert_close(many, stacked)

@@ -76,7 +76,7 @@ EXCEPTIONS = {
 REACHED = {
     "Python files": 157,
     "lines of nmlightning, Python and C++": 31_501,
-    "lines of tests": 29_080,
+    "lines of tests": 29_077,
     "files a config meets before Trainer.fit": 22,
 }
 
