@@ -3,14 +3,15 @@
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
+from typing import Any
 
 import torch
 from interleaved import Call
 from sampled import Rounds, sample_rounds
 from speed_plan import Plan
 from targets import Bound, Measurement, Result
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from training_step import make_step
 from translation import make_step as make_translation_step
@@ -76,6 +77,22 @@ def by_torch(net: nn.Module) -> None:
         parametrizations.weight_norm(conv)
 
 
+class Rest(torch.autograd.Function):
+    """Gives the weights their gradients from inside of backward, as the rest of a network does.
+
+    `torch.autograd.grad` checks each gradient that it is given, which no training step pays for.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grads: Sequence[Tensor], *weights: Tensor) -> Tensor:
+        ctx.grads = grads
+        return weights[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        return None, *ctx.grads
+
+
 def make_addition(net: nn.Module, normalise: Callable[[nn.Module], object]) -> Call:
     """Return what normalised weights add to a step, but to the first.
 
@@ -89,7 +106,7 @@ def make_addition(net: nn.Module, normalise: Callable[[nn.Module], object]) -> C
     net.forward = lambda: [layer.weight for layer in layers]  # what a forward reads
 
     def run() -> None:
-        torch.autograd.grad(net(), originals, grads)
+        torch.autograd.grad(Rest.apply(grads, *net()), originals)  # type: ignore[no-untyped-call]
         idle.step()
 
     return run

@@ -5,7 +5,6 @@
 #include <memory>
 
 #include "batch_norm.h"
-#include "sign_bits.h"
 
 namespace nmlightning {
 

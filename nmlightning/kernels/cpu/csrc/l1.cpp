@@ -1,7 +1,4 @@
 // L1: ŝ = constant · mean|x − μ|, whose slope is s = +1 where x > μ and −1 elsewhere.
-#include <cmath>
-
-#include "batch_norm.h"
 #include "gradients.h"
 
 namespace nmlightning {

@@ -3,11 +3,6 @@
 // The k largest are not below the k-th largest maximum of a block, and the maximum of |x − μ| in a
 // block is that of max x − μ and μ − min x. So one pass gives sums and extremes, before μ is known,
 // and only the blocks with a large maximum are searched.
-#include <cmath>
-#include <functional>
-#include <limits>
-
-#include "batch_norm.h"
 #include "gradients.h"
 
 namespace nmlightning {
@@ -46,16 +41,14 @@ struct Blocks {
   void each_element(int64_t b, int64_t c, Part part) const {
     const Layout& layout = slab.layout;
     const int64_t in_sample = rows() ? layout.repeats : in_run;  // blocks of the channel
-    const int64_t group = b / in_sample, place = b % in_sample;
-    const auto call = [&](int64_t position) { part(position, layout.offset(position, c)); };
-    if (!by_place) {
-      const int64_t lane = place % LANES, from = (place - lane) * length;
-      const int64_t end = std::min(from + LANES * length, layout.size);
-      for (int64_t i = from + lane; i < end; i += LANES) call(group * layout.size + i);
-      return;
-    }
-    const int64_t end = std::min((group + 1) * samples, slab.samples());
-    for (int64_t sample = group * samples; sample < end; sample++) call(sample * in_sample + place);
+    const int64_t group = b / in_sample, place = b % in_sample, lane = by_place ? 0 : place % LANES;
+    const int64_t before = by_place ? group * samples * in_sample : group * layout.size;
+    const int64_t from = before + (by_place ? place : (place - lane) * length + lane);
+    const int64_t end = by_place ? std::min(before + samples * in_sample, layout.count())
+                                 : std::min(from - lane + LANES * length, before + layout.size);
+    const int64_t step = by_place ? in_sample : LANES;
+    const int64_t apart = step * (by_place ? layout.channels : 1);
+    for (int64_t i = from, at = layout.offset(from, c); i < end; i += step, at += apart) part(i, at);
   }
 };
 
@@ -185,51 +178,51 @@ Extremes find_extremes(const Blocks& blocks, const T* x, const float* first) {
 }
 
 struct Candidate {
-  float size;
-  int64_t place;
-
-  bool operator<(const Candidate& other) const {
-    return size != other.size ? size > other.size : place < other.place;
-  }
+  float deviation;
+  int64_t position;
 };
 
-// Returns the k-th largest value, or 0 where there are fewer: k elements are at least as large.
-inline float kth_largest(const std::vector<float>& values, int64_t k) {
-  if (int64_t(values.size()) < k) return 0.f;
-  std::vector<float> largest(k);
-  std::partial_sort_copy(values.begin(), values.end(), largest.begin(), largest.end(),
-                         std::greater<>());
-  return largest.back();
+// Returns what k of n values reach, to 7 bits of the most that they do, or 0 where there are fewer.
+inline float reached_by(int64_t k, const float* values, int64_t n) {
+  uint32_t least = 0;
+  for (uint32_t bit = 1u << 30; bit >> 16; bit >>= 1) {
+    const float tried = same_bits<float>(least | bit);
+    int32_t count = 0;
+#pragma omp simd reduction(+ : count)
+    for (int64_t i = 0; i < n; i++) count += values[i] >= tried;
+    if (count >= k) least |= bit;
+  }
+  return same_bits<float>(least);
 }
 
 // Finds the k largest |x − mean| of a channel: the first among equals, 0 at position 0 where there
-// are fewer elements, and no position but 0 where the mean is not finite.
+// are fewer elements, and no position but 0 where the mean is not finite. `sizes` are its blocks'.
 template <class T>
-void select(const Blocks& blocks, const Extremes& extremes, const T* x, float mean, int64_t c,
-            int64_t k, int64_t* positions, float* deviations) {
+void select(const Blocks& blocks, const float* sizes, const T* x, float mean, int64_t c, int64_t k,
+            std::vector<Candidate>& found, int64_t* positions, float* deviations) {
   const bool finite = std::isfinite(mean);
   std::fill(positions, positions + k, 0);
   std::fill(deviations, deviations + k, finite ? 0.f : mean);
   if (!finite) return;
-  std::vector<float> sizes(blocks.count());
+  const float least = reached_by(k, sizes, blocks.count());
+  size_t count = 0;
   for (int64_t b = 0; b < blocks.count(); b++) {
-    const int64_t at = blocks.at(b, c);
-    sizes[b] = std::max(extremes.highest[at] - mean, mean - extremes.lowest[at]);
+    if (!(sizes[b] >= least)) continue;
+    found.resize(std::max(found.size(), count + blocks.length + 1));
+    // Without a branch, so that the processor asks for the next before it has the last.
+    blocks.each_element(b, c, [&](int64_t position, int64_t offset) {
+      found[count] = {load(x[offset]) - mean, position};
+      count += std::fabs(found[count].deviation) >= least;
+    });
   }
-  const float least = kth_largest(sizes, k);
-  std::vector<Candidate> candidates;
-  for (int64_t b = 0; b < blocks.count(); b++)
-    if (sizes[b] >= least)
-      blocks.each_element(b, c, [&](int64_t position, int64_t offset) {
-        const float size = std::fabs(load(x[offset]) - mean);
-        if (size >= least) candidates.push_back({size, position});
-      });
-  const int64_t found = std::min<int64_t>(k, candidates.size());
-  std::partial_sort(candidates.begin(), candidates.begin() + found, candidates.end());
-  const Layout& layout = blocks.slab.layout;
-  for (int64_t i = 0; i < found; i++) {
-    positions[i] = candidates[i].place;
-    deviations[i] = load(x[layout.offset(positions[i], c)]) - mean;
+  const int64_t kept = std::min<int64_t>(k, count);
+  std::partial_sort(found.begin(), found.begin() + kept, found.begin() + count, [](auto a, auto b) {
+    const float own = std::fabs(a.deviation), other = std::fabs(b.deviation);
+    return own != other ? own > other : a.position < b.position;
+  });
+  for (int64_t i = 0; i < kept; i++) {
+    positions[i] = found[i].position;
+    deviations[i] = found[i].deviation;
   }
 }
 
@@ -237,11 +230,23 @@ template <class T>
 void find_largest(const Blocks& blocks, const Extremes& extremes, const T* x, const float* mean,
                   int64_t k, int64_t* positions, float* deviations) {
   const Slab& slab = blocks.slab;
-  const auto find = [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; c++)
-      select(blocks, extremes, x, mean[c], c, k, positions + c * k, deviations + c * k);
+  const int64_t count = blocks.count(), together = blocks.rows() ? 1 : blocks.in_run;
+  // Of LANES channels at once, since the extremes of these lie beside each other in NHWC.
+  const auto find = [&](int64_t from, int64_t to, std::vector<float>& sizes, auto& found) {
+    for (int64_t b = 0; b < count; b += together)
+      for (int64_t c = from; c < to; c++)
+        for (int64_t i = 0, at = blocks.at(b, c); i < together; i++)
+          sizes[(c - from) * count + b + i] = std::max(extremes.highest[at + i] - mean[c],
+                                                       mean[c] - extremes.lowest[at + i]);
+    for (int64_t c = from; c < to; c++)
+      select(blocks, &sizes[(c - from) * count], x, mean[c], c, k, found, positions + c * k,
+             deviations + c * k);
   };
-  at::parallel_for(slab.first(), slab.last(), slab.width() / slab.parts() + 1, find);
+  at::parallel_for(slab.first(), slab.last(), slab.width() / slab.parts() + 1, [&](auto c, auto end) {
+    std::vector<float> sizes(LANES * count);
+    std::vector<Candidate> found;
+    for (; c < end; c += LANES) find(c, std::min<int64_t>(end, c + LANES), sizes, found);
+  });
 }
 
 template <class T>

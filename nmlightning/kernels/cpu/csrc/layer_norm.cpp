@@ -117,7 +117,7 @@ void normalise(const RowNorm& of, const T* x, const float* weight, const float* 
 }
 
 // Writes the gradients by R rows of x, and adds to the sums of weight and bias, if there are any.
-template <int R, bool weighted, class T>
+template <int R, bool weighted, bool centred, class T>
 void differentiate_rows(const RowNorm& of, const T* grad, const T* x, const float* weight,
                         const RowValues& values, int64_t row, T* grad_x, float* weight_sums,
                         float* bias_sums) {
@@ -131,14 +131,16 @@ void differentiate_rows(const RowNorm& of, const T* grad, const T* x, const floa
       auto inner = in(g);
       if constexpr (weighted) inner *= in(weight);
       const auto d = in(p) - middle;
-      sums[0] += inner;
-      sums[1] += inner * d;
-      sums[2] += d > 0.f ? in(Same{1.f}) : in(Same{-1.f});
+      sums[0] += inner * d;
+      if constexpr (centred) {
+        sums[1] += inner;
+        sums[2] += d > 0.f ? in(Same{1.f}) : in(Same{-1.f});
+      }
     };
-    add_sums<3>(n, terms, totals);
+    add_sums<centred ? 3 : 1>(n, terms, totals);
     inverse[r] = values.inverse[row + r];
-    const double each = values.pull[row + r] * (totals[1] * inverse[r] * share);
-    const double shift = of.centred ? (each * totals[2] - totals[0]) * share : 0;
+    const double each = values.pull[row + r] * (totals[0] * inverse[r] * share);
+    const double shift = (each * totals[2] - totals[1]) * share;
     above[r] = float(inverse[r] * (shift - each));
     below[r] = float(inverse[r] * (shift + each));
   }
@@ -175,15 +177,18 @@ void differentiate(const RowNorm& of, const T* grad, const T* x, const float* we
       const int64_t end = of.rows * (part + 1) / parts;
       for (int64_t row = of.rows * part / parts, to; row < end;) {
         std::fill(sums.begin(), sums.end(), 0.f);
+        to = std::min(end, row + ROWS_IN_FLOAT);
         with_flag(weight != nullptr, [&](auto weighted) {
-          const auto write = [&]<int R>(Number<R>) {
-            for (; row + R <= to; row += R)
-              differentiate_rows<R, weighted>(of, grad + row * n, x + row * n, weight, values, row,
-                                              grad_x + row * n, sums.data(), sums.data() + n);
-          };
-          to = std::min(end, row + ROWS_IN_FLOAT);
-          if (n * int64_t(sizeof(T)) >= LONG_ROW) write(Number<ROWS_AT_ONCE>{});
-          write(Number<1>{});
+          with_flag(of.centred, [&](auto centred) {
+            const auto write = [&]<int R>(Number<R>) {
+              for (; row + R <= to; row += R)
+                differentiate_rows<R, weighted, centred>(of, grad + row * n, x + row * n, weight,
+                                                         values, row, grad_x + row * n, sums.data(),
+                                                         sums.data() + n);
+            };
+            if (n * int64_t(sizeof(T)) >= LONG_ROW) write(Number<ROWS_AT_ONCE>{});
+            write(Number<1>{});
+          });
         });
         for (int64_t i = 0; i < length; i++) totals[part * length + i] += sums[i];
       }

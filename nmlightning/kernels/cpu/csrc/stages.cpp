@@ -1,7 +1,4 @@
 // The parts of a batch norm, for ranks that share their statistics between them.
-#include <cmath>
-
-#include "batch_norm.h"
 #include "gradients.h"
 
 namespace nmlightning {

@@ -4,13 +4,10 @@
 // A channel is a row of memory. Each is worked on by one thread: their number changes no result.
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
-#include <ATen/Parallel.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <cmath>
 #include <numeric>
 
 #include "tensors.h"
@@ -18,7 +15,6 @@
 namespace nmlightning {
 namespace {
 
-using at::Tensor;
 using at::TensorList;
 using torch::autograd::Node;
 using torch::autograd::variable_list;
