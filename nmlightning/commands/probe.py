@@ -29,7 +29,14 @@ def run(arguments: list[str]) -> int:
     ranges = run_batches(words[1:], paths, given.batches)
     show(ranges.table())
     print_words(ranges.describe())
-    _write(given, ranges)
+    files.write_file("--picture", given.picture, report.draw_ranges(ranges.layers, *_bands(ranges)))
+    print_line("picture", given.picture)
+    if given.json:
+        content = {"generator": "nm probe", **ranges.as_plain()}
+        files.write_file(
+            "--json", given.json, json.dumps(content, indent=1, allow_nan=False) + "\n"
+        )
+        print_line("numbers", given.json)
     return 0
 
 
@@ -78,17 +85,6 @@ def _experiment(name: str, options: Sequence[str]) -> list[str]:
     if config:  # which nobody has named
         check_named_code(files.read_config(str(config)), str(config))
     return [*(["--config", str(config)] if config else []), "--ckpt_path", name]
-
-
-def _write(given: argparse.Namespace, ranges: report.NormRanges) -> None:
-    files.write_file("--picture", given.picture, report.draw_ranges(ranges.layers, *_bands(ranges)))
-    print_line("picture", given.picture)
-    if given.json:
-        content = {"generator": "nm probe", **ranges.as_plain()}
-        files.write_file(
-            "--json", given.json, json.dumps(content, indent=1, allow_nan=False) + "\n"
-        )
-        print_line("numbers", given.json)
 
 
 def _bands(ranges: report.NormRanges) -> list[report.Band]:

@@ -181,24 +181,34 @@ def _loss_cell(share: float | None, label: str = "") -> "Text":
     return Text(format_loss(share) + label, "red" if share else "")
 
 
-def verdict(ranges: NormRanges) -> list[str]:
-    """Return the answer, its reason, and what it does not cover, a sentence or two each."""
-    return [
-        *_nonfinite_layers(ranges),
-        *_unfixable_channels(ranges),
-        _fp16_losses(ranges),
-        *_effect_of_swap(ranges),
-        CAVEAT,
-    ]
-
-
-def _nonfinite_layers(ranges: NormRanges) -> Iterator[str]:
+def verdict(ranges: NormRanges) -> Iterator[str]:
+    """Yield the answer, its reason, and what it does not cover, a sentence or two each."""
     broken = [layer.name for layer in ranges.layers if not np.isfinite(layer.scales).all()]
     if broken:
         yield (
             f"The network itself gives inf or NaN in float32, to {_count(broken)}: first to "
             f"{broken[0]}."
         )
+    lost = [layer for layer in ranges.layers if layer.input_share()]
+    if lost:
+        worst = max(lost, key=LayerRanges.input_share)
+        yield (
+            f"{format_loss(ranges.input_share())} of the channels are lost before any norm, since "
+            f"float16 does not hold x: most in {worst.name}, where |x − μ| is up to "
+            f"{worst.largest_deviation:.3g} and |μ| up to {worst.offset:.3g} σ. No swap helps "
+            "there."
+        )
+    yield _fp16_losses(ranges)
+    left = format_loss(ranges.lost_share(REMEDY))
+    if ranges.losing_layers(FAILING):
+        others = [norm for norm in ranges.norms if norm not in (FAILING, REMEDY)]
+        shares = (f"{NAMES[norm]} {format_loss(ranges.lost_share(norm))}" for norm in others)
+        yield f"Swapping to {REMEDY} brings that to {left} ({', '.join(shares)})."
+    elif ranges.losing_layers(REMEDY):
+        yield f"{NAMES[REMEDY]} would lose {left}."
+    else:
+        yield "A swap gains nothing in half."
+    yield CAVEAT
 
 
 def _fp16_losses(ranges: NormRanges) -> str:
@@ -217,34 +227,6 @@ def _fp16_losses(ranges: NormRanges) -> str:
         f"{NAMES[FAILING]} in half would lose {format_loss(ranges.lost_share(FAILING))} of the "
         f"channels, in {len(losing)} of {_count(ranges.layers)} ({how})."
     )
-
-
-def _effect_of_swap(ranges: NormRanges) -> Iterator[str]:
-    if not ranges.losing_layers(FAILING):
-        if ranges.losing_layers(REMEDY):
-            yield f"{NAMES[REMEDY]} would lose {format_loss(ranges.lost_share(REMEDY))}."
-        else:
-            yield "A swap gains nothing in half."
-        return
-    others = ", ".join(
-        f"{NAMES[norm]} {format_loss(ranges.lost_share(norm))}"
-        for norm in ranges.norms
-        if norm not in (FAILING, REMEDY)
-    )
-    left = format_loss(ranges.lost_share(REMEDY))
-    yield f"Swapping to {REMEDY} brings that to {left} ({others})."
-
-
-def _unfixable_channels(ranges: NormRanges) -> Iterator[str]:
-    lost = [layer for layer in ranges.layers if layer.input_share()]
-    if lost:
-        worst = max(lost, key=LayerRanges.input_share)
-        yield (
-            f"{format_loss(ranges.input_share())} of the channels are lost before any norm, since "
-            f"float16 does not hold x: most in {worst.name}, where |x − μ| is up to "
-            f"{worst.largest_deviation:.3g} and |μ| up to {worst.offset:.3g} σ. No swap helps "
-            "there."
-        )
 
 
 def _count(layers: object) -> str:

@@ -82,7 +82,7 @@ def test_format_loss_rounds_nothing_away(share: float | None, words: str) -> Non
 
 
 def test_verdict_of_failing_layers() -> None:
-    assert verdict(FAILS) == [
+    assert list(verdict(FAILS)) == [
         "L2 op by op in half would lose 42 % of the channels, in 2 of 3 layers (33 % dead, 8 % "
         "NaN gradient).",
         "Swapping to l1 brings that to 0 % (L∞ 0 %, Top(10) 0 %).",
@@ -91,7 +91,7 @@ def test_verdict_of_failing_layers() -> None:
 
 
 def test_verdict_without_losses() -> None:
-    assert verdict(of(layer())) == [
+    assert list(verdict(of(layer()))) == [
         "L2 op by op in half would lose no channel: σ is between 0.5 and 2.",
         "A swap gains nothing in half.",
         CAVEAT,
@@ -112,7 +112,7 @@ def test_verdict_of_unfixable_channels() -> None:
 
 def test_verdict_counts_losses_of_the_remedy() -> None:
     ranges = of(layer(lost={"half_l2": {"dead": 2}, "l1": {"wrong": 1}}))
-    assert verdict(ranges)[1] == "Swapping to l1 brings that to 25 % (L∞ 0 %, Top(10) 0 %)."
+    assert list(verdict(ranges))[1] == "Swapping to l1 brings that to 25 % (L∞ 0 %, Top(10) 0 %)."
 
 
 def bars_of(figure: Figure) -> list[tuple[float, float, Any]]:
