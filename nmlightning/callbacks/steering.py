@@ -1,6 +1,7 @@
 """Steering: a rule on the optimizers of a Trainer, by a recording whose run is like this one."""
 
 import copy
+import math
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -185,14 +186,16 @@ _ROUNDING = 1e-9  # of a number of epochs that is no whole one
 def describe_run(trainer: pl.Trainer, folder: Path) -> dict[str, Any]:
     """Return seed, world size, steps per epoch, optimizers, versions and, if it has one, config."""
     config = folder / "config.yaml"
+    optimizers = []
+    for optimizer in trainer.optimizers:
+        options = optimizer.defaults.items()
+        plain = {k: v for k, v in options if isinstance(v, int | float | str | None)}
+        optimizers.append({"name": type(optimizer).__name__, **plain})
     return {
         "seed": global_seed(),
         "world_size": trainer.world_size,
         "steps_per_epoch": steps_per_epoch(trainer),
-        "optimizers": [
-            {"name": type(optimizer).__name__, **_plain(optimizer.defaults)}
-            for optimizer in trainer.optimizers
-        ],
+        "optimizers": optimizers,
         "versions": {name: version(name) for name in ("torch", "pytorch-lightning")},
         "config": config.read_text(encoding="utf-8") if config.is_file() else None,
     }
@@ -200,8 +203,13 @@ def describe_run(trainer: pl.Trainer, folder: Path) -> dict[str, Any]:
 
 def check_same_run(history: NormHistory, trainer: pl.Trainer, *, other_run: bool) -> None:
     """Raise InputError if the run is longer than the recording, or has another seed or size."""
-    recorded, epochs = history.clock.covered, _epochs_of(trainer, history)
-    if epochs is not None and epochs > recorded + _ROUNDING:
+    recorded, most = history.clock.covered, epochs_to_train(trainer)
+    epochs = math.inf if most is None else float(most)
+    if trainer.max_steps >= 0 and len(history):
+        # Epochs of unknown length are taken to be as long as the recording's.
+        length = max(history.clock.length_of(int(history.epochs[-1])), 1)
+        epochs = min(epochs, trainer.max_steps / (steps_per_epoch(trainer) or length))
+    if recorded + _ROUNDING < epochs < math.inf:
         shorter = f", or set max_epochs to {int(recorded)}" if recorded >= 1 else ""
         raise InputError(
             f"The recording covers {recorded:.4g} epochs, and the run has {epochs:.4g}: record a "
@@ -215,21 +223,6 @@ def check_same_run(history: NormHistory, trainer: pl.Trainer, *, other_run: bool
                 f"The recording is from a run with {key} {there}, and this one has {value}; set "
                 "other_run=True to follow it."
             )
-
-
-def _epochs_of(trainer: pl.Trainer, history: NormHistory) -> float | None:
-    """Return how many epochs the run will have, or None if it has no limit."""
-    most = epochs_to_train(trainer)
-    limits = [] if most is None else [float(most)]
-    if trainer.max_steps >= 0 and len(history):
-        # Epochs of unknown length are taken to be as long as the recording's.
-        recorded = history.clock.length_of(int(history.epochs[-1]))
-        limits.append(trainer.max_steps / (steps_per_epoch(trainer) or max(recorded, 1)))
-    return min(limits, default=None)
-
-
-def _plain(options: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in options.items() if isinstance(v, int | float | str | None)}
 
 
 def check_same_optimizer(
