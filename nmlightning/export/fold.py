@@ -200,17 +200,20 @@ def _pair(found: NormLayer, traced: TracedGraph) -> _Pair | Left:
         is_parametrized = layer is not None and parametrize.is_parametrized(layer)
         parametrized = " with a parametrized weight" if is_parametrized else ""
         return Left(found.name, f"it follows {traced.word_for(call)}{parametrized}")
-    name = str(call.target)
-    reason = _unsupported_layer(layer, name, traced)
+    name, times = str(call.target), len(traced.calls(layer))
     assert isinstance(norm, _BatchNorm), "others are unsupported"
     channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-    if not reason and channels != norm.num_features:
+    if _has_hooks(layer) or "forward" in vars(layer):
+        reason = f"{name} has hooks, or a forward of its own"
+    elif times > 1:
+        reason = f"the network calls {name} {times} times"
+    elif traced.shares_tensors(layer):
+        reason = f"the weight of {name} is used elsewhere, too"
+    elif channels != norm.num_features:
         reason = f"its {norm.num_features} channels are not the {channels} outputs of {name}"
-    if not reason and len(call.users) > 1:
+    elif len(call.users) > 1:
         reason = f"the output of {name} is used elsewhere, too"
-    if reason:
-        return Left(found.name, reason)
-    return _Pair(found.name, norm, name, layer)
+    return Left(found.name, reason) if reason else _Pair(found.name, norm, name, layer)
 
 
 def _unsupported_norm(found: NormLayer, traced: TracedGraph) -> str:
@@ -225,15 +228,6 @@ def _unsupported_norm(found: NormLayer, traced: TracedGraph) -> str:
     if times != 1:
         return f"the network calls it {times} times" if times else "the traced network has no call"
     return "its state is used elsewhere, too" if traced.shares_tensors(norm) else ""
-
-
-def _unsupported_layer(layer: nn.Module, name: str, traced: TracedGraph) -> str:
-    if _has_hooks(layer) or "forward" in vars(layer):
-        return f"{name} has hooks, or a forward of its own"
-    times = len(traced.calls(layer))
-    if times > 1:
-        return f"the network calls {name} {times} times"
-    return f"the weight of {name} is used elsewhere, too" if traced.shares_tensors(layer) else ""
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -76,8 +76,11 @@ def _guess_output_layers(model: nn.Module) -> OutputLayers:
         doubt = f"and {before} beside it may not lead into it"
     elif last is not linears[-1]:
         doubt, others = f"and its last nn.Linear {paths[linears[-1]]}", [*linears[-1:]]
-    elif _is_of_blocks(last, model) or "pooler" in paths[last]:
-        doubt = "and may give what other layers take"
+    else:
+        inner = _in_blocks(model)  # which may hold it, or take as many features as it gives
+        taken = any(n in _inputs(m) for m in inner if isinstance(m, nn.Linear))
+        if taken or last in inner or "pooler" in paths[last]:
+            doubt = "and may give what other layers take"
     if not doubt:
         return OutputLayers(heads)
     kind = "" if last is linears[-1] else f" ({type(last).__name__})"
@@ -150,13 +153,6 @@ def _in_blocks(model: nn.Module) -> set[nn.Module]:
             alike = [m for m in blocks.children() if kinds[type(m)] > 1]
             inner |= {m for block in alike for m in block.modules() if m is not block}
     return inner
-
-
-def _is_of_blocks(last: nn.Module, model: nn.Module) -> bool:
-    """Return whether it is within blocks, or they take as many features as it gives."""
-    inner = _in_blocks(model)
-    linears = (m for m in inner if isinstance(m, nn.Linear))
-    return last in inner or any(_outputs(last) in _inputs(m) for m in linears)
 
 
 def _inputs(module: nn.Module) -> set[int]:

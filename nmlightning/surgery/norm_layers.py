@@ -122,8 +122,10 @@ def convert_in_place(module: nn.Module, template: nn.Module) -> None:
     module.__class__ = after
     if isinstance(module, BatchNormBase):
         module.keep_statistics_wide()
-    elif isinstance(module, _BatchNorm):
-        _cast_statistics(module)
+    elif isinstance(module, _BatchNorm) and module.weight is not None:
+        for name in RUNNING:  # torch's own norms want them in the dtype of the weight
+            if (running := getattr(module, name)) is not None:
+                setattr(module, name, running.to(module.weight.dtype))
     if isinstance(module, MeanOnlyBatchNorm):
         if any(not scale.requires_grad for scale in module.scales()):
             module.__dict__[_FROZEN_WEIGHT] = True
@@ -158,14 +160,6 @@ def whole_or_not_at_all(model: nn.Module, norms: Iterable[nn.Module]) -> Iterato
 
 def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-
-
-def _cast_statistics(module: _BatchNorm) -> None:
-    """Give the running statistics the dtype of the weight, as torch's own norms want them."""
-    for name in RUNNING:
-        running = getattr(module, name)
-        if running is not None and module.weight is not None:
-            setattr(module, name, running.to(module.weight.dtype))
 
 
 def fused_of(norm: nn.Module) -> Fused | None:

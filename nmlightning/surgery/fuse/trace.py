@@ -199,27 +199,20 @@ class _BlockTracer(Tracer):
 def _trace_in(
     module: nn.Module, cls: type[nn.Module], training: bool
 ) -> tuple[Graph, frozenset[str]]:
-    with _in_mode(module, training), _watching(module, cls) as read:
-        random_numbers = torch.get_rng_state()
-        with warnings.catch_warnings():
+    modes, random_numbers = {m: m.training for m in module.modules()}, torch.get_rng_state()
+    for child in modes:
+        child.training = training
+    try:
+        with _watching(module, cls) as read, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what the forward makes of a proxy
             graph = _BlockTracer().trace(module)
         if not torch.equal(random_numbers, torch.get_rng_state()):
             torch.set_rng_state(random_numbers)
             raise _UntracedError("its forward draws random numbers")
-    return graph, frozenset(read)
-
-
-@contextmanager
-def _in_mode(module: nn.Module, training: bool) -> Iterator[None]:
-    before = [(child, child.training) for child in module.modules()]
-    for child, _ in before:
-        child.training = training
-    try:
-        yield
     finally:
-        for child, mode in before:
+        for child, mode in modes.items():
             child.training = mode
+    return graph, frozenset(read)
 
 
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
