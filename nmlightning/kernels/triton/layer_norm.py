@@ -80,8 +80,8 @@ def write_row_gradients(
         wide = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
         inner = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(values + rows, mask=here, other=0.0)
-        inverse = tl.load(values + M + rows, mask=here, other=0.0)
-        pull = tl.load(values + M + M + rows, mask=here, other=0.0)
+        inverse = tl.load(values + (M + rows), mask=here, other=0.0)
+        pull = tl.load(values + (M + M + rows), mask=here, other=0.0)
         deviations = tl.where(mask, wide - mean, 0.0)
         normal = deviations * inverse
         if parts is not None:
