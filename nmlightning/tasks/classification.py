@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from nmlightning.errors import InputError, check_flag, check_share, check_whole_number
+from nmlightning.errors import InputError, check_choice, check_flag, check_share, check_whole_number
 from nmlightning.optim.param_groups import WeightDecayScope, parameter_groups
 from nmlightning.surgery.recipes import check_recipes
 from nmlightning.tasks import optimization
@@ -124,6 +124,8 @@ class ImageClassifier(pl.LightningModule):
     ) -> None:
         super().__init__()
         check_share("label_smoothing", label_smoothing)
+        check_choice("compile", compile, (None, *get_args(CompileMode)))
+        check_choice("fast", fast, (None, "auto"))
         if lr_batch_size is not None:
             check_whole_number("lr_batch_size", lr_batch_size)
         plain = ("label_smoothing", "weight_decay_scope", "lr_batch_size", "compile")

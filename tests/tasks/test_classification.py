@@ -231,6 +231,8 @@ def test_classifier_refuses_a_label_out_of_range(label: int) -> None:
 def test_classifier_refuses_a_smoothing_out_of_range(smoothing: Any) -> None:
     with pytest.raises(InputError, match="label_smoothing must be at least 0 and less than 1"):
         make_task(label_smoothing=smoothing)
+    with pytest.raises(InputError, match=r"fast is None or 'auto', got 'aut'\. Did you mean"):
+        make_task(fast="aut")
 
 
 def test_classifier_restores_a_checkpoint_made_in_python(digits: Digits, tmp_path: Path) -> None:
