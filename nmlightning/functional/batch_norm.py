@@ -24,6 +24,7 @@ from nmlightning.functional import statistics
 from nmlightning.functional.constants import Constant
 from nmlightning.functional.plain import plain_batch_norm, plain_gradients
 from nmlightning.functional.reductions import (
+    is_eager,
     is_transformed,
     mean_of,
     share_mean,
@@ -104,8 +105,8 @@ class _DifferentiatedOnce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
         raise RuntimeError(
-            "This norm can be differentiated once, and a second derivative was asked for: norms "
-            "that share statistics among ranks or are fused, and the mean in pure half, have none."
+            "This norm can be differentiated once, and a second derivative was asked for: a fused "
+            "norm has it under norm_backend('formula'), ranks and the mean in pure half have none."
         )
 
 
@@ -189,9 +190,9 @@ def _apply_affine(
     if bias is None:
         return deviations * gain
     shift = bias.to(total.dtype).view(shape)
-    if torch.compiler.is_compiling():  # dynamo of torch 2.11 loses the gradients of what out= gave
-        return torch.addcmul(shift, deviations, gain)
-    return torch.addcmul(shift, deviations, gain, out=deviations)
+    if is_eager(deviations):
+        return torch.addcmul(shift, deviations, gain, out=deviations)
+    return torch.addcmul(shift, deviations, gain)  # traces lose the gradients of what out= gave
 
 
 class HalfBatchNormFunction(torch.autograd.Function):

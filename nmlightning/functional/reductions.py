@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 
@@ -38,13 +38,23 @@ def is_transformed(grad: Tensor | None = None) -> bool:
     and whether a gradient is many: `torch.autograd.grad(…, is_grads_batched=True)`.
     """
     if torch.compiler.is_compiling():
-        return bool(_is_transforming())
+        return bool(_in_transform())
     many = grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
-    return bool(many or torch._C._is_tracing() or _is_transforming())
+    return bool(many or torch._C._is_tracing() or _in_transform())
+
+
+def is_eager(x: Tensor) -> bool:
+    """Return whether x is torch's own, and what is done with it is computed and nothing else.
+
+    Then its values may be looked at, kernels may read its memory, and results may be written over.
+    """
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
+        return False
+    return not (torch._C._len_torch_dispatch_stack() or torch._C._is_tracing() or _in_transform())
 
 
 @constant_in_traces
-def _is_transforming() -> bool:
+def _in_transform() -> bool:
     """Return whether a transform is active; a compiler runs this once and guards the transforms."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 

@@ -24,6 +24,7 @@ from nmlightning.functional.reductions import (
     Share,
     constant_in_traces,
     gather_from_ranks,
+    is_eager,
     is_half,
     keep_first_largest,
     mean_of,
@@ -253,11 +254,9 @@ def is_bounded(scale: Tensor) -> bool | None:
     return float(scale.max()) < HUGE if is_readable(scale) else None  # of NaN, too, it is false
 
 
-def is_readable(values: Tensor) -> bool:
+def is_readable(x: Tensor) -> bool:
     """Return whether float32 values can be looked at without waiting for a device, untraced."""
-    if values.dtype != torch.float32 or torch.compiler.is_compiling() or torch._C._is_tracing():
-        return False
-    return type(values) is Tensor and values.is_cpu and values.numel() > 0
+    return x.dtype == torch.float32 and x.is_cpu and x.numel() > 0 and is_eager(x)
 
 
 def total_scale(scale: Tensor, eps: float, bounded: bool | None = None) -> Tensor:

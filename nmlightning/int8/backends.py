@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nmlightning.functional.reductions import is_eager
 from nmlightning.int8.quantizer import Grid, centre
-from nmlightning.kernels.dispatch import FORMULA, needs_formula, requested_backend
+from nmlightning.kernels.dispatch import FORMULA, NOT_EAGER, requested_backend
 from nmlightning.kernels.interface import Dispatch
 
 MAX_DEPTH = (2**31 - 1) // (255 * 128)
@@ -102,8 +103,8 @@ Operation = Convolution | MatrixProduct
 
 def select_backend(operation: Operation, x: Tensor, weight: Tensor) -> Dispatch:
     """Return what computes a product of x, quantised or not, and such a weight, now, and why."""
-    if formula := needs_formula(x):
-        return formula
+    if not is_eager(x):
+        return NOT_EAGER
     if requested_backend() == FORMULA:
         return Dispatch(FORMULA, "asked for")
     depth = math.prod(weight.shape[1:])
@@ -132,8 +133,8 @@ def select_gradient_backend(
 
     Those are None where it is the formula, which takes torch's own way.
     """
-    if formula := needs_formula(grad):
-        return formula, None
+    if not is_eager(grad):
+        return NOT_EAGER, None
     adjoint = operation.adjoint(weight)
     if adjoint is None:
         return Dispatch(FORMULA, "the gradient of a stride, or of more padding than kernel"), None

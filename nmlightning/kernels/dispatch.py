@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nmlightning.errors import InputError
-from nmlightning.functional.reductions import is_transformed
+from nmlightning.functional.reductions import is_eager
 from nmlightning.functional.statistics import Statistic
 from nmlightning.kernels import interface
 from nmlightning.kernels.cpu.backend import CpuBackend, first_missing
@@ -25,11 +25,7 @@ _T = TypeVar("_T")
 FORMULA = "formula"
 NO_KERNELS = interface.Dispatch(FORMULA, "no kernels for this norm")
 BACKENDS: tuple[interface.Backend, ...] = (CpuBackend(), TritonBackend())
-
-_COMPILING = interface.Dispatch(FORMULA, "traced code")
-_SUBCLASS = interface.Dispatch(FORMULA, "no plain tensor")
-_FAKE = torch._C._TorchDispatchModeKey.FAKE
-_PLAIN = (Tensor, nn.Parameter)
+NOT_EAGER = interface.Dispatch(FORMULA, "traced, transformed, or no plain tensor")
 _choices: list[Any] = [first_missing]
 _requested: ContextVar[str] = ContextVar("norm_backend", default="auto")
 
@@ -65,21 +61,12 @@ def select_backend_for(
     x: Tensor, kind: interface.NormKind, statistic: Statistic, stats_dtype: torch.dtype
 ) -> interface.Dispatch:
     """Return the backend that computes the norm of x, now."""
-    if formula := needs_formula(x):
-        return formula
+    if not is_eager(x):
+        return NOT_EAGER
     key = interface.DispatchKey(
         kind, statistic, x.device.type, x.dtype, stats_dtype, interface.layout_of(x)
     )
     return select_backend(key)
-
-
-def needs_formula(x: Tensor) -> interface.Dispatch | None:
-    """Return the choice of the formula where no kernel reads such an x, now; else None."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
-        return _COMPILING
-    if type(x) not in _PLAIN or torch._C._get_dispatch_mode(_FAKE) is not None:
-        return _SUBCLASS
-    return None
 
 
 def requested_backend() -> str:
@@ -99,19 +86,19 @@ def select_batch_norm(
 
     In C++ it sees itself to what x is, to modes and to transforms.
     """
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN:
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
         return None
     if x.is_cpu:
         return _select_on_cpu(statistic, stats_dtype or torch.float32, _requested.get())
-    if is_transformed() or not x.is_floating_point():
+    if not x.is_floating_point():
         return None
     wide = torch.promote_types(x.dtype, stats_dtype or torch.float32)
     return _batch_norm(select_backend_for(x, "batch", statistic, wide), statistic)
 
 
-def select_tracking(device: str) -> interface.Tracking | None:
-    """Return the kernel that moves running statistics on a type of device, now, if there is one."""
-    return None if torch.compiler.is_compiling() else _select_tracking(device, _requested.get())
+def select_tracking(mean: Tensor) -> interface.Tracking | None:
+    """Return the kernel that moves running statistics towards such a mean, now, if there is one."""
+    return _select_tracking(mean.device.type, _requested.get()) if is_eager(mean) else None
 
 
 def weight_kernels(device: str = "cpu") -> Any:

@@ -29,7 +29,7 @@ from nmlightning.errors import (
     nearest,
 )
 from nmlightning.functional.plain import plain_evaluation
-from nmlightning.functional.reductions import constant_in_traces, is_half, is_transformed
+from nmlightning.functional.reductions import constant_in_traces, is_eager, is_half, is_transformed
 from nmlightning.kernels.dispatch import NO_KERNELS, select_tracking
 from nmlightning.kernels.interface import Dispatch, Fused
 
@@ -52,8 +52,8 @@ def activate(y: Tensor, residual: Tensor | None, fused: Fused | None) -> Tensor:
     """Return y, ReLU(y) or ReLU(y + residual), as `fused` says; y may be used up."""
     if fused is None:
         return y
-    in_place = not torch.compiler.is_compiling()  # y is nobody else's; a compiler sees to it itself
-    return F.relu(y if residual is None else y + residual, inplace=in_place)
+    y = y if residual is None else y + residual
+    return F.relu(y, inplace=is_eager(y))  # y is nobody else's
 
 
 @constant_in_traces
@@ -352,9 +352,11 @@ class BatchNormBase(_BatchNorm):
         """Move the running statistics towards the batch's, in channels where both are finite."""
         if self.running_mean is None or self.running_var is None:
             return
-        running, track = (self.running_mean, self.running_var), select_tracking(mean.device.type)
+        running, track = (self.running_mean, self.running_var), select_tracking(mean)
         if not (track and track(*running, self.num_batches_tracked, mean, variance, self.momentum)):
             self._track_by_formula(tuple(zip(running, (mean, variance), strict=True)))
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            torch.empty(0, requires_grad=True).square()  # saved: a checkpoint recomputes up to here
 
     @torch.no_grad()
     def _track_by_formula(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:

@@ -23,6 +23,7 @@ from nmlightning.functional.constants import Constant, check_constant, check_pow
 from nmlightning.functional.plain import plain_layer_norm
 from nmlightning.functional.reductions import (
     Share,
+    is_eager,
     is_half,
     is_transformed,
     mean_of,
@@ -30,7 +31,6 @@ from nmlightning.functional.reductions import (
     sum_of,
 )
 from nmlightning.kernels.dispatch import (
-    needs_formula,
     remember_choice,
     requested_backend,
     select_backend,
@@ -78,8 +78,7 @@ def normalise_features(
         )
     kind: NormKind = "layer" if centred else "rms"
     settings = (layer.constant, sizes, eps, x.dtype, layer.stats_dtype)
-    transformed = is_transformed()
-    if not transformed and needs_formula(x) is None:
+    if is_eager(x):
         key = (kind, layer.p, x.device.type, requested_backend())
         kernel, constant, added = _choose(*settings, *key)
         y = kernel and kernel(x, weight, bias, len(sizes), constant, added, centred)
@@ -87,7 +86,7 @@ def normalise_features(
             return y
     constant, added, dtype = _settle(layer.statistic, *settings)
     arguments = (weight, bias, len(sizes), layer.p, constant, added, dtype, centred)
-    if transformed:
+    if is_transformed():
         return plain_layer_norm(x, *arguments)
     if is_half(dtype):
         return apply_without_autocast(LayerNormFunction, x, *arguments)  # type: ignore[no-any-return]

@@ -95,13 +95,12 @@ class MeanOnlyBatchNorm(BatchNormBase):
         self, input: Tensor, residual: Tensor | None, group: ProcessGroup | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = accumulation_dtype(input.dtype, self.stats_dtype)
-        if is_half(dtype):
+        if is_half(dtype) and not is_transformed():
             y, mean = apply_without_autocast(HalfCentreFunction, input, self.bias, dtype, group)
         else:
-            wide = input.to(dtype)
+            wide = input.to(torch.promote_types(dtype, torch.float32))
             mean = _mean(wide, group)
-            readable = is_readable(mean) and not is_transformed()
-            if readable and not math.isfinite(mean.detach().sum().item()):
+            if is_readable(mean) and not math.isfinite(mean.detach().sum().item()):
                 wide = input.double()
                 mean = _mean(wide, group)
             shift = -mean if self.bias is None else self.bias.to(mean.dtype) - mean

@@ -1,6 +1,5 @@
 """The kernels in C++ against the definition in float64, and the layers that they serve."""
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
-from torch.utils.checkpoint import checkpoint
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import kernel_contract
 from nmlightning import norms, swap_norms
@@ -185,7 +184,7 @@ NETS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("norm", NETS)
-def test_layers_work_under_no_grad_and_checkpoint_and_as_the_formula(norm: str) -> None:
+def test_layers_work_under_no_grad_and_as_the_formula(norm: str) -> None:
     x = torch.randn(4, 8, 6, 6, requires_grad=True)
     layer = NETS[norm]()
     for parameter in layer.parameters():
@@ -194,10 +193,7 @@ def test_layers_work_under_no_grad_and_checkpoint_and_as_the_formula(norm: str) 
     assert "Norm" in y.grad_fn.name()
     assert "FunctionBackward" not in y.grad_fn.name()
     with torch.no_grad():
-        torch.testing.assert_close(copy.deepcopy(layer)(x), y, rtol=0, atol=0)
-    again = checkpoint(copy.deepcopy(layer), x, use_reentrant=False)
-    gradients = [torch.autograd.grad(q.square().sum(), x) for q in (y, again)]
-    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+        torch.testing.assert_close(layer(x), y, rtol=0, atol=0)
     found, of = [], [x, *layer.parameters()]
     for name in ("auto", "formula"):
         with norm_backend(name):
@@ -287,4 +283,5 @@ def test_fake_tensors_take_the_formula(p: int) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert type(layer(x)) is FakeTensor
         assert norm_net(x).shape == x.shape
+    torch.testing.assert_close(make_fx(norm_net)(x)(x.flip(0)), norm_net(x.flip(0)))
     assert torch.equal(layer.running_mean, torch.zeros(4))

@@ -49,9 +49,11 @@ def test_output_and_gradients_equal_the_definition(norm: Norm, layout: str) -> N
 
 
 @every_statistic
-def test_second_derivatives_pass_gradgradcheck(norm: Norm) -> None:
+@pytest.mark.parametrize("fused", [None, "relu"])
+def test_second_derivatives_pass_gradgradcheck(norm: Norm, fused: Any) -> None:
     x = torch.randn(12, 3, dtype=torch.float64, requires_grad=True)
     layer = norm.layer(dims=1, dtype=torch.float64)
+    layer.fused = fused
     assert torch.autograd.gradgradcheck(lambda x, *_: layer(x).pow(3), (x, *learned(layer)))
 
 

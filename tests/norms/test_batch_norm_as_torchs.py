@@ -1,11 +1,22 @@
 """Batch norms in the place of torch's: states, modes, shapes, running statistics, torch's tools."""
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import update_bn
+from torch.utils.checkpoint import checkpoint
 
-from batch_norm_contract import EXACT, TORCH, Norm, define, every_norm, gradients, learned
+from batch_norm_contract import (
+    EXACT,
+    TORCH,
+    Norm,
+    define,
+    every_norm,
+    gradients,
+    learned,
+)
 from nmlightning import norms
 from nmlightning.errors import InputError
 
@@ -25,19 +36,28 @@ def test_state_loads_into_torchs_batch_norm(norm: Norm, dims: int) -> None:
 
 
 @every_norm
-def test_momentum_none_averages_all_batches_equally(norm: Norm) -> None:
-    layer = norm.layer(momentum=None, dtype=torch.float64)
-    x = torch.randn(3, 8, 3, 2, 2, dtype=torch.float64) * torch.tensor([1.0, 2, 5]).view(
-        -1, *[1] * 4
-    )
+def test_update_bn_averages_all_batches_equally(norm: Norm) -> None:
+    layer = norm.layer(dtype=torch.float64)
+    x = torch.randn(3, 8, 3, 2, 2).double() * torch.tensor([1.0, 2, 5]).view(3, 1, 1, 1, 1)
     means, variances = [], []
+    update_bn(x, layer)  # which sets momentum to None
     for part in x:
-        layer(part)
         _, mean, scale = define(norm, part, None, None)
         means.append(mean)
         variances.append(norm.variance(scale, 32))
     torch.testing.assert_close(layer.running_mean, torch.stack(means).mean(0), **EXACT)
     torch.testing.assert_close(layer.running_var, torch.stack(variances).mean(0), **EXACT)
+
+
+@every_norm
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_checkpoints_count_batches_as_torchs(norm: Norm, momentum: Any, reentrant: bool) -> None:
+    layer, x = norm.layer(momentum=momentum).double(), torch.randn(4, 3, 2, 5).double()
+    for part in (layer, nn.BatchNorm2d(3).double()):
+        block, leaf = nn.Sequential(nn.Sigmoid(), part), x.clone().requires_grad_()
+        checkpoint(block, leaf, use_reentrant=reentrant).sum().backward()
+        assert part.num_batches_tracked == 2
 
 
 @every_norm
@@ -127,47 +147,3 @@ def test_class_without_a_number_takes_any_dimensions(norm: Norm) -> None:
         assert layer(torch.randn(shape)).shape == shape
     with pytest.raises(ValueError, match=r"expected at least 2D input \(got 1D input\)"):
         layer(torch.randn(3))
-
-
-CLASSES = [getattr(norms, f"{name}BatchNorm2d") for name in ("L1", "LInf", "TopK", "MeanOnly")]
-every_class = pytest.mark.parametrize("norm_class", CLASSES)
-
-
-def trained_net(norm_class: type[nn.Module]) -> nn.Sequential:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), norm_class(8)).double()
-    if net[1].weight.requires_grad:
-        nn.init.uniform_(net[1].weight, -2, 2)
-    nn.init.normal_(net[1].bias)
-    for _ in range(3):
-        net(1 + 2 * images())
-    return net.eval()
-
-
-def images() -> Tensor:
-    return torch.randn(6, 3, 9, 9, dtype=torch.float64)
-
-
-@every_class
-def test_trained_norm_exports_as_torchs_batch_norm(norm_class: type[nn.Module]) -> None:
-    net = trained_net(norm_class)
-    x = images()
-    exported = torch.export.export(net, (x,))
-    assert torch.equal(exported.module()(x), net(x))
-    called = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
-    assert called == {"aten.conv2d.default", "aten.batch_norm.default"}
-
-
-@every_class
-def test_update_bn_averages_all_batches(norm_class: type[nn.Module]) -> None:
-    net = trained_net(norm_class)
-    batches = [images(), 3 * images() - 1]
-    expected = torch.zeros(8, dtype=torch.float64)
-    for batch in batches:
-        alone = norm_class(8).double()
-        alone.momentum = 1.0
-        alone(net[0](batch))
-        expected += alone.running_var / len(batches)
-    update_bn(batches, net)
-    torch.testing.assert_close(net[1].running_var, expected)
-    assert net[1].momentum == 0.1

@@ -136,6 +136,8 @@ def test_export_in_training_warns(strict: bool, images: Tensor) -> None:
         warnings.simplefilter("error")
         program = torch.export.export(net.eval(), (images,), strict=strict)
     torch.testing.assert_close(program.module()(images), net(images))
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert called == {f"aten.{name}.default" for name in ("conv2d", "batch_norm", "relu")}
 
 
 @ONNX

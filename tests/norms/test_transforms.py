@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import grad, jacrev, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from batch_norm_contract import DISTINCT, NORMS
 from nmlightning import norms
@@ -58,6 +59,27 @@ def test_transforms_are_those_one_by_one(name: str, training: bool, compiled: bo
     compute = torch.compile(transformed, backend="aot_eager") if compiled else transformed
     found = compute(layer, xs, tangent)
     torch.testing.assert_close(found, one_by_one(layer, xs, tangent)[: len(found)])
+
+
+@pytest.mark.parametrize("mode", ["real", "symbolic"])
+@every_kind
+def test_traced_operations_hold_for_other_values(name: str, mode: str) -> None:
+    layer, shape = make(name, tracked=False)
+    layer.float()
+    first, x = (torch.randn(shape).mul(scale).requires_grad_() for scale in (1, 3))
+
+    def differentiate(x: Tensor) -> list[Tensor]:
+        y = layer(x)
+        return [y, *torch.autograd.grad(y.sin().sum(), x)]
+
+    traced = make_fx(differentiate, tracing_mode=mode, _allow_non_fake_inputs=True)(first)
+    torch.testing.assert_close(traced(x), differentiate(x))
+
+
+def test_mean_in_pure_half_is_transformed_as_in_float32() -> None:
+    layer, x = norms.MeanOnlyBatchNorm2d(3, track_running_stats=False), torch.randn(5, 3, 2, 2)
+    half = norms.MeanOnlyBatchNorm2d(3, track_running_stats=False, stats_dtype="bfloat16")
+    torch.testing.assert_close(transformed(half, x[None], x), transformed(layer, x[None], x))
 
 
 @every_kind
