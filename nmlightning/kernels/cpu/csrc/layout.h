@@ -279,7 +279,7 @@ struct Slab {
   template <class TermsOf>
   void add_stretches(int64_t begin, int64_t end, int64_t j, int64_t from, TermsOf terms_of,
                      float* sums) const {
-    constexpr int K = number_of<TermsOf>(), G = 2;
+    constexpr int K = number_of<TermsOf>(), G = 4;
     const int64_t to = std::min(layout.size, from + ELEMENTS_A_BLOCK);
     const auto terms_of_run = terms_of(OneChannel{channel + j});
     Floats<LANES> own[K][G] = {};
@@ -305,7 +305,7 @@ struct Slab {
       });
     }
     for (int k = 0; k < K; k++) {
-      Place<LANES>{k * LANES}.add(sums, own[k][0] + own[k][1]);
+      Place<LANES>{k * LANES}.add(sums, (own[k][0] + own[k][1]) + (own[k][2] + own[k][3]));
       Place<FEW>{k * LANES}.add(sums, few[k]);
     }
   }
