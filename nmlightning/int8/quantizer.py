@@ -154,6 +154,8 @@ def _random_bits(like: Tensor, generator: torch.Generator | None, stream: int) -
 
 def centre(q: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
     """Return q − z, whole numbers of −255 … 255, in a dtype that holds them; bfloat16 does."""
+    if dtype.is_floating_point:
+        return q.to(dtype).sub_(grid.zero_point.to(dtype))
     return (q.to(torch.int16) - grid.zero_point.to(torch.int16)).to(dtype)
 
 
