@@ -30,7 +30,7 @@ CASES: dict[str, tuple[int, tuple[int, ...], dict[str, Any]]] = {
     "linear": (0, (20,), {}),
     "linear of rows": (0, (4, 20), {"bias": False}),
     "1d": (1, (8, 11), {"kernel_size": 3, "stride": 2, "padding": 1}),
-    "2d": (2, (8, 9, 9), {"kernel_size": 3, "padding": 1}),
+    "2d": (2, (8, 9, 9), {"kernel_size": 3, "padding": (1, 2)}),
     "no padding": (2, (8, 9, 9), {"kernel_size": 3, "bias": False}),
     "stride": (2, (8, 9, 10), {"kernel_size": 3, "padding": 1, "stride": (2, 3)}),
     "dilation": (2, (8, 9, 9), {"kernel_size": (3, 2), "padding": 2, "dilation": 2}),
