@@ -20,6 +20,7 @@ def _auto() -> Any:
 
 def skip_without(name: str) -> None:
     if reason := backends.cpu_reason(name):
+        assert not torch.cpu._is_vnni_supported(), reason  # such a CPU adds in int32
         pytest.skip(reason)
 
 

@@ -76,7 +76,7 @@ EXCEPTIONS = {
 REACHED = {
     "Python files": 157,
     "lines of nmlightning, Python and C++": 31_451,
-    "lines of tests": 29_077,
+    "lines of tests": 29_078,
     "files a config meets before Trainer.fit": 22,
 }
 
