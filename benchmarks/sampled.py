@@ -161,7 +161,10 @@ def sample_all(samplers: Mapping[str, Sampler], pace: Pace) -> Rounds:
     """Sample calls wherever they run, until enough rounds count for each number of threads."""
     samplers = {YARDSTICK: partial(sample, make_yardstick()), **samplers}
     before = torch.get_num_threads()
-    calls = {t: {n: warm_up(s, t, pace.block) for n, s in samplers.items()} for t in pace.threads}
+    blocks = dict.fromkeys(samplers, pace.block)
+    if pace.share:  # a shorter one has no share, whatever the others are
+        blocks[YARDSTICK] = max(pace.block, Pace().block)
+    calls = {t: {n: warm_up(s, t, blocks[n]) for n, s in samplers.items()} for t in pace.threads}
     rounds = Rounds(pace, list(samplers))
     for _ in range(2 * pace.rounds):
         due = [t for t in pace.threads if len(rounds.kept(t)) < pace.rounds]

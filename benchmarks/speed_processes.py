@@ -23,7 +23,7 @@ from epoch_by_trainer import make_loop, make_trainer
 from interleaved import Call
 from norm_layers import LAYOUTS
 from plain_training import Tutorial
-from sampled import Pace, Rounds, Sample, Stopwatch, sample, sample_all, set_threads
+from sampled import SETTLED, Pace, Rounds, Sample, Stopwatch, sample, sample_all, set_threads
 from speed_data import RandomCIFAR, measure_data, torchvision_loader
 from speed_plan import TYPES, Plan
 from targets import Bound, Measurement, Result
@@ -128,7 +128,9 @@ class Process:
         assert self.process.stdin
         assert self.process.stdout
         print(threads, calls, file=self.process.stdin, flush=True)
-        return Sample(*json.loads(self.process.stdout.readline()))
+        taken = Sample(*json.loads(self.process.stdout.readline()))
+        time.sleep(SETTLED)  # until its threads leave the cores to others
+        return taken
 
 
 def sample_processes(processes: Mapping[str, Process], pace: Pace) -> Rounds:
