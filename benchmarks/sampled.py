@@ -129,6 +129,13 @@ class Rounds:
         }
         return undisturbed(shares, self.pace.share)
 
+    def seconds(self, name: str) -> float:
+        """Return the median wall time of a call with all threads; NaN of too few rounds."""
+        threads = self.pace.threads[-1]
+        kept = self.kept(threads)
+        walls = [self.samples[threads][name][i].wall for i in kept]
+        return statistics.median(walls) if len(kept) >= self.pace.least else math.nan
+
     def figure(self, name: str, to: str) -> Figure:
         """Return a call's ratio to another of the same round."""
         ends = self.pace.threads[0], self.pace.threads[-1]

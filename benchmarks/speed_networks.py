@@ -45,7 +45,7 @@ def measure_step(plan: Plan, targets: Set[str]) -> Iterator[Result]:
                     f"{name}, batch {batch}",
                     "",
                     rounds.figure(what, to="BN"),
-                    Bound(bound) if "fused" in what else None,
+                    Bound(bound, each=bound) if "fused" in what else None,
                 )
 
 

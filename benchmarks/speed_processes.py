@@ -7,7 +7,6 @@ that is freed is kept by `nmlightning.allocator` where `kept` says so, else as g
 import json
 import logging
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from plain_training import Tutorial
 from sampled import SETTLED, Pace, Rounds, Sample, Stopwatch, sample, sample_all, set_threads
 from speed_data import RandomCIFAR, measure_data, torchvision_loader
 from speed_plan import TYPES, Plan
+from speed_tables import format_figure
 from targets import Bound, Measurement, Result
 from torch import optim
 from training_step import NETS, draw_images, make_step_of
@@ -64,9 +64,8 @@ def measure_fits(plan: Plan, targets: Set[str]) -> Iterator[Result]:
     if "N8" in targets:
         fits = {n: Process(n, kept=n == "best", **epoch) for n in ("best", "plain")}
         rounds = sample_processes(fits, plan.net_pace)
-        walls = [s.wall for s in rounds.samples[plan.pace.threads[-1]]["best"]]
-        speed = plan.steps * plan.batch / statistics.median(walls)
-        case = f"{plan.small_net}, batch {plan.batch}, {speed:,.0f} images/s with all threads"
+        speed = format_figure(plan.steps * plan.batch / rounds.seconds("best"), "images/s")
+        case = f"{plan.small_net}, batch {plan.batch}, {speed} with all threads"
         what = "plain Lightning, torchvision's pipeline, BN in fp32 / best recipe"
         figure, least = rounds.figure("plain", to="best"), Bound(2.3, is_least=True)
         yield Measurement("N8", what, case, "", figure, least)
@@ -95,9 +94,8 @@ def measure_starts(plan: Plan, targets: Set[str]) -> Iterator[Result]:
         ("doctor", "import", "nm doctor without times / import of torch and Lightning", 1.3),
         ("fit", "plain", "nm fit until the first step / plain Lightning", 1.2),
     ):
-        seconds = statistics.median(s.wall for s in rounds.samples[pace.threads[0]][name])
         figure = rounds.figure(name, to=other)
-        yield Measurement("N12", what, f"{seconds:.1f} s", "", figure, Bound(bound))
+        yield Measurement("N12", what, f"{rounds.seconds(name):.1f} s", "", figure, Bound(bound))
 
 
 def start(words: Sequence[str], folder: str, threads: int, calls: int) -> Sample:

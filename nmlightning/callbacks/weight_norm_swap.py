@@ -10,6 +10,8 @@ from torch import nn
 from nmlightning.callbacks.norm_swap import ModelChange, warn_of_forgotten
 from nmlightning.compat import stands_behind
 from nmlightning.errors import InputError, check_lists, describe_arguments
+from nmlightning.kernels.cpu.backend import CpuBackend, first_missing
+from nmlightning.kernels.cpu.build import BEING_BUILT, NOT_BUILT, cache_folder, start_build
 from nmlightning.parametrizations import WeightNorm, apply_weight_norm
 from nmlightning.parametrizations.layers import LayerKind, normalised_weights
 from nmlightning.parametrizations.optimizers import live_optimizers
@@ -77,6 +79,7 @@ class WeightNormSwap(ModelChange):
             "exclude": tuple(exclude),
         }
         self.recipe()  # raises where a setting is not allowed
+        self.builds_kernels = False  # in the background, if the CPU's are missed
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({describe_arguments(self, known=self._settings)})"
@@ -115,6 +118,10 @@ class WeightNormSwap(ModelChange):
                 )
         norms = {n: m for n, m in pl_module.named_modules() if isinstance(m, WeightNorm)}
         warn_of_forgotten("weight norms", trainer.optimizers, norms)
+        on_cpu = trainer.strategy.root_device.type == "cpu"
+        if self.builds_kernels and on_cpu and first_missing(CpuBackend()) == NOT_BUILT:
+            reason = start_build(cache_folder()) if trainer.is_global_zero else BEING_BUILT
+            rank_zero_info(f"WeightNormSwap: {len(norms)} weights by the formula: {reason}")
 
     def recipe(self) -> recipes.Recipe:
         return recipes.make_weight_norm_recipe(**self._settings)

@@ -22,6 +22,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException, SI
 
 from nmlightning.callbacks import checkpoints
 from nmlightning.callbacks.norm_swap import NormSwap
+from nmlightning.callbacks.weight_norm_swap import WeightNormSwap
 from nmlightning.commands import run_report
 from nmlightning.commands.argument_parser import DIVERGED, INTERRUPTED, TERMINATED
 from nmlightning.commands.checkpoint import checkpoint_hparams
@@ -194,8 +195,8 @@ class TrainingCLI(LightningCLI):
         earlier = kwargs.get("ckpt_path")
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         options = self.config_init[self.subcommand]
-        for swap in (c for c in callbacks if isinstance(c, NormSwap)):
-            is_trial = options.trainer.fast_dev_run or "CI" in os.environ
+        is_trial = options.trainer.fast_dev_run or "CI" in os.environ
+        for swap in (c for c in callbacks if isinstance(c, NormSwap | WeightNormSwap)):
             swap.builds_kernels = options.build_kernels and not is_trial
         if not any(isinstance(c, checkpoints.ExactResume) for c in callbacks):
             callbacks.insert(0, checkpoints.ExactResume())

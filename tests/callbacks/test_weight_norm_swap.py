@@ -1,6 +1,7 @@
 """Test WeightNormSwap on LightningModules that have never heard of it, under both packages."""
 
 import copy
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ from nmlightning import (
     load_from_checkpoint,
     remove_weight_norm,
 )
+from nmlightning.callbacks import weight_norm_swap
 from nmlightning.errors import InputError
+from nmlightning.kernels.cpu import build
 from nmlightning.weights.recording_file import FILE_NAME
 
 ALL = pytest.mark.parametrize("module_class", [PlModule, UnifiedModule, PlLate, UnifiedLate])
@@ -297,3 +300,17 @@ def test_norm_schedule_refuses_projected_weights() -> None:
     tracker = WeightNormTracker(steering=NormSchedule(history), other_run=True)
     with pytest.raises(InputError, match="NormSchedule sets the norms that project=True sets"):
         fit(make(PlModule), WeightNormSwap(project=True), tracker)
+
+
+def test_weight_norm_swap_builds_kernels_if_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(weight_norm_swap, "first_missing", lambda _: build.NOT_BUILT)
+    monkeypatch.setattr(weight_norm_swap, "start_build", lambda _: "they are being built")
+    told, untold = WeightNormSwap(), WeightNormSwap()
+    told.builds_kernels = True
+    with caplog.at_level(logging.INFO):
+        for swap in (told, untold):
+            fit(make(PlModule), swap)
+    said = [x.getMessage() for x in caplog.records if "formula" in x.getMessage()]
+    assert said == ["WeightNormSwap: 2 weights by the formula: they are being built"]
