@@ -52,21 +52,7 @@ class Int8Layer(nn.Module):
     In traced code, by `torch.compile`, all is computed by the formula, elsewhere in integers where
     the device can; `backend_for` and `describe_backends` tell.
 
-    Args:
-        bits: of the input and the weight, 2 … 8.
-        gradient_bits: of the output's gradient, 2 … 8.
-        rounding: of that gradient, "stochastic" or "nearest". The random numbers are of torch's
-            generator, and other ones on each rank.
-        bifurcate: whether the weight's gradient is kept from being quantised.
-        weight_gradient: the dtype that the weight's gradient is computed in, "float32" or
-            "bfloat16", which is faster; the weight's gradient then has 8 bits of mantissa.
-        weight_range: one scale for the "tensor", or for each output "channel".
-        momentum: of the newest batch in the running range; None averages all equally. The first
-            batch counts whole.
-        sync: share the ranges of a batch and of its gradient among all ranks.
-
-    Raises:
-        InputError: a setting outside what is allowed; an input of another shape.
+    Its options are the keywords of `set_up`.
 
     Source: Banner et al. 2018 (arXiv 1805.11046).
     """
@@ -79,7 +65,24 @@ class Int8Layer(nn.Module):
         bifurcate: bool = True, weight_gradient: WeightGradient = "float32",
         weight_range: WeightRange = "tensor", momentum: float | None = 0.1, sync: bool = False,
     ) -> None:  # fmt: skip
-        """Set the options, and add a running range; that is all which torch's layer lacks."""
+        """Set the options, and add a running range; that is all which torch's layer lacks.
+
+        Args:
+            bits: of the input and the weight, 2 … 8.
+            gradient_bits: of the output's gradient, 2 … 8.
+            rounding: of that gradient, "stochastic" or "nearest". The random numbers are of torch's
+                generator, and other ones on each rank.
+            bifurcate: whether the weight's gradient is kept from being quantised.
+            weight_gradient: the dtype that the weight's gradient is computed in, "float32" or
+                "bfloat16", which is faster; the weight's gradient then has 8 bits of mantissa.
+            weight_range: one scale for the "tensor", or for each output "channel".
+            momentum: of the newest batch in the running range; None averages all equally. The first
+                batch counts whole.
+            sync: share the ranges of a batch and of its gradient among all ranks.
+
+        Raises:
+            InputError: a setting outside what is allowed.
+        """
         check_choice("rounding", rounding, ("stochastic", "nearest"))
         check_choice("weight_gradient", weight_gradient, ("float32", "bfloat16"))
         check_choice("weight_range", weight_range, ("tensor", "channel"))
