@@ -48,7 +48,7 @@ def is_eager(x: Tensor) -> bool:
 
     Then its values may be looked at, kernels may read its memory, and results may be written over.
     """
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or x.is_neg():
         return False
     return not (torch._C._len_torch_dispatch_stack() or torch._C._is_tracing() or _in_transform())
 

@@ -99,7 +99,7 @@ def is_like(tensor: Tensor, other: Tensor) -> bool:
 
 
 def _wide(learned: Tensor | None) -> Tensor | None:
-    return None if learned is None else learned.float()
+    return None if learned is None else learned.float().resolve_neg()
 
 
 class RankBatchNormFunction(torch.autograd.Function):
@@ -131,7 +131,7 @@ class RankBatchNormFunction(torch.autograd.Function):
         scale = magnitude * constant
         total = total_scale(scale, eps)
         gain = 1 / total if weight is None else weight.float() / total
-        added = torch.zeros_like(mean) if bias is None else bias.float()
+        added = torch.zeros_like(mean) if bias is None else bias.float().resolve_neg()
         y = kernels.affine(x, residual, mean, gain, added, fused)
         variance = scale.square() * share.total / (share.total - 1)
         ctx.mark_non_differentiable(mean, variance)
@@ -147,6 +147,7 @@ class RankBatchNormFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, y, mean, total, gain, strength, count, *selected = ctx.saved_tensors
         selection = Selection(*selected) if selected else None
+        grad = interface.lay_out_like(grad, x)
         own = ctx.kernels.gradient_sums(grad, x, y, mean, ctx.statistic)
         grad_bias, grad_weight = own[0], own[1] / total
         slopes = own[2] / count if selection is None else selection.slopes.sum(1)
@@ -198,8 +199,9 @@ def _plain_layer_norm_gradients(
 
 def _batch_norm_backward(grad: Tensor, *saved: Any) -> tuple[Tensor, ...]:
     """Return the gradients by x, residual, weight and bias, to be differentiated."""
-    k, constant, eps, fused, _, bias = saved[-1][-6:].tolist()
-    statistic = LargestMean(int(k)) if k else PowerMean(1.0)
+    constant, eps, fused, _, bias = saved[-1][-5:].tolist()
+    deviations = saved[5]  # (C, k)
+    statistic = PowerMean(1.0) if deviations is None else LargestMean(deviations.shape[1])
     ctx = SimpleNamespace(saved_tensors=saved, needs_input_grad=(True,) * 4)
     ctx.plain = None if fused else (statistic, constant, eps, torch.float32)
     ctx.bias = None if bias < 0 else (grad.shape[1:2], torch.float32)

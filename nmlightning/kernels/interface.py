@@ -199,6 +199,7 @@ def layout_of(x: Tensor) -> Layout:
 
 def lay_out_like(tensor: Tensor, x: Tensor) -> Tensor:
     """Return `tensor`, copied unless its elements lie as those of x do, which has a layout."""
+    tensor = tensor.resolve_neg()
     if x.is_contiguous():
         return tensor.contiguous()
     return tensor.contiguous(memory_format=_CHANNELS_LAST[x.dim()])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import kernel_contract
@@ -17,6 +18,7 @@ from nmlightning.functional.statistics import LargestMean, PowerMean, RangeMean,
 from nmlightning.kernels import DispatchKey, norm_backend, select_backend
 from nmlightning.kernels.cpu.backend import CpuBatchNorm
 from nmlightning.kernels.interface import Fused
+from nmlightning.parametrizations.normalize import normalise_weight
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,63 @@ def test_rows_have_the_same_bits_on_one_thread_and_two(make: Any, shape: tuple[i
         y = (layer := make(shape[1]))(leaf := strided.requires_grad_())
         found.append([y, *torch.autograd.grad(y, [leaf, *layer.parameters()], grad)])
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("make", [norms.L1LayerNorm, norms.L1RMSNorm])
+@pytest.mark.parametrize("n", [3, 5, 6, 7, 11, 30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_row_gradients_have_the_definitions_sign_at_the_mean(
+    make: Any, n: int, dtype: torch.dtype
+) -> None:
+    x, grad, layer = (
+        torch.randint(-3, 4, (500, n)).to(dtype),
+        torch.randn(500, n).to(dtype),
+        make(n),
+    )
+    grad = torch.randn(500, n).to(dtype)
+    x[:, 0] = 4  # so that no row is constant
+    assert (x.double().sum(1) % n == 0).any()  # their means may be elements
+    given, exact = x.requires_grad_(), x.detach().double().requires_grad_()
+    found = torch.autograd.grad(layer(given), given, grad)[0].double()
+    expected = torch.autograd.grad(layer.double()(exact), exact, grad.double())[0]
+    rounding = 8 * torch.finfo(dtype).eps  # a sign that differs moves a gradient by about 1 / n
+    torch.testing.assert_close(found, expected, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("negative", ["x", "weight", "bias", "grad"])
+@pytest.mark.parametrize("norm", ["L1LayerNorm", "L1RMSNorm", "L1BatchNorm1d", "LInfBatchNorm1d"])
+def test_layers_read_negative_views_by_their_values(norm: str, negative: str) -> None:
+    layer, shape, found = getattr(norms, norm)(16), {"x": (9, 16), "grad": (9, 16)}, []
+    values = {name: torch.randn(shape.get(name, (16,))) for name in ("x", "weight", "bias", "grad")}
+    for view in (torch.neg, torch._neg_view):
+        given = {**values, negative: view(values[negative])}
+        grad = given.pop("grad")
+        leaves = {name: q.detach().requires_grad_() for name, q in given.items()}
+        learned = {name: leaves[name] for name, _ in layer.named_parameters()}
+        y = functional_call(layer, learned, leaves["x"])
+        found.append([y, *torch.autograd.grad(y, [leaves["x"], *learned.values()], grad)])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("negative", range(3))
+def test_weight_norm_reads_negative_views_by_their_values(negative: int) -> None:
+    values, found = [torch.randn(4, 6), torch.randn(4), torch.randn(4, 6)], []
+    for view in (torch.neg, torch._neg_view):
+        v, s, grad = (view(q) if i == negative else q for i, q in enumerate(values))
+        leaves = [v.detach().requires_grad_(), s.detach().requires_grad_()]
+        w = normalise_weight(*leaves, 2.0)
+        found.append([w, *torch.autograd.grad(w, leaves, grad)])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+def test_more_values_than_a_float_counts_may_be_the_largest() -> None:
+    """All of them are those of L1; 2^24 + 1 is no float, and the last value would be left out."""
+    n, found = 2**24 + 1, []
+    x = (1 - 2 * (torch.arange(n) % 2)).float()[:, None].requires_grad_()
+    for k in (0, n):
+        y = torch.ops.nmlightning.batch_norm(k, x, *[None] * 6, 1.0, EPS, 0.1, None)[0]
+        found.append(torch.autograd.grad(y, x, x.detach())[0])
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
 
 
 def test_layers_take_half_parameters_and_strided_gradients() -> None:

@@ -75,8 +75,8 @@ EXCEPTIONS = {
 # Of the targets that are missed: what was reached, which must not be left again.
 REACHED = {
     "Python files": 157,
-    "lines of nmlightning, Python and C++": 31_461,
-    "lines of tests": 29_094,
+    "lines of nmlightning, Python and C++": 31_471,
+    "lines of tests": 29_153,
     "files a config meets before Trainer.fit": 22,
 }
 

@@ -139,7 +139,7 @@ class TritonLayerNorm(torch.autograd.Function):
         values = x.new_empty(3, x.numel() // features, dtype=torch.float32)
         if x.numel():
             launch, _ = _divide(values.shape[1], features, x.element_size())
-            learned = [None if q is None else q.float() for q in (weight, bias)]
+            learned = [None if q is None else q.float().resolve_neg() for q in (weight, bias)]
             with on_device_of(x):
                 launch(normalise_rows, rows, *learned, y, values, constant, eps, CENTRED=centred)
         ctx.save_for_backward(x, weight, values)
@@ -159,8 +159,8 @@ class TritonLayerNorm(torch.autograd.Function):
             features, resident = shape.numel(), PROGRAMS_PER_PROCESSOR * processors_of(x.device)
             launch, programs = _divide(values.shape[1], features, x.element_size(), resident)
             parts = values.new_empty(2, programs, features) if learned else None
-            scale = None if weight is None else weight.float()
-            arrays = (grad.contiguous(), rows, scale, values, out, parts)
+            scale = None if weight is None else weight.float().resolve_neg()
+            arrays = (grad.resolve_neg().contiguous(), rows, scale, values, out, parts)
             with on_device_of(x):
                 launch(write_row_gradients, *arrays, CENTRED=centred)
                 if learned:

@@ -111,8 +111,8 @@ def _channels(v: Tensor) -> int:
 
 
 def _are_alike(tensors: Sequence[Tensor]) -> bool:
-    kinds = {(q.dtype, q.device, q.is_inference()) for q in tensors}
-    return len(kinds) == 1 and (torch.float32, tensors[0].device, False) in kinds
+    kinds = {(q.dtype, q.device, q.is_inference(), q.is_neg()) for q in tensors}
+    return len(kinds) == 1 and (torch.float32, tensors[0].device, False, False) in kinds
 
 
 def _formula(v: Tensor, scales: Tensor, p: float) -> Tensor:

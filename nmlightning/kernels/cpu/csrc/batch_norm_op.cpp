@@ -26,9 +26,10 @@ struct BatchNormSpec {
 };
 
 // What backward needs of the channels, with their variance behind it, and then of the spec: in one
-// tensor, since each allocation takes as long as a small norm's arithmetic.
+// tensor, since each allocation takes as long as a small norm's arithmetic. That has no k, which
+// may be no float.
 struct Kept {
-  static constexpr int64_t ROWS = 6, SPEC = 6;
+  static constexpr int64_t ROWS = 6, SPEC = 5;
   Tensor held;
   int64_t length;
   float* data;
@@ -38,17 +39,19 @@ struct Kept {
   Kept(const Layout& layout, const BatchNormSpec& of)
       : Kept(allocate({ROWS * layout.length() + SPEC})) {
     float* to = row(ROWS);
-    for (double value : {double(of.k), of.constant, of.eps, double(of.fused), double(of.weight),
-                         double(of.bias)})
+    for (double value :
+         {of.constant, of.eps, double(of.fused), double(of.weight), double(of.bias)})
       *to++ = float(value);
   }
 
   float* row(int64_t i) const { return data + i * length; }
   float* variance() const { return row(5); }
   Channels channels() const { return {row(0), row(1), row(2), row(3), row(4)}; }
-  BatchNormSpec spec() const {
+  // By the deviations, (C, k), or an undefined tensor for L1.
+  BatchNormSpec spec(const Tensor& deviations) const {
     const float* of = row(ROWS);
-    return {int64_t(of[0]), of[1], of[2], Fused(int(of[3])), int(of[4]), int(of[5])};
+    const int64_t k = deviations.defined() ? deviations.size(1) : 0;
+    return {k, of[0], of[1], Fused(int(of[2])), int(of[3]), int(of[4])};
   }
 };
 
@@ -145,7 +148,7 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 // Returns the gradients by x, the residual if there is one, the weight and the bias.
 Gradients gradients(const Tensor& given, const variable_list& saved) {
   const Kept kept(saved[KEPT]);
-  const BatchNormSpec spec = kept.spec();
+  const BatchNormSpec spec = kept.spec(saved[SECOND]);
   const Tensor &x = saved[X], &y = saved[Y], &like = x.defined() ? x : y;
   const Layout layout = layout_of(like);
   const bool added = spec.fused == ADD_RELU;
@@ -204,7 +207,7 @@ struct BatchNormNode : torch::autograd::Function<BatchNormNode> {
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const Tensor& grad = grads[0];
     const variable_list saved = ctx->get_saved_variables();
-    const BatchNormSpec spec = Kept(saved[KEPT]).spec();
+    const BatchNormSpec spec = Kept(saved[KEPT]).spec(saved[SECOND]);
     const bool plainly = !at::GradMode::is_enabled() && is_plain(grad);
     const auto [by_x, by_residual, by_weight, by_bias] =
         plainly ? gradients(grad, saved) : dispatched(grad, saved);

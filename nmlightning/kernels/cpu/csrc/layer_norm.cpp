@@ -78,17 +78,18 @@ template <bool weighted, bool biased, class T>
 void normalise_row(const RowNorm& of, const T* x, const float* weight, const float* bias, T* y,
                    const RowValues& to, int64_t row) {
   const int64_t n = of.features;
-  const double share = 1 / double(n);
   float mean = 0;
-  if (of.centred) {  // by distances from the first element: exact where all are the same
+  // By distances from the first element, divided and not times 1 / n: exact where all are the same,
+  // and where the mean is an element, so that x > μ is false there.
+  if (of.centred) {
     double total = 0;
     const float first = load(x[0]);
     add_sums<1>(n, [=](auto in, auto* sums) { sums[0] += in(x) - first; }, &total);
-    mean = float(first + total * share);
+    mean = float(first + total / double(n));
   }
   double size = 0;
   add_sums<1>(n, [=](auto in, auto* sums) { sums[0] += magnitude(in(x) - mean); }, &size);
-  const double scale = of.constant * size * share;
+  const double scale = of.constant * size / double(n);
   const double exact = 1 / std::sqrt(scale * scale + of.eps);
   const float inverse = float(exact);
   to.mean[row] = mean;
@@ -260,9 +261,12 @@ struct LayerNorm : torch::autograd::Function<LayerNorm> {
   }
 };
 
-// Returns y like x, or nothing where the formula is to compute it: sums may be infinite in float.
+// Returns y like x, or nothing where the formula is to compute it: sums may be infinite in float,
+// or a tensor is not what its memory holds, as a negative view is not.
 Optional layer_norm(const Tensor& given, const Optional& weight, const Optional& bias, int64_t rank,
                     double constant, double eps, bool centred) {
+  const auto readable = [](const Optional& tensor) { return !tensor || is_plain(*tensor); };
+  if (!(is_plain(given) && readable(weight) && readable(bias))) return std::nullopt;
   if (bias && !weight) return std::nullopt;
   const Tensor x = given.contiguous();
   const Packed settings{double(rank), constant, eps, double(centred),
