@@ -33,8 +33,8 @@ CONSTANT, EPS = gaussian_constant("lp", 100, p=1), 1e-5
 
 
 @pytest.fixture(params=[1, 2])
-def _threads(request: pytest.FixtureRequest) -> None:
-    torch.set_num_threads(request.param)
+def _threads(request: pytest.FixtureRequest, _kernels: None) -> None:
+    torch.set_num_threads(request.param)  # which `_kernels` takes back
 
 
 @pytest.mark.usefixtures("_threads")
