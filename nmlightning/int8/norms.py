@@ -105,6 +105,8 @@ class NormQuantizer:
 
     def after(self, norm: nn.Module, arguments: tuple[Any, ...], y: Tensor) -> Tensor:
         """Return the output, whose gradient will be quantised."""
+        if not y.requires_grad:
+            return y
         group = ranks_to_share_with(norm, self.sync)
         settings = (self.gradient_bits, self.rounding, group, this_rank())
         quantized: Tensor = _QuantizedGradient.apply(y, *settings)
@@ -132,7 +134,7 @@ class _QuantizedGradient(torch.autograd.Function):
         ctx: Any, y: Tensor, bits: int, rounding: Rounding, group: ProcessGroup | None, rank: int
     ) -> Tensor:
         ctx.settings = bits, rounding, group, rank
-        return y.view_as(y)
+        return y.clone()  # of a view torch refuses to change it in place, as a ReLU may
 
     @staticmethod
     @differentiable()
