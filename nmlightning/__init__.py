@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from nmlightning.lazy_exports import RenamedModules, lazy_exports
 
 if TYPE_CHECKING:
+    from nmlightning.callbacks import Int8Swap as Int8Swap
     from nmlightning.callbacks import NormSwap as NormSwap
     from nmlightning.callbacks import WeightNormSwap as WeightNormSwap
     from nmlightning.callbacks import WeightNormTracker as WeightNormTracker
@@ -77,6 +78,8 @@ if TYPE_CHECKING:
     from nmlightning.probe.probe import probe_norms as probe_norms
     from nmlightning.surgery.checkpoints import load_from_checkpoint as load_from_checkpoint
     from nmlightning.surgery.checkpoints import swap_like as swap_like
+    from nmlightning.surgery.int8 import remove_int8 as remove_int8
+    from nmlightning.surgery.int8 import swap_int8 as swap_int8
     from nmlightning.surgery.swap import SwapReport as SwapReport
     from nmlightning.surgery.swap import swap_norms as swap_norms
     from nmlightning.tasks import ImageClassifier as ImageClassifier

@@ -19,6 +19,7 @@ from torchmetrics import Metric, MetricCollection
 
 from nmlightning.atomic_file import next_version
 from nmlightning.errors import repr_by_arguments
+from nmlightning.int8.ranges import holder_of
 from nmlightning.norms.batch_norm_base import BatchNormBase
 from nmlightning.surgery.lightning_hooks import watch_loading
 
@@ -251,7 +252,7 @@ def keep_through_sync(trainer: Any, unfused: Unfused) -> None:
 
 
 def synchronise_norms(trainer: Any, module: nn.Module) -> None:
-    """Do for our norms what `Trainer(sync_batchnorm=True)` asks for, under every strategy.
+    """Do for our norms and ranges what `Trainer(sync_batchnorm=True)` asks for, always.
 
     Lightning 2.6 does nothing about it under ModelParallelStrategy.
     """
@@ -259,6 +260,8 @@ def synchronise_norms(trainer: Any, module: nn.Module) -> None:
         for layer in module.modules():
             if isinstance(layer, BatchNormBase):
                 layer.sync = True
+            if (holder := holder_of(layer)) is not None:
+                holder.sync = True
 
 
 class _SyncKeepingOurs:

@@ -68,6 +68,20 @@ IMAGENET: dict[str, tuple[str, dict[str, str]] | None] = {
     "imagenet_resnet50_l1": ("l1", EXACT),
     "imagenet_resnet50_l1_fp16": ("l1", HALF),
 }
+# The options that are not the default of Int8Swap, the float config that it is else, and its keys.
+INT8: dict[str, tuple[dict[str, Any], str]] = {
+    "quickstart_int8": ({}, "quickstart"),
+    "cifar_int8": ({}, "cifar_l2"),
+    "cifar_int8_l1": ({"norms": "l1"}, "cifar_l2"),
+    "imagenet_resnet18_int8": ({}, "imagenet_resnet18_l2"),
+    "imagenet_resnet50_int8": ({}, "imagenet_resnet50_l2"),
+}
+PLAIN = {"rounding": "nearest", "bifurcate": False}
+STUDY_INT8: dict[str, tuple[dict[str, Any], str]] = {
+    f"study_int8_{bits}_{kind}": ({"gradient_bits": bits, **options}, "study_int8_8_both")
+    for bits in (8, 4, 2)
+    for kind, options in (("both", {}), ("plain", PLAIN))
+}
 ON_DIGITS = [*shlex.split("--data Digits --data.image_size 8 --data.batch_size 8"), *SHORT]
 ONE_PAGE = 50  # lines
 STUDY = {
@@ -96,6 +110,7 @@ def read(name: str) -> dict[str, Any]:
 def test_shipped_configs_are_the_quickstart_and_the_papers_experiments() -> None:
     studies = [f"{family}_{name}" for family in FAMILIES for name in STUDY]
     names = [*CIFAR, *NORMALISED, *IMAGENET, *NORMALISED_IMAGENET, *TRANSLATION, *studies]
+    names += [*INT8, *STUDY_INT8]
     assert list(CONFIGS) == ["quickstart", *sorted(names)]
 
 
@@ -135,6 +150,36 @@ def test_config_runs(fit: Fit, name: str) -> None:
     assert constants == ([expected] if expected else [])
     found = [(recipe["kind"], recipe["p"], len(recipe["modules"])) for recipe in normalised]
     assert found == ([(*NORMALISED[name], 13)] if name in NORMALISED else [])
+
+
+@pytest.mark.parametrize("name", [*INT8, *STUDY_INT8])
+def test_int8_config_runs(
+    fit: Fit, make_image_folder: Callable[..., Path], name: str, tmp_path: Path
+) -> None:
+    options, other = {**INT8, **STUDY_INT8}[name]
+    config, plain = read(name), read(other)
+    callback = config["trainer"].pop("callbacks")[-1]
+    assert callback["class_path"] == "Int8Swap"
+    assert {"gradient_bits": 8, **callback.get("init_args", {})} == {"gradient_bits": 8, **options}
+    words = [*ON_DIGITS, "--data.image_size", "16", *WHOLE]
+    if name.startswith("imagenet"):
+        model = config["model"]["init_args"]
+        model["net"].pop("init_args")
+        assert model.pop("weight_decay_scope") == "no_norm"
+        model["lr_scheduler"]["class_path"] = "torch.optim.lr_scheduler.MultiStepLR"
+        assert model["lr_scheduler"]["init_args"].pop("warmup_epochs") == 5
+        words = ["--data.root", str(make_image_folder()), "--data.num_workers", "0", *SHORT]
+        words += shlex.split("--data.image_size 128 --data.batch_size 4 --model.net.num_classes 3")
+    plain["trainer"].pop("callbacks", None)
+    plain["trainer"].pop("precision", None)
+    config["trainer"].pop("precision", None)
+    assert config == plain
+    checkpoint, *_ = fit(name, *words)
+    made = checkpoint["nmlightning"]["int8"]
+    norm = options.get("norms", "range")
+    found = {note["swapped_to"]["norm"].lower() for note in made.values() if "swapped_to" in note}
+    assert found == {f"{norm}batchnorm2d"}
+    assert {note["gradient_bits"] for note in made.values()} == {options.get("gradient_bits", 8)}
 
 
 @pytest.mark.parametrize("name", [*IMAGENET, *NORMALISED_IMAGENET])

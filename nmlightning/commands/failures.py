@@ -163,7 +163,7 @@ _LOGGERS = [
 ]
 # They say through Lightning's loggers what was swapped or normalised, how the learning rate was
 # scaled, and the BLEU to publish.
-OWN_MESSAGES = ("NormSwap", "WeightNormSwap", "ImageClassifier", "Translator")
+OWN_MESSAGES = ("NormSwap", "WeightNormSwap", "Int8Swap", "ImageClassifier", "Translator")
 
 
 @contextmanager

@@ -298,10 +298,11 @@ def set_fast(options: Namespace) -> None:
         trainer.precision = "bf16-mixed"
     settings.channels_last = True
     chosen = ["channels_last", str(trainer.precision)]
-    swap: Any
-    for swap in given_callbacks(trainer):
+    swaps: list[Any] = given_callbacks(trainer)
+    quantised = any(swap.class_path.endswith(".Int8Swap") for swap in swaps)  # never fused
+    for swap in swaps:
         given = swap.get("init_args", {})
-        if swap.class_path.endswith(".NormSwap") and not given.fuse:
+        if swap.class_path.endswith(".NormSwap") and not given.fuse and not quantised:
             with suppress(InputError):  # of norms that cannot be fused
                 given.fuse = check_fuse("add_relu", given.norm, given.kinds)
                 chosen.append("norms with additions and ReLU")

@@ -86,16 +86,14 @@ def differentiable(
             with torch.no_grad():
                 results = backward(ctx, *grads)
             sources = [*ctx.saved_tensors, *grads]
-            return tuple(
-                r if r is None else _DifferentiatedOnce.apply(r, *sources) for r in results
-            )
+            return tuple(r if r is None else DifferentiatedOnce.apply(r, *sources) for r in results)
 
         return backward_again
 
     return decorate
 
 
-class _DifferentiatedOnce(torch.autograd.Function):
+class DifferentiatedOnce(torch.autograd.Function):
     """The identity of its first argument; its backward is an error."""
 
     @staticmethod

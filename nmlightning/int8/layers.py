@@ -20,14 +20,17 @@ from nmlightning.int8.backends import (
 from nmlightning.int8.function import Int8Function, Settings
 from nmlightning.int8.quantizer import Rounding, check_bits
 from nmlightning.int8.ranges import (
+    NOTE,
     RANGES,
     input_grid,
     ranks_to_share_with,
     register_range,
+    remove_range,
     this_rank,
 )
 from nmlightning.kernels.interface import Dispatch
 from nmlightning.norms.batch_norm_base import check_momentum
+from nmlightning.norms.fast_path import HOOKED, is_in_encoder_layer
 
 WeightGradient = Literal["float32", "bfloat16"]
 WeightRange = Literal["tensor", "channel"]
@@ -65,7 +68,7 @@ class Int8Layer(nn.Module):
         bifurcate: bool = True, weight_gradient: WeightGradient = "float32",
         weight_range: WeightRange = "tensor", momentum: float | None = 0.1, sync: bool = False,
     ) -> None:  # fmt: skip
-        """Set the options, and add a running range; that is all which torch's layer lacks.
+        """Set the options, and add a running range if there is none; torch's layer lacks no more.
 
         Args:
             bits: of the input and the weight, 2 … 8.
@@ -94,7 +97,18 @@ class Int8Layer(nn.Module):
         self.bifurcate = check_flag("bifurcate", bifurcate)
         self.momentum = check_momentum(momentum)
         self.sync = check_flag("sync", sync)
-        register_range(self)
+        if RANGES[0] not in self._buffers:
+            register_range(self)
+
+    def int8_options(self) -> dict[str, Any]:
+        """Return the options as plain data: the keywords of `set_up`."""
+        return {name: getattr(self, name) for name in _OPTIONS}
+
+    def forget_options(self) -> None:
+        """Remove what `set_up` added, before the layer becomes torch's again."""
+        remove_range(self)
+        for name in _OPTIONS:
+            delattr(self, name)
 
     def backend_for(self, input: Tensor) -> Dispatch:
         """Return what computes the output of such a (N, C, *) input, and why, without running."""
@@ -137,14 +151,27 @@ class Int8Layer(nn.Module):
 
     def extra_repr(self) -> str:
         """Return torch's, and the options that are not the default."""
-        options = inspect.signature(Int8Layer.set_up).parameters.values()
-        values = {o.name: getattr(self, o.name) for o in options if o.default is not o.empty}
-        shown = (
-            f"{o.name}={values[o.name]!r}"
-            for o in options
-            if o.default != values.get(o.name, o.default)
-        )
+        own = self.int8_options().items()
+        shown = (f"{name}={value!r}" for name, value in own if value != _OPTIONS[name])
         return ", ".join([super().extra_repr(), *shown])
+
+    def named_modules(self, memo: Any = None, prefix: str = "", *args: Any, **kwargs: Any) -> Any:
+        """Yield what torch yields; for its encoder layer also a hook, so that it calls forward."""
+        yield from super().named_modules(memo, prefix, *args, **kwargs)
+        if is_in_encoder_layer():
+            yield f"{prefix}.hooked", HOOKED
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {})
+        metadata.setdefault(prefix[:-1], {})[NOTE] = self.int8_options()
+
+
+_OPTIONS = {
+    option.name: option.default
+    for option in inspect.signature(Int8Layer.set_up).parameters.values()
+    if option.default is not option.empty
+}
 
 
 class Int8Conv(Int8Layer):

@@ -1,5 +1,6 @@
 """Norms with a quantised input and a quantised gradient of the output, whatever the norm."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from nmlightning.errors import InputError, check_choice, check_flag
-from nmlightning.functional.batch_norm import differentiable
+from nmlightning.functional.batch_norm import DifferentiatedOnce
 from nmlightning.int8.quantizer import (
     Grid,
     Rounding,
@@ -18,6 +19,8 @@ from nmlightning.int8.quantizer import (
     quantize,
 )
 from nmlightning.int8.ranges import (
+    NOTE,
+    QUANTIZER,
     input_grid,
     ranks_to_share_with,
     register_range,
@@ -26,12 +29,10 @@ from nmlightning.int8.ranges import (
 )
 from nmlightning.norms.batch_norm_base import check_momentum
 
-_NAME = "int8_quantizer"
-
 
 def quantize_norm(
     norm: nn.Module, bits: int = 8, gradient_bits: int = 8, rounding: Rounding = "stochastic",
-    momentum: float | None = 0.1, sync: bool = False,
+    momentum: float | None = 0.1, sync: bool = False, swapped_to: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Let a norm see its input, and its output's gradient, as 8 bits or fewer can say them.
 
@@ -41,7 +42,10 @@ def quantize_norm(
     range, in evaluation of the running one, in buffers that the norm gets; Q(∂y) of the extremes,
     also for the norm's weight and bias. What the norm computes in between, and what it keeps for
     backward, stays as it is. Any module whose first argument is a floating (N, *) tensor, by two
-    hooks; a second call sets it anew.
+    hooks; a second call sets it anew and keeps the range.
+
+    Args:
+        swapped_to: what `swap_int8` made of a norm of torch's, which `remove_int8` takes back.
 
     Raises:
         InputError: a setting outside what is allowed.
@@ -56,35 +60,41 @@ def quantize_norm(
     Source: Banner et al. 2018 (arXiv 1805.11046), who quantise Range batch norm.
     """
     quantizer = NormQuantizer(bits, gradient_bits, rounding, momentum, sync)
-    if is_quantized(norm):
-        restore_norm(norm)
+    if swapped_to is not None:
+        quantizer.swapped_to = swapped_to
+    if (known := quantizer_of(norm)) is not None:
+        vars(known).update(vars(quantizer))
+        return
     register_range(norm)
+    setattr(norm, QUANTIZER, quantizer)
+    note_by: Any = norm.register_state_dict_post_hook
     quantizer.handles = (
         norm.register_forward_pre_hook(quantizer.before),
         norm.register_forward_hook(quantizer.after),
+        note_by(partial(NormQuantizer.note, quantizer)),
     )
-    setattr(norm, _NAME, quantizer)
 
 
 def restore_norm(norm: nn.Module) -> None:
     """Take back what `quantize_norm` did."""
-    if not is_quantized(norm):
+    if (quantizer := quantizer_of(norm)) is None:
         raise InputError(f"{type(norm).__name__} is not quantised: call quantize_norm first.")
-    for handle in getattr(norm, _NAME).handles:
+    for handle in quantizer.handles:
         handle.remove()
     remove_range(norm)
-    delattr(norm, _NAME)
+    delattr(norm, QUANTIZER)
 
 
-def is_quantized(norm: nn.Module) -> bool:
-    """Return whether `quantize_norm` was called for the norm."""
-    return hasattr(norm, _NAME)
+def quantizer_of(norm: nn.Module) -> "NormQuantizer | None":
+    """Return the hooks of a norm that is quantised, None of any other module."""
+    return vars(norm).get(QUANTIZER)
 
 
 class NormQuantizer:
     """The two hooks of a quantised norm, with their settings."""
 
     handles: tuple[Any, ...] = ()
+    swapped_to: dict[str, Any] | None = None  # as `describe_norm`, where it was torch's before
 
     def __init__(
         self, bits: int, gradient_bits: int, rounding: Rounding, momentum: float | None, sync: bool
@@ -96,6 +106,15 @@ class NormQuantizer:
         self.momentum = check_momentum(momentum)
         self.sync = check_flag("sync", sync)
 
+    def int8_options(self) -> dict[str, Any]:
+        """Return the keywords of `quantize_norm`, and what it was swapped to."""
+        names = ("bits", "gradient_bits", "rounding", "momentum", "sync", "swapped_to")
+        return {name: getattr(self, name) for name in names}
+
+    def note(self, norm: nn.Module, state: Any, prefix: str, metadata: dict[str, Any]) -> None:
+        """Say in the metadata of a state dict what is quantised and how."""
+        metadata[NOTE] = self.int8_options()
+
     def before(self, norm: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the arguments of forward with the first quantised."""
         x, *rest = arguments
@@ -105,12 +124,24 @@ class NormQuantizer:
 
     def after(self, norm: nn.Module, arguments: tuple[Any, ...], y: Tensor) -> Tensor:
         """Return the output, whose gradient will be quantised."""
-        if not y.requires_grad:
-            return y
-        group = ranks_to_share_with(norm, self.sync)
-        settings = (self.gradient_bits, self.rounding, group, this_rank())
-        quantized: Tensor = _QuantizedGradient.apply(y, *settings)
-        return quantized
+        if y.requires_grad:
+            # No autograd function, whose output an in-place ReLU could not change.
+            group = ranks_to_share_with(norm, self.sync)
+            quantize = partial(
+                _quantize_gradient, bits=self.gradient_bits, rounding=self.rounding, group=group
+            )
+            y.register_hook(quantize)  # type: ignore[no-untyped-call]
+        return y
+
+
+def _quantize_gradient(
+    grad: Tensor, bits: int, rounding: Rounding, group: ProcessGroup | None
+) -> Tensor:
+    with torch.no_grad():
+        grid = make_grid(*extreme(grad, group), bits)
+        rounded = dequantize(quantize(grad, grid, rounding, stream=this_rank()), grid)
+        rounded = rounded.to(grad.dtype)
+    return DifferentiatedOnce.apply(rounded, grad) if grad.requires_grad else rounded
 
 
 class _QuantizedInput(torch.autograd.Function):
@@ -124,22 +155,3 @@ class _QuantizedInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad, None, None, None
-
-
-class _QuantizedGradient(torch.autograd.Function):
-    """The identity, whose gradient is quantised."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, bits: int, rounding: Rounding, group: ProcessGroup | None, rank: int
-    ) -> Tensor:
-        ctx.settings = bits, rounding, group, rank
-        return y.clone()  # of a view torch refuses to change it in place, as a ReLU may
-
-    @staticmethod
-    @differentiable()
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        bits, rounding, group, rank = ctx.settings
-        grid = make_grid(*extreme(grad, group), bits)
-        rounded = dequantize(quantize(grad, grid, rounding, stream=rank), grid)
-        return rounded.to(grad.dtype), None, None, None, None

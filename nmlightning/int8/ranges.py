@@ -1,13 +1,19 @@
 """The running range of a module's inputs: buffers of the module, and the grid that they give."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from nmlightning.int8.quantizer import Grid, make_grid, sample_mean
+from nmlightning.name_patterns import plain_name
 
 RANGES = ("running_min", "running_max")
+QUANTIZER = "int8_quantizer"  # the attribute of a quantised norm that holds its hooks
+NOTE = "nmlightning_int8"
+"""What the metadata of a state dict say of a module in int8 under: its options."""
 _COUNT = "num_ranges_tracked"
 
 
@@ -57,3 +63,24 @@ def input_grid(
         for kept, own in zip(running, (low, high), strict=True):
             kept.copy_(torch.where(finite, kept + newest * (own - kept), kept))
     return make_grid(low, high, bits)
+
+
+def holder_of(module: nn.Module) -> Any:
+    """Return what holds the options of a layer in int8, or of a quantised norm; None of others."""
+    holder = vars(module).get(QUANTIZER, module)
+    return holder if hasattr(holder, "int8_options") else None
+
+
+def options_of(module: nn.Module) -> dict[str, Any]:
+    """Return the options of a layer in int8, or of a quantised norm; empty of any other module."""
+    holder = holder_of(module)
+    return {} if holder is None else holder.int8_options()
+
+
+def describe_int8(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return, as plain data, the options of what computes in int8, by its name.
+
+    Those of a norm also say what `swap_int8` made of it, if it was torch's own.
+    """
+    found = {plain_name(name): options_of(module) for name, module in model.named_modules()}
+    return {name: options for name, options in found.items() if options}

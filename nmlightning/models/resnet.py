@@ -144,6 +144,7 @@ class ResNet18(resnet.ResNet):  # type: ignore[misc]  # torchvision ships no typ
 
     Args:
         num_classes: number of outputs.
+        zero_init_residual: let the last norm of each block begin with a weight of 0.
 
     Examples:
         >>> import torch
@@ -151,8 +152,8 @@ class ResNet18(resnet.ResNet):  # type: ignore[misc]  # torchvision ships no typ
         torch.Size([2, 1000])
     """
 
-    def __init__(self, num_classes: int = 1000) -> None:
-        super().__init__(resnet.BasicBlock, [2, 2, 2, 2], num_classes=num_classes)
+    def __init__(self, num_classes: int = 1000, zero_init_residual: bool = False) -> None:
+        super().__init__(resnet.BasicBlock, [2, 2, 2, 2], num_classes, zero_init_residual)
 
 
 class ResNet50(resnet.ResNet):  # type: ignore[misc]  # torchvision ships no types
@@ -164,6 +165,7 @@ class ResNet50(resnet.ResNet):  # type: ignore[misc]  # torchvision ships no typ
         num_classes: number of outputs.
         scale_branches: draw the last convolution of each of the n = 16 blocks 1/√n times as large;
             see `CifarResNet`.
+        zero_init_residual: let the last norm of each block begin with a weight of 0.
 
     Examples:
         >>> import torch
@@ -171,8 +173,13 @@ class ResNet50(resnet.ResNet):  # type: ignore[misc]  # torchvision ships no typ
         torch.Size([2, 1000])
     """
 
-    def __init__(self, num_classes: int = 1000, scale_branches: bool = False) -> None:
-        super().__init__(resnet.Bottleneck, [3, 4, 6, 3], num_classes=num_classes)
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        scale_branches: bool = False,
+        zero_init_residual: bool = False,
+    ) -> None:
+        super().__init__(resnet.Bottleneck, [3, 4, 6, 3], num_classes, zero_init_residual)
         if scale_branches:
             blocks = [part for part in self.modules() if isinstance(part, resnet.Bottleneck)]
             scale_down([block.conv3 for block in blocks])

@@ -32,12 +32,12 @@ def is_in_encoder_layer() -> bool:
 
 
 def guard_encoders(modules: Iterable[nn.Module]) -> None:
-    """Switch nested tensors off where a norm is ours, and back on without any of ours."""
+    """Switch nested tensors off where a layer is ours, and back on without any of ours."""
     before = "_use_nested_tensor_before_swap"
     for encoder in modules:
         if isinstance(encoder, nn.TransformerEncoder):
-            norms = [x for x in encoder.layers.modules() if hasattr(x, "normalized_shape")]
-            state, ours = vars(encoder), any(hasattr(norm, "backend_for") for norm in norms)
+            state, parts = vars(encoder), encoder.layers.modules()
+            ours = any(hasattr(part, "backend_for") for part in parts)
             if ours and before not in state and "use_nested_tensor" in state:
                 state[before], state["use_nested_tensor"] = state["use_nested_tensor"], False
             elif not ours and before in state:

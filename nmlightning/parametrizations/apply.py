@@ -214,7 +214,7 @@ def _normalise(
 
 
 def _register(place: WeightLocation, norm: WeightNorm) -> FastParametrizationList:
-    _unshare_class(place.module)
+    unshare_class(place.module)
     parametrize.register_parametrization(place.module, place.attribute, norm)
     cls: Any = type(place.module)  # of its own, as it is parametrized
     setattr(cls, place.attribute, fast_property(vars(cls)[place.attribute], place.attribute))
@@ -266,7 +266,7 @@ def _make_plain(weight: NormalisableWeight) -> None:
     value = norm(weight.parameter).clone()
     for place, position in zip(weight.places, norm.positions, strict=True):
         module, name = place.module, place.attribute
-        _unshare_class(module)
+        unshare_class(module)
         parametrize.remove_parametrizations(module, name, leave_parametrized=False)
         order = [other for other in module._parameters if other != name]
         order.insert(position, name)
@@ -275,8 +275,8 @@ def _make_plain(weight: NormalisableWeight) -> None:
     weight.parameter.copy_(value)
 
 
-def _unshare_class(module: nn.Module) -> None:
-    """Give a parametrized module a class of its own.
+def unshare_class(module: nn.Module, base: type[nn.Module] | None = None) -> None:
+    """Give a module the class `base`; a parametrized one a class of its own, of that or its base.
 
     Torch makes one when it parametrizes, and changes that class afterwards; but copies of the
     module have the same one.
@@ -284,7 +284,10 @@ def _unshare_class(module: nn.Module) -> None:
     if parametrize.is_parametrized(module):
         cls = type(module)
         kept = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
-        module.__class__ = type(cls.__name__, cls.__bases__, kept)
+        name = f"Parametrized{base.__name__}" if base else cls.__name__
+        module.__class__ = type(name, (base,) if base else cls.__bases__, kept)
+    elif base is not None:
+        module.__class__ = base
 
 
 def _copy_recurrent(self: Any, memo: dict[int, Any]) -> Any:

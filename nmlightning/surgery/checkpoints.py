@@ -21,6 +21,7 @@ from nmlightning.surgery.recipes import (
     NORM_SWAP,
     WEIGHT_NORM,
     Recipe,
+    int8_in,
     is_so,
     keywords_of,
     norms_in,
@@ -77,8 +78,8 @@ def load_from_checkpoint(module_class: type[Module], path: str | Path, **argumen
 def swap_like(model: nn.Module, state_dict: Mapping[str, Any]) -> SwapReport:
     """Swap the norms of `model` to those that a state dict was saved with, and report it.
 
-    The metadata of a state dict name the norms of this package. If there are none, nothing is
-    swapped.
+    The metadata of a state dict name the norms of this package, and what computes in int8, which
+    then does so here. If there is none, nothing is swapped.
 
     Args:
         model: a new model, also with other norms.
@@ -98,7 +99,9 @@ def swap_like(model: nn.Module, state_dict: Mapping[str, Any]) -> SwapReport:
             "swap_like got a dict without _metadata, which say what the norms are: give what "
             "model.state_dict() returned, or torch.load of that, not a checkpoint or a copy."
         )
-    return _follow(model, norms_in({"state_dict": state_dict}))
+    checkpoint = {"state_dict": state_dict}
+    int8 = follow_int8(model, int8_in(checkpoint))
+    return SwapReport((*_follow(model, norms_in(checkpoint)).swapped, *int8), ())
 
 
 def _follow(model: nn.Module, notes: Mapping[str, Recipe]) -> SwapReport:
@@ -116,6 +119,17 @@ def _follow(model: nn.Module, notes: Mapping[str, Recipe]) -> SwapReport:
             model, norm, note["options"], kinds=kind, include=include, types=types
         ).swapped
     return SwapReport(swapped, ())
+
+
+def follow_int8(model: nn.Module, notes: Mapping[str, Recipe]) -> tuple[Swap, ...]:
+    """Let layers and norms compute in int8 as `describe_int8` said of them, by name."""
+    if not notes:
+        return ()
+    from nmlightning.surgery.int8 import follow_notes
+
+    made = {name: note["swapped_to"] for name, note in notes.items() if note.get("swapped_to")}
+    _follow(model, made)
+    return follow_notes(model, notes)
 
 
 @contextmanager
@@ -138,6 +152,7 @@ def _normalising_first(
             prepare_for_weights(module, settings_of(recipe), names)
             note_recipe(module, keywords_of(recipe), recipe["modules"], WEIGHT_NORM)
         names = [x for x, _ in module.named_parameters(remove_duplicate=False)]
+        follow_int8(module, int8_in(checkpoint))
         plain = normalised & {plain_name(x) for x in names if ".parametrizations." not in f".{x}"}
         for settings in {settings_of(by_hand[x]) for x in plain & by_hand.keys()}:
             own = [escape(x) for x in plain & by_hand.keys() if settings_of(by_hand[x]) == settings]

@@ -21,6 +21,7 @@ from nmlightning.surgery.recipes import (
     NORM_SWAP,
     WEIGHT_NORM,
     count_norms,
+    int8_in,
     is_so,
     norms_in,
     recipes_in,
@@ -28,7 +29,7 @@ from nmlightning.surgery.recipes import (
 )
 
 LEFT_OUT = "The checkpoint was trained with "
-_OURS = ("NormSwap", "WeightNormSwap", "WeightNormTracker")
+_OURS = ("NormSwap", "WeightNormSwap", "Int8Swap", "WeightNormTracker")
 
 
 def watch_loading() -> None:
@@ -87,7 +88,7 @@ def _load_state(original: Any, cls: type, checkpoint: Any, *args: Any, **kwargs:
 
 def _restore_model(original: Any, connector: Any) -> None:
     trainer, checkpoint = connector.trainer, getattr(connector, "_loaded_checkpoint", {})
-    with _weights_in_words(checkpoint, "add WeightNormSwap to the Trainer's callbacks."):
+    with _weights_in_words(checkpoint, "add {} to the Trainer's callbacks."):
         original(connector)
     if left := _find_left_norms(trainer.lightning_module, checkpoint):
         _warn(f"{left}: add NormSwap to the Trainer's callbacks.")
@@ -104,10 +105,16 @@ def _restore_model(original: Any, connector: Any) -> None:
 
 @contextmanager
 def _weights_in_words(checkpoint: Mapping[str, Any], way_out: str) -> Iterator[None]:
-    """Raise InputError in place of torch's error where only the checkpoint has weight norm."""
+    """Raise InputError in place of torch's where only the checkpoint has weight norm or int8."""
     try:
         yield
     except RuntimeError as error:
+        in_int8 = int8_in(checkpoint)
+        if in_int8 and re.search(r"Unexpected key.*\.running_min\b", str(error)):
+            raise InputError(
+                f"{LEFT_OUT}int8 on {some(in_int8, 2)}, and here there is none: "
+                + way_out.format("Int8Swap")
+            ) from error
         if not re.search(r"Unexpected key.*\.parametrizations\.", str(error)):
             raise
         weights = [x for recipe in recipes_in(checkpoint, WEIGHT_NORM) for x in recipe["modules"]]
@@ -117,7 +124,8 @@ def _weights_in_words(checkpoint: Mapping[str, Any], way_out: str) -> Iterator[N
             weights = [ends.sub(r".\1", x) for x in checkpoint["state_dict"] if ends.search(x)]
             way_out = "normalise them in its __init__, as where it was trained."
         raise InputError(
-            f"{LEFT_OUT}weight norm on {some(weights, 2)}, and here there is none: {way_out}"
+            f"{LEFT_OUT}weight norm on {some(weights, 2)}, and here there is none: "
+            + way_out.format("WeightNormSwap")
         ) from error
 
 

