@@ -100,6 +100,7 @@ def swap_int8(
     }  # fmt: skip
     check_settings(options, norms)
     check_flag("dry_run", dry_run)
+    check_lists(include=include, exclude=exclude)
     picked = _pick(model, include, exclude, norms)
     chosen = [x for x in picked if not x.reason]
     before = {x.name: _title(x.module) for x in picked}
@@ -204,9 +205,11 @@ def _title_to_be(x: Candidate, norms: Mapping[str, str]) -> str:
 
 
 def _class_of(module: nn.Module) -> type[nn.Module]:
-    """Return its class; of a parametrized module the one that it had before."""
-    is_own = parametrize.is_parametrized(module)
-    return type(module).__bases__[0] if is_own else type(module)
+    """Return its class; of a parametrized or sharded module the one that it had before."""
+    own = type(module)
+    if isinstance(module, Int8Layer):
+        return next(cls for cls in own.__mro__ if cls in _FLOAT_CLASSES)
+    return own.__bases__[0] if parametrize.is_parametrized(module) else own
 
 
 def _become_int8(module: nn.Module, options: Mapping[str, Any]) -> None:
@@ -227,7 +230,8 @@ def _pick(
             f"include names layers that cannot compute in int8: {named}; exclude them."
         )
     for x in picked:
-        if not x.reason and any(is_sharded(q) or is_flat(q) for q in x.module.parameters()):
+        sharded = any(is_sharded(q) or is_flat(q) for q in x.module.parameters())
+        if sharded and not (x.is_norm or options_of(x.module)):
             raise InputError(
                 f"{x.name} is sharded already: call swap_int8 in configure_model, before "
                 "fully_shard."
@@ -252,7 +256,8 @@ def _find(model: nn.Module, norms: str | None) -> list[Candidate]:
     ]
     for x in find_norm_layers(model) if norms is not None else ():
         if x.kind == "batch" or isinstance(x.module, _BatchNorm):
-            found.append(Candidate(x.name, x.module, True, x.unsupported_reason))
+            reason = f"swap_norms leaves it: {x.unsupported_reason}" if x.kind is None else ""
+            found.append(Candidate(x.name, x.module, True, reason))
     return found
 
 

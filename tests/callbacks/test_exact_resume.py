@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset, random_split
 from torchmetrics import CatMetric, MaxMetric, MeanMetric, MetricCollection, SumMetric
 
-from nmlightning import Digits, ImageClassifier, QuantizationNoise
+from nmlightning import Digits, ImageClassifier, Int8Linear, QuantizationNoise
 from nmlightning.callbacks import AtomicCheckpointIO, ExactResume
 from nmlightning.errors import InputError
 from recorded_runs import StepsByHand, Trains, make_data
@@ -38,8 +38,9 @@ class Noisy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Flatten(), nn.Linear(64, 8), nn.Dropout(), QuantizationNoise(0.1), nn.Linear(8, 10)
-        )
+            nn.Flatten(), nn.Linear(64, 8), nn.Dropout(), QuantizationNoise(0.1),
+            Int8Linear(8, 10, gradient_bits=2),
+        )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
         noise = random.gauss(0, 1) + float(np.random.randn())

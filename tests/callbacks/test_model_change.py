@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from nmlightning.callbacks import NormSwap, WeightNormSwap, WeightNormTracker
+from nmlightning.callbacks import Int8Swap, NormSwap, WeightNormSwap, WeightNormTracker
 from nmlightning.errors import InputError
 from recorded_runs import Trains, make_data
 from trainers import quiet_trainer
 
 
 @pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn", "ddp_notebook"])
-@pytest.mark.parametrize("callback", [NormSwap("l1"), WeightNormSwap(), WeightNormTracker()])
+@pytest.mark.parametrize(
+    "callback", [NormSwap("l1"), Int8Swap(), WeightNormSwap(), WeightNormTracker()]
+)
 def test_strategies_that_train_copies_are_refused(strategy: str, callback: Any) -> None:
     trainer = quiet_trainer(callback, strategy=strategy, devices=2)
     named = "ddp_fork" if strategy == "ddp_notebook" else strategy
@@ -23,13 +25,13 @@ def test_strategies_that_train_copies_are_refused(strategy: str, callback: Any) 
         trainer.fit(Trains(), make_data())
     assert named in str(caught.value)
     # Torch pickles no parametrized module, so none that is normalised reaches a spawned process.
-    offered = isinstance(callback, NormSwap) or (
+    offered = isinstance(callback, NormSwap | Int8Swap) or (
         isinstance(callback, WeightNormSwap) and strategy != "ddp_spawn"
     )
     assert ("change(module)" in str(caught.value)) == offered
 
 
-@pytest.mark.parametrize("make", [partial(NormSwap, "l1"), WeightNormSwap])
+@pytest.mark.parametrize("make", [partial(NormSwap, "l1"), Int8Swap, WeightNormSwap])
 def test_change_before_the_fit_passes_a_strategy_that_copies(make: Any) -> None:
     module = Trains()
     make().change(module)

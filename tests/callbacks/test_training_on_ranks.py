@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import StepLR
 
 import optim_rules
 from nmlightning import load_from_checkpoint
-from nmlightning.callbacks import NormSwap, WeightNormSwap, WeightNormTracker
+from nmlightning.callbacks import Int8Swap, NormSwap, WeightNormSwap, WeightNormTracker
 from nmlightning.datamodules import Digits
 from nmlightning.norms.batch_norm import L1BatchNorm2d
 from nmlightning.reports.run import read_run
@@ -43,7 +43,7 @@ WEIGHT_NORMS: dict[str, dict[str, Any]] = {
     "gains": {"gain": "channel", "p": "inf"},
 }
 RUNS = [("bf16-mixed", "stable"), ("bf16-true", "stable")]
-RUNS += [("32-true", run) for run in (*RULES, *WEIGHT_NORMS)]
+RUNS += [("32-true", run) for run in (*RULES, *WEIGHT_NORMS, "int8")]
 HOLDS = [(strategy, *run) for strategy in STRATEGIES for run in RUNS]
 
 
@@ -81,6 +81,7 @@ def train(
     trainer = quiet_trainer(
         NormSwap("l1"),
         *([WeightNormSwap(**WEIGHT_NORMS[run])] if run in WEIGHT_NORMS else []),
+        *([Int8Swap(rounding="nearest")] if run == "int8" else []),
         WeightNormTracker(every=1, steering=steering, other_run=True),
         strategy=make_strategy(kind),
         devices=ranks,
@@ -160,7 +161,10 @@ def test_train_and_steer_as_one_process(
     exact, one = (
         all_weights(load(one_process, "one", p, rule, "whole")) for p in ("32-true", precision)
     )
-    if precision == "32-true":
+    if rule == "int8":
+        # Ranges round differently, and values that are near the middle of two steps to another.
+        assert (two - exact).norm() < 2e-3 * exact.norm()
+    elif precision == "32-true":
         # Sums over two ranks round differently from one sum, over four steps.
         torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6)
     else:

@@ -75,8 +75,8 @@ EXCEPTIONS = {
 # Of the targets that are missed: what was reached, which must not be left again.
 REACHED = {
     "Python files": 159,
-    "lines of nmlightning, Python and C++": 32_111,
-    "lines of tests": 29_193,
+    "lines of nmlightning, Python and C++": 32_116,
+    "lines of tests": 29_680,
     "files a config meets before Trainer.fit": 22,
 }
 

@@ -1,0 +1,193 @@
+"""Test Int8Swap on LightningModules of both Lightning packages, which know nothing of it."""
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_modules import (
+    PlLate,
+    PlModule,
+    UnifiedLate,
+    UnifiedModule,
+    fit,
+    make,
+    make_data,
+    package_of,
+)
+from nmlightning import load_from_checkpoint, remove_int8, swap_int8
+from nmlightning.callbacks import ExactResume, Int8Swap, NormSwap, WeightNormSwap, WeightNormTracker
+from nmlightning.errors import InputError
+from nmlightning.int8 import Int8Layer
+from nmlightning.int8.ranges import describe_int8
+from nmlightning.norms import L1BatchNorm2d, RangeBatchNorm2d
+
+BOTH = pytest.mark.parametrize("module_class", [PlModule, UnifiedModule])
+NAMES = ["net.0", "net.1", "net.3", "net.4", "net.7"]
+
+
+def types(module: nn.Module) -> list[type]:
+    return [type(module.get_submodule(name)) for name in NAMES]
+
+
+def assert_same(one: nn.Module, other: nn.Module) -> None:
+    torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("module_class", [PlModule, UnifiedModule, PlLate, UnifiedLate])
+@pytest.mark.parametrize("only_weights", [False, True])
+def test_trains_and_a_checkpoint_restores_it(
+    module_class: type, only_weights: bool, tmp_path: Path
+) -> None:
+    module, path = make(module_class), tmp_path / "a.ckpt"
+    swap = Int8Swap(gradient_bits=4, weight_gradient="bfloat16", exclude=["net.7"])
+    trainer = fit(module, swap, WeightNormTracker(), default_root_dir=tmp_path)
+    assert list(describe_int8(module)) == NAMES[:-1]
+    assert type(module.net[1]) is RangeBatchNorm2d
+    trainer.save_checkpoint(path, weights_only=only_weights)
+    kept = torch.load(path, weights_only=True)["nmlightning"]["int8"]
+    assert kept == describe_int8(module)
+    if module_class in (PlModule, UnifiedModule):
+        loaded = load_from_checkpoint(module_class, path)
+        assert describe_int8(loaded) == describe_int8(module)
+        x = torch.randn(2, 2, 8, 8)
+        assert torch.equal(loaded.net.eval()(x), module.net.eval()(x))
+        assert_same(loaded, module)
+        assert types(loaded) == types(module)
+    trainer.test(make(module_class), make_data(), path)
+
+
+@BOTH
+def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(
+    module_class: type, tmp_path: Path
+) -> None:
+    def run(epochs: int, start: Path | None = None) -> Any:
+        module = make(module_class)
+        torch.manual_seed(7)
+        swap = Int8Swap(gradient_bits=2)
+        trainer = fit(module, ExactResume(), swap, max_epochs=epochs, ckpt_path=start)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return module
+
+    run(1)
+    whole = run(3)
+    assert_same(run(3, tmp_path / "1.ckpt"), whole)
+
+
+@BOTH
+def test_resume_with_other_options_is_refused(module_class: type, tmp_path: Path) -> None:
+    path, plain = tmp_path / "a.ckpt", tmp_path / "plain.ckpt"
+    fit(make(module_class), Int8Swap()).save_checkpoint(path)
+    fit(make(module_class)).save_checkpoint(plain)
+    cases = [
+        (Int8Swap(gradient_bits=4), path, "gradient_bits = 8 on net.0, this run has gradient_bits"),
+        (Int8Swap(exclude=["net.0"]), path, "bits = 8 on net.0, this run has no int8"),
+        (Int8Swap(norms=None), path, "bits = 8 on net.1, this run has no int8"),
+        (Int8Swap(), plain, "no int8 on net.0, this run has bits = 8. Resume with the same Int8Sw"),
+    ]
+    for swap, start, message in cases:
+        with pytest.raises(InputError, match=f"The checkpoint was trained with {message}"):
+            fit(make(module_class), swap, max_epochs=2, ckpt_path=start)
+    message = r"with int8 on net.0, net.1 and 3 more, and here there is none: add Int8Swap to"
+    with pytest.raises(InputError, match=message):
+        fit(make(module_class), max_epochs=2, ckpt_path=path)
+    with pytest.raises(InputError, match=r"load it by nmlightning.load_from_checkpoint"):
+        module_class.load_from_checkpoint(path)  # type: ignore[attr-defined]
+
+
+def test_swap_by_hand_is_kept_too(tmp_path: Path) -> None:
+    module = make(PlModule)
+    swap_int8(module.net, bits=6)
+    fit(module).save_checkpoint(tmp_path / "a.ckpt")
+    assert describe_int8(load_from_checkpoint(PlModule, tmp_path / "a.ckpt"))["net.0"]["bits"] == 6
+    fit(make(PlModule), Int8Swap(bits=6), max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
+
+
+SWAPS = [NormSwap("l1"), WeightNormSwap(), Int8Swap()]
+
+
+@BOTH
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_goes_with_the_other_swaps(module_class: type, order: Any, tmp_path: Path) -> None:
+    module = make(module_class)
+    swaps = [copy.deepcopy(SWAPS[place]) for place in order]
+    fit(module, *swaps, max_epochs=2).save_checkpoint(tmp_path / "a.ckpt")
+    assert type(module.net[1]) is L1BatchNorm2d
+    assert list(describe_int8(module)) == NAMES
+    assert module.net[0].num_ranges_tracked == 8
+    assert "parametrizations" in dict(module.net[0].named_children())
+    loaded = load_from_checkpoint(module_class, tmp_path / "a.ckpt")
+    assert_same(loaded, module)
+    fit(make(module_class), *map(copy.deepcopy, swaps), max_epochs=3, ckpt_path=tmp_path / "a.ckpt")
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["EMAWeightAveraging", "StochasticWeightAveraging"])
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that")
+def test_averaging_callbacks_average_a_copy_in_int8(module_class: type, name: str) -> None:
+    options = {"decay": 0.5} if name.startswith("EMA") else {"swa_lrs": 0.1, "swa_epoch_start": 1}
+    averaging = getattr(package_of(module_class).callbacks, name)(**options)
+    module = make(module_class)
+    fit(module, averaging, Int8Swap(), max_epochs=3)
+    copied = averaging._average_model
+    layers = [m for m in copied.modules() if isinstance(m, Int8Layer)]
+    assert len(layers) == 3
+    assert list(describe_int8(module)) == NAMES
+
+
+class Replaces(Int8Swap):
+    """Puts a plain layer in the place of one that was swapped."""
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
+        pl_module.net[0] = nn.Conv2d(2, 4, 3)
+
+
+class ReadsAWeight(PlModule):
+    """Multiplies by a layer's weight itself."""
+
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        hidden = self.net[:-1](batch[0])
+        return nn.functional.cross_entropy(hidden @ self.net[-1].weight.T, batch[1])
+
+
+def test_what_does_not_compute_in_int8_is_said() -> None:
+    with pytest.raises(InputError, match=r"Int8Swap made net.0 Int8Conv2d, but it is Conv2d: so"):
+        fit(make(PlModule), Replaces())
+    with pytest.warns(UserWarning, match=r"nothing called net.7 in the first batch"):
+        fit(make(ReadsAWeight), Int8Swap(), limit_val_batches=0)
+
+
+@BOTH
+def test_logs_what_it_did_and_what_computes(module_class: type, caplog: Any) -> None:
+    with caplog.at_level(logging.INFO):
+        fit(make(module_class), Int8Swap())
+        fit(make(module_class), NormSwap("linf"), Int8Swap(norms=None))
+    lines = [x for x in caplog.messages if x.startswith("Int8Swap")]
+    assert lines[0] == (
+        "Int8Swap: swapped 2 Conv2d → Int8Conv2d, 1 Linear → Int8Linear, "
+        "2 BatchNorm2d → quantised RangeBatchNorm2d"
+    )
+    assert lines[1].startswith("Int8Swap: 2 Int8Conv2d by ")
+    assert len(lines) == 6
+
+
+def test_arguments_are_checked_at_once() -> None:
+    for options in ({"bits": 1}, {"norms": "lx"}, {"include": "net"}, {"sync": 2}):
+        with pytest.raises(InputError):
+            Int8Swap(**options)
+    assert repr(Int8Swap(gradient_bits=4)).startswith("Int8Swap(bits=8, gradient_bits=4, ")
+    keys = {Int8Swap().state_key, Int8Swap(include=["a"]).state_key, Int8Swap(bits=4).state_key}
+    assert len(keys) == 3
+
+
+def test_a_module_is_made_plain_again_after_training() -> None:
+    module = make(PlModule)
+    fit(module, Int8Swap())
+    remove_int8(module)
+    assert types(module) == types(make(PlModule))
+    fit(module)
