@@ -105,6 +105,23 @@ def test_swap_by_hand_is_kept_too(tmp_path: Path) -> None:
     fit(module).save_checkpoint(tmp_path / "a.ckpt")
     assert describe_int8(load_from_checkpoint(PlModule, tmp_path / "a.ckpt"))["net.0"]["bits"] == 6
     fit(make(PlModule), Int8Swap(bits=6), max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
+    module = make(PlModule)
+    swap_int8(module)
+    fit(module).save_checkpoint(tmp_path / "b.ckpt")
+    content = torch.load(tmp_path / "b.ckpt", weights_only=True)
+    del content["state_dict"]._metadata  # as strategies lose that shard a model
+    torch.save(content, tmp_path / "b.ckpt")
+    assert_same(load_from_checkpoint(PlModule, tmp_path / "b.ckpt"), module)
+    assert types(load_from_checkpoint(PlModule, tmp_path / "b.ckpt")) == types(module)
+
+
+@pytest.mark.usefixtures("_one_process")
+def test_sync_batchnorm_shares_ranges_and_keeps_norms() -> None:
+    module = make(PlModule)
+    fit(module, Int8Swap(norms="l1"), sync_batchnorm=True, strategy="ddp", limit_val_batches=0)
+    assert {type(module.net[place]) for place in (1, 4)} == {L1BatchNorm2d}
+    assert all(note["sync"] for note in describe_int8(module).values())
+    assert module.net[1].sync
 
 
 SWAPS = [NormSwap("l1"), WeightNormSwap(), Int8Swap()]
@@ -156,8 +173,11 @@ class ReadsAWeight(PlModule):
 
 
 def test_what_does_not_compute_in_int8_is_said() -> None:
+    module = make(PlModule)
+    before = module.net[3].weight.clone()
     with pytest.raises(InputError, match=r"Int8Swap made net.0 Int8Conv2d, but it is Conv2d: so"):
-        fit(make(PlModule), Replaces())
+        fit(module, Replaces())
+    assert torch.equal(module.net[3].weight, before), "no step was taken with it"
     with pytest.warns(UserWarning, match=r"nothing called net.7 in the first batch"):
         fit(make(ReadsAWeight), Int8Swap(), limit_val_batches=0)
 

@@ -190,6 +190,12 @@ def test_second_call_sets_options_and_keeps_ranges() -> None:
     ]
     assert [note["gradient_bits"] for note in describe_int8(net).values()] == [2, 2, 4, 4, 4]
     assert all(torch.equal(net.state_dict()[k], v) for k, v in kept.items())
+    assert not swap_int8(net, gradient_bits=2, sync=True, include=["0"]).swapped, "as it computes"
+    assert net[0].sync
+    assert len(swap_int8(net, bits=7, include=["0"])) == 1
+    other = small()
+    swap_int8(other, norms="l2")
+    assert [x.after for x in swap_int8(other).swapped] == ["quantised RangeBatchNorm2d"] * 2
 
 
 def test_dry_run_reports_and_changes_nothing() -> None:
