@@ -76,7 +76,7 @@ EXCEPTIONS = {
 REACHED = {
     "Python files": 159,
     "lines of nmlightning, Python and C++": 32_116,
-    "lines of tests": 29_680,
+    "lines of tests": 29_720,
     "files a config meets before Trainer.fit": 22,
 }
 
