@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -176,7 +177,8 @@ def draw_figure(
     """Write the curves of a metric: strong the mean of the seeds, faint each of them."""
     picture = Figure(figsize=(7, 3.6), layout="constrained")
     axes = picture.add_subplot()
-    for (name, row), colour in zip(table["rows"].items(), COLOURS, strict=False):
+    styles = product(("-", "--"), COLOURS)  # a second set of rows is dashed
+    for (name, row), (line, colour) in zip(table["rows"].items(), styles, strict=False):
         curves = [[row[figure["metric"]] for row in run.rows] for run in results.kept[name]]
         if not curves:
             continue
@@ -185,8 +187,9 @@ def draw_figure(
         values = scale * np.array([curve[:shortest] for curve in curves])
         epochs = np.arange(1, shortest + 1)
         for each in values if len(values) > 1 else ():
-            axes.plot(epochs, each, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(epochs, values.mean(axis=0), color=colour, label=row["label"], linewidth=1.6)
+            axes.plot(epochs, each, line, color=colour, alpha=0.25, linewidth=0.8)
+        mean = values.mean(axis=0)
+        axes.plot(epochs, mean, line, color=colour, label=row["label"], linewidth=1.6)
     axes.set_ylabel(figure["label"] + (", %" if is_share(figure["metric"]) else ""))
     low, high = axes.dataLim.intervaly
     axes.set_yscale("log" if figure.get("log") and high > 10 * low else "linear")

@@ -62,9 +62,10 @@ def swap_int8(
 
     A layer stays the same object and changes its class, see `Int8Layer`, so its parameters and
     hooks, the optimizers that hold them, and all that shares the module stay valid; the running
-    range of its input joins its buffers. Batch norms get a quantised input and gradient, see
-    `quantize_norm`. A second call sets the options anew and keeps the ranges; `remove_int8` reverts
-    it. If anything is wrong, nothing is changed.
+    range of its input joins its buffers. Options not listed below are those of `Int8Layer.set_up`.
+    Batch norms get a quantised input and gradient, see `quantize_norm`. A second call sets the
+    options anew and keeps the ranges; `remove_int8` reverts it. If anything is wrong, nothing is
+    changed.
 
     Swapped are torch's `Conv1d/2d/3d`, also grouped and depthwise, and `Linear`, also with tied or
     parametrized weights: the first convolution and the output layer, too. Left, and reported with
@@ -73,8 +74,6 @@ def swap_int8(
 
     Args:
         model: any module that is not sharded yet.
-        bits, gradient_bits, rounding, bifurcate, weight_gradient, weight_range, momentum, sync: see
-            `Int8Layer.set_up`.
         include: glob patterns on the names of layers and batch norms; empty means all.
         exclude: glob patterns on the names of those that stay in floating point.
         norms: what torch's own batch norms become, by its name in `swap_norms`; "range" with the
