@@ -5,7 +5,8 @@
 - formula: the definition. The whole numbers q − z as floating point, by torch's convolution. Exact
   in float32 until a sum reaches 2²⁴, then rounded.
 - oneDNN, of convolutions on a CPU: uint8 by int8 with sums in int32.
-- `torch._int_mm`, the same for matrix products, and for 1×1 convolutions on CUDA.
+- `torch._int_mm`, the same for matrix products, for convolutions on a CPU whose output has few
+  places for its channels, which are unfolded to such products, and for 1×1 ones on CUDA.
 
 The latter two are by operators that torch does not document, so they are tried before.
 """
@@ -21,12 +22,18 @@ from torch import Tensor
 
 from nmlightning.functional.reductions import is_eager
 from nmlightning.int8.quantizer import Grid, centre
-from nmlightning.kernels.dispatch import FORMULA, NOT_EAGER, requested_backend
+from nmlightning.kernels.dispatch import FORMULA, NOT_EAGER, quantizing_kernels, requested_backend
 from nmlightning.kernels.interface import Dispatch
 
 MAX_DEPTH = (2**31 - 1) // (255 * 128)
 """So many products of uint8 and int8 an int32 holds the sum of, whatever they are."""
 ONEDNN, INT_MM = "oneDNN int8", "torch._int_mm"
+UNFOLDED = 8
+"""Convolutions are unfolded up to so many places for an output channel: so much longer does oneDNN
+take to prepare a weight than it takes to copy as many bytes."""
+MAX_SPREAD = 4
+"""The gradient of a stride is spread over up to so many times its places: integers are as much
+faster."""
 
 
 class Convolution(NamedTuple):
@@ -44,13 +51,28 @@ class Convolution(NamedTuple):
             [0] * len(self.stride), self.groups,
         )  # fmt: skip
 
-    def input_gradient(self, grad: Tensor, weight: Tensor, shape: Sequence[int]) -> Tensor:
-        """Return the gradient by an input of a shape."""
-        return self._gradients(grad, grad.new_empty(1).expand(shape), weight, 0)
+    def output_size(self, size: Sequence[int], kernel: Sequence[int]) -> list[int]:
+        """Return the spatial size of the output for an input's."""
+        each = zip(size, kernel, *self[:3], strict=True)
+        return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in each]
+
+    def unfold(self, x: Tensor, kernel: Sequence[int], padding: Tensor | float) -> Tensor:
+        """Return what is below the kernel at each of its places, (N, *places, *kernel, C)."""
+        rows = x.movedim(1, -1)
+        if any(self.padding):
+            sides = [p for p in reversed(self.padding) for _ in range(2)]
+            rows = F.pad(rows, [0, 0, *sides], value=float(padding))
+        for dim, (k, s, d) in enumerate(zip(kernel, self.stride, self.dilation, strict=True), 1):
+            rows = rows.unfold(dim, d * (k - 1) + 1, s)[..., ::d]
+        return rows.movedim(1 + len(kernel), -1)
+
+    def input_gradient(self, grad: Tensor, weight: Tensor, like: Tensor) -> Tensor:
+        """Return the gradient by an input like one."""
+        return self._gradients(grad, torch.empty_like(like, dtype=grad.dtype), weight, 0)
 
     def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """Return the gradient by the weight, of which the shape is asked only."""
-        return self._gradients(grad, x, grad.new_empty(1).expand(weight.shape), 1)
+        """Return the gradient by a weight like one."""
+        return self._gradients(grad, x, torch.empty_like(weight, dtype=grad.dtype), 1)
 
     def _gradients(self, grad: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
         mask = [which == 0, which == 1, False]
@@ -63,29 +85,65 @@ class Convolution(NamedTuple):
     def adjoint(self, weight: Tensor) -> "tuple[Convolution, Tensor] | None":
         """Return the convolution, and its weight, that maps a gradient to the input's.
 
-        That is by the flipped, transposed weight. None where the gradient would have to be spread
-        by a stride or cropped; a multiplication by zeros is no gain then.
+        That is by the flipped, transposed weight, of a gradient that was `spread`. None where that
+        is no gain, or the gradient would have to be cropped.
         """
         kernel = weight.shape[2:]
         padding = [
             d * (k - 1) - p for d, k, p in zip(self.dilation, kernel, self.padding, strict=True)
         ]
-        if max(self.stride) > 1 or min(padding) < 0:
+        if math.prod(self.stride) > MAX_SPREAD or min(padding) < 0:
             return None
-        grouped = weight.reshape(self.groups, -1, *weight.shape[1:])
-        split = grouped.transpose(1, 2).flatten(0, 1)
-        flipped = split.flip(*range(2, weight.dim()))
-        return self._replace(padding=tuple(padding)), flipped.contiguous()
+        each, grouped = (1,) * len(kernel), weight.view(self.groups, -1, *weight.shape[1:])
+        operation = self._replace(stride=each, padding=tuple(padding))
+        return operation, _flip_kernels(grouped)
+
+    def spread_size(self, size: Sequence[int], kernel: Sequence[int]) -> list[int]:
+        """Return the spatial size of a spread gradient: the output's without a stride."""
+        return self._replace(stride=(1,) * len(size)).output_size(size, kernel)
+
+    def spread(self, q: Tensor, size: Sequence[int], zero: Tensor) -> Tensor:
+        """Return the q of a gradient, spread to a size with zeros where a stride left out."""
+        if max(self.stride) == 1:
+            return q
+        wide = q.new_empty(len(q), *size, q.shape[1]).fill_(zero).movedim(-1, 1)
+        each: Any = (..., *(slice(None, None, step) for step in self.stride))
+        wide[each] = q
+        return wide
+
+
+def _flip_kernels(weight: Tensor) -> Tensor:
+    """Return (G · I, O, *kernel) of a (G, O, I, *kernel), each kernel from its end to its begin.
+
+    Both lie in memory with the channels last.
+    """
+    if len(weight) == 1 and (kernels := quantizing_kernels(weight)):
+        flipped: Tensor | None = kernels.flip_kernels(weight[0])
+        if flipped is not None:
+            return flipped
+    return weight.transpose(1, 2).flatten(0, 1).flip(*range(2, weight.dim() - 1)).contiguous()
 
 
 class MatrixProduct(NamedTuple):
     """A product of (N, K) by a weight (O, K), (N, O)."""
 
+    def unfold(self, x: Tensor, kernel: Sequence[int], padding: Tensor | float) -> Tensor:
+        """Return x, which is what a convolution unfolds to."""
+        return x
+
+    def spread_size(self, size: Sequence[int], kernel: Sequence[int]) -> list[int]:
+        """Return the spatial size of a gradient, which has none."""
+        return []
+
+    def spread(self, q: Tensor, size: Sequence[int], zero: Tensor) -> Tensor:
+        """Return q, since there is no stride."""
+        return q
+
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """Return x · weightᵀ."""
         return F.linear(x, weight)
 
-    def input_gradient(self, grad: Tensor, weight: Tensor, shape: Sequence[int]) -> Tensor:
+    def input_gradient(self, grad: Tensor, weight: Tensor, like: Tensor) -> Tensor:
         """Return the gradient by the input."""
         return grad @ weight
 
@@ -116,7 +174,7 @@ def select_backend(operation: Operation, x: Tensor, weight: Tensor) -> Dispatch:
         return Dispatch(FORMULA, "no integer sums for float64")
     if x.is_cpu:
         name, compute = (
-            (INT_MM, _by_int_mm) if isinstance(operation, MatrixProduct) else (ONEDNN, _by_onednn)
+            (INT_MM, _by_int_mm) if _is_unfolded(operation, x, weight) else (ONEDNN, _by_onednn)
         )
         reason = cpu_reason(name)
     elif x.is_cuda:
@@ -126,20 +184,44 @@ def select_backend(operation: Operation, x: Tensor, weight: Tensor) -> Dispatch:
     return Dispatch(FORMULA, reason) if reason else Dispatch(name, "", compute)
 
 
+def _is_unfolded(operation: Operation, x: Tensor, weight: Tensor) -> bool:
+    if isinstance(operation, MatrixProduct):
+        return True
+    size = operation.output_size(x.shape[2:], weight.shape[2:])
+    fits = min(size) > 0 and len(x) * math.prod(size) <= UNFOLDED * len(weight)
+    return fits and operation.groups == 1
+
+
 def select_gradient_backend(
-    operation: Operation, grad: Tensor, weight: Tensor
+    operation: Operation, grad: Tensor, weight: Tensor, size: Sequence[int]
 ) -> tuple[Dispatch, tuple[Any, Tensor] | None]:
     """Return what computes the input's gradient, and the operation and weight it does that by.
 
-    Those are None where it is the formula, which takes torch's own way.
+    Those are None where it is the formula, which takes torch's own way. `size` is that of the
+    spread gradient.
     """
     if not is_eager(grad):
         return NOT_EAGER, None
     adjoint = operation.adjoint(weight)
     if adjoint is None:
-        return Dispatch(FORMULA, "the gradient of a stride, or of more padding than kernel"), None
-    backend = select_backend(adjoint[0], grad, adjoint[1])
+        return Dispatch(
+            FORMULA, "the gradient of a stride of over 2, or of more padding than kernel"
+        ), None
+    spread = grad.new_empty(1).expand(*grad.shape[:2], *size)
+    backend = select_backend(adjoint[0], spread, adjoint[1])
     return backend, adjoint if backend.kernels else None
+
+
+def weight_gradient(
+    backend: Dispatch, operation: Operation, grad: Tensor, x: Tensor, weight: Tensor
+) -> Tensor:
+    """Return the gradient by a weight like one, of x and the output's gradient."""
+    if backend.backend != INT_MM or isinstance(operation, MatrixProduct):
+        return operation.weight_gradient(grad, x, weight)
+    rows = grad.movedim(1, -1).flatten(0, -2)
+    kernel = weight.shape[2:]
+    found = rows.T @ operation.unfold(x, kernel, 0.0).reshape(len(rows), -1)
+    return found.view(len(weight), *kernel, -1).movedim(-1, 1)
 
 
 def multiply(
@@ -229,10 +311,15 @@ def _cuda_reason(operation: Operation, x: Tensor, weight: Tensor) -> str:
 def _by_int_mm(
     operation: Operation, q: Tensor, grid: Grid, weight: Tensor, scale: Tensor, bias: Tensor | None
 ) -> Tensor:
-    rows = q.movedim(1, -1)
-    shifted = (rows.flatten(0, -2) ^ 128).view(torch.int8)  # q − 128
-    flat = weight.flatten(1)
-    sums = torch._int_mm(shifted, flat.T)
-    offset = (grid.zero_point - 128).to(torch.int32) * flat.sum(1, dtype=torch.int32)
-    y = (sums - offset).to(grid.scale.dtype).view(*rows.shape[:-1], -1).movedim(-1, 1)
+    kernel, dims = weight.shape[2:], weight.dim() - 1
+    shifted, zero = (q ^ 128).view(torch.int8), grid.zero_point - 128  # q − 128
+    places = operation.unfold(shifted, kernel, zero)
+    flat = weight.movedim(1, -1).flatten(1)
+    sums = torch._int_mm(places.reshape(-1, flat.shape[1]), flat.T)
+    if q.is_cpu:  # a sum would first be converted as a whole
+        totals = torch._int_mm(flat.new_ones(1, flat.shape[1]), flat.T)
+    else:
+        totals = flat.sum(1, dtype=torch.int32)
+    offset = zero.to(torch.int32) * totals
+    y = (sums - offset).to(grid.scale.dtype).view(*places.shape[:dims], -1).movedim(-1, 1)
     return _scaled(y, grid, scale, bias)

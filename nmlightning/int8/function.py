@@ -14,13 +14,13 @@ from nmlightning.int8.quantizer import (
     centre,
     dequantize,
     extreme,
+    lay_out,
     make_grid,
     quantize,
+    quantize_signed,
     symmetric_grid,
 )
 from nmlightning.kernels.interface import layout_of
-
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Settings(NamedTuple):
@@ -75,17 +75,17 @@ class Int8Function(torch.autograd.Function):
         """Return (N, O, *) of (N, C, *) x, by the scale and the zero point of its grid."""
         grid = Grid(scale, zero_point, settings.bits)
         weight_grid = symmetric_grid(weight, settings.bits, settings.per_channel)
+        operation = settings.operation
         with _without_autocast(x.device.type):
-            q = quantize(x, grid)
-            whole = centre(quantize(weight, weight_grid), weight_grid, torch.int8)
-            backend = backends.select_backend(settings.operation, x, weight)
-            y = backends.multiply(
-                backend, settings.operation, q, grid, whole, weight_grid.scale, bias
-            )
+            backend = backends.select_backend(operation, x, weight)
+            q = quantize(x, grid, channels_last=True if backend.kernels else None)
+            whole = quantize_signed(weight, weight_grid)
+            y = backends.multiply(backend, operation, q, grid, whole, weight_grid.scale, bias)
         ctx.save_for_backward(q, whole, scale, zero_point, weight_grid.scale)
         ctx.settings, ctx.backend, ctx.is_last = settings, backend, _has_channels_last(x, weight)
+        ctx.weight_is_last = layout_of(weight) == "NHWC"
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        return _laid_out(y.to(settings.dtype), ctx.is_last)
+        return lay_out(y, settings.dtype, ctx.is_last)
 
     @staticmethod
     @differentiable()
@@ -114,19 +114,21 @@ def _input_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     relative = (weight_scale / largest).view(-1, *[1] * (grad.dim() - 2))
     scaled = grad * relative if settings.per_channel else grad
     grid = make_grid(*extreme(scaled, settings.group), settings.gradient_bits)
-    q_grad = quantize(scaled, grid, settings.rounding, stream=settings.rank)
-    rounded = dequantize(q_grad, grid) / relative if not settings.bifurcate else grad
-    backend, adjoint = ctx.backend, None
+    operation, backend, adjoint = settings.operation, ctx.backend, None
+    size = operation.spread_size(q.shape[2:], weight.shape[2:])
     if backend.kernels is not None:
-        backend, adjoint = backends.select_gradient_backend(settings.operation, grad, weight)
+        backend, adjoint = backends.select_gradient_backend(operation, grad, weight, size)
+    last = True if adjoint else None
+    q_grad = quantize(scaled, grid, settings.rounding, stream=settings.rank, channels_last=last)
+    rounded = dequantize(q_grad, grid) / relative if not settings.bifurcate else grad
     if adjoint is None:
         steps = centre(q_grad, grid, scale.dtype)
-        found = settings.operation.input_gradient(steps, weight.to(scale.dtype), q.shape)
+        found = operation.input_gradient(steps, weight.to(scale.dtype), q)
         found = found.mul_(grid.scale).mul_(largest)
     else:
-        operation, flipped = adjoint
-        found = backends.multiply(backend, operation, q_grad, grid, flipped, largest, None)
-    return _laid_out(found.to(ctx.dtypes[0]), ctx.is_last), rounded
+        spread = operation.spread(q_grad, size, grid.zero_point)
+        found = backends.multiply(backend, adjoint[0], spread, grid, adjoint[1], largest, None)
+    return lay_out(found, ctx.dtypes[0], ctx.is_last), rounded
 
 
 def _weight_gradient(ctx: Any, grad: Tensor) -> Tensor:
@@ -134,8 +136,9 @@ def _weight_gradient(ctx: Any, grad: Tensor) -> Tensor:
     settings: Settings = ctx.settings
     dtype = settings.weight_gradient if scale.dtype == torch.float32 else scale.dtype
     x = centre(q, Grid(scale, zero_point, settings.bits), dtype)
-    found = settings.operation.weight_gradient(grad.to(dtype), x, weight)
-    return found.to(scale.dtype).mul_(scale)
+    grad = lay_out(grad, dtype, layout_of(q) == "NHWC")
+    found = backends.weight_gradient(ctx.backend, settings.operation, grad, x, weight)
+    return lay_out(found, scale.dtype, ctx.weight_is_last, scale)
 
 
 def _without_autocast(device: str) -> torch.autocast:
@@ -144,10 +147,4 @@ def _without_autocast(device: str) -> torch.autocast:
 
 
 def _has_channels_last(x: Tensor, weight: Tensor) -> bool:
-    return x.dim() in _CHANNELS_LAST and "NHWC" in (layout_of(x), layout_of(weight))
-
-
-def _laid_out(y: Tensor, is_last: bool) -> Tensor:
-    return y.contiguous(
-        memory_format=_CHANNELS_LAST[y.dim()] if is_last else torch.contiguous_format
-    )
+    return "NHWC" in (layout_of(x), layout_of(weight))

@@ -34,7 +34,8 @@ from nmlightning.norms.fast_path import HOOKED, is_in_encoder_layer
 
 WeightGradient = Literal["float32", "bfloat16"]
 WeightRange = Literal["tensor", "channel"]
-_SAMPLES = 32  # of an input to ask the backends with; torch._int_mm wants more than 16 rows
+# Of an input to ask the backends with; torch._int_mm wants more than 16 rows.
+_SAMPLES, _PLACES = 32, 32
 
 
 class Int8Layer(nn.Module):
@@ -303,15 +304,18 @@ INT8_CLASSES: Mapping[type[nn.Module], type[Int8Layer]] = MappingProxyType(
 def describe_backends(model: nn.Module) -> dict[str, tuple[Dispatch, Dispatch]]:
     """Return, for each int8 layer by name, what computes its output and its input's gradient.
 
-    As of now, for float32 batches of more than 16 values a channel on the weight's device.
+    As of now, for large float32 batches on the weight's device.
     """
     found = {}
     for name, layer in model.named_modules():
         if isinstance(layer, Int8Layer):
             weight, operation = layer.weight.detach(), layer._operation()
             groups = operation.groups if isinstance(operation, Convolution) else 1
+            kernel = weight.shape[2:]
+            places = [k + _PLACES for k in kernel]
             shapes = [(_SAMPLES, weight.shape[1] * groups), (_SAMPLES, len(weight))]
-            x, grad = (weight.new_empty(1).float().expand(*s, *weight.shape[2:]) for s in shapes)
-            gradient = select_gradient_backend(operation, grad, weight)[0]
+            x, grad = (weight.new_empty(1).float().expand(*s, *places) for s in shapes)
+            size = operation.spread_size(places, kernel)
+            gradient = select_gradient_backend(operation, grad, weight, size)[0]
             found[name] = select_backend(operation, x, weight), gradient
     return found

@@ -19,10 +19,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from nmlightning.errors import InputError
+from nmlightning.kernels.dispatch import quantizing_kernels
 
 Rounding = Literal["nearest", "stochastic"]
 BITS = range(2, 9)
-_STREAM = 0x9E37  # 2^16 divided by the golden ratio, whose multiples fill a circle evenly
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+_GOLDEN = -0x61C8864680B583EB  # 2^64 divided by the golden ratio; signed, as all below
+_STREAM = 0x2545F4914F6CDD1D  # no near multiple of it
 
 
 class Grid(NamedTuple):
@@ -53,14 +56,13 @@ def check_bits(what: str, bits: int) -> int:
 
 def extreme(x: Tensor, group: ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
     """Return the smallest and the largest of all values, on all ranks of a group; 0 of none."""
-    if x.numel():
-        ends = torch.stack([-x.amin(), x.amax()]).to(wide_dtype(x))
-    else:
-        ends = x.new_zeros(2, dtype=wide_dtype(x))
+    low, high = _ends(x) if x.numel() else x.new_zeros(2, dtype=wide_dtype(x))
     if group is not None:
+        ends = torch.stack([-low, high])
         ends = ends.nan_to_num(torch.inf, torch.inf, torch.inf)  # the largest of NaN is anything
         dist.all_reduce(ends, dist.ReduceOp.MAX, group)
-    return -ends[0], ends[1]
+        low, high = -ends[0], ends[1]
+    return low, high
 
 
 def sample_mean(x: Tensor, group: ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
@@ -68,19 +70,25 @@ def sample_mean(x: Tensor, group: ProcessGroup | None = None) -> tuple[Tensor, T
 
     Over all ranks of a group; 0 of no samples. It leaves out about 2e-4 of Gaussian values.
     """
-    if x.numel():
-        dims = tuple(range(1, x.dim()))
-        ends = [x.amin(dims), x.amax(dims)] if dims else [x, x]
-        sums = torch.stack([end.to(wide_dtype(x)).sum() for end in ends])
-    else:
-        sums = x.new_zeros(2, dtype=wide_dtype(x))
-    count = sums.new_tensor([float(len(x) if x.numel() else 0)])
+    sums = _ends(x, True).sum(1) if x.numel() else x.new_zeros(2, dtype=wide_dtype(x))
+    count: Tensor | int = max(len(x), 1)
     if group is not None:
-        totals = torch.cat([sums, count])
+        own = sums.new_tensor([float(len(x) if x.numel() else 0)])
+        totals = torch.cat([sums, own])
         dist.all_reduce(totals, group=group)
-        sums, count = totals[:2], totals[2:]
-    low, high = sums / count.clamp(min=1)
+        sums, count = totals[:2], totals[2:].clamp(min=1)
+    low, high = sums / count
     return low, high
+
+
+def _ends(x: Tensor, each: bool = False) -> Tensor:
+    """Return the smallest and the largest value of x, (2,), or of each x[i], (2, N); wide."""
+    if kernels := quantizing_kernels(x):
+        found: Tensor | None = kernels.ends(x, each)
+        if found is not None:
+            return found
+    rows = x.flatten(1) if each and x.dim() > 1 else x.unsqueeze(-1) if each else x.flatten()
+    return torch.stack([rows.amin(-1), rows.amax(-1)]).to(wide_dtype(x))
 
 
 def make_grid(low: Tensor, high: Tensor, bits: int) -> Grid:
@@ -106,15 +114,12 @@ def symmetric_grid(weight: Tensor, bits: int, per_channel: bool = False) -> Grid
 
     z = 2^(b−1), so q − z is a signed integer of b bits and needs no other zero point.
     """
-    dims = tuple(range(per_channel, weight.dim()))
-    low, high = (end.to(wide_dtype(weight)) for end in _ends(weight.detach(), dims))
+    low, high = _ends(weight.detach(), per_channel)
     limit = torch.maximum(-low, high)
+    if per_channel:
+        limit = limit.view(-1, *[1] * (weight.dim() - 1))
     scale, _, _ = make_grid(-limit, limit, bits)
     return Grid(scale, torch.full_like(scale, 2 ** (bits - 1)), bits)
-
-
-def _ends(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    return x.amin(dims, keepdim=len(dims) < x.dim()), x.amax(dims, keepdim=len(dims) < x.dim())
 
 
 def quantize(
@@ -123,6 +128,7 @@ def quantize(
     rounding: Rounding = "nearest",
     generator: torch.Generator | None = None,
     stream: int = 0,
+    channels_last: bool | None = None,
 ) -> Tensor:
     """Return q, uint8 like x.
 
@@ -133,30 +139,77 @@ def quantize(
             [−½, ½), from 16 random bits, to x/s before that: E[x̂] = x between the grid's ends, of
             which one may lie half a step inside the range, and 0 stays 0.
         generator: of the random bits; by default torch's, whose state a checkpoint may keep.
-        stream: shifts u. Ranks with one seed draw other numbers each by giving their rank.
+        stream: Ranks with one seed have other random numbers each by giving their rank.
+        channels_last: how q is to lie in memory, if not like x.
     """
+    bits = _random_bits(x, generator, stream) if rounding == "stochastic" else None
+    if kernels := quantizing_kernels(x):
+        q: Tensor | None = kernels.quantize(
+            x, bits, grid.scale, grid.zero_point, grid.levels, False, channels_last
+        )
+        if q is not None:
+            return q
     steps = x.to(grid.scale.dtype) / grid.scale
-    if rounding == "stochastic":
-        steps.add_(_random_bits(steps, generator, stream), alpha=2**-16)
-    return steps.round_().add_(grid.zero_point).clamp_(0, grid.levels).to(torch.uint8)
+    if bits is not None:
+        steps.add_(bits.as_strided(steps.shape, steps.stride()), alpha=2**-16)
+    q = steps.round_().add_(grid.zero_point).clamp_(0, grid.levels).to(torch.uint8)
+    return q if channels_last is None else lay_out(q, q.dtype, channels_last)
 
 
-def _random_bits(like: Tensor, generator: torch.Generator | None, stream: int) -> Tensor:
-    """Return uniform int16 like a dense tensor, by its layout; eager code draws four at once."""
+def _random_bits(x: Tensor, generator: torch.Generator | None, stream: int) -> Tensor:
+    """Return a uniform int16 for each value of x; eager code makes all of one draw by SplitMix64.
+
+    Source: Steele, Lea and Flood 2014, Fast splittable pseudorandom number generators.
+    """
     if torch.compiler.is_compiling():
-        bits = torch.randint_like(like, -(2**15), 2**15, dtype=torch.int16)
-    else:
-        drawn = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
-        drawn.random_(-(2**63), None, generator=generator)
-        bits = drawn.view(torch.int16)[: like.numel()].as_strided(like.shape, like.stride())
-    return bits.add_((stream * _STREAM + 2**15) % 2**16 - 2**15) if stream else bits
+        return torch.randint(-(2**15), 2**15, (x.numel(),), dtype=torch.int16, device=x.device)
+    seed = torch.empty((), dtype=torch.int64, device=x.device)
+    seed.random_(-(2**63), None, generator=generator)
+    seed.add_((stream * _STREAM + 2**63) % 2**64 - 2**63)
+    if kernels := quantizing_kernels(seed):
+        bits: Tensor = kernels.random_bits(seed, x.numel())
+        return bits
+    z = torch.arange(1, -(-x.numel() // 4) + 1, device=x.device).mul_(_GOLDEN).add_(seed)
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        z = z.bitwise_xor_((z >> shift).bitwise_and_(2 ** (64 - shift) - 1)).mul_(factor)
+    return z.view(torch.int16)[: x.numel()]
+
+
+def quantize_signed(weight: Tensor, grid: Grid) -> Tensor:
+    """Return q − z, int8, of a weight by its symmetric grid; in memory with the channels last."""
+    if kernels := quantizing_kernels(weight):
+        numbers = grid.scale, grid.zero_point, grid.levels
+        whole: Tensor | None = kernels.quantize(weight, None, *numbers, True, True)
+        if whole is not None:
+            return whole
+    return lay_out(centre(quantize(weight, grid), grid, torch.int8), torch.int8, True)
 
 
 def centre(q: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
     """Return q − z, whole numbers of −255 … 255, in a dtype that holds them; bfloat16 does."""
+    if kernels := quantizing_kernels(q):
+        found: Tensor | None = kernels.convert_elements(q, grid.zero_point, None, dtype, None)
+        if found is not None:
+            return found
     if dtype.is_floating_point:
         return q.to(dtype).sub_(grid.zero_point.to(dtype))
     return (q.to(torch.int16) - grid.zero_point.to(torch.int16)).to(dtype)
+
+
+def lay_out(
+    x: Tensor, dtype: torch.dtype, channels_last: bool, factor: Tensor | None = None
+) -> Tensor:
+    """Return x, times a factor, in a dtype, with the channels last in memory, or first."""
+    memory_format = _CHANNELS_LAST.get(x.dim(), torch.contiguous_format)
+    memory_format = memory_format if channels_last else torch.contiguous_format
+    if factor is None and x.dtype == dtype and x.is_contiguous(memory_format=memory_format):
+        return x
+    if kernels := quantizing_kernels(x):
+        found: Tensor | None = kernels.convert_elements(x, None, factor, dtype, channels_last)
+        if found is not None:
+            return found
+    y = x.to(dtype).contiguous(memory_format=memory_format)
+    return y if factor is None else y * factor
 
 
 def dequantize(q: Tensor, grid: Grid) -> Tensor:

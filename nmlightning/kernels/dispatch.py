@@ -106,6 +106,14 @@ def weight_kernels(device: str = "cpu") -> Any:
     return _select_weight_kernels(device, _requested.get())
 
 
+def quantizing_kernels(x: Tensor) -> Any:
+    """Return what has `ends`, `quantize`, `convert_elements` and `flip_kernels`, now, or None.
+
+    Each gives None for what it is not for.
+    """
+    return weight_kernels() if x.is_cpu and is_eager(x) else None
+
+
 def clear_dispatch_cache() -> None:
     """Select anew, since kernels have been built or loaded in this process."""
     for choice in _choices:

@@ -138,8 +138,8 @@ def test_gradients_are_those_of_the_quantised_tensors(
     output = plain(exact_x)
     (expected_x,) = torch.autograd.grad(output, [exact_x], rounded, retain_graph=True)
     expected = torch.autograd.grad(output, kept, grad.double() if bifurcate else rounded)
-    # Sums of up to 243 terms in float32; relative to the largest, since terms cancel.
-    close = {"rtol": 1e-5, "atol": 1e-5}
+    # Sums of hundreds of terms in float32, in torch's order; absolute, since terms cancel.
+    close = {"rtol": 1e-5, "atol": 2e-5}
     torch.testing.assert_close(x.grad.double(), expected_x, **close)
     for found, parameter in zip(expected, layer.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad.double(), found, **close)

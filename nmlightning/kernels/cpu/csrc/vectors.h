@@ -1,7 +1,7 @@
 // Loops over float32 or bfloat16, W elements at once; all arithmetic is in float.
 //
 // The vectors are the compiler's own, so that any machine has them. Intrinsics are only where
-// compilers do not find an instruction: rounding to bfloat16, and one bit an element.
+// compilers do not find an instruction: rounding to bfloat16, bytes, and one bit an element.
 #pragma once
 
 #include <cstdint>
@@ -109,6 +109,33 @@ inline void store(BFloat16* to, Floats<W> values) {
 template <class T>
 inline void store(T* to, float value) {
   store<1>(to, value);
+}
+
+template <int W>
+inline Floats<W> load(const uint8_t* from) {
+  typename VectorOf<uint8_t, W>::Type bytes;
+  std::memcpy(&bytes, from, sizeof bytes);
+#ifdef NMLIGHTNING_MASKS
+  if constexpr (W == 16)
+    return same_bits<Floats<W>>(
+        _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(same_bits<__m128i>(bytes))));
+#endif
+  return convert<Floats<W>>(convert<typename VectorOf<int32_t, W>::Type>(bytes));
+}
+
+// Whole numbers of −128 … 255, as uint8 or, which are the same bits, as int8.
+template <int W>
+inline void store(uint8_t* to, Floats<W> values) {
+#ifdef NMLIGHTNING_MASKS
+  if constexpr (W == 16) {
+    const __m512i whole = _mm512_cvttps_epi32(same_bits<__m512>(values));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(whole));
+    return;
+  }
+#endif
+  const auto bytes = convert<typename VectorOf<uint8_t, W>::Type>(
+      convert<typename VectorOf<int32_t, W>::Type>(values));
+  std::memcpy(to, &bytes, sizeof bytes);
 }
 
 template <class F>
