@@ -105,7 +105,7 @@ def _choose(module: "LightningModule", name: str) -> "nn.Module":
 
 
 def _print(report: "ExportReport", network: str, shape: tuple[int, ...]) -> None:
-    from nmlightning.export.export import BATCH_SIZES, TOLERANCE
+    from nmlightning.export.export import BATCH_SIZES
 
     sizes = " × ".join(map(str, ("N", *shape)))
     print_line("network", f"{network}, inputs {sizes}")
@@ -113,9 +113,11 @@ def _print(report: "ExportReport", network: str, shape: tuple[int, ...]) -> None
     _print_norms(report)
     if report.made_plain:
         print_line("weights", f"{len(report.made_plain)} no longer parametrized")
+    if report.quantized:
+        print_line("int8", f"{len(report.quantized)} inputs quantised, weights in the file as int8")
     print_line(
         "difference",
-        f"{report.difference:.1e} of the largest output, at most {TOLERANCE:.0e} "
+        f"{report.difference:.1e} of the largest output, at most {report.tolerance:.0e} "
         f"(random inputs, batches of {', '.join(map(str, BATCH_SIZES))})",
     )
     print_line("use", FORMATS[report.format].use.format(file=str(report.file)))

@@ -20,6 +20,13 @@ from nmlightning.atomic_file import explain_failure, replace_file
 from nmlightning.errors import InputError, check_flag, check_whole_number
 from nmlightning.export.fold import FoldReport, fold_norms
 from nmlightning.export.formats import FORMATS, check_target
+from nmlightning.export.quantized import (
+    extract_quantizers,
+    find_quantized,
+    insert_quantizers,
+    remove_quantizers,
+    unshare_zero_points,
+)
 from nmlightning.name_patterns import some
 from nmlightning.norms.batch_norm_base import BatchNormBase
 from nmlightning.norms.layer_norm import LpLayerNorm, LpRMSNorm
@@ -54,6 +61,8 @@ class ExportReport(Report):
         fold: which batch norms were folded, None if none was to be.
         made_plain: the names of the weights that parametrizations computed.
         difference: the largest of outputs from the trained network's, over the largest of these.
+        quantized: the names of the layers and norms with inputs in 8 bits or fewer.
+        tolerance: what the difference may be: 1e-5, or what these bits make it.
     """
 
     file: Path
@@ -62,12 +71,15 @@ class ExportReport(Report):
     fold: FoldReport | None
     made_plain: tuple[str, ...]
     difference: float
+    quantized: tuple[str, ...] = ()
+    tolerance: float = TOLERANCE
 
     def describe(self) -> str:
         """Return file, size, what was folded and changed, and why norms were left."""
         fold = "no batch norm folded, as asked" if self.fold is None else self.fold.describe()
         counts, *reasons = fold.splitlines()
         plain = f", {len(self.made_plain)} weights made plain" if self.made_plain else ""
+        plain += f", {len(self.quantized)} inputs quantised" if self.quantized else ""
         size = f"{self.format}, {self.size / 1e6:.1f} MB"
         line = f"{self.file} ({size}): {counts}{plain}; outputs differ by {self.difference:.1e}"
         return "\n".join([line, *reasons])
@@ -88,6 +100,10 @@ def export_network(
     inputs x of several batch sizes: max |written(x) − net(x)| ≤ 1e-5 · max |net(x)|. Otherwise no
     file is written, and an existing one stays.
 
+    Of a network in int8 the file holds the weights as such and the quantisers of inputs. Then the
+    difference may be that of the network in float32 without them: a value halfway between two
+    numbers of a grid goes to one or the other as sums are rounded, and what follows, with it.
+
     Args:
         net: maps (N, *input_shape) to one tensor; it is not changed.
         file: where; its folder exists.
@@ -103,8 +119,9 @@ def export_network(
 
     Raises:
         InputError: a setting that is not allowed; a file that cannot be written; a network that
-            does not take such inputs, returns no tensor, or cannot be exported; norms that need
-            this package to evaluate, for a state dict; a difference beyond 1e-5.
+            does not take such inputs, returns no tensor, or cannot be exported; for a state dict
+            norms that need this package to evaluate, or quantised inputs; a network in int8 that
+            was not trained; a difference beyond what is allowed.
 
     Examples:
         >>> export_network(net, "net.onnx", "onnx", (3, 32, 32)).file
@@ -118,9 +135,16 @@ def export_network(
     shape = [check_whole_number("a size of input_shape", size) for size in input_shape]
     keeps_code = FORMATS[format].keeps_code
     trained = _copy_to_evaluate(net)
+    quantized = tuple(find_quantized(trained))
+    if keeps_code and quantized:
+        raise InputError(
+            f"a state dict cannot hold the quantised inputs of {some(quantized)}. Export to onnx "
+            "or torch_export, or call remove_int8 for a network in floating point."
+        )
     expected = _compute_outputs(trained, shape)
     plain = _copy_to_evaluate(net)
     made_plain = _remove_parametrizations(plain)
+    modules = extract_quantizers(plain)
     remaining = _swap_back(plain)
     if keeps_code and remaining:
         raise InputError(
@@ -128,14 +152,23 @@ def export_network(
             "something else. Export to onnx or torch_export."
         )
     report = fold_norms(plain, keep_norms=keeps_code) if fold else None
+    insert_quantizers(modules)
     plain.requires_grad_(False)
-    difference, size = _write(plain, file, format, shape, expected)
-    return ExportReport(file, format, size, report, tuple(made_plain), difference)
+    tolerance = TOLERANCE
+    if quantized:
+        _remove_parametrizations(trained)
+        remove_quantizers(trained)
+        tolerance = max(tolerance, _largest_difference(trained, expected, shape))
+    difference, size = _write(plain, file, format, shape, expected, tolerance)
+    return ExportReport(
+        file, format, size, report, tuple(made_plain), difference, quantized, tolerance
+    )
 
 
 def _write(
-    plain: nn.Module, file: Path, format: str, shape: list[int], expected: dict[int, Tensor]
-) -> tuple[float, int]:
+    plain: nn.Module, file: Path, format: str, shape: list[int], expected: dict[int, Tensor],
+    tolerance: float,
+) -> tuple[float, int]:  # fmt: skip
     """Write, compare, and only then give the file its name; return difference and size."""
     example = _draw_inputs(shape, _BATCH_OF_EXAMPLE)
     unread = f"the {format} cannot be read back to be compared, so nothing was written"
@@ -146,10 +179,10 @@ def _write(
             WRITERS[format](plain, example, draft)
         with _explain_errors(unread):
             difference = _largest_difference(READERS[format](draft, plain), expected, shape)
-        if difference > TOLERANCE:
+        if difference > tolerance:
             raise InputError(
                 f"the {format} differs from the trained network by {difference:.1e} of its "
-                f"largest output, more than {TOLERANCE:.0e}; nothing was written. If it folds "
+                f"largest output, more than {tolerance:.0e}; nothing was written. If it folds "
                 "norms, try --no_fold."
             )
         with replace_file(file) as opened:
@@ -193,6 +226,9 @@ def _write_onnx(net: nn.Module, example: Tensor, file: Path) -> None:
         verbose=False,
     )
     assert program is not None, "dynamo gives one"
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # stack traces, with the folders of this machine
+    unshare_zero_points(program.model.graph)
     program.save(file, external_data=False)
 
 

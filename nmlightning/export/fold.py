@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from nmlightning.errors import InputError, check_flag
+from nmlightning.int8.norms import quantizer_of
 from nmlightning.name_patterns import by_reason
 from nmlightning.reports.formatting import Grid, Report
 from nmlightning.surgery.fuse.fuse import unfuse
@@ -222,6 +223,8 @@ def _unsupported_norm(found: NormLayer, traced: TracedGraph) -> str:
         return f"{found.type_name} is neither a batch norm of torch nor of this package"
     if norm.running_mean is None or norm.running_var is None:
         return "it keeps no running statistics"
+    if quantizer_of(norm) is not None:
+        return "its input is quantised"
     if _has_hooks(norm):
         return "it has hooks"
     times = len(traced.calls(norm))

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 import yaml
@@ -77,6 +78,27 @@ def test_export_writes_a_torch_export_program(nm: Nm, trained: Path) -> None:
     program = torch.export.load("net.pt2").module()
     assert_same(program, trained)
     assert answer.out[-1] == " use         torch.export.load('net.pt2').module()(x)"
+
+
+@pytest.fixture(scope="module")
+def trained_in_int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fit_in(tmp_path_factory.mktemp("int8"), "quickstart_int8", *SMALL) / LAST
+
+
+def test_export_writes_a_network_in_int8(nm: Nm, trained_in_int8: Path) -> None:
+    answer = nm(trained_in_int8, "--format", "onnx", "--output", "net.onnx")
+    assert answer.code == 0
+    assert answer.out[2:5] == [
+        " batch norms 0 folded into the layers before them",
+        " not folded  bn1, layer1.0.bn1, layer1.0.bn2 and 4 more: its input is quantised",
+        " int8        15 inputs quantised, weights in the file as int8",
+    ]
+    net = load_from_checkpoint(ImageClassifier, trained_in_int8).eval().requires_grad_(False)
+    x = torch.randn(3, 3, 8, 8)
+    use = answer.out[-1].removeprefix(" use         ")
+    (y,) = eval(use, {"onnxruntime": onnxruntime, "x": x})
+    # A value between two numbers of a grid may go to either.
+    assert float((torch.from_numpy(y) - net(x)).abs().max() / net(x).abs().max()) <= 0.02
 
 
 def test_export_keeps_norms_without_folding(nm: Nm, trained: Path) -> None:
