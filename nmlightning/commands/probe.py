@@ -1,4 +1,4 @@
-"""`nm probe`: what the norms of a network get, and what half precision would make of it."""
+"""`nm probe`: what half precision would make of a network's norms, and few bits of its layers."""
 
 import argparse
 import json
@@ -26,13 +26,21 @@ def run(arguments: list[str]) -> int:
     paths = files.RunPaths(words)  # a misspelt path is reported before torch is imported
     from nmlightning.commands.probe_run import run_batches
 
-    ranges = run_batches(words[1:], paths, given.batches)
+    ranges, directions = run_batches(words[1:], paths, given.batches, given.bits)
     show(ranges.table())
     print_words(ranges.describe())
+    if directions.layers:
+        print()
+        show(directions.table())
+        print_words(directions.describe())
     files.write_file("--picture", given.picture, report.draw_ranges(ranges.layers, *_bands(ranges)))
     print_line("picture", given.picture)
     if given.json:
-        content = {"generator": "nm probe", **ranges.as_plain()}
+        content = {
+            "generator": "nm probe",
+            **ranges.as_plain(),
+            "int8": directions.as_plain(),
+        }
         files.write_file(
             "--json", given.json, json.dumps(content, indent=1, allow_nan=False) + "\n"
         )
@@ -44,11 +52,12 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Return what is given, and the options that are those of `nm fit`."""
     parser = ArgumentParser(
         prog="nm probe",
-        usage="nm probe CONFIG|CHECKPOINT [--batches N] [--picture FILE] [--json FILE] "
-        "[--KEY VALUE ...]",
+        usage="nm probe CONFIG|CHECKPOINT [--batches N] [--bits B ...] [--picture FILE] "
+        "[--json FILE] [--KEY VALUE ...]",
         description="Run some training batches through a network, change nothing, and report for "
         "each norm layer the range of its inputs and what L2, L1, L∞, Top(10) and range would make "
-        "of them with every value in float16.",
+        "of them with every value in float16, and for each convolution and linear layer how far "
+        "8 bits or fewer would turn its input, its weight and its gradient.",
         epilog="Every other option is one of nm fit, such as --data Digits.",
     )
     parser.add_argument(
@@ -58,6 +67,15 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "by --config",
     )
     parser.add_argument("--batches", type=int, default=2, help="how many (default: %(default)s)")
+    parser.add_argument(
+        "--bits",
+        type=int,
+        nargs="+",
+        choices=range(2, 9),
+        default=[8, 4, 2],
+        metavar="B",
+        help="how many to round to, 2 to 8 (default: 8 4 2)",
+    )
     parser.add_argument(
         "--picture",
         type=Path,

@@ -1,6 +1,7 @@
-"""Training batches of an experiment, in which its norms are measured and nothing is learned."""
+"""Training batches of an experiment, in which it is measured and nothing is learned."""
 
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,15 +15,18 @@ from nmlightning.commands.files import RunPaths
 from nmlightning.commands.fit import TrainingCLI, given_callbacks, is_ctrl_c
 from nmlightning.commands.run_report import print_notice
 from nmlightning.errors import InputError
+from nmlightning.probe.directions import Directions, DirectionWatch
 from nmlightning.probe.probe import NormWatch
 from nmlightning.probe.report import NormRanges
 
 
-def run_batches(options: list[str], paths: RunPaths, batches: int) -> NormRanges:
+def run_batches(
+    options: list[str], paths: RunPaths, batches: int, bits: Sequence[int]
+) -> tuple[NormRanges, Directions]:
     """Run training batches through the experiment that `options` of `nm fit` describe."""
     with filter_logs(), torch.compiler.set_stance("force_eager"):
         stored = checkpoint_hparams(paths.checkpoint) if paths.checkpoint else []
-        watcher = _Watcher(batches, paths.checkpoint)
+        watcher = _Watcher(batches, bits, paths.checkpoint)
         try:
             arguments = ["fit", *stored, *options, "--ckpt_path", "null"]
             _ProbeCLI(arguments, paths.run_name, watcher)
@@ -30,9 +34,9 @@ def run_batches(options: list[str], paths: RunPaths, batches: int) -> NormRanges
             if is_ctrl_c(stop):
                 raise KeyboardInterrupt from None
             raise
-    if watcher.ranges is None:
+    if watcher.found is None:
         raise InputError("No batch was run: the training data are empty.")
-    return watcher.ranges
+    return watcher.found
 
 
 class _ProbeCLI(TrainingCLI):
@@ -76,13 +80,15 @@ class _EnoughError(Exception):
 
 
 class _Watcher(pl.Callback):
-    """Loads the weights, measures the norms for some batches, and lets no weight move."""
+    """Loads the weights, measures the layers for some batches, and lets no weight move."""
 
-    def __init__(self, batches: int, checkpoint: str | None) -> None:
+    def __init__(self, batches: int, bits: Sequence[int], checkpoint: str | None) -> None:
         self.batches = batches
+        self.bits = bits
         self.checkpoint = checkpoint
-        self.ranges: NormRanges | None = None
-        self._watch: NormWatch | None = None
+        self.found: tuple[NormRanges, Directions] | None = None
+        self._watches: tuple[NormWatch, DirectionWatch] | None = None
+        self._watching = ExitStack()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Load the weights, as a Trainer does that does not resume the run."""
@@ -92,17 +98,20 @@ class _Watcher(pl.Callback):
             trainer.strategy.load_model_state_dict(checkpoint, strict=pl_module.strict_loading)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._watch = NormWatch(pl_module)
-        self._watch.__enter__()
+        self._watches = NormWatch(pl_module), DirectionWatch(pl_module, self.bits)
+        for watch in self._watches:
+            self._watching.enter_context(watch)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert self._watch is not None, "training has started"
-        self._watch.end_batch()
+        assert self._watches is not None, "training has started"
+        norms, layers = self._watches
+        norms.end_batch()
+        layers.end_batch()
         if batch_idx + 1 >= min(self.batches, trainer.num_training_batches):
-            self._watch.__exit__()
-            self.ranges = self._watch.ranges()
+            self._watching.close()
+            self.found = norms.ranges(), layers.directions()
             raise _EnoughError
 
     def on_before_optimizer_step(

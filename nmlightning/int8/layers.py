@@ -1,13 +1,16 @@
 """Convolutions and linear layers that train and evaluate in 8 bits or fewer."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
 
 from nmlightning.errors import InputError, check_choice, check_flag
 from nmlightning.int8.backends import (
@@ -29,6 +32,7 @@ from nmlightning.int8.ranges import (
     this_rank,
 )
 from nmlightning.kernels.interface import Dispatch
+from nmlightning.name_patterns import plain_name
 from nmlightning.norms.batch_norm_base import check_momentum
 from nmlightning.norms.fast_path import HOOKED, is_in_encoder_layer
 
@@ -319,3 +323,40 @@ def describe_backends(model: nn.Module) -> dict[str, tuple[Dispatch, Dispatch]]:
             gradient = select_gradient_backend(operation, grad, weight, size)[0]
             found[name] = select_backend(operation, x, weight), gradient
     return found
+
+
+_READS_WEIGHTS = (nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+
+
+def find_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Yield every layer that int8 is asked for, under each of its names, and why it cannot be.
+
+    The reason is empty for a layer that is or can be in int8.
+    """
+    named: Iterator[tuple[str, nn.Module]] = model.named_modules(remove_duplicate=False)
+    for name, module in named:
+        if isinstance(module, (*INT8_CLASSES, _ConvTransposeNd, *_READS_WEIGHTS)):
+            yield plain_name(name), module, _reason(module)
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """Return its class; of a parametrized or sharded module the one that it had before."""
+    own = type(module)
+    if isinstance(module, Int8Layer):
+        return next(cls for cls in own.__mro__ if cls in INT8_CLASSES.values())
+    return own.__bases__[0] if parametrize.is_parametrized(module) else own
+
+
+def _reason(module: nn.Module) -> str:
+    """Return why a layer stays in floating point, or nothing."""
+    if isinstance(module, Int8Layer):
+        return ""
+    if isinstance(module, _ConvTransposeNd):
+        return "a transposed convolution"
+    if isinstance(module, _READS_WEIGHTS):
+        return "its own code reads its weights"
+    if isinstance(module, LazyModuleMixin):
+        return "not initialised, run one batch through it"
+    if "forward" in vars(module):
+        return "its forward was replaced on the object, where no class counts"
+    return "" if class_of(module) in INT8_CLASSES else "a subclass, whose forward may be another"

@@ -26,6 +26,7 @@ BITS = range(2, 9)
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _GOLDEN = -0x61C8864680B583EB  # 2^64 divided by the golden ratio; signed, as all below
 _STREAM = 0x2545F4914F6CDD1D  # no near multiple of it
+_AT_ONCE = 2**20
 
 
 class Grid(NamedTuple):
@@ -218,12 +219,24 @@ def dequantize(q: Tensor, grid: Grid) -> Tensor:
 
 
 def direction_cosine(x: Tensor, grid: Grid) -> Tensor:
-    """Return cos(x, x̂), float64: how much of its direction a tensor keeps. 1 where x is 0."""
-    steps = (x.detach().to(grid.scale.dtype) / grid.scale).double()
-    kept = quantize(x.detach(), grid).double() - grid.zero_point
-    lengths = torch.linalg.vector_norm(steps) * torch.linalg.vector_norm(kept)
-    cosine: Tensor = (steps * kept).sum() / lengths
-    return cosine.where(steps.count_nonzero() > 0, 1.0)
+    """Return cos(x, x̂): how much of its direction a tensor keeps, rounded to nearest.
+
+    1 where x is 0, and 0 where x̂ alone is. Accumulates in float64, or float32 on MPS, which has no
+    other. On a grid with one scale it takes the memory of 2²⁰ values at once.
+    """
+    dtype = torch.float32 if x.device.type == "mps" else torch.float64
+    x, sums = x.detach(), torch.zeros(3, dtype=dtype, device=x.device)
+    for part in [x] if grid.scale.dim() else torch.split(x.flatten(), _AT_ONCE):
+        steps = part.to(grid.scale.dtype) / grid.scale
+        kept = quantize(part, grid).to(steps.dtype).sub_(grid.zero_point)
+        if grid.scale.dim():
+            relative = grid.scale / grid.scale.amax()
+            steps, kept = steps * relative, kept * relative
+        pairs = (steps, kept), (steps, steps), (kept, kept)
+        sums += torch.stack([(a * b).sum(dtype=dtype) for a, b in pairs])
+    product, given, rounded = sums
+    lengths = (given.sqrt() * rounded.sqrt()).where(rounded != 0, 1.0)
+    return torch.where(given != 0, product / lengths, 1.0)
 
 
 def cosine_bound(bits: int, count: int) -> float:

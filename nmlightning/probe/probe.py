@@ -3,10 +3,10 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -48,14 +48,32 @@ def probe_norms(
         >>> ranges.layers[0].name
         '1'
     """
-    with _as_it_was(model), NormWatch(model) as watch:
+    watch = NormWatch(model)
+    run_batches(watch, model, batches, loss)
+    return watch.ranges()
+
+
+class Watch(AbstractContextManager[Any], Protocol):
+    """Looks into a model while any code trains it."""
+
+    def end_batch(self) -> None:
+        """Act on a batch that went forward and backward."""
+
+
+def run_batches(
+    watch: Watch,
+    model: nn.Module,
+    batches: Iterable[Batch],
+    loss: Callable[[nn.Module, Batch], Tensor],
+) -> None:
+    """Run every batch forward and backward in training mode, and leave the model as it was."""
+    with _as_it_was(model), watch:
         model.train()
         for batch in batches:
             value = loss(model, batch)
             if value.requires_grad:
                 torch.autograd.backward(value)
             watch.end_batch()
-    return watch.ranges()
 
 
 class NormWatch:

@@ -1,4 +1,4 @@
-"""The names that weight norms have in a run's logs, and the TensorBoard page that shows them."""
+"""The names of weight norms and angles in a run's logs, and the TensorBoard page of them."""
 
 import re
 from collections.abc import Collection, Iterable
@@ -12,6 +12,7 @@ NORM_MAP = "weight_norm_map/"  # a picture; TensorBoard shows none under the tag
 EFFECTIVE_LR = "effective_lr/"  # the median of the channels
 ROTATION = "rotation/"  # of the channels in one step, root mean square
 EQUILIBRIUM = "rotation_equilibrium/"  # where weight decay and learning balance
+ROUNDED = ("input", "weight", "gradient")  # of a layer in int8
 
 Layout = dict[str, dict[str, list[Any]]]
 
@@ -28,6 +29,11 @@ def factor_tag(layer: str, statistic: str) -> str:
     return f"correction_factor/{layer}/{statistic}"
 
 
+def angle_tag(layer: str, tensor: str) -> str:
+    """Return the tag of the angle by which rounding turns one of `ROUNDED` of a layer."""
+    return f"int8_angle/{layer}/{tensor}"
+
+
 def layer_of(weight: str) -> str:
     return weight.removesuffix(".weight")
 
@@ -38,6 +44,7 @@ _OVERVIEW = {
     "Rotation per step, radians": ROTATION + "{layer}",
     "Correction factor, mean over channels": factor_tag("{layer}", "mean"),
     "Correction factor, largest channel": factor_tag("{layer}", "max"),
+    **{f"Angle of rounding the {x}, degrees": angle_tag("{layer}", x) for x in ROUNDED},
 }
 _BAND = ("mean", "min", "max")
 _DETAILS = {

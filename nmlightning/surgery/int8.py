@@ -1,17 +1,22 @@
 """Swaps the convolutions, linear layers and batch norms of a model for int8, and back."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from glob import escape
 from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvTransposeNd
-from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.utils import parametrize
 
 from nmlightning.errors import InputError, check_flag, check_lists
-from nmlightning.int8.layers import INT8_CLASSES, Int8Layer, Int8Linear, WeightGradient, WeightRange
+from nmlightning.int8.layers import (
+    INT8_CLASSES,
+    Int8Layer,
+    Int8Linear,
+    WeightGradient,
+    WeightRange,
+    class_of,
+    find_layers,
+)
 from nmlightning.int8.norms import (
     quantize_norm,
     quantizer_of,
@@ -33,7 +38,6 @@ from nmlightning.weights.channel_norms import is_flat, is_sharded
 _FLOAT_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     int8: plain for plain, int8 in INT8_CLASSES.items()
 }
-_READS_WEIGHTS = (nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 
 
 class Candidate(NamedTuple):
@@ -151,7 +155,7 @@ def remove_int8(
     for name, module in {id(x.module): (x.name, x.module) for x in chosen}.values():
         if isinstance(module, Int8Layer):
             module.forget_options()
-            unshare_class(module, _FLOAT_CLASSES[_class_of(module)])
+            unshare_class(module, _FLOAT_CLASSES[class_of(module)])
         elif (quantizer := quantizer_of(module)) is not None:
             made = quantizer.swapped_to
             were_torchs += [escape(name)] * (made is not None and made == describe_norm(module))
@@ -179,7 +183,7 @@ def follow_notes(model: nn.Module, notes: Mapping[str, Recipe]) -> tuple[Swap, .
     ]:
         layer, note = layers[name], dict(notes[name])
         before = _title(layer)
-        if isinstance(layer, Int8Layer) or _class_of(layer) in INT8_CLASSES:
+        if isinstance(layer, Int8Layer) or class_of(layer) in INT8_CLASSES:
             _become_int8(layer, note)
         else:
             quantize_norm(layer, **note)
@@ -198,22 +202,14 @@ def _title(module: nn.Module) -> str:
 
 
 def _title_to_be(x: Candidate, norms: Mapping[str, str]) -> str:
-    own = _class_of(x.module)
+    own = class_of(x.module)
     name = INT8_CLASSES.get(own, own).__name__
     return f"quantised {norms.get(x.name, name)}" if x.is_norm else name
 
 
-def _class_of(module: nn.Module) -> type[nn.Module]:
-    """Return its class; of a parametrized or sharded module the one that it had before."""
-    own = type(module)
-    if isinstance(module, Int8Layer):
-        return next(cls for cls in own.__mro__ if cls in _FLOAT_CLASSES)
-    return own.__bases__[0] if parametrize.is_parametrized(module) else own
-
-
 def _become_int8(module: nn.Module, options: Mapping[str, Any]) -> None:
     if not isinstance(module, Int8Layer):
-        unshare_class(module, INT8_CLASSES[_class_of(module)])
+        unshare_class(module, INT8_CLASSES[class_of(module)])
     assert isinstance(module, Int8Layer)
     module.set_up(**options)
 
@@ -247,32 +243,12 @@ def _pick(
 
 def _find(model: nn.Module, norms: str | None) -> list[Candidate]:
     """Return every layer and batch norm that int8 is asked for, under each of its names."""
-    named: Iterable[tuple[str, nn.Module]] = model.named_modules(remove_duplicate=False)
-    found = [
-        Candidate(plain_name(name), module, False, _reason(module))
-        for name, module in named
-        if isinstance(module, (*INT8_CLASSES, _ConvTransposeNd, *_READS_WEIGHTS))
-    ]
+    found = [Candidate(name, layer, False, reason) for name, layer, reason in find_layers(model)]
     for x in find_norm_layers(model) if norms is not None else ():
         if x.kind == "batch" or isinstance(x.module, _BatchNorm):
             reason = f"swap_norms leaves it: {x.unsupported_reason}" if x.kind is None else ""
             found.append(Candidate(x.name, x.module, True, reason))
     return found
-
-
-def _reason(module: nn.Module) -> str:
-    """Return why a layer stays in floating point, or nothing."""
-    if isinstance(module, Int8Layer):
-        return ""
-    if isinstance(module, _ConvTransposeNd):
-        return "a transposed convolution"
-    if isinstance(module, _READS_WEIGHTS):
-        return "its own code reads its weights"
-    if isinstance(module, LazyModuleMixin):
-        return "not initialised, run one batch through it"
-    if "forward" in vars(module):
-        return "its forward was replaced on the object, where no class counts"
-    return "" if _class_of(module) in INT8_CLASSES else "a subclass, whose forward may be another"
 
 
 def _choose(

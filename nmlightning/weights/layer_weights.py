@@ -151,11 +151,11 @@ class WeightLocation:
         if self.norm is not None:
             norms: Tensor = self.norm.channel_norms(parameter)
             return norms
-        return gather_channels(channel_norms(self._compute(), layout=self.layout))
+        return gather_channels(channel_norms(self.compute(), layout=self.layout))
 
     @torch.no_grad()
-    def _compute(self) -> Tensor:
-        """Return the weight as in evaluation, where nothing advances a power iteration."""
+    def compute(self) -> Tensor:
+        """Return a computed weight as in evaluation, where nothing advances a power iteration."""
         computed = self.parametrizations
         if computed is None:  # torch's hooks compute it, for a shallow copy
             stand_in = copy.copy(self.module)
@@ -209,7 +209,7 @@ class WeightLocation:
         elif len(originals) == 1:
             return originals[0]
         else:
-            shape = tuple(self._compute().shape)
+            shape = tuple(self.compute().shape)
         return next((original for original in originals if original.shape == shape), None)
 
     def is_chosen(

@@ -38,7 +38,7 @@ def numbers(file: str = "n.json") -> Any:
 
 
 def test_probe_reports_on_a_config(nm: Nm) -> None:
-    answer = nm("quickstart", *SMALL, "--batches", "3", "--json", "n.json")
+    answer = nm("quickstart", *SMALL, "--batches", "3", "--bits", "8", "3", "--json", "n.json")
     out = text(answer.out)
     assert (answer.code, answer.err) == (0, [UNTRAINED])
     assert "L2 op by op in half would lose no channel: σ is between" in out
@@ -49,6 +49,9 @@ def test_probe_reports_on_a_config(nm: Nm) -> None:
     assert [layer["name"] for layer in found["layers"]][:2] == ["net.bn1", "net.layer1.0.bn1"]
     assert {layer["class"] for layer in found["layers"]} == {"L1BatchNorm2d"}
     assert found["layers"][0]["entries"] == 3 * 16
+    assert "8 bits keep every direction." in out
+    assert (found["int8"]["bits"], found["int8"]["batches"]) == ([8, 3], 3)
+    assert [layer["name"] for layer in found["int8"]["layers"]][-1] == "net.fc"
     assert sorted(path.name for path in Path().iterdir()) == ["n.json", "norm_ranges.svg"]
 
 
@@ -106,6 +109,7 @@ BAD_INPUT = {
     "nope.ckpt": "--ckpt_path: there is no file 'nope.ckpt'",
     "lonely.ckpt": "there is no config.yaml of the run of",
     "quickstart --batches 0": "argument --batches: at least 1, got 0",
+    "quickstart --bits 9": "argument --bits: invalid choice: 9 .choose from 2, 3, 4, 5, 6, 7, 8.",
     "quickstart --bathces 3": "there is no option '--bathces'",
     "quickstart --model.net.depth 7": "CifarResNet depth 7 is not 6n",
     "quickstart --picture notes.txt": "--picture: notes.txt is no picture of nm probe; give",

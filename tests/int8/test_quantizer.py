@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nmlightning.errors import InputError
+from nmlightning.int8 import quantizer
 from nmlightning.int8.quantizer import (
     BITS,
     check_bits,
@@ -147,6 +148,25 @@ def test_direction_is_kept_as_well_as_the_bound_says(bits: int) -> None:
     kept = [direction_cosine(x, make_grid(*extreme(x), bits)).item() for x in (small, tensors[0])]
     assert kept[0] == pytest.approx(kept[1], rel=1e-3)  # s rounds otherwise
     assert direction_cosine(torch.zeros(3), make_grid(*extreme(torch.zeros(3)), bits)) == 1
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_direction_is_that_of_what_is_dequantized(
+    per_channel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantizer, "_AT_ONCE", 7)
+    weight = torch.randn(6, 5, 3) * torch.arange(6.0).view(-1, 1, 1)
+    weight = weight.transpose(1, 2)  # of another layout than its parts
+    grid = symmetric_grid(weight, 3, per_channel)
+    kept = dequantize(quantize(weight, grid), grid).double().flatten()
+    expected = torch.cosine_similarity(weight.double().flatten(), kept, dim=0)
+    torch.testing.assert_close(direction_cosine(weight, grid), expected, rtol=1e-6, atol=0)
+
+
+def test_no_direction_is_left_where_all_is_rounded_to_0() -> None:
+    grid = make_grid(torch.tensor(-1.0), torch.tensor(1.0), 8)
+    assert direction_cosine(torch.full((5,), 1e-3), grid) == 0
+    assert direction_cosine(torch.tensor([1.0, torch.nan]), grid).isnan()
 
 
 @pytest.mark.parametrize(
