@@ -1,4 +1,4 @@
-"""Weight norms and effective learning rates in the logs of a run, and a picture of them."""
+"""Weight norms, effective learning rates and int8 angles in the logs of a run."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +17,7 @@ from nmlightning.callbacks.epoch_clock import SkippedSteps
 from nmlightning.compat import logged_step, logging_is_due
 from nmlightning.optim.families import expected_rotation, group_numbers, known_power
 from nmlightning.optim.step_hooks import StepHookHandle
+from nmlightning.probe.directions import DirectionWatch
 from nmlightning.reports import tags
 from nmlightning.weights.channel_norms import (
     STATISTICS,
@@ -78,6 +79,7 @@ _POOLS: Mapping[str, Callable[[Sequence[float]], Any]] = {
     tags.EQUILIBRIUM + "{layer}": _root_mean_square,
     tags.factor_tag("{layer}", "mean"): np.mean,
     tags.factor_tag("{layer}", "max"): np.max,
+    **{tags.angle_tag("{layer}", tensor): np.max for tensor in tags.ROUNDED},
     tags.STEERING_SKIPPED: np.max,
     tags.SKIPPED_STEPS: np.max,
 }
@@ -110,9 +112,10 @@ class NormDashboard:
 
     At the steps at which the Trainer logs, for each layer: the smallest, mean and largest norm of
     its channels, their median effective learning rate, the root mean square rotation of this step
-    beside the one at equilibrium, and the factors of steering; all of them wait for the device
-    once. At the end of an epoch, in TensorBoard: a histogram of each layer's norms, and ten times a
-    run a picture of them over the epochs.
+    beside the one at equilibrium, the factors of steering, and of `angles` those by which rounding
+    turns what the layer computes with; all of them wait for the device once. At the end of an
+    epoch, in TensorBoard: a histogram of each layer's norms, and ten times a run a picture of them
+    over the epochs.
 
     All tags begin with `prefix`. The page of Custom Scalars shows what has been logged so far; the
     charts of several trackers are on one, of `layouts` by prefix.
@@ -127,11 +130,15 @@ class NormDashboard:
         by_layer: bool = False,
         prefix: str = "",
         layouts: dict[str, tags.Layout] | None = None,
+        angles: DirectionWatch | None = None,
     ) -> None:
         self._trainer, self._by_layer, self._prefix = trainer, by_layer, prefix
         self._recorder = recorder
         self._handles = handles
         self._weights = {tags.layer_of(weight.name): weight for weight in recorder.weights}
+        self._angles = angles
+        names = [] if angles is None else angles.__enter__().layers
+        self._layers = list(dict.fromkeys([*self._weights, *names]))
         self._skipped = SkippedSteps(trainer)
         self._steps: dict[str, _Step] = {}
         self.layouts = {} if layouts is None else layouts
@@ -165,6 +172,9 @@ class NormDashboard:
         reading = DeviceReading()
         self._add_weights(reading)
         self._add_steering(reading)
+        if self._angles is not None:
+            for (layer, tensor), angles in self._angles.take_angles().items():
+                reading.add([tags.angle_tag(layer, tensor)], angles)
         if self._skipped.watches:
             reading.add([tags.SKIPPED_STEPS], self._skipped.count())
         values = reading.read()
@@ -172,7 +182,7 @@ class NormDashboard:
             values |= step.rates(layer, values[tags.norm_tag(layer, "median")])
         self._steps = {}
         if self._trainer.is_global_zero:
-            others = values if self._by_layer else pool_layers(values, list(self._weights))
+            others = values if self._by_layer else pool_layers(values, self._layers)
             all_tags, few = (
                 {self._prefix + tag: value for tag, value in logged.items()}
                 for logged in (values, others)
@@ -206,6 +216,8 @@ class NormDashboard:
 
     def close(self, *, finished: bool) -> None:
         self._skipped.remove()
+        if self._angles is not None:
+            self._angles.__exit__()
         if finished:
             self._lay_out({})
 
@@ -234,7 +246,7 @@ class NormDashboard:
         self._logged |= values.keys()
         self._metrics |= metrics
         self.layouts[self._prefix] = tags.dashboard_layout(
-            self._weights, self._logged, self._metrics, self._prefix
+            self._layers, self._logged, self._metrics, self._prefix
         )
         layout = {k: v for part in self.layouts.values() for k, v in part.items()}
         for writer in self._writers():

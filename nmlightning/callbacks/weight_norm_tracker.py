@@ -17,6 +17,7 @@ from nmlightning.compat import (
     copying_strategy,
     in_added_epoch,
     is_trial_run,
+    logging_is_due,
     reshard,
     run_folder,
 )
@@ -24,6 +25,7 @@ from nmlightning.errors import InputError, check_choice, check_flag, check_lists
 from nmlightning.kernels.dispatch import weight_kernels
 from nmlightning.name_patterns import some
 from nmlightning.optim.step_hooks import StepHookHandle, StepRule
+from nmlightning.probe.directions import DirectionWatch
 from nmlightning.surgery.recipes import register_after
 from nmlightning.weights import layer_weights
 from nmlightning.weights.recorder import Recorder, keep_recording
@@ -172,6 +174,9 @@ class WeightNormTracker(CallbackBase):
             loggers over all layers. None does so if there is a logger, True insists on one, and
             "layers" logs each layer everywhere. The tags of a Trainer's second tracker begin with
             `tracker2/`.
+        log_int8: log with the norms, for layers in int8, by how many degrees rounding turns their
+            input, weight and gradient, as `nmlightning.probe_int8` does at their own bits. Compiled
+            layers are not looked into.
         list_weights: print what is decided of each weight, not only which are not steered.
 
     Raises:
@@ -198,6 +203,7 @@ class WeightNormTracker(CallbackBase):
         other_run: bool = False,
         log_norms: bool | Literal["layers"] | None = None,
         list_weights: bool = False,
+        log_int8: bool = False,
     ) -> None:
         super().__init__()
         steps = isinstance(every, int) and not isinstance(every, bool) and every >= 1
@@ -216,6 +222,7 @@ class WeightNormTracker(CallbackBase):
         self.other_run = other_run
         self.log_norms = log_norms
         self.list_weights = check_flag("list_weights", list_weights)
+        self.log_int8 = check_flag("log_int8", log_int8)
         self.path: Path | None = None
         self.handles: list[StepHookHandle] = []
         self.left: dict[str, str] = {}
@@ -286,6 +293,7 @@ class WeightNormTracker(CallbackBase):
                 by_layer=self.log_norms == "layers",
                 prefix="" if number == 1 else f"tracker{number}/",
                 layouts=layouts[-1] if layouts else {},
+                angles=_watch_int8(trainer, pl_module) if self.log_int8 else None,
             )
             self._parts["dashboard"] = dashboard
         states = {name: state for name, state in self._resumed.items() if state is not None}
@@ -351,6 +359,17 @@ class WeightNormTracker(CallbackBase):
             self._steps.remove()
         for part in reversed(self._parts.values()):
             part.close(finished=finished)
+
+
+def _watch_int8(trainer: pl.Trainer, module: pl.LightningModule) -> DirectionWatch:
+    """Return what measures the layers in int8 in the training batches that are logged."""
+    watch = DirectionWatch(module, None, lambda: trainer.training and logging_is_due(trainer))
+    if not watch.layers:
+        raise InputError(
+            f"WeightNormTracker(log_int8=True) found no layer in int8 in {type(module).__name__}: "
+            "add Int8Swap to the callbacks, or leave log_int8 out."
+        )
+    return watch
 
 
 def _trackers(trainer: pl.Trainer) -> list[WeightNormTracker]:

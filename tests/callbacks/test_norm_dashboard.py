@@ -21,6 +21,8 @@ from lightning_modules import Trains, make_data, make_trainer, package_of
 from nmlightning.callbacks import WeightNormTracker
 from nmlightning.callbacks.norm_dashboard import DeviceReading
 from nmlightning.errors import InputError
+from nmlightning.int8.layers import INT8_CLASSES
+from nmlightning.int8.quantizer import direction_cosine, symmetric_grid
 from nmlightning.optim import LRCorrection
 from nmlightning.reports.tags import dashboard_layout, group_by_stage, norm_tag
 from nmlightning.weights.channel_norms import channel_norms, equilibrium_rotation, rotations
@@ -287,6 +289,55 @@ def test_dashboard_logs_to_csv(by_layer: bool, tmp_path: Path) -> None:
         },
         rel=1e-5,
     )
+
+
+class Int8Module(PlModule):
+    """Has layers in int8 of 8 bits, whose gradients have 3."""
+
+    def build(self) -> None:
+        super().build()
+        for layer in LAYERS:
+            module = self.get_submodule(layer)
+            module.__class__ = INT8_CLASSES[type(module)]
+            module.set_up(gradient_bits=3)
+
+
+def test_dashboard_logs_angles_of_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+    read = DeviceReading.read
+    monkeypatch.setattr(DeviceReading, "read", lambda self: reads.append(1) or read(self))
+    tracker = WeightNormTracker(log_int8=True)
+    module = fit(tmp_path, tracker, Int8Module, accumulate_grad_batches=2, log_every_n_steps=2)
+    scalars = read_scalars(tmp_path)
+    angles = {tag: values for tag, values in scalars.items() if tag.startswith("int8_angle/")}
+    tensors = {layer: ["input", "weight", "gradient"] for layer in LAYERS}
+    tensors["net.0"].remove("gradient")  # images want none
+    assert set(angles) == {f"int8_angle/{n}/{x}" for n, each in tensors.items() for x in each}
+    assert all(list(each) == list(scalars["rotation/net.0"]) for each in angles.values())
+    for step, angle in angles["int8_angle/net.3/weight"].items():
+        weight = module.weights[2 * step]["net.3"]
+        cosine = direction_cosine(weight, symmetric_grid(weight, 8))
+        assert angle == pytest.approx(math.degrees(math.acos(cosine)), rel=1e-5)
+        assert 1 < angles["int8_angle/net.3/gradient"][step] < 90
+    charts = read_layout(read_events(tmp_path))
+    (pattern,) = charts["Angle of rounding the input, degrees: a line a layer"]["net"].multiline.tag
+    assert all(re.match(pattern, f"int8_angle/{layer}/input") for layer in LAYERS)
+    assert len(reads) == len(angles["int8_angle/net.3/weight"])
+    assert not any(module._forward_hooks for module in module.modules())
+
+
+def test_dashboard_logs_the_largest_angle_to_csv(tmp_path: Path) -> None:
+    logger = pytorch_lightning.loggers.CSVLogger(tmp_path, "", "")
+    fit(tmp_path, WeightNormTracker(log_int8=True), Int8Module, logger=logger)
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["int8_angle/all/gradient"]]
+    assert [int(row["step"]) for row in rows] == list(range(1, EPOCHS * BATCHES, EVERY))
+    assert all(0 < float(row["int8_angle/all/weight"]) < 1 for row in rows)
+
+
+def test_log_int8_wants_layers_in_int8(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="found no layer in int8 in PlModule: add Int8Swap to"):
+        fit(tmp_path, WeightNormTracker(log_int8=True))
 
 
 def test_log_norms_is_checked() -> None:
