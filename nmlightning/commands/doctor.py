@@ -1,4 +1,4 @@
-"""`nm doctor`: what is installed, which backend computes which norm, and a self-check.
+"""`nm doctor`: what is installed, which backend computes which layer, and a self-check.
 
 The first thing that a report of a bug holds: plain text, narrow enough to paste. The inputs of the
 check are multiples of 1/8 whose number is a power of two, so that their mean is exact in every
@@ -6,6 +6,7 @@ dtype, and no deviation of one backend has another sign than the same deviation 
 """
 
 import copy
+import math
 import os
 import platform
 import random
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 import nmlightning
 from nmlightning import allocator
 from nmlightning.commands.argument_parser import FAILED_CHECK, ArgumentParser, print_words
+from nmlightning.int8 import Int8Conv2d, Int8Layer, Int8Linear, describe_backends
 from nmlightning.kernels.cpu.build import cache_folder, library_path, unusable_reason
 from nmlightning.kernels.dispatch import norm_backend
 from nmlightning.kernels.interface import Fused
@@ -184,11 +186,53 @@ def _describe_backends(
         choices[dispatch.backend, dispatch.reason].append(layout)
     words = []
     for (backend, reason), layouts in choices.items():
-        mark = marks.setdefault(reason, str(len(marks) + 1)) if reason else ""
         where = f" ({', '.join(layouts)})" if len(choices) > 1 else ""
-        raised = mark.translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
-        words.append(f"{backend}{raised}{where}")
+        words.append(_mark(backend, reason, marks) + where)
     return ", ".join(words)
+
+
+def _mark(backend: str, reason: str, marks: dict[str, str]) -> str:
+    """Return a backend with the mark of the reason for it, if there is one."""
+    mark = marks.setdefault(reason, str(len(marks) + 1)) if reason else ""
+    return backend + mark.translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def make_int8_layers(device: str) -> dict[str, Int8Layer]:
+    """Return layers in int8 that round to nearest, by what they are called here."""
+    conv = partial(Int8Conv2d, WIDTH, WIDTH, device=device, rounding="nearest")
+    return {
+        "conv": conv(3, padding=1),
+        "strided conv": conv(3, stride=2, padding=1),
+        "1×1 conv": conv(1),
+        "depthwise conv": conv(3, padding=1, groups=WIDTH),
+        "linear": Int8Linear(WIDTH, WIDTH, device=device, rounding="nearest"),
+    }
+
+
+def check_int8(device: str) -> Iterator[Check]:
+    """Yield the distance of each layer in int8 from the formula, NaN where integers differ."""
+    for name, layer in make_int8_layers(device).items():
+        x = exact_input(CHECKED[layer.weight.dim()], torch.float32, device)
+        grad = exact_input(layer(x).shape, x.dtype, device, seed=1)
+        integers, found = _run_int8(layer, x, grad)
+        with norm_backend("formula"):
+            right, expected = _run_int8(layer, x, grad)
+        same = all(map(torch.equal, integers, right))
+        error = _distance(found, expected) if same else math.nan
+        yield Check(name, layer.backend_for(x).backend, x.dtype, "", error)
+
+
+def _run_int8(layer: nn.Module, x: Tensor, grad: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the integers that a layer keeps for backward, and its results."""
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.extend([] if tensor.is_floating_point() else [tensor])
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        results = _results(layer, x, grad)
+    return kept, results
 
 
 def exact_input(shape: Sequence[int], dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
@@ -207,6 +251,10 @@ def disagreement(layer: nn.Module, x: Tensor) -> float:
     found = _results(copy.deepcopy(layer), x, grad)
     with norm_backend("formula"):
         expected = _results(copy.deepcopy(layer).double(), x.double(), grad.double())
+    return _distance(found, expected)
+
+
+def _distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     pairs = zip(found, expected, strict=True)
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
@@ -258,21 +306,23 @@ def _wait_for(x: Tensor) -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Run `nm doctor` and return its exit code: 0, or 1 if a norm disagrees with its formula."""
+    """Run `nm doctor` and return its exit code: 0, or 1 if a layer disagrees with its formula."""
     ArgumentParser(
         prog="nm doctor",
-        description="Print versions and devices, which backend computes which norm and why, and "
-        "the result of a self-check: forward and backward against the formula in float64, and the "
-        "time against torch's norms. It takes about ten seconds. Paste it into a bug report.",
+        description="Print versions and devices, which backend computes which norm and int8 layer "
+        "and why, and the result of a self-check: forward and backward against the formula, and "
+        "the time against torch's norms. It takes about ten seconds. Paste it into a bug report.",
     ).parse_args(arguments)
     _print_rows([*describe_versions(), *describe_devices(), *describe_kernels()])
     wrong = False
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         _print_backends(device)
-        checks = list(check_norms(device))
-        _print_checks(device, checks)
+        _print_int8_backends(device)
+        norms, int8 = list(check_norms(device)), list(check_int8(device))
+        _print_checks(f"{device}: forward and backward against the formula in float64", norms)
+        _print_checks(f"{device}: int8, forward and backward against the formula", int8)
         _print_times(device)
-        wrong = wrong or any(check.failed for check in checks)
+        wrong = wrong or any(check.failed for check in (*norms, *int8))
     return FAILED_CHECK if wrong else 0
 
 
@@ -289,18 +339,32 @@ def _print_backends(device: str) -> None:
         [subject.name, *(_describe_backends(subject, x, device, marks) for x in DTYPES)]
         for subject in SUBJECTS
     ]
-    show(Grid([f"{device}: backends", *map(_name, DTYPES)], rows))
-    for reason, mark in marks.items():
-        print_words(f" {mark}  {reason}")
+    _print_table([f"{device}: backends", *map(_name, DTYPES)], rows, marks)
     print_words(" Compiled networks use the formula, which the compiler fuses.\n")
 
 
-def _print_checks(device: str, checks: Sequence[Check]) -> None:
+def _print_int8_backends(device: str) -> None:
+    """Print a table of layers in int8 by the output and the input's gradient."""
+    marks: dict[str, str] = {}
+    described = describe_backends(nn.ModuleDict(make_int8_layers(device)))
+    rows = [[name, *(_mark(*each[:2], marks) for each in both)] for name, both in described.items()]
+    _print_table([f"{device}: int8 layers", "output", "gradient of the input"], rows, marks)
+    print_words("")
+
+
+def _print_table(headings: list[str], rows: list[list[str]], marks: dict[str, str]) -> None:
+    """Print a table of backends, and below it why they are the formula."""
+    show(Grid(headings, rows))
+    for reason, mark in marks.items():
+        print_words(f" {mark}  {reason}")
+
+
+def _print_checks(title: str, checks: Sequence[Check]) -> None:
     """Print the worst of each backend and dtype, and everything that is wrong."""
     worst: dict[tuple[str, torch.dtype], list[Check]] = defaultdict(list)
     for check in checks:
         worst[check.backend, check.dtype].append(check)
-    print_words(f" {device}: forward and backward against the formula in float64")
+    print_words(f" {title}")
     for (backend, dtype), group in worst.items():
         error = max(check.error for check in group)
         wrong = [check for check in group if check.failed]
@@ -308,7 +372,8 @@ def _print_checks(device: str, checks: Sequence[Check]) -> None:
         what = f"{backend}, {_name(dtype)}: {len(group)} cases {fate}"
         print_words(f" {what}, largest error {error:.1e} of the largest value")
         for check in wrong:
-            print_words(f"   WRONG: {check.subject} {check.layout}: {check.error:.1e}")
+            what = f"{check.subject} {check.layout}".strip()
+            print_words(f"   WRONG: {what}: {check.error:.1e}")
     print_words("")
 
 

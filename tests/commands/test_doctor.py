@@ -1,4 +1,4 @@
-"""Test that `nm doctor` tells what a report of a bug needs, and notices a norm that is wrong."""
+"""Test that `nm doctor` tells what a report of a bug needs, and notices a layer that is wrong."""
 
 import re
 from typing import Any
@@ -10,7 +10,9 @@ from torch import Tensor
 from nmlightning.cli import main
 from nmlightning.commands import doctor
 from nmlightning.commands.doctor import TOLERANCES, disagreement, exact_input
+from nmlightning.int8 import Int8Linear
 from nmlightning.kernels import norm_backend
+from nmlightning.kernels.dispatch import requested_backend
 from nmlightning.norms import L1BatchNorm2d
 
 
@@ -28,6 +30,8 @@ def test_doctor_prints_versions_backends_and_checks(capsys: pytest.CaptureFixtur
     assert max(map(len, out.splitlines())) <= 80
     for subject in doctor.SUBJECTS:
         assert re.search(rf"^ *{re.escape(subject.name)}( +\S+ *){{4}}$", out, re.MULTILINE), out
+    for name in doctor.make_int8_layers("cpu"):
+        assert re.search(rf"^ *{name}( +(\S+)( int8)?){{2}} *$", out, re.MULTILINE), out
     assert re.search(r"formula, float32: \d+ cases right", out) or "C++, float32" in out
     assert "WRONG" not in out
     assert re.search(r"L1 batch norm +\d+\.\d\d \(\d+\.\d\d to \d+\.\d\d\) of BatchNorm2d", out)
@@ -47,6 +51,23 @@ def test_doctor_names_a_wrong_norm_and_fails(
     out = capsys.readouterr().out
     assert re.search(r"float32: 2 cases 2 WRONG, largest error 1\.0e-02 of the largest", out)
     assert out.count("WRONG: L1 batch norm N") == 6
+
+
+@pytest.mark.parametrize(("what", "error"), [("output", "1.0e-02"), ("integers", "nan")])
+def test_doctor_names_a_wrong_int8_layer_and_fails(
+    what: str, error: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Wrong(Int8Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            if requested_backend() == "formula":
+                return super().forward(input)
+            return super().forward(-input) if what == "integers" else super().forward(input) * 1.01
+
+    layers = {"linear": Wrong(64, 64, False, rounding="nearest")}
+    monkeypatch.setattr(doctor, "make_int8_layers", lambda device: layers)
+    with norm_backend("auto"):
+        assert main(["doctor"]) == 1
+    assert f"WRONG: linear: {error}" in capsys.readouterr().out
 
 
 def test_doctor_counts_nan_as_wrong() -> None:
