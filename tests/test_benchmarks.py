@@ -63,7 +63,7 @@ def test_digits_in_int8_print_a_line_for_each_row() -> None:
     words = ["--batch", "32", "--seeds", "1", "--epochs", "1", "--only", "float", "8/4 both"]
     lines = run_script("int8_digits", *words).splitlines()
     assert [line.split("  ")[0] for line in lines] == ["float", "8/4 both"]
-    # one in ten is chance; an epoch of 44 steps gives 90 % and more, without noise 97
+    # chance is 10 %, and an epoch gave 93.6 to 96.4 % with three seeds
     assert all(float(each.split()[-1]) > 50 for each in lines), lines
 
 
