@@ -150,7 +150,8 @@ def unshare_zero_points(graph: Any) -> None:
     import onnx_ir
 
     for node in graph.all_nodes():
-        if node.op_type == "DequantizeLinear" and node.inputs[0].is_initializer():
+        is_weight = node.op_type == "DequantizeLinear" and node.inputs[0].is_initializer()
+        if is_weight and len(node.inputs[2].uses()) > 1:  # the last user keeps it
             name, zeros = f"{node.name}_zero_point", node.inputs[2].const_value.numpy()
             own = onnx_ir.val(name, const_value=onnx_ir.tensor(zeros, name=name))
             graph.register_initializer(own)

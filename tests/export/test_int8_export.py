@@ -121,6 +121,8 @@ def test_file_holds_weights_as_int8_and_nothing_of_ours(tmp_path: Path) -> None:
     onnx.checker.check_model(model, full_check=True)
     assert [each.domain for each in model.opset_import] == [""]
     assert not any(node.metadata_props for node in model.graph.node)
+    used = {name for node in model.graph.node for name in node.input}
+    assert {each.name for each in model.graph.initializer} <= used
     held = [each for each in model.graph.initializer if each.data_type == onnx.TensorProto.INT8]
     weights = sorted(tuple(each.dims) for each in held if len(each.dims) > 1)
     assert weights == [(64, 3, 3, 3), (64, 64, 3, 3)]
