@@ -3,6 +3,7 @@
 Among equal values the first position counts (lowest rank, then lowest position).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,11 +27,14 @@ class Blocks:
     size: int  # elements of a block
 
     @classmethod
-    def of(cls, values: Tensor) -> "Blocks":
-        """Return the blocks of values, copied unless they are contiguous or have channels last."""
+    def of(cls, values: Tensor, within: int = 0) -> "Blocks":
+        """Return the blocks of values, copied unless they are contiguous or have channels last.
+
+        Their size divides `within`, too, if that is given.
+        """
         n, channels = values.shape[:2]
         spatial = values.numel() // (n * channels)
-        size = _divide(spatial)
+        size = _divide(math.gcd(spatial, within) if within else spatial)
         channels_last = values.movedim(1, -1)
         if channels_last.is_contiguous() and not values.is_contiguous():
             return cls(channels_last.reshape(n * spatial // size, size, channels), size)
@@ -38,11 +42,14 @@ class Blocks:
 
     def largest_sizes(self) -> Tensor:
         """Return max |value| of each block, (C, N · blocks), in two reads and no writing."""
+        return torch.maximum(*self.extremes()).abs()  # of 0, which may be -0
+
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        """Return the highest value and −1 times the lowest of each block, (C, N · blocks)."""
         if self.rows.dim() == 4:
-            sizes = torch.maximum(self.rows.amax(3), -self.rows.amin(3)).transpose(0, 1).flatten(1)
-        else:
-            sizes = torch.maximum(self._reduce(torch.amax), -self._reduce(torch.amin)).t()
-        return sizes.abs()  # of 0, which may be -0
+            high, low = (end(self.rows, 3).transpose(0, 1) for end in (torch.amax, torch.amin))
+            return high.flatten(1), -low.flatten(1)
+        return self._reduce(torch.amax).t(), -self._reduce(torch.amin).t()
 
     def take(self, chosen: Tensor) -> Tensor:
         """Return the values of (C, k) blocks, (C, k · size)."""
@@ -95,6 +102,25 @@ def select_largest(deviations: Tensor, k: int, share: Share) -> tuple[Tensor, Se
     if mine is not None:
         slopes = slopes * mine
     return mean_of_row(values), Selection(positions, slopes)
+
+
+def highest_and_lowest(deviations: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
+    """Return the highest d and −1 times the lowest of equal chunks of (N, C, *), and where.
+
+    Values and positions are (C, 2 · chunks), each chunk's first among equals. Only the block with
+    an extreme is searched for its position.
+    """
+    length = deviations.numel() // deviations.shape[1] // chunks
+    blocks = Blocks.of(deviations, length)
+    first = torch.arange(chunks, device=deviations.device) * (length // blocks.size)
+    values, positions = [], []
+    for ends, sign in zip(blocks.extremes(), (1, -1), strict=True):
+        chosen = ends.unflatten(1, (chunks, -1)).argmax(2) + first
+        candidates = blocks.take(chosen).unflatten(1, (chunks, -1)) * sign
+        place = candidates.argmax(2, keepdim=True)
+        values.append(candidates.gather(2, place).squeeze(2))
+        positions.append(chosen * blocks.size + place.squeeze(2))
+    return torch.cat(values, 1), torch.cat(positions, 1)
 
 
 def mean_of_row(values: Tensor) -> Tensor:

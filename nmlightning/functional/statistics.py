@@ -35,6 +35,7 @@ from nmlightning.functional.reductions import (
 from nmlightning.functional.selection import (
     Selection,
     add_at_selection,
+    highest_and_lowest,
     mean_of_row,
     select_largest,
 )
@@ -104,12 +105,16 @@ def select_extremes(deviations: Tensor, chunks: int, share: Share) -> tuple[Tens
 
     Each chunk has at least two elements of all ranks together.
     """
-    rows = deviations.transpose(0, 1).flatten(1)
     all_lengths = chunk_lengths(int(share.total), chunks)
-    lengths = _own_lengths(all_lengths, int(share.before), rows.shape[1])
-    # Highest and lowest in one go: the lowest is the highest of −d.
-    sides = [_highest(side, lengths) for side in (rows, -rows)]
-    values, positions = (torch.cat(parts, 1) for parts in zip(*sides, strict=True))
+    equal = all_lengths[0] == all_lengths[-1] and deviations.numel() > 0
+    if equal and share.group is None and not torch.compiler.is_compiling():
+        values, positions = highest_and_lowest(deviations, chunks)
+    else:
+        rows = deviations.transpose(0, 1).flatten(1)
+        lengths = _own_lengths(all_lengths, int(share.before), rows.shape[1])
+        # The lowest is the highest of −d.
+        sides = [_highest(side, lengths) for side in (rows, -rows)]
+        values, positions = (torch.cat(parts, 1) for parts in zip(*sides, strict=True))
     extremes, mine = keep_first_largest(values, share.group)
     slopes = torch.full_like(values, 0.5 / chunks)
     slopes[:, chunks:] *= -1
