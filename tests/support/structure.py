@@ -74,9 +74,9 @@ EXCEPTIONS = {
 }
 # Of the targets that are missed: what was reached, which must not be left again.
 REACHED = {
-    "Python files": 159,
-    "lines of nmlightning, Python and C++": 32_116,
-    "lines of tests": 29_720,
+    "Python files": 161,
+    "lines of nmlightning, Python and C++": 33_437,
+    "lines of tests": 30_516,
     "files a config meets before Trainer.fit": 22,
 }
 
