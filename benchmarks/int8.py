@@ -3,8 +3,9 @@
     python benchmarks/int8.py [--rounds 15] [--channels 64] [--size 32] [--batch 16]
 
 Every layer's forward and backward by input and weight, in one process, in turns; with the ratio to
-the float32 layer of the same memory format, its quartiles, and the bytes kept for backward. The
-rows of torchao are left out where it is not installed.
+the float32 layer of the same memory format, its quartiles, and the bytes kept for backward. Then
+steps of whole networks by SGD, with gradients of weights in bfloat16 and batch norm, or Range batch
+norm in int8. The rows of torchao are left out where it is not installed.
 """
 
 import argparse
@@ -18,9 +19,11 @@ import torch
 from interleaved import quartiles_of_ratio, time_rounds
 from torch import Tensor, nn
 
+from nmlightning import swap_int8
 from nmlightning.allocator import keep_freed_memory
 from nmlightning.int8 import Int8Conv2d, Int8Linear
 from nmlightning.kernels import norm_backend
+from nmlightning.models import CifarResNet, ResNet18
 
 Made = dict[str, Callable[[], object]]
 
@@ -79,6 +82,36 @@ def add_torchao(calls: Made, name: str, plain: nn.Linear, x: Tensor) -> None:
     calls[f"{name} torchao"] = partial(step, holder, x, grad)
 
 
+def add_networks(calls: Made, memory_format: torch.memory_format) -> None:
+    """Add training steps of two networks in float32, and in int8 with and without its norms."""
+    layout = "NHWC" if memory_format == torch.channels_last else "NCHW"
+    for name, net, shape in (
+        ("ResNet-18", ResNet18(10), (32, 3, 64, 64)),
+        ("ResNet-20", CifarResNet(20), (128, 3, 32, 32)),
+    ):
+        net = net.to(memory_format=memory_format)
+        x = torch.randn(shape).contiguous(memory_format=memory_format)
+        target = torch.randint(10, shape[:1])
+        calls[f"{name}-{layout}"] = partial(train, net, optimizer_of(net), x, target)
+        for norms in (None, "range"):
+            own = copy.deepcopy(net)
+            swap_int8(own, weight_gradient="bfloat16", norms=norms)
+            label = f"{name}-{layout} int8{', Range' if norms else ''}"
+            calls[label] = partial(train, own, optimizer_of(own), x, target)
+
+
+def optimizer_of(net: nn.Module) -> torch.optim.Optimizer:
+    """Return SGD with momentum and decay."""
+    return torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
+
+
+def train(net: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor) -> None:
+    """Do one step."""
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(net(x), target).backward()
+    optimizer.step()
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -94,6 +127,7 @@ def main() -> None:
         x = x.contiguous(memory_format=memory_format).requires_grad_()
         plain = nn.Conv2d(c, c, 3, padding=1, bias=False).to(memory_format=memory_format)
         add_variants(calls, "NHWC" if last else "NCHW", plain, Int8Conv2d, x)
+        add_networks(calls, memory_format)
     rows = torch.randn(1024, 8 * c, requires_grad=True)
     linear = nn.Linear(8 * c, 8 * c)
     add_variants(calls, "linear", linear, Int8Linear, rows)

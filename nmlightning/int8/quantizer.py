@@ -215,6 +215,11 @@ def lay_out(
 
 def dequantize(q: Tensor, grid: Grid) -> Tensor:
     """Return x̂ = (q − z) · s."""
+    if kernels := quantizing_kernels(q):
+        numbers = grid.zero_point, grid.scale, grid.scale.dtype
+        found: Tensor | None = kernels.convert_elements(q, *numbers, None)
+        if found is not None:
+            return found
     return (q.to(grid.scale.dtype) - grid.zero_point) * grid.scale
 
 
