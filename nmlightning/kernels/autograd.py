@@ -25,7 +25,13 @@ from nmlightning.functional.reductions import (
     sum_over_ranks,
 )
 from nmlightning.functional.selection import Selection, add_at_selection, mean_of_row
-from nmlightning.functional.statistics import LargestMean, PowerMean, Statistic, total_scale
+from nmlightning.functional.statistics import (
+    LargestMean,
+    PowerMean,
+    RangeMean,
+    Statistic,
+    total_scale,
+)
 from nmlightning.kernels import interface
 
 
@@ -200,8 +206,9 @@ def _plain_layer_norm_gradients(
 def _batch_norm_backward(grad: Tensor, *saved: Any) -> tuple[Tensor, ...]:
     """Return the gradients by x, residual, weight and bias, to be differentiated."""
     constant, eps, fused, _, bias = saved[-1][-5:].tolist()
-    deviations = saved[5]  # (C, k)
-    statistic = PowerMean(1.0) if deviations is None else LargestMean(deviations.shape[1])
+    deviations = saved[5]  # (C, k), or of Range (C, 2, chunks)
+    selects = PowerMean if deviations is None else (LargestMean, RangeMean)[deviations.dim() - 2]
+    statistic = selects(1.0 if deviations is None else deviations.shape[-1])
     ctx = SimpleNamespace(saved_tensors=saved, needs_input_grad=(True,) * 4)
     ctx.plain = None if fused else (statistic, constant, eps, torch.float32)
     ctx.bias = None if bias < 0 else (grad.shape[1:2], torch.float32)

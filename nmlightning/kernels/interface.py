@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from nmlightning.functional.statistics import LargestMean, PowerMean, Statistic
+from nmlightning.functional.statistics import LargestMean, PowerMean, RangeMean, Statistic
 
 NormKind = Literal["batch", "layer", "rms"]
 Fused = Literal["relu", "add_relu"]
@@ -160,10 +160,13 @@ LayerNorm = Callable[[Tensor, OptTensor, OptTensor, int, float, float, bool], Op
 which autograd connects to them; None where sums may not be finite."""
 
 
-def unsupported_norm(key: DispatchKey, dtypes: Collection[torch.dtype]) -> str:
+def unsupported_norm(
+    key: DispatchKey, dtypes: Collection[torch.dtype], has_range: bool = False
+) -> str:
     """Return in a few words why kernels for such inputs do not compute the norm, or nothing."""
     batch = key.kind == "batch"
-    if not (is_l1(key.statistic) or (batch and is_largest(key.statistic))):
+    selects = is_largest(key.statistic) or (has_range and isinstance(key.statistic, RangeMean))
+    if not (is_l1(key.statistic) or (batch and selects)):
         return f"no kernel for {key.statistic.name}"
     if key.dtype not in dtypes:
         return f"no kernel for {_name(key.dtype)}"

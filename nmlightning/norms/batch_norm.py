@@ -114,7 +114,8 @@ class StatisticBatchNorm(BatchNormBase):
             y, mean, variance = plain_batch_norm(input, self.weight, self.bias, *settings)
             return activate(y, residual, self.fused), mean, variance
         requested = (self.statistic, self.constant, self.eps)
-        kernels = None if group is None else self.backend_for(input).kernels
+        staged = group is not None and not isinstance(self.statistic, RangeMean)
+        kernels = self.backend_for(input).kernels if staged else None
         if kernels is not None:
             fits = residual is None or autograd.is_like(residual, input)
             fused, added = (self.fused, residual) if fits else (None, None)

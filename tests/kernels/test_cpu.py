@@ -87,6 +87,30 @@ def test_threads_do_not_change_a_bit(
     assert all(map(torch.equal, *found))
 
 
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("shape", [(3, 20, 7, 7), (2, 37, 33, 5), (40, 5), (64, 3, 16, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("chunks", [1, 7])
+def test_range_is_that_of_the_formula(
+    shape: tuple[int, ...], dtype: torch.dtype, last: bool, chunks: int
+) -> None:
+    make = norms.RangeBatchNorm2d if len(shape) == 4 else norms.RangeBatchNorm1d
+    x, grad, found = torch.randn(shape).to(dtype) + 3, torch.randn(shape).to(dtype), []
+    x[1] = x[0]  # so that the first of equals counts
+    if last and len(shape) == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    for name in ("auto", "formula"):
+        layer = make(shape[1], chunks=chunks)
+        with norm_backend(name):
+            y = layer(leaf := x.clone().requires_grad_())
+            slopes = torch.autograd.grad(y, [leaf, *layer.parameters()], grad)
+        found.append([y, *slopes, layer.running_mean, layer.running_var])
+        assert ("Function" in y.grad_fn.name()) == (name == "formula")
+    rounding = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(*found, rtol=rounding, atol=rounding)
+
+
 def test_stages_take_a_rank_without_elements() -> None:
     kernels, x, mean = CpuBatchNorm(), torch.empty(0, 3, 4, 4), torch.ones(3)
     assert kernels.sums(x).tolist() == kernels.sums_of_sizes(x, mean).tolist() == [0, 0, 0]
@@ -180,6 +204,7 @@ NETS: dict[str, Any] = {
     "l1": lambda: norms.L1BatchNorm2d(8),
     "linf": lambda: norms.LInfBatchNorm2d(8),
     "top10": lambda: norms.TopKBatchNorm2d(8),
+    "range": lambda: norms.RangeBatchNorm2d(8, chunks=5),
     "layer": lambda: norms.L1LayerNorm([8, 6, 6]),
     "rms": lambda: norms.L1RMSNorm([8, 6, 6]),
 }
@@ -298,7 +323,7 @@ def test_traced_code_takes_the_formula() -> None:
     ("change", "reason"),
     {
         "p": ({"statistic": PowerMean(2.0)}, "no kernel for p = 2"),
-        "range": ({"statistic": RangeMean(2)}, "no kernel for the range"),
+        "range": ({"kind": "layer", "statistic": RangeMean(2)}, "no kernel for the range"),
         "unknown": ({"statistic": MadeUpMean()}, "no kernel for the made-up mean"),
         "largest in rows": (
             {"kind": "layer", "statistic": LargestMean(1)},

@@ -27,6 +27,7 @@ LAYERS: dict[str, Any] = {
     "l1": lambda: norms.L1BatchNorm2d(8),
     "linf": lambda: norms.LInfBatchNorm2d(8),
     "top3": lambda: norms.TopKBatchNorm2d(8, k=3),
+    "range": lambda: norms.RangeBatchNorm2d(8, chunks=7),
 }
 STATE = ("running_mean", "running_var", "num_batches_tracked")
 

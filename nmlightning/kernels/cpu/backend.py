@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nmlightning.functional.statistics import LargestMean, Statistic
+from nmlightning.functional.statistics import LargestMean, RangeMean, Statistic
 from nmlightning.kernels import interface
 from nmlightning.kernels.cpu import build
 from nmlightning.kernels.interface import OptTensor
@@ -44,6 +44,8 @@ class CpuBatchNorm:
     def batch_norm(self, statistic: Statistic) -> interface.Normalise:
         """Return one operator: forward, its node in autograd's graph, and running statistics."""
         k = statistic.k if isinstance(statistic, LargestMean) else 0
+        if isinstance(statistic, RangeMean):
+            k = -statistic.chunks
         return partial(self._ops.batch_norm.default, k)
 
     def affine(
@@ -72,7 +74,7 @@ class CpuBackend:
     device = "cpu"
 
     def unsupported_reason(self, key: interface.DispatchKey) -> str:
-        return interface.unsupported_norm(key, _DTYPES) or first_missing(self)
+        return interface.unsupported_norm(key, _DTYPES, has_range=True) or first_missing(self)
 
     def kernels(self, key: interface.DispatchKey) -> Any:
         from nmlightning.kernels import autograd  # noqa: F401  # which registers second derivatives

@@ -82,6 +82,11 @@ template <class T>
 void largest_backward(const Layout&, const Backward<T>&, int64_t k, const int64_t* positions,
                       const float* deviations);
 
+// Range. Writes positions and signs (C, 2, chunks) for the backward of the largest.
+template <class T>
+void range_forward(const Layout&, const Settings&, const Forward<T>&, int64_t chunks,
+                   int64_t* positions, float* signs, double* squares);
+
 // The stages, for ranks that share their statistics.
 template <class T>
 void sums(const Layout&, const T* x, float* totals);

@@ -6,6 +6,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <limits>
+
 #include "sign_bits.h"
 #include "tensors.h"
 
@@ -19,7 +21,7 @@ constexpr float SMALLEST_WEIGHT = 1e-30f;  // its products with gradients are no
 
 // The norm, and the dtypes of what is learned; −1: there is none.
 struct BatchNormSpec {
-  int64_t k;  // how many |x − μ| are the largest, or 0 for L1
+  int64_t k;  // how many |x − μ| are the largest, 0 for L1, or minus the chunks of Range
   double constant, eps;
   Fused fused;
   int weight, bias;
@@ -47,10 +49,10 @@ struct Kept {
   float* row(int64_t i) const { return data + i * length; }
   float* variance() const { return row(5); }
   Channels channels() const { return {row(0), row(1), row(2), row(3), row(4)}; }
-  // By the deviations, (C, k), or an undefined tensor for L1.
+  // By the deviations, (C, k), Range's signs, (C, 2, chunks), or an undefined tensor for L1.
   BatchNormSpec spec(const Tensor& deviations) const {
     const float* of = row(ROWS);
-    const int64_t k = deviations.defined() ? deviations.size(1) : 0;
+    const int64_t k = deviations.defined() ? deviations.numel() / deviations.size(0) : 0;
     return {k, of[0], of[1], Fused(int(of[2])), int(of[3]), int(of[4])};
   }
 };
@@ -128,7 +130,13 @@ struct Forwarding {
                          bias.data},
                         spec.fused, weight.data, kept.variance(), channels};
     const Settings settings{spec.constant, spec.eps};
-    if (spec.k) {
+    if (spec.k < 0) {
+      const int64_t chunks = -spec.k;
+      first = allocate({layout.channels, 2, chunks}, at::kLong);
+      second = allocate({layout.channels, 2, chunks});
+      range_forward<T>(layout, settings, to, chunks, data<int64_t>(first), data<float>(second),
+                       squares);
+    } else if (spec.k) {
       first = allocate({layout.channels, spec.k}, at::kLong);
       second = allocate({layout.channels, spec.k});
       largest_forward<T>(layout, settings, to, spec.k, data<int64_t>(first), data<float>(second),
@@ -195,7 +203,7 @@ struct BatchNormNode : torch::autograd::Function<BatchNormNode> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Optional&,
                         const Optional& weight, const Optional& bias, const Forwarding& made) {
     const Tensor none;
-    const bool selected = made.spec.k > 0;
+    const bool selected = made.spec.k != 0;
     ctx->save_for_backward({made.x_free ? none : x, weight.value_or(none),
                             made.spec.fused ? made.y : none,
                             made.x_free ? made.residual.value_or(none) : none,
@@ -277,7 +285,8 @@ bool can_normalise(int64_t k, const Tensor& x, const Optional& residual, const O
   if (!is_plain(x) || x.dim() < 2 || !(x.is_contiguous() || is_channels_last(x))) return false;
   if (x.scalar_type() != at::kFloat && x.scalar_type() != at::kBFloat16) return false;
   const int64_t channels = x.size(1), count = channels ? x.numel() / channels : 0;
-  if (count < 2 || k > count) return false;
+  if (count < 2 || k > count || -2 * k > count) return false;
+  if (k < 0 && count > std::numeric_limits<int32_t>::max()) return false;
   if (!(holds_channels(weight, channels) && holds_channels(bias, channels))) return false;
   if (residual.has_value() != (fused == ADD_RELU)) return false;
   if (residual && !(is_plain(*residual) && residual->sizes() == x.sizes() &&
