@@ -207,8 +207,10 @@ def _batch_norm_backward(grad: Tensor, *saved: Any) -> tuple[Tensor, ...]:
     """Return the gradients by x, residual, weight and bias, to be differentiated."""
     constant, eps, fused, _, bias = saved[-1][-5:].tolist()
     deviations = saved[5]  # (C, k), or of Range (C, 2, chunks)
-    selects = PowerMean if deviations is None else (LargestMean, RangeMean)[deviations.dim() - 2]
-    statistic = selects(1.0 if deviations is None else deviations.shape[-1])
+    statistic: Statistic = PowerMean(1.0)
+    if deviations is not None:
+        selects = LargestMean if deviations.dim() == 2 else RangeMean
+        statistic = selects(deviations.shape[-1])
     ctx = SimpleNamespace(saved_tensors=saved, needs_input_grad=(True,) * 4)
     ctx.plain = None if fused else (statistic, constant, eps, torch.float32)
     ctx.bias = None if bias < 0 else (grad.shape[1:2], torch.float32)
