@@ -102,7 +102,7 @@ def swap(axes: Axes) -> None:
 def recipe(axes: Axes) -> None:
     """Plain data in the checkpoint, by which the model is made again."""
     box(axes, 0.02, "last.ckpt", "state_dict\noptimizer_states\nnmlightning", GREY)
-    box(axes, 0.50, "recipe", 'norm: "l1"\nmodules: [bn1, …]', BLUE, width=0.48)
+    box(axes, 0.50, "recipe", "bn1: L1BatchNorm2d\nbn2: …", BLUE, width=0.48)
     arrow(axes, (0.39, 0.33), (0.49, 0.42))
 
 

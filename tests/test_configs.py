@@ -13,6 +13,7 @@ from made_sentences import write_pairs
 from nmlightning.cli import main
 from nmlightning.commands.argument_parser import DIVERGED
 from nmlightning.commands.files import find_config, shipped_configs
+from nmlightning.surgery.recipes import NORMS, WEIGHTS, recipe_in, what_trains
 from nmlightning.weights.history import NormHistory
 from quickstart_runs import SHORT
 from translation_runs import draw_pairs
@@ -40,7 +41,7 @@ NORMALISED_IMAGENET = {
     "imagenet_resnet50_wn": ("weight", 0.1),
     "imagenet_resnet50_bwn": ("bounded", 0.2),
 }
-EXACT = {"constant": "exact"}  # which is the default, so that a checkpoint does not mention it
+EXACT = {"constant": "exact"}
 HALF = {**EXACT, "stats_dtype": "float16"}
 # The norm that is swapped in, and the layers whose weights are normalised.
 TRANSLATION: dict[str, tuple[str | None, list[str] | None]] = {
@@ -116,7 +117,7 @@ def test_shipped_configs_are_the_quickstart_and_the_papers_experiments() -> None
 
 @pytest.fixture
 def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
-    """Run a config; return its last checkpoint, and the swaps and the weight norms in it."""
+    """Run a config; return its last checkpoint, and the swapped norms and weight norms in it."""
     monkeypatch.chdir(tmp_path)
 
     def run(name: str, *words: str) -> tuple[Any, Any, Any]:
@@ -127,12 +128,13 @@ def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
         checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
         tensors = {k: v for k, v in checkpoint["state_dict"].items() if not k.endswith(".order")}
         assert fails or all(tensor.isfinite().all() for tensor in tensors.values())
-        recipes = {"norm_swaps": [], "weight_norms": [], **checkpoint.get("nmlightning", {})}
+        norms, weights = (recipe_in(checkpoint, kind) for kind in (NORMS, WEIGHTS))
         recorded = NormHistory.load(folder, finite=not fails).norms
-        normalised = [n for recipe in recipes["weight_norms"] for n in recipe["modules"]]
-        assert all({n, f"{n}_v"} <= recorded.keys() for n in normalised)
+        assert all({n, f"{n}_v"} <= recorded.keys() for n in weights)
         assert len(recorded) >= 11
-        return checkpoint, recipes["norm_swaps"], recipes["weight_norms"]
+        trained = [what_trains(note) for note in norms.values()]
+        swaps = [{**note, "norm": "top10"} if "k" in note else note for note in trained]
+        return checkpoint, [note for note in swaps if note["norm"] != "l2"], weights
 
     return run
 
@@ -145,11 +147,10 @@ def test_config_runs(fit: Fit, name: str) -> None:
     words = ["--model.net.depth", "14", *(WHOLE if name in NORMALISED else [])]
     words += ["--model.compile", "null"] if name.endswith("cuda") else []  # which takes a minute
     _, swaps, normalised = fit(f"configs/{name}.yaml", *ON_DIGITS, *words)
-    expected = ("mean", "exact") if name in NORMALISED else CIFAR.get(name, ("l1", "exact"))
-    constants = [(swap["norm"], swap["options"].get("constant", "exact")) for swap in swaps]
-    assert constants == ([expected] if expected else [])
-    found = [(recipe["kind"], recipe["p"], len(recipe["modules"])) for recipe in normalised]
-    assert found == ([(*NORMALISED[name], 13)] if name in NORMALISED else [])
+    expected = ("mean", None) if name in NORMALISED else CIFAR.get(name, ("l1", "exact"))
+    assert {(norm["norm"], norm.get("constant")) for norm in swaps} == {expected} - {None}
+    found = [(note["kind"], note["p"]) for note in normalised.values()]
+    assert found == ([NORMALISED[name]] * 13 if name in NORMALISED else [])
 
 
 @pytest.mark.parametrize("name", [*INT8, *STUDY_INT8])
@@ -191,10 +192,11 @@ def test_imagenet_config_runs(fit: Fit, make_image_folder: Callable[..., Path], 
     words += ["--data.root", str(make_image_folder()), "--data.num_workers", "0"]
     words += [*SHORT, "--model.net.num_classes", "3", *(WHOLE if normed else [])]
     checkpoint, swaps, normalised = fit(name, *words)
-    found = [(swap["norm"], {**EXACT, **swap["options"]}) for swap in swaps]
-    assert found == ([(norm, {**EXACT, **options})] if norm else [])
-    kinds = [(recipe["kind"], recipe["p"], len(recipe["modules"])) for recipe in normalised]
-    assert kinds == ([(NORMALISED_IMAGENET[name][0], 2, 53)] if normed else [])
+    assert bool(swaps) == bool(norm)
+    assert all(swap == {**swap, "norm": norm, **options} for swap in swaps)
+    assert {x.get("stats_dtype") for x in swaps} <= {options.get("stats_dtype")}
+    kinds = [(note["kind"], note["p"]) for note in normalised.values()]
+    assert kinds == ([(NORMALISED_IMAGENET[name][0], 2)] * 53 if normed else [])
     (optimizer,) = checkpoint["optimizer_states"]
     lr = NORMALISED_IMAGENET[name][1] if normed else 0.1
     assert {group["lr"] for group in optimizer["param_groups"]} == {lr * 4 / 256}
@@ -251,9 +253,9 @@ def test_translation_config_runs(fit: Fit, name: str, tmp_path: Path) -> None:
         )
         words += ["--model.net.decoder_layers", "2"]
     _, swaps, normalised = fit(name, *words, *SHORT, "--trainer.val_check_interval=2", *WHOLE)
-    found = [(swap["norm"], list(swap["kinds"])) for swap in swaps]
-    assert found == ([(norm, ["layer"])] if norm else [])
-    assert [list(recipe["layers"]) for recipe in normalised] == ([layers] if layers else [])
+    assert {swap["norm"] for swap in swaps} == {norm} - {None}
+    assert bool(normalised) == bool(layers)
+    assert any("_hh_" in x for x in normalised) == ("recurrent" in (layers or ()))
 
 
 @pytest.mark.parametrize("family", TRANSLATED)

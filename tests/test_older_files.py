@@ -16,6 +16,7 @@ from torch import nn
 
 import nmlightning
 from nmlightning.cli import main
+from nmlightning.surgery.recipes import NORMS, WEIGHTS, recipe_in, what_trains
 
 OLDER = Path(__file__).parent / "fixtures" / "older"
 RECORDING = "weight_norms.safetensors"
@@ -78,7 +79,10 @@ def test_fit_resumes_an_older_checkpoint(name: str) -> None:
     before, after = (torch.load(file, weights_only=True) for file in (f"{name}.ckpt", path))
     assert (before["global_step"], after["global_step"], after["epoch"]) == (88, 132, 2)
     assert before["state_dict"].keys() == after["state_dict"].keys()
-    assert before["nmlightning"] == after["nmlightning"]
+    assert recipe_in(before, WEIGHTS) == recipe_in(after, WEIGHTS)
+    norms = [recipe_in(checkpoint, NORMS) for checkpoint in (before, after)]
+    trained = [{name: what_trains(note) for name, note in each.items()} for each in norms]
+    assert trained[0] == trained[1]
     if name == "steered":
         history = nmlightning.NormHistory.load(path.parents[1])
         assert history.steps.tolist() == [0, 44, 88, 132], "the older records, and one more"

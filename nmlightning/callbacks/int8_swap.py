@@ -9,12 +9,11 @@ from torch import Tensor, nn
 
 from nmlightning import compat
 from nmlightning.callbacks.norm_swap import BackendNote, ModelChange
-from nmlightning.errors import InputError, check_lists, describe_arguments
+from nmlightning.errors import InputError, check_lists
 from nmlightning.int8.layers import Int8Layer, WeightGradient, WeightRange
 from nmlightning.int8.quantizer import Rounding
 from nmlightning.int8.ranges import options_of
 from nmlightning.name_patterns import some
-from nmlightning.surgery import recipes
 from nmlightning.surgery.fuse.fuse import unfused
 from nmlightning.surgery.int8 import check_settings, swap_int8
 
@@ -81,13 +80,10 @@ class Int8Swap(ModelChange):
             "sync": sync,
         }
         check_settings(options, norms)
-        chosen = {"include": tuple(include), "exclude": tuple(exclude), "norms": norms}
-        self._settings: dict[str, Any] = {**options, **chosen}
+        chosen = {"include": list(include), "exclude": list(exclude), "norms": norms}
+        self.settings = {**options, **chosen}
         self._is_first = self._unchecked = False
         self._note: BackendNote | None = None
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({describe_arguments(self, known=self._settings)})"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Change the module, as the base does, and let `sync_batchnorm` keep its norms."""
@@ -96,14 +92,14 @@ class Int8Swap(ModelChange):
 
     def change(self, module: nn.Module) -> bool:
         """Let layers of `module` compute in int8, and return whether that did anything."""
-        report = swap_int8(module, **self._settings)
+        report = swap_int8(module, **self.settings)
         if report.swapped:
             rank_zero_info(f"Int8Swap: {report.describe()}")
         return bool(report.swapped)
 
     def would_change(self, module: nn.Module) -> bool:
         """Return whether any layer or norm is not so yet."""
-        return bool(swap_int8(module, **self._settings, dry_run=True).swapped)
+        return bool(swap_int8(module, **self.settings, dry_run=True).swapped)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that nothing replaced a layer, and share ranges among ranks if that is asked."""
@@ -148,14 +144,10 @@ class Int8Swap(ModelChange):
         self._check_all(pl_module)
 
     def _check_all(self, module: nn.Module) -> None:
-        report = swap_int8(module, **self._settings, dry_run=True)
+        report = swap_int8(module, **self.settings, dry_run=True)
         if report.swapped:
             changed = report.swapped[0]
             raise InputError(
                 f"Int8Swap made {changed.name} {changed.after}, but it is {changed.before}: "
                 "something replaced it after the swap; let that run before Int8Swap."
             )
-
-    def recipe(self) -> recipes.Recipe:
-        patterns = {name: sorted(set(self._settings[name])) for name in ("include", "exclude")}
-        return {**self._settings, **patterns}

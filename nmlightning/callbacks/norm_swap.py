@@ -14,11 +14,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from nmlightning import compat
-from nmlightning.errors import InputError, check_lists
+from nmlightning.errors import InputError, check_lists, describe_arguments
 from nmlightning.kernels.cpu.build import BEING_BUILT, NOT_BUILT, cache_folder, start_build
 from nmlightning.kernels.dispatch import FORMULA, NO_KERNELS
 from nmlightning.kernels.interface import layout_of
 from nmlightning.norms import registry
+from nmlightning.norms.batch_norm_base import as_plain, describe_norm
 from nmlightning.surgery import recipes
 from nmlightning.surgery.fuse.fuse import unfused
 from nmlightning.surgery.norm_layers import find_norm_layers
@@ -34,17 +35,18 @@ class ModelChange(compat.CallbackBase):
 
     keeps_picklable = True  # whether a changed module can be sent to a process that is spawned
 
+    settings: Mapping[str, Any]  # the keywords, as plain data
+
     @abstractmethod
     def change(self, module: nn.Module) -> bool:
-        """Change the module, note the recipe on it, and return whether that did anything."""
+        """Change the module, keep that in its checkpoints, and return whether it did anything."""
 
     @abstractmethod
     def would_change(self, module: nn.Module) -> bool:
         """Return whether `change` would do anything."""
 
-    @abstractmethod
-    def recipe(self) -> recipes.Recipe:
-        """Return the keywords as plain data."""
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({describe_arguments(self, known=self.settings)})"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Change the module, or have it done when `configure_model` has built it."""
@@ -55,7 +57,6 @@ class ModelChange(compat.CallbackBase):
             changes = [callback for callback in callbacks if isinstance(callback, ModelChange)]
             change_all = functools.partial(_change_all, changes, pl_module, strategy)
             recipes.register_after(pl_module, "configure_model", change_all, key="change")
-        recipes.keep_in_checkpoints(pl_module)
         try:
             changed = self.change(pl_module)
         except InputError:
@@ -86,12 +87,12 @@ class ModelChange(compat.CallbackBase):
 
     @property
     def state_key(self) -> str:
-        """The name of its state in a checkpoint, one for each recipe."""
-        return self._generate_state_key(**self.recipe())
+        """The name of its state in a checkpoint, one for all the same settings."""
+        return self._generate_state_key(**self.settings)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the recipe, so that Lightning warns of a resume without this callback."""
-        return self.recipe()
+        """Return the settings, so that Lightning warns of a resume without this callback."""
+        return {**self.settings}
 
 
 def _change_all(changes: Sequence[ModelChange], module: nn.Module, strategy: str | None) -> None:
@@ -121,8 +122,8 @@ class NormSwap(ModelChange):
     """Swaps the norm layers of the LightningModule when the Trainer sets it up.
 
     It works with `pytorch_lightning` and `lightning.pytorch`, with nets built in `__init__` or in
-    `configure_model`, with any optimizer, and anywhere among the callbacks. Checkpoints hold its
-    recipe under the key `nmlightning`: a resume with another recipe is refused, and
+    `configure_model`, with any optimizer, and anywhere among the callbacks. Checkpoints hold what
+    the norms are under the key `nmlightning`: a resume with others is refused, and
     `nmlightning.load_from_checkpoint` restores the swapped model without a Trainer.
     `Trainer(sync_batchnorm=True)` synchronises the swapped norms.
 
@@ -135,13 +136,13 @@ class NormSwap(ModelChange):
         include: glob patterns on the names of modules in the LightningModule; empty means all.
         exclude: glob patterns on names of modules that are not swapped.
         fuse: "relu" lets batch norms do the ReLU after them, "add_relu" also an addition and the
-            ReLU after that. It is not part of the recipe: a run may resume with another.
+            ReLU after that. Checkpoints do not hold it: a run may resume with another.
         types: other classes that are "layer", "rms" or "batch" norms, by class or path.
 
     Raises:
         InputError: on construction for an unknown norm, kind, option or `fuse`; in setup for a
-            pattern that matches nothing or a model without such norms; on resuming with another
-            recipe; in training, if something replaced a swapped layer since, such as a call of
+            pattern that matches nothing or a model without such norms; on resuming with other
+            norms; in training, if something replaced one since, such as a call of
             `SyncBatchNorm.convert_sync_batchnorm`.
 
     Examples:
@@ -161,15 +162,19 @@ class NormSwap(ModelChange):
     ) -> None:
         super().__init__()
         check_lists(include=include, exclude=exclude)
-        self.norm = registry.norm_name(norm)
-        self.kinds = registry.check_kinds(kinds)
-        for kind in self.kinds:
+        chosen = registry.check_kinds(kinds)
+        for kind in chosen:
             registry.check_options(norm, kind, options or {})
-        self.options: Mapping[str, Any] = dict(options or {})
-        self.include = tuple(include)
-        self.exclude = tuple(exclude)
-        self.fuse = registry.check_fuse(fuse, norm, self.kinds)
-        self.types = registry.check_types(types)
+        self.fuse = registry.check_fuse(fuse, norm, chosen)
+        self.settings = {
+            "norm": registry.norm_name(norm),
+            "options": {option: as_plain(value) for option, value in (options or {}).items()},
+            "kinds": list(chosen),
+            "include": list(include),
+            "exclude": list(exclude),
+            **({"types": registry.check_types(types)} if types else {}),
+        }
+        self._made: dict[str, str] = {}  # the classes of our norms by name, after the last swap
         self._unchecked = False
         self._unnoted: Mapping[str, nn.Module] = {}
         self._note: BackendNote | None = None
@@ -179,17 +184,16 @@ class NormSwap(ModelChange):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Swap, and let `sync_batchnorm` keep what it gets."""
         compat.keep_through_sync(trainer, unfused)
-        swaps = [c for c in trainer.callbacks if isinstance(c, NormSwap)]  # type: ignore[attr-defined]
-        if self is swaps[0]:  # what others did since the last run's swaps was meant
-            recipes.forget_reverted_swaps(pl_module)
         super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that nothing replaced a swapped layer, and that an optimizer trains it."""
         compat.synchronise_norms(trainer, pl_module)
-        swapped = _find_swapped(pl_module)
-        warn_of_forgotten("swapped norms", trainer.optimizers, swapped)
-        self._unnoted = swapped
+        swaps = [c for c in trainer.callbacks if isinstance(c, NormSwap)]  # type: ignore[attr-defined]
+        if self is not swaps[-1]:  # which knows what all made
+            self._made = {}
+        self._unnoted = self._find_swapped(pl_module)
+        warn_of_forgotten("swapped norms", trainer.optimizers, self._unnoted)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Have the layers checked once more when this epoch's first forward is over."""
@@ -209,7 +213,7 @@ class NormSwap(ModelChange):
         """Check, before a step is taken with it, that no other hook replaced a swapped layer."""
         if self._unchecked:
             self._unchecked = False
-            _find_swapped(pl_module)
+            self._find_swapped(pl_module)
         if self._note is not None:
             lines, backends = self._note.describe(), sorted(self._note.backends)
             if self.builds_kernels and any(NOT_BUILT in line for line in lines):
@@ -230,7 +234,7 @@ class NormSwap(ModelChange):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check for what happened since the first step."""
-        _find_swapped(pl_module)
+        self._find_swapped(pl_module)
 
     def would_change(self, module: nn.Module) -> bool:
         """Return whether norms would be swapped or fused."""
@@ -238,52 +242,35 @@ class NormSwap(ModelChange):
         return bool(report.swapped or report.fused)
 
     def _swap(self, module: nn.Module, *, dry_run: bool = False) -> SwapReport:
-        return swap_norms(
-            module,
-            self.norm,
-            self.options,
-            kinds=self.kinds,
-            include=self.include,
-            exclude=self.exclude,
-            fuse=self.fuse,
-            types=self.types,
-            dry_run=dry_run,
-        )
+        return swap_norms(module, **self.settings, fuse=self.fuse, dry_run=dry_run)
 
     def change(self, module: nn.Module) -> bool:
-        """Swap the norms of `module`, note it there, and return whether that did anything."""
+        """Swap the norms of `module`, and return whether that did anything."""
         report = self._swap(module)
-        recipes.note_recipe(
-            module,
-            self.recipe(),
-            {swap.name: swap.after for swap in report.swapped},
-            recipes.NORM_SWAP,
-        )
+        recipes.keep_in_checkpoints(module)
+        norms = find_norm_layers(module)
+        self._made = {x.name: x.type_name for x in norms if describe_norm(x.module) is not None}
         changed = bool(report.swapped or report.fused)
         if changed:
             rank_zero_info(f"NormSwap: {report.describe()}")
         return changed
 
-    def recipe(self) -> recipes.Recipe:
-        patterns = (self.include, self.exclude)
-        return recipes.make_recipe(self.norm, self.options, self.kinds, *patterns, self.types)
-
-
-def _find_swapped(module: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers that were swapped, by name, or raise InputError if one was replaced."""
-    layers = {layer.name: layer for layer in find_norm_layers(module)}
-    swapped = recipes.changed_modules(module, recipes.NORM_SWAP)
-    for name, expected in swapped.items():
-        if name not in layers or layers[name].type_name != expected:
-            now = layers[name].type_name if name in layers else "gone"
-            way_out = "let that run before NormSwap."
-            if now == "SyncBatchNorm":
-                way_out = "Trainer(sync_batchnorm=True) synchronises swapped norms and keeps them."
-            raise InputError(
-                f"NormSwap made {name} {expected}, but it is {now}: something replaced it "
-                f"after the swap; {way_out}"
-            )
-    return {name: layers[name].module for name in swapped}
+    def _find_swapped(self, module: nn.Module) -> dict[str, nn.Module]:
+        """Return the layers that were swapped, by name, or raise InputError if one was replaced."""
+        layers = {layer.name: layer for layer in find_norm_layers(module)}
+        for name, expected in self._made.items():
+            if name not in layers or layers[name].type_name != expected:
+                now = layers[name].type_name if name in layers else "gone"
+                way_out = "let that run before NormSwap."
+                if now == "SyncBatchNorm":
+                    way_out = (
+                        "Trainer(sync_batchnorm=True) synchronises swapped norms and keeps them."
+                    )
+                raise InputError(
+                    f"NormSwap made {name} {expected}, but it is {now}: something replaced it "
+                    f"after the swap; {way_out}"
+                )
+        return {name: layers[name].module for name in self._made}
 
 
 class BackendNote:

@@ -1,6 +1,7 @@
 """WeightNormSwap: train a model that exists already with weights that are normalised."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -9,21 +10,26 @@ from torch import nn
 
 from nmlightning.callbacks.norm_swap import ModelChange, warn_of_forgotten
 from nmlightning.compat import stands_behind
-from nmlightning.errors import InputError, check_lists, describe_arguments
+from nmlightning.errors import InputError, check_lists
 from nmlightning.kernels.cpu.backend import CpuBackend, first_missing
 from nmlightning.kernels.cpu.build import BEING_BUILT, NOT_BUILT, cache_folder, start_build
 from nmlightning.parametrizations import WeightNorm, apply_weight_norm
-from nmlightning.parametrizations.layers import LayerKind, normalised_weights
+from nmlightning.parametrizations.layers import (
+    LayerKind,
+    choose_layers,
+    find_weights,
+    normalised_weights,
+)
 from nmlightning.parametrizations.optimizers import live_optimizers
-from nmlightning.parametrizations.weight_norm import Gain, Kind
-from nmlightning.surgery import recipes
+from nmlightning.parametrizations.weight_norm import Gain, Kind, Settings
+from nmlightning.surgery.recipes import keep_in_checkpoints
 
 
 class WeightNormSwap(ModelChange):
     """Normalises weights of the LightningModule when the Trainer sets it up.
 
-    It works with every LightningModule, also beside `NormSwap`. Checkpoints hold its recipe under
-    the key `nmlightning`: a resume with another recipe is refused, and
+    It works with every LightningModule, also beside `NormSwap`. Checkpoints hold the settings of
+    each weight under the key `nmlightning`: a resume with others is refused, and
     `nmlightning.load_from_checkpoint` restores the model without a Trainer.
 
     The keywords, but for `cache`, are those of `nmlightning.apply_weight_norm`. Existing optimizers
@@ -44,7 +50,7 @@ class WeightNormSwap(ModelChange):
 
     Raises:
         InputError: on construction for a setting that is not allowed; in setup for a pattern that
-            matches nothing or a weight that cannot be normalised; on resuming with another recipe;
+            matches nothing or a weight that cannot be normalised; on resuming with other settings;
             when training starts, if something replaced a normalised weight since.
 
     Examples:
@@ -68,21 +74,13 @@ class WeightNormSwap(ModelChange):
     ) -> None:
         super().__init__()
         check_lists(layers=layers or (), include=include, exclude=exclude)
-        self._settings: dict[str, Any] = {
-            "kind": kind,
-            "p": p,
-            "rho": rho,
-            "gain": gain,
-            "project": project,
-            "layers": None if layers is None else tuple(layers),
-            "include": tuple(include),
-            "exclude": tuple(exclude),
-        }
-        self.recipe()  # raises where a setting is not allowed
+        self._norm = Settings.of(kind, p, rho, gain, project)
+        choose_layers(layers, include)  # raises where a kind is not known
+        chosen = {"include": list(include), "exclude": list(exclude)}
+        self._which: dict[str, Any] = {"layers": list(layers) if layers else None, **chosen}
+        self.settings = {**self._norm.as_plain(), **self._which}
+        self._made: Iterable[str] = ()  # the names of normalised weights
         self.builds_kernels = False  # in the background, if the CPU's are missed
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({describe_arguments(self, known=self._settings)})"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Change the module, as the base does; ModelPruning may not stand before this."""
@@ -94,23 +92,27 @@ class WeightNormSwap(ModelChange):
         super().setup(trainer, pl_module, stage)
 
     def change(self, module: nn.Module) -> bool:
-        """Normalise weights of `module`, note it there, and return whether that did anything."""
-        if not self.would_change(module):
-            return False
-        report = apply_weight_norm(module, **self._settings, optimizers=live_optimizers(module))
-        recipes.note_recipe(module, self.recipe(), report.weights, recipes.WEIGHT_NORM)
-        rank_zero_info(f"WeightNormSwap: {report.describe()}")
-        return True
+        """Normalise weights of `module`, and return whether that did anything."""
+        if changed := self.would_change(module):
+            report = apply_weight_norm(module, **self.settings, optimizers=live_optimizers(module))
+            rank_zero_info(f"WeightNormSwap: {report.describe()}")
+        keep_in_checkpoints(module)
+        self._made = normalised_weights(module)
+        return changed
 
     def would_change(self, module: nn.Module) -> bool:
         """Return whether this has not been done yet."""
-        recipe, noted = self.recipe(), recipes.recipes_of(module, recipes.WEIGHT_NORM)
-        return not any(recipe.items() <= note.items() for note in noted)
+        if not (known := normalised_weights(module)):
+            return True
+        with warnings.catch_warnings():  # which the change gave
+            warnings.simplefilter("ignore")
+            chosen = find_weights(module, **self._which).chosen
+        return any(known.get(weight.name) != self._norm for weight in chosen)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that nothing replaced a normalised weight, and that an optimizer trains it."""
         names = normalised_weights(pl_module)
-        for name in recipes.changed_modules(pl_module, recipes.WEIGHT_NORM):
+        for name in self._made:
             if name not in names:
                 raise InputError(
                     f"WeightNormSwap normalised {name}, but something replaced it since: let that "
@@ -122,6 +124,3 @@ class WeightNormSwap(ModelChange):
         if self.builds_kernels and on_cpu and first_missing(CpuBackend()) == NOT_BUILT:
             reason = start_build(cache_folder()) if trainer.is_global_zero else BEING_BUILT
             rank_zero_info(f"WeightNormSwap: {len(norms)} weights by the formula: {reason}")
-
-    def recipe(self) -> recipes.Recipe:
-        return recipes.make_weight_norm_recipe(**self._settings)

@@ -82,7 +82,7 @@ def _load(given: argparse.Namespace) -> "Translator":
 
     from nmlightning.commands.checkpoint import Checkpoint
     from nmlightning.parametrizations.apply import remove_weight_norm
-    from nmlightning.surgery.recipes import WEIGHT_NORM, recipes_of
+    from nmlightning.parametrizations.layers import normalised_weights
     from nmlightning.translation.task import Translator
 
     task = Checkpoint(given.checkpoint, given.config).load_module()
@@ -90,7 +90,7 @@ def _load(given: argparse.Namespace) -> "Translator":
         raise InputError(
             f"{str(given.checkpoint)!r} is of {type(task).__name__}, which does not translate."
         )
-    if recipes_of(task, WEIGHT_NORM):
+    if normalised_weights(task):
         remove_weight_norm(task)  # the same weights, without computing them at each token
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -82,5 +82,6 @@ def describe_int8(model: nn.Module) -> dict[str, dict[str, Any]]:
 
     Those of a norm also say what `swap_int8` made of it, if it was torch's own.
     """
-    found = {plain_name(name): options_of(module) for name, module in model.named_modules()}
+    modules = model.named_modules(remove_duplicate=False)
+    found = {plain_name(name): options_of(module) for name, module in modules}
     return {name: options for name, options in found.items() if options}

@@ -33,12 +33,8 @@ from nmlightning.functional.reductions import constant_in_traces, is_eager, is_h
 from nmlightning.kernels.dispatch import NO_KERNELS, select_tracking
 from nmlightning.kernels.interface import Dispatch, Fused
 
-STATS_DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+STATS_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES}
 RUNNING = ("running_mean", "running_var")
 INPUT_DIMS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
 # What a swapped layer takes from the layer that it replaces, and so is no option of a swap.
@@ -127,14 +123,18 @@ def describe_settings(layer: nn.Module, shape: str) -> str:
 
 def describe_norm(layer: nn.Module) -> dict[str, Any] | None:
     """Return which class of this package a norm is, and its options, as plain data; None: none."""
-    homes = ((cls, cls.__module__) for cls in type(layer).__mro__)
-    ours = next((cls for cls, home in homes if home.startswith("nmlightning.norms.")), None)
-    if ours is None:
-        return None
-    arguments = inspect.signature(ours).parameters.values()
-    options = [argument for argument in arguments if argument.name not in INHERITED]
-    values = {option.name: getattr(layer, option.name, option.default) for option in options}
-    return {"norm": ours.__name__, "options": {k: as_plain(value) for k, value in values.items()}}
+    for cls in type(layer).__mro__:
+        if cls.__module__.startswith("nmlightning.norms."):
+            options = default_options(cls).items()
+            values = {name: as_plain(getattr(layer, name, value)) for name, value in options}
+            return {"norm": cls.__name__, "options": values}
+    return None
+
+
+def default_options(cls: type) -> dict[str, Any]:
+    """Return the options that a swap to a norm of such a class has, and their defaults."""
+    arguments = inspect.signature(cls).parameters.values()
+    return {x.name: x.default for x in arguments if x.name not in INHERITED}
 
 
 def as_plain(value: Any) -> Any:

@@ -1,6 +1,5 @@
 """The norms by name: which layer class each one is, for batch, layer and RMS normalisation."""
 
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType, ModuleType
@@ -11,16 +10,13 @@ from torch import nn
 from nmlightning.errors import InputError, check_choice, check_lists, nearest
 from nmlightning.kernels.interface import Fused, NormKind
 from nmlightning.norms import batch_norm, low_precision, mean_only
-from nmlightning.norms.batch_norm_base import INHERITED
+from nmlightning.norms.batch_norm_base import default_options
 from nmlightning.norms.layer_norm import L1LayerNorm, L1RMSNorm, LpLayerNorm, LpRMSNorm
 
 KINDS: tuple[NormKind, ...] = ("batch", "layer", "rms")
 TITLES: Mapping[NormKind, str] = MappingProxyType(
     {"batch": "batch", "layer": "layer", "rms": "RMS"}
 )
-
-# Options that a swapped layer takes from the layer that it replaces unless they are given.
-INHERITED_UNLESS_GIVEN = {"eps", "momentum", "sync"}
 
 
 @dataclass(frozen=True)
@@ -140,12 +136,12 @@ def check_options(name: str, kind: NormKind, options: Mapping[str, Any]) -> dict
     norm = find_norm(name)
     if not isinstance(options, Mapping):
         raise InputError(f"options map names to values, such as {{'eps': 1e-5}}, got {options!r}.")
-    allowed = set(inspect.signature(layer_class(name, kind, None)).parameters) - INHERITED
+    allowed = default_options(layer_class(name, kind)).keys()
     for option in options:
         if option in norm.fixed:
             raise InputError(f"The norm {name!r} has {option} = {norm.fixed[option]} by its name.")
         if option not in allowed:
-            known = ", ".join(sorted(allowed - set(norm.fixed)))
+            known = ", ".join(sorted(allowed - norm.fixed.keys()))
             raise InputError(
                 f"The norm {name!r} has no option {option!r} for {TITLES[kind]} norms; it has "
                 f"{known}.{nearest(str(option), allowed)}"
@@ -163,13 +159,3 @@ def check_fuse(fuse: str | None, norm: str, kinds: Iterable[NormKind]) -> Fused 
     if "batch" not in kinds:
         raise InputError(f"fuse is for batch norms, and kinds is {tuple(kinds)}: give fuse=None.")
     return cast(Fused, fuse)
-
-
-def drop_defaults(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options without those that give what norm `name` has by default."""
-    arguments = inspect.signature(layer_class(name, "batch", None)).parameters
-    return {
-        option: value
-        for option, value in options.items()
-        if option in INHERITED_UNLESS_GIVEN or value != arguments[option].default
-    }

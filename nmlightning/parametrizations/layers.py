@@ -163,9 +163,15 @@ def find_normalised_weights(
     return chosen
 
 
-def normalised_weights(model: nn.Module) -> dict[str, Settings]:
-    """Return the settings of each weight that is normalised, by its name."""
-    return {weight.name: weight.norm.settings for weight in _all_weights(model) if weight.norm}
+def normalised_weights(model: nn.Module, also: Collection[str] = ()) -> dict[str, Settings]:
+    """Return the settings of each weight that is normalised, by its name, and those `also` has."""
+    return {
+        place.name: weight.norm.settings
+        for weight in _all_weights(model)
+        if weight.norm
+        for place in weight.places
+        if place is weight.places[0] or place.name in also
+    }
 
 
 def _check_patterns(

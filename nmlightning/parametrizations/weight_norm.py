@@ -78,6 +78,10 @@ class Settings:
         constant = None if rho == "init" else float(rho)
         return cls(kind, order, constant, gain, check_flag("project", project))
 
+    def as_plain(self) -> dict[str, Any]:
+        """Return the arguments of `of` that give these settings."""
+        return {**asdict(self), "rho": self.rho or "init"}
+
 
 class WeightNorm(nn.Module):
     """The parametrization of one weight; `apply_weight_norm` makes and registers it.
@@ -192,7 +196,7 @@ class WeightNorm(nn.Module):
         """Say in the metadata, too, how the weight is normalised."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         own = getattr(destination, "_metadata", {}).setdefault(prefix[:-1], {})
-        own[NOTE] = {**asdict(self.settings), "rho": self.settings.rho or "init"}
+        own[NOTE] = self.settings.as_plain()
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *lists: list[str]

@@ -13,23 +13,20 @@ from torch import nn
 from nmlightning.errors import InputError
 from nmlightning.name_patterns import plain_name
 from nmlightning.named_code import check_named_code
-from nmlightning.norms.batch_norm_base import describe_norm
 from nmlightning.norms.registry import find_class, path_of
 from nmlightning.parametrizations.apply import prepare_for_weights
+from nmlightning.parametrizations.weight_norm import Settings
 from nmlightning.surgery.lightning_hooks import LEFT_OUT
 from nmlightning.surgery.recipes import (
-    NORM_SWAP,
-    WEIGHT_NORM,
+    INT8,
+    KEY,
+    NORMS,
+    WEIGHTS,
     Recipe,
-    int8_in,
-    is_so,
-    keywords_of,
-    norms_in,
-    note_recipe,
-    recipes_in,
-    recipes_of,
-    settings_of,
-    weight_norms_in,
+    describe_layer,
+    keep_in_checkpoints,
+    recipe_in,
+    what_trains,
 )
 from nmlightning.surgery.swap import Swap, SwapReport, swap_norms
 
@@ -40,7 +37,7 @@ def load_from_checkpoint(module_class: type[Module], path: str | Path, **argumen
     """Return the LightningModule of a checkpoint, with norms and weights as they were in training.
 
     Its norms are swapped and its weights normalised as in the checkpoint, by a callback or by hand.
-    Its next checkpoints hold the same recipe, also without the callbacks.
+    Its next checkpoints say so, too, also without the callbacks.
 
     Args:
         module_class: a LightningModule class, of `pytorch_lightning` or `lightning.pytorch`.
@@ -60,18 +57,9 @@ def load_from_checkpoint(module_class: type[Module], path: str | Path, **argumen
     with _normalising_first(module_class, checkpoint), warnings.catch_warnings():
         warnings.filterwarnings("ignore", LEFT_OUT)  # what follows puts them in
         module: Module = module_class.load_from_checkpoint(path, **arguments)  # type: ignore[attr-defined]
-    notes, covered = norms_in(checkpoint), set[str]()
-    for recipe in recipes_in(checkpoint, NORM_SWAP):
-        modules = recipe.pop("modules")
-        report = swap_norms(module, **recipe)
-        modules |= {swap.name: swap.after for swap in report.swapped}  # classes as named today
-        note_recipe(module, recipe, modules, NORM_SWAP)
-        covered |= modules.keys()
-    layers = {plain_name(name): x for name, x in module.named_modules(remove_duplicate=False)}
-    for name in covered & notes.keys() & layers.keys():
-        if is_so(layers[name], notes[name]):  # the rest the model may set otherwise today
-            del notes[name]
-    _follow(module, notes)
+    _follow(module, recipe_in(checkpoint, NORMS))
+    if KEY in checkpoint:
+        keep_in_checkpoints(module)
     return module
 
 
@@ -100,14 +88,19 @@ def swap_like(model: nn.Module, state_dict: Mapping[str, Any]) -> SwapReport:
             "model.state_dict() returned, or torch.load of that, not a checkpoint or a copy."
         )
     checkpoint = {"state_dict": state_dict}
-    int8 = follow_int8(model, int8_in(checkpoint))
-    return SwapReport((*_follow(model, norms_in(checkpoint)).swapped, *int8), ())
+    int8 = follow_int8(model, recipe_in(checkpoint, INT8))
+    return SwapReport((*_follow(model, recipe_in(checkpoint, NORMS)), *int8), ())
 
 
-def _follow(model: nn.Module, notes: Mapping[str, Recipe]) -> SwapReport:
-    """Make the norms of a model, by name, what their notes say."""
+def _follow(model: nn.Module, recipe: Recipe) -> tuple[Swap, ...]:
+    """Make the norms of a model what the recipe says, and return what was swapped."""
     layers = {plain_name(name): x for name, x in model.named_modules(remove_duplicate=False)}
-    due = {x: note for x, note in notes.items() if x in layers and describe_norm(layers[x]) != note}
+    here = {name: describe_layer(layers[name]) for name in recipe.keys() & layers.keys()}
+    due = {name: note for name, note in recipe.items() if here.get(name, note) != note}
+    for name in [x for x in due if what_trains(here[x])["norm"] == "l2"]:
+        if what_trains(due[name])["norm"] == "l2":  # torch's own stays so
+            options = due.pop(name)["options"] if here[name] else {}
+            vars(layers[name]).update(options)
     swapped: tuple[Swap, ...] = ()
     for note in {repr(note): note for note in due.values()}.values():
         names = [name for name, other in due.items() if other == note]
@@ -118,18 +111,18 @@ def _follow(model: nn.Module, notes: Mapping[str, Recipe]) -> SwapReport:
         swapped += swap_norms(
             model, norm, note["options"], kinds=kind, include=include, types=types
         ).swapped
-    return SwapReport(swapped, ())
+    return swapped
 
 
-def follow_int8(model: nn.Module, notes: Mapping[str, Recipe]) -> tuple[Swap, ...]:
-    """Let layers and norms compute in int8 as `describe_int8` said of them, by name."""
-    if not notes:
+def follow_int8(model: nn.Module, recipe: Recipe) -> tuple[Swap, ...]:
+    """Let layers and norms compute in int8 as the recipe says."""
+    if not recipe:
         return ()
     from nmlightning.surgery.int8 import follow_notes
 
-    made = {name: note["swapped_to"] for name, note in notes.items() if note.get("swapped_to")}
+    made = {name: note["swapped_to"] for name, note in recipe.items() if note.get("swapped_to")}
     _follow(model, made)
-    return follow_notes(model, notes)
+    return follow_notes(model, recipe)
 
 
 @contextmanager
@@ -141,21 +134,17 @@ def _normalising_first(
     They cannot when they are built: what they build from other checkpoints is not meant. A module
     may compare itself with the checkpoint in `on_load_checkpoint`, and another may not have that.
     """
-
-    recipes, by_hand = recipes_in(checkpoint, WEIGHT_NORM), weight_norms_in(checkpoint)
+    int8, notes = (recipe_in(checkpoint, kind) for kind in (INT8, WEIGHTS))
+    weights = {name: Settings.of(**note) for name, note in notes.items()}
 
     def normalise(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
         normalised = {plain_name(key) for key in state_dict if key.endswith(".original")}
-        due = [recipe for recipe in recipes if recipe["modules"].keys() <= normalised]
-        for recipe in () if recipes_of(module, WEIGHT_NORM) else due:
-            names = [escape(name) for name in recipe["modules"]]
-            prepare_for_weights(module, settings_of(recipe), names)
-            note_recipe(module, keywords_of(recipe), recipe["modules"], WEIGHT_NORM)
         names = [x for x, _ in module.named_parameters(remove_duplicate=False)]
-        follow_int8(module, int8_in(checkpoint))
-        plain = normalised & {plain_name(x) for x in names if ".parametrizations." not in f".{x}"}
-        for settings in {settings_of(by_hand[x]) for x in plain & by_hand.keys()}:
-            own = [escape(x) for x in plain & by_hand.keys() if settings_of(by_hand[x]) == settings]
+        follow_int8(module, int8)
+        plain = {plain_name(x) for x in names if ".parametrizations." not in f".{x}"}
+        due = {name: weights[name] for name in weights if name in plain & normalised}
+        for settings in dict.fromkeys(due.values()):
+            own = [escape(name) for name in due if due[name] == settings]
             prepare_for_weights(module, settings, own)
 
     with (

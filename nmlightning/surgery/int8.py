@@ -31,7 +31,7 @@ from nmlightning.norms.registry import check_options
 from nmlightning.parametrizations.apply import unshare_class
 from nmlightning.surgery.lightning_hooks import watch_loading
 from nmlightning.surgery.norm_layers import find_norm_layers, fused_of
-from nmlightning.surgery.recipes import Recipe, keep_in_checkpoints
+from nmlightning.surgery.recipes import Note, keep_in_checkpoints
 from nmlightning.surgery.swap import Swap, SwapReport, swap_norms
 from nmlightning.weights.channel_norms import is_flat, is_sharded
 
@@ -123,8 +123,7 @@ def swap_int8(
             else:
                 _become_int8(x.module, options)
         guard_encoders(model.modules())
-        if hasattr(model, "on_save_checkpoint"):
-            keep_in_checkpoints(model)
+        keep_in_checkpoints(model)
         watch_loading()
     swapped = tuple(Swap(x.name, before[x.name], after[x.name]) for x in due)
     left = tuple(Swap(x.name, before[x.name], "", x.reason) for x in picked if x.reason)
@@ -174,7 +173,7 @@ def check_settings(options: Mapping[str, Any], norms: str | None) -> None:
         check_options(norms, "batch", _norm_options(norms))
 
 
-def follow_notes(model: nn.Module, notes: Mapping[str, Recipe]) -> tuple[Swap, ...]:
+def follow_notes(model: nn.Module, notes: Mapping[str, Note]) -> tuple[Swap, ...]:
     """Let layers and norms, by name, compute in int8 as `describe_int8` said of them."""
     layers = {plain_name(name): x for name, x in model.named_modules(remove_duplicate=False)}
     rows = []

@@ -7,6 +7,7 @@ the one that starts workers. A release that has not got them says what Lightning
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -17,16 +18,7 @@ from torch import nn
 from nmlightning.errors import InputError
 from nmlightning.name_patterns import plain_name, some
 from nmlightning.norms.batch_norm_base import describe_norm
-from nmlightning.surgery.recipes import (
-    NORM_SWAP,
-    WEIGHT_NORM,
-    count_norms,
-    int8_in,
-    is_so,
-    norms_in,
-    recipes_in,
-    weight_norms_in,
-)
+from nmlightning.surgery.recipes import INT8, NORMS, WEIGHTS, recipe_in, what_trains
 
 LEFT_OUT = "The checkpoint was trained with "
 _OURS = ("NormSwap", "WeightNormSwap", "Int8Swap", "WeightNormTracker")
@@ -109,7 +101,7 @@ def _weights_in_words(checkpoint: Mapping[str, Any], way_out: str) -> Iterator[N
     try:
         yield
     except RuntimeError as error:
-        in_int8 = int8_in(checkpoint)
+        in_int8 = recipe_in(checkpoint, INT8)
         if in_int8 and re.search(r"Unexpected key.*\.running_min\b", str(error)):
             raise InputError(
                 f"{LEFT_OUT}int8 on {some(in_int8, 2)}, and here there is none: "
@@ -117,8 +109,7 @@ def _weights_in_words(checkpoint: Mapping[str, Any], way_out: str) -> Iterator[N
             ) from error
         if not re.search(r"Unexpected key.*\.parametrizations\.", str(error)):
             raise
-        weights = [x for recipe in recipes_in(checkpoint, WEIGHT_NORM) for x in recipe["modules"]]
-        weights = weights or [*weight_norms_in(checkpoint)]
+        weights = [*recipe_in(checkpoint, WEIGHTS)]
         if not weights:  # by torch's, or by hand in an older release
             ends = re.compile(r"\.parametrizations\.([^.]+)\.original0?$")
             weights = [ends.sub(r".\1", x) for x in checkpoint["state_dict"] if ends.search(x)]
@@ -132,37 +123,17 @@ def _weights_in_words(checkpoint: Mapping[str, Any], way_out: str) -> Iterator[N
 def _find_left_norms(module: nn.Module, checkpoint: Mapping[str, Any]) -> str | None:
     """Return in words which norms of a checkpoint are others in a module, if any."""
     layers = {plain_name(name): x for name, x in module.named_modules(remove_duplicate=False)}
-    notes = norms_in(checkpoint) or _norms_of_recipes(checkpoint)
-    left = [
-        name
-        for name, note in notes.items()
-        if name in layers
-        and not (is_so(layers[name], note) if "options" in note else describe_norm(layers[name]))
-    ]
+    train = {x: what_trains(note) for x, note in recipe_in(checkpoint, NORMS).items()}
+    train = {x: note for x, note in train.items() if x in layers and note["norm"] != "l2"}
+    here = {x: what_trains(describe_norm(layers[x])) for x in train}
+    left = [x for x in train if here[x] != train[x]]
     if not left:
         return None
-    notes = {x: {"norm": _class_on(layers.get(x), note["norm"])} for x, note in notes.items()}
-    norms = count_norms(notes)
-    here, there = type(layers[left[0]]).__name__, notes[left[0]]["norm"]
-    here = f"{here} of other options" if here == there else f"{here}, not {there}"
-    return f"{LEFT_OUT}{norms}; {len(left)} of them not here ({left[0]} is {here})"
-
-
-def _class_on(layer: nn.Module | None, norm: str) -> str:
-    """Return the class that a swap makes of a layer: of timm's LayerNorm2d, L1LayerNorm2d."""
-    cls = type(layer)
-    if layer is None or cls.__module__.startswith("torch.") or describe_norm(layer):
-        return norm
-    return re.sub("(Batch|Layer|RMS)Norm.*$", "", norm) + cls.__name__
-
-
-def _norms_of_recipes(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the classes of norms where no state dict says it, as those of older releases."""
-    made: dict[str, dict[str, Any]] = {}
-    for recipe in recipes_in(checkpoint, NORM_SWAP):
-        for name, cls in recipe["modules"].items():
-            made.pop(name, None) if recipe["norm"] == "l2" else made.update({name: {"norm": cls}})
-    return made
+    counts = Counter(note["norm"] for note in train.values())
+    norms = ", ".join(f"{count} {norm}" for norm, count in counts.items())
+    is_now, was = here[left[0]]["norm"], train[left[0]]["norm"]
+    now = "of other options" if is_now == was else f"{is_now}, not {was}"
+    return f"{LEFT_OUT}{norms} norms; {len(left)} of them not here ({left[0]} is {now})"
 
 
 def _warn(message: str) -> None:

@@ -33,7 +33,6 @@ from nmlightning.kernels.cpu import build
 from nmlightning.kernels.interface import Dispatch
 from nmlightning.norms import L1LayerNorm, MeanOnlyBatchNorm2d
 from nmlightning.norms.batch_norm import L1BatchNorm2d, LInfBatchNorm2d, TopKBatchNorm2d
-from nmlightning.surgery.recipes import NORM_SWAP, recipes_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Norm.* is replaced by .*Norm")
 
@@ -93,18 +92,21 @@ class TestARun:
         assert metrics[0]["loss"] == pytest.approx(fitted.callback_metrics["loss"].item())
 
     @pytest.mark.parametrize("weights_only", [True, False])
-    def test_checkpoints_carry_the_recipe(
+    def test_checkpoints_say_what_the_norms_are(
         self, module_class: type, weights_only: bool, tmp_path: Path
     ) -> None:
         fitted = fit(make(module_class), NormSwap("topk", {"k": 3, "stats_dtype": torch.float64}))
         fitted.save_checkpoint(tmp_path / "a.ckpt", weights_only=weights_only)
         checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
-        recipe = {"norm": "topk", "options": {"k": 3, "stats_dtype": "float64"}}
-        rest = {"kinds": ["batch"], "include": [], "exclude": []}
-        modules = {"net.1": "TopKBatchNorm2d", "net.4": "TopKBatchNorm2d"}
+        options = {"k": 3, "constant": "exact", "stats_dtype": "float64", "sync": False}
+        options |= {"eps": 1e-5, "momentum": 0.1}
+        note = {"norm": "TopKBatchNorm2d", "options": options}
+        norms = {"net.1": note, "net.4": note}
         assert checkpoint["nmlightning"] == {
-            "version": 1,
-            "norm_swaps": [{**recipe, **rest, "modules": modules}],
+            "version": 2,
+            "norms": norms,
+            "weights": {},
+            "int8": {},
         }
         assert ("optimizer_states" in checkpoint) == (not weights_only)
 
@@ -162,9 +164,6 @@ class TestConfigureModel:
         for norm, expected in (("l1", L1BatchNorm2d), ("linf", LInfBatchNorm2d)) * 2:
             fit(module, NormSwap(norm))
             assert norm_types(module) == [expected] * 2
-            (recipe,) = recipes_of(module, NORM_SWAP)
-            assert recipe["norm"] == norm
-            assert recipe["modules"] == dict.fromkeys(("net.1", "net.4"), expected.__name__)
 
 
 class TestTwoSwaps:
@@ -182,9 +181,6 @@ class TestTwoSwaps:
         module = make(PlModule)
         fit(module, NormSwap("l1", include=["net.1"]), NormSwap("top10", include=["net.4"]))
         assert norm_types(module) == [L1BatchNorm2d, TopKBatchNorm2d]
-        again = [NormSwap("l1", include=["net.1"]), NormSwap("top10", include=["net.4"])]
-        fit(module, *again)
-        assert [recipe["norm"] for recipe in recipes_of(module, NORM_SWAP)] == ["l1", "top10"]
 
 
 class Replaces(pytorch_lightning.Callback):
@@ -244,9 +240,9 @@ class TestTheModuleAfterwards:
         checkpoint: dict[str, Any] = {}
         twin.on_save_checkpoint(checkpoint)
         assert norm_types(twin) == [LInfBatchNorm2d] * 2
-        assert [r["norm"] for r in checkpoint["nmlightning"]["norm_swaps"]] == ["linf"]
+        noted = checkpoint["nmlightning"]["norms"].values()
+        assert [note["norm"] for note in noted] == ["LInfBatchNorm2d"] * 2
         assert norm_types(module) == [L1BatchNorm2d] * 2
-        assert [recipe["norm"] for recipe in recipes_of(module, NORM_SWAP)] == ["l1"]
 
 
 @BOTH
@@ -256,15 +252,15 @@ def test_resume_without_the_callback_warns(module_class: type, tmp_path: Path) -
     with pytest.warns(UserWarning, match="add NormSwap") as caught:
         fit(make(module_class), max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
     (line,) = [str(w.message) for w in caught if "heckpoint" in str(w.message)]
-    assert "2 L1BatchNorm2d; 2 of them not here (net.1 is BatchNorm2d, not L1BatchNorm2d)" in line
+    assert "2 l1 norms; 2 of them not here (net.1 is l2, not l1)" in line
     by_hand = make(module_class)
     swap_norms(by_hand, "l1")
     trainer = fit(by_hand, max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
     trainer.save_checkpoint(tmp_path / "b.ckpt")
     fit(make(module_class), NormSwap("l1"), max_epochs=3, ckpt_path=tmp_path / "b.ckpt")
-    others = {"2 LInfBatchNorm2d": ("linf", {}), "them with": ("l1", {"constant": "none"})}
+    others = {"norm = 'linf'": ("linf", {}), "constant = 'none'": ("l1", {"constant": "none"})}
     for here, swap in others.items():
-        with pytest.raises(InputError, match=f"2 L1BatchNorm2d, swapped by hand, .* has {here}"):
+        with pytest.raises(InputError, match=f" on net.1, this run has {here}. Resume with the sa"):
             fit(make(module_class), NormSwap(*swap), ckpt_path=tmp_path / "b.ckpt")
 
 
@@ -466,4 +462,3 @@ def test_second_norm_swap_trains_after_a_swap_by_hand(by_hand: str) -> None:
     fit(module, NormSwap("linf", include=["net.1"]))
     left = LInfBatchNorm2d if by_hand == "linf" else nn.BatchNorm2d
     assert norm_types(module) == [LInfBatchNorm2d, left]
-    assert [recipe["norm"] for recipe in recipes_of(module, NORM_SWAP)] == ["linf"]

@@ -103,12 +103,12 @@ def test_weight_norm_swap_resumes_bit_for_bit(module_class: type, tmp_path: Path
 @pytest.mark.parametrize(
     ("then", "now", "message"),
     [
-        ([WeightNormSwap()], [WeightNormSwap(p=1)], "WeightNormSwap p = 2.0, this run has p = 1.0"),
-        ([WeightNormSwap()], [], "WeightNormSwap 'bounded', this run has nothing"),
-        ([], [WeightNormSwap()], "no WeightNormSwap, this run has 'bounded'"),
+        ([WeightNormSwap()], [WeightNormSwap(p=1)], "p = 2.0 on net.0.weight, this run has p = 1"),
+        ([WeightNormSwap()], [], "kind = 'bounded' on net.0.weight, this run has no weight norm"),
+        ([], [WeightNormSwap()], "no weight norm on net.0.weight, this run has kind = 'bounded'"),
     ],
 )
-def test_weight_norm_swap_refuses_to_resume_with_another_recipe(
+def test_weight_norm_swap_refuses_to_resume_with_other_settings(
     then: list[Any], now: list[Any], message: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "a.ckpt"
@@ -159,8 +159,8 @@ def test_load_from_checkpoint_restores_weight_norms(
     assert module_class.load_state_dict is load
     assert not {"load_state_dict", "on_load_checkpoint"} & vars(module_class).keys()
     fit(restored.train(), *callbacks).save_checkpoint(again)  # which it has already
-    saved = torch.load(again)["nmlightning"]["weight_norms"]
-    assert saved == torch.load(path)["nmlightning"]["weight_norms"]
+    saved = torch.load(again)["nmlightning"]["weights"]
+    assert saved == torch.load(path)["nmlightning"]["weights"] != {}
 
 
 @pytest.mark.parametrize("options", [{}, {"kind": "weight", "p": "inf", "rho": 2.0}])
@@ -173,7 +173,7 @@ def test_weight_norm_by_hand_is_loaded_and_resumed(options: dict[str, Any], tmp_
     assert torch.equal(restored.eval().net(images), module.eval().net(images))
     fit(restored.train(), ckpt_path=path)
     fit(make(PlModule), WeightNormSwap(**options), ckpt_path=path)
-    with pytest.raises(InputError, match=r"weight norm by hand on net\.0\.weight.* of other"):
+    with pytest.raises(InputError, match=r"on net\.0\.weight, this run has .*same WeightNormSwap"):
         fit(make(PlModule), WeightNormSwap(p=1), ckpt_path=path)
 
 
@@ -280,7 +280,7 @@ def test_removed_weight_norms_leave_the_checkpoints(tmp_path: Path) -> None:
     trainer = fit(module, WeightNormSwap())
     remove_weight_norm(module)
     trainer.save_checkpoint(path)
-    assert "nmlightning" not in torch.load(path)
+    assert not torch.load(path)["nmlightning"]["weights"]
     load_from_checkpoint(PlModule, path)
     fit(module, WeightNormSwap(p=1)).save_checkpoint(path)
     restored = load_from_checkpoint(PlModule, path)

@@ -14,7 +14,6 @@ from nmlightning import swap_norms
 from nmlightning.errors import InputError
 from nmlightning.norms import L1BatchNorm2d, LpLayerNorm, LpRMSNorm
 from nmlightning.surgery.checkpoints import swap_like
-from nmlightning.surgery.recipes import make_recipe
 
 
 def hugging_face(path: str, *arguments: object) -> Callable[[], nn.Module]:
@@ -131,7 +130,6 @@ class Counting(HardCoded):
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 TOKENS, IMAGES, SERIES = (2, 3, 8), (2, 8, 3, 4), (2, 8, 5)
-TYPES = {f"{__name__}.HardCoded": "rms"}
 NORMS: list[tuple[Callable[[], nn.Module], str, tuple[int, ...]]] = [
     (lambda: timm.layers.LayerNorm(8), "layer", TOKENS),
     (lambda: timm.layers.LayerNorm(8, affine=False), "layer", TOKENS),
@@ -311,8 +309,3 @@ def test_optional_argument_is_left_to_its_default() -> None:
     assert torch.equal(net[0](x), net[0](x=x, mask=None, upcast=True))
     with pytest.raises(InputError, match="L1Named normalises one input, and got mask as well"):
         net[0](x, torch.ones(8))
-
-
-def test_recipe_holds_the_types() -> None:
-    assert make_recipe("L1", {}, "rms", (), (), TYPES)["types"] == TYPES
-    assert "types" not in make_recipe("l1", {}, ("rms",), (), ())

@@ -1,169 +1,154 @@
-"""Test recipes as plain data in the order of the swaps, and actions after a method."""
+"""Test recipes in checkpoints, also those of older releases, and actions after a method."""
 
 import copy
 import functools
 import json
+import math
 import pickle
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_modules import PlModule
+from nmlightning import apply_weight_norm, swap_norms
 from nmlightning.errors import InputError
+from nmlightning.surgery.checkpoints import _follow
 from nmlightning.surgery.recipes import (
-    NORM_SWAP,
-    Recipe,
-    changed_modules,
+    INT8,
+    NORMS,
+    WEIGHTS,
     check_recipes,
-    make_recipe,
-    note_recipe,
-    recipes_in,
-    recipes_of,
+    keep_in_checkpoints,
+    recipe_in,
     register_after,
     write_recipes,
 )
 
 
-def recipe(norm: str = "l1", **options: Any) -> Recipe:
-    return make_recipe(norm, options, ("batch",), (), ())
-
-
-def checkpoint(*recipes: Recipe) -> dict[str, Any]:
-    return {"nmlightning": {"version": 1, "norm_swaps": [{**r, "modules": {}} for r in recipes]}}
-
-
-def module_with(*recipes: Recipe) -> nn.Module:
-    module = nn.Module()
-    for each in recipes:
-        note_recipe(module, each, {"a": each["norm"]}, NORM_SWAP)
+def make(norm: str = "l2", **options: Any) -> Any:
+    """Return a module that keeps its recipes, with two batch norms and a layer norm, `net.1`."""
+    module = PlModule()
+    module.net = nn.Sequential(nn.BatchNorm2d(4), nn.LayerNorm(4), nn.BatchNorm2d(4))
+    swap_norms(module, norm, options)
+    keep_in_checkpoints(module)
     return module
 
 
-def test_make_recipe_is_plain_data() -> None:
-    options = {"k": 3, "constant": "paper", "stats_dtype": torch.float64, "momentum": None}
-    made = make_recipe("topk", options, ("batch", "layer"), ("a.*",), ())
-    assert json.loads(json.dumps(made)) == made
-    assert made["options"] == {**options, "stats_dtype": "float64"}
+def saved(module: nn.Module) -> dict[str, Any]:
+    checkpoint: dict[str, Any] = {}
+    write_recipes(module, checkpoint)
+    return checkpoint
 
 
-@pytest.mark.parametrize(
-    ("given", "same"),
-    [
-        (recipe("l1", constant="exact", stats_dtype=None), recipe("l1")),
-        (recipe("topk", k=10), recipe("topk")),
-        (recipe("lp", p=1), recipe("lp")),
-        (recipe("mean", stats_dtype=None), recipe("mean")),
-        (recipe("lp", p=1, stats_dtype="torch.float64"), recipe("lp", stats_dtype=torch.float64)),
-        (
-            make_recipe("l1", {}, ("layer", "batch"), ("b", "a"), ("d", "c")),
-            make_recipe("l1", {}, ("batch", "layer"), ("a", "b", "a"), ("c", "d")),
-        ),
-    ],
-)
-def test_make_recipe_normalises_equal_settings(given: Recipe, same: Recipe) -> None:
-    assert given == same
+def older(*swaps: tuple[str, dict[str, Any], str], kinds: Any = ("batch",)) -> dict[str, Any]:
+    """Return a checkpoint as version 1 wrote it of swaps: the norm, its options, which of `net`."""
+    rest = {"kinds": list(kinds), "include": [], "exclude": []}
+    names = {"0": "L1BatchNorm2d", "1": "L1LayerNorm", "2": "L1BatchNorm2d"}
+    made = [{f"net.{x}": names[x] for x in places} for *_, places in swaps]
+    entries = [
+        {"norm": norm, "options": options, **rest, "modules": modules}
+        for (norm, options, _), modules in zip(swaps, made, strict=True)
+    ]
+    return {"nmlightning": {"version": 1, "norm_swaps": entries}}
 
 
-@pytest.mark.parametrize("option", [{"eps": 1e-5}, {"momentum": 0.1}, {"sync": False}])
-def test_make_recipe_keeps_inherited_options(option: dict[str, Any]) -> None:
-    assert recipe("l1", **option) != recipe("l1")
+def test_recipes_are_plain_data_of_all_norms() -> None:
+    checkpoint = saved(make("topk", k=3, stats_dtype=torch.float64, momentum=None))
+    assert json.loads(json.dumps(checkpoint)) == checkpoint
+    assert list(checkpoint["nmlightning"]["norms"]) == ["net.0", "net.1", "net.2"]
+    note = {"norm": "LayerNorm", "options": {"eps": 1e-5}}
+    assert checkpoint["nmlightning"]["norms"]["net.1"] == note
+    assert saved(nn.Linear(2, 2)) == {}
 
 
-def test_check_recipes_accepts_a_spelt_out_default() -> None:
-    spelt_out = {**recipe("l1"), "options": {"constant": "exact"}}
-    check_recipes(module_with(recipe("l1")), checkpoint(spelt_out))
-
-
-def test_note_recipe_joins_modules() -> None:
-    module = nn.Module()
-    for modules in ({"a": "L1"}, {}, {"b": "L1"}):
-        note_recipe(module, recipe(), modules, NORM_SWAP)
-    assert recipes_of(module, NORM_SWAP) == [{**recipe(), "modules": {"a": "L1", "b": "L1"}}]
-
-
-def test_note_recipe_moves_a_repeated_recipe_last() -> None:
-    module = module_with(recipe("l1"), recipe("linf"))
-    note_recipe(module, recipe("l1"), {}, NORM_SWAP)
-    assert changed_modules(module, NORM_SWAP) == {"a": "linf"}
-    note_recipe(module, recipe("l1"), {"a": "l1"}, NORM_SWAP)
-    assert [r["norm"] for r in recipes_of(module, NORM_SWAP)] == ["l1"]
-    assert changed_modules(module, NORM_SWAP) == {"a": "l1"}
-
-
-@pytest.mark.parametrize(
-    ("swaps", "shown"),
-    [
-        ([(recipe("l1"), "ab"), (recipe("linf"), "ab")], ["linf"]),
-        ([(recipe("l1"), "ab"), (recipe("linf"), "a")], ["l1", "linf"]),
-        ([(recipe("l1"), "ab"), (recipe("linf"), "a"), (recipe("topk"), "b")], ["linf", "topk"]),
-        # The next norm takes over what the last one set of these.
-        ([(recipe("l1", eps=0.1), "a"), (recipe("linf"), "a")], ["l1", "linf"]),
-        ([(recipe("l1", eps=0.1), "ab"), (recipe("linf", eps=0.2), "ab")], ["linf"]),
-        # It found what it was to make, which is no reason to forget it.
-        ([(recipe("l1"), ""), (recipe("linf"), "a")], ["l1", "linf"]),
-    ],
-)
-def test_overwritten_recipes_are_dropped(swaps: list[tuple[Recipe, str]], shown: list[str]) -> None:
-    module = nn.Module()
-    for each, modules in swaps:
-        note_recipe(module, each, dict.fromkeys(modules, each["norm"]), NORM_SWAP)
-    assert [r["norm"] for r in recipes_of(module, NORM_SWAP)] == shown
-    entries = [{**each, "modules": dict.fromkeys(names, "")} for each, names in swaps]
-    older = {"nmlightning": {"version": 1, "norm_swaps": entries}}
-    assert [r["norm"] for r in recipes_in(older, NORM_SWAP)] == shown
-
-
-def test_write_recipes_round_trips() -> None:
-    module, written = module_with(recipe("l1", eps=0.1), recipe("lp", p=3)), {"state_dict": {}}
-    write_recipes(module, written)
-    assert recipes_in(written, NORM_SWAP) == recipes_of(module, NORM_SWAP)
-    check_recipes(module, written)
+@pytest.mark.parametrize("sync", [False, True])
+def test_resume_may_set_what_is_of_the_model(sync: bool) -> None:
+    check_recipes(make("l1"), saved(make("l1", eps=0.1, momentum=None, sync=sync)))
+    check_recipes(make("l2"), saved(make("l2", eps=0.1)))
 
 
 @pytest.mark.parametrize(
     ("there", "here", "answer"),
     [
-        ([recipe("l1")], [recipe("linf")], "NormSwap norm = 'l1', this run has norm = 'linf'"),
-        (
-            [recipe("topk", k=3)],
-            [recipe("topk", k=4)],
-            "NormSwap options = {'k': 3}, this run has options = {'k': 4}",
-        ),
-        (
-            [make_recipe("l1", {}, ("batch",), ("a",), ())],
-            [make_recipe("l1", {}, ("batch", "layer"), ("a",), ())],
-            "kinds = ['batch'], this run has kinds = ['batch', 'layer']",
-        ),
-        (
-            [make_recipe("l1", {}, ("batch",), ("a",), ("b",))],
-            [make_recipe("l1", {}, ("batch",), ("a",), ())],
-            "exclude = ['b'], this run has exclude = []",
-        ),
-        ([recipe("l1"), recipe("linf")], [recipe("l1")], "'l1', 'linf', this run has 'l1'."),
-        (
-            [recipe("l1", eps=0.1), recipe("linf", momentum=0.2)],
-            [recipe("linf", momentum=0.2), recipe("l1", eps=0.1)],
-            "norm = 'l1', this run",
-        ),
-        ([], [recipe("l1")], "trained with no NormSwap, this run has 'l1'."),
-        ([recipe("l1")], [], "NormSwap 'l1', this run has nothing (no NormSwap)."),
+        (make("l1"), make("linf"), "norm = 'l1' on net.0, this run has norm = 'linf'."),
+        (make("topk", k=3), make("top10"), "k = 3 on net.0, this run has k = 10."),
+        (make(), make("l1"), "norm = 'l2' on net.0, this run has norm = 'l1'."),
+        (make("l1"), make(), "norm = 'l1' on net.0, this run has norm = 'l2'."),
     ],
 )
-def test_check_recipes_names_the_difference(
-    there: list[Recipe], here: list[Recipe], answer: str
-) -> None:
-    with pytest.raises(InputError) as error:
-        check_recipes(module_with(*here), checkpoint(*there))
-    assert answer in str(error.value)
-    assert "Resume with the same norms, or start from its weights" in str(error.value)
+def test_check_recipes_names_the_difference(there: Any, here: Any, answer: str) -> None:
+    for checkpoint in (saved(there), {"state_dict": there.state_dict()}):
+        with pytest.raises(InputError) as error:
+            check_recipes(here, checkpoint)
+        assert str(error.value).startswith(f"The checkpoint was trained with {answer} Resume with")
+        assert "with the same NormSwap, or start from its weights" in str(error.value)
+        check_recipes(there, checkpoint)
 
 
-@pytest.mark.parametrize("version", [2, None])
-def test_recipes_in_refuses_another_version(version: int | None) -> None:
-    entry = {"nmlightning": {"version": version, "norm_swaps": []}}
-    with pytest.raises(InputError, match=f"version {version}, and this release reads 1: install"):
-        recipes_in(entry, NORM_SWAP)
+def test_checkpoint_that_says_nothing_is_refused_where_recipes_are_kept() -> None:
+    """Sharded ones have no metadata, and norms may be those of the model itself."""
+    module = make("l1")
+    with pytest.raises(InputError, match=r"norm = 'l2' on net\.0, this run has norm = 'l1'"):
+        check_recipes(module, {"state_dict": {}})
+    check_recipes(module.net, {"state_dict": {}})
+
+
+def test_tied_weight_is_the_same_under_either_name() -> None:
+    net = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1))
+    net[1].weight = net[0].weight
+    apply_weight_norm(net, p="inf", include=["0.weight"])
+    assert recipe_in(saved(net), WEIGHTS)["0.weight"]["p"] == math.inf
+    for checkpoint in (saved(net), {"state_dict": net.state_dict()}):
+        check_recipes(net, checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("swaps", "options"),
+    [
+        ([("l1", {}, "02")], {}),
+        ([("linf", {}, "02"), ("l1", {"constant": "exact"}, "0"), ("l1", {}, "2")], {}),
+        ([("topk", {"eps": 0.1}, "02"), ("l1", {}, "02")], {"eps": 0.1}),
+    ],
+)
+def test_older_checkpoint_is_followed_and_compared(swaps: Any, options: dict[str, Any]) -> None:
+    module, checkpoint = make(), older(*swaps)
+    check_recipes(make("l1"), checkpoint)
+    with pytest.raises(InputError, match=r"norm = 'l1' on net\.0, this run has norm = 'topk'"):
+        check_recipes(make("top10"), checkpoint)
+    _follow(module, recipe_in(checkpoint, NORMS))
+    assert repr(module) == repr(make("l1", **options))
+
+
+def test_older_checkpoint_of_layer_norms_and_a_swap_back_is_followed() -> None:
+    module = make("linf")
+    swaps = [("l1", {}, "012"), ("l2", {"eps": 0.5}, "02")]
+    _follow(module, recipe_in(older(*swaps, kinds=("batch", "layer")), NORMS))
+    assert [type(x).__name__ for x in module.net] == ["BatchNorm2d", "L1LayerNorm", "BatchNorm2d"]
+    assert [x.eps for x in module.net if isinstance(x, _BatchNorm)] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("version", [3, None])
+def test_recipe_in_refuses_another_version(version: int | None) -> None:
+    with pytest.raises(InputError, match=f"version {version}, and this release reads 1 and 2: in"):
+        recipe_in({"nmlightning": {"version": version, "norms": {}}}, NORMS)
+
+
+@pytest.mark.parametrize(
+    ("entry", "kind", "message"),
+    [
+        (7, NORMS, "is a int: damaged"),
+        ({"version": 2, "int8": [3]}, INT8, "its int8 are unreadable"),
+        ({"version": 2, "norms": {"a": 1}}, NORMS, "its norms are unreadable"),
+        ({"version": 1, "norm_swaps": [{"norm": "l1"}]}, NORMS, "its norms are unreadable"),
+        ({"version": 1, "weight_norms": [{"modules": {}}]}, WEIGHTS, "its weights are unreadable"),
+    ],
+)
+def test_recipe_in_refuses_a_damaged_entry(entry: Any, kind: str, message: str) -> None:
+    with pytest.raises(InputError, match=f"'nmlightning' entry {message}|{message}"):
+        recipe_in({"nmlightning": entry}, kind)
 
 
 class Greets(nn.Module):
