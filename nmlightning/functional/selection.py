@@ -115,8 +115,8 @@ def highest_and_lowest(deviations: Tensor, chunks: int) -> tuple[Tensor, Tensor]
     first = torch.arange(chunks, device=deviations.device) * (length // blocks.size)
     values, positions = [], []
     for ends, sign in zip(blocks.extremes(), (1, -1), strict=True):
-        chosen = ends.unflatten(1, (chunks, -1)).argmax(2) + first
-        candidates = blocks.take(chosen).unflatten(1, (chunks, -1)) * sign
+        chosen = ends.reshape(len(ends), chunks, -1).argmax(2) + first
+        candidates = blocks.take(chosen).reshape(len(ends), chunks, -1) * sign
         place = candidates.argmax(2, keepdim=True)
         values.append(candidates.gather(2, place).squeeze(2))
         positions.append(chosen * blocks.size + place.squeeze(2))
