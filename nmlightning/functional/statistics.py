@@ -128,8 +128,8 @@ def chunk_lengths(count: int, chunks: int) -> list[int]:
     """Return how many of `count` elements each chunk has; the first have one more, if any."""
     if count < 2 * chunks:
         raise InputError(
-            f"The {chunks} chunks of n = {count} values a channel have fewer than two each; "
-            "lower chunks."
+            f"The {chunks} chunks of n = {count} values a channel have fewer than two each: "
+            'lower chunks, as by swap_norms(model, "range", {"chunks": 4}).'
         )
     length, longer = count // chunks, count % chunks  # torch.compile does not know divmod
     return [length + 1] * longer + [length] * (chunks - longer)

@@ -204,9 +204,8 @@ def select_gradient_backend(
         return NOT_EAGER, None
     adjoint = operation.adjoint(weight)
     if adjoint is None:
-        return Dispatch(
-            FORMULA, "the gradient of a stride of over 2, or of more padding than kernel"
-        ), None
+        reason = "the gradient of strides that multiply to over 4, or of more padding than kernel"
+        return Dispatch(FORMULA, reason), None
     spread = grad.new_empty(1).expand(*grad.shape[:2], *size)
     backend = select_backend(adjoint[0], spread, adjoint[1])
     return backend, adjoint if backend.kernels else None
@@ -280,7 +279,8 @@ def cpu_reason(name: str) -> str:
 
     CPUs without VNNI may add two products in int16, which 2 · 255 · 127 does not fit.
     """
-    grid = Grid(torch.tensor(1.0), torch.tensor(3.0), 8)
+    one = torch.ones((), dtype=torch.float32)  # whatever the default dtype is
+    grid = Grid(one, 3 * one, 8)
     q, weight = torch.full((2, 64), 255, dtype=torch.uint8), torch.full((5, 64), 127).to(torch.int8)
     try:
         for dims in (0,) if name == INT_MM else (1, 2, 3):

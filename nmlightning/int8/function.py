@@ -1,5 +1,6 @@
 """The one autograd function of a layer in int8."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -85,30 +86,35 @@ class Int8Function(torch.autograd.Function):
         ctx.settings, ctx.backend, ctx.is_last = settings, backend, _has_channels_last(x, weight)
         ctx.weight_is_last = layout_of(weight) == "NHWC"
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        return lay_out(y, settings.dtype, ctx.is_last)
+        y = lay_out(y, settings.dtype, ctx.is_last)
+        if backend.kernels and y._is_view():  # torch would refuse that a ReLU changes it in place
+            whole_tensor: Any = y.new_empty(0)
+            y = whole_tensor.set_(y)
+        return y
 
     @staticmethod
     @differentiable()
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients by x, the weight and the bias."""
         settings: Settings = ctx.settings
+        saved = ctx.saved_tensors  # once: checkpointing gives what it computed anew only once
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_x = grad_weight = grad_bias = None
         with _without_autocast(grad.device.type):
             if wants_x or not settings.bifurcate:
-                grad_x, rounded = _input_gradient(ctx, grad)
+                grad_x, rounded = _input_gradient(ctx, saved, grad)
                 grad = grad if settings.bifurcate else rounded
             if wants_weight:
-                grad_weight = _weight_gradient(ctx, grad).to(ctx.dtypes[1])
+                grad_weight = _weight_gradient(ctx, saved, grad).to(ctx.dtypes[1])
             if wants_bias:
                 dims = [dim for dim in range(grad.dim()) if dim != 1]
-                grad_bias = grad.sum(dims, dtype=ctx.saved_tensors[2].dtype).to(ctx.dtypes[2])
+                grad_bias = grad.sum(dims, dtype=saved[2].dtype).to(ctx.dtypes[2])
         return grad_x if wants_x else None, grad_weight, grad_bias, None, None, None
 
 
-def _input_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+def _input_gradient(ctx: Any, saved: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradient by x, and the output's gradient as it was quantised for it."""
-    q, weight, scale, _, weight_scale = ctx.saved_tensors
+    q, weight, scale, _, weight_scale = saved
     settings: Settings = ctx.settings
     largest = weight_scale.amax()
     relative = (weight_scale / largest).view(-1, *[1] * (grad.dim() - 2))
@@ -131,8 +137,8 @@ def _input_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     return lay_out(found, ctx.dtypes[0], ctx.is_last), rounded
 
 
-def _weight_gradient(ctx: Any, grad: Tensor) -> Tensor:
-    q, weight, scale, zero_point, _ = ctx.saved_tensors
+def _weight_gradient(ctx: Any, saved: Sequence[Tensor], grad: Tensor) -> Tensor:
+    q, weight, scale, zero_point, _ = saved
     settings: Settings = ctx.settings
     dtype = settings.weight_gradient if scale.dtype == torch.float32 else scale.dtype
     x = centre(q, Grid(scale, zero_point, settings.bits), dtype)

@@ -52,10 +52,10 @@ class Int8Layer(nn.Module):
     forward. The gradient of the output is quantised over its extremes, rounded stochastically, for
     the input's gradient only: those of the weight and the bias are taken from it as it is
     (bifurcation). Weights, biases, outputs and gradients are floating point. Evaluation draws no
-    random numbers and depends on a sample's own values only. The state is torch's and
-    `running_min`, `running_max` and `num_ranges_tracked`. All is 0 where a tensor is, and NaN where
-    one holds a value that is not finite, which leaves the running range alone. Before any batch
-    evaluation uses the range of its input. Of a second derivative there is none.
+    random numbers and depends on a sample's own values only, if all are finite. The state is
+    torch's and `running_min`, `running_max` and `num_ranges_tracked`. All is 0 where a tensor is,
+    and NaN where one holds a value that is not finite, which leaves the running range alone. Before
+    any batch evaluation uses the range of its input. Of a second derivative there is none.
 
     In traced code, by `torch.compile`, all is computed by the formula, elsewhere in integers where
     the device can; `backend_for` and `describe_backends` tell.
@@ -124,6 +124,8 @@ class Int8Layer(nn.Module):
 
     def _multiply(self, input: Tensor, rows: Tensor) -> Tensor:
         """Return the product of the input, of which `rows` is a view (N, C, *)."""
+        if not input.is_floating_point():
+            raise InputError(f"{type(self).__name__} takes floating inputs, got {input.dtype}.")
         device = input.device.type
         casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         is_double = input.dtype == torch.float64  # which autocast leaves alone
@@ -217,7 +219,14 @@ class Int8Conv(Int8Layer):
                 f"dimensions, or one sample of these, got {tuple(input.shape)}."
             )
         batch = input if input.dim() == dims else input.unsqueeze(0)
-        y = self._multiply(batch, self._padded(batch))
+        padded = self._padded(batch)
+        kernel, sizes = self.weight.shape[2:], padded.shape[2:]
+        if min(self._operation().output_size(sizes, kernel)) < 1:
+            raise InputError(
+                f"{type(self).__name__}'s kernel {tuple(kernel)} is larger than its padded input, "
+                f"{tuple(sizes)} before padding."
+            )
+        y = self._multiply(batch, padded)
         return y if input.dim() == dims else y.squeeze(0)
 
     def _pads(self) -> list[int]:

@@ -69,7 +69,7 @@ def quantize_norm(
     setattr(norm, QUANTIZER, quantizer)
     note_by: Any = norm.register_state_dict_post_hook
     quantizer.handles = (
-        norm.register_forward_pre_hook(quantizer.before),
+        norm.register_forward_pre_hook(quantizer.before, with_kwargs=True),
         norm.register_forward_hook(quantizer.after),
         note_by(partial(NormQuantizer.note, quantizer)),
     )
@@ -115,12 +115,20 @@ class NormQuantizer:
         """Say in the metadata of a state dict what is quantised and how."""
         metadata[NOTE] = self.int8_options()
 
-    def before(self, norm: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    def before(
+        self, norm: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of forward with the first quantised."""
+        if not arguments:  # norm(input=x)
+            name, x = next(iter(keywords.items()))
+            return (), {**keywords, name: self._quantized(norm, x)}
         x, *rest = arguments
+        return (self._quantized(norm, x), *rest), keywords
+
+    def _quantized(self, norm: nn.Module, x: Tensor) -> Tensor:
         group = ranks_to_share_with(norm, self.sync)
         grid = input_grid(norm, x, self.bits, self.momentum, group)
-        return _QuantizedInput.apply(x, *grid), *rest
+        return _QuantizedInput.apply(x, *grid)  # type: ignore[no-any-return]
 
     def after(self, norm: nn.Module, arguments: tuple[Any, ...], y: Tensor) -> Tensor:
         """Return the output, whose gradient will be quantised."""

@@ -50,9 +50,9 @@ class Grid(NamedTuple):
 
 def check_bits(what: str, bits: int) -> int:
     """Return `bits`, the setting called `what`, if it is whole and within 2 … 8."""
-    if isinstance(bits, bool) or bits not in BITS:
+    if not isinstance(bits, int) or isinstance(bits, bool) or bits not in BITS:
         raise InputError(f"{what} is a whole number of 2 … 8, got {bits!r}.")
-    return int(bits)
+    return bits
 
 
 def extreme(x: Tensor, group: ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
@@ -118,6 +118,9 @@ def symmetric_grid(weight: Tensor, bits: int, per_channel: bool = False) -> Grid
     low, high = _ends(weight.detach(), per_channel)
     limit = torch.maximum(-low, high)
     if per_channel:
+        # A channel of zeros gets the least scale: s = 1 would outgrow all others' in backward.
+        least = torch.where(limit == 0, torch.inf, limit).amin() if len(limit) else limit
+        limit = torch.where((limit == 0) & (least < torch.inf), least, limit)
         limit = limit.view(-1, *[1] * (weight.dim() - 1))
     scale, _, _ = make_grid(-limit, limit, bits)
     return Grid(scale, torch.full_like(scale, 2 ** (bits - 1)), bits)
@@ -245,7 +248,10 @@ def direction_cosine(x: Tensor, grid: Grid) -> Tensor:
 
 
 def cosine_bound(bits: int, count: int) -> float:
-    """Return 2^b / (2^b + √(ln n / 6)), the expected cosine of n Gaussian values at least."""
+    """Return 2^b / (2^b + √(ln n / 6)), the least expected cosine of n Gaussian values.
+
+    By the paper; at 2 bits a draw may be lower.
+    """
     return float(2**bits / (2**bits + math.sqrt(math.log(count) / 6)))
 
 

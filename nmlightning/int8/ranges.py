@@ -21,7 +21,7 @@ def register_range(module: nn.Module) -> None:
     """Add `running_min`, `running_max` and `num_ranges_tracked`, on the parameters' device."""
     device = next((q.device for q in module.parameters(recurse=False)), None)
     for name in RANGES:
-        module.register_buffer(name, torch.zeros((), device=device))
+        module.register_buffer(name, torch.zeros((), dtype=torch.float32, device=device))
     module.register_buffer(_COUNT, torch.zeros((), dtype=torch.int64, device=device))
 
 

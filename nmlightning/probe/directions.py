@@ -237,14 +237,14 @@ class LayerDirections:
         return math.degrees(math.acos(cosine_bound(bits, self.counts[tensor])))
 
     def loses(self, tensor: str, bits: int) -> bool:
-        """Return whether a tensor is turned further than that."""
-        return tensor in self.cosines and self.angle(tensor, bits) > self.bound(tensor, bits)
+        """Return whether a tensor is turned further than that, or is not finite."""
+        return tensor in self.cosines and not self.angle(tensor, bits) <= self.bound(tensor, bits)
 
     def describe(self, tensor: str, bits: int) -> str:
         """Return `0.6°`, `12°`, `!42°` beyond the bound, or `NaN`."""
         angle = self.angle(tensor, bits)
         lost = "!" if self.loses(tensor, bits) else ""
-        return "NaN" if math.isnan(angle) else f"{lost}{angle:.{int(angle < 9.95)}f}°"
+        return "!NaN" if math.isnan(angle) else f"{lost}{angle:.{int(angle < 9.95)}f}°"
 
     def as_plain(self) -> dict[str, Any]:
         tensors = {
@@ -337,6 +337,7 @@ class Directions(Report):
         ]
         if broken:
             yield f"There is inf or NaN in {some(broken, 2)}: no grid holds that."
+            return
         losing = [bits for bits in self.bits if self.losing_layers(bits)]
         if keeping := [bits for bits in self.bits if bits not in losing]:
             yield f"{_list(keeping)} bits keep every direction."

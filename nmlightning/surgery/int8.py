@@ -24,7 +24,7 @@ from nmlightning.int8.norms import (
 )
 from nmlightning.int8.quantizer import Rounding
 from nmlightning.int8.ranges import options_of
-from nmlightning.name_patterns import matches, plain_name, some, unmatched
+from nmlightning.name_patterns import by_reason, matches, plain_name, some, unmatched
 from nmlightning.norms.batch_norm_base import describe_norm
 from nmlightning.norms.fast_path import guard_encoders
 from nmlightning.norms.registry import check_options
@@ -153,6 +153,8 @@ def remove_int8(
     were_torchs = []
     for name, module in {id(x.module): (x.name, x.module) for x in chosen}.values():
         if isinstance(module, Int8Layer):
+            if any(is_sharded(q) for q in module.parameters()):
+                raise InputError(f"{name} is sharded: call remove_int8 before fully_shard.")
             module.forget_options()
             unshare_class(module, _FLOAT_CLASSES[class_of(module)])
         elif (quantizer := quantizer_of(module)) is not None:
@@ -236,7 +238,10 @@ def _pick(
                 "norms without fuse, or give norms=None."
             )
     if all(x.reason for x in picked):
-        raise InputError(f"{type(model).__name__} has no convolution or linear layer to swap.")
+        reasons = by_reason({x.name or type(model).__name__: x.reason for x in picked})
+        raise InputError(
+            f"{type(model).__name__} has no layer that can compute in int8: {'; '.join(reasons)}."
+        )
     return picked
 
 
@@ -260,7 +265,7 @@ def _choose(
         if (wrong := unmatched(patterns, names)) is not None:
             raise InputError(
                 f"The pattern {wrong!r} in {argument} matches no {wanted} of "
-                f"{type(model).__name__}. It has {some(names, 3)}."
+                f"{type(model).__name__}. There are: {some(names, 3)}."
             )
     excluded = {id(x.module) for x in found if matches(x.name, exclude)}
     kept = [x for x in found if not include or matches(x.name, include)]

@@ -86,6 +86,7 @@ def test_resume_with_other_options_is_refused(module_class: type, tmp_path: Path
     cases = [
         (Int8Swap(gradient_bits=4), path, "gradient_bits = 8 on net.0, this run has gradient_bits"),
         (Int8Swap(exclude=["net.0"]), path, "bits = 8 on net.0, this run has no int8"),
+        (Int8Swap(norms="l1"), path, "norm = 'range' on net.1, this run has norm = 'l1'"),
         (Int8Swap(norms=None), path, "bits = 8 on net.1, this run has no int8"),
         (Int8Swap(), plain, "no int8 on net.0, this run has bits = 8. Resume with the same Int8Sw"),
     ]

@@ -62,7 +62,7 @@ def test_the_table_tells_both_ways() -> None:
     )
     table = {name: [each.backend for each in both] for name, both in describe_backends(net).items()}
     assert table == {"0": [ONEDNN] * 2, "1": [ONEDNN, "formula"], "3": [INT_MM] * 2}
-    assert "a stride of over 2" in describe_backends(net)["1"][1].reason
+    assert "strides that multiply to over 4" in describe_backends(net)["1"][1].reason
     with norm_backend("formula"):
         assert describe_backends(net)["0"][0].reason == "asked for"
 

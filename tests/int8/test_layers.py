@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nmlightning.errors import InputError
-from nmlightning.int8 import Int8Conv1d, Int8Conv2d, Int8Conv3d, Int8Linear
+from nmlightning.int8 import Int8Conv1d, Int8Conv2d, Int8Conv3d, Int8Linear, describe_backends
+from nmlightning.int8.backends import cpu_reason
 from nmlightning.int8.layers import INT8_CLASSES
 from nmlightning.int8.quantizer import (
     dequantize,
@@ -299,6 +301,67 @@ def test_what_is_kept_for_backward_is_a_quarter() -> None:
     assert sum(kept.values()) <= 0.27 * x.nbytes
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (Int8Linear(8, 16), (20, 8)),
+        (Int8Linear(8, 16), (4, 5, 8)),
+        (Int8Conv2d(8, 16, 1), (4, 8, 1, 1)),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_follows_may_change_the_output_in_place(
+    layer: Any, shape: tuple[int, ...], backend: Any
+) -> None:
+    x = torch.randn(shape, requires_grad=True)
+    with norm_backend(backend):
+        torch.manual_seed(0)
+        nn.ReLU(inplace=True)(layer(x)).sum().backward()
+        found, x.grad = x.grad, None
+        torch.manual_seed(0)
+        nn.ReLU()(layer(x)).sum().backward()
+    assert torch.equal(found, x.grad)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_computes_the_same(reentrant: bool) -> None:
+    layer, x = Int8Conv2d(4, 8, 3, rounding="nearest"), torch.randn(2, 4, 6, 6, requires_grad=True)
+    layer(x).square().sum().backward()
+    expected, x.grad = x.grad, None
+    checkpoint(layer, x, use_reentrant=reentrant).square().sum().backward()
+    assert torch.equal(x.grad, expected)
+
+
+@pytest.mark.parametrize("bifurcate", [True, False])
+def test_a_channel_of_zeros_does_not_coarsen_the_gradient(bifurcate: bool) -> None:
+    torch.manual_seed(0)
+    settings = {"weight_range": "channel", "rounding": "nearest", "bifurcate": bifurcate}
+    layer, x = Int8Conv2d(16, 32, 3, **settings), torch.randn(4, 16, 8, 8, requires_grad=True)
+    with torch.no_grad():
+        layer.weight[0] = 0
+        layer.weight[1:] *= 0.1
+    grad = torch.randn(4, 32, 6, 6)
+    layer(x).backward(grad)
+    (exact,) = torch.autograd.grad(torch.nn.functional.conv2d(x, layer.weight), x, grad)
+    assert torch.cosine_similarity(x.grad.flatten(), exact.flatten(), dim=0) > 0.999
+    assert layer.weight.grad.isfinite().all()
+    torch.nn.init.zeros_(layer.weight)
+    assert layer(x).sub(layer.bias.view(-1, 1, 1)).count_nonzero() == 0
+
+
+def test_another_default_dtype_changes_neither_backends_nor_ranges() -> None:
+    cpu_reason.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layer = Int8Conv2d(64, 8, 3)
+        found = describe_backends(nn.Sequential(layer))
+    finally:
+        torch.set_default_dtype(torch.float32)
+        cpu_reason.cache_clear()
+    assert found == describe_backends(nn.Sequential(Int8Conv2d(64, 8, 3)))
+    assert layer.running_min.dtype == torch.float32
+
+
 def test_second_derivatives_are_refused() -> None:
     layer, x = Int8Linear(4, 6), input_of((4,))
     (grad,) = torch.autograd.grad(layer(x).pow(2).sum(), x, create_graph=True)
@@ -335,6 +398,15 @@ def test_the_compiler_traces_the_formula_whole() -> None:
         (lambda: Int8Linear(3, 4, bits=9), "bits is a whole number of 2 … 8, got 9"),
         (lambda: Int8Linear(3, 4, rounding="up"), "rounding is 'stochastic' or 'nearest'"),  # type: ignore[arg-type]
         (lambda: Int8Linear(3, 4, momentum=2), "momentum must be between 0 and 1"),
+        (lambda: Int8Linear(3, 4, bits=8.0), "bits is a whole number"),  # type: ignore[arg-type]
+        (
+            lambda: Int8Linear(3, 4)(torch.ones(2, 3).long()),
+            "takes floating inputs, got",
+        ),
+        (
+            lambda: Int8Conv2d(3, 4, 5)(torch.ones(2, 3, 2, 2)),
+            r"kernel \(5, 5\) is larger than",
+        ),
         (lambda: Int8Linear(3, 4)(torch.ones(2, 4)), "takes inputs of 3 features, got"),
         (lambda: Int8Conv2d(3, 4, 3)(torch.ones(2, 4, 5, 5)), r"takes \(N, 3, \*\) inputs of 4"),
     ],

@@ -38,6 +38,7 @@ def test_a_quantised_norm_is_the_norm_of_quantised_tensors(make: Any) -> None:
     norm.eval(), plain.eval()
     assert torch.equal(norm(x), plain(exact))  # the first batch counts whole
     assert torch.equal(norm(x[:1]), norm(x)[:1])
+    assert torch.equal(norm(input=x), norm(x))
 
 
 def test_a_norm_is_restored_and_copied() -> None:

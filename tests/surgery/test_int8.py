@@ -20,6 +20,7 @@ from nmlightning.int8.ranges import describe_int8, options_of
 from nmlightning.surgery.checkpoints import swap_like
 
 NETS: dict[str, Any] = {
+    "in place": lambda: timm.create_model("efficientnet_b0", num_classes=10),
     "ours": lambda: nmlightning.CifarResNet(8),
     "torchvision": lambda: torchvision.models.resnet18(num_classes=10),
     "timm": lambda: timm.create_model("resnet18", num_classes=10),
@@ -260,7 +261,11 @@ def fused() -> nn.Module:
         (small, {"exclude": ["*"]}, "There is no convolution or linear layer in Sequential, or no"),
         (small, {"dry_run": 2}, "dry_run"),
         (nn.ReLU, {}, "There is no convolution or linear layer in ReLU"),
-        (lambda: nn.ConvTranspose2d(3, 3, 3), {}, "ConvTranspose2d has no convolution or linear"),
+        (
+            lambda: nn.LSTM(3, 3),
+            {},
+            "LSTM has no layer that can compute in int8: LSTM: its",
+        ),
         (fused, {}, "1 also does the ReLU behind it, whose gradient is not the norm's"),
     ],
 )
