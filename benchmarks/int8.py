@@ -93,10 +93,10 @@ def add_networks(calls: Made, memory_format: torch.memory_format) -> None:
         x = torch.randn(shape).contiguous(memory_format=memory_format)
         target = torch.randint(10, shape[:1])
         calls[f"{name}-{layout}"] = partial(train, net, optimizer_of(net), x, target)
-        for norms in (None, "range"):
+        for norms in (None, "l1", "range"):
             own = copy.deepcopy(net)
             swap_int8(own, weight_gradient="bfloat16", norms=norms)
-            label = f"{name}-{layout} int8{', Range' if norms else ''}"
+            label = " ".join(filter(None, [f"{name}-{layout} int8", norms]))
             calls[label] = partial(train, own, optimizer_of(own), x, target)
 
 

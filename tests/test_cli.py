@@ -111,7 +111,9 @@ def test_cli_help_names_commands_and_configs(nm: Nm) -> None:
     text = " ".join(line.strip() for line in lines)
     groups = re.findall(r"(\w+_)…[^:]*: ([\w ]+?)(?= \w+_…|$)", text)
     names = {start + end for start, ends in groups for end in ends.split()}
-    assert names | {"quickstart", "translate_quickstart"} == set(shipped_configs())
+    assert names | {"quickstart", "quickstart_int8", "translate_quickstart"} == set(
+        shipped_configs()
+    )
 
 
 MAIN = "import sys\nfrom nmlightning.cli import main\nsys.exit(main())\n"
@@ -166,7 +168,7 @@ BAD_INPUT = {
     "fit --config configs/cifar_l3.yaml": "'configs/cifar_l3.yaml'. Did you mean 'cifar_l2'?",
     "fit --config CIFAR_L1": "no config 'CIFAR_L1'. Did you mean 'cifar_l1'?",
     "fit --config resnet56": "mean one of cifar_bwn, .*, cifar_wn?",
-    "fit --config resnet": "mean one of imagenet_resnet18_l1, .*, imagenet_resnet50_wn?",
+    "fit --config resnet": "mean one of imagenet_resnet18_int8, .*, imagenet_resnet50_wn?",
     "fit --config 'trainer: [\n'": "is not YAML: .* in line 2",
     "fit --config 'a: &a [*a]\n'": "is not YAML: .a refers to itself in line 1",
     "--trainer '{max_epochs: 1, max_epochs: 2}'": "trainer: the key 'max_epochs' is given twice",
@@ -203,8 +205,8 @@ BAD_INPUT = {
     "--model.net torch.relu": "model.net: no signature found for builtin",
     "--model.optimizer Sdg": "no class 'Sdg'; give .*ASGD, .*Did you mean 'SGD'?",
     "--trainer.logger CSVLoggr": "Did you mean 'CSVLogger'?",
-    "--trainer.callbacks NormSwapp": "no class 'NormSwapp'; give NormSwap, .*mean 'NormSwap'?",
-    "--config '{trainer: {callbacks: [3]}}'": "trainer.callbacks: there is no class '3'; give Norm",
+    "--trainer.callbacks NormSwapp": "no class 'NormSwapp'; give Int8Swap, .*mean 'NormSwap'?",
+    "--config '{trainer: {callbacks: [3]}}'": "trainer.callbacks: there is no class '3'; give Int8",
     "--config '{model: 3}'": "nm: model: there is no class '3'; give ImageClassifier, Trans",
     "--config '{model: {init_args: {optimizer: 3}}}'": "optimizer: there is no class '3'; give .*A",
     # Values
@@ -520,9 +522,9 @@ def test_ckpt_path_last_without_a_checkpoint_is_refused(nm: Nm) -> None:
 REFUSED = {
     "--model.net.depth=32": r"depth.* 20, .* 32",
     "--model.net.num_classes=12": r"num_classes.* 10, .* 12",
-    "--trainer.callbacks.norm=linf": r"norm.* 'l1', .* 'linf'",
+    "--trainer.callbacks.norm=linf": r"norm = 'l1' on net.bn1, this run has norm = 'linf'",
     "--trainer.callbacks.options={constant: none}": r"constant.*'none'",
-    "--trainer.callbacks=null": r"'l1', this run has nothing",
+    "--trainer.callbacks=null": r"'l1' on net.bn1, this run has norm = 'l2'",
     "--model.optimizer.lr=0.3": r"SGD lr 0\.\d+, and .* asks for SGD lr 0.3:",
     "--seed_everything=9": r"run has seed 1, .* asks for seed 9: give the same",
     "--model.optimizer=Adam": r"has MultiStepLR and SGD, .* asks for Adam and MultiStepLR: give",

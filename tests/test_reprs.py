@@ -13,12 +13,17 @@ from nmlightning.commands import run_report
 from nmlightning.tasks import numerics
 
 SETTINGS: list[tuple[Any, str]] = [
-    (nm.NormSwap(), "NormSwap(norm='l1', kinds=('batch',))"),
+    (nm.NormSwap(), "NormSwap(norm='l1', kinds=['batch'])"),
     (
         nm.NormSwap("topk", {"k": 3}, exclude=["net.bn1"]),
-        "NormSwap(norm='topk', options={'k': 3}, kinds=('batch',), exclude=('net.bn1',))",
+        "NormSwap(norm='topk', options={'k': 3}, kinds=['batch'], exclude=['net.bn1'])",
     ),
-    (nm.WeightNormSwap(p="inf"), "WeightNormSwap(kind='bounded', p='inf', rho='init')"),
+    (nm.WeightNormSwap(p="inf"), "WeightNormSwap(kind='bounded', p=inf, rho='init', gain='none')"),
+    (
+        nm.Int8Swap(bits=4, norms=None),
+        "Int8Swap(bits=4, gradient_bits=8, rounding='stochastic', "
+        "bifurcate=True, weight_gradient='float32', norms=None, weight_range='tensor', momentum=0.1)",
+    ),
     (
         nm.WeightNormTracker(steering=optim.Hyperball()),
         "WeightNormTracker(every='epoch', steering=Hyperball())",

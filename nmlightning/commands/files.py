@@ -24,6 +24,7 @@ from nmlightning.yaml_text import load_yaml
 # What the shipped configs are, by the beginning of their names.
 CONFIG_GROUPS = {
     "quickstart": "ResNet-20 by L1 on the digits: the first run",
+    "quickstart_int8": "the same in 8 bits",
     "translate_quickstart": "Transformer on number names, German to English",
     "cifar_": "ResNet-56 on CIFAR-10",
     "imagenet_resnet18_": "ResNet-18, ImageNet",
@@ -31,6 +32,7 @@ CONFIG_GROUPS = {
     "multi30k_transformer_": "small Transformer on Multi30k",
     "wmt14_transformer_": "base Transformer on WMT14",
     "wmt14_lstm_": "LSTM with attention on WMT14",
+    "study_int8_": "8 bits, ResNet-20 on CIFAR-10 in ten epochs",
     "study_short_": "weight decay, in minutes",
     "study_": "weight decay, the paper's schedule",
 }
