@@ -75,8 +75,8 @@ EXCEPTIONS = {
 # Of the targets that are missed: what was reached, which must not be left again.
 REACHED = {
     "Python files": 161,
-    "lines of nmlightning, Python and C++": 33_312,
-    "lines of tests": 30_509,
+    "lines of nmlightning, Python and C++": 33_349,
+    "lines of tests": 30_595,
     "files a config meets before Trainer.fit": 22,
 }
 
