@@ -22,7 +22,8 @@ SETTINGS: list[tuple[Any, str]] = [
     (
         nm.Int8Swap(bits=4, norms=None),
         "Int8Swap(bits=4, gradient_bits=8, rounding='stochastic', "
-        "bifurcate=True, weight_gradient='float32', norms=None, weight_range='tensor', momentum=0.1)",
+        "bifurcate=True, weight_gradient='float32', norms=None, weight_range='tensor', "
+        "momentum=0.1)",
     ),
     (
         nm.WeightNormTracker(steering=optim.Hyperball()),
