@@ -76,7 +76,7 @@ EXCEPTIONS = {
 REACHED = {
     "Python files": 161,
     "lines of nmlightning, Python and C++": 33_349,
-    "lines of tests": 30_596,
+    "lines of tests": 30_602,
     "files a config meets before Trainer.fit": 22,
 }
 
