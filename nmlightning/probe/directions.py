@@ -241,9 +241,8 @@ class LayerDirections:
         return tensor in self.cosines and not self.angle(tensor, bits) <= self.bound(tensor, bits)
 
     def describe(self, tensor: str, bits: int) -> str:
-        """Return `0.6°`, `12°`, `!42°` beyond the bound, or `NaN`."""
-        angle = self.angle(tensor, bits)
-        lost = "!" if self.loses(tensor, bits) else ""
+        """Return `0.6°`, `12°`, `!42°` beyond the bound, or `!NaN`."""
+        angle, lost = self.angle(tensor, bits), "!" * self.loses(tensor, bits)
         return "!NaN" if math.isnan(angle) else f"{lost}{angle:.{int(angle < 9.95)}f}°"
 
     def as_plain(self) -> dict[str, Any]:

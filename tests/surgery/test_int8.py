@@ -148,8 +148,8 @@ def test_norms_of_ours_stay_and_are_quantised(first: str) -> None:
 
 
 @pytest.mark.parametrize("first", ["weight norm", "int8"])
-@pytest.mark.parametrize("undone", ["weight norm", "int8"])
-def test_normalised_weights_compute_in_int8(first: str, undone: str) -> None:
+@pytest.mark.parametrize("removed", ["weight norm", "int8"])
+def test_normalised_weights_compute_in_int8(first: str, removed: str) -> None:
     torch.manual_seed(0)
     net, x = small(), images()
     apply_weight_norm(net) if first == "weight norm" else swap_int8(net)
@@ -159,9 +159,9 @@ def test_normalised_weights_compute_in_int8(first: str, undone: str) -> None:
     assert net[0].num_ranges_tracked == 1
     assert net[0].parametrizations.weight.original.grad.abs().sum() > 0
     torch.testing.assert_close(copy.deepcopy(net)(x), copy.deepcopy(net)(x))
-    remove_weight_norm(net) if undone == "weight norm" else remove_int8(net)
-    assert isinstance(net[0], Int8Conv2d) == (undone == "weight norm")
-    remove_int8(net) if undone == "weight norm" else remove_weight_norm(net)
+    remove_weight_norm(net) if removed == "weight norm" else remove_int8(net)
+    assert isinstance(net[0], Int8Conv2d) == (removed == "weight norm")
+    remove_int8(net) if removed == "weight norm" else remove_weight_norm(net)
     assert [type(m) for m in net] == [type(m) for m in small()]
 
 
