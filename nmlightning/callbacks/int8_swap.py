@@ -147,7 +147,10 @@ class Int8Swap(ModelChange):
         report = swap_int8(module, **self.settings, dry_run=True)
         if report.swapped:
             changed = report.swapped[0]
+            way_out = "something replaced it after the swap; let that run before Int8Swap."
+            if "(" in changed.after:  # other options
+                way_out = "give each layer to one Int8Swap, by include and exclude."
             raise InputError(
                 f"Int8Swap made {changed.name} {changed.after}, but it is {changed.before}: "
-                "something replaced it after the swap; let that run before Int8Swap."
+                f"{way_out}"
             )

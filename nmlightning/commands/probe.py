@@ -5,6 +5,7 @@ import json
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nmlightning.commands import files
 from nmlightning.commands.argument_parser import ArgumentParser, print_line, print_words
@@ -27,20 +28,23 @@ def run(arguments: list[str]) -> int:
     from nmlightning.commands.probe_run import run_batches
 
     ranges, directions = run_batches(words[1:], paths, given.batches, given.bits)
-    show(ranges.table())
-    print_words(ranges.describe())
+    if isinstance(ranges, InputError):
+        print_words(str(ranges))
+        norms: dict[str, Any] = {"batches": directions.batches, "layers": []}
+    else:
+        show(ranges.table())
+        print_words(ranges.describe())
+        norms = ranges.as_plain()
     if directions.layers:
         print()
         show(directions.table())
         print_words(directions.describe())
-    files.write_file("--picture", given.picture, report.draw_ranges(ranges.layers, *_bands(ranges)))
-    print_line("picture", given.picture)
+    if not isinstance(ranges, InputError):
+        picture = report.draw_ranges(ranges.layers, *_bands(ranges))
+        files.write_file("--picture", given.picture, picture)
+        print_line("picture", given.picture)
     if given.json:
-        content = {
-            "generator": "nm probe",
-            **ranges.as_plain(),
-            "int8": directions.as_plain(),
-        }
+        content = {"generator": "nm probe", **norms, "int8": directions.as_plain()}
         files.write_file(
             "--json", given.json, json.dumps(content, indent=1, allow_nan=False) + "\n"
         )

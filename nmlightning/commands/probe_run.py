@@ -22,8 +22,11 @@ from nmlightning.probe.report import NormRanges
 
 def run_batches(
     options: list[str], paths: RunPaths, batches: int, bits: Sequence[int]
-) -> tuple[NormRanges, Directions]:
-    """Run training batches through the experiment that `options` of `nm fit` describe."""
+) -> tuple[NormRanges | InputError, Directions]:
+    """Run training batches through the experiment that `options` of `nm fit` describe.
+
+    Of a network without norms the first is the reason why nothing is known of these.
+    """
     with filter_logs(), torch.compiler.set_stance("force_eager"):
         stored = checkpoint_hparams(paths.checkpoint) if paths.checkpoint else []
         watcher = _Watcher(batches, bits, paths.checkpoint)
@@ -34,9 +37,16 @@ def run_batches(
             if is_ctrl_c(stop):
                 raise KeyboardInterrupt from None
             raise
-    if watcher.found is None:
+    if watcher.watches is None:
         raise InputError("No batch was run: the training data are empty.")
-    return watcher.found
+    norms, layers = watcher.watches
+    directions = layers.directions()
+    try:
+        return norms.ranges(), directions
+    except InputError as error:
+        if not directions.layers:
+            raise
+        return error, directions
 
 
 class _ProbeCLI(TrainingCLI):
@@ -86,8 +96,7 @@ class _Watcher(pl.Callback):
         self.batches = batches
         self.bits = bits
         self.checkpoint = checkpoint
-        self.found: tuple[NormRanges, Directions] | None = None
-        self._watches: tuple[NormWatch, DirectionWatch] | None = None
+        self.watches: tuple[NormWatch, DirectionWatch] | None = None
         self._watching = ExitStack()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -98,20 +107,17 @@ class _Watcher(pl.Callback):
             trainer.strategy.load_model_state_dict(checkpoint, strict=pl_module.strict_loading)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._watches = NormWatch(pl_module), DirectionWatch(pl_module, self.bits)
-        for watch in self._watches:
+        self.watches = NormWatch(pl_module), DirectionWatch(pl_module, self.bits)
+        for watch in self.watches:
             self._watching.enter_context(watch)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert self._watches is not None, "training has started"
-        norms, layers = self._watches
-        norms.end_batch()
-        layers.end_batch()
+        for watch in self.watches or ():
+            watch.end_batch()
         if batch_idx + 1 >= min(self.batches, trainer.num_training_batches):
             self._watching.close()
-            self.found = norms.ranges(), layers.directions()
             raise _EnoughError
 
     def on_before_optimizer_step(

@@ -62,15 +62,17 @@ def _is_fast_in_torch(grad: Tensor, x: Tensor) -> bool:
 
 
 def differentiable(
-    plain: Callable[..., Any] | None = None, places: tuple[int, int, int] = (0, 1, 2)
+    plain: Callable[..., Any] | None = None,
+    places: tuple[int, int, int] = (0, 1, 2),
+    what: str = "norm",
 ) -> Callable[[Backward], Backward]:
     """Let the backward of an autograd function be differentiated, and mapped by `torch.func`.
 
     By the function `plain`, with x, the weight and the bias in `places` of the arguments, where its
     forward put the other arguments into `ctx.plain`. Elsewhere a second derivative is a
-    RuntimeError. Torch's own `once_differentiable` leaves the gradients unconnected to what they
-    depend on. So `torch.autograd.grad(loss + penalty(gradient), x)` would leave the penalty out,
-    unnoticed.
+    RuntimeError that names `what` it is of. Torch's own `once_differentiable` leaves the gradients
+    unconnected to what they depend on. So `torch.autograd.grad(loss + penalty(gradient), x)` would
+    leave the penalty out, unnoticed.
     """
 
     def decorate(backward: Backward) -> Backward:
@@ -86,7 +88,9 @@ def differentiable(
             with torch.no_grad():
                 results = backward(ctx, *grads)
             sources = [*ctx.saved_tensors, *grads]
-            return tuple(r if r is None else DifferentiatedOnce.apply(r, *sources) for r in results)
+            return tuple(
+                r if r is None else DifferentiatedOnce.apply(r, what, *sources) for r in results
+            )
 
         return backward_again
 
@@ -97,14 +101,16 @@ class DifferentiatedOnce(torch.autograd.Function):
     """The identity of its first argument; its backward is an error."""
 
     @staticmethod
-    def forward(ctx: Any, result: Tensor, *sources: Tensor | None) -> Tensor:
+    def forward(ctx: Any, result: Tensor, what: str, *sources: Tensor | None) -> Tensor:
+        ctx.what = what
         return result.view_as(result)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
         raise RuntimeError(
-            "This norm can be differentiated once, and a second derivative was asked for: a fused "
-            "norm has it under norm_backend('formula'), ranks and the mean in pure half have none."
+            f"This {ctx.what} can be differentiated once, and a second derivative was asked for: a "
+            "fused norm has it under norm_backend('formula'), int8, ranks and the mean in pure "
+            "half have none."
         )
 
 

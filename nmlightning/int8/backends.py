@@ -247,13 +247,14 @@ def _by_formula(
     operation: Operation, q: Tensor, grid: Grid, weight: Tensor, scale: Tensor, bias: Tensor | None
 ) -> Tensor:
     wide = grid.scale.dtype
-    return _scaled(operation.product(centre(q, grid, wide), weight.to(wide)), grid, scale, bias)
+    return scale_sums(operation.product(centre(q, grid, wide), weight.to(wide)), grid, scale, bias)
 
 
-def _scaled(sums: Tensor, grid: Grid, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the sums times both scales, one by one since their product may leave float32."""
+def scale_sums(sums: Tensor, grid: Grid, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return the sums times the smaller of both scales, then the other, so as to stay finite."""
     shape = (-1, *[1] * (sums.dim() - 2))
-    y = sums.mul_(grid.scale).mul_(scale.view(shape))
+    scales = grid.scale, scale.view(shape)
+    y = sums.mul_(torch.minimum(*scales)).mul_(torch.maximum(*scales))
     return y if bias is None else y.add_(bias.to(y.dtype).view(shape))
 
 
@@ -322,4 +323,4 @@ def _by_int_mm(
         totals = flat.sum(1, dtype=torch.int32)
     offset = zero.to(torch.int32) * totals
     y = (sums - offset).to(grid.scale.dtype).view(*places.shape[:dims], -1).movedim(-1, 1)
-    return _scaled(y, grid, scale, bias)
+    return scale_sums(y, grid, scale, bias)

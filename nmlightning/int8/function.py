@@ -93,7 +93,7 @@ class Int8Function(torch.autograd.Function):
         return y
 
     @staticmethod
-    @differentiable()
+    @differentiable(what="layer in int8")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients by x, the weight and the bias."""
         settings: Settings = ctx.settings
@@ -130,7 +130,7 @@ def _input_gradient(ctx: Any, saved: Sequence[Tensor], grad: Tensor) -> tuple[Te
     if adjoint is None:
         steps = centre(q_grad, grid, scale.dtype)
         found = operation.input_gradient(steps, weight.to(scale.dtype), q)
-        found = found.mul_(grid.scale).mul_(largest)
+        found = backends.scale_sums(found, grid, largest)
     else:
         spread = operation.spread(q_grad, size, grid.zero_point)
         found = backends.multiply(backend, adjoint[0], spread, grid, adjoint[1], largest, None)

@@ -22,6 +22,7 @@ from nmlightning.int8.ranges import (
     NOTE,
     QUANTIZER,
     input_grid,
+    options_of,
     ranks_to_share_with,
     register_range,
     remove_range,
@@ -67,6 +68,7 @@ def quantize_norm(
         return
     register_range(norm)
     setattr(norm, QUANTIZER, quantizer)
+    norm.extra_repr = partial(_extra_repr, norm)  # type: ignore[method-assign]
     note_by: Any = norm.register_state_dict_post_hook
     quantizer.handles = (
         norm.register_forward_pre_hook(quantizer.before, with_kwargs=True),
@@ -83,11 +85,18 @@ def restore_norm(norm: nn.Module) -> None:
         handle.remove()
     remove_range(norm)
     delattr(norm, QUANTIZER)
+    del norm.extra_repr
 
 
 def quantizer_of(norm: nn.Module) -> "NormQuantizer | None":
     """Return the hooks of a norm that is quantised, None of any other module."""
     return vars(norm).get(QUANTIZER)
+
+
+def _extra_repr(norm: nn.Module) -> str:
+    options = {name: x for name, x in options_of(norm).items() if name != "swapped_to"}
+    quantised = f"quantised({', '.join(f'{name}={x!r}' for name, x in options.items())})"
+    return ", ".join(filter(None, [type(norm).extra_repr(norm), quantised]))
 
 
 class NormQuantizer:
@@ -149,7 +158,9 @@ def _quantize_gradient(
         grid = make_grid(*extreme(grad, group), bits)
         rounded = dequantize(quantize(grad, grid, rounding, stream=this_rank()), grid)
         rounded = rounded.to(grad.dtype)
-    return DifferentiatedOnce.apply(rounded, grad) if grad.requires_grad else rounded
+    if grad.requires_grad:
+        rounded = DifferentiatedOnce.apply(rounded, "quantised norm", grad)
+    return rounded
 
 
 class _QuantizedInput(torch.autograd.Function):

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from nmlightning.errors import InputError
+from nmlightning.functional.reductions import is_transformed
 from nmlightning.kernels.dispatch import quantizing_kernels
 
 Rounding = Literal["nearest", "stochastic"]
@@ -71,19 +72,26 @@ def sample_mean(x: Tensor, group: ProcessGroup | None = None) -> tuple[Tensor, T
 
     Over all ranks of a group; 0 of no samples. It leaves out about 2e-4 of Gaussian values.
     """
-    sums = _ends(x, True).sum(1) if x.numel() else x.new_zeros(2, dtype=wide_dtype(x))
+    ends = _ends(x, True) if x.numel() else x.new_zeros(2, 0, dtype=wide_dtype(x))
+    # Float32 might not hold the sum; MPS has no float64.
+    sums = ends.sum(1, dtype=ends.dtype if x.device.type == "mps" else torch.float64)
     count: Tensor | int = max(len(x), 1)
     if group is not None:
         own = sums.new_tensor([float(len(x) if x.numel() else 0)])
         totals = torch.cat([sums, own])
         dist.all_reduce(totals, group=group)
         sums, count = totals[:2], totals[2:].clamp(min=1)
-    low, high = sums / count
+    low, high = (sums / count).to(ends.dtype)
     return low, high
 
 
 def _ends(x: Tensor, each: bool = False) -> Tensor:
     """Return the smallest and the largest value of x, (2,), or of each x[i], (2, N); wide."""
+    if is_transformed(x) and not torch._C._is_tracing():
+        raise InputError(
+            "What computes in int8 is not for torch.func (vmap, grad, jvp), forward mode or "
+            "is_grads_batched: loop over the samples or gradients, or call remove_int8 first."
+        )
     if kernels := quantizing_kernels(x):
         found: Tensor | None = kernels.ends(x, each)
         if found is not None:

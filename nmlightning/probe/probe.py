@@ -94,12 +94,6 @@ class NormWatch:
                 self.left_out[found.name] = f"{found.type_name} {reason}"
             elif id(found.module) not in self._layers:
                 self._layers[id(found.module)] = _WatchedLayer(found.name, found.module)
-        if not self._layers:
-            others = "; ".join(dict.fromkeys(self.left_out.values()))
-            raise InputError(
-                f"There is no batch or layer norm to measure in {type(model).__name__}"
-                f"{others and f': {others}'}."
-            )
         self._hooks = ExitStack()
         self._batches = 0
 
@@ -121,6 +115,12 @@ class NormWatch:
 
     def ranges(self) -> NormRanges:
         """Return what was measured in the batches so far; InputError if that is nothing."""
+        if not self._layers:
+            others = "; ".join(dict.fromkeys(self.left_out.values()))
+            raise InputError(
+                f"There is no batch or layer norm to measure in {type(self._model).__name__}"
+                f"{others and f': {others}'}."
+            )
         seen = [layer for layer in self._layers.values() if layer.scales]
         if not self._batches:
             raise InputError("No batch was run: the data are empty.")

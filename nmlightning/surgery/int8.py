@@ -114,7 +114,10 @@ def swap_int8(
         report = swap_norms(model, norms, _norm_options(norms), include=names, dry_run=dry_run)
         taken = {swap.name: swap.after for swap in report.swapped}
     due = [x for x in chosen if x.name in taken or not x.is_so(options)]
-    after = {x.name: _title_to_be(x, taken) for x in due}
+    swapped = tuple(
+        Swap(x.name, *_with_changes(x.module, before[x.name], _title_to_be(x, taken), options))
+        for x in due
+    )
     if not dry_run:
         for x in chosen:
             if x.is_norm:
@@ -125,7 +128,6 @@ def swap_int8(
         guard_encoders(model.modules())
         keep_in_checkpoints(model)
         watch_loading()
-    swapped = tuple(Swap(x.name, before[x.name], after[x.name]) for x in due)
     left = tuple(Swap(x.name, before[x.name], "", x.reason) for x in picked if x.reason)
     return SwapReport(swapped, left, dry_run)
 
@@ -206,6 +208,16 @@ def _title_to_be(x: Candidate, norms: Mapping[str, str]) -> str:
     own = class_of(x.module)
     name = INT8_CLASSES.get(own, own).__name__
     return f"quantised {norms.get(x.name, name)}" if x.is_norm else name
+
+
+def _with_changes(
+    module: nn.Module, before: str, after: str, options: Mapping[str, Any]
+) -> tuple[str, str]:
+    """Return both titles, each with its own of the options that will change."""
+    now = options_of(module)
+    names = [k for k in now if k not in ("sync", "swapped_to") and options.get(k, now[k]) != now[k]]
+    old, new = (", ".join(f"{name}={x[name]!r}" for name in names) for x in (now, options))
+    return (f"{before}({old})", f"{after}({new})") if names else (before, after)
 
 
 def _become_int8(module: nn.Module, options: Mapping[str, Any]) -> None:

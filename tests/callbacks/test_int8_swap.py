@@ -183,6 +183,9 @@ def test_what_does_not_compute_in_int8_is_said() -> None:
     with pytest.raises(InputError, match=r"Int8Swap made net.0 Int8Conv2d, but it is Conv2d: so"):
         fit(module, Replaces())
     assert torch.equal(module.net[3].weight, before), "no step was taken with it"
+    message = r"made net.0 Int8Conv2d\(bits=8\), but it is Int8Conv2d\(bits=4\): give each layer"
+    with pytest.raises(InputError, match=message):
+        fit(make(PlModule), Int8Swap(), Int8Swap(bits=4))
     with pytest.warns(UserWarning, match=r"nothing called net.7 in the first batch"):
         fit(make(ReadsAWeight), Int8Swap(), limit_val_batches=0)
 

@@ -114,7 +114,6 @@ BAD_INPUT = {
     "quickstart --model.net.depth 7": "CifarResNet depth 7 is not 6n",
     "quickstart --picture notes.txt": "--picture: notes.txt is no picture of nm probe; give",
     "quickstart --json notes.txt": "--json: notes.txt is no answer of nm probe; give another name.",
-    "bare.yaml": "There is no batch or layer norm to measure in ImageClassifier",
 }
 
 
@@ -130,20 +129,20 @@ def test_probe_prints_whole_names_on_a_narrow_terminal(
 def test_probe_reports_bad_input_in_one_line(words: str, message: str, nm: Nm) -> None:
     Path("notes.txt").write_text("mine")
     Path("lonely.ckpt").touch()
-    Path("bare.yaml").write_text(BARE)
     code, out, err = nm(*shlex.split(words))
     assert (code, out) == (2, [])
     (line,) = [line for line in err if line != UNTRAINED]
     assert re.fullmatch(f"nm: {message}.*", line)
-    assert len(list(Path().iterdir())) == 3
+    assert len(list(Path().iterdir())) == 2
 
 
-BARE = """
-model:
-  class_path: ImageClassifier
-  init_args:
-    net: {class_path: torch.nn.Linear, init_args: {in_features: 4, out_features: 10}}
-    optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1}}
-data: Digits
-trainer: {accelerator: cpu}
-"""
+def test_probe_without_norms_that_have_a_scale_measures_the_layers(nm: Nm) -> None:
+    swap = "[{class_path: NormSwap, init_args: {norm: mean}}]"
+    answer = nm("quickstart", *SMALL, "--trainer.callbacks", swap, "--json", "n.json")
+    assert answer.out[0] == (
+        "There is no batch or layer norm to measure in ImageClassifier: MeanOnlyBatchNorm2d has no "
+        "scale."
+    )
+    assert "The fewest bits that keep all" in text(answer.out)
+    assert numbers()["int8"]["layers"]
+    assert not Path("norm_ranges.svg").exists()

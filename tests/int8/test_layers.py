@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nmlightning.errors import InputError
-from nmlightning.int8 import Int8Conv1d, Int8Conv2d, Int8Conv3d, Int8Linear, describe_backends
+from nmlightning.int8 import (
+    Int8Conv1d,
+    Int8Conv2d,
+    Int8Conv3d,
+    Int8Linear,
+    describe_backends,
+    quantize_norm,
+)
 from nmlightning.int8.backends import cpu_reason
 from nmlightning.int8.layers import INT8_CLASSES
 from nmlightning.int8.quantizer import (
@@ -362,11 +369,37 @@ def test_another_default_dtype_changes_neither_backends_nor_ranges() -> None:
     assert layer.running_min.dtype == torch.float32
 
 
-def test_second_derivatives_are_refused() -> None:
-    layer, x = Int8Linear(4, 6), input_of((4,))
+def quantised() -> nn.Module:
+    norm = nn.BatchNorm1d(4)
+    quantize_norm(norm)
+    return norm
+
+
+@pytest.mark.parametrize("make", [lambda: Int8Linear(4, 6), quantised])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # which forward mode does
+def test_second_derivatives_and_transforms_are_refused(make: Any) -> None:
+    layer, x = make(), input_of((4,))
     (grad,) = torch.autograd.grad(layer(x).pow(2).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="can be differentiated once"):
+    what = "quantised norm" if isinstance(layer, nn.BatchNorm1d) else "layer in int8"
+    with pytest.raises(RuntimeError, match=f"This {what} can be differentiated once"):
         grad.sum().backward()
+    y = layer(x)
+    for call in (
+        lambda: torch.func.vmap(layer)(torch.randn(2, 3, 4)),
+        lambda: torch.func.jvp(layer, (x,), (x,)),
+        lambda: torch.autograd.grad(y, x, torch.ones(2, *y.shape), is_grads_batched=True),
+    ):
+        with pytest.raises(InputError, match="int8 is not for torch"):
+            call()
+
+
+@pytest.mark.parametrize("make", [lambda: Int8Linear(4, 6), quantised])
+def test_large_inputs_stay_finite(make: Any) -> None:
+    """The sum of the samples' ranges is above the largest float32, 3.4e38."""
+    layer, x = make(), 1e37 * torch.randn(200, 4).clamp(-3, 3).requires_grad_()
+    layer(x).sum().backward() if isinstance(layer, Int8Linear) else layer.eval()(x)
+    assert all(layer.train(mode)(x).isfinite().all() for mode in (True, False))
+    assert 1e36 < layer.running_max < 1e38
 
 
 def test_a_seed_makes_gradients_the_same() -> None:

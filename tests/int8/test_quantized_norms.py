@@ -45,7 +45,11 @@ def test_a_norm_is_restored_and_copied() -> None:
     norm = nmlightning.L1BatchNorm2d(4)
     before = norm.state_dict().keys()
     for _ in range(2):
-        quantize_norm(norm)
+        quantize_norm(norm, gradient_bits=4)
+        assert repr(norm).endswith(
+            "constant='exact', quantised(bits=8, gradient_bits=4, rounding='stochastic', "
+            "momentum=0.1, sync=False))"
+        )
         assert norm.state_dict().keys() - before == {
             "running_min", "running_max", "num_ranges_tracked",
         }  # fmt: skip
@@ -54,6 +58,7 @@ def test_a_norm_is_restored_and_copied() -> None:
         copied(x)
         assert copied.num_ranges_tracked == 1
         restore_norm(copied)
+        assert "quantised" not in repr(copied)
         assert copied.state_dict().keys() == before
         torch.testing.assert_close(copied(x), nmlightning.L1BatchNorm2d(4)(x))
     with pytest.raises(InputError, match="L1BatchNorm2d is not quantised"):

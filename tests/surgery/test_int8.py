@@ -186,8 +186,8 @@ def test_second_call_sets_options_and_keeps_ranges() -> None:
     kept = {k: v.clone() for k, v in net.state_dict().items() if "running" in k or "tracked" in k}
     report = swap_int8(net, gradient_bits=2, include=["0", "1"])
     assert [(x.name, x.before, x.after) for x in report.swapped] == [
-        ("0", "Int8Conv2d", "Int8Conv2d"),
-        ("1", "quantised RangeBatchNorm2d", "quantised RangeBatchNorm2d"),
+        ("0", "Int8Conv2d(gradient_bits=4)", "Int8Conv2d(gradient_bits=2)"),
+        ("1", *(f"quantised RangeBatchNorm2d(gradient_bits={bits})" for bits in (4, 2))),
     ]
     assert [note["gradient_bits"] for note in describe_int8(net).values()] == [2, 2, 4, 4, 4]
     assert all(torch.equal(net.state_dict()[k], v) for k, v in kept.items())
