@@ -1,24 +1,21 @@
 """Int8Swap: train a model that exists already in 8 bits or fewer."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 
-from nmlightning import compat
-from nmlightning.callbacks.norm_swap import BackendNote, ModelChange
+from nmlightning.callbacks.norm_swap import BackendNote, LayerChange
 from nmlightning.errors import InputError, check_lists
 from nmlightning.int8.layers import Int8Layer, WeightGradient, WeightRange
 from nmlightning.int8.quantizer import Rounding
 from nmlightning.int8.ranges import options_of
 from nmlightning.name_patterns import some
-from nmlightning.surgery.fuse.fuse import unfused
 from nmlightning.surgery.int8 import check_settings, swap_int8
 
 
-class Int8Swap(ModelChange):
+class Int8Swap(LayerChange):
     """Lets the LightningModule compute in 8 bits or fewer, from when the Trainer sets it up.
 
     It works with every LightningModule, also beside `NormSwap`, whose batch norms are then
@@ -82,13 +79,6 @@ class Int8Swap(ModelChange):
         check_settings(options, norms)
         chosen = {"include": list(include), "exclude": list(exclude), "norms": norms}
         self.settings = {**options, **chosen}
-        self._is_first = self._unchecked = False
-        self._note: BackendNote | None = None
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Change the module, as the base does, and let `sync_batchnorm` keep its norms."""
-        compat.keep_through_sync(trainer, unfused)
-        super().setup(trainer, pl_module, stage)
 
     def change(self, module: nn.Module) -> bool:
         """Let layers of `module` compute in int8, and return whether that did anything."""
@@ -101,49 +91,18 @@ class Int8Swap(ModelChange):
         """Return whether any layer or norm is not so yet."""
         return bool(swap_int8(module, **self.settings, dry_run=True).swapped)
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check that nothing replaced a layer, and share ranges among ranks if that is asked."""
-        compat.synchronise_norms(trainer, pl_module)
-        self._check_all(pl_module)
-        self._is_first = True
+    def describe_note(self, note: BackendNote, trainer: pl.Trainer, module: nn.Module) -> list[str]:
+        """Return that, and warn of layers that do not compute."""
+        modules = module.named_modules()
+        idle = [n for n, x in modules if options_of(x) and not x.num_ranges_tracked]
+        if idle:
+            rank_zero_warn(
+                f"Int8Swap: nothing called {some(idle, 3)} in the first batch: what reads its "
+                "weight instead computes in floating point."
+            )
+        return note.describe()
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Have the layers checked once more when this epoch's first forward is over."""
-        self._unchecked = True
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Have what computes the layers noted in the first batch."""
-        if self._is_first:
-            layers = {n: x for n, x in pl_module.named_modules() if isinstance(x, Int8Layer)}
-            self._note = BackendNote(pl_module, layers)
-            self._is_first = False
-
-    def on_before_backward(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
-    ) -> None:
-        """Log what computes the layers, and check that all do, before a step is taken."""
-        if self._unchecked:
-            self._unchecked = False
-            self._check_all(pl_module)
-        if self._note is not None:
-            for line in self._note.describe():
-                rank_zero_info(f"Int8Swap: {line}")
-            self._note = None
-            modules = pl_module.named_modules()
-            idle = [n for n, x in modules if options_of(x) and not x.num_ranges_tracked]
-            if idle:
-                rank_zero_warn(
-                    f"Int8Swap: nothing called {some(idle, 3)} in the first batch: what reads its "
-                    "weight instead computes in floating point."
-                )
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check for what happened since the first step."""
-        self._check_all(pl_module)
-
-    def _check_all(self, module: nn.Module) -> None:
+    def find_changed(self, module: nn.Module) -> Mapping[str, nn.Module]:
         report = swap_int8(module, **self.settings, dry_run=True)
         if report.swapped:
             changed = report.swapped[0]
@@ -154,3 +113,4 @@ class Int8Swap(ModelChange):
                 f"Int8Swap made {changed.name} {changed.after}, but it is {changed.before}: "
                 f"{way_out}"
             )
+        return {n: x for n, x in module.named_modules() if isinstance(x, Int8Layer)}

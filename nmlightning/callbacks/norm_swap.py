@@ -118,7 +118,65 @@ def warn_of_forgotten(
         )
 
 
-class NormSwap(ModelChange):
+class LayerChange(ModelChange):
+    """Changes layers, checks in training that they stay, and logs once what computes them.
+
+    `Trainer(sync_batchnorm=True)` lets the norms among them share their statistics.
+    """
+
+    _unchecked = False
+    _unnoted: Mapping[str, nn.Module] = {}  # by name
+    _note: "BackendNote | None" = None
+
+    @abstractmethod
+    def find_changed(self, module: nn.Module) -> Mapping[str, nn.Module]:
+        """Return the changed layers by name, or raise InputError if one was replaced."""
+
+    def describe_note(
+        self, note: "BackendNote", trainer: pl.Trainer, module: nn.Module
+    ) -> list[str]:
+        """Return what to log of the first batch."""
+        return note.describe()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Change the module, as the base does, and let `sync_batchnorm` keep its norms."""
+        compat.keep_through_sync(trainer, unfused)
+        super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check that nothing replaced a layer, and share statistics if that is asked."""
+        compat.synchronise_norms(trainer, pl_module)
+        self._unnoted = self.find_changed(pl_module)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Have the layers checked once more when this epoch's first forward is over."""
+        self._unchecked = True
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Have what computes the layers noted in the first batch."""
+        if self._unnoted:
+            self._note, self._unnoted = BackendNote(pl_module, self._unnoted), {}
+
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
+        """Check, before a step is taken, that no other hook replaced a layer, and log the note."""
+        if self._unchecked:
+            self._unchecked = False
+            self.find_changed(pl_module)
+        if self._note is not None:
+            note, self._note = self._note, None
+            for line in self.describe_note(note, trainer, pl_module):
+                rank_zero_info(f"{type(self).__name__}: {line}")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check for what happened since the first step."""
+        self.find_changed(pl_module)
+
+
+class NormSwap(LayerChange):
     """Swaps the norm layers of the LightningModule when the Trainer sets it up.
 
     It works with `pytorch_lightning` and `lightning.pytorch`, with nets built in `__init__` or in
@@ -175,66 +233,36 @@ class NormSwap(ModelChange):
             **({"types": registry.check_types(types)} if types else {}),
         }
         self._made: dict[str, str] = {}  # the classes of our norms by name, after the last swap
-        self._unchecked = False
-        self._unnoted: Mapping[str, nn.Module] = {}
-        self._note: BackendNote | None = None
         self.backends: list[str] = []  # which have computed the norms, here or before a resume
         self.builds_kernels = False  # in the background, if the CPU's are missed
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Swap, and let `sync_batchnorm` keep what it gets."""
-        compat.keep_through_sync(trainer, unfused)
-        super().setup(trainer, pl_module, stage)
-
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that nothing replaced a swapped layer, and that an optimizer trains it."""
-        compat.synchronise_norms(trainer, pl_module)
         swaps = [c for c in trainer.callbacks if isinstance(c, NormSwap)]  # type: ignore[attr-defined]
         if self is not swaps[-1]:  # which knows what all made
             self._made = {}
-        self._unnoted = self._find_swapped(pl_module)
+        super().on_fit_start(trainer, pl_module)
         warn_of_forgotten("swapped norms", trainer.optimizers, self._unnoted)
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Have the layers checked once more when this epoch's first forward is over."""
-        self._unchecked = True
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Log the backends of the swapped norms in the first batch."""
-        if self._unnoted:
-            self._note = BackendNote(pl_module, self._unnoted)
-            self._unnoted = {}
-
-    def on_before_backward(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
-    ) -> None:
-        """Check, before a step is taken with it, that no other hook replaced a swapped layer."""
-        if self._unchecked:
-            self._unchecked = False
-            self._find_swapped(pl_module)
-        if self._note is not None:
-            lines, backends = self._note.describe(), sorted(self._note.backends)
-            if self.builds_kernels and any(NOT_BUILT in line for line in lines):
-                reason = start_build(cache_folder()) if trainer.is_global_zero else BEING_BUILT
-                lines = [line.replace(NOT_BUILT, reason) for line in lines]
-            if self.backends not in ([], backends):
-                then, now = (" and ".join(names) for names in (self.backends, backends))
-                lines.append(f"{now} resumes a run by {then}: equal to rounding, not bit for bit")
-            for line in lines:
-                rank_zero_info(f"NormSwap: {line}")
-            self._note, self.backends = None, backends
+    def describe_note(
+        self, note: "BackendNote", trainer: pl.Trainer, module: nn.Module
+    ) -> list[str]:
+        """Return that, whether the kernels are built now, and whether a resume differs."""
+        lines, backends = note.describe(), sorted(note.backends)
+        if self.builds_kernels and any(NOT_BUILT in line for line in lines):
+            reason = start_build(cache_folder()) if trainer.is_global_zero else BEING_BUILT
+            lines = [line.replace(NOT_BUILT, reason) for line in lines]
+        if self.backends not in ([], backends):
+            then, now = (" and ".join(names) for names in (self.backends, backends))
+            lines.append(f"{now} resumes a run by {then}: equal to rounding, not bit for bit")
+        self.backends = backends
+        return lines
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "backends": self.backends}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.backends = state_dict.get("backends", [])
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check for what happened since the first step."""
-        self._find_swapped(pl_module)
 
     def would_change(self, module: nn.Module) -> bool:
         """Return whether norms would be swapped or fused."""
@@ -255,8 +283,7 @@ class NormSwap(ModelChange):
             rank_zero_info(f"NormSwap: {report.describe()}")
         return changed
 
-    def _find_swapped(self, module: nn.Module) -> dict[str, nn.Module]:
-        """Return the layers that were swapped, by name, or raise InputError if one was replaced."""
+    def find_changed(self, module: nn.Module) -> Mapping[str, nn.Module]:
         layers = {layer.name: layer for layer in find_norm_layers(module)}
         for name, expected in self._made.items():
             if name not in layers or layers[name].type_name != expected:
