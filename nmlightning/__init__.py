@@ -66,7 +66,10 @@ if TYPE_CHECKING:
     from nmlightning.norms import TopKBatchNorm2d as TopKBatchNorm2d
     from nmlightning.norms import TopKBatchNorm3d as TopKBatchNorm3d
     from nmlightning.norms import gaussian_constant as gaussian_constant
+    from nmlightning.optim import CautiousDecay as CautiousDecay
+    from nmlightning.optim import CorrectedDecay as CorrectedDecay
     from nmlightning.optim import DecayEquivalentLR as DecayEquivalentLR
+    from nmlightning.optim import DecaySchedule as DecaySchedule
     from nmlightning.optim import Hyperball as Hyperball
     from nmlightning.optim import LRCorrection as LRCorrection
     from nmlightning.optim import NormSchedule as NormSchedule

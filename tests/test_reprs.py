@@ -27,7 +27,7 @@ SETTINGS: list[tuple[Any, str]] = [
     ),
     (
         nm.WeightNormTracker(steering=optim.Hyperball()),
-        "WeightNormTracker(every='epoch', steering=Hyperball())",
+        "WeightNormTracker(every='epoch', steering=Hyperball(granularity='auto'))",
     ),
     (nm.RadialProjection(delta=0.2), "RadialProjection(delta=0.2)"),
     (

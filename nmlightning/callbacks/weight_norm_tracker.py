@@ -145,6 +145,12 @@ class RunRecording:
             self.recorder.forget()
 
 
+def _stable_text(setting: object) -> str:
+    """Return it as text, without the address of a function."""
+    named = setting if hasattr(setting, "__qualname__") else type(setting)
+    return named.__qualname__ if callable(setting) else str(setting)
+
+
 class WeightNormTracker(CallbackBase):
     """Records the norm of every output channel of all convolutions and linear layers.
 
@@ -159,10 +165,9 @@ class WeightNormTracker(CallbackBase):
 
     Args:
         every: record at the start and the end of each "epoch", or at every N-th optimizer step too.
-        steering: a rule that changes the optimizer's steps: `LRCorrection`, `NormSchedule`,
-            `DecayEquivalentLR`, `Hyperball` or `RadialProjection`; None only records. A reference
-            may be the folder of an experiment, `runs/wd_on`: then it is the latest run with this
-            run's seed, a finished one if there is any.
+        steering: a rule that changes the optimizer's steps, such as `LRCorrection` or `Hyperball`;
+            None only records. A reference may be the folder of an experiment, `runs/wd_on`: then it
+            is the latest run with this run's seed, a finished one if there is any.
         include: glob patterns on weight names to record, such as `net.layer1.*`, also those of an
             embedding or an LSTM; empty means those above. A rule without an include of its own
             steers none of the others.
@@ -243,7 +248,7 @@ class WeightNormTracker(CallbackBase):
         if self.log_norms is not None:
             chosen["log_norms"] = self.log_norms
         if (rule := self.steering) is not None:
-            chosen[type(rule).__name__] = {k: str(v) for k, v in vars(rule).items()}
+            chosen[type(rule).__name__] = {k: _stable_text(v) for k, v in vars(rule).items()}
         return super().state_key if chosen == usual else self._generate_state_key(**chosen)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -1,5 +1,8 @@
 """Rules on optimizer steps, parameter groups and schedules."""
 
+from nmlightning.optim.decay import CautiousDecay as CautiousDecay
+from nmlightning.optim.decay import CorrectedDecay as CorrectedDecay
+from nmlightning.optim.decay import DecaySchedule as DecaySchedule
 from nmlightning.optim.decay_equivalent_lr import DecayEquivalentLR as DecayEquivalentLR
 from nmlightning.optim.hyperball import Hyperball as Hyperball
 from nmlightning.optim.lr_correction import LRCorrection as LRCorrection

@@ -8,8 +8,15 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from nmlightning.errors import InputError, is_number
-from nmlightning.optim.parameters import OptimizedWeight, State, maybe_any, project, scale_step
+from nmlightning.errors import InputError
+from nmlightning.optim.parameters import (
+    OptimizedWeight,
+    State,
+    check_weight_decay,
+    maybe_any,
+    project,
+    scale_step,
+)
 from nmlightning.optim.step_hooks import StepRule
 
 
@@ -73,8 +80,7 @@ class DecayEquivalentLR(StepRule):
     def __init__(
         self, weight_decay: float, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
     ) -> None:
-        if not (is_number(weight_decay) and 0 <= weight_decay < math.inf):
-            raise InputError(f"weight_decay must be 0 or more, got {weight_decay!r}.")
+        check_weight_decay(weight_decay)
         super().__init__(include, exclude)
         self.weight_decay = weight_decay
 

@@ -105,11 +105,12 @@ def group_numbers(optimizer: optim.Optimizer) -> dict[Tensor, int]:
     return {q: n for n, group in enumerate(optimizer.param_groups) for q in group["params"]}
 
 
-def find_steps(optimizer: Any) -> list[optim.Optimizer]:
+def find_steps(optimizer: Any, *, in_place: bool = True) -> list[optim.Optimizer]:
     """Return the optimizers whose hooks see a step, outermost first; the last one takes it.
 
     A wrapper may be stepped as a whole, as Lookahead is, or have what it wraps step in a method of
     its own, as SAM does in `second_step`; or have no hooks, as accelerate's `AcceleratedOptimizer`.
+    One whose eval() puts other weights in place is refused to a rule that changes them `in_place`.
     """
     if hasattr(optimizer, "fused_backward"):
         raise InputError(
@@ -129,6 +130,9 @@ def find_steps(optimizer: Any) -> list[optim.Optimizer]:
         inner = list({id(x): x for x in _optimizers_in(vars(optimizer).values())}.values())
     if not steps or len(inner) > 1:
         raise InputError(_refusal(outermost, [x for x in inner if x is not outermost]))
+    for each in steps if in_place else ():
+        if hasattr(each, "train") and hasattr(each, "eval"):
+            raise InputError(f"{type(each).__name__} is no optimizer for this rule: {_AVERAGES}.")
     return steps
 
 
@@ -178,6 +182,12 @@ def hook_steps(
     return hooks
 
 
+_AVERAGES = (
+    "its eval() puts averages in place of the weights, whose norms a rule would not reach; take "
+    "one without, such as AdamW with a learning-rate schedule"
+)
+
+
 def _optimizers_in(values: Iterable[Any]) -> Iterator[Any]:
     for value in values:
         if callable(getattr(value, "step", None)) and hasattr(value, "param_groups"):
@@ -200,10 +210,7 @@ def _refusal(optimizer: Any, inner: list[Any]) -> str:
             f"attach it to the {type(inner[0]).__name__} in it, if nothing else moves the weights"
         )
         if type(optimizer).__module__.startswith("schedulefree"):
-            way_out = (
-                "its weights are averages, whose norms a rule cannot hold; use schedulefree's "
-                "SGDScheduleFree or RAdamScheduleFree"
-            )
+            way_out = _AVERAGES
     return f"A rule hooks into the steps of a torch Optimizer, which {name} is not: {way_out}."
 
 

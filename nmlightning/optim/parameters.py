@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +22,11 @@ from nmlightning.weights.channel_norms import (
 )
 from nmlightning.weights.history import Alignment, Moment, NormHistory, RecordPlace
 
+STEP, DECAY, NORM = range(3)
+"""What a rule acts on, in the order in which rules on one weight are attached."""
+_KINDS = ("the step", "the decay", "the norm")
+Granularity = Literal["auto", "matrix", "weight"]
+GRANULARITIES = get_args(Granularity)
 State = dict[str, Any]
 """What a rule keeps of a weight: (C,) tensors of this rank's channels, scalars and numbers."""
 
@@ -60,7 +65,8 @@ def scaling_degree(optimizer: Optimizer, name: str) -> int:
 class OptimizedWeight:
     """One weight, and the optimizer that updates it.
 
-    Of a sharded weight, everything here is about the channels that this rank holds.
+    Of a sharded weight, everything here is about the channels that this rank holds. It is
+    `of_layer` if it is known to be the weight of a convolution or of a linear layer.
     """
 
     name: str
@@ -68,11 +74,12 @@ class OptimizedWeight:
     optimizer: Optimizer
     group_number: int
     layout: ChannelLayout = ROWS
+    of_layer: bool = False
 
     @property
-    def group(self) -> Mapping[str, Any]:
+    def group(self) -> dict[str, Any]:
         """The optimizer's options for it; `load_state_dict` replaces them by others."""
-        group: Mapping[str, Any] = self.optimizer.param_groups[self.group_number]
+        group: dict[str, Any] = self.optimizer.param_groups[self.group_number]
         return group
 
     @property
@@ -90,6 +97,13 @@ class OptimizedWeight:
         """What the optimizer keeps for it, on this rank."""
         state: Mapping[str, Any] = find_keeper(self.optimizer).state.get(self.parameter, {})
         return state
+
+    @property
+    def rules(self) -> dict[int, str]:
+        """The names of the rules that steer it, by what they act on; a note on the optimizer."""
+        notes = self.optimizer.__dict__.setdefault("_nmlightning_steered", {})
+        rules: dict[int, str] = notes.setdefault(self.parameter, {})
+        return rules
 
     def buffer(self, name: str) -> Tensor | None:
         """Return what the optimizer keeps for the weight under a name, such as `exp_avg`."""
@@ -116,9 +130,20 @@ class OptimizedWeight:
         """The dtype that norms accumulate in."""
         return torch.promote_types(self.parameter.dtype, torch.float32)
 
-    def norms(self) -> Tensor:
-        """Return ‖w_i‖₂, (C,)."""
-        return channel_norms(self.values, layout=self.layout)
+    def norms(self, values: Tensor | None = None) -> Tensor:
+        """Return ‖w_i‖₂, (C,), of the weight or of `values` of its shape."""
+        return channel_norms(self.values if values is None else values, layout=self.layout)
+
+    def is_stack(self, granularity: Granularity) -> bool:
+        """Return whether it is (E, out, in), a stack of matrices; InputError where that is open."""
+        if self.parameter.dim() != 3 or self.of_layer or len(self.parameter) == 1:
+            return False
+        if granularity == "auto" and "expert" not in self.name.lower():
+            raise InputError(
+                f"{self.name} of shape {tuple(self.parameter.shape)} may be one weight or a stack "
+                'of matrices: give granularity="weight" or "matrix", or name it in exclude.'
+            )
+        return granularity != "weight"
 
     def all_channels(self, values: Tensor) -> Tensor:
         """Return the (C,) values of all ranks' channels, given those of this rank's."""
@@ -179,6 +204,23 @@ class OptimizedWeight:
             lost = lost & reduce(torch.logical_or, (~average.isfinite() for average in averages))
         for average in averages:
             average.masked_fill_(lost, 0.0)
+
+
+def claim_weights(weights: Sequence[OptimizedWeight], rule: str, kind: int) -> None:
+    """Note that a rule steers them, or raise InputError where another does that must come later."""
+    for weight in weights:
+        other = max(weight.rules, default=-1)
+        if other >= kind:
+            way_out = f"exclude the weight from it or from {rule}"
+            if other > kind:
+                acts, before = _KINDS[other], _KINDS[kind]
+                way_out = f"attach it after {rule}, for it acts on {acts}, and that on {before}"
+            raise InputError(
+                f"{weight.name} is steered by {weight.rules[other]} already: remove that, or "
+                f"{way_out}."
+            )
+    for weight in weights:
+        weight.rules[kind] = rule
 
 
 def maybe_any(flags: Tensor) -> bool:
@@ -326,6 +368,12 @@ def check_reference(reference: object, align: str, max_rotation: float | None) -
     check_positive(max_rotation=max_rotation)
     if not isinstance(reference, NormHistory | str | Path):
         raise InputError(f"reference is a NormHistory or a path, got {reference!r}.")
+
+
+def check_weight_decay(decay: object) -> None:
+    """Raise InputError for anything but a finite number of 0 or more."""
+    if not (is_number(decay) and 0 <= decay < torch.inf):  # type: ignore[operator]
+        raise InputError(f"weight_decay must be 0 or more, got {decay!r}.")
 
 
 def check_positive(**settings: object) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nmlightning.errors import InputError
 from nmlightning.optim.families import check_single_steps
-from nmlightning.optim.parameters import OptimizedWeight, State, scale_step
+from nmlightning.optim.parameters import STEP, OptimizedWeight, State, scale_step
 from nmlightning.optim.scope import MATRICES
 from nmlightning.optim.step_hooks import StepRule
 from nmlightning.weights.channel_norms import channel_norms, unit_rows
@@ -53,7 +53,7 @@ class RadialProjection(StepRule):
         tensor([[ 3., -1.]])
     """
 
-    least_dims = MATRICES
+    least_dims, acts_on = MATRICES, STEP
 
     def __init__(
         self, *, delta: float = 0.1, include: Sequence[str] = (), exclude: Sequence[str] = ()

@@ -32,13 +32,15 @@ _DEFAULTS = {
 class Choice(NamedTuple):
     """Glob patterns on plain names, and the fewest dimensions of what is steered without any.
 
-    `within` are the patterns to include and to exclude of a tracker, which limit it, too.
+    `within` are the patterns to include and to exclude of a tracker, which limit it, too. Unless
+    `decays`, the optimizer must not decay them.
     """
 
     include: Sequence[str]
     exclude: Sequence[str]
     least_dims: int = CONVOLUTIONS
     within: tuple[Sequence[str], Sequence[str]] = ((), ())
+    decays: bool = False
 
 
 Model = nn.Module | Iterable[tuple[str, Tensor]]
@@ -120,8 +122,10 @@ def choose_weights(
     chosen = []
     for name in names:
         parameter, layout = weights.parameters[name], weights.layouts.get(name, ROWS)
-        chosen.append(OptimizedWeight(name, parameter, optimizer, groups[parameter], layout))
-        _check_weight(chosen[-1])
+        of_layer = name in (weights.layers or ())
+        number = groups[parameter]
+        chosen.append(OptimizedWeight(name, parameter, optimizer, number, layout, of_layer))
+        _check_weight(chosen[-1], choice)
     return chosen
 
 
@@ -136,7 +140,7 @@ def unsteered_reason(
     weights: NamedWeights, name: str, optimized: Container[Tensor], choice: Choice
 ) -> str | None:
     """Return in words why a parameter of the model is not to be steered, or None if it is."""
-    parameter, (include, exclude, least_dims, within) = weights.parameters[name], choice
+    parameter, (include, exclude, least_dims, within, _) = weights.parameters[name], choice
     if not parameter.requires_grad:
         return "it is frozen at the start"
     if parameter not in optimized:
@@ -217,9 +221,9 @@ def _leave_unrecorded(names: list[str], recorded: Container[str]) -> list[str]:
     return [name for name in names if name in recorded]
 
 
-def _check_weight(weight: OptimizedWeight) -> None:
+def _check_weight(weight: OptimizedWeight, choice: Choice) -> None:
     decay = weight.group.get("weight_decay")
-    if decay:
+    if decay and not choice.decays:
         raise InputError(
             f"{weight.name} has weight decay {float(decay):g} in its optimizer. It is a part of "
             "the step, which the rule changes: give the optimizer the groups of "
@@ -284,12 +288,13 @@ class Scope:
     soon as it can: for most weights at the first step, and for one of few channels after several
     where it is small, yet may be so by chance. Until then the weight is left.
 
-    A scope that `insists` steers the others too, for they were named, with a warning; one that does
-    not measure steers every weight.
+    A scope that `insists` steers the others too, for they were named, with a warning, and one that
+    `sorts` without; one that does not measure steers every weight.
     """
 
-    def __init__(self, *, insists: bool, measures: bool = True) -> None:
-        self.insists = insists
+    def __init__(self, *, insists: bool, measures: bool = True, sorts: bool = False) -> None:
+        self.insists = insists and not sorts
+        self.sorts = sorts
         self.measures = measures
         self.shares: dict[str, float] = {}  # the radial share of each weight that has had gradients
         self.samples: dict[str, int] = {}  # how many channels' gradients it is of
@@ -321,12 +326,17 @@ class Scope:
 
     def decided(self, name: str) -> bool:
         """Return whether it is known if the loss depends on the norm of a weight."""
-        known = name in self.shares and (self._felt(name) or self._passes(name))
+        known = self.passes(name) or (name in self.shares and self._felt(name))
         return known or not self.measures
+
+    def passes(self, name: str) -> bool:
+        """Return whether the weight has proved to be scale-invariant."""
+        return name in self.shares and self.shares[name] <= share_limit(self.samples[name])
 
     def holds(self, weight: OptimizedWeight) -> bool:
         """Return whether the weight is steered."""
-        return self.insists or weight.name not in self.shares or self._passes(weight.name)
+        named = self.insists or self.sorts
+        return named or weight.name not in self.shares or self.passes(weight.name)
 
     def reason(self, name: str) -> str:
         """Return in words what was decided about a weight."""
@@ -335,19 +345,17 @@ class Scope:
         if name not in self.shares:
             return "steered; no gradient yet"
         share = f"{self.shares[name]:.1e}"
-        if self._passes(name):
+        if self.passes(name):
             return f"steered: scale-invariant (radial share {share})"
-        verdict = "steered by include" if self.insists else "not steered"
+        verdict = "steered" if self.sorts else "not steered"
+        verdict = "steered by include" if self.insists else verdict
         if self._felt(name):
             return f"{verdict}: the loss depends on its norm (radial share {share})"
         share = f"radial share {share} in {self.samples[name]} channels' gradients"
-        return f"{verdict}{'' if self.insists else ' so far'}: that may be chance ({share})"
+        return f"{verdict}{' so far' * verdict.startswith('not')}: that may be chance ({share})"
 
     def _felt(self, name: str) -> bool:
         return self.shares[name] > TOLERANCE
-
-    def _passes(self, name: str) -> bool:
-        return self.shares[name] <= share_limit(self.samples[name])
 
     def _add(self, name: str, squares: float, count: int) -> None:
         before = self.samples.get(name, 0)

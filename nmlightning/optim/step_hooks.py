@@ -2,7 +2,6 @@
 
 import copy
 import math
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,9 +16,11 @@ from nmlightning.errors import InputError, check_lists, repr_by_arguments
 from nmlightning.optim.families import Power, choose_power, find_steps, hook_steps
 from nmlightning.optim.nonfinite_steps import NonfiniteSteps
 from nmlightning.optim.parameters import (
+    NORM,
     OptimizedWeight,
     RecordedNorms,
     State,
+    claim_weights,
     gather_state,
     scatter_state,
 )
@@ -27,8 +28,8 @@ from nmlightning.optim.scope import CONVOLUTIONS, Choice, Model, Scope, choose_w
 from nmlightning.weights.channel_norms import ChannelLayout
 from nmlightning.weights.history import Alignment, Moment, NormHistory, RecordPlace
 
-_OF_WEIGHTS = ("reference", "include", "exclude", "within")
 StepCall = tuple[tuple[Any, ...], dict[str, Any]]
+_OF_WEIGHTS = ("reference", "include", "exclude", "within")
 
 
 class StepRule(ABC):
@@ -37,7 +38,15 @@ class StepRule(ABC):
     All attributes of an instance but `reference`, `include` and `exclude` are plain values, which
     a resumed run must have, too.
 
+    What was attached first acts first. A rule that changes the step comes before one that decays,
+    and that before one that sets or bounds the norm; of each kind a weight has one.
+
     Attributes:
+        acts_on: STEP, DECAY or NORM, its kind in this order.
+        decays: whether the optimizer is to decay the weights; otherwise it must not.
+        sorts: whether it steers scale-invariant weights and others alike, and is told which they
+            are: `after_step` finds `scale_invariant` in the state.
+        compares: whether `after_step` needs the values from before.
         include: glob patterns on the names of the weights to steer; empty means those of
             `least_dims` or more dimensions.
         exclude: glob patterns on names that are left alone.
@@ -52,6 +61,10 @@ class StepRule(ABC):
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     least_dims: ClassVar[int] = CONVOLUTIONS
+    acts_on: ClassVar[int] = NORM
+    decays: ClassVar[bool] = False
+    sorts: ClassVar[bool] = False
+    compares: ClassVar[bool] = True
     within: tuple[Sequence[str], Sequence[str]] = ((), ())
     reference: NormHistory | str | Path | None = None
     power: Power | int
@@ -67,11 +80,19 @@ class StepRule(ABC):
     @property
     def choice(self) -> Choice:
         """The weights to steer, by name and shape."""
-        return Choice(self.include, self.exclude, self.least_dims, self.within)
+        return Choice(self.include, self.exclude, self.least_dims, self.within, self.decays)
 
     @abstractmethod
     def init_state(self, weight: OptimizedWeight) -> State:
         """Return what is kept of a weight, or raise InputError for another optimizer."""
+
+    def before_step(self, weight: OptimizedWeight, state: State) -> None:
+        """Do what a step must find done."""
+        return
+
+    def restore(self, weight: OptimizedWeight, state: State) -> None:
+        """Undo, where the rule is removed, what would outlive it."""
+        return
 
     def measure_gradient(self, weight: OptimizedWeight) -> State:
         """Return what `after_step` finds in the state of the gradient, which the step may edit."""
@@ -118,7 +139,7 @@ class StepRule(ABC):
                 optimizer that the rule is not for, or of which it is not known what norms do; one
                 that calls no step hooks; a recording that cannot be read, or of another model.
         """
-        steps = find_steps(optimizer)
+        steps = find_steps(optimizer, in_place=self.compares)
         optimizer, given = steps[-1], self.reference
         history = given if isinstance(given, NormHistory | None) else NormHistory.load(given)
         recorded_names = None if history is None else history.norms
@@ -127,13 +148,6 @@ class StepRule(ABC):
         if history is not None:
             rule.power = choose_power(optimizer, self.power)
             recorded = RecordedNorms(history, weights, self.align)
-        if any(hasattr(each, "train") and hasattr(each, "eval") for each in steps):
-            warnings.warn(
-                f"{type(self).__name__} steers the weights that {type(optimizer).__name__} trains; "
-                "its eval() replaces them by others, such as averages, with other norms: read "
-                "norms after its train(), or use an optimizer without eval().",
-                stacklevel=2,
-            )
         return StepHookHandle(steps, rule, weights, recorded)
 
 
@@ -163,8 +177,9 @@ class StepHookHandle:
         self.name = type(rule).__name__
         self.weights = list(weights)
         self._states = {weight.name: rule.init_state(weight) for weight in weights}
-        _take_weights(optimizer, weights, self.name)
-        self.scope = Scope(insists=bool(rule.include), measures=rule.least_dims == CONVOLUTIONS)
+        claim_weights(weights, self.name, rule.acts_on)
+        measures = rule.sorts or rule.least_dims == CONVOLUTIONS
+        self.scope = Scope(insists=bool(rule.include), measures=measures, sorts=rule.sorts)
         self.steps = 0
         self.clock: Callable[[], Moment] = lambda: {"step": self.steps - 1}
         self._optimizer, self._rule, self._recorded = optimizer, rule, recorded
@@ -234,8 +249,10 @@ class StepHookHandle:
         """Let the optimizer step as it did before."""
         for hook in self._hooks:
             hook.remove()
-        for weight in self.weights:
-            _steered(self._optimizer).pop(weight.parameter, None)
+        for weight in self.weights if self._hooks else ():
+            self._rule.restore(weight, self._states[weight.name])
+            del weight.rules[self._rule.acts_on]
+        self._hooks = []
         self._skipped.warn_on_this_rank(self.steps)
 
     def state_dict(self) -> dict[str, Any]:
@@ -267,13 +284,14 @@ class StepHookHandle:
 
     def _settings(self) -> dict[str, Any]:
         """Return what of the rule must stay as it is in a run that resumes this one."""
-        return {k: v for k, v in vars(self._rule).items() if k not in _OF_WEIGHTS}
+        settings = vars(self._rule).items()
+        return {k: v for k, v in settings if k not in _OF_WEIGHTS and not callable(v)}
 
     def _check_rule(self, state: Mapping[str, Any]) -> None:
         there, here = f"by {state['rule']}", f"by {self.name}"
         if there == here:
             known = state["settings"]
-            others = {k: v for k, v in self._settings().items() if known[k] != v}
+            others = {k: v for k, v in self._settings().items() if known.get(k, v) != v}
             if not others:
                 return
             name, value = next(iter(others.items()))
@@ -300,7 +318,10 @@ class StepHookHandle:
 
     def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepCall | None:
         """Keep the weights, and measure the gradients, which a closure makes within the step."""
-        self._before = [weight.values.clone() for weight in self.weights]
+        for weight in self.weights:
+            self._rule.before_step(weight, self._states[weight.name])
+        values = [weight.values for weight in self.weights]
+        self._before = [each.clone() for each in values] if self._rule.compares else values
         self._of_gradients = [{} for _ in self.weights]
         self._is_first = not self._optimizer.state
         return call_before_step(self._measure_step, args, kwargs)
@@ -344,6 +365,8 @@ class StepHookHandle:
         weight, before = self.weights[number], self._before[number]
         recorded = self._recorded.norms(weight, place) if self._recorded and place else None
         state, of_gradient = self._states[weight.name], self._of_gradients[number]
+        if self._rule.sorts:
+            of_gradient["scale_invariant"] = self.scope.passes(weight.name)
         state.update(of_gradient)
         applied = self._rule.after_step(weight, before, recorded, state)
         for key in of_gradient:
@@ -375,21 +398,3 @@ def call_before_step(
     if "closure" in kwargs:
         return args, {**kwargs, "closure": call_both}
     return (args[0], call_both, *args[2:]), kwargs
-
-
-def _take_weights(optimizer: Optimizer, weights: Sequence[OptimizedWeight], name: str) -> None:
-    """Note on the optimizer whose steps are steered, and by what."""
-    steered = _steered(optimizer)
-    for weight in weights:
-        if weight.parameter in steered:
-            raise InputError(
-                f"{weight.name} is steered by {steered[weight.parameter]} already: "
-                f"remove that, or exclude the weight from it or from {name}."
-            )
-    steered.update((weight.parameter, name) for weight in weights)
-
-
-def _steered(optimizer: Optimizer) -> dict[Tensor, str]:
-    """Return the names of the rules that steer an optimizer's parameters."""
-    notes: dict[Tensor, str] = optimizer.__dict__.setdefault("_nmlightning_steered", {})
-    return notes

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from itertools import product
+from itertools import permutations, product
 from typing import Any
 
 import numpy as np
@@ -82,14 +82,23 @@ class Port:
             velocity *= MOMENTUM
             velocity += grad
             direction = grad + MOMENTUM * velocity if self.nesterov else velocity
-            if weight.ndim > 1 and self.rule == "hyperball":
-                weight[:] = self.turn(name, weight, rate, direction)
-            elif weight.ndim > 1 and self.rule == "projection":
-                weight -= rate * find_tangent(weight, grad, direction)
+            if weight.ndim > 1 and self.rule in ANY_MATRIX:
+                weight[:] = self.move(name, weight, rate, -rate * direction, grad)
             elif name in CONVOLUTIONS:
                 self.follow(name, -rate * direction, rate, self.find_recorded(name, step))
             else:
                 weight -= rate * direction
+
+    def move(self, name: str, weight: Array, rate: float, delta: Array, grad: Array) -> Array:
+        """Return a matrix after the step, of rules that steer all of them."""
+        if self.rule == "hyperball":
+            return self.turn(name, weight, rate, -delta)
+        if self.rule == "projection":
+            return weight - find_tangent(weight, grad, -delta)
+        decay = rate * optim_rules.DECAY * weight
+        if self.rule == "cautious":
+            return weight + delta - np.where(-delta * weight >= 0, decay, 0.0)
+        return weight + delta - decay * (rate / RATE if name in CONVOLUTIONS else 1.0)
 
     def turn(self, name: str, weight: Array, rate: float, direction: Array) -> Array:
         moved = weight - rate * self.radii[name] * direction / (np.linalg.norm(direction) or 1)
@@ -213,16 +222,29 @@ def test_rule_matches_numpy_port(history: NormHistory, rule_name: str, condition
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12, msg=name)
 
 
-@pytest.mark.parametrize("family", OPTIMIZERS)
-@pytest.mark.parametrize("rule_name", ANY_MATRIX)
-def test_rule_of_matrices_by_definition_around_any_optimizer(
-    history: NormHistory, make_rule: MakeRule, rule_name: str, family: str
+PAIRS = list(permutations(ANY_MATRIX, 2))
+KINDS = {name: RULES[name](None).acts_on for name in ANY_MATRIX}
+
+
+@pytest.mark.parametrize(
+    ("rule_names", "family"),
+    [
+        *product([(name,) for name in ANY_MATRIX], OPTIMIZERS),
+        *((pair, "Adam") for pair in PAIRS if KINDS[pair[0]] < KINDS[pair[1]]),
+    ],
+)
+def test_rules_of_matrices_by_definition_around_any_optimizer(
+    history: NormHistory, rule_names: tuple[str, ...], family: str
 ) -> None:
-    """A free optimizer that is shown the same gradients at the same weights gives the step."""
+    """A free optimizer that is shown the same gradients at the same weights gives the step.
+
+    Of two rules the first one acts first.
+    """
     net, shown = make_net(), make_net()
     optimizer, free = (OPTIMIZERS[family](n.parameters(), lr=RATE) for n in (net, shown))
-    make_rule(None).attach(optimizer, net.named_parameters())
-    port = Port(rule_name, make_net(), history, nesterov=False)
+    for name in rule_names:
+        RULES[name](None).attach(optimizer, net.named_parameters())
+    port = Port(rule_names[-1], make_net(), history, nesterov=False)
 
     def follow(_: int) -> None:
         for (name, q), other in zip(net.named_parameters(), shown.parameters(), strict=True):
@@ -230,14 +252,29 @@ def test_rule_of_matrices_by_definition_around_any_optimizer(
         free.step()
         for (name, q), other in zip(net.named_parameters(), shown.parameters(), strict=True):
             weight = port.weights[name]
-            step = weight - other.detach().numpy()
-            if q.dim() > 1 and rule_name == "hyperball":
-                weight[:] = port.turn(name, weight, RATE, step)
-            else:
-                weight -= step if q.dim() == 1 else find_tangent(weight, q.grad.numpy(), step)
+            delta = other.detach().numpy() - weight
+            for port.rule in rule_names if q.dim() > 1 else ():
+                delta = port.move(name, weight, RATE, delta, q.grad.numpy()) - weight
+            weight += delta
             np.testing.assert_allclose(q.detach(), weight, rtol=1e-9, atol=1e-10)
 
     optim_rules.train(net, optimizer, 50, each=follow)
+
+
+@pytest.mark.parametrize("pair", [p for p in PAIRS if KINDS[p[0]] >= KINDS[p[1]]])
+def test_rule_that_would_undo_another_is_refused(pair: tuple[str, str]) -> None:
+    net = make_net()
+    optimizer, (first, second) = sgd(net), (RULES[name](None) for name in pair)
+    handle = first.attach(optimizer, net)
+    names = type(first).__name__, type(second).__name__
+    way_out = "exclude the weight from it"
+    if KINDS[pair[0]] > KINDS[pair[1]]:
+        way_out = f"attach it after {names[1]}, for it acts on the "
+    message = f"conv1.weight is steered by {names[0]} already: remove that, or {way_out}"
+    with pytest.raises(InputError, match=message):
+        second.attach(optimizer, net)
+    handle.remove()
+    second.attach(optimizer, net)
 
 
 def find_state(net: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:

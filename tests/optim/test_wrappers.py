@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 from nmlightning.errors import InputError
-from nmlightning.optim import Hyperball, LRCorrection
+from nmlightning.optim import DecaySchedule, Hyperball, LRCorrection
 from nmlightning.weights.channel_norms import channel_norms
 from optim_rules import CONVOLUTIONS, find_loss, make_net, random_history
 
@@ -135,6 +135,16 @@ class ScheduleFreeWrapper(NoOptimizer):
     __module__ = "schedulefree.wrap_schedulefree"
 
 
+class ScheduleFree(Gathering):
+    """As schedulefree's optimizers, whose parameters are a mix of what steps and of its average."""
+
+    def train(self) -> None:
+        """Would put the mix in place."""
+
+    def eval(self) -> None:
+        """Would put the average in place."""
+
+
 class Split(PassingOn):
     """As torchao's CPUOffloadOptimizer, with an optimizer for each weight."""
 
@@ -214,7 +224,15 @@ def test_rule_holds_norms_of_wrapped_optimizer(wrap: Callable[[Optimizer], Any])
     ("wrap", "message"),
     [
         (NoOptimizer, "NoOptimizer is not: attach it to the SGD in it"),
-        (ScheduleFreeWrapper, "its weights are averages, .*; use schedulefree's SGDScheduleFree"),
+        (
+            ScheduleFreeWrapper,
+            r"is not: its eval\(\) puts averages in place of the weights, .*; take",
+        ),
+        (
+            ScheduleFree,
+            r"ScheduleFree is no optimizer for this rule: its eval\(\) puts averages in",
+        ),
+        (lambda inner: PassingOn(ScheduleFree(inner)), "ScheduleFree is no optimizer for this"),
         (lambda inner: PassingOn(NoOptimizer(inner)), "PassingOn is not: .* NoOptimizer in it"),
         (Split, r"Split steps with 8 optimizers \(SGD\): attach a rule to each"),
         (lambda inner: "sgd", "which str is not"),
@@ -247,6 +265,14 @@ def test_step_in_parts_is_measured_where_it_begins(wrap: Any, first: int) -> Non
     again.remove()
     train(net, optimizer, 1, first)
     assert handle.steps == again.steps == 4
+
+
+def test_decay_schedule_is_for_schedule_free_optimizers_too() -> None:
+    net = make_net()
+    optimizer = ScheduleFree(SGD(net.parameters(), lr=0.1, weight_decay=0.5))
+    DecaySchedule(lambda step: 1 / (1 + step)).attach(optimizer, net)
+    train(net, optimizer, 4)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.25  # it steps in every second call
 
 
 def test_power_is_that_of_the_wrapped_optimizer() -> None:

@@ -12,6 +12,7 @@ from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
 
 MakeRule = Callable[..., Any]
+DECAY = 0.5  # of the rules that take one for every matrix
 # Each rule, from the history of norms that it follows, if it follows one.
 RULES: dict[str, MakeRule] = {
     "stable": lambda history, **options: optim.LRCorrection(history, **options),
@@ -21,20 +22,22 @@ RULES: dict[str, MakeRule] = {
     "decay": lambda _, **options: optim.DecayEquivalentLR(0.01, **options),
     "hyperball": lambda _, **options: optim.Hyperball(**options),
     "projection": lambda _, **options: optim.RadialProjection(**options),
+    "corrected": lambda _, **options: optim.CorrectedDecay(DECAY, **options),
+    "cautious": lambda _, **options: optim.CautiousDecay(lambda _: DECAY, **options),
 }
 REFERENCED = ("stable", "paper", "layer", "schedule")
 SCALE_INVARIANT = (*REFERENCED, "decay")
-ANY_MATRIX = ("hyperball", "projection")
+ANY_MATRIX = ("hyperball", "projection", "corrected", "cautious")
 IMPLEMENTATIONS: dict[str, dict[str, bool]] = {
     "foreach": {"foreach": True},
     "one by one": {"foreach": False},
     "fused": {"fused": True},
 }
 # Of what takes several steps in one, so that nothing is known of their length.
-LBFGS_REFUSALS = dict.fromkeys(RULES, "power for LBFGS is not known") | {
+LBFGS_REFUSALS = {
+    **dict.fromkeys(ANY_MATRIX, "works on single steps, and LBFGS takes several in one"),
+    **dict.fromkeys(REFERENCED, "power for LBFGS is not known"),
     "decay": "exact for SGD only, got LBFGS",
-    "hyperball": "Hyperball works on single steps, and LBFGS takes several in one",
-    "projection": "RadialProjection works on single steps, and LBFGS takes several in one",
 }
 CONVOLUTIONS = ("conv1.weight", "conv2.weight")
 

@@ -1,0 +1,186 @@
+"""The decay rules: which rate counts as the largest, schedules of λ; their ports are elsewhere.
+
+The numpy ports are in test_conditions.py.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+
+from nmlightning.callbacks import WeightNormTracker
+from nmlightning.errors import InputError
+from nmlightning.optim import CautiousDecay, CorrectedDecay, DecaySchedule
+from optim_rules import IMPLEMENTATIONS, find_loss, make_net, train
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "SGD": partial(torch.optim.SGD, momentum=0.9),
+    "AdamW": torch.optim.AdamW,
+}
+
+
+def halve(step: int) -> float:
+    return 0.5**step
+
+
+def decay_of_one_step(rule: Any, *, lr: float = 0.1, schedule: Any = None) -> list[float]:
+    """Return by how much a step without a gradient shortens each of a net's three matrices."""
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr)
+    rule.attach(optimizer, net)
+    if schedule is not None:
+        schedule(optimizer)
+    train(net, optimizer, 1)  # measures which are scale-invariant
+    before = [q.detach().clone() for q in net.parameters() if q.dim() > 1]
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.step()
+    after = [q.detach() for q in net.parameters() if q.dim() > 1]
+    return [float(1 - b.norm() / a.norm()) for a, b in zip(before, after, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("options", "schedule", "shares"),
+    [
+        ({}, None, [1.0, 1.0, 1.0]),
+        ({"max_lr": 0.4}, None, [0.25, 0.25, 1.0]),
+        ({"max_lr": 0.4, "correct": "all"}, None, [0.25] * 3),
+        ({}, lambda o: LambdaLR(o, lambda _: 0.2), [0.2, 0.2, 1.0]),  # of initial_lr
+        (
+            {},
+            lambda o: OneCycleLR(o, 0.8, 9, cycle_momentum=False),
+            [0.04, 0.04, 1.0],
+        ),  # 0.8 / 25 of max_lr
+    ],
+)
+def test_corrected_decay_knows_the_largest_rate(
+    options: Any, schedule: Any, shares: list[float]
+) -> None:
+    lr = {1.0: 0.1, 0.25: 0.1, 0.2: 0.02, 0.04: 0.032}[shares[0]]
+    shortened = decay_of_one_step(CorrectedDecay(0.5, **options), schedule=schedule)
+    assert shortened == pytest.approx([0.5 * lr * share for share in shares], rel=1e-9)
+
+
+def test_corrected_decay_remembers_a_larger_rate() -> None:
+    """Also where nothing names it, and after a resume."""
+    weight = nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
+    optimizer = torch.optim.SGD([weight], lr=0.4)
+    rule = CorrectedDecay(0.5, correct="all")
+    handle = rule.attach(optimizer, [("weight", weight)])
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.1
+    for each in range(2):
+        before = weight.detach().clone()
+        optimizer.step()
+        torch.testing.assert_close(weight.detach(), before * (1 - 0.1 * 0.5 * 0.25))
+        if each == 0:
+            state = handle.state_dict()
+            handle.remove()
+            rule.attach(optimizer, [("weight", weight)]).load_state_dict(state)
+
+
+@pytest.mark.parametrize("rule", [CorrectedDecay, CautiousDecay])
+def test_decay_by_a_schedule(rule: Any) -> None:
+    weight = nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    handle = rule(halve).attach(optimizer, [("weight", weight)])
+    optimizer.step()  # without a gradient there is neither step nor decay, and none is counted
+    assert bool((weight == 1).all())
+    weight.grad = torch.zeros_like(weight)
+    expected = 1.0
+    for step in range(1, 4):
+        optimizer.step()
+        expected *= 1 - 0.1 * 0.5**step
+        torch.testing.assert_close(weight.detach(), torch.full_like(weight, expected))
+    assert "weight_decay" not in handle.state_dict()["settings"]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("family", OPTIMIZERS)
+@pytest.mark.parametrize("skips", [False, True])
+def test_decay_schedule_is_an_optimizer_of_changing_decay(
+    family: str, implementation: str, skips: bool
+) -> None:
+    """By hand λ is set before each step; a step that AMP skips does not count; a resume goes on."""
+    nets = make_net(), make_net()
+    make = partial(OPTIMIZERS[family], lr=0.01, weight_decay=0.3, **IMPLEMENTATIONS[implementation])
+    optimizers = [make(net.parameters()) for net in nets]
+    handle = DecaySchedule(halve).attach(optimizers[0], nets[0])
+    scaler = torch.amp.GradScaler("cpu", enabled=skips)
+    taken = 0
+    for step in range(6):
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            optimizer.zero_grad()
+            find_loss(net, 2 * step).backward()
+            find_loss(net, 2 * step + 1).backward()
+            if not skips or step % 2:
+                optimizer.param_groups[0]["weight_decay"] = 0.3 * 0.5**taken
+        scaler.scale(torch.zeros((), requires_grad=True)).backward()
+        if skips:
+            for q in nets[0].parameters():
+                q.grad *= scaler.get_scale()
+            if step % 2 == 0:
+                nets[0].head.weight.grad[0, 0] = torch.inf
+        scaler.step(optimizers[0])
+        scaler.update()
+        if not skips or step % 2:
+            optimizers[1].step()
+            taken += 1
+            assert optimizers[0].param_groups[0]["weight_decay"] == 0.3 * 0.5 ** (taken - 1)
+        if step == 3:
+            state, kept = handle.state_dict(), optimizers[0].state_dict()
+            handle.remove()
+            assert optimizers[0].param_groups[0]["weight_decay"] == 0.3
+            optimizers[0] = make(nets[0].parameters())
+            handle = DecaySchedule(halve).attach(optimizers[0], nets[0])
+            optimizers[0].load_state_dict(kept)
+            handle.load_state_dict(state)
+    torch.testing.assert_close(nets[0].state_dict(), nets[1].state_dict(), rtol=1e-12, atol=1e-12)
+
+
+def test_decay_schedule_leaves_the_groups_of_others() -> None:
+    net = make_net()
+    groups = [{"params": [q], "weight_decay": 0.1 * (q.dim() > 2)} for q in net.parameters()]
+    optimizer = torch.optim.AdamW(groups)
+    handle = DecaySchedule(lambda _: 2.0, exclude=["conv2.*"]).attach(optimizer, net)
+    train(net, optimizer, 2)
+    decays = [0.2, 0.0, 0.0, 0.1, 0.0, 0.0, 0.0, 0.0]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx(decays)
+    assert handle.steered == ["conv1.weight", "head.weight"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CorrectedDecay(-1.0), "weight_decay must be 0 or more, got -1.0"),
+        (lambda: CorrectedDecay(0.1, max_lr=0.0), "max_lr is a positive number, or None, got 0.0"),
+        (lambda: CorrectedDecay(0.1, correct="some"), "correct is 'scale_invariant' or 'all', got"),
+        (lambda: CautiousDecay("x"), "weight_decay must be 0 or more, got 'x'"),
+        (lambda: DecaySchedule(0.5), "schedule is a function of the step, got 0.5"),
+        (lambda: step_once(CautiousDecay(lambda _: -1.0)), "weight_decay must be 0 or more, got -"),
+        (lambda: step_once(DecaySchedule(lambda _: -1.0), 0.1), "weight_decay must be 0 or more"),
+        (lambda: step_once(DecaySchedule(halve)), "and it is 0 in those of all weights: set weigh"),
+        (lambda: step_once(CautiousDecay(0.1), 0.1), "has weight decay 0.1 in its optimizer"),
+    ],
+)
+def test_bad_decay_is_refused(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def step_once(rule: Any, weight_decay: float = 0.0) -> None:
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, weight_decay=weight_decay)
+    rule.attach(optimizer, net)
+    train(net, optimizer, 1)
+
+
+def test_tracker_of_a_schedule_is_found_again_in_a_checkpoint() -> None:
+    key = WeightNormTracker(steering=DecaySchedule(halve)).state_key
+    assert "0x" not in key
+    assert "'schedule': 'halve'" in key
