@@ -22,6 +22,7 @@ from training_step import NETS, make_step
 from nmlightning.callbacks.norm_dashboard import NormDashboard
 from nmlightning.kernels.dispatch import weight_kernels
 from nmlightning.optim import DecayEquivalentLR, LRCorrection, NormSchedule
+from nmlightning.tracking.step_meter import StepMeter
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.layer_weights import find_layer_weights
@@ -66,10 +67,11 @@ def make_log(net: nn.Module, optimizer: torch.optim.Optimizer) -> Call:
         _logger_connector=SimpleNamespace(should_update_logs=True),
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=0)),
     )
-    dashboard = NormDashboard(trainer, Recorder(find_layer_weights(net), {}))
+    meter = StepMeter(Recorder(find_layer_weights(net), {}, kernels=weight_kernels))
+    dashboard = NormDashboard(trainer, meter)
 
     def run() -> None:
-        dashboard.before_step(optimizer)
+        meter.begin(optimizer)
         dashboard.after_batch()
 
     return run

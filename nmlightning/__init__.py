@@ -91,6 +91,8 @@ if TYPE_CHECKING:
     from nmlightning.tasks import LineOptions as LineOptions
     from nmlightning.tasks import Translator as Translator
     from nmlightning.tasks import translate_lines as translate_lines
+    from nmlightning.tracking import NormTracker as NormTracker
+    from nmlightning.tracking import track_norms as track_norms
     from nmlightning.weights.channel_norms import ChannelLayout as ChannelLayout
     from nmlightning.weights.channel_norms import channel_norms as channel_norms
     from nmlightning.weights.history import NormHistory as NormHistory

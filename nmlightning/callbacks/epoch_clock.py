@@ -51,6 +51,9 @@ class AttemptedSteps:
         uncounted: int = 0,
     ) -> None:
         self.uncounted = uncounted
+        self.at_step: Callable[[Optimizer], Any] = lambda _: (
+            None
+        )  # just before a step moves anything
         self.stranger = ""  # the class of an optimizer that the Trainer has not been given
         self._trainer, self._before_step = trainer, before_step
         self._parameters = {id(parameter) for parameter in module.parameters()}
@@ -94,7 +97,7 @@ class AttemptedSteps:
             self._depth = max(self._depth - 1, 0)
 
     def _note(self, optimizer: Optimizer) -> None:
-        known = self._trainer.optimizers
+        known, stepping = self._trainer.optimizers, optimizer
         if optimizer not in known:
             self.stranger = type(optimizer).__name__
             owned = {id(q) for group in optimizer.param_groups for q in group["params"]}
@@ -106,6 +109,7 @@ class AttemptedSteps:
             self.uncounted += 1
             self._before_step(optimizer)
         self._is_noted = True
+        self.at_step(stepping)
 
     def _is_ours(self, optimizer: Optimizer) -> bool:
         groups = optimizer.param_groups

@@ -1,8 +1,7 @@
 """Weight norms, effective learning rates and int8 angles in the logs of a run."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,46 +9,13 @@ import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
 from tensorboard.compat.proto.summary_pb2 import Summary
-from torch import Tensor
 from torch.optim import Optimizer
 
 from nmlightning.callbacks.epoch_clock import SkippedSteps
 from nmlightning.compat import logged_step, logging_is_due
-from nmlightning.optim.families import expected_rotation, group_numbers, known_power
-from nmlightning.optim.step_hooks import StepHookHandle
 from nmlightning.probe.directions import DirectionWatch
 from nmlightning.reports import tags
-from nmlightning.weights.channel_norms import (
-    STATISTICS,
-    effective_learning_rates,
-    gather_channels,
-    rotations,
-    summarise_channels,
-)
-from nmlightning.weights.layer_weights import LayerWeight
-from nmlightning.weights.recorder import Recorder
-
-
-class DeviceReading:
-    """Collects numbers; `read` is where the device is waited for, once."""
-
-    def __init__(self) -> None:
-        self._tags: list[str] = []
-        self._values: list[Tensor] = []
-
-    def add(self, tags: Sequence[str], values: Tensor) -> None:
-        """Note as many numbers, of any shape and dtype, as there are tags."""
-        assert len(tags) == values.numel(), f"{len(tags)} tags for {values.numel()} values"
-        self._tags.extend(tags)
-        self._values.append(values.detach().flatten().float())
-
-    def read(self) -> dict[str, float]:
-        """Return all numbers by tag, from float32."""
-        if not self._values:
-            return {}
-        device = max((v.device for v in self._values), key=lambda device: device.type != "cpu")
-        numbers = torch.cat([values.to(device) for values in self._values]).tolist()
-        return dict(zip(self._tags, numbers, strict=True))
+from nmlightning.tracking.step_meter import DeviceReading, StepMeter, pool_layers
 
 
 def log_scalars(
@@ -63,37 +29,6 @@ def log_scalars(
         else:
             points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
             writer._get_file_writer().add_summary(Summary(value=points), step)
-
-
-def _root_mean_square(values: Sequence[float]) -> Any:
-    return np.sqrt(np.mean(np.square(values)))
-
-
-# What is logged over all layers: of minima the least, of maxima the largest, ….
-_POOLS: Mapping[str, Callable[[Sequence[float]], Any]] = {
-    tags.norm_tag("{layer}", "min"): np.min,
-    tags.norm_tag("{layer}", "mean"): np.mean,
-    tags.norm_tag("{layer}", "max"): np.max,
-    tags.EFFECTIVE_LR + "{layer}": np.median,
-    tags.ROTATION + "{layer}": _root_mean_square,
-    tags.EQUILIBRIUM + "{layer}": _root_mean_square,
-    tags.factor_tag("{layer}", "mean"): np.mean,
-    tags.factor_tag("{layer}", "max"): np.max,
-    **{tags.angle_tag("{layer}", tensor): np.max for tensor in tags.ROUNDED},
-    tags.STEERING_SKIPPED: np.max,
-    tags.SKIPPED_STEPS: np.max,
-}
-
-
-def pool_layers(values: Mapping[str, float], layers: Sequence[str]) -> dict[str, float]:
-    """Return a handful of values over all layers, under the tags of a layer `all`."""
-    pooled = {}
-    for tag, pool in _POOLS.items():
-        tags_of_layers = {tag.replace("{layer}", layer) for layer in layers}
-        known = [values[each] for each in tags_of_layers if each in values]
-        if known:
-            pooled[tag.replace("{layer}", "all")] = float(pool(known))
-    return pooled
 
 
 def _tensorboard_writer(logger: Any) -> Any | None:
@@ -110,10 +45,9 @@ _HISTOGRAM_BINS = 30  # at most; TensorBoard shows 30
 class NormDashboard:
     """Logs a run's weight norms; every rank calls it, and the first one writes.
 
-    At the steps at which the Trainer logs, for each layer: the smallest, mean and largest norm of
-    its channels, their median effective learning rate, the root mean square rotation of this step
-    beside the one at equilibrium, the factors of steering, and of `angles` those by which rounding
-    turns what the layer computes with; all of them wait for the device once. At the end of an
+    At the steps at which the Trainer logs, for each layer: what the `meter` measures, the rotation
+    at equilibrium, the factors of steering, and of `angles` those by which rounding turns what the
+    layer computes with; all of them wait for the device once. At the end of an
     epoch, in TensorBoard: a histogram of each layer's norms, and ten times a run a picture of them
     over the epochs.
 
@@ -124,8 +58,7 @@ class NormDashboard:
     def __init__(
         self,
         trainer: pl.Trainer,
-        recorder: Recorder,
-        handles: Sequence[StepHookHandle] = (),
+        meter: StepMeter,
         *,
         by_layer: bool = False,
         prefix: str = "",
@@ -133,54 +66,31 @@ class NormDashboard:
         angles: DirectionWatch | None = None,
     ) -> None:
         self._trainer, self._by_layer, self._prefix = trainer, by_layer, prefix
-        self._recorder = recorder
-        self._handles = handles
-        self._weights = {tags.layer_of(weight.name): weight for weight in recorder.weights}
-        self._angles = angles
+        self._meter, self._angles = meter, angles
         names = [] if angles is None else angles.__enter__().layers
-        self._layers = list(dict.fromkeys([*self._weights, *names]))
+        self._layers = list(dict.fromkeys([*meter.layers, *names]))
         self._skipped = SkippedSteps(trainer)
-        self._steps: dict[str, _Step] = {}
         self.layouts = {} if layouts is None else layouts
         self.layouts[prefix] = {}
         self._logged: set[str] = set()  # tags
         self._metrics: set[str] = set()
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Keep the weights that this step may turn, if it is one to be logged."""
+        """Note an attempt; the meter keeps what this step may move."""
         self._skipped.attempt()
-        if not logging_is_due(self._trainer):
-            return
-        numbers = group_numbers(optimizer)
-        for layer, weight in self._weights.items():
-            if weight.parameter in numbers and weight.computed is None:
-                group = optimizer.param_groups[numbers[weight.parameter]]
-                self._steps[layer] = _Step(
-                    weight,
-                    weight.parameter.detach().clone(),
-                    float(group["lr"]),
-                    float(group.get("momentum", 0.0)),
-                    known_power(optimizer),
-                    expected_rotation(optimizer, group),
-                )
 
     @torch.no_grad()
     def after_batch(self) -> None:
         """Log the steps that were kept, and the weights they led to."""
-        if not self._steps:
+        if not (self._meter.has_steps and logging_is_due(self._trainer)):
             return
         reading = DeviceReading()
-        self._add_weights(reading)
-        self._add_steering(reading)
         if self._angles is not None:
             for (layer, tensor), angles in self._angles.take_angles().items():
                 reading.add([tags.angle_tag(layer, tensor)], angles)
         if self._skipped.watches:
             reading.add([tags.SKIPPED_STEPS], self._skipped.count())
-        values = reading.read()
-        for layer, step in self._steps.items():
-            values |= step.rates(layer, values[tags.norm_tag(layer, "median")])
-        self._steps = {}
+        values = self._meter.read(reading)
         if self._trainer.is_global_zero:
             others = values if self._by_layer else pool_layers(values, self._layers)
             all_tags, few = (
@@ -192,12 +102,12 @@ class NormDashboard:
 
     def end_epoch(self) -> None:
         """Show the recorded norms in TensorBoard."""
-        step, norms_of = logged_step(self._trainer), self._recorder.norms_by_epoch()
+        step, norms_of = logged_step(self._trainer), self._meter.recorder.norms_by_epoch()
         epochs = max(map(len, norms_of.values()), default=1) - 1
         expected = max(self._trainer.max_epochs or 0, 1)
         pictures_are_due = epochs % -(-expected // _HEATMAPS) == 0 or epochs == expected
         for writer in self._writers():
-            for layer, weight in self._weights.items():
+            for layer, weight in self._meter.layers.items():
                 norms = norms_of[weight.name]
                 if np.isfinite(norms[-1]).all():  # others have no histogram
                     tag = self._prefix + tags.norm_tag(layer)
@@ -221,23 +131,6 @@ class NormDashboard:
         if finished:
             self._lay_out({})
 
-    def _add_weights(self, reading: DeviceReading) -> None:
-        norms = [weight.norms().float() for weight in self._weights.values()]
-        names = [tags.norm_tag(layer, name) for layer in self._weights for name in STATISTICS]
-        reading.add(names, summarise_channels(norms))
-        turned = [step.rotation() for step in self._steps.values()]
-        reading.add([tags.ROTATION + layer for layer in self._steps], torch.stack(turned))
-
-    def _add_steering(self, reading: DeviceReading) -> None:
-        factors = {name: f for handle in self._handles for name, f in handle.factors().items()}
-        if factors:
-            layers = [tags.layer_of(name) for name in factors]
-            names = [tags.factor_tag(layer, name) for layer in layers for name in STATISTICS]
-            reading.add(names, summarise_channels([f.float() for f in factors.values()]))
-        if self._handles:
-            counts = [handle.skipped_on_device for handle in self._handles]
-            reading.add([tags.STEERING_SKIPPED], torch.stack(counts).sum())
-
     def _lay_out(self, values: Mapping[str, float]) -> None:
         """Show what was logged since the last time as well."""
         metrics = set() if self._prefix else set(self._trainer.logged_metrics)
@@ -255,34 +148,6 @@ class NormDashboard:
     def _writers(self) -> list[Any]:
         loggers = self._trainer.loggers if self._trainer.is_global_zero else []
         return list(filter(None, map(_tensorboard_writer, loggers)))
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A weight before a step, and the rates of that step."""
-
-    weight: LayerWeight
-    values: Tensor
-    learning_rate: float
-    momentum: float
-    power: int | None
-    equilibrium: float | None
-
-    def rotation(self) -> Tensor:
-        """Return the root mean square angle, over channels that have one, to the weight now."""
-        angles = rotations(self.values, self.weight.parameter, self.weight.layout)
-        return gather_channels(angles).float().square().nanmean().sqrt()
-
-    def rates(self, layer: str, norm: float) -> dict[str, float]:
-        """Return, by tag, the effective learning rate at a norm, and the rotation to expect."""
-        rates = {}
-        if self.power is not None:
-            norms, rate, momentum = torch.tensor(norm), self.learning_rate, self.momentum
-            effective = effective_learning_rates(norms, rate, power=self.power, momentum=momentum)
-            rates[tags.EFFECTIVE_LR + layer] = float(effective)
-        if self.equilibrium is not None:
-            rates[tags.EQUILIBRIUM + layer] = self.equilibrium
-        return rates
 
 
 _TICKS = {1 / 8: "1/8", 1 / 2: "1/2", 1 / 1.2: "1/1.2", 1: "1", 1.2: "1.2", 2: "2", 8: "8"}

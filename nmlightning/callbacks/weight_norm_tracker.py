@@ -6,29 +6,24 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import pytorch_lightning as pl
-from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from nmlightning.callbacks.epoch_clock import AttemptedSteps
 from nmlightning.callbacks.norm_dashboard import NormDashboard
-from nmlightning.callbacks.steering import SteeredRun, describe_run, warn_of_other_steering
+from nmlightning.callbacks.run_recording import RunRecording
+from nmlightning.callbacks.steering import SteeredRun, warn_of_other_steering
 from nmlightning.compat import (
     CallbackBase,
     copying_strategy,
-    in_added_epoch,
     is_trial_run,
     logging_is_due,
     reshard,
-    run_folder,
 )
 from nmlightning.errors import InputError, check_choice, check_flag, check_lists
-from nmlightning.kernels.dispatch import weight_kernels
-from nmlightning.name_patterns import some
 from nmlightning.optim.step_hooks import StepHookHandle, StepRule
 from nmlightning.probe.directions import DirectionWatch
 from nmlightning.surgery.recipes import register_after
-from nmlightning.weights import layer_weights
-from nmlightning.weights.recorder import Recorder, keep_recording
+from nmlightning.tracking.step_meter import check_quantities
 
 
 class Part(Protocol):
@@ -51,98 +46,6 @@ class Part(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from there."""
-
-
-class RunRecording:
-    """The records of one fit, and before them those of the run in `state` that it resumes."""
-
-    def __init__(
-        self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
-        tracker: "WeightNormTracker",
-        steps: AttemptedSteps,
-        state: Mapping[str, Any],
-    ) -> None:
-        self._trainer = trainer
-        self._steps = steps
-        self._every = tracker.every
-        weights = layer_weights.find_recorded_weights(module, tracker.include, tracker.exclude)
-        lazy = layer_weights.find_lazy_weights(module, tracker.include, tracker.exclude)
-        if lazy:
-            have, are = ("have", "are") if len(lazy) > 1 else ("has", "is")
-            fate = f"{have} no shape yet and {are} not recorded: {layer_weights.LAZY_WAY_OUT}."
-            rank_zero_warn(f"{' and '.join(lazy)} {fate}")
-        tracker.left = (
-            {} if tracker.include else layer_weights.find_left_weights(module, tracker.exclude)
-        )
-        if tracker.left:
-            left = [f"{name} ({reason})" for name, reason in tracker.left.items()]
-            rank_zero_info(f"WeightNormTracker does not record {some(left, 3)}: use include.")
-        folder = run_folder(trainer)
-        others = [other.path for other in _trackers(trainer) if other is not tracker]
-        checkpoint = trainer.ckpt_path and Path(trainer.ckpt_path)
-        kept, earlier = keep_recording(folder, state, others, checkpoint or None)
-        self._kept = trainer.strategy.broadcast(kept)
-        self.file: Path = self._kept.file
-        config = Path(trainer.log_dir or folder)
-        provenance = {**describe_run(trainer, config), "run": self._kept.run}
-        self.recorder = Recorder(weights, provenance, earlier, weight_kernels)
-        self._rates: dict[int, tuple[float, float]] = {}
-        self._writes = trainer.is_global_zero and not is_trial_run(trainer)
-        for optimizer in trainer.optimizers:
-            self.before_step(optimizer)
-        if earlier is None:
-            self._record()
-        self.after_batch()  # what was due at a checkpoint that came before it
-
-    def before_step(self, optimizer: Optimizer) -> None:
-        """Note the rates of this step, which a scheduler may change before it is recorded."""
-        for group in optimizer.param_groups:
-            rates = float(group["lr"]), float(group.get("weight_decay", 0.0))
-            self._rates.update((id(parameter), rates) for parameter in group["params"])
-
-    def after_batch(self) -> None:
-        """Record if a multiple of N was passed; several optimizers step more than once."""
-        if self._every != "epoch":
-            step, last = self._steps.count, self.recorder.last_step
-            if step // self._every > last // self._every:
-                self._record()
-
-    def end_epoch(self) -> None:
-        self._record()
-        if self._trainer.is_last_batch:
-            self.recorder.end_epoch()
-        self._save()
-
-    def close(self, *, finished: bool) -> None:
-        if finished:
-            self.recorder.finish()
-            self._save()
-            if self._writes:
-                count = len(self.recorder.weights)
-                rank_zero_info(
-                    f"WeightNormTracker: the norms of {count} weights are in {self.file}"
-                )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Write, and return where."""
-        self._save()
-        kept = self._kept.state_dict(self.recorder.last_step)
-        return {**kept, "uncounted_steps": self._steps.uncounted}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Do nothing: the records were resumed at the start."""
-
-    def _record(self) -> None:
-        if not in_added_epoch(self._trainer):
-            self.recorder.record(self._steps.count, self._trainer.current_epoch, self._rates)
-
-    def _save(self) -> None:
-        if self._writes:
-            self.recorder.save(self._kept.file)
-        else:
-            self.recorder.forget()
 
 
 def _stable_text(setting: object) -> str:
@@ -209,6 +112,7 @@ class WeightNormTracker(CallbackBase):
         log_norms: bool | Literal["layers"] | None = None,
         list_weights: bool = False,
         log_int8: bool = False,
+        quantities: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         steps = isinstance(every, int) and not isinstance(every, bool) and every >= 1
@@ -228,6 +132,7 @@ class WeightNormTracker(CallbackBase):
         self.log_norms = log_norms
         self.list_weights = check_flag("list_weights", list_weights)
         self.log_int8 = check_flag("log_int8", log_int8)
+        self.quantities = None if quantities is None else check_quantities(quantities)
         self.path: Path | None = None
         self.handles: list[StepHookHandle] = []
         self.left: dict[str, str] = {}
@@ -247,6 +152,8 @@ class WeightNormTracker(CallbackBase):
         chosen: dict[str, Any] = {name: getattr(self, name) for name in usual}
         if self.log_norms is not None:
             chosen["log_norms"] = self.log_norms
+        if self.quantities is not None:
+            chosen["quantities"] = self.quantities
         if (rule := self.steering) is not None:
             chosen[type(rule).__name__] = {k: _stable_text(v) for k, v in vars(rule).items()}
         return super().state_key if chosen == usual else self._generate_state_key(**chosen)
@@ -274,7 +181,18 @@ class WeightNormTracker(CallbackBase):
         state = self._resumed.get("recording", {})
         uncounted = state.get("uncounted_steps", 0)
         self._steps = AttemptedSteps(trainer, pl_module, self._before_step, uncounted)
-        recording = RunRecording(trainer, pl_module, self, self._steps, state)
+        logs = self._logs(trainer)
+        recording = RunRecording(
+            trainer,
+            pl_module,
+            self._steps,
+            state,
+            every=self.every,
+            patterns=(self.include, self.exclude),
+            quantities=self.quantities,
+            taken=[other.path for other in _trackers(trainer) if other is not self],
+        )
+        self.left = recording.left
         self.path = None if is_trial_run(trainer) else recording.file
         self.handles, steering = [], {}
         if self.steering is not None:
@@ -286,15 +204,16 @@ class WeightNormTracker(CallbackBase):
             steered.steps = self._steps
             self.handles, steering = steered.handles, {"steering": steered}
         self._parts = {**steering, "recording": recording}  # where a step changed the weights first
-        if self._logs(trainer):
+        recording.meter.handles, recording.logs = self.handles, logs
+        self._steps.at_step = recording.meter.measure_step
+        if logs:
             trackers = _trackers(trainer)
             number = trackers.index(self) + 1
             parts = [tracker._parts.get("dashboard") for tracker in trackers[: number - 1]]
             layouts = [part.layouts for part in parts if isinstance(part, NormDashboard)]
             dashboard = NormDashboard(
                 trainer,
-                recording.recorder,
-                self.handles,
+                recording.meter,
                 by_layer=self.log_norms == "layers",
                 prefix="" if number == 1 else f"tracker{number}/",
                 layouts=layouts[-1] if layouts else {},
@@ -314,6 +233,8 @@ class WeightNormTracker(CallbackBase):
             self._steps.begin_batch()
         if isinstance(steering := self._parts.get("steering"), SteeredRun):
             steering.begin_batch(batch_idx)
+        if isinstance(recording := self._parts.get("recording"), RunRecording):
+            recording.begin_batch()
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer

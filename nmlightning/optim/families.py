@@ -1,9 +1,12 @@
 """Optimizer families: how norms and decay act under each; which one steps inside a wrapper."""
 
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, optim
 
 from nmlightning.errors import InputError
@@ -186,6 +189,52 @@ _AVERAGES = (
     "its eval() puts averages in place of the weights, whose norms a rule would not reach; take "
     "one without, such as AdamW with a learning-rate schedule"
 )
+
+
+class StepHooks:
+    """Calls a function before and after each step of nested optimizers, outermost first.
+
+    A step is what the outermost does that is called, if the last one steps meanwhile. `before` may
+    return other arguments of the step, as a hook of torch's. Compiled code calls them as they are.
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[optim.Optimizer],
+        before: Callable[[tuple[Any, ...], dict[str, Any]], Any],
+        after: Callable[[], None],
+    ) -> None:
+        self._before, self._after = before, after
+        self._innermost, self._stepped = len(optimizers) - 1, False
+        self._level = math.inf  # that of the call which began the step
+        self._hooks: list[Any] = []
+        for level, each in enumerate(optimizers):
+            enter, leave = partial(self._enter, level), partial(self._leave, level)
+            self._hooks += hook_steps(each, enter, leave)
+
+    def remove(self) -> bool:
+        """Let the optimizers step as they did before; return whether they did not already."""
+        hooks, self._hooks = self._hooks, []
+        for hook in hooks:
+            hook.remove()
+        return bool(hooks)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator, unused-ignore]
+    def _enter(self, level: int, _: optim.Optimizer, *call: Any) -> Any:
+        """Begin a step, unless this is within one of an optimizer further out."""
+        self._stepped = level == self._innermost or (self._stepped and level > self._level)
+        if level > self._level:
+            return None
+        self._level = level  # it was that already where an error ended the step before
+        return self._before(*call)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator, unused-ignore]
+    def _leave(self, level: int, *_: Any) -> None:
+        """End it where it began; a wrapper that only gathers gradients took none."""
+        if level == self._level:
+            self._level = math.inf
+            if self._stepped:
+                self._after()
 
 
 def _optimizers_in(values: Iterable[Any]) -> Iterator[Any]:

@@ -1,10 +1,8 @@
 """Hooks around an optimizer's step, by which a rule changes the step that was taken."""
 
 import copy
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nmlightning.errors import InputError, check_lists, repr_by_arguments
-from nmlightning.optim.families import Power, choose_power, find_steps, hook_steps
+from nmlightning.optim.families import Power, StepHooks, choose_power, find_steps
 from nmlightning.optim.nonfinite_steps import NonfiniteSteps
 from nmlightning.optim.parameters import (
     NORM,
@@ -152,9 +150,7 @@ class StepRule(ABC):
 
 
 class StepHookHandle:
-    """A rule attached to the step hooks of nested optimizers, outermost first.
-
-    A step is what the outermost does that is called, if the last one steps meanwhile.
+    """A rule attached to the step hooks of nested optimizers, outermost first; see `StepHooks`.
 
     Attributes:
         name: of the rule.
@@ -188,12 +184,7 @@ class StepHookHandle:
         self._of_gradients: list[State] = []
         self._is_first = True
         self._skipped = NonfiniteSteps(weights, self.name)
-        self._innermost, self._stepped = len(optimizers) - 1, False
-        self._level = math.inf  # that of the call which began the step
-        self._hooks = []
-        for level, each in enumerate(optimizers):
-            enter, leave = partial(self._enter, level), partial(self._leave, level)
-            self._hooks += hook_steps(each, enter, leave)
+        self._hooks = StepHooks(optimizers, self.before_step, self.after_step)
 
     @property
     def skipped(self) -> int:
@@ -247,12 +238,9 @@ class StepHookHandle:
 
     def remove(self) -> None:
         """Let the optimizer step as it did before."""
-        for hook in self._hooks:
-            hook.remove()
-        for weight in self.weights if self._hooks else ():
+        for weight in self.weights if self._hooks.remove() else ():
             self._rule.restore(weight, self._states[weight.name])
             del weight.rules[self._rule.acts_on]
-        self._hooks = []
         self._skipped.warn_on_this_rank(self.steps)
 
     def state_dict(self) -> dict[str, Any]:
@@ -300,21 +288,6 @@ class StepHookHandle:
             f"The checkpoint was steered {there}, and this run is {here}: resume with the same, or "
             "start from the weights alone."
         )
-
-    def _enter(self, level: int, _: Optimizer, *call: Any) -> StepCall | None:
-        """Begin a step, unless this is within one of an optimizer further out."""
-        self._stepped = level == self._innermost or (self._stepped and level > self._level)
-        if level > self._level:
-            return None
-        self._level = level  # it was that already where an error ended the step before
-        return self.before_step(*call)
-
-    def _leave(self, level: int, *_: Any) -> None:
-        """End it where it began; a wrapper that only gathers gradients took none."""
-        if level == self._level:
-            self._level = math.inf
-            if self._stepped:
-                self.after_step()
 
     def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepCall | None:
         """Keep the weights, and measure the gradients, which a closure makes within the step."""

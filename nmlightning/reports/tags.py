@@ -12,6 +12,7 @@ NORM_MAP = "weight_norm_map/"  # a picture; TensorBoard shows none under the tag
 EFFECTIVE_LR = "effective_lr/"  # the median of the channels
 ROTATION = "rotation/"  # of the channels in one step, root mean square
 EQUILIBRIUM = "rotation_equilibrium/"  # where weight decay and learning balance
+COSINE = "weight_gradient_cosine"
 ROUNDED = ("input", "weight", "gradient")  # of a layer in int8
 
 Layout = dict[str, dict[str, list[Any]]]
@@ -42,6 +43,12 @@ _OVERVIEW = {
     "Norm, mean over channels": norm_tag("{layer}", "mean"),
     "Effective learning rate, median over channels": EFFECTIVE_LR + "{layer}",
     "Rotation per step, radians": ROTATION + "{layer}",
+    "Length of a step, root mean square over channels": "step_norm/{layer}",
+    "Length of a step by that of the weight": "update_ratio/{layer}",
+    "Gradient, root mean square over channels": "gradient_norm/{layer}",
+    "Gradient before it is clipped": "unclipped_gradient_norm/{layer}",
+    "Cosine of weight and gradient": COSINE + "/{layer}",
+    "Spectral norm": "spectral_norm/{layer}",
     "Correction factor, mean over channels": factor_tag("{layer}", "mean"),
     "Correction factor, largest channel": factor_tag("{layer}", "max"),
     **{f"Angle of rounding the {x}, degrees": angle_tag("{layer}", x) for x in ROUNDED},

@@ -1,7 +1,7 @@
 """Norms of weights per output channel and their summaries, of whole weights and of shards."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -128,7 +128,11 @@ def gather_channels(values: Tensor) -> Tensor:
 
 
 def effective_learning_rates(
-    norms: Tensor, learning_rate: float, *, power: int = 2, momentum: float = 0.0
+    norms: Tensor,
+    learning_rate: float | Tensor,
+    *,
+    power: int | Tensor = 2,
+    momentum: float | Tensor = 0.0,
 ) -> Tensor:
     """Return η / ((1 − m) ‖w_i‖^power), (C,): how fast the direction of a channel learns.
 
@@ -140,17 +144,18 @@ def effective_learning_rates(
     return learning_rate / ((1.0 - momentum) * norms**power)
 
 
-def rotations(before: Tensor, after: Tensor, layout: ChannelLayout = ROWS) -> Tensor:
-    """Return the angle in radians between each channel's weight before and after, (C,).
+def rotations(before: Tensor, after: Tensor, lengths: Tensor) -> Tensor:
+    """Return the angle in radians between each channel's weight before and after a step, (C,).
 
-    With unit vectors a and b it is 2 atan2(‖a − b‖, ‖a + b‖), exact for small angles, where the
-    arc cosine of ⟨a, b⟩ in float32 is lost below 3e-4. NaN where a weight is zero. It is
-    accumulated and returned in float32, in float64 for a float64 weight.
+        2 arcsin(√((‖Δw_i‖² − (‖w'_i‖ − ‖w_i‖)²) / (4 ‖w_i‖ ‖w'_i‖)))
+
+    of the norms of the weight before, of the weight after and of the step, (C,) each. It is good to
+    the rounding of the norms for small angles, too, where the arc cosine of ⟨w, w'⟩ in float32 is
+    lost below 3e-4. NaN where a weight is zero.
     """
-    a, b = (unit_rows(weight, layout) for weight in (before, after))
-    dims = tuple(range(1, a.dim()))
-    distances = [torch.linalg.vector_norm(x, dim=dims) for x in (a - b, a + b)]
-    return 2.0 * torch.atan2(*distances)
+    product = before * after
+    chord = (lengths.square() - (after - before).square()).clamp(min=0.0) / (4.0 * product)
+    return 2.0 * torch.asin(chord.clamp(max=1.0).sqrt()).where(product > 0, math.nan)
 
 
 def unit_rows(weight: Tensor, layout: ChannelLayout = ROWS) -> Tensor:
@@ -239,18 +244,103 @@ def join_shards(
 
     Every rank has to call it. The value of a parameter that each rank holds whole does not change.
     """
-    joined, places = values.clone(), dict[tuple[Any, Any], list[int]]()
+    return torch.stack(join_parts(values.unbind(), parameters, operation))
+
+
+def join_parts(
+    parts: Sequence[Tensor], parameters: Sequence[Tensor], operation: Literal["sum", "max"] = "sum"
+) -> list[Tensor]:
+    """Return what each rank has of some parameters, joined over the ranks that hold parts of them.
+
+    The parts of a parameter have one shape on all ranks, each of which has to call it. All of a
+    mesh take one collective; those of a parameter that each rank holds whole do not change.
+    """
+    joined, places = [*parts], dict[tuple[Any, Any], list[int]]()
     for number, parameter in enumerate(parameters):
         if is_sharded(parameter):
             place = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
             places.setdefault(place, []).append(number)
     for (mesh, placements), numbers in places.items():
-        joined[numbers] = _join(values[numbers], mesh, placements, operation)
+        flat = torch.cat([parts[n].flatten() for n in numbers])
+        lengths = [parts[n].numel() for n in numbers]
+        whole = torch.split(_join(flat, mesh, placements, operation), lengths)
+        for number, values in zip(numbers, whole, strict=True):
+            joined[number] = values.view(parts[number].shape)
     return joined
 
 
 def _join(values: Tensor, mesh: Any, placements: Any, operation: str) -> Tensor:
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
-    parts = [Partial(operation) if place.is_shard() else Replicate() for place in placements]
+    parts = [Replicate() if place.is_replicate() else Partial(operation) for place in placements]
     return DTensor.from_local(values, mesh, parts).full_tensor()
+
+
+def local_ranges(tensor: Tensor, layout: ChannelLayout = ROWS) -> list[slice]:
+    """Return what this rank holds of a weight's rows, (C, …), along each dimension.
+
+    Raises:
+        InputError: shards of a transposed convolution with groups.
+    """
+    ranges = [slice(0, length) for length in tensor.shape]
+    if is_sharded(tensor):
+        if layout.transposed_groups not in (None, 1):
+            raise InputError(
+                "a transposed convolution with groups is split over ranks: replicate its weight."
+            )
+        mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+        # A strided shard is a part of what the other mesh dimension cuts first.
+        order = sorted(enumerate(placements), key=lambda p: "Strided" in type(p[1]).__name__)
+        for number, place in order:
+            if not place.is_replicate():
+                held = ranges[place.dim]
+                size = -(-(held.stop - held.start) // mesh.size(number))
+                begin = min(held.start + size * mesh.get_local_rank(number), held.stop)
+                ranges[place.dim] = slice(begin, min(begin + size, held.stop))
+    if layout.transposed_groups is not None:
+        groups = layout.transposed_groups
+        inputs = slice(0, len(tensor) // groups) if groups > 1 else ranges[0]
+        outputs = slice(0, layout.channels(tensor.shape)) if groups > 1 else ranges[1]
+        ranges = [outputs, inputs, *ranges[2:]]
+    return ranges
+
+
+Kernels = Callable[[str], Any]
+"""Returns what has `row_norms` of many weights at once on a type of device, or None."""
+
+
+def local_norms(
+    tensors: Sequence[Tensor], layouts: Sequence[ChannelLayout], kernels: Kernels | None = None
+) -> list[Tensor]:
+    """Return the (C,) ‖w_i‖₂ of each weight, of the part that this rank holds.
+
+    They accumulate in float32, in float64 for float64; kernels take all weights at once.
+    """
+    parts = [local_part(tensor.detach()) for tensor in tensors]
+    rows = [layout.rows(part) for part, layout in zip(parts, layouts, strict=True)]
+    ready = kernels(rows[0].device.type) if kernels and rows and are_plain(rows) else None
+    together = ready.row_norms(rows, 2.0) if ready is not None else torch.empty(0)
+    if len(together):
+        return list(torch.split(together, [len(each) for each in rows]))
+    return [row_norms(each, 2.0) for each in rows]
+
+
+def join_norms(
+    norms: Sequence[Tensor], parameters: Sequence[Tensor], layouts: Sequence[ChannelLayout]
+) -> list[Tensor]:
+    """Return the (C,) norms of whole weights, given those of the parts that this rank holds.
+
+    Of a weight that is sharded, along any dimensions, ranks add up Σ w_ij²; none gathers it.
+    """
+    if not any(map(is_sharded, parameters)):
+        return [*norms]
+    squares = []
+    for part, parameter, layout in zip(norms, parameters, layouts, strict=True):
+        whole = part
+        if is_sharded(parameter):
+            whole = part.new_zeros(layout.channels(parameter.shape))
+            whole[local_ranges(parameter, layout)[0]] = part.square()
+        squares.append(whole)
+    joined = join_parts(squares, parameters)
+    each = zip(joined, parameters, strict=True)
+    return [whole.sqrt() if is_sharded(parameter) else whole for whole, parameter in each]

@@ -126,6 +126,8 @@ class NormHistory:
         weight_decays: (T, L) float64, the same.
         provenance: what made it: seed, world size, optimizer, config, versions, steps per epoch;
             plain data.
+        quantities: (T, L) float32 of what else was recorded of each weight, such as `rotation`, by
+            name; NaN where a step was not measured.
 
     Examples:
         >>> history = NormHistory.from_arrays({"conv.weight": [[3.0], [1.0]]}, [10, 20], [0, 1])
@@ -139,6 +141,7 @@ class NormHistory:
     learning_rates: NDArray[np.float64]
     weight_decays: NDArray[np.float64]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    quantities: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
     @classmethod
     def from_arrays(
@@ -150,6 +153,7 @@ class NormHistory:
         learning_rates: ArrayLike | None = None,
         weight_decays: ArrayLike | None = None,
         provenance: Mapping[str, Any] | None = None,
+        quantities: Mapping[str, ArrayLike] | None = None,
     ) -> "NormHistory":
         """Return the history of these arrays; their shapes and meaning are those of the attributes.
 
@@ -158,12 +162,13 @@ class NormHistory:
                 runs backwards or has parts of steps, a norm that is negative; provenance that is
                 no plain data.
         """
-        origin = {} if provenance is None else provenance
-        rates = (learning_rates, weight_decays)
+        rates, origin = (learning_rates, weight_decays), {} if provenance is None else provenance
+        more = quantities or {}
         try:
-            return cls(
-                **recording_file.make_arrays(norms, steps, epochs, *rates, provenance=origin)
+            arrays = recording_file.make_arrays(
+                norms, steps, epochs, *rates, provenance=origin, quantities=more
             )
+            return cls(**arrays)
         except InputError as error:
             raise InputError(f"This is not a history of weight norms: {error}.") from None
 
@@ -286,4 +291,5 @@ class NormHistory:
             self.learning_rates[kept],
             self.weight_decays[kept],
             self.provenance,
+            {name: values[kept] for name, values in self.quantities.items()},
         )

@@ -26,6 +26,8 @@ from nmlightning.weights.channel_norms import (
     gather_channels,
     is_flat,
     is_sharded,
+    join_norms,
+    local_norms,
 )
 
 LayerKind = Literal["conv", "linear", "recurrent", "embedding"]
@@ -276,7 +278,8 @@ class LayerWeight:
         """Return ‖w_i‖₂, (C,), of all ranks' channels; every rank has to ask."""
         if self.computed is not None:
             return self.computed(self.parameter)
-        return gather_channels(channel_norms(self.parameter, layout=self.layout))
+        held, layouts = [self.parameter], [self.layout]
+        return join_norms(local_norms(held, layouts), held, layouts)[0]
 
     @property
     def channels(self) -> int:

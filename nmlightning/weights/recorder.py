@@ -1,7 +1,8 @@
 """Records the norms of weights during a run, on its device, and keeps them in a file."""
 
+import math
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -12,9 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.optim import Optimizer
 
 from nmlightning.errors import InputError
-from nmlightning.weights.channel_norms import are_plain
+from nmlightning.weights.channel_norms import Kernels, join_norms, local_norms
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.layer_weights import LayerWeight
 from nmlightning.weights.recording_file import (
@@ -27,6 +29,16 @@ from nmlightning.weights.recording_file import (
 
 Rates = Mapping[int, tuple[float, float]]
 """Learning rate and weight decay by the id of a parameter."""
+_MOST_PENDING = 256  # records that wait on the device
+
+
+def rates_of(optimizer: Optimizer) -> dict[int, tuple[float, float]]:
+    """Return the `Rates` of an optimizer's next step, which a scheduler may change after it."""
+    rates: dict[int, tuple[float, float]] = {}
+    for group in optimizer.param_groups:
+        now = float(group["lr"]), float(group.get("weight_decay", 0.0))
+        rates.update((id(parameter), now) for parameter in group["params"])
+    return rates
 
 
 class Recorder:
@@ -37,13 +49,20 @@ class Recorder:
         weights: Sequence[LayerWeight],
         provenance: Mapping[str, Any],
         earlier: NormHistory | None = None,
-        kernels: Callable[[str], Any] | None = None,  # of a type of device, for all weights at once
+        kernels: Kernels | None = None,
+        quantities: Sequence[str] = (),  # a number of each weight each, recorded with the norms
     ) -> None:
         self.weights = list(weights)
-        self._kernels = kernels
+        self.kernels = kernels
+        self.quantities = tuple(quantities)
         self._channels = {weight.name: weight.channels for weight in self.weights}
-        self._type = record_type(list(self._channels.values()))
+        self._type = record_type(list(self._channels.values()), self.quantities)
         self._provenance = {**provenance, "finished": False}
+        self.resume(earlier)
+
+    def resume(self, earlier: NormHistory | None, run: str | None = None) -> None:
+        """Drop all records, and continue earlier ones, of the run of that name."""
+        self._provenance |= {"run": run} if run else {}
         self._earlier = earlier
         self._file: GrowingRecording | None = None
         self._pending: list[Tensor] = []  # on the device, and when and by which rates
@@ -58,32 +77,43 @@ class Recorder:
             self._note_ends(next(self._records_of(earlier, 1)))
             self._note_ends(next(self._records_of(earlier.epoch_ends(), len(earlier))))
 
-    def record(self, step: int, epoch: int, rates: Rates) -> None:
+    def record(
+        self,
+        step: int,
+        epoch: int,
+        rates: Rates,
+        values: Mapping[str, Tensor] | None = None,
+        norms: Sequence[Tensor] | None = None,
+    ) -> None:
         """Record the norms as they are now, after `step` attempted steps, within `epoch`.
 
-        Nothing waits for the device. A second record at one step is not taken.
+        They are computed unless they are given. The device is waited for once in 256 records. A
+        second record at one step is not taken. The `values` are of the recorder's quantities, (L,)
+        each; those that are not there are NaN.
         """
         if step == self.last_step:
             return
-        self._pending.append(self._norms())
-        unknown = (np.nan, np.nan)
-        now = np.array([rates.get(id(w.parameter), unknown) for w in self.weights])
+        now_held = self.norms() if norms is None else norms
+        flat = torch.cat([each.float() for each in now_held])
+        unknown = flat.new_full((len(self.weights),), math.nan)
+        known = values or {}
+        columns = [known.get(name, unknown).float() for name in self.quantities]
+        self._pending.append(torch.cat([flat, *columns]))
+        unset = (np.nan, np.nan)
+        now = np.array([rates.get(id(w.parameter), unset) for w in self.weights])
         self._moments.append((step, epoch, now))
         self.last_step = step
+        if len(self._pending) >= _MOST_PENDING:
+            self._collect()
 
-    def _norms(self) -> Tensor:
-        """Return all weights' norms, in float32."""
+    @torch.no_grad()
+    def norms(self) -> list[Tensor]:
+        """Return the (C,) norms of each weight as they are now, of all ranks, which have to ask."""
         held = [weight for weight in self.weights if weight.computed is None]
-        together = torch.empty(0)
-        kernels = self._kernels(held[0].parameter.device.type) if self._kernels and held else None
-        if kernels is not None and are_plain(weight.parameter for weight in held):
-            rows = [weight.layout.rows(weight.parameter.detach()) for weight in held]
-            together = kernels.row_norms(rows, 2.0)
-        if not len(together):
-            return torch.cat([weight.norms().float() for weight in self.weights])
-        parts = iter(torch.split(together, [weight.channels for weight in held]))
-        norms = [next(parts) if w.computed is None else w.norms().float() for w in self.weights]
-        return torch.cat(norms)
+        parameters, layouts = [w.parameter for w in held], [w.layout for w in held]
+        local = local_norms(parameters, layouts, self.kernels)
+        known = iter(join_norms(local, parameters, layouts))
+        return [next(known) if w.computed is None else w.norms() for w in self.weights]
 
     def end_epoch(self) -> None:
         """Note how many steps the epoch had that is over, unlike one that a run stops inside."""
@@ -105,7 +135,7 @@ class Recorder:
         earlier = NormHistory.load(self._file.file, finite=False) if self._file else self._earlier
         parts = list(self._records_of(earlier)) if earlier else []
         records = np.concatenate([np.zeros(0, self._type), *parts, *self._unsaved])
-        content = split_records(records, self._channels)
+        content = split_records(records, self._channels, self.quantities)
         return NormHistory.from_arrays(provenance=self._provenance, **content)
 
     def finish(self) -> None:
@@ -126,7 +156,9 @@ class Recorder:
         else:
             count = len(unsaved) + (len(self._earlier) if self._earlier else 0)
             parts = chain(self._records_of(self._earlier) if self._earlier else (), [unsaved])
-            self._file = GrowingRecording(file, self._channels, self._provenance, count, parts)
+            self._file = GrowingRecording(
+                file, self._channels, self._provenance, count, parts, self.quantities
+            )
         self._unsaved, self._earlier = [], None
 
     def _collect(self) -> None:
@@ -134,7 +166,11 @@ class Recorder:
         if not self._pending:
             return
         records = np.zeros(len(self._pending), self._type)
-        records["norms"] = torch.stack(self._pending).cpu().numpy()
+        pending = torch.stack(self._pending).cpu().numpy()
+        norms = records["norms"].shape[1]
+        records["norms"] = pending[:, :norms]
+        if self.quantities:
+            records["quantities"] = pending[:, norms:].reshape(records["quantities"].shape)
         records["step"], records["epoch"], records["rates"] = map(
             np.array, zip(*self._moments, strict=True)
         )
@@ -158,6 +194,11 @@ class Recorder:
             records["rates"][:, :, 1] = history.weight_decays[some][:, order]
             norms = [history.norms[name][some] for name in self._channels]
             records["norms"] = np.concatenate(norms, axis=1)
+            for number, name in enumerate(self.quantities):
+                known = history.quantities.get(name)
+                records["quantities"][:, number] = (
+                    np.nan if known is None else known[some][:, order]
+                )
             yield records
 
 

@@ -23,9 +23,10 @@ from nmlightning.errors import InputError
 
 FILE_NAME = "weight_norms.safetensors"
 FORMAT = "nmlightning weight norms"
-VERSIONS = UNCHECKED_VERSION, GROWING_VERSION, VERSION = 1, 3, 4  # the first may lack a checksum
+# The first may lack a checksum; the last grows, too, and has quantities beside the norms.
+VERSIONS = UNCHECKED_VERSION, GROWING_VERSION, VERSION, QUANTITIES_VERSION = 1, 3, 4, 5
 _ARRAYS = ("steps", "epochs", "learning_rates", "weight_decays")
-_NORMS = "norms/"
+_NORMS, _QUANTITIES = "norms/", "quantities/"
 _FINISHED, _REPEATED = 1, 2  # marks of a record: the run finished; the record before, once more
 
 
@@ -33,10 +34,12 @@ def write_recording(
     file: Path,
     norms: Mapping[str, NDArray[np.float32]],
     provenance: Mapping[str, Any],
+    quantities: Mapping[str, NDArray[np.float32]],
     **arrays: NDArray[Any],
 ) -> None:
     """Write the file at once or not at all, so that a reader never finds half of it."""
     arrays |= {_NORMS + name: values for name, values in norms.items()}
+    arrays |= {_QUANTITIES + name: values for name, values in quantities.items()}
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     metadata = {
         "format": FORMAT,
@@ -60,13 +63,15 @@ def _checksum(metadata: Mapping[str, str], arrays: Mapping[str, NDArray[Any]]) -
     return str(checksum)
 
 
-def record_type(channels: Sequence[int]) -> np.dtype[Any]:
+def record_type(channels: Sequence[int], quantities: Sequence[str] = ()) -> np.dtype[Any]:
     """Return the type of the records of weights with these channels; a multiple of 8 bytes."""
-    pad = [("pad", "<u4")] if sum(channels) % 2 else []
+    shape = (len(quantities), len(channels))
+    more: list[Any] = [("quantities", "<f4", shape)] if quantities else []
+    pad = [("pad", "<u4")] if (sum(channels) + shape[0] * shape[1]) % 2 else []
     counts = [("crc32", "<u4"), ("marks", "<u4"), ("steps_per_epoch", "<i8")]
     rates = ("rates", "<f8", (len(channels), 2))
     clock = [("step", "<i8"), ("epoch", "<i8")]
-    return np.dtype([*counts, *clock, rates, ("norms", "<f4", (sum(channels),)), *pad])
+    return np.dtype([*counts, *clock, rates, ("norms", "<f4", (sum(channels),)), *more, *pad])
 
 
 class GrowingRecording:
@@ -82,14 +87,16 @@ class GrowingRecording:
         provenance: Mapping[str, Any],
         count: int,
         records: Iterable[NDArray[Any]],
+        quantities: Sequence[str] = (),
     ) -> None:
         self.file = file
-        self._size = record_type(list(channels.values())).itemsize
+        self._size = record_type(list(channels.values()), quantities).itemsize
         content = {"channels": dict(channels), "provenance": dict(provenance), "whole": count}
+        content |= {"quantities": list(quantities)} if quantities else {}
         text = json.dumps(content)
         metadata = {
             "format": FORMAT,
-            "version": str(GROWING_VERSION),
+            "version": str(QUANTITIES_VERSION if quantities else GROWING_VERSION),
             "content": text,
             "crc32": str(zlib.crc32(text.encode())),
         }
@@ -184,12 +191,11 @@ def read_recording(file: Path) -> dict[str, Any]:
         raise InputError(f"{file} is a safetensors file, but no recording of weight norms.")
     if metadata.get("version") not in {str(each) for each in VERSIONS}:
         raise InputError(
-            f"{file} has version {metadata.get('version')} of the format, and this release reads "
-            f"{UNCHECKED_VERSION}, {GROWING_VERSION} and {VERSION}: install the release that wrote "
-            "it."
+            f"{file} has version {metadata.get('version')} of the format, of which this release "
+            f"reads {', '.join(map(str, VERSIONS))}: install the release that wrote it."
         )
     try:
-        if metadata["version"] == str(GROWING_VERSION):
+        if metadata["version"] in (str(GROWING_VERSION), str(QUANTITIES_VERSION)):
             return _read_growing(file, metadata, start)
         try:
             arrays = load_file(file)
@@ -198,6 +204,7 @@ def read_recording(file: Path) -> dict[str, Any]:
         names, provenance = (json.loads(metadata[key]) for key in ("names", "provenance"))
         recording = {name: arrays[name] for name in _ARRAYS}
         norms = {name: arrays[_NORMS + name] for name in names}
+        more = {k.partition(_QUANTITIES)[2]: v for k, v in arrays.items() if k[0] == "q"}
         if metadata["version"] == str(VERSION):
             metadata["crc32"]  # is there, or KeyError
     except (KeyError, ValueError, TypeError, RecursionError) as error:
@@ -206,7 +213,7 @@ def read_recording(file: Path) -> dict[str, Any]:
         raise InputError(f"{file} is damaged: {error} is missing or unreadable.") from error
     if metadata.get("crc32", expected := _checksum(metadata, arrays)) != expected:
         raise InputError(f"{file} is damaged: its checksum differs.")
-    return {**recording, "norms": norms, "provenance": provenance}
+    return {**recording, "norms": norms, "provenance": provenance, "quantities": more}
 
 
 def _read_growing(file: Path, metadata: Mapping[str, str], start: int) -> dict[str, Any]:
@@ -218,7 +225,8 @@ def _read_growing(file: Path, metadata: Mapping[str, str], start: int) -> dict[s
         raise InputError(f"{file} is damaged: the checksum of its head differs.")
     head = json.loads(metadata["content"])
     channels, provenance = head["channels"], head["provenance"]
-    kind = record_type(list(channels.values()))
+    quantities = head.get("quantities", [])
+    kind = record_type(list(channels.values()), quantities)
     count = (file.stat().st_size - start) // kind.itemsize
     records: NDArray[Any] = np.zeros(0, kind)
     if count:
@@ -245,11 +253,13 @@ def _read_growing(file: Path, metadata: Mapping[str, str], start: int) -> dict[s
         provenance |= known if known["steps_per_epoch"] >= 0 else {}
         provenance |= {"finished": bool(last["marks"] & _FINISHED)}
         records = records[: count - bool(last["marks"] & _REPEATED)]
-    return {**split_records(records, channels), "provenance": provenance}
+    return {**split_records(records, channels, quantities), "provenance": provenance}
 
 
-def split_records(records: NDArray[Any], channels: Mapping[str, int]) -> dict[str, Any]:
-    """Return views of `record_type` records: `norms` by name, and the other arrays."""
+def split_records(
+    records: NDArray[Any], channels: Mapping[str, int], quantities: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return views of `record_type` records: `norms`, `quantities` by name, and other arrays."""
     columns = np.split(records["norms"], np.cumsum(list(channels.values()))[:-1], axis=1)
     return {
         "norms": dict(zip(channels, columns, strict=False)),
@@ -257,6 +267,7 @@ def split_records(records: NDArray[Any], channels: Mapping[str, int]) -> dict[st
         "epochs": records["epoch"],
         "learning_rates": records["rates"][:, :, 0],
         "weight_decays": records["rates"][:, :, 1],
+        "quantities": {name: records["quantities"][:, n] for n, name in enumerate(quantities)},
     }
 
 
@@ -294,6 +305,7 @@ def make_arrays(
     weight_decays: ArrayLike | None = None,
     *,
     provenance: Mapping[str, Any],
+    quantities: Mapping[str, ArrayLike],
 ) -> dict[str, Any]:
     """Return the arguments of a `NormHistory`; rates that are None are unknown."""
     if not isinstance(norms, Mapping):
@@ -308,20 +320,15 @@ def make_arrays(
         is_plain = False
     if not is_plain:
         raise InputError(f"provenance is a mapping of plain data, got {repr(provenance)[:60]}")
-    arrays = {
-        name: _numbers(name, values).astype(np.float32, copy=False)
-        for name, values in norms.items()
-    }
+    arrays, more = map(_float32, (norms, quantities))
     clock = {"steps": _whole_numbers("steps", steps), "epochs": _whole_numbers("epochs", epochs)}
     shape = (len(clock["steps"]), len(norms))
-    rates = {
-        "learning_rates": _rates("learning_rates", learning_rates, shape),
-        "weight_decays": _rates("weight_decays", weight_decays, shape),
-    }
-    problem = next(_problems(arrays, clock["steps"], clock["epochs"], rates), None)
+    given = {"learning_rates": learning_rates, "weight_decays": weight_decays}
+    rates: dict[str, NDArray[Any]] = {k: _rates(k, v, shape) for k, v in given.items()}
+    problem = next(_problems(arrays, clock["steps"], clock["epochs"], rates | more), None)
     if problem:
         raise InputError(problem)
-    return {"norms": arrays, **clock, **rates, "provenance": dict(provenance)}
+    return {"norms": arrays, **clock, **rates, "provenance": dict(provenance), "quantities": more}
 
 
 def check_finite(norms: Mapping[str, NDArray[np.float32]], epochs: NDArray[np.int64]) -> None:
@@ -346,6 +353,10 @@ def _numbers(name: str, values: ArrayLike) -> NDArray[Any]:
     return array
 
 
+def _float32(arrays: Mapping[str, ArrayLike]) -> dict[str, NDArray[np.float32]]:
+    return {k: _numbers(k, v).astype(np.float32, copy=False) for k, v in arrays.items()}
+
+
 def _whole_numbers(name: str, values: ArrayLike) -> NDArray[np.int64]:
     array = _numbers(name, values)
     if array.ndim != 1:
@@ -367,16 +378,16 @@ def _problems(
     norms: Mapping[str, NDArray[np.float32]],
     steps: NDArray[np.int64],
     epochs: NDArray[np.int64],
-    rates: Mapping[str, NDArray[np.float64]],
+    by_weight: Mapping[str, NDArray[np.floating]],
 ) -> Iterator[str]:
     """Yield what is wrong with the shapes and the clock."""
     records = len(steps)
     if len(epochs) != records:
         yield f"{records} steps, but epochs of shape {epochs.shape}"
         return
-    for name, rate in rates.items():
-        if rate.shape != (records, len(norms)):
-            yield f"{name} has shape {rate.shape}, expected {(records, len(norms))}"
+    for name, values in by_weight.items():
+        if values.shape != (records, len(norms)):
+            yield f"{name} has shape {values.shape}, expected {(records, len(norms))}"
     for name, values in norms.items():
         if values.ndim != 2 or values.shape[0] != records:
             yield f"{name} has shape {values.shape}, expected ({records}, channels)"

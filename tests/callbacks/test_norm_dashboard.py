@@ -19,14 +19,15 @@ from torch import Tensor
 
 from lightning_modules import Trains, make_data, make_trainer, package_of
 from nmlightning.callbacks import WeightNormTracker
-from nmlightning.callbacks.norm_dashboard import DeviceReading
 from nmlightning.errors import InputError
 from nmlightning.int8.layers import INT8_CLASSES
 from nmlightning.int8.quantizer import direction_cosine, symmetric_grid
 from nmlightning.optim import LRCorrection
 from nmlightning.reports.tags import dashboard_layout, group_by_stage, norm_tag
-from nmlightning.weights.channel_norms import channel_norms, equilibrium_rotation, rotations
+from nmlightning.tracking.step_meter import DeviceReading
+from nmlightning.weights.channel_norms import channel_norms, equilibrium_rotation
 from nmlightning.weights.history import NormHistory
+from optim_rules import channel_angles
 from trainers import quiet_trainer
 
 LAYERS = ["net.0", "net.3", "net.7"]
@@ -111,7 +112,7 @@ def test_dashboard_logs_scalars(make: Any, tmp_path: Path) -> None:
                 f"weight_norm/{layer}/mean": norms.mean(),
                 f"weight_norm/{layer}/max": norms.max(),
                 f"effective_lr/{layer}": RATE / (1 - MOMENTUM) / norms.median() ** 2,
-                f"rotation/{layer}": rotations(before, after).square().mean().sqrt(),
+                f"rotation/{layer}": channel_angles(before, after).square().mean().sqrt(),
                 f"rotation_equilibrium/{layer}": equilibrium,
             }
             for tag, value in expected.items():
@@ -274,7 +275,7 @@ def test_dashboard_logs_to_csv(by_layer: bool, tmp_path: Path) -> None:
     if by_layer:
         assert len(last) == 1 + 7 * len(LAYERS)  # the step, and the kinds of values
         return
-    turned = [rotations(module.weights[-2][n], module.weights[-1][n]) for n in LAYERS]
+    turned = [channel_angles(module.weights[-2][n], module.weights[-1][n]) for n in LAYERS]
     mean_squares = [angles.square().mean() for angles in turned]
     assert {k: float(v) for k, v in last.items() if "/" in k} == pytest.approx(
         {
@@ -387,7 +388,7 @@ def test_dashboard_logs_once_for_accumulated_batches(tmp_path: Path) -> None:
     scalars = read_scalars(tmp_path)
     assert list(scalars["rotation/net.0"]) == list(range(EPOCHS * BATCHES // 2))
     before, after = (module.weights[batch]["net.0"] for batch in (3, 4))
-    expected = rotations(before, after).square().mean().sqrt()
+    expected = channel_angles(before, after).square().mean().sqrt()
     assert scalars["rotation/net.0"][1] == pytest.approx(float(expected), rel=1e-5)
 
 

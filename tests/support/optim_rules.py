@@ -147,3 +147,10 @@ def attach(
     optimizer = sgd(net)
     rule = make_rule(random_history(net), **options)
     return net, optimizer, rule.attach(optimizer, net.named_parameters())
+
+
+def channel_angles(before: Tensor, after: Tensor) -> Tensor:
+    """Return the angle between each row before and after, (C,), in float64 between unit rows."""
+    a, b = (w.detach().double().flatten(1) for w in (before, after))
+    a, b = (w / w.norm(dim=1, keepdim=True) for w in (a, b))
+    return 2 * torch.atan2((a - b).norm(dim=1), (a + b).norm(dim=1))

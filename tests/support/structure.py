@@ -49,7 +49,7 @@ LAYERS = [
     ["nmlightning.commands"],
     ["nmlightning.callbacks", "nmlightning.translation"],
     ["nmlightning.tasks", "nmlightning.export", "nmlightning.probe", "nmlightning.compat"],
-    ["nmlightning.surgery"],
+    ["nmlightning.surgery", "nmlightning.tracking"],
     ["nmlightning.parametrizations", "nmlightning.int8"],
     ["nmlightning.optim", "nmlightning.norms", "nmlightning.reports"],
     ["nmlightning.weights", "nmlightning.kernels", "nmlightning.named_code"],

@@ -123,7 +123,7 @@ def test_files_without_a_recording_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"version": "2"}, "has version 2 of the format, and this release reads 1"),
+        ({"version": "2"}, "has version 2 of the format, of which this release reads 1"),
         ({"names": "[]]"}, "is damaged"),
         ({"names": '["a.weight", "c.weight"]'}, "is damaged: 'norms/c.weight' is missing"),
         ({"provenance": "{"}, "is damaged"),

@@ -1,0 +1,81 @@
+"""Spectral norms of weights by a warm power iteration, of shards along any dimension, too."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nmlightning.weights.channel_norms import ROWS, join_parts, local_part, local_ranges
+from nmlightning.weights.layer_weights import LayerWeight
+
+_FIRST_ROUNDS = 8  # of a weight that is new; each later call takes one
+
+
+class PowerIteration:
+    """Estimates σ₁ of weights as matrices W, (C, …), from below.
+
+        u ← W v,    σ = ‖u‖,    v ← Wᵀu / ‖Wᵀu‖
+
+    A call takes one round from the v where the one before ended, so that it follows a weight that
+    turns slowly; the first takes eight, from a v that is the same in each run. Sums over shards are
+    joined in one collective for all weights; no rank gathers a weight.
+    """
+
+    def __init__(self) -> None:
+        self._vectors: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, weights: Mapping[str, LayerWeight]) -> Tensor:
+        """Return (L,) σ₁ of each weight, by whose names v is kept."""
+        rounds = 1 if weights.keys() <= self._vectors.keys() else _FIRST_ROUNDS
+        for _ in range(rounds):
+            lengths = self._iterate(weights)
+        return lengths
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._vectors)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._vectors = dict(state)
+
+    def _iterate(self, weights: Mapping[str, LayerWeight]) -> Tensor:
+        """Take a round, and return ‖W v‖ of its beginning."""
+        parameters = [weight.parameter for weight in weights.values()]
+        rows, places = [], []
+        for weight in weights.values():
+            local = weight.layout.rows(local_part(weight.parameter.detach()))
+            rows.append(local.to(torch.promote_types(local.dtype, torch.float32)))
+            places.append(local_ranges(weight.parameter, weight.layout))
+        held = list(zip(weights.items(), rows, places, strict=True))
+        products = []
+        for (name, weight), w, (channels, *others) in held:
+            v = self._vector(name, weight, w)
+            u = w.new_zeros(weight.channels)
+            u[channels] = torch.mv(w.flatten(1), v[tuple(others)].flatten())
+            products.append(u)
+        us = join_parts(products, parameters)
+        products = []
+        for ((name, _), w, (channels, *others)), u in zip(held, us, strict=True):
+            v = torch.zeros_like(self._vectors[name])
+            v[tuple(others)] = torch.mv(w.flatten(1).T, u[channels]).view(w.shape[1:])
+            products.append(v)
+        for name, v in zip(weights, join_parts(products, parameters), strict=True):
+            length = torch.linalg.vector_norm(v)
+            self._vectors[name] = torch.where(length > 0, v / length, self._vectors[name])
+        return torch.stack([torch.linalg.vector_norm(u) for u in us])
+
+    def _vector(self, name: str, weight: LayerWeight, like: Tensor) -> Tensor:
+        """Return the v of a weight, of which all ranks hold the whole."""
+        known = self._vectors.get(name)
+        if known is None:
+            shape = weight.parameter.shape
+            inputs = shape[1:]
+            if weight.layout != ROWS:
+                groups = weight.layout.transposed_groups or 1
+                inputs = torch.Size([shape[0] // groups, *shape[2:]])
+            generator = torch.Generator().manual_seed(0)
+            known = torch.randn(inputs, generator=generator, dtype=torch.float64)
+            known = known / torch.linalg.vector_norm(known)
+        self._vectors[name] = known.to(like)
+        return self._vectors[name]

@@ -1,0 +1,368 @@
+"""Measures weights and the optimizer steps that move them: norms, lengths, angles, gradients."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from nmlightning.errors import check_choice, check_lists
+from nmlightning.optim.families import expected_rotation, group_numbers, known_power
+from nmlightning.optim.step_hooks import StepHookHandle
+from nmlightning.reports import tags
+from nmlightning.tracking.power_iteration import PowerIteration
+from nmlightning.weights.channel_norms import (
+    STATISTICS,
+    effective_learning_rates,
+    join_norms,
+    join_shards,
+    local_norms,
+    local_part,
+    rotations,
+    summarise_channels,
+)
+from nmlightning.weights.layer_weights import LayerWeight
+from nmlightning.weights.recorder import Recorder
+
+_OF_GRADIENTS = ("unclipped_gradient_norm", "gradient_norm")
+_OF_STEPS = ("step_norm", "rotation", "update_ratio")
+DEFAULT = ("weight_norm", "rotation", "effective_lr")
+QUANTITIES = (*DEFAULT, "step_norm", "update_ratio", *_OF_GRADIENTS, tags.COSINE, "spectral_norm")
+
+
+def check_quantities(quantities: Sequence[str]) -> tuple[str, ...]:
+    """Return them without repetition; InputError for what is none."""
+    check_lists(quantities=quantities)
+    for name in quantities:
+        check_choice("a quantity", name, QUANTITIES)
+    return tuple(dict.fromkeys(quantities))
+
+
+class DeviceReading:
+    """Collects numbers; `read` is where the device is waited for, once."""
+
+    def __init__(self) -> None:
+        self._tags: list[str] = []
+        self._values: list[Tensor] = []
+
+    def add(self, tags: Sequence[str], values: Tensor) -> None:
+        """Note as many numbers, of any shape and dtype, as there are tags."""
+        assert len(tags) == values.numel(), f"{len(tags)} tags for {values.numel()} values"
+        self._tags.extend(tags)
+        self._values.append(values.detach().flatten().float())
+
+    def read(self) -> dict[str, float]:
+        """Return all numbers by tag, from float32."""
+        if not self._values:
+            return {}
+        device = max((v.device for v in self._values), key=lambda device: device.type != "cpu")
+        numbers = torch.cat([values.to(device) for values in self._values]).tolist()
+        return dict(zip(self._tags, numbers, strict=True))
+
+
+def _root_mean_square(values: Sequence[float]) -> Any:
+    return np.sqrt(np.mean(np.square(values)))
+
+
+# What is logged over all layers: of minima the least, of maxima the largest, ….
+_POOLS: Mapping[str, Callable[[Sequence[float]], Any]] = {
+    tags.norm_tag("{layer}", "min"): np.min,
+    tags.norm_tag("{layer}", "mean"): np.mean,
+    tags.norm_tag("{layer}", "max"): np.max,
+    tags.EFFECTIVE_LR + "{layer}": np.median,
+    tags.ROTATION + "{layer}": _root_mean_square,
+    tags.EQUILIBRIUM + "{layer}": _root_mean_square,
+    **{f"{name}/{{layer}}": np.median for name in ("step_norm", "update_ratio", tags.COSINE)},
+    **{f"{name}/{{layer}}": np.max for name in (*_OF_GRADIENTS, "spectral_norm")},
+    tags.factor_tag("{layer}", "mean"): np.mean,
+    tags.factor_tag("{layer}", "max"): np.max,
+    **{tags.angle_tag("{layer}", tensor): np.max for tensor in tags.ROUNDED},
+    tags.STEERING_SKIPPED: np.max,
+    tags.SKIPPED_STEPS: np.max,
+}
+
+
+def pool_layers(values: Mapping[str, float], layers: Sequence[str]) -> dict[str, float]:
+    """Return a handful of values over all layers, under the tags of a layer `all`."""
+    pooled = {}
+    for tag, pool in _POOLS.items():
+        tags_of_layers = {tag.replace("{layer}", layer) for layer in layers}
+        known = [values[each] for each in tags_of_layers if each in values]
+        if known:
+            pooled[tag.replace("{layer}", "all")] = float(pool(known))
+    return pooled
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A weight that a step moves, and the rates of that step."""
+
+    weight: LayerWeight
+    learning_rate: float
+    momentum: float
+    power: int | None
+    equilibrium: float | None
+
+
+class StepMeter:
+    """Measures a recorder's weights and their steps, on their device; `read` waits for it, once.
+
+    With w_i an output channel before the step, Δw_i what the step did with momentum, decay and
+    steering, and g_i the gradient, a layer of C channels has
+
+        step_norm               √(Σ_i ‖Δw_i‖² / C)
+        update_ratio            ‖Δw‖ / ‖w‖, of all channels together
+        rotation                the root mean square of the angles from w_i to w_i + Δw_i
+        gradient_norm           √(Σ_i ‖g_i‖² / C), as the optimizer finds it, without a
+                                GradScaler's scale; unclipped_gradient_norm when `measure` is called
+        weight_gradient_cosine  ⟨w, g⟩ / (‖w‖ ‖g‖), of all channels together
+        effective_lr            the median of η / ((1 − m) ‖w_i + Δw_i‖^power)
+        spectral_norm           σ₁ of w + Δw as a matrix (C, …), by `PowerIteration`
+        weight_norm             smallest, mean, largest and median ‖w_i + Δw_i‖
+
+    All accumulate in float32, in float64 for float64. Of shards, along any dimension, ranks add up
+    sums, and every rank has to call each method. A copy of the weights is kept for Δw.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        quantities: Sequence[str] = DEFAULT,
+        handles: Sequence[StepHookHandle] = (),
+    ) -> None:
+        self.recorder, self.handles = recorder, handles
+        self._wanted = set(quantities)
+        self.layers = {tags.layer_of(weight.name): weight for weight in recorder.weights}
+        self._moved = {name: w for name, w in self.layers.items() if w.computed is None}
+        self._before: dict[str, Tensor] = {}  # copies, of this rank's parts
+        self._steps: dict[str, _Step] = {}
+        self._gradients: dict[str, dict[str, Tensor]] = {name: {} for name in _OF_GRADIENTS}
+        self._products: dict[str, Tensor] = {}
+        self._power_iteration = PowerIteration()
+        self.norms: list[Tensor] | None = None  # as `finish` found them
+        self._statistics: Tensor | None = None  # (L, 4)
+        self._values: dict[str, tuple[list[str], Tensor]] = {}  # of some layers each
+
+    @torch.no_grad()
+    def begin(self, optimizer: Optimizer) -> None:
+        """Keep the weights that this step of an optimizer will move."""
+        numbers = group_numbers(optimizer)
+        weights = {k: w for k, w in self._moved.items() if w.parameter in numbers}
+        for layer, weight in weights.items():
+            group = optimizer.param_groups[numbers[weight.parameter]]
+            self._steps[layer] = _Step(
+                weight,
+                float(group["lr"]),
+                float(group.get("momentum", 0.0)),
+                known_power(optimizer),
+                expected_rotation(optimizer, group),
+            )
+        self._values = {}
+        if self._wanted & {*_OF_STEPS, tags.COSINE}:
+            values = {k: local_part(w.parameter.detach()) for k, w in weights.items()}
+            for layer, now in values.items():
+                kept = self._before.get(layer)
+                if kept is None or (kept.shape, kept.device) != (now.shape, now.device):
+                    self._before[layer] = torch.empty_like(now)
+            if values:
+                torch._foreach_copy_([self._before[k] for k in values], list(values.values()))
+
+    def measure(self, scale: float | Tensor = 1.0) -> None:
+        """Measure `unclipped_gradient_norm` on the gradients as they are now, before clipping.
+
+        They may still be multiplied by a `scale`, as by `scaler.get_scale()` before
+        `scaler.unscale_(optimizer)`.
+        """
+        if "unclipped_gradient_norm" in self._wanted:
+            self._measure_gradients("unclipped_gradient_norm", list(self._moved), scale)
+
+    @torch.no_grad()
+    def measure_step(self, optimizer: Optimizer) -> None:
+        """Measure the gradients of a step that is about to be taken, as the optimizer finds them.
+
+        A fused optimizer divides by the scale of a GradScaler itself.
+        """
+        if not self._wanted & {"gradient_norm", tags.COSINE}:
+            return
+        numbers = group_numbers(optimizer)
+        layers = [layer for layer in self._steps if self._moved[layer].parameter in numbers]
+        scale = getattr(optimizer, "grad_scale", None)
+        scale = 1.0 if scale is None else scale
+        self._measure_gradients("gradient_norm", layers, scale)
+        if tags.COSINE in self._wanted:
+            for layer, gradient in self._gradients_of(layers).items():
+                w = local_part(self._moved[layer].parameter)
+                wide = torch.promote_types(w.dtype, torch.float32)
+                self._products[layer] = (w.to(wide) * gradient).sum() / scale
+
+    def _gradients_of(self, layers: Sequence[str]) -> dict[str, Tensor]:
+        """Return this rank's parts of the gradients, of the layers that have one."""
+        held = {layer: self._moved[layer].parameter.grad for layer in layers}
+        return {k: local_part(grad).to_dense() for k, grad in held.items() if grad is not None}
+
+    @torch.no_grad()
+    def _measure_gradients(self, name: str, layers: Sequence[str], scale: float | Tensor) -> None:
+        norms = self._local_norms(self._gradients_of(layers))
+        self._gradients[name] |= {layer: norm / scale for layer, norm in norms.items()}
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether any step was begun since the last reading."""
+        return bool(self._steps)
+
+    @torch.no_grad()
+    def finish(self) -> dict[str, Tensor]:
+        """Measure the steps that were begun, and return (L,) values of the recorder's weights.
+
+        They are by quantity, NaN for weights that were not measured. A second call does nothing.
+        """
+        if not self._values:
+            self._measure(list(self._steps))
+        places = {layer: number for number, layer in enumerate(self.layers)}
+        columns = {}
+        for name, (layers, values) in self._values.items():
+            if len(layers) < len(places):
+                whole = values.new_full((len(places),), math.nan)
+                whole[[places[layer] for layer in layers]] = values
+                values = whole
+            columns[name] = values
+        return columns
+
+    def _measure(self, layers: list[str]) -> None:
+        self.norms = self.recorder.norms()
+        norms = dict(zip(self.layers, self.norms, strict=True))
+        if self._wanted & {"weight_norm", "effective_lr"}:
+            self._statistics = summarise_channels([each.float() for each in norms.values()])
+        if "effective_lr" in self._wanted:
+            self._add_rates(layers)
+        if "spectral_norm" in self._wanted:
+            weights = {layer: self._moved[layer] for layer in layers}
+            self._values["spectral_norm"] = layers, self._power_iteration(weights)
+        if layers and self._wanted & {*_OF_STEPS, *_OF_GRADIENTS, tags.COSINE}:
+            self._add_sums(layers, norms)
+
+    def _add_rates(self, layers: list[str]) -> None:
+        known = [layer for layer in layers if self._steps[layer].power is not None]
+        if known and self._statistics is not None:
+            places = [list(self.layers).index(layer) for layer in known]
+            steps = [self._steps[layer] for layer in known]
+            columns = [(s.learning_rate, s.momentum, float(s.power or 0)) for s in steps]
+            rate, momentum, power = torch.tensor(columns).to(self._statistics.device).unbind(1)
+            medians = self._statistics[places, STATISTICS.index("median")]
+            rates = effective_learning_rates(medians, rate, power=power, momentum=momentum)
+            self._values["effective_lr"] = known, rates
+
+    def _add_sums(self, layers: list[str], after: Mapping[str, Tensor]) -> None:
+        """Add what follows from the norms of weights, of steps and of gradients."""
+        kept = {layer: self._before[layer] for layer in layers if layer in self._before}
+        local = {"before": self._local_norms(kept)} if kept else {}
+        if self._wanted & {*_OF_STEPS}:
+            now = [local_part(self._moved[layer].parameter.detach()) for layer in layers]
+            steps = _subtract(list(kept.values()), now)
+            local["step"] = self._local_norms(dict(zip(layers, steps, strict=True)))
+        local |= {name: known for name, known in self._gradients.items() if known}
+        norms = self._join(local)
+        found = {name: (list(each), _layer_rms(each)) for name, each in norms.items()}
+        if "step" in norms:
+            of_step = norms["before"], after, norms["step"]
+            flat = [torch.cat([each[layer] for layer in layers]) for each in of_step]
+            angles = torch.split(rotations(*flat), [len(after[k]) for k in layers])
+            found["rotation"] = layers, _layer_rms(dict(zip(layers, angles, strict=True)))
+            found["step_norm"] = found["step"]
+            found["update_ratio"] = layers, found["step"][1] / found["before"][1]
+        if self._products:
+            names = list(self._products)
+            parameters = [self._moved[layer].parameter for layer in names]
+            products = join_shards(torch.stack(list(self._products.values())), parameters, "sum")
+            known = [{k: norms[x][k] for k in names} for x in ("before", "gradient_norm")]
+            lengths = math.prod(map(_layer_rms, known), start=torch.ones_like(products))
+            counts = [self._moved[layer].channels for layer in names]
+            found[tags.COSINE] = names, products / lengths / _on_device(counts, products)
+        self._values |= {name: each for name, each in found.items() if name in self._wanted}
+
+    def _local_norms(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        layouts = [self._moved[layer].layout for layer in tensors]
+        norms = local_norms(list(tensors.values()), layouts, self.recorder.kernels)
+        return dict(zip(tensors, norms, strict=True))
+
+    def _join(self, local: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """Return the norms of all ranks' channels, by quantity and layer."""
+        weights = [self._moved[layer] for each in local.values() for layer in each]
+        norms = [norm for each in local.values() for norm in each.values()]
+        joined = iter(
+            join_norms(norms, [w.parameter for w in weights], [w.layout for w in weights])
+        )
+        return {name: {layer: next(joined) for layer in each} for name, each in local.items()}
+
+    def add_to(self, reading: DeviceReading) -> None:
+        """Add what was measured, and the factors of steering."""
+        if self._statistics is not None and "weight_norm" in self._wanted:
+            names = [tags.norm_tag(layer, name) for layer in self.layers for name in STATISTICS]
+            reading.add(names, self._statistics)
+        for quantity, (layers, values) in self._values.items():
+            reading.add([f"{quantity}/{layer}" for layer in layers], values)
+        factors = {name: f for handle in self.handles for name, f in handle.factors().items()}
+        if factors:
+            layers = [tags.layer_of(name) for name in factors]
+            names = [tags.factor_tag(layer, name) for layer in layers for name in STATISTICS]
+            reading.add(names, summarise_channels([f.float() for f in factors.values()]))
+        if self.handles:
+            counts = [handle.skipped_on_device for handle in self.handles]
+            reading.add([tags.STEERING_SKIPPED], torch.stack(counts).sum())
+
+    def read(self, reading: DeviceReading | None = None) -> dict[str, float]:
+        """Return by tag what was measured, with the rest of a reading; it is over then."""
+        reading = reading or DeviceReading()
+        self.finish()
+        self.add_to(reading)
+        values = reading.read()
+        if "rotation" in self._wanted:
+            expected = {layer: step.equilibrium for layer, step in self._steps.items()}
+            values |= {tags.EQUILIBRIUM + k: v for k, v in expected.items() if v is not None}
+        self.forget()
+        return values
+
+    def forget(self) -> None:
+        """Drop the steps that were begun."""
+        self._steps, self._products, self._values = {}, {}, {}
+        self._gradients = {name: {} for name in _OF_GRADIENTS}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs to measure the same."""
+        return {"power_iteration": self._power_iteration.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from there."""
+        self._power_iteration.load_state_dict(state["power_iteration"])
+
+
+def _subtract(before: list[Tensor], now: list[Tensor]) -> list[Tensor]:
+    """Return the steps back, in place of copies in float32 or float64."""
+    if any(tensor.dtype.itemsize < 4 for tensor in before):
+        return [b.float() - n.float() for b, n in zip(before, now, strict=True)]
+    torch._foreach_sub_(before, now)
+    return before
+
+
+def _layer_rms(values: Mapping[str, Tensor]) -> Tensor:
+    """Return (L,), the root mean square of each layer's channels, of those that are not NaN."""
+    flat = torch.cat(list(values.values()))
+    ids = _layer_ids(tuple(map(len, values.values())), flat.device)
+    known = ~flat.isnan()
+    columns = torch.stack([flat.square().where(known, 0.0), known.to(flat.dtype)])
+    sums = flat.new_zeros(2, len(values)).index_add_(1, ids, columns)
+    return (sums[0] / sums[1]).sqrt()
+
+
+@lru_cache(maxsize=32)
+def _layer_ids(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.repeat_interleave(torch.tensor(counts)).to(device)
+
+
+def _on_device(numbers: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(numbers, dtype=like.dtype).to(like.device, non_blocking=True)
