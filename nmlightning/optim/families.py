@@ -18,15 +18,29 @@ Power = Literal["auto", 1, 2]
 # The step of these follows the gradient, which falls with ‖w‖, and the angle again: ‖w‖².
 _GRADIENT = (optim.SGD,)
 # The step of these is the gradient divided by its own size, so that only the angle is left: ‖w‖.
-_NORMALISED = (optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax, optim.RMSprop)
+_NORMALISED = (
+    *(optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax, optim.RMSprop),
+    *((optim.Muon,) if hasattr(optim, "Muon") else ()),
+)
+# Classes of the known packages by the power that benchmarks/equilibrium.py finds. The step of the
+# last ones is proportional to the weight's own norm, if their group says nothing else.
+_NAMED: Mapping[int, str] = {
+    2: "SGDW|SGDP|SGDScheduleFree|ScheduleFreeSGD",
+    1: "Lion|Tiger|SignSGD|Muon|AdaMuon|NorMuon|SOAP|ADOPT|AdEMAMix|AdaBelief|Adan|CAME|LaProp|MARS"
+    "|StableAdamW|AdamP|AdamC|NovoGrad|AdamWScheduleFree|ScheduleFreeAdamW",
+    0: "Adafactor|AdaFactor|LARS",
+}
 # Classes with Adam's step, of torch and of other packages (torchao, bitsandbytes, apex, timm,
 # DeepSpeed, Colossal-AI).
-_ADAM = re.compile(r"_?(Fused|Paged|Hybrid|(DeepSpeed)?CPU)?R?Adam(?P<w>W?)(\d+bit|Fp8|Legacy)?")
+_ADAM = r"_?(Fused|Paged|Hybrid|(DeepSpeed)?CPU)?R?AdamW?(\d+bit|Fp8|Legacy)?"
 # Whose classes are what their names say: an AdamW from elsewhere may step as it likes.
 _KNOWN = (
     *("torch", "torch_xla", "torchao", "timm", "transformers", "pytorch_optimizer", "heavyball"),
     *("bitsandbytes", "apex", "deepspeed", "colossalai", "fairscale", "fairseq", "megatron"),
 )
+# Those with the average of AdamW's steps, and those that decay beside the step unless told.
+_LIKE_ADAM = "NAdam|AdaBelief|LaProp|SOAP|StableAdamW"
+_BESIDE = r".*AdamW(\d+bit|Fp8|Legacy)?|SOAP|Lion"
 # What a group, or the whole optimizer, calls a decay beside the step.
 _DECOUPLED = (
     *("decoupled_weight_decay", "weight_decouple", "decoupled_decay", "decoupled"),
@@ -56,50 +70,67 @@ def choose_power(optimizer: optim.Optimizer, power: Power | int | str) -> int:
 
 
 def known_power(optimizer: optim.Optimizer) -> int | None:
-    """Return the power of the optimizer's family, or None where it is of none that is known."""
+    """Return the power of the optimizer's family, or None where it is of none that is known.
+
+    It is 0 where a step is proportional to the weight's norm, as Adafactor's.
+    """
     optimizer = find_keeper(optimizer)
     if isinstance(optimizer, _GRADIENT):
         return 2
-    return 1 if isinstance(optimizer, _NORMALISED) or _is_adam(optimizer) else None
+    if isinstance(optimizer, _NORMALISED) or _match(_ADAM, optimizer, known=False):
+        return 1
+    powers = (power for power, names in _NAMED.items() if _match(names, optimizer))
+    power = next(powers, None)
+    return 1 if power == 0 and not optimizer.defaults.get("scale_parameter", True) else power
 
 
 def _is_known(part: Any) -> bool:
     return str(part.__module__).partition(".")[0] in _KNOWN
 
 
-def _is_adam(optimizer: optim.Optimizer, *, known: bool = False) -> re.Match[str] | None:
-    """Return the match of a class's name, of a `known` package only if so asked."""
-    classes = type(optimizer).__mro__
-    names = (cls.__name__ for cls in classes if not known or _is_known(cls))
-    return next(filter(None, map(_ADAM.fullmatch, names)), None)
+def _match(names: str, optimizer: optim.Optimizer, *, known: bool = True) -> re.Match[str] | None:
+    """Return the match of the name of a class, of a `known` package unless not asked."""
+    classes = (cls for cls in type(optimizer).__mro__ if not known or _is_known(cls))
+    return next(filter(None, (re.fullmatch(names, cls.__name__) for cls in classes)), None)
 
 
-def _is_adamw(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> bool:
-    """Return whether a group takes Adam's steps and decays beside them, whatever its class."""
-    adam = _is_adam(optimizer, known=True)
-    if adam is None or any(group.get(key) for key in _OTHERWISE):
-        return False
+def _decays_beside(optimizer: optim.Optimizer, group: Mapping[str, Any], default: bool) -> bool:
+    """Return whether a group decays beside the step, by λ times its learning rate."""
     options = {**vars(optimizer), **group}
-    return bool(next((options[key] for key in _DECOUPLED if key in options), adam["w"]))
+    decoupled = next((options[key] for key in _DECOUPLED if key in options), default)
+    return bool(decoupled) and not any(group.get(key) for key in _OTHERWISE)
 
 
 def expected_rotation(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> float | None:
     """Return the `equilibrium_rotation` of weights in a parameter group of `optimizer`.
 
-    None without weight decay, where there is no equilibrium, and for all but SGD without dampening,
-    and Adam, RAdam and AdamW in a group that decays beside the step, as with
-    `decoupled_weight_decay`; also classes of these names, of known packages. A class from elsewhere
-    has it only if it extends one without a step of its own, for no step is tried out.
+    None without weight decay, where there is no equilibrium, and for all but SGD without dampening
+    and, where the decay is beside the step, SGDW, Lion and those that step as AdamW does: Adam,
+    NAdam, RAdam, AdaBelief, LaProp, SOAP, StableAdamW; also classes of these names, of known
+    packages. A class from elsewhere has it only if it extends one without a step of its own, for no
+    step is tried out.
     """
     rate, decay = float(group["lr"]), float(group.get("weight_decay", 0.0))
     if not (decay and _is_known(type(optimizer).step)):
         return None
-    if isinstance(optimizer, optim.SGD) and not (group["momentum"] and group["dampening"]):
-        return equilibrium_rotation(
-            rate, decay, momentum=group["momentum"], nesterov=group["nesterov"]
+    momentum, nesterov = group.get("momentum", 0.0), bool(group.get("nesterov"))
+    if isinstance(optimizer, optim.SGD):
+        known = not (momentum and group["dampening"])
+        return (
+            equilibrium_rotation(rate, decay, momentum=momentum, nesterov=nesterov)
+            if known
+            else None
         )
-    if _is_adamw(optimizer, group):
-        return equilibrium_rotation(rate, decay, beta1=group["betas"][0])
+    if not _decays_beside(optimizer, group, default=bool(_match(_BESIDE, optimizer))):
+        return None
+    if _match("SGDW", optimizer) and not (momentum and group["dampening"]):
+        return equilibrium_rotation(rate, decay, beta1=momentum, nesterov=nesterov)
+    if _match(f"{_ADAM}|{_LIKE_ADAM}", optimizer):
+        nesterov = isinstance(optimizer, optim.NAdam)
+        return equilibrium_rotation(rate, decay, beta1=group["betas"][0], nesterov=nesterov)
+    if _match("Lion", optimizer):
+        beta1, beta2 = group["betas"]
+        return equilibrium_rotation(rate, decay, beta1=beta1, signed_beta2=beta2)
     return None
 
 

@@ -1,7 +1,7 @@
 """Norms of weights per output channel and their summaries, of whole weights and of shards."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -165,6 +165,9 @@ def unit_rows(weight: Tensor, layout: ChannelLayout = ROWS) -> Tensor:
     return rows / ROWS.spread(norms, rows)
 
 
+_LEAST_CORRELATION = 1e-6  # a sum of ρ₁ β₂^k is right to less than 1e-3 from there on
+
+
 def equilibrium_rotation(
     learning_rate: float,
     weight_decay: float,
@@ -172,23 +175,45 @@ def equilibrium_rotation(
     momentum: float = 0.0,
     nesterov: bool = False,
     beta1: float | None = None,
+    signed_beta2: float | None = None,
 ) -> float:
     """Return the rotation per step, in radians, at which weight decay and learning balance.
 
-        SGD: √(2ηλ / (1 + m)),        AdamW: √(2ηλ (1 − β₁) / (1 + β₁))
+        SGD:   √(2ηλ / (1 + m))
+        AdamW: √(2ηλ (1 − β₁) / (1 + β₁))
+        Lion:  √(2ηλ / (1 + 4/π Σ_k asin ρ_k)),    ρ_k the autocorrelation at lag k = 1, 2, …
 
     It is the root mean square over steps, of a scale-invariant weight whose gradients are
-    uncorrelated over time; λ is the weight decay, and of AdamW, which has a `beta1`, beside the
-    step. Nesterov's momentum takes the same way in less even steps: its rotation is
-    √((1 + m)² (1 − m²) + m⁴) times that of SGD.
+    uncorrelated over time. An optimizer that averages gradients has a `beta1`, and λ beside the
+    step; Lion, which steps by the sign of (1 − β₁) g + β₁ (its average with β₂), also a
+    `signed_beta2`. Nesterov's momentum takes the same way in less even steps: its rotation is
+    √((1 + m)² (1 − m²) + m⁴) times that without, m being β₁ where there is one.
 
     Source: Wan et al. 2021 (arXiv 2006.08419); Kosson et al. 2023 (arXiv 2305.17212). Nesterov's
     factor: its step is (1 + m) g_t + m² g_(t−1) + m³ g_(t−2) + …, the other g_t + m g_(t−1) + ….
+    Lion's: Gaussians that correlate by ρ have signs that correlate by 2/π asin ρ. All are within 2 % of
+    what benchmarks/equilibrium.py simulates.
     """
-    share = 1 / (1 + momentum) if beta1 is None else (1 - beta1) / (1 + beta1)
+    if beta1 is None:
+        share, m = 1 / (1 + momentum), momentum
+    else:
+        share, m = (1 - beta1) / (1 + beta1), beta1
+    if beta1 is not None and signed_beta2 is not None:
+        share = 1 / (
+            1 + 4 / math.pi * sum(map(math.asin, _sign_input_correlation(beta1, signed_beta2)))
+        )
     if nesterov:
-        share *= (1 + momentum) ** 2 * (1 - momentum**2) + momentum**4
+        share *= (1 + m) ** 2 * (1 - m**2) + m**4
     return math.sqrt(2 * learning_rate * weight_decay * share)
+
+
+def _sign_input_correlation(beta1: float, beta2: float) -> Iterator[float]:
+    """Yield ρ_1, ρ_2, … of (1 − β₁) g_t + β₁ (1 − β₂) Σ_j β₂^(j−1) g_(t−j), for g uncorrelated."""
+    new, old = 1 - beta1, beta1**2 * (1 - beta2) / (1 + beta2)
+    rho = (new * beta1 * (1 - beta2) + old * beta2) / (new**2 + old)
+    while rho > _LEAST_CORRELATION:
+        yield rho
+        rho *= beta2
 
 
 def is_usable(norms: Tensor) -> Tensor:
