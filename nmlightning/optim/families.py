@@ -39,7 +39,7 @@ _KNOWN = (
     *("bitsandbytes", "apex", "deepspeed", "colossalai", "fairscale", "fairseq", "megatron"),
 )
 # Those with the average of AdamW's steps, and those that decay beside the step unless told.
-_LIKE_ADAM = "NAdam|AdaBelief|LaProp|SOAP|StableAdamW"
+_LIKE_ADAM = "AdaBelief|LaProp|SOAP|StableAdamW"
 _BESIDE = r".*AdamW(\d+bit|Fp8|Legacy)?|SOAP|Lion"
 # What a group, or the whole optimizer, calls a decay beside the step.
 _DECOUPLED = (
@@ -54,18 +54,24 @@ def choose_power(optimizer: optim.Optimizer, power: Power | int | str) -> int:
     """Return `power`, or for "auto" that of the optimizer's family.
 
     The effective learning rate of a scale-invariant weight is η / ‖w‖^power: 2 for SGD, 1 where
-    the gradient's size is divided out (Adam, AdamW, NAdam, RAdam, Adamax, RMSprop).
+    the gradient's size is divided out (Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Muon, Lion).
     """
     if power in (1, 2):
         return int(power)
     if power != "auto":
         raise InputError(f"power is 'auto', 1 or 2, got {power!r}.")
-    if (known := known_power(optimizer)) is not None:
+    name, known = type(optimizer).__name__, known_power(optimizer)
+    if known == 0:
+        raise InputError(
+            f"The steps of {name} are proportional to the weight's norm: its effective learning "
+            "rate is the same at every norm, and there is nothing to correct."
+        )
+    if known is not None:
         return known
     raise InputError(
-        f"The power for {type(optimizer).__name__} is not known: give power=2 if its step is "
-        "proportional to the gradient, as that of SGD, or power=1 if it does not depend on the "
-        "gradient's size, as that of Adam."
+        f"The power for {name} is not known: give power=2 if its step is proportional to the "
+        "gradient, as that of SGD, or power=1 if it does not depend on the gradient's size, as "
+        "that of Adam."
     )
 
 
@@ -106,7 +112,7 @@ def expected_rotation(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> f
 
     None without weight decay, where there is no equilibrium, and for all but SGD without dampening
     and, where the decay is beside the step, SGDW, Lion and those that step as AdamW does: Adam,
-    NAdam, RAdam, AdaBelief, LaProp, SOAP, StableAdamW; also classes of these names, of known
+    RAdam, AdaBelief, LaProp, SOAP, StableAdamW; also classes of these names, of known
     packages. A class from elsewhere has it only if it extends one without a step of its own, for no
     step is tried out.
     """
@@ -123,11 +129,10 @@ def expected_rotation(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> f
         )
     if not _decays_beside(optimizer, group, default=bool(_match(_BESIDE, optimizer))):
         return None
-    if _match("SGDW", optimizer) and not (momentum and group["dampening"]):
-        return equilibrium_rotation(rate, decay, beta1=momentum, nesterov=nesterov)
+    if _match("SGDW", optimizer) and not (nesterov or (momentum and group["dampening"])):
+        return equilibrium_rotation(rate, decay, beta1=momentum)
     if _match(f"{_ADAM}|{_LIKE_ADAM}", optimizer):
-        nesterov = isinstance(optimizer, optim.NAdam)
-        return equilibrium_rotation(rate, decay, beta1=group["betas"][0], nesterov=nesterov)
+        return equilibrium_rotation(rate, decay, beta1=group["betas"][0])
     if _match("Lion", optimizer):
         beta1, beta2 = group["betas"]
         return equilibrium_rotation(rate, decay, beta1=beta1, signed_beta2=beta2)

@@ -187,23 +187,22 @@ def equilibrium_rotation(
     uncorrelated over time. An optimizer that averages gradients has a `beta1`, and λ beside the
     step; Lion, which steps by the sign of (1 − β₁) g + β₁ (its average with β₂), also a
     `signed_beta2`. Nesterov's momentum takes the same way in less even steps: its rotation is
-    √((1 + m)² (1 − m²) + m⁴) times that without, m being β₁ where there is one.
+    √((1 + m)² (1 − m²) + m⁴) times that of SGD.
 
     Source: Wan et al. 2021 (arXiv 2006.08419); Kosson et al. 2023 (arXiv 2305.17212). Nesterov's
     factor: its step is (1 + m) g_t + m² g_(t−1) + m³ g_(t−2) + …, the other g_t + m g_(t−1) + ….
-    Lion's: Gaussians that correlate by ρ have signs that correlate by 2/π asin ρ. All are within 2 % of
-    what benchmarks/equilibrium.py simulates.
+    Lion's: Gaussians that correlate by ρ have signs that correlate by 2/π asin ρ. All are within
+    2 % of what benchmarks/equilibrium.py simulates.
     """
     if beta1 is None:
-        share, m = 1 / (1 + momentum), momentum
+        share = 1 / (1 + momentum)
+    elif signed_beta2 is None:
+        share = (1 - beta1) / (1 + beta1)
     else:
-        share, m = (1 - beta1) / (1 + beta1), beta1
-    if beta1 is not None and signed_beta2 is not None:
-        share = 1 / (
-            1 + 4 / math.pi * sum(map(math.asin, _sign_input_correlation(beta1, signed_beta2)))
-        )
+        correlations = map(math.asin, _sign_input_correlation(beta1, signed_beta2))
+        share = 1 / (1 + 4 / math.pi * sum(correlations))
     if nesterov:
-        share *= (1 + m) ** 2 * (1 - m**2) + m**4
+        share *= (1 + momentum) ** 2 * (1 - momentum**2) + momentum**4
     return math.sqrt(2 * learning_rate * weight_decay * share)
 
 

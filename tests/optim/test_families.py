@@ -1,9 +1,12 @@
 from typing import Any
 
+import equilibrium
 import pytest
 import torch
+from equilibrium import CASES, Case, measure_equilibrium, measure_power
 
-from nmlightning.optim.families import choose_power, expected_rotation
+from nmlightning import InputError
+from nmlightning.optim.families import choose_power, expected_rotation, known_power
 from nmlightning.weights.channel_norms import equilibrium_rotation
 
 WEIGHTS = [torch.nn.Parameter(torch.ones(2, 2))]
@@ -44,6 +47,25 @@ class Signs(torch.optim.AdamW):
         """Would step by signs."""
 
 
+class Lion(torch.optim.Optimizer):
+    """By its paper (Chen et al. 2023), under a known package's name."""
+
+    __module__ = "torch.optim"
+
+    def __init__(self, weights: Any, lr: float = 1e-4, weight_decay: float = 0.0) -> None:
+        super().__init__(weights, {"lr": lr, "betas": (0.9, 0.98), "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for weight in group["params"]:
+                average = self.state[weight].setdefault("average", torch.zeros_like(weight))
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.sub_(average.lerp(weight.grad, 1 - beta1).sign(), alpha=group["lr"])
+                average.lerp_(weight.grad, 1 - beta2)
+
+
 OtherSGD: Any = type("OtherSGD", (torch.optim.SGD,), {"step": Signs.step})
 Extends: Any = type("Extends", (torch.optim.Adam,), {})  # with the step that it inherits
 
@@ -52,6 +74,32 @@ Extends: Any = type("Extends", (torch.optim.Adam,), {})  # with the step that it
 def test_choose_power_knows_the_family(name: str) -> None:
     make = AdamW8bit if name == "AdamW8bit" else getattr(torch.optim, name)
     assert choose_power(make(WEIGHTS), "auto") == (2 if name == "SGD" else 1)
+
+
+def test_choose_power_refuses_steps_that_are_proportional_to_the_norm() -> None:
+    with pytest.raises(InputError, match="Adafactor are proportional to the weight's norm"):
+        choose_power(torch.optim.Adafactor(WEIGHTS), "auto")
+    assert choose_power(torch.optim.Adafactor(WEIGHTS), 1) == 1
+
+
+SIMULATED = [
+    *CASES,
+    Case(__name__, "Lion", 1e-4),
+]
+
+
+@pytest.mark.parametrize("case", SIMULATED, ids=str)
+def test_families_are_what_a_simulation_finds(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(case.package)
+    _, optimizer = equilibrium.start(case, 1.0, case.rate, 1e-4)
+    if (known := known_power(optimizer)) is not None:
+        # RAdam begins with steps of SGD
+        assert measure_power(case) == pytest.approx(known, abs=0.15)
+    # An equilibrium takes 1 / ηλ steps, and its formulas leave out terms of the order of ηλ.
+    monkeypatch.setattr(equilibrium, "PRODUCT", 1e-3)
+    if expected_rotation(optimizer, optimizer.param_groups[0]) is not None:
+        found = measure_equilibrium(case, 6000)
+        assert found["rotation"] == pytest.approx(found["expected"], rel=0.03)
 
 
 @pytest.mark.parametrize(
