@@ -37,6 +37,7 @@ _ADAM = r"_?(Fused|Paged|Hybrid|(DeepSpeed)?CPU)?R?AdamW?(\d+bit|Fp8|Legacy)?"
 _KNOWN = (
     *("torch", "torch_xla", "torchao", "timm", "transformers", "pytorch_optimizer", "heavyball"),
     *("bitsandbytes", "apex", "deepspeed", "colossalai", "fairscale", "fairseq", "megatron"),
+    "schedulefree",
 )
 # Those with the average of AdamW's steps, and those that decay beside the step unless told.
 _LIKE_ADAM = "AdaBelief|LaProp|SOAP|StableAdamW"
