@@ -42,7 +42,7 @@ def correlation(make):
 
 OPTIMIZERS = {
     "torch, momentum 0.9": (lambda w: torch.optim.Muon(w, 1e-3, 0.0, 0.9), 0.55),
-    "torch, momentum 0.95": (lambda w: torch.optim.Muon(w, 1e-3, 0.0, 0.95), 0.65),
+    "torch, momentum 0.95": (lambda w: torch.optim.Muon(w, 1e-3, 0.0, 0.95), 0.69),
     "heavyball, beta1 0.9": (lambda w: heavyball.Muon(w, 1e-3), 0.09),
     "heavyball, beta1 0.95": (lambda w: heavyball.Muon(w, 1e-3, (0.95, 0.99)), 0.05),
     "heavyball, nesterov=False": (lambda w: heavyball.Muon(w, 1e-3, nesterov=False), 0.85),
