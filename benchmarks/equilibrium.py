@@ -123,8 +123,10 @@ def take_steps(
         before = weight.detach().clone()
         weight.grad = make_gradient(before, generator)
         optimizer.step()
-        norms.append(torch.linalg.vector_norm(weight.detach(), dim=1))
-        angles.append(rotations(before, weight.detach()))
+        vectors = before, weight.detach(), weight.detach() - before
+        lengths = [torch.linalg.vector_norm(x, dim=1) for x in vectors]
+        norms.append(lengths[1])
+        angles.append(rotations(*lengths))
     return torch.stack(norms), torch.stack(angles)
 
 
