@@ -6,13 +6,9 @@ import sys
 import structure
 
 USE_LIGHTNING = {
-    "nmlightning.commands",
-    "nmlightning.callbacks",
-    "nmlightning.translation",
-    "nmlightning.tasks",
-    "nmlightning.compat",
-    "nmlightning.datamodules",
-}
+    "nmlightning.commands", "nmlightning.callbacks", "nmlightning.translation", "nmlightning.tasks",
+    "nmlightning.compat", "nmlightning.datamodules",
+}  # fmt: skip
 PACKAGE = structure.Package()
 
 

@@ -22,15 +22,9 @@ from lightning_modules import (
     norm_types,
     package_of,
 )
-from nmlightning import swap_norms
+from nmlightning import compat, swap_norms
 from nmlightning.callbacks import AtomicCheckpointIO, NormSwap
-from nmlightning.compat import (
-    CallbackBase,
-    builds_in_configure_model,
-    replace_torch_io,
-    synchronise_norms,
-)
-from nmlightning.norms.batch_norm import L1BatchNorm2d, TopKBatchNorm2d
+from nmlightning.norms.batch_norm import L1BatchNorm2d
 from trainers import SaveAt
 
 
@@ -40,9 +34,9 @@ from trainers import SaveAt
 )
 def test_builds_in_configure_model(module_class: type, late: bool) -> None:
     module = module_class()
-    assert builds_in_configure_model(module) is late
+    assert compat.builds_in_configure_model(module) is late
     fit(module, NormSwap("l1"))
-    assert builds_in_configure_model(module) is late
+    assert compat.builds_in_configure_model(module) is late
 
 
 class Other(TorchCheckpointIO):
@@ -61,7 +55,7 @@ class Other(TorchCheckpointIO):
 )
 def test_our_io_stands_inside_those_that_wrap(given: Any, kept: type) -> None:
     strategy = pytorch_lightning.strategies.SingleDeviceStrategy(checkpoint_io=given)
-    replace_torch_io(strategy, AtomicCheckpointIO())
+    compat.replace_torch_io(strategy, AtomicCheckpointIO())
     inner: Any = strategy.checkpoint_io
     assert given in (None, inner)
     while isinstance(inner, AsyncCheckpointIO):
@@ -70,7 +64,7 @@ def test_our_io_stands_inside_those_that_wrap(given: Any, kept: type) -> None:
 
 
 def test_callbacks_belong_to_both_packages() -> None:
-    for callback in (CallbackBase(), pickle.loads(pickle.dumps(NormSwap("l1")))):
+    for callback in (compat.CallbackBase(), pickle.loads(pickle.dumps(NormSwap("l1")))):
         assert isinstance(callback, pytorch_lightning.Callback)
         assert isinstance(callback, lightning.pytorch.Callback)
 
@@ -84,16 +78,6 @@ class TestWeightAveraging:
         ema = package_of(module_class).callbacks.EMAWeightAveraging(decay=0.5)
         return [ema, NormSwap("l1")] if ema_first else [NormSwap("l1"), ema]
 
-    def test_average_has_the_swapped_norms(self, module_class: type, ema_first: bool) -> None:
-        module = make(module_class)
-        callbacks = self.callbacks(module_class, ema_first)
-        fit(module, *callbacks)
-        average = next(c for c in callbacks if not isinstance(c, NormSwap))._average_model
-        assert average.module is not module
-        assert norm_types(average) == norm_types(module) == [L1BatchNorm2d] * 2
-        # When training ends, it becomes the model.
-        torch.testing.assert_close(average.module.state_dict(), module.state_dict())
-
     def test_resumed_run_matches_the_uninterrupted_one(
         self, module_class: type, ema_first: bool, tmp_path: Path
     ) -> None:
@@ -106,28 +90,12 @@ class TestWeightAveraging:
         torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("swa_first", [True, False])
-@pytest.mark.parametrize("module_class", [PlModule, UnifiedModule])
-def test_stochastic_averaging_has_the_swapped_norms(module_class: type, swa_first: bool) -> None:
-    module = make(module_class)
-    averaging = package_of(type(module)).callbacks.StochasticWeightAveraging
-    swa, swap = averaging(swa_lrs=0.05, swa_epoch_start=1), NormSwap("top10")
-    fit(module, *([swa, swap] if swa_first else [swap, swa]), max_epochs=3)
-    assert norm_types(swa._average_model) == norm_types(module) == [TopKBatchNorm2d] * 2
-    averaged, trained = swa._average_model.parameters(), module.parameters()
-    assert all(torch.equal(a, q) for a, q in zip(averaged, trained, strict=True))
-    # Afterwards it takes the running statistics anew, over one epoch, and puts momentum back.
-    assert module.net[1].num_batches_tracked == 4
-    assert module.net[1].momentum == 0.1
-    assert module.net[1].running_var.isfinite().all()
-
-
 @pytest.mark.parametrize("sync", [True, False])
 def test_norms_are_synchronised_where_the_trainer_asks_for_it(sync: bool) -> None:
     module, swap = make(PlModule), NormSwap("l1")
     trainer = make_trainer(PlModule, swap, strategy="ddp", devices=2, sync_batchnorm=sync)
     swap.setup(trainer, module, "fit")
-    synchronise_norms(trainer, module)
+    compat.synchronise_norms(trainer, module)
     assert module.net[1].sync == sync
 
 

@@ -26,13 +26,9 @@ SHORT = [f"--trainer.{x}" for x in ("max_epochs=1", "limit_train_batches=2", "li
 
 def run(*command: object, cwd: Path, **env: str) -> str:
     result = subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        env={**os.environ, **env},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
+        [str(part) for part in command], cwd=cwd, env={**os.environ, **env},
+        stdin=subprocess.DEVNULL, capture_output=True, text=True,
+    )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

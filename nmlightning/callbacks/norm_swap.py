@@ -209,15 +209,10 @@ class NormSwap(LayerChange):
     """
 
     def __init__(
-        self,
-        norm: str = "l1",
-        options: dict[str, Any] | None = None,
-        kinds: Sequence[str] | str = ("batch",),
-        include: Sequence[str] = (),
-        exclude: Sequence[str] = (),
-        fuse: str | None = None,
-        types: dict[str, str] | None = None,
-    ) -> None:
+        self, norm: str = "l1", options: dict[str, Any] | None = None,
+        kinds: Sequence[str] | str = ("batch",), include: Sequence[str] = (),
+        exclude: Sequence[str] = (), fuse: str | None = None, types: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         check_lists(include=include, exclude=exclude)
         chosen = registry.check_kinds(kinds)

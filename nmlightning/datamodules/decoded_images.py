@@ -114,13 +114,9 @@ class DecodedImages:
     """
 
     def __init__(
-        self,
-        images: EncodedImages,
-        transform: Transform,
-        num_workers: int,
-        pin_memory: bool,
+        self, images: EncodedImages, transform: Transform, num_workers: int, pin_memory: bool,
         damaged: Damaged = "error",
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.reader = _Reader(images, transform, skips_damaged=damaged == "skip")
         self.length, self.shard_size = images.length, images.shard_size
         self.num_workers = num_workers

@@ -59,11 +59,9 @@ class ResidentImages:
     """
 
     def __init__(
-        self,
-        source: LabelledImages,
-        augmentation: Augmentation = NO_AUGMENTATION,
+        self, source: LabelledImages, augmentation: Augmentation = NO_AUGMENTATION,
         device: torch.device | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.source = source
         self.length, self.shard_size, self.digest = source.length, source.shard_size, source.digest
         self.augmentation = augmentation

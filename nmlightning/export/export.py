@@ -24,7 +24,6 @@ from nmlightning.export.quantized import (
     extract_quantizers,
     find_quantized,
     insert_quantizers,
-    remove_quantizers,
     unshare_zero_points,
 )
 from nmlightning.name_patterns import some
@@ -33,6 +32,7 @@ from nmlightning.norms.layer_norm import LpLayerNorm, LpRMSNorm
 from nmlightning.reports.formatting import Report
 from nmlightning.surgery.fuse.fuse import unfuse
 from nmlightning.surgery.fuse.trace import first_line
+from nmlightning.surgery.int8 import remove_int8
 from nmlightning.surgery.norm_layers import find_norm_layers
 from nmlightning.surgery.swap import swap_norms
 from nmlightning.weights.layer_weights import plain_modules
@@ -86,14 +86,9 @@ class ExportReport(Report):
 
 
 def export_network(
-    net: nn.Module,
-    file: str | Path,
-    format: str,
-    input_shape: Sequence[int],
-    *,
-    fold: bool = True,
+    net: nn.Module, file: str | Path, format: str, input_shape: Sequence[int], *, fold: bool = True,
     overwrite: bool = False,
-) -> ExportReport:
+) -> ExportReport:  # fmt: skip
     """Write a network without its parametrizations and this package's norms, its norms folded.
 
     The file is read back and compared with the network, in float32 on the CPU, on standard normal
@@ -157,7 +152,7 @@ def export_network(
     tolerance = TOLERANCE
     if quantized:
         _remove_parametrizations(trained)
-        remove_quantizers(trained)
+        remove_int8(trained)
         tolerance = max(tolerance, _largest_difference(trained, expected, shape))
     difference, size = _write(plain, file, format, shape, expected, tolerance)
     return ExportReport(
@@ -217,14 +212,9 @@ def _read_state_dict(file: Path, net: nn.Module) -> Network:
 
 def _write_onnx(net: nn.Module, example: Tensor, file: Path) -> None:
     program = torch.onnx.export(
-        net,
-        (example,),
-        input_names=[_INPUT],
-        output_names=[_OUTPUT],
-        dynamic_shapes=_any_batch(),
-        dynamo=True,
-        verbose=False,
-    )
+        net, (example,), input_names=[_INPUT], output_names=[_OUTPUT], dynamic_shapes=_any_batch(),
+        dynamo=True, verbose=False,
+    )  # fmt: skip
     assert program is not None, "dynamo gives one"
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, with the folders of this machine

@@ -8,16 +8,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from nmlightning.errors import InputError
+from nmlightning.int8 import quantizer
 from nmlightning.int8.layers import INT8_CLASSES, Int8Layer
 from nmlightning.int8.norms import restore_norm
-from nmlightning.int8.quantizer import (
-    Grid,
-    centre,
-    dequantize,
-    make_grid,
-    quantize,
-    symmetric_grid,
-)
 from nmlightning.int8.ranges import RANGES, holder_of
 from nmlightning.name_patterns import some
 
@@ -30,7 +23,7 @@ class QuantizedModule:
     """A layer or norm, the grid of its input, and of a layer the weight, q − z and its scale."""
 
     module: nn.Module
-    input: Grid
+    input: quantizer.Grid
     weight: Tensor | None = None
     scale: Tensor | None = None
 
@@ -38,15 +31,6 @@ class QuantizedModule:
 def find_quantized(net: nn.Module) -> dict[str, nn.Module]:
     """Return the layers and norms with quantised inputs by name."""
     return {name: module for name, module in net.named_modules() if holder_of(module) is not None}
-
-
-def remove_quantizers(net: nn.Module) -> None:
-    """Let all layers and norms compute in floating point, with the weights that they have."""
-    for module in find_quantized(net).values():
-        if isinstance(module, Int8Layer):
-            _make_plain(module)
-        else:
-            restore_norm(module)
 
 
 def _make_plain(layer: Any) -> None:
@@ -79,11 +63,11 @@ def extract_quantizers(net: nn.Module) -> list[QuantizedModule]:
 def _extract_quantizer(module: Any) -> QuantizedModule:
     bits = holder_of(module).bits
     low, high = (getattr(module, name) for name in RANGES)
-    grid = make_grid(low, high, bits)
+    grid = quantizer.make_grid(low, high, bits)
     if not isinstance(module, Int8Layer):
         return QuantizedModule(module, grid)
-    weight = symmetric_grid(module.weight, bits, module.weight_range == "channel")
-    whole = centre(quantize(module.weight, weight), weight, torch.int8)
+    weight = quantizer.symmetric_grid(module.weight, bits, module.weight_range == "channel")
+    whole = quantizer.centre(quantizer.quantize(module.weight, weight), weight, torch.int8)
     _make_plain(module)
     module.weight = nn.Parameter(torch.ones_like(module.weight))
     spread = 2 ** (8 - bits)
@@ -107,7 +91,7 @@ def insert_quantizers(modules: list[QuantizedModule]) -> None:
 
 
 def _with_room(
-    whole: Tensor, scale: Tensor, bias: Tensor | None, grid: Grid
+    whole: Tensor, scale: Tensor, bias: Tensor | None, grid: quantizer.Grid
 ) -> tuple[Tensor, Tensor]:
     """Return a weight and its scales (O,), none too small for a runtime with an int32 bias.
 
@@ -126,7 +110,7 @@ def _with_room(
 class _InputQuantizer:
     """A hook that gives a module x̂ of x."""
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: quantizer.Grid) -> None:
         self._grid = grid
         self._zero_point = grid.zero_point.to(torch.uint8)
         self._ends = [torch.tensor(end, dtype=torch.uint8) for end in (0, grid.levels)]
@@ -134,7 +118,7 @@ class _InputQuantizer:
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         x, *rest = arguments
         if not torch.onnx.is_in_onnx_export():
-            return dequantize(quantize(x, self._grid), self._grid), *rest
+            return quantizer.dequantize(quantizer.quantize(x, self._grid), self._grid), *rest
         ends = (self._grid.scale, self._zero_point)
         q = _onnx("QuantizeLinear", (x, *ends), torch.uint8, x)
         if self._grid.levels < 255:  # 2 and 4 bits are types of later ONNX, 3 and 5 … 7 of none

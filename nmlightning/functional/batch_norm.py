@@ -123,16 +123,10 @@ class BatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        statistic: statistics.Statistic,
-        convention: Constant | float,
-        eps: float,
-        dtype: torch.dtype,
-        group: ProcessGroup | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None,
+        statistic: statistics.Statistic, convention: Constant | float, eps: float,
+        dtype: torch.dtype, group: ProcessGroup | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         shape = statistics.channel_shape(x)
         wide = x.to(dtype)
         mean, share = share_mean(wide, statistics.reduced_dims(x), group)
@@ -208,16 +202,10 @@ class HalfBatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        statistic: statistics.Statistic,
-        convention: Constant | float,
-        eps: float,
-        dtype: torch.dtype,
-        group: ProcessGroup | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None,
+        statistic: statistics.Statistic, convention: Constant | float, eps: float,
+        dtype: torch.dtype, group: ProcessGroup | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         shape = statistics.channel_shape(x)
         half = x.to(dtype)
         mean, share = share_mean(half, statistics.reduced_dims(x), group)

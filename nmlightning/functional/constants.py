@@ -7,6 +7,7 @@ A norm layer divides by ŝ = c · statistic(x − μ). With c = 1 / E[statistic 
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from statistics import NormalDist
 from typing import Literal
 
 from nmlightning.errors import InputError, check_whole_number, is_number, nearest
@@ -156,11 +157,8 @@ def _mean_of_capped_count(n: int, k: int, t: float) -> float:
 
 def _truncated_mean(share: float) -> float:
     """Return E[|z| given that |z| is among the largest `share`] = 2 φ(t) / share."""
-    low, high = 0.0, _TAIL
-    while high - low > 1e-12:
-        middle = (low + high) / 2
-        low, high = (middle, high) if math.erfc(middle / math.sqrt(2)) > share else (low, middle)
-    return 2 * math.exp(-low * low / 2) / math.sqrt(2 * math.pi) / share
+    normal = NormalDist()
+    return 2 * normal.pdf(normal.inv_cdf(share / 2)) / share
 
 
 def check_constant(constant: Constant | float) -> Constant | float:

@@ -16,14 +16,9 @@ LEAST_EPS = 1e-20  # beside squares of about 1; that to the power −3/2 is a fl
 
 
 def plain_batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    statistic: statistics.Statistic,
-    constant: float,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, statistic: statistics.Statistic,
+    constant: float, eps: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return what `BatchNormFunction` does, on one rank."""
     dims, count = statistics.reduced_dims(x), x.numel() // x.shape[1]
     wide, unit, eps_in_it = _in_units(x.to(dtype), dims, eps)
@@ -37,16 +32,9 @@ def plain_batch_norm(
 
 
 def plain_layer_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    rank: int,
-    p: float,
-    constant: float,
-    eps: float,
-    dtype: torch.dtype,
-    centred: bool,
-) -> Tensor:
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, rank: int, p: float, constant: float,
+    eps: float, dtype: torch.dtype, centred: bool,
+) -> Tensor:  # fmt: skip
     """Return what `LayerNormFunction` does."""
     dims = tuple(range(-rank, 0))
     wide, _, eps_in_it = _in_units(x.to(dtype), dims, eps)

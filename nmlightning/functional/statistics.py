@@ -312,14 +312,9 @@ class Slope:
     """
 
     def __init__(
-        self,
-        x: Tensor,
-        mean: Tensor,
-        magnitude: Tensor,
-        statistic: Statistic,
-        count: Count,
+        self, x: Tensor, mean: Tensor, magnitude: Tensor, statistic: Statistic, count: Count,
         selection: Selection | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.selection = selection
         self.count = count
         self.dims, self.shape = reduced_dims(x), channel_shape(x)

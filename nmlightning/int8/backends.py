@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nmlightning.functional.reductions import is_eager
-from nmlightning.int8.quantizer import Grid, centre
-from nmlightning.kernels.dispatch import FORMULA, NOT_EAGER, quantizing_kernels, requested_backend
+from nmlightning.int8.quantizer import Grid, by_kernel, centre
+from nmlightning.kernels.dispatch import FORMULA, NOT_EAGER, requested_backend
 from nmlightning.kernels.interface import Dispatch
 
 MAX_DEPTH = (2**31 - 1) // (255 * 128)
@@ -117,10 +117,8 @@ def _flip_kernels(weight: Tensor) -> Tensor:
 
     Both lie in memory with the channels last.
     """
-    if len(weight) == 1 and (kernels := quantizing_kernels(weight)):
-        flipped: Tensor | None = kernels.flip_kernels(weight[0])
-        if flipped is not None:
-            return flipped
+    if len(weight) == 1 and (found := by_kernel("flip_kernels", weight[0])) is not None:
+        return found
     return weight.transpose(1, 2).flatten(0, 1).flip(*range(2, weight.dim() - 1)).contiguous()
 
 

@@ -8,19 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from nmlightning.functional.batch_norm import differentiable
-from nmlightning.int8 import backends
-from nmlightning.int8.quantizer import (
-    Grid,
-    Rounding,
-    centre,
-    dequantize,
-    extreme,
-    lay_out,
-    make_grid,
-    quantize,
-    quantize_signed,
-    symmetric_grid,
-)
+from nmlightning.int8 import backends, quantizer
 from nmlightning.kernels.interface import layout_of
 
 
@@ -43,7 +31,7 @@ class Settings(NamedTuple):
     bits: int
     per_channel: bool
     gradient_bits: int
-    rounding: Rounding
+    rounding: quantizer.Rounding
     bifurcate: bool
     weight_gradient: torch.dtype
     dtype: torch.dtype
@@ -65,28 +53,23 @@ class Int8Function(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        scale: Tensor,
-        zero_point: Tensor,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, zero_point: Tensor,
         settings: Settings,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Return (N, O, *) of (N, C, *) x, by the scale and the zero point of its grid."""
-        grid = Grid(scale, zero_point, settings.bits)
-        weight_grid = symmetric_grid(weight, settings.bits, settings.per_channel)
+        grid = quantizer.Grid(scale, zero_point, settings.bits)
+        weight_grid = quantizer.symmetric_grid(weight, settings.bits, settings.per_channel)
         operation = settings.operation
         with _without_autocast(x.device.type):
             backend = backends.select_backend(operation, x, weight)
-            q = quantize(x, grid, channels_last=True if backend.kernels else None)
-            whole = quantize_signed(weight, weight_grid)
+            q = quantizer.quantize(x, grid, channels_last=True if backend.kernels else None)
+            whole = quantizer.quantize_signed(weight, weight_grid)
             y = backends.multiply(backend, operation, q, grid, whole, weight_grid.scale, bias)
         ctx.save_for_backward(q, whole, scale, zero_point, weight_grid.scale)
         ctx.settings, ctx.backend, ctx.is_last = settings, backend, _has_channels_last(x, weight)
         ctx.weight_is_last = layout_of(weight) == "NHWC"
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        y = lay_out(y, settings.dtype, ctx.is_last)
+        y = quantizer.lay_out(y, settings.dtype, ctx.is_last)
         if backend.kernels and y._is_view():  # torch would refuse that a ReLU changes it in place
             whole_tensor: Any = y.new_empty(0)
             y = whole_tensor.set_(y)
@@ -119,32 +102,34 @@ def _input_gradient(ctx: Any, saved: Sequence[Tensor], grad: Tensor) -> tuple[Te
     largest = weight_scale.amax()
     relative = (weight_scale / largest).view(-1, *[1] * (grad.dim() - 2))
     scaled = grad * relative if settings.per_channel else grad
-    grid = make_grid(*extreme(scaled, settings.group), settings.gradient_bits)
+    grid = quantizer.make_grid(*quantizer.extreme(scaled, settings.group), settings.gradient_bits)
     operation, backend, adjoint = settings.operation, ctx.backend, None
     size = operation.spread_size(q.shape[2:], weight.shape[2:])
     if backend.kernels is not None:
         backend, adjoint = backends.select_gradient_backend(operation, grad, weight, size)
     last = True if adjoint else None
-    q_grad = quantize(scaled, grid, settings.rounding, stream=settings.rank, channels_last=last)
-    rounded = dequantize(q_grad, grid) / relative if not settings.bifurcate else grad
+    q_grad = quantizer.quantize(
+        scaled, grid, settings.rounding, stream=settings.rank, channels_last=last
+    )
+    rounded = quantizer.dequantize(q_grad, grid) / relative if not settings.bifurcate else grad
     if adjoint is None:
-        steps = centre(q_grad, grid, scale.dtype)
+        steps = quantizer.centre(q_grad, grid, scale.dtype)
         found = operation.input_gradient(steps, weight.to(scale.dtype), q)
         found = backends.scale_sums(found, grid, largest)
     else:
         spread = operation.spread(q_grad, size, grid.zero_point)
         found = backends.multiply(backend, adjoint[0], spread, grid, adjoint[1], largest, None)
-    return lay_out(found, ctx.dtypes[0], ctx.is_last), rounded
+    return quantizer.lay_out(found, ctx.dtypes[0], ctx.is_last), rounded
 
 
 def _weight_gradient(ctx: Any, saved: Sequence[Tensor], grad: Tensor) -> Tensor:
     q, weight, scale, zero_point, _ = saved
     settings: Settings = ctx.settings
     dtype = settings.weight_gradient if scale.dtype == torch.float32 else scale.dtype
-    x = centre(q, Grid(scale, zero_point, settings.bits), dtype)
-    grad = lay_out(grad, dtype, layout_of(q) == "NHWC")
+    x = quantizer.centre(q, quantizer.Grid(scale, zero_point, settings.bits), dtype)
+    grad = quantizer.lay_out(grad, dtype, layout_of(q) == "NHWC")
     found = backends.weight_gradient(ctx.backend, settings.operation, grad, x, weight)
-    return lay_out(found, scale.dtype, ctx.weight_is_last, scale)
+    return quantizer.lay_out(found, scale.dtype, ctx.weight_is_last, scale)
 
 
 def _without_autocast(device: str) -> torch.autocast:

@@ -13,13 +13,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from nmlightning.errors import InputError, check_choice, check_flag
-from nmlightning.int8.backends import (
-    Convolution,
-    MatrixProduct,
-    Operation,
-    select_backend,
-    select_gradient_backend,
-)
+from nmlightning.int8 import backends
 from nmlightning.int8.function import Int8Function, Settings
 from nmlightning.int8.quantizer import Rounding, check_bits
 from nmlightning.int8.ranges import (
@@ -117,9 +111,9 @@ class Int8Layer(nn.Module):
 
     def backend_for(self, input: Tensor) -> Dispatch:
         """Return what computes the output of such a (N, C, *) input, and why, without running."""
-        return select_backend(self._operation(), input, self.weight)
+        return backends.select_backend(self._operation(), input, self.weight)
 
-    def _operation(self) -> Operation:
+    def _operation(self) -> backends.Operation:
         raise NotImplementedError
 
     def _multiply(self, input: Tensor, rows: Tensor) -> Tensor:
@@ -132,17 +126,11 @@ class Int8Layer(nn.Module):
         group = ranks_to_share_with(self, self.sync)
         grid = input_grid(self, input, self.bits, self.momentum, group)
         settings = Settings(
-            self._operation(),
-            self.bits,
-            self.weight_range == "channel",
-            self.gradient_bits,
-            self.rounding,
-            self.bifurcate,
-            getattr(torch, self.weight_gradient),
-            torch.get_autocast_dtype(device) if casts and not is_double else input.dtype,
-            group,
+            self._operation(), self.bits, self.weight_range == "channel", self.gradient_bits,
+            self.rounding, self.bifurcate, getattr(torch, self.weight_gradient),
+            torch.get_autocast_dtype(device) if casts and not is_double else input.dtype, group,
             this_rank(),
-        )
+        )  # fmt: skip
         y: Tensor = Int8Function.apply(
             rows, self.weight, self.bias, grid.scale, grid.zero_point, settings
         )
@@ -244,10 +232,10 @@ class Int8Conv(Int8Layer):
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         return F.pad(batch, self._pads(), mode)
 
-    def _operation(self) -> Convolution:
+    def _operation(self) -> backends.Convolution:
         none = (0,) * len(self.stride)
         padding = tuple(self._pads()[::-2]) if self._pads_by_itself() else none
-        return Convolution(self.stride, padding, self.dilation, self.groups)
+        return backends.Convolution(self.stride, padding, self.dilation, self.groups)
 
 
 class Int8Conv1d(Int8Conv, nn.Conv1d):
@@ -299,8 +287,8 @@ class Int8Linear(Int8Layer, nn.Linear):
         y = self._multiply(batch, batch.reshape(-1, self.in_features))
         return y.view(*input.shape[:-1], self.out_features)
 
-    def _operation(self) -> MatrixProduct:
-        return MatrixProduct()
+    def _operation(self) -> backends.MatrixProduct:
+        return backends.MatrixProduct()
 
 
 INT8_CLASSES: Mapping[type[nn.Module], type[Int8Layer]] = MappingProxyType(
@@ -323,14 +311,14 @@ def describe_backends(model: nn.Module) -> dict[str, tuple[Dispatch, Dispatch]]:
     for name, layer in model.named_modules():
         if isinstance(layer, Int8Layer):
             weight, operation = layer.weight.detach(), layer._operation()
-            groups = operation.groups if isinstance(operation, Convolution) else 1
+            groups = operation.groups if isinstance(operation, backends.Convolution) else 1
             kernel = weight.shape[2:]
             places = [k + _PLACES for k in kernel]
             shapes = [(_SAMPLES, weight.shape[1] * groups), (_SAMPLES, len(weight))]
             x, grad = (weight.new_empty(1).float().expand(*s, *places) for s in shapes)
             size = operation.spread_size(places, kernel)
-            gradient = select_gradient_backend(operation, grad, weight, size)[0]
-            found[name] = select_backend(operation, x, weight), gradient
+            gradient = backends.select_gradient_backend(operation, grad, weight, size)[0]
+            found[name] = backends.select_backend(operation, x, weight), gradient
     return found
 
 

@@ -9,6 +9,7 @@ from torch.distributed import ProcessGroup
 
 from nmlightning.errors import InputError, check_choice, check_flag
 from nmlightning.functional.batch_norm import DifferentiatedOnce
+from nmlightning.int8 import ranges
 from nmlightning.int8.quantizer import (
     Grid,
     Rounding,
@@ -17,16 +18,6 @@ from nmlightning.int8.quantizer import (
     extreme,
     make_grid,
     quantize,
-)
-from nmlightning.int8.ranges import (
-    NOTE,
-    QUANTIZER,
-    input_grid,
-    options_of,
-    ranks_to_share_with,
-    register_range,
-    remove_range,
-    this_rank,
 )
 from nmlightning.norms.batch_norm_base import check_momentum
 
@@ -66,8 +57,8 @@ def quantize_norm(
     if (known := quantizer_of(norm)) is not None:
         vars(known).update(vars(quantizer))
         return
-    register_range(norm)
-    setattr(norm, QUANTIZER, quantizer)
+    ranges.register_range(norm)
+    setattr(norm, ranges.QUANTIZER, quantizer)
     norm.extra_repr = partial(_extra_repr, norm)  # type: ignore[method-assign]
     note_by: Any = norm.register_state_dict_post_hook
     quantizer.handles = (
@@ -83,18 +74,18 @@ def restore_norm(norm: nn.Module) -> None:
         raise InputError(f"{type(norm).__name__} is not quantised: call quantize_norm first.")
     for handle in quantizer.handles:
         handle.remove()
-    remove_range(norm)
-    delattr(norm, QUANTIZER)
+    ranges.remove_range(norm)
+    delattr(norm, ranges.QUANTIZER)
     del norm.extra_repr
 
 
 def quantizer_of(norm: nn.Module) -> "NormQuantizer | None":
     """Return the hooks of a norm that is quantised, None of any other module."""
-    return vars(norm).get(QUANTIZER)
+    return vars(norm).get(ranges.QUANTIZER)
 
 
 def _extra_repr(norm: nn.Module) -> str:
-    options = {name: x for name, x in options_of(norm).items() if name != "swapped_to"}
+    options = {name: x for name, x in ranges.options_of(norm).items() if name != "swapped_to"}
     quantised = f"quantised({', '.join(f'{name}={x!r}' for name, x in options.items())})"
     return ", ".join(filter(None, [type(norm).extra_repr(norm), quantised]))
 
@@ -122,7 +113,7 @@ class NormQuantizer:
 
     def note(self, norm: nn.Module, state: Any, prefix: str, metadata: dict[str, Any]) -> None:
         """Say in the metadata of a state dict what is quantised and how."""
-        metadata[NOTE] = self.int8_options()
+        metadata[ranges.NOTE] = self.int8_options()
 
     def before(
         self, norm: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
@@ -135,15 +126,15 @@ class NormQuantizer:
         return (self._quantized(norm, x), *rest), keywords
 
     def _quantized(self, norm: nn.Module, x: Tensor) -> Tensor:
-        group = ranks_to_share_with(norm, self.sync)
-        grid = input_grid(norm, x, self.bits, self.momentum, group)
+        group = ranges.ranks_to_share_with(norm, self.sync)
+        grid = ranges.input_grid(norm, x, self.bits, self.momentum, group)
         return _QuantizedInput.apply(x, *grid)  # type: ignore[no-any-return]
 
     def after(self, norm: nn.Module, arguments: tuple[Any, ...], y: Tensor) -> Tensor:
         """Return the output, whose gradient will be quantised."""
         if y.requires_grad:
             # No autograd function, whose output an in-place ReLU could not change.
-            group = ranks_to_share_with(norm, self.sync)
+            group = ranges.ranks_to_share_with(norm, self.sync)
             quantize = partial(
                 _quantize_gradient, bits=self.gradient_bits, rounding=self.rounding, group=group
             )
@@ -156,7 +147,7 @@ def _quantize_gradient(
 ) -> Tensor:
     with torch.no_grad():
         grid = make_grid(*extreme(grad, group), bits)
-        rounded = dequantize(quantize(grad, grid, rounding, stream=this_rank()), grid)
+        rounded = dequantize(quantize(grad, grid, rounding, stream=ranges.this_rank()), grid)
         rounded = rounded.to(grad.dtype)
     if grad.requires_grad:
         rounded = DifferentiatedOnce.apply(rounded, "quantised norm", grad)

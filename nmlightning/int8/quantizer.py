@@ -11,7 +11,7 @@ Source: Banner et al. 2018 (arXiv 1805.11046).
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -56,6 +56,12 @@ def check_bits(what: str, bits: int) -> int:
     return bits
 
 
+def by_kernel(name: str, x: Tensor, *arguments: Any) -> Tensor | None:
+    """Return what a kernel in C++ makes of x; None where there is none, or it is not for that."""
+    kernels = quantizing_kernels(x)
+    return getattr(kernels, name)(x, *arguments) if kernels else None
+
+
 def extreme(x: Tensor, group: ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
     """Return the smallest and the largest of all values, on all ranks of a group; 0 of none."""
     low, high = _ends(x) if x.numel() else x.new_zeros(2, dtype=wide_dtype(x))
@@ -92,10 +98,8 @@ def _ends(x: Tensor, each: bool = False) -> Tensor:
             "What computes in int8 is not for torch.func (vmap, grad, jvp), forward mode or "
             "is_grads_batched: loop over the samples or gradients, or call remove_int8 first."
         )
-    if kernels := quantizing_kernels(x):
-        found: Tensor | None = kernels.ends(x, each)
-        if found is not None:
-            return found
+    if (found := by_kernel("ends", x, each)) is not None:
+        return found
     rows = x.flatten(1) if each and x.dim() > 1 else x.unsqueeze(-1) if each else x.flatten()
     return torch.stack([rows.amin(-1), rows.amax(-1)]).to(wide_dtype(x))
 
@@ -135,13 +139,9 @@ def symmetric_grid(weight: Tensor, bits: int, per_channel: bool = False) -> Grid
 
 
 def quantize(
-    x: Tensor,
-    grid: Grid,
-    rounding: Rounding = "nearest",
-    generator: torch.Generator | None = None,
-    stream: int = 0,
-    channels_last: bool | None = None,
-) -> Tensor:
+    x: Tensor, grid: Grid, rounding: Rounding = "nearest", generator: torch.Generator | None = None,
+    stream: int = 0, channels_last: bool | None = None,
+) -> Tensor:  # fmt: skip
     """Return q, uint8 like x.
 
     Args:
@@ -155,12 +155,9 @@ def quantize(
         channels_last: how q is to lie in memory, if not like x.
     """
     bits = _random_bits(x, generator, stream) if rounding == "stochastic" else None
-    if kernels := quantizing_kernels(x):
-        q: Tensor | None = kernels.quantize(
-            x, bits, grid.scale, grid.zero_point, grid.levels, False, channels_last
-        )
-        if q is not None:
-            return q
+    numbers = grid.scale, grid.zero_point, grid.levels
+    if (found := by_kernel("quantize", x, bits, *numbers, False, channels_last)) is not None:
+        return found
     steps = x.to(grid.scale.dtype) / grid.scale
     if bits is not None:
         steps.add_(bits.as_strided(steps.shape, steps.stride()), alpha=2**-16)
@@ -178,9 +175,8 @@ def _random_bits(x: Tensor, generator: torch.Generator | None, stream: int) -> T
     seed = torch.empty((), dtype=torch.int64, device=x.device)
     seed.random_(-(2**63), None, generator=generator)
     seed.add_((stream * _STREAM + 2**63) % 2**64 - 2**63)
-    if kernels := quantizing_kernels(seed):
-        bits: Tensor = kernels.random_bits(seed, x.numel())
-        return bits
+    if (found := by_kernel("random_bits", seed, x.numel())) is not None:
+        return found
     z = torch.arange(1, -(-x.numel() // 4) + 1, device=x.device).mul_(_GOLDEN).add_(seed)
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
         z = z.bitwise_xor_((z >> shift).bitwise_and_(2 ** (64 - shift) - 1)).mul_(factor)
@@ -189,20 +185,17 @@ def _random_bits(x: Tensor, generator: torch.Generator | None, stream: int) -> T
 
 def quantize_signed(weight: Tensor, grid: Grid) -> Tensor:
     """Return q − z, int8, of a weight by its symmetric grid; in memory with the channels last."""
-    if kernels := quantizing_kernels(weight):
-        numbers = grid.scale, grid.zero_point, grid.levels
-        whole: Tensor | None = kernels.quantize(weight, None, *numbers, True, True)
-        if whole is not None:
-            return whole
+    numbers = grid.scale, grid.zero_point, grid.levels
+    if (found := by_kernel("quantize", weight, None, *numbers, True, True)) is not None:
+        return found
     return lay_out(centre(quantize(weight, grid), grid, torch.int8), torch.int8, True)
 
 
 def centre(q: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
     """Return q − z, whole numbers of −255 … 255, in a dtype that holds them; bfloat16 does."""
-    if kernels := quantizing_kernels(q):
-        found: Tensor | None = kernels.convert_elements(q, grid.zero_point, None, dtype, None)
-        if found is not None:
-            return found
+    found = by_kernel("convert_elements", q, grid.zero_point, None, dtype, None)
+    if found is not None:
+        return found
     if dtype.is_floating_point:
         return q.to(dtype).sub_(grid.zero_point.to(dtype))
     return (q.to(torch.int16) - grid.zero_point.to(torch.int16)).to(dtype)
@@ -216,21 +209,18 @@ def lay_out(
     memory_format = memory_format if channels_last else torch.contiguous_format
     if factor is None and x.dtype == dtype and x.is_contiguous(memory_format=memory_format):
         return x
-    if kernels := quantizing_kernels(x):
-        found: Tensor | None = kernels.convert_elements(x, None, factor, dtype, channels_last)
-        if found is not None:
-            return found
+    found = by_kernel("convert_elements", x, None, factor, dtype, channels_last)
+    if found is not None:
+        return found
     y = x.to(dtype).contiguous(memory_format=memory_format)
     return y if factor is None else y * factor
 
 
 def dequantize(q: Tensor, grid: Grid) -> Tensor:
     """Return x̂ = (q − z) · s."""
-    if kernels := quantizing_kernels(q):
-        numbers = grid.zero_point, grid.scale, grid.scale.dtype
-        found: Tensor | None = kernels.convert_elements(q, *numbers, None)
-        if found is not None:
-            return found
+    numbers = grid.zero_point, grid.scale, grid.scale.dtype
+    if (found := by_kernel("convert_elements", q, *numbers, None)) is not None:
+        return found
     return (q.to(grid.scale.dtype) - grid.zero_point) * grid.scale
 
 

@@ -124,14 +124,9 @@ class BatchNormKernels(Protocol):
         """
 
     def affine(
-        self,
-        x: Tensor,
-        residual: OptTensor,
-        mean: Tensor,
-        gain: Tensor,
-        bias: Tensor,
+        self, x: Tensor, residual: OptTensor, mean: Tensor, gain: Tensor, bias: Tensor,
         fused: Fused | None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Return (x − μ) · gain + bias, plus the residual and through ReLU if fused."""
 
     def gradient_sums(
@@ -143,15 +138,9 @@ class BatchNormKernels(Protocol):
         """
 
     def gradient(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        y: OptTensor,
-        mean: Tensor,
-        gain: Tensor,
-        offset: Tensor,
+        self, grad: Tensor, x: Tensor, y: OptTensor, mean: Tensor, gain: Tensor, offset: Tensor,
         pull: OptTensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Return gain · g + offset − pull · s (without the last if there is no pull), and g."""
 
 

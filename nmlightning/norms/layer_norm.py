@@ -17,25 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from nmlightning.errors import InputError, check_flag, given_by_keyword
-from nmlightning.functional import statistics
+from nmlightning.functional import reductions, statistics
 from nmlightning.functional.batch_norm import apply_without_autocast, differentiable
 from nmlightning.functional.constants import Constant, check_constant, check_power
 from nmlightning.functional.plain import plain_layer_norm
-from nmlightning.functional.reductions import (
-    Share,
-    is_eager,
-    is_half,
-    is_transformed,
-    mean_of,
-    share_mean,
-    sum_of,
-)
-from nmlightning.kernels.dispatch import (
-    remember_choice,
-    requested_backend,
-    select_backend,
-    select_backend_for,
-)
+from nmlightning.kernels import dispatch
 from nmlightning.kernels.interface import Dispatch, DispatchKey, LayerNorm, NormKind
 from nmlightning.norms import batch_norm_base
 from nmlightning.norms.fast_path import HOOKED, is_in_encoder_layer, refuse_scripting, traceable
@@ -50,15 +36,9 @@ def check_normalized_shape(normalized_shape: int | Sequence[int]) -> list[int]:
 
 
 def normalise_features(
-    x: Tensor,
-    layer: Any,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    sizes: tuple[int, ...],
-    eps: float | None,
-    *,
-    centred: bool,
-) -> Tensor:
+    x: Tensor, layer: Any, weight: Tensor | None, bias: Tensor | None, sizes: tuple[int, ...],
+    eps: float | None, *, centred: bool,
+) -> Tensor:  # fmt: skip
     """Return x, (*, *sizes), normalised as a layer or RMS norm is set, in its dtype.
 
     By default eps is what torch's RMS norm adds; for half inputs it is that of float32, too.
@@ -78,17 +58,17 @@ def normalise_features(
         )
     kind: NormKind = "layer" if centred else "rms"
     settings = (layer.constant, sizes, eps, x.dtype, layer.stats_dtype)
-    if is_eager(x):
-        key = (kind, layer.p, x.device.type, requested_backend())
+    if reductions.is_eager(x):
+        key = (kind, layer.p, x.device.type, dispatch.requested_backend())
         kernel, constant, added = _choose(*settings, *key)
         y = kernel and kernel(x, weight, bias, len(sizes), constant, added, centred)
         if y is not None:
             return y
     constant, added, dtype = _settle(layer.statistic, *settings)
     arguments = (weight, bias, len(sizes), layer.p, constant, added, dtype, centred)
-    if is_transformed():
+    if reductions.is_transformed():
         return plain_layer_norm(x, *arguments)
-    if is_half(dtype):
+    if reductions.is_half(dtype):
         return apply_without_autocast(LayerNormFunction, x, *arguments)  # type: ignore[no-any-return]
     return LayerNormFunction.apply(x, *arguments)  # type: ignore[no-any-return]
 
@@ -104,14 +84,14 @@ def _settle(
     return constant, eps, batch_norm_base.accumulation_dtype(dtype, stats_dtype)
 
 
-@remember_choice
+@dispatch.remember_choice
 def _choose(*arguments: Any) -> tuple[LayerNorm | None, float, float]:
     """Return the kernel for the settings, kind, p, device and what is requested; c; eps."""
     *settings, kind, p, device, _ = arguments
     statistic = statistics.PowerMean(p)
     constant, eps, dtype = _settle(statistic, *settings)
     key = DispatchKey(kind, statistic, device, settings[3], dtype, "NCHW")
-    return select_backend(key).kernels, constant, eps
+    return dispatch.select_backend(key).kernels, constant, eps
 
 
 class LayerNormFunction(torch.autograd.Function):
@@ -119,22 +99,14 @@ class LayerNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        rank: int,
-        p: float,
-        constant: float,
-        eps: float,
-        dtype: torch.dtype,
-        centred: bool,
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rank: int, p: float,
+        constant: float, eps: float, dtype: torch.dtype, centred: bool,
+    ) -> Tensor:  # fmt: skip
         dims = tuple(range(-rank, 0))
         wide = x.to(dtype)
-        share = Share(x.shape[-rank:].numel())
+        share = reductions.Share(x.shape[-rank:].numel())
         column = (*x.shape[:-rank], *[1] * rank)
-        mean = share_mean(wide, dims, None)[0].view(column) if centred else None
+        mean = reductions.share_mean(wide, dims, None)[0].view(column) if centred else None
         deviations = wide if mean is None else wide - mean
         magnitude = statistics.power_mean(deviations, p, dims, share).view(column)
         scale = magnitude * constant
@@ -157,7 +129,7 @@ class LayerNormFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, magnitude, total = ctx.saved_tensors
         dims, lead = ctx.dims, tuple(range(x.dim() - len(ctx.dims)))
-        share = Share(x.shape[-len(dims) :].numel())
+        share = reductions.Share(x.shape[-len(dims) :].numel())
         dtype = magnitude.dtype
         wide, wide_grad = x.to(dtype), grad.to(dtype)
         scale = magnitude * ctx.constant
@@ -190,13 +162,13 @@ def _give_weight_and_bias(y: Tensor, weight: Tensor | None, bias: Tensor | None)
     return torch.addcmul(bias.to(y.dtype), y, weight.to(y.dtype))
 
 
-def _mean(values: Tensor, dims: tuple[int, ...], share: Share) -> Tensor:
-    mean = mean_of(values, dims, share)
+def _mean(values: Tensor, dims: tuple[int, ...], share: reductions.Share) -> Tensor:
+    mean = reductions.mean_of(values, dims, share)
     return mean.view(*mean.shape, *[1] * len(dims))
 
 
 def _sum_leading(values: Tensor, lead: tuple[int, ...]) -> Tensor:
-    return sum_of(values, lead) if lead else values.clone()
+    return reductions.sum_of(values, lead) if lead else values.clone()
 
 
 class FeatureNorm(nn.Module):
@@ -224,7 +196,7 @@ class FeatureNorm(nn.Module):
     def backend_for(self, input: Tensor) -> Dispatch:
         """Return the backend that computes such an input, and why, without running."""
         dtype = batch_norm_base.accumulation_dtype(input.dtype, self.stats_dtype)
-        return select_backend_for(input, self.kind, self.statistic, dtype)
+        return dispatch.select_backend_for(input, self.kind, self.statistic, dtype)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

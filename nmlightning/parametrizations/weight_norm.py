@@ -55,13 +55,9 @@ class Settings:
 
     @classmethod
     def of(
-        cls,
-        kind: Kind = "bounded",
-        p: float | str = 2,
-        rho: float | str = "init",
-        gain: Gain | None = None,
-        project: bool = False,
-    ) -> "Settings":
+        cls, kind: Kind = "bounded", p: float | str = 2, rho: float | str = "init",
+        gain: Gain | None = None, project: bool = False,
+    ) -> "Settings":  # fmt: skip
         """Return them checked, with the gain that the kind has by default."""
         check_choice("kind", kind, _GAINS)
         if gain is None:

@@ -18,16 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from nmlightning.errors import InputError
+from nmlightning.int8 import quantizer
 from nmlightning.int8.layers import Int8Layer, find_layers
-from nmlightning.int8.quantizer import (
-    check_bits,
-    cosine_bound,
-    direction_cosine,
-    extreme,
-    make_grid,
-    sample_mean,
-    symmetric_grid,
-)
 from nmlightning.name_patterns import by_reason, some
 from nmlightning.probe.probe import Batch, run_batches
 from nmlightning.reports.formatting import Grid, Report
@@ -41,11 +33,9 @@ BITS = (8, 4, 2)
 
 
 def probe_int8(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    loss: Callable[[nn.Module, Batch], Tensor],
+    model: nn.Module, batches: Iterable[Batch], loss: Callable[[nn.Module, Batch], Tensor],
     bits: Sequence[int] = BITS,
-) -> "Directions":
+) -> "Directions":  # fmt: skip
     """Measure how far 8 bits or fewer would turn what a model's layers compute with.
 
     Every batch goes forward and backward once, in training mode and by the layers as they are. For
@@ -94,12 +84,10 @@ class DirectionWatch:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        bits: Sequence[int] | None = BITS,
+        self, model: nn.Module, bits: Sequence[int] | None = BITS,
         is_due: Callable[[], bool] = lambda: True,
-    ) -> None:
-        self.bits = None if bits is None else [check_bits("bits", each) for each in bits]
+    ) -> None:  # fmt: skip
+        self.bits = None if bits is None else [quantizer.check_bits("bits", each) for each in bits]
         self.layers: dict[str, WatchedLayer] = {}
         self.left_out: dict[str, str] = {}
         seen = set()
@@ -185,14 +173,14 @@ class WatchedLayer:
     def _measure(self, tensor: str, x: Tensor) -> None:
         by_channel = getattr(self.module, "weight_range", "tensor") == "channel"
         if tensor == "weight":
-            grids = [symmetric_grid(x, bits, by_channel) for bits in self.bits_of(tensor)]
+            grids = [quantizer.symmetric_grid(x, bits, by_channel) for bits in self.bits_of(tensor)]
         else:
             if by_channel and tensor == "gradient":  # then what is rounded is s_o · ∂y
-                scales = symmetric_grid(self.module.weight, 8, True).scale[..., 0]
+                scales = quantizer.symmetric_grid(self.module.weight, 8, True).scale[..., 0]
                 x = x * (scales / scales.amax())
-            low, high = sample_mean(x) if tensor == "input" else extreme(x)
-            grids = [make_grid(low, high, bits) for bits in self.bits_of(tensor)]
-        found = torch.stack([direction_cosine(x, grid) for grid in grids])
+            low, high = quantizer.sample_mean(x) if tensor == "input" else quantizer.extreme(x)
+            grids = [quantizer.make_grid(low, high, bits) for bits in self.bits_of(tensor)]
+        found = torch.stack([quantizer.direction_cosine(x, grid) for grid in grids])
         before = self.cosines.get(tensor, found)
         self.cosines[tensor] = torch.minimum(before, found)  # NaN if either is
         self.counts[tensor] = max(self.counts.get(tensor, 0), x.numel())
@@ -234,7 +222,7 @@ class LayerDirections:
 
     def bound(self, tensor: str, bits: int) -> float:
         """Return how far Gaussian values may be expected to be turned, in degrees."""
-        return math.degrees(math.acos(cosine_bound(bits, self.counts[tensor])))
+        return math.degrees(math.acos(quantizer.cosine_bound(bits, self.counts[tensor])))
 
     def loses(self, tensor: str, bits: int) -> bool:
         """Return whether a tensor is turned further than that, or is not finite."""

@@ -16,18 +16,8 @@ from nmlightning.named_code import check_named_code
 from nmlightning.norms.registry import find_class, path_of
 from nmlightning.parametrizations.apply import prepare_for_weights
 from nmlightning.parametrizations.weight_norm import Settings
+from nmlightning.surgery import recipes
 from nmlightning.surgery.lightning_hooks import LEFT_OUT
-from nmlightning.surgery.recipes import (
-    INT8,
-    KEY,
-    NORMS,
-    WEIGHTS,
-    Recipe,
-    describe_layer,
-    keep_in_checkpoints,
-    recipe_in,
-    what_trains,
-)
 from nmlightning.surgery.swap import Swap, SwapReport, swap_norms
 
 Module = TypeVar("Module", bound=torch.nn.Module)
@@ -57,9 +47,9 @@ def load_from_checkpoint(module_class: type[Module], path: str | Path, **argumen
     with _normalising_first(module_class, checkpoint), warnings.catch_warnings():
         warnings.filterwarnings("ignore", LEFT_OUT)  # what follows puts them in
         module: Module = module_class.load_from_checkpoint(path, **arguments)  # type: ignore[attr-defined]
-    _follow(module, recipe_in(checkpoint, NORMS))
-    if KEY in checkpoint:
-        keep_in_checkpoints(module)
+    _follow(module, recipes.recipe_in(checkpoint, recipes.NORMS))
+    if recipes.KEY in checkpoint:
+        recipes.keep_in_checkpoints(module)
     return module
 
 
@@ -88,17 +78,17 @@ def swap_like(model: nn.Module, state_dict: Mapping[str, Any]) -> SwapReport:
             "model.state_dict() returned, or torch.load of that, not a checkpoint or a copy."
         )
     checkpoint = {"state_dict": state_dict}
-    int8 = follow_int8(model, recipe_in(checkpoint, INT8))
-    return SwapReport((*_follow(model, recipe_in(checkpoint, NORMS)), *int8), ())
+    int8 = follow_int8(model, recipes.recipe_in(checkpoint, recipes.INT8))
+    return SwapReport((*_follow(model, recipes.recipe_in(checkpoint, recipes.NORMS)), *int8), ())
 
 
-def _follow(model: nn.Module, recipe: Recipe) -> tuple[Swap, ...]:
+def _follow(model: nn.Module, recipe: recipes.Recipe) -> tuple[Swap, ...]:
     """Make the norms of a model what the recipe says, and return what was swapped."""
     layers = {plain_name(name): x for name, x in model.named_modules(remove_duplicate=False)}
-    here = {name: describe_layer(layers[name]) for name in recipe.keys() & layers.keys()}
+    here = {name: recipes.describe_layer(layers[name]) for name in recipe.keys() & layers.keys()}
     due = {name: note for name, note in recipe.items() if here.get(name, note) != note}
-    for name in [x for x in due if what_trains(here[x])["norm"] == "l2"]:
-        if what_trains(due[name])["norm"] == "l2":  # torch's own stays so
+    for name in [x for x in due if recipes.what_trains(here[x])["norm"] == "l2"]:
+        if recipes.what_trains(due[name])["norm"] == "l2":  # torch's own stays so
             options = due.pop(name)["options"] if here[name] else {}
             vars(layers[name]).update(options)
     swapped: tuple[Swap, ...] = ()
@@ -114,7 +104,7 @@ def _follow(model: nn.Module, recipe: Recipe) -> tuple[Swap, ...]:
     return swapped
 
 
-def follow_int8(model: nn.Module, recipe: Recipe) -> tuple[Swap, ...]:
+def follow_int8(model: nn.Module, recipe: recipes.Recipe) -> tuple[Swap, ...]:
     """Let layers and norms compute in int8 as the recipe says."""
     if not recipe:
         return ()
@@ -134,7 +124,7 @@ def _normalising_first(
     They cannot when they are built: what they build from other checkpoints is not meant. A module
     may compare itself with the checkpoint in `on_load_checkpoint`, and another may not have that.
     """
-    int8, notes = (recipe_in(checkpoint, kind) for kind in (INT8, WEIGHTS))
+    int8, notes = (recipes.recipe_in(checkpoint, kind) for kind in (recipes.INT8, recipes.WEIGHTS))
     weights = {name: Settings.of(**note) for name, note in notes.items()}
 
     def normalise(module: nn.Module, state_dict: Mapping[str, Any]) -> None:

@@ -31,14 +31,9 @@ class TranslationData(training_batches.ResumableData, ABC):
     train: corpus.EncodedPairs | None = None
 
     def __init__(
-        self,
-        folder: Path | None,
-        vocab_size: int,
-        tokenizer: str | None,
-        tokens_a_batch: int,
-        max_length: int,
-        too_long: corpus.TooLong,
-    ) -> None:
+        self, folder: Path | None, vocab_size: int, tokenizer: str | None, tokens_a_batch: int,
+        max_length: int, too_long: corpus.TooLong,
+    ) -> None:  # fmt: skip
         super().__init__()
         check_choice("too_long", too_long, get_args(corpus.TooLong))
         self.folder = folder
@@ -155,18 +150,10 @@ class ParallelText(TranslationData):
     """
 
     def __init__(
-        self,
-        train: list[str],
-        val: list[str],
-        test: list[str] | None = None,
-        *,
-        vocab_size: int = 32000,
-        tokenizer: str | None = None,
-        tokens_a_batch: int = 25000,
-        max_length: int = 256,
-        too_long: corpus.TooLong = "drop",
-        root: str = "data",
-    ) -> None:
+        self, train: list[str], val: list[str], test: list[str] | None = None, *,
+        vocab_size: int = 32000, tokenizer: str | None = None, tokens_a_batch: int = 25000,
+        max_length: int = 256, too_long: corpus.TooLong = "drop", root: str = "data",
+    ) -> None:  # fmt: skip
         folder = Path(root).expanduser().absolute() / "translation"
         super().__init__(folder, vocab_size, tokenizer, tokens_a_batch, max_length, too_long)
         self.train_files = _check_pair("train", train)
@@ -225,18 +212,10 @@ class WMT14(TranslationData):
     """
 
     def __init__(
-        self,
-        *,
-        streaming: bool = False,
-        dataset: str = "wmt/wmt14",
-        pool: int = 100_000,
-        vocab_size: int = 32000,
-        tokenizer: str | None = None,
-        tokens_a_batch: int = 25000,
-        max_length: int = 256,
-        too_long: corpus.TooLong = "drop",
-        root: str = "data",
-    ) -> None:
+        self, *, streaming: bool = False, dataset: str = "wmt/wmt14", pool: int = 100_000,
+        vocab_size: int = 32000, tokenizer: str | None = None, tokens_a_batch: int = 25000,
+        max_length: int = 256, too_long: corpus.TooLong = "drop", root: str = "data",
+    ) -> None:  # fmt: skip
         place = Path(root).expanduser().absolute()
         folder = place / "translation"
         super().__init__(folder, vocab_size, tokenizer, tokens_a_batch, max_length, too_long)
@@ -259,16 +238,10 @@ class WMT14(TranslationData):
             return super().train_dataloader()
         assert self.tokenizer is not None, "setup('fit') comes first"
         batches = StreamedBatches(
-            sources.StreamedPairs(self._open("train"), LANGUAGES),
-            self.tokenizer,
-            self.limits,
-            self.tokens_a_batch,
-            self.pool,
-            **self.order_options(),
-            pin_memory=self.pins_memory,
-            batches_done=self.batches_done,
-            interrupted=self.interrupted,
-        )
+            sources.StreamedPairs(self._open("train"), LANGUAGES), self.tokenizer, self.limits,
+            self.tokens_a_batch, self.pool, **self.order_options(), pin_memory=self.pins_memory,
+            batches_done=self.batches_done, interrupted=self.interrupted,
+        )  # fmt: skip
         # Lightning reads a batch of a loader without a length before it says which epoch comes.
         batches.set_epoch(training_batches.find_epoch(self.trainer, self.interrupted))
         self.sampler = batches

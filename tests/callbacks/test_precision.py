@@ -43,14 +43,9 @@ def batches(overflow: bool) -> DataLoader[Any]:
 
 
 def fit(
-    module_class: type,
-    norm: str | NormSwap,
-    precision: str,
-    *callbacks: Any,
-    overflow: bool = False,
-    ckpt_path: Path | None = None,
-    **options: Any,
-) -> Any:
+    module_class: type, norm: str | NormSwap, precision: str, *callbacks: Any,
+    overflow: bool = False, ckpt_path: Path | None = None, **options: Any,
+) -> Any:  # fmt: skip
     package = package_of(module_class)
     settings: dict[str, Any] = {"precision": precision}
     if precision == "16-mixed":  # on the CPU Lightning would make bf16-mixed of it
@@ -90,13 +85,9 @@ class HalfTokens(HalfInputs):
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(8, 8),
-            nn.LayerNorm(8),
-            nn.ReLU(),
-            nn.RMSNorm(8),
-            nn.Flatten(),
+            nn.Linear(8, 8), nn.LayerNorm(8), nn.ReLU(), nn.RMSNorm(8), nn.Flatten(),
             nn.Linear(128, 3),
-        )
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("options", [{}, {"stats_dtype": "float16"}], ids=str)

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -16,7 +17,7 @@ import torchvision
 from torch import Tensor, nn
 
 from nmlightning import InputError, apply_weight_norm, export_network, quantize_norm, swap_int8
-from nmlightning.int8.quantizer import quantize
+from nmlightning.int8 import quantizer
 from nmlightning.int8.ranges import holder_of
 from nmlightning.models import CifarResNet
 
@@ -159,10 +160,11 @@ def test_a_wrong_file_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
     net = CifarResNet(8)
     swap_int8(net)
     train(net)
-    monkeypatch.setattr(
-        "nmlightning.export.quantized.quantize",
-        lambda x, grid: quantize(x, grid._replace(zero_point=grid.zero_point + 1)),
+    wrong = SimpleNamespace(**vars(quantizer))
+    wrong.quantize = lambda x, grid: quantizer.quantize(
+        x, grid._replace(zero_point=grid.zero_point + 1)
     )
+    monkeypatch.setattr("nmlightning.export.quantized.quantizer", wrong)
     with pytest.raises(InputError, match=r"differs from the trained network by .*, more"):
         export_network(net, tmp_path / "net.pt2", "torch_export", IMAGES)
     assert not list(tmp_path.iterdir())

@@ -19,17 +19,10 @@ from nmlightning.int8 import (
     Int8Linear,
     describe_backends,
     quantize_norm,
+    quantizer,
 )
 from nmlightning.int8.backends import cpu_reason
 from nmlightning.int8.layers import INT8_CLASSES
-from nmlightning.int8.quantizer import (
-    dequantize,
-    extreme,
-    make_grid,
-    quantize,
-    sample_mean,
-    symmetric_grid,
-)
 from nmlightning.kernels import norm_backend
 
 BACKENDS: list[Any] = ["formula", "auto"]
@@ -97,10 +90,10 @@ def test_output_is_a_sum_of_integers(
     dims, sizes, settings = CASES[name]
     channels = sizes[0] if dims else sizes[-1]
     layer, x = make(dims, channels, weight_range=weight_range, **settings), input_of(sizes, layout)
-    grid = make_grid(*sample_mean(x.detach()), 8)
-    weights = symmetric_grid(layer.weight, 8, weight_range == "channel")
-    whole = (quantize(x.detach(), grid).long() - grid.zero_point.long()).numpy()
-    signed = (quantize(layer.weight.detach(), weights).long() - 128).numpy()
+    grid = quantizer.make_grid(*quantizer.sample_mean(x.detach()), 8)
+    weights = quantizer.symmetric_grid(layer.weight, 8, weight_range == "channel")
+    whole = (quantizer.quantize(x.detach(), grid).long() - grid.zero_point.long()).numpy()
+    signed = (quantizer.quantize(layer.weight.detach(), weights).long() - 128).numpy()
     expected = whole @ signed.T if dims == 0 else whole_product(whole, signed, layer)
     scales = (grid.scale.double() * weights.scale.double()).flatten().numpy()
     shape = (-1,) if dims == 0 else (-1, *[1] * dims)
@@ -133,16 +126,20 @@ def test_gradients_are_those_of_the_quantised_tensors(
         y.backward(grad)
     plain = copy.deepcopy(layer).double()
     plain.__class__ = next(torchs for torchs, ours in INT8_CLASSES.items() if type(layer) is ours)
-    weights = symmetric_grid(layer.weight, 8, weight_range == "channel")
+    weights = quantizer.symmetric_grid(layer.weight, 8, weight_range == "channel")
     with torch.no_grad():
-        plain.weight.copy_(dequantize(quantize(layer.weight, weights), weights))
-    grid = make_grid(*sample_mean(x.detach()), 8)
-    exact_x = dequantize(quantize(x.detach(), grid), grid).double().requires_grad_()
+        plain.weight.copy_(quantizer.dequantize(quantizer.quantize(layer.weight, weights), weights))
+    grid = quantizer.make_grid(*quantizer.sample_mean(x.detach()), 8)
+    exact_x = (
+        quantizer.dequantize(quantizer.quantize(x.detach(), grid), grid).double().requires_grad_()
+    )
     relative = (weights.scale / weights.scale.max()).flatten()
     relative = relative.view(-1, *[1] * dims) if weight_range == "channel" else relative
     scaled = grad * relative
-    gradients = make_grid(*extreme(scaled), 4)
-    rounded = (dequantize(quantize(scaled, gradients), gradients) / relative).double()
+    gradients = quantizer.make_grid(*quantizer.extreme(scaled), 4)
+    rounded = (
+        quantizer.dequantize(quantizer.quantize(scaled, gradients), gradients) / relative
+    ).double()
     kept = [plain.weight] if plain.bias is None else [plain.weight, plain.bias]
     output = plain(exact_x)
     (expected_x,) = torch.autograd.grad(output, [exact_x], rounded, retain_graph=True)

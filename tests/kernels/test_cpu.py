@@ -200,20 +200,11 @@ def test_x_free_reach_keeps_the_tolerance(dtype: torch.dtype) -> None:
 
 # ---- the layers ----
 
-NETS: dict[str, Any] = {
-    "l1": lambda: norms.L1BatchNorm2d(8),
-    "linf": lambda: norms.LInfBatchNorm2d(8),
-    "top10": lambda: norms.TopKBatchNorm2d(8),
-    "range": lambda: norms.RangeBatchNorm2d(8, chunks=5),
-    "layer": lambda: norms.L1LayerNorm([8, 6, 6]),
-    "rms": lambda: norms.L1RMSNorm([8, 6, 6]),
-}
 
-
-@pytest.mark.parametrize("norm", NETS)
-def test_layers_work_under_no_grad_and_as_the_formula(norm: str) -> None:
+@pytest.mark.parametrize("make", [norms.L1LayerNorm, norms.L1RMSNorm])
+def test_layers_work_under_no_grad_and_as_the_formula(make: Any) -> None:
     x = torch.randn(4, 8, 6, 6, requires_grad=True)
-    layer = NETS[norm]()
+    layer = make([8, 6, 6])
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
     y = layer(x)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import lightning.pytorch
+import pytest
 import pytorch_lightning
 import torch
 import torch.nn.functional as F
@@ -70,6 +71,10 @@ class PlLate(BuildsLate, pytorch_lightning.LightningModule):
 
 class UnifiedLate(BuildsLate, lightning.pytorch.LightningModule):
     pass
+
+
+BOTH = pytest.mark.parametrize("module_class", [PlModule, UnifiedModule])
+ALL = pytest.mark.parametrize("module_class", [PlModule, UnifiedModule, PlLate, UnifiedLate])
 
 
 class OwnOptimizer(PlModule):

@@ -15,17 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_modules import PlModule
 from nmlightning import apply_weight_norm, swap_norms
 from nmlightning.errors import InputError
+from nmlightning.surgery import recipes
 from nmlightning.surgery.checkpoints import _follow
-from nmlightning.surgery.recipes import (
-    INT8,
-    NORMS,
-    WEIGHTS,
-    check_recipes,
-    keep_in_checkpoints,
-    recipe_in,
-    register_after,
-    write_recipes,
-)
 
 
 def make(norm: str = "l2", **options: Any) -> Any:
@@ -33,13 +24,13 @@ def make(norm: str = "l2", **options: Any) -> Any:
     module = PlModule()
     module.net = nn.Sequential(nn.BatchNorm2d(4), nn.LayerNorm(4), nn.BatchNorm2d(4))
     swap_norms(module, norm, options)
-    keep_in_checkpoints(module)
+    recipes.keep_in_checkpoints(module)
     return module
 
 
 def saved(module: nn.Module) -> dict[str, Any]:
     checkpoint: dict[str, Any] = {}
-    write_recipes(module, checkpoint)
+    recipes.write_recipes(module, checkpoint)
     return checkpoint
 
 
@@ -66,8 +57,8 @@ def test_recipes_are_plain_data_of_all_norms() -> None:
 
 @pytest.mark.parametrize("sync", [False, True])
 def test_resume_may_set_what_is_of_the_model(sync: bool) -> None:
-    check_recipes(make("l1"), saved(make("l1", eps=0.1, momentum=None, sync=sync)))
-    check_recipes(make("l2"), saved(make("l2", eps=0.1)))
+    recipes.check_recipes(make("l1"), saved(make("l1", eps=0.1, momentum=None, sync=sync)))
+    recipes.check_recipes(make("l2"), saved(make("l2", eps=0.1)))
 
 
 @pytest.mark.parametrize(
@@ -82,27 +73,27 @@ def test_resume_may_set_what_is_of_the_model(sync: bool) -> None:
 def test_check_recipes_names_the_difference(there: Any, here: Any, answer: str) -> None:
     for checkpoint in (saved(there), {"state_dict": there.state_dict()}):
         with pytest.raises(InputError) as error:
-            check_recipes(here, checkpoint)
+            recipes.check_recipes(here, checkpoint)
         assert str(error.value).startswith(f"The checkpoint was trained with {answer} Resume with")
         assert "with the same NormSwap, or start from its weights" in str(error.value)
-        check_recipes(there, checkpoint)
+        recipes.check_recipes(there, checkpoint)
 
 
 def test_checkpoint_that_says_nothing_is_refused_where_recipes_are_kept() -> None:
     """Sharded ones have no metadata, and norms may be those of the model itself."""
     module = make("l1")
     with pytest.raises(InputError, match=r"norm = 'l2' on net\.0, this run has norm = 'l1'"):
-        check_recipes(module, {"state_dict": {}})
-    check_recipes(module.net, {"state_dict": {}})
+        recipes.check_recipes(module, {"state_dict": {}})
+    recipes.check_recipes(module.net, {"state_dict": {}})
 
 
 def test_tied_weight_is_the_same_under_either_name() -> None:
     net = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1))
     net[1].weight = net[0].weight
     apply_weight_norm(net, p="inf", include=["0.weight"])
-    assert recipe_in(saved(net), WEIGHTS)["0.weight"]["p"] == math.inf
+    assert recipes.recipe_in(saved(net), recipes.WEIGHTS)["0.weight"]["p"] == math.inf
     for checkpoint in (saved(net), {"state_dict": net.state_dict()}):
-        check_recipes(net, checkpoint)
+        recipes.check_recipes(net, checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -115,17 +106,17 @@ def test_tied_weight_is_the_same_under_either_name() -> None:
 )
 def test_older_checkpoint_is_followed_and_compared(swaps: Any, options: dict[str, Any]) -> None:
     module, checkpoint = make(), older(*swaps)
-    check_recipes(make("l1"), checkpoint)
+    recipes.check_recipes(make("l1"), checkpoint)
     with pytest.raises(InputError, match=r"norm = 'l1' on net\.0, this run has norm = 'topk'"):
-        check_recipes(make("top10"), checkpoint)
-    _follow(module, recipe_in(checkpoint, NORMS))
+        recipes.check_recipes(make("top10"), checkpoint)
+    _follow(module, recipes.recipe_in(checkpoint, recipes.NORMS))
     assert repr(module) == repr(make("l1", **options))
 
 
 def test_older_checkpoint_of_layer_norms_and_a_swap_back_is_followed() -> None:
     module = make("linf")
     swaps = [("l1", {}, "012"), ("l2", {"eps": 0.5}, "02")]
-    _follow(module, recipe_in(older(*swaps, kinds=("batch", "layer")), NORMS))
+    _follow(module, recipes.recipe_in(older(*swaps, kinds=("batch", "layer")), recipes.NORMS))
     assert [type(x).__name__ for x in module.net] == ["BatchNorm2d", "L1LayerNorm", "BatchNorm2d"]
     assert [x.eps for x in module.net if isinstance(x, _BatchNorm)] == [0.5, 0.5]
 
@@ -133,22 +124,26 @@ def test_older_checkpoint_of_layer_norms_and_a_swap_back_is_followed() -> None:
 @pytest.mark.parametrize("version", [3, None])
 def test_recipe_in_refuses_another_version(version: int | None) -> None:
     with pytest.raises(InputError, match=f"version {version}, and this release reads 1 and 2: in"):
-        recipe_in({"nmlightning": {"version": version, "norms": {}}}, NORMS)
+        recipes.recipe_in({"nmlightning": {"version": version, "norms": {}}}, recipes.NORMS)
 
 
 @pytest.mark.parametrize(
     ("entry", "kind", "message"),
     [
-        (7, NORMS, "is a int: damaged"),
-        ({"version": 2, "int8": [3]}, INT8, "its int8 are unreadable"),
-        ({"version": 2, "norms": {"a": 1}}, NORMS, "its norms are unreadable"),
-        ({"version": 1, "norm_swaps": [{"norm": "l1"}]}, NORMS, "its norms are unreadable"),
-        ({"version": 1, "weight_norms": [{"modules": {}}]}, WEIGHTS, "its weights are unreadable"),
+        (7, recipes.NORMS, "is a int: damaged"),
+        ({"version": 2, "int8": [3]}, recipes.INT8, "its int8 are unreadable"),
+        ({"version": 2, "norms": {"a": 1}}, recipes.NORMS, "its norms are unreadable"),
+        ({"version": 1, "norm_swaps": [{"norm": "l1"}]}, recipes.NORMS, "its norms are unreadable"),
+        (
+            {"version": 1, "weight_norms": [{"modules": {}}]},
+            recipes.WEIGHTS,
+            "its weights are unreadable",
+        ),
     ],
 )
 def test_recipe_in_refuses_a_damaged_entry(entry: Any, kind: str, message: str) -> None:
     with pytest.raises(InputError, match=f"'nmlightning' entry {message}|{message}"):
-        recipe_in({"nmlightning": entry}, kind)
+        recipes.recipe_in({"nmlightning": entry}, kind)
 
 
 class Greets(nn.Module):
@@ -165,20 +160,12 @@ def note(module: Greets, word: str, name: str) -> None:
     module.heard.append(f"{word} {name}")
 
 
-def test_register_after_calls_actions_with_the_arguments() -> None:
+def test_register_after_calls_the_latest_action_of_each_key() -> None:
     module = Greets()
-    register_after(module, "greet", functools.partial(note, module, "welcome"), key="a")
-    register_after(module, "greet", functools.partial(note, module, "bye"), key="b")
+    for word, key in (("hi", "a"), ("welcome", "a"), ("bye", "b")):
+        recipes.register_after(module, "greet", functools.partial(note, module, word), key=key)
     assert module.greet("you") == "YOU"
     assert module.heard == ["hello you", "welcome you", "bye you"]
-
-
-def test_register_after_replaces_the_action_of_a_key() -> None:
-    module = Greets()
-    for word in ("bye", "welcome"):
-        register_after(module, "greet", functools.partial(note, module, word), key="a")
-    module.greet("you")
-    assert module.heard == ["hello you", "welcome you"]
 
 
 @pytest.mark.parametrize(
@@ -186,9 +173,9 @@ def test_register_after_replaces_the_action_of_a_key() -> None:
 )
 def test_register_after_acts_on_the_copy(duplicate: Any) -> None:
     module = Greets()
-    register_after(module, "greet", functools.partial(note, module, "welcome"), key="a")
+    recipes.register_after(module, "greet", functools.partial(note, module, "welcome"), key="a")
     twin = duplicate(module)
-    register_after(twin, "greet", functools.partial(note, twin, "bye"), key="b")
+    recipes.register_after(twin, "greet", functools.partial(note, twin, "bye"), key="b")
     twin.greet("you")
     assert module.heard == []
     assert twin.heard == ["hello you", "welcome you", "bye you"]

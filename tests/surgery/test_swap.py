@@ -172,45 +172,6 @@ class TestWhichLayers:
         }
         assert type(net.bn1) is nn.BatchNorm2d
 
-    def test_subclass_is_left_or_refused_if_included(self) -> None:
-        class Mine(nn.BatchNorm2d):
-            pass
-
-        net = nn.Sequential(nn.BatchNorm2d(3), Mine(3))
-        report = swap_norms(net, "l1")
-        assert [(left.name, left.before, left.reason) for left in report.left] == [
-            ("1", "Mine", f"a subclass: name it by types={{'{path_of(Mine)}': 'batch'}}")
-        ]
-        assert type(net[1]) is Mine
-        assert "1 (Mine: a subclass" in refusal(net, "linf", include=["*"])
-
-    @pytest.mark.parametrize(
-        "layer",
-        [
-            nn.GroupNorm(2, 4),
-            nn.InstanceNorm2d(4),
-            timm.layers.GroupNormAct(4, 2),
-            torchvision.ops.FrozenBatchNorm2d(4),
-            nn.LazyBatchNorm2d(),
-        ],
-        ids=lambda layer: type(layer).__name__,
-    )
-    @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
-    def test_other_norms_are_left_or_refused_if_included(self, layer: nn.Module) -> None:
-        net = nn.Sequential(nn.BatchNorm2d(4), layer)
-        assert f"1 ({type(layer).__name__}: " in refusal(net, include=["0", "1"])
-        assert [left.name for left in swap_norms(net).left] == ["1"]
-
-    def test_replaced_forward_is_left_or_refused_if_included(self, net: nn.Sequential) -> None:
-        """Its class is no longer what runs, so a swap would change nothing but the report."""
-        net[1].forward = net[1].forward
-        report = swap_norms(net)
-        assert [swap.name for swap in report.swapped] == ["3.1"]
-        assert [(left.name, left.reason) for left in report.left] == [
-            ("1", "its forward was replaced on the object, where no class counts")
-        ]
-        assert "1 (BatchNorm2d: its forward was replaced" in refusal(net, include=["1"])
-
     def test_lazy_norm_is_swappable_after_its_first_batch(self, images: Tensor) -> None:
         net = nn.Sequential(nn.LazyBatchNorm2d())
         assert "not initialised, run one batch" in refusal(net, include=["0"])
@@ -218,6 +179,39 @@ class TestWhichLayers:
         assert len(swap_norms(net)) == 1
 
 
+def some(*makes: Any) -> Any:
+    return lambda: nn.Sequential(*(make(4) for make in makes))
+
+
+REFUSALS: list[tuple[Any, dict[str, Any], str]] = [
+    (
+        torchvision.models.resnet18,
+        {"include": ["x"]},
+        "layer1.0.bn2 (BatchNorm2d) and 17 more.",
+    ),
+    (
+        some(*[nn.LayerNorm] * 5, nn.RMSNorm),
+        {},
+        "There is no batch norm to swap in Sequential. Its norm layers are 0 (LayerNorm), "
+        '1 (LayerNorm), 2 (LayerNorm) and 3 more. Swap them with kinds=["layer", "rms"].',
+    ),
+    (
+        some(nn.BatchNorm2d, nn.LayerNorm),
+        {"include": ["0", "1"]},
+        "The pattern '1' in include matches no batch norm",
+    ),
+    (some(nn.BatchNorm2d), {"exclude": ["*"]}, "leave no batch norm"),
+    (
+        some(),
+        {},
+        "There is no batch norm to swap in Sequential. It has no norm layers; is the net built in "
+        "configure_model?",
+    ),
+    (lambda: nn.Sequential(nn.BatchNorm2d(0)), {}, "0 has no channels: exclude it."),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 class TestInput:
     @pytest.mark.parametrize(
         ("arguments", "answer"),
@@ -251,32 +245,11 @@ class TestInput:
             )
             assert "Its norm layers are 1 (BatchNorm2d), 3.1 (BatchNorm2d)." in message
 
-    def test_long_list_of_norms_is_cut(self) -> None:
-        message = refusal(torchvision.models.resnet18(), include=["x"])
-        assert message.endswith("layer1.0.bn2 (BatchNorm2d) and 17 more.")
-
-    def test_refusal_says_which_kinds_there_are(self) -> None:
-        net = nn.Sequential(*(nn.LayerNorm(4) for _ in range(5)), nn.RMSNorm(4))
-        assert refusal(net, "l1") == (
-            "There is no batch norm to swap in Sequential. Its norm layers are 0 (LayerNorm), "
-            '1 (LayerNorm), 2 (LayerNorm) and 3 more. Swap them with kinds=["layer", "rms"].'
-        )
-        assert len(swap_norms(net, "L1", kinds="layer")) == 5
-
-    def test_pattern_of_another_kind_is_refused(self) -> None:
-        net = nn.Sequential(nn.BatchNorm2d(3), nn.LayerNorm(3))
-        message = refusal(net, include=["0", "1"])
-        assert "The pattern '1' in include matches no batch norm" in message
-
-    def test_exclude_of_everything_is_refused(self, net: nn.Sequential) -> None:
-        assert "leave no batch norm" in refusal(net, exclude=["*"])
-
-    def test_model_without_norms_is_refused(self) -> None:
-        message = refusal(nn.Sequential(nn.Linear(2, 2)))
-        assert message == (
-            "There is no batch norm to swap in Sequential. It has no norm layers; "
-            "is the net built in configure_model?"
-        )
+    @pytest.mark.parametrize(("make", "arguments", "answer"), REFUSALS)
+    def test_refusals_say_what_there_is(
+        self, make: Any, arguments: dict[str, Any], answer: str
+    ) -> None:
+        assert answer in refusal(make(), **arguments)
 
     def test_sharded_layer_is_refused_unless_swapped_before(self, net: nn.Sequential) -> None:
         class DTensor(nn.Parameter):
@@ -346,11 +319,6 @@ class TestSynchronised:
         assert net[0].eval()(images).shape == (4, 3, 8, 8)
 
 
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-def test_norm_without_channels_is_named() -> None:
-    assert refusal(nn.Sequential(nn.BatchNorm2d(0))).startswith("0 has no channels: exclude it.")
-
-
 class MyRMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x / x.square().mean(-1, keepdim=True).sqrt()
@@ -360,7 +328,31 @@ class MyNorm(nn.RMSNorm):
     pass
 
 
+class Mine(nn.BatchNorm2d):
+    pass
+
+
+def replaced() -> nn.Module:
+    """Its class is no longer what runs, so a swap would change nothing but the report."""
+    norm: Any = nn.BatchNorm2d(4)
+    norm.forward = norm.forward
+    return norm
+
+
 UNKNOWN = f"an unknown class: name it by types={{'{__name__}.%s': 'rms'}}"
+NO_SWAP = "no swap is defined for this norm"
+LEFT: list[tuple[Any, str, str]] = [
+    (lambda: Mine(4), f"a subclass: name it by types={{'{path_of(Mine)}': 'batch'}}", "batch"),
+    (lambda: nn.GroupNorm(2, 4), NO_SWAP, "batch"),
+    (lambda: nn.InstanceNorm2d(4), NO_SWAP, "batch"),
+    (lambda: timm.layers.GroupNormAct(4, 2), NO_SWAP, "batch"),
+    (lambda: torchvision.ops.FrozenBatchNorm2d(4), NO_SWAP, "batch"),
+    (replaced, "its forward was replaced on the object, where no class counts", "batch"),
+    (MyRMSNorm, UNKNOWN % "MyRMSNorm", "rms"),
+    (lambda: MyNorm(8), UNKNOWN % "MyNorm", "rms"),
+    (lambda: timm.layers.GroupNorm(8, 2), NO_SWAP, "rms"),
+    (lambda: timm.layers.SimpleNorm(8), NO_SWAP, "rms"),
+]
 
 
 class TestOtherKinds:
@@ -386,21 +378,19 @@ class TestOtherKinds:
         assert vars(net[0]).keys() == vars(nn.RMSNorm(8)).keys()
         assert torch.equal(net(x), expected)
 
-    @pytest.mark.parametrize(
-        ("norm", "reason"),
-        [
-            (MyRMSNorm(), UNKNOWN % "MyRMSNorm"),
-            (MyNorm(8), UNKNOWN % "MyNorm"),
-            (timm.layers.GroupNorm(8, 2), "no swap is defined for this norm"),
-            (timm.layers.SimpleNorm(8), "no swap is defined for this norm"),
-        ],
-    )
-    def test_other_rms_norms_are_left_with_the_reason(self, norm: nn.Module, reason: str) -> None:
-        net = nn.Sequential(nn.RMSNorm(8), norm)
-        report = swap_norms(net, "l1", kinds=["rms"])
-        assert [(left.name, left.reason) for left in report.left] == [("1", reason)]
-        assert reason in refusal(net, "l1", kinds=["rms"], include=["1"])
-        assert "There is no RMS norm to swap" in refusal(nn.Sequential(norm), kinds=["rms"])
+    @pytest.mark.parametrize(("make", "reason", "kind"), LEFT)
+    def test_what_is_left_is_named_or_refused_if_included(
+        self, make: Any, reason: str, kind: str
+    ) -> None:
+        net = nn.Sequential(nn.RMSNorm(8) if kind == "rms" else nn.BatchNorm2d(4), norm := make())
+        report, before = swap_norms(net, kinds=kind), type(norm)
+        assert [(x.name, x.before, x.reason) for x in report.left] == [
+            ("1", before.__name__, reason)
+        ]
+        assert type(norm) is before
+        assert f"1 ({before.__name__}: {reason}" in refusal(net, kinds=kind, include=["0", "1"])
+        none = "There is no RMS norm to swap" if kind == "rms" else "There is no batch norm to swap"
+        assert none in refusal(nn.Sequential(norm), kinds=kind)
 
 
 def build(library: str, name: str) -> nn.Module:
