@@ -10,6 +10,7 @@ from nmlightning.lazy_exports import RenamedModules, lazy_exports
 
 if TYPE_CHECKING:
     from nmlightning.callbacks import Int8Swap as Int8Swap
+    from nmlightning.callbacks import NormGuard as NormGuard
     from nmlightning.callbacks import NormSwap as NormSwap
     from nmlightning.callbacks import WeightNormSwap as WeightNormSwap
     from nmlightning.callbacks import WeightNormTracker as WeightNormTracker
@@ -74,6 +75,9 @@ if TYPE_CHECKING:
     from nmlightning.optim import LRCorrection as LRCorrection
     from nmlightning.optim import NormSchedule as NormSchedule
     from nmlightning.optim import RadialProjection as RadialProjection
+    from nmlightning.optim import SpectralCap as SpectralCap
+    from nmlightning.optim import UnitNorm as UnitNorm
+    from nmlightning.optim.norm_guard import guard_norms as guard_norms
     from nmlightning.optim.param_groups import parameter_groups as parameter_groups
     from nmlightning.optim.scope import exempt_from_decay as exempt_from_decay
     from nmlightning.parametrizations import apply_weight_norm as apply_weight_norm

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 import os
 import re
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches
 from numbers import Integral
 from types import MappingProxyType
-from typing import Any, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 Constructor = TypeVar("Constructor", bound=Callable[..., None])
 
@@ -78,6 +79,19 @@ def check_share(what: str, value: float) -> float:
     return float(value)
 
 
+def check_weight_decay(decay: object) -> None:
+    """Raise InputError for anything but a finite number of 0 or more."""
+    if not (is_number(decay) and 0 <= decay < math.inf):
+        raise InputError(f"weight_decay must be 0 or more, got {decay!r}.")
+
+
+def check_positive(**settings: object) -> None:
+    """Raise InputError for anything but a positive number, or None, which stands for none."""
+    for name, value in settings.items():
+        if value is not None and not (is_number(value) and value > 0):
+            raise InputError(f"{name} is a positive number, or None, got {value!r}.")
+
+
 def check_lists(**arguments: object) -> None:
     """Raise InputError for anything but a list of strings."""
     for name, value in arguments.items():
@@ -87,7 +101,7 @@ def check_lists(**arguments: object) -> None:
             raise InputError(f"{name} is a list of strings, got {value!r}.")
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Return True for a real number; True and False, which Python counts as 1 and 0, are none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 

@@ -20,6 +20,7 @@ from nmlightning.kernels.dispatch import FORMULA, NO_KERNELS
 from nmlightning.kernels.interface import layout_of
 from nmlightning.norms import registry
 from nmlightning.norms.batch_norm_base import as_plain, describe_norm
+from nmlightning.optim.norm_guard import guard_norms
 from nmlightning.surgery import recipes
 from nmlightning.surgery.fuse.fuse import unfused
 from nmlightning.surgery.norm_layers import find_norm_layers
@@ -293,6 +294,28 @@ class NormSwap(LayerChange):
                     f"after the swap; {way_out}"
                 )
         return {name: layers[name].module for name in self._made}
+
+
+class NormGuard(compat.CallbackBase):
+    """Keeps running statistics where AMP skips a step or a batch is not finite: `guard_norms`.
+
+    It swaps nothing: the norms of the LightningModule stay torch's own, and are guarded from the
+    start of the fit to its end.
+
+    Raises:
+        InputError: at the start of a fit, if the module has no norm with running statistics.
+
+    Examples:
+        >>> from pytorch_lightning import Trainer
+        >>> trainer = Trainer(callbacks=[NormGuard()], logger=False)
+    """
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._guard = guard_norms(pl_module, getattr(trainer.precision_plugin, "scaler", None))
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if "_guard" in vars(self):
+            vars(self).pop("_guard").remove()
 
 
 class BackendNote:

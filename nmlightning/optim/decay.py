@@ -3,20 +3,17 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nmlightning.errors import InputError, check_choice
+from nmlightning.errors import InputError, check_choice, check_positive, check_weight_decay
 from nmlightning.optim.families import check_single_steps
 from nmlightning.optim.parameters import (
     DECAY,
     STEP,
     OptimizedWeight,
     State,
-    check_positive,
-    check_weight_decay,
-    scale_step,
+    take_step,
 )
 from nmlightning.optim.scope import MATRICES, Model
 from nmlightning.optim.step_hooks import StepHookHandle, StepRule
@@ -260,7 +257,7 @@ def _decay(
     if weight.gradient is None:
         return None
     before = decayed if before is None else before
-    skipped, factors = scale_step(weight, before, torch.ones_like(weight.norms()))
+    skipped, factors = take_step(weight, before)
     amounts = (~skipped).to(weight.norms_dtype) * (weight.learning_rate * decay)
     weight.values.sub_(decayed * weight.spread(amounts))
     return skipped, factors

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from nmlightning.errors import InputError
+from nmlightning.errors import InputError, check_weight_decay
 from nmlightning.optim.parameters import (
     OptimizedWeight,
     State,
-    check_weight_decay,
     maybe_any,
     project,
     scale_step,

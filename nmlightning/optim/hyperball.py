@@ -108,8 +108,5 @@ class Hyperball(StepRule):
 
     def _norm(self, weight: OptimizedWeight, values: Tensor) -> Tensor:
         """Return ‖·‖ over the channels of all ranks, or (E,) of this rank's matrices of a stack."""
-        norms = weight.norms(values)
-        if weight.is_stack(self.granularity):
-            return norms
-        norm: Tensor = torch.linalg.vector_norm(weight.all_channels(norms))
-        return norm
+        stack = weight.is_stack(self.granularity)
+        return weight.norms(values) if stack else weight.whole_norm(values)

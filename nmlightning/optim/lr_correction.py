@@ -8,12 +8,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from nmlightning.errors import check_choice
+from nmlightning.errors import check_choice, check_positive
 from nmlightning.optim.families import Power
 from nmlightning.optim.parameters import (
     OptimizedWeight,
     State,
-    check_positive,
     check_reference,
     project,
     scale_step,

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nmlightning.errors import check_positive
 from nmlightning.optim import parameters
 from nmlightning.optim.families import Power
 from nmlightning.optim.step_hooks import StepRule
@@ -55,7 +56,7 @@ class NormSchedule(StepRule):
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
     ) -> None:
-        parameters.check_positive(base_lr=base_lr)
+        check_positive(base_lr=base_lr)
         super().__init__(include, exclude)
         parameters.check_reference(reference, align, max_rotation)
         self.reference = reference

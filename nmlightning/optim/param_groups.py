@@ -15,7 +15,7 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.weight_norm import WeightNorm as HookedWeightNorm
 
-from nmlightning.errors import InputError, is_number, nearest
+from nmlightning.errors import InputError, check_weight_decay, nearest
 from nmlightning.name_patterns import some
 from nmlightning.weights.layer_weights import find_layer_form, is_norm, plain_modules
 
@@ -213,8 +213,8 @@ def parameter_groups(
             f"weight-decay scope {scope!r} is not one of {', '.join(allowed)}."
             f"{nearest(str(scope), allowed)}"
         )
-    if weight_decay is not None and not (is_number(weight_decay) and weight_decay >= 0):
-        raise InputError(f"weight_decay is {weight_decay!r}; it must be 0 or more.")
+    if weight_decay is not None:
+        check_weight_decay(weight_decay)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError(f"{type(model).__name__} has no trainable parameter to optimize.")
     decaying = set(_decaying(model, scope))

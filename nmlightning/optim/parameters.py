@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer, RMSprop
 
-from nmlightning.errors import InputError, check_choice, is_number
+from nmlightning.errors import InputError, check_choice, check_positive
 from nmlightning.weights.channel_norms import (
     ROWS,
     ChannelLayout,
     channel_norms,
     is_sharded,
     is_usable,
+    join_parts,
     local_part,
 )
 from nmlightning.weights.history import Alignment, Moment, NormHistory, RecordPlace
@@ -146,17 +147,20 @@ class OptimizedWeight:
         return granularity != "weight"
 
     def all_channels(self, values: Tensor) -> Tensor:
-        """Return the (C,) values of all ranks' channels, given those of this rank's."""
+        """Return the (C, …) values of all ranks' channels, given those of this rank's."""
         if not is_sharded(self.parameter):
             return values
         from torch.distributed.tensor import DTensor
 
         mesh, placements = self.parameter.device_mesh, self.parameter.placements  # type: ignore[attr-defined]
-        shape = torch.Size([self.channels])
-        return DTensor.from_local(values, mesh, placements, shape=shape, stride=(1,)).full_tensor()
+        shape = torch.Size([self.channels, *values.shape[1:]])
+        stride = values.stride()
+        return DTensor.from_local(
+            values, mesh, placements, shape=shape, stride=stride
+        ).full_tensor()
 
     def local_channels(self, values: Tensor) -> Tensor:
-        """Return this rank's part of the (C,) values of all channels, on its device."""
+        """Return this rank's part of the (C, …) values of all channels, on its device."""
         values = values.to(self.values.device)
         if not is_sharded(self.parameter):
             return values
@@ -164,6 +168,15 @@ class OptimizedWeight:
 
         mesh, placements = self.parameter.device_mesh, self.parameter.placements  # type: ignore[attr-defined]
         return local_part(distribute_tensor(values, mesh, placements))
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Return the sum of what the ranks computed of their channels; every rank calls it."""
+        return join_parts([values], [self.parameter])[0]
+
+    def whole_norm(self, values: Tensor) -> Tensor:
+        """Return ‖·‖₂ of values of the weight's shape, over the channels of all ranks."""
+        norm: Tensor = torch.linalg.vector_norm(self.all_channels(self.norms(values)))
+        return norm
 
     def spread(self, values: Tensor) -> Tensor:
         """Return (C,) values in a shape that scales the weight's channels, in the norms' dtype."""
@@ -256,6 +269,17 @@ def scale_step(
     scaled = torch.lerp(before.to(dtype), after.to(dtype), weight.spread(factors)).to(after.dtype)
     after.copy_(scaled.where(weight.spread(skipped) == 0, before) if maybe_any(skipped) else scaled)
     return skipped, factors
+
+
+def take_step(
+    weight: OptimizedWeight, before: Tensor, *, whole: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Undo the step, as `scale_step`, where it is not finite: by channels, or as a `whole`."""
+    factors = torch.ones_like(weight.norms())
+    if whole:
+        finite = weight.whole_norm(weight.values - before).isfinite()
+        factors = factors.where(finite, torch.nan)
+    return scale_step(weight, before, factors)
 
 
 MAX_GROWTH = 1.02
@@ -368,16 +392,3 @@ def check_reference(reference: object, align: str, max_rotation: float | None) -
     check_positive(max_rotation=max_rotation)
     if not isinstance(reference, NormHistory | str | Path):
         raise InputError(f"reference is a NormHistory or a path, got {reference!r}.")
-
-
-def check_weight_decay(decay: object) -> None:
-    """Raise InputError for anything but a finite number of 0 or more."""
-    if not (is_number(decay) and 0 <= decay < torch.inf):  # type: ignore[operator]
-        raise InputError(f"weight_decay must be 0 or more, got {decay!r}.")
-
-
-def check_positive(**settings: object) -> None:
-    """Raise InputError for anything but a positive number, or None, which stands for none."""
-    for name, value in settings.items():
-        if value is not None and not (is_number(value) and value > 0):  # type: ignore[operator]
-            raise InputError(f"{name} is a positive number, or None, got {value!r}.")

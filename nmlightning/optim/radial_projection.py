@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nmlightning.errors import InputError
 from nmlightning.optim.families import check_single_steps
-from nmlightning.optim.parameters import STEP, OptimizedWeight, State, scale_step
+from nmlightning.optim.parameters import STEP, OptimizedWeight, State, take_step
 from nmlightning.optim.scope import MATRICES
 from nmlightning.optim.step_hooks import StepRule
 from nmlightning.weights.channel_norms import channel_norms, unit_rows
@@ -82,7 +82,7 @@ class RadialProjection(StepRule):
         self, weight: OptimizedWeight, before: Tensor, recorded: Tensor | None, state: State
     ) -> tuple[Tensor, Tensor]:
         """Take its radial part out of the step."""
-        skipped, factors = scale_step(weight, before, torch.ones_like(weight.norms()))
+        skipped, factors = take_step(weight, before)
         if "cosines" in state:
             lengths = channel_norms(weight.values - before, layout=weight.layout)
             shares = self._radial_shares(weight, before, state["cosines"], state["sizes"])

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import optim_rules
 from nmlightning.errors import InputError
-from nmlightning.optim import LRCorrection
+from nmlightning.optim import LRCorrection, norm_bounds
+from nmlightning.optim.parameters import NORM
 from nmlightning.optim.step_hooks import StepHookHandle
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
@@ -35,6 +36,7 @@ STEPS, EPOCH = 12, 3
 RATE, MOMENTUM, DECAY = 0.02, 0.9, 0.01  # those of the net's optimizer, and of the row "decay"
 OVERFLOWS = (0, 4, 5, 10)
 BOUND = 0.02
+KINDS = {name: RULES[name](None).acts_on for name in ANY_MATRIX}
 CONDITIONS = ["norm", "value", "accumulation", "skipped", *IMPLEMENTATIONS]
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD": lambda q, lr: torch.optim.SGD(q, lr, momentum=0.9, nesterov=True),
@@ -43,6 +45,12 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "Rprop": torch.optim.Rprop,
 }
 pytestmark = pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. lets weights")
+
+
+@pytest.fixture(autouse=True)
+def _exact_power_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norm_bounds, "RISE", 0.0)
+    monkeypatch.setattr(norm_bounds, "MOST_ITERATIONS", 5000)
 
 
 @pytest.fixture
@@ -95,10 +103,22 @@ class Port:
             return self.turn(name, weight, rate, -delta)
         if self.rule == "projection":
             return weight - find_tangent(weight, grad, -delta)
+        if KINDS[self.rule] == NORM:
+            return self.bound(weight + delta)
         decay = rate * optim_rules.DECAY * weight
         if self.rule == "cautious":
             return weight + delta - np.where(-delta * weight >= 0, decay, 0.0)
         return weight + delta - decay * (rate / RATE if name in CONVOLUTIONS else 1.0)
+
+    def bound(self, weight: Array) -> Array:
+        """Return a matrix after the rules that hold nothing of what was before."""
+        rows = weight.reshape(len(weight), -1)
+        if self.rule == "cap":
+            return weight * min(1.0, optim_rules.SIGMA / np.linalg.svd(rows)[1][0])
+        if self.rule == "rows":
+            return weight / np.linalg.norm(rows, axis=1).reshape(-1, *[1] * (weight.ndim - 1))
+        columns = rows / np.linalg.norm(rows, axis=0) * math.sqrt(len(rows))
+        return columns.reshape(weight.shape)
 
     def turn(self, name: str, weight: Array, rate: float, direction: Array) -> Array:
         moved = weight - rate * self.radii[name] * direction / (np.linalg.norm(direction) or 1)
@@ -223,7 +243,6 @@ def test_rule_matches_numpy_port(history: NormHistory, rule_name: str, condition
 
 
 PAIRS = list(permutations(ANY_MATRIX, 2))
-KINDS = {name: RULES[name](None).acts_on for name in ANY_MATRIX}
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,17 @@ from nmlightning.optim import DecayEquivalentLR
 from nmlightning.optim.nonfinite_steps import MAX_SKIPPED_STEPS
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
-from optim_rules import REFERENCED, RULES, MakeRule, attach, make_net, random_history, sgd, train
+from optim_rules import (
+    REFERENCED,
+    RULES,
+    WHOLE,
+    MakeRule,
+    attach,
+    make_net,
+    random_history,
+    sgd,
+    train,
+)
 from scripts import run_ranks
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -85,7 +95,7 @@ def test_nonfinite_gradients_warn_and_stop_the_run(make_rule: MakeRule, rule_nam
     handle.clock = lambda: {"epoch": 0}
     train(net, optimizer, 1)
     spoil(net, channel=2)
-    channels = 4 if rule_name == "hyperball" else 1  # that undoes the step of a whole weight
+    channels = 4 if rule_name in WHOLE else 1
     skipped = f"skipped {24 * channels} steps of channels of conv1.weight"
     with pytest.warns(UserWarning, match=f"{skipped} by step 25, since they, their gradients"):
         step_on(optimizer, 24)
@@ -202,7 +212,7 @@ def test_nonfinite_gradient_skips_one_step(
     train(net, optimizer, 1, first=3)
     hook.remove()
     torch.testing.assert_close(weight[2].detach(), before[2], rtol=1e-14, atol=0)
-    whole = rule_name == "hyperball"  # it undoes the step of a whole weight
+    whole = rule_name in WHOLE
     assert torch.equal(weight[1], before[1]) == whole
     kept = averages(optimizer, weight)
     assert kept

@@ -279,9 +279,9 @@ def test_weight_decay_none_keeps_the_optimizers() -> None:
     ("model", "decay", "scope", "message"),
     [
         (nn.Linear(2, 2), DECAY, "nonorm", r"one of all, no_norm, no_conv, last_layer\. Did you"),
-        (nn.Linear(2, 2), -1.0, "all", r"weight_decay is -1\.0; it must be 0 or more"),
-        (nn.Linear(2, 2), float("nan"), "all", "weight_decay is nan"),
-        (nn.Linear(2, 2), "0.1", "all", "weight_decay is '0.1'; it must be 0 or more"),
+        (nn.Linear(2, 2), -1.0, "all", r"weight_decay must be 0 or more, got -1\.0"),
+        (nn.Linear(2, 2), float("nan"), "all", "must be 0 or more, got nan"),
+        (nn.Linear(2, 2), "0.1", "all", "weight_decay must be 0 or more, got '0.1'"),
         (nn.Conv2d(2, 2, 1), DECAY, "last_layer", r"needs an nn\.Linear, and Conv2d has none"),
         (nn.ReLU(), DECAY, "all", "ReLU has no trainable parameter"),
     ],

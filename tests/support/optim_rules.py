@@ -12,7 +12,7 @@ from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
 
 MakeRule = Callable[..., Any]
-DECAY = 0.5  # of the rules that take one for every matrix
+DECAY, SIGMA = 0.5, 0.6  # of the rules that take one for every matrix
 # Each rule, from the history of norms that it follows, if it follows one.
 RULES: dict[str, MakeRule] = {
     "stable": lambda history, **options: optim.LRCorrection(history, **options),
@@ -24,10 +24,14 @@ RULES: dict[str, MakeRule] = {
     "projection": lambda _, **options: optim.RadialProjection(**options),
     "corrected": lambda _, **options: optim.CorrectedDecay(DECAY, **options),
     "cautious": lambda _, **options: optim.CautiousDecay(lambda _: DECAY, **options),
+    "cap": lambda _, **options: optim.SpectralCap(SIGMA, **options),
+    "rows": lambda _, **options: optim.UnitNorm(**options),
+    "columns": lambda _, **options: optim.UnitNorm(0, norm="rms", **options),
 }
 REFERENCED = ("stable", "paper", "layer", "schedule")
 SCALE_INVARIANT = (*REFERENCED, "decay")
-ANY_MATRIX = ("hyperball", "projection", "corrected", "cautious")
+ANY_MATRIX = ("hyperball", "projection", "corrected", "cautious", "cap", "rows", "columns")
+WHOLE = ("hyperball", "cap", "columns")  # they undo the step of a whole weight
 IMPLEMENTATIONS: dict[str, dict[str, bool]] = {
     "foreach": {"foreach": True},
     "one by one": {"foreach": False},
