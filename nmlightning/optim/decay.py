@@ -57,6 +57,7 @@ class CorrectedDecay(StepRule):
     Source: Defazio 2025 (arXiv 2506.02285), algorithm 1.
 
     Examples:
+        >>> import torch
         >>> weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
         >>> optimizer = torch.optim.SGD([weight], lr=0.5)
         >>> rule = CorrectedDecay(0.1, max_lr=1.0)
@@ -126,6 +127,7 @@ class CautiousDecay(StepRule):
     Source: Chen et al. 2025 (arXiv 2510.12402), equation 2.
 
     Examples:
+        >>> import torch
         >>> weight = torch.nn.Parameter(torch.tensor([[1.0, -1.0]]))
         >>> optimizer = torch.optim.SGD([weight], lr=0.5)
         >>> handle = CautiousDecay(0.1).attach(optimizer, [("weight", weight)])
@@ -185,6 +187,7 @@ class DecaySchedule(StepRule):
             says; LBFGS. In a step: λ_t is negative or not finite.
 
     Examples:
+        >>> import torch
         >>> weight = torch.nn.Parameter(torch.ones(1, 2))
         >>> optimizer = torch.optim.AdamW([weight], weight_decay=0.1)
         >>> handle = DecaySchedule(lambda step: 1 / (1 + step)).attach(optimizer, [("w", weight)])

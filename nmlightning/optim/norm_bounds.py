@@ -116,14 +116,16 @@ class SpectralCap(StepRule):
         Some of the step is added to the right one, lest a direction that it made the largest, to
         which the vectors are orthogonal, is never found.
         """
-        left, stack = state["left"], weight.is_stack(self.granularity)
+        left: Tensor = state["left"]
+        stack = weight.is_stack(self.granularity)
 
         def matrices(values: Tensor) -> Tensor:
             return values if stack else weight.layout.rows(values).flatten(1)[None]
 
         def rights(vectors: Tensor, of: Tensor) -> Tensor:
             right = torch.einsum("eo,eoi->ei", vectors, of)
-            return F.normalize(right if stack else weight.sum_over_ranks(right))
+            unit: Tensor = F.normalize(right if stack else weight.sum_over_ranks(right))
+            return unit
 
         values, step = matrices(weight.values.to(left.dtype)), matrices(weight.values - before)
         units, sigma = left.view(values.shape[:2]), left.new_zeros(len(values))

@@ -5,7 +5,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -14,10 +14,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.weight_norm import WeightNorm as HookedWeightNorm
+from torch.optim import SGD
 
-from nmlightning.errors import InputError, check_weight_decay, nearest
+from nmlightning.errors import InputError, check_choice, check_weight_decay, nearest
 from nmlightning.name_patterns import some
-from nmlightning.weights.layer_weights import find_layer_form, is_norm, plain_modules
+from nmlightning.optim.scope import MATRICES, Choice, Scope, choose_weights
+from nmlightning.weights.layer_weights import find_layer_form, is_norm, kind_of, plain_modules
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,10 @@ PARAMETRIZED = re.compile(r"(^|\.)parametrizations\.(\w+)\..*$")  # bn.….weigh
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float | None, scope: WeightDecayScope = "all"
+    model: nn.Module,
+    weight_decay: float | None,
+    scope: WeightDecayScope | Literal["scale_invariant"] = "all",
+    split: Literal["muon"] | None = None,
 ) -> list[dict[str, Any]]:
     """Return the groups to hand to an optimizer, so that only the parameters in `scope` decay.
 
@@ -191,23 +196,37 @@ def parameter_groups(
         weight_decay: λ ≥ 0 of the decaying group; None leaves it to the optimizer's own setting.
         scope: `all`; `no_norm`, all but the parameters of normalization layers, gains of weight
             norm and biases; `no_conv`, all but the weights of convolutions and what they are
-            computed from, for a rule that decays them itself; or `last_layer`, only that of
+            computed from, for a rule that decays them itself; `last_layer`, only that of
             `find_output_layers`, mostly the last `nn.Linear` (the "weight decay off" of the paper's
-            study: https://arxiv.org/abs/1803.01814, figure 1), with a warning where it is a guess.
+            study: https://arxiv.org/abs/1803.01814, figure 1), with a warning where it is a guess;
+            or `scale_invariant`, the weights whose norm the loss does not depend on, as measured on
+            the gradients that they have now: run backward before.
+        split: "muon" marks each group by `use_muon`. True are the matrices of hidden layers: the
+            weights of two dimensions of linear layers and of attention, but for the output layer
+            and whatever is shared with it or with an embedding. False is the rest, for AdamW:
+            convolutions too, which torch.optim.Muon does not take.
 
     Returns:
-        At most two dictionaries with `params`, and `weight_decay`: λ, then 0; none is empty.
+        Dictionaries with `params`, and `weight_decay`: λ, then 0; at most two, or two of each mark.
+        None is empty.
 
     Raises:
-        InputError: for another scope, a negative λ, a model in which nothing can be trained, or
-            `last_layer` where the model has no `nn.Linear`.
+        InputError: for another scope or split, a negative λ, a model in which nothing can be
+            trained, `last_layer` where the model has no `nn.Linear`, or `scale_invariant` where no
+            weight has a gradient.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 10))
         >>> [len(group["params"]) for group in parameter_groups(model, 5e-4, "no_norm")]
         [2, 4]
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+        >>> groups = parameter_groups(model, 0.1, split="muon")
+        >>> [(group["use_muon"], len(group["params"])) for group in groups]
+        [(True, 1), (False, 3)]
+        >>> from torch.optim import Muon
+        >>> muon = Muon([group for group in groups if group.pop("use_muon")])
     """
-    allowed = get_args(WeightDecayScope)
+    allowed = (*get_args(WeightDecayScope), "scale_invariant")
     if scope not in allowed:
         raise InputError(
             f"weight-decay scope {scope!r} is not one of {', '.join(allowed)}."
@@ -217,16 +236,37 @@ def parameter_groups(
         check_weight_decay(weight_decay)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError(f"{type(model).__name__} has no trainable parameter to optimize.")
+    check_choice("split", split, (None, "muon"))
     decaying = set(_decaying(model, scope))
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed: dict[str, Any] = {"params": [p for p in trainable if p in decaying]}
-    if weight_decay is not None:
-        decayed["weight_decay"] = weight_decay
-    exempt = {"params": [p for p in trainable if p not in decaying], "weight_decay": 0.0}
-    return [group for group in (decayed, exempt) if group["params"]]
+    hidden = set(_hidden_matrices(model)) if split else set()
+    groups = []
+    for is_hidden, decays in product((True, False), repeat=2):
+        members = [p for p in trainable if ((p in hidden), (p in decaying)) == (is_hidden, decays)]
+        group: dict[str, Any] = {"params": members, "weight_decay": weight_decay if decays else 0.0}
+        if group["weight_decay"] is None:
+            del group["weight_decay"]
+        groups += [group | ({"use_muon": is_hidden} if split else {})]
+    return [group for group in groups if group["params"]]
 
 
-def _decaying(model: nn.Module, scope: WeightDecayScope) -> Iterator[nn.Parameter]:
+def _hidden_matrices(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the matrices of linear layers and of attention that are used in no other way."""
+    output = find_output_layers(model)
+    inner = _in_blocks(model) if output.doubt else set()  # a backbone's last block is like others
+    heads = [layer for layer in output.layers if layer not in inner]
+    if output.doubt and heads:
+        left = some(output.candidates[: len(output.layers)])
+        warnings.warn(f"{output.doubt}; what is left to AdamW as such is {left}.", stacklevel=4)
+    uses, gains = dict[nn.Parameter, list[bool]](), set(_gains(model))
+    for layer, name, parameter in _uses(model):
+        hidden = kind_of(layer) == "linear" and layer not in heads and parameter.dim() == 2
+        is_weight = "weight" in name.split("_") and id(parameter) not in gains
+        uses.setdefault(parameter, []).append(hidden and is_weight)
+    yield from (parameter for parameter, each in uses.items() if all(each))
+
+
+def _decaying(model: nn.Module, scope: str) -> Iterator[nn.Parameter]:
     if scope == "all":
         yield from model.parameters()
     elif scope == "last_layer":
@@ -241,6 +281,8 @@ def _decaying(model: nn.Module, scope: WeightDecayScope) -> Iterator[nn.Paramete
             )
         for layer in output.layers:
             yield from layer.parameters()
+    elif scope == "scale_invariant":
+        yield from _scale_invariant(model)
     elif scope == "no_conv":
         convolved = {
             id(parameter)
@@ -254,6 +296,22 @@ def _decaying(model: nn.Module, scope: WeightDecayScope) -> Iterator[nn.Paramete
             is_bias = "bias" in name.split("_")  # as in in_proj_bias and bias_hh_l0
             if not (is_norm(layer) or is_bias or id(parameter) in gains):
                 yield parameter
+
+
+def _scale_invariant(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the weights that prove to be so by the gradients that they have."""
+    optimizer, scope = SGD(model.parameters(), lr=0.0), Scope(insists=False)
+    weights = choose_weights(optimizer, model, Choice((), (), MATRICES))
+    if all(weight.gradient is None for weight in weights):
+        raise InputError(
+            "weight-decay scope 'scale_invariant' measures gradients, and there are none: run "
+            "backward of the loss of a batch first."
+        )
+    for weight in weights:
+        scope.measure(weight)
+        scope.take(weight)
+        if scope.passes(weight.name):
+            yield weight.parameter  # type: ignore[misc]
 
 
 def _uses(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
@@ -13,6 +15,7 @@ from nmlightning import apply_weight_norm
 from nmlightning.errors import InputError
 from nmlightning.models.resnet import CifarResNet
 from nmlightning.optim.param_groups import find_output_layers, parameter_groups
+from optim_rules import CONVOLUTIONS, find_loss, make_net
 
 DECAY = 5e-4
 
@@ -278,7 +281,7 @@ def test_weight_decay_none_keeps_the_optimizers() -> None:
 @pytest.mark.parametrize(
     ("model", "decay", "scope", "message"),
     [
-        (nn.Linear(2, 2), DECAY, "nonorm", r"one of all, no_norm, no_conv, last_layer\. Did you"),
+        (nn.Linear(2, 2), DECAY, "nonorm", r"one of all, no_norm, no_conv, last_layer, scale_inv"),
         (nn.Linear(2, 2), -1.0, "all", r"weight_decay must be 0 or more, got -1\.0"),
         (nn.Linear(2, 2), float("nan"), "all", "must be 0 or more, got nan"),
         (nn.Linear(2, 2), "0.1", "all", "weight_decay must be 0 or more, got '0.1'"),
@@ -289,3 +292,73 @@ def test_weight_decay_none_keeps_the_optimizers() -> None:
 def test_groups_refuse_bad_input(model: nn.Module, decay: float, scope: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         parameter_groups(model, decay, scope)
+
+
+# Of models of others: how many matrices are Muon's, and what of two dimensions is not.
+OTHERS: dict[str, tuple[int, set[str]]] = {
+    "torchvision/resnet18": (0, {"fc.weight"}),
+    "torchvision/mobilenet_v3_small": (1, {"classifier.3.weight"}),
+    "torchvision/vit_b_16": (4 * 12, {"heads.head.weight"}),
+    "torchvision/swin_t": (4 * 12 + 3, {"head.weight", "relative_position_bias_table"}),
+    "timm/vit_tiny_patch16_224": (4 * 12, {"head.weight"}),
+    "timm/vit_tiny_patch16_224, num_classes=0": (4 * 12, set()),
+    "timm/mixer_s32_224": (4 * 8, {"head.weight"}),
+    "timm/convnext_atto": (0, {"head.fc.weight"}),
+    "timm/deit_tiny_distilled_patch16_224": (4 * 12, {"head.weight", "head_dist.weight"}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_split_for_muon_of_models_of_others(name: str) -> None:
+    """Each parameter is in one group, and torch's Muon takes those that are marked."""
+    package, _, made = name.partition("/")
+    made, _, options = made.partition(", ")
+    with torch.device("meta"):
+        if package == "timm":
+            model = timm.create_model(made, **({"num_classes": 0} if options else {}))
+        else:
+            model = torchvision.models.get_model(made)
+    groups = parameter_groups(model, DECAY, "no_norm", split="muon")
+    members = [p for group in groups for p in group["params"]]
+    assert {id(p) for p in members} == {id(p) for p in model.parameters()}
+    assert len(members) == len(set(members))
+    hidden = [p for group in groups if group["use_muon"] for p in group["params"]]
+    count, left = OTHERS[name]
+    assert len(hidden) == count
+    matrices = {path: p for path, p in model.named_parameters() if p.dim() == 2}
+    rest = {path for path, p in matrices.items() if not any(p is q for q in hidden)}
+    assert {path if path in left else path.rpartition(".")[2] for path in rest} == left
+    muon = [group for group in groups if group.pop("use_muon")]
+    assert not muon or torch.optim.Muon(muon).param_groups[0]["weight_decay"] == DECAY
+    assert torch.optim.AdamW([group for group in groups if group not in muon])
+
+
+def test_split_leaves_what_is_shared_or_computed() -> None:
+    model = nn.ModuleDict(
+        {
+            "embedding": nn.Embedding(6, 4),
+            "tied": nn.Linear(4, 6, bias=False),
+            "hidden": weight_norm(nn.Linear(4, 4, bias=False)),
+            "lstm": nn.LSTM(4, 4),
+            "head": nn.Linear(4, 3),
+        }
+    )
+    model["tied"].weight = model["embedding"].weight
+    with pytest.warns(UserWarning, match="what is left to AdamW as such is head, tied"):
+        groups = parameter_groups(model, None, split="muon")
+    names = {id(p): name for name, p in model.named_parameters()}
+    marked = [names[id(p)] for p in groups[0]["params"]]
+    assert marked == ["hidden.parametrizations.weight.original1"]
+    assert [group["use_muon"] for group in groups] == [True, False]
+    assert "weight_decay" not in groups[0]
+
+
+def test_only_weights_measured_to_be_scale_invariant_decay() -> None:
+    net = make_net()
+    with pytest.raises(InputError, match="'scale_invariant' measures gradients, and there ar"):
+        parameter_groups(net, DECAY, "scale_invariant")
+    find_loss(net, 0).backward()
+    decays = decay_of(net, "scale_invariant")
+    assert {name for name, decay in decays.items() if decay} == set(CONVOLUTIONS)
+    with pytest.raises(InputError, match="split is None or 'muon', got 'adam'"):
+        parameter_groups(net, DECAY, split="adam")  # type: ignore[arg-type]
