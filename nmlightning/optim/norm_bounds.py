@@ -80,9 +80,7 @@ class SpectralCap(StepRule):
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
     ) -> None:
-        if sigma_max is None:
-            raise InputError("sigma_max is a positive number, got None.")
-        check_positive(sigma_max=sigma_max)
+        check_positive(sigma_max=sigma_max or 0.0)  # None is none, either
         check_choice("granularity", granularity, GRANULARITIES)
         super().__init__(include, exclude)
         self.sigma_max = sigma_max
@@ -91,8 +89,8 @@ class SpectralCap(StepRule):
     def init_state(self, weight: OptimizedWeight) -> State:
         """Return the estimate of the left singular vector, (C,), or (E, out) of a stack."""
         check_single_steps(self, weight.optimizer)
-        rows = weight.channels
-        shape = (rows, weight.parameter.shape[1]) if weight.is_stack(self.granularity) else (rows,)
+        stack = weight.is_stack(self.granularity)
+        shape = weight.parameter.shape[:2] if stack else (weight.channels,)
         start = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         state = {"left": weight.local_channels(start.to(weight.norms_dtype))}
         self._iterate(weight, state, weight.values)
@@ -129,14 +127,18 @@ class SpectralCap(StepRule):
 
         values, step = matrices(weight.values.to(left.dtype)), matrices(weight.values - before)
         units, sigma = left.view(values.shape[:2]), left.new_zeros(len(values))
+        rises = torch.ones_like(sigma, dtype=torch.bool)
         added = STEP_SHARE * rights(step.norm(dim=2).to(left.dtype), step.to(left.dtype))
         for _ in range(MOST_ITERATIONS):
             right, added = F.normalize(rights(units, values) + added), torch.zeros_like(added)
             image = torch.einsum("eoi,ei->eo", values, right)
             squares = image.square().sum(1)
-            known, sigma = sigma, (squares if stack else weight.sum_over_ranks(squares)).sqrt()
-            units = (image / sigma[:, None]).where(is_usable(sigma)[:, None], units)
-            if not bool((sigma > known * (1 + RISE)).any()):
+            found = (squares if stack else weight.sum_over_ranks(squares)).sqrt()
+            units = (image / found[:, None]).where((rises & is_usable(found))[:, None], units)
+            # Each matrix ends by itself, so that it does not depend on which others are here.
+            sigma, known = found.where(rises, sigma), sigma
+            rises = rises & (sigma > known * (1 + RISE))
+            if not bool(rises.any()):
                 break
         left.copy_(units.view_as(left))
         return sigma

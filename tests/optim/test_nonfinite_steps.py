@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nmlightning.errors import InputError
 from nmlightning.optim import DecayEquivalentLR
@@ -25,6 +25,7 @@ from nmlightning.optim.nonfinite_steps import MAX_SKIPPED_STEPS
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
 from optim_rules import (
+    ANY_MATRIX,
     REFERENCED,
     RULES,
     WHOLE,
@@ -299,10 +300,65 @@ def compare_with_zero() -> dict[str, float]:
     return errors
 
 
+def make_matrices() -> nn.Module:
+    """Return a net with a stack of four experts, of which nobody takes an output."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    net.register_parameter("experts", nn.Parameter(torch.randn(4, 3, 5)))
+    return net.double()
+
+
+def step_by_number(net: nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> None:
+    """Step by the same gradients on any number of ranks."""
+    for number in numbers:
+        for q in net.parameters():
+            grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(number)).to(q.dtype)
+            sharded = isinstance(q, DTensor)
+            q.grad = distribute_tensor(grad, q.device_mesh, q.placements) if sharded else grad
+        optimizer.step()
+
+
+def save_in_between(name: str, file: Path, rank: int) -> None:
+    """Train sharded weights under a rule, and save what it was after four of seven steps."""
+    net = make_matrices()
+    fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, foreach=False)
+    handle = RULES[name](None).attach(optimizer, net.named_parameters())
+    kept: list[Any] = []
+    for numbers in (range(4), range(4, 7)):
+        step_by_number(net, optimizer, numbers)
+        kept += [{n: q.full_tensor().detach() for n, q in net.named_parameters()}]
+        kept += [handle.state_dict()]
+    if rank == 0:
+        torch.save(kept, file)
+
+
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.mark.parametrize("rule_name", ANY_MATRIX)
+def test_resume_on_another_number_of_ranks(
+    reports: list[dict[str, Any]], folder: Path, rule_name: str
+) -> None:
+    """From two to one: each expert has its own radius, singular vector or rows."""
+    assert reports
+    first, state, last, end = torch.load(folder / f"{rule_name}.pt", weights_only=True)
+    net = make_matrices()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    handle = RULES[rule_name](None).attach(optimizer, net.named_parameters())
+    step_by_number(net, optimizer, range(4))
+    torch.testing.assert_close(dict(net.named_parameters()), first)
+    handle.load_state_dict(state)
+    step_by_number(net, optimizer, range(4, 7))
+    torch.testing.assert_close(dict(net.named_parameters()), last)
+    torch.testing.assert_close(handle.state_dict()["weights"], end["weights"])
+
+
+@pytest.fixture(scope="module")
+def reports(folder: Path) -> list[dict[str, Any]]:
     """Return the report of each of two ranks."""
-    folder = tmp_path_factory.mktemp("ranks")
     run_ranks(2, __file__, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
@@ -341,6 +397,8 @@ def test_ranks_count_together(reports: list[dict[str, Any]]) -> None:
 if __name__ == "__main__":
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    for name in ANY_MATRIX:
+        save_in_between(name, folder / f"{name}.pt", rank)
     report = {**step_until_it_stops(rank), "zero": compare_with_zero()}
     (folder / f"{rank}.json").write_text(json.dumps(report))
     dist.destroy_process_group()

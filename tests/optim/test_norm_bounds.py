@@ -123,7 +123,7 @@ def test_edm2_has_elements_of_unit_magnitude() -> None:
     ("make", "message"),
     [
         (lambda: SpectralCap(0.0), "sigma_max is a positive number, or None, got 0.0"),
-        (lambda: SpectralCap(None), "sigma_max is a positive number, got None"),  # type: ignore[arg-type]
+        (lambda: SpectralCap(None), "sigma_max is a positive number, or None, got 0.0"),  # type: ignore[arg-type]
         (lambda: SpectralCap(1.0, granularity="row"), "granularity is 'auto' or"),  # type: ignore[arg-type]
         (lambda: UnitNorm(2), "dim is 0 or 1, got 2"),
         (lambda: UnitNorm({"*": -1}), "dim is 0 or 1, got -1"),
