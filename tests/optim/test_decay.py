@@ -3,19 +3,26 @@
 The numpy ports are in test_conditions.py.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
+from jsonargparse import ArgumentParser
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
+from lightning_modules import Trains, make_data
 from nmlightning.callbacks import WeightNormTracker
 from nmlightning.errors import InputError
-from nmlightning.optim import CautiousDecay, CorrectedDecay, DecaySchedule
+from nmlightning.optim import CautiousDecay, CorrectedDecay, DecaySchedule, StepRule
+from nmlightning.weights.history import NormHistory
 from optim_rules import IMPLEMENTATIONS, find_loss, make_net, train
+from trainers import SaveAt, quiet_trainer
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD": partial(torch.optim.SGD, momentum=0.9),
@@ -184,3 +191,60 @@ def test_tracker_of_a_schedule_is_found_again_in_a_checkpoint() -> None:
     key = WeightNormTracker(steering=DecaySchedule(halve)).state_key
     assert "0x" not in key
     assert "'schedule': 'halve'" in key
+
+
+class Decays(Trains, pl.LightningModule):
+    """Notes the decay of each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[float] = []
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        self.adam = torch.optim.AdamW(self.parameters(), lr=0.1, weight_decay=0.3)
+        return self.adam
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seen.append(self.adam.param_groups[0]["weight_decay"])
+
+
+def test_tracker_schedules_the_decay_and_resumes(tmp_path: Path) -> None:
+    def fit(epochs: int, start: Path | None = None) -> Decays:
+        module, tracker = Decays(), WeightNormTracker(1, DecaySchedule(halve))
+        trainer = quiet_trainer(
+            tracker,
+            SaveAt(4, tmp_path / "4.ckpt", "on_train_epoch_end"),
+            max_epochs=epochs,
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(module, make_data(), ckpt_path=start)
+        assert module.adam.param_groups[0]["weight_decay"] == 0.3
+        return module
+
+    whole = fit(2).seen
+    assert whole == pytest.approx([0.3 * 0.5**step for step in range(len(whole))])
+    assert NormHistory.load(tmp_path).weight_decays[-1, 0] == pytest.approx(whole[-1])
+    rest = fit(2, tmp_path / "4.ckpt").seen
+    assert rest == whole[4:]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("UnitNorm", {"dim": {"*.out.weight": 0, "*": 1}, "norm": "rms"}),
+        ("DecaySchedule", {"schedule": "math.exp"}),
+        ("CorrectedDecay", {"weight_decay": 0.1, "correct": "all"}),
+        ("CautiousDecay", {"weight_decay": "math.exp"}),
+        ("SpectralCap", {"sigma_max": 2.0}),
+        ("Hyperball", {"granularity": "matrix"}),
+    ],
+)
+def test_rules_are_made_by_configs(name: str, options: dict[str, Any]) -> None:
+    parser = ArgumentParser()
+    parser.add_argument("--rule", type=StepRule)
+    given = {"class_path": f"nmlightning.{name}", "init_args": options}
+    rule = parser.instantiate(parser.parse_object({"rule": given})).rule
+    assert type(rule).__name__ == name
+    named = {"math.exp": math.exp}
+    for key, value in options.items():
+        assert getattr(rule, key) == (named.get(value, value) if key != "dim" else value)
