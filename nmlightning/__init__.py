@@ -10,7 +10,6 @@ from nmlightning.lazy_exports import RenamedModules, lazy_exports
 
 if TYPE_CHECKING:
     from nmlightning.callbacks import Int8Swap as Int8Swap
-    from nmlightning.callbacks import NormGuard as NormGuard
     from nmlightning.callbacks import NormSwap as NormSwap
     from nmlightning.callbacks import WeightNormSwap as WeightNormSwap
     from nmlightning.callbacks import WeightNormTracker as WeightNormTracker
