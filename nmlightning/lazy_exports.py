@@ -11,15 +11,51 @@ from types import ModuleType
 from typing import Any
 
 RENAMED = {
+    "callbacks.kept_recording": "weights.recorder",
+    "checkpoints": "surgery.checkpoints",
+    "fusing": "surgery.fuse",
+    "fusing.rewriting": "surgery.fuse.patterns",
+    "datamodules.batch_transform": "datamodules.image_data",
+    "datamodules.hub_pairs": "translation.sources",
+    "datamodules.number_names": "translation.datamodules",
+    "datamodules.parallel_text": "translation.datamodules",
+    "datamodules.wmt14": "translation.datamodules",
+    "models.attention": "translation.transformer",
+    "models.imagenet_resnet": "models.resnet",
+    "models.lstm": "translation.lstm",
+    "models.recurrent_layer": "translation.lstm",
+    "models.tied_words": "translation.embedding",
+    "models.transformer": "translation.transformer",
+    "models.transformer_layers": "translation.transformer",
     "models.translated_relu": "models.activation",
+    "norms.gaussian": "functional.constants",
+    "norms.kernels": "kernels",
     "norms.half_l2": "norms.low_precision",
+    "norms.quantization_noise": "norms.low_precision",
     "norms.range_batch_norm": "norms.batch_norm",
-    "norms.rms_norm": "norms.layer_norm",
     "norms.statistics": "functional.statistics",
+    "norms.rms_norm": "norms.layer_norm",
+    "swap_report": "surgery.swap",
+    "tasks.inverse_square_root": "optim.schedules",
+    "tasks.line_translation": "translation.task",
+    "tasks.mean_loss": "tasks.classification",
+    "tasks.perplexity": "translation.metrics",
+    "tasks.training_window": "translation.metrics",
+    "tasks.translation": "translation.task",
+    "tasks.translation_metrics": "translation.metrics",
+    "text": "translation",
+    "text.encoded_pairs": "translation.corpus",
+    "text.number_names": "translation.sources",
+    "text.parallel_files": "translation.sources",
+    "weights.parameter_groups": "optim.param_groups",
     "weights.steering": "optim",
+    "weights.weight_norm": "parametrizations",
+    "export.folding": "export.fold",
+    "export.network": "export.export",
 }
-"""Former modules that pickles and checkpoints of 0.1.0 name. Of a package that was renamed all
-modules are found that it still has."""
+"""Former modules of public names and of what their objects hold, which class paths in YAML,
+checkpoints and pickles may name. Of a package that was renamed all modules are found that it still
+has."""
 
 
 def lazy_exports(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:

@@ -6,9 +6,13 @@ import sys
 import structure
 
 USE_LIGHTNING = {
-    "nmlightning.commands", "nmlightning.callbacks", "nmlightning.translation", "nmlightning.tasks",
-    "nmlightning.compat", "nmlightning.datamodules",
-}  # fmt: skip
+    "nmlightning.commands",
+    "nmlightning.callbacks",
+    "nmlightning.translation",
+    "nmlightning.tasks",
+    "nmlightning.compat",
+    "nmlightning.datamodules",
+}
 PACKAGE = structure.Package()
 
 

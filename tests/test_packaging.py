@@ -26,9 +26,13 @@ SHORT = [f"--trainer.{x}" for x in ("max_epochs=1", "limit_train_batches=2", "li
 
 def run(*command: object, cwd: Path, **env: str) -> str:
     result = subprocess.run(
-        [str(part) for part in command], cwd=cwd, env={**os.environ, **env},
-        stdin=subprocess.DEVNULL, capture_output=True, text=True,
-    )  # fmt: skip
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**os.environ, **env},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

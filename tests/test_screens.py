@@ -61,9 +61,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def screen(
-    folder: Path, make_image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    make_image_folder: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
-) -> Callable[[str, int | None], str]:  # fmt: skip
+) -> Callable[[str, int | None], str]:
     """Return what a command prints in a terminal of a width, or to a pipe."""
 
     def run(words: str, columns: int | None) -> str:

@@ -51,18 +51,31 @@ class Int8Swap(LayerChange):
     """
 
     def __init__(
-        self, bits: int = 8, gradient_bits: int = 8, rounding: Rounding = "stochastic",
-        bifurcate: bool = True, weight_gradient: WeightGradient = "float32",
-        include: Sequence[str] = (), exclude: Sequence[str] = (), norms: str | None = "range",
-        weight_range: WeightRange = "tensor", momentum: float | None = 0.1, sync: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        bits: int = 8,
+        gradient_bits: int = 8,
+        rounding: Rounding = "stochastic",
+        bifurcate: bool = True,
+        weight_gradient: WeightGradient = "float32",
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        norms: str | None = "range",
+        weight_range: WeightRange = "tensor",
+        momentum: float | None = 0.1,
+        sync: bool = False,
+    ) -> None:
         super().__init__()
         check_lists(include=include, exclude=exclude)
         options = {
-            "bits": bits, "gradient_bits": gradient_bits, "rounding": rounding,
-            "bifurcate": bifurcate, "weight_gradient": weight_gradient,
-            "weight_range": weight_range, "momentum": momentum, "sync": sync,
-        }  # fmt: skip
+            "bits": bits,
+            "gradient_bits": gradient_bits,
+            "rounding": rounding,
+            "bifurcate": bifurcate,
+            "weight_gradient": weight_gradient,
+            "weight_range": weight_range,
+            "momentum": momentum,
+            "sync": sync,
+        }
         check_settings(options, norms)
         chosen = {"include": list(include), "exclude": list(exclude), "norms": norms}
         self.settings = {**options, **chosen}

@@ -210,10 +210,15 @@ class NormSwap(LayerChange):
     """
 
     def __init__(
-        self, norm: str = "l1", options: dict[str, Any] | None = None,
-        kinds: Sequence[str] | str = ("batch",), include: Sequence[str] = (),
-        exclude: Sequence[str] = (), fuse: str | None = None, types: dict[str, str] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        norm: str = "l1",
+        options: dict[str, Any] | None = None,
+        kinds: Sequence[str] | str = ("batch",),
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        fuse: str | None = None,
+        types: dict[str, str] | None = None,
+    ) -> None:
         super().__init__()
         check_lists(include=include, exclude=exclude)
         chosen = registry.check_kinds(kinds)

@@ -61,10 +61,17 @@ class WeightNormSwap(ModelChange):
     keeps_picklable = False  # torch pickles no parametrized module
 
     def __init__(
-        self, kind: Kind = "bounded", p: float | str = 2, rho: float | str = "init",
-        gain: Gain | None = None, project: bool = False, layers: Sequence[LayerKind] | None = None,
-        include: Sequence[str] = (), exclude: Sequence[str] = (), cache: bool | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        kind: Kind = "bounded",
+        p: float | str = 2,
+        rho: float | str = "init",
+        gain: Gain | None = None,
+        project: bool = False,
+        layers: Sequence[LayerKind] | None = None,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        cache: bool | None = None,
+    ) -> None:
         super().__init__()
         check_lists(layers=layers or (), include=include, exclude=exclude)
         self._norm = Settings.of(kind, p, rho, gain, project)

@@ -72,9 +72,14 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--batches", type=int, default=2, help="how many (default: %(default)s)")
     parser.add_argument(
-        "--bits", type=int, nargs="+", choices=range(2, 9), default=[8, 4, 2], metavar="B",
+        "--bits",
+        type=int,
+        nargs="+",
+        choices=range(2, 9),
+        default=[8, 4, 2],
+        metavar="B",
         help="how many to round to, 2 to 8 (default: 8 4 2)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--picture",
         type=Path,

@@ -65,11 +65,18 @@ class _ProbeCLI(TrainingCLI):
         options = self.config_init[self.subcommand].trainer
         changes = [c for c in given_callbacks(options) if isinstance(c, ModelChange)]
         return pl.Trainer(
-            accelerator=options.accelerator, devices=1, precision="32-true", max_epochs=1,
-            limit_val_batches=0, num_sanity_val_steps=0, logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False,
+            accelerator=options.accelerator,
+            devices=1,
+            precision="32-true",
+            max_epochs=1,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
             callbacks=[*changes, self._watcher],
-        )  # fmt: skip
+        )
 
     def fit(self, model: pl.LightningModule, **kwargs: Any) -> None:
         if self._watcher.checkpoint is None:

@@ -190,9 +190,14 @@ class MetricsBar(ProgressBar):
         self._show(trainer, batch_idx + 1, self._total, pl_module)
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any,
-        batch_idx: int, dataloader_idx: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         self.has_dataloader_changed(dataloader_idx)  # whose total is asked for
         part = trainer.state.stage.dataloader_prefix  # type: ignore[union-attr]
         total = getattr(self, f"total_{part}_batches_current_dataloader")

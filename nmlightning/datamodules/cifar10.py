@@ -43,9 +43,12 @@ class CIFAR10(ImageData):
     image_shape = (3, 32, 32)
 
     def __init__(
-        self, root: str = "data", batch_size: int = 128, download: bool = True,
+        self,
+        root: str = "data",
+        batch_size: int = 128,
+        download: bool = True,
         device_resident: bool = True,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(batch_size, AUGMENTATION, device_resident)
         self.root = Path(root).expanduser().absolute()
         self.download = check_flag("download", download)

@@ -114,9 +114,13 @@ class DecodedImages:
     """
 
     def __init__(
-        self, images: EncodedImages, transform: Transform, num_workers: int, pin_memory: bool,
+        self,
+        images: EncodedImages,
+        transform: Transform,
+        num_workers: int,
+        pin_memory: bool,
         damaged: Damaged = "error",
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.reader = _Reader(images, transform, skips_damaged=damaged == "skip")
         self.length, self.shard_size = images.length, images.shard_size
         self.num_workers = num_workers

@@ -35,9 +35,12 @@ class Digits(ImageData):
     num_classes = 10
 
     def __init__(
-        self, batch_size: int = 128, image_size: int = 32, channels: int = 3,
+        self,
+        batch_size: int = 128,
+        image_size: int = 32,
+        channels: int = 3,
         device_resident: bool = True,
-    ) -> None:  # fmt: skip
+    ) -> None:
         check_whole_number("image_size", image_size, ORIGINAL_SIZE)
         augmentation = Augmentation(pad=image_size // 16, flip=False)
         super().__init__(batch_size, augmentation, device_resident)

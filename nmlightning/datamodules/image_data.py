@@ -59,9 +59,11 @@ class ResidentImages:
     """
 
     def __init__(
-        self, source: LabelledImages, augmentation: Augmentation = NO_AUGMENTATION,
+        self,
+        source: LabelledImages,
+        augmentation: Augmentation = NO_AUGMENTATION,
         device: torch.device | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.source = source
         self.length, self.shard_size, self.digest = source.length, source.shard_size, source.digest
         self.augmentation = augmentation

@@ -55,9 +55,13 @@ class ImageNet(ImageData):
     num_classes: int  # known from `setup` on
 
     def __init__(
-        self, root: str = "data/imagenet", batch_size: int = 256, num_workers: int | None = None,
-        image_size: int = 224, damaged: Damaged = "error",
-    ) -> None:  # fmt: skip
+        self,
+        root: str = "data/imagenet",
+        batch_size: int = 256,
+        num_workers: int | None = None,
+        image_size: int = 224,
+        damaged: Damaged = "error",
+    ) -> None:
         super().__init__(batch_size, NO_AUGMENTATION)  # nothing is left for the device
         is_remote = image_shards.is_remote(root)
         if "://" in root and not is_remote:

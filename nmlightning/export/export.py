@@ -86,9 +86,14 @@ class ExportReport(Report):
 
 
 def export_network(
-    net: nn.Module, file: str | Path, format: str, input_shape: Sequence[int], *, fold: bool = True,
+    net: nn.Module,
+    file: str | Path,
+    format: str,
+    input_shape: Sequence[int],
+    *,
+    fold: bool = True,
     overwrite: bool = False,
-) -> ExportReport:  # fmt: skip
+) -> ExportReport:
     """Write a network without its parametrizations and this package's norms, its norms folded.
 
     The file is read back and compared with the network, in float32 on the CPU, on standard normal
@@ -212,9 +217,14 @@ def _read_state_dict(file: Path, net: nn.Module) -> Network:
 
 def _write_onnx(net: nn.Module, example: Tensor, file: Path) -> None:
     program = torch.onnx.export(
-        net, (example,), input_names=[_INPUT], output_names=[_OUTPUT], dynamic_shapes=_any_batch(),
-        dynamo=True, verbose=False,
-    )  # fmt: skip
+        net,
+        (example,),
+        input_names=[_INPUT],
+        output_names=[_OUTPUT],
+        dynamic_shapes=_any_batch(),
+        dynamo=True,
+        verbose=False,
+    )
     assert program is not None, "dynamo gives one"
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, with the folders of this machine

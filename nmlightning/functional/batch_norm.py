@@ -123,10 +123,16 @@ class BatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None,
-        statistic: statistics.Statistic, convention: Constant | float, eps: float,
-        dtype: torch.dtype, group: ProcessGroup | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        statistic: statistics.Statistic,
+        convention: Constant | float,
+        eps: float,
+        dtype: torch.dtype,
+        group: ProcessGroup | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         shape = statistics.channel_shape(x)
         wide = x.to(dtype)
         mean, share = share_mean(wide, statistics.reduced_dims(x), group)
@@ -202,10 +208,16 @@ class HalfBatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None,
-        statistic: statistics.Statistic, convention: Constant | float, eps: float,
-        dtype: torch.dtype, group: ProcessGroup | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        statistic: statistics.Statistic,
+        convention: Constant | float,
+        eps: float,
+        dtype: torch.dtype,
+        group: ProcessGroup | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         shape = statistics.channel_shape(x)
         half = x.to(dtype)
         mean, share = share_mean(half, statistics.reduced_dims(x), group)

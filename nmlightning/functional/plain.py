@@ -16,9 +16,14 @@ LEAST_EPS = 1e-20  # beside squares of about 1; that to the power −3/2 is a fl
 
 
 def plain_batch_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, statistic: statistics.Statistic,
-    constant: float, eps: float, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistic: statistics.Statistic,
+    constant: float,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return what `BatchNormFunction` does, on one rank."""
     dims, count = statistics.reduced_dims(x), x.numel() // x.shape[1]
     wide, unit, eps_in_it = _in_units(x.to(dtype), dims, eps)
@@ -45,9 +50,13 @@ def plain_layer_norm(
 
 
 def plain_evaluation(
-    x: Tensor, eps: float, mean: Tensor, variance: Tensor,
-    weight: Tensor | None, bias: Tensor | None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    eps: float,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
     """Return what torch's batch norm does in evaluation; a compiler cannot transform that."""
     shape = statistics.channel_shape(x)
     y = (x.to(mean.dtype) - mean.view(shape)) / (variance + eps).sqrt().view(shape)

@@ -312,9 +312,14 @@ class Slope:
     """
 
     def __init__(
-        self, x: Tensor, mean: Tensor, magnitude: Tensor, statistic: Statistic, count: Count,
+        self,
+        x: Tensor,
+        mean: Tensor,
+        magnitude: Tensor,
+        statistic: Statistic,
+        count: Count,
         selection: Selection | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.selection = selection
         self.count = count
         self.dims, self.shape = reduced_dims(x), channel_shape(x)

@@ -53,9 +53,14 @@ class Int8Function(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, zero_point: Tensor,
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: Tensor,
+        zero_point: Tensor,
         settings: Settings,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Return (N, O, *) of (N, C, *) x, by the scale and the zero point of its grid."""
         grid = quantizer.Grid(scale, zero_point, settings.bits)
         weight_grid = quantizer.symmetric_grid(weight, settings.bits, settings.per_channel)

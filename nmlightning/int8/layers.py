@@ -191,9 +191,18 @@ class Int8Conv(Int8Layer):
         momentum: float | None = 0.1, sync: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-            padding_mode, device, dtype,
-        )  # fmt: skip
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
         self.set_up(
             bits, gradient_bits, rounding, bifurcate, weight_gradient, weight_range, momentum, sync
         )

@@ -139,9 +139,13 @@ def symmetric_grid(weight: Tensor, bits: int, per_channel: bool = False) -> Grid
 
 
 def quantize(
-    x: Tensor, grid: Grid, rounding: Rounding = "nearest", generator: torch.Generator | None = None,
-    stream: int = 0, channels_last: bool | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    grid: Grid,
+    rounding: Rounding = "nearest",
+    generator: torch.Generator | None = None,
+    stream: int = 0,
+    channels_last: bool | None = None,
+) -> Tensor:
     """Return q, uint8 like x.
 
     Args:

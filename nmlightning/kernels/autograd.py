@@ -44,9 +44,15 @@ class KernelBatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-        kernels: Any, spec: interface.NormSpec, *running: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        kernels: Any,
+        spec: interface.NormSpec,
+        *running: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         residual = None if residual is None else interface.lay_out_like(residual, x)
         learned = _wide(weight), _wide(bias)
         y, mean, variance, saved = kernels.forward(x, residual, *learned, spec, *running)
@@ -73,9 +79,14 @@ class KernelBatchNormFunction(torch.autograd.Function):
 
 
 def normalise_by(
-    kernels: Any, statistic: Statistic, x: Tensor, residual: Tensor | None, weight: Tensor | None,
-    bias: Tensor | None, *state_and_settings: Any,
-) -> list[Tensor]:  # fmt: skip
+    kernels: Any,
+    statistic: Statistic,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *state_and_settings: Any,
+) -> list[Tensor]:
     """Return what `interface.Normalise` says, by kernels that are called from Python."""
     *state, constant, eps, momentum, fused = state_and_settings
     if residual is not None and not is_like(residual, x):
@@ -106,10 +117,18 @@ class RankBatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-        kernels: interface.BatchNormKernels, statistic: Statistic, convention: Constant | float,
-        eps: float, fused: interface.Fused | None, group: ProcessGroup,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        kernels: interface.BatchNormKernels,
+        statistic: Statistic,
+        convention: Constant | float,
+        eps: float,
+        fused: interface.Fused | None,
+        group: ProcessGroup,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         residual = None if residual is None else interface.lay_out_like(residual, x)
         sums, share = share_sums(kernels.sums(x), x.numel() // x.shape[1], group)
         mean = sums / share.total

@@ -124,9 +124,14 @@ class BatchNormKernels(Protocol):
         """
 
     def affine(
-        self, x: Tensor, residual: OptTensor, mean: Tensor, gain: Tensor, bias: Tensor,
+        self,
+        x: Tensor,
+        residual: OptTensor,
+        mean: Tensor,
+        gain: Tensor,
+        bias: Tensor,
         fused: Fused | None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Return (x − μ) · gain + bias, plus the residual and through ReLU if fused."""
 
     def gradient_sums(
@@ -138,9 +143,15 @@ class BatchNormKernels(Protocol):
         """
 
     def gradient(
-        self, grad: Tensor, x: Tensor, y: OptTensor, mean: Tensor, gain: Tensor, offset: Tensor,
+        self,
+        grad: Tensor,
+        x: Tensor,
+        y: OptTensor,
+        mean: Tensor,
+        gain: Tensor,
+        offset: Tensor,
         pull: OptTensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         """Return gain · g + offset − pull · s (without the last if there is no pull), and g."""
 
 

@@ -89,9 +89,13 @@ class CifarResNet(nn.Module):
     """
 
     def __init__(
-        self, depth: int = 56, num_classes: int = 10, in_channels: int = 3,
-        activation: Activation = "relu", scale_branches: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        depth: int = 56,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        activation: Activation = "relu",
+        scale_branches: bool = False,
+    ) -> None:
         super().__init__()
         if not isinstance(depth, int) or depth < 8 or (depth - 2) % 6:
             raise InputError(
@@ -170,9 +174,11 @@ class ResNet50(resnet.ResNet):  # type: ignore[misc]  # torchvision ships no typ
     """
 
     def __init__(
-        self, num_classes: int = 1000, scale_branches: bool = False,
+        self,
+        num_classes: int = 1000,
+        scale_branches: bool = False,
         zero_init_residual: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(resnet.Bottleneck, [3, 4, 6, 3], num_classes, zero_init_residual)
         if scale_branches:
             blocks = [part for part in self.modules() if isinstance(part, resnet.Bottleneck)]

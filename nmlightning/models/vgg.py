@@ -37,9 +37,13 @@ class VGG(nn.Module):
     """
 
     def __init__(
-        self, depth: int = 11, num_classes: int = 10, in_channels: int = 3, width: int = 64,
+        self,
+        depth: int = 11,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        width: int = 64,
         activation: Activation = "relu",
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         if depth not in CONVS_PER_STAGE:
             raise InputError(f"There is no VGG of depth {depth}: choose 11, 13, 16 or 19.")

@@ -174,10 +174,14 @@ class BatchNormBase(_BatchNorm):
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__(
-            check_whole_number("num_features", num_features), check_eps(eps),
-            check_momentum(momentum), check_flag("affine", affine),
-            check_flag("track_running_stats", track_running_stats), device=device, dtype=dtype,
-        )  # fmt: skip
+            check_whole_number("num_features", num_features),
+            check_eps(eps),
+            check_momentum(momentum),
+            check_flag("affine", affine),
+            check_flag("track_running_stats", track_running_stats),
+            device=device,
+            dtype=dtype,
+        )
         if not check_flag("bias", bias):  # Torch 2.11 has no such argument.
             self.register_parameter("bias", None)
         self.stats_dtype = check_stats_dtype(stats_dtype)
@@ -325,9 +329,12 @@ class BatchNormBase(_BatchNorm):
         note_norm(self, destination, prefix)
 
     def _load_from_state_dict(
-        self, state_dict: MutableMapping[str, Any], prefix: str, local_metadata: Mapping[str, Any],
+        self,
+        state_dict: MutableMapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
         *arguments: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
         self.keep_statistics_wide()  # with assign=True they are now what another model had
 

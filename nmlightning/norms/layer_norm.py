@@ -36,9 +36,15 @@ def check_normalized_shape(normalized_shape: int | Sequence[int]) -> list[int]:
 
 
 def normalise_features(
-    x: Tensor, layer: Any, weight: Tensor | None, bias: Tensor | None, sizes: tuple[int, ...],
-    eps: float | None, *, centred: bool,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    layer: Any,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sizes: tuple[int, ...],
+    eps: float | None,
+    *,
+    centred: bool,
+) -> Tensor:
     """Return x, (*, *sizes), normalised as a layer or RMS norm is set, in its dtype.
 
     By default eps is what torch's RMS norm adds; for half inputs it is that of float32, too.
@@ -99,9 +105,17 @@ class LayerNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rank: int, p: float,
-        constant: float, eps: float, dtype: torch.dtype, centred: bool,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        rank: int,
+        p: float,
+        constant: float,
+        eps: float,
+        dtype: torch.dtype,
+        centred: bool,
+    ) -> Tensor:
         dims = tuple(range(-rank, 0))
         wide = x.to(dtype)
         share = reductions.Share(x.shape[-rank:].numel())

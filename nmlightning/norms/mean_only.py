@@ -110,9 +110,12 @@ class MeanOnlyBatchNorm(BatchNormBase):
         return y, tracked, torch.full_like(tracked, 1 - self.eps)
 
     def _load_from_state_dict(
-        self, state_dict: MutableMapping[str, Any], prefix: str, local_metadata: Mapping[str, Any],
+        self,
+        state_dict: MutableMapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
         *arguments: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Load the state but for the scale, which another norm's checkpoint may have."""
         for name, value in (("weight", 1.0), ("running_var", 1 - self.eps)):
             if prefix + name in state_dict:

@@ -93,11 +93,18 @@ def _with_classes(layers: Mapping[str, str]) -> str:
 
 
 def apply_weight_norm(
-    model: nn.Module, kind: Kind = "bounded", p: float | str = 2, *, rho: str | float = "init",
-    gain: Gain | None = None, project: bool = False, layers: Sequence[LayerKind] | None = None,
-    include: Sequence[str] = (), exclude: Sequence[str] = (),
+    model: nn.Module,
+    kind: Kind = "bounded",
+    p: float | str = 2,
+    *,
+    rho: str | float = "init",
+    gain: Gain | None = None,
+    project: bool = False,
+    layers: Sequence[LayerKind] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     optimizers: Optimizer | Iterable[Optimizer] = (),
-) -> WeightNormReport:  # fmt: skip
+) -> WeightNormReport:
     """Normalise weights of a model: weight norm or bounded weight norm, by L1, L2 or L∞.
 
         bounded:  w_i = ρ v_i / ‖v_i‖_p,     with gains  w_i = g_i ‖g⁰‖₂ / ‖g‖₂ · v_i / ‖v_i‖_p

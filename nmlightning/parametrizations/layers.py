@@ -91,9 +91,11 @@ class WeightChoice:
 
 
 def find_weights(
-    model: nn.Module, layers: Sequence[str] | None = None, include: Sequence[str] = (),
+    model: nn.Module,
+    layers: Sequence[str] | None = None,
+    include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-) -> WeightChoice:  # fmt: skip
+) -> WeightChoice:
     """Return the weights to normalise, and those that are left, as `apply_weight_norm` says.
 
     Raises:
@@ -132,9 +134,11 @@ def find_weights(
 
 
 def _explain_none(
-    model: nn.Module, kinds: Sequence[LayerKind], weights: Sequence[NormalisableWeight],
+    model: nn.Module,
+    kinds: Sequence[LayerKind],
+    weights: Sequence[NormalisableWeight],
     left: Sequence[NormalisableWeight],
-) -> str:  # fmt: skip
+) -> str:
     output = left and f", and {left[0].name} is of the output layer (add it by include)"
     return (
         f"{type(model).__name__} has no weight to normalise: layers is {list(kinds)}"
@@ -171,9 +175,11 @@ def normalised_weights(model: nn.Module, also: Collection[str] = ()) -> dict[str
 
 
 def _check_patterns(
-    model: nn.Module, weights: Sequence[NormalisableWeight], patterns: Sequence[str],
+    model: nn.Module,
+    weights: Sequence[NormalisableWeight],
+    patterns: Sequence[str],
     others: Sequence[str] = (),
-) -> None:  # fmt: skip
+) -> None:
     names = [place.name for weight in weights for place in weight.places]
     known = some([weight.name for weight in weights])
     layer_weights.check_patterns(model, patterns, [*names, *others], known)

@@ -169,9 +169,14 @@ class NormalisedWeight(torch.autograd.Function):
 
 
 def _gradients(
-    dw: Tensor, v_needs: bool, scales_need: bool, v: Tensor, scales: Tensor, form: Form,
+    dw: Tensor,
+    v_needs: bool,
+    scales_need: bool,
+    v: Tensor,
+    scales: Tensor,
+    form: Form,
     create_graph: bool = True,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor | None, Tensor | None]:
     """Return dv and ds, with `create_graph` as part of a graph, for second derivatives."""
     inputs = [x for x, is_needed in ((v, v_needs), (scales, scales_need)) if is_needed]
     w = normalise_channels(v, scales.flatten(), *form)

@@ -55,9 +55,13 @@ class Settings:
 
     @classmethod
     def of(
-        cls, kind: Kind = "bounded", p: float | str = 2, rho: float | str = "init",
-        gain: Gain | None = None, project: bool = False,
-    ) -> "Settings":  # fmt: skip
+        cls,
+        kind: Kind = "bounded",
+        p: float | str = 2,
+        rho: float | str = "init",
+        gain: Gain | None = None,
+        project: bool = False,
+    ) -> "Settings":
         """Return them checked, with the gain that the kind has by default."""
         check_choice("kind", kind, _GAINS)
         if gain is None:

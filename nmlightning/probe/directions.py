@@ -33,9 +33,11 @@ BITS = (8, 4, 2)
 
 
 def probe_int8(
-    model: nn.Module, batches: Iterable[Batch], loss: Callable[[nn.Module, Batch], Tensor],
+    model: nn.Module,
+    batches: Iterable[Batch],
+    loss: Callable[[nn.Module, Batch], Tensor],
     bits: Sequence[int] = BITS,
-) -> "Directions":  # fmt: skip
+) -> "Directions":
     """Measure how far 8 bits or fewer would turn what a model's layers compute with.
 
     Every batch goes forward and backward once, in training mode and by the layers as they are. For
@@ -84,9 +86,11 @@ class DirectionWatch:
     """
 
     def __init__(
-        self, model: nn.Module, bits: Sequence[int] | None = BITS,
+        self,
+        model: nn.Module,
+        bits: Sequence[int] | None = BITS,
         is_due: Callable[[], bool] = lambda: True,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.bits = None if bits is None else [quantizer.check_bits("bits", each) for each in bits]
         self.layers: dict[str, WatchedLayer] = {}
         self.left_out: dict[str, str] = {}

@@ -154,9 +154,14 @@ class _Run:
 
     def __post_init__(self) -> None:
         layer = layer_class(self.name, "batch", None)(
-            len(self.input), **find_norm(self.name).fixed, **self.options, eps=self.eps,
-            affine=False, track_running_stats=False, device=self.input.device,
-        )  # fmt: skip
+            len(self.input),
+            **find_norm(self.name).fixed,
+            **self.options,
+            eps=self.eps,
+            affine=False,
+            track_running_stats=False,
+            device=self.input.device,
+        )
         with torch.enable_grad():
             self.leaf = self._as_image(self.input).requires_grad_()
             self.graph = layer(self.leaf)

@@ -61,9 +61,11 @@ class Watch(AbstractContextManager[Any], Protocol):
 
 
 def run_batches(
-    watch: Watch, model: nn.Module, batches: Iterable[Batch],
+    watch: Watch,
+    model: nn.Module,
+    batches: Iterable[Batch],
     loss: Callable[[nn.Module, Batch], Tensor],
-) -> None:  # fmt: skip
+) -> None:
     """Run every batch forward and backward in training mode, and leave the model as it was."""
     with _as_it_was(model), watch:
         model.train()

@@ -110,9 +110,13 @@ class Grid:
     """
 
     def __init__(
-        self, headings: Sequence[str], rows: Sequence[Sequence[Union[str, "Text"]]],
-        title: str = "", *, numbers: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        headings: Sequence[str],
+        rows: Sequence[Sequence[Union[str, "Text"]]],
+        title: str = "",
+        *,
+        numbers: bool = False,
+    ) -> None:
         self.columns = list(zip(headings, *rows, strict=True))
         self.title, self.numbers = title, numbers
 

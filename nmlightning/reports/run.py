@@ -306,10 +306,14 @@ def _read_kept(place: Path) -> Run:
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(f"{file} is damaged, or not of a run.") from error
     return Run(
-        folder=place, settings=settings, seed=seed,
-        scalars=make_series(read_csv_file(place.with_suffix(".csv"))), seconds=seconds,
-        parts=(place,), cut_off=_cut_off([place.with_suffix(".csv")]),
-    )  # fmt: skip
+        folder=place,
+        settings=settings,
+        seed=seed,
+        scalars=make_series(read_csv_file(place.with_suffix(".csv"))),
+        seconds=seconds,
+        parts=(place,),
+        cut_off=_cut_off([place.with_suffix(".csv")]),
+    )
 
 
 def _natural_order(path: Path) -> list[str | int]:

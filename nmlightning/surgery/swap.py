@@ -109,11 +109,17 @@ class SwapReport(Report):
 
 
 def swap_norms(
-    model: nn.Module, norm: str = "l1", options: Mapping[str, Any] | None = None, *,
-    kinds: Sequence[str] | str = ("batch",), include: Sequence[str] = (),
-    exclude: Sequence[str] = (), fuse: str | None = None, types: Mapping[Any, str] | None = None,
+    model: nn.Module,
+    norm: str = "l1",
+    options: Mapping[str, Any] | None = None,
+    *,
+    kinds: Sequence[str] | str = ("batch",),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    fuse: str | None = None,
+    types: Mapping[Any, str] | None = None,
     dry_run: bool = False,
-) -> SwapReport:  # fmt: skip
+) -> SwapReport:
     """Swap the norm layers of `model` for the norm called `norm`, in place, and report it.
 
     A swapped layer stays the same object and changes its class, so its parameters, buffers and
@@ -278,9 +284,12 @@ def _template(layer: NormLayer, norm: str, options: Mapping[str, Any]) -> nn.Mod
 
 
 def _pick(
-    model: nn.Module, layers: list[NormLayer], kinds: tuple[NormKind, ...], include: Sequence[str],
+    model: nn.Module,
+    layers: list[NormLayer],
+    kinds: tuple[NormKind, ...],
+    include: Sequence[str],
     exclude: Sequence[str],
-) -> list[NormLayer]:  # fmt: skip
+) -> list[NormLayer]:
     """Return the layers to swap; a shared one is left alone if `exclude` names it anywhere."""
     wanted = f"{' or '.join(registry.TITLES[kind] for kind in kinds)} norm"
     name, held = type(model).__name__, f"Its norm layers are {some(map(_describe, layers), 3)}."

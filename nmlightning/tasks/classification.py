@@ -111,12 +111,17 @@ class ImageClassifier(pl.LightningModule):
     lr = optimization.FoundLearningRate()
 
     def __init__(
-        self, net: nn.Module, optimizer: OptimizerCallable,
-        lr_scheduler: LRSchedulerCallable | None = None, label_smoothing: float = 0.0,
-        weight_decay_scope: WeightDecayScope = "all", lr_batch_size: int | None = None,
-        compile: CompileMode | None = None, channels_last: bool = False,
+        self,
+        net: nn.Module,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        label_smoothing: float = 0.0,
+        weight_decay_scope: WeightDecayScope = "all",
+        lr_batch_size: int | None = None,
+        compile: CompileMode | None = None,
+        channels_last: bool = False,
         fast: Literal["auto"] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         check_share("label_smoothing", label_smoothing)
         check_choice("compile", compile, (None, *get_args(CompileMode)))

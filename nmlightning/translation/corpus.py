@@ -208,9 +208,13 @@ def cached_tokenizer(folder: Path | None, pairs: PairSource, vocab_size: int) ->
 
 
 def cached_pairs(
-    folder: Path | None, pairs: PairSource, tokenizer: JointBPE, limits: TrainingLimits, *,
+    folder: Path | None,
+    pairs: PairSource,
+    tokenizer: JointBPE,
+    limits: TrainingLimits,
+    *,
     check: bool = False,
-) -> EncodedPairs:  # fmt: skip
+) -> EncodedPairs:
     """Return the pairs within the limits, encoded if they are not cached in `folder`.
 
     With `check` all of a cached file is read, to know that it is intact.

@@ -31,9 +31,14 @@ class TranslationData(training_batches.ResumableData, ABC):
     train: corpus.EncodedPairs | None = None
 
     def __init__(
-        self, folder: Path | None, vocab_size: int, tokenizer: str | None, tokens_a_batch: int,
-        max_length: int, too_long: corpus.TooLong,
-    ) -> None:  # fmt: skip
+        self,
+        folder: Path | None,
+        vocab_size: int,
+        tokenizer: str | None,
+        tokens_a_batch: int,
+        max_length: int,
+        too_long: corpus.TooLong,
+    ) -> None:
         super().__init__()
         check_choice("too_long", too_long, get_args(corpus.TooLong))
         self.folder = folder
@@ -150,10 +155,18 @@ class ParallelText(TranslationData):
     """
 
     def __init__(
-        self, train: list[str], val: list[str], test: list[str] | None = None, *,
-        vocab_size: int = 32000, tokenizer: str | None = None, tokens_a_batch: int = 25000,
-        max_length: int = 256, too_long: corpus.TooLong = "drop", root: str = "data",
-    ) -> None:  # fmt: skip
+        self,
+        train: list[str],
+        val: list[str],
+        test: list[str] | None = None,
+        *,
+        vocab_size: int = 32000,
+        tokenizer: str | None = None,
+        tokens_a_batch: int = 25000,
+        max_length: int = 256,
+        too_long: corpus.TooLong = "drop",
+        root: str = "data",
+    ) -> None:
         folder = Path(root).expanduser().absolute() / "translation"
         super().__init__(folder, vocab_size, tokenizer, tokens_a_batch, max_length, too_long)
         self.train_files = _check_pair("train", train)
@@ -212,10 +225,18 @@ class WMT14(TranslationData):
     """
 
     def __init__(
-        self, *, streaming: bool = False, dataset: str = "wmt/wmt14", pool: int = 100_000,
-        vocab_size: int = 32000, tokenizer: str | None = None, tokens_a_batch: int = 25000,
-        max_length: int = 256, too_long: corpus.TooLong = "drop", root: str = "data",
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        streaming: bool = False,
+        dataset: str = "wmt/wmt14",
+        pool: int = 100_000,
+        vocab_size: int = 32000,
+        tokenizer: str | None = None,
+        tokens_a_batch: int = 25000,
+        max_length: int = 256,
+        too_long: corpus.TooLong = "drop",
+        root: str = "data",
+    ) -> None:
         place = Path(root).expanduser().absolute()
         folder = place / "translation"
         super().__init__(folder, vocab_size, tokenizer, tokens_a_batch, max_length, too_long)
@@ -238,10 +259,16 @@ class WMT14(TranslationData):
             return super().train_dataloader()
         assert self.tokenizer is not None, "setup('fit') comes first"
         batches = StreamedBatches(
-            sources.StreamedPairs(self._open("train"), LANGUAGES), self.tokenizer, self.limits,
-            self.tokens_a_batch, self.pool, **self.order_options(), pin_memory=self.pins_memory,
-            batches_done=self.batches_done, interrupted=self.interrupted,
-        )  # fmt: skip
+            sources.StreamedPairs(self._open("train"), LANGUAGES),
+            self.tokenizer,
+            self.limits,
+            self.tokens_a_batch,
+            self.pool,
+            **self.order_options(),
+            pin_memory=self.pins_memory,
+            batches_done=self.batches_done,
+            interrupted=self.interrupted,
+        )
         # Lightning reads a batch of a loader without a length before it says which epoch comes.
         batches.set_epoch(training_batches.find_epoch(self.trainer, self.interrupted))
         self.sampler = batches

@@ -84,9 +84,13 @@ def check_length_penalty(alpha: float) -> float:
 @torch.no_grad()
 @parametrize.cached()  # Normalised weights are read at each token.
 def beam_search(
-    net: SequenceModel[State], source: Tensor, *, beam_size: int = 4, length_penalty: float = 0.6,
+    net: SequenceModel[State],
+    source: Tensor,
+    *,
+    beam_size: int = 4,
+    length_penalty: float = 0.6,
     extra_length: int = 50,
-) -> list[list[int]]:  # fmt: skip
+) -> list[list[int]]:
     """Translate each sentence by beam search.
 
         score(Y) = log P(Y | source) / ((5 + |Y|) / 6)^α

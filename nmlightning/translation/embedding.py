@@ -60,3 +60,6 @@ class TiedEmbedding(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits of all tokens, (…, width) → (…, vocab_size)."""
         return F.linear(x, self.get_output_embeddings().weight)  # type: ignore[arg-type]
+
+
+TiedWords = TiedEmbedding  # its former name, in pickled networks

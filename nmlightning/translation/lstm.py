@@ -101,9 +101,14 @@ class AttentionLSTM(nn.Module):
     """
 
     def __init__(
-        self, vocab_size: int, width: int = 512, layers: int = 2, dropout: float = 0.2,
-        layer_norm: bool = False, tied: Tied = "all",
-    ) -> None:  # fmt: skip
+        self,
+        vocab_size: int,
+        width: int = 512,
+        layers: int = 2,
+        dropout: float = 0.2,
+        layer_norm: bool = False,
+        tied: Tied = "all",
+    ) -> None:
         super().__init__()
         check_whole_number("width", width)
         check_whole_number("layers", layers, least=2)

@@ -84,12 +84,18 @@ class Translator(pl.LightningModule):
     lr = optimization.FoundLearningRate()
 
     def __init__(
-        self, net: nn.Module, optimizer: OptimizerCallable,
+        self,
+        net: nn.Module,
+        optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None = None,
-        lr_interval: optimization.Interval = "step", label_smoothing: float = 0.1,
-        beam_size: int = 4, length_penalty: float = 0.6, extra_length: int = 50,
-        weight_decay_scope: WeightDecayScope = "no_norm", compile: bool = False,
-    ) -> None:  # fmt: skip
+        lr_interval: optimization.Interval = "step",
+        label_smoothing: float = 0.1,
+        beam_size: int = 4,
+        length_penalty: float = 0.6,
+        extra_length: int = 50,
+        weight_decay_scope: WeightDecayScope = "no_norm",
+        compile: bool = False,
+    ) -> None:
         super().__init__()
         missing = [n for n in ("vocab_size", "begin", "next_logits") if not hasattr(net, n)]
         if missing:
@@ -321,9 +327,11 @@ class LineOptions:
 
 
 def translate_lines(
-    task: Translator, lines: Sequence[str], options: LineOptions | None = None,
+    task: Translator,
+    lines: Sequence[str],
+    options: LineOptions | None = None,
     on_translated: Callable[[int], object] | None = None,
-) -> tuple[list[str], list[int]]:  # fmt: skip
+) -> tuple[list[str], list[int]]:
     """Return the translation of each line, in order, and the positions of those that were cut.
 
     Lines are sorted by length and translated in batches. One of white space alone stays empty.

@@ -111,9 +111,13 @@ class Attention(nn.Module):
         return self._split(self.key(memory)), self._split(self.value(memory))
 
     def attend(
-        self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None,
+        self,
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor | None = None,
         is_causal: bool = False,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Return the same as `forward`, from the keys and values of the memory."""
         heads = F.scaled_dot_product_attention(
             self._split(self.query(x)), keys, values, attn_mask=mask, is_causal=is_causal
@@ -183,9 +187,12 @@ class DecoderLayer(nn.Module):
         return y
 
     def step(
-        self, x: Tensor, append: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-        source: tuple[Tensor, Tensor], mask: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        x: Tensor,
+        append: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        source: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+    ) -> Tensor:
         """Return the same for one more position, (N, 1, width) → (N, 1, width).
 
         `append` returns keys and values of all positions, given this one's; `source` has the
@@ -299,11 +306,19 @@ class Transformer(nn.Module):
     """
 
     def __init__(
-        self, vocab_size: int, width: int = 512, hidden: int = 2048, heads: int = 8,
-        encoder_layers: int = 6, decoder_layers: int = 6, dropout: float = 0.1,
-        norm: Norm = "layer", norm_first: bool = False, tied: Tied = "all",
+        self,
+        vocab_size: int,
+        width: int = 512,
+        hidden: int = 2048,
+        heads: int = 8,
+        encoder_layers: int = 6,
+        decoder_layers: int = 6,
+        dropout: float = 0.1,
+        norm: Norm = "layer",
+        norm_first: bool = False,
+        tied: Tied = "all",
         scale_branches: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         sizes = LayerSizes(width, hidden, heads, dropout, norm, norm_first)
         check_whole_number("encoder_layers", encoder_layers)

@@ -90,9 +90,14 @@ class Keep(pl.Callback):
 
 
 def fit(
-    folder: Path, start: Path | None = None, data: Any = None, lr: float = 0.1, seed: int = 1,
-    last: int | None = None, **options: Any,
-) -> tuple[dict[str, Tensor], list[dict[str, float]]]:  # fmt: skip
+    folder: Path,
+    start: Path | None = None,
+    data: Any = None,
+    lr: float = 0.1,
+    seed: int = 1,
+    last: int | None = None,
+    **options: Any,
+) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """Return the weights at the end, and what each epoch logged."""
     pl.seed_everything(seed)
     task = Logs(

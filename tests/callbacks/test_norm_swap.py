@@ -269,9 +269,15 @@ def test_grouping_by_class_finds_the_swapped_norms(swap: list[NormSwap]) -> None
 
 REPLACED = r"NormSwap made net\.1 L1BatchNorm2d, but it is SyncBatchNorm: .* after the swap; Train"
 HOOKS = {
-    "setup", "on_fit_start", "on_sanity_check_start", "on_train_start", "on_train_epoch_start",
-    "on_train_batch_start", "on_before_backward", "on_train_batch_end",
-}  # fmt: skip
+    "setup",
+    "on_fit_start",
+    "on_sanity_check_start",
+    "on_train_start",
+    "on_train_epoch_start",
+    "on_train_batch_start",
+    "on_before_backward",
+    "on_train_batch_end",
+}
 OF_MODULES = HOOKS - {"on_sanity_check_start"} | {"configure_optimizers", "training_step"}
 TOO_EARLY = {"configure_model", "prepare_data"}  # Lightning swaps after these
 

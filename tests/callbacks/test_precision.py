@@ -43,9 +43,14 @@ def batches(overflow: bool) -> DataLoader[Any]:
 
 
 def fit(
-    module_class: type, norm: str | NormSwap, precision: str, *callbacks: Any,
-    overflow: bool = False, ckpt_path: Path | None = None, **options: Any,
-) -> Any:  # fmt: skip
+    module_class: type,
+    norm: str | NormSwap,
+    precision: str,
+    *callbacks: Any,
+    overflow: bool = False,
+    ckpt_path: Path | None = None,
+    **options: Any,
+) -> Any:
     package = package_of(module_class)
     settings: dict[str, Any] = {"precision": precision}
     if precision == "16-mixed":  # on the CPU Lightning would make bf16-mixed of it
@@ -85,9 +90,13 @@ class HalfTokens(HalfInputs):
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(8, 8), nn.LayerNorm(8), nn.ReLU(), nn.RMSNorm(8), nn.Flatten(),
+            nn.Linear(8, 8),
+            nn.LayerNorm(8),
+            nn.ReLU(),
+            nn.RMSNorm(8),
+            nn.Flatten(),
             nn.Linear(128, 3),
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize("options", [{}, {"stats_dtype": "float16"}], ids=str)

@@ -83,9 +83,11 @@ def test_dashboard_refuses_runs_without_event_files(
     ],
 )
 def test_dashboard_reports_bad_input_in_one_line(
-    arguments: list[str], message: str, make_run: Callable[..., Path],
+    arguments: list[str],
+    message: str,
+    make_run: Callable[..., Path],
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     make_run("runs/a/version_0")
     make_run("a,b")
     assert main(["dashboard", *arguments]) == 2

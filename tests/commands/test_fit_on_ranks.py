@@ -60,10 +60,14 @@ def start(*words: str, folder: Path, **environment: str) -> "subprocess.Popen[st
     mine = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
     paths = os.pathsep.join(filter(None, sys.path))
     return subprocess.Popen(
-        words, cwd=folder,
+        words,
+        cwd=folder,
         env={**mine, "PYTHONPATH": paths, "COLUMNS": "200", "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def finish(process: "subprocess.Popen[str]") -> Answer:

@@ -25,9 +25,13 @@ def make_data(length: int) -> LabelledImages:
 
 
 def make_batches(
-    length: int = 50, batch_size: int = 8, *, seed: int = 0, epoch: int = 0,
+    length: int = 50,
+    batch_size: int = 8,
+    *,
+    seed: int = 0,
+    epoch: int = 0,
     shard: Shard = WHOLE_SET,
-) -> list[RawBatch]:  # fmt: skip
+) -> list[RawBatch]:
     sampler = AugmentedShuffle(length, batch_size, AUGMENTATION, seed=seed, shard=shard)
     sampler.set_epoch(epoch)
     batches = TrainingBatches(make_data(length), sampler)

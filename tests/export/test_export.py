@@ -123,9 +123,13 @@ def test_exports_load_without_this_package(tmp_path: Path) -> None:
     x = torch.randn(5, *IMAGES)
     torch.save([x, outputs(net, x)], tmp_path / "data.pt")
     answer = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", WITHOUT_US], cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": ""}, check=True, capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-W", "ignore", "-c", WITHOUT_US],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": ""},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     differences = [float(line) for line in answer.stdout.split()]
     assert len(differences) == 2
     assert max(differences) <= 1e-5

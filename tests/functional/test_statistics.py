@@ -13,12 +13,24 @@ from nmlightning.functional.selection import Blocks, select_largest
 
 # One to three spatial dimensions and none; the last is long rows, where few rows hold the largest.
 SHAPES = [
-    (12, 3), (4, 3, 5), (3, 2, 2, 4), (2, 2, 3, 2, 2), (2, 3, 40), (5, 1, 1, 7), (30, 2, 1, 1),
-]  # fmt: skip
+    (12, 3),
+    (4, 3, 5),
+    (3, 2, 2, 4),
+    (2, 2, 3, 2, 2),
+    (2, 3, 40),
+    (5, 1, 1, 7),
+    (30, 2, 1, 1),
+]
 BLOCK_SHAPES = [
-    (4, 3), (2, 3, 1), (2, 5, 600), (3, 2, 1009), (2, 3, 7, 5), (3, 16, 32, 32), (2, 300, 14, 14),
+    (4, 3),
+    (2, 3, 1),
+    (2, 5, 600),
+    (3, 2, 1009),
+    (2, 3, 7, 5),
+    (3, 16, 32, 32),
+    (2, 300, 14, 14),
     (2, 4, 3, 4, 16),
-]  # fmt: skip
+]
 ALONE = Share(0)  # selecting needs no count
 
 

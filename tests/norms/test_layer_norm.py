@@ -19,8 +19,12 @@ POWERS = {**LAYER_POWERS, **RMS_POWERS}
 every_norm = pytest.mark.parametrize("norm", POWERS)
 every_layer_norm = pytest.mark.parametrize("norm", LAYER_POWERS)
 SHAPES: list[tuple[tuple[int, ...], int | tuple[int, ...]]] = [
-    ((4, 6), 6), ((2, 3, 6), (6,)), ((2, 3, 2, 5), (2, 5)), ((6,), 6), ((2, 3, 4), (2, 3, 4)),
-]  # fmt: skip
+    ((4, 6), 6),
+    ((2, 3, 6), (6,)),
+    ((2, 3, 2, 5), (2, 5)),
+    ((6,), 6),
+    ((2, 3, 4), (2, 3, 4)),
+]
 every_shape = pytest.mark.parametrize(("shape", "normalized"), SHAPES, ids=str)
 
 

@@ -20,9 +20,11 @@ BANDS = (
 
 
 def layer(
-    name: str = "bn", scales: list[float] | None = None,
-    lost: Mapping[str, Mapping[str, int]] | None = None, **given: Any,
-) -> LayerRanges:  # fmt: skip
+    name: str = "bn",
+    scales: list[float] | None = None,
+    lost: Mapping[str, Mapping[str, int]] | None = None,
+    **given: Any,
+) -> LayerRanges:
     """Return a batch norm of four channels; of each norm what is not lost is right."""
     sizes = np.array([0.5, 1.0, 1.0, 2.0] if scales is None else scales, np.float32)
     outcomes = {

@@ -164,9 +164,13 @@ class Step:
 
 
 def run(
-    kernels: BatchNormKernels, statistic: Statistic, inputs: Sequence[Tensor | None],
-    grad: Tensor | None = None, fused: Fused | None = None, constant: float = 1.25,
-) -> Step:  # fmt: skip
+    kernels: BatchNormKernels,
+    statistic: Statistic,
+    inputs: Sequence[Tensor | None],
+    grad: Tensor | None = None,
+    fused: Fused | None = None,
+    constant: float = 1.25,
+) -> Step:
     """Run the batch norm of a backend forward, and backward from a gradient, by default ones."""
     leaves = [None if q is None else q.detach().requires_grad_() for q in inputs]
     given, saved = [q for q in leaves if q is not None], []
@@ -306,9 +310,14 @@ def check_stages(
 
 
 def check_rows(
-    shape: tuple[int, ...], dtype: torch.dtype, centred: bool, learned: bool, norm: LayerNorm,
-    device: str = "cpu", slack: float = 1.0,
-) -> None:  # fmt: skip
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    centred: bool,
+    learned: bool,
+    norm: LayerNorm,
+    device: str = "cpu",
+    slack: float = 1.0,
+) -> None:
     """Compare L1 layer and RMS norm with the formula in float64."""
     x, grad = (2 * torch.randn(shape) + 1).to(dtype), torch.randn(shape).to(dtype)
     constant = slice(0, shape[0] // 2)

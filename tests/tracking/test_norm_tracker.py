@@ -35,9 +35,14 @@ def test_records_every_nth_step_and_the_ends_of_epochs(tmp_path: Path) -> None:
     norms = [channel_norms(net[0].weight)]
     steps = []
     with track_norms(
-        net, optimizer, every=2, path=tmp_path, log=lambda _, step: steps.append(step),
-        provenance={"seed": 0}, exclude=["2.*"],
-    ) as tracker:  # fmt: skip
+        net,
+        optimizer,
+        every=2,
+        path=tmp_path,
+        log=lambda _, step: steps.append(step),
+        provenance={"seed": 0},
+        exclude=["2.*"],
+    ) as tracker:
         for _ in range(2):
             for _ in range(3):
                 take_step(net, optimizer, batches=2)

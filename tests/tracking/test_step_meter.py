@@ -34,9 +34,12 @@ class Net(nn.Sequential):
 
     def __init__(self) -> None:
         super().__init__(
-            nn.Conv2d(2, 4, 3), nn.ConvTranspose2d(4, 2, 2), nn.Tanh(), nn.Flatten(),
+            nn.Conv2d(2, 4, 3),
+            nn.ConvTranspose2d(4, 2, 2),
+            nn.Tanh(),
+            nn.Flatten(),
             nn.Linear(50, 6),
-        )  # fmt: skip
+        )
         self.missed = nn.Linear(4, 2)
         self.double()
 

@@ -96,9 +96,13 @@ ENCODED = encode_pairs(PAIRS, BYTES)
 
 
 def draw(
-    pairs: EncodedPairs = ENCODED, *, seed: int = 0, epoch: int = 0, shard: Shard = WHOLE_SET,
+    pairs: EncodedPairs = ENCODED,
+    *,
+    seed: int = 0,
+    epoch: int = 0,
+    shard: Shard = WHOLE_SET,
     shuffle: bool = True,
-) -> list[list[int]]:  # fmt: skip
+) -> list[list[int]]:
     """Return the rows of each batch."""
     batches = ShuffledBatches(pairs, 600, "bytes", seed=seed, shard=shard, shuffle=shuffle)
     batches.set_epoch(epoch)

@@ -76,9 +76,11 @@ def test_encoded_batch_shortens_sources_to_the_limit() -> None:
     ],
 )
 def test_encode_pairs_applies_the_limits(
-    monkeypatch: pytest.MonkeyPatch, limits: TrainingLimits | None, sources: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    limits: TrainingLimits | None,
+    sources: list[str],
     omitted: tuple[int, int],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr("nmlightning.translation.corpus.ENCODED_TOGETHER", 2)
     encoded = encode_pairs(PAIRS, BYTES, limits)
     rows = (encoded.batch(torch.tensor([row])) for row in range(encoded.length))

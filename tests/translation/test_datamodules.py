@@ -121,9 +121,12 @@ def test_parallel_text_refuses_bad_files(tmp_path: Path) -> None:
 @pytest.mark.real_data("multi30k")
 @pytest.mark.parametrize(("tokens", "batches", "most"), [(4096, 123, 0.06), (25000, 21, 0.095)])
 def test_parallel_text_reads_multi30k(
-    data_root: Path, tmp_path_factory: pytest.TempPathFactory, tokens: int, batches: int,
+    data_root: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    tokens: int,
+    batches: int,
     most: float,
-) -> None:  # fmt: skip
+) -> None:
     root = tmp_path_factory.getbasetemp() / "multi30k"  # both share what is kept
     data = prepare(
         ParallelText(

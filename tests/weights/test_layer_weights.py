@@ -20,9 +20,13 @@ from nmlightning.weights.layer_weights import (
 
 def make_model() -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3, groups=1), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 6, 3, groups=2),
-        nn.Sequential(nn.Conv1d(6, 2, 1), nn.LayerNorm(2)), nn.Embedding(5, 2), nn.Linear(2, 7),
-    )  # fmt: skip
+        nn.Conv2d(3, 4, 3, groups=1),
+        nn.BatchNorm2d(4),
+        nn.ConvTranspose2d(4, 6, 3, groups=2),
+        nn.Sequential(nn.Conv1d(6, 2, 1), nn.LayerNorm(2)),
+        nn.Embedding(5, 2),
+        nn.Linear(2, 7),
+    )
 
 
 def test_every_convolution_and_linear_layer() -> None:

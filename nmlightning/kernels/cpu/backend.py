@@ -49,9 +49,14 @@ class CpuBatchNorm:
         return partial(self._ops.batch_norm.default, k)
 
     def affine(
-        self, x: Tensor, residual: OptTensor, mean: Tensor, gain: Tensor, bias: Tensor,
+        self,
+        x: Tensor,
+        residual: OptTensor,
+        mean: Tensor,
+        gain: Tensor,
+        bias: Tensor,
         fused: interface.Fused | None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         return self._ops.affine(x, residual, mean, gain, bias, _NUMBERS[fused])  # type: ignore[no-any-return]
 
     def gradient_sums(

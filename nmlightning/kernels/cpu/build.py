@@ -31,8 +31,14 @@ _FLAGS = ("-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-march=na
 _FLAGS_OF_MACHINE = {"x86_64": ("-mprefer-vector-width=512",)}
 # What /proc/cpuinfo calls that on which -march=native depends, on x86 and on ARM.
 _PROCESSOR = (
-    "vendor_id", "cpu family", "model", "flags", "CPU implementer", "CPU part", "Features",
-)  # fmt: skip
+    "vendor_id",
+    "cpu family",
+    "model",
+    "flags",
+    "CPU implementer",
+    "CPU part",
+    "Features",
+)
 LOG = "build.log"
 NOT_BUILT = "the kernels are not built: nm kernels build"
 BEING_BUILT = "the kernels are being built in the background, for the next start"

@@ -57,9 +57,14 @@ class TritonBatchNorm:
         return partial(normalise_by, self, statistic)
 
     def forward(
-        self, x: Tensor, residual: OptTensor, weight: OptTensor, bias: OptTensor, spec: NormSpec,
+        self,
+        x: Tensor,
+        residual: OptTensor,
+        weight: OptTensor,
+        bias: OptTensor,
+        spec: NormSpec,
         running: Running = NONE,
-    ) -> Normalised:  # fmt: skip
+    ) -> Normalised:
         statistics = x.new_empty(STATISTICS, x.shape[1], dtype=torch.float32)
         y, relu = torch.empty_like(x), spec.fused is not None
         with on_device_of(x):
@@ -137,9 +142,14 @@ class TritonBatchNorm:
             return _select(x, mean.contiguous(), k, None, None, None)
 
     def affine(
-        self, x: Tensor, residual: OptTensor, mean: Tensor, gain: Tensor, bias: Tensor,
+        self,
+        x: Tensor,
+        residual: OptTensor,
+        mean: Tensor,
+        gain: Tensor,
+        bias: Tensor,
         fused: Fused | None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         y = torch.empty_like(x)
         if x.numel():
             mean, gain, bias = (q.contiguous() for q in (mean, gain, bias))
@@ -167,9 +177,15 @@ class TritonBatchNorm:
         return sums
 
     def gradient(
-        self, grad: Tensor, x: Tensor, y: OptTensor, mean: Tensor, gain: Tensor, offset: Tensor,
+        self,
+        grad: Tensor,
+        x: Tensor,
+        y: OptTensor,
+        mean: Tensor,
+        gain: Tensor,
+        offset: Tensor,
         pull: OptTensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         grad = lay_out_like(grad, x)
         out = torch.empty_like(x)
         passed = None if y is None else torch.empty_like(grad)
@@ -181,9 +197,13 @@ class TritonBatchNorm:
 
 
 def track(
-    running_mean: Tensor, running_var: Tensor, batches: OptTensor, mean: Tensor, variance: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    batches: OptTensor,
+    mean: Tensor,
+    variance: Tensor,
     momentum: float | None,
-) -> bool:  # fmt: skip
+) -> bool:
     """Do in one launch what `Tracking` says."""
     running = running_mean, running_var, batches, momentum
     if mean.dtype != torch.float32 or not (mean.is_contiguous() and can_move(running, mean, 0)):
@@ -234,9 +254,14 @@ def _sum_sizes(x: Tensor, mean: OptTensor, differences: OptTensor, partition: Pa
 
 
 def _select(
-    x: Tensor, mean: OptTensor, k: int, statistics: OptTensor, weight: OptTensor,
-    spec: NormSpec | None, running: Running = NONE,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    mean: OptTensor,
+    k: int,
+    statistics: OptTensor,
+    weight: OptTensor,
+    spec: NormSpec | None,
+    running: Running = NONE,
+) -> tuple[Tensor, Tensor]:
     """Return the positions and x − μ of the k largest |x − μ|, (C, k); fill the statistics."""
     partition = divide_to_select(x)
     parts = _parts(x, partition, 3)
@@ -253,17 +278,30 @@ def _select(
 
 
 def _write_output(
-    x: Tensor, residual: OptTensor, y: Tensor, mean: OptTensor, gain: Tensor, shift: OptTensor,
+    x: Tensor,
+    residual: OptTensor,
+    y: Tensor,
+    mean: OptTensor,
+    gain: Tensor,
+    shift: OptTensor,
     relu: bool,
-) -> None:  # fmt: skip
+) -> None:
     partition = divide(x, 1 if residual is None else 2)
     partition.launch(write_output, x, residual, y, mean, gain, shift, RELU=relu)
 
 
 def _sum_gradients(
-    partition: Partition, grad: Tensor, x: Tensor, y: OptTensor, passed: OptTensor,
-    codes: OptTensor, statistics: Tensor, bias: OptTensor, relu: bool, signs: bool,
-) -> Tensor:  # fmt: skip
+    partition: Partition,
+    grad: Tensor,
+    x: Tensor,
+    y: OptTensor,
+    passed: OptTensor,
+    codes: OptTensor,
+    statistics: Tensor,
+    bias: OptTensor,
+    relu: bool,
+    signs: bool,
+) -> Tensor:
     parts = _parts(x, partition, 3 if signs else 2)
     gain = statistics[4] if relu else None
     partition.launch(
