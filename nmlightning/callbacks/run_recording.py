@@ -80,7 +80,7 @@ class RunRecording:
         if (self.logs and logging_is_due(self._trainer)) or (
             self.recorder.quantities and self._is_due(1)
         ):
-            self.meter.measure(_remaining_scale(self._trainer, optimizer))
+            self.meter.measure(_remaining_scale(self._trainer, optimizer), optimizer)
             self.meter.begin(optimizer)
 
     def after_batch(self) -> None:

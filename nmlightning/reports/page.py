@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,6 +119,10 @@ def write_page(groups: Sequence[Group], place: Path) -> str:
         _section("Curves", several, curves),
         _section(
             "Norms of weights", f"{means}. {first_runs}", _plot_layers(groups, _norms, "norm")
+        ),
+        *(
+            _section(title, first_runs, _plot_layers(groups, partial(_quantity, name), name))
+            for name, title in tags.QUANTITIES.items()
         ),
         _section("Correction factors", steering, _plot_layers(groups, _factors, "factor")),
     ]
@@ -239,7 +244,9 @@ def _plot_layers(
             if layer in curves
         ]
         figure = _plot(lines, layer, "step", height=280)
-        figures.append(figure.update_yaxes(type="log", title_text=f"{quantity}, log scale"))
+        is_log = quantity != tags.COSINE
+        title = f"{quantity.replace('_', ' ')}{', log scale' if is_log else ''}"
+        figures.append(figure.update_yaxes(type="log" if is_log else "linear", title_text=title))
     return figures
 
 
@@ -280,6 +287,19 @@ def _norms(run: Run) -> dict[str, Curve]:
         tags.layer_of(name): (steps, values.mean(axis=1).astype(np.float64))
         for name, values in run.norms.norms.items()
     }
+
+
+def _quantity(name: str, run: Run) -> dict[str, Curve]:
+    known = {} if run.norms is None else run.norms.quantities
+    if run.norms is None or name not in known:
+        return {}
+    curves = {}
+    for layer, values in zip(map(tags.layer_of, run.norms.norms), known[name].T, strict=True):
+        measured = np.isfinite(values)
+        if measured.any():
+            steps = run.norms.steps[measured].astype(np.float64)
+            curves[layer] = steps, values[measured].astype(np.float64)
+    return curves
 
 
 def _factors(run: Run) -> dict[str, Curve]:

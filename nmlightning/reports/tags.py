@@ -39,16 +39,20 @@ def layer_of(weight: str) -> str:
     return weight.removesuffix(".weight")
 
 
+# What a step of a layer is measured by, beside the norms: the name, and a title.
+QUANTITIES = {
+    EFFECTIVE_LR[:-1]: "Effective learning rate, median over channels",
+    ROTATION[:-1]: "Rotation per step, radians",
+    "step_norm": "Length of a step, root mean square over channels",
+    "update_ratio": "Length of a step by that of the weight",
+    "gradient_norm": "Gradient, root mean square over channels",
+    "unclipped_gradient_norm": "Gradient before it is clipped",
+    COSINE: "Cosine of weight and gradient",
+    "spectral_norm": "Spectral norm",
+}
 _OVERVIEW = {
     "Norm, mean over channels": norm_tag("{layer}", "mean"),
-    "Effective learning rate, median over channels": EFFECTIVE_LR + "{layer}",
-    "Rotation per step, radians": ROTATION + "{layer}",
-    "Length of a step, root mean square over channels": "step_norm/{layer}",
-    "Length of a step by that of the weight": "update_ratio/{layer}",
-    "Gradient, root mean square over channels": "gradient_norm/{layer}",
-    "Gradient before it is clipped": "unclipped_gradient_norm/{layer}",
-    "Cosine of weight and gradient": COSINE + "/{layer}",
-    "Spectral norm": "spectral_norm/{layer}",
+    **{title: f"{name}/{{layer}}" for name, title in QUANTITIES.items()},
     "Correction factor, mean over channels": factor_tag("{layer}", "mean"),
     "Correction factor, largest channel": factor_tag("{layer}", "max"),
     **{f"Angle of rounding the {x}, degrees": angle_tag("{layer}", x) for x in ROUNDED},

@@ -32,7 +32,7 @@ from nmlightning.weights.recorder import Recorder
 _OF_GRADIENTS = ("unclipped_gradient_norm", "gradient_norm")
 _OF_STEPS = ("step_norm", "rotation", "update_ratio")
 DEFAULT = ("weight_norm", "rotation", "effective_lr")
-QUANTITIES = (*DEFAULT, "step_norm", "update_ratio", *_OF_GRADIENTS, tags.COSINE, "spectral_norm")
+QUANTITIES = ("weight_norm", *tags.QUANTITIES)
 
 
 def check_quantities(quantities: Sequence[str]) -> tuple[str, ...]:
@@ -162,7 +162,7 @@ class StepMeter:
                 known_power(optimizer),
                 expected_rotation(optimizer, group),
             )
-        self._values = {}
+        self.norms, self._values = None, {}
         if self._wanted & {*_OF_STEPS, tags.COSINE}:
             values = {k: local_part(w.parameter.detach()) for k, w in weights.items()}
             for layer, now in values.items():
@@ -172,14 +172,17 @@ class StepMeter:
             if values:
                 torch._foreach_copy_([self._before[k] for k in values], list(values.values()))
 
-    def measure(self, scale: float | Tensor = 1.0) -> None:
+    def measure(self, scale: float | Tensor = 1.0, optimizer: Optimizer | None = None) -> None:
         """Measure `unclipped_gradient_norm` on the gradients as they are now, before clipping.
 
-        They may still be multiplied by a `scale`, as by `scaler.get_scale()` before
-        `scaler.unscale_(optimizer)`.
+        They are those of one optimizer, or all, and may still be multiplied by a `scale`, as by
+        `scaler.get_scale()` before `scaler.unscale_(optimizer)`.
         """
         if "unclipped_gradient_norm" in self._wanted:
-            self._measure_gradients("unclipped_gradient_norm", list(self._moved), scale)
+            numbers = None if optimizer is None else group_numbers(optimizer)
+            moved = self._moved.items()
+            layers = [k for k, w in moved if numbers is None or w.parameter in numbers]
+            self._measure_gradients("unclipped_gradient_norm", layers, scale)
 
     @torch.no_grad()
     def measure_step(self, optimizer: Optimizer) -> None:
@@ -221,7 +224,7 @@ class StepMeter:
 
         They are by quantity, NaN for weights that were not measured. A second call does nothing.
         """
-        if not self._values:
+        if self.norms is None:
             self._measure(list(self._steps))
         places = {layer: number for number, layer in enumerate(self.layers)}
         columns = {}
@@ -329,7 +332,8 @@ class StepMeter:
 
     def forget(self) -> None:
         """Drop the steps that were begun."""
-        self._steps, self._products, self._values = {}, {}, {}
+        self._steps, self._products = {}, {}
+        self.norms, self._values = None, {}
         self._gradients = {name: {} for name in _OF_GRADIENTS}
 
     def state_dict(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from nmlightning.int8.layers import INT8_CLASSES
 from nmlightning.int8.quantizer import direction_cosine, symmetric_grid
 from nmlightning.optim import LRCorrection
 from nmlightning.reports.tags import dashboard_layout, group_by_stage, norm_tag
-from nmlightning.tracking.step_meter import DeviceReading
+from nmlightning.tracking.step_meter import QUANTITIES, DeviceReading
 from nmlightning.weights.channel_norms import channel_norms, equilibrium_rotation
 from nmlightning.weights.history import NormHistory
 from optim_rules import channel_angles
@@ -413,3 +413,57 @@ def test_dashboard_shows_a_diverged_run(tmp_path: Path) -> None:
     fit(tmp_path, WeightNormTracker(), module={"lr": 1e30})
     scalars = read_scalars(tmp_path)
     assert not np.isfinite(list(scalars["weight_norm/net.7/mean"].values())[-1])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_chosen_quantities_are_logged_and_recorded(tmp_path: Path, fused: bool) -> None:
+    """Of clipped gradients, which a GradScaler has scaled, and of which one overflows."""
+    tracker = WeightNormTracker(every=2, quantities=QUANTITIES)
+    seen: dict[int, Tensor] = {}
+
+    class Clips(PlModule):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            # Lightning has divided by the scale, but for a fused optimizer.
+            scale = self.trainer.precision_plugin.scaler.get_scale() if fused else 1.0
+            seen[len(seen)] = self.net[0].weight.grad.detach() / scale
+
+    module = fit(
+        tmp_path, tracker, Clips, plugins=[make_scaler()],
+        gradient_clip_val=None if fused else 0.5, gradient_clip_algorithm="value",
+        module={"fused": fused, "overflow_at": 3},
+    )  # fmt: skip
+    scalars = read_scalars(tmp_path)
+    for batch in (1, 5):
+        gradient, weight = seen[batch], module.weights[batch]["net.0"]
+        clipped = gradient if fused else gradient.clamp(-0.5, 0.5)
+        step = module.weights[batch + 1]["net.0"] - weight
+        channels = len(weight) ** 0.5
+        expected = {
+            "unclipped_gradient_norm": gradient.norm() / channels,
+            "gradient_norm": clipped.norm() / channels,
+            "weight_gradient_cosine": F.cosine_similarity(weight.ravel(), clipped.ravel(), 0),
+            "step_norm": step.norm() / channels,
+            "update_ratio": step.norm() / weight.norm(),
+        }
+        history = NormHistory.load(tmp_path)
+        record = history.steps.tolist().index(batch + 1)
+        for name, value in expected.items():
+            found = scalars[f"{name}/net.0"][batch]
+            # The layer is scale-invariant: its cosine is what rounding leaves of it.
+            assert found == pytest.approx(float(value), rel=1e-4, abs=1e-7), name
+            assert history.quantities[name][record][0] == pytest.approx(found, rel=1e-6)
+    assert set(history.quantities) == {*QUANTITIES} - {"weight_norm"}
+    assert {f"{name}/net.0" for name in QUANTITIES[1:]} < scalars.keys()
+
+
+def test_ends_of_epochs_have_the_quantities_of_their_last_step(tmp_path: Path) -> None:
+    tracker = WeightNormTracker(quantities=["rotation"], log_norms=False)
+    module = fit(tmp_path, tracker)
+    found = NormHistory.load(tmp_path).quantities["rotation"]
+    assert np.isnan(found[0]).all()
+    for epoch in range(EPOCHS):
+        last = (epoch + 1) * BATCHES
+        before, after = (module.weights[batch]["net.0"] for batch in (last - 1, last))
+        expected = channel_angles(before, after).square().mean().sqrt()
+        assert found[epoch + 1][0] == pytest.approx(float(expected), rel=1e-5)
+    assert not any(tag.startswith("rotation") for tag in read_scalars(tmp_path))

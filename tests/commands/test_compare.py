@@ -19,6 +19,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from nmlightning.cli import main
+from nmlightning.weights.history import NormHistory
 
 MakeRun = Callable[..., Path]
 KEPT = '{"settings": {"a": 1}, "seed": 1, "cpu_minutes": 1}'
@@ -211,6 +212,26 @@ def test_page_shows_norms_and_factors_on_a_logarithmic_axis(runs: Path) -> None:
     assert main(["compare", str(runs / "[red]<off>")]) == 0
     chart = charts_of(Path("comparison.html").read_text())["net.conv"]
     assert values_of(chart["data"][0], "y") == [1, 2]
+
+
+def test_page_shows_recorded_quantities(make_run: MakeRun) -> None:
+    make_run("run", norms={"net.conv.weight": [[1.0], [0.5]]})
+    file = Path("run/weight_norms.safetensors")
+    history = NormHistory.load(file)
+    rotations, cosines = [[np.nan], [0.25]], [[np.nan], [-0.5]]
+    quantities = {"rotation": rotations, "weight_gradient_cosine": cosines}
+    NormHistory.from_arrays(
+        history.norms, history.steps, history.epochs, quantities=quantities
+    ).save(file)
+    assert main(["compare", "run"]) == 0
+    page = Path("comparison.html").read_text()
+    titles = ["Norms of weights", "Rotation per step, radians", "Cosine of weight and gradient"]
+    assert [title for title in re.findall("<h2>(.*?)</h2>", page) if title in titles] == titles
+    chart = charts_of(page)["net.conv"]  # the last of that layer
+    assert chart["yaxis"]["title"]["text"] == "weight gradient cosine"
+    assert chart["yaxis"]["type"] == "linear"
+    assert values_of(chart["data"][0], "x") == [10]
+    assert values_of(chart["data"][0], "y") == [-0.5]
 
 
 def test_page_has_training_beside_validation_over_epochs_from_1(make_run: MakeRun) -> None:

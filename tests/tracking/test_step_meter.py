@@ -1,6 +1,6 @@
 """Each quantity of a step equals its definition, in float64, for weights that are whole or shards.
 
-Run as a script it is one of two ranks: `python test_step_meter.py FOLDER RANK`.
+Run as a script it is one of two or four ranks: `python test_step_meter.py FOLDER WORLD RANK`.
 """
 
 import sys
@@ -14,7 +14,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 from nmlightning import track_norms
 from nmlightning.tracking.step_meter import QUANTITIES
@@ -218,46 +224,75 @@ def test_a_logged_step_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(logged) == 1
 
 
-def main(folder: Path, rank: int) -> None:
-    """Compare sharded training with the definition, of the whole weights."""
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
-    for name, dim in ((name, dim) for name in OPTIMIZERS for dim in (0, 1)):
+def compare_shards(rank: int, dim: int, name: str) -> None:
+    """Compare training with weights that are sharded along a dimension with the definition."""
+    mesh, make = init_device_mesh("cpu", (2,)), OPTIMIZERS[name][0]
+    torch.manual_seed(0)
+    expected = list(train(Net(), make))
+    torch.manual_seed(0)
+    net, template = Net(), Net()
+    for module in map(net.get_submodule, LAYERS):
+        module.weight = nn.Parameter(distribute_tensor(module.weight.detach(), mesh, [Shard(dim)]))
+
+    def forward(x: Tensor) -> Any:
+        whole = {k: getattr(q, "full_tensor", lambda q=q: q)() for k, q in net.named_parameters()}
+        return torch.func.functional_call(template, whole, (x,))
+
+    net.forward = forward  # type: ignore[method-assign]
+    for (logged, weights, tracker), (other, _, _) in zip(train(net, make), expected, strict=True):
+        if rank == 0:
+            check(logged, weights, name)
+            spectral = {k: v for k, v in other.items() if k.startswith("spectral")}
+            assert {k: logged[k] for k in spectral} == pytest.approx(spectral, rel=1e-6)
+        for layer in LAYERS:
+            found = torch.from_numpy(tracker.history.norms[f"{layer}.weight"][-1].copy())
+            norms = rows(weights[layer][1], layer).norm(dim=1).float()
+            torch.testing.assert_close(found, norms, rtol=2e-7, atol=0)
+
+
+def compare_meshes(rank: int) -> None:
+    """Compare FSDP2 around tensor parallelism, with uneven shards, with one process."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    logs: list[list[dict[str, float]]] = []
+    for is_sharded in (False, True):
         torch.manual_seed(0)
-        net = Net()
-        expected = list(train(net, OPTIMIZERS[name][0]))
-        torch.manual_seed(0)
-        sharded = Net()
-        modules = [sharded.get_submodule(layer) for layer in LAYERS]
-        for module in modules:
-            shards = distribute_tensor(module.weight.detach(), mesh, [Shard(dim)])
-            module.weight = nn.Parameter(shards)
-        template = Net()
-        sharded.forward = lambda x, sharded=sharded, template=template: torch.func.functional_call(  # type: ignore
-            template, {k: whole_graph(q) for k, q in sharded.named_parameters()}, (x,)
+        net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5), nn.Linear(5, 3))
+        if is_sharded:
+            parallelize_module(net, mesh["tensor"], plan)
+            for module in (net[0], net[2], net):
+                fully_shard(module, mesh=mesh["data"])
+        optimizer = torch.optim.AdamW(net.parameters(), 0.05, weight_decay=0.1)
+        logs.append([])
+        track_norms(
+            net, optimizer, quantities=QUANTITIES, log=lambda values, _: logs[-1].append(values)
         )
-        steps = train(sharded, OPTIMIZERS[name][0])
-        for (logged, weights, tracker), (other, _, _) in zip(steps, expected, strict=True):
-            if rank == 0:
-                check(logged, weights, name)
-                spectral = {k: v for k, v in other.items() if k.startswith("spectral")}
-                assert {k: logged[k] for k in spectral} == pytest.approx(spectral, rel=1e-6)
-            norms = tracker.history.norms
-            for layer in LAYERS:
-                found = torch.from_numpy(norms[f"{layer}.weight"][-1].copy())
-                expected_norms = rows(weights[layer][1], layer).norm(dim=1).float()
-                torch.testing.assert_close(found, expected_norms, rtol=2e-7, atol=0)
+        for step in range(3):
+            torch.manual_seed(step)
+            net(torch.randn(4, 6)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    if rank == 0:
+        for whole, sharded in zip(*logs, strict=True):
+            assert sharded == pytest.approx(whole, rel=1e-4)  # ranks sum in another order
+            assert len(sharded) > 30
+
+
+def main(folder: Path, world: int, rank: int) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/{world}", rank=rank, world_size=world)
+    if world == 4:
+        compare_meshes(rank)
+    else:
+        for dim in (0, 1):
+            for name in OPTIMIZERS:
+                compare_shards(rank, dim, name)
     dist.destroy_process_group()
 
 
-def whole_graph(tensor: Tensor) -> Tensor:
-    """Return the tensor gathered, as a part of the graph."""
-    return getattr(tensor, "full_tensor", lambda: tensor)()
-
-
-def test_shards_of_any_dimension_equal_the_whole(tmp_path: Path) -> None:
-    run_ranks(2, __file__, tmp_path)
+@pytest.mark.parametrize("world", [2, 4])
+def test_shards_of_any_dimension_equal_the_whole(tmp_path: Path, world: int) -> None:
+    run_ranks(world, __file__, tmp_path, world)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
