@@ -15,7 +15,7 @@ try:
     from transformers import TrainerCallback
 except ModuleNotFoundError as error:
     raise InputError(
-        "nmlightning.tracking.hugging_face needs transformers: pip install 'nmlightning[hf]'."
+        "nmlightning.tracking.hugging_face needs transformers: pip install transformers accelerate."
     ) from error
 
 _STATE = "norm_tracker.pt"  # in a checkpoint's folder

@@ -145,7 +145,6 @@ class StepMeter:
         self._products: dict[str, Tensor] = {}
         self._power_iteration = PowerIteration()
         self.norms: list[Tensor] | None = None  # as `finish` found them
-        self._statistics: Tensor | None = None  # (L, 4)
         self._values: dict[str, tuple[list[str], Tensor]] = {}  # of some layers each
 
     @torch.no_grad()
@@ -239,24 +238,21 @@ class StepMeter:
     def _measure(self, layers: list[str]) -> None:
         self.norms = self.recorder.norms()
         norms = dict(zip(self.layers, self.norms, strict=True))
-        if self._wanted & {"weight_norm", "effective_lr"}:
-            self._statistics = summarise_channels([each.float() for each in norms.values()])
         if "effective_lr" in self._wanted:
-            self._add_rates(layers)
+            self._add_rates(layers, norms)
         if "spectral_norm" in self._wanted:
             weights = {layer: self._moved[layer] for layer in layers}
             self._values["spectral_norm"] = layers, self._power_iteration(weights)
         if layers and self._wanted & {*_OF_STEPS, *_OF_GRADIENTS, tags.COSINE}:
             self._add_sums(layers, norms)
 
-    def _add_rates(self, layers: list[str]) -> None:
+    def _add_rates(self, layers: list[str], norms: Mapping[str, Tensor]) -> None:
         known = [layer for layer in layers if self._steps[layer].power is not None]
-        if known and self._statistics is not None:
-            places = [list(self.layers).index(layer) for layer in known]
+        if known:
+            medians = torch.stack([norms[layer].float().nanmedian() for layer in known])
             steps = [self._steps[layer] for layer in known]
             columns = [(s.learning_rate, s.momentum, float(s.power or 0)) for s in steps]
-            rate, momentum, power = torch.tensor(columns).to(self._statistics.device).unbind(1)
-            medians = self._statistics[places, STATISTICS.index("median")]
+            rate, momentum, power = torch.tensor(columns).to(medians.device).unbind(1)
             rates = effective_learning_rates(medians, rate, power=power, momentum=momentum)
             self._values["effective_lr"] = known, rates
 
@@ -304,9 +300,9 @@ class StepMeter:
 
     def add_to(self, reading: DeviceReading) -> None:
         """Add what was measured, and the factors of steering."""
-        if self._statistics is not None and "weight_norm" in self._wanted:
+        if self.norms is not None and "weight_norm" in self._wanted:
             names = [tags.norm_tag(layer, name) for layer in self.layers for name in STATISTICS]
-            reading.add(names, self._statistics)
+            reading.add(names, summarise_channels([each.float() for each in self.norms]))
         for quantity, (layers, values) in self._values.items():
             reading.add([f"{quantity}/{layer}" for layer in layers], values)
         factors = {name: f for handle in self.handles for name, f in handle.factors().items()}

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from nmlightning.errors import InputError
 
@@ -229,16 +228,16 @@ def summarise_channels(values: Sequence[Tensor]) -> Tensor:
     Where a layer has a NaN, all but its median, which leaves it out, are NaN. The median of an even
     number is the lower one.
     """
-    rows = pad_sequence(list(values), batch_first=True, padding_value=math.nan)
-    counts = torch.tensor([len(v) for v in values], device=rows.device)
-    padding = torch.arange(rows.shape[1], device=rows.device) >= counts[:, None]
-    columns = [
-        rows.masked_fill(padding, math.inf).amin(1),
-        rows.masked_fill(padding, 0.0).sum(1) / counts,
-        rows.masked_fill(padding, -math.inf).amax(1),
-        rows.nanmedian(1).values,
-    ]
-    return torch.stack(columns, dim=1)
+    places: dict[int, list[int]] = {}
+    for number, each in enumerate(values):
+        places.setdefault(len(each), []).append(number)
+    columns = []
+    for numbers in places.values():  # layers of one width together; none is padded to another's
+        rows = torch.stack([values[number] for number in numbers])
+        each_of = rows.amin(1), rows.mean(1), rows.amax(1), rows.nanmedian(1).values
+        columns.append(torch.stack(each_of, dim=1))
+    order = [number for numbers in places.values() for number in numbers]
+    return torch.cat(columns)[sorted(range(len(order)), key=order.__getitem__)]
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -255,6 +256,7 @@ def compare_meshes(rank: int) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
     logs: list[list[dict[str, float]]] = []
+    norms = []
     for is_sharded in (False, True):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5), nn.Linear(5, 3))
@@ -264,7 +266,7 @@ def compare_meshes(rank: int) -> None:
                 fully_shard(module, mesh=mesh["data"])
         optimizer = torch.optim.AdamW(net.parameters(), 0.05, weight_decay=0.1)
         logs.append([])
-        track_norms(
+        tracker = track_norms(
             net, optimizer, quantities=QUANTITIES, log=lambda values, _: logs[-1].append(values)
         )
         for step in range(3):
@@ -272,6 +274,8 @@ def compare_meshes(rank: int) -> None:
             net(torch.randn(4, 6)).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
+        norms.append(np.concatenate([*tracker.history.norms.values()], axis=1))
+    np.testing.assert_allclose(*norms, rtol=1e-4)  # in the order of the channels
     if rank == 0:
         for whole, sharded in zip(*logs, strict=True):
             assert sharded == pytest.approx(whole, rel=1e-4)  # ranks sum in another order
