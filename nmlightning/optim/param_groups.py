@@ -224,7 +224,7 @@ def parameter_groups(
         >>> [(group["use_muon"], len(group["params"])) for group in groups]
         [(True, 1), (False, 3)]
         >>> from torch.optim import Muon
-        >>> muon = Muon([group for group in groups if group.pop("use_muon")])
+        >>> muon = Muon([group for group in groups if group["use_muon"]])
     """
     allowed = (*get_args(WeightDecayScope), "scale_invariant")
     if scope not in allowed:

@@ -328,9 +328,9 @@ def test_split_for_muon_of_models_of_others(name: str) -> None:
     matrices = {path: p for path, p in model.named_parameters() if p.dim() == 2}
     rest = {path for path, p in matrices.items() if not any(p is q for q in hidden)}
     assert {path if path in left else path.rpartition(".")[2] for path in rest} == left
-    muon = [group for group in groups if group.pop("use_muon")]
+    muon, rest = ([group for group in groups if group["use_muon"] is x] for x in (True, False))
     assert not muon or torch.optim.Muon(muon).param_groups[0]["weight_decay"] == DECAY
-    assert torch.optim.AdamW([group for group in groups if group not in muon])
+    assert torch.optim.AdamW(rest)
 
 
 def test_split_leaves_what_is_shared_or_computed() -> None:
