@@ -20,7 +20,7 @@ from nmlightning.optim.parameters import (
 )
 from nmlightning.optim.scope import MATRICES
 from nmlightning.optim.step_hooks import StepRule
-from nmlightning.weights.channel_norms import is_usable
+from nmlightning.weights.channel_norms import ROWS, is_usable
 
 MOST_ITERATIONS, RISE = 50, 1e-4
 """The power iteration ends where an iteration raises its estimate by no more than this share."""
@@ -151,8 +151,9 @@ class UnitNorm(StepRule):
 
     Rows, dim 1, are the weights of one output over all inputs, of a convolution the whole channel;
     columns, dim 0, those of one input over all outputs, for each element of a kernel. A row of
-    zeros stays. The optimizer's averages do not change. A row whose step is not finite goes back to
-    where it was, and under dim 0 the whole weight.
+    zeros stays. A stack of experts (E, out, in) has the rows and columns of its matrices. The
+    optimizer's averages do not change. A row whose step is not finite goes back to where it was,
+    and under dim 0 the whole matrix.
 
     Forced weight normalization of EDM2 is `UnitNorm(norm="rms")`, for layers that divide their
     weight by √n in forward as EDM2's do, and `UnitNorm()` for plain layers. nGPT has all vectors of
@@ -164,6 +165,7 @@ class UnitNorm(StepRule):
     Args:
         dim: 1, 0, or by glob patterns on weight names, of which the first that matches counts.
         norm: "l2", or "rms", under which the elements have a root mean square of 1.
+        granularity: of parameters of three dimensions, as of `Hyperball`.
         include: glob patterns on weight names; empty means every weight of two or more dimensions.
         exclude: glob patterns on names of weights that are not steered.
 
@@ -191,38 +193,42 @@ class UnitNorm(StepRule):
         dim: int | Mapping[str, int] = 1,
         *,
         norm: Literal["l2", "rms"] = "l2",
+        granularity: Granularity = "auto",
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
     ) -> None:
         for each in dim.values() if isinstance(dim, Mapping) else (dim,):
             check_choice("dim", each, (0, 1))
         check_choice("norm", norm, ("l2", "rms"))
+        check_choice("granularity", granularity, GRANULARITIES)
         super().__init__(include, exclude)
         self.dim = dict(dim) if isinstance(dim, Mapping) else dim
         self.norm = norm
+        self.granularity = granularity
 
     def init_state(self, weight: OptimizedWeight) -> State:
         check_single_steps(self, weight.optimizer)
         self._dim_of(weight)
+        weight.is_stack(self.granularity)
         return {}
 
     def after_step(
         self, weight: OptimizedWeight, before: Tensor, recorded: Tensor | None, state: State
     ) -> tuple[Tensor, Tensor]:
         """Set the norms."""
-        dim = self._dim_of(weight)
-        skipped, factors = take_step(weight, before, whole=dim == 0)
-        rows = weight.layout.rows(weight.values).to(weight.norms_dtype)
-        if dim == 1:
-            norms, elements = weight.layout.spread(weight.norms(), weight.values), rows[0].numel()
-            rows = weight.values.to(norms.dtype)
+        dim, stack, values = self._dim_of(weight), weight.is_stack(self.granularity), weight.values
+        skipped, factors = take_step(weight, before, whole=dim == 0 and not stack)
+        rows = weight.layout.rows(values).to(weight.norms_dtype)
+        if stack:
+            norms, elements = rows.norm(dim=1 + dim, keepdim=True), rows.shape[1 + dim]
+        elif dim == 1:
+            norms, elements = ROWS.spread(weight.norms(), rows), rows[0].numel()
         else:
             norms, elements = weight.sum_over_ranks(rows.square().sum(0)).sqrt(), weight.channels
         target = math.sqrt(elements) if self.norm == "rms" else 1.0
         rows = rows * (target / norms).where(is_usable(norms), 1.0)
-        values = weight.values
-        rows = rows if dim == 1 else weight.layout.from_rows(rows, values.shape)
-        values.copy_(torch.where(weight.spread(skipped) != 0, values, rows.to(values.dtype)))
+        new = weight.layout.from_rows(rows, values.shape).to(values.dtype)
+        values.copy_(torch.where(weight.spread(skipped) != 0, values, new))
         return skipped, factors
 
     def _dim_of(self, weight: OptimizedWeight) -> int:

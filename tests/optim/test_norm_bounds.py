@@ -70,6 +70,18 @@ def test_matrices_of_a_stack_are_capped_each() -> None:
     torch.testing.assert_close(largest(weight.flatten(1)), torch.ones(()), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_vectors_of_a_stack_are_those_of_its_matrices(dim: int) -> None:
+    weight = nn.Parameter(draw(3, 4, 5))
+    step_on(UnitNorm(dim), weight, draw(3, 4, 5, seed=1))
+    norms = weight.detach().norm(dim=1 + dim)
+    torch.testing.assert_close(norms, torch.ones_like(norms))
+    model = nn.ParameterDict({"mlp": nn.Parameter(draw(3, 4, 5))})
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    with pytest.raises(InputError, match=r"mlp of shape .* may be one weight or a stack of matric"):
+        UnitNorm(dim).attach(optimizer, model.named_parameters())
+
+
 def test_weight_of_zeros_may_grow() -> None:
     weight = nn.Parameter(torch.zeros(3, 2))
     step_on(SpectralCap(1.0), weight, -torch.ones(3, 2))
