@@ -322,6 +322,9 @@ class NormGuard(compat.CallbackBase):
         if "_guard" in vars(self):
             vars(self).pop("_guard").remove()
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, _: Any) -> None:
+        self.teardown(trainer, pl_module, "fit")
+
 
 class BackendNote:
     """Asks each norm once, when it gets its first batch, which backend computes it.

@@ -154,6 +154,14 @@ class Overflows(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
+def test_callback_ends_with_a_fit_that_fails(tmp_path: Path) -> None:
+    module = Overflows(leaves_out=False)
+    data = DataLoader(torch.randn(6, 5), batch_size=6)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        quiet_trainer(NormGuard(), default_root_dir=tmp_path).fit(module, data)
+    assert not module.net[1]._forward_hooks
+
+
 @pytest.mark.filterwarnings("ignore:.*training_step. returned .None.")
 def test_callback_in_16_mixed(tmp_path: Path) -> None:
     modules = []
