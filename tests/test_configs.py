@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -30,6 +31,7 @@ CIFAR = {
     "cifar_l1_cuda": ("l1", "exact"),
     "cifar_l2_cuda": None,
 }
+HELD = ("cifar_adamh", "cifar_muonh")  # by Hyperball
 NORMALISED = {
     "cifar_wn": ("weight", 2),
     "cifar_bwn": ("bounded", 2),
@@ -111,7 +113,7 @@ def read(name: str) -> dict[str, Any]:
 def test_shipped_configs_are_the_quickstart_and_the_papers_experiments() -> None:
     studies = [f"{family}_{name}" for family in FAMILIES for name in STUDY]
     names = [*CIFAR, *NORMALISED, *IMAGENET, *NORMALISED_IMAGENET, *TRANSLATION, *studies]
-    names += [*INT8, *STUDY_INT8]
+    names += [*INT8, *STUDY_INT8, *HELD]
     assert list(CONFIGS) == ["quickstart", *sorted(names)]
 
 
@@ -151,6 +153,16 @@ def test_config_runs(fit: Fit, name: str) -> None:
     assert {(norm["norm"], norm.get("constant")) for norm in swaps} == {expected} - {None}
     found = [(note["kind"], note["p"]) for note in normalised.values()]
     assert found == ([NORMALISED[name]] * 13 if name in NORMALISED else [])
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_config_holds_the_norms_of_weights(fit: Fit, name: str) -> None:
+    fit(name, *ON_DIGITS, "--model.net.depth", "14")
+    history = NormHistory.load(f"runs/{name}/version_0")
+    for channels in history.norms.values():
+        norms = np.linalg.norm(channels.astype(np.float64), axis=1)
+        assert norms == pytest.approx(norms[0], rel=1e-5)
+        assert not np.allclose(channels[-1], channels[0], rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", [*INT8, *STUDY_INT8])
