@@ -74,9 +74,10 @@ EXCEPTIONS = {
 }
 # Of the targets that are missed: what was reached, which must not be left again.
 REACHED = {
-    "Python files": 161,
-    "lines of nmlightning, Python and C++": 33_349,
-    "lines of tests": 30_602,
+    "Python files": 170,
+    "lines of nmlightning, Python and C++": 35_197,
+    "lines of tests": 32_191,
+    "files a recording meets in a step": 8,
     "files a config meets before Trainer.fit": 22,
 }
 
