@@ -1,9 +1,12 @@
 """track_norms: record norms and steps of weights, and steer them, in a loop of one's own."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import TracebackType
 from typing import Any, Literal
 
@@ -23,6 +26,10 @@ from nmlightning.weights.layer_weights import find_recorded_weights
 from nmlightning.weights.recorder import KeptRecording, Recorder, keep_recording, rates_of
 
 Log = Callable[[dict[str, float], int], Any]
+_SILENT = {
+    "step": "No tracked optimizer has stepped: track the one that trains, not one it replaced.",
+    "measure": "unclipped_gradient_norm is wanted: call measure() after backward.",
+}
 
 
 def track_norms(
@@ -66,8 +73,9 @@ def track_norms(
         The handle; `close` it, or use it in a `with` statement.
 
     Raises:
-        InputError: a setting of another kind, a pattern that matches nothing, an optimizer that
-            calls no step hooks or moves none of the weights, what `rule.attach` refuses.
+        InputError: a setting of another kind, a folder that cannot be written to, a pattern that
+            matches nothing, an optimizer that calls no step hooks or moves none of the weights,
+            what `rule.attach` refuses. Nothing stays attached.
 
     Examples:
         >>> net = torch.nn.Linear(4, 2)
@@ -81,8 +89,10 @@ def track_norms(
     """
     check_lists(include=include, exclude=exclude)
     _check_settings(every, rule, log)
-    given: list[Any] = [optimizers] if hasattr(optimizers, "step") else [*optimizers]
-    if not isinstance(model, nn.Module) or not given:
+    wanted = check_quantities(quantities)
+    one = hasattr(optimizers, "step") or not isinstance(optimizers, Iterable)
+    given: list[Any] = [optimizers] if one else [*optimizers]  # type: ignore[misc]  # it is several
+    if not isinstance(model, nn.Module) or given in ([], [None]):
         raise InputError("track_norms takes a model, and the optimizers that train it.")
     weights = find_recorded_weights(model, include, exclude)
     nested = [find_steps(optimizer, in_place=False) for optimizer in given]
@@ -92,13 +102,15 @@ def track_norms(
             "The optimizers move none of the model's weights: track the model and the optimizers "
             "as the training has prepared them, also if it shards or wraps them."
         )
-    handles = [] if rule is None else _attach(rule, nested, model, (include, exclude))
-    wanted = check_quantities(quantities)
+    NormHistory.from_arrays({}, [], [], provenance=provenance)  # refuses what cannot be written
     recorded = [name for name in wanted if name != "weight_norm"]
     origin = {"versions": {"torch": torch.__version__}, **(provenance or {})}
     recorder = Recorder(weights, origin, None, weight_kernels, recorded)
-    meter = StepMeter(recorder, wanted, handles)
-    return NormTracker(meter, nested, handles, every, log, None if path is None else Path(path))
+    folder = _check_folder(path)
+    with ExitStack() as attached:  # what an error detaches again
+        handles = [] if rule is None else _attach(rule, nested, model, (include, exclude), attached)
+        meter = StepMeter(recorder, wanted, handles)
+        return NormTracker(meter, nested, handles, every, log, folder, attached)
 
 
 class NormTracker:
@@ -119,22 +131,25 @@ class NormTracker:
         every: int | Literal["epoch"],
         log: Log | None,
         folder: Path | None,
+        attached: ExitStack,
     ) -> None:
         self.handles, self.step, self.epoch = list(handles), 0, 0
         self._meter, self._recorder = meter, meter.recorder
         self._every, self._log, self._folder = every, log, folder
         self._kept: KeptRecording | None = None
-        self._writes = not dist.is_initialized() or dist.get_rank() == 0
+        self._writes = _is_first_rank()
         self._optimizers = [steps[-1] for steps in nested]
         self._stepped, self._begun = set[int](), set[int]()
         self._rates: dict[int, tuple[float, float]] = {}
         for optimizer in self._optimizers:
             self._rates |= rates_of(optimizer)
+        measures = "unclipped_gradient_norm" in meter.recorder.quantities
+        self._silent = {"step", "measure"} if measures else {"step"}  # what never was called
         self._resume({})
-        self._hooks = [
-            StepHooks(steps, partial(self._before_step, n), partial(self._after_step, n))
-            for n, steps in enumerate(nested)
-        ]
+        for n, steps in enumerate(nested):
+            hooks = StepHooks(steps, partial(self._before_step, n), partial(self._after_step, n))
+            attached.callback(hooks.remove)
+        self._attached = attached.pop_all()
 
     @property
     def path(self) -> Path | None:
@@ -148,7 +163,10 @@ class NormTracker:
     @property
     def is_due(self) -> bool:
         """Whether the next step, or the one in progress, is recorded and logged."""
-        return self._every != "epoch" and (self.step + 1) % self._every == 0
+        return self._is_due(1)
+
+    def _is_due(self, later: int) -> bool:
+        return self._every != "epoch" and (self.step + later) % self._every == 0
 
     def measure(self, scale: float | Tensor = 1.0) -> None:
         """Measure the gradients as they are now, for `unclipped_gradient_norm` and for the rule.
@@ -157,14 +175,16 @@ class NormTracker:
         gradients are complete. Before `scaler.unscale_(optimizer)` they are still multiplied by a
         `scale`, `scaler.get_scale()`.
         """
-        if self.is_due:
+        self._silent.discard("measure")
+        if self.is_due or (self._stepped and self._is_due(2)):  # the next step may begin a new one
             self._meter.measure(scale)
         for handle in self.handles:
             handle.measure()
 
     def end_epoch(self) -> None:
         """Record the end of an epoch, and write what is recorded; every rank has to call it."""
-        self._end_begun_step()
+        self._end_step()
+        self._warn_if_silent("step")
         self._recorder.record(self.step, self.epoch, self._rates)
         self._recorder.end_epoch()
         for handle in self.handles:
@@ -181,18 +201,16 @@ class NormTracker:
 
     def close(self, *, finished: bool = True) -> None:
         """Detach everything, and write the records, as those of a run that `finished` or not."""
-        self._end_begun_step()
+        self._end_step()
         if finished:
             self._recorder.finish()
+            self._warn_if_silent("step")
         self.remove()
         self.save()
 
     def remove(self) -> None:
         """Let the optimizers step as they did before."""
-        for hook in self._hooks:
-            hook.remove()
-        for handle in self.handles:
-            handle.remove()
+        self._attached.close()
 
     def __enter__(self) -> "NormTracker":
         return self
@@ -204,7 +222,7 @@ class NormTracker:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a run needs that resumes this one; every rank has to call it."""
-        self._end_begun_step()
+        self._end_step()
         self.save()
         return {
             "step": self.step,
@@ -256,21 +274,21 @@ class NormTracker:
             self._meter.measure_step(self._optimizers[number])
 
     def _after_step(self, number: int) -> None:
+        self._silent.discard("step")
         self._stepped.add(number)
         if len(self._stepped) == len(self._optimizers):
             self._end_step()
 
-    def _end_begun_step(self) -> None:
-        if self._stepped:
-            self._end_step()
-
     def _end_step(self) -> None:
-        """Record and log the step that is over, if that is due."""
+        """Record and log the step that has begun, if any, and that is due."""
+        if not self._stepped:
+            return
         is_due = self.is_due
         self.step += 1
         self._stepped.clear()
         self._begun.clear()
         if is_due:
+            self._warn_if_silent("measure")
             values = self._meter.finish()
             norms = self._meter.norms
             self._recorder.record(self.step, self.epoch, self._rates, values, norms)
@@ -279,8 +297,14 @@ class NormTracker:
             else:
                 numbers = self._meter.read()
                 numbers |= pool_layers(numbers, list(self._meter.layers))
-                if self._writes:
+                if numbers and self._writes:
                     self._log(numbers, self.step)
+
+    def _warn_if_silent(self, what: str) -> None:
+        if what in self._silent:
+            self._silent.remove(what)
+            if self._writes:
+                warnings.warn(_SILENT[what], stacklevel=3)
 
 
 def _attach(
@@ -288,12 +312,35 @@ def _attach(
     nested: Sequence[Sequence[Optimizer]],
     model: nn.Module,
     within: tuple[Sequence[str], Sequence[str]],
+    attached: ExitStack,
 ) -> list[StepHookHandle]:
     """Attach a rule to the optimizers that have weights for it, or where it says why none has."""
     rule = copy.copy(rule)
     rule.within = ((), ()) if rule.include else within
     fitting = [each for each in nested if has_weights(each[-1], model, rule.choice)]
-    return [rule.attach(steps[0], model) for steps in fitting or nested]
+    handles = []
+    for steps in fitting or nested:
+        handles.append(rule.attach(steps[0], model))
+        attached.callback(handles[-1].remove)
+    return handles
+
+
+def _is_first_rank() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _check_folder(path: object) -> Path | None:
+    """Return the folder, made if it was not there, after a trial of the first rank's to write."""
+    if path is None:
+        return None
+    try:
+        folder = Path(path)  # type: ignore[arg-type]  # it may be anything
+        if _is_first_rank():
+            folder.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=folder).close()
+    except (OSError, TypeError, ValueError) as error:
+        raise InputError(f"path is a folder to write to, got {path!r}: {error}.") from error
+    return folder
 
 
 def _check_settings(every: object, rule: object, log: object) -> None:

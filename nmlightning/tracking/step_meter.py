@@ -121,9 +121,10 @@ class StepMeter:
         gradient_norm           √(Σ_i ‖g_i‖² / C), as the optimizer finds it, without a
                                 GradScaler's scale; unclipped_gradient_norm when `measure` is called
         weight_gradient_cosine  ⟨w, g⟩ / (‖w‖ ‖g‖), of all channels together
-        effective_lr            the median of η / ((1 − m) ‖w_i + Δw_i‖^power)
+        effective_lr            η / ((1 − m) n^power), n the median ‖w_i + Δw_i‖, of an even number
+                                the lower one
         spectral_norm           σ₁ of w + Δw as a matrix (C, …), by `PowerIteration`
-        weight_norm             smallest, mean, largest and median ‖w_i + Δw_i‖
+        weight_norm             smallest, mean, largest and the same median ‖w_i + Δw_i‖
 
     All accumulate in float32, in float64 for float64. Of shards, along any dimension, ranks add up
     sums, and every rank has to call each method. A copy of the weights is kept for Δw.
@@ -142,6 +143,7 @@ class StepMeter:
         self._before: dict[str, Tensor] = {}  # copies, of this rank's parts
         self._steps: dict[str, _Step] = {}
         self._gradients: dict[str, dict[str, Tensor]] = {name: {} for name in _OF_GRADIENTS}
+        self._unclipped: dict[str, Tensor] = {}  # of steps that are still to begin
         self._products: dict[str, Tensor] = {}
         self._power_iteration = PowerIteration()
         self.norms: list[Tensor] | None = None  # as `finish` found them
@@ -161,6 +163,8 @@ class StepMeter:
                 known_power(optimizer),
                 expected_rotation(optimizer, group),
             )
+            if layer in self._unclipped:
+                self._gradients[_OF_GRADIENTS[0]][layer] = self._unclipped.pop(layer)
         self.norms, self._values = None, {}
         if self._wanted & {*_OF_STEPS, tags.COSINE}:
             values = {k: local_part(w.parameter.detach()) for k, w in weights.items()}
@@ -175,13 +179,16 @@ class StepMeter:
         """Measure `unclipped_gradient_norm` on the gradients as they are now, before clipping.
 
         They are those of one optimizer, or all, and may still be multiplied by a `scale`, as by
-        `scaler.get_scale()` before `scaler.unscale_(optimizer)`.
+        `scaler.get_scale()` before `scaler.unscale_(optimizer)`. The next step takes them that an
+        optimizer of theirs begins.
         """
         if "unclipped_gradient_norm" in self._wanted:
             numbers = None if optimizer is None else group_numbers(optimizer)
             moved = self._moved.items()
             layers = [k for k, w in moved if numbers is None or w.parameter in numbers]
-            self._measure_gradients("unclipped_gradient_norm", layers, scale)
+            for layer in layers:
+                self._unclipped.pop(layer, None)
+            self._unclipped |= self._gradient_norms(layers, scale)
 
     @torch.no_grad()
     def measure_step(self, optimizer: Optimizer) -> None:
@@ -195,7 +202,7 @@ class StepMeter:
         layers = [layer for layer in self._steps if self._moved[layer].parameter in numbers]
         scale = getattr(optimizer, "grad_scale", None)
         scale = 1.0 if scale is None else scale
-        self._measure_gradients("gradient_norm", layers, scale)
+        self._gradients["gradient_norm"] |= self._gradient_norms(layers, scale)
         if tags.COSINE in self._wanted:
             for layer, gradient in self._gradients_of(layers).items():
                 w = local_part(self._moved[layer].parameter)
@@ -208,9 +215,9 @@ class StepMeter:
         return {k: local_part(grad).to_dense() for k, grad in held.items() if grad is not None}
 
     @torch.no_grad()
-    def _measure_gradients(self, name: str, layers: Sequence[str], scale: float | Tensor) -> None:
+    def _gradient_norms(self, layers: Sequence[str], scale: float | Tensor) -> dict[str, Tensor]:
         norms = self._local_norms(self._gradients_of(layers))
-        self._gradients[name] |= {layer: norm / scale for layer, norm in norms.items()}
+        return {layer: norm / scale for layer, norm in norms.items()}
 
     @property
     def has_steps(self) -> bool:

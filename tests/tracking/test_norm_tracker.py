@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import nmlightning
 from nmlightning import Hyperball, InputError, NormHistory, NormTracker, track_norms
+from nmlightning.tracking import norm_tracker
 from nmlightning.weights.channel_norms import channel_norms
 
 
@@ -61,11 +62,7 @@ def test_records_every_nth_step_and_the_ends_of_epochs(tmp_path: Path) -> None:
     assert list(history.quantities) == ["rotation", "effective_lr"]
     assert np.isfinite(history.quantities["rotation"]).ravel().tolist() == [0, 1, 0, 1, 1]
     provenance = history.provenance
-    assert (provenance["seed"], provenance["finished"], provenance["steps_per_epoch"]) == (
-        0,
-        True,
-        3,
-    )
+    assert {"seed": 0, "finished": True, "steps_per_epoch": 3}.items() <= provenance.items()
     copied = tmp_path / "copy.safetensors"
     tracker.save(copied)
     np.testing.assert_array_equal(
@@ -201,13 +198,59 @@ def test_lbfgs_is_measured_from_its_first_closure() -> None:
         ({"optimizers": []}, "takes a model, and the optimizers that train it"),
         ({"optimizers": [3]}, "attach it to the optimizer itself"),
         ({"model": None}, "takes a model, and the optimizers that train it"),
+        ({"optimizers": None}, "takes a model, and the optimizers that train it"),
+        ({"path": __file__}, "path is a folder to write to, got .*exists"),
+        ({"path": Path(__file__) / "x"}, "path is a folder to write to, got .*Not a directory"),
+        ({"path": "/proc/nope"}, "path is a folder to write to, got '/proc/nope'"),
+        ({"path": 3}, "path is a folder to write to, got 3"),
+        ({"provenance": {"seed": object()}}, "provenance is a mapping of plain data"),
     ],
 )
 def test_bad_input_is_refused(options: dict[str, Any], message: str) -> None:
     net = make_net()
-    given = {"model": net, "optimizers": torch.optim.SGD(net.parameters(), 0.1)} | options
+    optimizer, rule = torch.optim.SGD(net.parameters(), 0.1), Hyperball(include=["0.weight"])
+    given = {"model": net, "optimizers": optimizer, "rule": rule} | options
     with pytest.raises(InputError, match=message):
         track_norms(given.pop("model"), given.pop("optimizers"), **given)
+    assert not optimizer._optimizer_step_pre_hooks
+    track_norms(net, optimizer, rule=rule)
+
+
+@pytest.mark.parametrize("fails", ["attach", "keep_recording", "StepHooks"])
+def test_an_error_detaches_what_was_attached(monkeypatch: Any, tmp_path: Path, fails: str) -> None:
+    net = make_net()
+    optimizers = [torch.optim.SGD(net[n].parameters(), 0.1) for n in (0, 2)]
+    optimizers[1].param_groups[0]["weight_decay"] = 0.1 if fails == "attach" else 0.0
+    rule = Hyperball(include=["*.weight"])
+    with monkeypatch.context() as patch:
+        if fails != "attach":
+            made = iter([norm_tracker.StepHooks] if fails == "StepHooks" else [])
+            patch.setattr(norm_tracker, fails, lambda *args: next(made)(*args))
+        with pytest.raises((InputError, StopIteration)):
+            track_norms(net, optimizers, rule=rule, path=tmp_path)
+    assert not any(each._optimizer_step_pre_hooks for each in optimizers)
+    optimizers[1].param_groups[0]["weight_decay"] = 0.0
+    assert len(track_norms(net, optimizers, rule=rule).handles) == 2
+
+
+@pytest.mark.parametrize("case", ["replaced", "not measured", "as it should be"])
+def test_what_stays_silent_is_said_once(recwarn: pytest.WarningsRecorder, case: str) -> None:
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    logged: list[Any] = []
+    only = ["unclipped_gradient_norm"]
+    with track_norms(net, optimizer, quantities=only, log=lambda *v: logged.append(v)) as tracker:
+        for _ in range(3):
+            if case == "as it should be":
+                net(torch.ones(3, 4)).sum().backward()
+                tracker.measure()
+            if case != "replaced":
+                optimizer.step()
+        tracker.end_epoch()
+    said = {"replaced": ["No tracked optimizer has stepped"], "not measured": ["call measure()"]}
+    for warning, text in zip(recwarn.list, said.get(case, []), strict=True):
+        assert text in str(warning.message)
+    assert [step for _, step in logged] == ([1, 2, 3] if case == "as it should be" else [])
 
 
 def test_it_imports_no_lightning() -> None:

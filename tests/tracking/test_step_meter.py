@@ -143,7 +143,12 @@ def test_spectral_norm_follows_the_weights() -> None:
     with track_norms(
         net, optimizer, quantities=["spectral_norm"], log=lambda v, _: logged.append(v)
     ):
-        for _ in range(100):
+        for step in range(100):
+            if step == 5:  # one weight is lost for a step
+                kept = net[4].weight.detach().clone()
+                net[4].weight.data[0, 0] = torch.inf
+                optimizer.step()
+                net[4].weight.data.copy_(kept)
             optimizer.zero_grad()
             net(torch.randn(8, 2, 6, 6, dtype=torch.float64)).square().mean().backward()
             optimizer.step()
@@ -154,6 +159,33 @@ def test_spectral_norm_follows_the_weights() -> None:
         found = logged[-1][f"spectral_norm/{layer}"]
         assert found == pytest.approx(float(expected), rel=1e-3)  # the weights move meanwhile
         assert found <= float(expected) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("stepping", [["d"] * 4, ["dg"] * 4, ["dg", "d", "dg", "dg"]])
+def test_unclipped_gradients_are_of_the_step_that_takes_them(stepping: Any, every: int) -> None:
+    net = nn.ModuleDict({"d": nn.Linear(2, 2), "g": nn.Linear(2, 2)})
+    optimizers = {name: torch.optim.SGD(part.parameters(), 0.1) for name, part in net.items()}
+    logged: dict[int, dict[str, float]] = {}
+    chosen = ["gradient_norm", "unclipped_gradient_norm"]
+    tracker = track_norms(
+        net, [*optimizers.values()], every=every, log=lambda v, step: logged.update({step: v}),
+        quantities=chosen,
+    )  # fmt: skip
+    sizes: dict[tuple[int, str], float] = {}
+    for step, names in enumerate(stepping, 1):
+        for number, name in enumerate(names, 1):
+            sizes[step, name] = number * 10.0**step
+            for part in net.values():  # a backward of g's reaches d, too
+                part.weight.grad = torch.full((2, 2), sizes[step, name])
+            tracker.measure()
+            optimizers[name].step()
+    tracker.close()
+    assert list(logged) == list(range(every, 5, every))
+    for step, values in logged.items():
+        for name in net:
+            found = [values.get(f"{quantity}/{name}", 0.0) for quantity in chosen]
+            assert found == pytest.approx([sizes.get((step, name), 0.0) * 2**0.5] * 2)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -218,6 +250,7 @@ def test_a_logged_step_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
     tracker = track_norms(net, optimizer, quantities=QUANTITIES, log=lambda *v: logged.append(v))
     net(torch.randn(8, 2, 6, 6, dtype=torch.float64)).square().mean().backward()
     waits.clear()
+    tracker.measure()
     optimizer.step()
     assert waits == ["tolist"]
     tracker.remove()
@@ -272,6 +305,7 @@ def compare_meshes(rank: int) -> None:
         for step in range(3):
             torch.manual_seed(step)
             net(torch.randn(4, 6)).square().mean().backward()
+            tracker.measure()
             optimizer.step()
             optimizer.zero_grad()
         norms.append(np.concatenate([*tracker.history.norms.values()], axis=1))
