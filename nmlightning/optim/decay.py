@@ -1,5 +1,6 @@
 """Weight decay by rule: corrected for the learning rate, cautious, or by a schedule."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
@@ -42,7 +43,8 @@ class CorrectedDecay(StepRule):
     does not decay; a channel whose step is not finite goes back to where it was.
 
     Args:
-        weight_decay: λ, or a function of the steps that were taken, `lambda step: …`.
+        weight_decay: λ, or a function of the steps that were taken, `lambda step: …`, of which a
+            resume only knows that it was one.
         max_lr: η_max; None for the largest rate so far, or that the schedule names before:
             `max_lr` of a parameter group, as of OneCycleLR, and `initial_lr`, as of all others.
         correct: which weights, the "scale_invariant" or "all", as the authors do but for the last
@@ -102,7 +104,7 @@ class CorrectedDecay(StepRule):
         state["max_lr"] = max(state["max_lr"], rate, *named)
         corrected = self.correct == "all" or state["scale_invariant"]
         share = rate / (self.max_lr or state["max_lr"]) if corrected and rate else 1.0
-        return _decay(weight, before, share * _lambda(self.weight_decay, state))
+        return _decay(weight, before, share * _lambda(self, self.weight_decay, state))
 
 
 class CautiousDecay(StepRule):
@@ -117,7 +119,8 @@ class CautiousDecay(StepRule):
     preconditioner, not the gradient. λ is taken by the rule, as by `CorrectedDecay`.
 
     Args:
-        weight_decay: λ, or a function of the steps that were taken, `lambda step: …`.
+        weight_decay: λ, or a function of the steps that were taken, `lambda step: …`, of which a
+            resume only knows that it was one.
         include: glob patterns on weight names; empty means every weight of two or more dimensions.
         exclude: glob patterns on names of weights that do not decay.
 
@@ -162,7 +165,7 @@ class CautiousDecay(StepRule):
     ) -> tuple[Tensor, Tensor] | None:
         """Decay the elements that the step moved towards zero, or not at all."""
         inwards = (weight.values - before) * before.sign() <= 0
-        return _decay(weight, before * inwards, _lambda(self.weight_decay, state), before)
+        return _decay(weight, before * inwards, _lambda(self, self.weight_decay, state), before)
 
 
 class DecaySchedule(StepRule):
@@ -171,20 +174,22 @@ class DecaySchedule(StepRule):
         λ_t = λ_0 · schedule(t),    t = 0, 1, 2, … the steps that were taken before,
 
     is written to `weight_decay` of the groups before each step; λ_0 is what is there at attach, and
-    is put back by `remove`. It works for any decay that reads it: inside the step as of SGD, or
-    beside it as of AdamW and Muon. Other rules refuse weights that decay so, and `CorrectedDecay`
-    and `CautiousDecay` take a schedule for their λ in its place.
+    is put back by `remove`. Meanwhile the groups hold λ_0 as `initial_weight_decay`, which attach
+    takes where it is there, so that a resume may load the optimizer before or after. It works for
+    any decay that reads it: inside the step as of SGD, or beside it as of AdamW and Muon. Rules on
+    steps and decays refuse weights that decay so, and `CorrectedDecay` and `CautiousDecay` take a
+    schedule for their λ in its place.
 
     Args:
         schedule: a function of t, such as `lambda step: 0.5 ** (step / 1000)`; in a config the path
-            of a function. A checkpoint does not hold it.
+            of a function. A checkpoint does not hold it: two functions cannot be compared.
         include: glob patterns on weight names, empty means every weight of two or more dimensions:
             of their groups λ is scheduled, for all parameters in them.
         exclude: glob patterns on names of weights.
 
     Raises:
         InputError: in `attach`, the weights have no decay in their groups; as `StepRule.attach`
-            says; LBFGS. In a step: λ_t is negative or not finite.
+            says; LBFGS. In a step: the schedule is negative or not finite.
 
     Examples:
         >>> import torch
@@ -215,7 +220,7 @@ class DecaySchedule(StepRule):
     ) -> StepHookHandle:
         """Schedule λ from now on, as `StepRule.attach` says."""
         handle = super().attach(optimizer, named_parameters, layouts)
-        if not any(weight.group.get("weight_decay") for weight in handle.weights):
+        if not any(weight.group["initial_weight_decay"] for weight in handle.weights):
             handle.remove()
             raise InputError(
                 "DecaySchedule multiplies the weight decay of parameter groups, and it is 0 in "
@@ -226,12 +231,13 @@ class DecaySchedule(StepRule):
     def init_state(self, weight: OptimizedWeight) -> State:
         """Return λ_0, and the number of steps."""
         check_single_steps(self, weight.optimizer)
-        return {"step": 0, "weight_decay": float(weight.group.get("weight_decay", 0.0))}
+        now = float(weight.group.get("weight_decay", 0.0))
+        initial = weight.group.setdefault("initial_weight_decay", now)
+        return {"step": 0, "weight_decay": initial}
 
     def before_step(self, weight: OptimizedWeight, state: State) -> None:
-        decay = state["weight_decay"] * float(self.schedule(state["step"]))
-        check_weight_decay(decay)
-        weight.group["weight_decay"] = decay
+        share = _at_step(self, "schedule", self.schedule, state["step"])
+        weight.group["weight_decay"] = state["weight_decay"] * share
 
     def after_step(
         self, weight: OptimizedWeight, before: Tensor, recorded: Tensor | None, state: State
@@ -241,16 +247,27 @@ class DecaySchedule(StepRule):
 
     def restore(self, weight: OptimizedWeight, state: State) -> None:
         weight.group["weight_decay"] = state["weight_decay"]
+        weight.group.pop("initial_weight_decay", None)
 
 
-def _lambda(weight_decay: float | Schedule, state: State) -> float:
+def _lambda(rule: StepRule, weight_decay: float | Schedule, state: State) -> float:
     """Return λ of this step, and count it."""
     state["step"] += 1
     if not callable(weight_decay):
         return weight_decay
-    decay = float(weight_decay(state["step"] - 1))
-    check_weight_decay(decay)
-    return decay
+    return _at_step(rule, "weight_decay", weight_decay, state["step"] - 1)
+
+
+def _at_step(rule: StepRule, name: str, schedule: Schedule, step: int) -> float:
+    """Return what a function of the steps gives, or raise InputError in the name of the rule."""
+    where = f"{type(rule).__name__}: {name} is a function of the step"
+    try:
+        value = float(schedule(step))
+    except TypeError as error:  # as of one that takes no step, or that gives None
+        raise InputError(f"{where} that gives a number; step {step}: {error}.") from error
+    if not 0 <= value < math.inf:
+        raise InputError(f"{where} that gives 0 or more, got {value} at step {step}.")
+    return value
 
 
 def _decay(

@@ -27,6 +27,10 @@ class NormGuard:
     """
 
     def __init__(self, model: nn.Module, scaler: Any = None) -> None:
+        if not isinstance(model, nn.Module):
+            raise InputError(f"guard_norms takes a model, got {type(model).__name__}.")
+        if scaler is not None and not callable(getattr(scaler, "is_enabled", None)):
+            raise InputError(f"scaler is a GradScaler, or None, got {type(scaler).__name__}.")
         norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
         if not norms:
             name = type(model).__name__
@@ -103,7 +107,7 @@ def guard_norms(model: nn.Module, scaler: Any = None) -> NormGuard:
         scaler: the GradScaler of the loop; None guards only against what is not finite.
 
     Raises:
-        InputError: the model has no norm with running statistics.
+        InputError: the model is none, or has no norm with running statistics; another scaler.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))

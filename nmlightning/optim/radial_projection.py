@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nmlightning.errors import InputError
+from nmlightning.errors import InputError, is_number
 from nmlightning.optim.families import check_single_steps
 from nmlightning.optim.parameters import STEP, OptimizedWeight, State, take_step
 from nmlightning.optim.scope import MATRICES
@@ -58,7 +58,7 @@ class RadialProjection(StepRule):
     def __init__(
         self, *, delta: float = 0.1, include: Sequence[str] = (), exclude: Sequence[str] = ()
     ) -> None:
-        if not delta > 0:
+        if not (is_number(delta) and delta > 0):
             raise InputError(f"delta must be positive, got {delta!r}.")
         super().__init__(include, exclude)
         self.delta = delta

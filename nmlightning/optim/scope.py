@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from nmlightning.errors import InputError, lay_out, terminal_width
@@ -33,7 +34,8 @@ class Choice(NamedTuple):
     """Glob patterns on plain names, and the fewest dimensions of what is steered without any.
 
     `within` are the patterns to include and to exclude of a tracker, which limit it, too. Unless
-    `decays`, the optimizer must not decay them.
+    `decays`, the optimizer must not decay them. Of `sorted_by` the first that matches a name
+    counts, and each has to be the first one for some.
     """
 
     include: Sequence[str]
@@ -41,6 +43,7 @@ class Choice(NamedTuple):
     least_dims: int = CONVOLUTIONS
     within: tuple[Sequence[str], Sequence[str]] = ((), ())
     decays: bool = False
+    sorted_by: Sequence[str] = ()
 
 
 Model = nn.Module | Iterable[tuple[str, Tensor]]
@@ -71,7 +74,12 @@ class NamedWeights:
                         f"{type(pair).__name__}."
                     )
             return cls({plain_name(name): q for name, q in pairs}, layouts or {})
-        weights = find_layer_weights(model)
+        try:
+            weights = find_layer_weights(model)
+        except InputError:  # it has none, as an LSTM, whose matrices are yet parameters
+            if any(map(is_lazy, model.parameters())):
+                raise
+            weights = []
         names = {id(weight.parameter): weight.name for weight in weights}
         parameters = {
             names.get(id(parameter), plain_name(name)): parameter
@@ -96,7 +104,7 @@ def choose_weights(
     """
     weights = NamedWeights.of(model, layouts)
     groups = group_numbers(optimizer)
-    _check_names(weights, (*choice.include, *choice.exclude))
+    _check_names(weights, choice)
     names = [
         name
         for name in weights.parameters
@@ -140,7 +148,7 @@ def unsteered_reason(
     weights: NamedWeights, name: str, optimized: Container[Tensor], choice: Choice
 ) -> str | None:
     """Return in words why a parameter of the model is not to be steered, or None if it is."""
-    parameter, (include, exclude, least_dims, within, _) = weights.parameters[name], choice
+    parameter, (include, exclude, least_dims, within, *_) = weights.parameters[name], choice
     if not parameter.requires_grad:
         return "it is frozen at the start"
     if parameter not in optimized:
@@ -194,18 +202,22 @@ def exempt_from_decay(groups: Iterable[Any], model: nn.Module, rule: Any) -> lis
     return [group for group in split if group["params"]]
 
 
-def _check_names(weights: NamedWeights, patterns: Sequence[str]) -> None:
+def _check_names(weights: NamedWeights, choice: Choice) -> None:
     for name, parameter in weights.parameters.items():
         if is_flat(parameter):
             raise InputError(
                 f"{name} is a flat shard of FSDP1, which has no channels: use FSDP2 "
                 "(ModelParallelStrategy) or DDP."
             )
-    wrong = unmatched(patterns, weights.parameters)
+    wrong = unmatched((*choice.include, *choice.exclude), weights.parameters)
     if wrong is not None:
         raise InputError(
             f"The pattern {wrong!r} matches no parameter. There is {some(weights.parameters)}."
         )
+    patterns = choice.sorted_by
+    firsts = {next((p for p in patterns if matches(x, [p])), "") for x in weights.parameters}
+    for wrong in [pattern for pattern in patterns if pattern not in firsts]:
+        raise InputError(f"The pattern {wrong!r} matches no parameter that none before it does.")
 
 
 def _leave_unrecorded(names: list[str], recorded: Container[str]) -> list[str]:
@@ -227,8 +239,9 @@ def _check_weight(weight: OptimizedWeight, choice: Choice) -> None:
         raise InputError(
             f"{weight.name} has weight decay {float(decay):g} in its optimizer. It is a part of "
             "the step, which the rule changes: give the optimizer the groups of "
-            "`nmlightning.exempt_from_decay(groups, model, rule)`, or weight_decay 0 (docs: Train "
-            "without weight decay)."
+            "`nmlightning.exempt_from_decay(groups, model, rule)`, or weight_decay 0; in a config "
+            "`weight_decay: 0` of the optimizer, or a `weight_decay_scope` without the weight, as "
+            "`no_conv` (docs: Train without weight decay)."
         )
     try:
         channel_norms(weight.parameter, layout=weight.layout)

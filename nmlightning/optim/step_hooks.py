@@ -34,14 +34,16 @@ class StepRule(ABC):
     """The interface of a rule: its settings, and what it does to a weight after each step.
 
     All attributes of an instance but `reference`, `include` and `exclude` are plain values, which
-    a resumed run must have, too.
+    a resumed run must have, too, or functions, of which it may have others, since two of them
+    cannot be compared.
 
     What was attached first acts first. A rule that changes the step comes before one that decays,
     and that before one that sets or bounds the norm; of each kind a weight has one.
 
     Attributes:
         acts_on: STEP, DECAY or NORM, its kind in this order.
-        decays: whether the optimizer is to decay the weights; otherwise it must not.
+        decays: whether the optimizer may decay the weights, as where the rule only sets what the
+            step led to; otherwise it must not.
         sorts: whether it steers scale-invariant weights and others alike, and is told which they
             are: `after_step` finds `scale_invariant` in the state.
         compares: whether `after_step` needs the values from before.
@@ -122,7 +124,8 @@ class StepRule(ABC):
         """Change every step of `optimizer` from now on; later changes of settings have no effect.
 
         Args:
-            optimizer: its weight decay must be 0 for steered weights. It may wrap another.
+            optimizer: its weight decay must be 0 for steered weights, unless the rule says that it
+                need not. It may wrap another.
             named_parameters: of the model, as `model.named_parameters()` gives them, or the model
                 itself. From names alone a convolution is not known from another parameter of three
                 or more dimensions, nor a transposed one.
@@ -273,7 +276,8 @@ class StepHookHandle:
     def _settings(self) -> dict[str, Any]:
         """Return what of the rule must stay as it is in a run that resumes this one."""
         settings = vars(self._rule).items()
-        return {k: v for k, v in settings if k not in _OF_WEIGHTS and not callable(v)}
+        own = {k: v for k, v in settings if k not in _OF_WEIGHTS}
+        return {k: "a function" if callable(v) else v for k, v in own.items()}
 
     def _check_rule(self, state: Mapping[str, Any]) -> None:
         there, here = f"by {state['rule']}", f"by {self.name}"

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import permutations, product
 from typing import Any
 
@@ -44,6 +45,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "RMSprop": torch.optim.RMSprop,
     "Rprop": torch.optim.Rprop,
 }
+DECAYING = {"AdamW": partial(torch.optim.AdamW, weight_decay=3.0)}  # of which a step takes 6 %
 pytestmark = pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. lets weights")
 
 
@@ -249,6 +251,7 @@ PAIRS = list(permutations(ANY_MATRIX, 2))
     ("rule_names", "family"),
     [
         *product([(name,) for name in ANY_MATRIX], OPTIMIZERS),
+        *product([(name,) for name in ANY_MATRIX if RULES[name](None).decays], DECAYING),
         *((pair, "Adam") for pair in PAIRS if KINDS[pair[0]] < KINDS[pair[1]]),
     ],
 )
@@ -260,7 +263,8 @@ def test_rules_of_matrices_by_definition_around_any_optimizer(
     Of two rules the first one acts first.
     """
     net, shown = make_net(), make_net()
-    optimizer, free = (OPTIMIZERS[family](n.parameters(), lr=RATE) for n in (net, shown))
+    make = (OPTIMIZERS | DECAYING)[family]
+    optimizer, free = (make(n.parameters(), lr=RATE) for n in (net, shown))
     for name in rule_names:
         RULES[name](None).attach(optimizer, net.named_parameters())
     port = Port(rule_names[-1], make_net(), history, nesterov=False)

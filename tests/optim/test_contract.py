@@ -162,7 +162,7 @@ def test_weight_decay_inside_the_step_is_refused_with_a_way_out(
     net = make_net()
     rule = make_rule(random_history(net), exclude=["conv2.*"])
     with pytest.raises(
-        InputError, match=r"conv1.weight has weight decay 0.0\d+ in its opt"
+        InputError, match=r"conv1.weight has weight decay 0.0\d+ in .* config `weight_decay: 0` of"
     ) as raised:
         rule.attach(sgd(net, weight_decay=0.01), net)
     make = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01)

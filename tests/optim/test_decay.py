@@ -6,6 +6,7 @@ The numpy ports are in test_conditions.py.
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def test_corrected_decay_remembers_a_larger_rate() -> None:
 def test_decay_by_a_schedule(rule: Any) -> None:
     weight = nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
     optimizer = torch.optim.SGD([weight], lr=0.1)
-    handle = rule(halve).attach(optimizer, [("weight", weight)])
+    rule(halve).attach(optimizer, [("weight", weight)])
     optimizer.step()  # without a gradient there is neither step nor decay, and none is counted
     assert bool((weight == 1).all())
     weight.grad = torch.zeros_like(weight)
@@ -103,7 +104,35 @@ def test_decay_by_a_schedule(rule: Any) -> None:
         optimizer.step()
         expected *= 1 - 0.1 * 0.5**step
         torch.testing.assert_close(weight.detach(), torch.full_like(weight, expected))
-    assert "weight_decay" not in handle.state_dict()["settings"]
+    kinds = [rule(each).attach(torch.optim.SGD([weight]), [("w", weight)]) for each in (halve, 0.5)]
+    for one, other in permutations(kinds):
+        with pytest.raises(InputError, match=r"with weight_decay=\S+.*, and this run is with wei"):
+            one.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("attaches_first", [True, False])
+@pytest.mark.parametrize("scale", [lambda t: max(0, 1 - t / 2), lambda t: float(t > 4)])
+def test_decay_schedule_resumes_where_it_is_zero(scale: Any, attaches_first: bool) -> None:
+    nets, rule = [make_net(), make_net()], DecaySchedule(scale)
+    whole, first, optimizer = (
+        torch.optim.AdamW(nets[i].parameters(), weight_decay=0.3) for i in (0, 1, 1)
+    )
+    rule.attach(whole, nets[0])
+    train(nets[0], whole, 7)
+    handle = rule.attach(first, nets[1])
+    train(nets[1], first, 3)
+    state, kept = handle.state_dict(), first.state_dict()
+    for attaches in (attaches_first, not attaches_first):
+        if attaches:
+            handle = rule.attach(optimizer, nets[1])
+        else:
+            optimizer.load_state_dict(kept)
+    handle.load_state_dict(state)
+    train(nets[1], optimizer, 4, first=3)
+    torch.testing.assert_close(nets[0].state_dict(), nets[1].state_dict(), rtol=0, atol=0)
+    handle.remove()
+    group = optimizer.param_groups[0]
+    assert (group["weight_decay"], "initial_weight_decay" in group) == (0.3, False)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -112,11 +141,11 @@ def test_decay_by_a_schedule(rule: Any) -> None:
 def test_decay_schedule_is_an_optimizer_of_changing_decay(
     family: str, implementation: str, skips: bool
 ) -> None:
-    """By hand λ is set before each step; a step that AMP skips does not count; a resume goes on."""
+    """By hand λ is set before each step; a step that AMP skips does not count."""
     nets = make_net(), make_net()
     make = partial(OPTIMIZERS[family], lr=0.01, weight_decay=0.3, **IMPLEMENTATIONS[implementation])
     optimizers = [make(net.parameters()) for net in nets]
-    handle = DecaySchedule(halve).attach(optimizers[0], nets[0])
+    DecaySchedule(halve).attach(optimizers[0], nets[0])
     scaler = torch.amp.GradScaler("cpu", enabled=skips)
     taken = 0
     for step in range(6):
@@ -138,14 +167,6 @@ def test_decay_schedule_is_an_optimizer_of_changing_decay(
             optimizers[1].step()
             taken += 1
             assert optimizers[0].param_groups[0]["weight_decay"] == 0.3 * 0.5 ** (taken - 1)
-        if step == 3:
-            state, kept = handle.state_dict(), optimizers[0].state_dict()
-            handle.remove()
-            assert optimizers[0].param_groups[0]["weight_decay"] == 0.3
-            optimizers[0] = make(nets[0].parameters())
-            handle = DecaySchedule(halve).attach(optimizers[0], nets[0])
-            optimizers[0].load_state_dict(kept)
-            handle.load_state_dict(state)
     torch.testing.assert_close(nets[0].state_dict(), nets[1].state_dict(), rtol=1e-12, atol=1e-12)
 
 
@@ -168,8 +189,19 @@ def test_decay_schedule_leaves_the_groups_of_others() -> None:
         (lambda: CorrectedDecay(0.1, correct="some"), "correct is 'scale_invariant' or 'all', got"),
         (lambda: CautiousDecay("x"), "weight_decay must be 0 or more, got 'x'"),
         (lambda: DecaySchedule(0.5), "schedule is a function of the step, got 0.5"),
-        (lambda: step_once(CautiousDecay(lambda _: -1.0)), "weight_decay must be 0 or more, got -"),
-        (lambda: step_once(DecaySchedule(lambda _: -1.0), 0.1), "weight_decay must be 0 or more"),
+        (
+            lambda: step_once(CautiousDecay(lambda t: t - 1)),
+            "CautiousDecay: weight_decay is .* -1.0",
+        ),
+        (
+            lambda: step_once(DecaySchedule(lambda t: 1 - 2 * t), 0.1, 2),
+            "DecaySchedule: schedule is a function of the step that gives 0 .*, got -1.0 at step 1",
+        ),
+        (
+            lambda: step_once(DecaySchedule(lambda _: None), 0.1),
+            "DecaySchedule: .* a number; step 0",
+        ),  # type: ignore[arg-type, return-value]
+        (lambda: step_once(DecaySchedule(lambda: 1.0), 0.1), "a number; step 0: .*takes 0 posit"),  # type: ignore[arg-type, misc]
         (lambda: step_once(DecaySchedule(halve)), "and it is 0 in those of all weights: set weigh"),
         (lambda: step_once(CautiousDecay(0.1), 0.1), "has weight decay 0.1 in its optimizer"),
     ],
@@ -180,11 +212,11 @@ def test_bad_decay_is_refused(make: Callable[[], Any], message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def step_once(rule: Any, weight_decay: float = 0.0) -> None:
+def step_once(rule: Any, weight_decay: float = 0.0, steps: int = 1) -> None:
     net = make_net()
     optimizer = torch.optim.SGD(net.parameters(), 0.1, weight_decay=weight_decay)
     rule.attach(optimizer, net)
-    train(net, optimizer, 1)
+    train(net, optimizer, steps)
 
 
 def test_tracker_of_a_schedule_is_found_again_in_a_checkpoint() -> None:

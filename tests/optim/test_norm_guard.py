@@ -134,6 +134,10 @@ def test_compiled_model_is_guarded() -> None:
 def test_model_without_running_statistics_is_refused() -> None:
     with pytest.raises(InputError, match="Sequential has no norm with running statistics to guard"):
         guard_norms(nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False)))
+    norm, sgd = nn.BatchNorm1d(3), torch.optim.SGD([torch.zeros(1)])
+    for given in ((sgd, None), (norm, "x"), (norm, sgd)):
+        with pytest.raises(InputError, match=r"(a model|GradScaler, or None), got (str|SGD)\."):
+            guard_norms(*given)  # type: ignore[arg-type]
 
 
 class Overflows(pl.LightningModule):

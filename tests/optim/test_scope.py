@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nmlightning import Hyperball, exempt_from_decay
 from nmlightning.errors import InputError
 from nmlightning.optim import DecayEquivalentLR, LRCorrection, NormSchedule, RadialProjection
 from nmlightning.optim.scope import CHANCE, TOLERANCE, share_limit
@@ -140,12 +141,28 @@ def test_attach_needs_a_model(make_rule: MakeRule, given: Callable[[nn.Module], 
         (lambda: DecayEquivalentLR(math.nan), "weight_decay must be 0 or more, got nan"),
         (lambda: RadialProjection(delta=0.0), "delta must be positive, got 0.0"),
         (lambda: RadialProjection(delta=math.nan), "delta must be positive, got nan"),
+        (lambda: RadialProjection(delta="1"), "delta must be positive, got '1'"),  # type: ignore[arg-type]
     ],
 )
 def test_bad_settings_are_refused(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("model", [nn.LSTM(4, 5), nn.Embedding(4, 5)])
+def test_model_without_layers_has_matrices(model: nn.Module) -> None:
+    optimizer = sgd(model)
+    matrices = [name for name, q in model.named_parameters() if q.dim() > 1]
+    assert Hyperball().attach(optimizer, model).steered == matrices
+    groups = exempt_from_decay(model.parameters(), model, Hyperball())
+    assert sum(len(g["params"]) for g in groups if g.get("weight_decay") == 0) == len(matrices)
+    with pytest.raises(
+        InputError, match="weight to steer: by default these are the convolutions i"
+    ):
+        DecayEquivalentLR(0.01).attach(optimizer, model)
+    with pytest.raises(InputError, match="which has no shape yet; run a batch through the model"):
+        Hyperball().attach(optimizer, nn.Sequential(nn.LazyLinear(3)))
 
 
 def test_second_rule_is_refused() -> None:
