@@ -193,7 +193,9 @@ def draw_figure(
     axes.set_ylabel(figure["label"] + (", %" if is_share(figure["metric"]) else ""))
     low, high = axes.dataLim.intervaly
     axes.set_yscale("log" if figure.get("log") and high > 10 * low else "linear")
-    axes.legend(frameon=False, fontsize=8)
+    axes.set_xlabel("epoch")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    picture.legend(frameon=False, fontsize=8, loc="outside right upper")
     save_picture(picture, file)
 
 

@@ -23,11 +23,12 @@ _NORMALISED = (
     *((optim.Muon,) if hasattr(optim, "Muon") else ()),
 )
 # Classes of the known packages by the power that benchmarks/equilibrium.py finds. The step of the
-# last ones is proportional to the weight's own norm, if their group says nothing else.
+# last ones is proportional to the weight's own norm, if their options say nothing else.
 _NAMED: Mapping[int, str] = {
     2: "SGDW|SGDP|SGDScheduleFree|ScheduleFreeSGD",
-    1: "Lion|Tiger|SignSGD|Muon|AdaMuon|NorMuon|SOAP|ADOPT|AdEMAMix|AdaBelief|Adan|CAME|LaProp|MARS"
-    "|StableAdamW|AdamP|AdamC|NovoGrad|AdamWScheduleFree|ScheduleFreeAdamW",
+    1: "Lion|Tiger|SignSGD|Muon|AdaMuon|NorMuon|SOAP|A(DOPT|dopt)|AdEMAMix|AdaBelief|Adan|CAME"
+    "|LaProp|MARS|Mars|StableAdamW|NAdamW|AdamP|AdamC|(Nv)?NovoGrad|AdafactorBigVision"
+    "|AdamWScheduleFree|ScheduleFreeAdamW",
     0: "Adafactor|AdaFactor|LARS",
 }
 # Classes with Adam's step, of torch and of other packages (torchao, bitsandbytes, apex, timm,
@@ -87,8 +88,10 @@ def known_power(optimizer: optim.Optimizer) -> int | None:
     if isinstance(optimizer, _NORMALISED) or _match(_ADAM, optimizer, known=False):
         return 1
     powers = (power for power, names in _NAMED.items() if _match(names, optimizer))
-    power = next(powers, None)
-    return 1 if power == 0 and not optimizer.defaults.get("scale_parameter", True) else power
+    power, options = next(powers, None), optimizer.defaults
+    # timm's Adafactor scales by the weight only the rate that it computes itself.
+    given = type(optimizer).__module__.startswith("timm.") and not options.get("relative_step")
+    return 1 if power == 0 and (given or not options.get("scale_parameter", True)) else power
 
 
 def _is_known(part: Any) -> bool:

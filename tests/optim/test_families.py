@@ -4,6 +4,7 @@ import equilibrium
 import pytest
 import torch
 from equilibrium import CASES, Case, measure_equilibrium, measure_power
+from timm.optim import create_optimizer_v2
 
 from nmlightning import InputError
 from nmlightning.optim.families import choose_power, expected_rotation, known_power
@@ -80,6 +81,15 @@ def test_choose_power_refuses_steps_that_are_proportional_to_the_norm() -> None:
     with pytest.raises(InputError, match="Adafactor are proportional to the weight's norm"):
         choose_power(torch.optim.Adafactor(WEIGHTS), "auto")
     assert choose_power(torch.optim.Adafactor(WEIGHTS), 1) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "power"),
+    [("adafactor", 1), ("nadamw", 1), ("mars", 1), ("novograd", 1), ("sgdw", 2), ("lars", None)],
+)
+def test_known_power_knows_timms_optimizers(name: str, power: int | None) -> None:
+    optimizer = create_optimizer_v2([*WEIGHTS], opt=name, lr=1e-3)  # type: ignore[arg-type]
+    assert known_power(optimizer) == power
 
 
 SIMULATED = [
