@@ -75,8 +75,8 @@ EXCEPTIONS = {
 # Of the targets that are missed: what was reached, which must not be left again.
 REACHED = {
     "Python files": 170,
-    "lines of nmlightning, Python and C++": 35_313,
-    "lines of tests": 32_344,
+    "lines of nmlightning, Python and C++": 35_316,
+    "lines of tests": 32_354,
     "files a recording meets in a step": 8,
     "files a config meets before Trainer.fit": 22,
 }
