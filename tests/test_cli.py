@@ -167,7 +167,7 @@ BAD_INPUT = {
     "fit --config nope.yaml": "no config 'nope.yaml'. Files are .* nm --help lists the shipped",
     "fit --config configs/cifar_l3.yaml": "'configs/cifar_l3.yaml'. Did you mean 'cifar_l2'?",
     "fit --config CIFAR_L1": "no config 'CIFAR_L1'. Did you mean 'cifar_l1'?",
-    "fit --config resnet56": "mean one of cifar_adamh, .*, cifar_wn?",
+    "fit --config resnet56": "mean one of cifar_adamh, .*, cifar_top10_paper and 1 more?",
     "fit --config resnet": "mean one of imagenet_resnet18_int8, .*, imagenet_resnet50_wn?",
     "fit --config 'trainer: [\n'": "is not YAML: .* in line 2",
     "fit --config 'a: &a [*a]\n'": "is not YAML: .a refers to itself in line 1",
