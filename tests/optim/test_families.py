@@ -35,12 +35,15 @@ class FusedAdam(Adam8bit):
         self.adam_w_mode = 1
 
 
-class AdamW(torch.optim.Optimizer):
-    """Of nobody's, by the name alone."""
+class Stranger(torch.optim.Optimizer):
+    """Of nobody's, by the name alone, which is not this one lest configs find it."""
 
     def __init__(self) -> None:
         groups = {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}
         super().__init__(WEIGHTS, groups)
+
+
+Stranger.__name__ = "AdamW"
 
 
 class Signs(torch.optim.AdamW):
@@ -139,7 +142,7 @@ def test_families_are_what_a_simulation_finds(case: Case, monkeypatch: pytest.Mo
         (Adam8bit(weight_decay=0.1, weight_decouple=True, fixed_decay=True), None),
         (Adam8bit(weight_decay=0.1, decoupled=True, corrected_weight_decay=True), None),
         (FusedAdam(weight_decay=0.1), 0.0032444),
-        (AdamW(), None),
+        (Stranger(), None),
         (Signs(WEIGHTS, 1e-3, weight_decay=0.1), None),
         (OtherSGD(WEIGHTS, 0.1, weight_decay=0.01), None),
         (Extends(WEIGHTS, 1e-3, weight_decay=0.1, decoupled_weight_decay=True), 0.0032444),
