@@ -76,7 +76,7 @@ EXCEPTIONS = {
 REACHED = {
     "Python files": 170,
     "lines of nmlightning, Python and C++": 35_316,
-    "lines of tests": 32_354,
+    "lines of tests": 32_357,
     "files a recording meets in a step": 8,
     "files a config meets before Trainer.fit": 22,
 }
