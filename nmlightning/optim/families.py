@@ -204,27 +204,6 @@ class PartHook:
             setattr(self._optimizer, self._name, self._method)
 
 
-def hook_steps(
-    optimizer: optim.Optimizer, enter: Callable[..., Any], leave: Callable[..., Any]
-) -> list[Any]:
-    """Return removable hooks around a step, also one that SAM takes in `first_step` and others.
-
-    Between those the weights stand elsewhere: the step begins before the first, and ends after the
-    last.
-    """
-    hooks: list[Any] = [
-        optimizer.register_step_pre_hook(enter),
-        optimizer.register_step_post_hook(leave),
-    ]
-    last = "third_step" if hasattr(optimizer, "third_step") else "second_step"
-    if hasattr(optimizer, "first_step") and hasattr(optimizer, last):
-        hooks += [
-            PartHook(optimizer, "first_step", before=enter),
-            PartHook(optimizer, last, after=leave),
-        ]
-    return hooks
-
-
 _AVERAGES = (
     "its eval() puts averages in place of the weights, whose norms a rule would not reach; take "
     "one without, such as AdamW with a learning-rate schedule"
@@ -250,7 +229,12 @@ class StepHooks:
         self._hooks: list[Any] = []
         for level, each in enumerate(optimizers):
             enter, leave = partial(self._enter, level), partial(self._leave, level)
-            self._hooks += hook_steps(each, enter, leave)
+            self._hooks += [each.register_step_pre_hook(enter), each.register_step_post_hook(leave)]
+            # SAM steps in parts, between which the weights stand elsewhere.
+            last = "third_step" if hasattr(each, "third_step") else "second_step"
+            if hasattr(each, "first_step") and hasattr(each, last):
+                self._hooks.append(PartHook(each, "first_step", before=enter))
+                self._hooks.append(PartHook(each, last, after=leave))
 
     def remove(self) -> bool:
         """Let the optimizers step as they did before; return whether they did not already."""

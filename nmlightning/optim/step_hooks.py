@@ -44,8 +44,8 @@ class StepRule(ABC):
         acts_on: STEP, DECAY or NORM, its kind in this order.
         decays: whether the optimizer may decay the weights, as where the rule only sets what the
             step led to; otherwise it must not.
-        sorts: whether it steers scale-invariant weights and others alike, and is told which they
-            are: `after_step` finds `scale_invariant` in the state.
+        sorts: whether it steers scale-invariant weights and others alike; `after_step` then finds
+            in the state whether the weight is `scale_invariant`.
         compares: whether `after_step` needs the values from before.
         include: glob patterns on the names of the weights to steer; empty means those of
             `least_dims` or more dimensions.

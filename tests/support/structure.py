@@ -75,7 +75,7 @@ EXCEPTIONS = {
 # Of the targets that are missed: what was reached, which must not be left again.
 REACHED = {
     "Python files": 170,
-    "lines of nmlightning, Python and C++": 35_316,
+    "lines of nmlightning, Python and C++": 35_300,
     "lines of tests": 32_357,
     "files a recording meets in a step": 8,
     "files a config meets before Trainer.fit": 22,
