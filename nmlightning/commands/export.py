@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nmlightning.commands.argument_parser import ArgumentParser, print_line
+from nmlightning.commands.own_models import parse_shape
 from nmlightning.errors import InputError, check_choice, nearest
 from nmlightning.export.formats import FORMATS, check_target
 from nmlightning.name_patterns import by_reason, some
@@ -74,7 +75,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--input_shape",
-        type=_shape,
+        type=parse_shape,
         help="of one input, such as 3,32,32 (default: from the data of the run)",
     )
     parser.add_argument(
@@ -84,13 +85,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "--config", help="a config whose model and data replace those of the checkpoint and its run"
     )
     return parser.parse_args(arguments)
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    sizes = text.split(",")
-    if not all(size.strip().isdecimal() and int(size) for size in sizes):
-        raise argparse.ArgumentTypeError(f"give sizes such as 3,32,32, got {text!r}")
-    return tuple(map(int, sizes))
 
 
 def _choose(module: "LightningModule", name: str) -> "nn.Module":

@@ -1,0 +1,119 @@
+"""Models of the user's own, as `my.package:make_model`, and examples of what they take."""
+
+import argparse
+import inspect
+import re
+import zipfile
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nmlightning.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class Inputs(NamedTuple):
+    """Arguments of a forward: `net(*inputs.args, **inputs.kwargs)`."""
+
+    args: "tuple[Tensor, ...]"
+    kwargs: "dict[str, Tensor]"
+
+
+def is_own_model(name: str) -> bool:
+    """Return whether a word of the command line is `module:name`, and no file or address."""
+    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", name) is not None
+
+
+def load_model(name: str) -> "nn.Module":
+    """Return the module that `module:name` is or, called without arguments, returns, in evaluation.
+
+    The current folder is searched last, as for configs.
+
+    Raises:
+        InputError: no such module or name; it raised an exception; it is no nn.Module.
+    """
+    from torch import nn
+
+    path, _, attribute = name.partition(":")
+    try:
+        found = import_module(path)
+    except ModuleNotFoundError as error:
+        if not f"{path}.".startswith(f"{error.name}."):
+            raise InputError(f"importing {path} raised {_in_line(error)}") from error
+        raise InputError(
+            f"there is no module {path!r}, installed or in {Path.cwd()}, to take {attribute} from."
+        ) from error
+    except Exception as error:
+        raise InputError(f"importing {path} raised {_in_line(error)}") from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise InputError(f"{path} has no {attribute!r}.{nearest(part, dir(found))}")
+        found = getattr(found, part)
+    try:
+        net = found() if callable(found) and not isinstance(found, nn.Module) else found
+    except Exception as error:
+        raise InputError(f"{name} raised {_in_line(error)}") from error
+    if not isinstance(net, nn.Module):
+        raise InputError(f"{name} gives a {type(net).__name__}, and not an nn.Module.")
+    return net.eval()
+
+
+def _in_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def read_arrays(file: Path) -> dict[str, NDArray[np.generic]]:
+    """Return the arrays of an .npz by name, in their order, or raise InputError."""
+    if not file.is_file():
+        raise InputError(f"--inputs: there is no file {str(file)!r} in {Path.cwd()}.")
+    try:
+        with np.load(file) as loaded:
+            arrays = dict(loaded)
+    except (ValueError, TypeError, OSError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"--inputs: {str(file)!r} is no .npz of numbers, as np.savez writes it: {error}"
+        ) from error
+    for name, array in arrays.items():
+        if array.dtype.kind not in "biuf":
+            raise InputError(f"--inputs: {name!r} of {str(file)!r} is {array.dtype}, no numbers.")
+    if not arrays:
+        raise InputError(f"--inputs: {str(file)!r} holds no array.")
+    return arrays
+
+
+def bind_inputs(net: "nn.Module", arrays: dict[str, NDArray[np.generic]]) -> Inputs:
+    """Return arrays as arguments of a network: by name if forward has all names, else in order.
+
+    Floating-point arrays become float32.
+
+    Raises:
+        InputError: forward takes other arguments.
+    """
+    import torch
+
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    tensors = {n: q.float() if q.is_floating_point() else q for n, q in tensors.items()}
+    parameters = inspect.signature(net.forward).parameters
+    by_name = tensors.keys() <= parameters.keys()
+    inputs = Inputs((), tensors) if by_name else Inputs(tuple(tensors.values()), {})
+    try:
+        inspect.signature(net.forward).bind(*inputs.args, **inputs.kwargs)
+    except TypeError as error:
+        raise InputError(
+            f"--inputs has {', '.join(arrays)}, and {type(net).__name__} takes "
+            f"{', '.join(parameters)}: {error}."
+        ) from error
+    return inputs
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """Return the sizes in a text such as `3,32,32`, for argparse."""
+    sizes = text.split(",")
+    if not all(size.strip().isdecimal() and int(size) for size in sizes):
+        raise argparse.ArgumentTypeError(f"give sizes such as 3,32,32, got {text!r}")
+    return tuple(map(int, sizes))
