@@ -1,0 +1,316 @@
+"""Finds the norms in an ONNX graph, as single nodes or as the steps that exporters make of them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+
+# The kind that a node computes, and what its inputs are.
+_SINGLE_NODES: Mapping[str, str] = {
+    "LayerNormalization": "layer x weight bias",
+    "SkipLayerNormalization": "layer x added weight bias added",
+    "RMSNormalization": "rms x weight",
+    "SimplifiedLayerNormalization": "rms x weight",
+    "SkipSimplifiedLayerNormalization": "rms x added weight added",
+    "InstanceNormalization": "instance x weight bias",
+    "GroupNormalization": "group x weight bias",
+    "GroupNorm": "group x weight bias",
+    "BatchNormalization": "batch x weight bias mean variance",
+}
+
+# A step is an operator and its inputs, a list has alternatives, a word stands for a value: the same
+# one wherever it is met. All means are over the same axes, and casts may lie between any two steps.
+_Pattern = Any
+
+
+def _normalised(d: _Pattern) -> _Pattern:
+    """Return the ways to compute d / √(mean(d²) + eps), those of the inverse root apart."""
+    variance = ("ReduceMean", [("Pow", d, 2.0), ("Mul", d, d)])
+    inside = [("Add", variance, "eps"), variance]
+    root = [("Sqrt", inside), ("Pow", inside, 0.5)]
+    return root, [("Reciprocal", root), ("Div", 1.0, root), ("Pow", inside, -0.5)]
+
+
+_MEAN = ("ReduceMean", "x")
+_CENTRED = ("Sub", "x", _MEAN)
+_INVERSE = _normalised(_CENTRED)[1]
+_GAIN = [_INVERSE, ("Mul", _INVERSE, "weight")]
+_PATTERNS: Sequence[tuple[str, _Pattern]] = (
+    *(
+        (kind, [("Div", d, _normalised(d)[0]), ("Mul", d, _normalised(d)[1])])
+        for kind, d in (("layer", _CENTRED), ("rms", "x"))
+    ),
+    # as Keras and TensorFlow have it
+    ("layer", ("Add", ("Mul", "x", _GAIN), ("Sub", "bias", ("Mul", _MEAN, _GAIN)))),
+)
+_LARGEST_CONSTANT = 64  # elements; axes and eps have few, and weights are not read
+
+
+@dataclass(frozen=True)
+class OnnxNorm:
+    """A norm: y = (x − mean(x)) / √(var(x) + eps) · weight + bias, or x / √(mean(x²) + eps) · …
+
+    Attributes:
+        kind: "layer", "rms", "instance", "group" or "batch".
+        name: of its last node, or of its output, behind the names of what its graph belongs to.
+        input: the value x; with `added`, x is the sum of all.
+        output: the value y, behind weight and bias.
+        axes: over which x is averaged, negative where its rank is known; None if unknown.
+        eps: as in the file.
+        weight, bias: the values' names, "" for none.
+        dtype: the `TensorProto.DataType` it is computed in, 0 if unknown; x may be of another.
+        shape: of x, None for a size that is not known; None if not even their number is.
+        normalised: the value before weight and bias, "" where one step gives all.
+        added: what a Skip… node adds to x before.
+        nodes: the steps from x to y, in their order.
+        graph: the graph or local function that has them.
+    """
+
+    kind: str
+    name: str
+    input: str
+    output: str
+    axes: tuple[int, ...] | None
+    eps: float
+    weight: str = ""
+    bias: str = ""
+    dtype: int = 0
+    shape: tuple[int | None, ...] | None = None
+    normalised: str = ""
+    added: tuple[str, ...] = ()
+    nodes: tuple["NodeProto", ...] = field(default=(), repr=False, compare=False)
+    graph: Any = field(default=None, repr=False, compare=False)
+
+
+def find_onnx_norms(model: "ModelProto", folder: str | Path = "") -> list[OnnxNorm]:
+    """Return the norms of a model, also of its subgraphs and local functions, in their order.
+
+    No weight is read; `folder` is where the model's external data lie, for an eps that is there.
+
+    Examples:
+        >>> [norm.kind for norm in find_onnx_norms(onnx.load("vit.onnx", load_external_data=False))]
+        ['layer', 'layer', 'layer']
+    """
+    found = list(_Scope(model.graph, _infer_types(model), folder).norms())
+    for function in model.functions:
+        found += _Scope(function, {}, folder, f"{function.name}/").norms()
+    return found
+
+
+def subgraphs(node: "NodeProto") -> Iterator["GraphProto"]:
+    """Yield the graphs that an If, Loop or Scan has."""
+    for attribute in node.attribute:
+        yield from [attribute.g] if attribute.HasField("g") else attribute.graphs
+
+
+def attribute_of(node: "NodeProto", name: str, default: Any = None) -> Any:
+    """Return the value of a node's attribute."""
+    from onnx.helper import get_attribute_value
+
+    return next((get_attribute_value(x) for x in node.attribute if x.name == name), default)
+
+
+def _infer_types(model: "ModelProto") -> dict[str, Any]:
+    """Return the types of values by name, as far as onnx infers them without the weights."""
+    from onnx import ModelProto, TensorProto, shape_inference
+
+    light = ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    light.functions.extend(model.functions)
+    for part in ("node", "input", "output", "value_info"):
+        getattr(light.graph, part).extend(getattr(model.graph, part))
+    for x in model.graph.initializer:
+        empty = TensorProto(name=x.name, dims=x.dims, data_type=x.data_type)
+        light.graph.initializer.append(x if np.prod(x.dims) <= _LARGEST_CONSTANT else empty)
+    with suppress(Exception):  # of nodes that it does not know; what the file says is left
+        light = shape_inference.infer_shapes(light)
+    types, graphs = {}, [light.graph]
+    for graph in graphs:
+        types.update({x.name: x.type for x in [*graph.input, *graph.output, *graph.value_info]})
+        graphs += [inner for node in graph.node for inner in subgraphs(node)]
+    return types
+
+
+class _Scope:
+    """A graph, or a local function: what makes each value, what takes it, and what is constant."""
+
+    def __init__(
+        self, graph: Any, types: Mapping[str, Any], folder: str | Path, path: str = "",
+        outer: "_Scope | None" = None,
+    ) -> None:  # fmt: skip
+        self.graph, self.types, self.folder, self.path = graph, types, folder, path
+        self.makers: dict[str, NodeProto] = dict(outer.makers if outer else {})
+        self.tensors: dict[str, TensorProto] = dict(outer.tensors if outer else {})
+        self.users: dict[str, list[NodeProto]] = {}
+        self.tensors.update({x.name: x for x in getattr(graph, "initializer", ())})
+        for node in graph.node:
+            self.makers.update(dict.fromkeys(node.output, node))
+            for name in dict.fromkeys(node.input):
+                self.users.setdefault(name, []).append(node)
+
+    def norms(self) -> Iterator[OnnxNorm]:
+        for node in self.graph.node:
+            for inner in subgraphs(node):
+                path = f"{self.path}{node.name or node.op_type}/"
+                yield from _Scope(inner, self.types, self.folder, path, self).norms()
+            if node.op_type in _SINGLE_NODES and node.domain in ("", "ai.onnx", "com.microsoft"):
+                yield self._single(node)
+            elif node.op_type in ("Div", "Mul", "Add"):
+                yield from self._composed(node)
+
+    def _single(self, node: "NodeProto") -> OnnxNorm:
+        kind, *roles = _SINGLE_NODES[node.op_type].split()
+        inputs = [pair for pair in zip(roles, node.input, strict=False) if pair[1]]
+        values, axes = dict(reversed(inputs)), None
+        if kind in ("layer", "rms"):
+            axis = attribute_of(node, "axis", -1)
+            known = self._shape(values["x"]), self._shape(values.get("weight", ""))
+            if axis >= 0 and known[0] is not None:
+                axis -= len(known[0])
+            elif axis >= 0 and known[1] is not None:
+                axis = -len(known[1])
+            axes = tuple(range(axis, 0)) or None
+        reshape = self.makers.get(values["x"])
+        if kind == "instance" and reshape is not None and reshape.op_type == "Reshape":
+            sizes = self._constant(reshape.input[1])  # (0, groups, −1), as torch exports them
+            kind = "group" if sizes is not None and sizes.size == 3 else kind
+        eps = attribute_of(node, "epsilon", 1e-12 if node.op_type.startswith("Skip") else 1e-5)
+        return OnnxNorm(
+            kind, self._name([node]), values["x"], node.output[0], axes, eps,
+            values.get("weight", ""), values.get("bias", ""),
+            self._dtype(values["x"]) or self._dtype(values.get("weight", "")),
+            self._shape(values["x"]), "", tuple(x for role, x in inputs if role == "added"),
+            (node,), self.graph,
+        )  # fmt: skip
+
+    def _composed(self, node: "NodeProto") -> Iterator[OnnxNorm]:
+        for kind, pattern in _PATTERNS:
+            bound = next(self._match(pattern, node.output[0], {"steps": []}), None)
+            if bound is not None:
+                normalised = "" if "bias" in bound else node.output[0]
+                steps, output = bound["steps"], node.output[0]
+                weight, bias = bound.get("weight", ""), bound.get("bias", "")
+                if normalised:
+                    weight, bias, output = self._affine(output, steps)
+                chosen = {id(step) for step in steps}
+                nodes = [step for step in self.graph.node if id(step) in chosen]
+                dtype = self._dtype(node.output[0]) or bound.get("dtype", 0)
+                shape, axes = self._shape(bound["x"]), bound["axes"]
+                if shape is not None:
+                    axes = tuple(sorted(axis - len(shape) * (axis >= 0) for axis in axes))
+                yield OnnxNorm(
+                    kind, self._name(nodes), bound["x"], output, axes, bound.get("eps", 0.0),
+                    weight, bias, dtype or self._dtype(bound["x"]), shape, normalised, (),
+                    tuple(nodes), self.graph,
+                )  # fmt: skip
+                return
+
+    def _affine(self, output: str, steps: list["NodeProto"]) -> tuple[str, str, str]:
+        """Return weight, bias and output of the steps that alone take a normalised value."""
+        names = {"Mul": "", "Add": ""}
+        for operator in ("Cast", "Mul", "Cast", "Add", "Cast"):
+            users = self.users.get(output, [])
+            if len(users) == 1 and users[0].op_type == operator:
+                others = [name for name in users[0].input if name != output]
+                if all(map(self._is_fixed, others)):
+                    names[operator] = "".join(others)
+                    steps.append(users[0])
+                    output = users[0].output[0]
+        return names["Mul"], names["Add"], output
+
+    def _match(
+        self, pattern: _Pattern, value: str, bound: dict[str, Any]
+    ) -> Iterator[dict[str, Any]]:
+        """Yield what the words of a pattern stand for in the steps that lead to a value."""
+        if isinstance(pattern, list):
+            for alternative in pattern:
+                yield from self._match(alternative, value, bound)
+            return
+        steps, node = list(bound["steps"]), self.makers.get(value)
+        while node is not None and node.op_type in ("Cast", "Identity"):
+            steps.append(node)
+            value = node.input[0]
+            node = self.makers.get(value)
+        if isinstance(pattern, float) or pattern == "eps":
+            number = self._constant(value)
+            if number is None or number.size != 1:
+                return
+            if pattern == "eps":
+                yield {**bound, "eps": float(number.item()), "dtype": self._dtype(value)}
+            elif float(number.item()) == pattern:
+                yield bound
+        elif isinstance(pattern, str):
+            if bound.get(pattern, value) == value:
+                yield {**bound, pattern: value, "steps": steps}
+        elif node is not None and node.op_type == pattern[0]:
+            yield from self._match_step(pattern, node, {**bound, "steps": [*steps, node]})
+
+    def _match_step(
+        self, pattern: _Pattern, node: "NodeProto", bound: dict[str, Any]
+    ) -> Iterator[dict[str, Any]]:
+        inputs = list(node.input)
+        if node.op_type == "ReduceMean":
+            axes = attribute_of(node, "axes")
+            if axes is None and len(inputs) > 1:
+                axes = self._constant(inputs.pop())
+            if axes is None or not len(axes) or not attribute_of(node, "keepdims", 1):
+                return
+            axes = tuple(map(int, axes))
+            if bound.setdefault("axes", axes) != axes:
+                return
+        for order in [inputs, inputs[::-1]][: 2 if node.op_type in ("Add", "Mul") else 1]:
+            found = [bound]
+            for part, value in zip(pattern[1:], order, strict=True):
+                found = [y for x in found for y in self._match(part, value, x)]
+            yield from found
+
+    def _is_fixed(self, name: str) -> bool:
+        """Whether a value follows from constants alone."""
+        node = self.makers.get(name)
+        if node is None or name in self.tensors:
+            return name in self.tensors
+        return all(self._is_fixed(x) for x in node.input if x) and not any(subgraphs(node))
+
+    def _constant(self, name: str) -> Any:
+        """Return a constant's few elements, None for others."""
+        from onnx import TensorProto, numpy_helper
+        from onnx.external_data_helper import load_external_data_for_tensor
+
+        node, tensor = self.makers.get(name), self.tensors.get(name)
+        if node is not None and node.op_type == "Constant":
+            value = node.attribute[0]
+            tensor = value.t
+            if not value.HasField("t"):
+                return np.asarray(attribute_of(node, value.name))
+        if tensor is None or np.prod(tensor.dims) > _LARGEST_CONSTANT:
+            return None
+        if tensor.data_location == TensorProto.EXTERNAL:
+            external, tensor = tensor, TensorProto()
+            tensor.CopyFrom(external)
+            load_external_data_for_tensor(tensor, str(self.folder))
+        return numpy_helper.to_array(tensor)
+
+    def _name(self, nodes: Sequence["NodeProto"]) -> str:
+        return f"{self.path}{nodes[-1].name or nodes[-1].output[0]}"
+
+    def _dtype(self, name: str) -> int:
+        """Return the type of a value's elements, 0 if it is unknown."""
+        node = self.makers.get(name)
+        if name in self.tensors:
+            return int(self.tensors[name].data_type)
+        if node is not None and node.op_type == "Constant":
+            return int(node.attribute[0].t.data_type)
+        return int(self.types[name].tensor_type.elem_type) if name in self.types else 0
+
+    def _shape(self, name: str) -> tuple[int | None, ...] | None:
+        """Return the sizes of a value, None for those that are unknown, or for all."""
+        if name in self.tensors:
+            return tuple(self.tensors[name].dims)
+        if name not in self.types or not self.types[name].tensor_type.HasField("shape"):
+            return None
+        return tuple(x.dim_value or None for x in self.types[name].tensor_type.shape.dim)
