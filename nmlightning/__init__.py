@@ -62,6 +62,8 @@ if TYPE_CHECKING:
     from nmlightning.norms import RangeBatchNorm1d as RangeBatchNorm1d
     from nmlightning.norms import RangeBatchNorm2d as RangeBatchNorm2d
     from nmlightning.norms import RangeBatchNorm3d as RangeBatchNorm3d
+    from nmlightning.norms import ScaledLayerNorm as ScaledLayerNorm
+    from nmlightning.norms import ScaledRMSNorm as ScaledRMSNorm
     from nmlightning.norms import TopKBatchNorm1d as TopKBatchNorm1d
     from nmlightning.norms import TopKBatchNorm2d as TopKBatchNorm2d
     from nmlightning.norms import TopKBatchNorm3d as TopKBatchNorm3d

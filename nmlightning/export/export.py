@@ -28,7 +28,7 @@ from nmlightning.export.quantized import (
 )
 from nmlightning.name_patterns import some
 from nmlightning.norms.batch_norm_base import BatchNormBase
-from nmlightning.norms.layer_norm import LpLayerNorm, LpRMSNorm
+from nmlightning.norms.layer_norm import FeatureNorm
 from nmlightning.reports.formatting import Report
 from nmlightning.surgery.fuse.fuse import unfuse
 from nmlightning.surgery.fuse.trace import first_line
@@ -304,8 +304,7 @@ def _remove_parametrizations(net: nn.Module) -> list[str]:
 
 def _swap_back(net: nn.Module) -> list[str]:
     """Give batch norms torch's classes where evaluation is torch's; return the others' names."""
-    own_classes = (BatchNormBase, LpLayerNorm, LpRMSNorm)
-    ours = [x for x in find_norm_layers(net) if isinstance(x.module, own_classes)]
+    ours = [x for x in find_norm_layers(net) if isinstance(x.module, BatchNormBase | FeatureNorm)]
     batch_norms = [x for x in ours if x.kind == "batch" and not x.unsupported_reason]
     with_statistics = [x.name for x in batch_norms if x.module.running_mean is not None]
     if with_statistics:

@@ -10,7 +10,7 @@ An RMS norm has μ = 0, and so neither mean h nor mean s.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -64,6 +64,9 @@ def normalise_features(
         )
     kind: NormKind = "layer" if centred else "rms"
     settings = (layer.constant, sizes, eps, x.dtype, layer.stats_dtype)
+    if layer.formula is not None:
+        _, added, _ = _settle(layer.statistic, *settings)
+        return layer.formula(x, weight, bias, len(sizes), added, centred)  # type: ignore[no-any-return]
     if reductions.is_eager(x):
         key = (kind, layer.p, x.device.type, dispatch.requested_backend())
         kernel, constant, added = _choose(*settings, *key)
@@ -189,6 +192,7 @@ class FeatureNorm(nn.Module):
     """What layer and RMS norms by a power mean share."""
 
     kind: ClassVar[NormKind]
+    formula: ClassVar[Callable[..., Tensor] | None] = None  # another than that of the power mean
     normalized_shape: tuple[int, ...]
 
     __prepare_scriptable__ = refuse_scripting

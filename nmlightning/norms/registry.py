@@ -12,6 +12,7 @@ from nmlightning.kernels.interface import Fused, NormKind
 from nmlightning.norms import batch_norm, low_precision, mean_only
 from nmlightning.norms.batch_norm_base import default_options
 from nmlightning.norms.layer_norm import L1LayerNorm, L1RMSNorm, LpLayerNorm, LpRMSNorm
+from nmlightning.norms.scaled import ScaledLayerNorm, ScaledRMSNorm
 
 KINDS: tuple[NormKind, ...] = ("batch", "layer", "rms")
 TITLES: Mapping[NormKind, str] = MappingProxyType(
@@ -53,6 +54,7 @@ NORMS: Mapping[str, Norm] = MappingProxyType(
         "range": Norm(_batch_norms("Range")),
         "mean": Norm(_batch_norms("MeanOnly", mean_only)),
         "half_l2": Norm(_batch_norms("HalfL2", low_precision)),
+        "scaled": Norm({}, ScaledLayerNorm, ScaledRMSNorm),
     }
 )
 
@@ -74,10 +76,7 @@ def norm_name(name: str) -> str:
 
 def layer_class(name: str, kind: NormKind, dims: int | None = None) -> type[nn.Module]:
     """Return the class of norm `name` for a kind; for `batch` by its spatial dimensions or None."""
-    norm = find_norm(name)
-    if kind == "batch":
-        return norm.batch[dims]
-    cls = _by_kind(norm, kind)
+    cls = _by_kind(find_norm(name), kind, dims)
     if cls is None:
         defined = [other for other, spec in NORMS.items() if _by_kind(spec, kind) is not None]
         raise InputError(
@@ -96,7 +95,9 @@ def find_class(class_name: str) -> tuple[str, NormKind]:
     raise InputError(f"There is no norm class {class_name!r}: install the release that has it.")
 
 
-def _by_kind(norm: Norm, kind: NormKind) -> type[nn.Module] | None:
+def _by_kind(norm: Norm, kind: NormKind, dims: int | None = None) -> type[nn.Module] | None:
+    if kind == "batch":
+        return norm.batch.get(dims)
     return norm.layer if kind == "layer" else norm.rms
 
 

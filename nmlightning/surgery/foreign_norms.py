@@ -25,7 +25,7 @@ from nmlightning.errors import InputError
 from nmlightning.functional.reductions import is_half
 from nmlightning.kernels.interface import NormKind
 from nmlightning.norms.fast_path import traceable
-from nmlightning.norms.layer_norm import LpLayerNorm, LpRMSNorm, normalise_features
+from nmlightning.norms.layer_norm import FeatureNorm, normalise_features
 
 KNOWN_PACKAGES = {
     *("timm", "torchvision", "transformers", "transformers_modules"),
@@ -177,7 +177,7 @@ def make_foreign(template: nn.Module, module: nn.Module, form: NormForm, has_eps
     """Give the template of a swap of `module` the class and the name of eps that it shall have."""
     replaced: type = type(module).replaced if isinstance(module, SwappedNorm) else type(module)
     own_class: type = type(template)
-    ours = isinstance(template, (LpLayerNorm, LpRMSNorm))
+    ours = isinstance(template, FeatureNorm)
     eps = vars(template).pop("eps")
     if isinstance(form.eps, str) or (has_eps and ours):
         vars(template)[form.eps if isinstance(form.eps, str) else "eps"] = eps

@@ -258,7 +258,7 @@ def watch_other_code() -> None:
     fusers: dict[Any, Any] = getattr(mappings, "_DEFAULT_OP_LIST_TO_FUSER_METHOD", {})
     for classes, fuse in list(fusers.items()):
         dims = next((n for n, cls in plain.items() if cls in classes), None)
-        for norm in NORMS.values() if dims else ():
+        for norm in (x for x in NORMS.values() if dims and dims in x.batch):
             own = tuple(norm.batch[dims] if cls is plain[dims] else cls for cls in classes)
             fusers.setdefault(own, partial(_fuse, fuse, norm.batch[dims], plain[dims]))
 

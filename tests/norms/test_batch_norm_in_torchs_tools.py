@@ -54,7 +54,8 @@ def test_positional_arguments_are_torchs(norm: Norm) -> None:
     layer, theirs = cls(8, 1e-3, None, False, False), nn.BatchNorm2d(8, 1e-3, None, False, False)
     for name in ("num_features", "eps", "momentum", "affine", "track_running_stats"):
         assert getattr(layer, name) == getattr(theirs, name)
-    for kind in (norms.L1LayerNorm, norms.LpLayerNorm, norms.L1RMSNorm, norms.LpRMSNorm):
+    for name in ("L1LayerNorm", "LpLayerNorm", "L1RMSNorm", "LpRMSNorm", "ScaledLayerNorm"):
+        kind = getattr(norms, name)
         assert (kind(8, 1e-3, False).eps, kind(8, 1e-3, False).weight) == (1e-3, None)
     assert norms.LpLayerNorm(8, 1e-3, True, False).bias is None
 
@@ -159,6 +160,8 @@ def test_onnx_takes_evaluation_and_refuses_training(images: Tensor) -> None:
         norms.L1LayerNorm(8),
         norms.LpLayerNorm((5, 8), p=3.0),
         norms.LpRMSNorm(8, p=1.5),
+        norms.ScaledLayerNorm((5, 8)),
+        norms.ScaledRMSNorm(8),
         *(
             cls(4, track_running_stats=False)
             for name, cls in vars(norms).items()
@@ -216,7 +219,7 @@ def test_freezing_keeps_the_outputs_and_unfreezing_warns(images: Tensor) -> None
         net[4] = nn.BatchNorm2d(4)
 
 
-@pytest.mark.parametrize("norm", [*registry.NORMS][1:])
+@pytest.mark.parametrize("norm", [x for x, norm in registry.NORMS.items() if norm.batch][1:])
 def test_eager_fusing_of_torch_ao_is_that_of_its_own_norm(norm: str, images: Tensor) -> None:
     net = make_net("l2").append(nn.BatchNorm2d(4)).append(nn.ReLU())
     swap_norms(net, norm, {"k": 3} if norm == "topk" else {})

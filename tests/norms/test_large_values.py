@@ -23,6 +23,8 @@ NORMS: dict[str, tuple[type[nn.Module], tuple[int, ...], dict[str, float]]] = {
     "layer p2": (norms.LpLayerNorm, TOKENS, {"p": 2.0}),
     "rms l1": (norms.L1RMSNorm, LONG_TOKENS, {}),
     "rms p2": (norms.LpRMSNorm, TOKENS, {"p": 2.0}),
+    "layer scaled": (norms.ScaledLayerNorm, LONG_TOKENS, {}),
+    "rms scaled": (norms.ScaledRMSNorm, LONG_TOKENS, {}),
 }
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # two last places of bfloat16
 every_norm = pytest.mark.parametrize("name", NORMS)
@@ -30,6 +32,8 @@ every_norm = pytest.mark.parametrize("name", NORMS)
 
 def make(name: str, **settings: Any) -> nn.Module:
     cls, shape, options = NORMS[name]
+    if "scaled" in name:
+        settings.pop("stats_dtype", None)  # it computes in the input's
     return cls(shape[1], **options, **settings)
 
 

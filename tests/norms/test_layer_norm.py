@@ -13,10 +13,12 @@ from batch_norm_contract import EXACT, check_compilation, check_half, gradients,
 from nmlightning import norms
 from nmlightning.errors import InputError
 
-LAYER_POWERS = {"l1": 1.0, "lp1": 1.0, "lp1.5": 1.5, "lp2": 2.0, "lp3.7": 3.7}
-RMS_POWERS = {"rms l1": 1.0, "rms lp1.5": 1.5, "rms lp2": 2.0, "rms lp3.7": 3.7}
+LAYER_POWERS = {"l1": 1.0, "lp1": 1.0, "lp1.5": 1.5, "lp2": 2.0, "lp3.7": 3.7, "scaled": 2.0}
+RMS_POWERS = {"rms l1": 1.0, "rms lp1.5": 1.5, "rms lp2": 2.0, "rms lp3.7": 3.7, "rms scaled": 2.0}
 POWERS = {**LAYER_POWERS, **RMS_POWERS}
 every_norm = pytest.mark.parametrize("norm", POWERS)
+# Scaled ones have no options, compute in the dtype of the input and leave gradients to autograd.
+every_power_mean = pytest.mark.parametrize("norm", [x for x in POWERS if "scaled" not in x])
 every_layer_norm = pytest.mark.parametrize("norm", LAYER_POWERS)
 SHAPES: list[tuple[tuple[int, ...], int | tuple[int, ...]]] = [
     ((4, 6), 6),
@@ -39,10 +41,11 @@ def torchs(norm: str, normalized: Any, **settings: Any) -> nn.Module:
 
 def make(norm: str, normalized: int | tuple[int, ...], **settings: Any) -> nn.Module:
     """Return the layer with a random weight and bias."""
-    name = ("L1" if norm.endswith("l1") else "Lp") + ("RMSNorm" if is_rms(norm) else "LayerNorm")
+    name = "Scaled" if norm.endswith("scaled") else "L1" if norm.endswith("l1") else "Lp"
+    name += "RMSNorm" if is_rms(norm) else "LayerNorm"
     powers = {"p": POWERS[norm]} if name.startswith("Lp") else {}
-    if is_rms(norm):
-        settings.pop("bias", None)
+    refused = ["bias"] * is_rms(norm) + ["constant", "stats_dtype"] * ("scaled" in norm)
+    settings = {key: value for key, value in settings.items() if key not in refused}
     layer: nn.Module = getattr(norms, name)(normalized, **powers, **settings)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, mean=1.0)
@@ -114,7 +117,7 @@ def test_exact_constant_gives_unit_std(norm: str) -> None:
     assert std == pytest.approx(1, abs=0.01)
 
 
-@every_norm
+@every_power_mean
 def test_constant_scales_the_output(norm: str) -> None:
     x = torch.randn(4, 12, dtype=torch.float64)
     settings: dict[str, Any] = {"eps": 0.0, "elementwise_affine": False}
@@ -156,7 +159,7 @@ def test_single_feature_gives_the_bias(norm: str) -> None:
     assert torch.equal(gradients(layer(x), [x])[0], torch.zeros(3, 1))
 
 
-@every_norm
+@every_power_mean
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_inputs_accumulate_in_float32(norm: str, dtype: torch.dtype) -> None:
     """Equal to the float64 formula on the same values up to one rounding of what is returned."""
@@ -165,7 +168,7 @@ def test_half_inputs_accumulate_in_float32(norm: str, dtype: torch.dtype) -> Non
     check_half(layer, lambda high: define(layer, POWERS[norm], high), x.to(dtype))
 
 
-@every_norm
+@every_power_mean
 def test_stats_dtype_float64_is_precise_far_from_zero(norm: str) -> None:
     x = torch.randn(4, 64) + 1000
     layer = make(norm, 64, stats_dtype="float64", eps=1e-5)
@@ -186,7 +189,7 @@ def test_strided_and_empty_inputs_equal_torchs(norm: str) -> None:
     torch.testing.assert_close(found, gradients(expected(empty), [empty, *expected.parameters()]))
 
 
-@every_norm
+@every_power_mean
 def test_layer_saves_no_more_than_torchs(norm: str) -> None:
     x = torch.randn(32, 64, requires_grad=True)
     assert saved_bytes(make(norm, 64), x) <= saved_bytes(torchs(norm, 64), x)
@@ -194,7 +197,7 @@ def test_layer_saves_no_more_than_torchs(norm: str) -> None:
 
 # Dynamo of torch 2.11 instantiates any autograd function that it traces.
 @pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("norm", ["l1", "lp3.7", "rms l1"])
+@pytest.mark.parametrize("norm", ["l1", "lp3.7", "rms l1", "scaled", "rms scaled"])
 def test_layer_compiles_without_graph_breaks(norm: str) -> None:
     check_compilation(make(norm, 6), 6)
 
@@ -253,11 +256,14 @@ def test_constructor_rejects_bad_settings(settings: dict[str, Any], message: str
         if "bias" not in settings or cls is norms.LpLayerNorm:
             with pytest.raises(InputError, match=message):
                 cls(6, **settings)
+    if settings.keys() <= {"eps", "elementwise_affine", "bias"}:
+        with pytest.raises(InputError, match=message):
+            norms.ScaledLayerNorm(6, **settings)
 
 
 @pytest.mark.parametrize("normalized", [0, (), (3, 0), -1])
 def test_constructor_rejects_no_features(normalized: Any) -> None:
-    for cls in (norms.L1LayerNorm, norms.L1RMSNorm):
+    for cls in (norms.L1LayerNorm, norms.L1RMSNorm, norms.ScaledLayerNorm, norms.ScaledRMSNorm):
         with pytest.raises(InputError, match="normalized_shape must have sizes of at least 1, got"):
             cls(normalized)
 

@@ -1,4 +1,4 @@
-"""Layer and RMS norms in half: where L2's squares leave float16's range and L1 does not.
+"""Layer and RMS norms in half: where squares leave float16's range, and L1 and scaled do not.
 
 The rows are those of the table in docs/half_precision.md: right is a token whose root mean squared
 error is below 5 % of the float64 formula with the same eps. That is 1e-10, so that small σ test
@@ -67,11 +67,16 @@ def shares_wrong(norm: Norm, exact: Norm, width: int, sigma: float) -> list[floa
 @every_kind
 @every_width
 @pytest.mark.parametrize("sigma", SIGMAS)
-def test_l1_is_right_at_every_scale_and_l2_is_not(kind: str, width: int, sigma: float) -> None:
+def test_l1_and_scaled_are_right_at_every_scale_and_l2_is_not(
+    kind: str, width: int, sigma: float
+) -> None:
     l1 = make(f"L1{kind}", width, stats_dtype=torch.float64)
     l2 = make(f"Lp{kind}", width, p=2, stats_dtype=torch.float64)
     assert shares_wrong(make(f"L1{kind}", width, **HALF), l1, width, sigma) == [0, 0]
     assert shares_wrong(make(kind, width), l2, width, sigma) == [0, 0]  # torch's, in float32
+    forward, backward = shares_wrong(make(f"Scaled{kind}", width), l2, width, sigma)
+    assert forward == 0
+    assert backward == 0 or sigma == 1e-4  # its halves double gradients, there above 32,752
     forward, backward = shares_wrong(lambda x: op_by_op(x, kind), l2, width, sigma)
     if sigma in MIDDLE:
         assert (forward, backward) == (0, 0)
@@ -98,6 +103,38 @@ def test_pure_half_with_parameters_is_within_1_percent(name: str, sigma: float) 
     for half, exact in zip(*found, strict=True):
         error = (half - exact).square().mean().sqrt() / exact.square().mean().sqrt()
         assert error < 0.01
+
+
+TOKENS_OF = {
+    "mean 10 σ": lambda x, sigma: x + 10 * sigma,
+    "outlier first": lambda x, sigma: torch.cat([x[:, :1] + 25 * sigma, x[:, 1:]], 1),
+    "a spread of 100": lambda x, sigma: x * torch.logspace(-1, 1, x.shape[1]),
+    "both ends": lambda x, _: torch.cat([0 * x[:, :1] + 5.9e4, x[:, 1:] - 5.9e4], 1),
+    "constant": lambda x, sigma: torch.full_like(x, 3 * sigma),
+    "zero": lambda x, sigma: torch.zeros_like(x),
+}
+
+
+@every_kind
+@pytest.mark.parametrize("eps", [1e-5, 1e-12])
+@pytest.mark.parametrize("sigma", [1e-4, 1e-2, 1.0, 60.0, 1e3])
+def test_scaled_is_right_for_every_token_that_float16_holds(
+    kind: str, eps: float, sigma: float
+) -> None:
+    """In float16 to 0.2 % of the largest output, and in float32 to 2 units in its last place, or 4
+    beside an outlier, where sums round more."""
+    for name, change in TOKENS_OF.items():
+        x = change(tokens(768, sigma)[0].float(), sigma)
+        units = 4 if name in ("outlier first", "both ends") else 2
+        for dtype, close in ((torch.float16, 2e-3), (torch.float32, units * 2**-23)):
+            given = x.to(dtype)
+            d = given.double()
+            d = d - d.mean(-1, keepdim=True) if kind == "LayerNorm" else d
+            right = d / (d.square().mean(-1, keepdim=True) + eps).sqrt()
+            found = getattr(norms, f"Scaled{kind}")(768, eps).to(dtype)(given)
+            assert found.dtype == dtype
+            errors = (found - right).abs().amax(-1) / right.abs().amax(-1).clamp_min(1e-3)
+            assert errors.max() <= close
 
 
 @every_kind

@@ -11,7 +11,7 @@ from nmlightning.errors import InputError
 from nmlightning.kernels.interface import NormKind
 from nmlightning.norms import registry
 
-OURS = [name for name in registry.NORMS if name != "l2"]
+OURS = [name for name, norm in registry.NORMS.items() if norm.batch and name != "l2"]
 OTHERWISE = {"top10": "TopK", "mean": "MeanOnly"}  # the other classes are called as the norms are
 
 
@@ -39,6 +39,8 @@ def test_layer_class_finds_batch_norms(name: str, dims: int | None, suffix: str)
         ("lp", "layer", None, norms.LpLayerNorm),
         ("l1", "rms", None, norms.L1RMSNorm),
         ("lp", "rms", None, norms.LpRMSNorm),
+        ("scaled", "layer", None, norms.ScaledLayerNorm),
+        ("scaled", "rms", None, norms.ScaledRMSNorm),
     ],
 )
 def test_layer_class_is_torchs_for_l2_and_ours_else(
@@ -50,9 +52,11 @@ def test_layer_class_is_torchs_for_l2_and_ours_else(
 @pytest.mark.parametrize("name", ["linf", "topk", "top10", "range", "mean", "half_l2"])
 @pytest.mark.parametrize(("kind", "title"), [("layer", "layer"), ("rms", "RMS")])
 def test_layer_class_rejects_undefined_kinds(name: str, kind: NormKind, title: str) -> None:
-    message = f"The norm '{name}' is not defined for {title} norms; l2, l1, lp are."
+    message = f"The norm '{name}' is not defined for {title} norms; l2, l1, lp, scaled are."
     with pytest.raises(InputError, match=message):
         registry.layer_class(name, kind)
+    with pytest.raises(InputError, match="'scaled' is not defined for batch norms; l2, l1, lp, li"):
+        registry.layer_class("scaled", "batch", 2)
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,7 @@ def test_load_from_checkpoint_restores_swaps_by_hand(module_class: type, tmp_pat
         ("mean", {"stats_dtype": "float16"}, ["batch"]),
         ("half_l2", {}, ["batch"]),
         ("l1", {"constant": 1, "stats_dtype": torch.float64}, ["layer", "rms"]),
+        ("scaled", {"eps": 0.5}, ["layer", "rms"]),
     ],
 )
 def test_swap_like_follows_a_saved_state_dict(

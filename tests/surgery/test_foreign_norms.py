@@ -168,11 +168,13 @@ def test_p_2_equals_the_class_and_l2_gives_its_bits_back(
     norm, own, x = net[0], type(net[0]), torch.randn(shape)
     state, expected = dict(vars(norm)), net(x)
     types = {f"{__name__}.{own.__name__}": kind} if own.__module__ == __name__ else {}
-    swap_norms(net, "lp", {"p": 2}, kinds=kind, types=types)
-    assert isinstance(norm, own)
+    for name, options in (("scaled", {}), ("lp", {"p": 2})):
+        swap_norms(net, name, options, kinds=kind, types=types)
+        types = {}  # a swapped class needs none
+        assert isinstance(norm, own)
+        torch.testing.assert_close(net(x), expected, rtol=1e-5, atol=1e-5)
     assert isinstance(norm, LpLayerNorm if kind == "layer" else LpRMSNorm)
-    torch.testing.assert_close(net(x), expected, rtol=1e-5, atol=1e-5)
-    swap_norms(net, "L1", {"eps": 0.1}, kinds=kind)  # a swapped class needs no types
+    swap_norms(net, "L1", {"eps": 0.1}, kinds=kind)
     assert type(norm).__name__ == f"L1{own.__name__}"
     assert "eps=0.1" in repr(norm)
     y = net(x)

@@ -1,0 +1,136 @@
+"""Layer and RMS norms that square nothing above 1, for runtimes that compute them in half."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nmlightning.errors import check_flag
+from nmlightning.norms.batch_norm_base import accumulation_dtype, check_eps
+from nmlightning.norms.fast_path import traceable
+from nmlightning.norms.layer_norm import FeatureNorm, check_normalized_shape, normalise_features
+
+# The least divisor, in every dtype: a graph in float32 may be made one in float16.
+_LEAST = torch.finfo(torch.float16).tiny
+
+
+def normalise_scaled(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, rank: int, eps: float, centred: bool
+) -> Tensor:
+    """Return x, (*, *normalized_shape), normalised over its last `rank` dimensions, in its dtype.
+
+    The sizes k and m cancel, and the first mean as well, so none of them has a gradient.
+    """
+    accumulation_dtype(x.dtype, None)  # InputError for what has no norm
+    dims, root = tuple(range(-rank, 0)), math.sqrt(eps)
+    if centred:
+        largest = _largest(x, dims, _LEAST)
+        mean = largest * _mean((x / largest).detach(), dims)
+        x, root = x / 2 - mean / 2, root / 2
+    largest = _largest(x, dims, max(root, _LEAST))
+    u, added = x / largest, root / largest
+    u = u - _mean(u, dims) if centred else u
+    y = u / (_mean(u * u, dims) + added * added).sqrt()  # autocast would square in float32
+    y = y if weight is None else y * weight.to(y.dtype)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def _largest(x: Tensor, dims: tuple[int, ...], least: float) -> Tensor:
+    return x.detach().abs().amax(dims, keepdim=True).clamp_min(least)
+
+
+def _mean(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Return the mean of values up to 1; of several dimensions in turn, so that no sum is large."""
+    for dim in dims:
+        x = x.mean(dim, keepdim=True)
+    return x
+
+
+class ScaledLayerNorm(FeatureNorm, nn.LayerNorm):
+    """`nn.LayerNorm` of the same state and output, right also with every value in float16.
+
+        k = max |x|,    μ = k · mean(x / k),    d = (x − μ) / 2,    m = max(|d|, √eps / 2),
+        u = d / m − mean(d / m),    y = u / √(mean u² + (√eps / 2m)²) · weight + bias
+
+    Maxima, at least 6.1e-5, and means are over the last dimensions, those of `normalized_shape`,
+    and all is in the dtype of the input, whose range no value and no square exceeds. Halves, since
+    x − μ may; the mean of d / m is what rounding left in μ. In float32 the error is 2 · 2⁻²³ of the
+    largest output, 4 · 2⁻²³ beside an outlier, also where μ is large. It has no kernels of its own.
+
+    Args:
+        normalized_shape: sizes of the last dimensions, or the size of the last one.
+        eps: added to the variance.
+        elementwise_affine: learn a weight for each feature.
+        bias: learn a bias for each feature too.
+
+    Raises:
+        InputError: a setting outside what is allowed; an input that ends in other sizes, or is not
+            of real floating-point numbers.
+
+    Examples:
+        >>> ScaledLayerNorm(8)(1e4 * torch.randn(2, 3, 8).half()).isfinite().all()
+        tensor(True)
+
+    Source: the scaled sum of squares of BLAS' nrm2 (Blue 1978, doi 10.1145/355769.355771).
+    """
+
+    kind = "layer"
+    formula = staticmethod(normalise_scaled)
+
+    def __init__(
+        self, normalized_shape: int | Sequence[int], eps: float = 1e-5,
+        elementwise_affine: bool = True, bias: bool = True, *,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            check_normalized_shape(normalized_shape),
+            check_eps(eps),
+            check_flag("elementwise_affine", elementwise_affine),
+            bias=check_flag("bias", bias),
+            device=device,
+            dtype=dtype,
+        )
+        self._set_statistic(2.0, "exact", None)
+
+    @traceable
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the normalised input, in its dtype."""
+        settings = (self.normalized_shape, self.eps)
+        return normalise_features(input, self, self.weight, self.bias, *settings, centred=True)
+
+
+class ScaledRMSNorm(FeatureNorm, nn.RMSNorm):
+    """`nn.RMSNorm` of the same state and output, right also with every value in float16.
+
+        m = max(|x|, √eps),    u = x / m,    y = u / √(mean u² + (√eps / m)²) · weight
+
+    As `ScaledLayerNorm`, which see. eps is added to the mean square; None is torch's for float32.
+
+    Examples:
+        >>> ScaledRMSNorm(8)(1e4 * torch.randn(2, 3, 8).half()).isfinite().all()
+        tensor(True)
+    """
+
+    kind = "rms"
+    formula = staticmethod(normalise_scaled)
+
+    def __init__(
+        self, normalized_shape: int | Sequence[int], eps: float | None = None,
+        elementwise_affine: bool = True, *, device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            check_normalized_shape(normalized_shape),
+            None if eps is None else check_eps(eps),
+            check_flag("elementwise_affine", elementwise_affine),
+            device=device,
+            dtype=dtype,
+        )
+        self._set_statistic(2.0, "exact", None)
+
+    @traceable
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised input, in its dtype."""
+        settings = (self.normalized_shape, self.eps)
+        return normalise_features(x, self, self.weight, None, *settings, centred=False)
