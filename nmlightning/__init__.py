@@ -84,6 +84,7 @@ if TYPE_CHECKING:
     from nmlightning.parametrizations import apply_weight_norm as apply_weight_norm
     from nmlightning.parametrizations import remove_weight_norm as remove_weight_norm
     from nmlightning.probe.directions import probe_int8 as probe_int8
+    from nmlightning.probe.inference import probe_inference as probe_inference
     from nmlightning.probe.probe import probe_norms as probe_norms
     from nmlightning.surgery.checkpoints import load_from_checkpoint as load_from_checkpoint
     from nmlightning.surgery.checkpoints import swap_like as swap_like

@@ -114,7 +114,8 @@ def test_texts_install_nothing_that_no_index_has() -> None:
     assert [str(path) for path, text in texts.items() if re.search(wanting, text)] == []
     extras = ConfigParser()
     extras.read(ROOT / "setup.cfg")
-    for extra, packages in (("text", TEXT_PACKAGES), ("export", FORMATS["onnx"].needs)):
+    onnx = (*FORMATS["onnx"].needs, "onnxruntime")
+    for extra, packages in (("text", TEXT_PACKAGES), ("export", onnx)):
         lines = extras["options.extras_require"][extra]
         assert re.findall(r"^([\w-]+)>=", lines, flags=re.MULTILINE) == list(packages)
 

@@ -123,6 +123,15 @@ class Checkpoint:
         return tuple(shape)
 
 
+def load_data(options: list[str], prog: str) -> LightningDataModule:
+    """Return the data module that options of the command line name, such as --data Digits."""
+    parser = _parser(prog)
+    data = parser.instantiate_classes(parser.parse_args(options)).data
+    if data is None:
+        raise InputError("no data module is named: give --data, such as --data Digits.")
+    return data  # type: ignore[no-any-return]
+
+
 def _model_config(hyper_parameters: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the model's class and arguments, if the command line has made it."""
     arguments = dict(hyper_parameters)
@@ -148,8 +157,8 @@ def _load(path: Path, option: str = "") -> Any:
     return content
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="nm export")
+def _parser(prog: str = "nm export") -> Parser:
+    parser = Parser(prog=prog)
     parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True, required=False)
     parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=False)
     return parser

@@ -9,6 +9,7 @@ from typing import Any
 
 from nmlightning.commands import files
 from nmlightning.commands.argument_parser import ArgumentParser, print_line, print_words
+from nmlightning.commands.own_models import is_own_model, parse_shape
 from nmlightning.errors import InputError
 from nmlightning.named_code import check_named_code
 from nmlightning.probe import report
@@ -23,52 +24,77 @@ def run(arguments: list[str]) -> int:
     files.check_replaceable("--picture", given.picture, report.GENERATOR, "picture of nm probe")
     if given.json:
         files.check_replaceable("--json", given.json, _JSON_MARK, "answer of nm probe")
-    words = ["probe", *_experiment(given.experiment, options), *options]
-    paths = files.RunPaths(words)  # a misspelt path is reported before torch is imported
-    from nmlightning.commands.probe_run import run_batches
+    content: dict[str, Any] = {"generator": "nm probe"}
+    ranges: report.NormRanges | InputError
+    if given.experiment.endswith(".onnx") or is_own_model(given.experiment):
+        from nmlightning.commands.probe_run import run_inference
 
-    ranges, directions = run_batches(words[1:], paths, given.batches, given.bits)
-    if isinstance(ranges, InputError):
-        print_words(str(ranges))
-        norms: dict[str, Any] = {"batches": directions.batches, "layers": []}
+        ranges, inputs = run_inference(given, options)
+        _show(ranges)
+        print_line("inputs", inputs)
+        content |= {"inputs": inputs, **ranges.as_plain()}
     else:
-        show(ranges.table())
-        print_words(ranges.describe())
-        norms = ranges.as_plain()
-    if directions.layers:
-        print()
-        show(directions.table())
-        print_words(directions.describe())
+        if given.inputs or given.input_shape:
+            raise InputError("--inputs and --input_shape are for ONNX files and module:name.")
+        words = ["probe", *_experiment(given.experiment, options), *options]
+        paths = files.RunPaths(words)  # a misspelt path is reported before torch is imported
+        from nmlightning.commands.probe_run import run_batches
+
+        ranges, directions = run_batches(words[1:], paths, given.batches, given.bits)
+        if isinstance(ranges, InputError):
+            print_words(str(ranges))
+            content |= {"batches": directions.batches, "layers": []}
+        else:
+            _show(ranges)
+            content |= ranges.as_plain()
+        if directions.layers:
+            print()
+            _show(directions)
+        content["int8"] = directions.as_plain()
     if not isinstance(ranges, InputError):
         picture = report.draw_ranges(ranges.layers, *_bands(ranges))
         files.write_file("--picture", given.picture, picture)
         print_line("picture", given.picture)
     if given.json:
-        content = {"generator": "nm probe", **norms, "int8": directions.as_plain()}
-        files.write_file(
-            "--json", given.json, json.dumps(content, indent=1, allow_nan=False) + "\n"
-        )
+        text = json.dumps(content, indent=1, allow_nan=False)
+        files.write_file("--json", given.json, f"{text}\n")
         print_line("numbers", given.json)
     return 0
+
+
+def _show(found: Any) -> None:
+    show(found.table())
+    print_words(found.describe())
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Return what is given, and the options that are those of `nm fit`."""
     parser = ArgumentParser(
         prog="nm probe",
-        usage="nm probe CONFIG|CHECKPOINT [--batches N] [--bits B ...] [--picture FILE] "
-        "[--json FILE] [--KEY VALUE ...]",
+        usage="nm probe CONFIG|CHECKPOINT|FILE.onnx|MODULE:NAME [--batches N] [--inputs FILE] "
+        "[--input_shape S ...] [--bits B ...] [--picture FILE] [--json FILE] [--KEY VALUE ...]",
         description="Run some training batches through a network, change nothing, and report for "
         "each norm layer the range of its inputs and what L2, L1, L∞, Top(10) and range would make "
         "of them with every value in float16, and for each convolution and linear layer how far "
-        "8 bits or fewer would turn its input, its weight and its gradient.",
+        "8 bits or fewer would turn its input, its weight and its gradient. Of an ONNX file or a "
+        "module of your own, what inference in float16 and bfloat16 would make of each norm.",
         epilog="Every other option is one of nm fit, such as --data Digits.",
     )
     parser.add_argument(
         "experiment",
-        metavar="CONFIG|CHECKPOINT",
-        help="a config, or a checkpoint of a run, whose config.yaml is found beside it or given "
-        "by --config",
+        metavar="CONFIG|CHECKPOINT|FILE.onnx|MODULE:NAME",
+        help="a config; a checkpoint of a run, whose config.yaml is found beside it or given by "
+        "--config; an ONNX file; a torch module or what returns one, as my.package:make_model",
+    )
+    parser.add_argument(
+        "--inputs", type=Path, help="an .npz of the model's inputs, by name or in order"
+    )
+    parser.add_argument(
+        "--input_shape",
+        type=parse_shape,
+        nargs="+",
+        metavar="S",
+        help="of one sample of each input, such as 3,32,32, to draw random ones",
     )
     parser.add_argument("--batches", type=int, default=2, help="how many (default: %(default)s)")
     parser.add_argument(
@@ -113,9 +139,11 @@ def _bands(ranges: report.NormRanges) -> list[report.Band]:
     """Return what the norms can take, at the smallest eps of the layers."""
     from nmlightning.probe.fp16_emulation import fp16_limits
 
-    eps = min(layer.eps for layer in ranges.layers)
-    limits = {norm: fp16_limits(norm, eps) for norm in (report.REMEDY, report.FAILING)}
     names = {report.REMEDY: "L1 in half", report.FAILING: "L2 in half, op by op"}
+    if ranges.failing != report.FAILING:
+        names = {"scaled": "scaled, in float16", "float16": "float16, op by op"}
+    eps = min(layer.eps for layer in ranges.layers)
+    limits = {norm: fp16_limits(norm, eps) for norm in names}
     return [
         report.Band(norm, names[norm], limit.smallest_scale, limit.largest_deviation)
         for norm, limit in limits.items()

@@ -1,7 +1,11 @@
-"""Training batches of an experiment, in which it is measured and nothing is learned."""
+"""Batches in which an experiment, or any model, is measured and nothing is learned."""
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
+from inspect import signature
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -9,13 +13,16 @@ import torch
 from torch.optim import Optimizer
 
 from nmlightning.callbacks.norm_swap import ModelChange
-from nmlightning.commands.checkpoint import checkpoint_hparams
+from nmlightning.commands.checkpoint import checkpoint_hparams, load_data
 from nmlightning.commands.failures import explain_failures, filter_logs
 from nmlightning.commands.files import RunPaths
 from nmlightning.commands.fit import TrainingCLI, given_callbacks, is_ctrl_c
+from nmlightning.commands.own_models import bind_inputs, load_model, read_arrays
 from nmlightning.commands.run_report import print_notice
 from nmlightning.errors import InputError
+from nmlightning.export.onnx_values import BATCH_SIZE, OnnxFile
 from nmlightning.probe.directions import Directions, DirectionWatch
+from nmlightning.probe.inference import probe_inference
 from nmlightning.probe.probe import NormWatch
 from nmlightning.probe.report import NormRanges
 
@@ -47,6 +54,44 @@ def run_batches(
         if not directions.layers:
             raise
         return error, directions
+
+
+@explain_failures()
+def run_inference(given: argparse.Namespace, options: list[str]) -> tuple[NormRanges, str]:
+    """Return what `probe_inference` says of an ONNX file or a module, and what its inputs are."""
+    name, shapes = given.experiment, given.input_shape or ()
+    file = OnnxFile(Path(name)) if name.endswith(".onnx") else None
+    model: Any = file or load_model(name)
+    if given.inputs:
+        arrays = read_arrays(given.inputs)
+        args, kwargs = (arrays, {}) if file else bind_inputs(model, arrays)
+        batches, inputs = iter([args or kwargs]), str(given.inputs)
+    elif options:
+        data = load_data(options, "nm probe")
+        forward = model.bind_inputs if file else model.forward
+        needed = [q for q in signature(forward).parameters.values() if q.default is q.empty]
+        batches = _validation(data, len(file.inputs if file else needed))
+        inputs = f"{given.batches} validation batches of {type(data).__name__}"
+    elif shapes or file:
+        drawn = file.draw_inputs(shapes) if file else ()
+        batches = iter([drawn or tuple(torch.randn(BATCH_SIZE, *shape) for shape in shapes)])
+        inputs = "random: these ranges say little; give --inputs x.npz or --data NAME"
+    else:
+        raise InputError(
+            f"what {name} takes is not known: give --inputs x.npz, --data NAME, or --input_shape "
+            "3,32,32 for random numbers."
+        )
+    with filter_logs():
+        return probe_inference(model, islice(batches, given.batches)), inputs
+
+
+def _validation(data: pl.LightningDataModule, count: int) -> Iterator[Any]:
+    """Yield the first so many tensors of each validation batch, or all that have names."""
+    data.prepare_data()
+    data.setup("fit")
+    for batch in data.val_dataloader():
+        batch = data.on_after_batch_transfer(data.on_before_batch_transfer(batch, 0), 0)
+        yield batch if isinstance(batch, dict) else batch[:count]
 
 
 class _ProbeCLI(TrainingCLI):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,12 +119,29 @@ def fold_norms(model: nn.Module, *, keep_norms: bool = False) -> FoldReport:
 
 
 @torch.no_grad()
+def folded_weights(model: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Yield of each norm that `fold_norms` would fold its name, the layer's, and s W as (C, n).
+
+    Of a model in evaluation, which is not changed; in float64.
+    """
+    for pair in _find_pairs(model)[0]:
+        layout = WeightLocation(pair.layer, "", "weight").layout
+        weight: Any = pair.layer.weight
+        folded = weight.double() * layout.spread(_scale_of(pair.norm), weight)
+        yield pair.norm_name, pair.layer_name, layout.rows(folded).flatten(1)
+
+
+def _scale_of(norm: Any) -> torch.Tensor:
+    """Return s, (C,), in float64."""
+    scale: torch.Tensor = (norm.running_var.double() + norm.eps).rsqrt()
+    return scale if norm.weight is None else scale * norm.weight.double()
+
+
+@torch.no_grad()
 def _fold(pair: _Pair, keep_norm: bool) -> None:
     norm: Any = pair.norm
     layer: Any = pair.layer
-    scale = (norm.running_var.double() + norm.eps).rsqrt()  # s, (C,)
-    if norm.weight is not None:
-        scale = scale * norm.weight.double()
+    scale = _scale_of(norm)
     shift = -norm.running_mean.double() * scale
     bias = None if layer.bias is None else layer.bias.double() * scale
     layout = WeightLocation(layer, "", "weight").layout

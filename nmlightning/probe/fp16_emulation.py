@@ -18,27 +18,30 @@ d: at most 65504, and no less than 2⁻¹⁴ = 6.1e-5 for a full mantissa.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from nmlightning.kernels.interface import NormKind
 from nmlightning.norms.registry import find_norm, layer_class
+from nmlightning.norms.scaled import normalise_scaled
 
 # What becomes of a channel; the first that holds counts.
 OUTCOMES = (
     "right",
     "input",  # float16 does not hold x − μ
-    "not finite",  # the output has inf or NaN
+    "not finite",  # the output has inf
     "dead",  # the output is 0 throughout
     "wrong",  # the output is off by more than TOLERANCE
     "gradient not finite",
     "gradient wrong",
+    "NaN",  # the output has NaN
 )
-RIGHT, INPUT, NOT_FINITE, DEAD, WRONG, GRADIENT_NOT_FINITE, GRADIENT_WRONG = range(len(OUTCOMES))
+RIGHT, INPUT, INF, DEAD, WRONG, GRADIENT_NOT_FINITE, GRADIENT_WRONG, NAN = range(len(OUTCOMES))
 TOLERANCE = 0.1
 """Root mean square of an error, as a part of what is right. Rounding to float16 makes about 0.001,
 and what float32 makes of these sums does not count."""
@@ -80,39 +83,53 @@ def run_in_fp16(
     than n values a channel is left out.
     """
     names = [name for name in norms if HALF_NORMS[name].picks <= rows.shape[1]]
-    parts = max(1, rows.numel() // _ELEMENTS_AT_ONCE)
-    chunks = rows.tensor_split(parts)
-    slopes = [None] * len(chunks) if gradients is None else gradients.tensor_split(parts)
-    outcomes: dict[str, list[Tensor]] = {name: [] for name in names}
-    for chunk, slope in zip(chunks, slopes, strict=True):
+    plain = RowNorm(eps)
+
+    def run(chunk: Tensor, *slope: Tensor) -> dict[str, Tensor]:
         half = chunk.half()
-        right, rounded = _normalise(chunk.float(), eps), _normalise(half.float(), eps)
-        lost = ~(_rms(rounded - right) <= TOLERANCE * _rms(right).clamp(min=_FLOOR))
-        for name in names:
-            tried = _run_norm_in_fp16(HALF_NORMS[name], name, half, slope, eps)
-            outcomes[name].append(torch.where(lost, INPUT, tried))
-    return {name: torch.cat(parts) for name, parts in outcomes.items()}
+        lost, _, _ = _round_input(chunk, plain)
+        tried = {x: _run_norm_in_fp16(HALF_NORMS[x], x, half, slope, eps) for x in names}
+        return {name: torch.where(lost, INPUT, outcome) for name, outcome in tried.items()}
+
+    return _in_chunks(run, rows, *([] if gradients is None else [gradients]))
 
 
-def _normalise(rows: Tensor, eps: float) -> Tensor:
-    deviations = rows - rows.mean(1, keepdim=True)
-    return deviations / (deviations.square().mean(1, keepdim=True) + eps).sqrt()
+def _in_chunks(run: Callable[..., dict[str, Tensor]], *rows: Tensor) -> dict[str, Tensor]:
+    """Return joined what `run` returns of some rows of each tensor at a time."""
+    parts = max(1, rows[0].numel() // _ELEMENTS_AT_ONCE)
+    found = [run(*chunks) for chunks in zip(*(x.tensor_split(parts) for x in rows), strict=True)]
+    return {name: torch.cat([each[name] for each in found]) for name in found[0]}
+
+
+def _round_input(rows: Tensor, norm: "RowNorm") -> tuple[Tensor, Tensor, Tensor]:
+    """Return whether float16 loses each row of x; the outputs of x, and of x rounded to it."""
+    right, rounded = (textbook(x.float(), norm, torch.float32) for x in (rows, rows.half()))
+    return judge(rounded, right) != RIGHT, right, rounded
 
 
 def _run_norm_in_fp16(
-    norm: HalfNorm, name: str, half: Tensor, gradients: Tensor | None, eps: float
+    norm: HalfNorm, name: str, half: Tensor, gradients: Sequence[Tensor], eps: float
 ) -> Tensor:
     exact_name, exact_options = norm.exact
     exact = _Run(exact_name, exact_options, half.float(), eps)
     tried = _Run(name, norm.options, half, eps)
     outcome = torch.full_like(half[:, 0], RIGHT, dtype=torch.uint8)
-    if gradients is not None:
-        _judge_gradients(outcome, exact, tried, gradients, 2 * norm.picks)
-    error = _rms(tried.output.float() - exact.output)
-    off = ~(error <= TOLERANCE * _rms(exact.output).clamp(min=_FLOOR))
-    outcome[off] = WRONG
-    outcome[off & (tried.output == 0).all(1)] = DEAD
-    outcome[~tried.output.isfinite().all(1)] = NOT_FINITE
+    for slope in gradients:
+        _judge_gradients(outcome, exact, tried, slope, 2 * norm.picks)
+    found = judge(tried.output, exact.output)
+    return torch.where(found == RIGHT, outcome, found)
+
+
+def judge(output: Tensor, right: Tensor, floor: float = _FLOOR) -> Tensor:
+    """Return what became of each row of (R, n) outputs, of which float32 says what is right.
+
+    Rows whose root mean square is below `floor` are judged as if it were that.
+    """
+    off = ~(_rms(output.float() - right) <= TOLERANCE * _rms(right).clamp(min=floor))
+    outcome = off.to(torch.uint8) * WRONG
+    outcome[off & (output == 0).all(1)] = DEAD
+    outcome[~output.isfinite().all(1)] = INF
+    outcome[output.isnan().any(1)] = NAN
     return outcome
 
 
@@ -179,10 +196,111 @@ class _Run:
         return rows.reshape(1, len(rows), n // width, width)
 
 
+class RowNorm(NamedTuple):
+    """What a norm in evaluation does to rows (R, n), beside weight and bias.
+
+    A batch norm has (R, 1) of its running statistics, and no sums.
+    """
+
+    eps: float
+    centred: bool = True
+    mean: Tensor | None = None
+    variance: Tensor | None = None
+
+
+Formula = Callable[[Tensor, RowNorm, torch.dtype], Tensor]
+
+
+def textbook(x: Tensor, norm: RowNorm, sums: torch.dtype) -> Tensor:
+    """Return d / √(mean d² + eps), d being x − μ or x, each step rounded to the dtype of x."""
+    if norm.mean is not None and norm.variance is not None:
+        mean, variance = norm.mean.to(x.dtype), norm.variance.to(x.dtype)
+        return (x - mean) / (variance + norm.eps).sqrt()
+    d = x - _mean(x, sums) if norm.centred else x
+    return d / (_mean(d.square(), sums) + norm.eps).sqrt()
+
+
+def by_scaling(x: Tensor, norm: RowNorm, sums: torch.dtype) -> Tensor:
+    """Return what our scaled norms make of x, their means by pairs as far as n has twos in it."""
+    twos = (x.shape[1] & -x.shape[1]).bit_length() - 1
+    parts = x.reshape(len(x), x.shape[1] >> twos, *[2] * twos)
+    settings = (None, None, twos + 1, norm.eps, norm.centred)
+    return normalise_scaled(parts, *settings).reshape(x.shape)
+
+
+def by_absolutes(x: Tensor, norm: RowNorm, sums: torch.dtype) -> Tensor:
+    """Return what our L1 norms make of x, with their statistics in `sums`."""
+    cls: Any = layer_class("l1", "layer" if norm.centred else "rms")
+    settings = {"elementwise_affine": False, "stats_dtype": sums, "device": x.device}
+    output: Tensor = cls(x.shape[1], norm.eps, **settings)(x)
+    return output
+
+
+def _mean(x: Tensor, sums: torch.dtype) -> Tensor:
+    """Return (R, 1) means, summed in float32 at once, or in half by pairs."""
+    if sums == torch.float32:
+        return x.float().mean(1, keepdim=True).to(x.dtype)
+    total = x
+    while total.shape[1] > 1:
+        total = pad(total, (0, total.shape[1] % 2))
+        total = total[:, ::2] + total[:, 1::2]
+    return total / x.shape[1]
+
+
+KINDS = ("layer", "rms", "instance", "group", "batch")
+
+
+class Form(NamedTuple):
+    """A way to compute norms in half: the dtype of all that is stored, the formula, the sums."""
+
+    dtype: torch.dtype
+    formula: Formula
+    sums: torch.dtype
+    kinds: tuple[str, ...] = KINDS
+
+
+FORMS: Mapping[str, Form] = {
+    "float16": Form(torch.float16, textbook, torch.float32),
+    "float16_sums": Form(torch.float16, textbook, torch.float16),
+    "bfloat16": Form(torch.bfloat16, textbook, torch.float32),
+    "bfloat16_sums": Form(torch.bfloat16, textbook, torch.bfloat16),
+    "scaled": Form(torch.float16, by_scaling, torch.float16, ("layer", "rms")),
+    "l1": Form(torch.float16, by_absolutes, torch.float16, ("layer", "rms")),
+}
+
+
+@torch.no_grad()
+def run_forms(rows: Tensor, kind: str, norm: RowNorm) -> dict[str, Tensor]:
+    """Return for each form of a norm what would become of each row, (R,) indices of `OUTCOMES`.
+
+    Of (R, n) float32 rows the right output is that of float32: of x rounded to float16, what that
+    rounding loses being counted as "input"; in bfloat16 of x itself.
+    """
+    names = [name for name, form in FORMS.items() if kind in form.kinds]
+    running = [] if norm.mean is None or norm.variance is None else [norm.mean, norm.variance]
+    if running:  # then nothing is summed
+        names = ["float16", "bfloat16"]
+
+    def run(chunk: Tensor, *stored: Tensor) -> dict[str, Tensor]:
+        part = RowNorm(norm.eps, norm.centred, *stored)
+        lost, right, rounded = _round_input(chunk, part)
+        outcomes = {}
+        for name in names:
+            dtype, formula, sums, _ = FORMS[name]
+            exact = right if dtype == torch.bfloat16 else rounded
+            if formula is by_absolutes:
+                exact = by_absolutes(chunk.half().float(), part, torch.float32)
+            outcome = judge(formula(chunk.to(dtype), part, sums), exact)
+            outcomes[name] = outcome.where(~lost | (dtype == torch.bfloat16), INPUT)
+        return outcomes
+
+    return _in_chunks(run, rows, *running)
+
+
 LARGEST = 65504.0
 SMALLEST_NORMAL = 2.0**-14
 _ROUNDED_TO_INFINITY = 65520.0  # half a step above the largest
-OF_SQUARES = ("l2", "half_l2")
+OF_SQUARES = ("l2", "half_l2", "float16")
 
 
 @dataclass(frozen=True)
@@ -202,5 +320,7 @@ def fp16_limits(norm: str, eps: float) -> Fp16Limits:
     """
     if norm not in OF_SQUARES:
         return Fp16Limits(SMALLEST_NORMAL, LARGEST)
-    smallest_variance = _ROUNDED_TO_INFINITY ** (-2 / 3) - eps
+    # "float16" is the forward alone: its variance is not rounded to 0.
+    smallest_variance = 2.0**-24 if norm == "float16" else _ROUNDED_TO_INFINITY ** (-2 / 3)
+    smallest_variance -= eps
     return Fp16Limits(math.sqrt(max(smallest_variance, 0.0)), math.sqrt(_ROUNDED_TO_INFINITY))

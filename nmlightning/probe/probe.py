@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nmlightning.errors import InputError
-from nmlightning.kernels.interface import NormKind
 from nmlightning.norms.mean_only import MeanOnlyBatchNorm
 from nmlightning.probe.fp16_emulation import HALF_NORMS, OUTCOMES, run_in_fp16
 from nmlightning.probe.report import LayerRanges, NormRanges
@@ -67,7 +66,7 @@ def run_batches(
     loss: Callable[[nn.Module, Batch], Tensor],
 ) -> None:
     """Run every batch forward and backward in training mode, and leave the model as it was."""
-    with _as_it_was(model), watch:
+    with as_it_was(model), watch:
         model.train()
         for batch in batches:
             value = loss(model, batch)
@@ -93,7 +92,8 @@ class NormWatch:
                 reason = "is neither a batch norm nor a layer norm"
                 self.left_out[found.name] = f"{found.type_name} {reason}"
             elif id(found.module) not in self._layers:
-                self._layers[id(found.module)] = _WatchedLayer(found.name, found.module)
+                layer = _WatchedLayer.of(found.name, found.module)
+                self._layers[id(found.module)] = layer
         self._hooks = ExitStack()
         self._batches = 0
 
@@ -115,43 +115,95 @@ class NormWatch:
 
     def ranges(self) -> NormRanges:
         """Return what was measured in the batches so far; InputError if that is nothing."""
-        if not self._layers:
-            others = "; ".join(dict.fromkeys(self.left_out.values()))
-            raise InputError(
-                f"There is no batch or layer norm to measure in {type(self._model).__name__}"
-                f"{others and f': {others}'}."
-            )
-        seen = [layer for layer in self._layers.values() if layer.scales]
-        if not self._batches:
-            raise InputError("No batch was run: the data are empty.")
-        if not seen:
-            raise InputError("No norm layer saw a batch in training mode: are all of them frozen?")
-        unseen = {
-            layer.name: f"{type(layer.module).__name__} saw no batch in training mode"
-            for layer in self._layers.values()
-            if not layer.scales
-        }
-        layers = [layer.ranges() for layer in seen]
-        return NormRanges(layers, tuple(HALF_NORMS), self._batches, {**self.left_out, **unseen})
+        norms = [layer.norm for layer in self._layers.values()]
+        where = f"batch or layer norm to measure in {type(self._model).__name__}"
+        return gather_ranges(
+            norms, self.left_out, where, self._batches, tuple(HALF_NORMS), " in training mode"
+        )
+
+
+@dataclass
+class MeasuredNorm:
+    """A norm of any kind with what was measured of it."""
+
+    name: str
+    type_name: str
+    kind: str
+    eps: float
+    values: int = 0
+    offset: float = 0.0
+    largest: float = 0.0
+    scales: list[Tensor] = field(default_factory=list)
+    deviations: list[Tensor] = field(default_factory=list)
+    outcomes: dict[str, Counter[str]] = field(default_factory=dict)
+    held: dict[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def measure(self, rows: Tensor, mean: Tensor, variance: Tensor | None = None) -> None:
+        """Note what (R, n) rows are, of which (R, 1) means are subtracted."""
+        deviations = rows - mean
+        variance = deviations.square().mean(1) if variance is None else variance[:, 0]
+        scale = variance.sqrt()
+        self.values = rows.shape[1]
+        self.scales.append(scale)
+        self.deviations.append(deviations.abs().amax(1))
+        offsets = torch.where(scale > 0, mean[:, 0].abs() / scale, 0.0)
+        self.offset = max(self.offset, float(offsets.nan_to_num(0.0, 0.0).max()))
+        self.largest = max(self.largest, float(rows.abs().nan_to_num(0.0, 0.0, 0.0).max()))
+
+    def count(self, tried: Mapping[str, Tensor]) -> None:
+        """Note what became of the rows."""
+        for norm, outcomes in tried.items():
+            counts = torch.bincount(outcomes.long(), minlength=len(OUTCOMES)).tolist()
+            names = dict(zip(OUTCOMES, counts, strict=True))
+            self.outcomes.setdefault(norm, Counter()).update(names)
+
+    def ranges(self) -> LayerRanges:
+        return LayerRanges(
+            name=self.name,
+            type_name=self.type_name,
+            kind=self.kind,
+            values=self.values,
+            eps=self.eps,
+            scales=torch.cat(self.scales).cpu().numpy(),
+            deviations=torch.cat(self.deviations).cpu().numpy(),
+            offset=self.offset,
+            outcomes=self.outcomes,
+            largest=self.largest,
+            held=self.held,
+        )
+
+
+def gather_ranges(
+    norms: Sequence[MeasuredNorm], left_out: Mapping[str, str], where: str, batches: int,
+    tried: tuple[str, ...], when: str = "",
+) -> NormRanges:  # fmt: skip
+    """Return what was measured; InputError if there were no norms, no batches, or neither met."""
+    if not norms:
+        others = "; ".join(dict.fromkeys(left_out.values()))
+        raise InputError(f"There is no {where}{others and f': {others}'}.")
+    if not batches:
+        raise InputError("No batch was run: the data are empty.")
+    seen = [norm.ranges() for norm in norms if norm.scales]
+    if not seen:
+        frozen = ": are all of them frozen?" if when else "."
+        raise InputError(f"No norm layer saw a batch{when}{frozen}")
+    unseen = {x.name: f"{x.type_name} saw no batch{when}" for x in norms if not x.scales}
+    return NormRanges(seen, tried, batches, {**left_out, **unseen})
 
 
 @dataclass
 class _WatchedLayer:
-    """A norm layer with what was measured of it."""
+    """A norm layer that a watch looks into."""
 
-    name: str
     module: nn.Module
-    values: int = 0
-    offset: float = 0.0
-    scales: list[Tensor] = field(default_factory=list)
-    deviations: list[Tensor] = field(default_factory=list)
-    outcomes: dict[str, Counter[str]] = field(default_factory=dict)
+    norm: MeasuredNorm
     waiting: list[Tensor] = field(default_factory=list)  # inputs whose gradients are to come
 
-    @property
-    def kind(self) -> NormKind:
-        """The kind of norm, by what it normalises over."""
-        return "batch" if isinstance(self.module, _BatchNorm) else "layer"
+    @classmethod
+    def of(cls, name: str, module: nn.Module) -> "_WatchedLayer":
+        kind = "batch" if isinstance(module, _BatchNorm) else "layer"
+        eps = float(module.eps)  # type: ignore[arg-type]
+        return cls(module, MeasuredNorm(name, type(module).__name__, kind, eps))
 
     def see(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
@@ -161,7 +213,7 @@ class _WatchedLayer:
         rows = self._rows(input)
         if not module.training or rows.shape[1] < 2 or not rows.numel():
             return
-        self._measure(rows)
+        self.norm.measure(rows, rows.mean(1, keepdim=True))
         self.waiting.append(input)
         if output.requires_grad:
             output.register_hook(partial(self._judge, input))  # type: ignore[no-untyped-call, unused-ignore]
@@ -171,55 +223,28 @@ class _WatchedLayer:
         for input in list(self.waiting):
             self._judge(input, None)
 
-    def ranges(self) -> LayerRanges:
-        return LayerRanges(
-            name=self.name,
-            type_name=type(self.module).__name__,
-            kind=self.kind,
-            values=self.values,
-            eps=float(self.module.eps),  # type: ignore[arg-type]
-            scales=torch.cat(self.scales).cpu().numpy(),
-            deviations=torch.cat(self.deviations).cpu().numpy(),
-            offset=self.offset,
-            outcomes=self.outcomes,
-        )
-
     def _rows(self, tensor: Tensor) -> Tensor:
         """Return (C, n): a row for all that shares a mean and a scale."""
-        if self.kind == "batch":
+        if self.norm.kind == "batch":
             return tensor.transpose(0, 1).flatten(1).float()
         sizes: tuple[int, ...] = self.module.normalized_shape  # type: ignore[assignment]
         return tensor.reshape(-1, math.prod(sizes)).float()
-
-    def _measure(self, rows: Tensor) -> None:
-        mean = rows.mean(1, keepdim=True)
-        deviations = rows - mean
-        scale = deviations.square().mean(1).sqrt()
-        self.values = rows.shape[1]
-        self.scales.append(scale)
-        self.deviations.append(deviations.abs().amax(1))
-        offsets = torch.where(scale > 0, mean[:, 0].abs() / scale, 0.0)
-        self.offset = max(self.offset, float(offsets.nan_to_num(0.0, 0.0).max()))
 
     @torch.no_grad()
     def _judge(self, input: Tensor, gradient: Tensor | None) -> None:
         """Try the norms on what the layer got; the hook on the gradient of its output."""
         self.waiting = [each for each in self.waiting if each is not input]
         weight: Tensor | None = self.module.weight  # type: ignore[assignment]
-        if gradient is not None and weight is not None and self.kind == "layer":
+        if gradient is not None and weight is not None and self.norm.kind == "layer":
             gradient = gradient * weight  # a batch norm's is a factor that a row shares
         slopes = None if gradient is None else self._rows(gradient)
-        norms = [name for name, norm in HALF_NORMS.items() if self.kind in norm.kinds]
+        norms = [name for name, norm in HALF_NORMS.items() if self.norm.kind in norm.kinds]
         with torch.autocast(input.device.type, enabled=False):
-            tried = run_in_fp16(self._rows(input), slopes, float(self.module.eps), norms)  # type: ignore[arg-type]
-        for norm, outcomes in tried.items():
-            counts = torch.bincount(outcomes.long(), minlength=len(OUTCOMES)).tolist()
-            names = dict(zip(OUTCOMES, counts, strict=True))
-            self.outcomes.setdefault(norm, Counter()).update(names)
+            self.norm.count(run_in_fp16(self._rows(input), slopes, self.norm.eps, norms))
 
 
 @contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
+def as_it_was(model: nn.Module) -> Iterator[None]:
     """Give back buffers, gradients, modes and the state of random numbers after the body."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]

@@ -3,7 +3,7 @@
 import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,18 +18,21 @@ if TYPE_CHECKING:
 
 
 RIGHT, INPUT = "right", "input"
+# The smallest normal number, and from where on a number is rounded to infinity.
+DTYPES = {"float16": (2.0**-14, 65520.0), "bfloat16": (2.0**-126, 2.0**128 * (1 - 2.0**-9))}
 
 
 @dataclass(frozen=True, eq=False)
 class LayerRanges:
     """One norm layer, over all batches.
 
-    A channel of a batch norm, or a token of a layer norm, is one entry for each batch.
+    A channel of a batch norm, or a token of a layer norm, is one entry for each batch. Of a batch
+    norm in evaluation σ and μ are the running ones.
     """
 
     name: str  # of the layer in the model
     type_name: str  # of its class
-    kind: str  # `batch` or `layer`
+    kind: str  # `batch`, `layer`, `rms`, `instance` or `group`
     values: int  # how many share a mean and a scale
     eps: float
     scales: NDArray[np.float32]  # (K,) the standard deviation σ of each entry, in float32
@@ -37,6 +40,9 @@ class LayerRanges:
     offset: float  # the largest |μ|/σ
     # For each norm how many entries came out how; "right" and "input" among them.
     outcomes: Mapping[str, Mapping[str, int]]
+    largest: float = float("nan")  # finite |x|
+    # Of what is stored in float16 the shares that become inf, 0 and subnormal.
+    held: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def finite_scales(self) -> NDArray[np.float32]:
@@ -62,11 +68,27 @@ class LayerRanges:
         """Return the share of entries that the norm loses, None if it was not tried here."""
         if norm not in self.outcomes:
             return None
-        return sum(self.lost(norm).values()) / len(self.scales)
+        return sum(self.lost(norm).values()) / sum(self.outcomes[norm].values())
 
     def input_share(self) -> float:
         """Return the share of entries that are lost when x is rounded to float16."""
         return max(counts.get(INPUT, 0) for counts in self.outcomes.values()) / len(self.scales)
+
+    def squares(self, dtype: str = "float16") -> dict[str, float]:
+        """Return the shares of entries whose squares d², d being x − μ, leave a dtype.
+
+        "overflow": the largest one; "sum_overflow": the sum n σ²; "underflow": σ² > 0, below the
+        smallest normal number.
+        """
+        smallest, largest = DTYPES[dtype]
+        squared, peaks = (np.square(x, dtype=np.float64) for x in (self.scales, self.deviations))
+        lost = (
+            peaks > largest,
+            self.values * squared > largest,
+            (squared > 0) & (squared < smallest),
+        )
+        names = ("overflow", "sum_overflow", "underflow")
+        return dict(zip(names, (float(found.mean()) for found in lost), strict=True))
 
     def as_plain(self) -> dict[str, Any]:
         finite = self.finite_scales
@@ -81,17 +103,20 @@ class LayerRanges:
             "sigma": {"min": _plain(low), "median": _plain(middle), "max": _plain(high)},
             "largest_deviation": _plain(self.largest_deviation),
             "largest_mean_over_sigma": _plain(self.offset),
+            "largest": _plain(self.largest),
+            "squares": {dtype: self.squares(dtype) for dtype in DTYPES},
+            "in_float16": self.held,
             "lost_in_input": self.input_share(),
             "lost": {
-                norm: {name: n / len(self.scales) for name, n in self.lost(norm).items()}
-                for norm in self.outcomes
+                norm: {name: n / sum(counts.values()) for name, n in self.lost(norm).items()}
+                for norm, counts in self.outcomes.items()
             },
         }
 
 
 @dataclass(frozen=True, repr=False)
 class NormRanges(Report):
-    """All norm layers of a network; the answer of `nmlightning.probe_norms`.
+    """All norms of a network; the answer of `probe_norms` and of `probe_inference`.
 
     It prints as `nm probe` does: the table of the layers, and the verdict.
     """
@@ -101,10 +126,20 @@ class NormRanges(Report):
     batches: int  # that were run
     left_out: Mapping[str, str]  # norm layers that were not measured, with the reason
 
+    @property
+    def failing(self) -> str:
+        """What computes by squares, op by op in float16."""
+        return self.norms[0]
+
+    @property
+    def entry(self) -> str:
+        """What the entries are called."""
+        return "channel" if self.failing == FAILING else "row"
+
     def lost_share(self, norm: str) -> float:
         """Return the share of entries that a norm loses, of the layers that it was tried on."""
         layers = [layer for layer in self.layers if norm in layer.outcomes]
-        total = sum(len(layer.scales) for layer in layers)
+        total = sum(sum(layer.outcomes[norm].values()) for layer in layers)
         return sum(sum(layer.lost(norm).values()) for layer in layers) / total if total else 0.0
 
     def losing_layers(self, norm: str) -> list[LayerRanges]:
@@ -116,20 +151,31 @@ class NormRanges(Report):
         return sum(layer.input_share() * len(layer.scales) for layer in self.layers) / total
 
     def table(self) -> Grid:
-        """Return a row for each layer: σ, max |x − μ|, and the share that each norm loses."""
+        """Return a row for each layer: its ranges, and the share that each norm loses.
+
+        In evaluation a norm that loses nothing has no column.
+        """
         lost_in_input = self.input_share() > 0
-        headings = ["norm layer", "σ min", "σ max", "max |x − μ|"]
-        headings += [*(NAMES[norm] for norm in self.norms), *["input"] * lost_in_input]
+        evaluated = self.failing != FAILING
+        norms = [norm for norm in self.norms if not evaluated or self.losing_layers(norm)]
+        sizes = ["max |x|", "σ min", "σ max", "x² → ∞", "x² → 0"]
+        sizes = sizes if evaluated else ["σ min", "σ max", "max |x − μ|"]
+        headings = ["norm layer", *sizes, *(NAMES[norm] for norm in norms)]
         rows: list[list[str | Text]] = []
         for layer in self.layers:
-            cells = [_norm_cell(layer, norm) for norm in self.norms]
+            cells = [_norm_cell(layer, norm, evaluated or norm == FAILING) for norm in norms]
             if lost_in_input:
                 cells.append(_loss_cell(layer.input_share()))
             scales = layer.finite_scales
-            sizes = [scales.min(), scales.max()] if len(scales) else [float("nan")] * 2
-            sizes.append(layer.largest_deviation)
-            rows.append([layer.name, *(f"{size:.3g}" for size in sizes), *cells])
-        return Grid(headings, rows, numbers=True)
+            sigma = [scales.min(), scales.max()] if len(scales) else [float("nan")] * 2
+            if evaluated:
+                shares = layer.squares() if "float16_sums" in layer.outcomes else {}
+                cells = [_loss_cell(shares.get(x)) for x in ("overflow", "underflow")] + cells
+            sigma = [layer.largest, *sigma] if evaluated else [*sigma, layer.largest_deviation]
+            rows.append([layer.name, *(f"{size:.3g}" for size in sigma), *cells])
+        title = "x²: rows whose squares float16 does not hold; then rows that come out wrong"
+        headings += ["input"] * lost_in_input
+        return Grid(headings, rows, title * evaluated, numbers=True)
 
     def describe(self) -> str:
         """Return which layers were not measured and why, and the verdict."""
@@ -155,10 +201,15 @@ def _plain(value: Any) -> float | None:
 
 
 FAILING, REMEDY = "half_l2", "l1"
-NAMES = {"half_l2": "L2 op by op", "l1": "L1", "linf": "L∞", "top10": "Top(10)", "range": "range"}
+NAMES = {
+    **{"half_l2": "L2 op by op", "l1": "L1", "linf": "L∞", "top10": "Top(10)", "range": "range"},
+    **{"float16_sums": "float16 sums", "bfloat16_sums": "bfloat16 sums"},
+    **{name: name for name in ("float16", "bfloat16", "scaled", "folded")},
+}
 FAILURE_LABELS = {
     "not finite": "inf",
-    "dead": "dead",
+    "NaN": "NaN",
+    "dead": "zero",
     "wrong": "off",
     "gradient not finite": "NaN gradient",
     "gradient wrong": "gradient off",
@@ -167,10 +218,14 @@ CAVEAT = (
     "This is about norms that keep every value in float16. Under 16-mixed torch's norms, and ours "
     "unless stats_dtype is float16, compute in float32 and are safe."
 )
+CAVEAT_OF_RUNTIMES = (
+    "float16 and bfloat16 round every step and sum in float32; where sums are named, and in scaled "
+    "and L1, these are in half, too. A runtime that squares in float32 loses nothing."
+)
 
 
-def _norm_cell(layer: LayerRanges, norm: str) -> "Text":
-    lost = layer.lost(norm) if norm == FAILING else {}
+def _norm_cell(layer: LayerRanges, norm: str, labelled: bool) -> "Text":
+    lost = layer.lost(norm) if labelled else {}
     label = f" {FAILURE_LABELS[max(lost, key=lambda key: lost[key])]}" if lost else ""
     return _loss_cell(layer.lost_share(norm), label + ", …" * (len(lost) > 1))
 
@@ -193,12 +248,16 @@ def verdict(ranges: NormRanges) -> Iterator[str]:
     if lost:
         worst = max(lost, key=LayerRanges.input_share)
         yield (
-            f"{format_loss(ranges.input_share())} of the channels are lost before any norm, since "
-            f"float16 does not hold x: most in {worst.name}, where |x − μ| is up to "
+            f"{format_loss(ranges.input_share())} of the {ranges.entry}s are lost before any norm, "
+            f"since float16 does not hold x: most in {worst.name}, where |x − μ| is up to "
             f"{worst.largest_deviation:.3g} and |μ| up to {worst.offset:.3g} σ. No swap helps "
             "there."
         )
-    yield _fp16_losses(ranges)
+    yield from _training_losses(ranges) if ranges.failing == FAILING else _evaluation_losses(ranges)
+
+
+def _training_losses(ranges: NormRanges) -> Iterator[str]:
+    yield _losses(ranges, FAILING)
     left = format_loss(ranges.lost_share(REMEDY))
     if ranges.losing_layers(FAILING):
         others = [norm for norm in ranges.norms if norm not in (FAILING, REMEDY)]
@@ -211,21 +270,40 @@ def verdict(ranges: NormRanges) -> Iterator[str]:
     yield CAVEAT
 
 
-def _fp16_losses(ranges: NormRanges) -> str:
-    losing = ranges.losing_layers(FAILING)
+def _evaluation_losses(ranges: NormRanges) -> Iterator[str]:
+    tried = [norm for norm in ranges.norms if any(norm in x.outcomes for x in ranges.layers)]
+    yield from (_losses(ranges, norm) for norm in tried if ranges.losing_layers(norm))
+    kept = [NAMES[norm] for norm in tried if not ranges.losing_layers(norm)]
+    yield f"Nothing is lost by {', '.join(kept) or 'none of these'}."
+    held = [(x, what, shares) for x in ranges.layers for what, shares in x.held.items()]
+    for beginning, name in (("running_var", "running variances"), ("weight", "folded weights")):
+        lost = [each for each in held if each[1].startswith(beginning) and any(each[2].values())]
+        if lost:
+            layer, what, shares = max(lost, key=lambda each: max(each[2].values()))
+            how = ", ".join(f"{format_loss(share)} {ending}" for ending, share in shares.items())
+            yield (
+                f"float16 does not hold the {name} of {_count(lost)}: most in {layer.name}, whose "
+                f"{what} becomes {how}."
+            )
+    yield CAVEAT_OF_RUNTIMES
+
+
+def _losses(ranges: NormRanges, norm: str) -> str:
+    losing, name = ranges.losing_layers(norm), NAMES[norm] + " in half" * (norm == FAILING)
     if not losing:
         scales = np.concatenate([layer.finite_scales for layer in ranges.layers])
         sizes = f": σ is between {scales.min():.3g} and {scales.max():.3g}" if len(scales) else ""
         more = " more" if ranges.input_share() else ""
-        return f"{NAMES[FAILING]} in half would lose no channel{more}{sizes}."
-    total = sum(len(layer.scales) for layer in ranges.layers)
-    failures = sum((Counter(layer.lost(FAILING)) for layer in losing), Counter[str]())
+        return f"{name} would lose no channel{more}{sizes}."
+    outcomes = [layer.outcomes[norm] for layer in ranges.layers if norm in layer.outcomes]
+    total = sum(sum(counts.values()) for counts in outcomes)
+    failures = sum((Counter(layer.lost(norm)) for layer in losing), Counter[str]())
     how = ", ".join(
         f"{format_loss(n / total)} {FAILURE_LABELS[name]}" for name, n in failures.most_common()
     )
     return (
-        f"{NAMES[FAILING]} in half would lose {format_loss(ranges.lost_share(FAILING))} of the "
-        f"channels, in {len(losing)} of {_count(ranges.layers)} ({how})."
+        f"{name} would lose {format_loss(ranges.lost_share(norm))} of the {ranges.entry}s, in "
+        f"{len(losing)} of {_count(ranges.layers)} ({how})."
     )
 
 

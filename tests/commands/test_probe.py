@@ -7,8 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper
 
 from nmlightning.probe.report import CAVEAT
 from quickstart_runs import SMALL, fit_in
@@ -103,7 +106,7 @@ def test_probe_moves_no_weight(nm: Nm) -> None:
 
 
 BAD_INPUT = {
-    "": "the following arguments are required: CONFIG.CHECKPOINT; nm probe --help",
+    "": "the following arguments are required: CONFIG.CHECKPOINT.FILE.onnx.MODULE:NAME",
     "--data Digits": "the config or checkpoint comes first, got '--data'",
     "quickstar": "--config: no config 'quickstar'. Did you mean 'quickstart'?",
     "nope.ckpt": "--ckpt_path: there is no file 'nope.ckpt'",
@@ -146,3 +149,95 @@ def test_probe_without_norms_that_have_a_scale_measures_the_layers(nm: Nm) -> No
     assert "The fewest bits that keep all" in text(answer.out)
     assert numbers()["int8"]["layers"]
     assert not Path("norm_ranges.svg").exists()
+
+
+@pytest.fixture
+def norm_file() -> str:
+    """The name of an ONNX file of a layer norm of 16 features behind ids and numbers."""
+    inputs = [
+        helper.make_tensor_value_info("ids", TensorProto.INT64, ["n", 16]),
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", "features"]),
+    ]
+    nodes = [
+        helper.make_node("Cast", ["ids"], ["i"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["i", "x"], ["h"]),
+        helper.make_node("LayerNormalization", ["h", "g"], ["y"], "/norm/LayerNormalization"),
+    ]
+    ones = helper.make_tensor("g", TensorProto.FLOAT, [16], np.ones(16))
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 16])]
+    graph = helper.make_graph(nodes, "norm", inputs, outputs, [ones])
+    opset = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=9), "norm.onnx")
+    return "norm.onnx"
+
+
+def test_probe_of_an_onnx_file(nm: Nm, norm_file: str) -> None:
+    x = 100 * np.random.default_rng(0).standard_normal((8, 16))
+    np.savez("x.npz", ids=np.zeros((8, 16), int), x=x)
+    answer = nm(norm_file, "--inputs", "x.npz", "--json", "n.json")
+    out = text(answer.out)
+    assert (answer.code, answer.err) == (0, [])
+    assert "float16 sums would lose 100 % of the rows, in 1 of 1 layer (100 % zero)." in out
+    assert out.endswith("inputs x.npz picture norm_ranges.svg numbers n.json")
+    found = numbers()
+    (layer,) = found["layers"]
+    assert (layer["name"], layer["kind"], layer["entries"]) == ("norm", "layer", 8)
+    assert (found["inputs"], found["lost"]["scaled"], found["lost"]["l1"]) == ("x.npz", 0, 0)
+    assert layer["lost"]["float16_sums"] == {"dead": 1}
+    assert "scaled" in Path("norm_ranges.svg").read_text()
+    answer = nm(norm_file, "--input_shape", "16")
+    assert "inputs random: these ranges say little; give --inputs" in text(answer.out)
+    assert "Nothing is lost by float16, float16 sums, bfloat16, bfloat16 sums," in text(answer.out)
+
+
+MODULE = """
+from torch import nn
+def make(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GroupNorm(2, 4))
+def fail(): raise ValueError("why")
+plain, number = nn.Linear(3, 3), 3
+"""
+
+
+def test_probe_of_an_own_module(nm: Nm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path()))
+    Path("probed_of_test.py").write_text(MODULE)
+    np.savez("x.npz", np.ones((2, 3, 9, 9)))
+    sources = {
+        "--inputs x.npz": 1,
+        "--input_shape 3,9,9": 1,
+        "--data Digits --data.batch_size 4 --data.image_size 9 --batches 3": 3,
+    }
+    for source, batches in sources.items():
+        assert nm("probed_of_test:make", *shlex.split(source), "--json", "n.json").code == 0
+        assert [x["kind"] for x in numbers()["layers"]] == ["batch", "group"]
+        assert (numbers()["batches"], "int8" in numbers()) == (batches, False)
+
+
+BAD_MODELS = {
+    "none.onnx": "there is no file 'none.onnx' in /",
+    "notes.onnx": "'notes.onnx' is no ONNX file, or is truncated",
+    "norm.onnx": r"the input 'x' has the shape \(n, features\): give arrays by --inputs, or the",
+    "norm.onnx --inputs x.npz": "the inputs are x; norm.onnx takes ids, x",
+    "norm.onnx --inputs none.npz": "--inputs: there is no file 'none.npz'",
+    "norm.onnx --input_shape a": "argument --input_shape: give sizes such as 3,32,32, got 'a'",
+    "norm.onnx --nope 3": "there is no option '--nope'",
+    "bad_of_test:make": "what bad_of_test:make takes is not known: give --inputs x.npz",
+    "bad_of_test:fail": "bad_of_test:fail raised ValueError: why",
+    "bad_of_test:number": "bad_of_test:number gives a int, and not an nn.Module",
+    "bad_of_test:plain --input_shape 3": "There is no norm to measure in Linear",
+    "bad_of_test:make --input_shape 4,9,9": "the model does not take these inputs: Given groups=1",
+    "quickstart --inputs x.npz": "--inputs and --input_shape are for ONNX files and module:name",
+}
+
+
+@pytest.mark.parametrize(("words", "message"), BAD_MODELS.items())
+def test_probe_reports_bad_models_in_one_line(
+    words: str, message: str, nm: Nm, norm_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path()))
+    Path("bad_of_test.py").write_text(MODULE)
+    Path("notes.onnx").write_text("These are notes.")
+    np.savez("x.npz", x=np.ones((2, 3)))
+    code, out, (line,) = nm(*shlex.split(words))
+    assert (code, out) == (2, [])
+    assert re.match(f"nm: {message}", line)

@@ -83,7 +83,7 @@ def test_format_loss_rounds_nothing_away(share: float | None, words: str) -> Non
 
 def test_verdict_of_failing_layers() -> None:
     assert list(verdict(FAILS)) == [
-        "L2 op by op in half would lose 42 % of the channels, in 2 of 3 layers (33 % dead, 8 % "
+        "L2 op by op in half would lose 42 % of the channels, in 2 of 3 layers (33 % zero, 8 % "
         "NaN gradient).",
         "Swapping to l1 brings that to 0 % (L∞ 0 %, Top(10) 0 %).",
         CAVEAT,

@@ -47,7 +47,7 @@ MAX_BODY = 40
 LAYERS = [
     ["nmlightning.cli"],
     ["nmlightning.commands"],
-    ["nmlightning.callbacks", "nmlightning.translation"],
+    ["nmlightning.callbacks", "nmlightning.translation", "nmlightning.probe.inference"],
     ["nmlightning.tasks", "nmlightning.export", "nmlightning.probe", "nmlightning.compat"],
     ["nmlightning.surgery", "nmlightning.tracking"],
     ["nmlightning.parametrizations", "nmlightning.int8"],

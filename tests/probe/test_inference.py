@@ -1,0 +1,319 @@
+"""Test what the probe says of norms in inference against their execution in half."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+from torch import Tensor, nn
+
+from nmlightning import InputError, L1LayerNorm, MeanOnlyBatchNorm2d, probe_inference
+from nmlightning.export.onnx_values import OnnxFile
+from nmlightning.probe import inference
+from nmlightning.probe.fp16_emulation import OUTCOMES, RowNorm, run_forms
+
+N = 512
+SIGMAS = torch.logspace(-4, 4, 41)
+EPS = (1e-5, 1e-12)
+
+
+def rows(seed: int = 0) -> Tensor:
+    """Return a row of Gaussian values for each σ, then an offset, an outlier, equal values, 0."""
+    x = torch.randn(len(SIGMAS), N, generator=torch.Generator().manual_seed(seed))
+    odd = torch.stack([10 + x[0], x[1], torch.full((N,), 3.0), torch.zeros(N)])
+    odd[1, 0] = 2e4
+    return torch.cat([x * SIGMAS[:, None], odd])
+
+
+def execute(steps: str, x: Any, eps: float, **more: Any) -> Any:
+    """Return what onnx's own evaluator makes of steps such as `y = Sub x m`, all in float16."""
+    made = [(left, *right.split()) for left, right in (x.split("=") for x in steps.split(";"))]
+    nodes = [
+        helper.make_node(
+            op.split(":")[0], names, [left.strip()], **({"to": int(op[5:])} if ":" in op else {})
+        )
+        for left, op, *names in made
+    ]
+    given = {"n": np.float16(N), "e": np.float16(eps), "axes": np.array([1]), **more}
+    given = {key: np.asarray(value) for key, value in given.items()}
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT16, x.shape)]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT16, x.shape)]
+    tensors = [numpy_helper.from_array(value, key) for key, value in given.items()]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, tensors)
+    with np.errstate(all="ignore"):
+        found = ReferenceEvaluator(helper.make_model(graph)).run(["y"], {"x": x})
+    return np.asarray(found[0], np.float64)
+
+
+def outcomes_of(found: Any, right: Any) -> list[str]:
+    """Return what became of each row, by comparing with float64."""
+    names = []
+    for y, exact in zip(found, right, strict=True):
+        error, size = (np.sqrt(np.mean(np.square(v))) for v in (y - exact, exact))
+        name = "right" if error <= 0.1 * max(size, 0.1) else "wrong" if y.any() else "dead"
+        name = "not finite" if np.isinf(y).any() else name
+        names.append("NaN" if np.isnan(y).any() else name)
+    return names
+
+
+def formula(x: Any, eps: float, centred: bool) -> Any:
+    d = x - x.mean(1, keepdims=True) if centred else x
+    return d / np.sqrt(np.mean(np.square(d), 1, keepdims=True) + eps)
+
+
+MEANS = {
+    "float16": "{0}w = Cast:1 {1}; {0}v = ReduceMean {0}w axes; {0} = Cast:10 {0}v",
+    "float16_sums": "{0}v = ReduceSum {1} axes; {0} = Div {0}v n",
+}
+
+
+@pytest.mark.parametrize("eps", EPS)
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize("form", MEANS)
+def test_verdicts_are_those_of_an_execution_in_float16(form: str, kind: str, eps: float) -> None:
+    centred, x = kind == "layer", rows()
+    mean = MEANS[form].format
+    start = f"{mean('m', 'x')}; d = Sub x m" if centred else "d = Identity x"
+    steps = f"{start}; q = Mul d d; {mean('s', 'q')}; t = Add s e; r = Sqrt t; y = Div d r"
+    half = x.half().numpy()
+    executed = outcomes_of(execute(steps, half, eps), formula(half.astype(float), eps, centred))
+    tried = [OUTCOMES[i] for i in run_forms(x, kind, RowNorm(eps, centred))[form].tolist()]
+    differing = [i for i, pair in enumerate(zip(tried, executed, strict=True)) if len({*pair}) > 1]
+    # Where a sum just leaves float16 or enters it, the order of its terms decides.
+    assert len(differing) <= 1, [(float(x[i].std()), tried[i], executed[i]) for i in differing]
+    assert {"right", "dead"} <= set(executed)
+    overflows = "sums" in form and centred  # the sum of x itself, to inf − inf
+    assert ("not finite" in executed or "NaN" in executed) is (eps < 1e-8 or overflows)
+
+
+@pytest.mark.parametrize("eps", EPS)
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_cures_and_bfloat16_keep_every_row(kind: str, eps: float) -> None:
+    tried = run_forms(rows(), kind, RowNorm(eps, kind == "layer"))
+    for form in ("scaled", "l1", "bfloat16", "bfloat16_sums"):
+        lost = [i for i, outcome in enumerate(tried[form].tolist()) if OUTCOMES[outcome] != "right"]
+        assert lost == [], form
+
+
+def test_bfloat16_loses_what_it_does_not_hold() -> None:
+    x = 300 + torch.randn(3, N)
+    tried = run_forms(x, "layer", RowNorm(1e-5))
+    assert [OUTCOMES[i] for i in tried["bfloat16"].tolist()] == ["wrong"] * 3
+    assert [OUTCOMES[i] for i in tried["float16"].tolist()] == ["right"] * 3
+
+
+@pytest.mark.parametrize("eps", EPS)
+def test_verdicts_of_running_variances(eps: float) -> None:
+    variance = torch.logspace(-9, 6, 31)
+    norm = nn.BatchNorm1d(len(variance), eps=eps, affine=False).eval()
+    norm.running_var.copy_(variance)
+    x = torch.randn(64, len(variance)) * variance.sqrt()
+    (layer,) = probe_inference(norm, [x]).layers
+    half, v = x.T.half().numpy(), variance.half().numpy()[:, None]
+    steps = "t = Add v e; r = Sqrt t; y = Div x r"
+    right = half.astype(float) / np.sqrt(variance.double().numpy()[:, None] + eps)
+    executed = outcomes_of(execute(steps, half, eps, v=v), right)
+    counts = {name: executed.count(name) for name in set(executed)}
+    assert {k: n for k, n in layer.outcomes["float16"].items() if n} == counts
+    assert counts["dead"] == (variance > 65520).sum()
+    held = layer.held["running_var"]
+    assert held["inf"] == pytest.approx(counts["dead"] / 31)
+    assert held["0"] == pytest.approx(float((variance < 2**-25).sum()) / 31)
+    np.testing.assert_allclose(layer.scales, variance.sqrt(), rtol=1e-6)
+
+
+def test_folded_weights_are_judged_by_channel() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=1e-12)).eval()
+    w, norm = net[0].weight, net[1]
+    nn.init.constant_(w, 1.0)
+    with torch.no_grad():
+        w[3, 0] = 1e-9
+    norm.running_var.copy_(torch.tensor([1e-12, 1.0, 1e20, 1.0]))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    (layer,) = probe_inference(net, [torch.randn(2, 3, 5, 5)]).layers
+    assert layer.lost("folded") == {"not finite": 1, "dead": 1}
+    assert layer.held["weight in 0"] == pytest.approx({"inf": 1 / 4, "0": 1 / 3, "subnormal": 0})
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+class Norms(nn.Module):
+    """A norm of every kind, on inputs whose sizes differ from channel to channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.batch = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.group, self.instance = nn.GroupNorm(2, 8), nn.InstanceNorm2d(8)
+        self.layer, self.rms = nn.LayerNorm(36), nn.RMSNorm(36, eps=1e-6)
+        nn.init.uniform_(self.batch.running_var, 1e-3, 1e3)
+        nn.init.uniform_(self.batch.running_mean, -1, 1)
+        nn.init.uniform_(self.batch.weight, 0.1, 100)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.batch(self.conv(x).relu())
+        y = 1e3 * self.instance(100 * self.group(300 * x)).flatten(2)
+        return self.rms(y + self.layer(y))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Tensor, Path]:
+    torch.manual_seed(0)
+    net, x = Norms().eval(), torch.randn(2, 3, 8, 8)
+    file = tmp_path_factory.mktemp("onnx") / "norms.onnx"
+    torch.onnx.export(net, (x,), file, dynamo=True, external_data=False, verbose=False)
+    return net, x, file
+
+
+def by_kind(found: Any) -> dict[str, Any]:
+    """Return all that was measured, but for the names, by the kind of norm."""
+    plain = {x.pop("kind"): x for x in found.as_plain()["layers"]}
+    for layer in plain.values():
+        for key in ("name", "class", "in_float16"):
+            del layer[key]
+    return plain
+
+
+def test_a_file_gets_the_answer_of_its_module(
+    exported: tuple[nn.Module, Tensor, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, x, file = exported
+    monkeypatch.setattr(inference, "_AT_ONCE", 2)
+    of_net, of_file = probe_inference(net, [x, x]), probe_inference(str(file), [x, x])
+    assert [layer.name for layer in of_net.layers] == ["batch", "group", "instance", "layer", "rms"]
+    expected, found = by_kind(of_net), by_kind(of_file)
+    assert expected.keys() == found.keys()
+    assert expected["instance"]["lost"]["float16"]
+    for kind, plain in found.items():
+        torch.testing.assert_close(plain, expected[kind], rtol=1e-3, atol=1e-3, msg=kind)
+
+
+def test_a_norm_is_measured_by_definition(exported: tuple[nn.Module, Tensor, Path]) -> None:
+    net, x, _ = exported
+    assert isinstance(net, Norms)
+    layer = next(v for v in probe_inference(net, [x]).layers if v.name == "group")
+    with torch.no_grad():
+        parts = (300 * net.batch(net.conv(x).relu())).reshape(2 * 2, -1)
+    np.testing.assert_allclose(layer.scales, parts.std(1, correction=0), rtol=1e-5)
+    assert layer.largest == pytest.approx(float(parts.abs().max()))
+    d = (parts - parts.mean(1, keepdim=True)).half()
+    shares = layer.squares()
+    assert shares["overflow"] == d.square().isinf().any(1).float().mean() > 0
+    assert (shares["underflow"], layer.squares("bfloat16")["overflow"]) == (0, 0)
+
+
+def test_weights_stay_in_the_file(tmp_path: Path) -> None:
+    """Of those in the file itself and of external ones, embedded at offsets that are not even."""
+    weight = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("LayerNormalization", ["h", "n.weight"], ["y"], epsilon=1e-5),
+    ]
+    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 64]) for name in "xy"]
+    tensors = [numpy_helper.from_array(v, k) for k, v in (("w", weight), ("n.weight", weight[0]))]
+    graph = helper.make_graph(nodes, "g", info[:1], info[1:], tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(model, tmp_path / "in.onnx")
+    onnx.save(
+        model, tmp_path / "out.onnx", save_as_external_data=True, location="w", size_threshold=9
+    )
+    x = np.random.default_rng(1).standard_normal((5, 64))
+    expected = (x.astype(np.float32) @ weight).std(1)
+    for name in ("in.onnx", "out.onnx"):
+        file = OnnxFile(tmp_path / name)
+        assert file.model.ByteSize() < 1000 < weight.nbytes
+        np.testing.assert_array_equal(file.read("w"), weight)
+        for batch in (x, (x,), {"x": x}, {"arr_0": torch.from_numpy(x)}):
+            (layer,) = probe_inference(tmp_path / name, [batch]).layers
+            assert (layer.name, layer.type_name) == ("n", "LayerNormalization")
+            np.testing.assert_allclose(layer.scales, expected, rtol=1e-5)
+    (tmp_path / "w").unlink()
+    with pytest.raises(InputError, match="onnx' keeps weights in w, not beside it"):
+        OnnxFile(tmp_path / "out.onnx")
+    (tmp_path / "in.onnx").write_bytes((tmp_path / "in.onnx").read_bytes()[:-300])
+    with pytest.raises(InputError, match="onnx' is no ONNX file, or is truncated"):
+        OnnxFile(tmp_path / "in.onnx")
+
+
+class Own(nn.Module):
+    """An RMS norm of no library, which only its computation tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.epsilon = nn.Parameter(torch.ones(64)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + self.epsilon).rsqrt() * self.scale
+
+
+class OwnRMSNorm(Own):
+    pass
+
+
+def test_norms_of_every_class_are_measured_or_named() -> None:
+    encoder = nn.TransformerEncoderLayer(64, 2, 64, batch_first=True)
+    others = [OwnRMSNorm(), nn.LocalResponseNorm(2), L1LayerNorm(64), nn.RMSNorm(64)]
+    net = nn.Sequential(nn.TransformerEncoder(encoder, 2), *others)
+    found = probe_inference(net, [(torch.randn(2, 9, 64),)])
+    kinds = {layer.name: (layer.kind, layer.eps) for layer in found.layers}
+    assert [kind for kind, _ in kinds.values()] == ["layer"] * 4 + ["rms", "layer", "rms"]
+    assert (kinds["1"][1], kinds["4"][1]) == (1e-6, torch.finfo(torch.float32).eps)
+    assert found.left_out.keys() == {"2"}
+    assert found.left_out["2"].startswith("LocalResponseNorm: it does not compute a layer or an")
+    assert not net[0].layers[0].norm1._forward_pre_hooks
+    assert net.training
+
+
+def test_a_report_of_inference_is_read_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    norm = nn.LayerNorm(N, eps=1e-12)
+    found = probe_inference(nn.Sequential(norm, nn.Linear(N, 8), nn.BatchNorm1d(8)), [rows()])
+    lines = str(found).splitlines()
+    assert max(map(len, lines)) <= 80
+    text = " ".join(str(found).split())
+    assert "float16 would lose" in text
+    assert "float16 sums would lose" in text
+    assert "Nothing is lost by bfloat16, bfloat16 sums, scaled, L1, folded." in text
+    assert "the table" not in text
+
+
+BAD_INPUT: dict[str, tuple[Any, Any, str]] = {
+    "no norm": (nn.Linear(3, 3), [torch.ones(2, 3)], "no norm to measure in Linear."),
+    "no scale": (MeanOnlyBatchNorm2d(3), [], "MeanOnlyBatchNorm2d: it has no scale."),
+    "no batch": (nn.LayerNorm(3), [], "No batch was run: the data are empty."),
+    "shape": (nn.LayerNorm(3), [torch.ones(2, 4)], "does not take these inputs: shape .* invalid"),
+    "file": ("none.onnx", [], "there is no file 'none.onnx' in /"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_told_in_a_line(name: str) -> None:
+    model, batches, message = BAD_INPUT[name]
+    with pytest.raises(InputError, match=message) as told:
+        probe_inference(model, batches)
+    assert "\n" not in str(told.value)
+
+
+BAD_ARRAYS = {
+    "names": ({"a": np.ones(1)}, "the inputs are a; .*norms.onnx takes x"),
+    "count": ((np.ones(1), np.ones(1)), "the inputs are arr_0, arr_1; .* takes x"),
+    "dtype": ({"x": np.ones((2, 3, 8, 8), "complex64")}, "'x' of .*: Cannot cast array data"),
+    "shape": ({"x": np.ones((2, 3, 8, 9))}, "onnxruntime cannot run .* Got: 9 Expected: 8"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARRAYS)
+def test_bad_inputs_of_a_file_are_told_in_a_line(
+    name: str, exported: tuple[nn.Module, Tensor, Path]
+) -> None:
+    batch, message = BAD_ARRAYS[name]
+    with pytest.raises(InputError, match=message):
+        probe_inference(exported[2], [batch])
+
+
+def test_a_file_needs_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nmlightning.export.onnx_values.find_spec", {"onnx": 1}.get)
+    with pytest.raises(InputError, match="needs onnxruntime: pip install onnxruntime"):
+        probe_inference("net.onnx", [])
