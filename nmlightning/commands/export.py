@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,10 @@ def run(arguments: list[str]) -> int:
         )
     if not given.checkpoint.is_file():
         raise InputError(f"there is no file {str(given.checkpoint)!r} in {Path.cwd()}.")
+    if given.checkpoint.suffix == ".onnx":
+        return _rewrite(given)
+    if given.half_safe or given.inputs:
+        raise InputError("--half-safe and --inputs are for ONNX files.")
     given.output = given.output or given.checkpoint.with_suffix(FORMATS[given.format].suffix)
     check_target(given.output, given.format, given.overwrite)
     from nmlightning.commands.checkpoint import Checkpoint
@@ -58,16 +63,32 @@ def run(arguments: list[str]) -> int:
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         prog="nm export",
-        usage="nm export CHECKPOINT --format FORMAT [--KEY VALUE ...]",
+        usage="nm export CHECKPOINT --format FORMAT [--KEY VALUE ...]\n"
+        "       nm export FILE.onnx --half-safe scaled [-o FILE] [--inputs FILE]",
         description="Write the network of a checkpoint with its batch norms folded and its weights "
         "made plain. The file is first compared with the checkpoint.",
     )
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", type=Path, help="written by nm fit, such as last.ckpt"
+        "checkpoint",
+        metavar="CHECKPOINT",
+        type=Path,
+        help="written by nm fit, such as last.ckpt; or an ONNX file of any network",
     )
-    parser.add_argument("--format", required=True, help=", ".join(FORMATS))
+    parser.add_argument("--format", help=f"{', '.join(FORMATS)} (required for a checkpoint)")
     parser.add_argument(
-        "--output", type=Path, help="the file to write (default: beside the checkpoint)"
+        "-o", "--output", type=Path, help="the file to write (default: beside the checkpoint)"
+    )
+    parser.add_argument(
+        "--half-safe",
+        metavar="HOW",
+        help="scaled: of an ONNX file, rewrite layer and RMS norms so that float16 holds what they "
+        "compute",
+    )
+    parser.add_argument(
+        "--inputs",
+        type=Path,
+        help="an .npz of an ONNX file's inputs, to compare it with what is "
+        "written (default: random, if it says their shapes)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     parser.add_argument(
@@ -84,7 +105,45 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--config", help="a config whose model and data replace those of the checkpoint and its run"
     )
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    if given.format is None and given.checkpoint.suffix != ".onnx":
+        parser.error("the following arguments are required: --format")
+    given.format = given.format or "onnx"
+    return given
+
+
+def _rewrite(given: argparse.Namespace) -> int:
+    """Write an ONNX file again with norms that float16 holds."""
+    file = str(given.checkpoint)
+    if given.half_safe == "l1":
+        raise InputError(
+            "--half-safe l1 needs the model's source and data, which an ONNX file does not have: "
+            "nm export my.package:make_model --half-safe l1; the file itself takes scaled."
+        )
+    if given.half_safe != "scaled" or given.format != "onnx":
+        raise InputError(
+            f"of an ONNX file norms are rewritten: nm export {file} --half-safe scaled."
+        )
+    output = given.output or given.checkpoint.with_stem(f"{given.checkpoint.stem}_half_safe")
+    check_target(output, "onnx", given.overwrite)
+    from nmlightning.commands.own_models import read_arrays
+    from nmlightning.export.half_safe_onnx import make_half_safe
+
+    inputs = read_arrays(given.inputs) if given.inputs else None
+    report = make_half_safe(given.checkpoint, output, inputs)
+    counts = Counter("RMS" if x.kind == "rms" else x.kind for x in report.rewritten)
+    print_line("rewritten", ", ".join(f"{count} {kind} norms" for kind, count in counts.items()))
+    for line in by_reason(report.left):
+        print_line("left", line)
+    print_line("error", f"{report.error:.1e} of a norm's largest output, against float64")
+    difference, how = report.difference, given.inputs or "random inputs"
+    if isinstance(difference, float):
+        difference = f"{difference:.1e} of the largest output ({how}, onnxruntime)"
+    print_line("difference", difference)
+    data = f", with weights in {some(report.data)} beside it" if report.data else ""
+    print_line("file", f"{report.file} ({report.size / 1e6:.1f} MB{data})")
+    print_line("use", f"onnxruntime.InferenceSession({str(report.file)!r})")
+    return 0
 
 
 def _choose(module: "LightningModule", name: str) -> "nn.Module":

@@ -65,7 +65,7 @@ class OnnxNorm:
         eps: as in the file.
         weight, bias: the values' names, "" for none.
         dtype: the `TensorProto.DataType` it is computed in, 0 if unknown; x may be of another.
-        shape: of x, None for a size that is not known; None if not even their number is.
+        count: of the values averaged, None if unknown.
         normalised: the value before weight and bias, "" where one step gives all.
         added: what a Skip… node adds to x before.
         nodes: the steps from x to y, in their order.
@@ -81,7 +81,7 @@ class OnnxNorm:
     weight: str = ""
     bias: str = ""
     dtype: int = 0
-    shape: tuple[int | None, ...] | None = None
+    count: int | None = None
     normalised: str = ""
     added: tuple[str, ...] = ()
     nodes: tuple["NodeProto", ...] = field(default=(), repr=False, compare=False)
@@ -167,48 +167,58 @@ class _Scope:
         kind, *roles = _SINGLE_NODES[node.op_type].split()
         inputs = [pair for pair in zip(roles, node.input, strict=False) if pair[1]]
         values, axes = dict(reversed(inputs)), None
+        x, weight = values["x"], values.get("weight", "")
         if kind in ("layer", "rms"):
-            axis = attribute_of(node, "axis", -1)
-            known = self._shape(values["x"]), self._shape(values.get("weight", ""))
-            if axis >= 0 and known[0] is not None:
-                axis -= len(known[0])
-            elif axis >= 0 and known[1] is not None:
-                axis = -len(known[1])
-            axes = tuple(range(axis, 0)) or None
-        reshape = self.makers.get(values["x"])
+            axis, sizes = attribute_of(node, "axis", -1), self._shape(x)
+            if axis >= 0 and sizes is None:
+                axis, sizes = 0, self._shape(weight)
+            first = axis if axis < 0 or sizes is None else axis - len(sizes)
+            axes = tuple(range(first, 0)) or None
+        reshape = self.makers.get(x)
         if kind == "instance" and reshape is not None and reshape.op_type == "Reshape":
-            sizes = self._constant(reshape.input[1])  # (0, groups, −1), as torch exports them
-            kind = "group" if sizes is not None and sizes.size == 3 else kind
+            shape = self._constant(reshape.input[1])  # (0, groups, −1), as torch exports them
+            kind = "group" if shape is not None and shape.size == 3 else kind
         eps = attribute_of(node, "epsilon", 1e-12 if node.op_type.startswith("Skip") else 1e-5)
-        return OnnxNorm(
-            kind, self._name([node]), values["x"], node.output[0], axes, eps,
-            values.get("weight", ""), values.get("bias", ""),
-            self._dtype(values["x"]) or self._dtype(values.get("weight", "")),
-            self._shape(values["x"]), "", tuple(x for role, x in inputs if role == "added"),
-            (node,), self.graph,
+        dtype, added = self._dtype(x) or self._dtype(weight), [n for r, n in inputs if r == "added"]
+        return self._norm(
+            kind, [node], x, node.output[0], axes, eps, weight, values.get("bias", ""), dtype,
+            added=tuple(added),
         )  # fmt: skip
 
     def _composed(self, node: "NodeProto") -> Iterator[OnnxNorm]:
         for kind, pattern in _PATTERNS:
             bound = next(self._match(pattern, node.output[0], {"steps": []}), None)
-            if bound is not None:
-                normalised = "" if "bias" in bound else node.output[0]
-                steps, output = bound["steps"], node.output[0]
-                weight, bias = bound.get("weight", ""), bound.get("bias", "")
-                if normalised:
-                    weight, bias, output = self._affine(output, steps)
-                chosen = {id(step) for step in steps}
-                nodes = [step for step in self.graph.node if id(step) in chosen]
-                dtype = self._dtype(node.output[0]) or bound.get("dtype", 0)
-                shape, axes = self._shape(bound["x"]), bound["axes"]
-                if shape is not None:
-                    axes = tuple(sorted(axis - len(shape) * (axis >= 0) for axis in axes))
-                yield OnnxNorm(
-                    kind, self._name(nodes), bound["x"], output, axes, bound.get("eps", 0.0),
-                    weight, bias, dtype or self._dtype(bound["x"]), shape, normalised, (),
-                    tuple(nodes), self.graph,
-                )  # fmt: skip
-                return
+            if bound is None:
+                continue
+            x, steps, output = bound["x"], bound["steps"], node.output[0]
+            weight, bias = bound.get("weight", ""), bound.get("bias", "")
+            normalised = "" if bias else output
+            if normalised:
+                weight, bias, output = self._affine(output, steps)
+            axes, shape = bound["axes"], self._shape(x)
+            if shape is not None:
+                axes = tuple(sorted(axis - len(shape) * (axis >= 0) for axis in axes))
+            dtype = self._dtype(node.output[0]) or bound.get("dtype") or self._dtype(x)
+            yield self._norm(
+                kind, steps, x, output, axes, bound.get("eps", 0.0), weight, bias, dtype,
+                normalised=normalised,
+            )  # fmt: skip
+            return
+
+    def _norm(
+        self, kind: str, steps: Sequence["NodeProto"], x: str, output: str,
+        axes: tuple[int, ...] | None, eps: float, weight: str, bias: str, dtype: int, **others: Any,
+    ) -> OnnxNorm:  # fmt: skip
+        chosen, shape = {id(step) for step in steps}, self._shape(x)
+        nodes = tuple(step for step in self.graph.node if id(step) in chosen)
+        last = range(-len(axes or ()), 0)
+        sizes = self._shape(weight) if shape is None and axes == tuple(last) else shape
+        averaged = [sizes[axis] for axis in axes] if axes and sizes and max(axes) < 0 else [None]
+        return OnnxNorm(
+            kind, f"{self.path}{nodes[-1].name or output}", x, output, axes, eps, weight, bias,
+            dtype, None if None in averaged else int(np.prod(averaged)), nodes=nodes,  # type: ignore[arg-type]
+            graph=self.graph, **others,
+        )  # fmt: skip
 
     def _affine(self, output: str, steps: list["NodeProto"]) -> tuple[str, str, str]:
         """Return weight, bias and output of the steps that alone take a normalised value."""
@@ -294,9 +304,6 @@ class _Scope:
             tensor.CopyFrom(external)
             load_external_data_for_tensor(tensor, str(self.folder))
         return numpy_helper.to_array(tensor)
-
-    def _name(self, nodes: Sequence["NodeProto"]) -> str:
-        return f"{self.path}{nodes[-1].name or nodes[-1].output[0]}"
 
     def _dtype(self, name: str) -> int:
         """Return the type of a value's elements, 0 if it is unknown."""

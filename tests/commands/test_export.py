@@ -9,12 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
 import yaml
 
 from nmlightning import ImageClassifier, load_from_checkpoint
+from nmlightning.export import formats
 from nmlightning.models import CifarResNet
 from quickstart_runs import LAST, SMALL, fit_in
 
@@ -192,7 +195,7 @@ def test_export_writes_a_users_module(nm: Nm, monkeypatch: pytest.MonkeyPatch) -
 # ---- bad input: one line on stderr, exit code 2 ----
 
 BAD_INPUT = {
-    "": "required: CHECKPOINT, --format; nm export --help lists the options",
+    "": "required: CHECKPOINT; nm export --help lists the options",
     "http://h/a.ckpt --format onnx": "takes a file, not an address: download http:/h/a.ckpt",
     "nope.ckpt --format onnx": "there is no file 'nope.ckpt' in /",
     ". --format onnx": r"'\.' is a folder; of a sharded checkpoint make a file by python -m",
@@ -248,3 +251,69 @@ def test_export_reports_bad_input(nm: Nm, trained: Path, words: str, expected: s
     assert line.startswith("nm: ")
     assert re.search(expected, line), line
     assert not trained.with_suffix(".onnx").exists()
+
+
+def write_onnx(steps: str, opset: int = 17) -> None:
+    """Write a.onnx, a graph of x, whose sizes are not fixed, with weights w."""
+    text = (
+        f'<ir_version: 8, opset_import: ["" : {opset}]> g (float[N, M, 8] x) => (float[N, M, 8] y)'
+    )
+    model = onnx.parser.parse_model(
+        f"{text} <float[8] w = {{1, 1, 1, 1, 1, 1, 1, 2}}> {{ {steps} }}"
+    )
+    onnx.save(model, "a.onnx")
+
+
+NORMS = (
+    "z = LayerNormalization(x, w)\nq = InstanceNormalization(z, w, w)\ny = RMSNormalization(q, w)"
+)
+
+
+def test_export_rewrites_an_onnx_file(nm: Nm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    write_onnx(NORMS, 23)
+    np.savez("x.npz", x=np.random.randn(2, 8, 8).astype(np.float32))
+    answer = nm("a.onnx", "--half-safe", "scaled", "-o", "safe.onnx", "--inputs", "x.npz")
+    assert answer.code == 0
+    assert [re.sub(r"\d\.\de-\d\d", "E", line) for line in answer.out] == [
+        " rewritten   1 layer norms, 1 RMS norms",
+        " left        q: instance norms are not rewritten",
+        " error       E of a norm's largest output, against float64",
+        " difference  E of the largest output (x.npz, onnxruntime)",
+        " file        safe.onnx (0.0 MB)",
+        " use         onnxruntime.InferenceSession('safe.onnx')",
+    ]
+    assert nm("a.onnx", "--half-safe", "scaled").out[3].startswith(" difference  not compared: ")
+    again = " ".join(nm("a_half_safe.onnx", "--half-safe", "scaled").err)
+    assert again.endswith("half-safe already; q: instance norms are not rewritten.")
+
+
+@pytest.mark.parametrize(
+    ("steps", "words", "error"),
+    [
+        (NORMS, "--half-safe l1", "needs the model's source and data"),
+        (NORMS, "", "norms are rewritten: nm export a.onnx --half-safe scaled."),
+        (NORMS, "--half-safe scaled -o a.onnx", "'a.onnx' exists already"),
+        (NORMS, "--half-safe scaled --inputs no.npz", "--inputs: there is no file 'no.npz'"),
+        ("y = Add(x, w)", "--half-safe scaled", "it has no layer or RMS norm."),
+        ("", "--half-safe scaled", "'a.onnx' is no ONNX file"),
+    ],
+)
+def test_what_cannot_be_rewritten_is_one_line(nm: Nm, steps: str, words: str, error: str) -> None:
+    write_onnx(steps, 23)
+    answer = nm("a.onnx", *words.split())
+    assert answer.code == 2
+    assert error in " ".join(answer.err)
+    assert [file.name for file in Path().iterdir()] == ["a.onnx"]
+
+
+def test_files_that_are_no_onnx_or_old_are_one_line(
+    nm: Nm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_onnx("y = Add(x, w)", 9)
+    assert "is of opset 9, older than 11" in nm("a.onnx", "--half-safe", "scaled").err[0]
+    Path("a.onnx").write_bytes(Path("a.onnx").read_bytes()[:-9])
+    assert "'a.onnx' is no ONNX file" in nm("a.onnx", "--half-safe", "scaled").err[0]
+    assert "for ONNX files" in nm(__file__, "--format", "onnx", "--half-safe", "l1").err[0]
+    monkeypatch.setattr(formats, "find_spec", lambda name: None)
+    assert "pip install onnx" in nm("a.onnx", "--half-safe", "scaled").err[0]

@@ -1,30 +1,56 @@
-"""Test which norms are found in ONNX graphs, as nodes and as the steps of exporters."""
+"""Test which norms are found in ONNX files, and what they are when rewritten."""
 
+import io
+import logging
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
-from onnx import ModelProto, TensorProto, helper, parser
+import timm
+import torch
+import torchvision
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, helper, numpy_helper, parser
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+from torch import nn
 
+from nmlightning import InputError
+from nmlightning.export.half_safe_onnx import HalfSafeReport, make_half_safe
 from nmlightning.export.onnx_norms import OnnxNorm, find_onnx_norms
 
+Array = NDArray[Any]
+Nm = Callable[..., Any]
+N = 512
 HEADER = '<ir_version: 8, opset_import: ["" : {opset}, "com.microsoft" : 1]>\n'
 CENTRED = "m = ReduceMean<axes = [-1]>(x)\nd = Sub(x, m)\n"
 SQUARED = "q = Pow(d, two)\nv = ReduceMean<axes = [-1]>(q)\ne = Add(v, eps)\n"
 ROOT = f"{SQUARED}s = Sqrt(e)\n"
 
 
-def parse(steps: str, opset: int = 13, sizes: str = "N, 8", dtype: str = "float") -> ModelProto:
-    """Return the model that makes y of x by these steps, with weights w and b."""
-    numbers = ", ".join(["1.5"] * 8)
+def parse(
+    steps: str, opset: int = 13, sizes: str = "N, 8", dtype: str = "FLOAT", n: int = 8
+) -> ModelProto:
+    """Return the model that makes y of x by these steps, with weights w and b of 1.5."""
     text = HEADER.format(opset=opset) + (
-        f"g ({dtype}[{sizes}] x) => ({dtype}[{sizes}] y)\n<{dtype}[8] w = {{{numbers}}}, "
-        f"{dtype}[8] b = {{{numbers}}}, {dtype} eps = {{0.00001}}, {dtype} two = {{2.0}}, "
-        f"{dtype} one = {{1.0}}, {dtype} half = {{0.5}}, {dtype} minus = {{-0.5}}, "
-        f"int64[1] last = {{-1}}>\n{{\n{steps}\n}}"
+        f"g (float[{sizes}] x) => (float[{sizes}] y)\n<float[1] w = {{1.5}}, float[1] b = {{1.5}}, "
+        "float eps = {0.00001}, float two = {2.0}, float one = {1.0}, float half = {0.5}, "
+        f"float minus = {{-0.5}}, int64[1] last = {{-1}}>\n{{\n{steps}\n}}"
     )
-    return parser.parse_model(text)
+    model = parser.parse_model(text)  # which knows no numbers in half
+    kind = TensorProto.DataType.Value(dtype)
+    for value in [*model.graph.input, *model.graph.output]:
+        value.type.tensor_type.elem_type = kind
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT:
+            value = np.resize(numpy_helper.to_array(tensor), [n] * len(tensor.dims))
+            value = value.astype(helper.tensor_dtype_to_np_dtype(kind))
+            tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+    return model
 
 
 def find(steps: str, **options: Any) -> OnnxNorm:
@@ -80,7 +106,7 @@ def test_steps_are_found(name: str) -> None:
     steps, kind, weight, bias, count = STEPS[name]
     norm = find(steps, opset=18 if name == "axes as input" else 13)
     assert (norm.kind, norm.input, norm.weight, norm.bias) == (kind, "x", weight, bias)
-    assert (norm.axes, norm.shape, norm.dtype) == ((-1,), (None, 8), TensorProto.FLOAT)
+    assert (norm.axes, norm.count, norm.dtype) == ((-1,), 8, TensorProto.FLOAT)
     assert norm.eps == pytest.approx(0 if name == "no eps" else 1e-5)
     assert norm.output == ("z" if name == "gated" else "y")
     assert len(norm.nodes) == count
@@ -130,6 +156,11 @@ def test_single_nodes_are_found(node: str) -> None:
     assert (norm.normalised, norm.dtype) == ("", TensorProto.FLOAT)
 
 
+def test_sizes_follow_from_constants() -> None:
+    norm = find("t = Reshape(x, last)\ny = LayerNormalization(t, w)", sizes="4, 4", opset=17)
+    assert norm.count == 16
+
+
 def test_group_norms_are_told_from_instance_norms() -> None:
     make = "c = Constant<value = int64[3] {0, 2, -1}>()\nr = Reshape(x, c)\n"
     norm = find(f"{make}y = InstanceNormalization(r, w, b)")
@@ -164,3 +195,203 @@ def test_constants_in_external_data_are_read(tmp_path: Path) -> None:
     model = onnx.load(tmp_path / "a.onnx", load_external_data=False)
     (norm,) = find_onnx_norms(model, tmp_path)
     assert norm.eps == pytest.approx(1e-5)
+
+
+class ReduceMean(OpRun):  # type: ignore[misc]
+    """Sums one by one in the type of x, as a simple runtime does."""
+
+    op_domain = ""
+
+    def _run(self, x: Array, axes: Any = None, keepdims: int = 1, **_: Any) -> tuple[Array]:
+        (axis,) = map(int, axes)
+        total = np.zeros_like(np.take(x, [0], axis))
+        for i in range(x.shape[axis]):
+            total = total + np.take(x, [i], axis)
+        return (total / np.array(x.shape[axis], x.dtype),)
+
+
+def rows(dtype: Any = np.float16) -> Array:
+    """Return rows (16, N) of all sizes, with offsets, outliers, and zeros."""
+    x = np.random.default_rng(0).standard_normal((16, N))
+    x[:8] *= 10.0 ** np.arange(-4, 4)[:, None]
+    x[8] *= 1e4
+    x[9] = 7
+    x[10] += 30
+    x[11] = 1e-2 * x[11] + 10
+    x[12, 0] = 1000
+    x[13] = np.sign(x[13]) * 65000
+    x[14] = np.where(np.arange(N) == 0, 65000, -20000)
+    x[15] = 0
+    return x.astype(dtype)
+
+
+def normalise(x: Array, kind: str, eps: float = 1e-5) -> Array:
+    d = x.astype(np.float64)
+    d = d - d.mean(-1, keepdims=True) * (kind == "layer")
+    return d / np.sqrt((d * d).mean(-1, keepdims=True) + eps)
+
+
+def rewrite(model: ModelProto, folder: Path) -> tuple[ModelProto, HalfSafeReport]:
+    onnx.save(model, folder / "a.onnx")
+    report = make_half_safe(folder / "a.onnx", folder / "b.onnx")
+    return onnx.load(folder / "b.onnx"), report
+
+
+NAMES = [name for name in STEPS if name not in ("statistics in float32", "t5", "no eps", "gated")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_are_right_in_float16(name: str, tmp_path: Path) -> None:
+    steps, kind, weight, bias, _ = STEPS[name]
+    opset = 18 if name == "axes as input" else 13
+    model = parse(steps, opset, f"16, {N}", "FLOAT16", N)
+    safe, report = rewrite(model, tmp_path)
+    assert (len(report.rewritten), report.left) == (1, {})
+    x = rows()
+    evaluator: Any = ReferenceEvaluator(safe, new_ops=[ReduceMean])
+    y = evaluator.run(None, {"x": x})[0]
+    right = normalise(x, kind, float(np.float16(1e-5)))
+    right = right * (1.5 if weight else 1) + (1.5 if bias else 0)
+    size = np.abs(right).max(-1, keepdims=True).clip(1e-6)
+    assert np.abs((y - right) / size).max() <= 1e-2
+
+
+@pytest.mark.parametrize("dtype", ["FLOAT16", "BFLOAT16", "FLOAT", "DOUBLE"])
+@pytest.mark.parametrize("node", SINGLE)
+def test_single_nodes_are_right(node: str, dtype: str, tmp_path: Path) -> None:
+    kind, axes, _, bias, added = SINGLE[node]
+    model = parse(f"x2 = Identity(x)\ny = {node}", 23, f"16, {N}", dtype, N)
+    if kind not in ("layer", "rms"):
+        with pytest.raises(InputError, match=f"has no layer or RMS norm; y: .*{kind} norm"):
+            rewrite(model, tmp_path)
+        return
+    safe, _ = rewrite(model, tmp_path)
+    x = rows(helper.tensor_dtype_to_np_dtype(TensorProto.DataType.Value(dtype)))
+    x = x / (4 if added else 1)
+    y = ReferenceEvaluator(safe).run(None, {"x": x})[0].astype(float)
+    wide = x * (2 if added else 1) + x.dtype.type(1.5) * ("b" in added)
+    if len(axes) == 2:
+        wide = wide.reshape(1, -1)
+    eps = 0.5 if "eps" in node else 1e-12 if "Skip" in node else 1e-5
+    right = normalise(wide, kind, eps).reshape(x.shape) * 1.5 + 1.5 * bool(bias)
+    over = tuple(axes)
+    numbers = [numpy_helper.to_array(n.attribute[0].t) for n in safe.graph.node if not n.input]
+    assert all(np.abs(number).min() >= 2.0**-14 for number in numbers), "devices flush others to 0"
+    error = np.abs(y - right).max(over) / np.abs(right).max(over).clip(1e-6)
+    # Ten machine epsilons, and of float64 more, in which `right` is computed.
+    bounds = {"FLOAT16": 1e-2, "BFLOAT16": 8e-2, "FLOAT": 1.2e-6, "DOUBLE": 1e-12}
+    assert error.max() <= bounds[dtype]
+
+
+def export(net: nn.Module, x: torch.Tensor, opset: int, file: Path) -> None:
+    """Write what torch exports, by the exporter of its time, and let it print nothing."""
+    arguments: dict[str, Any] = {"dynamo": opset >= 18, "opset_version": opset}
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            torch.onnx.export(net.eval(), (x,), file, external_data=opset == 20, **arguments)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def llama() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, use_cache=False,
+    )  # fmt: skip
+    return transformers.LlamaModel(config)
+
+
+IMAGES = torch.randn(2, 3, 32, 32)
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
+MODELS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor, int, dict[str, int]]] = {
+    "torchvision": (
+        lambda: torchvision.models.VisionTransformer(32, 8, 2, 2, 64, 64), IMAGES, 14, {"layer": 5},
+    ),
+    "timm": (lambda: timm.models.VisionTransformer(**VIT), IMAGES, 20, {"layer": 5}),
+    "timm, LayerNorm2d": (
+        lambda: timm.models.ConvNeXt(depths=[1] * 4, dims=[8, 8, 8, 64]), IMAGES, 13, {"layer": 9},
+    ),
+    "transformers": (llama, torch.arange(6)[None], 18, {"rms": 5}),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", MODELS)
+def test_models_are_as_they_were_but_for_their_norms(name: str, tmp_path: Path) -> None:
+    make, x, opset, kinds = MODELS[name]
+    export(make(), x, opset, tmp_path / "a.onnx")
+    model = onnx.load(tmp_path / "a.onnx", load_external_data=False)
+    helper.set_model_props(model, {"author": "someone"})
+    onnx.save(model, tmp_path / "a.onnx")
+    report = make_half_safe(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    assert isinstance(report.difference, float)
+    assert report.difference <= 1e-5
+    found = [norm.kind for norm in report.rewritten]
+    assert {kind: found.count(kind) for kind in found} == kinds
+    safe = onnx.load(tmp_path / "b.onnx", load_external_data=False)
+    norms = find_onnx_norms(model)
+    gone = {id(node) for norm in norms for node in norm.nodes}
+    kept = [node.SerializeToString() for node in model.graph.node if id(node) not in gone]
+    now = [node.SerializeToString() for node in safe.graph.node]
+    assert [node for node in now if node in kept] == kept
+    for each in (model, safe):
+        del each.graph.node[:]
+    assert safe.SerializeToString() == model.SerializeToString()
+    with pytest.raises(InputError, match="its norms are half-safe already"):
+        make_half_safe(tmp_path / "b.onnx", tmp_path / "c.onnx")
+
+
+def test_values_that_others_use_stay(tmp_path: Path) -> None:
+    steps = f"{CENTRED}{ROOT}z = Div(d, s)\nk = Mul(z, w)\ny = Add(k, m)"
+    safe, report = rewrite(parse(steps, 13, f"16, {N}", n=N), tmp_path)
+    assert [node.op_type for node in safe.graph.node if not node.name] == [
+        "ReduceMean",
+        "Mul",
+        "Add",
+    ]
+    assert isinstance(report.difference, float)
+    assert report.difference <= 1e-6
+
+
+def test_sums_that_skip_nodes_return_stay(tmp_path: Path) -> None:
+    node = "t = Identity(x)\nk, m, i, s = com.microsoft.SkipLayerNormalization(x, t, w)\n"
+    _, report = rewrite(parse(f"{node}y = Add(s, k)", 17, "16, 8"), tmp_path)
+    assert (len(report.rewritten), report.difference) == (1, pytest.approx(0, abs=1e-6))
+    with pytest.raises(InputError, match="k: its mean or deviation is used elsewhere"):
+        rewrite(parse(f"{node}y = Add(i, k)", 17, "16, 8"), tmp_path)
+
+
+def test_norms_in_branches_are_rewritten(tmp_path: Path) -> None:
+    graph = "{name} () => (float[16, 8] z) {{ z = LayerNormalization(x, w, b) }}"
+    model = parse("k = Cast<to = 9>(one)\ny = If(k)", 17, "16, 8")
+    for name in ("then_branch", "else_branch"):
+        branch = helper.make_attribute(name, parser.parse_graph(graph.format(name=name)))
+        model.graph.node[-1].attribute.append(branch)
+    safe, report = rewrite(model, tmp_path)
+    assert len(report.rewritten) == 2
+    assert report.difference == pytest.approx(0, abs=1e-6)
+    assert "LayerNormalization" not in str(safe)
+
+
+def test_external_data_are_not_read(tmp_path: Path) -> None:
+    model = parse("z = LayerNormalization(x, w, b)\ny = Add(z, b)", 17)
+    huge = 2**29 + 8  # elements: more bytes than a protobuf may have, and none of them on the disk
+    table = TensorProto(name="t", dims=[huge], data_type=TensorProto.FLOAT, data_location=1)
+    for key, value in {"location": "a.data", "offset": "0", "length": str(4 * huge)}.items():
+        table.external_data.add(key=key, value=value)
+    model.graph.initializer.append(table)
+    with (tmp_path / "a.data").open("wb") as data:
+        data.truncate(4 * huge)
+    onnx.save(model, tmp_path / "a.onnx")
+    report = make_half_safe(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    assert report.data == ("a.data",)
+    assert report.difference == pytest.approx(0, abs=1e-6)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(InputError, match=r"beside which an ONNX file must lie: write '.*/b\.onnx'"):
+        make_half_safe(tmp_path / "a.onnx", tmp_path / "other/b.onnx")
+    (tmp_path / "a.data").unlink()
+    with pytest.raises(InputError, match=r"keeps weights in a\.data, not beside it"):
+        make_half_safe(tmp_path / "a.onnx", tmp_path / "c.onnx")
