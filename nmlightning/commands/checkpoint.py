@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning import LightningDataModule, LightningModule
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.cli import instantiate_module
+from torch import nn
 
 from nmlightning.commands.failures import explain_failures
 from nmlightning.commands.files import SHARED_FILE, config_of, is_whole, read_config
 from nmlightning.commands.parser import Parser
 from nmlightning.errors import InputError
+from nmlightning.export.half_safe import Evaluation
 from nmlightning.named_code import check_named_code, typed_classes
 from nmlightning.surgery.checkpoints import load_from_checkpoint
 
+VALIDATION_BATCHES = 16  # of an evaluation before and after a swap
 _INSTANTIATOR = f"{instantiate_module.__module__}.{instantiate_module.__name__}"
 
 _ENTRIES: dict[str, type] = {
@@ -109,18 +112,39 @@ class Checkpoint:
     @explain_failures()
     def input_shape(self) -> tuple[int, ...]:
         """Return the shape of the model's input, from the data's `image_shape`."""
-        settings = self._settings.get("data")
-        shape, reason = None, "no config.yaml of its run is beside it"
-        if settings is not None:
-            parser = _parser()
-            data = parser.instantiate_classes(parser.parse_object({"data": settings})).data
-            shape, reason = getattr(data, "image_shape", None), f"{type(data).__name__} has none"
+        data, reason = self._load_data(), "no config.yaml of its run is beside it"
+        shape = getattr(data, "image_shape", None)
+        reason = reason if data is None else f"{type(data).__name__} has none"
         if shape is None:
             raise InputError(
                 f"the shape of an input is not known: {reason}. Give it by --input_shape, such as "
                 "3,32,32."
             )
         return tuple(shape)
+
+    def _load_data(self) -> LightningDataModule | None:
+        if (settings := self._settings.get("data")) is None:
+            return None
+        parser = _parser()
+        return parser.instantiate_classes(parser.parse_object({"data": settings})).data  # type: ignore[no-any-return]
+
+    @explain_failures()
+    def evaluation(self, module: LightningModule, name: str) -> Evaluation | None:
+        """Return what validates the module with another network in it, if there are data."""
+        data = self._load_data()
+        trainer = Trainer(
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            limit_val_batches=VALIDATION_BATCHES,
+        )
+
+        def evaluate(net: nn.Module) -> dict[str, float]:
+            module.set_submodule(name, net)
+            return dict(trainer.validate(module, data, verbose=False)[0])
+
+        return None if data is None else evaluate
 
 
 def load_data(options: list[str], prog: str) -> LightningDataModule:

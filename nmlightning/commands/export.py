@@ -7,88 +7,111 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nmlightning.commands.argument_parser import ArgumentParser, print_line
-from nmlightning.commands.own_models import parse_shape
+from nmlightning.commands.own_models import (
+    bind_inputs,
+    is_own_model,
+    load_model,
+    parse_shape,
+    read_arrays,
+)
 from nmlightning.errors import InputError, check_choice, nearest
 from nmlightning.export.formats import FORMATS, check_target
 from nmlightning.name_patterns import by_reason, some
 
 if TYPE_CHECKING:
-    from pytorch_lightning import LightningModule
     from torch import nn
 
     from nmlightning.export.export import ExportReport
+    from nmlightning.export.half_safe import Evaluation
 
 
 def run(arguments: list[str]) -> int:
     given = _parse(arguments)
     check_choice("--format", given.format, FORMATS)
-    if re.match(r"\w+:/", str(given.checkpoint)):
-        raise InputError(f"nm export takes a file, not an address: download {given.checkpoint}.")
-    if given.checkpoint.is_dir():
-        raise InputError(
-            f"{str(given.checkpoint)!r} is a folder; of a sharded checkpoint make a file by "
-            "python -m pytorch_lightning.utilities.consolidate_checkpoint."
-        )
-    if not given.checkpoint.is_file():
-        raise InputError(f"there is no file {str(given.checkpoint)!r} in {Path.cwd()}.")
+    is_own = is_own_model(str(given.checkpoint))
+    if not is_own:
+        _check_file(given.checkpoint)
     if given.checkpoint.suffix == ".onnx":
         return _rewrite(given)
-    if given.half_safe or given.inputs:
-        raise InputError("--half-safe and --inputs are for ONNX files.")
-    given.output = given.output or given.checkpoint.with_suffix(FORMATS[given.format].suffix)
+    name = Path(str(given.checkpoint).rpartition(":")[2]) if is_own else given.checkpoint
+    given.output = given.output or name.with_suffix(FORMATS[given.format].suffix)
     check_target(given.output, given.format, given.overwrite)
-    from nmlightning.commands.checkpoint import Checkpoint
+    arrays = read_arrays(given.inputs) if given.inputs else None
     from nmlightning.commands.failures import filter_logs
     from nmlightning.export.export import export_network
-    from nmlightning.translation.task import Translator
 
     with filter_logs():
-        checkpoint = Checkpoint(given.checkpoint, given.config)
-        module = checkpoint.load_module()
-        if isinstance(module, Translator):
-            raise InputError(
-                f"{str(given.checkpoint)!r} is of Translator, whose network takes two inputs: nm "
-                "export cannot write it. Run it with nm translate."
-            )
-        shape = given.input_shape or checkpoint.input_shape()
-        net = _choose(module, given.module)
-        fold, overwrite = not given.no_fold, given.overwrite
+        if is_own:
+            root, evaluate = load_model(str(given.checkpoint)), None
+            net = _choose(root, given.module) if given.module else root
+        else:
+            net, evaluate = _load(given)
+        bound = bind_inputs(net, arrays) if arrays else None
         report = export_network(
-            net, given.output, given.format, shape, fold=fold, overwrite=overwrite
+            net,
+            given.output,
+            given.format,
+            given.input_shape,
+            inputs=bound and (bound.kwargs or bound.args),
+            half_safe=given.half_safe,
+            evaluate=evaluate,
+            fold=not given.no_fold,
+            overwrite=given.overwrite,
         )
-    _print(report, type(net).__name__, shape)
+    _print(report, type(net).__name__)
     return 0
+
+
+def _check_file(checkpoint: Path) -> None:
+    if re.match(r"\w+:/", str(checkpoint)):
+        raise InputError(f"nm export takes a file, not an address: download {checkpoint}.")
+    if checkpoint.is_dir():
+        raise InputError(
+            f"{str(checkpoint)!r} is a folder; of a sharded checkpoint make a file by "
+            "python -m pytorch_lightning.utilities.consolidate_checkpoint."
+        )
+    if not checkpoint.is_file():
+        raise InputError(f"there is no file {str(checkpoint)!r} in {Path.cwd()}.")
+
+
+def _load(given: argparse.Namespace) -> "tuple[nn.Module, Evaluation | None]":
+    """Return the network in a checkpoint, and what validates it, if its data are needed."""
+    from nmlightning.commands.checkpoint import Checkpoint
+    from nmlightning.translation.task import Translator
+
+    checkpoint = Checkpoint(given.checkpoint, given.config)
+    module = checkpoint.load_module()
+    if isinstance(module, Translator):
+        raise InputError(
+            f"{str(given.checkpoint)!r} is of Translator, whose network takes two inputs: nm "
+            "export cannot write it. Run it with nm translate."
+        )
+    if not (given.input_shape or given.inputs):
+        given.input_shape = checkpoint.input_shape()
+    name = given.module or "net"
+    net = _choose(module, name)
+    needs_data = given.half_safe == "l1" and not given.inputs
+    return net, checkpoint.evaluation(module, name) if needs_data else None
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         prog="nm export",
-        usage="nm export CHECKPOINT --format FORMAT [--KEY VALUE ...]\n"
+        usage="nm export CHECKPOINT|MODULE:NAME --format FORMAT [--KEY VALUE ...]\n"
         "       nm export FILE.onnx --half-safe scaled [-o FILE] [--inputs FILE]",
-        description="Write the network of a checkpoint with its batch norms folded and its weights "
-        "made plain. The file is first compared with the checkpoint.",
+        description="Write the network of a checkpoint, or that my.package:make_model returns, "
+        "with its batch norms folded and its weights made plain. The file is first compared with "
+        "it.",
     )
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
         type=Path,
-        help="written by nm fit, such as last.ckpt; or an ONNX file of any network",
+        help="written by nm fit, such as last.ckpt, or my.package:make_model, or an ONNX file",
     )
     parser.add_argument("--format", help=f"{', '.join(FORMATS)} (required for a checkpoint)")
     parser.add_argument(
         "-o", "--output", type=Path, help="the file to write (default: beside the checkpoint)"
-    )
-    parser.add_argument(
-        "--half-safe",
-        metavar="HOW",
-        help="scaled: of an ONNX file, rewrite layer and RMS norms so that float16 holds what they "
-        "compute",
-    )
-    parser.add_argument(
-        "--inputs",
-        type=Path,
-        help="an .npz of an ONNX file's inputs, to compare it with what is "
-        "written (default: random, if it says their shapes)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     parser.add_argument(
@@ -100,7 +123,19 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         help="of one input, such as 3,32,32 (default: from the data of the run)",
     )
     parser.add_argument(
-        "--module", default="net", help="the part of the model to write (default: %(default)s)"
+        "--inputs",
+        type=Path,
+        help="an .npz of them in place of a shape, by their names in forward or in order",
+    )
+    parser.add_argument(
+        "--half-safe",
+        "--half_safe",
+        metavar="HOW",
+        help="swap layer and RMS norms for float16: scaled computes the same, l1 is fitted to it "
+        "(of an ONNX file scaled alone)",
+    )
+    parser.add_argument(
+        "--module", help="the part of the model to write (default: net, of a checkpoint)"
     )
     parser.add_argument(
         "--config", help="a config whose model and data replace those of the checkpoint and its run"
@@ -126,7 +161,6 @@ def _rewrite(given: argparse.Namespace) -> int:
         )
     output = given.output or given.checkpoint.with_stem(f"{given.checkpoint.stem}_half_safe")
     check_target(output, "onnx", given.overwrite)
-    from nmlightning.commands.own_models import read_arrays
     from nmlightning.export.half_safe_onnx import make_half_safe
 
     inputs = read_arrays(given.inputs) if given.inputs else None
@@ -146,7 +180,7 @@ def _rewrite(given: argparse.Namespace) -> int:
     return 0
 
 
-def _choose(module: "LightningModule", name: str) -> "nn.Module":
+def _choose(module: "nn.Module", name: str) -> "nn.Module":
     parts: dict[str, nn.Module] = dict(module.named_modules())
     if not name or name not in parts:
         children = [child for child, _ in module.named_children()]
@@ -157,23 +191,35 @@ def _choose(module: "LightningModule", name: str) -> "nn.Module":
     return parts[name]
 
 
-def _print(report: "ExportReport", network: str, shape: tuple[int, ...]) -> None:
-    from nmlightning.export.export import BATCH_SIZES
+def _print(report: "ExportReport", network: str) -> None:
+    from nmlightning.export.examples import BATCH_SIZES
 
-    sizes = " × ".join(map(str, ("N", *shape)))
-    print_line("network", f"{network}, inputs {sizes}")
+    print_line("network", f"{network}, inputs {report.inputs}")
+    if report.fixed:
+        print_line("sequence", f"of this length only: {report.fixed}")
     print_line("file", f"{report.file} ({report.format}, {report.size / 1e6:.1f} MB)")
     _print_norms(report)
     if report.made_plain:
         print_line("weights", f"{len(report.made_plain)} no longer parametrized")
     if report.quantized:
         print_line("int8", f"{len(report.quantized)} inputs quantised, weights in the file as int8")
+    if safe := report.half_safe:
+        print_line("half-safe", f"{len(safe.swapped)} layer and RMS norms swapped to {safe.norm}")
+        print_line("change", f"{safe.change:.1e} of the largest output")
+        for metric, (before, after) in safe.metrics.items():
+            print_line("", f"{metric} {before:.4g} before, {after:.4g} after")
+        for line in by_reason(safe.left):
+            print_line("not swapped", line)
+    drawn = "random" if report.input_names == ("input",) else "the given"
     print_line(
         "difference",
         f"{report.difference:.1e} of the largest output, at most {report.tolerance:.0e} "
-        f"(random inputs, batches of {', '.join(map(str, BATCH_SIZES))})",
+        f"({drawn} inputs, batches of {', '.join(map(str, BATCH_SIZES))})",
     )
-    print_line("use", FORMATS[report.format].use.format(file=str(report.file)))
+    names = [x if x != "input" else "x" for x in report.input_names]
+    feed = ", ".join(f"{x!r}: {y}.numpy()" for x, y in zip(report.input_names, names, strict=True))
+    use = FORMATS[report.format].use
+    print_line("use", use.format(file=str(report.file), feed=feed, names=", ".join(names)))
 
 
 def _print_norms(report: "ExportReport") -> None:

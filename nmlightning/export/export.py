@@ -2,12 +2,13 @@
 
 import copy
 import io
-import math
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from nmlightning.atomic_file import explain_failure, replace_file
-from nmlightning.errors import InputError, check_flag, check_whole_number
+from nmlightning.errors import InputError, check_choice, check_flag
+from nmlightning.export.examples import Examples, Network, plain_of
 from nmlightning.export.fold import FoldReport, fold_norms
-from nmlightning.export.formats import FORMATS, check_target
+from nmlightning.export.formats import FORMATS, HALF_SAFE, check_target
+from nmlightning.export.half_safe import Evaluation, HalfSafe, make_half_safe
 from nmlightning.export.quantized import (
     extract_quantizers,
     find_quantized,
@@ -37,17 +40,12 @@ from nmlightning.surgery.norm_layers import find_norm_layers
 from nmlightning.surgery.swap import swap_norms
 from nmlightning.weights.layer_weights import plain_modules
 
-Network = Callable[[Tensor], Tensor]
-Writer = Callable[[nn.Module, Tensor, Path], None]  # the network, an example of its input, the file
+# The network, its inputs, whether the length of sequences is left open, the file.
+Writer = Callable[[nn.Module, Examples, bool, Path], None]
 Reader = Callable[[Path, nn.Module], Network]  # the file, and the network that was written
 
-_INPUT, _OUTPUT = "input", "output"  # the names in an ONNX graph
 # Of |outputs|: float32 rounds to 6e-8 of a value, and a deep network does so hundreds of times.
 TOLERANCE = 1e-5
-# One may be special, and the second is that of the export; no batch is fixed then.
-BATCH_SIZES = (1, 2, 5)
-_SEED = 0
-_BATCH_OF_EXAMPLE = 2  # torch.export would fix a batch of 1
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,6 +61,11 @@ class ExportReport(Report):
         difference: the largest of outputs from the trained network's, over the largest of these.
         quantized: the names of the layers and norms with inputs in 8 bits or fewer.
         tolerance: what the difference may be: 1e-5, or what these bits make it.
+        inputs: their names and sizes; N and `sequence` may be any.
+        input_names: in order.
+        fixed: why the length of sequences is not left open, if that was tried.
+        half_safe: what was swapped for float16, if that was asked for. The difference is then
+            that from the swapped network.
     """
 
     file: Path
@@ -73,6 +76,10 @@ class ExportReport(Report):
     difference: float
     quantized: tuple[str, ...] = ()
     tolerance: float = TOLERANCE
+    inputs: str = ""
+    input_names: tuple[str, ...] = ("input",)
+    fixed: str = ""
+    half_safe: HalfSafe | None = None
 
     def describe(self) -> str:
         """Return file, size, what was folded and changed, and why norms were left."""
@@ -80,6 +87,8 @@ class ExportReport(Report):
         counts, *reasons = fold.splitlines()
         plain = f", {len(self.made_plain)} weights made plain" if self.made_plain else ""
         plain += f", {len(self.quantized)} inputs quantised" if self.quantized else ""
+        if safe := self.half_safe:
+            plain += f", {len(safe.swapped)} norms swapped to {safe.norm} ({safe.change:.1e} off)"
         size = f"{self.format}, {self.size / 1e6:.1f} MB"
         line = f"{self.file} ({size}): {counts}{plain}; outputs differ by {self.difference:.1e}"
         return "\n".join([line, *reasons])
@@ -89,28 +98,41 @@ def export_network(
     net: nn.Module,
     file: str | Path,
     format: str,
-    input_shape: Sequence[int],
+    input_shape: Sequence[int] | None = None,
     *,
+    inputs: Mapping[str, Tensor] | Sequence[Tensor] | None = None,
+    half_safe: str | None = None,
+    evaluate: Evaluation | None = None,
     fold: bool = True,
     overwrite: bool = False,
 ) -> ExportReport:
     """Write a network without its parametrizations and this package's norms, its norms folded.
 
     The file is read back and compared with the network, in float32 on the CPU, on standard normal
-    inputs x of several batch sizes: max |written(x) − net(x)| ≤ 1e-5 · max |net(x)|. Otherwise no
-    file is written, and an existing one stays.
+    or the given inputs x in several batch sizes: max |written(x) − net(x)| ≤ 1e-5 · max |net(x)|.
+    Otherwise no file is written, and an existing one stays.
+
+    Inputs are called as forward calls them, or `input` if there is one, and outputs as in the
+    mapping that forward returns, or `output`, or `output_0` and so on; what is no tensor is left
+    out. A file of torch_export takes inputs in order.
 
     Of a network in int8 the file holds the weights as such and the quantisers of inputs. Then the
     difference may be that of the network in float32 without them: a value halfway between two
     numbers of a grid goes to one or the other as sums are rounded, and what follows, with it.
 
     Args:
-        net: maps (N, *input_shape) to one tensor; it is not changed.
+        net: maps (N, *input_shape), or the inputs, to tensors; it is not changed.
         file: where; its folder exists.
         format: "state_dict", for the network's class in plain torch: only the scale of a norm is
             folded, so that all keys stay (see `fold_norms`); "onnx" or "torch_export", which hold
             the whole computation, for any N.
         input_shape: the shape of one input, such as (3, 32, 32).
+        inputs: in place of a shape, a batch by name or in order, such as of tokens. Their dimension
+            1 is left open, too, if the file then is right for other lengths.
+        half_safe: swap layer and RMS norms for inference in float16, to "scaled", which computes
+            the same, or to "l1", whose weights are fitted to the trained outputs.
+        evaluate: runs batches through a network and returns what it measures by name, to fit
+            "l1" and compare; by default it runs the inputs.
         fold: fold batch norms; else they are kept as torch's.
         overwrite: replace an existing file.
 
@@ -121,7 +143,7 @@ def export_network(
         InputError: a setting that is not allowed; a file that cannot be written; a network that
             does not take such inputs, returns no tensor, or cannot be exported; for a state dict
             norms that need this package to evaluate, or quantised inputs; a network in int8 that
-            was not trained; a difference beyond what is allowed.
+            was not trained; half_safe without norms; a difference beyond what is allowed.
 
     Examples:
         >>> export_network(net, "net.onnx", "onnx", (3, 32, 32)).file
@@ -130,9 +152,7 @@ def export_network(
     file = Path(file)
     check_target(file, format, overwrite)
     check_flag("fold", fold)
-    if not isinstance(input_shape, Sequence):
-        raise InputError(f"input_shape is a sequence, such as (3, 32, 32), got {input_shape!r}.")
-    shape = [check_whole_number("a size of input_shape", size) for size in input_shape]
+    check_choice("half_safe", half_safe, (None, *HALF_SAFE))
     keeps_code = FORMATS[format].keeps_code
     trained = _copy_to_evaluate(net)
     quantized = tuple(find_quantized(trained))
@@ -141,8 +161,17 @@ def export_network(
             f"a state dict cannot hold the quantised inputs of {some(quantized)}. Export to onnx "
             "or torch_export, or call remove_int8 for a network in floating point."
         )
-    expected = _compute_outputs(trained, shape)
-    plain = _copy_to_evaluate(net)
+    examples = Examples(trained, input_shape, inputs)
+    safe = None
+    if half_safe is not None:
+        if keeps_code:
+            raise InputError("half_safe is for onnx and torch_export: a state dict has no norms.")
+        if half_safe == "l1" and evaluate is None and inputs is None:
+            raise InputError("half_safe l1 is fitted on batches: give inputs, or what to evaluate.")
+        before = examples.adapt(copy.deepcopy(trained))
+        safe = make_half_safe(trained, half_safe, evaluate or examples.run)
+        safe = replace(safe, change=examples.difference(examples.adapt(trained), before))
+    plain = copy.deepcopy(trained)
     made_plain = _remove_parametrizations(plain)
     modules = extract_quantizers(plain)
     remaining = _swap_back(plain)
@@ -156,29 +185,49 @@ def export_network(
     plain.requires_grad_(False)
     tolerance = TOLERANCE
     if quantized:
-        _remove_parametrizations(trained)
-        remove_int8(trained)
-        tolerance = max(tolerance, _largest_difference(trained, expected, shape))
-    difference, size = _write(plain, file, format, shape, expected, tolerance)
+        floating = copy.deepcopy(trained)
+        _remove_parametrizations(floating)
+        remove_int8(floating)
+        tolerance = max(tolerance, examples.difference(floating, trained))
+    written = _write_checked(plain, trained, file, format, examples, tolerance)
+    difference, size, fixed = written
     return ExportReport(
-        file, format, size, report, tuple(made_plain), difference, quantized, tolerance
-    )
+        file, format, size, report, tuple(made_plain), difference, quantized, tolerance,
+        examples.describe(not fixed), tuple(examples.names), fixed, safe,
+    )  # fmt: skip
+
+
+def _write_checked(
+    plain: nn.Module, trained: nn.Module, file: Path, format: str, examples: Examples,
+    tolerance: float,
+) -> tuple[float, int, str]:  # fmt: skip
+    """Leave the length of sequences open if that is right; return why not with the rest."""
+    fixed = ""
+    adapted, expected = examples.adapt(plain), examples.adapt(trained)
+    if examples.length and not FORMATS[format].keeps_code:
+        try:
+            found = _write(adapted, expected, file, format, examples, tolerance, is_open=True)
+        except InputError as error:
+            fixed = str(error)
+        else:
+            return *found, fixed
+    return *_write(adapted, expected, file, format, examples, tolerance), fixed
 
 
 def _write(
-    plain: nn.Module, file: Path, format: str, shape: list[int], expected: dict[int, Tensor],
-    tolerance: float,
+    plain: nn.Module, trained: nn.Module, file: Path, format: str, examples: Examples,
+    tolerance: float, is_open: bool = False,
 ) -> tuple[float, int]:  # fmt: skip
     """Write, compare, and only then give the file its name; return difference and size."""
-    example = _draw_inputs(shape, _BATCH_OF_EXAMPLE)
     unread = f"the {format} cannot be read back to be compared, so nothing was written"
     with tempfile.TemporaryDirectory(prefix="nmlightning") as folder:
         draft = Path(folder) / f"network{FORMATS[format].suffix}"
         cannot = f"torch cannot export this network to {format}"
         with _explain_errors(cannot), explain_failure(draft):
-            WRITERS[format](plain, example, draft)
+            WRITERS[format](plain, examples, is_open, draft)
         with _explain_errors(unread):
-            difference = _largest_difference(READERS[format](draft, plain), expected, shape)
+            found = READERS[format](draft, plain)
+            difference = examples.difference(found, trained, is_open)
         if difference > tolerance:
             raise InputError(
                 f"the {format} differs from the trained network by {difference:.1e} of its "
@@ -204,24 +253,25 @@ def _explain_errors(message: str) -> Iterator[None]:
         raise InputError(f"{message}: {first_line(cause)}") from error
 
 
-def _write_state_dict(net: nn.Module, example: Tensor, file: Path) -> None:
+def _write_state_dict(net: nn.Module, examples: Examples, is_open: bool, file: Path) -> None:
     with file.open("wb") as opened:  # which says that a disk is full; torch's own does not
-        torch.save(net.state_dict(), opened)  # with its _metadata, which some classes load by
+        state = plain_of(net).state_dict()
+        torch.save(state, opened)  # with its _metadata, which some classes load by
 
 
 def _read_state_dict(file: Path, net: nn.Module) -> Network:
     loaded = copy.deepcopy(net)
-    loaded.load_state_dict(torch.load(file, weights_only=True))
+    plain_of(loaded).load_state_dict(torch.load(file, weights_only=True))
     return loaded
 
 
-def _write_onnx(net: nn.Module, example: Tensor, file: Path) -> None:
+def _write_onnx(net: nn.Module, examples: Examples, is_open: bool, file: Path) -> None:
     program = torch.onnx.export(
         net,
-        (example,),
-        input_names=[_INPUT],
-        output_names=[_OUTPUT],
-        dynamic_shapes=_any_batch(),
+        examples.draw(),
+        input_names=examples.names,
+        output_names=examples.output_names,
+        dynamic_shapes=examples.dynamic_shapes(is_open, torch.export.Dim("sequence")),
         dynamo=True,
         verbose=False,
     )
@@ -236,12 +286,26 @@ def _read_onnx(file: Path, net: nn.Module) -> Network:
     from onnx.reference import ReferenceEvaluator
 
     evaluator: Any = ReferenceEvaluator(str(file))
-    return lambda x: torch.from_numpy(evaluator.run([_OUTPUT], {_INPUT: x.numpy()})[0])
+
+    def run(*inputs: Tensor) -> list[Tensor]:
+        feed = {x: y.numpy() for x, y in zip(evaluator.input_names, inputs, strict=True)}
+        try:
+            outputs = evaluator.run(None, feed)
+        except Exception:
+            if find_spec("onnxruntime") is None:
+                raise
+            runtime: Any = import_module("onnxruntime")
+            outputs = runtime.InferenceSession(str(file)).run(None, feed)
+        return [torch.from_numpy(y) for y in outputs]
+
+    return run
 
 
-def _write_torch_export(net: nn.Module, example: Tensor, file: Path) -> None:
+def _write_torch_export(net: nn.Module, examples: Examples, is_open: bool, file: Path) -> None:
     content = io.BytesIO()  # on a full disk, torch 2.15 aborts in this, and not where it saves
-    torch.export.save(torch.export.export(net, (example,), dynamic_shapes=_any_batch()), content)
+    # A table of positions may have a bound for them, which only AUTO finds out.
+    shapes = examples.dynamic_shapes(is_open, torch.export.Dim.AUTO)
+    torch.export.save(torch.export.export(net, examples.draw(), dynamic_shapes=shapes), content)
     file.write_bytes(content.getbuffer())
 
 
@@ -250,11 +314,6 @@ def _read_torch_export(file: Path, net: nn.Module) -> Network:
         # Torch 2.11 says so of the weights that it reads itself.
         warnings.filterwarnings("ignore", "The given buffer is not writable")
         return torch.export.load(file).module()
-
-
-def _any_batch() -> Any:
-    """Return what lets the first dimension of the one input be of any size."""
-    return ({0: torch.export.Dim("batch")},)
 
 
 WRITERS: Mapping[str, Writer] = MappingProxyType(
@@ -310,53 +369,3 @@ def _swap_back(net: nn.Module) -> list[str]:
     if with_statistics:
         swap_norms(net, "l2", include=with_statistics)
     return [x.name for x in ours if type(x.module).__module__.startswith("nmlightning.")]
-
-
-def _draw_inputs(input_shape: Sequence[int], batch_size: int) -> Tensor:
-    """Return standard normal inputs (batch_size, *input_shape), the same every time."""
-    generator = torch.Generator().manual_seed(_SEED + batch_size)
-    return torch.randn(batch_size, *input_shape, generator=generator)
-
-
-@torch.no_grad()
-def _compute_outputs(
-    net: Callable[[Tensor], object], input_shape: Sequence[int]
-) -> dict[int, Tensor]:
-    """Return the network's outputs by batch size; InputError unless they are finite tensors."""
-    shape = ",".join(map(str, input_shape))
-    outputs: dict[int, Tensor] = {}
-    for size in BATCH_SIZES:
-        try:
-            output = net(_draw_inputs(input_shape, size))
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(
-                f"the network does not take inputs of shape {shape}: {reason}"
-            ) from error
-        if not isinstance(output, Tensor):
-            raise InputError(
-                f"the network returns a {type(output).__name__}; what can be exported returns one "
-                "tensor."
-            )
-        if not output.isfinite().all():
-            raise InputError(
-                f"the network's outputs for standard normal inputs of shape {shape} are not "
-                "finite: has its training diverged?"
-            )
-        outputs[size] = output
-    return outputs
-
-
-@torch.no_grad()
-def _largest_difference(
-    net: Network, expected: dict[int, Tensor], input_shape: Sequence[int]
-) -> float:
-    """Return max |net(x) − y| / max |y| over all batches; infinite for other shapes or NaN."""
-    differences = []
-    for size, y in expected.items():
-        output = net(_draw_inputs(input_shape, size))
-        if output.shape != y.shape:
-            return math.inf
-        largest, scale = float((output.double() - y.double()).abs().max()), float(y.abs().max())
-        differences.append(math.inf if math.isnan(largest) else largest / (scale or 1.0))
-    return max(differences)

@@ -19,16 +19,19 @@ class Format:
     needs: tuple[str, ...] = ()  # packages that no other format needs
 
 
+HALF_SAFE = ("scaled", "l1")  # the norms of `half_safe`
 FORMATS: Mapping[str, Format] = {
     "state_dict": Format(
         ".pt", "net.load_state_dict(torch.load({file!r}, weights_only=True))", keeps_code=True
     ),
     "onnx": Format(
         ".onnx",
-        "onnxruntime.InferenceSession({file!r}).run(None, {{'input': x.numpy()}})",
+        "onnxruntime.InferenceSession({file!r}).run(None, {{{feed}}})",
         needs=("onnx", "onnxscript"),
     ),
-    "torch_export": Format(".pt2", "torch.export.load({file!r}).module()(x)", needs_suffix=True),
+    "torch_export": Format(
+        ".pt2", "torch.export.load({file!r}).module()({names})", needs_suffix=True
+    ),
 }
 
 

@@ -1,0 +1,177 @@
+"""Inputs that a network is traced and compared with, and its outputs by name."""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nmlightning.errors import InputError, check_whole_number
+from nmlightning.name_patterns import some
+
+Network = Callable[..., Any]  # called with tensors in order
+
+# One may be special, and the second is that of the export; no batch is fixed then.
+BATCH_SIZES = (1, 2, 5)
+_BATCH_OF_EXAMPLE = 2  # torch.export would fix a batch of 1
+_SEED = 0
+
+
+def name_outputs(output: Any, name: str = "") -> dict[str, Tensor]:
+    """Return the tensors of tuples and mappings by name; other objects, such as caches, are left.
+
+    >>> list(name_outputs({"logits": torch.ones(1), "hidden": (torch.ones(1), None)}))
+    ['logits', 'hidden_0']
+    """
+    if isinstance(output, Tensor):
+        return {name or "output": output}
+    parts: dict[str, Any] = {}
+    if isinstance(output, Mapping):
+        parts = {f"{name}.{key}".lstrip("."): value for key, value in output.items()}
+    elif isinstance(output, tuple | list):
+        parts = {f"{name or 'output'}_{i}": value for i, value in enumerate(output)}
+    found = [name_outputs(value, key) for key, value in parts.items()]
+    return {key: value for each in found for key, value in each.items()}
+
+
+class Flattened(nn.Module):
+    """A network that takes its keywords in order and returns a tensor or a tuple of some."""
+
+    def __init__(self, net: nn.Module, keywords: Sequence[str]) -> None:
+        super().__init__()
+        self.net, self.keywords = net, tuple(keywords)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        count = len(inputs) - len(self.keywords)
+        keywords = dict(zip(self.keywords, inputs[count:], strict=True))
+        output = self.net(*inputs[:count], **keywords)
+        return output if isinstance(output, Tensor) else tuple(name_outputs(output).values())
+
+
+def plain_of(net: nn.Module) -> nn.Module:
+    """Return the network that may be in a `Flattened`."""
+    return net.net if isinstance(net, Flattened) else net
+
+
+class Examples:
+    """Standard normal inputs of a shape, or rows of those that are given, in batches of any size.
+
+    Attributes:
+        names: of the inputs, in order.
+        output_names: of the tensors that the network returns.
+        length: the size of dimension 1 of given inputs of whole numbers, such as tokens, if it is
+            one; files are tried to be written for others, too. Else 0.
+
+    Raises:
+        InputError: no such inputs; the network does not take them, or returns no finite tensor.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        input_shape: Sequence[int] | None,
+        inputs: Mapping[str, Tensor] | Sequence[Tensor] | None,
+    ) -> None:
+        if inputs is None and not isinstance(input_shape, Sequence):
+            raise InputError(
+                f"input_shape is a sequence, such as (3, 32, 32), got {input_shape!r}."
+            )
+        self._sizes = [check_whole_number("a size of input_shape", n) for n in input_shape or ()]
+        self._keywords = list(inputs) if isinstance(inputs, Mapping) else []
+        given = list(inputs.values() if isinstance(inputs, Mapping) else inputs or ())
+        if not all(x.dim() and x.shape[:1] == given[0].shape[:1] and len(x) for x in given):
+            shapes = some([str(tuple(x.shape)) for x in given])
+            raise InputError(f"the first dimension of all inputs is the batch; they are {shapes}.")
+        self._given = [x.cpu().float() if x.is_floating_point() else x.cpu() for x in given]
+        lengths = {x.shape[1] for x in given if x.dim() > 1 and not x.is_floating_point()}
+        self.length = min(lengths) if len(lengths) == 1 and min(lengths) > 2 else 0
+        takes = list(inspect.signature(net.forward).parameters)[: len(given)]
+        takes = takes if len(takes) == len(given) else [f"input_{i}" for i in range(len(given))]
+        self.names = self._keywords or (takes if len(given) > 1 else ["input"])
+        self.output_names = ["output"]
+        for size in BATCH_SIZES:
+            self.output_names = list(self._check(net, size))
+
+    @torch.no_grad()
+    def _check(self, net: nn.Module, size: int) -> dict[str, Tensor]:
+        """Return the outputs by name, or raise InputError."""
+        what = f"inputs of shape {','.join(map(str, self._sizes))}" if self._sizes else "the inputs"
+        batch = self.draw(size)
+        try:
+            keywords = dict(zip(self._keywords, batch, strict=False))
+            output = net(**keywords) if keywords else net(*batch)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"the network does not take {what}: {reason}") from error
+        found = name_outputs(output)
+        if not found:
+            raise InputError(
+                f"the network returns a {type(output).__name__}; what can be exported returns "
+                "tensors, or tuples or mappings of them."
+            )
+        if not all(y.isfinite().all() for y in found.values()):
+            normal = "standard normal " if self._sizes else ""
+            raise InputError(
+                f"the network's outputs for {normal}{what} are not finite: has its training "
+                "diverged?"
+            )
+        self._is_plain = not keywords and isinstance(output, Tensor)
+        return found
+
+    def adapt(self, net: nn.Module) -> nn.Module:
+        """Return a network that takes the inputs in order and returns tensors alone."""
+        return net if self._is_plain else Flattened(net, self._keywords).eval()
+
+    def draw(self, size: int = _BATCH_OF_EXAMPLE, cut: int = 0) -> tuple[Tensor, ...]:
+        """Return a batch, the same every time; its sequences without their last `cut` tokens."""
+        if not self._given:
+            generator = torch.Generator().manual_seed(_SEED + size)
+            return (torch.randn(size, *self._sizes, generator=generator),)
+        batch = [x[torch.arange(size) % len(x)] for x in self._given]
+        return tuple(x[:, : self.length - cut] if self._has_length(x) else x for x in batch)
+
+    def _has_length(self, x: Tensor) -> bool:
+        return bool(self.length) and x.dim() > 1 and x.shape[1] == self.length
+
+    def dynamic_shapes(self, is_open: bool, length: Any) -> Any:
+        """Return what leaves the batch, and the length of sequences, open to `torch.export`."""
+        batch = torch.export.Dim("batch")
+        opened = [is_open and self._has_length(x) for x in self.draw()]
+        shapes = tuple({0: batch, 1: length} if both else {0: batch} for both in opened)
+        return shapes if self._is_plain else (shapes,)
+
+    def describe(self, is_open: bool) -> str:
+        """Return names and sizes, such as `N × 3 × 32 × 32`."""
+        lines = []
+        for name, x in zip(self.names, self.draw(), strict=True):
+            sizes: list[Any] = ["N", *x.shape[1:]]
+            if is_open and self._has_length(x):
+                sizes[1] = "sequence"
+            lines.append(f"{name} " * bool(self._given) + " × ".join(map(str, sizes)))
+        return ", ".join(lines)
+
+    @torch.no_grad()
+    def run(self, net: nn.Module) -> dict[str, float]:
+        """Run all given inputs through a network, as an evaluation that measures nothing."""
+        self.adapt(net)(*self.draw(len(self._given[0])))
+        return {}
+
+    @torch.no_grad()
+    def difference(self, found: Network, expected: Network, is_open: bool = False) -> float:
+        """Return max |found(x) − y| / max |y| of all outputs and batches; ∞ for others or NaN."""
+        batches = [self.draw(size) for size in BATCH_SIZES]
+        batches += [self.draw(cut=1)] if is_open else []
+        return max(_difference(found(*batch), expected(*batch)) for batch in batches)
+
+
+def _difference(found: Any, expected: Any) -> float:
+    pairs = list(zip(name_outputs(found).values(), name_outputs(expected).values(), strict=True))
+    if any(x.shape != y.shape for x, y in pairs):
+        return math.inf
+    largest = [
+        float((x.double() - y.double()).abs().max()) / (float(y.double().abs().max()) or 1.0)
+        for x, y in pairs
+    ]
+    return math.inf if any(map(math.isnan, largest)) else max(largest)

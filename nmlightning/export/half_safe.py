@@ -1,0 +1,99 @@
+"""Layer and RMS norms of a trained network as norms that float16 inference does not break."""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nmlightning.errors import InputError
+from nmlightning.norms.batch_norm_base import describe_norm
+from nmlightning.surgery.norm_layers import NormLayer, find_norm_layers
+from nmlightning.surgery.swap import swap_norms
+
+Evaluation = Callable[[nn.Module], Mapping[str, float]]
+_KINDS = ("layer", "rms")
+
+
+@dataclass(frozen=True)
+class HalfSafe:
+    """What was swapped for float16, and what that changed.
+
+    Attributes:
+        norm: `scaled`, or `l1`.
+        swapped: the names of the layer and RMS norms.
+        left: the reason for each other norm that squares its input, by name.
+        change: the largest of outputs, over the largest of these.
+        metrics: what an evaluation measured before and after, by name.
+    """
+
+    norm: str
+    swapped: tuple[str, ...]
+    left: Mapping[str, str]
+    change: float
+    metrics: Mapping[str, tuple[float, float]]
+
+
+def make_half_safe(net: nn.Module, norm: str, evaluate: Evaluation) -> HalfSafe:
+    """Swap the layer and RMS norms of a network in evaluation, in place.
+
+    `scaled` computes the same. For `l1` each weight is multiplied by the factor f of each feature
+    that fits the new output to the old one, Σ old · new / Σ new² without biases, on what
+    `evaluate` runs through the network; it is called again afterwards.
+
+    Returns:
+        What was done, with a change of 0, which is the caller's to measure.
+
+    Raises:
+        InputError: there is no such norm, or only ones that `swap_norms` leaves.
+    """
+    layers = find_norm_layers(net)
+    chosen = [x.name for x in layers if x.kind in _KINDS and describe_norm(x.module) is None]
+    left = {x.name: x.unsupported_reason for x in layers if x.unsupported_reason}
+    if not chosen:
+        raise InputError(
+            f"half_safe: {type(net).__name__} has no layer or RMS norm of torch's formula to swap."
+        )
+    trained = copy.deepcopy(net)
+    swap_norms(net, norm, kinds=_KINDS, include=chosen)
+    before: Mapping[str, float] = {}
+    after = before
+    if norm == "l1":
+        fits = {id(x.module): _Fit(x, trained) for x in find_norm_layers(net) if x.name in chosen}
+        before = evaluate(trained)
+        for fit in fits.values():
+            fit.scale_weight()
+        after = evaluate(net)
+    metrics = {name: (value, after[name]) for name, value in before.items()}
+    return HalfSafe(norm, tuple(chosen), left, 0.0, metrics)
+
+
+class _Fit:
+    """The factors of a new norm's weight by what the old one gives in the trained network."""
+
+    def __init__(self, layer: NormLayer, trained: nn.Module) -> None:
+        module: Any = layer.module
+        form, own = layer.form, (module.weight, getattr(module, "bias", None))
+        self._module, (self._weight, self._bias) = module, form.affine_of(module) if form else own
+        self._offset = form.offset if form else 0.0
+        self._moves = form is not None and form.channels_first and self._weight.dim() == 1
+        self._sums: Any = None
+        if self._weight is not None and not (form and form.activates):
+            trained.get_submodule(layer.name).register_forward_hook(self._see, with_kwargs=True)
+
+    @torch.no_grad()
+    def _see(self, _: nn.Module, args: Any, kwargs: Any, old: Tensor) -> None:
+        both = [old, self._module(*args, **kwargs)]
+        y, z = (x.movedim(1, -1).double() if self._moves else x.double() for x in both)
+        if self._bias is not None:
+            y, z = y - self._bias, z - self._bias
+        sums = torch.stack([(x * z).sum_to_size(self._weight.shape) for x in (y, z)])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    @torch.no_grad()
+    def scale_weight(self) -> None:
+        if self._sums is not None:
+            factor = torch.where(self._sums[1] > 0, self._sums[0] / self._sums[1], 1.0)
+            self._weight.copy_((self._weight + self._offset) * factor - self._offset)
