@@ -141,7 +141,7 @@ def _bands(ranges: report.NormRanges) -> list[report.Band]:
 
     names = {report.REMEDY: "L1 in half", report.FAILING: "L2 in half, op by op"}
     if ranges.failing != report.FAILING:
-        names = {"scaled": "scaled, in float16", "float16": "float16, op by op"}
+        names = {"scaled": "scaled in float16", "float16": "float16 op by op"}
     eps = min(layer.eps for layer in ranges.layers)
     limits = {norm: fp16_limits(norm, eps) for norm in names}
     return [

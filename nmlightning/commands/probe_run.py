@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
-from inspect import signature
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -68,9 +67,7 @@ def run_inference(given: argparse.Namespace, options: list[str]) -> tuple[NormRa
         batches, inputs = iter([args or kwargs]), str(given.inputs)
     elif options:
         data = load_data(options, "nm probe")
-        forward = model.bind_inputs if file else model.forward
-        needed = [q for q in signature(forward).parameters.values() if q.default is q.empty]
-        batches = _validation(data, len(file.inputs if file else needed))
+        batches = _validation(data, len(file.inputs) if file else 1)
         inputs = f"{given.batches} validation batches of {type(data).__name__}"
     elif shapes or file:
         drawn = file.draw_inputs(shapes) if file else ()
@@ -86,7 +83,7 @@ def run_inference(given: argparse.Namespace, options: list[str]) -> tuple[NormRa
 
 
 def _validation(data: pl.LightningDataModule, count: int) -> Iterator[Any]:
-    """Yield the first so many tensors of each validation batch, or all that have names."""
+    """Yield the first so many tensors of each validation batch, or all if they have names."""
     data.prepare_data()
     data.setup("fit")
     for batch in data.val_dataloader():

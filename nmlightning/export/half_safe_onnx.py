@@ -17,7 +17,7 @@ from onnx.reference import ReferenceEvaluator
 from nmlightning.atomic_file import replace_file
 from nmlightning.errors import InputError
 from nmlightning.export.onnx_norms import OnnxNorm, find_onnx_norms, subgraphs
-from nmlightning.export.onnx_values import OnnxFile
+from nmlightning.export.onnx_values import OnnxFile, external_files
 from nmlightning.name_patterns import by_reason, some
 
 _MARK = "/half_safe/"  # in the names of all new nodes and values
@@ -125,10 +125,7 @@ def _opset(model: ModelProto, source: Path) -> int:
 
 def _external_data(model: ModelProto, source: Path, file: Path) -> tuple[str, ...]:
     """Return the names of the files with the weights, which lie where a reader of `file` looks."""
-    parts = [x for tensor in model.graph.initializer for x in tensor.external_data]
-    names = tuple(dict.fromkeys(x.value for x in parts if x.key == "location"))
-    if missing := [name for name in names if not (source.parent / name).is_file()]:
-        raise InputError(f"{str(source)!r} keeps weights in {some(missing)}, not beside it.")
+    names = external_files(model, source)
     if names and file.parent.resolve() != source.parent.resolve():
         raise InputError(
             f"{str(source)!r} keeps weights in {some(names)}, beside which an ONNX file must "

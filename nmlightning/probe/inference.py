@@ -107,7 +107,7 @@ def _hold(norm: MeasuredNorm, what: str, values: Tensor) -> None:
 
 def _hold_folded(norm: MeasuredNorm, layer: str, weight: Tensor) -> None:
     """Note what float16 makes of a weight (C, n) that a batch norm is folded into."""
-    _hold(norm, f"weight in {layer}", weight)
+    _hold(norm, f"weight of {layer}", weight)
     norm.count({"folded": judge(weight.half(), weight, floor=0.0)})
 
 

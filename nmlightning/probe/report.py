@@ -1,6 +1,7 @@
 """The ranges that a probe measured, what norms lose that keep all in float16, and a chart of it."""
 
 import io
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -172,7 +173,8 @@ class NormRanges(Report):
                 shares = layer.squares() if "float16_sums" in layer.outcomes else {}
                 cells = [_loss_cell(shares.get(x)) for x in ("overflow", "underflow")] + cells
             sigma = [layer.largest, *sigma] if evaluated else [*sigma, layer.largest_deviation]
-            rows.append([layer.name, *(f"{size:.3g}" for size in sigma), *cells])
+            numbers = (re.sub(r"e(-?)\+?0", r"e\1", f"{size:.3g}") for size in sigma)
+            rows.append([layer.name, *numbers, *cells])
         title = "x²: rows whose squares float16 does not hold; then rows that come out wrong"
         headings += ["input"] * lost_in_input
         return Grid(headings, rows, title * evaluated, numbers=True)
@@ -280,7 +282,7 @@ def _evaluation_losses(ranges: NormRanges) -> Iterator[str]:
         lost = [each for each in held if each[1].startswith(beginning) and any(each[2].values())]
         if lost:
             layer, what, shares = max(lost, key=lambda each: max(each[2].values()))
-            how = ", ".join(f"{format_loss(share)} {ending}" for ending, share in shares.items())
+            how = ", ".join(f"{format_loss(share)} {end}" for end, share in shares.items() if share)
             yield (
                 f"float16 does not hold the {name} of {_count(lost)}: most in {layer.name}, whose "
                 f"{what} becomes {how}."
