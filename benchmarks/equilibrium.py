@@ -1,4 +1,4 @@
-"""Simulates optimizers on a scale-invariant weight: power, norm and rotation, calls of step hooks.
+"""Simulates optimizers on a scale-invariant weight: power, norm and rotation.
 
     python benchmarks/equilibrium.py [--only torch.optim 'heavyball.SOAP' …] [--steps 20000]
     python benchmarks/equilibrium.py --rows equilibrium.jsonl --write docs/norm_control.md
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nmlightning.optim.families import expected_rotation, find_steps, known_power
+from nmlightning.optim.families import expected_rotation, known_power
 from nmlightning.weights.channel_norms import rotations
 
 SHAPE = 48, 32  # output channels, inputs
@@ -166,21 +166,6 @@ def measure_equilibrium(case: Case, steps: int) -> dict[str, float | None]:
     }
 
 
-def count_hooks(case: Case) -> str:
-    """Return the class whose step hooks a call of `step` fires, and how often."""
-    weight, optimizer = start(case, 1.0, case.rate, 0.0)
-    called = [0, 0]
-    steps = find_steps(optimizer)[-1]
-
-    def count(number: int) -> None:
-        called[number] += 1
-
-    steps.register_step_pre_hook(lambda *_: count(0))
-    steps.register_step_post_hook(lambda *_: count(1))
-    take_steps(optimizer, weight, 3, torch.Generator().manual_seed(1))
-    return f"{called[0] / 3:g} and {called[1] / 3:g}"
-
-
 def measure(case: Case, steps: int) -> dict[str, Any]:
     """Return all that is measured of an optimizer, or the error that it ends with."""
     package = {"torch.optim": "torch", "torchao.optim": "torchao"}.get(case.package, case.package)
@@ -188,7 +173,6 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
     try:
         row["known"] = known_power(start(case, 1.0, case.rate, 0.0)[1])
         row["power"] = measure_power(case)
-        row["hooks"] = count_hooks(case)
         row |= measure_equilibrium(case, steps)
     except Exception as error:  # whatever a package raises is its row
         row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:120]

@@ -7,6 +7,7 @@ A line of the file of rows is an optimizer, called in one way; what is there is 
 """
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -31,18 +32,25 @@ from zoo_tables import write_optimizers
 from nmlightning import NormHistory, channel_norms
 from nmlightning.errors import InputError
 from nmlightning.optim import (
+    CautiousDecay,
+    CorrectedDecay,
     DecayEquivalentLR,
     Hyperball,
     LRCorrection,
     NormSchedule,
     RadialProjection,
+    SpectralCap,
     StepRule,
+    UnitNorm,
 )
+from nmlightning.optim.families import optimizers_in
 
 STEPS, LR = 12, 0.01
 TOLERANCE = 1e-3
 ROUNDED = 1e-4  # steps so short are rounded to more than that
 RECORDED = 0.9  # times the first norms
+DECAY, SIGMA = 1.0, 0.5
+OF_POWER_ITERATION = 0.02
 
 Make = Callable[[nn.Module], Any]
 MakeRule = Callable[[NormHistory, tuple[str, ...]], StepRule]
@@ -55,6 +63,10 @@ RULES: Mapping[str, MakeRule] = {
     ),
     "NormSchedule": lambda h, include: NormSchedule(h, power=2, include=include),
     "DecayEquivalentLR": lambda _, include: DecayEquivalentLR(0.01, include=include),
+    "CorrectedDecay": lambda _, include: CorrectedDecay(DECAY, include=include),
+    "CautiousDecay": lambda _, include: CautiousDecay(DECAY, include=include),
+    "SpectralCap": lambda _, include: SpectralCap(SIGMA, include=include),
+    "UnitNorm": lambda _, include: UnitNorm(include=include),
 }
 
 
@@ -233,6 +245,8 @@ def train(make: Make, way: str, rule: str | None = None) -> tuple[list[dict[str,
     weights = [{name: q.detach().clone() for name, q in named.items()}]
     for step in range(STEPS):
         take_step(net, optimizer, way, step)
+        if handle is not None and step == 0:  # some optimizers schedule their rate themselves
+            handle.first_rates = {w.name: w.group.get("lr") for w in handle.weights}
         weights.append({name: q.detach().clone() for name, q in named.items()})
     return weights, handle
 
@@ -255,6 +269,15 @@ def find_fault(rule: str, plain: list[Any], steered: list[Any], handle: Any) -> 
         if "paper" in rule:
             step = (one - first) / RECORDED**2
             error = (steered[1][name] - first - step).norm() / step.norm().clamp(min=ROUNDED)
+        elif rule in ("CorrectedDecay", "CautiousDecay"):
+            decayed = first * ((one - first) * first <= 0) if rule == "CautiousDecay" else first
+            decay = handle.first_rates[name] * DECAY * decayed
+            error = (steered[1][name] - one + decay).norm() / decay.norm().clamp(min=ROUNDED)
+        elif rule == "SpectralCap":
+            sigma = torch.linalg.matrix_norm(end.flatten(1), 2)
+            error = (sigma / SIGMA - 1).clamp(min=0) - OF_POWER_ITERATION
+        elif rule == "UnitNorm":
+            error = (norms - 1).abs().max()
         elif rule == "RadialProjection":
             error = ((last * (end - last)).flatten(1).sum(1) / norms / length).abs().max()
         elif rule == "Hyperball":
@@ -266,6 +289,23 @@ def find_fault(rule: str, plain: list[Any], steered: list[Any], handle: Any) -> 
         if not error <= TOLERANCE:
             return f"{name} is off by {error:.1g}"
     return None
+
+
+def count_hooks(make: Make, way: str) -> str:
+    """Return how often one step calls the hooks of an optimizer, and those of what it wraps."""
+    torch.manual_seed(0)
+    net, counts = Net(), Counter({"own": 0})
+    nested = [make(net)]
+    with suppress(AttributeError):
+        nested[0].train()  # schedule-free
+    for each in nested:
+        inner = optimizers_in(vars(each).values())
+        nested += [x for x in inner if not any(x is known for known in nested)]
+        with suppress(AttributeError):  # accelerate's has the method, and no hooks
+            count = "own" if each is nested[0] else "inner"
+            each.register_step_post_hook(lambda *_, count=count: counts.update([count]))
+    take_step(net, nested[0], way, 0)
+    return ", ".join(f"{name} {calls}" for name, calls in counts.items()) + f" ({way})"
 
 
 def moves(make: Make, way: str) -> list[dict[str, Tensor]]:
@@ -295,6 +335,7 @@ def try_optimizer(zoo: str, name: str, row: Row) -> None:
         except Exception as error:
             row.setdefault("unbuilt", first_words(error))
             continue
+        row.setdefault("hooks", []).append(count_hooks(make, way))
         row.setdefault("ways", {})[way] = {
             rule: outcome_of(rule, make, way, plain) for rule in RULES
         }

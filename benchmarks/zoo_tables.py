@@ -8,6 +8,8 @@ from typing import Any
 
 SHOWN = 3  # names of examples
 
+HOOKS_HEAD = ("calls of step hooks in a step (stepped how)", "optimizers", "such as")
+
 Row = Mapping[str, Any]
 COLUMNS: Mapping[str, Callable[[Row], bool]] = {
     "tried": lambda row: True,
@@ -119,6 +121,14 @@ def write_optimizers(page: Path, rows: Iterable[Row], totals: Mapping[str, int])
             for rule, outcome in outcomes.items():
                 if outcome != "held":
                     reasons[_shorten(outcome)][rule].add(name)
+    calls: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        for counts in row.get("hooks", ()):
+            calls[counts].add(row["name"])
+    hooks = [
+        (counts, len(names), _examples(sorted(names)))
+        for counts, names in sorted(calls.items(), key=lambda item: -len(item[1]))
+    ]
     head = ("package", "optimizers", "tried", "fails on its own", *rules)
     grouped = [
         (reason, ", ".join(by_rule), len(names), _examples(sorted(names)))
@@ -126,7 +136,8 @@ def write_optimizers(page: Path, rows: Iterable[Row], totals: Mapping[str, int])
         for names in [set().union(*by_rule.values())]
     ]
     reason_head = ("otherwise", "rules", "optimizers", "such as")
-    replace_between(page, "optimizers", f"{_table(head, lines)}\n\n{_table(reason_head, grouped)}")
+    tables = [_table(head, lines), _table(reason_head, grouped), _table(HOOKS_HEAD, hooks)]
+    replace_between(page, "optimizers", "\n\n".join(tables))
 
 
 def _shorten(reason: str) -> str:

@@ -104,7 +104,7 @@ class CorrectedDecay(StepRule):
         state["max_lr"] = max(state["max_lr"], rate, *named)
         corrected = self.correct == "all" or state["scale_invariant"]
         share = rate / (self.max_lr or state["max_lr"]) if corrected and rate else 1.0
-        return _decay(weight, before, share * _lambda(self, self.weight_decay, state))
+        return _decay(weight, before, share * _lambda(self, self.weight_decay, state), before, state)
 
 
 class CautiousDecay(StepRule):
@@ -165,7 +165,8 @@ class CautiousDecay(StepRule):
     ) -> tuple[Tensor, Tensor] | None:
         """Decay the elements that the step moved towards zero, or not at all."""
         inwards = (weight.values - before) * before.sign() <= 0
-        return _decay(weight, before * inwards, _lambda(self, self.weight_decay, state), before)
+        decay = _lambda(self, self.weight_decay, state)
+        return _decay(weight, before * inwards, decay, before, state)
 
 
 class DecaySchedule(StepRule):
@@ -271,12 +272,11 @@ def _at_step(rule: StepRule, name: str, schedule: Schedule, step: int) -> float:
 
 
 def _decay(
-    weight: OptimizedWeight, decayed: Tensor, decay: float, before: Tensor | None = None
+    weight: OptimizedWeight, decayed: Tensor, decay: float, before: Tensor, state: State
 ) -> tuple[Tensor, Tensor] | None:
     """Take η λ times `decayed` from the weight where its step is finite, and undo it elsewhere."""
-    if weight.gradient is None:
+    if not state["learns"]:
         return None
-    before = decayed if before is None else before
     skipped, factors = take_step(weight, before)
     amounts = (~skipped).to(weight.norms_dtype) * (weight.learning_rate * decay)
     weight.values.sub_(decayed * weight.spread(amounts))

@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -170,7 +171,7 @@ def find_steps(optimizer: Any, *, in_place: bool = True) -> list[optim.Optimizer
         if "_optimizer_step_pre_hooks" in vars(optimizer):
             optimizer._patch_step_function()  # timm's Lookahead has hooks, and does not call them
             steps.append(optimizer)
-        inner = list({id(x): x for x in _optimizers_in(vars(optimizer).values())}.values())
+        inner = list({id(x): x for x in optimizers_in(vars(optimizer).values())}.values())
     if not steps or len(inner) > 1:
         raise InputError(_refusal(outermost, [x for x in inner if x is not outermost]))
     for each in steps if in_place else ():
@@ -226,6 +227,7 @@ class StepHooks:
         self._before, self._after = before, after
         self._innermost, self._stepped = len(optimizers) - 1, False
         self._level = math.inf  # that of the call which began the step
+        self._within = 0  # calls of one step within another of the same object
         self._hooks: list[Any] = []
         for level, each in enumerate(optimizers):
             enter, leave = partial(self._enter, level), partial(self._leave, level)
@@ -244,36 +246,54 @@ class StepHooks:
         return bool(hooks)
 
     @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator, unused-ignore]
-    def _enter(self, level: int, _: optim.Optimizer, *call: Any) -> Any:
-        """Begin a step, unless this is within one of an optimizer further out."""
+    def _enter(self, level: int, optimizer: optim.Optimizer, *call: Any) -> Any:
+        """Begin a step, unless this is within one of an optimizer further out, or of its own."""
+        # The level is this one, too, where an error ended the step before.
+        within = level == self._level and _calls_in_progress(optimizer) > 1
         self._stepped = level == self._innermost or (self._stepped and level > self._level)
-        if level > self._level:
+        self._within = self._within + 1 if within else 0
+        if level > self._level or within:
             return None
-        self._level = level  # it was that already where an error ended the step before
+        self._level = level
         return self._before(*call)
 
     @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator, unused-ignore]
     def _leave(self, level: int, *_: Any) -> None:
         """End it where it began; a wrapper that only gathers gradients took none."""
-        if level == self._level:
+        if level == self._level and self._within:
+            self._within -= 1
+        elif level == self._level:
             self._level = math.inf
             if self._stepped:
                 self._after()
 
 
-def _optimizers_in(values: Iterable[Any]) -> Iterator[Any]:
+def _calls_in_progress(optimizer: optim.Optimizer) -> int:
+    """Return how often torch's wrapper around `step`, which calls hooks, runs now for one object.
+
+    It is twice where a step calls that of the class it extends, once this class was used itself.
+    """
+    calls, frame = 0, sys._getframe()
+    while (caller := frame.f_back) is not None:
+        frame = caller
+        calls += frame.f_code.co_name == "wrapper" and frame.f_locals.get("self") is optimizer
+    return calls
+
+
+def optimizers_in(values: Iterable[Any]) -> Iterator[Any]:
+    """Yield the optimizers among attributes, and those in lists and dicts of these."""
     for value in values:
         if callable(getattr(value, "step", None)) and hasattr(value, "param_groups"):
             yield value
         elif isinstance(value, list | tuple):
-            yield from _optimizers_in(value)
+            yield from optimizers_in(value)
         elif isinstance(value, Mapping) and not isinstance(next(iter(value), None), str):
-            yield from _optimizers_in(value.values())
+            yield from optimizers_in(value.values())
 
 
 def _refusal(optimizer: Any, inner: list[Any]) -> str:
     name = type(optimizer).__name__
-    inner = inner or list(_optimizers_in(getattr(optimizer, "__dict__", {}).values()))
+    inner = inner or list(optimizers_in(getattr(optimizer, "__dict__", {}).values()))
     if len(inner) > 1:
         names = ", ".join(sorted({type(x).__name__ for x in inner}))
         return f"{name} steps with {len(inner)} optimizers ({names}): attach a rule to each."

@@ -95,8 +95,8 @@ class StepRule(ABC):
         return
 
     def measure_gradient(self, weight: OptimizedWeight) -> State:
-        """Return what `after_step` finds in the state of the gradient, which the step may edit."""
-        return {}
+        """Return what `after_step` finds in the state of the gradient, which a step may drop."""
+        return {"learns": weight.gradient is not None}
 
     @abstractmethod
     def after_step(
@@ -311,12 +311,7 @@ class StepHookHandle:
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Apply the rule to the step that led away from them; the optimizer calls it.
-
-        torch calls it twice where a class of optimizers calls the step of the one it extends.
-        """
-        if not self._before:
-            return
+        """Apply the rule to the step that led away from them; the optimizer calls it."""
         self.steps += 1
         found_inf = getattr(self._optimizer, "found_inf", None)  # of a fused one under a GradScaler
         if found_inf is not None and bool(found_inf):

@@ -91,16 +91,26 @@ def test_corrected_decay_remembers_a_larger_rate() -> None:
             rule.attach(optimizer, [("weight", weight)]).load_state_dict(state)
 
 
+class DropsGradients(torch.optim.SGD):
+    """As those of heavyball."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        self.zero_grad(set_to_none=True)
+        return loss
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, DropsGradients])
 @pytest.mark.parametrize("rule", [CorrectedDecay, CautiousDecay])
-def test_decay_by_a_schedule(rule: Any) -> None:
+def test_decay_by_a_schedule(rule: Any, optimizer_class: Any) -> None:
     weight = nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
-    optimizer = torch.optim.SGD([weight], lr=0.1)
+    optimizer = optimizer_class([weight], lr=0.1)
     rule(halve).attach(optimizer, [("weight", weight)])
     optimizer.step()  # without a gradient there is neither step nor decay, and none is counted
     assert bool((weight == 1).all())
-    weight.grad = torch.zeros_like(weight)
     expected = 1.0
     for step in range(1, 4):
+        weight.grad = torch.zeros_like(weight)
         optimizer.step()
         expected *= 1 - 0.1 * 0.5**step
         torch.testing.assert_close(weight.detach(), torch.full_like(weight, expected))

@@ -267,6 +267,38 @@ def test_step_in_parts_is_measured_where_it_begins(wrap: Any, first: int) -> Non
     assert handle.steps == again.steps == 4
 
 
+@pytest.mark.parametrize("uses_base", [False, True], ids=["first", "after one of its base"])
+def test_step_of_subclass_is_seen_once_and_whole(uses_base: bool) -> None:
+    """Its base calls the hooks, too, once an object of that was made; an error ends a step."""
+
+    class Base(SGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    class Longer(Base):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            loss = super().step(closure)
+            for q in self.param_groups[0]["params"]:
+                q.mul_(1.1)
+            if self.state.pop("fails", False):
+                raise RuntimeError
+            return loss
+
+    net = make_net()
+    if uses_base:
+        Base([torch.ones(1)])
+    optimizer = Longer(net.parameters(), lr=0.5)
+    before, handle = norms(net), Hyperball().attach(optimizer, net)
+    train(net, optimizer, 2)
+    optimizer.state["fails"] = True  # type: ignore[index]
+    with pytest.raises(RuntimeError):
+        train(net, optimizer, 1)
+    train(net, optimizer, 2)
+    torch.testing.assert_close(norms(net), before)
+    assert handle.steps == 4
+
+
 def test_decay_schedule_is_for_schedule_free_optimizers_too() -> None:
     net = make_net()
     optimizer = ScheduleFree(SGD(net.parameters(), lr=0.1, weight_decay=0.5))
