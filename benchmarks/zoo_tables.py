@@ -131,7 +131,12 @@ def write_optimizers(page: Path, rows: Iterable[Row], totals: Mapping[str, int])
     ]
     head = ("package", "optimizers", "tried", "fails on its own", *rules)
     grouped = [
-        (reason, ", ".join(by_rule), len(names), _examples(sorted(names)))
+        (
+            reason,
+            ", ".join(by_rule) if len(by_rule) < len(rules) else "all",
+            len(names),
+            _examples(sorted(names)),
+        )
         for reason, by_rule in sorted(reasons.items())
         for names in [set().union(*by_rule.values())]
     ]
@@ -143,7 +148,7 @@ def write_optimizers(page: Path, rows: Iterable[Row], totals: Mapping[str, int])
 def _shorten(reason: str) -> str:
     """Return a reason without the name of the optimizer and without numbers."""
     reason = re.sub(r"(got|the|which) [A-Z_]\w+( is|\.| in it)", r"\1 …\2", reason)
-    return re.sub(r"^(refused: )[A-Z]\w+ (steps|has|works)", r"\1… \2", reason)
+    return re.sub(r"^(refused: )[A-Z]\w+ (steps|has|works|is no)", r"\1… \2", reason)
 
 
 def write_loops(page: Path, rows: Iterable[Row], totals: Mapping[str, int]) -> None:
