@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from nmlightning.models import TReLU as TReLU
     from nmlightning.models import beam_search as beam_search
     from nmlightning.models import greedy_search as greedy_search
+    from nmlightning.norms import DynamicErf as DynamicErf
+    from nmlightning.norms import DynamicTanh as DynamicTanh
     from nmlightning.norms import HalfL2BatchNorm1d as HalfL2BatchNorm1d
     from nmlightning.norms import HalfL2BatchNorm2d as HalfL2BatchNorm2d
     from nmlightning.norms import HalfL2BatchNorm3d as HalfL2BatchNorm3d
@@ -62,6 +64,8 @@ if TYPE_CHECKING:
     from nmlightning.norms import RangeBatchNorm1d as RangeBatchNorm1d
     from nmlightning.norms import RangeBatchNorm2d as RangeBatchNorm2d
     from nmlightning.norms import RangeBatchNorm3d as RangeBatchNorm3d
+    from nmlightning.norms import RMSDynamicErf as RMSDynamicErf
+    from nmlightning.norms import RMSDynamicTanh as RMSDynamicTanh
     from nmlightning.norms import ScaledLayerNorm as ScaledLayerNorm
     from nmlightning.norms import ScaledRMSNorm as ScaledRMSNorm
     from nmlightning.norms import TopKBatchNorm1d as TopKBatchNorm1d

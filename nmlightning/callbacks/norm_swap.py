@@ -189,8 +189,8 @@ class NormSwap(LayerChange):
     The keywords are those of `nmlightning.swap_norms`.
 
     Args:
-        norm: `l1`, `linf`, `top10`, `topk`, `lp`, `range`, `mean`, `half_l2`, `scaled`, or
-            `l2`, torch's own.
+        norm: `l1`, `linf`, `top10`, `topk`, `lp`, `range`, `mean`, `half_l2`, `scaled`,
+            `dyt`, `derf`, or `l2`, torch's own.
         options: the norm's constructor options, such as `constant` or `k`.
         kinds: `batch`, `layer`, `rms` or several.
         include: glob patterns on the names of modules in the LightningModule; empty means all.

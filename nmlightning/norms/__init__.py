@@ -34,5 +34,9 @@ from nmlightning.norms.mean_only import MeanOnlyBatchNorm as MeanOnlyBatchNorm
 from nmlightning.norms.mean_only import MeanOnlyBatchNorm1d as MeanOnlyBatchNorm1d
 from nmlightning.norms.mean_only import MeanOnlyBatchNorm2d as MeanOnlyBatchNorm2d
 from nmlightning.norms.mean_only import MeanOnlyBatchNorm3d as MeanOnlyBatchNorm3d
+from nmlightning.norms.norm_free import DynamicErf as DynamicErf
+from nmlightning.norms.norm_free import DynamicTanh as DynamicTanh
+from nmlightning.norms.norm_free import RMSDynamicErf as RMSDynamicErf
+from nmlightning.norms.norm_free import RMSDynamicTanh as RMSDynamicTanh
 from nmlightning.norms.scaled import ScaledLayerNorm as ScaledLayerNorm
 from nmlightning.norms.scaled import ScaledRMSNorm as ScaledRMSNorm

@@ -12,6 +12,7 @@ from nmlightning.kernels.interface import Fused, NormKind
 from nmlightning.norms import batch_norm, low_precision, mean_only
 from nmlightning.norms.batch_norm_base import default_options
 from nmlightning.norms.layer_norm import L1LayerNorm, L1RMSNorm, LpLayerNorm, LpRMSNorm
+from nmlightning.norms.norm_free import DynamicErf, DynamicTanh, RMSDynamicErf, RMSDynamicTanh
 from nmlightning.norms.scaled import ScaledLayerNorm, ScaledRMSNorm
 
 KINDS: tuple[NormKind, ...] = ("batch", "layer", "rms")
@@ -55,6 +56,8 @@ NORMS: Mapping[str, Norm] = MappingProxyType(
         "mean": Norm(_batch_norms("MeanOnly", mean_only)),
         "half_l2": Norm(_batch_norms("HalfL2", low_precision)),
         "scaled": Norm({}, ScaledLayerNorm, ScaledRMSNorm),
+        "dyt": Norm({}, DynamicTanh, RMSDynamicTanh),
+        "derf": Norm({}, DynamicErf, RMSDynamicErf),
     }
 )
 

@@ -104,7 +104,8 @@ class CorrectedDecay(StepRule):
         state["max_lr"] = max(state["max_lr"], rate, *named)
         corrected = self.correct == "all" or state["scale_invariant"]
         share = rate / (self.max_lr or state["max_lr"]) if corrected and rate else 1.0
-        return _decay(weight, before, share * _lambda(self, self.weight_decay, state), before, state)
+        decay = share * _lambda(self, self.weight_decay, state)
+        return _decay(weight, before, decay, before, state)
 
 
 class CautiousDecay(StepRule):

@@ -119,18 +119,20 @@ def follow_int8(model: nn.Module, recipe: recipes.Recipe) -> tuple[Swap, ...]:
 def _normalising_first(
     module_class: type[nn.Module], checkpoint: Mapping[str, Any]
 ) -> Iterator[None]:
-    """Let objects of the class normalise weights, as it says, before they load those of it.
+    """Let objects of the class have its parameters, as those of normalised weights, before loading.
 
     They cannot when they are built: what they build from other checkpoints is not meant. A module
     may compare itself with the checkpoint in `on_load_checkpoint`, and another may not have that.
     """
-    int8, notes = (recipes.recipe_in(checkpoint, kind) for kind in (recipes.INT8, recipes.WEIGHTS))
+    kinds = (recipes.NORMS, recipes.INT8, recipes.WEIGHTS)
+    norms, int8, notes = (recipes.recipe_in(checkpoint, kind) for kind in kinds)
     weights = {name: Settings.of(**note) for name, note in notes.items()}
 
     def normalise(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
         normalised = {plain_name(key) for key in state_dict if key.endswith(".original")}
         names = [x for x, _ in module.named_parameters(remove_duplicate=False)]
         follow_int8(module, int8)
+        _follow(module, {x: norms[x] for x in norms if f"{x}.alpha" in state_dict})
         plain = {plain_name(x) for x in names if ".parametrizations." not in f".{x}"}
         due = {name: weights[name] for name in weights if name in plain & normalised}
         for settings in dict.fromkeys(due.values()):

@@ -21,6 +21,7 @@ from nmlightning.kernels.interface import Fused, NormKind
 from nmlightning.name_patterns import plain_name
 from nmlightning.norms.batch_norm_base import RUNNING, BatchNormBase, describe_norm
 from nmlightning.norms.mean_only import MeanOnlyBatchNorm
+from nmlightning.norms.norm_free import NormFree
 from nmlightning.norms.registry import NORMS, path_of
 from nmlightning.surgery import foreign_norms
 from nmlightning.surgery.norm_act import class_of_both, has_activation
@@ -33,7 +34,7 @@ _DIMS: dict[type, int | None] = {
 _LAYER_NORMS = {norm.layer for norm in NORMS.values() if norm.layer is not None}
 _RMS_NORMS = {norm.rms for norm in NORMS.values() if norm.rms is not None}
 # Instance attributes that only our layers have; what a layer no longer needs is deleted.
-_OWN_SETTINGS = ("p", "k", "chunks", "statistic", "constant", "stats_dtype", "sync")
+_OWN_SETTINGS = ("p", "k", "chunks", "statistic", "constant", "stats_dtype", "sync", "alpha_init")
 FUSION = "_nmlightning_fusion"  # of the class of a module whose norms are fused
 _FROZEN_WEIGHT = "_weight_was_frozen_before_swap"
 
@@ -118,8 +119,12 @@ def convert_in_place(module: nn.Module, template: nn.Module) -> None:
             scale.requires_grad_(not frozen)
     for name in _settings(module):
         del module.__dict__[name]
+    for name in module.scalars if isinstance(module, NormFree) else ():
+        del module._parameters[name]
     module.__dict__.update(_settings(template))
     module.__class__ = after
+    if isinstance(module, NormFree):
+        module.add_scalars(next(module.parameters(recurse=False), torch.empty(0)).detach())
     if isinstance(module, BatchNormBase):
         module.keep_statistics_wide()
     elif isinstance(module, _BatchNorm) and module.weight is not None:

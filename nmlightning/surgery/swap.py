@@ -137,8 +137,8 @@ def swap_norms(
 
     Args:
         model: any module, also one that `torch.compile` wraps.
-        norm: `l1`, `linf`, `top10`, `topk`, `lp`, `range`, `mean`, `half_l2`, `scaled`, or
-            `l2`, what it was.
+        norm: `l1`, `linf`, `top10`, `topk`, `lp`, `range`, `mean`, `half_l2`, `scaled`,
+            `dyt`, `derf`, or `l2`, what it was.
         options: the norm's constructor options: `k`, `p`, `chunks`, `constant`, `eps`, `momentum`,
             `stats_dtype`, `sync`. By default eps and momentum stay those of the layer.
         kinds: `batch`, `layer`, `rms` or several.

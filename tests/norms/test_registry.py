@@ -52,7 +52,9 @@ def test_layer_class_is_torchs_for_l2_and_ours_else(
 @pytest.mark.parametrize("name", ["linf", "topk", "top10", "range", "mean", "half_l2"])
 @pytest.mark.parametrize(("kind", "title"), [("layer", "layer"), ("rms", "RMS")])
 def test_layer_class_rejects_undefined_kinds(name: str, kind: NormKind, title: str) -> None:
-    message = f"The norm '{name}' is not defined for {title} norms; l2, l1, lp, scaled are."
+    message = (
+        f"The norm '{name}' is not defined for {title} norms; l2, l1, lp, scaled, dyt, derf are."
+    )
     with pytest.raises(InputError, match=message):
         registry.layer_class(name, kind)
     with pytest.raises(InputError, match="'scaled' is not defined for batch norms; l2, l1, lp, li"):
