@@ -43,9 +43,7 @@ class NormFree(FeatureNorm):
         """Return what comes before weight and bias, elementwise, in the dtype of x."""
         return torch.tanh(self.alpha.to(x.dtype) * x)
 
-    def formula(  # type: ignore[override]
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *_: object
-    ) -> Tensor:
+    def formula(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *_: object) -> Tensor:
         """Return function(x) · weight + bias."""
         y = self.function(x)
         y = y if weight is None else y * weight.to(y.dtype)
