@@ -1,6 +1,6 @@
 """Take the pictures of this documentation anew, but for those of long runs; `make pictures`.
 
-    python docs/take_pictures.py [compare|screens|ranges|concepts|results|half]… [--data-root DIR]
+    python docs/take_pictures.py [NAME]… [--data-root DIR]
 
 What each is made from is printed. The short runs are made first; the screens need Chromium.
 """
@@ -78,6 +78,11 @@ def draw_concepts(*_: object) -> None:
     run([HERE / "draw_concepts.py"])
 
 
+def draw_control(*_: object) -> None:
+    """norm_control_*: docs/draw_norm_control.py."""
+    run([HERE / "draw_norm_control.py"])
+
+
 def draw_results(*_: object) -> None:
     """results_*, recordings_*: results/make_tables.py from results/, with their pages."""
     run([HERE.parent / "results" / "make_tables.py"])
@@ -97,6 +102,7 @@ TAKEN: dict[str, Callable[[Path, str | None], None]] = {
     "screens": take_screens,
     "ranges": draw_ranges,
     "concepts": draw_concepts,
+    "control": draw_control,
     "results": draw_results,
     "half": draw_half,
 }

@@ -61,7 +61,7 @@ def test_layers_show_what_torchs_do_and_what_is_ours(name: str) -> None:
     assert set(torchs.extra_repr().split(", ")) <= set(shown)
     own = next((text for start, text in OURS.items() if name.startswith(start)), shown[0])
     assert own in shown
-    assert ("constant='exact'" in shown) is not name.startswith(("MeanOnly", "HalfL2"))
+    assert ("constant='exact'" in shown) is not name.startswith(("MeanOnly", "HalfL2", "Scaled"))
 
 
 def test_a_weight_norm_shows_its_kind() -> None:
