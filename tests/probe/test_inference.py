@@ -215,21 +215,46 @@ def test_squares_leave_a_dtype_where_they_do_in_it(dtype: torch.dtype) -> None:
     assert layer.squares(str(dtype)[6:]) == shares
 
 
+def make_graph(nodes: list[Any], shape: list[Any], tensors: dict[str, Any]) -> onnx.ModelProto:
+    """Return a model from x to y, both of a shape, with float32 constants."""
+    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "xy"]
+    arrays = [numpy_helper.from_array(np.asarray(v, np.float32), k) for k, v in tensors.items()]
+    graph = helper.make_graph(nodes, "g", info[:1], info[1:], arrays)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+def test_folded_weights_of_a_file_are_those_of_its_module(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4, eps=1e-12)).eval()
+    net[1].running_var.copy_(torch.tensor([1e-12, 1e-9, 1e20, 1.0]))
+    tensors = {name: value.detach().numpy() for name, value in net.state_dict().items()}
+    names = ["h", *(f"1.{x}" for x in ("weight", "bias", "running_mean", "running_var"))]
+    nodes = [
+        helper.make_node("Conv", ["x", "0.weight"], ["h"], "0", pads=[1, 1, 1, 1]),
+        helper.make_node("BatchNormalization", names, ["b"], epsilon=1e-12),
+        helper.make_node("Conv", ["b", "back"], ["c"]),
+        helper.make_node("GroupNormalization", ["c", "g", "g"], ["y"], num_groups=3),
+    ]
+    more = {"back": np.ones((3, 4, 1, 1)), "g": np.ones(3)}
+    onnx.save(make_graph(nodes, [2, 3, 5, 5], {**tensors, **more}), tmp_path / "net.onnx")
+    x = torch.randn(2, 3, 5, 5)
+    expected = probe_inference(net, [x]).layers[0]
+    batch, group = probe_inference(tmp_path / "net.onnx", [x]).layers
+    assert (batch.name, batch.held, batch.outcomes["folded"]) == (
+        "1", expected.held, expected.outcomes["folded"],
+    )  # fmt: skip
+    assert expected.lost("folded").keys() == {"not finite", "dead"}
+    assert (group.kind, group.values, len(group.scales)) == ("group", 25, 6)
+
+
 def test_weights_stay_in_the_file(tmp_path: Path) -> None:
     """Of those in the file itself and of external ones, embedded at offsets that are not even."""
     weight = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
-    nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["h"]),
-        helper.make_node("LayerNormalization", ["h", "n.weight"], ["y"], epsilon=1e-5),
-    ]
-    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 64]) for name in "xy"]
-    tensors = [numpy_helper.from_array(v, k) for k, v in (("w", weight), ("n.weight", weight[0]))]
-    graph = helper.make_graph(nodes, "g", info[:1], info[1:], tensors)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    norm = helper.make_node("LayerNormalization", ["h", "n.weight"], ["y"], epsilon=1e-5)
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), norm]
+    model = make_graph(nodes, ["n", 64], {"w": weight, "n.weight": weight[0]})
     onnx.save(model, tmp_path / "in.onnx")
-    onnx.save(
-        model, tmp_path / "out.onnx", save_as_external_data=True, location="w", size_threshold=9
-    )
+    external = {"save_as_external_data": True, "location": "w", "size_threshold": 9}
+    onnx.save(model, tmp_path / "out.onnx", **external)
     x = np.random.default_rng(1).standard_normal((5, 64))
     expected = (x.astype(np.float32) @ weight).std(1)
     for name in ("in.onnx", "out.onnx"):
