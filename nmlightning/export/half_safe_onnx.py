@@ -85,9 +85,9 @@ def make_half_safe(source: Path, file: Path, inputs: Any = None) -> HalfSafeRepo
     rewritten = tuple(norm for norm in norms if not _why_left(norm))
     if not rewritten:
         is_done = any(_MARK in node.name for node in model.graph.node)
-        why = "its norms are half-safe already" if is_done else "it has no layer or RMS norm"
-        reasons = "; ".join([why, *by_reason(left)])
-        raise InputError(f"nothing is to be rewritten in {str(source)!r}: {reasons}.")
+        reasons = ["they are half-safe already"] * is_done + by_reason(left)
+        why = "; ".join(reasons) or "it has no layer or RMS norm"
+        raise InputError(f"no norm of {str(source)!r} is to be rewritten: {why}.")
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     made = [_Rewrite.of(norm, opset, types) for norm in rewritten]
     error = max(map(_check, made))
@@ -274,10 +274,10 @@ def _replace(graph: GraphProto, made: Mapping[int, _Rewrite]) -> None:
         if id(node) in old and not any(uses[name] for name in node.output):
             uses.subtract(node.input)
         else:
-            kept.insert(0, node)
+            kept.append(node)
     if here:
         del graph.node[:]
-        graph.node.extend(kept)
+        graph.node.extend(reversed(kept))
 
 
 def _check(made: _Rewrite) -> float:
