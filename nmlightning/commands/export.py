@@ -164,7 +164,8 @@ def _rewrite(given: argparse.Namespace) -> int:
     from nmlightning.export.half_safe_onnx import make_half_safe
 
     inputs = read_arrays(given.inputs) if given.inputs else None
-    report = make_half_safe(given.checkpoint, output, inputs)
+    shapes = [given.input_shape] if given.input_shape else ()
+    report = make_half_safe(given.checkpoint, output, inputs, shapes)
     counts = Counter("RMS" if x.kind == "rms" else x.kind for x in report.rewritten)
     print_line("rewritten", ", ".join(f"{count} {kind} norms" for kind, count in counts.items()))
     for line in by_reason(report.left):

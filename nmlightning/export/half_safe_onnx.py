@@ -50,7 +50,9 @@ class HalfSafeReport:
     difference: float | str
 
 
-def make_half_safe(source: Path, file: Path, inputs: Any = None) -> HalfSafeReport:
+def make_half_safe(
+    source: Path, file: Path, inputs: Any = None, shapes: Sequence[Sequence[int]] = ()
+) -> HalfSafeReport:
     """Write an ONNX file again with layer and RMS norms that square nothing above 1.
 
     For a row x of n values, in the type that the file has for it, t the least normal float16:
@@ -66,8 +68,8 @@ def make_half_safe(source: Path, file: Path, inputs: Any = None) -> HalfSafeRepo
     Args:
         source: an ONNX file, of opset 11 or later.
         file: where; in the folder of `source` if that has external data. It may exist.
-        inputs: of the graph, as an `.npz` has them, to compare it; else they are random, if it says
-            their shapes.
+        inputs: of the graph, as an `.npz` has them, to compare it; else they are random.
+        shapes: of a sample of each, where the graph does not say it.
 
     Raises:
         InputError: no ONNX file, one without such norms or without its external data; a file that
@@ -100,7 +102,8 @@ def make_half_safe(source: Path, file: Path, inputs: Any = None) -> HalfSafeRepo
         opened.flush()
         draft = Path(opened.name)
         _check_file(draft, source)
-        difference = _compare(source, draft, [x.name for x in model.graph.output], inputs)
+        outputs = [x.name for x in model.graph.output]
+        difference = _compare(source, draft, outputs, inputs, shapes)
     return HalfSafeReport(file, len(content), data, rewritten, left, error, difference)
 
 
@@ -325,14 +328,16 @@ def _check_file(file: Path, source: Path) -> None:
             raise InputError(f"onnx.checker refuses what was rewritten: {reason}") from error
 
 
-def _compare(source: Path, file: Path, outputs: Sequence[str], inputs: Any) -> float | str:
+def _compare(
+    source: Path, file: Path, outputs: Sequence[str], inputs: Any, shapes: Sequence[Sequence[int]]
+) -> float | str:
     """Return how far the outputs of two files are apart, or why that is unknown."""
     if find_spec("onnxruntime") is None:
         return "not compared, for lack of onnxruntime"
     files = OnnxFile(source), OnnxFile(file)
     feeds = None if inputs is None else files[0].bind_inputs(inputs)
     try:
-        feeds = feeds or files[0].draw_inputs()
+        feeds = feeds or files[0].draw_inputs(shapes)
         before, after = (each.run(feeds, outputs) for each in files)
     except InputError as error:
         return f"not compared: {error}"
