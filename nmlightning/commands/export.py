@@ -4,7 +4,7 @@ import argparse
 import re
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from nmlightning.commands.argument_parser import ArgumentParser, print_line
 from nmlightning.commands.own_models import (
@@ -15,14 +15,15 @@ from nmlightning.commands.own_models import (
     read_arrays,
 )
 from nmlightning.errors import InputError, check_choice, nearest
-from nmlightning.export.formats import FORMATS, check_target
+from nmlightning.export.formats import FORMATS, HALF_SAFE, check_target
 from nmlightning.name_patterns import by_reason, some
 
 if TYPE_CHECKING:
     from torch import nn
 
     from nmlightning.export.export import ExportReport
-    from nmlightning.export.half_safe import Evaluation
+    from nmlightning.export.half_safe import Evaluation, HalfSafe
+    from nmlightning.translation.task import Translator
 
 
 def run(arguments: list[str]) -> int:
@@ -46,6 +47,8 @@ def run(arguments: list[str]) -> int:
             net = _choose(root, given.module) if given.module else root
         else:
             net, evaluate = _load(given)
+        if not is_own and hasattr(net, "tokenizer"):
+            return _export_translator(cast("Translator", net), given, evaluate)
         bound = bind_inputs(net, arrays) if arrays else None
         report = export_network(
             net,
@@ -82,16 +85,50 @@ def _load(given: argparse.Namespace) -> "tuple[nn.Module, Evaluation | None]":
     checkpoint = Checkpoint(given.checkpoint, given.config)
     module = checkpoint.load_module()
     if isinstance(module, Translator):
-        raise InputError(
-            f"{str(given.checkpoint)!r} is of Translator, whose network takes two inputs: nm "
-            "export cannot write it. Run it with nm translate."
-        )
+        return module, checkpoint.evaluation(module, "net") if given.half_safe == "l1" else None
     if not (given.input_shape or given.inputs):
         given.input_shape = checkpoint.input_shape()
     name = given.module or "net"
     net = _choose(module, name)
     needs_data = given.half_safe == "l1" and not given.inputs
     return net, checkpoint.evaluation(module, name) if needs_data else None
+
+
+def _export_translator(
+    task: "Translator", given: argparse.Namespace, evaluate: "Evaluation | None"
+) -> int:
+    """Write the encoder and the greedy step of a translation network, each as a graph."""
+    from nmlightning.export.half_safe import make_half_safe
+    from nmlightning.parametrizations.apply import remove_weight_norm
+    from nmlightning.parametrizations.layers import normalised_weights
+    from nmlightning.translation.graphs import export_translator
+
+    net, safe = task.net.float().eval(), None
+    if normalised_weights(net):
+        remove_weight_norm(net)
+    if given.half_safe == "l1" and evaluate is None:
+        raise InputError("--half-safe l1 is fitted on batches: give data by --config.")
+    if given.half_safe:
+        check_choice("--half-safe", given.half_safe, HALF_SAFE)
+        safe = make_half_safe(net, given.half_safe, evaluate or (lambda _: {}))
+    shape = given.input_shape or (None,)
+    reports = export_translator(
+        net,
+        given.output,
+        given.format,
+        source_length=shape[0],
+        extra_length=task.extra_length,
+        overwrite=given.overwrite,
+    )
+    for report, part in zip(reports, ("Encoder", "Step"), strict=True):
+        _print(report, f"{part} of {type(net).__name__}")
+    _print_half_safe(safe)
+    print_line(
+        "decode",
+        "begin with token 1 and a cache of 0 tokens (an LSTM: zeros); feed each step the likeliest "
+        "token but 0 and 1, and new_…; 2 ends. These are the tokens of nm translate --beam_size 1",
+    )
+    return 0
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -204,13 +241,7 @@ def _print(report: "ExportReport", network: str) -> None:
         print_line("weights", f"{len(report.made_plain)} no longer parametrized")
     if report.quantized:
         print_line("int8", f"{len(report.quantized)} inputs quantised, weights in the file as int8")
-    if safe := report.half_safe:
-        print_line("half-safe", f"{len(safe.swapped)} layer and RMS norms swapped to {safe.norm}")
-        print_line("change", f"{safe.change:.1e} of the largest output")
-        for metric, (before, after) in safe.metrics.items():
-            print_line("", f"{metric} {before:.4g} before, {after:.4g} after")
-        for line in by_reason(safe.left):
-            print_line("not swapped", line)
+    _print_half_safe(report.half_safe)
     drawn = "random" if report.input_names == ("input",) else "the given"
     print_line(
         "difference",
@@ -221,6 +252,18 @@ def _print(report: "ExportReport", network: str) -> None:
     feed = ", ".join(f"{x!r}: {y}.numpy()" for x, y in zip(report.input_names, names, strict=True))
     use = FORMATS[report.format].use
     print_line("use", use.format(file=str(report.file), feed=feed, names=", ".join(names)))
+
+
+def _print_half_safe(safe: "HalfSafe | None") -> None:
+    if safe is None:
+        return
+    print_line("half-safe", f"{len(safe.swapped)} layer and RMS norms swapped to {safe.norm}")
+    if safe.change:
+        print_line("change", f"{safe.change:.1e} of the largest output")
+    for metric, (before, after) in safe.metrics.items():
+        print_line("", f"{metric} {before:.4g} before, {after:.4g} after")
+    for line in by_reason(safe.left):
+        print_line("not swapped", line)
 
 
 def _print_norms(report: "ExportReport") -> None:

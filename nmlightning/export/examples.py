@@ -61,8 +61,8 @@ class Examples:
     Attributes:
         names: of the inputs, in order.
         output_names: of the tensors that the network returns.
-        length: the size of dimension 1 of given inputs of whole numbers, such as tokens, if it is
-            one; files are tried to be written for others, too. Else 0.
+        lengths: the names of dimension 1 of inputs, by theirs, where its size is left open. By
+            default `sequence` of those that are as long as all of whole numbers, such as tokens.
 
     Raises:
         InputError: no such inputs; the network does not take them, or returns no finite tensor.
@@ -73,6 +73,7 @@ class Examples:
         net: nn.Module,
         input_shape: Sequence[int] | None,
         inputs: Mapping[str, Tensor] | Sequence[Tensor] | None,
+        lengths: Mapping[str, str] | None = None,
     ) -> None:
         if inputs is None and not isinstance(input_shape, Sequence):
             raise InputError(
@@ -85,11 +86,14 @@ class Examples:
             shapes = some([str(tuple(x.shape)) for x in given])
             raise InputError(f"the first dimension of all inputs is the batch; they are {shapes}.")
         self._given = [x.cpu().float() if x.is_floating_point() else x.cpu() for x in given]
-        lengths = {x.shape[1] for x in given if x.dim() > 1 and not x.is_floating_point()}
-        self.length = min(lengths) if len(lengths) == 1 and min(lengths) > 2 else 0
         takes = list(inspect.signature(net.forward).parameters)[: len(given)]
         takes = takes if len(takes) == len(given) else [f"input_{i}" for i in range(len(given))]
         self.names = self._keywords or (takes if len(given) > 1 else ["input"])
+        sizes = {x.shape[1] for x in given if x.dim() > 1 and not x.is_floating_point()}
+        pairs = zip(self.names, given, strict=False)
+        as_long = [name for name, x in pairs if x.dim() > 1 and {x.shape[1]} == sizes - {1, 2}]
+        self.must_be_open = lengths is not None
+        self.lengths = dict.fromkeys(as_long, "sequence") if lengths is None else dict(lengths)
         self.output_names = ["output"]
         for size in BATCH_SIZES:
             self.output_names = list(self._check(net, size))
@@ -130,16 +134,18 @@ class Examples:
             generator = torch.Generator().manual_seed(_SEED + size)
             return (torch.randn(size, *self._sizes, generator=generator),)
         batch = [x[torch.arange(size) % len(x)] for x in self._given]
-        return tuple(x[:, : self.length - cut] if self._has_length(x) else x for x in batch)
+        pairs = zip(self.names, batch, strict=True)
+        return tuple(
+            x[:, : x.shape[1] - cut * (name in self.lengths)] if x.dim() > 1 else x
+            for name, x in pairs
+        )
 
-    def _has_length(self, x: Tensor) -> bool:
-        return bool(self.length) and x.dim() > 1 and x.shape[1] == self.length
-
-    def dynamic_shapes(self, is_open: bool, length: Any) -> Any:
-        """Return what leaves the batch, and the length of sequences, open to `torch.export`."""
-        batch = torch.export.Dim("batch")
-        opened = [is_open and self._has_length(x) for x in self.draw()]
-        shapes = tuple({0: batch, 1: length} if both else {0: batch} for both in opened)
+    def dynamic_shapes(self, is_open: bool, find: bool = False) -> Any:
+        """Return what leaves batch and lengths open to `torch.export`, which may `find` bounds."""
+        dims: dict[str, Any] = {x: torch.export.Dim(x) for x in {"batch", *self.lengths.values()}}
+        opened = [self.lengths.get(name) if is_open else None for name in self.names]
+        first, auto = {0: dims["batch"]}, torch.export.Dim.AUTO
+        shapes = tuple(first | ({1: auto if find else dims[x]} if x else {}) for x in opened)
         return shapes if self._is_plain else (shapes,)
 
     def describe(self, is_open: bool) -> str:
@@ -147,8 +153,8 @@ class Examples:
         lines = []
         for name, x in zip(self.names, self.draw(), strict=True):
             sizes: list[Any] = ["N", *x.shape[1:]]
-            if is_open and self._has_length(x):
-                sizes[1] = "sequence"
+            if is_open and name in self.lengths:
+                sizes[1] = self.lengths[name]
             lines.append(f"{name} " * bool(self._given) + " × ".join(map(str, sizes)))
         return ", ".join(lines)
 

@@ -101,6 +101,7 @@ def export_network(
     input_shape: Sequence[int] | None = None,
     *,
     inputs: Mapping[str, Tensor] | Sequence[Tensor] | None = None,
+    lengths: Mapping[str, str] | None = None,
     half_safe: str | None = None,
     evaluate: Evaluation | None = None,
     fold: bool = True,
@@ -129,6 +130,7 @@ def export_network(
         input_shape: the shape of one input, such as (3, 32, 32).
         inputs: in place of a shape, a batch by name or in order, such as of tokens. Their dimension
             1 is left open, too, if the file then is right for other lengths.
+        lengths: names for dimension 1 of those inputs where it must be left open, by their names.
         half_safe: swap layer and RMS norms for inference in float16, to "scaled", which computes
             the same, or to "l1", whose weights are fitted to the trained outputs.
         evaluate: runs batches through a network and returns what it measures by name, to fit
@@ -161,7 +163,7 @@ def export_network(
             f"a state dict cannot hold the quantised inputs of {some(quantized)}. Export to onnx "
             "or torch_export, or call remove_int8 for a network in floating point."
         )
-    examples = Examples(trained, input_shape, inputs)
+    examples = Examples(trained, input_shape, inputs, lengths)
     safe = None
     if half_safe is not None:
         if keeps_code:
@@ -204,10 +206,12 @@ def _write_checked(
     """Leave the length of sequences open if that is right; return why not with the rest."""
     fixed = ""
     adapted, expected = examples.adapt(plain), examples.adapt(trained)
-    if examples.length and not FORMATS[format].keeps_code:
+    if examples.lengths and not FORMATS[format].keeps_code:
         try:
             found = _write(adapted, expected, file, format, examples, tolerance, is_open=True)
         except InputError as error:
+            if examples.must_be_open:
+                raise
             fixed = str(error)
         else:
             return *found, fixed
@@ -266,15 +270,17 @@ def _read_state_dict(file: Path, net: nn.Module) -> Network:
 
 
 def _write_onnx(net: nn.Module, examples: Examples, is_open: bool, file: Path) -> None:
-    program = torch.onnx.export(
-        net,
-        examples.draw(),
-        input_names=examples.names,
-        output_names=examples.output_names,
-        dynamic_shapes=examples.dynamic_shapes(is_open, torch.export.Dim("sequence")),
-        dynamo=True,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "# The axis name")  # of one that several inputs share
+        program = torch.onnx.export(
+            net,
+            examples.draw(),
+            input_names=examples.names,
+            output_names=examples.output_names,
+            dynamic_shapes=examples.dynamic_shapes(is_open),
+            dynamo=True,
+            verbose=False,
+        )
     assert program is not None, "dynamo gives one"
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, with the folders of this machine
@@ -304,7 +310,7 @@ def _read_onnx(file: Path, net: nn.Module) -> Network:
 def _write_torch_export(net: nn.Module, examples: Examples, is_open: bool, file: Path) -> None:
     content = io.BytesIO()  # on a full disk, torch 2.15 aborts in this, and not where it saves
     # A table of positions may have a bound for them, which only AUTO finds out.
-    shapes = examples.dynamic_shapes(is_open, torch.export.Dim.AUTO)
+    shapes = examples.dynamic_shapes(is_open, find=True)
     torch.export.save(torch.export.export(net, examples.draw(), dynamic_shapes=shapes), content)
     file.write_bytes(content.getbuffer())
 

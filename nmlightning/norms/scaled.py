@@ -32,8 +32,13 @@ def normalise_scaled(
     u, added = x / largest, root / largest
     u = u - _mean(u, dims) if centred else u
     y = u / (_mean(u * u, dims) + added * added).sqrt()  # autocast would square in float32
-    y = y if weight is None else y * weight.to(y.dtype)
-    return y if bias is None else y + bias.to(y.dtype)
+    y = y if weight is None else y * _like(weight, y)
+    return y if bias is None else y + _like(bias, y)
+
+
+def _like(parameter: Tensor, y: Tensor) -> Tensor:
+    """Return a parameter in the dtype of y; a cast would fix that of an exported program."""
+    return parameter if parameter.dtype == y.dtype else parameter.to(y.dtype)
 
 
 def _largest(x: Tensor, dims: tuple[int, ...], least: float) -> Tensor:

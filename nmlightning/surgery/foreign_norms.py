@@ -125,7 +125,7 @@ class SwappedNorm:
         y = y.movedim(-1, 1) if form.channels_first else y
         if form.narrows and is_half(learned):
             y = y.to(learned)
-        elif form.widens:
+        elif form.widens and learned != input.dtype:  # an exported program would keep the cast
             y = y.to(torch.promote_types(learned, input.dtype))
         return self.act(self.drop(y)) if form.activates else y
 

@@ -167,7 +167,9 @@ class AttentionLSTM(nn.Module):
     ) -> tuple[Tensor, Cells]:
         """Return the logits for (N, T) tokens that follow the cells, and the cells after them."""
         x, cell = self.first_decoder(self.words.embed_target(target), cells[0])
-        context = F.scaled_dot_product_attention(self.query(x), memory, memory, attn_mask=mask)
+        # With a dimension of one head, which ONNX's exporter wants.
+        query, read, seen = self.query(x)[:, None], memory[:, None], mask[:, None]
+        context = F.scaled_dot_product_attention(query, read, read, attn_mask=seen)[:, 0]
         after: Cells = [cell]
         for number, layer in enumerate(self.decoder, 1):
             y, cell = layer(torch.cat((x, context), 2), cells[number])

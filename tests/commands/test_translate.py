@@ -132,14 +132,6 @@ def test_translate_refuses_other_tasks(
     assert "is of ImageClassifier, which does not translate." in answer.err
 
 
-@pytest.mark.parametrize("form", ["state_dict", "onnx"])
-def test_export_refuses_a_translator(
-    form: str, trained: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["export", str(trained), "--format", form]) == 2
-    assert "whose network takes two inputs" in capfd.readouterr().err
-
-
 def test_nm_test_prints_the_bleu_to_publish(trained: Path) -> None:
     words = ["--config", trained.parents[1] / "config.yaml", "--ckpt_path", trained]
     answer = subprocess.run(
@@ -172,3 +164,16 @@ def test_translate_ends_when_its_reader_closes(trained: Path) -> None:
         error = process.stderr.read().decode()
         assert process.wait() == 141, error  # as SIGPIPE ends a program
     assert "Traceback" not in error
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_export_writes_encoder_and_step(trained: Path, nm: Translate) -> None:
+    words = ("export", trained, "--format")
+    answer = nm(*words, "torch_export", "-o", "a.pt2")
+    assert (answer.code, answer.err) == (0, [])
+    assert answer.out[0].startswith(" network     Encoder of Transformer, inputs source N × sequ")
+    assert "has no layer or RMS norm" in nm(*words, "onnx", "--half-safe", "scaled").err[0]
+    assert answer.out[-1].startswith(" decode      begin with token 1 and a cache of 0 tokens")
+    assert sorted(x.name for x in Path().glob("*.pt2")) == ["a.encoder.pt2", "a.step.pt2"]
+    (line,) = nm(*words, "state_dict").err
+    assert line.endswith(" as onnx or torch_export, got Transformer as state_dict.")

@@ -1,0 +1,120 @@
+"""Networks of other libraries, exported with norms that float16 inference does not break."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from nmlightning import InputError, export_network
+from nmlightning.export.examples import name_outputs
+
+Case = tuple[nn.Module, dict[str, Any], int]  # a network, what export_network takes, its norms
+IDS = torch.randint(3, 50, (4, 7), generator=torch.Generator().manual_seed(0))
+MASK = (torch.arange(7) < torch.tensor([[7], [4], [7], [5]])).long()
+TOKENS = {"inputs": {"input_ids": IDS, "attention_mask": MASK}}
+SIZES: dict[str, int] = {
+    "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 64,
+}  # fmt: skip
+
+
+def vit() -> Case:
+    net = torchvision.models.VisionTransformer(16, 8, 2, 2, 16, 32, num_classes=5)
+    nn.init.normal_(net.heads.head.weight)
+    return net, {"input_shape": (3, 16, 16)}, 5
+
+
+def convnext() -> Case:
+    timm = pytest.importorskip("timm")
+    net = timm.models.convnext.ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), num_classes=5)
+    return net, {"input_shape": (3, 32, 32)}, 9
+
+
+def bert() -> Case:
+    transformers = pytest.importorskip("transformers")
+    return transformers.BertModel(transformers.BertConfig(**SIZES)), TOKENS, 5
+
+
+def llama() -> Case:
+    transformers = pytest.importorskip("transformers")
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)), TOKENS, 5
+
+
+CASES: list[Callable[[], Case]] = [vit, convnext, bert, llama]
+
+
+@pytest.mark.filterwarnings("ignore")  # of what transformers and exporters say of each other
+@pytest.mark.parametrize("format", ["onnx", "torch_export"])
+@pytest.mark.parametrize("make", CASES)
+def test_scaled_networks_are_the_same(
+    make: Callable[[], Case], format: str, tmp_path: Path
+) -> None:
+    net, given, count = make()
+    file = tmp_path / ("net.onnx" if format == "onnx" else "net.pt2")
+    report = export_network(net, file, format, half_safe="scaled", **given)
+    assert report.half_safe is not None
+    assert len(report.half_safe.swapped) == count
+    assert report.half_safe.change < 1e-5  # float32 through some layers
+    assert not report.fixed
+    assert report.inputs.count("N × sequence") == (2 if given is TOKENS else 0)
+
+
+class Deep(nn.Module):
+    """Norms of inputs whose squares float16 does not hold."""
+
+    def __init__(self, scale: float = 2000.0) -> None:
+        super().__init__()
+        self.first, self.scale = nn.LayerNorm(64), scale
+        self.middle, self.last = nn.Linear(64, 64), nn.RMSNorm(64, 1e-5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        y = self.first(x * self.scale)
+        return y, {"last": self.last(self.middle(y) * self.scale)}
+
+
+def test_float16_file_is_right(tmp_path: Path) -> None:
+    """Each operation of the file in float16; torch computes its own norms in float32."""
+    net = Deep().requires_grad_(False)
+    export_network(net, tmp_path / "a.pt2", "torch_export", (64,), half_safe="scaled")
+    program = torch.export.load(tmp_path / "a.pt2").module().half()
+    x = torch.randn(8, 64)
+    found, expected = program(x.half()), net.double()(x.half().double())
+    for half, exact in zip(found, name_outputs(expected).values(), strict=True):
+        assert float((half - exact).abs().max() / exact.abs().max()) < 1e-2
+
+
+def test_l1_is_fitted_to_the_trained_outputs(tmp_path: Path) -> None:
+    net = Deep(1.0)
+    x = torch.randn(64, 64) * torch.logspace(-1, 1, 64)  # of no Gaussian's mean |x|
+    seen: list[nn.Module] = []
+
+    @torch.no_grad()
+    def evaluate(each: nn.Module) -> dict[str, float]:
+        seen.append(each)
+        return {"size": float(each(x)[1]["last"].square().mean().sqrt())}
+
+    options: dict[str, Any] = {"half_safe": "l1", "evaluate": evaluate}
+    report = export_network(net, tmp_path / "a.onnx", "onnx", (64,), **options)
+    assert report.half_safe is not None
+    before, after = report.half_safe.metrics["size"]
+    assert len(seen) == 2
+    assert abs(after / before - 1) < 0.02  # without the fit 0.1 and more
+    assert 0 < report.half_safe.change < 0.5
+
+
+def test_half_safe_is_refused_where_it_means_nothing(tmp_path: Path) -> None:
+    for net, given, message in (
+        (nn.Linear(4, 4), {"half_safe": "scaled"}, "Linear has no layer or RMS norm of torch's"),
+        (nn.LayerNorm(4), {"half_safe": "l2"}, "half_safe is None or 'scaled' or 'l1', got 'l2'"),
+        (nn.LayerNorm(4), {"half_safe": "l1"}, "half_safe l1 is fitted on batches"),
+        (nn.LayerNorm(4), {"inputs": [torch.ones(2, 4), torch.ones(3)]}, "is the batch; they are"),
+    ):
+        shape = None if "inputs" in given else (4,)
+        with pytest.raises(InputError, match=message):
+            export_network(net, tmp_path / "a.onnx", "onnx", shape, **given)
+    with pytest.raises(InputError, match="a state dict has no norms"):
+        export_network(nn.LayerNorm(4), tmp_path / "a", "state_dict", (4,), half_safe="scaled")
