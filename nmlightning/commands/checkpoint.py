@@ -5,7 +5,7 @@ import pickle
 from collections.abc import Collection, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
@@ -16,9 +16,11 @@ from nmlightning.commands.failures import explain_failures
 from nmlightning.commands.files import SHARED_FILE, config_of, is_whole, read_config
 from nmlightning.commands.parser import Parser
 from nmlightning.errors import InputError
-from nmlightning.export.half_safe import Evaluation
 from nmlightning.named_code import check_named_code, typed_classes
 from nmlightning.surgery.checkpoints import load_from_checkpoint
+
+if TYPE_CHECKING:
+    from nmlightning.export.half_safe import Evaluation
 
 VALIDATION_BATCHES = 16  # of an evaluation before and after a swap
 _INSTANTIATOR = f"{instantiate_module.__module__}.{instantiate_module.__name__}"
@@ -129,7 +131,7 @@ class Checkpoint:
         return parser.instantiate_classes(parser.parse_object({"data": settings})).data  # type: ignore[no-any-return]
 
     @explain_failures()
-    def evaluation(self, module: LightningModule, name: str) -> Evaluation | None:
+    def evaluation(self, module: LightningModule, name: str) -> "Evaluation | None":
         """Return what validates the module with another network in it, if there are data."""
         data = self._load_data()
         trainer = Trainer(

@@ -164,15 +164,11 @@ def export_network(
             "or torch_export, or call remove_int8 for a network in floating point."
         )
     examples = Examples(trained, input_shape, inputs, lengths)
-    safe = None
-    if half_safe is not None:
-        if keeps_code:
-            raise InputError("half_safe is for onnx and torch_export: a state dict has no norms.")
-        if half_safe == "l1" and evaluate is None and inputs is None:
-            raise InputError("half_safe l1 is fitted on batches: give inputs, or what to evaluate.")
-        before = examples.adapt(copy.deepcopy(trained))
-        safe = make_half_safe(trained, half_safe, evaluate or examples.run)
-        safe = replace(safe, change=examples.difference(examples.adapt(trained), before))
+    if half_safe is not None and keeps_code:
+        raise InputError("half_safe is for onnx and torch_export: a state dict has no norms.")
+    if half_safe == "l1" and evaluate is None and inputs is None:
+        raise InputError("half_safe l1 is fitted on batches: give inputs, or what to evaluate.")
+    safe = _swap_half_safe(trained, half_safe, evaluate or examples.run, examples)
     plain = copy.deepcopy(trained)
     made_plain = _remove_parametrizations(plain)
     modules = extract_quantizers(plain)
@@ -197,6 +193,16 @@ def export_network(
         file, format, size, report, tuple(made_plain), difference, quantized, tolerance,
         examples.describe(not fixed), tuple(examples.names), fixed, safe,
     )  # fmt: skip
+
+
+def _swap_half_safe(
+    net: nn.Module, norm: str | None, evaluate: Evaluation, examples: Examples
+) -> HalfSafe | None:
+    if norm is None:
+        return None
+    before = examples.adapt(copy.deepcopy(net))
+    safe = make_half_safe(net, norm, evaluate)
+    return replace(safe, change=examples.difference(examples.adapt(net), before))
 
 
 def _write_checked(
