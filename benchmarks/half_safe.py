@@ -109,11 +109,11 @@ def enlarge(net: nn.Module, factor: float) -> nn.Module:
     return net
 
 
-def of_timm(name: str) -> tuple[nn.Module, Tensor]:
+def of_timm(name: str, **options: Any) -> tuple[nn.Module, Tensor]:
     import timm
 
     torch.manual_seed(1)
-    return timm.create_model(name, num_classes=10).eval(), torch.randn(4, 3, 224, 224)
+    return timm.create_model(name, num_classes=10, **options).eval(), torch.randn(2, 3, 64, 64)
 
 
 def llama() -> tuple[nn.Module, Tensor]:
@@ -145,7 +145,7 @@ def networks() -> Mapping[str, Callable[[], tuple[nn.Module, Tensor]]]:
     found: dict[str, Any] = {"built": built}
     for name, factor in of_digits.items():
         found[name] = lambda factor=factor: (enlarge(trained(), factor), digits()[0][1500:1600])
-    found["vit_tiny"] = partial(of_timm, "vit_tiny_patch16_224")
+    found["vit_tiny"] = partial(of_timm, "vit_tiny_patch16_224", img_size=64)
     found["convnext_atto"] = partial(of_timm, "convnext_atto")
     if find_spec("transformers"):
         found["llama"] = llama

@@ -276,6 +276,8 @@ def _read_state_dict(file: Path, net: nn.Module) -> Network:
 
 
 def _write_onnx(net: nn.Module, examples: Examples, is_open: bool, file: Path) -> None:
+    # onnxscript 0.7 takes an addend of 1e-8 or less for 0: such an eps would be lost.
+    keeps_eps = all((getattr(x, "eps", None) or 1) > 1e-8 for x in net.modules())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "# The axis name")  # of one that several inputs share
         program = torch.onnx.export(
@@ -286,6 +288,7 @@ def _write_onnx(net: nn.Module, examples: Examples, is_open: bool, file: Path) -
             dynamic_shapes=examples.dynamic_shapes(is_open),
             dynamo=True,
             verbose=False,
+            optimize=keeps_eps,
         )
     assert program is not None, "dynamo gives one"
     for node in program.model.graph.all_nodes():

@@ -39,9 +39,9 @@ class HalfSafe:
 def make_half_safe(net: nn.Module, norm: str, evaluate: Evaluation) -> HalfSafe:
     """Swap the layer and RMS norms of a network in evaluation, in place.
 
-    `scaled` computes the same. For `l1` each weight is multiplied by the factor f of each feature
-    that fits the new output to the old one, Σ old · new / Σ new² without biases, on what
-    `evaluate` runs through the network; it is called again afterwards.
+    `scaled` computes the same. For `l1`, which is scaled, too, each weight is multiplied by the
+    factor f of each feature that fits the new output to the old one, Σ old · new / Σ new² without
+    biases, on what `evaluate` runs through the network; it is called again afterwards.
 
     Returns:
         What was done, with a change of 0, which is the caller's to measure.
@@ -57,7 +57,9 @@ def make_half_safe(net: nn.Module, norm: str, evaluate: Evaluation) -> HalfSafe:
             f"half_safe: {type(net).__name__} has no layer or RMS norm of torch's formula to swap."
         )
     trained = copy.deepcopy(net)
-    swap_norms(net, norm, kinds=_KINDS, include=chosen)
+    # Unscaled, the sum of |x| would leave float16 where a runtime adds in half.
+    power = {"scaled": 2.0, "l1": 1.0}[norm]
+    swap_norms(net, "scaled", {"p": power}, kinds=_KINDS, include=chosen)
     before: Mapping[str, float] = {}
     after = before
     if norm == "l1":

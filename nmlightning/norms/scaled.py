@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nmlightning.errors import check_flag
+from nmlightning.errors import check_choice, check_flag, given_by_keyword
 from nmlightning.norms.batch_norm_base import accumulation_dtype, check_eps
 from nmlightning.norms.fast_path import traceable
 from nmlightning.norms.layer_norm import FeatureNorm, check_normalized_shape, normalise_features
@@ -16,8 +17,9 @@ _LEAST = torch.finfo(torch.float16).tiny
 
 
 def normalise_scaled(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, rank: int, eps: float, centred: bool
-) -> Tensor:
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, rank: int, eps: float, centred: bool,
+    p: float = 2.0,
+) -> Tensor:  # fmt: skip
     """Return x, (*, *normalized_shape), normalised over its last `rank` dimensions, in its dtype.
 
     The sizes k and m cancel, and the first mean as well, so none of them has a gradient.
@@ -31,9 +33,17 @@ def normalise_scaled(
     largest = _largest(x, dims, max(root, _LEAST))
     u, added = x / largest, root / largest
     u = u - _mean(u, dims) if centred else u
-    y = u / (_mean(u * u, dims) + added * added).sqrt()  # autocast would square in float32
+    y = u / (_mean_square(u, dims, p) + added * added).sqrt()
     y = y if weight is None else y * _like(weight, y)
     return y if bias is None else y + _like(bias, y)
+
+
+def _mean_square(u: Tensor, dims: tuple[int, ...], p: float) -> Tensor:
+    """Return mean u², or (√(π/2) · mean |u|)²; by products, since autocast squares in float32."""
+    if p == 2:
+        return _mean(u * u, dims)
+    scale = math.sqrt(math.pi / 2) * _mean(u.abs(), dims)
+    return scale * scale
 
 
 def _like(parameter: Tensor, y: Tensor) -> Tensor:
@@ -52,7 +62,15 @@ def _mean(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return x
 
 
-class ScaledLayerNorm(FeatureNorm, nn.LayerNorm):
+class Scaled(FeatureNorm):
+    """What the scaled norms share."""
+
+    def formula(self, *arguments: Any) -> Tensor:
+        """Return what `normalise_scaled` does with this p."""
+        return normalise_scaled(*arguments, p=self.p)
+
+
+class ScaledLayerNorm(Scaled, nn.LayerNorm):
     """`nn.LayerNorm` of the same state and output, right also with every value in float16.
 
         k = max |x|,    μ = k · mean(x / k),    d = (x − μ) / 2,    m = max(|d|, √eps / 2),
@@ -68,6 +86,7 @@ class ScaledLayerNorm(FeatureNorm, nn.LayerNorm):
         eps: added to the variance.
         elementwise_affine: learn a weight for each feature.
         bias: learn a bias for each feature too.
+        p: 2, or 1 for an L1 layer norm, with (√(π/2) · mean |u|)² in the place of mean u².
 
     Raises:
         InputError: a setting outside what is allowed; an input that ends in other sizes, or is not
@@ -81,11 +100,11 @@ class ScaledLayerNorm(FeatureNorm, nn.LayerNorm):
     """
 
     kind = "layer"
-    formula = staticmethod(normalise_scaled)
 
+    @given_by_keyword("p")
     def __init__(
         self, normalized_shape: int | Sequence[int], eps: float = 1e-5,
-        elementwise_affine: bool = True, bias: bool = True, *,
+        elementwise_affine: bool = True, bias: bool = True, *, p: float = 2.0,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__(
@@ -96,7 +115,8 @@ class ScaledLayerNorm(FeatureNorm, nn.LayerNorm):
             device=device,
             dtype=dtype,
         )
-        self._set_statistic(2.0, "exact", None)
+        check_choice("p", p, (1, 2))
+        self._set_statistic(p, "exact", None)
 
     @traceable
     def forward(self, input: Tensor) -> Tensor:
@@ -105,7 +125,7 @@ class ScaledLayerNorm(FeatureNorm, nn.LayerNorm):
         return normalise_features(input, self, self.weight, self.bias, *settings, centred=True)
 
 
-class ScaledRMSNorm(FeatureNorm, nn.RMSNorm):
+class ScaledRMSNorm(Scaled, nn.RMSNorm):
     """`nn.RMSNorm` of the same state and output, right also with every value in float16.
 
         m = max(|x|, √eps),    u = x / m,    y = u / √(mean u² + (√eps / m)²) · weight
@@ -118,12 +138,12 @@ class ScaledRMSNorm(FeatureNorm, nn.RMSNorm):
     """
 
     kind = "rms"
-    formula = staticmethod(normalise_scaled)
 
+    @given_by_keyword("p")
     def __init__(
         self, normalized_shape: int | Sequence[int], eps: float | None = None,
-        elementwise_affine: bool = True, *, device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        elementwise_affine: bool = True, *, p: float = 2.0,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__(
             check_normalized_shape(normalized_shape),
@@ -132,7 +152,8 @@ class ScaledRMSNorm(FeatureNorm, nn.RMSNorm):
             device=device,
             dtype=dtype,
         )
-        self._set_statistic(2.0, "exact", None)
+        check_choice("p", p, (1, 2))
+        self._set_statistic(p, "exact", None)
 
     @traceable
     def forward(self, x: Tensor) -> Tensor:

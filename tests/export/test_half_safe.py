@@ -4,9 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 import torchvision
+from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
 from nmlightning import InputError, export_network
@@ -85,6 +87,28 @@ def test_float16_file_is_right(tmp_path: Path) -> None:
     found, expected = program(x.half()), net.double()(x.half().double())
     for half, exact in zip(found, name_outputs(expected).values(), strict=True):
         assert float((half - exact).abs().max() / exact.abs().max()) < 1e-2
+
+
+@pytest.mark.parametrize("norm", ["scaled", "l1"])
+def test_means_are_of_values_up_to_1(norm: str, tmp_path: Path) -> None:
+    """A runtime may add them in float16."""
+    x = torch.randn(8, 64)
+    export_network(Deep(), tmp_path / "a.onnx", "onnx", inputs=(x,), half_safe=norm)
+    model = onnx.load(tmp_path / "a.onnx")
+    summed = [node.input[0] for node in model.graph.node if node.op_type == "ReduceMean"]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in summed)
+    found = ReferenceEvaluator(model).run(summed, {"input": x.numpy()})
+    assert len(found) == 4
+    assert max(abs(values).max() for values in found) <= 1
+
+
+def test_exporter_keeps_a_small_eps(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.RMSNorm(8, 1e-12), nn.Linear(8, 2))
+    export_network(net, tmp_path / "a.onnx", "onnx", (8,))
+    (found,) = ReferenceEvaluator(str(tmp_path / "a.onnx")).run(
+        None, {"input": torch.zeros(1, 8).numpy()}
+    )
+    torch.testing.assert_close(torch.from_numpy(found), net(torch.zeros(1, 8)).detach())
 
 
 def test_l1_is_fitted_to_the_trained_outputs(tmp_path: Path) -> None:
