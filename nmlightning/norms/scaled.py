@@ -65,9 +65,10 @@ def _mean(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 class Scaled(FeatureNorm):
     """What the scaled norms share."""
 
-    def formula(self, *arguments: Any) -> Tensor:
+    def formula(self, x: Tensor, *settings: Any) -> Tensor:
         """Return what `normalise_scaled` does with this p."""
-        return normalise_scaled(*arguments, p=self.p)
+        weight, bias, rank, eps, centred = settings
+        return normalise_scaled(x, weight, bias, rank, eps, centred, self.p)
 
 
 class ScaledLayerNorm(Scaled, nn.LayerNorm):
