@@ -49,13 +49,12 @@ def run(arguments: list[str]) -> int:
             net, evaluate = _load(given)
         if not is_own and hasattr(net, "tokenizer"):
             return _export_translator(cast("Translator", net), given, evaluate)
-        bound = bind_inputs(net, arrays) if arrays else None
         report = export_network(
             net,
             given.output,
             given.format,
             given.input_shape,
-            inputs=bound and (bound.kwargs or bound.args),
+            inputs=bind_inputs(net, arrays) if arrays else None,
             half_safe=given.half_safe,
             evaluate=evaluate,
             fold=not given.no_fold,
@@ -147,23 +146,15 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         help="written by nm fit, such as last.ckpt, or my.package:make_model, or an ONNX file",
     )
     parser.add_argument("--format", help=f"{', '.join(FORMATS)} (required for a checkpoint)")
-    parser.add_argument(
-        "-o", "--output", type=Path, help="the file to write (default: beside the checkpoint)"
-    )
+    parser.add_argument("-o", "--output", type=Path, help="the file (default: beside CHECKPOINT)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
-    parser.add_argument(
-        "--no_fold", action="store_true", help="keep batch norms as torch's, to train further"
-    )
+    parser.add_argument("--no_fold", action="store_true", help="keep batch norms, to train further")
     parser.add_argument(
         "--input_shape",
         type=parse_shape,
         help="of one input, such as 3,32,32 (default: from the data of the run)",
     )
-    parser.add_argument(
-        "--inputs",
-        type=Path,
-        help="an .npz of them in place of a shape, by their names in forward or in order",
-    )
+    parser.add_argument("--inputs", type=Path, help="an .npz of them, by name or in order")
     parser.add_argument(
         "--half-safe",
         "--half_safe",
@@ -171,12 +162,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         help="swap layer and RMS norms for float16: scaled computes the same, l1 is fitted to it "
         "(of an ONNX file scaled alone)",
     )
-    parser.add_argument(
-        "--module", help="the part of the model to write (default: net, of a checkpoint)"
-    )
-    parser.add_argument(
-        "--config", help="a config whose model and data replace those of the checkpoint and its run"
-    )
+    parser.add_argument("--module", help="the part to write (default: net, of a checkpoint)")
+    parser.add_argument("--config", help="whose model and data replace the checkpoint's")
     given = parser.parse_args(arguments)
     if given.format is None and given.checkpoint.suffix != ".onnx":
         parser.error("the following arguments are required: --format")

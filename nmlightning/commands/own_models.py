@@ -6,7 +6,7 @@ import re
 import zipfile
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +15,6 @@ from nmlightning.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-
-class Inputs(NamedTuple):
-    """Arguments of a forward: `net(*inputs.args, **inputs.kwargs)`."""
-
-    args: "tuple[Tensor, ...]"
-    kwargs: "dict[str, Tensor]"
 
 
 def is_own_model(name: str) -> bool:
@@ -42,14 +35,12 @@ def load_model(name: str) -> "nn.Module":
     path, _, attribute = name.partition(":")
     try:
         found = import_module(path)
-    except ModuleNotFoundError as error:
-        if not f"{path}.".startswith(f"{error.name}."):
-            raise InputError(f"importing {path} raised {_in_line(error)}") from error
-        raise InputError(
-            f"there is no module {path!r}, installed or in {Path.cwd()}, to take {attribute} from."
-        ) from error
     except Exception as error:
-        raise InputError(f"importing {path} raised {_in_line(error)}") from error
+        line = f"importing {path} raised {_in_line(error)}"
+        if isinstance(error, ModuleNotFoundError) and f"{path}.".startswith(f"{error.name}."):
+            where = f"installed or in {Path.cwd()}"
+            line = f"there is no module {path!r}, {where}, to take {attribute} from."
+        raise InputError(line) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise InputError(f"{path} has no {attribute!r}.{nearest(part, dir(found))}")
@@ -86,29 +77,27 @@ def read_arrays(file: Path) -> dict[str, NDArray[np.generic]]:
     return arrays
 
 
-def bind_inputs(net: "nn.Module", arrays: dict[str, NDArray[np.generic]]) -> Inputs:
+def bind_inputs(
+    net: "nn.Module", arrays: dict[str, NDArray[np.generic]]
+) -> "dict[str, Tensor] | tuple[Tensor, ...]":
     """Return arrays as arguments of a network: by name if forward has all names, else in order.
 
-    Floating-point arrays become float32.
-
-    Raises:
-        InputError: forward takes other arguments.
+    Floating-point arrays become float32; InputError if forward takes other arguments.
     """
     import torch
 
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     tensors = {n: q.float() if q.is_floating_point() else q for n, q in tensors.items()}
-    parameters = inspect.signature(net.forward).parameters
-    by_name = tensors.keys() <= parameters.keys()
-    inputs = Inputs((), tensors) if by_name else Inputs(tuple(tensors.values()), {})
+    signature = inspect.signature(net.forward)
+    by_name = tensors.keys() <= signature.parameters.keys()
     try:
-        inspect.signature(net.forward).bind(*inputs.args, **inputs.kwargs)
+        signature.bind(**tensors) if by_name else signature.bind(*tensors.values())
     except TypeError as error:
         raise InputError(
             f"--inputs has {', '.join(arrays)}, and {type(net).__name__} takes "
-            f"{', '.join(parameters)}: {error}."
+            f"{', '.join(signature.parameters)}: {error}."
         ) from error
-    return inputs
+    return tensors if by_name else tuple(tensors.values())
 
 
 def parse_shape(text: str) -> tuple[int, ...]:

@@ -63,8 +63,8 @@ def run_inference(given: argparse.Namespace, options: list[str]) -> tuple[NormRa
     model: Any = file or load_model(name)
     if given.inputs:
         arrays = read_arrays(given.inputs)
-        args, kwargs = (arrays, {}) if file else bind_inputs(model, arrays)
-        batches, inputs = iter([args or kwargs]), str(given.inputs)
+        batches = iter([arrays if file else bind_inputs(model, arrays)])
+        inputs = str(given.inputs)
     elif options:
         data = load_data(options, "nm probe")
         batches = _validation(data, len(file.inputs) if file else 1)

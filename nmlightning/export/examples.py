@@ -16,7 +16,7 @@ Network = Callable[..., Any]  # called with tensors in order
 # One may be special, and the second is that of the export; no batch is fixed then.
 BATCH_SIZES = (1, 2, 5)
 _BATCH_OF_EXAMPLE = 2  # torch.export would fix a batch of 1
-_SEED = 0
+_SEED = 5
 
 
 def name_outputs(output: Any, name: str = "") -> dict[str, Tensor]:
@@ -79,9 +79,14 @@ class Examples:
             raise InputError(
                 f"input_shape is a sequence, such as (3, 32, 32), got {input_shape!r}."
             )
-        self._sizes = [check_whole_number("a size of input_shape", n) for n in input_shape or ()]
+        sizes = [check_whole_number("a size of input_shape", n) for n in input_shape or ()]
+        self._is_drawn, self._what = not inputs, "the inputs"
+        if not inputs:
+            self._what = f"inputs of shape {','.join(map(str, sizes))}"
+            generator = torch.Generator().manual_seed(_SEED)
+            inputs = [torch.randn(max(BATCH_SIZES), *sizes, generator=generator)]
         self._keywords = list(inputs) if isinstance(inputs, Mapping) else []
-        given = list(inputs.values() if isinstance(inputs, Mapping) else inputs or ())
+        given = list(inputs.values() if isinstance(inputs, Mapping) else inputs)
         if not all(x.dim() and x.shape[:1] == given[0].shape[:1] and len(x) for x in given):
             shapes = some([str(tuple(x.shape)) for x in given])
             raise InputError(f"the first dimension of all inputs is the batch; they are {shapes}.")
@@ -89,9 +94,9 @@ class Examples:
         takes = list(inspect.signature(net.forward).parameters)[: len(given)]
         takes = takes if len(takes) == len(given) else [f"input_{i}" for i in range(len(given))]
         self.names = self._keywords or (takes if len(given) > 1 else ["input"])
-        sizes = {x.shape[1] for x in given if x.dim() > 1 and not x.is_floating_point()}
-        pairs = zip(self.names, given, strict=False)
-        as_long = [name for name, x in pairs if x.dim() > 1 and {x.shape[1]} == sizes - {1, 2}]
+        tokens = {x.shape[1] for x in given if x.dim() > 1 and not x.is_floating_point()} - {1, 2}
+        pairs = zip(self.names, given, strict=True)
+        as_long = [name for name, x in pairs if x.dim() > 1 and {x.shape[1]} == tokens]
         self.must_be_open = lengths is not None
         self.lengths = dict.fromkeys(as_long, "sequence") if lengths is None else dict(lengths)
         self.output_names = ["output"]
@@ -101,14 +106,13 @@ class Examples:
     @torch.no_grad()
     def _check(self, net: nn.Module, size: int) -> dict[str, Tensor]:
         """Return the outputs by name, or raise InputError."""
-        what = f"inputs of shape {','.join(map(str, self._sizes))}" if self._sizes else "the inputs"
         batch = self.draw(size)
         try:
             keywords = dict(zip(self._keywords, batch, strict=False))
             output = net(**keywords) if keywords else net(*batch)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             reason = " ".join(str(error).split())
-            raise InputError(f"the network does not take {what}: {reason}") from error
+            raise InputError(f"the network does not take {self._what}: {reason}") from error
         found = name_outputs(output)
         if not found:
             raise InputError(
@@ -116,10 +120,9 @@ class Examples:
                 "tensors, or tuples or mappings of them."
             )
         if not all(y.isfinite().all() for y in found.values()):
-            normal = "standard normal " if self._sizes else ""
+            what = "standard normal " * self._is_drawn + self._what
             raise InputError(
-                f"the network's outputs for {normal}{what} are not finite: has its training "
-                "diverged?"
+                f"the network's outputs for {what} are not finite: has its training diverged?"
             )
         self._is_plain = not keywords and isinstance(output, Tensor)
         return found
@@ -130,15 +133,10 @@ class Examples:
 
     def draw(self, size: int = _BATCH_OF_EXAMPLE, cut: int = 0) -> tuple[Tensor, ...]:
         """Return a batch, the same every time; its sequences without their last `cut` tokens."""
-        if not self._given:
-            generator = torch.Generator().manual_seed(_SEED + size)
-            return (torch.randn(size, *self._sizes, generator=generator),)
-        batch = [x[torch.arange(size) % len(x)] for x in self._given]
-        pairs = zip(self.names, batch, strict=True)
-        return tuple(
-            x[:, : x.shape[1] - cut * (name in self.lengths)] if x.dim() > 1 else x
-            for name, x in pairs
-        )
+        rows = torch.arange(size)
+        pairs = [(name, x[rows % len(x)]) for name, x in zip(self.names, self._given, strict=True)]
+        cuts = self.lengths if cut else ()
+        return tuple(x[:, : x.shape[1] - cut] if name in cuts else x for name, x in pairs)
 
     def dynamic_shapes(self, is_open: bool, find: bool = False) -> Any:
         """Return what leaves batch and lengths open to `torch.export`, which may `find` bounds."""
@@ -155,7 +153,7 @@ class Examples:
             sizes: list[Any] = ["N", *x.shape[1:]]
             if is_open and name in self.lengths:
                 sizes[1] = self.lengths[name]
-            lines.append(f"{name} " * bool(self._given) + " × ".join(map(str, sizes)))
+            lines.append(f"{name} " * (not self._is_drawn) + " × ".join(map(str, sizes)))
         return ", ".join(lines)
 
     @torch.no_grad()

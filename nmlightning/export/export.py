@@ -187,8 +187,7 @@ def export_network(
         _remove_parametrizations(floating)
         remove_int8(floating)
         tolerance = max(tolerance, examples.difference(floating, trained))
-    written = _write_checked(plain, trained, file, format, examples, tolerance)
-    difference, size, fixed = written
+    difference, size, fixed = _write_checked(plain, trained, file, format, examples, tolerance)
     return ExportReport(
         file, format, size, report, tuple(made_plain), difference, quantized, tolerance,
         examples.describe(not fixed), tuple(examples.names), fixed, safe,

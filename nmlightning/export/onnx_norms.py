@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,11 +179,10 @@ class _Scope:
             shape = self._constant(reshape.input[1])  # (0, groups, −1), as torch exports them
             kind = "group" if shape is not None and shape.size == 3 else kind
         eps = attribute_of(node, "epsilon", 1e-12 if node.op_type.startswith("Skip") else 1e-5)
-        dtype, added = self._dtype(x) or self._dtype(weight), [n for r, n in inputs if r == "added"]
-        return self._norm(
-            kind, [node], x, node.output[0], axes, eps, weight, values.get("bias", ""), dtype,
-            added=tuple(added),
-        )  # fmt: skip
+        bias, dtype = values.get("bias", ""), self._dtype(x) or self._dtype(weight)
+        norm = OnnxNorm(kind, "", x, node.output[0], axes, eps, weight, bias, dtype)
+        added = tuple(name for role, name in inputs if role == "added")
+        return self._complete(replace(norm, added=added), [node])
 
     def _composed(self, node: "NodeProto") -> Iterator[OnnxNorm]:
         for kind, pattern in _PATTERNS:
@@ -191,34 +190,27 @@ class _Scope:
             if bound is None:
                 continue
             x, steps, output = bound["x"], bound["steps"], node.output[0]
-            weight, bias = bound.get("weight", ""), bound.get("bias", "")
-            normalised = "" if bias else output
-            if normalised:
-                weight, bias, output = self._affine(output, steps)
-            axes, shape = bound["axes"], self._shape(x)
+            axes, shape, eps = bound["axes"], self._shape(x), bound.get("eps", 0.0)
             if shape is not None:
                 axes = tuple(sorted(axis - len(shape) * (axis >= 0) for axis in axes))
-            dtype = self._dtype(node.output[0]) or bound.get("dtype") or self._dtype(x)
-            yield self._norm(
-                kind, steps, x, output, axes, bound.get("eps", 0.0), weight, bias, dtype,
-                normalised=normalised,
-            )  # fmt: skip
+            dtype = self._dtype(output) or bound.get("dtype") or self._dtype(x)
+            weight, bias, normalised = bound.get("weight", ""), bound.get("bias", ""), ""
+            if not bias:
+                normalised, (weight, bias, output) = output, self._affine(output, steps)
+            norm = OnnxNorm(kind, "", x, output, axes, eps, weight, bias, dtype)
+            yield self._complete(replace(norm, normalised=normalised), steps)
             return
 
-    def _norm(
-        self, kind: str, steps: Sequence["NodeProto"], x: str, output: str,
-        axes: tuple[int, ...] | None, eps: float, weight: str, bias: str, dtype: int, **others: Any,
-    ) -> OnnxNorm:  # fmt: skip
-        chosen, shape = {id(step) for step in steps}, self._shape(x)
+    def _complete(self, norm: OnnxNorm, steps: Sequence["NodeProto"]) -> OnnxNorm:
+        """Return a norm with its nodes and name, and how many values it averages."""
+        chosen, sizes, axes = {id(step) for step in steps}, self._shape(norm.input), norm.axes or ()
         nodes = tuple(step for step in self.graph.node if id(step) in chosen)
-        last = range(-len(axes or ()), 0)
-        sizes = self._shape(weight) if shape is None and axes == tuple(last) else shape
-        averaged = [sizes[axis] for axis in axes] if axes and sizes and max(axes) < 0 else [None]
-        return OnnxNorm(
-            kind, f"{self.path}{nodes[-1].name or output}", x, output, axes, eps, weight, bias,
-            dtype, None if None in averaged else int(np.prod(averaged)), nodes=nodes,  # type: ignore[arg-type]
-            graph=self.graph, **others,
-        )  # fmt: skip
+        if sizes is None and axes == tuple(range(-len(axes), 0)):
+            sizes = self._shape(norm.weight)
+        averaged = [sizes[axis] for axis in axes] if sizes and max(axes, default=0) < 0 else [None]
+        count = None if None in averaged else int(np.prod(averaged))  # type: ignore[arg-type]
+        name = f"{self.path}{nodes[-1].name or norm.output}"
+        return replace(norm, name=name, count=count, nodes=nodes, graph=self.graph)
 
     def _affine(self, output: str, steps: list["NodeProto"]) -> tuple[str, str, str]:
         """Return weight, bias and output of the steps that alone take a normalised value."""

@@ -158,19 +158,9 @@ class MeasuredNorm:
             self.outcomes.setdefault(norm, Counter()).update(names)
 
     def ranges(self) -> LayerRanges:
-        return LayerRanges(
-            name=self.name,
-            type_name=self.type_name,
-            kind=self.kind,
-            values=self.values,
-            eps=self.eps,
-            scales=torch.cat(self.scales).cpu().numpy(),
-            deviations=torch.cat(self.deviations).cpu().numpy(),
-            offset=self.offset,
-            outcomes=self.outcomes,
-            largest=self.largest,
-            held=self.held,
-        )
+        """Return what was measured so far."""
+        joined = {x: torch.cat(getattr(self, x)).cpu().numpy() for x in ("scales", "deviations")}
+        return LayerRanges(**{**vars(self), **joined})
 
 
 def gather_ranges(

@@ -83,13 +83,12 @@ class LayerRanges:
         """
         smallest, largest = DTYPES[dtype]
         squared, peaks = (np.square(x, dtype=np.float64) for x in (self.scales, self.deviations))
-        lost = (
-            peaks > largest,
-            self.values * squared > largest,
-            (squared > 0) & (squared < smallest),
-        )
-        names = ("overflow", "sum_overflow", "underflow")
-        return dict(zip(names, (float(found.mean()) for found in lost), strict=True))
+        lost = {
+            "overflow": peaks > largest,
+            "sum_overflow": self.values * squared > largest,
+            "underflow": (squared > 0) & (squared < smallest),
+        }
+        return {name: float(found.mean()) for name, found in lost.items()}
 
     def as_plain(self) -> dict[str, Any]:
         finite = self.finite_scales

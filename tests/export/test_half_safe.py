@@ -7,57 +7,28 @@ from typing import Any
 import onnx
 import pytest
 import torch
-import torchvision
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
 from nmlightning import InputError, export_network
 from nmlightning.export.examples import name_outputs
+from other_libraries import bert, convnext, llama, vit
 
-Case = tuple[nn.Module, dict[str, Any], int]  # a network, what export_network takes, its norms
 IDS = torch.randint(3, 50, (4, 7), generator=torch.Generator().manual_seed(0))
 MASK = (torch.arange(7) < torch.tensor([[7], [4], [7], [5]])).long()
 TOKENS = {"inputs": {"input_ids": IDS, "attention_mask": MASK}}
-SIZES: dict[str, int] = {
-    "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "intermediate_size": 64,
-}  # fmt: skip
-
-
-def vit() -> Case:
-    net = torchvision.models.VisionTransformer(16, 8, 2, 2, 16, 32, num_classes=5)
-    nn.init.normal_(net.heads.head.weight)
-    return net, {"input_shape": (3, 16, 16)}, 5
-
-
-def convnext() -> Case:
-    timm = pytest.importorskip("timm")
-    net = timm.models.convnext.ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), num_classes=5)
-    return net, {"input_shape": (3, 32, 32)}, 9
-
-
-def bert() -> Case:
-    transformers = pytest.importorskip("transformers")
-    return transformers.BertModel(transformers.BertConfig(**SIZES)), TOKENS, 5
-
-
-def llama() -> Case:
-    transformers = pytest.importorskip("transformers")
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)), TOKENS, 5
-
-
-CASES: list[Callable[[], Case]] = [vit, convnext, bert, llama]
+IMAGES = {"input_shape": (3, 32, 32)}
+CASES = [(vit, IMAGES, 5), (convnext, IMAGES, 9), (bert, TOKENS, 5), (llama, TOKENS, 5)]
 
 
 @pytest.mark.filterwarnings("ignore")  # of what transformers and exporters say of each other
 @pytest.mark.parametrize("format", ["onnx", "torch_export"])
-@pytest.mark.parametrize("make", CASES)
+@pytest.mark.parametrize(("make", "given", "count"), CASES)
 def test_scaled_networks_are_the_same(
-    make: Callable[[], Case], format: str, tmp_path: Path
+    make: Callable[[], nn.Module], given: dict[str, Any], count: int, format: str, tmp_path: Path
 ) -> None:
-    net, given, count = make()
     file = tmp_path / ("net.onnx" if format == "onnx" else "net.pt2")
-    report = export_network(net, file, format, half_safe="scaled", **given)
+    report = export_network(make(), file, format, half_safe="scaled", **given)
     assert report.half_safe is not None
     assert len(report.half_safe.swapped) == count
     assert report.half_safe.change < 1e-5  # float32 through some layers

@@ -12,7 +12,6 @@ import onnx
 import pytest
 import timm
 import torch
-import torchvision
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper, parser
 from onnx.reference import ReferenceEvaluator
@@ -22,9 +21,9 @@ from torch import nn
 from nmlightning import InputError
 from nmlightning.export.half_safe_onnx import HalfSafeReport, make_half_safe
 from nmlightning.export.onnx_norms import OnnxNorm, find_onnx_norms
+from other_libraries import convnext, llama, vit
 
 Array = NDArray[Any]
-Nm = Callable[..., Any]
 N = 512
 HEADER = '<ir_version: 8, opset_import: ["" : {opset}, "com.microsoft" : 1]>\n'
 CENTRED = "m = ReduceMean<axes = [-1]>(x)\nd = Sub(x, m)\n"
@@ -167,19 +166,17 @@ def test_group_norms_are_told_from_instance_norms() -> None:
     assert norm.kind == "group"
 
 
+BRANCH = "g () => (float[16, 8] z) { z = LayerNormalization(x, w, b) }"
+IF = f"k = Cast<to = 9>(one)\ny = If(k) <then_branch = {BRANCH}, else_branch = {BRANCH}>"
+
+
 def test_subgraphs_and_functions_are_searched() -> None:
-    inner = "z = LayerNormalization(x, w, b)"
-    both = [
-        helper.make_attribute(name, parser.parse_graph(f"{name} () => (float[N, 8] z) {{{inner}}}"))
-        for name in ("then_branch", "else_branch")
-    ]
     function = parser.parse_function(
         '<domain: "local", opset_import: ["" : 17]> Block (a, c) => (r)'
         "{ r = LayerNormalization(a, c) }"
     )
-    model = parse("k = Cast<to = 9>(one)\ny = If(k)", opset=17)
+    model = parse(IF, opset=17)
     model.graph.node[-1].name = "If_0"
-    model.graph.node[-1].attribute.extend(both)
     model.functions.append(function)
     norms = find_onnx_norms(model)
     assert [norm.name for norm in norms] == ["If_0/z", "If_0/z", "Block/r"]
@@ -294,27 +291,14 @@ def export(net: nn.Module, x: torch.Tensor, opset: int, file: Path) -> None:
         logging.disable(logging.NOTSET)
 
 
-def llama() -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=50, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, use_cache=False,
-    )  # fmt: skip
-    return transformers.LlamaModel(config)
-
-
 IMAGES = torch.randn(2, 3, 32, 32)
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
 MODELS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor, int, dict[str, int]]] = {
-    "torchvision": (
-        lambda: torchvision.models.VisionTransformer(32, 8, 2, 2, 64, 64), IMAGES, 14, {"layer": 5},
-    ),
+    "torchvision": (vit, IMAGES, 14, {"layer": 5}),
     "timm": (lambda: timm.models.VisionTransformer(**VIT), IMAGES, 20, {"layer": 5}),
-    "timm, LayerNorm2d": (
-        lambda: timm.models.ConvNeXt(depths=[1] * 4, dims=[8, 8, 8, 64]), IMAGES, 13, {"layer": 9},
-    ),
-    "transformers": (llama, torch.arange(6)[None], 18, {"rms": 5}),
-}  # fmt: skip
+    "timm, LayerNorm2d": (convnext, IMAGES, 13, {"layer": 9}),
+    "transformers": (lambda: llama(use_cache=False), torch.arange(6)[None], 18, {"rms": 5}),
+}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -365,12 +349,7 @@ def test_sums_that_skip_nodes_return_stay(tmp_path: Path) -> None:
 
 
 def test_norms_in_branches_are_rewritten(tmp_path: Path) -> None:
-    graph = "{name} () => (float[16, 8] z) {{ z = LayerNormalization(x, w, b) }}"
-    model = parse("k = Cast<to = 9>(one)\ny = If(k)", 17, "16, 8")
-    for name in ("then_branch", "else_branch"):
-        branch = helper.make_attribute(name, parser.parse_graph(graph.format(name=name)))
-        model.graph.node[-1].attribute.append(branch)
-    safe, report = rewrite(model, tmp_path)
+    safe, report = rewrite(parse(IF, 17, "16, 8"), tmp_path)
     assert len(report.rewritten) == 2
     assert report.difference == pytest.approx(0, abs=1e-6)
     assert "LayerNormalization" not in str(safe)
