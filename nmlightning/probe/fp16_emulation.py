@@ -30,6 +30,7 @@ from torch.nn.functional import pad
 from nmlightning.kernels.interface import NormKind
 from nmlightning.norms.registry import find_norm, layer_class
 from nmlightning.norms.scaled import normalise_scaled
+from nmlightning.probe.report import DTYPES
 
 # What becomes of a channel; the first that holds counts.
 OUTCOMES = (
@@ -198,15 +199,11 @@ class _Run:
 
 
 class RowNorm(NamedTuple):
-    """What a norm in evaluation does to rows (R, n), beside weight and bias.
-
-    A batch norm has (R, 1) of its running statistics, and no sums.
-    """
+    """What a norm in evaluation does to rows (R, n), beside weight and bias."""
 
     eps: float
     centred: bool = True
-    mean: Tensor | None = None
-    variance: Tensor | None = None
+    running: tuple[Tensor, ...] = ()  # (R, 1) mean and variance of a batch norm, which sums nothing
 
 
 Formula = Callable[[Tensor, RowNorm, torch.dtype], Tensor]
@@ -214,8 +211,8 @@ Formula = Callable[[Tensor, RowNorm, torch.dtype], Tensor]
 
 def textbook(x: Tensor, norm: RowNorm, sums: torch.dtype) -> Tensor:
     """Return d / √(mean d² + eps), d being x − μ or x, each step rounded to the dtype of x."""
-    if norm.mean is not None and norm.variance is not None:
-        mean, variance = norm.mean.to(x.dtype), norm.variance.to(x.dtype)
+    if norm.running:
+        mean, variance = (q.to(x.dtype) for q in norm.running)
         return (x - mean) / (variance + norm.eps).sqrt()
     d = x - _mean(x, sums) if norm.centred else x
     return d / (_mean(d.square(), sums) + norm.eps).sqrt()
@@ -270,12 +267,11 @@ def run_forms(rows: Tensor, kind: str, norm: RowNorm) -> dict[str, Tensor]:
     rounding loses being counted as "input"; in bfloat16 of x itself.
     """
     names = [name for name, form in FORMS.items() if kind in form.kinds]
-    running = [] if norm.mean is None or norm.variance is None else [norm.mean, norm.variance]
-    if running:  # then nothing is summed
+    if norm.running:
         names = ["float16", "bfloat16"]
 
-    def run(chunk: Tensor, *stored: Tensor) -> dict[str, Tensor]:
-        part = RowNorm(norm.eps, norm.centred, *stored)
+    def run(chunk: Tensor, *running: Tensor) -> dict[str, Tensor]:
+        part = norm._replace(running=running)
         lost, right, rounded = _round_input(chunk, part)
         outcomes = {}
         for name in names:
@@ -287,12 +283,11 @@ def run_forms(rows: Tensor, kind: str, norm: RowNorm) -> dict[str, Tensor]:
             outcomes[name] = outcome.where(~lost | (dtype == torch.bfloat16), INPUT)
         return outcomes
 
-    return _in_chunks(run, rows, *running)
+    return _in_chunks(run, rows, *norm.running)
 
 
 LARGEST = 65504.0
-SMALLEST_NORMAL = 2.0**-14
-_ROUNDED_TO_INFINITY = 65520.0  # half a step above the largest
+SMALLEST_NORMAL, _ROUNDED_TO_INFINITY = DTYPES["float16"]
 OF_SQUARES = ("l2", "half_l2", "float16")
 
 

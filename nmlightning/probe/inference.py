@@ -76,7 +76,7 @@ def _try(norm: MeasuredNorm, x: Tensor, count: int, *running: Tensor) -> None:
         count: how many values that is, or how many groups there are.
         running: mean and variance of a norm in evaluation, (C,).
     """
-    x, stored = x.detach().float(), [q.detach().float()[:, None] for q in running]
+    x, stored = x.detach().float(), tuple(q.detach().float()[:, None] for q in running)
     if norm.kind == "batch" or running:
         rows = x.transpose(0, 1).flatten(1)
     elif norm.kind in ("layer", "rms"):
@@ -89,7 +89,7 @@ def _try(norm: MeasuredNorm, x: Tensor, count: int, *running: Tensor) -> None:
     means = rows.mean(1, keepdim=True) if centred else torch.zeros_like(rows[:, :1])
     norm.measure(rows, *(stored or [means]))
     with torch.autocast(rows.device.type, enabled=False):
-        norm.count(run_forms(rows, norm.kind, RowNorm(norm.eps, centred, *stored)))
+        norm.count(run_forms(rows, norm.kind, RowNorm(norm.eps, centred, stored)))
     if running:
         _hold(norm, "running_var", running[1])
 

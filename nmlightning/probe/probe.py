@@ -92,8 +92,9 @@ class NormWatch:
                 reason = "is neither a batch norm nor a layer norm"
                 self.left_out[found.name] = f"{found.type_name} {reason}"
             elif id(found.module) not in self._layers:
-                layer = _WatchedLayer.of(found.name, found.module)
-                self._layers[id(found.module)] = layer
+                kind = "batch" if isinstance(found.module, _BatchNorm) else "layer"
+                norm = MeasuredNorm(found.name, found.type_name, kind, float(found.module.eps))
+                self._layers[id(found.module)] = _WatchedLayer(found.module, norm)
         self._hooks = ExitStack()
         self._batches = 0
 
@@ -188,12 +189,6 @@ class _WatchedLayer:
     module: nn.Module
     norm: MeasuredNorm
     waiting: list[Tensor] = field(default_factory=list)  # inputs whose gradients are to come
-
-    @classmethod
-    def of(cls, name: str, module: nn.Module) -> "_WatchedLayer":
-        kind = "batch" if isinstance(module, _BatchNorm) else "layer"
-        eps = float(module.eps)  # type: ignore[arg-type]
-        return cls(module, MeasuredNorm(name, type(module).__name__, kind, eps))
 
     def see(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor

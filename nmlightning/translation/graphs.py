@@ -104,29 +104,25 @@ def _unpack(cache: Tensor) -> list[Tensor]:
 
 
 class _FileModel:
-    """A `SequenceModel` of the two files, for `greedy_search`."""
+    """A `SequenceModel` of the two files, for one `greedy_search`, and its state."""
 
     training = False
+    tensors: dict[str, Tensor]
 
     def __init__(self, encoder: Graph, step: Graph, graph: StepGraph, names: list[str]) -> None:
         self.vocab_size = graph.net.vocab_size
         self._encoder, self._step, self._graph, self._names = encoder, step, graph, names
 
-    def begin(self, source: Tensor) -> "_FileState":
-        found = self._encoder(source)
+    def begin(self, source: Tensor) -> "_FileModel":
         cache = self._graph.empty_cache(len(source))
-        tensors = dict(zip(self._names, found, strict=True))
-        return _FileState({**tensors, **cache}, list(cache))
+        self.tensors = {**dict(zip(self._names, self._encoder(source), strict=True)), **cache}
+        return self
 
-    def next_logits(self, tokens: Tensor, state: "_FileState") -> Tensor:
-        logits, *after = self._step(tokens, *state.tensors.values())
-        state.tensors |= dict(zip(state.cache, after, strict=True))
+    def next_logits(self, tokens: Tensor, state: "_FileModel") -> Tensor:
+        logits, *after = self._step(tokens, *self.tensors.values())
+        cache = list(self.tensors)[len(self._names) :]
+        self.tensors |= dict(zip(cache, after, strict=True))
         return logits
-
-
-class _FileState:
-    def __init__(self, tensors: dict[str, Tensor], cache: list[str]) -> None:
-        self.tensors, self.cache = tensors, cache
 
     def select(self, rows: Tensor) -> None:
         self.tensors = {name: x[rows].contiguous() for name, x in self.tensors.items()}
