@@ -186,7 +186,8 @@ def export_network(
         floating = copy.deepcopy(trained)
         _remove_parametrizations(floating)
         remove_int8(floating)
-        tolerance = max(tolerance, examples.difference(floating, trained))
+        both = examples.adapt(floating), examples.adapt(trained)
+        tolerance = max(tolerance, examples.difference(*both))
     difference, size, fixed = _write_checked(plain, trained, file, format, examples, tolerance)
     return ExportReport(
         file, format, size, report, tuple(made_plain), difference, quantized, tolerance,

@@ -235,3 +235,20 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"the quantised inputs of 0, 1.*or call remove_int8"):
         export_network(train(net), tmp_path / "net.pt", "state_dict", IMAGES)
     assert not list(tmp_path.iterdir())
+
+
+class Sum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.first(x) + self.second(y)
+
+
+def test_inputs_are_taken_by_their_names(tmp_path: Path) -> None:
+    net, inputs = Sum(), {"y": torch.randn(6, 5), "x": torch.randn(6, 3)}
+    swap_int8(net)
+    net(**inputs)
+    report = export_network(net, tmp_path / "net.onnx", "onnx", inputs=inputs)
+    assert report.input_names == ("y", "x")
