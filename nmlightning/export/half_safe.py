@@ -60,15 +60,13 @@ def make_half_safe(net: nn.Module, norm: str, evaluate: Evaluation) -> HalfSafe:
     # Unscaled, the sum of |x| would leave float16 where a runtime adds in half.
     power = {"scaled": 2.0, "l1": 1.0}[norm]
     swap_norms(net, "scaled", {"p": power}, kinds=_KINDS, include=chosen)
-    before: Mapping[str, float] = {}
-    after = before
+    metrics: dict[str, tuple[float, float]] = {}
     if norm == "l1":
         fits = {id(x.module): _Fit(x, trained) for x in find_norm_layers(net) if x.name in chosen}
         before = evaluate(trained)
         for fit in fits.values():
             fit.scale_weight()
-        after = evaluate(net)
-    metrics = {name: (value, after[name]) for name, value in before.items()}
+        metrics = {name: (before[name], value) for name, value in evaluate(net).items()}
     return HalfSafe(norm, tuple(chosen), left, 0.0, metrics)
 
 

@@ -230,7 +230,56 @@ class FeatureNorm(nn.Module):
         return batch_norm_base.describe_settings(self, str(tuple(self.normalized_shape)))
 
 
-class LpLayerNorm(FeatureNorm, nn.LayerNorm):
+class FeatureLayerNorm(FeatureNorm, nn.LayerNorm):
+    """A layer norm by a power mean, or by another formula."""
+
+    kind = "layer"
+
+    def __init__(
+        self, normalized_shape: int | Sequence[int], eps: float, elementwise_affine: bool,
+        bias: bool, device: torch.device | str | None, dtype: torch.dtype | None,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            check_normalized_shape(normalized_shape),
+            batch_norm_base.check_eps(eps),
+            check_flag("elementwise_affine", elementwise_affine),
+            bias=check_flag("bias", bias),
+            device=device,
+            dtype=dtype,
+        )
+
+    @traceable
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the normalised input, in its dtype."""
+        settings = (self.normalized_shape, self.eps)
+        return normalise_features(input, self, self.weight, self.bias, *settings, centred=True)
+
+
+class FeatureRMSNorm(FeatureNorm, nn.RMSNorm):
+    """An RMS norm by a power mean, or by another formula."""
+
+    kind = "rms"
+
+    def __init__(
+        self, normalized_shape: int | Sequence[int], eps: float | None, elementwise_affine: bool,
+        device: torch.device | str | None, dtype: torch.dtype | None,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            check_normalized_shape(normalized_shape),
+            None if eps is None else batch_norm_base.check_eps(eps),
+            check_flag("elementwise_affine", elementwise_affine),
+            device=device,
+            dtype=dtype,
+        )
+
+    @traceable
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised input, in its dtype."""
+        settings = (self.normalized_shape, self.eps)
+        return normalise_features(x, self, self.weight, None, *settings, centred=False)
+
+
+class LpLayerNorm(FeatureLayerNorm):
     """Layer norm that divides by ŝ = c(p) · (mean |x − μ|^p)^(1/p), p ≥ 1.
 
         y = (x − μ) / √(ŝ² + eps) · weight + bias
@@ -260,8 +309,6 @@ class LpLayerNorm(FeatureNorm, nn.LayerNorm):
     Source: Hoffer et al. 2018, §4 (arXiv 1803.01814).
     """
 
-    kind = "layer"
-
     @given_by_keyword("p")
     def __init__(
         self, normalized_shape: int | Sequence[int], eps: float = 1e-5,
@@ -269,21 +316,8 @@ class LpLayerNorm(FeatureNorm, nn.LayerNorm):
         constant: Constant | float = "exact", stats_dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(
-            check_normalized_shape(normalized_shape),
-            batch_norm_base.check_eps(eps),
-            check_flag("elementwise_affine", elementwise_affine),
-            bias=check_flag("bias", bias),
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         self._set_statistic(p, constant, stats_dtype)
-
-    @traceable
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the normalised input, in its dtype."""
-        settings = (self.normalized_shape, self.eps)
-        return normalise_features(input, self, self.weight, self.bias, *settings, centred=True)
 
 
 class L1LayerNorm(LpLayerNorm):
@@ -306,7 +340,7 @@ class L1LayerNorm(LpLayerNorm):
         )  # fmt: skip
 
 
-class LpRMSNorm(FeatureNorm, nn.RMSNorm):
+class LpRMSNorm(FeatureRMSNorm):
     """RMS norm that divides by ŝ = c(p) · (mean |x|^p)^(1/p), p ≥ 1, and does not centre.
 
         y = x / √(ŝ² + eps) · weight
@@ -335,8 +369,6 @@ class LpRMSNorm(FeatureNorm, nn.RMSNorm):
     (arXiv 1803.01814).
     """
 
-    kind = "rms"
-
     @given_by_keyword("p")
     def __init__(
         self, normalized_shape: int | Sequence[int], eps: float | None = None,
@@ -344,20 +376,8 @@ class LpRMSNorm(FeatureNorm, nn.RMSNorm):
         stats_dtype: torch.dtype | str | None = None, device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(
-            check_normalized_shape(normalized_shape),
-            None if eps is None else batch_norm_base.check_eps(eps),
-            check_flag("elementwise_affine", elementwise_affine),
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
         self._set_statistic(p, constant, stats_dtype)
-
-    @traceable
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the normalised input, in its dtype."""
-        settings = (self.normalized_shape, self.eps)
-        return normalise_features(x, self, self.weight, None, *settings, centred=False)
 
 
 class L1RMSNorm(LpRMSNorm):

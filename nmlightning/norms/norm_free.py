@@ -6,10 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from nmlightning.errors import check_flag, check_positive
-from nmlightning.norms.batch_norm_base import check_eps
-from nmlightning.norms.fast_path import traceable
-from nmlightning.norms.layer_norm import FeatureNorm, check_normalized_shape, normalise_features
+from nmlightning.errors import check_positive
+from nmlightning.norms.layer_norm import FeatureLayerNorm, FeatureNorm, FeatureRMSNorm
 
 
 class NormFree(FeatureNorm):
@@ -50,7 +48,7 @@ class NormFree(FeatureNorm):
         return y if bias is None else y + bias.to(y.dtype)
 
 
-class DynamicTanh(NormFree, nn.LayerNorm):
+class DynamicTanh(NormFree, FeatureLayerNorm):
     """Dynamic tanh (DyT) in the place of a layer norm: no mean, no deviation, one learned α.
 
         y = tanh(α x) · weight + bias
@@ -76,31 +74,16 @@ class DynamicTanh(NormFree, nn.LayerNorm):
     Source: Zhu et al. 2025 (arXiv 2503.10622).
     """
 
-    kind = "layer"
-
     def __init__(
         self, normalized_shape: int | Sequence[int], eps: float = 1e-5,
         elementwise_affine: bool = True, bias: bool = True, *, alpha_init: float = 0.5,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(
-            check_normalized_shape(normalized_shape),
-            check_eps(eps),
-            check_flag("elementwise_affine", elementwise_affine),
-            bias=check_flag("bias", bias),
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         self._learn(alpha_init, device, dtype)
 
-    @traceable
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the squashed input, in its dtype."""
-        settings = (self.normalized_shape, self.eps)
-        return normalise_features(input, self, self.weight, self.bias, *settings, centred=True)
 
-
-class RMSDynamicTanh(NormFree, nn.RMSNorm):
+class RMSDynamicTanh(NormFree, FeatureRMSNorm):
     """Dynamic tanh in the place of an RMS norm: tanh(α x) · weight. See `DynamicTanh`.
 
     Examples:
@@ -108,27 +91,13 @@ class RMSDynamicTanh(NormFree, nn.RMSNorm):
         tensor(True)
     """
 
-    kind = "rms"
-
     def __init__(
         self, normalized_shape: int | Sequence[int], eps: float | None = None,
         elementwise_affine: bool = True, *, alpha_init: float = 0.5,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(
-            check_normalized_shape(normalized_shape),
-            None if eps is None else check_eps(eps),
-            check_flag("elementwise_affine", elementwise_affine),
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
         self._learn(alpha_init, device, dtype)
-
-    @traceable
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the squashed input, in its dtype."""
-        settings = (self.normalized_shape, self.eps)
-        return normalise_features(x, self, self.weight, None, *settings, centred=False)
 
 
 class Erf(NormFree):

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from nmlightning.errors import check_choice, check_flag, given_by_keyword
-from nmlightning.norms.batch_norm_base import accumulation_dtype, check_eps
-from nmlightning.norms.fast_path import traceable
-from nmlightning.norms.layer_norm import FeatureNorm, check_normalized_shape, normalise_features
+from nmlightning.errors import check_choice, given_by_keyword
+from nmlightning.norms.batch_norm_base import accumulation_dtype
+from nmlightning.norms.layer_norm import FeatureLayerNorm, FeatureNorm, FeatureRMSNorm
 
 # The least divisor, in every dtype: a graph in float32 may be made one in float16.
 _LEAST = torch.finfo(torch.float16).tiny
@@ -71,7 +70,7 @@ class Scaled(FeatureNorm):
         return normalise_scaled(x, weight, bias, rank, eps, centred, self.p)
 
 
-class ScaledLayerNorm(Scaled, nn.LayerNorm):
+class ScaledLayerNorm(Scaled, FeatureLayerNorm):
     """`nn.LayerNorm` of the same state and output, right also with every value in float16.
 
         k = max |x|,    μ = k · mean(x / k),    d = (x − μ) / 2,    m = max(|d|, √eps / 2),
@@ -100,33 +99,18 @@ class ScaledLayerNorm(Scaled, nn.LayerNorm):
     Source: the scaled sum of squares of BLAS' nrm2 (Blue 1978, doi 10.1145/355769.355771).
     """
 
-    kind = "layer"
-
     @given_by_keyword("p")
     def __init__(
         self, normalized_shape: int | Sequence[int], eps: float = 1e-5,
         elementwise_affine: bool = True, bias: bool = True, *, p: float = 2.0,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(
-            check_normalized_shape(normalized_shape),
-            check_eps(eps),
-            check_flag("elementwise_affine", elementwise_affine),
-            bias=check_flag("bias", bias),
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         check_choice("p", p, (1, 2))
         self._set_statistic(p, "exact", None)
 
-    @traceable
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the normalised input, in its dtype."""
-        settings = (self.normalized_shape, self.eps)
-        return normalise_features(input, self, self.weight, self.bias, *settings, centred=True)
 
-
-class ScaledRMSNorm(Scaled, nn.RMSNorm):
+class ScaledRMSNorm(Scaled, FeatureRMSNorm):
     """`nn.RMSNorm` of the same state and output, right also with every value in float16.
 
         m = max(|x|, √eps),    u = x / m,    y = u / √(mean u² + (√eps / m)²) · weight
@@ -138,26 +122,12 @@ class ScaledRMSNorm(Scaled, nn.RMSNorm):
         tensor(True)
     """
 
-    kind = "rms"
-
     @given_by_keyword("p")
     def __init__(
         self, normalized_shape: int | Sequence[int], eps: float | None = None,
         elementwise_affine: bool = True, *, p: float = 2.0,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(
-            check_normalized_shape(normalized_shape),
-            None if eps is None else check_eps(eps),
-            check_flag("elementwise_affine", elementwise_affine),
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
         check_choice("p", p, (1, 2))
         self._set_statistic(p, "exact", None)
-
-    @traceable
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the normalised input, in its dtype."""
-        settings = (self.normalized_shape, self.eps)
-        return normalise_features(x, self, self.weight, None, *settings, centred=False)
