@@ -131,7 +131,9 @@ class Checkpoint:
         return parser.instantiate_classes(parser.parse_object({"data": settings})).data  # type: ignore[no-any-return]
 
     @explain_failures()
-    def evaluation(self, module: LightningModule, name: str) -> "Evaluation | None":
+    def evaluation(
+        self, module: LightningModule, name: str, batches: int = VALIDATION_BATCHES
+    ) -> "Evaluation | None":
         """Return what validates the module with another network in it, if there are data."""
         data = self._load_data()
         trainer = Trainer(
@@ -139,7 +141,7 @@ class Checkpoint:
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
-            limit_val_batches=VALIDATION_BATCHES,
+            limit_val_batches=batches,
         )
 
         def evaluate(net: nn.Module) -> dict[str, float]:

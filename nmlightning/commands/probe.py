@@ -26,7 +26,7 @@ def run(arguments: list[str]) -> int:
         files.check_replaceable("--json", given.json, _JSON_MARK, "answer of nm probe")
     content: dict[str, Any] = {"generator": "nm probe"}
     ranges: report.NormRanges | InputError
-    if given.experiment.endswith(".onnx") or is_own_model(given.experiment):
+    if given.inference or given.experiment.endswith(".onnx") or is_own_model(given.experiment):
         from nmlightning.commands.probe_run import run_inference
 
         ranges, inputs = run_inference(given, options)
@@ -35,7 +35,7 @@ def run(arguments: list[str]) -> int:
         content |= {"inputs": inputs, **ranges.as_plain()}
     else:
         if given.inputs or given.input_shape:
-            raise InputError("--inputs and --input_shape are for ONNX files and module:name.")
+            raise InputError("--inputs and --input_shape are for inference: add --inference.")
         words = ["probe", *_experiment(given.experiment, options), *options]
         paths = files.RunPaths(words)  # a misspelt path is reported before torch is imported
         from nmlightning.commands.probe_run import run_batches
@@ -71,13 +71,15 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Return what is given, and the options that are those of `nm fit`."""
     parser = ArgumentParser(
         prog="nm probe",
-        usage="nm probe CONFIG|CHECKPOINT|FILE.onnx|MODULE:NAME [--batches N] [--inputs FILE] "
-        "[--input_shape S ...] [--bits B ...] [--picture FILE] [--json FILE] [--KEY VALUE ...]",
+        usage="nm probe CONFIG|CHECKPOINT|FILE.onnx|MODULE:NAME [--batches N] [--inference] "
+        "[--inputs FILE] [--input_shape S ...] [--bits B ...] [--picture FILE] [--json FILE] "
+        "[--KEY VALUE ...]",
         description="Run some training batches through a network, change nothing, and report for "
         "each norm layer the range of its inputs and what L2, L1, L∞, Top(10) and range would make "
         "of them with every value in float16, and for each convolution and linear layer how far "
         "8 bits or fewer would turn its input, its weight and its gradient. Of an ONNX file or a "
-        "module of your own, what inference in float16 and bfloat16 would make of each norm.",
+        "module of your own, or by --inference of a checkpoint, what inference in float16 and "
+        "bfloat16 would make of each norm.",
         epilog="Every other option is one of nm fit, such as --data Digits.",
     )
     parser.add_argument(
@@ -85,6 +87,11 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="CONFIG|CHECKPOINT|FILE.onnx|MODULE:NAME",
         help="a config; a checkpoint of a run, whose config.yaml is found beside it or given by "
         "--config; an ONNX file; a torch module or what returns one, as my.package:make_model",
+    )
+    parser.add_argument(
+        "--inference",
+        action="store_true",
+        help="of a checkpoint, measure validation in place of training, as of a file or module",
     )
     parser.add_argument(
         "--inputs", type=Path, help="an .npz of the model's inputs, by name or in order"

@@ -12,11 +12,11 @@ import torch
 from torch.optim import Optimizer
 
 from nmlightning.callbacks.norm_swap import ModelChange
-from nmlightning.commands.checkpoint import checkpoint_hparams, load_data
+from nmlightning.commands.checkpoint import Checkpoint, checkpoint_hparams, load_data
 from nmlightning.commands.failures import explain_failures, filter_logs
 from nmlightning.commands.files import RunPaths
 from nmlightning.commands.fit import TrainingCLI, given_callbacks, is_ctrl_c
-from nmlightning.commands.own_models import bind_inputs, load_model, read_arrays
+from nmlightning.commands.own_models import bind_inputs, is_own_model, load_model, read_arrays
 from nmlightning.commands.run_report import print_notice
 from nmlightning.errors import InputError
 from nmlightning.export.onnx_values import BATCH_SIZE, OnnxFile
@@ -57,10 +57,12 @@ def run_batches(
 
 @explain_failures()
 def run_inference(given: argparse.Namespace, options: list[str]) -> tuple[NormRanges, str]:
-    """Return what `probe_inference` says of an ONNX file or a module, and what its inputs are."""
+    """Return what `probe_inference` says of a file, a module or a run, and what its inputs are."""
     name, shapes = given.experiment, given.input_shape or ()
     file = OnnxFile(Path(name)) if name.endswith(".onnx") else None
-    model: Any = file or load_model(name)
+    run = None if file or is_own_model(name) else Checkpoint(Path(name), None)
+    module = run and run.load_module()
+    model: Any = file or (module.net if module else load_model(name))
     if given.inputs:
         arrays = read_arrays(given.inputs)
         batches = iter([arrays if file else bind_inputs(model, arrays)])
@@ -69,6 +71,14 @@ def run_inference(given: argparse.Namespace, options: list[str]) -> tuple[NormRa
         data = load_data(options, "nm probe")
         batches = _validation(data, len(file.inputs) if file else 1)
         inputs = f"{given.batches} validation batches of {type(data).__name__}"
+    elif run and not shapes:
+        evaluate = run.evaluation(module, "net", given.batches)
+        if evaluate is None:
+            raise InputError(
+                f"no config.yaml of the run of {name} says its data: give --data NAME."
+            )
+        model, batches = _Validated(model, evaluate), iter([()])
+        inputs = f"{given.batches} validation batches of the run"
     elif shapes or file:
         drawn = file.draw_inputs(shapes) if file else ()
         batches = iter([drawn or tuple(torch.randn(BATCH_SIZE, *shape) for shape in shapes)])
@@ -80,6 +90,17 @@ def run_inference(given: argparse.Namespace, options: list[str]) -> tuple[NormRa
         )
     with filter_logs():
         return probe_inference(model, islice(batches, given.batches)), inputs
+
+
+class _Validated(torch.nn.Module):
+    """A network that is called without inputs, and then validated on data."""
+
+    def __init__(self, net: torch.nn.Module, evaluate: Any) -> None:
+        super().__init__()
+        self.net, self._evaluate = net, evaluate
+
+    def forward(self) -> None:
+        self._evaluate(self.net)
 
 
 def _validation(data: pl.LightningDataModule, count: int) -> Iterator[Any]:
