@@ -77,8 +77,8 @@ def run_inference(given: argparse.Namespace, options: list[str]) -> tuple[NormRa
             raise InputError(
                 f"no config.yaml of the run of {name} says its data: give --data NAME."
             )
-        model, batches = _Validated(model, evaluate), iter([()])
-        inputs = f"{given.batches} validation batches of the run"
+        batches = iter([evaluate])
+        inputs = f"validation batches of the run, {given.batches} at most"
     elif shapes or file:
         drawn = file.draw_inputs(shapes) if file else ()
         batches = iter([drawn or tuple(torch.randn(BATCH_SIZE, *shape) for shape in shapes)])
@@ -90,17 +90,6 @@ def run_inference(given: argparse.Namespace, options: list[str]) -> tuple[NormRa
         )
     with filter_logs():
         return probe_inference(model, islice(batches, given.batches)), inputs
-
-
-class _Validated(torch.nn.Module):
-    """A network that is called without inputs, and then validated on data."""
-
-    def __init__(self, net: torch.nn.Module, evaluate: Any) -> None:
-        super().__init__()
-        self.net, self._evaluate = net, evaluate
-
-    def forward(self) -> None:
-        self._evaluate(self.net)
 
 
 def _validation(data: pl.LightningDataModule, count: int) -> Iterator[Any]:

@@ -16,11 +16,10 @@ from onnx.reference import ReferenceEvaluator
 
 from nmlightning.atomic_file import replace_file
 from nmlightning.errors import InputError
-from nmlightning.export.onnx_norms import OnnxNorm, find_onnx_norms, subgraphs
+from nmlightning.export.onnx_norms import HALF_SAFE, OnnxNorm, find_onnx_norms, subgraphs
 from nmlightning.export.onnx_values import OnnxFile, external_files
 from nmlightning.name_patterns import by_reason, some
 
-_MARK = "/half_safe/"  # in the names of all new nodes and values
 _OLDEST_OPSET = 11  # the first whose reductions take negative axes
 TINY = 2.0**-14  # float16's least normal number, in every type: a file may become float16 later
 _LARGEST_BLOCK = 32  # values that are summed at once: of thousands, one by one, float16 loses most
@@ -86,7 +85,7 @@ def make_half_safe(
     left = {norm.name: reason for norm in norms if (reason := _why_left(norm))}
     rewritten = tuple(norm for norm in norms if not _why_left(norm))
     if not rewritten:
-        is_done = any(_MARK in node.name for node in model.graph.node)
+        is_done = any(HALF_SAFE in node.name for node in model.graph.node)
         reasons = ["they are half-safe already"] * is_done + by_reason(left)
         why = "; ".join(reasons) or "it has no layer or RMS norm"
         raise InputError(f"no norm of {str(source)!r} is to be rewritten: {why}.")
@@ -227,7 +226,7 @@ class _Rewrite:
         return self.add("Div", u, self.add("Sqrt", self.add("Add", *squares)))
 
     def add(self, operator: str, *inputs: str, **attributes: Any) -> str:
-        name = f"{self.target}{_MARK}{len(self.nodes)}_{operator}"
+        name = f"{self.target}{HALF_SAFE}{len(self.nodes)}_{operator}"
         self.nodes.append(helper.make_node(operator, inputs, [name], name, **attributes))
         return name
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 # The kind that a node computes, and what its inputs are.
+HALF_SAFE = "/half_safe/"  # in the names of all nodes and values that a rewritten norm has
 _SINGLE_NODES: Mapping[str, str] = {
     "LayerNormalization": "layer x weight bias",
     "SkipLayerNormalization": "layer x added weight bias added",

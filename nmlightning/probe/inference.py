@@ -14,7 +14,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from nmlightning.errors import InputError
 from nmlightning.export.fold import folded_weights
-from nmlightning.export.onnx_norms import OnnxNorm, attribute_of, find_onnx_norms
+from nmlightning.export.onnx_norms import HALF_SAFE, OnnxNorm, attribute_of, find_onnx_norms
 from nmlightning.export.onnx_values import OnnxFile
 from nmlightning.norms.batch_norm_base import RUNNING
 from nmlightning.norms.mean_only import MeanOnlyBatchNorm
@@ -42,7 +42,8 @@ def probe_inference(model: nn.Module | str | Path | OnnxFile, batches: Iterable[
         model: any torch model, which is not changed; or an ONNX file, which needs onnxruntime.
             Its weights are not copied, and a few values are held at a time.
         batches: each a tuple of positional arguments, a mapping of arguments by name, or the only
-            one; tensors on the model's device, for a file arrays or tensors.
+            one; tensors on the model's device, for a file arrays or tensors. For a model also a
+            function that runs it.
 
     Raises:
         InputError: no norms, none that the batches reach, or no batch; for a file also no
@@ -88,8 +89,11 @@ def _try(norm: MeasuredNorm, x: Tensor, count: int, *running: Tensor) -> None:
     centred = norm.kind != "rms"
     means = rows.mean(1, keepdim=True) if centred else torch.zeros_like(rows[:, :1])
     norm.measure(rows, *(stored or [means]))
-    with torch.autocast(rows.device.type, enabled=False):
-        norm.count(run_forms(rows, norm.kind, RowNorm(norm.eps, centred, stored)))
+    finite = rows.isfinite().all(1)  # what is not in float32 says nothing of half
+    rows, stored = rows[finite], tuple(q[finite] for q in stored)
+    if len(rows):
+        with torch.autocast(rows.device.type, enabled=False):
+            norm.count(run_forms(rows, norm.kind, RowNorm(norm.eps, centred, stored)))
     if running:
         _hold(norm, "running_var", running[1])
 
@@ -138,7 +142,7 @@ class _Module:
             for layer in self._layers:
                 hooks.callback(layer.register_forward_pre_hook(self._see, with_kwargs=True).remove)
             try:
-                self.model(*args, **kwargs)
+                batch(self.model) if callable(batch) else self.model(*args, **kwargs)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 line = " ".join(str(error).split())[:300]
                 raise InputError(f"the model does not take these inputs: {line}") from error
@@ -201,6 +205,8 @@ class _File:
             else:
                 norm = MeasuredNorm(name, title, found.kind, found.eps)
                 self._found[name] = norm, found
+        if any(HALF_SAFE in name for name in self._makers):
+            self.left_out["rewritten"] = "nm export has made them half-safe already"
         self.norms = [norm for norm, _ in self._found.values()]
         file.expose([x for _, found in self._found.values() for x in (found.input, *found.added)])
 

@@ -158,7 +158,8 @@ class NormRanges(Report):
         lost_in_input = self.input_share() > 0
         evaluated = self.failing != FAILING
         norms = [norm for norm in self.norms if not evaluated or self.losing_layers(norm)]
-        sizes = ["max |x|", "σ min", "σ max", "x² → ∞", "x² → 0"]
+        squared = evaluated and any("float16_sums" in layer.outcomes for layer in self.layers)
+        sizes = ["max |x|", "σ min", "σ max", *["x² → ∞", "x² → 0"] * squared]
         sizes = sizes if evaluated else ["σ min", "σ max", "max |x − μ|"]
         headings = ["norm layer", *sizes, *(NAMES[norm] for norm in norms)]
         rows: list[list[str | Text]] = []
@@ -168,7 +169,7 @@ class NormRanges(Report):
                 cells.append(_loss_cell(layer.input_share()))
             scales = layer.finite_scales
             sigma = [scales.min(), scales.max()] if len(scales) else [float("nan")] * 2
-            if evaluated:
+            if squared:
                 shares = layer.squares() if "float16_sums" in layer.outcomes else {}
                 cells = [_loss_cell(shares.get(x)) for x in ("overflow", "underflow")] + cells
             sigma = [layer.largest, *sigma] if evaluated else [*sigma, layer.largest_deviation]
@@ -176,7 +177,7 @@ class NormRanges(Report):
             rows.append([layer.name, *numbers, *cells])
         title = "x²: rows whose squares float16 does not hold; then rows that come out wrong"
         headings += ["input"] * lost_in_input
-        return Grid(headings, rows, title * evaluated, numbers=True)
+        return Grid(headings, rows, title * squared, numbers=True)
 
     def describe(self) -> str:
         """Return which layers were not measured and why, and the verdict."""
@@ -202,6 +203,7 @@ def _plain(value: Any) -> float | None:
 
 
 FAILING, REMEDY = "half_l2", "l1"
+_HARMLESS = 0.01  # of trained weights so many are that near to 0
 NAMES = {
     **{"half_l2": "L2 op by op", "l1": "L1", "linf": "L∞", "top10": "Top(10)", "range": "range"},
     **{"float16_sums": "float16 sums", "bfloat16_sums": "bfloat16 sums"},
@@ -278,7 +280,7 @@ def _evaluation_losses(ranges: NormRanges) -> Iterator[str]:
     yield f"Nothing is lost by {', '.join(kept) or 'none of these'}."
     held = [(x, what, shares) for x in ranges.layers for what, shares in x.held.items()]
     for beginning, name in (("running_var", "running variances"), ("weight", "folded weights")):
-        lost = [each for each in held if each[1].startswith(beginning) and any(each[2].values())]
+        lost = [each for each in held if each[1].startswith(beginning) and _is_harmed(each[2])]
         if lost:
             layer, what, shares = max(lost, key=lambda each: max(each[2].values()))
             how = ", ".join(f"{format_loss(share)} {end}" for end, share in shares.items() if share)
@@ -287,6 +289,11 @@ def _evaluation_losses(ranges: NormRanges) -> Iterator[str]:
                 f"{what} becomes {how}."
             )
     yield CAVEAT_OF_RUNTIMES
+
+
+def _is_harmed(shares: Mapping[str, float]) -> bool:
+    """Return whether values overflow, or more than a few are too small."""
+    return shares["inf"] > 0 or shares["0"] + shares["subnormal"] >= _HARMLESS
 
 
 def _losses(ranges: NormRanges, norm: str) -> str:

@@ -95,6 +95,23 @@ def test_probe_uses_the_weights_of_the_checkpoint(trained: Path, nm: Nm) -> None
     assert (trained / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
 
 
+def test_probe_of_a_checkpoint_in_inference(trained: Path, nm: Nm) -> None:
+    last = str(trained / "checkpoints" / "last.ckpt")
+    answer = nm(last, "--inference", "--batches", "1", "--json", "n.json")
+    assert answer.code == 0
+    assert "inputs validation batches of the run, 1 at most" in text(answer.out)
+    (first, *_) = numbers()["layers"]
+    assert (first["name"], first["kind"]) == ("bn1", "batch")
+    assert set(first["lost"]) == {"float16", "bfloat16", "folded"}
+    assert nm(last, "--inputs", "x.npz").err == [
+        "nm: --inputs and --input_shape are for inference: add --inference."
+    ]
+    moved = shutil.copy(last, "moved.ckpt")
+    assert "no config.yaml of the run of moved.ckpt says its data" in text(
+        nm(str(moved), "--inference").err
+    )
+
+
 def test_probe_moves_no_weight(nm: Nm) -> None:
     """The first batch of two is the only one of one; a step between would move the second's σ."""
     words = ["quickstart", *SMALL, "--json", "n.json", "--batches"]

@@ -115,6 +115,17 @@ def test_verdicts_of_running_variances(eps: float) -> None:
     np.testing.assert_allclose(layer.scales, variance.sqrt(), rtol=1e-6)
 
 
+def test_rows_that_are_not_finite_count_for_no_form() -> None:
+    """A function may run the model."""
+    x = torch.randn(4, 8)
+    x[1, 2], x[2, 0] = torch.nan, torch.inf
+    found = probe_inference(nn.Sequential(nn.LayerNorm(8)), [lambda net: net(x)])
+    counts = {name: sum(tried.values()) for name, tried in found.layers[0].outcomes.items()}
+    assert set(counts.values()) == {2}
+    assert "gives inf or NaN in float32, to 1 layer" in found.describe()
+    assert "does not hold x" not in found.describe()
+
+
 def test_folded_weights_are_judged_by_channel() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=1e-12)).eval()
     w, norm = net[0].weight, net[1]
