@@ -230,7 +230,7 @@ BAD_MODELS = {
     "bad_of_test:make": "what bad_of_test:make takes is not known: give --inputs x.npz",
     "bad_of_test:mkae": "bad_of_test has no 'mkae'. Did you mean 'make'",
     "bad_of_test:make --input_shape 4,9,9": "the model does not take these inputs: Given groups=1",
-    "quickstart --inputs x.npz": "--inputs and --input_shape are for ONNX files and module:name",
+    "quickstart --inputs x.npz": "--inputs and --input_shape are for inference: add --inference",
 }
 
 
