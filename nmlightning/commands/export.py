@@ -15,7 +15,7 @@ from nmlightning.commands.own_models import (
     read_arrays,
 )
 from nmlightning.errors import InputError, check_choice, nearest
-from nmlightning.export.formats import FORMATS, HALF_SAFE, check_target
+from nmlightning.export.formats import FORMATS, HALF_SAFE, check_target, file_size
 from nmlightning.name_patterns import by_reason, some
 
 if TYPE_CHECKING:
@@ -67,6 +67,8 @@ def run(arguments: list[str]) -> int:
 def _check_file(checkpoint: Path) -> None:
     if re.match(r"\w+:/", str(checkpoint)):
         raise InputError(f"nm export takes a file, not an address: download {checkpoint}.")
+    if checkpoint.suffix == ".onnx":  # its reader says it
+        return
     if checkpoint.is_dir():
         raise InputError(
             f"{str(checkpoint)!r} is a folder; of a sharded checkpoint make a file by "
@@ -179,10 +181,12 @@ def _rewrite(given: argparse.Namespace) -> int:
             "--half-safe l1 needs the model's source and data, which an ONNX file does not have: "
             "nm export my.package:make_model --half-safe l1; the file itself takes scaled."
         )
-    if given.half_safe != "scaled" or given.format != "onnx":
+    if given.half_safe is None or given.format != "onnx":
+        wrong = "--half-safe is missing" if given.format == "onnx" else f"--format {given.format}"
         raise InputError(
-            f"of an ONNX file norms are rewritten: nm export {file} --half-safe scaled."
+            f"{wrong}: of an ONNX file norms are rewritten, by nm export {file} --half-safe scaled."
         )
+    check_choice("--half-safe", given.half_safe, HALF_SAFE)
     output = given.output or given.checkpoint.with_stem(f"{given.checkpoint.stem}_half_safe")
     check_target(output, "onnx", given.overwrite)
     from nmlightning.export.half_safe_onnx import make_half_safe
@@ -191,7 +195,8 @@ def _rewrite(given: argparse.Namespace) -> int:
     shapes = [given.input_shape] if given.input_shape else ()
     report = make_half_safe(given.checkpoint, output, inputs, shapes)
     counts = Counter("RMS" if x.kind == "rms" else x.kind for x in report.rewritten)
-    print_line("rewritten", ", ".join(f"{count} {kind} norms" for kind, count in counts.items()))
+    found = [f"{count} {kind} norm{'s' * (count > 1)}" for kind, count in counts.items()]
+    print_line("rewritten", ", ".join(found))
     for line in by_reason(report.left):
         print_line("left", line)
     print_line("error", f"{report.error:.1e} of a norm's largest output, against float64")
@@ -200,7 +205,7 @@ def _rewrite(given: argparse.Namespace) -> int:
         difference = f"{difference:.1e} of the largest output ({how}, onnxruntime)"
     print_line("difference", difference)
     data = f", with weights in {some(report.data)} beside it" if report.data else ""
-    print_line("file", f"{report.file} ({report.size / 1e6:.1f} MB{data})")
+    print_line("file", f"{report.file} ({file_size(report.size)}{data})")
     print_line("use", f"onnxruntime.InferenceSession({str(report.file)!r})")
     return 0
 
@@ -222,7 +227,7 @@ def _print(report: "ExportReport", network: str) -> None:
     print_line("network", f"{network}, inputs {report.inputs}")
     if report.fixed:
         print_line("sequence", f"of this length only: {report.fixed}")
-    print_line("file", f"{report.file} ({report.format}, {report.size / 1e6:.1f} MB)")
+    print_line("file", f"{report.file} ({report.format}, {file_size(report.size)})")
     _print_norms(report)
     if report.made_plain:
         print_line("weights", f"{len(report.made_plain)} no longer parametrized")

@@ -21,7 +21,7 @@ from nmlightning.atomic_file import explain_failure, replace_file
 from nmlightning.errors import InputError, check_choice, check_flag
 from nmlightning.export.examples import Examples, Network, plain_of
 from nmlightning.export.fold import FoldReport, fold_norms
-from nmlightning.export.formats import FORMATS, HALF_SAFE, check_target
+from nmlightning.export.formats import FORMATS, HALF_SAFE, check_target, file_size
 from nmlightning.export.half_safe import Evaluation, HalfSafe, make_half_safe
 from nmlightning.export.quantized import (
     extract_quantizers,
@@ -89,7 +89,7 @@ class ExportReport(Report):
         plain += f", {len(self.quantized)} inputs quantised" if self.quantized else ""
         if safe := self.half_safe:
             plain += f", {len(safe.swapped)} norms swapped to {safe.norm} ({safe.change:.1e} off)"
-        size = f"{self.format}, {self.size / 1e6:.1f} MB"
+        size = f"{self.format}, {file_size(self.size)}"
         line = f"{self.file} ({size}): {counts}{plain}; outputs differ by {self.difference:.1e}"
         return "\n".join([line, *reasons])
 

@@ -35,6 +35,11 @@ FORMATS: Mapping[str, Format] = {
 }
 
 
+def file_size(size: int) -> str:
+    """Return a number of bytes in words, such as "1.5 MB"."""
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
+
+
 def check_target(file: Path, format: str, overwrite: bool) -> None:
     """Raise InputError if there is no such format, it needs more, or the file cannot be written."""
     check_choice("format", format, FORMATS)

@@ -1,7 +1,7 @@
 """Runs an ONNX file for the values inside it, with one copy of its weights in memory."""
 
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,17 +39,8 @@ class OnnxFile:
         absent = [name for name in ("onnx", "onnxruntime") if find_spec(name) is None]
         if absent:
             raise InputError(f"to run {file} needs {absent[0]}: pip install {' '.join(absent)}.")
-        if not file.is_file():
-            raise InputError(f"there is no file {str(file)!r} in {Path.cwd()}.")
-        from onnx import inliner
-
         self.file = file
-        try:
-            self.model = _read_skeleton(file)
-            if self.model.functions:
-                self.model = inliner.inline_local_functions(self.model)
-        except Exception as error:  # of several classes, from bytes that mean something else
-            raise InputError(f"{str(file)!r} is no ONNX file, or is truncated.") from error
+        self.model = read_model(file, _read_skeleton)
         graph = self.model.graph
         self.weights = {x.name: x for x in graph.initializer}
         self.inputs = {x.name: x.type.tensor_type for x in graph.input}
@@ -134,14 +125,14 @@ class OnnxFile:
         drawn = {}
         for number, (name, type) in enumerate(self.inputs.items()):
             sizes: list[Any] = [x.dim_value or None for x in type.shape.dim]
-            sizes[:1] = [size or BATCH_SIZE for size in sizes[:1]]
             if shapes:
-                sizes[1:] = shapes[number % len(shapes)]
-            if None in sizes:
+                sizes = [*(sizes[:1] or [None]), *shapes[number % len(shapes)]]
+            sizes[:1] = [size or BATCH_SIZE for size in sizes[:1]]
+            if None in sizes or not (shapes or type.HasField("shape")):
                 words = ", ".join(str(x.dim_value or x.dim_param or "?") for x in type.shape.dim)
                 raise InputError(
-                    f"the input {name!r} has the shape ({words}): give arrays by --inputs, or the "
-                    "sizes behind the first by --input_shape."
+                    f"the shape of the input {name!r} is {f'({words})' if words else 'not known'}: "
+                    "give arrays by --inputs, or the sizes behind the first by --input_shape."
                 )
             normal, bits = generator.standard_normal(sizes), generator.integers(0, 2, sizes)
             drawn[name] = (normal if self._dtype(name).kind == "f" else bits).astype(
@@ -155,6 +146,21 @@ class OnnxFile:
         return tensor_dtype_to_np_dtype(self.inputs[name].elem_type)
 
 
+def read_model(file: Path, read: Callable[[Path], "ModelProto"]) -> "ModelProto":
+    """Return what `read` makes of an ONNX file, or raise InputError where it is none."""
+    if file.is_dir():
+        raise InputError(f"{str(file)!r} is a folder; name the ONNX file in it.")
+    if not file.is_file():
+        raise InputError(f"there is no file {str(file)!r} in {Path.cwd()}.")
+    try:
+        model = read(file)
+    except Exception as error:  # of several classes, from bytes that mean something else
+        raise InputError(f"{str(file)!r} is no ONNX file, or is truncated.") from error
+    if not model.graph.node:
+        raise InputError(f"{str(file)!r} is no ONNX file, or its graph is empty.")
+    return model
+
+
 def external_files(model: "ModelProto", file: Path) -> tuple[str, ...]:
     """Return the names of the files with a model's weights, or raise InputError for absent ones."""
     parts = [x for tensor in model.graph.initializer for x in tensor.external_data]
@@ -165,8 +171,8 @@ def external_files(model: "ModelProto", file: Path) -> tuple[str, ...]:
 
 
 def _read_skeleton(file: Path) -> "ModelProto":
-    """Return a model whose weights are external data, be it in the file itself."""
-    from onnx import ModelProto, TensorProto
+    """Return a model whose weights are external data, be it in the file itself, inlined."""
+    from onnx import ModelProto, TensorProto, inliner
 
     model = ModelProto()
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -187,7 +193,7 @@ def _read_skeleton(file: Path) -> "ModelProto":
                     place = {"location": file.name, "offset": first, "length": last - first}
                     for key, value in place.items():
                         tensor.external_data.add(key=key, value=str(value))
-    return model
+    return inliner.inline_local_functions(model) if model.functions else model
 
 
 def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:

@@ -222,7 +222,7 @@ class _File:
                 self._see(norm, found, x)
 
     def _see(self, norm: MeasuredNorm, found: OnnxNorm, x: Any) -> None:
-        node, count, running = found.nodes[0], x.shape[1], list[Tensor]()
+        node, count, running = found.nodes[0], x.shape[1:2].numel(), list[Tensor]()
         if norm.kind in ("layer", "rms"):
             axes = found.axes or tuple(range(attribute_of(node, "axis", -1), x.dim()))
             count = math.prod(x.shape[axis] for axis in axes)

@@ -60,7 +60,7 @@ def test_export_writes_a_state_dict_beside_the_checkpoint(nm: Nm, trained: Path)
     assert answer.err == []
     assert answer.out[:-2] == [
         " network     CifarResNet, inputs N × 3 × 8 × 8",
-        f" file        {file} (state_dict, 0.3 MB)",
+        f" file        {file} (state_dict, {file.stat().st_size / 1e3:.1f} kB)",
         " batch norms 7 folded into the layers before them; each stays as a shift, to keep "
         "its keys (--no_fold to train further)",
         " weights     7 no longer parametrized",
@@ -271,12 +271,13 @@ def test_export_rewrites_an_onnx_file(nm: Nm, monkeypatch: pytest.MonkeyPatch) -
     np.savez("x.npz", x=np.random.randn(2, 8, 8).astype(np.float32))
     answer = nm("a.onnx", "--half-safe", "scaled", "-o", "safe.onnx", "--inputs", "x.npz")
     assert answer.code == 0
-    assert [re.sub(r"\d\.\de-\d\d", "E", line) for line in answer.out] == [
-        " rewritten   1 layer norms, 1 RMS norms",
+    lines = [re.sub(r"\d\.\de-\d\d", "E", line) for line in answer.out]
+    assert [re.sub(r"\d+\.\d kB", "SIZE kB", line) for line in lines] == [
+        " rewritten   1 layer norm, 1 RMS norm",
         " left        q: instance norms are not rewritten",
         " error       E of a norm's largest output, against float64",
         " difference  E of the largest output (x.npz, onnxruntime)",
-        " file        safe.onnx (0.0 MB)",
+        " file        safe.onnx (SIZE kB)",
         " use         onnxruntime.InferenceSession('safe.onnx')",
     ]
     assert nm("a.onnx", "--half-safe", "scaled").out[3].startswith(" difference  not compared: ")
@@ -290,7 +291,11 @@ def test_export_rewrites_an_onnx_file(nm: Nm, monkeypatch: pytest.MonkeyPatch) -
     ("steps", "words", "error"),
     [
         (NORMS, "--half-safe l1", "needs the model's source and data"),
-        (NORMS, "", "norms are rewritten: nm export a.onnx --half-safe scaled."),
+        (NORMS, "", "--half-safe is missing: of an ONNX file norms are rewritten, by nm export a."),
+        (NORMS, "--format onnxx", "--format is 'state_dict'"),
+        (NORMS, "--half-safe scaled --format state_dict", "--format state_dict: of an ONNX file "),
+        (NORMS, "--half-safe all", "--half-safe is 'scaled' or 'l1', got 'all'"),
+        (NORMS, "--half-safe scaled -o a.onnx --overwrite", "'a.onnx' is what is read: name anoth"),
         (NORMS, "--half-safe scaled -o a.onnx", "'a.onnx' exists already"),
         (NORMS, "--half-safe scaled --inputs no.npz", "--inputs: there is no file 'no.npz'"),
         ("y = Add(x, w)", "--half-safe scaled", "it has no layer or RMS norm."),
@@ -312,3 +317,37 @@ def test_files_cut_short_are_one_line(nm: Nm, monkeypatch: pytest.MonkeyPatch) -
     assert "'a.onnx' is no ONNX file" in nm("a.onnx", "--half-safe", "scaled").err[0]
     monkeypatch.setattr(formats, "find_spec", lambda name: None)
     assert "pip install onnx" in nm("a.onnx", "--half-safe", "scaled").err[0]
+
+
+@pytest.mark.parametrize("words", [("export", "--half-safe", "scaled"), ("probe",)])
+def test_what_is_no_onnx_file_is_one_line(nm: Nm, words: tuple[str, ...]) -> None:
+    Path("dir.onnx").mkdir()
+    Path("text.onnx").write_text("a text")
+    Path("empty.onnx").write_text("")
+    errors = {
+        "dir": "is a folder; name the",
+        "gone": "is no file",
+        "text": "no ONNX",
+        "empty": "no",
+    }
+    for name, error in errors.items():
+        answer = nm.func(words[0], f"{name}.onnx", *words[1:])  # type: ignore[attr-defined]
+        assert answer.code == 2
+        assert error in " ".join(answer.err)
+
+
+def test_inputs_that_a_file_does_not_take_are_refused(nm: Nm) -> None:
+    write_onnx(NORMS)
+    x = np.ones((2, 8, 8), np.float32)
+    cases = {"name": {"z": x}, "shape": {"x": x[:, :, :7]}, "rank": {"x": x[0]}}
+    errors = (
+        "a.onnx takes x",
+        "cannot run a.onnx: .*invalid dimensions",
+        "cannot run a.onnx: .*rank",
+    )
+    for (name, arrays), error in zip(cases.items(), errors, strict=True):
+        np.savez(f"{name}.npz", **arrays)
+        answer = nm("a.onnx", "--half-safe", "scaled", "--inputs", f"{name}.npz")
+        assert answer.code == 2
+        assert re.search(error, " ".join(answer.err))
+        assert not Path("a_half_safe.onnx").exists()

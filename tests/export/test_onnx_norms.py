@@ -21,6 +21,8 @@ from torch import nn
 from nmlightning import InputError
 from nmlightning.export.half_safe_onnx import HalfSafeReport, make_half_safe
 from nmlightning.export.onnx_norms import OnnxNorm, find_onnx_norms
+from nmlightning.export.onnx_values import OnnxFile
+from nmlightning.probe.inference import probe_inference
 from other_libraries import convnext, llama, vit
 
 Array = NDArray[Any]
@@ -355,6 +357,63 @@ def test_norms_in_branches_are_rewritten(tmp_path: Path) -> None:
     assert "LayerNormalization" not in str(safe)
 
 
+def test_inputs_without_a_rank_are_not_drawn(tmp_path: Path) -> None:
+    model = parse(f"{CENTRED}{ROOT}y = Div(d, s)")
+    for value in [*model.graph.input, *model.graph.output]:
+        value.type.tensor_type.ClearField("shape")
+    _, report = rewrite(model, tmp_path)
+    assert str(report.difference).startswith(
+        "not compared: the shape of the input 'x' is not known"
+    )
+    with pytest.raises(
+        InputError, match="shape of the input 'x' is not known: give arrays by --in"
+    ):
+        OnnxFile(tmp_path / "a.onnx").draw_inputs()
+    compared = make_half_safe(tmp_path / "a.onnx", tmp_path / "b.onnx", shapes=[(3, 8)])
+    assert compared.difference == pytest.approx(0, abs=1e-6)
+    for x in (np.arange(8.0), np.ones((2, 8))):  # a row alone, too
+        assert probe_inference(tmp_path / "a.onnx", [x]).layers[0].values == 8
+
+
+def test_files_that_give_no_numbers_are_not_compared(tmp_path: Path) -> None:
+    norm = "z = LayerNormalization(x, w, b)\n"
+    _, report = rewrite(parse(f"{norm}m = Sub(w, w)\ny = Div(z, m)", 17, "16, 8"), tmp_path)
+    assert report.difference == "not compared: the file itself gives inf or NaN"
+    source, file = tmp_path / "a.onnx", tmp_path / "b.onnx"
+    rewrite(parse(f"{norm}y = Identity(z)", 17), tmp_path)
+    empty = make_half_safe(source, file, {"x": np.ones((0, 8), np.float32)})
+    assert empty.difference == "not compared: the outputs are empty, or integers"
+
+
+@pytest.mark.parametrize("dtype", ["FLOAT", "FLOAT16"])
+def test_graphs_that_are_off_are_not_written(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those off by more than graphs of their type may be, or that onnxruntime cannot run."""
+    model, run = parse("y = LayerNormalization(x, w, b)", 17, "16, 8", dtype), OnnxFile.run
+    for factor in (1.03, np.nan):
+
+        def spoil(self: OnnxFile, *args: Any, factor: float = factor) -> Any:
+            is_draft = self.file.name != "a.onnx"
+            return {k: v * (factor if is_draft else 1) for k, v in run(self, *args).items()}
+
+        monkeypatch.setattr(OnnxFile, "run", spoil)
+        if (dtype, factor) == ("FLOAT16", 1.03):
+            assert rewrite(model, tmp_path)[1].difference == pytest.approx(0.03, abs=5e-3)
+            (tmp_path / "b.onnx").unlink()
+            continue
+        with pytest.raises(InputError, match=r"would be off by (3\.0e-02|nan) of .*more than .e-0"):
+            rewrite(model, tmp_path)
+
+    def fail(self: OnnxFile, *args: Any) -> Any:
+        return run(self, {} if self.file.name != "a.onnx" else args[0], args[1])
+
+    monkeypatch.setattr(OnnxFile, "run", fail)
+    with pytest.raises(InputError, match=r"cannot run what was rewritten: .*nothing was written"):
+        rewrite(model, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.onnx"]
+
+
 def test_external_data_are_not_read(tmp_path: Path) -> None:
     model = parse("z = LayerNormalization(x, w, b)\ny = Add(z, b)", 17)
     huge = 2**29 + 8  # elements: more bytes than a protobuf may have, and none of them on the disk
@@ -369,8 +428,12 @@ def test_external_data_are_not_read(tmp_path: Path) -> None:
     assert report.data == ("a.data",)
     assert report.difference == pytest.approx(0, abs=1e-6)
     (tmp_path / "other").mkdir()
-    with pytest.raises(InputError, match=r"beside which an ONNX file must lie: write '.*/b\.onnx'"):
-        make_half_safe(tmp_path / "a.onnx", tmp_path / "other/b.onnx")
+    for name, advised in {"b.onnx": "b.onnx", "a.onnx": "a_half_safe.onnx"}.items():
+        with pytest.raises(InputError, match=rf"an ONNX file must lie: write '.*/{advised}'"):
+            make_half_safe(tmp_path / "a.onnx", tmp_path / "other" / name)
+    for name in ("a.onnx", "a.data", "other/../a.onnx"):
+        with pytest.raises(InputError, match="is what is read: name another file"):
+            make_half_safe(tmp_path / "a.onnx", tmp_path / name)
     (tmp_path / "a.data").unlink()
     with pytest.raises(InputError, match=r"keeps weights in a\.data, not beside it"):
         make_half_safe(tmp_path / "a.onnx", tmp_path / "c.onnx")
