@@ -230,12 +230,12 @@ def measure(net: nn.Module, x: Tensor) -> dict[str, list[str]]:
                 make_half_safe(plain, file)
                 from nmlightning.export.half_safe import make_half_safe as swap
 
-                swap(changed, form, lambda _: {})
+                swap(changed, form, lambda _: {}, lambda *_: 0.0)
             else:
                 kept = None if form == "original" else form
                 export_network(net, file, "onnx", None, inputs=(x,), half_safe=kept)
                 if kept:
-                    swap(changed, form, lambda each: each(x) is None or {})
+                    swap(changed, form, lambda each: each(x) is None or {}, lambda *_: 0.0)
             for name, (package, run) in RUNTIMES.items():
                 if find_spec(package):
                     cells.setdefault(name, []).append(cell(run, changed, file, x, right))

@@ -19,49 +19,44 @@ from nmlightning.export.formats import FORMATS, HALF_SAFE, check_target, file_si
 from nmlightning.name_patterns import by_reason, some
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from pytorch_lightning import LightningModule
     from torch import nn
 
+    from nmlightning.commands.checkpoint import Checkpoint
     from nmlightning.export.export import ExportReport
-    from nmlightning.export.half_safe import Evaluation, HalfSafe
+    from nmlightning.export.half_safe import HalfSafe
     from nmlightning.translation.task import Translator
 
 
 def run(arguments: list[str]) -> int:
     given = _parse(arguments)
     check_choice("--format", given.format, FORMATS)
-    is_own = is_own_model(str(given.checkpoint))
+    model = str(given.checkpoint)
+    is_own = is_own_model(model)
     if not is_own:
         _check_file(given.checkpoint)
     if given.checkpoint.suffix == ".onnx":
         return _rewrite(given)
-    name = Path(str(given.checkpoint).rpartition(":")[2]) if is_own else given.checkpoint
+    if given.half_safe and FORMATS[given.format].keeps_code:
+        raise InputError(
+            "a state dict has no norms for --half-safe to swap: give --format onnx or torch_export."
+        )
+    name = Path(model.rpartition(":")[2]) if is_own else given.checkpoint
     given.output = given.output or name.with_suffix(FORMATS[given.format].suffix)
     check_target(given.output, given.format, given.overwrite)
     arrays = read_arrays(given.inputs) if given.inputs else None
+    from nmlightning.commands.checkpoint import Checkpoint
     from nmlightning.commands.failures import filter_logs
-    from nmlightning.export.export import export_network
+    from nmlightning.translation.task import Translator
 
     with filter_logs():
-        if is_own:
-            root, evaluate = load_model(str(given.checkpoint)), None
-            net = _choose(root, given.module) if given.module else root
-        else:
-            net, evaluate = _load(given)
-        if not is_own and hasattr(net, "tokenizer"):
-            return _export_translator(cast("Translator", net), given, evaluate)
-        report = export_network(
-            net,
-            given.output,
-            given.format,
-            given.input_shape,
-            inputs=bind_inputs(net, arrays) if arrays else None,
-            half_safe=given.half_safe,
-            evaluate=evaluate,
-            fold=not given.no_fold,
-            overwrite=given.overwrite,
-        )
-    _print(report, type(net).__name__)
-    return 0
+        checkpoint = None if is_own else Checkpoint(given.checkpoint, given.config)
+        module = load_model(model) if checkpoint is None else checkpoint.load_module()
+        if isinstance(module, Translator):
+            return _export_translator(module, given, checkpoint)
+        return _export_module(module, given, checkpoint, arrays)
 
 
 def _check_file(checkpoint: Path) -> None:
@@ -78,40 +73,57 @@ def _check_file(checkpoint: Path) -> None:
         raise InputError(f"there is no file {str(checkpoint)!r} in {Path.cwd()}.")
 
 
-def _load(given: argparse.Namespace) -> "tuple[nn.Module, Evaluation | None]":
-    """Return the network in a checkpoint, and what validates it, if its data are needed."""
-    from nmlightning.commands.checkpoint import Checkpoint
-    from nmlightning.translation.task import Translator
+def _export_module(
+    module: "nn.Module",
+    given: argparse.Namespace,
+    checkpoint: "Checkpoint | None",
+    arrays: "dict[str, NDArray[np.generic]] | None",
+) -> int:
+    """Write a part of a module, by default a checkpoint's `net`."""
+    from nmlightning.export.export import export_network
 
-    checkpoint = Checkpoint(given.checkpoint, given.config)
-    module = checkpoint.load_module()
-    if isinstance(module, Translator):
-        return module, checkpoint.evaluation(module, "net") if given.half_safe == "l1" else None
-    if not (given.input_shape or given.inputs):
-        given.input_shape = checkpoint.input_shape()
-    name = given.module or "net"
-    net = _choose(module, name)
-    needs_data = given.half_safe == "l1" and not given.inputs
-    return net, checkpoint.evaluation(module, name) if needs_data else None
+    name = given.module or ("net" if checkpoint else "")
+    net = _choose(module, name) if name else module
+    shape, evaluate = given.input_shape, None
+    if not (shape or arrays):
+        if checkpoint is None:
+            raise InputError("give --input_shape, such as 3,32,32, or --inputs x.npz.")
+        shape = checkpoint.input_shape()
+    if given.half_safe == "l1" and not arrays:
+        whole = cast("LightningModule", module)
+        evaluate = checkpoint.evaluation(whole, name) if checkpoint else None
+        if evaluate is None:
+            raise InputError("--half-safe l1 is fitted on batches: give --inputs x.npz.")
+    report = export_network(
+        net,
+        given.output,
+        given.format,
+        shape,
+        inputs=bind_inputs(net, arrays) if arrays else None,
+        half_safe=given.half_safe,
+        evaluate=evaluate,
+        fold=not given.no_fold,
+        overwrite=given.overwrite,
+    )
+    _print(report, type(net).__name__, given.inputs)
+    return 0
 
 
 def _export_translator(
-    task: "Translator", given: argparse.Namespace, evaluate: "Evaluation | None"
+    task: "Translator", given: argparse.Namespace, checkpoint: "Checkpoint | None"
 ) -> int:
     """Write the encoder and the greedy step of a translation network, each as a graph."""
-    from nmlightning.export.half_safe import make_half_safe
     from nmlightning.parametrizations.apply import remove_weight_norm
     from nmlightning.parametrizations.layers import normalised_weights
     from nmlightning.translation.graphs import export_translator
 
-    net, safe = task.net.float().eval(), None
+    net, evaluate = task.net.float().eval(), None
     if normalised_weights(net):
         remove_weight_norm(net)
-    if given.half_safe == "l1" and evaluate is None:
-        raise InputError("--half-safe l1 is fitted on batches: give data by --config.")
-    if given.half_safe:
-        check_choice("--half-safe", given.half_safe, HALF_SAFE)
-        safe = make_half_safe(net, given.half_safe, evaluate or (lambda _: {}))
+    if given.half_safe == "l1":
+        evaluate = checkpoint.evaluation(task, "net") if checkpoint else None
+        if evaluate is None:
+            raise InputError("--half-safe l1 is fitted on batches: give data by --config.")
     shape = given.input_shape or (None,)
     reports = export_translator(
         net,
@@ -119,11 +131,12 @@ def _export_translator(
         given.format,
         source_length=shape[0],
         extra_length=task.extra_length,
+        half_safe=given.half_safe,
+        evaluate=evaluate,
         overwrite=given.overwrite,
     )
     for report, part in zip(reports, ("Encoder", "Step"), strict=True):
         _print(report, f"{part} of {type(net).__name__}")
-    _print_half_safe(safe)
     print_line(
         "decode",
         "begin with token 1 and a cache of 0 tokens (an LSTM: zeros); feed each step the likeliest "
@@ -161,6 +174,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "--half-safe",
         "--half_safe",
         metavar="HOW",
+        choices=HALF_SAFE,
         help="swap layer and RMS norms for float16: scaled computes the same, l1 is fitted to it "
         "(of an ONNX file scaled alone)",
     )
@@ -186,7 +200,6 @@ def _rewrite(given: argparse.Namespace) -> int:
         raise InputError(
             f"{wrong}: of an ONNX file norms are rewritten, by nm export {file} --half-safe scaled."
         )
-    check_choice("--half-safe", given.half_safe, HALF_SAFE)
     output = given.output or given.checkpoint.with_stem(f"{given.checkpoint.stem}_half_safe")
     check_target(output, "onnx", given.overwrite)
     from nmlightning.export.half_safe_onnx import make_half_safe
@@ -221,7 +234,7 @@ def _choose(module: "nn.Module", name: str) -> "nn.Module":
     return parts[name]
 
 
-def _print(report: "ExportReport", network: str) -> None:
+def _print(report: "ExportReport", network: str, inputs: Path | None = None) -> None:
     from nmlightning.export.examples import BATCH_SIZES
 
     print_line("network", f"{network}, inputs {report.inputs}")
@@ -234,11 +247,10 @@ def _print(report: "ExportReport", network: str) -> None:
     if report.quantized:
         print_line("int8", f"{len(report.quantized)} inputs quantised, weights in the file as int8")
     _print_half_safe(report.half_safe)
-    drawn = "random" if report.input_names == ("input",) else "the given"
     print_line(
         "difference",
         f"{report.difference:.1e} of the largest output, at most {report.tolerance:.0e} "
-        f"({drawn} inputs, batches of {', '.join(map(str, BATCH_SIZES))})",
+        f"({inputs or 'random inputs'}, batches of {', '.join(map(str, BATCH_SIZES))})",
     )
     names = [x if x != "input" else "x" for x in report.input_names]
     feed = ", ".join(f"{x!r}: {y}.numpy()" for x, y in zip(report.input_names, names, strict=True))
@@ -250,8 +262,7 @@ def _print_half_safe(safe: "HalfSafe | None") -> None:
     if safe is None:
         return
     print_line("half-safe", f"{len(safe.swapped)} layer and RMS norms swapped to {safe.norm}")
-    if safe.change:
-        print_line("change", f"{safe.change:.1e} of the largest output")
+    print_line("change", f"{safe.change:.1e} of the largest output")
     for metric, (before, after) in safe.metrics.items():
         print_line("", f"{metric} {before:.4g} before, {after:.4g} after")
     for line in by_reason(safe.left):
@@ -261,6 +272,8 @@ def _print_half_safe(safe: "HalfSafe | None") -> None:
 def _print_norms(report: "ExportReport") -> None:
     if report.fold is None:
         print_line("batch norms", "none folded (--no_fold)")
+        return
+    if not (report.fold.folded or report.fold.left):
         return
     folded = f"{len(report.fold)} folded into the layers before them"
     if FORMATS[report.format].keeps_code and len(report.fold):

@@ -43,7 +43,8 @@ def load_model(name: str) -> "nn.Module":
         raise InputError(line) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise InputError(f"{path} has no {attribute!r}.{nearest(part, dir(found))}")
+            there = [x for x in dir(found) if _is_local(getattr(found, x, None), path)]
+            raise InputError(f"{path} has no {attribute!r}.{nearest(part, there)}")
         found = getattr(found, part)
     try:
         net = found() if callable(found) and not isinstance(found, nn.Module) else found
@@ -52,6 +53,13 @@ def load_model(name: str) -> "nn.Module":
     if not isinstance(net, nn.Module):
         raise InputError(f"{name} gives a {type(net).__name__}, and not an nn.Module.")
     return net.eval()
+
+
+def _is_local(value: object, path: str) -> bool:
+    """Return whether a value is an nn.Module, or callable and of the module's own package."""
+    defined = f"{getattr(value, '__module__', '')}."
+    own = hasattr(value, "named_parameters") or defined.startswith(f"{path.partition('.')[0]}.")
+    return callable(value) and own
 
 
 def _in_line(error: Exception) -> str:
@@ -65,9 +73,9 @@ def read_arrays(file: Path) -> dict[str, NDArray[np.generic]]:
     try:
         with np.load(file) as loaded:
             arrays = dict(loaded)
-    except (ValueError, TypeError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise InputError(
-            f"--inputs: {str(file)!r} is no .npz of numbers, as np.savez writes it: {error}"
+            f"--inputs: {str(file)!r} cannot be read as an .npz of numbers, as np.savez writes it."
         ) from error
     for name, array in arrays.items():
         if array.dtype.kind not in "biuf":
@@ -80,7 +88,7 @@ def read_arrays(file: Path) -> dict[str, NDArray[np.generic]]:
 def bind_inputs(
     net: "nn.Module", arrays: dict[str, NDArray[np.generic]]
 ) -> "dict[str, Tensor] | tuple[Tensor, ...]":
-    """Return arrays as arguments of a network: by name if forward has all names, else in order.
+    """Return arrays as arguments of a network: by name if forward has such, else in order.
 
     Floating-point arrays become float32; InputError if forward takes other arguments.
     """
@@ -89,13 +97,18 @@ def bind_inputs(
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     tensors = {n: q.float() if q.is_floating_point() else q for n, q in tensors.items()}
     signature = inspect.signature(net.forward)
-    by_name = tensors.keys() <= signature.parameters.keys()
+    takes, kind = signature.parameters, type(net).__name__
+    by_name = any(name in takes for name in tensors)
+    for name in tensors if by_name else ():
+        if name not in takes:
+            raise InputError(
+                f"--inputs: {kind} takes {', '.join(takes)}, and no {name!r}.{nearest(name, takes)}"
+            )
     try:
         signature.bind(**tensors) if by_name else signature.bind(*tensors.values())
     except TypeError as error:
         raise InputError(
-            f"--inputs has {', '.join(arrays)}, and {type(net).__name__} takes "
-            f"{', '.join(signature.parameters)}: {error}."
+            f"--inputs has {', '.join(arrays)}, and {kind} takes {', '.join(takes)}: {error}."
         ) from error
     return tensors if by_name else tuple(tensors.values())
 

@@ -167,10 +167,11 @@ class Examples:
         """Return max |found(x) − y| / max |y| of all outputs and batches; ∞ for others or NaN."""
         batches = [self.draw(size) for size in BATCH_SIZES]
         batches += [self.draw(cut=1)] if is_open else []
-        return max(_difference(found(*batch), expected(*batch)) for batch in batches)
+        return max(largest_difference(found(*batch), expected(*batch)) for batch in batches)
 
 
-def _difference(found: Any, expected: Any) -> float:
+def largest_difference(found: Any, expected: Any) -> float:
+    """Return max |found − y| / max |y| of all tensors in outputs; ∞ for others or NaN."""
     pairs = list(zip(name_outputs(found).values(), name_outputs(expected).values(), strict=True))
     if any(x.shape != y.shape for x, y in pairs):
         return math.inf

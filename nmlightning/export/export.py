@@ -6,13 +6,14 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -168,7 +169,14 @@ def export_network(
         raise InputError("half_safe is for onnx and torch_export: a state dict has no norms.")
     if half_safe == "l1" and evaluate is None and inputs is None:
         raise InputError("half_safe l1 is fitted on batches: give inputs, or what to evaluate.")
-    safe = _swap_half_safe(trained, half_safe, evaluate or examples.run, examples)
+    safe = None
+    if half_safe is not None:
+        safe = make_half_safe(
+            trained,
+            half_safe,
+            evaluate or examples.run,
+            lambda new, old: examples.difference(examples.adapt(new), examples.adapt(old)),
+        )
     plain = copy.deepcopy(trained)
     made_plain = _remove_parametrizations(plain)
     modules = extract_quantizers(plain)
@@ -193,16 +201,6 @@ def export_network(
         file, format, size, report, tuple(made_plain), difference, quantized, tolerance,
         examples.describe(not fixed), tuple(examples.names), fixed, safe,
     )  # fmt: skip
-
-
-def _swap_half_safe(
-    net: nn.Module, norm: str | None, evaluate: Evaluation, examples: Examples
-) -> HalfSafe | None:
-    if norm is None:
-        return None
-    before = examples.adapt(copy.deepcopy(net))
-    safe = make_half_safe(net, norm, evaluate)
-    return replace(safe, change=examples.difference(examples.adapt(net), before))
 
 
 def _write_checked(
@@ -305,7 +303,8 @@ def _read_onnx(file: Path, net: nn.Module) -> Network:
     def run(*inputs: Tensor) -> list[Tensor]:
         feed = {x: y.numpy() for x, y in zip(evaluator.input_names, inputs, strict=True)}
         try:
-            outputs = evaluator.run(None, feed)
+            with np.errstate(all="ignore"):
+                outputs = evaluator.run(None, feed)
         except Exception:
             if find_spec("onnxruntime") is None:
                 raise

@@ -57,4 +57,7 @@ def check_target(file: Path, format: str, overwrite: bool) -> None:
     if file.is_dir():
         raise InputError(f"{str(file)!r} is a folder; name a file in it.")
     if file.exists() and not overwrite:
-        raise InputError(f"{str(file)!r} exists already; name another file, or set overwrite.")
+        raise InputError(
+            f"{str(file)!r} exists already; name another file, or give overwrite=True "
+            "(--overwrite)."
+        )

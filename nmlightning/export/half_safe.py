@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from nmlightning.errors import InputError
 from nmlightning.norms.batch_norm_base import describe_norm
+from nmlightning.norms.layer_norm import LpLayerNorm, LpRMSNorm
 from nmlightning.surgery.norm_layers import NormLayer, find_norm_layers
 from nmlightning.surgery.swap import swap_norms
 
 Evaluation = Callable[[nn.Module], Mapping[str, float]]
+Comparison = Callable[[nn.Module, nn.Module], float]  # of the new network with the trained one
 _KINDS = ("layer", "rms")
 
 
@@ -36,30 +38,34 @@ class HalfSafe:
     metrics: Mapping[str, tuple[float, float]]
 
 
-def make_half_safe(net: nn.Module, norm: str, evaluate: Evaluation) -> HalfSafe:
+def make_half_safe(
+    net: nn.Module, norm: str, evaluate: Evaluation, compare: Comparison
+) -> HalfSafe:
     """Swap the layer and RMS norms of a network in evaluation, in place.
 
-    `scaled` computes the same. For `l1`, which is scaled, too, each weight is multiplied by the
-    factor f of each feature that fits the new output to the old one, Σ old · new / Σ new² without
-    biases, on what `evaluate` runs through the network; it is called again afterwards.
-
-    Returns:
-        What was done, with a change of 0, which is the caller's to measure.
+    `scaled` computes the same, also of our L1 norms. For `l1`, which is scaled, too, each weight
+    is multiplied by the factor f of each feature that fits the new output to the old one,
+    Σ old · new / Σ new² without biases, on what `evaluate` runs through the network; it is called
+    again afterwards.
 
     Raises:
         InputError: there is no such norm, or only ones that `swap_norms` leaves.
     """
     layers = find_norm_layers(net)
-    chosen = [x.name for x in layers if x.kind in _KINDS and describe_norm(x.module) is None]
+    powers = {x.name: _power(x.module) for x in layers if x.kind in _KINDS}
+    chosen = [name for name, power in powers.items() if power]
     left = {x.name: x.unsupported_reason for x in layers if x.unsupported_reason}
     if not chosen:
         raise InputError(
-            f"half_safe: {type(net).__name__} has no layer or RMS norm of torch's formula to swap."
+            f"half_safe: {type(net).__name__} has no layer or RMS norm of torch's or the L1 "
+            "formula to swap."
         )
     trained = copy.deepcopy(net)
     # Unscaled, the sum of |x| would leave float16 where a runtime adds in half.
-    power = {"scaled": 2.0, "l1": 1.0}[norm]
-    swap_norms(net, "scaled", {"p": power}, kinds=_KINDS, include=chosen)
+    for power in (1.0, 2.0):
+        if names := [name for name in chosen if powers[name] == power]:
+            options = {"p": 1.0 if norm == "l1" else power}
+            swap_norms(net, "scaled", options, kinds=_KINDS, include=names)
     metrics: dict[str, tuple[float, float]] = {}
     if norm == "l1":
         fits = {id(x.module): _Fit(x, trained) for x in find_norm_layers(net) if x.name in chosen}
@@ -67,7 +73,15 @@ def make_half_safe(net: nn.Module, norm: str, evaluate: Evaluation) -> HalfSafe:
         for fit in fits.values():
             fit.scale_weight()
         metrics = {name: (before[name], value) for name, value in evaluate(net).items()}
-    return HalfSafe(norm, tuple(chosen), left, 0.0, metrics)
+    return HalfSafe(norm, tuple(chosen), left, compare(net, trained), metrics)
+
+
+def _power(module: nn.Module) -> float | None:
+    """Return the p of the scaled norm that computes what torch's norm or ours does, if any."""
+    if describe_norm(module) is None:
+        return 2.0
+    is_power = isinstance(module, LpLayerNorm | LpRMSNorm) and module.p in (1, 2)
+    return float(module.p) if is_power and module.constant in ("exact", "paper") else None  # type: ignore[arg-type]
 
 
 class _Fit:

@@ -1,6 +1,7 @@
 """Translation networks as two graphs: the encoder, and the greedy step with its cache."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from nmlightning.errors import InputError
+from nmlightning.export.examples import largest_difference
 from nmlightning.export.export import READERS, ExportReport, export_network
 from nmlightning.export.formats import FORMATS, check_target
+from nmlightning.export.half_safe import Evaluation, make_half_safe
 from nmlightning.translation.decoding import greedy_search
 from nmlightning.translation.lstm import AttentionLSTM
 from nmlightning.translation.tokenizer import EOS, PAD
@@ -135,12 +138,15 @@ def export_translator(
     *,
     source_length: int | None = None,
     extra_length: int = 50,
+    half_safe: str | None = None,
+    evaluate: Evaluation | None = None,
     overwrite: bool = False,
 ) -> list[ExportReport]:
     """Write `NAME.encoder` and `NAME.step` beside each other, and decode greedily with both.
 
     The encoder of an LSTM takes sources of `source_length` tokens, by default 50, padded with 0 at
-    their end: exporters unroll it.
+    their end: exporters unroll it. `half_safe` and `evaluate` are as in `export_network`, but
+    norms are swapped in place; the last report has what was swapped in both.
 
     Raises:
         InputError: the network is another; a file that cannot be written, or is not right; other
@@ -157,6 +163,10 @@ def export_translator(
         check_target(each, format, overwrite)
     encoder, step = EncoderGraph(net), StepGraph(net)
     source = _draw_sources(net.vocab_size, source_length or _LENGTHS[type(net)])
+    safe = None
+    if half_safe:
+        run = evaluate or (lambda _: {})
+        safe = make_half_safe(net, half_safe, run, lambda new, old: _compare(new, old, source))
     with torch.no_grad():
         read, cache = encoder(source), step.empty_cache(len(source))
     grows = [name for name, x in cache.items() if x.dim() == _GROWING]
@@ -167,9 +177,7 @@ def export_translator(
     own = {} if isinstance(net, AttentionLSTM) else {"source": "sequence"}
     parts = ((encoder, {"source": source}, own), (step, given, lengths))
     reports = [
-        export_network(
-            part, each, format, inputs=inputs, lengths=opened, fold=False, overwrite=overwrite
-        )
+        export_network(part, each, format, inputs=inputs, lengths=opened, overwrite=overwrite)
         for each, (part, inputs, opened) in zip(files, parts, strict=True)
     ]
     read_back = [READERS[format](each, net) for each in files]
@@ -179,7 +187,12 @@ def export_translator(
         for each in files:
             each.unlink()
         raise InputError(f"the {format} does not translate as the network does; nothing is left.")
-    return reports
+    return [reports[0], replace(reports[1], half_safe=safe)]
+
+
+@torch.no_grad()
+def _compare(net: nn.Module, trained: nn.Module, source: Tensor) -> float:
+    return largest_difference(net(source, source), trained(source, source))
 
 
 def _draw_sources(vocab_size: int, length: int) -> Tensor:

@@ -104,6 +104,13 @@ def test_export_writes_a_network_in_int8(nm: Nm, trained_in_int8: Path) -> None:
     assert float((torch.from_numpy(y) - net(x)).abs().max() / net(x).abs().max()) <= 0.02
 
 
+def test_export_names_the_inputs_and_only_norms_that_there_are(nm: Nm) -> None:
+    np.savez("x.npz", np.ones((2, 4), np.float32))
+    answer = nm("torch.nn:Identity", "--format", "torch_export", "--inputs", "x.npz")
+    assert [line.split()[0] for line in answer.out] == ["network", "file", "difference", "use"]
+    assert answer.out[2].endswith("(x.npz, batches of 1, 2, 5)")
+
+
 def test_export_keeps_norms_without_folding(nm: Nm, trained: Path) -> None:
     answer = nm(trained, "--format", "state_dict", "--output", "a.pt", "--no_fold")
     assert answer.out[2] == " batch norms none folded (--no_fold)"
@@ -116,7 +123,10 @@ def test_export_replaces_a_file_only_on_request(nm: Nm, trained: Path) -> None:
     Path("a.pt").write_text("mine")
     words = (trained, "--format", "state_dict", "--output", "a.pt")
     code, _, (line,) = nm(*words)
-    assert (code, line) == (2, "nm: 'a.pt' exists already; name another file, or set overwrite.")
+    assert (code, line) == (
+        2,
+        "nm: 'a.pt' exists already; name another file, or give overwrite=True (--overwrite).",
+    )
     assert nm(*words, "--overwrite").code == 0
     assert_same(plain_net("a.pt"), trained)
 
@@ -205,6 +215,10 @@ BAD_INPUT = {
     "LAST --format onnx --input_shape 3,0": "--input_shape: give sizes such as 3,32,32, got '3,0'",
     "LAST --format onnx --output no/x.onnx": "there is no folder 'no' to write 'x.onnx' into",
     "LAST --format torch_export --output x.pt": "must end in .pt2, got 'x.pt'",
+    "LAST --format onnx --half-safe foo": "--half-safe.* choice: 'foo' .*scaled.*l1",
+    "LAST --format state_dict --half-safe l1": "to swap: give --format onnx or torch_export",
+    "torch.nn:Identity --format onnx": "nm: give --input_shape, such as 3,32,32, or --inputs x.npz",
+    "torch.nn:Identity --format onnx --input_shape 4 --half-safe l1": "give --inputs x.npz",
     "LAST --format onnx --fold": "unrecognized arguments: --fold",
     "LAST --format onnx --module nte": "ImageClassifier has no module 'nte'; it has net.*'net'",
     "LAST --format onnx --input_shape 5": "does not take inputs of shape 5: ",
@@ -294,7 +308,7 @@ def test_export_rewrites_an_onnx_file(nm: Nm, monkeypatch: pytest.MonkeyPatch) -
         (NORMS, "", "--half-safe is missing: of an ONNX file norms are rewritten, by nm export a."),
         (NORMS, "--format onnxx", "--format is 'state_dict'"),
         (NORMS, "--half-safe scaled --format state_dict", "--format state_dict: of an ONNX file "),
-        (NORMS, "--half-safe all", "--half-safe is 'scaled' or 'l1', got 'all'"),
+        (NORMS, "--half-safe all", "--half_safe: invalid choice: 'all' (choose"),
         (NORMS, "--half-safe scaled -o a.onnx --overwrite", "'a.onnx' is what is read: name anoth"),
         (NORMS, "--half-safe scaled -o a.onnx", "'a.onnx' exists already"),
         (NORMS, "--half-safe scaled --inputs no.npz", "--inputs: there is no file 'no.npz'"),

@@ -13,6 +13,7 @@ from nmlightning.commands.own_models import bind_inputs, is_own_model, load_mode
 
 MODULE = """
 import torch
+from os import mkdir as mkea
 net, number = torch.nn.Linear(3, 2), 5
 def make(): return torch.nn.Dropout()
 def fail(): raise ValueError("of no\\nkind")
@@ -47,6 +48,7 @@ WRONG_MODELS = {
     "broken_of_test:make": "importing broken_of_test raised ModuleNotFoundError: No module named",
     "failing_of_test:make": "importing failing_of_test raised ZeroDivisionError: division by zero",
     "ours_of_test:mkae": "ours_of_test has no 'mkae'. Did you mean 'make'",
+    "ours_of_test:toch": "ours_of_test has no 'toch'.$",
     "ours_of_test:fail": "ours_of_test:fail raised ValueError: of no kind$",
     "ours_of_test:number": "gives a int, and not an nn.Module",
     "ours_of_test:Home": "gives a Home, and not",
@@ -83,14 +85,16 @@ def test_wrong_inputs_are_told_in_a_line() -> None:
     for file, message in {
         "no.npz": "--inputs: there is no file 'no.npz' in /",
         "text.npz": "'a' of 'text.npz' is <U1, no numbers",
-        "objects.npz": "'objects.npz' is no .npz of numbers, as np.savez writes it: Object arrays",
+        "objects.npz": "'objects.npz' cannot be read as an .npz of numbers, as np.savez writes it.",
         "empty.npz": "'empty.npz' holds no array",
-        "one.npy": "'one.npy' is no .npz",
-        "ours_of_test.py": "'ours_of_test.py' is no .npz",
+        "one.npy": "'one.npy' cannot be read as an .npz",
+        "ours_of_test.py": "'ours_of_test.py' cannot be read as an .npz",
     }.items():
         with pytest.raises(InputError, match=re.escape(message).replace(r"/$", "/")):
             read_arrays(Path(file))
     with pytest.raises(InputError, match="has a, b, c, and Pair takes ids, mask: too many pos"):
         bind_inputs(Pair(), dict.fromkeys("abc", np.ones(2)))
+    with pytest.raises(InputError, match=r"ids, mask, and no 'maks'\. Did you mean 'mask'"):
+        bind_inputs(Pair(), dict.fromkeys(["ids", "maks"], np.ones(2)))
     with pytest.raises(InputError, match="has mask, and Pair takes ids, mask: missing a required"):
         bind_inputs(Pair(), {"mask": np.ones(2)})

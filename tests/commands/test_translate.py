@@ -172,8 +172,14 @@ def test_export_writes_encoder_and_step(trained: Path, nm: Translate) -> None:
     answer = nm(*words, "torch_export", "-o", "a.pt2")
     assert (answer.code, answer.err) == (0, [])
     assert answer.out[0].startswith(" network     Encoder of Transformer, inputs source N × sequ")
-    assert "has no layer or RMS norm" in nm(*words, "onnx", "--half-safe", "scaled").err[0]
+    assert not any("batch norms" in line for line in answer.out)
+    assert sum("(random inputs, batches" in line for line in answer.out) == 2
+    safe = nm(*words, "torch_export", "-o", "safe.pt2", "--half-safe", "scaled").out
+    at = [line.split()[0] for line in safe].index("half-safe")
+    assert safe[at].endswith("5 layer and RMS norms swapped to scaled")  # from L1, the same
+    assert safe[at + 1].endswith(" of the largest output")
+    assert float(safe[at + 1].split()[1]) < 1e-5  # float32 through some layers
     assert answer.out[-1].startswith(" decode      begin with token 1 and a cache of 0 tokens")
-    assert sorted(x.name for x in Path().glob("*.pt2")) == ["a.encoder.pt2", "a.step.pt2"]
+    assert sorted(x.name for x in Path().glob("a.*.pt2")) == ["a.encoder.pt2", "a.step.pt2"]
     (line,) = nm(*words, "state_dict").err
     assert line.endswith(" as onnx or torch_export, got Transformer as state_dict.")

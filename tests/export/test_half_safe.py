@@ -10,13 +10,14 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
-from nmlightning import InputError, export_network
+from nmlightning import InputError, export_network, swap_norms
 from nmlightning.export.examples import name_outputs
 from other_libraries import bert, convnext, llama, vit
 
 IDS = torch.randint(3, 50, (4, 7), generator=torch.Generator().manual_seed(0))
 MASK = (torch.arange(7) < torch.tensor([[7], [4], [7], [5]])).long()
 TOKENS = {"inputs": {"input_ids": IDS, "attention_mask": MASK}}
+IMAGE = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
 IMAGES = {"input_shape": (3, 32, 32)}
 CASES = [(vit, IMAGES, 5), (convnext, IMAGES, 9), (bert, TOKENS, 5), (llama, TOKENS, 5)]
 
@@ -47,6 +48,19 @@ class Deep(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         y = self.first(x * self.scale)
         return y, {"last": self.last(self.middle(y) * self.scale)}
+
+
+@pytest.mark.parametrize("norm", ["scaled", "l1"])
+def test_l1_norms_are_scaled_and_the_same(norm: str, tmp_path: Path) -> None:
+    net = Deep(1.0)
+    swap_norms(net, "l1", kinds=["layer"])
+    safe = export_network(net, tmp_path / "a.pt2", "torch_export", inputs=[IMAGE], half_safe=norm)
+    assert safe.half_safe is not None
+    assert safe.half_safe.swapped == ("first", "last")
+    assert (safe.half_safe.change < 1e-6) == (norm == "scaled")  # a few ulp of float32
+    swap_norms(net, "lp", {"p": 1.5}, kinds=["layer", "rms"])
+    with pytest.raises(InputError, match="has no layer or RMS norm of torch's or the L1 formula"):
+        export_network(net, tmp_path / "b.pt2", "torch_export", inputs=[IMAGE], half_safe=norm)
 
 
 def test_float16_file_is_right(tmp_path: Path) -> None:
@@ -80,6 +94,18 @@ def test_exporter_keeps_a_small_eps(tmp_path: Path) -> None:
         None, {"input": torch.zeros(1, 8).numpy()}
     )
     torch.testing.assert_close(torch.from_numpy(found), net(torch.zeros(1, 8)).detach())
+
+
+class LogOfZero(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu().log().exp()
+
+
+def test_reading_a_file_back_warns_of_no_arithmetic(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    export_network(LogOfZero(), tmp_path / "a.onnx", "onnx", (8,))
+    assert not [x for x in recwarn if x.category is RuntimeWarning]
 
 
 def test_l1_is_fitted_to_the_trained_outputs(tmp_path: Path) -> None:
