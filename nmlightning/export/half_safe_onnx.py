@@ -324,7 +324,7 @@ def _check_file(file: Path, source: Path) -> None:
     except checker.ValidationError as error:
         with suppress(checker.ValidationError):
             checker.check_model(str(source))
-            reason = str(error).strip().splitlines()[0]
+            reason = str(error).strip().splitlines()[0].replace(str(file), source.name)
             raise InputError(f"onnx.checker refuses what was rewritten: {reason}") from error
 
 

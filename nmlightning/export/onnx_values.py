@@ -2,6 +2,7 @@
 
 import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -152,13 +153,10 @@ def read_model(file: Path, read: Callable[[Path], "ModelProto"]) -> "ModelProto"
         raise InputError(f"{str(file)!r} is a folder; name the ONNX file in it.")
     if not file.is_file():
         raise InputError(f"there is no file {str(file)!r} in {Path.cwd()}.")
-    try:
-        model = read(file)
-    except Exception as error:  # of several classes, from bytes that mean something else
-        raise InputError(f"{str(file)!r} is no ONNX file, or is truncated.") from error
-    if not model.graph.node:
-        raise InputError(f"{str(file)!r} is no ONNX file, or its graph is empty.")
-    return model
+    with suppress(Exception):  # of several classes, from bytes that mean something else
+        if (model := read(file)).graph.node:
+            return model
+    raise InputError(f"{str(file)!r} is no ONNX file, or is truncated.")
 
 
 def external_files(model: "ModelProto", file: Path) -> tuple[str, ...]:

@@ -341,8 +341,8 @@ def test_what_is_no_onnx_file_is_one_line(nm: Nm, words: tuple[str, ...]) -> Non
     errors = {
         "dir": "is a folder; name the",
         "gone": "is no file",
-        "text": "no ONNX",
-        "empty": "no",
+        "text": "is no ONNX file, or is",
+        "empty": "is no ONNX file, or is",
     }
     for name, error in errors.items():
         answer = nm.func(words[0], f"{name}.onnx", *words[1:])  # type: ignore[attr-defined]
