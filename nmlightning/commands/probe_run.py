@@ -61,7 +61,8 @@ def run_inference(given: argparse.Namespace, options: list[str]) -> tuple[NormRa
     name, shapes = given.experiment, given.input_shape or ()
     file = OnnxFile(Path(name)) if name.endswith(".onnx") else None
     run = None if file or is_own_model(name) else Checkpoint(Path(name), None)
-    module = run and run.load_module()
+    module: Any = run and run.load_module()
+    batches: Iterator[Any]
     model: Any = file or (module.net if module else load_model(name))
     if given.inputs:
         arrays = read_arrays(given.inputs)
