@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from nmlightning import InputError, export_network, swap_norms
 from nmlightning.export.examples import name_outputs
+from nmlightning.export.half_safe import make_half_safe
+from nmlightning.norms import ScaledLayerNorm
 from other_libraries import bert, convnext, llama, vit
 
 IDS = torch.randint(3, 50, (4, 7), generator=torch.Generator().manual_seed(0))
@@ -58,6 +60,9 @@ def test_l1_norms_are_scaled_and_the_same(norm: str, tmp_path: Path) -> None:
     assert safe.half_safe is not None
     assert safe.half_safe.swapped == ("first", "last")
     assert (safe.half_safe.change < 1e-6) == (norm == "scaled")  # a few ulp of float32
+    make_half_safe(net, norm, lambda each: each(IMAGE) and {}, lambda *_: 0.0)
+    assert isinstance(net.first, ScaledLayerNorm)
+    assert (net.first.p, net.last.p) == (1, 2 if norm == "scaled" else 1)
     swap_norms(net, "lp", {"p": 1.5}, kinds=["layer", "rms"])
     with pytest.raises(InputError, match="has no layer or RMS norm of torch's or the L1 formula"):
         export_network(net, tmp_path / "b.pt2", "torch_export", inputs=[IMAGE], half_safe=norm)
