@@ -223,7 +223,7 @@ def test_probe_of_an_own_module(nm: Nm, monkeypatch: pytest.MonkeyPatch) -> None
 
 BAD_MODELS = {
     "notes.onnx": "'notes.onnx' is no ONNX file, or is truncated",
-    "norm.onnx": r"the input 'x' has the shape \(n, features\): give arrays by --inputs, or the",
+    "norm.onnx": r"the shape of the input 'x' is \(n, features\): give arrays by --inputs, or the",
     "norm.onnx --inputs x.npz": "the inputs are x; norm.onnx takes ids, x",
     "norm.onnx --input_shape a": "argument --input_shape: give sizes such as 3,32,32, got 'a'",
     "norm.onnx --nope 3": "there is no option '--nope'",
