@@ -134,7 +134,7 @@ class Checkpoint:
     def evaluation(
         self, module: LightningModule, name: str, batches: int = VALIDATION_BATCHES
     ) -> "Evaluation | None":
-        """Return what validates the module with another network in it, if there are data."""
+        """Return what validates the module, with another network as `name`, if there are data."""
         data = self._load_data()
         trainer = Trainer(
             accelerator="cpu",
@@ -145,7 +145,8 @@ class Checkpoint:
         )
 
         def evaluate(net: nn.Module) -> dict[str, float]:
-            module.set_submodule(name, net)
+            if name:
+                module.set_submodule(name, net)
             return dict(trainer.validate(module, data, verbose=False)[0])
 
         return None if data is None else evaluate

@@ -37,8 +37,13 @@ def run(arguments: list[str]) -> int:
     is_own = is_own_model(model)
     if not is_own:
         _check_file(given.checkpoint)
+    if given.inputs and given.input_shape:
+        raise InputError("--inputs says the shapes, too: leave --input_shape out.")
     if given.checkpoint.suffix == ".onnx":
+        _refuse(given, "an ONNX file", "no_fold", "module", "config")
         return _rewrite(given)
+    if is_own:
+        _refuse(given, f"what {model} makes", "config")
     if given.half_safe and FORMATS[given.format].keeps_code:
         raise InputError(
             "a state dict has no norms for --half-safe to swap: give --format onnx or torch_export."
@@ -55,6 +60,7 @@ def run(arguments: list[str]) -> int:
         checkpoint = None if is_own else Checkpoint(given.checkpoint, given.config)
         module = load_model(model) if checkpoint is None else checkpoint.load_module()
         if isinstance(module, Translator):
+            _refuse(given, "a translator", "inputs", "module", "no_fold")
             return _export_translator(module, given, checkpoint)
         return _export_module(module, given, checkpoint, arrays)
 
@@ -71,6 +77,12 @@ def _check_file(checkpoint: Path) -> None:
         )
     if not checkpoint.is_file():
         raise InputError(f"there is no file {str(checkpoint)!r} in {Path.cwd()}.")
+
+
+def _refuse(given: argparse.Namespace, what: str, *options: str) -> None:
+    """Raise InputError for an option that would change nothing."""
+    if unused := [f"--{name}" for name in options if getattr(given, name)]:
+        raise InputError(f"{some(unused)} would change nothing of {what}: leave it out.")
 
 
 def _export_module(

@@ -6,6 +6,7 @@ Nothing here needs torch: a misspelt path is reported at once.
 import argparse
 import re
 import shutil
+import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
@@ -156,6 +157,11 @@ def _opens(checkpoint: Path) -> bool:
 def time_written(checkpoint: Path) -> float:
     """Return when a checkpoint was last written, which may be a folder with a file of each rank."""
     return max(path.stat().st_mtime for path in (checkpoint, *checkpoint.glob("*")))
+
+
+def is_checkpoint(name: str) -> bool:
+    """Return whether a word of the command line names a checkpoint, and no config."""
+    return name.endswith(".ckpt") or zipfile.is_zipfile(name)
 
 
 def config_of(checkpoint: Path) -> Path | None:

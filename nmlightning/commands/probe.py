@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from nmlightning.named_code import check_named_code
 from nmlightning.probe import report
 from nmlightning.reports.formatting import show
 
+BITS = (8, 4, 2)
 _JSON_MARK = '"generator": "nm probe"'
 
 
@@ -27,6 +27,8 @@ def run(arguments: list[str]) -> int:
     content: dict[str, Any] = {"generator": "nm probe"}
     ranges: report.NormRanges | InputError
     if given.inference or given.experiment.endswith(".onnx") or is_own_model(given.experiment):
+        if given.bits:
+            raise InputError("--bits is for training, not for inference: leave it out.")
         from nmlightning.commands.probe_run import run_inference
 
         ranges, inputs = run_inference(given, options)
@@ -40,7 +42,7 @@ def run(arguments: list[str]) -> int:
         paths = files.RunPaths(words)  # a misspelt path is reported before torch is imported
         from nmlightning.commands.probe_run import run_batches
 
-        ranges, directions = run_batches(words[1:], paths, given.batches, given.bits)
+        ranges, directions = run_batches(words[1:], paths, given.batches, given.bits or BITS)
         if isinstance(ranges, InputError):
             print_words(str(ranges))
             content |= {"batches": directions.batches, "layers": []}
@@ -78,8 +80,8 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "each norm layer the range of its inputs and what L2, L1, L∞, Top(10) and range would make "
         "of them with every value in float16, and for each convolution and linear layer how far "
         "8 bits or fewer would turn its input, its weight and its gradient. Of an ONNX file or a "
-        "module of your own, or by --inference of a checkpoint, what inference in float16 and "
-        "bfloat16 would make of each norm.",
+        "module of your own, or by --inference of a run, what inference in float16 and bfloat16 "
+        "would make of each norm.",
         epilog="Every other option is one of nm fit, such as --data Digits.",
     )
     parser.add_argument(
@@ -91,7 +93,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--inference",
         action="store_true",
-        help="of a checkpoint, measure validation in place of training, as of a file or module",
+        help="measure validation in place of training, as of a file or module",
     )
     parser.add_argument(
         "--inputs", type=Path, help="an .npz of the model's inputs, by name or in order"
@@ -109,7 +111,6 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         type=int,
         nargs="+",
         choices=range(2, 9),
-        default=[8, 4, 2],
         metavar="B",
         help="how many to round to, 2 to 8 (default: 8 4 2)",
     )
@@ -130,7 +131,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _experiment(name: str, options: Sequence[str]) -> list[str]:
     """Return the options of `nm fit` that name the config and, if it is one, the checkpoint."""
-    if not (name.endswith(".ckpt") or zipfile.is_zipfile(name)):
+    if not files.is_checkpoint(name):
         return ["--config", name]
     if any(word.split("=")[0] in ("-c", "--config") for word in options):
         return ["--ckpt_path", name]
@@ -150,7 +151,9 @@ def _bands(ranges: report.NormRanges) -> list[report.Band]:
     if ranges.failing != report.FAILING:
         names = {"scaled": "scaled in float16", "float16": "float16 op by op"}
     eps = min(layer.eps for layer in ranges.layers)
-    limits = {norm: fp16_limits(norm, eps) for norm in names}
+    # A batch norm squares nothing in evaluation.
+    squares = any({"half_l2", "float16_sums"} & x.outcomes.keys() for x in ranges.layers)
+    limits = {norm: fp16_limits(norm if squares else "scaled", eps) for norm in names}
     return [
         report.Band(norm, names[norm], limit.smallest_scale, limit.largest_deviation)
         for norm, limit in limits.items()

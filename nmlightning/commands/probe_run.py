@@ -14,11 +14,12 @@ from torch.optim import Optimizer
 from nmlightning.callbacks.norm_swap import ModelChange
 from nmlightning.commands.checkpoint import Checkpoint, checkpoint_hparams, load_data
 from nmlightning.commands.failures import explain_failures, filter_logs
-from nmlightning.commands.files import RunPaths
+from nmlightning.commands.files import RunPaths, is_checkpoint
 from nmlightning.commands.fit import TrainingCLI, given_callbacks, is_ctrl_c
 from nmlightning.commands.own_models import bind_inputs, is_own_model, load_model, read_arrays
 from nmlightning.commands.run_report import print_notice
 from nmlightning.errors import InputError
+from nmlightning.export.half_safe import Evaluation
 from nmlightning.export.onnx_values import BATCH_SIZE, OnnxFile
 from nmlightning.probe.directions import Directions, DirectionWatch
 from nmlightning.probe.inference import probe_inference
@@ -55,15 +56,24 @@ def run_batches(
         return error, directions
 
 
+@filter_logs()
 @explain_failures()
 def run_inference(given: argparse.Namespace, options: list[str]) -> tuple[NormRanges, str]:
     """Return what `probe_inference` says of a file, a module or a run, and what its inputs are."""
     name, shapes = given.experiment, given.input_shape or ()
     file = OnnxFile(Path(name)) if name.endswith(".onnx") else None
-    run = None if file or is_own_model(name) else Checkpoint(Path(name), None)
-    module: Any = run and run.load_module()
-    batches: Iterator[Any]
-    model: Any = file or (module.net if module else load_model(name))
+    run, evaluate, batches = None, None, iter(())
+    model: Any = file
+    if is_own_model(name):
+        model = load_model(name)
+    elif file is None and is_checkpoint(name):
+        run = Checkpoint(Path(name), None)
+        model = run.load_module()
+    elif file is None:
+        model, evaluate = _load_config(name, options, given.batches)
+        options = []
+    if sum(map(bool, (given.inputs, shapes, options))) > 1:
+        raise InputError("--inputs, --input_shape and --data are three sources: give one.")
     if given.inputs:
         arrays = read_arrays(given.inputs)
         batches = iter([arrays if file else bind_inputs(model, arrays)])
@@ -72,14 +82,14 @@ def run_inference(given: argparse.Namespace, options: list[str]) -> tuple[NormRa
         data = load_data(options, "nm probe")
         batches = _validation(data, len(file.inputs) if file else 1)
         inputs = f"{given.batches} validation batches of {type(data).__name__}"
-    elif run and not shapes:
-        evaluate = run.evaluation(module, "net", given.batches)
+    elif (run or evaluate) and not shapes:
+        evaluate = run.evaluation(model, "", given.batches) if run else evaluate
         if evaluate is None:
             raise InputError(
                 f"no config.yaml of the run of {name} says its data: give --data NAME."
             )
         batches = iter([evaluate])
-        inputs = f"validation batches of the run, {given.batches} at most"
+        inputs = f"validation batches of its own data, {given.batches} at most"
     elif shapes or file:
         drawn = file.draw_inputs(shapes) if file else ()
         batches = iter([drawn or tuple(torch.randn(BATCH_SIZE, *shape) for shape in shapes)])
@@ -89,8 +99,7 @@ def run_inference(given: argparse.Namespace, options: list[str]) -> tuple[NormRa
             f"what {name} takes is not known: give --inputs x.npz, --data NAME, or --input_shape "
             "3,32,32 for random numbers."
         )
-    with filter_logs():
-        return probe_inference(model, islice(batches, given.batches)), inputs
+    return probe_inference(model, islice(batches, given.batches)), inputs
 
 
 def _validation(data: pl.LightningDataModule, count: int) -> Iterator[Any]:
@@ -102,11 +111,34 @@ def _validation(data: pl.LightningDataModule, count: int) -> Iterator[Any]:
         yield batch if isinstance(batch, dict) else batch[:count]
 
 
-class _ProbeCLI(TrainingCLI):
-    """`nm fit` up to the first batches."""
+def _load_config(
+    name: str, options: list[str], batches: int
+) -> tuple[pl.LightningModule, Evaluation]:
+    """Return the module of a config, as its callbacks change it, and what validates it."""
+    words = ["--config", name, *options]
+    paths = RunPaths(["probe", *words])
+    if paths.checkpoint:
+        raise InputError(
+            f"for inference name the checkpoint in the config's place: nm probe {paths.checkpoint} "
+            "--inference."
+        )
+    cli = _ProbeCLI(["fit", *words], paths.run_name, None, batches)
 
-    def __init__(self, arguments: list[str], run_name: str, watcher: "_Watcher") -> None:
-        self._watcher = watcher
+    def evaluate(_: object) -> dict[str, float]:
+        cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
+        return {}
+
+    evaluate(None)  # in whose setup norms are swapped
+    return cli.model, evaluate
+
+
+class _ProbeCLI(TrainingCLI):
+    """`nm fit` up to the first batches; without a watcher nothing but the objects."""
+
+    def __init__(
+        self, arguments: list[str], run_name: str, watcher: "_Watcher | None", validated: int = 0
+    ) -> None:
+        self._watcher, self._validated = watcher, validated
         super().__init__(arguments, run_name)
 
     def before_instantiate_classes(self) -> None:
@@ -122,20 +154,21 @@ class _ProbeCLI(TrainingCLI):
             devices=1,
             precision="32-true",
             max_epochs=1,
-            limit_val_batches=0,
+            limit_val_batches=self._validated,
             num_sanity_val_steps=0,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=[*changes, self._watcher],
+            callbacks=[*changes, *([self._watcher] if self._watcher else [])],
         )
 
     def fit(self, model: pl.LightningModule, **kwargs: Any) -> None:
-        if self._watcher.checkpoint is None:
+        if not (self._watcher and self._watcher.checkpoint):
             print_notice("no checkpoint is given; these weights are untrained.")
-        with explain_failures(), suppress(_EnoughError):
-            self.trainer.fit(model, datamodule=kwargs.get("datamodule"))
+        if self._watcher:
+            with explain_failures(), suppress(_EnoughError):
+                self.trainer.fit(model, datamodule=kwargs.get("datamodule"))
 
 
 class _EnoughError(Exception):

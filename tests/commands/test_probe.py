@@ -99,9 +99,9 @@ def test_probe_of_a_checkpoint_in_inference(trained: Path, nm: Nm) -> None:
     last = str(trained / "checkpoints" / "last.ckpt")
     answer = nm(last, "--inference", "--batches", "1", "--json", "n.json")
     assert answer.code == 0
-    assert "inputs validation batches of the run, 1 at most" in text(answer.out)
+    assert "inputs validation batches of its own data, 1 at most" in text(answer.out)
     (first, *_) = numbers()["layers"]
-    assert (first["name"], first["kind"]) == ("bn1", "batch")
+    assert (first["name"], first["kind"]) == ("net.bn1", "batch")
     assert set(first["lost"]) == {"float16", "bfloat16", "folded"}
     assert nm(last, "--inputs", "x.npz").err == [
         "nm: --inputs and --input_shape are for inference: add --inference."
@@ -110,6 +110,17 @@ def test_probe_of_a_checkpoint_in_inference(trained: Path, nm: Nm) -> None:
     assert "no config.yaml of the run of moved.ckpt says its data" in text(
         nm(str(moved), "--inference").err
     )
+
+
+def test_probe_of_a_config_in_inference(nm: Nm) -> None:
+    answer = nm("quickstart", *SMALL, "--inference", "--batches", "1", "--json", "n.json")
+    assert (answer.code, answer.err[0]) == (0, UNTRAINED)
+    layers = numbers()["layers"]
+    assert [x["class"] for x in layers] == ["L1BatchNorm2d"] * 7
+    assert {x["kind"] for x in layers} == {"batch"}
+    np.savez("x.npz", np.ones((2, 3, 9, 9)))
+    answer = nm("quickstart", *SMALL, "--inference", "--inputs", "x.npz")
+    assert "inputs x.npz" in text(answer.out)
 
 
 def test_probe_moves_no_weight(nm: Nm) -> None:
@@ -132,6 +143,8 @@ BAD_INPUT = {
     "quickstart --bits 9": "argument --bits: invalid choice: 9 .choose from 2, 3, 4, 5, 6, 7, 8.",
     "quickstart --bathces 3": "there is no option '--bathces'",
     "quickstart --model.net.depth 7": "CifarResNet depth 7 is not 6n",
+    "quickstart --inference --ckpt_path last": "--ckpt_path: runs/quickstart has no checkpoint yet",
+    "quickstart --inference --bits 8": "--bits is for training, not for inference: leave it out",
     "quickstart --picture notes.txt": "--picture: notes.txt is no picture of nm probe; give",
     "quickstart --json notes.txt": "--json: notes.txt is no answer of nm probe; give another name.",
 }
@@ -226,6 +239,7 @@ BAD_MODELS = {
     "norm.onnx": r"the shape of the input 'x' is \(n, features\): give arrays by --inputs, or the",
     "norm.onnx --inputs x.npz": "the inputs are x; norm.onnx takes ids, x",
     "norm.onnx --input_shape a": "argument --input_shape: give sizes such as 3,32,32, got 'a'",
+    "norm.onnx --inputs x.npz --data Digits": "--inputs, --input_shape and --data are",
     "norm.onnx --nope 3": "there is no option '--nope'",
     "bad_of_test:make": "what bad_of_test:make takes is not known: give --inputs x.npz",
     "bad_of_test:mkae": "bad_of_test has no 'mkae'. Did you mean 'make'",
