@@ -142,7 +142,8 @@ def _why_left(norm: OnnxNorm) -> str:
     if norm.kind == "batch":
         return "a batch norm computes no statistics"
     if norm.kind not in ("layer", "rms"):
-        return f"{norm.kind} norms are not rewritten"
+        is_known = norm.kind != "other"
+        return f"{norm.kind if is_known else norm.nodes[0].op_type} norms are not rewritten"
     if isinstance(norm.graph, FunctionProto):
         return "is in a local function; onnx.inliner takes it out"
     if norm.dtype not in _TOLERANCES or max(norm.axes or (0,)) >= 0:

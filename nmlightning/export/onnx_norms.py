@@ -30,23 +30,30 @@ _SINGLE_NODES: Mapping[str, str] = {
 _Pattern = Any
 
 
-def _normalised(d: _Pattern) -> _Pattern:
-    """Return the ways to compute d / √(mean(d²) + eps), those of the inverse root apart."""
-    variance = ("ReduceMean", [("Pow", d, 2.0), ("Mul", d, d)])
+def _square(x: _Pattern) -> _Pattern:
+    return [("Pow", x, 2.0), ("Mul", x, x)]
+
+
+def _normalised(d: _Pattern, variance: _Pattern) -> tuple[_Pattern, _Pattern]:
+    """Return the ways to compute d / √(variance + eps), and what d is multiplied by in some."""
     inside = [("Add", variance, "eps"), variance]
     root = [("Sqrt", inside), ("Pow", inside, 0.5)]
-    return root, [("Reciprocal", root), ("Div", 1.0, root), ("Pow", inside, -0.5)]
+    inverse = [("Reciprocal", root), ("Div", 1.0, root), ("Pow", inside, -0.5)]
+    gain = [*inverse, ("Mul", inverse, "weight")]
+    return [("Div", d, root), ("Mul", d, gain)], gain
 
 
 _MEAN = ("ReduceMean", "x")
 _CENTRED = ("Sub", "x", _MEAN)
-_INVERSE = _normalised(_CENTRED)[1]
-_GAIN = [_INVERSE, ("Mul", _INVERSE, "weight")]
+_DIFFERENCE = ("Sub", ("ReduceMean", _square("x")), _square(_MEAN))
+_VARIANCE = [
+    ("ReduceMean", _square(_CENTRED)),
+    *(_DIFFERENCE, ("Max", _DIFFERENCE, 0.0), ("Relu", _DIFFERENCE)),  # Flax
+]
+_LAYER, _GAIN = _normalised(_CENTRED, _VARIANCE)
 _PATTERNS: Sequence[tuple[str, _Pattern]] = (
-    *(
-        (kind, [("Div", d, _normalised(d)[0]), ("Mul", d, _normalised(d)[1])])
-        for kind, d in (("layer", _CENTRED), ("rms", "x"))
-    ),
+    ("layer", _LAYER),
+    ("rms", _normalised("x", ("ReduceMean", _square("x")))[0]),
     # as Keras and TensorFlow have it
     ("layer", ("Add", ("Mul", "x", _GAIN), ("Sub", "bias", ("Mul", _MEAN, _GAIN)))),
 )
@@ -58,7 +65,8 @@ class OnnxNorm:
     """A norm: y = (x − mean(x)) / √(var(x) + eps) · weight + bias, or x / √(mean(x²) + eps) · …
 
     Attributes:
-        kind: "layer", "rms", "instance", "group" or "batch".
+        kind: "layer", "rms", "instance", "group", "batch", or "other" of a node that has a norm in
+            its name, of which only that and its values are known.
         name: of its last node, or of its output, behind the names of what its graph belongs to.
         input: the value x; with `added`, x is the sum of all.
         output: the value y, behind weight and bias.
@@ -161,6 +169,9 @@ class _Scope:
                 yield from _Scope(inner, self.types, self.folder, path, self).norms()
             if node.op_type in _SINGLE_NODES and node.domain in ("", "ai.onnx", "com.microsoft"):
                 yield self._single(node)
+            elif "Norm" in node.op_type:
+                other = OnnxNorm("other", "", node.input[0], node.output[0], None, 0.0)
+                yield self._complete(other, [node])
             elif node.op_type in ("Div", "Mul", "Add"):
                 yield from self._composed(node)
 
@@ -196,7 +207,7 @@ class _Scope:
                 axes = tuple(sorted(axis - len(shape) * (axis >= 0) for axis in axes))
             dtype = self._dtype(output) or bound.get("dtype") or self._dtype(x)
             weight, bias, normalised = bound.get("weight", ""), bound.get("bias", ""), ""
-            if not bias:
+            if not (weight or bias):
                 normalised, (weight, bias, output) = output, self._affine(output, steps)
             norm = OnnxNorm(kind, "", x, output, axes, eps, weight, bias, dtype)
             yield self._complete(replace(norm, normalised=normalised), steps)
@@ -266,7 +277,7 @@ class _Scope:
             axes = tuple(map(int, axes))
             if bound.setdefault("axes", axes) != axes:
                 return
-        for order in [inputs, inputs[::-1]][: 2 if node.op_type in ("Add", "Mul") else 1]:
+        for order in [inputs, inputs[::-1]][: 2 if node.op_type in ("Add", "Mul", "Max") else 1]:
             found = [bound]
             for part, value in zip(pattern[1:], order, strict=True):
                 found = [y for x in found for y in self._match(part, value, x)]

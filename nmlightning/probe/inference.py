@@ -200,6 +200,8 @@ class _File:
                 name = found.name.strip("/").removesuffix(f"/{title}")
             if found.output not in self._makers:
                 self.left_out[name] = f"{title}: it is in a subgraph (If, Loop or Scan)"
+            elif found.kind == "other":
+                self.left_out[name] = f"{title}: how it computes is not known"
             elif found.kind == "batch" and not file.weights.keys() >= set(node.input[1:]):
                 self.left_out[name] = f"{title}: its running statistics are no constants"
             else:

@@ -40,7 +40,7 @@ def parse(
     text = HEADER.format(opset=opset) + (
         f"g (float[{sizes}] x) => (float[{sizes}] y)\n<float[1] w = {{1.5}}, float[1] b = {{1.5}}, "
         "float eps = {0.00001}, float two = {2.0}, float one = {1.0}, float half = {0.5}, "
-        f"float minus = {{-0.5}}, int64[1] last = {{-1}}>\n{{\n{steps}\n}}"
+        f"float minus = {{-0.5}}, float zero = {{0.0}}, int64[1] last = {{-1}}>\n{{\n{steps}\n}}"
     )
     model = parser.parse_model(text)  # which knows no numbers in half
     kind = TensorProto.DataType.Value(dtype)
@@ -89,6 +89,14 @@ STEPS = {
     "keras": (
         f"{CENTRED}{ROOT}r = Reciprocal(s)\ng = Mul(r, w)\np = Mul(x, g)\nk = Mul(m, g)\n"
         "t = Sub(b, k)\ny = Add(p, t)", "layer", "w", "b", 12,
+    ),
+    "weight with the root": (
+        f"{CENTRED}{ROOT}r = Reciprocal(s)\ng = Mul(r, w)\ny = Mul(d, g)", "layer", "w", "", 9,
+    ),
+    "flax": (
+        "m = ReduceMean<axes = [-1]>(x)\nq = Mul(x, x)\np = ReduceMean<axes = [-1]>(q)\n"
+        "k = Mul(m, m)\nt = Sub(p, k)\nv = Max(zero, t)\ne = Add(v, eps)\ns = Sqrt(e)\n"
+        "r = Reciprocal(s)\ng = Mul(r, w)\nd = Sub(x, m)\ny = Mul(d, g)", "layer", "w", "", 12,
     ),
     "llama": (
         f"{ROOT}r = Div(one, s)\nz = Mul(x, r)\ny = Mul(w, z)".replace("d,", "x,"),
@@ -145,6 +153,7 @@ SINGLE = {
     "InstanceNormalization(x, w, b)": ("instance", None, "w", "b", ()),
     "GroupNormalization<num_groups = 2>(x, w, b)": ("group", None, "w", "b", ()),
     "BatchNormalization(x, w, b, w, w)": ("batch", None, "w", "b", ()),
+    "LpNormalization(x)": ("other", None, "", "", ()),
 }  # fmt: skip
 
 
@@ -152,9 +161,9 @@ SINGLE = {
 def test_single_nodes_are_found(node: str) -> None:
     norm = find(f"x2 = Identity(x)\ny = {node}", opset=23)
     assert (norm.kind, norm.axes, norm.weight, norm.bias, norm.added) == SINGLE[node]
-    default = 1e-12 if "Skip" in node else 1e-5
+    default = 1e-12 if "Skip" in node else 1e-5 * (norm.kind != "other")
     assert norm.eps == pytest.approx(0.5 if "epsilon" in node else default)
-    assert (norm.normalised, norm.dtype) == ("", TensorProto.FLOAT)
+    assert (norm.normalised, norm.dtype) == ("", TensorProto.FLOAT * (norm.kind != "other"))
 
 
 def test_sizes_follow_from_constants() -> None:
@@ -261,7 +270,7 @@ def test_single_nodes_are_right(node: str, dtype: str, tmp_path: Path) -> None:
     kind, axes, _, bias, added = SINGLE[node]
     model = parse(f"x2 = Identity(x)\ny = {node}", 23, f"16, {N}", dtype, N)
     if kind not in ("layer", "rms"):
-        with pytest.raises(InputError, match=f"is to be rewritten: y: .*{kind} norm"):
+        with pytest.raises(InputError, match=rf"is to be rewritten: y: .*({kind}|Lp\w+) norm"):
             rewrite(model, tmp_path)
         return
     safe, _ = rewrite(model, tmp_path)

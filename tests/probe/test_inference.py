@@ -288,6 +288,19 @@ class OwnRMSNorm(Own):
     pass
 
 
+def test_nodes_of_unknown_norms_are_named(tmp_path: Path) -> None:
+    onnx.save(
+        onnx.parser.parse_model(
+            '<ir_version: 9, opset_import: ["" : 17]> g (float[2, 4] x) => (float[2, 4] y)'
+            "<float[4] w = {1, 1, 1, 1}> { h = LayerNormalization(x, w) y = LpNormalization(h) }"
+        ),
+        tmp_path / "a.onnx",
+    )
+    found = probe_inference(tmp_path / "a.onnx", [np.ones((2, 4), "float32")])
+    assert [layer.kind for layer in found.layers] == ["layer"]
+    assert found.left_out == {"y": "LpNormalization: how it computes is not known"}
+
+
 def test_norms_of_every_class_are_measured_or_named() -> None:
     encoder = nn.TransformerEncoderLayer(64, 2, 64, batch_first=True)
     others = [OwnRMSNorm(), nn.LocalResponseNorm(2), L1LayerNorm(64), nn.RMSNorm(64)]
