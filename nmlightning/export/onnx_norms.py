@@ -51,12 +51,22 @@ _VARIANCE = [
     *(_DIFFERENCE, ("Max", _DIFFERENCE, 0.0), ("Relu", _DIFFERENCE)),  # Flax
 ]
 _LAYER, _GAIN = _normalised(_CENTRED, _VARIANCE)
+_SHIFT, _MINUS_SHIFT = ("Mul", _MEAN, _GAIN), ("Mul", ("Neg", _MEAN), _GAIN)
 _PATTERNS: Sequence[tuple[str, _Pattern]] = (
     ("layer", _LAYER),
     ("rms", _normalised("x", ("ReduceMean", _square("x")))[0]),
-    # as Keras and TensorFlow have it
-    ("layer", ("Add", ("Mul", "x", _GAIN), ("Sub", "bias", ("Mul", _MEAN, _GAIN)))),
+    # as TensorFlow and Keras have it
+    (
+        "layer",
+        [
+            ("Add", ("Mul", "x", _GAIN), [("Sub", "bias", _SHIFT), ("Add", _MINUS_SHIFT, "bias")]),
+            ("Add", ("Mul", "x", _GAIN), _MINUS_SHIFT),
+            ("Sub", ("Mul", "x", _GAIN), _SHIFT),
+        ],
+    ),
 )
+# tf2onnx writes a mean over all dimensions but two as a pooling.
+_MEANS = {"ReduceMean": "ReduceMean", "GlobalAveragePool": "ReduceMean"}
 _LARGEST_CONSTANT = 64  # elements; axes and eps have few, and weights are not read
 
 
@@ -137,7 +147,7 @@ def _infer_types(model: "ModelProto") -> dict[str, Any]:
         empty = TensorProto(name=x.name, dims=x.dims, data_type=x.data_type)
         light.graph.initializer.append(x if np.prod(x.dims) <= _LARGEST_CONSTANT else empty)
     with suppress(Exception):  # of nodes that it does not know; what the file says is left
-        light = shape_inference.infer_shapes(light)
+        light = shape_inference.infer_shapes(light, data_prop=True)
     types, graphs = {}, [light.graph]
     for graph in graphs:
         types.update({x.name: x.type for x in [*graph.input, *graph.output, *graph.value_info]})
@@ -172,7 +182,7 @@ class _Scope:
             elif "Norm" in node.op_type:
                 other = OnnxNorm("other", "", node.input[0], node.output[0], None, 0.0)
                 yield self._complete(other, [node])
-            elif node.op_type in ("Div", "Mul", "Add"):
+            elif node.op_type in ("Div", "Mul", "Add", "Sub"):
                 yield from self._composed(node)
 
     def _single(self, node: "NodeProto") -> OnnxNorm:
@@ -202,9 +212,7 @@ class _Scope:
             if bound is None:
                 continue
             x, steps, output = bound["x"], bound["steps"], node.output[0]
-            axes, shape, eps = bound["axes"], self._shape(x), bound.get("eps", 0.0)
-            if shape is not None:
-                axes = tuple(sorted(axis - len(shape) * (axis >= 0) for axis in axes))
+            axes, eps = bound["axes"], bound.get("eps", 0.0)
             dtype = self._dtype(output) or bound.get("dtype") or self._dtype(x)
             weight, bias, normalised = bound.get("weight", ""), bound.get("bias", ""), ""
             if not (weight or bias):
@@ -261,27 +269,34 @@ class _Scope:
         elif isinstance(pattern, str):
             if bound.get(pattern, value) == value:
                 yield {**bound, pattern: value, "steps": steps}
-        elif node is not None and node.op_type == pattern[0]:
+        elif node is not None and _MEANS.get(node.op_type, node.op_type) == pattern[0]:
             yield from self._match_step(pattern, node, {**bound, "steps": [*steps, node]})
 
     def _match_step(
         self, pattern: _Pattern, node: "NodeProto", bound: dict[str, Any]
     ) -> Iterator[dict[str, Any]]:
         inputs = list(node.input)
-        if node.op_type == "ReduceMean":
-            axes = attribute_of(node, "axes")
-            if axes is None and len(inputs) > 1:
-                axes = self._constant(inputs.pop())
-            if axes is None or not len(axes) or not attribute_of(node, "keepdims", 1):
+        if node.op_type in _MEANS:
+            axes = self._axes(node)
+            if not axes or bound.setdefault("axes", axes) != axes:
                 return
-            axes = tuple(map(int, axes))
-            if bound.setdefault("axes", axes) != axes:
-                return
+            inputs = inputs[:1]
         for order in [inputs, inputs[::-1]][: 2 if node.op_type in ("Add", "Mul", "Max") else 1]:
             found = [bound]
             for part, value in zip(pattern[1:], order, strict=True):
                 found = [y for x in found for y in self._match(part, value, x)]
             yield from found
+
+    def _axes(self, node: "NodeProto") -> tuple[int, ...]:
+        """Return the axes of a mean that keeps them, negative if the rank is known, () if not."""
+        shape, axes = self._shape(node.input[0]), attribute_of(node, "axes")
+        if node.op_type == "GlobalAveragePool":
+            axes = range(2, len(shape or ()))
+        elif axes is None and len(node.input) > 1:
+            axes = self._constant(node.input[1])
+        if axes is None or not attribute_of(node, "keepdims", 1):
+            return ()
+        return tuple(sorted(int(x) - len(shape or ()) * (x >= 0) for x in axes))
 
     def _is_fixed(self, name: str) -> bool:
         """Whether a value follows from constants alone."""

@@ -90,6 +90,18 @@ STEPS = {
         f"{CENTRED}{ROOT}r = Reciprocal(s)\ng = Mul(r, w)\np = Mul(x, g)\nk = Mul(m, g)\n"
         "t = Sub(b, k)\ny = Add(p, t)", "layer", "w", "b", 12,
     ),
+    "keras 3": (
+        f"{CENTRED}{ROOT}r = Reciprocal(s)\ng = Mul(r, w)\np = Mul(x, g)\no = Neg(m)\n"
+        "k = Mul(o, g)\nt = Add(k, b)\ny = Add(p, t)", "layer", "w", "b", 13,
+    ),
+    "keras 3, no bias": (
+        f"{CENTRED}{ROOT}r = Reciprocal(s)\ng = Mul(r, w)\np = Mul(x, g)\no = Neg(m)\n"
+        "k = Mul(o, g)\ny = Add(k, p)", "layer", "w", "", 12,
+    ),
+    "keras, no weight": (
+        f"{CENTRED}{ROOT}r = Reciprocal(s)\np = Mul(x, r)\nk = Mul(m, r)\ny = Sub(p, k)",
+        "layer", "", "", 10,
+    ),
     "weight with the root": (
         f"{CENTRED}{ROOT}r = Reciprocal(s)\ng = Mul(r, w)\ny = Mul(d, g)", "layer", "w", "", 9,
     ),
@@ -119,6 +131,13 @@ def test_steps_are_found(name: str) -> None:
     assert norm.eps == pytest.approx(0 if name == "no eps" else 1e-5)
     assert norm.output == ("z" if name == "gated" else "y")
     assert len(norm.nodes) == count
+
+
+@pytest.mark.parametrize(("sizes", "axes"), {"2, 4, 8": (-1,), "2, 3, 4, 8": (-2, -1)}.items())
+def test_means_may_be_poolings(sizes: str, axes: tuple[int, ...]) -> None:
+    """As tf2onnx writes them."""
+    steps = STEPS["torch"][0].replace("ReduceMean<axes = [-1]>", "GlobalAveragePool")
+    assert find(steps, sizes=sizes).axes == axes
 
 
 @pytest.mark.parametrize(
