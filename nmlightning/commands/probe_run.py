@@ -62,38 +62,36 @@ def run_inference(given: argparse.Namespace, options: list[str]) -> tuple[NormRa
     """Return what `probe_inference` says of a file, a module or a run, and what its inputs are."""
     name, shapes = given.experiment, given.input_shape or ()
     file = OnnxFile(Path(name)) if name.endswith(".onnx") else None
-    run, evaluate, batches = None, None, iter(())
+    is_config = not (file or is_own_model(name) or is_checkpoint(name))
+    sources = (given.inputs, shapes, options and not is_config)
+    if sum(map(bool, sources)) > 1:
+        raise InputError("--inputs, --input_shape and --data are three sources: give one.")
     model: Any = file
-    if is_own_model(name):
+    evaluate: Evaluation | None = None
+    batches: Iterator[Any]
+    if is_config:
+        model, evaluate = _load_config(name, options, given.batches)
+    elif is_own_model(name):
         model = load_model(name)
-    elif file is None and is_checkpoint(name):
+    elif file is None:
         run = Checkpoint(Path(name), None)
         model = run.load_module()
-    elif file is None:
-        model, evaluate = _load_config(name, options, given.batches)
-        options = []
-    if sum(map(bool, (given.inputs, shapes, options))) > 1:
-        raise InputError("--inputs, --input_shape and --data are three sources: give one.")
+        evaluate = None if any(sources) else run.evaluation(model, "", given.batches)
     if given.inputs:
         arrays = read_arrays(given.inputs)
         batches = iter([arrays if file else bind_inputs(model, arrays)])
         inputs = str(given.inputs)
-    elif options:
+    elif sources[-1]:
         data = load_data(options, "nm probe")
         batches = _validation(data, len(file.inputs) if file else 1)
         inputs = f"{given.batches} validation batches of {type(data).__name__}"
-    elif (run or evaluate) and not shapes:
-        evaluate = run.evaluation(model, "", given.batches) if run else evaluate
-        if evaluate is None:
-            raise InputError(
-                f"no config.yaml of the run of {name} says its data: give --data NAME."
-            )
-        batches = iter([evaluate])
-        inputs = f"validation batches of its own data, {given.batches} at most"
     elif shapes or file:
         drawn = file.draw_inputs(shapes) if file else ()
         batches = iter([drawn or tuple(torch.randn(BATCH_SIZE, *shape) for shape in shapes)])
         inputs = "random: these ranges say little; give --inputs x.npz or --data NAME"
+    elif evaluate:
+        batches = iter([evaluate])
+        inputs = f"validation batches of its own data, {given.batches} at most"
     else:
         raise InputError(
             f"what {name} takes is not known: give --inputs x.npz, --data NAME, or --input_shape "
