@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset, random_split
 from torchmetrics import CatMetric, MaxMetric, MeanMetric, MetricCollection, SumMetric
 
 from nmlightning import Digits, ImageClassifier, Int8Linear, QuantizationNoise
-from nmlightning.callbacks import AtomicCheckpointIO, ExactResume
+from nmlightning.callbacks import AtomicCheckpointIO, ExactResume, WeightNormSwap
 from nmlightning.errors import InputError
 from recorded_runs import StepsByHand, Trains, make_data
 from scripts import run_as_script
@@ -152,7 +152,8 @@ def test_translator_resumes_its_means(tmp_path: Path, step: int) -> None:
         task = make_translator(make_net(dropout=0.3))
         options = {"max_steps": 11, "limit_val_batches": 0, "log_every_n_steps": 4}
         logger = CSVLogger(folder)
-        trainer = quiet_trainer(ExactResume(), Keep(folder), **options | {"logger": logger})
+        swap = WeightNormSwap(layers=["linear", "embedding"])
+        trainer = quiet_trainer(ExactResume(), swap, Keep(folder), **options | {"logger": logger})
         trainer.fit(task, make_text(tmp_path), ckpt_path=start)
         rows = csv.DictReader((Path(logger.log_dir) / "metrics.csv").read_text().splitlines())
         logged = {row["step"]: (row["train/loss"], row["train/ppl"]) for row in rows}

@@ -147,21 +147,10 @@ class TestConfigureModel:
             assert norm_types(module) == [expected] * 2
 
 
-class TestTwoSwaps:
-    def test_last_swap_wins_and_resumes(self, tmp_path: Path) -> None:
-        whole, first, second = (make(PlModule) for _ in range(3))
-        swaps = [NormSwap("l1", {"eps": 1e-3}), NormSwap("linf")]
-        fit(whole, *swaps, max_epochs=2)
-        assert norm_types(whole) == [LInfBatchNorm2d] * 2
-        assert whole.net[1].eps == 1e-3
-        fit(first, *swaps).save_checkpoint(tmp_path / "a.ckpt")
-        fit(second, *swaps, max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
-        assert_same_weights(second, whole)
-
-    def test_swaps_of_different_layers(self) -> None:
-        module = make(PlModule)
-        fit(module, NormSwap("l1", include=["net.1"]), NormSwap("top10", include=["net.4"]))
-        assert norm_types(module) == [L1BatchNorm2d, TopKBatchNorm2d]
+def test_norm_swaps_of_different_layers() -> None:
+    module = make(PlModule)
+    fit(module, NormSwap("l1", include=["net.1"]), NormSwap("top10", include=["net.4"]))
+    assert norm_types(module) == [L1BatchNorm2d, TopKBatchNorm2d]
 
 
 class Replaces(pytorch_lightning.Callback):

@@ -21,7 +21,6 @@ from nmlightning.optim import DecayEquivalentLR, Hyperball
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.recording_file import FILE_NAME
 from recorded_runs import BATCHES, StepsByHand, Trains, make_data, make_trainer
-from trainers import SaveAt
 
 pytestmark = pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists")
 
@@ -106,22 +105,6 @@ def test_resume_of_a_renamed_project_finds_the_recording(
     (tmp_path / "project").rename(tmp_path / "renamed")
     fit(tmp_path / "other", 3, tmp_path / "renamed" / "first" / layout / "last.ckpt")
     assert steps_of(tmp_path / "other") == list(range(3 * BATCHES + 1))
-
-
-@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
-@pytest.mark.parametrize("every", ["epoch", 2])
-@pytest.mark.parametrize("step", [5, 6])
-def test_resume_between_records_takes_no_extra_one(tmp_path: Path, every: Any, step: int) -> None:
-    def run(folder: Path, start: Path | None = None) -> NormHistory:
-        callbacks = SaveAt(step, tmp_path / "at.ckpt"), WeightNormTracker(every)
-        trainer = make_trainer(folder, *callbacks, max_epochs=3)
-        trainer.fit(Trains(), make_data(), ckpt_path=start)
-        return NormHistory.load(folder)
-
-    whole, resumed = run(tmp_path / "whole"), run(tmp_path / "again", tmp_path / "at.ckpt")
-    assert resumed.steps.tolist() == whole.steps.tolist()
-    assert resumed.epochs.tolist() == whole.epochs.tolist()
-    np.testing.assert_array_equal(resumed.learning_rates, whole.learning_rates)
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")

@@ -21,6 +21,7 @@ from nmlightning.optim import DecayEquivalentLR, LRCorrection
 from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.recording_file import FILE_NAME
+from trainers import SaveAt
 
 NAMES = ["net.0.weight", "net.3.weight", "net.7.weight"]
 EPOCHS, BATCHES = 3, 4
@@ -145,21 +146,28 @@ def test_bad_every_is_refused(every: Any) -> None:
         WeightNormTracker(every)
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
 @pytest.mark.parametrize("make", MODULES)
 @pytest.mark.parametrize("every", ["epoch", 1, 3])
-def test_resume_continues_the_records(make: Any, every: Any, tmp_path: Path) -> None:
-    whole = record(tmp_path / "whole", make, every)
-    trainer = make_trainer(make, tmp_path / "first", WeightNormTracker(every), max_epochs=2)
-    trainer.fit(make(), make_data())
-    trainer.save_checkpoint(tmp_path / "last.ckpt")
-    trainer = make_trainer(make, tmp_path / "second", WeightNormTracker(every))
-    trainer.fit(make(), make_data(), ckpt_path=tmp_path / "last.ckpt")
-    first, resumed = (NormHistory.load(tmp_path / name) for name in ("first", "second"))
-    assert first.steps[-1] == 2 * BATCHES, "its file stays as it was"
+@pytest.mark.parametrize(("step", "end"), [(5, "batch"), (6, "batch"), (8, "epoch")])
+def test_resume_continues_the_records(
+    make: Any, every: Any, step: int, end: str, tmp_path: Path
+) -> None:
+    """Between two records, too, without an extra one; another file stays as it was."""
+
+    def run(folder: Path, start: Path | None = None) -> NormHistory:
+        callbacks = WeightNormTracker(every), SaveAt(step, at, f"on_train_{end}_end")
+        make_trainer(make, folder, *callbacks).fit(make(), make_data(), ckpt_path=start)
+        return NormHistory.load(tmp_path / "whole")
+
+    at = tmp_path / "at.ckpt"
+    whole = run(tmp_path / "whole")
+    assert run(tmp_path / "again", at).steps[-1] == EPOCHS * BATCHES
+    resumed = NormHistory.load(tmp_path / "again")
     assert resumed.steps.tolist() == whole.steps.tolist()
     assert resumed.epochs.tolist() == whole.epochs.tolist()
-    for name in NAMES:
-        np.testing.assert_array_equal(resumed.norms[name], whole.norms[name])
+    if step == 2 * BATCHES:  # else the rest of the epoch has other batches
+        np.testing.assert_array_equal(resumed.norms[NAMES[0]], whole.norms[NAMES[0]])
     np.testing.assert_array_equal(resumed.learning_rates, whole.learning_rates)
 
 

@@ -11,8 +11,9 @@ import torch
 from torch.nn import functional as F
 
 from nmlightning import load_from_checkpoint
-from nmlightning.callbacks.norm_swap import NormSwap
+from nmlightning.callbacks import NormSwap, WeightNormSwap
 from nmlightning.errors import InputError
+from nmlightning.models import AttentionLSTM
 from nmlightning.norms.layer_norm import L1LayerNorm
 from nmlightning.optim.schedules import InverseSquareRootLR
 from nmlightning.translation.task import LineOptions, Translator, translate_lines
@@ -102,15 +103,21 @@ def test_translator_bleu_equals_sacrebleus(stage: str, beam: int, tmp_path: Path
     assert found[f"{name}/bleu"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_translator_translates_from_a_checkpoint_alone(tmp_path: Path) -> None:
-    task, data = make_translator(), make_text(tmp_path)
-    trainer = quiet_trainer(NormSwap("l1", kinds=["layer"]), max_epochs=2)
+@pytest.mark.parametrize(
+    ("make", "norms"), [(make_net, 7), (lambda: AttentionLSTM(VOCABULARY, 32, layer_norm=True), 5)]
+)
+def test_translator_translates_from_a_checkpoint_alone(
+    make: Any, norms: int, tmp_path: Path
+) -> None:
+    task, data = make_translator(make()), make_text(tmp_path)
+    swaps = NormSwap("l1", kinds=["layer"]), WeightNormSwap(layers=["linear", "recurrent"])
+    trainer = quiet_trainer(*swaps, max_epochs=2)
     trainer.fit(task, data)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     restored = load_from_checkpoint(
-        Translator, tmp_path / "last.ckpt", net=make_net(), optimizer=torch.optim.Adam
+        Translator, tmp_path / "last.ckpt", net=make(), optimizer=torch.optim.Adam
     )
-    assert sum(isinstance(module, L1LayerNorm) for module in restored.modules()) == 7
+    assert sum(isinstance(module, L1LayerNorm) for module in restored.modules()) == norms
     ours, theirs = (quiet_trainer().predict(each, data) for each in (restored, task))
     assert ours == theirs
     assert len({text for batch in ours for text in batch}) > 1
