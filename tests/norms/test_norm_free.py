@@ -4,16 +4,15 @@ import copy
 from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
 from batch_norm_contract import gradients
+from lightning_modules import PlModule, fit
 from nmlightning import NormSwap, norms, parameter_groups, swap_norms
 from nmlightning.errors import InputError
 from nmlightning.export.export import export_network
 from nmlightning.surgery.checkpoints import load_from_checkpoint
-from trainers import QUIET
 
 CLASSES = (norms.DynamicTanh, norms.DynamicErf, norms.RMSDynamicTanh, norms.RMSDynamicErf)
 KINDS = ("layer", "rms")
@@ -107,33 +106,24 @@ def test_swap_of_other_libraries_norms() -> None:
     assert list(net.state_dict()) == keys
 
 
-class Fitted(pl.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = make_net()
+class Tokens(PlModule):
+    """Its tokens are the rows of an image."""
 
-    def training_step(self, batch: Any, _: int) -> Tensor:
-        return (self.net(batch[0]) - 1).square().mean()
-
-    def train_dataloader(self) -> Any:
-        data = torch.utils.data.TensorDataset(torch.randn(32, 4))
-        return torch.utils.data.DataLoader(data, batch_size=8)
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+    def build(self) -> None:
+        layers = [nn.Linear(8, 6), nn.LayerNorm(6), nn.Linear(6, 3), nn.RMSNorm(3)]
+        self.net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(48, 3))
 
 
 @every_name
 def test_alpha_trains_and_is_in_the_checkpoint(name: str, tmp_path: Any) -> None:
-    module = Fitted()
-    trainer = pl.Trainer(max_epochs=2, callbacks=[NormSwap(name, kinds=KINDS)], **QUIET)
-    trainer.fit(module)
+    module = Tokens()
+    trainer = fit(module, NormSwap(name, kinds=KINDS))
     alphas = [module.net[i].alpha.item() for i in (1, 3)]
     assert 0.5 not in alphas
     trainer.save_checkpoint(tmp_path / "x.ckpt")
-    loaded = load_from_checkpoint(Fitted, tmp_path / "x.ckpt")
+    loaded = load_from_checkpoint(Tokens, tmp_path / "x.ckpt")
     assert [loaded.net[i].alpha.item() for i in (1, 3)] == alphas
-    exported = export_network(loaded.net, tmp_path / "x.onnx", "onnx", (4,))
+    exported = export_network(loaded.net, tmp_path / "x.onnx", "onnx", (2, 8, 8))
     assert exported.difference < 1e-6
 
 
