@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import permutations, product
-from typing import Any
 
 import numpy as np
 import pytest
@@ -36,14 +35,20 @@ Array = NDArray[np.float64]
 STEPS, EPOCH = 12, 3
 RATE, MOMENTUM, DECAY = 0.02, 0.9, 0.01  # those of the net's optimizer, and of the row "decay"
 OVERFLOWS = (0, 4, 5, 10)
-BOUND = 0.02
-KINDS = {name: RULES[name](None).acts_on for name in ANY_MATRIX}
+BOUND, BOUNDS = 0.02, (1.1, 0.05)  # of gradients; of the rule "bounded"
+KINDS = {name: RULES[name]("a").acts_on for name in (*ANY_MATRIX, "decay", "stable")}
 CONDITIONS = ["norm", "value", "accumulation", "skipped", *IMPLEMENTATIONS]
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD": lambda q, lr: torch.optim.SGD(q, lr, momentum=0.9, nesterov=True),
     "Adam": torch.optim.Adam,
     "RMSprop": torch.optim.RMSprop,
     "Rprop": torch.optim.Rprop,
+}
+OTHER_RULES: dict[str, MakeRule] = {
+    "paper layer": lambda history: LRCorrection(history, mode="paper", granularity="layer"),
+    "bounded": lambda history: LRCorrection(
+        history, max_factor=BOUNDS[0], max_rotation=BOUNDS[1], align="official"
+    ),
 }
 DECAYING = {"AdamW": partial(torch.optim.AdamW, weight_decay=3.0)}  # of which a step takes 6 %
 pytestmark = pytest.mark.filterwarnings("ignore:LRCorrection.mode=.paper.. lets weights")
@@ -143,6 +148,8 @@ class Port:
         targets = self.initial[name]
         if self.rule.endswith("layer"):
             factors[:] = (own**2).sum() / (norms**2).sum()
+        if self.rule == "bounded":
+            factors = np.minimum(factors, BOUNDS[0])
         if self.rule == "schedule":
             factors[:], targets = RATE / rate, norms * math.sqrt(RATE / rate)
         for w, v, delta, target in zip(
@@ -151,7 +158,8 @@ class Port:
             if self.is_literal:
                 w += delta
                 continue
-            w += delta * min(1.0, 0.2 * np.linalg.norm(w) / np.linalg.norm(delta))
+            turn = BOUNDS[1] if self.rule == "bounded" else 0.2
+            w += delta * min(1.0, turn * np.linalg.norm(w) / np.linalg.norm(delta))
             v *= np.linalg.norm(w) / target
             w *= target / np.linalg.norm(w)
 
@@ -161,7 +169,7 @@ class Port:
 
     def find_recorded(self, name: str, step: int) -> Array:
         rows = self.history.norms[name].astype(np.float64)
-        if self.is_literal:
+        if self.is_literal or self.rule == "bounded":
             return rows[step // EPOCH]
         return np.array([np.interp(step, self.history.steps, channel) for channel in rows.T])
 
@@ -226,16 +234,13 @@ def train(
 
 @pytest.mark.parametrize(
     ("rule_name", "condition"),
-    [*product(RULES, CONDITIONS), *product((*REFERENCED, "paper layer"), ["nesterov"])],
+    [*product(RULES, CONDITIONS), *product((*REFERENCED, *OTHER_RULES), ["nesterov"])],
 )
 def test_rule_matches_numpy_port(history: NormHistory, rule_name: str, condition: str) -> None:
     net, other = make_net(), make_net()
     nesterov = condition == "nesterov"
     optimizer = sgd(net, nesterov=nesterov, **IMPLEMENTATIONS.get(condition, {}))
-    if rule_name == "paper layer":
-        rule: Any = LRCorrection(history, mode="paper", granularity="layer")
-    else:
-        rule = RULES[rule_name](history)
+    rule = (RULES | OTHER_RULES)[rule_name](history)
     handle = rule.attach(optimizer, net.named_parameters())
     train(net, optimizer, handle, condition)
     train_port(Port(rule_name, other, history, nesterov), other, condition)
@@ -284,10 +289,14 @@ def test_rules_of_matrices_by_definition_around_any_optimizer(
     optim_rules.train(net, optimizer, 50, each=follow)
 
 
-@pytest.mark.parametrize("pair", [p for p in PAIRS if KINDS[p[0]] >= KINDS[p[1]]])
-def test_rule_that_would_undo_another_is_refused(pair: tuple[str, str]) -> None:
+@pytest.mark.parametrize(
+    "pair", [("decay", "stable"), *(p for p in PAIRS if KINDS[p[0]] >= KINDS[p[1]])]
+)
+def test_rule_that_would_undo_another_is_refused(
+    history: NormHistory, pair: tuple[str, str]
+) -> None:
     net = make_net()
-    optimizer, (first, second) = sgd(net), (RULES[name](None) for name in pair)
+    optimizer, (first, second) = sgd(net), (RULES[name](history) for name in pair)
     handle = first.attach(optimizer, net)
     names = type(first).__name__, type(second).__name__
     way_out = "exclude the weight from it"

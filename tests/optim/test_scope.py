@@ -165,18 +165,6 @@ def test_model_without_layers_has_matrices(model: nn.Module) -> None:
         Hyperball().attach(optimizer, nn.Sequential(nn.LazyLinear(3)))
 
 
-def test_second_rule_is_refused() -> None:
-    net = Mixed()
-    optimizer = sgd(net)
-    first = DecayEquivalentLR(0.01, exclude=["up.*"]).attach(optimizer, net)
-    message = "conv.weight is steered by DecayEquivalentLR already: remove that, or exclude"
-    with pytest.raises(InputError, match=message):
-        LRCorrection(record(net)).attach(optimizer, net)
-    LRCorrection(record(net), exclude=["conv.*"]).attach(optimizer, net)
-    first.remove()
-    LRCorrection(record(net), exclude=["up.*"]).attach(optimizer, net)
-
-
 def test_attach_takes_an_iterator_of_names(make_rule: MakeRule) -> None:
     net = Mixed()
     pairs: list[tuple[str, Tensor]] = [("conv.weight", net.conv.weight)]
