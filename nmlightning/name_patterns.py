@@ -35,6 +35,8 @@ def some(names: Iterable[str], shown: int = 5) -> str:
 
     >>> some(["a", "b", "c"], 2)
     'a, b and 1 more'
+    >>> some([])
+    'nothing'
     """
     listed = list(names)
     more = f" and {len(listed) - shown} more" if len(listed) > shown else ""

@@ -18,6 +18,7 @@ from nmlightning.reports.comparison import (
     result_columns,
     setting_rows,
 )
+from nmlightning.reports.formatting import format_value
 from nmlightning.reports.run import Run, read_run
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.recording_file import FILE_NAME
@@ -105,6 +106,23 @@ def test_group_late_needs_ten_epochs(make_run: MakeRun) -> None:
     assert short.late is None
     assert result_columns([short, long])["mean of last 10"] == ["—", "50.00 %"]
     assert list(result_columns([short])) == ["final", "best", "time"]
+
+
+@pytest.mark.parametrize(
+    ("value", "metric", "text"),
+    [
+        (0.9307, "val/top1", "93.07 %"),
+        (0.27134, "val/loss", "0.2713"),
+        (-0.5, "val/loss", "-0.5000"),
+        (27.314, "val/bleu", "27.31"),
+        (5.1, "val/ppl", "5.1000"),
+        (0.0, "val/bleu", "0.00"),
+        (12345.678, "train/tokens_per_s", "12,346"),
+        (float("nan"), "val/loss", "nan"),
+    ],
+)
+def test_format_value_has_the_decimals_of_its_size(value: float, metric: str, text: str) -> None:
+    assert format_value(value, metric) == text
 
 
 @pytest.mark.parametrize(
