@@ -51,9 +51,8 @@ class AttemptedSteps:
         uncounted: int = 0,
     ) -> None:
         self.uncounted = uncounted
-        self.at_step: Callable[[Optimizer], Any] = lambda _: (
-            None
-        )  # just before a step moves anything
+        # Called just before a step moves anything.
+        self.at_step: Callable[[Optimizer], Any] = lambda _: None
         self.stranger = ""  # the class of an optimizer that the Trainer has not been given
         self._trainer, self._before_step = trainer, before_step
         self._parameters = {id(parameter) for parameter in module.parameters()}

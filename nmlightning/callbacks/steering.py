@@ -33,7 +33,8 @@ class SteeredRun:
     """Attaches a rule where a Trainer's optimizers have weights for it, and gives it the moment.
 
     With `other_run` it also follows the recording of another seed or number of processes. A rule
-    that includes nothing works `within` the patterns to include and to exclude.
+    that includes nothing works `within` the patterns to include and to exclude. `steps` tell whose
+    steps they are, and `lists_weights` prints also those that are steered.
     """
 
     def __init__(
@@ -41,15 +42,15 @@ class SteeredRun:
         rule: StepRule,
         trainer: pl.Trainer,
         module: pl.LightningModule,
+        steps: AttemptedSteps,
         *,
         other_run: bool,
-        within: tuple[Sequence[str], Sequence[str]] = ((), ()),
+        within: tuple[Sequence[str], Sequence[str]],
+        lists_weights: bool,
     ) -> None:
-        self._trainer = trainer
-        self._module = module
+        self._trainer, self._module, self._steps = trainer, module, steps
         self._has_printed = self._has_warned = False
-        self.steps: AttemptedSteps | None = None  # what tells whose steps they are
-        self.lists_weights = False  # also those that are steered
+        self._lists_weights = lists_weights
         norms = [part for part in module.modules() if isinstance(part, WeightNorm)]
         if isinstance(rule, NormSchedule) and any(norm.settings.project for norm in norms):
             raise InputError(
@@ -95,9 +96,8 @@ class SteeredRun:
             learns = any(w.parameter.grad is not None for w in handle.weights)
             if learns and not handle.steps and not self._has_warned:
                 self._has_warned = True
-                other = self.steps and self.steps.stranger
                 reason = "only step() calls it, no other method"
-                if other:
+                if other := self._steps.stranger:
                     reason = f"{other} steps instead; return it from configure_optimizers"
                 warnings.warn(
                     f"There are gradients, and no step of the optimizer has called {handle.name} "
@@ -135,7 +135,7 @@ class SteeredRun:
         if not self._has_printed:
             self._has_printed = True
             model, optimizers = self._module, self._trainer.optimizers
-            print_scope(self._rule, self.handles, model, optimizers, self.lists_weights)
+            print_scope(self._rule, self.handles, model, optimizers, self._lists_weights)
 
 
 @rank_zero_only

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 from torch.optim import Optimizer
@@ -24,28 +24,6 @@ from nmlightning.optim.step_hooks import StepHookHandle, StepRule
 from nmlightning.probe.directions import DirectionWatch
 from nmlightning.surgery.recipes import register_after
 from nmlightning.tracking.step_meter import check_quantities
-
-
-class Part(Protocol):
-    """A part of a tracked fit: its recording, its steering or its dashboard."""
-
-    def before_step(self, optimizer: Optimizer) -> None:
-        """Act on the gradients of a step that is about to be taken."""
-
-    def after_batch(self) -> None:
-        """Act on the steps of a batch, if it had any."""
-
-    def end_epoch(self) -> None:
-        """Act on the end of an epoch."""
-
-    def close(self, *, finished: bool) -> None:
-        """End with the fit, which was stopped unless it is `finished`."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from there."""
 
 
 def _stable_text(setting: object) -> str:
@@ -137,7 +115,7 @@ class WeightNormTracker(CallbackBase):
         self.handles: list[StepHookHandle] = []
         self.left: dict[str, str] = {}
         self._steps: AttemptedSteps | None = None
-        self._parts: dict[str, Part] = {}
+        self._parts: dict[str, SteeredRun | RunRecording | NormDashboard] = {}
         self._resumed: Mapping[str, Any] = {}
 
     @property
@@ -196,12 +174,15 @@ class WeightNormTracker(CallbackBase):
         self.path = None if is_trial_run(trainer) else recording.file
         self.handles, steering = [], {}
         if self.steering is not None:
-            limits = (self.include, self.exclude)
             steered = SteeredRun(
-                self.steering, trainer, pl_module, other_run=self.other_run, within=limits
+                self.steering,
+                trainer,
+                pl_module,
+                self._steps,
+                other_run=self.other_run,
+                within=(self.include, self.exclude),
+                lists_weights=self.list_weights,
             )
-            steered.lists_weights = self.list_weights
-            steered.steps = self._steps
             self.handles, steering = steered.handles, {"steering": steered}
         self._parts = {**steering, "recording": recording}  # where a step changed the weights first
         recording.meter.handles, recording.logs = self.handles, logs

@@ -96,7 +96,7 @@ def images_a_batch(length: int, batch_size: int, processes: int) -> int:
 
 
 @dataclass
-class AugmentedShuffle:
+class AugmentedShuffle(training_batches.EpochOrder):
     """The order and the augmentation of one epoch, drawn from (seed, epoch) and nothing else.
 
     All ranks draw the same numbers for the whole epoch and each takes its own part of every batch:
@@ -124,9 +124,6 @@ class AugmentedShuffle:
             raise InputError(f"{self.length} images cannot be shared by {processes} processes.")
         self.batch_size = images_a_batch(self.length, self.batch_size, processes)
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
     def __len__(self) -> int:
         return self.length // self.world_batch
 
@@ -142,9 +139,6 @@ class AugmentedShuffle:
             "world_batch": (self.world_batch, "images a batch on all processes"),
             "digest": (self.digest, "of other images, by their names, labels or order"),
         }
-
-    def state_dict(self) -> training_batches.OrderState:
-        return training_batches.order_state(self.seed, self.terms())
 
     def __iter__(self) -> Iterator[Draw]:
         epoch = self._draw_epoch()

@@ -6,7 +6,8 @@ The host only picks rows; `BatchTransform` does the arithmetic on the training d
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,23 +27,18 @@ from nmlightning.datamodules.training_batches import ResumableData, TrainingBatc
 from nmlightning.errors import check_flag, check_whole_number
 
 
-class LabelledImages(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class LabelledImages:
     """Images (N, C, H, W) uint8 and their labels (N,) int64."""
 
     images: Tensor
     labels: Tensor
+    shard_size: ClassVar[int] = 1
+    digest: ClassVar[str] = ""  # these sets are published ones, always the same
 
     @property
     def length(self) -> int:
         return len(self.labels)
-
-    @property
-    def shard_size(self) -> int:
-        return 1
-
-    @property
-    def digest(self) -> str:
-        return ""  # these sets are published ones, always the same
 
     def batches(self, draws: Iterable[Draw]) -> Iterator[RawBatch]:
         for draw in draws:
@@ -69,7 +65,7 @@ class ResidentImages:
         self.augmentation = augmentation
         self.device = device or torch.device("cpu")
         height, width = source.images.shape[-2:]
-        images, self.labels = (tensor.to(self.device) for tensor in source)
+        images, self.labels = source.images.to(self.device), source.labels.to(self.device)
         padded = F.pad(images, (augmentation.pad,) * 4)
         if augmentation.flip:
             padded = torch.cat([padded, padded.flip(-1)])

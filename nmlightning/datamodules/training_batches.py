@@ -7,7 +7,7 @@ nor asks for workers.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytorch_lightning as pl
@@ -18,28 +18,36 @@ from nmlightning.errors import InputError
 OrderState = dict[str, int | str]
 
 
-class ResumableOrder(Protocol):
+class ResumableOrder:
     """An order of batches that a resumed run may take over."""
+
+    seed: int
+    epoch: int
 
     def terms(self) -> Mapping[str, tuple[int | str, str]]:
         """Return what must not change within an epoch, by its key in the state, and in words.
 
         Those of the `digest` say what another one means.
         """
+        raise NotImplementedError
 
     def set_epoch(self, epoch: int) -> None:
         """Set the next epoch; Lightning does so before each."""
+        self.epoch = epoch
 
     def state_dict(self) -> OrderState:
         """Return what determines the batches, but for the epoch."""
+        return {"seed": self.seed, **{key: value for key, (value, _) in self.terms().items()}}
 
 
-class EpochOrder(ResumableOrder, Protocol):
+class EpochOrder(ResumableOrder):
     """The content of each batch of an epoch, on this process."""
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        raise NotImplementedError
 
-    def __iter__(self) -> Iterator[Any]: ...
+    def __iter__(self) -> Iterator[Any]:
+        raise NotImplementedError
 
 
 @dataclass(eq=False)
@@ -73,10 +81,6 @@ class TrainingBatches:
         self._skip = self.batches_done()
         if self._skip:
             refuse_another_order(self.sampler, self.interrupted or {})
-
-
-def order_state(seed: int, terms: Mapping[str, tuple[int | str, str]]) -> OrderState:
-    return {"seed": seed, **{key: value for key, (value, _) in terms.items()}}
 
 
 def refuse_another_order(order: ResumableOrder, theirs: Mapping[str, int | str]) -> None:

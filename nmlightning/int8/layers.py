@@ -178,7 +178,7 @@ class Int8Conv(Int8Layer):
     groups: int
     padding_mode: Any  # as torch has it
     in_channels: int
-    _reversed_padding_repeated_twice: list[int]
+    _reversed_padding_repeated_twice: list[int]  # of each side, the last dimension first
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, ...],
@@ -226,12 +226,8 @@ class Int8Conv(Int8Layer):
         y = self._multiply(batch, padded)
         return y if input.dim() == dims else y.squeeze(0)
 
-    def _pads(self) -> list[int]:
-        """Return how much each side of each dimension is padded, the last dimension first."""
-        return self._reversed_padding_repeated_twice
-
     def _pads_by_itself(self) -> bool:
-        pads = self._pads()
+        pads = self._reversed_padding_repeated_twice
         return self.padding_mode == "zeros" and pads[::2] == pads[1::2]
 
     def _padded(self, batch: Tensor) -> Tensor:
@@ -239,11 +235,12 @@ class Int8Conv(Int8Layer):
         if self._pads_by_itself():
             return batch
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return F.pad(batch, self._pads(), mode)
+        return F.pad(batch, self._reversed_padding_repeated_twice, mode)
 
     def _operation(self) -> backends.Convolution:
         none = (0,) * len(self.stride)
-        padding = tuple(self._pads()[::-2]) if self._pads_by_itself() else none
+        pads = self._reversed_padding_repeated_twice
+        padding = tuple(pads[::-2]) if self._pads_by_itself() else none
         return backends.Convolution(self.stride, padding, self.dilation, self.groups)
 
 

@@ -126,12 +126,9 @@ def expected_rotation(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> f
         return None
     momentum, nesterov = group.get("momentum", 0.0), bool(group.get("nesterov"))
     if isinstance(optimizer, optim.SGD):
-        known = not (momentum and group["dampening"])
-        return (
-            equilibrium_rotation(rate, decay, momentum=momentum, nesterov=nesterov)
-            if known
-            else None
-        )
+        if momentum and group["dampening"]:
+            return None
+        return equilibrium_rotation(rate, decay, momentum=momentum, nesterov=nesterov)
     if not _decays_beside(optimizer, group, default=bool(_match(_BESIDE, optimizer))):
         return None
     if _match("SGDW", optimizer) and not (nesterov or (momentum and group["dampening"])):

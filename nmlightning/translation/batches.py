@@ -83,7 +83,7 @@ class TrainingPairs:
 
 
 @dataclass(eq=False)
-class ShuffledBatches:
+class ShuffledBatches(training_batches.EpochOrder):
     """The batches of one epoch, drawn from (seed, epoch) and nothing else.
 
     All ranks draw the same batches (see `BatchPlan`) in the same order, and rank r of W takes the
@@ -112,9 +112,6 @@ class ShuffledBatches:
                 f"by {self.shard.world_size} processes: use fewer, or a smaller tokens_a_batch."
             )
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
     def __len__(self) -> int:
         return len(self.plan) // self.shard.world_size
 
@@ -134,9 +131,6 @@ class ShuffledBatches:
             "digest": (self.pairs.digest, "of other sentence pairs"),
         }
 
-    def state_dict(self) -> training_batches.OrderState:
-        return training_batches.order_state(self.seed, self.terms())
-
 
 REMEMBERED = 4  # pools: Lightning reads a batch or two ahead of those that are done
 BEGINNING = "null"
@@ -151,7 +145,7 @@ class Pool(NamedTuple):
 
 
 @dataclass(eq=False)
-class StreamedBatches:
+class StreamedBatches(training_batches.ResumableOrder):
     """Iterates over batches of a stream, in pools of pairs that are encoded and batched together.
 
     Pools come in the order of the stream, the same in every epoch. The order within a pool follows
@@ -186,9 +180,6 @@ class StreamedBatches:
     def sampler(self) -> "StreamedBatches":
         """The object whose `set_epoch` Lightning calls."""
         return self
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def terms(self) -> dict[str, tuple[int | str, str]]:
         return {
@@ -246,7 +237,7 @@ class StreamedBatches:
             "epoch": self.epoch,
             "begun": json.dumps(list(self._begun)),
         }
-        return training_batches.order_state(self.seed, self.terms()) | place
+        return super().state_dict() | place
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._skip = self.batches_done()
