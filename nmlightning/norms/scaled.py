@@ -30,7 +30,8 @@ def normalise_scaled(
         mean = largest * _mean((x / largest).detach(), dims)
         x, root = x / 2 - mean / 2, root / 2
     largest = _largest(x, dims, max(root, _LEAST))
-    u, added = x / largest, root / largest
+    # √eps / m of normal numbers alone, and no number over a tensor: Core ML's inverse adds 1e-4.
+    u, added = x / largest, largest.new_full((), _LEAST) / largest * (root / _LEAST)
     u = u - _mean(u, dims) if centred else u
     y = u / (_mean_square(u, dims, p) + added * added).sqrt()
     y = y if weight is None else y * _like(weight, y)
