@@ -124,11 +124,13 @@ def test_recording_stopped_inside_an_epoch(sized: bool, tmp_path: Path) -> None:
         follow(tmp_path / "longer", history, data=data, max_epochs=2, max_steps=8)
 
 
-def test_recording_of_part_of_an_epoch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("epochs", [None, 1, 99])
+def test_recording_of_part_of_an_epoch(epochs: int | None, tmp_path: Path) -> None:
     history = record(tmp_path / "recorded", max_steps=3)
-    assert follow(tmp_path / "same", history, max_steps=3) == STEPS[:3]
+    options: Any = {"max_epochs": epochs}
+    assert follow(tmp_path / "same", history, max_steps=3, **options) == STEPS[:3]
     with pytest.raises(InputError, match=r"covers 0.75 epochs, and the run has 1: record a longer"):
-        follow(tmp_path / "longer", history)
+        follow(tmp_path / "longer", history, max_steps=4, **options)
 
 
 def test_clock_of_epochs_of_other_lengths(tmp_path: Path) -> None:

@@ -52,17 +52,6 @@ def test_trains_and_a_checkpoint_restores_it(
     trainer.test(make(module_class), make_data(), path)
 
 
-@BOTH
-def test_resume_without_it_is_refused(module_class: type, tmp_path: Path) -> None:
-    path = tmp_path / "a.ckpt"
-    fit(make(module_class), Int8Swap()).save_checkpoint(path)
-    message = r"with int8 on net.0, net.1 and 3 more, and here there is none: add Int8Swap to"
-    with pytest.raises(InputError, match=message):
-        fit(make(module_class), max_epochs=2, ckpt_path=path)
-    with pytest.raises(InputError, match=r"load it by nmlightning.load_from_checkpoint"):
-        module_class.load_from_checkpoint(path)  # type: ignore[attr-defined]
-
-
 def test_swap_by_hand_is_kept_too(tmp_path: Path) -> None:
     module = make(PlModule)
     swap_int8(module.net, bits=6)

@@ -128,6 +128,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (Int8Swap, {"norms": "lx"}, "There is no norm 'lx'"),
     (Int8Swap, {"include": "net"}, "include is a list"),
     (Int8Swap, {"sync": 2}, "sync is True or False"),
+    (WeightNormTracker, {"steering": "LRCorrection"}, "steering is a rule, .* got 'LRCorrection'"),
 ]
 
 

@@ -24,7 +24,7 @@ from lightning_modules import (
     package_of,
 )
 from nmlightning import swap_norms
-from nmlightning.callbacks import NormSwap, WeightNormSwap, WeightNormTracker, norm_swap
+from nmlightning.callbacks import Int8Swap, NormSwap, WeightNormSwap, WeightNormTracker, norm_swap
 from nmlightning.callbacks.norm_swap import BackendNote
 from nmlightning.errors import InputError
 from nmlightning.kernels import norm_backend
@@ -230,8 +230,9 @@ def test_resume_without_the_callback_warns(module_class: type, tmp_path: Path) -
     [
         (WeightNormTracker(), "a WeightNormTracker, which this run lacks: it records no norms"),
         (WeightNormSwap(), r"weight norm on net\.0\.weight, net\.3\.weight, and here there"),
+        (Int8Swap(), "int8 on net.0, net.1 and 3 more, and here there is none"),
     ],
-    ids=["tracker", "weight norm"],
+    ids=["tracker", "weight norm", "int8"],
 )
 def test_resume_without_another_callback_says_what_is_left_out(
     module_class: type, callback: Any, message: str, tmp_path: Path
@@ -239,12 +240,12 @@ def test_resume_without_another_callback_says_what_is_left_out(
     callback, path = copy.deepcopy(callback), tmp_path / "a.ckpt"
     fit(make(module_class), callback, default_root_dir=tmp_path).save_checkpoint(path)
     warns = pytest.warns(UserWarning, match=f"{message}.* Add WeightNormTracker to the")
-    refuses = pytest.raises(InputError, match=f"{message}.*: add WeightNormSwap to the")
-    with refuses if isinstance(callback, WeightNormSwap) else warns:
+    name = type(callback).__name__
+    refuses = pytest.raises(InputError, match=f"{message}.*: add {name} to the")
+    is_tracker = isinstance(callback, WeightNormTracker)
+    with warns if is_tracker else refuses:
         fit(make(module_class), max_epochs=2, ckpt_path=path)
-    if isinstance(
-        callback, WeightNormTracker
-    ):  # a validation records nothing, and warns of nothing
+    if is_tracker:  # a validation records nothing, and warns of nothing
         make_trainer(module_class).validate(make(module_class), make_data(), str(path), False)
 
 

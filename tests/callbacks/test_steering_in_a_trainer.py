@@ -317,23 +317,6 @@ def test_other_run_is_followed(rule_name: str, provenance: dict[str, Any], tmp_p
     assert_close(module, train_by_hand(rule))
 
 
-@pytest.mark.parametrize("rule_name", REFERENCED)
-def test_steering_by_a_run_of_the_same_number_of_steps(rule_name: str, tmp_path: Path) -> None:
-    rule = RULES[rule_name](make_history())
-    for epochs in (None, 99):
-        trainer = make_trainer(tmp_path, rule, max_epochs=epochs, max_steps=2 * BATCHES)
-        trainer.fit(Classifies(), make_data())
-        assert trainer.global_step == 2 * BATCHES
-        trainer = make_trainer(tmp_path, rule, max_epochs=epochs, max_steps=2 * BATCHES + 1)
-        with pytest.raises(InputError, match=r"covers 2 epochs, and the run has 2.167: record a"):
-            trainer.fit(Classifies(), make_data())
-
-
-def test_steering_of_another_type_is_refused() -> None:
-    with pytest.raises(InputError, match=r"steering is a rule, such as .*, got 'LRCorrection'"):
-        WeightNormTracker(steering="LRCorrection")  # type: ignore[arg-type]
-
-
 @pytest.mark.filterwarnings("ignore:DecayEquivalentLR skipped 6 steps .* by step 12")
 def test_skipped_steps_warn_at_the_end_of_an_epoch(tmp_path: Path) -> None:
     """Sooner than at the 25th step."""

@@ -64,10 +64,6 @@ def test_translate_ends_lines_at_line_feeds_only(translate: Translate) -> None:
     assert answer.out.count("\n") == 1
 
 
-def test_translate_drops_a_byte_order_mark(translate: Translate) -> None:
-    assert translate("\ufeffeins\n".encode()).out == translate(b"eins\n").out
-
-
 def test_translate_writes_in_parts(translate: Translate, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = "".join(f"{word}\n" for word in ["eins", "zweiundzwanzig", "drei", "vierzig", "fünf"])
     whole = translate(lines.encode())

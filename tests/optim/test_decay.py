@@ -191,44 +191,6 @@ def test_decay_schedule_leaves_the_groups_of_others() -> None:
     assert handle.steered == ["conv1.weight", "head.weight"]
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: CorrectedDecay(-1.0), "weight_decay must be 0 or more, got -1.0"),
-        (lambda: CorrectedDecay(0.1, max_lr=0.0), "max_lr is a positive number, or None, got 0.0"),
-        (lambda: CorrectedDecay(0.1, correct="some"), "correct is 'scale_invariant' or 'all', got"),
-        (lambda: CautiousDecay("x"), "weight_decay must be 0 or more, got 'x'"),
-        (lambda: DecaySchedule(0.5), "schedule is a function of the step, got 0.5"),
-        (
-            lambda: step_once(CautiousDecay(lambda t: t - 1)),
-            "CautiousDecay: weight_decay is .* -1.0",
-        ),
-        (
-            lambda: step_once(DecaySchedule(lambda t: 1 - 2 * t), 0.1, 2),
-            "DecaySchedule: schedule is a function of the step that gives 0 .*, got -1.0 at step 1",
-        ),
-        (
-            lambda: step_once(DecaySchedule(lambda _: None), 0.1),
-            "DecaySchedule: .* a number; step 0",
-        ),  # type: ignore[arg-type, return-value]
-        (lambda: step_once(DecaySchedule(lambda: 1.0), 0.1), "a number; step 0: .*takes 0 posit"),  # type: ignore[arg-type, misc]
-        (lambda: step_once(DecaySchedule(halve)), "and it is 0 in those of all weights: set weigh"),
-        (lambda: step_once(CautiousDecay(0.1), 0.1), "has weight decay 0.1 in its optimizer"),
-    ],
-)
-def test_bad_decay_is_refused(make: Callable[[], Any], message: str) -> None:
-    with pytest.raises(InputError, match=message) as caught:
-        make()
-    assert "\n" not in str(caught.value)
-
-
-def step_once(rule: Any, weight_decay: float = 0.0, steps: int = 1) -> None:
-    net = make_net()
-    optimizer = torch.optim.SGD(net.parameters(), 0.1, weight_decay=weight_decay)
-    rule.attach(optimizer, net)
-    train(net, optimizer, steps)
-
-
 def test_tracker_of_a_schedule_is_found_again_in_a_checkpoint() -> None:
     key = WeightNormTracker(steering=DecaySchedule(halve)).state_key
     assert "0x" not in key

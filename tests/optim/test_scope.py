@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from nmlightning import Hyperball, exempt_from_decay
 from nmlightning.errors import InputError
-from nmlightning.optim import DecayEquivalentLR, LRCorrection, NormSchedule, RadialProjection
+from nmlightning.optim import (
+    CautiousDecay,
+    CorrectedDecay,
+    DecayEquivalentLR,
+    DecaySchedule,
+    LRCorrection,
+    NormSchedule,
+    RadialProjection,
+    SpectralCap,
+    UnitNorm,
+)
 from nmlightning.optim.scope import CHANCE, TOLERANCE, share_limit
 from nmlightning.optim.step_hooks import StepHookHandle
 from nmlightning.weights.channel_norms import ChannelLayout, channel_norms
@@ -123,6 +133,13 @@ def test_attach_needs_a_model(make_rule: MakeRule, given: Callable[[nn.Module], 
         make_rule(record(net)).attach(sgd(net), given(net))
 
 
+def step_once(rule: Any, weight_decay: float = 0.0, steps: int = 1) -> None:
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, weight_decay=weight_decay)
+    rule.attach(optimizer, net)
+    train(net, optimizer, steps)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -130,18 +147,48 @@ def test_attach_needs_a_model(make_rule: MakeRule, given: Callable[[nn.Module], 
         (lambda: NormSchedule(3), "reference is a NormHistory or a path, got 3"),
         (lambda: LRCorrection("a", max_factor="1"), "max_factor is a positive number, or None"),
         (lambda: LRCorrection("a", max_rotation=True), "max_rotation is a positive number, or N"),
-        (lambda: NormSchedule("a", max_rotation="x"), "max_rotation is a positive number, or No"),
         (lambda: NormSchedule("a", max_rotation=0.0), "a positive number, or None, got 0.0"),
-        (lambda: NormSchedule("a", "0.1"), "base_lr is a positive number, or None, got '0.1'"),
-        (lambda: NormSchedule("a", 0.0), "base_lr is a positive number, or None, got 0.0"),
         (lambda: NormSchedule("a", math.nan), "base_lr is a positive number, or None, got nan"),
-        (lambda: DecayEquivalentLR("1e-4"), "weight_decay must be 0 or more, got '1e-4'"),
-        (lambda: DecayEquivalentLR(-1.0), "weight_decay must be 0 or more, got -1.0"),
         (lambda: DecayEquivalentLR(math.inf), "weight_decay must be 0 or more, got inf"),
         (lambda: DecayEquivalentLR(math.nan), "weight_decay must be 0 or more, got nan"),
         (lambda: RadialProjection(delta=0.0), "delta must be positive, got 0.0"),
         (lambda: RadialProjection(delta=math.nan), "delta must be positive, got nan"),
         (lambda: RadialProjection(delta="1"), "delta must be positive, got '1'"),  # type: ignore[arg-type]
+        (lambda: CorrectedDecay(-1.0), "weight_decay must be 0 or more, got -1.0"),
+        (lambda: CorrectedDecay(0.1, max_lr=0.0), "max_lr is a positive number, or None, got 0.0"),
+        (lambda: CorrectedDecay(0.1, correct="some"), "correct is 'scale_invariant' or 'all', got"),
+        (lambda: CautiousDecay("x"), "weight_decay must be 0 or more, got 'x'"),
+        (lambda: DecaySchedule(0.5), "schedule is a function of the step, got 0.5"),
+        (
+            lambda: step_once(CautiousDecay(lambda t: t - 1)),
+            "CautiousDecay: weight_decay is .* -1.0",
+        ),
+        (
+            lambda: step_once(DecaySchedule(lambda t: 1 - 2 * t), 0.1, 2),
+            "DecaySchedule: schedule is a function of the step that gives 0 .*, got -1.0 at step 1",
+        ),
+        (
+            lambda: step_once(DecaySchedule(lambda _: None), 0.1),
+            "DecaySchedule: .* a number; step 0",
+        ),  # type: ignore[arg-type, return-value]
+        (lambda: step_once(DecaySchedule(lambda: 1.0), 0.1), "a number; step 0: .*takes 0 posit"),  # type: ignore[arg-type, misc]
+        (lambda: step_once(DecaySchedule(abs)), "and it is 0 in those of all weights: set weigh"),
+        (lambda: step_once(CautiousDecay(0.1), 0.1), "has weight decay 0.1 in its optimizer"),
+        (lambda: SpectralCap(0.0), r"sigma_max must be a positive number, got 0\.0"),
+        (lambda: SpectralCap(None), "sigma_max must be a positive number, got None"),  # type: ignore[arg-type]
+        (lambda: SpectralCap(1.0, granularity="row"), "granularity is 'auto' or"),  # type: ignore[arg-type]
+        (lambda: UnitNorm(2), "dim is 0 or 1, got 2"),
+        (lambda: UnitNorm({"*": -1}), "dim is 0 or 1, got -1"),
+        (lambda: UnitNorm(norm="l1"), "norm is 'l2' or 'rms', got 'l1'"),  # type: ignore[arg-type]
+        (
+            lambda: step_once(UnitNorm({"c*": 0})),
+            r'dim has no pattern for head.weight: add "\*" for all others',
+        ),
+        (
+            lambda: step_once(UnitNorm({"z": 0, "*": 1})),
+            "The pattern 'z' matches no parameter that no",
+        ),
+        (lambda: step_once(UnitNorm({"*": 1, "c*": 0})), r"The pattern 'c\*' matches no parameter"),
     ],
 )
 def test_bad_settings_are_refused(make: Callable[[], Any], message: str) -> None:

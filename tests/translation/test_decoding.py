@@ -71,20 +71,6 @@ def test_search_of_no_sentence_finds_none(search: Any) -> None:
     assert search(WrittenOdds(), SENTENCES[:0]) == []
 
 
-@pytest.mark.parametrize(
-    ("source", "extra_length", "message"),
-    [
-        (SENTENCES, -1, r"extra_length must be a whole number of at least 0, got -1"),
-        (SENTENCES[0], 50, r"source is \(N, S\) tokens of int64, got \(5,\) of torch\.int64"),
-        (SENTENCES.float(), 50, r"got \(3, 5\) of torch\.float32"),
-        (SENTENCES * torch.tensor([[1], [0], [1]]), 50, r"no token but padding in row 1: end it"),
-    ],
-)
-def test_greedy_search_refuses_bad_input(source: Any, extra_length: int, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        greedy_search(WrittenOdds(), source, extra_length=extra_length)
-
-
 SOURCE = torch.tensor([[5, 4, 2], [4, 2, 0], [3, 2, 0]])
 
 LIMITS = [4, 3, 3]  # with one token more
@@ -173,15 +159,21 @@ def test_beam_search_ends_for_a_diverged_network(bad: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("search", "source", "options", "message"),
     [
-        ({"beam_size": 0}, r"beam_size must be a whole number of at least 1, got 0"),
-        ({"length_penalty": -0.1}, r"length_penalty must be a number of at least 0, got -0\.1"),
-        ({"length_penalty": "0.6"}, r"length_penalty must be a number of at least 0, got '0\.6'"),
-        ({"length_penalty": math.nan}, r"length_penalty must be a number .* got nan"),
-        ({"extra_length": 1.5}, r"extra_length must be a whole number of at least 0, got 1\.5"),
+        (greedy_search, SENTENCES[0], {}, r"source is \(N, S\) tokens of int64, got \(5,\) of t"),
+        (greedy_search, SENTENCES.float(), {}, r"got \(3, 5\) of torch\.float32"),
+        (greedy_search, SOURCE * torch.tensor([[1], [0], [1]]), {}, "but padding in row 1: end it"),
+        (greedy_search, SOURCE, {"extra_length": -1}, "a whole number of at least 0, got -1"),
+        (beam_search, SOURCE, {"extra_length": 1.5}, "extra_length must be a whole .* got 1.5"),
+        (beam_search, SOURCE, {"beam_size": 0}, "beam_size must be a whole number of at least 1"),
+        (beam_search, SOURCE, {"length_penalty": -0.1}, "must be a number of at least 0, got -0.1"),
+        (beam_search, SOURCE, {"length_penalty": "0.6"}, "length_penalty must be .* got '0.6'"),
+        (beam_search, SOURCE, {"length_penalty": math.nan}, "length_penalty must be .* got nan"),
     ],
 )
-def test_beam_search_refuses_bad_settings(options: dict[str, Any], message: str) -> None:
+def test_search_refuses_bad_input(
+    search: Any, source: Tensor, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
-        beam_search(WrittenOdds(), SOURCE, **options)
+        search(WrittenOdds(), source, **options)
