@@ -57,6 +57,15 @@ def _formula() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(params=["formula", "auto"])
+def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compute norms by the formula, and once more by the kernels where they serve."""
+    if request.param == "auto":
+        load_kernels()
+    with norm_backend(request.param):
+        yield
+
+
 @pytest.fixture
 def _kernels() -> Iterator[None]:
     """Compute norms by the kernels in C++ where they serve, on as many threads as a test sets."""

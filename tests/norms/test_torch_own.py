@@ -17,10 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
-from built_kernels import load_kernels
 from nmlightning import norms
 from nmlightning.errors import InputError
-from nmlightning.kernels import norm_backend
 
 pytest.importorskip("expecttest", reason="torch.testing imports it")
 pytestmark = [
@@ -295,14 +293,6 @@ def hold(checks: Iterable[tuple[str, Callable[[], None]]]) -> None:
             refused = isinstance(error, InputError) and str(error).startswith(tuple(REFUSED))
             failed += [] if refused else [f"{name}: {type(error).__name__}: {str(error)[:200]}"]
     assert not failed, "\n".join(failed)
-
-
-@pytest.fixture(params=["formula", "auto"])
-def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.param == "auto":
-        load_kernels()
-    with norm_backend(request.param):
-        yield
 
 
 @pytest.mark.usefixtures("_backend")

@@ -16,7 +16,6 @@ from nmlightning.errors import InputError
 from nmlightning.optim import LRCorrection, norm_bounds
 from nmlightning.optim.parameters import NORM
 from nmlightning.optim.step_hooks import StepHookHandle
-from nmlightning.weights.channel_norms import channel_norms
 from nmlightning.weights.history import NormHistory
 from optim_rules import (
     ANY_MATRIX,
@@ -28,6 +27,7 @@ from optim_rules import (
     MakeRule,
     find_loss,
     make_net,
+    random_history,
     sgd,
 )
 
@@ -62,14 +62,7 @@ def _exact_power_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def history() -> NormHistory:
-    """A record at the end of each epoch of three steps."""
-    generator = torch.Generator().manual_seed(1)
-    norms = {}
-    for name in CONVOLUTIONS:
-        initial = channel_norms(make_net().get_parameter(name)).float()
-        change = 0.6 + 0.8 * torch.rand(5, len(initial), generator=generator)
-        norms[name] = (initial * change).numpy()
-    return NormHistory.from_arrays(norms, range(EPOCH, 5 * EPOCH + 1, EPOCH), range(5))
+    return random_history(make_net(), 5, EPOCH)
 
 
 def find_rate(step: int) -> float:

@@ -1,21 +1,13 @@
 """A small net with a convolution of each kind, and data for it; each test by both backends."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
 
-from built_kernels import load_kernels
-from nmlightning.kernels import norm_backend
 
-
-@pytest.fixture(autouse=True, params=["formula", "auto"])
-def _formula(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.param == "auto":
-        load_kernels()
-    with norm_backend(request.param):
-        yield
+@pytest.fixture(autouse=True)
+def _formula(_backend: None) -> None:
+    """In the place of the formula alone."""
 
 
 @pytest.fixture

@@ -132,15 +132,16 @@ def direction_distance(one: nn.Module, other: nn.Module) -> float:
     return 1 - min(cosine.item() for cosine in cosines)
 
 
-def random_history(net: nn.Module) -> NormHistory:
-    """Recorded norms of ten epochs of ten steps, somewhere near those of a net's convolutions."""
+def random_history(net: nn.Module, epochs: int = 10, steps: int = 10) -> NormHistory:
+    """Norms at the end of epochs of some steps, somewhere near those of a net's convolutions."""
     generator = torch.Generator().manual_seed(1)
     norms = {}
     for name in CONVOLUTIONS:
         initial = channel_norms(net.get_parameter(name)).float()
-        change = 0.5 + torch.rand(10, len(initial), generator=generator)
+        change = 0.5 + torch.rand(epochs, len(initial), generator=generator)
         norms[name] = (initial * change).numpy()
-    return NormHistory.from_arrays(norms, range(10, 101, 10), range(10))
+    ends = range(steps, epochs * steps + 1, steps)
+    return NormHistory.from_arrays(norms, ends, range(epochs))
 
 
 def attach(
