@@ -173,7 +173,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         help="written by nm fit, such as last.ckpt, or my.package:make_model, or an ONNX file",
     )
     parser.add_argument("--format", help=f"{', '.join(FORMATS)} (required for a checkpoint)")
-    parser.add_argument("-o", "--output", type=Path, help="the file (default: beside CHECKPOINT)")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        help="the file (default: beside CHECKPOINT, of MODULE in this folder)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     parser.add_argument("--no_fold", action="store_true", help="keep batch norms, to train further")
     parser.add_argument(

@@ -285,6 +285,8 @@ def check_replaceable(option: str, file: Path, mark: str, what: str) -> None:
     """Raise InputError if `file` is a folder or a device, or lacks the mark of what is written."""
     if file.is_dir():
         raise InputError(f"{option}: {file} is a folder; name a file in it.")
+    if not file.parent.is_dir():
+        raise InputError(f"{option}: there is no folder {str(file.parent)!r} for {file.name!r}.")
     if file.exists() and not file.is_file():
         raise InputError(f"{option}: {file} is not a regular file; give another name.")
     if file.exists() and mark not in file.read_text(encoding="utf-8", errors="replace"):

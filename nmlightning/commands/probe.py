@@ -21,9 +21,7 @@ _JSON_MARK = '"generator": "nm probe"'
 def run(arguments: list[str]) -> int:
     """Run `nm probe` and return its exit code: 0, whatever the norms would do."""
     given, options = _parse(arguments)
-    files.check_replaceable("--picture", given.picture, report.GENERATOR, "picture of nm probe")
-    if given.json:
-        files.check_replaceable("--json", given.json, _JSON_MARK, "answer of nm probe")
+    _check_files(given)
     content: dict[str, Any] = {"generator": "nm probe"}
     ranges: report.NormRanges | InputError
     if given.inference or given.experiment.endswith(".onnx") or is_own_model(given.experiment):
@@ -64,6 +62,15 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
+def _check_files(given: argparse.Namespace) -> None:
+    """Raise InputError for files that cannot be written, before anything is measured."""
+    files.check_replaceable("--picture", given.picture, report.GENERATOR, "picture of nm probe")
+    if given.json:
+        files.check_replaceable("--json", given.json, _JSON_MARK, "answer of nm probe")
+        if given.json.resolve() == given.picture.resolve():
+            raise InputError("--json and --picture name the same file: give two.")
+
+
 def _show(found: Any) -> None:
     show(found.table())
     print_words(found.describe())
@@ -82,7 +89,8 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "8 bits or fewer would turn its input, its weight and its gradient. Of an ONNX file or a "
         "module of your own, or by --inference of a run, what inference in float16 and bfloat16 "
         "would make of each norm.",
-        epilog="Every other option is one of nm fit, such as --data Digits.",
+        epilog="Every other option is one of nm fit, such as --data Digits; in the inference of a "
+        "file, a module or a checkpoint only those of --data are taken.",
     )
     parser.add_argument(
         "experiment",
@@ -149,11 +157,11 @@ def _bands(ranges: report.NormRanges) -> list[report.Band]:
 
     names = {report.REMEDY: "L1 in half", report.FAILING: "L2 in half, op by op"}
     if ranges.failing != report.FAILING:
-        names = {"scaled": "scaled in float16", "float16": "float16 op by op"}
+        squares = any("float16_sums" in layer.outcomes for layer in ranges.layers)
+        names = {"scaled": "scaled in float16"} if squares else {"folded": "folded in float16"}
+        names["float16"] = "float16 op by op"
     eps = min(layer.eps for layer in ranges.layers)
-    # A batch norm squares nothing in evaluation.
-    squares = any({"half_l2", "float16_sums"} & x.outcomes.keys() for x in ranges.layers)
-    limits = {norm: fp16_limits(norm if squares else "scaled", eps) for norm in names}
+    limits = {norm: fp16_limits(norm, eps) for norm in names}
     return [
         report.Band(norm, names[norm], limit.smallest_scale, limit.largest_deviation)
         for norm, limit in limits.items()

@@ -1,7 +1,7 @@
 """Batches in which an experiment, or any model, is measured and nothing is learned."""
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from itertools import islice
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from torch.optim import Optimizer
 
 from nmlightning.callbacks.norm_swap import ModelChange
+from nmlightning.commands.argument_parser import ArgumentParser
 from nmlightning.commands.checkpoint import Checkpoint, checkpoint_hparams, load_data
 from nmlightning.commands.failures import explain_failures, filter_logs
 from nmlightning.commands.files import RunPaths, is_checkpoint
@@ -61,35 +62,24 @@ def run_batches(
 def run_inference(given: argparse.Namespace, options: list[str]) -> tuple[NormRanges, str]:
     """Return what `probe_inference` says of a file, a module or a run, and what its inputs are."""
     name, shapes = given.experiment, given.input_shape or ()
-    file = OnnxFile(Path(name)) if name.endswith(".onnx") else None
-    is_config = not (file or is_own_model(name) or is_checkpoint(name))
-    sources = (given.inputs, shapes, options and not is_config)
-    if sum(map(bool, sources)) > 1:
+    model, own_data, options = _load(name, options, given.batches)
+    file = model if isinstance(model, OnnxFile) else None
+    data = load_data(options, "nm probe") if options else None
+    if (given.inputs is not None) + bool(shapes) + (data is not None) > 1:
         raise InputError("--inputs, --input_shape and --data are three sources: give one.")
-    model: Any = file
-    evaluate: Evaluation | None = None
     batches: Iterator[Any]
-    if is_config:
-        model, evaluate = _load_config(name, options, given.batches)
-    elif is_own_model(name):
-        model = load_model(name)
-    elif file is None:
-        run = Checkpoint(Path(name), None)
-        model = run.load_module()
-        evaluate = None if any(sources) else run.evaluation(model, "", given.batches)
     if given.inputs:
         arrays = read_arrays(given.inputs)
         batches = iter([arrays if file else bind_inputs(model, arrays)])
         inputs = str(given.inputs)
-    elif sources[-1]:
-        data = load_data(options, "nm probe")
+    elif data:
         batches = _validation(data, len(file.inputs) if file else 1)
         inputs = f"{given.batches} validation batches of {type(data).__name__}"
     elif shapes or file:
         drawn = file.draw_inputs(shapes) if file else ()
         batches = iter([drawn or tuple(torch.randn(BATCH_SIZE, *shape) for shape in shapes)])
         inputs = "random: these ranges say little; give --inputs x.npz or --data NAME"
-    elif evaluate:
+    elif evaluate := own_data():
         batches = iter([evaluate])
         inputs = f"validation batches of its own data, {given.batches} at most"
     else:
@@ -98,6 +88,25 @@ def run_inference(given: argparse.Namespace, options: list[str]) -> tuple[NormRa
             "3,32,32 for random numbers."
         )
     return probe_inference(model, islice(batches, given.batches)), inputs
+
+
+def _load(
+    name: str, options: list[str], batches: int
+) -> tuple[Any, Callable[[], Evaluation | None], list[str]]:
+    """Return a model, a function for what validates it on its own data, and the options left."""
+    if name.endswith(".onnx"):
+        return OnnxFile(Path(name)), lambda: None, options
+    if is_own_model(name):
+        return load_model(name), lambda: None, options
+    if not is_checkpoint(name):
+        module, evaluate = _load_config(name, options, batches)
+        return module, lambda: evaluate, []
+    parser = ArgumentParser(prog="nm probe", add_help=False)
+    parser.add_argument("-c", "--config")
+    given, options = parser.parse_known_args(options)
+    run = Checkpoint(Path(name), given.config)
+    module = run.load_module()
+    return module, lambda: run.evaluation(module, "", batches), options
 
 
 def _validation(data: pl.LightningDataModule, count: int) -> Iterator[Any]:

@@ -16,7 +16,7 @@ from onnx.reference import ReferenceEvaluator
 
 from nmlightning.atomic_file import replace_file
 from nmlightning.errors import InputError
-from nmlightning.export.onnx_norms import HALF_SAFE, OnnxNorm, find_onnx_norms, subgraphs
+from nmlightning.export.onnx_norms import HALF_SAFE, UNKNOWN, OnnxNorm, find_onnx_norms, subgraphs
 from nmlightning.export.onnx_values import OnnxFile, external_files, read_model
 from nmlightning.name_patterns import by_reason, some
 
@@ -141,9 +141,10 @@ def _why_left(norm: OnnxNorm) -> str:
     """Return why a norm cannot be rewritten, "" if it can."""
     if norm.kind == "batch":
         return "a batch norm computes no statistics"
+    if norm.kind == "other":
+        return UNKNOWN
     if norm.kind not in ("layer", "rms"):
-        is_known = norm.kind != "other"
-        return f"{norm.kind if is_known else norm.nodes[0].op_type} norms are not rewritten"
+        return f"{norm.kind} norms are not rewritten"
     if isinstance(norm.graph, FunctionProto):
         return "is in a local function; onnx.inliner takes it out"
     if norm.dtype not in _TOLERANCES or max(norm.axes or (0,)) >= 0:
@@ -197,8 +198,8 @@ class _Rewrite:
             shape, made.axes = made.add("Shape", x), range(-len(blocks), 0)
             x = made.add("Reshape", x, made.constant([-1, *blocks]))
         y = made.scale(x)
-        if shape:
-            y = made.add("Reshape", y, shape)
+        if shape:  # a size may be 0
+            y = made.add("Reshape", y, shape, **({"allowzero": 1} if opset >= 14 else {}))
         if dtype != norm.dtype:
             y = made.add("Cast", y, to=dtype)
         if is_single and norm.weight:
@@ -346,9 +347,14 @@ def _compare(
         feeds = original.draw_inputs(shapes) if inputs is None else original.bind_inputs(inputs)
         values = original.run(feeds, outputs)
     except InputError as error:
-        if inputs is not None:
+        if inputs is not None or shapes:
             raise
         return f"not compared: {error}"
+    try:
+        after = OnnxFile(draft).run(feeds, outputs)
+    except InputError as error:
+        reason = str(error).replace(str(draft), "what was rewritten")
+        raise InputError(f"{reason} (nothing was written)") from error
     # Of integers, such as an argmax, any may follow from a tie.
     counted = [name for name in outputs if values[name].dtype.kind not in "biu"]
     before = {name: np.float64(values[name]) for name in counted if values[name].size}
@@ -356,11 +362,6 @@ def _compare(
         return "not compared: the outputs are empty, or integers"
     if not all(np.isfinite(y).all() for y in before.values()):
         return "not compared: the file itself gives inf or NaN"
-    try:
-        after = OnnxFile(draft).run(feeds, outputs)
-    except InputError as error:
-        reason = str(error).replace(str(draft), "what was rewritten")
-        raise InputError(f"{reason} (nothing was written)") from error
     sizes = [max(np.abs(y).max(), 1e-30) for y in before.values()]
     errors = [np.abs(y - after[name]).max() for name, y in before.items()]
     difference = float(np.max(np.divide(errors, sizes)))

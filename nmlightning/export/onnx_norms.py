@@ -11,8 +11,9 @@ import numpy as np
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
-# The kind that a node computes, and what its inputs are.
+UNKNOWN = "a root of summed squares, of no norm that is known"
 HALF_SAFE = "/half_safe/"  # in the names of all nodes and values that a rewritten norm has
+# The kind that a node computes, and what its inputs are.
 _SINGLE_NODES: Mapping[str, str] = {
     "LayerNormalization": "layer x weight bias",
     "SkipLayerNormalization": "layer x added weight bias added",
@@ -40,14 +41,14 @@ def _normalised(d: _Pattern, variance: _Pattern) -> tuple[_Pattern, _Pattern]:
     root = [("Sqrt", inside), ("Pow", inside, 0.5)]
     inverse = [("Reciprocal", root), ("Div", 1.0, root), ("Pow", inside, -0.5)]
     gain = [*inverse, ("Mul", inverse, "weight")]
-    return [("Div", d, root), ("Mul", d, gain)], gain
+    return [("Div", [d, ("Mul", d, "weight")], root), ("Mul", d, gain)], gain
 
 
 _MEAN = ("ReduceMean", "x")
 _CENTRED = ("Sub", "x", _MEAN)
 _DIFFERENCE = ("Sub", ("ReduceMean", _square("x")), _square(_MEAN))
 _VARIANCE = [
-    ("ReduceMean", _square(_CENTRED)),
+    *(("ReduceMean", _square(d)) for d in (_CENTRED, ("Sub", _MEAN, "x"))),
     *(_DIFFERENCE, ("Max", _DIFFERENCE, 0.0), ("Relu", _DIFFERENCE)),  # Flax
 ]
 _LAYER, _GAIN = _normalised(_CENTRED, _VARIANCE)
@@ -67,6 +68,11 @@ _PATTERNS: Sequence[tuple[str, _Pattern]] = (
 )
 # tf2onnx writes a mean over all dimensions but two as a pooling.
 _MEANS = {"ReduceMean": "ReduceMean", "GlobalAveragePool": "ReduceMean"}
+_FLOATS = (1, 10, 11, 16)  # `TensorProto.DataType` of float32, float16, float64, bfloat16
+# Between the root of a sum of squares and that sum, in norms of whatever form.
+_ON_THE_WAY = {"Add", "Sub", "Mul", "Div", "Max", "Clip", "Relu", "Abs", "Cast", "Identity"}
+_ON_THE_WAY |= {"Reshape", "Squeeze", "Unsqueeze", "Expand", "Where"}
+_MOST_ON_THE_WAY = 64
 _LARGEST_CONSTANT = 64  # elements; axes and eps have few, and weights are not read
 
 
@@ -76,7 +82,7 @@ class OnnxNorm:
 
     Attributes:
         kind: "layer", "rms", "instance", "group", "batch", or "other" of a node that has a norm in
-            its name, of which only that and its values are known.
+            its name, or is the root of a sum of squares: only its values are known.
         name: of its last node, or of its output, behind the names of what its graph belongs to.
         input: the value x; with `added`, x is the sum of all.
         output: the value y, behind weight and bias.
@@ -155,6 +161,12 @@ def _infer_types(model: "ModelProto") -> dict[str, Any]:
     return types
 
 
+def _keeps_values(node: "NodeProto") -> bool:
+    """Return whether a node passes numbers on, but for the rounding of another floating type."""
+    is_cast = node.op_type == "Cast" and attribute_of(node, "to") in _FLOATS
+    return is_cast or node.op_type == "Identity"
+
+
 class _Scope:
     """A graph, or a local function: what makes each value, what takes it, and what is constant."""
 
@@ -173,6 +185,37 @@ class _Scope:
                 self.users.setdefault(name, []).append(node)
 
     def norms(self) -> Iterator[OnnxNorm]:
+        """Yield the norms, then other roots of means or sums of squares."""
+        known: set[int] = set()
+        for norm in self._known_norms():
+            known.update(map(id, norm.nodes))
+            yield norm
+        for node in self.graph.node:
+            if id(node) not in known and self._is_root_of_squares(node):
+                other = OnnxNorm("other", "", node.input[0], node.output[0], None, 0.0)
+                yield self._complete(other, [node])
+
+    def _is_root_of_squares(self, node: "NodeProto") -> bool:
+        if node.op_type != "Sqrt" and not (
+            node.op_type == "Pow" and self._number(node.input[1]) in (0.5, -0.5)
+        ):
+            return node.op_type == "ReduceL2"
+        behind = [(node.input[0], False)]
+        for value, is_summed in behind:
+            made = self.makers.get(value)
+            if made is None:
+                continue
+            is_square = made.op_type == "Mul" and made.input[0] == made.input[1]
+            if made.op_type == "Pow":
+                is_square = self._number(made.input[1]) == 2
+            if made.op_type == "ReduceSumSquare" or (is_summed and is_square):
+                return True
+            sums = made.op_type in (*_MEANS, "ReduceSum")
+            if sums or (made.op_type in _ON_THE_WAY and len(behind) < _MOST_ON_THE_WAY):
+                behind += [(x, is_summed or sums) for x in made.input]
+        return False
+
+    def _known_norms(self) -> Iterator[OnnxNorm]:
         for node in self.graph.node:
             for inner in subgraphs(node):
                 path = f"{self.path}{node.name or node.op_type}/"
@@ -253,18 +296,20 @@ class _Scope:
             for alternative in pattern:
                 yield from self._match(alternative, value, bound)
             return
+        if pattern in ("weight", "bias"):
+            if bound.get(pattern, value) == value:
+                yield {**bound, pattern: value}
+            return
         steps, node = list(bound["steps"]), self.makers.get(value)
-        while node is not None and node.op_type in ("Cast", "Identity"):
+        while node is not None and _keeps_values(node):
             steps.append(node)
             value = node.input[0]
             node = self.makers.get(value)
         if isinstance(pattern, float) or pattern == "eps":
-            number = self._constant(value)
-            if number is None or number.size != 1:
-                return
-            if pattern == "eps":
-                yield {**bound, "eps": float(number.item()), "dtype": self._dtype(value)}
-            elif float(number.item()) == pattern:
+            number = self._number(value)
+            if pattern == "eps" and number is not None:
+                yield {**bound, "eps": number, "dtype": self._dtype(value)}
+            elif number == pattern:
                 yield bound
         elif isinstance(pattern, str):
             if bound.get(pattern, value) == value:
@@ -281,6 +326,8 @@ class _Scope:
             if not axes or bound.setdefault("axes", axes) != axes:
                 return
             inputs = inputs[:1]
+        if len(inputs) != len(pattern) - 1:
+            return
         for order in [inputs, inputs[::-1]][: 2 if node.op_type in ("Add", "Mul", "Max") else 1]:
             found = [bound]
             for part, value in zip(pattern[1:], order, strict=True):
@@ -291,7 +338,7 @@ class _Scope:
         """Return the axes of a mean that keeps them, negative if the rank is known, () if not."""
         shape, axes = self._shape(node.input[0]), attribute_of(node, "axes")
         if node.op_type == "GlobalAveragePool":
-            axes = range(2, len(shape or ()))
+            axes = range(2, len(shape) if shape else 3)
         elif axes is None and len(node.input) > 1:
             axes = self._constant(node.input[1])
         if axes is None or not attribute_of(node, "keepdims", 1):
@@ -304,6 +351,10 @@ class _Scope:
         if node is None or name in self.tensors:
             return name in self.tensors
         return all(self._is_fixed(x) for x in node.input if x) and not any(subgraphs(node))
+
+    def _number(self, name: str) -> float | None:
+        number = self._constant(name)
+        return float(number.item()) if number is not None and number.size == 1 else None
 
     def _constant(self, name: str) -> Any:
         """Return a constant's few elements, None for others."""

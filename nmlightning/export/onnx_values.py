@@ -122,6 +122,8 @@ class OnnxFile:
         Raises:
             InputError: a size that the graph does not say.
         """
+        if len(shapes) not in (0, 1, len(self.inputs)):
+            raise InputError(f"{len(shapes)} shapes are given for {some(self.inputs)}.")
         generator = np.random.default_rng(0)
         drawn = {}
         for number, (name, type) in enumerate(self.inputs.items()):

@@ -204,6 +204,8 @@ class RowNorm(NamedTuple):
     eps: float
     centred: bool = True
     running: tuple[Tensor, ...] = ()  # (R, 1) mean and variance of a batch norm, which sums nothing
+    p: float = 2.0  # 1 for (√(π/2) · mean |d|)² in the place of mean d²
+    scaled: bool = False  # as our scaled norms
 
 
 Formula = Callable[[Tensor, RowNorm, torch.dtype], Tensor]
@@ -211,19 +213,25 @@ Formula = Callable[[Tensor, RowNorm, torch.dtype], Tensor]
 
 def textbook(x: Tensor, norm: RowNorm, sums: torch.dtype) -> Tensor:
     """Return d / √(mean d² + eps), d being x − μ or x, each step rounded to the dtype of x."""
+    if norm.scaled:
+        return by_scaling(x, norm, sums)
     if norm.running:
         mean, variance = (q.to(x.dtype) for q in norm.running)
         return (x - mean) / (variance + norm.eps).sqrt()
     d = x - _mean(x, sums) if norm.centred else x
-    return d / (_mean(d.square(), sums) + norm.eps).sqrt()
+    if norm.p == 1:
+        variance = (math.sqrt(math.pi / 2) * _mean(d.abs(), sums)).square()
+    else:
+        variance = _mean(d.square(), sums)
+    return d / (variance + norm.eps).sqrt()
 
 
-def by_scaling(x: Tensor, norm: RowNorm, sums: torch.dtype, p: float = 2.0) -> Tensor:
+def by_scaling(x: Tensor, norm: RowNorm, sums: torch.dtype, p: float | None = None) -> Tensor:
     """Return what our scaled norms make of x, their means by pairs as far as n has twos in it."""
     twos = (x.shape[1] & -x.shape[1]).bit_length() - 1
     parts = x.reshape(len(x), x.shape[1] >> twos, *[2] * twos)
     settings = (None, None, twos + 1, norm.eps, norm.centred)
-    return normalise_scaled(parts, *settings, p=p).reshape(x.shape)
+    return normalise_scaled(parts, *settings, p=p or norm.p).reshape(x.shape)
 
 
 def _mean(x: Tensor, sums: torch.dtype) -> Tensor:

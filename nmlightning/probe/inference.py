@@ -14,10 +14,18 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from nmlightning.errors import InputError
 from nmlightning.export.fold import folded_weights
-from nmlightning.export.onnx_norms import HALF_SAFE, OnnxNorm, attribute_of, find_onnx_norms
+from nmlightning.export.onnx_norms import (
+    HALF_SAFE,
+    UNKNOWN,
+    OnnxNorm,
+    attribute_of,
+    find_onnx_norms,
+)
 from nmlightning.export.onnx_values import OnnxFile
 from nmlightning.norms.batch_norm_base import RUNNING
+from nmlightning.norms.layer_norm import LpLayerNorm, LpRMSNorm
 from nmlightning.norms.mean_only import MeanOnlyBatchNorm
+from nmlightning.norms.scaled import Scaled
 from nmlightning.probe.fp16_emulation import FORMS, KINDS, RowNorm, judge, run_forms
 from nmlightning.probe.probe import MeasuredNorm, as_it_was, gather_ranges
 from nmlightning.probe.report import DTYPES, NormRanges
@@ -68,7 +76,7 @@ def probe_inference(model: nn.Module | str | Path | OnnxFile, batches: Iterable[
     )
 
 
-def _try(norm: MeasuredNorm, x: Tensor, count: int, *running: Tensor) -> None:
+def _try(norm: MeasuredNorm, x: Tensor, count: int, *running: Tensor, **own: Any) -> None:
     """Measure what a norm gets, and run it on that.
 
     Args:
@@ -76,6 +84,7 @@ def _try(norm: MeasuredNorm, x: Tensor, count: int, *running: Tensor) -> None:
         x: (N, *), of a layer or RMS norm with what is normalised last.
         count: how many values that is, or how many groups there are.
         running: mean and variance of a norm in evaluation, (C,).
+        own: how it computes, if otherwise than torch's; see `RowNorm`.
     """
     x, stored = x.detach().float(), tuple(q.detach().float()[:, None] for q in running)
     if norm.kind == "batch" or running:
@@ -93,7 +102,7 @@ def _try(norm: MeasuredNorm, x: Tensor, count: int, *running: Tensor) -> None:
     rows, stored = rows[finite], tuple(q[finite] for q in stored)
     if len(rows):
         with torch.autocast(rows.device.type, enabled=False):
-            norm.count(run_forms(rows, norm.kind, RowNorm(norm.eps, centred, stored)))
+            norm.count(run_forms(rows, norm.kind, RowNorm(norm.eps, centred, stored, **own)))
     if running:
         _hold(norm, "running_var", running[1])
 
@@ -160,7 +169,10 @@ class _Module:
         elif norm.kind == "instance":
             x = x.unsqueeze(0) if x.dim() == module._get_no_batch_dim() else x
             count = x.shape[1]
-        _try(norm, x, count, *running)
+        own: dict[str, Any] = {"scaled": isinstance(module, Scaled)}
+        if isinstance(module, LpLayerNorm | LpRMSNorm | Scaled):
+            own["p"] = module.p
+        _try(norm, x, count, *running, **own)
 
     def hold_folded(self) -> None:
         """Note what float16 makes of the weights that batch norms can be folded into."""
@@ -201,8 +213,10 @@ class _File:
             if found.output not in self._makers:
                 self.left_out[name] = f"{title}: it is in a subgraph (If, Loop or Scan)"
             elif found.kind == "other":
-                self.left_out[name] = f"{title}: how it computes is not known"
-            elif found.kind == "batch" and not file.weights.keys() >= set(node.input[1:]):
+                self.left_out[name] = f"{title}: {UNKNOWN}"
+            elif found.kind == "batch" and not {*map(self._stored, node.input[1:])} <= {
+                *file.weights
+            }:
                 self.left_out[name] = f"{title}: its running statistics are no constants"
             else:
                 norm = MeasuredNorm(name, title, found.kind, found.eps)
@@ -227,6 +241,8 @@ class _File:
         node, count, running = found.nodes[0], x.shape[1:2].numel(), list[Tensor]()
         if norm.kind in ("layer", "rms"):
             axes = found.axes or tuple(range(attribute_of(node, "axis", -1), x.dim()))
+            if any(step.op_type == "GlobalAveragePool" for step in found.nodes):
+                axes = tuple(range(2, x.dim()))
             count = math.prod(x.shape[axis] for axis in axes)
             x = x.movedim(axes, tuple(range(-len(axes), 0)))
         elif norm.kind == "group" and node.op_type != "InstanceNormalization":
@@ -244,7 +260,7 @@ class _File:
             if norm.kind != "batch" or layer is None or uses[found.input] > 1:
                 continue
             by_output = layer.op_type == "Conv" or attribute_of(layer, "transB", 0)
-            if by_output and layer.input[1] in self.file.weights:
+            if by_output and self._stored(layer.input[1]) in self.file.weights:
                 weight, gain, variance = map(
                     self._read, (layer.input[1], *found.nodes[0].input[1:5:3])
                 )
@@ -252,5 +268,11 @@ class _File:
                 folded = weight.double().flatten(1) * scale[:, None]
                 _hold_folded(norm, layer.name or layer.output[0], folded)
 
+    def _stored(self, name: str) -> str:
+        """Return what a value is in the file: torch's older exporter has equal ones once."""
+        while (maker := self._makers.get(name)) is not None and maker.op_type == "Identity":
+            name = maker.input[0]
+        return name
+
     def _read(self, name: str) -> Tensor:
-        return torch.tensor(self.file.read(name))
+        return torch.tensor(self.file.read(self._stored(name)))

@@ -175,7 +175,8 @@ class NormRanges(Report):
             sigma = [layer.largest, *sigma] if evaluated else [*sigma, layer.largest_deviation]
             numbers = (re.sub(r"e(-?)\+?0", r"e\1", f"{size:.3g}") for size in sigma)
             rows.append([layer.name, *numbers, *cells])
-        title = "x²: rows whose squares float16 does not hold; then rows that come out wrong"
+        title = "x²: rows whose squares float16 does not hold"
+        title += "; then rows that come out wrong" * bool(norms)
         headings += ["input"] * lost_in_input
         return Grid(headings, rows, title * squared, numbers=True)
 

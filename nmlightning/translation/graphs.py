@@ -1,5 +1,6 @@
 """Translation networks as two graphs: the encoder, and the greedy step with its cache."""
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -176,17 +177,22 @@ def export_translator(
     lengths = {**dict.fromkeys(read, "source"), **dict.fromkeys(grows, "written")}
     own = {} if isinstance(net, AttentionLSTM) else {"source": "sequence"}
     parts = ((encoder, {"source": source}, own), (step, given, lengths))
-    reports = [
-        export_network(part, each, format, inputs=inputs, lengths=opened, overwrite=overwrite)
-        for each, (part, inputs, opened) in zip(files, parts, strict=True)
-    ]
-    read_back = [READERS[format](each, net) for each in files]
-    model: Any = _FileModel(read_back[0], read_back[1], step, list(read))
-    expected, found = (greedy_search(x, source, extra_length=extra_length) for x in (net, model))
-    if found != expected:
-        for each in files:
-            each.unlink()
-        raise InputError(f"the {format} does not translate as the network does; nothing is left.")
+    with tempfile.TemporaryDirectory(prefix="nmlightning", dir=file.parent) as folder:
+        drafts = [Path(folder) / each.name for each in files]
+        reports = [
+            export_network(part, draft, format, inputs=inputs, lengths=opened)
+            for draft, (part, inputs, opened) in zip(drafts, parts, strict=True)
+        ]
+        read_back = [READERS[format](draft, net) for draft in drafts]
+        model: Any = _FileModel(read_back[0], read_back[1], step, list(read))
+        expected, found = (
+            greedy_search(x, source, extra_length=extra_length) for x in (net, model)
+        )
+        if found != expected:
+            raise InputError(f"the {format} does not translate as the network: nothing is written.")
+        for draft, each in zip(drafts, files, strict=True):
+            draft.replace(each)
+    reports = [replace(x, file=each) for x, each in zip(reports, files, strict=True)]
     return [reports[0], replace(reports[1], half_safe=safe)]
 
 

@@ -108,6 +108,9 @@ def test_probe_of_a_checkpoint_in_inference(trained: Path, nm: Nm) -> None:
     ]
     moved = shutil.copy(last, "moved.ckpt")
     assert "what moved.ckpt takes is not known: give" in text(nm(str(moved), "--inference").err)
+    config = str(trained / "config.yaml")
+    answer = nm(str(moved), "--inference", "--batches", "1", "--config", config)
+    assert "inputs validation batches of its own data" in text(answer.out)
 
 
 def test_probe_of_a_config_in_inference(nm: Nm) -> None:
@@ -143,6 +146,8 @@ BAD_INPUT = {
     "quickstart --model.net.depth 7": "CifarResNet depth 7 is not 6n",
     "quickstart --inference --ckpt_path last": "--ckpt_path: runs/quickstart has no checkpoint yet",
     "quickstart --inference --bits 8": "--bits is for training, not for inference: leave it out",
+    "quickstart --picture gone/a.svg": "--picture: there is no folder 'gone' for 'a.svg'",
+    "quickstart --picture a.svg --json a.svg": "--json and --picture name the same file: give two",
     "quickstart --picture notes.txt": "--picture: notes.txt is no picture of nm probe; give",
     "quickstart --json notes.txt": "--json: notes.txt is no answer of nm probe; give another name.",
 }
@@ -238,6 +243,8 @@ BAD_MODELS = {
     "norm.onnx --inputs x.npz": "the inputs are x; norm.onnx takes ids, x",
     "norm.onnx --input_shape a": "argument --input_shape: give sizes such as 3,32,32, got 'a'",
     "norm.onnx --inputs x.npz --data Digits": "--inputs, --input_shape and --data are",
+    "norm.onnx --inputs x.npz --nope 3": "there is no option '--nope'",
+    "norm.onnx --input_shape 16 16 16": "3 shapes are given for ids, x",
     "norm.onnx --nope 3": "there is no option '--nope'",
     "bad_of_test:make": "what bad_of_test:make takes is not known: give --inputs x.npz",
     "bad_of_test:mkae": "bad_of_test has no 'mkae'. Did you mean 'make'",

@@ -65,6 +65,9 @@ STEPS = {
     "weight first": (
         f"{CENTRED}{ROOT}z = Div(d, s)\nu = Mul(w, z)\ny = Add(b, u)", "layer", "w", "b", 9,
     ),
+    "weight before the root": (
+        f"{CENTRED}{ROOT}z = Mul(w, d)\ny = Div(z, s)", "layer", "w", "", 8,
+    ),
     "no weight": (f"{CENTRED}{ROOT}y = Div(d, s)", "layer", "", "", 7),
     "centred twice": (
         f"{CENTRED}{ROOT}d2 = Sub(x, m)\ny = Div(d2, s)", "layer", "", "", 8,
@@ -150,6 +153,34 @@ def test_means_may_be_poolings(sizes: str, axes: tuple[int, ...]) -> None:
     ],
 )
 def test_other_steps_are_no_norm(steps: str) -> None:
+    assert {norm.kind for norm in find_onnx_norms(parse(steps))} <= {"other"}
+
+
+OTHER_ROOTS = (
+    # weight, mean or eps elsewhere than in any known norm; sums; deviations of n - 1
+    f"{CENTRED}{SQUARED}s = Sqrt(v)\nt = Add(s, eps)\ny = Div(d, t)",
+    f"{CENTRED}{SQUARED}k = Mul(v, w)\ns = Sqrt(k)\ny = Div(d, s)",
+    "q = Mul(x, x)\nv = ReduceSum(q, last)\nk = Div(v, two)\ns = Sqrt(k)\ny = Div(x, s)",
+    "v = ReduceSumSquare<axes = [-1]>(x)\nk = Max(v, eps)\ns = Pow(k, half)\ny = Div(x, s)",
+    "s = ReduceL2<axes = [-1]>(x)\ny = Div(x, s)",
+)
+
+
+@pytest.mark.parametrize("steps", OTHER_ROOTS)
+def test_other_roots_of_squares_are_named(steps: str, tmp_path: Path) -> None:
+    norm = find(steps)
+    assert (norm.kind, norm.name) == ("other", "s")
+    onnx.save(parse(steps), tmp_path / "a.onnx")
+    with pytest.raises(InputError, match=r"norm to measure in .*: \w+: a root of summed"):
+        probe_inference(tmp_path / "a.onnx", [np.ones((2, 8), np.float32)])
+    with pytest.raises(InputError, match="s: a root of summed squares, of no norm that is known"):
+        make_half_safe(tmp_path / "a.onnx", tmp_path / "b.onnx")
+
+
+@pytest.mark.parametrize(
+    "steps", ["t = ReduceMean<axes = [-1]>(x)\ny = Sqrt(t)", "y = Pow(x, half)"]
+)
+def test_other_roots_are_no_norm(steps: str) -> None:
     assert find_onnx_norms(parse(steps)) == []
 
 
@@ -289,7 +320,7 @@ def test_single_nodes_are_right(node: str, dtype: str, tmp_path: Path) -> None:
     kind, axes, _, bias, added = SINGLE[node]
     model = parse(f"x2 = Identity(x)\ny = {node}", 23, f"16, {N}", dtype, N)
     if kind not in ("layer", "rms"):
-        with pytest.raises(InputError, match=rf"is to be rewritten: y: .*({kind}|Lp\w+) norm"):
+        with pytest.raises(InputError, match=rf"is to be rewritten: y: (a batch|{kind}|a root)"):
             rewrite(model, tmp_path)
         return
     safe, _ = rewrite(model, tmp_path)
@@ -356,6 +387,34 @@ def test_models_are_as_they_were_but_for_their_norms(name: str, tmp_path: Path) 
     assert safe.SerializeToString() == model.SerializeToString()
     with pytest.raises(InputError, match="they are half-safe already"):
         make_half_safe(tmp_path / "b.onnx", tmp_path / "c.onnx")
+
+
+def test_casts_to_whole_numbers_stay(tmp_path: Path) -> None:
+    steps = f"k = Cast<to = 6>(x)\nt = Cast<to = 1>(k)\n{CENTRED}{ROOT}y = Div(d, s)"
+    steps = steps.replace("(x)\nd = Sub(x", "(t)\nd = Sub(t")
+    assert find(steps).input == "k"
+    onnx.save(parse(steps), tmp_path / "a.onnx")
+    make_half_safe(tmp_path / "a.onnx", tmp_path / "b.onnx", [10 * np.random.rand(4, 8)])
+
+
+def test_weights_are_multiplied_in_the_type_that_they_had(tmp_path: Path) -> None:
+    steps = STEPS["weight with the root"][0].replace("w)", "c)")
+    model = parse(f"c = Cast<to = 1>(h)\n{steps}")
+    half = np.random.rand(8).astype(np.float16)
+    model.graph.initializer.append(numpy_helper.from_array(half, "h"))
+    _, report = rewrite(model, tmp_path)
+    assert report.error < 1e-6
+
+
+@pytest.mark.parametrize("opset", [14, 18])
+def test_sizes_may_be_0(opset: int, tmp_path: Path) -> None:
+    steps = STEPS["torch"][0] if opset < 18 else STEPS["axes as input"][0]
+    onnx.save(parse(steps, opset, f"N, M, {N}", n=N), tmp_path / "a.onnx")
+    make_half_safe(tmp_path / "a.onnx", tmp_path / "b.onnx", [np.ones((2, 0, N), np.float32)])
+    empty = OnnxFile(tmp_path / "b.onnx").run({"x": np.ones((2, 0, N), np.float32)}, ["y"])["y"]
+    assert empty.shape == (2, 0, N)
+    with pytest.raises(InputError, match=r"cannot run .*a\.onnx"):
+        make_half_safe(tmp_path / "a.onnx", tmp_path / "c.onnx", shapes=[(3, N - 1)])
 
 
 def test_values_that_others_use_stay(tmp_path: Path) -> None:

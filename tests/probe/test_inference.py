@@ -11,7 +11,14 @@ from onnx import TensorProto, helper, numpy_helper, parser
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
-from nmlightning import InputError, L1LayerNorm, MeanOnlyBatchNorm2d, probe_inference
+from nmlightning import (
+    InputError,
+    L1LayerNorm,
+    MeanOnlyBatchNorm2d,
+    probe_inference,
+    swap_norms,
+)
+from nmlightning.export.onnx_norms import UNKNOWN
 from nmlightning.export.onnx_values import OnnxFile
 from nmlightning.probe import inference
 from nmlightning.probe.fp16_emulation import OUTCOMES, RowNorm, run_forms
@@ -298,7 +305,7 @@ def test_nodes_of_unknown_norms_are_named(tmp_path: Path) -> None:
     )
     found = probe_inference(tmp_path / "a.onnx", [np.ones((2, 4), "float32")])
     assert [layer.kind for layer in found.layers] == ["layer"]
-    assert found.left_out == {"y": "LpNormalization: how it computes is not known"}
+    assert found.left_out == {"y": f"LpNormalization: {UNKNOWN}"}
 
 
 def test_norms_of_every_class_are_measured_or_named() -> None:
@@ -313,6 +320,18 @@ def test_norms_of_every_class_are_measured_or_named() -> None:
     assert found.left_out["2"].startswith("LocalResponseNorm: it does not compute a layer or an")
     assert not net[0].layers[0].norm1._forward_pre_hooks
     assert net.training
+
+
+@pytest.mark.parametrize("norm", ["scaled", "l1"])
+def test_swapped_norms_are_tried_by_their_own_formula(norm: str) -> None:
+    net = nn.Sequential(nn.LayerNorm(N), nn.RMSNorm(N, 1e-5))
+    swap_norms(net, norm, kinds=["layer", "rms"])
+    x = rows()[torch.tensor([20, 30, 40])]  # σ of 1, 100 and 10,000, the latter rounded to inf
+    layer, rms = probe_inference(net, [x.half().float()]).layers
+    # Exported, L1 squares its scale, which is infinite from 256 on.
+    for found in (layer.lost("float16"), layer.lost("float16_sums")):
+        assert sum(found.values()) == (norm == "l1")
+    assert layer.lost("scaled") == layer.lost("l1") == rms.lost("float16") == {}
 
 
 def test_a_report_of_inference_is_read_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,9 +31,12 @@ def test_files_translate_as_the_network(name: str, format: str, tmp_path: Path) 
 @pytest.mark.filterwarnings("ignore")
 def test_files_of_other_tokens_do_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "_FileModel", lambda *_: make("transformer").eval())
-    with pytest.raises(InputError, match="does not translate as the network does; nothing is left"):
-        graphs.export_translator(make("transformer"), tmp_path / "a.pt2", "torch_export")
-    assert not list(tmp_path.iterdir())
+    earlier = tmp_path / "a.encoder.pt2"
+    earlier.write_text("mine")
+    given = make("transformer"), tmp_path / "a.pt2", "torch_export"
+    with pytest.raises(InputError, match="does not translate as the network: nothing is written"):
+        graphs.export_translator(*given, overwrite=True)
+    assert (list(tmp_path.iterdir()), earlier.read_text()) == ([earlier], "mine")
 
 
 def test_other_networks_are_refused(tmp_path: Path) -> None:
