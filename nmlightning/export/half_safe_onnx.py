@@ -16,8 +16,8 @@ from onnx.reference import ReferenceEvaluator
 
 from nmlightning.atomic_file import replace_file
 from nmlightning.errors import InputError
-from nmlightning.export.onnx_norms import HALF_SAFE, UNKNOWN, OnnxNorm, find_onnx_norms, subgraphs
-from nmlightning.export.onnx_values import OnnxFile, external_files, read_model
+from nmlightning.export.onnx_norms import HALF_SAFE, LEFT, OnnxNorm, find_onnx_norms
+from nmlightning.export.onnx_values import OnnxFile, external_files, read_model, subgraphs
 from nmlightning.name_patterns import by_reason, some
 
 _OLDEST_OPSET = 11  # the first whose reductions take negative axes
@@ -90,9 +90,7 @@ def make_half_safe(
     left = {norm.name: reason for norm in norms if (reason := _why_left(norm))}
     rewritten = tuple(norm for norm in norms if not _why_left(norm))
     if not rewritten:
-        is_done = any(HALF_SAFE in node.name for node in model.graph.node)
-        reasons = ["they are half-safe already"] * is_done + by_reason(left)
-        why = "; ".join(reasons) or "it has no layer or RMS norm"
+        why = "; ".join(by_reason(left)) or "it has no layer or RMS norm"
         raise InputError(f"no norm of {str(source)!r} is to be rewritten: {why}.")
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     made = [_Rewrite.of(norm, opset, types) for norm in rewritten]
@@ -141,8 +139,8 @@ def _why_left(norm: OnnxNorm) -> str:
     """Return why a norm cannot be rewritten, "" if it can."""
     if norm.kind == "batch":
         return "a batch norm computes no statistics"
-    if norm.kind == "other":
-        return UNKNOWN
+    if norm.kind in LEFT:
+        return LEFT[norm.kind]
     if norm.kind not in ("layer", "rms"):
         return f"{norm.kind} norms are not rewritten"
     if isinstance(norm.graph, FunctionProto):

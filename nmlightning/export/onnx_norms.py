@@ -1,18 +1,23 @@
 """Finds the norms in an ONNX graph, as single nodes or as the steps that exporters make of them."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+from nmlightning.export.onnx_values import attribute_of, infer_types, subgraphs
 
-UNKNOWN = "a root of summed squares, of no norm that is known"
-HALF_SAFE = "/half_safe/"  # in the names of all nodes and values that a rewritten norm has
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto, TensorProto
+
+# Why norms of which only the values are known are left.
+LEFT = {
+    "other": "a root of summed squares, of no norm that is known",
+    "scaled": "half-safe already",
+}
+HALF_SAFE = "/half_safe/"  # in the names of all that a rewritten norm has
 # The kind that a node computes, and what its inputs are.
 _SINGLE_NODES: Mapping[str, str] = {
     "LayerNormalization": "layer x weight bias",
@@ -82,7 +87,8 @@ class OnnxNorm:
 
     Attributes:
         kind: "layer", "rms", "instance", "group", "batch", or "other" of a node that has a norm in
-            its name, or is the root of a sum of squares: only its values are known.
+            its name, or is the root of a sum of squares, "scaled" if they are of values up to 1: of
+            both only the values are known.
         name: of its last node, or of its output, behind the names of what its graph belongs to.
         input: the value x; with `added`, x is the sum of all.
         output: the value y, behind weight and bias.
@@ -122,43 +128,10 @@ def find_onnx_norms(model: "ModelProto", folder: str | Path = "") -> list[OnnxNo
         >>> [norm.kind for norm in find_onnx_norms(onnx.load("vit.onnx", load_external_data=False))]
         ['layer', 'layer', 'layer']
     """
-    found = list(_Scope(model.graph, _infer_types(model), folder).norms())
+    found = list(_Scope(model.graph, infer_types(model, _LARGEST_CONSTANT), folder).norms())
     for function in model.functions:
         found += _Scope(function, {}, folder, f"{function.name}/").norms()
     return found
-
-
-def subgraphs(node: "NodeProto") -> Iterator["GraphProto"]:
-    """Yield the graphs that an If, Loop or Scan has."""
-    for attribute in node.attribute:
-        yield from [attribute.g] if attribute.HasField("g") else attribute.graphs
-
-
-def attribute_of(node: "NodeProto", name: str, default: Any = None) -> Any:
-    """Return the value of a node's attribute."""
-    from onnx.helper import get_attribute_value
-
-    return next((get_attribute_value(x) for x in node.attribute if x.name == name), default)
-
-
-def _infer_types(model: "ModelProto") -> dict[str, Any]:
-    """Return the types of values by name, as far as onnx infers them without the weights."""
-    from onnx import ModelProto, TensorProto, shape_inference
-
-    light = ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
-    light.functions.extend(model.functions)
-    for part in ("node", "input", "output", "value_info"):
-        getattr(light.graph, part).extend(getattr(model.graph, part))
-    for x in model.graph.initializer:
-        empty = TensorProto(name=x.name, dims=x.dims, data_type=x.data_type)
-        light.graph.initializer.append(x if np.prod(x.dims) <= _LARGEST_CONSTANT else empty)
-    with suppress(Exception):  # of nodes that it does not know; what the file says is left
-        light = shape_inference.infer_shapes(light, data_prop=True)
-    types, graphs = {}, [light.graph]
-    for graph in graphs:
-        types.update({x.name: x.type for x in [*graph.input, *graph.output, *graph.value_info]})
-        graphs += [inner for node in graph.node for inner in subgraphs(node)]
-    return types
 
 
 def _keeps_values(node: "NodeProto") -> bool:
@@ -191,15 +164,15 @@ class _Scope:
             known.update(map(id, norm.nodes))
             yield norm
         for node in self.graph.node:
-            if id(node) not in known and self._is_root_of_squares(node):
-                other = OnnxNorm("other", "", node.input[0], node.output[0], None, 0.0)
+            if id(node) not in known and (kind := self._kind_of_root(node)):
+                other = OnnxNorm(kind, "", node.input[0], node.output[0], None, 0.0)
                 yield self._complete(other, [node])
 
-    def _is_root_of_squares(self, node: "NodeProto") -> bool:
-        if node.op_type != "Sqrt" and not (
-            node.op_type == "Pow" and self._number(node.input[1]) in (0.5, -0.5)
-        ):
-            return node.op_type == "ReduceL2"
+    def _kind_of_root(self, node: "NodeProto") -> str:
+        """Return "other" for a root of summed squares, "scaled" if they are of values up to 1."""
+        power = self._number(node.input[1]) if node.op_type == "Pow" else None
+        if node.op_type != "Sqrt" and power not in (0.5, -0.5):
+            return "other" if node.op_type == "ReduceL2" else ""
         behind = [(node.input[0], False)]
         for value, is_summed in behind:
             made = self.makers.get(value)
@@ -209,11 +182,22 @@ class _Scope:
             if made.op_type == "Pow":
                 is_square = self._number(made.input[1]) == 2
             if made.op_type == "ReduceSumSquare" or (is_summed and is_square):
-                return True
+                return "scaled" if self._is_scaled(made.input[0]) else "other"
             sums = made.op_type in (*_MEANS, "ReduceSum")
             if sums or (made.op_type in _ON_THE_WAY and len(behind) < _MOST_ON_THE_WAY):
                 behind += [(x, is_summed or sums) for x in made.input]
-        return False
+        return ""
+
+    def _is_scaled(self, value: str) -> bool:
+        """Return whether a value was divided by a maximum, and perhaps centred then."""
+        node = self.makers.get(value)
+        if node is not None and node.op_type == "Sub":
+            node = self.makers.get(node.input[0])
+        if node is None or node.op_type != "Div" or node.input[1] not in self.makers:
+            return False
+        largest = self.makers[node.input[1]]
+        inputs = [self.makers[x].op_type for x in largest.input if x in self.makers]
+        return "ReduceMax" in (largest.op_type, *inputs)
 
     def _known_norms(self) -> Iterator[OnnxNorm]:
         for node in self.graph.node:
@@ -272,7 +256,7 @@ class _Scope:
             sizes = self._shape(norm.weight)
         averaged = [sizes[axis] for axis in axes] if sizes and max(axes, default=0) < 0 else [None]
         count = None if None in averaged else int(np.prod(averaged))  # type: ignore[arg-type]
-        name = f"{self.path}{nodes[-1].name or norm.output}"
+        name = f"{self.path}{nodes[-1].name or norm.output}".partition(HALF_SAFE)[0]
         return replace(norm, name=name, count=count, nodes=nodes, graph=self.graph)
 
     def _affine(self, output: str, steps: list["NodeProto"]) -> tuple[str, str, str]:

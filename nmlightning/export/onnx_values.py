@@ -15,7 +15,7 @@ from nmlightning.errors import InputError
 from nmlightning.name_patterns import some
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    from onnx import GraphProto, ModelProto, NodeProto
 
 Array = NDArray[Any]
 BATCH_SIZE = 4  # of random inputs, where the graph fixes none
@@ -168,6 +168,42 @@ def external_files(model: "ModelProto", file: Path) -> tuple[str, ...]:
     if missing := [name for name in names if not (file.parent / name).is_file()]:
         raise InputError(f"{str(file)!r} keeps weights in {some(missing)}, not beside it.")
     return names
+
+
+def subgraphs(node: "NodeProto") -> Iterator["GraphProto"]:
+    """Yield the graphs that an If, Loop or Scan has."""
+    for attribute in node.attribute:
+        yield from [attribute.g] if attribute.HasField("g") else attribute.graphs
+
+
+def attribute_of(node: "NodeProto", name: str, default: Any = None) -> Any:
+    """Return the value of a node's attribute."""
+    from onnx.helper import get_attribute_value
+
+    return next((get_attribute_value(x) for x in node.attribute if x.name == name), default)
+
+
+def infer_types(model: "ModelProto", most: int) -> dict[str, Any]:
+    """Return the types of values by name, as far as onnx infers them.
+
+    Of constants those of `most` elements are read, and of weights only the sizes.
+    """
+    from onnx import ModelProto, TensorProto, shape_inference
+
+    light = ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    light.functions.extend(model.functions)
+    for part in ("node", "input", "output", "value_info"):
+        getattr(light.graph, part).extend(getattr(model.graph, part))
+    for x in model.graph.initializer:
+        empty = TensorProto(name=x.name, dims=x.dims, data_type=x.data_type)
+        light.graph.initializer.append(x if np.prod(x.dims) <= most else empty)
+    with suppress(Exception):  # of nodes that it does not know; what the file says is left
+        light = shape_inference.infer_shapes(light, data_prop=True)
+    types, graphs = {}, [light.graph]
+    for graph in graphs:
+        types.update({x.name: x.type for x in [*graph.input, *graph.output, *graph.value_info]})
+        graphs += [inner for node in graph.node for inner in subgraphs(node)]
+    return types
 
 
 def _read_skeleton(file: Path) -> "ModelProto":

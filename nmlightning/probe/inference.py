@@ -14,14 +14,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from nmlightning.errors import InputError
 from nmlightning.export.fold import folded_weights
-from nmlightning.export.onnx_norms import (
-    HALF_SAFE,
-    UNKNOWN,
-    OnnxNorm,
-    attribute_of,
-    find_onnx_norms,
-)
-from nmlightning.export.onnx_values import OnnxFile
+from nmlightning.export.onnx_norms import LEFT, OnnxNorm, find_onnx_norms
+from nmlightning.export.onnx_values import OnnxFile, attribute_of
 from nmlightning.norms.batch_norm_base import RUNNING
 from nmlightning.norms.layer_norm import LpLayerNorm, LpRMSNorm
 from nmlightning.norms.mean_only import MeanOnlyBatchNorm
@@ -212,8 +206,8 @@ class _File:
                 name = found.name.strip("/").removesuffix(f"/{title}")
             if found.output not in self._makers:
                 self.left_out[name] = f"{title}: it is in a subgraph (If, Loop or Scan)"
-            elif found.kind == "other":
-                self.left_out[name] = f"{title}: {UNKNOWN}"
+            elif found.kind in LEFT:
+                self.left_out[name] = LEFT[found.kind]
             elif found.kind == "batch" and not {*map(self._stored, node.input[1:])} <= {
                 *file.weights
             }:
@@ -221,8 +215,6 @@ class _File:
             else:
                 norm = MeasuredNorm(name, title, found.kind, found.eps)
                 self._found[name] = norm, found
-        if any(HALF_SAFE in name for name in self._makers):
-            self.left_out["rewritten"] = "nm export has made them half-safe already"
         self.norms = [norm for norm, _ in self._found.values()]
         file.expose([x for _, found in self._found.values() for x in (found.input, *found.added)])
 

@@ -171,7 +171,7 @@ def test_other_roots_of_squares_are_named(steps: str, tmp_path: Path) -> None:
     norm = find(steps)
     assert (norm.kind, norm.name) == ("other", "s")
     onnx.save(parse(steps), tmp_path / "a.onnx")
-    with pytest.raises(InputError, match=r"norm to measure in .*: \w+: a root of summed"):
+    with pytest.raises(InputError, match=r"norm to measure in .*: a root of summed"):
         probe_inference(tmp_path / "a.onnx", [np.ones((2, 8), np.float32)])
     with pytest.raises(InputError, match="s: a root of summed squares, of no norm that is known"):
         make_half_safe(tmp_path / "a.onnx", tmp_path / "b.onnx")
@@ -385,7 +385,7 @@ def test_models_are_as_they_were_but_for_their_norms(name: str, tmp_path: Path) 
     for each in (model, safe):
         del each.graph.node[:]
     assert safe.SerializeToString() == model.SerializeToString()
-    with pytest.raises(InputError, match="they are half-safe already"):
+    with pytest.raises(InputError, match="half-safe already"):
         make_half_safe(tmp_path / "b.onnx", tmp_path / "c.onnx")
 
 

@@ -18,7 +18,7 @@ from nmlightning import (
     probe_inference,
     swap_norms,
 )
-from nmlightning.export.onnx_norms import UNKNOWN
+from nmlightning.export.onnx_norms import LEFT
 from nmlightning.export.onnx_values import OnnxFile
 from nmlightning.probe import inference
 from nmlightning.probe.fp16_emulation import OUTCOMES, RowNorm, run_forms
@@ -305,7 +305,7 @@ def test_nodes_of_unknown_norms_are_named(tmp_path: Path) -> None:
     )
     found = probe_inference(tmp_path / "a.onnx", [np.ones((2, 4), "float32")])
     assert [layer.kind for layer in found.layers] == ["layer"]
-    assert found.left_out == {"y": f"LpNormalization: {UNKNOWN}"}
+    assert found.left_out == {"y": LEFT["other"]}
 
 
 def test_norms_of_every_class_are_measured_or_named() -> None:
