@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,12 +17,15 @@ from nmlightning.reports import tags
 from nmlightning.tracking.power_iteration import PowerIteration
 from nmlightning.weights.channel_norms import (
     STATISTICS,
+    are_plain,
     effective_learning_rates,
     join_norms,
     join_shards,
     local_norms,
     local_part,
+    reduce_channels,
     rotations,
+    step_norms,
     summarise_channels,
 )
 from nmlightning.weights.layer_weights import LayerWeight
@@ -173,7 +175,11 @@ class StepMeter:
                 if kept is None or (kept.shape, kept.device) != (now.shape, now.device):
                     self._before[layer] = torch.empty_like(now)
             if values:
-                torch._foreach_copy_([self._before[k] for k in values], list(values.values()))
+                copies, each = [self._before[k] for k in values], list(values.values())
+                kernels, fits = self.recorder.kernels, each[0].is_cpu and are_plain(each)
+                ready = kernels("cpu") if kernels and fits else None
+                copy = torch._foreach_copy_ if ready is None else ready.copy_weights
+                copy(copies, each)
 
     def measure(self, scale: float | Tensor = 1.0, optimizer: Optimizer | None = None) -> None:
         """Measure `unclipped_gradient_norm` on the gradients as they are now, before clipping.
@@ -243,7 +249,10 @@ class StepMeter:
         return columns
 
     def _measure(self, layers: list[str]) -> None:
-        self.norms = self.recorder.norms()
+        local = self._measure_parts(layers)
+        after = local.pop("after", {})
+        known = [after[layer] for layer in self._moved] if len(after) == len(self._moved) else None
+        self.norms = self.recorder.norms(known)
         norms = dict(zip(self.layers, self.norms, strict=True))
         if "effective_lr" in self._wanted:
             self._add_rates(layers, norms)
@@ -251,7 +260,18 @@ class StepMeter:
             weights = {layer: self._moved[layer] for layer in layers}
             self._values["spectral_norm"] = layers, self._power_iteration(weights)
         if layers and self._wanted & {*_OF_STEPS, *_OF_GRADIENTS, tags.COSINE}:
-            self._add_sums(layers, norms)
+            self._add_sums(norms, local)
+
+    def _measure_parts(self, layers: list[str]) -> dict[str, dict[str, Tensor]]:
+        """Return the norms before and after the steps and of them, of this rank's parts."""
+        kept = {layer: self._before[layer] for layer in layers if layer in self._before}
+        if not (kept and self._wanted & {*_OF_STEPS}):
+            return {"before": self._local_norms(kept)} if kept else {}
+        moved = [self._moved[layer] for layer in kept]
+        layouts, kernels = [w.layout for w in moved], self.recorder.kernels
+        found = step_norms([w.parameter for w in moved], list(kept.values()), layouts, kernels)
+        named = zip(("after", "before", "step"), found, strict=True)
+        return {name: dict(zip(kept, norms, strict=True)) for name, norms in named}
 
     def _add_rates(self, layers: list[str], norms: Mapping[str, Tensor]) -> None:
         known = [layer for layer in layers if self._steps[layer].power is not None]
@@ -263,29 +283,29 @@ class StepMeter:
             rates = effective_learning_rates(medians, rate, power=power, momentum=momentum)
             self._values["effective_lr"] = known, rates
 
-    def _add_sums(self, layers: list[str], after: Mapping[str, Tensor]) -> None:
+    def _add_sums(self, after: Mapping[str, Tensor], local: dict[str, dict[str, Tensor]]) -> None:
         """Add what follows from the norms of weights, of steps and of gradients."""
-        kept = {layer: self._before[layer] for layer in layers if layer in self._before}
-        local = {"before": self._local_norms(kept)} if kept else {}
-        if self._wanted & {*_OF_STEPS}:
-            now = [local_part(self._moved[layer].parameter.detach()) for layer in layers]
-            steps = _subtract(list(kept.values()), now)
-            local["step"] = self._local_norms(dict(zip(layers, steps, strict=True)))
         local |= {name: known for name, known in self._gradients.items() if known}
         norms = self._join(local)
-        found = {name: (list(each), _layer_rms(each)) for name, each in norms.items()}
-        if "step" in norms:
+        if not norms:
+            return
+        layers = list(norms.get("step", ()))
+        if layers:
             of_step = norms["before"], after, norms["step"]
             flat = [torch.cat([each[layer] for layer in layers]) for each in of_step]
             angles = torch.split(rotations(*flat), [len(after[k]) for k in layers])
-            found["rotation"] = layers, _layer_rms(dict(zip(layers, angles, strict=True)))
+            norms["rotation"] = dict(zip(layers, angles, strict=True))
+        means = _layer_rms([norm for each in norms.values() for norm in each.values()])
+        split = torch.split(means, list(map(len, norms.values())))
+        found = {name: (list(norms[name]), part) for name, part in zip(norms, split, strict=True)}
+        if layers:
             found["step_norm"] = found["step"]
             found["update_ratio"] = layers, found["step"][1] / found["before"][1]
         if self._products:
             names = list(self._products)
             parameters = [self._moved[layer].parameter for layer in names]
             products = join_shards(torch.stack(list(self._products.values())), parameters, "sum")
-            known = [{k: norms[x][k] for k in names} for x in ("before", "gradient_norm")]
+            known = [[norms[x][k] for k in names] for x in ("before", "gradient_norm")]
             lengths = math.prod(map(_layer_rms, known), start=torch.ones_like(products))
             counts = [self._moved[layer].channels for layer in names]
             found[tags.COSINE] = names, products / lengths / _on_device(counts, products)
@@ -348,27 +368,9 @@ class StepMeter:
         self._power_iteration.load_state_dict(state["power_iteration"])
 
 
-def _subtract(before: list[Tensor], now: list[Tensor]) -> list[Tensor]:
-    """Return the steps back, in place of copies in float32 or float64."""
-    if any(tensor.dtype.itemsize < 4 for tensor in before):
-        return [b.float() - n.float() for b, n in zip(before, now, strict=True)]
-    torch._foreach_sub_(before, now)
-    return before
-
-
-def _layer_rms(values: Mapping[str, Tensor]) -> Tensor:
+def _layer_rms(values: Sequence[Tensor]) -> Tensor:
     """Return (L,), the root mean square of each layer's channels, of those that are not NaN."""
-    flat = torch.cat(list(values.values()))
-    ids = _layer_ids(tuple(map(len, values.values())), flat.device)
-    known = ~flat.isnan()
-    columns = torch.stack([flat.square().where(known, 0.0), known.to(flat.dtype)])
-    sums = flat.new_zeros(2, len(values)).index_add_(1, ids, columns)
-    return (sums[0] / sums[1]).sqrt()
-
-
-@lru_cache(maxsize=32)
-def _layer_ids(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.repeat_interleave(torch.tensor(counts)).to(device)
+    return reduce_channels(values, lambda rows: rows.square().nanmean(1)).sqrt()
 
 
 def _on_device(numbers: Sequence[float], like: Tensor) -> Tensor:

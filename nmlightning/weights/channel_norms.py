@@ -228,16 +228,21 @@ def summarise_channels(values: Sequence[Tensor]) -> Tensor:
     Where a layer has a NaN, all but its median, which leaves it out, are NaN. The median of an even
     number is the lower one.
     """
-    places: dict[int, list[int]] = {}
+    return reduce_channels(
+        values,
+        lambda x: torch.stack([x.amin(1), x.mean(1), x.amax(1), x.nanmedian(1).values], dim=1),
+    )
+
+
+def reduce_channels(values: Sequence[Tensor], reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return (L, …) of (C_l,) values: what `reduce` makes of (N, C), of N layers of one width."""
+    places, found = dict[int, list[int]](), dict[int, Tensor]()
     for number, each in enumerate(values):
-        places.setdefault(len(each), []).append(number)
-    columns = []
-    for numbers in places.values():  # layers of one width together; none is padded to another's
+        places.setdefault(each.numel(), []).append(number)
+    for numbers in places.values():
         rows = torch.stack([values[number] for number in numbers])
-        each_of = rows.amin(1), rows.mean(1), rows.amax(1), rows.nanmedian(1).values
-        columns.append(torch.stack(each_of, dim=1))
-    order = [number for numbers in places.values() for number in numbers]
-    return torch.cat(columns)[sorted(range(len(order)), key=order.__getitem__)]
+        found |= zip(numbers, reduce(rows).unbind(), strict=True)
+    return torch.stack([found[number] for number in range(len(values))])
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -346,6 +351,31 @@ def local_norms(
     if len(together):
         return list(torch.split(together, [len(each) for each in rows]))
     return [row_norms(each, 2.0) for each in rows]
+
+
+def step_norms(
+    after: Sequence[Tensor],
+    before: list[Tensor],
+    layouts: Sequence[ChannelLayout],
+    kernels: Kernels | None,
+) -> list[Sequence[Tensor]]:
+    """Return `local_norms` of weights after a step, of the parts `before` it, and of the steps.
+
+    The steps may be written over those parts.
+    """
+    parts = [local_part(tensor.detach()) for tensor in after]
+    rows = [list(map(ChannelLayout.rows, layouts, each)) for each in (parts, before)]
+    fits = parts[0].is_cpu and are_plain([*rows[0], *rows[1]])
+    ready = kernels("cpu") if kernels and fits else None
+    together = ready.step_norms(*rows) if ready is not None else torch.empty(0)
+    if len(together):
+        return [torch.split(each, list(map(len, rows[0]))) for each in together]
+    found = [local_norms(each, layouts, kernels) for each in (parts, before)]
+    if any(each.dtype.itemsize < 4 for each in before):
+        before = [b.float() - a.float() for b, a in zip(before, parts, strict=True)]
+    else:
+        torch._foreach_sub_(before, parts)
+    return [*found, local_norms(before, layouts, kernels)]
 
 
 def join_norms(

@@ -107,11 +107,14 @@ class Recorder:
             self._collect()
 
     @torch.no_grad()
-    def norms(self) -> list[Tensor]:
-        """Return the (C,) norms of each weight as they are now, of all ranks, which have to ask."""
+    def norms(self, local: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Return the (C,) norms of each weight as they are now, of all ranks, which have to ask.
+
+        The `local_norms` of those that are not computed may be known.
+        """
         held = [weight for weight in self.weights if weight.computed is None]
         parameters, layouts = [w.parameter for w in held], [w.layout for w in held]
-        local = local_norms(parameters, layouts, self.kernels)
+        local = local or local_norms(parameters, layouts, self.kernels)
         known = iter(join_norms(local, parameters, layouts))
         return [next(known) if w.computed is None else w.norms() for w in self.weights]
 

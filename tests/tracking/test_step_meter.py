@@ -236,6 +236,12 @@ def test_half_weights_are_measured_in_float32(dtype: torch.dtype) -> None:
     assert logged[0]["rotation/weight"] == pytest.approx(float(angles.square().mean().sqrt()))
 
 
+@pytest.mark.usefixtures("_kernels")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_kernels_measure_the_same(dtype: torch.dtype) -> None:
+    test_half_weights_are_measured_in_float32(dtype)
+
+
 def test_a_logged_step_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each `tolist`, `item` or `bool` of a tensor on a device is a wait."""
     waits: list[str] = []

@@ -8,12 +8,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from nmlightning.errors import InputError
+from nmlightning.kernels.dispatch import weight_kernels
 from nmlightning.weights.channel_norms import (
+    ROWS,
     ChannelLayout,
     channel_norms,
     effective_learning_rates,
     equilibrium_rotation,
     rotations,
+    step_norms,
 )
 from optim_rules import channel_angles
 
@@ -113,6 +116,34 @@ def test_effective_learning_rates() -> None:
     torch.testing.assert_close(sgd, torch.tensor([1.0, 0.25, 4.0]))
     adam = effective_learning_rates(norms, 0.1, power=1)
     torch.testing.assert_close(adam, torch.tensor([0.1, 0.05, 0.2]))
+
+
+@pytest.mark.usefixtures("_kernels")
+@pytest.mark.parametrize("case", ["kernels", "formula", "empty", "strided", "cast"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_step_norms_equal_their_definition(dtype: torch.dtype, case: str) -> None:
+    shapes = [(5, 3), (7 * (case != "empty"), 3000), (6, 4, 3), (4, 8, 3, 3), (70, 3)]
+    kept = [torch.randn(shape).to(dtype) for shape in shapes]
+    kept[3], kept[4] = kept[3].to(memory_format=torch.channels_last), kept[4].t()
+    layouts = [ChannelLayout(2) if w.dim() == 3 else ROWS for w in kept]
+    after, before = [w + torch.randn_like(w) for w in kept], kept
+    if case == "strided":
+        kept[3] = torch.zeros(4, 8, 3, 3, dtype=dtype)
+    if case == "cast":
+        kept[0] = kept[0].float() if dtype != torch.float32 else kept[0].double()
+    kept = [torch.zeros_like(w) for w in before]
+    torch.ops.nmlightning.copy_weights(kept, before)
+    assert all(map(torch.equal, kept, before))
+    rows = [list(map(ChannelLayout.rows, layouts, each)) for each in (after, kept)]
+    assert len(torch.ops.nmlightning.step_norms(*rows)) == 3 * (case in ("kernels", "formula"))
+    found = step_norms(after, kept, layouts, None if case == "formula" else weight_kernels)
+    wide = [[w.double() for w in each] for each in (after, before)]
+    wide.append([a - b for a, b in zip(*wide, strict=True)])
+    for norms, weights in zip(found, wide, strict=True):
+        for norm, weight, layout in zip(norms, weights, layouts, strict=True):
+            expected = torch.linalg.vector_norm(layout.rows(weight).flatten(1), dim=1)
+            # Sums of 1024 squares in float32 are good to a few 6e-8.
+            torch.testing.assert_close(norm.double(), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("angle", [0.0, 1e-6, 1e-3, 1.0, math.pi / 2, 3.0])

@@ -91,7 +91,7 @@ cleaner.join()
 _OPERATORS = (
     *("batch_norm", "batch_norm_backward", "track", "sums", "sums_of_sizes", "largest", "affine"),
     *("gradient_sums", "gradient", "layer_norm"),
-    *("normalise_weights", "normalise_weight", "row_norms"),
+    *("normalise_weights", "normalise_weight", "row_norms", "step_norms", "copy_weights"),
     *("ends", "random_bits", "quantize", "convert_elements", "flip_kernels"),
 )
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH

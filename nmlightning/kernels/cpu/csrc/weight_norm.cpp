@@ -1,5 +1,5 @@
-// Operators on the weights of a network, all in one call: the norms of their output channels, and the
-// weights w = s v / ‖v‖ as one node of autograd.
+// Operators on the weights of a network, all in one call: the norms of their output channels and of
+// steps, and the weights w = s v / ‖v‖ as one node of autograd.
 //
 // A channel is a row of memory. Each is worked on by one thread: their number changes no result.
 #include <ATen/ATen.h>
@@ -9,6 +9,9 @@
 #include <torch/library.h>
 
 #include <numeric>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 #include "tensors.h"
 
@@ -318,12 +321,67 @@ Tensor row_norms(TensorList given, double p) {
   return norms;
 }
 
+bool are_alike(const Tensor& x, const Tensor& y) {
+  return x.sizes() == y.sizes() && x.strides() == y.strides() && x.dtype() == y.dtype();
+}
+
+// Copies weights, past the caches of x86, which would not keep them until the end of the step.
+void copy_weights(TensorList to, TensorList from) {
+  for (size_t k = 0; k < to.size(); k++) {
+    const Tensor &y = to[k], &x = from[k];
+#ifdef __SSE2__
+    constexpr int64_t SIZE = sizeof(__m128i);
+    if (is_readable(x) && x.is_non_overlapping_and_dense() && are_alike(x, y) && x.nbytes() % SIZE == 0 &&
+        uintptr_t(y.mutable_data_ptr()) % SIZE == 0) {
+      const auto* source = static_cast<const __m128i_u*>(x.const_data_ptr());
+      auto* target = static_cast<__m128i*>(y.mutable_data_ptr());
+      at::parallel_for(0, x.nbytes() / SIZE, ELEMENTS_A_THREAD, [=](int64_t i, int64_t last) {
+        for (; i < last; i++) _mm_stream_si128(target + i, _mm_loadu_si128(source + i));
+        _mm_sfence();
+      });
+      continue;
+    }
+#endif
+    y.copy_(x);
+  }
+}
+
+// Returns ‖w_i‖₂, ‖b_i‖₂ and ‖w_i − b_i‖₂, (3, C) in float32, of all channels of weights after a step
+// and before it, of which memory is read once; or nothing where one is not for it.
+Tensor step_norms(TensorList after, TensorList before) {
+  const variable_list ws = in_rows(after), bs = in_rows(before);
+  bool alike = !ws.empty() && ws.size() == bs.size();
+  for (size_t k = 0; alike && k < ws.size(); k++) alike = are_alike(ws[k], bs[k]);
+  if (!alike) return at::empty({0}, at::kFloat);
+  const std::vector<Rows> rows = rows_of(ws);
+  const int64_t channels = rows.back().row + rows.back().count;
+  Tensor norms = at::empty({3, channels}, at::kFloat);
+  float* found = norms.mutable_data_ptr<float>();
+  each_rows(ws, rows, [&]<class T>(size_t k, int64_t row, int64_t last, T*) {
+    using A = at::opmath_type<T>;
+    const int64_t n = rows[k].length;
+    const T *w = ws[k].const_data_ptr<T>() + row * n, *b = bs[k].const_data_ptr<T>() + row * n;
+    for (; row < last; row++, w += n, b += n) {
+      float* to = found + rows[k].row + row;
+      to[0] = norm_of<A>(w, n, 2);
+      to[channels] = norm_of<A>(b, n, 2);
+      to[2 * channels] = std::sqrt(sum<A>(n, [=](int64_t i) {
+        const A step = A(w[i]) - A(b[i]);
+        return step * step;
+      }));
+    }
+  });
+  return norms;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(nmlightning, m) {
   m.def("normalise_weights", normalise_weights);
   m.def("normalise_weight", normalise_weight);
   m.def("row_norms", row_norms);
+  m.def("step_norms", step_norms);
+  m.def("copy_weights", copy_weights);
 }
 
 }  // namespace nmlightning
