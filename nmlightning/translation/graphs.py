@@ -185,10 +185,8 @@ def export_translator(
         ]
         read_back = [READERS[format](draft, net) for draft in drafts]
         model: Any = _FileModel(read_back[0], read_back[1], step, list(read))
-        expected, found = (
-            greedy_search(x, source, extra_length=extra_length) for x in (net, model)
-        )
-        if found != expected:
+        tokens = [greedy_search(x, source, extra_length=extra_length) for x in (net, model)]
+        if tokens[0] != tokens[1]:
             raise InputError(f"the {format} does not translate as the network: nothing is written.")
         for draft, each in zip(drafts, files, strict=True):
             draft.replace(each)
