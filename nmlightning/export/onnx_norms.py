@@ -1,6 +1,6 @@
 """Finds the norms in an ONNX graph, as single nodes or as the steps that exporters make of them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -190,14 +190,23 @@ class _Scope:
 
     def _is_scaled(self, value: str) -> bool:
         """Return whether a value was divided by a maximum, and perhaps centred then."""
-        node = self.makers.get(value)
-        if node is not None and node.op_type == "Sub":
-            node = self.makers.get(node.input[0])
-        if node is None or node.op_type != "Div" or node.input[1] not in self.makers:
-            return False
-        largest = self.makers[node.input[1]]
-        inputs = [self.makers[x].op_type for x in largest.input if x in self.makers]
-        return "ReduceMax" in (largest.op_type, *inputs)
+        quotients = [
+            x
+            for node in self._makers([value])
+            for x in ([node] if node.op_type == "Div" else self._makers(node.input[:1]))
+        ]
+        divisors = self._makers(x.input[1] for x in quotients if x.op_type == "Div")
+        made = [x.op_type for node in divisors for x in (node, *self._makers(node.input))]
+        return "ReduceMax" in made
+
+    def _makers(self, values: Iterable[str]) -> Iterator["NodeProto"]:
+        """Yield the nodes that have made values, behind those that only pass them on."""
+        for value in values:
+            node = self.makers.get(value)
+            while node is not None and _keeps_values(node):
+                node = self.makers.get(node.input[0])
+            if node is not None:
+                yield node
 
     def _known_norms(self) -> Iterator[OnnxNorm]:
         for node in self.graph.node:

@@ -389,6 +389,18 @@ def test_models_are_as_they_were_but_for_their_norms(name: str, tmp_path: Path) 
         make_half_safe(tmp_path / "b.onnx", tmp_path / "c.onnx")
 
 
+def test_rewritten_norms_are_known_behind_casts(tmp_path: Path) -> None:
+    """As converters to float16 put them around a maximum."""
+    steps = "t = LayerNormalization(x, w)\ny = RMSNormalization(t, w)"
+    safe, _ = rewrite(parse(steps, 23), tmp_path)
+    for node in list(safe.graph.node):
+        if node.op_type == "Max":
+            (name,) = node.output
+            node.output[0] = f"{name}_"
+            safe.graph.node.append(helper.make_node("Cast", [f"{name}_"], [name], to=1))
+    assert [norm.kind for norm in find_onnx_norms(safe)] == ["scaled", "scaled"]
+
+
 def test_casts_to_whole_numbers_stay(tmp_path: Path) -> None:
     steps = f"k = Cast<to = 6>(x)\nt = Cast<to = 1>(k)\n{CENTRED}{ROOT}y = Div(d, s)"
     steps = steps.replace("(x)\nd = Sub(x", "(t)\nd = Sub(t")
