@@ -308,6 +308,15 @@ def test_nodes_of_unknown_norms_are_named(tmp_path: Path) -> None:
     assert found.left_out == {"y": LEFT["other"]}
 
 
+def test_statistics_may_stand_behind_identities(tmp_path: Path) -> None:
+    """As torch's older exporter has equal ones."""
+    text = '<ir_version: 9, opset_import: ["" : 17]> g (float[2, 2, 3] x) => (float[2, 2, 3] y)'
+    text += "<float[2] w = {1, 4}> { v = Identity(w) y = BatchNormalization(x, w, w, v, v) }"
+    onnx.save(parser.parse_model(text), tmp_path / "a.onnx")
+    (layer,) = probe_inference(tmp_path / "a.onnx", [np.ones((2, 2, 3), "float32")]).layers
+    assert (layer.kind, layer.scales.tolist()) == ("batch", [1, 2])
+
+
 def test_norms_of_every_class_are_measured_or_named() -> None:
     encoder = nn.TransformerEncoderLayer(64, 2, 64, batch_first=True)
     others = [OwnRMSNorm(), nn.LocalResponseNorm(2), L1LayerNorm(64), nn.RMSNorm(64)]

@@ -76,7 +76,7 @@ EXCEPTIONS = {
 REACHED = {
     "Python files": 180,
     "lines of nmlightning, Python and C++": 38_207,
-    "lines of tests": 33_768,
+    "lines of tests": 33_777,
     "longest import chain": 19,
     "files a recording meets in a step": 8,
     "files a config meets before Trainer.fit": 22,
