@@ -70,6 +70,7 @@ CASES = [
     Case("torch.optim", "Muon", 1e-2, {"nesterov": False}),
     Case("torch.optim", "Adafactor", 1e-2),
     Case("torchao.optim", "AdamW8bit", 1e-3),
+    Case("timm.optim.kron", "Kron", 1e-3),
     Case("schedulefree", "SGDScheduleFree", 0.1),
     Case("schedulefree", "AdamWScheduleFree", 1e-3),
     *(
@@ -93,6 +94,7 @@ CASES = [
         for name, rate in (
             *(("AdamW", 1e-3), ("SOAP", 1e-3), ("Muon", 1e-2)),
             *(("SFAdamW", 1e-3), ("LaProp", 1e-3), ("KLShampoo", 1e-3), ("Scion", 1e-3)),
+            ("PSGDKron", 1e-3),
         )
     ),
 ]
@@ -168,7 +170,7 @@ def measure_equilibrium(case: Case, steps: int) -> dict[str, float | None]:
 
 def measure(case: Case, steps: int) -> dict[str, Any]:
     """Return all that is measured of an optimizer, or the error that it ends with."""
-    package = {"torch.optim": "torch", "torchao.optim": "torchao"}.get(case.package, case.package)
+    package = case.package.partition(".")[0]
     row: dict[str, Any] = {"case": str(case), "package": f"{package} {version(package)}"}
     try:
         row["known"] = known_power(start(case, 1.0, case.rate, 0.0)[1])

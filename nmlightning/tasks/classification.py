@@ -77,6 +77,8 @@ class ImageClassifier(pl.LightningModule):
         label_smoothing: at least 0 and less than 1, in training only.
         weight_decay_scope: `all`, `no_norm` (norms, gains and biases exempt), `no_conv` (the
             weights of convolutions exempt) or `last_layer`.
+        split: "muon" marks parameter groups by `use_muon`, as timm's and pytorch_optimizer's Muon
+            read it: hidden linear layers are True, all else is for AdamW.
         lr_batch_size: the images a step that the optimizer's learning rate is meant for. It is
             multiplied by (batch size × processes × accumulated batches) / lr_batch_size, unless
             this is None.
@@ -121,6 +123,7 @@ class ImageClassifier(pl.LightningModule):
         compile: CompileMode | None = None,
         channels_last: bool = False,
         fast: Literal["auto"] | None = None,
+        split: Literal["muon"] | None = None,
     ) -> None:
         super().__init__()
         check_share("label_smoothing", label_smoothing)
@@ -129,12 +132,13 @@ class ImageClassifier(pl.LightningModule):
         if lr_batch_size is not None:
             check_whole_number("lr_batch_size", lr_batch_size)
         plain = ("label_smoothing", "weight_decay_scope", "lr_batch_size", "compile")
-        remember_arguments(self, *plain, "channels_last")
+        remember_arguments(self, *plain, "channels_last", "split")
         self.net = net
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.label_smoothing = label_smoothing
         self.weight_decay_scope = weight_decay_scope
+        self.split = split
         self.lr_batch_size = lr_batch_size
         self.compile_mode = compile
         self.channels_last = check_flag("channels_last", channels_last)
@@ -185,7 +189,7 @@ class ImageClassifier(pl.LightningModule):
         return logits.float().softmax(dim=1)
 
     def configure_optimizers(self) -> Any:
-        groups = parameter_groups(self.net, None, self.weight_decay_scope)
+        groups = parameter_groups(self.net, None, self.weight_decay_scope, self.split)
         optimizer = optimization.make_optimizer(self.optimizer, groups)
         if self.lr_batch_size:
             images = optimization.global_batch_size(self._trainer)

@@ -60,6 +60,8 @@ class Translator(pl.LightningModule):
         extra_length: by how many tokens a translation may be longer than its source.
         weight_decay_scope: `all`, `no_norm` (norms, gains and biases exempt), `no_conv` or
             `last_layer`.
+        split: "muon" marks parameter groups by `use_muon`, as timm's and pytorch_optimizer's Muon
+            read it: hidden linear layers are True, all else is for AdamW.
         compile: compile the network in training with `torch.compile`, for shapes that vary. The
             first step then takes minutes, which is announced.
 
@@ -95,6 +97,7 @@ class Translator(pl.LightningModule):
         extra_length: int = 50,
         weight_decay_scope: WeightDecayScope = "no_norm",
         compile: bool = False,
+        split: Literal["muon"] | None = None,
     ) -> None:
         super().__init__()
         missing = [n for n in ("vocab_size", "begin", "next_logits") if not hasattr(net, n)]
@@ -110,7 +113,7 @@ class Translator(pl.LightningModule):
         remember_arguments(
             self,
             *("lr_interval", "label_smoothing", "beam_size", "length_penalty", "extra_length"),
-            *("weight_decay_scope", "compile"),
+            *("weight_decay_scope", "compile", "split"),
         )
         self.net = net
         self.optimizer = optimizer
@@ -118,6 +121,7 @@ class Translator(pl.LightningModule):
         self.lr_interval = lr_interval
         self.length_penalty = decoding.check_length_penalty(length_penalty)
         self.weight_decay_scope = weight_decay_scope
+        self.split = split
         self.compile_network = compile
         self._is_compiled = False
         self.tokenizer: JointBPE | None = None
@@ -249,7 +253,7 @@ class Translator(pl.LightningModule):
         self._tested = []
 
     def configure_optimizers(self) -> Any:
-        groups = parameter_groups(self.net, None, self.weight_decay_scope)
+        groups = parameter_groups(self.net, None, self.weight_decay_scope, self.split)
         optimizer = optimization.make_optimizer(self.optimizer, groups)
         optimization.set_learning_rate(optimizer, self.lr)
         return optimization.add_schedule(optimizer, self.lr_scheduler, self.lr_interval)

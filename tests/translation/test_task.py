@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import sacrebleu
+import timm.optim
 import torch
 from torch.nn import functional as F
 
@@ -142,6 +143,15 @@ def test_translator_exempts_norms_and_biases_from_decay() -> None:
     assert (decaying["weight_decay"], exempt["weight_decay"]) == (0.1, 0.0)
     assert all(parameter.dim() == 2 for parameter in decaying["params"])
     assert all(parameter.dim() == 1 for parameter in exempt["params"])
+
+
+def test_translator_leaves_embeddings_to_muons_adamw() -> None:
+    task = make_translator(optimizer=timm.optim.Muon, split="muon")
+    by_muon, *others = task.configure_optimizers().param_groups
+    assert {q for q in task.net.words.parameters() if q.dim() > 1} <= {*others[0]["params"]}
+    assert all(parameter.dim() == 2 for parameter in by_muon["params"])
+    assert [group["use_muon"] for group in (by_muon, *others)] == [True, False, False]
+    assert task.hparams.split == "muon"
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
