@@ -10,8 +10,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from nmlightning.errors import InputError
-from nmlightning.reports.event_file import read_event_file
-from nmlightning.reports.run import find_runs, flatten_settings, read_run, read_saved_config
+from nmlightning.reports.run import (
+    find_runs,
+    flatten_settings,
+    read_event_file,
+    read_run,
+    read_saved_config,
+)
 
 CSV = """epoch,step,train/loss,val/top1
 0,4,1.5,
