@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 from lightning_fabric.plugins import TorchCheckpointIO
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
@@ -219,14 +220,10 @@ def add_training_sums(
 
 def _on_device(state: dict[str, Any], device: Any) -> dict[str, Any]:
     """Return a copy of a metric's state, of tensors and lists of them."""
-
-    def copy(value: Any) -> Any:
-        return value.detach().clone().to(device) if isinstance(value, Tensor) else value
-
-    return {
-        name: [copy(value) for value in values] if isinstance(values, list) else copy(values)
-        for name, values in state.items()
-    }
+    copied: dict[str, Any] = apply_to_collection(
+        state, Tensor, lambda x: x.detach().clone().to(device)
+    )
+    return copied
 
 
 def replace_torch_io(strategy: Any, io: TorchCheckpointIO) -> None:

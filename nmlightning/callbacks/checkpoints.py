@@ -57,21 +57,18 @@ class AtomicCheckpointIO(compat.CheckpointIOBase):
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read a checkpoint; one at a web address anew each time, as it may be another by now."""
-        loaded: dict[str, Any]
         if "://" not in str(path):
-            loaded = super().load_checkpoint(path, map_location, weights_only)
-            return loaded
+            return super().load_checkpoint(path, map_location, weights_only)
         try:
             if not str(path).startswith(_WEB):
-                loaded = super().load_checkpoint(path, map_location, weights_only is not False)
-                return loaded
+                return super().load_checkpoint(path, map_location, weights_only is not False)
             with TemporaryFile() as file:
                 with urlopen(str(path)) as content:
                     shutil.copyfileobj(content, file)
                 if not atomic_file.is_whole_zip(file):
                     raise InputError(f"the checkpoint {path} is damaged: a checksum is wrong.")
                 file.seek(0)
-                loaded = torch.load(file, map_location, weights_only=weights_only)
+                loaded: dict[str, Any] = torch.load(file, map_location, weights_only=weights_only)
                 return loaded
         except pickle.UnpicklingError as error:
             raise InputError(f"{path} holds objects, which are not loaded from there.") from error

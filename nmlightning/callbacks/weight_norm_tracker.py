@@ -12,13 +12,7 @@ from nmlightning.callbacks.epoch_clock import AttemptedSteps
 from nmlightning.callbacks.norm_dashboard import NormDashboard
 from nmlightning.callbacks.run_recording import RunRecording
 from nmlightning.callbacks.steering import SteeredRun, warn_of_other_steering
-from nmlightning.compat import (
-    CallbackBase,
-    copying_strategy,
-    is_trial_run,
-    logging_is_due,
-    reshard,
-)
+from nmlightning.compat import CallbackBase, copying_strategy, is_trial_run, logging_is_due, reshard
 from nmlightning.errors import InputError, check_choice, check_flag, check_lists
 from nmlightning.optim.step_hooks import StepHookHandle, StepRule
 from nmlightning.probe.directions import DirectionWatch

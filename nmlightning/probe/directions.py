@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -168,10 +169,7 @@ class WatchedLayer:
             self._measure("weight", place.compute() if place.is_computed else self.module.weight)
         rounds = x.requires_grad or not getattr(module, "bifurcate", True)
         if rounds and output.requires_grad:
-            output.register_hook(self._see_gradient)  # type: ignore[no-untyped-call, unused-ignore]
-
-    def _see_gradient(self, gradient: Tensor) -> None:
-        self._measure("gradient", gradient)
+            output.register_hook(partial(self._measure, "gradient"))  # type: ignore[no-untyped-call, unused-ignore]
 
     @torch.no_grad()
     def _measure(self, tensor: str, x: Tensor) -> None:

@@ -19,7 +19,7 @@ d: at most 65504, and no less than 2⁻¹⁴ = 6.1e-5 for a full mantissa.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -161,30 +161,18 @@ def _rms(rows: Tensor) -> Tensor:
     return rows.square().mean(1).sqrt()
 
 
-@dataclass
 class _Run:
     """One norm of (C, n) rows, forward, and backward when asked."""
 
-    name: str
-    options: Mapping[str, Any]
-    input: Tensor
-    eps: float
-    output: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        layer = layer_class(self.name, "batch", None)(
-            len(self.input),
-            **find_norm(self.name).fixed,
-            **self.options,
-            eps=self.eps,
-            affine=False,
-            track_running_stats=False,
-            device=self.input.device,
-        )
+    def __init__(self, name: str, options: Mapping[str, Any], rows: Tensor, eps: float) -> None:
+        self.input, self.eps = rows, eps
+        fixed = {"affine": False, "track_running_stats": False, "device": rows.device}
+        make = layer_class(name, "batch", None)
+        layer = make(len(rows), **find_norm(name).fixed, **options, **fixed, eps=eps)
         with torch.enable_grad():
-            self.leaf = self._as_image(self.input).requires_grad_()
+            self.leaf = self._as_image(rows).requires_grad_()
             self.graph = layer(self.leaf)
-        self.output = self.graph.detach().reshape(self.input.shape)
+        self.output = self.graph.detach().reshape(rows.shape)
 
     def gradient(self, of_output: Tensor) -> Tensor:
         """Return (C, n) the gradient by the input."""

@@ -56,25 +56,23 @@ def check_optimizer(optimizer: Optimizer) -> None:
     """Raise InputError for a setting, but a default, that is not finite, or is 0 in float16."""
     name, defaults = type(optimizer).__name__, inspect.signature(type(optimizer)).parameters
     for group in optimizer.param_groups:
+        halves = [p for p in group["params"] if p.dtype == torch.float16]
         for key, value in group.items():
+            if key == "params":
+                continue
             numbers = value if isinstance(value, list | tuple) else [value]
             sound = all(
                 math.isfinite(x) if isinstance(x, float) else bool(x.isfinite().all())
                 for x in numbers
                 if isinstance(x, float | Tensor)
             )
-            if sound or key == "params":
-                continue
-            if key not in defaults or defaults[key].default != value:
+            if not sound and (key not in defaults or defaults[key].default != value):
                 raise InputError(f"optimizer: {key} of {name} is {value}; give a finite number.")
-        halves = [p for p in group["params"] if p.dtype == torch.float16]
-        for key, eps in group.items():
-            numbers = eps if isinstance(eps, list | tuple) else [eps]
             small = any(isinstance(x, float | int) and x < _LEAST_EPS for x in numbers)
             small = small and name != "Adafactor"  # timm's and Transformers' compute in float32
             if halves and small and re.fullmatch(r"eps\d?", key):
                 raise InputError(
-                    f"optimizer: {key}={eps} of {name} is 0 in float16, as {len(halves)} of its "
+                    f"optimizer: {key}={value} of {name} is 0 in float16, as {len(halves)} of its "
                     f"parameters are, and to divide by it gives NaN: give {key}=1e-4, or a "
                     "precision of bf16-true or 16-mixed."
                 )

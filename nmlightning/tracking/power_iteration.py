@@ -1,7 +1,6 @@
 """Spectral norms of weights by a warm power iteration, of shards along any dimension, too."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,21 +24,15 @@ class PowerIteration:
     """
 
     def __init__(self) -> None:
-        self._vectors: dict[str, Tensor] = {}
+        self.vectors: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, weights: Mapping[str, LayerWeight]) -> Tensor:
         """Return (L,) σ₁ of each weight, by whose names v is kept."""
-        rounds = 1 if weights.keys() <= self._vectors.keys() else _FIRST_ROUNDS
+        rounds = 1 if weights.keys() <= self.vectors.keys() else _FIRST_ROUNDS
         for _ in range(rounds):
             lengths = self._iterate(weights)
         return lengths
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(self._vectors)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._vectors = dict(state)
 
     def _iterate(self, weights: Mapping[str, LayerWeight]) -> Tensor:
         """Take a round, and return ‖W v‖ of its beginning."""
@@ -59,18 +52,18 @@ class PowerIteration:
         us = join_parts(products, parameters)
         products = []
         for ((name, _), w, (channels, *others)), u in zip(held, us, strict=True):
-            v = torch.zeros_like(self._vectors[name])
+            v = torch.zeros_like(self.vectors[name])
             v[tuple(others)] = torch.mv(w.flatten(1).T, u[channels]).view(w.shape[1:])
             products.append(v)
         for name, v in zip(weights, join_parts(products, parameters), strict=True):
             length = torch.linalg.vector_norm(v)
             is_direction = (length > 0) & length.isfinite()  # unlike that of 0, inf or NaN
-            self._vectors[name] = torch.where(is_direction, v / length, self._vectors[name])
+            self.vectors[name] = torch.where(is_direction, v / length, self.vectors[name])
         return torch.stack([torch.linalg.vector_norm(u) for u in us])
 
     def _vector(self, name: str, weight: LayerWeight, like: Tensor) -> Tensor:
         """Return the v of a weight, of which all ranks hold the whole."""
-        known = self._vectors.get(name)
+        known = self.vectors.get(name)
         if known is None:
             shape = weight.parameter.shape
             inputs = shape[1:]
@@ -80,5 +73,5 @@ class PowerIteration:
             generator = torch.Generator().manual_seed(0)
             known = torch.randn(inputs, generator=generator, dtype=torch.float64)
             known = known / torch.linalg.vector_norm(known)
-        self._vectors[name] = known.to(like)
-        return self._vectors[name]
+        self.vectors[name] = known.to(like)
+        return self.vectors[name]

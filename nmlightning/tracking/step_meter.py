@@ -307,8 +307,9 @@ class StepMeter:
             products = join_shards(torch.stack(list(self._products.values())), parameters, "sum")
             known = [[norms[x][k] for k in names] for x in ("before", "gradient_norm")]
             lengths = math.prod(map(_layer_rms, known), start=torch.ones_like(products))
-            counts = [self._moved[layer].channels for layer in names]
-            found[tags.COSINE] = names, products / lengths / _on_device(counts, products)
+            counts = torch.tensor([self._moved[layer].channels for layer in names])
+            counts = counts.to(products, non_blocking=True)
+            found[tags.COSINE] = names, products / lengths / counts
         self._values |= {name: each for name, each in found.items() if name in self._wanted}
 
     def _local_norms(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -325,13 +326,15 @@ class StepMeter:
         )
         return {name: {layer: next(joined) for layer in each} for name, each in local.items()}
 
-    def add_to(self, reading: DeviceReading) -> None:
-        """Add what was measured, and the factors of steering."""
+    def read(self, reading: DeviceReading | None = None) -> dict[str, float]:
+        """Return by tag what was measured and steered, with the rest of a reading; forget it."""
+        reading = reading or DeviceReading()
+        self.finish()
         if self.norms is not None and "weight_norm" in self._wanted:
             names = [tags.norm_tag(layer, name) for layer in self.layers for name in STATISTICS]
             reading.add(names, summarise_channels([each.float() for each in self.norms]))
-        for quantity, (layers, values) in self._values.items():
-            reading.add([f"{quantity}/{layer}" for layer in layers], values)
+        for quantity, (layers, found) in self._values.items():
+            reading.add([f"{quantity}/{layer}" for layer in layers], found)
         factors = {name: f for handle in self.handles for name, f in handle.factors().items()}
         if factors:
             layers = [tags.layer_of(name) for name in factors]
@@ -340,12 +343,6 @@ class StepMeter:
         if self.handles:
             counts = [handle.skipped_on_device for handle in self.handles]
             reading.add([tags.STEERING_SKIPPED], torch.stack(counts).sum())
-
-    def read(self, reading: DeviceReading | None = None) -> dict[str, float]:
-        """Return by tag what was measured, with the rest of a reading; it is over then."""
-        reading = reading or DeviceReading()
-        self.finish()
-        self.add_to(reading)
         values = reading.read()
         if "rotation" in self._wanted:
             expected = {layer: step.equilibrium for layer, step in self._steps.items()}
@@ -361,17 +358,13 @@ class StepMeter:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to measure the same."""
-        return {"power_iteration": self._power_iteration.state_dict()}
+        return {"power_iteration": dict(self._power_iteration.vectors)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from there."""
-        self._power_iteration.load_state_dict(state["power_iteration"])
+        self._power_iteration.vectors = dict(state["power_iteration"])
 
 
 def _layer_rms(values: Sequence[Tensor]) -> Tensor:
     """Return (L,), the root mean square of each layer's channels, of those that are not NaN."""
     return reduce_channels(values, lambda rows: rows.square().nanmean(1)).sqrt()
-
-
-def _on_device(numbers: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(numbers, dtype=like.dtype).to(like.device, non_blocking=True)
