@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 from nmlightning.allocator import unsupported_reason
 from nmlightning.cli import main
 from nmlightning.commands import run_report
+from scripts import run_python
 
 # Whether it is kept, why not, and whether the last round met pages that it had had before.
 SCRIPT = """
@@ -49,10 +49,7 @@ def test_freed_memory_is_kept_unless_told(
         compiler = shutil.which("cc") or pytest.skip("no compiler makes another allocator")
         command = [compiler, "-shared", "-fPIC", "-xc", "-", "-o", "other.so"]
         subprocess.run(command, input=OTHER, text=True, check=True, cwd=tmp_path)
-    env = {"PYTHONPATH": ":".join(sys.path), name: value}
-    command = [sys.executable, "-c", SCRIPT]
-    said = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True).stdout
-    assert said == f"{answer}\n"
+    assert run_python("-c", SCRIPT, cwd=tmp_path, **{name: value}).stdout == f"{answer}\n"
 
 
 @pytest.mark.parametrize(("options", "kept"), [([], 1), (["--keep_freed_memory", "false"], 0)])

@@ -1,9 +1,7 @@
 """Holds the architecture: arrows point down only, short files, and an import that costs nothing."""
 
-import subprocess
-import sys
-
 import structure
+from scripts import run_python
 
 USE_LIGHTNING = {
     "nmlightning.commands",
@@ -44,15 +42,10 @@ def test_the_sources_keep_their_targets() -> None:
 
 
 def test_runs_keep_their_targets() -> None:
-    command = [sys.executable, structure.__file__, "--runs"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_python(structure.__file__, "--runs")
 
 
 def test_import_is_free() -> None:
     code = "import sys, nmlightning, nmlightning.cli; dir(nmlightning); print(*sys.modules)"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=structure.ROOT, capture_output=True, text=True, check=True
-    )
     heavy = {"torch", "lightning", "pytorch_lightning", "matplotlib", "plotly"}
-    assert heavy.isdisjoint(result.stdout.split())
+    assert heavy.isdisjoint(run_python("-c", code).stdout.split())

@@ -4,8 +4,6 @@ import errno
 import os
 import resource
 import signal
-import subprocess
-import sys
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,6 +17,7 @@ from nmlightning.atomic_file import UnwritableError, remove_drafts, replace_file
 from nmlightning.callbacks import AtomicCheckpointIO
 from nmlightning.callbacks.checkpoints import replace_whole
 from nmlightning.errors import InputError
+from scripts import run_python
 
 WRITE_UNTIL_KILLED = """
 import os, signal
@@ -49,9 +48,7 @@ def test_killed_writer_leaves_the_old_file_and_a_draft_for_the_next(tmp_path: Pa
     run = tmp_path / "run"
     run.mkdir()
     (run / "a.bin").write_bytes(b"old")
-    code = [sys.executable, "-c", WRITE_UNTIL_KILLED]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    assert subprocess.run(code, cwd=run, env=env).returncode == -signal.SIGKILL
+    run_python("-c", WRITE_UNTIL_KILLED, cwd=run, code=-signal.SIGKILL)
     assert (run / "a.bin").read_bytes() == b"old"
     assert len(names(run)) == 2
     with replace_file(run / "b.bin"):

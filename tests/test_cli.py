@@ -26,6 +26,7 @@ from nmlightning.cli import COMMANDS
 from nmlightning.commands.files import shipped_configs
 from nmlightning.tasks.classification import ImageClassifier
 from quickstart_runs import DIGITS, LAST, fit_in
+from scripts import run_python
 
 FIT = ["fit", "--config", "quickstart", *DIGITS]
 UNTRAINED = "nm: no --ckpt_path is given; these weights are untrained."
@@ -61,8 +62,7 @@ def has(pattern: str, lines: list[str]) -> bool:
 def test_cli_answers_without_importing_torch(words: str, answer: str, tmp_path: Path) -> None:
     (tmp_path / "a.ckpt").touch()
     code = f"import sys, nmlightning.cli as c; c.main({words.split()}); print(*sys.modules)"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = run_python("-c", code, cwd=tmp_path)
     assert answer in done.stdout + done.stderr
     assert {"torch", "pytorch_lightning", "jsonargparse", "onnx"}.isdisjoint(done.stdout.split())
 
@@ -90,16 +90,8 @@ def test_cli_imports_from_the_current_folder_only_classes_that_it_is_given(
 ) -> None:
     for name in ("csv", "statistics", "mine"):
         (tmp_path / f"{name}.py").write_text(f"print('{name} has run')")
-    program = [
-        sys.executable,
-        "-c",
-        "import sys; del sys.path[0]; " * (not safe) + "from nmlightning.cli import main; main()",
-    ]
-    env = os.environ | {"PYTHONPATH": str(Path(nmlightning.__file__).parents[1])}
-    env |= {"PYTHONSAFEPATH": safe} if safe else {}
-    answer = subprocess.run(
-        [*program, *words.split()], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
+    code = "import sys; del sys.path[0]; " * (not safe) + "from nmlightning.cli import main; main()"
+    answer = run_python("-c", code, *words.split(), cwd=tmp_path, PYTHONSAFEPATH=safe)
     assert ("mine has run" in answer.stdout) == runs_here, answer
     assert not re.search("(csv|statistics) has run", answer.stdout)
 

@@ -73,21 +73,19 @@ def test_callbacks_belong_to_both_packages() -> None:
 @pytest.mark.parametrize("module_class", [PlModule, UnifiedModule, PlLate])
 # It says so whenever it averages a module that has configure_model.
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that")
-class TestWeightAveraging:
-    def callbacks(self, module_class: type, ema_first: bool) -> list[Any]:
+def test_resumed_run_with_averages_matches_the_uninterrupted_one(
+    module_class: type, ema_first: bool, tmp_path: Path
+) -> None:
+    def callbacks() -> list[Any]:
         ema = package_of(module_class).callbacks.EMAWeightAveraging(decay=0.5)
         return [ema, NormSwap("l1")] if ema_first else [NormSwap("l1"), ema]
 
-    def test_resumed_run_matches_the_uninterrupted_one(
-        self, module_class: type, ema_first: bool, tmp_path: Path
-    ) -> None:
-        whole, resumed = make(module_class), make(module_class)
-        save = SaveAt(4, tmp_path / "a.ckpt", "on_train_epoch_end")
-        fit(whole, *self.callbacks(module_class, ema_first), save, max_epochs=2)
-        callbacks = self.callbacks(module_class, ema_first)
-        fit(resumed, *callbacks, max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
-        assert norm_types(resumed) == [L1BatchNorm2d] * 2
-        torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    whole, resumed = make(module_class), make(module_class)
+    save = SaveAt(4, tmp_path / "a.ckpt", "on_train_epoch_end")
+    fit(whole, *callbacks(), save, max_epochs=2)
+    fit(resumed, *callbacks(), max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
+    assert norm_types(resumed) == [L1BatchNorm2d] * 2
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("sync", [True, False])

@@ -1,15 +1,12 @@
 """The examples are short, and print what they show, but for the numbers."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from scripts import ROOT, run_python
 
 
 def mask(text: str) -> list[str]:
@@ -29,10 +26,7 @@ def test_example_prints_what_it_shows(example: Path, tmp_path: Path) -> None:
     assert len(code.splitlines()) < 60
     assert str(Path.home()) not in text
     (tmp_path / "code.py").write_text(code)
-    env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    command, pipe = [sys.executable, "code.py"], subprocess.PIPE
-    done = subprocess.run(command, cwd=tmp_path, env=env, stdout=pipe, stderr=pipe, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run_python("code.py", cwd=tmp_path, PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
     printed = iter(mask(done.stdout))
     missing = [line for line in mask(shown) if line not in printed]
     assert shown

@@ -25,7 +25,7 @@ from nmlightning import Digits, ImageClassifier, Int8Linear, QuantizationNoise
 from nmlightning.callbacks import AtomicCheckpointIO, ExactResume, WeightNormSwap
 from nmlightning.errors import InputError
 from recorded_runs import StepsByHand, Trains, make_data
-from scripts import run_as_script
+from scripts import run_python
 from trainers import quiet_trainer
 from translation_runs import make_net, make_text, make_translator
 
@@ -167,7 +167,7 @@ def test_translator_resumes_its_means(tmp_path: Path, step: int) -> None:
 
 @pytest.mark.slow
 def test_resume_is_exact_on_two_ranks(tmp_path: Path) -> None:
-    run_as_script(__file__, tmp_path)
+    run_python(__file__, tmp_path)
 
 
 @pytest.mark.parametrize("gives", ["loader", "module"])

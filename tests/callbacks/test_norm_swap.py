@@ -64,10 +64,6 @@ class Forgetful(PlModule):
 COMPILES = pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated")
 
 
-def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
-    torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
-
-
 @BOTH
 class TestARun:
     def test_trains_validates_and_tests(self, module_class: type) -> None:
@@ -133,18 +129,18 @@ def test_earlier_optimizer_trains_the_swapped_norms() -> None:
         assert not torch.equal(module.net[i].weight, weight)
 
 
-class TestConfigureModel:
-    def test_pattern_matches_a_part_built_after_setup(self) -> None:
-        module = make(HeadLate)
-        fit(module, NormSwap("l1", include=["net.0.*"]))
-        assert norm_types(module) == [L1BatchNorm2d, nn.BatchNorm2d, nn.BatchNorm2d]
+def test_pattern_matches_a_part_built_after_setup() -> None:
+    module = make(HeadLate)
+    fit(module, NormSwap("l1", include=["net.0.*"]))
+    assert norm_types(module) == [L1BatchNorm2d, nn.BatchNorm2d, nn.BatchNorm2d]
 
-    @pytest.mark.parametrize("module_class", [PlModule, PlLate])
-    def test_latest_trainer_sets_the_norm(self, module_class: type) -> None:
-        module = make(module_class)
-        for norm, expected in (("l1", L1BatchNorm2d), ("linf", LInfBatchNorm2d)) * 2:
-            fit(module, NormSwap(norm))
-            assert norm_types(module) == [expected] * 2
+
+@pytest.mark.parametrize("module_class", [PlModule, PlLate])
+def test_latest_trainer_sets_the_norm(module_class: type) -> None:
+    module = make(module_class)
+    for norm, expected in (("l1", L1BatchNorm2d), ("linf", LInfBatchNorm2d)) * 2:
+        fit(module, NormSwap(norm))
+        assert norm_types(module) == [expected] * 2
 
 
 def test_norm_swaps_of_different_layers() -> None:
@@ -163,50 +159,48 @@ class Replaces(pytorch_lightning.Callback):
         pl_module.net[1] = self.layer
 
 
-class TestAudit:
-    @pytest.mark.parametrize(
-        ("layer", "now"), [(nn.BatchNorm2d(4), "BatchNorm2d"), (nn.Identity(), "gone")]
-    )
-    def test_layer_replaced_after_the_swap_is_refused(self, layer: nn.Module, now: str) -> None:
-        with pytest.raises(InputError, match=f"made net.1 L1BatchNorm2d, but it is {now}"):
-            fit(make(PlModule), NormSwap("l1"), Replaces(layer))
-        fit(make(PlModule), Replaces(nn.BatchNorm2d(4)), NormSwap("l1"))
-
-    def test_warns_of_untrained_parameters(self) -> None:
-        with pytest.warns(UserWarning, match=r"trains 4 parameters .* such as net\.1\.weight"):
-            fit(make(Forgetful), NormSwap("l1"))
-        frozen = make(Forgetful)
-        frozen.net[1:].requires_grad_(False)
-        fit(frozen, NormSwap("l1"))
+@pytest.mark.parametrize(
+    ("layer", "now"), [(nn.BatchNorm2d(4), "BatchNorm2d"), (nn.Identity(), "gone")]
+)
+def test_layer_replaced_after_the_swap_is_refused(layer: nn.Module, now: str) -> None:
+    with pytest.raises(InputError, match=f"made net.1 L1BatchNorm2d, but it is {now}"):
+        fit(make(PlModule), NormSwap("l1"), Replaces(layer))
+    fit(make(PlModule), Replaces(nn.BatchNorm2d(4)), NormSwap("l1"))
 
 
-class TestInput:
-    @pytest.mark.parametrize("module_class", [PlModule, PlLate])
-    def test_unmatched_pattern_is_refused(self, module_class: type) -> None:
-        module = make(module_class)
-        message = r"'layer1.\*' in exclude .* Its norm layers are net\.1 \(BatchNorm2d\)"
-        with pytest.raises(InputError, match=message):
-            fit(module, NormSwap("l1", exclude=["layer1.*"]))
-        assert norm_types(module) == [nn.BatchNorm2d] * 2
+def test_warns_of_untrained_parameters() -> None:
+    with pytest.warns(UserWarning, match=r"trains 4 parameters .* such as net\.1\.weight"):
+        fit(make(Forgetful), NormSwap("l1"))
+    frozen = make(Forgetful)
+    frozen.net[1:].requires_grad_(False)
+    fit(frozen, NormSwap("l1"))
 
 
-class TestTheModuleAfterwards:
-    @pytest.mark.parametrize("module_class", [PlModule, PlLate])
-    @pytest.mark.parametrize(
-        "duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))]
-    )
-    def test_copy_is_swapped_on_its_own(self, module_class: type, duplicate: Any) -> None:
-        module = make(module_class)
-        fit(module, NormSwap("l1"))
-        module.trainer = None
-        twin = duplicate(module)
-        fit(twin, NormSwap("linf"))
-        checkpoint: dict[str, Any] = {}
-        twin.on_save_checkpoint(checkpoint)
-        assert norm_types(twin) == [LInfBatchNorm2d] * 2
-        noted = checkpoint["nmlightning"]["norms"].values()
-        assert [note["norm"] for note in noted] == ["LInfBatchNorm2d"] * 2
-        assert norm_types(module) == [L1BatchNorm2d] * 2
+@pytest.mark.parametrize("module_class", [PlModule, PlLate])
+def test_unmatched_pattern_is_refused(module_class: type) -> None:
+    module = make(module_class)
+    message = r"'layer1.\*' in exclude .* Its norm layers are net\.1 \(BatchNorm2d\)"
+    with pytest.raises(InputError, match=message):
+        fit(module, NormSwap("l1", exclude=["layer1.*"]))
+    assert norm_types(module) == [nn.BatchNorm2d] * 2
+
+
+@pytest.mark.parametrize("module_class", [PlModule, PlLate])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))]
+)
+def test_copy_is_swapped_on_its_own(module_class: type, duplicate: Any) -> None:
+    module = make(module_class)
+    fit(module, NormSwap("l1"))
+    module.trainer = None
+    twin = duplicate(module)
+    fit(twin, NormSwap("linf"))
+    checkpoint: dict[str, Any] = {}
+    twin.on_save_checkpoint(checkpoint)
+    assert norm_types(twin) == [LInfBatchNorm2d] * 2
+    noted = checkpoint["nmlightning"]["norms"].values()
+    assert [note["norm"] for note in noted] == ["LInfBatchNorm2d"] * 2
+    assert norm_types(module) == [L1BatchNorm2d] * 2
 
 
 @BOTH

@@ -1,9 +1,6 @@
 """The file that a run records into, and the records that it resumes with."""
 
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from nmlightning.optim import DecayEquivalentLR, Hyperball
 from nmlightning.weights.history import NormHistory
 from nmlightning.weights.recording_file import FILE_NAME
 from recorded_runs import BATCHES, StepsByHand, Trains, make_data, make_trainer
+from scripts import run_python
 
 pytestmark = pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists")
 
@@ -110,9 +108,10 @@ def test_resume_of_a_renamed_project_finds_the_recording(
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
 def test_resume_after_a_kill(tmp_path: Path) -> None:
     code = (
-        "import os, signal\n"
+        "import os, signal, sys\n"
         "from pathlib import Path\n"
         "import pytorch_lightning as pl\n"
+        "sys.path.append(sys.argv[1])\n"
         "from test_resumed_recording import fit\n"
         "class Kill(pl.Callback):\n"
         "    def on_train_batch_end(self, trainer, *_):\n"
@@ -121,11 +120,7 @@ def test_resume_after_a_kill(tmp_path: Path) -> None:
         "            os.kill(os.getpid(), signal.SIGKILL)\n"
         "fit(Path(), 3, others=(Kill(),))\n"
     )
-    path = os.pathsep.join((str(Path(__file__).parent), *filter(None, sys.path)))
-    killed = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}
-    )
-    assert killed.returncode == -signal.SIGKILL
+    run_python("-c", code, Path(__file__).parent, cwd=tmp_path, code=-signal.SIGKILL)
     assert steps_of(tmp_path) == list(range(7))
     fit(tmp_path, 3, tmp_path / "killed.ckpt")
     assert recordings(tmp_path) == [FILE_NAME]
@@ -204,8 +199,7 @@ def test_trackers_patterns_limit_a_rule_that_includes_nothing(
 
 
 @pytest.mark.parametrize(
-    ("own", "reason"),
-    [(False, "only step"), (True, "SGD steps instead; return it")],
+    ("own", "reason"), [(False, "only step"), (True, "SGD steps instead; return it")]
 )
 def test_gradients_without_a_step_that_calls_the_rule_are_warned_of(
     own: bool, reason: str, tmp_path: Path

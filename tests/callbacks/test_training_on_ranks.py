@@ -28,7 +28,7 @@ from nmlightning.norms.batch_norm import L1BatchNorm2d
 from nmlightning.reports.run import read_run
 from nmlightning.tasks import ImageClassifier
 from nmlightning.weights.history import NormHistory
-from scripts import run_as_script
+from scripts import run_python
 from trainers import quiet_trainer
 
 EPOCHS = 2
@@ -137,7 +137,7 @@ def one_process(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def two_ranks(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all runs, which one start of two processes trains."""
     folder = tmp_path_factory.mktemp("two")
-    run_as_script(__file__, folder, reference)
+    run_python(__file__, folder, reference)
     return folder
 
 

@@ -11,16 +11,7 @@ import pytorch_lightning
 import torch
 from torch import Tensor, nn
 
-from lightning_modules import (
-    ALL,
-    BOTH,
-    OwnOptimizer,
-    PlModule,
-    fit,
-    make,
-    make_data,
-    package_of,
-)
+from lightning_modules import ALL, BOTH, OwnOptimizer, PlModule, fit, make, make_data, package_of
 from nmlightning import (
     LRCorrection,
     NormHistory,

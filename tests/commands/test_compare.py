@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from nmlightning.cli import main
 from nmlightning.weights.history import NormHistory
+from scripts import run_python
 
 MakeRun = Callable[..., Path]
 KEPT = '{"settings": {"a": 1}, "seed": 1, "cpu_minutes": 1}'
@@ -146,10 +146,9 @@ def test_compare_writes_an_escape_for_what_is_no_text(make_run: MakeRun) -> None
         settings = f'{{"\\udc00": "{setting}"}}'
         content = f'{{"settings": {settings}, "seed": {seed}, "cpu_minutes": 1}}'
         Path(f"k-{seed}.json").write_text(content)
-    command = [sys.executable, "-m", "nmlightning", "compare", "."]
-    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
-    out = subprocess.run(command, check=True, capture_output=True, env=strict).stdout
-    for text in (out.decode(), Path("comparison.html").read_text(encoding="utf-8")):
+    words = ("-m", "nmlightning", "compare", ".")
+    out = run_python(*words, cwd=Path(), PYTHONIOENCODING="utf-8:strict").stdout
+    for text in (out, Path("comparison.html").read_text(encoding="utf-8")):
         assert "\\udcff-1" in text
         assert "\\udc00: \\ud800" in text
 
@@ -165,9 +164,9 @@ def test_compare_names_a_deviation_over_repeated_seeds_one_over_runs(
     assert "deviation over runs" in text
 
 
-def charts_of(page: str) -> dict[str, dict[str, Any]]:
+def charts_of(file: str = "comparison.html") -> dict[str, dict[str, Any]]:
     """Return what each chart of a page holds: its layout, and its lines as `data`, by title."""
-    charts = {}
+    charts, page = {}, Path(file).read_text(encoding="utf-8")
     read = json.JSONDecoder().raw_decode
     for start in re.finditer(r'Plotly\.newPlot\(\s*"[^"]+",\s*', page):
         data, end = read(page, start.end())
@@ -190,7 +189,7 @@ def test_page_holds_the_table_and_the_curves(runs: Path) -> None:
     assert headings == ["Curves", "Norms of weights", "Correction factors"]
     cells = [cell.text for cell in tree.iter("td")]
     assert {"45.00 ± 7.07 %", "decay: 0.1"} < set(cells)
-    charts = charts_of(page)
+    charts = charts_of("page.html")
     assert list(charts) == ["val/top1, %", "net.conv"]
     lines = charts["val/top1, %"]["data"]
     assert [line["name"] for line in lines] == [
@@ -206,11 +205,11 @@ def test_page_holds_the_table_and_the_curves(runs: Path) -> None:
 
 def test_page_shows_norms_and_factors_on_a_logarithmic_axis(runs: Path) -> None:
     assert main(["compare", str(runs / "wd_on" / "version_1")]) == 0
-    chart = charts_of(Path("comparison.html").read_text())["net.conv"]
+    chart = charts_of()["net.conv"]
     assert (chart["yaxis"]["type"], chart["yaxis"]["title"]["text"]) == ("log", "norm, log scale")
     assert values_of(chart["data"][0], "y") == [1.5, 0.75, 0.375]
     assert main(["compare", str(runs / "[red]<off>")]) == 0
-    chart = charts_of(Path("comparison.html").read_text())["net.conv"]
+    chart = charts_of()["net.conv"]
     assert values_of(chart["data"][0], "y") == [1, 2]
 
 
@@ -227,7 +226,7 @@ def test_page_shows_recorded_quantities(make_run: MakeRun) -> None:
     page = Path("comparison.html").read_text()
     titles = ["Norms of weights", "Rotation per step, radians", "Cosine of weight and gradient"]
     assert [title for title in re.findall("<h2>(.*?)</h2>", page) if title in titles] == titles
-    chart = charts_of(page)["net.conv"]  # the last of that layer
+    chart = charts_of()["net.conv"]  # the last of that layer
     assert chart["yaxis"]["title"]["text"] == "weight gradient cosine"
     assert chart["yaxis"]["type"] == "linear"
     assert values_of(chart["data"][0], "x") == [10]
@@ -247,7 +246,7 @@ def test_page_has_training_beside_validation_over_epochs_from_1(make_run: MakeRu
                     if not math.isnan(value):
                         writer.add_scalar(tag, value, step)
     assert main(["compare", "b", "a"]) == 0
-    charts = charts_of(Path("comparison.html").read_text())
+    charts = charts_of()
     assert list(charts) == [
         *("val/top1, %", "train/top1, %", "val/bleu", "val/loss", "train/loss", "train/loss_step")
     ]
@@ -326,14 +325,14 @@ def test_page_draws_a_dozen_of_many_layers(make_run: MakeRun) -> None:
     layers = [f"layer{number}.weight" for number in range(57)]
     folder = make_run(norms={name: [[1], [2]] for name in layers})
     assert main(["compare", str(folder)]) == 0
-    _, *drawn = charts_of(Path("comparison.html").read_text())
+    _, *drawn = charts_of()
     assert (drawn[0], drawn[-1], len(drawn)) == ("layer0", "layer56", 12)
 
 
 def test_page_thins_a_long_curve_and_keeps_its_ends(make_run: MakeRun) -> None:
     folder = make_run(scalars={"correction_factor/a/mean": list(map(float, range(2500)))})
     assert main(["compare", str(folder)]) == 0
-    steps = values_of(charts_of(Path("comparison.html").read_text())["a"]["data"][0], "x")
+    steps = values_of(charts_of()["a"]["data"][0], "x")
     assert (steps[0], steps[-1], len(steps)) == (0, 2499, 2000)
 
 
@@ -370,5 +369,4 @@ def test_compare_imports_no_torch_and_plotly_for_the_page_only(runs: Path) -> No
     compare = code.format("assert main(['compare', 'runs']) == 0", ["matplotlib"])
     bad = code.format("assert main(['compare', 'no']) == 2", ["plotly", "matplotlib"])
     for command in (compare, bad):
-        words = [sys.executable, "-c", command]
-        subprocess.run(words, cwd=runs.parent, check=True, capture_output=True)
+        run_python("-c", command, cwd=runs.parent)

@@ -13,6 +13,7 @@ import pytest
 
 from nmlightning.cli import main
 from quickstart_runs import LAST, SHORT, SMALL, Answer, fit_in
+from scripts import run_python
 
 OPTIONS = shlex.split(
     "--model.net.width 32 --model.net.hidden 32 --model.net.encoder_layers 1 "
@@ -130,13 +131,9 @@ def test_translate_refuses_other_tasks(
 
 def test_nm_test_prints_the_bleu_to_publish(trained: Path) -> None:
     words = ["--config", trained.parents[1] / "config.yaml", "--ckpt_path", trained]
-    answer = subprocess.run(
-        [sys.executable, "-m", "nmlightning", "test", *words, "--trainer.limit_test_batches", "1"],
-        cwd=trained.parents[4],
-        capture_output=True,
-        check=True,
-    )
-    assert "Translator: test BLEU " in (answer.stdout + answer.stderr).decode()
+    words += ["--trainer.limit_test_batches", 1]
+    answer = run_python("-m", "nmlightning", "test", *words, cwd=trained.parents[4])
+    assert "Translator: test BLEU " in answer.stdout + answer.stderr
 
 
 @pytest.mark.slow

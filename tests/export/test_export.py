@@ -1,9 +1,7 @@
 """Test that what export_network writes is what was trained, for readers without this package."""
 
-import os
 import re
 import resource
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib.machinery import PathFinder
@@ -29,6 +27,7 @@ from nmlightning import (
 from nmlightning.export.export import WRITERS
 from nmlightning.export.formats import FORMATS
 from nmlightning.models import CifarResNet
+from scripts import run_without_us
 
 IMAGES = (3, 16, 16)
 
@@ -97,19 +96,12 @@ def test_no_fold_changes_only_the_class(tmp_path: Path) -> None:
     torch.testing.assert_close(saved, dict(net.state_dict()), rtol=0, atol=0)
 
 
-WITHOUT_US = """
-import sys, torch
-class Nothing:
-    def find_spec(self, name, path=None, target=None):
-        assert name.partition(".")[0] not in ("nmlightning", "pytorch_lightning"), name
-sys.meta_path.insert(0, Nothing())
+READ = """
 import torchvision
 net = torchvision.models.resnet18(num_classes=7).eval()
 net.load_state_dict(torch.load("net.pt", weights_only=True))
 x, y = torch.load("data.pt", weights_only=True)
-with torch.no_grad():
-    for function in (net, torch.export.load("net.pt2").module()):
-        print(float((function(x) - y).abs().max() / y.abs().max()))
+print(distance(net, x, y), distance(torch.export.load("net.pt2").module(), x, y))
 """
 
 
@@ -122,17 +114,9 @@ def test_exports_load_without_this_package(tmp_path: Path) -> None:
     export_network(net, tmp_path / "net.pt2", "torch_export", IMAGES)
     x = torch.randn(5, *IMAGES)
     torch.save([x, outputs(net, x)], tmp_path / "data.pt")
-    answer = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", WITHOUT_US],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": ""},
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    differences = [float(line) for line in answer.stdout.split()]
+    differences = run_without_us(READ, tmp_path)
     assert len(differences) == 2
-    assert max(differences) <= 1e-5
+    assert max(map(float, differences)) <= 1e-5
 
 
 @pytest.mark.parametrize("fold", [False, True])

@@ -1,8 +1,6 @@
 """Test that networks in int8 are exported with integers in the file, for runtimes without us."""
 
 import re
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +18,7 @@ from nmlightning import InputError, apply_weight_norm, export_network, quantize_
 from nmlightning.int8 import quantizer
 from nmlightning.int8.ranges import holder_of
 from nmlightning.models import CifarResNet
+from scripts import run_without_us
 
 IMAGES = (3, 16, 16)
 ALL, NONE = (
@@ -201,16 +200,10 @@ def test_resnets_agree_in_the_top_1(name: str, tmp_path: Path) -> None:
     assert report.size < 0.45 * 4 * sum(q.numel() for q in net.parameters())
 
 
-WITHOUT_US = """
-import sys, torch
-class Nothing:
-    def find_spec(self, name, path=None, target=None):
-        assert name.partition(".")[0] not in ("nmlightning", "pytorch_lightning"), name
-sys.meta_path.insert(0, Nothing())
+READ = """
 x, y = torch.load("data.pt", weights_only=True)
 net = torch.export.load("net.pt2").module()
-print(float((net(x) - y).abs().max() / y.abs().max()))
-print(*sorted(str(q.dtype) for q in net.state_dict().values() if q.dim() == 4))
+print(distance(net, x, y), *sorted(str(q.dtype) for q in net.state_dict().values() if q.dim() == 4))
 """
 
 
@@ -220,9 +213,7 @@ def test_torch_export_holds_the_same(tmp_path: Path) -> None:
     export_network(train(net), tmp_path / "net.pt2", "torch_export", IMAGES)
     x = torch.randn(5, *IMAGES)
     torch.save([x, net(x)], tmp_path / "data.pt")
-    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_US]
-    answer = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
-    off, *dtypes = answer.stdout.split()
+    off, *dtypes = run_without_us(READ, tmp_path)
     assert float(off) <= 1e-5
     assert dtypes == ["torch.int8", "torch.int8"]
 

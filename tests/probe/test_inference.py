@@ -11,13 +11,7 @@ from onnx import TensorProto, helper, numpy_helper, parser
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
-from nmlightning import (
-    InputError,
-    L1LayerNorm,
-    MeanOnlyBatchNorm2d,
-    probe_inference,
-    swap_norms,
-)
+from nmlightning import InputError, L1LayerNorm, MeanOnlyBatchNorm2d, probe_inference, swap_norms
 from nmlightning.export.onnx_norms import LEFT
 from nmlightning.export.onnx_values import OnnxFile
 from nmlightning.probe import inference

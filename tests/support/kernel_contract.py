@@ -8,12 +8,7 @@ from torch import Tensor
 
 from batch_norm_contract import NORMS, Norm, define, spread
 from nmlightning.functional.statistics import LargestMean, PowerMean, Statistic
-from nmlightning.kernels.interface import (
-    BatchNormKernels,
-    Fused,
-    LayerNorm,
-    Tracking,
-)
+from nmlightning.kernels.interface import BatchNormKernels, Fused, LayerNorm, Tracking
 from nmlightning.norms.layer_norm import LayerNormFunction
 
 # Rounding of the output, and in float32 that of a few operations on values of one size.

@@ -1,7 +1,5 @@
 """`track_norms` records, steers, logs and resumes in loops of one's own."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import nmlightning
 from nmlightning import Hyperball, InputError, NormHistory, NormTracker, track_norms
 from nmlightning.tracking import norm_tracker
 from nmlightning.weights.channel_norms import channel_norms
+from scripts import run_python
 
 
 def make_net() -> nn.Sequential:
@@ -255,7 +253,6 @@ def test_what_stays_silent_is_said_once(recwarn: pytest.WarningsRecorder, case: 
 
 def test_it_imports_no_lightning() -> None:
     code = "import sys, nmlightning; nmlightning.track_norms; print(*sys.modules)"
-    root = Path(nmlightning.__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
-    assert {"lightning", "pytorch_lightning"}.isdisjoint(done.stdout.split())
-    assert "nmlightning.tracking.norm_tracker" in done.stdout.split()
+    imported = run_python("-c", code).stdout.split()
+    assert {"lightning", "pytorch_lightning"}.isdisjoint(imported)
+    assert "nmlightning.tracking.norm_tracker" in imported

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nmlightning.translation.task import Translator
-from scripts import run_as_script
+from scripts import run_python
 from trainers import quiet_trainer
 from translation_runs import WORDS, make_net, make_text, make_translator
 
@@ -67,7 +67,7 @@ def measure(folder: Path, processes: int) -> dict[str, Any]:
 
 @pytest.mark.filterwarnings("ignore")
 def test_translator_on_two_ranks_measures_as_on_one(tmp_path: Path) -> None:
-    run_as_script(__file__, tmp_path)
+    run_python(__file__, tmp_path)
     two = json.loads((tmp_path / "two.json").read_text("utf-8"))
     one = measure(tmp_path, 1)
     assert two.pop("lines") == one.pop("lines")
