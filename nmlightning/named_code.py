@@ -101,9 +101,7 @@ def runs_what_is_not_installed(path: str) -> bool:
     return False
 
 
-@cache
-def _packages() -> Mapping[str, list[str]]:
-    return packages_distributions()
+_packages = cache(packages_distributions)
 
 
 def _folders_of(package: str) -> Iterator[Path]:

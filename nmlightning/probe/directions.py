@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -267,12 +268,9 @@ class Directions(Report):
 
     def fewest_bits(self, tensors: Sequence[str]) -> int | None:
         """Return the fewest of the bits that keep some tensors of all layers, as more do."""
-        fewest = None
-        for bits in sorted(self.bits, reverse=True):
-            if self.losing_layers(bits, tensors):
-                break
-            fewest = bits
-        return fewest
+        most_first = sorted(self.bits, reverse=True)
+        kept = takewhile(lambda bits: not self.losing_layers(bits, tensors), most_first)
+        return min(kept, default=None)
 
     def table(self) -> Grid:
         """Return a row for each layer: by how many degrees each tensor is turned."""

@@ -33,7 +33,7 @@ def rounded(x: Array, low: float, high: float, bits: int, zero: int | None = Non
     return (np.clip(np.round(x / scale) + zero, 0, steps) - zero) * scale
 
 
-def expected_angle(tensor: str, x: Tensor, bits: int, batch_dims: int = 1) -> float:
+def expected_angle(tensor: str, x: Tensor, bits: int) -> float:
     """Return the angle in degrees, from the definition."""
     values = x.detach().double().numpy()
     if tensor == "weight":
