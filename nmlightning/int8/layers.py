@@ -28,7 +28,7 @@ from nmlightning.int8.ranges import (
 from nmlightning.kernels.interface import Dispatch
 from nmlightning.name_patterns import plain_name
 from nmlightning.norms.batch_norm_base import check_momentum
-from nmlightning.norms.fast_path import HOOKED, is_in_encoder_layer
+from nmlightning.norms.fast_path import named_modules_in_encoder
 
 WeightGradient = Literal["float32", "bfloat16"]
 WeightRange = Literal["tensor", "channel"]
@@ -61,6 +61,7 @@ class Int8Layer(nn.Module):
 
     weight: Tensor
     bias: Any  # a parameter, or None
+    named_modules: Any = named_modules_in_encoder
 
     def set_up(
         self, bits: int = 8, gradient_bits: int = 8, rounding: Rounding = "stochastic",
@@ -149,12 +150,6 @@ class Int8Layer(nn.Module):
         own = self.int8_options().items()
         shown = (f"{name}={value!r}" for name, value in own if value != _OPTIONS[name])
         return ", ".join([super().extra_repr(), *shown])
-
-    def named_modules(self, memo: Any = None, prefix: str = "", *args: Any, **kwargs: Any) -> Any:
-        """Yield what torch yields; for its encoder layer also a hook, so that it calls forward."""
-        yield from super().named_modules(memo, prefix, *args, **kwargs)
-        if is_in_encoder_layer():
-            yield f"{prefix}.hooked", HOOKED
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -7,7 +7,7 @@ that kernel, unless `use_nested_tensor` is false.
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from traceback import walk_stack
 from typing import Any, NoReturn
@@ -19,8 +19,17 @@ from torch.jit._trace import TracerWarning
 
 from nmlightning.errors import InputError
 
-HOOKED = nn.Identity()
-HOOKED.register_forward_pre_hook(lambda *_: None)
+_HOOKED = nn.Identity()
+_HOOKED.register_forward_pre_hook(lambda *_: None)
+
+
+def named_modules_in_encoder(
+    self: nn.Module, memo: Any = None, prefix: str = "", *args: Any, **kwargs: Any
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what torch yields; for its encoder layer also a hook, so that it calls forward."""
+    yield from nn.Module.named_modules(self, memo, prefix, *args, **kwargs)
+    if is_in_encoder_layer():
+        yield f"{prefix}.hooked", _HOOKED
 
 
 def is_in_encoder_layer() -> bool:

@@ -24,7 +24,7 @@ from nmlightning.functional.plain import plain_layer_norm
 from nmlightning.kernels import dispatch
 from nmlightning.kernels.interface import Dispatch, DispatchKey, LayerNorm, NormKind
 from nmlightning.norms import batch_norm_base
-from nmlightning.norms.fast_path import HOOKED, is_in_encoder_layer, refuse_scripting, traceable
+from nmlightning.norms.fast_path import named_modules_in_encoder, refuse_scripting, traceable
 
 
 def check_normalized_shape(normalized_shape: int | Sequence[int]) -> list[int]:
@@ -196,6 +196,7 @@ class FeatureNorm(nn.Module):
     normalized_shape: tuple[int, ...]
 
     __prepare_scriptable__ = refuse_scripting
+    named_modules: Any = named_modules_in_encoder
 
     def _set_statistic(
         self, p: float, constant: Constant | float, stats_dtype: torch.dtype | str | None
@@ -204,12 +205,6 @@ class FeatureNorm(nn.Module):
         self.statistic = statistics.PowerMean(self.p)
         self.constant = check_constant(constant)
         self.stats_dtype = batch_norm_base.check_stats_dtype(stats_dtype)
-
-    def named_modules(self, memo: Any = None, prefix: str = "", *args: Any, **kwargs: Any) -> Any:
-        """Yield what torch yields; for its encoder layer also a hook, so that it calls forward."""
-        yield from super().named_modules(memo, prefix, *args, **kwargs)
-        if is_in_encoder_layer():
-            yield f"{prefix}.hooked", HOOKED
 
     def backend_for(self, input: Tensor) -> Dispatch:
         """Return the backend that computes such an input, and why, without running."""
