@@ -8,14 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nmlightning.errors import InputError, check_choice, check_positive, check_weight_decay
-from nmlightning.optim.families import check_single_steps
-from nmlightning.optim.parameters import (
-    DECAY,
-    STEP,
-    OptimizedWeight,
-    State,
-    take_step,
-)
+from nmlightning.optim.parameters import DECAY, STEP, OptimizedWeight, State, take_step
 from nmlightning.optim.scope import MATRICES, Model
 from nmlightning.optim.step_hooks import StepHookHandle, StepRule
 from nmlightning.weights.channel_norms import ChannelLayout
@@ -70,7 +63,7 @@ class CorrectedDecay(StepRule):
         tensor([[-1.0750,  6.9000]])
     """
 
-    least_dims, acts_on, sorts = MATRICES, DECAY, True
+    least_dims, acts_on, sorts, single_steps = MATRICES, DECAY, True, True
 
     def __init__(
         self,
@@ -92,7 +85,6 @@ class CorrectedDecay(StepRule):
 
     def init_state(self, weight: OptimizedWeight) -> State:
         """Return the number of steps, and the largest rate so far."""
-        check_single_steps(self, weight.optimizer)
         return {"step": 0, "max_lr": weight.learning_rate}
 
     def after_step(
@@ -141,7 +133,7 @@ class CautiousDecay(StepRule):
         tensor([[ 0.8500, -1.1000]])
     """
 
-    least_dims, acts_on = MATRICES, DECAY
+    least_dims, acts_on, single_steps = MATRICES, DECAY, True
 
     def __init__(
         self,
@@ -157,7 +149,6 @@ class CautiousDecay(StepRule):
 
     def init_state(self, weight: OptimizedWeight) -> State:
         """Return the number of steps."""
-        check_single_steps(self, weight.optimizer)
         _ = weight.learning_rate  # has it any?
         return {"step": 0}
 
@@ -204,7 +195,7 @@ class DecaySchedule(StepRule):
         0.05
     """
 
-    least_dims, acts_on, decays, compares = MATRICES, STEP, True, False
+    least_dims, acts_on, single_steps, decays, compares = MATRICES, STEP, True, True, False
 
     def __init__(
         self, schedule: Schedule, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
@@ -232,7 +223,6 @@ class DecaySchedule(StepRule):
 
     def init_state(self, weight: OptimizedWeight) -> State:
         """Return λ_0, and the number of steps."""
-        check_single_steps(self, weight.optimizer)
         now = float(weight.group.get("weight_decay", 0.0))
         initial = weight.group.setdefault("initial_weight_decay", now)
         return {"step": 0, "weight_decay": initial}

@@ -9,13 +9,7 @@ from torch import Tensor
 from torch.optim import SGD
 
 from nmlightning.errors import InputError, check_weight_decay
-from nmlightning.optim.parameters import (
-    OptimizedWeight,
-    State,
-    maybe_any,
-    project,
-    scale_step,
-)
+from nmlightning.optim.parameters import OptimizedWeight, State, maybe_any, project, scale_step
 from nmlightning.optim.step_hooks import StepRule
 
 

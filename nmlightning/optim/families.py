@@ -302,11 +302,3 @@ def _refusal(optimizer: Any, inner: list[Any]) -> str:
         if type(optimizer).__module__.startswith("schedulefree"):
             way_out = _AVERAGES
     return f"A rule hooks into the steps of a torch Optimizer, which {name} is not: {way_out}."
-
-
-def check_single_steps(rule: object, optimizer: optim.Optimizer) -> None:
-    """Raise InputError for LBFGS."""
-    if isinstance(optimizer, optim.LBFGS):
-        raise InputError(
-            f"{type(rule).__name__} works on single steps, and LBFGS takes several in one."
-        )

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from nmlightning.errors import InputError, check_choice
-from nmlightning.optim.families import check_single_steps
 from nmlightning.optim.parameters import (
     GRANULARITIES,
     Granularity,
@@ -64,7 +63,7 @@ class Hyperball(StepRule):
         tensor([[0., 5.]])
     """
 
-    least_dims = MATRICES
+    least_dims, single_steps = MATRICES, True
     granularity: Granularity = "auto"  # of an object that an older release wrote
 
     def __init__(
@@ -80,7 +79,6 @@ class Hyperball(StepRule):
 
     def init_state(self, weight: OptimizedWeight) -> State:
         """Return the radius R, or (E,) those of a stack."""
-        check_single_steps(self, weight.optimizer)
         _ = weight.learning_rate  # has it any?
         radius = self._norm(weight, weight.values)
         known = weight.all_channels(radius) if radius.dim() else radius

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from nmlightning.errors import InputError, check_choice, is_number
 from nmlightning.name_patterns import matches
-from nmlightning.optim.families import check_single_steps
 from nmlightning.optim.parameters import (
     GRANULARITIES,
     Granularity,
@@ -71,7 +70,7 @@ class SpectralCap(StepRule):
                 [0.0000, 0.5000]])
     """
 
-    least_dims, decays = MATRICES, True
+    least_dims, single_steps, decays = MATRICES, True, True
 
     def __init__(
         self,
@@ -93,7 +92,6 @@ class SpectralCap(StepRule):
 
         With it random numbers, which keep the rows of a step from cancelling where they are added.
         """
-        check_single_steps(self, weight.optimizer)
         stack = weight.is_stack(self.granularity)
         shape = weight.parameter.shape[:2] if stack else (weight.channels,)
         start = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -203,7 +201,7 @@ class UnitNorm(StepRule):
         tensor([[0.6000, 0.8000]])
     """
 
-    least_dims, decays = MATRICES, True
+    least_dims, single_steps, decays = MATRICES, True, True
 
     def __init__(
         self,
@@ -228,7 +226,6 @@ class UnitNorm(StepRule):
         return super().choice._replace(sorted_by=() if isinstance(self.dim, int) else [*self.dim])
 
     def init_state(self, weight: OptimizedWeight) -> State:
-        check_single_steps(self, weight.optimizer)
         self._dim_of(weight)
         weight.is_stack(self.granularity)
         return {}

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from nmlightning.errors import InputError, is_number
-from nmlightning.optim.families import check_single_steps
 from nmlightning.optim.parameters import STEP, OptimizedWeight, State, take_step
 from nmlightning.optim.scope import MATRICES
 from nmlightning.optim.step_hooks import StepRule
@@ -53,7 +52,7 @@ class RadialProjection(StepRule):
         tensor([[ 3., -1.]])
     """
 
-    least_dims, acts_on = MATRICES, STEP
+    least_dims, acts_on, single_steps = MATRICES, STEP, True
 
     def __init__(
         self, *, delta: float = 0.1, include: Sequence[str] = (), exclude: Sequence[str] = ()
@@ -64,7 +63,6 @@ class RadialProjection(StepRule):
         self.delta = delta
 
     def init_state(self, weight: OptimizedWeight) -> State:
-        check_single_steps(self, weight.optimizer)
         return {}
 
     def measure_gradient(self, weight: OptimizedWeight) -> State:

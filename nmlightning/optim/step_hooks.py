@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from nmlightning.errors import InputError, check_lists, repr_by_arguments
 from nmlightning.optim.families import Power, StepHooks, choose_power, find_steps
@@ -46,6 +46,7 @@ class StepRule(ABC):
             step led to; otherwise it must not.
         sorts: whether it steers scale-invariant weights and others alike; `after_step` then finds
             in the state whether the weight is `scale_invariant`.
+        single_steps: whether it refuses LBFGS, which takes several in one.
         compares: whether `after_step` needs the values from before.
         include: glob patterns on the names of the weights to steer; empty means those of
             `least_dims` or more dimensions.
@@ -64,6 +65,7 @@ class StepRule(ABC):
     acts_on: ClassVar[int] = NORM
     decays: ClassVar[bool] = False
     sorts: ClassVar[bool] = False
+    single_steps: ClassVar[bool] = False
     compares: ClassVar[bool] = True
     within: tuple[Sequence[str], Sequence[str]] = ((), ())
     reference: NormHistory | str | Path | None = None
@@ -149,6 +151,9 @@ class StepRule(ABC):
         if history is not None:
             rule.power = choose_power(optimizer, self.power)
             recorded = RecordedNorms(history, weights, self.align)
+        if self.single_steps and isinstance(optimizer, LBFGS):
+            name = type(self).__name__
+            raise InputError(f"{name} works on single steps, and LBFGS takes several in one.")
         return StepHookHandle(steps, rule, weights, recorded)
 
 
