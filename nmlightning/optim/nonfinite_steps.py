@@ -10,7 +10,7 @@ from torch import Tensor
 from nmlightning.errors import InputError
 from nmlightning.name_patterns import some
 from nmlightning.optim.parameters import OptimizedWeight
-from nmlightning.weights.channel_norms import join_shards
+from nmlightning.weights.channel_norms import join_parts
 
 MAX_SKIPPED_STEPS = 100
 """A run stops when some weight's step had to be skipped in this many steps in a row."""
@@ -110,4 +110,5 @@ class NonfiniteSteps:
         return some([w.name for w, is_it in zip(self._weights, chosen, strict=True) if is_it], 3)
 
     def _over_ranks(self, values: Tensor, operation: Any = "sum") -> Tensor:
-        return join_shards(values, [weight.parameter for weight in self._weights], operation)
+        parameters = [weight.parameter for weight in self._weights]
+        return torch.stack(join_parts(values.unbind(), parameters, operation))

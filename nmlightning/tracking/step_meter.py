@@ -20,7 +20,7 @@ from nmlightning.weights.channel_norms import (
     are_plain,
     effective_learning_rates,
     join_norms,
-    join_shards,
+    join_parts,
     local_norms,
     local_part,
     reduce_channels,
@@ -304,7 +304,7 @@ class StepMeter:
         if self._products:
             names = list(self._products)
             parameters = [self._moved[layer].parameter for layer in names]
-            products = join_shards(torch.stack(list(self._products.values())), parameters, "sum")
+            products = torch.stack(join_parts(list(self._products.values()), parameters))
             known = [[norms[x][k] for k in names] for x in ("before", "gradient_norm")]
             lengths = math.prod(map(_layer_rms, known), start=torch.ones_like(products))
             counts = torch.tensor([self._moved[layer].channels for layer in names])

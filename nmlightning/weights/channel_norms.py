@@ -265,16 +265,6 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def join_shards(
-    values: Tensor, parameters: Sequence[Tensor], operation: Literal["sum", "max"]
-) -> Tensor:
-    """Return (N,) values of N parameters, joined over the ranks that hold parts of each.
-
-    Every rank has to call it. The value of a parameter that each rank holds whole does not change.
-    """
-    return torch.stack(join_parts(values.unbind(), parameters, operation))
-
-
 def join_parts(
     parts: Sequence[Tensor], parameters: Sequence[Tensor], operation: Literal["sum", "max"] = "sum"
 ) -> list[Tensor]:
