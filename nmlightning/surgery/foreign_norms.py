@@ -27,6 +27,7 @@ from nmlightning.kernels.interface import NormKind
 from nmlightning.norms.fast_path import traceable
 from nmlightning.norms.layer_norm import FeatureNorm, normalise_features
 
+# Libraries whose norms are tried without being asked to.
 KNOWN_PACKAGES = {
     *("timm", "torchvision", "transformers", "transformers_modules"),
     *("diffusers", "open_clip", "torchtune", "apex"),
@@ -182,11 +183,6 @@ def make_foreign(template: nn.Module, module: nn.Module, form: NormForm, has_eps
     if isinstance(form.eps, str) or (has_eps and ours):
         vars(template)[form.eps if isinstance(form.eps, str) else "eps"] = eps
     template.__class__ = swapped_class(own_class, replaced, form) if ours else replaced
-
-
-def is_known(cls: type) -> bool:
-    """Return whether a class is of a library whose norms are tried without being asked to."""
-    return cls.__module__.partition(".")[0] in KNOWN_PACKAGES
 
 
 def find_form(module: nn.Module, kinds: tuple[NormKind, ...], named: bool) -> NormForm | str:

@@ -17,11 +17,7 @@ from nmlightning.int8.layers import (
     class_of,
     find_layers,
 )
-from nmlightning.int8.norms import (
-    quantize_norm,
-    quantizer_of,
-    restore_norm,
-)
+from nmlightning.int8.norms import quantize_norm, quantizer_of, restore_norm
 from nmlightning.int8.quantizer import Rounding
 from nmlightning.int8.ranges import options_of
 from nmlightning.name_patterns import by_reason, matches, plain_name, some, unmatched

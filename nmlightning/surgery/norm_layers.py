@@ -192,7 +192,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def _describe(name: str, module: nn.Module, named: NormKind | None) -> NormLayer:
-    cls = type(module)
+    cls, library = type(module), type(module).__module__.partition(".")[0]
     like_torchs = isinstance(module, nn.LayerNorm | nn.RMSNorm)
     like_torchs = like_torchs or _NAMED_LAYER_OR_RMS.search(cls.__name__) is not None
     if "forward" in vars(module):
@@ -216,7 +216,7 @@ def _describe(name: str, module: nn.Module, named: NormKind | None) -> NormLayer
             return NormLayer(name, module, "batch", _dims_of(module))
     elif isinstance(module, foreign_norms.SwappedNorm):
         return NormLayer(name, module, module.form.kind, form=module.form)
-    elif named is not None or (foreign_norms.is_known(cls) and like_torchs):
+    elif named is not None or (like_torchs and library in foreign_norms.KNOWN_PACKAGES):
         form = foreign_norms.find_form(module, (named,) if named else ("layer", "rms"), bool(named))
         if isinstance(form, foreign_norms.NormForm):
             return NormLayer(name, module, form.kind, form=form)
