@@ -165,7 +165,7 @@ def unsupported_norm(
 ) -> str:
     """Return in a few words why kernels for such inputs do not compute the norm, or nothing."""
     batch = key.kind == "batch"
-    selects = is_largest(key.statistic) or (has_range and isinstance(key.statistic, RangeMean))
+    selects = isinstance(key.statistic, (LargestMean, *[RangeMean] * has_range))
     if not (is_l1(key.statistic) or (batch and selects)):
         return f"no kernel for {key.statistic.name}"
     if key.dtype not in dtypes:
@@ -183,11 +183,6 @@ def _name(dtype: torch.dtype) -> str:
 
 def is_l1(statistic: Statistic) -> bool:
     return statistic == PowerMean(1.0)
-
-
-def is_largest(statistic: Statistic) -> bool:
-    """Return whether the statistic is the mean of the k largest |d|, or the largest."""
-    return isinstance(statistic, LargestMean)
 
 
 def layout_of(x: Tensor) -> Layout:

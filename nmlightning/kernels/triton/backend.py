@@ -21,13 +21,11 @@ class TritonBackend:
     device = "cuda"
 
     def unsupported_reason(self, key: DispatchKey) -> str:
-        """Return in a few words why it does not support the key; nothing if it does."""
         reason = _unsupported_machine() or unsupported_norm(key, DTYPES)
         too_many = isinstance(key.statistic, LargestMean) and key.statistic.k > LARGEST_K
         return reason or (f"no kernel for k above {LARGEST_K}" if too_many else "")
 
     def kernels(self, key: DispatchKey) -> Any:
-        """Return the kernels of a key that is supported."""
         if key.kind == "batch":
             from nmlightning.kernels.triton.batch_norm import TritonBatchNorm
 
@@ -37,7 +35,6 @@ class TritonBackend:
         return TritonLayerNorm.apply
 
     def tracking(self) -> Tracking | None:
-        """Return what moves running statistics, or None where torch's own operations do."""
         if _unsupported_machine():
             return None
         from nmlightning.kernels.triton.batch_norm import track
@@ -45,7 +42,6 @@ class TritonBackend:
         return track
 
     def weights(self) -> Any:
-        """Return what `weight_kernels` does, or None."""
         if _unsupported_machine() or not torch.cuda.is_available():
             return None
         from nmlightning.kernels.triton import weights
