@@ -429,14 +429,8 @@ def test_the_compiler_traces_the_formula_whole() -> None:
         (lambda: Int8Linear(3, 4, rounding="up"), "rounding is 'stochastic' or 'nearest'"),  # type: ignore[arg-type]
         (lambda: Int8Linear(3, 4, momentum=2), "momentum must be between 0 and 1"),
         (lambda: Int8Linear(3, 4, bits=8.0), "bits is a whole number"),  # type: ignore[arg-type]
-        (
-            lambda: Int8Linear(3, 4)(torch.ones(2, 3).long()),
-            "takes floating inputs, got",
-        ),
-        (
-            lambda: Int8Conv2d(3, 4, 5)(torch.ones(2, 3, 2, 2)),
-            r"kernel \(5, 5\) is larger than",
-        ),
+        (lambda: Int8Linear(3, 4)(torch.ones(2, 3).long()), "takes floating inputs, got"),
+        (lambda: Int8Conv2d(3, 4, 5)(torch.ones(2, 3, 2, 2)), r"kernel \(5, 5\) is larger than"),
         (lambda: Int8Linear(3, 4)(torch.ones(2, 4)), "takes inputs of 3 features, got"),
         (lambda: Int8Conv2d(3, 4, 3)(torch.ones(2, 4, 5, 5)), r"takes \(N, 3, \*\) inputs of 4"),
     ],

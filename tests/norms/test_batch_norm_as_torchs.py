@@ -8,15 +8,7 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
 
-from batch_norm_contract import (
-    EXACT,
-    TORCH,
-    Norm,
-    define,
-    every_norm,
-    gradients,
-    learned,
-)
+from batch_norm_contract import EXACT, TORCH, Norm, define, every_norm, gradients, learned
 from nmlightning import norms
 from nmlightning.errors import InputError
 

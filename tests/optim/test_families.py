@@ -95,10 +95,7 @@ def test_known_power_knows_timms_optimizers(name: str, power: int | None) -> Non
     assert known_power(optimizer) == power
 
 
-SIMULATED = [
-    *CASES,
-    Case(__name__, "Lion", 1e-4),
-]
+SIMULATED = [*CASES, Case(__name__, "Lion", 1e-4)]
 
 
 @pytest.mark.parametrize("case", SIMULATED, ids=str)

@@ -261,11 +261,7 @@ def fused() -> nn.Module:
         (small, {"exclude": ["*"]}, "There is no convolution or linear layer in Sequential, or no"),
         (small, {"dry_run": 2}, "dry_run"),
         (nn.ReLU, {}, "There is no convolution or linear layer in ReLU"),
-        (
-            lambda: nn.LSTM(3, 3),
-            {},
-            "LSTM has no layer that can compute in int8: LSTM: its",
-        ),
+        (lambda: nn.LSTM(3, 3), {}, "LSTM has no layer that can compute in int8: LSTM: its"),
         (fused, {}, "1 also does the ReLU behind it, whose gradient is not the norm's"),
     ],
 )

@@ -177,11 +177,7 @@ def some(*makes: Any) -> Any:
 
 
 REFUSALS: list[tuple[Any, dict[str, Any], str]] = [
-    (
-        torchvision.models.resnet18,
-        {"include": ["x"]},
-        "layer1.0.bn2 (BatchNorm2d) and 17 more.",
-    ),
+    (torchvision.models.resnet18, {"include": ["x"]}, "layer1.0.bn2 (BatchNorm2d) and 17 more."),
     (
         some(*[nn.LayerNorm] * 5, nn.RMSNorm),
         {},
