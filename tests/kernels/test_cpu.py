@@ -238,11 +238,7 @@ def test_rows_have_the_same_bits_on_one_thread_and_two(make: Any, shape: tuple[i
 def test_row_gradients_have_the_definitions_sign_at_the_mean(
     make: Any, n: int, dtype: torch.dtype
 ) -> None:
-    x, grad, layer = (
-        torch.randint(-3, 4, (500, n)).to(dtype),
-        torch.randn(500, n).to(dtype),
-        make(n),
-    )
+    layer, x = make(n), torch.randint(-3, 4, (500, n)).to(dtype)
     grad = torch.randn(500, n).to(dtype)
     x[:, 0] = 4  # so that no row is constant
     assert (x.double().sum(1) % n == 0).any()  # their means may be elements

@@ -26,27 +26,19 @@ def test_layer_class_finds_batch_norms(name: str, dims: int | None, suffix: str)
     assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
 
 
+@pytest.mark.parametrize("dims", [1, 2, 3, None])
+def test_layer_class_is_torchs_for_l2(dims: int | None) -> None:
+    expected = nn.SyncBatchNorm if dims is None else getattr(nn, f"BatchNorm{dims}d")
+    assert registry.layer_class("l2", "batch", dims) is expected
+
+
 @pytest.mark.parametrize(
-    ("name", "kind", "dims", "expected"),
-    [
-        ("l2", "batch", 1, nn.BatchNorm1d),
-        ("l2", "batch", 2, nn.BatchNorm2d),
-        ("l2", "batch", 3, nn.BatchNorm3d),
-        ("l2", "batch", None, nn.SyncBatchNorm),
-        ("l2", "layer", None, nn.LayerNorm),
-        ("l2", "rms", None, nn.RMSNorm),
-        ("l1", "layer", None, norms.L1LayerNorm),
-        ("lp", "layer", None, norms.LpLayerNorm),
-        ("l1", "rms", None, norms.L1RMSNorm),
-        ("lp", "rms", None, norms.LpRMSNorm),
-        ("scaled", "layer", None, norms.ScaledLayerNorm),
-        ("scaled", "rms", None, norms.ScaledRMSNorm),
-    ],
+    ("name", "home", "title"),
+    [("l2", nn, ""), ("l1", norms, "L1"), ("lp", norms, "Lp"), ("scaled", norms, "Scaled")],
 )
-def test_layer_class_is_torchs_for_l2_and_ours_else(
-    name: str, kind: NormKind, dims: int | None, expected: type
-) -> None:
-    assert registry.layer_class(name, kind, dims) is expected
+def test_layer_class_finds_layer_and_rms_norms(name: str, home: Any, title: str) -> None:
+    assert registry.layer_class(name, "layer") is getattr(home, f"{title}LayerNorm")
+    assert registry.layer_class(name, "rms") is getattr(home, f"{title}RMSNorm")
 
 
 @pytest.mark.parametrize("name", ["linf", "topk", "top10", "range", "mean", "half_l2"])

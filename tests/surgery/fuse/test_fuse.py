@@ -11,7 +11,6 @@ import torch
 import torchvision
 from pytorch_lightning.plugins.layer_sync import TorchSyncBatchNorm
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from lightning_modules import PlLate, PlModule, fit
 from nmlightning import NormSwap, export_network, fold_norms, probe_norms, swap_norms
@@ -157,14 +156,6 @@ def test_probe_norms_measures_unfused_norms() -> None:
         x.outcomes for x in seen[1].layers
     ]
     assert len(fused_norms(net)) == 7
-
-
-def test_averaged_model_stays_fused() -> None:
-    net = fused_resnet()
-    average = AveragedModel(net)
-    average.update_parameters(net)
-    assert len(fused_norms(average)) == 7
-    torch.testing.assert_close(average.eval()(images()), net.eval()(images()))
 
 
 @pytest.mark.parametrize("made", [PlModule, PlLate])
