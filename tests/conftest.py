@@ -119,21 +119,17 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def make_image_folder(tmp_path: Path) -> Callable[..., Path]:
+def image_folder(tmp_path: Path) -> Path:
     """Write train and val with JPEGs of three classes, as ImageNet is laid out: 50 by 40 pixels."""
-
-    def make(images: int = 4, validation_images: int = 2) -> Path:
-        draw = np.random.default_rng(0)
-        for part, length in (("train", images), ("val", validation_images)):
-            for name in "abc":
-                folder = tmp_path / "images" / part / name
-                folder.mkdir(parents=True)
-                for number in range(length):
-                    pixels = draw.integers(256, size=(40, 50, 3), dtype=np.uint8)
-                    Image.fromarray(pixels).save(folder / f"{number}.JPEG")
-        return tmp_path / "images"
-
-    return make
+    draw = np.random.default_rng(0)
+    for part, length in (("train", 4), ("val", 2)):
+        for name in "abc":
+            folder = tmp_path / "images" / part / name
+            folder.mkdir(parents=True)
+            for number in range(length):
+                pixels = draw.integers(256, size=(40, 50, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.JPEG")
+    return tmp_path / "images"
 
 
 @pytest.fixture

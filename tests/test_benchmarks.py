@@ -6,7 +6,6 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,9 +52,9 @@ def test_shares_of_a_step_print_a_line_each() -> None:
     assert printed.count("% of a step") > 4
 
 
-def test_image_reading_prints_images_per_second(make_image_folder: Callable[..., Path]) -> None:
+def test_image_reading_prints_images_per_second(image_folder: Path) -> None:
     words = ["--rounds", "2", "--batch", "4", "--image_size", "32"]
-    printed = run_script("image_reading", str(make_image_folder()), *words)
+    printed = run_script("image_reading", str(image_folder), *words)
     assert printed.count(" images/s (") == 1
 
 

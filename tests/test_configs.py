@@ -166,9 +166,7 @@ def test_config_holds_the_norms_of_weights(fit: Fit, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*INT8, *STUDY_INT8])
-def test_int8_config_runs(
-    fit: Fit, make_image_folder: Callable[..., Path], name: str, tmp_path: Path
-) -> None:
+def test_int8_config_runs(fit: Fit, image_folder: Path, name: str, tmp_path: Path) -> None:
     options, other = {**INT8, **STUDY_INT8}[name]
     config, plain = read(name), read(other)
     callback = config["trainer"].pop("callbacks")[-1]
@@ -181,7 +179,7 @@ def test_int8_config_runs(
         assert model.pop("weight_decay_scope") == "no_norm"
         model["lr_scheduler"]["class_path"] = "torch.optim.lr_scheduler.MultiStepLR"
         assert model["lr_scheduler"]["init_args"].pop("warmup_epochs") == 5
-        words = ["--data.root", str(make_image_folder()), "--data.num_workers", "0", *SHORT]
+        words = ["--data.root", str(image_folder), "--data.num_workers", "0", *SHORT]
         words += shlex.split("--data.image_size 128 --data.batch_size 4 --model.net.num_classes 3")
     plain["trainer"].pop("callbacks", None)
     plain["trainer"].pop("precision", None)
@@ -196,12 +194,12 @@ def test_int8_config_runs(
 
 
 @pytest.mark.parametrize("name", [*IMAGENET, *NORMALISED_IMAGENET])
-def test_imagenet_config_runs(fit: Fit, make_image_folder: Callable[..., Path], name: str) -> None:
+def test_imagenet_config_runs(fit: Fit, image_folder: Path, name: str) -> None:
     normed = name in NORMALISED_IMAGENET
     norm, options = ("mean", {}) if normed else (IMAGENET[name] or (None, {}))
     # The ten largest of 4 images need 2×2 places each, which are what is left of 64×64.
     words = ["--data.image_size", "64" if norm == "top10" else "32", "--data.batch_size", "4"]
-    words += ["--data.root", str(make_image_folder()), "--data.num_workers", "0"]
+    words += ["--data.root", str(image_folder), "--data.num_workers", "0"]
     words += [*SHORT, "--model.net.num_classes", "3", *(WHOLE if normed else [])]
     checkpoint, swaps, normalised = fit(name, *words)
     assert bool(swaps) == bool(norm)

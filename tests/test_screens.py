@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def screen(
     folder: Path,
-    make_image_folder: Callable[..., Path],
+    image_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> Callable[[str, int | None], str]:
@@ -71,7 +71,7 @@ def screen(
     def run(words: str, columns: int | None) -> str:
         monkeypatch.chdir(folder)
         if "images" in words and not Path("images").exists():
-            make_image_folder().rename("images")
+            image_folder.rename("images")
         for handler in filtered_handlers():
             monkeypatch.setattr(handler, "stream", sys.stderr)
         monkeypatch.setattr(doctor, "TIMED", {4: (2, 8, 4, 4), 2: (4, 16)})

@@ -16,12 +16,10 @@ pytest.importorskip("litdata")
 
 
 @pytest.fixture
-def folder(
-    make_image_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
+def folder(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("COLUMNS", raising=False)
-    return make_image_folder()
+    return image_folder
 
 
 def test_shard_prints_what_it_wrote(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,6 @@
 """Damaged images, and files that are none: an error or skipped, never a crash in mid-training."""
 
 import pickle
-from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -40,23 +39,20 @@ def same(first: list[RawBatch], second: list[RawBatch]) -> bool:
     )
 
 
-@pytest.fixture
-def root(make_image_folder: Callable[..., Path]) -> Path:
-    return make_image_folder()
-
-
 # From 3.12 on Python warns of forking where threads run, as torch's do; workers use none of them.
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_training_replaces_a_damaged_image_by_the_next(root: Path, num_workers: int) -> None:
+def test_training_replaces_a_damaged_image_by_the_next(
+    image_folder: Path, num_workers: int
+) -> None:
     """As if the file of the next were there twice: same batches, same augmentation."""
-    damaged = [root / "train" / "b" / f"{number}.JPEG" for number in (1, 2)]
+    damaged = [image_folder / "train" / "b" / f"{number}.JPEG" for number in (1, 2)]
     for path in damaged:
-        path.write_bytes((root / "train/b/3.JPEG").read_bytes())
-    expected = read_training(open_images(root))
+        path.write_bytes((image_folder / "train/b/3.JPEG").read_bytes())
+    expected = read_training(open_images(image_folder))
     damaged[0].write_bytes(b"")
     damaged[1].write_bytes(damaged[1].read_bytes()[:400])
-    data = open_images(root, num_workers)
+    data = open_images(image_folder, num_workers)
     with pytest.warns(UserWarning, match="Skipped a damaged image") as warned:
         batches = read_training(data)
     assert [len(batch.labels) for batch in batches] == [4, 4, 4]
@@ -67,54 +63,54 @@ def test_training_replaces_a_damaged_image_by_the_next(root: Path, num_workers: 
     assert "2 of 12 so far" in text[1]
 
 
-def test_damaged_image_is_named_once(root: Path) -> None:
-    (root / "train/a/0.JPEG").write_text("not an image")
-    data = open_images(root)
+def test_damaged_image_is_named_once(image_folder: Path) -> None:
+    (image_folder / "train/a/0.JPEG").write_text("not an image")
+    data = open_images(image_folder)
     with pytest.warns(UserWarning, match=r"train/a/0.JPEG \(of no known format\)\.$"):
         read_training(data)
     loader = data.train_dataloader()
     assert len(list(loader)) == 3, "and no second warning, which would be an error"
 
 
-def test_training_replaces_the_last_image_by_the_first(root: Path) -> None:
-    (root / "train/c/3.JPEG").write_bytes(b"")
+def test_training_replaces_the_last_image_by_the_first(image_folder: Path) -> None:
+    (image_folder / "train/c/3.JPEG").write_bytes(b"")
     with pytest.warns(UserWarning, match="c/3.JPEG"):
-        labels = torch.cat([batch.labels for batch in read_training(open_images(root))])
+        labels = torch.cat([batch.labels for batch in read_training(open_images(image_folder))])
     assert labels.bincount().tolist() == [5, 4, 3]
 
 
-def test_evaluation_leaves_out_a_damaged_image(root: Path) -> None:
-    (root / "val/b/0.JPEG").write_bytes(b"")
+def test_evaluation_leaves_out_a_damaged_image(image_folder: Path) -> None:
+    (image_folder / "val/b/0.JPEG").write_bytes(b"")
     with pytest.warns(UserWarning, match="1 of 6 so far: .*val/b/0.JPEG"):
-        batches = list(open_images(root).val_dataloader())
+        batches = list(open_images(image_folder).val_dataloader())
     assert [batch.labels.tolist() for batch in batches] == [[0, 0, 1], [2, 2]]
-    (root / "val/b/1.JPEG").write_bytes(b"")
+    (image_folder / "val/b/1.JPEG").write_bytes(b"")
     with pytest.raises(InputError, match=r"no image of a batch can be read, such as .*/val/b/"):
-        list(open_images(root, batch_size=1).val_dataloader())
+        list(open_images(image_folder, batch_size=1).val_dataloader())
 
 
-def test_folder_reports_files_that_are_no_images(root: Path) -> None:
+def test_folder_reports_files_that_are_no_images(image_folder: Path) -> None:
     for name in ("train/a/notes.txt", "train/c/Thumbs.db", "train/readme.md"):
-        (root / name).touch()
+        (image_folder / name).touch()
     message = r"^{}/train holds files that are not images by their names, 2 in all: a/notes.txt, c/"
-    with pytest.raises(InputError, match=message.format(root)):
-        ImageNet(str(root)).setup("fit")
+    with pytest.raises(InputError, match=message.format(image_folder)):
+        ImageNet(str(image_folder)).setup("fit")
     with pytest.warns(UserWarning, match=r"names, 2 in all: a/notes.txt, c/Thumbs.db$"):
-        data = open_images(root)
+        data = open_images(image_folder)
     assert data.train.length == 12
 
 
 @pytest.mark.usefixtures("_forks")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Skipped a damaged image")
-def test_damaged_images_keep_two_processes_in_step(root: Path) -> None:
+def test_damaged_images_keep_two_processes_in_step(image_folder: Path) -> None:
     """Rank 0 alone meets the damaged images, in training and in validation."""
     for name in ("train/a/1.JPEG", "train/c/0.JPEG", "val/a/0.JPEG"):
-        (root / name).write_bytes(b"")
+        (image_folder / name).write_bytes(b"")
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32**2, 3))
     task = ImageClassifier(net, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.01))
     trainer = quiet_trainer(max_epochs=2, strategy="ddp_fork", devices=2)
-    trainer.fit(task, ImageNet(str(root), 2, num_workers=0, image_size=32, damaged="skip"))
+    trainer.fit(task, ImageNet(str(image_folder), 2, num_workers=0, image_size=32, damaged="skip"))
     for name in ("train/loss", "val/loss"):
         assert trainer.callback_metrics[name].isfinite()
 

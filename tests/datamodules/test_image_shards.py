@@ -21,14 +21,9 @@ SHARD = 3  # images
 
 
 @pytest.fixture
-def folder(make_image_folder: Callable[..., Path]) -> Path:
-    return make_image_folder()
-
-
-@pytest.fixture
-def shards(folder: Path, tmp_path: Path) -> Path:
+def shards(image_folder: Path, tmp_path: Path) -> Path:
     out = tmp_path / "shards"
-    assert main(["shard", str(folder), str(out), "--shard_size", str(SHARD)]) == 0
+    assert main(["shard", str(image_folder), str(out), "--shard_size", str(SHARD)]) == 0
     return out
 
 
@@ -54,16 +49,16 @@ def read_all(loader: Any) -> tuple[Tensor, Tensor]:
     return torch.cat(images), torch.cat(labels)
 
 
-def test_shards_hold_the_files(folder: Path, shards: Path) -> None:
+def test_shards_hold_the_files(image_folder: Path, shards: Path) -> None:
     index = read_index(str(shards))
     assert index[:3] == (["a", "b", "c"], SHARD, {"train": 12, "val": 6})
-    assert index.digests["val"] == FolderImages(folder / "val").digest
+    assert index.digests["val"] == FolderImages(image_folder / "val").digest
     for part, count in index.images.items():
         images = ShardedImages(str(shards), part, index)
         fetched = [images.fetch(row) for row in range(images.length)]
         content = {image.name: image.file.read() for image in fetched}  # type: ignore[union-attr]
         for name, read in content.items():
-            assert read == (folder / Path(name).relative_to(shards)).read_bytes()
+            assert read == (image_folder / Path(name).relative_to(shards)).read_bytes()
         assert len(content) == images.length == count
         assert {(Path(image.name).parent.name, image.label) for image in fetched} == {
             ("a", 0),
@@ -72,8 +67,8 @@ def test_shards_hold_the_files(folder: Path, shards: Path) -> None:
         }
 
 
-def test_shards_validate_as_the_folder(folder: Path, shards: Path) -> None:
-    data = [open_images(root) for root in (folder, shards)]
+def test_shards_validate_as_the_folder(image_folder: Path, shards: Path) -> None:
+    data = [open_images(root) for root in (image_folder, shards)]
     assert [each.num_classes for each in data] == [3, 3]
     torch.testing.assert_close(*(read_all(each.val_dataloader()) for each in data), rtol=0, atol=0)
 

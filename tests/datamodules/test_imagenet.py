@@ -1,5 +1,6 @@
 """ImageNet on a tiny folder of generated JPEGs, and on real images where they are at hand."""
 
+import itertools
 import shutil
 import warnings
 from collections.abc import Callable
@@ -22,11 +23,6 @@ MEAN = np.array([0.485, 0.456, 0.406])
 STD = np.array([0.229, 0.224, 0.225])
 
 
-@pytest.fixture
-def root(make_image_folder: Callable[..., Path]) -> Path:
-    return make_image_folder()
-
-
 def make_data(root: Path, **options: Any) -> ImageNet:
     settings = {"batch_size": 4, "num_workers": 0, "image_size": SIZE, **options}
     data = ImageNet(str(root), **settings)
@@ -45,8 +41,8 @@ def read_epoch(data: ImageNet, epoch: int = 0) -> tuple[Tensor, Tensor]:
     return torch.cat(images), torch.cat(labels)
 
 
-def test_imagenet_batches_are_uint8_until_transformed(root: Path) -> None:
-    data = make_data(root)
+def test_imagenet_batches_are_uint8_until_transformed(image_folder: Path) -> None:
+    data = make_data(image_folder)
     for loader, lengths in ((data.train_dataloader(), [4, 4, 4]), (data.val_dataloader(), [4, 2])):
         batches = list(loader)
         assert [len(batch.labels) for batch in batches] == lengths
@@ -59,12 +55,12 @@ def test_imagenet_batches_are_uint8_until_transformed(root: Path) -> None:
     assert data.image_shape == (3, SIZE, SIZE)
 
 
-def test_imagenet_evaluation_equals_pillows(root: Path) -> None:
+def test_imagenet_evaluation_equals_pillows(image_folder: Path) -> None:
     """Against Pillow and numpy: short side 32 · 256/224 = 37 pixels, then the middle 32."""
-    data = make_data(root)
+    data = make_data(image_folder)
     batch = next(iter(data.val_dataloader()))
     x, _ = data.on_after_batch_transfer(batch, 0)
-    image = Image.open(sorted((root / "val").glob("*/*"))[0])  # 50 wide, 40 high
+    image = Image.open(sorted((image_folder / "val").glob("*/*"))[0])  # 50 wide, 40 high
     resized = image.resize((37 * 50 // 40, 37), Image.Resampling.BILINEAR)
     left, top = round((46 - 32) / 2), round((37 - 32) / 2)
     pixels = np.asarray(resized.crop((left, top, left + 32, top + 32))) / 255
@@ -73,14 +69,13 @@ def test_imagenet_evaluation_equals_pillows(root: Path) -> None:
     torch.testing.assert_close(x[0].double(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_imagenet_training_crops_and_mirrors(make_image_folder: Callable[..., Path]) -> None:
+def test_imagenet_training_crops_and_mirrors(image_folder: Path) -> None:
     """The red of the image grows to the right, so that mirrored it grows to the left."""
-    root = make_image_folder(images=32)
     ramp = np.zeros((40, 50, 3), dtype=np.uint8)
     ramp[..., 0] = np.arange(0, 250, 5)
-    for path in (root / "train").glob("*/*"):
-        Image.fromarray(ramp).save(path, quality=95)
-    red = read_epoch(make_data(root))[0][:, 0].double().mean(1)
+    for folder, number in itertools.product((image_folder / "train").iterdir(), range(32)):
+        Image.fromarray(ramp).save(folder / f"{number}.JPEG", quality=95)
+    red = read_epoch(make_data(image_folder))[0][:, 0].double().mean(1)
     span = red[:, -1] - red[:, 0]
     assert 0.3 < (span < 0).double().mean() < 0.7  # of 96; 0.2 is four deviations
     # Widths: a square or 4:3 of 8 to 100 % of the area.
@@ -88,8 +83,8 @@ def test_imagenet_training_crops_and_mirrors(make_image_folder: Callable[..., Pa
     assert span.abs().max() > 150
 
 
-def test_imagenet_crops_differ_by_epoch(root: Path) -> None:
-    data = make_data(root)
+def test_imagenet_crops_differ_by_epoch(image_folder: Path) -> None:
+    data = make_data(image_folder)
     loader = data.train_dataloader()
     loader.sampler.shuffle = False
     epochs = []
@@ -99,15 +94,15 @@ def test_imagenet_crops_differ_by_epoch(root: Path) -> None:
     assert all(not torch.equal(first, second) for first, second in zip(*epochs, strict=True))
 
 
-def test_imagenet_batch_is_in_the_drawn_order(root: Path) -> None:
-    data = make_data(root)
+def test_imagenet_batch_is_in_the_drawn_order(image_folder: Path) -> None:
+    data = make_data(image_folder)
     loader = data.train_dataloader()
     for draw, batch in zip(loader.sampler, loader, strict=True):
         assert torch.equal(batch.labels, draw.rows // 4), "of four images a class"
 
 
-def test_imagenet_leaves_torchs_generator_alone(root: Path) -> None:
-    loader = make_data(root).train_dataloader()
+def test_imagenet_leaves_torchs_generator_alone(image_folder: Path) -> None:
+    loader = make_data(image_folder).train_dataloader()
     states = []
     for _ in zip(range(3), loader, strict=False):
         states.append(torch.get_rng_state())
@@ -116,40 +111,40 @@ def test_imagenet_leaves_torchs_generator_alone(root: Path) -> None:
 
 # From 3.12 on Python warns of forking where threads run, as torch's do; workers use none of them.
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_imagenet_workers_read_as_one_process(root: Path) -> None:
-    data = make_data(root)
-    read = [read_epoch(make_data(root, num_workers=workers))[0] for workers in (0, 1)]
+def test_imagenet_workers_read_as_one_process(image_folder: Path) -> None:
+    data = make_data(image_folder)
+    read = [read_epoch(make_data(image_folder, num_workers=workers))[0] for workers in (0, 1)]
     assert torch.equal(*read)
-    (damaged := next((root / "train").glob("*/*"))).write_bytes(b"")
-    data = make_data(root, num_workers=1)
+    (damaged := next((image_folder / "train").glob("*/*"))).write_bytes(b"")
+    data = make_data(image_folder, num_workers=1)
     with pytest.raises(InputError, match=f"^{damaged} cannot be read as an image .*$"):
         read_epoch(data)
 
 
-def test_imagenet_counts_cores_by_default(root: Path) -> None:
+def test_imagenet_counts_cores_by_default(image_folder: Path) -> None:
     with warnings.catch_warnings():  # torch's, of more workers than cores
         warnings.simplefilter("error")
-        loader = make_data(root, num_workers=None).train_dataloader()
+        loader = make_data(image_folder, num_workers=None).train_dataloader()
     assert loader.data.num_workers >= 1  # type: ignore[attr-defined]
 
 
-def test_folder_images_are_listed_as_by_torchvision(root: Path) -> None:
+def test_folder_images_are_listed_as_by_torchvision(image_folder: Path) -> None:
     """Nested, through links, and without what is hidden, which torchvision is not shown."""
-    nested = root / "train" / "b"
+    nested = image_folder / "train" / "b"
     for name in ("deep/0.jpg", "deep-1/er/0.PNG", "a.webp", "deep/A.jpeg"):
         (nested / name).parent.mkdir(parents=True, exist_ok=True)
         (nested / name).touch()
-    (nested / "linked").symlink_to(root / "val" / "b")
-    expected = ImageFolder(root / "train")
+    (nested / "linked").symlink_to(image_folder / "val" / "b")
+    expected = ImageFolder(image_folder / "train")
     for name in (".ipynb_checkpoints", "b/.ipynb_checkpoints"):
-        (root / "train" / name).mkdir()
-        shutil.copy(root / "train/a/0.JPEG", root / "train" / name)
+        (image_folder / "train" / name).mkdir()
+        shutil.copy(image_folder / "train/a/0.JPEG", image_folder / "train" / name)
     for name in ("a/.DS_Store", "b/._a.webp", ".DS_Store"):
-        (root / "train" / name).touch()
-    images = FolderImages(root / "train")
+        (image_folder / "train" / name).touch()
+    images = FolderImages(image_folder / "train")
     assert (images.files, images.classes) == (expected.samples, expected.classes)
     assert len(images.files) == 18
-    assert common_classes(root / "train", root / "val") == {"a", "b", "c"}
+    assert common_classes(image_folder / "train", image_folder / "val") == {"a", "b", "c"}
 
 
 def remove(path: str) -> Callable[[Path], None]:
@@ -206,15 +201,17 @@ def cut_off(root: Path) -> None:
         (cut_off, "{root}/val/c/1.JPEG cannot be read as an image .*: replace or delete it"),
     ],
 )
-def test_imagenet_refuses_folders(root: Path, damage: Callable[[Path], None], message: str) -> None:
-    damage(root)
-    with pytest.raises(InputError, match=message.format(root=root)) as error:
-        list(make_data(root).val_dataloader())
+def test_imagenet_refuses_folders(
+    image_folder: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    damage(image_folder)
+    with pytest.raises(InputError, match=message.format(root=image_folder)) as error:
+        list(make_data(image_folder).val_dataloader())
     assert "\n" not in str(error.value)
 
 
-def test_imagenet_lists_training_images_only_to_train(root: Path) -> None:
-    data = ImageNet(str(root))
+def test_imagenet_lists_training_images_only_to_train(image_folder: Path) -> None:
+    data = ImageNet(str(image_folder))
     data.setup("validate")
     with pytest.raises(AssertionError):
         data.train_dataloader()

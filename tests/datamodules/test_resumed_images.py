@@ -1,6 +1,5 @@
 """A run that is resumed within an epoch resumes with the very next batch, pixel by pixel."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,36 +62,32 @@ def read(seen: Path, devices: int = 1) -> dict[int, tuple[Tensor, Tensor]]:
     }
 
 
-def assert_same(first: dict[int, Any], second: dict[int, Any]) -> None:
-    assert list(first) == list(second)
-    for step, (images, labels) in first.items():
-        assert torch.equal(images, second[step][0]), step
-        assert torch.equal(labels, second[step][1]), step
+def assert_same(found: dict[int, Any], whole: dict[int, Any], start: int = 0) -> None:
+    assert list(found) == list(whole)[start:]
+    for step, (images, labels) in found.items():
+        assert torch.equal(images, whole[step][0]), step
+        assert torch.equal(labels, whole[step][1]), step
 
 
 @pytest.fixture(params=["folder", "shards"])
-def root(
-    request: pytest.FixtureRequest, make_image_folder: Callable[..., Path], tmp_path: Path
-) -> Path:
-    folder = make_image_folder()
+def root(request: pytest.FixtureRequest, image_folder: Path, tmp_path: Path) -> Path:
     if request.param == "folder":
-        return folder
+        return image_folder
     pytest.importorskip("litdata")
-    assert main(["shard", str(folder), f"{tmp_path}/shards", "--shard_size", "2"]) == 0
+    assert main(["shard", str(image_folder), f"{tmp_path}/shards", "--shard_size", "2"]) == 0
     return tmp_path / "shards"
 
 
-@pytest.mark.parametrize(("workers", "later_workers"), [(0, 0), (2, 2)])
-def test_imagenet_resumes(root: Path, tmp_path: Path, workers: int, later_workers: int) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_imagenet_resumes(root: Path, tmp_path: Path, workers: int) -> None:
     """Whatever the number of workers, and the seed that the resumed run is given."""
     fit(root, tmp_path / "whole", num_workers=workers)
     whole = read(tmp_path / "whole")
     assert list(whole) == list(range(WHOLE))
     assert not torch.equal(whole[0][1], whole[WHOLE // 3][1]), "another epoch, another order"
     ckpt = tmp_path / "whole" / "mid.ckpt"
-    fit(root, tmp_path / "resumed", 2, ckpt_path=ckpt, num_workers=later_workers)
-    rest = {step: batch for step, batch in whole.items() if step >= SAVED_AT}
-    assert_same(read(tmp_path / "resumed"), rest)
+    fit(root, tmp_path / "resumed", 2, ckpt_path=ckpt, num_workers=workers)
+    assert_same(read(tmp_path / "resumed"), whole, SAVED_AT)
 
 
 @pytest.mark.usefixtures("_forks")
@@ -103,40 +98,36 @@ def test_imagenet_resumes_on_two_processes(root: Path, tmp_path: Path) -> None:
     assert_same(read(tmp_path / "two", devices=2), whole)
     ckpt = tmp_path / "one" / "mid.ckpt"
     fit(root, tmp_path / "resumed", devices=2, num_workers=1, ckpt_path=ckpt)
-    rest = {step: batch for step, batch in whole.items() if step >= SAVED_AT}
-    assert_same(read(tmp_path / "resumed", devices=2), rest)
+    assert_same(read(tmp_path / "resumed", devices=2), whole, SAVED_AT)
 
 
-def test_damaged_images_resume(make_image_folder: Callable[..., Path], tmp_path: Path) -> None:
-    root = make_image_folder()
+def test_damaged_images_resume(image_folder: Path, tmp_path: Path) -> None:
     for name in ("a/1", "b/0", "b/1", "c/3"):
-        (root / "train" / f"{name}.JPEG").write_bytes(b"")
-    fit(root, tmp_path / "whole", damaged="skip")
+        (image_folder / "train" / f"{name}.JPEG").write_bytes(b"")
+    fit(image_folder, tmp_path / "whole", damaged="skip")
     ckpt = tmp_path / "whole" / "mid.ckpt"
-    fit(root, tmp_path / "resumed", damaged="skip", num_workers=2, ckpt_path=ckpt)
+    fit(image_folder, tmp_path / "resumed", damaged="skip", num_workers=2, ckpt_path=ckpt)
     whole = read(tmp_path / "whole")
     assert {len(labels) for _, labels in whole.values()} == {4}
-    rest = {step: batch for step, batch in whole.items() if step >= SAVED_AT}
-    assert_same(read(tmp_path / "resumed"), rest)
+    assert_same(read(tmp_path / "resumed"), whole, SAVED_AT)
 
 
-def test_resume_refuses_other_data(make_image_folder: Callable[..., Path], tmp_path: Path) -> None:
-    root = make_image_folder()
-    fit(root, tmp_path / "whole")
+def test_resume_refuses_other_data(image_folder: Path, tmp_path: Path) -> None:
+    fit(image_folder, tmp_path / "whole")
     ckpt = tmp_path / "whole" / "mid.ckpt"
     message = "within an epoch with 4 images a batch on all processes, and this run has 3, so the"
     with pytest.raises(InputError, match=message):
-        fit(root, tmp_path / "batch", ckpt_path=ckpt, batch_size=3)
-    (root / "train/b/0.JPEG").rename(root / "train/b/5.JPEG")
+        fit(image_folder, tmp_path / "batch", ckpt_path=ckpt, batch_size=3)
+    (image_folder / "train/b/0.JPEG").rename(image_folder / "train/b/5.JPEG")
     with pytest.raises(InputError, match=r"an epoch of other images, by their .*, so the rest"):
-        fit(root, tmp_path / "others", ckpt_path=ckpt)
-    (root / "train/b/5.JPEG").unlink()
+        fit(image_folder, tmp_path / "others", ckpt_path=ckpt)
+    (image_folder / "train/b/5.JPEG").unlink()
     with pytest.raises(InputError, match="an epoch with 12 images, and this run has 11, so the"):
-        fit(root, tmp_path / "fewer", ckpt_path=ckpt)
+        fit(image_folder, tmp_path / "fewer", ckpt_path=ckpt)
 
 
-def test_imagenet_state_determines_the_order(make_image_folder: Callable[..., Path]) -> None:
-    data = ImageNet(str(make_image_folder()), batch_size=4, num_workers=0)
+def test_imagenet_state_determines_the_order(image_folder: Path) -> None:
+    data = ImageNet(str(image_folder), batch_size=4, num_workers=0)
     data.setup("fit")
     assert data.state_dict() == {}, "of a module that has not been trained with"
     torch.manual_seed(3)
@@ -160,24 +151,22 @@ def digest(root: Path) -> str:
 
 
 def test_imagenet_digest_depends_on_names_labels_and_order(
-    make_image_folder: Callable[..., Path], tmp_path: Path
+    image_folder: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("litdata")
-    root = make_image_folder()
 
     def write(name: str) -> Path:
-        assert main(["shard", str(root), f"{tmp_path}/{name}", "--shard_size", "2"]) == 0
+        assert main(["shard", str(image_folder), f"{tmp_path}/{name}", "--shard_size", "2"]) == 0
         return tmp_path / name
 
-    digests = [digest(root), digest(write("first"))]
+    digests = [digest(image_folder), digest(write("first"))]
     assert digests[1] != digests[0], "in the order in which they were mixed"
     assert digest(write("again")) == digests[1]
-    moved = root.rename(tmp_path / "moved")
-    assert digest(moved) == digests[0], "wherever the folder is"
-    root = moved
-    (root / "train/a/0.JPEG").rename(root / "train/b/00.JPEG")
-    digests += [digest(root), digest(write("other"))]
+    image_folder = image_folder.rename(tmp_path / "moved")
+    assert digest(image_folder) == digests[0], "wherever the folder is"
+    (image_folder / "train/a/0.JPEG").rename(image_folder / "train/b/00.JPEG")
+    digests += [digest(image_folder), digest(write("other"))]
     for part in ("train", "val"):
-        (root / part / "a").rename(root / part / "d")
-    digests += [digest(root), digest(write("relabelled"))]
+        (image_folder / part / "a").rename(image_folder / part / "d")
+    digests += [digest(image_folder), digest(write("relabelled"))]
     assert len(set(digests)) == 6
