@@ -260,8 +260,9 @@ def _by_onednn(
     operation: Operation, q: Tensor, grid: Grid, weight: Tensor, scale: Tensor, bias: Tensor | None
 ) -> Tensor:
     ops: Any = torch.ops.onednn
-    scale = scale.flatten()
-    x, none = (q, float(grid.scale), int(grid.zero_point)), torch.zeros_like(scale, dtype=torch.int)
+    scale = scale.flatten() * grid.scale.clamp(min=1)  # a sum times a large one may be infinite
+    x = q, min(float(grid.scale), 1.0), int(grid.zero_point)
+    none = torch.zeros_like(scale, dtype=torch.int)
     bias = None if bias is None else bias.float()
     # of the output: its scale, zero point and dtype, and nothing that follows
     plain: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
@@ -278,9 +279,9 @@ def cpu_reason(name: str) -> str:
 
     CPUs without VNNI may add two products in int16, which 2 · 255 · 127 does not fit.
     """
-    one = torch.ones((), dtype=torch.float32)  # whatever the default dtype is
+    one = torch.ones(1, dtype=torch.float32, device="cpu")[0]  # whatever the defaults are
     grid = Grid(one, 3 * one, 8)
-    q, weight = torch.full((2, 64), 255, dtype=torch.uint8), torch.full((5, 64), 127).to(torch.int8)
+    q, weight = (255 * one).to(torch.uint8).expand(2, 64), (127 * one).to(torch.int8).expand(5, 64)
     try:
         for dims in (0,) if name == INT_MM else (1, 2, 3):
             each, last = (1,) * dims, (..., *[None] * dims)

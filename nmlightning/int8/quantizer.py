@@ -11,14 +11,14 @@ Source: Banner et al. 2018 (arXiv 1805.11046).
 """
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from nmlightning.errors import InputError
+from nmlightning.errors import InputError, check_choice
 from nmlightning.functional.reductions import is_transformed
 from nmlightning.kernels.dispatch import quantizing_kernels
 
@@ -113,7 +113,7 @@ def make_grid(low: Tensor, high: Tensor, bits: int) -> Grid:
     - An end that is not finite: s is NaN, and so is all that is computed with it. Nothing is hidden
       from a GradScaler or from who looks for NaN.
     """
-    steps = 2**bits - 1
+    steps = 2 ** check_bits("bits", bits) - 1
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = high / steps - low / steps  # the difference may be above the largest number
     scale = scale.clamp(min=torch.finfo(scale.dtype).tiny).where(scale > 0, 1.0)
@@ -158,6 +158,7 @@ def quantize(
         stream: Ranks with one seed have other random numbers each by giving their rank.
         channels_last: how q is to lie in memory, if not like x.
     """
+    check_choice("rounding", rounding, get_args(Rounding))
     bits = _random_bits(x, generator, stream) if rounding == "stochastic" else None
     numbers = grid.scale, grid.zero_point, grid.levels
     if (found := by_kernel("quantize", x, bits, *numbers, False, channels_last)) is not None:
@@ -170,14 +171,15 @@ def quantize(
 
 
 def _random_bits(x: Tensor, generator: torch.Generator | None, stream: int) -> Tensor:
-    """Return a uniform int16 for each value of x; eager code makes all of one draw by SplitMix64.
+    """Return a uniform int16 for each value of x, all of one draw by SplitMix64.
 
     Source: Steele, Lea and Flood 2014, Fast splittable pseudorandom number generators.
     """
     if torch.compiler.is_compiling():
-        return torch.randint(-(2**15), 2**15, (x.numel(),), dtype=torch.int16, device=x.device)
-    seed = torch.empty((), dtype=torch.int64, device=x.device)
-    seed.random_(-(2**63), None, generator=generator)
+        seed = torch.randint(-(2**63), 2**63 - 1, (), device=x.device)
+    else:
+        seed = torch.empty((), dtype=torch.int64, device=x.device)
+        seed.random_(-(2**63), None, generator=generator)
     seed.add_((stream * _STREAM + 2**63) % 2**64 - 2**63)
     if (found := by_kernel("random_bits", seed, x.numel())) is not None:
         return found

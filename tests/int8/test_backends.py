@@ -100,6 +100,16 @@ def test_an_absent_operator_means_the_formula(monkeypatch: pytest.MonkeyPatch) -
         backends.cpu_reason.cache_clear()
 
 
+def test_operators_are_tried_on_the_cpu_whatever_the_default_device() -> None:
+    reasons = []
+    for device in ("cpu", "meta"):
+        backends.cpu_reason.cache_clear()
+        with torch.device(device):
+            reasons.append([backends.cpu_reason(name) for name in (ONEDNN, INT_MM)])
+    backends.cpu_reason.cache_clear()
+    assert reasons[0] == reasons[1]
+
+
 @pytest.mark.parametrize(
     ("layer", "shape", "reason"),
     [

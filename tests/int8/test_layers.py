@@ -399,6 +399,20 @@ def test_large_inputs_stay_finite(make: Any) -> None:
     assert 1e36 < layer.running_max < 1e38
 
 
+def test_large_convolutions_and_gradients_stay_finite() -> None:
+    """A sum times the input's scale is above the largest float32, the output is not."""
+    layer = Int8Conv2d(64, 8, 3, bias=False, rounding="nearest")
+    x = (1e35 * torch.randn(8, 64, 9, 9)).requires_grad_()
+    found = []
+    for backend in ("auto", "formula"):
+        with norm_backend(backend):
+            y = layer.train()(x)
+            found.append((y, *torch.autograd.grad(y, x, torch.full_like(y, 1e36))))
+    for ours, expected in zip(*found, strict=True):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours / 1e35, expected / 1e35, rtol=1e-6, atol=1e-5)
+
+
 def test_a_seed_makes_gradients_the_same() -> None:
     layer, x = Int8Conv2d(4, 6, 3, gradient_bits=2), input_of((4, 5, 5))
 

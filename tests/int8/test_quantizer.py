@@ -11,6 +11,7 @@ from nmlightning.errors import InputError
 from nmlightning.int8 import quantizer
 from nmlightning.int8.quantizer import (
     BITS,
+    Grid,
     check_bits,
     cosine_bound,
     dequantize,
@@ -123,6 +124,22 @@ def test_random_numbers_are_of_the_generator_and_the_stream() -> None:
     assert torch.equal(first, quantize(x, grid, "stochastic"))
 
 
+def test_compiled_code_draws_other_numbers_on_each_rank() -> None:
+    x, grid = torch.full((10_000,), 0.5), Grid(torch.tensor(1.0), torch.tensor(3.0), 3)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def draw(stream: int) -> Tensor:
+        return quantize(x, grid, "stochastic", stream=stream).float()
+
+    drawn = []
+    for stream in (0, 1):
+        torch.manual_seed(3)
+        drawn.append(draw(stream))
+    # Means of so many coins: σ = 0.005.
+    assert [float(each.mean()) for each in drawn] == pytest.approx([3.5, 3.5], abs=0.025)
+    assert float((drawn[0] == drawn[1]).float().mean()) == pytest.approx(0.5, abs=0.025)
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_a_weight_has_whole_signed_numbers_of_its_bits(bits: int) -> None:
     weight = torch.randn(6, 5, 3, 3) * torch.arange(6.0).view(-1, 1, 1, 1)
@@ -182,3 +199,11 @@ def test_the_bound_is_the_published_one(bits: int, expected: float) -> None:
 def test_bits_are_2_to_8(bits: object) -> None:
     with pytest.raises(InputError, match="gradient_bits is a whole number of 2 … 8, got"):
         check_bits("gradient_bits", bits)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="bits is a whole number of 2 … 8, got"):
+        make_grid(torch.tensor(-1.0), torch.tensor(1.0), bits)  # type: ignore[arg-type]
+
+
+def test_rounding_is_one_of_two() -> None:
+    grid = make_grid(torch.tensor(-1.0), torch.tensor(1.0), 8)
+    with pytest.raises(InputError, match=r"rounding is 'nearest' or 'stochastic', got 'floor'\."):
+        quantize(torch.ones(3), grid, "floor")  # type: ignore[arg-type]

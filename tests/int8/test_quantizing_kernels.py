@@ -76,6 +76,18 @@ def test_q_is_that_of_the_formula(name: str, dtype: torch.dtype, threads: int) -
             assert_equal(*both(lambda g=grid: q8.quantize_signed(x, g)))
 
 
+@pytest.mark.parametrize("size", [(6, 1), (6, 1, 1, 1), (1, 6, 1, 1)])
+def test_grids_of_several_scales_are_those_of_the_formula(size: tuple[int, ...]) -> None:
+    x = torch.randn(6, *[6, 5, 7][: len(size) - 1])
+    grid = Grid(0.01 + torch.rand(size), torch.arange(6.0).view(size) * 30, 8)
+    for rounding in ("nearest", "stochastic"):
+        q, expected = both(lambda r=rounding: q8.quantize(x, grid, r))
+        assert_equal(q, expected)
+    assert_equal(*both(lambda: q8.dequantize(q, grid)))
+    assert_equal(*both(lambda: q8.centre(q, grid, torch.float32)))
+    assert_equal(*both(lambda: q8.direction_cosine(x, grid)))
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("name", SHAPES)
 def test_elements_are_laid_out_and_centred_as_by_the_formula(name: str, threads: int) -> None:

@@ -21,8 +21,9 @@ bool is_for_us(const Tensor& x, bool bytes = false) {
          (x.scalar_type() == (bytes ? at::kByte : at::kFloat) || x.scalar_type() == at::kBFloat16);
 }
 
-bool is_factor(const Tensor& values) {
-  return is_plain(values) && values.scalar_type() == at::kFloat && values.is_contiguous();
+bool is_factor(const Tensor& values, int64_t n = 1) {
+  return is_plain(values) && values.scalar_type() == at::kFloat && values.is_contiguous() &&
+         (values.numel() == 1 || values.numel() == n);
 }
 
 // Whether the elements of each x[i] lie together.
@@ -150,24 +151,27 @@ std::optional<Target> make_target(const Tensor& x, at::ScalarType type,
                 {x.size(0), last ? x.size(1) : size, last ? size : x.size(1), true}};
 }
 
-// Returns q like x, or with the channels first or last; or q − z as int8, which has a scale for
-// each row if there are several. Random bits are in the order of x's memory.
+// Returns q like x, or with the channels first or last; or q − z as int8. Where the scale is
+// (rows, 1, …), each row has its own, and its own z if there are several. Random bits are in the
+// order of x's memory.
 std::optional<Tensor> quantize(const Tensor& x, const Optional& bits, const Tensor& scale,
                                const Tensor& zero_point, int64_t levels, bool is_signed,
                                std::optional<bool> channels_last) {
-  if (!is_for_us(x) || !is_factor(scale) || !is_factor(zero_point)) return {};
   const int64_t rows = scale.numel();
-  if (rows != 1 && (!has_rows(x) || x.size(0) != rows)) return {};
+  if (!is_for_us(x) || !is_factor(scale, rows) || !is_factor(zero_point, rows)) return {};
+  const bool by_row = scale.dim() == x.dim() && has_rows(x) && x.size(0) == rows;
+  if (rows != 1 && (!by_row || scale.size(0) != rows)) return {};
   const auto target = make_target(x, is_signed ? at::kChar : at::kByte, channels_last);
   if (!target) return {};
-  const float zero = *data<float>(zero_point), less = is_signed ? zero : 0.f;
   Matrices all = target->all;
   (all.transposed ? all.count : all.columns) /= std::max<int64_t>(1, rows);
   with_type(x, [&]<class T>(T*) {
-    for (int64_t row = 0, i = 0; row < rows; row++, i += x.numel() / rows)
-      write_elements(all, data<T>(x) + i, static_cast<uint8_t*>(target->to.data_ptr()) + i,
-                     Quantizer{data<float>(scale)[row], zero, float(levels), less,
-                               data<int16_t>(bits)});
+    for (int64_t row = 0, i = 0; row < rows; row++, i += x.numel() / rows) {
+      const float zero = data<float>(zero_point)[zero_point.numel() == 1 ? 0 : row];
+      const int16_t* drawn = bits ? data<int16_t>(*bits) + i : nullptr;
+      const Quantizer f{data<float>(scale)[row], zero, float(levels), is_signed ? zero : 0.f, drawn};
+      write_elements(all, data<T>(x) + i, static_cast<uint8_t*>(target->to.data_ptr()) + i, f);
+    }
   });
   return target->to;
 }
