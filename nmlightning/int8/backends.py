@@ -8,7 +8,7 @@
 - `torch._int_mm`, the same for matrix products, for convolutions on a CPU whose output has few
   places for its channels, which are unfolded to such products, and for 1×1 ones on CUDA.
 
-The latter two are by operators that torch does not document, so they are tried before.
+The latter two are by operators that torch does not document, so they are tried before on a CPU.
 """
 
 import math
