@@ -19,7 +19,9 @@ from nmlightning.int8.quantizer import Rounding, check_bits
 from nmlightning.int8.ranges import (
     NOTE,
     RANGES,
+    clear_range,
     input_grid,
+    kept_wide,
     ranks_to_share_with,
     register_range,
     remove_range,
@@ -139,11 +141,14 @@ class Int8Layer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Int8Layer":
         """Move and cast the layer, but keep the running range in float32."""
-        ranges = [getattr(self, name) for name in RANGES]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in zip(RANGES, ranges, strict=True):
-            setattr(self, name, before.to(getattr(self, name).device))
+        with kept_wide(self):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def reset_parameters(self) -> None:
+        """Reset the parameters as torch does, and forget the running range."""
+        super().reset_parameters()  # type: ignore[misc]
+        clear_range(self)
 
     def extra_repr(self) -> str:
         """Return torch's, and the options that are not the default."""
@@ -173,6 +178,7 @@ class Int8Conv(Int8Layer):
     groups: int
     padding_mode: Any  # as torch has it
     in_channels: int
+    out_channels: int
     _reversed_padding_repeated_twice: list[int]  # of each side, the last dimension first
 
     def __init__(
@@ -204,6 +210,8 @@ class Int8Conv(Int8Layer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the (N, O, *) convolution of (N, C, *), or of (C, *), in its dtype."""
+        if 0 in (self.in_channels, self.out_channels):  # no weight has a range
+            return super().forward(input)  # type: ignore[no-any-return]
         dims = self.weight.dim()
         if input.dim() not in (dims - 1, dims) or input.shape[1 - dims] != self.in_channels:
             raise InputError(
@@ -279,6 +287,8 @@ class Int8Linear(Int8Layer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the (N, *, O) product of (N, *, C), or of (C,), in its dtype."""
+        if 0 in (self.in_features, self.out_features):  # no weight has a range
+            return super().forward(input)
         if not input.dim() or input.shape[-1] != self.in_features:
             raise InputError(
                 f"{type(self).__name__} takes inputs of {self.in_features} features, "
@@ -331,6 +341,8 @@ def find_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
     The reason is empty for a layer that is or can be in int8.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a torch.nn.Module, got {model!r}.")
     named: Iterator[tuple[str, nn.Module]] = model.named_modules(remove_duplicate=False)
     for name, module in named:
         if isinstance(module, (*INT8_CLASSES, _ConvTransposeNd, *_READS_WEIGHTS)):

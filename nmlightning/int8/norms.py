@@ -1,11 +1,14 @@
 """Norms with a quantised input and a quantised gradient of the output, whatever the norm."""
 
+import sys
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from nmlightning.errors import InputError, check_choice, check_flag
 from nmlightning.functional.batch_norm import DifferentiatedOnce
@@ -19,7 +22,7 @@ from nmlightning.int8.quantizer import (
     make_grid,
     quantize,
 )
-from nmlightning.norms.batch_norm_base import check_momentum
+from nmlightning.norms.batch_norm_base import CONVERTS, check_momentum
 
 
 def quantize_norm(
@@ -51,6 +54,8 @@ def quantize_norm(
 
     Source: Banner et al. 2018 (arXiv 1805.11046), who quantise Range batch norm.
     """
+    if not isinstance(norm, nn.Module) or ranges.holder_of(norm) is norm:
+        raise InputError(f"norm is a torch.nn.Module that is not in int8 itself, got {norm!r}.")
     quantizer = NormQuantizer(bits, gradient_bits, rounding, momentum, sync)
     if swapped_to is not None:
         quantizer.swapped_to = swapped_to
@@ -59,7 +64,9 @@ def quantize_norm(
         return
     ranges.register_range(norm)
     setattr(norm, ranges.QUANTIZER, quantizer)
-    norm.extra_repr = partial(_extra_repr, norm)  # type: ignore[method-assign]
+    for name, method in _OVERRIDES.items():
+        if hasattr(type(norm), name):
+            setattr(norm, name, partial(method, norm))
     note_by: Any = norm.register_state_dict_post_hook
     quantizer.handles = (
         norm.register_forward_pre_hook(quantizer.before, with_kwargs=True),
@@ -76,7 +83,8 @@ def restore_norm(norm: nn.Module) -> None:
         handle.remove()
     ranges.remove_range(norm)
     delattr(norm, ranges.QUANTIZER)
-    del norm.extra_repr
+    for name in _OVERRIDES.keys() & vars(norm).keys():
+        delattr(norm, name)
 
 
 def quantizer_of(norm: nn.Module) -> "NormQuantizer | None":
@@ -88,6 +96,34 @@ def _extra_repr(norm: nn.Module) -> str:
     options = {name: x for name, x in ranges.options_of(norm).items() if name != "swapped_to"}
     quantised = f"quantised({', '.join(f'{name}={x!r}' for name, x in options.items())})"
     return ", ".join(filter(None, [type(norm).extra_repr(norm), quantised]))
+
+
+def _apply(norm: Any, fn: Any, recurse: bool = True) -> Any:
+    with ranges.kept_wide(norm):
+        return type(norm)._apply(norm, fn, recurse)
+
+
+def _reset_parameters(norm: Any) -> None:
+    type(norm).reset_parameters(norm)
+    ranges.clear_range(norm)
+
+
+def _named_children(norm: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    caller = sys._getframe(1).f_code.co_name
+    if isinstance(norm, _BatchNorm) and CONVERTS.search(caller):
+        raise InputError(
+            f"{caller} would leave this quantised {type(norm).__name__} in floating point: call it "
+            "before swap_int8, or call remove_int8 first."
+        )
+    return type(norm).named_children(norm)
+
+
+_OVERRIDES: dict[str, Any] = {
+    "extra_repr": _extra_repr,
+    "_apply": _apply,
+    "reset_parameters": _reset_parameters,
+    "named_children": _named_children,
+}
 
 
 class NormQuantizer:
@@ -120,12 +156,15 @@ class NormQuantizer:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of forward with the first quantised."""
         if not arguments:  # norm(input=x)
-            name, x = next(iter(keywords.items()))
+            name, x = next(iter(keywords.items()), ("input", None))
             return (), {**keywords, name: self._quantized(norm, x)}
         x, *rest = arguments
         return (self._quantized(norm, x), *rest), keywords
 
-    def _quantized(self, norm: nn.Module, x: Tensor) -> Tensor:
+    def _quantized(self, norm: nn.Module, x: Any) -> Tensor:
+        if not (isinstance(x, Tensor) and x.is_floating_point()):
+            got = getattr(x, "dtype", x)
+            raise InputError(f"A quantised {type(norm).__name__} takes floating inputs, got {got}.")
         group = ranges.ranks_to_share_with(norm, self.sync)
         grid = ranges.input_grid(norm, x, self.bits, self.momentum, group)
         return _QuantizedInput.apply(x, *grid)  # type: ignore[no-any-return]

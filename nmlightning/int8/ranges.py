@@ -1,5 +1,7 @@
 """The running range of a module's inputs: buffers of the module, and the grid that they give."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +31,23 @@ def remove_range(module: nn.Module) -> None:
     """Remove what `register_range` added."""
     for name in (*RANGES, _COUNT):
         delattr(module, name)
+
+
+def clear_range(module: nn.Module) -> None:
+    """Forget what was tracked; torch's constructors reset a layer before it has a range."""
+    for name in (*RANGES, _COUNT):
+        if name in module._buffers:
+            getattr(module, name).zero_()
+
+
+@contextmanager
+def kept_wide(module: nn.Module) -> Iterator[None]:
+    """Keep the running range of a module in float32, whatever casts the module inside."""
+    before = {name: getattr(module, name) for name in RANGES}
+    yield
+    for name, wide in before.items():
+        if (after := getattr(module, name)).dtype != wide.dtype:  # never of to_empty
+            setattr(module, name, wide.to(after.device))
 
 
 def this_rank() -> int:

@@ -40,7 +40,7 @@ INPUT_DIMS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)
 # What a swapped layer takes from the layer that it replaces, and so is no option of a swap.
 INHERITED = {"num_features", "normalized_shape", "affine", "elementwise_affine", "bias"}
 INHERITED |= {"track_running_stats", "device", "dtype", "process_group"}
-_CONVERTS = re.compile("convert.*(sync|split)_?b", re.IGNORECASE)
+CONVERTS = re.compile("convert.*(sync|split)_?b", re.IGNORECASE)
 _FUSES_EXACT_CLASSES = ("torch.fx.experimental.optimization", "torch.ao.quantization")
 
 
@@ -234,7 +234,7 @@ class BatchNormBase(_BatchNorm):
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the children's names and modules; InputError if they are to be another norm's."""
         caller = sys._getframe(1).f_code.co_name
-        if _CONVERTS.search(caller):
+        if CONVERTS.search(caller):
             switch = "its sync is on" if self.sync else 'set its sync, by {"sync": True}'
             raise InputError(
                 f"{caller} would make an L2 norm of this {type(self).__name__}, which synchronises "

@@ -93,7 +93,11 @@ class DirectionWatch:
         bits: Sequence[int] | None = BITS,
         is_due: Callable[[], bool] = lambda: True,
     ) -> None:
-        self.bits = None if bits is None else [quantizer.check_bits("bits", each) for each in bits]
+        if bits is not None:
+            if isinstance(bits, int) or not len(bits):
+                raise InputError(f"bits is a list of numbers of 2 … 8, got {bits!r}.")
+            bits = list(dict.fromkeys(quantizer.check_bits("bits", each) for each in bits))
+        self.bits = bits
         self.layers: dict[str, WatchedLayer] = {}
         self.left_out: dict[str, str] = {}
         seen = set()
@@ -161,7 +165,7 @@ class WatchedLayer:
     ) -> None:
         """Forward hook: measure the input and the weight, and wait for the output's gradient."""
         x: Tensor = args[0] if args else kwargs["input"]
-        if not (x.numel() and self.is_due()):
+        if not (x.numel() and output.numel() and self.is_due()):
             return
         dims = 2 + len(getattr(module, "kernel_size", ()))
         self._measure("input", x if x.dim() >= dims else x.unsqueeze(0))  # one sample is a batch

@@ -48,7 +48,8 @@ class Candidate(NamedTuple):
         """Return whether it computes in int8 with such options, synchronised or not."""
         now = options_of(self.module)
         asked = ((name, value) for name, value in options.items() if name != "sync")
-        return bool(now) and all(now.get(name, value) == value for name, value in asked)
+        known = self.is_norm or isinstance(self.module, Int8Layer)
+        return bool(known and now) and all(now.get(name, value) == value for name, value in asked)
 
 
 def swap_int8(
@@ -149,18 +150,19 @@ def remove_int8(
     chosen = _choose(model, found, include, exclude, "layer in int8")
     before = {x.name: _title(x.module) for x in chosen}
     were_torchs = []
-    for name, module in {id(x.module): (x.name, x.module) for x in chosen}.values():
+    for x in chosen:
+        if isinstance(x.module, Int8Layer) and any(map(is_sharded, x.module.parameters())):
+            raise InputError(f"{x.name} is sharded: call remove_int8 before fully_shard.")
+        made = options_of(x.module).get("swapped_to")
+        were_torchs += [escape(x.name)] * (made is not None and made == describe_norm(x.module))
+    if were_torchs:
+        swap_norms(model, "l2", include=were_torchs)  # first, as it may refuse
+    for module in dict.fromkeys(x.module for x in chosen):
         if isinstance(module, Int8Layer):
-            if any(is_sharded(q) for q in module.parameters()):
-                raise InputError(f"{name} is sharded: call remove_int8 before fully_shard.")
             module.forget_options()
             unshare_class(module, _FLOAT_CLASSES[class_of(module)])
-        elif (quantizer := quantizer_of(module)) is not None:
-            made = quantizer.swapped_to
-            were_torchs += [escape(name)] * (made is not None and made == describe_norm(module))
+        else:
             restore_norm(module)
-    if were_torchs:
-        swap_norms(model, "l2", include=were_torchs)
     guard_encoders(model.modules())
     rows = (Swap(x.name, before[x.name], _title(x.module)) for x in chosen)
     return SwapReport(tuple(rows), ())
@@ -217,6 +219,8 @@ def _with_changes(
 
 
 def _become_int8(module: nn.Module, options: Mapping[str, Any]) -> None:
+    if quantizer_of(module) is not None:  # it quantised its input as a norm does
+        restore_norm(module)
     if not isinstance(module, Int8Layer):
         unshare_class(module, INT8_CLASSES[class_of(module)])
     assert isinstance(module, Int8Layer)

@@ -186,7 +186,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 def is_norm(module: nn.Module) -> bool:
     """Return whether a module is a norm as a whole; in others each module is looked at."""
-    whole = module._modules.keys() <= foreign_norms.ACTIVATION
+    whole = {*module._modules.keys()} <= foreign_norms.ACTIVATION
     whole = whole or isinstance(module, layer_weights.TORCH_NORMS)
     return whole and layer_weights.is_norm(module)
 

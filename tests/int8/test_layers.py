@@ -254,6 +254,17 @@ def test_layers_are_torchs_by_class_and_state(cls: Any) -> None:
     assert described.startswith(cls.__name__)
 
 
+@pytest.mark.parametrize("weight_range", ["tensor", "channel"])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element:UserWarning")
+@pytest.mark.parametrize(("channels", "shape"), [((4, 0), (2, 4)), ((0, 4), (2, 0))])
+def test_layers_without_weights_are_torchs(channels: Any, shape: Any, weight_range: Any) -> None:
+    linear, x = Int8Linear(*channels, weight_range=weight_range), torch.ones(shape)
+    assert torch.equal(linear(x), nn.functional.linear(x, linear.weight, linear.bias))
+    if channels[0] == 0:  # torch refuses the other
+        conv = Int8Conv2d(*channels, 1, weight_range=weight_range)
+        assert torch.equal(conv(x[..., None, None]), nn.Conv2d.forward(conv, x[..., None, None]))
+
+
 @pytest.mark.parametrize("settings", [
     {"padding": "same"}, {"padding": "valid"}, {"kernel_size": 2, "padding": "same"},
     *({"padding_mode": mode, "padding": (1, 2)} for mode in ("reflect", "replicate", "circular")),

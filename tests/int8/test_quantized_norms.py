@@ -10,7 +10,7 @@ from torch import nn
 
 import nmlightning
 from nmlightning.errors import InputError
-from nmlightning.int8 import quantize_norm, restore_norm
+from nmlightning.int8 import Int8Linear, quantize_norm, restore_norm
 from nmlightning.int8.quantizer import dequantize, extreme, make_grid, quantize, sample_mean
 
 NORMS: list[Any] = [
@@ -63,5 +63,21 @@ def test_a_norm_is_restored_and_copied() -> None:
         torch.testing.assert_close(copied(x), nmlightning.L1BatchNorm2d(4)(x))
     with pytest.raises(InputError, match="L1BatchNorm2d is not quantised"):
         restore_norm(norm)
-    with pytest.raises(InputError, match="gradient_bits is a whole number of 2 … 8, got 1"):
-        quantize_norm(norm, gradient_bits=1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda norm: quantize_norm(norm, gradient_bits=1), "gradient_bits is a whole number of 2"),
+        (lambda norm: quantize_norm(None), "norm is a torch.nn.Module .* got None"),
+        (lambda norm: quantize_norm(Int8Linear(2, 2)), "that is not in int8 itself, got Int8Lin"),
+        (lambda norm: norm(), "A quantised L1BatchNorm2d takes floating inputs, got None"),
+        (lambda norm: norm(torch.ones(2, 4, 3, 3).int()), "takes floating inputs, got torch.int32"),
+    ],
+)
+def test_bad_input_is_refused(call: Any, message: str) -> None:
+    norm = nmlightning.L1BatchNorm2d(4)
+    quantize_norm(norm)
+    with pytest.raises(InputError, match=message):
+        call(norm)
+    assert not norm.num_ranges_tracked

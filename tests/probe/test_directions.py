@@ -164,15 +164,21 @@ def test_every_network_is_measured_and_left_as_it_was(name: str) -> None:
     assert str(found).isprintable or name
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element:UserWarning")
 def test_layers_are_left_out_by_name() -> None:
-    net = nn.ModuleList([Branch(), nn.ConvTranspose2d(6, 6, 3), nn.LSTM(6, 6)])
-    found = probe_int8(net, [torch.randn(ROWS)], lambda net, x: squares(net[0], x))
+    left = [nn.ConvTranspose2d(6, 6, 3), nn.LSTM(6, 6), nn.Linear(6, 0)]
+    net = nn.ModuleList([Branch(), *left])
+    found = probe_int8(
+        net, [torch.randn(ROWS)], lambda net, x: squares(net[0], x) + net[3](x).sum(), (2, 2)
+    )
+    assert found.bits == [2]
     assert found.left_out == {
         "1": "ConvTranspose2d: a transposed convolution",
         "2": "LSTM: its own code reads its weights",
         "0.idle": "Linear saw no batch",
+        "3": "Linear saw no batch",
     }
-    assert "left out    0.idle: Linear saw no batch" in found.describe()
+    assert "left out    0.idle and 1 more: Linear saw no batch" in found.describe()
 
 
 def test_measuring_advances_no_power_iteration() -> None:
@@ -290,12 +296,13 @@ def test_as_plain_has_angles_and_bounds() -> None:
         (nn.ReLU(), 1, BITS, r"There is no convolution or linear layer to measure in ReLU\.$"),
         (nn.ConvTranspose2d(6, 6, 3), 1, BITS, "ConvTranspose2d: a transposed convolution"),
         (nn.Linear(6, 6), 0, BITS, "No batch was run: the data are empty"),
+        ("model", 1, BITS, "model is a torch.nn.Module, got 'model'"),
+        (nn.Linear(6, 6), 1, 8, "bits is a list of numbers of 2 … 8, got 8"),
+        (nn.Linear(6, 6), 1, (), r"bits is a list of numbers of 2 … 8, got \(\)"),
         (nn.Linear(6, 6), 1, [9], "bits is a whole number of 2 … 8, got 9"),
     ],
 )
-def test_probe_int8_refuses_bad_input(
-    net: nn.Module, batches: int, bits: Any, message: str
-) -> None:
+def test_probe_int8_refuses_bad_input(net: Any, batches: int, bits: Any, message: str) -> None:
     x = torch.randn(IMAGE).requires_grad_()
     with pytest.raises(InputError, match=message):
         probe_int8(net, [x] * batches, squares, bits)

@@ -210,7 +210,7 @@ def test_dry_run_reports_and_changes_nothing() -> None:
     assert swap_int8(net).swapped == report.swapped
 
 
-def test_copies_pickles_the_meta_device_and_compiled_nets() -> None:
+def test_copies_pickles_and_compiled_nets() -> None:
     net, x = small(), images()
     swap_int8(net)
     train_once(net, x)
@@ -218,12 +218,28 @@ def test_copies_pickles_the_meta_device_and_compiled_nets() -> None:
         made.eval()
         assert torch.equal(made(x), net.eval()(x))
         remove_int8(made)
-    with torch.device("meta"):
-        empty = small()
-    swap_int8(empty)
-    assert empty[0].running_min.is_meta
     compiled = torch.compile(small())
     assert {x.name for x in swap_int8(compiled).swapped} == {"0", "1", "3", "4", "6"}
+
+
+@pytest.mark.parametrize("norms", ["range", "l2"])
+def test_meta_nets_are_materialised_and_casts_keep_ranges(norms: str) -> None:
+    with torch.device("meta"):
+        net = small()
+    swap_int8(net, norms=norms)
+    assert net[0].running_min.is_meta
+    net.to_empty(device="cpu")
+    layers = [x for x in net if options_of(x)]
+    assert len(layers) == 5
+    for layer in layers:
+        layer.running_min.fill_(1 / 3)
+        layer.num_ranges_tracked.fill_(7)
+    for dtype in (torch.bfloat16, torch.float64):
+        assert all(x.running_min.equal(torch.tensor(1 / 3)) for x in net.to(dtype) if x in layers)
+    for layer in layers:
+        layer.reset_parameters()
+        assert layer.running_min == layer.num_ranges_tracked == 0
+        assert layer.weight.isfinite().all()
 
 
 def test_torchs_encoder_computes_in_int8_in_evaluation() -> None:
@@ -284,3 +300,49 @@ def test_remove_refuses_what_is_not_in_int8() -> None:
     with pytest.raises(InputError, match="'5' in exclude matches no layer in int8"):
         remove_int8(net, exclude=["5"])
     assert len(remove_int8(net)) == 4
+
+
+@pytest.mark.parametrize("place", [1, 6])
+def test_sharded_layers_are_refused_and_nothing_changed(place: int) -> None:
+    class DTensor(nn.Parameter):
+        pass
+
+    net = small()
+    for change in (swap_int8, remove_int8):
+        types, plain = [type(m) for m in net], net[place].weight
+        net[place].weight = DTensor(plain.detach())
+        with pytest.raises(InputError, match=f"{place} is sharded"):
+            change(net)
+        assert [type(m) for m in net] == types
+        assert len(describe_int8(net)) == (5 if change is remove_int8 else 0)
+        net[place].weight = plain
+        change(net)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")
+def test_what_is_no_module_or_scripted_is_refused() -> None:
+    for change in (swap_int8, remove_int8):
+        for model in ("model", None):
+            with pytest.raises(InputError, match=f"model is a torch.nn.Module, got {model!r}"):
+                change(model)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match=r"There is no .* in RecursiveScriptModule"):
+            change(torch.jit.script(small()))
+
+
+def test_conversion_of_quantised_norms_is_refused() -> None:
+    net = nn.Sequential(nn.LayerNorm(8), *small())
+    swap_int8(net, norms="l2")
+    quantize_norm(net[0])
+    with pytest.raises(InputError, match="convert_sync_batchnorm would leave this quantised Batch"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    remove_int8(net)
+    assert type(nn.SyncBatchNorm.convert_sync_batchnorm(net)[2]) is nn.SyncBatchNorm
+
+
+def test_a_layer_with_a_quantised_input_becomes_int8_whole() -> None:
+    net = small()
+    quantize_norm(net[0])
+    assert next(x.before for x in swap_int8(net).swapped) == "quantised Conv2d"
+    net(images())
+    assert net[0].num_ranges_tracked == 1
+    assert not swap_int8(net).swapped
