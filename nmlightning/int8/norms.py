@@ -43,7 +43,7 @@ def quantize_norm(
         swapped_to: what `swap_int8` made of a norm of torch's, which `remove_int8` takes back.
 
     Raises:
-        InputError: a setting outside what is allowed.
+        InputError: a setting outside what is allowed; no module, or a layer in int8.
 
     Examples:
         >>> norm = nmlightning.L1BatchNorm2d(8)

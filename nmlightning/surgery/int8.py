@@ -143,7 +143,8 @@ def remove_int8(
         exclude: glob patterns on the names of those that stay in int8.
 
     Raises:
-        InputError: a pattern that matches nothing; nothing in int8.
+        InputError: a pattern that matches nothing; nothing in int8; sharded weights. The model is
+            then unchanged.
     """
     check_lists(include=include, exclude=exclude)
     found = [x for x in _find(model, norms="range") if options_of(x.module)]
@@ -184,7 +185,7 @@ def follow_notes(model: nn.Module, notes: Mapping[str, Note]) -> tuple[Swap, ...
     ]:
         layer, note = layers[name], dict(notes[name])
         before = _title(layer)
-        if isinstance(layer, Int8Layer) or class_of(layer) in INT8_CLASSES:
+        if "swapped_to" not in note and class_of(layer) in {*INT8_CLASSES, *_FLOAT_CLASSES}:
             _become_int8(layer, note)
         else:
             quantize_norm(layer, **note)

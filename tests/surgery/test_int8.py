@@ -342,6 +342,9 @@ def test_conversion_of_quantised_norms_is_refused() -> None:
 def test_a_layer_with_a_quantised_input_becomes_int8_whole() -> None:
     net = small()
     quantize_norm(net[0])
+    copied = small()
+    swap_like(copied, net.state_dict())
+    assert describe_int8(copied) == describe_int8(net)
     assert next(x.before for x in swap_int8(net).swapped) == "quantised Conv2d"
     net(images())
     assert net[0].num_ranges_tracked == 1
