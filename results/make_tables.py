@@ -84,7 +84,8 @@ class Results:
         count = str(len(kept))
         if len(kept) < self.planned[name]:
             count += f" of {self.planned[name]}"
-        return f"{format_mean_std(MeanStd.of(values), metric)} ({count})"
+        value = format_mean_std(MeanStd.of(values), metric)
+        return value if value.endswith("runs)") else f"{value} ({count})"  # which says how many
 
 
 def write_page(page: dict[str, Any], expected: dict[str, str], results: Results) -> str:
