@@ -74,9 +74,9 @@ EXCEPTIONS = {
 }
 # Of the targets that are missed: what was reached, which must not be left again.
 REACHED = {
-    "Python files": 180,
-    "lines of nmlightning, Python and C++": 38_207,
-    "lines of tests": 33_777,
+    "Python files": 179,
+    "lines of nmlightning, Python and C++": 38_193,
+    "lines of tests": 33_749,
     "longest import chain": 19,
     "files a recording meets in a step": 8,
     "files a config meets before Trainer.fit": 22,
