@@ -70,7 +70,6 @@ CASES = [
     Case("torch.optim", "Muon", 1e-2, {"nesterov": False}),
     Case("torch.optim", "Adafactor", 1e-2),
     Case("torchao.optim", "AdamW8bit", 1e-3),
-    Case("timm.optim.kron", "Kron", 1e-3),
     Case("schedulefree", "SGDScheduleFree", 0.1),
     Case("schedulefree", "AdamWScheduleFree", 1e-3),
     *(
